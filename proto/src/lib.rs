@@ -1,0 +1,21 @@
+//! The wire protocol of Superbatch: messages, services, ids and the closed set of error reasons.
+//!
+//! The comments in `superbatch/v1/*.proto` are the API's documentation.
+mod error;
+pub mod ids;
+
+pub use error::{DOMAIN, Failure, ParseFailure};
+
+/// Generated messages, clients and servers of `superbatch.v1`.
+#[allow(clippy::all, clippy::unwrap_used, missing_docs)]
+pub mod v1 {
+    tonic::include_proto!("superbatch.v1");
+
+    /// Encoded `FileDescriptorSet`, for gRPC reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/superbatch.binpb"));
+}
+
+/// Largest message either side accepts, in bytes. Payloads are cut into parts of [`PART_BYTES`], far below it.
+pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
+pub const PART_BYTES: usize = 1 << 20;

@@ -1,0 +1,2 @@
+//! Operator commands.
+pub mod select;

@@ -1,0 +1,112 @@
+//! The dataset manifest: what was indexed, under its own digest.
+use crate::{
+    error::{Error, Result},
+    storage::Location,
+};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use superbatch_proto::v1::Reason;
+
+/// A run of rows that is read at once: a Parquet row group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    pub rows: u32,
+    /// First row's number in its shard.
+    pub first_row: u64,
+    /// Where the block's bytes lie in the shard: [start, end).
+    pub bytes: (u64, u64),
+}
+
+/// One file, as it was when it was indexed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Path below the source's `root_uri`: part of every row's id.
+    pub path: String,
+    pub size: u64,
+    pub etag: Option<String>,
+    pub blocks: Vec<Block>,
+}
+
+/// One source: its shards in the order of their paths, and where image and caption are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceManifest {
+    /// As the run named it.
+    pub uri: String,
+    /// The location that shard paths are relative to.
+    pub root_uri: String,
+    pub weight: f64,
+    pub layout: Layout,
+    pub shards: Vec<Shard>,
+}
+
+/// How to find image and caption in a shard's columns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub image_column: String,
+    /// The image is the `bytes` field of a struct column (Hugging Face); otherwise the column is binary.
+    pub image_in_struct: bool,
+    pub caption_column: String,
+}
+
+/// All sources of a run. Immutable; named by the BLAKE3 of its JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub version: u32,
+    pub sources: Vec<SourceManifest>,
+}
+
+impl Manifest {
+    pub const VERSION: u32 = 1;
+
+    pub fn rows(&self) -> u64 {
+        self.sources.iter().map(SourceManifest::rows).sum()
+    }
+
+    /// BLAKE3 of its encoding, in hex.
+    pub fn digest(&self) -> String {
+        blake3::hash(&self.encode()).to_hex().to_string()
+    }
+
+    fn encode(&self) -> Bytes {
+        serde_json::to_vec(self).expect("plain data encodes").into()
+    }
+
+    /// Writes it under its digest and returns that.
+    pub async fn save(&self, state: &Location) -> Result<String> {
+        let digest = self.digest();
+        state.create(&key(&digest), self.encode()).await?;
+        Ok(digest)
+    }
+
+    /// Reads the manifest named `digest`.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`; `Internal` where its bytes do not have that digest.
+    pub async fn load(state: &Location, digest: &str) -> Result<Self> {
+        let bytes = state.get(&key(digest)).await?;
+        if blake3::hash(&bytes).to_hex().as_str() != digest {
+            let message = format!("{} is damaged; remove it and index the data again", state.uri_of(&key(digest)));
+            return Err(Error::new(Reason::Internal, message));
+        }
+        serde_json::from_slice(&bytes)
+            .map_err(|e| Error::internal(format!("manifest {digest} is of another version of Superbatch")).because(e))
+    }
+}
+
+impl SourceManifest {
+    pub fn rows(&self) -> u64 {
+        self.blocks().map(|(_, _, block)| u64::from(block.rows)).sum()
+    }
+
+    /// (shard number, block number in the shard, block), in the order of the manifest. A block's place in this order is its
+    /// number in the source.
+    pub fn blocks(&self) -> impl Iterator<Item = (u32, u32, &Block)> {
+        self.shards.iter().enumerate().flat_map(|(s, shard)| {
+            shard.blocks.iter().enumerate().map(move |(b, block)| (s as u32, b as u32, block))
+        })
+    }
+}
+
+fn key(digest: &str) -> String {
+    format!("manifests/{digest}.json")
+}

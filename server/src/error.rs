@@ -1,0 +1,120 @@
+//! The server's one error type: a closed [`Reason`] for programs, a message for people, and its cause.
+use std::{error::Error as StdError, fmt};
+use superbatch_proto::{Failure, v1::Reason};
+use tonic::Status;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+type Cause = Box<dyn StdError + Send + Sync>;
+
+/// What failed, where, and what to do about it.
+///
+/// Build it where the fault is known: `Error::new(Reason::ColumnNotFound, "…").with("column", name).because(source)`. Whoever
+/// stops an error logs it; nobody else does.
+#[derive(Debug)]
+pub struct Error {
+    failure: Box<Failure>,
+    cause: Option<Cause>,
+}
+
+impl Error {
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { failure: Box::new(Failure::new(reason, message)), cause: None }
+    }
+
+    /// A broken invariant or a failure that no user can mend.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Reason::Internal, message)
+    }
+
+    /// A request field that is missing or malformed.
+    pub fn invalid(field: &str, message: impl Into<String>) -> Self {
+        Self::new(Reason::InvalidArgument, message).with("field", field)
+    }
+
+    /// Adds a value for programs; the comments of `Reason` in the protocol say which go with which reason.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl fmt::Display) -> Self {
+        *self.failure = self.failure.with(key, value);
+        self
+    }
+
+    /// Keeps the cause; its text is appended when the chain is printed.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<Cause>) -> Self {
+        self.cause = Some(cause.into());
+        self
+    }
+
+    pub fn reason(&self) -> Reason {
+        self.failure.reason
+    }
+
+    /// A value added by [`Error::with`].
+    pub fn value(&self, key: &str) -> Option<&str> {
+        self.failure.metadata.get(key).map(String::as_str)
+    }
+
+    /// The message and all its causes in one line.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut next = self.source();
+        while let Some(cause) = next {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            next = cause.source();
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.failure.message)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.cause.as_deref().map(|cause| cause as &(dyn StdError + 'static))
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        Self { failure: Box::new(failure), cause: None }
+    }
+}
+
+/// Our own failures pass through from another process of ours; anything else becomes `otherwise`.
+pub fn from_status(status: Status, otherwise: Reason) -> Error {
+    match Failure::try_from(status) {
+        Ok(failure) => failure.into(),
+        Err(foreign) => Error::new(otherwise, foreign.0.message().to_owned()).because(foreign.0),
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        if error.reason() == Reason::Internal {
+            tracing::error!(error = error.chain(), "internal error");
+        }
+        let message = error.chain();
+        Failure { message, ..*error.failure }.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_reads_as_one_sentence_and_survives_the_wire() {
+        let io = std::io::Error::other("disk on fire");
+        let error = Error::new(Reason::StorageUnreachable, "cannot read s3://b/x").with("uri", "s3://b/x").because(io);
+        let back = from_status(error.into(), Reason::Internal);
+        assert_eq!(back.reason(), Reason::StorageUnreachable);
+        assert_eq!(back.to_string(), "cannot read s3://b/x: disk on fire");
+        assert_eq!(back.value("uri"), Some("s3://b/x"));
+    }
+}

@@ -1,0 +1,11 @@
+//! Superbatch's server: a coordinator that owns runs, and workers that score.
+//!
+//! `coordinator` and `worker` never import each other: they meet on the wire, also in one process. Only [`app`] names both.
+pub mod admin;
+pub mod coordinator;
+pub mod dataset;
+pub mod error;
+pub mod metrics;
+pub mod storage;
+#[cfg(feature = "torch")]
+pub mod worker;

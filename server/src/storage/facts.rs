@@ -1,0 +1,83 @@
+//! Facts: objects that are created once and never changed. Object storage settles every race.
+use super::Location;
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use object_store::{ObjectStoreExt, PutMode};
+use superbatch_proto::v1::Reason;
+
+/// Unknown outcomes (time-outs, S3's 409) of a create that are read back and tried again.
+const ATTEMPTS_MAX: u32 = 5;
+
+/// Who created the fact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Created {
+    Ours,
+    /// Another writer was first; this is what it wrote.
+    Theirs(Bytes),
+}
+
+/// A fresh writer's nonce, 32 hex digits. It makes two writers' facts differ, so that a writer knows its own.
+pub fn nonce() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+impl Location {
+    /// Creates `key` unless it exists. `bytes` must hold a [`nonce`] (or be addressed by content): after "already exists"
+    /// or an unknown outcome the object is read back, and equal bytes are ours.
+    ///
+    /// # Errors
+    /// `StorageUnreachable` after [`ATTEMPTS_MAX`] unknown outcomes.
+    pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created> {
+        let path = self.path(key);
+        let mut attempt = 1;
+        loop {
+            let cause = match self.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into()).await {
+                Ok(_) => return Ok(Created::Ours),
+                Err(cause) => cause,
+            };
+            match self.find(key).await {
+                Ok(Some(found)) if found == bytes => return Ok(Created::Ours),
+                Ok(Some(found)) => return Ok(Created::Theirs(found)),
+                Ok(None) | Err(_) if attempt < ATTEMPTS_MAX => attempt += 1,
+                Ok(None) | Err(_) => return Err(self.error("create", key, cause)),
+            }
+        }
+    }
+}
+
+/// Refuses a store that overwrites on a conditional create, as some do silently: state on it would be lost in a race.
+///
+/// # Errors
+/// `StorageUnsafe`, or `StorageUnreachable`.
+pub async fn probe(state: &Location) -> Result<()> {
+    let key = format!("probe/{}", nonce());
+    let (first, second) = (Bytes::from("first"), Bytes::from("second"));
+    state.create(&key, first).await?;
+    let safe = matches!(state.create(&key, second).await?, Created::Theirs(_));
+    state.delete(&key).await?;
+    if safe {
+        return Ok(());
+    }
+    let message = format!(
+        "the store of {} overwrites an object on a conditional create (If-None-Match: *), so it cannot hold state; use one \
+         that refuses, such as S3, Google Cloud Storage, Azure, or a local disk",
+        state.uri()
+    );
+    Err(Error::new(Reason::StorageUnsafe, message).with("uri", state.uri()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    #[tokio::test]
+    async fn the_first_writer_wins_and_knows_it() {
+        let state = Stores::new(StorageConfig::default()).open("memory:///state").unwrap();
+        probe(&state).await.unwrap();
+        let (a, b) = (Bytes::from("a"), Bytes::from("b"));
+        assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours);
+        assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours, "a repeated create is still ours");
+        assert_eq!(state.create("k", b).await.unwrap(), Created::Theirs(a));
+    }
+}

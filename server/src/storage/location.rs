@@ -1,0 +1,97 @@
+//! A prefix in a store, and the operations below it.
+use super::join;
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, path::Path};
+use std::sync::Arc;
+use superbatch_proto::v1::Reason;
+
+/// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location itself.
+#[derive(Debug, Clone)]
+pub struct Location {
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+    uri: String,
+}
+
+impl Location {
+    pub(super) fn new(store: Arc<dyn ObjectStore>, path: Path, uri: &str) -> Self {
+        Self { store, path, uri: uri.trim_end_matches('/').to_owned() }
+    }
+
+    pub fn store(&self) -> &Arc<dyn ObjectStore> {
+        &self.store
+    }
+
+    /// The URI that it was opened by, without a trailing slash.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// The object path of `key`.
+    pub fn path(&self, key: &str) -> Path {
+        join(&self.path, key)
+    }
+
+    /// The location of `key` below this one.
+    pub fn below(&self, key: &str) -> Self {
+        Self { store: self.store.clone(), path: self.path(key), uri: self.uri_of(key) }
+    }
+
+    pub fn uri_of(&self, key: &str) -> String {
+        if key.is_empty() { self.uri.clone() } else { format!("{}/{key}", self.uri) }
+    }
+
+    /// Reads an object whole.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`, also where the object does not exist; [`Location::find`] tells the two apart.
+    pub async fn get(&self, key: &str) -> Result<Bytes> {
+        let read = async { self.store.get(&self.path(key)).await?.bytes().await };
+        read.await.map_err(|e| self.error("read", key, e))
+    }
+
+    /// Reads an object whole, `None` where there is none.
+    pub async fn find(&self, key: &str) -> Result<Option<Bytes>> {
+        let read = async { self.store.get(&self.path(key)).await?.bytes().await };
+        match read.await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("read", key, e)),
+        }
+    }
+
+    pub async fn head(&self, key: &str) -> Result<ObjectMeta> {
+        self.store.head(&self.path(key)).await.map_err(|e| self.error("look up", key, e))
+    }
+
+    /// All objects below `key`, in no particular order, with keys relative to this location.
+    pub async fn list(&self, key: &str) -> Result<Vec<(String, ObjectMeta)>> {
+        let prefix = self.path(key);
+        let metas: Vec<ObjectMeta> =
+            self.store.list(Some(&prefix)).try_collect().await.map_err(|e| self.error("list", key, e))?;
+        let relative = |meta: ObjectMeta| {
+            let parts = meta.location.prefix_match(&self.path)?;
+            let key = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+            Some((key, meta))
+        };
+        Ok(metas.into_iter().filter_map(relative).collect())
+    }
+
+    /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing.
+    pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
+        self.store.put(&self.path(key), bytes.into()).await.map_err(|e| self.error("write", key, e))?;
+        Ok(())
+    }
+
+    pub async fn delete(&self, key: &str) -> Result<()> {
+        self.store.delete(&self.path(key)).await.map_err(|e| self.error("delete", key, e))
+    }
+
+    /// "cannot `verb` `uri`", with its cause.
+    pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
+        let uri = self.uri_of(key);
+        Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}")).with("uri", uri).because(cause)
+    }
+}

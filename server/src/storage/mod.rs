@@ -1,0 +1,156 @@
+//! Object storage: opening URIs, keys below them, and facts that are written once.
+mod facts;
+mod location;
+
+pub use facts::{Created, nonce, probe};
+pub use location::Location;
+
+use crate::error::{Error, Result};
+use object_store::{ObjectStore, local::LocalFileSystem, memory::InMemory, path::Path};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::{Arc, Mutex},
+};
+use superbatch_proto::v1::Reason;
+use url::Url;
+
+/// Which storage may be touched, and how it is reached.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StorageConfig {
+    /// URI prefixes that requests may name for data and models. Everything is allowed on loopback where this is empty.
+    pub allow_uris: Vec<String>,
+    /// Options of the object store client, such as `aws_endpoint`, `aws_region` or `aws_allow_http`. Credentials are found the
+    /// standard way (environment, web identity, instance metadata); what is given here comes before them.
+    pub options: BTreeMap<String, String>,
+}
+
+impl Default for StorageConfig {
+    fn default() -> Self {
+        Self { allow_uris: Vec::new(), options: BTreeMap::new() }
+    }
+}
+
+/// Puts another store around each one that is opened: how faults are injected and requests are counted.
+pub type Wrap = Arc<dyn Fn(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> + Send + Sync>;
+
+/// Opens URIs. Cloned freely; one client per bucket is kept, and `memory:` is one store per `Stores`.
+#[derive(Clone)]
+pub struct Stores(Arc<Inner>);
+
+struct Inner {
+    config: StorageConfig,
+    wrap: Option<Wrap>,
+    open: Mutex<HashMap<String, Arc<dyn ObjectStore>>>,
+}
+
+impl fmt::Debug for Stores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stores").field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
+
+impl Stores {
+    pub fn new(config: StorageConfig) -> Self {
+        Self::build(config, None)
+    }
+
+    /// As [`Stores::new`], with every store wrapped by `wrap`.
+    pub fn wrapped(config: StorageConfig, wrap: Wrap) -> Self {
+        Self::build(config, Some(wrap))
+    }
+
+    fn build(config: StorageConfig, wrap: Option<Wrap>) -> Self {
+        Self(Arc::new(Inner { config, wrap, open: Mutex::default() }))
+    }
+
+    /// Opens a URI from a request: refused with `UriNotAllowed` unless it lies under the allow-list.
+    pub fn open_allowed(&self, uri: &str) -> Result<Location> {
+        let allow = &self.0.config.allow_uris;
+        let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
+        if uri.split('/').any(|segment| segment == "..") || !(allow.is_empty() || allow.iter().any(|p| below(plain, p))) {
+            let message = format!("{uri} is not below any prefix of storage.allow_uris; ask the operator to add it");
+            return Err(Error::new(Reason::UriNotAllowed, message).with("uri", uri));
+        }
+        self.open(uri)
+    }
+
+    /// Opens a URI of the operator's own: `file:///…`, `s3://bucket/…`, `memory:///…`, `http(s)://…`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where it is no such URI; nothing is contacted yet.
+    pub fn open(&self, uri: &str) -> Result<Location> {
+        let bad = |message: String| Error::invalid("uri", message).with("uri", uri);
+        let url = Url::parse(uri).map_err(|e| {
+            bad(format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name")).because(e)
+        })?;
+        let (scheme, path) =
+            object_store::ObjectStoreScheme::parse(&url).map_err(|e| bad(format!("cannot use '{uri}'")).because(e))?;
+        let key = format!("{}://{}", url.scheme(), url.authority());
+        let mut open = self.0.open.lock().expect("no panic while held");
+        let store = match open.get(&key) {
+            Some(store) => store.clone(),
+            None => {
+                let store = self.connect(&scheme, &url).map_err(|e| bad(format!("cannot use '{uri}'")).because(e))?;
+                let store = self.0.wrap.as_ref().map_or(store.clone(), |wrap| wrap(store));
+                open.insert(key, store.clone());
+                store
+            }
+        };
+        Ok(Location::new(store, path, uri))
+    }
+
+    fn connect(
+        &self,
+        scheme: &object_store::ObjectStoreScheme,
+        url: &Url,
+    ) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
+        use object_store::ObjectStoreScheme as S;
+        Ok(match scheme {
+            // State on a local disk survives a power cut.
+            S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
+            S::Memory => Arc::new(InMemory::new()),
+            _ => {
+                let options = self.0.config.options.iter().map(|(k, v)| (k.clone(), v.clone()));
+                Arc::from(object_store::parse_url_opts(url, options)?.0)
+            }
+        })
+    }
+}
+
+/// Whether `uri` is `prefix` or lies below it, by whole path segments.
+fn below(uri: &str, prefix: &str) -> bool {
+    let prefix = prefix.trim_end_matches('/');
+    uri.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// `base` and `key` as one object path.
+pub(crate) fn join(base: &Path, key: &str) -> Path {
+    Path::from_iter(base.parts().chain(Path::from(key).parts()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_stay_below_the_allow_list() {
+        let config = StorageConfig { allow_uris: vec!["memory:///data/".into()], ..Default::default() };
+        let stores = Stores::new(config);
+        assert!(stores.open_allowed("memory:///data/a/{0..3}.parquet").is_ok());
+        for bad in ["memory:///database/a", "memory:///data/../secret", "file:///etc/passwd"] {
+            let error = stores.open_allowed(bad).map(drop).unwrap_err();
+            assert_eq!(error.reason(), Reason::UriNotAllowed, "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_is_one_store() {
+        let stores = Stores::new(StorageConfig::default());
+        let (a, b) = (stores.open("memory:///x").unwrap(), stores.open("memory:///y").unwrap());
+        assert!(Arc::ptr_eq(a.store(), b.store()));
+    }
+}
