@@ -1,0 +1,91 @@
+//! The order of one source's rows in one epoch.
+use crate::{coordinator::order::Permutation, dataset::Block};
+
+// Part of PLAN_VERSION.
+const BLOCKS: &str = "superbatch plan v1 blocks";
+const ROWS: &str = "superbatch plan v1 rows";
+
+/// Blocks in the epoch's order and where each begins; 16 bytes a block.
+#[derive(Debug)]
+pub(super) struct EpochOrder {
+    source: u32,
+    epoch: u64,
+    window_blocks: usize,
+    /// (shard, block in the shard), permuted.
+    blocks: Vec<(u32, u32)>,
+    /// The place of each permuted block's first row before rows are permuted, then the number of all rows.
+    starts: Vec<u64>,
+}
+
+impl EpochOrder {
+    pub fn new<'a>(
+        blocks: impl Iterator<Item = (u32, u32, &'a Block)>,
+        seed: u64,
+        source: u32,
+        epoch: u64,
+        window_blocks: u32,
+    ) -> Self {
+        let manifest_order: Vec<_> =
+            blocks.filter(|(_, _, block)| block.rows > 0).map(|(s, b, block)| (s, b, u64::from(block.rows))).collect();
+        let permutation = Permutation::new(BLOCKS, &[seed, u64::from(source), epoch], manifest_order.len() as u64);
+        let mut blocks = Vec::with_capacity(manifest_order.len());
+        let mut starts = Vec::with_capacity(manifest_order.len() + 1);
+        let mut start = 0;
+        for i in 0..manifest_order.len() as u64 {
+            let (shard, block, rows) = manifest_order[permutation.forward(i) as usize];
+            blocks.push((shard, block));
+            starts.push(start);
+            start += rows;
+        }
+        starts.push(start);
+        Self { source, epoch, window_blocks: window_blocks as usize, blocks, starts }
+    }
+
+    /// Looks places up; cheapest where they rise.
+    pub fn rows(&self, seed: u64) -> Rows<'_> {
+        Rows { order: self, seed, window: None }
+    }
+
+    fn window(&self, seed: u64, place: u64) -> Window {
+        let block = self.starts.partition_point(|start| *start <= place) - 1;
+        let number = block / self.window_blocks;
+        let first = number * self.window_blocks;
+        let last = (first + self.window_blocks).min(self.blocks.len());
+        let (start, end) = (self.starts[first], self.starts[last]);
+        let key = [seed, u64::from(self.source), self.epoch, number as u64];
+        Window { first, last, start, end, permutation: Permutation::new(ROWS, &key, end - start) }
+    }
+}
+
+/// A window of blocks whose rows are permuted together.
+struct Window {
+    /// Permuted blocks [first, last).
+    first: usize,
+    last: usize,
+    /// Places [start, end).
+    start: u64,
+    end: u64,
+    permutation: Permutation,
+}
+
+pub(super) struct Rows<'a> {
+    order: &'a EpochOrder,
+    seed: u64,
+    window: Option<Window>,
+}
+
+impl Rows<'_> {
+    /// The (shard, block in the shard) and the row in the block at `place`, which is below the source's rows.
+    pub fn at(&mut self, place: u64) -> ((u32, u32), u32) {
+        let (order, seed) = (self.order, self.seed);
+        let window = match self.window.take() {
+            Some(window) if (window.start..window.end).contains(&place) => window,
+            _ => order.window(seed, place),
+        };
+        let row = window.start + window.permutation.forward(place - window.start);
+        let starts = &order.starts[window.first..window.last];
+        let block = window.first + starts.partition_point(|start| *start <= row) - 1;
+        self.window = Some(window);
+        (order.blocks[block], (row - order.starts[block]) as u32)
+    }
+}
