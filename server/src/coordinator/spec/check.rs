@@ -1,0 +1,237 @@
+//! What no run can meet.
+use super::impossible;
+use crate::error::{Error, Result};
+use std::{collections::HashSet, fmt::Display};
+use superbatch_proto::{
+    ids::is_run_id,
+    v1::{
+        ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase, Policy, Reason, RunSpec,
+        lag::Bound, learner_spec::Initial,
+    },
+};
+
+/// Sources are 16 bits of a noise key.
+const SOURCES_MAX: usize = 1 << 16;
+const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
+const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
+const MICRO_BATCH_ROWS_MAX: u32 = 1 << 14;
+const MAX_AHEAD_MAX: u32 = 1 << 10;
+/// Columns that every batch has, and the prefix of the service's own.
+const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
+const PREFIX_TAKEN: &str = "_superbatch_";
+
+/// Refuses a spec, defaults filled, that can never be met.
+pub(super) fn check(spec: &RunSpec) -> Result<()> {
+    sources(spec)?;
+    models(spec)?;
+    schedule(spec)?;
+    needs(spec)?;
+    weights(spec)?;
+    columns(&spec.columns)?;
+    bounds(spec)
+}
+
+fn sources(spec: &RunSpec) -> Result<()> {
+    if spec.sources.is_empty() || spec.sources.len() > SOURCES_MAX {
+        let message = format!("{} sources; a run has 1 to {SOURCES_MAX}", spec.sources.len());
+        return Err(impossible("sources", message));
+    }
+    for (i, source) in spec.sources.iter().enumerate() {
+        let at = |field| format!("sources[{i}].{field}");
+        named(&at("uri"), &source.uri)?;
+        positive(&at("weight"), source.weight)?;
+        if !source.image_column.is_empty() && source.image_column == source.caption_column {
+            let message = format!("'{}' cannot be both image and caption", source.image_column);
+            return Err(impossible(&at("caption_column"), message));
+        }
+    }
+    Ok(())
+}
+
+fn models(spec: &RunSpec) -> Result<()> {
+    if let Some(learner) = &spec.learner {
+        self::learner(learner)?;
+    }
+    if let Some(reference) = &spec.reference {
+        named("reference.model_uri", &reference.model_uri)?;
+        finite("reference.logit_bias", reference.logit_bias.unwrap_or(0.0))?;
+    }
+    Ok(())
+}
+
+fn learner(learner: &LearnerSpec) -> Result<()> {
+    named("learner.model_uri", &learner.model_uri)?;
+    finite("learner.logit_bias", learner.logit_bias.unwrap_or(0.0))?;
+    match &learner.initial {
+        None | Some(Initial::FirstPush(false)) => {
+            let message = "the learner has no initial weights; set random_seed, snapshot_uri or first_push";
+            Err(impossible("learner.initial", message))
+        }
+        Some(Initial::SnapshotUri(uri)) => named("learner.snapshot_uri", uri),
+        Some(Initial::RandomSeed(_) | Initial::FirstPush(true)) => Ok(()),
+    }
+}
+
+fn schedule(spec: &RunSpec) -> Result<()> {
+    let Some(first) = spec.phases.first() else {
+        return Err(impossible("phases", "the run has no phase; give one from step 0"));
+    };
+    if first.from_step != 0 {
+        let message = format!("the first phase starts at step {}; it must start at 0", first.from_step);
+        return Err(impossible("phases[0].from_step", message));
+    }
+    for (i, pair) in spec.phases.windows(2).enumerate() {
+        let (before, after) = (pair[0].from_step, pair[1].from_step);
+        if after <= before {
+            let message = format!("phases must rise by from_step; {after} comes after {before}");
+            return Err(impossible(&format!("phases[{}].from_step", i + 1), message));
+        }
+    }
+    spec.phases.iter().enumerate().try_for_each(|(i, phase)| self::phase(i, phase, spec.micro_batches))
+}
+
+fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
+    let at = |field| format!("phases[{i}].{field}");
+    known::<Policy>(&at("policy"), phase.policy)?;
+    known::<Criterion>(&at("criterion"), phase.criterion)?;
+    known::<Fidelity>(&at("fidelity"), phase.fidelity)?;
+    if phase.fidelity() == Fidelity::Approximate {
+        let error = Error::new(Reason::Unimplemented, "fidelity approximate is not built yet; use full");
+        return Err(error.with("feature", "fidelity approximate").with("field", at("fidelity")));
+    }
+    within(&at("super_batch_size"), phase.super_batch_size, SUPER_BATCH_SIZE_MAX)?;
+    within(&at("sub_batch_size"), phase.sub_batch_size, phase.super_batch_size)?;
+    positive(&at("gain"), phase.gain)?;
+    if !phase.sub_batch_size.is_multiple_of(micro_batches) {
+        let message =
+            format!("sub_batch_size {} is not divisible by micro_batches {micro_batches}", phase.sub_batch_size);
+        return Err(impossible(&at("sub_batch_size"), message));
+    }
+    Ok(())
+}
+
+/// The models that a phase scores with: (learner, reference).
+fn scores_with(phase: &Phase) -> (bool, bool) {
+    match (phase.policy(), phase.criterion()) {
+        (Policy::Uniform, _) => (false, false),
+        (_, Criterion::Hard) => (true, false),
+        (_, Criterion::Easy) => (false, true),
+        _ => (true, true),
+    }
+}
+
+fn needs(spec: &RunSpec) -> Result<()> {
+    for (i, phase) in spec.phases.iter().enumerate() {
+        let (learner, reference) = scores_with(phase);
+        let missing = match (learner && spec.learner.is_none(), reference && spec.reference.is_none()) {
+            (true, _) => "learner",
+            (_, true) => "reference",
+            _ => continue,
+        };
+        let (policy, criterion) = (phase.policy().as_str_name(), phase.criterion().as_str_name());
+        return Err(impossible(
+            missing,
+            format!("phase {i} ({policy}, {criterion}) scores with a {missing}; name one"),
+        ));
+    }
+    if spec.fallback() == Fallback::ReferenceOnly && spec.reference.is_none() {
+        return Err(impossible(
+            "fallback",
+            "fallback reference_only scores with a reference; name one, or fall back otherwise",
+        ));
+    }
+    Ok(())
+}
+
+/// `exact(n)` can always be met: the newest push that is old enough, or the initial weights. `at_most(n)` needs pushes that come
+/// often enough, for just before the next one the newest weights are push_every_steps - 1 steps old.
+fn weights(spec: &RunSpec) -> Result<()> {
+    let oldest = spec.push_every_steps - 1;
+    match spec.lag.and_then(|lag| lag.bound) {
+        Some(Bound::AtMost(most)) if oldest > most => {
+            let message = format!(
+                "with push_every_steps {} the newest weights are up to {oldest} steps old, and the lag allows {most}; push more \
+                 often or allow more",
+                spec.push_every_steps
+            );
+            Err(impossible("lag.at_most", message))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn columns(columns: &[String]) -> Result<()> {
+    let mut seen = HashSet::new();
+    for (i, column) in columns.iter().enumerate() {
+        let field = format!("columns[{i}]");
+        named(&field, column)?;
+        if COLUMNS_TAKEN.contains(&column.as_str()) || column.starts_with(PREFIX_TAKEN) {
+            let message = format!("'{column}' is a column that every batch has or the service's own; leave it out");
+            return Err(impossible(&field, message));
+        }
+        if !seen.insert(column) {
+            return Err(impossible(&field, format!("'{column}' is asked for twice")));
+        }
+    }
+    Ok(())
+}
+
+fn bounds(spec: &RunSpec) -> Result<()> {
+    known::<Loss>("loss", spec.loss)?;
+    known::<Fallback>("fallback", spec.fallback)?;
+    known::<EmbeddingDtype>("embedding_dtype", spec.embedding_dtype)?;
+    if spec.compute_dtype != 0 {
+        known::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;
+    }
+    within("window_blocks", spec.window_blocks, WINDOW_BLOCKS_MAX)?;
+    within("micro_batch_rows", spec.micro_batch_rows, MICRO_BATCH_ROWS_MAX)?;
+    within("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
+    positive("need_deadline_seconds", spec.need_deadline_seconds)?;
+    positive("max_bad_row_share", spec.max_bad_row_share)?;
+    if spec.max_bad_row_share > 1.0 {
+        return Err(impossible(
+            "max_bad_row_share",
+            format!("{} is no share; it is at most 1", spec.max_bad_row_share),
+        ));
+    }
+    if spec.train_flops_per_example != 0.0 {
+        positive("train_flops_per_example", spec.train_flops_per_example)?;
+    }
+    match &spec.fork_of {
+        Some(fork) if !is_run_id(&fork.run_id) => {
+            Err(impossible("fork_of.run_id", format!("'{}' is no run id", fork.run_id)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A value of the enum `E`, and not its zero.
+fn known<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
+    if value != 0 && E::try_from(value).is_ok() {
+        return Ok(());
+    }
+    let what = if value == 0 { "is not set".to_owned() } else { format!("{value} is not known to this version") };
+    Err(impossible(field, format!("{field} {what}; use a value of the protocol")))
+}
+
+fn named(field: &str, value: &str) -> Result<()> {
+    if value.is_empty() { Err(impossible(field, format!("{field} is empty"))) } else { Ok(()) }
+}
+
+fn finite(field: &str, value: f64) -> Result<()> {
+    if value.is_finite() { Ok(()) } else { Err(impossible(field, format!("{field} is {value}; give a finite number"))) }
+}
+
+fn positive(field: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(impossible(field, format!("{field} is {value}; give a finite number above 0")))
+}
+
+fn within<T: PartialOrd + Display + From<u8>>(field: &str, value: T, most: T) -> Result<()> {
+    if value >= T::from(1) && value <= most {
+        return Ok(());
+    }
+    Err(impossible(field, format!("{field} is {value}; it lies between 1 and {most}")))
+}

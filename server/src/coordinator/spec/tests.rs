@@ -1,0 +1,196 @@
+use super::*;
+use superbatch_proto::v1::{Fork, LearnerSpec, Policy, ReferenceSpec, Source, learner_spec::Initial};
+
+fn phase(from_step: u64, policy: Policy) -> Phase {
+    Phase { from_step, policy: policy.into(), super_batch_size: 64, sub_batch_size: 16, ..Default::default() }
+}
+
+/// The least that a joint run says.
+fn spec() -> RunSpec {
+    RunSpec {
+        sources: vec![Source { uri: "memory:///data".into(), ..Default::default() }],
+        learner: Some(LearnerSpec {
+            model_uri: "memory:///learner".into(),
+            initial: Some(Initial::RandomSeed(0)),
+            logit_bias: None,
+        }),
+        reference: Some(ReferenceSpec { model_uri: "memory:///reference".into(), logit_bias: None }),
+        phases: vec![phase(0, Policy::Uniform), phase(10, Policy::Joint)],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn the_documented_defaults_are_filled_and_stay() {
+    let full = complete(spec()).unwrap();
+    assert_eq!(full.sources[0].weight, 1.0);
+    let phase = full.phases[1];
+    assert_eq!((phase.criterion(), phase.fidelity()), (Criterion::Learnability, Fidelity::Full));
+    assert_eq!((phase.n_chunks, phase.gain), (16, 1.0));
+    assert_eq!((full.loss(), full.fallback()), (Loss::Sigmoid, Fallback::Wait));
+    assert_eq!(full.lag, Some(Lag { bound: Some(Bound::Exact(1)) }));
+    assert_eq!((full.push_every_steps, full.micro_batches, full.max_ahead), (1, 1, 2));
+    assert_eq!((full.window_blocks, full.micro_batch_rows, full.epochs), (16, 64, 0));
+    assert_eq!(full.embedding_dtype(), EmbeddingDtype::F16);
+    assert_eq!((full.max_bad_row_share, full.need_deadline_seconds), (0.1, 60.0));
+    assert_eq!(full.compute_dtype, 0, "the device's");
+    assert_eq!(complete(full.clone()).unwrap(), full);
+    let mut exact = spec();
+    exact.lag = Some(Lag { bound: Some(Bound::Exact(0)) });
+    assert_eq!(complete(exact.clone()).unwrap().lag, exact.lag, "exact(0) is not the default");
+}
+
+type Edit = fn(&mut RunSpec);
+
+#[test]
+fn what_can_never_be_met_is_refused_by_field() {
+    let cases: &[(&str, Edit)] = &[
+        ("sources", |s| s.sources.clear()),
+        ("sources[0].uri", |s| s.sources[0].uri.clear()),
+        ("sources[0].weight", |s| s.sources[0].weight = -1.0),
+        ("sources[0].weight", |s| s.sources[0].weight = f64::NAN),
+        ("sources[0].caption_column", |s| {
+            s.sources[0].image_column = "x".into();
+            s.sources[0].caption_column = "x".into();
+        }),
+        ("learner", |s| s.learner = None),
+        ("learner.model_uri", |s| s.learner.as_mut().unwrap().model_uri.clear()),
+        ("learner.initial", |s| s.learner.as_mut().unwrap().initial = None),
+        ("learner.initial", |s| s.learner.as_mut().unwrap().initial = Some(Initial::FirstPush(false))),
+        ("learner.snapshot_uri", |s| s.learner.as_mut().unwrap().initial = Some(Initial::SnapshotUri(String::new()))),
+        ("learner.logit_bias", |s| s.learner.as_mut().unwrap().logit_bias = Some(f64::INFINITY)),
+        ("reference", |s| s.reference = None),
+        ("reference.model_uri", |s| s.reference.as_mut().unwrap().model_uri.clear()),
+        ("phases", |s| s.phases.clear()),
+        ("phases[0].from_step", |s| s.phases[0].from_step = 1),
+        ("phases[1].from_step", |s| s.phases[1].from_step = 0),
+        ("phases[0].policy", |s| s.phases[0].policy = 0),
+        ("phases[1].policy", |s| s.phases[1].policy = 77),
+        ("phases[1].criterion", |s| s.phases[1].criterion = -1),
+        ("phases[1].fidelity", |s| s.phases[1].fidelity = 9),
+        ("phases[1].super_batch_size", |s| s.phases[1].super_batch_size = 0),
+        ("phases[1].super_batch_size", |s| s.phases[1].super_batch_size = u32::MAX),
+        ("phases[1].sub_batch_size", |s| s.phases[1].sub_batch_size = 0),
+        ("phases[1].sub_batch_size", |s| s.phases[1].sub_batch_size = 65),
+        ("phases[0].sub_batch_size", |s| s.micro_batches = 3),
+        ("phases[1].gain", |s| s.phases[1].gain = -2.0),
+        ("loss", |s| s.loss = 12),
+        ("fallback", |s| s.fallback = 12),
+        ("embedding_dtype", |s| s.embedding_dtype = 12),
+        ("compute_dtype", |s| s.compute_dtype = 12),
+        ("lag.at_most", |s| {
+            s.lag = Some(Lag { bound: Some(Bound::AtMost(2)) });
+            s.push_every_steps = 4;
+        }),
+        ("columns[0]", |s| s.columns = vec!["image".into()]),
+        ("columns[0]", |s| s.columns = vec![String::new()]),
+        ("columns[1]", |s| s.columns = vec!["key".into(), "_superbatch_id".into()]),
+        ("columns[2]", |s| s.columns = ["key", "url", "key"].map(String::from).into()),
+        ("window_blocks", |s| s.window_blocks = u32::MAX),
+        ("micro_batch_rows", |s| s.micro_batch_rows = u32::MAX),
+        ("max_ahead", |s| s.max_ahead = u32::MAX),
+        ("max_bad_row_share", |s| s.max_bad_row_share = 1.5),
+        ("max_bad_row_share", |s| s.max_bad_row_share = -0.1),
+        ("need_deadline_seconds", |s| s.need_deadline_seconds = f64::INFINITY),
+        ("train_flops_per_example", |s| s.train_flops_per_example = -1.0),
+        ("fork_of.run_id", |s| s.fork_of = Some(Fork { run_id: "../x".into(), step: 1 })),
+    ];
+    for (field, edit) in cases {
+        let mut spec = spec();
+        edit(&mut spec);
+        let error = complete(spec).expect_err(field);
+        assert_eq!((error.reason(), error.value("field")), (Reason::RunSpecImpossible, Some(*field)), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_built_yet_is_named() {
+    let mut spec = spec();
+    spec.phases[1].fidelity = Fidelity::Approximate.into();
+    let error = complete(spec).unwrap_err();
+    assert_eq!((error.reason(), error.value("feature")), (Reason::Unimplemented, Some("fidelity approximate")));
+}
+
+#[test]
+fn each_criterion_needs_its_models_and_no_more() {
+    let with = |policy, criterion: Criterion, learner, reference, fallback: Fallback| {
+        let mut spec = spec();
+        spec.phases = vec![Phase { criterion: criterion.into(), ..phase(0, policy) }];
+        spec.learner = spec.learner.filter(|_| learner);
+        spec.reference = spec.reference.filter(|_| reference);
+        spec.fallback = fallback.into();
+        complete(spec).map(drop).map_err(|error| error.value("field").unwrap().to_owned())
+    };
+    use Criterion::*;
+    use Fallback::{ReferenceOnly, Wait};
+    use Policy::*;
+    assert_eq!(with(Uniform, Learnability, false, false, Wait), Ok(()));
+    assert_eq!(with(Joint, Hard, true, false, Wait), Ok(()));
+    assert_eq!(with(Independent, Easy, false, true, Wait), Ok(()));
+    assert_eq!(with(Joint, Hard, false, true, Wait), Err("learner".into()));
+    assert_eq!(with(Joint, Easy, true, false, Wait), Err("reference".into()));
+    assert_eq!(with(Independent, Learnability, true, false, Wait), Err("reference".into()));
+    assert_eq!(with(Joint, Hard, true, false, ReferenceOnly), Err("fallback".into()));
+}
+
+#[test]
+fn a_lag_that_pushes_can_meet_is_taken() {
+    for (bound, push_every_steps) in
+        [(Bound::Exact(0), 1), (Bound::Exact(0), 8), (Bound::AtMost(3), 4), (Bound::AtMost(0), 1)]
+    {
+        let lag = Some(Lag { bound: Some(bound) });
+        complete(RunSpec { lag, push_every_steps, ..spec() }).unwrap();
+    }
+}
+
+#[test]
+fn the_first_difference_is_named_by_its_path() {
+    let base = complete(spec()).unwrap();
+    assert_eq!(first_difference(&base, &base.clone()), None);
+    let cases: &[(&str, Edit)] = &[
+        ("seed", |s| s.seed = 1),
+        ("phases[1].sub_batch_size", |s| s.phases[1].sub_batch_size = 8),
+        ("phases[1]", |s| s.phases.truncate(1)),
+        ("learner.model_uri", |s| s.learner.as_mut().unwrap().model_uri.push('x')),
+        ("learner.initial", |s| s.learner.as_mut().unwrap().initial = Some(Initial::RandomSeed(1))),
+        ("reference", |s| s.reference = None),
+        ("lag.bound", |s| s.lag = Some(Lag { bound: Some(Bound::AtMost(1)) })),
+        ("columns[0]", |s| s.columns.push("key".into())),
+        ("sources[0].weight", |s| s.sources[0].weight = 2.0),
+        // The protocol's order decides between several.
+        ("sources[0].uri", |s| {
+            s.seed = 3;
+            s.sources[0].uri.push('x');
+        }),
+    ];
+    for (path, edit) in cases {
+        let mut other = base.clone();
+        edit(&mut other);
+        assert_eq!(first_difference(&base, &other).as_deref(), Some(*path));
+    }
+}
+
+#[test]
+fn a_step_belongs_to_the_last_phase_that_began() {
+    let phases = [phase(0, Policy::Uniform), phase(10, Policy::Joint), phase(11, Policy::Independent)];
+    let policies = [0, 9, 10, 11, u64::MAX].map(|step| phase_at(&phases, step).policy());
+    assert_eq!(policies, [Policy::Uniform, Policy::Uniform, Policy::Joint, Policy::Independent, Policy::Independent]);
+}
+
+#[test]
+fn phases_are_added_only_beyond_what_is_decided() {
+    let base = complete(spec()).unwrap();
+    let more = vec![phase(20, Policy::Uniform)];
+    let longer = append_phases(base.clone(), more.clone(), Some(19)).unwrap();
+    assert_eq!((longer.phases.len(), longer.phases[2].n_chunks), (3, 16));
+    assert_eq!(
+        append_phases(longer.clone(), more.clone(), Some(100)).unwrap(),
+        longer,
+        "a repeated call changes nothing"
+    );
+    assert_eq!(append_phases(base.clone(), more, None).unwrap(), longer);
+    for (from_step, last_started) in [(20, Some(20)), (10, None), (5, None)] {
+        let error = append_phases(base.clone(), vec![phase(from_step, Policy::Uniform)], last_started).unwrap_err();
+        assert_eq!((error.reason(), error.value("field")), (Reason::RunSpecImpossible, Some("phases[2].from_step")));
+    }
+}
