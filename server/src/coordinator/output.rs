@@ -1,1 +1,152 @@
-//! (being written)
+//! What a rank is sent: the Arrow IPC stream of its rows.
+use super::receipt::fidelity_name;
+use crate::error::{Error, Result};
+use arrow::{
+    array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, UInt32Array, UInt64Array},
+    buffer::Buffer,
+    compute::{concat_batches, take},
+    datatypes::{DataType, Schema, SchemaRef},
+    error::ArrowError,
+    ipc::{reader::StreamDecoder, writer::StreamWriter},
+};
+use bytes::Bytes;
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::v1::{ChosenRow, Receipt};
+
+/// Bytes of rows in a record batch, unless a single row is larger.
+const BATCH_BYTES_MAX: usize = 4 << 20;
+
+/// The schema as the bytes of an empty stream.
+pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
+    write(schema, [])
+}
+
+/// The stream of the rows at `indices` of the draw order, in the order of `indices`.
+///
+/// `rows` are all chosen rows in draw order, with at least the data columns of `schema`; the `_superbatch_*` columns are filled
+/// from the receipt. The bytes are a function of the contents alone, however `rows` was put together, so a client may
+/// resume a stream that another coordinator began.
+///
+/// # Errors
+/// `Internal` where rows, receipt and schema do not fit each other.
+pub fn rank_stream(schema: &SchemaRef, rows: &RecordBatch, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
+    let count = receipt.chosen.len();
+    if rows.num_rows() != count || indices.iter().any(|index| *index >= count) {
+        let message = format!("the receipt names {count} rows, {} are in hand; cannot serve the step", rows.num_rows());
+        return Err(Error::internal(message));
+    }
+    let cuts = cut(&sizes(rows, indices).map_err(cannot)?);
+    let batches = cuts.into_iter().map(|range| batch(schema, rows, receipt, &indices[range]));
+    write(schema, batches.collect::<Result<Vec<_>>>()?)
+}
+
+/// Reads a whole stream into one record batch: how what workers send is joined.
+///
+/// # Errors
+/// `Internal` where the bytes are no complete stream.
+pub fn read_stream(bytes: Bytes) -> Result<RecordBatch> {
+    let read = || {
+        let mut decoder = StreamDecoder::new();
+        let mut buffer = Buffer::from(bytes);
+        let mut batches = Vec::new();
+        while let Some(batch) = decoder.decode(&mut buffer)? {
+            batches.push(batch);
+        }
+        decoder.finish()?;
+        let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
+        concat_batches(&schema, &batches)
+    };
+    read().map_err(|e| Error::internal("rows came in a broken Arrow stream").because(e))
+}
+
+fn cannot(cause: ArrowError) -> Error {
+    Error::internal("cannot encode a batch").because(cause)
+}
+
+fn write(schema: &Schema, batches: impl IntoIterator<Item = RecordBatch>) -> Result<Bytes> {
+    let stream = || {
+        let mut writer = StreamWriter::try_new(Vec::new(), schema)?;
+        for batch in batches {
+            writer.write(&batch)?;
+        }
+        writer.into_inner()
+    };
+    stream().map(Bytes::from).map_err(cannot)
+}
+
+/// One record batch of the output schema.
+fn batch(schema: &SchemaRef, rows: &RecordBatch, receipt: &Receipt, indices: &[usize]) -> Result<RecordBatch> {
+    let places = UInt32Array::from_iter_values(indices.iter().map(|index| *index as u32));
+    let column = |name: &str| {
+        if let Some(own) = own_column(name, receipt, indices) {
+            return Ok(own);
+        }
+        let data =
+            rows.column_by_name(name).ok_or_else(|| Error::internal(format!("the rows lack column '{name}'")))?;
+        take(data, &places, None).map_err(cannot)
+    };
+    let columns = schema.fields().iter().map(|field| column(field.name())).collect::<Result<Vec<_>>>()?;
+    RecordBatch::try_new(schema.clone(), columns).map_err(cannot)
+}
+
+/// A column that the receipt fills.
+fn own_column(name: &str, receipt: &Receipt, indices: &[usize]) -> Option<ArrayRef> {
+    let rows = || indices.iter().map(|index| &receipt.chosen[*index]);
+    let floats = |of: fn(&ChosenRow) -> f64| Arc::new(Float64Array::from_iter_values(rows().map(of)));
+    Some(match name {
+        "_superbatch_id" => Arc::new(StringArray::from_iter_values(rows().map(|row| &row.id))),
+        "_superbatch_position" => Arc::new(UInt64Array::from_iter_values(rows().map(|row| row.position))),
+        "_superbatch_score" => floats(|row| row.score),
+        "_superbatch_weight" => floats(|row| row.weight),
+        "_superbatch_fidelity" => {
+            Arc::new(StringArray::from_iter_values(rows().map(|row| fidelity_name(row.fidelity))))
+        }
+        _ => return None,
+    })
+}
+
+/// Bytes of each wanted row's data.
+fn sizes(rows: &RecordBatch, indices: &[usize]) -> Result<Vec<usize>, ArrowError> {
+    let mut sizes = vec![0; indices.len()];
+    for column in rows.columns() {
+        for (size, index) in sizes.iter_mut().zip(indices) {
+            *size += size_of(column, *index)?;
+        }
+    }
+    Ok(sizes)
+}
+
+fn size_of(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
+    match column.data_type() {
+        DataType::Binary => Ok(column.as_binary::<i32>().value_length(row) as usize),
+        DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
+        DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
+        DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
+        DataType::Boolean => Ok(1),
+        other => match other.primitive_width() {
+            Some(width) => Ok(width),
+            // Nested: the row alone, its children compacted.
+            None => take(column, &UInt32Array::from(vec![row as u32]), None)?.to_data().get_slice_memory_size(),
+        },
+    }
+}
+
+/// Cuts rows of these sizes into runs of at most [`BATCH_BYTES_MAX`], or of one row.
+fn cut(sizes: &[usize]) -> Vec<Range<usize>> {
+    let (mut cuts, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
+    for (row, size) in sizes.iter().enumerate() {
+        if row > start && bytes.saturating_add(*size) > BATCH_BYTES_MAX {
+            cuts.push(start..row);
+            (start, bytes) = (row, 0);
+        }
+        bytes = bytes.saturating_add(*size);
+    }
+    if start < sizes.len() {
+        cuts.push(start..sizes.len());
+    }
+    cuts
+}
+
+#[cfg(test)]
+#[path = "output_tests.rs"]
+mod tests;

@@ -1,0 +1,107 @@
+//! Summaries for people, as JSON: field names of the protocol, enums by their names in lower case.
+use serde_json::{Map, Value, json};
+use superbatch_proto::v1::{
+    Accounts, BadRow, BadRowReason, ComputeDtype, Criterion, EmbeddingDtype, Loss, Mode, Policy, ReceiptSummary,
+    SourceSpan, StageSeconds, WeightsVersion,
+};
+
+/// Names every field, so that a new one cannot be forgotten.
+macro_rules! object {
+    ($type:ident, $value:expr, { $($field:ident: $json:expr),* $(,)? }) => {{
+        let $type { $($field),* } = $value;
+        Value::Object(Map::from_iter([$((stringify!($field).to_owned(), $json)),*]))
+    }};
+    ($type:ident, $value:expr, [$($field:ident),* $(,)?]) => {
+        object!($type, $value, { $($field: json!($field)),* })
+    };
+}
+
+/// `POLICY_JOINT` without its prefix, in lower case.
+pub(super) fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+macro_rules! name {
+    ($type:ident, $prefix:literal, $value:expr) => {
+        $type::try_from(*$value).map_or_else(|_| json!($value), |known| json!(word(known.as_str_name(), $prefix)))
+    };
+}
+
+pub(super) fn summary(summary: &ReceiptSummary) -> Value {
+    object!(ReceiptSummary, summary, {
+        run_id: json!(run_id),
+        generation: json!(generation),
+        chosen_in_generation: json!(chosen_in_generation),
+        step: json!(step),
+        policy: name!(Policy, "POLICY_", policy),
+        criterion: name!(Criterion, "CRITERION_", criterion),
+        loss: name!(Loss, "LOSS_", loss),
+        mode: name!(Mode, "MODE_", mode),
+        fidelity: json!(super::fidelity_name(*fidelity)),
+        super_batch_size: json!(super_batch_size),
+        sub_batch_size: json!(sub_batch_size),
+        n_chunks: json!(n_chunks),
+        gain: json!(gain),
+        seed: json!(seed),
+        learner: json!(learner.as_ref().map(version)),
+        reference_digest: json!(reference_digest),
+        lag_steps: json!(lag_steps),
+        learner_scale: json!(learner_scale),
+        learner_bias: json!(learner_bias),
+        reference_scale: json!(reference_scale),
+        reference_bias: json!(reference_bias),
+        device: json!(device),
+        build: json!(build),
+        plan_version: json!(plan_version),
+        dataset_manifest: json!(dataset_manifest),
+        scanned: scanned.iter().map(|span| object!(SourceSpan, span, [source, epoch, start, count])).collect(),
+        holes: json!(holes),
+        batch_score: json!(batch_score),
+        mean_score_chosen: json!(mean_score_chosen),
+        mean_score_candidates: json!(mean_score_candidates),
+        cost: json!(cost.as_ref().map(accounts)),
+        committed_unix_ms: json!(committed_unix_ms),
+        selector_threads: json!(selector_threads),
+        writer_nonce: json!(writer_nonce),
+        embedding_dtype: name!(EmbeddingDtype, "EMBEDDING_DTYPE_", embedding_dtype),
+        compute_dtype: name!(ComputeDtype, "COMPUTE_DTYPE_", compute_dtype),
+    })
+}
+
+pub(super) fn bad_rows(rows: &[BadRow]) -> Value {
+    let one = |row: &BadRow| {
+        object!(BadRow, row, {
+            id: json!(id),
+            position: json!(position),
+            reason: name!(BadRowReason, "BAD_ROW_REASON_", reason),
+            detail: json!(detail),
+        })
+    };
+    rows.iter().map(one).collect()
+}
+
+fn version(version: &WeightsVersion) -> Value {
+    object!(WeightsVersion, version, [version, step, generation, digest])
+}
+
+fn accounts(accounts: &Accounts) -> Value {
+    object!(Accounts, accounts, {
+        candidates_scanned: json!(candidates_scanned),
+        examples_selected: json!(examples_selected),
+        bad_rows: json!(bad_rows),
+        reference_flops: json!(reference_flops),
+        learner_flops: json!(learner_flops),
+        selection_flops: json!(selection_flops),
+        discarded_flops: json!(discarded_flops),
+        train_flops: json!(train_flops),
+        seconds: json!(seconds.as_ref().map(self::seconds)),
+    })
+}
+
+fn seconds(seconds: &StageSeconds) -> Value {
+    object!(
+        StageSeconds,
+        seconds,
+        [plan, fetch, decode, embed_reference, embed_learner, select, commit, total, wait_weights]
+    )
+}
