@@ -1,6 +1,9 @@
 //! Which rows are the candidates of a step: a pure function of (manifest, seed, phases, step).
 mod epoch;
+mod rows;
 mod schedule;
+
+pub use rows::{locate, row_id};
 
 use self::{
     epoch::EpochOrder,
@@ -11,7 +14,6 @@ use crate::{
     error::{Error, Result},
 };
 use std::{
-    collections::HashMap,
     ops::Range,
     sync::{Arc, Mutex},
 };
@@ -116,11 +118,11 @@ impl Plan {
             }
             spans.push(SourceSpan { source: source as u32, epoch, start: place, count: *share });
         }
-        let mut placed = Vec::with_capacity(shares.iter().sum::<u64>() as usize);
+        let mut candidates = Vec::with_capacity(shares.iter().sum::<u64>() as usize);
         for span in &spans {
-            self.place(span, &mut placed);
+            self.place(span, &mut candidates);
         }
-        Ok(SuperBatch { candidates: canonical(placed), spans })
+        Ok(SuperBatch { candidates, spans })
     }
 
     /// How many steps there are until the end of the data; `None` without end.
@@ -203,15 +205,27 @@ impl Plan {
         Err(Error::invalid("phases", "the run has no phase; the first starts at step 0"))
     }
 
-    /// The candidates of a span, in the order of their positions.
+    /// Appends the candidates of a span in canonical order.
     fn place(&self, span: &SourceSpan, into: &mut Vec<Candidate>) {
         let order = self.order(span.source, span.epoch);
         let first = span.epoch * self.rows[span.source as usize];
         let mut rows = order.rows(self.seed);
+        // Of each block of the epoch: when it first appeared in this span, from 1.
+        let mut appearance = vec![0_u64; order.blocks().len()];
+        let mut appeared = 0;
+        let mut placed = Vec::with_capacity(span.count as usize);
         for place in span.start..span.start + span.count {
-            let (block, row) = rows.at(place);
-            into.push(Candidate { source: span.source, shard: block.0, block: block.1, row, position: first + place });
+            let (number, row) = rows.at(place);
+            if appearance[number] == 0 {
+                appeared += 1;
+                appearance[number] = appeared;
+            }
+            let (shard, block) = order.blocks()[number];
+            let candidate = Candidate { source: span.source, shard, block, row, position: first + place };
+            placed.push((appearance[number] << u32::BITS | u64::from(row), candidate));
         }
+        placed.sort_unstable_by_key(|(key, _)| *key);
+        into.extend(placed.into_iter().map(|(_, candidate)| candidate));
     }
 
     fn order(&self, source: u32, epoch: u64) -> Arc<EpochOrder> {
@@ -231,17 +245,6 @@ impl Plan {
         }
         order
     }
-}
-
-/// Brings candidates from the order of positions into canonical order.
-fn canonical(mut placed: Vec<Candidate>) -> Vec<Candidate> {
-    let mut appearance = HashMap::new();
-    for candidate in &placed {
-        let next = appearance.len();
-        appearance.entry((candidate.source, candidate.shard, candidate.block)).or_insert(next);
-    }
-    placed.sort_by_cached_key(|c| (appearance[&(c.source, c.shard, c.block)], c.row));
-    placed
 }
 
 /// Cuts a super-batch of `candidates` into at most `workers` even slices, at multiples of `micro_batch_rows`, so that what is

@@ -41,6 +41,11 @@ impl EpochOrder {
         Self { source, epoch, window_blocks: window_blocks as usize, blocks, starts }
     }
 
+    /// (shard, block in the shard), in the epoch's order.
+    pub fn blocks(&self) -> &[(u32, u32)] {
+        &self.blocks
+    }
+
     /// Looks places up; cheapest where they rise.
     pub fn rows(&self, seed: u64) -> Rows<'_> {
         Rows { order: self, seed, window: None }
@@ -75,8 +80,8 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// The (shard, block in the shard) and the row in the block at `place`, which is below the source's rows.
-    pub fn at(&mut self, place: u64) -> ((u32, u32), u32) {
+    /// The number in the epoch's order of the block at `place`, and the row in the block. `place` is below the source's rows.
+    pub fn at(&mut self, place: u64) -> (usize, u32) {
         let (order, seed) = (self.order, self.seed);
         let window = match self.window.take() {
             Some(window) if (window.start..window.end).contains(&place) => window,
@@ -86,6 +91,6 @@ impl Rows<'_> {
         let starts = &order.starts[window.first..window.last];
         let block = window.first + starts.partition_point(|start| *start <= row) - 1;
         self.window = Some(window);
-        (order.blocks[block], (row - order.starts[block]) as u32)
+        (block, (row - order.starts[block]) as u32)
     }
 }

@@ -2,6 +2,7 @@ use super::*;
 use crate::dataset::{Block, Layout, Shard, SourceManifest};
 use proptest::prelude::*;
 use std::{collections::HashSet, time::Duration};
+use superbatch_proto::v1::ChosenRow;
 
 /// A source whose shards hold blocks of these sizes.
 fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
@@ -181,6 +182,29 @@ fn walked(rows: u64, shares: &[u64]) -> Vec<(u64, u64)> {
         here
     };
     shares.iter().map(step).collect()
+}
+
+#[test]
+fn a_receipts_row_leads_back_to_its_candidate() {
+    for sources in [1, 2] {
+        let sources = vec![source("a", 1.0, &[&[10, 0, 25, 5], &[20, 1, 39]]); sources];
+        let plan = plan(sources, 3, 0, 2);
+        let manifest = plan.manifest();
+        let mut ids = HashSet::new();
+        let batch = plan.step(&phases(&[(0, 100)]), 0).unwrap();
+        for candidate in batch.candidates {
+            let (id, row) = row_id(manifest, &candidate);
+            let Candidate { source, shard, position, .. } = candidate;
+            assert!(id.ends_with(&format!("{shard:05}.parquet#{row}")), "{id}");
+            assert_eq!(id.contains(':'), manifest.sources.len() > 1, "{id}");
+            let chosen = ChosenRow { id: id.clone(), source, shard, row, position, ..Default::default() };
+            assert_eq!(locate(manifest, &chosen).unwrap(), candidate);
+            assert!(ids.insert(id));
+        }
+        for (source, shard, row) in [(9, 0, 0), (0, 2, 0), (0, 0, 40)] {
+            assert!(locate(manifest, &ChosenRow { source, shard, row, ..Default::default() }).is_err());
+        }
+    }
 }
 
 proptest! {
