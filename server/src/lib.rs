@@ -2,6 +2,7 @@
 //!
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process. Only [`app`] names both.
 pub mod admin;
+pub mod config;
 pub mod coordinator;
 pub mod dataset;
 pub mod error;

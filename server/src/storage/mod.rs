@@ -1,9 +1,11 @@
 //! Object storage: opening URIs, keys below them, and facts that are written once.
 mod facts;
 mod location;
+mod metered;
 
 pub use facts::{Created, nonce, probe};
 pub use location::Location;
+pub use metered::metered;
 
 use crate::error::{Error, Result};
 use object_store::{ObjectStore, local::LocalFileSystem, memory::InMemory, path::Path};
@@ -18,7 +20,7 @@ use superbatch_proto::v1::Reason;
 use url::Url;
 
 /// Which storage may be touched, and how it is reached.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {
     /// URI prefixes that requests may name for data and models. Everything is allowed on loopback where this is empty.

@@ -1,1 +1,160 @@
-//! (being written)
+//! Makes one snapshot of a push's parts: a safetensors file whose bytes depend on the weights alone.
+use super::staging::{Part, Staged, refused};
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use safetensors::{Dtype, View};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+};
+use superbatch_proto::v1::Reason;
+
+/// A safetensors file and the BLAKE3 of its bytes, in hex.
+pub(super) struct Snapshot {
+    pub bytes: Bytes,
+    pub digest: String,
+}
+
+/// Joins the parts, tensors by name. Heavy work (it reads and copies all weights): keep it off the async threads.
+///
+/// # Errors
+/// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or infinity.
+pub(super) fn assemble(staged: Staged) -> Result<Snapshot> {
+    let (shape, mut parts) = staged.into_parts();
+    let mut tensors = BTreeMap::new();
+    for (name, shape) in &shape.tensors {
+        let parts = parts.remove(name).unwrap_or_default();
+        let (have, all) = (parts.iter().map(Part::elements).sum::<u64>(), shape.iter().product::<u64>());
+        // Parts lie inside and do not overlap, so counting elements decides.
+        if have != all || parts.is_empty() {
+            return Err(refused(name, format!("{name} is not whole: {have} of {all} elements were pushed")));
+        }
+        if let Some(value) = parts.iter().find_map(not_finite) {
+            return Err(refused(name, format!("{name} holds {value}; the weights diverged or were overwritten")));
+        }
+        let shape: Result<Vec<usize>, _> = shape.iter().map(|&n| usize::try_from(n)).collect();
+        let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
+        tensors.insert(name.as_str(), Tensor { shape, parts });
+    }
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(tensors, Some(format))
+        .map_err(|e| Error::new(Reason::WeightsRefused, "cannot write the weights as safetensors").because(e))?;
+    let digest = blake3::hash(&bytes).to_hex().to_string();
+    Ok(Snapshot { bytes: bytes.into(), digest })
+}
+
+struct Tensor {
+    shape: Vec<usize>,
+    /// At least one.
+    parts: Vec<Part>,
+}
+
+impl View for Tensor {
+    fn dtype(&self) -> Dtype {
+        self.parts[0].dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        if let [whole] = &self.parts[..] {
+            return Cow::Borrowed(&whole.bytes);
+        }
+        let mut out = vec![0; self.data_len()];
+        for part in &self.parts {
+            place(&mut out, &self.shape, part);
+        }
+        Cow::Owned(out)
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
+    }
+}
+
+/// Copies a part into the tensor `out` of `shape`, in the longest runs that are contiguous in both.
+fn place(out: &mut [u8], shape: &[usize], part: &Part) {
+    let width = part.dtype.bitsize() / 8;
+    let extent: Vec<usize> = part.extent.iter().map(|&n| n as usize).collect();
+    let start: Vec<usize> = part.start.iter().map(|&n| n as usize).collect();
+    let mut strides = vec![width; shape.len()];
+    for d in (1..shape.len()).rev() {
+        strides[d - 1] = strides[d] * shape[d];
+    }
+    // All dimensions after `outer` are whole, so that a run spans `outer` and them.
+    let outer = (0..shape.len()).rev().find(|&d| extent[d] != shape[d]).unwrap_or(0);
+    let run = extent.iter().skip(outer).product::<usize>() * width;
+    if part.bytes.is_empty() {
+        return;
+    }
+    let first: usize = start.iter().zip(&strides).map(|(s, stride)| s * stride).sum();
+    for (mut index, bytes) in part.bytes.chunks_exact(run).enumerate() {
+        let mut at = first;
+        for d in (0..outer).rev() {
+            at += index % extent[d] * strides[d];
+            index /= extent[d];
+        }
+        out[at..at + run].copy_from_slice(bytes);
+    }
+}
+
+/// The first value that is not finite: all bits of its exponent are set.
+fn not_finite(part: &Part) -> Option<f32> {
+    let halves = |exponent: u16| {
+        part.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).find(|bits| bits & exponent == exponent)
+    };
+    match part.dtype {
+        Dtype::F16 => halves(0x7c00).map(|bits| half::f16::from_bits(bits).to_f32()),
+        Dtype::BF16 => halves(0x7f80).map(|bits| half::bf16::from_bits(bits).to_f32()),
+        _ => part.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).find(|x| !x.is_finite()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(dtype: Dtype, start: &[u64], extent: &[u64], bytes: Vec<u8>) -> Part {
+        Part { dtype, start: start.to_vec(), extent: extent.to_vec(), bytes }
+    }
+
+    #[test]
+    fn blocks_land_where_they_belong_in_any_dimension() {
+        // Every way to cut a 3 x 4 x 2 tensor in two along one dimension.
+        let shape = [3usize, 4, 2];
+        let whole: Vec<u8> = (0..48).collect();
+        for (axis, cut) in (0..3).flat_map(|axis| (0..=shape[axis] as u64).map(move |cut| (axis, cut))) {
+            let parts = [(0, cut), (cut, shape[axis] as u64)].map(|(from, to)| {
+                let (mut start, mut extent) = ([0; 3], shape.map(|n| n as u64));
+                (start[axis], extent[axis]) = (from, to - from);
+                let inside = |i: &usize| {
+                    let index = [i / 8, i / 2 % 4, i % 2];
+                    (from..to).contains(&(index[axis] as u64))
+                };
+                let bytes = (0..24).filter(inside).flat_map(|i| [whole[2 * i], whole[2 * i + 1]]).collect();
+                part(Dtype::F16, &start, &extent, bytes)
+            });
+            let tensor = Tensor { shape: shape.to_vec(), parts: parts.into() };
+            assert_eq!(tensor.data(), whole, "axis {axis}, cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_seen_in_every_dtype() {
+        let f32s = |x: f32| part(Dtype::F32, &[0], &[2], [1.0f32.to_le_bytes(), x.to_le_bytes()].concat());
+        let f16s = |x: f32| part(Dtype::F16, &[0], &[1], half::f16::from_f32(x).to_le_bytes().to_vec());
+        let bf16s = |x: f32| part(Dtype::BF16, &[0], &[1], half::bf16::from_f32(x).to_le_bytes().to_vec());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for part in [f32s(bad), f16s(bad), bf16s(bad)] {
+                assert!(not_finite(&part).is_some(), "{bad} as {:?}", part.dtype);
+            }
+        }
+        for good in [0.0, -1.5, 60_000.0, 1e-8] {
+            for part in [f32s(good), f16s(good), bf16s(good)] {
+                assert_eq!(not_finite(&part), None, "{good} as {:?}", part.dtype);
+            }
+        }
+    }
+}

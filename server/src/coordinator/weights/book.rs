@@ -1,1 +1,197 @@
-//! (being written)
+//! The published weights of a run, over all its generations, and which of them a step may use. No I/O.
+use super::lag::Due;
+use std::collections::BTreeMap;
+use superbatch_proto::v1::WeightsVersion;
+
+/// One published set of weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    pub version: WeightsVersion,
+    /// The safetensors file, for workers.
+    pub snapshot_uri: String,
+    /// Factor on cosines (exp applied) that these weights hold.
+    pub logit_scale: f64,
+    pub logit_bias: Option<f64>,
+}
+
+/// Where a generation of the run began: at `step`, by a rewind (or at 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Began {
+    pub generation: u32,
+    pub step: u64,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Entry {
+    published: Published,
+    push_id: String,
+    /// Its snapshot is still there.
+    kept: bool,
+}
+
+/// All published versions of a run.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Book {
+    initial: Option<Published>,
+    /// By (step, generation).
+    entries: BTreeMap<(i64, u32), Entry>,
+    last_version: u64,
+}
+
+impl Book {
+    /// The version that `due` asks for, among the generations of `chain`. `None` where it is not published (yet), or its
+    /// snapshot was forgotten.
+    ///
+    /// A push of step q in generation g counts only where no later generation of the chain begins at or before q: a rewind
+    /// to step t takes back the pushes of step t and later. Where several generations pushed a step, the latest counts.
+    pub fn find(&self, due: Due, chain: &[Began]) -> Option<Published> {
+        match due {
+            Due::Initial => self.freshest(-1, -1, chain),
+            Due::Exactly(step) => i64::try_from(step).ok().and_then(|step| self.freshest(step, step, chain)),
+            Due::Within { oldest, newest } => self.freshest(oldest, newest, chain),
+        }
+    }
+
+    /// The freshest version from before `step`, however old: what a stale step is served with.
+    pub fn last_before(&self, step: u64, chain: &[Began]) -> Option<Published> {
+        self.freshest(-1, i64::try_from(step).unwrap_or(i64::MAX) - 1, chain)
+    }
+
+    /// The newest publication, by version number. The initial learner where nothing was pushed.
+    pub fn newest(&self) -> Option<Published> {
+        let pushed = self.entries.values().map(|entry| &entry.published).max_by_key(|p| p.version.version);
+        pushed.or(self.initial.as_ref()).cloned()
+    }
+
+    fn freshest(&self, oldest: i64, newest: i64, chain: &[Began]) -> Option<Published> {
+        if oldest > newest {
+            return None;
+        }
+        let counts = |step: i64, generation: u32| {
+            chain.iter().any(|began| began.generation == generation)
+                && !chain
+                    .iter()
+                    .any(|began| began.generation > generation && i64::try_from(began.step).is_ok_and(|s| s <= step))
+        };
+        let pushed = self.entries.range((oldest, 0)..=(newest, u32::MAX)).rev();
+        let found =
+            pushed.filter(|(at, entry)| entry.kept && counts(at.0, at.1)).map(|(_, entry)| &entry.published).next();
+        found.or(self.initial.as_ref().filter(|_| oldest <= -1)).cloned()
+    }
+
+    /// What was published for exactly this step of this generation, and the id of its push.
+    pub(super) fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published)> {
+        self.entries.get(&(step, generation)).map(|entry| (entry.push_id.as_str(), &entry.published))
+    }
+
+    pub(super) fn next_version(&self) -> u64 {
+        self.last_version + 1
+    }
+
+    pub(super) fn insert(&mut self, push_id: String, published: Published, kept: bool) {
+        self.last_version = self.last_version.max(published.version.version);
+        let at = (published.version.step, published.version.generation);
+        self.entries.insert(at, Entry { published, push_id, kept });
+    }
+
+    pub(super) fn set_initial(&mut self, initial: Published) {
+        self.initial = Some(initial);
+    }
+
+    /// Marks all versions that `keep` refuses as forgotten, but never the newest.
+    pub(super) fn forget(&mut self, keep: impl Fn(&Published) -> bool) {
+        let newest = self.last_version;
+        for entry in self.entries.values_mut() {
+            entry.kept = entry.kept && (entry.published.version.version == newest || keep(&entry.published));
+        }
+    }
+
+    /// Whether a snapshot is still needed.
+    pub(super) fn holds(&self, digest: &str) -> bool {
+        self.entries.values().any(|entry| entry.kept && entry.published.version.digest == digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn published(version: u64, step: i64, generation: u32) -> Published {
+        let digest = format!("d{version}");
+        let version = WeightsVersion { version, step, generation, digest };
+        Published { version, snapshot_uri: String::new(), logit_scale: 1.0, logit_bias: None }
+    }
+
+    fn book(pushes: &[(i64, u32)]) -> Book {
+        let mut book = Book::default();
+        for (version, &(step, generation)) in (1..).zip(pushes) {
+            book.insert("id".into(), published(version, step, generation), true);
+        }
+        book
+    }
+
+    fn chain(steps: &[u64]) -> Vec<Began> {
+        (0..).zip(steps).map(|(generation, &step)| Began { generation, step }).collect()
+    }
+
+    fn at(found: Option<Published>) -> Option<(i64, u32)> {
+        found.map(|p| (p.version.step, p.version.generation))
+    }
+
+    #[test]
+    fn a_rewind_takes_back_the_pushes_from_its_step_on() {
+        let book = book(&[(-1, 0), (3, 0), (4, 0), (12, 0), (4, 1), (9, 1), (2, 2)]);
+        let chain = chain(&[0, 10, 4]);
+        let find = |step, generations| at(book.find(Due::Exactly(step), &chain[..generations]));
+        assert_eq!(find(12, 1), Some((12, 0)));
+        assert_eq!(find(12, 2), None, "generation 1 begins at 10");
+        assert_eq!(find(4, 2), Some((4, 1)), "the later generation pushed it again");
+        assert_eq!(find(4, 3), None, "generation 2 begins at 4");
+        assert_eq!(find(9, 3), None);
+        assert_eq!(find(3, 3), Some((3, 0)));
+        assert_eq!(find(2, 2), None, "generation 2 is not of this chain");
+        assert_eq!(at(book.find(Due::Initial, &chain)), Some((-1, 0)), "initial weights survive every rewind");
+        assert_eq!(at(book.last_before(12, &chain)), Some((3, 0)));
+    }
+
+    #[test]
+    fn the_initial_learner_stands_in_where_nothing_was_pushed() {
+        let mut book = book(&[(5, 0)]);
+        let chain = chain(&[0]);
+        assert_eq!(book.find(Due::Initial, &chain), None);
+        book.set_initial(published(0, -1, 0));
+        assert_eq!(book.find(Due::Initial, &chain).map(|p| p.version.version), Some(0));
+        assert_eq!(book.find(Due::Within { oldest: -1, newest: 4 }, &chain).map(|p| p.version.version), Some(0));
+        assert_eq!(book.find(Due::Within { oldest: 0, newest: 4 }, &chain), None);
+        assert_eq!(book.newest().map(|p| p.version.version), Some(1));
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_found_and_the_newest_is_kept() {
+        let mut book = book(&[(1, 0), (3, 0), (5, 0)]);
+        book.forget(|p| p.version.step == 1);
+        let chain = chain(&[0]);
+        assert_eq!(at(book.find(Due::Exactly(3), &chain)), None);
+        assert_eq!(at(book.find(Due::Exactly(1), &chain)), Some((1, 0)));
+        assert_eq!(at(book.find(Due::Exactly(5), &chain)), Some((5, 0)));
+        assert!(!book.holds("d2") && book.holds("d3"));
+        assert_eq!(book.next_version(), 4);
+    }
+
+    proptest! {
+        #[test]
+        fn find_agrees_with_trying_every_push(
+            pushes in prop::collection::vec((-1i64..12, 0u32..4), 0..20),
+            begins in prop::collection::vec(0u64..12, 4),
+            oldest in -1i64..12, newest in -1i64..12,
+        ) {
+            let chain = chain(&begins);
+            let tried = pushes.iter().filter(|(q, g)| {
+                (oldest..=newest).contains(q) && !chain.iter().any(|b| b.generation > *g && b.step as i64 <= *q)
+            });
+            let found = book(&pushes).find(Due::Within { oldest, newest }, &chain);
+            prop_assert_eq!(at(found), tried.max().copied());
+        }
+    }
+}

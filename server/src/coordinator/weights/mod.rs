@@ -1,5 +1,178 @@
 //! Learner weights: parts from one or several ranks are staged, verified, published, and found again by the lag.
+//!
+//! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put at `snapshots/{blake3}`,
+//! loaded by a worker ([`Verifier`]), and published by creating the fact `pushes/{generation}/{step}.json`. Until that fact
+//! exists nothing is seen of it, and the old version serves on.
 mod assemble;
 mod book;
 mod lag;
+mod publish;
 mod staging;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+pub use book::{Began, Book, Published};
+pub use lag::{Due, due, on_cadence};
+
+use crate::{
+    error::{Error, Result},
+    metrics,
+    storage::Location,
+};
+use async_trait::async_trait;
+use futures::{StreamExt, TryStreamExt, stream};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use superbatch_proto::v1::Lag;
+use tokio::sync::{OnceCell, watch};
+use tokio_util::task::TaskTracker;
+
+/// Facts that are read at the same time when a run is opened.
+const READS_AT_ONCE: usize = 32;
+
+/// What the learner's weights look like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelShape {
+    /// Shapes by name: what a push must hold, no more and no less.
+    pub tensors: BTreeMap<String, Vec<u64>>,
+    /// Factor on cosines, exp applied.
+    pub logit_scale: f64,
+    pub logit_bias: Option<f64>,
+}
+
+/// Loads weights for real, on a worker.
+#[async_trait]
+pub trait Verifier: Send + Sync {
+    /// Loads a snapshot and runs a canary batch. `digest` is the BLAKE3 of the file, in hex.
+    ///
+    /// # Errors
+    /// `WeightsRefused`, with `tensor` where one is to blame; others where no worker can say.
+    async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape>;
+
+    /// The shape of the learner, from its model folder alone.
+    async fn shape(&self) -> Result<ModelShape>;
+}
+
+/// What a run's spec and the config say about its weights.
+#[derive(Debug, Clone)]
+pub struct RunWeights {
+    pub lag: Lag,
+    pub push_every_steps: u32,
+    /// Whether the trainer pushes its initial weights, as step -1.
+    pub first_push: bool,
+    /// The initial learner (version 0, step -1) where the trainer does not push it; see also [`Weights::set_initial`].
+    pub initial: Option<Published>,
+    /// Largest push, in bytes: it is held in memory until it is whole.
+    pub push_bytes_max: u64,
+    /// How long a rank's ended stream waits for the others, and how long a stream may be silent.
+    pub push_deadline: Duration,
+}
+
+/// The weights of one run. Cloned freely.
+#[derive(Clone)]
+pub struct Weights(Arc<Inner>);
+
+struct Inner {
+    /// The run's own prefix in the state.
+    run: Location,
+    spec: RunWeights,
+    verifier: Arc<dyn Verifier>,
+    shape: OnceCell<Arc<ModelShape>>,
+    book: watch::Sender<Book>,
+    staging: Mutex<streams::Staging>,
+    /// (generation, step) of the pushes that are staging or being verified.
+    on_their_way: watch::Sender<BTreeSet<(u32, i64)>>,
+    /// One publication at a time, and none while snapshots are forgotten.
+    publishing: tokio::sync::Mutex<()>,
+    tasks: TaskTracker,
+}
+
+impl Weights {
+    /// Opens the weights of the run at `run`, with all versions published so far.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`; `Internal` where a fact cannot be read.
+    pub async fn open(run: Location, spec: RunWeights, verifier: Arc<dyn Verifier>) -> Result<Self> {
+        let mut book = Book::default();
+        if let Some(initial) = spec.initial.clone() {
+            book.set_initial(initial);
+        }
+        let snapshots: HashSet<String> = run.list(publish::SNAPSHOTS).await?.into_iter().map(|(key, _)| key).collect();
+        let keys = run.list(publish::PUSHES).await?;
+        let mut facts = stream::iter(keys).map(|(key, _)| read_fact(&run, key)).buffer_unordered(READS_AT_ONCE);
+        while let Some(fact) = facts.try_next().await? {
+            let kept = snapshots.contains(&publish::snapshot_key(&fact.digest));
+            book.insert(fact.push_id.clone(), fact.published(&run), kept);
+        }
+        drop(facts);
+        gauge_newest(&book);
+        let inner = Inner {
+            run,
+            spec,
+            verifier,
+            shape: OnceCell::new(),
+            book: watch::Sender::new(book),
+            staging: Mutex::default(),
+            on_their_way: watch::Sender::default(),
+            publishing: tokio::sync::Mutex::default(),
+            tasks: TaskTracker::new(),
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The published versions, as they are now and as they become.
+    pub fn book(&self) -> watch::Receiver<Book> {
+        self.0.book.subscribe()
+    }
+
+    /// (generation, step) of the pushes that are on their way: begun, and neither published nor refused. A push leaves this
+    /// set only after it has entered the [`Book`].
+    pub fn staging_steps(&self) -> watch::Receiver<BTreeSet<(u32, i64)>> {
+        self.0.on_their_way.subscribe()
+    }
+
+    /// Enters the initial learner, once a worker has said what its digest is.
+    pub fn set_initial(&self, initial: Published) {
+        self.0.book.send_modify(|book| book.set_initial(initial));
+    }
+
+    /// Deletes the snapshots of all versions that `keep` refuses, and of pushes that were never published. The newest version
+    /// is always kept; the facts of all stay. Returns how many were deleted.
+    pub async fn forget(&self, keep: impl Fn(&Published) -> bool + Send) -> Result<usize> {
+        let _alone = self.0.publishing.lock().await;
+        self.0.book.send_modify(|book| book.forget(keep));
+        let keys = self.0.run.list(publish::SNAPSHOTS).await?;
+        let needed = |key: &str| publish::digest_of(key).is_some_and(|digest| self.0.book.borrow().holds(digest));
+        let gone: Vec<String> = keys.into_iter().map(|(key, _)| key).filter(|key| !needed(key)).collect();
+        for key in &gone {
+            self.0.run.delete(key).await?;
+        }
+        Ok(gone.len())
+    }
+
+    /// Waits for the publications that are under way; call it when no new push can come.
+    pub async fn drain(&self) {
+        self.0.tasks.close();
+        self.0.tasks.wait().await;
+    }
+}
+
+impl Inner {
+    async fn shape(&self) -> Result<Arc<ModelShape>> {
+        let shape = self.shape.get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
+        shape.await.cloned()
+    }
+}
+
+async fn read_fact(run: &Location, key: String) -> Result<publish::Fact> {
+    publish::Fact::parse(&run.get(&key).await?, &run.uri_of(&key))
+}
+
+fn gauge_newest(book: &Book) {
+    let version = book.newest().map_or(0, |newest| newest.version.version);
+    metrics::learner_version().set(version as f64);
+}

@@ -1,1 +1,247 @@
-//! (being written)
+//! The parts of one push, in memory: what may be staged, and when it is whole. No I/O.
+use super::ModelShape;
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use safetensors::Dtype;
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
+
+/// A block of one tensor: elements start .. start + extent in each dimension, C order, little endian.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub dtype: Dtype,
+    pub start: Vec<u64>,
+    pub extent: Vec<u64>,
+    /// Empty until it has arrived.
+    pub bytes: Vec<u8>,
+}
+
+impl Part {
+    pub fn elements(&self) -> u64 {
+        self.extent.iter().product()
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let both_have_elements = self.elements() > 0 && other.elements() > 0;
+        let mut dimensions = self.start.iter().zip(&self.extent).zip(other.start.iter().zip(&other.extent));
+        both_have_elements && dimensions.all(|((a, n), (b, m))| a < &(b + m) && b < &(a + n))
+    }
+}
+
+/// Where a part is on its way.
+#[derive(Debug)]
+struct Slot {
+    stream: u64,
+    /// Its tensor; `None` where the part is dropped because it is a buffer and no weight.
+    tensor: Option<String>,
+    done: bool,
+}
+
+/// The parts of one push, of all its streams.
+#[derive(Debug)]
+pub(super) struct Staged {
+    shape: Arc<ModelShape>,
+    bytes_max: u64,
+    /// Parts of the whole push; 0 where its one stream says by its end that it is whole.
+    expected: u32,
+    bytes: u64,
+    slots: HashMap<u64, Slot>,
+    next_slot: u64,
+    tensors: BTreeMap<String, BTreeMap<u64, Part>>,
+}
+
+/// A part whose bytes are coming in.
+pub(super) struct Receiving {
+    slot: u64,
+    tensor: String,
+    /// `None`: as many as come, and they are thrown away.
+    bytes_due: Option<usize>,
+    bytes: Vec<u8>,
+    hasher: blake3::Hasher,
+    blake3: Bytes,
+}
+
+pub(super) fn refused(tensor: &str, message: impl Into<String>) -> Error {
+    Error::new(Reason::WeightsRefused, message).with("tensor", tensor)
+}
+
+impl Staged {
+    pub fn new(shape: Arc<ModelShape>, expected: u32, bytes_max: u64) -> Self {
+        let (slots, tensors) = (HashMap::new(), BTreeMap::new());
+        Self { shape, bytes_max, expected, bytes: 0, slots, next_slot: 0, tensors }
+    }
+
+    pub fn expected(&self) -> u32 {
+        self.expected
+    }
+
+    /// Makes room for a part that `stream` announces.
+    ///
+    /// # Errors
+    /// `WeightsRefused` where it cannot be a block of such a tensor of the learner, `PushConflict` where it overlaps another
+    /// part, `MessageTooLarge` beyond the bytes of a push. All name the tensor.
+    pub fn reserve(&mut self, stream: u64, header: PartHeader) -> Result<Receiving> {
+        let name = header.name.clone();
+        if self.expected > 0 && self.slots.len() >= self.expected as usize {
+            return Err(refused(&name, format!("{name} is one part more than expected_parts ({})", self.expected)));
+        }
+        let slot = self.next_slot;
+        let mut receiving = Receiving {
+            slot,
+            tensor: name.clone(),
+            bytes_due: None,
+            bytes: Vec::new(),
+            hasher: blake3::Hasher::new(),
+            blake3: header.blake3.clone(),
+        };
+        let mut tensor = None;
+        if !self.is_buffer(&name) {
+            let part = self.check(header)?;
+            let size = part.elements() * part.dtype.bitsize() as u64 / 8;
+            let bytes = self.bytes.saturating_add(size);
+            if bytes > self.bytes_max {
+                let message =
+                    format!("with {name} the push exceeds coordinator.push_bytes_max ({}); raise it", self.bytes_max);
+                return Err(Error::new(Reason::MessageTooLarge, message).with("tensor", name));
+            }
+            self.bytes = bytes;
+            receiving.bytes_due = Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
+            self.tensors.entry(name.clone()).or_default().insert(slot, part);
+            tensor = Some(name);
+        }
+        self.next_slot += 1;
+        self.slots.insert(slot, Slot { stream, done: tensor.is_none(), tensor });
+        Ok(receiving)
+    }
+
+    /// Position ids are constants that some versions of transformers keep in the state dict.
+    fn is_buffer(&self, name: &str) -> bool {
+        let last = name.rsplit('.').next();
+        last == Some("position_ids") && !self.shape.tensors.contains_key(name)
+    }
+
+    fn check(&self, header: PartHeader) -> Result<Part> {
+        let PartHeader { name, global_shape, start, extent, .. } = &header;
+        let Some(shape) = self.shape.tensors.get(name) else {
+            return Err(refused(name, format!("{name} is no tensor of the learner")));
+        };
+        if shape != global_shape {
+            return Err(refused(name, format!("{name} has shape {global_shape:?}, and {shape:?} in the learner")));
+        }
+        let dtype = match header.dtype() {
+            TensorDtype::F32 => Dtype::F32,
+            TensorDtype::F16 => Dtype::F16,
+            TensorDtype::Bf16 => Dtype::BF16,
+            TensorDtype::Unspecified => return Err(refused(name, format!("{name} must be f32, f16 or bf16"))),
+        };
+        let inside = |((s, e), n): ((&u64, &u64), &u64)| s.checked_add(*e).is_some_and(|end| end <= *n);
+        let dimensions_agree = start.len() == shape.len() && extent.len() == shape.len();
+        if !dimensions_agree || !start.iter().zip(extent).zip(shape).all(inside) {
+            let message = format!("a part of {name}, start {start:?} and extent {extent:?}, lies outside of {shape:?}");
+            return Err(refused(name, message));
+        }
+        let part = Part { dtype, start: start.clone(), extent: extent.clone(), bytes: Vec::new() };
+        for other in self.tensors.get(name).into_iter().flat_map(BTreeMap::values) {
+            if other.dtype != dtype {
+                return Err(refused(name, format!("the parts of {name} differ in dtype")));
+            }
+            if other.overlaps(&part) {
+                let message = format!("two parts of {name} overlap, at {start:?} and at {:?}", other.start);
+                return Err(Error::new(Reason::PushConflict, message).with("tensor", name));
+            }
+        }
+        Ok(part)
+    }
+
+    /// Keeps a part that has arrived.
+    ///
+    /// # Errors
+    /// `WeightsRefused`, naming its tensor, where bytes are missing or the checksum is another.
+    pub fn arrived(&mut self, receiving: Receiving) -> Result<()> {
+        let Receiving { slot, tensor, bytes_due, bytes, hasher, blake3 } = receiving;
+        if let Some(due) = bytes_due {
+            if bytes.len() != due {
+                return Err(refused(&tensor, format!("a part of {tensor} ended after {} of {due} bytes", bytes.len())));
+            }
+            if hasher.finalize().as_bytes()[..] != blake3[..] {
+                return Err(refused(&tensor, format!("a part of {tensor} does not match its checksum; push it again")));
+            }
+        }
+        // A slot that is gone was taken back with its stream.
+        let Some(found) = self.slots.get_mut(&slot) else { return Ok(()) };
+        found.done = true;
+        if let Some(part) = self.tensors.get_mut(&tensor).and_then(|parts| parts.get_mut(&slot)) {
+            part.bytes = bytes;
+        }
+        Ok(())
+    }
+
+    /// Takes back all parts of a stream that broke.
+    pub fn drop_stream(&mut self, stream: u64) {
+        let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.stream == stream).map(|(id, _)| *id).collect();
+        for id in gone {
+            let tensor = self.slots.remove(&id).and_then(|slot| slot.tensor);
+            let Some(parts) = tensor.and_then(|tensor| self.tensors.get_mut(&tensor)) else { continue };
+            if let Some(part) = parts.remove(&id) {
+                self.bytes -= part.elements() * part.dtype.bitsize() as u64 / 8;
+            }
+        }
+    }
+
+    /// Whether all parts are here, given that no stream is still sending.
+    pub fn is_whole(&self) -> bool {
+        self.expected == 0 || self.arrived_parts() == self.expected as usize
+    }
+
+    fn arrived_parts(&self) -> usize {
+        self.slots.values().filter(|slot| slot.done).count()
+    }
+
+    /// Why a push that did not become whole in time is refused: how many parts are missing, and the first tensor.
+    pub fn incomplete(&self) -> Error {
+        let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
+        let first = self.shape.tensors.iter().find(|(name, shape)| {
+            let parts = self.tensors.get(*name).into_iter().flat_map(BTreeMap::values);
+            parts.filter(|part| !part.bytes.is_empty()).map(Part::elements).sum::<u64>() < shape.iter().product()
+        });
+        let first = first.map_or("", |(name, _)| name);
+        let expected = self.expected;
+        refused(first, format!("{missing} of {expected} parts did not come within coordinator.push_deadline_seconds"))
+    }
+
+    /// The learner's tensors, and the parts of each.
+    pub fn into_parts(self) -> (Arc<ModelShape>, BTreeMap<String, Vec<Part>>) {
+        let parts = self.tensors.into_iter().map(|(name, parts)| (name, parts.into_values().collect()));
+        (self.shape, parts.collect())
+    }
+}
+
+impl Receiving {
+    /// Takes the next bytes of the part.
+    pub fn take(&mut self, data: &[u8]) -> Result<()> {
+        let Some(due) = self.bytes_due else { return Ok(()) };
+        if self.bytes.len() + data.len() > due {
+            let message = format!("a part of {} has more than the {due} bytes of its extent", self.tensor);
+            return Err(refused(&self.tensor, message));
+        }
+        if self.bytes.capacity() == 0 {
+            self.bytes.reserve_exact(due);
+        }
+        self.hasher.update(data);
+        self.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// Whether it has all its bytes. A buffer that is thrown away never has.
+    pub fn is_full(&self) -> bool {
+        self.bytes_due == Some(self.bytes.len())
+    }
+
+    /// Whether it may end here.
+    pub fn may_end(&self) -> bool {
+        self.bytes_due.is_none_or(|due| due == self.bytes.len())
+    }
+}

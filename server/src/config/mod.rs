@@ -1,0 +1,246 @@
+//! The server's whole configuration: one YAML file, with environment variables before it. Only this module reads the
+//! environment. Every field's comment is its text in `docs/configuration.md`, and `Default` its only default.
+mod load;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+pub use load::environment;
+pub use reference::{commented_yaml, reference};
+
+use crate::{
+    error::{Error, Result},
+    storage::StorageConfig,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use superbatch_proto::v1::Reason;
+use url::Url;
+
+/// Durations beyond this are refused, in seconds: about 30 years.
+const SECONDS_MAX: f64 = 1e9;
+
+/// Everything that an operator may set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address and port where trainers, workers and operators reach a coordinator. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none of them.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine, because TLS and tokens are
+    /// not built yet; leave it to networks that you trust whole.
+    pub allow_insecure: bool,
+    /// Where all state lives (runs, receipts, weights, reference embeddings): a URI such as `s3://bucket/prefix`, or a path.
+    pub state: String,
+    /// Object storage.
+    pub storage: StorageConfig,
+    /// The coordinator (`superbatch serve`).
+    pub coordinator: CoordinatorConfig,
+    /// A worker of its own (`superbatch worker`).
+    pub worker_role: WorkerRoleConfig,
+    /// Logs, on standard error.
+    pub log: LogConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: loopback(50051),
+            metrics_listen: Some(loopback(9464)),
+            allow_insecure: false,
+            state: "./superbatch-state".into(),
+            storage: StorageConfig::default(),
+            coordinator: CoordinatorConfig::default(),
+            worker_role: WorkerRoleConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+/// What a coordinator may use, and how long it waits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CoordinatorConfig {
+    /// URI by which trainers and other coordinators reach this one, such as `http://superbatch-0.superbatch:50051`. `null` is
+    /// made of `listen`.
+    pub advertise_address: Option<String>,
+    /// Whether a worker runs in the same process.
+    pub workers_embedded: bool,
+    /// What joint selection runs on: `auto` (a CUDA device where there is one, else `native`), `native`, `torch` (LibTorch on
+    /// the CPU), `cuda` or `cuda:N`.
+    pub selector_device: String,
+    /// How long calls may finish at shutdown, in seconds.
+    pub grace_seconds: f64,
+    /// How long a step that is needed waits for weights before its run's fallback applies, in seconds, where the run does not
+    /// say.
+    pub need_deadline_seconds: f64,
+    /// How long a worker counts as alive after it was last heard of, in seconds.
+    pub lease_seconds: f64,
+    /// Largest push of weights, in bytes. A push is held in memory until it is whole, and once more while it is joined.
+    pub push_bytes_max: u64,
+    /// How long a rank that has sent its part of a push waits for the others, and how long a push may be silent, in seconds.
+    pub push_deadline_seconds: f64,
+    /// Memory for chosen batches that wait for their trainer, in bytes. What does not fit is read again when it is asked for.
+    pub ready_bytes_max: u64,
+    /// Open runs that this coordinator owns at most.
+    pub max_runs: u32,
+    /// Largest super-batch that a run may ask for, in rows.
+    pub super_batch_size_max: u32,
+    /// Largest sub-batch that a run may ask for, in rows.
+    pub sub_batch_size_max: u32,
+}
+
+impl Default for CoordinatorConfig {
+    fn default() -> Self {
+        Self {
+            advertise_address: None,
+            workers_embedded: true,
+            selector_device: "auto".into(),
+            grace_seconds: 30.0,
+            need_deadline_seconds: 60.0,
+            lease_seconds: 15.0,
+            push_bytes_max: 8 << 30,
+            push_deadline_seconds: 300.0,
+            ready_bytes_max: 1 << 30,
+            max_runs: 64,
+            super_batch_size_max: 1 << 20,
+            sub_batch_size_max: 1 << 17,
+        }
+    }
+}
+
+/// A worker in a process of its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerRoleConfig {
+    /// URI of the coordinator to work for.
+    pub coordinator: String,
+    /// Address and port where the coordinator reaches this worker. Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// URI by which the coordinator reaches this worker. `null` is made of `listen`.
+    pub advertise_address: Option<String>,
+}
+
+impl Default for WorkerRoleConfig {
+    fn default() -> Self {
+        Self { coordinator: "http://127.0.0.1:50051".into(), listen: loopback(50052), advertise_address: None }
+    }
+}
+
+/// Logs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// How lines are written.
+    pub format: LogFormat,
+    /// What is logged: a level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module as in
+    /// `info,superbatch_server::coordinator=debug`.
+    pub filter: String,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, filter: "info".into() }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+impl Config {
+    /// Refuses what cannot work or is not safe.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, with the `field`; `UriNotAllowed` for an empty allow-list off loopback.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_reach()?;
+        self.state_uri()?;
+        let c = &self.coordinator;
+        let seconds = [
+            ("coordinator.grace_seconds", c.grace_seconds),
+            ("coordinator.need_deadline_seconds", c.need_deadline_seconds),
+            ("coordinator.lease_seconds", c.lease_seconds),
+            ("coordinator.push_deadline_seconds", c.push_deadline_seconds),
+        ];
+        if let Some((field, value)) = seconds.into_iter().find(|(_, s)| !(*s > 0.0 && *s <= SECONDS_MAX)) {
+            return Err(Error::invalid(
+                field,
+                format!("{field} is {value}; give seconds above 0, at most {SECONDS_MAX}"),
+            ));
+        }
+        let counts = [
+            ("coordinator.push_bytes_max", c.push_bytes_max),
+            ("coordinator.ready_bytes_max", c.ready_bytes_max),
+            ("coordinator.max_runs", c.max_runs.into()),
+            ("coordinator.super_batch_size_max", c.super_batch_size_max.into()),
+            ("coordinator.sub_batch_size_max", c.sub_batch_size_max.into()),
+        ];
+        if let Some((field, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
+        }
+        if c.sub_batch_size_max > c.super_batch_size_max {
+            let message = "coordinator.sub_batch_size_max exceeds coordinator.super_batch_size_max";
+            return Err(Error::invalid("coordinator.sub_batch_size_max", message));
+        }
+        let device = c
+            .selector_device
+            .strip_prefix("cuda:")
+            .map_or(c.selector_device.as_str(), |n| if n.parse::<u32>().is_ok() { "cuda" } else { n });
+        if !["auto", "native", "torch", "cuda"].contains(&device) {
+            let message = format!(
+                "coordinator.selector_device is {:?}; use auto, native, torch, cuda or cuda:N",
+                c.selector_device
+            );
+            return Err(Error::invalid("coordinator.selector_device", message));
+        }
+        Ok(())
+    }
+
+    /// Nobody gets in: beyond loopback only where the operator said so, and then to listed data alone.
+    fn validate_reach(&self) -> Result<()> {
+        let listens = [
+            ("listen", Some(self.listen)),
+            ("metrics_listen", self.metrics_listen),
+            ("worker_role.listen", Some(self.worker_role.listen)),
+        ];
+        let beyond = |(field, address): (&'static str, Option<SocketAddr>)| {
+            address.filter(|address| !address.ip().is_loopback()).map(|address| (field, address))
+        };
+        if let Some((field, address)) = listens.into_iter().find_map(beyond).filter(|_| !self.allow_insecure) {
+            let message = format!(
+                "{field} is {address}, which others can reach, and TLS and tokens are not built yet; listen on 127.0.0.1, or say \
+                 allow_insecure: true on a network that you trust whole"
+            );
+            return Err(Error::invalid(field, message));
+        }
+        if !self.listen.ip().is_loopback() && self.storage.allow_uris.is_empty() {
+            let message = format!(
+                "listen is {}, and storage.allow_uris is empty; list the URI prefixes that requests may name, such as s3://bucket/data",
+                self.listen
+            );
+            return Err(Error::new(Reason::UriNotAllowed, message).with("field", "storage.allow_uris"));
+        }
+        Ok(())
+    }
+
+    /// The URI of the state; a path becomes a `file:` URI, relative to the working directory.
+    pub fn state_uri(&self) -> Result<String> {
+        if self.state.contains("://") {
+            return Ok(self.state.clone());
+        }
+        let unusable =
+            || Error::invalid("state", format!("state is {:?}, which is neither a URI nor a path", self.state));
+        let path = std::path::absolute(&self.state).map_err(|e| unusable().because(e))?;
+        Ok(Url::from_file_path(path).map_err(|()| unusable())?.into())
+    }
+}

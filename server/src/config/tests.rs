@@ -1,0 +1,140 @@
+use super::*;
+use std::{collections::BTreeMap, io::Write};
+
+fn load(yaml: &str, environment: &[(&str, &str)]) -> Result<Config> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(yaml.as_bytes()).unwrap();
+    let environment = environment.iter().map(|(name, value)| (name.to_string(), value.to_string()));
+    Config::load(Some(file.path()), environment)
+}
+
+/// The field that is to blame, and the known one that is near.
+fn blamed(result: Result<Config>) -> (String, Option<String>) {
+    let error = result.unwrap_err();
+    (error.value("field").unwrap().to_owned(), error.value("known").map(str::to_owned))
+}
+
+fn leaves(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
+    match value.as_object() {
+        Some(entries) if !entries.is_empty() => {
+            for (key, value) in entries {
+                leaves(&if path.is_empty() { key.clone() } else { format!("{path}.{key}") }, value, found);
+            }
+        }
+        _ => found.push(path.to_owned()),
+    }
+}
+
+#[test]
+fn defaults_are_valid_and_a_file_may_be_empty() {
+    assert_eq!(Config::load(None, []).unwrap(), Config::default());
+    assert_eq!(load("", &[]).unwrap(), Config::default());
+    assert_eq!(load("coordinator:\nlog: {}", &[]).unwrap(), Config::default());
+    let uri = Config::default().state_uri().unwrap();
+    assert!(uri.starts_with("file:///") && uri.ends_with("/superbatch-state"), "{uri}");
+}
+
+#[test]
+fn a_misspelt_key_is_refused_and_the_known_one_named() {
+    let cases = [
+        ("lisen: 127.0.0.1:1", "lisen", "listen"),
+        ("coordinator: {leese_seconds: 3}", "coordinator.leese_seconds", "coordinator.lease_seconds"),
+        ("lease_seconds: 3", "lease_seconds", "coordinator.lease_seconds"),
+        ("log: {fromat: json}", "log.fromat", "log.format"),
+    ];
+    for (yaml, field, known) in cases {
+        assert_eq!(blamed(load(yaml, &[])), (field.into(), Some(known.into())), "{yaml}");
+    }
+}
+
+#[test]
+fn a_value_of_another_type_is_blamed_on_its_field() {
+    for (yaml, field) in [
+        ("coordinator: {max_runs: many}", "coordinator.max_runs"),
+        ("listen: here", "listen"),
+        ("log: {format: xml}", "log.format"),
+        ("coordinator: 3", "coordinator"),
+        ("coordinator: {lease_seconds: 0}", "coordinator.lease_seconds"),
+        ("coordinator: {grace_seconds: .inf}", "coordinator.grace_seconds"),
+        ("coordinator: {push_bytes_max: 0}", "coordinator.push_bytes_max"),
+        ("coordinator: {sub_batch_size_max: 9, super_batch_size_max: 8}", "coordinator.sub_batch_size_max"),
+        ("coordinator: {selector_device: 'cuda:x'}", "coordinator.selector_device"),
+        ("- 1", ""),
+    ] {
+        assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
+    }
+}
+
+#[test]
+fn the_environment_comes_before_the_file() {
+    let variables = [
+        ("SUPERBATCH_STATE", "memory:///s"),
+        ("SUPERBATCH_METRICS_LISTEN", ""),
+        ("SUPERBATCH_COORDINATOR__MAX_RUNS", "7"),
+        ("SUPERBATCH_COORDINATOR__WORKERS_EMBEDDED", "false"),
+        ("SUPERBATCH_STORAGE__ALLOW_URIS", "[s3://a, s3://b]"),
+        ("SUPERBATCH_STORAGE__OPTIONS__AWS_REGION", "007"),
+        ("SUPERBATCH_LOG__FORMAT", "json"),
+        // Kubernetes' own for a service of our name, and others that are not ours.
+        ("SUPERBATCH_PORT", "tcp://10.0.0.1:50051"),
+        ("SUPERBATCH_PORT_50051_TCP_ADDR", "10.0.0.1"),
+        ("SUPERBATCH_SERVICE_HOST", "10.0.0.1"),
+        ("PATH", "/bin"),
+    ];
+    let config = load("state: ./x\ncoordinator: {max_runs: 3, max_ruins: 2}", &[]);
+    assert_eq!(blamed(config).1.as_deref(), Some("coordinator.max_runs"));
+    let config = load("state: ./x\ncoordinator: {max_runs: 3, lease_seconds: 4}", &variables).unwrap();
+    assert_eq!((config.state.as_str(), config.metrics_listen), ("memory:///s", None));
+    assert_eq!((config.coordinator.max_runs, config.coordinator.lease_seconds), (7, 4.0));
+    assert!(!config.coordinator.workers_embedded);
+    assert_eq!(config.storage.allow_uris, ["s3://a", "s3://b"]);
+    assert_eq!(config.storage.options, BTreeMap::from([("aws_region".into(), "007".into())]), "options are text");
+    assert_eq!(config.log.format, LogFormat::Json);
+}
+
+#[test]
+fn a_misspelt_variable_is_refused() {
+    for (name, known) in [
+        ("SUPERBATCH_COORDINATOR__MAX_RUN", "coordinator.max_runs"),
+        ("SUPERBATCH_LISTN", "listen"),
+        ("SUPERBATCH_COORDINATR__LEASE_SECONDS", "coordinator.lease_seconds"),
+    ] {
+        assert_eq!(blamed(load("", &[(name, "1")])).1.as_deref(), Some(known), "{name}");
+    }
+    assert_eq!(blamed(load("", &[("SUPERBATCH_COORDINATOR", "{}")])).0, "coordinator");
+}
+
+#[test]
+fn nobody_gets_in_unless_the_operator_says_so() {
+    for (yaml, field) in [
+        ("listen: 0.0.0.0:50051", "listen"),
+        ("listen: '[::]:50051'", "listen"),
+        ("metrics_listen: 0.0.0.0:9464", "metrics_listen"),
+        ("worker_role: {listen: 10.0.0.1:1}", "worker_role.listen"),
+        ("{listen: 0.0.0.0:1, allow_insecure: true}", "storage.allow_uris"),
+    ] {
+        assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
+    }
+    assert!(load("{listen: 0.0.0.0:1, allow_insecure: true, storage: {allow_uris: [s3://b/data]}}", &[]).is_ok());
+    assert!(load("listen: '[::1]:50051'", &[]).is_ok());
+}
+
+#[test]
+fn the_reference_lists_every_field_with_its_meaning() {
+    let page = reference();
+    let mut paths = Vec::new();
+    leaves("", &serde_json::to_value(Config::default()).unwrap(), &mut paths);
+    assert!(paths.len() > 20);
+    for path in paths {
+        let line = page.lines().find(|line| line.starts_with(&format!("| `{path}` |")));
+        let cells: Vec<&str> = line.unwrap_or_else(|| panic!("{path} is not listed")).split(" | ").collect();
+        assert!(cells.len() == 4 && cells[1..].iter().all(|cell| cell.len() > 3), "{path}: {cells:?}");
+    }
+}
+
+#[test]
+fn the_commented_file_is_the_defaults() {
+    let yaml = commented_yaml();
+    assert_eq!(load(&yaml, &[]).unwrap(), Config::default());
+    assert!(yaml.contains("  # How long calls may finish at shutdown, in seconds.\n  grace_seconds: 30.0\n"), "{yaml}");
+}
