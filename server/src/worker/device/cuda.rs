@@ -54,9 +54,12 @@ fn cuda(index: usize) -> Result<Device> {
         .get_or_init(load)
         .clone()
         .map_err(|problem| unavailable(format!("{LIBRARY} cannot be loaded ({problem})")))?;
+    if !tch::utils::has_cudart() {
+        return Err(unavailable("LibTorch was asked about CUDA before this device was started; start it first".into()));
+    }
     if !Cuda::is_available() {
         return Err(unavailable(
-            "LibTorch finds no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES".into(),
+            "LibTorch finds no GPU; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES".into(),
         ));
     }
     let count = Cuda::device_count();

@@ -57,7 +57,8 @@ fn changed(folder: &ModelFolder, seed: u64, name: &str, change: impl Fn(usize) -
 #[test]
 fn a_device_that_is_not_there_is_refused() {
     assert_eq!(Device::start("cpu", 1).unwrap().name(), "cpu");
-    assert_eq!(Device::start("cuda:999", 1).unwrap_err().reason(), Reason::DeviceUnavailable);
+    let error = Device::start("cuda:999", 1).unwrap_err();
+    assert_eq!((error.reason(), error.value("device")), (Reason::DeviceUnavailable, Some("cuda:999")));
     assert_eq!(Device::start("gpu", 1).unwrap_err().reason(), Reason::InvalidArgument);
 }
 
