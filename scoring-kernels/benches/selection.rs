@@ -14,7 +14,8 @@ fn rows(seed: u64) -> Vec<f32> {
     let centres = noise::Stream::new(1, 0, 0, 0);
     let stream = noise::Stream::new(seed, 0, 0, 0);
     let row = |i: usize| {
-        let value = |p: usize| centres.gumbel((i % 64 * DIM + p) as u64) - 0.58 + stream.gumbel((i * DIM + p) as u64) - 0.58;
+        let value =
+            |p: usize| centres.gumbel((i % 64 * DIM + p) as u64) - 0.58 + stream.gumbel((i * DIM + p) as u64) - 0.58;
         let values: Vec<f64> = (0..DIM).map(value).collect();
         let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt();
         values.into_iter().map(move |value| (value / norm) as f32)
@@ -31,7 +32,8 @@ fn main() {
         scale,
         bias: -10.0,
     };
-    let candidates = Candidates { count: COUNT, learner: Some(model(0, 24.0)), reference: Some(model(2, 30.0)), holes: &[] };
+    let candidates =
+        Candidates { count: COUNT, learner: Some(model(0, 24.0)), reference: Some(model(2, 30.0)), holes: &[] };
     let keys: Vec<u64> = (0..COUNT as u64).collect();
     let seeded = Noise::Seeded { seed: 1, generation: 0, step: 0, keys: &keys };
     let mut backends = vec![("native", Backend::Native)];

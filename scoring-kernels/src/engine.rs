@@ -41,7 +41,9 @@ pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, no
     let mut left = problem.offered.clone();
     let mut drawn: Vec<Drawn> = Vec::with_capacity(problem.chunks.iter().sum());
     for (k, &size) in problem.chunks.iter().enumerate() {
-        if k > 0 && let Some(engine) = engine.as_mut() {
+        if k > 0
+            && let Some(engine) = engine.as_mut()
+        {
             let last = drawn.len() - problem.chunks[k - 1];
             engine.absorb(&indices(&drawn[last..]))?;
             scores = engine.scores()?;

@@ -19,7 +19,9 @@ pub enum Error {
     #[error("the {criterion} criterion needs the {model}'s embeddings, and there are none")]
     ModelMissing { criterion: Criterion, model: &'static str },
     /// An array's length is not candidates x dim.
-    #[error("the {model}'s {tower} embeddings hold {found} values: {candidates} candidates of dim {dim} need {expected}")]
+    #[error(
+        "the {model}'s {tower} embeddings hold {found} values: {candidates} candidates of dim {dim} need {expected}"
+    )]
     ShapeMismatch {
         model: &'static str,
         tower: &'static str,

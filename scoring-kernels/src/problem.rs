@@ -46,7 +46,15 @@ impl<'a> Problem<'a> {
         noise.check(chunks.len(), candidates.count)?;
         let models = models(candidates, settings, &offered)?;
         let gain = if settings.loss == Loss::Softmax { settings.gain } else { 1.0 };
-        Ok(Self { count: candidates.count, models, policy: settings.policy, loss: settings.loss, gain, offered, chunks })
+        Ok(Self {
+            count: candidates.count,
+            models,
+            policy: settings.policy,
+            loss: settings.loss,
+            gain,
+            offered,
+            chunks,
+        })
     }
 }
 

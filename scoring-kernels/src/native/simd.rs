@@ -1,7 +1,7 @@
 //! The inner loops: blocked f32 dot products, sums of softplus, sums of exponentials.
 //!
-//! Each loop is written once over arrays of constant length, which the compiler turns into vector code, and compiled for
-//! three instruction sets; the processor's is picked at run time.
+//! The reductions are written once over arrays of constant length, which the compiler turns into vector code, and compiled
+//! for three instruction sets, as is the micro-kernel of the dot products; the processor's is picked at run time.
 
 /// Candidates a tile holds: a multiple of every micro-kernel's height.
 pub(super) const TILE: usize = 48;
@@ -11,6 +11,8 @@ pub(super) const BLOCK: usize = 256;
 const DEPTH: usize = 128;
 /// Numbers reduced side by side.
 const LANES: usize = 16;
+/// Whether every processor we are built for fuses multiply and add; where not, `mul_add` is a slow call.
+const BASELINE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 /// A logit whose exponential is 0.
 const NOTHING: f32 = -1e30;
 
@@ -45,7 +47,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => (6, 16),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => (8, 32),
+            Self::Avx512 => (12, 32),
         }
     }
 }
@@ -58,15 +60,15 @@ macro_rules! for_each_isa {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($arg: $ty),*) $(-> $ret)? {
-                $body::<6, 16, true>($($arg),*)
+                $body::<true>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx2,fma")]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
-                $body::<8, 32, true>($($arg),*)
+                $body::<true>($($arg),*)
             }
             match isa {
-                Isa::Baseline => $body::<4, 8, { cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>($($arg),*),
+                Isa::Baseline => $body::<BASELINE_FMA>($($arg),*),
                 // SAFETY: `Isa::detect` names these only where the processor has them.
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -75,12 +77,6 @@ macro_rules! for_each_isa {
             }
         }
     };
-}
-
-for_each_isa! {
-    /// Dot products of a tile with up to [`BLOCK`] drawn examples: `out[row * BLOCK + column]`. `tile` and `block` are
-    /// panels as [`super::pack`] lays them out for this instruction set; padding rows and columns give zeros.
-    dots(tile: &[f32], block: &[f32], dim: usize, out: &mut [f32]), dots_body
 }
 
 for_each_isa! {
@@ -98,33 +94,92 @@ fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-#[inline(always)]
-fn dots_body<const MR: usize, const NR: usize, const FMA: bool>(tile: &[f32], block: &[f32], dim: usize, out: &mut [f32]) {
+/// Dot products of a tile with up to [`BLOCK`] drawn examples: `out[row * BLOCK + column]`. `tile` and `block` are panels as
+/// [`super::pack`] lays them out for this instruction set; padding rows and columns give zeros.
+pub(super) fn dots(isa: Isa, tile: &[f32], block: &[f32], dim: usize, out: &mut [f32]) {
+    let (high, wide) = isa.shape();
+    let micro = match isa {
+        Isa::Baseline => micro_baseline,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => micro_avx2,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => micro_avx512,
+    };
     for start in (0..dim).step_by(DEPTH) {
         let end = (start + DEPTH).min(dim);
-        for (column, panel) in block.chunks_exact(dim * NR).enumerate() {
-            for (row, rows) in tile.chunks_exact(dim * MR).enumerate() {
-                let (rows, panel) = (&rows[start * MR..end * MR], &panel[start * NR..end * NR]);
-                micro::<MR, NR, FMA>(rows, panel, &mut out[row * MR * BLOCK + column * NR..], start == 0);
+        for (column, panel) in block.chunks_exact(dim * wide).enumerate() {
+            for (row, rows) in tile.chunks_exact(dim * high).enumerate() {
+                let (rows, panel) = (&rows[start * high..end * high], &panel[start * wide..end * wide]);
+                micro(rows, panel, &mut out[row * high * BLOCK + column * wide..], start == 0);
             }
         }
     }
 }
 
-/// MR x NR dot products, held in registers over the shared depth.
-#[inline(always)]
-fn micro<const MR: usize, const NR: usize, const FMA: bool>(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
-    let mut sums = [[0f32; NR]; MR];
-    for (row, column) in rows.as_chunks::<MR>().0.iter().zip(panel.as_chunks::<NR>().0) {
-        for r in 0..MR {
-            for c in 0..NR {
-                sums[r][c] = fma::<FMA>(row[r], column[c], sums[r][c]);
+/// A micro-kernel: a block of dot products, held in registers over the shared depth, then written (`first`) or added to
+/// `out`. The compiler spills wide accumulators of plain arrays, so vectors are named.
+#[cfg(target_arch = "x86_64")]
+macro_rules! micro {
+    ($name:ident, $features:literal, $high:literal x $vectors:literal of $lanes:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident) => {
+        fn $name(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
+            use std::arch::x86_64::{$add, $fma, $load, $splat, $store, $zero};
+            #[target_feature(enable = $features)]
+            fn kernel(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
+                let mut sums = [[$zero(); $vectors]; $high];
+                let columns = panel.as_chunks::<{ $vectors * $lanes }>().0;
+                for (row, column) in rows.as_chunks::<$high>().0.iter().zip(columns) {
+                    let mut vectors = [$zero(); $vectors];
+                    for (vector, values) in vectors.iter_mut().zip(column.as_chunks::<$lanes>().0) {
+                        // SAFETY: `values` is an array of exactly as many floats as are loaded.
+                        *vector = unsafe { $load(values.as_ptr()) };
+                    }
+                    for r in 0..$high {
+                        let value = $splat(row[r]);
+                        for v in 0..$vectors {
+                            sums[r][v] = $fma(value, vectors[v], sums[r][v]);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    let out = &mut out[r * BLOCK..r * BLOCK + $vectors * $lanes];
+                    for (values, sum) in out.as_chunks_mut::<$lanes>().0.iter_mut().zip(sums) {
+                        // SAFETY: `values` is an array of exactly as many floats as are loaded and stored.
+                        unsafe {
+                            let before = if first { $zero() } else { $load(values.as_ptr()) };
+                            $store(values.as_mut_ptr(), $add(before, *sum));
+                        }
+                    }
+                }
+            }
+            // SAFETY: `Isa::detect` names this instruction set only where the processor has it.
+            unsafe { kernel(rows, panel, out, first) }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+micro!(
+    micro_avx2, "avx2,fma", 6 x 2 of 8,
+    _mm256_setzero_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps
+);
+#[cfg(target_arch = "x86_64")]
+micro!(
+    micro_avx512, "avx512f", 12 x 2 of 16,
+    _mm512_setzero_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps
+);
+
+/// The same for any processor: 4 x 8, which the compiler vectorises.
+fn micro_baseline(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
+    let mut sums = [[0f32; 8]; 4];
+    for (row, column) in rows.as_chunks::<4>().0.iter().zip(panel.as_chunks::<8>().0) {
+        for r in 0..4 {
+            for c in 0..8 {
+                sums[r][c] = fma::<BASELINE_FMA>(row[r], column[c], sums[r][c]);
             }
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        let out = &mut out[r * BLOCK..r * BLOCK + NR];
-        for (out, sum) in out.iter_mut().zip(sums) {
+        for (out, sum) in out[r * BLOCK..].iter_mut().zip(sums) {
             *out = if first { *sum } else { *out + *sum };
         }
     }
@@ -167,7 +222,7 @@ fn logits<const FMA: bool>(dots: &[f32], scale: f32, bias: f32) -> [f32; LANES] 
 /// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)). The logarithms of a row are one logarithm of a product: its at most
 /// [`BLOCK`] factors lie in 1..=2, which an f64 holds.
 #[inline(always)]
-fn softplus_sum_body<const MR: usize, const NR: usize, const FMA: bool>(dots: &[f32], scale: f32, bias: f32) -> f64 {
+fn softplus_sum_body<const FMA: bool>(dots: &[f32], scale: f32, bias: f32) -> f64 {
     let (mut positive, mut product) = ([0f32; LANES], [1f32; LANES]);
     for dots in dots.chunks(LANES) {
         let x = logits::<FMA>(dots, scale, bias);
@@ -181,7 +236,7 @@ fn softplus_sum_body<const MR: usize, const NR: usize, const FMA: bool>(dots: &[
 }
 
 #[inline(always)]
-fn exp_sum_body<const MR: usize, const NR: usize, const FMA: bool>(dots: &[f32], scale: f32) -> (f64, f64) {
+fn exp_sum_body<const FMA: bool>(dots: &[f32], scale: f32) -> (f64, f64) {
     let mut largest = [NOTHING; LANES];
     for dots in dots.chunks(LANES) {
         let x = logits::<FMA>(dots, scale, 0.0);
@@ -228,12 +283,17 @@ mod tests {
     #[test]
     fn sums_of_a_row_match_float64_on_every_instruction_set() {
         for isa in every_isa() {
-            for (n, scale, bias) in [(1, 1.0, 0.0), (15, 20.0, -10.0), (100, 120.0, -20.0), (256, 1.0, -20.0), (256, -60.0, 0.0)] {
+            for (n, scale, bias) in
+                [(1, 1.0, 0.0), (15, 20.0, -10.0), (100, 120.0, -20.0), (256, 1.0, -20.0), (256, -60.0, 0.0)]
+            {
                 let dots: Vec<f32> = (0..n).map(|k| (k * 37 % 101) as f32 / 50.0 - 1.0).collect();
                 let logit = |dot: &f32| f64::from(scale) * f64::from(*dot) + f64::from(bias);
                 let softplus: f64 = dots.iter().map(logit).map(|x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p()).sum();
                 let ours = softplus_sum(isa, &dots, scale, bias);
-                assert!((ours - softplus).abs() < 2e-5 + 3e-7 * softplus, "{isa:?} {n} {scale} {bias}: {ours} {softplus}");
+                assert!(
+                    (ours - softplus).abs() < 2e-5 + 3e-7 * softplus,
+                    "{isa:?} {n} {scale} {bias}: {ours} {softplus}"
+                );
 
                 let sum: f64 = dots.iter().map(|dot| (logit(dot) - f64::from(bias)).exp()).sum();
                 let (largest, scaled) = exp_sum(isa, &dots, scale);

@@ -61,7 +61,8 @@ fn scores_and_means_are_those_of_the_definition() {
             for &size in &ours.chunks {
                 for k in start..start + size as usize {
                     let uniform = settings.policy == Policy::Uniform;
-                    let exact = if uniform { 0.0 } else { oracle.score(ours.indices[k] as usize, &ours.indices[..start]) };
+                    let exact =
+                        if uniform { 0.0 } else { oracle.score(ours.indices[k] as usize, &ours.indices[..start]) };
                     assert_close(ours.scores[k], exact, &what);
                 }
                 start += size as usize;
@@ -75,7 +76,9 @@ fn scores_and_means_are_those_of_the_definition() {
 
 #[test]
 fn scores_stay_precise_over_all_scales_and_biases() {
-    for (k, (scale, bias)) in [(1.0, 0.0), (1.0, -20.0), (30.0, -10.0), (75.0, -5.0), (120.0, 0.0), (120.0, -20.0)].into_iter().enumerate() {
+    for (k, (scale, bias)) in
+        [(1.0, 0.0), (1.0, -20.0), (30.0, -10.0), (75.0, -5.0), (120.0, 0.0), (120.0, -20.0)].into_iter().enumerate()
+    {
         let world = World::new(900 + k as u64, 320, [64, 192], scale, bias, 4);
         for (loss, criterion) in Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&c| (loss, c))) {
             let settings = settings(Policy::Joint, loss, criterion, 240, 4);
@@ -102,7 +105,11 @@ fn the_gain_multiplies_softmax_scores_and_leaves_sigmoid_alone() {
             for (k, (&index, &score)) in ours.indices.iter().zip(&ours.scores).enumerate() {
                 assert_close(score, factor * plain.score(index as usize, &ours.indices[..k / 5 * 5]), "score");
             }
-            assert_close(ours.batch_score.expect("given embeddings"), plain.batch_score(&ours.indices), "no gain in it");
+            assert_close(
+                ours.batch_score.expect("given embeddings"),
+                plain.batch_score(&ours.indices),
+                "no gain in it",
+            );
         }
     }
 }
@@ -116,7 +123,8 @@ fn f16_embeddings_draw_what_their_f32_values_draw() {
         Model { image: widen(&model.image), text: widen(&model.text), ..model.clone() }
     };
     let rounded = World { learner: round(&world.learner), reference: round(&world.reference), ..world.clone() };
-    let towers = [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text].map(|r| halve(r));
+    let towers =
+        [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text].map(|r| halve(r));
     let view = |model: &Model, k: usize| ModelEmbeddings {
         image: Rows::F16(&towers[k]),
         text: Rows::F16(&towers[k + 1]),
@@ -124,7 +132,8 @@ fn f16_embeddings_draw_what_their_f32_values_draw() {
     };
     let mut halved = world.candidates();
     (halved.learner, halved.reference) = (Some(view(&world.learner, 0)), Some(view(&world.reference, 2)));
-    for (backend, &loss) in backends().into_iter().flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss))) {
+    for (backend, &loss) in backends().into_iter().flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss)))
+    {
         let settings = settings(Policy::Joint, loss, Criterion::Learnability, 31, 5);
         let ours = backend.select(&halved, &settings, &world.given()).expect("valid");
         assert_eq!(ours, backend.select(&rounded.candidates(), &settings, &world.given()).expect("valid"));
@@ -178,7 +187,11 @@ impl Golden {
             scale: number(&format!("{name}_scale")),
             bias: number(&format!("{name}_bias")),
         };
-        let expected = tensor("expected").data().chunks_exact(8).map(|value| i64::from_le_bytes(value.try_into().expect("eight bytes")) as u32).collect();
+        let expected = tensor("expected")
+            .data()
+            .chunks_exact(8)
+            .map(|value| i64::from_le_bytes(value.try_into().expect("eight bytes")) as u32)
+            .collect();
         let world = World {
             count: tensor("learner_img").shape()[0],
             learner: model("learner"),
@@ -194,6 +207,11 @@ impl Golden {
             n_chunks: number("n_chunks") as usize,
             gain: number("gain"),
         };
-        Self { world, settings, expected, batch_score: words.get("batch_score").map(|value| value.parse().expect("a number")) }
+        Self {
+            world,
+            settings,
+            expected,
+            batch_score: words.get("batch_score").map(|value| value.parse().expect("a number")),
+        }
     }
 }

@@ -17,7 +17,10 @@ fn refused(world: &World, settings: &Settings) -> Error {
 #[test]
 fn more_than_the_survivors_is_refused_and_all_of_them_is_not() {
     let world = World { holes: vec![3, 9], ..world() };
-    assert!(matches!(refused(&world, &joint(19)), Error::TooFewCandidates { sub_batch_size: 19, candidates: 20, holes: 2 }));
+    assert!(matches!(
+        refused(&world, &joint(19)),
+        Error::TooFewCandidates { sub_batch_size: 19, candidates: 20, holes: 2 }
+    ));
     assert!(Backend::Native.select(&world.candidates(), &joint(18), &world.given()).is_ok());
 }
 

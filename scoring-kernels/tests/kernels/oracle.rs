@@ -40,14 +40,16 @@ impl Oracle {
     }
 
     fn loss(&self, logits: &Matrix, x: usize, drawn: &[u32]) -> f64 {
-        let drawn = || drawn.iter().map(|&k| k as usize).filter(move |&k| k != x || self.settings.loss == Loss::Softmax);
+        let drawn =
+            || drawn.iter().map(|&k| k as usize).filter(move |&k| k != x || self.settings.loss == Loss::Softmax);
         match self.settings.loss {
             Loss::Sigmoid => {
                 softplus(-logits[x][x]) + drawn().map(|k| softplus(logits[x][k]) + softplus(logits[k][x])).sum::<f64>()
             }
             Loss::Softmax if drawn().next().is_none() => -logits[x][x],
             Loss::Softmax => {
-                let denominators = log_sum_exp(drawn().map(|k| logits[x][k])) + log_sum_exp(drawn().map(|k| logits[k][x]));
+                let denominators =
+                    log_sum_exp(drawn().map(|k| logits[x][k])) + log_sum_exp(drawn().map(|k| logits[k][x]));
                 -logits[x][x] + 0.5 * denominators
             }
         }
@@ -91,11 +93,10 @@ impl Oracle {
 }
 
 fn logits(model: &Model, count: usize, loss: Loss) -> Matrix {
-    let row = |rows: &[f32], i: usize| rows[i * model.dim..][..model.dim].to_vec();
     let bias = if loss == Loss::Softmax { 0.0 } else { model.bias };
     let dot = |i, j| -> f64 {
-        let (image, text) = (row(&model.image, i), row(&model.text, j));
-        image.iter().zip(&text).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        let (image, text) = (&model.image[i * model.dim..][..model.dim], &model.text[j * model.dim..][..model.dim]);
+        image.iter().zip(text).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };
     (0..count).map(|i| (0..count).map(|j| model.scale * dot(i, j) + bias).collect()).collect()
 }
