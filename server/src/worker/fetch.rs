@@ -9,7 +9,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, stream};
 use superbatch_proto::v1::{FetchRowsRequest, FetchRowsResponse, Reason, RowsDone, fetch_rows_response::Message};
 
 /// Serves one `FetchRows` call: the rows in the order asked.
@@ -23,11 +23,11 @@ pub(super) async fn fetch_rows(
 ) -> Result<()> {
     let FetchRowsRequest { dataset_manifest, blocks, columns } = request;
     let slice = Slice::open(engine, &dataset_manifest, blocks, columns).await?;
-    let reads = slice.blocks.iter().map(|block| async { Ok::<_, Error>((block, slice.read(engine, block).await?)) });
-    let mut reads = stream::iter(reads).buffered(AHEAD);
+    let reads: Vec<_> = slice.blocks.iter().map(|block| slice.read(engine, block).boxed()).collect();
+    let mut reads = stream::iter(reads).buffered(AHEAD).zip(stream::iter(&slice.blocks));
     let mut writer = RowWriter::new(&slice.manifest.data_schema(&slice.columns)?)?;
-    while let Some((block, whole)) = reads.try_next().await? {
-        let whole = Rows::Whole(whole);
+    while let Some((whole, block)) = reads.next().await {
+        let whole = Rows::Whole(whole?);
         let rows: Vec<Row> = (0..block.rows.len()).map(|n| block.row(&whole, n)).collect();
         if let Some(n) = rows.iter().position(|row| row.image().is_none() || row.caption().is_none()) {
             let id = slice.id(block.first + n);

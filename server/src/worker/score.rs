@@ -16,7 +16,7 @@ use crate::{
     metrics,
 };
 use bytes::Bytes;
-use futures::{Stream, StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use std::{
     collections::HashMap,
     ops::Range,
@@ -180,7 +180,7 @@ impl<'a> Scoring<'a> {
         let (mut not_finite, mut seconds, mut decode_seconds) = (Vec::new(), 0.0, 0.0);
         let this = &*self;
         let micro_batches = shape.micro_batches(self.slice.candidates);
-        let micro_batches = micro_batches.map(|range| this.micro_batch(range, &model.inputs));
+        let micro_batches = micro_batches.map(|range| this.micro_batch(range, &model.inputs).boxed());
         let mut micro_batches = stream::iter(micro_batches).buffered(AHEAD);
         while let Some((first, rows, decoded_in)) = micro_batches.try_next().await? {
             let done = shape.embed(this.engine, &model, &rows, &mut embeddings, first).await?;

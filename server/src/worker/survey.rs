@@ -9,9 +9,12 @@ use super::{
     sidecar::{self, BlockEmbeddings, BlockKey},
     slice::{Rows, Slice, SliceBlock},
 };
-use crate::{error::Result, metrics};
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
 use arrow::record_batch::RecordBatch;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::{collections::HashMap, sync::Arc};
 use superbatch_proto::v1::{BadRowReason, Fidelity};
 use tokio::time::Instant;
@@ -57,7 +60,8 @@ pub(super) struct Spent {
 
 /// Blocks in order, each surveyed.
 pub(super) async fn survey(engine: &Engine, slice: &Slice, task: &Task) -> Result<Vec<Surveyed>> {
-    let blocks = slice.blocks.iter().map(|block| Pass::new(engine, slice, block, task).run());
+    // Boxed and collected, here and below, because the compiler cannot tell that such futures are Send otherwise.
+    let blocks: Vec<_> = slice.blocks.iter().map(|block| Pass::new(engine, slice, block, task).run().boxed()).collect();
     stream::iter(blocks).buffered(AHEAD).try_collect().await
 }
 
@@ -150,7 +154,7 @@ impl<'a> Pass<'a> {
         let mut faults = Vec::new();
         let micro_batches = task.shape.micro_batches(block.block_rows).map(|range| {
             let rows = range.clone().map(|row| Row { batch: whole.clone(), row }).collect();
-            async move { Ok((range.start, engine.pool.prepare(rows, model.inputs.clone()).await?)) }
+            async move { Ok::<_, Error>((range.start, engine.pool.prepare(rows, model.inputs.clone()).await?)) }.boxed()
         });
         let mut micro_batches = stream::iter(micro_batches).buffered(AHEAD);
         while let Some((first, (rows, seconds))) = micro_batches.try_next().await? {
@@ -179,9 +183,9 @@ impl<'a> Pass<'a> {
         let rows = Rows::Whole(whole);
         let groups = open.chunks(task.shape.micro_batch_rows).map(|group| {
             let rows = group.iter().map(|n| block.row(&rows, *n)).collect();
-            async move { Ok((group, engine.pool.prepare(rows, inputs.clone()).await?)) }
+            async move { Ok::<_, Error>((group, engine.pool.prepare(rows, inputs.clone()).await?)) }.boxed()
         });
-        let mut groups = stream::iter(groups).buffered(AHEAD);
+        let mut groups = stream::iter(groups.collect::<Vec<_>>()).buffered(AHEAD);
         while let Some((group, (rows, seconds))) = groups.try_next().await? {
             self.found.spent.decode_seconds += seconds;
             for (n, prepared) in group.iter().zip(&rows) {
