@@ -1,0 +1,39 @@
+//! Where scores are computed.
+use crate::{
+    engine::{self, Engine},
+    error::Result,
+    native::NativeEngine,
+    noise::Noise,
+    problem::Problem,
+    types::{Candidates, Selection, Settings},
+};
+
+/// What computes the scores. All backends are handed the same noise and draw the same examples, up to rounding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Backend {
+    /// Plain Rust on the rayon pool that the caller runs in. The draw does not depend on the number of threads.
+    Native,
+    /// LibTorch on a device, which the caller has made available; threads on the CPU are LibTorch's own.
+    #[cfg(feature = "torch")]
+    Torch(tch::Device),
+}
+
+impl Backend {
+    /// Draws a sub-batch from the candidates.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`](crate::Error) says which input is wrong; nothing is drawn then.
+    pub fn select(&self, candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> Result<Selection> {
+        let problem = Problem::new(candidates, settings, noise)?;
+        if problem.models.is_empty() {
+            return engine::run(&problem, None, noise);
+        }
+        let mut engine: Box<dyn Engine> = match self {
+            Self::Native => Box::new(NativeEngine::new(&problem)),
+            #[cfg(feature = "torch")]
+            Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(&problem, *device)?),
+        };
+        engine::run(&problem, Some(engine.as_mut()), noise)
+    }
+}

@@ -1,0 +1,119 @@
+//! The loop of joint selection, and the seam between it and whatever computes the scores.
+use crate::{
+    error::{Error, Result},
+    noise::{ChunkNoise, Noise},
+    problem::Problem,
+    types::{Loss, Policy, Selection},
+};
+use rayon::prelude::*;
+
+/// Running conditional scores of one selection, on some device.
+pub(crate) trait Engine {
+    /// The score of every candidate given all that was absorbed, by index, `[B]`, with gain. Unspecified for holes and
+    /// for what was absorbed.
+    fn scores(&mut self) -> Result<Vec<f64>>;
+
+    /// Adds what a drawn chunk means to every candidate left: c new rows and c new columns of each model's pair matrix.
+    fn absorb(&mut self, chunk: &[u32]) -> Result<()>;
+
+    /// What the running scores lack for a batch score, without gain. Sigmoid: the sum of the pair terms among `chosen`,
+    /// the diagonal left out. Softmax: the sum of the batch losses of `chosen` as one batch.
+    fn inner(&mut self, chosen: &[u32]) -> Result<f64>;
+
+    /// Floating-point operations spent so far.
+    fn flops(&self) -> f64;
+}
+
+/// One drawn example.
+struct Drawn {
+    index: u32,
+    score: f64,
+}
+
+/// Draws the sub-batch (Algorithm 1). Without an engine (uniform, no embeddings) scores are absent.
+pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, noise: &Noise<'_>) -> Result<Selection> {
+    let own = engine.as_mut().map(|engine| engine.scores()).transpose()?;
+    let blank = || vec![0.0; problem.count];
+    let mut scores = match (&own, problem.policy) {
+        (Some(own), Policy::Independent | Policy::Joint) => own.clone(),
+        _ => blank(),
+    };
+    let mut left = problem.offered.clone();
+    let mut drawn: Vec<Drawn> = Vec::with_capacity(problem.chunks.iter().sum());
+    for (k, &size) in problem.chunks.iter().enumerate() {
+        if k > 0 && let Some(engine) = engine.as_mut() {
+            let last = drawn.len() - problem.chunks[k - 1];
+            engine.absorb(&indices(&drawn[last..]))?;
+            scores = engine.scores()?;
+        }
+        drawn.extend(draw(&mut left, &scores, &noise.chunk(k, problem.count), size)?);
+    }
+    let mut selection = Selection {
+        indices: indices(&drawn),
+        chunks: problem.chunks.iter().map(|&size| size as u32).collect(),
+        scores: drawn.iter().map(|drawn| drawn.score).collect(),
+        weights: vec![1.0; drawn.len()],
+        batch_score: None,
+        mean_score_chosen: None,
+        mean_score_candidates: None,
+        flops: 0.0,
+    };
+    if let (Some(engine), Some(own)) = (engine, own) {
+        selection.batch_score = Some(batch_score(problem, engine, &selection, &own)?);
+        selection.mean_score_chosen = Some(mean(&own, &selection.indices));
+        selection.mean_score_candidates = Some(mean(&own, &problem.offered));
+        selection.flops = engine.flops();
+    }
+    Ok(selection)
+}
+
+/// Takes the `size` candidates of largest score + noise out of `left`, largest first, ties to the lower index.
+fn draw(left: &mut Vec<u32>, scores: &[f64], noise: &ChunkNoise<'_>, size: usize) -> Result<Vec<Drawn>> {
+    let perturb = |&index: &u32| (scores[index as usize] + noise.of(index), index);
+    let mut perturbed: Vec<(f64, u32)> = left.par_iter().with_min_len(2048).map(perturb).collect();
+    if let Some((_, row)) = perturbed.iter().find(|(value, _)| !value.is_finite()) {
+        return Err(Error::ScoreNotFinite { row: *row as usize });
+    }
+    let order = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    if size < perturbed.len() {
+        perturbed.select_nth_unstable_by(size, order);
+        perturbed.truncate(size);
+    }
+    perturbed.sort_unstable_by(order);
+    let mut taken: Vec<u32> = perturbed.iter().map(|(_, index)| *index).collect();
+    taken.sort_unstable();
+    left.retain(|index| taken.binary_search(index).is_err());
+    Ok(perturbed.into_iter().map(|(_, index)| Drawn { index, score: scores[index as usize] }).collect())
+}
+
+/// Mean conditional score per example of the sub-batch, without gain.
+///
+/// Sigmoid: the conditional scores hold every pair of two chunks exactly once, in both directions; what they lack are the
+/// pairs inside each chunk. Softmax: the denominators must hold the whole sub-batch, so the losses are computed anew.
+fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selection, own: &[f64]) -> Result<f64> {
+    let total = match problem.loss {
+        Loss::Softmax => engine.inner(&selection.indices)?,
+        Loss::Sigmoid => {
+            let mut total = match problem.policy {
+                Policy::Uniform => selection.indices.iter().map(|&index| own[index as usize]).sum(),
+                Policy::Independent | Policy::Joint => selection.scores.iter().sum::<f64>(),
+            };
+            let mut rest = selection.indices.as_slice();
+            for &size in &problem.chunks {
+                let (chunk, after) = rest.split_at(size);
+                total += engine.inner(chunk)?;
+                rest = after;
+            }
+            total
+        }
+    };
+    Ok(total / selection.indices.len() as f64)
+}
+
+fn indices(drawn: &[Drawn]) -> Vec<u32> {
+    drawn.iter().map(|drawn| drawn.index).collect()
+}
+
+fn mean(scores: &[f64], of: &[u32]) -> f64 {
+    of.iter().map(|&index| scores[index as usize]).sum::<f64>() / of.len() as f64
+}

@@ -1,0 +1,130 @@
+//! A selection whose inputs were checked, in the form that every engine works on.
+use crate::{
+    error::{Error, Result},
+    noise::Noise,
+    types::{Candidates, Loss, ModelEmbeddings, Policy, Rows, Settings},
+};
+use rayon::prelude::*;
+
+/// Signed loss of one model: a score is the sum of `sign x loss` over the criterion's models.
+#[derive(Clone, Copy)]
+pub(crate) struct SignedModel<'a> {
+    pub sign: f64,
+    pub embeddings: ModelEmbeddings<'a>,
+}
+
+pub(crate) struct Problem<'a> {
+    /// B.
+    pub count: usize,
+    /// One or two; none under the uniform policy without embeddings.
+    pub models: Vec<SignedModel<'a>>,
+    pub policy: Policy,
+    pub loss: Loss,
+    /// 1 for the sigmoid loss: scaling its scores undoes the method.
+    pub gain: f64,
+    /// All candidates that are not holes, rising.
+    pub offered: Vec<u32>,
+    /// How many each draw takes.
+    pub chunks: Vec<usize>,
+}
+
+impl<'a> Problem<'a> {
+    pub(crate) fn new(candidates: &Candidates<'a>, settings: &Settings, noise: &Noise<'_>) -> Result<Self> {
+        check_settings(candidates, settings)?;
+        let offered = offered(candidates)?;
+        if settings.sub_batch_size > offered.len() {
+            return Err(Error::TooFewCandidates {
+                sub_batch_size: settings.sub_batch_size,
+                candidates: candidates.count,
+                holes: candidates.count - offered.len(),
+            });
+        }
+        let chunks = match settings.policy {
+            Policy::Joint => chunk_sizes(settings.sub_batch_size, settings.n_chunks),
+            Policy::Independent | Policy::Uniform => vec![settings.sub_batch_size],
+        };
+        noise.check(chunks.len(), candidates.count)?;
+        let models = models(candidates, settings, &offered)?;
+        let gain = if settings.loss == Loss::Softmax { settings.gain } else { 1.0 };
+        Ok(Self { count: candidates.count, models, policy: settings.policy, loss: settings.loss, gain, offered, chunks })
+    }
+}
+
+/// b in n parts: the first `b % n` get one more; never an empty part.
+pub(crate) fn chunk_sizes(sub_batch_size: usize, n_chunks: usize) -> Vec<usize> {
+    let parts = n_chunks.min(sub_batch_size);
+    (0..parts).map(|k| sub_batch_size / parts + usize::from(k < sub_batch_size % parts)).collect()
+}
+
+fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()> {
+    let at_least_one = [("sub_batch_size", settings.sub_batch_size), ("n_chunks", settings.n_chunks)];
+    if let Some((setting, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
+        return Err(Error::SettingInvalid { setting, value: "0".into(), must: "at least 1" });
+    }
+    if u32::try_from(candidates.count).is_err() {
+        let value = candidates.count.to_string();
+        return Err(Error::SettingInvalid { setting: "count", value, must: "less than 2^32" });
+    }
+    finite("gain", settings.gain)
+}
+
+fn finite(setting: &'static str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::SettingInvalid { setting, value: value.to_string(), must: "finite" })
+}
+
+fn offered(candidates: &Candidates<'_>) -> Result<Vec<u32>> {
+    let mut open = vec![true; candidates.count];
+    for &hole in candidates.holes {
+        let slot = open.get_mut(hole as usize);
+        *slot.ok_or(Error::HoleOutOfRange { hole: hole as usize, candidates: candidates.count })? = false;
+    }
+    Ok((0..candidates.count as u32).filter(|&index| open[index as usize]).collect())
+}
+
+fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32]) -> Result<Vec<SignedModel<'a>>> {
+    let wanted = [
+        ("learner", 1.0, settings.criterion.needs_learner(), candidates.learner),
+        ("reference", -1.0, settings.criterion.needs_reference(), candidates.reference),
+    ];
+    let mut models = Vec::new();
+    for (name, sign, needed, embeddings) in wanted {
+        match embeddings {
+            _ if !needed => {}
+            Some(embeddings) => {
+                check_model(name, &embeddings, candidates.count, offered)?;
+                models.push(SignedModel { sign, embeddings });
+            }
+            // A uniform draw needs no scores; it reports them where it can.
+            None if settings.policy == Policy::Uniform => return Ok(Vec::new()),
+            None => return Err(Error::ModelMissing { criterion: settings.criterion, model: name }),
+        }
+    }
+    Ok(models)
+}
+
+fn check_model(model: &'static str, embeddings: &ModelEmbeddings<'_>, count: usize, offered: &[u32]) -> Result<()> {
+    finite("scale", embeddings.scale)?;
+    finite("bias", embeddings.bias)?;
+    let dim = embeddings.dim;
+    if dim == 0 {
+        return Err(Error::SettingInvalid { setting: "dim", value: "0".into(), must: "at least 1" });
+    }
+    for (tower, rows) in [("image", &embeddings.image), ("text", &embeddings.text)] {
+        if rows.len() != count * dim {
+            let (found, expected) = (rows.len(), count * dim);
+            return Err(Error::ShapeMismatch { model, tower, found, candidates: count, dim, expected });
+        }
+        if let Some(row) = first_not_finite(rows, dim, offered) {
+            return Err(Error::NotFinite { model, tower, row });
+        }
+    }
+    Ok(())
+}
+
+fn first_not_finite(rows: &Rows<'_>, dim: usize, offered: &[u32]) -> Option<usize> {
+    let bad = offered.par_iter().with_min_len(256).find_first(|&&row| !rows.row_is_finite(row as usize, dim));
+    bad.map(|&row| row as usize)
+}

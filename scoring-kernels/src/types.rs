@@ -1,0 +1,213 @@
+//! What goes into a selection and what comes out.
+use crate::error::{Error, Result};
+use half::{f16, slice::HalfFloatSliceExt};
+use std::{fmt, str::FromStr};
+
+/// Defines an enum of words: `as_str`, `Display`, `FromStr`.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $valid:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+
+        impl $name {
+            /// All of them, in the order of the documentation.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(word: &str) -> Result<Self> {
+                match word {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err(Error::UnknownWord { what: $what, word: word.to_owned(), valid: $valid }),
+                }
+            }
+        }
+    };
+}
+
+words! {
+    /// How examples are drawn.
+    Policy, "policy", "uniform, independent, joint" {
+        /// From noise alone: every candidate is as likely as any other.
+        Uniform = "uniform",
+        /// One draw from the unconditional scores.
+        Independent = "independent",
+        /// Chunk by chunk, each from scores conditional on what was drawn before (Algorithm 1).
+        #[default]
+        Joint = "joint",
+    }
+}
+
+words! {
+    /// The contrastive loss that scores are differences of.
+    Loss, "loss", "sigmoid, softmax" {
+        /// SigLIP's: a sum over pairs, each judged alone. Needs the models' biases.
+        #[default]
+        Sigmoid = "sigmoid",
+        /// CLIP's: a cross entropy in both directions. The bias cancels and is ignored.
+        Softmax = "softmax",
+    }
+}
+
+words! {
+    /// Which losses make a score.
+    Criterion, "criterion", "learnability, hard, easy" {
+        /// Learner loss - reference loss: not yet learned, and learnable.
+        #[default]
+        Learnability = "learnability",
+        /// Learner loss: also likes noise.
+        Hard = "hard",
+        /// - reference loss: likes what is clean, whatever the learner knows already.
+        Easy = "easy",
+    }
+}
+
+impl Criterion {
+    /// Whether the learner's embeddings are needed.
+    pub fn needs_learner(self) -> bool {
+        self != Self::Easy
+    }
+
+    /// Whether the reference's embeddings are needed.
+    pub fn needs_reference(self) -> bool {
+        self != Self::Hard
+    }
+}
+
+/// Row-major values of one tower, `[B, dim]`. Not bf16: its rounding changes one draw in five at a scale of 100.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+}
+
+impl Rows<'_> {
+    /// Number of values (not of rows).
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes row `index` as f32 to `out`, whose length is the dim.
+    pub(crate) fn read(&self, index: usize, out: &mut [f32]) {
+        let dim = out.len();
+        let range = index * dim..(index + 1) * dim;
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[range]),
+            Self::F16(values) => values[range].convert_to_f32_slice(out),
+        }
+    }
+
+    pub(crate) fn row_is_finite(&self, index: usize, dim: usize) -> bool {
+        let range = index * dim..(index + 1) * dim;
+        // A maximum over bit patterns vectorises; an early exit would not.
+        match self {
+            Self::F32(values) => {
+                let worst = values[range].iter().fold(0, |worst, value| (value.to_bits() & 0x7fff_ffff).max(worst));
+                worst < f32::INFINITY.to_bits()
+            }
+            Self::F16(values) => {
+                let worst = values[range].iter().fold(0, |worst, value| (value.to_bits() & 0x7fff).max(worst));
+                worst < f16::INFINITY.to_bits()
+            }
+        }
+    }
+}
+
+/// One model's view of the candidates. Row i of both towers is candidate i; rows are L2-normalised.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelEmbeddings<'a> {
+    /// `[B, dim]`.
+    pub image: Rows<'a>,
+    /// `[B, dim]`.
+    pub text: Rows<'a>,
+    /// Width of a row. The two models may differ.
+    pub dim: usize,
+    /// logit = scale x cosine + bias: the temperature, already exponentiated.
+    pub scale: f64,
+    /// In the sign of big_vision, open_clip and transformers: about -10 at initialisation. Ignored by the softmax loss.
+    pub bias: f64,
+}
+
+/// The super-batch: B candidates, as one or two models see them.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidates<'a> {
+    /// B.
+    pub count: usize,
+    /// May be absent for the easy criterion and the uniform policy.
+    pub learner: Option<ModelEmbeddings<'a>>,
+    /// May be absent for the hard criterion and the uniform policy.
+    pub reference: Option<ModelEmbeddings<'a>>,
+    /// Candidates that may not be chosen, in any order. Their embeddings are never read.
+    pub holes: &'a [u32],
+}
+
+/// What to draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    pub policy: Policy,
+    pub loss: Loss,
+    pub criterion: Criterion,
+    /// b: exactly so many are drawn.
+    pub sub_batch_size: usize,
+    /// Draws of joint selection. The first `b % n_chunks` draw one more; more chunks than b means b chunks of one.
+    pub n_chunks: usize,
+    /// Multiplies softmax scores, which unlike sigmoid scores do not grow with what is drawn. Ignored by the sigmoid loss.
+    pub gain: f64,
+}
+
+impl Default for Settings {
+    /// Joint, sigmoid, learnability, 16 chunks, gain 1; `sub_batch_size` is 0 and must be set.
+    fn default() -> Self {
+        Self {
+            policy: Policy::default(),
+            loss: Loss::default(),
+            criterion: Criterion::default(),
+            sub_batch_size: 0,
+            n_chunks: 16,
+            gain: 1.0,
+        }
+    }
+}
+
+/// The sub-batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Selection {
+    /// The b chosen candidates in the order drawn: chunk by chunk, in a chunk by falling perturbed score.
+    pub indices: Vec<u32>,
+    /// How many each chunk drew; sums to b.
+    pub chunks: Vec<u32>,
+    /// The conditional score each was drawn with (0 under the uniform policy), without noise, with gain.
+    pub scores: Vec<f64>,
+    /// Importance weights: all 1, since no policy has others yet.
+    pub weights: Vec<f64>,
+    /// Mean conditional score per example of the whole sub-batch, which joint selection tries to make large: the
+    /// criterion's difference of the batch losses that a trainer would see on it. No gain, so that runs compare.
+    /// Absent where the uniform policy was given no embeddings.
+    pub batch_score: Option<f64>,
+    /// Mean unconditional score of the chosen; absent as `batch_score` is.
+    pub mean_score_chosen: Option<f64>,
+    /// Mean unconditional score of all candidates that are not holes; absent as `batch_score` is.
+    pub mean_score_candidates: Option<f64>,
+    /// Floating-point operations spent on dot products.
+    pub flops: f64,
+}

@@ -1,0 +1,110 @@
+//! Joint selection written to be read: dense float64 matrices, no care for speed.
+use crate::support::{Model, World};
+use superbatch_kernels::{Criterion, Loss, Policy, Settings};
+
+type Matrix = Vec<Vec<f64>>;
+
+pub struct Oracle {
+    signs: Vec<f64>,
+    logits: Vec<Matrix>,
+    settings: Settings,
+}
+
+pub struct Draw {
+    pub indices: Vec<u32>,
+    pub chunks: Vec<u32>,
+    pub batch_score: f64,
+    /// Smallest gap between the last drawn and the first not drawn.
+    pub margin: f64,
+}
+
+impl Oracle {
+    pub fn new(world: &World, settings: &Settings) -> Self {
+        let models: &[(f64, &Model)] = match settings.criterion {
+            Criterion::Learnability => &[(1.0, &world.learner), (-1.0, &world.reference)],
+            Criterion::Hard => &[(1.0, &world.learner)],
+            Criterion::Easy => &[(-1.0, &world.reference)],
+        };
+        let logits = models.iter().map(|(_, model)| logits(model, world.count, settings.loss)).collect();
+        Self { signs: models.iter().map(|(sign, _)| *sign).collect(), logits, settings: settings.clone() }
+    }
+
+    /// Score of candidate x given the drawn ones, with gain.
+    pub fn score(&self, x: usize, drawn: &[u32]) -> f64 {
+        let gain = if self.settings.loss == Loss::Softmax { self.settings.gain } else { 1.0 };
+        gain * self.combine(|logits| self.loss(logits, x, drawn))
+    }
+
+    fn combine(&self, loss: impl Fn(&Matrix) -> f64) -> f64 {
+        self.signs.iter().zip(&self.logits).map(|(sign, logits)| sign * loss(logits)).sum()
+    }
+
+    fn loss(&self, logits: &Matrix, x: usize, drawn: &[u32]) -> f64 {
+        let drawn = || drawn.iter().map(|&k| k as usize).filter(move |&k| k != x || self.settings.loss == Loss::Softmax);
+        match self.settings.loss {
+            Loss::Sigmoid => {
+                softplus(-logits[x][x]) + drawn().map(|k| softplus(logits[x][k]) + softplus(logits[k][x])).sum::<f64>()
+            }
+            Loss::Softmax if drawn().next().is_none() => -logits[x][x],
+            Loss::Softmax => {
+                let denominators = log_sum_exp(drawn().map(|k| logits[x][k])) + log_sum_exp(drawn().map(|k| logits[k][x]));
+                -logits[x][x] + 0.5 * denominators
+            }
+        }
+    }
+
+    /// Mean loss of the sub-batch as one batch, by the criterion.
+    pub fn batch_score(&self, chosen: &[u32]) -> f64 {
+        let total = self.combine(|logits| match self.settings.loss {
+            Loss::Softmax => chosen.iter().map(|&x| self.loss(logits, x as usize, chosen)).sum(),
+            Loss::Sigmoid => {
+                let pairs = chosen.iter().flat_map(|&i| chosen.iter().map(move |&j| (i as usize, j as usize)));
+                pairs.map(|(i, j)| softplus(if i == j { -logits[i][i] } else { logits[i][j] })).sum()
+            }
+        });
+        total / chosen.len() as f64
+    }
+
+    pub fn draw(&self, world: &World) -> Draw {
+        let b = self.settings.sub_batch_size;
+        let parts = if self.settings.policy == Policy::Joint { self.settings.n_chunks.min(b) } else { 1 };
+        let chunks: Vec<u32> = (0..parts).map(|k| (b / parts + usize::from(k < b % parts)) as u32).collect();
+        let (mut indices, mut margin) = (Vec::new(), f64::INFINITY);
+        for (k, &size) in chunks.iter().enumerate() {
+            let left = (0..world.count as u32).filter(|x| !world.holes.contains(x) && !indices.contains(x));
+            let mut left: Vec<(f64, u32)> = left
+                .map(|x| {
+                    let uniform = self.settings.policy == Policy::Uniform;
+                    let score = if uniform { 0.0 } else { self.score(x as usize, &indices) };
+                    (score + f64::from(world.noise[k * world.count + x as usize]), x)
+                })
+                .collect();
+            left.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            if let Some(next) = left.get(size as usize) {
+                margin = margin.min(left[size as usize - 1].0 - next.0);
+            }
+            indices.extend(left.into_iter().take(size as usize).map(|(_, x)| x));
+        }
+        let batch_score = self.batch_score(&indices);
+        Draw { indices, chunks, batch_score, margin }
+    }
+}
+
+fn logits(model: &Model, count: usize, loss: Loss) -> Matrix {
+    let row = |rows: &[f32], i: usize| rows[i * model.dim..][..model.dim].to_vec();
+    let bias = if loss == Loss::Softmax { 0.0 } else { model.bias };
+    let dot = |i, j| -> f64 {
+        let (image, text) = (row(&model.image, i), row(&model.text, j));
+        image.iter().zip(&text).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    (0..count).map(|i| (0..count).map(|j| model.scale * dot(i, j) + bias).collect()).collect()
+}
+
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+fn log_sum_exp(x: impl Iterator<Item = f64> + Clone) -> f64 {
+    let largest = x.clone().fold(f64::NEG_INFINITY, f64::max);
+    largest + x.map(|x| (x - largest).exp()).sum::<f64>().ln()
+}
