@@ -127,12 +127,12 @@ impl Shape {
 
     /// Rows that cannot be used, and those that pad, are black and without tokens.
     fn assemble(&self, model: &Loaded, rows: &[PreparedRow]) -> MicroBatch {
-        let (height, width) = model.inputs.preprocess.size();
-        let (pixel_bytes, length) = (height * width * 3, model.info.text_length);
+        let (pixel_bytes, length) = (model.info.image_size.pow(2) * 3, model.info.text_length);
         let mut pixels = vec![0; self.micro_batch_rows * pixel_bytes];
         let mut ids = vec![0; self.micro_batch_rows * length];
         for (n, row) in rows.iter().enumerate() {
             if let Ok(row) = row {
+                // Loading made sure that the folder's preprocessing and tokenizer give these sizes.
                 pixels[n * pixel_bytes..(n + 1) * pixel_bytes].copy_from_slice(&row.pixels);
                 ids[n * length..(n + 1) * length].copy_from_slice(&row.ids);
             }
@@ -141,7 +141,7 @@ impl Shape {
             model: model.info.key.clone(),
             rows: self.micro_batch_rows,
             pixels,
-            normalisation: model.inputs.preprocess.normalisation(),
+            normalisation: model.inputs.normalisation(),
             ids,
             dtype: self.dtype,
         }

@@ -2,8 +2,9 @@
 use super::{
     cache::Cache,
     device::{Device, LoadModel, Weights},
-    model::{Compute, ModelFolder, ModelInfo},
-    preprocess::{Preprocess, RowFault},
+    model::{Compute, Family, ModelFolder, ModelInfo},
+    pool::Prepared,
+    preprocess::{ImageLimits, Normalisation, Preprocess, RowFault, decode},
     tokenize::{TextShape, Tokenizer},
 };
 use crate::{
@@ -18,9 +19,9 @@ const KEPT_MAX: usize = 64;
 
 /// How a model wants its rows.
 pub(super) struct Inputs {
-    pub preprocess: Preprocess,
-    tokenizer: Option<Tokenizer>,
-    /// Of both: rows that are ready for one model are ready for another of the same digest.
+    /// `None` only checks rows: images are decoded, captions have to be there.
+    reading: Option<(Preprocess, Tokenizer)>,
+    /// Of preprocessing and tokenizer: rows that are ready for one model are ready for another of the same digest.
     pub digest: [u8; 32],
 }
 
@@ -59,23 +60,41 @@ pub(super) struct Models {
 }
 
 impl Inputs {
-    /// Token ids of a caption.
-    pub fn ids(&self, caption: &str) -> Result<Vec<i64>, RowFault> {
-        self.tokenizer.as_ref().map_or(Ok(Vec::new()), |tokenizer| tokenizer.encode(caption))
-    }
-
-    /// For checking rows without a model: images are decoded and made tiny, captions only have to be there.
-    pub fn check() -> Result<Self> {
-        let config = br#"{"size": {"height": 16, "width": 16}, "resample": 0}"#;
-        Ok(Self { preprocess: Preprocess::parse(config)?, tokenizer: None, digest: [0; 32] })
+    /// For checking rows without a model.
+    pub fn check() -> Self {
+        Self { reading: None, digest: [0; 32] }
     }
 
     fn of(folder: &ModelFolder) -> Result<Self> {
         let preprocess = Preprocess::parse(&folder.preprocessor_json)?;
+        let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
+        if [made.0, made.1].map(|side| side as usize) != [taken; 2] {
+            let message = format!(
+                "preprocessor_config.json of {} makes {}x{} images, and config.json takes {taken}x{taken}; make them agree",
+                folder.uri, made.0, made.1
+            );
+            return Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"));
+        }
         let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder))?;
         let mut hash = blake3::Hasher::new();
         hash.update(&preprocess.digest()).update(&tokenizer.digest());
-        Ok(Self { preprocess, tokenizer: Some(tokenizer), digest: hash.finalize().into() })
+        Ok(Self { reading: Some((preprocess, tokenizer)), digest: hash.finalize().into() })
+    }
+
+    /// One row's pixels and token ids; none where rows are only checked.
+    pub fn prepare(&self, image: &[u8], caption: &str, limits: &ImageLimits) -> Result<Prepared, RowFault> {
+        let Some((preprocess, tokenizer)) = &self.reading else {
+            return decode(image, limits).map(|_| Prepared { pixels: Vec::new(), ids: Vec::new() });
+        };
+        // The cheap part first: a row without a usable caption need not be decoded.
+        let ids = tokenizer.encode(caption)?;
+        Ok(Prepared { pixels: preprocess.pixels(image, limits)?, ids })
+    }
+
+    /// What the device does to pixels; nothing where rows are only checked.
+    pub fn normalisation(&self) -> Normalisation {
+        let none = Normalisation { rescale: 1.0, mean: [0.0; 3], std: [1.0; 3] };
+        self.reading.as_ref().map_or(none, |(preprocess, _)| preprocess.normalisation())
     }
 }
 
@@ -167,11 +186,13 @@ impl WeightsId {
 }
 
 fn text_shape(folder: &ModelFolder) -> TextShape {
+    // Only CLIP looks for the end of the caption; 2 in its configuration is an old mistake that means "the largest id".
     let text = &folder.config.text;
+    let looks_for_end = folder.config.family == Family::Clip && text.eos_token_id != 2;
     TextShape {
         length: text.max_position_embeddings,
         pad_id: text.pad_token_id,
         vocab_size: text.vocab_size,
-        eos_id: Some(text.eos_token_id),
+        eos_id: looks_for_end.then_some(text.eos_token_id),
     }
 }

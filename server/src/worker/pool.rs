@@ -71,7 +71,7 @@ impl Pool {
 
     /// Decodes, resizes and tokenises rows, in order, and says how many seconds that took.
     pub async fn prepare(&self, rows: Vec<Row>, inputs: Arc<Inputs>) -> Result<(Vec<PreparedRow>, f64)> {
-        let limits = ImageLimits { pixels_max: self.limits.pixels_max, bytes_max: self.limits.bytes_max };
+        let limits = self.limits;
         let started = Instant::now();
         let prepared = self
             .run(move |gone| {
@@ -104,22 +104,15 @@ impl Pool {
 /// Decoders are other people's code and see anybody's bytes: where one panics, the image is at fault.
 fn prepare_safely(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
     catch_unwind(AssertUnwindSafe(|| prepare(row, inputs, limits)))
-        .unwrap_or_else(|_| Err(fault(BadRowReason::ImageUndecodable, "the decoder panicked")))
+        .unwrap_or_else(|_| Err(RowFault::new(BadRowReason::ImageUndecodable, "the decoder panicked")))
 }
 
 fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
-    let image = row.image().ok_or_else(|| fault(BadRowReason::ImageNull, "the image is null"))?;
-    let caption = row.caption().ok_or_else(|| fault(BadRowReason::CaptionNull, "the caption is null"))?;
-    // The cheap part first: a row without a usable caption need not be decoded.
-    let ids = inputs.ids(caption)?;
-    let pixels = inputs.preprocess.pixels(image, limits)?;
-    Ok(Arc::new(Prepared { pixels, ids }))
+    let image = row.image().ok_or_else(|| RowFault::new(BadRowReason::ImageNull, "the image is null"))?;
+    let caption = row.caption().ok_or_else(|| RowFault::new(BadRowReason::CaptionNull, "the caption is null"))?;
+    inputs.prepare(image, caption, limits).map(Arc::new)
 }
 
 fn abandoned() -> RowFault {
-    fault(BadRowReason::Unspecified, "the caller has gone")
-}
-
-fn fault(reason: BadRowReason, detail: &str) -> RowFault {
-    RowFault { reason, detail: detail.to_owned() }
+    RowFault::new(BadRowReason::Unspecified, "the caller has gone")
 }

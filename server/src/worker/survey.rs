@@ -210,7 +210,7 @@ impl<'a> Pass<'a> {
 }
 
 fn not_finite() -> RowFault {
-    RowFault { reason: BadRowReason::EmbeddingNotFinite, detail: "the reference's embedding is not finite".into() }
+    RowFault::new(BadRowReason::EmbeddingNotFinite, "the reference's embedding is not finite")
 }
 
 impl std::iter::Sum for Spent {
