@@ -1,1 +1,199 @@
-//! (being written)
+//! `config.json` of a model folder, with transformers' defaults for the keys that it leaves out.
+use super::fields::{Fields, invalid};
+use super::parameters::Parameters;
+use super::{clip, siglip};
+use crate::error::Result;
+use serde_json::Value;
+use superbatch_proto::v1::ComputeDtype;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    Siglip,
+    Clip,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Exact: x Φ(x).
+    Gelu,
+    /// The tanh approximation of GELU.
+    GeluTanh,
+    /// x σ(1.702 x).
+    QuickGelu,
+}
+
+/// The arithmetic of a model; its embeddings are normalised in f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compute {
+    F32,
+    Bf16,
+}
+
+impl Compute {
+    /// What a request asks for: bf16 on CUDA and f32 on a CPU where it says nothing.
+    pub fn choose(wanted: ComputeDtype, cuda: bool) -> Self {
+        match wanted {
+            ComputeDtype::F32 => Self::F32,
+            ComputeDtype::Bf16 => Self::Bf16,
+            ComputeDtype::Unspecified if cuda => Self::Bf16,
+            ComputeDtype::Unspecified => Self::F32,
+        }
+    }
+
+    pub(super) fn kind(self) -> tch::Kind {
+        match self {
+            Self::F32 => tch::Kind::Float,
+            Self::Bf16 => tch::Kind::BFloat16,
+        }
+    }
+}
+
+/// The sizes of one transformer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tower {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub layer_norm_eps: f64,
+    pub hidden_act: Activation,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct VisionConfig {
+    pub tower: Tower,
+    /// Height and width of the pixels, in pixels.
+    pub image_size: usize,
+    pub patch_size: usize,
+}
+
+impl VisionConfig {
+    /// Patches along one side; pixels that fill no patch are left out, as a strided convolution does.
+    pub fn grid(&self) -> usize {
+        self.image_size / self.patch_size
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct TextConfig {
+    pub tower: Tower,
+    pub vocab_size: usize,
+    /// Ids in a caption, always.
+    pub max_position_embeddings: usize,
+    pub eos_token_id: i64,
+    pub pad_token_id: i64,
+}
+
+/// Everything about a dual encoder but its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    pub family: Family,
+    pub vision: VisionConfig,
+    pub text: TextConfig,
+    pub embedding_dim: usize,
+    /// log of the logit scale where weights are initialised at random.
+    pub logit_scale_init: f64,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// `ModelInvalid` naming the `file`, and the `field` that is missing, malformed or not supported.
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        let value: Value =
+            serde_json::from_slice(json).map_err(|e| invalid("config.json is no valid JSON", "").because(e))?;
+        let root = Fields::root(&value)?;
+        let family = match root.text("model_type", "")? {
+            "siglip" => Family::Siglip,
+            "clip" => Family::Clip,
+            other => {
+                let message = format!("model_type '{other}' is not supported; use a folder of 'siglip' or 'clip'");
+                return Err(invalid(message, "model_type"));
+            }
+        };
+        match family {
+            Family::Siglip => Self::siglip(&root.section("vision_config")?, &root.section("text_config")?),
+            Family::Clip => {
+                // Written by old versions; where they are, they replace the sections whole, defaults included.
+                let section = |old, new| root.section(if root.get(old).is_some() { old } else { new });
+                let vision = section("vision_config_dict", "vision_config")?;
+                Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
+            }
+        }
+    }
+
+    fn siglip(vision: &Fields, text: &Fields) -> Result<Self> {
+        vision.expect_type(&["siglip_vision_model"])?;
+        // SigLIP 2's text transformer is SigLIP's; its NaFlex vision transformer is not.
+        text.expect_type(&["siglip_text_model", "siglip2_text_model"])?;
+        if !vision.flag("vision_use_head", true)? {
+            return Err(vision.invalid("vision_use_head", "false leaves no image embedding to score with"));
+        }
+        let defaults = Tower {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            layer_norm_eps: 1e-6,
+            hidden_act: Activation::GeluTanh,
+        };
+        let vision_config = vision.vision(&defaults, 16)?;
+        let text_config = text.text_tower(&defaults, 32_000, 64)?;
+        let embedding_dim = text.size("projection_size", text_config.tower.hidden_size)?;
+        if embedding_dim != vision_config.tower.hidden_size {
+            let message = format!(
+                "{embedding_dim} differs from vision_config.hidden_size {}, so images and captions have no common space",
+                vision_config.tower.hidden_size
+            );
+            return Err(text.invalid("projection_size", &message));
+        }
+        Ok(Self {
+            family: Family::Siglip,
+            vision: vision_config,
+            text: text_config,
+            embedding_dim,
+            logit_scale_init: 0.0,
+        })
+    }
+
+    fn clip(root: &Fields, vision: &Fields, text: &Fields) -> Result<Self> {
+        vision.expect_type(&["clip_vision_model"])?;
+        text.expect_type(&["clip_text_model"])?;
+        let of_vision = Tower {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            layer_norm_eps: 1e-5,
+            hidden_act: Activation::QuickGelu,
+        };
+        let of_text = Tower { hidden_size: 512, intermediate_size: 2048, num_attention_heads: 8, ..of_vision.clone() };
+        Ok(Self {
+            family: Family::Clip,
+            vision: vision.vision(&of_vision, 32)?,
+            text: text.text_tower(&of_text, 49_408, 77)?,
+            embedding_dim: root.size("projection_dim", 512)?,
+            logit_scale_init: root.number("logit_scale_init_value", 2.6592)?,
+        })
+    }
+
+    pub fn model_type(&self) -> &'static str {
+        match self.family {
+            Family::Siglip => "siglip",
+            Family::Clip => "clip",
+        }
+    }
+
+    /// Every tensor of the model by its name in transformers' `state_dict`.
+    pub fn parameters(&self) -> Parameters {
+        match self.family {
+            Family::Siglip => siglip::parameters(self),
+            Family::Clip => clip::parameters(self),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

@@ -1,0 +1,231 @@
+//! The device: one OS thread that owns it and every model on it.
+//!
+//! Work reaches the thread through a bounded queue, one reply channel each. Work whose caller is gone is skipped before it
+//! costs anything. Gradients are off for the whole thread.
+mod cuda;
+mod models;
+
+use super::model::{Compute, ModelFolder, ModelInfo, ModelKey, init};
+use super::preprocess::Normalisation;
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use models::Models;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, mpsc as std_mpsc};
+use std::thread;
+use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Reason};
+use tokio::sync::{mpsc, oneshot};
+
+/// Work that may wait for the device: one item runs, one is ready to follow.
+const QUEUE: usize = 1;
+/// Models kept on a device unless said otherwise: a reference, two states of a learner, and one being verified.
+pub const MODELS_MAX: usize = 4;
+
+type Job = Box<dyn FnOnce(&mut Models) + Send>;
+
+/// A handle to the device's thread, which ends when the last one is dropped.
+#[derive(Debug, Clone)]
+pub struct Device {
+    jobs: mpsc::Sender<Job>,
+    name: Arc<str>,
+}
+
+/// Where a model's weights come from.
+#[derive(Debug, Clone)]
+pub enum Weights {
+    /// One safetensors file.
+    Safetensors(Bytes),
+    /// The model folder's own.
+    Folder,
+    /// The service's own initial weights, by seed.
+    Random(u64),
+}
+
+/// A model to have on the device.
+#[derive(Debug, Clone)]
+pub struct LoadModel {
+    pub folder: Arc<ModelFolder>,
+    pub weights: Weights,
+    pub compute: Compute,
+    /// Embed a canary batch and insist on finite embeddings.
+    pub canary: bool,
+}
+
+/// One forward pass of both towers.
+#[derive(Debug)]
+pub struct MicroBatch {
+    pub model: ModelKey,
+    pub rows: usize,
+    /// RGB bytes, `[rows, image_size, image_size, 3]`.
+    pub pixels: Vec<u8>,
+    pub normalisation: Normalisation,
+    /// `[rows, text_length]`.
+    pub ids: Vec<i64>,
+    /// What embeddings are rounded to; f16 where unspecified.
+    pub dtype: EmbeddingDtype,
+}
+
+/// L2-normalised embeddings `[rows, dim]`, rounded to the dtype asked for, little endian.
+#[derive(Debug)]
+pub struct Embedded {
+    pub image: Bytes,
+    pub text: Bytes,
+    pub dim: usize,
+    /// On the device's thread, transfers included.
+    pub seconds: f64,
+    /// Rows whose image or text embedding is NaN or infinite; they are zero in both.
+    pub not_finite: Vec<u32>,
+}
+
+impl Device {
+    /// Starts the thread of `auto`, `cpu`, `cuda` or `cuda:N`, with `threads` CPU threads for each operation (0: as many as
+    /// LibTorch likes). It keeps [`MODELS_MAX`] models.
+    ///
+    /// # Errors
+    /// `DeviceUnavailable`, or `InvalidArgument` for another word.
+    pub fn start(choice: &str, threads: usize) -> Result<Self> {
+        Self::start_keeping(choice, threads, MODELS_MAX)
+    }
+
+    /// As [`Device::start`]; the model that was used least recently leaves when there are more than `models_max` (one more
+    /// while it loads).
+    pub fn start_keeping(choice: &str, threads: usize, models_max: usize) -> Result<Self> {
+        let (jobs, queue) = mpsc::channel::<Job>(QUEUE);
+        let (opened, answer) = std_mpsc::sync_channel(1);
+        let choice = choice.to_owned();
+        let run = move || {
+            let device = match cuda::open(&choice) {
+                Ok(device) => device,
+                Err(error) => return drop(opened.send(Err(error))),
+            };
+            let _ = opened.send(Ok(cuda::name(device)));
+            serve(queue, device, threads, models_max);
+        };
+        let spawned = thread::Builder::new().name("device".into()).spawn(run);
+        spawned.map_err(|e| Error::internal("cannot start the device's thread").because(e))?;
+        let name = answer.recv().map_err(|_| stopped())??;
+        Ok(Self { jobs, name: name.into() })
+    }
+
+    /// `cpu` or `cuda:N`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The arithmetic for a request: bf16 on CUDA and f32 on a CPU where it says nothing.
+    pub fn compute(&self, wanted: ComputeDtype) -> Compute {
+        Compute::choose(wanted, self.name.starts_with("cuda"))
+    }
+
+    /// Has a model on the device and tells what it is. Weights that are there already are not read, checked or copied again.
+    ///
+    /// # Errors
+    /// `WeightsRefused` (for a folder's own weights `ModelInvalid`) naming the first bad `tensor`; what
+    /// [`ModelFolder::weights`] says; `Overloaded` where it does not fit the device.
+    pub async fn load(&self, request: LoadModel) -> Result<ModelInfo> {
+        let LoadModel { folder, weights, compute, canary } = request;
+        let known = match &weights {
+            Weights::Safetensors(file) => {
+                let file = file.clone();
+                Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
+            }
+            Weights::Folder => folder.weights_digest.get().cloned(),
+            Weights::Random(seed) => Some(init::digest(*seed)),
+        };
+        let (reason, source) = match &weights {
+            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {}", folder.uri)),
+            Weights::Folder => (Reason::ModelInvalid, folder.uri.clone()),
+            Weights::Random(seed) => (Reason::WeightsRefused, format!("{} from seed {seed}", folder.uri)),
+        };
+        if let Some(digest) = &known {
+            let key = ModelKey { digest: folder.digest(digest), compute };
+            let source = source.clone();
+            let found = self.submit(move |models| models.find(&key, canary, reason, &source)).await?;
+            if let Some(info) = found {
+                return Ok(info);
+            }
+        }
+        let files = match weights {
+            Weights::Safetensors(file) => vec![file],
+            Weights::Folder => folder.weights().await?,
+            Weights::Random(seed) => {
+                let folder = folder.clone();
+                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
+            }
+        };
+        let of = folder.clone();
+        let snapshot =
+            blocking(move || of.verify(files)).await?.map_err(|refusal| refusal.into_error(reason, &source))?;
+        if known.is_none() {
+            // Set already where two callers loaded at once; the first to finish is as right.
+            let _ = folder.weights_digest.set(snapshot.digest().to_owned());
+        }
+        let weights_digest = known.unwrap_or_else(|| snapshot.digest().to_owned());
+        let source = models::Source { folder, snapshot, weights_digest, name: source, reason };
+        self.submit(move |models| models.insert(source, compute, canary)).await
+    }
+
+    /// Embeds a micro-batch.
+    ///
+    /// # Errors
+    /// `WeightsMissing` where the model has left the device: load it again. `ModelInvalid` or `TokenizerMismatch` where pixels
+    /// or ids do not fit the model; `Overloaded` where the device's memory is not enough.
+    pub async fn embed(&self, batch: MicroBatch) -> Result<Embedded> {
+        self.submit(move |models| models.embed(&batch)).await
+    }
+
+    /// Runs `work` on the device's thread, without gradients.
+    ///
+    /// # Errors
+    /// `Internal` where it panics.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(tch::Device) -> T + Send + 'static) -> Result<T> {
+        self.submit(move |models| Ok(work(models.device()))).await
+    }
+
+    async fn submit<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Models) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let job = move |models: &mut Models| {
+            if reply.is_closed() {
+                return;
+            }
+            let outcome =
+                catch_unwind(AssertUnwindSafe(|| work(models))).unwrap_or_else(|panic| Err(panicked(&*panic)));
+            // The caller may have gone meanwhile; nobody else wants the answer.
+            let _ = reply.send(outcome);
+        };
+        self.jobs.send(Box::new(job)).await.map_err(|_| stopped())?;
+        answer.await.map_err(|_| stopped())?
+    }
+}
+
+fn serve(mut queue: mpsc::Receiver<Job>, device: tch::Device, threads: usize, models_max: usize) {
+    if let Ok(threads @ 1..) = i32::try_from(threads) {
+        tch::set_num_threads(threads);
+    }
+    let _no_grad = tch::no_grad_guard();
+    let mut models = Models::new(device, models_max);
+    while let Some(job) = queue.blocking_recv() {
+        job(&mut models);
+    }
+}
+
+/// CPU work off the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("checking weights stopped").because(e))
+}
+
+fn stopped() -> Error {
+    Error::internal("the device's thread has stopped")
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    Error::internal(format!("work on the device panicked: {}", text.unwrap_or("no message")))
+}
+
+#[cfg(test)]
+mod tests;

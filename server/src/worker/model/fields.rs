@@ -1,0 +1,141 @@
+//! Typed reads from `config.json`, with errors that name the field.
+use super::config::{Activation, TextConfig, Tower, VisionConfig};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use superbatch_proto::v1::Reason;
+
+/// The largest size, count or id that is believed; it keeps products of a few of them far from overflow.
+const NUMBER_MAX: u64 = 1 << 24;
+
+/// `ModelInvalid`, of a field of config.json where one is to blame.
+pub fn invalid(message: impl Into<String>, field: &str) -> Error {
+    let error = Error::new(Reason::ModelInvalid, message).with("file", "config.json");
+    if field.is_empty() { error } else { error.with("field", field) }
+}
+
+/// One object of config.json; a key that is absent or null takes its default.
+pub struct Fields<'a> {
+    path: &'static str,
+    map: Option<&'a Map<String, Value>>,
+}
+
+impl<'a> Fields<'a> {
+    /// The whole of config.json.
+    pub fn root(value: &'a Value) -> Result<Self> {
+        let map = value.as_object().ok_or_else(|| invalid("config.json is no JSON object", ""))?;
+        Ok(Self { path: "", map: Some(map) })
+    }
+
+    /// An object inside this one; empty where it is absent.
+    pub fn section(&self, key: &'static str) -> Result<Self> {
+        let map = match self.get(key) {
+            None => None,
+            Some(value) => Some(value.as_object().ok_or_else(|| self.invalid(key, "should be an object"))?),
+        };
+        Ok(Self { path: key, map })
+    }
+
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map?.get(key).filter(|value| !value.is_null())
+    }
+
+    /// `ModelInvalid` about a key of this object.
+    pub fn invalid(&self, key: &str, problem: &str) -> Error {
+        let field = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
+        invalid(format!("{field} in config.json: {problem}"), &field)
+    }
+
+    pub fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_str().ok_or_else(|| self.invalid(key, &format!("{value} should be a string")))
+    }
+
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.invalid(key, &format!("{value} should be true or false")))
+    }
+
+    pub fn number(&self, key: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let number = value.as_f64().filter(|number| number.is_finite());
+        number.ok_or_else(|| self.invalid(key, &format!("{value} should be a number")))
+    }
+
+    pub fn id(&self, key: &str, default: i64) -> Result<i64> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_i64().ok_or_else(|| self.invalid(key, &format!("{value} should be an integer")))
+    }
+
+    /// A size or count of at least one.
+    pub fn size(&self, key: &str, default: usize) -> Result<usize> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let size = value.as_u64().filter(|size| (1..=NUMBER_MAX).contains(size));
+        size.map(|size| size as usize)
+            .ok_or_else(|| self.invalid(key, &format!("{value} should be an integer from 1 to {NUMBER_MAX}")))
+    }
+
+    /// Refuses a `model_type` that is given and not known.
+    pub fn expect_type(&self, known: &[&'static str]) -> Result<()> {
+        let found = self.text("model_type", known[0])?;
+        if known.contains(&found) {
+            return Ok(());
+        }
+        Err(self.invalid("model_type", &format!("'{found}' is not supported, only '{}'", known.join("' and '"))))
+    }
+
+    fn tower(&self, defaults: &Tower) -> Result<Tower> {
+        let hidden_act = match self.get("hidden_act") {
+            None => defaults.hidden_act,
+            Some(value) => match value.as_str() {
+                Some("gelu") => Activation::Gelu,
+                Some("gelu_pytorch_tanh" | "gelu_new") => Activation::GeluTanh,
+                Some("quick_gelu") => Activation::QuickGelu,
+                _ => {
+                    let problem = format!("{value} is not supported, only gelu, gelu_pytorch_tanh and quick_gelu");
+                    return Err(self.invalid("hidden_act", &problem));
+                }
+            },
+        };
+        let tower = Tower {
+            hidden_size: self.size("hidden_size", defaults.hidden_size)?,
+            intermediate_size: self.size("intermediate_size", defaults.intermediate_size)?,
+            num_hidden_layers: self.size("num_hidden_layers", defaults.num_hidden_layers)?,
+            num_attention_heads: self.size("num_attention_heads", defaults.num_attention_heads)?,
+            layer_norm_eps: self.number("layer_norm_eps", defaults.layer_norm_eps)?,
+            hidden_act,
+        };
+        if !tower.hidden_size.is_multiple_of(tower.num_attention_heads) {
+            let problem = format!("{} does not divide hidden_size {}", tower.num_attention_heads, tower.hidden_size);
+            return Err(self.invalid("num_attention_heads", &problem));
+        }
+        Ok(tower)
+    }
+
+    /// The section as an image transformer's.
+    pub fn vision(&self, defaults: &Tower, patch_size: usize) -> Result<VisionConfig> {
+        if self.size("num_channels", 3)? != 3 {
+            return Err(self.invalid("num_channels", "only 3 (RGB) is supported"));
+        }
+        let config = VisionConfig {
+            tower: self.tower(defaults)?,
+            image_size: self.size("image_size", 224)?,
+            patch_size: self.size("patch_size", patch_size)?,
+        };
+        if config.grid() == 0 {
+            let problem = format!("{} is larger than image_size {}", config.patch_size, config.image_size);
+            return Err(self.invalid("patch_size", &problem));
+        }
+        Ok(config)
+    }
+
+    /// The section as a caption transformer's.
+    pub fn text_tower(&self, defaults: &Tower, vocab_size: usize, length: usize) -> Result<TextConfig> {
+        Ok(TextConfig {
+            tower: self.tower(defaults)?,
+            vocab_size: self.size("vocab_size", vocab_size)?,
+            max_position_embeddings: self.size("max_position_embeddings", length)?,
+            eos_token_id: self.id("eos_token_id", 49_407)?,
+            pad_token_id: self.id("pad_token_id", 1)?,
+        })
+    }
+}

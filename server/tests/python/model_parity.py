@@ -1,0 +1,153 @@
+"""Writes tiny model folders with random weights, inputs, and what transformers makes of them: model_parity.py OUT_DIR."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+ROWS = 6
+EOS_RIGHT, EOS_LEGACY = 37, 2
+
+
+def tower(hidden, inner, layers, heads, **more):
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **more,
+    )
+
+
+def siglip(vision, text):
+    return SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+
+
+def clip(vision, text, projection_dim):
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection_dim))
+
+
+def models():
+    """Name, model, the end-of-text id that captions carry, and the largest shard."""
+    yield (
+        "siglip-64",
+        siglip(
+            tower(64, 160, 2, 4, image_size=32, patch_size=8),
+            tower(64, 128, 2, 2, vocab_size=100, max_position_embeddings=12),
+        ),
+        None,
+        "1GB",
+    )
+    # Another text width; 50 pixels do not divide into patches of 16; layer_norm_eps and activation are not the defaults.
+    yield (
+        "siglip-96",
+        siglip(
+            tower(96, 100, 3, 3, image_size=50, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-3),
+            tower(40, 80, 3, 5, vocab_size=64, max_position_embeddings=9, projection_size=96),
+        ),
+        None,
+        "1GB",
+    )
+    yield (
+        "clip-legacy-eos",
+        clip(
+            tower(64, 128, 2, 4, image_size=32, patch_size=8),
+            tower(48, 96, 2, 4, vocab_size=90, max_position_embeddings=11, eos_token_id=EOS_LEGACY),
+            projection_dim=32,
+        ),
+        89,
+        "1GB",
+    )
+    yield (
+        "clip-gelu-sharded",
+        clip(
+            tower(48, 96, 3, 3, image_size=30, patch_size=10, hidden_act="gelu"),
+            tower(64, 100, 2, 2, vocab_size=50, max_position_embeddings=14, hidden_act="gelu", eos_token_id=EOS_RIGHT),
+            projection_dim=56,
+        ),
+        EOS_RIGHT,
+        "100KB",
+    )
+
+
+def perturb(model):
+    """Nothing stays at a value (zero, one) that would hide a tensor which is not used."""
+    for name, parameter in model.named_parameters():
+        if name not in ("logit_scale", "logit_bias"):
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.08))
+    model.logit_scale.fill_(1.25)
+    if hasattr(model, "logit_bias"):
+        model.logit_bias.fill_(-3.5)
+
+
+def captions(model, eos):
+    text = model.config.text_config
+    ids = torch.randint(3, text.vocab_size, (ROWS, text.max_position_embeddings))
+    if eos is not None:
+        ids = torch.where(ids >= min(eos, text.vocab_size - 2), ids % 30 + 3, ids)
+        for row in range(ROWS):
+            end = 2 + row
+            # The legacy rule must not look for id 2, nor the right one for the largest id.
+            ids[row, 1] = EOS_LEGACY if eos != EOS_RIGHT else text.vocab_size - 1
+            ids[row, end] = eos
+            ids[row, end + 1 :] = eos if row % 2 else 1
+    return ids
+
+
+def write(folder, model, eos, shard):
+    model.save_pretrained(folder, max_shard_size=shard)
+    size = model.config.vision_config.image_size
+    processor = CLIPImageProcessor if eos is not None else SiglipImageProcessor
+    processor = processor(size={"height": size, "width": size})
+    processor.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+
+    pixels = torch.randint(0, 256, (ROWS, size, size, 3), dtype=torch.uint8)
+    pixels[0] = pixels[0] // 4  # Rows that differ in more than noise.
+    pixels[1, :, :, 0] = 255
+    ids = captions(model, eos)
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    values = (pixels.float() * processor.rescale_factor - mean) / std
+    image = model.get_image_features(pixel_values=values.permute(0, 3, 1, 2).contiguous())
+    text = model.get_text_features(input_ids=ids)
+    image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
+    for x in (image, text):
+        others = (x @ x.T - 2 * torch.eye(ROWS)).max()
+        assert others < 0.995, f"{folder.name}: rows are too alike ({others}) to prove anything"
+    save_file(
+        dict(
+            pixels=pixels,
+            ids=ids,
+            image=image.contiguous(),
+            text=text.contiguous(),
+            normalisation=torch.cat([torch.tensor([processor.rescale_factor]), mean, std]),
+            logits=torch.tensor([model.logit_scale.exp().item(), -3.5 if hasattr(model, "logit_bias") else 0.0]),
+        ),
+        folder / "expected.safetensors",
+    )
+    names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    (folder / "state_dict.json").write_text(json.dumps(names))
+
+
+@torch.no_grad()
+def main():
+    torch.manual_seed(20240617)
+    torch.set_num_threads(1)
+    for name, model, eos, shard in models():
+        model.eval()
+        perturb(model)
+        write(Path(sys.argv[1]) / name, model, eos, shard)
+
+
+if __name__ == "__main__":
+    main()
