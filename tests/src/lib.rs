@@ -1,1 +1,2 @@
-//! tests
+//! What the system tests share.
+pub mod fixture;

@@ -1,2 +1,3 @@
 //! Operator commands.
+pub mod index;
 pub mod select;

@@ -36,7 +36,19 @@ pub struct SourceManifest {
     pub root_uri: String,
     pub weight: f64,
     pub layout: Layout,
+    /// All columns of the files, by name.
+    pub columns: Vec<Column>,
     pub shards: Vec<Shard>,
+}
+
+/// One column of a source's files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Column {
+    pub name: String,
+    /// As Arrow's `DataType` prints and parses it: `Int64`, `List(Float32)`.
+    pub data_type: String,
+    /// The first shard that lacks it or has it with another type: such a column cannot be delivered.
+    pub differs_in: Option<String>,
 }
 
 /// How to find image and caption in a shard's columns.

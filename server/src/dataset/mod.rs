@@ -1,8 +1,26 @@
 //! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by indexing.
+mod file;
 mod index;
 mod layout;
 mod manifest;
 mod pattern;
 mod schema;
 
-pub use manifest::{Block, Layout, Manifest, Shard, SourceManifest};
+pub use file::{Ranges, ShardFile};
+pub use index::{SourceRequest, index};
+pub use manifest::{Block, Column, Layout, Manifest, Shard, SourceManifest};
+
+/// What a row's receipt records of its content: the first 16 bytes of BLAKE3 over the image's length (u64, little endian),
+/// the image as stored, and the caption's UTF-8.
+pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&(image.len() as u64).to_le_bytes()).update(image).update(caption.as_bytes());
+    let mut hash = [0; 16];
+    hasher.finalize_xof().fill(&mut hash);
+    hash
+}
+
+#[cfg(test)]
+pub(crate) mod fixtures;
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,103 @@
-//! (being written)
+//! What an operator may set of a worker.
+use crate::error::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A scoring worker: its device, and how much memory each part may use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerConfig {
+    /// Where models run: `auto` (the first CUDA device where there is one), `cpu`, `cuda`, or `cuda:N`.
+    pub device: String,
+    /// Threads that decode images, and that models on a CPU use. 0 is one for each core.
+    pub threads: usize,
+    /// Slices that are read, decoded or embedded at the same time; while one waits for its coordinator it does not count.
+    /// 0 is one for every 16 threads, at least 2.
+    pub slots: usize,
+    /// Memory for blocks as they were read, in bytes: super-batches that follow each other share blocks.
+    pub block_cache_bytes: usize,
+    /// Memory for the rows of slices that wait to be chosen, in bytes. Where it is full the newest step's rows are dropped, and
+    /// the chosen ones are read again.
+    pub row_bytes_max: usize,
+    /// Memory for decoded images that wait for the learner, in bytes. Where it is full the newest step's are dropped, and
+    /// decoded again.
+    pub decoded_bytes_max: usize,
+    /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
+    pub reference_cache_bytes: usize,
+    /// Largest image, in pixels; a larger one makes its row unusable.
+    pub image_pixels_max: u64,
+    /// Largest encoded image, in bytes; a larger one makes its row unusable.
+    pub image_bytes_max: u64,
+    /// Models that stay on the device; the one used longest ago leaves for another. A run wants its reference, two states of its
+    /// learner, and room for one that is being verified.
+    pub models_max: usize,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            device: "auto".into(),
+            threads: 0,
+            slots: 0,
+            block_cache_bytes: 512 << 20,
+            row_bytes_max: 1 << 30,
+            decoded_bytes_max: 1 << 30,
+            reference_cache_bytes: 128 << 20,
+            // As many as Pillow takes before it warns of a decompression bomb.
+            image_pixels_max: 89_478_485,
+            image_bytes_max: 64 << 20,
+            models_max: 4,
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// Refuses what cannot work.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming the field.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("worker.image_pixels_max", self.image_pixels_max),
+            ("worker.image_bytes_max", self.image_bytes_max),
+            ("worker.models_max", self.models_max as u64),
+        ];
+        match positive.iter().find(|(_, value)| *value == 0) {
+            Some((field, _)) => Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Threads in force on a machine of `cores`.
+    pub fn threads_on(&self, cores: usize) -> usize {
+        if self.threads == 0 { cores.max(1) } else { self.threads }
+    }
+
+    /// Slots in force with that many threads.
+    pub fn slots_on(&self, threads: usize) -> usize {
+        if self.slots == 0 { (threads / 16).max(2) } else { self.slots }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_means_as_the_machine_is() {
+        let config = WorkerConfig::default();
+        for (cores, slots) in [(1, 2), (2, 2), (128, 8)] {
+            assert_eq!(config.threads_on(cores), cores);
+            assert_eq!(config.slots_on(cores), slots);
+        }
+        let config = WorkerConfig { threads: 3, slots: 1, ..config };
+        assert_eq!((config.threads_on(128), config.slots_on(3)), (3, 1));
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_field() {
+        let error = WorkerConfig { models_max: 0, ..Default::default() }.validate().unwrap_err();
+        assert_eq!(error.value("field"), Some("worker.models_max"));
+        assert!(serde_yaml_ng::from_str::<WorkerConfig>("model_max: 1").is_err(), "a misspelt key is refused");
+    }
+}

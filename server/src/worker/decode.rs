@@ -1,1 +1,245 @@
-//! (being written)
+//! Images as Pillow shows them: decoded, turned as their EXIF says, on white, in 8-bit RGB.
+//!
+//! What this equals is `ImageOps.exif_transpose`, then a paste through the alpha channel onto a white RGB canvas. PNG and WebP
+//! come out the same to the last bit. JPEG decoders may differ: against libjpeg-turbo see [`decode`].
+use image::{
+    DynamicImage, ImageDecoder, Limits, RgbImage,
+    codecs::{png::PngDecoder, webp::WebPDecoder},
+    metadata::Orientation,
+};
+use std::{
+    fmt::Display,
+    io::Cursor,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+use superbatch_proto::v1::BadRowReason;
+use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
+use zune_jpeg::JpegDecoder;
+
+/// Why a row cannot be used: a fault of its content, which costs this row only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowFault {
+    pub reason: BadRowReason,
+    pub detail: String,
+}
+
+impl RowFault {
+    pub fn new(reason: BadRowReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+}
+
+/// How large an image may be; checked before memory is taken for its pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Width times height.
+    pub pixels_max: u64,
+    /// As stored.
+    pub bytes_max: u64,
+}
+
+/// Room for a PNG's text, profile and row buffers beside its pixels.
+const CHUNK_BYTES: u64 = 16 << 20;
+/// The widest or highest JPEG there is.
+const JPEG_SIDE: usize = 65_535;
+
+/// An image before its orientation is applied.
+struct Decoded {
+    image: DynamicImage,
+    exif: Option<Vec<u8>>,
+    xmp: Option<Vec<u8>>,
+}
+
+/// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame, colour profiles are not
+/// applied, CMYK is taken as Adobe writes it (inverted), and grey of 16 bits is clipped at 255: all as Pillow does.
+///
+/// # Errors
+/// `ImageTooLarge`, or `ImageUndecodable`, also for an image that was cut off.
+pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, RowFault> {
+    if bytes.len() as u64 > limits.bytes_max {
+        return Err(too_large(format!("{} bytes, the limit is {}", bytes.len(), limits.bytes_max)));
+    }
+    // The decoders mean not to panic. One that does costs a row, not the worker.
+    let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
+        [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits),
+        [0x89, b'P', b'N', b'G', ..] => {
+            let max_alloc = limits.pixels_max.saturating_mul(8).saturating_add(CHUNK_BYTES);
+            let mut allowed = Limits::no_limits();
+            allowed.max_alloc = Some(max_alloc);
+            raster(PngDecoder::with_limits(Cursor::new(bytes), allowed).map_err(undecodable)?, limits)
+        }
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => {
+            raster(WebPDecoder::new(Cursor::new(bytes)).map_err(undecodable)?, limits)
+        }
+        _ => Err(undecodable("neither JPEG nor PNG nor WebP")),
+    }));
+    let mut decoded = decoded.unwrap_or_else(|_| Err(undecodable("the decoder panicked")))?;
+    let orientation = orientation(&decoded);
+    decoded.image = DynamicImage::ImageRgb8(on_white(decoded.image));
+    decoded.image.apply_orientation(orientation);
+    Ok(decoded.image.into_rgb8())
+}
+
+pub(super) fn too_large(detail: String) -> RowFault {
+    RowFault::new(BadRowReason::ImageTooLarge, detail)
+}
+
+fn undecodable(cause: impl Display) -> RowFault {
+    RowFault::new(BadRowReason::ImageUndecodable, cause.to_string())
+}
+
+fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), RowFault> {
+    if width * height > limits.pixels_max {
+        return Err(too_large(format!("{width}x{height} pixels, the limit is {}", limits.pixels_max)));
+    }
+    Ok(())
+}
+
+fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, RowFault> {
+    let (width, height) = decoder.dimensions();
+    check(width.into(), height.into(), limits)?;
+    let (exif, xmp) = (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten());
+    let image = DynamicImage::from_decoder(decoder).map_err(undecodable)?;
+    Ok(Decoded { image, exif, xmp })
+}
+
+fn jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, RowFault> {
+    let options = DecoderOptions::default()
+        .set_max_width(JPEG_SIDE)
+        .set_max_height(JPEG_SIDE)
+        .jpeg_set_out_colorspace(ColorSpace::RGB);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder.decode_headers().map_err(undecodable)?;
+    let (width, height) = decoder.dimensions().ok_or_else(|| undecodable("no frame header"))?;
+    check(width as u64, height as u64, limits)?;
+    // The decoder fills what is missing with grey; Pillow refuses a file without its end, and so do we.
+    let scan = scan_start(bytes).unwrap_or(bytes.len());
+    if !bytes[scan..].windows(2).rev().any(|pair| pair == [0xFF, 0xD9]) {
+        return Err(undecodable("the image is cut off: its end marker is missing"));
+    }
+    let pixels = decoder.decode().map_err(undecodable)?;
+    let (exif, xmp) = (decoder.exif().cloned(), decoder.xmp().cloned());
+    let image = RgbImage::from_raw(width as u32, height as u32, pixels);
+    let image = image.ok_or_else(|| undecodable("its colours are of an unknown kind"))?;
+    Ok(Decoded { image: DynamicImage::ImageRgb8(image), exif, xmp })
+}
+
+/// Where the first scan's data begin: segments before it may hold thumbnails with markers of their own.
+fn scan_start(bytes: &[u8]) -> Option<usize> {
+    let mut at = 2;
+    loop {
+        match *bytes.get(at..at + 2)? {
+            [0xFF, 0xDA] => return Some(at + 2),
+            [0xFF, 0x01 | 0xD0..=0xD9] => at += 2,
+            [0xFF, 0x02..=0xFE] => at += 2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?])),
+            _ => at += 1,
+        }
+    }
+}
+
+/// The EXIF tag, or where there is none the XMP property: Pillow's order.
+fn orientation(decoded: &Decoded) -> Orientation {
+    let exif = decoded.exif.as_deref().and_then(|data| {
+        let data = data.strip_prefix(b"Exif\0\0").unwrap_or(data).to_vec();
+        let read = exif::Reader::new().continue_on_error(true).read_raw(data);
+        let exif = read.or_else(|partial| partial.distill_partial_result(|_| ())).ok()?;
+        exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY)?.value.get_uint(0)
+    });
+    let tag = exif.or_else(|| xmp_orientation(decoded.xmp.as_deref()?));
+    tag.and_then(|tag| Orientation::from_exif(u8::try_from(tag).ok()?)).unwrap_or(Orientation::NoTransforms)
+}
+
+fn xmp_orientation(xmp: &[u8]) -> Option<u32> {
+    let text = String::from_utf8_lossy(xmp);
+    let value = text.split_once("tiff:Orientation")?.1;
+    let value = value.strip_prefix("=\"").or_else(|| value.strip_prefix('>'))?;
+    value.chars().next()?.to_digit(10)
+}
+
+/// 8-bit RGB over white.
+fn on_white(image: DynamicImage) -> RgbImage {
+    let (width, height) = (image.width(), image.height());
+    let high = |v: u16| (v >> 8) as u8;
+    let pixels: Vec<u8> = match image {
+        DynamicImage::ImageRgb8(image) => return image,
+        DynamicImage::ImageLuma8(image) => image.as_raw().iter().flat_map(|&v| [v; 3]).collect(),
+        DynamicImage::ImageLumaA8(image) => image.pixels().flat_map(|p| blend([p[0]; 3], p[1])).collect(),
+        DynamicImage::ImageRgba8(image) => image.pixels().flat_map(|p| blend([p[0], p[1], p[2]], p[3])).collect(),
+        // Pillow keeps 16 bits of grey and clips them on the way to RGB; of all other kinds it reads the high bytes.
+        DynamicImage::ImageLuma16(image) => image.as_raw().iter().flat_map(|&v| [v.min(255) as u8; 3]).collect(),
+        DynamicImage::ImageLumaA16(image) => image.pixels().flat_map(|p| blend([high(p[0]); 3], high(p[1]))).collect(),
+        DynamicImage::ImageRgb16(image) => image.as_raw().iter().map(|&v| high(v)).collect(),
+        DynamicImage::ImageRgba16(image) => {
+            image.pixels().flat_map(|p| blend([high(p[0]), high(p[1]), high(p[2])], high(p[3]))).collect()
+        }
+        other => return other.into_rgb8(),
+    };
+    RgbImage::from_raw(width, height, pixels).expect("three bytes were made of each pixel")
+}
+
+/// A pixel over white, rounded as Pillow's paste does.
+fn blend(pixel: [u8; 3], alpha: u8) -> [u8; 3] {
+    pixel.map(|value| {
+        let sum = u32::from(value) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 128;
+        (((sum >> 8) + sum) >> 8) as u8
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+
+    const ROOMY: ImageLimits = ImageLimits { pixels_max: 1 << 20, bytes_max: 1 << 20 };
+
+    fn png(width: u32, height: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let pixels = vec![7; (width * height * 3) as usize];
+        PngEncoder::new(&mut bytes).write_image(&pixels, width, height, ExtendedColorType::Rgb8).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn limits_hold_before_pixels_are_made() {
+        let mut huge = png(1, 1);
+        // The header says 60,000 x 60,000; its checksum is made to fit.
+        huge[16..24].copy_from_slice(&[0, 0, 0xEA, 0x60, 0, 0, 0xEA, 0x60]);
+        let sum = crc32(&huge[12..29]).to_be_bytes();
+        huge[29..33].copy_from_slice(&sum);
+        let fault = decode(&huge, &ROOMY).unwrap_err();
+        assert_eq!(fault.reason, BadRowReason::ImageTooLarge, "{}", fault.detail);
+        let small = png(4, 4);
+        let tight = ImageLimits { bytes_max: small.len() as u64 - 1, ..ROOMY };
+        assert_eq!(decode(&small, &tight).unwrap_err().reason, BadRowReason::ImageTooLarge);
+        assert_eq!(decode(&small, &ImageLimits { pixels_max: 16, ..ROOMY }).unwrap().dimensions(), (4, 4));
+    }
+
+    fn crc32(bytes: &[u8]) -> u32 {
+        let step = |crc: u32, byte: &u8| {
+            (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xEDB8_8320 } else { c >> 1 })
+        };
+        !bytes.iter().fold(!0, step)
+    }
+
+    #[test]
+    fn what_is_no_image_is_a_fault() {
+        let cut = &png(40, 40)[..60];
+        for bytes in [&b""[..], b"GIF89a", b"\xFF\xD8\xFF", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", cut] {
+            assert_eq!(decode(bytes, &ROOMY).unwrap_err().reason, BadRowReason::ImageUndecodable, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn alpha_is_laid_on_white() {
+        assert_eq!(blend([0, 100, 255], 255), [0, 100, 255]);
+        assert_eq!(blend([0, 100, 255], 0), [255; 3]);
+        assert_eq!(blend([0; 3], 127), [128; 3]);
+    }
+
+    #[test]
+    fn orientation_is_found_in_xmp_where_exif_has_none() {
+        assert_eq!(xmp_orientation(br#"<x tiff:Orientation="6"/>"#), Some(6));
+        assert_eq!(xmp_orientation(b"<tiff:Orientation>8</tiff:Orientation>"), Some(8));
+        assert_eq!(xmp_orientation(b"<x/>"), None);
+    }
+}

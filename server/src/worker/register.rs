@@ -1,1 +1,138 @@
-//! (being written)
+//! Reporting for duty: a worker tells its coordinator that it is there, again and again, and when it goes.
+use crate::error::{Error, Result, from_status};
+use rand::Rng;
+use std::{future::Future, pin::pin, time::Duration};
+use superbatch_proto::v1::{
+    Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient,
+};
+use tonic::transport::{Channel, Endpoint};
+
+/// How long a call to the coordinator may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// First and longest wait after a call that failed.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where the coordinator cannot be
+/// reached, with exponential backoff and full jitter drawn from `rng`. At the end it says that the worker is leaving.
+///
+/// `worker` is what to tell: address, incarnation, device and build.
+pub async fn keep_registered(
+    coordinator: Endpoint,
+    worker: RegisterRequest,
+    mut rng: impl Rng,
+    shutdown: impl Future<Output = ()>,
+) {
+    let mut client = CoordinatorServiceClient::new(coordinator.connect_lazy());
+    let mut shutdown = pin!(shutdown);
+    let mut failures = 0;
+    loop {
+        let wait = tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            answer = register(&mut client, &worker) => match answer {
+                Ok(lease) => {
+                    if failures > 0 {
+                        tracing::info!(coordinator = %coordinator.uri(), "registered again");
+                    }
+                    failures = 0;
+                    lease / 3
+                }
+                Err(error) => {
+                    if failures == 0 {
+                        tracing::warn!(coordinator = %coordinator.uri(), error = error.chain(), "cannot register; trying on");
+                    }
+                    failures += 1;
+                    backoff(failures, rng.random())
+                }
+            },
+        };
+        tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+    let leaving = RegisterRequest { leaving: true, ..worker };
+    if let Err(error) = register(&mut client, &leaving).await {
+        tracing::warn!(error = error.chain(), "could not tell the coordinator that this worker leaves");
+    }
+}
+
+/// One call; the lease it grants.
+async fn register(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) -> Result<Duration> {
+    let call = tokio::time::timeout(CALL_TIMEOUT, client.register(worker.clone()));
+    let answer = call.await.map_err(|_| Error::new(Reason::NoWorkers, "the coordinator did not answer in time"))?;
+    let lease = answer.map_err(|status| from_status(status, Reason::NoWorkers))?.into_inner().lease_seconds;
+    Duration::try_from_secs_f64(lease)
+        .ok()
+        .filter(|lease| !lease.is_zero())
+        .ok_or_else(|| Error::invalid("lease_seconds", format!("the coordinator granted a lease of {lease} s")))
+}
+
+/// The wait after the `failures`-th failure in a row; `chance` in [0, 1) spreads workers apart.
+fn backoff(failures: u32, chance: f64) -> Duration {
+    let (first, most) = BACKOFF;
+    let ceiling = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(most);
+    first / 2 + ceiling.mul_f64(chance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{SeedableRng, rngs::StdRng};
+    use superbatch_proto::v1::{
+        RegisterResponse,
+        coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
+    };
+    use tokio::{
+        net::TcpListener,
+        sync::{mpsc, oneshot},
+    };
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, Response, Status, transport::Server};
+
+    #[test]
+    fn waits_grow_to_a_limit_and_are_spread() {
+        assert_eq!(backoff(1, 0.0), Duration::from_millis(50));
+        assert_eq!(backoff(3, 0.5), Duration::from_millis(250));
+        assert!(backoff(60, 0.999) < Duration::from_secs(11));
+    }
+
+    /// Refuses the first call, grants short leases after that, and hands over what it was told.
+    struct Forgetful(mpsc::Sender<RegisterRequest>);
+
+    #[tonic::async_trait]
+    impl CoordinatorService for Forgetful {
+        async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+            let first = self.0.capacity() == self.0.max_capacity();
+            self.0.send(request.into_inner()).await.map_err(|_| Status::cancelled("the test is over"))?;
+            if first { Err(Status::unavailable("starting")) } else { Ok(Response::new(RegisterResponse { lease_seconds: 0.03 })) }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_worker_registers_until_it_leaves() {
+        let (told, mut heard) = mpsc::channel(64);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let server = Server::builder().add_service(CoordinatorServiceServer::new(Forgetful(told)));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let worker = RegisterRequest { address: "http://10.0.0.7:7001".into(), ..Default::default() };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let coordinator = Endpoint::from_shared(uri).unwrap();
+        let shutdown = async { drop(stopped.await) };
+        let keeping = tokio::spawn(keep_registered(coordinator, worker.clone(), StdRng::seed_from_u64(1), shutdown));
+        let mut calls = Vec::new();
+        while calls.len() < 3 {
+            calls.push(heard.recv().await.unwrap());
+        }
+        assert!(calls.iter().all(|call| *call == worker));
+        stop.send(()).unwrap();
+        keeping.await.unwrap();
+        let mut last = None;
+        while let Ok(call) = heard.try_recv() {
+            last = Some(call);
+        }
+        assert_eq!(last, Some(RegisterRequest { leaving: true, ..worker }));
+    }
+}

@@ -1,1 +1,115 @@
-//! (being written)
+//! The worker's gRPC service: each method in a few lines.
+use super::{
+    answers::{AnswerStream, Answers, answer_with},
+    config::WorkerConfig,
+    engine::Engine,
+    fetch::fetch_rows,
+    score::score,
+    select::select,
+};
+use crate::{
+    error::{Error, Result},
+    storage::{Location, Stores},
+};
+use futures::FutureExt;
+use std::sync::Arc;
+use superbatch_proto::{
+    MESSAGE_BYTES_MAX,
+    v1::{
+        FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse, ScoreRequest, ScoreResponse,
+        SelectRequest, SelectResponse, TensorInfo,
+        worker_service_server::{WorkerService, WorkerServiceServer},
+    },
+};
+use tonic::{Request, Response, Status, Streaming};
+
+/// A scoring worker. It keeps nothing that a call cannot bring back.
+#[derive(Clone)]
+pub struct Worker(Arc<Engine>);
+
+/// What a worker tells of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerInfo {
+    pub device: String,
+    pub threads: usize,
+}
+
+impl Worker {
+    /// Starts the device and the decode threads.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a setting that cannot work, `DeviceUnavailable`.
+    pub fn new(config: &WorkerConfig, stores: Stores, state: Location) -> Result<Self> {
+        Ok(Self(Arc::new(Engine::new(config, stores, state)?)))
+    }
+
+    /// The service, with the protocol's message limits.
+    pub fn service(&self) -> WorkerServiceServer<Self> {
+        WorkerServiceServer::new(self.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    pub fn info(&self) -> WorkerInfo {
+        WorkerInfo { device: self.0.device.name().to_owned(), threads: self.0.threads }
+    }
+
+    /// Waits until no slice is being read, decoded or embedded.
+    pub async fn idle(&self) {
+        self.0.idle().await;
+    }
+
+    /// Bytes of rows, and of decoded images, that are kept for calls under way.
+    pub fn retained_bytes(&self) -> (usize, usize) {
+        (self.0.raw.bytes(), self.0.ready.bytes())
+    }
+
+    async fn prepare(&self, request: PrepareModelRequest) -> Result<PrepareModelResponse> {
+        let model = request.model.ok_or_else(|| Error::invalid("model", "PrepareModel names no model"))?;
+        let info = &self.0.models.load(&model).await?.info;
+        let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo { name: name.clone(), shape: shape.clone() });
+        Ok(PrepareModelResponse {
+            digest: info.digest.clone(),
+            model_type: info.model_type.to_string(),
+            embedding_dim: info.embedding_dim as u32,
+            image_size: info.image_size as u32,
+            text_length: info.text_length as u32,
+            logit_scale: info.logit_scale,
+            logit_bias: info.logit_bias,
+            image_flops: info.image_flops,
+            text_flops: info.text_flops,
+            tensors: tensors.collect(),
+            device: self.0.device.name().to_owned(),
+            weights_digest: info.weights_digest.clone(),
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl WorkerService for Worker {
+    type ScoreStream = AnswerStream<ScoreResponse>;
+    type FetchRowsStream = AnswerStream<FetchRowsResponse>;
+
+    async fn prepare_model(
+        &self,
+        request: Request<PrepareModelRequest>,
+    ) -> Result<Response<PrepareModelResponse>, Status> {
+        Ok(Response::new(self.prepare(request.into_inner()).await?))
+    }
+
+    async fn score(&self, request: Request<Streaming<ScoreRequest>>) -> Result<Response<Self::ScoreStream>, Status> {
+        let (engine, requests) = (self.0.clone(), request.into_inner());
+        let work = |answers: Answers<_>| async move { score(&engine, requests, &answers).await }.boxed();
+        Ok(Response::new(answer_with(work)))
+    }
+
+    async fn fetch_rows(&self, request: Request<FetchRowsRequest>) -> Result<Response<Self::FetchRowsStream>, Status> {
+        let (engine, request) = (self.0.clone(), request.into_inner());
+        let work = |answers: Answers<_>| async move { fetch_rows(&engine, request, &answers).await }.boxed();
+        Ok(Response::new(answer_with(work)))
+    }
+
+    async fn select(&self, request: Request<Streaming<SelectRequest>>) -> Result<Response<SelectResponse>, Status> {
+        Ok(Response::new(select(&self.0, request.into_inner()).await?))
+    }
+}

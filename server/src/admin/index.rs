@@ -1,0 +1,100 @@
+//! `superbatch index`: indexes a data set ahead of its run and writes the manifest into the state.
+use crate::{
+    dataset::{self, Manifest, SourceManifest, SourceRequest},
+    error::{Error, Result},
+    storage::{Location, Stores},
+};
+use serde_json::json;
+use std::fmt::Write;
+
+/// Indexes data sets and writes the manifest, which a run of the same sources then finds.
+#[derive(Debug, Clone, clap::Args)]
+pub struct IndexArgs {
+    /// Parquet files, folders of them, or patterns such as s3://bucket/{00000..00041}.parquet.
+    #[arg(required = true, value_name = "SOURCE")]
+    pub sources: Vec<String>,
+    /// The column that holds the images, where the layout does not tell.
+    #[arg(long)]
+    pub image_column: Option<String>,
+    /// The column that holds the captions, where the layout does not tell.
+    #[arg(long)]
+    pub caption_column: Option<String>,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Indexes, saves, and says what was found.
+///
+/// # Errors
+/// As [`dataset::index`], and `StorageUnreachable` for the state.
+pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<String> {
+    let request = |uri: &String| SourceRequest {
+        uri: uri.clone(),
+        weight: 1.0,
+        image_column: args.image_column.clone(),
+        caption_column: args.caption_column.clone(),
+    };
+    let requests: Vec<SourceRequest> = args.sources.iter().map(request).collect();
+    let manifest = dataset::index(stores, &requests).await?;
+    let digest = manifest.save(state).await?;
+    if !args.json {
+        return Ok(text(&digest, &manifest));
+    }
+    let sources = manifest.sources.iter().map(|source| {
+        json!({
+            "uri": source.uri,
+            "shards": source.shards.len(),
+            "blocks": source.blocks().count(),
+            "rows": source.rows(),
+            "image_column": source.layout.image_column,
+            "caption_column": source.layout.caption_column,
+            "columns": source.columns,
+        })
+    });
+    let sources = sources.collect::<Vec<_>>();
+    let summary = json!({"digest": digest, "rows": manifest.rows(), "sources": sources});
+    serde_json::to_string(&summary).map_err(|e| Error::internal("cannot write the summary").because(e))
+}
+
+fn text(digest: &str, manifest: &Manifest) -> String {
+    let mut text = format!("dataset manifest {digest}\n{} rows\n", manifest.rows());
+    for source in &manifest.sources {
+        describe(&mut text, source).expect("a String takes any text");
+    }
+    text
+}
+
+fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
+    writeln!(text, "\n{}", source.uri)?;
+    writeln!(text, "  {} shards, {} blocks, {} rows", source.shards.len(), source.blocks().count(), source.rows())?;
+    writeln!(text, "  image in '{}', caption in '{}'", source.layout.image_column, source.layout.caption_column)?;
+    for column in &source.columns {
+        match &column.differs_in {
+            None => writeln!(text, "  {}: {}", column.name, column.data_type)?,
+            Some(shard) => writeln!(text, "  {}: {}, but not in {shard}", column.name, column.data_type)?,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::fixtures::{img2dataset, parquet, put, stores};
+
+    #[tokio::test]
+    async fn it_says_what_it_found_and_saves_it() {
+        let stores = stores();
+        put(&stores, &[("0.parquet", parquet(&img2dataset(0..5), 2))]).await;
+        let state = stores.open("memory:///state").unwrap();
+        let mut args =
+            IndexArgs { sources: vec!["memory:///data".into()], image_column: None, caption_column: None, json: false };
+        let text = run(&stores, &state, &args).await.unwrap();
+        assert!(text.contains("1 shards, 3 blocks, 5 rows") && text.contains("image in 'jpg'"), "{text}");
+        args.json = true;
+        let json: serde_json::Value = serde_json::from_str(&run(&stores, &state, &args).await.unwrap()).unwrap();
+        let manifest = Manifest::load(&state, json["digest"].as_str().unwrap()).await.unwrap();
+        assert_eq!(json["rows"], manifest.rows());
+    }
+}

@@ -1,0 +1,192 @@
+//! One Parquet file in object storage, read by ranges and held to the size and ETag that it was listed with.
+use crate::{
+    error::{Error, Result},
+    storage::Location,
+};
+use bytes::{Buf, Bytes};
+use futures::{StreamExt, TryStreamExt};
+use object_store::{GetOptions, GetRange, ObjectMeta};
+use parquet::{
+    arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions},
+    errors::ParquetError,
+    file::{
+        metadata::{ColumnChunkMetaData, ParquetMetaDataReader},
+        reader::{ChunkReader, Length},
+    },
+};
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::v1::Reason;
+
+/// Read at once from a file's end: most footers fit, and cost one request.
+const FOOTER_BYTES: u64 = 64 << 10;
+/// Ranges closer than this are read by one request.
+const GAP_BYTES: u64 = 1 << 20;
+/// Requests at once for one block.
+const RANGES_AT_ONCE: usize = 8;
+
+/// A file at `location`, of `size` bytes.
+#[derive(Debug, Clone)]
+pub struct ShardFile {
+    location: Location,
+    size: u64,
+    etag: Option<String>,
+}
+
+/// An ETag as compared: listings and reads of one store quote it differently.
+pub(super) fn etag(meta: &ObjectMeta) -> Option<String> {
+    meta.e_tag.as_deref().map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned())
+}
+
+impl ShardFile {
+    pub fn new(location: Location, size: u64, etag: Option<String>) -> Self {
+        Self { location, size, etag }
+    }
+
+    pub fn uri(&self) -> &str {
+        self.location.uri()
+    }
+
+    /// The footer and the schema.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where it is no Parquet file; `DatasetChanged`, `StorageUnreachable`.
+    pub async fn footer(&self) -> Result<ArrowReaderMetadata> {
+        let mut reader = ParquetMetaDataReader::new();
+        let mut wanted = FOOTER_BYTES.min(self.size);
+        // The footer's length is known once its last 8 bytes are: at most one more read.
+        for _ in 0..2 {
+            let tail = if wanted == 0 { Bytes::new() } else { self.fetch(self.size - wanted..self.size).await? };
+            match reader.try_parse_sized(&tail, self.size) {
+                Err(ParquetError::NeedMoreData(needed)) => wanted = (needed as u64).min(self.size),
+                Err(cause) => return Err(self.no_parquet(cause)),
+                Ok(()) => break,
+            }
+        }
+        let metadata = reader.finish().map_err(|e| self.no_parquet(e))?;
+        ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new()).map_err(|e| self.no_parquet(e))
+    }
+
+    fn no_parquet(&self, cause: ParquetError) -> Error {
+        let message = format!("{} is no Parquet file; let the source name Parquet files only", self.uri());
+        Error::invalid("sources", message).with("shard", self.uri()).because(cause)
+    }
+
+    /// Where a column of a row group lies.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where that is outside the file.
+    pub fn column(&self, column: &ColumnChunkMetaData) -> Result<Range<u64>> {
+        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset()).min(column.data_page_offset());
+        let range = u64::try_from(start).ok().zip(u64::try_from(column.compressed_size()).ok());
+        match range.and_then(|(start, length)| Some(start..start.checked_add(length)?)) {
+            Some(range) if range.end <= self.size => Ok(range),
+            _ => Err(self.no_parquet(ParquetError::General("a column lies outside the file".to_owned()))),
+        }
+    }
+
+    /// These byte ranges, several requests at once.
+    pub async fn ranges(&self, ranges: &[Range<u64>]) -> Result<Ranges> {
+        let fetches = merge(ranges).into_iter().map(|range| async move {
+            let bytes = self.fetch(range.clone()).await?;
+            Ok::<_, Error>((range.start, bytes))
+        });
+        let parts = futures::stream::iter(fetches).buffered(RANGES_AT_ONCE).try_collect().await?;
+        Ok(Ranges { size: self.size, parts })
+    }
+
+    /// Reads a range and checks that it comes from the object that was listed.
+    async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
+        let (store, path) = (self.location.store(), self.location.path(""));
+        let read = async {
+            let result = store.get_opts(&path, options).await?;
+            let meta = result.meta.clone();
+            Ok((meta, result.bytes().await?))
+        };
+        match read.await {
+            Ok((meta, bytes)) => {
+                self.same(&meta)?;
+                let whole = bytes.len() as u64 == range.end - range.start;
+                if whole { Ok(bytes) } else { Err(self.changed("it is shorter")) }
+            }
+            Err(object_store::Error::NotFound { .. }) => Err(self.changed("it is gone")),
+            // A range beyond the end of an object that shrank looks like any other failure.
+            Err(cause) => match self.location.head("").await {
+                Ok(meta) => self.same(&meta).and(Err(self.location.error("read", "", cause))),
+                Err(_) => Err(self.location.error("read", "", cause)),
+            },
+        }
+    }
+
+    fn same(&self, meta: &ObjectMeta) -> Result<()> {
+        if meta.size != self.size {
+            return Err(self.changed(&format!("it has {} bytes, not {}", meta.size, self.size)));
+        }
+        match (&self.etag, etag(meta)) {
+            (Some(old), Some(new)) if *old != new => Err(self.changed("its ETag is another")),
+            _ => Ok(()),
+        }
+    }
+
+    /// `DatasetChanged`: this is not the object that was indexed.
+    pub fn changed(&self, how: &str) -> Error {
+        let message = format!(
+            "{} is not the file that was indexed: {how}; put the indexed file back, or start a new run on the new data",
+            self.uri()
+        );
+        Error::new(Reason::DatasetChanged, message).with("shard", self.uri())
+    }
+}
+
+/// Sorted, with what is close together joined.
+fn merge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(sorted.len());
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end + GAP_BYTES => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
+
+/// Parts of a file, in memory; the Parquet reader takes it for the file.
+pub struct Ranges {
+    size: u64,
+    parts: Vec<(u64, Bytes)>,
+}
+
+impl Ranges {
+    /// What is here from `start` on.
+    fn from(&self, start: u64) -> Result<Bytes, ParquetError> {
+        let holds = |(first, bytes): &&(u64, Bytes)| (*first..first + bytes.len() as u64).contains(&start);
+        match self.parts.iter().find(holds) {
+            Some((first, bytes)) => Ok(bytes.slice((start - first) as usize..)),
+            None => Err(ParquetError::EOF(format!("byte {start} lies outside the ranges of its columns"))),
+        }
+    }
+}
+
+impl Length for Ranges {
+    fn len(&self) -> u64 {
+        self.size
+    }
+}
+
+impl ChunkReader for Ranges {
+    type T = bytes::buf::Reader<Bytes>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(self.from(start)?.reader())
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        let bytes = self.from(start)?;
+        if bytes.len() < length {
+            return Err(ParquetError::EOF(format!("{length} bytes at {start} reach beyond their column")));
+        }
+        Ok(bytes.slice(..length))
+    }
+}

@@ -1,0 +1,193 @@
+use super::{fixtures::*, *};
+use crate::error::Error;
+use arrow::{
+    array::{ArrayRef, Int32Array, Int64Array, LargeBinaryArray, LargeStringArray, RecordBatch, StringArray},
+    datatypes::DataType,
+};
+use bytes::Bytes;
+use std::sync::Arc;
+use superbatch_proto::v1::Reason;
+
+/// `img2dataset` files with one column replaced.
+fn with_column(name: &str, array: ArrayRef) -> RecordBatch {
+    let old = img2dataset(0..array.len() as u32);
+    let schema = old.schema();
+    let column = |field: &str, old: &ArrayRef| if field == name { array.clone() } else { old.clone() };
+    batch(schema.fields().iter().zip(old.columns()).map(|(f, a)| (f.name().as_str(), column(f.name(), a))).collect())
+}
+
+fn failure<T>(result: Result<T, Error>) -> Error {
+    result.map(drop).unwrap_err()
+}
+
+#[tokio::test]
+async fn img2dataset_shards_are_indexed_in_order_of_their_paths() {
+    let files = [
+        ("00001.parquet", parquet(&img2dataset(10..17), 3)),
+        ("00000.parquet", parquet(&img2dataset(0..10), 4)),
+        ("_metadata", Bytes::from("none of ours")),
+        (".hidden.parquet", Bytes::from("none of ours")),
+    ];
+    let manifest = indexed(&stores(), &files).await.unwrap();
+    let source = &manifest.sources[0];
+    assert_eq!(manifest.rows(), 17);
+    assert_eq!((source.layout.image_column.as_str(), source.layout.image_in_struct), ("jpg", false));
+    assert_eq!(source.layout.caption_column, "caption");
+    let paths: Vec<&str> = source.shards.iter().map(|shard| shard.path.as_str()).collect();
+    assert_eq!(paths, ["00000.parquet", "00001.parquet"]);
+    let blocks: Vec<_> = source.blocks().map(|(s, b, block)| (s, b, block.first_row, block.rows)).collect();
+    assert_eq!(blocks, [(0, 0, 0, 4), (0, 1, 4, 4), (0, 2, 8, 2), (1, 0, 0, 3), (1, 1, 3, 3), (1, 2, 6, 1)]);
+    for shard in &source.shards {
+        let ends: Vec<_> = shard.blocks.iter().map(|block| block.bytes).collect();
+        assert!(ends.windows(2).all(|pair| pair[0].1 <= pair[1].0) && ends[0].0 == 4, "{ends:?}");
+        assert!(ends.last().unwrap().1 < shard.size);
+    }
+}
+
+#[tokio::test]
+async fn hugging_face_files_name_their_image_in_the_metadata() {
+    let manifest = indexed(&stores(), &[("a/train-0.parquet", parquet(&hugging_face(0..5), 5))]).await.unwrap();
+    let layout = &manifest.sources[0].layout;
+    assert_eq!((layout.image_column.as_str(), layout.image_in_struct), ("photo", true));
+    assert_eq!(layout.caption_column, "text");
+    let schema = manifest.output_schema(&["uid".into(), "thumb".into()]).unwrap();
+    let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+    assert_eq!(names[..4], ["image", "caption", "uid", "thumb"]);
+    assert_eq!(schema.field(2).data_type(), &DataType::Int64);
+    assert_eq!(schema.field(3).data_type(), hugging_face(0..1).column(2).data_type());
+    assert_eq!(names[4], "_superbatch_id");
+}
+
+#[tokio::test]
+async fn what_the_request_names_wins() {
+    let stores = stores();
+    put(&stores, &[("x.parquet", parquet(&hugging_face(0..2), 2))]).await;
+    let mut named = request("memory:///data/x.parquet");
+    named.image_column = Some("thumb".into());
+    let manifest = index(&stores, &[named.clone()]).await.unwrap();
+    assert_eq!(manifest.sources[0].layout.image_column, "thumb");
+
+    named.caption_column = Some("uid".into());
+    let error = failure(index(&stores, &[named.clone()]).await);
+    assert_eq!((error.reason(), error.value("column")), (Reason::SchemaMismatch, Some("uid")));
+
+    named.image_column = Some("nope".into());
+    let error = failure(index(&stores, &[named]).await);
+    assert_eq!((error.reason(), error.value("available")), (Reason::ColumnNotFound, Some("uid, photo, thumb, text")));
+}
+
+#[tokio::test]
+async fn one_data_set_may_be_named_in_three_ways() {
+    let stores = stores();
+    put(&stores, &[("8.parquet", parquet(&img2dataset(0..3), 3)), ("10.parquet", parquet(&img2dataset(3..5), 3))]).await;
+    let mut shards = Vec::new();
+    for uri in ["memory:///data", "memory:///data/{8,10}.parquet", "memory:///data/*.parquet"] {
+        let manifest = index(&stores, &[request(uri)]).await.unwrap();
+        assert_eq!(manifest.sources[0].root_uri, "memory:///data");
+        shards.push(manifest.sources[0].shards.clone());
+    }
+    assert!(shards[0] == shards[1] && shards[1] == shards[2] && shards[0].len() == 2);
+}
+
+#[tokio::test]
+async fn what_is_missing_or_empty_is_told_apart() {
+    let stores = stores();
+    put(&stores, &[("d/readme.txt", Bytes::from("hi")), ("e.parquet", parquet(&img2dataset(0..0), 1))]).await;
+    for (uri, reason) in [
+        ("memory:///data/none.parquet", Reason::StorageUnreachable),
+        ("memory:///nowhere", Reason::StorageUnreachable),
+        ("memory:///data/d", Reason::DatasetEmpty),
+        ("memory:///data/x*.parquet", Reason::DatasetEmpty),
+        ("memory:///data/e.parquet", Reason::DatasetEmpty),
+        ("memory:///data/d/readme.txt", Reason::InvalidArgument),
+    ] {
+        let error = failure(index(&stores, &[request(uri)]).await);
+        assert_eq!(error.reason(), reason, "{uri}: {}", error.chain());
+    }
+    let error = failure(index(&stores, &[request("memory:///data/d/readme.txt")]).await);
+    assert_eq!(error.value("shard"), Some("memory:///data/d/readme.txt"), "the bad file is named");
+}
+
+#[tokio::test]
+async fn shards_must_agree_on_image_and_caption() {
+    let words = Arc::new(StringArray::from_iter_values(["no bytes"]));
+    let files = [
+        ("0.parquet", parquet(&img2dataset(0..4), 4)),
+        ("1.parquet", parquet(&with_column("jpg", words), 4)),
+    ];
+    let error = failure(indexed(&stores(), &files).await);
+    assert_eq!(error.reason(), Reason::SchemaMismatch);
+    assert_eq!(error.value("shard"), Some("memory:///data/1.parquet"));
+    assert_eq!((error.value("source"), error.value("column")), (Some("memory:///data"), Some("jpg")));
+}
+
+#[tokio::test]
+async fn wider_types_of_image_and_caption_are_taken() {
+    let images = Arc::new(LargeBinaryArray::from_iter([Some("a"), None]));
+    let captions = Arc::new(LargeStringArray::from_iter_values(["x", "y"]));
+    let wide = batch(vec![("webp", images), ("caption", captions)]);
+    let manifest = indexed(&stores(), &[("0.parquet", parquet(&wide, 9))]).await.unwrap();
+    let schema = manifest.data_schema(&[]).unwrap();
+    assert_eq!((schema.field(0).data_type(), schema.field(1).data_type()), (&DataType::Binary, &DataType::Utf8));
+}
+
+#[tokio::test]
+async fn an_extra_column_is_refused_only_where_it_is_asked_for() {
+    let narrow = Arc::new(Int32Array::from_iter_values([7]));
+    let files = [
+        ("0.parquet", parquet(&img2dataset(0..4), 4)),
+        ("1.parquet", parquet(&with_column("uid", narrow), 4)),
+    ];
+    let manifest = indexed(&stores(), &files).await.unwrap();
+    assert!(manifest.data_schema(&["url".into()]).is_ok());
+    let error = failure(manifest.data_schema(&["uid".into()]));
+    assert_eq!((error.reason(), error.value("shard")), (Reason::SchemaMismatch, Some("1.parquet")));
+    let error = failure(manifest.data_schema(&["nope".into()]));
+    assert_eq!((error.reason(), error.value("available")), (Reason::ColumnNotFound, Some("caption, jpg, uid, url")));
+    for taken in ["caption", "_superbatch_id"] {
+        assert_eq!(failure(manifest.data_schema(&[taken.into()])).reason(), Reason::InvalidArgument);
+    }
+    assert_eq!(failure(manifest.data_schema(&["url".into(), "url".into()])).reason(), Reason::InvalidArgument);
+}
+
+#[tokio::test]
+async fn sources_must_agree_on_extra_columns() {
+    let stores = stores();
+    let narrow = Arc::new(Int32Array::from_iter_values([7]));
+    put(&stores, &[("a/0.parquet", parquet(&img2dataset(0..4), 4))]).await;
+    put(&stores, &[("b/0.parquet", parquet(&with_column("uid", narrow), 4))]).await;
+    let sources = [request("memory:///data/a"), request("memory:///data/b")];
+    let manifest = index(&stores, &sources).await.unwrap();
+    let error = failure(manifest.data_schema(&["uid".into()]));
+    assert_eq!((error.reason(), error.value("source")), (Reason::SchemaMismatch, Some("memory:///data/b")));
+}
+
+#[tokio::test]
+async fn columns_that_cannot_be_told_are_asked_for() {
+    let ids: ArrayRef = Arc::new(Int64Array::from_iter_values([1]));
+    let words: ArrayRef = Arc::new(StringArray::from_iter_values(["x"]));
+    let image: ArrayRef = Arc::new(LargeBinaryArray::from_iter([Some("a")]));
+    let two = batch(vec![("jpg", image), ("a", words.clone()), ("b", words.clone())]);
+    let error = failure(indexed(&stores(), &[("0.parquet", parquet(&two, 1))]).await);
+    assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("caption")));
+    let none = batch(vec![("id", ids), ("caption", words)]);
+    let error = failure(indexed(&stores(), &[("0.parquet", parquet(&none, 1))]).await);
+    assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("image")));
+}
+
+#[tokio::test]
+async fn a_manifest_survives_its_storage() {
+    let stores = stores();
+    let manifest = indexed(&stores, &[("0.parquet", parquet(&hugging_face(0..3), 2))]).await.unwrap();
+    let state = stores.open("memory:///state").unwrap();
+    let digest = manifest.save(&state).await.unwrap();
+    assert_eq!(Manifest::load(&state, &digest).await.unwrap(), manifest);
+}
+
+#[test]
+fn a_content_hash_tells_image_from_caption() {
+    assert_ne!(content_hash(b"ab", "c"), content_hash(b"a", "bc"));
+    let mut plain = 2u64.to_le_bytes().to_vec();
+    plain.extend(b"abc");
+    assert_eq!(content_hash(b"ab", "c"), blake3::hash(&plain).as_bytes()[..16]);
+}

@@ -1,0 +1,78 @@
+//! What the calls of one worker share.
+use super::{
+    cache::Cache,
+    config::WorkerConfig,
+    device::Device,
+    models::Models,
+    pool::{Pool, Prepared},
+    preprocess::ImageLimits,
+    read::BlockReader,
+    retained::Retained,
+    sidecar::Sidecar,
+};
+use crate::{
+    dataset::Manifest,
+    error::{Error, Result},
+    storage::{Location, Stores},
+};
+use arrow::record_batch::RecordBatch;
+use std::sync::Arc;
+use superbatch_proto::v1::Reason;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// Manifests kept: one a run.
+const MANIFESTS_MAX: usize = 16;
+
+pub(super) struct Engine {
+    pub state: Location,
+    pub device: Device,
+    pub threads: usize,
+    pub reader: BlockReader,
+    pub manifests: Cache<String, Arc<Manifest>>,
+    pub models: Models,
+    pub sidecar: Sidecar,
+    pub pool: Pool,
+    /// Rows that wait to be chosen.
+    pub raw: Retained<Arc<RecordBatch>>,
+    /// Rows that wait for the learner.
+    pub ready: Retained<Arc<Prepared>>,
+    slots: Semaphore,
+    slots_total: usize,
+}
+
+impl Engine {
+    pub fn new(config: &WorkerConfig, stores: Stores, state: Location) -> Result<Self> {
+        config.validate()?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = config.threads_on(cores);
+        let slots_total = config.slots_on(threads);
+        let device = Device::start_keeping(&config.device, threads, config.models_max)?;
+        let limits = ImageLimits { pixels_max: config.image_pixels_max, bytes_max: config.image_bytes_max };
+        Ok(Self {
+            sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
+            state,
+            threads,
+            reader: BlockReader::new(stores.clone(), config.block_cache_bytes),
+            manifests: Cache::new(MANIFESTS_MAX, |_| 1),
+            models: Models::new(stores, device.clone()),
+            device,
+            pool: Pool::new(threads, limits)?,
+            raw: Retained::new(config.row_bytes_max),
+            ready: Retained::new(config.decoded_bytes_max),
+            slots: Semaphore::new(slots_total),
+            slots_total,
+        })
+    }
+
+    /// A slot: held while rows are read, decoded or embedded, and never while a coordinator is waited for, or steps would hold
+    /// slots for each other.
+    pub async fn slot(&self) -> Result<SemaphorePermit<'_>> {
+        let closed = |_| Error::new(Reason::ShuttingDown, "this worker is shutting down; score elsewhere");
+        self.slots.acquire().await.map_err(closed)
+    }
+
+    /// Waits until no slice holds a slot.
+    pub async fn idle(&self) {
+        drop(self.slots.acquire_many(self.slots_total as u32).await);
+    }
+}

@@ -1,0 +1,198 @@
+//! Models by reference: folders and snapshots fetched and loaded once, whoever asks.
+use super::{
+    cache::Cache,
+    device::{Device, LoadModel, Weights},
+    model::{Compute, Family, ModelFolder, ModelInfo},
+    pool::Prepared,
+    preprocess::{ImageLimits, Normalisation, Preprocess, RowFault, decode},
+    tokenize::{TextShape, Tokenizer},
+};
+use crate::{
+    error::{Error, Result},
+    storage::Stores,
+};
+use std::sync::Arc;
+use superbatch_proto::v1::{ModelRef, Reason};
+
+/// Folders and descriptions kept; they are small. Weights are bounded by the device.
+const KEPT_MAX: usize = 64;
+
+/// How a model wants its rows.
+pub(super) struct Inputs {
+    /// `None` only checks rows: images are decoded, captions have to be there.
+    reading: Option<(Preprocess, Tokenizer)>,
+    /// Of preprocessing and tokenizer: rows that are ready for one model are ready for another of the same digest.
+    pub digest: [u8; 32],
+}
+
+/// A model on the device.
+pub(super) struct Loaded {
+    pub info: ModelInfo,
+    pub inputs: Arc<Inputs>,
+    id: ModelId,
+}
+
+struct Folder {
+    files: Arc<ModelFolder>,
+    inputs: Arc<Inputs>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct ModelId {
+    folder: String,
+    weights: WeightsId,
+    compute: Compute,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum WeightsId {
+    Folder,
+    Snapshot { uri: String, digest: String },
+    Random(u64),
+}
+
+/// The models that calls name.
+pub(super) struct Models {
+    stores: Stores,
+    device: Device,
+    folders: Cache<String, Arc<Folder>>,
+    loaded: Cache<ModelId, Arc<Loaded>>,
+}
+
+impl Inputs {
+    /// For checking rows without a model.
+    pub fn check() -> Self {
+        Self { reading: None, digest: [0; 32] }
+    }
+
+    fn of(folder: &ModelFolder) -> Result<Self> {
+        let preprocess = Preprocess::parse(&folder.preprocessor_json)?;
+        let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
+        if [made.0, made.1].map(|side| side as usize) != [taken; 2] {
+            let message = format!(
+                "preprocessor_config.json of {} makes {}x{} images, and config.json takes {taken}x{taken}; make them agree",
+                folder.uri, made.0, made.1
+            );
+            return Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"));
+        }
+        let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder))?;
+        let mut hash = blake3::Hasher::new();
+        hash.update(&preprocess.digest()).update(&tokenizer.digest());
+        Ok(Self { reading: Some((preprocess, tokenizer)), digest: hash.finalize().into() })
+    }
+
+    /// One row's pixels and token ids; none where rows are only checked.
+    pub fn prepare(&self, image: &[u8], caption: &str, limits: &ImageLimits) -> Result<Prepared, RowFault> {
+        let Some((preprocess, tokenizer)) = &self.reading else {
+            return decode(image, limits).map(|_| Prepared { pixels: Vec::new(), ids: Vec::new() });
+        };
+        // The cheap part first: a row without a usable caption need not be decoded.
+        let ids = tokenizer.encode(caption)?;
+        Ok(Prepared { pixels: preprocess.pixels(image, limits)?, ids })
+    }
+
+    /// What the device does to pixels; nothing where rows are only checked.
+    pub fn normalisation(&self) -> Normalisation {
+        let none = Normalisation { rescale: 1.0, mean: [0.0; 3], std: [1.0; 3] };
+        self.reading.as_ref().map_or(none, |(preprocess, _)| preprocess.normalisation())
+    }
+}
+
+impl Models {
+    pub fn new(stores: Stores, device: Device) -> Self {
+        let (folders, loaded) = (Cache::new(KEPT_MAX, |_| 1), Cache::new(KEPT_MAX, |_| 1));
+        Self { stores, device, folders, loaded }
+    }
+
+    /// How a model wants its rows; its weights are not touched.
+    ///
+    /// # Errors
+    /// `ModelInvalid` naming the file, `StorageUnreachable`.
+    pub async fn inputs(&self, model: &ModelRef) -> Result<Arc<Inputs>> {
+        Ok(self.folder(&model.model_uri).await?.inputs.clone())
+    }
+
+    /// The model on the device, its weights verified: names, shapes, dtypes, finite values, and a canary batch.
+    ///
+    /// # Errors
+    /// `WeightsRefused` naming the first bad tensor or the digest, `ModelInvalid`, `StorageUnreachable`.
+    pub async fn load(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
+        self.load_by_id(&ModelId::of(model, &self.device)?).await
+    }
+
+    /// Loads a model again that has left the device for others.
+    pub async fn reload(&self, model: &Loaded) -> Result<()> {
+        self.loaded.remove(&model.id);
+        self.load_by_id(&model.id).await.map(drop)
+    }
+
+    async fn load_by_id(&self, id: &ModelId) -> Result<Arc<Loaded>> {
+        let make = async {
+            let folder = self.folder(&id.folder).await?;
+            let weights = self.weights(&id.weights).await?;
+            let load = LoadModel { folder: folder.files.clone(), weights, compute: id.compute, canary: true };
+            let info = self.device.load(load).await?;
+            id.weights.check(&info)?;
+            Ok(Arc::new(Loaded { info, inputs: folder.inputs.clone(), id: id.clone() }))
+        };
+        self.loaded.get(id, make).await
+    }
+
+    async fn folder(&self, uri: &str) -> Result<Arc<Folder>> {
+        let make = async {
+            let files = Arc::new(ModelFolder::fetch(&self.stores.open(uri)?).await?);
+            let inputs = Arc::new(Inputs::of(&files)?);
+            Ok(Arc::new(Folder { files, inputs }))
+        };
+        self.folders.get(&uri.to_owned(), make).await
+    }
+
+    async fn weights(&self, id: &WeightsId) -> Result<Weights> {
+        Ok(match id {
+            WeightsId::Folder => Weights::Folder,
+            WeightsId::Random(seed) => Weights::Random(*seed),
+            WeightsId::Snapshot { uri, .. } => Weights::Safetensors(self.stores.open(uri)?.get("").await?),
+        })
+    }
+}
+
+impl ModelId {
+    fn of(model: &ModelRef, device: &Device) -> Result<Self> {
+        if model.model_uri.is_empty() {
+            return Err(Error::invalid("model_uri", "the model's folder is not named"));
+        }
+        let weights = match (model.random_seed, model.snapshot_uri.as_str()) {
+            (None, "") => WeightsId::Folder,
+            (Some(seed), "") => WeightsId::Random(seed),
+            (None, uri) => WeightsId::Snapshot { uri: uri.to_owned(), digest: model.snapshot_digest.clone() },
+            (Some(_), _) => return Err(Error::invalid("random_seed", "a model has a snapshot or random weights, not both")),
+        };
+        let compute = device.compute(model.compute_dtype());
+        Ok(Self { folder: model.model_uri.clone(), weights, compute })
+    }
+}
+
+impl WeightsId {
+    /// Whether the snapshot that was loaded is the one that was named.
+    fn check(&self, info: &ModelInfo) -> Result<()> {
+        let Self::Snapshot { uri, digest } = self else { return Ok(()) };
+        if digest.is_empty() || *digest == info.weights_digest {
+            return Ok(());
+        }
+        let found = &info.weights_digest;
+        let message = format!("{uri} has digest {found}, not {digest}: it was damaged or replaced; push the weights again");
+        Err(Error::new(Reason::WeightsRefused, message).with("uri", uri).with("digest", found))
+    }
+}
+
+fn text_shape(folder: &ModelFolder) -> TextShape {
+    // Only CLIP looks for the end of the caption; 2 in its configuration is an old mistake that means "the largest id".
+    let text = &folder.config.text;
+    let looks_for_end = folder.config.family == Family::Clip && text.eos_token_id != 2;
+    TextShape {
+        length: text.max_position_embeddings,
+        pad_id: text.pad_token_id,
+        vocab_size: text.vocab_size,
+        eos_id: looks_for_end.then_some(text.eos_token_id),
+    }
+}

@@ -1,0 +1,123 @@
+//! Chosen rows on their way out: an Arrow IPC stream of the data columns and each row's content hash.
+use super::{
+    answers::Answers,
+    pool::{Pool, Row},
+};
+use crate::{
+    dataset::content_hash,
+    error::{Error, Result},
+};
+use arrow::{
+    array::{ArrayRef, FixedSizeBinaryArray},
+    compute::interleave_record_batch,
+    datatypes::{DataType, Field, Schema, SchemaRef},
+    ipc::writer::StreamWriter,
+    record_batch::RecordBatch,
+};
+use bytes::Bytes;
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::PART_BYTES;
+
+/// The column that holds BLAKE3 of image and caption, first 16 bytes.
+pub const CONTENT_HASH_COLUMN: &str = "_superbatch_content_hash";
+/// Largest record batch, by the bytes of its images and captions, unless it is one row.
+const BATCH_BYTES_MAX: usize = 4 << 20;
+
+/// Writes rows as an Arrow IPC stream, handing out its bytes in parts of at most [`PART_BYTES`].
+pub(super) struct RowWriter {
+    writer: StreamWriter<Vec<u8>>,
+    schema: SchemaRef,
+}
+
+impl RowWriter {
+    pub fn new(data_schema: &SchemaRef) -> Result<Self> {
+        let hash = Field::new(CONTENT_HASH_COLUMN, DataType::FixedSizeBinary(16), false);
+        let fields = data_schema.fields().iter().cloned().chain([Arc::new(hash)]);
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        let writer = StreamWriter::try_new(Vec::new(), &schema).map_err(encoding)?;
+        Ok(Self { writer, schema })
+    }
+
+    /// Appends rows as one record batch; none of them may lack image or caption.
+    pub fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
+        let hashes = rows.iter().map(|row| row.image().zip(row.caption()).map(|(image, text)| content_hash(image, text)));
+        let hashes: Option<Vec<[u8; 16]>> = hashes.collect();
+        let hashes = hashes.ok_or_else(|| Error::internal("a row without image or caption was to be sent"))?;
+        let hashes = FixedSizeBinaryArray::try_from_iter(hashes.into_iter()).map_err(encoding)?;
+        let mut columns = gather(rows)?.columns().to_vec();
+        columns.push(Arc::new(hashes) as ArrayRef);
+        let batch = RecordBatch::try_new(self.schema.clone(), columns).map_err(encoding)?;
+        self.writer.write(&batch).map_err(encoding)?;
+        Ok(cut(std::mem::take(self.writer.get_mut())))
+    }
+
+    /// The end of the stream.
+    pub fn finish(mut self) -> Result<Vec<Bytes>> {
+        self.writer.finish().map_err(encoding)?;
+        Ok(cut(std::mem::take(self.writer.get_mut())))
+    }
+}
+
+/// Encodes rows on the pool and sends the bytes, each part wrapped as `wrap` says.
+pub(super) async fn send_rows<T>(
+    mut writer: RowWriter,
+    rows: &[Row],
+    pool: &Pool,
+    answers: &Answers<T>,
+    wrap: fn(Bytes) -> T,
+) -> Result<RowWriter> {
+    for range in batches(rows) {
+        let batch = rows[range].to_vec();
+        let (back, parts) = pool.run(move |_| writer.push(&batch).map(|parts| (writer, parts))).await??;
+        writer = back;
+        for part in parts {
+            answers.send(wrap(part)).await?;
+        }
+    }
+    Ok(writer)
+}
+
+/// Rows as ranges of one record batch each.
+fn batches(rows: &[Row]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (n, row) in rows.iter().enumerate() {
+        let row_bytes = row.image().map_or(0, <[u8]>::len) + row.caption().map_or(0, str::len);
+        match ranges.last_mut() {
+            Some(range) if bytes + row_bytes <= BATCH_BYTES_MAX => {
+                range.end = n + 1;
+                bytes += row_bytes;
+            }
+            _ => {
+                ranges.push(n..n + 1);
+                bytes = row_bytes;
+            }
+        }
+    }
+    ranges
+}
+
+/// Copies rows of several batches into one, in order.
+fn gather(rows: &[Row]) -> Result<RecordBatch> {
+    let mut batches: Vec<&RecordBatch> = Vec::new();
+    let mut places = Vec::with_capacity(rows.len());
+    for row in rows {
+        // Rows come in runs of one batch, or draw from few.
+        let found = batches.iter().rposition(|batch| std::ptr::eq(*batch, &*row.batch));
+        let batch = found.unwrap_or_else(|| {
+            batches.push(&row.batch);
+            batches.len() - 1
+        });
+        places.push((batch, row.row));
+    }
+    interleave_record_batch(&batches, &places).map_err(encoding)
+}
+
+fn cut(bytes: Vec<u8>) -> Vec<Bytes> {
+    let bytes = Bytes::from(bytes);
+    (0..bytes.len()).step_by(PART_BYTES).map(|at| bytes.slice(at..(at + PART_BYTES).min(bytes.len()))).collect()
+}
+
+fn encoding(cause: arrow::error::ArrowError) -> Error {
+    Error::internal("cannot encode chosen rows as Arrow IPC").because(cause)
+}

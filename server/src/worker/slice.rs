@@ -1,0 +1,119 @@
+//! A slice: the candidates of a super-batch that one call is about, block by block, and how their rows are read.
+use super::{engine::Engine, pool::Row};
+use crate::{
+    dataset::{Block, Manifest},
+    error::{Error, Result},
+};
+use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
+use std::sync::Arc;
+use superbatch_proto::v1::BlockRows;
+
+/// Rows of some blocks. Candidate i is the i-th row over all blocks.
+pub(super) struct Slice {
+    pub manifest_digest: String,
+    pub manifest: Arc<Manifest>,
+    pub columns: Vec<String>,
+    pub blocks: Vec<SliceBlock>,
+    pub candidates: usize,
+}
+
+/// The candidates that lie in one block.
+pub(super) struct SliceBlock {
+    pub source: u32,
+    pub shard: u32,
+    pub block: u32,
+    /// Row numbers within the block, in the order of the candidates.
+    pub rows: Vec<u32>,
+    /// The candidate that `rows[0]` is.
+    pub first: usize,
+    /// All rows of the block.
+    pub block_rows: usize,
+    /// Number in its shard of the block's first row.
+    pub first_row: u64,
+}
+
+/// Rows of a block in memory: all of them, or only its candidates.
+#[derive(Clone)]
+pub(super) enum Rows {
+    Whole(Arc<RecordBatch>),
+    Candidates(Arc<RecordBatch>),
+}
+
+impl Slice {
+    /// # Errors
+    /// `InvalidArgument` where a block or row does not exist, `ColumnNotFound`, and those of reading the manifest.
+    pub async fn open(engine: &Engine, manifest: &str, blocks: Vec<BlockRows>, columns: Vec<String>) -> Result<Self> {
+        let manifest_digest = manifest.to_owned();
+        let load = async { Ok(Arc::new(Manifest::load(&engine.state, &manifest_digest).await?)) };
+        let manifest = engine.manifests.get(&manifest_digest, load).await?;
+        manifest.data_schema(&columns)?;
+        let mut candidates = 0;
+        let mut placed = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let placed_block = SliceBlock::place(&manifest, block, candidates)?;
+            candidates += placed_block.rows.len();
+            placed.push(placed_block);
+        }
+        Ok(Self { manifest_digest, manifest, columns, blocks: placed, candidates })
+    }
+
+    /// Reads one of its blocks whole, in the data schema.
+    pub async fn read(&self, engine: &Engine, block: &SliceBlock) -> Result<Arc<RecordBatch>> {
+        engine.reader.read(&self.manifest, block.source, block.shard, block.block, &self.columns).await
+    }
+
+    /// The number of the block that `candidate` lies in.
+    pub fn block_of(&self, candidate: usize) -> usize {
+        self.blocks.partition_point(|block| block.first + block.rows.len() <= candidate)
+    }
+
+    /// The id of a candidate's row, as receipts have it.
+    pub fn id(&self, candidate: usize) -> String {
+        let block = &self.blocks[self.block_of(candidate)];
+        let source = &self.manifest.sources[block.source as usize];
+        let row = block.first_row + u64::from(block.rows[candidate - block.first]);
+        let shard = &source.shards[block.shard as usize].path;
+        let source = (self.manifest.sources.len() > 1).then_some(block.source);
+        superbatch_proto::ids::RowId { source, shard, row }.to_string()
+    }
+}
+
+impl SliceBlock {
+    fn place(manifest: &Manifest, rows: BlockRows, first: usize) -> Result<Self> {
+        let BlockRows { source, shard, block, rows } = rows;
+        let found: Option<&Block> = manifest
+            .sources
+            .get(source as usize)
+            .and_then(|source| source.shards.get(shard as usize))
+            .and_then(|shard| shard.blocks.get(block as usize));
+        let Some(found) = found else {
+            let message = format!("the manifest has no block {block} in shard {shard} of source {source}");
+            return Err(Error::invalid("blocks", message));
+        };
+        if let Some(row) = rows.iter().find(|row| **row >= found.rows) {
+            let message = format!("block {block} of shard {shard} of source {source} has {} rows, no row {row}", found.rows);
+            return Err(Error::invalid("blocks", message));
+        }
+        let (block_rows, first_row) = (found.rows as usize, found.first_row);
+        Ok(Self { source, shard, block, rows, first, block_rows, first_row })
+    }
+
+    /// Only the candidates of a whole block, copied out of it.
+    pub fn candidates_of(&self, whole: &RecordBatch) -> Result<RecordBatch> {
+        pick(whole, self.rows.clone())
+    }
+
+    /// The `n`-th candidate of this block.
+    pub fn row(&self, rows: &Rows, n: usize) -> Row {
+        match rows {
+            Rows::Whole(batch) => Row { batch: batch.clone(), row: self.rows[n] as usize },
+            Rows::Candidates(batch) => Row { batch: batch.clone(), row: n },
+        }
+    }
+}
+
+/// Copies some rows of a batch.
+pub(super) fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
+    take_record_batch(batch, &UInt32Array::from(rows))
+        .map_err(|e| Error::internal("cannot take rows out of a block").because(e))
+}

@@ -1,0 +1,452 @@
+//! The scoring worker behind its real protocol, on a loopback socket.
+use arrow::{
+    array::{Array, AsArray},
+    compute::concat_batches,
+    datatypes::Int64Type,
+    ipc::reader::StreamReader,
+    record_batch::RecordBatch,
+};
+use std::{collections::BTreeMap, io::Cursor};
+use superbatch_proto::{
+    Failure,
+    v1::{
+        BadRowReason, BlockRows, ChosenRows, EmbedDone, EmbeddingDtype, FetchRowsRequest, Hole, LearnerGo, ModelRef,
+        PrepareModelRequest, Reason, RowsDone, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response,
+        score_request, score_response, worker_service_client::WorkerServiceClient,
+    },
+};
+use superbatch_server::{
+    dataset::content_hash,
+    storage::{Location, Stores},
+    worker::{CONTENT_HASH_COLUMN, Worker, WorkerConfig},
+};
+use superbatch_tests::fixture::{self, EMBEDDING_DIM, Row, png};
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{
+    Streaming,
+    transport::{Channel, Server},
+};
+
+const DATA: &str = "memory:///data/train.parquet";
+const BLOCK_ROWS: usize = 16;
+const MICRO_BATCH_ROWS: u32 = 4;
+
+/// Storage with a data set and model folders.
+struct Rig {
+    stores: Stores,
+    state: Location,
+    manifest: String,
+    rows: Vec<Row>,
+}
+
+impl Rig {
+    async fn new(rows: Vec<Row>) -> Self {
+        let (stores, state) = fixture::storage();
+        let manifest = fixture::dataset(&stores, &state, DATA, &rows, BLOCK_ROWS).await;
+        for (folder, mean) in [("memory:///model", 0.5), ("memory:///other", 0.25)] {
+            fixture::model_folder(&stores.open(folder).unwrap(), mean).await;
+        }
+        Self { stores, state, manifest, rows }
+    }
+
+    async fn good(rows: u32) -> Self {
+        Self::new((0..rows).map(Row::good).collect()).await
+    }
+
+    fn worker(&self, config: WorkerConfig) -> Worker {
+        Worker::new(&config, self.stores.clone(), self.state.clone()).unwrap()
+    }
+
+    /// A client of a new worker.
+    async fn client(&self) -> WorkerServiceClient<Channel> {
+        serve(&self.worker(config())).await
+    }
+
+    fn begin(&self, candidates: &[u32]) -> ScoreBegin {
+        ScoreBegin {
+            run_id: "test".into(),
+            dataset_manifest: self.manifest.clone(),
+            blocks: blocks(candidates),
+            micro_batch_rows: MICRO_BATCH_ROWS,
+            reference: Some(model("memory:///model", 1)),
+            learner_model: Some(model("memory:///model", 2)),
+            embedding_dtype: EmbeddingDtype::F16.into(),
+            columns: vec!["n".into()],
+            ..Default::default()
+        }
+    }
+}
+
+fn config() -> WorkerConfig {
+    WorkerConfig { device: "cpu".into(), threads: 2, ..Default::default() }
+}
+
+fn model(folder: &str, seed: u64) -> ModelRef {
+    ModelRef { model_uri: folder.into(), random_seed: Some(seed), ..Default::default() }
+}
+
+/// Rows of the file as runs of one block each.
+fn blocks(rows: &[u32]) -> Vec<BlockRows> {
+    let mut blocks: Vec<BlockRows> = Vec::new();
+    for row in rows {
+        let (block, row) = (row / BLOCK_ROWS as u32, row % BLOCK_ROWS as u32);
+        match blocks.last_mut() {
+            Some(last) if last.block == block => last.rows.push(row),
+            _ => blocks.push(BlockRows { source: 0, shard: 0, block, rows: vec![row] }),
+        }
+    }
+    blocks
+}
+
+async fn serve(worker: &Worker) -> WorkerServiceClient<Channel> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = Server::builder().add_service(worker.service());
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    WorkerServiceClient::connect(format!("http://{address}")).await.unwrap()
+}
+
+/// One Score call under way.
+struct Call {
+    requests: mpsc::Sender<ScoreRequest>,
+    responses: Streaming<ScoreResponse>,
+}
+
+/// Embeddings of one tower, parts put together, and how they ended.
+#[derive(Debug, Default, Clone, PartialEq)]
+struct Embedded {
+    image: Vec<u8>,
+    text: Vec<u8>,
+    done: EmbedDone,
+}
+
+impl Call {
+    async fn begin(client: &mut WorkerServiceClient<Channel>, begin: ScoreBegin) -> Result<Self, Failure> {
+        let (requests, receiver) = mpsc::channel(4);
+        let call = Self::send_to(&requests, score_request::Message::Begin(begin));
+        let (_, responses) = tokio::join!(call, client.score(ReceiverStream::new(receiver)));
+        Ok(Self { requests, responses: responses.map_err(|status| Failure::try_from(status).unwrap())?.into_inner() })
+    }
+
+    async fn send_to(requests: &mpsc::Sender<ScoreRequest>, message: score_request::Message) {
+        requests.send(ScoreRequest { message: Some(message) }).await.unwrap();
+    }
+
+    async fn next(&mut self) -> Result<Option<score_response::Message>, Failure> {
+        let response = self.responses.message().await.map_err(|status| Failure::try_from(status).unwrap())?;
+        Ok(response.map(|response| response.message.unwrap()))
+    }
+
+    async fn holes(&mut self) -> Result<Vec<Hole>, Failure> {
+        match self.next().await? {
+            Some(score_response::Message::Holes(holes)) => Ok(holes.holes),
+            other => panic!("holes come first, not {other:?}"),
+        }
+    }
+
+    async fn embedded(&mut self, tower: Tower) -> Result<Embedded, Failure> {
+        let mut all = Embedded::default();
+        let mut rows = 0;
+        loop {
+            match self.next().await? {
+                Some(score_response::Message::Embedding(part)) => {
+                    assert_eq!((part.tower(), part.first, part.dim), (tower, rows, EMBEDDING_DIM as u32));
+                    rows += part.rows;
+                    all.image.extend_from_slice(&part.image);
+                    all.text.extend_from_slice(&part.text);
+                }
+                Some(score_response::Message::Done(done)) => {
+                    assert_eq!(done.tower(), tower);
+                    return Ok(Embedded { done, ..all });
+                }
+                other => panic!("embeddings were due, not {other:?}"),
+            }
+        }
+    }
+
+    async fn learner(&mut self, learner: ModelRef) -> Result<Embedded, Failure> {
+        Self::send_to(&self.requests, score_request::Message::Learner(LearnerGo { learner: Some(learner) })).await;
+        self.embedded(Tower::Learner).await
+    }
+
+    async fn chosen(&mut self, candidates: &[u32]) -> Result<(RecordBatch, RowsDone), Failure> {
+        let chosen = ChosenRows { candidates: candidates.to_vec() };
+        Self::send_to(&self.requests, score_request::Message::Chosen(chosen)).await;
+        let mut bytes = Vec::new();
+        loop {
+            match self.next().await? {
+                Some(score_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
+                Some(score_response::Message::RowsDone(done)) => {
+                    assert_eq!(self.next().await?, None, "the rows end the call");
+                    return Ok((table(bytes), done));
+                }
+                other => panic!("rows were due, not {other:?}"),
+            }
+        }
+    }
+}
+
+fn table(bytes: Vec<u8>) -> RecordBatch {
+    let reader = StreamReader::try_new(Cursor::new(bytes), None).unwrap();
+    let schema = reader.schema();
+    concat_batches(&schema, &reader.collect::<Result<Vec<_>, _>>().unwrap()).unwrap()
+}
+
+/// Everything a slice gives: holes, the reference's and the learner's embeddings.
+async fn scored(
+    client: &mut WorkerServiceClient<Channel>,
+    begin: ScoreBegin,
+) -> Result<(Vec<Hole>, Embedded, Embedded), Failure> {
+    let learner = begin.learner_model.clone().unwrap();
+    let mut call = Call::begin(client, begin).await?;
+    let (holes, reference) = (call.holes().await?, call.embedded(Tower::Reference).await?);
+    Ok((holes, reference, call.learner(learner).await?))
+}
+
+/// Every third row, then the others, block by block.
+fn mixed(rows: u32) -> Vec<u32> {
+    let mut mixed: Vec<u32> = (0..rows).collect();
+    mixed.sort_by_key(|row| (row / BLOCK_ROWS as u32, row % 3, *row));
+    mixed
+}
+
+#[tokio::test]
+async fn numbers_do_not_depend_on_how_the_super_batch_is_cut() {
+    let candidates = mixed(40);
+    let rig = Rig::good(40).await;
+    let whole = scored(&mut rig.client().await, rig.begin(&candidates)).await.unwrap();
+    assert!(whole.0.is_empty());
+    assert!(whole.1.done.flops > 0.0 && whole.2.done.flops > 0.0);
+    assert_ne!(whole.1.image, whole.2.image);
+    let apart = Rig::good(40).await;
+    let mut client = apart.client().await;
+    let (mut reference, mut learner) = (Embedded::default(), Embedded::default());
+    for slice in [0..8, 8..20, 20..40] {
+        let (_, one, other) = scored(&mut client, apart.begin(&candidates[slice])).await.unwrap();
+        for (all, part) in [(&mut reference, one), (&mut learner, other)] {
+            all.image.extend(part.image);
+            all.text.extend(part.text);
+        }
+    }
+    assert_eq!((reference.image, reference.text), (whole.1.image, whole.1.text));
+    assert_eq!((learner.image, learner.text), (whole.2.image, whole.2.text));
+}
+
+#[tokio::test]
+async fn reference_embeddings_are_computed_once_and_mended_where_damaged() {
+    let rig = Rig::good(40).await;
+    let begin = || rig.begin(&mixed(40));
+    let (_, first, _) = scored(&mut rig.client().await, begin()).await.unwrap();
+    assert_eq!(first.done.rows_cached, 0);
+    let (_, second, _) = scored(&mut rig.client().await, begin()).await.unwrap();
+    assert_eq!((second.done.flops, second.done.rows_cached), (0.0, 40));
+    assert_eq!((&second.image, &second.text), (&first.image, &first.text));
+    let stored = rig.state.list("reference").await.unwrap();
+    assert_eq!(stored.len(), 3, "one object a block");
+    let good = rig.state.get(&stored[0].0).await.unwrap();
+    let mut bad = good.to_vec();
+    bad[good.len() / 2] ^= 1;
+    rig.state.put(&stored[0].0, bad.into()).await.unwrap();
+    let (_, third, _) = scored(&mut rig.client().await, begin()).await.unwrap();
+    assert!(third.done.flops > 0.0 && third.done.rows_cached < 40);
+    assert_eq!((&third.image, &third.text), (&first.image, &first.text));
+    assert_eq!(rig.state.get(&stored[0].0).await.unwrap(), good);
+}
+
+#[tokio::test]
+async fn bad_rows_are_holes_with_reasons() {
+    let mut rows: Vec<Row> = (0..20).map(Row::good).collect();
+    rows[2].image = None;
+    rows[5].image = Some(b"no image".to_vec());
+    rows[9].caption = None;
+    rows[17].image = Some(png(80, 80, 1));
+    let rig = Rig::new(rows).await;
+    let worker = rig.worker(WorkerConfig { image_pixels_max: 1000, ..config() });
+    let mut client = serve(&worker).await;
+    let expected = BTreeMap::from([
+        (2, BadRowReason::ImageNull),
+        (5, BadRowReason::ImageUndecodable),
+        (9, BadRowReason::CaptionNull),
+        (17, BadRowReason::ImageTooLarge),
+    ]);
+    let found = |holes: &[Hole]| holes.iter().map(|hole| (hole.candidate, hole.reason())).collect::<BTreeMap<_, _>>();
+    let all: Vec<u32> = (0..20).collect();
+    // Twice: the second time the reference's holes come from the sidecar.
+    for _ in 0..2 {
+        let (holes, reference, learner) = scored(&mut client, rig.begin(&all)).await.unwrap();
+        assert_eq!(found(&holes), expected);
+        for embedded in [&reference, &learner] {
+            assert!(embedded.done.not_finite.is_empty());
+            for (candidate, row) in embedded.image.chunks(EMBEDDING_DIM * 2).enumerate() {
+                let is_zero = row.iter().all(|byte| *byte == 0);
+                assert_eq!(is_zero, expected.contains_key(&(candidate as u32)), "candidate {candidate}");
+            }
+        }
+    }
+    let check = ScoreBegin { reference: None, learner_model: None, check_only: true, ..rig.begin(&all) };
+    let mut call = Call::begin(&mut client, check).await.unwrap();
+    assert_eq!(found(&call.holes().await.unwrap()), expected);
+    assert_eq!(call.chosen(&[3, 2]).await.unwrap_err().reason, Reason::InvalidArgument, "a hole cannot be chosen");
+}
+
+/// `n`, and that each row is what the data set holds with the hash of that.
+fn numbers(rig: &Rig, table: &RecordBatch) -> Vec<i64> {
+    let numbers: Vec<i64> = table["n"].as_primitive::<Int64Type>().values().to_vec();
+    let (images, captions) = (table["image"].as_binary::<i32>(), table["caption"].as_string::<i32>());
+    let hashes = table[CONTENT_HASH_COLUMN].as_fixed_size_binary();
+    for (at, n) in numbers.iter().enumerate() {
+        let row = &rig.rows[*n as usize];
+        let (image, caption) = (row.image.as_ref().unwrap(), row.caption.as_ref().unwrap());
+        assert_eq!((images.value(at), captions.value(at)), (image.as_slice(), caption.as_str()));
+        assert_eq!(hashes.value(at), content_hash(image, caption));
+    }
+    numbers
+}
+
+#[tokio::test]
+async fn chosen_rows_come_in_order_and_can_be_fetched_again() {
+    let rig = Rig::good(40).await;
+    let mut client = rig.client().await;
+    let candidates = mixed(40);
+    let chosen = [39, 0, 17, 18, 3, 25];
+    let mut call = Call::begin(&mut client, rig.begin(&candidates)).await.unwrap();
+    call.holes().await.unwrap();
+    call.embedded(Tower::Reference).await.unwrap();
+    // Chosen without the learner, as when the reference alone decides.
+    let (table_of_chosen, done) = call.chosen(&chosen).await.unwrap();
+    let expected: Vec<i64> = chosen.iter().map(|n| i64::from(candidates[*n as usize])).collect();
+    assert_eq!(numbers(&rig, &table_of_chosen), expected);
+    assert_eq!(done, RowsDone { rows: 6, rows_read_again: 0 });
+    let rows: Vec<u32> = expected.iter().map(|n| *n as u32).collect();
+    let fetched = fetch(&mut client, &rig, &rows).await.unwrap();
+    assert_eq!(fetched, table_of_chosen);
+}
+
+async fn fetch(client: &mut WorkerServiceClient<Channel>, rig: &Rig, rows: &[u32]) -> Result<RecordBatch, Failure> {
+    let columns = vec!["n".into()];
+    let request = FetchRowsRequest { dataset_manifest: rig.manifest.clone(), blocks: blocks(rows), columns };
+    let failed = |status| Failure::try_from(status).unwrap();
+    let mut stream = client.fetch_rows(request).await.map_err(failed)?.into_inner();
+    let mut bytes = Vec::new();
+    loop {
+        match stream.message().await.map_err(failed)?.and_then(|response| response.message) {
+            Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
+            Some(fetch_rows_response::Message::Done(done)) => {
+                assert_eq!(done.rows as usize, rows.len());
+                return Ok(table(bytes));
+            }
+            None => panic!("the stream ended without RowsDone"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_hole_among_fetched_rows_is_named() {
+    let mut rows: Vec<Row> = (0..20).map(Row::good).collect();
+    rows[17].caption = None;
+    let rig = Rig::new(rows).await;
+    let failure = fetch(&mut rig.client().await, &rig, &[3, 17]).await.unwrap_err();
+    assert_eq!((failure.reason, failure.metadata["id"].as_str()), (Reason::RowChanged, "train.parquet#17"));
+    let failure = fetch(&mut rig.client().await, &rig, &[3, 20]).await.unwrap_err();
+    assert_eq!((failure.reason, failure.metadata["field"].as_str()), (Reason::InvalidArgument, "blocks"));
+}
+
+#[tokio::test]
+async fn without_any_room_the_numbers_and_rows_are_the_same() {
+    let rig = Rig::good(40).await;
+    let none = WorkerConfig {
+        slots: 1,
+        block_cache_bytes: 0,
+        row_bytes_max: 0,
+        decoded_bytes_max: 0,
+        reference_cache_bytes: 0,
+        models_max: 1,
+        ..config()
+    };
+    let worker = rig.worker(none);
+    let (mut roomy, mut tight) = (rig.client().await, serve(&worker).await);
+    let candidates = mixed(40);
+    let expected = scored(&mut roomy, rig.begin(&candidates)).await.unwrap();
+    // Twice: the second time the reference has left the device for the learner, and damaged objects need it again.
+    for (key, _) in rig.state.list("reference").await.unwrap() {
+        rig.state.delete(&key).await.unwrap();
+    }
+    for _ in 0..2 {
+        let mut call = Call::begin(&mut tight, rig.begin(&candidates)).await.unwrap();
+        assert_eq!(call.holes().await.unwrap(), expected.0);
+        let reference = call.embedded(Tower::Reference).await.unwrap();
+        let learner = call.learner(model("memory:///model", 2)).await.unwrap();
+        assert_eq!((reference.image, reference.text), (expected.1.image.clone(), expected.1.text.clone()));
+        assert_eq!((learner.image, learner.text), (expected.2.image.clone(), expected.2.text.clone()));
+        assert_eq!(worker.retained_bytes(), (0, 0));
+        let (rows, done) = call.chosen(&[5, 30, 1]).await.unwrap();
+        assert_eq!(numbers(&rig, &rows), [5, 30, 1].map(|n| i64::from(candidates[n])));
+        assert_eq!(done, RowsDone { rows: 3, rows_read_again: 3 });
+        for (key, _) in rig.state.list("reference").await.unwrap() {
+            rig.state.delete(&key).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_frees_what_it_held() {
+    let rig = Rig::good(40).await;
+    let worker = rig.worker(WorkerConfig { slots: 1, ..config() });
+    let mut client = serve(&worker).await;
+    let begin = || rig.begin(&mixed(40));
+    // One goes while its slice is under way, one while it waits for weights with rows and pixels kept.
+    drop(Call::begin(&mut client, begin()).await.unwrap());
+    let mut waiting = Call::begin(&mut client, begin()).await.unwrap();
+    waiting.holes().await.unwrap();
+    waiting.embedded(Tower::Reference).await.unwrap();
+    let (rows, pixels) = worker.retained_bytes();
+    assert!(rows > 0 && pixels > 0);
+    // Waiting holds no slot: the only one serves another call meanwhile.
+    scored(&mut client, begin()).await.unwrap();
+    drop(waiting);
+    worker.idle().await;
+    while worker.retained_bytes() != (0, 0) {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_learner_may_want_its_rows_otherwise_than_the_reference() {
+    let rig = Rig::good(20).await;
+    let mut client = rig.client().await;
+    let all: Vec<u32> = (0..20).collect();
+    let other = ScoreBegin { learner_model: Some(model("memory:///other", 2)), ..rig.begin(&all) };
+    let (_, reference, learner) = scored(&mut client, rig.begin(&all)).await.unwrap();
+    let (_, same, differs) = scored(&mut client, other.clone()).await.unwrap();
+    assert_eq!(reference.image, same.image);
+    assert_ne!(learner.image, differs.image);
+    assert_eq!(learner.text, differs.text);
+    // What was not announced was not prepared for.
+    let mut call = Call::begin(&mut client, other).await.unwrap();
+    call.holes().await.unwrap();
+    call.embedded(Tower::Reference).await.unwrap();
+    let failure = call.learner(model("memory:///model", 2)).await.unwrap_err();
+    assert_eq!(failure.reason, Reason::InvalidArgument);
+}
+
+#[tokio::test]
+async fn models_are_described_and_refused_by_name() {
+    let rig = Rig::good(4).await;
+    let mut client = rig.client().await;
+    let prepare = |model: ModelRef| PrepareModelRequest { model: Some(model), canary: true };
+    let info = client.prepare_model(prepare(model("memory:///model", 1))).await.unwrap().into_inner();
+    assert_eq!((info.model_type.as_str(), info.embedding_dim, info.device.as_str()), ("siglip", 16, "cpu"));
+    assert!(info.image_flops > 0.0 && info.text_flops > 0.0 && info.logit_bias.is_some());
+    assert!(info.tensors.iter().any(|tensor| tensor.name == "logit_scale"));
+    let refused = [
+        (model("memory:///nowhere", 1), Reason::ModelInvalid),
+        (ModelRef { random_seed: None, ..model("memory:///model", 0) }, Reason::ModelInvalid),
+        (ModelRef { snapshot_uri: "memory:///x".into(), ..model("memory:///model", 0) }, Reason::InvalidArgument),
+        (ModelRef::default(), Reason::InvalidArgument),
+    ];
+    for (model, reason) in refused {
+        let status = client.prepare_model(prepare(model.clone())).await.unwrap_err();
+        assert_eq!(Failure::try_from(status).unwrap().reason, reason, "{model:?}");
+    }
+}
