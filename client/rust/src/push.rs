@@ -28,9 +28,9 @@ impl Push {
 }
 
 /// Pushes, again from the start where the stream breaks: a repeated push id is published once.
-pub(crate) async fn push(run: &Run, push: Push) -> Result<WeightsVersion> {
-    run.announce_push(push.step);
-    let generation = run.generation();
+///
+/// The generation is that in which the weights were trained, which is not the run's any more if it was rewound since.
+pub(crate) async fn push(run: &Run, push: Push, generation: u32) -> Result<WeightsVersion> {
     let start = PushStart {
         run_id: run.run_id().to_owned(),
         generation,

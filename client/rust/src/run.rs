@@ -101,7 +101,8 @@ impl Run {
 
     /// Pushes whole weights or one rank's parts of them, and waits until the whole push is published or refused.
     pub async fn push(&self, push: Push) -> Result<v1::WeightsVersion> {
-        push::push(self, push).await
+        self.announce_push(push.step);
+        push::push(self, push, self.generation()).await
     }
 
     pub async fn get_run(&self) -> Result<v1::RunInfo> {
