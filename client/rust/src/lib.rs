@@ -1,1 +1,43 @@
-//! client/rust
+//! Async client of Superbatch, an online data-selection service.
+//!
+//! Three calls are enough: open a run, take batches from it, push the learner's weights back.
+//!
+//! ```no_run
+//! # async fn train(spec: superbatch_client::v1::RunSpec) -> superbatch_client::Result<()> {
+//! use futures::StreamExt;
+//! use superbatch_client::{BatchesConfig, Client, Part};
+//!
+//! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?;
+//! let mut batches = run.batches(BatchesConfig { start_step: run.next_step(), ..BatchesConfig::default() })?;
+//! while let Some(batch) = batches.next().await {
+//!     let batch = batch?; // batch.record_batch: image, caption, …; batch.receipt says why these rows
+//!     run.push_weights(batch.step as i64, vec![Part::f32("w", &[2], &[0.5, 1.0])?]).await?;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What it takes care of: streams that break are resumed at the byte where they broke, every batch is checked against its
+//! row count and BLAKE3, faults that pass are retried within bounds ([`Retry`]), the next steps are asked for ahead, and
+//! weights are cut into parts with checksums. Dropping a future or a stream cancels its calls.
+mod assemble;
+mod batches;
+mod client;
+mod error;
+mod fetch;
+mod part;
+mod push;
+mod pusher;
+mod retry;
+mod run;
+
+pub use assemble::Batch;
+pub use batches::{Batches, BatchesConfig};
+pub use client::{Client, ConnectConfig};
+pub use error::{Error, Result};
+pub use part::Part;
+pub use push::Push;
+pub use pusher::{Pusher, Slot};
+pub use retry::Retry;
+pub use run::Run;
+pub use superbatch_proto::{Failure, v1};

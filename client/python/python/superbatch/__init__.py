@@ -1,0 +1,40 @@
+"""Superbatch: batches chosen for your learner, from your own data, by a service beside your trainer.
+
+    import superbatch
+
+    client = superbatch.connect("http://127.0.0.1:50051")
+    run = client.open_run(superbatch.RunSpec(...))
+    for batch in run.batches(rank=rank, world_size=world, start_step=step):
+        images, captions = batch["image"], batch["caption"]
+        ...
+        run.push_weights(model.state_dict(), step=batch.step, rank=rank)
+
+`superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`.
+"""
+
+from ._client import Batch, Batches, Client, Record, Run, connect
+from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
+from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, at_most, exact
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Client",
+    "EndOfData",
+    "Error",
+    "Fork",
+    "Lag",
+    "Learner",
+    "NeedDeadline",
+    "Phase",
+    "Record",
+    "Reference",
+    "Run",
+    "RunSpec",
+    "Source",
+    "Unavailable",
+    "WeightsRefused",
+    "at_most",
+    "connect",
+    "exact",
+]

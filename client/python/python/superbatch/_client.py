@@ -1,0 +1,308 @@
+"""Connections, runs and batches.
+
+Calls block with the GIL released, and Ctrl-C ends them at once. Those with an async twin can be awaited too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow
+
+from . import _superbatch, _weights
+from ._spec import Phase, RunSpec, plain
+
+
+class Record(dict):
+    """A message of the service: a dict whose keys are attributes too, at every depth."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no {name!r}; there are {', '.join(self)}") from None
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self]
+
+
+def record(value: Any) -> Any:
+    """Dicts as records, at every depth."""
+    if isinstance(value, dict):
+        return Record({key: record(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return [record(item) for item in value]
+    return value
+
+
+async def awaited(call: _superbatch.Call) -> Any:
+    """Waits for a call in asyncio. Cancelling the wait cancels the call."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def finish() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def wake() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(finish)
+
+    call.on_done(wake)
+    try:
+        await done
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    return call.result()
+
+
+def connect(
+    uri: str,
+    *,
+    timeout: float = 10.0,
+    retry_attempts: int = 16,
+    retry_seconds: float = 120.0,
+) -> Client:
+    """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as `Unavailable`.
+
+    timeout: seconds for one attempt to connect.
+    retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once connected.
+    """
+    return Client(_superbatch.connect(uri, timeout, retry_attempts, retry_seconds).wait())
+
+
+class Client:
+    """A connection to a service. Made by `connect`, in the process that uses it."""
+
+    def __init__(self, client: _superbatch.Client) -> None:
+        self._client = client
+
+    def open_run(self, spec: RunSpec, *, incarnation: str = "") -> Run:
+        """Opens a run, or joins it: the same id with the same spec is the same run.
+
+        incarnation: names this start of the trainer, the same on all ranks (`superbatch.torch.incarnation()` makes
+        one). Needed where a restarted trainer may come with another world size.
+        """
+        return Run(self._client.open_run(spec.run_id, spec.to_dict(), incarnation).wait())
+
+    async def open_run_async(self, spec: RunSpec, *, incarnation: str = "") -> Run:
+        """`open_run`, in asyncio."""
+        return Run(await awaited(self._client.open_run(spec.run_id, spec.to_dict(), incarnation)))
+
+    def get_run(self, run_id: str) -> Record:
+        """What is known about a run, without joining it: state, spec, cursors, accounts."""
+        return record(self._client.get_run(run_id).wait())
+
+    def list_runs(self) -> list[Record]:
+        """All runs that the service knows."""
+        return record(self._client.list_runs().wait())
+
+
+class Batch:
+    """One rank's slice of a step's sub-batch.
+
+    `batch["image"]` (as stored) and `batch["caption"]` are pyarrow arrays, as are the extra columns asked for and
+    `_superbatch_id`, `_superbatch_position`, `_superbatch_score`, `_superbatch_fidelity`, `_superbatch_weight`.
+    """
+
+    def __init__(self, record_batch: pyarrow.RecordBatch, receipt: dict, step: int, rank: int, world_size: int) -> None:
+        self.record_batch = record_batch
+        #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen, cost, ...
+        self.receipt: Record = record(receipt)
+        self.step = step
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def table(self) -> pyarrow.Table:
+        return pyarrow.Table.from_batches([self.record_batch])
+
+    @property
+    def column_names(self) -> list[str]:
+        return self.record_batch.schema.names
+
+    def __getitem__(self, column: str) -> pyarrow.Array:
+        try:
+            return self.record_batch.column(column)
+        except KeyError:
+            raise KeyError(f"there is no column {column!r}; there are {', '.join(self.column_names)}") from None
+
+    def __len__(self) -> int:
+        return self.record_batch.num_rows
+
+    def __repr__(self) -> str:
+        return f"Batch(step={self.step}, rank={self.rank}/{self.world_size}, rows={len(self)})"
+
+
+class Batches(Iterator[Batch], AsyncIterator[Batch]):
+    """Batches in the order of their steps, asked for ahead of time. Iterate with `for` or with `async for`.
+
+    Asking for a step says that all earlier ones are trained on. An exception loses nothing: the next call asks for the
+    same step again.
+    """
+
+    def __init__(self, batches: _superbatch.Batches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._batches.next().wait()
+        if batch is None:
+            raise StopIteration
+        return Batch(*batch)
+
+    def __aiter__(self) -> Batches:
+        return self
+
+    async def __anext__(self) -> Batch:
+        batch = await awaited(self._batches.next())
+        if batch is None:
+            raise StopAsyncIteration
+        return Batch(*batch)
+
+
+class Run:
+    """An open run. As a context manager it flushes pushes at the end; it does not close the run."""
+
+    def __init__(self, run: _superbatch.Run) -> None:
+        self._run = run
+        #: The schema of every batch.
+        self.schema: pyarrow.Schema = run.schema
+        #: The spec in force, defaults filled.
+        self.spec: Record = record(run.spec)
+        #: dataset_manifest, dataset_rows, and steps_total (0: without end).
+        self.dataset: Record = record(run.dataset)
+
+    @property
+    def run_id(self) -> str:
+        return self._run.run_id
+
+    @property
+    def generation(self) -> int:
+        return self._run.generation
+
+    @property
+    def next_step(self) -> int:
+        """When the run was opened, the step after the last committed one: where to go on without a checkpoint."""
+        return self._run.next_step
+
+    def batches(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        end_step: int | None = None,
+        prefetch: int = 1,
+        read_ahead: int = 0,
+        need_after: float = 0.0,
+    ) -> Batches:
+        """The steps from `start_step` on, until the data or `end_step` (not included) ends. For `for` and `async for`.
+
+        prefetch: steps asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
+        read_ahead: steps that whoever iterates holds before they are trained on.
+        need_after: seconds of waiting after which the service is told that the trainer stands still.
+        """
+        made = self._run.batches(rank, world_size, start_step, end_step, prefetch, read_ahead, need_after)
+        return Batches(made)
+
+    def select(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
+        """One step, any that is committed or not too far ahead. intent: "need", or "prefetch" (no deadline runs)."""
+        return Batch(*self._run.select(step, rank, world_size, intent).wait())
+
+    async def select_async(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
+        """`select`, in asyncio."""
+        return Batch(*await awaited(self._run.select(step, rank, world_size, intent)))
+
+    def push_weights(self, state_dict: Mapping[str, Any], *, step: int, rank: int = 0, dtype: Any = None) -> None:
+        """Copies the weights that `step` left behind (-1: the initial ones) and uploads them in the background.
+
+        When it returns, the optimizer may overwrite them. At most one push waits beside the one being uploaded; beyond
+        that the call blocks. An upload that failed is told by the next call, or by `flush`. Flush before the process ends:
+        what is not uploaded then is lost.
+
+        Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
+        that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
+        taken off the names. dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other
+        float types become f32.
+        """
+        mine, total = _weights.blocks(state_dict, rank)
+        if mine:
+            self._push(mine, step, rank, dtype, None, 0 if len(mine) == total else total)
+
+    def push_parts(
+        self,
+        parts: Iterable[tuple[str, Any, Sequence[int], Sequence[int]]],
+        *,
+        step: int,
+        expected_parts: int,
+        push_id: str | None = None,
+        rank: int = 0,
+        dtype: Any = None,
+    ) -> None:
+        """Pushes this rank's blocks of the weights, for other kinds of sharding; else as `push_weights`.
+
+        parts: tuples (name, tensor, global_shape, start): the tensor is the block at `start` of the whole.
+        expected_parts: blocks of the whole push, over all ranks.
+        push_id: the same on all ranks; it follows from generation and step where not given.
+        """
+        self._push(_weights.of_parts(parts), step, rank, dtype, push_id, expected_parts)
+
+    def _push(
+        self,
+        blocks: Iterable[_weights.Block],
+        step: int,
+        rank: int,
+        dtype: Any,
+        push_id: str | None,
+        expected_parts: int,
+    ) -> None:
+        # Room first, copies after: no more copies exist than can wait.
+        slot = self._run.reserve_push().wait()
+        _weights.add(slot, blocks, dtype)
+        slot.submit(step, push_id, expected_parts, rank)
+
+    def flush(self) -> Record | None:
+        """Waits until every push is published. Returns the newest version, or None if this process pushed nothing."""
+        return record(self._run.flush().wait())
+
+    async def flush_async(self) -> Record | None:
+        """`flush`, in asyncio."""
+        return record(await awaited(self._run.flush()))
+
+    def close(self) -> None:
+        """Flushes, and ends the run for all ranks: no further steps or pushes. Its receipts stay."""
+        self.flush()
+        self._run.close_run().wait()
+
+    def get_run(self) -> Record:
+        """What is known about the run: state, spec, cursors, accounts, newest weights."""
+        return record(self._run.get_run().wait())
+
+    def receipt(self, step: int, *, generation: int | None = None) -> Record:
+        """Why the step's rows were chosen: `summary`, and `chosen` and `bad_rows` row by row."""
+        return record(self._run.receipt(step, generation).wait())
+
+    def rewind(self, to_step: int, *, mode: str) -> int:
+        """Goes back to a step in a new generation: "replay" serves the old choices, "reselect" chooses anew."""
+        return self._run.rewind(to_step, mode).wait()
+
+    def append_phases(self, phases: Sequence[Phase]) -> Record:
+        """Adds phases for steps that are not committed yet, and returns the spec in force."""
+        self.spec = record(self._run.append_phases(plain(list(phases))).wait())
+        return self.spec
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, exception_type: Any, *_: Any) -> None:
+        if exception_type is None:
+            self.flush()
+
+    def __repr__(self) -> str:
+        return f"Run({self.run_id!r}, generation={self.generation})"

@@ -1,0 +1,70 @@
+"""Exceptions of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class Error(Exception):
+    """A call that failed.
+
+    `reason` is a name for programs: one of the protocol's closed set, such as "WORLD_SIZE_INVALID" or
+    "COLUMN_NOT_FOUND", or of the client's own: "UNAVAILABLE" (no answer), "BATCH_CORRUPT", "INVALID_ARGUMENT",
+    "CANCELLED". `metadata` holds the values that a program may want, such as `field`, `column` or `tensor`.
+    """
+
+    reason: str = "INTERNAL"
+
+    def __init__(self, message: str = "", reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or type(self).reason
+        self.metadata = dict(metadata or {})
+
+    def __reduce__(self):
+        return type(self), (str(self), self.reason, self.metadata)
+
+
+class Unavailable(Error):
+    """The service cannot be reached, or cannot serve now; the same call may succeed later."""
+
+    reason = "UNAVAILABLE"
+
+
+class EndOfData(Error):
+    """The step lies beyond the last epoch. Iterating over batches ends there instead of raising this."""
+
+    reason = "END_OF_DATA"
+
+
+class NeedDeadline(Error):
+    """The step could not be served in time, for want of weights for example. The same step may be asked for again."""
+
+    reason = "NEED_DEADLINE"
+
+
+class WeightsRefused(Error):
+    """A push failed verification, and the old weights serve on; `metadata["tensor"]` names the first bad tensor."""
+
+    reason = "WEIGHTS_REFUSED"
+
+
+_CLASSES = {
+    "UNAVAILABLE": Unavailable,
+    "NO_WORKERS": Unavailable,
+    "OVERLOADED": Unavailable,
+    "SHUTTING_DOWN": Unavailable,
+    "STORAGE_UNREACHABLE": Unavailable,
+    "END_OF_DATA": EndOfData,
+    "NEED_DEADLINE": NeedDeadline,
+    "WEIGHTS_REFUSED": WeightsRefused,
+}
+
+
+def from_reason(reason: str, message: str, metadata: Mapping[str, str]) -> Error:
+    """The exception for a reason."""
+    return _CLASSES.get(reason, Error)(message, reason, metadata)
+
+
+def invalid(field: str, message: str) -> Error:
+    """An argument that the client itself refuses."""
+    return Error(f"{field}: {message}", "INVALID_ARGUMENT", {"field": field})

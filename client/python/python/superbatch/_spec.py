@@ -1,0 +1,162 @@
+"""What a run is. Fields that are None take the service's default, which `Run.spec` shows filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where candidates come from.
+
+    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3:// or memory:///.
+    weight: share of each super-batch relative to the other sources (default 1).
+    image_column, caption_column: found by the layout (img2dataset, Hugging Face) where not given.
+    """
+
+    uri: str
+    weight: float | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The model that is being trained.
+
+    model_uri: a Hugging Face model folder (config, preprocessor, tokenizer).
+    Where its first weights come from, one of: random_seed (made by the service), snapshot_uri (a safetensors file), or
+    first_push=True (the trainer pushes them as step -1).
+    logit_bias: for the sigmoid loss with a model that has none.
+    """
+
+    model_uri: str
+    random_seed: int | None = None
+    snapshot_uri: str | None = None
+    first_push: bool | None = None
+    logit_bias: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The frozen model: a Hugging Face model folder with weights."""
+
+    model_uri: str
+    logit_bias: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """How batches are chosen from `from_step` on.
+
+    policy: "uniform", "independent" or "joint".
+    super_batch_size: candidates scanned for a step. sub_batch_size: rows chosen and served, over all ranks.
+    criterion: "learnability" (default), "hard" or "easy".
+    n_chunks: draws of joint selection (default 16). gain: multiplies softmax scores (default 1).
+    fidelity: "full" (default).
+    """
+
+    policy: str
+    super_batch_size: int
+    sub_batch_size: int
+    from_step: int = 0
+    criterion: str | None = None
+    n_chunks: int | None = None
+    gain: float | None = None
+    fidelity: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lag:
+    """How old the weights are that a step is scored with. Made by `exact` and `at_most`."""
+
+    exact: int | None = None
+    at_most: int | None = None
+
+
+def exact(steps: int) -> Lag:
+    """Step s is scored with the last weights pushed at or before step s-1-steps, whatever the timing: reproducible."""
+    return Lag(exact=steps)
+
+
+def at_most(steps: int) -> Lag:
+    """Step s is scored with the freshest weights there are, at most `steps` older than s-1."""
+    return Lag(at_most=steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """Start as a copy of another run's history: steps before `step` are that run's."""
+
+    run_id: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything a run is. All ranks open the same id with the same spec.
+
+    run_id: letters, digits, '-', '_' and '.', at most 128.
+    sources: at least one; a plain string is the uri of a source.
+    phases: the schedule by rising from_step; the first starts at 0.
+    learner: needed unless every phase is uniform or scores with the reference alone.
+    reference: needed unless every phase is uniform or "hard"; a plain string is its model_uri.
+    loss: "sigmoid" (default) or "softmax".
+    lag: `exact(1)` by default.
+    push_every_steps: a push is due after every so many steps (default 1).
+    micro_batches: each rank's slice is cut into so many equal micro-batches (default 1).
+    columns: extra columns to deliver beside image and caption.
+    fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or "reference_only".
+    max_ahead: steps beyond the last consumed one that may be asked for (default 2).
+    epochs: passes over the data; 0 is without end. window_blocks: blocks whose rows are shuffled together (default 16).
+    embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
+    micro_batch_rows: candidates per forward pass (default 64).
+    max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
+    fork_of: another run's history to start from.
+    train_flops_per_example: what a training step costs, where known.
+    need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies (default 60).
+    """
+
+    run_id: str
+    sources: Sequence[Source | str]
+    phases: Sequence[Phase]
+    learner: Learner | None = None
+    reference: Reference | str | None = None
+    loss: str | None = None
+    lag: Lag | None = None
+    push_every_steps: int | None = None
+    micro_batches: int | None = None
+    columns: Sequence[str] = ()
+    fallback: str | None = None
+    seed: int | None = None
+    max_ahead: int | None = None
+    epochs: int | None = None
+    window_blocks: int | None = None
+    embedding_dtype: str | None = None
+    micro_batch_rows: int | None = None
+    max_bad_row_share: float | None = None
+    fork_of: Fork | None = None
+    compute_dtype: str | None = None
+    train_flops_per_example: float | None = None
+    need_deadline_seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain values, with the protocol's field names; without `run_id`, and without what is None."""
+        spec = plain(self)
+        del spec["run_id"]
+        spec["sources"] = [{"uri": source} if isinstance(source, str) else source for source in spec["sources"]]
+        if isinstance(self.reference, str):
+            spec["reference"] = {"model_uri": self.reference}
+        return spec
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts without their None fields, sequences as lists."""
+    if is_dataclass(value):
+        pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
+        return {name: plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,136 @@
+"""Tensors of a trainer as the parts of a push. Nothing here imports torch before a torch tensor is handed in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ._errors import invalid
+
+DTYPES = ("f32", "f16", "bf16")
+
+
+class Block(NamedTuple):
+    """A block of a tensor: `tensor` is what lies at `start` within `global_shape`."""
+
+    name: str
+    tensor: Any
+    global_shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
+    """What this rank has to push of a state dict, and how many blocks all ranks push together.
+
+    Whole tensors are rank 0's. Of a DTensor each rank pushes its own shard; of replicas, the first in the mesh does.
+    Entries that are not floating point, such as position ids, are no weights.
+    """
+    mine: list[Block] = []
+    total = 0
+    for name, tensor in state_dict.items():
+        if not is_floating(tensor):
+            continue
+        name = clean(name)
+        if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
+            block, count = shard(name, tensor)
+            total += count
+            mine += [block] if block else []
+            continue
+        total += 1
+        if rank == 0:
+            shape = tuple(tensor.shape)
+            mine.append(Block(name, tensor, shape, (0,) * len(shape)))
+    if total == 0:
+        raise invalid("state_dict", "it has no floating-point tensors")
+    return mine, total
+
+
+def clean(name: str) -> str:
+    """The name without what DistributedDataParallel and torch.compile put around modules."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def is_floating(tensor: Any) -> bool:
+    if hasattr(tensor, "is_floating_point"):
+        return tensor.is_floating_point()
+    return getattr(getattr(tensor, "dtype", None), "kind", "") == "f"
+
+
+def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
+    """This rank's block of a DTensor (None: it has none), and the number of blocks over all ranks."""
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    place = mesh.get_coordinate()
+    start, extent, count, held = [0] * len(shape), list(shape), 1, place is not None
+    cut: set[int] = set()
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            held = held and place[axis] == 0
+            continue
+        dim = getattr(placement, "dim", None)
+        if type(placement).__name__ != "Shard" or dim in cut:
+            raise invalid("state_dict", f"tensor {name}: cannot tell its blocks from {placement}; use push_parts")
+        cut.add(dim)
+        # As torch.chunk cuts: equal blocks, the last ones shorter or empty.
+        step = max(1, -(-shape[dim] // mesh.size(axis)))
+        count *= -(-shape[dim] // step)
+        if place is not None:
+            start[dim] = min(place[axis] * step, shape[dim])
+            extent[dim] = min(step, shape[dim] - start[dim])
+            held = held and extent[dim] > 0
+    if not held:
+        return None, count
+    local = tensor.to_local()
+    if tuple(local.shape) != tuple(extent):
+        what = f"its local shard is {tuple(local.shape)}, not {tuple(extent)}; use push_parts"
+        raise invalid("state_dict", f"tensor {name}: {what}")
+    return Block(name, local, shape, tuple(start)), count
+
+
+def add(slot: Any, items: Iterable[Block], dtype: Any) -> None:
+    """Copies blocks into a push."""
+    for name, tensor, global_shape, start in items:
+        kind, extent, data = buffer(name, tensor, dtype)
+        slot.add(name, kind, list(global_shape), list(start), extent, data)
+
+
+def buffer(name: str, tensor: Any, dtype: Any) -> tuple[str, list[int], Any]:
+    """Dtype, shape and bytes of a tensor on the CPU. The bytes may still be the tensor's own."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        return numpy_buffer(name, tensor, dtype)
+    kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+    kind = kind_of(dtype, kinds) or kinds.get(tensor.dtype, "f32")
+    wanted = {kind: known for known, kind in kinds.items()}[kind]
+    # From a GPU this casts there and waits for the copy, so that the optimizer may go on at once.
+    host = tensor.detach().to(device="cpu", dtype=wanted).contiguous()
+    return kind, list(host.shape), host.reshape(-1).view(torch.uint8).numpy()
+
+
+def numpy_buffer(name: str, array: Any, dtype: Any) -> tuple[str, list[int], Any]:
+    import numpy
+
+    array = numpy.asarray(array)
+    kinds = {numpy.dtype(numpy.float32): "f32", numpy.dtype(numpy.float16): "f16"}
+    kind = kind_of(dtype, kinds) or kinds.get(array.dtype, "f32")
+    if kind == "bf16":
+        raise invalid("dtype", f"tensor {name}: a NumPy array cannot be cast to bf16; hand in a torch tensor")
+    wanted = {kind: known for known, kind in kinds.items()}[kind].newbyteorder("<")
+    flat = numpy.ascontiguousarray(array, dtype=wanted).reshape(-1)
+    return kind, list(array.shape), flat.view(numpy.uint8)
+
+
+def kind_of(dtype: Any, kinds: Mapping[Any, str]) -> str | None:
+    """"f32", "f16" or "bf16" for such a string or the library's own dtype; None for None."""
+    if dtype is None:
+        return None
+    kind = dtype if isinstance(dtype, str) else kinds.get(dtype)
+    if kind not in DTYPES:
+        raise invalid("dtype", f"cannot be {dtype!r}; valid values are {', '.join(DTYPES)}")
+    return kind
+
+
+def of_parts(parts: Iterable[Any]) -> Iterator[Block]:
+    """Blocks from tuples (name, tensor, global_shape, start)."""
+    for name, tensor, global_shape, start in parts:
+        yield Block(name, tensor, tuple(global_shape), tuple(start))

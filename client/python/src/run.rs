@@ -1,0 +1,224 @@
+//! A run, its batches and its pushes, as Python sees them.
+use crate::{
+    call::{self, Call},
+    client::Process,
+    errors, show, spec,
+};
+use arrow::pyarrow::ToPyArrow;
+use futures::StreamExt;
+use pyo3::{buffer::PyBuffer, exceptions::PyRuntimeError, prelude::*, types::PyDict};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use superbatch_client::{self as client, BatchesConfig, Part, Push, Pusher};
+
+/// Pushes that wait beside the one under way. Each is a copy of the weights.
+const QUEUED_MAX: usize = 1;
+
+/// An open run.
+#[pyclass(frozen, module = "superbatch._superbatch")]
+pub struct Run {
+    run: client::Run,
+    pusher: Mutex<Option<Arc<Pusher>>>,
+    process: Process,
+}
+
+impl Run {
+    pub fn new(run: client::Run) -> Self {
+        Self { run, pusher: Mutex::new(None), process: Process::this() }
+    }
+
+    fn here(&self) -> PyResult<client::Run> {
+        self.process.check()?;
+        Ok(self.run.clone())
+    }
+
+    /// The uploader, which starts with the first push.
+    fn pusher(&self) -> PyResult<Arc<Pusher>> {
+        self.process.check()?;
+        let mut pusher = self.pusher.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pusher) = &*pusher {
+            return Ok(pusher.clone());
+        }
+        let runtime = call::runtime()?;
+        let _inside = runtime.enter();
+        Ok(pusher.insert(Arc::new(Pusher::start(&self.run, QUEUED_MAX))).clone())
+    }
+}
+
+#[pymethods]
+impl Run {
+    #[getter]
+    fn run_id(&self) -> &str {
+        self.run.run_id()
+    }
+
+    #[getter]
+    fn generation(&self) -> u32 {
+        self.run.generation()
+    }
+
+    #[getter]
+    fn next_step(&self) -> u64 {
+        self.run.next_step()
+    }
+
+    /// Dataset manifest digest, rows of the data set, and steps until its end (0: without end), as a dict.
+    #[getter]
+    fn dataset(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        show::dataset(py, self.run.opened())
+    }
+
+    /// The spec in force, defaults filled, as a dict.
+    #[getter]
+    fn spec(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        show::run_spec(py, &self.run.spec())
+    }
+
+    /// The schema of every batch, as a `pyarrow.Schema`.
+    #[getter]
+    fn schema(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        Ok(self.run.schema().to_pyarrow(py)?.unbind())
+    }
+
+    /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
+    fn select(&self, py: Python<'_>, step: u64, rank: u32, world_size: u32, intent: &str) -> PyResult<Call> {
+        let (run, intent) = (self.here()?, spec::intent(py, intent)?);
+        Call::start(async move { run.select(step, rank, world_size, intent).await }, show::batch)
+    }
+
+    /// All steps from `start_step` on.
+    #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+    fn batches(
+        &self,
+        py: Python<'_>,
+        rank: u32,
+        world_size: u32,
+        start_step: u64,
+        end_step: Option<u64>,
+        prefetch: u64,
+        read_ahead: u64,
+        need_after: f64,
+    ) -> PyResult<Batches> {
+        let need_after = Duration::try_from_secs_f64(need_after)
+            .map_err(|_| errors::invalid(py, "need_after", "not a number of seconds"))?;
+        let config = BatchesConfig { rank, world_size, start_step, end_step, prefetch, read_ahead, need_after };
+        let batches = self.here()?.batches(config).map_err(|error| errors::exception(py, &error))?;
+        Ok(Batches { batches: Arc::new(tokio::sync::Mutex::new(batches)), process: self.process })
+    }
+
+    /// Waits for room for one push; the call's result is a `Slot`.
+    fn reserve_push(&self) -> PyResult<Call> {
+        let pusher = self.pusher()?;
+        Call::start(async move { pusher.reserve().await }, |py, slot| {
+            let state = Mutex::new(Some((slot, Vec::new())));
+            Ok(Py::new(py, Slot { state })?.into_any())
+        })
+    }
+
+    /// Waits until all pushes are published; the call's result is the newest version as a dict, or None.
+    fn flush(&self) -> PyResult<Call> {
+        let pusher = self.pusher()?;
+        Call::start(async move { pusher.flush().await }, |py, version| match version {
+            Some(version) => show::weights_version(py, &version),
+            None => Ok(py.None()),
+        })
+    }
+
+    /// The call's result is a dict.
+    fn get_run(&self) -> PyResult<Call> {
+        let run = self.here()?;
+        Call::start(async move { run.get_run().await }, |py, info| show::run_info(py, &info))
+    }
+
+    /// Ends the run for all ranks.
+    fn close_run(&self) -> PyResult<Call> {
+        let run = self.here()?;
+        Call::start_unit(async move { run.close_run().await })
+    }
+
+    /// The call's result is the new generation.
+    fn rewind(&self, py: Python<'_>, to_step: u64, mode: &str) -> PyResult<Call> {
+        let (run, mode) = (self.here()?, spec::rewind_mode(py, mode)?);
+        Call::start(async move { run.rewind(to_step, mode).await }, |py, generation| {
+            Ok(generation.into_pyobject(py)?.into_any().unbind())
+        })
+    }
+
+    /// The call's result is the spec in force, as a dict.
+    fn append_phases(&self, phases: Vec<Bound<'_, PyDict>>) -> PyResult<Call> {
+        let (run, phases) = (self.here()?, spec::phases(phases)?);
+        Call::start(async move { run.append_phases(phases).await }, |py, spec| show::run_spec(py, &spec))
+    }
+
+    /// The call's result is a dict.
+    fn receipt(&self, step: u64, generation: Option<u32>) -> PyResult<Call> {
+        let run = self.here()?;
+        Call::start(async move { run.receipt(step, generation).await }, |py, receipt| show::receipt(py, &receipt))
+    }
+}
+
+/// Steps in order, asked for ahead.
+#[pyclass(frozen, module = "superbatch._superbatch")]
+pub struct Batches {
+    batches: Arc<tokio::sync::Mutex<client::Batches>>,
+    process: Process,
+}
+
+#[pymethods]
+impl Batches {
+    /// The next step; the call's result is as that of `Run.select`, or None at the end. Cancelling it loses nothing.
+    fn next(&self) -> PyResult<Call> {
+        self.process.check()?;
+        let batches = self.batches.clone();
+        let next = async move { batches.lock().await.next().await.transpose() };
+        Call::start(next, |py, batch| match batch {
+            Some(batch) => show::batch(py, batch),
+            None => Ok(py.None()),
+        })
+    }
+}
+
+/// Room for one push, which is filled part by part.
+#[pyclass(frozen, module = "superbatch._superbatch")]
+pub struct Slot {
+    state: Mutex<Option<(client::Slot, Vec<Part>)>>,
+}
+
+#[pymethods]
+impl Slot {
+    /// Copies a block of a tensor: `data` is a contiguous buffer of bytes, little endian.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
+    fn add(
+        &self,
+        py: Python<'_>,
+        name: String,
+        dtype: &str,
+        global_shape: Vec<u64>,
+        start: Vec<u64>,
+        extent: Vec<u64>,
+        data: PyBuffer<u8>,
+    ) -> PyResult<()> {
+        let dtype = spec::tensor_dtype(py, dtype)?;
+        let part = Part::block(name, dtype, &global_shape, &start, &extent, data.to_vec(py)?)
+            .map_err(|error| errors::exception(py, &error))?;
+        match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((_, parts)) => parts.push(part),
+            None => return Err(used()),
+        }
+        Ok(())
+    }
+
+    /// Queues the push, and returns without waiting for it. Nothing more can be added.
+    fn submit(&self, step: i64, push_id: Option<String>, expected_parts: u32, rank: u32) -> PyResult<()> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (slot, parts) = state.ok_or_else(used)?;
+        slot.push(Push { step, parts, push_id, expected_parts, rank });
+        Ok(())
+    }
+}
+
+fn used() -> PyErr {
+    PyRuntimeError::new_err("this push was submitted already")
+}

@@ -1,0 +1,159 @@
+//! Messages of the protocol as Python dicts, with the protocol's field names. Enums are lower case, without prefix.
+use arrow::pyarrow::ToPyArrow;
+use pyo3::{
+    prelude::*,
+    types::{PyBytes, PyDict, PyList},
+};
+use superbatch_client::{Batch, v1};
+
+type Shown = PyResult<Py<PyAny>>;
+
+/// A dict with a message's fields: plain ones by name, then those that are shown by an expression.
+macro_rules! dict {
+    ($py:expr, $message:expr, [$($plain:ident),* $(,)?], { $($key:ident: $value:expr),* $(,)? }) => {{
+        let dict = PyDict::new($py);
+        $(dict.set_item(stringify!($plain), &$message.$plain)?;)*
+        $(dict.set_item(stringify!($key), $value)?;)*
+        Ok(dict.into_any().unbind())
+    }};
+}
+
+fn short(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+pub fn list(py: Python<'_>, items: impl Iterator<Item = Shown>) -> Shown {
+    Ok(PyList::new(py, items.collect::<PyResult<Vec<_>>>()?)?.into_any().unbind())
+}
+
+fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -> Shown) -> Shown {
+    message.map_or_else(|| Ok(py.None()), |message| show(py, message))
+}
+
+pub fn batch(py: Python<'_>, batch: Batch) -> Shown {
+    let record_batch = batch.record_batch.to_pyarrow(py)?;
+    let receipt = receipt_summary(py, &batch.receipt)?;
+    Ok((record_batch, receipt, batch.step, batch.rank, batch.world_size).into_pyobject(py)?.into_any().unbind())
+}
+
+pub fn dataset(py: Python<'_>, opened: &v1::OpenRunResponse) -> Shown {
+    dict!(py, opened, [dataset_rows, steps_total, dataset_manifest], {})
+}
+
+pub fn weights_version(py: Python<'_>, version: &v1::WeightsVersion) -> Shown {
+    dict!(py, version, [version, step, generation, digest], {})
+}
+
+pub fn run_summary(py: Python<'_>, run: &v1::RunSummary) -> Shown {
+    dict!(py, run, [run_id, generation, last_committed_step], {
+        state: short(run.state().as_str_name(), "RUN_STATE_"),
+    })
+}
+
+pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
+    dict!(py, run, [dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure, tail_rows_per_epoch], {
+        summary: maybe(py, run.summary.as_ref(), run_summary)?,
+        spec: maybe(py, run.spec.as_ref(), run_spec)?,
+        accounts: maybe(py, run.accounts.as_ref(), accounts)?,
+        learner: maybe(py, run.learner.as_ref(), weights_version)?,
+    })
+}
+
+fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
+    dict!(py, spent, [
+        candidates_scanned, examples_selected, bad_rows, reference_flops, learner_flops, selection_flops,
+        discarded_flops, train_flops,
+    ], { seconds: maybe(py, spent.seconds.as_ref(), seconds)? })
+}
+
+fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
+    dict!(py, stages, [plan, fetch, decode, embed_reference, embed_learner, select, commit, total, wait_weights,], {})
+}
+
+fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
+    dict!(py, summary, [
+        run_id, generation, chosen_in_generation, step, super_batch_size, sub_batch_size, n_chunks, gain, seed,
+        reference_digest, lag_steps, learner_scale, learner_bias, reference_scale, reference_bias, device, build,
+        plan_version, dataset_manifest, holes, batch_score, mean_score_chosen, mean_score_candidates,
+        committed_unix_ms, selector_threads, writer_nonce,
+    ], {
+        policy: short(summary.policy().as_str_name(), "POLICY_"),
+        criterion: short(summary.criterion().as_str_name(), "CRITERION_"),
+        loss: short(summary.loss().as_str_name(), "LOSS_"),
+        mode: short(summary.mode().as_str_name(), "MODE_"),
+        fidelity: short(summary.fidelity().as_str_name(), "FIDELITY_"),
+        embedding_dtype: short(summary.embedding_dtype().as_str_name(), "EMBEDDING_DTYPE_"),
+        compute_dtype: short(summary.compute_dtype().as_str_name(), "COMPUTE_DTYPE_"),
+        learner: maybe(py, summary.learner.as_ref(), weights_version)?,
+        scanned: list(py, summary.scanned.iter().map(|span| dict!(py, span, [source, epoch, start, count], {})))?,
+        cost: maybe(py, summary.cost.as_ref(), accounts)?,
+    })
+}
+
+pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
+    let chosen = |row: &v1::ChosenRow| {
+        dict!(py, row, [id, source, shard, row, position, chunk, score, weight], {
+            fidelity: short(row.fidelity().as_str_name(), "FIDELITY_"),
+            content_hash: PyBytes::new(py, &row.content_hash),
+        })
+    };
+    let bad_row = |row: &v1::BadRow| dict!(py, row, [id, position, detail], { reason: short(row.reason().as_str_name(), "BAD_ROW_REASON_") });
+    dict!(py, receipt, [], {
+        summary: maybe(py, receipt.summary.as_ref(), receipt_summary)?,
+        chosen: list(py, receipt.chosen.iter().map(chosen))?,
+        bad_rows: list(py, receipt.bad_rows.iter().map(bad_row))?,
+    })
+}
+
+fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
+    dict!(py, phase, [from_step, super_batch_size, sub_batch_size, n_chunks, gain], {
+        policy: short(phase.policy().as_str_name(), "POLICY_"),
+        criterion: short(phase.criterion().as_str_name(), "CRITERION_"),
+        fidelity: short(phase.fidelity().as_str_name(), "FIDELITY_"),
+    })
+}
+
+fn learner(py: Python<'_>, learner: &v1::LearnerSpec) -> Shown {
+    use v1::learner_spec::Initial;
+    let dict = PyDict::new(py);
+    dict.set_item("model_uri", &learner.model_uri)?;
+    dict.set_item("logit_bias", learner.logit_bias)?;
+    match &learner.initial {
+        Some(Initial::RandomSeed(seed)) => dict.set_item("random_seed", seed)?,
+        Some(Initial::SnapshotUri(uri)) => dict.set_item("snapshot_uri", uri)?,
+        Some(Initial::FirstPush(on)) => dict.set_item("first_push", on)?,
+        None => {}
+    }
+    Ok(dict.into_any().unbind())
+}
+
+fn lag(py: Python<'_>, lag: &v1::Lag) -> Shown {
+    let dict = PyDict::new(py);
+    match lag.bound {
+        Some(v1::lag::Bound::Exact(steps)) => dict.set_item("exact", steps)?,
+        Some(v1::lag::Bound::AtMost(steps)) => dict.set_item("at_most", steps)?,
+        None => {}
+    }
+    Ok(dict.into_any().unbind())
+}
+
+pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
+    let source = |source: &v1::Source| dict!(py, source, [uri, weight, image_column, caption_column], {});
+    let reference = |_: Python<'_>, model: &v1::ReferenceSpec| dict!(py, model, [model_uri, logit_bias], {});
+    let fork = |_: Python<'_>, fork: &v1::Fork| dict!(py, fork, [run_id, step], {});
+    dict!(py, spec, [
+        push_every_steps, micro_batches, columns, seed, max_ahead, epochs, window_blocks, micro_batch_rows,
+        max_bad_row_share, train_flops_per_example, need_deadline_seconds,
+    ], {
+        sources: list(py, spec.sources.iter().map(source))?,
+        learner: maybe(py, spec.learner.as_ref(), learner)?,
+        reference: maybe(py, spec.reference.as_ref(), reference)?,
+        phases: list(py, spec.phases.iter().map(|item| phase(py, item)))?,
+        loss: short(spec.loss().as_str_name(), "LOSS_"),
+        lag: maybe(py, spec.lag.as_ref(), lag)?,
+        fallback: short(spec.fallback().as_str_name(), "FALLBACK_"),
+        embedding_dtype: short(spec.embedding_dtype().as_str_name(), "EMBEDDING_DTYPE_"),
+        compute_dtype: short(spec.compute_dtype().as_str_name(), "COMPUTE_DTYPE_"),
+        fork_of: maybe(py, spec.fork_of.as_ref(), fork)?,
+    })
+}

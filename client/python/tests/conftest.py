@@ -1,0 +1,40 @@
+"""The extension must be built: `maturin develop`, or its library beside the package (see the README)."""
+
+import socket
+
+import pytest
+import superbatch
+
+
+@pytest.fixture
+def spec():
+    return superbatch.RunSpec(
+        run_id="demo",
+        sources=["file:///data/{00000..00003}.parquet", superbatch.Source(uri="s3://b/p", weight=2.0)],
+        learner=superbatch.Learner(model_uri="file:///models/learner", random_seed=0),
+        reference="file:///models/reference",
+        phases=[
+            superbatch.Phase(policy="uniform", super_batch_size=64, sub_batch_size=64),
+            superbatch.Phase(from_step=10, policy="joint", super_batch_size=320, sub_batch_size=64, n_chunks=4),
+        ],
+        loss="sigmoid",
+        lag=superbatch.exact(1),
+        columns=("url",),
+        seed=7,
+    )
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def silent():
+    """A listener that never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener

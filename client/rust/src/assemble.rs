@@ -1,0 +1,121 @@
+//! Puts a batch together again from the messages of one or several streams.
+use crate::{Error, Result};
+use arrow::{
+    array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError, ipc::reader::StreamDecoder,
+};
+use superbatch_proto::v1::{BatchHeader, BatchTrailer, ReceiptSummary};
+
+/// One rank's slice of a step's sub-batch.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The rows, in the run's output schema: image as stored, caption, extra columns, and `_superbatch_*`.
+    pub record_batch: RecordBatch,
+    /// How the step was decided.
+    pub receipt: ReceiptSummary,
+    pub step: u64,
+    pub rank: u32,
+    pub world_size: u32,
+}
+
+/// Bytes reserved at most on the word of a header.
+const RESERVE_BYTES_MAX: u64 = 64 << 20;
+
+/// What has arrived of a batch so far. It outlives broken streams.
+pub(crate) struct Assembly {
+    step: u64,
+    header: Option<BatchHeader>,
+    bytes: Vec<u8>,
+    hasher: blake3::Hasher,
+}
+
+impl Assembly {
+    pub fn new(step: u64) -> Self {
+        Self { step, header: None, bytes: Vec::new(), hasher: blake3::Hasher::new() }
+    }
+
+    /// Bytes in hand: the offset to resume at.
+    pub fn received(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// A stream begins. If it is of another batch than the one in hand, what is in hand is thrown away.
+    pub fn begin(&mut self, header: BatchHeader) -> Result<()> {
+        if header.offset != self.received() {
+            let what = format!("asked for byte {}, was sent byte {}", self.received(), header.offset);
+            return Err(self.corrupt(what));
+        }
+        if let Some(known) = &self.header {
+            let same = known.stream_bytes == header.stream_bytes && known.receipt == header.receipt;
+            if !same && self.received() > 0 {
+                return Err(self.corrupt("the step was decided anew while its stream was broken".to_owned()));
+            }
+        }
+        if self.header.is_none() {
+            self.bytes.reserve(header.stream_bytes.min(RESERVE_BYTES_MAX) as usize);
+        }
+        self.header = Some(header);
+        Ok(())
+    }
+
+    pub fn extend(&mut self, part: &[u8]) -> Result<()> {
+        if self.received() + part.len() as u64 > self.expected() {
+            return Err(self.corrupt(format!("more than the {} bytes that its header announced", self.expected())));
+        }
+        self.hasher.update(part);
+        self.bytes.extend_from_slice(part);
+        Ok(())
+    }
+
+    /// The stream is complete: checks it against its trailer and decodes it.
+    pub fn finish(&mut self, trailer: &BatchTrailer) -> Result<Batch> {
+        if self.received() != self.expected() {
+            return Err(self.incomplete());
+        }
+        if self.hasher.finalize().as_bytes()[..] != trailer.blake3[..] {
+            return Err(self.corrupt("its checksum does not match".to_owned()));
+        }
+        let header = self.header.take().unwrap_or_default();
+        let record_batch = match decode(std::mem::take(&mut self.bytes)) {
+            Ok(record_batch) => record_batch,
+            Err(error) => return Err(self.corrupt(error.to_string())),
+        };
+        let rows = record_batch.num_rows();
+        if rows != header.rows as usize || rows != trailer.rows as usize {
+            let what = format!("{rows} rows, header says {}, trailer {}", header.rows, trailer.rows);
+            return Err(self.corrupt(what));
+        }
+        let Some(receipt) = header.receipt else { return Err(self.corrupt("it has no receipt".to_owned())) };
+        Ok(Batch { record_batch, receipt, step: self.step, rank: header.rank, world_size: header.world_size })
+    }
+
+    /// The stream ended without a trailer.
+    pub fn incomplete(&self) -> Error {
+        Error::Incomplete { step: self.step, received: self.received(), expected: self.expected() }
+    }
+
+    /// What is in hand cannot be trusted: the next attempt begins at byte 0.
+    pub fn corrupt(&mut self, what: String) -> Error {
+        *self = Self::new(self.step);
+        Error::Corrupt { step: self.step, what }
+    }
+
+    fn expected(&self) -> u64 {
+        self.header.as_ref().map_or(0, |header| header.stream_bytes)
+    }
+}
+
+/// Decodes a whole Arrow IPC stream into one record batch.
+fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
+    let mut buffer = Buffer::from_vec(bytes);
+    let mut decoder = StreamDecoder::new();
+    let mut batches = Vec::new();
+    while !buffer.is_empty() {
+        batches.extend(decoder.decode(&mut buffer)?);
+    }
+    decoder.finish()?;
+    let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".to_owned()))?;
+    match <[RecordBatch; 1]>::try_from(batches) {
+        Ok([only]) => Ok(only),
+        Err(batches) => concat_batches(&schema, &batches),
+    }
+}

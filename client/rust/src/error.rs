@@ -1,0 +1,143 @@
+//! Why a call of the client failed, and whether trying again can help.
+use std::{collections::HashMap, error::Error as _, time::Duration};
+use superbatch_proto::{Failure, v1::Reason};
+use tonic::{Code, Status};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call failed, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The service refused or failed the call, and says why.
+    #[error("{0}")]
+    Refused(Box<Failure>),
+    /// The service could not be reached at all.
+    #[error("cannot connect to {uri}: is the service running there? ({})", chain(source))]
+    Connect { uri: String, source: tonic::transport::Error },
+    /// The call broke on the way, or something that is not Superbatch answered it.
+    #[error("the call to the service broke ({:?}): {}", .0.code(), .0.message())]
+    Transport(Box<Status>),
+    /// A stream ended before its trailer.
+    #[error("the stream of step {step} ended after {received} of {expected} bytes")]
+    Incomplete { step: u64, received: u64, expected: u64 },
+    /// What arrived is not what was sent, or not what the protocol says.
+    #[error("the batch of step {step} arrived damaged: {what}")]
+    Corrupt { step: u64, what: String },
+    /// An argument that the client itself refuses.
+    #[error("{field}: {message}")]
+    Invalid { field: &'static str, message: String },
+    /// Retries were used up.
+    #[error("gave up after {attempts} attempts in {:.1} s: {last}", elapsed.as_secs_f64())]
+    GaveUp { attempts: u32, elapsed: Duration, last: Box<Error> },
+    /// A background task ended because its runtime shut down or its owner was dropped.
+    #[error("stopped before it was done")]
+    Stopped,
+}
+
+impl Error {
+    /// The service's reason, where it gave one.
+    pub fn reason(&self) -> Option<Reason> {
+        self.failure().map(|failure| failure.reason)
+    }
+
+    /// The service's failure, where it gave one: reason, message and metadata.
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Refused(failure) => Some(failure),
+            Self::GaveUp { last, .. } => last.failure(),
+            _ => None,
+        }
+    }
+
+    /// A name for programs: the service's reason without its prefix, or, where the service gave none, `UNAVAILABLE` (no
+    /// answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
+    pub fn reason_name(&self) -> &'static str {
+        match self {
+            Self::Refused(failure) => failure.reason.as_str_name().trim_start_matches("REASON_"),
+            Self::GaveUp { last, .. } => last.reason_name(),
+            Self::Connect { .. } | Self::Transport(_) | Self::Incomplete { .. } => "UNAVAILABLE",
+            Self::Corrupt { .. } => "BATCH_CORRUPT",
+            Self::Invalid { .. } => "INVALID_ARGUMENT",
+            Self::Stopped => "CANCELLED",
+        }
+    }
+
+    /// Values for programs, such as `field`, `column` or `tensor`.
+    pub fn metadata(&self) -> HashMap<String, String> {
+        match (self.failure(), self) {
+            (Some(failure), _) => failure.metadata.clone(),
+            (None, Self::Invalid { field, .. }) => HashMap::from([("field".to_owned(), (*field).to_owned())]),
+            _ => HashMap::new(),
+        }
+    }
+
+    /// Whether the same call may succeed later, unchanged. The one place where that is decided.
+    pub fn is_retryable(&self) -> bool {
+        use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
+        match self {
+            Self::Refused(failure) => {
+                matches!(failure.reason, NoWorkers | Overloaded | ShuttingDown | StorageUnreachable)
+            }
+            Self::Connect { .. } | Self::Incomplete { .. } | Self::Corrupt { .. } => true,
+            Self::Transport(status) => match status.code() {
+                Code::Unavailable | Code::Aborted | Code::Cancelled | Code::ResourceExhausted => true,
+                // These two are also what a broken connection turns into; then the status has a cause on this side.
+                Code::Unknown | Code::Internal => status.source().is_some(),
+                _ => false,
+            },
+            Self::Invalid { .. } | Self::GaveUp { .. } | Self::Stopped => false,
+        }
+    }
+
+    pub(crate) fn invalid(field: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { field, message: message.into() }
+    }
+}
+
+impl From<Status> for Error {
+    fn from(status: Status) -> Self {
+        match Failure::try_from(status) {
+            Ok(failure) => Self::Refused(Box::new(failure)),
+            Err(foreign) => Self::Transport(Box::new(foreign.0)),
+        }
+    }
+}
+
+fn chain(error: &tonic::transport::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_faults_that_pass_are_retried() {
+        let refused = |reason| Error::from(Status::from(Failure::new(reason, "x")));
+        for reason in [Reason::NoWorkers, Reason::Overloaded, Reason::ShuttingDown, Reason::StorageUnreachable] {
+            assert!(refused(reason).is_retryable(), "{reason:?}");
+        }
+        for reason in [Reason::WorldSizeInvalid, Reason::EndOfData, Reason::WeightsRefused, Reason::NeedDeadline] {
+            assert!(!refused(reason).is_retryable(), "{reason:?}");
+        }
+        assert!(Error::from(Status::unavailable("connection refused")).is_retryable());
+        assert!(!Error::from(Status::internal("a bug on the other side")).is_retryable());
+        assert!(!Error::from(Status::unimplemented("not a superbatch")).is_retryable());
+    }
+
+    #[test]
+    fn the_reason_survives_giving_up() {
+        let failure = Failure::new(Reason::NoWorkers, "none").with("run", "r");
+        let last = Box::new(Error::Refused(Box::new(failure)));
+        let error = Error::GaveUp { attempts: 3, elapsed: Duration::from_secs(1), last };
+        assert_eq!(error.reason(), Some(Reason::NoWorkers));
+        assert_eq!(error.reason_name(), "NO_WORKERS");
+        assert_eq!(error.metadata()["run"], "r");
+    }
+}

@@ -1,0 +1,177 @@
+//! One rank's slice of one step, fetched through broken streams and rising urgency.
+use crate::{Batch, Error, Result, Run, assemble::Assembly, retry::Attempts};
+use std::{
+    future::pending,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+use superbatch_proto::v1::{
+    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse, select_batch_response::Message,
+};
+use tokio::{sync::watch, time::Instant};
+use tonic::Streaming;
+
+/// The last step that the trainer is done with, shared by the fetches of one stream of batches.
+#[derive(Debug, Clone)]
+pub(crate) struct Cursor(Arc<AtomicI64>);
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self(Arc::new(AtomicI64::new(-1)))
+    }
+}
+
+impl Cursor {
+    pub fn set(&self, consumed_through: i64) {
+        self.0.fetch_max(consumed_through, Ordering::AcqRel);
+    }
+
+    pub fn get(&self) -> Option<u64> {
+        u64::try_from(self.0.load(Ordering::Acquire)).ok()
+    }
+}
+
+/// Whether the trainer stands still for this step.
+#[derive(Debug, Clone)]
+pub(crate) enum Urgency {
+    Fixed(Intent),
+    /// PREFETCH until somebody has waited since `wanted` for `patience`, then NEED.
+    Rising {
+        wanted: watch::Receiver<Option<Instant>>,
+        patience: Duration,
+    },
+}
+
+impl Urgency {
+    fn intent(&self) -> Intent {
+        match self {
+            Self::Fixed(intent) => *intent,
+            Self::Rising { wanted, patience } => match *wanted.borrow() {
+                Some(since) if since.elapsed() >= *patience => Intent::Need,
+                _ => Intent::Prefetch,
+            },
+        }
+    }
+
+    /// Resolves when the intent has risen to NEED; never for a fixed one.
+    async fn risen(&mut self) {
+        let Self::Rising { wanted, patience } = self else { return pending().await };
+        let since = match wanted.wait_for(Option::is_some).await {
+            Ok(since) => *since,
+            Err(_) => None,
+        };
+        match since {
+            Some(since) => tokio::time::sleep_until(since + *patience).await,
+            None => pending().await,
+        }
+    }
+
+    /// Whether a failure can wait until somebody waits for the step.
+    fn defers(&self) -> bool {
+        matches!(self, Self::Rising { .. }) && self.intent() == Intent::Prefetch
+    }
+}
+
+type Stream = Streaming<SelectBatchResponse>;
+
+/// A step to fetch.
+pub(crate) struct Fetch {
+    pub run: Run,
+    pub step: u64,
+    pub rank: u32,
+    pub world_size: u32,
+    pub cursor: Cursor,
+    pub urgency: Urgency,
+}
+
+impl Fetch {
+    /// Fetches, checks and decodes the batch. Broken streams are resumed where they broke.
+    pub async fn batch(mut self) -> Result<Batch> {
+        let retry = self.run.client.retry.clone();
+        let mut assembly = Assembly::new(self.step);
+        let mut attempts = Attempts::new(&retry);
+        loop {
+            let before = assembly.received();
+            let error = match self.attempt(&mut assembly).await {
+                Ok(batch) => return Ok(batch),
+                Err(error) => error,
+            };
+            if assembly.received() > before {
+                attempts.progressed();
+            }
+            let verdict = attempts.failed(error, Instant::now(), &mut rand::rng());
+            match verdict {
+                Ok(delay) => tokio::time::sleep(delay).await,
+                Err(error) if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) => {
+                    tracing::debug!(%error, step = self.step, "not prefetched; asking again when it is needed");
+                    self.urgency.risen().await;
+                    attempts = Attempts::new(&retry);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn attempt(&mut self, assembly: &mut Assembly) -> Result<Batch> {
+        let (header, mut stream) = self.open(assembly.received()).await?;
+        assembly.begin(header)?;
+        while let Some(response) = stream.message().await? {
+            match response.message {
+                Some(Message::ArrowIpc(part)) => assembly.extend(&part)?,
+                Some(Message::Trailer(trailer)) => return assembly.finish(&trailer),
+                Some(Message::Header(_)) => return Err(assembly.corrupt("a second header".to_owned())),
+                None => {}
+            }
+        }
+        Err(assembly.incomplete())
+    }
+
+    /// Asks, and returns with the header. If the need arises while a PREFETCH is not answered yet, the step is asked for
+    /// again as a NEED beside it (the service shares the work), and whichever answers first is read.
+    async fn open(&mut self, offset: u64) -> Result<(BatchHeader, Stream)> {
+        let intent = self.urgency.intent();
+        let first = begin(self.request(intent, offset), self.run.clone());
+        if intent == Intent::Need {
+            return first.await;
+        }
+        let mut first = std::pin::pin!(first);
+        tokio::select! {
+            answer = &mut first => return answer,
+            () = self.urgency.risen() => {}
+        }
+        // The first stays open until the second is heard, so that the step is never unwanted in between.
+        tokio::select! {
+            Ok(answer) = &mut first => Ok(answer),
+            answer = begin(self.request(Intent::Need, offset), self.run.clone()) => answer,
+        }
+    }
+
+    fn request(&self, intent: Intent, resume_offset: u64) -> SelectBatchRequest {
+        SelectBatchRequest {
+            run_id: self.run.run_id().to_owned(),
+            generation: self.run.generation(),
+            step: self.step,
+            rank: self.rank,
+            world_size: self.world_size,
+            incarnation: self.run.incarnation().to_owned(),
+            intent: intent.into(),
+            consumed_through: self.cursor.get(),
+            delivery: Delivery::Bytes.into(),
+            resume_offset,
+            pushing_through: self.run.pushing_through(),
+        }
+    }
+}
+
+async fn begin(request: SelectBatchRequest, run: Run) -> Result<(BatchHeader, Stream)> {
+    let step = request.step;
+    let mut stream = run.client.api().select_batch(request).await?.into_inner();
+    match stream.message().await?.and_then(|response| response.message) {
+        Some(Message::Header(header)) => Ok((header, stream)),
+        Some(_) => Err(Error::Corrupt { step, what: "its stream does not begin with a header".to_owned() }),
+        None => Err(Error::Incomplete { step, received: 0, expected: 0 }),
+    }
+}

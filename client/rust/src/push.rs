@@ -1,0 +1,66 @@
+//! Streams weights to the service.
+use crate::{Error, Part, Result, Run, retry};
+use bytes::Bytes;
+use superbatch_proto::{
+    PART_BYTES,
+    v1::{PartHeader, PushStart, PushWeightsRequest, WeightsVersion, push_weights_request::Message},
+};
+use tonic::Status;
+
+/// One push of weights, or one rank's share of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Push {
+    /// The step just trained; -1 for initial weights.
+    pub step: i64,
+    pub parts: Vec<Part>,
+    /// The same for all ranks of one push. Where absent, it follows from (generation, step).
+    pub push_id: Option<String>,
+    /// Parts of the whole push, over all ranks. 0: these are all.
+    pub expected_parts: u32,
+    pub rank: u32,
+}
+
+impl Push {
+    /// A push that brings everything.
+    pub fn whole(step: i64, parts: Vec<Part>) -> Self {
+        Self { step, parts, push_id: None, expected_parts: 0, rank: 0 }
+    }
+}
+
+/// Pushes, again from the start where the stream breaks: a repeated push id is published once.
+///
+/// The generation is that in which the weights were trained, which is not the run's any more if it was rewound since.
+pub(crate) async fn push(run: &Run, push: Push, generation: u32) -> Result<WeightsVersion> {
+    let start = PushStart {
+        run_id: run.run_id().to_owned(),
+        generation,
+        step: push.step,
+        push_id: push.push_id.unwrap_or_else(|| format!("g{generation}-s{}", push.step)),
+        expected_parts: push.expected_parts,
+        base_version: None,
+        rank: push.rank,
+    };
+    let parts = push.parts;
+    let hashed = tokio::task::spawn_blocking(move || {
+        parts.into_iter().map(|part| (part.header(), part.data().clone())).collect::<Vec<_>>()
+    });
+    let parts = hashed.await.map_err(|_| Error::Stopped)?;
+    let attempt = || {
+        let (mut api, stream) = (run.client.api(), futures::stream::iter(messages(start.clone(), parts.clone())));
+        async move {
+            let response = api.push_weights(stream).await?.into_inner();
+            response.published.ok_or_else(|| Error::from(Status::internal("PushWeights answered without a version")))
+        }
+    };
+    retry::call(&run.client.retry, attempt).await
+}
+
+/// The messages of a push: its start, then each part's header and its bytes in messages of at most [`PART_BYTES`].
+fn messages(start: PushStart, parts: Vec<(PartHeader, Bytes)>) -> impl Iterator<Item = PushWeightsRequest> + Send {
+    let parts = parts.into_iter().flat_map(|(header, data)| {
+        let pieces = (0..data.len()).step_by(PART_BYTES);
+        let pieces = pieces.map(move |at| Message::Data(data.slice(at..data.len().min(at + PART_BYTES))));
+        std::iter::once(Message::Part(header)).chain(pieces)
+    });
+    std::iter::once(Message::Start(start)).chain(parts).map(|message| PushWeightsRequest { message: Some(message) })
+}

@@ -1,0 +1,155 @@
+//! One open run: its batches, receipts, weights and life.
+use crate::{
+    Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
+    fetch::{Cursor, Fetch, Urgency},
+    push,
+};
+use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, AtomicU32, Ordering},
+};
+use superbatch_proto::v1;
+use tonic::Status;
+
+/// A run that was opened. Cheap to clone; clones share the generation.
+#[derive(Debug, Clone)]
+pub struct Run {
+    pub(crate) client: Client,
+    pub(crate) shared: Arc<Shared>,
+    incarnation: Arc<str>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    run_id: String,
+    opened: v1::OpenRunResponse,
+    schema: SchemaRef,
+    generation: AtomicU32,
+    /// The newest step whose push was begun or queued.
+    pushing_through: AtomicI64,
+}
+
+const NO_PUSH: i64 = i64::MIN;
+
+impl Run {
+    pub(crate) fn new(client: Client, run_id: String, opened: v1::OpenRunResponse) -> Result<Self> {
+        let schema = StreamReader::try_new(&opened.output_schema[..], None)
+            .map_err(|error| Error::from(Status::internal(format!("OpenRun answered with a schema that {error}"))))?
+            .schema();
+        let (generation, pushing_through) = (AtomicU32::new(opened.generation), AtomicI64::new(NO_PUSH));
+        let shared = Arc::new(Shared { run_id, opened, schema, generation, pushing_through });
+        Ok(Self { client, shared, incarnation: "".into() })
+    }
+
+    /// Names this start of the trainer, by an id that all its ranks share. After a restart, ranks with a new id take
+    /// over together the steps that the old ones had opened, whatever the world size; stragglers of the old are refused.
+    #[must_use]
+    pub fn with_incarnation(self, incarnation: impl Into<Arc<str>>) -> Self {
+        Self { incarnation: incarnation.into(), ..self }
+    }
+
+    pub fn run_id(&self) -> &str {
+        &self.shared.run_id
+    }
+
+    /// The spec in force, defaults filled.
+    pub fn spec(&self) -> v1::RunSpec {
+        self.shared.opened.spec.clone().unwrap_or_default()
+    }
+
+    /// The schema of every batch.
+    pub fn schema(&self) -> &SchemaRef {
+        &self.shared.schema
+    }
+
+    /// What the service answered when the run was opened.
+    pub fn opened(&self) -> &v1::OpenRunResponse {
+        &self.shared.opened
+    }
+
+    /// When the run was opened, the step after the last committed one: where a trainer without a checkpoint goes on.
+    pub fn next_step(&self) -> u64 {
+        self.shared.opened.next_step
+    }
+
+    /// The trajectory that this handle asks for and pushes to.
+    pub fn generation(&self) -> u32 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+
+    /// This rank's slice of the step's sub-batch.
+    ///
+    /// Under [`v1::Intent::Need`] the service's deadline runs; under `Prefetch` the call waits as long as it takes.
+    pub async fn select(&self, step: u64, rank: u32, world_size: u32, intent: v1::Intent) -> Result<Batch> {
+        let urgency = Urgency::Fixed(intent);
+        Fetch { run: self.clone(), step, rank, world_size, cursor: Cursor::default(), urgency }.batch().await
+    }
+
+    /// The steps from `config.start_step` on, each asked for ahead of time.
+    pub fn batches(&self, config: BatchesConfig) -> Result<Batches> {
+        Batches::new(self.clone(), config)
+    }
+
+    /// Pushes the weights that `step` left behind (-1: the initial ones), whole, and waits until they are published.
+    ///
+    /// Its push id follows from (generation, step), so that a trainer which resumes from a checkpoint and repeats a step
+    /// is answered with what was published, and several ranks of one push agree without talking.
+    pub async fn push_weights(&self, step: i64, parts: Vec<Part>) -> Result<v1::WeightsVersion> {
+        self.push(Push::whole(step, parts)).await
+    }
+
+    /// Pushes whole weights or one rank's parts of them, and waits until the whole push is published or refused.
+    pub async fn push(&self, push: Push) -> Result<v1::WeightsVersion> {
+        self.announce_push(push.step);
+        push::push(self, push, self.generation()).await
+    }
+
+    pub async fn get_run(&self) -> Result<v1::RunInfo> {
+        self.client.get_run(self.run_id()).await
+    }
+
+    /// Ends the run, for all ranks: no further steps or pushes. Its receipts stay.
+    pub async fn close_run(&self) -> Result<()> {
+        let request = v1::CloseRunRequest { run_id: self.run_id().to_owned() };
+        self.client.call(request, |mut api, request| async move { api.close_run(request).await }).await.map(|_| ())
+    }
+
+    /// Adds phases for steps that are not committed yet, and returns the spec in force. Not repeated on faults.
+    pub async fn append_phases(&self, phases: Vec<v1::Phase>) -> Result<v1::RunSpec> {
+        let request = v1::AppendPhasesRequest { run_id: self.run_id().to_owned(), phases };
+        let response = self.client.api().append_phases(request).await?.into_inner();
+        Ok(response.spec.unwrap_or_default())
+    }
+
+    /// Goes back to `to_step` in a new generation, which this handle and its clones follow; other ranks open the run
+    /// again. Not repeated on faults, because each call opens a generation.
+    pub async fn rewind(&self, to_step: u64, mode: v1::RewindMode) -> Result<u32> {
+        let request = v1::RewindRequest { run_id: self.run_id().to_owned(), to_step, mode: mode.into() };
+        let generation = self.client.api().rewind(request).await?.into_inner().generation;
+        self.shared.generation.store(generation, Ordering::Release);
+        self.shared.pushing_through.store(NO_PUSH, Ordering::Release);
+        Ok(generation)
+    }
+
+    /// Why a step's batch was chosen, row by row. `generation`: the run's current one where absent.
+    pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
+        let request = v1::GetReceiptRequest { run_id: self.run_id().to_owned(), step, generation };
+        let response =
+            self.client.call(request, |mut api, request| async move { api.get_receipt(request).await }).await?;
+        response.receipt.ok_or_else(|| Error::from(Status::internal("GetReceipt answered without a receipt")))
+    }
+
+    pub(crate) fn incarnation(&self) -> &str {
+        &self.incarnation
+    }
+
+    pub(crate) fn pushing_through(&self) -> Option<i64> {
+        Some(self.shared.pushing_through.load(Ordering::Acquire)).filter(|step| *step != NO_PUSH)
+    }
+
+    /// Lets later requests say that the weights of `step` are on their way.
+    pub(crate) fn announce_push(&self, step: i64) {
+        self.shared.pushing_through.fetch_max(step, Ordering::AcqRel);
+    }
+}

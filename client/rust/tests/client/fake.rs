@@ -1,0 +1,218 @@
+//! A service in this process whose answers to `SelectBatch` and `PushWeights` are scripted.
+use arrow::{
+    array::{ArrayRef, BinaryArray, RecordBatch, StringArray, UInt64Array},
+    ipc::writer::StreamWriter,
+};
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use superbatch_client::{Client, ConnectConfig, Failure, Retry, Run, v1::*};
+use tokio::sync::watch;
+use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+pub type TestResult<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// What one request for a step is answered with. Steps without a script are answered whole.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// So many bytes, then UNAVAILABLE.
+    BreakAfter(usize),
+    /// So many bytes, then an end without a trailer.
+    EndAfter(usize),
+    /// Whole, with the byte at this offset changed.
+    Damage(usize),
+    Refuse(Reason),
+    /// Silence until a NEED for the step has come, then never an answer to this one.
+    Ignore,
+}
+
+#[derive(Default)]
+pub struct Fake {
+    script: Mutex<HashMap<u64, VecDeque<Answer>>>,
+    /// All requests for batches, in the order they came.
+    asked: watch::Sender<Vec<SelectBatchRequest>>,
+    pub pushed: Mutex<Vec<Vec<PushWeightsRequest>>>,
+    pub refuse_pushes: Mutex<VecDeque<Reason>>,
+    /// Pushes are answered once this is true.
+    pub publish: watch::Sender<bool>,
+}
+
+pub const STEPS: u64 = 6;
+
+/// The rows of a step: some MiB, so that its stream has several parts.
+pub fn rows(step: u64) -> TestResult<RecordBatch> {
+    let images: Vec<Vec<u8>> = (0..4).map(|row| vec![(step as u8) ^ row; 700_000 + row as usize]).collect();
+    let captions: Vec<String> = (0..4).map(|row| format!("step {step} row {row}")).collect();
+    let columns: [(&str, ArrayRef); 3] = [
+        ("image", Arc::new(BinaryArray::from_iter_values(&images))),
+        ("caption", Arc::new(StringArray::from_iter_values(&captions))),
+        ("_superbatch_position", Arc::new(UInt64Array::from_iter_values(4 * step..4 * step + 4))),
+    ];
+    Ok(RecordBatch::try_from_iter(columns)?)
+}
+
+/// The Arrow stream of some rows, as two record batches.
+fn encode(rows: &RecordBatch, batches: usize) -> TestResult<Vec<u8>> {
+    let mut writer = StreamWriter::try_new(Vec::new(), &rows.schema())?;
+    let size = rows.num_rows() / batches.max(1);
+    for i in 0..batches {
+        writer.write(&rows.slice(i * size, size))?;
+    }
+    Ok(writer.into_inner()?)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no test panics with the lock held")
+}
+
+impl Fake {
+    pub fn script(&self, step: u64, answers: impl IntoIterator<Item = Answer>) {
+        lock(&self.script).entry(step).or_default().extend(answers);
+    }
+
+    /// Whether every scripted answer was given.
+    pub fn script_is_spent(&self) -> bool {
+        lock(&self.script).values().all(VecDeque::is_empty)
+    }
+
+    pub fn asked(&self) -> Vec<SelectBatchRequest> {
+        self.asked.borrow().clone()
+    }
+
+    /// Waits until a request like this has come.
+    pub async fn asked_for(&self, test: impl Fn(&SelectBatchRequest) -> bool) -> TestResult {
+        let seen = |all: &Vec<SelectBatchRequest>| all.iter().any(&test);
+        tokio::time::timeout(Duration::from_secs(20), self.asked.subscribe().wait_for(seen)).await??;
+        Ok(())
+    }
+
+    /// Serves on a free port, and opens a run there with fast retries.
+    pub async fn open(self: &Arc<Self>, retry: Retry) -> TestResult<Run> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let uri = format!("http://{}", listener.local_addr()?);
+        let service = selection_service_server::SelectionServiceServer::from_arc(self.clone());
+        let server = tonic::transport::Server::builder().add_service(service);
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let config = ConnectConfig { retry, ..ConnectConfig::default() };
+        Ok(Client::connect_with(uri, config).await?.open_run("run", RunSpec::default()).await?)
+    }
+}
+
+pub fn fast() -> Retry {
+    let backoff = Duration::from_millis(1);
+    Retry { attempts_max: 4, backoff_first: backoff, backoff_max: backoff, ..Retry::default() }
+}
+
+type Messages = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
+
+fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<Messages> {
+    use select_batch_response::Message;
+    let rows = rows(request.step)?;
+    let mut bytes = encode(&rows, 2)?;
+    let hash = blake3::hash(&bytes);
+    let (offset, whole) = (request.resume_offset as usize, bytes.len());
+    if let Some(Answer::Damage(at)) = scripted {
+        bytes[at] ^= 1;
+    }
+    let receipt = ReceiptSummary { step: request.step, sub_batch_size: 8, ..ReceiptSummary::default() };
+    let header = BatchHeader {
+        receipt: Some(receipt),
+        rank: request.rank,
+        world_size: request.world_size,
+        rows: 4,
+        stream_bytes: whole as u64,
+        offset: request.resume_offset,
+    };
+    let end = match scripted {
+        Some(Answer::BreakAfter(n) | Answer::EndAfter(n)) => (offset + n).min(whole),
+        _ => whole,
+    };
+    let mut messages = vec![Ok(Message::Header(header))];
+    messages.extend(bytes[offset..end].chunks(1 << 20).map(|part| Ok(Message::ArrowIpc(part.to_vec().into()))));
+    messages.extend(match scripted {
+        Some(Answer::BreakAfter(_)) => Some(Err(Status::unavailable("connection reset"))),
+        Some(Answer::EndAfter(_)) => None,
+        _ => Some(Ok(Message::Trailer(BatchTrailer { rows: 4, blake3: hash.as_bytes().to_vec().into() }))),
+    });
+    let wrap = |message| SelectBatchResponse { message: Some(message) };
+    Ok(Box::pin(tokio_stream::iter(messages).map(move |message| message.map(wrap))))
+}
+
+#[tonic::async_trait]
+impl selection_service_server::SelectionService for Fake {
+    type SelectBatchStream = Messages;
+
+    async fn open_run(&self, _: Request<OpenRunRequest>) -> Result<Response<OpenRunResponse>, Status> {
+        let schema = rows(0).and_then(|rows| encode(&rows, 0)).map_err(|error| Status::internal(error.to_string()))?;
+        let spec = RunSpec { max_ahead: 2, ..RunSpec::default() };
+        let opened = OpenRunResponse {
+            spec: Some(spec),
+            output_schema: schema.into(),
+            generation: 1,
+            ..OpenRunResponse::default()
+        };
+        Ok(Response::new(opened))
+    }
+
+    async fn select_batch(&self, request: Request<SelectBatchRequest>) -> Result<Response<Messages>, Status> {
+        let request = request.into_inner();
+        self.asked.send_modify(|asked| asked.push(request.clone()));
+        if request.step >= STEPS {
+            return Err(Failure::new(Reason::EndOfData, "no more").into());
+        }
+        let scripted = lock(&self.script).get_mut(&request.step).and_then(VecDeque::pop_front);
+        match scripted {
+            Some(Answer::Refuse(reason)) => return Err(Failure::new(reason, "scripted").into()),
+            Some(Answer::Ignore) => std::future::pending().await,
+            _ => {}
+        }
+        Ok(Response::new(answer(&request, scripted).map_err(|error| Status::internal(error.to_string()))?))
+    }
+
+    async fn push_weights(
+        &self,
+        request: Request<Streaming<PushWeightsRequest>>,
+    ) -> Result<Response<PushWeightsResponse>, Status> {
+        let messages = request.into_inner().collect::<Result<Vec<_>, _>>().await?;
+        let step = match messages.first().and_then(|first| first.message.clone()) {
+            Some(push_weights_request::Message::Start(start)) => start.step,
+            _ => return Err(Status::invalid_argument("no start")),
+        };
+        lock(&self.pushed).push(messages);
+        if let Some(reason) = lock(&self.refuse_pushes).pop_front() {
+            return Err(Failure::new(reason, "scripted").with("tensor", "w").into());
+        }
+        let _ = self.publish.subscribe().wait_for(|publish| *publish).await;
+        let published = Some(WeightsVersion { version: 1, step, ..WeightsVersion::default() });
+        Ok(Response::new(PushWeightsResponse { published }))
+    }
+
+    async fn rewind(&self, _: Request<RewindRequest>) -> Result<Response<RewindResponse>, Status> {
+        Ok(Response::new(RewindResponse { generation: 2 }))
+    }
+
+    async fn get_run(&self, _: Request<GetRunRequest>) -> Result<Response<GetRunResponse>, Status> {
+        Err(Failure::new(Reason::RunNotFound, "no such run").with("run_id", "run").into())
+    }
+
+    async fn list_runs(&self, _: Request<ListRunsRequest>) -> Result<Response<ListRunsResponse>, Status> {
+        Ok(Response::new(ListRunsResponse::default()))
+    }
+
+    async fn close_run(&self, _: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+        Ok(Response::new(CloseRunResponse::default()))
+    }
+
+    async fn append_phases(&self, _: Request<AppendPhasesRequest>) -> Result<Response<AppendPhasesResponse>, Status> {
+        Ok(Response::new(AppendPhasesResponse::default()))
+    }
+
+    async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
+        let step = request.into_inner().step;
+        Err(Failure::new(Reason::StepNotCommitted, "not yet").with("step", step).into())
+    }
+}
