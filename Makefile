@@ -34,7 +34,7 @@ test-rust: $(READY)
 	cargo test --workspace --no-fail-fast
 
 test-python: build
-	$(PYTHON) -m pytest tests/python
+	$(PYTHON) -m pytest tests/python client/python/tests
 
 demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm
@@ -42,8 +42,7 @@ demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minut
 	$(PYTHON) -m examples.demo
 
 docs: build ## Regenerates docs/metrics.md and docs/configuration.md
-	$(SUPERBATCH) docs metrics > docs/metrics.md
-	$(SUPERBATCH) docs configuration > docs/configuration.md
+	$(SUPERBATCH) docs docs
 
 check: $(READY) ## Formatting and lints
 	cargo fmt --all --check

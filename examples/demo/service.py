@@ -1,16 +1,14 @@
 """Everything that the demo knows about Superbatch: starting the server, opening a run, reading batches, pushing weights."""
 
 import json
+import re
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
 import superbatch
 
 from .data.packages import DemoError
@@ -19,7 +17,7 @@ from .settings import Settings
 from .train import Batch, Trainer, fit, start_rank
 
 BINARY = Path(__file__).parents[2] / "target" / "debug" / "superbatch"
-START_SECONDS = 60
+STOP_SECONDS = 40
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
     return superbatch.RunSpec(
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],
-        learner=superbatch.Learner(arm.learner.as_uri(), snapshot_uri=(arm.learner / "model.safetensors").as_uri()),
+        learner=superbatch.Learner(
+            model_uri=arm.learner.as_uri(), snapshot_uri=(arm.learner / "model.safetensors").as_uri()),
         reference=arm.reference.as_uri(),
         phases=[superbatch.Phase(
             policy=arm.policy, super_batch_size=settings.super_batch_size, sub_batch_size=settings.sub_batch_size,
@@ -61,15 +60,11 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
 
 def service_batches(run: superbatch.Run, rank: int, settings: Settings) -> Iterator[Batch]:
     """This rank's slices, step by step, fetched ahead by the client."""
-    for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0):
+    for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps):
         cost = batch.receipt.cost
         flops = sum((cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.discarded_flops, cost.train_flops))
-        yield Batch(batch.step, values(batch["image"]), values(batch["caption"]), values(batch["_superbatch_id"]),
+        yield Batch(batch.step, batch["image"].to_pylist(), batch["caption"].to_pylist(), batch["_superbatch_id"].to_pylist(),
                     cost.candidates_scanned, flops)
-
-
-def values(column: object) -> list:
-    return pyarrow.array(column).to_pylist()
 
 
 def rank_main(rank: int, arm: Arm, address: str) -> None:
@@ -79,11 +74,12 @@ def rank_main(rank: int, arm: Arm, address: str) -> None:
     run = superbatch.connect(address).open_run(run_spec(arm))
 
     def push(step: int) -> None:
-        """All ranks hold the same weights, so one of them pushes. Uniform selection looks at no weights."""
-        if rank == 0 and arm.policy != "uniform" and step + 1 < arm.settings.steps:
-            run.push_weights(trainer.model.state_dict(), step=step)
+        """Uniform selection looks at no weights, so that arm is spared the push."""
+        if arm.policy != "uniform":
+            run.push_weights(trainer.model.state_dict(), step=step, rank=rank)
 
     fit(trainer, service_batches(run, rank, arm.settings), evaluation, arm.label, arm.folder, push)
+    run.flush()
 
 
 @contextmanager
@@ -92,39 +88,27 @@ def serve(folder: Path) -> Iterator[str]:
     if not BINARY.exists():
         raise DemoError(f"{BINARY} is missing: run `make build` (or `make demo`, which does).")
     shutil.rmtree(folder / "state", ignore_errors=True)
-    address = f"127.0.0.1:{free_port()}"
-    config = folder / "superbatch.yaml"
-    config.write_text(json.dumps({"listen": address, "state": (folder / "state").as_uri()}, indent=2))
-    log = folder / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen([BINARY, "serve", "--config", config], stdout=out, stderr=subprocess.STDOUT)
+    config, log = folder / "superbatch.yaml", folder / "server.log"
+    config.write_text(json.dumps({
+        "listen": "127.0.0.1:0", "metrics_listen": None, "state": (folder / "state").as_uri()}, indent=2))
+    with log.open("w") as err:
+        command = [BINARY, "serve", "--config", config]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
         try:
-            wait_until_up(server, address, log)
-            yield f"http://{address}"
+            # The server says where it listens once it does; a server that fails closes the pipe.
+            address = re.search(r"http://\S+", server.stdout.readline())
+            if address is None:
+                raise DemoError(f"superbatch serve did not come up; the end of {log}:\n{log.read_text()[-2000:]}")
+            yield address.group()
         finally:
-            server.terminate()
-            try:
-                server.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            stop(server)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_up(server: subprocess.Popen, address: str, log: Path) -> None:
-    host, port = address.rsplit(":", 1)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
-        try:
-            socket.create_connection((host, int(port)), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise DemoError(f"superbatch serve did not come up; the end of {log}:\n" + log.read_text()[-2000:])
+def stop(server: subprocess.Popen) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    server.stdout.close()
