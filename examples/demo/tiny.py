@@ -48,7 +48,7 @@ def captions() -> list[str]:
 
 def write_dataset(folder: Path, rows: int = 1024, mismatched_share: float = 0.5, seed: int = 0, shards: int = 2,
                   row_group_rows: int = 64) -> Path:
-    """`folder` with Parquet shards of `key`, `png`, `caption` and `kind` (clean or shuffled)."""
+    """`folder` with Parquet shards of `key`, `png`, `caption`, `kind` (clean or shuffled) and `split` (test)."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -56,8 +56,10 @@ def write_dataset(folder: Path, rows: int = 1024, mismatched_share: float = 0.5,
         colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
         own, kind = f"a {colour} {shape}", "shuffled" if rng.random() < mismatched_share else "clean"
         caption = own if kind == "clean" else rng.choice([other for other in captions() if other != own])
-        records.append({"key": f"{index:09d}", "png": draw(colour, shape, rng), "caption": caption, "kind": kind})
-    schema = pyarrow.schema([("key", "string"), ("png", "binary"), ("caption", "string"), ("kind", "string")])
+        records.append({"key": f"{index:09d}", "png": draw(colour, shape, rng), "caption": caption, "kind": kind,
+                        "split": "test"})
+    schema = pyarrow.schema([
+        ("key", "string"), ("png", "binary"), ("caption", "string"), ("kind", "string"), ("split", "string")])
     for shard in range(shards):
         part = pyarrow.Table.from_pylist(records[shard * rows // shards:(shard + 1) * rows // shards], schema)
         pyarrow.parquet.write_table(part, folder / f"{shard:05d}.parquet", row_group_size=row_group_rows)
