@@ -1,0 +1,61 @@
+# Everything that people and CI call. `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SUPERBATCH := target/debug/superbatch
+READY := $(VENV)/.superbatch-ready
+
+export HF_HUB_OFFLINE := 1
+export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
+# The demo reads these: QUICK=1, SEEDS=0,1,2, DEMO_OUT=folder, DEMO_CACHE=folder.
+export QUICK SEEDS DEMO_OUT DEMO_CACHE
+
+.PHONY: help setup build test test-rust test-python demo docs check fmt bench-kernels test-gpu clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
+
+setup: $(READY) ## The Python environment with torch, in .venv (says what is missing)
+
+$(READY): requirements.txt scripts/setup.sh scripts/libtorch.sh
+	scripts/setup.sh $(VENV)
+	touch $@
+
+build: $(READY) ## The superbatch binary, and the Python client into .venv
+	cargo build -p superbatch-server
+	cd client/python && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin develop
+
+test: build test-rust test-python ## All tests, from nothing
+
+test-rust: $(READY)
+	cargo test --workspace --no-fail-fast
+
+test-python: build
+	$(PYTHON) -m pytest tests/python client/python/tests
+
+demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
+	@scripts/need.sh cargo npm
+	@$(MAKE) --no-print-directory build
+	$(PYTHON) -m examples.demo
+
+docs: build ## Regenerates docs/metrics.md and docs/configuration.md
+	$(SUPERBATCH) docs docs
+
+check: $(READY) ## Formatting and lints
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt: ## Formats the Rust code
+	cargo fmt --all
+
+bench-kernels: $(READY) ## Selection kernels against their references
+	cargo bench -p superbatch-kernels
+
+test-gpu: ## Conformance, parity and end-to-end tests on a CUDA device, from binaries built here or before
+	scripts/test-gpu.sh
+
+clean: ## Removes target/ (build, demo results and the demo's cache); .venv stays
+	rm -rf target

@@ -1,0 +1,114 @@
+"""`make demo`: data, reference, then one training run through Superbatch for each arm and seed, then what came out."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CREDITS = ("Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0), "
+           "Material Design Icons (Apache-2.0), Lucide (ISC), flag-icons (MIT)")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("DEMO_OUT") or "target/demo"),
+                        help="where results go (DEMO_OUT; default target/demo)")
+    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("DEMO_CACHE") or "target/demo-cache"),
+                        help="downloads, data and the reference, kept between runs (DEMO_CACHE; default target/demo-cache)")
+    parser.add_argument("--seeds", default=os.environ.get("SEEDS") or "0", help="comma-separated (SEEDS; default 0)")
+    parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"),
+                        help="a smaller pool and fewer steps: five minutes (QUICK=1)")
+    parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
+    parser.add_argument("--data-only", action="store_true", help="build the data set and stop")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    from .data.packages import DemoError
+    try:
+        run_demo(args)
+    except DemoError as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from .data.build import build_dataset
+    begun = time.monotonic()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    cache, out = args.cache.resolve(), args.out.resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    dataset = build_dataset(cache, args.quick, os.cpu_count() or 1)
+    if args.data_only:
+        print(f"data: {dataset}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(dataset / "CREDITS.txt", out / "CREDITS.txt")
+    results = train(args, seeds, cache, dataset, out)
+    report(results, dataset, out)
+    print(f"\nin {(time.monotonic() - begun) / 60:.1f} minutes; everything is in {out}")
+
+
+def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
+    """The reference, then every arm of every seed, each with a server and a state of its own."""
+    import dataclasses
+
+    import pyarrow.parquet
+    import torch
+
+    from . import settings as presets
+    from .model import write_folder
+    from .reference import train_reference
+    from .report import read_arm
+    from .service import Arm, rank_main, serve
+
+    settings = presets.QUICK if args.quick else presets.FULL
+    settings = dataclasses.replace(settings, steps=args.steps) if args.steps else settings
+    captions = [caption for name in ("clean", "pool")
+                for caption in pyarrow.parquet.read_table(dataset / name, columns=["caption"])["caption"].to_pylist()]
+    learners = {seed: write_folder(out / f"learner-{seed}", captions, seed) for seed in seeds}
+    reference_start = write_folder(cache / "reference-start", captions, 1000)
+    reference = train_reference(
+        cache, dataset, reference_start, presets.QUICK_REFERENCE if args.quick else presets.FULL_REFERENCE)
+    results = []
+    for seed in seeds:
+        for policy in presets.ARMS:
+            folder = out / f"{policy}-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            arm = Arm(policy, seed, settings, dataset, learners[seed], reference, folder)
+            with serve(folder) as address:
+                torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=settings.world_size)
+            results.append(read_arm(policy, seed, folder))
+    return results
+
+
+def report(results: list, dataset: Path, out: Path) -> None:
+    from .report import Pool, draw_curves, draw_sheets, table, write_results
+    pool = Pool(dataset / "pool")
+    written = write_results(results, pool, out)
+    text = table(written, pool.mismatched_share(list(pool.rows)))
+    (out / "table.txt").write_text(text + "\n")
+    print("\n" + text + "\n")
+    draw_curves(written, out / "demo.png", CREDITS)
+    joint = next(result for result in results if result.policy == "joint")
+    sheets = draw_sheets(joint, pool, out, CREDITS)
+    about = json.loads((dataset / "dataset.json").read_text())["rows"]
+    print(f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor clean set has")
+    for path in (out / "results.json", out / "demo.png", *sheets):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

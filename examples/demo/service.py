@@ -1,0 +1,114 @@
+"""Everything that the demo knows about Superbatch: starting the server, opening a run, reading batches, pushing weights."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import superbatch
+
+from .data.packages import DemoError
+from .evaluate import Evaluation
+from .settings import Settings
+from .train import Batch, Trainer, fit, start_rank
+
+BINARY = Path(__file__).parents[2] / "target" / "debug" / "superbatch"
+STOP_SECONDS = 40
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run through the service. Arms of a seed differ in the policy, and in nothing else."""
+
+    policy: str
+    seed: int
+    settings: Settings
+    dataset: Path
+    learner: Path
+    reference: Path
+    folder: Path
+
+    @property
+    def run_id(self) -> str:
+        return f"demo-{self.policy}-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy} (seed {self.seed})"
+
+
+def run_spec(arm: Arm) -> superbatch.RunSpec:
+    settings = arm.settings
+    return superbatch.RunSpec(
+        run_id=arm.run_id,
+        sources=[(arm.dataset / "pool").as_uri()],
+        learner=superbatch.Learner(
+            model_uri=arm.learner.as_uri(), snapshot_uri=(arm.learner / "model.safetensors").as_uri()),
+        reference=arm.reference.as_uri(),
+        phases=[superbatch.Phase(
+            policy=arm.policy, super_batch_size=settings.super_batch_size, sub_batch_size=settings.sub_batch_size,
+            n_chunks=settings.n_chunks)],
+        loss="sigmoid",
+        seed=arm.seed,
+        micro_batch_rows=128,
+    )
+
+
+def service_batches(run: superbatch.Run, rank: int, settings: Settings) -> Iterator[Batch]:
+    """This rank's slices, step by step, fetched ahead by the client."""
+    for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps):
+        cost = batch.receipt.cost
+        flops = sum((cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.discarded_flops, cost.train_flops))
+        yield Batch(batch.step, batch["image"].to_pylist(), batch["caption"].to_pylist(), batch["_superbatch_id"].to_pylist(),
+                    cost.candidates_scanned, flops)
+
+
+def rank_main(rank: int, arm: Arm, address: str) -> None:
+    start_rank(rank, arm.settings.world_size, arm.folder / "rendezvous")
+    trainer = Trainer(arm.learner, arm.settings, rank)
+    evaluation = Evaluation(arm.dataset / "eval", trainer.transform)
+    run = superbatch.connect(address).open_run(run_spec(arm))
+
+    def push(step: int) -> None:
+        """Uniform selection looks at no weights, so that arm is spared the push."""
+        if arm.policy != "uniform":
+            run.push_weights(trainer.model.state_dict(), step=step, rank=rank)
+
+    fit(trainer, service_batches(run, rank, arm.settings), evaluation, arm.label, arm.folder, push)
+    run.flush()
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """`superbatch serve` on its embedded defaults, with state of its own under `folder`; gives its address."""
+    if not BINARY.exists():
+        raise DemoError(f"{BINARY} is missing: run `make build` (or `make demo`, which does).")
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    config, log = folder / "superbatch.yaml", folder / "server.log"
+    config.write_text(json.dumps({
+        "listen": "127.0.0.1:0", "metrics_listen": None, "state": (folder / "state").as_uri()}, indent=2))
+    with log.open("w") as err:
+        command = [BINARY, "serve", "--config", config]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+        try:
+            # The server says where it listens once it does; a server that fails closes the pipe.
+            address = re.search(r"http://\S+", server.stdout.readline())
+            if address is None:
+                raise DemoError(f"superbatch serve did not come up; the end of {log}:\n{log.read_text()[-2000:]}")
+            yield address.group()
+        finally:
+            stop(server)
+
+
+def stop(server: subprocess.Popen) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    server.stdout.close()

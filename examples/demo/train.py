@@ -1,0 +1,119 @@
+"""A plain PyTorch trainer: data-parallel ranks over gloo, the SigLIP loss over the whole batch, AdamW.
+
+Nothing in it selects data. It takes batches from whatever it is given: Superbatch for the arms (`service.py`), a shuffled
+folder for the reference (`reference.py`).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .evaluate import Evaluation
+from .model import Transform, load
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step. `scanned` and `flops` are the whole step's, as its receipt accounts for them."""
+
+    step: int
+    images: list[bytes]
+    captions: list[str]
+    ids: list[str] = field(default_factory=list)
+    scanned: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class Point:
+    """One evaluation. Sums run from the start of the arm; `seconds` is wall clock, evaluations included."""
+
+    step: int
+    accuracy: float
+    recall_at_1: float
+    loss: float
+    scanned: int
+    flops: float
+    seconds: float
+
+
+def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, rank: int) -> torch.Tensor:
+    """This rank's images against all ranks' captions: mean over its rows of the summed sigmoid losses (Zhai et al. 2023, eq. 1).
+
+    Averaged over ranks, as DistributedDataParallel does with gradients, it is the loss of the whole batch.
+    """
+    texts = torch.cat(all_gather(text))
+    rows = torch.arange(len(image))
+    labels = torch.full((len(image), len(texts)), -1.0)
+    labels[rows, rank * len(image) + rows] = 1.0
+    logits = image @ texts.T * scale.exp() + bias
+    return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(image)
+
+
+class Trainer:
+    """One rank's model and optimizer."""
+
+    def __init__(self, model_folder: Path, settings: Settings, rank: int):
+        self.settings, self.rank = settings, rank
+        self.transform = Transform(model_folder)
+        self.model = load(model_folder).train()
+        self.parallel = DistributedDataParallel(self.model)
+        temperature = [self.model.logit_scale, self.model.logit_bias]
+        towers = [p for p in self.model.parameters() if all(p is not other for other in temperature)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": towers, "weight_decay": settings.weight_decay}, {"params": temperature, "weight_decay": 0.0}],
+            lr=settings.learning_rate, betas=(0.9, 0.98))
+
+    def step(self, batch: Batch) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(batch.step)
+        pixels, ids = self.transform.images(batch.images), self.transform.captions(batch.captions)
+        out = self.parallel(input_ids=ids, pixel_values=pixels)
+        loss = siglip_loss(out.image_embeds, out.text_embeds, self.model.logit_scale, self.model.logit_bias, self.rank)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+def start_rank(rank: int, world_size: int, rendezvous: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+
+
+def fit(trainer: Trainer, batches: Iterable[Batch], evaluation: Evaluation, label: str, folder: Path,
+        after_step: Callable[[int], None] = lambda step: None) -> None:
+    """Trains until `settings.steps`. Rank 0 evaluates and appends `Point`s to `curve.jsonl`; each rank keeps its ids."""
+    settings, first = trainer.settings, trainer.rank == 0
+    scanned, flops, begun = 0, 0.0, time.monotonic()
+    bar = tqdm(total=settings.steps, desc=label, unit="step", disable=not first)
+    with (folder / "curve.jsonl").open("w") as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+        for batch in batches:
+            loss = trainer.step(batch)
+            after_step(batch.step)
+            scanned, flops, done = scanned + batch.scanned, flops + batch.flops, batch.step + 1
+            ids.write(json.dumps(batch.ids) + "\n")
+            bar.update()
+            if first and (done % settings.evaluate_every == 0 or done == settings.steps):
+                at_1, at_5 = evaluation.recalls(trainer.model)
+                point = Point(done, at_5, at_1, loss, scanned, flops, time.monotonic() - begun)
+                curve.write(json.dumps(asdict(point)) + "\n")
+                bar.set_postfix_str(f"R@5 {100 * at_5:.1f} %")
+            if done >= settings.steps:
+                break
+    bar.close()
+    torch.distributed.barrier()
+
+
+def read_curve(folder: Path) -> list[Point]:
+    return [Point(**json.loads(line)) for line in (folder / "curve.jsonl").read_text().splitlines()]

@@ -1,0 +1,49 @@
+"""Two real gloo ranks train as one rank does on the whole batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from safetensors.torch import load_file
+
+from examples.demo import reference, tiny
+from examples.demo.settings import Settings
+from examples.demo.train import read_curve
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    tiny.write_dataset(folder / "clean", rows=64, mismatched_share=0.0, shards=1)
+    tiny.write_dataset(folder / "eval", rows=32, mismatched_share=0.0, shards=1, seed=1)
+    return folder
+
+
+def settings(world_size: int) -> Settings:
+    return Settings(steps=3, evaluate_every=3, sub_batch_size=16, world_size=world_size, warmup_steps=1)
+
+
+def test_two_ranks_are_one(dataset, tmp_path):
+    start = tiny.write_siglip(tmp_path / "start")
+    two = reference.train_reference(tmp_path, dataset, start, settings(2))
+    one = reference.train_reference(tmp_path, dataset, start, settings(1))
+    assert one != two
+    weights, others, begun = (load_file(folder / "model.safetensors") for folder in (one, two, start))
+    # Keys' biases have no gradient but rounding, which AdamW blows up to whole steps.
+    names = [name for name in weights if "k_proj.bias" not in name and "in_proj_bias" not in name]
+
+    def distance(left: dict, right: dict) -> float:
+        return torch.stack([(left[name] - right[name]).norm() for name in names]).norm().item()
+    assert distance(weights, others) < 0.02 * distance(weights, begun)
+    assert read_curve(two)[-1].loss > 0 and read_curve(two)[-1].step == 3
+
+
+def test_a_reference_is_kept_by_what_it_was_made_of(dataset, tmp_path, monkeypatch):
+    start = tiny.write_siglip(tmp_path / "start")
+    first = reference.train_reference(tmp_path, dataset, start, settings(1))
+
+    def trained_again(*_, **__):
+        raise AssertionError("the reference was trained again")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", trained_again)
+    assert reference.train_reference(tmp_path, dataset, start, settings(1)) == first

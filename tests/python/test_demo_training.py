@@ -1,0 +1,132 @@
+"""The demo's trainer, evaluation and report, on tiny inputs and without the service."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.distributed
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from examples.demo import report, tiny
+from examples.demo.evaluate import recall
+from examples.demo.model import Transform, load, normalise
+from examples.demo.report import ArmResult
+from examples.demo.settings import Settings
+from examples.demo.train import Batch, Point, Trainer, siglip_loss, start_rank
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    start_rank(0, 1, tmp_path_factory.mktemp("gloo") / "rendezvous")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.write_siglip(tmp_path_factory.mktemp("model") / "siglip")
+
+
+def test_model_folders_are_what_transformers_loads(folder, tmp_path):
+    for path in (folder, tiny.write_clip(tmp_path / "clip")):
+        model = AutoModel.from_pretrained(path)
+        pixels = AutoImageProcessor.from_pretrained(path)(Image.new("RGB", (20, 20), "red"), return_tensors="pt")
+        ids = Transform.captions(transform_of(path), ["a red circle"])
+        assert model(input_ids=ids, **pixels).logits_per_image.isfinite().all()
+
+
+def transform_of(path: Path) -> Transform:
+    from tokenizers import Tokenizer
+    transform = Transform.__new__(Transform)
+    transform.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    return transform
+
+
+def test_the_transform_is_the_processors(folder):
+    data = tiny.draw("red", "cross", tiny.random.Random(0))
+    ours = Transform(folder).images([data])
+    theirs = AutoImageProcessor.from_pretrained(folder)(
+        Image.open(__import__("io").BytesIO(data)), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_captions_are_cut_and_padded(folder):
+    ids = Transform(folder).captions(["a red circle", "a red circle " * 20])
+    assert ids.shape == (2, tiny.SHAPE["text_length"])
+    assert ids[0].tolist().count(1) == 1 and ids[0][-1] == 0
+    assert ids[1][-1] == 1
+
+
+def test_siglip_loss_is_the_papers(one_rank):
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(4, 8), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor([math.log(10.0)]), torch.tensor([-3.0])
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            z = 1.0 if i == j else -1.0
+            expected += math.log1p(math.exp(-z * (10.0 * float(image[i] @ text[j]) - 3.0)))
+    assert siglip_loss(image, text, scale, bias, 0).item() == pytest.approx(expected / 4, rel=1e-5)
+
+
+def test_training_learns(one_rank, folder):
+    settings = Settings(steps=30, evaluate_every=30, sub_batch_size=50, world_size=1, learning_rate=5e-3, warmup_steps=1)
+    trainer = Trainer(folder, settings, 0)
+    rng = tiny.random.Random(0)
+    images = [tiny.draw(colour, shape, rng) for colour in tiny.COLOURS for shape in tiny.SHAPES]
+    losses = [trainer.step(Batch(step, images, tiny.captions())) for step in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    before = load(folder)
+    assert not torch.equal(before.logit_bias, trainer.model.logit_bias)
+
+
+def test_recall_counts_ties_against(one_rank):
+    assert recall(torch.eye(4), 1) == 1.0
+    assert recall(torch.ones(4, 4), 1) == 0.0
+    assert recall(torch.ones(4, 4), 4) == 1.0
+
+
+def test_normalise():
+    pixels = torch.from_numpy(numpy.array([[[[0, 127, 255]]]], numpy.uint8))
+    assert normalise(pixels)[0, :, 0, 0].tolist() == pytest.approx([-1.0, 127 / 127.5 - 1, 1.0])
+
+
+def test_cooldown_ends_near_nothing():
+    settings = Settings(steps=100, evaluate_every=10, warmup_steps=10, cooldown=0.5, learning_rate=1.0)
+    assert settings.learning_rate_at(0) == pytest.approx(0.1)
+    assert settings.learning_rate_at(40) == 1.0
+    assert settings.learning_rate_at(99) == pytest.approx(0.02)
+
+
+def arm(policy: str, accuracies: list[float], cost: float) -> ArmResult:
+    points = [Point(10 * (i + 1), accuracy, accuracy / 2, 1.0, 100 * (i + 1), cost * (i + 1), cost * (i + 1))
+              for i, accuracy in enumerate(accuracies)]
+    return ArmResult(policy, 0, points, [["00000.parquet#0", "00000.parquet#1"]] * len(points))
+
+
+def test_speedups_are_read_off_the_curves_whichever_way_it_came_out():
+    arms = {"uniform": arm("uniform", [0.1, 0.2], 1.0), "joint": arm("joint", [0.2, 0.3], 4.0),
+            "independent": arm("independent", [0.05, 0.1], 4.0)}
+    need, times = report.speedups(arms)
+    assert need["joint"] == {"steps": 10, "flops": 4.0, "seconds": 4.0}
+    assert times["joint"] == {"steps": 2.0, "flops": 0.5, "seconds": 0.5}
+    assert times["uniform"] == {"steps": 1.0, "flops": 1.0, "seconds": 1.0}
+    assert need["independent"] is None and times["independent"]["steps"] is None
+
+
+def test_the_whole_report_is_written(tmp_path):
+    dataset = tiny.write_dataset(tmp_path / "pool", rows=64, shards=1)
+    pool = report.Pool(dataset)
+    results = [arm("uniform", [0.1, 0.2], 1.0), arm("independent", [0.05, 0.1], 4.0), arm("joint", [0.2, 0.3], 4.0)]
+    written = report.write_results(results, pool, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [10, 20]
+    said = report.table(written, 0.5)
+    assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
+    report.draw_curves(written, tmp_path / "demo.png", "credits")
+    sheets = report.draw_sheets(results[2], pool, tmp_path, "credits")
+    for path in (tmp_path / "demo.png", *sheets):
+        assert Image.open(path).size[0] > 600
