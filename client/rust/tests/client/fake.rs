@@ -5,12 +5,17 @@ use arrow::{
 };
 use std::{
     collections::{HashMap, VecDeque},
+    net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 use superbatch_client::{Client, ConnectConfig, Failure, Retry, Run, v1::*};
-use tokio::sync::watch;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -90,16 +95,50 @@ impl Fake {
         Ok(())
     }
 
-    /// Serves on a free port, and opens a run there with fast retries.
-    pub async fn open(self: &Arc<Self>, retry: Retry) -> TestResult<Run> {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let uri = format!("http://{}", listener.local_addr()?);
+    /// Serves on a free port.
+    pub async fn serve(self: &Arc<Self>) -> TestResult<SocketAddr> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
         let service = selection_service_server::SelectionServiceServer::from_arc(self.clone());
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        let config = ConnectConfig { retry, ..ConnectConfig::default() };
-        Ok(Client::connect_with(uri, config).await?.open_run("run", RunSpec::default()).await?)
+        Ok(address)
     }
+
+    /// Serves on a free port, and opens a run there.
+    pub async fn open(self: &Arc<Self>, retry: Retry) -> TestResult<Run> {
+        open_at(self.serve().await?, retry).await
+    }
+}
+
+/// Opens a run.
+pub async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
+    let config = ConnectConfig { retry, ..ConnectConfig::default() };
+    Ok(Client::connect_with(format!("http://{address}"), config).await?.open_run("run", RunSpec::default()).await?)
+}
+
+/// A way to `server` whose first connection is cut after so many bytes of answers.
+pub async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(async move {
+        let mut longest = bytes;
+        while let Ok((near, _)) = listener.accept().await {
+            let Ok(far) = TcpStream::connect(server).await else { return };
+            let limit = std::mem::replace(&mut longest, u64::MAX);
+            tokio::spawn(async move {
+                let ((mut asks, mut hears), (answers, mut told)) = (near.into_split(), far.into_split());
+                let mut answers = answers.take(limit);
+                let down = async {
+                    tokio::io::copy(&mut answers, &mut hears).await?;
+                    hears.shutdown().await
+                };
+                // The client hears all bytes up to the cut; when it hangs up, both ends close.
+                let _ = tokio::join!(tokio::io::copy(&mut asks, &mut told), down);
+            });
+        }
+    });
+    Ok(address)
 }
 
 pub fn fast() -> Retry {

@@ -1,7 +1,7 @@
 //! The client against a real server in this process, whose answers are scripted.
 mod fake;
 
-use fake::{Answer, Fake, STEPS, TestResult, fast, rows};
+use fake::{Answer, Fake, STEPS, TestResult, cut_once, fast, open_at, rows};
 use futures::{FutureExt, StreamExt};
 use std::sync::Arc;
 use superbatch_client::{
@@ -35,6 +35,17 @@ async fn a_broken_stream_is_resumed_where_it_broke() -> TestResult {
     // An error may overtake the last part of its stream, but what arrived is never asked for again.
     assert!(offsets.is_sorted() && offsets.len() == 4 && fake.script_is_spent(), "{offsets:?}");
     assert!(offsets[3] >= MIB / 2, "{offsets:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_cut_connection_is_made_again_and_its_stream_resumed() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let way = cut_once(fake.serve().await?, 2 * MIB as u64).await?;
+    let batch = open_at(way, fast()).await?.select(0, 0, 1, Intent::Need).await?;
+    assert_eq!(batch.record_batch, rows(0)?);
+    let offsets: Vec<_> = fake.asked().iter().map(|request| request.resume_offset as usize).collect();
+    assert!(offsets.len() == 2 && offsets[1] > 0 && offsets[1] <= 2 * MIB, "{offsets:?}");
     Ok(())
 }
 
