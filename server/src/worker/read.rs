@@ -5,7 +5,7 @@ use crate::{
     storage::Stores,
 };
 use arrow::{
-    array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, StructArray},
+    array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray},
     compute::{cast, concat_batches},
     datatypes::SchemaRef,
 };

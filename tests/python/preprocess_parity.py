@@ -1,0 +1,210 @@
+"""Writes images, and what Pillow and transformers make of them, for server/tests/preprocess_parity.rs.
+
+Usage: preprocess_parity.py FOLDER. The folder gets `cases.json`, the image files, and the expected arrays as raw bytes.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+
+PROCESSORS = {
+    "siglip": SiglipImageProcessor(size={"height": 24, "width": 24}),
+    "siglip_bilinear": SiglipImageProcessor(size={"height": 40, "width": 28}, resample=2),
+    "clip": CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24),
+    "clip_odd": CLIPImageProcessor(size={"shortest_edge": 37}, crop_size={"height": 24, "width": 31}),
+    "clip_padded": CLIPImageProcessor(size={"shortest_edge": 15}, crop_size={"height": 24, "width": 20}, resample=2),
+}
+SIZES = [(1, 1), (7, 300), (300, 7), (16, 16), (33, 25), (64, 48), (131, 97), (3, 3), (1, 40)]
+CAPTIONS = [
+    "",
+    "a photo of a cat",
+    "A Photo, of THE Cat!!!",
+    "  spaces\t and\nlines  ",
+    "naïve café, Ünïcödé",
+    "emoji 🐈‍⬛ and 漢字",
+    "word " * 50,
+    "</s> special <s> text <pad>",
+    "0123456789" * 9,
+]
+
+
+def smooth(rng, width, height):
+    """A photograph's stand-in: gradients, a disc and mild noise."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    planes = [np.sin(x / (5 + 3 * c) + c) * 60 + np.cos(y / (7 + 2 * c)) * 60 + 128 for c in range(3)]
+    disc = ((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 3) ** 2)[..., None]
+    image = np.stack(planes, -1) * np.where(disc, 0.6, 1.0) + rng.normal(0, 4, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def noise(rng, width, height):
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def edges(rng, width, height):
+    """Black and white: where bicubic overshoots most."""
+    return np.repeat(rng.integers(0, 2, (height, width, 1), dtype=np.uint8) * 255, 3, axis=2)
+
+
+def encoded(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def alpha_of(rng, width, height):
+    alpha = rng.integers(0, 256, (height, width), dtype=np.uint8)
+    alpha[rng.random((height, width)) < 0.3] = 0
+    alpha[rng.random((height, width)) < 0.3] = 255
+    return alpha
+
+
+def png16(array):
+    """A 16-bit PNG with any number of channels, which Pillow reads but does not write."""
+    import struct
+    import zlib
+
+    height, width, channels = array.shape
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    chunk = lambda tag, data: struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def lossless(rng, width, height):
+    for make in (smooth, noise, edges):
+        image = Image.fromarray(make(rng, width, height))
+        yield f"png-rgb-{make.__name__}", encoded(image, "PNG")
+        yield f"webp-lossless-{make.__name__}", encoded(image, "WEBP", lossless=True)
+    image = Image.fromarray(smooth(rng, width, height))
+    rgba = image.copy()
+    rgba.putalpha(Image.fromarray(alpha_of(rng, width, height)))
+    grey = image.convert("L")
+    yield "png-rgba", encoded(rgba, "PNG")
+    yield "png-la", encoded(Image.merge("LA", [grey, rgba.getchannel("A")]), "PNG")
+    yield "png-grey", encoded(grey, "PNG")
+    yield "png-grey-transparent", encoded(grey, "PNG", transparency=int(np.array(grey)[0, 0]))
+    yield "png-rgb-transparent", encoded(image, "PNG", transparency=tuple(int(v) for v in np.array(image)[0, 0]))
+    yield "png-bilevel", encoded(grey.convert("1"), "PNG")
+    yield "png-palette", encoded(image.quantize(13), "PNG")
+    palette = image.quantize(7)
+    yield "png-palette-transparent", encoded(palette, "PNG", transparency=bytes(range(0, 252, 36)))
+    yield "png-interlaced-exif", encoded(image, "PNG", exif=orientation(6))
+    for channels in (1, 2, 3, 4):
+        yield f"png16-{channels}", png16(rng.integers(0, 65536, (height, width, channels)))
+    yield "png16-dark", png16(rng.integers(0, 400, (height, width, 1)))
+    yield "webp-rgba-lossless", encoded(rgba, "WEBP", lossless=True, exact=True)
+    yield "webp-exif", encoded(image, "WEBP", lossless=True, exif=orientation(8))
+
+
+def lossy_webp(rng, width, height):
+    image = Image.fromarray(smooth(rng, width, height))
+    yield "webp-q80", encoded(image, "WEBP", quality=80)
+    yield "webp-q30-noise", encoded(Image.fromarray(noise(rng, width, height)), "WEBP", quality=30)
+    image.putalpha(Image.fromarray(alpha_of(rng, width, height)))
+    yield "webp-rgba-q80", encoded(image, "WEBP", quality=80)
+
+
+def jpegs(rng, width, height):
+    image = Image.fromarray(smooth(rng, width, height))
+    for quality in (30, 75, 95):
+        for subsampling in (0, 1, 2):
+            yield f"jpeg-q{quality}-s{subsampling}", encoded(image, "JPEG", quality=quality, subsampling=subsampling)
+    yield "jpeg-progressive", encoded(image, "JPEG", progressive=True, quality=85)
+    yield "jpeg-grey", encoded(image.convert("L"), "JPEG")
+    yield "jpeg-cmyk", encoded(image.convert("CMYK"), "JPEG", quality=90)
+    yield "jpeg-noise", encoded(Image.fromarray(noise(rng, width, height)), "JPEG", quality=90, subsampling=0)
+    for tag in range(1, 9):
+        yield f"jpeg-exif{tag}", encoded(image, "JPEG", quality=90, subsampling=0, exif=orientation(tag))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="3"/></x:xmpmeta>'
+    yield "jpeg-xmp", encoded(image, "JPEG", quality=90, subsampling=0, xmp=xmp)
+
+
+def orientation(tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return exif.tobytes()
+
+
+def on_white(data):
+    """The definition: oriented, then pasted through its alpha onto white."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def processed(processor, rgb, **options):
+    # The channel order is stated: for an image of 1 or 3 rows transformers would guess wrong.
+    return processor(rgb, input_data_format="channels_last", data_format="channels_last", return_tensors="np", **options)[
+        "pixel_values"
+    ][0]
+
+
+def write_images(folder, rng):
+    cases = []
+    for width, height in SIZES:
+        for group, make in (("lossless", lossless), ("webp", lossy_webp), ("jpeg", jpegs)):
+            for name, data in make(rng, width, height):
+                name = f"{name}-{width}x{height}"
+                rgb = on_white(data)
+                (folder / name).write_bytes(data)
+                (folder / f"{name}.rgb").write_bytes(np.array(rgb).tobytes())
+                for key, processor in PROCESSORS.items():
+                    pixels = processed(processor, rgb, do_rescale=False, do_normalize=False)
+                    assert pixels.dtype == np.uint8, pixels.dtype
+                    (folder / f"{name}.{key}").write_bytes(pixels.tobytes())
+                cases.append({"name": name, "group": group, "width": rgb.width, "height": rgb.height})
+    return cases
+
+
+def write_processors(folder, rng):
+    rgb = Image.fromarray(smooth(rng, 50, 40))
+    (folder / "normalised.png").write_bytes(encoded(rgb, "PNG"))
+    for key, processor in PROCESSORS.items():
+        processor.save_pretrained(folder / key)
+        (folder / f"normalised.{key}").write_bytes(processed(processor, rgb).astype("<f4").tobytes())
+    return list(PROCESSORS)
+
+
+def write_tokenizer(folder):
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(CAPTIONS + ["the quick brown fox jumps over the lazy dog"] * 9, trainer)
+    ends = [(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    length = 16
+    ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    shape = {"length": length, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    return {**shape, "vocab_size": len(tokenizer), "captions": CAPTIONS, "ids": ids}
+
+
+def main(folder):
+    rng = np.random.default_rng(7)
+    cases = {
+        "images": write_images(folder, rng),
+        "processors": write_processors(folder, rng),
+        "tokens": write_tokenizer(folder),
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
