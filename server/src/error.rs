@@ -46,6 +46,13 @@ impl Error {
         self
     }
 
+    /// The same failure for another waiter; causes become part of the message.
+    #[must_use]
+    pub fn repeat(&self) -> Self {
+        let failure = Failure { message: self.chain(), ..(*self.failure).clone() };
+        Self { failure: Box::new(failure), cause: None }
+    }
+
     pub fn reason(&self) -> Reason {
         self.failure.reason
     }

@@ -2,6 +2,8 @@
 //!
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process. Only [`app`] names both.
 pub mod admin;
+#[cfg(feature = "torch")]
+pub mod app;
 pub mod config;
 pub mod coordinator;
 pub mod dataset;

@@ -1,6 +1,8 @@
 //! Every metric, declared once: a documented function with typed labels. Only this file spells metric names;
 //! `docs/metrics.md` is generated from it.
 use metrics::{Counter, Gauge, Histogram, Unit};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use std::sync::OnceLock;
 
 /// What a metric is, as the generated reference and the exporter's descriptions need it.
 pub struct Declared {
@@ -110,4 +112,25 @@ pub fn reference() -> String {
         page.push_str(&format!("| `{}` | {} | {} | {} |\n", metric.name, metric.kind, labels.join(", "), help));
     }
     page
+}
+
+/// Upper bounds of seconds histograms: 1 ms to 10 min.
+const SECONDS: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0];
+/// Upper bounds of the others: lags and scores.
+const VALUES: &[f64] = &[-100.0, -10.0, -1.0, -0.1, 0.0, 0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0];
+
+/// Installs the recorder, once a process, and gives what renders it.
+pub fn install() -> PrometheusHandle {
+    static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| {
+            let buckets = [(Matcher::Suffix("_seconds".to_owned()), SECONDS), (Matcher::Prefix("superbatch".to_owned()), VALUES)];
+            let builder = buckets.into_iter().fold(PrometheusBuilder::new(), |builder, (matcher, bounds)| {
+                builder.set_buckets_for_metric(matcher, bounds).expect("bounds are not empty")
+            });
+            let handle = builder.install_recorder().expect("no other recorder is installed in this program");
+            describe();
+            handle
+        })
+        .clone()
 }

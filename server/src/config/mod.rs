@@ -38,6 +38,9 @@ pub struct Config {
     pub storage: StorageConfig,
     /// The coordinator (`superbatch serve`).
     pub coordinator: CoordinatorConfig,
+    /// Scoring, embedded or in a worker of its own.
+    #[cfg(feature = "torch")]
+    pub worker: crate::worker::WorkerConfig,
     /// A worker of its own (`superbatch worker`).
     pub worker_role: WorkerRoleConfig,
     /// Logs, on standard error.
@@ -53,6 +56,8 @@ impl Default for Config {
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
             coordinator: CoordinatorConfig::default(),
+            #[cfg(feature = "torch")]
+            worker: crate::worker::WorkerConfig::default(),
             worker_role: WorkerRoleConfig::default(),
             log: LogConfig::default(),
         }
@@ -121,11 +126,13 @@ pub struct WorkerRoleConfig {
     pub listen: SocketAddr,
     /// URI by which the coordinator reaches this worker. `null` is made of `listen`.
     pub advertise_address: Option<String>,
+    /// Address and port of this worker's `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none of them.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl Default for WorkerRoleConfig {
     fn default() -> Self {
-        Self { coordinator: "http://127.0.0.1:50051".into(), listen: loopback(50052), advertise_address: None }
+        Self { coordinator: "http://127.0.0.1:50051".into(), listen: loopback(50052), advertise_address: None, metrics_listen: None }
     }
 }
 
@@ -178,6 +185,8 @@ impl Config {
                 format!("{field} is {value}; give seconds above 0, at most {SECONDS_MAX}"),
             ));
         }
+        #[cfg(feature = "torch")]
+        self.worker.validate()?;
         let counts = [
             ("coordinator.push_bytes_max", c.push_bytes_max),
             ("coordinator.ready_bytes_max", c.ready_bytes_max),
@@ -212,6 +221,7 @@ impl Config {
             ("listen", Some(self.listen)),
             ("metrics_listen", self.metrics_listen),
             ("worker_role.listen", Some(self.worker_role.listen)),
+            ("worker_role.metrics_listen", self.worker_role.metrics_listen),
         ];
         let beyond = |(field, address): (&'static str, Option<SocketAddr>)| {
             address.filter(|address| !address.ip().is_loopback()).map(|address| (field, address))

@@ -4,6 +4,8 @@
 //! hex, from which [`decode`] restores what [`encode`] was given.
 mod json;
 
+pub use json::receipt as to_json;
+
 use crate::error::{Error, Result};
 use arrow::{
     array::{Array, ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array, UInt64Array},

@@ -90,7 +90,10 @@ enum Found {
 async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     let globs = match keys {
         Keys::Exact(keys) => {
-            let heads = keys.iter().map(|key| async move { Ok::<_, Error>((key.clone(), root.head(key).await?)) });
+            let heads = keys.clone().into_iter().map(|key| {
+                let root = root.clone();
+                async move { Ok::<_, Error>((key.clone(), root.head(&key).await?)) }
+            });
             return futures::stream::iter(heads).buffered(FILES_AT_ONCE).try_collect().await.map(Found::Below);
         }
         Keys::Globs(globs) => Some(globs),

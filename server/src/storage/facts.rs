@@ -2,7 +2,7 @@
 use super::Location;
 use crate::error::{Error, Result};
 use bytes::Bytes;
-use object_store::{ObjectStoreExt, PutMode};
+use object_store::PutMode;
 use superbatch_proto::v1::Reason;
 
 /// Unknown outcomes (time-outs, S3's 409) of a create that are read back and tried again.

@@ -79,6 +79,16 @@ impl Location {
         Ok(metas.into_iter().filter_map(relative).collect())
     }
 
+    /// Names of the folders right below `key`, sorted.
+    pub async fn folders(&self, key: &str) -> Result<Vec<String>> {
+        let listed = self.store.list_with_delimiter(Some(&self.path(key))).await;
+        let listed = listed.map_err(|e| self.error("list", key, e))?;
+        let mut names: Vec<String> =
+            listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect();
+        names.sort();
+        Ok(names)
+    }
+
     /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
         self.store.put(&self.path(key), bytes.into()).await.map_err(|e| self.error("write", key, e))?;

@@ -1,8 +1,8 @@
 //! Summaries for people, as JSON: field names of the protocol, enums by their names in lower case.
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, ComputeDtype, Criterion, EmbeddingDtype, Loss, Mode, Policy, ReceiptSummary,
-    SourceSpan, StageSeconds, WeightsVersion,
+    Accounts, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion, EmbeddingDtype, Loss, Mode, Policy, Receipt,
+    ReceiptSummary, SourceSpan, StageSeconds, WeightsVersion,
 };
 
 /// Names every field, so that a new one cannot be forgotten.
@@ -65,6 +65,30 @@ pub(super) fn summary(summary: &ReceiptSummary) -> Value {
         writer_nonce: json!(writer_nonce),
         embedding_dtype: name!(EmbeddingDtype, "EMBEDDING_DTYPE_", embedding_dtype),
         compute_dtype: name!(ComputeDtype, "COMPUTE_DTYPE_", compute_dtype),
+        run_totals: json!(run_totals.as_ref().map(accounts)),
+    })
+}
+
+/// A whole receipt.
+pub fn receipt(receipt: &Receipt) -> Value {
+    let chosen = |row: &ChosenRow| {
+        object!(ChosenRow, row, {
+            id: json!(id),
+            source: json!(source),
+            shard: json!(shard),
+            row: json!(row),
+            position: json!(position),
+            chunk: json!(chunk),
+            score: json!(score),
+            weight: json!(weight),
+            fidelity: json!(super::fidelity_name(*fidelity)),
+            content_hash: json!(content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+        })
+    };
+    json!({
+        "summary": receipt.summary.as_ref().map(summary),
+        "chosen": receipt.chosen.iter().map(chosen).collect::<Vec<_>>(),
+        "bad_rows": bad_rows(&receipt.bad_rows),
     })
 }
 

@@ -1,0 +1,151 @@
+//! `superbatch receipts`: why a batch was chosen.
+use super::{open_state, table::table};
+use crate::{
+    config::Config,
+    coordinator::{facts, receipt::to_json, receipts::Receipts},
+    error::{Error, Result},
+    storage::Location,
+};
+use clap::Args;
+use std::collections::BTreeSet;
+use superbatch_proto::v1::{Reason, Receipt, ReceiptSummary};
+
+/// Reads the state directly, so it works while the service is down.
+#[derive(Args)]
+pub struct ReceiptsArgs {
+    /// The run.
+    run: String,
+    /// One step, with all its rows; without it the newest steps, a line each.
+    #[arg(long)]
+    step: Option<u64>,
+    /// A generation other than the newest that decided the step.
+    #[arg(long, requires = "step")]
+    generation: Option<u32>,
+    /// How many steps to list.
+    #[arg(long, default_value_t = 20)]
+    last: usize,
+    /// Print one JSON object a receipt.
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
+    let (_, state) = open_state(config)?;
+    let location = state.below(&format!("runs/{}", args.run));
+    let found = match args.step {
+        Some(step) => vec![one(&location, args, step).await?],
+        None => newest(&location, args).await?,
+    };
+    if args.json {
+        return Ok(found.iter().map(|receipt| format!("{}\n", to_json(receipt))).collect());
+    }
+    Ok(match (args.step, found.first()) {
+        (Some(_), Some(receipt)) => in_full(receipt),
+        _ => list(&found),
+    })
+}
+
+async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
+    let receipts = Receipts::new(location.clone());
+    let generations = match args.generation {
+        Some(generation) => vec![generation],
+        None => known(location, &args.run).await?.chain.candidates(step),
+    };
+    for generation in generations {
+        if let Some(receipt) = receipts.find(step, generation).await? {
+            return Ok(receipt);
+        }
+    }
+    Err(Error::new(Reason::StepNotCommitted, format!("step {step} of run '{}' is not committed", args.run)))
+}
+
+async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>> {
+    let chain = known(location, &args.run).await?.chain;
+    let receipts = Receipts::new(location.clone());
+    let committed = receipts.committed().await?;
+    let steps: BTreeSet<u64> = committed.iter().map(|(step, _)| *step).collect();
+    let mut found = Vec::new();
+    for step in steps.into_iter().rev() {
+        let best = chain.candidates(step).into_iter().find(|generation| committed.contains(&(step, *generation)));
+        if let Some(generation) = best {
+            found.extend(receipts.find(step, generation).await?);
+        }
+        if found.len() == args.last {
+            break;
+        }
+    }
+    found.reverse();
+    Ok(found)
+}
+
+async fn known(location: &Location, run: &str) -> Result<facts::RunFacts> {
+    facts::load(location).await?.ok_or_else(|| {
+        let message = format!("there is no run '{run}' in the state; `superbatch runs` lists those there are");
+        Error::new(Reason::RunNotFound, message)
+    })
+}
+
+fn list(receipts: &[Receipt]) -> String {
+    let head = ["step", "gen", "policy", "mode", "weights", "lag", "scanned", "chosen", "holes", "batch_score", "seconds"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for (receipt, s) in receipts.iter().filter_map(|r| r.summary.as_ref().map(|s| (r, s))) {
+        let cost = s.cost.clone().unwrap_or_default();
+        rows.push(vec![
+            s.step.to_string(),
+            s.generation.to_string(),
+            word(s.policy().as_str_name(), "POLICY_"),
+            word(s.mode().as_str_name(), "MODE_"),
+            s.learner.as_ref().map_or("-".to_owned(), |v| v.version.to_string()),
+            s.lag_steps.to_string(),
+            cost.candidates_scanned.to_string(),
+            receipt.chosen.len().to_string(),
+            s.holes.to_string(),
+            format!("{:.4}", s.batch_score),
+            format!("{:.3}", cost.seconds.unwrap_or_default().total),
+        ]);
+    }
+    table(&rows)
+}
+
+fn in_full(receipt: &Receipt) -> String {
+    let Some(s) = &receipt.summary else { return String::new() };
+    let mut text = head(s);
+    let mut rows = vec![["drawn", "chunk", "score", "position", "id"].map(str::to_owned).to_vec()];
+    rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
+        let numbers = [drawn.to_string(), row.chunk.to_string(), format!("{:.5}", row.score), row.position.to_string()];
+        numbers.into_iter().chain([row.id.clone()]).collect()
+    }));
+    text.push_str(&table(&rows));
+    if !receipt.bad_rows.is_empty() {
+        text.push_str("\nrows that could not be used\n");
+        let reason = |row: &superbatch_proto::v1::BadRow| word(row.reason().as_str_name(), "BAD_ROW_REASON_");
+        let bad = receipt.bad_rows.iter().map(|row| vec![row.id.clone(), reason(row), row.detail.clone()]);
+        text.push_str(&table(&bad.collect::<Vec<_>>()));
+    }
+    text
+}
+
+fn head(s: &ReceiptSummary) -> String {
+    let cost = s.cost.clone().unwrap_or_default();
+    let seconds = cost.seconds.unwrap_or_default();
+    let learner = s.learner.as_ref().map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
+    let lines = [
+        ("run", format!("{} step {} generation {}", s.run_id, s.step, s.generation)),
+        ("drawn by", format!("{} {} {}, {} chunks, seed {}", word(s.policy().as_str_name(), "POLICY_"), word(s.criterion().as_str_name(), "CRITERION_"), word(s.loss().as_str_name(), "LOSS_"), s.n_chunks, s.seed)),
+        ("mode", word(s.mode().as_str_name(), "MODE_")),
+        ("learner", format!("{learner}, scale {} bias {}, lag {}", s.learner_scale, s.learner_bias, s.lag_steps)),
+        ("reference", format!("{}, scale {} bias {}", s.reference_digest, s.reference_scale, s.reference_bias)),
+        ("scanned", format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes)),
+        ("scores", format!("sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)", s.batch_score, s.mean_score_chosen, s.mean_score_candidates)),
+        ("cost", format!("{:.3e} FLOPs reference, {:.3e} learner, {:.3e} selection, {:.3e} training", cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops)),
+        ("seconds", format!("{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, select {:.3}", seconds.total, seconds.fetch, seconds.decode, seconds.embed_reference, seconds.embed_learner, seconds.wait_weights, seconds.select)),
+        ("on", format!("{}, {}, plan {}, manifest {}", s.device, s.build, s.plan_version, s.dataset_manifest)),
+    ];
+    let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect();
+    text.push('\n');
+    text
+}
+
+fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}

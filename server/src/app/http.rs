@@ -1,0 +1,51 @@
+//! The plain HTTP side: `/metrics` for Prometheus, `/livez` and `/readyz` for probes.
+use super::{Shutdown, bind};
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
+use axum::{Router, routing::get};
+use std::{net::SocketAddr, time::Duration};
+use tokio::net::TcpListener;
+
+/// How often histograms are folded.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+pub struct Http {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Http {
+    pub async fn bind(address: SocketAddr) -> Result<Self> {
+        let listener = bind(address, "metrics_listen").await?;
+        let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
+        Ok(Self { listener, address })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown`.
+    pub async fn run(self, shutdown: Shutdown) {
+        let handle = metrics::install();
+        let upkeep = handle.clone();
+        let router = Router::new()
+            .route("/metrics", get(move || async move { handle.render() }))
+            .route("/livez", get(|| async { "ok" }))
+            .route("/readyz", get(|| async { "ok" }));
+        let served = axum::serve(self.listener, router).with_graceful_shutdown(shutdown);
+        let kept = async {
+            let mut ticks = tokio::time::interval(UPKEEP);
+            loop {
+                ticks.tick().await;
+                upkeep.run_upkeep();
+            }
+        };
+        tokio::select! {
+            ended = served => if let Err(error) = ended { tracing::error!(error = %error, "serving metrics failed") },
+            () = kept => {}
+        }
+    }
+}

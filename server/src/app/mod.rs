@@ -1,0 +1,265 @@
+//! The processes: a coordinator with its embedded worker (`superbatch serve`), and a worker (`superbatch worker`). Wiring is
+//! here and nowhere else; every part gets its config and what it stands on.
+mod embedded;
+mod http;
+
+use crate::{
+    config::Config,
+    coordinator::{
+        owner::Identity,
+        pool::Pool,
+        registry::{Coordinator, Limits},
+        run::Deps,
+        selector::{LocalSelector, Selector, WorkerSelector},
+        service::{Selection, WorkerPlane},
+    },
+    error::{Error, Result},
+    metrics,
+    storage::{Location, Stores, metered, nonce, probe},
+    worker::{Worker, keep_registered},
+};
+use futures::future::{BoxFuture, FutureExt, Shared};
+use rand::SeedableRng;
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use superbatch_proto::{
+    MESSAGE_BYTES_MAX,
+    v1::{
+        FILE_DESCRIPTOR_SET, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
+        selection_service_server::SelectionServiceServer,
+    },
+};
+use tokio::{net::TcpListener, sync::oneshot};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Endpoint, Server};
+use tonic_health::server::HealthReporter;
+
+/// How long a call waits for a first worker.
+const WORKER_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A future that ends when the process should.
+type Shutdown = Shared<BoxFuture<'static, ()>>;
+
+/// What both kinds of process stand on.
+struct Ground {
+    config: Config,
+    stores: Stores,
+    state: Location,
+    listener: TcpListener,
+    address: SocketAddr,
+    http: Option<http::Http>,
+}
+
+impl Ground {
+    async fn build(config: Config, listen: SocketAddr, metrics_listen: Option<SocketAddr>) -> Result<Self> {
+        config.validate()?;
+        // Before anything is counted.
+        metrics::install();
+        let stores = Stores::wrapped(config.storage.clone(), Arc::new(metered));
+        let state = stores.open(&config.state_uri()?)?;
+        probe(&state).await?;
+        let listener = bind(listen, "listen").await?;
+        let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
+        let http = match metrics_listen {
+            Some(listen) => Some(http::Http::bind(listen).await?),
+            None => None,
+        };
+        Ok(Self { config, stores, state, listener, address, http })
+    }
+}
+
+/// A coordinator, bound and ready to run.
+pub struct Serve {
+    ground: Ground,
+    coordinator: Arc<Coordinator>,
+}
+
+impl Serve {
+    /// Opens the state, binds the sockets and starts the embedded worker's device.
+    ///
+    /// # Errors
+    /// Whatever makes the config unusable: a port in use, a store that is unreachable or overwrites, a device that is not there.
+    pub async fn build(config: Config) -> Result<Self> {
+        let (listen, metrics_listen) = (config.listen, config.metrics_listen);
+        let ground = Ground::build(config, listen, metrics_listen).await?;
+        let settings = &ground.config.coordinator;
+        let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
+        let mut device = "cpu".to_owned();
+        if settings.workers_embedded {
+            let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+            device = worker.info().device;
+            pool.embed(embedded::connect(worker));
+        }
+        let on_worker = match settings.selector_device.as_str() {
+            "auto" => device.starts_with("cuda"),
+            asked => asked.starts_with("cuda"),
+        };
+        let selector: Arc<dyn Selector> = if on_worker {
+            Arc::new(WorkerSelector { pool: pool.clone() })
+        } else {
+            Arc::new(LocalSelector::new(0)?)
+        };
+        metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" }).set(1.0);
+        let advertised = settings.advertise_address.clone();
+        let identity = Identity {
+            address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)),
+            instance: nonce(),
+        };
+        let limits = Limits {
+            super_batch_size_max: settings.super_batch_size_max,
+            push_bytes_max: settings.push_bytes_max,
+            push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
+        };
+        let (stores, state) = (ground.stores.clone(), ground.state.clone());
+        let coordinator = Coordinator::new(Deps { pool, selector }, stores, state, identity, limits);
+        Ok(Self { ground, coordinator })
+    }
+
+    /// Where trainers connect.
+    pub fn address(&self) -> SocketAddr {
+        self.ground.address
+    }
+
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.ground.http.as_ref().map(http::Http::address)
+    }
+
+    /// Serves until `shutdown`, then drains within the grace period.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let shutdown: Shutdown = shutdown.boxed().shared();
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<SelectionServiceServer<Selection>>().await;
+        let selection = SelectionServiceServer::new(Selection(self.coordinator.clone()))
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let router = builder()
+            .add_service(health_service)
+            .add_service(reflection()?)
+            .add_service(CoordinatorServiceServer::new(WorkerPlane(self.coordinator.clone())))
+            .add_service(selection);
+        let coordinator = self.coordinator;
+        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let (drained, stopping) = drain(shutdown, health, async move { coordinator.stop().await });
+        let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
+        within(served, stopping, grace).await?;
+        if let Some(http) = http {
+            http.abort();
+        }
+        Ok(())
+    }
+}
+
+/// A scoring worker, bound and ready to run.
+pub struct Work {
+    ground: Ground,
+    worker: Worker,
+}
+
+impl Work {
+    /// As [`Serve::build`], for a worker.
+    pub async fn build(config: Config) -> Result<Self> {
+        let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
+        let ground = Ground::build(config, listen, metrics_listen).await?;
+        let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+        Ok(Self { ground, worker })
+    }
+
+    /// Where the coordinator connects.
+    pub fn address(&self) -> SocketAddr {
+        self.ground.address
+    }
+
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.ground.http.as_ref().map(http::Http::address)
+    }
+
+    /// Scores until `shutdown`: stays registered, then leaves and drains.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let shutdown: Shutdown = shutdown.boxed().shared();
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let role = &self.ground.config.worker_role;
+        let advertised = role.advertise_address.clone();
+        let registration = RegisterRequest {
+            address: advertised.unwrap_or_else(|| format!("http://{}", self.ground.address)),
+            incarnation: nonce(),
+            device: self.worker.info().device,
+            leaving: false,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let coordinator = Endpoint::from_shared(role.coordinator.clone()).map_err(|e| {
+            let message = format!("worker_role.coordinator is '{}'; give http://host:port", role.coordinator);
+            Error::invalid("worker_role.coordinator", message).because(e)
+        })?;
+        let rng = rand::rngs::StdRng::from_os_rng();
+        let registered = tokio::spawn(keep_registered(coordinator, registration, rng, shutdown.clone()));
+        let router =
+            builder().add_service(health_service).add_service(reflection()?).add_service(self.worker.service());
+        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let leave = async move { drop(registered.await) };
+        let (drained, stopping) = drain(shutdown, health, leave);
+        let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
+        within(served, stopping, grace).await?;
+        if let Some(http) = http {
+            http.abort();
+        }
+        Ok(())
+    }
+}
+
+fn builder() -> Server {
+    Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)))
+}
+
+fn reflection() -> Result<tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|e| Error::internal("the protocol's descriptors are damaged").because(e))
+}
+
+/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
+fn drain(
+    shutdown: Shutdown,
+    health: HealthReporter,
+    let_go: impl Future<Output = ()> + Send + 'static,
+) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
+    let (began, stopping) = oneshot::channel();
+    let drained = async move {
+        shutdown.await;
+        tracing::info!("draining");
+        health.set_not_serving::<SelectionServiceServer<Selection>>().await;
+        // A receiver that is gone needs no telling.
+        let _ = began.send(());
+        let_go.await;
+    };
+    (drained, stopping)
+}
+
+async fn within(
+    served: impl Future<Output = Result<(), tonic::transport::Error>>,
+    stopping: oneshot::Receiver<()>,
+    grace: Duration,
+) -> Result<()> {
+    let patience = async {
+        match stopping.await {
+            Ok(()) => tokio::time::sleep(grace).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = served => ended.map_err(|e| Error::internal("serving failed").because(e)),
+        () = patience => {
+            tracing::warn!(seconds = grace.as_secs_f64(), "calls were still open after the grace period");
+            Ok(())
+        }
+    }
+}
+
+async fn bind(address: SocketAddr, field: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|e| {
+        let message = format!("cannot listen on {address}; stop what uses that port, or set `{field}` to another");
+        Error::invalid(field, message).because(e)
+    })
+}

@@ -1,0 +1,119 @@
+//! The models of a run, as workers are asked for them, and the worker's word on a pushed snapshot.
+use super::{
+    facts::ModelFact,
+    pool::Pool,
+    weights::{ModelShape, Published, Verifier},
+};
+use crate::error::{Error, Result, from_status};
+use async_trait::async_trait;
+use std::sync::Arc;
+use superbatch_proto::v1::{
+    LearnerSpec, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, ReferenceSpec, RunSpec,
+    learner_spec::Initial,
+};
+
+/// The reference of a run.
+pub fn reference_ref(spec: &RunSpec, reference: &ReferenceSpec, fact: Option<&ModelFact>) -> ModelRef {
+    ModelRef {
+        model_uri: reference.model_uri.clone(),
+        snapshot_uri: String::new(),
+        snapshot_digest: fact.map_or_else(String::new, |f| f.weights_digest.clone()),
+        random_seed: None,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// The learner of a run before any push: version 0.
+pub fn initial_ref(spec: &RunSpec, learner: &LearnerSpec, fact: Option<&ModelFact>) -> ModelRef {
+    let (snapshot_uri, random_seed) = match &learner.initial {
+        Some(Initial::SnapshotUri(uri)) if *uri != learner.model_uri => (uri.clone(), None),
+        Some(Initial::SnapshotUri(_)) => (String::new(), None),
+        Some(Initial::RandomSeed(seed)) => (String::new(), Some(*seed)),
+        // Only its shape is asked for: the weights come with the first push.
+        Some(Initial::FirstPush(_)) | None => (String::new(), Some(0)),
+    };
+    ModelRef {
+        model_uri: learner.model_uri.clone(),
+        snapshot_uri,
+        snapshot_digest: fact.filter(|_| random_seed.is_none()).map_or_else(String::new, |f| f.weights_digest.clone()),
+        random_seed,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// The learner with a published version of its weights.
+pub fn published_ref(spec: &RunSpec, learner: &LearnerSpec, published: &Published, fact: Option<&ModelFact>) -> ModelRef {
+    if published.version.version == 0 {
+        return initial_ref(spec, learner, fact);
+    }
+    ModelRef {
+        model_uri: learner.model_uri.clone(),
+        snapshot_uri: published.snapshot_uri.clone(),
+        snapshot_digest: published.version.digest.clone(),
+        random_seed: None,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// Asks a worker to load a model and say what it is; another where one is lost.
+pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<PrepareModelResponse> {
+    let mut attempts = 0;
+    loop {
+        let worker = pool.one().await?;
+        let request = PrepareModelRequest { model: Some(model.clone()), canary };
+        match worker.client().prepare_model(request).await {
+            Ok(response) => return Ok(response.into_inner()),
+            Err(status) => {
+                let error = from_status(status, Reason::NoWorkers);
+                attempts += 1;
+                if !matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown) || attempts == 5 {
+                    return Err(error);
+                }
+                pool.lost(&worker);
+            }
+        }
+    }
+}
+
+/// Verifies pushes by having a worker load them.
+pub struct WorkerVerifier {
+    pub pool: Arc<Pool>,
+    /// The learner, without weights.
+    pub learner: ModelRef,
+    pub shape: ModelShape,
+}
+
+#[async_trait]
+impl Verifier for WorkerVerifier {
+    async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape> {
+        let model = ModelRef {
+            snapshot_uri: snapshot_uri.to_owned(),
+            snapshot_digest: digest.to_owned(),
+            random_seed: None,
+            ..self.learner.clone()
+        };
+        let model = prepare(&self.pool, model, true).await?;
+        Ok(shape(&model.into()))
+    }
+
+    async fn shape(&self) -> Result<ModelShape> {
+        Ok(self.shape.clone())
+    }
+}
+
+pub fn shape(fact: &ModelFact) -> ModelShape {
+    ModelShape { tensors: fact.tensors.clone(), logit_scale: fact.logit_scale, logit_bias: fact.logit_bias }
+}
+
+/// The bias for the sigmoid loss: the model's own, or the one that the spec gives.
+///
+/// # Errors
+/// `BiasMissing`.
+pub fn sigmoid_bias(own: Option<f64>, given: Option<f64>, which: &str) -> Result<f64> {
+    own.or(given).ok_or_else(|| {
+        let message = format!(
+            "the {which} has no logit bias, and the sigmoid loss needs one: give {which}.logit_bias, or use the softmax loss"
+        );
+        Error::new(Reason::BiasMissing, message).with("field", format!("{which}.logit_bias"))
+    })
+}

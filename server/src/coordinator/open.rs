@@ -1,0 +1,225 @@
+//! Opening a run: everything is looked at once, so that what can never work is refused before the first step.
+use super::{
+    chain::Chain,
+    facts::{self, ModelFact, RunFact, RunFacts},
+    members::Members,
+    models::{self, WorkerVerifier},
+    output,
+    owner::Ownership,
+    plan::Plan,
+    receipts::Receipts,
+    registry::Coordinator,
+    run::{Parts, Run, State},
+    weights::{Published, RunWeights, Weights},
+};
+use crate::{
+    dataset::{Manifest, SourceRequest, index},
+    error::{Error, Result},
+    storage::Location,
+};
+use futures::FutureExt;
+use std::{collections::BTreeMap, sync::Arc};
+use superbatch_proto::v1::{
+    Accounts, Criterion, Loss, OpenRunResponse, Policy, Reason, RunSpec, WeightsVersion, learner_spec::Initial,
+};
+
+/// Committed steps whose receipts are read for the totals: commits may be out of order by a few.
+const TOTALS_FROM: usize = 16;
+
+/// A run on its way to being open.
+pub struct Opening<'a> {
+    pub coordinator: &'a Coordinator,
+    pub id: &'a str,
+}
+
+impl Opening<'_> {
+    /// Opens a run that nobody knows yet.
+    pub async fn open_new(&self, spec: &RunSpec) -> Result<Arc<Run>> {
+        self.check_limits(spec)?;
+        let manifest = self.index(spec).await?;
+        manifest.output_schema(&spec.columns)?;
+        self.plan(spec, &manifest)?;
+        let (reference, learner) = self.models(spec).await?;
+        let digest = manifest.save(&self.coordinator.state).await?;
+        let location = self.coordinator.location(self.id);
+        facts::create_run(&location, RunFact::new(spec, digest, reference, learner)).await?;
+        let facts = facts::load(&location).await?.ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
+        self.load(facts).await
+    }
+
+    /// Makes a run of what the state holds of it.
+    pub async fn load(&self, facts: RunFacts) -> Result<Arc<Run>> {
+        let (coordinator, location) = (self.coordinator, self.coordinator.location(self.id));
+        let owner = Ownership::claim(&location, &coordinator.identity).await?;
+        let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
+        let spec = facts.spec;
+        let receipts = Receipts::new(location.clone());
+        let committed = last_committed(&location, &facts.chain).await?;
+        let totals = totals(&receipts).await?;
+        let state = State {
+            chain: facts.chain,
+            appended: facts.appended,
+            closed: facts.closed,
+            failure: facts.failure,
+            totals,
+            committed,
+            members: Members::default(),
+            cells: BTreeMap::new(),
+        };
+        let parts = Parts {
+            id: self.id.to_owned(),
+            deps: coordinator.deps.clone(),
+            output_schema: manifest.output_schema(&spec.columns)?,
+            plan: self.plan(&spec, &manifest)?,
+            weights: self.weights(&spec, facts.run.learner.as_ref(), &location).await?,
+            manifest,
+            manifest_digest: facts.run.manifest,
+            reference: facts.run.reference,
+            learner: facts.run.learner,
+            receipts,
+            owner,
+            location,
+        };
+        Ok(Run::new(parts, spec, state))
+    }
+
+    fn plan(&self, spec: &RunSpec, manifest: &Manifest) -> Result<Plan> {
+        let plan = Plan::new(Arc::new(manifest.clone()), spec.seed, spec.epochs, spec.window_blocks)?;
+        plan.check(&spec.phases)?;
+        Ok(plan)
+    }
+
+    fn check_limits(&self, spec: &RunSpec) -> Result<()> {
+        let largest = self.coordinator.limits.super_batch_size_max;
+        if spec.fork_of.is_some() {
+            let message = "fork_of is in the protocol and not built yet; rewind the run instead";
+            return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
+        }
+        match spec.phases.iter().position(|phase| phase.super_batch_size > largest) {
+            None => Ok(()),
+            Some(number) => {
+                let message = format!(
+                    "phases[{number}].super_batch_size is {}, over this service's limit of {largest} \
+                     (coordinator.super_batch_size_max)",
+                    spec.phases[number].super_batch_size
+                );
+                let field = format!("phases[{number}].super_batch_size");
+                Err(Error::new(Reason::RunSpecImpossible, message).with("field", field))
+            }
+        }
+    }
+
+    async fn index(&self, spec: &RunSpec) -> Result<Manifest> {
+        let stores = &self.coordinator.stores;
+        let mut sources = Vec::new();
+        for source in &spec.sources {
+            stores.open_allowed(&source.uri)?;
+            sources.push(SourceRequest {
+                uri: source.uri.clone(),
+                weight: source.weight,
+                image_column: named(&source.image_column),
+                caption_column: named(&source.caption_column),
+            });
+        }
+        index(stores, &sources).boxed().await
+    }
+
+    /// Has workers load the models, and checks that they fit the spec.
+    async fn models(&self, spec: &RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
+        let (stores, pool) = (&self.coordinator.stores, &self.coordinator.deps.pool);
+        let mut reference = None;
+        if let Some(asked) = &spec.reference {
+            stores.open_allowed(&asked.model_uri)?;
+            let fact: ModelFact = models::prepare(pool, models::reference_ref(spec, asked, None), true).await?.into();
+            if spec.loss() == Loss::Sigmoid && scores_beyond(spec, Criterion::Hard) {
+                models::sigmoid_bias(fact.logit_bias, asked.logit_bias, "reference")?;
+            }
+            reference = Some(fact);
+        }
+        let mut learner = None;
+        if let Some(asked) = &spec.learner {
+            stores.open_allowed(&asked.model_uri)?;
+            if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
+                stores.open_allowed(uri)?;
+            }
+            let fact: ModelFact = models::prepare(pool, models::initial_ref(spec, asked, None), true).await?.into();
+            if spec.loss() == Loss::Sigmoid && scores_beyond(spec, Criterion::Easy) {
+                models::sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
+            }
+            learner = Some(fact);
+        }
+        Ok((reference, learner))
+    }
+
+    async fn weights(&self, spec: &RunSpec, learner: Option<&ModelFact>, location: &Location) -> Result<Weights> {
+        let initial = match (&spec.learner, learner) {
+            (Some(asked), Some(fact)) if !matches!(asked.initial, Some(Initial::FirstPush(_))) => Some(Published {
+                version: WeightsVersion { version: 0, step: -1, generation: 0, digest: fact.weights_digest.clone() },
+                snapshot_uri: String::new(),
+                logit_scale: fact.logit_scale,
+                logit_bias: fact.logit_bias,
+            }),
+            _ => None,
+        };
+        let limits = &self.coordinator.limits;
+        let settings = RunWeights {
+            lag: spec.lag.unwrap_or_default(),
+            push_every_steps: spec.push_every_steps,
+            first_push: matches!(&spec.learner, Some(l) if matches!(l.initial, Some(Initial::FirstPush(_)))),
+            initial,
+            push_bytes_max: limits.push_bytes_max,
+            push_deadline: limits.push_deadline,
+        };
+        let verifier = WorkerVerifier {
+            pool: self.coordinator.deps.pool.clone(),
+            learner: spec.learner.as_ref().map(|asked| models::initial_ref(spec, asked, None)).unwrap_or_default(),
+            shape: models::shape(learner.unwrap_or(&ModelFact::none())),
+        };
+        Weights::open(location.clone(), settings, Arc::new(verifier)).boxed().await
+    }
+}
+
+/// Whether some phase scores by another criterion than `criterion`.
+fn scores_beyond(spec: &RunSpec, criterion: Criterion) -> bool {
+    spec.phases.iter().any(|phase| phase.policy() != Policy::Uniform && phase.criterion() != criterion)
+}
+
+fn named(column: &str) -> Option<String> {
+    (!column.is_empty()).then(|| column.to_owned())
+}
+
+/// What OpenRun answers.
+pub fn response(run: &Run) -> Result<OpenRunResponse> {
+    let spec = run.spec();
+    Ok(OpenRunResponse {
+        dataset_manifest: run.manifest_digest.clone(),
+        output_schema: output::schema_bytes(&run.output_schema)?,
+        generation: run.generation(),
+        next_step: run.next_step(),
+        dataset_rows: run.manifest.rows(),
+        steps_total: run.plan.steps_total(&spec.phases).unwrap_or(0),
+        spec: Some((*spec).clone()),
+    })
+}
+
+/// The newest committed step of the trajectory that `chain` describes.
+pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
+    let committed = Receipts::new(location.clone()).committed().await?;
+    let holds = |(step, generation): &(u64, u32)| chain.candidates(*step).contains(generation);
+    Ok(committed.into_iter().filter(holds).map(|(step, _)| step).max())
+}
+
+/// The run's totals: those of the newest commit, which has the largest.
+async fn totals(receipts: &Receipts) -> Result<Accounts> {
+    let mut committed = receipts.committed().await?;
+    committed.sort_by_key(|(step, generation)| (*generation, *step));
+    let mut largest = Accounts::default();
+    for (step, generation) in committed.into_iter().rev().take(TOTALS_FROM) {
+        let receipt = receipts.find(step, generation).await?;
+        let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
+        if let Some(totals) = totals.filter(|t| t.candidates_scanned > largest.candidates_scanned) {
+            largest = totals;
+        }
+    }
+    Ok(largest)
+}

@@ -1,0 +1,194 @@
+//! The workers that this coordinator may use: registered ones while their lease lasts, and the embedded one for ever.
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use superbatch_proto::{
+    MESSAGE_BYTES_MAX,
+    v1::{Reason, RegisterRequest, worker_service_client::WorkerServiceClient},
+};
+use tokio::{sync::watch, time::Instant};
+use tonic::transport::{Channel, Endpoint};
+
+/// A connection to one worker. Cloned freely.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    pub address: String,
+    channel: Channel,
+}
+
+impl Worker {
+    pub fn client(&self) -> WorkerServiceClient<Channel> {
+        WorkerServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+struct Member {
+    worker: Worker,
+    incarnation: String,
+    /// `None`: embedded, lives as long as we do.
+    lease_until: Option<Instant>,
+}
+
+/// Workers by address.
+pub struct Pool {
+    lease: Duration,
+    /// How long a call waits for a first worker before it fails.
+    patience: Duration,
+    members: Mutex<BTreeMap<String, Member>>,
+    /// Counts changes, so that waiters look again.
+    changed: watch::Sender<u64>,
+    turn: AtomicUsize,
+}
+
+impl Pool {
+    pub fn new(lease: Duration, patience: Duration) -> Self {
+        let changed = watch::Sender::new(0);
+        Self { lease, patience, members: Mutex::default(), changed, turn: AtomicUsize::new(0) }
+    }
+
+    pub fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    /// Adds the worker that lives in this process.
+    pub fn embed(&self, channel: Channel) {
+        let address = "embedded".to_owned();
+        let worker = Worker { address: address.clone(), channel };
+        self.insert(address, Member { worker, incarnation: String::new(), lease_until: None });
+    }
+
+    /// Takes a registration: adds the worker, renews its lease, or lets it go.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where its address is no URI.
+    pub fn register(&self, request: &RegisterRequest) -> Result<()> {
+        if request.leaving {
+            self.remove(&request.address);
+            return Ok(());
+        }
+        let lease_until = Some(Instant::now() + self.lease);
+        let mut members = self.members.lock().expect("no panic while held");
+        if let Some(member) = members.get_mut(&request.address).filter(|m| m.incarnation == request.incarnation) {
+            member.lease_until = lease_until;
+            return Ok(());
+        }
+        drop(members);
+        let endpoint = Endpoint::from_shared(request.address.clone()).map_err(|e| {
+            Error::invalid("address", format!("'{}' is no http://host:port", request.address)).because(e)
+        })?;
+        let channel = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).connect_lazy();
+        let worker = Worker { address: request.address.clone(), channel };
+        tracing::info!(address = request.address, device = request.device, "worker registered");
+        self.insert(request.address.clone(), Member { worker, incarnation: request.incarnation.clone(), lease_until });
+        Ok(())
+    }
+
+    /// Drops a worker whose connection broke; it comes back by its next registration.
+    pub fn lost(&self, worker: &Worker) {
+        let mut members = self.members.lock().expect("no panic while held");
+        if members.get(&worker.address).is_some_and(|m| m.lease_until.is_some()) {
+            members.remove(&worker.address);
+            metrics::workers().set(members.len() as f64);
+            tracing::warn!(address = worker.address, "worker lost");
+        }
+    }
+
+    /// All workers with a lease now, in the order of their addresses.
+    pub fn live(&self) -> Vec<Worker> {
+        let now = Instant::now();
+        let mut members = self.members.lock().expect("no panic while held");
+        members.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
+        metrics::workers().set(members.len() as f64);
+        members.values().map(|m| m.worker.clone()).collect()
+    }
+
+    /// All live workers, once there is one.
+    ///
+    /// # Errors
+    /// `NoWorkers` when none came within the pool's patience.
+    pub async fn wait_live(&self) -> Result<Vec<Worker>> {
+        let mut changed = self.changed.subscribe();
+        let found = async {
+            loop {
+                let live = self.live();
+                if !live.is_empty() {
+                    return live;
+                }
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(self.patience, found).await.map_err(|_| {
+            let seconds = self.patience.as_secs();
+            let message = format!(
+                "no scoring worker has been there for {seconds} s; start one with `superbatch worker`, or set \
+                 coordinator.embedded_worker: true"
+            );
+            Error::new(Reason::NoWorkers, message)
+        })
+    }
+
+    /// One live worker, each in its turn.
+    pub async fn one(&self) -> Result<Worker> {
+        let live = self.wait_live().await?;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        Ok(live[turn % live.len()].clone())
+    }
+
+    fn insert(&self, address: String, member: Member) {
+        let mut members = self.members.lock().expect("no panic while held");
+        members.insert(address, member);
+        metrics::workers().set(members.len() as f64);
+        drop(members);
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    fn remove(&self, address: &str) {
+        let mut members = self.members.lock().expect("no panic while held");
+        members.remove(address);
+        metrics::workers().set(members.len() as f64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registration(address: &str, leaving: bool) -> RegisterRequest {
+        RegisterRequest { address: address.into(), incarnation: "1".into(), leaving, ..Default::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_ends_and_is_renewed() {
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30));
+        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
+        tokio::time::advance(Duration::from_secs(9)).await;
+        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert_eq!(pool.live().len(), 1);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(pool.live().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_workers_a_call_fails_in_bounded_time() {
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30));
+        assert_eq!(pool.one().await.unwrap_err().reason(), Reason::NoWorkers);
+        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
+        assert!(pool.one().await.is_ok());
+        pool.register(&registration("http://127.0.0.1:1", true)).unwrap();
+        assert!(pool.live().is_empty());
+    }
+}

@@ -1,0 +1,293 @@
+//! What a step was decided on, gathered while it is decided, and the receipt that comes of it.
+use super::{
+    facts::ModelFact,
+    plan::{Candidate, PLAN_VERSION, SuperBatch},
+    run::Run,
+    scoring::{self, Rows, Scored, Scoring},
+    weights::Published,
+};
+use crate::{
+    error::Result,
+    metrics,
+    storage::nonce,
+};
+use arrow::array::{RecordBatch, UInt32Array};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use superbatch_proto::{
+    ids::RowId,
+    v1::{
+        Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary, RunSpec,
+        SelectResponse, StageSeconds, WeightsVersion,
+    },
+};
+
+/// Version of this program, as receipts name it.
+pub const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
+
+/// Everything that a step's receipt will say, as far as it is known.
+pub struct Decided {
+    pub generation: u32,
+    pub step: u64,
+    pub phase: Phase,
+    pub mode: Mode,
+    pub holes: Vec<Hole>,
+    pub candidates_scanned: usize,
+    pub drawn: SelectResponse,
+    pub learner: Option<WeightsVersion>,
+    pub reference_digest: String,
+    pub device: String,
+    /// Learner scale and bias, reference scale and bias, as selection used them.
+    pub scales: [f64; 4],
+    cost: Accounts,
+}
+
+impl Decided {
+    pub fn new(generation: u32, step: u64, phase: Phase) -> Self {
+        Self {
+            generation,
+            step,
+            phase,
+            mode: Mode::Normal,
+            holes: Vec::new(),
+            candidates_scanned: 0,
+            drawn: SelectResponse::default(),
+            learner: None,
+            reference_digest: String::new(),
+            device: String::new(),
+            scales: [0.0; 4],
+            cost: Accounts { seconds: Some(StageSeconds::default()), ..Default::default() },
+        }
+    }
+
+    pub fn cost_seconds(&mut self) -> &mut StageSeconds {
+        self.cost.seconds.get_or_insert_default()
+    }
+
+    pub fn read(&mut self, scoring: &Scoring) {
+        let (fetch, decode) = scoring.read_seconds();
+        let seconds = self.cost_seconds();
+        seconds.fetch += fetch;
+        seconds.decode += decode;
+    }
+
+    pub fn waited(&mut self, waited: Duration) {
+        self.cost_seconds().wait_weights = waited.as_secs_f64();
+        metrics::stage_duration("wait_weights").record(waited.as_secs_f64());
+    }
+
+    pub fn embedded_reference(&mut self, scored: Option<&Scored>) {
+        let Some(scored) = scored else { return };
+        self.cost.reference_flops += scored.flops;
+        self.cost_seconds().embed_reference += scored.seconds;
+        self.reference_digest.clone_from(&scored.digest);
+        self.device.clone_from(&scored.device);
+    }
+
+    pub fn embedded_learner(&mut self, published: &Published, scored: &Scored, fact: Option<&ModelFact>) {
+        self.cost.learner_flops += scored.flops;
+        self.cost_seconds().embed_learner += scored.seconds;
+        self.device.clone_from(&scored.device);
+        let mut version = published.version.clone();
+        if version.version == 0 {
+            version.digest = fact.map_or_else(String::new, |f| f.weights_digest.clone());
+        }
+        self.learner = Some(version);
+    }
+
+    pub fn discarded(&mut self, flops: f64) {
+        self.cost.discarded_flops += flops;
+        if self.mode == Mode::Uniform {
+            self.cost.discarded_flops += self.cost.reference_flops;
+        }
+    }
+
+    /// Rows with faults of content, and rows whose embeddings are not finite.
+    pub fn add_holes(&mut self, content: Vec<Hole>, towers: &[&Option<Scored>]) {
+        let mut holes: BTreeMap<u32, Hole> = content.into_iter().map(|hole| (hole.candidate, hole)).collect();
+        for candidate in towers.iter().filter_map(|t| t.as_ref()).flat_map(|t| &t.not_finite) {
+            holes.entry(*candidate).or_insert_with(|| Hole {
+                candidate: *candidate,
+                reason: BadRowReason::EmbeddingNotFinite as i32,
+                detail: "its embedding holds NaN or infinity".to_owned(),
+            });
+        }
+        self.holes = holes.into_values().collect();
+    }
+
+    pub fn hole_numbers(&self) -> Vec<u32> {
+        self.holes.iter().map(|hole| hole.candidate).collect()
+    }
+}
+
+/// Keys of the candidates' noise: unique over the sources of a super-batch.
+pub fn noise_keys(candidates: &[Candidate]) -> Vec<u64> {
+    candidates.iter().map(|c| u64::from(c.source) << 48 | c.position).collect()
+}
+
+/// The draw of a uniform step from the rows that were read: (candidate, the read it came with, its row there), in any order.
+pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, Rows, u32)>) -> Result<Rows> {
+    let mut batches: Vec<RecordBatch> = Vec::new();
+    let mut hashes = Vec::new();
+    for (_, rows, at) in &good {
+        batches.push(rows.data.slice(*at as usize, 1));
+        hashes.push(rows.hashes[*at as usize].clone());
+    }
+    let order = UInt32Array::from_iter_values(0..good.len() as u32);
+    let data = scoring::concat(&batches, &order)?;
+    decided.drawn = SelectResponse {
+        indices: good.iter().map(|(candidate, _, _)| *candidate).collect(),
+        chunks: vec![good.len() as u32],
+        scores: vec![0.0; good.len()],
+        weights: vec![1.0; good.len()],
+        device: "cpu".to_owned(),
+        ..Default::default()
+    };
+    Ok(Rows { data, hashes })
+}
+
+/// The receipt of a decided step; its totals are filled when it is committed.
+pub fn receipt(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided, rows: &Rows) -> Result<Receipt> {
+    let id = |candidate: u32| row_id(run, &super_batch.candidates[candidate as usize]);
+    let bad_row = |hole: &Hole| BadRow {
+        id: id(hole.candidate).0,
+        position: super_batch.candidates[hole.candidate as usize].position,
+        reason: hole.reason,
+        detail: hole.detail.clone(),
+    };
+    Ok(Receipt {
+        summary: Some(summary(run, spec, super_batch, decided)),
+        chosen: chosen(super_batch, decided, rows, id),
+        bad_rows: decided.holes.iter().map(bad_row).collect(),
+    })
+}
+
+fn chosen(
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    rows: &Rows,
+    id: impl Fn(u32) -> (String, u64),
+) -> Vec<ChosenRow> {
+    let drawn = &decided.drawn;
+    let chunk_of = drawn.chunks.iter().enumerate().flat_map(|(k, size)| std::iter::repeat_n(k as u32, *size as usize));
+    let places = drawn.indices.iter().zip(chunk_of).enumerate();
+    let row = |(place, (candidate, chunk)): (usize, (&u32, u32))| {
+        let c = &super_batch.candidates[*candidate as usize];
+        let (id, row) = id(*candidate);
+        ChosenRow {
+            id,
+            source: c.source,
+            shard: c.shard,
+            row,
+            position: c.position,
+            chunk,
+            score: drawn.scores[place],
+            weight: drawn.weights[place],
+            fidelity: Fidelity::Full as i32,
+            content_hash: rows.hashes[place].clone().into(),
+        }
+    };
+    places.map(row).collect()
+}
+
+fn row_id(run: &Run, candidate: &Candidate) -> (String, u64) {
+    let sources = &run.manifest.sources;
+    let shard = &sources[candidate.source as usize].shards[candidate.shard as usize];
+    let row = shard.blocks[candidate.block as usize].first_row + u64::from(candidate.row);
+    let source = (sources.len() > 1).then_some(candidate.source);
+    (RowId { source, shard: &shard.path, row }.to_string(), row)
+}
+
+fn summary(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided) -> ReceiptSummary {
+    let (phase, drawn) = (&decided.phase, &decided.drawn);
+    let [learner_scale, learner_bias, reference_scale, reference_bias] = decided.scales;
+    let scored = phase.policy() != Policy::Uniform;
+    ReceiptSummary {
+        run_id: run.id.clone(),
+        generation: decided.generation,
+        chosen_in_generation: decided.generation,
+        step: decided.step,
+        policy: phase.policy,
+        criterion: phase.criterion,
+        loss: spec.loss,
+        mode: decided.mode as i32,
+        fidelity: Fidelity::Full as i32,
+        super_batch_size: phase.super_batch_size,
+        sub_batch_size: phase.sub_batch_size,
+        n_chunks: drawn.chunks.len() as u32,
+        gain: phase.gain,
+        seed: spec.seed,
+        lag_steps: decided.learner.as_ref().map_or(0, |v| decided.step as i64 - 1 - v.step),
+        learner: decided.learner.clone(),
+        reference_digest: decided.reference_digest.clone(),
+        learner_scale,
+        learner_bias,
+        reference_scale,
+        reference_bias,
+        device: if scored { decided.device.clone() } else { drawn.device.clone() },
+        build: BUILD.to_owned(),
+        plan_version: PLAN_VERSION,
+        dataset_manifest: run.manifest_digest.clone(),
+        scanned: super_batch.spans.clone(),
+        holes: decided.holes.len() as u32,
+        batch_score: drawn.batch_score,
+        mean_score_chosen: drawn.mean_score_chosen,
+        mean_score_candidates: drawn.mean_score_candidates,
+        cost: Some(cost(run, spec, decided)),
+        committed_unix_ms: unix_ms(),
+        selector_threads: drawn.threads,
+        writer_nonce: nonce(),
+        embedding_dtype: spec.embedding_dtype,
+        compute_dtype: spec.compute_dtype,
+        run_totals: None,
+    }
+}
+
+fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
+    let drawn = &decided.drawn;
+    let per_example = match (spec.train_flops_per_example, &run.learner) {
+        (given, _) if given > 0.0 => given,
+        (_, Some(learner)) => 3.0 * learner.pair_flops,
+        (_, None) => 0.0,
+    };
+    let mut cost = decided.cost.clone();
+    cost.candidates_scanned = decided.candidates_scanned as u64;
+    cost.examples_selected = drawn.indices.len() as u64;
+    cost.bad_rows = decided.holes.len() as u64;
+    cost.selection_flops = drawn.flops;
+    cost.train_flops = per_example * drawn.indices.len() as f64;
+    cost.seconds.get_or_insert_default().select = drawn.seconds;
+    cost
+}
+
+fn unix_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+}
+
+/// `a` and `b` together.
+pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
+    let (x, y) = (a.seconds.unwrap_or_default(), b.seconds.unwrap_or_default());
+    Accounts {
+        candidates_scanned: a.candidates_scanned + b.candidates_scanned,
+        examples_selected: a.examples_selected + b.examples_selected,
+        bad_rows: a.bad_rows + b.bad_rows,
+        reference_flops: a.reference_flops + b.reference_flops,
+        learner_flops: a.learner_flops + b.learner_flops,
+        selection_flops: a.selection_flops + b.selection_flops,
+        discarded_flops: a.discarded_flops + b.discarded_flops,
+        train_flops: a.train_flops + b.train_flops,
+        seconds: Some(StageSeconds {
+            plan: x.plan + y.plan,
+            fetch: x.fetch + y.fetch,
+            decode: x.decode + y.decode,
+            embed_reference: x.embed_reference + y.embed_reference,
+            embed_learner: x.embed_learner + y.embed_learner,
+            select: x.select + y.select,
+            commit: x.commit + y.commit,
+            total: x.total + y.total,
+            wait_weights: x.wait_weights + y.wait_weights,
+        }),
+    }
+}

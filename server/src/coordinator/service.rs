@@ -1,0 +1,223 @@
+//! The gRPC surface of the coordinator: a few lines a method.
+use super::{output, ranks, registry::Coordinator, run::Run, step::Ready};
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use std::{pin::Pin, sync::Arc};
+use superbatch_proto::{
+    PART_BYTES,
+    v1::{
+        AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery,
+        GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
+        OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest,
+        RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
+        coordinator_service_server::CoordinatorService, push_weights_request, select_batch_response::Message,
+        selection_service_server::SelectionService,
+    },
+};
+use tokio::time::Instant;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Serves trainers and operators.
+#[derive(Clone)]
+pub struct Selection(pub Arc<Coordinator>);
+
+/// Serves workers.
+#[derive(Clone)]
+pub struct WorkerPlane(pub Arc<Coordinator>);
+
+#[tonic::async_trait]
+impl CoordinatorService for WorkerPlane {
+    async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+        let pool = &self.0.deps.pool;
+        pool.register(request.get_ref())?;
+        Ok(Response::new(RegisterResponse { lease_seconds: pool.lease().as_secs_f64() }))
+    }
+}
+
+type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl SelectionService for Selection {
+    type SelectBatchStream = BatchStream;
+
+    async fn open_run(&self, request: Request<OpenRunRequest>) -> Result<Response<OpenRunResponse>, Status> {
+        Ok(Response::new(self.0.open_run(request.into_inner()).await?))
+    }
+
+    async fn get_run(&self, request: Request<GetRunRequest>) -> Result<Response<GetRunResponse>, Status> {
+        let run = self.0.run(&request.get_ref().run_id).await?;
+        Ok(Response::new(GetRunResponse { run: Some(run.info()) }))
+    }
+
+    async fn list_runs(&self, _: Request<ListRunsRequest>) -> Result<Response<ListRunsResponse>, Status> {
+        Ok(Response::new(ListRunsResponse { runs: self.0.list().await? }))
+    }
+
+    async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+        self.0.run(&request.get_ref().run_id).await?.close().await?;
+        Ok(Response::new(CloseRunResponse {}))
+    }
+
+    async fn append_phases(
+        &self,
+        request: Request<AppendPhasesRequest>,
+    ) -> Result<Response<AppendPhasesResponse>, Status> {
+        let request = request.into_inner();
+        let spec = self.0.run(&request.run_id).await?.append_phases(request.phases).await?;
+        Ok(Response::new(AppendPhasesResponse { spec: Some((*spec).clone()) }))
+    }
+
+    async fn rewind(&self, request: Request<RewindRequest>) -> Result<Response<RewindResponse>, Status> {
+        let request = request.get_ref();
+        if request.mode() == RewindMode::Unspecified {
+            return Err(Error::invalid("mode", "say whether to replay the old choices or to reselect").into());
+        }
+        let generation = self.0.run(&request.run_id).await?.rewind(request.to_step, request.mode()).await?;
+        Ok(Response::new(RewindResponse { generation }))
+    }
+
+    async fn select_batch(&self, request: Request<SelectBatchRequest>) -> Result<Response<BatchStream>, Status> {
+        let mut outcome = Outcome::new();
+        let batch = batch(&self.0, request.get_ref()).await.inspect_err(|error| outcome.failed(error))?;
+        Ok(Response::new(Box::pin(batch.into_messages(outcome).map(Ok))))
+    }
+
+    async fn push_weights(
+        &self,
+        request: Request<Streaming<PushWeightsRequest>>,
+    ) -> Result<Response<PushWeightsResponse>, Status> {
+        let mut stream = request.into_inner();
+        let first = stream.message().await?.and_then(|first| first.message);
+        let Some(push_weights_request::Message::Start(start)) = first else {
+            return Err(Error::invalid("start", "a push begins with PushStart").into());
+        };
+        let run = self.0.run(&start.run_id).await?;
+        run.check_push(start.generation)?;
+        let published = run.weights.push(run.generation(), start, stream).await?;
+        Ok(Response::new(PushWeightsResponse { published: Some(published) }))
+    }
+
+    async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
+        let request = request.get_ref();
+        let receipt = receipt(&*self.0.run(&request.run_id).await?, request).await?;
+        Ok(Response::new(GetReceiptResponse { receipt: Some(receipt) }))
+    }
+}
+
+async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
+    let found = match request.generation {
+        Some(generation) => run.receipts.find(request.step, generation).await?,
+        None => run.find_receipt(request.step).await?,
+    };
+    found.ok_or_else(|| {
+        let message = format!("step {} of run '{}' is not committed (yet)", request.step, run.id);
+        Error::new(Reason::StepNotCommitted, message).with("step", request.step)
+    })
+}
+
+/// One rank's slice, ready to be sent.
+struct Batch {
+    header: BatchHeader,
+    bytes: Bytes,
+    trailer: BatchTrailer,
+}
+
+async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Result<Batch> {
+    check_delivery(request)?;
+    let run = coordinator.run(&request.run_id).await?;
+    let asked = Instant::now();
+    let need = request.intent() != Intent::Prefetch;
+    let ready = run.select(request, need).await?;
+    if need {
+        metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
+    }
+    let bytes = rank_bytes(&run, request, &ready)?;
+    let stream_bytes = bytes.len() as u64;
+    if request.resume_offset > stream_bytes {
+        let message = format!("resume_offset {} is beyond the stream's {stream_bytes} bytes", request.resume_offset);
+        return Err(Error::invalid("resume_offset", message));
+    }
+    let summary = ready.receipt.summary.clone().unwrap_or_default();
+    let rows = summary.sub_batch_size / request.world_size;
+    let receipt =
+        superbatch_proto::v1::ReceiptSummary { generation: request.generation, run_totals: None, ..summary };
+    Ok(Batch {
+        header: BatchHeader {
+            receipt: Some(receipt),
+            rank: request.rank,
+            world_size: request.world_size,
+            rows,
+            stream_bytes,
+            offset: request.resume_offset,
+        },
+        trailer: BatchTrailer { rows, blake3: blake3::hash(&bytes).as_bytes().to_vec().into() },
+        bytes: bytes.slice(request.resume_offset as usize..),
+    })
+}
+
+fn rank_bytes(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<Bytes> {
+    let spec = run.spec();
+    let size = ready.receipt.chosen.len();
+    let (rank, world) = (request.rank, request.world_size);
+    let indices = ranks::slice(spec.seed, request.step, size, world, spec.micro_batches, rank)?;
+    output::rank_stream(&run.output_schema, &ready.rows, &ready.receipt, &indices)
+}
+
+fn check_delivery(request: &SelectBatchRequest) -> Result<()> {
+    let feature = match request.delivery() {
+        Delivery::Unspecified | Delivery::Bytes => return Ok(()),
+        Delivery::Locators => "DELIVERY_LOCATORS",
+        Delivery::WorkerDirect => "DELIVERY_WORKER_DIRECT",
+    };
+    let message = format!("{feature} is in the protocol and not built yet; ask for DELIVERY_BYTES");
+    Err(Error::new(Reason::Unimplemented, message).with("feature", feature))
+}
+
+impl Batch {
+    fn into_messages(self, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
+        let bytes = self.bytes;
+        let starts = (0..bytes.len()).step_by(PART_BYTES);
+        let parts = starts.map(move |at| Message::ArrowIpc(bytes.slice(at..(at + PART_BYTES).min(bytes.len()))));
+        let first = std::iter::once(Message::Header(self.header));
+        let last = std::iter::once_with(move || {
+            outcome.sent();
+            Message::Trailer(self.trailer)
+        });
+        stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse { message: Some(message) })
+    }
+}
+
+/// Counts how a SelectBatch call ended; a call that is dropped was cancelled.
+struct Outcome {
+    begun: Instant,
+    what: &'static str,
+    sending: Option<Instant>,
+}
+
+impl Outcome {
+    fn new() -> Self {
+        Self { begun: Instant::now(), what: "cancelled", sending: None }
+    }
+
+    fn failed(&mut self, error: &Error) {
+        self.what = superbatch_proto::reason_name(error.reason());
+    }
+
+    fn sent(&mut self) {
+        self.what = "ok";
+        self.sending = Some(Instant::now());
+    }
+}
+
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        metrics::select_requests(self.what).increment(1);
+        if self.sending.is_some() {
+            metrics::select_duration().record(self.begun.elapsed().as_secs_f64());
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! One step: a cell that ranks wait at, and what they get when it is ready.
+use super::waiting::Demand;
+use crate::error::{Error, Result};
+use arrow::array::RecordBatch;
+use std::sync::Arc;
+use superbatch_proto::v1::Receipt;
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
+
+/// A step whose receipt is durable and whose chosen bytes are in hand.
+#[derive(Debug)]
+pub struct Ready {
+    pub receipt: Receipt,
+    /// Data columns of the chosen rows, in the order drawn.
+    pub rows: RecordBatch,
+}
+
+/// How far a step is.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    /// Under way. `told` counts the messages to waiting ranks; `message` is the newest.
+    Working { told: u64, message: Option<Arc<Error>> },
+    Ready(Arc<Ready>),
+    Failed(Arc<Error>),
+}
+
+/// The task's end of a cell: reports progress, sees who waits.
+#[derive(Debug, Clone)]
+pub struct Reporter {
+    progress: watch::Sender<Progress>,
+    demand: watch::Sender<Demand>,
+}
+
+impl Reporter {
+    pub fn finish(&self, result: Result<Ready>) {
+        let end = match result {
+            Ok(ready) => Progress::Ready(Arc::new(ready)),
+            Err(error) => Progress::Failed(Arc::new(error)),
+        };
+        self.progress.send_replace(end);
+    }
+
+    /// Ends the calls that stand still for this step with `error`; the step goes on.
+    pub fn tell(&self, error: Error) {
+        self.demand.send_modify(|demand| {
+            demand.needing.clear();
+            demand.since = None;
+        });
+        self.progress.send_modify(|progress| {
+            if let Progress::Working { told, message } = progress {
+                *told += 1;
+                *message = Some(Arc::new(error));
+            }
+        });
+    }
+
+    pub fn demand(&self) -> watch::Receiver<Demand> {
+        self.demand.subscribe()
+    }
+}
+
+/// Where ranks wait for a step. Dropping the cell ends its task.
+#[derive(Debug)]
+pub struct Cell {
+    progress: watch::Sender<Progress>,
+    demand: watch::Sender<Demand>,
+    task: AbortHandle,
+}
+
+impl Cell {
+    /// Starts `task` on a new cell.
+    pub fn start<F>(task: impl FnOnce(Reporter) -> F) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let progress = watch::Sender::new(Progress::Working { told: 0, message: None });
+        let demand = watch::Sender::new(Demand::default());
+        let reporter = Reporter { progress: progress.clone(), demand: demand.clone() };
+        let task = tokio::spawn(task(reporter)).abort_handle();
+        Self { progress, demand, task }
+    }
+
+    pub fn is_failed(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Failed(_))
+    }
+
+    pub fn is_ready(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// Whether some call waits here.
+    pub fn is_wanted(&self) -> bool {
+        self.progress.receiver_count() > 0
+    }
+
+    /// Joins the ranks that wait. `need`: this rank stands still.
+    pub fn wait(&self, rank: u32, world_size: u32, need: bool, pushing_through: Option<i64>) -> Waiting {
+        let progress = self.progress.subscribe();
+        let told = match *progress.borrow() {
+            Progress::Working { told, .. } => told,
+            _ => 0,
+        };
+        self.demand.send_modify(|demand| {
+            demand.world_size = world_size;
+            demand.pushing_through = demand.pushing_through.max(pushing_through);
+            if need {
+                demand.needing.insert(rank);
+                demand.since.get_or_insert_with(Instant::now);
+            }
+        });
+        Waiting { progress, told, demand: self.demand.clone(), needing: need.then_some(rank) }
+    }
+}
+
+impl Drop for Cell {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Whoever still waits learns it at once.
+        self.progress.send_if_modified(|progress| {
+            let working = matches!(progress, Progress::Working { .. });
+            if working {
+                *progress = Progress::Failed(Arc::new(super::gone()));
+            }
+            working
+        });
+    }
+}
+
+/// One call that waits. Dropping it withdraws the rank's need.
+pub struct Waiting {
+    progress: watch::Receiver<Progress>,
+    told: u64,
+    demand: watch::Sender<Demand>,
+    needing: Option<u32>,
+}
+
+impl Waiting {
+    /// Until the step is ready, failed, or the ranks are told that it cannot come.
+    pub async fn ready(mut self) -> Result<Arc<Ready>> {
+        let seen = self.told;
+        let done = |progress: &Progress| match progress {
+            Progress::Working { told, .. } => *told > seen,
+            _ => true,
+        };
+        match self.progress.wait_for(done).await {
+            Ok(progress) => match &*progress {
+                Progress::Ready(ready) => Ok(ready.clone()),
+                Progress::Failed(error) => Err(error.repeat()),
+                Progress::Working { message, .. } => Err(message.as_ref().map_or_else(super::gone, |e| e.repeat())),
+            },
+            Err(_) => Err(super::gone()),
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let Some(rank) = self.needing else { return };
+        self.demand.send_if_modified(|demand| {
+            let was = demand.needing.remove(&rank);
+            if demand.needing.is_empty() {
+                demand.since = None;
+            }
+            was
+        });
+    }
+}

@@ -1,0 +1,105 @@
+//! What to do about a step whose weights are not there: wait on, give up, or fall back. Pure.
+use std::{collections::BTreeSet, time::Duration};
+use superbatch_proto::v1::Fallback;
+use tokio::time::Instant;
+
+/// Who waits for a step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Ranks that stand still for it.
+    pub needing: BTreeSet<u32>,
+    pub world_size: u32,
+    /// The newest step whose push some rank says it has begun.
+    pub pushing_through: Option<i64>,
+    /// When the first of them began to stand still.
+    pub since: Option<Instant>,
+}
+
+/// What is known at one moment.
+#[derive(Debug, Clone)]
+pub struct Moment<'a> {
+    pub demand: &'a Demand,
+    /// How long some rank has stood still; `None` while none does.
+    pub needed_for: Option<Duration>,
+    pub deadline: Duration,
+    /// The step whose push is due; `None` for initial weights.
+    pub due: Option<i64>,
+    /// Steps whose pushes have reached us in part.
+    pub staging: &'a BTreeSet<i64>,
+    pub fallback: Fallback,
+}
+
+/// What to do, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Wait,
+    /// Tell the ranks that the weights are missing, and go on waiting.
+    TellRanks(Why),
+    FallBack(Why),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    Deadline,
+    /// Every rank stands still and no push is on its way: waiting cannot help.
+    NobodyPushes,
+}
+
+/// Decides. All ranks standing still with no push on its way needs no deadline; else the deadline runs while some rank needs
+/// the step.
+pub fn verdict(moment: &Moment) -> Verdict {
+    let Some(needed_for) = moment.needed_for else { return Verdict::Wait };
+    let demand = moment.demand;
+    let due = moment.due.unwrap_or(-1);
+    let all = demand.world_size > 0 && demand.needing.len() >= demand.world_size as usize;
+    let on_its_way = demand.pushing_through.is_some_and(|step| step >= due) || moment.staging.iter().any(|s| *s >= due);
+    let why = match (needed_for >= moment.deadline, all && !on_its_way) {
+        (_, true) => Why::NobodyPushes,
+        (true, false) => Why::Deadline,
+        (false, false) => return Verdict::Wait,
+    };
+    if moment.fallback == Fallback::Wait { Verdict::TellRanks(why) } else { Verdict::FallBack(why) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decide(needing: &[u32], seconds: u64, pushing: Option<i64>, staging: &[i64], fallback: Fallback) -> Verdict {
+        let demand = Demand {
+            needing: needing.iter().copied().collect(),
+            world_size: 2,
+            pushing_through: pushing,
+            since: None,
+        };
+        verdict(&Moment {
+            demand: &demand,
+            needed_for: (!needing.is_empty()).then(|| Duration::from_secs(seconds)),
+            deadline: Duration::from_secs(60),
+            due: Some(7),
+            staging: &staging.iter().copied().collect(),
+            fallback,
+        })
+    }
+
+    #[test]
+    fn no_deadline_runs_while_the_trainer_works() {
+        assert_eq!(decide(&[], 1000, None, &[], Fallback::Uniform), Verdict::Wait);
+    }
+
+    #[test]
+    fn a_deadline_runs_while_one_rank_needs_the_step() {
+        assert_eq!(decide(&[0], 59, None, &[], Fallback::Uniform), Verdict::Wait);
+        assert_eq!(decide(&[0], 60, None, &[], Fallback::Uniform), Verdict::FallBack(Why::Deadline));
+        assert_eq!(decide(&[0], 60, None, &[], Fallback::Wait), Verdict::TellRanks(Why::Deadline));
+    }
+
+    #[test]
+    fn nobody_pushing_ends_the_wait_at_once() {
+        assert_eq!(decide(&[0, 1], 0, None, &[], Fallback::Uniform), Verdict::FallBack(Why::NobodyPushes));
+        assert_eq!(decide(&[0, 1], 0, Some(6), &[6], Fallback::Uniform), Verdict::FallBack(Why::NobodyPushes));
+        assert_eq!(decide(&[0, 1], 0, Some(7), &[], Fallback::Uniform), Verdict::Wait);
+        assert_eq!(decide(&[0, 1], 0, None, &[7], Fallback::Uniform), Verdict::Wait);
+        assert_eq!(decide(&[0, 1], 60, None, &[7], Fallback::Uniform), Verdict::FallBack(Why::Deadline));
+    }
+}
