@@ -5,7 +5,7 @@
 use super::decode::RowFault;
 use crate::error::{Error, Result};
 use superbatch_proto::v1::{BadRowReason, Reason};
-use tokenizers::{PaddingDirection, PaddingParams, PaddingStrategy, TruncationParams};
+use tokenizers::{PaddingDirection, PaddingParams, PaddingStrategy, PostProcessor, TruncationParams};
 
 const FILE: &str = "tokenizer.json";
 /// A caption longer than this is no caption.
@@ -57,6 +57,10 @@ impl Tokenizer {
             pad_token,
             ..Default::default()
         }));
+        // The library subtracts these from the length unchecked.
+        if inner.get_post_processor().map_or(0, |post| post.added_tokens(false)) >= text.length {
+            return Err(too_short(text.length));
+        }
         let truncation = TruncationParams { max_length: text.length, ..Default::default() };
         inner.with_truncation(Some(truncation)).map_err(|e| too_short(text.length).because(e))?;
         let mut hasher = blake3::Hasher::new();
