@@ -68,6 +68,7 @@ def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path
     import torch
 
     from . import settings as presets
+    from .data.packages import DemoError
     from .model import write_folder
     from .reference import train_reference
     from .report import read_arm
@@ -89,7 +90,10 @@ def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path
             folder.mkdir()
             arm = Arm(policy, seed, settings, dataset, learners[seed], reference, folder)
             with serve(folder) as address:
-                torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=settings.world_size)
+                try:
+                    torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=settings.world_size)
+                except torch.multiprocessing.ProcessException as error:
+                    raise DemoError(f"{arm.label} failed; the server's log is {folder / 'server.log'}\n{error}") from None
             results.append(read_arm(policy, seed, folder))
     return results
 

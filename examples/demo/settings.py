@@ -17,17 +17,19 @@ class Settings:
     world_size: int = 2
     learning_rate: float = 3e-3
     warmup_steps: int = 50
-    weight_decay: float = 1e-3
+    weight_decay: float = 0.1
     # Share of the steps, at the end, over which the learning rate falls to nothing. Arms have none, so that a point of a
     # curve does not depend on how much longer the arm goes on.
     cooldown: float = 0.0
+    # Whether pictures are moved, turned and recoloured at random. For the reference, which sees few pictures many times.
+    augment: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         left = 1.0 if not self.cooldown else min(1.0, (self.steps - step) / (self.steps * self.cooldown))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * left
 
 
-FULL = Settings(steps=1000, evaluate_every=50)
-FULL_REFERENCE = Settings(steps=1500, evaluate_every=500, cooldown=0.4)
-QUICK = Settings(steps=150, evaluate_every=25)
-QUICK_REFERENCE = Settings(steps=400, evaluate_every=200, cooldown=0.4)
+FULL = Settings(steps=1200, evaluate_every=60)
+FULL_REFERENCE = Settings(steps=3000, evaluate_every=500, cooldown=0.3, augment=True)
+QUICK = Settings(steps=150, evaluate_every=15)
+QUICK_REFERENCE = Settings(steps=600, evaluate_every=200, cooldown=0.3, augment=True)

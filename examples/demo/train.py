@@ -59,12 +59,32 @@ def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bi
     return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(image)
 
 
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Moves, turns, scales and recolours pictures (n, 3, height, width) in -1 .. 1, each on its own."""
+    n = len(pixels)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    scale, angle, right, down = uniform(0.85, 1.5), uniform(-0.25, 0.25), uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    turned = torch.stack([
+        torch.stack([scale * angle.cos(), -scale * angle.sin(), right], dim=1),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), down], dim=1)], dim=1)
+    grid = torch.nn.functional.affine_grid(turned, list(pixels.shape), align_corners=False)
+    # Beyond the edge there are zeros: made white, as the ground of the drawings is.
+    moved = torch.nn.functional.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    gray = moved.mean(dim=1, keepdim=True)
+    faded = gray + (moved - gray) * uniform(0.3, 1.2, 1, 1, 1)
+    return (faded * uniform(0.8, 1.15, 3, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)).clamp(-1, 1)
+
+
 class Trainer:
     """One rank's model and optimizer."""
 
     def __init__(self, model_folder: Path, settings: Settings, rank: int):
         self.settings, self.rank = settings, rank
         self.transform = Transform(model_folder)
+        self.chance = torch.Generator().manual_seed(rank)
         self.model = load(model_folder).train()
         self.parallel = DistributedDataParallel(self.model)
         temperature = [self.model.logit_scale, self.model.logit_bias]
@@ -77,6 +97,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(batch.step)
         pixels, ids = self.transform.images(batch.images), self.transform.captions(batch.captions)
+        if self.settings.augment:
+            pixels = augment(pixels, self.chance)
         out = self.parallel(input_ids=ids, pixel_values=pixels)
         loss = siglip_loss(out.image_embeds, out.text_embeds, self.model.logit_scale, self.model.logit_bias, self.rank)
         self.optimizer.zero_grad()

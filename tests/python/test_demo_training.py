@@ -16,7 +16,7 @@ from examples.demo.evaluate import recall
 from examples.demo.model import Transform, load, normalise
 from examples.demo.report import ArmResult
 from examples.demo.settings import Settings
-from examples.demo.train import Batch, Point, Trainer, siglip_loss, start_rank
+from examples.demo.train import Batch, Point, Trainer, augment, siglip_loss, start_rank
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,15 @@ def test_training_learns(one_rank, folder):
     assert losses[-1] < 0.7 * losses[0]
     before = load(folder)
     assert not torch.equal(before.logit_bias, trainer.model.logit_bias)
+
+
+def test_augmenting_keeps_white_ground_and_bounds():
+    chance = torch.Generator().manual_seed(0)
+    pixels = torch.rand(8, 3, 24, 24, generator=chance) * 2 - 1
+    moved = augment(pixels, chance)
+    assert moved.shape == pixels.shape and moved.abs().max() <= 1 and not torch.equal(moved, pixels)
+    white = augment(torch.ones(64, 3, 24, 24), chance)
+    assert white.std(dim=(2, 3)).max() < 1e-5
 
 
 def test_recall_counts_ties_against(one_rank):

@@ -1,0 +1,58 @@
+"""The demo's trainer on two real ranks against the real binary, on tiny data: what `make demo` does, in seconds."""
+
+from pathlib import Path
+
+import pytest
+import superbatch
+import torch
+
+from examples.demo import report, service, tiny
+from examples.demo.settings import Settings
+
+STEPS = 8
+SETTINGS = Settings(steps=STEPS, evaluate_every=4, super_batch_size=64, sub_batch_size=16, n_chunks=2, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_dataset(folder / "pool", rows=1024)
+    tiny.write_dataset(folder / "eval", rows=32, mismatched_share=0.0, shards=1, seed=1)
+    tiny.write_siglip(folder / "learner", seed=0)
+    tiny.write_siglip(folder / "reference", seed=1)
+    return folder
+
+
+def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, list, dict]:
+    """The arm's result, its receipts, and what the service knows of the run at the end."""
+    arm = service.Arm(policy, 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder)
+    with service.serve(folder) as address:
+        torch.multiprocessing.spawn(service.rank_main, (arm, address), nprocs=SETTINGS.world_size)
+        run = superbatch.connect(address).open_run(service.run_spec(arm))
+        receipts = [run.receipt(step) for step in range(STEPS)]
+        return report.read_arm(policy, 0, folder), receipts, run.get_run()
+
+
+def test_a_two_rank_trainer_learns_from_batches_chosen_with_its_own_weights(inputs, tmp_path):
+    result, receipts, known = train("joint", inputs, tmp_path)
+    summaries = [receipt.summary for receipt in receipts]
+    # Lag exact(1): step s is scored with what was pushed after step s-2; before that with the initial weights.
+    assert [summary.learner.step for summary in summaries] == [-1, -1, *range(STEPS - 2)]
+    versions = [summary.learner.version for summary in summaries]
+    assert versions[0] == versions[1] and all(a < b for a, b in zip(versions[1:], versions[2:]))
+    for receipt, chosen in zip(receipts, result.chosen, strict=True):
+        assert sorted(row.id for row in receipt.chosen) == sorted(chosen)
+        assert receipt.summary.mean_score_chosen > receipt.summary.mean_score_candidates
+    assert [point.step for point in result.points] == [4, 8]
+    assert result.points[-1].scanned == STEPS * SETTINGS.super_batch_size
+    assert result.points[-1].flops > 0
+    assert known.candidates_scanned >= STEPS * SETTINGS.super_batch_size
+
+
+def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):
+    result, receipts, known = train("uniform", inputs, tmp_path)
+    assert result.points[-1].scanned == STEPS * SETTINGS.sub_batch_size
+    assert {receipt.summary.learner.version for receipt in receipts} == {0}
+    assert known.accounts.learner_flops == 0 and known.accounts.reference_flops == 0
+    pool = report.Pool(inputs / "pool")
+    assert 0.3 < pool.mismatched_share(sum(result.chosen, [])) < 0.7
