@@ -1,6 +1,6 @@
 //! The scoring worker behind its real protocol, on a loopback socket.
 use arrow::{
-    array::{Array, AsArray},
+    array::AsArray,
     compute::concat_batches,
     datatypes::Int64Type,
     ipc::reader::StreamReader,

@@ -9,13 +9,13 @@ use std::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{Reason, RegisterRequest, worker_service_client::WorkerServiceClient},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
 /// A connection to one worker. Cloned freely.
@@ -68,16 +68,16 @@ impl Pool {
         self.insert(address, Member { worker, incarnation: String::new(), lease_until: None });
     }
 
-    /// Takes a registration: adds the worker, renews its lease, or lets it go.
+    /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.
     ///
     /// # Errors
     /// `InvalidArgument` where its address is no URI.
-    pub fn register(&self, request: &RegisterRequest) -> Result<()> {
+    pub fn register(&self, request: &RegisterRequest, now: Instant) -> Result<()> {
         if request.leaving {
             self.remove(&request.address);
             return Ok(());
         }
-        let lease_until = Some(Instant::now() + self.lease);
+        let lease_until = Some(now + self.lease);
         let mut members = self.members.lock().expect("no panic while held");
         if let Some(member) = members.get_mut(&request.address).filter(|m| m.incarnation == request.incarnation) {
             member.lease_until = lease_until;
@@ -104,9 +104,8 @@ impl Pool {
         }
     }
 
-    /// All workers with a lease now, in the order of their addresses.
-    pub fn live(&self) -> Vec<Worker> {
-        let now = Instant::now();
+    /// All workers with a lease `now`, in the order of their addresses.
+    pub fn live(&self, now: Instant) -> Vec<Worker> {
         let mut members = self.members.lock().expect("no panic while held");
         members.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
         metrics::workers().set(members.len() as f64);
@@ -121,7 +120,7 @@ impl Pool {
         let mut changed = self.changed.subscribe();
         let found = async {
             loop {
-                let live = self.live();
+                let live = self.live(Instant::now());
                 if !live.is_empty() {
                     return live;
                 }
@@ -170,25 +169,25 @@ mod tests {
         RegisterRequest { address: address.into(), incarnation: "1".into(), leaving, ..Default::default() }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_lease_ends_and_is_renewed() {
         let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30));
-        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
-        tokio::time::advance(Duration::from_secs(9)).await;
-        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
-        tokio::time::advance(Duration::from_secs(9)).await;
-        assert_eq!(pool.live().len(), 1);
-        tokio::time::advance(Duration::from_secs(2)).await;
-        assert!(pool.live().is_empty());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        pool.register(&registration("http://127.0.0.1:1", false), at(0)).unwrap();
+        pool.register(&registration("http://127.0.0.1:1", false), at(9)).unwrap();
+        assert_eq!(pool.live(at(18)).len(), 1);
+        assert!(pool.live(at(20)).is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn without_workers_a_call_fails_in_bounded_time() {
-        let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30));
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20));
+        let start = Instant::now();
         assert_eq!(pool.one().await.unwrap_err().reason(), Reason::NoWorkers);
-        pool.register(&registration("http://127.0.0.1:1", false)).unwrap();
+        pool.register(&registration("http://127.0.0.1:1", false), start + Duration::from_secs(60)).unwrap();
         assert!(pool.one().await.is_ok());
-        pool.register(&registration("http://127.0.0.1:1", true)).unwrap();
-        assert!(pool.live().is_empty());
+        pool.register(&registration("http://127.0.0.1:1", true), start).unwrap();
+        assert!(pool.live(start).is_empty());
     }
 }

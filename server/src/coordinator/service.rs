@@ -33,7 +33,7 @@ pub struct WorkerPlane(pub Arc<Coordinator>);
 impl CoordinatorService for WorkerPlane {
     async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
         let pool = &self.0.deps.pool;
-        pool.register(request.get_ref())?;
+        pool.register(request.get_ref(), std::time::Instant::now())?;
         Ok(Response::new(RegisterResponse { lease_seconds: pool.lease().as_secs_f64() }))
     }
 }

@@ -20,6 +20,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         root_uri: format!("memory:///{name}"),
         weight,
         layout: Layout { image_column: "jpg".into(), image_in_struct: false, caption_column: "caption".into() },
+        columns: vec![],
         shards: shards.iter().enumerate().map(shard).collect(),
     }
 }
