@@ -6,7 +6,7 @@ use super::decode::too_large;
 use crate::error::{Error, Result};
 use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
-    images::{Image, ImageRef},
+    images::Image,
 };
 use image::RgbImage;
 use serde::Serialize;
@@ -15,8 +15,10 @@ use superbatch_proto::v1::{BadRowReason, Reason};
 
 const FILE: &str = "preprocessor_config.json";
 /// Raised when the same configuration gives other pixels: part of the digest.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const SIDE_MAX: u64 = 4096;
+/// Rows that are resized along their length at once: bounds the memory of a huge image.
+const STRIP_ROWS: usize = 64;
 
 /// How images become pixels of one fixed size.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -144,19 +146,36 @@ impl Preprocess {
         if between > limits.pixels_max.max(u64::from(width) * u64::from(height)) {
             return Err(too_large(format!("{width}x{height} pixels take {between} while they are resized")));
         }
-        let failed = |e: &dyn std::fmt::Display| RowFault::new(BadRowReason::ImageUndecodable, e.to_string());
         let filter = if self.resample == 2 { FilterType::Bilinear } else { FilterType::CatmullRom };
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
         let mut resizer = Resizer::new();
-        let source = ImageRef::new(width, height, image.as_raw(), PixelType::U8x3).map_err(|e| failed(&e))?;
-        let mut wide = Image::new(columns.length, height, PixelType::U8x3);
-        let crop = options.crop(columns.start, 0.0, columns.span, height.into());
-        resizer.resize(&source, &mut wide, &crop).map_err(|e| failed(&e))?;
-        let mut small = Image::new(columns.length, rows.length, PixelType::U8x3);
+        let mut wide = Vec::with_capacity((columns.length * height * 3) as usize);
+        let crop = |rows: usize| options.crop(columns.start, 0.0, columns.span, rows as f64);
+        for strip in image.as_raw().chunks(width as usize * 3 * STRIP_ROWS) {
+            let rows = strip.len() / (width as usize * 3);
+            wide.extend(convolve(&mut resizer, strip, (width, rows as u32), (columns.length, rows as u32), &crop(rows))?);
+        }
         let crop = options.crop(0.0, rows.start, columns.length.into(), rows.span);
-        resizer.resize(&wide, &mut small, &crop).map_err(|e| failed(&e))?;
-        Ok(small.into_vec())
+        convolve(&mut resizer, &wide, (columns.length, height), (columns.length, rows.length), &crop)
     }
+}
+
+/// Resizes RGB bytes from and to (width, height). Computed in f32: 8-bit kernels are off by a step too often.
+fn convolve(
+    resizer: &mut Resizer,
+    pixels: &[u8],
+    from: (u32, u32),
+    to: (u32, u32),
+    options: &ResizeOptions,
+) -> Result<Vec<u8>, RowFault> {
+    let failed = |e: &dyn std::fmt::Display| RowFault::new(BadRowReason::ImageUndecodable, e.to_string());
+    let bytes: Vec<u8> = pixels.iter().flat_map(|value| f32::from(*value).to_ne_bytes()).collect();
+    let source = Image::from_vec_u8(from.0, from.1, bytes, PixelType::F32x3).map_err(|e| failed(&e))?;
+    let mut resized = Image::new(to.0, to.1, PixelType::F32x3);
+    resizer.resize(&source, &mut resized, options).map_err(|e| failed(&e))?;
+    let values = resized.buffer().as_chunks().0.iter().map(|value| f32::from_ne_bytes(*value));
+    // `as` clamps to 0 .. 255.
+    Ok(values.map(|value| (value + 0.5).floor() as u8).collect())
 }
 
 /// One axis of resize and centre crop together: which part of the source gives which part of the output.
