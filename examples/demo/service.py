@@ -1,6 +1,7 @@
 """Everything that the demo knows about Superbatch: starting the server, opening a run, reading batches, pushing weights."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from .evaluate import Evaluation
 from .settings import Settings
 from .train import Batch, Trainer, fit, start_rank
 
-BINARY = Path(__file__).parents[2] / "target" / "debug" / "superbatch"
+BINARY = Path(os.environ.get("SUPERBATCH_BINARY") or Path(__file__).parents[2] / "target" / "debug" / "superbatch")
 STOP_SECONDS = 40
 
 
