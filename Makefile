@@ -8,12 +8,18 @@ PYTHON := $(VENV)/bin/python
 SUPERBATCH := target/debug/superbatch
 READY := $(VENV)/.superbatch-ready
 
+# One set of features for building and testing, so that nothing is built twice.
+CARGO_FLAGS := --workspace --features superbatch-python/extension-module
+EXTENSION := client/python/python/superbatch/_superbatch.abi3.so
+
 export HF_HUB_OFFLINE := 1
+# Documentation tests run from a folder of their own, where the binaries' relative path to LibTorch leads nowhere.
+export LD_LIBRARY_PATH := $(CURDIR)/$(VENV)/torch/lib:$(LD_LIBRARY_PATH)
 export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python demo docs check fmt bench-kernels test-gpu clean
+.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -25,16 +31,20 @@ $(READY): requirements.txt scripts/setup.sh scripts/libtorch.sh
 	touch $@
 
 build: $(READY) ## The superbatch binary, and the Python client into .venv
-	cargo build -p superbatch-server
-	cd client/python && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin develop
+	cargo build $(CARGO_FLAGS)
+	cp -f target/debug/lib_superbatch.so $(EXTENSION)
+	echo $(CURDIR)/client/python/python > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
 
 test: build test-rust test-python ## All tests, from nothing
 
 test-rust: $(READY)
-	cargo test --workspace --no-fail-fast
+	cargo test $(CARGO_FLAGS) --no-fail-fast
 
 test-python: build
 	$(PYTHON) -m pytest tests/python client/python/tests
+
+wheel: $(READY) ## The Python client as a wheel, in target/wheels
+	cd client/python && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release
 
 demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm

@@ -69,7 +69,8 @@ fn run(cli: Cli) -> Result<String> {
     }
     admin::start_logging(&config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|e| superbatch_server::error::Error::internal("cannot start the runtime").because(e))?;
+    let runtime =
+        runtime.map_err(|e| superbatch_server::error::Error::internal("cannot start the runtime").because(e))?;
     let result = runtime.block_on(async {
         match cli.command {
             Command::Serve => {

@@ -11,10 +11,12 @@ pub struct Declared {
     pub unit: Unit,
     pub labels: &'static [&'static str],
     pub help: &'static str,
+    /// Upper bounds of a histogram's buckets.
+    pub bounds: Option<&'static [f64]>,
 }
 
 macro_rules! declare {
-    ($($(#[doc = $help:literal])+ $kind:ident $function:ident ($($label:ident),*) = $name:literal, $unit:ident;)+) => {
+    ($($(#[doc = $help:literal])+ $kind:ident $function:ident ($($label:ident),*) = $name:literal, $unit:ident $(, $bounds:ident)?;)+) => {
         $($(#[doc = $help])+
         pub fn $function($($label: &'static str),*) -> declare!(@type $kind) {
             metrics::$kind!($name $(, stringify!($label) => $label)*)
@@ -27,8 +29,11 @@ macro_rules! declare {
             unit: Unit::$unit,
             labels: &[$(stringify!($label)),*],
             help: concat!($($help),+),
+            bounds: declare!(@bounds $($bounds)?),
         }),+];
     };
+    (@bounds) => { None };
+    (@bounds $bounds:ident) => { Some($bounds) };
     (@type counter) => { Counter };
     (@type gauge) => { Gauge };
     (@type histogram) => { Histogram };
@@ -38,12 +43,12 @@ declare! {
     /// SelectBatch calls ended, by outcome: `ok`, `cancelled`, or the error's reason.
     counter select_requests(outcome) = "superbatch_select_requests_total", Count;
     /// Seconds from a SelectBatch call to the last byte of its batch.
-    histogram select_duration() = "superbatch_select_duration_seconds", Seconds;
+    histogram select_duration() = "superbatch_select_duration_seconds", Seconds, SECONDS;
     /// Seconds that a step spent in one stage: `plan`, `fetch`, `decode`, `embed_reference`, `embed_learner`, `wait_weights`,
     /// `select`, `commit`, `send`.
-    histogram stage_duration(stage) = "superbatch_stage_duration_seconds", Seconds;
+    histogram stage_duration(stage) = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
-    histogram trainer_wait() = "superbatch_trainer_wait_seconds", Seconds;
+    histogram trainer_wait() = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
     /// Candidates scanned.
     counter candidates() = "superbatch_candidates_total", Count;
     /// Examples selected.
@@ -59,9 +64,9 @@ declare! {
     /// The newest published weights version, of the run that published last.
     gauge learner_version() = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.
-    histogram learner_staleness() = "superbatch_learner_staleness_steps", Count;
+    histogram learner_staleness() = "superbatch_learner_staleness_steps", Count, STEPS;
     /// Seconds from the first byte of a push to its publication.
-    histogram weight_push_duration() = "superbatch_weight_push_duration_seconds", Seconds;
+    histogram weight_push_duration() = "superbatch_weight_push_duration_seconds", Seconds, SECONDS;
     /// Bytes of weights received.
     counter weight_push_bytes() = "superbatch_weight_push_bytes_total", Bytes;
     /// Pushes refused or broken off, by reason.
@@ -73,7 +78,7 @@ declare! {
     /// Object store requests that were told to slow down.
     counter object_store_throttled() = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
-    histogram batch_score() = "superbatch_batch_score", Count;
+    histogram batch_score() = "superbatch_batch_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() = "superbatch_reference_rows_cached_total", Count;
     /// Rows whose reference embeddings were computed.
@@ -116,16 +121,19 @@ pub fn reference() -> String {
 
 /// Upper bounds of seconds histograms: 1 ms to 10 min.
 const SECONDS: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0];
-/// Upper bounds of the others: lags and scores.
-const VALUES: &[f64] = &[-100.0, -10.0, -1.0, -0.1, 0.0, 0.1, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0];
+/// Upper bounds of staleness, in steps.
+const STEPS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0];
+/// Upper bounds of scores, on both sides of nothing to learn.
+const SCORES: &[f64] = &[-256.0, -64.0, -16.0, -4.0, -1.0, -0.25, 0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0];
 
 /// Installs the recorder, once a process, and gives what renders it.
 pub fn install() -> PrometheusHandle {
     static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
-            let buckets = [(Matcher::Suffix("_seconds".to_owned()), SECONDS), (Matcher::Prefix("superbatch".to_owned()), VALUES)];
-            let builder = buckets.into_iter().fold(PrometheusBuilder::new(), |builder, (matcher, bounds)| {
+            let bounded = ALL.iter().filter_map(|metric| Some((metric.name, metric.bounds?)));
+            let builder = bounded.fold(PrometheusBuilder::new(), |builder, (name, bounds)| {
+                let matcher = Matcher::Full(name.to_owned());
                 builder.set_buckets_for_metric(matcher, bounds).expect("bounds are not empty")
             });
             let handle = builder.install_recorder().expect("no other recorder is installed in this program");

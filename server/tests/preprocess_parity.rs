@@ -61,7 +61,8 @@ fn generate(folder: &Path) -> Cases {
     let python = std::env::var("SUPERBATCH_PYTHON").unwrap_or(format!("{}/.venv/bin/python", root.display()));
     let script = root.join("tests/python/preprocess_parity.py");
     let status = Command::new(&python).arg(&script).arg(folder).env("HF_HUB_OFFLINE", "1").status();
-    let status = status.unwrap_or_else(|e| panic!("cannot run {python}: {e}; run `make setup` or set SUPERBATCH_PYTHON"));
+    let status =
+        status.unwrap_or_else(|e| panic!("cannot run {python}: {e}; run `make setup` or set SUPERBATCH_PYTHON"));
     assert!(status.success(), "{} failed", script.display());
     serde_json::from_slice(&fs::read(folder.join("cases.json")).unwrap()).unwrap()
 }
@@ -71,7 +72,8 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
     let folder = tempfile::tempdir().unwrap();
     let cases = generate(folder.path());
     let read = |name: String| fs::read(folder.path().join(name)).unwrap();
-    let processor = |key: &String| (key.clone(), Preprocess::parse(&read(format!("{key}/preprocessor_config.json"))).unwrap());
+    let processor =
+        |key: &String| (key.clone(), Preprocess::parse(&read(format!("{key}/preprocessor_config.json"))).unwrap());
     let processors: Vec<(String, Preprocess)> = cases.processors.iter().map(processor).collect();
     let (mut seen, mut wrong) = (BTreeMap::<_, (usize, u8, f64)>::new(), Vec::new());
     let mut compare = |kind: (String, String), name: &str, limit: u8, (difference, mean): (u8, f64)| {
@@ -114,7 +116,8 @@ fn normalisation(processors: &[(String, Preprocess)], read: &dyn Fn(String) -> V
         let pixels = processor.pixels(&read("normalised.png".to_owned()), &LIMITS).unwrap();
         let theirs = read(format!("normalised.{key}"));
         let theirs = theirs.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
-        let ours = pixels.iter().enumerate().map(|(n, &v)| (f32::from(v) * how.rescale - how.mean[n % 3]) / how.std[n % 3]);
+        let ours =
+            pixels.iter().enumerate().map(|(n, &v)| (f32::from(v) * how.rescale - how.mean[n % 3]) / how.std[n % 3]);
         assert_eq!(ours.len(), theirs.len());
         // One step of a pixel is all that may lie between.
         let step = how.rescale / how.std.iter().copied().fold(f32::INFINITY, f32::min) * 1.001;

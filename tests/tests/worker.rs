@@ -1,10 +1,6 @@
 //! The scoring worker behind its real protocol, on a loopback socket.
 use arrow::{
-    array::AsArray,
-    compute::concat_batches,
-    datatypes::Int64Type,
-    ipc::reader::StreamReader,
-    record_batch::RecordBatch,
+    array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader, record_batch::RecordBatch,
 };
 use std::{collections::BTreeMap, io::Cursor};
 use superbatch_proto::{

@@ -1,7 +1,8 @@
 //! `superbatch docs`: the reference pages that are generated from declarations.
 use crate::{
-    config, metrics,
+    config,
     error::{Error, Result},
+    metrics,
 };
 use clap::Args;
 use std::path::PathBuf;

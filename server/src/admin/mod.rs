@@ -12,7 +12,7 @@ use crate::{
     storage::{Location, Stores},
 };
 use clap::Args;
-use std::{net::SocketAddr, path::PathBuf};
+use std::{io::IsTerminal, net::SocketAddr, path::PathBuf};
 use tracing_subscriber::EnvFilter;
 
 /// Options of every command.
@@ -60,7 +60,8 @@ impl Common {
 
 /// The config with all defaults filled in, as YAML.
 pub fn check_config(config: &Config) -> Result<String> {
-    let yaml = serde_yaml_ng::to_string(config).map_err(|e| Error::internal("a config cannot be printed").because(e))?;
+    let yaml =
+        serde_yaml_ng::to_string(config).map_err(|e| Error::internal("a config cannot be printed").because(e))?;
     Ok(format!("# ok\n{yaml}"))
 }
 
@@ -68,7 +69,10 @@ pub fn check_config(config: &Config) -> Result<String> {
 pub fn start_logging(config: &LogConfig) -> Result<()> {
     let filter = EnvFilter::try_new(&config.filter)
         .map_err(|e| Error::invalid("log.filter", format!("'{}' is no log filter", config.filter)).because(e))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match config.format {
         LogFormat::Json => builder.json().init(),
         LogFormat::Text => builder.init(),

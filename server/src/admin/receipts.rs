@@ -86,7 +86,8 @@ async fn known(location: &Location, run: &str) -> Result<facts::RunFacts> {
 }
 
 fn list(receipts: &[Receipt]) -> String {
-    let head = ["step", "gen", "policy", "mode", "weights", "lag", "scanned", "chosen", "holes", "batch_score", "seconds"];
+    let head =
+        ["step", "gen", "policy", "mode", "weights", "lag", "scanned", "chosen", "holes", "batch_score", "seconds"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for (receipt, s) in receipts.iter().filter_map(|r| r.summary.as_ref().map(|s| (r, s))) {
         let cost = s.cost.clone().unwrap_or_default();
@@ -128,17 +129,57 @@ fn in_full(receipt: &Receipt) -> String {
 fn head(s: &ReceiptSummary) -> String {
     let cost = s.cost.clone().unwrap_or_default();
     let seconds = cost.seconds.unwrap_or_default();
-    let learner = s.learner.as_ref().map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
+    let learner = s
+        .learner
+        .as_ref()
+        .map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
     let lines = [
         ("run", format!("{} step {} generation {}", s.run_id, s.step, s.generation)),
-        ("drawn by", format!("{} {} {}, {} chunks, seed {}", word(s.policy().as_str_name(), "POLICY_"), word(s.criterion().as_str_name(), "CRITERION_"), word(s.loss().as_str_name(), "LOSS_"), s.n_chunks, s.seed)),
+        (
+            "drawn by",
+            format!(
+                "{} {} {}, {} chunks, seed {}",
+                word(s.policy().as_str_name(), "POLICY_"),
+                word(s.criterion().as_str_name(), "CRITERION_"),
+                word(s.loss().as_str_name(), "LOSS_"),
+                s.n_chunks,
+                s.seed
+            ),
+        ),
         ("mode", word(s.mode().as_str_name(), "MODE_")),
         ("learner", format!("{learner}, scale {} bias {}, lag {}", s.learner_scale, s.learner_bias, s.lag_steps)),
         ("reference", format!("{}, scale {} bias {}", s.reference_digest, s.reference_scale, s.reference_bias)),
-        ("scanned", format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes)),
-        ("scores", format!("sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)", s.batch_score, s.mean_score_chosen, s.mean_score_candidates)),
-        ("cost", format!("{:.3e} FLOPs reference, {:.3e} learner, {:.3e} selection, {:.3e} training", cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops)),
-        ("seconds", format!("{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, select {:.3}", seconds.total, seconds.fetch, seconds.decode, seconds.embed_reference, seconds.embed_learner, seconds.wait_weights, seconds.select)),
+        (
+            "scanned",
+            format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes),
+        ),
+        (
+            "scores",
+            format!(
+                "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
+                s.batch_score, s.mean_score_chosen, s.mean_score_candidates
+            ),
+        ),
+        (
+            "cost",
+            format!(
+                "{:.3e} FLOPs reference, {:.3e} learner, {:.3e} selection, {:.3e} training",
+                cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops
+            ),
+        ),
+        (
+            "seconds",
+            format!(
+                "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, select {:.3}",
+                seconds.total,
+                seconds.fetch,
+                seconds.decode,
+                seconds.embed_reference,
+                seconds.embed_learner,
+                seconds.wait_weights,
+                seconds.select
+            ),
+        ),
         ("on", format!("{}, {}, plan {}, manifest {}", s.device, s.build, s.plan_version, s.dataset_manifest)),
     ];
     let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect();

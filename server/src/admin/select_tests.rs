@@ -19,7 +19,9 @@ struct Draft {
 fn floats(rows: usize, columns: usize, salt: u32) -> Vec<u8> {
     let unit = |row: usize| {
         let values: Vec<f32> = (0..columns)
-            .map(|k| (((row * 31 + k * 7) as u32).wrapping_mul(2654435761).wrapping_add(salt) >> 16) as f32 % 97.0 - 48.0)
+            .map(|k| {
+                (((row * 31 + k * 7) as u32).wrapping_mul(2654435761).wrapping_add(salt) >> 16) as f32 % 97.0 - 48.0
+            })
             .collect();
         let norm = values.iter().map(|value| value * value).sum::<f32>().sqrt();
         values.into_iter().map(move |value| value / norm)

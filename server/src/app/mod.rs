@@ -93,19 +93,16 @@ impl Serve {
             "auto" => device.starts_with("cuda"),
             asked => asked.starts_with("cuda"),
         };
-        let selector: Arc<dyn Selector> = if on_worker {
-            Arc::new(WorkerSelector { pool: pool.clone() })
-        } else {
-            Arc::new(LocalSelector::new(0)?)
-        };
-        metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" }).set(1.0);
+        let selector: Arc<dyn Selector> =
+            if on_worker { Arc::new(WorkerSelector { pool: pool.clone() }) } else { Arc::new(LocalSelector::new(0)?) };
+        metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" })
+            .set(1.0);
         let advertised = settings.advertise_address.clone();
-        let identity = Identity {
-            address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)),
-            instance: nonce(),
-        };
+        let identity =
+            Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
         let limits = Limits {
             super_batch_size_max: settings.super_batch_size_max,
+            sub_batch_size_max: settings.sub_batch_size_max,
             push_bytes_max: settings.push_bytes_max,
             push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
         };
@@ -211,7 +208,8 @@ fn builder() -> Server {
     Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)))
 }
 
-fn reflection() -> Result<tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>> {
+fn reflection()
+-> Result<tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -230,6 +228,8 @@ fn drain(
         shutdown.await;
         tracing::info!("draining");
         health.set_not_serving::<SelectionServiceServer<Selection>>().await;
+        // The empty name is the whole server's.
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         // A receiver that is gone needs no telling.
         let _ = began.send(());
         let_go.await;

@@ -5,10 +5,12 @@ use super::{
 };
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 /// What every variable of ours begins with.
 const PREFIX: &str = "SUPERBATCH_";
+/// Variables that object stores' own tools read: credentials, regions, endpoints.
+const CREDENTIALS: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
 /// A variable without `__` is refused for its name only where it is this close to one of ours: Kubernetes sets
 /// `SUPERBATCH_PORT` and the like for a service named superbatch.
 const TYPO_EDITS_MAX: usize = 2;
@@ -28,15 +30,20 @@ impl Config {
         let fields = fields();
         let mut tree = path.map_or(Ok(Value::Null), read)?;
         check_section("", &mut tree, &fields)?;
+        let mut credentials = BTreeMap::new();
         for (name, value) in environment {
+            if CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)) {
+                credentials.insert(name.to_lowercase(), value.clone());
+            }
             let Some(name_in_file) = name.strip_prefix(PREFIX) else { continue };
             let path = name_in_file.to_lowercase().replace("__", ".");
             set(&mut tree, &name, &path, value, &fields)?;
         }
-        let config: Self = serde_json::from_value(tree.clone()).map_err(|e| {
+        let mut config: Self = serde_json::from_value(tree.clone()).map_err(|e| {
             culprit("", &tree)
                 .unwrap_or_else(|| Error::invalid("config", "the configuration cannot be read").because(e))
         })?;
+        config.storage.environment = credentials;
         config.validate()?;
         Ok(config)
     }

@@ -132,7 +132,12 @@ pub struct WorkerRoleConfig {
 
 impl Default for WorkerRoleConfig {
     fn default() -> Self {
-        Self { coordinator: "http://127.0.0.1:50051".into(), listen: loopback(50052), advertise_address: None, metrics_listen: None }
+        Self {
+            coordinator: "http://127.0.0.1:50051".into(),
+            listen: loopback(50052),
+            advertise_address: None,
+            metrics_listen: None,
+        }
     }
 }
 

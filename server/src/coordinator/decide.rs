@@ -163,7 +163,8 @@ impl Maker<'_> {
         let learner = match learner {
             Learner::Version(published, mode) => {
                 decided.mode = mode;
-                let spec = self.spec.learner.as_ref().ok_or_else(|| Error::internal("a scored phase has no learner"))?;
+                let spec =
+                    self.spec.learner.as_ref().ok_or_else(|| Error::internal("a scored phase has no learner"))?;
                 let model = models::published_ref(self.spec, spec, &published, run.learner.as_ref());
                 let scored = scoring.learner(&model).await?;
                 decided.embedded_learner(&published, &scored, self.run.learner.as_ref());
@@ -178,7 +179,11 @@ impl Maker<'_> {
         decided.add_holes(scoring.holes(), &[&reference, &learner]);
         let survivors = self.super_batch.candidates.len() - decided.hole_numbers().len();
         if survivors < phase.sub_batch_size as usize {
-            return Err(too_few(self.super_batch.candidates.len(), decided.hole_numbers().len(), phase.sub_batch_size as usize));
+            return Err(too_few(
+                self.super_batch.candidates.len(),
+                decided.hole_numbers().len(),
+                phase.sub_batch_size as usize,
+            ));
         }
         let drawn = self.select(decided, learner, reference).await?;
         let rows = scoring.rows(&drawn.indices).await?;
@@ -221,7 +226,8 @@ impl Maker<'_> {
         let run = self.run;
         let lag = self.spec.lag.unwrap_or_default();
         let due = due(step, &lag, self.spec.push_every_steps);
-        let (mut book, mut staging, mut demand) = (run.weights.book(), run.weights.staging_steps(), self.reporter.demand());
+        let (mut book, mut staging, mut demand) =
+            (run.weights.book(), run.weights.staging_steps(), self.reporter.demand());
         let deadline = Duration::from_secs_f64(self.spec.need_deadline_seconds);
         loop {
             let (began, current) = run.began();
@@ -330,6 +336,7 @@ fn missing(step: u64, due: Due, why: Why, deadline: Duration) -> Error {
             (Reason::WeightsMissing, "are not there, every rank waits, and none has a push on its way".to_owned())
         }
     };
-    let message = format!("step {step} is scored with the {weights}, which {what}; push them, or give the run a fallback");
+    let message =
+        format!("step {step} is scored with the {weights}, which {what}; push them, or give the run a fallback");
     Error::new(reason, message).with("step", step)
 }

@@ -117,7 +117,8 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     let mut spec = run.spec()?;
     let mut appended = 0;
     while let Some(more) = find::<AppendedPhases>(location, &format!("phases/{appended}.json")).await? {
-        let phase = |text: &String| from_hex::<Phase>(text).ok_or_else(|| Error::internal("an appended phase is damaged"));
+        let phase =
+            |text: &String| from_hex::<Phase>(text).ok_or_else(|| Error::internal("an appended phase is damaged"));
         spec.phases.extend(more.phases.iter().map(phase).collect::<Result<Vec<_>>>()?);
         appended += 1;
     }
@@ -210,7 +211,8 @@ mod tests {
     async fn a_run_is_found_as_it_was_left() {
         let location = Stores::new(StorageConfig::default()).open("memory:///runs/r").unwrap();
         assert!(load(&location).await.unwrap().is_none());
-        let spec = RunSpec { seed: 7, phases: vec![Phase { sub_batch_size: 4, ..Default::default() }], ..Default::default() };
+        let spec =
+            RunSpec { seed: 7, phases: vec![Phase { sub_batch_size: 4, ..Default::default() }], ..Default::default() };
         let first = create_run(&location, RunFact::new(&spec, "m".into(), None, None)).await.unwrap();
         let second = create_run(&location, RunFact::new(&RunSpec::default(), "n".into(), None, None)).await.unwrap();
         assert_eq!(first.nonce, second.nonce, "the first writer wins");

@@ -18,7 +18,9 @@ pub struct Asking {
 impl Asking {
     /// The newest step that this rank has consumed, by its own word or because it stands still for the next.
     pub fn known_consumed(&self) -> Option<u64> {
-        self.consumed_through.max(self.need.then(|| self.step.checked_sub(1)).flatten())
+        // A rank cannot have consumed the step that it asks for.
+        let claimed = self.consumed_through.map(|step| step.min(self.step));
+        claimed.max(self.need.then(|| self.step.checked_sub(1)).flatten())
     }
 }
 
@@ -76,7 +78,7 @@ impl Members {
             *known = step.max(*known);
         }
         if let Some(done) = self.consumed_by_all() {
-            self.pinned = self.pinned.split_off(&(done + 1));
+            self.pinned = self.pinned.split_off(&done.saturating_add(1));
         }
     }
 
@@ -118,7 +120,7 @@ pub fn check_ahead(step: u64, frontier: Option<u64>, committed: Option<u64>, max
 
 /// The newest step that may be asked for and prepared.
 pub fn last_allowed(frontier: Option<u64>, committed: Option<u64>, max_ahead: u32) -> u64 {
-    frontier.max(committed).map_or(0, |s| s + 1) + u64::from(max_ahead.max(1)) - 1
+    frontier.max(committed).map_or(0, |s| s.saturating_add(1)).saturating_add(u64::from(max_ahead.max(1)) - 1)
 }
 
 fn conflict(asking: &Asking, message: String) -> Error {

@@ -33,5 +33,8 @@ use superbatch_proto::v1::Reason;
 
 /// A step or run that somebody let go of: it was rewound or closed, or the service stops.
 fn gone() -> Error {
-    Error::new(Reason::ShuttingDown, "the step was let go: its run was rewound or closed, or the service stops; ask again")
+    Error::new(
+        Reason::ShuttingDown,
+        "the step was let go: its run was rewound or closed, or the service stops; ask again",
+    )
 }

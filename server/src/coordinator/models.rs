@@ -42,7 +42,12 @@ pub fn initial_ref(spec: &RunSpec, learner: &LearnerSpec, fact: Option<&ModelFac
 }
 
 /// The learner with a published version of its weights.
-pub fn published_ref(spec: &RunSpec, learner: &LearnerSpec, published: &Published, fact: Option<&ModelFact>) -> ModelRef {
+pub fn published_ref(
+    spec: &RunSpec,
+    learner: &LearnerSpec,
+    published: &Published,
+    fact: Option<&ModelFact>,
+) -> ModelRef {
     if published.version.version == 0 {
         return initial_ref(spec, learner, fact);
     }

@@ -43,7 +43,8 @@ impl Opening<'_> {
         let digest = manifest.save(&self.coordinator.state).await?;
         let location = self.coordinator.location(self.id);
         facts::create_run(&location, RunFact::new(spec, digest, reference, learner)).await?;
-        let facts = facts::load(&location).await?.ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
+        let facts =
+            facts::load(&location).await?.ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
         self.load(facts).await
     }
 
@@ -90,23 +91,24 @@ impl Opening<'_> {
     }
 
     fn check_limits(&self, spec: &RunSpec) -> Result<()> {
-        let largest = self.coordinator.limits.super_batch_size_max;
+        let limits = &self.coordinator.limits;
         if spec.fork_of.is_some() {
             let message = "fork_of is in the protocol and not built yet; rewind the run instead";
             return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
         }
-        match spec.phases.iter().position(|phase| phase.super_batch_size > largest) {
-            None => Ok(()),
-            Some(number) => {
-                let message = format!(
-                    "phases[{number}].super_batch_size is {}, over this service's limit of {largest} \
-                     (coordinator.super_batch_size_max)",
-                    spec.phases[number].super_batch_size
-                );
-                let field = format!("phases[{number}].super_batch_size");
-                Err(Error::new(Reason::RunSpecImpossible, message).with("field", field))
+        for (number, phase) in spec.phases.iter().enumerate() {
+            let sizes = [
+                ("super_batch_size", phase.super_batch_size, limits.super_batch_size_max),
+                ("sub_batch_size", phase.sub_batch_size, limits.sub_batch_size_max),
+            ];
+            for (size, asked, largest) in sizes.into_iter().filter(|(_, asked, largest)| asked > largest) {
+                let field = format!("phases[{number}].{size}");
+                let message =
+                    format!("{field} is {asked}, over this service's limit of {largest} (coordinator.{size}_max)");
+                return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
             }
         }
+        Ok(())
     }
 
     async fn index(&self, spec: &RunSpec) -> Result<Manifest> {

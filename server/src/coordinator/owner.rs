@@ -51,11 +51,8 @@ impl Ownership {
                 return Err(not_owner(&owner.address));
             }
             let epoch = newest.map_or(1, |(epoch, _)| epoch + 1);
-            let fact = OwnerFact {
-                address: identity.address.clone(),
-                instance: identity.instance.clone(),
-                nonce: nonce(),
-            };
+            let fact =
+                OwnerFact { address: identity.address.clone(), instance: identity.instance.clone(), nonce: nonce() };
             let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
             if run.create(&key(epoch), bytes.into()).await? == Created::Ours {
                 return Ok(Self { run: run.clone(), epoch });

@@ -18,6 +18,8 @@ use superbatch_proto::{
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
 /// A connection to one worker. Cloned freely.
 #[derive(Debug, Clone)]
 pub struct Worker {
@@ -87,7 +89,10 @@ impl Pool {
         let endpoint = Endpoint::from_shared(request.address.clone()).map_err(|e| {
             Error::invalid("address", format!("'{}' is no http://host:port", request.address)).because(e)
         })?;
-        let channel = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).connect_lazy();
+        let endpoint = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true);
+        // A host that vanishes sends no farewell: without these its streams would hang.
+        let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
+        let channel = endpoint.keep_alive_while_idle(true).connect_lazy();
         let worker = Worker { address: request.address.clone(), channel };
         tracing::info!(address = request.address, device = request.device, "worker registered");
         self.insert(request.address.clone(), Member { worker, incarnation: request.incarnation.clone(), lease_until });

@@ -6,11 +6,7 @@ use super::{
     scoring::{self, Rows, Scored, Scoring},
     weights::Published,
 };
-use crate::{
-    error::Result,
-    metrics,
-    storage::nonce,
-};
+use crate::{error::Result, metrics, storage::nonce};
 use arrow::array::{RecordBatch, UInt32Array};
 use std::{
     collections::BTreeMap,
@@ -19,10 +15,11 @@ use std::{
 use superbatch_proto::{
     ids::RowId,
     v1::{
-        Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary, RunSpec,
-        SelectResponse, StageSeconds, WeightsVersion,
+        Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary,
+        RunSpec, SelectResponse, StageSeconds, WeightsVersion,
     },
 };
+use tokio::time::Instant;
 
 /// Version of this program, as receipts name it.
 pub const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
@@ -100,7 +97,7 @@ impl Decided {
     pub fn discarded(&mut self, flops: f64) {
         self.cost.discarded_flops += flops;
         if self.mode == Mode::Uniform {
-            self.cost.discarded_flops += self.cost.reference_flops;
+            self.cost.discarded_flops += std::mem::take(&mut self.cost.reference_flops);
         }
     }
 
@@ -289,5 +286,30 @@ pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
             total: x.total + y.total,
             wait_weights: x.wait_weights + y.wait_weights,
         }),
+    }
+}
+
+/// Feeds the metrics with a receipt that was committed just now; `begun` is when its commit began.
+pub fn count(receipt: &Receipt, begun: Instant) {
+    let Some(summary) = &receipt.summary else { return };
+    metrics::stage_duration("commit").record(begun.elapsed().as_secs_f64());
+    metrics::steps_committed(match summary.mode() {
+        Mode::Stale => "stale",
+        Mode::Uniform => "uniform",
+        Mode::ReferenceOnly => "reference_only",
+        _ => "normal",
+    })
+    .increment(1);
+    metrics::selected().increment(receipt.chosen.len() as u64);
+    // A uniform draw has no scores.
+    if summary.mode() != Mode::Uniform && summary.policy() != Policy::Uniform {
+        metrics::batch_score().record(summary.batch_score);
+    }
+    if let Some(cost) = &summary.cost {
+        metrics::candidates().increment(cost.candidates_scanned);
+        metrics::flops("discarded").increment(cost.discarded_flops as u64);
+    }
+    if summary.learner.is_some() {
+        metrics::learner_staleness().record(summary.lag_steps as f64);
     }
 }

@@ -26,6 +26,7 @@ use superbatch_proto::{
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub super_batch_size_max: u32,
+    pub sub_batch_size_max: u32,
     pub push_bytes_max: u64,
     pub push_deadline: Duration,
 }

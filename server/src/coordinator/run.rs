@@ -8,10 +8,11 @@ use super::{
     owner::Ownership,
     plan::Plan,
     pool::Pool,
-    ranks, record,
+    ranks,
     receipts::{Committed, Receipts},
+    record,
     selector::Selector,
-    spec::{append_phases, phase_at},
+    spec::{append_phases, delivered, phase_at},
     step::{Cell, Ready},
     weights::{Began, Weights},
 };
@@ -22,8 +23,10 @@ use crate::{
     storage::Location,
 };
 use arrow::datatypes::SchemaRef;
+use futures::FutureExt;
 use std::{
     collections::BTreeMap,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
 };
 use superbatch_proto::v1::{
@@ -193,7 +196,9 @@ impl Run {
         let (me, generation) = (self.me.clone(), state.chain.current());
         let cell = Cell::start(move |reporter| async move {
             let Some(run) = me.upgrade() else { return };
-            let result = decide(&run, generation, step, &reporter).await;
+            // A panic must fail its step, not leave ranks waiting for ever.
+            let result = AssertUnwindSafe(decide(&run, generation, step, &reporter)).catch_unwind().await;
+            let result = result.unwrap_or_else(|_| Err(Error::internal("deciding the step panicked; see the log")));
             if let Err(error) = &result {
                 tracing::warn!(run = run.id, step, error = error.chain(), "step failed");
             }
@@ -239,7 +244,7 @@ impl Run {
             Committed::Ours => {
                 state.totals = totals;
                 drop(state);
-                count(&receipt, begun);
+                record::count(&receipt, begun);
                 Ok((receipt, true))
             }
         }
@@ -270,7 +275,8 @@ impl Run {
             (state.chain.current() + 1, state.committed)
         };
         if to_step > committed.map_or(0, |step| step + 1) {
-            let message = format!("cannot rewind to step {to_step}: the next step is {}", committed.map_or(0, |s| s + 1));
+            let message =
+                format!("cannot rewind to step {to_step}: the next step is {}", committed.map_or(0, |s| s + 1));
             return Err(Error::invalid("to_step", message));
         }
         let rewound = Rewound { generation, to_step, replay: mode == RewindMode::Replay };
@@ -335,7 +341,7 @@ impl Run {
             }),
             dataset_manifest: self.manifest_digest.clone(),
             candidates_scanned: state.totals.candidates_scanned,
-            examples_delivered: self.delivered(&spec, state.members.consumed_by_all()),
+            examples_delivered: delivered(&spec, state.members.consumed_by_all()),
             consumed_through: state.members.consumed_by_all(),
             accounts: Some(state.totals.clone()),
             learner: self.weights.book().borrow().newest().map(|published| published.version),
@@ -343,15 +349,6 @@ impl Run {
             tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
             spec: Some((*spec).clone()),
         }
-    }
-
-    fn delivered(&self, spec: &RunSpec, consumed: Option<u64>) -> u64 {
-        let Some(consumed) = consumed else { return 0 };
-        let ends = spec.phases.iter().skip(1).map(|phase| phase.from_step).chain([u64::MAX]);
-        let steps = |(phase, end): (&Phase, u64)| {
-            end.min(consumed + 1).saturating_sub(phase.from_step) * u64::from(phase.sub_batch_size)
-        };
-        spec.phases.iter().zip(ends).map(steps).sum()
     }
 }
 
@@ -384,26 +381,5 @@ impl State {
         }
         let message = format!("the run was rewound: generation {asked} is over, {current} goes on; open the run again");
         Err(Error::new(Reason::GenerationStale, message).with("generation", current))
-    }
-}
-
-fn count(receipt: &Receipt, begun: Instant) {
-    let Some(summary) = &receipt.summary else { return };
-    metrics::stage_duration("commit").record(begun.elapsed().as_secs_f64());
-    metrics::steps_committed(match summary.mode() {
-        superbatch_proto::v1::Mode::Stale => "stale",
-        superbatch_proto::v1::Mode::Uniform => "uniform",
-        superbatch_proto::v1::Mode::ReferenceOnly => "reference_only",
-        _ => "normal",
-    })
-    .increment(1);
-    metrics::selected().increment(receipt.chosen.len() as u64);
-    metrics::batch_score().record(summary.batch_score);
-    if let Some(cost) = &summary.cost {
-        metrics::candidates().increment(cost.candidates_scanned);
-        metrics::flops("discarded").increment(cost.discarded_flops as u64);
-    }
-    if summary.learner.is_some() {
-        metrics::learner_staleness().record(summary.lag_steps as f64);
     }
 }

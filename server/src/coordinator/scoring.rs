@@ -67,7 +67,8 @@ impl Scoring {
 
     /// Rows that cannot be used, by candidate number.
     pub fn holes(&self) -> Vec<Hole> {
-        let at = |slice: &Slice, hole: &Hole| Hole { candidate: hole.candidate + slice.range.start as u32, ..hole.clone() };
+        let at =
+            |slice: &Slice, hole: &Hole| Hole { candidate: hole.candidate + slice.range.start as u32, ..hole.clone() };
         self.slices.iter().flat_map(|slice| slice.holes.iter().map(move |hole| at(slice, hole))).collect()
     }
 
@@ -91,7 +92,8 @@ impl Scoring {
     pub async fn learner(&mut self, model: &ModelRef) -> Result<Scored> {
         let (pool, job) = (&self.pool, &self.job);
         try_join_all(self.slices.iter_mut().map(|slice| slice.embed_learner(pool, job, model))).await?;
-        self.gather(|slice| slice.learner.as_ref())?.ok_or_else(|| Error::internal("the learner's embeddings are missing"))
+        self.gather(|slice| slice.learner.as_ref())?
+            .ok_or_else(|| Error::internal("the learner's embeddings are missing"))
     }
 
     /// The bytes of the chosen candidates, in the order given.

@@ -7,8 +7,8 @@ use superbatch_kernels as kernels;
 use superbatch_proto::{
     PART_BYTES,
     v1::{
-        Criterion, EmbeddingDtype, EmbeddingPart, Loss, Policy, Reason, SelectBegin, SelectRequest, SelectResponse, Tower,
-        select_request,
+        Criterion, EmbeddingDtype, EmbeddingPart, Loss, Policy, Reason, SelectBegin, SelectRequest, SelectResponse,
+        Tower, select_request,
     },
 };
 use tokio::time::Instant;
@@ -17,8 +17,12 @@ use tokio::time::Instant;
 #[async_trait]
 pub trait Selector: Send + Sync {
     /// `begin` says how; a model is absent where the criterion does not ask it.
-    async fn select(&self, begin: SelectBegin, learner: Option<Scored>, reference: Option<Scored>)
-    -> Result<SelectResponse>;
+    async fn select(
+        &self,
+        begin: SelectBegin,
+        learner: Option<Scored>,
+        reference: Option<Scored>,
+    ) -> Result<SelectResponse>;
 }
 
 /// Selects in this process, on its own threads.
@@ -79,7 +83,8 @@ fn select_here(begin: &SelectBegin, learner: Option<&Scored>, reference: Option<
         step: begin.step,
         keys: &begin.positions,
     };
-    let drawn = kernels::Backend::Native.select(&candidates, &settings, &noise)
+    let drawn = kernels::Backend::Native
+        .select(&candidates, &settings, &noise)
         .map_err(|e| Error::internal("selection failed").because(e))?;
     Ok(SelectResponse {
         indices: drawn.indices,

@@ -10,12 +10,12 @@ use std::{pin::Pin, sync::Arc};
 use superbatch_proto::{
     PART_BYTES,
     v1::{
-        AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery,
-        GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
-        OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest,
-        RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
-        coordinator_service_server::CoordinatorService, push_weights_request, select_batch_response::Message,
-        selection_service_server::SelectionService,
+        AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse,
+        Delivery, GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest,
+        ListRunsResponse, OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt,
+        RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest,
+        SelectBatchResponse, coordinator_service_server::CoordinatorService, push_weights_request,
+        select_batch_response::Message, selection_service_server::SelectionService,
     },
 };
 use tokio::time::Instant;
@@ -143,8 +143,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     }
     let summary = ready.receipt.summary.clone().unwrap_or_default();
     let rows = summary.sub_batch_size / request.world_size;
-    let receipt =
-        superbatch_proto::v1::ReceiptSummary { generation: request.generation, run_totals: None, ..summary };
+    let receipt = superbatch_proto::v1::ReceiptSummary { generation: request.generation, run_totals: None, ..summary };
     Ok(Batch {
         header: BatchHeader {
             receipt: Some(receipt),

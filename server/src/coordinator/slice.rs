@@ -5,8 +5,8 @@ use bytes::Bytes;
 use futures::StreamExt;
 use std::ops::Range;
 use superbatch_proto::v1::{
-    BlockRows, ChosenRows, EmbedDone, EmbeddingDtype, EmbeddingPart, FetchRowsRequest, Hole, LearnerGo,
-    ModelRef, Reason, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response, score_request,
+    BlockRows, ChosenRows, EmbedDone, EmbeddingDtype, EmbeddingPart, FetchRowsRequest, Hole, LearnerGo, ModelRef,
+    Reason, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response, score_request,
     score_response::Message,
 };
 use tokio::sync::mpsc;
@@ -242,8 +242,7 @@ impl Live {
 
 /// Reads rows anew on any worker, as an Arrow IPC stream in the order of `blocks`.
 pub async fn fetch_rows(pool: &Pool, manifest: &str, blocks: Vec<BlockRows>, columns: &[String]) -> Result<Vec<u8>> {
-    let request =
-        FetchRowsRequest { dataset_manifest: manifest.to_owned(), blocks, columns: columns.to_vec() };
+    let request = FetchRowsRequest { dataset_manifest: manifest.to_owned(), blocks, columns: columns.to_vec() };
     let mut attempt = 0;
     loop {
         let worker = pool.one().await?;
@@ -286,7 +285,10 @@ fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: usize, element: usiz
     let (start, end) = (part.first as usize * dim * element, (part.first + part.rows) as usize * dim * element);
     let fits = dim == into.dim && end <= into.image.len();
     if !fits || part.image.len() != end - start || part.text.len() != end - start {
-        return Err(Error::internal(format!("a worker sent embeddings of rows {}+{} out of shape", part.first, part.rows)));
+        return Err(Error::internal(format!(
+            "a worker sent embeddings of rows {}+{} out of shape",
+            part.first, part.rows
+        )));
     }
     let copy = |to: &mut [u8], from: &Bytes| to.copy_from_slice(from);
     copy(&mut into.image[start..end], &part.image);

@@ -37,6 +37,16 @@ pub fn complete(mut spec: RunSpec) -> Result<RunSpec> {
     Ok(spec)
 }
 
+/// Examples that a trainer which consumed all steps through `consumed` has got.
+pub fn delivered(spec: &RunSpec, consumed: Option<u64>) -> u64 {
+    let Some(consumed) = consumed else { return 0 };
+    let ends = spec.phases.iter().skip(1).map(|phase| phase.from_step).chain([u64::MAX]);
+    let steps = |(phase, end): (&Phase, u64)| {
+        end.min(consumed.saturating_add(1)).saturating_sub(phase.from_step) * u64::from(phase.sub_batch_size)
+    };
+    spec.phases.iter().zip(ends).map(steps).sum()
+}
+
 fn complete_phase(phase: &mut Phase) {
     fill(&mut phase.criterion, Criterion::Learnability.into());
     fill(&mut phase.n_chunks, 16);

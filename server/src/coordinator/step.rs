@@ -18,7 +18,10 @@ pub struct Ready {
 #[derive(Debug, Clone)]
 pub enum Progress {
     /// Under way. `told` counts the messages to waiting ranks; `message` is the newest.
-    Working { told: u64, message: Option<Arc<Error>> },
+    Working {
+        told: u64,
+        message: Option<Arc<Error>>,
+    },
     Ready(Arc<Ready>),
     Failed(Arc<Error>),
 }
@@ -99,15 +102,18 @@ impl Cell {
             Progress::Working { told, .. } => told,
             _ => 0,
         };
+        let mut call = None;
         self.demand.send_modify(|demand| {
             demand.world_size = world_size;
             demand.pushing_through = demand.pushing_through.max(pushing_through);
             if need {
-                demand.needing.insert(rank);
+                demand.calls += 1;
+                demand.needing.insert(demand.calls, rank);
+                call = Some(demand.calls);
                 demand.since.get_or_insert_with(Instant::now);
             }
         });
-        Waiting { progress, told, demand: self.demand.clone(), needing: need.then_some(rank) }
+        Waiting { progress, told, demand: self.demand.clone(), call }
     }
 }
 
@@ -130,15 +136,18 @@ pub struct Waiting {
     progress: watch::Receiver<Progress>,
     told: u64,
     demand: watch::Sender<Demand>,
-    needing: Option<u32>,
+    /// Its number in the step's demand, where it needs the step.
+    call: Option<u64>,
 }
 
 impl Waiting {
     /// Until the step is ready, failed, or the ranks are told that it cannot come.
     pub async fn ready(mut self) -> Result<Arc<Ready>> {
         let seen = self.told;
+        // Deadlines run only for those that need the step.
+        let needing = self.call.is_some();
         let done = |progress: &Progress| match progress {
-            Progress::Working { told, .. } => *told > seen,
+            Progress::Working { told, .. } => needing && *told > seen,
             _ => true,
         };
         match self.progress.wait_for(done).await {
@@ -154,9 +163,9 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let Some(rank) = self.needing else { return };
+        let Some(call) = self.call else { return };
         self.demand.send_if_modified(|demand| {
-            let was = demand.needing.remove(&rank);
+            let was = demand.needing.remove(&call).is_some();
             if demand.needing.is_empty() {
                 demand.since = None;
             }

@@ -1,5 +1,8 @@
 //! What to do about a step whose weights are not there: wait on, give up, or fall back. Pure.
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 use superbatch_proto::v1::Fallback;
 use tokio::time::Instant;
 
@@ -7,7 +10,9 @@ use tokio::time::Instant;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Demand {
     /// Ranks that stand still for it.
-    pub needing: BTreeSet<u32>,
+    pub needing: BTreeMap<u64, u32>,
+    /// Calls that needed the step so far.
+    pub calls: u64,
     pub world_size: u32,
     /// The newest step whose push some rank says it has begun.
     pub pushing_through: Option<i64>,
@@ -51,7 +56,8 @@ pub fn verdict(moment: &Moment) -> Verdict {
     let Some(needed_for) = moment.needed_for else { return Verdict::Wait };
     let demand = moment.demand;
     let due = moment.due.unwrap_or(-1);
-    let all = demand.world_size > 0 && demand.needing.len() >= demand.world_size as usize;
+    let all =
+        demand.world_size > 0 && demand.needing.values().collect::<BTreeSet<_>>().len() >= demand.world_size as usize;
     let on_its_way = demand.pushing_through.is_some_and(|step| step >= due) || moment.staging.iter().any(|s| *s >= due);
     let why = match (needed_for >= moment.deadline, all && !on_its_way) {
         (_, true) => Why::NobodyPushes,
@@ -67,7 +73,8 @@ mod tests {
 
     fn decide(needing: &[u32], seconds: u64, pushing: Option<i64>, staging: &[i64], fallback: Fallback) -> Verdict {
         let demand = Demand {
-            needing: needing.iter().copied().collect(),
+            needing: (0..).zip(needing.iter().copied()).collect(),
+            calls: 0,
             world_size: 2,
             pushing_through: pushing,
             since: None,

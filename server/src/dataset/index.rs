@@ -106,9 +106,8 @@ async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     }
     let objects = all.len();
     // Writers leave `_metadata`, `_SUCCESS` and dot files beside their shards.
-    let shard = |path: &str| {
-        path.ends_with(".parquet") && !path.split('/').any(|segment| segment.starts_with(['.', '_']))
-    };
+    let shard =
+        |path: &str| path.ends_with(".parquet") && !path.split('/').any(|segment| segment.starts_with(['.', '_']));
     let wanted = |path: &str| globs.map_or_else(|| shard(path), |g| g.iter().any(|g| pattern::matches(g, path)));
     let files: Vec<_> = all.into_iter().filter(|(path, _)| wanted(path)).collect();
     if files.is_empty() {

@@ -113,9 +113,10 @@ impl SourceManifest {
     /// (shard number, block number in the shard, block), in the order of the manifest. A block's place in this order is its
     /// number in the source.
     pub fn blocks(&self) -> impl Iterator<Item = (u32, u32, &Block)> {
-        self.shards.iter().enumerate().flat_map(|(s, shard)| {
-            shard.blocks.iter().enumerate().map(move |(b, block)| (s as u32, b as u32, block))
-        })
+        self.shards
+            .iter()
+            .enumerate()
+            .flat_map(|(s, shard)| shard.blocks.iter().enumerate().map(move |(b, block)| (s as u32, b as u32, block)))
     }
 }
 

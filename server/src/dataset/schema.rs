@@ -41,12 +41,12 @@ impl Manifest {
     }
 
     fn data_fields(&self, columns: &[String]) -> Result<Vec<Field>> {
-        let mut fields =
-            vec![Field::new("image", DataType::Binary, true), Field::new("caption", DataType::Utf8, true)];
+        let mut fields = vec![Field::new("image", DataType::Binary, true), Field::new("caption", DataType::Utf8, true)];
         let mut taken = HashSet::from(["image", "caption"]);
         for column in columns {
             if column.starts_with(OWN) || !taken.insert(column) {
-                let message = format!("the extra column '{column}' has the name of another column of the output; leave it out");
+                let message =
+                    format!("the extra column '{column}' has the name of another column of the output; leave it out");
                 return Err(Error::invalid("columns", message).with("column", column));
             }
             fields.push(Field::new(column, self.column_type(column)?, true));
@@ -88,8 +88,12 @@ impl SourceManifest {
             return Err(mismatch(message, &self.uri, column).with("shard", shard));
         }
         found.data_type.parse().map_err(|e| {
-            mismatch(format!("column '{column}' of {} has a type that cannot be delivered", self.uri), &self.uri, column)
-                .because(e)
+            mismatch(
+                format!("column '{column}' of {} has a type that cannot be delivered", self.uri),
+                &self.uri,
+                column,
+            )
+            .because(e)
         })
     }
 }

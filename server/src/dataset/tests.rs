@@ -79,7 +79,8 @@ async fn what_the_request_names_wins() {
 #[tokio::test]
 async fn one_data_set_may_be_named_in_three_ways() {
     let stores = stores();
-    put(&stores, &[("8.parquet", parquet(&img2dataset(0..3), 3)), ("10.parquet", parquet(&img2dataset(3..5), 3))]).await;
+    put(&stores, &[("8.parquet", parquet(&img2dataset(0..3), 3)), ("10.parquet", parquet(&img2dataset(3..5), 3))])
+        .await;
     let mut shards = Vec::new();
     for uri in ["memory:///data", "memory:///data/{8,10}.parquet", "memory:///data/*.parquet"] {
         let manifest = index(&stores, &[request(uri)]).await.unwrap();
@@ -111,10 +112,7 @@ async fn what_is_missing_or_empty_is_told_apart() {
 #[tokio::test]
 async fn shards_must_agree_on_image_and_caption() {
     let words = Arc::new(StringArray::from_iter_values(["no bytes"]));
-    let files = [
-        ("0.parquet", parquet(&img2dataset(0..4), 4)),
-        ("1.parquet", parquet(&with_column("jpg", words), 4)),
-    ];
+    let files = [("0.parquet", parquet(&img2dataset(0..4), 4)), ("1.parquet", parquet(&with_column("jpg", words), 4))];
     let error = failure(indexed(&stores(), &files).await);
     assert_eq!(error.reason(), Reason::SchemaMismatch);
     assert_eq!(error.value("shard"), Some("memory:///data/1.parquet"));
@@ -134,10 +132,7 @@ async fn wider_types_of_image_and_caption_are_taken() {
 #[tokio::test]
 async fn an_extra_column_is_refused_only_where_it_is_asked_for() {
     let narrow = Arc::new(Int32Array::from_iter_values([7]));
-    let files = [
-        ("0.parquet", parquet(&img2dataset(0..4), 4)),
-        ("1.parquet", parquet(&with_column("uid", narrow), 4)),
-    ];
+    let files = [("0.parquet", parquet(&img2dataset(0..4), 4)), ("1.parquet", parquet(&with_column("uid", narrow), 4))];
     let manifest = indexed(&stores(), &files).await.unwrap();
     assert!(manifest.data_schema(&["url".into()]).is_ok());
     let error = failure(manifest.data_schema(&["uid".into()]));

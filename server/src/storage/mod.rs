@@ -28,11 +28,14 @@ pub struct StorageConfig {
     /// Options of the object store client, such as `aws_endpoint`, `aws_region` or `aws_allow_http`. Credentials are found the
     /// standard way (environment, web identity, instance metadata); what is given here comes before them.
     pub options: BTreeMap<String, String>,
+    /// The environment's credentials and the like; never printed.
+    #[serde(skip)]
+    pub environment: BTreeMap<String, String>,
 }
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { allow_uris: Vec::new(), options: BTreeMap::new() }
+        Self { allow_uris: Vec::new(), options: BTreeMap::new(), environment: BTreeMap::new() }
     }
 }
 
@@ -73,7 +76,12 @@ impl Stores {
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
         let allow = &self.0.config.allow_uris;
         let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
-        if uri.split('/').any(|segment| segment == "..") || !(allow.is_empty() || allow.iter().any(|p| below(plain, p))) {
+        // What a URL parser would turn into ".." after this check.
+        let sly = uri.to_ascii_lowercase().contains("%2e") || uri.contains(['\\', '\t', '\n', '\r']);
+        if sly
+            || uri.split('/').any(|segment| segment == "..")
+            || !(allow.is_empty() || allow.iter().any(|p| below(plain, p)))
+        {
             let message = format!("{uri} is not below any prefix of storage.allow_uris; ask the operator to add it");
             return Err(Error::new(Reason::UriNotAllowed, message).with("uri", uri));
         }
@@ -116,7 +124,9 @@ impl Stores {
             S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
             S::Memory => Arc::new(InMemory::new()),
             _ => {
-                let options = self.0.config.options.iter().map(|(k, v)| (k.clone(), v.clone()));
+                let config = &self.0.config;
+                // What comes later holds.
+                let options = config.environment.iter().chain(&config.options).map(|(k, v)| (k.clone(), v.clone()));
                 Arc::from(object_store::parse_url_opts(url, options)?.0)
             }
         })

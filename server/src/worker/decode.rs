@@ -131,7 +131,9 @@ fn scan_start(bytes: &[u8]) -> Option<usize> {
         match *bytes.get(at..at + 2)? {
             [0xFF, 0xDA] => return Some(at + 2),
             [0xFF, 0x01 | 0xD0..=0xD9] => at += 2,
-            [0xFF, 0x02..=0xFE] => at += 2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?])),
+            [0xFF, 0x02..=0xFE] => {
+                at += 2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]))
+            }
             _ => at += 1,
         }
     }

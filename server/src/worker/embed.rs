@@ -1,10 +1,5 @@
 //! Embeddings of consecutive rows, made in micro-batches of one fixed shape.
-use super::{
-    device::MicroBatch,
-    engine::Engine,
-    models::Loaded,
-    pool::PreparedRow,
-};
+use super::{device::MicroBatch, engine::Engine, models::Loaded, pool::PreparedRow};
 use crate::error::Result;
 use bytes::Bytes;
 use std::ops::Range;

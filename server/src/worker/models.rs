@@ -165,7 +165,9 @@ impl ModelId {
             (None, "") => WeightsId::Folder,
             (Some(seed), "") => WeightsId::Random(seed),
             (None, uri) => WeightsId::Snapshot { uri: uri.to_owned(), digest: model.snapshot_digest.clone() },
-            (Some(_), _) => return Err(Error::invalid("random_seed", "a model has a snapshot or random weights, not both")),
+            (Some(_), _) => {
+                return Err(Error::invalid("random_seed", "a model has a snapshot or random weights, not both"));
+            }
         };
         let compute = device.compute(model.compute_dtype());
         Ok(Self { folder: model.model_uri.clone(), weights, compute })
@@ -180,7 +182,8 @@ impl WeightsId {
             return Ok(());
         }
         let found = &info.weights_digest;
-        let message = format!("{uri} has digest {found}, not {digest}: it was damaged or replaced; push the weights again");
+        let message =
+            format!("{uri} has digest {found}, not {digest}: it was damaged or replaced; push the weights again");
         Err(Error::new(Reason::WeightsRefused, message).with("uri", uri).with("digest", found))
     }
 }

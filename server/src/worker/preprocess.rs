@@ -4,10 +4,7 @@ pub use super::decode::{ImageLimits, RowFault, decode};
 
 use super::decode::too_large;
 use crate::error::{Error, Result};
-use fast_image_resize::{
-    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
-    images::Image,
-};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
 use image::RgbImage;
 use serde::Serialize;
 use serde_json::Value;
@@ -68,7 +65,10 @@ impl Preprocess {
             false => None,
         };
         if let (Target::ShortestEdge(_), None) = (target, crop) {
-            return Err(invalid("do_center_crop", "without it a shortest_edge gives images of many sizes; set it to true"));
+            return Err(invalid(
+                "do_center_crop",
+                "without it a shortest_edge gives images of many sizes; set it to true",
+            ));
         }
         let resample = match json.get("resample") {
             None | Some(Value::Null) => 3,
@@ -153,7 +153,13 @@ impl Preprocess {
         let crop = |rows: usize| options.crop(columns.start, 0.0, columns.span, rows as f64);
         for strip in image.as_raw().chunks(width as usize * 3 * STRIP_ROWS) {
             let rows = strip.len() / (width as usize * 3);
-            wide.extend(convolve(&mut resizer, strip, (width, rows as u32), (columns.length, rows as u32), &crop(rows))?);
+            wide.extend(convolve(
+                &mut resizer,
+                strip,
+                (width, rows as u32),
+                (columns.length, rows as u32),
+                &crop(rows),
+            )?);
         }
         let crop = options.crop(0.0, rows.start, columns.length.into(), rows.span);
         convolve(&mut resizer, &wide, (columns.length, height), (columns.length, rows.length), &crop)
@@ -218,7 +224,8 @@ impl Config<'_> {
 
     /// Whether it is CLIP's processor, by name or, without one, by its fields.
     fn is_clip(&self) -> Result<bool> {
-        let field = if self.get("image_processor_type").is_some() { "image_processor_type" } else { "feature_extractor_type" };
+        let field =
+            if self.get("image_processor_type").is_some() { "image_processor_type" } else { "feature_extractor_type" };
         match self.get(field).and_then(Value::as_str) {
             None => Ok(self.get("do_center_crop").or(self.get("crop_size")).is_some()),
             Some("CLIPImageProcessor" | "CLIPImageProcessorFast" | "CLIPFeatureExtractor") => Ok(true),
@@ -251,11 +258,11 @@ impl Config<'_> {
                 Ok(if clip { Target::ShortestEdge(side) } else { Target::Exact(side, side) })
             }
             Some(size) => match size.get("shortest_edge") {
-                Some(edge) if size.get("longest_edge").is_none() => Ok(Target::ShortestEdge(self.side(field, Some(edge))?)),
-                Some(_) => Err(invalid(field, "longest_edge is not supported")),
-                None => {
-                    Ok(Target::Exact(self.side(field, size.get("height"))?, self.side(field, size.get("width"))?))
+                Some(edge) if size.get("longest_edge").is_none() => {
+                    Ok(Target::ShortestEdge(self.side(field, Some(edge))?))
                 }
+                Some(_) => Err(invalid(field, "longest_edge is not supported")),
+                None => Ok(Target::Exact(self.side(field, size.get("height"))?, self.side(field, size.get("width"))?)),
             },
         }
     }

@@ -16,7 +16,8 @@ fn what_is_left_out_has_the_processors_default() {
     let siglip = parse(r#"{"image_processor_type": "SiglipImageProcessor"}"#);
     assert_eq!((siglip.size(), siglip.resample, siglip.crop), ((224, 224), 3, None));
     assert_eq!(siglip.normalisation(), Normalisation { rescale: 1.0 / 255.0, mean: [0.5; 3], std: [0.5; 3] });
-    let clip = parse(r#"{"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 24, "resample": 2}"#);
+    let clip =
+        parse(r#"{"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 24, "resample": 2}"#);
     assert_eq!((clip.size(), clip.target, clip.resample), ((24, 24), Target::ShortestEdge(30), 2));
     assert_eq!(clip.normalisation().std[2], 0.275_777_11);
     let plain = parse(r#"{"do_rescale": false, "do_normalize": false, "size": {"height": 8, "width": 6}}"#);
@@ -27,7 +28,10 @@ fn what_is_left_out_has_the_processors_default() {
 #[test]
 fn what_decides_the_pixels_decides_the_digest() {
     let a = parse(r#"{"size": 8, "resample": 3}"#);
-    assert_eq!(a.digest(), parse(r#"{"resample": 3, "size": {"width": 8, "height": 8}, "do_convert_rgb": true}"#).digest());
+    assert_eq!(
+        a.digest(),
+        parse(r#"{"resample": 3, "size": {"width": 8, "height": 8}, "do_convert_rgb": true}"#).digest()
+    );
     assert_ne!(a.digest(), parse(r#"{"size": 8, "resample": 2}"#).digest());
     assert_ne!(a.digest(), parse(r#"{"size": 8, "image_mean": 0.4}"#).digest());
 }
@@ -53,7 +57,8 @@ fn what_cannot_be_done_is_refused_by_field() {
 
 #[test]
 fn a_crop_larger_than_the_image_is_black_around_it() {
-    let config = parse(r#"{"do_center_crop": true, "size": {"height": 2, "width": 3}, "crop_size": {"height": 5, "width": 5}}"#);
+    let config =
+        parse(r#"{"do_center_crop": true, "size": {"height": 2, "width": 3}, "crop_size": {"height": 5, "width": 5}}"#);
     let pixels = config.pixels(&png(7, 4, 9), &ImageLimits { pixels_max: 100, bytes_max: 1000 }).unwrap();
     let lit: Vec<usize> = (0..25).filter(|n| pixels[n * 3] == 9).collect();
     assert_eq!(lit, [11, 12, 13, 16, 17, 18], "the larger half of the spare comes first");

@@ -2,9 +2,7 @@
 use crate::error::{Error, Result, from_status};
 use rand::Rng;
 use std::{future::Future, pin::pin, time::Duration};
-use superbatch_proto::v1::{
-    Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient,
-};
+use superbatch_proto::v1::{Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient};
 use tonic::transport::{Channel, Endpoint};
 
 /// How long a call to the coordinator may take.
@@ -106,7 +104,11 @@ mod tests {
         async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
             let first = self.0.capacity() == self.0.max_capacity();
             self.0.send(request.into_inner()).await.map_err(|_| Status::cancelled("the test is over"))?;
-            if first { Err(Status::unavailable("starting")) } else { Ok(Response::new(RegisterResponse { lease_seconds: 0.03 })) }
+            if first {
+                Err(Status::unavailable("starting"))
+            } else {
+                Ok(Response::new(RegisterResponse { lease_seconds: 0.03 }))
+            }
         }
     }
 

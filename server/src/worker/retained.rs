@@ -38,7 +38,8 @@ impl<T: Clone> Retained<T> {
     /// none.
     pub fn keep(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
         let mut state = self.0.state.lock().expect("no panic while held");
-        let newer = || state.things.range((Excluded((step, u64::MAX)), Unbounded)).map(|(_, (bytes, _))| bytes).sum::<usize>();
+        let newer =
+            || state.things.range((Excluded((step, u64::MAX)), Unbounded)).map(|(_, (bytes, _))| bytes).sum::<usize>();
         let over = |used: usize| used + bytes > self.0.bytes_max;
         // The sum over newer steps is only taken where the budget is full.
         if over(state.bytes) && over(state.bytes - newer()) {

@@ -40,7 +40,8 @@ impl RowWriter {
 
     /// Appends rows as one record batch; none of them may lack image or caption.
     pub fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
-        let hashes = rows.iter().map(|row| row.image().zip(row.caption()).map(|(image, text)| content_hash(image, text)));
+        let hashes =
+            rows.iter().map(|row| row.image().zip(row.caption()).map(|(image, text)| content_hash(image, text)));
         let hashes: Option<Vec<[u8; 16]>> = hashes.collect();
         let hashes = hashes.ok_or_else(|| Error::internal("a row without image or caption was to be sent"))?;
         let hashes = FixedSizeBinaryArray::try_from_iter(hashes.into_iter()).map_err(encoding)?;

@@ -59,7 +59,12 @@ pub(super) async fn score(
                 }
             }
             score_request::Message::Chosen(chosen) => return scoring.chosen(chosen, answers).await,
-            _ => return Err(Error::invalid("message", "after ScoreBegin comes LearnerGo, once and if announced, then ChosenRows")),
+            _ => {
+                return Err(Error::invalid(
+                    "message",
+                    "after ScoreBegin comes LearnerGo, once and if announced, then ChosenRows",
+                ));
+            }
         }
     }
     Ok(())
@@ -84,7 +89,8 @@ impl<'a> Scoring<'a> {
             given => given,
         };
         if begin.micro_batch_rows == 0 || begin.micro_batch_rows > MICRO_BATCH_ROWS_MAX {
-            let message = format!("micro_batch_rows is {}; it must be 1 to {MICRO_BATCH_ROWS_MAX}", begin.micro_batch_rows);
+            let message =
+                format!("micro_batch_rows is {}; it must be 1 to {MICRO_BATCH_ROWS_MAX}", begin.micro_batch_rows);
             return Err(Error::invalid("micro_batch_rows", message));
         }
         let slice = Slice::open(engine, &begin.dataset_manifest, begin.blocks, begin.columns).await?;

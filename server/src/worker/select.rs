@@ -82,7 +82,8 @@ impl Received {
         let (rows, dim) = (part.rows as usize, part.dim as usize);
         let width = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
         let bytes = rows.saturating_mul(dim).saturating_mul(width);
-        let in_order = part.first as usize == self.rows && self.rows + rows <= count && (self.rows == 0 || dim == self.dim);
+        let in_order =
+            part.first as usize == self.rows && self.rows + rows <= count && (self.rows == 0 || dim == self.dim);
         if !in_order || dim == 0 || part.image.len() != bytes || part.text.len() != bytes {
             let message = format!(
                 "an EmbeddingPart of rows {}+{rows} and dim {dim} does not follow {} of {count} rows of dim {} in {width} bytes each",

@@ -70,7 +70,8 @@ impl BlockKey<'_> {
         let place = [self.source, self.shard, self.block].map(u32::to_le_bytes).concat();
         let compute = if self.compute == Compute::Bf16 { "bf16" } else { "f32" };
         let names = [self.fidelity.as_str_name(), self.dtype.as_str_name(), compute].join(" ");
-        let fields = [self.manifest.as_bytes(), &place, self.model_digest.as_bytes(), &self.inputs_digest, names.as_bytes()];
+        let fields =
+            [self.manifest.as_bytes(), &place, self.model_digest.as_bytes(), &self.inputs_digest, names.as_bytes()];
         for field in fields {
             hash.update(&(field.len() as u64).to_le_bytes()).update(field);
         }
@@ -102,7 +103,10 @@ impl Sidecar {
                 return Ok(Arc::new(block));
             }
             if damaged {
-                tracing::warn!(object = self.state.uri_of(key), "reference embeddings are damaged; computing them again");
+                tracing::warn!(
+                    object = self.state.uri_of(key),
+                    "reference embeddings are damaged; computing them again"
+                );
             }
             let block = compute.await?;
             Ok(Arc::new(self.store(key, shape, block, damaged).await))

@@ -91,7 +91,8 @@ impl SliceBlock {
             return Err(Error::invalid("blocks", message));
         };
         if let Some(row) = rows.iter().find(|row| **row >= found.rows) {
-            let message = format!("block {block} of shard {shard} of source {source} has {} rows, no row {row}", found.rows);
+            let message =
+                format!("block {block} of shard {shard} of source {source} has {} rows, no row {row}", found.rows);
             return Err(Error::invalid("blocks", message));
         }
         let (block_rows, first_row) = (found.rows as usize, found.first_row);

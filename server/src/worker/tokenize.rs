@@ -75,7 +75,9 @@ impl Tokenizer {
         for caption in ["", &"a b ".repeat(text.length)] {
             let ids = self.encode(caption).map_err(|fault| mismatch(fault.detail))?;
             if let Some(eos) = text.eos_id.filter(|eos| !ids.contains(eos)) {
-                let what = format!("captions do not end with id {eos}, at which the model pools; add it in the post-processor");
+                let what = format!(
+                    "captions do not end with id {eos}, at which the model pools; add it in the post-processor"
+                );
                 return Err(mismatch(what));
             }
         }

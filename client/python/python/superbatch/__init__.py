@@ -12,6 +12,8 @@
 `superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`.
 """
 
+from typing import Any
+
 from ._client import Batch, Batches, Client, Record, Run, connect
 from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
 from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, at_most, exact
@@ -38,3 +40,11 @@ __all__ = [
     "connect",
     "exact",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`superbatch.torch` without an import of its own; torch is loaded when it is first named."""
+    if name == "torch":
+        import importlib
+        return importlib.import_module(".torch", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -171,6 +171,7 @@ class Run:
 
     def __init__(self, run: _superbatch.Run) -> None:
         self._run = run
+        self._rank: int | None = None
         #: The schema of every batch.
         self.schema: pyarrow.Schema = run.schema
         #: The spec in force, defaults filled.
@@ -208,6 +209,7 @@ class Run:
         read_ahead: steps that whoever iterates holds before they are trained on.
         need_after: seconds of waiting after which the service is told that the trainer stands still.
         """
+        self._rank = rank
         made = self._run.batches(rank, world_size, start_step, end_step, prefetch, read_ahead, need_after)
         return Batches(made)
 
@@ -219,7 +221,9 @@ class Run:
         """`select`, in asyncio."""
         return Batch(*await awaited(self._run.select(step, rank, world_size, intent)))
 
-    def push_weights(self, state_dict: Mapping[str, Any], *, step: int, rank: int = 0, dtype: Any = None) -> None:
+    def push_weights(
+        self, state_dict: Mapping[str, Any], *, step: int, rank: int | None = None, dtype: Any = None
+    ) -> None:
         """Copies the weights that `step` left behind (-1: the initial ones) and uploads them in the background.
 
         When it returns, the optimizer may overwrite them. At most one push waits beside the one being uploaded; beyond
@@ -229,8 +233,11 @@ class Run:
         Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
         that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
         taken off the names. dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other
-        float types become f32.
+        float types become f32. rank: where not given, the one that batches were asked for with, else
+        `torch.distributed`'s, else 0.
         """
+        if rank is None:
+            rank = _weights.own_rank() if self._rank is None else self._rank
         mine, total = _weights.blocks(state_dict, rank)
         if mine:
             self._push(mine, step, rank, dtype, None, 0 if len(mine) == total else total)

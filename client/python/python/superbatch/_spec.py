@@ -146,6 +146,8 @@ class RunSpec:
         """The spec as plain values, with the protocol's field names; without `run_id`, and without what is None."""
         spec = plain(self)
         del spec["run_id"]
+        if isinstance(self.sources, str):
+            raise TypeError(f"sources is a sequence: give [{self.sources!r}]")
         spec["sources"] = [{"uri": source} if isinstance(source, str) else source for source in spec["sources"]]
         if isinstance(self.reference, str):
             spec["reference"] = {"model_uri": self.reference}

@@ -134,3 +134,11 @@ def of_parts(parts: Iterable[Any]) -> Iterator[Block]:
     """Blocks from tuples (name, tensor, global_shape, start)."""
     for name, tensor, global_shape, start in parts:
         yield Block(name, tensor, tuple(global_shape), tuple(start))
+
+
+def own_rank() -> int:
+    """This process's rank in `torch.distributed`, 0 where that is not in use."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    return distributed.get_rank()

@@ -14,7 +14,9 @@ use superbatch_proto::{
 const SOURCES_MAX: usize = 1 << 16;
 const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
-const MICRO_BATCH_ROWS_MAX: u32 = 1 << 14;
+const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
+/// About 30 years.
+const SECONDS_MAX: f64 = 1e9;
 const MAX_AHEAD_MAX: u32 = 1 << 10;
 /// Columns that every batch has, and the prefix of the service's own.
 const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
@@ -187,6 +189,10 @@ fn bounds(spec: &RunSpec) -> Result<()> {
     within("micro_batch_rows", spec.micro_batch_rows, MICRO_BATCH_ROWS_MAX)?;
     within("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
     positive("need_deadline_seconds", spec.need_deadline_seconds)?;
+    if spec.need_deadline_seconds > SECONDS_MAX {
+        let message = format!("{} seconds is too long; give at most {SECONDS_MAX}", spec.need_deadline_seconds);
+        return Err(impossible("need_deadline_seconds", message));
+    }
     positive("max_bad_row_share", spec.max_bad_row_share)?;
     if spec.max_bad_row_share > 1.0 {
         return Err(impossible(

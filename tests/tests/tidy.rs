@@ -1,0 +1,128 @@
+//! The layout's rules: who may name whom, how long files and functions may be, and that generated pages are current.
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+use superbatch_server::{config, metrics};
+
+const FILE_LINES_MAX: usize = 400;
+const FUNCTION_LINES_MAX: usize = 60;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace")
+}
+
+/// Files below `folder` that end with `.rs`, as (path below the root, text).
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let (mut open, mut found) = (vec![root().join(folder)], Vec::new());
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
+            let path: PathBuf = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                let name = path.strip_prefix(root()).unwrap().display().to_string();
+                found.push((name, fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    assert!(!found.is_empty(), "{folder} holds no sources");
+    found.sort();
+    found
+}
+
+fn production() -> Vec<(String, String)> {
+    ["proto/src", "scoring-kernels/src", "server/src", "client/rust/src", "client/python/src"]
+        .into_iter()
+        .flat_map(sources)
+        .filter(|(name, _)| !name.ends_with("tests.rs"))
+        .collect()
+}
+
+/// The text without the tests at its end.
+fn without_tests(text: &str) -> &str {
+    text.split_once("\n#[cfg(test)]\nmod tests {").map_or(text, |(before, _)| before)
+}
+
+/// Functions as (name, lines), told by the indentation that rustfmt gives them.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let indent = line.len() - line.trim_start().len();
+        let Some((before, name)) = line.split_once("fn ") else { continue };
+        let words = before
+            .split_whitespace()
+            .all(|w| ["const", "async", "unsafe", "extern", "\"C\""].contains(&w) || w.starts_with("pub"));
+        if !words || name.trim_end().ends_with(';') {
+            continue;
+        }
+        let end = format!("{}}}", " ".repeat(indent));
+        let length = lines[start..].iter().position(|line| *line == end).map_or(1, |n| n + 1);
+        found.push((name.split(['(', '<']).next().unwrap_or(name).to_owned(), length));
+    }
+    found
+}
+
+#[test]
+fn functions_are_measured() {
+    let text = "pub async fn a(\n    b: u32,\n) {\n    c();\n}\nimpl X {\n    fn d() {\n    }\n}\n";
+    assert_eq!(functions(text), [("a".to_owned(), 5), ("d".to_owned(), 2)]);
+}
+
+#[test]
+fn files_and_functions_are_short() {
+    let mut long = Vec::new();
+    for (name, text) in production() {
+        let lines = text.lines().count();
+        if lines > FILE_LINES_MAX {
+            long.push(format!("{name} has {lines} lines, {FILE_LINES_MAX} are allowed"));
+        }
+        for (function, lines) in functions(without_tests(&text)) {
+            if lines > FUNCTION_LINES_MAX {
+                long.push(format!("{name}: {function} has {lines} lines, {FUNCTION_LINES_MAX} are allowed"));
+            }
+        }
+    }
+    assert!(long.is_empty(), "split these:\n{}", long.join("\n"));
+}
+
+#[test]
+fn nobody_reaches_beyond_their_layer() {
+    // Who must not name what, and the files that may.
+    let rules: &[(&str, &[&str], &[&str])] = &[
+        ("server/src/coordinator", &["crate::worker", "crate::app", "crate::config"], &[]),
+        ("server/src/worker", &["crate::coordinator", "crate::app", "crate::config"], &[]),
+        ("server/src", &["std::env::var", "env::vars"], &["server/src/config/"]),
+        ("server/src", &["Status::new", "Status::with_"], &["server/src/error.rs"]),
+        ("server/src", &["\"superbatch_"], &["server/src/metrics.rs"]),
+        ("scoring-kernels/src", &["superbatch_", "tokio", "std::env", "std::time", "std::fs", "std::net"], &[]),
+        ("proto/src", &["superbatch_kernels", "superbatch_server", "superbatch_client"], &[]),
+        ("client/rust/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),
+        ("client/python/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),
+    ];
+    let mut reached = Vec::new();
+    for (folder, forbidden, allowed) in rules {
+        for (name, text) in sources(folder) {
+            if name.ends_with("tests.rs") || allowed.iter().any(|place| name.starts_with(place)) {
+                continue;
+            }
+            let code =
+                without_tests(&text).lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
+            for (number, line) in code {
+                for word in forbidden.iter().filter(|word| line.contains(**word)) {
+                    reached.push(format!("{name}:{}: {word}", number + 1));
+                }
+            }
+        }
+    }
+    assert!(reached.is_empty(), "these reach beyond their layer:\n{}", reached.join("\n"));
+}
+
+#[test]
+fn generated_pages_are_current() {
+    for (page, now) in [("docs/metrics.md", metrics::reference()), ("docs/configuration.md", config::reference())] {
+        let kept = fs::read_to_string(root().join(page)).unwrap_or_default();
+        assert!(kept == now, "{page} is not what the code says; run `make docs`");
+    }
+}
