@@ -54,7 +54,8 @@ fn functions(text: &str) -> Vec<(String, usize)> {
         let words = before
             .split_whitespace()
             .all(|w| ["const", "async", "unsafe", "extern", "\"C\""].contains(&w) || w.starts_with("pub"));
-        if !words || name.trim_end().ends_with(';') {
+        // What a macro makes of a template has no length of its own.
+        if !words || name.starts_with('$') || name.trim_end().ends_with(';') {
             continue;
         }
         let end = format!("{}}}", " ".repeat(indent));

@@ -112,8 +112,8 @@ impl ShardFile {
             Err(object_store::Error::NotFound { .. }) => Err(self.changed("it is gone")),
             // A range beyond the end of an object that shrank looks like any other failure.
             Err(cause) => match self.location.head("").await {
-                Ok(meta) => self.same(&meta).and(Err(self.location.error("read", "", cause))),
-                Err(_) => Err(self.location.error("read", "", cause)),
+                Ok(Some(meta)) => self.same(&meta).and(Err(self.location.error("read", "", cause))),
+                _ => Err(self.location.error("read", "", cause)),
             },
         }
     }

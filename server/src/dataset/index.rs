@@ -34,7 +34,7 @@ pub struct SourceRequest {
 /// against the allow-list.
 ///
 /// # Errors
-/// `DatasetEmpty`, `ColumnNotFound`, `SchemaMismatch`, `StorageUnreachable` for what does not exist, `InvalidArgument` for a
+/// `DatasetEmpty` (also for what does not exist), `ColumnNotFound`, `SchemaMismatch`, `StorageUnreachable`, `InvalidArgument` for a
 /// pattern, a weight, or a file that is no Parquet file.
 pub async fn index(stores: &Stores, sources: &[SourceRequest]) -> Result<Manifest> {
     if sources.is_empty() {
@@ -86,13 +86,21 @@ enum Found {
     Itself(ObjectMeta),
 }
 
+fn nothing(at: &str, source: &str) -> Error {
+    let message = format!("there is nothing at {at}; give the URI of a Parquet file, or of a folder that holds some");
+    Error::new(Reason::DatasetEmpty, message).with("source", source)
+}
+
 /// The files that `keys` name below `root`.
 async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     let globs = match keys {
         Keys::Exact(keys) => {
             let heads = keys.clone().into_iter().map(|key| {
                 let root = root.clone();
-                async move { Ok::<_, Error>((key.clone(), root.head(&key).await?)) }
+                async move {
+                    let found = root.head(&key).await?.ok_or_else(|| nothing(&root.uri_of(&key), uri))?;
+                    Ok::<_, Error>((key, found))
+                }
             });
             return futures::stream::iter(heads).buffered(FILES_AT_ONCE).try_collect().await.map(Found::Below);
         }
@@ -102,7 +110,7 @@ async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     let mut all = root.list("").await?;
     all.retain(|(path, _)| !path.is_empty());
     if all.is_empty() && globs.is_none() {
-        return root.head("").await.map(Found::Itself);
+        return root.head("").await?.map(Found::Itself).ok_or_else(|| nothing(root.uri(), uri));
     }
     let objects = all.len();
     // Writers leave `_metadata`, `_SUCCESS` and dot files beside their shards.

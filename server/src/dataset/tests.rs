@@ -95,8 +95,8 @@ async fn what_is_missing_or_empty_is_told_apart() {
     let stores = stores();
     put(&stores, &[("d/readme.txt", Bytes::from("hi")), ("e.parquet", parquet(&img2dataset(0..0), 1))]).await;
     for (uri, reason) in [
-        ("memory:///data/none.parquet", Reason::StorageUnreachable),
-        ("memory:///nowhere", Reason::StorageUnreachable),
+        ("memory:///data/none.parquet", Reason::DatasetEmpty),
+        ("memory:///nowhere", Reason::DatasetEmpty),
         ("memory:///data/d", Reason::DatasetEmpty),
         ("memory:///data/x*.parquet", Reason::DatasetEmpty),
         ("memory:///data/e.parquet", Reason::DatasetEmpty),

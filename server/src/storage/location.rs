@@ -62,8 +62,13 @@ impl Location {
         }
     }
 
-    pub async fn head(&self, key: &str) -> Result<ObjectMeta> {
-        self.store.head(&self.path(key)).await.map_err(|e| self.error("look up", key, e))
+    /// What an object is, `None` where there is none.
+    pub async fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        match self.store.head(&self.path(key)).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("look up", key, e)),
+        }
     }
 
     /// All objects below `key`, in no particular order, with keys relative to this location.

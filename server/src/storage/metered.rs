@@ -156,7 +156,7 @@ mod tests {
         state.put("a/x", Bytes::from("12345")).await.unwrap();
         assert_eq!(state.get("a/x").await.unwrap(), "12345");
         assert_eq!(state.find("a/y").await.unwrap(), None);
-        assert_eq!(state.head("a/x").await.unwrap().size, 5);
+        assert_eq!(state.head("a/x").await.unwrap().unwrap().size, 5);
         assert!(matches!(state.create("a/x", Bytes::from("2")).await.unwrap(), Created::Theirs(_)));
         assert_eq!(state.list("a").await.unwrap().len(), 1);
         assert_eq!(state.store().get_ranges(&state.path("a/x"), &[0..2, 3..4]).await.unwrap(), ["12", "4"]);
