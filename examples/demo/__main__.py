@@ -92,17 +92,20 @@ def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path
             with serve(folder) as address:
                 try:
                     torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=settings.world_size)
-                except torch.multiprocessing.ProcessException as error:
+                except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
                     raise DemoError(f"{arm.label} failed; the server's log is {folder / 'server.log'}\n{error}") from None
             results.append(read_arm(policy, seed, folder))
+            # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch receipts`.
+            shutil.rmtree(folder / "state" / "runs" / arm.run_id / "snapshots", ignore_errors=True)
     return results
 
 
 def report(results: list, dataset: Path, out: Path) -> None:
-    from .report import Pool, draw_curves, draw_sheets, table, write_results
+    from .pictures import draw_curves, draw_sheets
+    from .report import Pool, table, write_results
     pool = Pool(dataset / "pool")
     written = write_results(results, pool, out)
-    text = table(written, pool.mismatched_share(list(pool.rows)))
+    text = table(written)
     (out / "table.txt").write_text(text + "\n")
     print("\n" + text + "\n")
     draw_curves(written, out / "demo.png", CREDITS)
@@ -112,6 +115,8 @@ def report(results: list, dataset: Path, out: Path) -> None:
     print(f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor clean set has")
     for path in (out / "results.json", out / "demo.png", *sheets):
         print(f"  {path}")
+    joint_state = (out / f"joint-{joint.seed}" / "state").as_uri()
+    print(f"why a batch was chosen: superbatch receipts demo-joint-{joint.seed} --step 100 --state {joint_state}")
 
 
 if __name__ == "__main__":

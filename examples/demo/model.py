@@ -24,8 +24,8 @@ SHAPE = {
     "image_size": 24, "patch_size": 4, "width": 64, "vision_layers": 2, "text_layers": 1, "heads": 4, "mlp": 256,
     "text_length": 12, "vocab_size": 4096,
 }
-# SigLIP starts at a bias of -10, for batches of thousands. At this size, about -log(sub_batch_size) is where a model that knows
-# nothing would end up.
+# SigLIP starts at a bias of -10, for batches of thousands. At this size, about -log(sub_batch_size) is where a model that
+# knows nothing would end up.
 LOGIT_SCALE, LOGIT_BIAS = 10.0, -5.0
 
 

@@ -19,6 +19,9 @@ from .train import Batch, Trainer, fit, start_rank
 
 BINARY = Path(os.environ.get("SUPERBATCH_BINARY") or Path(__file__).parents[2] / "target" / "debug" / "superbatch")
 STOP_SECONDS = 40
+# The trainer has the same cores. LibTorch's OpenMP threads spin while they wait for each other: that takes the trainer's
+# time, and with every core busy a step was seen to cost three times as much.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def service_batches(run: superbatch.Run, rank: int, settings: Settings) -> Itera
     for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps):
         cost = batch.receipt.cost
         flops = sum((cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.discarded_flops, cost.train_flops))
-        yield Batch(batch.step, batch["image"].to_pylist(), batch["caption"].to_pylist(), batch["_superbatch_id"].to_pylist(),
-                    cost.candidates_scanned, flops)
+        images, captions, ids = (batch[column].to_pylist() for column in ("image", "caption", "_superbatch_id"))
+        yield Batch(batch.step, images, captions, ids, cost.candidates_scanned, flops)
 
 
 def rank_main(rank: int, arm: Arm, address: str) -> None:
@@ -94,7 +97,7 @@ def serve(folder: Path) -> Iterator[str]:
         "listen": "127.0.0.1:0", "metrics_listen": None, "state": (folder / "state").as_uri()}, indent=2))
     with log.open("w") as err:
         command = [BINARY, "serve", "--config", config]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | ENVIRONMENT)
         try:
             # The server says where it listens once it does; a server that fails closes the pipe.
             address = re.search(r"http://\S+", server.stdout.readline())

@@ -1,4 +1,4 @@
-"""A data set and models small enough for tests: coloured shapes with names, and SigLIP and CLIP folders of a few thousand weights."""
+"""A data set and models small enough for tests: coloured shapes with names; SigLIP and CLIP of a few thousand weights."""
 
 import json
 import random

@@ -47,7 +47,7 @@ class Point:
 
 
 def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, rank: int) -> torch.Tensor:
-    """This rank's images against all ranks' captions: mean over its rows of the summed sigmoid losses (Zhai et al. 2023, eq. 1).
+    """This rank's images, all ranks' captions: mean over its rows of the summed sigmoid losses (Zhai et al. 2023, eq. 1).
 
     Averaged over ranks, as DistributedDataParallel does with gradients, it is the loss of the whole batch.
     """

@@ -11,7 +11,7 @@ import torch.distributed
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from examples.demo import report, tiny
+from examples.demo import pictures, report, tiny
 from examples.demo.evaluate import recall
 from examples.demo.model import Transform, load, normalise
 from examples.demo.report import ArmResult
@@ -133,9 +133,9 @@ def test_the_whole_report_is_written(tmp_path):
     results = [arm("uniform", [0.1, 0.2], 1.0), arm("independent", [0.05, 0.1], 4.0), arm("joint", [0.2, 0.3], 4.0)]
     written = report.write_results(results, pool, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [10, 20]
-    said = report.table(written, 0.5)
+    said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
-    report.draw_curves(written, tmp_path / "demo.png", "credits")
-    sheets = report.draw_sheets(results[2], pool, tmp_path, "credits")
+    pictures.draw_curves(written, tmp_path / "demo.png", "credits")
+    sheets = pictures.draw_sheets(results[2], pool, tmp_path, "credits")
     for path in (tmp_path / "demo.png", *sheets):
         assert Image.open(path).size[0] > 600
