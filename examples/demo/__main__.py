@@ -65,14 +65,12 @@ def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path
     import dataclasses
 
     import pyarrow.parquet
-    import torch
 
     from . import settings as presets
-    from .data.packages import DemoError
     from .model import write_folder
     from .reference import train_reference
     from .report import read_arm
-    from .service import Arm, rank_main, serve
+    from .service import Arm, run_arm, serve
 
     settings = presets.QUICK if args.quick else presets.FULL
     settings = dataclasses.replace(settings, steps=args.steps) if args.steps else settings
@@ -90,10 +88,7 @@ def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path
             folder.mkdir()
             arm = Arm(policy, seed, settings, dataset, learners[seed], reference, folder)
             with serve(folder) as address:
-                try:
-                    torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=settings.world_size)
-                except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
-                    raise DemoError(f"{arm.label} failed; the server's log is {folder / 'server.log'}\n{error}") from None
+                run_arm(arm, address)
             results.append(read_arm(policy, seed, folder))
             # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch receipts`.
             shutil.rmtree(folder / "state" / "runs" / arm.run_id / "snapshots", ignore_errors=True)

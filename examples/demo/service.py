@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import superbatch
+import torch
 
 from .data.packages import DemoError
 from .evaluate import Evaluation
@@ -84,6 +85,14 @@ def rank_main(rank: int, arm: Arm, address: str) -> None:
 
     fit(trainer, service_batches(run, rank, arm.settings), evaluation, arm.label, arm.folder, push)
     run.flush()
+
+
+def run_arm(arm: Arm, address: str) -> None:
+    """All ranks of the arm, as processes of their own."""
+    try:
+        torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=arm.settings.world_size)
+    except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
+        raise DemoError(f"{arm.label} failed; the server's log is {arm.folder / 'server.log'}\n{error}") from None
 
 
 @contextmanager

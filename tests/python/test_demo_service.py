@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import superbatch
-import torch
 
 from examples.demo import report, service, tiny
+from examples.demo.data.packages import DemoError
 from examples.demo.settings import Settings
 
 STEPS = 8
@@ -27,7 +27,7 @@ def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, li
     """The arm's result, its receipts, and what the service knows of the run at the end."""
     arm = service.Arm(policy, 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder)
     with service.serve(folder) as address:
-        torch.multiprocessing.spawn(service.rank_main, (arm, address), nprocs=SETTINGS.world_size)
+        service.run_arm(arm, address)
         run = superbatch.connect(address).open_run(service.run_spec(arm))
         receipts = [run.receipt(step) for step in range(STEPS)]
         return report.read_arm(policy, 0, folder), receipts, run.get_run()
@@ -57,3 +57,9 @@ def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):
     assert known.accounts.learner_flops == 0 and known.accounts.reference_flops == 0
     pool = report.Pool(inputs / "pool")
     assert 0.3 < pool.mismatched_share(sum(result.chosen, [])) < 0.7
+
+
+def test_a_failed_arm_says_which_and_where_its_log_is(inputs, tmp_path):
+    arm = service.Arm("joint", 3, SETTINGS, inputs, tmp_path / "missing", inputs / "reference", tmp_path)
+    with service.serve(tmp_path) as address, pytest.raises(DemoError, match=r"joint \(seed 3\) failed.*server\.log"):
+        service.run_arm(arm, address)
