@@ -66,8 +66,8 @@
 //! ```no_run
 //! use superbatch_kernels::{Backend, Candidates, ModelEmbeddings, Noise, Rows, Settings};
 //!
-//! # fn embed() -> (Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>) { unimplemented!() }
-//! let (learner_images, learner_texts, reference_images, reference_texts) = embed();
+//! # fn embed() -> [Vec<f32>; 4] { std::array::from_fn(|_| vec![0.0; 20_480 * 512]) }
+//! let [learner_images, learner_texts, reference_images, reference_texts] = embed();
 //! let (count, dim) = (20_480, 512);
 //! let learner = ModelEmbeddings {
 //!     image: Rows::F32(&learner_images),
