@@ -53,12 +53,11 @@ def weights(inputs: Path, step: int) -> dict:
     return {name: tensor * (1 + 0.01 * (step + 1)) for name, tensor in load_file(inputs / "learner/model.safetensors").items()}
 
 
-def train(run: superbatch.Run, inputs: Path, start: int = 0, end: int = STEPS, before_push=lambda step: None) -> list[list[str]]:
+def train(run: superbatch.Run, inputs: Path, start: int = 0, end: int = STEPS) -> list[list[str]]:
     """Ids by step, pushing after each."""
     ids = []
     for batch in run.batches(rank=0, world_size=1, start_step=start, end_step=end):
         ids.append(batch["_superbatch_id"].to_pylist())
-        before_push(batch.step)
         run.push_weights(weights(inputs, batch.step), step=batch.step)
     run.flush()
     return ids
@@ -97,13 +96,14 @@ def test_three_workers_choose_what_one_does(inputs, tmp_path, undisturbed):
 
 
 def test_late_pushes_change_nothing(inputs, service, undisturbed):
-    run = superbatch.connect(service.address).open_run(spec(inputs, "late"))
-
-    def wait(step: int) -> None:
-        """Until the service stands still: the step after the next waits for this push."""
-        if step >= 1:
-            run.flush()
-    assert train(run, inputs, before_push=wait) == undisturbed[0]
+    """Each push is held back until the next batch is there: the latest that lag exact(1) allows."""
+    run, ids = superbatch.connect(service.address).open_run(spec(inputs, "late")), []
+    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
+        ids.append(batch["_superbatch_id"].to_pylist())
+        if batch.step > 0:
+            run.push_weights(weights(inputs, batch.step - 1), step=batch.step - 1)
+    run.flush()
+    assert ids == undisturbed[0]
     assert choices(run) == undisturbed[1]
 
 
