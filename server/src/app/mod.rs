@@ -4,14 +4,17 @@ mod embedded;
 mod http;
 
 use crate::{
-    config::Config,
+    config::{Config, CoordinatorConfig},
     coordinator::{
+        limits::Limits,
         owner::Identity,
         pool::Pool,
-        registry::{Coordinator, Limits},
+        ready::Budget,
+        registry::Coordinator,
         run::Deps,
         selector::{LocalSelector, Selector, WorkerSelector},
         service::{Selection, WorkerPlane},
+        upkeep::upkeep,
     },
     error::{Error, Result},
     metrics,
@@ -30,7 +33,10 @@ use superbatch_proto::{
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::{Endpoint, Server};
+use tonic::{
+    service::Routes,
+    transport::{Endpoint, Server},
+};
 use tonic_health::server::HealthReporter;
 
 /// How long a call waits for a first worker.
@@ -87,27 +93,25 @@ impl Serve {
         if settings.workers_embedded {
             let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
             device = worker.info().device;
-            pool.embed(embedded::connect(worker));
+            pool.embed(embedded::connect(worker), &device);
         }
         let on_worker = match settings.selector_device.as_str() {
             "auto" => device.starts_with("cuda"),
             asked => asked.starts_with("cuda"),
         };
-        let selector: Arc<dyn Selector> =
-            if on_worker { Arc::new(WorkerSelector { pool: pool.clone() }) } else { Arc::new(LocalSelector::new(0)?) };
+        let local = LocalSelector::new(0)?;
+        let selector: Arc<dyn Selector> = match on_worker {
+            true => Arc::new(WorkerSelector { pool: pool.clone(), local, device: "cuda" }),
+            false => Arc::new(local),
+        };
         metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" })
             .set(1.0);
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
-        let limits = Limits {
-            super_batch_size_max: settings.super_batch_size_max,
-            sub_batch_size_max: settings.sub_batch_size_max,
-            push_bytes_max: settings.push_bytes_max,
-            push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
-        };
+        let deps = Deps { pool, selector, ready: Budget::new(settings.ready_bytes_max), limits: limits(settings) };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
-        let coordinator = Coordinator::new(Deps { pool, selector }, stores, state, identity, limits);
+        let coordinator = Coordinator::new(deps, stores, state, identity);
         Ok(Self { ground, coordinator })
     }
 
@@ -129,14 +133,19 @@ impl Serve {
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let router = builder()
+            .add_routes(reflection()?)
             .add_service(health_service)
-            .add_service(reflection()?)
             .add_service(CoordinatorServiceServer::new(WorkerPlane(self.coordinator.clone())))
             .add_service(selection);
         let coordinator = self.coordinator;
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let (drained, stopping) = drain(shutdown, health, async move { coordinator.stop().await });
+        let upkeep = tokio::spawn(upkeep(coordinator.clone()));
+        let let_go = async move {
+            upkeep.abort();
+            coordinator.stop().await;
+        };
+        let (drained, stopping) = drain(shutdown, health, let_go);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -189,8 +198,7 @@ impl Work {
         })?;
         let rng = rand::rngs::StdRng::from_os_rng();
         let registered = tokio::spawn(keep_registered(coordinator, registration, rng, shutdown.clone()));
-        let router =
-            builder().add_service(health_service).add_service(reflection()?).add_service(self.worker.service());
+        let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
         let leave = async move { drop(registered.await) };
@@ -204,17 +212,32 @@ impl Work {
     }
 }
 
+fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
+    Arc::new(Limits {
+        super_batch_size_max: settings.super_batch_size_max,
+        sub_batch_size_max: settings.sub_batch_size_max,
+        push_bytes_max: settings.push_bytes_max,
+        push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
+        runs_max: settings.max_runs as usize,
+        need_deadline_seconds: settings.need_deadline_seconds,
+        snapshots_kept: settings.snapshots_kept.into(),
+    })
+}
+
 fn builder() -> Server {
     Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)))
 }
 
-fn reflection()
--> Result<tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| Error::internal("the protocol's descriptors are damaged").because(e))
+/// Reflection, under its name of today and the one that older clients know.
+fn reflection() -> Result<Routes> {
+    let descriptors = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let damaged = |e| Error::internal("the protocol's descriptors are damaged").because(e);
+    let (v1, v1alpha) = (descriptors().build_v1().map_err(damaged)?, descriptors().build_v1alpha().map_err(damaged)?);
+    Ok(Routes::new(v1).add_service(v1alpha))
 }
 
 /// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
