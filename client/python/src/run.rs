@@ -11,7 +11,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use superbatch_client::{self as client, BatchesConfig, Part, Push, Pusher};
+use superbatch_client::{self as client, Batch, BatchesConfig, Part, Push, Pusher};
+use tokio::sync::OwnedMutexGuard;
 
 /// Pushes that wait beside the one under way. Each is a copy of the weights.
 const QUEUED_MAX: usize = 1;
@@ -85,7 +86,7 @@ impl Run {
     /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
     fn select(&self, py: Python<'_>, step: u64, rank: u32, world_size: u32, intent: &str) -> PyResult<Call> {
         let (run, intent) = (self.here()?, spec::intent(py, intent)?);
-        Call::start(async move { run.select(step, rank, world_size, intent).await }, show::batch)
+        Call::start(async move { run.select(step, rank, world_size, intent).await }, |py, batch| show::batch(py, &batch))
     }
 
     /// All steps from `start_step` on.
@@ -105,7 +106,8 @@ impl Run {
             .map_err(|_| errors::invalid(py, "need_after", "not a number of seconds"))?;
         let config = BatchesConfig { rank, world_size, start_step, end_step, prefetch, read_ahead, need_after };
         let batches = self.here()?.batches(config).map_err(|error| errors::exception(py, &error))?;
-        Ok(Batches { batches: Arc::new(tokio::sync::Mutex::new(batches)), process: self.process })
+        let source = Source { batches, untaken: None };
+        Ok(Batches { source: Arc::new(tokio::sync::Mutex::new(source)), process: self.process })
     }
 
     /// Waits for room for one push; the call's result is a `Slot`.
@@ -162,20 +164,50 @@ impl Run {
 /// Steps in order, asked for ahead.
 #[pyclass(frozen, module = "superbatch._superbatch")]
 pub struct Batches {
-    batches: Arc<tokio::sync::Mutex<client::Batches>>,
+    source: Arc<tokio::sync::Mutex<Source>>,
     process: Process,
+}
+
+/// Where the next batch comes from.
+struct Source {
+    batches: client::Batches,
+    /// A batch that came for a call which ended before Python took it.
+    untaken: Option<Batch>,
+}
+
+/// A batch on its way to Python. If Python does not take it, it goes back, and the next call, which waits for the guard
+/// until then, finds it.
+struct Handover {
+    source: OwnedMutexGuard<Source>,
+    batch: Option<Batch>,
+}
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        self.source.untaken = self.batch.take();
+    }
 }
 
 #[pymethods]
 impl Batches {
-    /// The next step; the call's result is as that of `Run.select`, or None at the end. Cancelling it loses nothing.
+    /// The next step; the call's result is as that of `Run.select`, or None at the end. A call that is cancelled, or whose
+    /// result is never taken, loses nothing: the next one yields the same step.
     fn next(&self) -> PyResult<Call> {
         self.process.check()?;
-        let batches = self.batches.clone();
-        let next = async move { batches.lock().await.next().await.transpose() };
-        Call::start(next, |py, batch| match batch {
-            Some(batch) => show::batch(py, batch),
-            None => Ok(py.None()),
+        let source = self.source.clone();
+        let next = async move {
+            let mut source = source.lock_owned().await;
+            let batch = match source.untaken.take() {
+                Some(batch) => Some(batch),
+                None => source.batches.next().await.transpose()?,
+            };
+            Ok(Handover { source, batch })
+        };
+        Call::start(next, |py, mut handover| {
+            let Some(batch) = &handover.batch else { return Ok(py.None()) };
+            let shown = show::batch(py, batch)?;
+            handover.batch = None;
+            Ok(shown)
         })
     }
 }

@@ -30,7 +30,7 @@ fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -
     message.map_or_else(|| Ok(py.None()), |message| show(py, message))
 }
 
-pub fn batch(py: Python<'_>, batch: Batch) -> Shown {
+pub fn batch(py: Python<'_>, batch: &Batch) -> Shown {
     let record_batch = batch.record_batch.to_pyarrow(py)?;
     let receipt = receipt_summary(py, &batch.receipt)?;
     Ok((record_batch, receipt, batch.step, batch.rank, batch.world_size).into_pyobject(py)?.into_any().unbind())

@@ -38,7 +38,7 @@ def record(value: Any) -> Any:
 
 
 async def awaited(call: _superbatch.Call) -> Any:
-    """Waits for a call in asyncio. Cancelling the wait cancels the call."""
+    """Waits for a call in asyncio. Whatever ends the wait early, such as a time-out, cancels the call."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
 
@@ -53,7 +53,7 @@ async def awaited(call: _superbatch.Call) -> Any:
     call.on_done(wake)
     try:
         await done
-    except asyncio.CancelledError:
+    except BaseException:
         call.cancel()
         raise
     return call.result()
@@ -140,8 +140,8 @@ class Batch:
 class Batches(Iterator[Batch], AsyncIterator[Batch]):
     """Batches in the order of their steps, asked for ahead of time. Iterate with `for` or with `async for`.
 
-    Asking for a step says that all earlier ones are trained on. An exception loses nothing: the next call asks for the
-    same step again.
+    Asking for a step says that all earlier ones are trained on. An exception loses nothing, nor does a wait that is cut
+    short (Ctrl-C, `asyncio.wait_for`): the next call yields the same step.
     """
 
     def __init__(self, batches: _superbatch.Batches) -> None:
