@@ -232,9 +232,11 @@ class Run:
 
         Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
         that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
-        taken off the names. dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other
-        float types become f32. rank: where not given, the one that batches were asked for with, else
-        `torch.distributed`'s, else 0.
+        taken off the names.
+
+        dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other float types become f32.
+        Tensors of one element, such as the scale and the bias of the logits, are never cast.
+        rank: where not given, the one that batches were asked for with, else `torch.distributed`'s, else 0.
         """
         if rank is None:
             rank = _weights.own_rank() if self._rank is None else self._rank
