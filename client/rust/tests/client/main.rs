@@ -226,6 +226,36 @@ async fn the_pusher_blocks_when_full_tells_errors_once_and_flushes() -> TestResu
 }
 
 #[tokio::test]
+async fn weights_that_will_not_come_are_not_said_to_be_on_their_way() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(Retry { attempts_max: 1, ..fast() }).await?;
+    let parts = || Part::f32("w", &[1], &[1.0]).into_iter().collect();
+    let refuse =
+        |reason| fake.refuse_pushes.lock().map(|mut refused| refused.push_back(reason)).map_err(|_| "poisoned");
+    fake.publish.send_replace(true);
+    run.push_weights(0, parts()).await?;
+
+    refuse(Reason::WeightsRefused)?;
+    run.push_weights(1, parts()).await.expect_err("it is refused");
+    refuse(Reason::Overloaded)?;
+    let pusher = Pusher::start(&run, 1);
+    pusher.push(Push::whole(2, parts())).await?;
+    let given_up = pusher.flush().await.expect_err("it is refused at its only attempt");
+    assert!(matches!(given_up, Error::GaveUp { .. }), "{given_up}");
+    fake.publish.send_replace(false);
+    assert!(run.push_weights(3, parts()).now_or_never().is_none(), "it waits until it is dropped");
+    run.select(0, 0, 1, Intent::Need).await?;
+    assert_eq!(fake.asked()[0].pushing_through, Some(0));
+
+    // One that is on its way still counts while another of its step fails.
+    pusher.push(Push::whole(4, parts())).await?;
+    assert!(run.push_weights(4, parts()).now_or_never().is_none(), "it waits until it is dropped");
+    run.select(1, 0, 1, Intent::Need).await?;
+    assert_eq!(fake.asked()[1].pushing_through, Some(4));
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_rewind_moves_the_handle_to_the_new_generation() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;
