@@ -86,7 +86,9 @@ impl Run {
     /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
     fn select(&self, py: Python<'_>, step: u64, rank: u32, world_size: u32, intent: &str) -> PyResult<Call> {
         let (run, intent) = (self.here()?, spec::intent(py, intent)?);
-        Call::start(async move { run.select(step, rank, world_size, intent).await }, |py, batch| show::batch(py, &batch))
+        Call::start(async move { run.select(step, rank, world_size, intent).await }, |py, batch| {
+            show::batch(py, &batch)
+        })
     }
 
     /// All steps from `start_step` on.
