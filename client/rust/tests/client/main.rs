@@ -98,6 +98,15 @@ async fn an_absent_service_and_a_bad_uri_are_told_at_once() -> TestResult {
 }
 
 #[tokio::test]
+async fn a_message_over_the_limit_is_told_and_not_asked_for_again() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    fake.script(0, [Answer::TooLong]);
+    let error = fake.open(fast()).await?.select(0, 0, 1, Intent::Need).await.expect_err("it is too long");
+    assert_eq!((error.reason_name(), fake.asked().len()), ("MESSAGE_TOO_LARGE", 1), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn batches_come_in_order_and_end_with_the_data() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;
