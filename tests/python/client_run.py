@@ -1,12 +1,14 @@
 """Runs for the tests of the Python client: one service a test file, and small specs."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import pytest
 import superbatch
-from cluster import Cluster
+from cluster import DEADLINE_SECONDS, Cluster
 from safetensors.torch import load_file
 
 from examples.demo import tiny
@@ -34,6 +36,14 @@ class Service(NamedTuple):
 
     def weights(self) -> dict:
         return load_file(self.inputs / "learner" / "model.safetensors")
+
+
+def in_next(thread: int) -> None:
+    """Waits until a thread is inside `next` of `Batches`."""
+    until = monotonic() + DEADLINE_SECONDS
+    while sys._current_frames()[thread].f_code is not superbatch.Batches.__next__.__code__:
+        assert monotonic() < until, "it never came there"
+        sleep(0.001)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,12 @@ use crate::{
 };
 use arrow::pyarrow::ToPyArrow;
 use futures::StreamExt;
-use pyo3::{buffer::PyBuffer, exceptions::PyRuntimeError, prelude::*, types::PyDict};
+use pyo3::{
+    buffer::PyBuffer,
+    exceptions::PyRuntimeError,
+    prelude::*,
+    types::{PyDict, PyMemoryView, PySlice},
+};
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -16,6 +21,9 @@ use tokio::sync::OwnedMutexGuard;
 
 /// Pushes that wait beside the one under way. Each is a copy of the weights.
 const QUEUED_MAX: usize = 1;
+
+/// Bytes copied with the GIL held: a millisecond's worth.
+const COPIED_BYTES: usize = 4 << 20;
 
 /// An open run.
 #[pyclass(frozen, module = "superbatch._superbatch")]
@@ -222,7 +230,7 @@ pub struct Slot {
 
 #[pymethods]
 impl Slot {
-    /// Copies a block of a tensor: `data` is a contiguous buffer of bytes, little endian.
+    /// Copies a block of a tensor: `data` is a buffer of bytes in one dimension, little endian.
     #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
     fn add(
         &self,
@@ -232,10 +240,10 @@ impl Slot {
         global_shape: Vec<u64>,
         start: Vec<u64>,
         extent: Vec<u64>,
-        data: PyBuffer<u8>,
+        data: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let dtype = spec::tensor_dtype(py, dtype)?;
-        let part = Part::block(name, dtype, &global_shape, &start, &extent, data.to_vec(py)?)
+        let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
             .map_err(|error| errors::exception(py, &error))?;
         match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             Some((_, parts)) => parts.push(part),
@@ -251,6 +259,22 @@ impl Slot {
         slot.push(Push { step, parts, push_id, expected_parts, rank });
         Ok(())
     }
+}
+
+/// A copy of a buffer of bytes. Weights are gigabytes, so other threads of Python run between its pieces.
+fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    let py = data.py();
+    let view = PyMemoryView::from(data)?;
+    let mut bytes = vec![0; view.len()?];
+    let mut start = 0;
+    for piece in bytes.chunks_mut(COPIED_BYTES) {
+        let end = start + piece.len();
+        let part = view.get_item(PySlice::new(py, start as isize, end as isize, 1))?;
+        PyBuffer::<u8>::get(&part)?.copy_to_slice(py, piece)?;
+        start = end;
+        py.detach(|| ());
+    }
+    Ok(bytes)
 }
 
 fn used() -> PyErr {
