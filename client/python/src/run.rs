@@ -99,7 +99,7 @@ impl Run {
         })
     }
 
-    /// All steps from `start_step` on.
+    /// Every `stride`-th step from `start_step` on.
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn batches(
         &self,
@@ -108,13 +108,14 @@ impl Run {
         world_size: u32,
         start_step: u64,
         end_step: Option<u64>,
+        stride: u64,
         prefetch: u64,
         read_ahead: u64,
         need_after: f64,
     ) -> PyResult<Batches> {
         let need_after = Duration::try_from_secs_f64(need_after)
             .map_err(|_| errors::invalid(py, "need_after", "not a number of seconds"))?;
-        let config = BatchesConfig { rank, world_size, start_step, end_step, prefetch, read_ahead, need_after };
+        let config = BatchesConfig { rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after };
         let batches = self.here()?.batches(config).map_err(|error| errors::exception(py, &error))?;
         let source = Source { batches, untaken: None };
         Ok(Batches { source: Arc::new(tokio::sync::Mutex::new(source)), process: self.process })

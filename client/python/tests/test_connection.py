@@ -151,12 +151,6 @@ def test_a_loader_connects_where_it_iterates(free_port, silent, spec, workers):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=workers)))
 
 
-def test_several_loader_workers_are_refused(spec):
-    dataset = SelectedBatches("http://127.0.0.1:1", spec, rank=0, world_size=1, start_step=0)
-    with pytest.raises(superbatch.Error, match="num_workers 0 or 1"):
-        next(iter(DataLoader(dataset, batch_size=None, num_workers=2)))
-
-
 def test_without_a_process_group_an_incarnation_is_ones_own():
     assert not torch.distributed.is_initialized()
     assert superbatch.torch.incarnation() != superbatch.torch.incarnation()

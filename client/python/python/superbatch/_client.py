@@ -118,10 +118,12 @@ class Batch:
 
     @property
     def table(self) -> pyarrow.Table:
+        """The rows as a pyarrow table, without a copy."""
         return pyarrow.Table.from_batches([self.record_batch])
 
     @property
     def column_names(self) -> list[str]:
+        """Names that `batch[name]` knows."""
         return self.record_batch.schema.names
 
     def __getitem__(self, column: str) -> pyarrow.Array:
@@ -181,10 +183,12 @@ class Run:
 
     @property
     def run_id(self) -> str:
+        """The id that the run was opened with."""
         return self._run.run_id
 
     @property
     def generation(self) -> int:
+        """The trajectory that is asked for and pushed to: 0 until the first rewind."""
         return self._run.generation
 
     @property
@@ -199,18 +203,21 @@ class Run:
         world_size: int,
         start_step: int,
         end_step: int | None = None,
+        stride: int = 1,
         prefetch: int = 1,
         read_ahead: int = 0,
         need_after: float = 0.0,
     ) -> Batches:
         """The steps from `start_step` on, until the data or `end_step` (not included) ends. For `for` and `async for`.
 
-        prefetch: steps asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
+        start_step: the step after your checkpoint's.
+        stride: only every so many steps, where several processes share them out, such as a loader's workers.
+        prefetch: batches asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
         read_ahead: steps that whoever iterates holds before they are trained on.
         need_after: seconds of waiting after which the service is told that the trainer stands still.
         """
         self._rank = rank
-        made = self._run.batches(rank, world_size, start_step, end_step, prefetch, read_ahead, need_after)
+        made = self._run.batches(rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after)
         return Batches(made)
 
     def select(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:

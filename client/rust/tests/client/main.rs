@@ -3,7 +3,7 @@ mod fake;
 
 use fake::{Answer, Fake, STEPS, TestResult, cut_once, fast, open_at, rows};
 use futures::{FutureExt, StreamExt};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use superbatch_client::{
     BatchesConfig, Client, Error, Part, Push, Pusher, Retry,
     v1::{Intent, Reason, RewindMode, TensorDtype, push_weights_request::Message},
@@ -167,6 +167,18 @@ async fn a_refused_prefetch_is_no_news_until_the_step_is_needed() -> TestResult 
 }
 
 #[tokio::test]
+async fn patience_is_for_steps_that_take_long_and_not_for_refused_ones() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    fake.script(0, [Answer::Refuse(Reason::WorldSizeInvalid)]);
+    let config = BatchesConfig { need_after: Duration::from_secs(600), ..BatchesConfig::default() };
+    let mut batches = fake.open(fast()).await?.batches(config)?;
+    let refused = tokio::time::timeout(Duration::from_secs(20), batches.next()).await?;
+    let error = refused.ok_or("step 0 exists")?.expect_err("it is refused");
+    assert_eq!(error.reason(), Some(Reason::WorldSizeInvalid));
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_is_read_ahead_is_not_consumed() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;
@@ -178,6 +190,24 @@ async fn what_is_read_ahead_is_not_consumed() -> TestResult {
     }
     let refused = run.batches(BatchesConfig { read_ahead: 2, ..BatchesConfig::default() });
     assert!(matches!(refused, Err(Error::Invalid { field: "read_ahead", .. })));
+    Ok(())
+}
+
+#[tokio::test]
+async fn streams_can_share_out_the_steps() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    let shared = |start_step| BatchesConfig { start_step, stride: 2, read_ahead: 1, ..BatchesConfig::default() };
+    for start in [0, 1] {
+        let steps: Vec<_> = run.batches(shared(start))?.map(|batch| batch.map(|batch| batch.step)).collect().await;
+        assert_eq!(steps.into_iter().collect::<Result<Vec<_>, _>>()?, [start, start + 2, start + 4]);
+    }
+    for request in fake.asked() {
+        // What the other stream has, the trainer may still be working on.
+        assert_eq!(request.consumed_through, request.step.checked_sub(2), "{request:?}");
+    }
+    let refused = run.batches(BatchesConfig { stride: 0, ..BatchesConfig::default() });
+    assert!(matches!(refused, Err(Error::Invalid { field: "stride", .. })));
     Ok(())
 }
 
