@@ -1,6 +1,7 @@
 """`SelectedBatches` in real loaders of torch, against the real binary: order, cursors, and where a further loop begins."""
 
 import pickle
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -66,6 +67,25 @@ def test_steps_that_workers_hold_ready_are_not_consumed(service):  # noqa: F811
         # The trainer is working on this one.
         consumed = run.get_run().consumed_through
         assert consumed is None or consumed < step
+
+
+def trained_with(batch: superbatch.Batch) -> tuple[int, str, int]:
+    return batch.step, batch.receipt.mode, batch.receipt.learner.step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_pushes_beside_its_loader(service, workers):  # noqa: F811
+    spec = replace(service.waiting_spec(f"pushes-{workers}"), max_ahead=4)
+    dataset = SelectedBatches(
+        service.address, spec, rank=0, world_size=1, start_step=0, end_step=STEPS, transform=trained_with)
+    run, seen = service.open(spec), []
+    run.push_weights(service.weights(), step=-1)
+    for step, mode, learner in dataset.loader(num_workers=workers):
+        seen.append((step, mode, learner))
+        run.push_weights(service.weights(), step=step)
+    run.flush()
+    # Lag exact(1), whatever the workers hold ready.
+    assert seen == [(step, "normal", max(step - 2, -1)) for step in range(STEPS)]
 
 
 def test_a_loader_of_ones_own_with_workers_is_not_replayed_in_silence(service):  # noqa: F811

@@ -39,7 +39,7 @@ def eager_threads():
 
 def test_a_thread_advances_while_weights_are_copied(service, eager_threads):  # noqa: F811
     slot = service.open(service.spec("copies"))._run.reserve_push().wait()
-    data, ticks, stop = numpy.ones(256 << 20, numpy.uint8), itertools.count(), threading.Event()
+    data, ticks, stop = numpy.ones(64 << 20, numpy.uint8), itertools.count(), threading.Event()
 
     def advance() -> None:
         while not stop.is_set():
@@ -48,7 +48,7 @@ def test_a_thread_advances_while_weights_are_copied(service, eager_threads):  # 
     advancing = threading.Thread(target=advance)
     advancing.start()
     try:
-        add = partial(slot.add, "w", "f32", [64 << 20], [0], [64 << 20], data)
+        add = partial(slot.add, "w", "f32", [16 << 20], [0], [16 << 20], data)
         # All three run without a Python frame in between, where the interpreter might let the other thread run.
         before, _, after = map(operator.call, [ticks.__reduce__, add, ticks.__reduce__])
     finally:
