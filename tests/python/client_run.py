@@ -23,7 +23,8 @@ class Service(NamedTuple):
     def spec(self, run_id: str, **changes) -> superbatch.RunSpec:
         """Uniform batches of 8 rows, which need no weights."""
         phases = [superbatch.Phase(policy="uniform", super_batch_size=8, sub_batch_size=8)]
-        return superbatch.RunSpec(run_id=run_id, **{"sources": [(self.inputs / "pool").as_uri()], "phases": phases, **changes})
+        settings = {"sources": [(self.inputs / "pool").as_uri()], "phases": phases, **changes}
+        return superbatch.RunSpec(run_id=run_id, **settings)
 
     def waiting_spec(self, run_id: str) -> superbatch.RunSpec:
         """A run whose first step waits until the trainer has pushed its initial weights, as step -1."""

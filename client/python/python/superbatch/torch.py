@@ -171,7 +171,6 @@ class _Loader(DataLoader):
     def __init__(self, dataset: SelectedBatches, num_workers: int, options: dict[str, Any]) -> None:
         for name in _FIXED.keys() & options.keys():
             raise invalid(name, f"a loader of selected batches has {_FIXED[name]} instead")
-        dataset._tells_errors = num_workers > 0
         factor = dataset.prefetch_factor if num_workers else None
         super().__init__(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=factor, **options)
 
@@ -179,7 +178,11 @@ class _Loader(DataLoader):
         first = self.dataset.start_step
         # Workers that were stopped before the trainer took anything have served nothing.
         self.dataset.start_step = first
-        for taken, item in enumerate(super().__iter__(), 1):
+        # Workers are made here, and take the data set as it is now.
+        self.dataset._tells_errors = True
+        items = super().__iter__()
+        self.dataset._tells_errors = False
+        for taken, item in enumerate(items, 1):
             if isinstance(item, _Failure):
                 raise item.error
             if self.num_workers > 0:
