@@ -247,4 +247,4 @@ impl<K: Hash + Eq + Clone, V> Held<K, V> {
 
 #[cfg(test)]
 #[path = "read_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -57,7 +57,8 @@ impl ObjectStore for Counting {
     }
 }
 
-fn counted() -> (Stores, Arc<[AtomicU64; 2]>) {
+/// Storage, with how often and how much was read from it.
+pub(in crate::worker) fn counted() -> (Stores, Arc<[AtomicU64; 2]>) {
     let counts = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
     let ours = counts.clone();
     let wrap = Arc::new(move |store| Arc::new(Counting(store, ours.clone())) as Arc<dyn ObjectStore>);
