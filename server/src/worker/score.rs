@@ -302,6 +302,7 @@ impl<'a> Scoring<'a> {
             logit_bias: model.info.logit_bias,
             model_digest: model.info.digest.clone(),
             device: self.engine.device.name().to_owned(),
+            compute_dtype: model.info.key.compute.dtype().into(),
             ..Default::default()
         }
     }

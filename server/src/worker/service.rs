@@ -81,6 +81,7 @@ impl Worker {
             tensors: tensors.collect(),
             device: self.0.device.name().to_owned(),
             weights_digest: info.weights_digest.clone(),
+            compute_dtype: info.key.compute.dtype().into(),
         })
     }
 }
