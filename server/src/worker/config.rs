@@ -27,9 +27,10 @@ pub struct WorkerConfig {
     pub decoded_bytes_max: usize,
     /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
     pub reference_cache_bytes: usize,
-    /// Largest image, in pixels; a larger one makes its row unusable.
+    /// Largest image, in pixels; a larger one makes its row unusable. The same on all workers of a run, or which rows are left
+    /// out depends on who reads them.
     pub image_pixels_max: u64,
-    /// Largest encoded image, in bytes; a larger one makes its row unusable.
+    /// Largest encoded image, in bytes; a larger one makes its row unusable. The same on all workers of a run.
     pub image_bytes_max: u64,
     /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A run wants its reference, two
     /// states of its learner, and room for one that is being verified.

@@ -274,7 +274,8 @@ impl<'a> Scoring<'a> {
                 Rows::Whole(batch) => {
                     rows_read_again += if self.blocks[number].was_read { places.len() } else { 0 };
                     // Only what is wanted stays in memory.
-                    let batch = Arc::new(pick(&batch, places.iter().map(|place| block.rows[n(place)]).collect())?);
+                    let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
+                    let batch = Arc::new(self.engine.pool.run(move |_| pick(&batch, wanted)).await??);
                     for (row, place) in places.into_iter().enumerate() {
                         rows[place] = Some(Row { batch: batch.clone(), row });
                     }
