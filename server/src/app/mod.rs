@@ -25,12 +25,15 @@ use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
         FILE_DESCRIPTOR_SET, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
-        selection_service_server::SelectionServiceServer,
+        selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::{Endpoint, Server};
+use tonic::{
+    server::NamedService,
+    transport::{Endpoint, Server},
+};
 use tonic_health::server::HealthReporter;
 
 /// How long a call waits for a first worker.
@@ -95,8 +98,7 @@ impl Serve {
         };
         let selector: Arc<dyn Selector> =
             if on_worker { Arc::new(WorkerSelector { pool: pool.clone() }) } else { Arc::new(LocalSelector::new(0)?) };
-        metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" })
-            .set(1.0);
+        tell_build(&device);
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
@@ -136,7 +138,8 @@ impl Serve {
         let coordinator = self.coordinator;
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let (drained, stopping) = drain(shutdown, health, async move { coordinator.stop().await });
+        let name = SelectionServiceServer::<Selection>::NAME;
+        let (drained, stopping) = drain(shutdown, health, name, async move { coordinator.stop().await });
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -158,6 +161,7 @@ impl Work {
         let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
         let ground = Ground::build(config, listen, metrics_listen).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+        tell_build(&worker.info().device);
         Ok(Self { ground, worker })
     }
 
@@ -174,6 +178,7 @@ impl Work {
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<WorkerServiceServer<Worker>>().await;
         let role = &self.ground.config.worker_role;
         let advertised = role.advertise_address.clone();
         let registration = RegisterRequest {
@@ -194,7 +199,7 @@ impl Work {
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
         let leave = async move { drop(registered.await) };
-        let (drained, stopping) = drain(shutdown, health, leave);
+        let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -202,6 +207,11 @@ impl Work {
         }
         Ok(())
     }
+}
+
+fn tell_build(device: &str) {
+    let kind = if device.starts_with("cuda") { "cuda" } else { "cpu" };
+    metrics::build_info(env!("CARGO_PKG_VERSION"), kind).set(1.0);
 }
 
 fn builder() -> Server {
@@ -221,15 +231,17 @@ fn reflection()
 fn drain(
     shutdown: Shutdown,
     health: HealthReporter,
+    service: &'static str,
     let_go: impl Future<Output = ()> + Send + 'static,
 ) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
     let (began, stopping) = oneshot::channel();
     let drained = async move {
         shutdown.await;
         tracing::info!("draining");
-        health.set_not_serving::<SelectionServiceServer<Selection>>().await;
         // The empty name is the whole server's.
-        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        for name in [service, ""] {
+            health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+        }
         // A receiver that is gone needs no telling.
         let _ = began.send(());
         let_go.await;
