@@ -160,7 +160,8 @@ impl Models {
     pub async fn embed_reloading(&self, model: &Loaded, batch: MicroBatch) -> Result<Embedded> {
         let _turn = self.reloading.lock().await;
         let folder = self.folder(&model.id.folder).await?;
-        let load = self.request(&folder, &model.id).await?;
+        // It was embedded with before: no canary is needed.
+        let load = LoadModel { canary: false, ..self.request(&folder, &model.id).await? };
         let embedded = self.device.load_and_embed(load, batch).await;
         embedded.map_err(|error| match error.reason() {
             Reason::WeightsMissing => replaced(&model.id.folder, "another model", &model.info.digest),
