@@ -1,7 +1,7 @@
 //! The server's one error type: a closed [`Reason`] for programs, a message for people, and its cause.
 use std::{error::Error as StdError, fmt};
 use superbatch_proto::{Failure, v1::Reason};
-use tonic::Status;
+use tonic::{Code, Status};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -46,6 +46,13 @@ impl Error {
         self
     }
 
+    /// Says first what it is about.
+    #[must_use]
+    pub fn about(mut self, what: impl fmt::Display) -> Self {
+        self.failure.message = format!("{what}: {}", self.failure.message);
+        self
+    }
+
     /// The same failure for another waiter; causes become part of the message.
     #[must_use]
     pub fn repeat(&self) -> Self {
@@ -62,13 +69,16 @@ impl Error {
         self.failure.metadata.get(key).map(String::as_str)
     }
 
-    /// The message and all its causes in one line.
+    /// The message and all its causes in one line. Causes that another one quotes are not said again.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut next = self.source();
         while let Some(cause) = next {
-            text.push_str(": ");
-            text.push_str(&cause.to_string());
+            let said = cause.to_string();
+            if !text.contains(&said) {
+                text.push_str(": ");
+                text.push_str(&said);
+            }
             next = cause.source();
         }
         text
@@ -97,6 +107,10 @@ impl From<Failure> for Error {
 pub fn from_status(status: Status, otherwise: Reason) -> Error {
     match Failure::try_from(status) {
         Ok(failure) => failure.into(),
+        // What the transport says of a message over its limit; to send it again would not help.
+        Err(foreign) if foreign.0.code() == Code::OutOfRange => {
+            Error::new(Reason::MessageTooLarge, foreign.0.message().to_owned()).because(foreign.0)
+        }
         Err(foreign) => Error::new(otherwise, foreign.0.message().to_owned()).because(foreign.0),
     }
 }

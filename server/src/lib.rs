@@ -9,6 +9,7 @@ pub mod coordinator;
 pub mod dataset;
 pub mod error;
 pub mod metrics;
+mod selection;
 pub mod storage;
 #[cfg(feature = "torch")]
 pub mod worker;

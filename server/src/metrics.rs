@@ -79,6 +79,9 @@ declare! {
     counter object_store_throttled() = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() = "superbatch_batch_score", Count, SCORES;
+    /// Mean score of the examples of each step: of the `chosen` ones, and of all `candidates`. Selection works while the first
+    /// is above the second.
+    histogram mean_score(of) = "superbatch_mean_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() = "superbatch_reference_rows_cached_total", Count;
     /// Rows whose reference embeddings were computed.

@@ -49,11 +49,8 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
 
 async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
     let receipts = Receipts::new(location.clone());
-    let generations = match args.generation {
-        Some(generation) => vec![generation],
-        None => known(location, &args.run).await?.chain.candidates(step),
-    };
-    for generation in generations {
+    let chain = known(location, &args.run).await?.chain;
+    for generation in chain.candidates(step, args.generation.unwrap_or(chain.current())) {
         if let Some(receipt) = receipts.find(step, generation).await? {
             return Ok(receipt);
         }
@@ -69,7 +66,8 @@ async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>
     let steps: BTreeSet<u64> = committed.iter().map(|(step, _)| *step).collect();
     let mut found = Vec::new();
     for step in steps.into_iter().rev() {
-        let best = chain.candidates(step).into_iter().find(|generation| committed.contains(&(step, *generation)));
+        let candidates = chain.candidates(step, chain.current());
+        let best = candidates.into_iter().find(|generation| committed.contains(&(step, *generation)));
         if let Some(generation) = best {
             found.extend(receipts.find(step, generation).await?);
         }

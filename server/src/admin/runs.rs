@@ -49,7 +49,7 @@ async fn look(location: &Location, id: &str) -> Result<Option<Value>> {
     let last = last_committed(location, &facts.chain).await?;
     let receipts = Receipts::new(location.clone());
     let mut totals = None;
-    for generation in last.map(|step| facts.chain.candidates(step)).unwrap_or_default() {
+    for generation in last.map(|step| facts.chain.candidates(step, facts.chain.current())).unwrap_or_default() {
         if let Some(receipt) = receipts.find(last.unwrap_or(0), generation).await? {
             totals = receipt.summary.and_then(|summary| summary.run_totals);
             break;

@@ -14,8 +14,9 @@ pub struct Http {
 }
 
 impl Http {
-    pub async fn bind(address: SocketAddr) -> Result<Self> {
-        let listener = bind(address, "metrics_listen").await?;
+    /// `field` is the setting that holds the address.
+    pub async fn bind(address: SocketAddr, field: &str) -> Result<Self> {
+        let listener = bind(address, field).await?;
         let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         Ok(Self { listener, address })
     }

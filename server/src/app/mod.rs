@@ -4,14 +4,17 @@ mod embedded;
 mod http;
 
 use crate::{
-    config::Config,
+    config::{Config, CoordinatorConfig},
     coordinator::{
+        limits::Limits,
         owner::Identity,
         pool::Pool,
-        registry::{Coordinator, Limits},
+        ready::Budget,
+        registry::Coordinator,
         run::Deps,
         selector::{LocalSelector, Selector, WorkerSelector},
         service::{Selection, WorkerPlane},
+        upkeep::upkeep,
     },
     error::{Error, Result},
     metrics,
@@ -32,6 +35,7 @@ use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
     server::NamedService,
+    service::Routes,
     transport::{Endpoint, Server},
 };
 use tonic_health::server::HealthReporter;
@@ -53,17 +57,23 @@ struct Ground {
 }
 
 impl Ground {
-    async fn build(config: Config, listen: SocketAddr, metrics_listen: Option<SocketAddr>) -> Result<Self> {
+    /// `section` is where the settings of the two addresses are.
+    async fn build(
+        config: Config,
+        section: &str,
+        listen: SocketAddr,
+        metrics_listen: Option<SocketAddr>,
+    ) -> Result<Self> {
         config.validate()?;
         // Before anything is counted.
         metrics::install();
         let stores = Stores::wrapped(config.storage.clone(), Arc::new(metered));
         let state = stores.open(&config.state_uri()?)?;
         probe(&state).await?;
-        let listener = bind(listen, "listen").await?;
+        let listener = bind(listen, &format!("{section}listen")).await?;
         let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         let http = match metrics_listen {
-            Some(listen) => Some(http::Http::bind(listen).await?),
+            Some(listen) => Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?),
             None => None,
         };
         Ok(Self { config, stores, state, listener, address, http })
@@ -83,33 +93,31 @@ impl Serve {
     /// Whatever makes the config unusable: a port in use, a store that is unreachable or overwrites, a device that is not there.
     pub async fn build(config: Config) -> Result<Self> {
         let (listen, metrics_listen) = (config.listen, config.metrics_listen);
-        let ground = Ground::build(config, listen, metrics_listen).await?;
+        let ground = Ground::build(config, "", listen, metrics_listen).await?;
         let settings = &ground.config.coordinator;
         let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
         let mut device = "cpu".to_owned();
         if settings.workers_embedded {
             let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
             device = worker.info().device;
-            pool.embed(embedded::connect(worker));
+            pool.embed(embedded::connect(worker), &device);
         }
         let on_worker = match settings.selector_device.as_str() {
             "auto" => device.starts_with("cuda"),
             asked => asked.starts_with("cuda"),
         };
-        let selector: Arc<dyn Selector> =
-            if on_worker { Arc::new(WorkerSelector { pool: pool.clone() }) } else { Arc::new(LocalSelector::new(0)?) };
+        let local = LocalSelector::new(0)?;
+        let selector: Arc<dyn Selector> = match on_worker {
+            true => Arc::new(WorkerSelector { pool: pool.clone(), local, device: "cuda" }),
+            false => Arc::new(local),
+        };
         tell_build(&device);
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
-        let limits = Limits {
-            super_batch_size_max: settings.super_batch_size_max,
-            sub_batch_size_max: settings.sub_batch_size_max,
-            push_bytes_max: settings.push_bytes_max,
-            push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
-        };
+        let deps = Deps { pool, selector, ready: Budget::new(settings.ready_bytes_max), limits: limits(settings) };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
-        let coordinator = Coordinator::new(Deps { pool, selector }, stores, state, identity, limits);
+        let coordinator = Coordinator::new(deps, stores, state, identity);
         Ok(Self { ground, coordinator })
     }
 
@@ -131,15 +139,19 @@ impl Serve {
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let router = builder()
+            .add_routes(reflection()?)
             .add_service(health_service)
-            .add_service(reflection()?)
             .add_service(CoordinatorServiceServer::new(WorkerPlane(self.coordinator.clone())))
             .add_service(selection);
         let coordinator = self.coordinator;
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let name = SelectionServiceServer::<Selection>::NAME;
-        let (drained, stopping) = drain(shutdown, health, name, async move { coordinator.stop().await });
+        let upkeep = tokio::spawn(upkeep(coordinator.clone()));
+        let let_go = async move {
+            upkeep.abort();
+            coordinator.stop().await;
+        };
+        let (drained, stopping) = drain(shutdown, health, SelectionServiceServer::<Selection>::NAME, let_go);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -159,7 +171,7 @@ impl Work {
     /// As [`Serve::build`], for a worker.
     pub async fn build(config: Config) -> Result<Self> {
         let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
-        let ground = Ground::build(config, listen, metrics_listen).await?;
+        let ground = Ground::build(config, "worker_role.", listen, metrics_listen).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
         tell_build(&worker.info().device);
         Ok(Self { ground, worker })
@@ -194,8 +206,7 @@ impl Work {
         })?;
         let rng = rand::rngs::StdRng::from_os_rng();
         let registered = tokio::spawn(keep_registered(coordinator, registration, rng, shutdown.clone()));
-        let router =
-            builder().add_service(health_service).add_service(reflection()?).add_service(self.worker.service());
+        let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
         let leave = async move { drop(registered.await) };
@@ -214,17 +225,32 @@ fn tell_build(device: &str) {
     metrics::build_info(env!("CARGO_PKG_VERSION"), kind).set(1.0);
 }
 
+fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
+    Arc::new(Limits {
+        super_batch_size_max: settings.super_batch_size_max,
+        sub_batch_size_max: settings.sub_batch_size_max,
+        push_bytes_max: settings.push_bytes_max,
+        push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
+        runs_max: settings.max_runs as usize,
+        need_deadline_seconds: settings.need_deadline_seconds,
+        snapshots_kept: settings.snapshots_kept.into(),
+    })
+}
+
 fn builder() -> Server {
     Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)))
 }
 
-fn reflection()
--> Result<tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|e| Error::internal("the protocol's descriptors are damaged").because(e))
+/// Reflection, under its name of today and the one that older clients know.
+fn reflection() -> Result<Routes> {
+    let descriptors = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let damaged = |e| Error::internal("the protocol's descriptors are damaged").because(e);
+    let (v1, v1alpha) = (descriptors().build_v1().map_err(damaged)?, descriptors().build_v1alpha().map_err(damaged)?);
+    Ok(Routes::new(v1).add_service(v1alpha))
 }
 
 /// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.

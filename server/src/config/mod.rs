@@ -91,6 +91,9 @@ pub struct CoordinatorConfig {
     pub ready_bytes_max: u64,
     /// Open runs that this coordinator owns at most.
     pub max_runs: u32,
+    /// Newest snapshots of pushed weights that are kept of each run, beside those that its next steps are scored with. A rewind
+    /// that chooses anew needs the weights of its time.
+    pub snapshots_kept: u32,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
@@ -110,6 +113,7 @@ impl Default for CoordinatorConfig {
             push_deadline_seconds: 300.0,
             ready_bytes_max: 1 << 30,
             max_runs: 64,
+            snapshots_kept: 32,
             super_batch_size_max: 1 << 20,
             sub_batch_size_max: 1 << 17,
         }

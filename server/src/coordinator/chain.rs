@@ -36,11 +36,11 @@ impl Chain {
         std::iter::once(Began { generation: 0, step: 0 }).chain(rewinds).collect()
     }
 
-    /// Generations whose receipt for `step` would hold in the newest one, best first: those of the current trajectory, and older
-    /// ones that a rewind kept (steps before it) or replays.
-    pub fn candidates(&self, step: u64) -> Vec<u32> {
-        let mut found = vec![self.current()];
-        for rewound in self.0.iter().rev() {
+    /// Generations whose receipt for `step` would hold in `generation`, best first: its own, and older ones that a rewind kept
+    /// (steps before it) or replays.
+    pub fn candidates(&self, step: u64, generation: u32) -> Vec<u32> {
+        let mut found = vec![generation];
+        for rewound in self.0.iter().rev().filter(|rewound| rewound.generation <= generation) {
             if step >= rewound.to_step && !rewound.replay {
                 break;
             }
@@ -65,15 +65,16 @@ mod tests {
 
     #[test]
     fn a_step_before_a_rewind_is_the_old_generations() {
-        assert_eq!(chain(&[(5, false)]).candidates(4), [1, 0]);
-        assert_eq!(chain(&[(5, false)]).candidates(5), [1]);
+        assert_eq!(chain(&[(5, false)]).candidates(4, 1), [1, 0]);
+        assert_eq!(chain(&[(5, false)]).candidates(5, 1), [1]);
+        assert_eq!(chain(&[(5, false)]).candidates(5, 0), [0], "an older generation is looked at as it was");
     }
 
     #[test]
     fn replay_serves_old_choices_and_reselect_does_not() {
-        assert_eq!(chain(&[(5, true)]).candidates(9), [1, 0]);
-        assert_eq!(chain(&[(5, false), (8, true)]).candidates(9), [2, 1]);
-        assert_eq!(chain(&[(5, true), (8, false)]).candidates(9), [2]);
-        assert_eq!(chain(&[(5, true), (8, false)]).candidates(6), [2, 1, 0]);
+        assert_eq!(chain(&[(5, true)]).candidates(9, 1), [1, 0]);
+        assert_eq!(chain(&[(5, false), (8, true)]).candidates(9, 2), [2, 1]);
+        assert_eq!(chain(&[(5, true), (8, false)]).candidates(9, 2), [2]);
+        assert_eq!(chain(&[(5, true), (8, false)]).candidates(6, 2), [2, 1, 0]);
     }
 }

@@ -5,6 +5,8 @@
 pub mod chain;
 mod decide;
 pub mod facts;
+pub mod incarnations;
+pub mod limits;
 pub mod members;
 mod models;
 pub mod open;
@@ -14,6 +16,7 @@ pub mod owner;
 pub mod plan;
 pub mod pool;
 pub mod ranks;
+pub mod ready;
 pub mod receipt;
 pub mod receipts;
 mod record;
@@ -25,7 +28,10 @@ pub mod service;
 mod slice;
 pub mod spec;
 mod step;
+mod trail;
+pub mod upkeep;
 mod waiting;
+mod wasted;
 pub mod weights;
 
 use crate::error::Error;

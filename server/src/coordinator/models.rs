@@ -8,8 +8,8 @@ use crate::error::{Error, Result, from_status};
 use async_trait::async_trait;
 use std::sync::Arc;
 use superbatch_proto::v1::{
-    LearnerSpec, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, ReferenceSpec, RunSpec,
-    learner_spec::Initial,
+    Criterion, Fallback, LearnerSpec, Loss, ModelRef, Policy, PrepareModelRequest, PrepareModelResponse, Reason,
+    ReferenceSpec, RunSpec, learner_spec::Initial,
 };
 
 /// The reference of a run.
@@ -108,6 +108,46 @@ impl Verifier for WorkerVerifier {
 
 pub fn shape(fact: &ModelFact) -> ModelShape {
     ModelShape { tensors: fact.tensors.clone(), logit_scale: fact.logit_scale, logit_bias: fact.logit_bias }
+}
+
+/// Checks that every phase of `spec` that scores by the sigmoid loss finds a bias in each model that it asks.
+///
+/// # Errors
+/// `BiasMissing`.
+pub fn check_biases(spec: &RunSpec, reference: Option<&ModelFact>, learner: Option<&ModelFact>) -> Result<()> {
+    if spec.loss() != Loss::Sigmoid {
+        return Ok(());
+    }
+    let asks = |unless: Criterion| {
+        spec.phases.iter().any(|phase| phase.policy() != Policy::Uniform && phase.criterion() != unless)
+    };
+    // A phase that asks the learner alone asks the reference where it may have to do without the learner.
+    let asks_reference = asks(Criterion::Hard) || asks(Criterion::Easy) && spec.fallback() == Fallback::ReferenceOnly;
+    if let (Some(fact), Some(asked)) = (reference.filter(|_| asks_reference), &spec.reference) {
+        sigmoid_bias(fact.logit_bias, asked.logit_bias, "reference")?;
+    }
+    if let (Some(fact), Some(asked)) = (learner.filter(|_| asks(Criterion::Easy)), &spec.learner) {
+        sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
+    }
+    Ok(())
+}
+
+/// Checks that workers scored with the model that the run was opened with.
+///
+/// # Errors
+/// `ModelInvalid`.
+pub fn check_unchanged(opened_with: Option<&ModelFact>, digest: &str, which: &str) -> Result<()> {
+    match opened_with {
+        Some(fact) if fact.digest != digest => {
+            let message = format!(
+                "the {which} is not the one that the run was opened with (its digest is {digest}, it was {}); restore the \
+                 model folder, or open another run",
+                fact.digest
+            );
+            Err(Error::new(Reason::ModelInvalid, message).with("model", which))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The bias for the sigmoid loss: the model's own, or the one that the spec gives.

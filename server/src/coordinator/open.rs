@@ -2,6 +2,7 @@
 use super::{
     chain::Chain,
     facts::{self, ModelFact, RunFact, RunFacts},
+    incarnations::Incarnations,
     members::Members,
     models::{self, WorkerVerifier},
     output,
@@ -10,6 +11,7 @@ use super::{
     receipts::Receipts,
     registry::Coordinator,
     run::{Parts, Run, State},
+    trail::Trail,
     weights::{Published, RunWeights, Weights},
 };
 use crate::{
@@ -19,12 +21,7 @@ use crate::{
 };
 use futures::FutureExt;
 use std::{collections::BTreeMap, sync::Arc};
-use superbatch_proto::v1::{
-    Accounts, Criterion, Loss, OpenRunResponse, Policy, Reason, RunSpec, WeightsVersion, learner_spec::Initial,
-};
-
-/// Committed steps whose receipts are read for the totals: commits may be out of order by a few.
-const TOTALS_FROM: usize = 16;
+use superbatch_proto::v1::{Accounts, OpenRunResponse, Reason, RunSpec, WeightsVersion, learner_spec::Initial};
 
 /// A run on its way to being open.
 pub struct Opening<'a> {
@@ -35,11 +32,16 @@ pub struct Opening<'a> {
 impl Opening<'_> {
     /// Opens a run that nobody knows yet.
     pub async fn open_new(&self, spec: &RunSpec) -> Result<Arc<Run>> {
-        self.check_limits(spec)?;
-        let manifest = self.index(spec).await?;
+        if spec.fork_of.is_some() {
+            let message = "fork_of is in the protocol and not built yet; rewind the run instead";
+            return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
+        }
+        self.coordinator.deps.limits.check(spec)?;
+        let manifest = Arc::new(self.index(spec).await?);
         manifest.output_schema(&spec.columns)?;
         self.plan(spec, &manifest)?;
         let (reference, learner) = self.models(spec).await?;
+        models::check_biases(spec, reference.as_ref(), learner.as_ref())?;
         let digest = manifest.save(&self.coordinator.state).await?;
         let location = self.coordinator.location(self.id);
         facts::create_run(&location, RunFact::new(spec, digest, reference, learner)).await?;
@@ -55,16 +57,19 @@ impl Opening<'_> {
         let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
         let spec = facts.spec;
         let receipts = Receipts::new(location.clone());
-        let committed = last_committed(&location, &facts.chain).await?;
-        let totals = totals(&receipts).await?;
+        let listed = receipts.committed().await?;
+        let committed = Trail::new(of_trajectory(&listed, &facts.chain));
+        let incarnations = Incarnations::load(&location).await?;
+        let opened_phases = facts.run.spec()?.phases.len();
         let state = State {
+            totals: totals(&receipts, listed, spec.max_ahead as usize).await?,
+            members: Members::new(incarnations.known().await, committed.newest()),
+            committed,
             chain: facts.chain,
             appended: facts.appended,
+            appending_from: None,
             closed: facts.closed,
             failure: facts.failure,
-            totals,
-            committed,
-            members: Members::default(),
             cells: BTreeMap::new(),
         };
         let parts = Parts {
@@ -79,36 +84,17 @@ impl Opening<'_> {
             learner: facts.run.learner,
             receipts,
             owner,
+            incarnations,
+            opened_phases,
             location,
         };
         Ok(Run::new(parts, spec, state))
     }
 
-    fn plan(&self, spec: &RunSpec, manifest: &Manifest) -> Result<Plan> {
-        let plan = Plan::new(Arc::new(manifest.clone()), spec.seed, spec.epochs, spec.window_blocks)?;
+    fn plan(&self, spec: &RunSpec, manifest: &Arc<Manifest>) -> Result<Plan> {
+        let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
         plan.check(&spec.phases)?;
         Ok(plan)
-    }
-
-    fn check_limits(&self, spec: &RunSpec) -> Result<()> {
-        let limits = &self.coordinator.limits;
-        if spec.fork_of.is_some() {
-            let message = "fork_of is in the protocol and not built yet; rewind the run instead";
-            return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
-        }
-        for (number, phase) in spec.phases.iter().enumerate() {
-            let sizes = [
-                ("super_batch_size", phase.super_batch_size, limits.super_batch_size_max),
-                ("sub_batch_size", phase.sub_batch_size, limits.sub_batch_size_max),
-            ];
-            for (size, asked, largest) in sizes.into_iter().filter(|(_, asked, largest)| asked > largest) {
-                let field = format!("phases[{number}].{size}");
-                let message =
-                    format!("{field} is {asked}, over this service's limit of {largest} (coordinator.{size}_max)");
-                return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
-            }
-        }
-        Ok(())
     }
 
     async fn index(&self, spec: &RunSpec) -> Result<Manifest> {
@@ -132,11 +118,7 @@ impl Opening<'_> {
         let mut reference = None;
         if let Some(asked) = &spec.reference {
             stores.open_allowed(&asked.model_uri)?;
-            let fact: ModelFact = models::prepare(pool, models::reference_ref(spec, asked, None), true).await?.into();
-            if spec.loss() == Loss::Sigmoid && scores_beyond(spec, Criterion::Hard) {
-                models::sigmoid_bias(fact.logit_bias, asked.logit_bias, "reference")?;
-            }
-            reference = Some(fact);
+            reference = Some(models::prepare(pool, models::reference_ref(spec, asked, None), true).await?.into());
         }
         let mut learner = None;
         if let Some(asked) = &spec.learner {
@@ -144,11 +126,7 @@ impl Opening<'_> {
             if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
                 stores.open_allowed(uri)?;
             }
-            let fact: ModelFact = models::prepare(pool, models::initial_ref(spec, asked, None), true).await?.into();
-            if spec.loss() == Loss::Sigmoid && scores_beyond(spec, Criterion::Easy) {
-                models::sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
-            }
-            learner = Some(fact);
+            learner = Some(models::prepare(pool, models::initial_ref(spec, asked, None), true).await?.into());
         }
         Ok((reference, learner))
     }
@@ -163,7 +141,7 @@ impl Opening<'_> {
             }),
             _ => None,
         };
-        let limits = &self.coordinator.limits;
+        let limits = &self.coordinator.deps.limits;
         let settings = RunWeights {
             lag: spec.lag.unwrap_or_default(),
             push_every_steps: spec.push_every_steps,
@@ -179,11 +157,6 @@ impl Opening<'_> {
         };
         Weights::open(location.clone(), settings, Arc::new(verifier)).boxed().await
     }
-}
-
-/// Whether some phase scores by another criterion than `criterion`.
-fn scores_beyond(spec: &RunSpec, criterion: Criterion) -> bool {
-    spec.phases.iter().any(|phase| phase.policy() != Policy::Uniform && phase.criterion() != criterion)
 }
 
 fn named(column: &str) -> Option<String> {
@@ -204,19 +177,23 @@ pub fn response(run: &Run) -> Result<OpenRunResponse> {
     })
 }
 
-/// The newest committed step of the trajectory that `chain` describes.
-pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
-    let committed = Receipts::new(location.clone()).committed().await?;
-    let holds = |(step, generation): &(u64, u32)| chain.candidates(*step).contains(generation);
-    Ok(committed.into_iter().filter(holds).map(|(step, _)| step).max())
+/// The committed steps of the trajectory that `chain` describes.
+fn of_trajectory<'a>(listed: &'a [(u64, u32)], chain: &'a Chain) -> impl Iterator<Item = u64> + 'a {
+    let holds = |(step, generation): &&(u64, u32)| chain.candidates(*step, chain.current()).contains(generation);
+    listed.iter().filter(holds).map(|(step, _)| *step)
 }
 
-/// The run's totals: those of the newest commit, which has the largest.
-async fn totals(receipts: &Receipts) -> Result<Accounts> {
-    let mut committed = receipts.committed().await?;
-    committed.sort_by_key(|(step, generation)| (*generation, *step));
+/// The newest committed step of the trajectory that `chain` describes.
+pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
+    let listed = Receipts::new(location.clone()).committed().await?;
+    Ok(of_trajectory(&listed, chain).max())
+}
+
+/// The run's totals: those of the newest commit, which has the largest. Commits may be out of order by `max_ahead`.
+async fn totals(receipts: &Receipts, mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Result<Accounts> {
+    listed.sort_by_key(|(step, generation)| (*generation, *step));
     let mut largest = Accounts::default();
-    for (step, generation) in committed.into_iter().rev().take(TOTALS_FROM) {
+    for (step, generation) in listed.into_iter().rev().take(max_ahead + 1) {
         let receipt = receipts.find(step, generation).await?;
         let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
         if let Some(totals) = totals.filter(|t| t.candidates_scanned > largest.candidates_scanned) {

@@ -24,6 +24,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Worker {
     pub address: String,
+    /// Of the worker's process: another one may come to the same address.
+    incarnation: String,
+    device: String,
     channel: Channel,
 }
 
@@ -37,7 +40,6 @@ impl Worker {
 
 struct Member {
     worker: Worker,
-    incarnation: String,
     /// `None`: embedded, lives as long as we do.
     lease_until: Option<Instant>,
 }
@@ -64,10 +66,10 @@ impl Pool {
     }
 
     /// Adds the worker that lives in this process.
-    pub fn embed(&self, channel: Channel) {
-        let address = "embedded".to_owned();
-        let worker = Worker { address: address.clone(), channel };
-        self.insert(address, Member { worker, incarnation: String::new(), lease_until: None });
+    pub fn embed(&self, channel: Channel, device: &str) {
+        let worker =
+            Worker { address: "embedded".to_owned(), incarnation: String::new(), device: device.to_owned(), channel };
+        self.insert(Member { worker, lease_until: None });
     }
 
     /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.
@@ -81,7 +83,8 @@ impl Pool {
         }
         let lease_until = Some(now + self.lease);
         let mut members = self.members.lock().expect("no panic while held");
-        if let Some(member) = members.get_mut(&request.address).filter(|m| m.incarnation == request.incarnation) {
+        if let Some(member) = members.get_mut(&request.address).filter(|m| m.worker.incarnation == request.incarnation)
+        {
             member.lease_until = lease_until;
             return Ok(());
         }
@@ -93,16 +96,22 @@ impl Pool {
         // A host that vanishes sends no farewell: without these its streams would hang.
         let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
         let channel = endpoint.keep_alive_while_idle(true).connect_lazy();
-        let worker = Worker { address: request.address.clone(), channel };
+        let worker = Worker {
+            address: request.address.clone(),
+            incarnation: request.incarnation.clone(),
+            device: request.device.clone(),
+            channel,
+        };
         tracing::info!(address = request.address, device = request.device, "worker registered");
-        self.insert(request.address.clone(), Member { worker, incarnation: request.incarnation.clone(), lease_until });
+        self.insert(Member { worker, lease_until });
         Ok(())
     }
 
     /// Drops a worker whose connection broke; it comes back by its next registration.
     pub fn lost(&self, worker: &Worker) {
         let mut members = self.members.lock().expect("no panic while held");
-        if members.get(&worker.address).is_some_and(|m| m.lease_until.is_some()) {
+        let same = |m: &Member| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
+        if members.get(&worker.address).is_some_and(same) {
             members.remove(&worker.address);
             metrics::workers().set(members.len() as f64);
             tracing::warn!(address = worker.address, "worker lost");
@@ -122,10 +131,27 @@ impl Pool {
     /// # Errors
     /// `NoWorkers` when none came within the pool's patience.
     pub async fn wait_live(&self) -> Result<Vec<Worker>> {
+        self.wait_on("").await
+    }
+
+    /// One live worker, each in its turn.
+    pub async fn one(&self) -> Result<Worker> {
+        self.one_on("").await
+    }
+
+    /// One live worker whose device's name begins with `device`, each in its turn.
+    pub async fn one_on(&self, device: &str) -> Result<Worker> {
+        let live = self.wait_on(device).await?;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        Ok(live[turn % live.len()].clone())
+    }
+
+    async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
         let mut changed = self.changed.subscribe();
         let found = async {
             loop {
-                let live = self.live(Instant::now());
+                let mut live = self.live(Instant::now());
+                live.retain(|worker| worker.device.starts_with(device));
                 if !live.is_empty() {
                     return live;
                 }
@@ -136,24 +162,18 @@ impl Pool {
         };
         tokio::time::timeout(self.patience, found).await.map_err(|_| {
             let seconds = self.patience.as_secs();
+            let kind = if device.is_empty() { String::new() } else { format!(" on {device}") };
             let message = format!(
-                "no scoring worker has been there for {seconds} s; start one with `superbatch worker`, or set \
-                 coordinator.embedded_worker: true"
+                "no scoring worker{kind} has been there for {seconds} s; start one with `superbatch worker`, or set \
+                 coordinator.workers_embedded: true"
             );
             Error::new(Reason::NoWorkers, message)
         })
     }
 
-    /// One live worker, each in its turn.
-    pub async fn one(&self) -> Result<Worker> {
-        let live = self.wait_live().await?;
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        Ok(live[turn % live.len()].clone())
-    }
-
-    fn insert(&self, address: String, member: Member) {
+    fn insert(&self, member: Member) {
         let mut members = self.members.lock().expect("no panic while held");
-        members.insert(address, member);
+        members.insert(member.worker.address.clone(), member);
         metrics::workers().set(members.len() as f64);
         drop(members);
         self.changed.send_modify(|n| *n += 1);
@@ -194,5 +214,26 @@ mod tests {
         assert!(pool.one().await.is_ok());
         pool.register(&registration("http://127.0.0.1:1", true), start).unwrap();
         assert!(pool.live(start).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_device_is_asked_for_and_a_late_word_of_a_dead_worker_hurts_no_other() {
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20));
+        let now = Instant::now();
+        let on = |port: u16, incarnation: &str, device: &str| RegisterRequest {
+            incarnation: incarnation.into(),
+            device: device.into(),
+            ..registration(&format!("http://127.0.0.1:{port}"), false)
+        };
+        pool.register(&on(1, "a", "cpu"), now).unwrap();
+        assert_eq!(pool.one_on("cuda").await.unwrap_err().reason(), Reason::NoWorkers);
+        pool.register(&on(2, "a", "cuda:0"), now).unwrap();
+        let old = pool.one_on("cuda").await.unwrap();
+        assert_eq!(old.address, "http://127.0.0.1:2");
+        pool.register(&on(2, "b", "cuda:0"), now).unwrap();
+        pool.lost(&old);
+        assert_eq!(pool.live(now).len(), 2, "its successor at the same address lives");
+        pool.lost(&pool.one_on("cuda").await.unwrap());
+        assert_eq!(pool.live(now).len(), 1);
     }
 }

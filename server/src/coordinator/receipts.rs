@@ -4,7 +4,6 @@ use crate::{
     error::{Error, Result},
     storage::{Created, Location},
 };
-use object_store::path::Path;
 use superbatch_proto::v1::Receipt;
 
 /// Steps in one folder, so that the newest is found without listing a whole run.
@@ -58,38 +57,9 @@ impl Receipts {
         self.run.find(&key(step, generation)).await?.map(receipt::decode).transpose()
     }
 
-    /// The receipt of a step in the newest generation up to `generation`.
-    pub async fn newest(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
-        let steps = self.list(&folder_of_step(step)).await?;
-        let newest = steps.into_iter().map(|(_, found)| found).filter(|found| *found <= generation).max();
-        match newest {
-            Some(found) => self.find(step, found).await,
-            None => Ok(None),
-        }
-    }
-
     /// All committed (step, generation), rising. Lists the whole run.
     pub async fn committed(&self) -> Result<Vec<(u64, u32)>> {
         self.list("receipts").await
-    }
-
-    /// The last step committed in `generation`, looking no further back than `from_step` (where the generation was opened).
-    pub async fn last(&self, generation: u32, from_step: u64) -> Result<Option<u64>> {
-        let root = self.run.path("receipts");
-        let listed = self.run.store().list_with_delimiter(Some(&root)).await;
-        let listed = listed.map_err(|e| self.run.error("list", "receipts", e))?;
-        let number = |path: &Path| path.filename().and_then(|name| name.parse::<u64>().ok());
-        let mut folders: Vec<u64> = listed.common_prefixes.iter().filter_map(number).collect();
-        folders.retain(|folder| *folder >= from_step / FOLDER_STEPS);
-        folders.sort_unstable();
-        for folder in folders.into_iter().rev() {
-            let steps = self.list(&format!("receipts/{folder}")).await?;
-            let own = steps.into_iter().filter(|(step, found)| *found == generation && *step >= from_step);
-            if let Some(last) = own.map(|(step, _)| step).max() {
-                return Ok(Some(last));
-            }
-        }
-        Ok(None)
     }
 
     async fn list(&self, below: &str) -> Result<Vec<(u64, u32)>> {
@@ -175,7 +145,6 @@ mod tests {
     #[tokio::test]
     async fn steps_are_found_by_generation() {
         on_each_store(|receipts, run| async move {
-            assert_eq!(receipts.last(0, 0).await.unwrap(), None);
             assert_eq!(receipts.committed().await.unwrap(), []);
             for (step, generation) in [(8, 0), (9, 0), (999, 0), (1000, 0), (10_000, 0), (9, 2), (12, 2)] {
                 receipts.commit(&sample(step, generation, "n")).await.unwrap();
@@ -183,16 +152,6 @@ mod tests {
             run.put("receipts/0/8/notes.txt", "not ours".into()).await.unwrap();
             let all = [(8, 0), (9, 0), (9, 2), (12, 2), (999, 0), (1000, 0), (10_000, 0)];
             assert_eq!(receipts.committed().await.unwrap(), all);
-            assert_eq!(receipts.last(0, 0).await.unwrap(), Some(10_000));
-            assert_eq!(receipts.last(2, 9).await.unwrap(), Some(12));
-            assert_eq!(receipts.last(2, 13).await.unwrap(), None);
-            assert_eq!(receipts.last(1, 0).await.unwrap(), None);
-            let newest = async |step, generation| {
-                receipts.newest(step, generation).await.unwrap().map(|found| found.summary.unwrap().generation)
-            };
-            assert_eq!(newest(9, 5).await, Some(2));
-            assert_eq!(newest(9, 1).await, Some(0));
-            assert_eq!(newest(12, 1).await, None);
         })
         .await;
     }

@@ -1,9 +1,10 @@
 //! What a step was decided on, gathered while it is decided, and the receipt that comes of it.
 use super::{
     facts::ModelFact,
-    plan::{Candidate, PLAN_VERSION, SuperBatch},
+    plan::{self, Candidate, PLAN_VERSION, SuperBatch},
     run::Run,
     scoring::{self, Rows, Scored, Scoring},
+    wasted::Spent,
     weights::Published,
 };
 use crate::{error::Result, metrics, storage::nonce};
@@ -12,12 +13,9 @@ use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use superbatch_proto::{
-    ids::RowId,
-    v1::{
-        Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary,
-        RunSpec, SelectResponse, StageSeconds, WeightsVersion,
-    },
+use superbatch_proto::v1::{
+    Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary, RunSpec,
+    SelectResponse, StageSeconds, WeightsVersion,
 };
 use tokio::time::Instant;
 
@@ -38,11 +36,13 @@ pub struct Decided {
     pub device: String,
     /// Learner scale and bias, reference scale and bias, as selection used them.
     pub scales: [f64; 4],
+    /// All operations so far, until a receipt has them.
+    pub spent: Spent,
     cost: Accounts,
 }
 
 impl Decided {
-    pub fn new(generation: u32, step: u64, phase: Phase) -> Self {
+    pub fn new(generation: u32, step: u64, phase: Phase, spent: Spent) -> Self {
         Self {
             generation,
             step,
@@ -55,12 +55,18 @@ impl Decided {
             reference_digest: String::new(),
             device: String::new(),
             scales: [0.0; 4],
+            spent,
             cost: Accounts { seconds: Some(StageSeconds::default()), ..Default::default() },
         }
     }
 
     pub fn cost_seconds(&mut self) -> &mut StageSeconds {
         self.cost.seconds.get_or_insert_default()
+    }
+
+    pub fn planned(&mut self, took: Duration) {
+        self.cost_seconds().plan = took.as_secs_f64();
+        metrics::stage_duration("plan").record(took.as_secs_f64());
     }
 
     pub fn read(&mut self, scoring: &Scoring) {
@@ -75,8 +81,8 @@ impl Decided {
         metrics::stage_duration("wait_weights").record(waited.as_secs_f64());
     }
 
-    pub fn embedded_reference(&mut self, scored: Option<&Scored>) {
-        let Some(scored) = scored else { return };
+    pub fn embedded_reference(&mut self, scored: &Scored) {
+        self.spent.add(scored.flops);
         self.cost.reference_flops += scored.flops;
         self.cost_seconds().embed_reference += scored.seconds;
         self.reference_digest.clone_from(&scored.digest);
@@ -84,6 +90,7 @@ impl Decided {
     }
 
     pub fn embedded_learner(&mut self, published: &Published, scored: &Scored, fact: Option<&ModelFact>) {
+        self.spent.add(scored.flops);
         self.cost.learner_flops += scored.flops;
         self.cost_seconds().embed_learner += scored.seconds;
         self.device.clone_from(&scored.device);
@@ -94,7 +101,9 @@ impl Decided {
         self.learner = Some(version);
     }
 
+    /// Notes what was spent on lost workers, and calls the reference's share thrown away where a degraded step did not use it.
     pub fn discarded(&mut self, flops: f64) {
+        self.spent.add(flops);
         self.cost.discarded_flops += flops;
         if self.mode == Mode::Uniform {
             self.cost.discarded_flops += std::mem::take(&mut self.cost.reference_flops);
@@ -147,7 +156,7 @@ pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, Rows, u32)>) -> Resul
 
 /// The receipt of a decided step; its totals are filled when it is committed.
 pub fn receipt(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided, rows: &Rows) -> Result<Receipt> {
-    let id = |candidate: u32| row_id(run, &super_batch.candidates[candidate as usize]);
+    let id = |candidate: u32| plan::row_id(&run.manifest, &super_batch.candidates[candidate as usize]);
     let bad_row = |hole: &Hole| BadRow {
         id: id(hole.candidate).0,
         position: super_batch.candidates[hole.candidate as usize].position,
@@ -187,14 +196,6 @@ fn chosen(
         }
     };
     places.map(row).collect()
-}
-
-fn row_id(run: &Run, candidate: &Candidate) -> (String, u64) {
-    let sources = &run.manifest.sources;
-    let shard = &sources[candidate.source as usize].shards[candidate.shard as usize];
-    let row = shard.blocks[candidate.block as usize].first_row + u64::from(candidate.row);
-    let source = (sources.len() > 1).then_some(candidate.source);
-    (RowId { source, shard: &shard.path, row }.to_string(), row)
 }
 
 fn summary(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided) -> ReceiptSummary {
@@ -304,6 +305,8 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     // A uniform draw has no scores.
     if summary.mode() != Mode::Uniform && summary.policy() != Policy::Uniform {
         metrics::batch_score().record(summary.batch_score);
+        metrics::mean_score("chosen").record(summary.mean_score_chosen);
+        metrics::mean_score("candidates").record(summary.mean_score_candidates);
     }
     if let Some(cost) = &summary.cost {
         metrics::candidates().increment(cost.candidates_scanned);

@@ -3,7 +3,7 @@ use super::{
     facts::{self, RunFacts},
     open::{self, Opening},
     owner::Identity,
-    run::{Deps, Run},
+    run::{Deps, Run, run_state},
     spec,
 };
 use crate::{
@@ -11,25 +11,18 @@ use crate::{
     metrics,
     storage::{Location, Stores},
 };
-use futures::FutureExt;
+use futures::{FutureExt, future::join_all};
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 use superbatch_proto::{
     ids::{RUN_ID_BYTES_MAX, is_run_id},
     v1::{OpenRunRequest, OpenRunResponse, Reason, RunSpec, RunState, RunSummary},
 };
-
-/// Bounds that the operator sets.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    pub super_batch_size_max: u32,
-    pub sub_batch_size_max: u32,
-    pub push_bytes_max: u64,
-    pub push_deadline: Duration,
-}
 
 /// What a coordinator is made of.
 pub struct Coordinator {
@@ -37,16 +30,16 @@ pub struct Coordinator {
     pub stores: Stores,
     pub state: Location,
     pub identity: Identity,
-    pub limits: Limits,
     runs: Mutex<HashMap<String, Arc<Run>>>,
-    /// One run is opened or loaded at a time.
-    opening: tokio::sync::Mutex<()>,
+    /// A run is opened or loaded once at a time; others do not wait for it.
+    opening: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    stopping: AtomicBool,
 }
 
 impl Coordinator {
-    pub fn new(deps: Deps, stores: Stores, state: Location, identity: Identity, limits: Limits) -> Arc<Self> {
-        let (runs, opening) = (Mutex::default(), tokio::sync::Mutex::default());
-        Arc::new(Self { deps, stores, state, identity, limits, runs, opening })
+    pub fn new(deps: Deps, stores: Stores, state: Location, identity: Identity) -> Arc<Self> {
+        let (runs, opening) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { deps, stores, state, identity, runs, opening, stopping: AtomicBool::new(false) })
     }
 
     /// Opens a run, or joins it.
@@ -57,15 +50,14 @@ impl Coordinator {
     pub async fn open_run(&self, request: OpenRunRequest) -> Result<OpenRunResponse> {
         check_id(&request.run_id)?;
         let asked = request.spec.ok_or_else(|| Error::invalid("spec", "OpenRun needs a spec"))?;
-        let asked = spec::complete(asked)?;
-        let _alone = self.opening.lock().await;
+        let asked = spec::complete(asked, self.deps.limits.need_deadline_seconds)?;
+        let _alone = self.alone(&request.run_id).await;
         let run = match self.known(&request.run_id).await? {
             Some(run) => run,
             None => {
+                self.check_room()?;
                 let opening = Opening { coordinator: self, id: &request.run_id };
-                let run = opening.open_new(&asked).boxed().await?;
-                self.insert(run.clone());
-                run
+                self.insert(opening.open_new(&asked).boxed().await?)?
             }
         };
         conflict(&run, &asked)?;
@@ -81,7 +73,7 @@ impl Coordinator {
         if let Some(run) = self.here(id) {
             return Ok(run);
         }
-        let _alone = self.opening.lock().await;
+        let _alone = self.alone(id).await;
         self.known(id).await?.ok_or_else(|| {
             Error::new(Reason::RunNotFound, format!("there is no run '{id}'; open it first")).with("run_id", id)
         })
@@ -96,18 +88,35 @@ impl Coordinator {
         Ok(summaries)
     }
 
-    /// Lets go of all runs: the process ends.
+    /// Lets go of all runs: the process ends. No other is opened from now on.
     pub async fn stop(&self) {
-        let runs: Vec<_> = self.runs.lock().expect("no panic while held").drain().map(|(_, run)| run).collect();
-        for run in runs {
+        self.stopping.store(true, Ordering::SeqCst);
+        let runs: Vec<_> = self.lock().drain().map(|(_, run)| run).collect();
+        // All ranks are told before the first push is waited for.
+        runs.iter().for_each(|run| run.stop());
+        join_all(runs.iter().map(|run| run.weights.drain())).await;
+    }
+
+    /// Passes on what a run answered. One that another coordinator owns is let go, so that the next call looks again.
+    pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
+        if answer.as_ref().is_err_and(|error| error.reason() == Reason::NotOwner) {
+            self.remove(&run.id);
             run.stop();
-            run.weights.drain().await;
         }
+        answer
+    }
+
+    /// The runs that are open here. Those that ended are let go.
+    pub fn open_runs(&self) -> Vec<Arc<Run>> {
+        let mut runs = self.lock();
+        runs.retain(|_, run| run.is_open());
+        metrics::open_runs().set(runs.len() as f64);
+        runs.values().cloned().collect()
     }
 
     async fn summary(&self, id: String) -> Result<Option<RunSummary>> {
         if let Some(run) = self.here(&id) {
-            return Ok(run.info().summary);
+            return Ok(Some(run.summary()));
         }
         let location = self.location(&id);
         let Some(facts) = facts::load(&location).await? else { return Ok(None) };
@@ -126,29 +135,63 @@ impl Coordinator {
         }
         let Some(facts) = facts::load(&self.location(id)).await? else { return Ok(None) };
         let run = Opening { coordinator: self, id }.load(facts).boxed().await?;
-        self.insert(run.clone());
-        Ok(Some(run))
+        self.insert(run).map(Some)
     }
 
     pub fn location(&self, id: &str) -> Location {
         self.state.below(&format!("runs/{id}"))
     }
 
-    fn here(&self, id: &str) -> Option<Arc<Run>> {
-        self.runs.lock().expect("no panic while held").get(id).cloned()
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Run>>> {
+        self.runs.lock().expect("no panic while held")
     }
 
-    fn insert(&self, run: Arc<Run>) {
-        let mut runs = self.runs.lock().expect("no panic while held");
-        runs.insert(run.id.clone(), run);
+    fn here(&self, id: &str) -> Option<Arc<Run>> {
+        self.lock().get(id).cloned()
+    }
+
+    fn insert(&self, run: Arc<Run>) -> Result<Arc<Run>> {
+        if run.is_open() {
+            self.check_room()?;
+        }
+        let mut runs = self.lock();
+        runs.insert(run.id.clone(), run.clone());
         metrics::open_runs().set(runs.len() as f64);
+        Ok(run)
+    }
+
+    fn remove(&self, id: &str) {
+        let mut runs = self.lock();
+        runs.remove(id);
+        metrics::open_runs().set(runs.len() as f64);
+    }
+
+    fn check_room(&self) -> Result<()> {
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(Error::new(Reason::ShuttingDown, "the service stops; ask again in a while"));
+        }
+        let most = self.deps.limits.runs_max;
+        if self.lock().values().filter(|run| run.is_open()).count() < most {
+            return Ok(());
+        }
+        let message = format!("{most} runs are open; close one, or raise coordinator.max_runs");
+        Err(Error::new(Reason::Overloaded, message))
+    }
+
+    async fn alone(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut opening = self.opening.lock().expect("no panic while held");
+            opening.retain(|_, lock| Arc::strong_count(lock) > 1);
+            opening.entry(id.to_owned()).or_default().clone()
+        };
+        lock.lock_owned().await
     }
 }
 
 fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     let mut known = (*run.spec()).clone();
     // Phases that were appended since are no difference.
-    known.phases.truncate(asked.phases.len().max(1));
+    known.phases.truncate(asked.phases.len().max(run.opened_phases));
     let Some(field) = spec::first_difference(&known, asked) else { return Ok(()) };
     let message = format!(
         "run '{}' is known with another {field}; use the same spec to join it, or another run id for another run",
@@ -166,9 +209,5 @@ fn check_id(id: &str) -> Result<()> {
 }
 
 pub fn stored_state(facts: &RunFacts) -> RunState {
-    match (&facts.failure, facts.closed) {
-        (Some(_), _) => RunState::Failed,
-        (None, true) => RunState::Closed,
-        (None, false) => RunState::Open,
-    }
+    run_state(facts.failure.is_some(), facts.closed)
 }

@@ -1,84 +1,57 @@
 //! One open run: its steps, ranks, weights and cursors.
+mod change;
+mod commit;
+mod state;
+
+pub use state::{State, run_state};
+
 use super::{
-    chain::{Chain, Rewound},
     decide::decide,
-    facts::{self, ModelFact},
+    facts::ModelFact,
     gone,
-    members::{Asking, Members, check_ahead, last_allowed},
+    incarnations::Incarnations,
+    limits::Limits,
+    members::{Asking, Bounds, last_allowed},
     owner::Ownership,
     plan::Plan,
     pool::Pool,
     ranks,
-    receipts::{Committed, Receipts},
-    record,
+    ready::{Budget, Ready},
+    receipts::Receipts,
     selector::Selector,
-    spec::{append_phases, delivered, phase_at},
-    step::{Cell, Ready},
+    spec::{delivered, phase_at},
+    step::Cell,
+    wasted::Wasted,
     weights::{Began, Weights},
 };
 use crate::{
     dataset::Manifest,
     error::{Error, Result},
-    metrics,
     storage::Location,
 };
 use arrow::datatypes::SchemaRef;
 use futures::FutureExt;
 use std::{
-    collections::BTreeMap,
+    ops::Deref,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
+    time::Duration,
 };
-use superbatch_proto::v1::{
-    Accounts, Phase, Reason, Receipt, RewindMode, RunInfo, RunSpec, RunState, RunSummary, SelectBatchRequest,
-};
-use tokio::time::Instant;
+use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
 
-/// Bad rows are not judged before so many candidates were scanned.
-const JUDGED_FROM: u64 = 1_000;
+/// A batch that nobody has asked for in so long is let go; its rows can be read again.
+const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
 
 /// What a run uses of its coordinator.
 #[derive(Clone)]
 pub struct Deps {
     pub pool: Arc<Pool>,
     pub selector: Arc<dyn Selector>,
+    pub ready: Arc<Budget>,
+    pub limits: Arc<Limits>,
 }
 
-/// A run that this coordinator owns.
-pub struct Run {
-    pub id: String,
-    pub deps: Deps,
-    pub location: Location,
-    pub manifest: Arc<Manifest>,
-    pub manifest_digest: String,
-    pub output_schema: SchemaRef,
-    pub plan: Plan,
-    pub reference: Option<ModelFact>,
-    pub learner: Option<ModelFact>,
-    pub weights: Weights,
-    pub receipts: Receipts,
-    pub owner: Ownership,
-    spec: RwLock<Arc<RunSpec>>,
-    state: Mutex<State>,
-    /// One commit at a time: totals are in the order of commits.
-    committing: tokio::sync::Mutex<()>,
-    me: Weak<Run>,
-}
-
-/// What changes while a run is open.
-pub struct State {
-    pub chain: Chain,
-    pub appended: u32,
-    pub closed: bool,
-    pub failure: Option<String>,
-    pub totals: Accounts,
-    /// The newest committed step of the current trajectory.
-    pub committed: Option<u64>,
-    pub members: Members,
-    pub cells: BTreeMap<u64, Cell>,
-}
-
-/// The parts of a run that never change, before it lives.
+/// The parts of a run that never change.
 pub struct Parts {
     pub id: String,
     pub deps: Deps,
@@ -92,26 +65,39 @@ pub struct Parts {
     pub weights: Weights,
     pub receipts: Receipts,
     pub owner: Ownership,
+    pub incarnations: Incarnations,
+    /// Phases that the run was opened with; the others were appended.
+    pub opened_phases: usize,
+}
+
+/// A run that this coordinator owns.
+pub struct Run {
+    parts: Parts,
+    spec: RwLock<Arc<RunSpec>>,
+    state: Mutex<State>,
+    /// One commit at a time: totals are in the order of commits.
+    committing: tokio::sync::Mutex<()>,
+    /// Spent on decisions that came to nothing.
+    pub wasted: Wasted,
+    me: Weak<Run>,
+}
+
+impl Deref for Run {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
 }
 
 impl Run {
     pub fn new(parts: Parts, spec: RunSpec, state: State) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
-            id: parts.id,
-            deps: parts.deps,
-            location: parts.location,
-            manifest: parts.manifest,
-            manifest_digest: parts.manifest_digest,
-            output_schema: parts.output_schema,
-            plan: parts.plan,
-            reference: parts.reference,
-            learner: parts.learner,
-            weights: parts.weights,
-            receipts: parts.receipts,
-            owner: parts.owner,
+            parts,
             spec: RwLock::new(Arc::new(spec)),
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::default(),
+            wasted: Wasted::default(),
             me: me.clone(),
         })
     }
@@ -134,63 +120,96 @@ impl Run {
         (state.chain.began(), state.chain.current())
     }
 
+    /// The first step that is not committed.
     pub fn next_step(&self) -> u64 {
-        self.state().committed.map_or(0, |step| step + 1)
+        self.state().committed.next()
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.state().check_open().is_ok()
     }
 
     /// The step's sub-batch, decided now or before. Steps ahead are started, too.
     pub async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
-        let spec = self.spec();
-        let step = request.step;
-        let phase = phase_at(&spec.phases, step);
-        ranks::slice(
-            spec.seed,
+        let (spec, step) = (self.spec(), request.step);
+        let size = phase_at(&spec.phases, step).sub_batch_size as usize;
+        ranks::slice(spec.seed, step, size, request.world_size, spec.micro_batches, request.rank)?;
+        let asking = Asking {
             step,
-            phase.sub_batch_size as usize,
-            request.world_size,
-            spec.micro_batches,
-            request.rank,
-        )?;
-        let waiting = {
-            let mut state = self.state();
-            state.check_open()?;
-            state.check_generation(request.generation)?;
-            let asking = Asking {
-                step,
-                rank: request.rank,
-                world_size: request.world_size,
-                incarnation: request.incarnation.clone(),
-                need,
-                consumed_through: request.consumed_through,
-            };
-            check_ahead(step, state.members.frontier(), state.committed, spec.max_ahead)?;
-            state.members.admit(&asking)?;
-            self.prepare(&mut state, &spec, step);
-            let cell = state.cells.get(&step).ok_or_else(gone)?;
-            cell.wait(request.rank, request.world_size, need, request.pushing_through)
+            rank: request.rank,
+            world_size: request.world_size,
+            incarnation: request.incarnation.clone(),
+            need,
+            consumed_through: request.consumed_through,
         };
-        waiting.ready().await
+        self.check(request)?;
+        if !self.state().members.knows(&asking.incarnation) {
+            // Durable first, so that stragglers of the one before are refused after a restart, too.
+            self.incarnations.add(&asking.incarnation).await?;
+        }
+        self.admitted(&asking, request)?.ready().await
+    }
+
+    fn check(&self, request: &SelectBatchRequest) -> Result<()> {
+        let state = self.state();
+        state.check_open()?;
+        state.check_generation(request.generation)
+    }
+
+    /// Admits a rank to its step.
+    fn admitted(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<super::step::Waiting> {
+        let spec = self.spec();
+        let mut state = self.state();
+        state.check_open()?;
+        state.check_generation(request.generation)?;
+        let bounds = Bounds { committed: state.committed.newest(), max_ahead: spec.max_ahead };
+        if state.members.admit(asking, bounds)? {
+            let error = state.members.taken_over();
+            state.cells.values().for_each(|cell| cell.take_over(&error));
+        }
+        self.prepare(&mut state, &spec, asking.step);
+        let cell = state.cells.get(&asking.step).ok_or_else(gone)?;
+        Ok(cell.wait(asking.rank, asking.world_size, asking.need, request.pushing_through))
     }
 
     /// Starts `step` and what may be prepared after it; lets go of what is consumed.
     fn prepare(&self, state: &mut State, spec: &RunSpec, step: u64) {
         let consumed = state.members.consumed_by_all();
         state.cells.retain(|at, cell| consumed.is_none_or(|done| *at > done) || *at == step || cell.is_wanted());
-        self.start(state, step);
+        if state.cells.get(&step).is_none_or(Cell::is_failed) {
+            self.start(state, step);
+        }
         let frontier = state.members.frontier();
         if frontier.is_none_or(|done| step > done) {
-            let last = last_allowed(frontier, None, spec.max_ahead).max(step);
+            let last = last_allowed(frontier, spec.max_ahead).max(step);
             let end = self.plan.steps_total(&spec.phases).map_or(last, |total| last.min(total.saturating_sub(1)));
             for ahead in step + 1..=end {
-                self.start(state, ahead);
+                // One that failed is begun again when it is asked for.
+                if !state.cells.contains_key(&ahead) {
+                    self.start(state, ahead);
+                }
             }
         }
-        let ready = state.cells.values().filter(|cell| cell.is_ready()).count();
-        metrics::ready_batches().set(ready as f64);
+        self.make_room(state, step);
+    }
+
+    /// Lets go of batches in hand while there are too many bytes of them: first those that some rank is past, then those that
+    /// are furthest ahead. They are read again when they are asked for.
+    fn make_room(&self, state: &mut State, step: u64) {
+        let past = state.members.frontier();
+        while self.deps.ready.is_exceeded() {
+            let spare = |(at, cell): &(&u64, &Cell)| **at != step && cell.is_ready() && !cell.is_wanted();
+            let mut spares = state.cells.iter().filter(spare).map(|(at, _)| *at);
+            let first = spares.next();
+            let Some(at) = first.filter(|at| past.is_some_and(|past| *at <= past)).or(spares.last()).or(first) else {
+                return;
+            };
+            state.cells.remove(&at);
+        }
     }
 
     fn start(&self, state: &mut State, step: u64) {
-        if state.cells.get(&step).is_some_and(|cell| !cell.is_failed()) {
+        if state.appending_from.is_some_and(|from| step >= from) {
             return;
         }
         let (me, generation) = (self.me.clone(), state.chain.current());
@@ -203,13 +222,19 @@ impl Run {
                 tracing::warn!(run = run.id, step, error = error.chain(), "step failed");
             }
             reporter.finish(result);
+            if let Err(error) = run.forget_weights().await {
+                tracing::warn!(run = run.id, error = error.chain(), "old snapshots stay for now");
+            }
         });
         state.cells.insert(step, cell);
     }
 
-    /// The receipt that holds for `step` in the current trajectory.
-    pub async fn find_receipt(&self, step: u64) -> Result<Option<Receipt>> {
-        let generations = self.state().chain.candidates(step);
+    /// The receipt that holds for `step` in the trajectory of `generation`; the newest one where absent.
+    pub async fn find_receipt(&self, step: u64, generation: Option<u32>) -> Result<Option<Receipt>> {
+        let generations = {
+            let state = self.state();
+            state.chain.candidates(step, generation.unwrap_or(state.chain.current()))
+        };
         for generation in generations {
             if let Some(receipt) = self.receipts.find(step, generation).await? {
                 return Ok(Some(receipt));
@@ -218,127 +243,21 @@ impl Run {
         Ok(None)
     }
 
-    /// Makes a decision durable, unless another one already is. Returns the receipt that holds, and whether it is ours.
-    ///
-    /// # Errors
-    /// `NotOwner`; `TooManyBadRows` where the run fails by it; `StorageUnreachable`.
-    pub async fn commit(&self, mut receipt: Receipt) -> Result<(Receipt, bool)> {
-        let _alone = self.committing.lock().await;
-        let begun = Instant::now();
-        self.owner.check().await?;
-        let summary = receipt.summary.as_mut().ok_or_else(|| Error::internal("a receipt has no summary"))?;
-        let cost = summary.cost.clone().unwrap_or_default();
-        let mut totals = record::add(&self.state().totals, &cost);
-        self.judge(&totals).await?;
-        totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
-        summary.run_totals = Some(totals.clone());
-        let (step, generation) = (summary.step, summary.generation);
-        let committed = self.receipts.commit(&receipt).await?;
-        let mut state = self.state();
-        if state.chain.current() != generation {
-            return Err(gone());
-        }
-        state.committed = state.committed.max(Some(step));
-        match committed {
-            Committed::Theirs(theirs) => Ok((*theirs, false)),
-            Committed::Ours => {
-                state.totals = totals;
-                drop(state);
-                record::count(&receipt, begun);
-                Ok((receipt, true))
-            }
-        }
-    }
-
-    /// Fails the run when too large a share of what was scanned is bad.
-    async fn judge(&self, totals: &Accounts) -> Result<()> {
-        let share = self.spec().max_bad_row_share;
-        if totals.bad_rows as f64 <= share * totals.candidates_scanned.max(JUDGED_FROM) as f64 {
-            return Ok(());
-        }
-        let why = format!(
-            "{} of {} candidates scanned cannot be used, more than max_bad_row_share = {share}; mend the data or open a run \
-             that allows more",
-            totals.bad_rows, totals.candidates_scanned
-        );
-        facts::fail(&self.location, &why).await?;
-        self.state().failure = Some(why.clone());
-        Err(Error::new(Reason::TooManyBadRows, why))
-    }
-
-    /// Goes back: opens the next generation.
-    pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
-        let _alone = self.committing.lock().await;
-        let (generation, committed) = {
-            let state = self.state();
-            state.check_open()?;
-            (state.chain.current() + 1, state.committed)
-        };
-        if to_step > committed.map_or(0, |step| step + 1) {
-            let message =
-                format!("cannot rewind to step {to_step}: the next step is {}", committed.map_or(0, |s| s + 1));
-            return Err(Error::invalid("to_step", message));
-        }
-        let rewound = Rewound { generation, to_step, replay: mode == RewindMode::Replay };
-        facts::create_generation(&self.location, &rewound).await?;
-        let mut state = self.state();
-        if !rewound.replay {
-            state.committed = to_step.checked_sub(1);
-        }
-        state.chain.push(rewound);
-        state.members.rewound();
-        state.cells.clear();
-        Ok(generation)
-    }
-
-    /// Adds phases for steps that have not begun.
-    pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
-        let _alone = self.committing.lock().await;
-        let (number, begun) = {
-            let state = self.state();
-            state.check_open()?;
-            (state.appended, state.cells.keys().next_back().copied().max(state.committed))
-        };
-        let mut spec = (*self.spec()).clone();
-        let known = spec.phases.len();
-        spec = append_phases(spec, phases, begun)?;
-        self.plan.check(&spec.phases)?;
-        facts::append_phases(&self.location, number, &spec.phases[known..]).await?;
-        self.state().appended += 1;
-        let spec = Arc::new(spec);
-        *self.spec.write().expect("no panic while held") = spec.clone();
-        Ok(spec)
-    }
-
-    pub async fn close(&self) -> Result<()> {
-        facts::close(&self.location).await?;
-        let mut state = self.state();
-        state.closed = true;
-        state.cells.clear();
-        Ok(())
-    }
-
-    /// Lets go of everything that waits: the process ends.
-    pub fn stop(&self) {
-        self.state().cells.clear();
-    }
-
-    pub fn check_push(&self, generation: u32) -> Result<()> {
+    pub fn summary(&self) -> RunSummary {
         let state = self.state();
-        state.check_open()?;
-        state.check_generation(generation)
+        RunSummary {
+            run_id: self.id.clone(),
+            state: state.run_state() as i32,
+            generation: state.chain.current(),
+            last_committed_step: state.committed.newest(),
+        }
     }
 
     pub fn info(&self) -> RunInfo {
-        let spec = self.spec();
+        let (summary, spec) = (self.summary(), self.spec());
         let state = self.state();
         RunInfo {
-            summary: Some(RunSummary {
-                run_id: self.id.clone(),
-                state: state.run_state() as i32,
-                generation: state.chain.current(),
-                last_committed_step: state.committed,
-            }),
+            summary: Some(summary),
             dataset_manifest: self.manifest_digest.clone(),
             candidates_scanned: state.totals.candidates_scanned,
             examples_delivered: delivered(&spec, state.members.consumed_by_all()),
@@ -349,37 +268,5 @@ impl Run {
             tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
             spec: Some((*spec).clone()),
         }
-    }
-}
-
-impl State {
-    pub fn run_state(&self) -> RunState {
-        match (&self.failure, self.closed) {
-            (Some(_), _) => RunState::Failed,
-            (None, true) => RunState::Closed,
-            (None, false) => RunState::Open,
-        }
-    }
-
-    fn check_open(&self) -> Result<()> {
-        if let Some(why) = &self.failure {
-            return Err(Error::new(Reason::RunFailed, format!("the run failed: {why}")));
-        }
-        if self.closed {
-            return Err(Error::new(Reason::RunClosed, "the run is closed; open another one"));
-        }
-        Ok(())
-    }
-
-    fn check_generation(&self, asked: u32) -> Result<()> {
-        let current = self.chain.current();
-        if asked == current {
-            return Ok(());
-        }
-        if asked > current {
-            return Err(Error::invalid("generation", format!("the run's newest generation is {current}, not {asked}")));
-        }
-        let message = format!("the run was rewound: generation {asked} is over, {current} goes on; open the run again");
-        Err(Error::new(Reason::GenerationStale, message).with("generation", current))
     }
 }

@@ -3,9 +3,12 @@ use super::{
     output,
     plan::{self, Candidate},
     pool::Pool,
-    slice::{Embeddings, Job, Slice, element_bytes},
+    slice::{Embeddings, Job, Slice},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    selection::{Embedded, Values},
+};
 use arrow::{
     array::{Array, AsArray, RecordBatch, UInt32Array},
     compute::{concat_batches, take_record_batch},
@@ -25,13 +28,11 @@ pub struct Scoring {
     candidates: usize,
 }
 
-/// One model's embeddings of all candidates, rounded to the run's dtype and widened to f32.
-#[derive(Debug, Default)]
+/// One model's word on all candidates.
+#[derive(Debug)]
 pub struct Scored {
-    /// [candidates, dim] each, row-major, L2-normalised; zero for holes.
-    pub image: Vec<f32>,
-    pub text: Vec<f32>,
-    pub dim: usize,
+    /// L2-normalised, in the run's dtype; zero for holes.
+    pub embedded: Embedded,
     pub scale: f64,
     pub bias: Option<f64>,
     pub digest: String,
@@ -83,17 +84,16 @@ impl Scoring {
         self.slices.iter().map(|s| s.discarded_flops).sum()
     }
 
-    /// The reference's embeddings, where it was asked.
-    pub fn reference(&self) -> Result<Option<Scored>> {
-        self.gather(|slice| slice.reference.as_ref())
+    /// The reference's embeddings, where it was asked. To be called once.
+    pub fn reference(&mut self) -> Result<Option<Scored>> {
+        self.gather(Slice::take_reference)
     }
 
     /// Has all candidates embedded by the learner `model`.
     pub async fn learner(&mut self, model: &ModelRef) -> Result<Scored> {
         let (pool, job) = (&self.pool, &self.job);
         try_join_all(self.slices.iter_mut().map(|slice| slice.embed_learner(pool, job, model))).await?;
-        self.gather(|slice| slice.learner.as_ref())?
-            .ok_or_else(|| Error::internal("the learner's embeddings are missing"))
+        self.gather(Slice::take_learner)?.ok_or_else(|| Error::internal("the learner's embeddings are missing"))
     }
 
     /// The bytes of the chosen candidates, in the order given.
@@ -118,33 +118,51 @@ impl Scoring {
         join(&batches, &UInt32Array::from(place))
     }
 
-    fn gather(&self, of: impl Fn(&Slice) -> Option<&Embeddings>) -> Result<Option<Scored>> {
-        let Some(first) = self.slices.first().and_then(&of) else { return Ok(None) };
-        let (dim, element) = (first.dim, element_bytes(self.job.embedding_dtype));
-        let mut all = Scored {
-            image: Vec::with_capacity(self.candidates * dim),
-            text: Vec::with_capacity(self.candidates * dim),
-            dim,
-            scale: first.done.logit_scale,
-            bias: first.done.logit_bias,
-            digest: first.done.model_digest.clone(),
-            device: first.done.device.clone(),
-            ..Default::default()
-        };
-        for slice in &self.slices {
-            let part = of(slice).filter(|p| p.dim == dim && p.done.model_digest == all.digest);
+    /// Joins what the slices hold, and frees it there.
+    fn gather(&mut self, take: impl Fn(&mut Slice) -> Option<Embeddings>) -> Result<Option<Scored>> {
+        let mut all: Option<Scored> = None;
+        for slice in &mut self.slices {
+            let (start, part) = (slice.range.start as u32, take(slice));
             let Some(part) = part else {
-                return Err(Error::internal("workers answered with different models for one step"));
+                if all.is_some() {
+                    return Err(differs());
+                }
+                continue;
             };
-            debug_assert_eq!(part.image.len(), slice.range.len() * dim * element);
-            widen(&part.image, self.job.embedding_dtype, &mut all.image);
-            widen(&part.text, self.job.embedding_dtype, &mut all.text);
+            let fresh = || empty(&part, self.job.embedding_dtype, self.candidates);
+            let all = match &mut all {
+                None if start > 0 => return Err(differs()),
+                all => all.get_or_insert_with(fresh),
+            };
+            if part.dim != all.embedded.dim || part.done.model_digest != all.digest {
+                return Err(differs());
+            }
+            all.embedded.image.append(&part.image);
+            all.embedded.text.append(&part.text);
             all.flops += part.done.flops;
             all.seconds = all.seconds.max(part.done.seconds);
-            all.not_finite.extend(part.done.not_finite.iter().map(|c| c + slice.range.start as u32));
+            all.not_finite.extend(part.done.not_finite.iter().map(|c| c + start));
         }
-        Ok(Some(all))
+        Ok(all)
     }
+}
+
+fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored {
+    let values = || Values::with_capacity(dtype, candidates * part.dim);
+    Scored {
+        embedded: Embedded { image: values(), text: values(), dim: part.dim },
+        scale: part.done.logit_scale,
+        bias: part.done.logit_bias,
+        digest: part.done.model_digest.clone(),
+        device: part.done.device.clone(),
+        flops: 0.0,
+        seconds: 0.0,
+        not_finite: Vec::new(),
+    }
+}
+
+fn differs() -> Error {
+    Error::internal("workers answered with different models for one step")
 }
 
 /// Splits the content hashes off rows that a worker sent, reordered by `order`.
@@ -172,12 +190,4 @@ pub fn concat(batches: &[RecordBatch], order: &UInt32Array) -> Result<RecordBatc
 
 fn broken(error: arrow::error::ArrowError) -> Error {
     Error::internal("workers sent rows that do not fit together").because(error)
-}
-
-fn widen(bytes: &[u8], dtype: EmbeddingDtype, into: &mut Vec<f32>) {
-    if dtype == EmbeddingDtype::F32 {
-        into.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-    } else {
-        into.extend(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()));
-    }
 }

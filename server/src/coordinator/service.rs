@@ -1,5 +1,5 @@
 //! The gRPC surface of the coordinator: a few lines a method.
-use super::{output, ranks, registry::Coordinator, run::Run, step::Ready};
+use super::{output, ranks, ready::Ready, registry::Coordinator, run::Run};
 use crate::{
     error::{Error, Result},
     metrics,
@@ -58,7 +58,9 @@ impl SelectionService for Selection {
     }
 
     async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
-        self.0.run(&request.get_ref().run_id).await?.close().await?;
+        let coordinator = self.0.clone();
+        let run = coordinator.run(&request.get_ref().run_id).await?;
+        whole(async move { coordinator.noted(&run, run.close().await) }).await?;
         Ok(Response::new(CloseRunResponse {}))
     }
 
@@ -66,17 +68,20 @@ impl SelectionService for Selection {
         &self,
         request: Request<AppendPhasesRequest>,
     ) -> Result<Response<AppendPhasesResponse>, Status> {
-        let request = request.into_inner();
-        let spec = self.0.run(&request.run_id).await?.append_phases(request.phases).await?;
+        let (coordinator, request) = (self.0.clone(), request.into_inner());
+        let run = coordinator.run(&request.run_id).await?;
+        let spec = whole(async move { coordinator.noted(&run, run.append_phases(request.phases).await) }).await?;
         Ok(Response::new(AppendPhasesResponse { spec: Some((*spec).clone()) }))
     }
 
     async fn rewind(&self, request: Request<RewindRequest>) -> Result<Response<RewindResponse>, Status> {
-        let request = request.get_ref();
-        if request.mode() == RewindMode::Unspecified {
+        let (coordinator, request) = (self.0.clone(), request.into_inner());
+        let (to_step, mode) = (request.to_step, request.mode());
+        if mode == RewindMode::Unspecified {
             return Err(Error::invalid("mode", "say whether to replay the old choices or to reselect").into());
         }
-        let generation = self.0.run(&request.run_id).await?.rewind(request.to_step, request.mode()).await?;
+        let run = coordinator.run(&request.run_id).await?;
+        let generation = whole(async move { coordinator.noted(&run, run.rewind(to_step, mode).await) }).await?;
         Ok(Response::new(RewindResponse { generation }))
     }
 
@@ -96,7 +101,7 @@ impl SelectionService for Selection {
             return Err(Error::invalid("start", "a push begins with PushStart").into());
         };
         let run = self.0.run(&start.run_id).await?;
-        run.check_push(start.generation)?;
+        self.0.noted(&run, run.check_push(start.generation).await)?;
         let published = run.weights.push(run.generation(), start, stream).await?;
         Ok(Response::new(PushWeightsResponse { published: Some(published) }))
     }
@@ -108,15 +113,21 @@ impl SelectionService for Selection {
     }
 }
 
+/// Runs to its end even if the caller goes away: what is durable and what is in memory must not part.
+async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.map_err(|e| Error::internal("the call panicked").because(e))?
+}
+
 async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
-    let found = match request.generation {
-        Some(generation) => run.receipts.find(request.step, generation).await?,
-        None => run.find_receipt(request.step).await?,
-    };
-    found.ok_or_else(|| {
+    let generation = request.generation.unwrap_or(run.generation());
+    let found = run.find_receipt(request.step, Some(generation)).await?;
+    let mut receipt = found.ok_or_else(|| {
         let message = format!("step {} of run '{}' is not committed (yet)", request.step, run.id);
         Error::new(Reason::StepNotCommitted, message).with("step", request.step)
-    })
+    })?;
+    // The one that was asked for; `chosen_in_generation` stays.
+    receipt.summary.get_or_insert_default().generation = generation;
+    Ok(receipt)
 }
 
 /// One rank's slice, ready to be sent.
@@ -131,11 +142,18 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let run = coordinator.run(&request.run_id).await?;
     let asked = Instant::now();
     let need = request.intent() != Intent::Prefetch;
-    let ready = run.select(request, need).await?;
+    let ready = coordinator.noted(&run, run.select(request, need).await)?;
     if need {
         metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
     }
-    let bytes = rank_bytes(&run, request, &ready)?;
+    let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
+    // Copies and hashes all that the rank gets.
+    let encoded = tokio::task::spawn_blocking(move || {
+        let bytes = rank_bytes(&of, &asked_for, &batch)?;
+        let hash = blake3::hash(&bytes).as_bytes().to_vec();
+        Ok::<_, Error>((bytes, hash))
+    });
+    let (bytes, hash) = encoded.await.map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
     let stream_bytes = bytes.len() as u64;
     if request.resume_offset > stream_bytes {
         let message = format!("resume_offset {} is beyond the stream's {stream_bytes} bytes", request.resume_offset);
@@ -153,7 +171,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
             stream_bytes,
             offset: request.resume_offset,
         },
-        trailer: BatchTrailer { rows, blake3: blake3::hash(&bytes).as_bytes().to_vec().into() },
+        trailer: BatchTrailer { rows, blake3: hash.into() },
         bytes: bytes.slice(request.resume_offset as usize..),
     })
 }
@@ -179,6 +197,7 @@ fn check_delivery(request: &SelectBatchRequest) -> Result<()> {
 impl Batch {
     fn into_messages(self, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
         let bytes = self.bytes;
+        outcome.sending();
         let starts = (0..bytes.len()).step_by(PART_BYTES);
         let parts = starts.map(move |at| Message::ArrowIpc(bytes.slice(at..(at + PART_BYTES).min(bytes.len()))));
         let first = std::iter::once(Message::Header(self.header));
@@ -194,6 +213,7 @@ impl Batch {
 struct Outcome {
     begun: Instant,
     what: &'static str,
+    /// When its first byte went out.
     sending: Option<Instant>,
 }
 
@@ -206,17 +226,21 @@ impl Outcome {
         self.what = superbatch_proto::reason_name(error.reason());
     }
 
+    fn sending(&mut self) {
+        self.sending = Some(Instant::now());
+    }
+
     fn sent(&mut self) {
         self.what = "ok";
-        self.sending = Some(Instant::now());
     }
 }
 
 impl Drop for Outcome {
     fn drop(&mut self) {
         metrics::select_requests(self.what).increment(1);
-        if self.sending.is_some() {
+        if let Some(sending) = self.sending.filter(|_| self.what == "ok") {
             metrics::select_duration().record(self.begun.elapsed().as_secs_f64());
+            metrics::stage_duration("send").record(sending.elapsed().as_secs_f64());
         }
     }
 }

@@ -50,10 +50,12 @@ pub struct Slice {
     pub holes: Vec<Hole>,
     pub fetch_seconds: f64,
     pub decode_seconds: f64,
-    pub reference: Option<Embeddings>,
-    pub learner: Option<Embeddings>,
     /// Floating-point operations of attempts that were lost.
     pub discarded_flops: f64,
+    reference: Option<Embeddings>,
+    /// The reference's embeddings were taken: a worker that has to begin again need not make them again.
+    has_reference: bool,
+    learner: Option<Embeddings>,
     number: usize,
     live: Option<Live>,
 }
@@ -72,12 +74,22 @@ impl Slice {
             holes: Vec::new(),
             fetch_seconds: 0.0,
             decode_seconds: 0.0,
-            reference: None,
-            learner: None,
             discarded_flops: 0.0,
+            reference: None,
+            has_reference: false,
+            learner: None,
             number,
             live: None,
         }
+    }
+
+    pub fn take_reference(&mut self) -> Option<Embeddings> {
+        self.has_reference = self.reference.is_some();
+        self.reference.take()
+    }
+
+    pub fn take_learner(&mut self) -> Option<Embeddings> {
+        self.learner.take()
     }
 
     /// Has the slice read, decoded and embedded by the reference, on another worker where one is lost.
@@ -107,7 +119,9 @@ impl Slice {
         if let Some(mut live) = self.live.take() {
             match live.rows(chosen).await {
                 Ok(bytes) => return Ok(bytes),
-                Err(error) => self.give_up(pool, &live.worker, error)?,
+                // What it embedded is here already: only the rows have to be read again.
+                Err(error) if is_lost(&error) => pool.lost(&live.worker),
+                Err(error) => return Err(error),
             }
         }
         let flat: Vec<(usize, u32)> =
@@ -144,7 +158,7 @@ impl Slice {
             dataset_manifest: job.manifest_digest.clone(),
             blocks: self.blocks.clone(),
             micro_batch_rows: job.micro_batch_rows,
-            reference: job.reference.clone(),
+            reference: job.reference.clone().filter(|_| !self.has_reference),
             learner_model: job.learner_model.clone(),
             embedding_dtype: job.embedding_dtype as i32,
             columns: job.columns.clone(),
@@ -187,7 +201,7 @@ impl Live {
             }
             other => return Err(unexpected("holes", &other)),
         }
-        if job.reference.is_some() && !job.check_only {
+        if job.reference.is_some() && !slice.has_reference && !job.check_only {
             slice.reference = Some(self.embeddings(Tower::Reference, slice.range.len(), job).await?);
         }
         Ok(())
@@ -271,7 +285,7 @@ async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<V
 }
 
 /// Bytes of one embedding element.
-pub fn element_bytes(dtype: EmbeddingDtype) -> usize {
+fn element_bytes(dtype: EmbeddingDtype) -> usize {
     if dtype == EmbeddingDtype::F32 { 4 } else { 2 }
 }
 
@@ -297,7 +311,7 @@ fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: usize, element: usiz
 }
 
 /// Whether another worker may do better: this one is gone or going.
-fn is_lost(error: &Error) -> bool {
+pub fn is_lost(error: &Error) -> bool {
     matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown)
 }
 

@@ -9,13 +9,13 @@ use superbatch_proto::v1::{
     Criterion, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
 };
 
-/// The spec with the defaults that the protocol documents.
+/// The spec with the defaults that the protocol documents; `need_deadline_seconds` is the operator's.
 ///
 /// `compute_dtype` stays unspecified where it was: its default is the device's. So does `train_flops_per_example`.
 ///
 /// # Errors
 /// `RunSpecImpossible` where no run can meet it, with the path of the cause in `field`; `Unimplemented` where a later version can.
-pub fn complete(mut spec: RunSpec) -> Result<RunSpec> {
+pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec> {
     for source in &mut spec.sources {
         fill(&mut source.weight, 1.0);
     }
@@ -32,7 +32,7 @@ pub fn complete(mut spec: RunSpec) -> Result<RunSpec> {
     fill(&mut spec.embedding_dtype, EmbeddingDtype::F16.into());
     fill(&mut spec.micro_batch_rows, 64);
     fill(&mut spec.max_bad_row_share, 0.1);
-    fill(&mut spec.need_deadline_seconds, 60.0);
+    fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
     check::check(&spec)?;
     Ok(spec)
 }
@@ -87,7 +87,8 @@ pub fn append_phases(mut spec: RunSpec, phases: Vec<Phase>, last_started: Option
         }
         spec.phases.push(phase);
     }
-    complete(spec)
+    check::check(&spec)?;
+    Ok(spec)
 }
 
 fn impossible(field: &str, message: impl Into<String>) -> Error {

@@ -1,18 +1,8 @@
 //! One step: a cell that ranks wait at, and what they get when it is ready.
-use super::waiting::Demand;
+use super::{ready::Ready, waiting::Demand};
 use crate::error::{Error, Result};
-use arrow::array::RecordBatch;
-use std::sync::Arc;
-use superbatch_proto::v1::Receipt;
+use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
-
-/// A step whose receipt is durable and whose chosen bytes are in hand.
-#[derive(Debug)]
-pub struct Ready {
-    pub receipt: Receipt,
-    /// Data columns of the chosen rows, in the order drawn.
-    pub rows: RecordBatch,
-}
 
 /// How far a step is.
 #[derive(Debug, Clone)]
@@ -48,12 +38,7 @@ impl Reporter {
             demand.needing.clear();
             demand.since = None;
         });
-        self.progress.send_modify(|progress| {
-            if let Progress::Working { told, message } = progress {
-                *told += 1;
-                *message = Some(Arc::new(error));
-            }
-        });
+        tell(&self.progress, error);
     }
 
     pub fn demand(&self) -> watch::Receiver<Demand> {
@@ -67,6 +52,7 @@ pub struct Cell {
     progress: watch::Sender<Progress>,
     demand: watch::Sender<Demand>,
     task: AbortHandle,
+    begun: Instant,
 }
 
 impl Cell {
@@ -79,7 +65,7 @@ impl Cell {
         let demand = watch::Sender::new(Demand::default());
         let reporter = Reporter { progress: progress.clone(), demand: demand.clone() };
         let task = tokio::spawn(task(reporter)).abort_handle();
-        Self { progress, demand, task }
+        Self { progress, demand, task, begun: Instant::now() }
     }
 
     pub fn is_failed(&self) -> bool {
@@ -88,6 +74,23 @@ impl Cell {
 
     pub fn is_ready(&self) -> bool {
         matches!(*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// How long nobody has asked for the step.
+    pub fn idle_for(&self) -> Duration {
+        self.demand.borrow().asked.unwrap_or(self.begun).elapsed()
+    }
+
+    /// Forgets what an earlier start of the trainer wanted; its calls that still stand here end with `error`.
+    pub fn take_over(&self, error: &Error) {
+        self.demand.send_modify(|demand| *demand = Demand { calls: demand.calls, ..Demand::default() });
+        tell(&self.progress, error.repeat());
+    }
+
+    /// Ends the step with `error` for all who wait.
+    pub fn end(&self, error: &Error) {
+        self.task.abort();
+        fail(&self.progress, || error.repeat());
     }
 
     /// Whether some call waits here.
@@ -105,6 +108,7 @@ impl Cell {
         let mut call = None;
         self.demand.send_modify(|demand| {
             demand.world_size = world_size;
+            demand.asked = Some(Instant::now());
             demand.pushing_through = demand.pushing_through.max(pushing_through);
             if need {
                 demand.calls += 1;
@@ -121,14 +125,27 @@ impl Drop for Cell {
     fn drop(&mut self) {
         self.task.abort();
         // Whoever still waits learns it at once.
-        self.progress.send_if_modified(|progress| {
-            let working = matches!(progress, Progress::Working { .. });
-            if working {
-                *progress = Progress::Failed(Arc::new(super::gone()));
-            }
-            working
-        });
+        fail(&self.progress, super::gone);
     }
+}
+
+fn fail(progress: &watch::Sender<Progress>, error: impl FnOnce() -> Error) {
+    progress.send_if_modified(|progress| {
+        let working = matches!(progress, Progress::Working { .. });
+        if working {
+            *progress = Progress::Failed(Arc::new(error()));
+        }
+        working
+    });
+}
+
+fn tell(progress: &watch::Sender<Progress>, error: Error) {
+    progress.send_modify(|progress| {
+        if let Progress::Working { told, message } = progress {
+            *told += 1;
+            *message = Some(Arc::new(error));
+        }
+    });
 }
 
 /// One call that waits. Dropping it withdraws the rank's need.

@@ -18,6 +18,8 @@ pub struct Demand {
     pub pushing_through: Option<i64>,
     /// When the first of them began to stand still.
     pub since: Option<Instant>,
+    /// When the step was last asked for.
+    pub asked: Option<Instant>,
 }
 
 /// What is known at one moment.
@@ -29,8 +31,12 @@ pub struct Moment<'a> {
     pub deadline: Duration,
     /// The step whose push is due; `None` for initial weights.
     pub due: Option<i64>,
+    /// No other push will do than that of the due step.
+    pub exact: bool,
     /// Steps whose pushes have reached us in part.
     pub staging: &'a BTreeSet<i64>,
+    /// Whether the due push came and was refused. That a rank announced it is no hope then.
+    pub refused: bool,
     pub fallback: Fallback,
 }
 
@@ -58,7 +64,9 @@ pub fn verdict(moment: &Moment) -> Verdict {
     let due = moment.due.unwrap_or(-1);
     let all =
         demand.world_size > 0 && demand.needing.values().collect::<BTreeSet<_>>().len() >= demand.world_size as usize;
-    let on_its_way = demand.pushing_through.is_some_and(|step| step >= due) || moment.staging.iter().any(|s| *s >= due);
+    let staged = moment.staging.range(due..).next().is_some_and(|step| !moment.exact || *step == due);
+    let announced = !moment.refused && demand.pushing_through.is_some_and(|step| step >= due);
+    let on_its_way = staged || announced;
     let why = match (needed_for >= moment.deadline, all && !on_its_way) {
         (_, true) => Why::NobodyPushes,
         (true, false) => Why::Deadline,
@@ -74,17 +82,18 @@ mod tests {
     fn decide(needing: &[u32], seconds: u64, pushing: Option<i64>, staging: &[i64], fallback: Fallback) -> Verdict {
         let demand = Demand {
             needing: (0..).zip(needing.iter().copied()).collect(),
-            calls: 0,
             world_size: 2,
             pushing_through: pushing,
-            since: None,
+            ..Demand::default()
         };
         verdict(&Moment {
             demand: &demand,
             needed_for: (!needing.is_empty()).then(|| Duration::from_secs(seconds)),
             deadline: Duration::from_secs(60),
             due: Some(7),
+            exact: false,
             staging: &staging.iter().copied().collect(),
+            refused: false,
             fallback,
         })
     }
@@ -108,5 +117,27 @@ mod tests {
         assert_eq!(decide(&[0, 1], 0, Some(7), &[], Fallback::Uniform), Verdict::Wait);
         assert_eq!(decide(&[0, 1], 0, None, &[7], Fallback::Uniform), Verdict::Wait);
         assert_eq!(decide(&[0, 1], 60, None, &[7], Fallback::Uniform), Verdict::FallBack(Why::Deadline));
+    }
+
+    #[test]
+    fn a_refused_push_is_not_waited_for() {
+        let demand = Demand { needing: [(1, 0)].into(), world_size: 1, pushing_through: Some(9), ..Demand::default() };
+        let decide = |refused, exact, staging: &[i64]| {
+            verdict(&Moment {
+                demand: &demand,
+                needed_for: Some(Duration::ZERO),
+                deadline: Duration::from_secs(60),
+                due: Some(7),
+                exact,
+                staging: &staging.iter().copied().collect(),
+                refused,
+                fallback: Fallback::Uniform,
+            })
+        };
+        assert_eq!(decide(false, true, &[]), Verdict::Wait);
+        assert_eq!(decide(true, true, &[]), Verdict::FallBack(Why::NobodyPushes));
+        assert_eq!(decide(true, true, &[8]), Verdict::FallBack(Why::NobodyPushes), "a later push is not the due one");
+        assert_eq!(decide(true, false, &[8]), Verdict::Wait, "with at_most a later one helps");
+        assert_eq!(decide(true, true, &[7]), Verdict::Wait, "it is sent again");
     }
 }

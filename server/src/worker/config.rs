@@ -66,6 +66,13 @@ impl WorkerConfig {
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
         }
+        let number = self.device.strip_prefix("cuda:");
+        let is_device =
+            number.map_or(["auto", "cpu", "cuda"].contains(&self.device.as_str()), |n| n.parse::<u32>().is_ok());
+        if !is_device {
+            let message = format!("worker.device is {:?}; use auto, cpu, cuda or cuda:N", self.device);
+            return Err(Error::invalid("worker.device", message));
+        }
         if self.models_max < MODELS_MIN {
             let (field, max) = ("worker.models_max", self.models_max);
             let message = format!("{field} is {max}; a run scores with two models, so set it to {MODELS_MIN} or more");
@@ -104,6 +111,7 @@ mod tests {
     fn nonsense_is_refused_by_field() {
         for (config, field) in [
             (WorkerConfig { models_max: 1, ..Default::default() }, "worker.models_max"),
+            (WorkerConfig { device: "cuda:x".into(), ..Default::default() }, "worker.device"),
             (WorkerConfig { image_pixels_max: 0, ..Default::default() }, "worker.image_pixels_max"),
         ] {
             assert_eq!(config.validate().unwrap_err().value("field"), Some(field));

@@ -22,7 +22,7 @@ fn spec() -> RunSpec {
 
 #[test]
 fn the_documented_defaults_are_filled_and_stay() {
-    let full = complete(spec()).unwrap();
+    let full = complete(spec(), 60.0).unwrap();
     assert_eq!(full.sources[0].weight, 1.0);
     let phase = full.phases[1];
     assert_eq!((phase.criterion(), phase.fidelity()), (Criterion::Learnability, Fidelity::Full));
@@ -34,10 +34,10 @@ fn the_documented_defaults_are_filled_and_stay() {
     assert_eq!(full.embedding_dtype(), EmbeddingDtype::F16);
     assert_eq!((full.max_bad_row_share, full.need_deadline_seconds), (0.1, 60.0));
     assert_eq!(full.compute_dtype, 0, "the device's");
-    assert_eq!(complete(full.clone()).unwrap(), full);
+    assert_eq!(complete(full.clone(), 60.0).unwrap(), full);
     let mut exact = spec();
     exact.lag = Some(Lag { bound: Some(Bound::Exact(0)) });
-    assert_eq!(complete(exact.clone()).unwrap().lag, exact.lag, "exact(0) is not the default");
+    assert_eq!(complete(exact.clone(), 60.0).unwrap().lag, exact.lag, "exact(0) is not the default");
 }
 
 type Edit = fn(&mut RunSpec);
@@ -98,7 +98,7 @@ fn what_can_never_be_met_is_refused_by_field() {
     for (field, edit) in cases {
         let mut spec = spec();
         edit(&mut spec);
-        let error = complete(spec).expect_err(field);
+        let error = complete(spec, 60.0).expect_err(field);
         assert_eq!((error.reason(), error.value("field")), (Reason::RunSpecImpossible, Some(*field)), "{error}");
     }
 }
@@ -107,7 +107,7 @@ fn what_can_never_be_met_is_refused_by_field() {
 fn what_is_not_built_yet_is_named() {
     let mut spec = spec();
     spec.phases[1].fidelity = Fidelity::Approximate.into();
-    let error = complete(spec).unwrap_err();
+    let error = complete(spec, 60.0).unwrap_err();
     assert_eq!((error.reason(), error.value("feature")), (Reason::Unimplemented, Some("fidelity approximate")));
 }
 
@@ -119,7 +119,7 @@ fn each_criterion_needs_its_models_and_no_more() {
         spec.learner = spec.learner.filter(|_| learner);
         spec.reference = spec.reference.filter(|_| reference);
         spec.fallback = fallback.into();
-        complete(spec).map(drop).map_err(|error| error.value("field").unwrap().to_owned())
+        complete(spec, 60.0).map(drop).map_err(|error| error.value("field").unwrap().to_owned())
     };
     use Criterion::*;
     use Fallback::{ReferenceOnly, Wait};
@@ -139,13 +139,13 @@ fn a_lag_that_pushes_can_meet_is_taken() {
         [(Bound::Exact(0), 1), (Bound::Exact(0), 8), (Bound::AtMost(3), 4), (Bound::AtMost(0), 1)]
     {
         let lag = Some(Lag { bound: Some(bound) });
-        complete(RunSpec { lag, push_every_steps, ..spec() }).unwrap();
+        complete(RunSpec { lag, push_every_steps, ..spec() }, 60.0).unwrap();
     }
 }
 
 #[test]
 fn the_first_difference_is_named_by_its_path() {
-    let base = complete(spec()).unwrap();
+    let base = complete(spec(), 60.0).unwrap();
     assert_eq!(first_difference(&base, &base.clone()), None);
     let cases: &[(&str, Edit)] = &[
         ("seed", |s| s.seed = 1),
@@ -179,7 +179,7 @@ fn a_step_belongs_to_the_last_phase_that_began() {
 
 #[test]
 fn phases_are_added_only_beyond_what_is_decided() {
-    let base = complete(spec()).unwrap();
+    let base = complete(spec(), 60.0).unwrap();
     let more = vec![phase(20, Policy::Uniform)];
     let longer = append_phases(base.clone(), more.clone(), Some(19)).unwrap();
     assert_eq!((longer.phases.len(), longer.phases[2].n_chunks), (3, 16));

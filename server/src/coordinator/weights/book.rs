@@ -29,6 +29,13 @@ struct Entry {
     kept: bool,
 }
 
+impl Entry {
+    fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64) -> bool {
+        let version = &self.published.version;
+        self.kept && version.step < oldest_step && version.version <= last_version.saturating_sub(kept.max(1))
+    }
+}
+
 /// All published versions of a run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Book {
@@ -79,6 +86,11 @@ impl Book {
         found.or(self.initial.as_ref().filter(|_| oldest <= -1)).cloned()
     }
 
+    /// Whether the push of `step` was published and its snapshot is no longer kept.
+    pub(super) fn is_forgotten(&self, step: i64, chain: &[Began]) -> bool {
+        self.freshest(step, step, chain).is_none() && self.entries.range((step, 0)..=(step, u32::MAX)).next().is_some()
+    }
+
     /// What was published for exactly this step of this generation, and the id of its push.
     pub(super) fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published)> {
         self.entries.get(&(step, generation)).map(|entry| (entry.push_id.as_str(), &entry.published))
@@ -98,12 +110,17 @@ impl Book {
         self.initial = Some(initial);
     }
 
-    /// Marks all versions that `keep` refuses as forgotten, but never the newest.
-    pub(super) fn forget(&mut self, keep: impl Fn(&Published) -> bool) {
-        let newest = self.last_version;
-        for entry in self.entries.values_mut() {
-            entry.kept = entry.kept && (entry.published.version.version == newest || keep(&entry.published));
-        }
+    /// Marks all versions from before `oldest_step` as forgotten, but never the newest `kept` (at least one). Returns whether
+    /// there was any.
+    pub(super) fn forget_before(&mut self, oldest_step: i64, kept: u64) -> bool {
+        let last_version = self.last_version;
+        let old = self.entries.values_mut().filter(|entry| entry.is_old(oldest_step, kept, last_version));
+        old.map(|entry| entry.kept = false).count() > 0
+    }
+
+    /// Whether [`Book::forget_before`] would forget anything.
+    pub(super) fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
+        self.entries.values().any(|entry| entry.is_old(oldest_step, kept, self.last_version))
     }
 
     /// Whether a snapshot is still needed.
@@ -169,14 +186,18 @@ mod tests {
 
     #[test]
     fn what_is_forgotten_is_not_found_and_the_newest_is_kept() {
-        let mut book = book(&[(1, 0), (3, 0), (5, 0)]);
-        book.forget(|p| p.version.step == 1);
+        let mut book = book(&[(1, 0), (3, 0), (5, 0), (7, 0)]);
         let chain = chain(&[0]);
-        assert_eq!(at(book.find(Due::Exactly(3), &chain)), None);
-        assert_eq!(at(book.find(Due::Exactly(1), &chain)), Some((1, 0)));
-        assert_eq!(at(book.find(Due::Exactly(5), &chain)), Some((5, 0)));
+        assert!(!book.has_before(1, 1) && !book.forget_before(1, 1), "step 1 is needed");
+        assert!(book.has_before(3, 1));
+        assert!(book.forget_before(3, 1));
+        assert!(book.forget_before(9, 2), "of the others the newest two are kept");
+        assert!(!book.forget_before(9, 2));
+        let find = |step| at(book.find(Due::Exactly(step), &chain));
+        assert_eq!([1, 3, 5, 7].map(find), [None, None, Some((5, 0)), Some((7, 0))]);
         assert!(!book.holds("d2") && book.holds("d3"));
-        assert_eq!(book.next_version(), 4);
+        assert!(book.is_forgotten(3, &chain) && !book.is_forgotten(5, &chain) && !book.is_forgotten(4, &chain));
+        assert_eq!(book.next_version(), 5);
     }
 
     proptest! {

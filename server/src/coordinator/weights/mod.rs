@@ -27,7 +27,7 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
-use superbatch_proto::v1::Lag;
+use superbatch_proto::v1::{Lag, Reason};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::task::TaskTracker;
 
@@ -64,12 +64,21 @@ pub struct RunWeights {
     pub push_every_steps: u32,
     /// Whether the trainer pushes its initial weights, as step -1.
     pub first_push: bool,
-    /// The initial learner (version 0, step -1) where the trainer does not push it; see also [`Weights::set_initial`].
+    /// The initial learner (version 0, step -1) where the trainer does not push it.
     pub initial: Option<Published>,
     /// Largest push, in bytes: it is held in memory until it is whole.
     pub push_bytes_max: u64,
     /// How long a rank's ended stream waits for the others, and how long a stream may be silent.
     pub push_deadline: Duration,
+}
+
+/// Pushes that are not published, by (generation, step).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Staging or being verified. A push leaves this set only after it has entered the [`Book`] or `refused`.
+    pub staging: BTreeSet<(u32, i64)>,
+    /// Why each was refused, until it is sent again.
+    pub refused: BTreeMap<(u32, i64), String>,
 }
 
 /// The weights of one run. Cloned freely.
@@ -84,8 +93,7 @@ struct Inner {
     shape: OnceCell<Arc<ModelShape>>,
     book: watch::Sender<Book>,
     staging: Mutex<streams::Staging>,
-    /// (generation, step) of the pushes that are staging or being verified.
-    on_their_way: watch::Sender<BTreeSet<(u32, i64)>>,
+    traffic: watch::Sender<Traffic>,
     /// One publication at a time, and none while snapshots are forgotten.
     publishing: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
@@ -117,7 +125,7 @@ impl Weights {
             shape: OnceCell::new(),
             book: watch::Sender::new(book),
             staging: Mutex::default(),
-            on_their_way: watch::Sender::default(),
+            traffic: watch::Sender::default(),
             publishing: tokio::sync::Mutex::default(),
             tasks: TaskTracker::new(),
         };
@@ -129,22 +137,23 @@ impl Weights {
         self.0.book.subscribe()
     }
 
-    /// (generation, step) of the pushes that are on their way: begun, and neither published nor refused. A push leaves this
-    /// set only after it has entered the [`Book`].
-    pub fn staging_steps(&self) -> watch::Receiver<BTreeSet<(u32, i64)>> {
-        self.0.on_their_way.subscribe()
+    /// The pushes that are not in the [`Book`], as they are now and as they become.
+    pub fn traffic(&self) -> watch::Receiver<Traffic> {
+        self.0.traffic.subscribe()
     }
 
-    /// Enters the initial learner, once a worker has said what its digest is.
-    pub fn set_initial(&self, initial: Published) {
-        self.0.book.send_modify(|book| book.set_initial(initial));
+    /// Whether [`Weights::forget_before`] would delete anything.
+    pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
+        self.0.book.borrow().has_before(oldest_step, kept)
     }
 
-    /// Deletes the snapshots of all versions that `keep` refuses, and of pushes that were never published. The newest version
-    /// is always kept; the facts of all stay. Returns how many were deleted.
-    pub async fn forget(&self, keep: impl Fn(&Published) -> bool + Send) -> Result<usize> {
+    /// Deletes the snapshots of versions from before `oldest_step` but the newest `kept`, and those of pushes that were never
+    /// published. The facts of all stay. Returns how many were deleted.
+    pub async fn forget_before(&self, oldest_step: i64, kept: u64) -> Result<usize> {
         let _alone = self.0.publishing.lock().await;
-        self.0.book.send_modify(|book| book.forget(keep));
+        if !self.0.book.send_if_modified(|book| book.forget_before(oldest_step, kept)) {
+            return Ok(0);
+        }
         let keys = self.0.run.list(publish::SNAPSHOTS).await?;
         let needed = |key: &str| publish::digest_of(key).is_some_and(|digest| self.0.book.borrow().holds(digest));
         let gone: Vec<String> = keys.into_iter().map(|(key, _)| key).filter(|key| !needed(key)).collect();
@@ -152,6 +161,22 @@ impl Weights {
             self.0.run.delete(key).await?;
         }
         Ok(gone.len())
+    }
+
+    /// Checks that the weights pushed after `step` can still be scored with.
+    ///
+    /// # Errors
+    /// `WeightsMissing`.
+    pub fn check_kept(&self, step: u64, chain: &[Began]) -> Result<()> {
+        let push = i64::try_from(step).unwrap_or(i64::MAX);
+        if !self.0.book.borrow().is_forgotten(push, chain) {
+            return Ok(());
+        }
+        let message = format!(
+            "the weights pushed after step {step} are no longer kept; replay instead of choosing anew, go back less far, or keep \
+             more (coordinator.snapshots_kept)"
+        );
+        Err(Error::new(Reason::WeightsMissing, message).with("step", step))
     }
 
     /// Waits for the publications that are under way; call it when no new push can come.

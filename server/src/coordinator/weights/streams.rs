@@ -10,7 +10,7 @@ use crate::{
 };
 use futures::{Stream, StreamExt};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, MutexGuard},
 };
 use superbatch_proto::v1::{
@@ -25,6 +25,9 @@ use tonic::Status;
 
 /// Pushes of one run that may be staged at the same time; each may take `push_bytes_max` of memory.
 const PUSHES_AT_ONCE_MAX: usize = 4;
+
+/// Refusals that are remembered.
+const REFUSALS_KEPT: usize = 64;
 
 type At = (u32, i64);
 /// `None` while there is none. A `Status`, because errors cannot be copied and every stream gets its own.
@@ -137,7 +140,7 @@ impl Weights {
         let push = staging.pushes.entry(at).or_insert_with(|| Push::new(start, shape, self.0.spec.push_bytes_max));
         let superseded = push.join(stream, start)?;
         let (answer, whole) = (push.answer.subscribe(), push.staged.is_none());
-        self.0.tell(&staging);
+        self.0.tell(&staging, None);
         let member = Member { inner: self.0.clone(), at, stream, answer, superseded };
         Ok(if whole { Joined::Waiting(member) } else { Joined::Sending(member) })
     }
@@ -148,9 +151,20 @@ impl Inner {
         self.staging.lock().expect("no panic while held")
     }
 
-    fn tell(&self, staging: &Staging) {
-        let steps = staging.pushes.keys().copied().collect();
-        self.on_their_way.send_if_modified(|old| std::mem::replace(old, steps) != *old);
+    /// Tells of all that is staged now, and of a push that was just refused: in one change, so that no step sees neither.
+    fn tell(&self, staging: &Staging, refusal: Option<(At, String)>) {
+        let staged: BTreeSet<At> = staging.pushes.keys().copied().collect();
+        self.traffic.send_if_modified(|traffic| {
+            let old = traffic.clone();
+            traffic.refused.retain(|at, _| !staged.contains(at));
+            traffic.refused.extend(refusal);
+            // Only the steps that are being decided are looked up.
+            while traffic.refused.len() > REFUSALS_KEPT {
+                traffic.refused.pop_first();
+            }
+            traffic.staging = staged;
+            *traffic != old
+        });
     }
 
     /// Whether such a push may come at all.
@@ -197,10 +211,18 @@ impl Inner {
             count_failure(e.reason());
             tracing::warn!(generation = at.0, step = at.1, error = e.chain(), "weights refused");
         }
-        if let Some(push) = staging.pushes.remove(&at) {
-            push.answer.send_replace(Some(answer.map_err(Status::from)));
-        }
-        self.tell(staging);
+        let Some(push) = staging.pushes.remove(&at) else { return };
+        self.tell(staging, answer.as_ref().err().map(|e| (at, e.chain())));
+        push.answer.send_replace(Some(answer.map_err(Status::from)));
+    }
+}
+
+/// Why the transport ended a stream.
+fn cut_off(status: Status) -> Fault {
+    let error = from_status(status, Reason::InvalidArgument);
+    match error.reason() {
+        Reason::MessageTooLarge => Fault::Refused(error),
+        _ => Fault::Broken(Error::invalid("stream", format!("the stream broke: {error}"))),
     }
 }
 
@@ -269,7 +291,7 @@ impl Member {
         loop {
             let next = timeout(silence, messages.next()).await;
             let next = next.map_err(|_| broken(format!("the stream was silent for {silence:?}")))?;
-            let message = match next.transpose().map_err(|e| broken(format!("the stream broke: {}", e.message())))? {
+            let message = match next.transpose().map_err(cut_off)? {
                 Some(message) => message.message,
                 None if open.as_ref().is_none_or(Receiving::may_end) => return Ok(()),
                 None => return Err(broken("the stream ended inside of a part".into())),
@@ -350,7 +372,7 @@ impl Drop for Member {
         metrics::weight_push_failures("BROKEN").increment(1);
         if push.streams.is_empty() {
             staging.pushes.remove(&self.at);
-            self.inner.tell(&staging);
+            self.inner.tell(&staging, None);
         }
     }
 }

@@ -157,7 +157,7 @@ async fn one_stream_brings_all_and_is_published() {
         file.tensor("a.weight").unwrap().data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
     assert_eq!(values, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     assert_eq!(file.tensor("scale").unwrap().data(), 2.0f32.to_le_bytes());
-    assert!(weights.staging_steps().borrow().is_empty());
+    assert!(weights.traffic().borrow().staging.is_empty());
 }
 
 #[tokio::test]
@@ -216,7 +216,7 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
     for (what, messages, expected) in cases {
         assert_eq!(refusal(push(&weights, start(1, what), messages).await), expected, "{what}");
         assert_eq!(weights.book().borrow().newest().unwrap().version, old, "{what}");
-        assert!(weights.staging_steps().borrow().is_empty(), "{what}");
+        assert!(weights.traffic().borrow().staging.is_empty(), "{what}");
     }
     *bench.verifier.refuse.lock().unwrap() = Some("scale");
     assert_eq!(refusal(push(&weights, start(1, "canary"), whole(9.0)).await), refused("scale"));
@@ -300,7 +300,7 @@ async fn a_broken_stream_may_come_again() {
     assert_eq!(refusal(push(&weights, of(1), short).await).0, Reason::InvalidArgument);
     let hanging = sent(b([0.0; 3])).chain(stream::pending());
     assert!(weights.push(0, of(1), hanging).now_or_never().is_none());
-    assert_eq!(weights.staging_steps().borrow().iter().collect::<Vec<_>>(), [&(0, 0)]);
+    assert_eq!(weights.traffic().borrow().staging.iter().collect::<Vec<_>>(), [&(0, 0)]);
     let (other, again) = tokio::join!(other, push(&weights, of(1), [b([0.0; 3]), scale(1.0)].concat()));
     assert_eq!((other.unwrap(), 1), (again.unwrap(), 1));
 }
@@ -347,7 +347,7 @@ async fn ranks_that_stay_away_are_waited_for_until_the_deadline() {
     assert_eq!(refusal(answer), refused("b.bias"));
     let silent = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>()).await;
     assert_eq!(refusal(silent).0, Reason::InvalidArgument);
-    assert!(weights.staging_steps().borrow().is_empty());
+    assert!(weights.traffic().borrow().staging.is_empty());
 }
 
 #[tokio::test]
@@ -378,7 +378,7 @@ async fn forgotten_snapshots_are_deleted_and_stay_forgotten() {
         push(&weights, start(step, "p"), whole((step % 2 * step) as f32)).await.unwrap();
     }
     bench.stores.open("memory:///state/runs/r").unwrap().put("snapshots/orphan.safetensors", "x".into()).await.unwrap();
-    assert_eq!((bench.snapshots().await, weights.forget(|p| p.version.step == 2).await.unwrap()), (4, 2));
+    assert_eq!((bench.snapshots().await, weights.forget_before(2, 1).await.unwrap()), (4, 2));
     for weights in [weights, bench.open().await] {
         let book = weights.book().borrow().clone();
         let found = |step| book.find(Due::Exactly(step), CHAIN).map(|p| p.version.step);

@@ -1,0 +1,109 @@
+//! The weights that a step is scored with, or what the fallback puts in their place.
+use super::Maker;
+use crate::{
+    coordinator::{
+        waiting::{Moment, Verdict, Why, verdict},
+        weights::{Due, Published, Traffic, due},
+    },
+    error::{Error, Result},
+};
+use std::{collections::BTreeSet, time::Duration};
+use superbatch_proto::v1::{Fallback, Mode, Reason};
+
+/// Weights for a step, or the way it is decided without.
+pub enum Learner {
+    NotAsked,
+    Version(Published, Mode),
+    Degraded(Mode),
+}
+
+impl Maker<'_> {
+    /// The weights that the lag asks for, or what the fallback puts in their place. Waits without holding a worker's slot.
+    pub async fn await_weights(&self, step: u64) -> Result<Learner> {
+        let run = self.run;
+        let due = due(step, &self.spec.lag.unwrap_or_default(), self.spec.push_every_steps);
+        let (mut book, mut traffic, mut demand) = (run.weights.book(), run.weights.traffic(), self.reporter.demand());
+        let deadline = Duration::from_secs_f64(self.spec.need_deadline_seconds);
+        loop {
+            let (began, current) = run.began();
+            // Traffic first: a push leaves it only after it has entered the book.
+            let (staged, refusal) = pushes(&traffic.borrow_and_update(), current, due);
+            if let Some(published) = book.borrow_and_update().find(due, &began) {
+                return Ok(Learner::Version(published, Mode::Normal));
+            }
+            let wanted = demand.borrow_and_update().clone();
+            let verdict = verdict(&Moment {
+                demand: &wanted,
+                needed_for: wanted.since.map(|since| since.elapsed()),
+                deadline,
+                due: due_step(due),
+                exact: matches!(due, Due::Exactly(_)),
+                staging: &staged,
+                refused: refusal.is_some(),
+                fallback: self.spec.fallback(),
+            });
+            match verdict {
+                Verdict::Wait => {}
+                Verdict::TellRanks(why) => self.reporter.tell(missing(step, due, why, deadline, refusal)),
+                Verdict::FallBack(_) => return Ok(self.fall_back(step)),
+            }
+            let alarm = async {
+                match wanted.since.filter(|_| verdict == Verdict::Wait) {
+                    Some(since) => tokio::time::sleep_until(since + deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let changed = tokio::select! {
+                changed = book.changed() => changed,
+                changed = traffic.changed() => changed,
+                changed = demand.changed() => changed,
+                () = alarm => Ok(()),
+            };
+            changed.map_err(|_| crate::coordinator::gone())?;
+        }
+    }
+
+    fn fall_back(&self, step: u64) -> Learner {
+        match self.spec.fallback() {
+            Fallback::ServeFlagged => {
+                let newest = self.run.weights.book().borrow().last_before(step, &self.run.began().0);
+                newest.map_or(Learner::Degraded(Mode::Uniform), |published| Learner::Version(published, Mode::Stale))
+            }
+            Fallback::ReferenceOnly if self.spec.reference.is_some() => Learner::Degraded(Mode::ReferenceOnly),
+            _ => Learner::Degraded(Mode::Uniform),
+        }
+    }
+}
+
+/// Steps of the generation's pushes that are on their way, and why the due one was refused.
+fn pushes(traffic: &Traffic, generation: u32, due: Due) -> (BTreeSet<i64>, Option<String>) {
+    let staged = traffic.staging.iter().filter(|(g, _)| *g == generation).map(|(_, step)| *step).collect();
+    let refused = traffic.refused.get(&(generation, due_step(due).unwrap_or(-1)));
+    (staged, refused.cloned())
+}
+
+fn due_step(due: Due) -> Option<i64> {
+    match due {
+        Due::Initial => None,
+        Due::Exactly(step) => i64::try_from(step).ok(),
+        Due::Within { oldest, .. } => Some(oldest),
+    }
+}
+
+fn missing(step: u64, due: Due, why: Why, deadline: Duration, refusal: Option<String>) -> Error {
+    let weights = match due {
+        Due::Initial => "initial weights (a push of step -1)".to_owned(),
+        Due::Exactly(push) => format!("weights pushed after step {push}"),
+        Due::Within { oldest, .. } => format!("weights pushed after step {oldest} or later"),
+    };
+    let (reason, what) = match (why, refusal) {
+        (Why::Deadline, None) => (Reason::NeedDeadline, format!("did not come within {} s", deadline.as_secs_f64())),
+        (Why::NobodyPushes, None) => {
+            (Reason::WeightsMissing, "are not there, every rank waits, and none has a push on its way".to_owned())
+        }
+        (_, Some(refusal)) => (Reason::WeightsMissing, format!("were refused ({refusal})")),
+    };
+    let message =
+        format!("step {step} is scored with the {weights}, which {what}; push them, or give the run a fallback");
+    Error::new(reason, message).with("step", step)
+}

@@ -1,0 +1,156 @@
+//! What is done to a run on purpose: rewind, more phases, close.
+use super::{
+    Run,
+    state::{closed, stale},
+};
+use crate::{
+    coordinator::{
+        chain::Rewound,
+        facts, gone,
+        spec::{append_phases, phase_at},
+        weights::{Due, due},
+    },
+    error::{Error, Result},
+};
+use std::sync::Arc;
+use superbatch_proto::v1::{Criterion, Phase, Policy, RewindMode, RunSpec};
+
+impl Run {
+    /// Goes back: opens the next generation.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a step that was not reached; `WeightsMissing` where the step would be chosen anew with weights
+    /// that are no longer kept; `NotOwner`; `GenerationStale` where another rewind was first.
+    pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
+        let _alone = self.committing.lock().await;
+        let (old, next) = {
+            let state = self.state();
+            state.check_open()?;
+            (state.chain.current(), state.committed.newest().map_or(0, |step| step + 1))
+        };
+        if to_step > next {
+            return Err(Error::invalid("to_step", format!("cannot rewind to step {to_step}: the next step is {next}")));
+        }
+        let rewound = Rewound { generation: old + 1, to_step, replay: mode == RewindMode::Replay };
+        if !rewound.replay {
+            self.check_weights_kept(to_step)?;
+        }
+        self.owner.check().await?;
+        facts::create_generation(&self.location, &rewound).await?;
+        let mut state = self.state();
+        if !rewound.replay {
+            state.committed.rewind(to_step);
+        }
+        state.chain.push(rewound);
+        state.members.rewound(to_step);
+        state.end_all(&stale(old, old + 1));
+        Ok(old + 1)
+    }
+
+    /// A trainer that went back cannot push again what is older than its checkpoint.
+    fn check_weights_kept(&self, to_step: u64) -> Result<()> {
+        let spec = self.spec();
+        let phase = phase_at(&spec.phases, to_step);
+        let scored = phase.policy() != Policy::Uniform && phase.criterion() != Criterion::Easy;
+        match due(to_step, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
+            Due::Exactly(push) if scored && push + 1 < to_step => self.weights.check_kept(push, &self.began().0),
+            _ => Ok(()),
+        }
+    }
+
+    /// Adds phases for steps that have not begun.
+    ///
+    /// # Errors
+    /// `RunSpecImpossible` for phases that come too late or can never be met; `NotOwner`; `RunSpecConflict` where another
+    /// addition was first.
+    pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
+        let _alone = self.committing.lock().await;
+        self.owner.check().await?;
+        let (spec, number) = self.begin_append(phases)?;
+        let known = self.spec().phases.len();
+        let written = facts::append_phases(&self.location, number, &spec.phases[known..]).await;
+        let mut state = self.state();
+        state.appending_from = None;
+        written?;
+        state.appended += 1;
+        let spec = Arc::new(spec);
+        *self.spec.write().expect("no panic while held") = spec.clone();
+        Ok(spec)
+    }
+
+    /// The longer spec, and the addition's number. Steps of the new phases cannot begin until it is written.
+    fn begin_append(&self, phases: Vec<Phase>) -> Result<(RunSpec, u32)> {
+        let mut state = self.state();
+        state.check_open()?;
+        let begun = state.cells.keys().next_back().copied().max(state.committed.newest());
+        let known = self.spec();
+        let spec = append_phases((*known).clone(), phases, begun)?;
+        self.plan.check(&spec.phases)?;
+        self.deps.limits.check(&spec)?;
+        self.check_biases(&spec)?;
+        state.appending_from = spec.phases.get(known.phases.len()).map(|phase| phase.from_step);
+        Ok((spec, state.appended))
+    }
+
+    /// # Errors
+    /// `NotOwner`; `StorageUnreachable`.
+    pub async fn close(&self) -> Result<()> {
+        self.owner.check().await?;
+        facts::close(&self.location).await?;
+        let mut state = self.state();
+        state.closed = true;
+        state.end_all(&closed());
+        Ok(())
+    }
+
+    /// Lets go of everything that waits: the process ends, or another coordinator has the run.
+    pub fn stop(&self) {
+        self.state().end_all(&gone());
+    }
+
+    /// # Errors
+    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`.
+    pub async fn check_push(&self, generation: u32) -> Result<()> {
+        {
+            let state = self.state();
+            state.check_open()?;
+            state.check_generation(generation)?;
+        }
+        self.owner.check().await
+    }
+
+    /// Lets go of batches that nobody waits for: long since asked for, or beyond the memory that batches may take.
+    pub fn tidy(&self) {
+        self.state().cells.retain(|_, cell| cell.is_wanted() || cell.idle_for() < super::IDLE_MAX);
+    }
+
+    /// Deletes snapshots that no uncommitted step needs, but the newest ones that the operator has kept.
+    pub async fn forget_weights(&self) -> Result<()> {
+        let kept = self.deps.limits.snapshots_kept;
+        let _alone = self.committing.lock().await;
+        let oldest = self.oldest_needed();
+        if !self.weights.has_before(oldest, kept) {
+            return Ok(());
+        }
+        self.owner.check().await?;
+        let forgotten = self.weights.forget_before(oldest, kept).await?;
+        tracing::info!(run = self.id, forgotten, before_step = oldest, "snapshots deleted");
+        Ok(())
+    }
+
+    /// The oldest push that the next step may be scored with.
+    fn oldest_needed(&self) -> i64 {
+        let (next, spec) = (self.next_step(), self.spec());
+        match due(next, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
+            Due::Initial => -1,
+            Due::Exactly(push) => i64::try_from(push).unwrap_or(i64::MAX),
+            Due::Within { oldest, .. } => oldest,
+        }
+    }
+
+    /// # Errors
+    /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias.
+    pub fn check_biases(&self, spec: &RunSpec) -> Result<()> {
+        crate::coordinator::models::check_biases(spec, self.reference.as_ref(), self.learner.as_ref())
+    }
+}

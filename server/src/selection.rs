@@ -1,0 +1,140 @@
+//! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a worker.
+use crate::error::{Error, Result};
+use half::f16;
+use std::ops::Range;
+use superbatch_kernels::{
+    self as kernels, Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection, Settings,
+};
+use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResponse};
+
+/// Embeddings as they travel, in the dtype that they were rounded to: f16 or f32, row-major.
+#[derive(Debug, Clone)]
+pub enum Values {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl Values {
+    pub fn with_capacity(dtype: EmbeddingDtype, values: usize) -> Self {
+        match dtype {
+            EmbeddingDtype::F32 => Self::F32(Vec::with_capacity(values)),
+            _ => Self::F16(Vec::with_capacity(values)),
+        }
+    }
+
+    /// Appends little-endian values; a rest shorter than one value is dropped.
+    pub fn append(&mut self, bytes: &[u8]) {
+        match self {
+            Self::F16(values) => values.extend(bytes.as_chunks::<2>().0.iter().map(|value| f16::from_le_bytes(*value))),
+            Self::F32(values) => values.extend(bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value))),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows().len()
+    }
+
+    pub fn rows(&self) -> Rows<'_> {
+        match self {
+            Self::F16(values) => Rows::F16(values),
+            Self::F32(values) => Rows::F32(values),
+        }
+    }
+
+    /// Little-endian bytes of a range of values.
+    pub fn bytes(&self, range: Range<usize>) -> bytes::Bytes {
+        match self {
+            Self::F16(values) => values[range].iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::F32(values) => values[range].iter().flat_map(|value| value.to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// One model's embeddings of all candidates: [candidates, dim] each.
+#[derive(Debug, Clone)]
+pub struct Embedded {
+    pub image: Values,
+    pub text: Values,
+    pub dim: usize,
+}
+
+impl Embedded {
+    fn model(&self, scale: f64, bias: f64) -> ModelEmbeddings<'_> {
+        ModelEmbeddings { image: self.image.rows(), text: self.text.rows(), dim: self.dim, scale, bias }
+    }
+}
+
+/// Draws a sub-batch as `begin` says. A model is absent where the criterion does not ask it.
+///
+/// # Errors
+/// `InvalidArgument` naming the field, `TooManyBadRows` where fewer than the sub-batch survive, `DeviceUnavailable`.
+pub fn draw(
+    backend: Backend,
+    begin: &SelectBegin,
+    learner: Option<&Embedded>,
+    reference: Option<&Embedded>,
+) -> Result<Selection> {
+    let candidates = Candidates {
+        count: begin.positions.len(),
+        learner: learner.map(|model| model.model(begin.learner_scale, begin.learner_bias)),
+        reference: reference.map(|model| model.model(begin.reference_scale, begin.reference_bias)),
+        holes: &begin.holes,
+    };
+    let SelectBegin { seed, generation, step, .. } = *begin;
+    let noise = Noise::Seeded { seed, generation, step, keys: &begin.positions };
+    backend.select(&candidates, &settings(begin)?, &noise).map_err(refusal)
+}
+
+/// The answer to a `Select` call; `seconds`, `device` and `threads` are the caller's to fill.
+pub fn response(selection: Selection) -> SelectResponse {
+    SelectResponse {
+        indices: selection.indices,
+        chunks: selection.chunks,
+        scores: selection.scores,
+        weights: selection.weights,
+        batch_score: selection.batch_score.unwrap_or_default(),
+        mean_score_chosen: selection.mean_score_chosen.unwrap_or_default(),
+        mean_score_candidates: selection.mean_score_candidates.unwrap_or_default(),
+        flops: selection.flops,
+        ..Default::default()
+    }
+}
+
+/// # Errors
+/// `InvalidArgument` naming the field that is not set.
+pub fn settings(begin: &SelectBegin) -> Result<Settings> {
+    let unset = |field| Error::invalid(field, format!("SelectBegin.{field} is not set"));
+    Ok(Settings {
+        policy: match begin.policy() {
+            v1::Policy::Uniform => Policy::Uniform,
+            v1::Policy::Independent => Policy::Independent,
+            v1::Policy::Joint => Policy::Joint,
+            v1::Policy::Unspecified => return Err(unset("policy")),
+        },
+        loss: match begin.loss() {
+            v1::Loss::Sigmoid => Loss::Sigmoid,
+            v1::Loss::Softmax => Loss::Softmax,
+            v1::Loss::Unspecified => return Err(unset("loss")),
+        },
+        criterion: match begin.criterion() {
+            v1::Criterion::Learnability => Criterion::Learnability,
+            v1::Criterion::Hard => Criterion::Hard,
+            v1::Criterion::Easy => Criterion::Easy,
+            v1::Criterion::Unspecified => return Err(unset("criterion")),
+        },
+        sub_batch_size: begin.sub_batch_size as usize,
+        n_chunks: begin.n_chunks as usize,
+        gain: begin.gain,
+    })
+}
+
+fn refusal(error: kernels::Error) -> Error {
+    use kernels::Error as E;
+    let message = error.to_string();
+    match &error {
+        E::TooFewCandidates { .. } => Error::new(Reason::TooManyBadRows, message),
+        #[cfg(feature = "torch")]
+        E::Torch(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
+        _ => Error::invalid("select", message),
+    }
+}
