@@ -33,16 +33,18 @@ class Process:
         assert address, f"it did not come up ({line!r}):\n{self.log.read_text()[-3000:]}"
         return address.group()
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all series of `name` that have these labels."""
         text = urllib.request.urlopen(self.metrics_address, timeout=10).read().decode()
         lines = [line for line in text.splitlines() if re.match(rf"{name}(\{{.*\}})? ", line)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
-    def wait_for(self, what: str, reached) -> None:
+    def wait_for(self, what: str, reached, **labels: str) -> None:
         """Waits until `reached` holds of metric `what`."""
         until = monotonic() + DEADLINE_SECONDS
-        while not reached(self.metric(what)):
-            assert monotonic() < until, f"{what} is {self.metric(what)}"
+        while not reached(self.metric(what, **labels)):
+            assert monotonic() < until, f"{what} is {self.metric(what, **labels)}"
             sleep(0.02)
 
     def kill(self) -> None:
