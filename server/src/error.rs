@@ -46,6 +46,13 @@ impl Error {
         self
     }
 
+    /// Says first what it is about.
+    #[must_use]
+    pub fn about(mut self, what: impl fmt::Display) -> Self {
+        self.failure.message = format!("{what}: {}", self.failure.message);
+        self
+    }
+
     /// The same failure for another waiter; causes become part of the message.
     #[must_use]
     pub fn repeat(&self) -> Self {

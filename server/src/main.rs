@@ -1,22 +1,21 @@
 //! The `superbatch` binary: a table of contents.
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 use superbatch_server::{
-    admin::{self, Common},
+    admin::{self, CheckArgs, ServeArgs, WorkerArgs},
     app::{Serve, Work},
-    error::Result,
+    config::Config,
+    error::{Error, Result},
 };
 
 /// Online data selection for contrastive training: scans super-batches of image-text pairs, picks the jointly most learnable
 /// sub-batch (JEST), and streams it to your trainer.
 ///
 /// Start with `superbatch serve`: it needs no file, no GPU and no other service. Then point a trainer at it:
-/// superbatch.connect("http://127.0.0.1:50051") in Python.
+/// superbatch.connect("http://127.0.0.1:50051") in Python. `superbatch receipts RUN` tells why each batch was chosen.
 #[derive(Parser)]
 #[command(name = "superbatch", version, propagate_version = true)]
 struct Cli {
-    #[command(flatten)]
-    common: Common,
     #[command(subcommand)]
     command: Command,
 }
@@ -24,18 +23,64 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve trainers: coordinator and, by default, a scoring worker in one process.
-    Serve,
-    /// Add a scoring worker to a coordinator, on this machine or another. It needs the same `state`.
-    Worker,
-    /// Check a config file, and print it with all defaults filled in.
-    CheckConfig,
-    /// Index a data set ahead of OpenRun: reads the files' footers and writes a dataset manifest.
+    ///
+    /// Prints its address once it is ready. Ctrl-C or SIGTERM lets calls finish and stops; what was chosen, pushed and
+    /// committed is in the state, and a new start goes on from there.
+    #[command(after_long_help = "\
+Examples:
+  # Everything on this machine, state in ./superbatch-state
+  superbatch serve
+  # State in object storage, as workers on other machines need it
+  superbatch serve --state s3://bucket/superbatch
+  # Settings of your own
+  superbatch check-config --defaults > superbatch.yaml
+  superbatch serve --config superbatch.yaml")]
+    Serve(ServeArgs),
+    /// Add a scoring worker to a coordinator, on this machine or another.
+    ///
+    /// It needs the coordinator's state and data at the same URIs: object storage, or a folder that both mount. Super-batches
+    /// are shared among all workers; what is chosen does not depend on how many there are. Ctrl-C or SIGTERM lets slices finish.
+    #[command(after_long_help = "\
+Examples:
+  # A second worker on the coordinator's machine
+  superbatch worker
+  # One on another machine; to listen there, its settings must say allow_insecure: true
+  superbatch worker --config worker.yaml --coordinator http://superbatch-0:50051 \\
+      --state s3://bucket/superbatch --listen 10.0.0.7:50052")]
+    Worker(WorkerArgs),
+    /// Check settings, and print them with all defaults filled in.
+    ///
+    /// Says `# ok` and exits with 0, or names the first setting that cannot work and exits with 1. Nothing is contacted.
+    CheckConfig(CheckArgs),
+    /// Index a data set ahead of its run: reads the files' footers and writes a dataset manifest.
+    ///
+    /// A run indexes its sources by itself when it is opened; do it ahead where that takes long, or to see what is found.
+    #[command(after_long_help = "\
+Examples:
+  superbatch index file:///data/laion
+  # Quote braces and stars, or the shell expands them
+  superbatch index 's3://bucket/laion/{00000..00041}.parquet' --state s3://bucket/superbatch
+  superbatch index file:///data/train --image-column photo --caption-column alt_text")]
     Index(admin::index::IndexArgs),
-    /// List the runs in the state.
+    /// List the runs in the state, with how far each has come.
+    ///
+    /// Reads the state directly, so it works while the service is down.
     Runs(admin::runs::RunsArgs),
     /// Why was this batch chosen? Show receipts of a run.
+    ///
+    /// Reads the state directly, so it works while the service is down. Without --step it lists the newest steps: the policy
+    /// that drew the step, its mode (normal, or what it fell back to), the weights version that it was scored with and its lag
+    /// in steps, rows scanned and chosen, holes (rows that could not be used), and the mean conditional score per example.
+    #[command(after_long_help = "\
+Examples:
+  # The newest 20 steps, a line each
+  superbatch receipts my-run
+  # Every row of step 100 with its score, in the order drawn
+  superbatch receipts my-run --step 100
+  # For programs
+  superbatch receipts my-run --last 1000 --json | jq .summary.batch_score")]
     Receipts(admin::receipts::ReceiptsArgs),
-    /// Select from a file of embeddings, without a service: the same code, for offline use and experiments.
+    // Its comment is that of its arguments.
     Select(admin::select::SelectArgs),
     /// Write the generated reference pages into a folder.
     #[command(hide = true)]
@@ -43,12 +88,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli) {
-        Ok(output) => {
-            print!("{output}");
-            ExitCode::SUCCESS
-        }
+    let done = run(Cli::parse().command).and_then(|output| {
+        admin::print(&output).map_err(|e| Error::internal("cannot write to standard output").because(e))
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("superbatch: {}", error.chain());
             ExitCode::FAILURE
@@ -56,42 +100,40 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<String> {
-    if let Command::Select(args) = &cli.command {
-        return admin::select::run(args).map(|line| line + "\n");
+/// What the command has to print when it ends.
+fn run(command: Command) -> Result<String> {
+    match command {
+        Command::Serve(args) => with_runtime(args.load()?, async |config| {
+            let serve = Serve::build(config).await?;
+            admin::announce("serving", serve.address(), serve.metrics_address());
+            serve.run(admin::terminated()).await.map(|()| String::new())
+        }),
+        Command::Worker(args) => with_runtime(args.load()?, async |config| {
+            let work = Work::build(config).await?;
+            admin::announce("working", work.address(), work.metrics_address());
+            work.run(admin::terminated()).await.map(|()| String::new())
+        }),
+        Command::CheckConfig(args) => admin::check_config(&args),
+        Command::Index(args) => with_runtime(args.settings.load()?, async |config| {
+            let (stores, state) = admin::open_state(&config)?;
+            admin::index::run(&stores, &state, &args).await
+        }),
+        Command::Runs(args) => {
+            with_runtime(args.settings.load()?, async |config| admin::runs::run(&config, &args).await)
+        }
+        Command::Receipts(args) => {
+            with_runtime(args.settings.load()?, async |config| admin::receipts::run(&config, &args).await)
+        }
+        Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
+        Command::Docs(args) => admin::docs::run(&args),
     }
-    if let Command::Docs(args) = &cli.command {
-        return admin::docs::run(args);
-    }
-    let config = cli.common.load()?;
-    if matches!(cli.command, Command::CheckConfig) {
-        return admin::check_config(&config);
-    }
+}
+
+fn with_runtime(config: Config, work: impl AsyncFnOnce(Config) -> Result<String>) -> Result<String> {
     admin::start_logging(&config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime =
-        runtime.map_err(|e| superbatch_server::error::Error::internal("cannot start the runtime").because(e))?;
-    let result = runtime.block_on(async {
-        match cli.command {
-            Command::Serve => {
-                let serve = Serve::build(config).await?;
-                admin::announce("serving", serve.address(), serve.metrics_address());
-                serve.run(admin::terminated()).await.map(|()| String::new())
-            }
-            Command::Worker => {
-                let work = Work::build(config).await?;
-                admin::announce("working", work.address(), work.metrics_address());
-                work.run(admin::terminated()).await.map(|()| String::new())
-            }
-            Command::Index(args) => {
-                let (stores, state) = admin::open_state(&config)?;
-                admin::index::run(&stores, &state, &args).await
-            }
-            Command::Runs(args) => admin::runs::run(&config, &args).await,
-            Command::Receipts(args) => admin::receipts::run(&config, &args).await,
-            Command::CheckConfig | Command::Select(_) | Command::Docs(_) => Ok(String::new()),
-        }
-    });
-    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
-    result
+    let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;
+    let done = runtime.block_on(work(config));
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    done
 }

@@ -2,7 +2,7 @@
 //! `docs/metrics.md` is generated from it.
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use std::sync::OnceLock;
+use std::{sync::OnceLock, time::Duration};
 
 /// What a metric is, as the generated reference and the exporter's descriptions need it.
 pub struct Declared {
@@ -53,7 +53,7 @@ declare! {
     counter candidates() = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() = "superbatch_selected_total", Count;
-    /// Rows that could not be used, by reason.
+    /// Rows that could not be used, by reason. A slice that is scored again counts its rows again.
     counter skipped(reason) = "superbatch_skipped_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) = "superbatch_steps_committed_total", Count;
@@ -90,7 +90,8 @@ declare! {
     gauge workers() = "superbatch_workers", Count;
     /// Slices that had to be scored again because their worker was lost.
     counter slices_rescored() = "superbatch_slices_rescored_total", Count;
-    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`, `discarded`.
+    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`, `discarded`. A slice that is
+    /// scored again counts again.
     counter flops(stage) = "superbatch_flops_total", Count;
     /// Always 1; the labels say which build this is.
     gauge build_info(version, device) = "superbatch_build_info", Count;
@@ -129,6 +130,9 @@ const STEPS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.
 /// Upper bounds of scores, on both sides of nothing to learn.
 const SCORES: &[f64] = &[-256.0, -64.0, -16.0, -4.0, -1.0, -0.25, 0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0];
 
+/// How often histograms are folded.
+const UPKEEP: Duration = Duration::from_secs(5);
+
 /// Installs the recorder, once a process, and gives what renders it.
 pub fn install() -> PrometheusHandle {
     static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -141,6 +145,16 @@ pub fn install() -> PrometheusHandle {
             });
             let handle = builder.install_recorder().expect("no other recorder is installed in this program");
             describe();
+            let kept = handle.clone();
+            let upkeep = move || {
+                loop {
+                    std::thread::sleep(UPKEEP);
+                    kept.run_upkeep();
+                }
+            };
+            // Where nobody scrapes, samples of histograms would pile up for the life of the process.
+            let thread = std::thread::Builder::new().name("metrics".into()).spawn(upkeep);
+            thread.expect("a process that cannot start one thread cannot serve");
             handle
         })
         .clone()

@@ -60,7 +60,8 @@ def test_help_teaches(tmp_path):
         text = prints(command, "--help")
         assert text == prints("help", command)
         options = re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", text, re.M)
-        assert {"--config", "--state", "--help"} <= set(options), command
+        # A selection from a file has neither a service nor a state.
+        assert {"--help"} | ({"--config", "--state"} if command != "select" else set()) <= set(options), command
         # Every option says what it is for, beside it or below.
         assert all(re.search(rf"{option}(?: <[^>]*>)?\s+[A-Z]", text) for option in options), command
 
@@ -238,14 +239,15 @@ def test_select_takes_flags_before_the_file_and_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ("--help",), ("check-config",), ("runs",), ("receipts", "undisturbed", "--json"), ("receipts", "undisturbed", "--step", "0"),
-    ("select", "--embeddings", GOLDEN[0])], ids=lambda arguments: arguments[0])
+    ("--help",), ("check-config", "--state"), ("runs", "--state"), ("receipts", "undisturbed", "--json", "--state"),
+    ("receipts", "undisturbed", "--step", "0", "--state"), ("select", "--embeddings", GOLDEN[0])],
+    ids=lambda arguments: arguments[0])
 def test_a_reader_that_has_gone_ends_a_command_in_silence(state, arguments):
     """As in `superbatch receipts RUN | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        ended = run(*arguments, "--state", state, stdout=writer)
+        ended = run(*arguments, *([state] if arguments[-1] == "--state" else []), stdout=writer)
     finally:
         os.close(writer)
     assert ended.stderr == ""

@@ -6,15 +6,19 @@ use std::{collections::BTreeMap, io::Cursor};
 use superbatch_proto::{
     Failure,
     v1::{
-        BadRowReason, BlockRows, ChosenRows, EmbedDone, EmbeddingDtype, FetchRowsRequest, Hole, LearnerGo, ModelRef,
-        PrepareModelRequest, Reason, RowsDone, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response,
-        score_request, score_response, worker_service_client::WorkerServiceClient,
+        BadRowReason, BlockRows, ChosenRows, ComputeDtype, EmbedDone, EmbeddingDtype, FetchRowsRequest, Hole,
+        LearnerGo, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, RowsDone, ScoreBegin, ScoreRequest,
+        ScoreResponse, Tower, fetch_rows_response, score_request, score_response,
+        worker_service_client::WorkerServiceClient,
     },
 };
 use superbatch_server::{
     dataset::content_hash,
     storage::{Location, Stores},
-    worker::{CONTENT_HASH_COLUMN, Worker, WorkerConfig},
+    worker::{
+        CONTENT_HASH_COLUMN, Worker, WorkerConfig,
+        model::{ModelFolder, init},
+    },
 };
 use superbatch_tests::fixture::{self, EMBEDDING_DIM, Row, png};
 use tokio::{net::TcpListener, sync::mpsc};
@@ -93,6 +97,11 @@ fn blocks(rows: &[u32]) -> Vec<BlockRows> {
         }
     }
     blocks
+}
+
+async fn prepared(client: &mut WorkerServiceClient<Channel>, model: ModelRef) -> Result<PrepareModelResponse, Failure> {
+    let answer = client.prepare_model(PrepareModelRequest { model: Some(model), canary: true }).await;
+    answer.map(tonic::Response::into_inner).map_err(|status| Failure::try_from(status).unwrap())
 }
 
 async fn serve(worker: &Worker) -> WorkerServiceClient<Channel> {
@@ -357,14 +366,14 @@ async fn without_any_room_the_numbers_and_rows_are_the_same() {
         row_bytes_max: 0,
         decoded_bytes_max: 0,
         reference_cache_bytes: 0,
-        models_max: 1,
+        models_max: 2,
         ..config()
     };
     let worker = rig.worker(none);
     let (mut roomy, mut tight) = (rig.client().await, serve(&worker).await);
     let candidates = mixed(40);
     let expected = scored(&mut roomy, rig.begin(&candidates)).await.unwrap();
-    // Twice: the second time the reference has left the device for the learner, and damaged objects need it again.
+    // Twice: the second time the models have left the device for others, and the reference's embeddings are gone.
     for (key, _) in rig.state.list("reference").await.unwrap() {
         rig.state.delete(&key).await.unwrap();
     }
@@ -372,6 +381,9 @@ async fn without_any_room_the_numbers_and_rows_are_the_same() {
         let mut call = Call::begin(&mut tight, rig.begin(&candidates)).await.unwrap();
         assert_eq!(call.holes().await.unwrap(), expected.0);
         let reference = call.embedded(Tower::Reference).await.unwrap();
+        for seed in [3, 4] {
+            prepared(&mut tight, model("memory:///model", seed)).await.unwrap();
+        }
         let learner = call.learner(model("memory:///model", 2)).await.unwrap();
         assert_eq!((reference.image, reference.text), (expected.1.image.clone(), expected.1.text.clone()));
         assert_eq!((learner.image, learner.text), (expected.2.image.clone(), expected.2.text.clone()));
@@ -382,6 +394,76 @@ async fn without_any_room_the_numbers_and_rows_are_the_same() {
         for (key, _) in rig.state.list("reference").await.unwrap() {
             rig.state.delete(&key).await.unwrap();
         }
+    }
+}
+
+#[tokio::test]
+async fn more_models_than_the_device_keeps_take_turns() {
+    let rig = Rig::good(40).await;
+    let candidates = mixed(40);
+    let of_seed = |seed| ScoreBegin { learner_model: Some(model("memory:///model", seed)), ..rig.begin(&candidates) };
+    let mut roomy = rig.client().await;
+    let mut alone = Vec::new();
+    for seed in 2..8 {
+        alone.push(scored(&mut roomy, of_seed(seed)).await.unwrap().2.image);
+    }
+    let tight = serve(&rig.worker(WorkerConfig { models_max: 2, slots: 6, ..config() })).await;
+    let together = (2..8).map(|seed| {
+        let (mut client, begin) = (tight.clone(), of_seed(seed));
+        async move { scored(&mut client, begin).await.map(|(_, _, learner)| learner.image) }
+    });
+    assert_eq!(futures::future::try_join_all(together).await.unwrap(), alone);
+}
+
+/// Writes weights into a model folder, and gives the model that they make.
+async fn folder_of_seed(rig: &Rig, seed: u64) -> ModelRef {
+    let folder = rig.stores.open("memory:///model").unwrap();
+    let parameters = ModelFolder::fetch(&folder).await.unwrap().config.parameters();
+    folder.put("model.safetensors", init::random(&parameters, seed).unwrap()).await.unwrap();
+    ModelRef { model_uri: "memory:///model".into(), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_folder_that_was_overwritten_is_not_taken_for_the_old_one() {
+    let rig = Rig::good(20).await;
+    let all: Vec<u32> = (0..20).collect();
+    let (mut one, mut other) = (rig.client().await, rig.client().await);
+    let folder = folder_of_seed(&rig, 1).await;
+    let pinned =
+        |info: &PrepareModelResponse| ModelRef { snapshot_digest: info.weights_digest.clone(), ..folder.clone() };
+    let old = prepared(&mut one, folder.clone()).await.unwrap();
+    assert_eq!(prepared(&mut other, folder.clone()).await.unwrap(), old);
+    folder_of_seed(&rig, 2).await;
+    let new = prepared(&mut one, folder.clone()).await.unwrap();
+    assert_ne!(new.weights_digest, old.weights_digest, "a run that is opened now gets what is there now");
+    // The other worker knows the old folder only: it reads it once more.
+    let begin = |reference| ScoreBegin { reference: Some(reference), learner_model: None, ..rig.begin(&all) };
+    let mut call = Call::begin(&mut other, begin(pinned(&new))).await.unwrap();
+    call.holes().await.unwrap();
+    assert_eq!(call.embedded(Tower::Reference).await.unwrap().done.model_digest, new.digest);
+    // A worker that never saw the old weights cannot serve the old run, and says so.
+    let mut fresh = rig.client().await;
+    let mut call = Call::begin(&mut fresh, begin(pinned(&old))).await.unwrap();
+    let failure = call.holes().await.unwrap_err();
+    assert_eq!(failure.reason, Reason::ModelInvalid);
+    assert_eq!((&failure.metadata["found"], &failure.metadata["expected"]), (&new.weights_digest, &old.weights_digest));
+}
+
+#[tokio::test]
+async fn a_worker_says_what_it_computes_in() {
+    let rig = Rig::good(4).await;
+    let mut client = rig.client().await;
+    for (asked, told) in [
+        (ComputeDtype::Unspecified, ComputeDtype::F32),
+        (ComputeDtype::F32, ComputeDtype::F32),
+        (ComputeDtype::Bf16, ComputeDtype::Bf16),
+    ] {
+        let model = ModelRef { compute_dtype: asked.into(), ..model("memory:///model", 1) };
+        assert_eq!(prepared(&mut client, model.clone()).await.unwrap().compute_dtype(), told);
+        let begin = ScoreBegin { reference: Some(model), ..rig.begin(&[0, 1, 2]) };
+        let mut call = Call::begin(&mut client, begin).await.unwrap();
+        call.holes().await.unwrap();
+        assert_eq!(call.embedded(Tower::Reference).await.unwrap().done.compute_dtype(), told);
     }
 }
 
@@ -430,8 +512,7 @@ async fn a_learner_may_want_its_rows_otherwise_than_the_reference() {
 async fn models_are_described_and_refused_by_name() {
     let rig = Rig::good(4).await;
     let mut client = rig.client().await;
-    let prepare = |model: ModelRef| PrepareModelRequest { model: Some(model), canary: true };
-    let info = client.prepare_model(prepare(model("memory:///model", 1))).await.unwrap().into_inner();
+    let info = prepared(&mut client, model("memory:///model", 1)).await.unwrap();
     assert_eq!((info.model_type.as_str(), info.embedding_dim, info.device.as_str()), ("siglip", 16, "cpu"));
     assert!(info.image_flops > 0.0 && info.text_flops > 0.0 && info.logit_bias.is_some());
     assert!(info.tensors.iter().any(|tensor| tensor.name == "logit_scale"));
@@ -442,7 +523,6 @@ async fn models_are_described_and_refused_by_name() {
         (ModelRef::default(), Reason::InvalidArgument),
     ];
     for (model, reason) in refused {
-        let status = client.prepare_model(prepare(model.clone())).await.unwrap_err();
-        assert_eq!(Failure::try_from(status).unwrap().reason, reason, "{model:?}");
+        assert_eq!(prepared(&mut client, model.clone()).await.unwrap_err().reason, reason, "{model:?}");
     }
 }

@@ -1,4 +1,5 @@
 //! `superbatch index`: indexes a data set ahead of its run and writes the manifest into the state.
+use super::ConfigArgs;
 use crate::{
     dataset::{self, Manifest, SourceManifest, SourceRequest},
     error::{Error, Result},
@@ -10,16 +11,18 @@ use std::fmt::Write;
 /// Indexes data sets and writes the manifest, which a run of the same sources then finds.
 #[derive(Debug, Clone, clap::Args)]
 pub struct IndexArgs {
-    /// Parquet files, folders of them, or patterns such as s3://bucket/{00000..00041}.parquet.
+    /// URIs of Parquet files, of folders of them, or patterns such as s3://bucket/{00000..00041}.parquet
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
-    /// The column that holds the images, where the layout does not tell.
-    #[arg(long)]
+    /// The column that holds the images, where the layout does not tell
+    #[arg(long, value_name = "COLUMN")]
     pub image_column: Option<String>,
-    /// The column that holds the captions, where the layout does not tell.
-    #[arg(long)]
+    /// The column that holds the captions, where the layout does not tell
+    #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,
-    /// Print one JSON object instead of text.
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }
@@ -54,7 +57,8 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
     });
     let sources = sources.collect::<Vec<_>>();
     let summary = json!({"digest": digest, "rows": manifest.rows(), "sources": sources});
-    serde_json::to_string(&summary).map_err(|e| Error::internal("cannot write the summary").because(e))
+    let line = serde_json::to_string(&summary).map_err(|e| Error::internal("cannot write the summary").because(e))?;
+    Ok(line + "\n")
 }
 
 fn text(digest: &str, manifest: &Manifest) -> String {
@@ -88,12 +92,19 @@ mod tests {
         let stores = stores();
         put(&stores, &[("0.parquet", parquet(&img2dataset(0..5), 2))]).await;
         let state = stores.open("memory:///state").unwrap();
-        let mut args =
-            IndexArgs { sources: vec!["memory:///data".into()], image_column: None, caption_column: None, json: false };
+        let mut args = IndexArgs {
+            sources: vec!["memory:///data".into()],
+            image_column: None,
+            caption_column: None,
+            settings: ConfigArgs::default(),
+            json: false,
+        };
         let text = run(&stores, &state, &args).await.unwrap();
         assert!(text.contains("1 shards, 3 blocks, 5 rows") && text.contains("image in 'jpg'"), "{text}");
         args.json = true;
-        let json: serde_json::Value = serde_json::from_str(&run(&stores, &state, &args).await.unwrap()).unwrap();
+        let line = run(&stores, &state, &args).await.unwrap();
+        assert!(line.ends_with("}\n"));
+        let json: serde_json::Value = serde_json::from_str(&line).unwrap();
         let manifest = Manifest::load(&state, json["digest"].as_str().unwrap()).await.unwrap();
         assert_eq!(json["rows"], manifest.rows());
     }

@@ -12,56 +12,123 @@ use crate::{
     storage::{Location, Stores},
 };
 use clap::Args;
-use std::{io::IsTerminal, net::SocketAddr, path::PathBuf};
+use std::{
+    io::{IsTerminal, Write},
+    net::SocketAddr,
+    path::PathBuf,
+};
 use tracing_subscriber::EnvFilter;
 
-/// Options of every command.
-#[derive(Args)]
-pub struct Common {
-    /// YAML file (see docs/configuration.md). Without one the embedded defaults hold; environment variables named
-    /// SUPERBATCH_<KEY>, with `__` between levels, come before both.
-    #[arg(long, global = true, value_name = "FILE")]
+/// Where settings come from, for every command that has any.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ConfigArgs {
+    /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config --defaults` prints one). Without a
+    /// file the defaults hold; environment variables SUPERBATCH_<KEY>, with `__` between levels, come before both
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where state is, as a URI: overrides `state` of the config.
-    #[arg(long, global = true, value_name = "URI")]
+    /// Where runs, receipts and weights are kept: a URI such as s3://bucket/prefix, or a path. Comes before `state` of the
+    /// settings [default: ./superbatch-state]
+    #[arg(long, value_name = "URI")]
     pub state: Option<String>,
-    /// Address to listen on: overrides `listen` (or `worker_role.listen`). Port 0 takes a free one.
-    #[arg(long, global = true, value_name = "HOST:PORT")]
-    pub listen: Option<SocketAddr>,
-    /// Address of the coordinator, for `worker`: overrides `worker_role.coordinator`.
-    #[arg(long, global = true, value_name = "URI")]
-    pub coordinator: Option<String>,
-    /// Device for scoring: auto, cpu, cuda or cuda:N. Overrides `worker.device`.
-    #[arg(long, global = true, value_name = "DEVICE")]
-    pub device: Option<String>,
 }
 
-impl Common {
+/// Options of `superbatch serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the settings
+    /// [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<SocketAddr>,
+    /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+}
+
+/// Options of `superbatch worker`.
+#[derive(Debug, Clone, Args)]
+pub struct WorkerArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// The coordinator to work for. Comes before `worker_role.coordinator` [default: http://127.0.0.1:50051]
+    #[arg(long, value_name = "URI")]
+    coordinator: Option<String>,
+    /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before `worker_role.listen`
+    /// [default: 127.0.0.1:50052]
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<SocketAddr>,
+    /// What to score on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+}
+
+/// Options of `superbatch check-config`.
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// Print a file of all defaults instead, each under its meaning: a start for your own
+    #[arg(long, conflicts_with_all = ["config", "state"])]
+    defaults: bool,
+}
+
+impl ConfigArgs {
     /// The config: file, then environment, then these options.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, with the `field`.
     pub fn load(&self) -> Result<Config> {
+        self.load_with(|_| {})
+    }
+
+    fn load_with(&self, set: impl FnOnce(&mut Config)) -> Result<Config> {
         let mut config = Config::load(self.config.as_deref(), config::environment())?;
         if let Some(state) = &self.state {
             config.state.clone_from(state);
         }
-        if let Some(listen) = self.listen {
-            config.listen = listen;
-            config.worker_role.listen = listen;
-        }
-        if let Some(coordinator) = &self.coordinator {
-            config.worker_role.coordinator.clone_from(coordinator);
-        }
-        if let Some(device) = &self.device {
-            config.worker.device.clone_from(device);
-        }
+        set(&mut config);
         config.validate()?;
         Ok(config)
     }
 }
 
+impl ServeArgs {
+    /// As [`ConfigArgs::load`].
+    pub fn load(self) -> Result<Config> {
+        let Self { settings, listen, device } = self;
+        settings.load_with(|config| {
+            config.listen = listen.unwrap_or(config.listen);
+            if let Some(device) = device {
+                config.worker.device = device;
+            }
+        })
+    }
+}
+
+impl WorkerArgs {
+    /// As [`ConfigArgs::load`].
+    pub fn load(self) -> Result<Config> {
+        let Self { settings, coordinator, listen, device } = self;
+        settings.load_with(|config| {
+            config.worker_role.listen = listen.unwrap_or(config.worker_role.listen);
+            if let Some(coordinator) = coordinator {
+                config.worker_role.coordinator = coordinator;
+            }
+            if let Some(device) = device {
+                config.worker.device = device;
+            }
+        })
+    }
+}
+
 /// The config with all defaults filled in, as YAML.
-pub fn check_config(config: &Config) -> Result<String> {
-    let yaml =
-        serde_yaml_ng::to_string(config).map_err(|e| Error::internal("a config cannot be printed").because(e))?;
+pub fn check_config(args: &CheckArgs) -> Result<String> {
+    if args.defaults {
+        return Ok(config::commented_yaml());
+    }
+    let yaml = serde_yaml_ng::to_string(&args.settings.load()?);
+    let yaml = yaml.map_err(|e| Error::internal("a config cannot be printed").because(e))?;
     Ok(format!("# ok\n{yaml}"))
 }
 
@@ -82,9 +149,22 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
 
 /// Says on standard output where this process is reached, for people and for scripts that wait for it.
 pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
-    println!("superbatch {what} on http://{address}");
+    let mut lines = format!("superbatch {what} on http://{address}\n");
     if let Some(metrics) = metrics {
-        println!("superbatch metrics on http://{metrics}/metrics");
+        lines.push_str(&format!("superbatch metrics on http://{metrics}/metrics\n"));
+    }
+    // A process that nobody listens to serves all the same.
+    if let Err(error) = print(&lines) {
+        tracing::warn!(error = %error, "cannot write to standard output");
+    }
+}
+
+/// Writes to standard output. A reader that has seen enough (`superbatch receipts RUN | head`) is no failure.
+pub fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
     }
 }
 

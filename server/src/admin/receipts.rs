@@ -1,5 +1,5 @@
 //! `superbatch receipts`: why a batch was chosen.
-use super::{open_state, table::table};
+use super::{ConfigArgs, open_state, table::table};
 use crate::{
     config::Config,
     coordinator::{facts, receipt::to_json, receipts::Receipts},
@@ -7,24 +7,26 @@ use crate::{
     storage::Location,
 };
 use clap::Args;
-use std::collections::BTreeSet;
-use superbatch_proto::v1::{Reason, Receipt, ReceiptSummary};
+use std::{collections::BTreeSet, num::NonZeroUsize};
+use superbatch_proto::v1::{Mode, Policy, Reason, Receipt, ReceiptSummary};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
 pub struct ReceiptsArgs {
-    /// The run.
+    /// Id of the run, as `superbatch runs` lists it
     run: String,
-    /// One step, with all its rows; without it the newest steps, a line each.
+    /// One step, with all its rows; without it the newest steps, a line each
     #[arg(long)]
     step: Option<u64>,
-    /// A generation other than the newest that decided the step.
+    /// A generation (a rewind opens the next) other than the newest that decided the step
     #[arg(long, requires = "step")]
     generation: Option<u32>,
-    /// How many steps to list.
-    #[arg(long, default_value_t = 20)]
-    last: usize,
-    /// Print one JSON object a receipt.
+    /// How many steps to list
+    #[arg(long, value_name = "N", default_value = "20", conflicts_with = "step")]
+    last: NonZeroUsize,
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Print one JSON object a receipt, with all its rows, instead of text
     #[arg(long)]
     json: bool,
 }
@@ -53,7 +55,8 @@ async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Rece
             return Ok(receipt);
         }
     }
-    Err(Error::new(Reason::StepNotCommitted, format!("step {step} of run '{}' is not committed", args.run)))
+    let message = format!("step {step} of run '{}' is not committed; `superbatch runs` tells its last step", args.run);
+    Err(Error::new(Reason::StepNotCommitted, message))
 }
 
 async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>> {
@@ -68,7 +71,7 @@ async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>
         if let Some(generation) = best {
             found.extend(receipts.find(step, generation).await?);
         }
-        if found.len() == args.last {
+        if found.len() == args.last.get() {
             break;
         }
     }
@@ -99,7 +102,12 @@ fn list(receipts: &[Receipt]) -> String {
             cost.candidates_scanned.to_string(),
             receipt.chosen.len().to_string(),
             s.holes.to_string(),
-            format!("{:.4}", s.batch_score),
+            // Nothing was scored where examples were drawn uniformly.
+            if s.policy() == Policy::Uniform || s.mode() == Mode::Uniform {
+                "-".into()
+            } else {
+                format!("{:.4}", s.batch_score)
+            },
             format!("{:.3}", cost.seconds.unwrap_or_default().total),
         ]);
     }

@@ -1,5 +1,5 @@
 //! `superbatch runs`: what runs the state holds.
-use super::{open_state, table::table};
+use super::{ConfigArgs, open_state, table::table};
 use crate::{
     config::Config,
     coordinator::{facts, open::last_committed, receipts::Receipts, registry::stored_state},
@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
 pub struct RunsArgs {
-    /// Print one JSON object a line.
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Print one JSON object a run instead of a table
     #[arg(long)]
     json: bool,
 }

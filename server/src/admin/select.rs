@@ -19,7 +19,7 @@ use superbatch_kernels::{
 };
 use superbatch_proto::v1::Reason;
 
-/// Draw a sub-batch from a super-batch of embeddings and print it as one JSON object.
+/// Select from a file of embeddings, without a service: the same code, for offline use and experiments.
 ///
 /// FILE holds a super-batch of B candidates as float32 or float16 tensors `learner_img`, `learner_txt`, `reference_img` and
 /// `reference_txt`, each `[B, d]` with L2-normalised rows (the two models may differ in d), and the models' logits as metadata:
@@ -29,6 +29,15 @@ use superbatch_proto::v1::Reason;
 /// Prints {"indices": [...], "chunks": [sizes], "batch_score": x, "seconds": {"load": .., "select": ..}}: the chosen
 /// candidates in the order drawn, how many each chunk drew, and the mean conditional score per example of the sub-batch.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  # In Python: arrays of float32, [B, d]
+  safetensors.numpy.save_file(
+      {'learner_img': a, 'learner_txt': b, 'reference_img': c, 'reference_txt': d}, 'b.safetensors',
+      metadata={'learner_scale': '10', 'learner_bias': '-10', 'reference_scale': '10', 'reference_bias': '-10'})
+  # Then
+  superbatch select --embeddings b.safetensors --sub-batch-size 128 --seed 1
+  superbatch select --embeddings b.safetensors --policy independent --backend cuda")]
 pub struct SelectArgs {
     /// The safetensors file
     #[arg(long, value_name = "FILE")]

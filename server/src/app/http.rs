@@ -5,11 +5,8 @@ use crate::{
     metrics,
 };
 use axum::{Router, routing::get};
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 use tokio::net::TcpListener;
-
-/// How often histograms are folded.
-const UPKEEP: Duration = Duration::from_secs(5);
 
 pub struct Http {
     listener: TcpListener,
@@ -17,8 +14,9 @@ pub struct Http {
 }
 
 impl Http {
-    pub async fn bind(address: SocketAddr) -> Result<Self> {
-        let listener = bind(address, "metrics_listen").await?;
+    /// `field` is the setting that holds the address.
+    pub async fn bind(address: SocketAddr, field: &str) -> Result<Self> {
+        let listener = bind(address, field).await?;
         let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         Ok(Self { listener, address })
     }
@@ -30,22 +28,12 @@ impl Http {
     /// Serves until `shutdown`.
     pub async fn run(self, shutdown: Shutdown) {
         let handle = metrics::install();
-        let upkeep = handle.clone();
         let router = Router::new()
             .route("/metrics", get(move || async move { handle.render() }))
             .route("/livez", get(|| async { "ok" }))
             .route("/readyz", get(|| async { "ok" }));
-        let served = axum::serve(self.listener, router).with_graceful_shutdown(shutdown);
-        let kept = async {
-            let mut ticks = tokio::time::interval(UPKEEP);
-            loop {
-                ticks.tick().await;
-                upkeep.run_upkeep();
-            }
-        };
-        tokio::select! {
-            ended = served => if let Err(error) = ended { tracing::error!(error = %error, "serving metrics failed") },
-            () = kept => {}
+        if let Err(error) = axum::serve(self.listener, router).with_graceful_shutdown(shutdown).await {
+            tracing::error!(error = %error, "serving metrics failed");
         }
     }
 }

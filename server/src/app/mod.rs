@@ -4,7 +4,7 @@ mod embedded;
 mod http;
 
 use crate::{
-    config::{Config, CoordinatorConfig},
+    config::{Config, CoordinatorConfig, WorkerRoleConfig},
     coordinator::{
         limits::Limits,
         owner::Identity,
@@ -28,7 +28,7 @@ use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
         FILE_DESCRIPTOR_SET, Reason, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
-        selection_service_server::SelectionServiceServer,
+        selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
 use tokio::{net::TcpListener, sync::oneshot};
@@ -53,6 +53,13 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 /// A future that ends when the process should.
 type Shutdown = Shared<BoxFuture<'static, ()>>;
 
+/// Where a process listens, and the section of the config that says so.
+struct Sockets {
+    section: &'static str,
+    listen: SocketAddr,
+    metrics_listen: Option<SocketAddr>,
+}
+
 /// What both kinds of process stand on.
 struct Ground {
     config: Config,
@@ -64,17 +71,18 @@ struct Ground {
 }
 
 impl Ground {
-    async fn build(config: Config, listen: SocketAddr, metrics_listen: Option<SocketAddr>, wrap: Wrap) -> Result<Self> {
+    async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
+        let Sockets { section, listen, metrics_listen } = sockets;
         config.validate()?;
         // Before anything is counted.
         metrics::install();
         let stores = Stores::wrapped(config.storage.clone(), wrap);
         let state = stores.open(&config.state_uri()?)?;
         probe(&state).await?;
-        let listener = bind(listen, "listen").await?;
+        let listener = bind(listen, &format!("{section}listen")).await?;
         let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         let http = match metrics_listen {
-            Some(listen) => Some(http::Http::bind(listen).await?),
+            Some(listen) => Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?),
             None => None,
         };
         Ok(Self { config, stores, state, listener, address, http })
@@ -101,8 +109,8 @@ impl Serve {
     /// # Errors
     /// Those of [`Serve::build`].
     pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
-        let (listen, metrics_listen) = (config.listen, config.metrics_listen);
-        let ground = Ground::build(config, listen, metrics_listen, wrap).await?;
+        let sockets = Sockets { section: "", listen: config.listen, metrics_listen: config.metrics_listen };
+        let ground = Ground::build(config, sockets, wrap).await?;
         let settings = &ground.config.coordinator;
         let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
         let mut device = "cpu".to_owned();
@@ -120,8 +128,7 @@ impl Serve {
             true => Arc::new(WorkerSelector { pool: pool.clone(), local, device: "cuda" }),
             false => Arc::new(local),
         };
-        metrics::build_info(env!("CARGO_PKG_VERSION"), if device.starts_with("cuda") { "cuda" } else { "cpu" })
-            .set(1.0);
+        tell_build(&device);
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
@@ -161,7 +168,7 @@ impl Serve {
             upkeep.abort();
             coordinator.stop().await;
         };
-        let (drained, stopping) = drain(shutdown, health, let_go);
+        let (drained, stopping) = drain(shutdown, health, SelectionServiceServer::<Selection>::NAME, let_go);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -180,9 +187,11 @@ pub struct Work {
 impl Work {
     /// As [`Serve::build`], for a worker.
     pub async fn build(config: Config) -> Result<Self> {
-        let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
-        let ground = Ground::build(config, listen, metrics_listen, Arc::new(metered)).await?;
+        let WorkerRoleConfig { listen, metrics_listen, .. } = config.worker_role;
+        let sockets = Sockets { section: "worker_role.", listen, metrics_listen };
+        let ground = Ground::build(config, sockets, Arc::new(metered)).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+        tell_build(&worker.info().device);
         Ok(Self { ground, worker })
     }
 
@@ -199,6 +208,7 @@ impl Work {
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<WorkerServiceServer<Worker>>().await;
         let role = &self.ground.config.worker_role;
         let advertised = role.advertise_address.clone();
         let registration = RegisterRequest {
@@ -218,7 +228,7 @@ impl Work {
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
         let leave = async move { drop(registered.await) };
-        let (drained, stopping) = drain(shutdown, health, leave);
+        let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
@@ -226,6 +236,11 @@ impl Work {
         }
         Ok(())
     }
+}
+
+fn tell_build(device: &str) {
+    let kind = if device.starts_with("cuda") { "cuda" } else { "cpu" };
+    metrics::build_info(env!("CARGO_PKG_VERSION"), kind).set(1.0);
 }
 
 fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
@@ -275,21 +290,23 @@ fn reflection() -> Result<Routes> {
 fn drain(
     shutdown: Shutdown,
     mut health: HealthReporter,
+    service: &'static str,
     let_go: impl Future<Output = ()> + Send + 'static,
 ) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
     let (began, stopping) = oneshot::channel();
     let drained = async move {
         shutdown.await;
         tracing::info!("draining");
-        health.set_not_serving::<SelectionServiceServer<Selection>>().await;
         // The empty name is the whole server's.
-        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        for name in [service, ""] {
+            health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+        }
         // A receiver that is gone needs no telling.
         let _ = began.send(());
         let_go.await;
         // Else clients that watch the health would hold the process for the whole grace period.
-        for service in ["", SelectionServiceServer::<Selection>::NAME] {
-            health.clear_service_status(service).await;
+        for name in [service, ""] {
+            health.clear_service_status(name).await;
         }
     };
     (drained, stopping)

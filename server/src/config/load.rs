@@ -28,8 +28,12 @@ impl Config {
     /// `InvalidArgument`, with the `field`.
     pub fn load(path: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
         let fields = fields();
+        let of_file = |error: Error| match path {
+            Some(path) => error.about(path.display()),
+            None => error,
+        };
         let mut tree = path.map_or(Ok(Value::Null), read)?;
-        check_section("", &mut tree, &fields)?;
+        check_section("", &mut tree, &fields).map_err(of_file)?;
         let mut credentials = BTreeMap::new();
         for (name, value) in environment {
             if CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)) {
@@ -40,11 +44,11 @@ impl Config {
             set(&mut tree, &name, &path, value, &fields)?;
         }
         let mut config: Self = serde_json::from_value(tree.clone()).map_err(|e| {
-            culprit("", &tree)
-                .unwrap_or_else(|| Error::invalid("config", "the configuration cannot be read").because(e))
+            let other = || Error::invalid("config", "the configuration cannot be read").because(e);
+            of_file(culprit("", &tree).unwrap_or_else(other))
         })?;
         config.storage.environment = credentials;
-        config.validate()?;
+        config.validate().map_err(of_file)?;
         Ok(config)
     }
 }

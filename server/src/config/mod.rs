@@ -69,12 +69,12 @@ impl Default for Config {
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorConfig {
     /// URI by which trainers and other coordinators reach this one, such as `http://superbatch-0.superbatch:50051`. `null` is
-    /// made of `listen`.
+    /// made of `listen`, which must then be an address that others can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
     /// Whether a worker runs in the same process.
     pub workers_embedded: bool,
-    /// What joint selection runs on: `auto` (a CUDA device where there is one, else `native`), `native`, `torch` (LibTorch on
-    /// the CPU), `cuda` or `cuda:N`.
+    /// What joint selection runs on: `native` (the coordinator's CPU), `cuda` (a worker with a CUDA device), or `auto`: `cuda`
+    /// where the embedded worker has one, else `native`.
     pub selector_device: String,
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
@@ -128,7 +128,8 @@ pub struct WorkerRoleConfig {
     pub coordinator: String,
     /// Address and port where the coordinator reaches this worker. Port 0 takes any free one.
     pub listen: SocketAddr,
-    /// URI by which the coordinator reaches this worker. `null` is made of `listen`.
+    /// URI by which the coordinator reaches this worker. `null` is made of `listen`, which must then be an address that the
+    /// coordinator can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
     /// Address and port of this worker's `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none of them.
     pub metrics_listen: Option<SocketAddr>,
@@ -180,6 +181,7 @@ impl Config {
     /// `InvalidArgument`, with the `field`; `UriNotAllowed` for an empty allow-list off loopback.
     pub fn validate(&self) -> Result<()> {
         self.validate_reach()?;
+        self.validate_advertised()?;
         self.state_uri()?;
         let c = &self.coordinator;
         let seconds = [
@@ -210,27 +212,24 @@ impl Config {
             let message = "coordinator.sub_batch_size_max exceeds coordinator.super_batch_size_max";
             return Err(Error::invalid("coordinator.sub_batch_size_max", message));
         }
-        let device = c
-            .selector_device
-            .strip_prefix("cuda:")
-            .map_or(c.selector_device.as_str(), |n| if n.parse::<u32>().is_ok() { "cuda" } else { n });
-        if !["auto", "native", "torch", "cuda"].contains(&device) {
-            let message = format!(
-                "coordinator.selector_device is {:?}; use auto, native, torch, cuda or cuda:N",
-                c.selector_device
-            );
-            return Err(Error::invalid("coordinator.selector_device", message));
+        let device = c.selector_device.as_str();
+        if ["auto", "native", "cuda"].contains(&device) {
+            return Ok(());
         }
-        Ok(())
+        let is_planned = device == "torch" || device.starts_with("cuda:");
+        let problem = if is_planned { ", which is not built yet" } else { "" };
+        let message = format!("coordinator.selector_device is {device:?}{problem}; use auto, native or cuda");
+        Err(Error::invalid("coordinator.selector_device", message))
     }
 
     /// Nobody gets in: beyond loopback only where the operator said so, and then to listed data alone.
     fn validate_reach(&self) -> Result<()> {
+        let role = &self.worker_role;
         let listens = [
             ("listen", Some(self.listen)),
             ("metrics_listen", self.metrics_listen),
-            ("worker_role.listen", Some(self.worker_role.listen)),
-            ("worker_role.metrics_listen", self.worker_role.metrics_listen),
+            ("worker_role.listen", Some(role.listen)),
+            ("worker_role.metrics_listen", role.metrics_listen),
         ];
         let beyond = |(field, address): (&'static str, Option<SocketAddr>)| {
             address.filter(|address| !address.ip().is_loopback()).map(|address| (field, address))
@@ -248,6 +247,37 @@ impl Config {
                 self.listen
             );
             return Err(Error::new(Reason::UriNotAllowed, message).with("field", "storage.allow_uris"));
+        }
+        Ok(())
+    }
+
+    /// Addresses that others are told have to be ones.
+    fn validate_advertised(&self) -> Result<()> {
+        let role = &self.worker_role;
+        let uris = [
+            ("coordinator.advertise_address", self.coordinator.advertise_address.as_ref()),
+            ("worker_role.advertise_address", role.advertise_address.as_ref()),
+            ("worker_role.coordinator", Some(&role.coordinator)),
+        ];
+        let is_reachable =
+            |uri: &str| Url::parse(uri).is_ok_and(|url| url.has_host() && ["http", "https"].contains(&url.scheme()));
+        let unusable =
+            |(field, uri): (&'static str, Option<&String>)| Some((field, uri.filter(|u| !is_reachable(u))?.clone()));
+        if let Some((field, uri)) = uris.into_iter().find_map(unusable) {
+            return Err(Error::invalid(field, format!("{field} is {uri:?}; give http://host:port")));
+        }
+        let advertised = [
+            ("listen", self.listen, "coordinator.advertise_address", &self.coordinator.advertise_address),
+            ("worker_role.listen", role.listen, "worker_role.advertise_address", &role.advertise_address),
+        ];
+        let nowhere = advertised.into_iter().find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
+        if let Some((field, address, missing, _)) = nowhere {
+            let message = format!(
+                "{field} is {address}, at which nobody can reach this process from elsewhere; set {missing} to the URI that \
+                 others use, such as http://host:{}",
+                address.port()
+            );
+            return Err(Error::invalid(missing, message));
         }
         Ok(())
     }

@@ -89,8 +89,8 @@ fn describe(schema: &Value) -> (Kind, String) {
 /// The page `docs/configuration.md`.
 pub fn reference() -> String {
     let mut page = String::from(
-        "# Configuration\n\nOne YAML file (`superbatch --config FILE …`); `superbatch config` prints one with all defaults. Unknown keys \
-         are refused. Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its dots as two \
+        "# Configuration\n\nOne YAML file (`superbatch serve --config FILE`); `superbatch check-config --defaults` prints one with all \
+         defaults, and `superbatch check-config --config FILE` checks yours. Unknown keys are refused. Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its dots as two \
          underscores, so that `SUPERBATCH_COORDINATOR__LEASE_SECONDS=30` sets `coordinator.lease_seconds`. Generated from \
          `server/src/config` by `make docs`.\n\n| setting | type | default | meaning |\n|---|---|---|---|\n",
     );

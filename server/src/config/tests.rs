@@ -58,7 +58,8 @@ fn a_value_of_another_type_is_blamed_on_its_field() {
         ("coordinator: {grace_seconds: .inf}", "coordinator.grace_seconds"),
         ("coordinator: {push_bytes_max: 0}", "coordinator.push_bytes_max"),
         ("coordinator: {sub_batch_size_max: 9, super_batch_size_max: 8}", "coordinator.sub_batch_size_max"),
-        ("coordinator: {selector_device: 'cuda:x'}", "coordinator.selector_device"),
+        ("coordinator: {selector_device: 'cuda:0'}", "coordinator.selector_device"),
+        ("coordinator: {selector_device: torch}", "coordinator.selector_device"),
         ("- 1", ""),
     ] {
         assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
@@ -111,12 +112,33 @@ fn nobody_gets_in_unless_the_operator_says_so() {
         ("listen: '[::]:50051'", "listen"),
         ("metrics_listen: 0.0.0.0:9464", "metrics_listen"),
         ("worker_role: {listen: 10.0.0.1:1}", "worker_role.listen"),
-        ("{listen: 0.0.0.0:1, allow_insecure: true}", "storage.allow_uris"),
+        ("{listen: 10.0.0.1:1, allow_insecure: true}", "storage.allow_uris"),
     ] {
         assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
     }
-    assert!(load("{listen: 0.0.0.0:1, allow_insecure: true, storage: {allow_uris: [s3://b/data]}}", &[]).is_ok());
+    let open = "allow_insecure: true, storage: {allow_uris: [s3://b/data]}";
+    assert!(load(&format!("{{listen: 10.0.0.1:1, {open}}}"), &[]).is_ok());
     assert!(load("listen: '[::1]:50051'", &[]).is_ok());
+}
+
+#[test]
+fn others_are_told_an_address_that_they_can_reach() {
+    let open = "allow_insecure: true, storage: {allow_uris: [s3://b/data]}";
+    for (yaml, field) in [
+        ("listen: 0.0.0.0:1", "coordinator.advertise_address"),
+        ("listen: '[::]:1'", "coordinator.advertise_address"),
+        ("worker_role: {listen: 0.0.0.0:1}", "worker_role.advertise_address"),
+    ] {
+        assert_eq!(blamed(load(&format!("{{{yaml}, {open}}}"), &[])).0, field, "{yaml}");
+    }
+    for field in ["coordinator.advertise_address", "worker_role.advertise_address", "worker_role.coordinator"] {
+        let (section, key) = field.split_once('.').unwrap();
+        for uri in ["superbatch-0:1", "10.0.0.1", "s3://bucket/x", ""] {
+            assert_eq!(blamed(load(&format!("{section}: {{{key}: '{uri}'}}"), &[])).0, field, "{uri}");
+        }
+    }
+    let told = "listen: 0.0.0.0:1, coordinator: {advertise_address: http://superbatch-0:1}";
+    assert!(load(&format!("{{{told}, {open}}}"), &[]).is_ok());
 }
 
 #[test]

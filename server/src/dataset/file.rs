@@ -3,6 +3,7 @@ use crate::{
     error::{Error, Result},
     storage::Location,
 };
+use arrow::error::ArrowError;
 use bytes::{Buf, Bytes};
 use futures::{StreamExt, TryStreamExt};
 use object_store::{GetOptions, GetRange, ObjectMeta};
@@ -32,9 +33,22 @@ pub struct ShardFile {
     etag: Option<String>,
 }
 
-/// An ETag as compared: listings and reads of one store quote it differently.
-pub(super) fn etag(meta: &ObjectMeta) -> Option<String> {
-    meta.e_tag.as_deref().map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned())
+/// The ETag of an object below `root`, as compared: listings and reads of one store quote it differently.
+pub(super) fn etag(root: &Location, meta: &ObjectMeta) -> Option<String> {
+    let tag = meta.e_tag.as_deref()?.trim_start_matches("W/").trim_matches('"');
+    Some(if is_local(root) { without_inode(tag) } else { tag }.to_owned())
+}
+
+fn is_local(location: &Location) -> bool {
+    location.uri().starts_with("file:")
+}
+
+/// A local file's ETag is inode, modification time and size. The inode is another on every disk that the file is copied to.
+fn without_inode(tag: &str) -> &str {
+    match tag.split_once('-') {
+        Some((_, rest)) if rest.contains('-') => rest,
+        _ => tag,
+    }
 }
 
 impl ShardFile {
@@ -122,10 +136,24 @@ impl ShardFile {
         if meta.size != self.size {
             return Err(self.changed(&format!("it has {} bytes, not {}", meta.size, self.size)));
         }
-        match (&self.etag, etag(meta)) {
-            (Some(old), Some(new)) if *old != new => Err(self.changed("its ETag is another")),
+        let (local, new) = (is_local(&self.location), etag(&self.location, meta));
+        match (&self.etag, new) {
+            (Some(old), Some(new)) if local && without_inode(old) != new => {
+                Err(self.changed("it was written at another time (a copy keeps its time with `cp -p` or `rsync -t`)"))
+            }
+            (Some(old), Some(new)) if !local && *old != new => Err(self.changed("its ETag is another")),
             _ => Ok(()),
         }
+    }
+
+    /// `InvalidArgument`: this is the object that was indexed, and a row group of it cannot be decoded.
+    pub fn undecodable(&self, block: usize, cause: ArrowError) -> Error {
+        let uri = self.uri();
+        let message = format!(
+            "row group {block} of {uri} cannot be decoded, though the file is the one that was indexed; write the file anew, \
+             or leave it out of the sources"
+        );
+        Error::invalid("sources", message).with("shard", uri).because(cause)
     }
 
     /// `DatasetChanged`: this is not the object that was indexed.
@@ -152,7 +180,8 @@ fn merge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     merged
 }
 
-/// Parts of a file, in memory; the Parquet reader takes it for the file.
+/// Parts of a file, in memory; the Parquet reader takes it for the file. Clones share the bytes.
+#[derive(Clone)]
 pub struct Ranges {
     size: u64,
     parts: Vec<(u64, Bytes)>,

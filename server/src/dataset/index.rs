@@ -12,10 +12,15 @@ use crate::{
 use arrow::datatypes::Schema;
 use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
-use parquet::{arrow::arrow_reader::ArrowReaderMetadata, file::metadata::RowGroupMetaData};
+use parquet::{
+    arrow::arrow_reader::ArrowReaderMetadata,
+    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
+};
 use std::collections::BTreeMap;
 use superbatch_proto::v1::Reason;
 
+/// Bytes of one column of a row group: an Arrow array's offsets are 32-bit.
+const COLUMN_BYTES_MAX: i64 = i32::MAX as i64;
 /// Files that are looked at at once.
 const FILES_AT_ONCE: usize = 16;
 
@@ -63,11 +68,12 @@ async fn index_source(stores: &Stores, request: &SourceRequest) -> Result<Source
     };
     files.sort_by(|a, b| a.0.cmp(&b.0));
     let looks = files.into_iter().map(|(path, meta)| {
-        let file = ShardFile::new(root.below(&path), meta.size, file::etag(&meta));
+        let etag = file::etag(&root, &meta);
+        let file = ShardFile::new(root.below(&path), meta.size, etag.clone());
         async move {
             let footer = file.footer().await?;
             let blocks = blocks(&file, &footer)?;
-            let shard = Shard { path, size: meta.size, etag: file::etag(&meta), blocks };
+            let shard = Shard { path, size: meta.size, etag, blocks };
             Ok::<_, Error>((file, footer, shard))
         }
     });
@@ -75,6 +81,7 @@ async fn index_source(stores: &Stores, request: &SourceRequest) -> Result<Source
     let mut source = Building::default();
     while let Some((file, footer, shard)) = looks.try_next().await? {
         source.add(request, &file, footer.schema(), shard)?;
+        source.check_room(&file, footer.metadata().row_groups())?;
     }
     source.finish(request, root_uri)
 }
@@ -160,6 +167,29 @@ impl Building {
         Ok(())
     }
 
+    /// Refuses a shard with a row group of more images or captions than one Arrow array holds.
+    fn check_room(&self, file: &ShardFile, groups: &[RowGroupMetaData]) -> Result<()> {
+        let Some(layout) = &self.layout else { return Ok(()) };
+        let held = |column: &&ColumnChunkMetaData| {
+            let path = column.column_path().parts();
+            let is_image = path[0] == layout.image_column
+                && (!layout.image_in_struct || path.get(1).is_some_and(|part| part == "bytes"));
+            is_image || path[0] == layout.caption_column
+        };
+        for (number, group) in groups.iter().enumerate() {
+            let largest = group.columns().iter().filter(held).map(ColumnChunkMetaData::uncompressed_size).max();
+            if let Some(bytes) = largest.filter(|bytes| *bytes > COLUMN_BYTES_MAX) {
+                let message = format!(
+                    "row group {number} of {} holds {bytes} bytes of images or captions, and {COLUMN_BYTES_MAX} can be read at \
+                     once; write it with smaller row groups (row_group_size in pyarrow, a few hundred images)",
+                    file.uri()
+                );
+                return Err(Error::invalid("sources", message).with("shard", file.uri()));
+            }
+        }
+        Ok(())
+    }
+
     fn finish(self, request: &SourceRequest, root_uri: String) -> Result<SourceManifest> {
         let rows = self.shards.iter().flat_map(|shard| &shard.blocks).map(|block| u64::from(block.rows)).sum::<u64>();
         match self.layout {
@@ -195,4 +225,36 @@ fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> 
         Ok(block)
     };
     footer.metadata().row_groups().iter().map(block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::fixtures::{img2dataset, parquet, put, request, stores};
+
+    #[tokio::test]
+    async fn a_row_group_that_no_array_holds_is_refused_with_the_cure() {
+        let stores = stores();
+        let bytes = parquet(&img2dataset(0..4), 2);
+        let size = bytes.len() as u64;
+        put(&stores, &[("0.parquet", bytes)]).await;
+        let file = ShardFile::new(stores.open("memory:///data/0.parquet").unwrap(), size, None);
+        let footer = file.footer().await.unwrap();
+        let layout = layout::discover(footer.schema(), &request("memory:///data")).unwrap();
+        let building = Building { layout: Some(layout), ..Default::default() };
+        let of = |name: &str| {
+            let mut groups = footer.metadata().row_groups().to_vec();
+            let mut columns = groups[1].columns().to_vec();
+            let at = columns.iter().position(|column| column.column_path().string() == name).unwrap();
+            let large = columns[at].clone().into_builder().set_total_uncompressed_size(COLUMN_BYTES_MAX + 1);
+            columns[at] = large.build().unwrap();
+            groups[1] = groups[1].clone().into_builder().set_column_metadata(columns).build().unwrap();
+            groups
+        };
+        building.check_room(&file, footer.metadata().row_groups()).unwrap();
+        building.check_room(&file, &of("url")).expect("a column that is not read");
+        let error = building.check_room(&file, &of("jpg")).unwrap_err();
+        assert_eq!(error.value("shard"), Some("memory:///data/0.parquet"));
+        assert!(error.to_string().contains("smaller row groups"), "{error}");
+    }
 }

@@ -96,11 +96,15 @@ impl Manifest {
     /// `StorageUnreachable`; `Internal` where its bytes do not have that digest.
     pub async fn load(state: &Location, digest: &str) -> Result<Self> {
         let bytes = state.get(&key(digest)).await?;
-        if blake3::hash(&bytes).to_hex().as_str() != digest {
+        // Hundreds of megabytes of JSON at billions of rows.
+        let read = move || (blake3::hash(&bytes).to_hex(), serde_json::from_slice(&bytes));
+        let panicked = |e| Error::internal(format!("reading manifest {digest} panicked")).because(e);
+        let (found, manifest) = tokio::task::spawn_blocking(read).await.map_err(panicked)?;
+        if found.as_str() != digest {
             let message = format!("{} is damaged; remove it and index the data again", state.uri_of(&key(digest)));
             return Err(Error::new(Reason::Internal, message));
         }
-        serde_json::from_slice(&bytes)
+        manifest
             .map_err(|e| Error::internal(format!("manifest {digest} is of another version of Superbatch")).because(e))
     }
 }

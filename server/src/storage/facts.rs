@@ -26,7 +26,7 @@ impl Location {
     /// or an unknown outcome the object is read back, and equal bytes are ours.
     ///
     /// # Errors
-    /// `StorageUnreachable` after [`ATTEMPTS_MAX`] unknown outcomes.
+    /// `StorageUnreachable` where it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown outcomes.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created> {
         let path = self.path(key);
         let mut attempt = 1;
@@ -38,7 +38,9 @@ impl Location {
             match self.find(key).await {
                 Ok(Some(found)) if found == bytes => return Ok(Created::Ours),
                 Ok(Some(found)) => return Ok(Created::Theirs(found)),
-                Ok(None) | Err(_) if attempt < ATTEMPTS_MAX => attempt += 1,
+                Ok(None) if attempt < ATTEMPTS_MAX => attempt += 1,
+                // The store's client has tried again already, for minutes. Where the object was created in spite of it all,
+                // whoever asks next finds it.
                 Ok(None) | Err(_) => return Err(self.error("create", key, cause)),
             }
         }

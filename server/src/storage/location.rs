@@ -3,9 +3,15 @@ use super::join;
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, path::Path};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, WriteMultipart, path::Path};
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
+
+/// Largest object that is written by one request.
+const PUT_BYTES_MAX: usize = 1 << 30;
+/// Parts of a larger one, and how many are on their way at once.
+const PART_BYTES: usize = 64 << 20;
+const PARTS_AT_ONCE: usize = 4;
 
 /// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location itself.
 #[derive(Debug, Clone)]
@@ -94,10 +100,28 @@ impl Location {
         Ok(names)
     }
 
-    /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing.
+    /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing. A large one
+    /// goes in parts: S3 takes no more than 5 GB at once.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
-        self.store.put(&self.path(key), bytes.into()).await.map_err(|e| self.error("write", key, e))?;
-        Ok(())
+        let written = match bytes.len() <= PUT_BYTES_MAX {
+            true => self.store.put(&self.path(key), bytes.into()).await.map(drop),
+            false => self.put_in_parts(key, bytes, PART_BYTES).await,
+        };
+        written.map_err(|e| self.error("write", key, e))
+    }
+
+    async fn put_in_parts(&self, key: &str, mut bytes: Bytes, part_bytes: usize) -> Result<(), object_store::Error> {
+        let upload = self.store.put_multipart(&self.path(key)).await?;
+        let mut write = WriteMultipart::new_with_chunk_size(upload, part_bytes);
+        while !bytes.is_empty() {
+            if let Err(cause) = write.wait_for_capacity(PARTS_AT_ONCE).await {
+                // The cause tells more than a failure to clean up.
+                drop(write.abort().await);
+                return Err(cause);
+            }
+            write.put(bytes.split_to(part_bytes.min(bytes.len())));
+        }
+        write.finish().await.map(drop)
     }
 
     pub async fn delete(&self, key: &str) -> Result<()> {
@@ -108,5 +132,23 @@ impl Location {
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}")).with("uri", uri).because(cause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    #[tokio::test]
+    async fn an_object_in_parts_is_the_same_object() {
+        let state = Stores::new(StorageConfig::default()).open("memory:///state").unwrap();
+        let bytes: Bytes = (0..1000_u32).map(|n| n as u8).collect();
+        // Whole parts, a short last one, and fewer bytes than a part.
+        for part_bytes in [100, 64, 4096] {
+            let key = format!("of/{part_bytes}");
+            state.put_in_parts(&key, bytes.clone(), part_bytes).await.unwrap();
+            assert_eq!(state.get(&key).await.unwrap(), bytes);
+        }
     }
 }

@@ -29,6 +29,8 @@ pub(super) fn answer_with<T: Send + 'static>(
     let work = work(Answers(sender.clone()));
     tokio::spawn(async move {
         tokio::select! {
+            // First, or a cancelled call would be logged as a failure every other time.
+            biased;
             () = sender.closed() => {}
             done = work => if let Err(error) = done {
                 // Nobody to tell where the caller has gone.

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     future::Future,
     hash::Hash,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
 };
 use tokio::sync::OnceCell;
 
@@ -41,8 +41,9 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
     pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>>) -> Result<V> {
         let cell = self.cell(key);
         let made = cell.get_or_try_init(|| make).await.cloned();
+        let weak = Arc::downgrade(&cell);
         drop(cell);
-        self.settle(key, made.as_ref().ok());
+        self.settle(key, &weak, made.as_ref().ok());
         made
     }
 
@@ -65,11 +66,13 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
     }
 
     /// Weighs a new value, and drops what no longer fits and cells that nobody fills any more.
-    fn settle(&self, key: &K, value: Option<&V>) {
+    fn settle(&self, key: &K, cell: &Weak<OnceCell<V>>, value: Option<&V>) {
         let mut state = self.state.lock().expect("no panic while held");
         let State { used, entries, .. } = &mut *state;
         if let (Some(value), Some(entry)) = (value, entries.get_mut(key))
+            // Another cell where the key was forgotten meanwhile.
             && entry.weight == 0
+            && Arc::as_ptr(&entry.cell) == cell.as_ptr()
         {
             entry.weight = (self.weigh)(value).max(1);
             *used += entry.weight;
@@ -119,6 +122,33 @@ mod tests {
         assert_eq!(made.load(Ordering::Relaxed), 2);
         assert!(cache.get(&2, async { Err(Error::internal("no")) }).await.is_err());
         assert_eq!(get(&cache, 2, &made).await, 20);
-        assert!(cache.state.lock().unwrap().entries.is_empty());
+        // Nor what a caller left unmade, nor what weighs more than there is room for.
+        let mut waits = Box::pin(cache.get(&3, std::future::pending()));
+        assert!(futures::poll!(&mut waits).is_pending());
+        drop(waits);
+        let heavy: Cache<u32, u32> = Cache::new(10, |_| 20);
+        assert_eq!(get(&heavy, 1, &made).await, 10);
+        for cache in [&cache, &heavy] {
+            get(cache, 4, &made).await;
+            let state = cache.state.lock().unwrap();
+            assert!(state.entries.is_empty() && state.used == 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_forgotten_while_it_was_made_is_made_anew() {
+        let cache: Cache<u32, u32> = Cache::new(9, |_| 1);
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let old = cache.get(&1, async {
+            drop(gone.await);
+            Ok(1)
+        });
+        let mut old = std::pin::pin!(old);
+        assert!(futures::poll!(&mut old).is_pending());
+        cache.remove(&1);
+        assert_eq!(cache.get(&1, async { Ok(2) }).await.unwrap(), 2);
+        go.send(()).unwrap();
+        assert_eq!(old.await.unwrap(), 1, "whoever asked before gets what was made then");
+        assert_eq!(cache.get(&1, async { Ok(3) }).await.unwrap(), 2);
     }
 }

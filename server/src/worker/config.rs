@@ -3,6 +3,9 @@ use crate::error::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// A reference and a learner: fewer would push each other off the device.
+const MODELS_MIN: usize = 2;
+
 /// A scoring worker: its device, and how much memory each part may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -24,12 +27,13 @@ pub struct WorkerConfig {
     pub decoded_bytes_max: usize,
     /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
     pub reference_cache_bytes: usize,
-    /// Largest image, in pixels; a larger one makes its row unusable.
+    /// Largest image, in pixels; a larger one makes its row unusable. The same on all workers of a run, or which rows are left
+    /// out depends on who reads them.
     pub image_pixels_max: u64,
-    /// Largest encoded image, in bytes; a larger one makes its row unusable.
+    /// Largest encoded image, in bytes; a larger one makes its row unusable. The same on all workers of a run.
     pub image_bytes_max: u64,
-    /// Models that stay on the device; the one used longest ago leaves for another. A run wants its reference, two states of its
-    /// learner, and room for one that is being verified.
+    /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A run wants its reference, two
+    /// states of its learner, and room for one that is being verified.
     pub models_max: usize,
 }
 
@@ -57,15 +61,24 @@ impl WorkerConfig {
     /// # Errors
     /// `InvalidArgument`, naming the field.
     pub fn validate(&self) -> Result<()> {
-        let positive = [
-            ("worker.image_pixels_max", self.image_pixels_max),
-            ("worker.image_bytes_max", self.image_bytes_max),
-            ("worker.models_max", self.models_max as u64),
-        ];
-        match positive.iter().find(|(_, value)| *value == 0) {
-            Some((field, _)) => Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more"))),
-            None => Ok(()),
+        let positive =
+            [("worker.image_pixels_max", self.image_pixels_max), ("worker.image_bytes_max", self.image_bytes_max)];
+        if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
         }
+        let number = self.device.strip_prefix("cuda:");
+        let is_device =
+            number.map_or(["auto", "cpu", "cuda"].contains(&self.device.as_str()), |n| n.parse::<u32>().is_ok());
+        if !is_device {
+            let message = format!("worker.device is {:?}; use auto, cpu, cuda or cuda:N", self.device);
+            return Err(Error::invalid("worker.device", message));
+        }
+        if self.models_max < MODELS_MIN {
+            let (field, max) = ("worker.models_max", self.models_max);
+            let message = format!("{field} is {max}; a run scores with two models, so set it to {MODELS_MIN} or more");
+            return Err(Error::invalid(field, message));
+        }
+        Ok(())
     }
 
     /// Threads in force on a machine of `cores`.
@@ -96,8 +109,13 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_by_field() {
-        let error = WorkerConfig { models_max: 0, ..Default::default() }.validate().unwrap_err();
-        assert_eq!(error.value("field"), Some("worker.models_max"));
+        for (config, field) in [
+            (WorkerConfig { models_max: 1, ..Default::default() }, "worker.models_max"),
+            (WorkerConfig { device: "cuda:x".into(), ..Default::default() }, "worker.device"),
+            (WorkerConfig { image_pixels_max: 0, ..Default::default() }, "worker.image_pixels_max"),
+        ] {
+            assert_eq!(config.validate().unwrap_err().value("field"), Some(field));
+        }
         assert!(serde_yaml_ng::from_str::<WorkerConfig>("model_max: 1").is_err(), "a misspelt key is refused");
     }
 }

@@ -1,6 +1,11 @@
 //! Embeddings of consecutive rows, made in micro-batches of one fixed shape.
-use super::{device::MicroBatch, engine::Engine, models::Loaded, pool::PreparedRow};
-use crate::error::Result;
+use super::{
+    device::{self, MicroBatch},
+    engine::Engine,
+    models::Loaded,
+    pool::PreparedRow,
+};
+use crate::error::{Error, Result};
 use bytes::Bytes;
 use std::ops::Range;
 use superbatch_proto::{
@@ -104,12 +109,7 @@ impl Shape {
         out: &mut Embeddings,
         first: usize,
     ) -> Result<Embedded> {
-        let mut embedded = engine.device.embed(self.assemble(model, rows)).await;
-        if embedded.as_ref().is_err_and(|error| error.reason() == Reason::WeightsMissing) {
-            engine.models.reload(model).await?;
-            embedded = engine.device.embed(self.assemble(model, rows)).await;
-        }
-        let embedded = embedded?;
+        let embedded = self.compute(engine, model, rows).await?;
         let is_used = |row: &usize| rows.get(*row).is_some_and(Result::is_ok);
         let not_finite: Vec<usize> = embedded.not_finite.iter().map(|row| *row as usize).filter(is_used).collect();
         for row in (0..rows.len()).filter(|row| rows[*row].is_ok() && !not_finite.contains(row)) {
@@ -118,6 +118,24 @@ impl Shape {
             out.text[to].copy_from_slice(&embedded.text[from]);
         }
         Ok(Embedded { seconds: embedded.seconds, not_finite })
+    }
+
+    /// Where the model has left the device it is loaded again; where others push it off once more before its turn comes, it is
+    /// loaded for this micro-batch alone.
+    async fn compute(&self, engine: &Engine, model: &Loaded, rows: &[PreparedRow]) -> Result<device::Embedded> {
+        let is_missing = |done: &Result<_>| done.as_ref().is_err_and(|e: &Error| e.reason() == Reason::WeightsMissing);
+        let mut done = engine.device.embed(self.assemble(model, rows)).await;
+        if is_missing(&done) {
+            engine.models.reload(model).await?;
+            done = engine.device.embed(self.assemble(model, rows)).await;
+        }
+        if is_missing(&done) {
+            tracing::warn!(
+                "models push each other off the device, so each micro-batch loads one; raise worker.models_max"
+            );
+            done = engine.models.embed_reloading(model, self.assemble(model, rows)).await;
+        }
+        done
     }
 
     /// Rows that cannot be used, and those that pad, are black and without tokens.

@@ -1,6 +1,7 @@
 //! The scoring worker: reads blocks, decodes, embeds with the reference and the learner, and hands out chosen rows.
 mod answers;
 mod cache;
+mod captions;
 mod config;
 mod decode;
 pub mod device;

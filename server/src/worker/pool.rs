@@ -1,11 +1,12 @@
 //! Decoding on a bounded pool of threads, given up where the caller has gone.
 use super::{
+    captions,
     models::Inputs,
     preprocess::{ImageLimits, RowFault},
 };
 use crate::error::{Error, Result};
 use arrow::{
-    array::{Array, AsArray},
+    array::{Array, AsArray, StringArray},
     record_batch::RecordBatch,
 };
 use rayon::prelude::*;
@@ -46,10 +47,19 @@ impl Row {
         column.is_valid(self.row).then(|| column.value(self.row))
     }
 
-    /// The caption, `None` where it is null.
+    /// The caption, `None` where it is null or no text.
     pub fn caption(&self) -> Option<&str> {
-        let column = self.batch.column_by_name("caption")?.as_string_opt::<i32>()?;
+        let column = self.captions()?;
         column.is_valid(self.row).then(|| column.value(self.row))
+    }
+
+    /// Whether the caption is null because it is no text. Known in a block as it was read, not in rows copied out of it.
+    pub fn caption_is_invalid(&self) -> bool {
+        self.captions().is_some_and(|captions| captions::is_invalid(captions, self.row))
+    }
+
+    fn captions(&self) -> Option<&StringArray> {
+        self.batch.column_by_name("caption")?.as_string_opt::<i32>()
     }
 }
 
@@ -67,6 +77,10 @@ impl Pool {
             .build()
             .map_err(|e| Error::internal("cannot start the decode threads; lower worker.threads").because(e))?;
         Ok(Self { threads, limits })
+    }
+
+    pub fn limits(&self) -> ImageLimits {
+        self.limits
     }
 
     /// Decodes, resizes and tokenises rows, in order, and says how many seconds that took.
@@ -109,7 +123,10 @@ fn prepare_safely(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedR
 
 fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
     let image = row.image().ok_or_else(|| RowFault::new(BadRowReason::ImageNull, "the image is null"))?;
-    let caption = row.caption().ok_or_else(|| RowFault::new(BadRowReason::CaptionNull, "the caption is null"))?;
+    let caption = row.caption().ok_or_else(|| match row.caption_is_invalid() {
+        true => RowFault::new(BadRowReason::CaptionInvalid, "the caption is not UTF-8"),
+        false => RowFault::new(BadRowReason::CaptionNull, "the caption is null"),
+    })?;
     inputs.prepare(image, caption, limits).map(Arc::new)
 }
 

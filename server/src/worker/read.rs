@@ -1,25 +1,21 @@
 //! Reading blocks: one row group's needed columns, by ranges, checked against the manifest and kept while there is room.
+use super::{cache::Cache, captions};
 use crate::{
-    dataset::{Manifest, Ranges, Shard, ShardFile, SourceManifest},
+    dataset::{Layout, Manifest, Ranges, Shard, ShardFile, SourceManifest},
     error::{Error, Result},
     storage::Stores,
 };
 use arrow::{
-    array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray},
+    array::{Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray},
     compute::{cast, concat_batches},
     datatypes::SchemaRef,
+    error::ArrowError,
 };
 use parquet::arrow::{
     ProjectionMask,
     arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder},
 };
-use std::{
-    collections::HashMap,
-    fmt,
-    hash::Hash,
-    sync::{Arc, Mutex},
-};
-use tokio::sync::OnceCell;
+use std::{fmt, sync::Arc};
 
 /// Room for parsed footers: each block of a shard needs its shard's.
 const FOOTERS_BYTES: usize = 64 << 20;
@@ -45,14 +41,16 @@ impl fmt::Debug for BlockReader {
 impl BlockReader {
     /// Keeps up to `cache_bytes` of blocks; 0 keeps none.
     pub fn new(stores: Stores, cache_bytes: usize) -> Self {
-        Self { stores, blocks: Cache::new(cache_bytes), footers: Cache::new(FOOTERS_BYTES) }
+        let blocks = Cache::new(cache_bytes, |batch: &Arc<RecordBatch>| batch.get_array_memory_size());
+        let footers = Cache::new(FOOTERS_BYTES, |footer: &ArrowReaderMetadata| footer.metadata().memory_size());
+        Self { stores, blocks, footers }
     }
 
     /// The whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and caption may be null.
     ///
     /// # Errors
-    /// `DatasetChanged` where the shard is not the object that was indexed; `StorageUnreachable`, after the store's own
-    /// retries; those of [`Manifest::data_schema`].
+    /// `DatasetChanged` where the shard is not the object that was indexed; `InvalidArgument` naming the shard where it is and
+    /// cannot be decoded; `StorageUnreachable`, after the store's own retries; those of [`Manifest::data_schema`].
     pub async fn read(
         &self,
         manifest: &Manifest,
@@ -65,67 +63,90 @@ impl BlockReader {
         let source = manifest.sources.get(source as usize).ok_or_else(none)?;
         let shard = source.shards.get(shard as usize).ok_or_else(none)?;
         let rows = shard.blocks.get(block as usize).ok_or_else(none)?.rows as usize;
-        let wanted = Wanted { source, columns, schema: manifest.data_schema(columns)?, block, rows };
         let shard_key = (source.root_uri.clone(), shard.path.clone(), shard.size, shard.etag.clone());
         let mut names = vec![source.layout.image_column.clone(), source.layout.caption_column.clone()];
         names.extend_from_slice(columns);
         let key = (shard_key.clone(), block, names);
-        let fetch = || self.fetch(shard, shard_key, wanted);
-        self.blocks.get(key, fetch, |batch| batch.get_array_memory_size()).await
+        let wanted = Wanted {
+            layout: source.layout.clone(),
+            columns: columns.to_vec(),
+            schema: manifest.data_schema(columns)?,
+            block: block as usize,
+            rows,
+        };
+        self.blocks.get(&key, self.fetch(source, shard, &shard_key, wanted)).await
     }
 
-    async fn fetch(&self, shard: &Shard, key: ShardKey, wanted: Wanted<'_>) -> Result<Arc<RecordBatch>> {
-        let location = self.stores.open(&wanted.source.root_uri)?.below(&shard.path);
+    async fn fetch(
+        &self,
+        source: &SourceManifest,
+        shard: &Shard,
+        key: &ShardKey,
+        wanted: Wanted,
+    ) -> Result<Arc<RecordBatch>> {
+        let location = self.stores.open(&source.root_uri)?.below(&shard.path);
         let file = ShardFile::new(location, shard.size, shard.etag.clone());
-        let footer = self.footers.get(key, || file.footer(), |footer| footer.metadata().memory_size()).await?;
+        let footer = self.footers.get(key, file.footer()).await?;
         let groups = footer.metadata().row_groups();
-        let Some(group) = groups.get(wanted.block as usize).filter(|g| g.num_rows() as usize == wanted.rows) else {
+        let Some(group) = groups.get(wanted.block).filter(|g| g.num_rows() as usize == wanted.rows) else {
             return Err(file.changed("its row groups are others"));
         };
         let mask = wanted.projection(&footer);
         let needed = group.columns().iter().enumerate().filter(|(leaf, _)| mask.leaf_included(*leaf));
         let ranges = needed.map(|(_, column)| file.column(column)).collect::<Result<Vec<_>>>()?;
-        let bytes = file.ranges(&ranges).await?;
-        let (block, rows) = (wanted.block as usize, wanted.rows);
-        let decoded = tokio::task::spawn_blocking(move || decode(bytes, footer, block, rows, mask)).await;
+        let (bytes, block) = (file.ranges(&ranges).await?, wanted.block);
+        let decoded = tokio::task::spawn_blocking(move || wanted.decode(&bytes, &footer, &mask)).await;
         let batch = decoded.map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;
-        let damaged = |cause| file.changed("its content is damaged").because(cause);
-        let batch = batch.map_err(damaged)?;
-        Ok(Arc::new(wanted.assemble(&batch).map_err(|cause| file.changed("its columns are others").because(cause))?))
+        Ok(Arc::new(batch.map_err(|cause| file.undecodable(block, cause))?))
     }
 }
 
-fn decode(
-    bytes: Ranges,
-    footer: ArrowReaderMetadata,
+/// What is wanted of a block.
+struct Wanted {
+    layout: Layout,
+    columns: Vec<String>,
+    schema: SchemaRef,
     block: usize,
     rows: usize,
-    mask: ProjectionMask,
-) -> Result<RecordBatch, arrow::error::ArrowError> {
-    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, footer)
-        .with_row_groups(vec![block])
-        .with_batch_size(rows.max(1))
-        .with_projection(mask)
-        .build()?;
-    let schema = reader.schema();
-    let batches = reader.collect::<Result<Vec<_>, _>>()?;
-    concat_batches(&schema, &batches)
 }
 
-/// What is wanted of a block.
-struct Wanted<'a> {
-    source: &'a SourceManifest,
-    columns: &'a [String],
-    schema: SchemaRef,
-    block: u32,
-    rows: usize,
-}
+impl Wanted {
+    fn decode(
+        &self,
+        bytes: &Ranges,
+        footer: &ArrowReaderMetadata,
+        mask: &ProjectionMask,
+    ) -> Result<RecordBatch, ArrowError> {
+        let cause = match self.read(bytes, footer.clone(), mask) {
+            Ok(batch) => return self.assemble(&batch),
+            Err(cause) => cause,
+        };
+        // One caption that is not UTF-8 fails the whole block; read as bytes it costs its row only.
+        let as_bytes = captions::as_bytes(footer, &self.layout.caption_column)?;
+        let batch = self.read(bytes, as_bytes, mask).map_err(|_| cause)?;
+        self.assemble(&batch)
+    }
 
-impl Wanted<'_> {
+    fn read(
+        &self,
+        bytes: &Ranges,
+        footer: ArrowReaderMetadata,
+        mask: &ProjectionMask,
+    ) -> Result<RecordBatch, ArrowError> {
+        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
+            .with_row_groups(vec![self.block])
+            .with_batch_size(self.rows.max(1))
+            .with_projection(mask.clone())
+            .build()?;
+        let schema = reader.schema();
+        let batches = reader.collect::<Result<Vec<_>, _>>()?;
+        concat_batches(&schema, &batches)
+    }
+
     /// Of a struct image only its bytes, of everything else the whole column.
     fn projection(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
         let schema = footer.parquet_schema();
-        let layout = &self.source.layout;
+        let layout = &self.layout;
         let wanted = |leaf: usize| {
             let parts = schema.column(leaf).path().parts().to_vec();
             let root = &parts[0];
@@ -137,18 +158,20 @@ impl Wanted<'_> {
     }
 
     /// The batch under the delivered names and types.
-    fn assemble(&self, batch: &RecordBatch) -> Result<RecordBatch, arrow::error::ArrowError> {
-        let layout = &self.source.layout;
+    fn assemble(&self, batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+        let layout = &self.layout;
         let column = |name: &str| {
-            let missing = || arrow::error::ArrowError::SchemaError(format!("no column '{name}'"));
+            let missing = || ArrowError::SchemaError(format!("no column '{name}'"));
             batch.column_by_name(name).cloned().ok_or_else(missing)
         };
         let mut image = column(&layout.image_column)?;
         if layout.image_in_struct {
             image = bytes_of(&image)?;
         }
-        let mut arrays = vec![image, column(&layout.caption_column)?];
-        for name in self.columns {
+        let caption = column(&layout.caption_column)?;
+        let caption = caption.as_binary_opt::<i32>().map_or(Ok(caption.clone()), captions::from_bytes)?;
+        let mut arrays = vec![image, caption];
+        for name in &self.columns {
             arrays.push(column(name)?);
         }
         let cast_to = |(array, field): (ArrayRef, &Arc<arrow::datatypes::Field>)| cast(&array, field.data_type());
@@ -159,8 +182,8 @@ impl Wanted<'_> {
 }
 
 /// The `bytes` of an image struct, null where the struct is.
-fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
-    let missing = || arrow::error::ArrowError::SchemaError("the image is no struct with `bytes`".to_owned());
+fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+    let missing = || ArrowError::SchemaError("the image is no struct with `bytes`".to_owned());
     let image = image.as_any().downcast_ref::<StructArray>().ok_or_else(missing)?;
     let bytes = image.column_by_name("bytes").ok_or_else(missing)?;
     match image.nulls() {
@@ -169,82 +192,6 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, arrow::error::ArrowError> {
     }
 }
 
-/// Values by key, the least recently used dropped first. A value is made once, however many ask for it at once; where
-/// making it fails or is cancelled, the next who asks tries again.
-struct Cache<K, V> {
-    room: usize,
-    held: Mutex<Held<K, V>>,
-}
-
-struct Held<K, V> {
-    entries: HashMap<K, Entry<V>>,
-    bytes: usize,
-    clock: u64,
-}
-
-struct Entry<V> {
-    cell: Arc<OnceCell<V>>,
-    /// 0 until the value is there.
-    bytes: usize,
-    used: u64,
-}
-
-impl<K: Hash + Eq + Clone, V: Clone> Cache<K, V> {
-    fn new(room: usize) -> Self {
-        Self { room, held: Mutex::new(Held { entries: HashMap::new(), bytes: 0, clock: 0 }) }
-    }
-
-    async fn get<F: Future<Output = Result<V>>>(
-        &self,
-        key: K,
-        make: impl FnOnce() -> F,
-        size: impl FnOnce(&V) -> usize,
-    ) -> Result<V> {
-        let cell = self.held().cell(&key);
-        let made = cell.get_or_try_init(make).await.cloned();
-        let mut held = self.held();
-        held.settle(&key, &cell, made.as_ref().ok().map(size));
-        held.shrink(self.room);
-        made
-    }
-
-    fn held(&self) -> std::sync::MutexGuard<'_, Held<K, V>> {
-        self.held.lock().expect("no panic while held")
-    }
-}
-
-impl<K: Hash + Eq + Clone, V> Held<K, V> {
-    fn cell(&mut self, key: &K) -> Arc<OnceCell<V>> {
-        self.clock += 1;
-        let new = || Entry { cell: Arc::default(), bytes: 0, used: 0 };
-        let entry = self.entries.entry(key.clone()).or_insert_with(new);
-        entry.used = self.clock;
-        entry.cell.clone()
-    }
-
-    /// Counts a value that is there now, and forgets one that could not be made.
-    fn settle(&mut self, key: &K, cell: &Arc<OnceCell<V>>, size: Option<usize>) {
-        let Some(entry) = self.entries.get_mut(key).filter(|entry| Arc::ptr_eq(&entry.cell, cell)) else { return };
-        match size {
-            Some(size) => {
-                self.bytes = self.bytes - entry.bytes + size.max(1);
-                entry.bytes = size.max(1);
-            }
-            // Two: the entry's and ours. Somebody else who waits may still make it.
-            None if Arc::strong_count(cell) == 2 => drop(self.entries.remove(key)),
-            None => {}
-        }
-    }
-
-    fn shrink(&mut self, room: usize) {
-        while self.bytes > room {
-            let there = self.entries.iter().filter(|(_, entry)| entry.bytes > 0);
-            let Some(oldest) = there.min_by_key(|(_, entry)| entry.used).map(|(key, _)| key.clone()) else { return };
-            self.bytes -= self.entries.remove(&oldest).map_or(0, |entry| entry.bytes);
-        }
-    }
-}
-
 #[cfg(test)]
 #[path = "read_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,16 +1,27 @@
 use super::*;
-use crate::{dataset::fixtures::*, storage::StorageConfig};
+use crate::{
+    dataset::fixtures::*,
+    storage::StorageConfig,
+    worker::{
+        models::Inputs,
+        pool::{Pool, Row},
+        preprocess::ImageLimits,
+    },
+};
 use arrow::array::{AsArray, LargeBinaryArray, LargeStringArray};
 use arrow::datatypes::Int64Type;
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, stream::BoxStream};
+use futures::stream::BoxStream;
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
     PutOptions, PutPayload, PutResult, path::Path,
 };
-use std::sync::atomic::{AtomicU64, Ordering};
-use superbatch_proto::v1::Reason;
+use std::{
+    fmt,
+    sync::atomic::{AtomicU64, Ordering},
+};
+use superbatch_proto::v1::{BadRowReason, Reason};
 
 /// Counts the gets, and their bytes, of the store it wraps.
 #[derive(Debug)]
@@ -57,7 +68,8 @@ impl ObjectStore for Counting {
     }
 }
 
-fn counted() -> (Stores, Arc<[AtomicU64; 2]>) {
+/// Storage, with how often and how much was read from it.
+pub(in crate::worker) fn counted() -> (Stores, Arc<[AtomicU64; 2]>) {
     let counts = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
     let ours = counts.clone();
     let wrap = Arc::new(move |store| Arc::new(Counting(store, ours.clone())) as Arc<dyn ObjectStore>);
@@ -193,17 +205,58 @@ async fn a_shard_that_changes_after_its_footer_is_refused() {
 }
 
 #[tokio::test]
-async fn a_failure_is_not_kept() {
-    let cache: Cache<u8, u8> = Cache::new(10);
-    let fails = || async { Err(Error::internal("once")) };
-    assert!(cache.get(1, fails, |_| 1).await.is_err());
-    assert!(cache.held().entries.is_empty());
-    assert_eq!(cache.get(1, || async { Ok(7) }, |_| 1).await.unwrap(), 7);
-    let never = || async { unreachable!("the value is there") };
-    assert_eq!(cache.get(1, never, |_| 1).await.unwrap(), 7);
-    let waits = std::pin::pin!(cache.get(2, std::future::pending::<Result<u8>>, |_| 1));
-    assert!(futures::poll!(waits).is_pending());
-    let streams = futures::stream::iter(0..3).then(|_| cache.get(3, || async { Ok(3) }, |_| 20));
-    assert_eq!(streams.collect::<Vec<_>>().await.len(), 3, "what is larger than the room is still handed out");
-    assert_eq!(cache.held().bytes, 0);
+async fn a_caption_that_is_no_text_costs_its_row() {
+    for rows in [img2dataset(0..8), hugging_face(0..8)] {
+        let stores = stores();
+        let mut file = parquet(&rows, 4).to_vec();
+        let (good, bad) = (b"caption 5".as_slice(), b"captio\xFF 5");
+        let places: Vec<usize> = (0..file.len() - good.len()).filter(|at| file[*at..].starts_with(good)).collect();
+        places.iter().for_each(|at| file[*at..*at + bad.len()].copy_from_slice(bad));
+        let manifest = indexed(&stores, &[("0.parquet", file.into())]).await.unwrap();
+        let columns = ["uid".to_owned()];
+        let whole = BlockReader::new(stores, 1 << 20).read(&manifest, 0, 0, 1, &columns).await.unwrap();
+        assert_eq!(whole.schema(), manifest.data_schema(&columns).unwrap());
+        assert_eq!(captions(&whole), [Some("caption 4"), None, Some("caption 6"), Some("caption 7")]);
+        assert_eq!(whole.column(0).as_binary::<i32>().value(1), b"image 5");
+        assert_eq!(whole.column(2).as_primitive::<Int64Type>().values(), &[4, 5, 6, 7]);
+        let rows = (0..3).map(|row| Row { batch: whole.clone(), row }).collect();
+        let pool = Pool::new(1, ImageLimits { pixels_max: 1, bytes_max: 99 }).unwrap();
+        let (checked, _) = pool.prepare(rows, Arc::new(Inputs::check())).await.unwrap();
+        let reasons: Vec<_> = checked.into_iter().map(|row| row.unwrap_err().reason).collect();
+        let undecodable = BadRowReason::ImageUndecodable;
+        assert_eq!(reasons, [undecodable, BadRowReason::CaptionInvalid, undecodable]);
+    }
+}
+
+#[tokio::test]
+async fn what_was_indexed_and_cannot_be_decoded_is_not_called_changed() {
+    let stores = stores();
+    let whole = parquet(&img2dataset(0..4), 4);
+    let start = indexed(&stores, &[("0.parquet", whole.clone())]).await.unwrap().sources[0].shards[0].blocks[0].bytes.0;
+    let mut bad = whole.to_vec();
+    bad[start as usize..start as usize + 8].fill(0xFF);
+    let manifest = indexed(&stores, &[("0.parquet", bad.into())]).await.unwrap();
+    let error = BlockReader::new(stores, 0).read(&manifest, 0, 0, 0, &["uid".into()]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument, "{}", error.chain());
+    assert_eq!(error.value("shard"), Some("memory:///data/0.parquet"));
+}
+
+#[tokio::test]
+async fn a_copy_of_a_local_file_is_the_file_that_was_indexed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, copy) = (folder.path().join("0.parquet"), folder.path().join("copy"));
+    std::fs::write(&path, parquet(&img2dataset(0..4), 2)).unwrap();
+    let written = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let stores = stores();
+    let uri = url::Url::from_file_path(folder.path()).unwrap();
+    let manifest = crate::dataset::index(&stores, &[request(uri.as_str())]).await.unwrap();
+    std::fs::copy(&path, &copy).unwrap();
+    std::fs::File::options().write(true).open(&copy).unwrap().set_modified(written).unwrap();
+    std::fs::rename(&copy, &path).unwrap();
+    BlockReader::new(stores.clone(), 0).read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let later = written + std::time::Duration::from_secs(1);
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+    let error = BlockReader::new(stores, 0).read(&manifest, 0, 0, 0, &[]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::DatasetChanged);
+    assert!(error.to_string().contains("another time"), "{error}");
 }

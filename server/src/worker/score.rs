@@ -274,7 +274,8 @@ impl<'a> Scoring<'a> {
                 Rows::Whole(batch) => {
                     rows_read_again += if self.blocks[number].was_read { places.len() } else { 0 };
                     // Only what is wanted stays in memory.
-                    let batch = Arc::new(pick(&batch, places.iter().map(|place| block.rows[n(place)]).collect())?);
+                    let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
+                    let batch = Arc::new(self.engine.pool.run(move |_| pick(&batch, wanted)).await??);
                     for (row, place) in places.into_iter().enumerate() {
                         rows[place] = Some(Row { batch: batch.clone(), row });
                     }
@@ -302,6 +303,7 @@ impl<'a> Scoring<'a> {
             logit_bias: model.info.logit_bias,
             model_digest: model.info.digest.clone(),
             device: self.engine.device.name().to_owned(),
+            compute_dtype: model.info.key.compute.dtype().into(),
             ..Default::default()
         }
     }

@@ -66,7 +66,7 @@ impl Worker {
 
     async fn prepare(&self, request: PrepareModelRequest) -> Result<PrepareModelResponse> {
         let model = request.model.ok_or_else(|| Error::invalid("model", "PrepareModel names no model"))?;
-        let info = &self.0.models.load(&model).await?.info;
+        let info = &self.0.models.load_anew(&model).await?.info;
         let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo { name: name.clone(), shape: shape.clone() });
         Ok(PrepareModelResponse {
             digest: info.digest.clone(),
@@ -81,6 +81,7 @@ impl Worker {
             tensors: tensors.collect(),
             device: self.0.device.name().to_owned(),
             weights_digest: info.weights_digest.clone(),
+            compute_dtype: info.key.compute.dtype().into(),
         })
     }
 }

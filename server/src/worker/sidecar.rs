@@ -1,7 +1,12 @@
 //! Reference embeddings, kept: one immutable object for a block, shared by all runs and workers.
-use super::{cache::Cache, embed::Embeddings, model::Compute, preprocess::RowFault};
+use super::{
+    cache::Cache,
+    embed::Embeddings,
+    model::Compute,
+    preprocess::{ImageLimits, RowFault},
+};
 use crate::{
-    error::Result,
+    error::{Error, Result},
     storage::{Created, Location},
 };
 use bytes::{Bytes, BytesMut};
@@ -24,6 +29,8 @@ pub(super) struct BlockKey<'a> {
     pub fidelity: Fidelity,
     pub dtype: EmbeddingDtype,
     pub compute: Compute,
+    /// Images beyond them are faults, which are stored with the embeddings.
+    pub limits: ImageLimits,
 }
 
 /// The embeddings of all rows of a block, in its order; rows at fault are zero.
@@ -70,8 +77,9 @@ impl BlockKey<'_> {
         let place = [self.source, self.shard, self.block].map(u32::to_le_bytes).concat();
         let compute = if self.compute == Compute::Bf16 { "bf16" } else { "f32" };
         let names = [self.fidelity.as_str_name(), self.dtype.as_str_name(), compute].join(" ");
-        let fields =
-            [self.manifest.as_bytes(), &place, self.model_digest.as_bytes(), &self.inputs_digest, names.as_bytes()];
+        let limits = [self.limits.pixels_max, self.limits.bytes_max].map(u64::to_le_bytes).concat();
+        let (manifest, model) = (self.manifest.as_bytes(), self.model_digest.as_bytes());
+        let fields = [manifest, &place, model, &self.inputs_digest, names.as_bytes(), &limits];
         for field in fields {
             hash.update(&(field.len() as u64).to_le_bytes()).update(field);
         }
@@ -99,7 +107,9 @@ impl Sidecar {
         let make = async {
             let found = self.state.find(key).await?;
             let damaged = found.is_some();
-            if let Some(block) = found.and_then(|bytes| decode(&bytes, shape)) {
+            if let Some(bytes) = found
+                && let Some(block) = blocking(move || decode(&bytes, shape)).await?
+            {
                 return Ok(Arc::new(block));
             }
             if damaged {
@@ -109,26 +119,33 @@ impl Sidecar {
                 );
             }
             let block = compute.await?;
-            Ok(Arc::new(self.store(key, shape, block, damaged).await))
+            Ok(Arc::new(self.store(key, shape, block, damaged).await?))
         };
         self.cache.get(&key.to_owned(), make).await
     }
 
-    async fn store(&self, key: &str, shape: Shape, block: BlockEmbeddings, replace: bool) -> BlockEmbeddings {
-        let bytes = encode(&block, shape.dtype);
+    async fn store(&self, key: &str, shape: Shape, block: BlockEmbeddings, replace: bool) -> Result<BlockEmbeddings> {
+        let encoded = move || (encode(&block, shape.dtype), block);
+        let (bytes, block) = blocking(encoded).await?;
         let stored = match replace {
             true => self.state.put(key, bytes).await.map(|()| Created::Ours),
             false => self.state.create(key, bytes).await,
         };
-        match stored {
+        Ok(match stored {
             Ok(Created::Ours) => block,
-            Ok(Created::Theirs(bytes)) => decode(&bytes, shape).unwrap_or(block),
+            Ok(Created::Theirs(bytes)) => blocking(move || decode(&bytes, shape)).await?.unwrap_or(block),
             Err(error) => {
                 tracing::warn!(error = error.chain(), "could not store reference embeddings; they serve this once");
                 block
             }
-        }
+        })
     }
+}
+
+/// Hashing and copying megabytes off the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let panicked = |e| Error::internal("reading or writing reference embeddings panicked").because(e);
+    tokio::task::spawn_blocking(work).await.map_err(panicked)
 }
 
 /// Magic, length of the header (u32 le), header (JSON), image embeddings, text embeddings, BLAKE3 of all that.
@@ -206,7 +223,7 @@ mod tests {
         let again = sidecar.get("reference/a", SHAPE, async { panic!("it is stored") }).await.unwrap();
         assert_eq!((&*first, &*again), (&block(1), &block(1)));
         // Another worker that computed at the same time finds the first one's when it stores its own.
-        assert_eq!(sidecar.store("reference/a", SHAPE, block(5), false).await, block(1));
+        assert_eq!(sidecar.store("reference/a", SHAPE, block(5), false).await.unwrap(), block(1));
     }
 
     #[tokio::test]
@@ -238,6 +255,7 @@ mod tests {
             fidelity: Fidelity::Full,
             dtype: EmbeddingDtype::F16,
             compute: Compute::F32,
+            limits: ImageLimits { pixels_max: 1, bytes_max: 1 },
         };
         let others = [
             BlockKey { manifest: "n", ..key.clone() },
@@ -248,6 +266,8 @@ mod tests {
             BlockKey { inputs_digest: [1; 32], ..key.clone() },
             BlockKey { dtype: EmbeddingDtype::F32, ..key.clone() },
             BlockKey { compute: Compute::Bf16, ..key.clone() },
+            BlockKey { limits: ImageLimits { pixels_max: 2, bytes_max: 1 }, ..key.clone() },
+            BlockKey { limits: ImageLimits { pixels_max: 1, bytes_max: 2 }, ..key.clone() },
         ];
         let all: std::collections::HashSet<_> = others.iter().chain([&key]).map(BlockKey::object).collect();
         assert_eq!(all.len(), others.len() + 1);

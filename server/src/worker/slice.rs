@@ -99,11 +99,6 @@ impl SliceBlock {
         Ok(Self { source, shard, block, rows, first, block_rows, first_row })
     }
 
-    /// Only the candidates of a whole block, copied out of it.
-    pub fn candidates_of(&self, whole: &RecordBatch) -> Result<RecordBatch> {
-        pick(whole, self.rows.clone())
-    }
-
     /// The `n`-th candidate of this block.
     pub fn row(&self, rows: &Rows, n: usize) -> Row {
         match rows {

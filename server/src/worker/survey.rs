@@ -7,7 +7,7 @@ use super::{
     preprocess::RowFault,
     retained::Kept,
     sidecar::{self, BlockEmbeddings, BlockKey},
-    slice::{Rows, Slice, SliceBlock},
+    slice::{Rows, Slice, SliceBlock, pick},
 };
 use crate::{
     error::{Error, Result},
@@ -92,8 +92,9 @@ impl<'a> Pass<'a> {
             self.read().await?;
             self.candidates(inputs).await?;
         }
-        if let Some(whole) = &self.whole {
-            let rows = self.block.candidates_of(whole)?;
+        if let Some(whole) = self.whole.take() {
+            let wanted = self.block.rows.clone();
+            let rows = self.engine.pool.run(move |_| pick(&whole, wanted)).await??;
             let bytes = rows.get_array_memory_size();
             self.found.raw = self.engine.raw.keep(self.task.step, bytes, Arc::new(rows));
         }
@@ -126,6 +127,7 @@ impl<'a> Pass<'a> {
             fidelity: Fidelity::Full,
             dtype: shape.dtype,
             compute: model.info.key.compute,
+            limits: engine.pool.limits(),
         };
         let found = engine.sidecar.get(&key.object(), shape, self.embed_block(model)).await?;
         let rows = block.rows.len() as u64;

@@ -124,46 +124,33 @@ impl Device {
     /// `WeightsRefused` (for a folder's own weights `ModelInvalid`) naming the first bad `tensor`; what
     /// [`ModelFolder::weights`] says; `Overloaded` where it does not fit the device.
     pub async fn load(&self, request: LoadModel) -> Result<ModelInfo> {
-        let LoadModel { folder, weights, compute, canary } = request;
-        let known = match &weights {
-            Weights::Safetensors(file) => {
-                let file = file.clone();
-                Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
-            }
-            Weights::Folder => folder.weights_digest.get().cloned(),
-            Weights::Random(seed) => Some(init::digest(*seed)),
-        };
-        let (reason, source) = match &weights {
-            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {}", folder.uri)),
-            Weights::Folder => (Reason::ModelInvalid, folder.uri.clone()),
-            Weights::Random(seed) => (Reason::WeightsRefused, format!("{} from seed {seed}", folder.uri)),
-        };
+        let known = request.weights_digest().await?;
+        let (compute, canary) = (request.compute, request.canary);
         if let Some(digest) = &known {
-            let key = ModelKey { digest: folder.digest(digest), compute };
-            let source = source.clone();
+            let key = ModelKey { digest: request.folder.digest(digest), compute };
+            let (reason, source) = request.blamed();
             let found = self.submit(move |models| models.find(&key, canary, reason, &source)).await?;
             if let Some(info) = found {
                 return Ok(info);
             }
         }
-        let files = match weights {
-            Weights::Safetensors(file) => vec![file],
-            Weights::Folder => folder.weights().await?,
-            Weights::Random(seed) => {
-                let folder = folder.clone();
-                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
-            }
-        };
-        let of = folder.clone();
-        let snapshot =
-            blocking(move || of.verify(files)).await?.map_err(|refusal| refusal.into_error(reason, &source))?;
-        if known.is_none() {
-            // Set already where two callers loaded at once; the first to finish is as right.
-            let _ = folder.weights_digest.set(snapshot.digest().to_owned());
-        }
-        let weights_digest = known.unwrap_or_else(|| snapshot.digest().to_owned());
-        let source = models::Source { folder, snapshot, weights_digest, name: source, reason };
+        let source = request.read(known).await?;
         self.submit(move |models| models.insert(source, compute, canary)).await
+    }
+
+    /// Loads a model and embeds a micro-batch with it in one go, so that no other model can push it off in between.
+    ///
+    /// # Errors
+    /// As [`Device::load`] and [`Device::embed`]; `WeightsMissing` means that the weights are not those of `batch.model`.
+    pub async fn load_and_embed(&self, request: LoadModel, batch: MicroBatch) -> Result<Embedded> {
+        let known = request.weights_digest().await?;
+        let (compute, canary) = (request.compute, request.canary);
+        let source = request.read(known).await?;
+        let work = move |models: &mut Models| {
+            models.insert(source, compute, canary)?;
+            models.embed(&batch)
+        };
+        self.submit(work).await
     }
 
     /// Embeds a micro-batch.
@@ -199,6 +186,55 @@ impl Device {
         };
         self.jobs.send(Box::new(job)).await.map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?
+    }
+}
+
+impl LoadModel {
+    /// The weights' digest, where it is known without reading them.
+    async fn weights_digest(&self) -> Result<Option<String>> {
+        Ok(match &self.weights {
+            Weights::Safetensors(file) => {
+                let file = file.clone();
+                Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
+            }
+            Weights::Folder => self.folder.weights_digest.get().cloned(),
+            Weights::Random(seed) => Some(init::digest(*seed)),
+        })
+    }
+
+    /// The reason that bad weights carry, and what errors call them.
+    fn blamed(&self) -> (Reason, String) {
+        let uri = &self.folder.uri;
+        match &self.weights {
+            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {uri}")),
+            Weights::Folder => (Reason::ModelInvalid, uri.clone()),
+            Weights::Random(seed) => (Reason::WeightsRefused, format!("{uri} from seed {seed}")),
+        }
+    }
+
+    /// The weights, read or drawn, and checked.
+    async fn read(self, known: Option<String>) -> Result<models::Source> {
+        let (reason, name) = self.blamed();
+        let Self { folder, weights, .. } = self;
+        let is_folder = matches!(weights, Weights::Folder);
+        let files = match weights {
+            Weights::Safetensors(file) => vec![file],
+            Weights::Folder => folder.weights().await?,
+            Weights::Random(seed) => {
+                let folder = folder.clone();
+                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
+            }
+        };
+        let of = folder.clone();
+        let snapshot =
+            blocking(move || of.verify(files)).await?.map_err(|refusal| refusal.into_error(reason, &name))?;
+        // A folder may hold others than when its digest was taken: what counts is what was read now.
+        let weights_digest = known.filter(|_| !is_folder).unwrap_or_else(|| snapshot.digest().to_owned());
+        if is_folder {
+            // Set already where two callers loaded at once; the first to finish is as right.
+            let _ = folder.weights_digest.set(weights_digest.clone());
+        }
+        Ok(models::Source { folder, snapshot, weights_digest, name, reason })
     }
 }
 

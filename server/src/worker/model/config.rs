@@ -40,6 +40,14 @@ impl Compute {
         }
     }
 
+    /// As the protocol names it.
+    pub fn dtype(self) -> ComputeDtype {
+        match self {
+            Self::F32 => ComputeDtype::F32,
+            Self::Bf16 => ComputeDtype::Bf16,
+        }
+    }
+
     pub(super) fn kind(self) -> tch::Kind {
         match self {
             Self::F32 => tch::Kind::Float,

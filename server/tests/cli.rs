@@ -1,0 +1,88 @@
+//! The binary as a user meets it: what it prints, what it refuses, and how it exits.
+use std::{
+    fs::{self, File},
+    process::{Command, Output, Stdio},
+};
+
+fn superbatch(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_superbatch"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    superbatch(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let commands = ["serve", "worker", "check-config", "index", "runs", "receipts", "select"];
+    let top = output(&["--help"]);
+    for command in commands {
+        assert!(text(&top.stdout).contains(&format!("\n  {command} ")), "{command}");
+        let help = output(&[command, "--help"]);
+        assert!(help.status.success() && help.stdout.len() > 400, "{command}: {}", text(&help.stdout));
+    }
+    assert!(text(&output(&["select", "--help"]).stdout).contains("learner_img"), "what the file holds");
+    // A command shows the options that it heeds, and takes no others.
+    let select = output(&["select", "--help"]);
+    for foreign in ["--listen", "--coordinator", "--state", "--device"] {
+        assert!(!text(&select.stdout).contains(foreign), "{foreign}");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = format!("--state=file://{}", folder.path().display());
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&[], 2, "Usage: superbatch"),
+        (&["serv"], 2, "serve"),
+        (&["select", "--embeddings", "x", "--device", "cuda"], 2, "--device"),
+        (&["select", "--embeddings", "/nowhere.safetensors"], 1, "/nowhere.safetensors"),
+        (&["select", "--embeddings", "x", "--policy", "best"], 2, "joint"),
+        (&["serve", "--listen", "here"], 2, "--listen"),
+        (&["serve", "--listen", "0.0.0.0:0"], 1, "allow_insecure"),
+        (&["serve", &state, "--device", "gpu"], 1, "gpu"),
+        (&["worker", &state, "--coordinator", "not a uri"], 1, "worker_role.coordinator"),
+        (&["check-config", "--config", "/nowhere.yaml"], 1, "/nowhere.yaml"),
+        (&["index", &state], 2, "<SOURCE>"),
+        (&["index", &state, "data.parquet"], 1, "data.parquet"),
+        (&["receipts", &state, "nobody"], 1, "superbatch runs"),
+        (&["receipts", &state, "nobody", "--last", "0"], 2, "--last"),
+        (&["receipts", &state, "nobody", "--generation", "1"], 2, "--step"),
+    ];
+    for (args, code, word) in cases {
+        let done = output(args);
+        let told = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(*code), "{args:?}: {told}");
+        assert!(told.contains(word), "{args:?}: {told}");
+        if *code == 1 {
+            assert!(told.starts_with("superbatch: ") && told.lines().count() == 1, "{args:?}: {told}");
+        }
+    }
+}
+
+#[test]
+fn the_printed_defaults_are_a_config_that_is_ok() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("superbatch.yaml");
+    fs::write(&file, output(&["check-config", "--defaults"]).stdout).unwrap();
+    let checked = output(&["check-config", "--config", file.to_str().unwrap()]);
+    assert!(checked.status.success() && text(&checked.stdout).starts_with("# ok\n"), "{}", text(&checked.stderr));
+}
+
+#[test]
+fn output_that_cannot_be_written_is_told_and_a_closed_pipe_is_not() {
+    let full = superbatch(&["check-config"]).stdout(File::create("/dev/full").unwrap()).output().unwrap();
+    assert_eq!((full.status.code(), text(&full.stderr).lines().count()), (Some(1), 1), "{}", text(&full.stderr));
+    assert!(text(&full.stderr).contains("standard output"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let closed = superbatch(&["check-config"]).stdout(writer).output().unwrap();
+    assert!(closed.status.success() && closed.stderr.is_empty(), "{}", text(&closed.stderr));
+}
