@@ -1,7 +1,9 @@
 //! The binary as a user meets it: what it prints, what it refuses, and how it exits.
 use std::{
     fs::{self, File},
-    process::{Command, Output, Stdio},
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    process::{Child, Command, Output, Stdio},
 };
 
 fn superbatch(args: &[&str]) -> Command {
@@ -85,4 +87,33 @@ fn output_that_cannot_be_written_is_told_and_a_closed_pipe_is_not() {
     drop(reader);
     let closed = superbatch(&["check-config"]).stdout(writer).output().unwrap();
     assert!(closed.status.success() && closed.stderr.is_empty(), "{}", text(&closed.stderr));
+}
+
+/// A process that ends with its test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself, which the test has told then.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+#[test]
+fn a_worker_tells_its_build_where_it_tells_its_metrics() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = format!("--state=file://{}", folder.path().display());
+    let mut worker = superbatch(&["worker", &state, "--listen", "127.0.0.1:0", "--device", "cpu"]);
+    worker.env("SUPERBATCH_WORKER_ROLE__METRICS_LISTEN", "127.0.0.1:0").stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut worker = Running(worker.spawn().unwrap());
+    let mut said = BufReader::new(worker.0.stdout.take().unwrap()).lines();
+    assert!(said.next().unwrap().unwrap().starts_with("superbatch working on http://127.0.0.1:"));
+    let metrics = said.next().unwrap().unwrap();
+    let address = metrics.strip_prefix("superbatch metrics on http://").and_then(|at| at.strip_suffix("/metrics"));
+    let mut stream = TcpStream::connect(address.unwrap()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    assert!(page.contains("superbatch_build_info{version=") && page.contains("device=\"cpu\""), "{page}");
 }

@@ -18,7 +18,7 @@ use crate::{
 use bytes::Bytes;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ops::Range,
     pin::pin,
     sync::{Arc, Mutex},
@@ -261,31 +261,23 @@ impl<'a> Scoring<'a> {
                 return Err(Error::invalid("candidates", message));
             }
         }
-        let mut by_block: HashMap<usize, Vec<usize>> = HashMap::new();
+        let mut by_block: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (place, candidate) in chosen.candidates.iter().enumerate() {
             by_block.entry(self.slice.block_of(*candidate as usize)).or_default().push(place);
         }
-        let mut rows: Vec<Option<Row>> = vec![None; chosen.candidates.len()];
+        let chosen = &chosen.candidates;
+        let reads: Vec<_> =
+            by_block.into_iter().map(|(block, places)| self.chosen_of(block, places, chosen).boxed()).collect();
+        let mut reads = stream::iter(reads).buffered(AHEAD);
+        let mut rows: Vec<Option<Row>> = vec![None; chosen.len()];
         let mut rows_read_again = 0;
-        for (number, places) in by_block {
-            let block = &self.slice.blocks[number];
-            let n = |place: &usize| chosen.candidates[*place] as usize - block.first;
-            match self.rows(number).await? {
-                Rows::Whole(batch) => {
-                    rows_read_again += if self.blocks[number].was_read { places.len() } else { 0 };
-                    // Only what is wanted stays in memory.
-                    let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
-                    let batch = Arc::new(self.engine.pool.run(move |_| pick(&batch, wanted)).await??);
-                    for (row, place) in places.into_iter().enumerate() {
-                        rows[place] = Some(Row { batch: batch.clone(), row });
-                    }
-                }
-                kept => places.into_iter().for_each(|place| rows[place] = Some(block.row(&kept, n(&place)))),
-            }
+        while let Some((found, was_read_again)) = reads.try_next().await? {
+            rows_read_again += if was_read_again { found.len() } else { 0 };
+            found.into_iter().for_each(|(place, row)| rows[place] = Some(row));
         }
         let rows: Vec<Row> = rows.into_iter().flatten().collect();
         if let Some(n) = rows.iter().position(|row| row.image().is_none() || row.caption().is_none()) {
-            return Err(self.changed(chosen.candidates[n] as usize, "image or caption is null now"));
+            return Err(self.changed(chosen[n] as usize, "image or caption is null now"));
         }
         let schema = self.slice.manifest.data_schema(&self.slice.columns)?;
         let writer = send_rows(RowWriter::new(&schema)?, &rows, &self.engine.pool, answers, arrow_ipc).await?;
@@ -294,6 +286,21 @@ impl<'a> Scoring<'a> {
         }
         let done = RowsDone { rows: rows.len() as u32, rows_read_again: rows_read_again as u32 };
         answers.send(answer(Message::RowsDone(done))).await
+    }
+
+    /// The chosen rows of one block with their places among all that were chosen, and whether they had to be read again.
+    async fn chosen_of(&self, block: usize, places: Vec<usize>, chosen: &[u32]) -> Result<(Vec<(usize, Row)>, bool)> {
+        let rows = self.rows(block).await?;
+        let (was_read, block) = (self.blocks[block].was_read, &self.slice.blocks[block]);
+        let n = |place: &usize| chosen[*place] as usize - block.first;
+        let Rows::Whole(whole) = rows else {
+            return Ok((places.into_iter().map(|place| (place, block.row(&rows, n(&place)))).collect(), false));
+        };
+        // Only what is wanted stays in memory.
+        let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
+        let batch = Arc::new(self.engine.pool.run(move |_| pick(&whole, wanted)).await??);
+        let rows = places.into_iter().enumerate().map(|(row, place)| (place, Row { batch: batch.clone(), row }));
+        Ok((rows.collect(), was_read))
     }
 
     fn done(&self, tower: Tower, model: &Loaded) -> EmbedDone {
