@@ -61,8 +61,8 @@ check: $(READY) ## Formatting and lints
 fmt: ## Formats the Rust code
 	cargo fmt --all
 
-bench-kernels: $(READY) ## Selection kernels against their references
-	cargo bench -p superbatch-kernels
+bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machine's matrix product, as ratios of one run
+	cargo bench -p superbatch-kernels --no-default-features --bench peers
 
 test-gpu: ## Conformance, parity and end-to-end tests on a CUDA device, from binaries built here or before
 	scripts/test-gpu.sh

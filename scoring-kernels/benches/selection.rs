@@ -36,9 +36,11 @@ fn main() {
         Candidates { count: COUNT, learner: Some(model(0, 24.0)), reference: Some(model(2, 30.0)), holes: &[] };
     let keys: Vec<u64> = (0..COUNT as u64).collect();
     let seeded = Noise::Seeded { seed: 1, generation: 0, step: 0, keys: &keys };
-    let mut backends = vec![("native", Backend::Native)];
-    #[cfg(feature = "torch")]
-    backends.push(("torch", Backend::Torch(tch::Device::Cpu)));
+    let backends = [
+        ("native", Backend::Native),
+        #[cfg(feature = "torch")]
+        ("torch", Backend::Torch(tch::Device::Cpu)),
+    ];
 
     let mut bench = Bench::default().sample_size(10).configure_from_args();
     for loss in Loss::ALL {

@@ -107,10 +107,10 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Writes row `index` as f32 to `out`, whose length is the dim.
-    pub(crate) fn read(&self, index: usize, out: &mut [f32]) {
-        let dim = out.len();
-        let range = index * dim..(index + 1) * dim;
+    /// Writes row `index` of rows of `dim` as f32 to `out`, from value `start` on, as many as fit.
+    pub(crate) fn read(&self, index: usize, dim: usize, start: usize, out: &mut [f32]) {
+        let begin = index * dim + start;
+        let range = begin..begin + out.len();
         match self {
             Self::F32(values) => out.copy_from_slice(&values[range]),
             Self::F16(values) => values[range].convert_to_f32_slice(out),

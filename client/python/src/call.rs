@@ -41,8 +41,12 @@ pub fn runtime() -> PyResult<Arc<Runtime>> {
 type Outcome = Box<dyn FnOnce(Python<'_>) -> PyResult<Py<PyAny>> + Send>;
 
 enum State {
-    Running { callbacks: Vec<Py<PyAny>> },
+    Running {
+        callbacks: Vec<Py<PyAny>>,
+    },
     Done(Option<Outcome>),
+    /// Nobody will take the result: what the call has made, or still makes, is dropped at once.
+    Cancelled,
 }
 
 struct Shared {
@@ -56,9 +60,19 @@ impl Shared {
     }
 
     fn finish(&self, outcome: Outcome) {
-        let before = mem::replace(&mut *self.lock(), State::Done(Some(outcome)));
+        let callbacks = {
+            let mut state = self.lock();
+            let State::Running { callbacks } = &mut *state else {
+                drop(state);
+                // It may have something to put back, which must not wait for this lock.
+                drop(outcome);
+                return;
+            };
+            let callbacks = mem::take(callbacks);
+            *state = State::Done(Some(outcome));
+            callbacks
+        };
         self.done.notify_all();
-        let State::Running { callbacks } = before else { return };
         if callbacks.is_empty() {
             return;
         }
@@ -72,12 +86,19 @@ impl Shared {
         });
     }
 
-    /// Whether it is done, after a wait of at most `longest`.
+    /// Drops the result that was not taken, now or when it comes.
+    fn cancel(&self) {
+        let before = mem::replace(&mut *self.lock(), State::Cancelled);
+        drop(before);
+        self.done.notify_all();
+    }
+
+    /// Whether it is done or cancelled, after a wait of at most `longest`.
     fn wait(&self, longest: Duration) -> bool {
         let running = |state: &mut State| matches!(state, State::Running { .. });
         let waited = self.done.wait_timeout_while(self.lock(), longest, running);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        matches!(*state, State::Done(_))
+        !matches!(*state, State::Running { .. })
     }
 }
 
@@ -118,7 +139,7 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        self.task.abort();
+        self.cancel();
     }
 }
 
@@ -126,19 +147,24 @@ impl Drop for Call {
 impl Call {
     /// Waits for the result with the GIL released. A signal whose handler raises (Ctrl-C) cancels the call.
     fn wait(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        while !py.detach(|| self.shared.wait(SIGNAL_SLICE)) {
+        loop {
+            let done = py.detach(|| self.shared.wait(SIGNAL_SLICE));
+            // Also when it is done: Python would raise as soon as this returns, and the result would be lost.
             if let Err(signal) = py.check_signals() {
-                self.task.abort();
+                self.cancel();
                 return Err(signal);
             }
+            if done {
+                return self.result(py);
+            }
         }
-        self.result(py)
     }
 
     /// The result of a call that is done. It can be taken once.
     fn result(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let outcome = match &mut *self.shared.lock() {
             State::Done(outcome) => outcome.take(),
+            State::Cancelled => return Err(errors::exception(py, &Error::Stopped)),
             State::Running { .. } => None,
         };
         match outcome {
@@ -156,8 +182,9 @@ impl Call {
         callback.call0(py).map(|_| ())
     }
 
-    /// Cancels the call.
+    /// Cancels the call, and drops its result if that is there and was not taken.
     fn cancel(&self) {
         self.task.abort();
+        self.shared.cancel();
     }
 }

@@ -6,15 +6,24 @@ use crate::{
 };
 use arrow::pyarrow::ToPyArrow;
 use futures::StreamExt;
-use pyo3::{buffer::PyBuffer, exceptions::PyRuntimeError, prelude::*, types::PyDict};
+use pyo3::{
+    buffer::PyBuffer,
+    exceptions::PyRuntimeError,
+    prelude::*,
+    types::{PyDict, PyMemoryView, PySlice},
+};
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use superbatch_client::{self as client, BatchesConfig, Part, Push, Pusher};
+use superbatch_client::{self as client, Batch, BatchesConfig, Part, Push, Pusher};
+use tokio::sync::OwnedMutexGuard;
 
 /// Pushes that wait beside the one under way. Each is a copy of the weights.
 const QUEUED_MAX: usize = 1;
+
+/// Bytes copied with the GIL held: a millisecond's worth.
+const COPIED_BYTES: usize = 4 << 20;
 
 /// An open run.
 #[pyclass(frozen, module = "superbatch._superbatch")]
@@ -85,10 +94,12 @@ impl Run {
     /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
     fn select(&self, py: Python<'_>, step: u64, rank: u32, world_size: u32, intent: &str) -> PyResult<Call> {
         let (run, intent) = (self.here()?, spec::intent(py, intent)?);
-        Call::start(async move { run.select(step, rank, world_size, intent).await }, show::batch)
+        Call::start(async move { run.select(step, rank, world_size, intent).await }, |py, batch| {
+            show::batch(py, &batch)
+        })
     }
 
-    /// All steps from `start_step` on.
+    /// Every `stride`-th step from `start_step` on.
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn batches(
         &self,
@@ -97,15 +108,17 @@ impl Run {
         world_size: u32,
         start_step: u64,
         end_step: Option<u64>,
+        stride: u64,
         prefetch: u64,
         read_ahead: u64,
         need_after: f64,
     ) -> PyResult<Batches> {
         let need_after = Duration::try_from_secs_f64(need_after)
             .map_err(|_| errors::invalid(py, "need_after", "not a number of seconds"))?;
-        let config = BatchesConfig { rank, world_size, start_step, end_step, prefetch, read_ahead, need_after };
+        let config = BatchesConfig { rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after };
         let batches = self.here()?.batches(config).map_err(|error| errors::exception(py, &error))?;
-        Ok(Batches { batches: Arc::new(tokio::sync::Mutex::new(batches)), process: self.process })
+        let source = Source { batches, untaken: None };
+        Ok(Batches { source: Arc::new(tokio::sync::Mutex::new(source)), process: self.process })
     }
 
     /// Waits for room for one push; the call's result is a `Slot`.
@@ -162,20 +175,50 @@ impl Run {
 /// Steps in order, asked for ahead.
 #[pyclass(frozen, module = "superbatch._superbatch")]
 pub struct Batches {
-    batches: Arc<tokio::sync::Mutex<client::Batches>>,
+    source: Arc<tokio::sync::Mutex<Source>>,
     process: Process,
+}
+
+/// Where the next batch comes from.
+struct Source {
+    batches: client::Batches,
+    /// A batch that came for a call which ended before Python took it.
+    untaken: Option<Batch>,
+}
+
+/// A batch on its way to Python. If Python does not take it, it goes back, and the next call, which waits for the guard
+/// until then, finds it.
+struct Handover {
+    source: OwnedMutexGuard<Source>,
+    batch: Option<Batch>,
+}
+
+impl Drop for Handover {
+    fn drop(&mut self) {
+        self.source.untaken = self.batch.take();
+    }
 }
 
 #[pymethods]
 impl Batches {
-    /// The next step; the call's result is as that of `Run.select`, or None at the end. Cancelling it loses nothing.
+    /// The next step; the call's result is as that of `Run.select`, or None at the end. A call that is cancelled, or whose
+    /// result is never taken, loses nothing: the next one yields the same step.
     fn next(&self) -> PyResult<Call> {
         self.process.check()?;
-        let batches = self.batches.clone();
-        let next = async move { batches.lock().await.next().await.transpose() };
-        Call::start(next, |py, batch| match batch {
-            Some(batch) => show::batch(py, batch),
-            None => Ok(py.None()),
+        let source = self.source.clone();
+        let next = async move {
+            let mut source = source.lock_owned().await;
+            let batch = match source.untaken.take() {
+                Some(batch) => Some(batch),
+                None => source.batches.next().await.transpose()?,
+            };
+            Ok(Handover { source, batch })
+        };
+        Call::start(next, |py, mut handover| {
+            let Some(batch) = &handover.batch else { return Ok(py.None()) };
+            let shown = show::batch(py, batch)?;
+            handover.batch = None;
+            Ok(shown)
         })
     }
 }
@@ -188,7 +231,7 @@ pub struct Slot {
 
 #[pymethods]
 impl Slot {
-    /// Copies a block of a tensor: `data` is a contiguous buffer of bytes, little endian.
+    /// Copies a block of a tensor: `data` is a buffer of bytes in one dimension, little endian.
     #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
     fn add(
         &self,
@@ -198,10 +241,10 @@ impl Slot {
         global_shape: Vec<u64>,
         start: Vec<u64>,
         extent: Vec<u64>,
-        data: PyBuffer<u8>,
+        data: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let dtype = spec::tensor_dtype(py, dtype)?;
-        let part = Part::block(name, dtype, &global_shape, &start, &extent, data.to_vec(py)?)
+        let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
             .map_err(|error| errors::exception(py, &error))?;
         match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             Some((_, parts)) => parts.push(part),
@@ -217,6 +260,22 @@ impl Slot {
         slot.push(Push { step, parts, push_id, expected_parts, rank });
         Ok(())
     }
+}
+
+/// A copy of a buffer of bytes. Weights are gigabytes, so other threads of Python run between its pieces.
+fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    let py = data.py();
+    let view = PyMemoryView::from(data)?;
+    let mut bytes = vec![0; view.len()?];
+    let mut start = 0;
+    for piece in bytes.chunks_mut(COPIED_BYTES) {
+        let end = start + piece.len();
+        let part = view.get_item(PySlice::new(py, start as isize, end as isize, 1))?;
+        PyBuffer::<u8>::get(&part)?.copy_to_slice(py, piece)?;
+        start = end;
+        py.detach(|| ());
+    }
+    Ok(bytes)
 }
 
 fn used() -> PyErr {

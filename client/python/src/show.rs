@@ -30,7 +30,7 @@ fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -
     message.map_or_else(|| Ok(py.None()), |message| show(py, message))
 }
 
-pub fn batch(py: Python<'_>, batch: Batch) -> Shown {
+pub fn batch(py: Python<'_>, batch: &Batch) -> Shown {
     let record_batch = batch.record_batch.to_pyarrow(py)?;
     let receipt = receipt_summary(py, &batch.receipt)?;
     Ok((record_batch, receipt, batch.step, batch.rank, batch.world_size).into_pyobject(py)?.into_any().unbind())
@@ -51,7 +51,9 @@ pub fn run_summary(py: Python<'_>, run: &v1::RunSummary) -> Shown {
 }
 
 pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
-    dict!(py, run, [dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure, tail_rows_per_epoch], {
+    dict!(py, run, [
+        dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure, tail_rows_per_epoch,
+    ], {
         summary: maybe(py, run.summary.as_ref(), run_summary)?,
         spec: maybe(py, run.spec.as_ref(), run_spec)?,
         accounts: maybe(py, run.accounts.as_ref(), accounts)?,
@@ -97,7 +99,10 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
             content_hash: PyBytes::new(py, &row.content_hash),
         })
     };
-    let bad_row = |row: &v1::BadRow| dict!(py, row, [id, position, detail], { reason: short(row.reason().as_str_name(), "BAD_ROW_REASON_") });
+    let bad_row = |row: &v1::BadRow| {
+        let reason = short(row.reason().as_str_name(), "BAD_ROW_REASON_");
+        dict!(py, row, [id, position, detail], { reason: reason })
+    };
     dict!(py, receipt, [], {
         summary: maybe(py, receipt.summary.as_ref(), receipt_summary)?,
         chosen: list(py, receipt.chosen.iter().map(chosen))?,

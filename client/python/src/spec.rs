@@ -128,7 +128,7 @@ named! {
 
 fn parse<E: Named>(py: Python<'_>, field: &str, value: &str) -> PyResult<E> {
     let known = E::from_wire(&format!("{}{}", E::PREFIX, value.to_ascii_uppercase()));
-    known.filter(|_| value != "unspecified").ok_or_else(|| {
+    known.filter(|_| !value.eq_ignore_ascii_case("unspecified")).ok_or_else(|| {
         let valid: Vec<_> = (1..).map_while(E::wire).map(|name| name[E::PREFIX.len()..].to_lowercase()).collect();
         invalid(py, field, &format!("cannot be {value:?}; valid values are {}", valid.join(", ")))
     })

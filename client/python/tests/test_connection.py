@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import superbatch
 import torch
@@ -27,6 +29,27 @@ def test_an_absent_service_is_told_at_once(free_port):
         superbatch.connect(f"http://127.0.0.1:{free_port}")
     assert caught.value.reason == "UNAVAILABLE"
     assert time.monotonic() - started < 5
+
+
+def test_a_server_that_is_no_superbatch_is_told_without_trying_again():
+    asked = []
+
+    class Nothing(grpc.GenericRpcHandler):
+        """Knows no method, and keeps what it was asked for."""
+
+        def service(self, call):
+            asked.append(call.method)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Nothing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(superbatch.Error, match="no Superbatch") as caught:
+            superbatch.connect(f"http://127.0.0.1:{port}").list_runs()
+    finally:
+        server.stop(None)
+    assert caught.value.reason == "UNIMPLEMENTED" and not isinstance(caught.value, superbatch.Unavailable)
+    assert asked == ["/superbatch.v1.SelectionService/ListRuns"]
 
 
 def test_a_uri_that_is_none_is_refused():
@@ -126,12 +149,6 @@ def test_a_loader_connects_where_it_iterates(free_port, silent, spec, workers):
     dataset = pickle.loads(pickle.dumps(dataset))
     with pytest.raises(superbatch.Unavailable):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=workers)))
-
-
-def test_several_loader_workers_are_refused(spec):
-    dataset = SelectedBatches("http://127.0.0.1:1", spec, rank=0, world_size=1, start_step=0)
-    with pytest.raises(superbatch.Error, match="num_workers 0 or 1"):
-        next(iter(DataLoader(dataset, batch_size=None, num_workers=2)))
 
 
 def test_without_a_process_group_an_incarnation_is_ones_own():

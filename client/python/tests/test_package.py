@@ -67,5 +67,29 @@ def test_the_stubs_say_what_the_extension_has():
                 assert parameters(item) == list(inspect.signature(getattr(real, item.name)).parameters), item.name
 
 
+def test_everything_public_says_what_it_is():
+    things = {name: getattr(superbatch, name) for name in superbatch.__all__}
+    things |= {f"torch.{name}": thing for name, thing in vars(superbatch.torch).items() if own(name, thing)}
+    for name, thing in list(things.items()):
+        things |= {f"{name}.{item}": member for item, member in vars(thing).items() if own(item, member)}
+    assert "Run.push_weights" in things and "torch.SelectedBatches.loader" in things
+    assert [name for name, thing in things.items() if not inspect.getdoc(thing)] == []
+
+
+def own(name: str, thing: object) -> bool:
+    """Whether it is a class, a method or a property of the package."""
+    if isinstance(thing, property):
+        thing = thing.fget
+    return not name.startswith("_") and callable(thing) and thing.__module__.startswith("superbatch")
+
+
+def test_a_stub_calls_a_property_what_is_one():
+    stubs = ast.parse(Path(superbatch.__file__).with_name("_superbatch.pyi").read_text())
+    for node in stubs.body:
+        for item in node.body if isinstance(node, ast.ClassDef) else []:
+            real = inspect.getattr_static(getattr(_superbatch, node.name), item.name)
+            assert bool(item.decorator_list) == inspect.isgetsetdescriptor(real), item.name
+
+
 def parameters(node: ast.FunctionDef) -> list[str]:
     return [argument.arg for argument in node.args.args]

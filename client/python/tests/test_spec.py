@@ -57,6 +57,7 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         ({"batch_size": 64}, "batch_size", "micro_batch_rows"),
         ({"loss": "hinge"}, "loss", "sigmoid, softmax"),
         ({"fallback": "unspecified"}, "fallback", "wait, serve_flagged, uniform, reference_only"),
+        ({"fallback": "UNSPECIFIED"}, "fallback", "wait, serve_flagged, uniform, reference_only"),
         ({"phases": [{"policy": "best"}]}, "phases[0].policy", "uniform, independent, joint"),
         ({"phases": [{"policy": "joint", "size": 1}]}, "phases[0].size", "super_batch_size"),
         ({"phases": [{}, {"sub_batch_size": -1}]}, "phases[1].sub_batch_size", ""),

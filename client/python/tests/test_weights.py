@@ -51,6 +51,20 @@ def test_a_cast_is_to_nearest(dtype):
     assert (kind, extent, data.hex()) == ("bf16", [3], "803f803f823f")
 
 
+def test_the_scale_and_the_bias_of_the_logits_are_not_rounded():
+    scale = torch.tensor(100.0).log()
+    state = {"logit_scale": scale, "logit_bias": torch.tensor([-10.3]), "w": torch.ones(2), "half": scale.half()}
+    parts = pushed(state, "bf16")
+    assert [parts[name][0] for name in state] == ["f32", "f32", "bf16", "f16"]
+    assert parts["logit_scale"][4] == scale.numpy().tobytes()
+
+
+def test_blocks_of_one_element_are_cast_with_the_rest_of_their_tensor():
+    slot = Slot()
+    _weights.add(slot, _weights.of_parts([("w", torch.ones(1), (5,), (4,))]), "bf16")
+    assert slot.parts["w"][0] == "bf16"
+
+
 def test_an_unknown_dtype_and_an_empty_state_are_refused():
     with pytest.raises(superbatch.Error, match="f32, f16, bf16"):
         pushed({"w": torch.ones(1)}, "int8")

@@ -23,8 +23,10 @@ pub struct BatchesConfig {
     pub start_step: u64,
     /// Where to end: this step is not asked for. Without it the stream ends with the data.
     pub end_step: Option<u64>,
-    /// Steps asked for beyond the one that the trainer has; at most the run's `max_ahead` - 1 - `read_ahead`, to which
-    /// larger values are cut.
+    /// Steps from one batch to the next: 1, or the number of streams that share out the steps among them, such as the
+    /// workers of a data loader.
+    pub stride: u64,
+    /// Batches of this stream asked for beyond the one that the trainer has; cut to what the run's `max_ahead` allows.
     pub prefetch: u64,
     /// Steps that the consumer takes before it trains on them, such as those in the queue of a data loader. They do not
     /// count as consumed.
@@ -41,6 +43,7 @@ impl Default for BatchesConfig {
             world_size: 1,
             start_step: 0,
             end_step: None,
+            stride: 1,
             prefetch: 1,
             read_ahead: 0,
             need_after: Duration::ZERO,
@@ -48,7 +51,7 @@ impl Default for BatchesConfig {
     }
 }
 
-/// A stream of batches, one a step. It ends with the data or at `end_step`.
+/// A stream of batches, in the order of their steps. It ends with the data or at `end_step`.
 ///
 /// Asking for a step says that all earlier ones are consumed. After an error the stream goes on with the same step, so
 /// the caller decides whether to ask again. Dropping it cancels what is under way; dropping a `next()` loses nothing.
@@ -81,6 +84,9 @@ impl Batches {
             let message = format!("rank {} is not below world_size {}", config.rank, config.world_size);
             return Err(Error::invalid("rank", message));
         }
+        if config.stride == 0 {
+            return Err(Error::invalid("stride", "it is 1 or more"));
+        }
         let max_ahead = u64::from(run.spec().max_ahead.max(1));
         if config.read_ahead >= max_ahead {
             let needed = config.read_ahead + 1;
@@ -90,7 +96,7 @@ impl Batches {
             );
             return Err(Error::invalid("read_ahead", message));
         }
-        config.prefetch = config.prefetch.min(max_ahead - 1 - config.read_ahead);
+        config.prefetch = config.prefetch.min((max_ahead - 1 - config.read_ahead) / config.stride);
         let next = config.start_step;
         Ok(Self { run, config, next, cursor: Cursor::default(), ahead: VecDeque::new(), ended: false })
     }
@@ -103,7 +109,7 @@ impl Batches {
     /// Starts the fetches that are missing, so that `next` and `prefetch` steps after it are under way.
     fn top_up(&mut self) {
         while self.ahead.len() as u64 <= self.config.prefetch {
-            let step = self.next + self.ahead.len() as u64;
+            let step = self.next + self.ahead.len() as u64 * self.config.stride;
             if self.config.end_step.is_some_and(|end| step >= end) {
                 break;
             }
@@ -138,7 +144,7 @@ impl Stream for Batches {
         this.ahead.pop_front();
         match joined {
             Ok(Ok(batch)) => {
-                this.next += 1;
+                this.next += this.config.stride;
                 Poll::Ready(Some(Ok(batch)))
             }
             Ok(Err(error)) if error.reason() == Some(Reason::EndOfData) => {

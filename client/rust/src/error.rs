@@ -1,6 +1,6 @@
 //! Why a call of the client failed, and whether trying again can help.
 use std::{collections::HashMap, error::Error as _, time::Duration};
-use superbatch_proto::{Failure, v1::Reason};
+use superbatch_proto::{Failure, reason_name as name, v1::Reason};
 use tonic::{Code, Status};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,7 +15,7 @@ pub enum Error {
     #[error("cannot connect to {uri}: is the service running there? ({})", chain(source))]
     Connect { uri: String, source: tonic::transport::Error },
     /// The call broke on the way, or something that is not Superbatch answered it.
-    #[error("the call to the service broke ({:?}): {}", .0.code(), .0.message())]
+    #[error("the call to the service broke ({:?}): {}{}", .0.code(), .0.message(), hint(.0))]
     Transport(Box<Status>),
     /// A stream ended before its trailer.
     #[error("the stream of step {step} ended after {received} of {expected} bytes")]
@@ -35,9 +35,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// The service's reason, where it gave one.
+    /// The service's reason. Where it gave none, that which comes nearest to the gRPC status; `None` if there was no answer.
     pub fn reason(&self) -> Option<Reason> {
-        self.failure().map(|failure| failure.reason)
+        match self {
+            Self::Refused(failure) => Some(failure.reason),
+            Self::Transport(status) => nearest(status),
+            Self::GaveUp { last, .. } => last.reason(),
+            _ => None,
+        }
     }
 
     /// The service's failure, where it gave one: reason, message and metadata.
@@ -49,13 +54,14 @@ impl Error {
         }
     }
 
-    /// A name for programs: the service's reason without its prefix, or, where the service gave none, `UNAVAILABLE` (no
+    /// A name for programs: that of [`Error::reason`] without its prefix, or, where there is none, `UNAVAILABLE` (no
     /// answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
     pub fn reason_name(&self) -> &'static str {
         match self {
-            Self::Refused(failure) => failure.reason.as_str_name().trim_start_matches("REASON_"),
+            Self::Refused(failure) => name(failure.reason),
             Self::GaveUp { last, .. } => last.reason_name(),
-            Self::Connect { .. } | Self::Transport(_) | Self::Incomplete { .. } => "UNAVAILABLE",
+            Self::Transport(status) => nearest(status).map_or("UNAVAILABLE", name),
+            Self::Connect { .. } | Self::Incomplete { .. } => "UNAVAILABLE",
             Self::Corrupt { .. } => "BATCH_CORRUPT",
             Self::Invalid { .. } => "INVALID_ARGUMENT",
             Self::Stopped => "CANCELLED",
@@ -74,17 +80,11 @@ impl Error {
     /// Whether the same call may succeed later, unchanged. The one place where that is decided.
     pub fn is_retryable(&self) -> bool {
         use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
+        let passes = |reason| matches!(reason, NoWorkers | Overloaded | ShuttingDown | StorageUnreachable);
         match self {
-            Self::Refused(failure) => {
-                matches!(failure.reason, NoWorkers | Overloaded | ShuttingDown | StorageUnreachable)
-            }
+            Self::Refused(failure) => passes(failure.reason),
+            Self::Transport(status) => nearest(status).is_none_or(passes),
             Self::Connect { .. } | Self::Incomplete { .. } | Self::Corrupt { .. } => true,
-            Self::Transport(status) => match status.code() {
-                Code::Unavailable | Code::Aborted | Code::Cancelled | Code::ResourceExhausted => true,
-                // These two are also what a broken connection turns into; then the status has a cause on this side.
-                Code::Unknown | Code::Internal => status.source().is_some(),
-                _ => false,
-            },
             Self::Invalid { .. } | Self::GaveUp { .. } | Self::Stopped => false,
         }
     }
@@ -100,6 +100,29 @@ impl From<Status> for Error {
             Ok(failure) => Self::Refused(Box::new(failure)),
             Err(foreign) => Self::Transport(Box::new(foreign.0)),
         }
+    }
+}
+
+/// The reason nearest to a status that carries none; `None` for those of a broken or unanswered call.
+fn nearest(status: &Status) -> Option<Reason> {
+    match status.code() {
+        Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => None,
+        // These two are also what a broken connection turns into; then the status has a cause on this side.
+        Code::Unknown | Code::Internal if status.source().is_some() => None,
+        Code::Unimplemented => Some(Reason::Unimplemented),
+        // Some gRPC libraries refuse long messages with the one, some with the other, which also stands for rates.
+        Code::OutOfRange => Some(Reason::MessageTooLarge),
+        Code::ResourceExhausted if status.message().contains("larger than max") => Some(Reason::MessageTooLarge),
+        Code::ResourceExhausted => Some(Reason::Overloaded),
+        _ => Some(Reason::Internal),
+    }
+}
+
+fn hint(status: &Status) -> &'static str {
+    match nearest(status) {
+        Some(Reason::Unimplemented) => "; what answered is no Superbatch, or an older one",
+        Some(Reason::MessageTooLarge) => "; a limit between client and service is too small for it",
+        _ => "",
     }
 }
 
@@ -126,9 +149,26 @@ mod tests {
         for reason in [Reason::WorldSizeInvalid, Reason::EndOfData, Reason::WeightsRefused, Reason::NeedDeadline] {
             assert!(!refused(reason).is_retryable(), "{reason:?}");
         }
-        assert!(Error::from(Status::unavailable("connection refused")).is_retryable());
-        assert!(!Error::from(Status::internal("a bug on the other side")).is_retryable());
-        assert!(!Error::from(Status::unimplemented("not a superbatch")).is_retryable());
+    }
+
+    #[test]
+    fn a_status_of_others_is_told_by_what_can_be_done_about_it() {
+        let cut = std::io::Error::new(std::io::ErrorKind::ConnectionReset, "cut");
+        let cases = [
+            (Status::unavailable("connection refused"), "UNAVAILABLE", true),
+            (Status::from_error(Box::new(cut)), "UNAVAILABLE", true),
+            (Status::deadline_exceeded("a proxy's patience"), "UNAVAILABLE", true),
+            (Status::resource_exhausted("rate limited"), "OVERLOADED", true),
+            (Status::resource_exhausted("Received message larger than max (5 vs. 4)"), "MESSAGE_TOO_LARGE", false),
+            (Status::unimplemented("unknown service"), "UNIMPLEMENTED", false),
+            (Status::internal("a bug on the other side"), "INTERNAL", false),
+            (Status::unknown("no cause on this side"), "INTERNAL", false),
+            (Status::unauthenticated("a proxy's rule"), "INTERNAL", false),
+        ];
+        for (status, name, passes) in cases {
+            let error = Error::from(status);
+            assert_eq!((error.reason_name(), error.is_retryable()), (name, passes), "{error}");
+        }
     }
 
     #[test]

@@ -69,9 +69,17 @@ impl Urgency {
         }
     }
 
-    /// Whether a failure can wait until somebody waits for the step.
+    /// Whether nobody waits for the step yet, so that a failure is no news.
     fn defers(&self) -> bool {
-        matches!(self, Self::Rising { .. }) && self.intent() == Intent::Prefetch
+        matches!(self, Self::Rising { wanted, .. } if wanted.borrow().is_none())
+    }
+
+    /// Resolves when somebody waits for the step.
+    async fn wanted(&mut self) {
+        let Self::Rising { wanted, .. } = self else { return };
+        if wanted.wait_for(Option::is_some).await.is_err() {
+            pending().await
+        }
     }
 }
 
@@ -106,8 +114,8 @@ impl Fetch {
             match verdict {
                 Ok(delay) => tokio::time::sleep(delay).await,
                 Err(error) if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) => {
-                    tracing::debug!(%error, step = self.step, "not prefetched; asking again when it is needed");
-                    self.urgency.risen().await;
+                    tracing::debug!(%error, step = self.step, "not prefetched; asking again when it is wanted");
+                    self.urgency.wanted().await;
                     attempts = Attempts::new(&retry);
                 }
                 Err(error) => return Err(error),

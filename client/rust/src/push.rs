@@ -1,5 +1,5 @@
 //! Streams weights to the service.
-use crate::{Error, Part, Result, Run, retry};
+use crate::{Error, Part, Result, Run, announce::Announced, retry};
 use bytes::Bytes;
 use superbatch_proto::{
     PART_BYTES,
@@ -29,8 +29,9 @@ impl Push {
 
 /// Pushes, again from the start where the stream breaks: a repeated push id is published once.
 ///
-/// The generation is that in which the weights were trained, which is not the run's any more if it was rewound since.
-pub(crate) async fn push(run: &Run, push: Push, generation: u32) -> Result<WeightsVersion> {
+/// The generation is that in which the push was announced, which is not the run's any more if it was rewound since.
+pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<WeightsVersion> {
+    let generation = announced.generation();
     let start = PushStart {
         run_id: run.run_id().to_owned(),
         generation,
@@ -52,7 +53,9 @@ pub(crate) async fn push(run: &Run, push: Push, generation: u32) -> Result<Weigh
             response.published.ok_or_else(|| Error::from(Status::internal("PushWeights answered without a version")))
         }
     };
-    retry::call(&run.client.retry, attempt).await
+    let version = retry::call(&run.client.retry, attempt).await?;
+    announced.published();
+    Ok(version)
 }
 
 /// The messages of a push: its start, then each part's header and its bytes in messages of at most [`PART_BYTES`].

@@ -1,5 +1,5 @@
 //! Uploads weights in the background, in order, with a bounded queue.
-use crate::{Error, Push, Result, Run, push};
+use crate::{Error, Push, Result, Run, announce::Announced, push};
 use std::sync::{Arc, Mutex, PoisonError};
 use superbatch_proto::v1::WeightsVersion;
 use tokio::{
@@ -20,7 +20,7 @@ pub struct Pusher {
 }
 
 enum Job {
-    Push { push: Push, generation: u32 },
+    Push { push: Push, announced: Announced },
     Flush(oneshot::Sender<Option<WeightsVersion>>),
 }
 
@@ -33,8 +33,8 @@ pub struct Slot {
 impl Slot {
     /// Queues the push. From now on requests of the run say that it is on its way.
     pub fn push(self, push: Push) {
-        self.run.announce_push(push.step);
-        self.permit.send(Job::Push { push, generation: self.run.generation() });
+        let announced = self.run.announce_push(push.step);
+        self.permit.send(Job::Push { push, announced });
     }
 }
 
@@ -90,7 +90,7 @@ async fn upload(run: Run, mut jobs: mpsc::Receiver<Job>, failed: Arc<Mutex<Optio
     let mut newest = None;
     while let Some(job) = jobs.recv().await {
         match job {
-            Job::Push { push, generation } => match push::push(&run, push, generation).await {
+            Job::Push { push, announced } => match push::push(&run, push, announced).await {
                 Ok(version) => newest = Some(version),
                 // The first error is the one to tell: those after it are often its consequence.
                 Err(error) => drop(failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error)),

@@ -1,13 +1,14 @@
 //! One open run: its batches, receipts, weights and life.
 use crate::{
     Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
+    announce::{Announced, Pushes},
     fetch::{Cursor, Fetch, Urgency},
     push,
 };
 use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
 use std::sync::{
     Arc,
-    atomic::{AtomicI64, AtomicU32, Ordering},
+    atomic::{AtomicU32, Ordering},
 };
 use superbatch_proto::v1;
 use tonic::Status;
@@ -26,19 +27,16 @@ pub(crate) struct Shared {
     opened: v1::OpenRunResponse,
     schema: SchemaRef,
     generation: AtomicU32,
-    /// The newest step whose push was begun or queued.
-    pushing_through: AtomicI64,
+    pushes: Arc<Pushes>,
 }
-
-const NO_PUSH: i64 = i64::MIN;
 
 impl Run {
     pub(crate) fn new(client: Client, run_id: String, opened: v1::OpenRunResponse) -> Result<Self> {
         let schema = StreamReader::try_new(&opened.output_schema[..], None)
             .map_err(|error| Error::from(Status::internal(format!("OpenRun answered with a schema that {error}"))))?
             .schema();
-        let (generation, pushing_through) = (AtomicU32::new(opened.generation), AtomicI64::new(NO_PUSH));
-        let shared = Arc::new(Shared { run_id, opened, schema, generation, pushing_through });
+        let generation = AtomicU32::new(opened.generation);
+        let shared = Arc::new(Shared { run_id, opened, schema, generation, pushes: Arc::default() });
         Ok(Self { client, shared, incarnation: "".into() })
     }
 
@@ -101,8 +99,8 @@ impl Run {
 
     /// Pushes whole weights or one rank's parts of them, and waits until the whole push is published or refused.
     pub async fn push(&self, push: Push) -> Result<v1::WeightsVersion> {
-        self.announce_push(push.step);
-        push::push(self, push, self.generation()).await
+        let announced = self.announce_push(push.step);
+        push::push(self, push, announced).await
     }
 
     pub async fn get_run(&self) -> Result<v1::RunInfo> {
@@ -128,7 +126,6 @@ impl Run {
         let request = v1::RewindRequest { run_id: self.run_id().to_owned(), to_step, mode: mode.into() };
         let generation = self.client.api().rewind(request).await?.into_inner().generation;
         self.shared.generation.store(generation, Ordering::Release);
-        self.shared.pushing_through.store(NO_PUSH, Ordering::Release);
         Ok(generation)
     }
 
@@ -145,11 +142,11 @@ impl Run {
     }
 
     pub(crate) fn pushing_through(&self) -> Option<i64> {
-        Some(self.shared.pushing_through.load(Ordering::Acquire)).filter(|step| *step != NO_PUSH)
+        self.shared.pushes.newest(self.generation())
     }
 
-    /// Lets later requests say that the weights of `step` are on their way.
-    pub(crate) fn announce_push(&self, step: i64) {
-        self.shared.pushing_through.fetch_max(step, Ordering::AcqRel);
+    /// Lets later requests say that the weights of `step` are on their way, until they turn out not to be.
+    pub(crate) fn announce_push(&self, step: i64) -> Announced {
+        self.shared.pushes.announce(self.generation(), step)
     }
 }

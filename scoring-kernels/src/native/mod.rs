@@ -1,8 +1,11 @@
 //! Scores on the CPU, in plain Rust, on the caller's rayon pool.
 //!
-//! A candidate's sums are taken over the drawn examples in a fixed order, whatever tile it is in and whichever thread has
-//! it: the draw does not depend on the number of threads.
-mod simd;
+//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn examples in a fixed order,
+//! whichever slot it is in and whichever thread has it: the draw does not depend on the number of threads.
+mod kernel;
+mod pack;
+mod running;
+mod vector;
 
 use crate::{
     engine::Engine,
@@ -10,65 +13,27 @@ use crate::{
     problem::{Problem, SignedModel},
     types::{Loss, Rows},
 };
+use kernel::{BLOCK, WIDEST};
+use pack::{Blocks, Buffer, Panels};
 use rayon::prelude::*;
-use simd::{BLOCK, Isa, TILE};
+use running::{Running, own_logit, softplus, start};
+use vector::Isa;
+
+/// Candidates of a task: a multiple of every panel's width.
+const TILE: usize = 64;
+/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that packing costs nothing beside them.
+const KEPT_BYTES: usize = 256 << 20;
 
 pub(crate) struct NativeEngine<'a> {
     problem: &'a Problem<'a>,
     isa: Isa,
-    /// The candidates left, rising by index.
+    /// The candidates left, by slot.
     running: Vec<Running>,
+    /// The slot of every candidate left, by index.
+    slots: Vec<u32>,
+    /// By direction, the candidates' side in panels, where there is room.
+    kept: Vec<Panels>,
     flops: f64,
-}
-
-/// The running score of one candidate.
-#[derive(Clone)]
-struct Running {
-    index: u32,
-    /// Unconditional score, without gain.
-    own: f64,
-    /// Sigmoid: signed sum of the pair terms with all that was absorbed.
-    pairs: f64,
-    /// Softmax: logits against all that was absorbed, by model and direction (own image, own text).
-    logits: [[LogSumExp; 2]; 2],
-}
-
-/// ln of a sum of exponentials, as the largest exponent and a sum scaled by it.
-#[derive(Clone, Copy, Default)]
-struct LogSumExp {
-    largest: f64,
-    sum: f64,
-}
-
-impl LogSumExp {
-    fn add(&mut self, (largest, sum): (f64, f64)) {
-        if self.sum == 0.0 {
-            *self = Self { largest, sum };
-        } else if largest > self.largest {
-            *self = Self { largest, sum: self.sum * (self.largest - largest).exp() + sum };
-        } else {
-            self.sum += sum * (largest - self.largest).exp();
-        }
-    }
-
-    /// 0 while nothing was added: the first chunk has no denominators.
-    fn value(&self) -> f64 {
-        if self.sum == 0.0 { 0.0 } else { self.largest + self.sum.ln() }
-    }
-}
-
-impl Running {
-    /// Conditional score without gain.
-    fn score(&self, problem: &Problem<'_>) -> f64 {
-        match problem.loss {
-            Loss::Sigmoid => self.own + self.pairs,
-            Loss::Softmax => {
-                let half = |[image, text]: &[LogSumExp; 2]| 0.5 * (image.value() + text.value());
-                let models = problem.models.iter().zip(&self.logits);
-                self.own + models.map(|(model, logits)| model.sign * half(logits)).sum::<f64>()
-            }
-        }
-    }
 }
 
 /// Whose rows are the candidate's and whose the drawn example's: (image, text) or (text, image).
@@ -81,44 +46,103 @@ struct Direction<'a> {
     theirs: Rows<'a>,
 }
 
+fn directions<'a>(problem: &'a Problem<'a>) -> impl Iterator<Item = Direction<'a>> {
+    problem.models.iter().enumerate().flat_map(|(m, model)| {
+        let (image, text) = (model.embeddings.image, model.embeddings.text);
+        let forth = Direction { model, slot: [m, 0], ours: image, theirs: text };
+        [forth, Direction { slot: [m, 1], ours: text, theirs: image, ..forth }]
+    })
+}
+
 impl<'a> NativeEngine<'a> {
     pub(crate) fn new(problem: &'a Problem<'a>) -> Self {
-        let running = problem.offered.par_iter().with_min_len(64).map(|&index| start(problem, index)).collect();
+        let running = all_start(problem, &problem.offered);
+        let mut slots = vec![0; problem.count];
+        problem.offered.iter().zip(0..).for_each(|(&index, slot)| slots[index as usize] = slot);
         let dims: usize = problem.models.iter().map(|model| model.embeddings.dim).sum();
         let flops = 2.0 * problem.offered.len() as f64 * dims as f64;
-        Self { problem, isa: Isa::detect(), running, flops }
+        let mut engine = Self { problem, isa: Isa::detect(), running, slots, kept: Vec::new(), flops };
+        if problem.chunks.len() > 2 && 8 * problem.offered.len() * dims <= KEPT_BYTES {
+            engine.kept = directions(problem).map(|direction| engine.panels(&direction)).collect();
+        }
+        engine
     }
 
-    fn directions(&self) -> impl Iterator<Item = Direction<'a>> + use<'a> {
-        self.problem.models.iter().enumerate().flat_map(|(m, model)| {
-            let (image, text) = (model.embeddings.image, model.embeddings.text);
-            let forth = Direction { model, slot: [m, 0], ours: image, theirs: text };
-            [forth, Direction { slot: [m, 1], ours: text, theirs: image, ..forth }]
-        })
+    /// All candidates' rows of one direction in panels.
+    fn panels(&self, direction: &Direction<'_>) -> Panels {
+        let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
+        let mut panels = Panels::new(self.running.len(), dim, width);
+        panels.as_mut_slice().par_chunks_mut(width * dim).zip(self.running.par_chunks(width)).for_each(
+            |(panel, rows)| {
+                pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
+            },
+        );
+        panels
     }
 
-    /// Adds to each of `running` its terms of one direction against a chunk.
-    fn add(&mut self, running: &mut [Running], chunk: &[u32], direction: Direction<'_>) {
-        let dim = direction.model.embeddings.dim;
-        let (rows_high, columns_wide) = self.isa.shape();
-        let panels = pack(&direction.theirs, chunk.iter().copied(), chunk.len(), dim, columns_wide);
-        let (isa, loss) = (self.isa, self.problem.loss);
-        let tallest = TILE.min(running.len().next_multiple_of(rows_high));
-        let scratch = || (vec![0f32; tallest * dim], vec![0f32; tallest * BLOCK]);
-        running.par_chunks_mut(TILE).for_each_init(scratch, |(packed, dots), tile| {
-            let height = tile.len().next_multiple_of(rows_high);
-            let packed = &mut packed[..height * dim];
-            pack_into(&direction.ours, tile.iter().map(|row| row.index), dim, rows_high, packed);
-            for (block, start) in panels.chunks(BLOCK * dim).zip((0..).step_by(BLOCK)) {
-                let width = BLOCK.min(chunk.len() - start);
-                simd::dots(isa, packed, block, dim, dots);
-                for (row, dots) in tile.iter_mut().zip(dots.chunks_exact(BLOCK)) {
-                    reduce(isa, loss, row, &dots[..width], &direction);
+    /// Removes a drawn chunk: each leaves its slot to the candidate in the last.
+    fn remove(&mut self, chunk: &[u32]) {
+        for &index in chunk {
+            let slot = self.slots[index as usize] as usize;
+            self.running.swap_remove(slot);
+            if let Some(moved) = self.running.get(slot) {
+                self.slots[moved.index as usize] = slot as u32;
+                let last = self.running.len();
+                self.kept.iter_mut().for_each(|panels| panels.copy(last, slot));
+            }
+        }
+    }
+
+    /// Adds to each of `running` its terms of one direction against a chunk. `kept` are its rows in panels.
+    fn add(&mut self, running: &mut [Running], kept: Option<&Panels>, chunk: &[u32], direction: Direction<'_>) {
+        let (isa, loss, dim) = (self.isa, self.problem.loss, direction.model.embeddings.dim);
+        let width = isa.width();
+        let blocks = Blocks::new(isa, &direction.theirs, dim, chunk);
+        let scratch = || (Buffer::zeros(if kept.is_some() { 0 } else { TILE * dim }), Buffer::zeros(BLOCK * WIDEST));
+        running.par_chunks_mut(TILE).enumerate().for_each_init(scratch, |(packed, dots), (t, tile)| {
+            let panels = match kept {
+                Some(kept) => &kept.as_slice()[t * TILE * dim..],
+                None => {
+                    let packed = packed.as_mut_slice();
+                    for (rows, panel) in tile.chunks(width).zip(packed.chunks_exact_mut(width * dim)) {
+                        pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
+                    }
+                    packed
+                }
+            };
+            for (block, groups) in blocks.iter() {
+                let dots = &mut dots.as_mut_slice()[..block.len() / dim * width];
+                for (rows, panel) in tile.chunks_mut(width).zip(panels.chunks_exact(width * dim)) {
+                    kernel::dots(isa, block, groups, panel, dim, dots);
+                    reduce(isa, loss, rows, dots, &direction);
                 }
             }
         });
         self.flops += 2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64;
     }
+}
+
+/// Adds a panel's dot products with a block to its candidates' running scores.
+fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &Direction<'_>) {
+    let SignedModel { sign, embeddings } = direction.model;
+    let mut sums = [0f64; WIDEST];
+    match loss {
+        Loss::Sigmoid => {
+            kernel::softplus_sums(isa, dots, embeddings.scale, embeddings.bias, &mut sums);
+            rows.iter_mut().zip(sums).for_each(|(row, sum)| row.pairs += sign * sum);
+        }
+        Loss::Softmax => {
+            let ([model, side], mut largest) = (direction.slot, [0f64; WIDEST]);
+            kernel::exp_sums(isa, dots, embeddings.scale, &mut largest, &mut sums);
+            for (row, term) in rows.iter_mut().zip(largest.into_iter().zip(sums)) {
+                row.logits[model][side].add(term);
+            }
+        }
+    }
+}
+
+fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {
+    indices.par_iter().with_min_len(64).map_init(Vec::new, |scratch, &index| start(problem, index, scratch)).collect()
 }
 
 impl Engine for NativeEngine<'_> {
@@ -131,14 +155,12 @@ impl Engine for NativeEngine<'_> {
     }
 
     fn absorb(&mut self, chunk: &[u32]) -> Result<()> {
-        let mut drawn = chunk.to_vec();
-        drawn.sort_unstable();
-        let mut running = std::mem::take(&mut self.running);
-        running.retain(|row| drawn.binary_search(&row.index).is_err());
-        for direction in self.directions() {
-            self.add(&mut running, chunk, direction);
+        self.remove(chunk);
+        let (mut running, kept) = (std::mem::take(&mut self.running), std::mem::take(&mut self.kept));
+        for (k, direction) in directions(self.problem).enumerate() {
+            self.add(&mut running, kept.get(k), chunk, direction);
         }
-        self.running = running;
+        (self.running, self.kept) = (running, kept);
         Ok(())
     }
 
@@ -146,91 +168,27 @@ impl Engine for NativeEngine<'_> {
         if self.problem.loss == Loss::Sigmoid && chosen.len() == 1 {
             return Ok(0.0);
         }
-        let mut running: Vec<Running> =
-            chosen.par_iter().with_min_len(64).map(|&index| start(self.problem, index)).collect();
+        let mut running = all_start(self.problem, chosen);
         if self.problem.loss == Loss::Softmax {
-            for direction in self.directions() {
-                self.add(&mut running, chosen, direction);
+            for direction in directions(self.problem) {
+                self.add(&mut running, None, chosen, direction);
             }
             return Ok(running.iter().map(|row| row.score(self.problem)).sum());
         }
         // One direction sees every ordered pair once, and each example's own pair as if it were a negative.
-        for direction in self.directions().filter(|direction| direction.slot[1] == 0) {
-            self.add(&mut running, chosen, direction);
+        for direction in directions(self.problem).filter(|direction| direction.slot[1] == 0) {
+            self.add(&mut running, None, chosen, direction);
         }
-        let own_as_negative = |row: &Running| {
-            self.problem.models.iter().map(|model| model.sign * softplus(own_logit(model, row.index))).sum::<f64>()
+        let mut scratch = Vec::new();
+        let mut own_as_negative = |row: &Running| {
+            let logits =
+                self.problem.models.iter().map(|model| (model.sign, own_logit(model, row.index, &mut scratch)));
+            logits.map(|(sign, logit)| sign * softplus(logit)).sum::<f64>()
         };
         Ok(running.iter().map(|row| row.pairs - own_as_negative(row)).sum())
     }
 
     fn flops(&self) -> f64 {
         self.flops
-    }
-}
-
-/// A candidate of which nothing but its own pair is known.
-fn start(problem: &Problem<'_>, index: u32) -> Running {
-    let loss = |model: &SignedModel<'_>| match problem.loss {
-        Loss::Sigmoid => softplus(-own_logit(model, index)),
-        Loss::Softmax => model.embeddings.bias - own_logit(model, index),
-    };
-    let own = problem.models.iter().map(|model| model.sign * loss(model)).sum();
-    Running { index, own, pairs: 0.0, logits: Default::default() }
-}
-
-fn own_logit(model: &SignedModel<'_>, index: u32) -> f64 {
-    let embeddings = &model.embeddings;
-    let (mut image, mut text) = (vec![0f32; embeddings.dim], vec![0f32; embeddings.dim]);
-    embeddings.image.read(index as usize, &mut image);
-    embeddings.text.read(index as usize, &mut text);
-    let mut lanes = [0f64; 8];
-    for (image, text) in image.chunks(8).zip(text.chunks(8)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
-            *lane += f64::from(*a) * f64::from(*b);
-        }
-    }
-    embeddings.scale * lanes.iter().sum::<f64>() + embeddings.bias
-}
-
-fn softplus(x: f64) -> f64 {
-    x.max(0.0) + (-x.abs()).exp().ln_1p()
-}
-
-/// Adds a row's dot products with some drawn examples to its running score.
-fn reduce(isa: Isa, loss: Loss, row: &mut Running, dots: &[f32], direction: &Direction<'_>) {
-    let SignedModel { sign, embeddings } = direction.model;
-    let scale = embeddings.scale as f32;
-    match loss {
-        Loss::Sigmoid => row.pairs += sign * simd::softplus_sum(isa, dots, scale, embeddings.bias as f32),
-        Loss::Softmax => {
-            let [model, side] = direction.slot;
-            row.logits[model][side].add(simd::exp_sum(isa, dots, scale));
-        }
-    }
-}
-
-/// Rows as panels of `width` interleaved rows, `[panel][dim][width]`, the last padded with zeros.
-fn pack(rows: &Rows<'_>, indices: impl Iterator<Item = u32>, count: usize, dim: usize, width: usize) -> Vec<f32> {
-    let mut panels = vec![0f32; count.next_multiple_of(width) * dim];
-    pack_into(rows, indices, dim, width, &mut panels);
-    panels
-}
-
-fn pack_into(rows: &Rows<'_>, indices: impl Iterator<Item = u32>, dim: usize, width: usize, panels: &mut [f32]) {
-    let mut row = vec![0f32; dim];
-    let mut filled = 0;
-    for index in indices {
-        rows.read(index as usize, &mut row);
-        let panel = &mut panels[filled / width * width * dim..];
-        for (slot, value) in panel[filled % width..].iter_mut().step_by(width).zip(&row) {
-            *slot = *value;
-        }
-        filled += 1;
-    }
-    // A tile's buffer is used again: clear the padding rows that an earlier tile filled.
-    for padding in filled..panels.len() / dim {
-        let panel = &mut panels[padding / width * width * dim..];
-        panel[padding % width..].iter_mut().step_by(width).take(dim).for_each(|slot| *slot = 0.0);
     }
 }

@@ -27,17 +27,25 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
-        FILE_DESCRIPTOR_SET, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
+        FILE_DESCRIPTOR_SET, Reason, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
         selection_service_server::SelectionServiceServer,
     },
 };
 use tokio::{net::TcpListener, sync::oneshot};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
+    Code, Status,
+    body::Body,
+    codegen::http::Response,
+    server::NamedService,
     service::Routes,
     transport::{Endpoint, Server},
 };
 use tonic_health::server::HealthReporter;
+use tower::{
+    layer::util::{Identity as NoLayer, Stack},
+    util::MapResponseLayer,
+};
 
 /// How long a call waits for a first worker.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
@@ -224,8 +232,23 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
     })
 }
 
-fn builder() -> Server {
-    Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)))
+type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
+
+fn builder() -> Server<Stack<Mended, NoLayer>> {
+    let server = Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)));
+    server.layer(MapResponseLayer::new(too_large))
+}
+
+/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE without any, which is the code
+/// of the end of the data.
+fn too_large(response: Response<Body>) -> Response<Body> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() == Code::OutOfRange && status.details().is_empty() => {
+            let message = format!("{}; send less at a time", status.message());
+            Status::from(Error::new(Reason::MessageTooLarge, message)).into_http()
+        }
+        _ => response,
+    }
 }
 
 /// Reflection, under its name of today and the one that older clients know.
@@ -243,7 +266,7 @@ fn reflection() -> Result<Routes> {
 /// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
 fn drain(
     shutdown: Shutdown,
-    health: HealthReporter,
+    mut health: HealthReporter,
     let_go: impl Future<Output = ()> + Send + 'static,
 ) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
     let (began, stopping) = oneshot::channel();
@@ -256,6 +279,10 @@ fn drain(
         // A receiver that is gone needs no telling.
         let _ = began.send(());
         let_go.await;
+        // Else clients that watch the health would hold the process for the whole grace period.
+        for service in ["", SelectionServiceServer::<Selection>::NAME] {
+            health.clear_service_status(service).await;
+        }
     };
     (drained, stopping)
 }

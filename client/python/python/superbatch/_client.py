@@ -38,7 +38,7 @@ def record(value: Any) -> Any:
 
 
 async def awaited(call: _superbatch.Call) -> Any:
-    """Waits for a call in asyncio. Cancelling the wait cancels the call."""
+    """Waits for a call in asyncio. Whatever ends the wait early, such as a time-out, cancels the call."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
 
@@ -53,7 +53,7 @@ async def awaited(call: _superbatch.Call) -> Any:
     call.on_done(wake)
     try:
         await done
-    except asyncio.CancelledError:
+    except BaseException:
         call.cancel()
         raise
     return call.result()
@@ -118,10 +118,12 @@ class Batch:
 
     @property
     def table(self) -> pyarrow.Table:
+        """The rows as a pyarrow table, without a copy."""
         return pyarrow.Table.from_batches([self.record_batch])
 
     @property
     def column_names(self) -> list[str]:
+        """Names that `batch[name]` knows."""
         return self.record_batch.schema.names
 
     def __getitem__(self, column: str) -> pyarrow.Array:
@@ -140,8 +142,8 @@ class Batch:
 class Batches(Iterator[Batch], AsyncIterator[Batch]):
     """Batches in the order of their steps, asked for ahead of time. Iterate with `for` or with `async for`.
 
-    Asking for a step says that all earlier ones are trained on. An exception loses nothing: the next call asks for the
-    same step again.
+    Asking for a step says that all earlier ones are trained on. An exception loses nothing, nor does a wait that is cut
+    short (Ctrl-C, `asyncio.wait_for`): the next call yields the same step.
     """
 
     def __init__(self, batches: _superbatch.Batches) -> None:
@@ -181,10 +183,12 @@ class Run:
 
     @property
     def run_id(self) -> str:
+        """The id that the run was opened with."""
         return self._run.run_id
 
     @property
     def generation(self) -> int:
+        """The trajectory that is asked for and pushed to: 0 until the first rewind."""
         return self._run.generation
 
     @property
@@ -199,18 +203,21 @@ class Run:
         world_size: int,
         start_step: int,
         end_step: int | None = None,
+        stride: int = 1,
         prefetch: int = 1,
         read_ahead: int = 0,
         need_after: float = 0.0,
     ) -> Batches:
         """The steps from `start_step` on, until the data or `end_step` (not included) ends. For `for` and `async for`.
 
-        prefetch: steps asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
+        start_step: the step after your checkpoint's.
+        stride: only every so many steps, where several processes share them out, such as a loader's workers.
+        prefetch: batches asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
         read_ahead: steps that whoever iterates holds before they are trained on.
         need_after: seconds of waiting after which the service is told that the trainer stands still.
         """
         self._rank = rank
-        made = self._run.batches(rank, world_size, start_step, end_step, prefetch, read_ahead, need_after)
+        made = self._run.batches(rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after)
         return Batches(made)
 
     def select(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
@@ -232,9 +239,11 @@ class Run:
 
         Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
         that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
-        taken off the names. dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other
-        float types become f32. rank: where not given, the one that batches were asked for with, else
-        `torch.distributed`'s, else 0.
+        taken off the names.
+
+        dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other float types become f32.
+        Tensors of one element, such as the scale and the bias of the logits, are never cast.
+        rank: where not given, the one that batches were asked for with, else `torch.distributed`'s, else 0.
         """
         if rank is None:
             rank = _weights.own_rank() if self._rank is None else self._rank

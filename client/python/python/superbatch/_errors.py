@@ -10,7 +10,9 @@ class Error(Exception):
 
     `reason` is a name for programs: one of the protocol's closed set, such as "WORLD_SIZE_INVALID" or
     "COLUMN_NOT_FOUND", or of the client's own: "UNAVAILABLE" (no answer), "BATCH_CORRUPT", "INVALID_ARGUMENT",
-    "CANCELLED". `metadata` holds the values that a program may want, such as `field`, `column` or `tensor`.
+    "CANCELLED". What others answered, such as a proxy, has the nearest of them: "UNIMPLEMENTED", "MESSAGE_TOO_LARGE",
+    "OVERLOADED", else "INTERNAL". `metadata` holds the values that a program may want, such as `field`, `column` or
+    `tensor`. Faults that pass were tried again before they are raised; the rest can never pass unchanged.
     """
 
     reason: str = "INTERNAL"

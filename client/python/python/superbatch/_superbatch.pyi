@@ -36,6 +36,7 @@ class Run:
         world_size: int,
         start_step: int,
         end_step: int | None,
+        stride: int,
         prefetch: int,
         read_ahead: int,
         need_after: float,

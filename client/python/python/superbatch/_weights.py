@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -88,31 +89,33 @@ def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
 
 
 def add(slot: Any, items: Iterable[Block], dtype: Any) -> None:
-    """Copies blocks into a push."""
+    """Copies blocks into a push, cast to `dtype`."""
     for name, tensor, global_shape, start in items:
-        kind, extent, data = buffer(name, tensor, dtype)
+        # The scale and the bias of the logits: exp() of a scale in bf16 is off by up to a percent, and all logits with it.
+        cast = math.prod(global_shape) != 1
+        kind, extent, data = buffer(name, tensor, dtype, cast)
         slot.add(name, kind, list(global_shape), list(start), extent, data)
 
 
-def buffer(name: str, tensor: Any, dtype: Any) -> tuple[str, list[int], Any]:
+def buffer(name: str, tensor: Any, dtype: Any, cast: bool) -> tuple[str, list[int], Any]:
     """Dtype, shape and bytes of a tensor on the CPU. The bytes may still be the tensor's own."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(tensor, torch.Tensor):
-        return numpy_buffer(name, tensor, dtype)
+        return numpy_buffer(name, tensor, dtype, cast)
     kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-    kind = kind_of(dtype, kinds) or kinds.get(tensor.dtype, "f32")
+    kind = kind_of(dtype, kinds, cast) or kinds.get(tensor.dtype, "f32")
     wanted = {kind: known for known, kind in kinds.items()}[kind]
     # From a GPU this casts there and waits for the copy, so that the optimizer may go on at once.
     host = tensor.detach().to(device="cpu", dtype=wanted).contiguous()
     return kind, list(host.shape), host.reshape(-1).view(torch.uint8).numpy()
 
 
-def numpy_buffer(name: str, array: Any, dtype: Any) -> tuple[str, list[int], Any]:
+def numpy_buffer(name: str, array: Any, dtype: Any, cast: bool) -> tuple[str, list[int], Any]:
     import numpy
 
     array = numpy.asarray(array)
     kinds = {numpy.dtype(numpy.float32): "f32", numpy.dtype(numpy.float16): "f16"}
-    kind = kind_of(dtype, kinds) or kinds.get(array.dtype, "f32")
+    kind = kind_of(dtype, kinds, cast) or kinds.get(array.dtype, "f32")
     if kind == "bf16":
         raise invalid("dtype", f"tensor {name}: a NumPy array cannot be cast to bf16; hand in a torch tensor")
     wanted = {kind: known for known, kind in kinds.items()}[kind].newbyteorder("<")
@@ -120,14 +123,14 @@ def numpy_buffer(name: str, array: Any, dtype: Any) -> tuple[str, list[int], Any
     return kind, list(array.shape), flat.view(numpy.uint8)
 
 
-def kind_of(dtype: Any, kinds: Mapping[Any, str]) -> str | None:
-    """"f32", "f16" or "bf16" for such a string or the library's own dtype; None for None."""
+def kind_of(dtype: Any, kinds: Mapping[Any, str], cast: bool) -> str | None:
+    """"f32", "f16" or "bf16" for such a string or the library's own dtype; None for None, and where nothing is cast."""
     if dtype is None:
         return None
     kind = dtype if isinstance(dtype, str) else kinds.get(dtype)
     if kind not in DTYPES:
         raise invalid("dtype", f"cannot be {dtype!r}; valid values are {', '.join(DTYPES)}")
-    return kind
+    return kind if cast else None
 
 
 def of_parts(parts: Iterable[Any]) -> Iterator[Block]:

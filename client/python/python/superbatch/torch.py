@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ._client import Batch, connect
-from ._errors import invalid
+from ._errors import Error, invalid
 from ._spec import RunSpec
 
-#: Seconds after which a loader's worker tells the service that the trainer stands still. A worker runs ahead of the
-#: trainer and cannot know whether it really does.
-WORKER_NEED_AFTER = 30.0
+#: Seconds of waiting after which a loader's worker tells the service that the trainer stands still. A worker runs ahead of
+#: the trainer and cannot know: this must exceed the longest time between two steps, evaluation and checkpoints included.
+WORKER_NEED_AFTER = 600.0
+
+WORKERS_MAX = 256
 
 
 class SelectedBatches(IterableDataset):
-    """The batches of a run, whole: use it with `DataLoader(dataset, batch_size=None)`.
+    """The batches of a run, whole, as a data set of torch. `loader` makes the `DataLoader` for it.
 
-    uri, spec, rank, world_size, start_step, end_step, incarnation: as in `connect`, `open_run` and `batches`.
+    uri, spec, rank, world_size, end_step, incarnation, prefetch: as in `connect`, `open_run` and `batches`.
+    start_step: the step after your checkpoint's. It moves on with what is iterated: a second loop goes on where the first
+    was left.
     transform: makes of a `superbatch.Batch` what the trainer wants, such as decoded tensors; runs where the loader
-    iterates, so with `num_workers=1` beside the trainer. Without it the loader yields the `Batch`.
-    prefetch_factor: with `num_workers=1`, the loader's own `prefetch_factor`. The run's `max_ahead` must be larger
-    (hand 1 to both, or open the run with a larger `max_ahead`).
-    need_after: as in `batches`; by default 0 without workers, else `WORKER_NEED_AFTER`.
+    iterates, so with workers beside the trainer. Without it the loader yields the `Batch`.
+    prefetch_factor: steps that each worker of the loader holds ready. The run's `max_ahead` must be larger than
+    `num_workers * prefetch_factor`.
+    need_after: seconds of waiting after which the service is told that the trainer stands still, so that the run's fallback
+    may apply; by default 0 without workers, else `WORKER_NEED_AFTER`.
 
-    It connects when it is iterated, in the process that iterates: it can be pickled, and forked. `num_workers` is 0 or
-    1: one stream of steps cannot be shared out among several. Push weights from the trainer's own process.
+    It connects when it is iterated, in the process that iterates: it can be pickled, and forked. Workers share out the
+    steps, and the loader puts them in order again. Push weights from the trainer's own process.
+
+    Also fits into a `DataLoader(dataset, batch_size=None)` of your own. With workers give it the same `prefetch_factor`, and
+    set `start_step` before every further loop: workers run ahead, and cannot know which batches the trainer took.
     """
 
     def __init__(
@@ -52,34 +60,134 @@ class SelectedBatches(IterableDataset):
         self.spec = spec
         self.rank = rank
         self.world_size = world_size
-        self.start_step = start_step
         self.end_step = end_step
         self.transform = transform
         self.incarnation = incarnation
         self.prefetch = prefetch
         self.prefetch_factor = prefetch_factor
         self.need_after = need_after
+        #: By worker, shared with the trainer's process: 1 + the `start_step` of a loop that has yielded something.
+        self._begun = torch.zeros(WORKERS_MAX, dtype=torch.int64).share_memory_()
+        #: Set in a worker that has yielded something.
+        self._used = False
+        #: Whether errors may travel to the trainer as items, for a loader that raises them there.
+        self._tells_errors = False
+        self.start_step = start_step
+
+    @property
+    def start_step(self) -> int:
+        """Where the next loop begins."""
+        return self._start_step
+
+    @start_step.setter
+    def start_step(self, step: int) -> None:
+        self._start_step = step
+        self._begun.zero_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begun.share_memory_()
+
+    def loader(self, *, num_workers: int = 0, **options: Any) -> DataLoader:
+        """A `DataLoader` of this data set. Every loop over it goes on where the one before was left.
+
+        num_workers: processes that fetch and transform. options: further ones of `DataLoader`, such as `pin_memory`.
+        """
+        return _Loader(self, num_workers, options)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            message = f"{worker.num_workers} workers would each get every batch; use num_workers 0 or 1"
-            raise invalid("num_workers", message)
-        need_after = self.need_after
-        if need_after is None:
-            need_after = 0.0 if worker is None else WORKER_NEED_AFTER
+        if worker is None:
+            return self._own_steps()
+        return self._shared_steps(worker.id, worker.num_workers)
+
+    def _own_steps(self) -> Iterator[Any]:
+        for step, item in self._items(self.start_step, stride=1, read_ahead=0, need_after=0.0):
+            self.start_step = step + 1
+            yield item
+
+    def _shared_steps(self, worker: int, workers: int) -> Iterator[Any]:
+        """Those of one worker."""
+        start, read_ahead = self.start_step, workers * self.prefetch_factor
+        try:
+            self._check_loop(worker, workers)
+            for _, item in self._items(start + worker, workers, read_ahead, WORKER_NEED_AFTER):
+                self._begun[worker] = 1 + start
+                self._used = True
+                yield item
+        except Error as error:
+            if not self._tells_errors:
+                raise
+            yield _Failure(error)
+
+    def _check_loop(self, worker: int, workers: int) -> None:
+        if workers > WORKERS_MAX:
+            raise invalid("num_workers", f"{workers} are too many; at most {WORKERS_MAX}")
+        if self._used:
+            raise invalid("persistent_workers", "workers that live on would serve the same steps again; leave it out")
+        if self._begun[worker] == 1 + self.start_step:
+            message = (
+                f"the steps from {self.start_step} on were served before, by workers that run ahead of the trainer: set "
+                "it to the step after the last one trained on, or make the loader by SelectedBatches.loader"
+            )
+            raise invalid("start_step", message)
+
+    def _items(self, start: int, stride: int, read_ahead: int, need_after: float) -> Iterator[tuple[int, Any]]:
+        """Steps and what is made of their batches."""
         run = connect(self.uri).open_run(self.spec, incarnation=self.incarnation)
         batches = run.batches(
             rank=self.rank,
             world_size=self.world_size,
-            start_step=self.start_step,
+            start_step=start,
             end_step=self.end_step,
+            stride=stride,
             prefetch=self.prefetch,
-            read_ahead=0 if worker is None else self.prefetch_factor,
-            need_after=need_after,
+            read_ahead=read_ahead,
+            need_after=need_after if self.need_after is None else self.need_after,
         )
         for batch in batches:
-            yield batch if self.transform is None else self.transform(batch)
+            yield batch.step, batch if self.transform is None else self.transform(batch)
+
+
+class _Failure(NamedTuple):
+    """What a worker failed with. Raised there, torch would make another exception of it, without its reason."""
+
+    error: Error
+
+
+#: What a loader of selected batches sets itself, and what stands in its place.
+_FIXED = {
+    "batch_size": "the run's sub_batch_size",
+    "collate_fn": "transform",
+    "in_order": "nothing: steps come in order",
+    "persistent_workers": "nothing: workers begin anew, at the right step",
+    "prefetch_factor": "that of SelectedBatches",
+}
+
+
+class _Loader(DataLoader):
+    """Counts what the trainer takes, which its workers cannot."""
+
+    def __init__(self, dataset: SelectedBatches, num_workers: int, options: dict[str, Any]) -> None:
+        for name in _FIXED.keys() & options.keys():
+            raise invalid(name, f"a loader of selected batches has {_FIXED[name]} instead")
+        factor = dataset.prefetch_factor if num_workers else None
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=factor, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        first = self.dataset.start_step
+        # Workers that were stopped before the trainer took anything have served nothing.
+        self.dataset.start_step = first
+        # Workers are made here, and take the data set as it is now.
+        self.dataset._tells_errors = True
+        items = super().__iter__()
+        self.dataset._tells_errors = False
+        for taken, item in enumerate(items, 1):
+            if isinstance(item, _Failure):
+                raise item.error
+            if self.num_workers > 0:
+                self.dataset.start_step = first + taken
+            yield item
 
 
 def incarnation(group: Any = None) -> str:

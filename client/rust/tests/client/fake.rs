@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 use superbatch_client::{Client, ConnectConfig, Failure, Retry, Run, v1::*};
+use superbatch_proto::MESSAGE_BYTES_MAX;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -31,6 +32,8 @@ pub enum Answer {
     /// Whole, with the byte at this offset changed.
     Damage(usize),
     Refuse(Reason),
+    /// A message that is longer than the client takes.
+    TooLong,
     /// Silence until a NEED for the step has come, then never an answer to this one.
     Ignore,
 }
@@ -171,6 +174,9 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
         _ => whole,
     };
     let mut messages = vec![Ok(Message::Header(header))];
+    if let Some(Answer::TooLong) = scripted {
+        messages.push(Ok(Message::ArrowIpc(vec![0; MESSAGE_BYTES_MAX + 1].into())));
+    }
     messages.extend(bytes[offset..end].chunks(1 << 20).map(|part| Ok(Message::ArrowIpc(part.to_vec().into()))));
     messages.extend(match scripted {
         Some(Answer::BreakAfter(_)) => Some(Err(Status::unavailable("connection reset"))),

@@ -3,7 +3,7 @@ mod fake;
 
 use fake::{Answer, Fake, STEPS, TestResult, cut_once, fast, open_at, rows};
 use futures::{FutureExt, StreamExt};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use superbatch_client::{
     BatchesConfig, Client, Error, Part, Push, Pusher, Retry,
     v1::{Intent, Reason, RewindMode, TensorDtype, push_weights_request::Message},
@@ -98,6 +98,15 @@ async fn an_absent_service_and_a_bad_uri_are_told_at_once() -> TestResult {
 }
 
 #[tokio::test]
+async fn a_message_over_the_limit_is_told_and_not_asked_for_again() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    fake.script(0, [Answer::TooLong]);
+    let error = fake.open(fast()).await?.select(0, 0, 1, Intent::Need).await.expect_err("it is too long");
+    assert_eq!((error.reason_name(), fake.asked().len()), ("MESSAGE_TOO_LARGE", 1), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn batches_come_in_order_and_end_with_the_data() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;
@@ -158,6 +167,18 @@ async fn a_refused_prefetch_is_no_news_until_the_step_is_needed() -> TestResult 
 }
 
 #[tokio::test]
+async fn patience_is_for_steps_that_take_long_and_not_for_refused_ones() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    fake.script(0, [Answer::Refuse(Reason::WorldSizeInvalid)]);
+    let config = BatchesConfig { need_after: Duration::from_secs(600), ..BatchesConfig::default() };
+    let mut batches = fake.open(fast()).await?.batches(config)?;
+    let refused = tokio::time::timeout(Duration::from_secs(20), batches.next()).await?;
+    let error = refused.ok_or("step 0 exists")?.expect_err("it is refused");
+    assert_eq!(error.reason(), Some(Reason::WorldSizeInvalid));
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_is_read_ahead_is_not_consumed() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;
@@ -169,6 +190,24 @@ async fn what_is_read_ahead_is_not_consumed() -> TestResult {
     }
     let refused = run.batches(BatchesConfig { read_ahead: 2, ..BatchesConfig::default() });
     assert!(matches!(refused, Err(Error::Invalid { field: "read_ahead", .. })));
+    Ok(())
+}
+
+#[tokio::test]
+async fn streams_can_share_out_the_steps() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    let shared = |start_step| BatchesConfig { start_step, stride: 2, read_ahead: 1, ..BatchesConfig::default() };
+    for start in [0, 1] {
+        let steps: Vec<_> = run.batches(shared(start))?.map(|batch| batch.map(|batch| batch.step)).collect().await;
+        assert_eq!(steps.into_iter().collect::<Result<Vec<_>, _>>()?, [start, start + 2, start + 4]);
+    }
+    for request in fake.asked() {
+        // What the other stream has, the trainer may still be working on.
+        assert_eq!(request.consumed_through, request.step.checked_sub(2), "{request:?}");
+    }
+    let refused = run.batches(BatchesConfig { stride: 0, ..BatchesConfig::default() });
+    assert!(matches!(refused, Err(Error::Invalid { field: "stride", .. })));
     Ok(())
 }
 
@@ -222,6 +261,36 @@ async fn the_pusher_blocks_when_full_tells_errors_once_and_flushes() -> TestResu
     assert_eq!(error.metadata()["tensor"], "w");
     pusher.push(push(3)).await?;
     assert_eq!(pusher.flush().await?.map(|version| version.step), Some(3));
+    Ok(())
+}
+
+#[tokio::test]
+async fn weights_that_will_not_come_are_not_said_to_be_on_their_way() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(Retry { attempts_max: 1, ..fast() }).await?;
+    let parts = || Part::f32("w", &[1], &[1.0]).into_iter().collect();
+    let refuse =
+        |reason| fake.refuse_pushes.lock().map(|mut refused| refused.push_back(reason)).map_err(|_| "poisoned");
+    fake.publish.send_replace(true);
+    run.push_weights(0, parts()).await?;
+
+    refuse(Reason::WeightsRefused)?;
+    run.push_weights(1, parts()).await.expect_err("it is refused");
+    refuse(Reason::Overloaded)?;
+    let pusher = Pusher::start(&run, 1);
+    pusher.push(Push::whole(2, parts())).await?;
+    let given_up = pusher.flush().await.expect_err("it is refused at its only attempt");
+    assert!(matches!(given_up, Error::GaveUp { .. }), "{given_up}");
+    fake.publish.send_replace(false);
+    assert!(run.push_weights(3, parts()).now_or_never().is_none(), "it waits until it is dropped");
+    run.select(0, 0, 1, Intent::Need).await?;
+    assert_eq!(fake.asked()[0].pushing_through, Some(0));
+
+    // One that is on its way still counts while another of its step fails.
+    pusher.push(Push::whole(4, parts())).await?;
+    assert!(run.push_weights(4, parts()).now_or_never().is_none(), "it waits until it is dropped");
+    run.select(1, 0, 1, Intent::Need).await?;
+    assert_eq!(fake.asked()[1].pushing_through, Some(4));
     Ok(())
 }
 

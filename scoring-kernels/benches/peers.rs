@@ -1,0 +1,224 @@
+//! Joint selection by the native backend against its peers, in one run, as ratios: `make bench-kernels`.
+//!
+//! Arguments: none (the table), `growth FILE` (time and memory by super-batch size), `scale` (163,840 candidates).
+//! Peers need a Python with NumPy, PyTorch and safetensors, named by SUPERBATCH_PYTHON; without it they are left out.
+mod common;
+
+use common::{BIAS, SCALES, World};
+use half::f16;
+use safetensors::{Dtype, tensor::TensorView};
+use std::{
+    collections::HashMap,
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    time::Instant,
+};
+use superbatch_kernels::{Backend, Candidates, Loss, Noise, Selection, Settings, noise};
+
+const COUNT: usize = 8_192;
+const DIM: usize = 512;
+const SUB_BATCH: usize = 1_638;
+const N_CHUNKS: usize = 16;
+/// Each is measured so often, in turns, and its best time counts: others use the machine too.
+const ROUNDS: usize = 5;
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => table(),
+        ["growth", file] => growth(Path::new(file)),
+        ["scale"] => scale(),
+        _ => panic!("unknown arguments {words:?}"),
+    }
+}
+
+fn select(candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> (f64, Selection) {
+    let begun = Instant::now();
+    let selection = Backend::Native.select(candidates, settings, noise).expect("valid inputs");
+    (begun.elapsed().as_secs_f64(), selection)
+}
+
+/// A Python process that holds the same super-batch and answers with times and draws.
+struct Peers {
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+}
+
+impl Peers {
+    fn start(file: &Path, threads: usize) -> Option<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers.py");
+        let python = std::env::var_os("SUPERBATCH_PYTHON")?;
+        let threads = threads.to_string();
+        let mut command = Command::new(python);
+        command.arg(script).arg("serve").arg(file).arg(&threads).env("OMP_NUM_THREADS", &threads);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a Python to run");
+        let to = child.stdin.take().expect("piped");
+        let from = BufReader::new(child.stdout.take().expect("piped"));
+        let mut peers = Self { child, to, from };
+        assert_eq!(peers.line(), "ready");
+        Some(peers)
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.from.read_line(&mut line).expect("an answer");
+        line.trim().to_owned()
+    }
+
+    /// A number (seconds, or a rate), and the draw.
+    fn ask(&mut self, question: &str) -> (f64, Vec<u32>) {
+        writeln!(self.to, "{question}").expect("a peer that listens");
+        let line = self.line();
+        let mut words = line.split(' ');
+        let number = words.next().and_then(|word| word.parse().ok()).expect("a number first");
+        (number, words.map(|word| word.parse().expect("an index")).collect())
+    }
+
+    fn end(mut self) {
+        drop(self.to);
+        self.child.wait().expect("a peer that ends");
+    }
+}
+
+/// Writes the super-batch where the peers can read it.
+fn write(world: &World<f32>, noise: &[f32], settings: &Settings) -> PathBuf {
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let names = ["learner_img", "learner_txt", "reference_img", "reference_txt", "noise"];
+    let data: Vec<Vec<u8>> = world.towers.iter().map(|tower| bytes(tower)).chain([bytes(noise)]).collect();
+    let shapes = [[world.count, world.dim]; 4].into_iter().chain([[settings.n_chunks, world.count]]);
+    let view = |(shape, data): ([usize; 2], _)| TensorView::new(Dtype::F32, shape.to_vec(), data).expect("a tensor");
+    let tensors = names.into_iter().zip(shapes.zip(data.iter().map(Vec::as_slice)).map(view));
+    let words = [
+        ("learner_scale", SCALES[0].to_string()),
+        ("reference_scale", SCALES[1].to_string()),
+        ("learner_bias", BIAS.to_string()),
+        ("reference_bias", BIAS.to_string()),
+        ("b", settings.sub_batch_size.to_string()),
+    ];
+    let words: HashMap<String, String> = words.map(|(key, value)| (key.to_owned(), value)).into();
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("peers.safetensors");
+    safetensors::serialize_to_file(tensors, Some(words), &path).expect("room for the super-batch");
+    path
+}
+
+/// How many of `ours` a peer drew too.
+fn agreement(ours: &[u32], theirs: &[u32]) -> String {
+    let same = ours.iter().filter(|index| theirs.contains(index)).count();
+    format!("{same} of {} rows drawn by both", ours.len())
+}
+
+fn table() {
+    let world = World::f32(COUNT, DIM);
+    let settings = Settings { sub_batch_size: SUB_BATCH, n_chunks: N_CHUNKS, ..Settings::default() };
+    let streams: Vec<_> = (0..N_CHUNKS as u32).map(|k| noise::Stream::new(1, 0, 0, k)).collect();
+    let given: Vec<f32> =
+        streams.iter().flat_map(|stream| (0..COUNT as u64).map(|key| stream.gumbel(key) as f32)).collect();
+    let noise = Noise::Given(&given);
+    let file = write(&world, &given, &settings);
+    let threads = rayon::current_num_threads();
+    let mut peers = Peers::start(&file, threads);
+    println!(
+        "B={COUNT} b={SUB_BATCH} d={DIM} chunks={N_CHUNKS} f32, learnability, {threads} threads, best of {ROUNDS}"
+    );
+
+    let mut best: HashMap<(&str, &str), f64> = HashMap::new();
+    let mut drawn: HashMap<(&str, &str), Vec<u32>> = HashMap::new();
+    let (mut flops, mut gemm) = (HashMap::new(), 0f64);
+    for round in 0..ROUNDS {
+        for loss in Loss::ALL {
+            let mut keep = |who, (seconds, indices): (f64, Vec<u32>)| {
+                let entry = best.entry((loss.as_str(), who)).or_insert(f64::INFINITY);
+                *entry = entry.min(seconds);
+                drawn.insert((loss.as_str(), who), indices);
+            };
+            let (seconds, ours) = select(&world.candidates(), &Settings { loss: *loss, ..settings.clone() }, &noise);
+            keep("native", (seconds, ours.indices));
+            flops.insert(loss.as_str(), ours.flops);
+            if let Some(peers) = &mut peers {
+                gemm = gemm.max(peers.ask("gemm").0);
+                keep("torch", peers.ask(loss.as_str()));
+                if *loss == Loss::Sigmoid && round < 2 {
+                    keep("printed", peers.ask("printed"));
+                    keep("blas", peers.ask("blas"));
+                }
+            }
+        }
+    }
+    // Zero without peers.
+    println!("f32 GEMM of the machine: {:.1} GFLOP/s", gemm / 1e9);
+    let called = [
+        ("printed", "dense NumPy (Algorithm 1 as printed)"),
+        ("blas", "dense NumPy (Algorithm 1, its sums by BLAS)"),
+        ("torch", "matrix-free PyTorch"),
+    ];
+    for loss in Loss::ALL.iter().map(|loss| loss.as_str()) {
+        let (ours, rate) = (best[&(loss, "native")], flops[loss] / best[&(loss, "native")]);
+        let share = if gemm > 0.0 { format!(", {:.0} % of GEMM", 100.0 * rate / gemm) } else { String::new() };
+        println!("{loss} native: {ours:.3} s, {:.1} GFLOP/s{share}", rate / 1e9);
+        for (who, name) in called {
+            if let Some(theirs) = best.get(&(loss, who)) {
+                let agreement = agreement(&drawn[&(loss, "native")], &drawn[&(loss, who)]);
+                println!("{loss} {name}: {theirs:.3} s, {:.1} x native's time; {agreement}", theirs / ours);
+            }
+        }
+    }
+    println!("softmax / sigmoid: {:.2}", best[&("softmax", "native")] / best[&("sigmoid", "native")]);
+    if let Some(peers) = peers {
+        peers.end();
+    }
+}
+
+/// Sets the peak of this process's memory to what it holds now, and returns that, in MiB (Linux; elsewhere 0).
+fn reset_peak() -> f64 {
+    fs::write("/proc/self/clear_refs", "5").ok();
+    peak()
+}
+
+fn peak() -> f64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
+}
+
+fn seeded(keys: &[u64]) -> Noise<'_> {
+    Noise::Seeded { seed: 1, generation: 0, step: 0, keys }
+}
+
+fn growth(file: &Path) {
+    let mut out = String::from("# B b seconds MiB (d=128, f16, 16 chunks, sigmoid, learnability)\n");
+    for count in [4, 8, 16, 32, 64, 128].map(|thousands| thousands * 1024) {
+        let world = World::f16(count, 128);
+        let keys: Vec<u64> = (0..count as u64).collect();
+        let settings = Settings { sub_batch_size: count / 5, n_chunks: N_CHUNKS, ..Settings::default() };
+        let before = reset_peak();
+        let rounds = (3 * 32_768 / count).clamp(1, 5);
+        let times = (0..rounds).map(|_| select(&world.candidates(), &settings, &seeded(&keys)).0);
+        let line = format!("{count} {} {:.4} {:.1}", count / 5, times.fold(f64::INFINITY, f64::min), peak() - before);
+        println!("{line}");
+        out += &format!("{line}\n");
+    }
+    fs::write(file, out).expect("a place for the table");
+}
+
+/// The paper's real scale. Of 16 chunks two are drawn, so one of the fifteen updates is timed, the most expensive.
+fn scale() {
+    let (count, chunk, dim) = (163_840, 2_048, 768);
+    let world: World<f16> = World::f16(count, dim);
+    let keys: Vec<u64> = (0..count as u64).collect();
+    for loss in Loss::ALL {
+        let settings = Settings { loss: *loss, sub_batch_size: 2 * chunk, n_chunks: 2, ..Settings::default() };
+        let before = reset_peak();
+        let (seconds, selection) = select(&world.candidates(), &settings, &seeded(&keys));
+        let whole: f64 = (1..16).map(|k| 8.0 * (count - k * chunk) as f64 * chunk as f64 * dim as f64).sum();
+        println!(
+            "{loss} B={count} chunk={chunk} d={dim} f16: {seconds:.1} s for one update of 15, {:.1} GFLOP/s, {:.0} MiB above \
+             the inputs; all 15 at that rate: {:.0} s",
+            selection.flops / seconds / 1e9,
+            peak() - before,
+            whole / (selection.flops / seconds)
+        );
+    }
+}

@@ -1,0 +1,85 @@
+//! What is kept of a candidate: its own pair, and its terms with all that was absorbed.
+use crate::{
+    problem::{Problem, SignedModel},
+    types::Loss,
+};
+
+/// The running score of one candidate.
+#[derive(Clone)]
+pub(super) struct Running {
+    pub index: u32,
+    /// Unconditional score, without gain.
+    pub own: f64,
+    /// Sigmoid: signed sum of the pair terms with all that was absorbed.
+    pub pairs: f64,
+    /// Softmax: logits against all that was absorbed, by model and direction (own image, own text).
+    pub logits: [[LogSumExp; 2]; 2],
+}
+
+/// ln of a sum of exponentials, as the largest exponent and a sum scaled by it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct LogSumExp {
+    largest: f64,
+    sum: f64,
+}
+
+impl LogSumExp {
+    pub(super) fn add(&mut self, (largest, sum): (f64, f64)) {
+        if self.sum == 0.0 {
+            *self = Self { largest, sum };
+        } else if largest > self.largest {
+            *self = Self { largest, sum: self.sum * (self.largest - largest).exp() + sum };
+        } else {
+            self.sum += sum * (largest - self.largest).exp();
+        }
+    }
+
+    /// 0 while nothing was added: the first chunk has no denominators.
+    fn value(&self) -> f64 {
+        if self.sum == 0.0 { 0.0 } else { self.largest + self.sum.ln() }
+    }
+}
+
+impl Running {
+    /// Conditional score without gain.
+    pub(super) fn score(&self, problem: &Problem<'_>) -> f64 {
+        match problem.loss {
+            Loss::Sigmoid => self.own + self.pairs,
+            Loss::Softmax => {
+                let half = |[image, text]: &[LogSumExp; 2]| 0.5 * (image.value() + text.value());
+                let models = problem.models.iter().zip(&self.logits);
+                self.own + models.map(|(model, logits)| model.sign * half(logits)).sum::<f64>()
+            }
+        }
+    }
+}
+
+/// A candidate of which nothing but its own pair is known.
+pub(super) fn start(problem: &Problem<'_>, index: u32, scratch: &mut Vec<f32>) -> Running {
+    let mut loss = |model: &SignedModel<'_>| match problem.loss {
+        Loss::Sigmoid => softplus(-own_logit(model, index, scratch)),
+        Loss::Softmax => model.embeddings.bias - own_logit(model, index, scratch),
+    };
+    let own = problem.models.iter().map(|model| model.sign * loss(model)).sum();
+    Running { index, own, pairs: 0.0, logits: Default::default() }
+}
+
+/// A candidate's own logit, in f64.
+pub(super) fn own_logit(model: &SignedModel<'_>, index: u32, scratch: &mut Vec<f32>) -> f64 {
+    let embeddings = &model.embeddings;
+    scratch.resize(2 * embeddings.dim, 0.0);
+    let (image, text) = scratch.split_at_mut(embeddings.dim);
+    embeddings.image.read(index as usize, embeddings.dim, 0, image);
+    embeddings.text.read(index as usize, embeddings.dim, 0, text);
+    let mut lanes = [0f64; 8];
+    for (image, text) in image.chunks(8).zip(text.chunks(8)) {
+        for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
+            *lane += f64::from(*a) * f64::from(*b);
+        }
+    }
+    embeddings.scale * lanes.iter().sum::<f64>() + embeddings.bias
+}
+
+pub(super) fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}

@@ -1,0 +1,89 @@
+"""What can be done while `next` waits for a step: await other things, give up after a time, press Ctrl-C."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from client_run import Service, service  # noqa: F401  (a fixture)
+
+#: A client that waits for weights, says so, and on Ctrl-C pushes them and goes on.
+WAITER = """
+import sys, threading
+from pathlib import Path
+from client_run import Service, in_next
+
+service, run_id = Service(sys.argv[1], Path(sys.argv[2])), sys.argv[3]
+run, main = service.open(service.waiting_spec(run_id)), threading.get_ident()
+batches = run.batches(rank=0, world_size=1, start_step=0, need_after=600)
+
+def tell():
+    in_next(main)
+    print("waiting", flush=True)
+
+threading.Thread(target=tell).start()
+try:
+    next(batches)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+run.push_weights(service.weights(), step=-1)
+print("step", next(batches).step, flush=True)
+"""
+
+
+def waiting_batches(service: Service, run_id: str):  # noqa: F811
+    """A run without initial weights, and its batches, of which the first waits for them."""
+    run = service.open(service.waiting_spec(run_id))
+    return run, run.batches(rank=0, world_size=1, start_step=0, end_step=2, need_after=60)
+
+
+def test_ctrl_c_ends_a_next_that_waits_and_the_next_one_yields_the_same_step(service):  # noqa: F811
+    command = [sys.executable, "-c", WAITER, service.address, service.inputs, "ctrl-c"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert child.stdout.readline() == "waiting\n"
+        child.send_signal(signal.SIGINT)
+        # The service would go on waiting for ten minutes.
+        said, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert (said, child.returncode) == ("interrupted\nstep 0\n", 0)
+
+
+def test_batches_can_be_iterated_in_asyncio_beside_other_work(service):  # noqa: F811
+    async def main() -> list[int]:
+        run, batches = waiting_batches(service, "async")
+
+        async def push() -> None:
+            run.push_weights(service.weights(), step=-1)
+            await run.flush_async()
+
+        steps = []
+
+        async def train() -> None:
+            async for batch in batches:
+                steps.append(batch.step)
+                run.push_weights(service.weights(), step=batch.step)
+
+        training = asyncio.ensure_future(train())
+        await asyncio.sleep(0)
+        # The loop is free, and the trainer waits for what it does next.
+        assert not training.done() and steps == []
+        await asyncio.gather(training, push())
+        return steps
+
+    assert asyncio.run(main()) == [0, 1]
+
+
+def test_a_wait_with_a_time_limit_gives_up_and_the_next_one_yields_the_same_step(service):  # noqa: F811
+    async def main() -> list[int]:
+        run, batches = waiting_batches(service, "limited")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(batches), timeout=0.2)
+        run.push_weights(service.weights(), step=-1)
+        return [batch.step async for batch in batches]
+
+    assert asyncio.run(main()) == [0, 1]
