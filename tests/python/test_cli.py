@@ -174,7 +174,8 @@ def test_runs_are_listed_for_people_and_programs(state, tmp_path):
     assert prints("runs", "--state", tmp_path.as_uri(), "--json") == ""
     known = {run["run"]: run for run in map(json.loads, prints("runs", "--state", state, "--json").splitlines())}
     run = known["undisturbed"]
-    assert (run["state"], run["generation"], run["policy"], run["sub_batch"], run["failure"]) == ("open", 0, "joint", 24, None)
+    wanted = {"state": "open", "generation": 0, "policy": "joint", "sub_batch": 24, "failure": None}
+    assert {name: run[name] for name in wanted} == wanted
     steps = run["last_step"] + 1
     assert steps >= STEPS and (run["scanned"], run["selected"]) == (steps * 96, steps * 24)
     head, *lines = prints("runs", "--state", state).splitlines()
@@ -240,8 +241,8 @@ def test_select_takes_flags_before_the_file_and_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ("--help",), ("check-config",), ("runs",), ("receipts", "undisturbed", "--json"), ("receipts", "undisturbed", "--step", "0"),
-    ("select", "--embeddings", str(CASE))], ids=lambda arguments: arguments[0])
+    ("--help",), ("check-config",), ("runs",), ("receipts", "undisturbed", "--json"),
+    ("receipts", "undisturbed", "--step", "0"), ("select", "--embeddings", str(CASE))], ids=lambda arguments: arguments[0])
 def test_a_reader_that_has_gone_ends_a_command_in_silence(state, arguments):
     """As in `superbatch receipts RUN | head -1`."""
     reader, writer = os.pipe()

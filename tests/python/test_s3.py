@@ -34,17 +34,18 @@ BUCKET = "superbatch"
 class Store:
     """A real S3 server in a process of its own, with one bucket."""
 
-    def __init__(self, log: Path):
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=errors,
-                stderr=subprocess.PIPE, text=True)
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True)
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found.group(1))
                 break
         else:
-            raise AssertionError(f"the S3 server did not come up: {log.read_text()}")
+            raise AssertionError("the S3 server did not come up:\n" + "".join(said))
         # Its access log would fill the pipe.
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
         self.client = boto3.client(
@@ -70,7 +71,7 @@ class Proxy(ThreadingHTTPServer):
     """Stands before a store and passes requests on, without the headers `dropped`. What it does to PUTs whose path matches:
 
     hold: waits for `release` before it passes them on. hold_answer: waits after that.
-    lose: the first of each path is passed on, and its answer is lost: the connection ends, or (`lose_by="500"`) an error comes.
+    lose: the first of each path is passed on and its answer lost: the connection ends, or (`lose_by="500"`) an error comes.
     """
 
     daemon_threads = True
@@ -152,8 +153,8 @@ class PassOn(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def store(inputs, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("s3") / "server.log")
+def store(inputs):
+    store = Store()
     store.upload(inputs)
     yield store
     store.stop()
@@ -200,7 +201,8 @@ def receipts_by_command(port: int, run: str, state: str) -> list[dict]:
 
 def coordinator(folder: Path, name: str, port: int, state: str, **settings) -> Process:
     return Process(folder, name, "serve", {
-        "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state, "coordinator": settings}, credentials(port))
+        "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state,
+        "coordinator": settings}, credentials(port))
 
 
 def answer(ask) -> tuple[str, str | None] | None:

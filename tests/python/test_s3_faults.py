@@ -13,8 +13,8 @@ WRITES = ("run.json", "owner/1", "snapshots/", "pushes/0/0", "receipts/0/2/")
 
 
 @pytest.mark.parametrize(("write", "moment"), [
-    ("run.json", "hold_answer"), ("owner/1", "hold"), ("owner/1", "hold_answer"), ("snapshots/", "hold"), ("pushes/0/0", "hold"),
-    ("pushes/0/0", "hold_answer"), ("receipts/0/2/", "hold"), ("receipts/0/2/", "hold_answer")])
+    ("run.json", "hold_answer"), ("owner/1", "hold"), ("owner/1", "hold_answer"), ("snapshots/", "hold"),
+    ("pushes/0/0", "hold"), ("pushes/0/0", "hold_answer"), ("receipts/0/2/", "hold"), ("receipts/0/2/", "hold_answer")])
 def test_a_coordinator_killed_while_it_writes(inputs, store, proxy, tmp_path, undisturbed, write, moment):
     """Before its write arrived, or after that and before it knew. The write that was on its way arrives late."""
     state = f"s3://{BUCKET}/{tmp_path.name}"
