@@ -227,7 +227,12 @@ impl Work {
         let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let leave = async move { drop(registered.await) };
+        let worker = self.worker.clone();
+        let leave = async move {
+            // It has told the coordinator that it goes; a task that failed has told its log.
+            drop(registered.await);
+            worker.stop();
+        };
         let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;
