@@ -254,3 +254,21 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(state, arguments):
     finally:
         os.close(writer)
     assert ended.stderr == ""
+
+
+# -------------------------------------------------------------------------------------------------------- policies
+
+
+def test_select_draws_by_every_policy_and_leaves_out_what_it_is_told_to():
+    select = lambda *flags: json.loads(prints("select", "--embeddings", CASE, "--seed", 1, *flags))  # noqa: E731
+    size = {policy: len(set(select("--policy", policy)["indices"])) for policy in (
+        "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional", "k_center")}
+    assert set(size.values()) == {16}
+    assert "weights" not in select("--policy", "rank")
+    weights = select("--policy", "proportional", "--weight-exponent", 1)["weights"]
+    assert len(weights) == 16 and max(weights) == 1 and min(weights) > 0
+    cold = select("--policy", "independent", "--temperature", 1e-9)["indices"]
+    assert sorted(cold) == sorted(select("--policy", "top_k")["indices"])
+    thinned = select("--policy", "top_k", "--clip-score-at-least", 0.05)
+    assert 0 < thinned["left_out"] <= 48
+    assert "temperature" in fails("select", "--embeddings", CASE, "--policy", "independent", "--temperature", 0)

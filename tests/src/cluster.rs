@@ -105,7 +105,9 @@ impl Cluster {
         config.worker.device = "cpu".into();
         config.worker.threads = 1;
         config.worker_role.listen = any;
-        config.worker_role.coordinator.clone_from(&self.address);
+        if !self.address.is_empty() {
+            config.worker_role.coordinator.clone_from(&self.address);
+        }
         config
     }
 

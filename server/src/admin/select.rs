@@ -1,22 +1,11 @@
 //! `superbatch select`: one selection over a file of embeddings, without a server.
+mod file;
+
+use self::file::{File, Model};
 use crate::error::{Error, Result};
-use half::f16;
-use safetensors::{
-    SafeTensors,
-    tensor::{Dtype, TensorView},
-};
 use serde::Serialize;
-use std::{
-    collections::HashMap,
-    fmt::Display,
-    num::NonZeroUsize,
-    path::{Path, PathBuf},
-    str::FromStr,
-    time::Instant,
-};
-use superbatch_kernels::{
-    Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection, Settings,
-};
+use std::{num::NonZeroUsize, path::PathBuf, time::Instant};
+use superbatch_kernels::{Backend, Candidates, Criterion, Loss, Noise, Policy, Selection, Settings, Tuning};
 use superbatch_proto::v1::Reason;
 
 /// Select from a file of embeddings, without a service: the same code, for offline use and experiments.
@@ -43,7 +32,8 @@ pub struct SelectArgs {
     #[arg(long, value_name = "FILE")]
     pub embeddings: PathBuf,
     /// How examples are drawn: joint (chunk by chunk, each given what was drawn before), independent (one draw from each
-    /// candidate's own score) or uniform (from noise alone; needs no embeddings where there is noise) [default: joint]
+    /// candidate's own score), uniform (from noise alone; needs no embeddings where there is noise), joint_top_k, top_k, rank,
+    /// proportional or k_center [default: joint]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<Policy>,
     /// The loss that the models were trained with: sigmoid (SigLIP; needs both biases) or softmax (CLIP) [default: sigmoid]
@@ -62,6 +52,8 @@ pub struct SelectArgs {
     /// Multiplies softmax scores, which do not grow with what is drawn; the sigmoid loss has none [default: 1]
     #[arg(long, value_name = "GAIN")]
     pub gain: Option<f64>,
+    #[command(flatten)]
+    pub tuning: TuningArgs,
     /// Seeds the noise where FILE holds no tensor `noise` (standard Gumbel, float32, one row of B a draw) or too few rows of
     /// it [default: 0]
     #[arg(long, value_name = "SEED")]
@@ -72,6 +64,29 @@ pub struct SelectArgs {
     /// Threads on the CPU; the native backend's draw does not depend on it [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+}
+
+/// What only some policies read, and who is left out before any of them.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct TuningArgs {
+    /// Independent: divides the scores; towards 0 it is top_k, towards infinity uniform [default: 1]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+    /// Rank: how many times as likely the first is as the last [default: 100]
+    #[arg(long, value_name = "TIMES")]
+    pub pressure: Option<f64>,
+    /// Proportional: the scores' exponent; 0 is uniform [default: 0.6]
+    #[arg(long, value_name = "ALPHA")]
+    pub priority_exponent: Option<f64>,
+    /// Proportional: how far the importance weights correct the draw, from 0 to 1 [default: 0.4]
+    #[arg(long, value_name = "BETA")]
+    pub weight_exponent: Option<f64>,
+    /// Leave out all but one of images whose cosine, by the reference, is above this
+    #[arg(long, value_name = "COSINE")]
+    pub duplicates_above: Option<f64>,
+    /// Leave out pairs whose CLIPScore (2.5 x cosine of image and text, by the reference) is below this
+    #[arg(long, value_name = "SCORE")]
+    pub clip_score_at_least: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -89,6 +104,12 @@ struct Printed<'a> {
     indices: &'a [u32],
     chunks: &'a [u32],
     batch_score: Option<f64>,
+    /// Importance weights, where the policy has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<&'a [f64]>,
+    /// Candidates that were left out, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left_out: Option<usize>,
     seconds: Seconds,
 }
 
@@ -115,8 +136,18 @@ pub fn run(args: &SelectArgs) -> Result<String> {
     let begun = Instant::now();
     let selection = pool.install(|| super_batch.select(&backend))?;
     let seconds = Seconds { load, select: begun.elapsed().as_secs_f64() };
-    let Selection { indices, chunks, batch_score, .. } = &selection;
-    serde_json::to_string(&Printed { indices, chunks, batch_score: *batch_score, seconds })
+    let Selection { indices, chunks, batch_score, weights, left_out, .. } = &selection;
+    let tuning = &super_batch.tuning;
+    let filters = tuning.duplicates_above.is_some() || tuning.clip_score_at_least.is_some();
+    let printed = Printed {
+        indices,
+        chunks,
+        batch_score: *batch_score,
+        weights: (super_batch.settings.policy == Policy::Proportional).then_some(weights),
+        left_out: filters.then_some(*left_out),
+        seconds,
+    };
+    serde_json::to_string(&printed)
         .map_err(|error| Error::internal("cannot write the selection as JSON").because(error))
 }
 
@@ -163,23 +194,10 @@ struct SuperBatch {
     learner: Option<Model>,
     reference: Option<Model>,
     settings: Settings,
+    tuning: Tuning,
     /// `[rows, B]`, where there is one with rows enough.
     noise: Option<Vec<f32>>,
     seed: u64,
-}
-
-struct Model {
-    image: Values,
-    text: Values,
-    count: usize,
-    dim: usize,
-    scale: f64,
-    bias: f64,
-}
-
-enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
 }
 
 impl SuperBatch {
@@ -210,9 +228,11 @@ impl SuperBatch {
             n_chunks: file.setting(args.n_chunks, "n_chunks", 16)?,
             gain: file.setting(args.gain, "gain", 1.0)?,
         };
+        let tuning = file.tuning(&args.tuning)?;
         let draws = if policy == Policy::Joint { settings.n_chunks.min(settings.sub_batch_size) } else { 1 };
         let noise = noise.filter(|(values, _)| values.len() >= draws * count).map(|(values, _)| values);
-        Ok(Self { count, learner, reference, settings, noise, seed: file.setting(args.seed, "seed", 0)? })
+        let seed = file.setting(args.seed, "seed", 0)?;
+        Ok(Self { count, learner, reference, settings, tuning, noise, seed })
     }
 
     fn select(&self, backend: &Backend) -> Result<Selection> {
@@ -223,112 +243,9 @@ impl SuperBatch {
             Some(values) => Noise::Given(values),
             None => Noise::Seeded { seed: self.seed, generation: 0, step: 0, keys: &keys },
         };
-        backend.select(&candidates, &self.settings, &noise).map_err(|error| invalid("cannot select").because(error))
+        let drawn = backend.select_tuned(&candidates, &self.settings, &self.tuning, &noise);
+        drawn.map_err(|error| invalid("cannot select").because(error))
     }
-}
-
-impl Model {
-    fn view(&self) -> ModelEmbeddings<'_> {
-        let (image, text) = (self.image.view(), self.text.view());
-        ModelEmbeddings { image, text, dim: self.dim, scale: self.scale, bias: self.bias }
-    }
-}
-
-impl Values {
-    fn view(&self) -> Rows<'_> {
-        match self {
-            Self::F32(values) => Rows::F32(values),
-            Self::F16(values) => Rows::F16(values),
-        }
-    }
-}
-
-struct File<'a> {
-    path: &'a Path,
-    tensors: SafeTensors<'a>,
-    metadata: HashMap<String, String>,
-}
-
-impl<'a> File<'a> {
-    fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
-        let broken = |error| invalid(format!("{} is not a safetensors file", path.display())).because(error);
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
-        let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
-        Ok(Self { path, tensors, metadata: header.metadata().clone().unwrap_or_default() })
-    }
-
-    /// The flag, else the metadata, else the default.
-    fn setting<T: FromStr<Err: Display>>(&self, flag: Option<T>, key: &str, default: T) -> Result<T> {
-        if let Some(value) = flag {
-            return Ok(value);
-        }
-        Ok(self.metadata_value(key)?.unwrap_or(default))
-    }
-
-    fn metadata_value<T: FromStr<Err: Display>>(&self, key: &str) -> Result<Option<T>> {
-        let Some(text) = self.metadata.get(key) else { return Ok(None) };
-        let wrong = |error| invalid(format!("{}: metadata {key} is {text:?}: {error}", self.path.display()));
-        text.parse().map(Some).map_err(wrong).map_err(|error| error.with("metadata", key))
-    }
-
-    fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let missing = || invalid(format!("{} has no tensor {name}", self.path.display())).with("tensor", name);
-        self.tensors.tensor(name).map_err(|_| missing())
-    }
-
-    /// A model's embeddings and logit; none where they are optional and the file has no tensor of the model.
-    fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
-        let (image_name, text_name) = (format!("{name}_img"), format!("{name}_txt"));
-        let has = |name: &str| self.tensors.tensor(name).is_ok();
-        if optional && !has(&image_name) && !has(&text_name) {
-            return Ok(None);
-        }
-        let (image, [count, dim]) = values(&image_name, &self.tensor(&image_name)?)?;
-        let (text, shape) = values(&text_name, &self.tensor(&text_name)?)?;
-        if shape != [count, dim] {
-            let message = format!("{text_name} is {shape:?} where {image_name} is {:?}: they must agree", [count, dim]);
-            return Err(invalid(message).with("tensor", text_name));
-        }
-        let scale_key = format!("{name}_scale");
-        let no_scale = || invalid(format!("{} has no metadata {scale_key}", self.path.display()));
-        let scale = self.metadata_value(&scale_key)?.ok_or_else(no_scale)?;
-        let bias_key = format!("{name}_bias");
-        let bias = match (self.metadata_value(&bias_key)?, loss) {
-            (Some(bias), _) => bias,
-            (None, Loss::Softmax) => 0.0,
-            (None, Loss::Sigmoid) => {
-                let message =
-                    format!("{} has no metadata {bias_key}, which the sigmoid loss needs", self.path.display());
-                return Err(Error::new(Reason::BiasMissing, message));
-            }
-        };
-        Ok(Some(Model { image, text, count, dim, scale, bias }))
-    }
-
-    /// Given noise and the number of candidates that it is for.
-    fn noise(&self) -> Result<Option<(Vec<f32>, usize)>> {
-        let Ok(view) = self.tensors.tensor("noise") else { return Ok(None) };
-        match values("noise", &view)? {
-            (Values::F32(noise), [_, count]) => Ok(Some((noise, count))),
-            (Values::F16(_), _) => Err(invalid("tensor noise must be F32").with("tensor", "noise")),
-        }
-    }
-}
-
-/// A tensor's values and shape.
-fn values(name: &str, view: &TensorView<'_>) -> Result<(Values, [usize; 2])> {
-    let shape = <[usize; 2]>::try_from(view.shape());
-    let shape = shape.ok().filter(|shape| shape.iter().all(|extent| *extent > 0)).ok_or_else(|| {
-        invalid(format!("tensor {name} is {:?}: two extents, neither 0, are needed", view.shape())).with("tensor", name)
-    })?;
-    let values = match view.dtype() {
-        Dtype::F32 => Values::F32(view.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
-        Dtype::F16 => Values::F16(view.data().as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect()),
-        other => {
-            return Err(invalid(format!("tensor {name} is {other:?}: F32 or F16 is needed")).with("tensor", name));
-        }
-    };
-    Ok((values, shape))
 }
 
 fn invalid(message: impl Into<String>) -> Error {

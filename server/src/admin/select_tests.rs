@@ -1,5 +1,8 @@
 use super::*;
 use clap::Parser;
+use half::f16;
+use safetensors::tensor::{Dtype, TensorView};
+use std::{collections::HashMap, path::Path};
 
 const COUNT: usize = 40;
 
