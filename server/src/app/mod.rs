@@ -18,7 +18,7 @@ use crate::{
     },
     error::{Error, Result},
     metrics,
-    storage::{Location, Stores, metered, nonce, probe},
+    storage::{Location, Stores, Wrap, metered, nonce, probe},
     worker::{Worker, keep_registered},
 };
 use futures::future::{BoxFuture, FutureExt, Shared};
@@ -63,18 +63,20 @@ struct Ground {
     http: Option<http::Http>,
 }
 
+/// The addresses of a process, and the section of the settings that they are in.
+struct Listens {
+    section: &'static str,
+    listen: SocketAddr,
+    metrics_listen: Option<SocketAddr>,
+}
+
 impl Ground {
-    /// `section` is where the settings of the two addresses are.
-    async fn build(
-        config: Config,
-        section: &str,
-        listen: SocketAddr,
-        metrics_listen: Option<SocketAddr>,
-    ) -> Result<Self> {
+    async fn build(config: Config, listens: Listens, wrap: Wrap) -> Result<Self> {
+        let Listens { section, listen, metrics_listen } = listens;
         config.validate()?;
         // Before anything is counted.
         metrics::install();
-        let stores = Stores::wrapped(config.storage.clone(), Arc::new(metered));
+        let stores = Stores::wrapped(config.storage.clone(), wrap);
         let state = stores.open(&config.state_uri()?)?;
         probe(&state).await?;
         let listener = bind(listen, &format!("{section}listen")).await?;
@@ -99,8 +101,16 @@ impl Serve {
     /// # Errors
     /// Whatever makes the config unusable: a port in use, a store that is unreachable or overwrites, a device that is not there.
     pub async fn build(config: Config) -> Result<Self> {
+        Self::build_on(config, Arc::new(metered)).await
+    }
+
+    /// As [`Serve::build`], on stores that are wrapped by `wrap`.
+    ///
+    /// # Errors
+    /// Those of [`Serve::build`].
+    pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
         let (listen, metrics_listen) = (config.listen, config.metrics_listen);
-        let ground = Ground::build(config, "", listen, metrics_listen).await?;
+        let ground = Ground::build(config, Listens { section: "", listen, metrics_listen }, wrap).await?;
         let settings = &ground.config.coordinator;
         let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
         let mut device = "cpu".to_owned();
@@ -178,7 +188,8 @@ impl Work {
     /// As [`Serve::build`], for a worker.
     pub async fn build(config: Config) -> Result<Self> {
         let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
-        let ground = Ground::build(config, "worker_role.", listen, metrics_listen).await?;
+        let listens = Listens { section: "worker_role.", listen, metrics_listen };
+        let ground = Ground::build(config, listens, Arc::new(metered)).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
         tell_build(&worker.info().device);
         Ok(Self { ground, worker })

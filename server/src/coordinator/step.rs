@@ -109,7 +109,10 @@ impl Cell {
         self.demand.send_modify(|demand| {
             demand.world_size = world_size;
             demand.asked = Some(Instant::now());
-            demand.pushing_through = demand.pushing_through.max(pushing_through);
+            match pushing_through {
+                Some(step) => drop(demand.pushing.insert(rank, step)),
+                None => drop(demand.pushing.remove(&rank)),
+            }
             if need {
                 demand.calls += 1;
                 demand.needing.insert(demand.calls, rank);

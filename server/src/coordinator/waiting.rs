@@ -14,8 +14,8 @@ pub struct Demand {
     /// Calls that needed the step so far.
     pub calls: u64,
     pub world_size: u32,
-    /// The newest step whose push some rank says it has begun.
-    pub pushing_through: Option<i64>,
+    /// The newest step whose push each rank says it has begun, by its last word: one that came to nothing is taken back.
+    pub pushing: BTreeMap<u32, i64>,
     /// When the first of them began to stand still.
     pub since: Option<Instant>,
     /// When the step was last asked for.
@@ -65,7 +65,7 @@ pub fn verdict(moment: &Moment) -> Verdict {
     let all =
         demand.world_size > 0 && demand.needing.values().collect::<BTreeSet<_>>().len() >= demand.world_size as usize;
     let staged = moment.staging.range(due..).next().is_some_and(|step| !moment.exact || *step == due);
-    let announced = !moment.refused && demand.pushing_through.is_some_and(|step| step >= due);
+    let announced = !moment.refused && demand.pushing.values().any(|step| *step >= due);
     let on_its_way = staged || announced;
     let why = match (needed_for >= moment.deadline, all && !on_its_way) {
         (_, true) => Why::NobodyPushes,
@@ -83,7 +83,7 @@ mod tests {
         let demand = Demand {
             needing: (0..).zip(needing.iter().copied()).collect(),
             world_size: 2,
-            pushing_through: pushing,
+            pushing: pushing.map(|step| (0, step)).into_iter().collect(),
             ..Demand::default()
         };
         verdict(&Moment {
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_refused_push_is_not_waited_for() {
-        let demand = Demand { needing: [(1, 0)].into(), world_size: 1, pushing_through: Some(9), ..Demand::default() };
+        let demand = Demand { needing: [(1, 0)].into(), world_size: 1, pushing: [(0, 9)].into(), ..Demand::default() };
         let decide = |refused, exact, staging: &[i64]| {
             verdict(&Moment {
                 demand: &demand,
