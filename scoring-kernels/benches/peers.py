@@ -1,6 +1,7 @@
 """The peers that joint selection is measured against, asked line by line by benches/peers.rs.
 
-    peers.py serve FILE THREADS    answers `printed`, `blas`, `sigmoid`, `softmax`, `gemm` with: seconds, then the draw in order
+    peers.py serve FILE THREADS    answers `printed`, `blas`, `sigmoid`, `softmax`, `gemm` with: seconds, processor
+                                   seconds, then the draw in order
     peers.py plot FILE PICTURE     draws the growth that benches/peers.rs wrote
 
 FILE holds `learner_img`, `learner_txt`, `reference_img`, `reference_txt` (float32, [B, d]), `noise` ([n_chunks, B]) and, as
@@ -80,19 +81,23 @@ def matrix_free_torch(world, loss):
     return chosen
 
 
-def gemm_rate(n=2048):
-    """The better of NumPy's and PyTorch's BLAS on a square float32 product, in FLOP/s."""
+def measured(work):
+    """(seconds, processor seconds, result)"""
+    wall, busy = time.perf_counter(), time.process_time()
+    result = work()
+    return time.perf_counter() - wall, time.process_time() - busy, result
+
+
+def gemm_times(n=2048):
+    """The better of NumPy's and PyTorch's BLAS on a square float32 product: seconds and processor seconds per 10^12 operations."""
     import torch
 
     a = torch.randn(n, n)
-    rates = []
+    times = []
     for product in (lambda: a @ a, lambda: a.numpy() @ a.numpy()):
         product()
-        for _ in range(3):
-            start = time.perf_counter()
-            product()
-            rates.append(2 * n**3 / (time.perf_counter() - start))
-    return max(rates)
+        times += [measured(product)[:2] for _ in range(3)]
+    return [min(column) * 1e12 / (2 * n**3) for column in zip(*times)]
 
 
 def serve(path, threads):
@@ -114,14 +119,13 @@ def serve(path, threads):
     for line in sys.stdin:
         question = line.strip()
         if question == "gemm":
-            print(gemm_rate(), flush=True)
+            print(*gemm_times(), flush=True)
             continue
-        start = time.perf_counter()
         if question in ("printed", "blas"):
-            chosen = dense_numpy(world, question == "printed")
+            wall, busy, chosen = measured(lambda: dense_numpy(world, question == "printed"))
         else:
-            chosen = matrix_free_torch(world, question)
-        print(time.perf_counter() - start, *chosen, flush=True)
+            wall, busy, chosen = measured(lambda: matrix_free_torch(world, question))
+        print(wall, busy, *chosen, flush=True)
 
 
 def plot(path, picture):

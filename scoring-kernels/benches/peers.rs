@@ -1,6 +1,7 @@
 //! Joint selection by the native backend against its peers, in one run, as ratios: `make bench-kernels`.
 //!
-//! Arguments: none (the table), `growth FILE` (time and memory by super-batch size), `scale` (163,840 candidates).
+//! Arguments: none (the table), `growth FILE` (time and memory by super-batch size), `scale` (163,840 candidates),
+//! `chunks` (what more chunks buy).
 //! Peers need a Python with NumPy, PyTorch and safetensors, named by SUPERBATCH_PYTHON; without it they are left out.
 mod common;
 
@@ -15,7 +16,7 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::Instant,
 };
-use superbatch_kernels::{Backend, Candidates, Loss, Noise, Selection, Settings, noise};
+use superbatch_kernels::{Backend, Candidates, Loss, Noise, Policy, Selection, Settings, noise};
 
 const COUNT: usize = 8_192;
 const DIM: usize = 512;
@@ -30,14 +31,42 @@ fn main() {
         [] => table(),
         ["growth", file] => growth(Path::new(file)),
         ["scale"] => scale(),
+        ["chunks"] => chunks(),
         _ => panic!("unknown arguments {words:?}"),
     }
 }
 
-fn select(candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> (f64, Selection) {
-    let begun = Instant::now();
+/// Seconds, and processor seconds of all threads: where others use the machine too, these are what can be compared.
+#[derive(Clone, Copy)]
+struct Times {
+    wall: f64,
+    busy: f64,
+}
+
+impl Times {
+    const NEVER: Self = Self { wall: f64::INFINITY, busy: f64::INFINITY };
+
+    fn least(self, other: Self) -> Self {
+        Self { wall: self.wall.min(other.wall), busy: self.busy.min(other.busy) }
+    }
+
+    /// How many times as long `other` takes.
+    fn of(self, other: Self) -> String {
+        format!("{:.1} x native's time, {:.1} x its processor time", other.wall / self.wall, other.busy / self.busy)
+    }
+}
+
+/// Processor time of this process, to a hundredth of a second (Linux; elsewhere 0).
+fn busy() -> f64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+fn select(candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> (Times, Selection) {
+    let (begun, before) = (Instant::now(), busy());
     let selection = Backend::Native.select(candidates, settings, noise).expect("valid inputs");
-    (begun.elapsed().as_secs_f64(), selection)
+    (Times { wall: begun.elapsed().as_secs_f64(), busy: busy() - before }, selection)
 }
 
 /// A Python process that holds the same super-batch and answers with times and draws.
@@ -68,13 +97,14 @@ impl Peers {
         line.trim().to_owned()
     }
 
-    /// A number (seconds, or a rate), and the draw.
-    fn ask(&mut self, question: &str) -> (f64, Vec<u32>) {
+    /// Times, and the draw.
+    fn ask(&mut self, question: &str) -> (Times, Vec<u32>) {
         writeln!(self.to, "{question}").expect("a peer that listens");
         let line = self.line();
         let mut words = line.split(' ');
-        let number = words.next().and_then(|word| word.parse().ok()).expect("a number first");
-        (number, words.map(|word| word.parse().expect("an index")).collect())
+        let mut time = || words.next().and_then(|word| word.parse().ok()).expect("two times first");
+        let times = Times { wall: time(), busy: time() };
+        (times, words.map(|word| word.parse().expect("an index")).collect())
     }
 
     fn end(mut self) {
@@ -124,51 +154,65 @@ fn table() {
         "B={COUNT} b={SUB_BATCH} d={DIM} chunks={N_CHUNKS} f32, learnability, {threads} threads, best of {ROUNDS}"
     );
 
-    let mut best: HashMap<(&str, &str), f64> = HashMap::new();
-    let mut drawn: HashMap<(&str, &str), Vec<u32>> = HashMap::new();
-    let (mut flops, mut gemm) = (HashMap::new(), 0f64);
+    let mut best: By<Times> = HashMap::new();
+    let mut drawn: By<Vec<u32>> = HashMap::new();
+    let (mut flops, mut gemm) = (HashMap::new(), Times::NEVER);
     for round in 0..ROUNDS {
         for loss in Loss::ALL {
-            let mut keep = |who, (seconds, indices): (f64, Vec<u32>)| {
-                let entry = best.entry((loss.as_str(), who)).or_insert(f64::INFINITY);
-                *entry = entry.min(seconds);
+            let mut keep = |who, (times, indices): (Times, Vec<u32>)| {
+                let entry = best.entry((loss.as_str(), who)).or_insert(Times::NEVER);
+                *entry = entry.least(times);
                 drawn.insert((loss.as_str(), who), indices);
             };
-            let (seconds, ours) = select(&world.candidates(), &Settings { loss: *loss, ..settings.clone() }, &noise);
-            keep("native", (seconds, ours.indices));
+            let (times, ours) = select(&world.candidates(), &Settings { loss: *loss, ..settings.clone() }, &noise);
+            keep("native", (times, ours.indices));
             flops.insert(loss.as_str(), ours.flops);
-            if let Some(peers) = &mut peers {
-                gemm = gemm.max(peers.ask("gemm").0);
-                keep("torch", peers.ask(loss.as_str()));
-                if *loss == Loss::Sigmoid && round < 2 {
-                    keep("printed", peers.ask("printed"));
-                    keep("blas", peers.ask("blas"));
-                }
+            let Some(peers) = &mut peers else { continue };
+            gemm = gemm.least(peers.ask("gemm").0);
+            keep("torch", peers.ask(loss.as_str()));
+            if *loss == Loss::Sigmoid && round < 2 {
+                keep("printed", peers.ask("printed"));
+                keep("blas", peers.ask("blas"));
             }
         }
     }
-    // Zero without peers.
-    println!("f32 GEMM of the machine: {:.1} GFLOP/s", gemm / 1e9);
-    let called = [
-        ("printed", "dense NumPy (Algorithm 1 as printed)"),
-        ("blas", "dense NumPy (Algorithm 1, its sums by BLAS)"),
-        ("torch", "matrix-free PyTorch"),
-    ];
-    for loss in Loss::ALL.iter().map(|loss| loss.as_str()) {
-        let (ours, rate) = (best[&(loss, "native")], flops[loss] / best[&(loss, "native")]);
-        let share = if gemm > 0.0 { format!(", {:.0} % of GEMM", 100.0 * rate / gemm) } else { String::new() };
-        println!("{loss} native: {ours:.3} s, {:.1} GFLOP/s{share}", rate / 1e9);
-        for (who, name) in called {
-            if let Some(theirs) = best.get(&(loss, who)) {
-                let agreement = agreement(&drawn[&(loss, "native")], &drawn[&(loss, who)]);
-                println!("{loss} {name}: {theirs:.3} s, {:.1} x native's time; {agreement}", theirs / ours);
-            }
-        }
-    }
-    println!("softmax / sigmoid: {:.2}", best[&("softmax", "native")] / best[&("sigmoid", "native")]);
+    report(&best, &drawn, &flops, gemm);
     if let Some(peers) = peers {
         peers.end();
     }
+}
+
+type By<T> = HashMap<(&'static str, &'static str), T>;
+
+/// Prints times and ratios, by loss and who took them. `gemm` is for 10^12 operations of the machine's matrix product.
+fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, gemm: Times) {
+    let measured = gemm.wall.is_finite();
+    if measured {
+        println!("f32 GEMM: {:.1} GFLOP/s, {:.1} a processor second", 1e3 / gemm.wall, 1e3 / gemm.busy);
+    }
+    let called = [
+        ("printed", "dense NumPy, Algorithm 1 as printed"),
+        ("blas", "dense NumPy, Algorithm 1 with its sums by BLAS"),
+        ("torch", "matrix-free PyTorch"),
+    ];
+    for loss in Loss::ALL.iter().map(|loss| loss.as_str()) {
+        let (ours, work) = (best[&(loss, "native")], flops[loss] / 1e12);
+        let share = |gemm: f64, ours: f64| 100.0 * work * gemm / ours;
+        let share = match measured {
+            true => format!(", {:.0} % of GEMM ({:.0} %)", share(gemm.wall, ours.wall), share(gemm.busy, ours.busy)),
+            false => String::new(),
+        };
+        let rate = 1e3 * work / ours.wall;
+        println!("{loss}, native: {:.3} s ({:.2} processor seconds), {rate:.1} GFLOP/s{share}", ours.wall, ours.busy);
+        for (who, name) in called {
+            if let Some(theirs) = best.get(&(loss, who)) {
+                let agreement = agreement(&drawn[&(loss, "native")], &drawn[&(loss, who)]);
+                println!("{loss}, {name}: {:.3} s, {}; {agreement}", theirs.wall, ours.of(*theirs));
+            }
+        }
+    }
+    let [sigmoid, softmax] = ["sigmoid", "softmax"].map(|loss| best[&(loss, "native")]);
+    println!("softmax / sigmoid: {:.2} ({:.2})", softmax.wall / sigmoid.wall, softmax.busy / sigmoid.busy);
 }
 
 /// Sets the peak of this process's memory to what it holds now, and returns that, in MiB (Linux; elsewhere 0).
@@ -195,7 +239,7 @@ fn growth(file: &Path) {
         let settings = Settings { sub_batch_size: count / 5, n_chunks: N_CHUNKS, ..Settings::default() };
         let before = reset_peak();
         let rounds = (3 * 32_768 / count).clamp(1, 5);
-        let times = (0..rounds).map(|_| select(&world.candidates(), &settings, &seeded(&keys)).0);
+        let times = (0..rounds).map(|_| select(&world.candidates(), &settings, &seeded(&keys)).0.wall);
         let line = format!("{count} {} {:.4} {:.1}", count / 5, times.fold(f64::INFINITY, f64::min), peak() - before);
         println!("{line}");
         out += &format!("{line}\n");
@@ -211,7 +255,7 @@ fn scale() {
     for loss in Loss::ALL {
         let settings = Settings { loss: *loss, sub_batch_size: 2 * chunk, n_chunks: 2, ..Settings::default() };
         let before = reset_peak();
-        let (seconds, selection) = select(&world.candidates(), &settings, &seeded(&keys));
+        let (Times { wall: seconds, .. }, selection) = select(&world.candidates(), &settings, &seeded(&keys));
         let whole: f64 = (1..16).map(|k| 8.0 * (count - k * chunk) as f64 * chunk as f64 * dim as f64).sum();
         println!(
             "{loss} B={count} chunk={chunk} d={dim} f16: {seconds:.1} s for one update of 15, {:.1} GFLOP/s, {:.0} MiB above \
@@ -219,6 +263,31 @@ fn scale() {
             selection.flops / seconds / 1e9,
             peak() - before,
             whole / (selection.flops / seconds)
+        );
+    }
+}
+
+/// The sub-batch's score by number of chunks (the paper's figure 2), and what it costs.
+fn chunks() {
+    let world = World::f32(COUNT, DIM);
+    let keys: Vec<u64> = (0..COUNT as u64).collect();
+    let draw = |settings: Settings, seed| {
+        let noise = Noise::Seeded { seed, generation: 0, step: 0, keys: &keys };
+        let (times, selection) = select(&world.candidates(), &settings, &noise);
+        (times, selection.batch_score.expect("given embeddings"))
+    };
+    let settings = Settings { sub_batch_size: SUB_BATCH, ..Settings::default() };
+    let policies = [Policy::Uniform, Policy::Independent, Policy::TopK].map(|policy| (policy, 1));
+    let joint = [2, 4, 8, 16, 32, 64].into_iter().flat_map(|n| [(Policy::Joint, n), (Policy::JointTopK, n)]);
+    for (policy, n_chunks) in policies.into_iter().chain(joint) {
+        let (mut least, mut score) = (Times::NEVER, 0.0);
+        for seed in 0..3 {
+            let (times, one) = draw(Settings { policy, n_chunks, ..settings.clone() }, seed);
+            (least, score) = (least.least(times), score + one / 3.0);
+        }
+        let Times { wall, busy } = least;
+        println!(
+            "{policy:<12} {n_chunks:>3} chunks: batch score {score:>9.3}, {wall:.3} s ({busy:.2} processor seconds)"
         );
     }
 }

@@ -2,10 +2,11 @@
 use crate::{
     engine::{self, Engine},
     error::Result,
+    filter,
     native::NativeEngine,
     noise::Noise,
     problem::Problem,
-    types::{Candidates, Selection, Settings},
+    types::{Candidates, Selection, Settings, Tuning},
 };
 
 /// What computes the scores. All backends are handed the same noise and draw the same examples, up to rounding.
@@ -25,15 +26,35 @@ impl Backend {
     ///
     /// [`Error`](crate::Error) says which input is wrong; nothing is drawn then.
     pub fn select(&self, candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> Result<Selection> {
-        let problem = Problem::new(candidates, settings, noise)?;
-        if problem.models.is_empty() {
-            return engine::run(&problem, None, noise);
-        }
-        let mut engine: Box<dyn Engine> = match self {
-            Self::Native => Box::new(NativeEngine::new(&problem)),
-            #[cfg(feature = "torch")]
-            Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(&problem, *device)?),
+        self.select_tuned(candidates, settings, &Tuning::default(), noise)
+    }
+
+    /// [`Self::select`] with other than the default [`Tuning`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::select`].
+    pub fn select_tuned(
+        &self,
+        candidates: &Candidates<'_>,
+        settings: &Settings,
+        tuning: &Tuning,
+        noise: &Noise<'_>,
+    ) -> Result<Selection> {
+        let mut problem = Problem::new(candidates, settings, tuning, noise)?;
+        let left_out = filter::left_out(candidates, tuning, &problem.offered)?;
+        problem.leave_out(&left_out)?;
+        let mut selection = if problem.models.is_empty() {
+            engine::run(&problem, None, noise)?
+        } else {
+            let mut engine: Box<dyn Engine> = match self {
+                Self::Native => Box::new(NativeEngine::new(&problem)),
+                #[cfg(feature = "torch")]
+                Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(&problem, *device)?),
+            };
+            engine::run(&problem, Some(engine.as_mut()), noise)?
         };
-        engine::run(&problem, Some(engine.as_mut()), noise)
+        selection.left_out = left_out.len();
+        Ok(selection)
     }
 }

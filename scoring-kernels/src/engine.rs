@@ -1,9 +1,11 @@
 //! The loop of joint selection, and the seam between it and whatever computes the scores.
 use crate::{
     error::{Error, Result},
+    law,
+    native::Spread,
     noise::{ChunkNoise, Noise},
     problem::Problem,
-    types::{Loss, Policy, Selection},
+    types::{Loss, Selection},
 };
 use rayon::prelude::*;
 
@@ -30,48 +32,63 @@ struct Drawn {
     score: f64,
 }
 
-/// Draws the sub-batch (Algorithm 1). Without an engine (uniform, no embeddings) scores are absent.
+/// Draws the sub-batch (Algorithm 1, and what the other policies make of it). Without an engine there are no losses, and
+/// what depends on them is absent.
 pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, noise: &Noise<'_>) -> Result<Selection> {
     let own = engine.as_mut().map(|engine| engine.scores()).transpose()?;
-    let blank = || vec![0.0; problem.count];
-    let mut scores = match (&own, problem.policy) {
-        (Some(own), Policy::Independent | Policy::Joint) => own.clone(),
-        _ => blank(),
+    let mut scores = match &own {
+        Some(own) if problem.policy.is_scored() => own.clone(),
+        _ => vec![0.0; problem.count],
     };
+    let mut spread = problem.spread.as_ref().map(|embeddings| Spread::new(embeddings, &problem.offered));
     let mut left = problem.offered.clone();
     let mut drawn: Vec<Drawn> = Vec::with_capacity(problem.chunks.iter().sum());
     for (k, &size) in problem.chunks.iter().enumerate() {
-        if k > 0
-            && let Some(engine) = engine.as_mut()
-        {
-            let last = drawn.len() - problem.chunks[k - 1];
-            engine.absorb(&indices(&drawn[last..]))?;
-            scores = engine.scores()?;
+        if k > 0 {
+            let last = indices(&drawn[drawn.len() - problem.chunks[k - 1]..]);
+            if let Some(spread) = &mut spread {
+                spread.absorb(&last, &mut scores);
+            } else if let Some(engine) = engine.as_mut() {
+                engine.absorb(&last)?;
+                scores = engine.scores()?;
+            }
         }
-        drawn.extend(draw(&mut left, &scores, &noise.chunk(k, problem.count), size)?);
+        let noise = problem.policy.is_noisy(k).then(|| noise.chunk(k, problem.count));
+        drawn.extend(draw(&mut left, &law::logits(problem, &scores), &scores, noise, size)?);
     }
+    let chosen = indices(&drawn);
     let mut selection = Selection {
-        indices: indices(&drawn),
         chunks: problem.chunks.iter().map(|&size| size as u32).collect(),
         scores: drawn.iter().map(|drawn| drawn.score).collect(),
-        weights: vec![1.0; drawn.len()],
+        weights: law::weights(problem, own.as_deref().unwrap_or(&scores), &chosen),
+        indices: chosen,
+        left_out: 0,
         batch_score: None,
         mean_score_chosen: None,
         mean_score_candidates: None,
-        flops: 0.0,
+        flops: spread.map_or(0.0, |spread| spread.flops),
     };
     if let (Some(engine), Some(own)) = (engine, own) {
         selection.batch_score = Some(batch_score(problem, engine, &selection, &own)?);
         selection.mean_score_chosen = Some(mean(&own, &selection.indices));
         selection.mean_score_candidates = Some(mean(&own, &problem.offered));
-        selection.flops = engine.flops();
+        selection.flops += engine.flops();
     }
     Ok(selection)
 }
 
-/// Takes the `size` candidates of largest score + noise out of `left`, largest first, ties to the lower index.
-fn draw(left: &mut Vec<u32>, scores: &[f64], noise: &ChunkNoise<'_>, size: usize) -> Result<Vec<Drawn>> {
-    let perturb = |&index: &u32| (scores[index as usize] + noise.of(index), index);
+/// Takes the `size` candidates of largest logit + noise out of `left`, largest first, ties to the lower index.
+fn draw(
+    left: &mut Vec<u32>,
+    logits: &[f64],
+    scores: &[f64],
+    noise: Option<ChunkNoise<'_>>,
+    size: usize,
+) -> Result<Vec<Drawn>> {
+    let perturb = |&index: &u32| {
+        let noise = noise.as_ref().map_or(0.0, |noise| noise.of(index));
+        (logits[index as usize] + noise, index)
+    };
     let mut perturbed: Vec<(f64, u32)> = left.par_iter().with_min_len(2048).map(perturb).collect();
     if let Some((_, row)) = perturbed.iter().find(|(value, _)| !value.is_finite()) {
         return Err(Error::ScoreNotFinite { row: *row as usize });
@@ -82,25 +99,23 @@ fn draw(left: &mut Vec<u32>, scores: &[f64], noise: &ChunkNoise<'_>, size: usize
         perturbed.truncate(size);
     }
     perturbed.sort_unstable_by(order);
-    let mut taken: Vec<u32> = perturbed.iter().map(|(_, index)| *index).collect();
-    taken.sort_unstable();
-    left.retain(|index| taken.binary_search(index).is_err());
+    let mut taken = vec![false; scores.len()];
+    perturbed.iter().for_each(|(_, index)| taken[*index as usize] = true);
+    left.retain(|index| !taken[*index as usize]);
     Ok(perturbed.into_iter().map(|(_, index)| Drawn { index, score: scores[index as usize] }).collect())
 }
 
 /// Mean conditional score per example of the sub-batch, without gain.
 ///
-/// Sigmoid: the conditional scores hold every pair of two chunks exactly once, in both directions; what they lack are the
-/// pairs inside each chunk. Softmax: the denominators must hold the whole sub-batch, so the losses are computed anew.
+/// Sigmoid: the conditional scores of joint selection hold every pair of two chunks exactly once, in both directions; what
+/// they lack are the pairs inside each chunk. Other policies' scores hold no pairs at all. Softmax: the denominators must hold
+/// the whole sub-batch, so the losses are computed anew.
 fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selection, own: &[f64]) -> Result<f64> {
+    let chosen = selection.indices.as_slice();
     let total = match problem.loss {
-        Loss::Softmax => engine.inner(&selection.indices)?,
-        Loss::Sigmoid => {
-            let mut total = match problem.policy {
-                Policy::Uniform => selection.indices.iter().map(|&index| own[index as usize]).sum(),
-                Policy::Independent | Policy::Joint => selection.scores.iter().sum::<f64>(),
-            };
-            let mut rest = selection.indices.as_slice();
+        Loss::Softmax => engine.inner(chosen)?,
+        Loss::Sigmoid if problem.policy.is_conditional() => {
+            let (mut total, mut rest) = (selection.scores.iter().sum::<f64>(), chosen);
             for &size in &problem.chunks {
                 let (chunk, after) = rest.split_at(size);
                 total += engine.inner(chunk)?;
@@ -108,8 +123,9 @@ fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selec
             }
             total
         }
+        Loss::Sigmoid => chosen.iter().map(|&index| own[index as usize]).sum::<f64>() + engine.inner(chosen)?,
     };
-    Ok(total / selection.indices.len() as f64)
+    Ok(total / chosen.len() as f64)
 }
 
 fn indices(drawn: &[Drawn]) -> Vec<u32> {

@@ -2,7 +2,7 @@
 use crate::{
     error::{Error, Result},
     noise::Noise,
-    types::{Candidates, Loss, ModelEmbeddings, Policy, Rows, Settings},
+    types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
 };
 use rayon::prelude::*;
 
@@ -19,6 +19,7 @@ pub(crate) struct Problem<'a> {
     /// One or two; none under the uniform policy without embeddings.
     pub models: Vec<SignedModel<'a>>,
     pub policy: Policy,
+    pub tuning: Tuning,
     pub loss: Loss,
     /// 1 for the sigmoid loss: scaling its scores undoes the method.
     pub gain: f64,
@@ -26,36 +27,62 @@ pub(crate) struct Problem<'a> {
     pub offered: Vec<u32>,
     /// How many each draw takes.
     pub chunks: Vec<usize>,
+    /// K-center: whose images are to be spread out.
+    pub spread: Option<ModelEmbeddings<'a>>,
 }
 
 impl<'a> Problem<'a> {
-    pub(crate) fn new(candidates: &Candidates<'a>, settings: &Settings, noise: &Noise<'_>) -> Result<Self> {
+    pub(crate) fn new(
+        candidates: &Candidates<'a>,
+        settings: &Settings,
+        tuning: &Tuning,
+        noise: &Noise<'_>,
+    ) -> Result<Self> {
         check_settings(candidates, settings)?;
+        check_tuning(settings, tuning)?;
         let offered = offered(candidates)?;
-        if settings.sub_batch_size > offered.len() {
-            return Err(Error::TooFewCandidates {
-                sub_batch_size: settings.sub_batch_size,
-                candidates: candidates.count,
-                holes: candidates.count - offered.len(),
-            });
-        }
-        let chunks = match settings.policy {
-            Policy::Joint => chunk_sizes(settings.sub_batch_size, settings.n_chunks),
-            Policy::Independent | Policy::Uniform => vec![settings.sub_batch_size],
+        enough(settings.sub_batch_size, candidates.count, &offered)?;
+        let chunks = match settings.policy.goes_by_chunks() {
+            true => chunk_sizes(settings.sub_batch_size, settings.n_chunks),
+            false => vec![settings.sub_batch_size],
         };
-        noise.check(chunks.len(), candidates.count)?;
+        let draws = (0..chunks.len()).filter(|&chunk| settings.policy.is_noisy(chunk)).count();
+        noise.check(draws, candidates.count)?;
         let models = models(candidates, settings, &offered)?;
+        let spread = match settings.policy {
+            Policy::KCenter => {
+                let chosen = candidates.reference.or(candidates.learner);
+                Some(chosen.ok_or(Error::ModelMissing { criterion: settings.criterion, model: "reference" })?)
+            }
+            _ => None,
+        };
         let gain = if settings.loss == Loss::Softmax { settings.gain } else { 1.0 };
         Ok(Self {
             count: candidates.count,
             models,
             policy: settings.policy,
+            tuning: tuning.clone(),
             loss: settings.loss,
             gain,
             offered,
             chunks,
+            spread,
         })
     }
+
+    /// Leaves candidates (rising) out of what is offered.
+    pub(crate) fn leave_out(&mut self, left_out: &[u32]) -> Result<()> {
+        self.offered.retain(|index| left_out.binary_search(index).is_err());
+        enough(self.chunks.iter().sum(), self.count, &self.offered)
+    }
+}
+
+fn enough(sub_batch_size: usize, candidates: usize, offered: &[u32]) -> Result<()> {
+    let holes = candidates - offered.len();
+    if sub_batch_size <= offered.len() {
+        return Ok(());
+    }
+    Err(Error::TooFewCandidates { sub_batch_size, candidates, holes })
 }
 
 /// b in n parts: the first `b % n` get one more; never an empty part.
@@ -74,6 +101,24 @@ fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()
         return Err(Error::SettingInvalid { setting: "count", value, must: "less than 2^32" });
     }
     finite("gain", settings.gain)
+}
+
+fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
+    let above = |setting, value: f64, least: f64, must| match value.is_finite() && value > least {
+        true => Ok(()),
+        false => Err(Error::SettingInvalid { setting, value: value.to_string(), must }),
+    };
+    above("temperature", tuning.temperature, 0.0, "finite and above 0")?;
+    above("pressure", tuning.pressure, 0.0, "finite and above 0")?;
+    finite("priority_exponent", tuning.priority_exponent)?;
+    finite("weight_exponent", tuning.weight_exponent)?;
+    finite("duplicates_above", tuning.duplicates_above.unwrap_or_default())?;
+    finite("clip_score_at_least", tuning.clip_score_at_least.unwrap_or_default())?;
+    if settings.policy == Policy::Proportional && settings.criterion == Criterion::Easy {
+        let must = "hard or learnability under the proportional policy: easy scores are never positive";
+        return Err(Error::SettingInvalid { setting: "criterion", value: settings.criterion.to_string(), must });
+    }
+    Ok(())
 }
 
 fn finite(setting: &'static str, value: f64) -> Result<()> {
@@ -105,15 +150,20 @@ fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32])
                 check_model(name, &embeddings, candidates.count, offered)?;
                 models.push(SignedModel { sign, embeddings });
             }
-            // A uniform draw needs no scores; it reports them where it can.
-            None if settings.policy == Policy::Uniform => return Ok(Vec::new()),
+            // These draws need no scores; they report them where they can.
+            None if !settings.policy.is_scored() => return Ok(Vec::new()),
             None => return Err(Error::ModelMissing { criterion: settings.criterion, model: name }),
         }
     }
     Ok(models)
 }
 
-fn check_model(model: &'static str, embeddings: &ModelEmbeddings<'_>, count: usize, offered: &[u32]) -> Result<()> {
+pub(crate) fn check_model(
+    model: &'static str,
+    embeddings: &ModelEmbeddings<'_>,
+    count: usize,
+    offered: &[u32],
+) -> Result<()> {
     finite("scale", embeddings.scale)?;
     finite("bias", embeddings.bias)?;
     let dim = embeddings.dim;

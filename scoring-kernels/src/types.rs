@@ -40,14 +40,27 @@ macro_rules! words {
 
 words! {
     /// How examples are drawn.
-    Policy, "policy", "uniform, independent, joint" {
+    Policy, "policy", "uniform, independent, joint, joint_top_k, top_k, rank, proportional, k_center" {
         /// From noise alone: every candidate is as likely as any other.
         Uniform = "uniform",
-        /// One draw from the unconditional scores.
+        /// One draw from the unconditional scores, p ~ exp(score / temperature).
         Independent = "independent",
         /// Chunk by chunk, each from scores conditional on what was drawn before (Algorithm 1).
         #[default]
         Joint = "joint",
+        /// As joint, but each chunk takes the largest conditional scores: no noise.
+        JointTopK = "joint_top_k",
+        /// The largest unconditional scores: no noise. With learnability it is RHO-LOSS's rule (Mindermann et al. 2022).
+        TopK = "top_k",
+        /// One draw with a probability that falls exponentially with the rank of the unconditional score (Loshchilov and
+        /// Hutter 2015).
+        Rank = "rank",
+        /// One draw with p ~ score^priority_exponent, negative scores counting as 0, and importance weights (Schaul et al.
+        /// 2015).
+        Proportional = "proportional",
+        /// Chunk by chunk the candidates whose image embeddings are farthest from all chosen before; the first chunk at random
+        /// (greedy k-center, Sener and Savarese 2018).
+        KCenter = "k_center",
     }
 }
 
@@ -169,7 +182,7 @@ pub struct Settings {
     pub criterion: Criterion,
     /// b: exactly so many are drawn.
     pub sub_batch_size: usize,
-    /// Draws of joint selection. The first `b % n_chunks` draw one more; more chunks than b means b chunks of one.
+    /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more chunks than b means b chunks of one.
     pub n_chunks: usize,
     /// Multiplies softmax scores, which unlike sigmoid scores do not grow with what is drawn. Ignored by the sigmoid loss.
     pub gain: f64,
@@ -189,6 +202,37 @@ impl Default for Settings {
     }
 }
 
+/// What only some policies read, and what may leave candidates out before any of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tuning {
+    /// Independent: divides the scores. Towards 0 it is `top_k`, towards infinity `uniform`.
+    pub temperature: f64,
+    /// Rank: how many times as likely the first is as the last.
+    pub pressure: f64,
+    /// Proportional: alpha. 0 is uniform.
+    pub priority_exponent: f64,
+    /// Proportional: beta. 1 corrects the whole bias of the draw, 0 nothing.
+    pub weight_exponent: f64,
+    /// Of images whose cosine is above this all but one are left out.
+    pub duplicates_above: Option<f64>,
+    /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are left out.
+    pub clip_score_at_least: Option<f64>,
+}
+
+impl Default for Tuning {
+    /// Temperature 1, pressure 100, alpha 0.6, beta 0.4, nobody left out.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            pressure: 100.0,
+            priority_exponent: 0.6,
+            weight_exponent: 0.4,
+            duplicates_above: None,
+            clip_score_at_least: None,
+        }
+    }
+}
+
 /// The sub-batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selection {
@@ -196,10 +240,13 @@ pub struct Selection {
     pub indices: Vec<u32>,
     /// How many each chunk drew; sums to b.
     pub chunks: Vec<u32>,
-    /// The conditional score each was drawn with (0 under the uniform policy), without noise, with gain.
+    /// The conditional score each was drawn with, without noise, with gain. Uniform: 0. K-center: the distance (1 - cosine)
+    /// from the nearest of the chunks before.
     pub scores: Vec<f64>,
-    /// Importance weights: all 1, since no policy has others yet.
+    /// Importance weights, the largest 1: those of the proportional policy; under all others 1.
     pub weights: Vec<f64>,
+    /// Candidates that [`Tuning`] left out.
+    pub left_out: usize,
     /// Mean conditional score per example of the whole sub-batch, which joint selection tries to make large: the
     /// criterion's difference of the batch losses that a trainer would see on it. No gain, so that runs compare.
     /// Absent where the uniform policy was given no embeddings.

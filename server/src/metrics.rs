@@ -90,8 +90,8 @@ declare! {
     gauge workers() = "superbatch_workers", Count;
     /// Slices that had to be scored again because their worker was lost.
     counter slices_rescored() = "superbatch_slices_rescored_total", Count;
-    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`, `discarded`. A slice that is
-    /// scored again counts again.
+    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A slice that is scored again
+    /// counts again. Stage `discarded` is the part of them whose result no step used: do not add it.
     counter flops(stage) = "superbatch_flops_total", Count;
     /// Always 1; the labels say which build this is.
     gauge build_info(version, device) = "superbatch_build_info", Count;

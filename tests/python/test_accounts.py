@@ -68,12 +68,18 @@ def printed(cluster: Cluster, *arguments: str) -> list[dict]:
 
 
 def measured(cluster: Cluster) -> dict[str, float]:
-    """The metrics of a service with an embedded worker. What models computed, used or thrown away, is counted there together."""
+    """The metrics of a service with an embedded worker. What models computed, used or not, is counted there together."""
     metric = cluster.coordinator.metric
-    stages = {stage: metric("superbatch_flops_total", stage=stage) for stage in ("reference", "learner", "selection", "discarded")}
-    return {"candidates_scanned": metric("superbatch_candidates_total"), "examples_selected": metric("superbatch_selected_total"),
-            "bad_rows": metric("superbatch_skipped_total"), "selection_flops": stages["selection"],
-            "discarded_flops": stages["discarded"], "model_flops": stages["reference"] + stages["learner"]}
+    stages = ("reference", "learner", "selection", "discarded")
+    flops = {stage: metric("superbatch_flops_total", stage=stage) for stage in stages}
+    return {
+        "candidates_scanned": metric("superbatch_candidates_total"),
+        "examples_selected": metric("superbatch_selected_total"),
+        "bad_rows": metric("superbatch_skipped_total"),
+        "selection_flops": flops["selection"],
+        "discarded_flops": flops["discarded"],
+        "model_flops": flops["reference"] + flops["learner"],
+    }
 
 
 def all_agree(cluster: Cluster, run: superbatch.Run, receipts: list) -> dict[str, float]:

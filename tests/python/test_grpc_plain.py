@@ -1,4 +1,4 @@
-"""Any gRPC client can talk to the service: plain grpcio with descriptors that the server itself tells, and none of our code."""
+"""Any gRPC client can talk to the service: plain grpcio, with descriptors that the server itself tells."""
 
 import signal
 from collections.abc import Iterator
@@ -96,7 +96,8 @@ def rpc_status():
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(any_pb2.DESCRIPTOR.serialized_pb)
     pool.Add(file)
-    return [message_factory.GetMessageClass(pool.FindMessageTypeByName(f"google.rpc.{name}")) for name in ("Status", "ErrorInfo")]
+    found = [pool.FindMessageTypeByName(f"google.rpc.{name}") for name in ("Status", "ErrorInfo")]
+    return [message_factory.GetMessageClass(kind) for kind in found]
 
 
 STATUS, ERROR_INFO = rpc_status()

@@ -59,17 +59,18 @@ def test_sources_that_do_not_fit_together(inputs, service, tmp_path):
     assert error.metadata["shard"].endswith("00001.parquet") and "Int64" in str(error)
 
     whole = tmp_path / "whole"
-    table = pyarrow.parquet.read_table(inputs / "pool")
     whole.mkdir()
-    pyarrow.parquet.write_table(
-        table.set_column(table.schema.get_field_index("kind"), "kind", numbers(table)), whole / "a.parquet", row_group_size=64)
+    table = pyarrow.parquet.read_table(inputs / "pool")
+    table = table.set_column(table.schema.get_field_index("kind"), "kind", numbers(table))
+    pyarrow.parquet.write_table(table, whole / "a.parquet", row_group_size=64)
     both = [(inputs / "pool").as_uri(), whole.as_uri()]
     refused(opening(service, spec(inputs, "both", sources=both, columns=["kind"])), "SCHEMA_MISMATCH", "Utf8",
             source=whole.as_uri(), column="kind")
 
 
 def test_a_column_that_is_not_there_is_answered_with_those_that_are(inputs, service):
-    error = refused(opening(service, spec(inputs, "column", columns=["kind", "colour"])), "COLUMN_NOT_FOUND", column="colour")
+    asked = spec(inputs, "column", columns=["kind", "colour"])
+    error = refused(opening(service, asked), "COLUMN_NOT_FOUND", column="colour")
     assert set(error.metadata["available"].split(", ")) == {"key", "png", "caption", "kind", "split"}
     for column in ("image", "caption", "_superbatch_id"):
         refused(opening(service, spec(inputs, "taken", columns=[column])), "RUN_SPEC_IMPOSSIBLE", column, field="columns[0]")
@@ -108,25 +109,26 @@ def test_a_shard_that_changed_after_its_step_was_chosen(inputs, tmp_path):
 def test_too_few_rows_that_can_be_used(inputs, service, tmp_path):
     table = pyarrow.parquet.read_table(inputs / "pool")
     broken = pyarrow.array([b"no picture"] * table.num_rows, pyarrow.binary())
+    table = table.set_column(table.schema.get_field_index("png"), "png", broken)
     (tmp_path / "bad").mkdir()
-    pyarrow.parquet.write_table(
-        table.set_column(table.schema.get_field_index("png"), "png", broken), tmp_path / "bad" / "a.parquet", row_group_size=64)
+    pyarrow.parquet.write_table(table, tmp_path / "bad" / "a.parquet", row_group_size=64)
     for policy in ("joint", "uniform"):
         asked = spec(inputs, f"bad-{policy}", sources=[(tmp_path / "bad").as_uri()], phases=[phase(policy=policy)])
         run = superbatch.connect(service.address).open_run(asked)
-        refused(lambda: run.select(0, rank=0, world_size=1), "TOO_MANY_BAD_ROWS", "sub_batch_size", candidates="96", holes="96")
+        refused(lambda: run.select(0, rank=0, world_size=1), "TOO_MANY_BAD_ROWS", "sub_batch_size",
+                candidates="96", holes="96")
         refused(lambda: run.receipt(0), "STEP_NOT_COMMITTED", step="0")
 
 
 def test_uris_that_the_operator_does_not_allow(inputs, tmp_path):
-    allowed = {"SUPERBATCH_STORAGE__ALLOW_URIS": f"[{(inputs / 'pool').as_uri()}]"}
+    pool, learner, reference = ((inputs / name).as_uri() for name in ("pool", "learner", "reference"))
+    allowed = {"SUPERBATCH_STORAGE__ALLOW_URIS": f"[{pool}]"}
     phases = [phase(policy="uniform", n_chunks=1)]
     with Cluster(tmp_path, environment=allowed) as cluster:
         uniform = {"phases": phases, "reference": None, "learner": None}
         assert superbatch.connect(cluster.address).open_run(spec(inputs, "allowed", **uniform)).dataset.dataset_rows == 768
-        refused(opening(cluster, spec(inputs, "model")), "URI_NOT_ALLOWED", "storage.allow_uris", uri=(inputs / "reference").as_uri())
-        for uri in ((inputs / "learner").as_uri(), (inputs / "pool").as_uri() + "/../learner", (inputs / "pool").as_uri() + "-2",
-                    "s3://elsewhere/pool"):
+        refused(opening(cluster, spec(inputs, "model")), "URI_NOT_ALLOWED", "storage.allow_uris", uri=reference)
+        for uri in (learner, f"{pool}/../learner", f"{pool}-2", "s3://elsewhere/pool"):
             refused(opening(cluster, spec(inputs, "data", sources=[uri], **uniform)), "URI_NOT_ALLOWED", uri=uri)
 
 

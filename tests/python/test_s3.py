@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -34,17 +34,18 @@ BUCKET = "superbatch"
 class Store:
     """A real S3 server in a process of its own, with one bucket."""
 
-    def __init__(self, log: Path):
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=errors,
-                stderr=subprocess.PIPE, text=True)
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True)
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found.group(1))
                 break
         else:
-            raise AssertionError(f"the S3 server did not come up: {log.read_text()}")
+            raise AssertionError("the S3 server did not come up:\n" + "".join(said))
         # Its access log would fill the pipe.
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
         self.client = boto3.client(
@@ -67,16 +68,29 @@ class Store:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Stands before a store and passes requests on, without the headers `dropped`; a PUT whose path matches `hold` waits
-    for `release`."""
+    """Stands before a store and passes requests on, without the headers `dropped`. What it does to PUTs whose path matches:
+
+    hold: waits for `release` before it passes them on. hold_answer: waits after that.
+    lose: the first of each path is passed on and its answer lost: the connection ends, or (`lose_by="500"`) an error comes.
+    """
 
     daemon_threads = True
 
-    def __init__(self, port: int, dropped: tuple[str, ...] = (), hold: str | None = None):
-        self.store_port, self.dropped, self.hold = port, dropped, hold
-        self.held, self.release = threading.Event(), threading.Event()
+    def __init__(self, port: int, dropped: tuple[str, ...] = (), hold: str | None = None, hold_answer: str | None = None,
+                 lose: str | None = None, lose_by: str = "end"):
+        self.store_port, self.dropped, self.lose_by = port, dropped, lose_by
+        self.hold, self.hold_answer, self.lose = hold, hold_answer, lose
+        self.held, self.release, self.lost = threading.Event(), threading.Event(), set()
         super().__init__(("127.0.0.1", 0), PassOn)
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    def wait(self) -> None:
+        self.held.set()
+        assert self.release.wait(DEADLINE_SECONDS)
 
     def stop(self) -> None:
         self.release.set()
@@ -89,17 +103,39 @@ class PassOn(BaseHTTPRequestHandler):
     # Head and body of an answer leave together.
     wbufsize = 1 << 16
 
+    def concerns(self, pattern: str | None) -> bool:
+        return self.command == "PUT" and bool(pattern) and bool(re.search(pattern, self.path))
+
     def pass_on(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        proxy = self.server
-        if self.command == "PUT" and proxy.hold and re.search(proxy.hold, self.path):
-            proxy.held.set()
-            assert proxy.release.wait(DEADLINE_SECONDS)
+        body, proxy = self.rfile.read(int(self.headers.get("Content-Length", 0))), self.server
+        if self.concerns(proxy.hold):
+            proxy.wait()
         upstream = HTTPConnection("127.0.0.1", proxy.store_port)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in proxy.dropped}
         upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         content = answer.read()
+        upstream.close()
+        if self.concerns(proxy.hold_answer):
+            proxy.wait()
+        try:
+            if self.concerns(proxy.lose) and self.path not in proxy.lost:
+                proxy.lost.add(self.path)
+                self.lose_answer()
+            else:
+                self.answer(answer, content)
+        except ConnectionError:
+            # Whoever asked has gone.
+            self.close_connection = True
+
+    def lose_answer(self) -> None:
+        self.close_connection = True
+        if self.server.lose_by == "500":
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def answer(self, answer: HTTPResponse, content: bytes) -> None:
         self.send_response(answer.status)
         # A HEAD's length is the object's; nothing follows it.
         length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(content))
@@ -107,13 +143,8 @@ class PassOn(BaseHTTPRequestHandler):
             if name.lower() not in ("connection", "content-length", "transfer-encoding"):
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
-        upstream.close()
-        try:
-            self.end_headers()
-            self.wfile.write(content)
-        except ConnectionError:
-            # Whoever asked has gone.
-            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(content)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
 
@@ -122,8 +153,8 @@ class PassOn(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def store(inputs, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("s3") / "server.log")
+def store(inputs):
+    store = Store()
     store.upload(inputs)
     yield store
     store.stop()
@@ -170,7 +201,8 @@ def receipts_by_command(port: int, run: str, state: str) -> list[dict]:
 
 def coordinator(folder: Path, name: str, port: int, state: str, **settings) -> Process:
     return Process(folder, name, "serve", {
-        "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state, "coordinator": settings}, credentials(port))
+        "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state,
+        "coordinator": settings}, credentials(port))
 
 
 def answer(ask) -> tuple[str, str | None] | None:
@@ -249,7 +281,7 @@ def test_of_two_writers_of_one_receipt_the_first_wins_and_both_serve_its(inputs,
     answers at the address that the slow one advertises."""
     state = f"s3://{BUCKET}/state-of-writers"
     before = proxy(hold=r"runs/written/receipts/0/0/")
-    slow = coordinator(tmp_path, "slow", before.server_address[1], state, advertise_address="http://127.0.0.1:1")
+    slow = coordinator(tmp_path, "slow", before.port, state, advertise_address="http://127.0.0.1:1")
     fast = coordinator(tmp_path, "fast", store.port, state)
     try:
         with ThreadPoolExecutor() as threads:
@@ -282,7 +314,7 @@ def test_of_two_writers_of_one_receipt_the_first_wins_and_both_serve_its(inputs,
 def test_a_store_that_overwrites_on_a_conditional_create_is_refused_for_state(store, proxy, role):
     overwriting = proxy(dropped=("if-none-match",))
     state = f"s3://{BUCKET}/state-of-{role}"
-    ended = command(overwriting.server_address[1], role, "--listen", "127.0.0.1:0", "--state", state)
+    ended = command(overwriting.port, role, "--listen", "127.0.0.1:0", "--state", state)
     assert ended.returncode != 0 and not ended.stdout
     assert "overwrites an object on a conditional create" in ended.stderr and state in ended.stderr
     assert not store.keys(f"state-of-{role}/"), "the probe leaves nothing behind"

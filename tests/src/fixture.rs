@@ -6,12 +6,18 @@ use arrow::{
 };
 use bytes::Bytes;
 use parquet::{arrow::ArrowWriter, file::properties::WriterProperties};
+use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use superbatch_proto::v1::{ModelRef, PrepareModelRequest, worker_service_client::WorkerServiceClient};
 use superbatch_server::{
     dataset::{Manifest, SourceRequest, index},
     storage::{Location, StorageConfig, Stores},
+    worker::{Worker, WorkerConfig},
 };
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
 
 /// Words of the tiny tokenizer, after its special ones.
 pub const WORDS: [&str; 12] =
@@ -102,6 +108,44 @@ pub async fn model_folder(folder: &Location, mean: f64) {
     {
         folder.put(file, Bytes::from(content.to_string())).await.expect("writing to memory");
     }
+}
+
+/// Writes weights for the model folder at `uri`, different for each `seed`: what a worker says that the model has.
+pub async fn model_weights(stores: &Stores, state: &Location, uri: &str, seed: u32) {
+    let config = WorkerConfig { device: "cpu".into(), threads: 1, ..WorkerConfig::default() };
+    let worker = Worker::new(&config, stores.clone(), state.clone()).expect("a worker on the CPU");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = format!("http://{}", listener.local_addr().expect("a bound socket"));
+    let serving = Server::builder().add_service(worker.service()).serve_with_incoming(TcpListenerStream::new(listener));
+    let serving = tokio::spawn(serving);
+    let model = ModelRef { model_uri: uri.into(), random_seed: Some(0), ..ModelRef::default() };
+    let request = PrepareModelRequest { model: Some(model), canary: false };
+    let mut client = WorkerServiceClient::connect(address).await.expect("it serves");
+    let tensors = client.prepare_model(request).await.expect("a good folder").into_inner().tensors;
+    serving.abort();
+    let views: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .into_iter()
+        .map(|tensor| {
+            let shape: Vec<usize> = tensor.shape.iter().map(|size| *size as usize).collect();
+            let bytes = weights(&tensor.name, shape.iter().product(), seed);
+            (tensor.name, shape, bytes)
+        })
+        .collect();
+    let views = views.iter().map(|(name, shape, bytes)| {
+        (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("bytes of the shape"))
+    });
+    let file = safetensors::serialize(views, None).expect("valid tensors");
+    stores.open(uri).expect("a valid URI").put("model.safetensors", file.into()).await.expect("writing");
+}
+
+fn weights(name: &str, count: usize, seed: u32) -> Vec<u8> {
+    let mixed = |n: usize| (n as u32).wrapping_add(seed.wrapping_mul(0x85EB_CA6B)).wrapping_mul(0x9E37_79B1);
+    let value = |n: usize| match name {
+        "logit_scale" => 10_f32.ln(),
+        "logit_bias" => -5.0,
+        _ => (mixed(n + name.len()) >> 8) as f32 / (1 << 24) as f32 - 0.5,
+    };
+    (0..count).flat_map(|n| value(n).to_le_bytes()).collect()
 }
 
 /// A `tokenizer.json` that splits at spaces, knows [`WORDS`], and ends captions as SigLIP does.

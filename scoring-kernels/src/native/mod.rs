@@ -2,6 +2,7 @@
 //!
 //! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn examples in a fixed order,
 //! whichever slot it is in and whichever thread has it: the draw does not depend on the number of threads.
+mod cosines;
 mod kernel;
 mod pack;
 mod running;
@@ -14,10 +15,13 @@ use crate::{
     types::{Loss, Rows},
 };
 use kernel::{BLOCK, WIDEST};
-use pack::{Blocks, Buffer, Panels};
+use pack::{Blocks, Buffer};
 use rayon::prelude::*;
 use running::{Running, own_logit, softplus, start};
 use vector::Isa;
+
+pub(crate) use cosines::{Others, Spread};
+pub(crate) use running::own_cosine;
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;
@@ -31,8 +35,8 @@ pub(crate) struct NativeEngine<'a> {
     running: Vec<Running>,
     /// The slot of every candidate left, by index.
     slots: Vec<u32>,
-    /// By direction, the candidates' side in panels, where there is room.
-    kept: Vec<Panels>,
+    /// By direction, the candidates' side in panels `[panel][dim][lane]`, where there is room.
+    kept: Vec<Buffer>,
     flops: f64,
 }
 
@@ -69,56 +73,91 @@ impl<'a> NativeEngine<'a> {
     }
 
     /// All candidates' rows of one direction in panels.
-    fn panels(&self, direction: &Direction<'_>) -> Panels {
+    fn panels(&self, direction: &Direction<'_>) -> Buffer {
         let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
-        let mut panels = Panels::new(self.running.len(), dim, width);
-        panels.as_mut_slice().par_chunks_mut(width * dim).zip(self.running.par_chunks(width)).for_each(
-            |(panel, rows)| {
-                pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
-            },
-        );
+        let mut panels = Buffer::zeros(self.running.len().next_multiple_of(TILE) * dim);
+        let tiles = panels.as_mut_slice().par_chunks_mut(width * dim).zip(self.running.par_chunks(width));
+        tiles.for_each(|(panel, rows)| {
+            pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
+        });
         panels
     }
 
-    /// Removes a drawn chunk: each leaves its slot to the candidate in the last.
-    fn remove(&mut self, chunk: &[u32]) {
+    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots that changed hands, rising.
+    fn remove(&mut self, chunk: &[u32]) -> Vec<usize> {
+        let mut changed = Vec::with_capacity(chunk.len());
         for &index in chunk {
             let slot = self.slots[index as usize] as usize;
             self.running.swap_remove(slot);
             if let Some(moved) = self.running.get(slot) {
                 self.slots[moved.index as usize] = slot as u32;
-                let last = self.running.len();
-                self.kept.iter_mut().for_each(|panels| panels.copy(last, slot));
+                changed.push(slot);
             }
         }
+        changed.retain(|&slot| slot < self.running.len());
+        changed.sort_unstable();
+        changed.dedup();
+        changed
     }
 
-    /// Adds to each of `running` its terms of one direction against a chunk. `kept` are its rows in panels.
-    fn add(&mut self, running: &mut [Running], kept: Option<&Panels>, chunk: &[u32], direction: Direction<'_>) {
-        let (isa, loss, dim) = (self.isa, self.problem.loss, direction.model.embeddings.dim);
-        let width = isa.width();
-        let blocks = Blocks::new(isa, &direction.theirs, dim, chunk);
-        let scratch = || (Buffer::zeros(if kept.is_some() { 0 } else { TILE * dim }), Buffer::zeros(BLOCK * WIDEST));
-        running.par_chunks_mut(TILE).enumerate().for_each_init(scratch, |(packed, dots), (t, tile)| {
-            let panels = match kept {
-                Some(kept) => &kept.as_slice()[t * TILE * dim..],
-                None => {
-                    let packed = packed.as_mut_slice();
-                    for (rows, panel) in tile.chunks(width).zip(packed.chunks_exact_mut(width * dim)) {
-                        pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
-                    }
-                    packed
-                }
-            };
-            for (block, groups) in blocks.iter() {
-                let dots = &mut dots.as_mut_slice()[..block.len() / dim * width];
-                for (rows, panel) in tile.chunks_mut(width).zip(panels.chunks_exact(width * dim)) {
-                    kernel::dots(isa, block, groups, panel, dim, dots);
-                    reduce(isa, loss, rows, dots, &direction);
-                }
+    /// Adds to each of `running` its terms of one direction against a chunk, and returns the operations that took.
+    fn add(&self, running: &mut [Running], chunk: &[u32], direction: &Direction<'_>) -> f64 {
+        let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
+        let blocks = Blocks::new(self.isa, &direction.theirs, dim, chunk);
+        let scratch = || (Buffer::zeros(TILE * dim), Buffer::zeros(BLOCK * WIDEST));
+        running.par_chunks_mut(TILE).for_each_init(scratch, |(panels, dots), tile| {
+            let panels = panels.as_mut_slice();
+            for (rows, panel) in tile.chunks(width).zip(panels.chunks_exact_mut(width * dim)) {
+                pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
             }
+            self.add_tile(tile, panels, &blocks, direction, dots.as_mut_slice());
         });
-        self.flops += 2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64;
+        2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64
+    }
+
+    /// [`Self::add`] where panels are kept. The slots in `changed` hold other candidates than their lanes do.
+    fn add_kept(
+        &self,
+        (running, kept): (&mut [Running], &mut [f32]),
+        changed: &[usize],
+        chunk: &[u32],
+        direction: &Direction<'_>,
+    ) -> f64 {
+        let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
+        let blocks = Blocks::new(self.isa, &direction.theirs, dim, chunk);
+        let tiles = running.par_chunks_mut(TILE).zip(kept.par_chunks_mut(TILE * dim)).enumerate();
+        tiles.for_each_init(
+            || Buffer::zeros(BLOCK * WIDEST),
+            |dots, (t, (tile, panels))| {
+                // Here, and not before, so that a panel comes to the cache once.
+                let place = |slot| changed.partition_point(|&changed| changed < slot);
+                for slot in &changed[place(t * TILE)..place((t + 1) * TILE)] {
+                    let slot = slot % TILE;
+                    let panel = &mut panels[slot / width * width * dim..];
+                    pack::lane(&direction.ours, dim, tile[slot].index, width, slot % width, panel);
+                }
+                self.add_tile(tile, panels, &blocks, direction, dots.as_mut_slice());
+            },
+        );
+        2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64
+    }
+
+    fn add_tile(
+        &self,
+        tile: &mut [Running],
+        panels: &[f32],
+        blocks: &Blocks,
+        direction: &Direction<'_>,
+        dots: &mut [f32],
+    ) {
+        let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
+        for (block, groups) in blocks.iter() {
+            let dots = &mut dots[..block.len() / dim * width];
+            for (rows, panel) in tile.chunks_mut(width).zip(panels.chunks_exact(width * dim)) {
+                kernel::dots(self.isa, block, groups, panel, dim, dots);
+                reduce(self.isa, self.problem.loss, rows, dots, direction);
+            }
+        }
     }
 }
 
@@ -142,7 +181,7 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
 }
 
 fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {
-    indices.par_iter().with_min_len(64).map_init(Vec::new, |scratch, &index| start(problem, index, scratch)).collect()
+    indices.par_iter().with_min_len(64).map(|&index| start(problem, index)).collect()
 }
 
 impl Engine for NativeEngine<'_> {
@@ -155,10 +194,13 @@ impl Engine for NativeEngine<'_> {
     }
 
     fn absorb(&mut self, chunk: &[u32]) -> Result<()> {
-        self.remove(chunk);
-        let (mut running, kept) = (std::mem::take(&mut self.running), std::mem::take(&mut self.kept));
+        let changed = self.remove(chunk);
+        let (mut running, mut kept) = (std::mem::take(&mut self.running), std::mem::take(&mut self.kept));
         for (k, direction) in directions(self.problem).enumerate() {
-            self.add(&mut running, kept.get(k), chunk, direction);
+            self.flops += match kept.get_mut(k) {
+                Some(kept) => self.add_kept((&mut running, kept.as_mut_slice()), &changed, chunk, &direction),
+                None => self.add(&mut running, chunk, &direction),
+            };
         }
         (self.running, self.kept) = (running, kept);
         Ok(())
@@ -171,19 +213,16 @@ impl Engine for NativeEngine<'_> {
         let mut running = all_start(self.problem, chosen);
         if self.problem.loss == Loss::Softmax {
             for direction in directions(self.problem) {
-                self.add(&mut running, None, chosen, direction);
+                self.flops += self.add(&mut running, chosen, &direction);
             }
             return Ok(running.iter().map(|row| row.score(self.problem)).sum());
         }
         // One direction sees every ordered pair once, and each example's own pair as if it were a negative.
         for direction in directions(self.problem).filter(|direction| direction.slot[1] == 0) {
-            self.add(&mut running, None, chosen, direction);
+            self.flops += self.add(&mut running, chosen, &direction);
         }
-        let mut scratch = Vec::new();
-        let mut own_as_negative = |row: &Running| {
-            let logits =
-                self.problem.models.iter().map(|model| (model.sign, own_logit(model, row.index, &mut scratch)));
-            logits.map(|(sign, logit)| sign * softplus(logit)).sum::<f64>()
+        let own_as_negative = |row: &Running| {
+            self.problem.models.iter().map(|model| model.sign * softplus(own_logit(model, row.index))).sum::<f64>()
         };
         Ok(running.iter().map(|row| row.pairs - own_as_negative(row)).sum())
     }

@@ -1,8 +1,5 @@
 //! Embeddings in the order in which the inner loops read them.
-use super::{
-    kernel::{BLOCK, WIDEST},
-    vector::Isa,
-};
+use super::{kernel::BLOCK, vector::Isa};
 use crate::types::Rows;
 
 /// Values of a row copied at a time: what they become of all rows of a panel stays in the L1 cache.
@@ -40,15 +37,27 @@ pub(super) fn panel(
     width: usize,
     out: &mut [f32],
 ) {
-    let mut values = [0f32; STRETCH];
     for start in (0..dim).step_by(STRETCH) {
-        let values = &mut values[..STRETCH.min(dim - start)];
         for (lane, index) in indices.clone().enumerate() {
-            rows.read(index as usize, dim, start, values);
-            for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(&*values) {
-                *slot = *value;
-            }
+            stretch(rows, dim, index, start, width, lane, out);
         }
+    }
+}
+
+/// Writes one row as one lane of a panel.
+pub(super) fn lane(rows: &Rows<'_>, dim: usize, index: u32, width: usize, lane: usize, out: &mut [f32]) {
+    for start in (0..dim).step_by(STRETCH) {
+        stretch(rows, dim, index, start, width, lane, out);
+    }
+}
+
+#[inline(always)]
+fn stretch(rows: &Rows<'_>, dim: usize, index: u32, start: usize, width: usize, lane: usize, out: &mut [f32]) {
+    let mut values = [0f32; STRETCH];
+    let values = &mut values[..STRETCH.min(dim - start)];
+    rows.read(index as usize, dim, start, values);
+    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(&*values) {
+        *slot = *value;
     }
 }
 
@@ -83,39 +92,5 @@ impl Blocks {
             rest = after;
             (block, groups.as_slice())
         })
-    }
-}
-
-/// All candidates of one tower as panels, kept from chunk to chunk.
-pub(super) struct Panels {
-    values: Buffer,
-    dim: usize,
-    width: usize,
-}
-
-impl Panels {
-    /// Panels for `slots` candidates, empty.
-    pub(super) fn new(slots: usize, dim: usize, width: usize) -> Self {
-        debug_assert!(width <= WIDEST);
-        Self { values: Buffer::zeros(slots.next_multiple_of(width) * dim), dim, width }
-    }
-
-    pub(super) fn as_slice(&self) -> &[f32] {
-        self.values.as_slice()
-    }
-
-    pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
-        self.values.as_mut_slice()
-    }
-
-    /// Copies one candidate's values to another's slot.
-    pub(super) fn copy(&mut self, from: usize, to: usize) {
-        let (dim, width) = (self.dim, self.width);
-        let place = |slot: usize| slot / width * width * dim + slot % width;
-        let (from, to) = (place(from), place(to));
-        let values = self.values.as_mut_slice();
-        for k in 0..dim {
-            values[to + k * width] = values[from + k * width];
-        }
     }
 }

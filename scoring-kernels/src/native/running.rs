@@ -1,7 +1,7 @@
 //! What is kept of a candidate: its own pair, and its terms with all that was absorbed.
 use crate::{
     problem::{Problem, SignedModel},
-    types::Loss,
+    types::{Loss, ModelEmbeddings},
 };
 
 /// The running score of one candidate.
@@ -55,29 +55,35 @@ impl Running {
 }
 
 /// A candidate of which nothing but its own pair is known.
-pub(super) fn start(problem: &Problem<'_>, index: u32, scratch: &mut Vec<f32>) -> Running {
-    let mut loss = |model: &SignedModel<'_>| match problem.loss {
-        Loss::Sigmoid => softplus(-own_logit(model, index, scratch)),
-        Loss::Softmax => model.embeddings.bias - own_logit(model, index, scratch),
+pub(super) fn start(problem: &Problem<'_>, index: u32) -> Running {
+    let loss = |model: &SignedModel<'_>| match problem.loss {
+        Loss::Sigmoid => softplus(-own_logit(model, index)),
+        Loss::Softmax => model.embeddings.bias - own_logit(model, index),
     };
     let own = problem.models.iter().map(|model| model.sign * loss(model)).sum();
     Running { index, own, pairs: 0.0, logits: Default::default() }
 }
 
 /// A candidate's own logit, in f64.
-pub(super) fn own_logit(model: &SignedModel<'_>, index: u32, scratch: &mut Vec<f32>) -> f64 {
-    let embeddings = &model.embeddings;
-    scratch.resize(2 * embeddings.dim, 0.0);
-    let (image, text) = scratch.split_at_mut(embeddings.dim);
-    embeddings.image.read(index as usize, embeddings.dim, 0, image);
-    embeddings.text.read(index as usize, embeddings.dim, 0, text);
-    let mut lanes = [0f64; 8];
-    for (image, text) in image.chunks(8).zip(text.chunks(8)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
-            *lane += f64::from(*a) * f64::from(*b);
+pub(super) fn own_logit(model: &SignedModel<'_>, index: u32) -> f64 {
+    model.embeddings.scale * own_cosine(&model.embeddings, index) + model.embeddings.bias
+}
+
+/// Cosine of a candidate's image and text, in f64.
+pub(crate) fn own_cosine(embeddings: &ModelEmbeddings<'_>, index: u32) -> f64 {
+    const STRETCH: usize = 64;
+    let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
+    for start in (0..embeddings.dim).step_by(STRETCH) {
+        let end = STRETCH.min(embeddings.dim - start);
+        embeddings.image.read(index as usize, embeddings.dim, start, &mut image[..end]);
+        embeddings.text.read(index as usize, embeddings.dim, start, &mut text[..end]);
+        for (image, text) in image[..end].chunks(8).zip(text[..end].chunks(8)) {
+            for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
+                *lane += f64::from(*a) * f64::from(*b);
+            }
         }
     }
-    embeddings.scale * lanes.iter().sum::<f64>() + embeddings.bias
+    lanes.iter().sum()
 }
 
 pub(super) fn softplus(x: f64) -> f64 {

@@ -1,7 +1,8 @@
-//! Every backend against a dense float64 oracle, cases made elsewhere, properties and the exact law of a draw.
+//! Every backend against a dense float64 oracle, cases made elsewhere, properties, policies and the exact law of a draw.
 mod conformance;
 mod distribution;
 mod inputs;
 mod oracle;
+mod policies;
 mod properties;
 mod support;

@@ -1,6 +1,6 @@
 //! Joint selection written to be read: dense float64 matrices, no care for speed.
 use crate::support::{Model, World};
-use superbatch_kernels::{Criterion, Loss, Policy, Settings};
+use superbatch_kernels::{Criterion, Loss, Policy, Settings, Tuning};
 
 type Matrix = Vec<Vec<f64>>;
 
@@ -8,6 +8,7 @@ pub struct Oracle {
     signs: Vec<f64>,
     logits: Vec<Matrix>,
     settings: Settings,
+    pub tuning: Tuning,
 }
 
 pub struct Draw {
@@ -26,7 +27,12 @@ impl Oracle {
             Criterion::Easy => &[(-1.0, &world.reference)],
         };
         let logits = models.iter().map(|(_, model)| logits(model, world.count, settings.loss)).collect();
-        Self { signs: models.iter().map(|(sign, _)| *sign).collect(), logits, settings: settings.clone() }
+        Self {
+            signs: models.iter().map(|(sign, _)| *sign).collect(),
+            logits,
+            settings: settings.clone(),
+            tuning: Tuning::default(),
+        }
     }
 
     /// Score of candidate x given the drawn ones, with gain.
@@ -67,20 +73,43 @@ impl Oracle {
         total / chosen.len() as f64
     }
 
+    pub fn goes_by_chunks(&self) -> bool {
+        matches!(self.settings.policy, Policy::Joint | Policy::JointTopK | Policy::KCenter)
+    }
+
+    /// ln of the unnormalised chance of x, given what the chunks before drew.
+    pub fn logit(&self, world: &World, x: usize, before: &[u32]) -> f64 {
+        let offered = || (0..world.count).filter(|y| !world.holes.contains(&(*y as u32)));
+        let own = |y: usize| self.score(y, &[]);
+        match self.settings.policy {
+            Policy::Uniform => 0.0,
+            Policy::Joint | Policy::JointTopK => self.score(x, before),
+            Policy::TopK => own(x),
+            Policy::Independent => own(x) / self.tuning.temperature,
+            Policy::Proportional => self.tuning.priority_exponent * (own(x).max(0.0) + 1e-6).ln(),
+            Policy::Rank => {
+                let better = offered().filter(|&y| own(y) > own(x) || own(y) == own(x) && y < x).count();
+                -self.tuning.pressure.ln() * better as f64 / (offered().count() - 1) as f64
+            }
+            Policy::KCenter => distance(&world.reference, x, before),
+        }
+    }
+
     pub fn draw(&self, world: &World) -> Draw {
         let b = self.settings.sub_batch_size;
-        let parts = if self.settings.policy == Policy::Joint { self.settings.n_chunks.min(b) } else { 1 };
+        let parts = if self.goes_by_chunks() { self.settings.n_chunks.min(b) } else { 1 };
         let chunks: Vec<u32> = (0..parts).map(|k| (b / parts + usize::from(k < b % parts)) as u32).collect();
         let (mut indices, mut margin) = (Vec::new(), f64::INFINITY);
         for (k, &size) in chunks.iter().enumerate() {
+            let greedy = match self.settings.policy {
+                Policy::TopK | Policy::JointTopK => true,
+                Policy::KCenter => k > 0,
+                _ => false,
+            };
+            let noise = |x: u32| if greedy { 0.0 } else { f64::from(world.noise[k * world.count + x as usize]) };
             let left = (0..world.count as u32).filter(|x| !world.holes.contains(x) && !indices.contains(x));
-            let mut left: Vec<(f64, u32)> = left
-                .map(|x| {
-                    let uniform = self.settings.policy == Policy::Uniform;
-                    let score = if uniform { 0.0 } else { self.score(x as usize, &indices) };
-                    (score + f64::from(world.noise[k * world.count + x as usize]), x)
-                })
-                .collect();
+            let mut left: Vec<(f64, u32)> =
+                left.map(|x| (self.logit(world, x as usize, &indices) + noise(x), x)).collect();
             left.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             if let Some(next) = left.get(size as usize) {
                 margin = margin.min(left[size as usize - 1].0 - next.0);
@@ -90,6 +119,14 @@ impl Oracle {
         let batch_score = self.batch_score(&indices);
         Draw { indices, chunks, batch_score, margin }
     }
+}
+
+/// 1 - the cosine of x's image with the nearest of those before; 0 where there are none.
+pub fn distance(model: &Model, x: usize, before: &[u32]) -> f64 {
+    let image = |i: usize| &model.image[i * model.dim..][..model.dim];
+    let cosine =
+        |&y: &u32| -> f64 { image(x).iter().zip(image(y as usize)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    before.iter().map(cosine).reduce(f64::max).map_or(0.0, |nearest| 1.0 - nearest)
 }
 
 fn logits(model: &Model, count: usize, loss: Loss) -> Matrix {

@@ -1,5 +1,8 @@
 //! What holds of every draw, whatever the candidates.
-use crate::support::{Dice, World, assert_close, backends, chunk_sets, gumbels, settings};
+use crate::{
+    oracle::Oracle,
+    support::{Dice, World, assert_close, backends, chunk_sets, gumbels, settings},
+};
 use proptest::prelude::*;
 use superbatch_kernels::{Backend, Criterion, Loss, Noise, Policy, Settings};
 
@@ -30,13 +33,16 @@ prop_compose! {
         dims in [3usize..40, 3usize..40],
         scale in 1.0..120.0,
         bias in -20.0..0.0,
-        words in (0usize..3, 0usize..2, 0usize..3),
+        words in (0..Policy::ALL.len(), 0..Loss::ALL.len(), 0..Criterion::ALL.len()),
         (holes, fill) in (0.0..0.5f64, 0.0..1.0f64),
         n_chunks in 1usize..40,
     ) -> Case {
         let holes: Vec<u32> = Dice::new(seed).shuffled(count)[..(holes * count as f64) as usize].iter().map(|&x| x as u32).collect();
         let b = 1 + (fill * (count - holes.len() - 1) as f64).round() as usize;
-        let settings = settings(Policy::ALL[words.0], Loss::ALL[words.1], Criterion::ALL[words.2], b, n_chunks);
+        let policy = Policy::ALL[words.0];
+        // Proportional refuses easy scores.
+        let criterion = if policy == Policy::Proportional { Criterion::Hard } else { Criterion::ALL[words.2] };
+        let settings = settings(policy, Loss::ALL[words.1], criterion, b, n_chunks);
         Case { seed, count, dims, scale, bias, holes, settings }
     }
 }
@@ -58,6 +64,24 @@ proptest! {
             prop_assert_eq!((ours.scores.len(), ours.weights.len()), (chosen.len(), chosen.len()));
             let [most, least] = [ours.chunks[0], ours.chunks[ours.chunks.len() - 1]];
             prop_assert!(most - least <= 1 && ours.chunks.is_sorted_by(|a, b| a >= b));
+        }
+    }
+
+    #[test]
+    fn conditional_scores_are_those_of_float64(case in cases()) {
+        let settings = Settings { policy: Policy::Joint, ..case.settings.clone() };
+        let world = case.world();
+        let oracle = Oracle::new(&world, &settings);
+        for backend in backends() {
+            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
+            let (mut start, mut chunks) = (0, ours.chunks.iter().map(|size| *size as usize));
+            while let Some(size) = chunks.next() {
+                for k in start..start + size {
+                    let exact = oracle.score(ours.indices[k] as usize, &ours.indices[..start]);
+                    assert_close(ours.scores[k], exact, &format!("{backend:?} {case:?}"));
+                }
+                start += size;
+            }
         }
     }
 

@@ -4,7 +4,7 @@ mod embedded;
 mod http;
 
 use crate::{
-    config::{Config, CoordinatorConfig},
+    config::{Config, CoordinatorConfig, WorkerRoleConfig},
     coordinator::{
         limits::Limits,
         owner::Identity,
@@ -53,6 +53,13 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 /// A future that ends when the process should.
 type Shutdown = Shared<BoxFuture<'static, ()>>;
 
+/// Where a process listens, and the section of the config that says so.
+struct Sockets {
+    section: &'static str,
+    listen: SocketAddr,
+    metrics_listen: Option<SocketAddr>,
+}
+
 /// What both kinds of process stand on.
 struct Ground {
     config: Config,
@@ -63,16 +70,9 @@ struct Ground {
     http: Option<http::Http>,
 }
 
-/// The addresses of a process, and the section of the settings that they are in.
-struct Listens {
-    section: &'static str,
-    listen: SocketAddr,
-    metrics_listen: Option<SocketAddr>,
-}
-
 impl Ground {
-    async fn build(config: Config, listens: Listens, wrap: Wrap) -> Result<Self> {
-        let Listens { section, listen, metrics_listen } = listens;
+    async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
+        let Sockets { section, listen, metrics_listen } = sockets;
         config.validate()?;
         // Before anything is counted.
         metrics::install();
@@ -109,8 +109,8 @@ impl Serve {
     /// # Errors
     /// Those of [`Serve::build`].
     pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
-        let (listen, metrics_listen) = (config.listen, config.metrics_listen);
-        let ground = Ground::build(config, Listens { section: "", listen, metrics_listen }, wrap).await?;
+        let sockets = Sockets { section: "", listen: config.listen, metrics_listen: config.metrics_listen };
+        let ground = Ground::build(config, sockets, wrap).await?;
         let settings = &ground.config.coordinator;
         let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
         let mut device = "cpu".to_owned();
@@ -187,9 +187,9 @@ pub struct Work {
 impl Work {
     /// As [`Serve::build`], for a worker.
     pub async fn build(config: Config) -> Result<Self> {
-        let (listen, metrics_listen) = (config.worker_role.listen, config.worker_role.metrics_listen);
-        let listens = Listens { section: "worker_role.", listen, metrics_listen };
-        let ground = Ground::build(config, listens, Arc::new(metered)).await?;
+        let WorkerRoleConfig { listen, metrics_listen, .. } = config.worker_role;
+        let sockets = Sockets { section: "worker_role.", listen, metrics_listen };
+        let ground = Ground::build(config, sockets, Arc::new(metered)).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
         tell_build(&worker.info().device);
         Ok(Self { ground, worker })
@@ -227,7 +227,12 @@ impl Work {
         let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let leave = async move { drop(registered.await) };
+        let worker = self.worker.clone();
+        let leave = async move {
+            // It has told the coordinator that it goes; a task that failed has told its log.
+            drop(registered.await);
+            worker.stop();
+        };
         let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
         let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
         within(served, stopping, grace).await?;

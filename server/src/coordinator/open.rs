@@ -21,7 +21,9 @@ use crate::{
 };
 use futures::FutureExt;
 use std::{collections::BTreeMap, sync::Arc};
-use superbatch_proto::v1::{Accounts, OpenRunResponse, Reason, RunSpec, WeightsVersion, learner_spec::Initial};
+use superbatch_proto::v1::{
+    Accounts, ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion, learner_spec::Initial,
+};
 
 /// A run on its way to being open.
 pub struct Opening<'a> {
@@ -40,11 +42,12 @@ impl Opening<'_> {
         let manifest = Arc::new(self.index(spec).await?);
         manifest.output_schema(&spec.columns)?;
         self.plan(spec, &manifest)?;
-        let (reference, learner) = self.models(spec).await?;
-        models::check_biases(spec, reference.as_ref(), learner.as_ref())?;
+        let mut spec = spec.clone();
+        let (reference, learner) = self.models(&mut spec).await?;
+        models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
         let digest = manifest.save(&self.coordinator.state).await?;
         let location = self.coordinator.location(self.id);
-        facts::create_run(&location, RunFact::new(spec, digest, reference, learner)).await?;
+        facts::create_run(&location, RunFact::new(&spec, digest, reference, learner)).await?;
         let facts =
             facts::load(&location).await?.ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
         self.load(facts).await
@@ -112,23 +115,32 @@ impl Opening<'_> {
         index(stores, &sources).boxed().await
     }
 
-    /// Has workers load the models, and checks that they fit the spec.
-    async fn models(&self, spec: &RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
-        let (stores, pool) = (&self.coordinator.stores, &self.coordinator.deps.pool);
+    /// Has workers load the models. What the spec leaves to the device is fixed by what the first of them computes in: all
+    /// workers must do the same.
+    async fn models(&self, spec: &mut RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
+        let stores = &self.coordinator.stores;
         let mut reference = None;
-        if let Some(asked) = &spec.reference {
+        if let Some(asked) = spec.reference.clone() {
             stores.open_allowed(&asked.model_uri)?;
-            reference = Some(models::prepare(pool, models::reference_ref(spec, asked, None), true).await?.into());
+            reference = Some(self.model(models::reference_ref(spec, &asked, None), spec).await?);
         }
         let mut learner = None;
-        if let Some(asked) = &spec.learner {
+        if let Some(asked) = spec.learner.clone() {
             stores.open_allowed(&asked.model_uri)?;
             if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
                 stores.open_allowed(uri)?;
             }
-            learner = Some(models::prepare(pool, models::initial_ref(spec, asked, None), true).await?.into());
+            learner = Some(self.model(models::initial_ref(spec, &asked, None), spec).await?);
         }
         Ok((reference, learner))
+    }
+
+    async fn model(&self, model: ModelRef, spec: &mut RunSpec) -> Result<ModelFact> {
+        let prepared = models::prepare(&self.coordinator.deps.pool, model, true).await?;
+        if spec.compute_dtype() == ComputeDtype::Unspecified {
+            spec.compute_dtype = prepared.compute_dtype;
+        }
+        Ok(prepared.into())
     }
 
     async fn weights(&self, spec: &RunSpec, learner: Option<&ModelFact>, location: &Location) -> Result<Weights> {

@@ -5,8 +5,9 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
-use superbatch_proto::v1::Reason;
+use superbatch_proto::v1::{Reason, selection_service_server::SERVICE_NAME};
 use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// How long the address of a former owner may take to answer before it counts as gone.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -85,9 +86,15 @@ async fn newest(run: &Location) -> Result<Option<(u64, OwnerFact)>> {
     Ok(Some((newest, fact)))
 }
 
+/// Whether a coordinator serves at `address`: others may listen there by now, and one that hangs still takes connections.
 async fn answers(address: &str) -> bool {
     let Ok(endpoint) = Endpoint::from_shared(address.to_owned()) else { return false };
-    tokio::time::timeout(ANSWER_WITHIN, endpoint.connect()).await.is_ok_and(|connected| connected.is_ok())
+    let asked = async {
+        let mut health = HealthClient::new(endpoint.connect().await.ok()?);
+        let answer = health.check(HealthCheckRequest { service: SERVICE_NAME.to_owned() }).await.ok()?;
+        (answer.into_inner().status() == ServingStatus::Serving).then_some(())
+    };
+    tokio::time::timeout(ANSWER_WITHIN, asked).await.is_ok_and(|serves| serves.is_some())
 }
 
 fn key(epoch: u64) -> String {
@@ -113,11 +120,15 @@ mod tests {
         let run = Stores::new(StorageConfig::default()).open("memory:///runs/r").unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let alive = format!("http://{}", listener.local_addr().unwrap());
+        let (health, service) = tonic_health::server::health_reporter();
+        health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
         let first = Ownership::claim(&run, &identity(&alive, "a")).await.unwrap();
         first.check().await.unwrap();
         let refused = Ownership::claim(&run, &identity("http://127.0.0.1:1", "b")).await.unwrap_err();
         assert_eq!((refused.reason(), refused.value("owner")), (Reason::NotOwner, Some(alive.as_str())));
-        drop(listener);
+        health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing).await;
         Ownership::claim(&run, &identity("http://127.0.0.1:1", "b")).await.unwrap();
         assert_eq!(first.check().await.unwrap_err().reason(), Reason::NotOwner);
     }

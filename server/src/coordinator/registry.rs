@@ -21,7 +21,7 @@ use std::{
 };
 use superbatch_proto::{
     ids::{RUN_ID_BYTES_MAX, is_run_id},
-    v1::{OpenRunRequest, OpenRunResponse, Reason, RunSpec, RunState, RunSummary},
+    v1::{ComputeDtype, OpenRunRequest, OpenRunResponse, Reason, RunSpec, RunState, RunSummary},
 };
 
 /// What a coordinator is made of.
@@ -192,6 +192,10 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     let mut known = (*run.spec()).clone();
     // Phases that were appended since are no difference.
     known.phases.truncate(asked.phases.len().max(run.opened_phases));
+    if asked.compute_dtype() == ComputeDtype::Unspecified {
+        // The device of the one that opened the run has decided.
+        known.compute_dtype = asked.compute_dtype;
+    }
     let Some(field) = spec::first_difference(&known, asked) else { return Ok(()) };
     let message = format!(
         "run '{}' is known with another {field}; use the same spec to join it, or another run id for another run",

@@ -15,7 +15,7 @@ use arrow::{
 };
 use futures::future::try_join_all;
 use std::sync::Arc;
-use superbatch_proto::v1::{EmbeddingDtype, Hole, ModelRef};
+use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef};
 
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
@@ -36,6 +36,7 @@ pub struct Scored {
     pub scale: f64,
     pub bias: Option<f64>,
     pub digest: String,
+    pub compute_dtype: ComputeDtype,
     pub device: String,
     pub flops: f64,
     pub seconds: f64,
@@ -134,7 +135,8 @@ impl Scoring {
                 None if start > 0 => return Err(differs()),
                 all => all.get_or_insert_with(fresh),
             };
-            if part.dim != all.embedded.dim || part.done.model_digest != all.digest {
+            let same = part.done.model_digest == all.digest && part.done.compute_dtype() == all.compute_dtype;
+            if !same || part.dim != all.embedded.dim {
                 return Err(differs());
             }
             all.embedded.image.append(&part.image);
@@ -154,6 +156,7 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
         scale: part.done.logit_scale,
         bias: part.done.logit_bias,
         digest: part.done.model_digest.clone(),
+        compute_dtype: part.done.compute_dtype(),
         device: part.done.device.clone(),
         flops: 0.0,
         seconds: 0.0,
@@ -162,7 +165,7 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
 }
 
 fn differs() -> Error {
-    Error::internal("workers answered with different models for one step")
+    Error::internal("workers answered with different models or arithmetic for one step")
 }
 
 /// Splits the content hashes off rows that a worker sent, reordered by `order`.

@@ -11,7 +11,7 @@ use superbatch_proto::v1::{
 
 /// The spec with the defaults that the protocol documents; `need_deadline_seconds` is the operator's.
 ///
-/// `compute_dtype` stays unspecified where it was: its default is the device's. So does `train_flops_per_example`.
+/// `compute_dtype` stays unspecified where it was: the workers' device decides when the run is opened. So does `train_flops_per_example`.
 ///
 /// # Errors
 /// `RunSpecImpossible` where no run can meet it, with the path of the cause in `field`; `Unimplemented` where a later version can.

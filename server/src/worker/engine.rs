@@ -19,6 +19,7 @@ use arrow::record_batch::RecordBatch;
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_util::sync::CancellationToken;
 
 /// Manifests kept: one a run.
 const MANIFESTS_MAX: usize = 16;
@@ -36,6 +37,8 @@ pub(super) struct Engine {
     pub raw: Retained<Arc<RecordBatch>>,
     /// Rows that wait for the learner.
     pub ready: Retained<Arc<Prepared>>,
+    /// Ends calls that wait for their coordinator.
+    pub stopping: CancellationToken,
     slots: Semaphore,
     slots_total: usize,
 }
@@ -59,6 +62,7 @@ impl Engine {
             pool: Pool::new(threads, limits)?,
             raw: Retained::new(config.row_bytes_max),
             ready: Retained::new(config.decoded_bytes_max),
+            stopping: CancellationToken::new(),
             slots: Semaphore::new(slots_total),
             slots_total,
         })
@@ -67,12 +71,22 @@ impl Engine {
     /// A slot: held while rows are read, decoded or embedded, and never while a coordinator is waited for, or steps would hold
     /// slots for each other.
     pub async fn slot(&self) -> Result<SemaphorePermit<'_>> {
-        let closed = |_| Error::new(Reason::ShuttingDown, "this worker is shutting down; score elsewhere");
-        self.slots.acquire().await.map_err(closed)
+        self.slots.acquire().await.map_err(|_| shutting_down())
+    }
+
+    /// Lets go of calls that wait, for a slot or for their coordinator. Those that hold a slot go on.
+    pub fn stop(&self) {
+        self.stopping.cancel();
+        self.slots.close();
     }
 
     /// Waits until no slice holds a slot.
     pub async fn idle(&self) {
         drop(self.slots.acquire_many(self.slots_total as u32).await);
     }
+}
+
+/// What a coordinator takes for a lost worker: it goes elsewhere, with all that it has already.
+pub(super) fn shutting_down() -> Error {
+    Error::new(Reason::ShuttingDown, "this worker is shutting down; score elsewhere")
 }

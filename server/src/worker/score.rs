@@ -2,7 +2,7 @@
 use super::{
     answers::Answers,
     embed::{Embeddings, Shape},
-    engine::Engine,
+    engine::{Engine, shutting_down},
     models::{Inputs, Loaded},
     pool::{Prepared, PreparedRow, Row},
     preprocess::RowFault,
@@ -42,7 +42,7 @@ pub(super) async fn score(
     answers: &Answers<ScoreResponse>,
 ) -> Result<()> {
     let mut requests = pin!(requests);
-    let Some(score_request::Message::Begin(begin)) = next(&mut requests).await? else {
+    let Some(score_request::Message::Begin(begin)) = next(engine, &mut requests).await? else {
         return Err(Error::invalid("message", "a Score call starts with ScoreBegin"));
     };
     let mut scoring = Scoring::open(engine, begin).await?;
@@ -50,7 +50,7 @@ pub(super) async fn score(
         answers.send(answer(message)).await?;
     }
     let mut learned = false;
-    while let Some(message) = next(&mut requests).await? {
+    while let Some(message) = next(engine, &mut requests).await? {
         match message {
             score_request::Message::Learner(go) if scoring.task.keep_ready && !learned => {
                 learned = true;
@@ -327,9 +327,15 @@ fn flops(model: &Loaded, rows: usize) -> f64 {
 }
 
 async fn next(
+    engine: &Engine,
     requests: &mut (impl Stream<Item = Result<ScoreRequest, Status>> + Unpin),
 ) -> Result<Option<score_request::Message>> {
-    let request = requests.try_next().await.map_err(|status| crate::error::from_status(status, Reason::Internal))?;
+    let request = tokio::select! {
+        biased;
+        request = requests.try_next() => request,
+        () = engine.stopping.cancelled() => return Err(shutting_down()),
+    };
+    let request = request.map_err(|status| crate::error::from_status(status, Reason::Internal))?;
     let Some(request) = request else { return Ok(None) };
     request.message.map(Some).ok_or_else(|| Error::invalid("message", "a ScoreRequest without a message"))
 }

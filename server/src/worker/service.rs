@@ -54,6 +54,11 @@ impl Worker {
         WorkerInfo { device: self.0.device.name().to_owned(), threads: self.0.threads }
     }
 
+    /// Lets go of calls that wait, so that the process may end; the coordinator takes them to other workers.
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+
     /// Waits until no slice is being read, decoded or embedded.
     pub async fn idle(&self) {
         self.0.idle().await;

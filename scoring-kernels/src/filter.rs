@@ -1,0 +1,121 @@
+//! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the image.
+use crate::{
+    error::{Error, Result},
+    native::{Others, own_cosine},
+    problem::check_model,
+    types::{Candidates, ModelEmbeddings, Rows, Tuning},
+};
+use rayon::prelude::*;
+
+/// Candidates that one cell of near ones is meant to hold: duplicates are looked for inside cells.
+const CELL: usize = 1_024;
+/// How often centres are moved to the mean of their cell.
+const ROUNDS: usize = 2;
+
+/// The candidates of `offered` to leave out, rising. Judged by the reference, which does not change, else by the learner.
+pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u32]) -> Result<Vec<u32>> {
+    if tuning.duplicates_above.is_none() && tuning.clip_score_at_least.is_none() {
+        return Ok(Vec::new());
+    }
+    let named = candidates.reference.map(|model| ("reference", model));
+    let Some((name, model)) = named.or(candidates.learner.map(|model| ("learner", model))) else {
+        let (setting, value) = ("duplicates_above or clip_score_at_least", "set".to_owned());
+        return Err(Error::SettingInvalid { setting, value, must: "absent where there are no embeddings" });
+    };
+    check_model(name, &model, candidates.count, offered)?;
+    let mut out = Vec::new();
+    let mut fitting = offered.to_vec();
+    if let Some(least) = tuning.clip_score_at_least {
+        let fits = |&index: &u32| 2.5 * own_cosine(&model, index).max(0.0) >= least;
+        let (fit, unfit): (Vec<u32>, Vec<u32>) = offered.par_iter().with_min_len(64).partition(|index| fits(index));
+        (fitting, out) = (fit, unfit);
+    }
+    if let Some(above) = tuning.duplicates_above {
+        out.extend(duplicates(&model, &fitting, above as f32));
+    }
+    out.sort_unstable();
+    Ok(out)
+}
+
+/// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a cell,
+/// from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs across two
+/// cells are not seen.
+fn duplicates(model: &ModelEmbeddings<'_>, offered: &[u32], above: f32) -> Vec<u32> {
+    let left_out = |cell: &Vec<(f32, u32)>| {
+        let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();
+        let kept = kept(model, &members, above);
+        members.into_iter().zip(kept).filter(|(_, kept)| !kept).map(|(index, _)| index).collect::<Vec<_>>()
+    };
+    cells(model, offered).par_iter().flat_map_iter(left_out).collect()
+}
+
+/// Which of a cell's members are kept, taken in order.
+fn kept(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
+    let others = Others::new(&model.image, model.dim, members);
+    let mut scratch = others.scratch();
+    let mut kept: Vec<bool> = Vec::with_capacity(members.len());
+    for group in members.chunks(64) {
+        let start = kept.len();
+        let (mut near_kept, mut near_in_group) = ([false; 64], [0u64; 64]);
+        others.visit(&model.image, group, &mut scratch, |lane, other, cosine| {
+            let near = cosine > above && other < start + lane;
+            match other.checked_sub(start) {
+                None => near_kept[lane] |= near && kept[other],
+                Some(in_group) if near => near_in_group[lane] |= 1 << in_group,
+                Some(_) => {}
+            }
+        });
+        let mut kept_in_group = 0u64;
+        for lane in 0..group.len() {
+            let keep = !near_kept[lane] && near_in_group[lane] & kept_in_group == 0;
+            kept_in_group |= u64::from(keep) << lane;
+            kept.push(keep);
+        }
+    }
+    kept
+}
+
+/// Cells of near candidates, each as (cosine with the centre, candidate), the farthest first.
+fn cells(model: &ModelEmbeddings<'_>, offered: &[u32]) -> Vec<Vec<(f32, u32)>> {
+    let (dim, count) = (model.dim, offered.len().div_ceil(CELL));
+    let mut centres = vec![0f32; count * dim];
+    for (k, centre) in centres.chunks_exact_mut(dim).enumerate() {
+        model.image.read(offered[k * offered.len() / count] as usize, dim, 0, centre);
+    }
+    let mut nearest = nearest_centres(model, offered, &centres);
+    for _ in 1..ROUNDS {
+        centres.fill(0.0);
+        let mut row = vec![0f32; dim];
+        for (&index, &(_, cell)) in offered.iter().zip(&nearest) {
+            model.image.read(index as usize, dim, 0, &mut row);
+            centres[cell * dim..][..dim].iter_mut().zip(&row).for_each(|(sum, value)| *sum += value);
+        }
+        for centre in centres.chunks_exact_mut(dim) {
+            let norm = centre.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+            centre.iter_mut().for_each(|value| *value /= norm);
+        }
+        nearest = nearest_centres(model, offered, &centres);
+    }
+    let mut cells = vec![Vec::new(); count];
+    offered.iter().zip(nearest).for_each(|(&index, (cosine, cell))| cells[cell].push((cosine, index)));
+    cells.iter_mut().for_each(|cell| cell.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))));
+    cells
+}
+
+/// For each candidate offered, (cosine, which centre) of the nearest centre.
+fn nearest_centres(model: &ModelEmbeddings<'_>, offered: &[u32], centres: &[f32]) -> Vec<(f32, usize)> {
+    let all: Vec<u32> = (0..(centres.len() / model.dim) as u32).collect();
+    let others = Others::new(&Rows::F32(centres), model.dim, &all);
+    let mut nearest = vec![(f32::NEG_INFINITY, 0); offered.len()];
+    nearest.par_chunks_mut(64).zip(offered.par_chunks(64)).for_each_init(
+        || others.scratch(),
+        |scratch, (nearest, indices)| {
+            others.visit(&model.image, indices, scratch, |lane, centre, cosine| {
+                if cosine > nearest[lane].0 {
+                    nearest[lane] = (cosine, centre);
+                }
+            });
+        },
+    );
+    nearest
+}

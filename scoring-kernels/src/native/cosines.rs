@@ -1,0 +1,92 @@
+//! Cosines of many pairs on the CPU, for what needs them one by one: k-center and near-duplicates.
+use super::{
+    kernel::{self, BLOCK, WIDEST},
+    pack::{self, Blocks, Buffer},
+    vector::Isa,
+};
+use crate::types::{ModelEmbeddings, Rows};
+use rayon::prelude::*;
+
+/// Buffers of [`Others::visit`], one set a thread.
+pub(crate) struct Scratch {
+    panel: Buffer,
+    dots: Buffer,
+}
+
+/// The rows that others are compared with.
+pub(crate) struct Others {
+    isa: Isa,
+    dim: usize,
+    blocks: Blocks,
+}
+
+impl Others {
+    pub(crate) fn new(rows: &Rows<'_>, dim: usize, indices: &[u32]) -> Self {
+        let isa = Isa::detect();
+        Self { isa, dim, blocks: Blocks::new(isa, rows, dim, indices) }
+    }
+
+    pub(crate) fn scratch(&self) -> Scratch {
+        Scratch { panel: Buffer::zeros(WIDEST * self.dim), dots: Buffer::zeros(BLOCK * WIDEST) }
+    }
+
+    /// Calls `see(which of indices, which of the others, dot product)` for every pair, the others in order for each.
+    pub(crate) fn visit(
+        &self,
+        rows: &Rows<'_>,
+        indices: &[u32],
+        scratch: &mut Scratch,
+        mut see: impl FnMut(usize, usize, f32),
+    ) {
+        let width = self.isa.width();
+        for (group, start) in indices.chunks(width).zip((0..).step_by(width)) {
+            let panel = &mut scratch.panel.as_mut_slice()[..width * self.dim];
+            pack::panel(rows, self.dim, group.iter().copied(), width, panel);
+            let mut first = 0;
+            for (block, groups) in self.blocks.iter() {
+                let height = block.len() / self.dim;
+                let dots = &mut scratch.dots.as_mut_slice()[..height * width];
+                kernel::dots(self.isa, block, groups, panel, self.dim, dots);
+                for (other, dots) in dots.chunks_exact(width).enumerate() {
+                    for (lane, dot) in dots[..group.len()].iter().enumerate() {
+                        see(start + lane, first + other, *dot);
+                    }
+                }
+                first += height;
+            }
+        }
+    }
+}
+
+/// How far each candidate's image is from all that was chosen.
+pub(crate) struct Spread<'a> {
+    images: Rows<'a>,
+    dim: usize,
+    offered: &'a [u32],
+    /// By candidate offered, the cosine with the nearest of the chosen.
+    nearest: Vec<f32>,
+    pub(crate) flops: f64,
+}
+
+impl<'a> Spread<'a> {
+    pub(crate) fn new(embeddings: &ModelEmbeddings<'a>, offered: &'a [u32]) -> Self {
+        let nearest = vec![f32::NEG_INFINITY; offered.len()];
+        Self { images: embeddings.image, dim: embeddings.dim, offered, nearest, flops: 0.0 }
+    }
+
+    /// Adds a chunk to the chosen, and writes every candidate's distance (1 - cosine) to `scores`.
+    pub(crate) fn absorb(&mut self, chunk: &[u32], scores: &mut [f64]) {
+        let others = Others::new(&self.images, self.dim, chunk);
+        let tiles = self.nearest.par_chunks_mut(64).zip(self.offered.par_chunks(64));
+        tiles.for_each_init(
+            || others.scratch(),
+            |scratch, (nearest, indices)| {
+                others.visit(&self.images, indices, scratch, |lane, _, dot| nearest[lane] = nearest[lane].max(dot));
+            },
+        );
+        for (&index, nearest) in self.offered.iter().zip(&self.nearest) {
+            scores[index as usize] = 1.0 - f64::from(*nearest);
+        }
+        self.flops += 2.0 * (self.offered.len() * chunk.len() * self.dim) as f64;
+    }
+}

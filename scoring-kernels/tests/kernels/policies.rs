@@ -1,0 +1,184 @@
+//! What the policies beyond the paper's promise, and what may be left out before any of them.
+use crate::{
+    oracle::Oracle,
+    support::{World, assert_close, backends, settings},
+};
+use superbatch_kernels::{Backend, Candidates, Criterion, Error, Loss, Policy, Selection, Settings, Tuning};
+
+fn world() -> World {
+    World::new(40, 90, [16, 24], 20.0, -8.0, 6)
+}
+
+fn hard(policy: Policy) -> Settings {
+    settings(policy, Loss::Sigmoid, Criterion::Hard, 30, 6)
+}
+
+fn tuned(world: &World, settings: &Settings, tuning: &Tuning) -> Selection {
+    Backend::Native.select_tuned(&world.candidates(), settings, tuning, &world.given()).expect("valid")
+}
+
+fn plain(world: &World, settings: &Settings) -> Selection {
+    tuned(world, settings, &Tuning::default())
+}
+
+#[test]
+fn top_k_needs_no_noise_and_takes_the_largest_in_order() {
+    let world = World { noise: Vec::new(), ..world() };
+    let ours = plain(&world, &hard(Policy::TopK));
+    let oracle = Oracle::new(&world, &hard(Policy::TopK));
+    let mut order: Vec<u32> = (0..90).collect();
+    order.sort_by(|&a, &b| oracle.score(b as usize, &[]).total_cmp(&oracle.score(a as usize, &[])));
+    assert_eq!(ours.indices, order[..30]);
+    assert_eq!(plain(&world, &hard(Policy::JointTopK)).chunks, [5; 6]);
+}
+
+#[test]
+fn temperature_leads_from_the_largest_to_uniform() {
+    let world = world();
+    let at = |temperature| {
+        let tuning = Tuning { temperature, ..Tuning::default() };
+        tuned(&world, &hard(Policy::Independent), &tuning).indices
+    };
+    assert_eq!(at(1e-9), plain(&world, &hard(Policy::TopK)).indices);
+    assert_eq!(at(1e9), plain(&world, &hard(Policy::Uniform)).indices);
+    assert_eq!(at(1.0), plain(&world, &hard(Policy::Independent)).indices);
+    assert_ne!(at(1.0), at(1e9));
+}
+
+#[test]
+fn importance_weights_undo_the_priorities() {
+    let world = world();
+    let tuning = Tuning { weight_exponent: 1.0, ..Tuning::default() };
+    let ours = tuned(&world, &hard(Policy::Proportional), &tuning);
+    let chance = |score: f64| (score.max(0.0) + 1e-6).powf(0.6);
+    let least = ours.scores.iter().map(|score| chance(*score)).fold(f64::INFINITY, f64::min);
+    for (score, weight) in ours.scores.iter().zip(&ours.weights) {
+        assert!((weight - least / chance(*score)).abs() < 1e-9);
+    }
+    assert!(ours.weights.contains(&1.0) && ours.weights.iter().any(|weight| *weight < 0.9));
+    let none = Tuning { weight_exponent: 0.0, ..tuning };
+    assert_eq!(tuned(&world, &hard(Policy::Proportional), &none).weights, [1.0; 30]);
+}
+
+#[test]
+fn k_center_with_chunks_of_one_is_the_greedy_rule_and_covers_better_than_chance() {
+    let world = World { noise: vec![0.0; 90], ..world() };
+    let radius = |chosen: &[u32]| {
+        let far = (0..90).map(|x| crate::oracle::distance(&world.reference, x, chosen));
+        far.fold(0.0, f64::max)
+    };
+    let settings = Settings { n_chunks: 30, ..hard(Policy::KCenter) };
+    let bare = Candidates { learner: None, ..world.candidates() };
+    let ours = Backend::Native.select(&bare, &settings, &world.given()).expect("needs the reference alone");
+    assert_eq!((ours.indices[0], ours.batch_score), (0, None));
+    for k in 1..30 {
+        let far = |x: usize| crate::oracle::distance(&world.reference, x, &ours.indices[..k]);
+        let farthest = (0..90).map(far).fold(0.0, f64::max);
+        assert!(far(ours.indices[k] as usize) > farthest - 1e-5);
+    }
+    assert!(radius(&ours.indices) < radius(&(0..30).collect::<Vec<_>>()));
+}
+
+#[test]
+fn of_near_duplicates_one_is_left() {
+    let mut world = world();
+    let dim = world.reference.dim;
+    // Candidates 60..90 show what 0..30 show, almost.
+    for x in 0..30 * dim {
+        world.reference.image[60 * dim + x] = world.reference.image[x] * 1.000_01;
+    }
+    let tuning = Tuning { duplicates_above: Some(0.999), ..Tuning::default() };
+    for policy in Policy::ALL {
+        let ours = tuned(&world, &Settings { sub_batch_size: 55, ..hard(*policy) }, &tuning);
+        assert_eq!(ours.left_out, 30, "{policy}");
+        for x in ours.indices.iter().filter(|x| **x < 30) {
+            assert!(!ours.indices.contains(&(x + 60)), "{policy}: {x} twice");
+        }
+    }
+    let settings = Settings { sub_batch_size: 61, ..hard(Policy::Joint) };
+    let refused = Backend::Native.select_tuned(&world.candidates(), &settings, &tuning, &world.given());
+    assert!(matches!(refused, Err(Error::TooFewCandidates { sub_batch_size: 61, candidates: 90, holes: 30 })));
+}
+
+#[test]
+fn duplicates_are_found_in_large_super_batches_and_among_many_copies() {
+    let base = World::new(41, 3_000, [8, 32], 20.0, -8.0, 1);
+    let mut world = base.clone();
+    // Every other candidate shows what the one before it shows; the last 600 all show the same.
+    for x in 0..3_000 {
+        let shown = if x >= 2_400 { 0 } else { x / 2 * 2 };
+        world.reference.image[x * 32..][..32].copy_from_slice(&base.reference.image[shown * 32..][..32]);
+    }
+    let tuning = Tuning { duplicates_above: Some(0.999_99), ..Tuning::default() };
+    let ours = tuned(&world, &Settings { sub_batch_size: 1_200, ..hard(Policy::Uniform) }, &tuning);
+    assert_eq!(ours.left_out, 1_800);
+    assert!(ours.indices.iter().filter(|x| **x >= 2_400 || **x < 2).count() <= 1);
+}
+
+#[test]
+fn pairs_below_a_clip_score_are_left_out() {
+    let world = world();
+    let (model, tuning) = (&world.reference, Tuning { clip_score_at_least: Some(1.5), ..Tuning::default() });
+    let score = |x: usize| -> f64 {
+        let rows = model.image[x * 24..][..24].iter().zip(&model.text[x * 24..][..24]);
+        2.5 * rows.map(|(a, b)| f64::from(a * b)).sum::<f64>().max(0.0)
+    };
+    let fit = (0..90).filter(|x| score(*x) >= 1.5).count();
+    assert!((10..90).contains(&fit));
+    let ours = tuned(&world, &Settings { sub_batch_size: fit, ..hard(Policy::Joint) }, &tuning);
+    assert_eq!(ours.left_out, 90 - fit);
+    assert!(ours.indices.iter().all(|x| score(*x as usize) >= 1.499_999));
+}
+
+#[test]
+fn the_easy_criterion_by_top_k_is_the_order_of_clip_scores() {
+    let world = world();
+    for &loss in Loss::ALL {
+        let ours = plain(&world, &settings(Policy::TopK, loss, Criterion::Easy, 30, 1));
+        let cosine = |x: &u32| -> f64 {
+            let range = *x as usize * 24..(*x as usize + 1) * 24;
+            let rows = world.reference.image[range.clone()].iter().zip(&world.reference.text[range]);
+            rows.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        };
+        assert!(ours.indices.iter().map(cosine).is_sorted_by(|a, b| a >= b), "{loss}");
+    }
+}
+
+#[test]
+fn tunings_out_of_range_are_named() {
+    let world = world();
+    let plain = Tuning::default();
+    let bad = [
+        (Tuning { temperature: 0.0, ..plain.clone() }, "temperature"),
+        (Tuning { pressure: -1.0, ..plain.clone() }, "pressure"),
+        (Tuning { priority_exponent: f64::NAN, ..plain.clone() }, "priority_exponent"),
+        (Tuning { weight_exponent: f64::INFINITY, ..plain.clone() }, "weight_exponent"),
+        (Tuning { duplicates_above: Some(f64::NAN), ..plain.clone() }, "duplicates_above"),
+    ];
+    for (tuning, name) in bad {
+        let refused = Backend::Native.select_tuned(&world.candidates(), &hard(Policy::Joint), &tuning, &world.given());
+        assert!(matches!(refused, Err(Error::SettingInvalid { setting, .. }) if setting == name), "{name}");
+    }
+    let easy = Settings { criterion: Criterion::Easy, ..hard(Policy::Proportional) };
+    let refused = Backend::Native.select(&world.candidates(), &easy, &world.given());
+    assert!(matches!(refused, Err(Error::SettingInvalid { setting: "criterion", .. })));
+}
+
+#[test]
+fn every_backend_leaves_out_the_same() {
+    let world = world();
+    let tuning = Tuning { duplicates_above: Some(0.8), clip_score_at_least: Some(0.5), ..Tuning::default() };
+    let settings = Settings { sub_batch_size: 5, ..hard(Policy::TopK) };
+    let ours = plain_and_left_out(&world, &settings, &tuning);
+    for (left_out, scores) in &ours {
+        assert_eq!(*left_out, ours[0].0);
+        scores.iter().zip(&ours[0].1).for_each(|(a, b)| assert_close(*a, *b, "score"));
+    }
+    assert!(ours[0].0 > 0);
+}
+
+fn plain_and_left_out(world: &World, settings: &Settings, tuning: &Tuning) -> Vec<(usize, Vec<f64>)> {
+    let select = |backend: Backend| backend.select_tuned(&world.candidates(), settings, tuning, &world.given());
+    let both = backends().into_iter().map(|backend| select(backend).expect("valid"));
+    both.map(|selection| (selection.left_out, selection.scores)).collect()
+}

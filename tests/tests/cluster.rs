@@ -1,0 +1,152 @@
+//! A whole service in one process: the same choices whatever the workers, and scripted faults of its storage.
+use arrow::array::AsArray;
+use std::sync::Arc;
+use superbatch_client::{
+    Run,
+    v1::{Criterion, Intent, Phase, Policy, Reason, RewindMode, RunSpec},
+};
+use superbatch_tests::{
+    cluster::Cluster,
+    faults::{Fault, How, Operation, Script},
+};
+use tokio::sync::Notify;
+
+/// Ids of the rows that a rank gets.
+async fn ids(run: &Run, step: u64) -> Vec<String> {
+    let batch = run.select(step, 0, 1, Intent::Need).await.unwrap();
+    let column = batch.record_batch.column_by_name("_superbatch_id").unwrap();
+    column.as_string::<i32>().iter().flatten().map(str::to_owned).collect()
+}
+
+/// A run that needs no pushes.
+fn easy(cluster: &Cluster) -> RunSpec {
+    let mut spec = cluster.spec();
+    spec.phases[0].criterion = Criterion::Easy.into();
+    spec
+}
+
+fn uniform(cluster: &Cluster) -> RunSpec {
+    let mut spec = cluster.spec();
+    spec.phases[0].policy = Policy::Uniform.into();
+    spec
+}
+
+fn once(operation: Operation, path: &'static str, how: How) -> Script {
+    Script::new([Fault { operation, path, how, times: 1 }])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_and_three_choose_the_same() {
+    let mut chosen = Vec::new();
+    for workers in [0, 1, 3] {
+        let cluster = Cluster::start(workers, Script::default()).await;
+        let run = cluster.open_run("same", easy(&cluster)).await.unwrap();
+        chosen.push([ids(&run, 0).await, ids(&run, 1).await, ids(&run, 2).await]);
+        cluster.stop().await;
+    }
+    assert!(chosen.iter().all(|one| *one == chosen[0]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receipt_whose_answer_was_lost_is_still_its_writers() {
+    let cluster = Cluster::start(0, once(Operation::Create, "receipts/0/1/", How::AnswerLost)).await;
+    let run = cluster.open_run("lost-answer", easy(&cluster)).await.unwrap();
+    let served = [ids(&run, 0).await, ids(&run, 1).await, ids(&run, 2).await];
+    let receipt = run.receipt(1, None).await.unwrap();
+    let mut chosen: Vec<_> = receipt.chosen.iter().map(|row| row.id.clone()).collect();
+    let mut sent = served[1].clone();
+    chosen.sort();
+    sent.sort();
+    assert_eq!(chosen, sent);
+    let accounts = run.get_run().await.unwrap().accounts.unwrap();
+    assert_eq!(accounts.examples_selected % 16, 0, "no step is counted twice: {accounts:?}");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receipt_that_could_not_be_written_is_written_again() {
+    let script = Script::new([Fault { operation: Operation::Create, path: "receipts/", how: How::Fails, times: 7 }]);
+    let cluster = Cluster::start(0, script).await;
+    let run = cluster.open_run("not-written", easy(&cluster)).await.unwrap();
+    let first = ids(&run, 0).await;
+    assert_eq!(first.len(), 16);
+    assert_eq!(ids(&run, 0).await, first);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_given_up_leaves_no_half_done_rewind() {
+    let go = Arc::new(Notify::new());
+    let cluster = Cluster::start(0, once(Operation::Create, "generations/1", How::Waits(go.clone()))).await;
+    let run = cluster.open_run("cancelled", uniform(&cluster)).await.unwrap();
+    ids(&run, 0).await;
+    {
+        let mut rewind = Box::pin(run.rewind(0, RewindMode::Reselect));
+        // The script is played out when the creation waits; then the caller goes away.
+        while !cluster.is_played_out() {
+            assert!(futures::poll!(&mut rewind).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    go.notify_one();
+    loop {
+        let info = run.get_run().await.unwrap();
+        if info.summary.unwrap().generation == 1 {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    let error = run.select(0, 0, 1, Intent::Need).await.unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::GenerationStale));
+    let again = cluster.open_run("cancelled", uniform(&cluster)).await.unwrap();
+    assert_eq!((again.generation(), ids(&again, 0).await.len()), (1, 16));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_step_of_a_phase_begins_while_the_phase_is_being_written() {
+    let go = Arc::new(Notify::new());
+    let cluster = Cluster::start(0, once(Operation::Create, "phases/0", How::Waits(go.clone()))).await;
+    let run = cluster.open_run("appended", RunSpec { max_ahead: 1, ..uniform(&cluster) }).await.unwrap();
+    ids(&run, 0).await;
+    let larger =
+        Phase { from_step: 1, super_batch_size: 96, sub_batch_size: 24, ..uniform(&cluster).phases[0].clone() };
+    let appending = tokio::spawn({
+        let run = run.clone();
+        async move { run.append_phases(vec![larger]).await }
+    });
+    while !cluster.is_played_out() {
+        tokio::task::yield_now().await;
+    }
+    let asking = tokio::spawn({
+        let run = run.clone();
+        async move { ids(&run, 1).await }
+    });
+    go.notify_one();
+    assert_eq!(appending.await.unwrap().unwrap().phases.len(), 2);
+    assert_eq!(asking.await.unwrap().len(), 24, "of the appended phase's size");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_that_cannot_be_read_for_a_moment_costs_no_row() {
+    let undisturbed = Cluster::start(0, Script::default()).await;
+    let expected = ids(&undisturbed.open_run("read", easy(&undisturbed)).await.unwrap(), 0).await;
+    undisturbed.stop().await;
+    let mut cluster = Cluster::start(0, once(Operation::Read, "train.parquet", How::Fails)).await;
+    // Indexing is the first to read.
+    let refused = cluster.open_run("read", easy(&cluster)).await;
+    let run = match refused {
+        Ok(run) => run,
+        Err(error) => {
+            assert_eq!(error.reason(), Some(Reason::StorageUnreachable));
+            cluster.open_run("read", easy(&cluster)).await.unwrap()
+        }
+    };
+    assert_eq!(ids(&run, 0).await, expected);
+    cluster.restart().await;
+    let again = cluster.open_run("read", easy(&cluster)).await.unwrap();
+    assert_eq!(ids(&again, 0).await, expected, "served again from its receipt");
+    assert_eq!(again.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
