@@ -91,7 +91,7 @@ fn list(receipts: &[Receipt]) -> String {
         ["step", "gen", "policy", "mode", "weights", "lag", "scanned", "chosen", "holes", "batch_score", "seconds"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for (receipt, s) in receipts.iter().filter_map(|r| r.summary.as_ref().map(|s| (r, s))) {
-        let cost = s.cost.clone().unwrap_or_default();
+        let cost = s.cost.unwrap_or_default();
         rows.push(vec![
             s.step.to_string(),
             s.generation.to_string(),
@@ -133,7 +133,7 @@ fn in_full(receipt: &Receipt) -> String {
 }
 
 fn head(s: &ReceiptSummary) -> String {
-    let cost = s.cost.clone().unwrap_or_default();
+    let cost = s.cost.unwrap_or_default();
     let seconds = cost.seconds.unwrap_or_default();
     let learner = s
         .learner

@@ -39,9 +39,9 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
 pub(super) fn check(schema: &Schema, layout: &Layout, source: &str, shard: &str) -> Result<()> {
     let image_fits = |t: &DataType| if layout.image_in_struct { is_image_struct(t) } else { is_binary(t) };
     let image_kind = if layout.image_in_struct { "a struct with binary `bytes`" } else { "binary (or struct<bytes>)" };
-    let columns: [(&str, &dyn Fn(&DataType) -> bool, &str); 2] =
-        [(&layout.image_column, &image_fits, image_kind), (&layout.caption_column, &is_text, "a string")];
-    for (column, fits, kind) in columns {
+    for (column, is_image) in [(&layout.image_column, true), (&layout.caption_column, false)] {
+        let kind = if is_image { image_kind } else { "a string" };
+        let fits = |t: &DataType| if is_image { image_fits(t) } else { is_text(t) };
         let what = match schema.field_with_name(column) {
             Ok(field) if fits(field.data_type()) => continue,
             Ok(field) => format!("is {}, not {kind}", field.data_type()),

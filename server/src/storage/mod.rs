@@ -20,7 +20,7 @@ use superbatch_proto::v1::Reason;
 use url::Url;
 
 /// Which storage may be touched, and how it is reached.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {
     /// URI prefixes that requests may name for data and models. Everything is allowed on loopback where this is empty.
@@ -31,12 +31,6 @@ pub struct StorageConfig {
     /// The environment's credentials and the like; never printed.
     #[serde(skip)]
     pub environment: BTreeMap<String, String>,
-}
-
-impl Default for StorageConfig {
-    fn default() -> Self {
-        Self { allow_uris: Vec::new(), options: BTreeMap::new(), environment: BTreeMap::new() }
-    }
 }
 
 /// Puts another store around each one that is opened: how faults are injected and requests are counted.

@@ -287,7 +287,7 @@ impl Config<'_> {
             return Ok(Normalisation { rescale, mean: [0.0; 3], std: [1.0; 3] });
         }
         let (mean, std) = match clip {
-            true => ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_11]),
+            true => ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1]),
             false => ([0.5; 3], [0.5; 3]),
         };
         let (mean, std) = (self.channels("image_mean", mean)?, self.channels("image_std", std)?);

@@ -176,8 +176,10 @@ fn encode(block: &BlockEmbeddings, dtype: EmbeddingDtype) -> Bytes {
 /// `None` where anything about it is not as [`encode`] writes it for that shape.
 fn decode(bytes: &[u8], shape: Shape) -> Option<BlockEmbeddings> {
     let (body, checksum) = bytes.split_last_chunk::<{ blake3::OUT_LEN }>()?;
-    let checksum = (blake3::hash(body) == blake3::Hash::from_bytes(*checksum)).then_some(())?;
-    let ((), body) = (checksum, body.strip_prefix(MAGIC)?);
+    if blake3::hash(body) != blake3::Hash::from_bytes(*checksum) {
+        return None;
+    }
+    let body = body.strip_prefix(MAGIC)?;
     let (length, body) = body.split_first_chunk::<4>()?;
     let (header, data) = body.split_at_checked(u32::from_le_bytes(*length) as usize)?;
     let header: Header = serde_json::from_slice(header).ok()?;
