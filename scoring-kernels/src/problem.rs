@@ -70,6 +70,21 @@ impl<'a> Problem<'a> {
         })
     }
 
+    /// The softmax loss of one model alone.
+    pub(crate) fn of_one(embeddings: ModelEmbeddings<'a>, count: usize, offered: Vec<u32>) -> Self {
+        Self {
+            count,
+            models: vec![SignedModel { sign: 1.0, embeddings }],
+            policy: Policy::Joint,
+            tuning: Tuning::default(),
+            loss: Loss::Softmax,
+            gain: 1.0,
+            offered,
+            chunks: Vec::new(),
+            spread: None,
+        }
+    }
+
     /// Leaves candidates (rising) out of what is offered.
     pub(crate) fn leave_out(&mut self, left_out: &[u32]) -> Result<()> {
         self.offered.retain(|index| left_out.binary_search(index).is_err());
@@ -114,6 +129,10 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
     finite("weight_exponent", tuning.weight_exponent)?;
     finite("duplicates_above", tuning.duplicates_above.unwrap_or_default())?;
     finite("clip_score_at_least", tuning.clip_score_at_least.unwrap_or_default())?;
+    if tuning.neg_clip_loss_keep.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+        let value = tuning.neg_clip_loss_keep.unwrap_or_default().to_string();
+        return Err(Error::SettingInvalid { setting: "neg_clip_loss_keep", value, must: "above 0 and at most 1" });
+    }
     if settings.policy == Policy::Proportional && settings.criterion == Criterion::Easy {
         let must = "hard or learnability under the proportional policy: easy scores are never positive";
         return Err(Error::SettingInvalid { setting: "criterion", value: settings.criterion.to_string(), must });

@@ -120,13 +120,16 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Writes row `index` of rows of `dim` as f32 to `out`, from value `start` on, as many as fit.
-    pub(crate) fn read(&self, index: usize, dim: usize, start: usize, out: &mut [f32]) {
+    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in `buffer` only where they must.
+    pub(crate) fn read<'b>(&'b self, index: usize, dim: usize, start: usize, buffer: &'b mut [f32]) -> &'b [f32] {
         let begin = index * dim + start;
-        let range = begin..begin + out.len();
+        let range = begin..begin + buffer.len();
         match self {
-            Self::F32(values) => out.copy_from_slice(&values[range]),
-            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::F32(values) => &values[range],
+            Self::F16(values) => {
+                values[range].convert_to_f32_slice(buffer);
+                buffer
+            }
         }
     }
 
@@ -217,6 +220,8 @@ pub struct Tuning {
     pub duplicates_above: Option<f64>,
     /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are left out.
     pub clip_score_at_least: Option<f64>,
+    /// Of the candidates this share is kept, those of the largest negCLIPLoss; at least one.
+    pub neg_clip_loss_keep: Option<f64>,
 }
 
 impl Default for Tuning {
@@ -229,6 +234,7 @@ impl Default for Tuning {
             weight_exponent: 0.4,
             duplicates_above: None,
             clip_score_at_least: None,
+            neg_clip_loss_keep: None,
         }
     }
 }

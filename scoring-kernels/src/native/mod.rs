@@ -12,7 +12,7 @@ use crate::{
     engine::Engine,
     error::Result,
     problem::{Problem, SignedModel},
-    types::{Loss, Rows},
+    types::{Loss, ModelEmbeddings, Rows},
 };
 use kernel::{BLOCK, WIDEST};
 use pack::{Blocks, Buffer};
@@ -178,6 +178,23 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
             }
         }
     }
+}
+
+/// The softmax losses of `offered` in a batch of `context` and, where it is not in it, the candidate itself.
+pub(crate) fn clip_losses(model: &ModelEmbeddings<'_>, count: usize, offered: &[u32], context: &[u32]) -> Vec<f64> {
+    let problem = Problem::of_one(*model, count, offered.to_vec());
+    let mut engine = NativeEngine::new(&problem);
+    let mut running = std::mem::take(&mut engine.running);
+    for direction in directions(&problem) {
+        engine.add(&mut running, context, &direction);
+    }
+    let mut inside = vec![false; count];
+    context.iter().for_each(|&index| inside[index as usize] = true);
+    for row in running.iter_mut().filter(|row| !inside[row.index as usize]) {
+        let own = (problem.models[0].embeddings.scale * own_cosine(model, row.index), 1.0);
+        row.logits[0].iter_mut().for_each(|logits| logits.add(own));
+    }
+    running.iter().map(|row| row.score(&problem)).collect()
 }
 
 fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {

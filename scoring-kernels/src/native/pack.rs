@@ -3,7 +3,7 @@ use super::{kernel::BLOCK, vector::Isa};
 use crate::types::Rows;
 
 /// Values of a row copied at a time: what they become of all rows of a panel stays in the L1 cache.
-const STRETCH: usize = 64;
+const STRETCH: usize = 128;
 
 /// A cache line, so that no vector straddles two.
 #[derive(Clone, Copy)]
@@ -54,9 +54,8 @@ pub(super) fn lane(rows: &Rows<'_>, dim: usize, index: u32, width: usize, lane: 
 #[inline(always)]
 fn stretch(rows: &Rows<'_>, dim: usize, index: u32, start: usize, width: usize, lane: usize, out: &mut [f32]) {
     let mut values = [0f32; STRETCH];
-    let values = &mut values[..STRETCH.min(dim - start)];
-    rows.read(index as usize, dim, start, values);
-    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(&*values) {
+    let values = rows.read(index as usize, dim, start, &mut values[..STRETCH.min(dim - start)]);
+    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(values) {
         *slot = *value;
     }
 }

@@ -71,13 +71,13 @@ pub(super) fn own_logit(model: &SignedModel<'_>, index: u32) -> f64 {
 
 /// Cosine of a candidate's image and text, in f64.
 pub(crate) fn own_cosine(embeddings: &ModelEmbeddings<'_>, index: u32) -> f64 {
-    const STRETCH: usize = 64;
+    const STRETCH: usize = 128;
     let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
     for start in (0..embeddings.dim).step_by(STRETCH) {
         let end = STRETCH.min(embeddings.dim - start);
-        embeddings.image.read(index as usize, embeddings.dim, start, &mut image[..end]);
-        embeddings.text.read(index as usize, embeddings.dim, start, &mut text[..end]);
-        for (image, text) in image[..end].chunks(8).zip(text[..end].chunks(8)) {
+        let image = embeddings.image.read(index as usize, embeddings.dim, start, &mut image[..end]);
+        let text = embeddings.text.read(index as usize, embeddings.dim, start, &mut text[..end]);
+        for (image, text) in image.chunks(8).zip(text.chunks(8)) {
             for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
                 *lane += f64::from(*a) * f64::from(*b);
             }
