@@ -1,7 +1,7 @@
 //! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the image.
 use crate::{
     error::{Error, Result},
-    native::{Others, clip_losses, own_cosine},
+    native::{Others, clip_losses},
     problem::check_model,
     types::{Candidates, ModelEmbeddings, Rows, Tuning},
 };
@@ -26,15 +26,13 @@ pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[
         let must = "absent where there are no embeddings";
         return Err(Error::SettingInvalid { setting, value: "set".to_owned(), must });
     };
-    check_model(name, &model, candidates.count, offered)?;
+    let cosines = check_model(name, &model, candidates.count, offered)?;
     let (mut kept, mut out) = (offered.to_vec(), Vec::new());
     if let Some(least) = clip_score_at_least {
-        let fits = |&index: &u32| 2.5 * own_cosine(&model, index).max(0.0) >= least;
-        let (fit, unfit): (Vec<u32>, Vec<u32>) = kept.par_iter().with_min_len(64).partition(|index| fits(index));
-        (kept, out) = (fit, unfit);
+        (kept, out) = kept.iter().partition(|&&index| 2.5 * cosines[index as usize].max(0.0) >= least);
     }
     if let Some(share) = neg_clip_loss_keep {
-        out.extend(worst(&model, candidates.count, &mut kept, share));
+        out.extend(worst(&model, cosines, &mut kept, share));
     }
     if let Some(above) = duplicates_above {
         out.extend(duplicates(&model, &kept, above as f32));
@@ -46,11 +44,11 @@ pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[
 /// Takes all but a share of `kept` out of it, those of the smallest negCLIPLoss (Wang et al. 2024): the cosine of image and
 /// text less what the softmax loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates, evenly
 /// spaced: candidates come in random order.
-fn worst(model: &ModelEmbeddings<'_>, count: usize, kept: &mut Vec<u32>, share: f64) -> Vec<u32> {
+fn worst(model: &ModelEmbeddings<'_>, cosines: Vec<f64>, kept: &mut Vec<u32>, share: f64) -> Vec<u32> {
     let keep = ((share * kept.len() as f64).ceil() as usize).clamp(kept.len().min(1), kept.len());
     let batch = kept.len().min(CONTEXT);
     let context: Vec<u32> = (0..batch).map(|k| kept[k * kept.len() / batch]).collect();
-    let losses = clip_losses(model, count, kept, &context);
+    let losses = clip_losses(model, cosines, kept, &context);
     let mut order: Vec<(f64, u32)> = losses.into_iter().zip(kept.iter().copied()).collect();
     order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     let out: Vec<u32> = order.drain(keep..).map(|(_, index)| index).collect();
