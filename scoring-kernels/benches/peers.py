@@ -140,7 +140,7 @@ def plot(path, picture):
     pairs = [n * b for n, b in zip(count, sub_batch)]
     left.loglog(count, seconds, "o-", label="measured")
     left.loglog(count, [seconds[-1] * p / pairs[-1] for p in pairs], "k:", label="∝ B·b")
-    left.set(xlabel="super-batch size B", ylabel="seconds", title="Time")
+    left.set(xlabel="super-batch size B", ylabel="processor seconds", title="Time")
     right.loglog(count, mebibytes, "o-", label="measured")
     right.loglog(count, [mebibytes[-1] * n / count[-1] for n in count], "k:", label="∝ B")
     right.set(xlabel="super-batch size B", ylabel="MiB above the inputs", title="Memory")

@@ -1,7 +1,7 @@
 //! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the image.
 use crate::{
     error::{Error, Result},
-    native::{Others, own_cosine},
+    native::{Others, clip_losses},
     problem::check_model,
     types::{Candidates, ModelEmbeddings, Rows, Tuning},
 };
@@ -9,32 +9,52 @@ use rayon::prelude::*;
 
 /// Candidates that one cell of near ones is meant to hold: duplicates are looked for inside cells.
 const CELL: usize = 1_024;
+/// Most candidates of the batch that stands for all in a CLIP loss.
+const CONTEXT: usize = 4_096;
 /// How often centres are moved to the mean of their cell.
 const ROUNDS: usize = 2;
 
 /// The candidates of `offered` to leave out, rising. Judged by the reference, which does not change, else by the learner.
 pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u32]) -> Result<Vec<u32>> {
-    if tuning.duplicates_above.is_none() && tuning.clip_score_at_least.is_none() {
+    let Tuning { duplicates_above, clip_score_at_least, neg_clip_loss_keep, .. } = *tuning;
+    if [duplicates_above, clip_score_at_least, neg_clip_loss_keep].iter().all(Option::is_none) {
         return Ok(Vec::new());
     }
     let named = candidates.reference.map(|model| ("reference", model));
     let Some((name, model)) = named.or(candidates.learner.map(|model| ("learner", model))) else {
-        let (setting, value) = ("duplicates_above or clip_score_at_least", "set".to_owned());
-        return Err(Error::SettingInvalid { setting, value, must: "absent where there are no embeddings" });
+        let setting = "duplicates_above, clip_score_at_least or neg_clip_loss_keep";
+        let must = "absent where there are no embeddings";
+        return Err(Error::SettingInvalid { setting, value: "set".to_owned(), must });
     };
-    check_model(name, &model, candidates.count, offered)?;
-    let mut out = Vec::new();
-    let mut fitting = offered.to_vec();
-    if let Some(least) = tuning.clip_score_at_least {
-        let fits = |&index: &u32| 2.5 * own_cosine(&model, index).max(0.0) >= least;
-        let (fit, unfit): (Vec<u32>, Vec<u32>) = offered.par_iter().with_min_len(64).partition(|index| fits(index));
-        (fitting, out) = (fit, unfit);
+    let cosines = check_model(name, &model, candidates.count, offered)?;
+    let (mut kept, mut out) = (offered.to_vec(), Vec::new());
+    if let Some(least) = clip_score_at_least {
+        (kept, out) = kept.iter().partition(|&&index| 2.5 * cosines[index as usize].max(0.0) >= least);
     }
-    if let Some(above) = tuning.duplicates_above {
-        out.extend(duplicates(&model, &fitting, above as f32));
+    if let Some(share) = neg_clip_loss_keep {
+        out.extend(worst(&model, cosines, &mut kept, share));
+    }
+    if let Some(above) = duplicates_above {
+        out.extend(duplicates(&model, &kept, above as f32));
     }
     out.sort_unstable();
     Ok(out)
+}
+
+/// Takes all but a share of `kept` out of it, those of the smallest negCLIPLoss (Wang et al. 2024): the cosine of image and
+/// text less what the softmax loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates, evenly
+/// spaced: candidates come in random order.
+fn worst(model: &ModelEmbeddings<'_>, cosines: Vec<f64>, kept: &mut Vec<u32>, share: f64) -> Vec<u32> {
+    let keep = ((share * kept.len() as f64).ceil() as usize).clamp(kept.len().min(1), kept.len());
+    let batch = kept.len().min(CONTEXT);
+    let context: Vec<u32> = (0..batch).map(|k| kept[k * kept.len() / batch]).collect();
+    let losses = clip_losses(model, cosines, kept, &context);
+    let mut order: Vec<(f64, u32)> = losses.into_iter().zip(kept.iter().copied()).collect();
+    order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let out: Vec<u32> = order.drain(keep..).map(|(_, index)| index).collect();
+    *kept = order.into_iter().map(|(_, index)| index).collect();
+    kept.sort_unstable();
+    out
 }
 
 /// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a cell,
@@ -78,17 +98,18 @@ fn kept(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
 /// Cells of near candidates, each as (cosine with the centre, candidate), the farthest first.
 fn cells(model: &ModelEmbeddings<'_>, offered: &[u32]) -> Vec<Vec<(f32, u32)>> {
     let (dim, count) = (model.dim, offered.len().div_ceil(CELL));
-    let mut centres = vec![0f32; count * dim];
+    let (mut centres, mut buffer) = (vec![0f32; count * dim], vec![0f32; dim]);
     for (k, centre) in centres.chunks_exact_mut(dim).enumerate() {
-        model.image.read(offered[k * offered.len() / count] as usize, dim, 0, centre);
+        let row = offered[k * offered.len() / count] as usize;
+        let values = model.image.read(row, dim, 0, &mut buffer);
+        centre.copy_from_slice(values);
     }
     let mut nearest = nearest_centres(model, offered, &centres);
     for _ in 1..ROUNDS {
         centres.fill(0.0);
-        let mut row = vec![0f32; dim];
         for (&index, &(_, cell)) in offered.iter().zip(&nearest) {
-            model.image.read(index as usize, dim, 0, &mut row);
-            centres[cell * dim..][..dim].iter_mut().zip(&row).for_each(|(sum, value)| *sum += value);
+            let row = model.image.read(index as usize, dim, 0, &mut buffer);
+            centres[cell * dim..][..dim].iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
         }
         for centre in centres.chunks_exact_mut(dim) {
             let norm = centre.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);

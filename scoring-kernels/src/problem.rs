@@ -7,10 +7,11 @@ use crate::{
 use rayon::prelude::*;
 
 /// Signed loss of one model: a score is the sum of `sign x loss` over the criterion's models.
-#[derive(Clone, Copy)]
 pub(crate) struct SignedModel<'a> {
     pub sign: f64,
     pub embeddings: ModelEmbeddings<'a>,
+    /// By candidate, the cosine of its own pair; 0 for holes.
+    pub cosines: Vec<f64>,
 }
 
 pub(crate) struct Problem<'a> {
@@ -52,7 +53,11 @@ impl<'a> Problem<'a> {
         let spread = match settings.policy {
             Policy::KCenter => {
                 let chosen = candidates.reference.or(candidates.learner);
-                Some(chosen.ok_or(Error::ModelMissing { criterion: settings.criterion, model: "reference" })?)
+                let missing = Error::ModelMissing { criterion: settings.criterion, model: "reference" };
+                let chosen = chosen.ok_or(missing)?;
+                let name = if candidates.reference.is_some() { "reference" } else { "learner" };
+                check_model(name, &chosen, candidates.count, &offered)?;
+                Some(chosen)
             }
             _ => None,
         };
@@ -68,6 +73,21 @@ impl<'a> Problem<'a> {
             chunks,
             spread,
         })
+    }
+
+    /// The softmax loss of one model alone.
+    pub(crate) fn of_one(embeddings: ModelEmbeddings<'a>, cosines: Vec<f64>, offered: Vec<u32>) -> Self {
+        Self {
+            count: cosines.len(),
+            models: vec![SignedModel { sign: 1.0, embeddings, cosines }],
+            policy: Policy::Joint,
+            tuning: Tuning::default(),
+            loss: Loss::Softmax,
+            gain: 1.0,
+            offered,
+            chunks: Vec::new(),
+            spread: None,
+        }
     }
 
     /// Leaves candidates (rising) out of what is offered.
@@ -114,6 +134,10 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
     finite("weight_exponent", tuning.weight_exponent)?;
     finite("duplicates_above", tuning.duplicates_above.unwrap_or_default())?;
     finite("clip_score_at_least", tuning.clip_score_at_least.unwrap_or_default())?;
+    if tuning.neg_clip_loss_keep.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+        let value = tuning.neg_clip_loss_keep.unwrap_or_default().to_string();
+        return Err(Error::SettingInvalid { setting: "neg_clip_loss_keep", value, must: "above 0 and at most 1" });
+    }
     if settings.policy == Policy::Proportional && settings.criterion == Criterion::Easy {
         let must = "hard or learnability under the proportional policy: easy scores are never positive";
         return Err(Error::SettingInvalid { setting: "criterion", value: settings.criterion.to_string(), must });
@@ -147,8 +171,8 @@ fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32])
         match embeddings {
             _ if !needed => {}
             Some(embeddings) => {
-                check_model(name, &embeddings, candidates.count, offered)?;
-                models.push(SignedModel { sign, embeddings });
+                let cosines = check_model(name, &embeddings, candidates.count, offered)?;
+                models.push(SignedModel { sign, embeddings, cosines });
             }
             // These draws need no scores; they report them where they can.
             None if !settings.policy.is_scored() => return Ok(Vec::new()),
@@ -158,31 +182,32 @@ fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32])
     Ok(models)
 }
 
+/// Checks a model's embeddings of what is offered, and returns every candidate's own cosine; 0 for the others.
 pub(crate) fn check_model(
     model: &'static str,
     embeddings: &ModelEmbeddings<'_>,
     count: usize,
     offered: &[u32],
-) -> Result<()> {
+) -> Result<Vec<f64>> {
     finite("scale", embeddings.scale)?;
     finite("bias", embeddings.bias)?;
     let dim = embeddings.dim;
     if dim == 0 {
         return Err(Error::SettingInvalid { setting: "dim", value: "0".into(), must: "at least 1" });
     }
-    for (tower, rows) in [("image", &embeddings.image), ("text", &embeddings.text)] {
-        if rows.len() != count * dim {
-            let (found, expected) = (rows.len(), count * dim);
-            return Err(Error::ShapeMismatch { model, tower, found, candidates: count, dim, expected });
-        }
-        if let Some(row) = first_not_finite(rows, dim, offered) {
-            return Err(Error::NotFinite { model, tower, row });
-        }
+    let towers = [("image", &embeddings.image), ("text", &embeddings.text)];
+    if let Some((tower, rows)) = towers.iter().find(|(_, rows)| rows.len() != count * dim) {
+        let (found, expected) = (rows.len(), count * dim);
+        return Err(Error::ShapeMismatch { model, tower, found, candidates: count, dim, expected });
     }
-    Ok(())
-}
-
-fn first_not_finite(rows: &Rows<'_>, dim: usize, offered: &[u32]) -> Option<usize> {
-    let bad = offered.par_iter().with_min_len(256).find_first(|&&row| !rows.row_is_finite(row as usize, dim));
-    bad.map(|&row| row as usize)
+    let own: Vec<f64> = offered.par_iter().with_min_len(64).map(|&index| embeddings.own_cosine(index)).collect();
+    // Every value of both rows is a factor of a term, so one look at the sums finds what is not finite.
+    if let Some(&row) = offered.iter().zip(&own).find(|(_, cosine)| !cosine.is_finite()).map(|(row, _)| row) {
+        let bad = |rows: &Rows<'_>| offered.iter().find(|&&row| !rows.row_is_finite(row as usize, dim));
+        let (tower, row) = towers.iter().find_map(|(tower, rows)| Some((*tower, *bad(rows)?))).unwrap_or(("text", row));
+        return Err(Error::NotFinite { model, tower, row: row as usize });
+    }
+    let mut cosines = vec![0.0; count];
+    offered.iter().zip(own).for_each(|(&index, cosine)| cosines[index as usize] = cosine);
+    Ok(cosines)
 }

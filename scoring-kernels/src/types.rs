@@ -120,13 +120,16 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Writes row `index` of rows of `dim` as f32 to `out`, from value `start` on, as many as fit.
-    pub(crate) fn read(&self, index: usize, dim: usize, start: usize, out: &mut [f32]) {
+    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in `buffer` only where they must.
+    pub(crate) fn read<'b>(&'b self, index: usize, dim: usize, start: usize, buffer: &'b mut [f32]) -> &'b [f32] {
         let begin = index * dim + start;
-        let range = begin..begin + out.len();
+        let range = begin..begin + buffer.len();
         match self {
-            Self::F32(values) => out.copy_from_slice(&values[range]),
-            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::F32(values) => &values[range],
+            Self::F16(values) => {
+                values[range].convert_to_f32_slice(buffer);
+                buffer
+            }
         }
     }
 
@@ -159,6 +162,25 @@ pub struct ModelEmbeddings<'a> {
     pub scale: f64,
     /// In the sign of big_vision, open_clip and transformers: about -10 at initialisation. Ignored by the softmax loss.
     pub bias: f64,
+}
+
+impl ModelEmbeddings<'_> {
+    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is not.
+    pub(crate) fn own_cosine(&self, index: u32) -> f64 {
+        const STRETCH: usize = 128;
+        let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
+        for start in (0..self.dim).step_by(STRETCH) {
+            let end = STRETCH.min(self.dim - start);
+            let image = self.image.read(index as usize, self.dim, start, &mut image[..end]);
+            let text = self.text.read(index as usize, self.dim, start, &mut text[..end]);
+            for (image, text) in image.chunks(8).zip(text.chunks(8)) {
+                for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
+                    *lane += f64::from(*a) * f64::from(*b);
+                }
+            }
+        }
+        lanes.iter().sum()
+    }
 }
 
 /// The super-batch: B candidates, as one or two models see them.
@@ -217,6 +239,8 @@ pub struct Tuning {
     pub duplicates_above: Option<f64>,
     /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are left out.
     pub clip_score_at_least: Option<f64>,
+    /// Of the candidates this share is kept, those of the largest negCLIPLoss; at least one.
+    pub neg_clip_loss_keep: Option<f64>,
 }
 
 impl Default for Tuning {
@@ -229,6 +253,7 @@ impl Default for Tuning {
             weight_exponent: 0.4,
             duplicates_above: None,
             clip_score_at_least: None,
+            neg_clip_loss_keep: None,
         }
     }
 }

@@ -147,8 +147,8 @@ fn exp2_of_negative<V: Vector>(z: V) -> V {
     let shifted = z.add(V::splat(ROUND));
     let r = z.sub(shifted.sub(V::splat(ROUND)));
     // Minimax in relative error on |r| <= 1/2: 2e-9 before rounding.
-    let mut p = V::splat(1.535_336_1e-4);
-    for coefficient in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_5e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+    let mut p = V::splat(1.535_336e-4);
+    for coefficient in [1.339_887e-3, 9.618_437e-3, 5.550_332e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
         p = p.mul_add(r, V::splat(coefficient));
     }
     p.scale_by(shifted)

@@ -12,7 +12,7 @@ use crate::{
     engine::Engine,
     error::Result,
     problem::{Problem, SignedModel},
-    types::{Loss, Rows},
+    types::{Loss, ModelEmbeddings, Rows},
 };
 use kernel::{BLOCK, WIDEST};
 use pack::{Blocks, Buffer};
@@ -21,7 +21,6 @@ use running::{Running, own_logit, softplus, start};
 use vector::Isa;
 
 pub(crate) use cosines::{Others, Spread};
-pub(crate) use running::own_cosine;
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;
@@ -163,7 +162,7 @@ impl<'a> NativeEngine<'a> {
 
 /// Adds a panel's dot products with a block to its candidates' running scores.
 fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &Direction<'_>) {
-    let SignedModel { sign, embeddings } = direction.model;
+    let SignedModel { sign, embeddings, .. } = direction.model;
     let mut sums = [0f64; WIDEST];
     match loss {
         Loss::Sigmoid => {
@@ -178,6 +177,28 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
             }
         }
     }
+}
+
+/// The softmax losses of `offered` in a batch of `context` and, where it is not in it, the candidate itself.
+pub(crate) fn clip_losses(
+    model: &ModelEmbeddings<'_>,
+    cosines: Vec<f64>,
+    offered: &[u32],
+    context: &[u32],
+) -> Vec<f64> {
+    let mut inside = vec![false; cosines.len()];
+    context.iter().for_each(|&index| inside[index as usize] = true);
+    let problem = Problem::of_one(*model, cosines, offered.to_vec());
+    let mut engine = NativeEngine::new(&problem);
+    let mut running = std::mem::take(&mut engine.running);
+    for direction in directions(&problem) {
+        engine.add(&mut running, context, &direction);
+    }
+    for row in running.iter_mut().filter(|row| !inside[row.index as usize]) {
+        let own = (model.scale * problem.models[0].cosines[row.index as usize], 1.0);
+        row.logits[0].iter_mut().for_each(|logits| logits.add(own));
+    }
+    running.iter().map(|row| row.score(&problem)).collect()
 }
 
 fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {

@@ -1,31 +1,34 @@
 //! Embeddings in the order in which the inner loops read them.
 use super::{kernel::BLOCK, vector::Isa};
 use crate::types::Rows;
+use rayon::prelude::*;
 
 /// Values of a row copied at a time: what they become of all rows of a panel stays in the L1 cache.
-const STRETCH: usize = 64;
+const STRETCH: usize = 128;
+/// Values of a cache line.
+const LINE: usize = 16;
 
-/// A cache line, so that no vector straddles two.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
-/// Aligned f32.
-pub(super) struct Buffer(Vec<Line>);
+/// f32 that begin at a cache line, so that no vector straddles two.
+pub(super) struct Buffer {
+    values: Vec<f32>,
+    first: usize,
+}
 
 impl Buffer {
+    /// The system's zeros: memory that is nobody's yet is touched by the thread that writes it first.
     pub(super) fn zeros(len: usize) -> Self {
-        Self(vec![Line([0.0; 16]); len.div_ceil(16)])
+        let values = vec![0f32; len + LINE];
+        let first = values.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { values, first }
     }
 
     pub(super) fn as_slice(&self) -> &[f32] {
-        // SAFETY: a `Line` is sixteen f32 and nothing else.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 16) }
+        &self.values[self.first..self.values.len() - (LINE - self.first)]
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
-        // SAFETY: as above, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * 16) }
+        let end = self.values.len() - (LINE - self.first);
+        &mut self.values[self.first..end]
     }
 }
 
@@ -54,9 +57,8 @@ pub(super) fn lane(rows: &Rows<'_>, dim: usize, index: u32, width: usize, lane: 
 #[inline(always)]
 fn stretch(rows: &Rows<'_>, dim: usize, index: u32, start: usize, width: usize, lane: usize, out: &mut [f32]) {
     let mut values = [0f32; STRETCH];
-    let values = &mut values[..STRETCH.min(dim - start)];
-    rows.read(index as usize, dim, start, values);
-    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(&*values) {
+    let values = rows.read(index as usize, dim, start, &mut values[..STRETCH.min(dim - start)]);
+    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(values) {
         *slot = *value;
     }
 }
@@ -72,15 +74,15 @@ pub(super) struct Blocks {
 impl Blocks {
     pub(super) fn new(isa: Isa, rows: &Rows<'_>, dim: usize, drawn: &[u32]) -> Self {
         let mut values = Buffer::zeros(drawn.len() * dim);
-        let mut rest = values.as_mut_slice();
         let groups: Vec<Vec<usize>> = drawn.chunks(BLOCK).map(|block| isa.groups(block.len())).collect();
-        let mut left = drawn;
+        let (mut left, mut rest, mut tasks) = (drawn, values.as_mut_slice(), Vec::new());
         for &height in groups.iter().flatten() {
             let (group, after) = left.split_at(height);
             let (out, behind) = rest.split_at_mut(height * dim);
-            panel(rows, dim, group.iter().copied(), height, out);
+            tasks.push((group, out));
             (left, rest) = (after, behind);
         }
+        tasks.into_par_iter().for_each(|(group, out)| panel(rows, dim, group.iter().copied(), group.len(), out));
         Self { values, dim, groups }
     }
 

@@ -1,7 +1,7 @@
 //! What is kept of a candidate: its own pair, and its terms with all that was absorbed.
 use crate::{
     problem::{Problem, SignedModel},
-    types::{Loss, ModelEmbeddings},
+    types::Loss,
 };
 
 /// The running score of one candidate.
@@ -66,24 +66,7 @@ pub(super) fn start(problem: &Problem<'_>, index: u32) -> Running {
 
 /// A candidate's own logit, in f64.
 pub(super) fn own_logit(model: &SignedModel<'_>, index: u32) -> f64 {
-    model.embeddings.scale * own_cosine(&model.embeddings, index) + model.embeddings.bias
-}
-
-/// Cosine of a candidate's image and text, in f64.
-pub(crate) fn own_cosine(embeddings: &ModelEmbeddings<'_>, index: u32) -> f64 {
-    const STRETCH: usize = 64;
-    let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
-    for start in (0..embeddings.dim).step_by(STRETCH) {
-        let end = STRETCH.min(embeddings.dim - start);
-        embeddings.image.read(index as usize, embeddings.dim, start, &mut image[..end]);
-        embeddings.text.read(index as usize, embeddings.dim, start, &mut text[..end]);
-        for (image, text) in image[..end].chunks(8).zip(text[..end].chunks(8)) {
-            for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
-                *lane += f64::from(*a) * f64::from(*b);
-            }
-        }
-    }
-    lanes.iter().sum()
+    model.embeddings.scale * model.cosines[index as usize] + model.embeddings.bias
 }
 
 pub(super) fn softplus(x: f64) -> f64 {

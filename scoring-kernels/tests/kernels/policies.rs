@@ -131,6 +131,26 @@ fn pairs_below_a_clip_score_are_left_out() {
 }
 
 #[test]
+fn the_share_of_the_best_neg_clip_loss_is_kept() {
+    let world = world();
+    let (model, tuning) = (&world.reference, Tuning { neg_clip_loss_keep: Some(0.4), ..Tuning::default() });
+    let logit = |i: usize, j: usize| -> f64 {
+        let rows = model.image[i * 24..][..24].iter().zip(&model.text[j * 24..][..24]);
+        model.scale * rows.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
+    };
+    let log_sum = |of: &dyn Fn(usize) -> f64| (0..90).map(|k| of(k).exp()).sum::<f64>().ln();
+    let score = |x: usize| logit(x, x) - 0.5 * (log_sum(&|k| logit(x, k)) + log_sum(&|k| logit(k, x)));
+    let mut best: Vec<u32> = (0..90).collect();
+    best.sort_by(|&a, &b| score(b as usize).total_cmp(&score(a as usize)));
+    let ours = tuned(&world, &Settings { sub_batch_size: 36, ..hard(Policy::Joint) }, &tuning);
+    assert_eq!(ours.left_out, 54);
+    let mut chosen = ours.indices;
+    chosen.sort_unstable();
+    best[..36].sort_unstable();
+    assert_eq!(chosen, best[..36]);
+}
+
+#[test]
 fn the_easy_criterion_by_top_k_is_the_order_of_clip_scores() {
     let world = world();
     for &loss in Loss::ALL {
@@ -154,6 +174,7 @@ fn tunings_out_of_range_are_named() {
         (Tuning { priority_exponent: f64::NAN, ..plain.clone() }, "priority_exponent"),
         (Tuning { weight_exponent: f64::INFINITY, ..plain.clone() }, "weight_exponent"),
         (Tuning { duplicates_above: Some(f64::NAN), ..plain.clone() }, "duplicates_above"),
+        (Tuning { neg_clip_loss_keep: Some(0.0), ..plain.clone() }, "neg_clip_loss_keep"),
     ];
     for (tuning, name) in bad {
         let refused = Backend::Native.select_tuned(&world.candidates(), &hard(Policy::Joint), &tuning, &world.given());

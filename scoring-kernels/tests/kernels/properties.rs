@@ -74,8 +74,8 @@ proptest! {
         let oracle = Oracle::new(&world, &settings);
         for backend in backends() {
             let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
-            let (mut start, mut chunks) = (0, ours.chunks.iter().map(|size| *size as usize));
-            while let Some(size) = chunks.next() {
+            let mut start = 0;
+            for size in ours.chunks.iter().map(|size| *size as usize) {
                 for k in start..start + size {
                     let exact = oracle.score(ours.indices[k] as usize, &ours.indices[..start]);
                     assert_close(ours.scores[k], exact, &format!("{backend:?} {case:?}"));
