@@ -87,6 +87,9 @@ pub struct TuningArgs {
     /// Leave out pairs whose CLIPScore (2.5 x cosine of image and text, by the reference) is below this
     #[arg(long, value_name = "SCORE")]
     pub clip_score_at_least: Option<f64>,
+    /// Keep this share of the pairs, those of the best negCLIPLoss by the reference, from 0 to 1
+    #[arg(long, value_name = "SHARE")]
+    pub neg_clip_loss_keep: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -138,13 +141,13 @@ pub fn run(args: &SelectArgs) -> Result<String> {
     let seconds = Seconds { load, select: begun.elapsed().as_secs_f64() };
     let Selection { indices, chunks, batch_score, weights, left_out, .. } = &selection;
     let tuning = &super_batch.tuning;
-    let filters = tuning.duplicates_above.is_some() || tuning.clip_score_at_least.is_some();
+    let filters = [tuning.duplicates_above, tuning.clip_score_at_least, tuning.neg_clip_loss_keep];
     let printed = Printed {
         indices,
         chunks,
         batch_score: *batch_score,
         weights: (super_batch.settings.policy == Policy::Proportional).then_some(weights),
-        left_out: filters.then_some(*left_out),
+        left_out: filters.iter().any(Option::is_some).then_some(*left_out),
         seconds,
     };
     serde_json::to_string(&printed)

@@ -15,7 +15,7 @@ use super::{
     step::Reporter,
 };
 use crate::error::{Error, Result};
-use arrow::array::UInt32Array;
+use arrow::array::{RecordBatch, UInt32Array};
 use std::collections::BTreeSet;
 use superbatch_proto::v1::{Criterion, Fallback, Hole, ModelRef, Policy, Reason, Receipt, RunSpec, SelectBegin};
 use tokio::time::Instant;
@@ -23,11 +23,12 @@ use tokio::time::Instant;
 /// Decides `step` in the run's newest generation, or recalls what was decided before.
 pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) -> Result<Ready> {
     if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
+        run.found_committed(generation, &receipt);
         return recall(run, receipt).await;
     }
     let begun = Instant::now();
     let spec = run.spec();
-    let phase = phase_at(&spec.phases, step).clone();
+    let phase = *phase_at(&spec.phases, step);
     let super_batch = run.plan.step(&spec.phases, step)?;
     let mut decided = Decided::new(generation, step, phase, run.wasted.spend());
     decided.planned(begun.elapsed());
@@ -110,7 +111,7 @@ impl Maker<'_> {
             ..select_begin(self.spec, decided, self.super_batch)
         };
         let order = self.run.deps.selector.select(all, None, None).await?.indices;
-        let mut good: Vec<(u32, Rows, u32)> = Vec::new();
+        let mut good: Vec<(u32, RecordBatch, Vec<u8>)> = Vec::new();
         let mut count = 0;
         let mut next = order.into_iter();
         while count < wanted {
@@ -131,7 +132,8 @@ impl Maker<'_> {
             if !kept.is_empty() {
                 let rows = scoring.rows(&kept).await?;
                 count += kept.len();
-                good.extend(kept.iter().enumerate().map(|(i, k)| (numbers[*k as usize], rows.clone(), i as u32)));
+                let places = kept.iter().zip(rows.hashes).enumerate();
+                good.extend(places.map(|(i, (k, hash))| (numbers[*k as usize], rows.data.slice(i, 1), hash)));
             }
         }
         record::uniform_rows(decided, good)
@@ -139,7 +141,7 @@ impl Maker<'_> {
 
     /// Scores all candidates and selects.
     async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
-        let (run, phase, size) = (self.run, decided.phase.clone(), self.super_batch.candidates.len());
+        let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
         let job = self.job(decided, false);
         let mut scoring = Scoring::begin(run.deps.pool.clone(), job, &self.super_batch.candidates).await?;
         decided.candidates_scanned = size;

@@ -27,7 +27,7 @@ impl Limits {
                 ("super_batch_size", phase.super_batch_size, self.super_batch_size_max),
                 ("sub_batch_size", phase.sub_batch_size, self.sub_batch_size_max),
             ];
-            for (size, asked, largest) in sizes.into_iter().filter(|(_, asked, largest)| asked > largest) {
+            if let Some((size, asked, largest)) = sizes.into_iter().find(|(_, asked, largest)| asked > largest) {
                 let field = format!("phases[{number}].{size}");
                 let message =
                     format!("{field} is {asked}, over this service's limit of {largest} (coordinator.{size}_max)");

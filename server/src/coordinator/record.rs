@@ -133,21 +133,18 @@ pub fn noise_keys(candidates: &[Candidate]) -> Vec<u64> {
     candidates.iter().map(|c| u64::from(c.source) << 48 | c.position).collect()
 }
 
-/// The draw of a uniform step from the rows that were read: (candidate, the read it came with, its row there), in any order.
-pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, Rows, u32)>) -> Result<Rows> {
-    let mut batches: Vec<RecordBatch> = Vec::new();
-    let mut hashes = Vec::new();
-    for (_, rows, at) in &good {
-        batches.push(rows.data.slice(*at as usize, 1));
-        hashes.push(rows.hashes[*at as usize].clone());
-    }
-    let order = UInt32Array::from_iter_values(0..good.len() as u32);
-    let data = scoring::concat(&batches, &order)?;
+/// The draw of a uniform step from the rows that were read: each candidate's number, its row, and the row's content hash.
+pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, RecordBatch, Vec<u8>)>) -> Result<Rows> {
+    let indices: Vec<u32> = good.iter().map(|(candidate, ..)| *candidate).collect();
+    let (batches, hashes): (Vec<RecordBatch>, Vec<Vec<u8>>) =
+        good.into_iter().map(|(_, row, hash)| (row, hash)).unzip();
+    let count = indices.len();
+    let data = scoring::concat(&batches, &UInt32Array::from_iter_values(0..count as u32))?;
     decided.drawn = SelectResponse {
-        indices: good.iter().map(|(candidate, _, _)| *candidate).collect(),
-        chunks: vec![good.len() as u32],
-        scores: vec![0.0; good.len()],
-        weights: vec![1.0; good.len()],
+        indices,
+        chunks: vec![count as u32],
+        scores: vec![0.0; count],
+        weights: vec![1.0; count],
         device: "cpu".to_owned(),
         ..Default::default()
     };
@@ -250,7 +247,7 @@ fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
         (_, Some(learner)) => 3.0 * learner.pair_flops,
         (_, None) => 0.0,
     };
-    let mut cost = decided.cost.clone();
+    let mut cost = decided.cost;
     cost.candidates_scanned = decided.candidates_scanned as u64;
     cost.examples_selected = drawn.indices.len() as u64;
     cost.bad_rows = decided.holes.len() as u64;

@@ -100,16 +100,32 @@ impl Coordinator {
     /// Passes on what a run answered. One that another coordinator owns is let go, so that the next call looks again.
     pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
         if answer.as_ref().is_err_and(|error| error.reason() == Reason::NotOwner) {
-            self.remove(&run.id);
-            run.stop();
+            self.let_go(run);
         }
         answer
+    }
+
+    /// As [`Coordinator::noted`], of a call that writes a fact. Where it is not known whether the fact is there, the run is let
+    /// go: the next call reads what is.
+    pub fn written<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
+        use Reason::{GenerationStale, RunSpecConflict, StorageUnreachable};
+        let unknown = |e: &Error| matches!(e.reason(), GenerationStale | RunSpecConflict | StorageUnreachable);
+        if answer.as_ref().is_err_and(unknown) {
+            self.let_go(run);
+        }
+        self.noted(run, answer)
     }
 
     /// The runs that are open here. Those that ended are let go.
     pub fn open_runs(&self) -> Vec<Arc<Run>> {
         let mut runs = self.lock();
-        runs.retain(|_, run| run.is_open());
+        runs.retain(|_, run| {
+            let open = run.is_open();
+            if !open {
+                run.stop();
+            }
+            open
+        });
         metrics::open_runs().set(runs.len() as f64);
         runs.values().cloned().collect()
     }
@@ -160,10 +176,15 @@ impl Coordinator {
         Ok(run)
     }
 
-    fn remove(&self, id: &str) {
+    fn let_go(&self, run: &Run) {
         let mut runs = self.lock();
-        runs.remove(id);
-        metrics::open_runs().set(runs.len() as f64);
+        // Another one may have been loaded meanwhile.
+        if runs.get(&run.id).is_some_and(|known| std::ptr::eq(known.as_ref(), run)) {
+            runs.remove(&run.id);
+            metrics::open_runs().set(runs.len() as f64);
+        }
+        drop(runs);
+        run.stop();
     }
 
     fn check_room(&self) -> Result<()> {

@@ -201,7 +201,8 @@ impl Run {
             let spare = |(at, cell): &(&u64, &Cell)| **at != step && cell.is_ready() && !cell.is_wanted();
             let mut spares = state.cells.iter().filter(spare).map(|(at, _)| *at);
             let first = spares.next();
-            let Some(at) = first.filter(|at| past.is_some_and(|past| *at <= past)).or(spares.last()).or(first) else {
+            let Some(at) = first.filter(|at| past.is_some_and(|past| *at <= past)).or(spares.next_back()).or(first)
+            else {
                 return;
             };
             state.cells.remove(&at);
@@ -255,6 +256,7 @@ impl Run {
 
     pub fn info(&self) -> RunInfo {
         let (summary, spec) = (self.summary(), self.spec());
+        let learner = self.weights.book().borrow().newest().map(|published| published.version);
         let state = self.state();
         RunInfo {
             summary: Some(summary),
@@ -262,8 +264,8 @@ impl Run {
             candidates_scanned: state.totals.candidates_scanned,
             examples_delivered: delivered(&spec, state.members.consumed_by_all()),
             consumed_through: state.members.consumed_by_all(),
-            accounts: Some(state.totals.clone()),
-            learner: self.weights.book().borrow().newest().map(|published| published.version),
+            accounts: Some(state.totals),
+            learner,
             failure: state.failure.clone().unwrap_or_default(),
             tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
             spec: Some((*spec).clone()),

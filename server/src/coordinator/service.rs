@@ -60,7 +60,7 @@ impl SelectionService for Selection {
     async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
         let coordinator = self.0.clone();
         let run = coordinator.run(&request.get_ref().run_id).await?;
-        whole(async move { coordinator.noted(&run, run.close().await) }).await?;
+        whole(async move { coordinator.written(&run, run.close().await) }).await?;
         Ok(Response::new(CloseRunResponse {}))
     }
 
@@ -70,7 +70,7 @@ impl SelectionService for Selection {
     ) -> Result<Response<AppendPhasesResponse>, Status> {
         let (coordinator, request) = (self.0.clone(), request.into_inner());
         let run = coordinator.run(&request.run_id).await?;
-        let spec = whole(async move { coordinator.noted(&run, run.append_phases(request.phases).await) }).await?;
+        let spec = whole(async move { coordinator.written(&run, run.append_phases(request.phases).await) }).await?;
         Ok(Response::new(AppendPhasesResponse { spec: Some((*spec).clone()) }))
     }
 
@@ -81,7 +81,7 @@ impl SelectionService for Selection {
             return Err(Error::invalid("mode", "say whether to replay the old choices or to reselect").into());
         }
         let run = coordinator.run(&request.run_id).await?;
-        let generation = whole(async move { coordinator.noted(&run, run.rewind(to_step, mode).await) }).await?;
+        let generation = whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) }).await?;
         Ok(Response::new(RewindResponse { generation }))
     }
 

@@ -78,6 +78,7 @@ impl<'a> File<'a> {
             weight_exponent: self.setting(args.weight_exponent, "weight_exponent", otherwise.weight_exponent)?,
             duplicates_above: filter(args.duplicates_above, "duplicates_above")?,
             clip_score_at_least: filter(args.clip_score_at_least, "clip_score_at_least")?,
+            neg_clip_loss_keep: filter(args.neg_clip_loss_keep, "neg_clip_loss_keep")?,
         })
     }
 

@@ -66,7 +66,9 @@ impl Maker<'_> {
     fn fall_back(&self, step: u64) -> Learner {
         match self.spec.fallback() {
             Fallback::ServeFlagged => {
-                let newest = self.run.weights.book().borrow().last_before(step, &self.run.began().0);
+                // The run's state and the book are never held at once, in whatever order.
+                let began = self.run.began().0;
+                let newest = self.run.weights.book().borrow().last_before(step, &began);
                 newest.map_or(Learner::Degraded(Mode::Uniform), |published| Learner::Version(published, Mode::Stale))
             }
             Fallback::ReferenceOnly if self.spec.reference.is_some() => Learner::Degraded(Mode::ReferenceOnly),

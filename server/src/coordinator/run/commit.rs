@@ -31,8 +31,8 @@ impl Run {
         let mut wasted = self.wasted.take();
         cost.discarded_flops += wasted.flops();
         let mut totals = record::add(&self.state().totals, cost);
-        self.judge(&totals).await?;
-        summary.run_totals = Some(totals.clone());
+        self.judge(step, &totals).await?;
+        summary.run_totals = Some(totals);
         let committed = self.create_receipt(&receipt).await?;
         // In time for the next receipt: this one's own creation is not in it.
         totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
@@ -42,7 +42,11 @@ impl Run {
         }
         state.committed.insert(step);
         match committed {
-            Committed::Theirs(theirs) => Ok((*theirs, false)),
+            Committed::Theirs(theirs) => {
+                drop(state);
+                self.found_committed(generation, &theirs);
+                Ok((*theirs, false))
+            }
             Committed::Ours => {
                 state.totals = totals;
                 drop(state);
@@ -50,6 +54,21 @@ impl Run {
                 record::count(&receipt, begun);
                 Ok((receipt, true))
             }
+        }
+    }
+
+    /// Notes a step that is committed already: before this process knew the run, by another coordinator, or by an attempt whose
+    /// outcome was not known.
+    pub fn found_committed(&self, generation: u32, receipt: &Receipt) {
+        let Some(summary) = &receipt.summary else { return };
+        let mut state = self.state();
+        if state.chain.current() != generation {
+            return;
+        }
+        state.committed.insert(summary.step);
+        let newer = |totals: &&Accounts| totals.candidates_scanned > state.totals.candidates_scanned;
+        if let Some(totals) = summary.run_totals.as_ref().filter(newer) {
+            state.totals = *totals;
         }
     }
 
@@ -74,7 +93,7 @@ impl Run {
     }
 
     /// Fails the run when too large a share of what was scanned is bad.
-    async fn judge(&self, totals: &Accounts) -> Result<()> {
+    async fn judge(&self, step: u64, totals: &Accounts) -> Result<()> {
         let share = self.spec().max_bad_row_share;
         if totals.bad_rows as f64 <= share * totals.candidates_scanned.max(JUDGED_FROM) as f64 {
             return Ok(());
@@ -85,7 +104,13 @@ impl Run {
             totals.bad_rows, totals.candidates_scanned
         );
         facts::fail(&self.location, &why).await?;
-        self.state().failure = Some(why.clone());
+        let mut state = self.state();
+        state.failure = Some(why.clone());
+        // The step that is judged ends itself, with the cause.
+        let own = state.cells.remove(&step);
+        state.end_all(&Error::new(Reason::RunFailed, format!("the run failed: {why}")));
+        state.cells.extend(own.map(|cell| (step, cell)));
+        drop(state);
         Err(Error::new(Reason::TooManyBadRows, why))
     }
 }

@@ -212,9 +212,16 @@ impl Inner {
             tracing::warn!(generation = at.0, step = at.1, error = e.chain(), "weights refused");
         }
         let Some(push) = staging.pushes.remove(&at) else { return };
-        self.tell(staging, answer.as_ref().err().map(|e| (at, e.chain())));
+        let refusal = answer.as_ref().err().filter(|e| !passes(e)).map(|e| (at, e.chain()));
+        self.tell(staging, refusal);
         push.answer.send_replace(Some(answer.map_err(Status::from)));
     }
+}
+
+/// Whether a fault passes: the trainer sends the push again.
+fn passes(error: &Error) -> bool {
+    use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
+    matches!(error.reason(), NoWorkers | Overloaded | ShuttingDown | StorageUnreachable)
 }
 
 /// Why the transport ended a stream.
