@@ -1,4 +1,5 @@
 //! The binary as a user meets it: what it prints, what it refuses, and how it exits.
+#![allow(clippy::unwrap_used)]
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},

@@ -1,4 +1,5 @@
 //! The models against transformers itself, on random weights: the same embeddings from the same folders.
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;

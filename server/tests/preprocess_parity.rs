@@ -1,4 +1,5 @@
 //! Decoding, resizing and tokenizing against Pillow and transformers, which `tests/python/preprocess_parity.py` runs.
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use serde::Deserialize;
 use std::{collections::BTreeMap, fs, path::Path, process::Command};

@@ -1,4 +1,5 @@
 //! A whole service in one process: the same choices whatever the workers, and scripted faults of its storage.
+#![allow(clippy::unwrap_used)]
 use arrow::array::AsArray;
 use std::sync::Arc;
 use superbatch_client::{
@@ -109,8 +110,7 @@ async fn no_step_of_a_phase_begins_while_the_phase_is_being_written() {
     let cluster = Cluster::start(0, once(Operation::Create, "phases/0", How::Waits(go.clone()))).await;
     let run = cluster.open_run("appended", RunSpec { max_ahead: 1, ..uniform(&cluster) }).await.unwrap();
     ids(&run, 0).await;
-    let larger =
-        Phase { from_step: 1, super_batch_size: 96, sub_batch_size: 24, ..uniform(&cluster).phases[0].clone() };
+    let larger = Phase { from_step: 1, super_batch_size: 96, sub_batch_size: 24, ..uniform(&cluster).phases[0] };
     let appending = tokio::spawn({
         let run = run.clone();
         async move { run.append_phases(vec![larger]).await }

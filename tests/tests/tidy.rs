@@ -17,12 +17,12 @@ fn sources(folder: &str) -> Vec<(String, String)> {
     let (mut open, mut found) = (vec![root().join(folder)], Vec::new());
     while let Some(folder) = open.pop() {
         for entry in fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
-            let path: PathBuf = entry.expect("a folder that can be read").path();
+            let path: PathBuf = entry.expect("an entry that can be read").path();
             if path.is_dir() {
                 open.push(path);
             } else if path.extension().is_some_and(|ending| ending == "rs") {
-                let name = path.strip_prefix(root()).expect("an entry").display().to_string();
-                found.push((name, fs::read_to_string(&path).expect("a file type")));
+                let name = path.strip_prefix(root()).expect("below the root").display().to_string();
+                found.push((name, fs::read_to_string(&path).expect("a file that can be read")));
             }
         }
     }

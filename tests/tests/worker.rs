@@ -1,4 +1,5 @@
 //! The scoring worker behind its real protocol, on a loopback socket.
+#![allow(clippy::unwrap_used)]
 use arrow::{
     array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader, record_batch::RecordBatch,
 };

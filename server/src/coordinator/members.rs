@@ -59,6 +59,14 @@ impl Members {
         self.incarnations.iter().any(|known| known == incarnation)
     }
 
+    /// Whether a new start of the trainer would be let in, before it is made known.
+    ///
+    /// # Errors
+    /// `StepBeyondAhead`.
+    pub fn check_new(&self, asking: &Asking, bounds: Bounds) -> Result<()> {
+        check_ahead(asking.step, bounds.committed, bounds.max_ahead)
+    }
+
     /// Admits a request, or says why not. Returns whether a new start of the trainer took over with it.
     ///
     /// # Errors
@@ -219,6 +227,8 @@ mod tests {
         members.admit(&prefetch(2, Some(0)), bounds(Some(1))).unwrap();
         assert!(beyond(members.admit(&prefetch(4, Some(3)), bounds(Some(1)))), "nobody consumes what is not committed");
         assert!(beyond(members.admit(&prefetch(u64::MAX, Some(u64::MAX)), bounds(Some(1)))));
+        let newcomer = |step| members.check_new(&asking(step, 0, 1, "b"), bounds(Some(1)));
+        assert!(newcomer(3).is_ok() && newcomer(4).is_err());
     }
 
     #[test]

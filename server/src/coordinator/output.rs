@@ -56,7 +56,7 @@ pub fn read_stream(bytes: Bytes) -> Result<RecordBatch> {
         let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
         concat_batches(&schema, &batches)
     };
-    read().map_err(|e| Error::internal("rows came in a broken Arrow stream").because(e))
+    read().map_err(super::scoring::broken)
 }
 
 fn cannot(cause: ArrowError) -> Error {

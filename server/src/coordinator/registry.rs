@@ -99,10 +99,15 @@ impl Coordinator {
 
     /// Passes on what a run answered. One that another coordinator owns is let go, so that the next call looks again.
     pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
-        if answer.as_ref().is_err_and(|error| error.reason() == Reason::NotOwner) {
-            self.let_go(run);
+        match answer {
+            Err(error) if error.reason() == Reason::NotOwner => {
+                self.let_go(run);
+                // We own it again, by another object: the caller may come back to us.
+                let ours = error.value("owner") == Some(&self.identity.address);
+                Err(if ours { super::gone() } else { error })
+            }
+            answer => answer,
         }
-        answer
     }
 
     /// As [`Coordinator::noted`], of a call that writes a fact. Where it is not known whether the fact is there, the run is let

@@ -11,7 +11,7 @@ use super::{
     gone,
     incarnations::Incarnations,
     limits::Limits,
-    members::{Asking, Bounds, last_allowed},
+    members::{Asking, last_allowed},
     owner::Ownership,
     plan::Plan,
     pool::Pool,
@@ -20,7 +20,7 @@ use super::{
     receipts::Receipts,
     selector::Selector,
     spec::{delivered, phase_at},
-    step::Cell,
+    step::{Cell, Waiting},
     wasted::Wasted,
     weights::{Began, Weights},
 };
@@ -142,27 +142,33 @@ impl Run {
             need,
             consumed_through: request.consumed_through,
         };
-        self.check(request)?;
-        if !self.state().members.knows(&asking.incarnation) {
+        if self.is_new(&asking, request)? {
             // Durable first, so that stragglers of the one before are refused after a restart, too.
             self.incarnations.add(&asking.incarnation).await?;
         }
         self.admitted(&asking, request)?.ready().await
     }
 
-    fn check(&self, request: &SelectBatchRequest) -> Result<()> {
+    /// Whether the rank is of a start of the trainer that nobody knows yet, and may come.
+    fn is_new(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<bool> {
+        let max_ahead = self.spec().max_ahead;
         let state = self.state();
         state.check_open()?;
-        state.check_generation(request.generation)
+        state.check_generation(request.generation)?;
+        let new = !state.members.knows(&asking.incarnation);
+        if new {
+            state.members.check_new(asking, state.bounds(max_ahead))?;
+        }
+        Ok(new)
     }
 
     /// Admits a rank to its step.
-    fn admitted(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<super::step::Waiting> {
+    fn admitted(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<Waiting> {
         let spec = self.spec();
         let mut state = self.state();
         state.check_open()?;
         state.check_generation(request.generation)?;
-        let bounds = Bounds { committed: state.committed.newest(), max_ahead: spec.max_ahead };
+        let bounds = state.bounds(spec.max_ahead);
         if state.members.admit(asking, bounds)? {
             let error = state.members.taken_over();
             state.cells.values().for_each(|cell| cell.take_over(&error));
@@ -184,8 +190,9 @@ impl Run {
             let last = last_allowed(frontier, spec.max_ahead).max(step);
             let end = self.plan.steps_total(&spec.phases).map_or(last, |total| last.min(total.saturating_sub(1)));
             for ahead in step + 1..=end {
-                // One that failed is begun again when it is asked for.
-                if !state.cells.contains_key(&ahead) {
+                // One that failed is begun again when it is asked for, and one that found no room is not read again and again.
+                let no_room = self.deps.ready.is_exceeded() && state.committed.contains(ahead);
+                if !state.cells.contains_key(&ahead) && !no_room {
                     self.start(state, ahead);
                 }
             }

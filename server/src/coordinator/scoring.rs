@@ -12,10 +12,11 @@ use crate::{
 use arrow::{
     array::{Array, AsArray, RecordBatch, UInt32Array},
     compute::{concat_batches, take_record_batch},
+    error::ArrowError,
 };
 use futures::future::try_join_all;
 use std::sync::Arc;
-use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef};
+use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef, Reason};
 
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
@@ -191,6 +192,14 @@ pub fn concat(batches: &[RecordBatch], order: &UInt32Array) -> Result<RecordBatc
     take_record_batch(&concat_batches(&schema, batches).map_err(broken)?, order).map_err(broken)
 }
 
-fn broken(error: arrow::error::ArrowError) -> Error {
-    Error::internal("workers sent rows that do not fit together").because(error)
+/// Why rows could not be put together.
+pub fn broken(error: ArrowError) -> Error {
+    match error {
+        // 32-bit offsets, as trainers get them.
+        ArrowError::OffsetOverflowError(_) => {
+            let message = "the rows of one sub-batch are more than 2 GiB; lower sub_batch_size";
+            Error::new(Reason::RunSpecImpossible, message).with("field", "sub_batch_size")
+        }
+        error => Error::internal("workers sent rows that do not fit together").because(error),
+    }
 }

@@ -119,7 +119,11 @@ async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send +
 }
 
 async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
-    let generation = request.generation.unwrap_or(run.generation());
+    let newest = run.generation();
+    let generation = request.generation.unwrap_or(newest);
+    if generation > newest {
+        return Err(Error::invalid("generation", format!("the run's newest generation is {newest}, not {generation}")));
+    }
     let found = run.find_receipt(request.step, Some(generation)).await?;
     let mut receipt = found.ok_or_else(|| {
         let message = format!("step {} of run '{}' is not committed (yet)", request.step, run.id);

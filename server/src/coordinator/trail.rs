@@ -22,6 +22,10 @@ impl Trail {
         }
     }
 
+    pub fn contains(&self, step: u64) -> bool {
+        step < self.next || self.beyond.contains(&step)
+    }
+
     /// The first step that is not committed.
     pub fn next(&self) -> u64 {
         self.next
@@ -53,6 +57,7 @@ mod tests {
     fn a_gap_is_the_next_step_and_is_filled_later() {
         let mut trail = Trail::new([0, 1, 3]);
         assert_eq!((trail.next(), trail.newest()), (2, Some(3)));
+        assert!(trail.contains(1) && !trail.contains(2) && trail.contains(3));
         trail.insert(2);
         assert_eq!((trail.next(), trail.newest()), (4, Some(3)));
         assert_eq!((Trail::default().next(), Trail::default().newest()), (0, None));

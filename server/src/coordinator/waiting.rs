@@ -65,7 +65,9 @@ pub fn verdict(moment: &Moment) -> Verdict {
     let all =
         demand.world_size > 0 && demand.needing.values().collect::<BTreeSet<_>>().len() >= demand.world_size as usize;
     let staged = moment.staging.range(due..).next().is_some_and(|step| !moment.exact || *step == due);
-    let announced = !moment.refused && demand.pushing.values().any(|step| *step >= due);
+    // Of several that would do, the oldest may be refused and a later one still come.
+    let hopeless = |step: i64| moment.refused && (moment.exact || step == due);
+    let announced = demand.pushing.values().any(|step| *step >= due && !hopeless(*step));
     let on_its_way = staged || announced;
     let why = match (needed_for >= moment.deadline, all && !on_its_way) {
         (_, true) => Why::NobodyPushes,
@@ -139,5 +141,6 @@ mod tests {
         assert_eq!(decide(true, true, &[8]), Verdict::FallBack(Why::NobodyPushes), "a later push is not the due one");
         assert_eq!(decide(true, false, &[8]), Verdict::Wait, "with at_most a later one helps");
         assert_eq!(decide(true, true, &[7]), Verdict::Wait, "it is sent again");
+        assert_eq!(decide(true, false, &[]), Verdict::Wait, "with at_most the announced push of step 9 still helps");
     }
 }

@@ -1,4 +1,5 @@
 //! The client against a real server in this process, whose answers are scripted.
+#![allow(clippy::unwrap_used)]
 mod fake;
 
 use fake::{Answer, Fake, STEPS, TestResult, cut_once, fast, open_at, rows};

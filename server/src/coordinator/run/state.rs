@@ -1,6 +1,11 @@
 //! What changes while a run is open.
 use crate::{
-    coordinator::{chain::Chain, members::Members, step::Cell, trail::Trail},
+    coordinator::{
+        chain::Chain,
+        members::{Bounds, Members},
+        step::Cell,
+        trail::Trail,
+    },
     error::{Error, Result},
 };
 use std::collections::BTreeMap;
@@ -25,6 +30,10 @@ pub struct State {
 impl State {
     pub fn run_state(&self) -> RunState {
         run_state(self.failure.is_some(), self.closed)
+    }
+
+    pub fn bounds(&self, max_ahead: u32) -> Bounds {
+        Bounds { committed: self.committed.newest(), max_ahead }
     }
 
     pub fn check_open(&self) -> Result<()> {
