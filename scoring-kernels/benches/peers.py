@@ -89,7 +89,7 @@ def measured(work):
 
 
 def gemm_times(n=2048):
-    """The better of NumPy's and PyTorch's BLAS on a square float32 product: seconds and processor seconds per 10^12 operations."""
+    """Seconds and processor seconds per 10^12 operations of a square float32 product, by the better of both peers' BLAS."""
     import torch
 
     a = torch.randn(n, n)

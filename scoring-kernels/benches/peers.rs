@@ -4,6 +4,7 @@
 //! `chunks` (what more chunks buy).
 //! Peers need a Python with NumPy, PyTorch and safetensors, named by SUPERBATCH_PYTHON; without it they are left out.
 mod common;
+mod memory;
 
 use common::{BIAS, SCALES, World};
 use half::f16;
@@ -215,18 +216,6 @@ fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, ge
     println!("softmax / sigmoid: {:.2} ({:.2})", softmax.wall / sigmoid.wall, softmax.busy / sigmoid.busy);
 }
 
-/// Sets the peak of this process's memory to what it holds now, and returns that, in MiB (Linux; elsewhere 0).
-fn reset_peak() -> f64 {
-    fs::write("/proc/self/clear_refs", "5").ok();
-    peak()
-}
-
-fn peak() -> f64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
-}
-
 fn seeded(keys: &[u64]) -> Noise<'_> {
     Noise::Seeded { seed: 1, generation: 0, step: 0, keys }
 }
@@ -238,11 +227,11 @@ fn growth(file: &Path) {
         let world = World::f16(count, 128);
         let keys: Vec<u64> = (0..count as u64).collect();
         let settings = Settings { sub_batch_size: count / 5, n_chunks: N_CHUNKS, ..Settings::default() };
-        let before = reset_peak();
+        let before = memory::reset_peak();
         // Small ones more often: the clock ticks a hundred times a second.
         let rounds = (32 * 1024 / count).pow(2).clamp(1, 32);
         let seconds: f64 = (0..rounds).map(|_| select(&world.candidates(), &settings, &seeded(&keys)).0.busy).sum();
-        let line = format!("{count} {} {:.4} {:.1}", count / 5, seconds / rounds as f64, peak() - before);
+        let line = format!("{count} {} {:.4} {:.1}", count / 5, seconds / rounds as f64, memory::peak() - before);
         println!("{line}");
         out += &format!("{line}\n");
     }
@@ -256,14 +245,14 @@ fn scale() {
     let keys: Vec<u64> = (0..count as u64).collect();
     for loss in Loss::ALL {
         let settings = Settings { loss: *loss, sub_batch_size: 2 * chunk, n_chunks: 2, ..Settings::default() };
-        let before = reset_peak();
+        let before = memory::reset_peak();
         let (Times { wall: seconds, .. }, selection) = select(&world.candidates(), &settings, &seeded(&keys));
         let whole: f64 = (1..16).map(|k| 8.0 * (count - k * chunk) as f64 * chunk as f64 * dim as f64).sum();
         println!(
             "{loss} B={count} chunk={chunk} d={dim} f16: {seconds:.1} s for one update of 15, {:.1} GFLOP/s, {:.0} MiB above \
              the inputs; all 15 at that rate: {:.0} s",
             selection.flops / seconds / 1e9,
-            peak() - before,
+            memory::peak() - before,
             whole / (selection.flops / seconds)
         );
     }

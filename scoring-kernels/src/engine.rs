@@ -108,8 +108,8 @@ fn draw(
 /// Mean conditional score per example of the sub-batch, without gain.
 ///
 /// Sigmoid: the conditional scores of joint selection hold every pair of two chunks exactly once, in both directions; what
-/// they lack are the pairs inside each chunk. Other policies' scores hold no pairs at all. Softmax: the denominators must hold
-/// the whole sub-batch, so the losses are computed anew.
+/// they lack are the pairs inside each chunk. Other policies' scores hold no pairs at all. Softmax: the denominators must
+/// hold the whole sub-batch, so the losses are computed anew.
 fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selection, own: &[f64]) -> Result<f64> {
     let chosen = selection.indices.as_slice();
     let total = match problem.loss {

@@ -42,8 +42,8 @@ pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[
 }
 
 /// Takes all but a share of `kept` out of it, those of the smallest negCLIPLoss (Wang et al. 2024): the cosine of image and
-/// text less what the softmax loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates, evenly
-/// spaced: candidates come in random order.
+/// text less what the softmax loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates,
+/// evenly spaced: candidates come in random order.
 fn worst(model: &ModelEmbeddings<'_>, cosines: Vec<f64>, kept: &mut Vec<u32>, share: f64) -> Vec<u32> {
     let keep = ((share * kept.len() as f64).ceil() as usize).clamp(kept.len().min(1), kept.len());
     let batch = kept.len().min(CONTEXT);
@@ -57,9 +57,9 @@ fn worst(model: &ModelEmbeddings<'_>, cosines: Vec<f64>, kept: &mut Vec<u32>, sh
     out
 }
 
-/// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a cell,
-/// from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs across two
-/// cells are not seen.
+/// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a
+/// cell, from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs
+/// across two cells are not seen.
 fn duplicates(model: &ModelEmbeddings<'_>, offered: &[u32], above: f32) -> Vec<u32> {
     let left_out = |cell: &Vec<(f32, u32)>| {
         let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();

@@ -1,7 +1,8 @@
 //! Joint example selection (JEST): draws the jointly most learnable sub-batch of a super-batch.
 //!
-//! Arrays in, indices out: no I/O, no async, no clock, no configuration. Randomness is an argument, and so are threads
-//! (the rayon pool that you call from). This page teaches the method in ten minutes; [`Backend::select`] is all there is to call.
+//! Arrays in, indices out: no I/O, no async, no clock, no configuration. Randomness is an argument, and so are threads (the
+//! rayon pool that you call from). This page teaches the method in ten minutes; [`Backend::select`] is all there is to
+//! call.
 //!
 //! # The idea
 //!
@@ -10,8 +11,8 @@
 //! batches. Of a *super-batch* of B candidates, seen by the *learner* that is being trained and by a frozen *reference*, it
 //! draws a *sub-batch* of b with probability ∝ exp(score of the sub-batch).
 //!
-//! With L2-normalised embeddings of images and texts, `l[i, j] = scale · ⟨imgᵢ, txtⱼ⟩ + bias` is a model's logit for image i
-//! and text j. Its loss on pair (i, j) under the sigmoid loss is
+//! With L2-normalised embeddings of images and texts, `l[i, j] = scale · ⟨imgᵢ, txtⱼ⟩ + bias` is a model's logit for image
+//! i and text j. Its loss on pair (i, j) under the sigmoid loss is
 //!
 //! ```text
 //! pair[i, i] = softplus(-l[i, i])        the positive: image and text belong together
@@ -26,8 +27,9 @@
 //! easy           s = -pair_reference                    likes clean examples, whatever is known already
 //! ```
 //!
-//! and a sub-batch's score per example, [`Selection::batch_score`], is `Σ s[i, j] / b` over all its pairs. Drawing it at once
-//! is out of reach, so it is drawn in `n_chunks` chunks. With T the examples drawn so far, a candidate's *conditional score*
+//! and a sub-batch's score per example, [`Selection::batch_score`], is `Σ s[i, j] / b` over all its pairs. Drawing it at
+//! once is out of reach, so it is drawn in `n_chunks` chunks. With T the examples drawn so far, a candidate's *conditional
+//! score*
 //!
 //! ```text
 //! score[x | T] = s[x, x] + Σₖ∈T (s[k, x] + s[x, k])
@@ -38,10 +40,10 @@
 //!
 //! # By hand
 //!
-//! Four candidates. The reference tells all of them apart; the learner gives 0 and 1 the same embedding. Each pair alone is as
-//! easy for one model as for the other, so all unconditional scores are 0. But once 0 is drawn, the learner's logit between 0
-//! and 1 is 10 - 5 = 5 where the reference's is -5, and softplus(5) - softplus(-5) = 5, in both directions: candidate 1 would
-//! add 10 to the batch, the others nothing. Together 0 and 1 teach what neither teaches alone.
+//! Four candidates. The reference tells all of them apart; the learner gives 0 and 1 the same embedding. Each pair alone is
+//! as easy for one model as for the other, so all unconditional scores are 0. But once 0 is drawn, the learner's logit
+//! between 0 and 1 is 10 - 5 = 5 where the reference's is -5, and softplus(5) - softplus(-5) = 5, in both directions:
+//! candidate 1 would add 10 to the batch, the others nothing. Together 0 and 1 teach what neither teaches alone.
 //!
 //! ```
 //! use superbatch_kernels::{Backend, Candidates, ModelEmbeddings, Noise, Policy, Rows, Settings};
@@ -102,9 +104,9 @@
 //!
 //! # Other policies
 //!
-//! [`Policy`] has, beside joint selection, its controls (`uniform`, `independent`) and what others have proposed: the largest
-//! scores, ranks, priorities with importance weights, k-center. [`Tuning`] holds their numbers, and may leave near-duplicates
-//! or badly matching pairs out before any policy draws ([`Backend::select_tuned`]).
+//! [`Policy`] has, beside joint selection, its controls (`uniform`, `independent`) and what others have proposed: the
+//! largest scores, ranks, priorities with importance weights, k-center. [`Tuning`] holds their numbers, and may leave
+//! near-duplicates or badly matching pairs out before any policy draws ([`Backend::select_tuned`]).
 //!
 //! # How it is done
 //!
@@ -112,20 +114,21 @@
 //!   after a chunk of c, just its c rows and columns are computed, tile by tile, summed and dropped. Memory is O(B·d), work
 //!   is 8·B·b·d FLOPs for two models against 4·B²·d for the dense form, and the result is the same. Softmax keeps a running
 //!   maximum and a scaled sum for each denominator.
-//! * **At the speed of the matrix product.** On the CPU a candidate is a lane of a vector. A panel of 32 candidates meets the
-//!   drawn examples twelve at a time; their dot products go to a buffer of at most 15 KiB in the L1 cache, where one pass turns
-//!   them into sums of softplus or of exponentials. The best instruction set is picked at run time (AVX-512, AVX2, portable).
+//! * **At the speed of the matrix product.** On the CPU a candidate is a lane of a vector. A panel of 32 candidates meets
+//!   the drawn examples twelve at a time; their dot products go to a buffer of at most 15 KiB in the L1 cache, where one
+//!   pass turns them into sums of softplus or of exponentials. The best instruction set is picked at run time (AVX-512,
+//!   AVX2, portable).
 //! * **Gumbel-top-k.** Conditional scores are spread over hundreds and exp() overflows. Adding standard Gumbel noise and
 //!   taking the c largest is the same draw. Ties go to the lower index.
-//! * **Noise by counter.** [`noise::gumbel`] is a pure function of (seed, generation, step, chunk, position), the same on every
-//!   machine; every [`Backend`] is handed the same numbers.
-//! * **b is the input**, never the filter ratio: `int(163840 * (1 - 0.8) / 16)` is 2047 in doubles. The first `b % n_chunks`
-//!   chunks draw one more.
+//! * **Noise by counter.** [`noise::gumbel`] is a pure function of (seed, generation, step, chunk, position), the same on
+//!   every machine; every [`Backend`] is handed the same numbers.
+//! * **b is the input**, never the filter ratio: `int(163840 * (1 - 0.8) / 16)` is 2047 in doubles. The first
+//!   `b % n_chunks` chunks draw one more.
 //! * **No scaling of sigmoid scores** by the number drawn, which would undo the method.
-//! * **f32 or f16 embeddings, never bf16**: it changes a draw in six at a scale of 100. Products are accumulated in f32, sums
-//!   over examples in f64; a softplus is within 10⁻⁷ of its value and small terms are not lost. A candidate's sums are taken in
-//!   the order of the drawn examples, whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶ of their
-//!   value of those in float64.
+//! * **f32 or f16 embeddings, never bf16**: it changes a draw in six at a scale of 100. Products are accumulated in f32,
+//!   sums over examples in f64; a softplus is within 10⁻⁷ of its value and small terms are not lost. A candidate's sums are
+//!   taken in the order of the drawn examples, whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶
+//!   of their value of those in float64.
 mod backend;
 mod engine;
 mod error;

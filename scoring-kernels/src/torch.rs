@@ -25,7 +25,8 @@ pub(crate) struct TorchEngine<'a> {
     models: Vec<DeviceModel>,
     /// Unconditional scores without gain, f64 `[B]`.
     own: Tensor,
-    /// What was absorbed adds to them, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a log-sum-exp a model and direction.
+    /// What was absorbed adds to them, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a log-sum-exp a model and
+    /// direction.
     running: Vec<Tensor>,
     flops: f64,
 }

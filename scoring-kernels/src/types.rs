@@ -58,8 +58,8 @@ words! {
         /// One draw with p ~ score^priority_exponent, negative scores counting as 0, and importance weights (Schaul et al.
         /// 2015).
         Proportional = "proportional",
-        /// Chunk by chunk the candidates whose image embeddings are farthest from all chosen before; the first chunk at random
-        /// (greedy k-center, Sener and Savarese 2018).
+        /// Chunk by chunk the candidates whose image embeddings are farthest from all chosen before; the first chunk at
+        /// random (greedy k-center, Sener and Savarese 2018).
         KCenter = "k_center",
     }
 }
@@ -120,7 +120,8 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in `buffer` only where they must.
+    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in `buffer` only where they
+    /// must.
     pub(crate) fn read<'b>(&'b self, index: usize, dim: usize, start: usize, buffer: &'b mut [f32]) -> &'b [f32] {
         let begin = index * dim + start;
         let range = begin..begin + buffer.len();
@@ -204,7 +205,8 @@ pub struct Settings {
     pub criterion: Criterion,
     /// b: exactly so many are drawn.
     pub sub_batch_size: usize,
-    /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more chunks than b means b chunks of one.
+    /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more chunks than b means b
+    /// chunks of one.
     pub n_chunks: usize,
     /// Multiplies softmax scores, which unlike sigmoid scores do not grow with what is drawn. Ignored by the sigmoid loss.
     pub gain: f64,

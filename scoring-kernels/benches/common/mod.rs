@@ -1,6 +1,6 @@
-//! Super-batches to measure on: clustered captions, three in ten of them mismatched. The reference tells members of a cluster
-//! apart where the learner mostly sees the cluster. Every value is a pure function of its place, so all sizes are quick to make
-//! and the same everywhere.
+//! Super-batches to measure on: clustered captions, three in ten of them mismatched. The reference tells members of a
+//! cluster apart where the learner mostly sees the cluster. Every value is a pure function of its place, so all sizes are
+//! quick to make and the same everywhere.
 use half::f16;
 use rayon::prelude::*;
 use superbatch_kernels::{Candidates, ModelEmbeddings, Rows};

@@ -160,8 +160,8 @@ fn split(value: f64) -> (f32, f32) {
     (high, (value - f64::from(high)) as f32)
 }
 
-/// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), with logits in units of ln 2. The logarithms of a lane are one logarithm of a
-/// product, of which 1 less is kept: small factors are not lost.
+/// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), with logits in units of ln 2. The logarithms of a lane are one logarithm of
+/// a product, of which 1 less is kept: small factors are not lost.
 #[inline(always)]
 fn softplus_sums_body<V: Vector>(dots: &[f32], scale: f64, bias: f64, sums: &mut [f64; WIDEST]) {
     let (high, low) = split(scale * std::f64::consts::LOG2_E);

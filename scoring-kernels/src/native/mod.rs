@@ -1,7 +1,7 @@
 //! Scores on the CPU, in plain Rust, on the caller's rayon pool.
 //!
-//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn examples in a fixed order,
-//! whichever slot it is in and whichever thread has it: the draw does not depend on the number of threads.
+//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn examples in a fixed
+//! order, whichever slot it is in and whichever thread has it: the draw does not depend on the number of threads.
 mod cosines;
 mod kernel;
 mod pack;
@@ -24,7 +24,8 @@ pub(crate) use cosines::{Others, Spread};
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;
-/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that packing costs nothing beside them.
+/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that packing costs nothing beside
+/// them.
 const KEPT_BYTES: usize = 256 << 20;
 
 pub(crate) struct NativeEngine<'a> {
@@ -82,7 +83,8 @@ impl<'a> NativeEngine<'a> {
         panels
     }
 
-    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots that changed hands, rising.
+    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots that changed hands,
+    /// rising.
     fn remove(&mut self, chunk: &[u32]) -> Vec<usize> {
         let mut changed = Vec::with_capacity(chunk.len());
         for &index in chunk {
