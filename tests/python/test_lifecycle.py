@@ -94,7 +94,7 @@ def test_phases_are_part_of_what_a_run_is_and_appended_ones_are_held_to_the_limi
 
 def test_open_runs_are_counted_and_a_closed_one_makes_room(inputs, serve):
     coordinator = serve(max_runs=1)
-    client = superbatch.connect(coordinator.address)
+    client = superbatch.connect(coordinator.address, retry_attempts=1)
     first = client.open_run(spec(inputs, "first", phases=[uniform()]))
     with pytest.raises(superbatch.Error, match="max_runs") as caught:
         client.open_run(spec(inputs, "second", phases=[uniform()]))

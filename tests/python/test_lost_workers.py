@@ -162,6 +162,9 @@ def test_a_worker_told_to_stop_hands_over_what_it_holds(inputs, pool, tmp_path, 
             run.close()
             raise
         cluster.coordinator.wait_for("superbatch_workers", lambda count: count == 2)
+        # Two workers would cut blocks differently and embed the one that they share twice.
+        cluster.workers.append(cluster.start_worker("another"))
+        cluster.coordinator.wait_for("superbatch_workers", lambda count: count == 3)
         scored_once(goes_on_as(undisturbed, run, cluster), undisturbed)
 
 

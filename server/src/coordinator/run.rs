@@ -34,13 +34,17 @@ use futures::FutureExt;
 use std::{
     ops::Deref,
     panic::AssertUnwindSafe,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
     time::Duration,
 };
 use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
+use tokio::time::Instant;
 
 /// A batch that nobody has asked for in so long is let go; its rows can be read again.
 const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
+/// How often the log says that a rank still waits.
+const TOLD_EVERY: Duration = Duration::from_secs(30);
 
 /// What a run uses of its coordinator.
 #[derive(Clone)]
@@ -142,11 +146,38 @@ impl Run {
             need,
             consumed_through: request.consumed_through,
         };
-        if self.is_new(&asking, request)? {
+        match self.admit(&asking, request).await {
+            Ok(waiting) => self.told(&asking, waiting).await,
+            Err(refusal) => {
+                // A new owner may know better.
+                self.owner.check().await?;
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn admit(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<Waiting> {
+        if self.is_new(asking, request)? {
             // Durable first, so that stragglers of the one before are refused after a restart, too.
             self.incarnations.add(&asking.incarnation).await?;
         }
-        self.admitted(&asking, request)?.ready().await
+        self.admitted(asking, request)
+    }
+
+    /// Waits for the step, and says so in the log now and then: training never stalls in silence.
+    async fn told(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
+        let begun = Instant::now();
+        let mut ready = pin!(waiting.ready());
+        loop {
+            match tokio::time::timeout(TOLD_EVERY, &mut ready).await {
+                Ok(ready) => return ready,
+                Err(_) if asking.need => {
+                    let (step, rank, seconds) = (asking.step, asking.rank, begun.elapsed().as_secs());
+                    tracing::warn!(run = self.id, step, rank, seconds, "a rank stands still for its batch");
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     /// Whether the rank is of a start of the trainer that nobody knows yet, and may come.

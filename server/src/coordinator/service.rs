@@ -103,6 +103,8 @@ impl SelectionService for Selection {
         let run = self.0.run(&start.run_id).await?;
         self.0.noted(&run, run.check_push(start.generation).await)?;
         let published = run.weights.push(run.generation(), start, stream).await?;
+        // Where the run changed hands meanwhile, its new owner learns of the push when it is sent there again.
+        self.0.noted(&run, run.owner.check().await)?;
         Ok(Response::new(PushWeightsResponse { published: Some(published) }))
     }
 
