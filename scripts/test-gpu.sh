@@ -10,9 +10,10 @@ binaries=target/gpu-tests
 if command -v cargo >/dev/null; then
   rm -rf "$binaries"
   mkdir -p "$binaries"
-  cargo build -p superbatch-server
-  cargo test -p superbatch-kernels -p superbatch-server -p superbatch-tests --features superbatch-kernels/torch --no-run \
-    --message-format=json-render-diagnostics | "$python" -c '
+  # The features of `make build` and `make test`, so that nothing is built twice.
+  flags=(--workspace --features superbatch-python/extension-module)
+  cargo build "${flags[@]}"
+  cargo test "${flags[@]}" --no-run --message-format=json-render-diagnostics | "$python" -c '
 import json, sys
 for line in sys.stdin:
     built = json.loads(line)
@@ -36,6 +37,8 @@ fi
 torch_lib=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "lib")')
 export LD_LIBRARY_PATH="$torch_lib:${LD_LIBRARY_PATH:-}"
 export SUPERBATCH_TEST_DEVICE=cuda SUPERBATCH_PYTHON="$python" SUPERBATCH_BINARY="$PWD/$binaries/superbatch"
+# The binaries link LibTorch without its CUDA half; tests that use no worker would not load it.
+export LD_PRELOAD="$torch_lib/libtorch_cuda.so"
 failed=()
 for binary in "$binaries"/*; do
   [ "$binary" = "$binaries/superbatch" ] && continue

@@ -24,6 +24,11 @@ fn write_folders(to: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// The CPU, or what `make test-gpu` names.
+fn device() -> String {
+    std::env::var("SUPERBATCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+}
+
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
@@ -74,7 +79,7 @@ fn compare(found: &[f32], expected: &[f32], dim: usize) -> (f64, f64) {
 async fn embeddings_are_those_of_transformers() {
     let folders = tempfile::tempdir().unwrap();
     write_folders(folders.path());
-    let device = Device::start("cpu", 1).unwrap();
+    let device = Device::start(&device(), 1).unwrap();
     let stores = Stores::new(StorageConfig::default());
     for name in FOLDERS {
         let path = folders.path().join(name);

@@ -102,7 +102,8 @@ impl Cluster {
     fn config(&self) -> Config {
         let any = "127.0.0.1:0".parse().expect("an address");
         let mut config = Config { listen: any, metrics_listen: None, state: self.uri("state"), ..Config::default() };
-        config.worker.device = "cpu".into();
+        // `make test-gpu` has the same tests run on a device.
+        config.worker.device = std::env::var("SUPERBATCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
         config.worker.threads = 1;
         config.worker_role.listen = any;
         if !self.address.is_empty() {

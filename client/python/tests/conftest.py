@@ -1,9 +1,13 @@
 """The extension must be built: `maturin develop`, or its library beside the package (see the README)."""
 
+import signal
 import socket
 
 import pytest
 import superbatch
+
+# Where the runner was started in the background, SIGINT is ignored in it and in all processes that it starts; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
