@@ -256,5 +256,4 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 #[cfg(test)]
-#[path = "select_tests.rs"]
 mod tests;

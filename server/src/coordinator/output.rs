@@ -148,5 +148,4 @@ fn cut(sizes: &[usize]) -> Vec<Range<usize>> {
 }
 
 #[cfg(test)]
-#[path = "output_tests.rs"]
 mod tests;

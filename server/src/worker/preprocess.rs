@@ -317,5 +317,4 @@ fn invalid(field: &str, what: &str) -> Error {
 }
 
 #[cfg(test)]
-#[path = "preprocess_tests.rs"]
 mod tests;

@@ -193,5 +193,4 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
 }
 
 #[cfg(test)]
-#[path = "read_tests.rs"]
 pub(super) mod tests;

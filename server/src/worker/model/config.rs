@@ -203,5 +203,4 @@ impl ModelConfig {
 }
 
 #[cfg(test)]
-#[path = "config_tests.rs"]
 mod tests;

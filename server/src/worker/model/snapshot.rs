@@ -192,5 +192,4 @@ pub fn write<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize],
 }
 
 #[cfg(test)]
-#[path = "snapshot_tests.rs"]
 mod tests;
