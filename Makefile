@@ -19,7 +19,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels test-gpu clean
+.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -63,6 +63,9 @@ fmt: ## Formats the Rust code
 
 bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machine's matrix product, as ratios of one run
 	cargo bench -p superbatch-kernels --no-default-features --bench peers
+
+bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
+	cargo bench -p superbatch-images --bench pillow
 
 test-gpu: ## Conformance, parity and end-to-end tests on a CUDA device, from binaries built here or before
 	scripts/test-gpu.sh

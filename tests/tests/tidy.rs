@@ -32,7 +32,7 @@ fn sources(folder: &str) -> Vec<(String, String)> {
 }
 
 fn production() -> Vec<(String, String)> {
-    ["proto/src", "scoring-kernels/src", "server/src", "client/rust/src", "client/python/src"]
+    ["proto/src", "scoring-kernels/src", "images/src", "server/src", "client/rust/src", "client/python/src"]
         .into_iter()
         .flat_map(sources)
         .filter(|(name, _)| !name.ends_with("tests.rs"))
@@ -98,6 +98,7 @@ fn nobody_reaches_beyond_their_layer() {
         ("server/src", &["Status::new", "Status::with_"], &["server/src/error.rs"]),
         ("server/src", &["\"superbatch_"], &["server/src/metrics.rs"]),
         ("scoring-kernels/src", &["superbatch_", "tokio", "std::env", "std::time", "std::fs", "std::net"], &[]),
+        ("images/src", &["superbatch_", "tokio", "std::env", "std::time", "std::fs", "std::net"], &[]),
         ("proto/src", &["superbatch_kernels", "superbatch_server", "superbatch_client"], &[]),
         ("client/rust/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),
         ("client/python/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),

@@ -3,7 +3,6 @@ mod answers;
 mod cache;
 mod captions;
 mod config;
-mod decode;
 pub mod device;
 mod embed;
 mod engine;

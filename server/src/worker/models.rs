@@ -92,7 +92,8 @@ impl Inputs {
     /// One row's pixels and token ids; none where rows are only checked.
     pub fn prepare(&self, image: &[u8], caption: &str, limits: &ImageLimits) -> Result<Prepared, RowFault> {
         let Some((preprocess, tokenizer)) = &self.reading else {
-            return decode(image, limits).map(|_| Prepared { pixels: Vec::new(), ids: Vec::new() });
+            decode(image, limits)?;
+            return Ok(Prepared { pixels: Vec::new(), ids: Vec::new() });
         };
         // The cheap part first: a row without a usable caption need not be decoded.
         let ids = tokenizer.encode(caption)?;

@@ -1,28 +1,47 @@
 //! From stored image to model input, as a model folder's `preprocessor_config.json` says: the slow image processors of
 //! `transformers` for SigLIP and CLIP, given RGB images with the channels last.
-pub use super::decode::{ImageLimits, RowFault, decode};
+pub use superbatch_images::{ImageLimits, decode};
 
-use super::decode::too_large;
 use crate::error::{Error, Result};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
-use image::RgbImage;
 use serde::Serialize;
 use serde_json::Value;
+use superbatch_images::{Axis, Filter, Taps, resize};
 use superbatch_proto::v1::{BadRowReason, Reason};
 
 const FILE: &str = "preprocessor_config.json";
 /// Raised when the same configuration gives other pixels: part of the digest.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const SIDE_MAX: u64 = 4096;
-/// Rows that are resized along their length at once: bounds the memory of a huge image.
-const STRIP_ROWS: usize = 64;
+
+/// Why a row cannot be used: a fault of its content, which costs this row only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowFault {
+    pub reason: BadRowReason,
+    pub detail: String,
+}
+
+impl RowFault {
+    pub fn new(reason: BadRowReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+}
+
+impl From<superbatch_images::Error> for RowFault {
+    fn from(error: superbatch_images::Error) -> Self {
+        let reason = match error {
+            superbatch_images::Error::TooLarge(_) => BadRowReason::ImageTooLarge,
+            superbatch_images::Error::Undecodable(_) => BadRowReason::ImageUndecodable,
+        };
+        Self::new(reason, error.to_string())
+    }
+}
 
 /// How images become pixels of one fixed size.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Preprocess {
     version: u32,
     target: Target,
-    /// Pillow's number of the filter: 2 bilinear, 3 bicubic; both widened when shrinking.
+    /// Pillow's number of the filter: 2 bilinear, 3 bicubic.
     resample: u8,
     /// Height and width cut from the middle, black where the image is smaller.
     crop: Option<(u32, u32)>,
@@ -106,16 +125,24 @@ impl Preprocess {
         let image = decode(image, limits)?;
         let (height, width) = self.size();
         let (resized_height, resized_width) = self.resized(image.height(), image.width());
-        let rows = Axis::new(image.height(), resized_height, height);
-        let columns = Axis::new(image.width(), resized_width, width);
-        let small = self.resample(&image, &rows, &columns, limits)?;
-        if (rows.length, columns.length) == (height, width) {
+        let (rows, top) = cropped(image.height(), resized_height, height);
+        let (columns, left) = cropped(image.width(), resized_width, width);
+        let filter = if self.resample == 2 { Filter::Bilinear } else { Filter::Bicubic };
+        let (rows, columns) = (Taps::new(filter, &rows), Taps::new(filter, &columns));
+        let (source, between) = (image.as_raw().len() / 3, columns.len() * rows.span().len());
+        if between as u64 > limits.pixels_max.max(source as u64) {
+            let (width, height) = image.dimensions();
+            let detail = format!("{width}x{height} pixels take {between} while they are resized");
+            return Err(RowFault::new(BadRowReason::ImageTooLarge, detail));
+        }
+        let small = resize(image.as_raw(), &rows, &columns);
+        if (rows.len(), columns.len()) == (height as usize, width as usize) {
             return Ok(small);
         }
         let mut canvas = vec![0; (height * width * 3) as usize];
-        let line = columns.length as usize * 3;
+        let line = columns.len() * 3;
         for (n, source) in small.chunks_exact(line).enumerate() {
-            let at = ((rows.offset as usize + n) * width as usize + columns.offset as usize) * 3;
+            let at = ((top + n) * width as usize + left) * 3;
             canvas[at..at + line].copy_from_slice(source);
         }
         Ok(canvas)
@@ -131,86 +158,15 @@ impl Preprocess {
             }
         }
     }
-
-    /// Resizes what the crop will keep. First along the rows, then along the columns, each rounded to 8 bits: Pillow's order,
-    /// which shows where bicubic overshoots.
-    fn resample(
-        &self,
-        image: &RgbImage,
-        rows: &Axis,
-        columns: &Axis,
-        limits: &ImageLimits,
-    ) -> Result<Vec<u8>, RowFault> {
-        let (width, height) = image.dimensions();
-        let between = u64::from(columns.length) * u64::from(height);
-        if between > limits.pixels_max.max(u64::from(width) * u64::from(height)) {
-            return Err(too_large(format!("{width}x{height} pixels take {between} while they are resized")));
-        }
-        let filter = if self.resample == 2 { FilterType::Bilinear } else { FilterType::CatmullRom };
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
-        let mut resizer = Resizer::new();
-        let mut wide = Vec::with_capacity((columns.length * height * 3) as usize);
-        let crop = |rows: usize| options.crop(columns.start, 0.0, columns.span, rows as f64);
-        for strip in image.as_raw().chunks(width as usize * 3 * STRIP_ROWS) {
-            let rows = strip.len() / (width as usize * 3);
-            wide.extend(convolve(
-                &mut resizer,
-                strip,
-                (width, rows as u32),
-                (columns.length, rows as u32),
-                &crop(rows),
-            )?);
-        }
-        let crop = options.crop(0.0, rows.start, columns.length.into(), rows.span);
-        convolve(&mut resizer, &wide, (columns.length, height), (columns.length, rows.length), &crop)
-    }
 }
 
-/// Resizes RGB bytes from and to (width, height). Computed in f32: 8-bit kernels are off by a step too often.
-fn convolve(
-    resizer: &mut Resizer,
-    pixels: &[u8],
-    from: (u32, u32),
-    to: (u32, u32),
-    options: &ResizeOptions,
-) -> Result<Vec<u8>, RowFault> {
-    let failed = |e: &dyn std::fmt::Display| RowFault::new(BadRowReason::ImageUndecodable, e.to_string());
-    let bytes: Vec<u8> = pixels.iter().flat_map(|value| f32::from(*value).to_ne_bytes()).collect();
-    let source = Image::from_vec_u8(from.0, from.1, bytes, PixelType::F32x3).map_err(|e| failed(&e))?;
-    let mut resized = Image::new(to.0, to.1, PixelType::F32x3);
-    resizer.resize(&source, &mut resized, options).map_err(|e| failed(&e))?;
-    let values = resized.buffer().as_chunks().0.iter().map(|value| f32::from_ne_bytes(*value));
-    // `as` clamps to 0 .. 255.
-    Ok(values.map(|value| (value + 0.5).floor() as u8).collect())
-}
-
-/// One axis of resize and centre crop together: which part of the source gives which part of the output.
-struct Axis {
-    /// Part of the source, in its pixels.
-    start: f64,
-    span: f64,
-    /// Pixels that this becomes, and where they begin in the output.
-    length: u32,
-    offset: u32,
-}
-
-impl Axis {
-    /// `source` pixels are resized to `resized`, of which the middle `output` are kept. Where there are fewer, the spare black
-    /// is split with the larger half first.
-    fn new(source: u32, resized: u64, output: u32) -> Self {
-        let source = f64::from(source);
-        let Some(spare) = resized.checked_sub(u64::from(output)) else {
-            let length = resized as u32;
-            return Self { start: 0.0, span: source, length, offset: (output - length).div_ceil(2) };
-        };
-        if spare == 0 {
-            return Self { start: 0.0, span: source, length: output, offset: 0 };
-        }
-        let scale = source / resized as f64;
-        let start = (spare / 2) as f64 * scale;
-        // Rounding must not reach beyond the source.
-        let span = (f64::from(output) * scale).min(source - start);
-        Self { start, span, length: output, offset: 0 }
+/// What a centre crop of `output` keeps of an axis, and where that begins in the output: where the image is smaller, the spare
+/// black is split with the larger half first.
+fn cropped(source: u32, resized: u64, output: u32) -> (Axis, usize) {
+    let output = u64::from(output);
+    match resized.checked_sub(output) {
+        Some(spare) => (Axis { source, resized, kept: spare / 2..spare / 2 + output }, 0),
+        None => (Axis { source, resized, kept: 0..resized }, (output - resized).div_ceil(2) as usize),
     }
 }
 

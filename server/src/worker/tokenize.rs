@@ -2,7 +2,7 @@
 //!
 //! That file is followed to the letter, its normalizer included. The slow SigLIP tokenizer of `transformers` also removes
 //! punctuation and lowercases in Python; a `tokenizer.json` that should do so says it in its normalizer.
-use super::decode::RowFault;
+use super::preprocess::RowFault;
 use crate::error::{Error, Result};
 use superbatch_proto::v1::{BadRowReason, Reason};
 use tokenizers::{PaddingDirection, PaddingParams, PaddingStrategy, PostProcessor, TruncationParams};

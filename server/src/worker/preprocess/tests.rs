@@ -69,6 +69,8 @@ fn a_sliver_is_cropped_before_it_grows() {
     let limits = ImageLimits { pixels_max: 100_000, bytes_max: 100_000 };
     let clip = parse(r#"{"size": {"shortest_edge": 24}, "crop_size": 24, "do_center_crop": true}"#);
     assert_eq!(clip.pixels(&png(4000, 1, 9), &limits).unwrap(), vec![9; 24 * 24 * 3]);
-    let fault = clip.pixels(&png(1, 5000, 9), &limits).unwrap_err();
+    assert_eq!(clip.pixels(&png(1, 5000, 9), &limits).unwrap(), vec![9; 24 * 24 * 3]);
+    let squashed = parse(r#"{"size": 24}"#);
+    let fault = squashed.pixels(&png(1, 5000, 9), &limits).unwrap_err();
     assert_eq!(fault.reason, BadRowReason::ImageTooLarge, "{}", fault.detail);
 }

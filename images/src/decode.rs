@@ -1,7 +1,8 @@
 //! Images as Pillow shows them: decoded, turned as their EXIF says, on white, in 8-bit RGB.
 //!
-//! What this equals is `ImageOps.exif_transpose`, then a paste through the alpha channel onto a white RGB canvas. PNG and WebP
-//! come out the same to the last bit. JPEG decoders may differ: against libjpeg-turbo see [`decode`].
+//! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha channel onto a white RGB
+//! canvas.
+use crate::jpeg::jpeg;
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage,
     codecs::{png::PngDecoder, webp::WebPDecoder},
@@ -12,21 +13,14 @@ use std::{
     io::Cursor,
     panic::{AssertUnwindSafe, catch_unwind},
 };
-use superbatch_proto::v1::BadRowReason;
-use zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
-use zune_jpeg::JpegDecoder;
 
-/// Why a row cannot be used: a fault of its content, which costs this row only.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RowFault {
-    pub reason: BadRowReason,
-    pub detail: String,
-}
-
-impl RowFault {
-    pub fn new(reason: BadRowReason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into() }
-    }
+/// Why there are no pixels: a fault of the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    TooLarge(String),
+    #[error("{0}")]
+    Undecodable(String),
 }
 
 /// How large an image may be; checked before memory is taken for its pixels.
@@ -40,24 +34,22 @@ pub struct ImageLimits {
 
 /// Room for a PNG's text, profile and row buffers beside its pixels.
 const CHUNK_BYTES: u64 = 16 << 20;
-/// The widest or highest JPEG there is.
-const JPEG_SIDE: usize = 65_535;
 
 /// An image before its orientation is applied.
-struct Decoded {
-    image: DynamicImage,
-    exif: Option<Vec<u8>>,
-    xmp: Option<Vec<u8>>,
+pub(crate) struct Decoded {
+    pub image: DynamicImage,
+    pub exif: Option<Vec<u8>>,
+    pub xmp: Option<Vec<u8>>,
 }
 
 /// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame, colour profiles are not
 /// applied, CMYK is taken as Adobe writes it (inverted), and grey of 16 bits is clipped at 255: all as Pillow does.
 ///
 /// # Errors
-/// `ImageTooLarge`, or `ImageUndecodable`, also for an image that was cut off.
-pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, RowFault> {
+/// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.
+pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
     if bytes.len() as u64 > limits.bytes_max {
-        return Err(too_large(format!("{} bytes, the limit is {}", bytes.len(), limits.bytes_max)));
+        return Err(Error::TooLarge(format!("{} bytes, the limit is {}", bytes.len(), limits.bytes_max)));
     }
     // The decoders mean not to panic. One that does costs a row, not the worker.
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
@@ -80,63 +72,23 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, RowFault> 
     Ok(decoded.image.into_rgb8())
 }
 
-pub(super) fn too_large(detail: String) -> RowFault {
-    RowFault::new(BadRowReason::ImageTooLarge, detail)
+pub(crate) fn undecodable(cause: impl Display) -> Error {
+    Error::Undecodable(cause.to_string())
 }
 
-fn undecodable(cause: impl Display) -> RowFault {
-    RowFault::new(BadRowReason::ImageUndecodable, cause.to_string())
-}
-
-fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), RowFault> {
+pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
     if width * height > limits.pixels_max {
-        return Err(too_large(format!("{width}x{height} pixels, the limit is {}", limits.pixels_max)));
+        return Err(Error::TooLarge(format!("{width}x{height} pixels, the limit is {}", limits.pixels_max)));
     }
     Ok(())
 }
 
-fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, RowFault> {
+fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, Error> {
     let (width, height) = decoder.dimensions();
     check(width.into(), height.into(), limits)?;
     let (exif, xmp) = (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten());
     let image = DynamicImage::from_decoder(decoder).map_err(undecodable)?;
     Ok(Decoded { image, exif, xmp })
-}
-
-fn jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, RowFault> {
-    let options = DecoderOptions::default()
-        .set_max_width(JPEG_SIDE)
-        .set_max_height(JPEG_SIDE)
-        .jpeg_set_out_colorspace(ColorSpace::RGB);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder.decode_headers().map_err(undecodable)?;
-    let (width, height) = decoder.dimensions().ok_or_else(|| undecodable("no frame header"))?;
-    check(width as u64, height as u64, limits)?;
-    // The decoder fills what is missing with grey; Pillow refuses a file without its end, and so do we.
-    let scan = scan_start(bytes).unwrap_or(bytes.len());
-    if !bytes[scan..].windows(2).rev().any(|pair| pair == [0xFF, 0xD9]) {
-        return Err(undecodable("the image is cut off: its end marker is missing"));
-    }
-    let pixels = decoder.decode().map_err(undecodable)?;
-    let (exif, xmp) = (decoder.exif().cloned(), decoder.xmp().cloned());
-    let image = RgbImage::from_raw(width as u32, height as u32, pixels);
-    let image = image.ok_or_else(|| undecodable("its colours are of an unknown kind"))?;
-    Ok(Decoded { image: DynamicImage::ImageRgb8(image), exif, xmp })
-}
-
-/// Where the first scan's data begin: segments before it may hold thumbnails with markers of their own.
-fn scan_start(bytes: &[u8]) -> Option<usize> {
-    let mut at = 2;
-    loop {
-        match *bytes.get(at..at + 2)? {
-            [0xFF, 0xDA] => return Some(at + 2),
-            [0xFF, 0x01 | 0xD0..=0xD9] => at += 2,
-            [0xFF, 0x02..=0xFE] => {
-                at += 2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]))
-            }
-            _ => at += 1,
-        }
-    }
 }
 
 /// The EXIF tag, or where there is none the XMP property: Pillow's order.
@@ -209,10 +161,10 @@ mod tests {
         let sum = crc32(&huge[12..29]).to_be_bytes();
         huge[29..33].copy_from_slice(&sum);
         let fault = decode(&huge, &ROOMY).unwrap_err();
-        assert_eq!(fault.reason, BadRowReason::ImageTooLarge, "{}", fault.detail);
+        assert!(matches!(fault, Error::TooLarge(_)), "{fault}");
         let small = png(4, 4);
         let tight = ImageLimits { bytes_max: small.len() as u64 - 1, ..ROOMY };
-        assert_eq!(decode(&small, &tight).unwrap_err().reason, BadRowReason::ImageTooLarge);
+        assert!(matches!(decode(&small, &tight), Err(Error::TooLarge(_))));
         assert_eq!(decode(&small, &ImageLimits { pixels_max: 16, ..ROOMY }).unwrap().dimensions(), (4, 4));
     }
 
@@ -227,7 +179,7 @@ mod tests {
     fn what_is_no_image_is_a_fault() {
         let cut = &png(40, 40)[..60];
         for bytes in [&b""[..], b"GIF89a", b"\xFF\xD8\xFF", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", cut] {
-            assert_eq!(decode(bytes, &ROOMY).unwrap_err().reason, BadRowReason::ImageUndecodable, "{bytes:?}");
+            assert!(matches!(decode(bytes, &ROOMY), Err(Error::Undecodable(_))), "{bytes:?}");
         }
     }
 

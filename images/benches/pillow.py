@@ -1,0 +1,62 @@
+"""Pillow's part of benches/pillow.rs.
+
+    pillow.py write FOLDER                        writes the images, prints their names
+    pillow.py version FOLDER                      prints Pillow's version and what it decodes JPEG with
+    pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize
+"""
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, features
+
+SIZES = [(256, 256), (640, 480), (1600, 1200)]
+
+
+def photograph(width, height):
+    """A photograph's stand-in: smooth areas, edges and mild noise, so that it compresses like one."""
+    rng = np.random.default_rng(width)
+    small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    return Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write(folder):
+    for width, height in SIZES:
+        image = photograph(width, height)
+        for kind, options in (
+            ("jpg", {"quality": 85}),
+            ("progressive.jpg", {"quality": 85, "progressive": True}),
+            ("webp", {"quality": 85}),
+            ("png", {}),
+        ):
+            name = f"{width}x{height}.{kind}"
+            image.save(folder / name, **options)
+            print(name)
+
+
+def measure(data, side, repeats):
+    decode = resize = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        decoded = time.perf_counter()
+        image.resize((side, side), Image.Resampling.BICUBIC)
+        resized = time.perf_counter()
+        decode, resize = min(decode, decoded - began), min(resize, resized - decoded)
+    print(decode, resize)
+
+
+if __name__ == "__main__":
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "write":
+        write(folder)
+    elif what == "version":
+        print(PIL.__version__, "with libjpeg-turbo", features.version("libjpeg_turbo"))
+    else:
+        name, side, repeats = sys.argv[3:]
+        measure((folder / name).read_bytes(), int(side), int(repeats))
