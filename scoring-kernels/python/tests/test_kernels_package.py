@@ -32,8 +32,9 @@ def test_the_stub_says_what_the_extension_has():
 def test_every_argument_is_explained():
     named = set(re.findall(r"^ {8}(\w+): ", inspect.getdoc(select).replace("\n    ", "\n        "), re.M))
     assert set(inspect.signature(select).parameters) <= named
-    source = ast.parse(inspect.getsource(Selection)).body[0]
-    explained = [a.target.id for a, b in zip(source.body, source.body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    body = ast.parse(inspect.getsource(Selection)).body[0].body
+    pairs = [(field, text) for field, text in zip(body, body[1:]) if isinstance(field, ast.AnnAssign)]
+    explained = [field.target.id for field, text in pairs if isinstance(text, ast.Expr)]
     assert explained == [field.name for field in dataclasses.fields(Selection)]
 
 

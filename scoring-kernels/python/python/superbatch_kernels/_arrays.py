@@ -40,8 +40,8 @@ def shared(name: str, given: Any) -> NDArray[Any]:
     """`given` as a NumPy array over the same memory."""
     if "bfloat16" in str(getattr(given, "dtype", "")):
         raise TypeError(
-            f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100; float16 has the same size and keeps "
-            f"them: normalise in float32 and pass that or float16 (torch: .float() or .half())"
+            f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100, float16's of the same size next to "
+            f"none: normalise in float32 and pass that or float16 (torch: .float() or .half())"
         )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):

@@ -44,9 +44,9 @@ def select(
         s            = pair_learner - pair_reference                      (criterion="learnability")
         pair[i, i]   = softplus(-logit[i, i]),  pair[i, j] = softplus(logit[i, j])          (loss="sigmoid")
 
-    Embeddings are read where they lie: no copy is made, and no B x B matrix. Memory beside them is O(B), time 8 * B * b * d
-    operations. Other Python threads run meanwhile; none may write to the arrays. The same arguments give the same draw,
-    whatever `threads` is.
+    Embeddings are read where they lie, without a copy and without a B x B matrix, in 8 * B * b * d operations for two models.
+    Other Python threads run meanwhile; none may write to the arrays. The same arguments give the same draw, whatever
+    `threads` is.
 
     Args:
         learner: `(image, text, scale, bias)` of the model in training (see `Model`). Not needed for `criterion="easy"`.
@@ -149,7 +149,7 @@ def _count(learner: Any, reference: Any, keys: Any, noise: Any) -> int:
     }
     counts = {name: len(array) for name, array in arrays.items() if array is not None}
     if not counts:
-        raise ValueError("there are no candidates: give learner and reference (for the uniform policy, keys or noise will do)")
+        raise ValueError("there are no candidates: give learner and reference; for the uniform policy keys or noise will do")
     if len(set(counts.values())) > 1:
         raise ValueError(f"the arguments disagree on the number of candidates: {counts}")
     return next(iter(counts.values()))

@@ -24,8 +24,8 @@ class Model(NamedTuple):
     """
 
     image: Any
-    """`[B, d]`, float32 or float16, C-contiguous, rows L2-normalised: a NumPy array, a CPU torch tensor, or what else exports
-    the buffer protocol or DLPack. The two models may differ in d."""
+    """`[B, d]`, float32 or float16, C-contiguous, rows L2-normalised: a NumPy array, a CPU torch tensor, or what else
+    exports the buffer protocol or DLPack. The two models may differ in d."""
 
     text: Any
     """As `image`: row i is the text of candidate i."""
@@ -42,8 +42,8 @@ class Selection:
     """The sub-batch of b examples, chosen from B candidates."""
 
     indices: NDArray[np.int64]
-    """`[b]`, the chosen candidates in the order drawn; indexes NumPy arrays and torch tensors as it is. Shuffle before cutting
-    it into micro-batches or ranks: early chunks are drawn from scores that know less of the others."""
+    """`[b]`, the chosen candidates in the order drawn; indexes NumPy arrays and torch tensors as it is. Shuffle before
+    cutting it into micro-batches or ranks: early chunks are drawn from scores that know less of the others."""
 
     chunks: NDArray[np.int64]
     """How many each chunk drew; sums to b."""
@@ -56,8 +56,8 @@ class Selection:
     """`[b]`, importance weights to multiply the losses with, the largest 1: those of `proportional`; under all others 1."""
 
     batch_score: float | None
-    """Mean conditional score per example of the whole sub-batch, in nats, without gain: the difference of the batch losses that
-    the criterion compares. This is what joint selection tries to make large. None where `uniform` or `k_center` lack the
+    """Mean conditional score per example of the whole sub-batch, in nats, without gain: the difference of the batch losses
+    that the criterion compares. This is what joint selection tries to make large. None where `uniform` or `k_center` lack the
     embeddings of the criterion."""
 
     mean_score_chosen: float | None
