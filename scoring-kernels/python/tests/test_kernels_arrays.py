@@ -1,6 +1,7 @@
 """Arrays are read where they lie; those that cannot be are refused by name, with what to do."""
 
 import array
+import json
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def test_read_only_files_are_read_in_place(tmp_path, dtype, count):
     script = MAPPED.format(dtype=dtype, count=count)
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script, *paths], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert len(set(eval(run.stdout))) == 32
+    assert len(set(json.loads(run.stdout))) == 32
 
 
 def test_no_array_is_copied_on_the_way():

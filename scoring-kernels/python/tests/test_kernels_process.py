@@ -4,10 +4,11 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 from kernels_oracle import world
-from superbatch_kernels import select
+from superbatch_kernels import _kernels, _select, select
 
 
 @pytest.fixture
@@ -19,26 +20,38 @@ def no_forced_switches():
     sys.setswitchinterval(before)
 
 
-def test_other_threads_run_during_a_selection(no_forced_switches):
+def test_other_threads_run_during_a_selection(no_forced_switches, monkeypatch):
     models = world(1, count=2048, dims=(64, 64))
-    inside, seen, begun = False, threading.Event(), threading.Event()
+    inside, done, begun = False, False, threading.Event()
+
+    def observed(request):
+        nonlocal inside
+        begun.set()
+        inside = True
+        drawn = _kernels.select(request)
+        inside = False
+        return drawn
 
     def work():
-        nonlocal inside
+        nonlocal done
         for _ in range(100):
-            begun.set()
-            inside = True
-            select(*models, sub_batch_size=512)
-            inside = False
-            if seen.is_set():
-                return
+            if not done:
+                select(*models, sub_batch_size=512)
+        done = True
+        begun.set()
 
+    # The first call of all lets go of the GIL for a moment, to keep the names of arguments.
+    select(*models, sub_batch_size=1)
+    monkeypatch.setattr(_select, "_kernels", types.SimpleNamespace(select=observed))
     worker = threading.Thread(target=work)
     worker.start()
-    begun.wait()
-    # We hold the GIL: the worker let go of it inside a selection, or else only at its end.
-    was_inside = inside
-    seen.set()
+    was_inside = False
+    while not (was_inside or done):
+        begun.wait()
+        begun.clear()
+        # We have the GIL: the worker let go of it inside the kernels, or (NumPy does for a moment) outside of them.
+        was_inside = inside
+    done = True
     worker.join()
     assert was_inside
 
