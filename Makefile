@@ -11,6 +11,9 @@ READY := $(VENV)/.superbatch-ready
 # One set of features for building and testing, so that nothing is built twice.
 CARGO_FLAGS := --workspace --features superbatch-python/extension-module
 EXTENSION := client/python/python/superbatch/_superbatch.abi3.so
+# The kernels for Python are linked apart: features of the server's would bring LibTorch along (docs/decisions/0003).
+KERNELS := scoring-kernels/python/python
+KERNELS_EXTENSION := $(KERNELS)/superbatch_kernels/_kernels.abi3.so
 
 export HF_HUB_OFFLINE := 1
 # Documentation tests run from a folder of their own, where the binaries' relative path to LibTorch leads nowhere.
@@ -30,10 +33,13 @@ $(READY): requirements.txt scripts/setup.sh scripts/libtorch.sh
 	scripts/setup.sh $(VENV)
 	touch $@
 
-build: $(READY) ## The superbatch binary, and the Python client into .venv
+build: $(READY) ## The superbatch binary, and the Python client and kernels into .venv
 	cargo build $(CARGO_FLAGS)
 	cp -f target/debug/lib_superbatch.so $(EXTENSION)
-	echo $(CURDIR)/client/python/python > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
+	cargo rustc -p superbatch-kernels-python --features extension-module --crate-type cdylib
+	cp -f target/debug/lib_kernels.so $(KERNELS_EXTENSION)
+	printf '%s\n' $(CURDIR)/client/python/python $(CURDIR)/$(KERNELS) \
+	  > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
 
 test: build test-rust test-python ## All tests, from nothing
 
@@ -41,10 +47,12 @@ test-rust: $(READY)
 	cargo test $(CARGO_FLAGS) --no-fail-fast
 
 test-python: build
-	$(PYTHON) -m pytest tests/python client/python/tests
+	$(PYTHON) -m pytest tests/python client/python/tests scoring-kernels/python/tests
 
-wheel: $(READY) ## The Python client as a wheel, in target/wheels
-	cd client/python && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release
+wheel: $(READY) ## The Python client and the kernels as wheels, in target/wheels
+	for folder in client/python scoring-kernels/python; do \
+	  (cd $$folder && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release); \
+	done
 
 demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm

@@ -32,9 +32,11 @@ fn sources(folder: &str) -> Vec<(String, String)> {
 }
 
 fn production() -> Vec<(String, String)> {
-    ["proto/src", "scoring-kernels/src", "images/src", "server/src", "client/rust/src", "client/python/src"]
+    let folders =
+        ["proto", "scoring-kernels", "scoring-kernels/python", "images", "server", "client/rust", "client/python"];
+    folders
         .into_iter()
-        .flat_map(sources)
+        .flat_map(|folder| sources(&format!("{folder}/src")))
         .filter(|(name, _)| !name.ends_with("tests.rs"))
         .collect()
 }
@@ -99,6 +101,7 @@ fn nobody_reaches_beyond_their_layer() {
         ("server/src", &["\"superbatch_"], &["server/src/metrics.rs"]),
         ("scoring-kernels/src", &["superbatch_", "tokio", "std::env", "std::time", "std::fs", "std::net"], &[]),
         ("images/src", &["superbatch_", "tokio", "std::env", "std::time", "std::fs", "std::net"], &[]),
+        ("scoring-kernels/python/src", &["superbatch_proto", "superbatch_server", "superbatch_client", "use tch"], &[]),
         ("proto/src", &["superbatch_kernels", "superbatch_server", "superbatch_client"], &[]),
         ("client/rust/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),
         ("client/python/src", &["superbatch_kernels", "superbatch_server", "use tch"], &[]),

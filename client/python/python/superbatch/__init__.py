@@ -9,7 +9,8 @@
         ...
         run.push_weights(model.state_dict(), step=batch.step, rank=rank)
 
-`superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`.
+`superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`. `superbatch.kernels` selects
+in your own loop, without a service, where the package superbatch-kernels is installed.
 """
 
 from typing import Any
@@ -43,8 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`superbatch.torch` without an import of its own; torch is loaded when it is first named."""
-    if name == "torch":
+    """`superbatch.torch` and `superbatch.kernels` without an import of their own; loaded when they are first named."""
+    if name in ("kernels", "torch"):
         import importlib
-        return importlib.import_module(".torch", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,89 @@
+//! Arrays of Python as slices of Rust, without a copy, through the buffer protocol.
+use half::f16;
+use pyo3::{
+    buffer::{Element, PyBuffer},
+    exceptions::{PyTypeError, PyValueError},
+    prelude::*,
+    types::PyByteArray,
+};
+use std::{ffi::CStr, slice};
+use superbatch_kernels::Rows;
+
+/// A half-precision value as Python's `struct` knows it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Half(f16);
+
+// SAFETY: every pattern of 16 bits is a half-precision number; size and alignment are checked by PyO3.
+unsafe impl Element for Half {
+    fn is_compatible_format(format: &CStr) -> bool {
+        // Without a prefix, or with "@" or "=", the byte order is the machine's.
+        matches!(format.to_bytes(), b"e" | b"@e" | b"=e")
+    }
+}
+
+/// The memory of one tower, `[B, dim]`, held for as long as this lives.
+pub enum Tower {
+    F32(PyBuffer<f32>),
+    F16(PyBuffer<Half>),
+}
+
+impl FromPyObject<'_, '_> for Tower {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        if let Ok(buffer) = PyBuffer::get(&object) {
+            return Ok(Self::F32(buffer));
+        }
+        PyBuffer::get(&object).map(Self::F16).map_err(|_| PyTypeError::new_err("not an array of float32 or float16"))
+    }
+}
+
+impl Tower {
+    /// Its values, row by row.
+    pub fn rows(&self) -> PyResult<Rows<'_>> {
+        Ok(match self {
+            Self::F32(buffer) => Rows::F32(values(buffer)?),
+            Self::F16(buffer) => {
+                let halves = values(buffer)?;
+                // SAFETY: `Half` is transparent.
+                Rows::F16(unsafe { slice::from_raw_parts(halves.as_ptr().cast(), halves.len()) })
+            }
+        })
+    }
+
+    /// The length of a row.
+    pub fn dim(&self) -> usize {
+        let shape = match self {
+            Self::F32(buffer) => buffer.shape(),
+            Self::F16(buffer) => buffer.shape(),
+        };
+        shape.last().copied().unwrap_or_default()
+    }
+}
+
+/// All values of an array that lies in memory in one piece, row by row.
+pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
+    if !buffer.is_c_contiguous() {
+        return Err(PyValueError::new_err("an array is not C-contiguous"));
+    }
+    if buffer.item_count() == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: the memory holds so many values of T (PyO3 checked format, size and alignment), in one piece, for as long as
+    // the buffer lives. Any bits are a valid T. As with every library that computes without the GIL, nobody may write there
+    // meanwhile; Python code that does gets a draw from whatever was read.
+    Ok(unsafe { slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
+}
+
+/// Numbers as the writable memory of a new NumPy array.
+pub fn memory<'py, T: Copy, const N: usize>(
+    py: Python<'py>,
+    numbers: &[T],
+    bytes_of: impl Fn(T) -> [u8; N],
+) -> PyResult<Bound<'py, PyByteArray>> {
+    PyByteArray::new_with(py, numbers.len() * N, |bytes| {
+        bytes.as_chunks_mut().0.iter_mut().zip(numbers).for_each(|(slot, number)| *slot = bytes_of(*number));
+        Ok(())
+    })
+}

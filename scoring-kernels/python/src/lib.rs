@@ -1,0 +1,22 @@
+//! The extension module under the Python package `superbatch_kernels`: memory of Python arrays in, the sub-batch out.
+//!
+//! What users call, and what they are told where an argument is wrong, is Python's, in `python/superbatch_kernels`. Here an
+//! argument is only held to what memory safety needs.
+mod arrays;
+mod pool;
+mod request;
+mod select;
+
+/// The extension module.
+#[pyo3::pymodule]
+mod _kernels {
+    #[pymodule_export]
+    use crate::select::{defaults, select, words};
+    use pyo3::prelude::*;
+
+    /// The package's version is the crate's.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}
