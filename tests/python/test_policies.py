@@ -105,6 +105,17 @@ def test_top_k_takes_the_largest_of_all_scores(inputs, service):
         assert inside == sorted(inside, reverse=True) and len(inside) == 8
 
 
+def test_k_center_reads_no_loss_whatever_the_criterion(inputs, service):
+    drawings = []
+    for criterion in ("learnability", "hard", "easy"):
+        asked = spec(inputs, f"spread-{criterion}", learner=None, phases=[phase(policy="k_center", criterion=criterion)])
+        receipt = step(service, asked)[1]
+        assert receipt.summary.batch_score == receipt.summary.mean_score_candidates == 0
+        assert all(0 <= row.score <= 2 for row in receipt.chosen)
+        drawings.append(drawn(receipt))
+    assert drawings[0] == drawings[1] == drawings[2]
+
+
 def test_importance_weights_are_those_of_the_priorities(inputs, service):
     tuning = Tuning(priority_exponent=0.8, weight_exponent=0.5)
     asked = spec(inputs, "weights", phases=[phase(policy="proportional", criterion="hard", tuning=tuning)])

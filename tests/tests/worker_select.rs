@@ -11,10 +11,7 @@ use superbatch_server::worker::{Worker, WorkerConfig};
 use superbatch_tests::fixture;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{
-    Code,
-    transport::{Channel, Server},
-};
+use tonic::transport::{Channel, Server};
 
 const DIM: u32 = 2;
 /// Candidates of one message.
@@ -92,8 +89,8 @@ async fn candidates_beyond_one_message_come_in_several() {
     assert_eq!(answer.indices, [7, 70_000, last as u32]);
 
     let at_once = vec![Message::Begin(SelectBegin { positions: all, ..begin() })];
-    let refused = select(at_once).await.unwrap_err();
-    assert_eq!(refused.code(), Code::OutOfRange, "over {MESSAGE_BYTES_MAX} bytes: {refused}");
+    let refused = Failure::try_from(select(at_once).await.unwrap_err()).unwrap();
+    assert_eq!(refused.reason, Reason::MessageTooLarge, "over {MESSAGE_BYTES_MAX} bytes: {refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

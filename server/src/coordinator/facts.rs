@@ -214,6 +214,7 @@ fn from_hex<M: Message + Default>(text: &str) -> Option<M> {
 mod tests {
     use super::*;
     use crate::storage::{StorageConfig, Stores};
+    use superbatch_proto::v1::Policy;
 
     #[tokio::test]
     async fn a_run_is_found_as_it_was_left() {
@@ -233,5 +234,15 @@ mod tests {
         let found = load(&location).await.unwrap().unwrap();
         assert_eq!((found.spec.seed, found.spec.phases.len(), found.appended), (7, 2, 1));
         assert_eq!((found.chain.current(), found.closed, found.failure), (1, true, None));
+    }
+
+    #[test]
+    fn a_run_of_an_earlier_version_has_the_defaults_of_this_one() {
+        let phase = Phase { policy: Policy::Rank.into(), ..Default::default() };
+        let known = RunFact::new(&RunSpec { phases: vec![phase], ..Default::default() }, "m".into(), None, None);
+        let mut completed = phase;
+        complete_phase(&mut completed);
+        assert!(completed.tuning.is_some());
+        assert_eq!(known.spec().unwrap().phases, [completed]);
     }
 }

@@ -191,7 +191,7 @@ fn unknown_words_and_zero_threads_are_refused_by_the_flags() {
 #[test]
 fn the_reference_judges_what_is_left_out_whatever_the_criterion() {
     let left_out = |criterion| {
-        let flags = ["--criterion", criterion, "--sub-batch-size", "4", "--clip-score-at-least", "0.2"];
+        let flags = ["--criterion", criterion, "--sub-batch-size", "4", "--duplicates-above", "0.5"];
         Draft::new().select(&flags).unwrap()["left_out"].as_u64().unwrap()
     };
     let counts = ["learnability", "hard", "easy"].map(left_out);

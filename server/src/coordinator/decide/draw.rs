@@ -10,6 +10,7 @@ use crate::{
     },
     error::Result,
     metrics,
+    selection::is_scored,
 };
 use superbatch_proto::v1::{Criterion, Loss, Mode, Phase, Policy, RunSpec, SelectBegin, SelectResponse};
 
@@ -59,6 +60,11 @@ pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch)
         Mode::Uniform => (Policy::Uniform as i32, criterion),
         Mode::ReferenceOnly => (policy, Criterion::Easy as i32),
         _ => (policy, criterion),
+    };
+    // Who reads no loss is handed no learner, and by this criterion nothing can then be scored.
+    let criterion = match is_scored(Policy::try_from(policy).unwrap_or_default()) {
+        true => criterion,
+        false => Criterion::Learnability as i32,
     };
     SelectBegin {
         policy,
