@@ -140,17 +140,7 @@ fn head(s: &ReceiptSummary) -> String {
         .map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
     let lines = [
         ("run", format!("{} step {} generation {}", s.run_id, s.step, s.generation)),
-        (
-            "drawn by",
-            format!(
-                "{} {} {}, {} chunks, seed {}",
-                word(s.policy().as_str_name(), "POLICY_"),
-                word(s.criterion().as_str_name(), "CRITERION_"),
-                word(s.loss().as_str_name(), "LOSS_"),
-                s.n_chunks,
-                s.seed
-            ),
-        ),
+        ("drawn by", drawn_by(s)),
         ("tuning", tuning(s)),
         ("mode", word(s.mode().as_str_name(), "MODE_")),
         ("learner", format!("{learner}, scale {} bias {}, lag {}", s.learner_scale, s.learner_bias, s.lag_steps)),
@@ -159,13 +149,7 @@ fn head(s: &ReceiptSummary) -> String {
             "scanned",
             format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes),
         ),
-        (
-            "scores",
-            format!(
-                "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
-                s.batch_score, s.mean_score_chosen, s.mean_score_candidates
-            ),
-        ),
+        ("scores", scores(s)),
         (
             "cost",
             format!(
@@ -191,6 +175,27 @@ fn head(s: &ReceiptSummary) -> String {
     let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect();
     text.push('\n');
     text
+}
+
+fn drawn_by(s: &ReceiptSummary) -> String {
+    format!(
+        "{} {} {}, {} chunks, seed {}",
+        word(s.policy().as_str_name(), "POLICY_"),
+        word(s.criterion().as_str_name(), "CRITERION_"),
+        word(s.loss().as_str_name(), "LOSS_"),
+        s.n_chunks,
+        s.seed
+    )
+}
+
+fn scores(s: &ReceiptSummary) -> String {
+    if !has_scores(s) {
+        return "none: no loss was read".to_owned();
+    }
+    format!(
+        "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
+        s.batch_score, s.mean_score_chosen, s.mean_score_candidates
+    )
 }
 
 /// What was set, and how many candidates it left out.
