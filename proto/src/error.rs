@@ -55,7 +55,7 @@ fn code(reason: Reason) -> Code {
         RunNotFound | StepNotCommitted => Code::NotFound,
         RunSpecConflict | PushConflict => Code::AlreadyExists,
         RunClosed | NotOwner | RunFailed | WorldSizeConflict | GenerationStale | StepBeyondAhead | WeightsMissing
-        | PushOffCadence | StorageUnsafe => Code::FailedPrecondition,
+        | PushOffCadence | StorageUnsafe | TooFewCandidates => Code::FailedPrecondition,
         EndOfData => Code::OutOfRange,
         NeedDeadline => Code::DeadlineExceeded,
         RowChanged | DatasetChanged | TooManyBadRows => Code::DataLoss,

@@ -17,5 +17,7 @@ pub mod v1 {
 
 /// Largest message either side accepts, in bytes. Payloads are cut into parts of [`PART_BYTES`], far below it.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Most candidates of a super-batch.
+pub const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 /// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
 pub const PART_BYTES: usize = 1 << 20;

@@ -42,8 +42,8 @@ impl Backend {
         noise: &Noise<'_>,
     ) -> Result<Selection> {
         let mut problem = Problem::new(candidates, settings, tuning, noise)?;
-        let left_out = filter::left_out(candidates, tuning, &problem.offered)?;
-        problem.leave_out(&left_out)?;
+        let filtered = filter::filter(candidates, tuning, &problem.offered)?;
+        problem.leave_out(&filtered)?;
         let mut selection = if problem.models.is_empty() {
             engine::run(&problem, None, noise)?
         } else {
@@ -54,7 +54,8 @@ impl Backend {
             };
             engine::run(&problem, Some(engine.as_mut()), noise)?
         };
-        selection.left_out = left_out.len();
+        selection.left_out = filtered.left_out;
+        selection.flops += filtered.flops;
         Ok(selection)
     }
 }

@@ -5,7 +5,7 @@ use crate::{
     native::Spread,
     noise::{ChunkNoise, Noise},
     problem::Problem,
-    types::{Loss, Selection},
+    types::{LeftOut, Loss, Selection},
 };
 use rayon::prelude::*;
 
@@ -62,7 +62,7 @@ pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, no
         scores: drawn.iter().map(|drawn| drawn.score).collect(),
         weights: law::weights(problem, own.as_deref().unwrap_or(&scores), &chosen),
         indices: chosen,
-        left_out: 0,
+        left_out: LeftOut::default(),
         batch_score: None,
         mean_score_chosen: None,
         mean_score_candidates: None,

@@ -1,5 +1,5 @@
 //! What can be wrong with a selection's inputs.
-use crate::types::Criterion;
+use crate::types::{Criterion, LeftOut};
 
 /// Why a selection was refused. Nothing is drawn when one of these is returned.
 #[derive(Debug, thiserror::Error)]
@@ -9,6 +9,13 @@ pub enum Error {
         "cannot draw a sub-batch of {sub_batch_size}: of {candidates} candidates {holes} are holes; ask for fewer or offer more"
     )]
     TooFewCandidates { sub_batch_size: usize, candidates: usize, holes: usize },
+    /// There would be enough candidates, had [`Tuning`](crate::Tuning) not left so many out.
+    #[error(
+        "cannot draw a sub-batch of {sub_batch_size}: of {candidates} candidates {holes} are holes, and {} were left out \
+         (clip_score_at_least {}, neg_clip_loss_keep {}, duplicates_above {}); loosen the threshold, or enlarge the super-batch",
+        left_out.total(), left_out.clip_score_at_least, left_out.neg_clip_loss_keep, left_out.duplicates_above
+    )]
+    TooManyLeftOut { sub_batch_size: usize, candidates: usize, holes: usize, left_out: LeftOut },
     /// A setting outside its range.
     #[error("{setting} is {value}: it must be {must}")]
     SettingInvalid { setting: &'static str, value: String, must: &'static str },

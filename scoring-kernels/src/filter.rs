@@ -3,7 +3,7 @@ use crate::{
     error::{Error, Result},
     native::{Others, clip_losses},
     problem::check_model,
-    types::{Candidates, ModelEmbeddings, Rows, Tuning},
+    types::{Candidates, LeftOut, ModelEmbeddings, Rows, Tuning},
 };
 use rayon::prelude::*;
 
@@ -14,11 +14,20 @@ const CONTEXT: usize = 4_096;
 /// How often centres are moved to the mean of their cell.
 const ROUNDS: usize = 2;
 
-/// The candidates of `offered` to leave out, rising. Judged by the reference, which does not change, else by the learner.
-pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u32]) -> Result<Vec<u32>> {
-    let Tuning { duplicates_above, clip_score_at_least, neg_clip_loss_keep, .. } = *tuning;
-    if [duplicates_above, clip_score_at_least, neg_clip_loss_keep].iter().all(Option::is_none) {
-        return Ok(Vec::new());
+/// What the rules made of the candidates offered.
+pub(crate) struct Filtered {
+    /// Rising.
+    pub kept: Vec<u32>,
+    pub left_out: LeftOut,
+    /// Floating-point operations spent on dot products.
+    pub flops: f64,
+}
+
+/// Applies the rules of `tuning` to `offered`. Judged by the reference, which does not change, else by the learner.
+pub(crate) fn filter(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u32]) -> Result<Filtered> {
+    let mut filtered = Filtered { kept: offered.to_vec(), left_out: LeftOut::default(), flops: 0.0 };
+    if !tuning.leaves_out() {
+        return Ok(filtered);
     }
     let named = candidates.reference.map(|model| ("reference", model));
     let Some((name, model)) = named.or(candidates.learner.map(|model| ("learner", model))) else {
@@ -27,46 +36,54 @@ pub(crate) fn left_out(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[
         return Err(Error::SettingInvalid { setting, value: "set".to_owned(), must });
     };
     let cosines = check_model(name, &model, candidates.count, offered)?;
-    let (mut kept, mut out) = (offered.to_vec(), Vec::new());
-    if let Some(least) = clip_score_at_least {
-        (kept, out) = kept.iter().partition(|&&index| 2.5 * cosines[index as usize].max(0.0) >= least);
+    if let Some(least) = tuning.clip_score_at_least {
+        filtered.kept.retain(|&index| 2.5 * cosines[index as usize].max(0.0) >= least);
+        filtered.left_out.clip_score_at_least = offered.len() - filtered.kept.len();
     }
-    if let Some(share) = neg_clip_loss_keep {
-        out.extend(worst(&model, cosines, &mut kept, share));
+    if let Some(share) = tuning.neg_clip_loss_keep {
+        filtered.left_out.neg_clip_loss_keep = filtered.keep_best(&model, cosines, share);
     }
-    if let Some(above) = duplicates_above {
-        out.extend(duplicates(&model, &kept, above as f32));
+    if let Some(above) = tuning.duplicates_above {
+        filtered.left_out.duplicates_above = filtered.leave_out_duplicates(&model, above as f32);
     }
-    out.sort_unstable();
-    Ok(out)
+    Ok(filtered)
 }
 
-/// Takes all but a share of `kept` out of it, those of the smallest negCLIPLoss (Wang et al. 2024): the cosine of image and
-/// text less what the softmax loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates,
-/// evenly spaced: candidates come in random order.
-fn worst(model: &ModelEmbeddings<'_>, cosines: Vec<f64>, kept: &mut Vec<u32>, share: f64) -> Vec<u32> {
-    let keep = ((share * kept.len() as f64).ceil() as usize).clamp(kept.len().min(1), kept.len());
-    let batch = kept.len().min(CONTEXT);
-    let context: Vec<u32> = (0..batch).map(|k| kept[k * kept.len() / batch]).collect();
-    let losses = clip_losses(model, cosines, kept, &context);
-    let mut order: Vec<(f64, u32)> = losses.into_iter().zip(kept.iter().copied()).collect();
-    order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    let out: Vec<u32> = order.drain(keep..).map(|(_, index)| index).collect();
-    *kept = order.into_iter().map(|(_, index)| index).collect();
-    kept.sort_unstable();
-    out
-}
+impl Filtered {
+    /// Keeps a share, those of the largest negCLIPLoss (Wang et al. 2024): the cosine of image and text less what the softmax
+    /// loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates, evenly spaced: candidates
+    /// come in random order. Returns how many are left out.
+    fn keep_best(&mut self, model: &ModelEmbeddings<'_>, cosines: Vec<f64>, share: f64) -> usize {
+        let count = self.kept.len();
+        let keep = ((share * count as f64).ceil() as usize).clamp(count.min(1), count);
+        let batch = count.min(CONTEXT);
+        let context: Vec<u32> = (0..batch).map(|k| self.kept[k * count / batch]).collect();
+        let losses = clip_losses(model, cosines, &self.kept, &context);
+        self.flops += 4.0 * count as f64 * batch as f64 * model.dim as f64;
+        let mut order: Vec<(f64, u32)> = losses.into_iter().zip(self.kept.iter().copied()).collect();
+        order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        self.kept = order[..keep].iter().map(|(_, index)| *index).collect();
+        self.kept.sort_unstable();
+        count - keep
+    }
 
-/// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a
-/// cell, from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs
-/// across two cells are not seen.
-fn duplicates(model: &ModelEmbeddings<'_>, offered: &[u32], above: f32) -> Vec<u32> {
-    let left_out = |cell: &Vec<(f32, u32)>| {
-        let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();
-        let kept = kept(model, &members, above);
-        members.into_iter().zip(kept).filter(|(_, kept)| !kept).map(|(index, _)| index).collect::<Vec<_>>()
-    };
-    cells(model, offered).par_iter().flat_map_iter(left_out).collect()
+    /// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a
+    /// cell, from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs
+    /// across two cells are not seen. Returns how many are left out.
+    fn leave_out_duplicates(&mut self, model: &ModelEmbeddings<'_>, above: f32) -> usize {
+        let count = self.kept.len();
+        let cells = cells(model, &self.kept);
+        let pairs: usize = cells.iter().map(|cell| cell.len() * cell.len()).sum();
+        self.flops += 2.0 * model.dim as f64 * (pairs + ROUNDS * count * cells.len()) as f64;
+        let kept_in = |cell: &Vec<(f32, u32)>| {
+            let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();
+            let kept = kept(model, &members, above);
+            members.into_iter().zip(kept).filter(|(_, kept)| *kept).map(|(index, _)| index).collect::<Vec<_>>()
+        };
+        self.kept = cells.par_iter().flat_map_iter(kept_in).collect();
+        self.kept.sort_unstable();
+        count - self.kept.len()
+    }
 }
 
 /// Which of a cell's members are kept, taken in order.

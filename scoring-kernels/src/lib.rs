@@ -144,4 +144,4 @@ mod types;
 pub use backend::Backend;
 pub use error::{Error, Result};
 pub use noise::Noise;
-pub use types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning};
+pub use types::{Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning};

@@ -1,6 +1,7 @@
 //! A selection whose inputs were checked, in the form that every engine works on.
 use crate::{
     error::{Error, Result},
+    filter::Filtered,
     noise::Noise,
     types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
 };
@@ -90,10 +91,14 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Leaves candidates (rising) out of what is offered.
-    pub(crate) fn leave_out(&mut self, left_out: &[u32]) -> Result<()> {
-        self.offered.retain(|index| left_out.binary_search(index).is_err());
-        enough(self.chunks.iter().sum(), self.count, &self.offered)
+    /// Offers only what was kept.
+    pub(crate) fn leave_out(&mut self, filtered: &Filtered) -> Result<()> {
+        let (sub_batch_size, holes) = (self.chunks.iter().sum(), self.count - self.offered.len());
+        self.offered.clone_from(&filtered.kept);
+        if sub_batch_size <= self.offered.len() {
+            return Ok(());
+        }
+        Err(Error::TooManyLeftOut { sub_batch_size, candidates: self.count, holes, left_out: filtered.left_out })
     }
 }
 

@@ -260,6 +260,27 @@ impl Default for Tuning {
     }
 }
 
+impl Tuning {
+    /// Whether a rule leaves candidates out. Such rules read embeddings, also under a policy that needs none.
+    pub fn leaves_out(&self) -> bool {
+        [self.duplicates_above, self.clip_score_at_least, self.neg_clip_loss_keep].iter().any(Option::is_some)
+    }
+}
+
+/// How many candidates each rule of [`Tuning`] left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    pub clip_score_at_least: usize,
+    pub neg_clip_loss_keep: usize,
+    pub duplicates_above: usize,
+}
+
+impl LeftOut {
+    pub fn total(&self) -> usize {
+        self.clip_score_at_least + self.neg_clip_loss_keep + self.duplicates_above
+    }
+}
+
 /// The sub-batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selection {
@@ -273,7 +294,7 @@ pub struct Selection {
     /// Importance weights, the largest 1: those of the proportional policy; under all others 1.
     pub weights: Vec<f64>,
     /// Candidates that [`Tuning`] left out.
-    pub left_out: usize,
+    pub left_out: LeftOut,
     /// Mean conditional score per example of the whole sub-batch, which joint selection tries to make large: the
     /// criterion's difference of the batch losses that a trainer would see on it. No gain, so that runs compare.
     /// Absent where the uniform policy was given no embeddings.
@@ -282,6 +303,6 @@ pub struct Selection {
     pub mean_score_chosen: Option<f64>,
     /// Mean unconditional score of all candidates that are not holes; absent as `batch_score` is.
     pub mean_score_candidates: Option<f64>,
-    /// Floating-point operations spent on dot products.
+    /// Floating-point operations spent on dot products, those of [`Tuning`]'s rules included.
     pub flops: f64,
 }

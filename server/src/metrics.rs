@@ -55,6 +55,9 @@ declare! {
     counter selected() = "superbatch_selected_total", Count;
     /// Rows that could not be used, by reason. A slice that is scored again counts its rows again.
     counter skipped(reason) = "superbatch_skipped_total", Count;
+    /// Candidates that a rule of a phase's tuning left out of a committed step, by rule: `clip_score_at_least`,
+    /// `neg_clip_loss_keep`, `duplicates_above`.
+    counter left_out(rule) = "superbatch_left_out_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.

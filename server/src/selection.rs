@@ -4,6 +4,7 @@ use half::f16;
 use std::ops::Range;
 use superbatch_kernels::{
     self as kernels, Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection, Settings,
+    Tuning,
 };
 use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResponse};
 
@@ -64,10 +65,11 @@ impl Embedded {
     }
 }
 
-/// Draws a sub-batch as `begin` says. A model is absent where the criterion does not ask it.
+/// Draws a sub-batch as `begin` says. A model is absent where nothing asks it.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field, `TooManyBadRows` where fewer than the sub-batch survive, `DeviceUnavailable`.
+/// `InvalidArgument` naming the field; `TooManyBadRows` where fewer than the sub-batch survive, `TooFewCandidates` where they
+/// would but for what was left out; `DeviceUnavailable`.
 pub fn draw(
     backend: Backend,
     begin: &SelectBegin,
@@ -82,7 +84,7 @@ pub fn draw(
     };
     let SelectBegin { seed, generation, step, .. } = *begin;
     let noise = Noise::Seeded { seed, generation, step, keys: &begin.positions };
-    backend.select(&candidates, &settings(begin)?, &noise).map_err(refusal)
+    backend.select_tuned(&candidates, &settings(begin)?, &tuning(begin.tuning.as_ref()), &noise).map_err(refusal)
 }
 
 /// The answer to a `Select` call; `seconds`, `device` and `threads` are the caller's to fill.
@@ -96,7 +98,46 @@ pub fn response(selection: Selection) -> SelectResponse {
         mean_score_chosen: selection.mean_score_chosen.unwrap_or_default(),
         mean_score_candidates: selection.mean_score_candidates.unwrap_or_default(),
         flops: selection.flops,
+        left_out: Some(v1::LeftOut {
+            clip_score_at_least: selection.left_out.clip_score_at_least as u32,
+            neg_clip_loss_keep: selection.left_out.neg_clip_loss_keep as u32,
+            duplicates_above: selection.left_out.duplicates_above as u32,
+        }),
         ..Default::default()
+    }
+}
+
+/// The policy that draws; `None` where none is set.
+pub fn policy(policy: v1::Policy) -> Option<Policy> {
+    Some(match policy {
+        v1::Policy::Unspecified => return None,
+        v1::Policy::Uniform => Policy::Uniform,
+        v1::Policy::Independent => Policy::Independent,
+        v1::Policy::Joint => Policy::Joint,
+        v1::Policy::JointTopK => Policy::JointTopK,
+        v1::Policy::TopK => Policy::TopK,
+        v1::Policy::Rank => Policy::Rank,
+        v1::Policy::Proportional => Policy::Proportional,
+        v1::Policy::KCenter => Policy::KCenter,
+    })
+}
+
+/// Whether a policy draws by scores; the steps of the others have none.
+pub fn is_scored(policy: v1::Policy) -> bool {
+    self::policy(policy).is_some_and(Policy::is_scored)
+}
+
+/// What `tuning` says, defaults filled.
+pub fn tuning(tuning: Option<&v1::Tuning>) -> Tuning {
+    let (given, default) = (tuning.copied().unwrap_or_default(), Tuning::default());
+    Tuning {
+        temperature: given.temperature.unwrap_or(default.temperature),
+        pressure: given.pressure.unwrap_or(default.pressure),
+        priority_exponent: given.priority_exponent.unwrap_or(default.priority_exponent),
+        weight_exponent: given.weight_exponent.unwrap_or(default.weight_exponent),
+        duplicates_above: given.duplicates_above,
+        clip_score_at_least: given.clip_score_at_least,
+        neg_clip_loss_keep: given.neg_clip_loss_keep,
     }
 }
 
@@ -105,12 +146,7 @@ pub fn response(selection: Selection) -> SelectResponse {
 pub fn settings(begin: &SelectBegin) -> Result<Settings> {
     let unset = |field| Error::invalid(field, format!("SelectBegin.{field} is not set"));
     Ok(Settings {
-        policy: match begin.policy() {
-            v1::Policy::Uniform => Policy::Uniform,
-            v1::Policy::Independent => Policy::Independent,
-            v1::Policy::Joint => Policy::Joint,
-            v1::Policy::Unspecified => return Err(unset("policy")),
-        },
+        policy: policy(begin.policy()).ok_or_else(|| unset("policy"))?,
         loss: match begin.loss() {
             v1::Loss::Sigmoid => Loss::Sigmoid,
             v1::Loss::Softmax => Loss::Softmax,
@@ -133,8 +169,15 @@ fn refusal(error: kernels::Error) -> Error {
     let message = error.to_string();
     match &error {
         E::TooFewCandidates { .. } => Error::new(Reason::TooManyBadRows, message),
+        E::TooManyLeftOut { candidates, holes, left_out, .. } => Error::new(Reason::TooFewCandidates, message)
+            .with("candidates", candidates)
+            .with("holes", holes)
+            .with("left_out", left_out.total()),
         #[cfg(feature = "torch")]
         E::Torch(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         _ => Error::invalid("select", message),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -200,7 +200,7 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
     assert "undisturbed step 2 generation 0" in in_full and "joint learnability sigmoid, 3 chunks, seed 5" in in_full
     assert "96 of super_batch_size 96, 0 holes" in in_full
     drawn = [line.split() for line in in_full.splitlines() if re.match(r" *\d+ +\d+ ", line)]
-    assert [row[4] for row in drawn] == [row[0] for row in chosen[2]]
+    assert [row[5] for row in drawn] == [row[0] for row in chosen[2]]
 
 
 def test_receipts_that_are_not_there(state):

@@ -89,7 +89,30 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         learner: maybe(py, summary.learner.as_ref(), weights_version)?,
         scanned: list(py, summary.scanned.iter().map(|span| dict!(py, span, [source, epoch, start, count], {})))?,
         cost: maybe(py, summary.cost.as_ref(), accounts)?,
+        tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
+        left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
     })
+}
+
+fn tuning(py: Python<'_>, numbers: &v1::Tuning) -> Shown {
+    dict!(
+        py,
+        numbers,
+        [
+            temperature,
+            pressure,
+            priority_exponent,
+            weight_exponent,
+            clip_score_at_least,
+            neg_clip_loss_keep,
+            duplicates_above,
+        ],
+        {}
+    )
+}
+
+fn left_out(py: Python<'_>, counts: &v1::LeftOut) -> Shown {
+    dict!(py, counts, [clip_score_at_least, neg_clip_loss_keep, duplicates_above], {})
 }
 
 pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
@@ -115,6 +138,7 @@ fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
         policy: short(phase.policy().as_str_name(), "POLICY_"),
         criterion: short(phase.criterion().as_str_name(), "CRITERION_"),
         fidelity: short(phase.fidelity().as_str_name(), "FIDELITY_"),
+        tuning: maybe(py, phase.tuning.as_ref(), tuning)?,
     })
 }
 

@@ -3,7 +3,7 @@ use crate::errors::invalid;
 use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
     ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag, LearnerSpec, Loss, Phase, Policy,
-    ReferenceSpec, RewindMode, RunSpec, Source, TensorDtype, lag, learner_spec,
+    ReferenceSpec, RewindMode, RunSpec, Source, TensorDtype, Tuning, lag, learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -220,6 +220,19 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         n_chunks: fields.or_default("n_chunks")?,
         gain: fields.or_default("gain")?,
         fidelity: fields.named::<Fidelity>("fidelity")?,
+        tuning: fields.nested("tuning", tuning)?,
+    })
+}
+
+fn tuning(fields: &mut Fields<'_, '_>) -> PyResult<Tuning> {
+    Ok(Tuning {
+        temperature: fields.optional("temperature")?,
+        pressure: fields.optional("pressure")?,
+        priority_exponent: fields.optional("priority_exponent")?,
+        weight_exponent: fields.optional("weight_exponent")?,
+        clip_score_at_least: fields.optional("clip_score_at_least")?,
+        neg_clip_loss_keep: fields.optional("neg_clip_loss_keep")?,
+        duplicates_above: fields.optional("duplicates_above")?,
     })
 }
 

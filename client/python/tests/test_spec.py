@@ -1,10 +1,12 @@
 """Run specs cross to the Rust client as dicts, which refuses what it does not know."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import superbatch
 from superbatch import _superbatch
+
+POLICIES = ("uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional", "k_center")
 
 
 def refused(spec: dict) -> superbatch.Error:
@@ -46,8 +48,13 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         compute_dtype="bf16",
         train_flops_per_example=1e9,
         need_deadline_seconds=5.0,
+        phases=[superbatch.Phase(
+            policy=policy, super_batch_size=64, sub_batch_size=16, from_step=step, criterion="hard", n_chunks=4, gain=1.0,
+            fidelity="full", tuning=superbatch.Tuning(**{field.name: 0.5 for field in fields(superbatch.Tuning)}))
+            for step, policy in enumerate(POLICIES)],
     )
     assert None not in full.to_dict().values()
+    assert len(full.to_dict()["phases"][0]["tuning"]) == 7
     _superbatch.check_spec(full.to_dict())
 
 
@@ -58,7 +65,9 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         ({"loss": "hinge"}, "loss", "sigmoid, softmax"),
         ({"fallback": "unspecified"}, "fallback", "wait, serve_flagged, uniform, reference_only"),
         ({"fallback": "UNSPECIFIED"}, "fallback", "wait, serve_flagged, uniform, reference_only"),
-        ({"phases": [{"policy": "best"}]}, "phases[0].policy", "uniform, independent, joint"),
+        ({"phases": [{"policy": "best"}]}, "phases[0].policy", ", ".join(POLICIES)),
+        ({"phases": [{"tuning": {"heat": 1}}]}, "phases[0].tuning.heat", "temperature, pressure"),
+        ({"phases": [{"tuning": {"pressure": "high"}}]}, "phases[0].tuning.pressure", ""),
         ({"phases": [{"policy": "joint", "size": 1}]}, "phases[0].size", "super_batch_size"),
         ({"phases": [{}, {"sub_batch_size": -1}]}, "phases[1].sub_batch_size", ""),
         ({"learner": {"model_uri": 3}}, "learner.model_uri", ""),

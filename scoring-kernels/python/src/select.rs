@@ -111,7 +111,7 @@ fn drawn<'py>(py: Python<'py>, selection: &Selection, not_finite: &[u32]) -> PyR
         scores: real(&selection.scores)?,
         weights: real(&selection.weights)?,
         not_finite: whole(not_finite)?,
-        left_out: selection.left_out,
+        left_out: selection.left_out.total(),
         batch_score: selection.batch_score,
         mean_score_chosen: selection.mean_score_chosen,
         mean_score_candidates: selection.mean_score_candidates,

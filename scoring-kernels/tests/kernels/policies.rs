@@ -3,7 +3,7 @@ use crate::{
     oracle::Oracle,
     support::{World, assert_close, backends, settings},
 };
-use superbatch_kernels::{Backend, Candidates, Criterion, Error, Loss, Policy, Selection, Settings, Tuning};
+use superbatch_kernels::{Backend, Candidates, Criterion, Error, LeftOut, Loss, Policy, Selection, Settings, Tuning};
 
 fn world() -> World {
     World::new(40, 90, [16, 24], 20.0, -8.0, 6)
@@ -90,14 +90,17 @@ fn of_near_duplicates_one_is_left() {
     let tuning = Tuning { duplicates_above: Some(0.999), ..Tuning::default() };
     for policy in Policy::ALL {
         let ours = tuned(&world, &Settings { sub_batch_size: 55, ..hard(*policy) }, &tuning);
-        assert_eq!(ours.left_out, 30, "{policy}");
+        assert_eq!(ours.left_out, LeftOut { duplicates_above: 30, ..LeftOut::default() }, "{policy}");
         for x in ours.indices.iter().filter(|x| **x < 30) {
             assert!(!ours.indices.contains(&(x + 60)), "{policy}: {x} twice");
         }
     }
     let settings = Settings { sub_batch_size: 61, ..hard(Policy::Joint) };
     let refused = Backend::Native.select_tuned(&world.candidates(), &settings, &tuning, &world.given());
-    assert!(matches!(refused, Err(Error::TooFewCandidates { sub_batch_size: 61, candidates: 90, holes: 30 })));
+    assert!(matches!(
+        refused,
+        Err(Error::TooManyLeftOut { sub_batch_size: 61, candidates: 90, holes: 0, left_out }) if left_out.total() == 30
+    ));
 }
 
 #[test]
@@ -111,7 +114,7 @@ fn duplicates_are_found_in_large_super_batches_and_among_many_copies() {
     }
     let tuning = Tuning { duplicates_above: Some(0.999_99), ..Tuning::default() };
     let ours = tuned(&world, &Settings { sub_batch_size: 1_200, ..hard(Policy::Uniform) }, &tuning);
-    assert_eq!(ours.left_out, 1_800);
+    assert_eq!(ours.left_out.duplicates_above, 1_800);
     assert!(ours.indices.iter().filter(|x| **x >= 2_400 || **x < 2).count() <= 1);
 }
 
@@ -126,7 +129,7 @@ fn pairs_below_a_clip_score_are_left_out() {
     let fit = (0..90).filter(|x| score(*x) >= 1.5).count();
     assert!((10..90).contains(&fit));
     let ours = tuned(&world, &Settings { sub_batch_size: fit, ..hard(Policy::Joint) }, &tuning);
-    assert_eq!(ours.left_out, 90 - fit);
+    assert_eq!(ours.left_out.clip_score_at_least, 90 - fit);
     assert!(ours.indices.iter().all(|x| score(*x as usize) >= 1.499_999));
 }
 
@@ -143,11 +146,16 @@ fn the_share_of_the_best_neg_clip_loss_is_kept() {
     let mut best: Vec<u32> = (0..90).collect();
     best.sort_by(|&a, &b| score(b as usize).total_cmp(&score(a as usize)));
     let ours = tuned(&world, &Settings { sub_batch_size: 36, ..hard(Policy::Joint) }, &tuning);
-    assert_eq!(ours.left_out, 54);
+    assert_eq!(ours.left_out.neg_clip_loss_keep, 54);
     let mut chosen = ours.indices;
     chosen.sort_unstable();
     best[..36].sort_unstable();
     assert_eq!(chosen, best[..36]);
+    let bare = Candidates { learner: None, ..world.candidates() };
+    let settings = Settings { sub_batch_size: 36, ..hard(Policy::Uniform) };
+    let ours =
+        Backend::Native.select_tuned(&bare, &settings, &tuning, &world.given()).expect("needs the reference alone");
+    assert_eq!(ours.flops, 4.0 * 90.0 * 90.0 * 24.0, "what the rule costs");
 }
 
 #[test]
@@ -201,5 +209,5 @@ fn every_backend_leaves_out_the_same() {
 fn plain_and_left_out(world: &World, settings: &Settings, tuning: &Tuning) -> Vec<(usize, Vec<f64>)> {
     let select = |backend: Backend| backend.select_tuned(&world.candidates(), settings, tuning, &world.given());
     let both = backends().into_iter().map(|backend| select(backend).expect("valid"));
-    both.map(|selection| (selection.left_out, selection.scores)).collect()
+    both.map(|selection| (selection.left_out.total(), selection.scores)).collect()
 }

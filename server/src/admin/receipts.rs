@@ -2,13 +2,17 @@
 use super::{ConfigArgs, open_state, table::table};
 use crate::{
     config::Config,
-    coordinator::{facts, receipt::to_json, receipts::Receipts},
+    coordinator::{
+        facts,
+        receipt::{has_scores, to_json, tuning_to_json},
+        receipts::Receipts,
+    },
     error::{Error, Result},
     storage::Location,
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
-use superbatch_proto::v1::{Mode, Policy, Reason, Receipt, ReceiptSummary};
+use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -102,12 +106,7 @@ fn list(receipts: &[Receipt]) -> String {
             cost.candidates_scanned.to_string(),
             receipt.chosen.len().to_string(),
             s.holes.to_string(),
-            // Nothing was scored where examples were drawn uniformly.
-            if s.policy() == Policy::Uniform || s.mode() == Mode::Uniform {
-                "-".into()
-            } else {
-                format!("{:.4}", s.batch_score)
-            },
+            if has_scores(s) { format!("{:.4}", s.batch_score) } else { "-".into() },
             format!("{:.3}", cost.seconds.unwrap_or_default().total),
         ]);
     }
@@ -117,10 +116,10 @@ fn list(receipts: &[Receipt]) -> String {
 fn in_full(receipt: &Receipt) -> String {
     let Some(s) = &receipt.summary else { return String::new() };
     let mut text = head(s);
-    let mut rows = vec![["drawn", "chunk", "score", "position", "id"].map(str::to_owned).to_vec()];
+    let mut rows = vec![["drawn", "chunk", "score", "weight", "position", "id"].map(str::to_owned).to_vec()];
     rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
-        let numbers = [drawn.to_string(), row.chunk.to_string(), format!("{:.5}", row.score), row.position.to_string()];
-        numbers.into_iter().chain([row.id.clone()]).collect()
+        let (score, weight) = (format!("{:.5}", row.score), format!("{:.3}", row.weight));
+        vec![drawn.to_string(), row.chunk.to_string(), score, weight, row.position.to_string(), row.id.clone()]
     }));
     text.push_str(&table(&rows));
     if !receipt.bad_rows.is_empty() {
@@ -141,17 +140,8 @@ fn head(s: &ReceiptSummary) -> String {
         .map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
     let lines = [
         ("run", format!("{} step {} generation {}", s.run_id, s.step, s.generation)),
-        (
-            "drawn by",
-            format!(
-                "{} {} {}, {} chunks, seed {}",
-                word(s.policy().as_str_name(), "POLICY_"),
-                word(s.criterion().as_str_name(), "CRITERION_"),
-                word(s.loss().as_str_name(), "LOSS_"),
-                s.n_chunks,
-                s.seed
-            ),
-        ),
+        ("drawn by", drawn_by(s)),
+        ("tuning", tuning(s)),
         ("mode", word(s.mode().as_str_name(), "MODE_")),
         ("learner", format!("{learner}, scale {} bias {}, lag {}", s.learner_scale, s.learner_bias, s.lag_steps)),
         ("reference", format!("{}, scale {} bias {}", s.reference_digest, s.reference_scale, s.reference_bias)),
@@ -159,13 +149,7 @@ fn head(s: &ReceiptSummary) -> String {
             "scanned",
             format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes),
         ),
-        (
-            "scores",
-            format!(
-                "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
-                s.batch_score, s.mean_score_chosen, s.mean_score_candidates
-            ),
-        ),
+        ("scores", scores(s)),
         (
             "cost",
             format!(
@@ -190,6 +174,40 @@ fn head(s: &ReceiptSummary) -> String {
     ];
     let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect();
     text.push('\n');
+    text
+}
+
+fn drawn_by(s: &ReceiptSummary) -> String {
+    format!(
+        "{} {} {}, {} chunks, seed {}",
+        word(s.policy().as_str_name(), "POLICY_"),
+        word(s.criterion().as_str_name(), "CRITERION_"),
+        word(s.loss().as_str_name(), "LOSS_"),
+        s.n_chunks,
+        s.seed
+    )
+}
+
+fn scores(s: &ReceiptSummary) -> String {
+    if !has_scores(s) {
+        return "none: no loss was read".to_owned();
+    }
+    format!(
+        "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
+        s.batch_score, s.mean_score_chosen, s.mean_score_candidates
+    )
+}
+
+/// What was set, and how many candidates it left out.
+fn tuning(s: &ReceiptSummary) -> String {
+    let Some(tuning) = &s.tuning else { return "none".to_owned() };
+    let mut text = tuning_to_json(tuning).to_string();
+    if let Some(LeftOut { clip_score_at_least, neg_clip_loss_keep, duplicates_above }) = s.left_out {
+        text.push_str(&format!(
+            "; left out {} (CLIPScore {clip_score_at_least}, negCLIPLoss {neg_clip_loss_keep}, duplicates {duplicates_above})",
+            clip_score_at_least + neg_clip_loss_keep + duplicates_above
+        ));
+    }
     text
 }
 

@@ -140,14 +140,12 @@ pub fn run(args: &SelectArgs) -> Result<String> {
     let selection = pool.install(|| super_batch.select(&backend))?;
     let seconds = Seconds { load, select: begun.elapsed().as_secs_f64() };
     let Selection { indices, chunks, batch_score, weights, left_out, .. } = &selection;
-    let tuning = &super_batch.tuning;
-    let filters = [tuning.duplicates_above, tuning.clip_score_at_least, tuning.neg_clip_loss_keep];
     let printed = Printed {
         indices,
         chunks,
         batch_score: *batch_score,
         weights: (super_batch.settings.policy == Policy::Proportional).then_some(weights),
-        left_out: filters.iter().any(Option::is_some).then_some(*left_out),
+        left_out: super_batch.tuning.leaves_out().then(|| left_out.total()),
         seconds,
     };
     serde_json::to_string(&printed)
@@ -211,9 +209,15 @@ impl SuperBatch {
         let criterion = file.setting(args.criterion, "criterion", Criterion::default())?;
         let policy = file.setting(args.policy, "policy", Policy::default())?;
         let loss = file.setting(args.loss, "loss", Loss::default())?;
-        let optional = policy == Policy::Uniform;
+        let tuning = file.tuning(&args.tuning)?;
+        let optional = !policy.is_scored();
         let learner = if criterion.needs_learner() { file.model("learner", loss, optional)? } else { None };
-        let reference = if criterion.needs_reference() { file.model("reference", loss, optional)? } else { None };
+        // Wherever there is a reference, it tells distances and what is left out.
+        let reference = match criterion.needs_reference() {
+            true => file.model("reference", loss, optional)?,
+            false if policy == Policy::KCenter || tuning.leaves_out() => file.model("reference", loss, true)?,
+            false => None,
+        };
         let noise = file.noise()?;
         let models = [&learner, &reference].into_iter().flatten().map(|model| model.count);
         let counts: Vec<usize> = models.chain(noise.as_ref().map(|noise| noise.1)).collect();
@@ -231,7 +235,6 @@ impl SuperBatch {
             n_chunks: file.setting(args.n_chunks, "n_chunks", 16)?,
             gain: file.setting(args.gain, "gain", 1.0)?,
         };
-        let tuning = file.tuning(&args.tuning)?;
         let draws = if policy == Policy::Joint { settings.n_chunks.min(settings.sub_batch_size) } else { 1 };
         let noise = noise.filter(|(values, _)| values.len() >= draws * count).map(|(values, _)| values);
         let seed = file.setting(args.seed, "seed", 0)?;

@@ -120,13 +120,15 @@ impl Serve {
             pool.embed(embedded::connect(worker), &device);
         }
         let on_worker = match settings.selector_device.as_str() {
-            "auto" => device.starts_with("cuda"),
-            asked => asked.starts_with("cuda"),
+            "worker" => Some(""),
+            "cuda" => Some("cuda"),
+            "auto" if device.starts_with("cuda") => Some("cuda"),
+            _ => None,
         };
         let local = LocalSelector::new(0)?;
         let selector: Arc<dyn Selector> = match on_worker {
-            true => Arc::new(WorkerSelector { pool: pool.clone(), local, device: "cuda" }),
-            false => Arc::new(local),
+            Some(device) => Arc::new(WorkerSelector { pool: pool.clone(), local, device }),
+            None => Arc::new(local),
         };
         tell_build(&device);
         let advertised = settings.advertise_address.clone();

@@ -73,8 +73,8 @@ pub struct CoordinatorConfig {
     pub advertise_address: Option<String>,
     /// Whether a worker runs in the same process.
     pub workers_embedded: bool,
-    /// What joint selection runs on: `native` (the coordinator's CPU), `cuda` (a worker with a CUDA device), or `auto`: `cuda`
-    /// where the embedded worker has one, else `native`.
+    /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device), `cuda` (a worker with a CUDA
+    /// device), or `auto`: `cuda` where the embedded worker has one, else `native`.
     pub selector_device: String,
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
@@ -213,12 +213,12 @@ impl Config {
             return Err(Error::invalid("coordinator.sub_batch_size_max", message));
         }
         let device = c.selector_device.as_str();
-        if ["auto", "native", "cuda"].contains(&device) {
+        if ["auto", "native", "worker", "cuda"].contains(&device) {
             return Ok(());
         }
         let is_planned = device == "torch" || device.starts_with("cuda:");
         let problem = if is_planned { ", which is not built yet" } else { "" };
-        let message = format!("coordinator.selector_device is {device:?}{problem}; use auto, native or cuda");
+        let message = format!("coordinator.selector_device is {device:?}{problem}; use auto, native, worker or cuda");
         Err(Error::invalid("coordinator.selector_device", message))
     }
 

@@ -60,6 +60,7 @@ fn a_value_of_another_type_is_blamed_on_its_field() {
         ("coordinator: {sub_batch_size_max: 9, super_batch_size_max: 8}", "coordinator.sub_batch_size_max"),
         ("coordinator: {selector_device: 'cuda:0'}", "coordinator.selector_device"),
         ("coordinator: {selector_device: torch}", "coordinator.selector_device"),
+        ("coordinator: {selector_device: workers}", "coordinator.selector_device"),
         ("- 1", ""),
     ] {
         assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");

@@ -11,13 +11,13 @@ use super::{
     run::Run,
     scoring::{self, Rows, Scoring},
     slice::{Job, fetch_rows},
-    spec::phase_at,
+    spec::{Asked, phase_at},
     step::Reporter,
 };
 use crate::error::{Error, Result};
 use arrow::array::{RecordBatch, UInt32Array};
 use std::collections::BTreeSet;
-use superbatch_proto::v1::{Criterion, Fallback, Hole, ModelRef, Policy, Reason, Receipt, RunSpec, SelectBegin};
+use superbatch_proto::v1::{Fallback, Hole, ModelRef, Reason, Receipt, RunSpec, SelectBegin};
 use tokio::time::Instant;
 
 /// Decides `step` in the run's newest generation, or recalls what was decided before.
@@ -33,9 +33,9 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     let mut decided = Decided::new(generation, step, phase, run.wasted.spend());
     decided.planned(begun.elapsed());
     let maker = Maker { run, spec: &spec, super_batch: &super_batch, reporter };
-    let rows = match decided.phase.policy() {
-        Policy::Uniform => maker.uniform(&mut decided).await?,
-        _ => maker.scored(&mut decided).await?,
+    let rows = match Asked::by(&phase).nobody() {
+        true => maker.uniform(&mut decided).await?,
+        false => maker.scored(&mut decided).await?,
     };
     decided.cost_seconds().total = begun.elapsed().as_secs_f64();
     let receipt = record::receipt(run, &spec, &super_batch, &decided, &rows)?;
@@ -79,11 +79,10 @@ struct Maker<'a> {
 
 impl Maker<'_> {
     fn job(&self, decided: &Decided, check_only: bool) -> Job {
-        let criterion = decided.phase.criterion();
-        let (spec, run) = (self.spec, self.run);
-        let can_degrade = spec.fallback() == Fallback::ReferenceOnly;
-        let reference = spec.reference.as_ref().filter(|_| criterion != Criterion::Hard || can_degrade);
-        let learner = spec.learner.as_ref().filter(|_| criterion != Criterion::Easy);
+        let (spec, run, asked) = (self.spec, self.run, Asked::by(&decided.phase));
+        let can_degrade = asked.learner && spec.fallback() == Fallback::ReferenceOnly;
+        let reference = spec.reference.as_ref().filter(|_| asked.reference || can_degrade);
+        let learner = spec.learner.as_ref().filter(|_| asked.learner);
         let bare = |model: ModelRef| ModelRef { snapshot_uri: String::new(), snapshot_digest: String::new(), ..model };
         Job {
             run_id: run.id.clone(),
@@ -139,7 +138,7 @@ impl Maker<'_> {
         record::uniform_rows(decided, good)
     }
 
-    /// Scores all candidates and selects.
+    /// Has the models that the phase asks look at all candidates, and selects.
     async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
         let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
         let job = self.job(decided, false);
@@ -152,9 +151,9 @@ impl Maker<'_> {
             decided.embedded_reference(scored);
         }
         let waiting = Instant::now();
-        let learner = match phase.criterion() {
-            Criterion::Easy => Learner::NotAsked,
-            _ => self.await_weights(decided.step).await?,
+        let learner = match Asked::by(&phase).learner {
+            false => Learner::NotAsked,
+            true => self.await_weights(decided.step).await?,
         };
         decided.waited(waiting.elapsed());
         let learner = match learner {

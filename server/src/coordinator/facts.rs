@@ -1,5 +1,8 @@
 //! What a run is, in object storage: facts below `runs/R/`, each created once.
-use super::chain::{Chain, Rewound};
+use super::{
+    chain::{Chain, Rewound},
+    spec::complete_phase,
+};
 use crate::{
     error::{Error, Result},
     storage::{Created, Location, nonce},
@@ -66,8 +69,11 @@ impl RunFact {
         Self { spec: hex(&spec.encode_to_vec()), manifest, reference, learner, nonce: nonce() }
     }
 
+    /// With the defaults of this version, where the one that opened the run knew fewer.
     pub fn spec(&self) -> Result<RunSpec> {
-        from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))
+        let mut spec: RunSpec = from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))?;
+        spec.phases.iter_mut().for_each(complete_phase);
+        Ok(spec)
     }
 }
 
@@ -119,7 +125,9 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     while let Some(more) = find::<AppendedPhases>(location, &format!("phases/{appended}.json")).await? {
         let phase =
             |text: &String| from_hex::<Phase>(text).ok_or_else(|| Error::internal("an appended phase is damaged"));
-        spec.phases.extend(more.phases.iter().map(phase).collect::<Result<Vec<_>>>()?);
+        let mut phases = more.phases.iter().map(phase).collect::<Result<Vec<_>>>()?;
+        phases.iter_mut().for_each(complete_phase);
+        spec.phases.extend(phases);
         appended += 1;
     }
     let mut rewinds = Vec::new();
@@ -206,6 +214,7 @@ fn from_hex<M: Message + Default>(text: &str) -> Option<M> {
 mod tests {
     use super::*;
     use crate::storage::{StorageConfig, Stores};
+    use superbatch_proto::v1::Policy;
 
     #[tokio::test]
     async fn a_run_is_found_as_it_was_left() {
@@ -225,5 +234,15 @@ mod tests {
         let found = load(&location).await.unwrap().unwrap();
         assert_eq!((found.spec.seed, found.spec.phases.len(), found.appended), (7, 2, 1));
         assert_eq!((found.chain.current(), found.closed, found.failure), (1, true, None));
+    }
+
+    #[test]
+    fn a_run_of_an_earlier_version_has_the_defaults_of_this_one() {
+        let phase = Phase { policy: Policy::Rank.into(), ..Default::default() };
+        let known = RunFact::new(&RunSpec { phases: vec![phase], ..Default::default() }, "m".into(), None, None);
+        let mut completed = phase;
+        complete_phase(&mut completed);
+        assert!(completed.tuning.is_some());
+        assert_eq!(known.spec().unwrap().phases, [completed]);
     }
 }

@@ -2,14 +2,15 @@
 use super::{
     facts::ModelFact,
     pool::Pool,
+    spec::Asked,
     weights::{ModelShape, Published, Verifier},
 };
 use crate::error::{Error, Result, from_status};
 use async_trait::async_trait;
 use std::sync::Arc;
 use superbatch_proto::v1::{
-    Criterion, Fallback, LearnerSpec, Loss, ModelRef, Policy, PrepareModelRequest, PrepareModelResponse, Reason,
-    ReferenceSpec, RunSpec, learner_spec::Initial,
+    Fallback, LearnerSpec, Loss, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, ReferenceSpec, RunSpec,
+    learner_spec::Initial,
 };
 
 /// The reference of a run.
@@ -118,15 +119,15 @@ pub fn check_biases(spec: &RunSpec, reference: Option<&ModelFact>, learner: Opti
     if spec.loss() != Loss::Sigmoid {
         return Ok(());
     }
-    let asks = |unless: Criterion| {
-        spec.phases.iter().any(|phase| phase.policy() != Policy::Uniform && phase.criterion() != unless)
-    };
+    let any = |asks: fn(Asked) -> bool| spec.phases.iter().any(|phase| asks(Asked::by(phase)));
+    let asks_learner = any(|asked| asked.learner);
     // A phase that asks the learner alone asks the reference where it may have to do without the learner.
-    let asks_reference = asks(Criterion::Hard) || asks(Criterion::Easy) && spec.fallback() == Fallback::ReferenceOnly;
+    let degrades = asks_learner && spec.fallback() == Fallback::ReferenceOnly;
+    let asks_reference = any(|asked| asked.reference_losses) || degrades;
     if let (Some(fact), Some(asked)) = (reference.filter(|_| asks_reference), &spec.reference) {
         sigmoid_bias(fact.logit_bias, asked.logit_bias, "reference")?;
     }
-    if let (Some(fact), Some(asked)) = (learner.filter(|_| asks(Criterion::Easy)), &spec.learner) {
+    if let (Some(fact), Some(asked)) = (learner.filter(|_| asks_learner), &spec.learner) {
         sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
     }
     Ok(())

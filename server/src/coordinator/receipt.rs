@@ -4,9 +4,12 @@
 //! hex, from which [`decode`] restores what [`encode`] was given.
 mod json;
 
-pub use json::receipt as to_json;
+pub use json::{receipt as to_json, tuning as tuning_to_json};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    selection::is_scored,
+};
 use arrow::{
     array::{Array, ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array, UInt64Array},
     datatypes::{DataType, Field, Schema},
@@ -20,7 +23,7 @@ use parquet::{
 };
 use prost::Message;
 use std::{fmt::Write, sync::Arc};
-use superbatch_proto::v1::{ChosenRow, Fidelity, Receipt, ReceiptSummary};
+use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
 
 const SUMMARY: &str = "superbatch.summary";
 const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
@@ -42,6 +45,11 @@ fn schema() -> Schema {
         column("fidelity", DataType::Utf8),
         column("content_hash", DataType::Binary),
     ])
+}
+
+/// Whether the step was drawn by scores; a uniform or k-center draw has none.
+pub fn has_scores(summary: &ReceiptSummary) -> bool {
+    summary.mode() != Mode::Uniform && is_scored(summary.policy())
 }
 
 /// Writes a receipt as Parquet.

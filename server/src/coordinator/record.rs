@@ -2,8 +2,10 @@
 use super::{
     facts::ModelFact,
     plan::{self, Candidate, PLAN_VERSION, SuperBatch},
+    receipt::has_scores,
     run::Run,
     scoring::{self, Rows, Scored, Scoring},
+    spec::leaves_out,
     wasted::Spent,
     weights::Published,
 };
@@ -14,7 +16,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Policy, Receipt, ReceiptSummary, RunSpec,
+    Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, Mode, Phase, Receipt, ReceiptSummary, RunSpec,
     SelectResponse, StageSeconds, WeightsVersion,
 };
 use tokio::time::Instant;
@@ -105,7 +107,7 @@ impl Decided {
     pub fn discarded(&mut self, flops: f64) {
         self.spent.add(flops);
         self.cost.discarded_flops += flops;
-        if self.mode == Mode::Uniform {
+        if self.mode == Mode::Uniform && !leaves_out(self.phase.tuning.as_ref()) {
             self.cost.discarded_flops += std::mem::take(&mut self.cost.reference_flops);
         }
     }
@@ -198,7 +200,6 @@ fn chosen(
 fn summary(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided) -> ReceiptSummary {
     let (phase, drawn) = (&decided.phase, &decided.drawn);
     let [learner_scale, learner_bias, reference_scale, reference_bias] = decided.scales;
-    let scored = phase.policy() != Policy::Uniform;
     ReceiptSummary {
         run_id: run.id.clone(),
         generation: decided.generation,
@@ -221,7 +222,7 @@ fn summary(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decide
         learner_bias,
         reference_scale,
         reference_bias,
-        device: if scored { decided.device.clone() } else { drawn.device.clone() },
+        device: if decided.device.is_empty() { drawn.device.clone() } else { decided.device.clone() },
         build: BUILD.to_owned(),
         plan_version: PLAN_VERSION,
         dataset_manifest: run.manifest_digest.clone(),
@@ -237,6 +238,8 @@ fn summary(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decide
         embedding_dtype: spec.embedding_dtype,
         compute_dtype: spec.compute_dtype,
         run_totals: None,
+        tuning: phase.tuning,
+        left_out: drawn.left_out.filter(|_| leaves_out(phase.tuning.as_ref())),
     }
 }
 
@@ -299,11 +302,15 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     })
     .increment(1);
     metrics::selected().increment(receipt.chosen.len() as u64);
-    // A uniform draw has no scores.
-    if summary.mode() != Mode::Uniform && summary.policy() != Policy::Uniform {
+    if has_scores(summary) {
         metrics::batch_score().record(summary.batch_score);
         metrics::mean_score("chosen").record(summary.mean_score_chosen);
         metrics::mean_score("candidates").record(summary.mean_score_candidates);
+    }
+    if let Some(left_out) = &summary.left_out {
+        metrics::left_out("clip_score_at_least").increment(left_out.clip_score_at_least.into());
+        metrics::left_out("neg_clip_loss_keep").increment(left_out.neg_clip_loss_keep.into());
+        metrics::left_out("duplicates_above").increment(left_out.duplicates_above.into());
     }
     if let Some(cost) = &summary.cost {
         metrics::candidates().increment(cost.candidates_scanned);

@@ -9,17 +9,22 @@ use std::sync::Arc;
 use superbatch_kernels::Backend;
 use superbatch_proto::{
     PART_BYTES,
-    v1::{EmbeddingPart, Policy, Reason, SelectBegin, SelectRequest, SelectResponse, Tower, select_request::Message},
+    v1::{
+        CandidatesPart, EmbeddingPart, Reason, SelectBegin, SelectRequest, SelectResponse, Tower,
+        select_request::Message,
+    },
 };
 use tokio::time::Instant;
 
 /// Workers that may be lost under one selection before the step fails.
 const ATTEMPTS_MAX: usize = 5;
+/// Candidates that one message names: a position takes up to 10 bytes and a hole up to 5.
+const PART_CANDIDATES: usize = PART_BYTES / 16;
 
 /// Draws one sub-batch from embeddings of all candidates.
 #[async_trait]
 pub trait Selector: Send + Sync {
-    /// `begin` says how; a model is absent where the criterion does not ask it.
+    /// `begin` says how; a model is absent where nothing asks it.
     async fn select(
         &self,
         begin: SelectBegin,
@@ -72,7 +77,7 @@ pub struct WorkerSelector {
     pub pool: Arc<Pool>,
     /// For draws from noise alone: they ask no device, and name every candidate in their answer.
     pub local: LocalSelector,
-    /// What the name of the worker's device begins with.
+    /// What the name of the worker's device begins with; any device's where empty.
     pub device: &'static str,
 }
 
@@ -84,10 +89,10 @@ impl Selector for WorkerSelector {
         learner: Option<Scored>,
         reference: Option<Scored>,
     ) -> Result<SelectResponse> {
-        if begin.policy() == Policy::Uniform {
+        if learner.is_none() && reference.is_none() {
             return self.local.select(begin, None, None).await;
         }
-        let mut messages = vec![Message::Begin(begin)];
+        let mut messages = candidates(begin);
         for (tower, scored) in [(Tower::Learner, &learner), (Tower::Reference, &reference)] {
             messages.extend(scored.iter().flat_map(|s| parts(tower, s)).map(Message::Embedding));
         }
@@ -104,6 +109,19 @@ impl Selector for WorkerSelector {
             attempts += 1;
         }
     }
+}
+
+/// A `SelectBegin` with as many candidates as one message should hold, then the rest of them.
+fn candidates(mut begin: SelectBegin) -> Vec<Message> {
+    let (positions, holes) = (std::mem::take(&mut begin.positions), std::mem::take(&mut begin.holes));
+    let (mut positions, mut holes) = (positions.chunks(PART_CANDIDATES), holes.chunks(PART_CANDIDATES));
+    let mut next = || match (positions.next(), holes.next()) {
+        (None, None) => None,
+        (positions, holes) => Some((positions.unwrap_or_default().to_vec(), holes.unwrap_or_default().to_vec())),
+    };
+    (begin.positions, begin.holes) = next().unwrap_or_default();
+    let rest = std::iter::from_fn(next).map(|(positions, holes)| CandidatesPart { positions, holes });
+    [Message::Begin(begin)].into_iter().chain(rest.map(Message::Candidates)).collect()
 }
 
 fn parts(tower: Tower, scored: &Scored) -> Vec<EmbeddingPart> {
@@ -124,4 +142,43 @@ fn parts(tower: Tower, scored: &Scored) -> Vec<EmbeddingPart> {
         }
     };
     (0..rows).step_by(step).map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+    use superbatch_proto::SUPER_BATCH_SIZE_MAX;
+
+    /// Candidates whose keys take the most bytes, every one a hole.
+    fn begin(count: u32) -> SelectBegin {
+        let positions = (0..count).map(|n| u64::MAX - u64::from(n)).collect();
+        SelectBegin { positions, holes: (0..count).collect(), step: 7, ..Default::default() }
+    }
+
+    #[test]
+    fn candidates_of_any_super_batch_fit_in_messages_and_come_back_in_order() {
+        for count in [0, 1, PART_CANDIDATES as u32, PART_CANDIDATES as u32 + 1, SUPER_BATCH_SIZE_MAX] {
+            let whole = begin(count);
+            let mut joined = SelectBegin::default();
+            for (number, message) in candidates(whole.clone()).into_iter().enumerate() {
+                let request = SelectRequest { message: Some(message) };
+                assert!(request.encoded_len() <= PART_BYTES, "{} bytes", request.encoded_len());
+                match request.message {
+                    Some(Message::Begin(begin)) if number == 0 => joined = begin,
+                    Some(Message::Candidates(part)) if number > 0 => {
+                        joined.positions.extend(part.positions);
+                        joined.holes.extend(part.holes);
+                    }
+                    other => panic!("message {number} is {other:?}"),
+                }
+            }
+            assert!(joined == whole, "{count} candidates");
+        }
+    }
+
+    #[test]
+    fn a_common_super_batch_needs_one_message() {
+        assert_eq!(candidates(begin(20_480)).len(), 1);
+    }
 }

@@ -1,8 +1,12 @@
 //! The run spec: defaults filled, what can never be met refused at open, and the schedule of phases.
+mod asked;
 mod check;
 mod differs;
+mod tuning;
 
+pub use asked::Asked;
 pub use differs::first_difference;
+pub use tuning::leaves_out;
 
 use crate::error::{Error, Result};
 use superbatch_proto::v1::{
@@ -47,11 +51,13 @@ pub fn delivered(spec: &RunSpec, consumed: Option<u64>) -> u64 {
     spec.phases.iter().zip(ends).map(steps).sum()
 }
 
-fn complete_phase(phase: &mut Phase) {
+/// A phase with its defaults; also one that an earlier version completed.
+pub fn complete_phase(phase: &mut Phase) {
     fill(&mut phase.criterion, Criterion::Learnability.into());
     fill(&mut phase.n_chunks, 16);
     fill(&mut phase.gain, 1.0);
     fill(&mut phase.fidelity, Fidelity::Full.into());
+    tuning::complete(phase);
 }
 
 fn fill<T: Default + PartialEq>(value: &mut T, default: T) {

@@ -1,4 +1,4 @@
-//! Joint selection on this worker's device.
+//! Selection on this worker's device.
 use super::engine::Engine;
 use crate::{
     error::{Error, Result, from_status},
@@ -7,16 +7,21 @@ use crate::{
 use futures::{Stream, TryStreamExt};
 use std::pin::pin;
 use superbatch_kernels::Backend;
-use superbatch_proto::v1::{
-    EmbeddingDtype, EmbeddingPart, Reason, SelectBegin, SelectRequest, SelectResponse, Tower, select_request::Message,
+use superbatch_proto::{
+    SUPER_BATCH_SIZE_MAX,
+    v1::{
+        CandidatesPart, EmbeddingDtype, EmbeddingPart, Reason, SelectBegin, SelectRequest, SelectResponse, Tower,
+        select_request::Message,
+    },
 };
 use tokio::time::Instant;
 use tonic::Status;
 
-/// Serves one `Select` call: a `SelectBegin`, then both models' embeddings of all candidates, in order.
+/// Serves one `Select` call: a `SelectBegin`, the rest of the candidates, then the models' embeddings of all candidates, in
+/// order.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field, `TooManyBadRows` where fewer than the sub-batch survive, `DeviceUnavailable`.
+/// `InvalidArgument` naming the field, and those of [`draw`].
 pub(super) async fn select(
     engine: &Engine,
     requests: impl Stream<Item = Result<SelectRequest, Status>>,
@@ -27,15 +32,17 @@ pub(super) async fn select(
         return Err(Error::invalid("message", "a Select call starts with SelectBegin"));
     };
     settings(&begin)?;
-    let mut received = Received::default();
+    let mut received = Received { begin, learner: None, reference: None };
     while let Some(request) = requests.try_next().await? {
-        let Some(Message::Embedding(part)) = request.message else {
-            return Err(Error::invalid("message", "after SelectBegin come embeddings only"));
-        };
-        received.append(part, &begin)?;
+        match request.message {
+            Some(Message::Candidates(part)) => received.add(part)?,
+            Some(Message::Embedding(part)) => received.append(part)?,
+            _ => return Err(Error::invalid("message", "after SelectBegin come candidates and embeddings only")),
+        }
     }
+    let Received { begin, learner, reference } = received;
     let count = begin.positions.len();
-    let (learner, reference) = (whole(received.learner, count)?, whole(received.reference, count)?);
+    let (learner, reference) = (whole(learner, count)?, whole(reference, count)?);
     let (device, threads) = (engine.device.name().to_owned(), engine.threads as u32);
     let started = Instant::now();
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
@@ -46,21 +53,37 @@ pub(super) async fn select(
     Ok(SelectResponse { seconds: started.elapsed().as_secs_f64(), device, threads, ..response(selection) })
 }
 
-/// Embeddings as they come in.
-#[derive(Default)]
+/// Candidates and embeddings as they come in.
 struct Received {
+    begin: SelectBegin,
     learner: Option<Embedded>,
     reference: Option<Embedded>,
 }
 
 impl Received {
-    fn append(&mut self, part: EmbeddingPart, begin: &SelectBegin) -> Result<()> {
+    fn add(&mut self, part: CandidatesPart) -> Result<()> {
+        if self.learner.is_some() || self.reference.is_some() {
+            return Err(Error::invalid("candidates", "candidates come before the first embedding"));
+        }
+        self.begin.positions.extend(part.positions);
+        self.begin.holes.extend(part.holes);
+        let most = self.begin.positions.len().max(self.begin.holes.len());
+        if most > SUPER_BATCH_SIZE_MAX as usize {
+            return Err(Error::invalid(
+                "candidates",
+                format!("a selection has at most {SUPER_BATCH_SIZE_MAX} candidates"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, part: EmbeddingPart) -> Result<()> {
         let model = match part.tower() {
             Tower::Learner => &mut self.learner,
             Tower::Reference => &mut self.reference,
             Tower::Unspecified => return Err(Error::invalid("tower", "an EmbeddingPart names no tower")),
         };
-        let (count, dtype) = (begin.positions.len(), begin.embedding_dtype());
+        let (count, dtype) = (self.begin.positions.len(), self.begin.embedding_dtype());
         let (rows, dim) = (part.rows as usize, part.dim as usize);
         // What is told, not what is there, must not decide how much memory is taken.
         let empty = || Values::with_capacity(dtype, 0);

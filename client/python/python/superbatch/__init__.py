@@ -17,7 +17,7 @@ from typing import Any
 
 from ._client import Batch, Batches, Client, Record, Run, connect
 from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
-from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, at_most, exact
+from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, Tuning, at_most, exact
 
 __all__ = [
     "Batch",
@@ -35,6 +35,7 @@ __all__ = [
     "Run",
     "RunSpec",
     "Source",
+    "Tuning",
     "Unavailable",
     "WeightsRefused",
     "at_most",

@@ -48,14 +48,37 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The numbers that only some policies read, and the rules that leave candidates out before any policy draws.
+
+    temperature: of "independent"; divides the scores (default 1; towards 0 it is "top_k", towards infinity "uniform").
+    pressure: of "rank"; how many times as likely the first is as the last (default 100).
+    priority_exponent, weight_exponent: of "proportional"; alpha and beta of Schaul et al. 2015 (default 0.6 and 0.4).
+    The rules go with every policy, apply in this order, and are judged by the reference:
+    clip_score_at_least: pairs of a lower CLIPScore, 2.5 x max(cosine of image and text, 0), are left out.
+    neg_clip_loss_keep: this share is kept, the pairs of the largest negCLIPLoss.
+    duplicates_above: of images whose cosine is above this, all but one are left out; 0.95 is a cautious start.
+    """
+
+    temperature: float | None = None
+    pressure: float | None = None
+    priority_exponent: float | None = None
+    weight_exponent: float | None = None
+    clip_score_at_least: float | None = None
+    neg_clip_loss_keep: float | None = None
+    duplicates_above: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """How batches are chosen from `from_step` on.
 
-    policy: "uniform", "independent" or "joint".
+    policy: "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional" or "k_center".
     super_batch_size: candidates scanned for a step. sub_batch_size: rows chosen and served, over all ranks.
     criterion: "learnability" (default), "hard" or "easy".
-    n_chunks: draws of joint selection (default 16). gain: multiplies softmax scores (default 1).
+    n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax scores (default 1).
     fidelity: "full" (default).
+    tuning: numbers of single policies, and what is left out before the draw.
     """
 
     policy: str
@@ -66,6 +89,7 @@ class Phase:
     n_chunks: int | None = None
     gain: float | None = None
     fidelity: str | None = None
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +125,9 @@ class RunSpec:
     run_id: letters, digits, '-', '_' and '.', at most 128.
     sources: at least one; a plain string is the uri of a source.
     phases: the schedule by rising from_step; the first starts at 0.
-    learner: needed unless every phase is uniform or scores with the reference alone.
-    reference: needed unless every phase is uniform or "hard"; a plain string is its model_uri.
+    learner: needed unless every phase is uniform, "k_center" or scores with the reference alone.
+    reference: needed unless every phase is uniform or "hard", and by whatever `Tuning` leaves out; a plain string is its
+        model_uri.
     loss: "sigmoid" (default) or "softmax".
     lag: `exact(1)` by default.
     push_every_steps: a push is due after every so many steps (default 1).

@@ -187,3 +187,16 @@ fn unknown_words_and_zero_threads_are_refused_by_the_flags() {
         assert!(Command::try_parse_from(words).is_err(), "{flags:?}");
     }
 }
+
+#[test]
+fn the_reference_judges_what_is_left_out_whatever_the_criterion() {
+    let left_out = |criterion| {
+        let flags = ["--criterion", criterion, "--sub-batch-size", "4", "--duplicates-above", "0.5"];
+        Draft::new().select(&flags).unwrap()["left_out"].as_u64().unwrap()
+    };
+    let counts = ["learnability", "hard", "easy"].map(left_out);
+    assert!(counts[0] > 0 && counts == [counts[0]; 3], "{counts:?}");
+    let bare = Draft::new().without("learner_img").without("learner_txt");
+    let spread = bare.select(&["--policy", "k_center", "--sub-batch-size", "4"]).unwrap();
+    assert_eq!(spread["indices"].as_array().unwrap().len(), 4, "distances ask no learner");
+}

@@ -1,8 +1,8 @@
 //! Summaries for people, as JSON: field names of the protocol, enums by their names in lower case.
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion, EmbeddingDtype, Loss, Mode, Policy, Receipt,
-    ReceiptSummary, SourceSpan, StageSeconds, WeightsVersion,
+    Accounts, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion, EmbeddingDtype, LeftOut, Loss, Mode, Policy,
+    Receipt, ReceiptSummary, SourceSpan, StageSeconds, Tuning, WeightsVersion,
 };
 
 /// Names every field, so that a new one cannot be forgotten.
@@ -66,6 +66,10 @@ pub(super) fn summary(summary: &ReceiptSummary) -> Value {
         embedding_dtype: name!(EmbeddingDtype, "EMBEDDING_DTYPE_", embedding_dtype),
         compute_dtype: name!(ComputeDtype, "COMPUTE_DTYPE_", compute_dtype),
         run_totals: json!(run_totals.as_ref().map(accounts)),
+        tuning: json!(tuning.as_ref().map(self::tuning)),
+        left_out: json!(left_out.as_ref().map(|left_out| {
+            object!(LeftOut, left_out, [clip_score_at_least, neg_clip_loss_keep, duplicates_above])
+        })),
     })
 }
 
@@ -102,6 +106,25 @@ pub(super) fn bad_rows(rows: &[BadRow]) -> Value {
         })
     };
     rows.iter().map(one).collect()
+}
+
+/// The numbers that are set.
+pub fn tuning(tuning: &Tuning) -> Value {
+    let all = object!(
+        Tuning,
+        tuning,
+        [
+            temperature,
+            pressure,
+            priority_exponent,
+            weight_exponent,
+            clip_score_at_least,
+            neg_clip_loss_keep,
+            duplicates_above
+        ]
+    );
+    let Value::Object(all) = all else { return all };
+    all.into_iter().filter(|(_, number)| !number.is_null()).collect()
 }
 
 fn version(version: &WeightsVersion) -> Value {

@@ -1,7 +1,9 @@
 use super::*;
 use proptest::prelude::*;
 use std::{env, path::Path, process::Command};
-use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Policy, SourceSpan, StageSeconds, WeightsVersion};
+use superbatch_proto::v1::{
+    Accounts, BadRow, BadRowReason, LeftOut, Policy, SourceSpan, StageSeconds, Tuning, WeightsVersion,
+};
 
 /// A receipt of a step, written by `nonce`, with three rows.
 pub fn sample(step: u64, generation: u32, nonce: &str) -> Receipt {
@@ -31,6 +33,8 @@ pub fn sample(step: u64, generation: u32, nonce: &str) -> Receipt {
             ..Default::default()
         }),
         writer_nonce: nonce.into(),
+        tuning: Some(Tuning { duplicates_above: Some(0.95), ..Default::default() }),
+        left_out: Some(LeftOut { duplicates_above: 5, ..Default::default() }),
         ..Default::default()
     };
     let bad = BadRow {
@@ -74,6 +78,8 @@ assert table["content_hash"][2].as_py() == bytes([2] * 16)
 assert summary["policy"] == "joint" and summary["step"] == 3, summary
 assert summary["learner"] == {"version": 2, "step": 7, "generation": 1, "digest": "ab"}
 assert summary["cost"]["seconds"]["total"] == 0.25
+assert summary["tuning"] == {"duplicates_above": 0.95}, summary
+assert summary["left_out"] == {"clip_score_at_least": 0, "neg_clip_loss_keep": 0, "duplicates_above": 5}
 [bad] = json.loads(meta[b"superbatch.bad_rows"])
 assert bad == {"id": '00000.parquet#9 "ü"', "position": 49, "reason": "image_null", "detail": "no image"}, bad
 "#;

@@ -7,13 +7,13 @@ use crate::{
     coordinator::{
         chain::Rewound,
         facts, gone,
-        spec::{append_phases, phase_at},
+        spec::{Asked, append_phases, phase_at},
         weights::{Due, due},
     },
     error::{Error, Result},
 };
 use std::sync::Arc;
-use superbatch_proto::v1::{Criterion, Phase, Policy, RewindMode, RunSpec};
+use superbatch_proto::v1::{Phase, RewindMode, RunSpec};
 
 impl Run {
     /// Goes back: opens the next generation.
@@ -51,7 +51,7 @@ impl Run {
     fn check_weights_kept(&self, to_step: u64) -> Result<()> {
         let spec = self.spec();
         let phase = phase_at(&spec.phases, to_step);
-        let scored = phase.policy() != Policy::Uniform && phase.criterion() != Criterion::Easy;
+        let scored = Asked::by(phase).learner;
         match due(to_step, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
             Due::Exactly(push) if scored && push + 1 < to_step => self.weights.check_kept(push, &self.began().0),
             _ => Ok(()),

@@ -1,8 +1,9 @@
 //! What no run can meet.
-use super::impossible;
+use super::{Asked, impossible, tuning};
 use crate::error::{Error, Result};
 use std::{collections::HashSet, fmt::Display};
 use superbatch_proto::{
+    SUPER_BATCH_SIZE_MAX,
     ids::is_run_id,
     v1::{
         ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase, Policy, Reason, RunSpec,
@@ -12,7 +13,6 @@ use superbatch_proto::{
 
 /// Sources are 16 bits of a noise key.
 const SOURCES_MAX: usize = 1 << 16;
-const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
 const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
 /// About 30 years.
@@ -109,40 +109,48 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
             format!("sub_batch_size {} is not divisible by micro_batches {micro_batches}", phase.sub_batch_size);
         return Err(impossible(&at("sub_batch_size"), message));
     }
-    Ok(())
-}
-
-/// The models that a phase scores with: (learner, reference).
-fn scores_with(phase: &Phase) -> (bool, bool) {
-    match (phase.policy(), phase.criterion()) {
-        (Policy::Uniform, _) => (false, false),
-        (_, Criterion::Hard) => (true, false),
-        (_, Criterion::Easy) => (false, true),
-        _ => (true, true),
-    }
+    tuning::check(&format!("phases[{i}]"), phase)
 }
 
 fn needs(spec: &RunSpec) -> Result<()> {
     for (i, phase) in spec.phases.iter().enumerate() {
-        let (learner, reference) = scores_with(phase);
-        let missing = match (learner && spec.learner.is_none(), reference && spec.reference.is_none()) {
+        let asked = Asked::by(phase);
+        let missing = match (asked.learner && spec.learner.is_none(), asked.reference && spec.reference.is_none()) {
             (true, _) => "learner",
             (_, true) => "reference",
             _ => continue,
         };
         let (policy, criterion) = (phase.policy().as_str_name(), phase.criterion().as_str_name());
-        return Err(impossible(
-            missing,
-            format!("phase {i} ({policy}, {criterion}) scores with a {missing}; name one"),
-        ));
+        let why = match missing == "learner" || asked.reference_losses || phase.policy() == Policy::KCenter {
+            true => format!("({policy}, {criterion}) scores with a {missing}"),
+            false => "leaves candidates out by what the reference makes of them (tuning)".to_owned(),
+        };
+        return Err(impossible(missing, format!("phase {i} {why}; name one")));
     }
-    if spec.fallback() == Fallback::ReferenceOnly && spec.reference.is_none() {
+    degraded(spec)
+}
+
+/// What a run falls back to must be possible, too.
+fn degraded(spec: &RunSpec) -> Result<()> {
+    if spec.fallback() != Fallback::ReferenceOnly {
+        return Ok(());
+    }
+    if spec.reference.is_none() {
         return Err(impossible(
             "fallback",
             "fallback reference_only scores with a reference; name one, or fall back otherwise",
         ));
     }
-    Ok(())
+    match spec.phases.iter().position(|phase| phase.policy() == Policy::Proportional) {
+        Some(i) => {
+            let message = format!(
+                "fallback reference_only draws by easy scores, which are never positive, and phase {i} (proportional) draws \
+                 by positive ones; fall back otherwise"
+            );
+            Err(impossible("fallback", message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// `exact(n)` can always be met: the newest push that is old enough, or the initial weights. `at_most(n)` needs pushes that come

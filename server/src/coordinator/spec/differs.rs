@@ -1,5 +1,5 @@
 //! Where two specs part: for people who open a known run with another spec.
-use superbatch_proto::v1::{Fork, Lag, LearnerSpec, Phase, ReferenceSpec, RunSpec, Source, lag, learner_spec};
+use superbatch_proto::v1::{Fork, Lag, LearnerSpec, Phase, ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec};
 
 /// The path of the first field, in the protocol's order, in which two completed specs differ, such as
 /// `phases[1].sub_batch_size`.
@@ -75,7 +75,10 @@ messages! {
     Source { uri, weight, image_column, caption_column }
     LearnerSpec { model_uri, initial, logit_bias }
     ReferenceSpec { model_uri, logit_bias }
-    Phase { from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity }
+    Phase { from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity, tuning }
+    Tuning {
+        temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least, neg_clip_loss_keep, duplicates_above,
+    }
     Lag { bound }
     Fork { run_id, step }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use superbatch_proto::v1::{Fork, LearnerSpec, Policy, ReferenceSpec, Source, learner_spec::Initial};
+use superbatch_proto::v1::{Fork, LearnerSpec, Policy, ReferenceSpec, Source, Tuning, learner_spec::Initial};
 
 fn phase(from_step: u64, policy: Policy) -> Phase {
     Phase { from_step, policy: policy.into(), super_batch_size: 64, sub_batch_size: 16, ..Default::default() }
@@ -103,6 +103,101 @@ fn what_can_never_be_met_is_refused_by_field() {
     }
 }
 
+fn tuned(policy: Policy, tuning: Tuning) -> RunSpec {
+    RunSpec { phases: vec![Phase { tuning: Some(tuning), ..phase(0, policy) }], ..spec() }
+}
+
+#[test]
+fn a_policys_own_numbers_are_filled_and_stay() {
+    let filled = |policy| {
+        let full = complete(RunSpec { phases: vec![phase(0, policy)], ..spec() }, 60.0).unwrap();
+        assert_eq!(complete(full.clone(), 60.0).unwrap(), full);
+        full.phases[0].tuning
+    };
+    let none = Tuning::default();
+    assert_eq!(filled(Policy::Independent), Some(Tuning { temperature: Some(1.0), ..none }));
+    assert_eq!(filled(Policy::Rank), Some(Tuning { pressure: Some(100.0), ..none }));
+    let proportional = Tuning { priority_exponent: Some(0.6), weight_exponent: Some(0.4), ..none };
+    assert_eq!(filled(Policy::Proportional), Some(proportional));
+    for policy in [Policy::Uniform, Policy::Joint, Policy::JointTopK, Policy::TopK, Policy::KCenter] {
+        assert_eq!(filled(policy), None, "{policy:?}");
+        assert_eq!(complete(tuned(policy, none), 60.0).unwrap().phases[0].tuning, None, "nothing said is nothing set");
+    }
+    let given = Tuning { weight_exponent: Some(0.0), duplicates_above: Some(0.9), ..none };
+    let full = complete(tuned(Policy::Proportional, given), 60.0).unwrap();
+    assert_eq!(full.phases[0].tuning, Some(Tuning { priority_exponent: Some(0.6), ..given }));
+}
+
+#[test]
+fn tuning_that_can_never_work_is_refused_by_field() {
+    let none = Tuning::default();
+    let cases = [
+        (Policy::Joint, Tuning { temperature: Some(1.0), ..none }, "temperature"),
+        (Policy::Independent, Tuning { temperature: Some(0.0), ..none }, "temperature"),
+        (Policy::Independent, Tuning { temperature: Some(f64::INFINITY), ..none }, "temperature"),
+        (Policy::TopK, Tuning { pressure: Some(9.0), ..none }, "pressure"),
+        (Policy::Rank, Tuning { pressure: Some(-1.0), ..none }, "pressure"),
+        (Policy::Rank, Tuning { priority_exponent: Some(1.0), ..none }, "priority_exponent"),
+        (Policy::Proportional, Tuning { priority_exponent: Some(f64::NAN), ..none }, "priority_exponent"),
+        (Policy::Proportional, Tuning { weight_exponent: Some(1.1), ..none }, "weight_exponent"),
+        (Policy::Uniform, Tuning { weight_exponent: Some(1.0), ..none }, "weight_exponent"),
+        (Policy::Joint, Tuning { clip_score_at_least: Some(2.6), ..none }, "clip_score_at_least"),
+        (Policy::Joint, Tuning { clip_score_at_least: Some(-0.1), ..none }, "clip_score_at_least"),
+        (Policy::Joint, Tuning { neg_clip_loss_keep: Some(0.0), ..none }, "neg_clip_loss_keep"),
+        (Policy::Joint, Tuning { neg_clip_loss_keep: Some(1.5), ..none }, "neg_clip_loss_keep"),
+        // 15 of 64 are kept, and 16 are to be chosen.
+        (Policy::Joint, Tuning { neg_clip_loss_keep: Some(15.0 / 64.0), ..none }, "neg_clip_loss_keep"),
+        (Policy::KCenter, Tuning { duplicates_above: Some(1.5), ..none }, "duplicates_above"),
+        (Policy::KCenter, Tuning { duplicates_above: Some(f64::NAN), ..none }, "duplicates_above"),
+    ];
+    for (policy, tuning, field) in cases {
+        let error = complete(tuned(policy, tuning), 60.0).expect_err(field);
+        let path = format!("phases[0].tuning.{field}");
+        assert_eq!((error.reason(), error.value("field")), (Reason::RunSpecImpossible, Some(path.as_str())), "{error}");
+    }
+    let kept = Tuning { neg_clip_loss_keep: Some(0.25), ..none };
+    complete(tuned(Policy::Joint, kept), 60.0).expect("16 of 64 are kept");
+}
+
+#[test]
+fn proportional_needs_scores_that_may_be_positive() {
+    let mut easy = tuned(Policy::Proportional, Tuning::default());
+    easy.phases[0].criterion = Criterion::Easy.into();
+    assert_eq!(complete(easy, 60.0).unwrap_err().value("field"), Some("phases[0].criterion"));
+    let mut degrading = tuned(Policy::Proportional, Tuning::default());
+    degrading.fallback = Fallback::ReferenceOnly.into();
+    assert_eq!(complete(degrading, 60.0).unwrap_err().value("field"), Some("fallback"));
+}
+
+#[test]
+fn what_is_left_out_and_distances_ask_the_reference_alone() {
+    let asked = |policy, criterion: Criterion, tuning| {
+        let Asked { learner, reference_losses, reference } =
+            Asked::by(&Phase { criterion: criterion.into(), tuning, ..phase(0, policy) });
+        (learner, reference_losses, reference)
+    };
+    let rules = [
+        Tuning { clip_score_at_least: Some(0.5), ..Default::default() },
+        Tuning { neg_clip_loss_keep: Some(0.5), ..Default::default() },
+        Tuning { duplicates_above: Some(0.9), ..Default::default() },
+    ];
+    for rule in rules {
+        assert_eq!(asked(Policy::Uniform, Criterion::Learnability, Some(rule)), (false, false, true));
+        assert_eq!(asked(Policy::Joint, Criterion::Hard, Some(rule)), (true, false, true));
+        let mut spec = tuned(Policy::TopK, rule);
+        spec.phases[0].criterion = Criterion::Hard.into();
+        spec.reference = None;
+        assert_eq!(complete(spec, 60.0).unwrap_err().value("field"), Some("reference"));
+    }
+    for criterion in [Criterion::Learnability, Criterion::Hard, Criterion::Easy] {
+        assert_eq!(asked(Policy::KCenter, criterion, None), (false, false, true));
+        assert_eq!(asked(Policy::Uniform, criterion, None), (false, false, false));
+    }
+    assert_eq!(asked(Policy::Rank, Criterion::Hard, None), (true, false, false));
+    let temperature = Tuning { temperature: Some(2.0), ..Default::default() };
+    assert_eq!(asked(Policy::Independent, Criterion::Hard, Some(temperature)), (true, false, false));
+}
+
 #[test]
 fn what_is_not_built_yet_is_named() {
     let mut spec = spec();
@@ -131,6 +226,10 @@ fn each_criterion_needs_its_models_and_no_more() {
     assert_eq!(with(Joint, Easy, true, false, Wait), Err("reference".into()));
     assert_eq!(with(Independent, Learnability, true, false, Wait), Err("reference".into()));
     assert_eq!(with(Joint, Hard, true, false, ReferenceOnly), Err("fallback".into()));
+    assert_eq!(with(KCenter, Hard, false, true, Wait), Ok(()));
+    assert_eq!(with(KCenter, Hard, true, false, Wait), Err("reference".into()));
+    assert_eq!(with(TopK, Easy, false, true, Wait), Ok(()));
+    assert_eq!(with(Rank, Hard, false, true, Wait), Err("learner".into()));
 }
 
 #[test]
@@ -156,6 +255,7 @@ fn the_first_difference_is_named_by_its_path() {
         ("reference", |s| s.reference = None),
         ("lag.bound", |s| s.lag = Some(Lag { bound: Some(Bound::AtMost(1)) })),
         ("columns[0]", |s| s.columns.push("key".into())),
+        ("phases[1].tuning", |s| s.phases[1].tuning = Some(Tuning::default())),
         ("sources[0].weight", |s| s.sources[0].weight = 2.0),
         // The protocol's order decides between several.
         ("sources[0].uri", |s| {

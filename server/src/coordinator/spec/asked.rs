@@ -1,0 +1,37 @@
+//! Which models a phase asks, and for what.
+use super::tuning::leaves_out;
+use crate::selection::is_scored;
+use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
+
+/// The models that a draw asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// The learner, for its losses.
+    pub learner: bool,
+    /// The reference, for its losses.
+    pub reference_losses: bool,
+    /// The reference at all: its embeddings also tell what is left out, and distances.
+    pub reference: bool,
+}
+
+impl Asked {
+    /// By a phase that is not degraded.
+    pub fn by(phase: &Phase) -> Self {
+        Self::by_draw(phase.policy(), phase.criterion(), phase.tuning.as_ref())
+    }
+
+    pub fn by_draw(policy: Policy, criterion: Criterion, tuning: Option<&Tuning>) -> Self {
+        let scored = is_scored(policy);
+        let reference_losses = scored && criterion != Criterion::Hard;
+        Self {
+            learner: scored && criterion != Criterion::Easy,
+            reference_losses,
+            reference: reference_losses || policy == Policy::KCenter || leaves_out(tuning),
+        }
+    }
+
+    /// Whether nobody is asked: such a draw is from noise alone.
+    pub fn nobody(self) -> bool {
+        !self.learner && !self.reference
+    }
+}
