@@ -130,6 +130,7 @@
 //!   taken in the order of the drawn examples, whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶
 //!   of their value of those in float64.
 mod backend;
+mod cuda;
 mod engine;
 mod error;
 mod filter;
@@ -142,6 +143,7 @@ mod torch;
 mod types;
 
 pub use backend::Backend;
+pub use cuda::{CudaDevice, CudaError, CudaLibraries};
 pub use error::{Error, Result};
 pub use noise::Noise;
 pub use types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning};
