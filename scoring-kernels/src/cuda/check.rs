@@ -51,8 +51,7 @@ pub(super) fn run(device: &Device) -> Result<()> {
 }
 
 fn compare(device: &Device, loss: Loss, [learner_image, learner_text, image, text]: [Rows<'_>; 4]) -> Result<()> {
-    let learner =
-        ModelEmbeddings { image: learner_image, text: learner_text, dim: DIMS[0], scale: 25.0, bias: -11.0 };
+    let learner = ModelEmbeddings { image: learner_image, text: learner_text, dim: DIMS[0], scale: 25.0, bias: -11.0 };
     let reference = ModelEmbeddings { image, text, dim: DIMS[1], scale: 60.0, bias: -14.0 };
     let candidates =
         Candidates { count: COUNT, learner: Some(learner), reference: Some(reference), holes: &[0, 100, 300] };

@@ -153,7 +153,7 @@ impl Device {
         }
         // Two slabs at a time where three do not fit.
         let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES { 3 } else { 2 };
-        let image = Nvrtc::load(&libraries.nvrtc)?.kernels(10 * major + minor, stages)?.image;
+        let image = Nvrtc::load(&libraries.nvrtc)?.kernels(10 * major + minor, stages)?;
         driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.primary_context)(&mut context, handle) })?;
         let tile_bytes = stages as usize * STAGE_BYTES + SUMS_BYTES;
         let mut device = Self { driver, ordinal, name, context, kernels: None, tile_bytes };
@@ -242,9 +242,8 @@ impl<'d> Stream<'d> {
 
     pub(super) fn clear<T>(&self, buffer: &Buffer<'_, T>) -> Result<()> {
         let bytes = buffer.len * size_of::<T>();
-        self.device.call("cuMemsetD8Async", |driver| unsafe {
-            (driver.set_bytes)(buffer.address, 0, bytes, self.handle)
-        })
+        self.device
+            .call("cuMemsetD8Async", |driver| unsafe { (driver.set_bytes)(buffer.address, 0, bytes, self.handle) })
     }
 
     /// Writes `values` to the start of a buffer. They must stay as they are until `wait`.

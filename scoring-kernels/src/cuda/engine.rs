@@ -90,7 +90,8 @@ impl<'a> CudaEngine<'a> {
             return Err(CudaError::Memory { needed: inputs + above, free });
         }
         let stream = Stream::new(device)?;
-        let towers = problem.models.iter().map(|model| upload(&stream, model, count)).collect::<CudaResult<Vec<_>>>()?;
+        let towers =
+            problem.models.iter().map(|model| upload(&stream, model, count)).collect::<CudaResult<Vec<_>>>()?;
         let mut slots = [Slot::default(); SLOTS];
         let forth = problem.models.iter().zip(&towers).map(|(model, towers)| slot(model, count, towers));
         let forth: Vec<Slot> = forth.collect();

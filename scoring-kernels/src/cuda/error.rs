@@ -19,10 +19,14 @@ pub enum CudaError {
     #[error("NVRTC cannot compile the kernels for {architecture}: {log}")]
     Compile { architecture: String, log: String },
     /// The selection does not fit.
-    #[error("the selection needs {needed} bytes on the CUDA device and {free} are free: free some, or select on the CPU")]
+    #[error(
+        "the selection needs {needed} bytes on the CUDA device and {free} are free: free some, or select on the CPU"
+    )]
     Memory { needed: usize, free: usize },
     /// The device computes something else than the CPU.
-    #[error("the kernels failed their check on {device}: {what} is {found}, on the CPU {expected}; do not use them there")]
+    #[error(
+        "the kernels failed their check on {device}: {what} is {found}, on the CPU {expected}; do not use them there"
+    )]
     WrongResult { device: String, what: String, found: f64, expected: f64 },
 }
 

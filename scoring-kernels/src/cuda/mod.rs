@@ -8,6 +8,8 @@ mod error;
 mod library;
 mod memory;
 mod nvrtc;
+#[cfg(test)]
+mod tests;
 
 use crate::problem::Problem;
 use driver::Device;

@@ -41,12 +41,6 @@ impl Drop for Program<'_> {
     }
 }
 
-/// Machine code or PTX, and what the compiler said.
-pub(super) struct Compiled {
-    pub image: Vec<u8>,
-    pub log: String,
-}
-
 impl Nvrtc {
     pub(super) fn load(paths: &[PathBuf]) -> Result<Self> {
         let remedy = "install NVIDIA's NVRTC (it comes with CUDA's PyTorch) or put its folder on LD_LIBRARY_PATH";
@@ -77,9 +71,9 @@ impl Nvrtc {
         }
     }
 
-    /// The kernels for a capability: machine code where NVRTC knows it, else PTX of the next older one, which the driver
-    /// translates.
-    pub(super) fn kernels(&self, capability: u32, stages: u32) -> Result<Compiled> {
+    /// The kernels for a capability, with so many slabs in shared memory: machine code where NVRTC knows it, else PTX of the
+    /// next older one, which the driver translates.
+    pub(super) fn kernels(&self, capability: u32, stages: u32) -> Result<Vec<u8>> {
         let known = self.architectures();
         let architecture = match known.iter().copied().filter(|&known| known <= capability as c_int).max() {
             Some(same) if same == capability as c_int => format!("sm_{same}"),
@@ -89,10 +83,11 @@ impl Nvrtc {
                 return Err(CudaError::Compile { architecture: format!("sm_{capability}"), log });
             }
         };
-        self.compile(&architecture, stages)
+        self.compile(&architecture, stages).map(|(image, _)| image)
     }
 
-    pub(super) fn compile(&self, architecture: &str, stages: u32) -> Result<Compiled> {
+    /// Machine code or PTX, and what the compiler said: of machine code, which registers and memory each kernel takes.
+    pub(super) fn compile(&self, architecture: &str, stages: u32) -> Result<(Vec<u8>, String)> {
         let failed = |log: String| CudaError::Compile { architecture: architecture.to_owned(), log };
         let text = |text: &str| CString::new(text).expect("no zero byte in it");
         let mut options = vec![
@@ -107,8 +102,7 @@ impl Nvrtc {
         let (source, name) = (text(SOURCE), text("kernels.cu"));
         let mut program = Program { nvrtc: self, handle: std::ptr::null_mut() };
         // SAFETY: strings end with a zero byte and outlive the calls.
-        let code =
-            unsafe { (self.create)(&mut program.handle, source.as_ptr(), name.as_ptr(), 0, null(), null()) };
+        let code = unsafe { (self.create)(&mut program.handle, source.as_ptr(), name.as_ptr(), 0, null(), null()) };
         if code != 0 {
             return Err(failed(format!("nvrtcCreateProgram returned {code}")));
         }
@@ -122,7 +116,7 @@ impl Nvrtc {
         }
         let (size, image) = if machine_code { (self.cubin_size, self.cubin) } else { (self.ptx_size, self.ptx) };
         let image = program.read(size, image).ok_or_else(|| failed("it gave no image".to_owned()))?;
-        Ok(Compiled { image, log })
+        Ok((image, log))
     }
 }
 

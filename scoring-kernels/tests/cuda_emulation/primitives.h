@@ -10,13 +10,14 @@ static float widen(f16 bits) {
     return bits >> 15 != 0 ? -size : size;
 }
 
+static const std::vector<float> widened = [] {
+    std::vector<float> all(1 << 16);
+    for (u32 k = 0; k < all.size(); ++k) all[k] = widen(static_cast<f16>(k));
+    return all;
+}();
+
 static float from_half(f16 bits) {
-    static const std::vector<float> all = [] {
-        std::vector<float> all(1 << 16);
-        for (u32 k = 0; k < all.size(); ++k) all[k] = widen(static_cast<f16>(k));
-        return all;
-    }();
-    return all[bits];
+    return widened[bits];
 }
 
 static f16 to_half(float value) {
@@ -47,8 +48,11 @@ static float cut_sum(float sum, const float* products) {
     if (most < 1e-30f) return 0;
     u32 bits;
     std::memcpy(&bits, &most, 4);
-    int exponent = static_cast<int>(bits >> 23) - 127;
-    float unit = std::ldexp(1.0f, exponent - 23), units = std::ldexp(1.0f, 23 - exponent);
+    // Powers of two by their exponents: what the last bit of the largest is worth, and one over it.
+    u32 exponent = bits >> 23, unit_bits = (exponent - 23) << 23, units_bits = (277 - exponent) << 23;
+    float unit, units;
+    std::memcpy(&unit, &unit_bits, 4);
+    std::memcpy(&units, &units_bits, 4);
     int total = static_cast<int>(sum * units);
     for (int k = 0; k < 8; ++k) total += static_cast<int>(products[k] * units);
     int size = std::abs(total), dropped = 0;

@@ -10,9 +10,9 @@ use superbatch_kernels::{Backend, Criterion, CudaDevice, CudaError, CudaLibrarie
 const SHAPES: [(usize, [usize; 2], usize, usize); 6] = [
     (300, [64, 96], 270, 2),
     (129, [512, 65], 128, 1),
-    (256, [128, 64], 128, 64),
+    (256, [128, 64], 40, 5),
     (131, [24, 40], 29, 6),
-    (150, [65, 200], 149, 149),
+    (40, [65, 200], 39, 39),
     (40, [1, 3], 7, 16),
 ];
 
@@ -28,7 +28,7 @@ fn emulated_kernels_give_the_scores_of_float64() {
         for (loss, criterion) in Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&c| (loss, c))) {
             let settings = settings(Policy::Joint, loss, criterion, b, n_chunks);
             let oracle = Oracle::new(&world, &settings);
-            for device in [2, 3].into_iter().filter_map(emulation::device) {
+            if let Some(device) = emulation::device(2 + k as u32 % 2) {
                 let what = format!("{device:?} {settings:?} B {count} scale {scale} bias {bias}");
                 let select = || Backend::Cuda(device).select(&world.candidates(), &settings, &world.given());
                 let ours = select().expect(&what);
