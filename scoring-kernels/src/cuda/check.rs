@@ -1,6 +1,6 @@
 //! What a device must pass before it selects: a built-in case, against the CPU.
 use super::{
-    driver::Device,
+    device::Device,
     engine::CudaEngine,
     error::{CudaError, Result},
 };

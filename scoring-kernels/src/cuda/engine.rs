@@ -1,8 +1,9 @@
 //! Scores on a CUDA device, by our own kernels.
 use super::{
-    driver::{Buffer, Device, Stream},
+    device::Device,
     error::{CudaError, Result as CudaResult},
     memory::{DEPTH, Needed, STAGING_BYTES, needed, planes},
+    stream::{Buffer, Stream},
 };
 use crate::{
     engine::Engine,
@@ -144,11 +145,7 @@ impl<'a> CudaEngine<'a> {
         self.stream.upload(&self.rows, rows)?;
         self.stream.upload(&self.columns, columns)?;
         let mut job = self.job(running, rows.len(), columns.len(), slots);
-        let kernels = self.stream.device.kernels();
-        let kernel = match self.problem.loss {
-            Loss::Sigmoid => kernels.softplus_sums,
-            Loss::Softmax => kernels.exponential_sums,
-        };
+        let kernel = self.stream.device.sums(self.problem.loss == Loss::Softmax);
         let (grid, shared) = ([rows.len().div_ceil(TILE), slots], self.stream.device.tile_bytes);
         // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and sums and towers are of B.
         unsafe { self.stream.launch(kernel, grid, shared, &mut [(&raw mut job).cast::<c_void>()]) }?;
@@ -168,7 +165,7 @@ impl<'a> CudaEngine<'a> {
         let mut arguments = [(&raw mut job).cast::<c_void>(), (&raw mut softmax).cast(), (&raw mut out).cast()];
         let grid = [Stream::blocks(rows.len()), 1];
         // SAFETY: the kernel's parameters; it writes as many values as there are rows.
-        unsafe { self.stream.launch(self.stream.device.kernels().added, grid, 0, &mut arguments) }?;
+        unsafe { self.stream.launch(self.stream.device.added(), grid, 0, &mut arguments) }?;
         self.stream.download(&self.out, rows.len())
     }
 
@@ -281,7 +278,7 @@ fn upload_f32(
         ];
         let grid = [Stream::blocks(rows * stride), 1];
         // SAFETY: the kernel's parameters; it reads the stretch, and writes its rows of both planes.
-        unsafe { stream.launch(stream.device.kernels().split, grid, 0, &mut arguments) }?;
+        unsafe { stream.launch(stream.device.split(), grid, 0, &mut arguments) }?;
         stream.wait()?;
     }
     Ok(())

@@ -13,9 +13,6 @@
 // Warps side by side: a warp has 64 rows x 32 columns of a tile, in 4 x 4 products of 16 x 8.
 #define WARPS_ACROSS 4
 #define PRODUCTS 4
-// Slabs of DEPTH added up by the tensor cores before the sum goes to other registers. Tensor cores cut sums off instead of
-// rounding them; over a whole row that would pull large logits towards 0 by more than is promised.
-#define SLABS_TOGETHER 2
 // A logit whose exponential is 0.
 #define NOTHING -1e30f
 
@@ -82,9 +79,9 @@ struct Cursor {
         column += TILE;
     }
 
-    // Whether this is the last slab of a sum of the tensor cores, or of a tile.
-    __device__ __forceinline__ bool ends_row(const Slot& slot) const {
-        return (slab + 1) * DEPTH == slot.stride;
+    // Whether this is a tile's last slab.
+    __device__ __forceinline__ bool ends_tile(const Slot& slot) const {
+        return terms_left == 0 && (slab + 1) * DEPTH == slot.stride;
     }
 };
 
@@ -137,18 +134,23 @@ struct Copier {
 };
 
 // A warp's part of a tile, in registers.
+//
+// Tensor cores cut sums off instead of rounding them. Over a whole row that would pull large logits towards 0 by more than is
+// promised, so each slab's products are summed apart, and added with rounding.
 struct Products {
-    float whole[PRODUCTS][PRODUCTS][4];
-    float recent[PRODUCTS][PRODUCTS][4];
+    float sums[PRODUCTS][PRODUCTS][4];
 
     __device__ __forceinline__ void clear() {
         #pragma unroll
-        for (u32 k = 0; k < PRODUCTS * PRODUCTS * 4; ++k) (&whole[0][0][0])[k] = 0, (&recent[0][0][0])[k] = 0;
+        for (u32 k = 0; k < PRODUCTS * PRODUCTS * 4; ++k) (&sums[0][0][0])[k] = 0;
     }
 
-    // Adds a slab: rows from `row` and columns from `column` of the tile.
-    __device__ __forceinline__ void add(const unsigned char* ours, const unsigned char* theirs, u32 row, u32 column) {
+    // Adds a slab's products times a factor: rows from `row` and columns from `column` of the tile.
+    __device__ __forceinline__ void add(
+        const unsigned char* ours, const unsigned char* theirs, u32 row, u32 column, float factor
+    ) {
         u32 lane = threadIdx.x % 32;
+        float slab[PRODUCTS][PRODUCTS][4] = {};
         #pragma unroll
         for (u32 part = 0; part < DEPTH / 8; part += 2) {
             u32 a[PRODUCTS][4], b[PRODUCTS / 2][4];
@@ -165,19 +167,14 @@ struct Products {
                 #pragma unroll
                 for (u32 n = 0; n < PRODUCTS; ++n) {
                     const u32 half[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-                    multiply(recent[m][n], a[m], half);
+                    multiply(slab[m][n], a[m], half);
                 }
             }
         }
-    }
-
-    __device__ __forceinline__ void flush(float factor) {
         #pragma unroll
         for (u32 k = 0; k < PRODUCTS * PRODUCTS * 4; ++k) {
-            float& part = (&recent[0][0][0])[k];
-            float& sum = (&whole[0][0][0])[k];
-            sum = fmaf(part, factor, sum);
-            part = 0;
+            float& sum = (&sums[0][0][0])[k];
+            sum = fmaf((&slab[0][0][0])[k], factor, sum);
         }
     }
 };
@@ -249,7 +246,7 @@ __device__ __forceinline__ void reduce(
         #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             float z[2 * PRODUCTS];
-            logits(z, products.whole[m], half, slot, bias, valid);
+            logits(z, products.sums[m], half, slot, bias, valid);
             u32 at = across * TILE + row + 16 * m + 8 * half + threadIdx.x % 32 / 4;
             if (SOFTMAX) {
                 add_exponentials(z, to.largest + at, to.sums + at);
@@ -302,22 +299,19 @@ template <bool SOFTMAX> __device__ __forceinline__ void pairs(const Job& job) {
     }
     Products products;
     products.clear();
-    for (u32 stage = 0, together = 0; at.column < job.column_count; stage = (stage + 1) % STAGES) {
+    for (u32 stage = 0; at.column < job.column_count; stage = (stage + 1) % STAGES) {
         wait_for_copies<STAGES - 2>();
         // The slab has come for all threads; and all are done with the one before, whose place is taken next.
         __syncthreads();
         copier.copy(job, slot, copied, shared, (stage + STAGES - 1) % STAGES);
         copied.advance(slot, terms);
         end_copies();
-        bool used = first_row + row < job.row_count && at.column + column < job.column_count;
-        if (used) products.add(shared.ours(stage), shared.theirs(stage), row, column);
-        if (++together == SLABS_TOGETHER || at.ends_row(slot)) {
-            products.flush(term(slot, at.terms_left).factor);
-            together = 0;
-        }
-        if (at.ends_row(slot) && at.terms_left == 0) {
-            if (used) reduce<SOFTMAX>(products, job, slot, shared, row, across, at.column + column);
-            products.clear();
+        if (first_row + row < job.row_count && at.column + column < job.column_count) {
+            products.add(shared.ours(stage), shared.theirs(stage), row, column, term(slot, at.terms_left).factor);
+            if (at.ends_tile(slot)) {
+                reduce<SOFTMAX>(products, job, slot, shared, row, across, at.column + column);
+                products.clear();
+            }
         }
         at.advance(slot, terms);
     }

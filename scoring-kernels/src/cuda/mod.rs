@@ -2,17 +2,19 @@
 //!
 //! Both libraries are found at run time, so that one binary runs with and without them.
 mod check;
+mod device;
 mod driver;
 mod engine;
 mod error;
 mod library;
 mod memory;
 mod nvrtc;
+mod stream;
 #[cfg(test)]
 mod tests;
 
 use crate::problem::Problem;
-use driver::Device;
+use device::Device;
 use engine::CudaEngine;
 pub use error::CudaError;
 pub use library::CudaLibraries;
@@ -38,9 +40,7 @@ impl CudaDevice {
         if let Some((_, known)) = open.iter().find(|(by, known)| by == libraries && known.0.ordinal == ordinal) {
             return Ok(*known);
         }
-        let device = Device::open(libraries, ordinal)?;
-        check::run(&device)?;
-        let device = Self(Box::leak(Box::new(device)));
+        let device = Self(Box::leak(Box::new(Device::open(libraries, ordinal)?)));
         open.push((libraries.clone(), device));
         Ok(device)
     }

@@ -1,5 +1,5 @@
 //! The kernels compile for every kind of device, and fit its registers. What they compute is tested on an emulated device.
-use super::nvrtc::Nvrtc;
+use super::{library::CudaLibraries, nvrtc::Nvrtc};
 use std::path::{Path, PathBuf};
 
 /// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is said.
@@ -9,7 +9,8 @@ fn nvrtc() -> Option<Nvrtc> {
     let home = python.as_deref().and_then(|python| python.parent()?.parent()).unwrap_or(&here);
     let versions = std::fs::read_dir(home.join("lib")).into_iter().flatten().filter_map(Result::ok);
     let paths = versions.map(|version| version.path().join("site-packages/nvidia/cu13/lib/libnvrtc.so.13"));
-    let found = Nvrtc::load(&paths.filter(|path| path.exists()).collect::<Vec<_>>()).ok();
+    let paths: Vec<_> = paths.filter(|path| path.exists()).chain(CudaLibraries::default().nvrtc).collect();
+    let found = Nvrtc::load(&paths).ok();
     assert!(found.is_some() || python.is_none(), "no NVRTC below {}: is torch's CUDA half missing?", home.display());
     if found.is_none() {
         eprintln!("NOT TESTED: whether the CUDA kernels compile. There is no NVRTC below {}.", home.display());
