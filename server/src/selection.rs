@@ -133,6 +133,7 @@ fn refusal(error: kernels::Error) -> Error {
     let message = error.to_string();
     match &error {
         E::TooFewCandidates { .. } => Error::new(Reason::TooManyBadRows, message),
+        E::Cuda(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         #[cfg(feature = "torch")]
         E::Torch(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         _ => Error::invalid("select", message),
