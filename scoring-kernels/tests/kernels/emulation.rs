@@ -83,10 +83,11 @@ impl Alone {
     pub fn with(fault: Fault) -> Option<Self> {
         let alone = Self::new(&format!("{fault:?}"))?;
         // SAFETY: the function's type in driver.cpp.
-        let set: Symbol<'_, unsafe extern "C" fn(c_int) -> c_int> =
-            unsafe { alone.library.get(b"emulate_fault\0") }.expect("its function");
-        unsafe { set(fault as c_int) };
-        drop(set);
+        unsafe {
+            let set: Symbol<'_, unsafe extern "C" fn(c_int) -> c_int> =
+                alone.library.get(b"emulate_fault\0").expect("its function");
+            set(fault as c_int);
+        }
         Some(alone)
     }
 
