@@ -1,7 +1,7 @@
 """What joint selection on a CUDA device is measured against, asked by benches/device.rs.
 
     device.py gemm                                      seconds per 10^12 operations of an f16 product with f32 sums
-    device.py selection LOSS B SUB_BATCH DIM N_CHUNKS   seconds of matrix-free selection, then of its compiled form, best of 3
+    device.py selection LOSS B SUB_BATCH DIM N_CHUNKS   seconds of matrix-free selection, then of its compiled form
 
 The embeddings are random and lie in the device's memory: what is drawn does not change the time.
 """

@@ -1,6 +1,6 @@
 //! Joint selection on a CUDA device against its floor, the f16 matrix product, and against PyTorch, in one run, as ratios:
-//! `cargo bench -p superbatch-kernels --bench device`, with SUPERBATCH_PYTHON for the peers and the torch feature for LibTorch's
-//! form.
+//! `cargo bench -p superbatch-kernels --bench device`, with SUPERBATCH_PYTHON for the peers and the torch feature for
+//! LibTorch's form.
 //!
 //! Arguments: none (the paper's scale), or `B b d`. Without a usable device it says why, and ends.
 #[allow(dead_code)] // other benches use the rest

@@ -200,7 +200,7 @@ impl Engine for CudaEngine<'_> {
         if sigmoid && chosen.len() == 1 {
             return Ok(0.0);
         }
-        // Of the sigmoid loss one direction sees every ordered pair once, and each example's own pair as if it were a negative.
+        // Sigmoid: one direction sees every ordered pair once, and each example's own pair as if it were a negative.
         let slots = if sigmoid { self.problem.models.len() } else { self.all_slots() };
         self.stream.clear(&self.inner.sums)?;
         self.flops += self.add(&self.inner, chosen, chosen, slots)?;

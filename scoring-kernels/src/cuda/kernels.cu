@@ -135,8 +135,8 @@ struct Copier {
 
 // A warp's part of a tile, in registers.
 //
-// Tensor cores cut sums off instead of rounding them. Over a whole row that would pull large logits towards 0 by more than is
-// promised, so each slab's products are summed apart, and added with rounding.
+// Tensor cores cut sums off instead of rounding them. Over a whole row that would pull large logits towards 0 by more than
+// is promised, so each slab's products are summed apart, and added with rounding.
 struct Products {
     float sums[PRODUCTS][PRODUCTS][4];
 

@@ -2,7 +2,8 @@
 use super::{library::CudaLibraries, nvrtc::Nvrtc};
 use std::path::{Path, PathBuf};
 
-/// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is said.
+/// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is
+/// said.
 fn nvrtc() -> Option<Nvrtc> {
     let python = std::env::var_os("SUPERBATCH_PYTHON").map(PathBuf::from);
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv");

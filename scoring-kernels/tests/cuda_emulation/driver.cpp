@@ -1,5 +1,5 @@
-// The functions of the CUDA driver that the backend calls, over the emulated processor: a libcuda.so.1 for machines without a
-// GPU. It runs the kernels that are compiled into it, whatever image is loaded, but checks that the image is one.
+// The functions of the CUDA driver that the backend calls, over the emulated processor: a libcuda.so.1 for machines without
+// a GPU. It runs the kernels that are compiled into it, whatever image is loaded, but checks that the image is one.
 #include "primitives.h"
 #include <mutex>
 #include <string>
@@ -63,7 +63,8 @@ EXPORT cuMemGetInfo_v2(size_t* left, size_t* total) {
     return *left = MEMORY - used, *total = MEMORY, SUCCESS;
 }
 EXPORT cuModuleLoadData(void** module, const void* image) {
-    bool known = std::memcmp(image, "\177ELF", 4) == 0 || std::strstr(static_cast<const char*>(image), ".version") != nullptr;
+    bool known = std::memcmp(image, "\177ELF", 4) == 0 ||
+                 std::strstr(static_cast<const char*>(image), ".version") != nullptr;
     if (fault == FAULT_BAD_IMAGE || !known) return INVALID_IMAGE;
     return *module = &memory, SUCCESS;
 }
@@ -73,7 +74,9 @@ EXPORT cuModuleGetFunction(void** function, void*, const char* name) {
     }
     return NOT_FOUND;
 }
-EXPORT cuFuncSetAttribute(void*, int, int bytes) { return static_cast<size_t>(bytes) <= SHARED_BYTES ? SUCCESS : INVALID_VALUE; }
+EXPORT cuFuncSetAttribute(void*, int, int bytes) {
+    return static_cast<size_t>(bytes) <= SHARED_BYTES ? SUCCESS : INVALID_VALUE;
+}
 EXPORT cuStreamCreate(void** stream, u32) { return *stream = &memory, SUCCESS; }
 EXPORT cuStreamDestroy_v2(void*) { return SUCCESS; }
 EXPORT cuStreamSynchronize(void*) { return SUCCESS; }
@@ -140,15 +143,18 @@ EXPORT cuMemcpy2DAsync_v2(const Copy2D* copy, void*) {
     for (size_t row = 0; row < copy->height; ++row) {
         u64 to = copy->to_device + row * copy->to_pitch;
         if (!inside(to, copy->width)) fail("a copy to outside device memory");
-        std::memcpy(reinterpret_cast<void*>(to), static_cast<const char*>(copy->from_host) + row * copy->from_pitch, copy->width);
+        const char* from = static_cast<const char*>(copy->from_host) + row * copy->from_pitch;
+        std::memcpy(reinterpret_cast<void*>(to), from, copy->width);
     }
     return SUCCESS;
 }
 
 EXPORT cuGetErrorName(int code, const char** name) {
-    const std::map<int, const char*> names{{INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
-        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"}, {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"}, {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
-        {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"}};
+    const std::map<int, const char*> names{
+        {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},         {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},         {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+    };
     auto found = names.find(code);
     return found == names.end() ? INVALID_VALUE : (*name = found->second, SUCCESS);
 }

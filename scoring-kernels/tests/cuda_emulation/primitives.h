@@ -36,8 +36,8 @@ static float exp2_fast(float x) {
     return exact < 1.17549435e-38f ? 0.0f : exact * (1.0f + 2.4e-7f);
 }
 
-// Sums of eight products and what was there, as tensor cores make them: every term is cut off at the last bit of the largest,
-// and so is the sum.
+// Sums of eight products and what was there, as tensor cores make them: every term is cut off at the last bit of the
+// largest, and so is the sum.
 static float cut_sum(float sum, const float* products) {
     float most = std::fabs(sum);
     for (int k = 0; k < 8; ++k) most = std::max(most, std::fabs(products[k]));

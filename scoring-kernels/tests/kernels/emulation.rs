@@ -22,8 +22,8 @@ pub enum Fault {
     BadImage,
 }
 
-/// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is said.
-/// Where there is a GPU the tests run on it, and the emulation, which needs a compiler, has nothing to add.
+/// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is
+/// said. Where there is a GPU the tests run on it, and the emulation, which needs a compiler, has nothing to add.
 fn nvrtc() -> Option<PathBuf> {
     if std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda")) {
         return None;
