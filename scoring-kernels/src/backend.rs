@@ -1,5 +1,6 @@
 //! Where scores are computed.
 use crate::{
+    cuda::CudaDevice,
     engine::{self, Engine},
     error::Result,
     filter,
@@ -14,6 +15,8 @@ use crate::{
 pub enum Backend {
     /// Plain Rust on the rayon pool that the caller runs in. The draw does not depend on the number of threads.
     Native,
+    /// Kernels of our own on a CUDA device. The same inputs give the same draw, bit for bit, on the same kind of device.
+    Cuda(CudaDevice),
     /// LibTorch on a device, which the caller has made available; threads on the CPU are LibTorch's own.
     #[cfg(feature = "torch")]
     Torch(tch::Device),
@@ -49,6 +52,7 @@ impl Backend {
         } else {
             let mut engine: Box<dyn Engine> = match self {
                 Self::Native => Box::new(NativeEngine::new(&problem)),
+                Self::Cuda(device) => Box::new(device.engine(&problem)?),
                 #[cfg(feature = "torch")]
                 Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(&problem, *device)?),
             };

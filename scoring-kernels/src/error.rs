@@ -1,5 +1,8 @@
 //! What can be wrong with a selection's inputs.
-use crate::types::{Criterion, LeftOut};
+use crate::{
+    cuda::CudaError,
+    types::{Criterion, LeftOut},
+};
 
 /// Why a selection was refused. Nothing is drawn when one of these is returned.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +52,9 @@ pub enum Error {
     /// A given noise array, or the keys of seeded noise, of the wrong length.
     #[error("the noise holds {found} values: {draws} draws from {candidates} candidates need {expected}")]
     NoiseShape { found: usize, draws: usize, candidates: usize, expected: usize },
+    /// A CUDA device failed, or lacks memory.
+    #[error("a CUDA device failed while selecting")]
+    Cuda(#[from] CudaError),
     /// LibTorch failed, for example for lack of device memory.
     #[cfg(feature = "torch")]
     #[error("LibTorch failed while selecting")]

@@ -118,6 +118,12 @@
 //!   the drawn examples twelve at a time; their dot products go to a buffer of at most 15 KiB in the L1 cache, where one
 //!   pass turns them into sums of softplus or of exponentials. The best instruction set is picked at run time (AVX-512,
 //!   AVX2, portable).
+//! * **On CUDA, kernels of our own** ([`Backend::Cuda`]). NVRTC compiles them for the device when it is opened; driver and
+//!   NVRTC are found at run time, LibTorch is not needed. Tensor cores make tiles of 128 x 128 dot products from f16 with
+//!   f32 sums; an f32 value goes in as the sum of two halves, in three products. Every 64 terms of a dot product are moved
+//!   to other registers and added there with rounding, because tensor cores cut sums off. The tile never leaves the
+//!   registers: one pass turns it into softplus or exponentials and adds up its rows, in a fixed order, by one block alone.
+//!   A device is used only after it passed a check against the CPU ([`CudaDevice::open`]).
 //! * **Gumbel-top-k.** Conditional scores are spread over hundreds and exp() overflows. Adding standard Gumbel noise and
 //!   taking the c largest is the same draw. Ties go to the lower index.
 //! * **Noise by counter.** [`noise::gumbel`] is a pure function of (seed, generation, step, chunk, position), the same on
@@ -130,6 +136,7 @@
 //!   taken in the order of the drawn examples, whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶
 //!   of their value of those in float64.
 mod backend;
+mod cuda;
 mod engine;
 mod error;
 mod filter;
@@ -142,6 +149,7 @@ mod torch;
 mod types;
 
 pub use backend::Backend;
+pub use cuda::{CudaDevice, CudaError, CudaLibraries};
 pub use error::{Error, Result};
 pub use noise::Noise;
 pub use types::{Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning};

@@ -6,6 +6,8 @@ pub mod admin;
 pub mod app;
 pub mod config;
 pub mod coordinator;
+#[cfg(feature = "torch")]
+mod cuda;
 pub mod dataset;
 pub mod error;
 pub mod metrics;

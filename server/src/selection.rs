@@ -173,6 +173,7 @@ fn refusal(error: kernels::Error) -> Error {
             .with("candidates", candidates)
             .with("holes", holes)
             .with("left_out", left_out.total()),
+        E::Cuda(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         #[cfg(feature = "torch")]
         E::Torch(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         _ => Error::invalid("select", message),

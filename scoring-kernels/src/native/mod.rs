@@ -203,6 +203,16 @@ pub(crate) fn clip_losses(
     running.iter().map(|row| row.score(&problem)).collect()
 }
 
+/// Unconditional scores of candidates, without gain, in their order.
+pub(crate) fn own_scores(problem: &Problem<'_>, indices: &[u32]) -> Vec<f64> {
+    all_start(problem, indices).into_iter().map(|row| row.own).collect()
+}
+
+/// What a candidate's own pair would add to a sigmoid score if it were a negative.
+pub(crate) fn own_as_negative(problem: &Problem<'_>, index: u32) -> f64 {
+    problem.models.iter().map(|model| model.sign * softplus(own_logit(model, index))).sum()
+}
+
 fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {
     indices.par_iter().with_min_len(64).map(|&index| start(problem, index)).collect()
 }
@@ -244,10 +254,7 @@ impl Engine for NativeEngine<'_> {
         for direction in directions(self.problem).filter(|direction| direction.slot[1] == 0) {
             self.flops += self.add(&mut running, chosen, &direction);
         }
-        let own_as_negative = |row: &Running| {
-            self.problem.models.iter().map(|model| model.sign * softplus(own_logit(model, row.index))).sum::<f64>()
-        };
-        Ok(running.iter().map(|row| row.pairs - own_as_negative(row)).sum())
+        Ok(running.iter().map(|row| row.pairs - own_as_negative(self.problem, row.index)).sum())
     }
 
     fn flops(&self) -> f64 {

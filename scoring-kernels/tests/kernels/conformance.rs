@@ -1,7 +1,7 @@
 //! One suite for every backend: it draws what the oracle draws, with the oracle's scores.
 use crate::{
     oracle::{Oracle, distance},
-    support::{Model, World, assert_close, backends, chunk_sets, settings},
+    support::{Model, World, assert_close, backends, backends_and_emulated, chunk_sets, settings},
 };
 use half::f16;
 use safetensors::{SafeTensors, tensor::TensorView};
@@ -106,7 +106,7 @@ fn the_gain_multiplies_softmax_scores_and_leaves_sigmoid_alone() {
     for (loss, factor) in [(Loss::Softmax, 3.0), (Loss::Sigmoid, 1.0)] {
         let settings = Settings { gain: 3.0, ..settings(Policy::Joint, loss, Criterion::Learnability, 20, 4) };
         let plain = Oracle::new(&world, &Settings { gain: 1.0, ..settings.clone() });
-        for backend in backends() {
+        for backend in backends_and_emulated() {
             let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
             for (k, (&index, &score)) in ours.indices.iter().zip(&ours.scores).enumerate() {
                 assert_close(score, factor * plain.score(index as usize, &ours.indices[..k / 5 * 5]), "score");
@@ -138,7 +138,8 @@ fn f16_embeddings_draw_what_their_f32_values_draw() {
     };
     let mut halved = world.candidates();
     (halved.learner, halved.reference) = (Some(view(&world.learner, 0)), Some(view(&world.reference, 2)));
-    for (backend, &loss) in backends().into_iter().flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss)))
+    for (backend, &loss) in
+        backends_and_emulated().into_iter().flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss)))
     {
         let settings = settings(Policy::Joint, loss, Criterion::Learnability, 31, 5);
         let ours = backend.select(&halved, &settings, &world.given()).expect("valid");
@@ -157,7 +158,7 @@ fn every_backend_draws_the_golden_cases() {
     for file in files {
         let bytes = std::fs::read(&file).expect("a readable case");
         let case = Golden::read(&bytes);
-        for backend in backends() {
+        for backend in backends_and_emulated() {
             let what = format!("{backend:?} {}", file.display());
             let ours = backend.select(&case.world.candidates(), &case.settings, &case.world.given()).expect(&what);
             assert_eq!(chunk_sets(&ours.indices, &ours.chunks), chunk_sets(&case.expected, &ours.chunks), "{what}");

@@ -1,7 +1,9 @@
 //! Every backend against a dense float64 oracle, cases made elsewhere, properties, policies and the exact law of a draw.
 #![allow(clippy::unwrap_used)]
 mod conformance;
+mod cuda;
 mod distribution;
+mod emulation;
 mod inputs;
 mod oracle;
 mod policies;

@@ -1,5 +1,9 @@
 //! Small worlds to select from, and the backends that this machine has.
-use superbatch_kernels::{Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Settings, noise};
+use crate::emulation;
+use superbatch_kernels::{
+    Backend, Candidates, Criterion, CudaDevice, CudaLibraries, Loss, ModelEmbeddings, Noise, Policy, Rows, Settings,
+    noise,
+};
 
 /// A counter-based generator, so that every test sees the same data everywhere.
 pub struct Dice {
@@ -124,17 +128,26 @@ pub fn settings(policy: Policy, loss: Loss, criterion: Criterion, sub_batch_size
     Settings { policy, loss, criterion, sub_batch_size, n_chunks, gain: 1.0 }
 }
 
+/// The backends of this machine. `SUPERBATCH_TEST_DEVICE=cuda` says that it has a GPU: then its kernels must be usable.
 pub fn backends() -> Vec<Backend> {
+    let mut all = vec![Backend::Native];
+    if std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda")) {
+        let device = CudaDevice::open(&CudaLibraries::default(), 0);
+        all.push(Backend::Cuda(device.expect("a CUDA device whose kernels pass their check")));
+    }
     #[cfg(feature = "torch")]
     {
-        let mut all = vec![Backend::Native, Backend::Torch(tch::Device::Cpu)];
+        all.push(Backend::Torch(tch::Device::Cpu));
         if tch::Cuda::is_available() {
             all.push(Backend::Torch(tch::Device::Cuda(0)));
         }
-        all
     }
-    #[cfg(not(feature = "torch"))]
-    vec![Backend::Native]
+    all
+}
+
+/// [`backends`], and the emulated CUDA device, which is slow.
+pub fn backends_and_emulated() -> Vec<Backend> {
+    backends().into_iter().chain(emulation::device(3).map(Backend::Cuda)).collect()
 }
 
 /// The chosen of each chunk, sorted: rounding may turn the order inside a chunk.

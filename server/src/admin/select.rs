@@ -98,7 +98,7 @@ pub enum BackendChoice {
     Native,
     /// LibTorch on the CPU
     Torch,
-    /// LibTorch on the first CUDA device
+    /// Our own kernels on the first CUDA device, or LibTorch where they cannot be used
     Cuda,
 }
 
@@ -168,7 +168,7 @@ fn backend(args: &SelectArgs) -> Result<Backend> {
     match args.backend {
         BackendChoice::Native => Ok(Backend::Native),
         BackendChoice::Torch => Ok(Backend::Torch(tch::Device::Cpu)),
-        BackendChoice::Cuda => cuda().map(Backend::Torch),
+        BackendChoice::Cuda => cuda().map(crate::cuda::backend),
     }
 }
 

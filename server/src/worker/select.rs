@@ -1,6 +1,7 @@
 //! Selection on this worker's device.
 use super::engine::Engine;
 use crate::{
+    cuda,
     error::{Error, Result, from_status},
     selection::{Embedded, Values, draw, response, settings},
 };
@@ -47,7 +48,7 @@ pub(super) async fn select(
     let started = Instant::now();
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
     let selection = match device.starts_with("cuda") {
-        true => engine.device.run(move |device| run(Backend::Torch(device))).await??,
+        true => engine.device.run(move |device| run(cuda::backend(device))).await??,
         false => engine.pool.run(move |_| run(Backend::Native)).await??,
     };
     Ok(SelectResponse { seconds: started.elapsed().as_secs_f64(), device, threads, ..response(selection) })

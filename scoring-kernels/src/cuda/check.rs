@@ -1,0 +1,102 @@
+//! What a device must pass before it selects: a built-in case, against the CPU.
+use super::{
+    device::Device,
+    engine::CudaEngine,
+    error::{CudaError, Result},
+};
+use crate::{
+    engine::Engine,
+    error::Error,
+    native::NativeEngine,
+    noise::philox,
+    problem::Problem,
+    types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
+};
+use half::f16;
+
+/// Sizes that fill no tile: two tiles of candidates, two of drawn examples, several slabs of a row.
+const COUNT: usize = 301;
+const DIMS: [usize; 2] = [72, 200];
+const CHUNKS: [usize; 2] = [143, 5];
+/// Twice what a backend may differ from the exact score by.
+const TOLERANCE: [f64; 2] = [1e-3, 2e-6];
+
+/// Four towers of unit rows. Texts resemble their images, and images each other, so that logits are large and small.
+fn towers() -> [Vec<f32>; 4] {
+    std::array::from_fn(|tower| {
+        let dim = DIMS[tower / 2];
+        let row = |row: usize| {
+            let noise = |stream: usize, row: usize, column: usize| {
+                let block = philox([row as u32, column as u32, stream as u32, 0], [7, 11]);
+                block[0] as f32 / 2f32.powi(31) - 1.0
+            };
+            let value = |p| noise(0, row % 5, p) + noise(1 + tower / 2, row, p) + 0.5 * noise(3 + tower, row, p);
+            let values: Vec<f32> = (0..dim).map(value).collect();
+            let norm = values.iter().map(|value| value * value).sum::<f32>().sqrt();
+            values.into_iter().map(move |value| value / norm)
+        };
+        (0..COUNT).flat_map(row).collect()
+    })
+}
+
+/// Both losses, both types.
+pub(super) fn run(device: &Device) -> Result<()> {
+    let wide = towers();
+    let narrow = wide.each_ref().map(|rows| rows.iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>());
+    for loss in Loss::ALL {
+        compare(device, *loss, std::array::from_fn(|k| Rows::F16(&narrow[k])))?;
+        compare(device, *loss, std::array::from_fn(|k| Rows::F32(&wide[k])))?;
+    }
+    Ok(())
+}
+
+fn compare(device: &Device, loss: Loss, [learner_image, learner_text, image, text]: [Rows<'_>; 4]) -> Result<()> {
+    let learner = ModelEmbeddings { image: learner_image, text: learner_text, dim: DIMS[0], scale: 25.0, bias: -11.0 };
+    let reference = ModelEmbeddings { image, text, dim: DIMS[1], scale: 60.0, bias: -14.0 };
+    let candidates =
+        Candidates { count: COUNT, learner: Some(learner), reference: Some(reference), holes: &[0, 100, 300] };
+    let settings = Settings {
+        policy: Policy::JointTopK,
+        loss,
+        criterion: Criterion::Learnability,
+        sub_batch_size: CHUNKS.iter().sum(),
+        n_chunks: CHUNKS.len(),
+        gain: 1.5,
+    };
+    let noise = crate::noise::Noise::Given(&[]);
+    let problem = Problem::new(&candidates, &settings, &Tuning::default(), &noise).expect("a valid case");
+    let (mut ours, mut native) = (CudaEngine::new(&problem, device)?, NativeEngine::new(&problem));
+    let differs = |what: String, found: f64, expected: f64| {
+        // NaN fits nothing.
+        let fits = (found - expected).abs() <= TOLERANCE[0] + TOLERANCE[1] * expected.abs();
+        let wrong = CudaError::WrongResult { device: device.name.clone(), what, found, expected };
+        if fits { Ok(()) } else { Err(wrong) }
+    };
+    let (mut left, dtype) = (problem.offered.clone(), if matches!(image, Rows::F16(_)) { "f16" } else { "f32" });
+    for size in CHUNKS {
+        let chunk: Vec<u32> = left.iter().rev().step_by(2).take(size).copied().collect();
+        left.retain(|index| !chunk.contains(index));
+        let (found, expected) = (own(ours.inner(&chunk))? / size as f64, cpu(native.inner(&chunk)) / size as f64);
+        differs(format!("the batch score under the {loss} loss of {dtype}"), found, expected)?;
+        own(ours.absorb(&chunk))?;
+        cpu(native.absorb(&chunk));
+        let (found, expected) = (own(ours.scores())?, cpu(native.scores()));
+        for index in left.iter().map(|&index| index as usize) {
+            let what = format!("the score of candidate {index} under the {loss} loss of {dtype}");
+            differs(what, found[index], expected[index])?;
+        }
+    }
+    Ok(())
+}
+
+/// What the device's engine may say.
+fn own<T>(answer: crate::error::Result<T>) -> Result<T> {
+    answer.map_err(|error| match error {
+        Error::Cuda(error) => error,
+        other => unreachable!("the engine says nothing else: {other}"),
+    })
+}
+
+fn cpu<T>(answer: crate::error::Result<T>) -> T {
+    answer.expect("the CPU computes a valid case")
+}

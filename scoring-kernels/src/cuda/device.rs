@@ -1,0 +1,200 @@
+//! A device with its kernels.
+use super::{
+    check,
+    driver::Driver,
+    error::{CudaError, Result},
+    library::{CudaLibraries, missing, open},
+    nvrtc::Nvrtc,
+};
+use std::{
+    ffi::{CStr, c_int, c_void},
+    ptr::null_mut,
+    sync::Arc,
+};
+
+/// Shared memory of a block: slabs of rows and columns, and each row's sums by four warps (kernels.cu).
+const STAGE_BYTES: usize = 2 * 128 * 64 * 2;
+const SUMS_BYTES: usize = 4 * 128 * (8 + 4);
+
+// Numbers of cuda.h.
+const CAPABILITY_MAJOR: c_int = 75;
+const CAPABILITY_MINOR: c_int = 76;
+const SHARED_BYTES_MOST: c_int = 97;
+const FUNCTION_SHARED_BYTES: c_int = 8;
+
+/// One of the kernels.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel(pub *mut c_void);
+
+struct Kernels {
+    softplus_sums: Kernel,
+    exponential_sums: Kernel,
+    added: Kernel,
+    split: Kernel,
+}
+
+/// What is known of a device before anything runs on it.
+struct Found {
+    driver: Arc<Driver>,
+    handle: c_int,
+    ordinal: u32,
+    name: String,
+    tile_bytes: usize,
+    image: Vec<u8>,
+}
+
+/// A context of a device in which the kernels are loaded.
+pub(super) struct Device {
+    driver: Arc<Driver>,
+    pub ordinal: u32,
+    pub name: String,
+    context: *mut c_void,
+    /// Whether the context ends with this.
+    own: bool,
+    kernels: Option<Kernels>,
+    /// Of a block of the kernels that go tile by tile.
+    pub tile_bytes: usize,
+}
+
+// SAFETY: handles of the driver may be used from any thread in which the context is current, and `call` makes it so.
+unsafe impl Send for Device {}
+unsafe impl Sync for Device {}
+
+// SAFETY of all calls of the driver: every pointer is to a value of the header's type that outlives the call.
+impl Found {
+    fn new(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
+        let remedy = "install NVIDIA's driver, or select on the CPU";
+        let library = open(&libraries.driver).map_err(|error| missing("the CUDA driver", &error, remedy))?;
+        let driver = Driver::of(library)?;
+        let (mut count, mut handle) = (0, 0);
+        driver.check("cuInit", unsafe { (driver.init)(0) })?;
+        driver.check("cuDeviceGetCount", unsafe { (driver.device_count)(&mut count) })?;
+        if i64::from(ordinal) >= i64::from(count) {
+            return Err(CudaError::NoDevice { ordinal, count: count as u32 });
+        }
+        driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut handle, ordinal as c_int) })?;
+        let mut name = [0; 256];
+        driver.check("cuDeviceGetName", unsafe { (driver.device_name)(name.as_mut_ptr(), 256, handle) })?;
+        let bytes = name.map(|byte| byte as u8);
+        let name = CStr::from_bytes_until_nul(&bytes).unwrap_or_default().to_string_lossy().into_owned();
+        let attribute = |number| {
+            let mut value = 0;
+            let code = unsafe { (driver.device_attribute)(&mut value, number, handle) };
+            driver.check("cuDeviceGetAttribute", code).map(|()| value as u32)
+        };
+        let (major, minor) = (attribute(CAPABILITY_MAJOR)?, attribute(CAPABILITY_MINOR)?);
+        if major < 8 {
+            return Err(CudaError::TooOld { name, major, minor });
+        }
+        // Two slabs at a time where three do not fit.
+        let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES { 3 } else { 2 };
+        let image = Nvrtc::load(&libraries.nvrtc)?.kernels(10 * major + minor, stages)?;
+        let tile_bytes = stages as usize * STAGE_BYTES + SUMS_BYTES;
+        Ok(Self { driver: Arc::new(driver), handle, ordinal, name, tile_bytes, image })
+    }
+
+    /// A context for one use, so that a kernel that goes astray spoils nothing else.
+    fn apart(&self) -> Result<Device> {
+        let (driver, mut context, mut popped) = (&self.driver, null_mut(), null_mut());
+        driver.check("cuCtxCreate", unsafe { (driver.create_context)(&mut context, 0, self.handle) })?;
+        // It was made current.
+        let code = unsafe { (driver.pop_context)(&mut popped) };
+        let device = self.device(context, true);
+        driver.check("cuCtxPopCurrent", code)?;
+        device.loaded(&self.image)
+    }
+
+    /// The context that LibTorch uses too.
+    fn shared(&self) -> Result<Device> {
+        let (driver, mut context) = (&self.driver, null_mut());
+        let code = unsafe { (driver.primary_context)(&mut context, self.handle) };
+        driver.check("cuDevicePrimaryCtxRetain", code)?;
+        self.device(context, false).loaded(&self.image)
+    }
+
+    fn device(&self, context: *mut c_void, own: bool) -> Device {
+        let (driver, name) = (Arc::clone(&self.driver), self.name.clone());
+        Device { driver, ordinal: self.ordinal, name, context, own, kernels: None, tile_bytes: self.tile_bytes }
+    }
+}
+
+impl Device {
+    /// Finds the device, compiles the kernels for it and checks them in a context of their own before they come into the one
+    /// that the process shares.
+    pub(super) fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
+        let found = Found::new(libraries, ordinal)?;
+        check::run(&found.apart()?)?;
+        found.shared()
+    }
+
+    fn loaded(mut self, image: &[u8]) -> Result<Self> {
+        let mut module = null_mut();
+        // PTX is a string.
+        let ended: Vec<u8> = image.iter().copied().chain([0]).collect();
+        self.call("cuModuleLoadData", |driver| unsafe { (driver.module_load)(&mut module, ended.as_ptr().cast()) })?;
+        let function = |name: &'static CStr| {
+            let mut function = null_mut();
+            self.call("cuModuleGetFunction", |driver| unsafe {
+                (driver.module_function)(&mut function, module, name.as_ptr())
+            })?;
+            Ok(Kernel(function))
+        };
+        let tiles = |name| {
+            let kernel: Kernel = function(name)?;
+            self.call("cuFuncSetAttribute", |driver| unsafe {
+                (driver.function_attribute)(kernel.0, FUNCTION_SHARED_BYTES, self.tile_bytes as c_int)
+            })?;
+            Ok(kernel)
+        };
+        let kernels = Kernels {
+            softplus_sums: tiles(c"softplus_sums")?,
+            exponential_sums: tiles(c"exponential_sums")?,
+            added: function(c"added")?,
+            split: function(c"split")?,
+        };
+        self.kernels = Some(kernels);
+        Ok(self)
+    }
+
+    fn kernels(&self) -> &Kernels {
+        self.kernels.as_ref().expect("loaded when the device was opened")
+    }
+
+    /// The kernel that adds a chunk's terms, under the softmax loss or the sigmoid loss.
+    pub(super) fn sums(&self, softmax: bool) -> Kernel {
+        if softmax { self.kernels().exponential_sums } else { self.kernels().softplus_sums }
+    }
+
+    pub(super) fn added(&self) -> Kernel {
+        self.kernels().added
+    }
+
+    pub(super) fn split(&self) -> Kernel {
+        self.kernels().split
+    }
+
+    /// Calls the driver with the device's context current, and leaves this thread's context as it was.
+    pub(super) fn call(&self, name: &'static str, call: impl FnOnce(&Driver) -> c_int) -> Result<()> {
+        let (driver, mut ours) = (&self.driver, null_mut());
+        driver.check("cuCtxPushCurrent", unsafe { (driver.push_context)(self.context) })?;
+        let code = call(driver);
+        let popped = unsafe { (driver.pop_context)(&mut ours) };
+        driver.check(name, code)?;
+        driver.check("cuCtxPopCurrent", popped)
+    }
+
+    pub(super) fn free_bytes(&self) -> Result<usize> {
+        let (mut free, mut total) = (0, 0);
+        self.call("cuMemGetInfo", |driver| unsafe { (driver.memory_info)(&mut free, &mut total) })?;
+        Ok(free)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.own {
+            // What fails here has failed before, where it was said.
+            unsafe { (self.driver.destroy_context)(self.context) };
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Scores on a CUDA device, by our own kernels.
+use super::{
+    device::Device,
+    error::{CudaError, Result as CudaResult},
+    memory::{DEPTH, Needed, STAGING_BYTES, needed, planes},
+    stream::{Buffer, Stream},
+};
+use crate::{
+    engine::Engine,
+    error::Result,
+    native::{own_as_negative, own_scores},
+    problem::{Problem, SignedModel},
+    types::{Loss, Rows},
+};
+use half::slice::HalfFloatSliceExt;
+use std::ffi::c_void;
+
+/// Candidates of a block.
+const TILE: usize = 128;
+/// Models times directions, at most.
+const SLOTS: usize = 4;
+
+/// `Slot` of kernels.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Slot {
+    ours: u64,
+    theirs: u64,
+    plane: u64,
+    stride: u32,
+    high: f32,
+    low: f32,
+    bias: f32,
+    sign: f64,
+}
+
+/// `Job` of kernels.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Job {
+    slots: [Slot; SLOTS],
+    rows: u64,
+    columns: u64,
+    row_count: u32,
+    column_count: u32,
+    count: u32,
+    slot_count: u32,
+    largest: u64,
+    sums: u64,
+}
+
+/// Both towers of a model as halves, `[planes, B, stride]` each.
+struct Towers<'d> {
+    image: Buffer<'d, u16>,
+    text: Buffer<'d, u16>,
+}
+
+/// What was absorbed, by slot and candidate: see `Job` of kernels.cu.
+struct Running<'d> {
+    largest: Buffer<'d, f64>,
+    sums: Buffer<'d, f64>,
+}
+
+pub(crate) struct CudaEngine<'a> {
+    problem: &'a Problem<'a>,
+    /// Unconditional scores without gain, by candidate; 0 for holes.
+    own: Vec<f64>,
+    /// The candidates left, rising.
+    left: Vec<u32>,
+    absorbed: bool,
+    flops: f64,
+    /// Every model's images against texts, then every model's texts against images.
+    slots: [Slot; SLOTS],
+    // Memory is given back before the stream.
+    running: Running<'a>,
+    /// Sums for a batch score.
+    inner: Running<'a>,
+    rows: Buffer<'a, u32>,
+    columns: Buffer<'a, u32>,
+    out: Buffer<'a, f64>,
+    _towers: Vec<Towers<'a>>,
+    stream: Stream<'a>,
+}
+
+impl<'a> CudaEngine<'a> {
+    pub(super) fn new(problem: &'a Problem<'a>, device: &'a Device) -> CudaResult<Self> {
+        let count = problem.count;
+        let Needed { inputs, above } = needed(count, problem.models.iter().map(|model| model.embeddings));
+        let free = device.free_bytes()?;
+        if inputs + above > free {
+            return Err(CudaError::Memory { needed: inputs + above, free });
+        }
+        let stream = Stream::new(device)?;
+        let towers =
+            problem.models.iter().map(|model| upload(&stream, model, count)).collect::<CudaResult<Vec<_>>>()?;
+        let mut slots = [Slot::default(); SLOTS];
+        let forth = problem.models.iter().zip(&towers).map(|(model, towers)| slot(model, count, towers));
+        let forth: Vec<Slot> = forth.collect();
+        let back = forth.iter().map(|slot| Slot { ours: slot.theirs, theirs: slot.ours, ..*slot });
+        slots.iter_mut().zip(forth.iter().copied().chain(back)).for_each(|(slot, filled)| *slot = filled);
+        let mut own = vec![0.0; count];
+        let scores = own_scores(problem, &problem.offered);
+        problem.offered.iter().zip(scores).for_each(|(&index, score)| own[index as usize] = score);
+        let values = 2 * problem.models.len() * count;
+        let running = || CudaResult::Ok(Running { largest: stream.allocate(values)?, sums: stream.allocate(values)? });
+        let dims: usize = problem.models.iter().map(|model| model.embeddings.dim).sum();
+        let engine = Self {
+            problem,
+            own,
+            left: problem.offered.clone(),
+            absorbed: false,
+            flops: 2.0 * problem.offered.len() as f64 * dims as f64,
+            slots,
+            running: running()?,
+            inner: running()?,
+            rows: stream.allocate(count)?,
+            columns: stream.allocate(count)?,
+            out: stream.allocate(count)?,
+            _towers: towers,
+            stream,
+        };
+        engine.stream.clear(&engine.running.sums)?;
+        Ok(engine)
+    }
+
+    fn job(&self, running: &Running<'_>, rows: usize, columns: usize, slots: usize) -> Job {
+        Job {
+            slots: self.slots,
+            rows: self.rows.address,
+            columns: self.columns.address,
+            row_count: rows as u32,
+            column_count: columns as u32,
+            count: self.problem.count as u32,
+            slot_count: slots as u32,
+            largest: running.largest.address,
+            sums: running.sums.address,
+        }
+    }
+
+    /// Adds to the running sums of `rows` their terms with `columns`, in the first `slots`. Returns the operations it took.
+    fn add(&self, running: &Running<'_>, rows: &[u32], columns: &[u32], slots: usize) -> CudaResult<f64> {
+        if rows.is_empty() || columns.is_empty() {
+            return Ok(0.0);
+        }
+        self.stream.upload(&self.rows, rows)?;
+        self.stream.upload(&self.columns, columns)?;
+        let mut job = self.job(running, rows.len(), columns.len(), slots);
+        let kernel = self.stream.device.sums(self.problem.loss == Loss::Softmax);
+        let (grid, shared) = ([rows.len().div_ceil(TILE), slots], self.stream.device.tile_bytes);
+        // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and sums and towers are of B.
+        unsafe { self.stream.launch(kernel, grid, shared, &mut [(&raw mut job).cast::<c_void>()]) }?;
+        self.stream.wait()?;
+        let dims: usize = self.problem.models.iter().map(|model| model.embeddings.dim).cycle().take(slots).sum();
+        Ok(2.0 * rows.len() as f64 * columns.len() as f64 * dims as f64)
+    }
+
+    /// What running sums add to the scores of `rows`, in their order.
+    fn added(&self, running: &Running<'_>, rows: &[u32], slots: usize) -> CudaResult<Vec<f64>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.stream.upload(&self.rows, rows)?;
+        let mut job = self.job(running, rows.len(), 0, slots);
+        let (mut softmax, mut out) = (u32::from(self.problem.loss == Loss::Softmax), self.out.address);
+        let mut arguments = [(&raw mut job).cast::<c_void>(), (&raw mut softmax).cast(), (&raw mut out).cast()];
+        let grid = [Stream::blocks(rows.len()), 1];
+        // SAFETY: the kernel's parameters; it writes as many values as there are rows.
+        unsafe { self.stream.launch(self.stream.device.added(), grid, 0, &mut arguments) }?;
+        self.stream.download(&self.out, rows.len())
+    }
+
+    /// Models times directions.
+    fn all_slots(&self) -> usize {
+        2 * self.problem.models.len()
+    }
+}
+
+impl Engine for CudaEngine<'_> {
+    fn scores(&mut self) -> Result<Vec<f64>> {
+        let mut scores = self.own.clone();
+        if self.absorbed {
+            let added = self.added(&self.running, &self.left, self.all_slots())?;
+            self.left.iter().zip(added).for_each(|(&index, added)| scores[index as usize] += added);
+        }
+        scores.iter_mut().for_each(|score| *score *= self.problem.gain);
+        Ok(scores)
+    }
+
+    fn absorb(&mut self, chunk: &[u32]) -> Result<()> {
+        let mut drawn = vec![false; self.problem.count];
+        chunk.iter().for_each(|&index| drawn[index as usize] = true);
+        self.left.retain(|&index| !drawn[index as usize]);
+        self.flops += self.add(&self.running, &self.left, chunk, self.all_slots())?;
+        self.absorbed = true;
+        Ok(())
+    }
+
+    fn inner(&mut self, chosen: &[u32]) -> Result<f64> {
+        let sigmoid = self.problem.loss == Loss::Sigmoid;
+        if sigmoid && chosen.len() == 1 {
+            return Ok(0.0);
+        }
+        // Sigmoid: one direction sees every ordered pair once, and each example's own pair as if it were a negative.
+        let slots = if sigmoid { self.problem.models.len() } else { self.all_slots() };
+        self.stream.clear(&self.inner.sums)?;
+        self.flops += self.add(&self.inner, chosen, chosen, slots)?;
+        let added = self.added(&self.inner, chosen, slots)?;
+        let of = |(&index, added): (&u32, f64)| match sigmoid {
+            true => added - own_as_negative(self.problem, index),
+            false => self.own[index as usize] + added,
+        };
+        Ok(chosen.iter().zip(added).map(of).sum())
+    }
+
+    fn flops(&self) -> f64 {
+        self.flops
+    }
+}
+
+fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
+    let embeddings = &model.embeddings;
+    let stride = embeddings.dim.next_multiple_of(DEPTH);
+    let scale = embeddings.scale * std::f64::consts::LOG2_E;
+    let high = scale as f32;
+    Slot {
+        ours: towers.image.address,
+        theirs: towers.text.address,
+        plane: if planes(embeddings) == 2 { (count * stride) as u64 } else { 0 },
+        stride: stride as u32,
+        high,
+        low: (scale - f64::from(high)) as f32,
+        bias: (embeddings.bias * std::f64::consts::LOG2_E) as f32,
+        sign: model.sign,
+    }
+}
+
+fn upload<'d>(stream: &Stream<'d>, model: &SignedModel<'_>, count: usize) -> CudaResult<Towers<'d>> {
+    let embeddings = &model.embeddings;
+    let (dim, stride, planes) = (embeddings.dim, embeddings.dim.next_multiple_of(DEPTH), planes(embeddings));
+    let tower = |rows: &Rows<'_>| {
+        let buffer = stream.allocate(planes * count * stride)?;
+        match rows {
+            Rows::F16(values) => {
+                stream.clear(&buffer)?;
+                stream.upload_rows(&buffer, values.reinterpret_cast(), dim, stride)?;
+                stream.wait()?;
+            }
+            Rows::F32(values) => upload_f32(stream, values, [count, dim, stride], &buffer)?,
+        }
+        Ok(buffer)
+    };
+    Ok(Towers { image: tower(&embeddings.image)?, text: tower(&embeddings.text)? })
+}
+
+/// Makes two halves of every value, a stretch of rows at a time.
+fn upload_f32(
+    stream: &Stream<'_>,
+    values: &[f32],
+    [count, dim, stride]: [usize; 3],
+    to: &Buffer<'_, u16>,
+) -> CudaResult<()> {
+    let height = (STAGING_BYTES / (dim * size_of::<f32>())).clamp(1, count);
+    let staging: Buffer<'_, f32> = stream.allocate(height * dim)?;
+    for (stretch, first) in values.chunks(height * dim).zip((0..).step_by(height)) {
+        stream.upload(&staging, stretch)?;
+        let rows = stretch.len() / dim;
+        let mut from = staging.address;
+        let mut to = to.address + (first * stride * size_of::<u16>()) as u64;
+        let mut plane = (count * stride) as u64;
+        let (mut rows_of, mut dim_of, mut stride_of) = (rows as u32, dim as u32, stride as u32);
+        let mut arguments: [*mut c_void; 6] = [
+            (&raw mut from).cast(),
+            (&raw mut to).cast(),
+            (&raw mut plane).cast(),
+            (&raw mut rows_of).cast(),
+            (&raw mut dim_of).cast(),
+            (&raw mut stride_of).cast(),
+        ];
+        let grid = [Stream::blocks(rows * stride), 1];
+        // SAFETY: the kernel's parameters; it reads the stretch, and writes its rows of both planes.
+        unsafe { stream.launch(stream.device.split(), grid, 0, &mut arguments) }?;
+        stream.wait()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,76 @@
+//! What a selection takes of a device's memory.
+use crate::types::{ModelEmbeddings, Rows};
+
+/// Values of a row that the kernels take at a time: rows are filled up to a multiple with zeros.
+pub(super) const DEPTH: usize = 64;
+/// Most bytes of f32 values that wait on the device to become halves.
+pub(super) const STAGING_BYTES: usize = 64 << 20;
+
+/// Bytes on the device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Needed {
+    /// The embeddings as they were given.
+    pub inputs: usize,
+    /// All else: what fills rows up, running sums, lists and buffers.
+    pub above: usize,
+}
+
+/// Halves that a value of these towers becomes: an f32 is the sum of two.
+pub(super) fn planes(embeddings: &ModelEmbeddings<'_>) -> usize {
+    match (&embeddings.image, &embeddings.text) {
+        (Rows::F16(_), Rows::F16(_)) => 1,
+        _ => 2,
+    }
+}
+
+/// What `count` candidates seen by these models need.
+pub(super) fn needed<'a>(count: usize, models: impl Iterator<Item = ModelEmbeddings<'a>>) -> Needed {
+    let (mut inputs, mut kept, mut slots, mut staging) = (0, 0, 0, 0);
+    for model in models {
+        slots += 2;
+        kept += 2 * planes(&model) * count * model.dim.next_multiple_of(DEPTH) * size_of::<u16>();
+        for rows in [model.image, model.text] {
+            let bytes = match rows {
+                Rows::F16(_) => 2,
+                Rows::F32(_) => {
+                    staging = STAGING_BYTES;
+                    4
+                }
+            };
+            inputs += count * model.dim * bytes;
+        }
+    }
+    // Two sets of running sums (one for batch scores), scores, and two lists of indices.
+    let running = count * (2 * slots * 2 * size_of::<f64>() + size_of::<f64>() + 2 * size_of::<u32>());
+    Needed { inputs, above: kept.saturating_sub(inputs) + running + staging }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+
+    fn model<'a>(rows: Rows<'a>, dim: usize) -> ModelEmbeddings<'a> {
+        ModelEmbeddings { image: rows, text: rows, dim, scale: 1.0, bias: 0.0 }
+    }
+
+    #[test]
+    fn the_largest_super_batch_runs_in_eight_gibibytes_above_its_inputs() {
+        for rows in [Rows::F16(&[] as &[f16]), Rows::F32(&[])] {
+            let Needed { inputs, above } = needed(327_680, [model(rows, 1152), model(rows, 1152)].into_iter());
+            let width = if matches!(rows, Rows::F16(_)) { 2 } else { 4 };
+            assert_eq!(inputs, 4 * 327_680 * 1152 * width);
+            assert!(above < 1 << 28, "{above}");
+        }
+    }
+
+    #[test]
+    fn rows_that_are_filled_up_are_counted() {
+        let half = needed(1_000, [model(Rows::F16(&[]), 65)].into_iter());
+        assert_eq!(half.inputs, 1_000 * 2 * 65 * 2);
+        assert_eq!(half.above, 1_000 * (2 * 63 * 2 + 2 * 2 * 16 + 8 + 8));
+        // Both towers of a model have as many planes as one of them needs.
+        let mixed = ModelEmbeddings { text: Rows::F32(&[]), ..model(Rows::F16(&[]), 64) };
+        assert_eq!(needed(10, [mixed].into_iter()).above, 10 * (64 * 2 + 2 * 2 * 16 + 8 + 8) + STAGING_BYTES);
+    }
+}

@@ -1,0 +1,73 @@
+//! Scores on a CUDA device, by kernels of our own: NVRTC compiles `kernels.cu` for the device when it is opened.
+//!
+//! Both libraries are found at run time, so that one binary runs with and without them.
+mod check;
+mod device;
+mod driver;
+mod engine;
+mod error;
+mod library;
+mod memory;
+mod nvrtc;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use crate::problem::Problem;
+use device::Device;
+use engine::CudaEngine;
+pub use error::CudaError;
+pub use library::CudaLibraries;
+use std::{fmt, sync::Mutex};
+
+/// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process.
+#[derive(Clone, Copy)]
+pub struct CudaDevice(&'static Device);
+
+/// Devices that were opened, with the libraries that opened them.
+static OPEN: Mutex<Vec<(CudaLibraries, CudaDevice)>> = Mutex::new(Vec::new());
+
+impl CudaDevice {
+    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with the CPU (well under a
+    /// second in all). A device that is open is just returned.
+    ///
+    /// # Errors
+    ///
+    /// Why our kernels cannot be used here. LibTorch's form of the computation may still work.
+    pub fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self, CudaError> {
+        // What was half done by a thread that panicked is not in the list.
+        let mut open = OPEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((_, known)) = open.iter().find(|(by, known)| by == libraries && known.0.ordinal == ordinal) {
+            return Ok(*known);
+        }
+        let device = Self(Box::leak(Box::new(Device::open(libraries, ordinal)?)));
+        open.push((libraries.clone(), device));
+        Ok(device)
+    }
+
+    /// The device's number, as the driver counts.
+    pub fn ordinal(&self) -> u32 {
+        self.0.ordinal
+    }
+
+    /// What the driver calls it.
+    pub fn name(&self) -> &'static str {
+        &self.0.name
+    }
+
+    pub(crate) fn engine<'a>(&self, problem: &'a Problem<'a>) -> Result<CudaEngine<'a>, CudaError> {
+        CudaEngine::new(problem, self.0)
+    }
+}
+
+impl PartialEq for CudaDevice {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.0, other.0)
+    }
+}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.0.ordinal, self.0.name)
+    }
+}
