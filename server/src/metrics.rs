@@ -53,7 +53,7 @@ declare! {
     counter candidates() = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() = "superbatch_selected_total", Count;
-    /// Rows that could not be used, by reason. A slice that is scored again counts its rows again.
+    /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
     counter skipped(reason) = "superbatch_skipped_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) = "superbatch_steps_committed_total", Count;

@@ -4,7 +4,7 @@ use arrow::array::AsArray;
 use std::sync::Arc;
 use superbatch_client::{
     Run,
-    v1::{Criterion, Intent, Phase, Policy, Reason, RewindMode, RunSpec},
+    v1::{Criterion, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, lag},
 };
 use superbatch_tests::{
     cluster::Cluster,
@@ -36,16 +36,35 @@ fn once(operation: Operation, path: &'static str, how: How) -> Script {
     Script::new([Fault { operation, path, how, times: 1 }])
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn one_worker_and_three_choose_the_same() {
+/// What a run of all its data chose, and what that cost: operations of the reference and the learner.
+async fn whole_run(workers: usize, spec: impl Fn(&Cluster) -> RunSpec) -> (Vec<Vec<String>>, [f64; 3]) {
+    let cluster = Cluster::start(workers, Script::default()).await;
+    let run = cluster.open_run("same", RunSpec { epochs: 1, ..spec(&cluster) }).await.unwrap();
     let mut chosen = Vec::new();
-    for workers in [0, 1, 3] {
-        let cluster = Cluster::start(workers, Script::default()).await;
-        let run = cluster.open_run("same", easy(&cluster)).await.unwrap();
-        chosen.push([ids(&run, 0).await, ids(&run, 1).await, ids(&run, 2).await]);
-        cluster.stop().await;
+    for step in 0..run.opened().steps_total {
+        chosen.push(ids(&run, step).await);
     }
-    assert!(chosen.iter().all(|one| *one == chosen[0]));
+    let spent = run.get_run().await.unwrap().accounts.unwrap();
+    cluster.stop().await;
+    (chosen, [spent.reference_flops, spent.learner_flops, spent.discarded_flops])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_and_three_choose_the_same_at_the_same_cost() {
+    // 24 candidates a slice, 16 rows a block: blocks are cut.
+    let with_size = |mut spec: RunSpec| {
+        (spec.phases[0].super_batch_size, spec.micro_batch_rows) = (72, 8);
+        spec
+    };
+    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
+    let scored = |cluster: &Cluster| with_size(RunSpec { lag, ..cluster.spec() });
+    let easy = |cluster: &Cluster| with_size(easy(cluster));
+    let expected = [whole_run(0, easy).await, whole_run(0, scored).await];
+    assert_eq!(expected[0].0.len(), 3);
+    for workers in [1, 3] {
+        assert_eq!(whole_run(workers, easy).await, expected[0]);
+        assert_eq!(whole_run(workers, scored).await, expected[1]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

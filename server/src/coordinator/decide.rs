@@ -5,7 +5,7 @@ mod learner;
 use self::{draw::select_begin, learner::Learner};
 use super::{
     models,
-    plan::{self, SuperBatch},
+    plan::{self, Candidate, SuperBatch},
     ready::Ready,
     record::{self, Decided},
     run::Run,
@@ -103,6 +103,10 @@ impl Maker<'_> {
         }
     }
 
+    async fn begin(&self, job: Job, candidates: &[Candidate]) -> Result<Scoring> {
+        Scoring::begin(self.run.deps.pool.clone(), &self.run.claims, job, candidates).await
+    }
+
     /// Uniform: draws from noise alone and reads only what it draws; a bad row is replaced by the next one drawn.
     async fn uniform(&self, decided: &mut Decided) -> Result<Rows> {
         let wanted = decided.phase.sub_batch_size as usize;
@@ -121,11 +125,12 @@ impl Maker<'_> {
             }
             numbers.sort_unstable();
             let candidates: Vec<_> = numbers.iter().map(|n| self.super_batch.candidates[*n as usize]).collect();
-            let mut scoring = Scoring::begin(self.run.deps.pool.clone(), self.job(decided, true), &candidates).await?;
+            let mut scoring = self.begin(self.job(decided, true), &candidates).await?;
             decided.read(&scoring);
             let holes: BTreeSet<u32> = scoring.holes().iter().map(|hole| hole.candidate).collect();
-            decided.holes.extend(
+            decided.add_holes(
                 scoring.holes().into_iter().map(|hole| Hole { candidate: numbers[hole.candidate as usize], ..hole }),
+                &[],
             );
             decided.candidates_scanned += numbers.len();
             let kept: Vec<u32> = (0..numbers.len() as u32).filter(|i| !holes.contains(i)).collect();
@@ -142,8 +147,7 @@ impl Maker<'_> {
     /// Scores all candidates and selects.
     async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
         let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
-        let job = self.job(decided, false);
-        let mut scoring = Scoring::begin(run.deps.pool.clone(), job, &self.super_batch.candidates).await?;
+        let mut scoring = self.begin(self.job(decided, false), &self.super_batch.candidates).await?;
         decided.candidates_scanned = size;
         decided.read(&scoring);
         let reference = scoring.reference()?;

@@ -3,6 +3,7 @@
 //! Read it in the order of a step: [`service`] → [`run`] → [`decide`] → [`plan`] → [`scoring`] → [`selector`] → [`receipts`] →
 //! [`output`].
 pub mod chain;
+mod claims;
 mod decide;
 pub mod facts;
 pub mod incarnations;

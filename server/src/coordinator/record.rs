@@ -111,8 +111,12 @@ impl Decided {
     }
 
     /// Rows with faults of content, and rows whose embeddings are not finite.
-    pub fn add_holes(&mut self, content: Vec<Hole>, towers: &[&Option<Scored>]) {
-        let mut holes: BTreeMap<u32, Hole> = content.into_iter().map(|hole| (hole.candidate, hole)).collect();
+    pub fn add_holes(&mut self, content: impl IntoIterator<Item = Hole>, towers: &[&Option<Scored>]) {
+        let mut holes: BTreeMap<u32, Hole> = BTreeMap::new();
+        // The slices that share a block may both tell of a row; the one in which the block begins comes first.
+        for hole in content {
+            holes.entry(hole.candidate).or_insert(hole);
+        }
         for candidate in towers.iter().filter_map(|t| t.as_ref()).flat_map(|t| &t.not_finite) {
             holes.entry(*candidate).or_insert_with(|| Hole {
                 candidate: *candidate,
@@ -120,7 +124,10 @@ impl Decided {
                 detail: "its embedding holds NaN or infinity".to_owned(),
             });
         }
-        self.holes = holes.into_values().collect();
+        for hole in holes.values() {
+            metrics::skipped(hole.reason().as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(1);
+        }
+        self.holes.extend(holes.into_values());
     }
 
     pub fn hole_numbers(&self) -> Vec<u32> {

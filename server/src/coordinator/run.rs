@@ -6,6 +6,7 @@ mod state;
 pub use state::{State, run_state};
 
 use super::{
+    claims::Claims,
     decide::decide,
     facts::ModelFact,
     gone,
@@ -83,6 +84,8 @@ pub struct Run {
     committing: tokio::sync::Mutex<()>,
     /// Spent on decisions that came to nothing.
     pub wasted: Wasted,
+    /// Blocks whose reference embeddings are there or under way.
+    pub claims: Claims,
     me: Weak<Run>,
 }
 
@@ -102,6 +105,7 @@ impl Run {
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::default(),
             wasted: Wasted::default(),
+            claims: Claims::default(),
             me: me.clone(),
         })
     }

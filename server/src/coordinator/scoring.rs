@@ -1,5 +1,6 @@
 //! A super-batch under way: its slices on the workers, stage by stage.
 use super::{
+    claims::{Claim, Claims},
     output,
     plan::{self, Candidate},
     pool::Pool,
@@ -53,18 +54,23 @@ pub struct Rows {
 }
 
 impl Scoring {
-    /// Reads, decodes and (unless `check_only`) embeds `candidates` with the reference, shared among all workers there are.
+    /// Reads, decodes and (unless `check_only`) embeds `candidates` with the reference, shared among all workers there are. A
+    /// block whose reference embeddings another step is making is waited for.
     ///
     /// # Errors
     /// As the workers say; `NoWorkers`.
-    pub async fn begin(pool: Arc<Pool>, job: Job, candidates: &[Candidate]) -> Result<Self> {
+    pub async fn begin(pool: Arc<Pool>, claims: &Claims, job: Job, candidates: &[Candidate]) -> Result<Self> {
         let workers = pool.wait_live().await?.len();
         let ranges = plan::slices(candidates.len(), workers, job.micro_batch_rows as usize);
-        let slice = |(number, range): (usize, std::ops::Range<usize>)| {
-            Slice::new(number, range.clone(), plan::block_rows(&candidates[range]))
-        };
-        let mut slices: Vec<Slice> = ranges.into_iter().enumerate().map(slice).collect();
-        try_join_all(slices.iter_mut().map(|slice| slice.begin(&pool, &job))).await?;
+        let whole = plan::whole_blocks(candidates, &ranges);
+        let slices = ranges.into_iter().zip(whole).enumerate();
+        let mut slices: Vec<Slice> =
+            slices.map(|(number, (range, whole))| Slice::new(number, candidates, range, whole)).collect();
+        let asks_reference = job.reference.is_some() && !job.check_only;
+        let embeds = |slice: &Slice| if asks_reference { slice.reference_range.clone() } else { 0..0 };
+        let claims: Vec<Claim> = slices.iter().map(|slice| claims.claim(&candidates[embeds(slice)])).collect();
+        let slices_and_claims = slices.iter_mut().zip(claims);
+        try_join_all(slices_and_claims.map(|(slice, claim)| begin(slice, claim, &pool, &job))).await?;
         Ok(Self { pool, job, slices, candidates: candidates.len() })
     }
 
@@ -125,17 +131,8 @@ impl Scoring {
         let mut all: Option<Scored> = None;
         for slice in &mut self.slices {
             let (start, part) = (slice.range.start as u32, take(slice));
-            let Some(part) = part else {
-                if all.is_some() {
-                    return Err(differs());
-                }
-                continue;
-            };
-            let fresh = || empty(&part, self.job.embedding_dtype, self.candidates);
-            let all = match &mut all {
-                None if start > 0 => return Err(differs()),
-                all => all.get_or_insert_with(fresh),
-            };
+            let Some(part) = part else { continue };
+            let all = all.get_or_insert_with(|| empty(&part, self.job.embedding_dtype, self.candidates));
             let same = part.done.model_digest == all.digest && part.done.compute_dtype() == all.compute_dtype;
             if !same || part.dim != all.embedded.dim {
                 return Err(differs());
@@ -146,8 +143,19 @@ impl Scoring {
             all.seconds = all.seconds.max(part.done.seconds);
             all.not_finite.extend(part.done.not_finite.iter().map(|c| c + start));
         }
-        Ok(all)
+        match all {
+            // Of some slice they are missing.
+            Some(all) if all.embedded.image.len() != self.candidates * all.embedded.dim => Err(differs()),
+            all => Ok(all),
+        }
     }
+}
+
+async fn begin(slice: &mut Slice, mut claim: Claim, pool: &Pool, job: &Job) -> Result<()> {
+    claim.wait().await;
+    slice.begin(pool, job).await?;
+    claim.made();
+    Ok(())
 }
 
 fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored {
