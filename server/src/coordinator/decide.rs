@@ -13,9 +13,9 @@ use super::{
     slice::{Job, fetch_rows},
     spec::phase_at,
     step::Reporter,
+    table::Table,
 };
 use crate::error::{Error, Result};
-use arrow::array::{RecordBatch, UInt32Array};
 use std::collections::BTreeSet;
 use superbatch_proto::v1::{Criterion, Fallback, Hole, ModelRef, Policy, Reason, Receipt, RunSpec, SelectBegin};
 use tokio::time::Instant;
@@ -55,9 +55,7 @@ async fn recall(run: &Run, receipt: Receipt) -> Result<Ready> {
     let located: Result<Vec<_>> = receipt.chosen.iter().map(|row| plan::locate(&run.manifest, row)).collect();
     let blocks = plan::block_rows(&located?);
     let bytes = fetch_rows(&run.deps.pool, &run.manifest_digest, blocks, &run.spec().columns).await?;
-    let batch = super::output::read_stream(bytes.into())?;
-    let order = UInt32Array::from_iter_values(0..batch.num_rows() as u32);
-    let rows = scoring::join(&[batch], &order)?;
+    let rows = scoring::hashed(Table::from_stream(bytes.into())?)?;
     let changed = receipt.chosen.iter().zip(&rows.hashes).find(|(row, hash)| row.content_hash[..] != hash[..]);
     if let Some((row, _)) = changed {
         let message = format!(
@@ -115,11 +113,11 @@ impl Maker<'_> {
             ..select_begin(self.spec, decided, self.super_batch)
         };
         let order = self.run.deps.selector.select(all, None, None).await?.indices;
-        let mut good: Vec<(u32, RecordBatch, Vec<u8>)> = Vec::new();
-        let mut count = 0;
+        let mut good: Option<Rows> = None;
+        let mut drawn: Vec<u32> = Vec::with_capacity(wanted);
         let mut next = order.into_iter();
-        while count < wanted {
-            let mut numbers: Vec<u32> = next.by_ref().take(wanted - count).collect();
+        while drawn.len() < wanted {
+            let mut numbers: Vec<u32> = next.by_ref().take(wanted - drawn.len()).collect();
             if numbers.is_empty() {
                 return Err(too_few(self.super_batch.candidates.len(), decided.holes.len(), wanted));
             }
@@ -136,12 +134,15 @@ impl Maker<'_> {
             let kept: Vec<u32> = (0..numbers.len() as u32).filter(|i| !holes.contains(i)).collect();
             if !kept.is_empty() {
                 let rows = scoring.rows(&kept).await?;
-                count += kept.len();
-                let places = kept.iter().zip(rows.hashes).enumerate();
-                good.extend(places.map(|(i, (k, hash))| (numbers[*k as usize], rows.data.slice(i, 1), hash)));
+                drawn.extend(kept.iter().map(|k| numbers[*k as usize]));
+                match &mut good {
+                    Some(good) => good.append(rows)?,
+                    None => good = Some(rows),
+                }
             }
         }
-        record::uniform_rows(decided, good)
+        decided.drawn_uniformly(drawn);
+        good.ok_or_else(|| Error::internal("a sub-batch of no rows"))
     }
 
     /// Scores all candidates and selects.

@@ -29,6 +29,7 @@ pub mod service;
 mod slice;
 pub mod spec;
 mod step;
+pub mod table;
 mod trail;
 pub mod upkeep;
 mod waiting;

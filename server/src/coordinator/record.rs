@@ -3,12 +3,11 @@ use super::{
     facts::ModelFact,
     plan::{self, Candidate, PLAN_VERSION, SuperBatch},
     run::Run,
-    scoring::{self, Rows, Scored, Scoring},
+    scoring::{Rows, Scored, Scoring},
     wasted::Spent,
     weights::Published,
 };
 use crate::{error::Result, metrics, storage::nonce};
-use arrow::array::{RecordBatch, UInt32Array};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -130,6 +129,19 @@ impl Decided {
         self.holes.extend(holes.into_values());
     }
 
+    /// The draw of a uniform step: these candidates, by noise alone.
+    pub fn drawn_uniformly(&mut self, indices: Vec<u32>) {
+        let count = indices.len();
+        self.drawn = SelectResponse {
+            indices,
+            chunks: vec![count as u32],
+            scores: vec![0.0; count],
+            weights: vec![1.0; count],
+            device: "cpu".to_owned(),
+            ..Default::default()
+        };
+    }
+
     pub fn hole_numbers(&self) -> Vec<u32> {
         self.holes.iter().map(|hole| hole.candidate).collect()
     }
@@ -138,24 +150,6 @@ impl Decided {
 /// Keys of the candidates' noise: unique over the sources of a super-batch.
 pub fn noise_keys(candidates: &[Candidate]) -> Vec<u64> {
     candidates.iter().map(|c| u64::from(c.source) << 48 | c.position).collect()
-}
-
-/// The draw of a uniform step from the rows that were read: each candidate's number, its row, and the row's content hash.
-pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, RecordBatch, Vec<u8>)>) -> Result<Rows> {
-    let indices: Vec<u32> = good.iter().map(|(candidate, ..)| *candidate).collect();
-    let (batches, hashes): (Vec<RecordBatch>, Vec<Vec<u8>>) =
-        good.into_iter().map(|(_, row, hash)| (row, hash)).unzip();
-    let count = indices.len();
-    let data = scoring::concat(&batches, &UInt32Array::from_iter_values(0..count as u32))?;
-    decided.drawn = SelectResponse {
-        indices,
-        chunks: vec![count as u32],
-        scores: vec![0.0; count],
-        weights: vec![1.0; count],
-        device: "cpu".to_owned(),
-        ..Default::default()
-    };
-    Ok(Rows { data, hashes })
 }
 
 /// The receipt of a decided step; its totals are filled when it is committed.

@@ -1,23 +1,19 @@
 //! A super-batch under way: its slices on the workers, stage by stage.
 use super::{
     claims::{Claim, Claims},
-    output,
     plan::{self, Candidate},
     pool::Pool,
     slice::{Embeddings, Job, Slice},
+    table::Table,
 };
 use crate::{
     error::{Error, Result},
     selection::{Embedded, Values},
 };
-use arrow::{
-    array::{Array, AsArray, RecordBatch, UInt32Array},
-    compute::{concat_batches, take_record_batch},
-    error::ArrowError,
-};
+use arrow::array::{Array, AsArray};
 use futures::future::try_join_all;
 use std::sync::Arc;
-use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef, Reason};
+use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef};
 
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
@@ -46,11 +42,19 @@ pub struct Scored {
     pub not_finite: Vec<u32>,
 }
 
-/// Chosen rows in the order drawn: the output's data columns, and each row's content hash.
+/// Chosen rows in the order drawn: at least the output's data columns, and each row's content hash.
 #[derive(Debug, Clone)]
 pub struct Rows {
-    pub data: RecordBatch,
+    pub data: Table,
     pub hashes: Vec<Vec<u8>>,
+}
+
+impl Rows {
+    pub fn append(&mut self, other: Self) -> Result<()> {
+        self.data.append(other.data)?;
+        self.hashes.extend(other.hashes);
+        Ok(())
+    }
 }
 
 impl Scoring {
@@ -122,8 +126,13 @@ impl Scoring {
         let (pool, job) = (&self.pool, &self.job);
         let asked = self.slices.iter_mut().zip(&wanted).filter(|(_, (_, local))| !local.is_empty());
         let streams = try_join_all(asked.map(|(slice, (_, local))| slice.rows(pool, job, local))).await?;
-        let batches = streams.into_iter().map(|bytes| output::read_stream(bytes.into())).collect::<Result<Vec<_>>>()?;
-        join(&batches, &UInt32Array::from(place))
+        let mut tables = streams.into_iter().map(|bytes| Table::from_stream(bytes.into()));
+        let mut all = tables.next().ok_or_else(|| Error::internal("no rows were chosen"))??;
+        tables.try_for_each(|table| all.append(table?))?;
+        if all.rows() != chosen.len() {
+            return Err(Error::internal(format!("of {} rows workers sent {}", chosen.len(), all.rows())));
+        }
+        hashed(all.reordered(&place))
     }
 
     /// Joins what the slices hold, and frees it there.
@@ -177,37 +186,15 @@ fn differs() -> Error {
     Error::internal("workers answered with different models or arithmetic for one step")
 }
 
-/// Splits the content hashes off rows that a worker sent, reordered by `order`.
-pub fn join(batches: &[RecordBatch], order: &UInt32Array) -> Result<Rows> {
-    let all = concat(batches, order)?;
-    let at = all.schema().index_of(CONTENT_HASH).map_err(broken)?;
-    let column = all.column(at);
-    let hashes = match column.as_binary_opt::<i32>() {
-        Some(binary) => (0..binary.len()).map(|i| binary.value(i).to_vec()).collect(),
-        None => {
-            let fixed = column.as_fixed_size_binary_opt();
-            let fixed = fixed.ok_or_else(|| Error::internal(format!("{CONTENT_HASH} is no binary column")))?;
-            (0..fixed.len()).map(|i| fixed.value(i).to_vec()).collect()
-        }
-    };
-    let others: Vec<usize> = (0..all.num_columns()).filter(|i| *i != at).collect();
-    Ok(Rows { data: all.project(&others).map_err(broken)?, hashes })
-}
-
-/// All rows of `batches`, reordered by `order`.
-pub fn concat(batches: &[RecordBatch], order: &UInt32Array) -> Result<RecordBatch> {
-    let schema = batches.first().ok_or_else(|| Error::internal("no rows were chosen"))?.schema();
-    take_record_batch(&concat_batches(&schema, batches).map_err(broken)?, order).map_err(broken)
-}
-
-/// Why rows could not be put together.
-pub fn broken(error: ArrowError) -> Error {
-    match error {
-        // 32-bit offsets, as trainers get them.
-        ArrowError::OffsetOverflowError(_) => {
-            let message = "the rows of one sub-batch are more than 2 GiB; lower sub_batch_size";
-            Error::new(Reason::RunSpecImpossible, message).with("field", "sub_batch_size")
-        }
-        error => Error::internal("workers sent rows that do not fit together").because(error),
-    }
+/// Reads the content hashes beside rows that workers sent. The column stays; what is served does not name it.
+///
+/// # Errors
+/// `Internal` where it is missing.
+pub fn hashed(data: Table) -> Result<Rows> {
+    let all: Vec<usize> = (0..data.rows()).collect();
+    let column = data.column(CONTENT_HASH, &all)?;
+    let fixed = column.as_fixed_size_binary_opt();
+    let fixed = fixed.ok_or_else(|| Error::internal(format!("{CONTENT_HASH} is no column of hashes")))?;
+    let hashes = (0..fixed.len()).map(|row| fixed.value(row).to_vec()).collect();
+    Ok(Rows { data, hashes })
 }

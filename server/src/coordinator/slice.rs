@@ -236,7 +236,11 @@ impl Live {
         loop {
             match self.next().await? {
                 Message::ArrowIpc(part) => bytes.extend_from_slice(&part),
-                Message::RowsDone(_) => return Ok(bytes),
+                Message::RowsDone(_) => {
+                    // They are kept as they are: what growing them took beyond their length would stay, too.
+                    bytes.shrink_to_fit();
+                    return Ok(bytes);
+                }
                 other => return Err(unexpected("rows", &other)),
             }
         }
@@ -294,7 +298,10 @@ async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<V
     while let Some(response) = stream.next().await {
         match response.map_err(lost)?.message {
             Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
-            Some(fetch_rows_response::Message::Done(_)) => return Ok(bytes),
+            Some(fetch_rows_response::Message::Done(_)) => {
+                bytes.shrink_to_fit();
+                return Ok(bytes);
+            }
             None => {}
         }
     }
