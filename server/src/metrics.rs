@@ -88,6 +88,9 @@ declare! {
     counter reference_rows_computed() = "superbatch_reference_rows_computed_total", Count;
     /// Scoring workers that hold a lease.
     gauge workers() = "superbatch_workers", Count;
+    /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
+    /// estimated from what stages take and from the trainers' own time for a step. 0 while nothing is known.
+    gauge optimal_workers() = "superbatch_optimal_workers", Count;
     /// Slices that had to be scored again because their worker was lost.
     counter slices_rescored() = "superbatch_slices_rescored_total", Count;
     /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A slice that is scored again

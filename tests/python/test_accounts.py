@@ -142,6 +142,7 @@ def test_three_workers_are_charged_what_one_is(inputs, data, tmp_path):
             run, receipts = train(superbatch.connect(cluster.address), asked, inputs)
             accounts.append(told(cluster, run))
             assert accounts[-1] == pytest.approx(spent(receipts))
+            assert cluster.coordinator.metric("superbatch_optimal_workers") >= 1, "the trainer's pace is known"
             assert accounts[-1]["bad_rows"] == cluster.coordinator.metric("superbatch_skipped_total")
     assert accounts[0] == accounts[1]
 

@@ -129,14 +129,16 @@ impl Run {
         Ok(generation)
     }
 
-    /// Why a step's batch was chosen, row by row, however many pages that takes. `generation`: the run's current one where absent.
+    /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the run's current one where
+    /// absent.
     pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
         let mut request =
             v1::GetReceiptRequest { run_id: self.run_id().to_owned(), step, generation, ..Default::default() };
         let mut whole = v1::Receipt::default();
         loop {
             let asked = request.clone();
-            let page = self.client.call(asked, |mut api, request| async move { api.get_receipt(request).await }).await?;
+            let page =
+                self.client.call(asked, |mut api, request| async move { api.get_receipt(request).await }).await?;
             let next = page.next_row_offset;
             let part = page.receipt.ok_or_else(|| broken("without a receipt"))?;
             whole.chosen.extend(part.chosen);

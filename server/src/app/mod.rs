@@ -132,7 +132,13 @@ impl Serve {
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
-        let deps = Deps { pool, selector, ready: Budget::new(settings.ready_bytes_max), limits: limits(settings) };
+        let deps = Deps {
+            pool,
+            selector,
+            ready: Budget::new(settings.ready_bytes_max),
+            limits: limits(settings),
+            sizing: Arc::default(),
+        };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
         let coordinator = Coordinator::new(deps, stores, state, identity);
         Ok(Self { ground, coordinator })

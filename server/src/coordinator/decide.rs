@@ -17,7 +17,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
-use superbatch_proto::v1::{Criterion, Fallback, Hole, ModelRef, Policy, Reason, Receipt, RunSpec, SelectBegin};
+use superbatch_proto::v1::{Criterion, Fallback, Hole, ModelRef, Policy, Reason, Receipt, RunSpec, SelectBegin, lag};
 use tokio::time::Instant;
 
 /// Decides `step` in the run's newest generation, or recalls what was decided before.
@@ -39,7 +39,9 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     };
     decided.cost_seconds().total = begun.elapsed().as_secs_f64();
     let receipt = record::receipt(run, &spec, &super_batch, &decided, &rows)?;
+    let committing = Instant::now();
     let (receipt, ours) = run.commit(receipt).await?;
+    run.deps.sizing.decided(&run.id, decided.work(committing.elapsed()), lag_steps(&spec));
     if !ours {
         return recall(run, receipt).await;
     }
@@ -189,6 +191,14 @@ impl Maker<'_> {
         let rows = scoring.rows(&decided.drawn.indices).await?;
         decided.discarded(scoring.discarded_flops());
         Ok(rows)
+    }
+}
+
+/// Steps that the weights may lag behind.
+fn lag_steps(spec: &RunSpec) -> u32 {
+    match spec.lag.and_then(|lag| lag.bound) {
+        Some(lag::Bound::Exact(steps) | lag::Bound::AtMost(steps)) => steps,
+        None => 1,
     }
 }
 

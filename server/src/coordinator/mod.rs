@@ -26,6 +26,7 @@ pub mod run;
 mod scoring;
 pub mod selector;
 pub mod service;
+pub mod sizing;
 mod slice;
 pub mod spec;
 mod step;

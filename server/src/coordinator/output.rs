@@ -56,8 +56,7 @@ fn write(schema: &Schema, batches: impl IntoIterator<Item = RecordBatch>) -> Res
 
 /// One record batch of the output schema.
 fn batch(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<RecordBatch> {
-    let column =
-        |name: &str| own_column(name, receipt, indices).map_or_else(|| rows.column(name, indices), Ok);
+    let column = |name: &str| own_column(name, receipt, indices).map_or_else(|| rows.column(name, indices), Ok);
     let columns = schema.fields().iter().map(|field| column(field.name())).collect::<Result<Vec<_>>>()?;
     RecordBatch::try_new(schema.clone(), columns).map_err(cannot)
 }

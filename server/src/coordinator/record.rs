@@ -4,6 +4,7 @@ use super::{
     plan::{self, Candidate, PLAN_VERSION, SuperBatch},
     run::Run,
     scoring::{Rows, Scored, Scoring},
+    sizing::Work,
     wasted::Spent,
     weights::Published,
 };
@@ -38,6 +39,8 @@ pub struct Decided {
     /// All operations so far, until a receipt has them.
     pub spent: Spent,
     cost: Accounts,
+    /// Workers that shared the candidates.
+    workers: usize,
 }
 
 impl Decided {
@@ -56,6 +59,7 @@ impl Decided {
             scales: [0.0; 4],
             spent,
             cost: Accounts { seconds: Some(StageSeconds::default()), ..Default::default() },
+            workers: 0,
         }
     }
 
@@ -69,10 +73,23 @@ impl Decided {
     }
 
     pub fn read(&mut self, scoring: &Scoring) {
+        self.workers = self.workers.max(scoring.slices());
         let (fetch, decode) = scoring.read_seconds();
         let seconds = self.cost_seconds();
         seconds.fetch += fetch;
         seconds.decode += decode;
+    }
+
+    /// What it took, with its commit.
+    pub fn work(&self, committed: Duration) -> Work {
+        let StageSeconds { plan, fetch, decode, embed_reference, embed_learner, .. } =
+            self.cost.seconds.unwrap_or_default();
+        Work {
+            workers: self.workers as f64,
+            scored: fetch + decode + embed_reference + embed_learner,
+            learner: embed_learner,
+            rest: plan + self.drawn.seconds + committed.as_secs_f64(),
+        }
     }
 
     pub fn waited(&mut self, waited: Duration) {

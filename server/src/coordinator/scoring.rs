@@ -85,6 +85,11 @@ impl Scoring {
         self.slices.iter().flat_map(|slice| slice.holes.iter().map(move |hole| at(slice, hole))).collect()
     }
 
+    /// Slices that the candidates are shared among.
+    pub fn slices(&self) -> usize {
+        self.slices.len()
+    }
+
     /// (fetch, decode) seconds of the slowest slice.
     pub fn read_seconds(&self) -> (f64, f64) {
         let slowest = |of: fn(&Slice) -> f64| self.slices.iter().map(of).fold(0.0, f64::max);

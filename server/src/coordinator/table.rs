@@ -113,7 +113,12 @@ impl Table {
     /// Bytes of a row's values.
     pub fn row_bytes(&self, row: usize) -> Result<usize> {
         let (batch, row) = self.places[row];
-        self.batches[batch].columns().iter().map(|column| value_bytes(column, row)).sum::<Result<_, _>>().map_err(broken)
+        self.batches[batch]
+            .columns()
+            .iter()
+            .map(|column| value_bytes(column, row))
+            .sum::<Result<_, _>>()
+            .map_err(broken)
     }
 }
 

@@ -136,7 +136,10 @@ fn what_does_not_fit_together_is_an_error() {
     let rows = table(vec![batch.clone()]);
     assert!(rank_stream(&schema, &rows, &receipt(5), &[0]).is_err(), "a row is missing");
     assert!(rank_stream(&schema, &rows, &receipt(4), &[4]).is_err(), "no such row");
-    assert!(rank_stream(&schema, &table(vec![batch.project(&[0, 1]).unwrap()]), &receipt(4), &[0]).is_err(), "a column is missing");
+    assert!(
+        rank_stream(&schema, &table(vec![batch.project(&[0, 1]).unwrap()]), &receipt(4), &[0]).is_err(),
+        "a column is missing"
+    );
     let stream = rank_stream(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
     assert!(Table::from_stream(stream.slice(..stream.len() / 2)).is_err(), "cut off");
     assert!(Table::from_stream(Bytes::new()).is_err());
