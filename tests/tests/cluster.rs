@@ -6,6 +6,7 @@ use superbatch_client::{
     Run,
     v1::{Criterion, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, lag},
 };
+use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_tests::{
     cluster::Cluster,
     faults::{Fault, How, Operation, Script},
@@ -167,5 +168,39 @@ async fn data_that_cannot_be_read_for_a_moment_costs_no_row() {
     let again = cluster.open_run("read", easy(&cluster)).await.unwrap();
     assert_eq!(ids(&again, 0).await, expected, "served again from its receipt");
     assert_eq!(again.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn storage_that_falls_silent_is_given_up_by_name() {
+    let silent = |how| Fault { operation: Operation::Read, path: "k", how, times: 1 };
+    let script = Script::new([silent(How::Silent), silent(How::Stalls)]);
+    let config =
+        StorageConfig { answer_timeout_seconds: 0.05, stall_timeout_seconds: 0.02, ..StorageConfig::default() };
+    let state = Stores::wrapped(config, script.wrap()).open("memory:///state").unwrap();
+    state.put("k", "whole".into()).await.unwrap();
+    for words in ["no answer for 0.05 s", "nothing was read for 0.02 s"] {
+        let error = state.get("k").await.unwrap_err();
+        assert_eq!((error.reason(), error.value("uri")), (Reason::StorageUnreachable, Some("memory:///state/k")));
+        assert!(error.chain().contains(words), "{}", error.chain());
+    }
+    assert!(script.left().is_empty());
+    assert_eq!(state.get("k").await.unwrap(), "whole", "the next one is read");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_stalls_costs_nothing_but_time() {
+    let script = once(Operation::Read, "train.parquet", How::Stalls);
+    let cluster = Cluster::start_with(0, script, |config| config.storage.stall_timeout_seconds = 1.0).await;
+    let run = match cluster.open_run("stalled", easy(&cluster)).await {
+        Ok(run) => run,
+        // Indexing is the first to read.
+        Err(error) => {
+            assert_eq!(error.reason(), Some(Reason::StorageUnreachable));
+            cluster.open_run("stalled", easy(&cluster)).await.unwrap()
+        }
+    };
+    assert_eq!(ids(&run, 0).await.len(), 16);
+    assert_eq!(run.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
     cluster.stop().await;
 }

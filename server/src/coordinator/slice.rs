@@ -339,9 +339,9 @@ fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: &Range<usize>, eleme
     Ok(())
 }
 
-/// Whether another worker may do better: this one is gone or going.
+/// Whether another worker may do better: this one is gone or going, or its device is.
 pub fn is_lost(error: &Error) -> bool {
-    matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown)
+    matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown | Reason::DeviceUnavailable)
 }
 
 fn unexpected(wanted: &str, got: &Message) -> Error {
