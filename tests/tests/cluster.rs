@@ -1,10 +1,10 @@
 //! A whole service in one process: the same choices whatever the workers, and scripted faults of its storage.
 #![allow(clippy::unwrap_used)]
 use arrow::array::AsArray;
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 use superbatch_client::{
-    Run,
-    v1::{Criterion, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, lag},
+    Part, Run,
+    v1::{Criterion, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
 };
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_tests::{
@@ -202,5 +202,43 @@ async fn a_read_that_stalls_costs_nothing_but_time() {
     };
     assert_eq!(ids(&run, 0).await.len(), 16);
     assert_eq!(run.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
+
+/// The model's own weights, but for the bias.
+fn weights(cluster: &Cluster, bias: f32) -> Vec<Part> {
+    let file = std::fs::read(Path::new(cluster.uri("model/model.safetensors").trim_start_matches("file://"))).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let part = |(name, tensor): (&str, safetensors::tensor::TensorView<'_>)| {
+        let shape: Vec<u64> = tensor.shape().iter().map(|size| *size as u64).collect();
+        match name {
+            "logit_bias" => Part::f32(name, &shape, &[bias]).unwrap(),
+            _ => Part::whole(name, TensorDtype::F32, &shape, tensor.data().to_vec()).unwrap(),
+        }
+    };
+    tensors.iter().map(part).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_that_no_step_needs_are_deleted_but_the_newest() {
+    let cluster = Cluster::start_with(0, Script::default(), |config| config.coordinator.snapshots_kept = 1).await;
+    let run = cluster.open_run("forgets", RunSpec { max_ahead: 1, ..cluster.spec() }).await.unwrap();
+    let mut pushed = Vec::new();
+    for step in 0..4 {
+        ids(&run, step).await;
+        let version = run.push_weights(step as i64, weights(&cluster, -1.0 - step as f32)).await.unwrap();
+        pushed.push(format!("{}.safetensors", version.digest));
+    }
+    // Of the pushes before it, which only earlier steps were scored with, none is left when step 4 is decided.
+    ids(&run, 4).await;
+    let state = Stores::new(StorageConfig::default()).open(&cluster.uri("state/runs/forgets/snapshots")).unwrap();
+    loop {
+        let kept: Vec<String> = state.list("").await.unwrap().into_iter().map(|(key, _)| key).collect();
+        assert!(kept.contains(&pushed[3]), "{kept:?}");
+        if !kept.contains(&pushed[0]) && !kept.contains(&pushed[1]) {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
     cluster.stop().await;
 }
