@@ -4,7 +4,7 @@ use arrow::array::AsArray;
 use std::{path::Path, sync::Arc};
 use superbatch_client::{
     Part, Run,
-    v1::{Criterion, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
+    v1::{Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
 };
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_tests::{
@@ -202,6 +202,38 @@ async fn a_read_that_stalls_costs_nothing_but_time() {
     };
     assert_eq!(ids(&run, 0).await.len(), 16);
     assert_eq!(run.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_file_changed_under_a_run_is_refused_by_name() {
+    let mut cluster = Cluster::start(0, Script::default()).await;
+    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
+    let scored = RunSpec { lag, fallback: Fallback::Wait.into(), max_ahead: 1, ..cluster.spec() };
+    let spec = |run: &str| if run == "learner" { scored.clone() } else { RunSpec { max_ahead: 1, ..easy(&cluster) } };
+    let specs = ["reference", "learner"].map(|run| (run, spec(run)));
+    for (run, spec) in &specs {
+        let run = cluster.open_run(run, spec.clone()).await.unwrap();
+        ids(&run, 0).await;
+        if *run.run_id() == *"learner" {
+            run.push_weights(0, weights(&cluster, 1.0)).await.unwrap();
+        }
+    }
+    let model = Stores::new(StorageConfig::default()).open(&cluster.uri("model")).unwrap();
+    let tokenizer = model.get("tokenizer.json").await.unwrap();
+    // The worker that runs has read the folder: for it nothing has changed.
+    model.put("tokenizer.json", [&tokenizer[..], b"\n"].concat().into()).await.unwrap();
+    cluster.restart().await;
+    for (run, spec) in &specs {
+        let run = cluster.open_run(run, spec.clone()).await.unwrap();
+        let error = run.select(1, 0, 1, Intent::Need).await.unwrap_err();
+        assert_eq!(error.reason(), Some(Reason::ModelInvalid), "{error}");
+        assert_eq!(error.metadata()["file"], "tokenizer.json");
+    }
+    model.put("tokenizer.json", tokenizer).await.unwrap();
+    cluster.restart().await;
+    let run = cluster.open_run("learner", specs[1].1.clone()).await.unwrap();
+    assert_eq!(ids(&run, 1).await.len(), 16, "put back, it goes on");
     cluster.stop().await;
 }
 

@@ -155,7 +155,7 @@ impl Maker<'_> {
         decided.read(&scoring);
         let reference = scoring.reference()?;
         if let Some(scored) = &reference {
-            models::check_unchanged(run.reference.as_ref(), &scored.digest, "reference")?;
+            models::check_unchanged(run.reference.as_ref(), scored, false, "reference")?;
             decided.embedded_reference(scored);
         }
         let waiting = Instant::now();
@@ -171,8 +171,8 @@ impl Maker<'_> {
                     self.spec.learner.as_ref().ok_or_else(|| Error::internal("a scored phase has no learner"))?;
                 let model = models::published_ref(self.spec, spec, &published, run.learner.as_ref());
                 let scored = scoring.learner(&model).await?;
-                let initial = run.learner.as_ref().filter(|_| published.version.version == 0);
-                models::check_unchanged(initial, &scored.digest, "learner")?;
+                let is_pushed = published.version.version > 0;
+                models::check_unchanged(run.learner.as_ref(), &scored, is_pushed, "learner")?;
                 decided.embedded_learner(&published, &scored, run.learner.as_ref());
                 Some(scored)
             }

@@ -1,6 +1,7 @@
 //! A super-batch under way: its slices on the workers, stage by stage.
 use super::{
     claims::{Claim, Claims},
+    models::other_file,
     plan::{self, Candidate},
     pool::Pool,
     slice::{Embeddings, Job, Slice},
@@ -12,8 +13,8 @@ use crate::{
 };
 use arrow::array::{Array, AsArray};
 use futures::future::try_join_all;
-use std::sync::Arc;
-use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef};
+use std::{collections::BTreeMap, sync::Arc};
+use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef, Reason};
 
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
@@ -34,6 +35,8 @@ pub struct Scored {
     pub scale: f64,
     pub bias: Option<f64>,
     pub digest: String,
+    /// BLAKE3 of the model's files but the weights, in hex.
+    pub files: BTreeMap<String, String>,
     pub compute_dtype: ComputeDtype,
     pub device: String,
     pub flops: f64,
@@ -147,6 +150,10 @@ impl Scoring {
             let (start, part) = (slice.range.start as u32, take(slice));
             let Some(part) = part else { continue };
             let all = all.get_or_insert_with(|| empty(&part, self.job.embedding_dtype, self.candidates));
+            let files: BTreeMap<String, String> = part.done.files.clone().into_iter().collect();
+            if let Some(file) = other_file(&all.files, &files) {
+                return Err(changed(file));
+            }
             let same = part.done.model_digest == all.digest && part.done.compute_dtype() == all.compute_dtype;
             if !same || part.dim != all.embedded.dim {
                 return Err(differs());
@@ -179,12 +186,21 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
         scale: part.done.logit_scale,
         bias: part.done.logit_bias,
         digest: part.done.model_digest.clone(),
+        files: part.done.files.clone().into_iter().collect(),
         compute_dtype: part.done.compute_dtype(),
         device: part.done.device.clone(),
         flops: 0.0,
         seconds: 0.0,
         not_finite: Vec::new(),
     }
+}
+
+fn changed(file: &str) -> Error {
+    let message = format!(
+        "{file} of a model folder was changed while its run went on: some workers hold the old one, some the new; put it back \
+         and start the workers anew"
+    );
+    Error::new(Reason::ModelInvalid, message).with("file", file)
 }
 
 fn differs() -> Error {

@@ -311,6 +311,7 @@ impl<'a> Scoring<'a> {
             model_digest: model.info.digest.clone(),
             device: self.engine.device.name().to_owned(),
             compute_dtype: model.info.key.compute.dtype().into(),
+            files: model.info.files.clone().into_iter().collect(),
             ..Default::default()
         }
     }

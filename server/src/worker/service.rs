@@ -92,6 +92,7 @@ impl Worker {
             tensors: tensors.collect(),
             device: self.0.device.name().to_owned(),
             weights_digest: info.weights_digest.clone(),
+            files: info.files.clone().into_iter().collect(),
             compute_dtype: info.key.compute.dtype().into(),
         })
     }
