@@ -93,15 +93,15 @@ impl ObjectStore for Deadlined {
         }
         let (meta, range) = (result.meta.clone(), result.range.clone());
         let (attributes, extensions) = (result.attributes.clone(), result.extensions.clone());
-        let body = match result.payload {
-            GetResultPayload::Stream(body) => body,
-            // In one piece, since a file's own stream is made of very small ones.
+        let (body, each) = match result.payload {
+            GetResultPayload::Stream(body) => (body, self.deadlines.stall),
+            // In one piece, since a file's own stream is made of very small ones; that takes its time.
             file => {
                 result.payload = file;
-                stream::once(result.bytes()).boxed()
+                (stream::once(result.bytes()).boxed(), self.deadlines.answer)
             }
         };
-        let payload = GetResultPayload::Stream(watched(body, operation, "nothing was read", self.deadlines.stall));
+        let payload = GetResultPayload::Stream(watched(body, operation, "nothing was read", each));
         Ok(GetResult { payload, meta, range, attributes, extensions })
     }
 

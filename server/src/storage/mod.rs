@@ -34,7 +34,8 @@ pub struct StorageConfig {
     /// Longest wait for the answer to a request, in seconds, with all attempts that the store's client makes (it tries again
     /// for up to 180 s).
     pub answer_timeout_seconds: f64,
-    /// Longest wait for more bytes in the middle of an object that is read, in seconds. Of a local file, for all of them.
+    /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local file is read in one piece,
+    /// for which the answer's timeout holds.
     pub stall_timeout_seconds: f64,
     /// The environment's credentials and the like; never printed.
     #[serde(skip)]
