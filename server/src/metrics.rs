@@ -53,7 +53,7 @@ declare! {
     counter candidates() = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() = "superbatch_selected_total", Count;
-    /// Rows that could not be used, by reason. A slice that is scored again counts its rows again.
+    /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
     counter skipped(reason) = "superbatch_skipped_total", Count;
     /// Candidates that a rule of a phase's tuning left out of a committed step, by rule: `clip_score_at_least`,
     /// `neg_clip_loss_keep`, `duplicates_above`.
@@ -91,6 +91,9 @@ declare! {
     counter reference_rows_computed() = "superbatch_reference_rows_computed_total", Count;
     /// Scoring workers that hold a lease.
     gauge workers() = "superbatch_workers", Count;
+    /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
+    /// estimated from what stages take and from the trainers' own time for a step. 0 while nothing is known.
+    gauge optimal_workers() = "superbatch_optimal_workers", Count;
     /// Slices that had to be scored again because their worker was lost.
     counter slices_rescored() = "superbatch_slices_rescored_total", Count;
     /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A slice that is scored again

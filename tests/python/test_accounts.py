@@ -133,6 +133,20 @@ def test_scoring_is_charged_in_full(inputs, data, tmp_path):
             assert accounts.seconds[stage] == pytest.approx(sum(step[stage] for step in seconds)), stage
 
 
+def test_three_workers_are_charged_what_one_is(inputs, data, tmp_path):
+    accounts = []
+    for workers in (1, 3):
+        with Cluster(tmp_path / str(workers), workers=workers) as cluster:
+            # 36 candidates a slice, 64 rows a block: slices of one step share blocks, and so do steps that are under way together.
+            asked = finite(inputs, data, "shared", [phase()], micro_batch_rows=4)
+            run, receipts = train(superbatch.connect(cluster.address), asked, inputs)
+            accounts.append(told(cluster, run))
+            assert accounts[-1] == pytest.approx(spent(receipts))
+            assert cluster.coordinator.metric("superbatch_optimal_workers") >= 1, "the trainer's pace is known"
+            assert accounts[-1]["bad_rows"] == cluster.coordinator.metric("superbatch_skipped_total")
+    assert accounts[0] == accounts[1]
+
+
 def test_a_step_that_fell_back_to_uniform_pays_for_the_scores_that_it_could_not_use(inputs, data, tmp_path):
     learner = superbatch.Learner(model_uri=(inputs / "learner").as_uri(), first_push=True)
     with Cluster(tmp_path) as cluster:

@@ -26,12 +26,18 @@ pub struct Cluster {
     folder: TempDir,
     address: String,
     script: Script,
+    settings: fn(&mut Config),
     parts: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
 impl Cluster {
     /// A coordinator with `workers` workers; 0 for an embedded one. `script` are the faults of the coordinator's storage.
     pub async fn start(workers: usize, script: Script) -> Self {
+        Self::start_with(workers, script, |_| {}).await
+    }
+
+    /// As [`Cluster::start`], with settings that the operator has changed.
+    pub async fn start_with(workers: usize, script: Script, settings: fn(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let stores = Stores::new(StorageConfig::default());
         let data = stores.open(&uri(folder.path(), "data/train.parquet")).expect("a valid URI");
@@ -41,7 +47,7 @@ impl Cluster {
         fixture::model_folder(&stores.open(&model).expect("a valid URI"), 0.5).await;
         let scratch = stores.open("memory:///scratch").expect("a valid URI");
         fixture::model_weights(&stores, &scratch, &model, 1).await;
-        let mut cluster = Self { folder, address: String::new(), script, parts: Vec::new() };
+        let mut cluster = Self { folder, address: String::new(), script, settings, parts: Vec::new() };
         cluster.start_coordinator(workers == 0).await;
         for _ in 0..workers {
             cluster.start_worker().await;
@@ -95,7 +101,8 @@ impl Cluster {
         }
     }
 
-    fn uri(&self, below: &str) -> String {
+    /// Of what lies below the cluster's folder: `state`, `data`, `model`.
+    pub fn uri(&self, below: &str) -> String {
         uri(self.folder.path(), below)
     }
 
@@ -109,6 +116,7 @@ impl Cluster {
         if !self.address.is_empty() {
             config.worker_role.coordinator.clone_from(&self.address);
         }
+        (self.settings)(&mut config);
         config
     }
 

@@ -1,10 +1,10 @@
 //! Faults of object storage, as a script: which requests fail, and how. Put around the stores that the service opens.
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::stream::BoxStream;
+use futures::stream::{self, BoxStream, StreamExt};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, path::Path,
 };
 use std::{
     fmt,
@@ -32,6 +32,10 @@ pub enum How {
     AnswerLost,
     /// It happens after `Notify` is told.
     Waits(Arc<Notify>),
+    /// It is never answered.
+    Silent,
+    /// It is answered, and of what is read not a byte comes. Of a whole object only.
+    Stalls,
 }
 
 /// One entry of a script: the next `times` requests of this operation on a path that contains `path`.
@@ -77,9 +81,14 @@ impl Script {
 
     /// Plays the script on one request.
     async fn play<T>(&self, operation: Operation, at: &Path, request: impl Future<Output = Result<T>>) -> Result<T> {
-        match self.next(operation, at) {
+        Self::act(self.next(operation, at), request).await
+    }
+
+    async fn act<T>(how: Option<How>, request: impl Future<Output = Result<T>>) -> Result<T> {
+        match how {
             None => request.await,
             Some(How::Fails) => Err(scripted()),
+            Some(How::Silent | How::Stalls) => std::future::pending().await,
             Some(How::AnswerLost) => request.await.and(Err(scripted())),
             Some(How::Waits(until)) => {
                 until.notified().await;
@@ -118,7 +127,14 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
-        self.script.play(Operation::Read, at, self.store.get_opts(at, options)).await
+        let request = self.store.get_opts(at, options);
+        match self.script.next(Operation::Read, at) {
+            Some(How::Stalls) => {
+                let payload = GetResultPayload::Stream(stream::pending().boxed());
+                Ok(GetResult { payload, ..request.await? })
+            }
+            how => Script::act(how, request).await,
+        }
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {

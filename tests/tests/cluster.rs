@@ -1,11 +1,12 @@
 //! A whole service in one process: the same choices whatever the workers, and scripted faults of its storage.
 #![allow(clippy::unwrap_used)]
 use arrow::array::AsArray;
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 use superbatch_client::{
-    Run,
-    v1::{Criterion, Intent, Phase, Policy, Reason, RewindMode, RunSpec},
+    Part, Run,
+    v1::{Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
 };
+use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_tests::{
     cluster::Cluster,
     faults::{Fault, How, Operation, Script},
@@ -36,16 +37,35 @@ fn once(operation: Operation, path: &'static str, how: How) -> Script {
     Script::new([Fault { operation, path, how, times: 1 }])
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn one_worker_and_three_choose_the_same() {
+/// What a run of all its data chose, and what that cost: operations of the reference and the learner.
+async fn whole_run(workers: usize, spec: impl Fn(&Cluster) -> RunSpec) -> (Vec<Vec<String>>, [f64; 3]) {
+    let cluster = Cluster::start(workers, Script::default()).await;
+    let run = cluster.open_run("same", RunSpec { epochs: 1, ..spec(&cluster) }).await.unwrap();
     let mut chosen = Vec::new();
-    for workers in [0, 1, 3] {
-        let cluster = Cluster::start(workers, Script::default()).await;
-        let run = cluster.open_run("same", easy(&cluster)).await.unwrap();
-        chosen.push([ids(&run, 0).await, ids(&run, 1).await, ids(&run, 2).await]);
-        cluster.stop().await;
+    for step in 0..run.opened().steps_total {
+        chosen.push(ids(&run, step).await);
     }
-    assert!(chosen.iter().all(|one| *one == chosen[0]));
+    let spent = run.get_run().await.unwrap().accounts.unwrap();
+    cluster.stop().await;
+    (chosen, [spent.reference_flops, spent.learner_flops, spent.discarded_flops])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_and_three_choose_the_same_at_the_same_cost() {
+    // 24 candidates a slice, 16 rows a block: blocks are cut.
+    let with_size = |mut spec: RunSpec| {
+        (spec.phases[0].super_batch_size, spec.micro_batch_rows) = (72, 8);
+        spec
+    };
+    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
+    let scored = |cluster: &Cluster| with_size(RunSpec { lag, ..cluster.spec() });
+    let easy = |cluster: &Cluster| with_size(easy(cluster));
+    let expected = [whole_run(0, easy).await, whole_run(0, scored).await];
+    assert_eq!(expected[0].0.len(), 3);
+    for workers in [1, 3] {
+        assert_eq!(whole_run(workers, easy).await, expected[0]);
+        assert_eq!(whole_run(workers, scored).await, expected[1]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -148,5 +168,109 @@ async fn data_that_cannot_be_read_for_a_moment_costs_no_row() {
     let again = cluster.open_run("read", easy(&cluster)).await.unwrap();
     assert_eq!(ids(&again, 0).await, expected, "served again from its receipt");
     assert_eq!(again.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn storage_that_falls_silent_is_given_up_by_name() {
+    let silent = |how| Fault { operation: Operation::Read, path: "k", how, times: 1 };
+    let script = Script::new([silent(How::Silent), silent(How::Stalls)]);
+    let config =
+        StorageConfig { answer_timeout_seconds: 0.05, stall_timeout_seconds: 0.02, ..StorageConfig::default() };
+    let state = Stores::wrapped(config, script.wrap()).open("memory:///state").unwrap();
+    state.put("k", "whole".into()).await.unwrap();
+    for words in ["no answer for 0.05 s", "nothing was read for 0.02 s"] {
+        let error = state.get("k").await.unwrap_err();
+        assert_eq!((error.reason(), error.value("uri")), (Reason::StorageUnreachable, Some("memory:///state/k")));
+        assert!(error.chain().contains(words), "{}", error.chain());
+    }
+    assert!(script.left().is_empty());
+    assert_eq!(state.get("k").await.unwrap(), "whole", "the next one is read");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_stalls_costs_nothing_but_time() {
+    let script = once(Operation::Read, "train.parquet", How::Stalls);
+    let cluster = Cluster::start_with(0, script, |config| config.storage.stall_timeout_seconds = 1.0).await;
+    let run = match cluster.open_run("stalled", easy(&cluster)).await {
+        Ok(run) => run,
+        // Indexing is the first to read.
+        Err(error) => {
+            assert_eq!(error.reason(), Some(Reason::StorageUnreachable));
+            cluster.open_run("stalled", easy(&cluster)).await.unwrap()
+        }
+    };
+    assert_eq!(ids(&run, 0).await.len(), 16);
+    assert_eq!(run.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_file_changed_under_a_run_is_refused_by_name() {
+    let mut cluster = Cluster::start(0, Script::default()).await;
+    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
+    let scored = RunSpec { lag, fallback: Fallback::Wait.into(), max_ahead: 1, ..cluster.spec() };
+    let spec = |run: &str| if run == "learner" { scored.clone() } else { RunSpec { max_ahead: 1, ..easy(&cluster) } };
+    let specs = ["reference", "learner"].map(|run| (run, spec(run)));
+    for (run, spec) in &specs {
+        let run = cluster.open_run(run, spec.clone()).await.unwrap();
+        ids(&run, 0).await;
+        if *run.run_id() == *"learner" {
+            run.push_weights(0, weights(&cluster, 1.0)).await.unwrap();
+        }
+    }
+    let model = Stores::new(StorageConfig::default()).open(&cluster.uri("model")).unwrap();
+    let tokenizer = model.get("tokenizer.json").await.unwrap();
+    // The worker that runs has read the folder: for it nothing has changed.
+    model.put("tokenizer.json", [&tokenizer[..], b"\n"].concat().into()).await.unwrap();
+    cluster.restart().await;
+    for (run, spec) in &specs {
+        let run = cluster.open_run(run, spec.clone()).await.unwrap();
+        let error = run.select(1, 0, 1, Intent::Need).await.unwrap_err();
+        assert_eq!(error.reason(), Some(Reason::ModelInvalid), "{error}");
+        assert_eq!(error.metadata()["file"], "tokenizer.json");
+    }
+    model.put("tokenizer.json", tokenizer).await.unwrap();
+    cluster.restart().await;
+    let run = cluster.open_run("learner", specs[1].1.clone()).await.unwrap();
+    assert_eq!(ids(&run, 1).await.len(), 16, "put back, it goes on");
+    cluster.stop().await;
+}
+
+/// The model's own weights, but for the bias.
+fn weights(cluster: &Cluster, bias: f32) -> Vec<Part> {
+    let file = std::fs::read(Path::new(cluster.uri("model/model.safetensors").trim_start_matches("file://"))).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let part = |(name, tensor): (&str, safetensors::tensor::TensorView<'_>)| {
+        let shape: Vec<u64> = tensor.shape().iter().map(|size| *size as u64).collect();
+        match name {
+            "logit_bias" => Part::f32(name, &shape, &[bias]).unwrap(),
+            _ => Part::whole(name, TensorDtype::F32, &shape, tensor.data().to_vec()).unwrap(),
+        }
+    };
+    tensors.iter().map(part).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_that_no_step_needs_are_deleted_but_the_newest() {
+    let cluster = Cluster::start_with(0, Script::default(), |config| config.coordinator.snapshots_kept = 1).await;
+    let run = cluster.open_run("forgets", RunSpec { max_ahead: 1, ..cluster.spec() }).await.unwrap();
+    let mut pushed = Vec::new();
+    for step in 0..4 {
+        ids(&run, step).await;
+        let version = run.push_weights(step as i64, weights(&cluster, -1.0 - step as f32)).await.unwrap();
+        pushed.push(format!("{}.safetensors", version.digest));
+    }
+    // Of the pushes before it, which only earlier steps were scored with, none is left when step 4 is decided.
+    ids(&run, 4).await;
+    let state = Stores::new(StorageConfig::default()).open(&cluster.uri("state/runs/forgets/snapshots")).unwrap();
+    loop {
+        let kept: Vec<String> = state.list("").await.unwrap().into_iter().map(|(key, _)| key).collect();
+        assert!(kept.contains(&pushed[3]), "{kept:?}");
+        if !kept.contains(&pushed[0]) && !kept.contains(&pushed[1]) {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
     cluster.stop().await;
 }

@@ -3,7 +3,7 @@
 use arrow::{
     array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader, record_batch::RecordBatch,
 };
-use std::{collections::BTreeMap, io::Cursor};
+use std::{collections::BTreeMap, io::Cursor, ops::Range};
 use superbatch_proto::{
     Failure,
     v1::{
@@ -152,8 +152,12 @@ impl Call {
     }
 
     async fn embedded(&mut self, tower: Tower) -> Result<Embedded, Failure> {
+        self.embedded_from(tower, 0).await
+    }
+
+    /// Embeddings from candidate `rows` on.
+    async fn embedded_from(&mut self, tower: Tower, mut rows: u32) -> Result<Embedded, Failure> {
         let mut all = Embedded::default();
-        let mut rows = 0;
         loop {
             match self.next().await? {
                 Some(score_response::Message::Embedding(part)) => {
@@ -204,9 +208,9 @@ async fn scored(
     client: &mut WorkerServiceClient<Channel>,
     begin: ScoreBegin,
 ) -> Result<(Vec<Hole>, Embedded, Embedded), Failure> {
-    let learner = begin.learner_model.clone().unwrap();
+    let (learner, from) = (begin.learner_model.clone().unwrap(), begin.reference_from);
     let mut call = Call::begin(client, begin).await?;
-    let (holes, reference) = (call.holes().await?, call.embedded(Tower::Reference).await?);
+    let (holes, reference) = (call.holes().await?, call.embedded_from(Tower::Reference, from).await?);
     Ok((holes, reference, call.learner(learner).await?))
 }
 
@@ -217,26 +221,60 @@ fn mixed(rows: u32) -> Vec<u32> {
     mixed
 }
 
+/// Slices of a super-batch of `mixed(40)`, and the candidates of the blocks that begin in each.
+const CUTS: [(Range<usize>, Range<usize>); 3] = [(0..8, 0..16), (8..20, 16..32), (20..40, 32..40)];
+
 #[tokio::test]
-async fn numbers_do_not_depend_on_how_the_super_batch_is_cut() {
+async fn numbers_and_costs_do_not_depend_on_how_the_super_batch_is_cut() {
     let candidates = mixed(40);
-    let rig = Rig::good(40).await;
+    // In the first and the second half of blocks that are cut.
+    let bad = |n: u32| Row { image: None, ..Row::good(n) };
+    let rows = || (0..40).map(|n| if [3, 12, 14, 18, 39].contains(&n) { bad(n) } else { Row::good(n) }).collect();
+    let rig = Rig::new(rows()).await;
     let whole = scored(&mut rig.client().await, rig.begin(&candidates)).await.unwrap();
-    assert!(whole.0.is_empty());
+    assert_eq!(whole.0.len(), 5);
     assert!(whole.1.done.flops > 0.0 && whole.2.done.flops > 0.0);
     assert_ne!(whole.1.image, whole.2.image);
-    let apart = Rig::good(40).await;
-    let mut client = apart.client().await;
+    let apart = Rig::new(rows()).await;
+    let mut holes = BTreeMap::new();
     let (mut reference, mut learner) = (Embedded::default(), Embedded::default());
-    for slice in [0..8, 8..20, 20..40] {
-        let (_, one, other) = scored(&mut client, apart.begin(&candidates[slice])).await.unwrap();
+    for (slice, blocks) in CUTS {
+        let begin = ScoreBegin {
+            reference_from: (blocks.start - slice.start) as u32,
+            reference_more: candidates[slice.end..blocks.end.max(slice.end)].iter().map(|row| row % 16).collect(),
+            ..apart.begin(&candidates[slice.clone()])
+        };
+        // Each on a worker of its own.
+        let (found, one, other) = scored(&mut apart.client().await, begin).await.unwrap();
+        holes.extend(found.into_iter().map(|hole| (hole.candidate + slice.start as u32, hole.reason)));
         for (all, part) in [(&mut reference, one), (&mut learner, other)] {
             all.image.extend(part.image);
             all.text.extend(part.text);
+            all.done.flops += part.done.flops;
         }
     }
+    assert_eq!(holes, whole.0.iter().map(|hole| (hole.candidate, hole.reason)).collect());
     assert_eq!((reference.image, reference.text), (whole.1.image, whole.1.text));
     assert_eq!((learner.image, learner.text), (whole.2.image, whole.2.text));
+    assert_eq!((reference.done.flops, learner.done.flops), (whole.1.done.flops, whole.2.done.flops));
+}
+
+#[tokio::test]
+async fn a_block_is_shared_whole_or_refused() {
+    let rig = Rig::good(40).await;
+    let mut client = rig.client().await;
+    let begin = || rig.begin(&(0..20).collect::<Vec<u32>>());
+    let refused = [
+        (ScoreBegin { reference_from: 8, ..begin() }, "reference_from"),
+        (ScoreBegin { reference_from: 21, ..begin() }, "reference_from"),
+        (ScoreBegin { reference_more: vec![16], ..begin() }, "reference_more"),
+        (ScoreBegin { reference_from: 20, reference_more: vec![5], ..begin() }, "reference_more"),
+    ];
+    for (begin, field) in refused {
+        let mut call = Call::begin(&mut client, begin).await.unwrap();
+        let failure = call.holes().await.unwrap_err();
+        assert_eq!((failure.reason, failure.metadata["field"].as_str()), (Reason::InvalidArgument, field));
+    }
 }
 
 #[tokio::test]

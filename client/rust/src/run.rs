@@ -129,12 +129,29 @@ impl Run {
         Ok(generation)
     }
 
-    /// Why a step's batch was chosen, row by row. `generation`: the run's current one where absent.
+    /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the run's current one where
+    /// absent.
     pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
-        let request = v1::GetReceiptRequest { run_id: self.run_id().to_owned(), step, generation };
-        let response =
-            self.client.call(request, |mut api, request| async move { api.get_receipt(request).await }).await?;
-        response.receipt.ok_or_else(|| Error::from(Status::internal("GetReceipt answered without a receipt")))
+        let mut request =
+            v1::GetReceiptRequest { run_id: self.run_id().to_owned(), step, generation, ..Default::default() };
+        let mut whole = v1::Receipt::default();
+        loop {
+            let asked = request.clone();
+            let page =
+                self.client.call(asked, |mut api, request| async move { api.get_receipt(request).await }).await?;
+            let next = page.next_row_offset;
+            let part = page.receipt.ok_or_else(|| broken("without a receipt"))?;
+            whole.chosen.extend(part.chosen);
+            whole.bad_rows.extend(part.bad_rows);
+            whole.summary = part.summary;
+            let Some(next) = next else { return Ok(whole) };
+            if next <= request.row_offset {
+                return Err(broken("with a page that leads nowhere"));
+            }
+            request.row_offset = next;
+            // The run may be rewound between two pages.
+            request.generation = whole.summary.as_ref().map(|summary| summary.generation);
+        }
     }
 
     pub(crate) fn incarnation(&self) -> &str {
@@ -149,4 +166,8 @@ impl Run {
     pub(crate) fn announce_push(&self, step: i64) -> Announced {
         self.shared.pushes.announce(self.generation(), step)
     }
+}
+
+fn broken(how: &str) -> Error {
+    Error::from(Status::internal(format!("GetReceipt answered {how}")))
 }

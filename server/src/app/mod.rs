@@ -31,7 +31,10 @@ use superbatch_proto::{
         selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
     Code, Status,
@@ -134,7 +137,13 @@ impl Serve {
         let advertised = settings.advertise_address.clone();
         let identity =
             Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
-        let deps = Deps { pool, selector, ready: Budget::new(settings.ready_bytes_max), limits: limits(settings) };
+        let deps = Deps {
+            pool,
+            selector,
+            ready: Budget::new(settings.ready_bytes_max),
+            limits: limits(settings),
+            sizing: Arc::default(),
+        };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
         let coordinator = Coordinator::new(deps, stores, state, identity);
         Ok(Self { ground, coordinator })
@@ -225,7 +234,9 @@ impl Work {
             Error::invalid("worker_role.coordinator", message).because(e)
         })?;
         let rng = rand::rngs::StdRng::from_os_rng();
-        let registered = tokio::spawn(keep_registered(coordinator, registration, rng, shutdown.clone()));
+        let well = self.worker.is_well();
+        let registered = tokio::spawn(keep_registered(coordinator, registration, well.clone(), rng, shutdown.clone()));
+        let told = tokio::spawn(tell_health(well, health.clone()));
         let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
@@ -233,6 +244,7 @@ impl Work {
         let leave = async move {
             // It has told the coordinator that it goes; a task that failed has told its log.
             drop(registered.await);
+            told.abort();
             worker.stop();
         };
         let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
@@ -242,6 +254,19 @@ impl Work {
             http.abort();
         }
         Ok(())
+    }
+}
+
+/// Not serving while the device is hung.
+async fn tell_health(mut is_well: watch::Receiver<bool>, health: HealthReporter) {
+    while is_well.changed().await.is_ok() {
+        let serving = match *is_well.borrow_and_update() {
+            true => tonic_health::ServingStatus::Serving,
+            false => tonic_health::ServingStatus::NotServing,
+        };
+        for name in [WorkerServiceServer::<Worker>::NAME, ""] {
+            health.set_service_status(name, serving).await;
+        }
     }
 }
 

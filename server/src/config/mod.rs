@@ -189,6 +189,8 @@ impl Config {
             ("coordinator.need_deadline_seconds", c.need_deadline_seconds),
             ("coordinator.lease_seconds", c.lease_seconds),
             ("coordinator.push_deadline_seconds", c.push_deadline_seconds),
+            ("storage.answer_timeout_seconds", self.storage.answer_timeout_seconds),
+            ("storage.stall_timeout_seconds", self.storage.stall_timeout_seconds),
         ];
         if let Some((field, value)) = seconds.into_iter().find(|(_, s)| !(*s > 0.0 && *s <= SECONDS_MAX)) {
             return Err(Error::invalid(

@@ -5,7 +5,7 @@ mod learner;
 use self::{draw::select_begin, learner::Learner};
 use super::{
     models,
-    plan::{self, SuperBatch},
+    plan::{self, Candidate, SuperBatch},
     ready::Ready,
     record::{self, Decided},
     run::Run,
@@ -13,11 +13,11 @@ use super::{
     slice::{Job, fetch_rows},
     spec::{Asked, phase_at},
     step::Reporter,
+    table::Table,
 };
 use crate::error::{Error, Result};
-use arrow::array::{RecordBatch, UInt32Array};
 use std::collections::BTreeSet;
-use superbatch_proto::v1::{Fallback, Hole, ModelRef, Reason, Receipt, RunSpec, SelectBegin};
+use superbatch_proto::v1::{Fallback, Hole, ModelRef, Reason, Receipt, RunSpec, SelectBegin, lag};
 use tokio::time::Instant;
 
 /// Decides `step` in the run's newest generation, or recalls what was decided before.
@@ -39,7 +39,9 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     };
     decided.cost_seconds().total = begun.elapsed().as_secs_f64();
     let receipt = record::receipt(run, &spec, &super_batch, &decided, &rows)?;
+    let committing = Instant::now();
     let (receipt, ours) = run.commit(receipt).await?;
+    run.deps.sizing.decided(&run.id, decided.work(committing.elapsed()), lag_steps(&spec));
     if !ours {
         return recall(run, receipt).await;
     }
@@ -55,9 +57,7 @@ async fn recall(run: &Run, receipt: Receipt) -> Result<Ready> {
     let located: Result<Vec<_>> = receipt.chosen.iter().map(|row| plan::locate(&run.manifest, row)).collect();
     let blocks = plan::block_rows(&located?);
     let bytes = fetch_rows(&run.deps.pool, &run.manifest_digest, blocks, &run.spec().columns).await?;
-    let batch = super::output::read_stream(bytes.into())?;
-    let order = UInt32Array::from_iter_values(0..batch.num_rows() as u32);
-    let rows = scoring::join(&[batch], &order)?;
+    let rows = scoring::hashed(Table::from_stream(bytes.into())?)?;
     let changed = receipt.chosen.iter().zip(&rows.hashes).find(|(row, hash)| row.content_hash[..] != hash[..]);
     if let Some((row, _)) = changed {
         let message = format!(
@@ -102,6 +102,10 @@ impl Maker<'_> {
         }
     }
 
+    async fn begin(&self, job: Job, candidates: &[Candidate]) -> Result<Scoring> {
+        Scoring::begin(self.run.deps.pool.clone(), &self.run.claims, job, candidates).await
+    }
+
     /// Uniform: draws from noise alone and reads only what it draws; a bad row is replaced by the next one drawn.
     async fn uniform(&self, decided: &mut Decided) -> Result<Rows> {
         let wanted = decided.phase.sub_batch_size as usize;
@@ -110,44 +114,47 @@ impl Maker<'_> {
             ..select_begin(self.spec, decided, self.super_batch)
         };
         let order = self.run.deps.selector.select(all, None, None).await?.indices;
-        let mut good: Vec<(u32, RecordBatch, Vec<u8>)> = Vec::new();
-        let mut count = 0;
+        let mut good: Option<Rows> = None;
+        let mut drawn: Vec<u32> = Vec::with_capacity(wanted);
         let mut next = order.into_iter();
-        while count < wanted {
-            let mut numbers: Vec<u32> = next.by_ref().take(wanted - count).collect();
+        while drawn.len() < wanted {
+            let mut numbers: Vec<u32> = next.by_ref().take(wanted - drawn.len()).collect();
             if numbers.is_empty() {
                 return Err(too_few(self.super_batch.candidates.len(), decided.holes.len(), wanted));
             }
             numbers.sort_unstable();
             let candidates: Vec<_> = numbers.iter().map(|n| self.super_batch.candidates[*n as usize]).collect();
-            let mut scoring = Scoring::begin(self.run.deps.pool.clone(), self.job(decided, true), &candidates).await?;
+            let mut scoring = self.begin(self.job(decided, true), &candidates).await?;
             decided.read(&scoring);
             let holes: BTreeSet<u32> = scoring.holes().iter().map(|hole| hole.candidate).collect();
-            decided.holes.extend(
+            decided.add_holes(
                 scoring.holes().into_iter().map(|hole| Hole { candidate: numbers[hole.candidate as usize], ..hole }),
+                &[],
             );
             decided.candidates_scanned += numbers.len();
             let kept: Vec<u32> = (0..numbers.len() as u32).filter(|i| !holes.contains(i)).collect();
             if !kept.is_empty() {
                 let rows = scoring.rows(&kept).await?;
-                count += kept.len();
-                let places = kept.iter().zip(rows.hashes).enumerate();
-                good.extend(places.map(|(i, (k, hash))| (numbers[*k as usize], rows.data.slice(i, 1), hash)));
+                drawn.extend(kept.iter().map(|k| numbers[*k as usize]));
+                match &mut good {
+                    Some(good) => good.append(rows)?,
+                    None => good = Some(rows),
+                }
             }
         }
-        record::uniform_rows(decided, good)
+        decided.drawn_uniformly(drawn);
+        good.ok_or_else(|| Error::internal("a sub-batch of no rows"))
     }
 
     /// Has the models that the phase asks look at all candidates, and selects.
     async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
         let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
-        let job = self.job(decided, false);
-        let mut scoring = Scoring::begin(run.deps.pool.clone(), job, &self.super_batch.candidates).await?;
+        let mut scoring = self.begin(self.job(decided, false), &self.super_batch.candidates).await?;
         decided.candidates_scanned = size;
         decided.read(&scoring);
         let reference = scoring.reference()?;
         if let Some(scored) = &reference {
-            models::check_unchanged(run.reference.as_ref(), &scored.digest, "reference")?;
+            models::check_unchanged(run.reference.as_ref(), scored, false, "reference")?;
             decided.embedded_reference(scored);
         }
         let waiting = Instant::now();
@@ -163,8 +170,8 @@ impl Maker<'_> {
                     self.spec.learner.as_ref().ok_or_else(|| Error::internal("a scored phase has no learner"))?;
                 let model = models::published_ref(self.spec, spec, &published, run.learner.as_ref());
                 let scored = scoring.learner(&model).await?;
-                let initial = run.learner.as_ref().filter(|_| published.version.version == 0);
-                models::check_unchanged(initial, &scored.digest, "learner")?;
+                let is_pushed = published.version.version > 0;
+                models::check_unchanged(run.learner.as_ref(), &scored, is_pushed, "learner")?;
                 decided.embedded_learner(&published, &scored, run.learner.as_ref());
                 Some(scored)
             }
@@ -183,6 +190,14 @@ impl Maker<'_> {
         let rows = scoring.rows(&decided.drawn.indices).await?;
         decided.discarded(scoring.discarded_flops());
         Ok(rows)
+    }
+}
+
+/// Steps that the weights may lag behind.
+fn lag_steps(spec: &RunSpec) -> u32 {
+    match spec.lag.and_then(|lag| lag.bound) {
+        Some(lag::Bound::Exact(steps) | lag::Bound::AtMost(steps)) => steps,
+        None => 1,
     }
 }
 

@@ -24,6 +24,9 @@ pub struct ModelFact {
     /// Operations of one forward pass of one pair.
     pub pair_flops: f64,
     pub tensors: BTreeMap<String, Vec<u64>>,
+    /// BLAKE3 of each file of its folder but the weights, in hex. Empty in runs that older builds opened.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
 }
 
 impl ModelFact {
@@ -36,6 +39,7 @@ impl ModelFact {
             logit_bias: None,
             pair_flops: 0.0,
             tensors: BTreeMap::new(),
+            files: BTreeMap::new(),
         }
     }
 }
@@ -45,6 +49,7 @@ impl From<PrepareModelResponse> for ModelFact {
         Self {
             digest: model.digest,
             weights_digest: model.weights_digest,
+            files: model.files.into_iter().collect(),
             logit_scale: model.logit_scale,
             logit_bias: model.logit_bias,
             pair_flops: model.image_flops + model.text_flops,

@@ -17,7 +17,7 @@ pub struct Asking {
 
 impl Asking {
     /// The newest step that this rank has consumed, by its own word, or because it stands still for the next.
-    fn claims_consumed(&self) -> Option<u64> {
+    pub fn claims_consumed(&self) -> Option<u64> {
         // A rank cannot have consumed the step that it asks for.
         let before = self.step.checked_sub(1);
         match self.consumed_through {

@@ -3,6 +3,7 @@
 //! Read it in the order of a step: [`service`] → [`run`] → [`decide`] → [`plan`] → [`scoring`] → [`selector`] → [`receipts`] →
 //! [`output`].
 pub mod chain;
+mod claims;
 mod decide;
 pub mod facts;
 pub mod incarnations;
@@ -25,9 +26,11 @@ pub mod run;
 mod scoring;
 pub mod selector;
 pub mod service;
+pub mod sizing;
 mod slice;
 pub mod spec;
 mod step;
+pub mod table;
 mod trail;
 pub mod upkeep;
 mod waiting;

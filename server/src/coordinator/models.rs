@@ -2,12 +2,14 @@
 use super::{
     facts::ModelFact,
     pool::Pool,
+    scoring::Scored,
+    slice::is_lost,
     spec::Asked,
     weights::{ModelShape, Published, Verifier},
 };
 use crate::error::{Error, Result, from_status};
 use async_trait::async_trait;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{
     Fallback, LearnerSpec, Loss, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, ReferenceSpec, RunSpec,
     learner_spec::Initial,
@@ -72,7 +74,7 @@ pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<Prepa
             Err(status) => {
                 let error = from_status(status, Reason::NoWorkers);
                 attempts += 1;
-                if !matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown) || attempts == 5 {
+                if !is_lost(&error) || attempts == 5 {
                     return Err(error);
                 }
                 pool.lost(&worker);
@@ -133,22 +135,31 @@ pub fn check_biases(spec: &RunSpec, reference: Option<&ModelFact>, learner: Opti
     Ok(())
 }
 
-/// Checks that workers scored with the model that the run was opened with.
+/// Checks that workers scored with the model that the run was opened with; of a learner that was pushed (`is_pushed`), with
+/// all but its weights.
 ///
 /// # Errors
-/// `ModelInvalid`.
-pub fn check_unchanged(opened_with: Option<&ModelFact>, digest: &str, which: &str) -> Result<()> {
-    match opened_with {
-        Some(fact) if fact.digest != digest => {
-            let message = format!(
-                "the {which} is not the one that the run was opened with (its digest is {digest}, it was {}); restore the \
-                 model folder, or open another run",
-                fact.digest
-            );
-            Err(Error::new(Reason::ModelInvalid, message).with("model", which))
-        }
-        _ => Ok(()),
-    }
+/// `ModelInvalid`, naming the `file` that differs.
+pub fn check_unchanged(opened_with: Option<&ModelFact>, scored: &Scored, is_pushed: bool, which: &str) -> Result<()> {
+    let Some(fact) = opened_with else { return Ok(()) };
+    let other = other_file(&fact.files, &scored.files);
+    let file = match other {
+        Some(file) => file,
+        None if is_pushed || fact.digest == scored.digest => return Ok(()),
+        None => "model.safetensors",
+    };
+    let message = format!(
+        "{file} of the {which} is not the one that the run was opened with (the model's digest is {}, it was {}); put that file \
+         back and start the workers anew, or open another run",
+        scored.digest, fact.digest
+    );
+    Err(Error::new(Reason::ModelInvalid, message).with("model", which).with("file", file))
+}
+
+/// A file that is not the same in both, of those that both know.
+pub fn other_file<'a>(a: &'a BTreeMap<String, String>, b: &BTreeMap<String, String>) -> Option<&'a str> {
+    let differs = |(name, digest): &(&String, &String)| b.get(*name).is_some_and(|other| other != *digest);
+    a.iter().find(differs).map(|(name, _)| name.as_str())
 }
 
 /// The bias for the sigmoid loss: the model's own, or the one that the spec gives.

@@ -1,13 +1,11 @@
 //! What a rank is sent: the Arrow IPC stream of its rows.
-use super::receipt::fidelity_name;
+use super::{receipt::fidelity_name, table::Table};
 use crate::error::{Error, Result};
 use arrow::{
-    array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, UInt32Array, UInt64Array},
-    buffer::Buffer,
-    compute::{concat_batches, take},
-    datatypes::{DataType, Schema, SchemaRef},
+    array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
+    datatypes::{Schema, SchemaRef},
     error::ArrowError,
-    ipc::{reader::StreamDecoder, writer::StreamWriter},
+    ipc::writer::StreamWriter,
 };
 use bytes::Bytes;
 use std::{ops::Range, sync::Arc};
@@ -29,34 +27,16 @@ pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
 ///
 /// # Errors
 /// `Internal` where rows, receipt and schema do not fit each other.
-pub fn rank_stream(schema: &SchemaRef, rows: &RecordBatch, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
+pub fn rank_stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
     let count = receipt.chosen.len();
-    if rows.num_rows() != count || indices.iter().any(|index| *index >= count) {
-        let message = format!("the receipt names {count} rows, {} are in hand; cannot serve the step", rows.num_rows());
+    if rows.rows() != count || indices.iter().any(|index| *index >= count) {
+        let message = format!("the receipt names {count} rows, {} are in hand; cannot serve the step", rows.rows());
         return Err(Error::internal(message));
     }
-    let cuts = cut(&sizes(rows, indices).map_err(cannot)?);
+    let sizes = indices.iter().map(|index| rows.row_bytes(*index)).collect::<Result<Vec<_>>>()?;
+    let cuts = cut(&sizes);
     let batches = cuts.into_iter().map(|range| batch(schema, rows, receipt, &indices[range]));
     write(schema, batches.collect::<Result<Vec<_>>>()?)
-}
-
-/// Reads a whole stream into one record batch: how what workers send is joined.
-///
-/// # Errors
-/// `Internal` where the bytes are no complete stream.
-pub fn read_stream(bytes: Bytes) -> Result<RecordBatch> {
-    let read = || {
-        let mut decoder = StreamDecoder::new();
-        let mut buffer = Buffer::from(bytes);
-        let mut batches = Vec::new();
-        while let Some(batch) = decoder.decode(&mut buffer)? {
-            batches.push(batch);
-        }
-        decoder.finish()?;
-        let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
-        concat_batches(&schema, &batches)
-    };
-    read().map_err(super::scoring::broken)
 }
 
 fn cannot(cause: ArrowError) -> Error {
@@ -75,16 +55,8 @@ fn write(schema: &Schema, batches: impl IntoIterator<Item = RecordBatch>) -> Res
 }
 
 /// One record batch of the output schema.
-fn batch(schema: &SchemaRef, rows: &RecordBatch, receipt: &Receipt, indices: &[usize]) -> Result<RecordBatch> {
-    let places = UInt32Array::from_iter_values(indices.iter().map(|index| *index as u32));
-    let column = |name: &str| {
-        if let Some(own) = own_column(name, receipt, indices) {
-            return Ok(own);
-        }
-        let data =
-            rows.column_by_name(name).ok_or_else(|| Error::internal(format!("the rows lack column '{name}'")))?;
-        take(data, &places, None).map_err(cannot)
-    };
+fn batch(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<RecordBatch> {
+    let column = |name: &str| own_column(name, receipt, indices).map_or_else(|| rows.column(name, indices), Ok);
     let columns = schema.fields().iter().map(|field| column(field.name())).collect::<Result<Vec<_>>>()?;
     RecordBatch::try_new(schema.clone(), columns).map_err(cannot)
 }
@@ -103,32 +75,6 @@ fn own_column(name: &str, receipt: &Receipt, indices: &[usize]) -> Option<ArrayR
         }
         _ => return None,
     })
-}
-
-/// Bytes of each wanted row's data.
-fn sizes(rows: &RecordBatch, indices: &[usize]) -> Result<Vec<usize>, ArrowError> {
-    let mut sizes = vec![0; indices.len()];
-    for column in rows.columns() {
-        for (size, index) in sizes.iter_mut().zip(indices) {
-            *size += size_of(column, *index)?;
-        }
-    }
-    Ok(sizes)
-}
-
-fn size_of(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
-    match column.data_type() {
-        DataType::Binary => Ok(column.as_binary::<i32>().value_length(row) as usize),
-        DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
-        DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
-        DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
-        DataType::Boolean => Ok(1),
-        other => match other.primitive_width() {
-            Some(width) => Ok(width),
-            // Nested: the row alone, its children compacted.
-            None => take(column, &UInt32Array::from(vec![row as u32]), None)?.to_data().get_slice_memory_size(),
-        },
-    }
 }
 
 /// Cuts rows of these sizes into runs of at most [`BATCH_BYTES_MAX`], or of one row.

@@ -257,6 +257,15 @@ pub fn slices(candidates: usize, workers: usize, micro_batch_rows: usize) -> Vec
     (0..workers).map(|worker| cut(worker)..cut(worker + 1)).filter(|slice| !slice.is_empty()).collect()
 }
 
+/// For each slice the candidates whose blocks begin in it, so that a block that is cut belongs to one slice whole. They follow
+/// each other without gaps, as the slices do; a slice that lies inside one block has none.
+pub fn whole_blocks(candidates: &[Candidate], slices: &[Range<usize>]) -> Vec<Range<usize>> {
+    let block = |at: usize| (candidates[at].source, candidates[at].shard, candidates[at].block);
+    let is_begin = |at: &usize| *at == 0 || block(*at) != block(at - 1);
+    let next_begin = |at: usize| (at..candidates.len()).find(is_begin).unwrap_or(candidates.len());
+    slices.iter().map(|slice| next_begin(slice.start)..next_begin(slice.end)).collect()
+}
+
 /// Candidates as the wire names them: one entry for each run of rows in the same block, in the same order.
 pub fn block_rows(candidates: &[Candidate]) -> Vec<BlockRows> {
     candidates

@@ -1,6 +1,6 @@
 //! Chosen batches that wait for their trainer, and the memory that they take together.
+use super::table::Table;
 use crate::metrics;
-use arrow::array::RecordBatch;
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
@@ -12,7 +12,7 @@ use superbatch_proto::v1::Receipt;
 pub struct Ready {
     pub receipt: Receipt,
     /// Data columns of the chosen rows, in the order drawn.
-    pub rows: RecordBatch,
+    pub rows: Table,
     _held: Held,
 }
 
@@ -35,8 +35,8 @@ impl Budget {
     }
 
     /// Counts a batch until it is dropped. It is never refused: its ranks wait for it.
-    pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: RecordBatch) -> Ready {
-        let bytes = rows.get_array_memory_size() as u64;
+    pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: Table) -> Ready {
+        let bytes = rows.bytes() as u64;
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         metrics::ready_batches().increment(1.0);
         Ready { receipt, rows, _held: Held { budget: self.clone(), bytes } }

@@ -3,8 +3,10 @@
 //! Any Parquet reader gets the rows, and the summary and the bad rows as JSON; beside them lie the exact protobuf bytes in
 //! hex, from which [`decode`] restores what [`encode`] was given.
 mod json;
+mod page;
 
 pub use json::{receipt as to_json, tuning as tuning_to_json};
+pub use page::page;
 
 use crate::{
     error::{Error, Result},

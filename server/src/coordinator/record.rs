@@ -4,13 +4,13 @@ use super::{
     plan::{self, Candidate, PLAN_VERSION, SuperBatch},
     receipt::has_scores,
     run::Run,
-    scoring::{self, Rows, Scored, Scoring},
+    scoring::{Rows, Scored, Scoring},
+    sizing::Work,
     spec::leaves_out,
     wasted::Spent,
     weights::Published,
 };
 use crate::{error::Result, metrics, storage::nonce};
-use arrow::array::{RecordBatch, UInt32Array};
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -41,6 +41,8 @@ pub struct Decided {
     /// All operations so far, until a receipt has them.
     pub spent: Spent,
     cost: Accounts,
+    /// Workers that shared the candidates.
+    workers: usize,
 }
 
 impl Decided {
@@ -59,6 +61,7 @@ impl Decided {
             scales: [0.0; 4],
             spent,
             cost: Accounts { seconds: Some(StageSeconds::default()), ..Default::default() },
+            workers: 0,
         }
     }
 
@@ -72,10 +75,23 @@ impl Decided {
     }
 
     pub fn read(&mut self, scoring: &Scoring) {
+        self.workers = self.workers.max(scoring.slices());
         let (fetch, decode) = scoring.read_seconds();
         let seconds = self.cost_seconds();
         seconds.fetch += fetch;
         seconds.decode += decode;
+    }
+
+    /// What it took, with its commit.
+    pub fn work(&self, committed: Duration) -> Work {
+        let StageSeconds { plan, fetch, decode, embed_reference, embed_learner, .. } =
+            self.cost.seconds.unwrap_or_default();
+        Work {
+            workers: self.workers as f64,
+            scored: fetch + decode + embed_reference + embed_learner,
+            learner: embed_learner,
+            rest: plan + self.drawn.seconds + committed.as_secs_f64(),
+        }
     }
 
     pub fn waited(&mut self, waited: Duration) {
@@ -113,8 +129,12 @@ impl Decided {
     }
 
     /// Rows with faults of content, and rows whose embeddings are not finite.
-    pub fn add_holes(&mut self, content: Vec<Hole>, towers: &[&Option<Scored>]) {
-        let mut holes: BTreeMap<u32, Hole> = content.into_iter().map(|hole| (hole.candidate, hole)).collect();
+    pub fn add_holes(&mut self, content: impl IntoIterator<Item = Hole>, towers: &[&Option<Scored>]) {
+        let mut holes: BTreeMap<u32, Hole> = BTreeMap::new();
+        // The slices that share a block may both tell of a row; the one in which the block begins comes first.
+        for hole in content {
+            holes.entry(hole.candidate).or_insert(hole);
+        }
         for candidate in towers.iter().filter_map(|t| t.as_ref()).flat_map(|t| &t.not_finite) {
             holes.entry(*candidate).or_insert_with(|| Hole {
                 candidate: *candidate,
@@ -122,7 +142,23 @@ impl Decided {
                 detail: "its embedding holds NaN or infinity".to_owned(),
             });
         }
-        self.holes = holes.into_values().collect();
+        for hole in holes.values() {
+            metrics::skipped(hole.reason().as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(1);
+        }
+        self.holes.extend(holes.into_values());
+    }
+
+    /// The draw of a uniform step: these candidates, by noise alone.
+    pub fn drawn_uniformly(&mut self, indices: Vec<u32>) {
+        let count = indices.len();
+        self.drawn = SelectResponse {
+            indices,
+            chunks: vec![count as u32],
+            scores: vec![0.0; count],
+            weights: vec![1.0; count],
+            device: "cpu".to_owned(),
+            ..Default::default()
+        };
     }
 
     pub fn hole_numbers(&self) -> Vec<u32> {
@@ -133,24 +169,6 @@ impl Decided {
 /// Keys of the candidates' noise: unique over the sources of a super-batch.
 pub fn noise_keys(candidates: &[Candidate]) -> Vec<u64> {
     candidates.iter().map(|c| u64::from(c.source) << 48 | c.position).collect()
-}
-
-/// The draw of a uniform step from the rows that were read: each candidate's number, its row, and the row's content hash.
-pub fn uniform_rows(decided: &mut Decided, good: Vec<(u32, RecordBatch, Vec<u8>)>) -> Result<Rows> {
-    let indices: Vec<u32> = good.iter().map(|(candidate, ..)| *candidate).collect();
-    let (batches, hashes): (Vec<RecordBatch>, Vec<Vec<u8>>) =
-        good.into_iter().map(|(_, row, hash)| (row, hash)).unzip();
-    let count = indices.len();
-    let data = scoring::concat(&batches, &UInt32Array::from_iter_values(0..count as u32))?;
-    decided.drawn = SelectResponse {
-        indices,
-        chunks: vec![count as u32],
-        scores: vec![0.0; count],
-        weights: vec![1.0; count],
-        device: "cpu".to_owned(),
-        ..Default::default()
-    };
-    Ok(Rows { data, hashes })
 }
 
 /// The receipt of a decided step; its totals are filled when it is committed.

@@ -6,6 +6,7 @@ mod state;
 pub use state::{State, run_state};
 
 use super::{
+    claims::Claims,
     decide::decide,
     facts::ModelFact,
     gone,
@@ -19,6 +20,7 @@ use super::{
     ready::{Budget, Ready},
     receipts::Receipts,
     selector::Selector,
+    sizing::Sizing,
     spec::{delivered, phase_at},
     step::{Cell, Waiting},
     wasted::Wasted,
@@ -53,6 +55,7 @@ pub struct Deps {
     pub selector: Arc<dyn Selector>,
     pub ready: Arc<Budget>,
     pub limits: Arc<Limits>,
+    pub sizing: Arc<Sizing>,
 }
 
 /// The parts of a run that never change.
@@ -83,6 +86,8 @@ pub struct Run {
     committing: tokio::sync::Mutex<()>,
     /// Spent on decisions that came to nothing.
     pub wasted: Wasted,
+    /// Blocks whose reference embeddings are there or under way.
+    pub claims: Claims,
     me: Weak<Run>,
 }
 
@@ -102,6 +107,7 @@ impl Run {
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::default(),
             wasted: Wasted::default(),
+            claims: Claims::default(),
             me: me.clone(),
         })
     }
@@ -167,6 +173,19 @@ impl Run {
     /// Waits for the step, and says so in the log now and then: training never stalls in silence.
     async fn told(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
         let begun = Instant::now();
+        // Ranks go in step: one tells the trainer's pace.
+        let sizing = Some(&self.deps.sizing).filter(|_| asking.rank == 0);
+        if let Some((sizing, step)) = sizing.zip(asking.claims_consumed()) {
+            sizing.consumed(&self.id, step, begun);
+        }
+        let ready = self.told_until(asking, waiting, begun).await;
+        if let Some(sizing) = sizing.filter(|_| asking.need) {
+            sizing.waited(&self.id, begun.elapsed());
+        }
+        ready
+    }
+
+    async fn told_until(&self, asking: &Asking, waiting: Waiting, begun: Instant) -> Result<Arc<Ready>> {
         let mut ready = pin!(waiting.ready());
         loop {
             match tokio::time::timeout(TOLD_EVERY, &mut ready).await {
@@ -308,5 +327,11 @@ impl Run {
             tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
             spec: Some((*spec).clone()),
         }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.parts.deps.sizing.forget(&self.parts.id);
     }
 }

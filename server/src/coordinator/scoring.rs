@@ -1,21 +1,19 @@
 //! A super-batch under way: its slices on the workers, stage by stage.
 use super::{
-    output,
+    claims::{Claim, Claims},
+    models::other_file,
     plan::{self, Candidate},
     pool::Pool,
     slice::{Embeddings, Job, Slice},
+    table::Table,
 };
 use crate::{
     error::{Error, Result},
     selection::{Embedded, Values},
 };
-use arrow::{
-    array::{Array, AsArray, RecordBatch, UInt32Array},
-    compute::{concat_batches, take_record_batch},
-    error::ArrowError,
-};
+use arrow::array::{Array, AsArray};
 use futures::future::try_join_all;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef, Reason};
 
 /// Column of the workers' rows that holds their content hash.
@@ -37,6 +35,8 @@ pub struct Scored {
     pub scale: f64,
     pub bias: Option<f64>,
     pub digest: String,
+    /// BLAKE3 of the model's files but the weights, in hex.
+    pub files: BTreeMap<String, String>,
     pub compute_dtype: ComputeDtype,
     pub device: String,
     pub flops: f64,
@@ -45,26 +45,39 @@ pub struct Scored {
     pub not_finite: Vec<u32>,
 }
 
-/// Chosen rows in the order drawn: the output's data columns, and each row's content hash.
+/// Chosen rows in the order drawn: at least the output's data columns, and each row's content hash.
 #[derive(Debug, Clone)]
 pub struct Rows {
-    pub data: RecordBatch,
+    pub data: Table,
     pub hashes: Vec<Vec<u8>>,
 }
 
+impl Rows {
+    pub fn append(&mut self, other: Self) -> Result<()> {
+        self.data.append(other.data)?;
+        self.hashes.extend(other.hashes);
+        Ok(())
+    }
+}
+
 impl Scoring {
-    /// Reads, decodes and (unless `check_only`) embeds `candidates` with the reference, shared among all workers there are.
+    /// Reads, decodes and (unless `check_only`) embeds `candidates` with the reference, shared among all workers there are. A
+    /// block whose reference embeddings another step is making is waited for.
     ///
     /// # Errors
     /// As the workers say; `NoWorkers`.
-    pub async fn begin(pool: Arc<Pool>, job: Job, candidates: &[Candidate]) -> Result<Self> {
+    pub async fn begin(pool: Arc<Pool>, claims: &Claims, job: Job, candidates: &[Candidate]) -> Result<Self> {
         let workers = pool.wait_live().await?.len();
         let ranges = plan::slices(candidates.len(), workers, job.micro_batch_rows as usize);
-        let slice = |(number, range): (usize, std::ops::Range<usize>)| {
-            Slice::new(number, range.clone(), plan::block_rows(&candidates[range]))
-        };
-        let mut slices: Vec<Slice> = ranges.into_iter().enumerate().map(slice).collect();
-        try_join_all(slices.iter_mut().map(|slice| slice.begin(&pool, &job))).await?;
+        let whole = plan::whole_blocks(candidates, &ranges);
+        let slices = ranges.into_iter().zip(whole).enumerate();
+        let mut slices: Vec<Slice> =
+            slices.map(|(number, (range, whole))| Slice::new(number, candidates, range, whole)).collect();
+        let asks_reference = job.reference.is_some() && !job.check_only;
+        let embeds = |slice: &Slice| if asks_reference { slice.reference_range.clone() } else { 0..0 };
+        let claims: Vec<Claim> = slices.iter().map(|slice| claims.claim(&candidates[embeds(slice)])).collect();
+        let slices_and_claims = slices.iter_mut().zip(claims);
+        try_join_all(slices_and_claims.map(|(slice, claim)| begin(slice, claim, &pool, &job))).await?;
         Ok(Self { pool, job, slices, candidates: candidates.len() })
     }
 
@@ -73,6 +86,11 @@ impl Scoring {
         let at =
             |slice: &Slice, hole: &Hole| Hole { candidate: hole.candidate + slice.range.start as u32, ..hole.clone() };
         self.slices.iter().flat_map(|slice| slice.holes.iter().map(move |hole| at(slice, hole))).collect()
+    }
+
+    /// Slices that the candidates are shared among.
+    pub fn slices(&self) -> usize {
+        self.slices.len()
     }
 
     /// (fetch, decode) seconds of the slowest slice.
@@ -116,8 +134,13 @@ impl Scoring {
         let (pool, job) = (&self.pool, &self.job);
         let asked = self.slices.iter_mut().zip(&wanted).filter(|(_, (_, local))| !local.is_empty());
         let streams = try_join_all(asked.map(|(slice, (_, local))| slice.rows(pool, job, local))).await?;
-        let batches = streams.into_iter().map(|bytes| output::read_stream(bytes.into())).collect::<Result<Vec<_>>>()?;
-        join(&batches, &UInt32Array::from(place))
+        let mut tables = streams.into_iter().map(|bytes| Table::from_stream(bytes.into()));
+        let mut all = tables.next().ok_or_else(|| Error::internal("no rows were chosen"))??;
+        tables.try_for_each(|table| all.append(table?))?;
+        if all.rows() != chosen.len() {
+            return Err(Error::internal(format!("of {} rows workers sent {}", chosen.len(), all.rows())));
+        }
+        hashed(all.reordered(&place))
     }
 
     /// Joins what the slices hold, and frees it there.
@@ -125,17 +148,12 @@ impl Scoring {
         let mut all: Option<Scored> = None;
         for slice in &mut self.slices {
             let (start, part) = (slice.range.start as u32, take(slice));
-            let Some(part) = part else {
-                if all.is_some() {
-                    return Err(differs());
-                }
-                continue;
-            };
-            let fresh = || empty(&part, self.job.embedding_dtype, self.candidates);
-            let all = match &mut all {
-                None if start > 0 => return Err(differs()),
-                all => all.get_or_insert_with(fresh),
-            };
+            let Some(part) = part else { continue };
+            let all = all.get_or_insert_with(|| empty(&part, self.job.embedding_dtype, self.candidates));
+            let files: BTreeMap<String, String> = part.done.files.clone().into_iter().collect();
+            if let Some(file) = other_file(&all.files, &files) {
+                return Err(changed(file));
+            }
             let same = part.done.model_digest == all.digest && part.done.compute_dtype() == all.compute_dtype;
             if !same || part.dim != all.embedded.dim {
                 return Err(differs());
@@ -146,8 +164,19 @@ impl Scoring {
             all.seconds = all.seconds.max(part.done.seconds);
             all.not_finite.extend(part.done.not_finite.iter().map(|c| c + start));
         }
-        Ok(all)
+        match all {
+            // Of some slice they are missing.
+            Some(all) if all.embedded.image.len() != self.candidates * all.embedded.dim => Err(differs()),
+            all => Ok(all),
+        }
     }
+}
+
+async fn begin(slice: &mut Slice, mut claim: Claim, pool: &Pool, job: &Job) -> Result<()> {
+    claim.wait().await;
+    slice.begin(pool, job).await?;
+    claim.made();
+    Ok(())
 }
 
 fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored {
@@ -157,6 +186,7 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
         scale: part.done.logit_scale,
         bias: part.done.logit_bias,
         digest: part.done.model_digest.clone(),
+        files: part.done.files.clone().into_iter().collect(),
         compute_dtype: part.done.compute_dtype(),
         device: part.done.device.clone(),
         flops: 0.0,
@@ -165,41 +195,27 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
     }
 }
 
+fn changed(file: &str) -> Error {
+    let message = format!(
+        "{file} of a model folder was changed while its run went on: some workers hold the old one, some the new; put it back \
+         and start the workers anew"
+    );
+    Error::new(Reason::ModelInvalid, message).with("file", file)
+}
+
 fn differs() -> Error {
     Error::internal("workers answered with different models or arithmetic for one step")
 }
 
-/// Splits the content hashes off rows that a worker sent, reordered by `order`.
-pub fn join(batches: &[RecordBatch], order: &UInt32Array) -> Result<Rows> {
-    let all = concat(batches, order)?;
-    let at = all.schema().index_of(CONTENT_HASH).map_err(broken)?;
-    let column = all.column(at);
-    let hashes = match column.as_binary_opt::<i32>() {
-        Some(binary) => (0..binary.len()).map(|i| binary.value(i).to_vec()).collect(),
-        None => {
-            let fixed = column.as_fixed_size_binary_opt();
-            let fixed = fixed.ok_or_else(|| Error::internal(format!("{CONTENT_HASH} is no binary column")))?;
-            (0..fixed.len()).map(|i| fixed.value(i).to_vec()).collect()
-        }
-    };
-    let others: Vec<usize> = (0..all.num_columns()).filter(|i| *i != at).collect();
-    Ok(Rows { data: all.project(&others).map_err(broken)?, hashes })
-}
-
-/// All rows of `batches`, reordered by `order`.
-pub fn concat(batches: &[RecordBatch], order: &UInt32Array) -> Result<RecordBatch> {
-    let schema = batches.first().ok_or_else(|| Error::internal("no rows were chosen"))?.schema();
-    take_record_batch(&concat_batches(&schema, batches).map_err(broken)?, order).map_err(broken)
-}
-
-/// Why rows could not be put together.
-pub fn broken(error: ArrowError) -> Error {
-    match error {
-        // 32-bit offsets, as trainers get them.
-        ArrowError::OffsetOverflowError(_) => {
-            let message = "the rows of one sub-batch are more than 2 GiB; lower sub_batch_size";
-            Error::new(Reason::RunSpecImpossible, message).with("field", "sub_batch_size")
-        }
-        error => Error::internal("workers sent rows that do not fit together").because(error),
-    }
+/// Reads the content hashes beside rows that workers sent. The column stays; what is served does not name it.
+///
+/// # Errors
+/// `Internal` where it is missing.
+pub fn hashed(data: Table) -> Result<Rows> {
+    let all: Vec<usize> = (0..data.rows()).collect();
+    let column = data.column(CONTENT_HASH, &all)?;
+    let fixed = column.as_fixed_size_binary_opt();
+    let fixed = fixed.ok_or_else(|| Error::internal(format!("{CONTENT_HASH} is no column of hashes")))?;
+    let hashes = (0..fixed.len()).map(|row| fixed.value(row).to_vec()).collect();
+    Ok(Rows { data, hashes })
 }

@@ -1,5 +1,5 @@
 //! The gRPC surface of the coordinator: a few lines a method.
-use super::{output, ranks, ready::Ready, registry::Coordinator, run::Run};
+use super::{output, ranks, ready::Ready, receipt::page, registry::Coordinator, run::Run};
 use crate::{
     error::{Error, Result},
     metrics,
@@ -111,7 +111,7 @@ impl SelectionService for Selection {
     async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
         let request = request.get_ref();
         let receipt = receipt(&*self.0.run(&request.run_id).await?, request).await?;
-        Ok(Response::new(GetReceiptResponse { receipt: Some(receipt) }))
+        Ok(Response::new(page(receipt, request.row_offset, request.max_rows)?))
     }
 }
 

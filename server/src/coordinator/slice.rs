@@ -1,5 +1,8 @@
 //! One slice of a super-batch on one worker: the coordinator's side of a `Score` stream.
-use super::pool::{Pool, Worker};
+use super::{
+    plan::{self, Candidate},
+    pool::{Pool, Worker},
+};
 use crate::error::{Error, Result, from_status};
 use bytes::Bytes;
 use futures::StreamExt;
@@ -46,7 +49,11 @@ pub struct Embeddings {
 pub struct Slice {
     /// Its candidates in the super-batch.
     pub range: Range<usize>,
-    pub blocks: Vec<BlockRows>,
+    /// The candidates whose reference embeddings it gives: those of whole blocks. See [`plan::whole_blocks`].
+    pub reference_range: Range<usize>,
+    blocks: Vec<BlockRows>,
+    /// Rows of its last block that are candidates of the next slices.
+    reference_more: Vec<u32>,
     pub holes: Vec<Hole>,
     pub fetch_seconds: f64,
     pub decode_seconds: f64,
@@ -67,10 +74,13 @@ struct Live {
 }
 
 impl Slice {
-    pub fn new(number: usize, range: Range<usize>, blocks: Vec<BlockRows>) -> Self {
+    pub fn new(number: usize, candidates: &[Candidate], range: Range<usize>, reference_range: Range<usize>) -> Self {
+        let more = range.end.min(reference_range.end)..reference_range.end;
         Self {
+            blocks: plan::block_rows(&candidates[range.clone()]),
+            reference_more: candidates[more].iter().map(|candidate| candidate.row).collect(),
             range,
-            blocks,
+            reference_range,
             holes: Vec::new(),
             fetch_seconds: 0.0,
             decode_seconds: 0.0,
@@ -133,6 +143,10 @@ impl Slice {
         fetch_rows(pool, &job.manifest_digest, blocks.collect(), &job.columns).await
     }
 
+    fn wants_reference(&self) -> bool {
+        !self.has_reference && !self.reference_range.is_empty()
+    }
+
     async fn attempt(&mut self, pool: &Pool, job: &Job, learner: Option<&ModelRef>) -> Result<()> {
         for attempt in 0..ATTEMPTS_MAX {
             let workers = pool.wait_live().await?;
@@ -158,11 +172,13 @@ impl Slice {
             dataset_manifest: job.manifest_digest.clone(),
             blocks: self.blocks.clone(),
             micro_batch_rows: job.micro_batch_rows,
-            reference: job.reference.clone().filter(|_| !self.has_reference),
+            reference: job.reference.clone().filter(|_| self.wants_reference()),
             learner_model: job.learner_model.clone(),
             embedding_dtype: job.embedding_dtype as i32,
             columns: job.columns.clone(),
             check_only: job.check_only,
+            reference_from: (self.reference_range.start.min(self.range.end) - self.range.start) as u32,
+            reference_more: self.reference_more.clone(),
         };
         let (send, requests) = mpsc::channel(4);
         let request = ScoreRequest { message: Some(score_request::Message::Begin(begin)) };
@@ -201,15 +217,16 @@ impl Live {
             }
             other => return Err(unexpected("holes", &other)),
         }
-        if job.reference.is_some() && !slice.has_reference && !job.check_only {
-            slice.reference = Some(self.embeddings(Tower::Reference, slice.range.len(), job).await?);
+        if job.reference.is_some() && slice.wants_reference() && !job.check_only {
+            let rows = slice.reference_range.start - slice.range.start..slice.reference_range.end - slice.range.start;
+            slice.reference = Some(self.embeddings(Tower::Reference, rows, job).await?);
         }
         Ok(())
     }
 
     async fn learner(&mut self, slice: &mut Slice, job: &Job, model: &ModelRef) -> Result<()> {
         self.send(score_request::Message::Learner(LearnerGo { learner: Some(model.clone()) })).await?;
-        slice.learner = Some(self.embeddings(Tower::Learner, slice.range.len(), job).await?);
+        slice.learner = Some(self.embeddings(Tower::Learner, 0..slice.range.len(), job).await?);
         Ok(())
     }
 
@@ -219,18 +236,22 @@ impl Live {
         loop {
             match self.next().await? {
                 Message::ArrowIpc(part) => bytes.extend_from_slice(&part),
-                Message::RowsDone(_) => return Ok(bytes),
+                Message::RowsDone(_) => {
+                    // They are kept as they are: what growing them took beyond their length would stay, too.
+                    bytes.shrink_to_fit();
+                    return Ok(bytes);
+                }
                 other => return Err(unexpected("rows", &other)),
             }
         }
     }
 
-    async fn embeddings(&mut self, tower: Tower, rows: usize, job: &Job) -> Result<Embeddings> {
+    async fn embeddings(&mut self, tower: Tower, rows: Range<usize>, job: &Job) -> Result<Embeddings> {
         let mut found = Embeddings::default();
         loop {
             match self.next().await? {
                 Message::Embedding(part) if part.tower == tower as i32 => {
-                    place(&mut found, &part, rows, element_bytes(job.embedding_dtype))?;
+                    place(&mut found, &part, &rows, element_bytes(job.embedding_dtype))?;
                 }
                 Message::Done(done) if done.tower == tower as i32 => {
                     found.done = done;
@@ -277,7 +298,10 @@ async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<V
     while let Some(response) = stream.next().await {
         match response.map_err(lost)?.message {
             Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
-            Some(fetch_rows_response::Message::Done(_)) => return Ok(bytes),
+            Some(fetch_rows_response::Message::Done(_)) => {
+                bytes.shrink_to_fit();
+                return Ok(bytes);
+            }
             None => {}
         }
     }
@@ -289,15 +313,20 @@ fn element_bytes(dtype: EmbeddingDtype) -> usize {
     if dtype == EmbeddingDtype::F32 { 4 } else { 2 }
 }
 
-fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: usize, element: usize) -> Result<()> {
+/// Puts a part where it belongs among `rows`, numbered within the slice.
+fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: &Range<usize>, element: usize) -> Result<()> {
     let dim = part.dim as usize;
     if into.image.is_empty() {
         into.dim = dim;
-        into.image = vec![0; rows * dim * element];
-        into.text = vec![0; rows * dim * element];
+        into.image = vec![0; rows.len() * dim * element];
+        into.text = vec![0; rows.len() * dim * element];
     }
-    let (start, end) = (part.first as usize * dim * element, (part.first + part.rows) as usize * dim * element);
-    let fits = dim == into.dim && end <= into.image.len();
+    let first = (part.first as usize).wrapping_sub(rows.start);
+    let fits = dim == into.dim && first < rows.len() && first + part.rows as usize <= rows.len();
+    let (start, end) = match fits {
+        true => (first * dim * element, (first + part.rows as usize) * dim * element),
+        false => (0, 0),
+    };
     if !fits || part.image.len() != end - start || part.text.len() != end - start {
         return Err(Error::internal(format!(
             "a worker sent embeddings of rows {}+{} out of shape",
@@ -310,9 +339,9 @@ fn place(into: &mut Embeddings, part: &EmbeddingPart, rows: usize, element: usiz
     Ok(())
 }
 
-/// Whether another worker may do better: this one is gone or going.
+/// Whether another worker may do better: this one is gone or going, or its device is.
 pub fn is_lost(error: &Error) -> bool {
-    matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown)
+    matches!(error.reason(), Reason::NoWorkers | Reason::ShuttingDown | Reason::DeviceUnavailable)
 }
 
 fn unexpected(wanted: &str, got: &Message) -> Error {

@@ -166,7 +166,9 @@ mod tests {
     #[test]
     fn every_request_is_counted_by_how_it_ended() {
         let recorder = PrometheusBuilder::new().build_recorder();
-        ::metrics::with_local_recorder(&recorder, || futures::executor::block_on(use_a_store()));
+        // On this thread alone, where the recorder is.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        ::metrics::with_local_recorder(&recorder, || runtime.block_on(use_a_store()));
         let page = recorder.handle().render();
         let counted = |operation: &str, outcome: &str| {
             let labels = format!("{{operation=\"{operation}\",outcome=\"{outcome}\"}} ");

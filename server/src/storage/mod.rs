@@ -1,4 +1,5 @@
 //! Object storage: opening URIs, keys below them, and facts that are written once.
+mod deadline;
 mod facts;
 mod location;
 mod metered;
@@ -8,6 +9,7 @@ pub use location::Location;
 pub use metered::metered;
 
 use crate::error::{Error, Result};
+use deadline::Deadlines;
 use object_store::{ObjectStore, local::LocalFileSystem, memory::InMemory, path::Path};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,17 +22,36 @@ use superbatch_proto::v1::Reason;
 use url::Url;
 
 /// Which storage may be touched, and how it is reached.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {
     /// URI prefixes that requests may name for data and models. Everything is allowed on loopback where this is empty.
     pub allow_uris: Vec<String>,
     /// Options of the object store client, such as `aws_endpoint`, `aws_region` or `aws_allow_http`. Credentials are found the
-    /// standard way (environment, web identity, instance metadata); what is given here comes before them.
+    /// standard way (environment, web identity, instance metadata); what is given here comes before them. `timeout` is how
+    /// long one attempt of a request may take (30 s where it is not given), and `connect_timeout` its connection (5 s).
     pub options: BTreeMap<String, String>,
+    /// Longest wait for the answer to a request, in seconds, with all attempts that the store's client makes (it tries again
+    /// for up to 180 s).
+    pub answer_timeout_seconds: f64,
+    /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local file is read in one piece,
+    /// for which the answer's timeout holds.
+    pub stall_timeout_seconds: f64,
     /// The environment's credentials and the like; never printed.
     #[serde(skip)]
     pub environment: BTreeMap<String, String>,
+}
+
+impl Default for StorageConfig {
+    fn default() -> Self {
+        Self {
+            allow_uris: Vec::new(),
+            options: BTreeMap::new(),
+            answer_timeout_seconds: 240.0,
+            stall_timeout_seconds: 60.0,
+            environment: BTreeMap::new(),
+        }
+    }
 }
 
 /// Puts another store around each one that is opened: how faults are injected and requests are counted.
@@ -100,6 +121,8 @@ impl Stores {
             None => {
                 let store = self.connect(&scheme, &url).map_err(|e| bad(format!("cannot use '{uri}'")).because(e))?;
                 let store = self.0.wrap.as_ref().map_or(store.clone(), |wrap| wrap(store));
+                // Outermost: whatever is silent inside, callers learn of it.
+                let store = Deadlines::new(&self.0.config).around(store);
                 open.insert(key, store.clone());
                 store
             }

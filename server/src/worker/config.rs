@@ -35,6 +35,9 @@ pub struct WorkerConfig {
     /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A run wants its reference, two
     /// states of its learner, and room for one that is being verified.
     pub models_max: usize,
+    /// How long one piece of work may take on the device, in seconds: a micro-batch, a model that is loaded, a selection.
+    /// After that the device counts as hung, and its slices go to other workers until it is well again.
+    pub device_deadline_seconds: u64,
 }
 
 impl Default for WorkerConfig {
@@ -51,6 +54,7 @@ impl Default for WorkerConfig {
             image_pixels_max: 89_478_485,
             image_bytes_max: 64 << 20,
             models_max: 4,
+            device_deadline_seconds: 600,
         }
     }
 }
@@ -61,8 +65,11 @@ impl WorkerConfig {
     /// # Errors
     /// `InvalidArgument`, naming the field.
     pub fn validate(&self) -> Result<()> {
-        let positive =
-            [("worker.image_pixels_max", self.image_pixels_max), ("worker.image_bytes_max", self.image_bytes_max)];
+        let positive = [
+            ("worker.image_pixels_max", self.image_pixels_max),
+            ("worker.image_bytes_max", self.image_bytes_max),
+            ("worker.device_deadline_seconds", self.device_deadline_seconds),
+        ];
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
         }

@@ -59,8 +59,8 @@ impl Embeddings {
         self.text[to].copy_from_slice(&from.text[from_range]);
     }
 
-    /// Cut into messages of at most [`PART_BYTES`] (or one row), in order.
-    pub fn parts(self, tower: Tower) -> impl Iterator<Item = EmbeddingPart> {
+    /// Cut into messages of at most [`PART_BYTES`] (or one row), in order; the first row is candidate `from`.
+    pub fn parts(self, tower: Tower, from: usize) -> impl Iterator<Item = EmbeddingPart> {
         let rows = self.rows();
         let rows_max = (PART_BYTES / (2 * self.row_bytes())).max(1);
         let row_bytes = self.row_bytes();
@@ -70,7 +70,7 @@ impl Embeddings {
             let bytes = first * row_bytes..end * row_bytes;
             EmbeddingPart {
                 tower: tower.into(),
-                first: first as u32,
+                first: (from + first) as u32,
                 rows: (end - first) as u32,
                 dim,
                 image: image.slice(bytes.clone()),
@@ -171,9 +171,10 @@ mod tests {
         let mut all = Embeddings::zeros(rows, dim, EmbeddingDtype::F16);
         all.image.iter_mut().enumerate().for_each(|(n, byte)| *byte = n as u8);
         let image = all.image.clone();
-        let parts: Vec<EmbeddingPart> = all.parts(Tower::Learner).collect();
+        let parts: Vec<EmbeddingPart> = all.parts(Tower::Learner, 7).collect();
         assert!(parts.iter().all(|part| part.image.len() + part.text.len() <= PART_BYTES));
         assert_eq!(parts.iter().map(|part| part.rows).sum::<u32>(), rows as u32);
+        assert_eq!(parts[0].first, 7);
         assert!(parts.windows(2).all(|two| two[0].first + two[0].rows == two[1].first));
         assert_eq!(parts.iter().flat_map(|part| part.image.iter().copied()).collect::<Vec<u8>>(), image);
     }

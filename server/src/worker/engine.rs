@@ -16,7 +16,7 @@ use crate::{
     storage::{Location, Stores},
 };
 use arrow::record_batch::RecordBatch;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use superbatch_proto::v1::Reason;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
@@ -49,7 +49,8 @@ impl Engine {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = config.threads_on(cores);
         let slots_total = config.slots_on(threads);
-        let device = Device::start_keeping(&config.device, threads, config.models_max)?;
+        let device = Device::start_keeping(&config.device, threads, config.models_max)?
+            .with_deadline(Duration::from_secs(config.device_deadline_seconds));
         let limits = ImageLimits { pixels_max: config.image_pixels_max, bytes_max: config.image_bytes_max };
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),

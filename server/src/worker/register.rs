@@ -3,6 +3,7 @@ use crate::error::{Error, Result, from_status};
 use rand::Rng;
 use std::{future::Future, pin::pin, time::Duration};
 use superbatch_proto::v1::{Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient};
+use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
 /// How long a call to the coordinator may take.
@@ -11,12 +12,14 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where the coordinator cannot be
-/// reached, with exponential backoff and full jitter drawn from `rng`. At the end it says that the worker is leaving.
+/// reached, with exponential backoff and full jitter drawn from `rng`. At the end it says that the worker is leaving, and so it
+/// does as soon as the worker is not well; once it is again, it registers anew.
 ///
 /// `worker` is what to tell: address, incarnation, device and build.
 pub async fn keep_registered(
     coordinator: Endpoint,
     worker: RegisterRequest,
+    mut is_well: watch::Receiver<bool>,
     mut rng: impl Rng,
     shutdown: impl Future<Output = ()>,
 ) {
@@ -24,6 +27,15 @@ pub async fn keep_registered(
     let mut shutdown = pin!(shutdown);
     let mut failures = 0;
     loop {
+        let unwell = !*is_well.borrow_and_update();
+        if unwell {
+            leave(&mut client, &worker).await;
+            tokio::select! {
+                biased;
+                () = &mut shutdown => return,
+                Ok(()) = is_well.changed() => continue,
+            }
+        }
         let wait = tokio::select! {
             biased;
             () = &mut shutdown => break,
@@ -47,11 +59,16 @@ pub async fn keep_registered(
         tokio::select! {
             biased;
             () = &mut shutdown => break,
+            Ok(()) = is_well.changed() => {}
             () = tokio::time::sleep(wait) => {}
         }
     }
-    let leaving = RegisterRequest { leaving: true, ..worker };
-    if let Err(error) = register(&mut client, &leaving).await {
+    leave(&mut client, &worker).await;
+}
+
+async fn leave(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) {
+    let leaving = RegisterRequest { leaving: true, ..worker.clone() };
+    if let Err(error) = register(client, &leaving).await {
         tracing::warn!(error = error.chain(), "could not tell the coordinator that this worker leaves");
     }
 }
@@ -123,12 +140,20 @@ mod tests {
         let (stop, stopped) = oneshot::channel::<()>();
         let coordinator = Endpoint::from_shared(uri).unwrap();
         let shutdown = async { drop(stopped.await) };
-        let keeping = tokio::spawn(keep_registered(coordinator, worker.clone(), StdRng::seed_from_u64(1), shutdown));
+        let (well, is_well) = watch::channel(true);
+        let rng = StdRng::seed_from_u64(1);
+        let keeping = tokio::spawn(keep_registered(coordinator, worker.clone(), is_well, rng, shutdown));
         let mut calls = Vec::new();
         while calls.len() < 3 {
             calls.push(heard.recv().await.unwrap());
         }
         assert!(calls.iter().all(|call| *call == worker));
+        well.send_replace(false);
+        let leaving = RegisterRequest { leaving: true, ..worker.clone() };
+        while heard.recv().await.unwrap() != leaving {}
+        assert!(heard.try_recv().is_err(), "no word while it is not well");
+        well.send_replace(true);
+        assert_eq!(heard.recv().await.unwrap(), worker, "it is back");
         stop.send(()).unwrap();
         keeping.await.unwrap();
         let mut last = None;

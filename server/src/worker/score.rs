@@ -93,7 +93,8 @@ impl<'a> Scoring<'a> {
                 format!("micro_batch_rows is {}; it must be 1 to {MICRO_BATCH_ROWS_MAX}", begin.micro_batch_rows);
             return Err(Error::invalid("micro_batch_rows", message));
         }
-        let slice = Slice::open(engine, &begin.dataset_manifest, begin.blocks, begin.columns).await?;
+        let mut slice = Slice::open(engine, &begin.dataset_manifest, begin.blocks, begin.columns).await?;
+        slice.share(begin.reference_from as usize, begin.reference_more)?;
         let reference = match &begin.reference {
             Some(model) => Some(engine.models.load(model).await?),
             None => None,
@@ -132,7 +133,6 @@ impl<'a> Scoring<'a> {
     fn holes(&self, spent: &Spent) -> Holes {
         let mut holes: Vec<Hole> = Vec::new();
         for (candidate, RowFault { reason, detail }) in &self.faults {
-            metrics::skipped(reason.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(1);
             if *reason != BadRowReason::EmbeddingNotFinite {
                 holes.push(Hole { candidate: *candidate as u32, reason: (*reason).into(), detail: detail.clone() });
             }
@@ -142,14 +142,15 @@ impl<'a> Scoring<'a> {
     }
 
     fn reference(&mut self, model: &Loaded, spent: &Spent, messages: &mut Vec<Message>) {
-        let mut embeddings = Embeddings::zeros(self.slice.candidates, model.info.embedding_dim, self.task.shape.dtype);
+        let rows = self.slice.reference_rows.clone();
+        let mut embeddings = Embeddings::zeros(rows.len(), model.info.embedding_dim, self.task.shape.dtype);
         let mut rows_cached = 0;
         for (block, found) in self.slice.blocks.iter().zip(&mut self.blocks) {
             let Some(reference) = found.reference.take() else { continue };
-            for (n, row) in block.rows.iter().enumerate() {
+            for (candidate, row) in (block.first..).zip(block.reference_rows()) {
                 // A row that only the learner cannot use is a hole, too.
-                if !self.faults.contains_key(&(block.first + n)) {
-                    embeddings.copy_row(block.first + n, &reference.embeddings, *row as usize);
+                if !self.faults.contains_key(&candidate) {
+                    embeddings.copy_row(candidate - rows.start, &reference.embeddings, row as usize);
                 }
             }
             rows_cached += if found.spent.rows_embedded == 0 { block.rows.len() } else { 0 };
@@ -162,7 +163,7 @@ impl<'a> Scoring<'a> {
         };
         let mut not_finite: Vec<u32> = self.faults.iter().filter_map(is_not_finite).collect();
         not_finite.sort_unstable();
-        messages.extend(embeddings.parts(Tower::Reference).map(Message::Embedding));
+        messages.extend(embeddings.parts(Tower::Reference, rows.start).map(Message::Embedding));
         messages.push(Message::Done(EmbedDone {
             seconds: spent.embed_seconds,
             flops,
@@ -198,10 +199,9 @@ impl<'a> Scoring<'a> {
         drop(slot);
         metrics::stage_duration("embed_learner").record(seconds);
         metrics::stage_duration("decode").record(decode_seconds);
-        metrics::skipped("EMBEDDING_NOT_FINITE").increment(not_finite.len() as u64);
         let flops = flops(&model, shape.padded(self.slice.candidates));
         metrics::flops("learner").increment(flops as u64);
-        let mut messages: Vec<Message> = embeddings.parts(Tower::Learner).map(Message::Embedding).collect();
+        let mut messages: Vec<Message> = embeddings.parts(Tower::Learner, 0).map(Message::Embedding).collect();
         messages.push(Message::Done(EmbedDone { seconds, flops, not_finite, ..self.done(Tower::Learner, &model) }));
         Ok(messages)
     }
@@ -311,6 +311,7 @@ impl<'a> Scoring<'a> {
             model_digest: model.info.digest.clone(),
             device: self.engine.device.name().to_owned(),
             compute_dtype: model.info.key.compute.dtype().into(),
+            files: model.info.files.clone().into_iter().collect(),
             ..Default::default()
         }
     }

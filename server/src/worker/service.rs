@@ -21,6 +21,7 @@ use superbatch_proto::{
         worker_service_server::{WorkerService, WorkerServiceServer},
     },
 };
+use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 
 /// A scoring worker. It keeps nothing that a call cannot bring back.
@@ -52,6 +53,11 @@ impl Worker {
 
     pub fn info(&self) -> WorkerInfo {
         WorkerInfo { device: self.0.device.name().to_owned(), threads: self.0.threads }
+    }
+
+    /// Whether its device does its work; `false` while that is hung and all that is asked of it fails.
+    pub fn is_well(&self) -> watch::Receiver<bool> {
+        self.0.device.is_well()
     }
 
     /// Lets go of calls that wait, so that the process may end; the coordinator takes them to other workers.
@@ -86,6 +92,7 @@ impl Worker {
             tensors: tensors.collect(),
             device: self.0.device.name().to_owned(),
             weights_digest: info.weights_digest.clone(),
+            files: info.files.clone().into_iter().collect(),
             compute_dtype: info.key.compute.dtype().into(),
         })
     }

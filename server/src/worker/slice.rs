@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
 };
 use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use superbatch_proto::v1::BlockRows;
 
 /// Rows of some blocks. Candidate i is the i-th row over all blocks.
@@ -15,6 +15,9 @@ pub(super) struct Slice {
     pub columns: Vec<String>,
     pub blocks: Vec<SliceBlock>,
     pub candidates: usize,
+    /// The rows whose reference embeddings it gives: from the first of its candidates whose block begins in it to the last
+    /// row of its last block that any slice wants.
+    pub reference_rows: Range<usize>,
 }
 
 /// The candidates that lie in one block.
@@ -24,6 +27,8 @@ pub(super) struct SliceBlock {
     pub block: u32,
     /// Row numbers within the block, in the order of the candidates.
     pub rows: Vec<u32>,
+    /// Rows that are candidates of other slices, and whose reference embeddings this one gives.
+    pub reference_more: Vec<u32>,
     /// The candidate that `rows[0]` is.
     pub first: usize,
     /// All rows of the block.
@@ -54,7 +59,33 @@ impl Slice {
             candidates += placed_block.rows.len();
             placed.push(placed_block);
         }
-        Ok(Self { manifest_digest, manifest, columns, blocks: placed, candidates })
+        let reference_rows = 0..candidates;
+        Ok(Self { manifest_digest, manifest, columns, blocks: placed, candidates, reference_rows })
+    }
+
+    /// Shares its first and last block with other slices, as `ScoreBegin` says.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where a block would be shared out, or a row does not exist.
+    pub fn share(&mut self, from: usize, more: Vec<u32>) -> Result<()> {
+        let begins = |block: &SliceBlock| block.first == from;
+        if from > self.candidates || (from < self.candidates && !self.blocks.iter().any(begins)) {
+            return Err(Error::invalid("reference_from", format!("no block begins at candidate {from}")));
+        }
+        self.reference_rows = from..self.candidates + more.len();
+        match self.blocks.last_mut() {
+            Some(last) if from < self.candidates && more.iter().all(|row| (*row as usize) < last.block_rows) => {
+                last.reference_more = more;
+            }
+            _ if more.is_empty() => {}
+            _ => return Err(Error::invalid("reference_more", "the slice's last block has no such rows to give")),
+        }
+        Ok(())
+    }
+
+    /// Whether this slice gives the reference embeddings of `block`.
+    pub fn gives_reference(&self, block: &SliceBlock) -> bool {
+        block.first >= self.reference_rows.start
     }
 
     /// Reads one of its blocks whole, in the data schema.
@@ -96,7 +127,12 @@ impl SliceBlock {
             return Err(Error::invalid("blocks", message));
         }
         let (block_rows, first_row) = (found.rows as usize, found.first_row);
-        Ok(Self { source, shard, block, rows, first, block_rows, first_row })
+        Ok(Self { source, shard, block, rows, reference_more: Vec::new(), first, block_rows, first_row })
+    }
+
+    /// The rows of which the reference is asked: its candidates, then those of other slices.
+    pub fn reference_rows(&self) -> impl Iterator<Item = u32> {
+        self.rows.iter().chain(&self.reference_more).copied()
     }
 
     /// The `n`-th candidate of this block.

@@ -36,7 +36,7 @@ pub(super) struct Task {
 /// What the pass found in one block.
 #[derive(Default)]
 pub(super) struct Surveyed {
-    /// (n-th candidate of the block, fault).
+    /// (n-th candidate of the block, fault). Rows of other slices are numbered after the candidates.
     pub faults: Vec<(usize, RowFault)>,
     pub reference: Option<Arc<BlockEmbeddings>>,
     /// The candidates' rows, where there was room.
@@ -85,7 +85,7 @@ impl<'a> Pass<'a> {
     }
 
     async fn run(mut self) -> Result<Surveyed> {
-        if let Some(model) = &self.task.reference {
+        if let Some(model) = self.task.reference.as_ref().filter(|_| self.slice.gives_reference(self.block)) {
             self.reference(model).await?;
         }
         if let Some(inputs) = &self.task.inputs {
@@ -136,9 +136,11 @@ impl<'a> Pass<'a> {
             _ => metrics::reference_rows_computed().increment(block.block_rows as u64),
         }
         let faults: HashMap<u32, &RowFault> = found.faults.iter().map(|(row, fault)| (*row, fault)).collect();
-        for (n, row) in block.rows.iter().enumerate() {
-            if let Some(fault) = faults.get(row) {
-                self.settled[n] = true;
+        for (n, row) in block.reference_rows().enumerate() {
+            if let Some(fault) = faults.get(&row) {
+                if let Some(settled) = self.settled.get_mut(n) {
+                    *settled = true;
+                }
                 self.found.faults.push((n, (*fault).clone()));
             }
         }
@@ -180,7 +182,8 @@ impl<'a> Pass<'a> {
     async fn candidates(&mut self, inputs: &Arc<Inputs>) -> Result<()> {
         let Self { engine, block, task, .. } = *self;
         let whole = self.read().await?;
-        let faults_known = task.reference.as_ref().is_some_and(|model| model.inputs.digest == inputs.digest);
+        let same_inputs = task.reference.as_ref().is_some_and(|model| model.inputs.digest == inputs.digest);
+        let faults_known = same_inputs && self.found.reference.is_some();
         let open: Vec<usize> = (0..block.rows.len()).filter(|n| !self.settled[*n]).collect();
         let rows = Rows::Whole(whole);
         let groups = open.chunks(task.shape.micro_batch_rows).map(|group| {

@@ -257,7 +257,25 @@ impl selection_service_server::SelectionService for Fake {
     }
 
     async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
-        let step = request.into_inner().step;
-        Err(Failure::new(Reason::StepNotCommitted, "not yet").with("step", step).into())
+        let GetReceiptRequest { step, generation, row_offset, .. } = request.into_inner();
+        if step >= STEPS {
+            return Err(Failure::new(Reason::StepNotCommitted, "not yet").with("step", step).into());
+        }
+        // Two chosen rows and one bad one, a page each; the run is rewound after the first.
+        let generation = generation.unwrap_or(if row_offset == 0 { 7 } else { 8 });
+        let row = |row| (row_offset == row).then_some(row);
+        let chosen = row(0).or(row(1)).map(|position| ChosenRow { position, ..ChosenRow::default() });
+        let bad_row = row(2).map(|position| BadRow { position, ..BadRow::default() });
+        let receipt = Receipt {
+            summary: Some(ReceiptSummary { step, generation, ..ReceiptSummary::default() }),
+            chosen: chosen.into_iter().collect(),
+            bad_rows: bad_row.into_iter().collect(),
+        };
+        let next_row_offset = match step {
+            // A step whose pages do not end.
+            1 => Some(1),
+            _ => Some(row_offset + 1).filter(|next| *next < 3),
+        };
+        Ok(Response::new(GetReceiptResponse { receipt: Some(receipt), next_row_offset }))
     }
 }

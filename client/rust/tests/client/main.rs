@@ -306,3 +306,15 @@ async fn a_rewind_moves_the_handle_to_the_new_generation() -> TestResult {
     assert_eq!((error.reason(), error.metadata()["step"].as_str()), (Some(Reason::StepNotCommitted), "9"));
     Ok(())
 }
+
+#[tokio::test]
+async fn a_receipt_is_put_together_from_its_pages() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    let receipt = run.receipt(0, None).await?;
+    assert_eq!(receipt.summary.map(|summary| summary.generation), Some(7), "all of one generation");
+    assert_eq!(receipt.chosen.iter().map(|row| row.position).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!(receipt.bad_rows.iter().map(|row| row.position).collect::<Vec<_>>(), [2]);
+    assert!(run.receipt(1, None).await.is_err(), "pages that lead nowhere end");
+    Ok(())
+}

@@ -260,4 +260,23 @@ proptest! {
         let spread = sizes.iter().max().unwrap_or(&0) - sizes.iter().min().unwrap_or(&0);
         prop_assert!(spread <= 1, "even to a micro-batch");
     }
+
+    #[test]
+    fn each_block_belongs_to_the_slice_in_which_it_begins(blocks in prop::collection::vec(1_usize..40, 1..30), workers in 1_usize..8) {
+        let block = |(block, rows): (usize, &usize)| {
+            let candidate = Candidate { source: 0, shard: 0, block: block as u32, row: 0, position: 0 };
+            vec![candidate; *rows]
+        };
+        let candidates: Vec<Candidate> = blocks.iter().enumerate().flat_map(block).collect();
+        let slices = slices(candidates.len(), workers, 8);
+        let whole = whole_blocks(&candidates, &slices);
+        prop_assert_eq!(whole.len(), slices.len());
+        prop_assert_eq!((whole[0].start, whole[whole.len() - 1].end), (0, candidates.len()));
+        prop_assert!(whole.windows(2).all(|two| two[0].end == two[1].start));
+        for (slice, whole) in slices.iter().zip(&whole) {
+            let begins = |at: &usize| *at == 0 || candidates[*at].block != candidates[at - 1].block;
+            prop_assert_eq!(slice.clone().find(begins), Some(whole.start).filter(|_| !whole.is_empty()));
+            prop_assert!(whole.end == candidates.len() || begins(&whole.end));
+        }
+    }
 }

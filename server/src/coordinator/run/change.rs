@@ -1,6 +1,6 @@
 //! What is done to a run on purpose: rewind, more phases, close.
 use super::{
-    Run,
+    IDLE_MAX, Run,
     state::{closed, stale},
 };
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     },
     error::{Error, Result},
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use superbatch_proto::v1::{Phase, RewindMode, RunSpec};
 
 impl Run {
@@ -119,16 +119,16 @@ impl Run {
         self.owner.check().await
     }
 
-    /// Lets go of batches that nobody waits for: long since asked for, or beyond the memory that batches may take.
+    /// Lets go of batches that nobody has asked for in a long time.
     pub fn tidy(&self) {
-        self.state().cells.retain(|_, cell| cell.is_wanted() || cell.idle_for() < super::IDLE_MAX);
+        self.state().cells.retain(|_, cell| !is_spare(cell.is_wanted(), cell.idle_for()));
     }
 
     /// Deletes snapshots that no uncommitted step needs, but the newest ones that the operator has kept.
     pub async fn forget_weights(&self) -> Result<()> {
         let kept = self.deps.limits.snapshots_kept;
         let _alone = self.committing.lock().await;
-        let oldest = self.oldest_needed();
+        let oldest = oldest_needed(self.next_step(), &self.spec());
         if !self.weights.has_before(oldest, kept) {
             return Ok(());
         }
@@ -138,19 +138,56 @@ impl Run {
         Ok(())
     }
 
-    /// The oldest push that the next step may be scored with.
-    fn oldest_needed(&self) -> i64 {
-        let (next, spec) = (self.next_step(), self.spec());
-        match due(next, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
-            Due::Initial => -1,
-            Due::Exactly(push) => i64::try_from(push).unwrap_or(i64::MAX),
-            Due::Within { oldest, .. } => oldest,
-        }
-    }
-
     /// # Errors
     /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias.
     pub fn check_biases(&self, spec: &RunSpec) -> Result<()> {
         crate::coordinator::models::check_biases(spec, self.reference.as_ref(), self.learner.as_ref())
+    }
+}
+
+/// Whether a batch in hand may go; its rows can be read again.
+fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
+    !is_wanted && idle_for >= IDLE_MAX
+}
+
+/// The oldest push that `next` or a later step may be scored with.
+fn oldest_needed(next: u64, spec: &RunSpec) -> i64 {
+    match due(next, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
+        Due::Initial => -1,
+        Due::Exactly(push) => i64::try_from(push).unwrap_or(i64::MAX),
+        Due::Within { oldest, .. } => oldest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::{Lag, lag::Bound};
+
+    #[test]
+    fn a_batch_goes_when_nobody_has_asked_for_it_in_half_an_hour() {
+        let just_before = IDLE_MAX - Duration::from_secs(1);
+        assert!(is_spare(false, IDLE_MAX));
+        assert!(!is_spare(false, just_before));
+        assert!(!is_spare(true, IDLE_MAX), "somebody waits for it");
+    }
+
+    #[test]
+    fn snapshots_are_needed_as_far_back_as_the_lag_reaches() {
+        let spec = |bound, push_every_steps| RunSpec {
+            lag: Some(Lag { bound: Some(bound) }),
+            push_every_steps,
+            ..Default::default()
+        };
+        for (bound, every, next, oldest) in [
+            (Bound::Exact(1), 1, 0, -1),
+            (Bound::Exact(1), 1, 10, 8),
+            (Bound::Exact(0), 1, 10, 9),
+            (Bound::Exact(1), 4, 10, 7),
+            (Bound::AtMost(3), 1, 10, 6),
+            (Bound::AtMost(30), 1, 10, -1),
+        ] {
+            assert_eq!(oldest_needed(next, &spec(bound, every)), oldest, "{bound:?} every {every} before step {next}");
+        }
     }
 }

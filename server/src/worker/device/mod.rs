@@ -2,6 +2,9 @@
 //!
 //! Work reaches the thread through a bounded queue, one reply channel each. Work whose caller is gone is skipped before it
 //! costs anything. Gradients are off for the whole thread.
+//!
+//! A thread cannot be ended from outside. Where work never ends the device is hung: callers learn it at the deadline, those
+//! who come later at once, and it is well again should the work end after all.
 mod cuda;
 mod models;
 
@@ -14,21 +17,45 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc as std_mpsc};
 use std::thread;
+use std::time::Duration;
 use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Reason};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Work that may wait for the device: one item runs, one is ready to follow.
 const QUEUE: usize = 1;
 /// Models kept on a device unless said otherwise: a reference, two states of a learner, and one being verified.
 pub const MODELS_MAX: usize = 4;
 
+/// How long one piece of work may take unless said otherwise.
+const DEADLINE: Duration = Duration::from_secs(600);
+
 type Job = Box<dyn FnOnce(&mut Models) + Send>;
+
+/// What the device is at.
+#[derive(Debug, Clone, Copy, Default)]
+struct Status {
+    /// Counts what it has begun.
+    job: u64,
+    is_busy: bool,
+    /// The job has taken longer than it may.
+    is_hung: bool,
+}
+
+/// Shared by the thread and all handles.
+#[derive(Debug)]
+struct Watch {
+    status: watch::Sender<Status>,
+    /// Told inside of `status`'s changes, so that both agree.
+    is_well: watch::Sender<bool>,
+}
 
 /// A handle to the device's thread, which ends when the last one is dropped.
 #[derive(Debug, Clone)]
 pub struct Device {
     jobs: mpsc::Sender<Job>,
     name: Arc<str>,
+    watch: Arc<Watch>,
+    deadline: Duration,
 }
 
 /// Where a model's weights come from.
@@ -94,18 +121,31 @@ impl Device {
         let (jobs, queue) = mpsc::channel::<Job>(QUEUE);
         let (opened, answer) = std_mpsc::sync_channel(1);
         let choice = choice.to_owned();
+        let watch = Arc::new(Watch { status: watch::Sender::default(), is_well: watch::Sender::new(true) });
+        let watched = watch.clone();
         let run = move || {
             let device = match cuda::open(&choice) {
                 Ok(device) => device,
                 Err(error) => return drop(opened.send(Err(error))),
             };
             let _ = opened.send(Ok(cuda::name(device)));
-            serve(queue, device, threads, models_max);
+            serve(queue, &watched, device, threads, models_max);
         };
         let spawned = thread::Builder::new().name("device".into()).spawn(run);
         spawned.map_err(|e| Error::internal("cannot start the device's thread").because(e))?;
         let name = answer.recv().map_err(|_| stopped())??;
-        Ok(Self { jobs, name: name.into() })
+        Ok(Self { jobs, name: name.into(), watch, deadline: DEADLINE })
+    }
+
+    /// The same device, whose work is given up after `deadline`.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// Whether it does its work; `false` while it is hung.
+    pub fn is_well(&self) -> watch::Receiver<bool> {
+        self.watch.is_well.subscribe()
     }
 
     /// `cpu` or `cuda:N`.
@@ -184,8 +224,39 @@ impl Device {
             // The caller may have gone meanwhile; nobody else wants the answer.
             let _ = reply.send(outcome);
         };
-        self.jobs.send(Box::new(job)).await.map_err(|_| stopped())?;
-        answer.await.map_err(|_| stopped())?
+        let done = async {
+            self.jobs.send(Box::new(job)).await.map_err(|_| stopped())?;
+            answer.await.map_err(|_| stopped())?
+        };
+        tokio::select! {
+            biased;
+            () = self.hangs() => Err(self.hung()),
+            done = done => done,
+        }
+    }
+
+    /// Ends when some work takes longer than the deadline, at once where it did already.
+    async fn hangs(&self) {
+        let mut status = self.watch.status.subscribe();
+        loop {
+            let Status { job, is_busy, is_hung } = *status.borrow_and_update();
+            if is_hung {
+                return;
+            }
+            tokio::select! {
+                changed = status.changed() => if changed.is_err() { std::future::pending().await },
+                () = tokio::time::sleep(self.deadline), if is_busy => self.watch.hung(job),
+            }
+        }
+    }
+
+    fn hung(&self) -> Error {
+        let (name, seconds) = (&self.name, self.deadline.as_secs_f64());
+        let message = format!(
+            "the device {name} has not finished its work for {seconds} s (worker.device_deadline_seconds); this worker does \
+             nothing until it has: look at its driver's log, and start it anew"
+        );
+        Error::new(Reason::DeviceUnavailable, message).with("device", name)
     }
 }
 
@@ -238,14 +309,45 @@ impl LoadModel {
     }
 }
 
-fn serve(mut queue: mpsc::Receiver<Job>, device: tch::Device, threads: usize, models_max: usize) {
+impl Watch {
+    fn begun(&self) {
+        self.status.send_modify(|status| *status = Status { job: status.job + 1, is_busy: true, is_hung: false });
+    }
+
+    fn ended(&self) {
+        self.status.send_modify(|status| {
+            if status.is_hung {
+                tracing::warn!("the device has finished its work after all");
+                self.is_well.send_replace(true);
+            }
+            *status = Status { job: status.job, is_busy: false, is_hung: false };
+        });
+    }
+
+    /// Marks the device as hung, if it still does that job.
+    fn hung(&self, job: u64) {
+        self.status.send_if_modified(|status| {
+            let hangs = status.is_busy && status.job == job && !status.is_hung;
+            if hangs {
+                tracing::error!("the device is hung; this worker scores nothing");
+                status.is_hung = true;
+                self.is_well.send_replace(false);
+            }
+            hangs
+        });
+    }
+}
+
+fn serve(mut queue: mpsc::Receiver<Job>, watch: &Watch, device: tch::Device, threads: usize, models_max: usize) {
     if let Ok(threads @ 1..) = i32::try_from(threads) {
         tch::set_num_threads(threads);
     }
     let _no_grad = tch::no_grad_guard();
     let mut models = Models::new(device, models_max);
     while let Some(job) = queue.blocking_recv() {
+        watch.begun();
         job(&mut models);
+        watch.ended();
     }
 }
 

@@ -62,7 +62,7 @@ impl Models {
         if canary {
             check(&encoder, reason, &name)?;
         }
-        let info = encoder.info(digest, weights_digest);
+        let info = encoder.info(digest, weights_digest, folder.file_digests());
         // Only now: weights that are refused cost no model its place.
         self.loaded.push((encoder, info.clone()));
         while self.loaded.len() > self.models_max {

@@ -182,6 +182,21 @@ async fn abandoned_work_is_skipped() {
 }
 
 #[tokio::test]
+async fn work_that_does_not_end_is_given_up_and_the_device_is_well_again_when_it_does() {
+    let device = Device::start("cpu", 1).unwrap().with_deadline(Duration::from_millis(50));
+    let mut is_well = device.is_well();
+    let (open, gate) = std_mpsc::channel::<()>();
+    let (hangs, waits) = tokio::join!(device.run(move |_| gate.recv().unwrap()), device.run(|_| ()));
+    for error in [hangs.unwrap_err(), waits.unwrap_err(), device.run(|_| ()).await.unwrap_err()] {
+        assert_eq!((error.reason(), error.value("device")), (Reason::DeviceUnavailable, Some("cpu")));
+        assert!(error.to_string().contains("0.05 s"), "{error}");
+    }
+    assert!(!*is_well.borrow_and_update());
+    open.send(()).unwrap();
+    assert!(is_well.wait_for(|is_well| *is_well).await.is_ok());
+}
+
+#[tokio::test]
 async fn a_panic_is_an_error_and_not_the_end() {
     let device = Device::start("cpu", 1).unwrap();
     let error = device.run(|_| -> () { panic!("oh no") }).await.unwrap_err();

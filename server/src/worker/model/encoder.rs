@@ -5,7 +5,7 @@ use super::snapshot::{Refusal, Snapshot, Stored};
 use super::{clip::Clip, flops, siglip::Siglip};
 use crate::worker::preprocess::Normalisation;
 use safetensors::Dtype;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// The two halves of a dual encoder, before normalisation.
@@ -47,6 +47,8 @@ pub struct ModelInfo {
     pub tensors: Vec<(String, Vec<u64>)>,
     /// BLAKE3 of the weights, in hex; of the seed for the service's own initial weights.
     pub weights_digest: String,
+    /// BLAKE3 of each file of its folder but the weights, in hex.
+    pub files: BTreeMap<String, String>,
 }
 
 pub struct Encoder {
@@ -88,7 +90,7 @@ impl Encoder {
         &self.config
     }
 
-    pub fn info(&self, digest: String, weights_digest: String) -> ModelInfo {
+    pub fn info(&self, digest: String, weights_digest: String, files: BTreeMap<String, String>) -> ModelInfo {
         let shape = |shape: &[usize]| shape.iter().map(|size| *size as u64).collect();
         let parameters = self.config.parameters();
         ModelInfo {
@@ -104,6 +106,7 @@ impl Encoder {
             text_flops: flops::text(&self.config),
             tensors: parameters.iter().map(|(name, of)| (name.to_owned(), shape(&of.shape))).collect(),
             weights_digest,
+            files,
         }
     }
 

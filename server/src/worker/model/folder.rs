@@ -77,10 +77,23 @@ impl ModelFolder {
     /// BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex: names the model in receipts.
     pub fn digest(&self, weights_digest: &str) -> String {
         let mut hasher = blake3::Hasher::new();
-        for file in [&self.config_json, &self.preprocessor_json, &self.tokenizer_json] {
+        for (_, file) in self.small_files() {
             hasher.update(blake3::hash(file).as_bytes());
         }
         hasher.update(weights_digest.as_bytes()).finalize().to_hex().to_string()
+    }
+
+    /// BLAKE3 of each file but the weights, in hex.
+    pub fn file_digests(&self) -> BTreeMap<String, String> {
+        self.small_files().map(|(name, file)| (name.to_owned(), blake3::hash(file).to_hex().to_string())).into()
+    }
+
+    fn small_files(&self) -> [(&'static str, &Bytes); 3] {
+        [
+            ("config.json", &self.config_json),
+            ("preprocessor_config.json", &self.preprocessor_json),
+            ("tokenizer.json", &self.tokenizer_json),
+        ]
     }
 
     /// Reads weights' headers and checks them against the model. CPU work of a second or so a gigabyte.

@@ -1,0 +1,156 @@
+//! Ends requests that an object store never answers, and reads in the middle of which it falls silent.
+use super::StorageConfig;
+use crate::metrics;
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, stream, stream::BoxStream};
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart, path::Path,
+};
+use std::{fmt, ops::Range, sync::Arc, time::Duration};
+
+/// How long a store may keep its silence.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadlines {
+    /// Until it answers, whatever its client tries meanwhile.
+    answer: Duration,
+    /// Between two pieces of an object that is read.
+    stall: Duration,
+}
+
+impl Deadlines {
+    pub fn new(config: &StorageConfig) -> Self {
+        let seconds = Duration::from_secs_f64;
+        Self { answer: seconds(config.answer_timeout_seconds), stall: seconds(config.stall_timeout_seconds) }
+    }
+
+    /// Puts them around a store.
+    pub fn around(self, store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
+        Arc::new(Deadlined { store, deadlines: self })
+    }
+
+    async fn answer<T>(self, operation: &'static str, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let silent = |_| silent(operation, "no answer", self.answer);
+        tokio::time::timeout(self.answer, request).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
+    }
+}
+
+/// The error that a silent store is given up with.
+fn silent(operation: &'static str, what: &str, after: Duration) -> Error {
+    metrics::object_store_requests(operation, "error").increment(1);
+    let cause = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("{what} for {} s", after.as_secs_f64()));
+    Error::Generic { store: "object store", source: cause.into() }
+}
+
+/// The same items, and an error where one does not come within `each`.
+fn watched<T: Send + 'static>(
+    items: BoxStream<'static, Result<T>>,
+    operation: &'static str,
+    what: &'static str,
+    each: Duration,
+) -> BoxStream<'static, Result<T>> {
+    let next = move |items: Option<BoxStream<'static, Result<T>>>| async move {
+        let mut items = items?;
+        match tokio::time::timeout(each, items.next()).await {
+            Ok(item) => Some((item?, Some(items))),
+            Err(_) => Some((Err(silent(operation, what, each)), None)),
+        }
+    };
+    stream::unfold(Some(items), next).boxed()
+}
+
+#[derive(Debug)]
+struct Deadlined {
+    store: Arc<dyn ObjectStore>,
+    deadlines: Deadlines,
+}
+
+impl fmt::Display for Deadlined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.store.fmt(f)
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl ObjectStore for Deadlined {
+    async fn put_opts(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.deadlines.answer("put", self.store.put_opts(at, payload, options)).await
+    }
+
+    async fn put_multipart_opts(&self, at: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+        let upload = self.deadlines.answer("put_multipart", self.store.put_multipart_opts(at, options)).await?;
+        Ok(Box::new(DeadlinedUpload { upload, deadlines: self.deadlines }))
+    }
+
+    async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
+        let head = options.head;
+        let operation = if head { "head" } else { "get" };
+        let mut result = self.deadlines.answer(operation, self.store.get_opts(at, options)).await?;
+        if head {
+            return Ok(result);
+        }
+        let (meta, range) = (result.meta.clone(), result.range.clone());
+        let (attributes, extensions) = (result.attributes.clone(), result.extensions.clone());
+        let (body, each) = match result.payload {
+            GetResultPayload::Stream(body) => (body, self.deadlines.stall),
+            // In one piece, since a file's own stream is made of very small ones; that takes its time.
+            file => {
+                result.payload = file;
+                (stream::once(result.bytes()).boxed(), self.deadlines.answer)
+            }
+        };
+        let payload = GetResultPayload::Stream(watched(body, operation, "nothing was read", each));
+        Ok(GetResult { payload, meta, range, attributes, extensions })
+    }
+
+    async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.deadlines.answer("get", self.store.get_ranges(at, ranges)).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        watched(self.store.delete_stream(locations), "delete", "no answer", self.deadlines.answer)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        watched(self.store.list(prefix), "list", "no answer", self.deadlines.answer)
+    }
+
+    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
+        watched(self.store.list_with_offset(prefix, offset), "list", "no answer", self.deadlines.answer)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.deadlines.answer("list", self.store.list_with_delimiter(prefix)).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.deadlines.answer("copy", self.store.copy_opts(from, to, options)).await
+    }
+
+    async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
+        self.deadlines.answer("rename", self.store.rename_opts(from, to, options)).await
+    }
+}
+
+#[derive(Debug)]
+struct DeadlinedUpload {
+    upload: Box<dyn MultipartUpload>,
+    deadlines: Deadlines,
+}
+
+#[async_trait]
+impl MultipartUpload for DeadlinedUpload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        Box::pin(self.deadlines.answer("put_part", self.upload.put_part(data)))
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        self.deadlines.answer("put_complete", self.upload.complete()).await
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.deadlines.answer("put_abort", self.upload.abort()).await
+    }
+}
