@@ -1,22 +1,82 @@
 //! Which form of selection runs on a CUDA device.
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use superbatch_kernels::{Backend, CudaDevice, CudaLibraries};
 
-/// Our own kernels, or LibTorch's form where they cannot be used: tried, and said, once a device.
-pub fn backend(device: tch::Device) -> Backend {
+/// What is known of each device, by its number.
+fn known() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     static KNOWN: Mutex<Vec<(usize, Backend)>> = Mutex::new(Vec::new());
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Our own kernels, or LibTorch's form where they cannot be used: tried, and said, once a device. Memory that is not free now
+/// may be later, so that is tried again.
+pub fn backend(device: tch::Device) -> Backend {
     let tch::Device::Cuda(ordinal) = device else { return Backend::Torch(device) };
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = known();
     if let Some((_, backend)) = known.iter().find(|(of, _)| *of == ordinal) {
         return *backend;
     }
-    let backend = match CudaDevice::open(&CudaLibraries::default(), ordinal as u32) {
-        Ok(device) => Backend::Cuda(device),
+    match CudaDevice::open(&CudaLibraries::default(), ordinal as u32) {
+        Ok(ours) => {
+            tracing::info!(device = ordinal, "selecting by our own CUDA kernels");
+            known.push((ordinal, Backend::Cuda(ours)));
+            Backend::Cuda(ours)
+        }
         Err(error) => {
             tracing::warn!(device = ordinal, %error, "our CUDA kernels cannot be used: selecting by LibTorch's form");
+            if !is_out_of_memory(&error.to_string()) {
+                known.push((ordinal, Backend::Torch(device)));
+            }
             Backend::Torch(device)
         }
-    };
-    known.push((ordinal, backend));
-    backend
+    }
+}
+
+/// What draws where `failed` gave up with `error`: LibTorch's form, which can use memory that LibTorch holds in reserve. After
+/// any other failure our kernels are not used on that device again. Nothing where it is not one of ours.
+pub fn instead(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
+    if !matches!(error, superbatch_kernels::Error::Cuda(_)) {
+        return None;
+    }
+    let mut known = known();
+    let (ordinal, backend) = known.iter_mut().find(|(_, backend)| *backend == failed)?;
+    let torch = Backend::Torch(tch::Device::Cuda(*ordinal));
+    tracing::warn!(device = *ordinal, %error, "a selection by our CUDA kernels failed: drawing by LibTorch's form");
+    if !is_out_of_memory(&error.to_string()) {
+        *backend = torch;
+    }
+    Some(torch)
+}
+
+/// Whether a device's memory was not enough, in the words of the driver (CUDA_ERROR_OUT_OF_MEMORY), of LibTorch, or ours.
+pub fn is_out_of_memory(message: &str) -> bool {
+    message.to_lowercase().replace('_', " ").contains("out of memory") || message.contains("bytes on the CUDA device")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_kernels::{CudaError, Error};
+
+    #[test]
+    fn only_a_failure_of_ours_is_drawn_by_another() {
+        let missing = Error::Cuda(CudaError::NoDevice { ordinal: 0, count: 0 });
+        assert_eq!(instead(Backend::Native, &missing), None, "no device of ours");
+        let torch = Backend::Torch(tch::Device::Cuda(7));
+        known().push((7, torch));
+        assert_eq!(instead(torch, &Error::TooFewCandidates { sub_batch_size: 2, candidates: 1, holes: 0 }), None);
+        assert_eq!(backend(tch::Device::Cuda(7)), torch);
+        assert_eq!(backend(tch::Device::Cpu), Backend::Torch(tch::Device::Cpu));
+    }
+
+    #[test]
+    fn memory_is_told_from_other_failures() {
+        let call = |name: &str, code| {
+            CudaError::Call { call: "cuMemAlloc", name: name.to_owned(), code, remedy: "-" }.to_string()
+        };
+        assert!(is_out_of_memory(&CudaError::Memory { needed: 2, free: 1 }.to_string()));
+        assert!(is_out_of_memory(&call("CUDA_ERROR_OUT_OF_MEMORY", 2)));
+        assert!(is_out_of_memory("CUDA out of memory. Tried to allocate 20 GiB"));
+        assert!(!is_out_of_memory(&call("CUDA_ERROR_ILLEGAL_ADDRESS", 700)));
+    }
 }

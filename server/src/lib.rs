@@ -4,6 +4,7 @@
 pub mod admin;
 #[cfg(feature = "torch")]
 pub mod app;
+mod batches;
 pub mod config;
 pub mod coordinator;
 #[cfg(feature = "torch")]

@@ -1,4 +1,6 @@
 //! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a worker.
+#[cfg(feature = "torch")]
+use crate::cuda;
 use crate::error::{Error, Result};
 use half::f16;
 use std::ops::Range;
@@ -69,7 +71,7 @@ impl Embedded {
 ///
 /// # Errors
 /// `InvalidArgument` naming the field; `TooManyBadRows` where fewer than the sub-batch survive, `TooFewCandidates` where they
-/// would but for what was left out; `DeviceUnavailable`.
+/// would but for what was left out; `Overloaded` where the device's memory is not enough; `DeviceUnavailable`.
 pub fn draw(
     backend: Backend,
     begin: &SelectBegin,
@@ -84,7 +86,14 @@ pub fn draw(
     };
     let SelectBegin { seed, generation, step, .. } = *begin;
     let noise = Noise::Seeded { seed, generation, step, keys: &begin.positions };
-    backend.select_tuned(&candidates, &settings(begin)?, &tuning(begin.tuning.as_ref()), &noise).map_err(refusal)
+    let (settings, tuning) = (settings(begin)?, tuning(begin.tuning.as_ref()));
+    let drawn = backend.select_tuned(&candidates, &settings, &tuning, &noise);
+    #[cfg(feature = "torch")]
+    let drawn = drawn.or_else(|error| match cuda::instead(backend, &error) {
+        Some(other) => other.select_tuned(&candidates, &settings, &tuning, &noise),
+        None => Err(error),
+    });
+    drawn.map_err(refusal)
 }
 
 /// The answer to a `Select` call; `seconds`, `device` and `threads` are the caller's to fill.
@@ -173,6 +182,12 @@ fn refusal(error: kernels::Error) -> Error {
             .with("candidates", candidates)
             .with("holes", holes)
             .with("left_out", left_out.total()),
+        #[cfg(feature = "torch")]
+        E::Cuda(_) | E::Torch(_) if cuda::is_out_of_memory(&message) => {
+            let message =
+                format!("{message}; lower super_batch_size, keep fewer models on the device, or select on the CPU");
+            Error::new(Reason::Overloaded, message).because(error)
+        }
         E::Cuda(_) => Error::new(Reason::DeviceUnavailable, message).because(error),
         #[cfg(feature = "torch")]
         E::Torch(_) => Error::new(Reason::DeviceUnavailable, message).because(error),

@@ -50,22 +50,35 @@ async fn whole_run(workers: usize, spec: impl Fn(&Cluster) -> RunSpec) -> (Vec<V
     (chosen, [spent.reference_flops, spent.learner_flops, spent.discarded_flops])
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn one_worker_and_three_choose_the_same_at_the_same_cost() {
-    // 24 candidates a slice, 16 rows a block: blocks are cut.
+/// One worker and three choose the same at the same cost, in steps of `size`: candidates, chosen, rows of a micro-batch.
+async fn same_on_any_workers(size: (u32, u32, u32)) {
     let with_size = |mut spec: RunSpec| {
-        (spec.phases[0].super_batch_size, spec.micro_batch_rows) = (72, 8);
+        (spec.phases[0].super_batch_size, spec.phases[0].sub_batch_size, spec.micro_batch_rows) = size;
         spec
     };
     let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
     let scored = |cluster: &Cluster| with_size(RunSpec { lag, ..cluster.spec() });
     let easy = |cluster: &Cluster| with_size(easy(cluster));
-    let expected = [whole_run(0, easy).await, whole_run(0, scored).await];
-    assert_eq!(expected[0].0.len(), 3);
+    let uniform = |cluster: &Cluster| with_size(uniform(cluster));
+    let expected = [whole_run(0, easy).await, whole_run(0, scored).await, whole_run(0, uniform).await];
+    assert!(expected.iter().all(|(chosen, _)| chosen.len() >= 3));
     for workers in [1, 3] {
         assert_eq!(whole_run(workers, easy).await, expected[0]);
         assert_eq!(whole_run(workers, scored).await, expected[1]);
+        assert_eq!(whole_run(workers, uniform).await, expected[2]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_are_cut_cost_the_same_on_one_worker_and_three() {
+    // 24 candidates a slice, 16 rows a block.
+    same_on_any_workers((72, 16, 8)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slices_inside_a_block_cost_the_same_on_one_worker_and_three() {
+    // 4 candidates a slice, 16 rows a block: some slices neither begin nor end a block.
+    same_on_any_workers((12, 4, 4)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

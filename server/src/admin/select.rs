@@ -98,7 +98,7 @@ pub enum BackendChoice {
     Native,
     /// LibTorch on the CPU
     Torch,
-    /// Our own kernels on the first CUDA device, or LibTorch where they cannot be used
+    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form where they cannot be used
     Cuda,
 }
 

@@ -3,13 +3,15 @@ use super::plan::Candidate;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 use tokio::sync::watch;
 
 /// Source, shard, block.
 type Block = (u32, u32, u32);
 
-/// The blocks of a run that have reference embeddings, or are about to. A few bytes for each block of the data that was read.
+/// The blocks of a run that have reference embeddings, or are about to: some tens of bytes for each block that was
+/// read.
 #[derive(Debug, Clone, Default)]
 pub struct Claims(Arc<Mutex<HashMap<Block, State>>>);
 
@@ -57,12 +59,16 @@ impl Claims {
 }
 
 impl Claim {
-    /// Waits until earlier claims on its blocks have ended. Where one came to nothing its blocks are not claimed anew: at worst
-    /// two slices make them.
-    pub async fn wait(&mut self) {
-        for mut earlier in self.earlier.drain(..) {
-            while earlier.changed().await.is_ok() {}
-        }
+    /// Waits until earlier claims on its blocks have ended, for at most `patience`: a worker that hangs must not hold up the
+    /// steps of others. Where a claim came to nothing, or takes longer, its blocks are not claimed anew: at worst two slices
+    /// make them.
+    pub async fn wait(&mut self, patience: Duration) {
+        let ended = async {
+            for mut earlier in self.earlier.drain(..) {
+                while earlier.changed().await.is_ok() {}
+            }
+        };
+        let _ = tokio::time::timeout(patience, ended).await;
     }
 
     /// Its blocks are in the sidecar.
@@ -95,8 +101,10 @@ mod tests {
         blocks.into_iter().map(|block| Candidate { source: 0, shard: 0, block, row: 0, position: 0 }).collect()
     }
 
+    const LONG: Duration = Duration::from_secs(3600);
+
     fn ready(claim: &mut Claim) -> bool {
-        claim.wait().now_or_never().is_some()
+        claim.wait(LONG).now_or_never().is_some()
     }
 
     #[tokio::test]
@@ -107,7 +115,7 @@ mod tests {
         assert!(ready(&mut first), "nobody came before it");
         assert_eq!((&first.mine, &second.mine), (&vec![(0, 0, 1), (0, 0, 2)], &vec![(0, 0, 3)]));
         {
-            let mut waits = pin!(second.wait());
+            let mut waits = pin!(second.wait(LONG));
             assert!(poll!(&mut waits).is_pending());
             first.made();
             assert!(poll!(&mut waits).is_ready());
@@ -125,5 +133,13 @@ mod tests {
         drop(first);
         assert!(ready(&mut second));
         assert_eq!(claims.claim(&candidates([1])).mine, [(0, 0, 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_claim_that_never_ends_is_waited_for_with_patience() {
+        let claims = Claims::default();
+        let first = claims.claim(&candidates([1]));
+        claims.claim(&candidates([1])).wait(Duration::from_millis(1)).await;
+        assert_eq!(first.mine, [(0, 0, 1)], "still its own");
     }
 }

@@ -143,17 +143,23 @@ pub fn check_biases(spec: &RunSpec, reference: Option<&ModelFact>, learner: Opti
 pub fn check_unchanged(opened_with: Option<&ModelFact>, scored: &Scored, is_pushed: bool, which: &str) -> Result<()> {
     let Some(fact) = opened_with else { return Ok(()) };
     let other = other_file(&fact.files, &scored.files);
-    let file = match other {
+    let what = match other {
         Some(file) => file,
         None if is_pushed || fact.digest == scored.digest => return Ok(()),
-        None => "model.safetensors",
+        // What the folder's other files were is not known of a run that was opened before they were noted.
+        None if fact.files.is_empty() => "a file",
+        None => "the weights file",
     };
     let message = format!(
-        "{file} of the {which} is not the one that the run was opened with (the model's digest is {}, it was {}); put that file \
+        "{what} of the {which} is not the one that the run was opened with (the model's digest is {}, it was {}); put that file \
          back and start the workers anew, or open another run",
         scored.digest, fact.digest
     );
-    Err(Error::new(Reason::ModelInvalid, message).with("model", which).with("file", file))
+    let error = Error::new(Reason::ModelInvalid, message).with("model", which);
+    Err(match other {
+        Some(file) => error.with("file", file),
+        None => error,
+    })
 }
 
 /// A file that is not the same in both, of those that both know.

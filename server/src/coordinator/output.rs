@@ -1,6 +1,9 @@
 //! What a rank is sent: the Arrow IPC stream of its rows.
 use super::{receipt::fidelity_name, table::Table};
-use crate::error::{Error, Result};
+use crate::{
+    batches::row_ranges,
+    error::{Error, Result},
+};
 use arrow::{
     array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
     datatypes::{Schema, SchemaRef},
@@ -8,11 +11,8 @@ use arrow::{
     ipc::writer::StreamWriter,
 };
 use bytes::Bytes;
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, Receipt};
-
-/// Bytes of rows in a record batch, unless a single row is larger.
-const BATCH_BYTES_MAX: usize = 4 << 20;
 
 /// The schema as the bytes of an empty stream.
 pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
@@ -34,7 +34,7 @@ pub fn rank_stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices:
         return Err(Error::internal(message));
     }
     let sizes = indices.iter().map(|index| rows.row_bytes(*index)).collect::<Result<Vec<_>>>()?;
-    let cuts = cut(&sizes);
+    let cuts = row_ranges(&sizes);
     let batches = cuts.into_iter().map(|range| batch(schema, rows, receipt, &indices[range]));
     write(schema, batches.collect::<Result<Vec<_>>>()?)
 }
@@ -75,22 +75,6 @@ fn own_column(name: &str, receipt: &Receipt, indices: &[usize]) -> Option<ArrayR
         }
         _ => return None,
     })
-}
-
-/// Cuts rows of these sizes into runs of at most [`BATCH_BYTES_MAX`], or of one row.
-fn cut(sizes: &[usize]) -> Vec<Range<usize>> {
-    let (mut cuts, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
-    for (row, size) in sizes.iter().enumerate() {
-        if row > start && bytes.saturating_add(*size) > BATCH_BYTES_MAX {
-            cuts.push(start..row);
-            (start, bytes) = (row, 0);
-        }
-        bytes = bytes.saturating_add(*size);
-    }
-    if start < sizes.len() {
-        cuts.push(start..sizes.len());
-    }
-    cuts
 }
 
 #[cfg(test)]

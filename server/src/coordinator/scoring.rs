@@ -13,11 +13,14 @@ use crate::{
 };
 use arrow::array::{Array, AsArray};
 use futures::future::try_join_all;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Hole, ModelRef, Reason};
 
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
+
+/// How long a slice waits for a block that another one makes, before it makes it, too.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Candidates of one step on their way through the workers.
 pub struct Scoring {
@@ -69,11 +72,11 @@ impl Scoring {
     pub async fn begin(pool: Arc<Pool>, claims: &Claims, job: Job, candidates: &[Candidate]) -> Result<Self> {
         let workers = pool.wait_live().await?.len();
         let ranges = plan::slices(candidates.len(), workers, job.micro_batch_rows as usize);
-        let whole = plan::whole_blocks(candidates, &ranges);
+        let asks_reference = job.reference.is_some() && !job.check_only;
+        let whole = if asks_reference { plan::whole_blocks(candidates, &ranges) } else { ranges.clone() };
         let slices = ranges.into_iter().zip(whole).enumerate();
         let mut slices: Vec<Slice> =
             slices.map(|(number, (range, whole))| Slice::new(number, candidates, range, whole)).collect();
-        let asks_reference = job.reference.is_some() && !job.check_only;
         let embeds = |slice: &Slice| if asks_reference { slice.reference_range.clone() } else { 0..0 };
         let claims: Vec<Claim> = slices.iter().map(|slice| claims.claim(&candidates[embeds(slice)])).collect();
         let slices_and_claims = slices.iter_mut().zip(claims);
@@ -173,7 +176,7 @@ impl Scoring {
 }
 
 async fn begin(slice: &mut Slice, mut claim: Claim, pool: &Pool, job: &Job) -> Result<()> {
-    claim.wait().await;
+    claim.wait(CLAIM_PATIENCE).await;
     slice.begin(pool, job).await?;
     claim.made();
     Ok(())

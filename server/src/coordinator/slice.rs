@@ -6,7 +6,7 @@ use super::{
 use crate::error::{Error, Result, from_status};
 use bytes::Bytes;
 use futures::StreamExt;
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 use superbatch_proto::v1::{
     BlockRows, ChosenRows, EmbedDone, EmbeddingDtype, EmbeddingPart, FetchRowsRequest, Hole, LearnerGo, ModelRef,
     Reason, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response, score_request,
@@ -75,7 +75,8 @@ struct Live {
 
 impl Slice {
     pub fn new(number: usize, candidates: &[Candidate], range: Range<usize>, reference_range: Range<usize>) -> Self {
-        let more = range.end.min(reference_range.end)..reference_range.end;
+        // A slice that lies inside one block gives none of the reference's embeddings, and nothing of the block's rest.
+        let more = if reference_range.is_empty() { 0..0 } else { range.end..reference_range.end };
         Self {
             blocks: plan::block_rows(&candidates[range.clone()]),
             reference_more: candidates[more].iter().map(|candidate| candidate.row).collect(),
@@ -141,6 +142,15 @@ impl Slice {
             BlockRows { rows: vec![row], ..self.blocks[b].clone() }
         });
         fetch_rows(pool, &job.manifest_digest, blocks.collect(), &job.columns).await
+    }
+
+    /// Holes of an attempt. Those that the reference found stay where it is not asked again.
+    fn take_holes(&mut self, mut found: Vec<Hole>) {
+        if self.has_reference {
+            let known: HashSet<u32> = found.iter().map(|hole| hole.candidate).collect();
+            found.extend(self.holes.drain(..).filter(|hole| !known.contains(&hole.candidate)));
+        }
+        self.holes = found;
     }
 
     fn wants_reference(&self) -> bool {
@@ -213,7 +223,7 @@ impl Live {
             Message::Holes(holes) => {
                 slice.fetch_seconds += holes.fetch_seconds;
                 slice.decode_seconds += holes.decode_seconds;
-                slice.holes = holes.holes;
+                slice.take_holes(holes.holes);
             }
             other => return Err(unexpected("holes", &other)),
         }

@@ -2,12 +2,15 @@
 //!
 //! They are never put together as a whole. Arrow's `Binary` counts bytes in 32 bits, so that no one array may hold all images of
 //! a large sub-batch; only what goes into one record batch of the output is gathered.
-use crate::error::{Error, Result};
+use crate::{
+    batches::row_bytes,
+    error::{Error, Result},
+};
 use arrow::{
-    array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array},
+    array::{Array, ArrayRef, RecordBatch, UInt32Array},
     buffer::Buffer,
     compute::{interleave, take},
-    datatypes::{DataType, SchemaRef},
+    datatypes::SchemaRef,
     error::ArrowError,
     ipc::reader::StreamDecoder,
 };
@@ -113,27 +116,7 @@ impl Table {
     /// Bytes of a row's values.
     pub fn row_bytes(&self, row: usize) -> Result<usize> {
         let (batch, row) = self.places[row];
-        self.batches[batch]
-            .columns()
-            .iter()
-            .map(|column| value_bytes(column, row))
-            .sum::<Result<_, _>>()
-            .map_err(broken)
-    }
-}
-
-fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
-    match column.data_type() {
-        DataType::Binary => Ok(column.as_binary::<i32>().value_length(row) as usize),
-        DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
-        DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
-        DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
-        DataType::Boolean => Ok(1),
-        other => match other.primitive_width() {
-            Some(width) => Ok(width),
-            // Nested: the row alone, its children compacted.
-            None => take(column, &UInt32Array::from(vec![row as u32]), None)?.to_data().get_slice_memory_size(),
-        },
+        row_bytes(&self.batches[batch], row).map_err(broken)
     }
 }
 
@@ -144,6 +127,7 @@ fn broken(cause: ArrowError) -> Error {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use arrow::array::AsArray;
 
     /// All rows of batches that are made in a test.
     pub fn table(batches: Vec<RecordBatch>) -> Table {

@@ -31,22 +31,22 @@ impl Deadlines {
     }
 
     async fn answer<T>(self, operation: &'static str, request: impl Future<Output = Result<T>>) -> Result<T> {
-        let silent = |_| silent(operation, "no answer", self.answer);
-        tokio::time::timeout(self.answer, request).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
+        tokio::time::timeout(self.answer, request).await.unwrap_or_else(|_| {
+            metrics::object_store_requests(operation, "error").increment(1);
+            Err(silent("no answer", self.answer))
+        })
     }
 }
 
 /// The error that a silent store is given up with.
-fn silent(operation: &'static str, what: &str, after: Duration) -> Error {
-    metrics::object_store_requests(operation, "error").increment(1);
+fn silent(what: &str, after: Duration) -> Error {
     let cause = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("{what} for {} s", after.as_secs_f64()));
     Error::Generic { store: "object store", source: cause.into() }
 }
 
-/// The same items, and an error where one does not come within `each`.
+/// The same items, and an error where one does not come within `each`. The request was counted when it was answered.
 fn watched<T: Send + 'static>(
     items: BoxStream<'static, Result<T>>,
-    operation: &'static str,
     what: &'static str,
     each: Duration,
 ) -> BoxStream<'static, Result<T>> {
@@ -54,7 +54,7 @@ fn watched<T: Send + 'static>(
         let mut items = items?;
         match tokio::time::timeout(each, items.next()).await {
             Ok(item) => Some((item?, Some(items))),
-            Err(_) => Some((Err(silent(operation, what, each)), None)),
+            Err(_) => Some((Err(silent(what, each)), None)),
         }
     };
     stream::unfold(Some(items), next).boxed()
@@ -101,7 +101,7 @@ impl ObjectStore for Deadlined {
                 (stream::once(result.bytes()).boxed(), self.deadlines.answer)
             }
         };
-        let payload = GetResultPayload::Stream(watched(body, operation, "nothing was read", each));
+        let payload = GetResultPayload::Stream(watched(body, "nothing was read", each));
         Ok(GetResult { payload, meta, range, attributes, extensions })
     }
 
@@ -110,15 +110,15 @@ impl ObjectStore for Deadlined {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        watched(self.store.delete_stream(locations), "delete", "no answer", self.deadlines.answer)
+        watched(self.store.delete_stream(locations), "no answer", self.deadlines.answer)
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        watched(self.store.list(prefix), "list", "no answer", self.deadlines.answer)
+        watched(self.store.list(prefix), "no answer", self.deadlines.answer)
     }
 
     fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
-        watched(self.store.list_with_offset(prefix, offset), "list", "no answer", self.deadlines.answer)
+        watched(self.store.list_with_offset(prefix, offset), "no answer", self.deadlines.answer)
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {

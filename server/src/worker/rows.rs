@@ -4,6 +4,7 @@ use super::{
     pool::{Pool, Row},
 };
 use crate::{
+    batches::{row_bytes, row_ranges},
     dataset::content_hash,
     error::{Error, Result},
 };
@@ -15,13 +16,11 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 use superbatch_proto::PART_BYTES;
 
 /// The column that holds BLAKE3 of image and caption, first 16 bytes.
 pub const CONTENT_HASH_COLUMN: &str = "_superbatch_content_hash";
-/// Largest record batch, by the bytes of its images and captions, unless it is one row.
-const BATCH_BYTES_MAX: usize = 4 << 20;
 
 /// Writes rows as an Arrow IPC stream, handing out its bytes in parts of at most [`PART_BYTES`].
 pub(super) struct RowWriter {
@@ -67,7 +66,9 @@ pub(super) async fn send_rows<T>(
     answers: &Answers<T>,
     wrap: fn(Bytes) -> T,
 ) -> Result<RowWriter> {
-    for range in batches(rows) {
+    let sizes =
+        rows.iter().map(|row| row_bytes(&row.batch, row.row)).collect::<Result<Vec<_>, _>>().map_err(encoding)?;
+    for range in row_ranges(&sizes) {
         let batch = rows[range].to_vec();
         let (back, parts) = pool.run(move |_| writer.push(&batch).map(|parts| (writer, parts))).await??;
         writer = back;
@@ -76,26 +77,6 @@ pub(super) async fn send_rows<T>(
         }
     }
     Ok(writer)
-}
-
-/// Rows as ranges of one record batch each.
-fn batches(rows: &[Row]) -> Vec<Range<usize>> {
-    let mut ranges: Vec<Range<usize>> = Vec::new();
-    let mut bytes = 0;
-    for (n, row) in rows.iter().enumerate() {
-        let row_bytes = row.image().map_or(0, <[u8]>::len) + row.caption().map_or(0, str::len);
-        match ranges.last_mut() {
-            Some(range) if bytes + row_bytes <= BATCH_BYTES_MAX => {
-                range.end = n + 1;
-                bytes += row_bytes;
-            }
-            _ => {
-                ranges.push(n..n + 1);
-                bytes = row_bytes;
-            }
-        }
-    }
-    ranges
 }
 
 /// Copies rows of several batches into one, in order.

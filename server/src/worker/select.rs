@@ -46,8 +46,10 @@ pub(super) async fn select(
     let (learner, reference) = (whole(learner, count)?, whole(reference, count)?);
     let (device, threads) = (engine.device.name().to_owned(), engine.threads as u32);
     let started = Instant::now();
+    // What neither reads losses nor pairs is drawn by the CPU alone, and must not keep the device from its forwards.
+    let on_device = device.starts_with("cuda") && settings(&begin)?.policy.is_scored();
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
-    let selection = match device.starts_with("cuda") {
+    let selection = match on_device {
         true => engine.device.run(move |device| run(cuda::backend(device))).await??,
         false => engine.pool.run(move |_| run(Backend::Native)).await??,
     };

@@ -6,7 +6,7 @@ use arrow::{
     datatypes::{DataType, Field, Int32Type},
     ipc::reader::StreamReader,
 };
-use proptest::prelude::*;
+use std::ops::Range;
 
 fn field(name: &str, data_type: DataType, nullable: bool) -> Field {
     Field::new(name, data_type, nullable)
@@ -143,18 +143,4 @@ fn what_does_not_fit_together_is_an_error() {
     let stream = rank_stream(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
     assert!(Table::from_stream(stream.slice(..stream.len() / 2)).is_err(), "cut off");
     assert!(Table::from_stream(Bytes::new()).is_err());
-}
-
-proptest! {
-    #[test]
-    fn cuts_cover_all_rows(sizes in prop::collection::vec(0_usize..6 << 20, 0..60)) {
-        let cuts = cut(&sizes);
-        let mut next = 0;
-        for range in cuts {
-            prop_assert_eq!(range.start, next);
-            next = range.end;
-            prop_assert!(range.len() == 1 || sizes[range].iter().sum::<usize>() <= BATCH_BYTES_MAX);
-        }
-        prop_assert_eq!(next, sizes.len());
-    }
 }

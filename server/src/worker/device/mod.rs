@@ -254,7 +254,8 @@ impl Device {
         let (name, seconds) = (&self.name, self.deadline.as_secs_f64());
         let message = format!(
             "the device {name} has not finished its work for {seconds} s (worker.device_deadline_seconds); this worker does \
-             nothing until it has: look at its driver's log, and start it anew"
+             nothing until it has: look at its driver's log, and start it anew; where one micro-batch may take that long, raise \
+             the deadline or lower micro_batch_rows"
         );
         Error::new(Reason::DeviceUnavailable, message).with("device", name)
     }

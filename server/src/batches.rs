@@ -1,0 +1,84 @@
+//! How rows are cut into record batches, wherever they are sent.
+use arrow::{
+    array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array},
+    compute::take,
+    datatypes::DataType,
+    error::ArrowError,
+};
+use std::ops::Range;
+
+/// Bytes of rows in a record batch, unless a single row is larger.
+const BATCH_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of a row's values, all columns.
+///
+/// # Errors
+/// Those of Arrow for a nested column that it cannot take a row of.
+pub fn row_bytes(batch: &RecordBatch, row: usize) -> Result<usize, ArrowError> {
+    batch.columns().iter().map(|column| value_bytes(column, row)).sum()
+}
+
+fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
+    match column.data_type() {
+        DataType::Binary => Ok(column.as_binary::<i32>().value_length(row) as usize),
+        DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
+        DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
+        DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
+        DataType::Boolean => Ok(1),
+        other => match other.primitive_width() {
+            Some(width) => Ok(width),
+            // Nested: the row alone, its children compacted.
+            None => take(column, &UInt32Array::from(vec![row as u32]), None)?.to_data().get_slice_memory_size(),
+        },
+    }
+}
+
+/// Cuts rows of these sizes into runs of at most [`BATCH_BYTES_MAX`], or of one row.
+pub fn row_ranges(sizes: &[usize]) -> Vec<Range<usize>> {
+    let (mut cuts, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
+    for (row, size) in sizes.iter().enumerate() {
+        if row > start && bytes.saturating_add(*size) > BATCH_BYTES_MAX {
+            cuts.push(start..row);
+            (start, bytes) = (row, 0);
+        }
+        bytes = bytes.saturating_add(*size);
+    }
+    if start < sizes.len() {
+        cuts.push(start..sizes.len());
+    }
+    cuts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{BinaryArray, StringArray};
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn every_column_of_a_row_counts() {
+        let columns: [(&str, ArrayRef); 3] = [
+            ("image", Arc::new(BinaryArray::from_vec(vec![b"12345", b""]))),
+            ("caption", Arc::new(StringArray::from(vec![Some("abc"), None]))),
+            ("n", Arc::new(UInt32Array::from(vec![1, 2]))),
+        ];
+        let batch =
+            RecordBatch::try_from_iter_with_nullable(columns.map(|(name, column)| (name, column, true))).unwrap();
+        assert_eq!([0, 1].map(|row| row_bytes(&batch, row).unwrap()), [5 + 3 + 4, 4]);
+    }
+
+    proptest! {
+        #[test]
+        fn cuts_cover_all_rows(sizes in prop::collection::vec(0_usize..6 << 20, 0..60)) {
+            let cuts = row_ranges(&sizes);
+            let mut next = 0;
+            for range in cuts {
+                prop_assert_eq!(range.start, next);
+                next = range.end;
+                prop_assert!(range.len() == 1 || sizes[range].iter().sum::<usize>() <= BATCH_BYTES_MAX);
+            }
+            prop_assert_eq!(next, sizes.len());
+        }
+    }
+}
