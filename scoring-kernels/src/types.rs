@@ -100,7 +100,7 @@ impl Criterion {
     }
 }
 
-/// Row-major values of one tower, `[B, dim]`. Not bf16: its rounding changes one draw in five at a scale of 100.
+/// Row-major values of one tower, `[B, dim]`. Not bf16: its rounding changes one draw in six at a scale of 100.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
     F32(&'a [f32]),

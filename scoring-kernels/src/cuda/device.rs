@@ -9,7 +9,6 @@ use super::{
 use std::{
     ffi::{CStr, c_int, c_void},
     ptr::null_mut,
-    sync::Arc,
 };
 
 /// Shared memory of a block: slabs of rows and columns, and each row's sums by four warps (kernels.cu).
@@ -35,7 +34,7 @@ struct Kernels {
 
 /// What is known of a device before anything runs on it.
 struct Found {
-    driver: Arc<Driver>,
+    driver: Driver,
     handle: c_int,
     ordinal: u32,
     name: String,
@@ -43,14 +42,13 @@ struct Found {
     image: Vec<u8>,
 }
 
-/// A context of a device in which the kernels are loaded.
+/// A context of a device in which the kernels are loaded. Nothing else of the process runs in it, and it ends with this: a
+/// kernel that goes astray makes its whole context unusable, and LibTorch has another.
 pub(super) struct Device {
-    driver: Arc<Driver>,
+    driver: Driver,
     pub ordinal: u32,
     pub name: String,
     context: *mut c_void,
-    /// Whether the context ends with this.
-    own: bool,
     kernels: Option<Kernels>,
     /// Of a block of the kernels that go tile by tile.
     pub tile_bytes: usize,
@@ -90,41 +88,28 @@ impl Found {
         let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES { 3 } else { 2 };
         let image = Nvrtc::load(&libraries.nvrtc)?.kernels(10 * major + minor, stages)?;
         let tile_bytes = stages as usize * STAGE_BYTES + SUMS_BYTES;
-        Ok(Self { driver: Arc::new(driver), handle, ordinal, name, tile_bytes, image })
+        Ok(Self { driver, handle, ordinal, name, tile_bytes, image })
     }
 
-    /// A context for one use, so that a kernel that goes astray spoils nothing else.
-    fn apart(&self) -> Result<Device> {
-        let (driver, mut context, mut popped) = (&self.driver, null_mut(), null_mut());
-        driver.check("cuCtxCreate", unsafe { (driver.create_context)(&mut context, 0, self.handle) })?;
+    /// A context of our own with the kernels in it.
+    fn device(self) -> Result<Device> {
+        let Self { driver, handle, ordinal, name, tile_bytes, image } = self;
+        let (mut context, mut popped) = (null_mut(), null_mut());
+        driver.check("cuCtxCreate", unsafe { (driver.create_context)(&mut context, 0, handle) })?;
         // It was made current.
         let code = unsafe { (driver.pop_context)(&mut popped) };
-        let device = self.device(context, true);
-        driver.check("cuCtxPopCurrent", code)?;
-        device.loaded(&self.image)
-    }
-
-    /// The context that LibTorch uses too.
-    fn shared(&self) -> Result<Device> {
-        let (driver, mut context) = (&self.driver, null_mut());
-        let code = unsafe { (driver.primary_context)(&mut context, self.handle) };
-        driver.check("cuDevicePrimaryCtxRetain", code)?;
-        self.device(context, false).loaded(&self.image)
-    }
-
-    fn device(&self, context: *mut c_void, own: bool) -> Device {
-        let (driver, name) = (Arc::clone(&self.driver), self.name.clone());
-        Device { driver, ordinal: self.ordinal, name, context, own, kernels: None, tile_bytes: self.tile_bytes }
+        let device = Device { driver, ordinal, name, context, kernels: None, tile_bytes };
+        device.driver.check("cuCtxPopCurrent", code)?;
+        device.loaded(&image)
     }
 }
 
 impl Device {
-    /// Finds the device, compiles the kernels for it and checks them in a context of their own before they come into the one
-    /// that the process shares.
+    /// Finds the device, compiles the kernels for it and checks them. A device that is refused keeps nothing.
     pub(super) fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
-        let found = Found::new(libraries, ordinal)?;
-        check::run(&found.apart()?)?;
-        found.shared()
+        let device = Found::new(libraries, ordinal)?.device()?;
+        check::run(&device)?;
+        Ok(device)
     }
 
     fn loaded(mut self, image: &[u8]) -> Result<Self> {
@@ -192,9 +177,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.own {
-            // What fails here has failed before, where it was said.
-            unsafe { (self.driver.destroy_context)(self.context) };
-        }
+        // What fails here has failed before, where it was said.
+        unsafe { (self.driver.destroy_context)(self.context) };
     }
 }

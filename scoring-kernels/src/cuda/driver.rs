@@ -8,7 +8,8 @@ use std::{
     ptr::null,
 };
 
-const OUT_OF_MEMORY: c_int = 2;
+pub(super) const OUT_OF_MEMORY: c_int = 2;
+const UNAVAILABLE: c_int = 46;
 const NO_DEVICE: c_int = 100;
 
 functions! {
@@ -19,7 +20,6 @@ functions! {
         device_get = b"cuDeviceGet\0"(*mut c_int, c_int);
         device_name = b"cuDeviceGetName\0"(*mut c_char, c_int, c_int);
         device_attribute = b"cuDeviceGetAttribute\0"(*mut c_int, c_int, c_int);
-        primary_context = b"cuDevicePrimaryCtxRetain\0"(*mut *mut c_void, c_int);
         create_context = b"cuCtxCreate_v2\0"(*mut *mut c_void, c_uint, c_int);
         destroy_context = b"cuCtxDestroy_v2\0"(*mut c_void);
         push_context = b"cuCtxPushCurrent_v2\0"(*mut c_void);
@@ -78,6 +78,9 @@ impl Driver {
         };
         let remedy = match code {
             OUT_OF_MEMORY => "free memory on the device, or select on the CPU",
+            UNAVAILABLE => {
+                "the device takes no more contexts (see its compute mode in nvidia-smi): select by LibTorch there"
+            }
             NO_DEVICE => "check nvidia-smi, and that the container was given a GPU",
             _ => "select by LibTorch or on the CPU, and report it with the device's name and driver version",
         };

@@ -1,4 +1,5 @@
 //! Why a CUDA device cannot be used.
+use super::driver::OUT_OF_MEMORY;
 
 /// What keeps our own kernels from running. Nothing is drawn then; LibTorch's form of the computation may still work.
 #[derive(Debug, thiserror::Error)]
@@ -30,4 +31,25 @@ pub enum CudaError {
     WrongResult { device: String, what: String, found: f64, expected: f64 },
 }
 
+impl CudaError {
+    /// Whether the device's memory was not enough. It may be at another time.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Call { code: OUT_OF_MEMORY, .. })
+    }
+}
+
 pub(super) type Result<T> = std::result::Result<T, CudaError>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_told_from_other_failures() {
+        let call = |code| CudaError::Call { call: "cuMemAlloc", name: String::new(), code, remedy: "" };
+        assert!(CudaError::Memory { needed: 2, free: 1 }.is_out_of_memory());
+        assert!(call(2).is_out_of_memory());
+        assert!(!call(700).is_out_of_memory());
+        assert!(!CudaError::NoDevice { ordinal: 2, count: 2 }.is_out_of_memory());
+    }
+}

@@ -28,22 +28,23 @@ pub(super) fn missing(library: &'static str, detail: &libloading::Error, remedy:
     CudaError::Library { library, detail: detail.to_string(), remedy }
 }
 
-/// A struct of C functions that return a status, filled from a library, which it keeps loaded.
+/// A struct of C functions that return a status, filled from a library, which stays loaded.
 macro_rules! functions {
     ($(#[$doc:meta])* $name:ident($what:literal, $remedy:literal) { $($field:ident = $symbol:literal($($arg:ty),*);)+ }) => {
         $(#[$doc])*
         pub(super) struct $name {
             $(pub $field: unsafe extern "C" fn($($arg),*) -> std::ffi::c_int,)+
-            _library: libloading::Library,
         }
 
         impl $name {
             pub(super) fn of(library: libloading::Library) -> super::error::Result<Self> {
+                // Never unloaded: the driver and the compiler keep threads, thread-local state and exit handlers, which
+                // would run code that is gone.
+                let library = std::mem::ManuallyDrop::new(library);
                 let missing = |error| super::library::missing($what, &error, $remedy);
                 Ok(Self {
                     // SAFETY: the types are those of the library's header.
                     $($field: *unsafe { library.get($symbol) }.map_err(missing)?,)+
-                    _library: library,
                 })
             }
         }

@@ -20,7 +20,8 @@ pub use error::CudaError;
 pub use library::CudaLibraries;
 use std::{fmt, sync::Mutex};
 
-/// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process.
+/// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process, in a context
+/// of its own: nothing on the device is shared with LibTorch, which goes on where our kernels fail.
 #[derive(Clone, Copy)]
 pub struct CudaDevice(&'static Device);
 
@@ -28,8 +29,8 @@ pub struct CudaDevice(&'static Device);
 static OPEN: Mutex<Vec<(CudaLibraries, CudaDevice)>> = Mutex::new(Vec::new());
 
 impl CudaDevice {
-    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with the CPU (well under a
-    /// second in all). A device that is open is just returned.
+    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with the CPU. A device that
+    /// is open is just returned.
     ///
     /// # Errors
     ///

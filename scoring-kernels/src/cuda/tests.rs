@@ -31,7 +31,10 @@ fn the_kernels_compile_for_every_architecture_and_keep_everything_in_registers()
         assert!(image.starts_with(b"\x7fELF"), "{architecture} has no machine code");
         let kernels = log.matches("Compiling entry function").count();
         assert_eq!(kernels, 4, "{architecture}: {log}");
-        let in_registers = log.matches("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads").count();
+        let nothing = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+        // From the first number on, for "40 bytes stack frame" ends like it.
+        let sizes = log.lines().map(|line| line.trim_start_matches(|letter: char| !letter.is_ascii_digit()));
+        let in_registers = sizes.filter(|sizes| sizes.trim_end() == nothing).count();
         assert_eq!(in_registers, kernels, "{architecture} spills: {log}");
     }
 }

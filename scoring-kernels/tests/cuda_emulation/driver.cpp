@@ -8,15 +8,16 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) int
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_IMAGE = 200, NOT_FOUND = 500,
-       ILLEGAL_ADDRESS = 700 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, UNAVAILABLE = 46, NO_DEVICE = 100, INVALID_IMAGE = 200,
+       INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 // What to do wrong, for tests of how that is noticed.
-enum Fault { NONE, FAULT_NO_DEVICE, FAULT_OLD_DEVICE, FAULT_MEMORY, FAULT_LAUNCH, FAULT_WRONG_SUM, FAULT_BAD_IMAGE };
+enum Fault { NONE, FAULT_NO_DEVICE, FAULT_OLD_DEVICE, FAULT_MEMORY, FAULT_LAUNCH, FAULT_WRONG_SUM, FAULT_BAD_IMAGE,
+             FAULT_UNAVAILABLE };
 
 static std::recursive_mutex lock;
 static std::map<uintptr_t, size_t> memory;
 static size_t used = 0, peak = 0;
-static int fault = NONE, contexts = 0;
+static int fault = NONE, pushed = 0, created = 0;
 constexpr size_t MEMORY = size_t(2) << 30;
 using Guard = std::lock_guard<std::recursive_mutex>;
 
@@ -25,10 +26,10 @@ EXPORT emulate_fault(int which) {
     return SUCCESS;
 }
 
-// Bytes taken now and at most, and contexts that were pushed and not popped.
-EXPORT emulated_use(size_t* now, size_t* most, int* pushed) {
+// Bytes taken now and at most, contexts that were pushed and not popped, and those that were created and not destroyed.
+EXPORT emulated_use(size_t* now, size_t* most, int* current, int* alive) {
     Guard guard(lock);
-    *now = used, *most = peak, *pushed = contexts;
+    *now = used, *most = peak, *current = pushed, *alive = created;
     peak = used;
     return SUCCESS;
 }
@@ -43,21 +44,27 @@ EXPORT cuDeviceGetAttribute(int* value, int attribute, int) {
     if (found == known.end()) return INVALID_VALUE;
     return *value = found->second, SUCCESS;
 }
-EXPORT cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memory, SUCCESS; }
-EXPORT cuCtxPushCurrent_v2(void*) {
+EXPORT cuCtxPushCurrent_v2(void* context) {
     Guard guard(lock);
-    return contexts += 1, SUCCESS;
+    if (context != &used || created == 0) return INVALID_CONTEXT;
+    return pushed += 1, SUCCESS;
 }
 EXPORT cuCtxPopCurrent_v2(void** context) {
     Guard guard(lock);
-    return contexts -= 1, *context = &memory, SUCCESS;
+    if (pushed == 0) return INVALID_CONTEXT;
+    return pushed -= 1, *context = &used, SUCCESS;
 }
 // Makes the context current, as the driver does.
 EXPORT cuCtxCreate_v2(void** context, u32, int) {
     Guard guard(lock);
-    return contexts += 1, *context = &used, SUCCESS;
+    if (fault == FAULT_UNAVAILABLE) return UNAVAILABLE;
+    return created += 1, pushed += 1, *context = &used, SUCCESS;
 }
-EXPORT cuCtxDestroy_v2(void* context) { return context == &used ? SUCCESS : INVALID_VALUE; }
+EXPORT cuCtxDestroy_v2(void* context) {
+    Guard guard(lock);
+    if (context != &used || created == 0) return INVALID_CONTEXT;
+    return created -= 1, SUCCESS;
+}
 EXPORT cuMemGetInfo_v2(size_t* left, size_t* total) {
     Guard guard(lock);
     return *left = MEMORY - used, *total = MEMORY, SUCCESS;
@@ -153,6 +160,7 @@ EXPORT cuGetErrorName(int code, const char** name) {
     const std::map<int, const char*> names{
         {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
         {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},         {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
+        {UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE"}, {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
         {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},         {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
     };
     auto found = names.find(code);

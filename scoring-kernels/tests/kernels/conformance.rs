@@ -1,9 +1,8 @@
 //! One suite for every backend: it draws what the oracle draws, with the oracle's scores.
 use crate::{
     oracle::{Oracle, distance},
-    support::{Model, World, assert_close, backends, backends_and_emulated, chunk_sets, settings},
+    support::{Model, World, assert_close, backends, backends_and_emulated, chunk_sets, halves, settings},
 };
-use half::f16;
 use safetensors::{SafeTensors, tensor::TensorView};
 use std::{collections::HashMap, path::Path};
 use superbatch_kernels::{Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings};
@@ -123,14 +122,9 @@ fn the_gain_multiplies_softmax_scores_and_leaves_sigmoid_alone() {
 #[test]
 fn f16_embeddings_draw_what_their_f32_values_draw() {
     let world = World::new(6, 130, [24, 40], 30.0, -10.0, 5);
-    let halve = |rows: &[f32]| rows.iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>();
-    let round = |model: &Model| {
-        let widen = |rows: &[f32]| halve(rows).into_iter().map(f32::from).collect();
-        Model { image: widen(&model.image), text: widen(&model.text), ..model.clone() }
-    };
-    let rounded = World { learner: round(&world.learner), reference: round(&world.reference), ..world.clone() };
-    let towers =
-        [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text].map(|r| halve(r));
+    let rounded = world.rounded([true, true]);
+    let towers = [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text]
+        .map(|rows| halves(rows));
     let view = |model: &Model, k: usize| ModelEmbeddings {
         image: Rows::F16(&towers[k]),
         text: Rows::F16(&towers[k + 1]),

@@ -1,12 +1,12 @@
-//! The CUDA kernels, on an emulated device.
+//! The CUDA kernels, on the GPU that the tests were given, else on an emulated device.
 use crate::{
     emulation::{self, Alone, Fault},
     oracle::Oracle,
-    support::{Dice, World, assert_close, settings},
+    support::{Dice, World, assert_close, halves, named_device, settings},
 };
 use half::f16;
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, CudaDevice, CudaError, CudaLibraries, Loss, ModelEmbeddings, Policy, Rows,
+    Backend, Candidates, Criterion, CudaDevice, CudaError, CudaLibraries, Loss, ModelEmbeddings, Policy, Rows, Settings,
 };
 
 /// (B, dims of learner and reference, b, n_chunks): tiles that are full, that have one row or column, and several of each.
@@ -22,32 +22,55 @@ const SHAPES: [(usize, [usize; 2], usize, usize); 6] = [
 /// (scale, bias)
 const LOGITS: [(f64, f64); 5] = [(1.0, 0.0), (1.0, -20.0), (25.0, -10.0), (120.0, 0.0), (120.0, -20.0)];
 
+/// The GPU, else an emulated one with room for so many slabs.
+fn device(stages: u32) -> Option<CudaDevice> {
+    named_device().or_else(|| emulation::device(stages))
+}
+
+/// f32, and in turns f16, and models with one tower of each.
+const HALVED: [[bool; 2]; 3] = [[true, true], [true, false], [false, true]];
+
 #[test]
-fn emulated_kernels_give_the_scores_of_float64() {
+fn the_kernels_give_the_scores_of_float64() {
     for (k, (count, dims, b, n_chunks)) in SHAPES.into_iter().enumerate() {
+        let Some(device) = device(2 + k as u32 % 2) else { return };
         let (scale, bias) = LOGITS[k % LOGITS.len()];
         let mut world = World::new(300 + k as u64, count, dims, scale, bias, n_chunks);
         world.holes = if b + 3 <= count { vec![2, 0, 17] } else { Vec::new() };
-        for (loss, criterion) in Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&c| (loss, c))) {
+        let words = Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&criterion| (loss, criterion)));
+        for (i, (loss, criterion)) in words.enumerate() {
             let settings = settings(Policy::Joint, loss, criterion, b, n_chunks);
-            let oracle = Oracle::new(&world, &settings);
-            if let Some(device) = emulation::device(2 + k as u32 % 2) {
-                let what = format!("{device:?} {settings:?} B {count} scale {scale} bias {bias}");
-                let select = || Backend::Cuda(device).select(&world.candidates(), &settings, &world.given());
-                let ours = select().expect(&what);
-                let mut start = 0;
-                for &size in &ours.chunks {
-                    for k in start..start + size as usize {
-                        let exact = oracle.score(ours.indices[k] as usize, &ours.indices[..start]);
-                        assert_close(ours.scores[k], exact, &what);
-                    }
-                    start += size as usize;
-                }
-                assert_close(ours.batch_score.expect("given embeddings"), oracle.batch_score(&ours.indices), &what);
-                assert_eq!(ours, select().expect(&what), "{what}");
+            for halved in [[false, false], HALVED[(i + k) % HALVED.len()]] {
+                compare(device, &world, halved, &settings);
             }
         }
     }
+}
+
+/// Compares a selection with the oracle's scores, images and texts as f16 where `halved` says so.
+fn compare(device: CudaDevice, world: &World, halved: [bool; 2], settings: &Settings) {
+    let world = &world.rounded(halved);
+    let models = [&world.learner, &world.reference];
+    let halves = models.map(|model| [halves(&model.image), halves(&model.text)]);
+    let view = |k: usize| {
+        let (view, [image, text]) = (models[k].view(), &halves[k]);
+        let image = if halved[0] { Rows::F16(image) } else { view.image };
+        Some(ModelEmbeddings { image, text: if halved[1] { Rows::F16(text) } else { view.text }, ..view })
+    };
+    let candidates = Candidates { learner: view(0), reference: view(1), ..world.candidates() };
+    let what = format!("{device:?} {settings:?} B {} f16 {halved:?} bias {}", world.count, world.reference.bias);
+    let select = || Backend::Cuda(device).select(&candidates, settings, &world.given()).expect(&what);
+    let (oracle, ours) = (Oracle::new(world, settings), select());
+    let mut start = 0;
+    for &size in &ours.chunks {
+        for k in start..start + size as usize {
+            let exact = oracle.score(ours.indices[k] as usize, &ours.indices[..start]);
+            assert_close(ours.scores[k], exact, &what);
+        }
+        start += size as usize;
+    }
+    assert_close(ours.batch_score.expect("given embeddings"), oracle.batch_score(&ours.indices), &what);
+    assert_eq!(ours, select(), "{what}");
 }
 
 /// Tensor cores cut sums off: over rows so long, and logits so alike, that would show if sums stayed in them for too long.
@@ -66,7 +89,7 @@ fn long_rows_are_not_pulled_towards_zero() {
     world.learner.text = (0..count).flat_map(|_| alike()).collect();
     let settings = settings(Policy::Joint, Loss::Sigmoid, Criterion::Hard, b, 2);
     let oracle = Oracle::new(&world, &settings);
-    let Some(device) = emulation::device(3) else { return };
+    let Some(device) = device(3) else { return };
     let ours = Backend::Cuda(device).select(&world.candidates(), &settings, &world.given()).expect("valid");
     for k in b / 2..b {
         let exact = oracle.score(ours.indices[k] as usize, &ours.indices[..b / 2]);
@@ -77,10 +100,24 @@ fn long_rows_are_not_pulled_towards_zero() {
 
 #[test]
 fn a_device_that_fails_or_errs_is_refused_with_the_reason() {
-    let refused = |fault| Some(CudaDevice::open(&Alone::with(fault)?.libraries, 0).expect_err("refused"));
-    for (fault, code) in [(Fault::NoDevice, 100), (Fault::Memory, 2), (Fault::Launch, 700), (Fault::BadImage, 200)] {
+    let refused = |fault| {
+        let driver = Alone::with(fault)?;
+        let error = CudaDevice::open(&driver.libraries, 0).expect_err("refused");
+        let (now, _, contexts) = driver.used();
+        assert_eq!((now, contexts), (0, [0, 0]), "{fault:?}: a device that is refused keeps nothing");
+        Some(error)
+    };
+    let calls = [
+        (Fault::NoDevice, 100),
+        (Fault::Memory, 2),
+        (Fault::Launch, 700),
+        (Fault::BadImage, 200),
+        (Fault::Unavailable, 46),
+    ];
+    for (fault, code) in calls {
         let Some(error) = refused(fault) else { return };
         assert!(matches!(error, CudaError::Call { code: found, .. } if found == code), "{fault:?}: {error}");
+        assert_eq!(error.is_out_of_memory(), fault == Fault::Memory, "{error}");
     }
     assert!(matches!(refused(Fault::OldDevice), Some(CudaError::TooOld { major: 7, .. })));
     assert!(matches!(refused(Fault::WrongSum), Some(CudaError::WrongResult { .. })));
@@ -90,15 +127,15 @@ fn a_device_that_fails_or_errs_is_refused_with_the_reason() {
 fn a_selection_takes_what_was_counted_and_gives_all_of_it_back() {
     let Some(driver) = Alone::new("memory") else { return };
     let backend = Backend::Cuda(CudaDevice::open(&driver.libraries, 0).expect("a device that passes its check"));
-    let (now, _, pushed) = driver.used();
-    assert_eq!((now, pushed), (0, 0));
+    let (now, _, contexts) = driver.used();
+    assert_eq!((now, contexts), (0, [0, 1]), "a context of its own, and not the current one");
     let (count, dim) = (210, 70);
     let world = World::new(1, count, [dim, dim], 20.0, -10.0, 3);
-    let halves = [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text];
-    let halves = halves.map(|rows| rows.iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>());
+    let towers = [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text];
+    let towers = towers.map(|rows| halves(rows));
     let model = |k: usize| ModelEmbeddings {
-        image: Rows::F16(&halves[k]),
-        text: Rows::F16(&halves[k + 1]),
+        image: Rows::F16(&towers[k]),
+        text: Rows::F16(&towers[k + 1]),
         dim,
         scale: 20.0,
         bias: -10.0,
@@ -108,7 +145,7 @@ fn a_selection_takes_what_was_counted_and_gives_all_of_it_back() {
     backend.select(&candidates, &settings, &world.given()).expect("valid");
     // Four towers with rows of 128 halves; two sets of two sums in four slots, scores, two lists.
     let counted = count * (4 * 128 * 2 + 2 * 2 * 4 * 8 + 8 + 2 * 4);
-    assert_eq!(driver.used(), (0, counted, 0));
+    assert_eq!(driver.used(), (0, counted, [0, 1]));
 }
 
 #[test]

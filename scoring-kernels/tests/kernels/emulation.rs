@@ -2,6 +2,7 @@
 //!
 //! The backend is not told: it compiles the kernels by the real NVRTC, loads them into the emulated driver and launches them
 //! there. See `tests/cuda_emulation`.
+use crate::support::named_device;
 use libloading::{Library, Symbol};
 use std::{
     ffi::c_int,
@@ -20,12 +21,15 @@ pub enum Fault {
     Launch,
     WrongSum,
     BadImage,
+    Unavailable,
 }
 
 /// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be there; else its absence is
-/// said. Where there is a GPU the tests run on it, and the emulation, which needs a compiler, has nothing to add.
+/// said. Where there is a GPU (`named_device`) the tests run on it, and the emulation, which needs a C++ compiler, is left
+/// out.
 fn nvrtc() -> Option<PathBuf> {
-    if std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda")) {
+    if named_device().is_some() {
+        eprintln!("NOT TESTED: the emulated CUDA device. The tests that need nothing of it run on the real one.");
         return None;
     }
     let python = std::env::var_os("SUPERBATCH_PYTHON").map(PathBuf::from);
@@ -91,15 +95,15 @@ impl Alone {
         Some(alone)
     }
 
-    /// Bytes taken now, the most since this was asked last, and contexts that were pushed and not popped.
-    pub fn used(&self) -> (usize, usize, c_int) {
-        let (mut now, mut most, mut pushed) = (0, 0, 0);
+    /// Bytes taken now, the most since this was asked last, and contexts that are current, and that there are.
+    pub fn used(&self) -> (usize, usize, [c_int; 2]) {
+        let (mut now, mut most, mut current, mut alive) = (0, 0, 0, 0);
         // SAFETY: the function's type in driver.cpp.
         unsafe {
-            let used: Symbol<'_, unsafe extern "C" fn(*mut usize, *mut usize, *mut c_int) -> c_int> =
+            let used: Symbol<'_, unsafe extern "C" fn(*mut usize, *mut usize, *mut c_int, *mut c_int) -> c_int> =
                 self.library.get(b"emulated_use\0").expect("its function");
-            used(&mut now, &mut most, &mut pushed);
+            used(&mut now, &mut most, &mut current, &mut alive);
         }
-        (now, most, pushed)
+        (now, most, [current, alive])
     }
 }

@@ -1,5 +1,6 @@
 //! Small worlds to select from, and the backends that this machine has.
 use crate::emulation;
+use half::f16;
 use superbatch_kernels::{
     Backend, Candidates, Criterion, CudaDevice, CudaLibraries, Loss, ModelEmbeddings, Noise, Policy, Rows, Settings,
     noise,
@@ -104,6 +105,19 @@ impl World {
         Self { count, learner, reference, holes: Vec::new(), noise }
     }
 
+    /// With images, and texts, rounded to f16.
+    pub fn rounded(&self, [image, text]: [bool; 2]) -> Self {
+        let tower = |rounds: bool, rows: &[f32]| -> Vec<f32> {
+            if rounds { halves(rows).into_iter().map(f32::from).collect() } else { rows.to_vec() }
+        };
+        let model = |model: &Model| Model {
+            image: tower(image, &model.image),
+            text: tower(text, &model.text),
+            ..model.clone()
+        };
+        Self { learner: model(&self.learner), reference: model(&self.reference), ..self.clone() }
+    }
+
     pub fn candidates(&self) -> Candidates<'_> {
         let (learner, reference) = (Some(self.learner.view()), Some(self.reference.view()));
         Candidates { count: self.count, learner, reference, holes: &self.holes }
@@ -112,6 +126,10 @@ impl World {
     pub fn given(&self) -> Noise<'_> {
         Noise::Given(&self.noise)
     }
+}
+
+pub fn halves(rows: &[f32]) -> Vec<f16> {
+    rows.iter().map(|value| f16::from_f32(*value)).collect()
 }
 
 pub fn gumbels(dice: &mut Dice, n: usize) -> Vec<f32> {
@@ -128,13 +146,17 @@ pub fn settings(policy: Policy, loss: Loss, criterion: Criterion, sub_batch_size
     Settings { policy, loss, criterion, sub_batch_size, n_chunks, gain: 1.0 }
 }
 
-/// The backends of this machine. `SUPERBATCH_TEST_DEVICE=cuda` says that it has a GPU: then its kernels must be usable.
+/// The GPU of this machine, where `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its kernels must be usable.
+pub fn named_device() -> Option<CudaDevice> {
+    let named = std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"));
+    let open = || CudaDevice::open(&CudaLibraries::default(), 0).expect("a CUDA device whose kernels pass their check");
+    named.then(open)
+}
+
+/// The backends of this machine.
 pub fn backends() -> Vec<Backend> {
     let mut all = vec![Backend::Native];
-    if std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda")) {
-        let device = CudaDevice::open(&CudaLibraries::default(), 0);
-        all.push(Backend::Cuda(device.expect("a CUDA device whose kernels pass their check")));
-    }
+    all.extend(named_device().map(Backend::Cuda));
     #[cfg(feature = "torch")]
     {
         all.push(Backend::Torch(tch::Device::Cpu));
