@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import tomllib
 import typing
 from pathlib import Path
 
@@ -18,6 +19,11 @@ def test_words_and_defaults_are_the_kernels():
     assert [list(typing.get_args(words)) for words in (Policy, Loss, Criterion)] == _kernels.words()
     parameters = inspect.signature(select).parameters
     assert {name: parameters[name].default for name in _kernels.defaults()} == _kernels.defaults()
+
+
+def test_the_clients_extra_is_this_version():
+    client = tomllib.loads((ROOT / "client/python/pyproject.toml").read_text())
+    assert client["project"]["optional-dependencies"]["kernels"] == [f"superbatch-kernels=={superbatch_kernels.__version__}"]
 
 
 def test_the_stub_says_what_the_extension_has():

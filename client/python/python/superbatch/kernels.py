@@ -14,8 +14,8 @@ except ModuleNotFoundError as error:
     if error.name != "superbatch_kernels":
         raise
     raise ImportError(
-        "superbatch.kernels needs the package superbatch-kernels: pip install 'superbatch[kernels]', or from a checkout "
-        "`make wheel` and pip install target/wheels/superbatch_kernels-*.whl",
+        "superbatch.kernels needs the package superbatch-kernels: in a checkout `make wheel`, then "
+        "pip install target/wheels/superbatch_kernels-*.whl (where an index has both, pip install 'superbatch[kernels]')",
         name="superbatch_kernels",
     ) from error
 

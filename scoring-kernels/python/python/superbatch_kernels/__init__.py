@@ -10,8 +10,8 @@
     )
     images[drawn.indices], texts[drawn.indices]                 # train on these
 
-The method is Algorithm 1 of Evans et al. 2024, arXiv 2406.17711. Arrays are read where they lie, without a copy, and other
-Python threads run meanwhile. No service, no PyTorch and no GPU are needed.
+The method is Algorithm 1 of Evans et al. 2024, arXiv 2406.17711. Arrays are read where they lie (`help(select)` says what
+memory a call takes), and other Python threads run meanwhile. No service, no PyTorch and no GPU are needed.
 """
 
 from ._kernels import __version__

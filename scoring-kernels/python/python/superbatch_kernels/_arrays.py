@@ -43,6 +43,7 @@ def shared(name: str, given: Any) -> NDArray[Any]:
             f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100, float16's of the same size next to "
             f"none: normalise in float32 and pass that or float16 (torch: .float() or .half())"
         )
+    _refuse_masked(name, given)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
         return _of_torch(name, given)
@@ -60,6 +61,11 @@ def shared(name: str, given: Any) -> NDArray[Any]:
         raise TypeError(f"{name} is a {kind}: a NumPy array or a CPU torch tensor of [candidates, dim] is needed") from None
 
 
+def _refuse_masked(name: str, given: Any) -> None:
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and masks are not read: pass {name}.data, and masked rows as holes")
+
+
 def _of_torch(name: str, tensor: Any) -> NDArray[Any]:
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is a torch tensor on {tensor.device}, and CPU memory is read: pass {name}.cpu()")
@@ -68,21 +74,30 @@ def _of_torch(name: str, tensor: Any) -> NDArray[Any]:
     return tensor.detach().numpy()
 
 
-def warn_unless_normalised(name: str, rows: NDArray[Any]) -> None:
+def some_of(count: int, holes: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """A few candidates, evenly spread over those that are no holes."""
+    offered = np.ones(count, np.bool_)
+    offered[holes] = False
+    left = np.flatnonzero(offered)
+    return left[:: max(1, len(left) // ROWS_LOOKED_AT)]
+
+
+def warn_unless_normalised(name: str, rows: NDArray[Any], looked_at: NDArray[np.int64]) -> None:
     """Looks at a few rows, so that forgotten normalisation does not go on unseen."""
-    some = rows[:: max(1, len(rows) // ROWS_LOOKED_AT)].astype(np.float32)
+    some = rows[looked_at].astype(np.float32)
     norms = np.sqrt(np.einsum("ij,ij->i", some, some))
     norms = norms[np.isfinite(norms)]
     median = float(np.median(norms)) if len(norms) else 1.0
     if abs(median - 1.0) > 0.05:
         warnings.warn(
             f"{name}: rows are not L2-normalised (median norm {median:.3g}), so logits are not scale * cosine + bias",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
 def holes(given: Any, count: int) -> NDArray[np.uint32]:
     """Candidates that may not be chosen, from their indices or from a mask."""
+    _refuse_masked("holes", given)
     array = np.asarray(() if given is None else given)
     if array.dtype == np.bool_:
         if array.shape != (count,):
@@ -97,6 +112,7 @@ def holes(given: Any, count: int) -> NDArray[np.uint32]:
 
 def keys(given: Any) -> NDArray[np.uint64]:
     """What each candidate's noise depends on, beside seed, generation, step and chunk."""
+    _refuse_masked("keys", given)
     array = _whole_numbers("keys", np.asarray(given))
     if array.size and array.min() < 0:
         raise ValueError(f"keys holds {array.min()}: keys are at least 0")

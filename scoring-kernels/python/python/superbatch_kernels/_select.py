@@ -44,9 +44,11 @@ def select(
         s            = pair_learner - pair_reference                      (criterion="learnability")
         pair[i, i]   = softplus(-logit[i, i]),  pair[i, j] = softplus(logit[i, j])          (loss="sigmoid")
 
-    Embeddings are read where they lie, without a copy and without a B x B matrix, in 8 * B * b * d operations for two models.
-    Other Python threads run meanwhile; none may write to the arrays. The same arguments give the same draw, whatever
-    `threads` is.
+    Embeddings are read where they lie, without a B x B matrix, in 8 * B * b * d operations for two models. Where more than
+    two chunks are drawn and all towers as float32 take at most 256 MiB (8 * B * d bytes a model, holes not counted), the
+    kernels keep them so, in their own order, until the call returns; else only a drawn chunk and a few rows a thread. Other
+    Python threads run meanwhile; none may write to the arrays. The same arguments give the same draw, whatever `threads`
+    is.
 
     Args:
         learner: `(image, text, scale, bias)` of the model in training (see `Model`). Not needed for `criterion="easy"`.
@@ -87,12 +89,17 @@ def select(
     keys = None if keys is None else _arrays.keys(keys)
     noise = None if noise is None else _arrays.noise(noise)
     count = _count(learner, reference, keys, noise)
+    holes = _arrays.holes(holes, count)
+    looked_at = _arrays.some_of(count, holes)
+    for name, model in (("learner", learner), ("reference", reference)):
+        for tower, rows in zip(("image", "text"), model or ()):
+            _arrays.warn_unless_normalised(f"{name} {tower}", rows, looked_at)
     drawn = _kernels.select(
         {
             "count": count,
             "learner": learner,
             "reference": reference,
-            "holes": _arrays.holes(holes, count),
+            "holes": holes,
             "keys": np.arange(count, dtype=np.uint64) if keys is None else keys,
             "noise": noise,
             "seed": _whole("seed", seed, 2**64),
@@ -134,8 +141,6 @@ def _model(name: str, given: Any, loss: str) -> tuple[Any, Any, float, float] | 
         raise ValueError(f"{name} text has the shape {text.shape} and {name} image {image.shape}: they must agree")
     if bias is None and loss == "sigmoid":
         raise ValueError(f"{name} has no bias, which the sigmoid loss needs: give {name}=(image, text, scale, bias)")
-    for tower, rows in (("image", image), ("text", text)):
-        _arrays.warn_unless_normalised(f"{name} {tower}", rows)
     return image, text, _real(f"{name} scale", scale), 0.0 if bias is None else _real(f"{name} bias", bias)
 
 
@@ -167,6 +172,9 @@ def _whole(name: str, given: Any, end: int, least: int = 0) -> int:
 
 def _real(name: str, given: Any) -> float:
     try:
+        # float() reads text as well.
+        if isinstance(given, (str, bytes, bytearray)):
+            raise TypeError
         value = float(given.detach() if hasattr(given, "detach") else given)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {reprlib.repr(given)}: a number is needed") from None
