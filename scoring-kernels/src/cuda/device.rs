@@ -42,8 +42,9 @@ struct Found {
     image: Vec<u8>,
 }
 
-/// A context of a device in which the kernels are loaded. Nothing else of the process runs in it, and it ends with this: a
-/// kernel that goes astray makes its whole context unusable, and LibTorch has another.
+/// A context of a device in which the kernels are loaded. Nothing else of the process runs in it, and it ends with this. A
+/// kernel that goes astray makes its whole context unusable; LibTorch has another. (NVIDIA promises less: after such a fault
+/// it is only sure that a new process can use the device.)
 pub(super) struct Device {
     driver: Driver,
     pub ordinal: u32,

@@ -21,7 +21,7 @@ pub use library::CudaLibraries;
 use std::{fmt, sync::Mutex};
 
 /// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process, in a context
-/// of its own: nothing on the device is shared with LibTorch, which goes on where our kernels fail.
+/// of its own: our kernels share no memory on the device with LibTorch.
 #[derive(Clone, Copy)]
 pub struct CudaDevice(&'static Device);
 
