@@ -24,7 +24,7 @@ pub fn backend(device: tch::Device) -> Backend {
         }
         Err(error) => {
             tracing::warn!(device = ordinal, %error, "our CUDA kernels cannot be used: selecting by LibTorch's form");
-            if !is_out_of_memory(&error.to_string()) {
+            if !error.is_out_of_memory() {
                 known.push((ordinal, Backend::Torch(device)));
             }
             Backend::Torch(device)
@@ -35,22 +35,24 @@ pub fn backend(device: tch::Device) -> Backend {
 /// What draws where `failed` gave up with `error`: LibTorch's form, which can use memory that LibTorch holds in reserve. After
 /// any other failure our kernels are not used on that device again. Nothing where it is not one of ours.
 pub fn instead(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
-    if !matches!(error, superbatch_kernels::Error::Cuda(_)) {
-        return None;
-    }
+    let superbatch_kernels::Error::Cuda(cause) = error else { return None };
     let mut known = known();
     let (ordinal, backend) = known.iter_mut().find(|(_, backend)| *backend == failed)?;
     let torch = Backend::Torch(tch::Device::Cuda(*ordinal));
     tracing::warn!(device = *ordinal, %error, "a selection by our CUDA kernels failed: drawing by LibTorch's form");
-    if !is_out_of_memory(&error.to_string()) {
+    if !cause.is_out_of_memory() {
         *backend = torch;
     }
     Some(torch)
 }
 
-/// Whether a device's memory was not enough, in the words of the driver (CUDA_ERROR_OUT_OF_MEMORY), of LibTorch, or ours.
-pub fn is_out_of_memory(message: &str) -> bool {
-    message.to_lowercase().replace('_', " ").contains("out of memory") || message.contains("bytes on the CUDA device")
+/// Whether a selection failed for want of the device's memory.
+pub fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
+    match error {
+        superbatch_kernels::Error::Cuda(error) => error.is_out_of_memory(),
+        superbatch_kernels::Error::Torch(error) => error.to_string().contains("out of memory"),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -67,16 +69,5 @@ mod tests {
         assert_eq!(instead(torch, &Error::TooFewCandidates { sub_batch_size: 2, candidates: 1, holes: 0 }), None);
         assert_eq!(backend(tch::Device::Cuda(7)), torch);
         assert_eq!(backend(tch::Device::Cpu), Backend::Torch(tch::Device::Cpu));
-    }
-
-    #[test]
-    fn memory_is_told_from_other_failures() {
-        let call = |name: &str, code| {
-            CudaError::Call { call: "cuMemAlloc", name: name.to_owned(), code, remedy: "-" }.to_string()
-        };
-        assert!(is_out_of_memory(&CudaError::Memory { needed: 2, free: 1 }.to_string()));
-        assert!(is_out_of_memory(&call("CUDA_ERROR_OUT_OF_MEMORY", 2)));
-        assert!(is_out_of_memory("CUDA out of memory. Tried to allocate 20 GiB"));
-        assert!(!is_out_of_memory(&call("CUDA_ERROR_ILLEGAL_ADDRESS", 700)));
     }
 }

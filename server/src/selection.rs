@@ -183,7 +183,7 @@ fn refusal(error: kernels::Error) -> Error {
             .with("holes", holes)
             .with("left_out", left_out.total()),
         #[cfg(feature = "torch")]
-        E::Cuda(_) | E::Torch(_) if cuda::is_out_of_memory(&message) => {
+        E::Cuda(_) | E::Torch(_) if cuda::is_out_of_memory(&error) => {
             let message =
                 format!("{message}; lower super_batch_size, keep fewer models on the device, or select on the CPU");
             Error::new(Reason::Overloaded, message).because(error)

@@ -1,8 +1,11 @@
 //! The worker inside the coordinator's process: the same service on the same wire, over memory instead of a socket.
-use crate::worker::Worker;
+use crate::{coordinator::pool::Pool, worker::Worker};
 use hyper_util::rt::TokioIo;
-use std::io;
-use tokio::{io::DuplexStream, sync::mpsc};
+use std::{io, sync::Arc};
+use tokio::{
+    io::DuplexStream,
+    sync::{mpsc, watch},
+};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
@@ -28,4 +31,39 @@ pub fn connect(worker: Worker) -> Channel {
         }
     });
     Endpoint::from_static("http://embedded").connect_with_connector_lazy(connector)
+}
+
+/// Takes the embedded worker out of the pool while its device is hung, as a worker of its own process leaves.
+pub async fn keep_while_well(pool: Arc<Pool>, mut is_well: watch::Receiver<bool>, channel: Channel, device: String) {
+    while is_well.changed().await.is_ok() {
+        match *is_well.borrow_and_update() {
+            true => pool.embed(channel.clone(), &device),
+            false => pool.let_embedded_go(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use superbatch_proto::v1::Reason;
+
+    #[tokio::test]
+    async fn a_hung_device_leaves_the_pool_and_comes_back() {
+        let pool = Arc::new(Pool::new(Duration::from_secs(1), Duration::ZERO));
+        let channel = Endpoint::from_static("http://embedded").connect_lazy();
+        pool.embed(channel.clone(), "cuda:0");
+        for is_well in [false, true] {
+            let (tell, told) = watch::channel(!is_well);
+            tell.send_replace(is_well);
+            // What was told before is heard still.
+            drop(tell);
+            keep_while_well(pool.clone(), told, channel.clone(), "cuda:0".to_owned()).await;
+            assert_eq!(
+                pool.one_on("cuda").await.map_err(|e| e.reason()).err(),
+                (!is_well).then_some(Reason::NoWorkers)
+            );
+        }
+    }
 }

@@ -120,7 +120,9 @@ impl Serve {
         if settings.workers_embedded {
             let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
             device = worker.info().device;
-            pool.embed(embedded::connect(worker), &device);
+            let (well, channel) = (worker.is_well(), embedded::connect(worker));
+            pool.embed(channel.clone(), &device);
+            tokio::spawn(embedded::keep_while_well(pool.clone(), well, channel, device.clone()));
         }
         let on_worker = match settings.selector_device.as_str() {
             "worker" => Some(""),

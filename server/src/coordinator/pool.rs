@@ -1,4 +1,4 @@
-//! The workers that this coordinator may use: registered ones while their lease lasts, and the embedded one for ever.
+//! The workers that this coordinator may use: registered ones while their lease lasts, and the embedded one while its device is well.
 use crate::{
     error::{Error, Result},
     metrics,
@@ -38,6 +38,9 @@ impl Worker {
     }
 }
 
+/// The address of the worker in this process.
+const EMBEDDED: &str = "embedded";
+
 struct Member {
     worker: Worker,
     /// `None`: embedded, lives as long as we do.
@@ -68,8 +71,13 @@ impl Pool {
     /// Adds the worker that lives in this process.
     pub fn embed(&self, channel: Channel, device: &str) {
         let worker =
-            Worker { address: "embedded".to_owned(), incarnation: String::new(), device: device.to_owned(), channel };
+            Worker { address: EMBEDDED.to_owned(), incarnation: String::new(), device: device.to_owned(), channel };
         self.insert(Member { worker, lease_until: None });
+    }
+
+    /// Lets the worker that lives in this process go, until it is embedded again.
+    pub fn let_embedded_go(&self) {
+        self.remove(EMBEDDED);
     }
 
     /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.

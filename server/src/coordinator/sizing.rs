@@ -10,6 +10,10 @@ use tokio::time::Instant;
 /// Share of the newest observation in a running mean: the last ten steps or so count.
 const NEWEST: f64 = 0.2;
 
+/// A trainer that has not been heard of for so many of its steps, and for so long, does not count: it may be gone.
+const STEPS_UNHEARD: f64 = 10.0;
+const SECONDS_UNHEARD: f64 = 300.0;
+
 /// What deciding one step took, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Work {
@@ -73,15 +77,18 @@ impl Sizing {
 
     /// The run is not here any more.
     pub fn forget(&self, run: &str) {
-        let mut paces = self.paces();
-        paces.remove(run);
-        tell(&paces);
+        self.paces().remove(run);
+        self.tell(Instant::now());
+    }
+
+    /// Tells `now` how many workers there should be.
+    pub fn tell(&self, now: Instant) {
+        metrics::optimal_workers().set(workers(self.paces().values(), now));
     }
 
     fn changed(&self, run: &str, change: impl FnOnce(&mut Pace)) {
-        let mut paces = self.paces();
-        change(paces.entry(run.to_owned()).or_default());
-        tell(&paces);
+        change(self.paces().entry(run.to_owned()).or_default());
+        self.tell(Instant::now());
     }
 
     fn paces(&self) -> MutexGuard<'_, HashMap<String, Pace>> {
@@ -112,8 +119,12 @@ impl Pace {
         (self.consumed, self.waited) = (Some((step, now)), Duration::ZERO);
     }
 
-    fn workers(&self) -> Option<f64> {
+    fn workers(&self, now: Instant) -> Option<f64> {
         let step_seconds = self.step_seconds.filter(|seconds| *seconds > 0.0)?;
+        let unheard = now - self.consumed?.1;
+        if unheard.as_secs_f64() > SECONDS_UNHEARD.max(STEPS_UNHEARD * step_seconds) {
+            return None;
+        }
         Some(optimal_workers(self.work.as_ref()?, step_seconds, self.lag_steps))
     }
 }
@@ -122,10 +133,9 @@ fn mean(before: Option<f64>, new: f64) -> f64 {
     before.map_or(new, |before| before + NEWEST * (new - before))
 }
 
-/// The workers of all runs together, as a whole number.
-fn tell(paces: &HashMap<String, Pace>) {
-    let workers = paces.values().filter_map(Pace::workers).fold(0.0, |all, workers| all + workers);
-    metrics::optimal_workers().set(workers.ceil());
+/// The workers of all runs whose trainers are there, together, as a whole number.
+fn workers<'a>(paces: impl Iterator<Item = &'a Pace>, now: Instant) -> f64 {
+    paces.filter_map(|pace| pace.workers(now)).fold(0.0, |all, workers| all + workers).ceil()
 }
 
 #[cfg(test)]
@@ -163,12 +173,27 @@ mod tests {
 
     #[test]
     fn work_is_a_running_mean_whatever_the_workers() {
-        let mut pace = Pace::default();
+        let (mut pace, now) = (Pace::default(), Instant::now());
         pace.decided(WORK, 1);
-        assert_eq!(pace.workers(), None, "nothing is known of the trainer");
-        pace.step_seconds = Some(1.5);
-        assert_eq!(pace.workers(), Some(8.0));
+        assert_eq!(pace.workers(now), None, "nothing is known of the trainer");
+        (pace.step_seconds, pace.consumed) = (Some(1.5), Some((0, now)));
+        assert_eq!(pace.workers(now), Some(8.0));
         pace.decided(Work { workers: 4.0, scored: 3.0, learner: 2.0, rest: 0.5 }, 1);
-        assert_eq!(pace.workers(), Some(8.0), "twice the workers, half the time");
+        assert_eq!(pace.workers(now), Some(8.0), "twice the workers, half the time");
+    }
+
+    #[test]
+    fn a_trainer_that_is_gone_needs_no_workers() {
+        let start = Instant::now();
+        let pace = |step_seconds| Pace {
+            work: Some(WORK),
+            step_seconds: Some(step_seconds),
+            lag_steps: 1,
+            consumed: Some((3, start)),
+            waited: Duration::ZERO,
+        };
+        let (quick, slow) = (pace(1.5), pace(60.0));
+        let at = |seconds| workers([&quick, &slow].into_iter(), start + Duration::from_secs(seconds));
+        assert_eq!([300, 301, 601].map(at), [9.0, 1.0, 0.0]);
     }
 }
