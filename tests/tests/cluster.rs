@@ -50,10 +50,12 @@ async fn whole_run(workers: usize, spec: impl Fn(&Cluster) -> RunSpec) -> (Vec<V
     (chosen, [spent.reference_flops, spent.learner_flops, spent.discarded_flops])
 }
 
-/// One worker and three choose the same at the same cost, in steps of `size`: candidates, chosen, rows of a micro-batch.
-async fn same_on_any_workers(size: (u32, u32, u32)) {
+/// One worker and three choose the same at the same cost, in steps of `size`: candidates, chosen, rows of a micro-batch, blocks
+/// that are shuffled together.
+async fn same_on_any_workers(size: (u32, u32, u32, u32)) {
     let with_size = |mut spec: RunSpec| {
-        (spec.phases[0].super_batch_size, spec.phases[0].sub_batch_size, spec.micro_batch_rows) = size;
+        (spec.phases[0].super_batch_size, spec.phases[0].sub_batch_size, spec.micro_batch_rows, spec.window_blocks) =
+            size;
         spec
     };
     let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
@@ -72,13 +74,13 @@ async fn same_on_any_workers(size: (u32, u32, u32)) {
 #[tokio::test(flavor = "multi_thread")]
 async fn blocks_that_are_cut_cost_the_same_on_one_worker_and_three() {
     // 24 candidates a slice, 16 rows a block.
-    same_on_any_workers((72, 16, 8)).await;
+    same_on_any_workers((72, 16, 8, 16)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slices_inside_a_block_cost_the_same_on_one_worker_and_three() {
-    // 4 candidates a slice, 16 rows a block: some slices neither begin nor end a block.
-    same_on_any_workers((12, 4, 4)).await;
+    // 4 candidates a slice, of one or two blocks of 16 rows: some slices neither begin nor end a block.
+    same_on_any_workers((12, 4, 4, 1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
