@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command, time::Instant};
 use superbatch_images::{Axis, Filter, ImageLimits, Taps, decode, resize};
 
 const LIMITS: ImageLimits = ImageLimits { pixels_max: 1 << 26, bytes_max: 1 << 26 };
-/// Each is measured so often, in turns, and its best time counts: others use the machine too.
+/// Each is measured so often, in turns, and its best time counts, so that other load matters less.
 const ROUNDS: usize = 5;
 const REPEATS: usize = 20;
 const SIDE: u32 = 224;

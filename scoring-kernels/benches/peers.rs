@@ -23,7 +23,7 @@ const COUNT: usize = 8_192;
 const DIM: usize = 512;
 const SUB_BATCH: usize = 1_638;
 const N_CHUNKS: usize = 16;
-/// Each is measured so often, in turns, and its best time counts: others use the machine too.
+/// Each is measured so often, in turns, and its best time counts, so that other load matters less.
 const ROUNDS: usize = 5;
 
 fn main() {

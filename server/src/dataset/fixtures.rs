@@ -1,4 +1,4 @@
-//! Small Parquet files in a memory store, in the layouts that are read in place.
+//! For tests: small Parquet files in a memory store, in the layouts that are read in place.
 use super::{Manifest, SourceRequest, index};
 use crate::storage::{StorageConfig, Stores};
 use arrow::{
@@ -20,13 +20,15 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
 /// The file's bytes, with row groups of at most `block_rows` rows.
 pub(crate) fn parquet(batch: &RecordBatch, block_rows: usize) -> Bytes {
     let properties = WriterProperties::builder().set_max_row_group_row_count(Some(block_rows)).build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
-    writer.write(batch).unwrap();
-    writer.into_inner().unwrap().into()
+    let mut writer =
+        ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).expect("a schema that Parquet can hold");
+    writer.write(batch).expect("memory takes the rows of the schema's own batch");
+    writer.into_inner().expect("memory takes the footer").into()
 }
 
 pub(crate) fn batch(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
-    RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, array)| (name, array, true))).unwrap()
+    let columns = columns.into_iter().map(|(name, array)| (name, array, true));
+    RecordBatch::try_from_iter_with_nullable(columns).expect("columns of one length")
 }
 
 /// As img2dataset writes it; every fourth download failed.
@@ -59,7 +61,7 @@ pub(crate) fn hugging_face(rows: std::ops::Range<u32>) -> RecordBatch {
     ])
     .with_metadata(HashMap::from([("huggingface".to_owned(), features.to_owned())]));
     let columns: Vec<ArrayRef> = vec![Arc::new(uid), Arc::new(photo), Arc::new(thumb), Arc::new(text)];
-    RecordBatch::try_new(Arc::new(schema), columns).unwrap()
+    RecordBatch::try_new(Arc::new(schema), columns).expect("the columns are those of the schema")
 }
 
 /// Writes files below `memory:///data` and indexes that folder.
@@ -69,8 +71,8 @@ pub(crate) async fn indexed(stores: &Stores, files: &[(&str, Bytes)]) -> crate::
 }
 
 pub(crate) async fn put(stores: &Stores, files: &[(&str, Bytes)]) {
-    let root = stores.open("memory:///data").unwrap();
+    let root = stores.open("memory:///data").expect("a valid URI");
     for (path, bytes) in files {
-        root.put(path, bytes.clone()).await.unwrap();
+        root.put(path, bytes.clone()).await.expect("memory takes an object");
     }
 }
