@@ -1,10 +1,10 @@
 //! Where scores are computed.
 use crate::{
     cuda::CudaDevice,
-    engine::{self, Engine},
+    engine::{self, Engine, Spread},
     error::Result,
     filter,
-    native::NativeEngine,
+    native::{NativeEngine, NativeSpread},
     noise::Noise,
     problem::Problem,
     types::{Candidates, Selection, Settings, Tuning},
@@ -47,19 +47,34 @@ impl Backend {
         let mut problem = Problem::new(candidates, settings, tuning, noise)?;
         let filtered = filter::filter(candidates, tuning, &problem.offered)?;
         problem.leave_out(&filtered)?;
-        let mut selection = if problem.models.is_empty() {
-            engine::run(&problem, None, noise)?
-        } else {
-            let mut engine: Box<dyn Engine> = match self {
-                Self::Native => Box::new(NativeEngine::new(&problem)),
-                Self::Cuda(device) => Box::new(device.engine(&problem)?),
-                #[cfg(feature = "torch")]
-                Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(&problem, *device)?),
-            };
-            engine::run(&problem, Some(engine.as_mut()), noise)?
-        };
+        let (engine, spread) = (self.engine(&problem)?, self.spread(&problem)?);
+        let mut selection = engine::run(&problem, engine, spread, noise)?;
         selection.left_out = filtered.left_out;
         selection.flops += filtered.flops;
         Ok(selection)
+    }
+
+    /// What computes losses, where they are asked for.
+    fn engine<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Engine + 'a>>> {
+        if problem.models.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(match self {
+            Self::Native => Box::new(NativeEngine::new(problem)),
+            Self::Cuda(device) => Box::new(device.engine(problem)?),
+            #[cfg(feature = "torch")]
+            Self::Torch(device) => Box::new(crate::torch::TorchEngine::new(problem, *device)?),
+        }))
+    }
+
+    /// What computes distances, under k-center.
+    fn spread<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Spread + 'a>>> {
+        let Some(embeddings) = &problem.spread else { return Ok(None) };
+        Ok(Some(match self {
+            Self::Native => Box::new(NativeSpread::new(embeddings, problem.count)),
+            Self::Cuda(device) => Box::new(device.spread(embeddings, problem.count)?),
+            #[cfg(feature = "torch")]
+            Self::Torch(device) => Box::new(crate::torch::TorchSpread::new(embeddings, *device)?),
+        }))
     }
 }

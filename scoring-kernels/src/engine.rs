@@ -2,7 +2,6 @@
 use crate::{
     error::{Error, Result},
     law,
-    native::Spread,
     noise::{ChunkNoise, Noise},
     problem::Problem,
     types::{LeftOut, Loss, Selection},
@@ -26,6 +25,12 @@ pub(crate) trait Engine {
     fn flops(&self) -> f64;
 }
 
+/// K-center: how near candidates' images are to those of all that was chosen, on some device.
+pub(crate) trait Spread {
+    /// Adds a chunk to the chosen. Returns, for each candidate `left`, the largest cosine of its image with one of theirs.
+    fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>>;
+}
+
 /// One drawn example.
 struct Drawn {
     index: u32,
@@ -34,20 +39,27 @@ struct Drawn {
 
 /// Draws the sub-batch (Algorithm 1, and what the other policies make of it). Without an engine there are no losses, and
 /// what depends on them is absent.
-pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, noise: &Noise<'_>) -> Result<Selection> {
+pub(crate) fn run(
+    problem: &Problem<'_>,
+    mut engine: Option<Box<dyn Engine + '_>>,
+    mut spread: Option<Box<dyn Spread + '_>>,
+    noise: &Noise<'_>,
+) -> Result<Selection> {
     let own = engine.as_mut().map(|engine| engine.scores()).transpose()?;
     let mut scores = match &own {
         Some(own) if problem.policy.is_scored() => own.clone(),
         _ => vec![0.0; problem.count],
     };
-    let mut spread = problem.spread.as_ref().map(|embeddings| Spread::new(embeddings, &problem.offered));
+    let mut spread_flops = 0.0;
     let mut left = problem.offered.clone();
     let mut drawn: Vec<Drawn> = Vec::with_capacity(problem.chunks.iter().sum());
     for (k, &size) in problem.chunks.iter().enumerate() {
         if k > 0 {
             let last = indices(&drawn[drawn.len() - problem.chunks[k - 1]..]);
-            if let Some(spread) = &mut spread {
-                spread.absorb(&last, &mut scores);
+            if let (Some(spread), Some(embeddings)) = (&mut spread, &problem.spread) {
+                let nearest = spread.absorb(&last, &left)?;
+                left.iter().zip(nearest).for_each(|(&index, cosine)| scores[index as usize] = 1.0 - f64::from(cosine));
+                spread_flops += 2.0 * left.len() as f64 * last.len() as f64 * embeddings.dim as f64;
             } else if let Some(engine) = engine.as_mut() {
                 engine.absorb(&last)?;
                 scores = engine.scores()?;
@@ -66,10 +78,10 @@ pub(crate) fn run(problem: &Problem<'_>, mut engine: Option<&mut dyn Engine>, no
         batch_score: None,
         mean_score_chosen: None,
         mean_score_candidates: None,
-        flops: spread.map_or(0.0, |spread| spread.flops),
+        flops: spread_flops,
     };
-    if let (Some(engine), Some(own)) = (engine, own) {
-        selection.batch_score = Some(batch_score(problem, engine, &selection, &own)?);
+    if let (Some(mut engine), Some(own)) = (engine, own) {
+        selection.batch_score = Some(batch_score(problem, engine.as_mut(), &selection, &own)?);
         selection.mean_score_chosen = Some(mean(&own, &selection.indices));
         selection.mean_score_candidates = Some(mean(&own, &problem.offered));
         selection.flops += engine.flops();

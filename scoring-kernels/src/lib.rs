@@ -122,7 +122,8 @@
 //!   NVRTC are found at run time, LibTorch is not needed. Tensor cores make tiles of 128 x 128 dot products from f16 with
 //!   f32 sums; an f32 value goes in as the sum of two halves, in three products. Every 64 terms of a dot product are moved
 //!   to other registers and added there with rounding, because tensor cores cut sums off. The tile never leaves the
-//!   registers: one pass turns it into softplus or exponentials and adds up its rows, in a fixed order, by one block alone.
+//!   registers: one pass turns it into softplus or exponentials (or, for k-center, a maximum) and adds up its rows, in a fixed
+//!   order, by one block alone.
 //!   A device is used only after it passed a check against the CPU ([`CudaDevice::open`]).
 //! * **Gumbel-top-k.** Conditional scores are spread over hundreds and exp() overflows. Adding standard Gumbel noise and
 //!   taking the c largest is the same draw. Ties go to the lower index.

@@ -1,9 +1,9 @@
 //! Scores by LibTorch, on any device: matrix products and reductions over tiles of candidates.
 use crate::{
-    engine::Engine,
+    engine::{Engine, Spread},
     error::Result,
     problem::{Problem, SignedModel},
-    types::{Loss, Rows},
+    types::{Loss, ModelEmbeddings, Rows},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -39,11 +39,6 @@ impl<'a> TorchEngine<'a> {
         engine.own = engine.own_scores(None)?;
         engine.flops = engine.models.iter().map(|model| 2.0 * model.image.numel() as f64).sum();
         Ok(engine)
-    }
-
-    fn index(&self, rows: &[u32]) -> Result<Tensor> {
-        let rows: Vec<i64> = rows.iter().map(|&row| i64::from(row)).collect();
-        Ok(Tensor::f_from_slice(&rows)?.f_to_device(self.device)?)
     }
 
     /// Signed losses of the candidates' own pairs, f64; of all, or of those in `index`.
@@ -160,7 +155,7 @@ impl Engine for TorchEngine<'_> {
     }
 
     fn absorb(&mut self, chunk: &[u32]) -> Result<()> {
-        let drawn = self.index(chunk)?;
+        let drawn = indices(chunk, self.device)?;
         match self.problem.loss {
             Loss::Sigmoid => self.absorb_sigmoid(&drawn),
             Loss::Softmax => self.absorb_softmax(&drawn),
@@ -171,7 +166,7 @@ impl Engine for TorchEngine<'_> {
         if self.problem.loss == Loss::Sigmoid && chosen.len() == 1 {
             return Ok(0.0);
         }
-        let index = self.index(chosen)?;
+        let index = indices(chosen, self.device)?;
         if self.problem.loss == Loss::Softmax {
             let mut running = Vec::new();
             for (m, direction) in slots(self.models.len()) {
@@ -199,20 +194,62 @@ fn slots(models: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..models).flat_map(|m| [(m, 0), (m, 1)])
 }
 
-fn upload(model: &SignedModel<'_>, device: Device) -> Result<DeviceModel> {
-    let embeddings = &model.embeddings;
-    let tensor = |rows: &Rows<'_>| -> Result<Tensor> {
-        let values = match rows {
-            Rows::F32(values) => Tensor::f_from_slice(values)?,
-            Rows::F16(values) => Tensor::f_from_slice(values)?,
-        };
-        Ok(values.f_to_device(device)?.f_to_kind(Kind::Float)?.f_reshape([-1, embeddings.dim as i64])?)
+/// K-center by LibTorch.
+pub(crate) struct TorchSpread {
+    /// f32 `[B, dim]`.
+    images: Tensor,
+    /// By candidate, the cosine with the nearest of the chosen, f32 `[B]`.
+    nearest: Tensor,
+}
+
+impl TorchSpread {
+    pub(crate) fn new(embeddings: &ModelEmbeddings<'_>, device: Device) -> Result<Self> {
+        let images = tower(&embeddings.image, embeddings.dim, device)?;
+        let nearest = Tensor::f_full([images.size2()?.0], f64::NEG_INFINITY, (Kind::Float, device))?;
+        Ok(Self { images, nearest })
+    }
+}
+
+impl Spread for TorchSpread {
+    fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>> {
+        let transposed = self.images.f_index_select(0, &indices(chunk, self.images.device())?)?.f_tr()?;
+        let rows = self.images.size2()?.0;
+        let height = (TILE_VALUES / chunk.len()).clamp(1, rows as usize);
+        let mut tiles = Vec::new();
+        for start in (0..rows).step_by(height) {
+            let tile = self.images.f_narrow(0, start, (height as i64).min(rows - start))?;
+            tiles.push(tile.f_mm(&transposed)?.f_amax(&[1i64][..], false)?);
+        }
+        self.nearest = self.nearest.f_maximum(&Tensor::f_cat(&tiles, 0)?)?;
+        let nearest =
+            self.nearest.f_index_select(0, &indices(left, self.images.device())?)?.f_to_device(Device::Cpu)?;
+        let mut values = vec![0.0; left.len()];
+        nearest.f_copy_data(&mut values, left.len())?;
+        Ok(values)
+    }
+}
+
+fn indices(rows: &[u32], device: Device) -> Result<Tensor> {
+    let rows: Vec<i64> = rows.iter().map(|&row| i64::from(row)).collect();
+    Ok(Tensor::f_from_slice(&rows)?.f_to_device(device)?)
+}
+
+/// f32 `[B, dim]` on the device.
+fn tower(rows: &Rows<'_>, dim: usize, device: Device) -> Result<Tensor> {
+    let values = match rows {
+        Rows::F32(values) => Tensor::f_from_slice(values)?,
+        Rows::F16(values) => Tensor::f_from_slice(values)?,
     };
+    Ok(values.f_to_device(device)?.f_to_kind(Kind::Float)?.f_reshape([-1, dim as i64])?)
+}
+
+fn upload(model: &SignedModel<'_>, device: Device) -> Result<DeviceModel> {
+    let ModelEmbeddings { image, text, dim, scale, bias } = &model.embeddings;
     Ok(DeviceModel {
         sign: model.sign,
-        image: tensor(&embeddings.image)?,
-        text: tensor(&embeddings.text)?,
-        scale: embeddings.scale,
-        bias: embeddings.bias,
+        image: tower(image, *dim, device)?,
+        text: tower(text, *dim, device)?,
+        scale: *scale,
+        bias: *bias,
     })
 }

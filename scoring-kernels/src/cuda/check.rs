@@ -3,11 +3,12 @@ use super::{
     device::Device,
     engine::CudaEngine,
     error::{CudaError, Result},
+    spread::CudaSpread,
 };
 use crate::{
-    engine::Engine,
+    engine::{Engine, Spread},
     error::Error,
-    native::NativeEngine,
+    native::{NativeEngine, NativeSpread},
     noise::philox,
     problem::Problem,
     types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
@@ -47,7 +48,36 @@ pub(super) fn run(device: &Device) -> Result<()> {
         compare(device, *loss, std::array::from_fn(|k| Rows::F16(&narrow[k])))?;
         compare(device, *loss, std::array::from_fn(|k| Rows::F32(&wide[k])))?;
     }
+    compare_spread(device, Rows::F16(&narrow[2]))?;
+    compare_spread(device, Rows::F32(&wide[2]))
+}
+
+/// K-center's cosines.
+fn compare_spread(device: &Device, rows: Rows<'_>) -> Result<()> {
+    let embeddings = ModelEmbeddings { image: rows, text: rows, dim: DIMS[1], scale: 1.0, bias: 0.0 };
+    let (mut ours, mut native) = (CudaSpread::new(&embeddings, COUNT, device)?, NativeSpread::new(&embeddings, COUNT));
+    let mut left: Vec<u32> = (0..COUNT as u32).collect();
+    for size in CHUNKS {
+        let chunk: Vec<u32> = left.iter().rev().step_by(2).take(size).copied().collect();
+        left.retain(|index| !chunk.contains(index));
+        let (found, expected) = (own(ours.absorb(&chunk, &left))?, cpu(native.absorb(&chunk, &left)));
+        for ((index, found), expected) in left.iter().zip(found).zip(expected) {
+            let what = format!("candidate {index}'s cosine with the nearest of the chosen, of {}", dtype(&rows));
+            differs(device, what, f64::from(found), f64::from(expected))?;
+        }
+    }
     Ok(())
+}
+
+fn differs(device: &Device, what: String, found: f64, expected: f64) -> Result<()> {
+    // NaN fits nothing.
+    let fits = (found - expected).abs() <= TOLERANCE[0] + TOLERANCE[1] * expected.abs();
+    let wrong = CudaError::WrongResult { device: device.name.clone(), what, found, expected };
+    if fits { Ok(()) } else { Err(wrong) }
+}
+
+fn dtype(rows: &Rows<'_>) -> &'static str {
+    if matches!(rows, Rows::F16(_)) { "f16" } else { "f32" }
 }
 
 fn compare(device: &Device, loss: Loss, [learner_image, learner_text, image, text]: [Rows<'_>; 4]) -> Result<()> {
@@ -66,24 +96,18 @@ fn compare(device: &Device, loss: Loss, [learner_image, learner_text, image, tex
     let noise = crate::noise::Noise::Given(&[]);
     let problem = Problem::new(&candidates, &settings, &Tuning::default(), &noise).expect("a valid case");
     let (mut ours, mut native) = (CudaEngine::new(&problem, device)?, NativeEngine::new(&problem));
-    let differs = |what: String, found: f64, expected: f64| {
-        // NaN fits nothing.
-        let fits = (found - expected).abs() <= TOLERANCE[0] + TOLERANCE[1] * expected.abs();
-        let wrong = CudaError::WrongResult { device: device.name.clone(), what, found, expected };
-        if fits { Ok(()) } else { Err(wrong) }
-    };
-    let (mut left, dtype) = (problem.offered.clone(), if matches!(image, Rows::F16(_)) { "f16" } else { "f32" });
+    let (mut left, dtype) = (problem.offered.clone(), dtype(&image));
     for size in CHUNKS {
         let chunk: Vec<u32> = left.iter().rev().step_by(2).take(size).copied().collect();
         left.retain(|index| !chunk.contains(index));
         let (found, expected) = (own(ours.inner(&chunk))? / size as f64, cpu(native.inner(&chunk)) / size as f64);
-        differs(format!("the batch score under the {loss} loss of {dtype}"), found, expected)?;
+        differs(device, format!("the batch score under the {loss} loss of {dtype}"), found, expected)?;
         own(ours.absorb(&chunk))?;
         cpu(native.absorb(&chunk));
         let (found, expected) = (own(ours.scores())?, cpu(native.scores()));
         for index in left.iter().map(|&index| index as usize) {
             let what = format!("the score of candidate {index} under the {loss} loss of {dtype}");
-            differs(what, found[index], expected[index])?;
+            differs(device, what, found[index], expected[index])?;
         }
     }
     Ok(())

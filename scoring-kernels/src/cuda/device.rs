@@ -28,6 +28,7 @@ pub(super) struct Kernel(pub *mut c_void);
 struct Kernels {
     softplus_sums: Kernel,
     exponential_sums: Kernel,
+    largest: Kernel,
     added: Kernel,
     split: Kernel,
 }
@@ -135,6 +136,7 @@ impl Device {
         let kernels = Kernels {
             softplus_sums: tiles(c"softplus_sums")?,
             exponential_sums: tiles(c"exponential_sums")?,
+            largest: tiles(c"largest_logits")?,
             added: function(c"added")?,
             split: function(c"split")?,
         };
@@ -149,6 +151,11 @@ impl Device {
     /// The kernel that adds a chunk's terms, under the softmax loss or the sigmoid loss.
     pub(super) fn sums(&self, softmax: bool) -> Kernel {
         if softmax { self.kernels().exponential_sums } else { self.kernels().softplus_sums }
+    }
+
+    /// The kernel that keeps each row's largest logit.
+    pub(super) fn largest(&self) -> Kernel {
+        self.kernels().largest
     }
 
     pub(super) fn added(&self) -> Kernel {

@@ -2,7 +2,9 @@
 use super::{
     device::Device,
     error::{CudaError, Result as CudaResult},
-    memory::{DEPTH, Needed, STAGING_BYTES, needed, planes},
+    job::{Job, SLOTS, Slot, TILE},
+    memory::{DEPTH, Needed, needed, planes},
+    rows::upload_rows,
     stream::{Buffer, Stream},
 };
 use crate::{
@@ -12,42 +14,7 @@ use crate::{
     problem::{Problem, SignedModel},
     types::{Loss, Rows},
 };
-use half::slice::HalfFloatSliceExt;
 use std::ffi::c_void;
-
-/// Candidates of a block.
-const TILE: usize = 128;
-/// Models times directions, at most.
-const SLOTS: usize = 4;
-
-/// `Slot` of kernels.cu.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Slot {
-    ours: u64,
-    theirs: u64,
-    plane: u64,
-    stride: u32,
-    high: f32,
-    low: f32,
-    bias: f32,
-    sign: f64,
-}
-
-/// `Job` of kernels.cu.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Job {
-    slots: [Slot; SLOTS],
-    rows: u64,
-    columns: u64,
-    row_count: u32,
-    column_count: u32,
-    count: u32,
-    slot_count: u32,
-    largest: u64,
-    sums: u64,
-}
 
 /// Both towers of a model as halves, `[planes, B, stride]` each.
 struct Towers<'d> {
@@ -217,6 +184,13 @@ impl Engine for CudaEngine<'_> {
     }
 }
 
+fn upload<'d>(stream: &Stream<'d>, model: &SignedModel<'_>, count: usize) -> CudaResult<Towers<'d>> {
+    let embeddings = &model.embeddings;
+    let (shape, planes) = ([count, embeddings.dim], planes(&[embeddings.image, embeddings.text]));
+    let tower = |rows: &Rows<'_>| upload_rows(stream, rows, shape, planes);
+    Ok(Towers { image: tower(&embeddings.image)?, text: tower(&embeddings.text)? })
+}
+
 fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
     let embeddings = &model.embeddings;
     let stride = embeddings.dim.next_multiple_of(DEPTH);
@@ -225,61 +199,11 @@ fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
     Slot {
         ours: towers.image.address,
         theirs: towers.text.address,
-        plane: if planes(embeddings) == 2 { (count * stride) as u64 } else { 0 },
+        plane: if planes(&[embeddings.image, embeddings.text]) == 2 { (count * stride) as u64 } else { 0 },
         stride: stride as u32,
         high,
         low: (scale - f64::from(high)) as f32,
         bias: (embeddings.bias * std::f64::consts::LOG2_E) as f32,
         sign: model.sign,
     }
-}
-
-fn upload<'d>(stream: &Stream<'d>, model: &SignedModel<'_>, count: usize) -> CudaResult<Towers<'d>> {
-    let embeddings = &model.embeddings;
-    let (dim, stride, planes) = (embeddings.dim, embeddings.dim.next_multiple_of(DEPTH), planes(embeddings));
-    let tower = |rows: &Rows<'_>| {
-        let buffer = stream.allocate(planes * count * stride)?;
-        match rows {
-            Rows::F16(values) => {
-                stream.clear(&buffer)?;
-                stream.upload_rows(&buffer, values.reinterpret_cast(), dim, stride)?;
-                stream.wait()?;
-            }
-            Rows::F32(values) => upload_f32(stream, values, [count, dim, stride], &buffer)?,
-        }
-        Ok(buffer)
-    };
-    Ok(Towers { image: tower(&embeddings.image)?, text: tower(&embeddings.text)? })
-}
-
-/// Makes two halves of every value, a stretch of rows at a time.
-fn upload_f32(
-    stream: &Stream<'_>,
-    values: &[f32],
-    [count, dim, stride]: [usize; 3],
-    to: &Buffer<'_, u16>,
-) -> CudaResult<()> {
-    let height = (STAGING_BYTES / (dim * size_of::<f32>())).clamp(1, count);
-    let staging: Buffer<'_, f32> = stream.allocate(height * dim)?;
-    for (stretch, first) in values.chunks(height * dim).zip((0..).step_by(height)) {
-        stream.upload(&staging, stretch)?;
-        let rows = stretch.len() / dim;
-        let mut from = staging.address;
-        let mut to = to.address + (first * stride * size_of::<u16>()) as u64;
-        let mut plane = (count * stride) as u64;
-        let (mut rows_of, mut dim_of, mut stride_of) = (rows as u32, dim as u32, stride as u32);
-        let mut arguments: [*mut c_void; 6] = [
-            (&raw mut from).cast(),
-            (&raw mut to).cast(),
-            (&raw mut plane).cast(),
-            (&raw mut rows_of).cast(),
-            (&raw mut dim_of).cast(),
-            (&raw mut stride_of).cast(),
-        ];
-        let grid = [Stream::blocks(rows * stride), 1];
-        // SAFETY: the kernel's parameters; it reads the stretch, and writes its rows of both planes.
-        unsafe { stream.launch(stream.device.split(), grid, 0, &mut arguments) }?;
-        stream.wait()?;
-    }
-    Ok(())
 }

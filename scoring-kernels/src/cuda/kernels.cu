@@ -41,7 +41,8 @@ struct Job {
     u32 count;
     u32 slot_count;
     // By slot and candidate, [slots, B] each. Sigmoid: `sums` of softplus. Softmax: the sum of exponentials of what logits
-    // are above `largest`, in units of ln 2; where nothing was added yet `sums` is 0.
+    // are above `largest`, in units of ln 2. Largest logits: they are in `largest`, and `sums` is 1. Where nothing was added
+    // yet `sums` is 0.
     double* largest;
     double* sums;
 };
@@ -214,13 +215,19 @@ __device__ __forceinline__ void add_softplus(const float (&z)[2 * PRODUCTS], dou
     }
 }
 
-// Adds the exponentials of a row's logits to the scaled sum at (`largest`, `sum`), as `add_softplus` does.
-__device__ __forceinline__ void add_exponentials(const float (&z)[2 * PRODUCTS], float* largest, double* sum) {
+// The largest of a row's logits, for all of the four lanes that share the row.
+__device__ __forceinline__ float largest_of(const float (&z)[2 * PRODUCTS]) {
     float most = z[0];
     #pragma unroll
     for (u32 k = 1; k < 2 * PRODUCTS; ++k) most = fmaxf(most, z[k]);
     #pragma unroll
     for (u32 step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    return most;
+}
+
+// Adds the exponentials of a row's logits to the scaled sum at (`largest`, `sum`), as `add_softplus` does.
+__device__ __forceinline__ void add_exponentials(const float (&z)[2 * PRODUCTS], float* largest, double* sum) {
+    float most = largest_of(z);
     float total = 0;
     #pragma unroll
     for (u32 k = 0; k < 2 * PRODUCTS; ++k) total += exp2_fast(z[k] - most);
@@ -234,13 +241,22 @@ __device__ __forceinline__ void add_exponentials(const float (&z)[2 * PRODUCTS],
     }
 }
 
+// Keeps the largest of a row's logits at `largest`.
+__device__ __forceinline__ void keep_largest(const float (&z)[2 * PRODUCTS], float* largest) {
+    float most = largest_of(z);
+    if (threadIdx.x % 4 == 0) *largest = fmaxf(*largest, most);
+}
+
+// What becomes of a row's logits.
+enum Form { SOFTPLUS, EXPONENTIALS, LARGEST };
+
 // Adds the warp's part of a finished tile to its rows' sums. `column` is the warp's first of all.
-template <bool SOFTMAX>
+template <Form FORM>
 __device__ __forceinline__ void reduce(
     const Products& products, const Job& job, const Slot& slot, const Shared& to, u32 row, u32 across, u32 column
 ) {
     u32 valid = job.column_count - column;
-    float bias = SOFTMAX ? 0.0f : slot.bias;
+    float bias = FORM == SOFTPLUS ? slot.bias : 0.0f;
     #pragma unroll
     for (u32 m = 0; m < PRODUCTS; ++m) {
         #pragma unroll
@@ -248,22 +264,20 @@ __device__ __forceinline__ void reduce(
             float z[2 * PRODUCTS];
             logits(z, products.sums[m], half, slot, bias, valid);
             u32 at = across * TILE + row + 16 * m + 8 * half + threadIdx.x % 32 / 4;
-            if (SOFTMAX) {
-                add_exponentials(z, to.largest + at, to.sums + at);
-            } else {
-                add_softplus(z, to.sums + at);
-            }
+            if (FORM == SOFTPLUS) add_softplus(z, to.sums + at);
+            if (FORM == EXPONENTIALS) add_exponentials(z, to.largest + at, to.sums + at);
+            if (FORM == LARGEST) keep_largest(z, to.largest + at);
         }
     }
 }
 
 // Adds what a block found for its row `threadIdx.x` to what was known of the candidate, the warps' parts in order.
-template <bool SOFTMAX> __device__ __forceinline__ void keep(const Job& job, const Shared& from, u32 first_row) {
+template <Form FORM> __device__ __forceinline__ void keep(const Job& job, const Shared& from, u32 first_row) {
     u32 row = threadIdx.x;
     if (row >= TILE || first_row + row >= job.row_count) return;
     u64 at = static_cast<u64>(blockIdx.y) * job.count + job.rows[first_row + row];
     double sum = job.sums[at];
-    if (!SOFTMAX) {
+    if (FORM == SOFTPLUS) {
         for (u32 across = 0; across < WARPS_ACROSS; ++across) sum += from.sums[across * TILE + row];
         job.sums[at] = sum;
         return;
@@ -271,6 +285,10 @@ template <bool SOFTMAX> __device__ __forceinline__ void keep(const Job& job, con
     double largest = sum == 0.0 ? static_cast<double>(NOTHING) : job.largest[at];
     for (u32 across = 0; across < WARPS_ACROSS; ++across) {
         double part = from.sums[across * TILE + row], most = from.largest[across * TILE + row];
+        if (FORM == LARGEST) {
+            sum = 1.0, largest = fmax(largest, most);
+            continue;
+        }
         if (part == 0.0) continue;
         double now = fmax(largest, most);
         sum = sum * exp2(largest - now) + part * exp2(most - now);
@@ -281,7 +299,7 @@ template <bool SOFTMAX> __device__ __forceinline__ void keep(const Job& job, con
 }
 
 // One block: rows from blockIdx.x x TILE, slot blockIdx.y.
-template <bool SOFTMAX> __device__ __forceinline__ void pairs(const Job& job) {
+template <Form FORM> __device__ __forceinline__ void pairs(const Job& job) {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     const Shared shared(shared_memory);
     const Slot& slot = job.slots[blockIdx.y];
@@ -309,22 +327,26 @@ template <bool SOFTMAX> __device__ __forceinline__ void pairs(const Job& job) {
         if (first_row + row < job.row_count && at.column + column < job.column_count) {
             products.add(shared.ours(stage), shared.theirs(stage), row, column, term(slot, at.terms_left).factor);
             if (at.ends_tile(slot)) {
-                reduce<SOFTMAX>(products, job, slot, shared, row, across, at.column + column);
+                reduce<FORM>(products, job, slot, shared, row, across, at.column + column);
                 products.clear();
             }
         }
         at.advance(slot, terms);
     }
     __syncthreads();
-    keep<SOFTMAX>(job, shared, first_row);
+    keep<FORM>(job, shared, first_row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) softplus_sums(const __grid_constant__ Job job) {
-    pairs<false>(job);
+    pairs<SOFTPLUS>(job);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) exponential_sums(const __grid_constant__ Job job) {
-    pairs<true>(job);
+    pairs<EXPONENTIALS>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) largest_logits(const __grid_constant__ Job job) {
+    pairs<LARGEST>(job);
 }
 
 // What was added to the scores of the candidates in `rows`, by their place there.

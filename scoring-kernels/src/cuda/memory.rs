@@ -16,11 +16,8 @@ pub(super) struct Needed {
 }
 
 /// Halves that a value of these towers becomes: an f32 is the sum of two.
-pub(super) fn planes(embeddings: &ModelEmbeddings<'_>) -> usize {
-    match (&embeddings.image, &embeddings.text) {
-        (Rows::F16(_), Rows::F16(_)) => 1,
-        _ => 2,
-    }
+pub(super) fn planes(towers: &[Rows<'_>]) -> usize {
+    if towers.iter().all(|rows| matches!(rows, Rows::F16(_))) { 1 } else { 2 }
 }
 
 /// What `count` candidates seen by these models need.
@@ -28,21 +25,38 @@ pub(super) fn needed<'a>(count: usize, models: impl Iterator<Item = ModelEmbeddi
     let (mut inputs, mut kept, mut slots, mut staging) = (0, 0, 0, 0);
     for model in models {
         slots += 2;
-        kept += 2 * planes(&model) * count * model.dim.next_multiple_of(DEPTH) * size_of::<u16>();
-        for rows in [model.image, model.text] {
-            let bytes = match rows {
-                Rows::F16(_) => 2,
-                Rows::F32(_) => {
-                    staging = STAGING_BYTES;
-                    4
-                }
-            };
-            inputs += count * model.dim * bytes;
+        let towers = [model.image, model.text];
+        kept += 2 * tower_bytes(count, model.dim, planes(&towers));
+        for rows in &towers {
+            let (bytes, waiting) = given(count, model.dim, rows);
+            inputs += bytes;
+            staging = waiting.max(staging);
         }
     }
     // Two sets of running sums (one for batch scores), scores, and two lists of indices.
     let running = count * (2 * slots * 2 * size_of::<f64>() + size_of::<f64>() + 2 * size_of::<u32>());
     Needed { inputs, above: kept.saturating_sub(inputs) + running + staging }
+}
+
+/// What k-center needs of `count` candidates seen by this model.
+pub(super) fn needed_to_spread(count: usize, model: &ModelEmbeddings<'_>) -> Needed {
+    let (inputs, staging) = given(count, model.dim, &model.image);
+    let kept = tower_bytes(count, model.dim, planes(&[model.image]));
+    // Cosines, whether they are known, and two lists of indices.
+    let running = count * (2 * size_of::<f64>() + 2 * size_of::<u32>());
+    Needed { inputs, above: kept.saturating_sub(inputs) + running + staging }
+}
+
+fn tower_bytes(count: usize, dim: usize, planes: usize) -> usize {
+    planes * count * dim.next_multiple_of(DEPTH) * size_of::<u16>()
+}
+
+/// Bytes of a tower as it was given, and of what waits to become halves.
+fn given(count: usize, dim: usize, rows: &Rows<'_>) -> (usize, usize) {
+    match rows {
+        Rows::F16(_) => (count * dim * 2, 0),
+        Rows::F32(_) => (count * dim * 4, STAGING_BYTES),
+    }
 }
 
 #[cfg(test)]

@@ -6,18 +6,22 @@ mod device;
 mod driver;
 mod engine;
 mod error;
+mod job;
 mod library;
 mod memory;
 mod nvrtc;
+mod rows;
+mod spread;
 mod stream;
 #[cfg(test)]
 mod tests;
 
-use crate::problem::Problem;
+use crate::{problem::Problem, types::ModelEmbeddings};
 use device::Device;
 use engine::CudaEngine;
 pub use error::CudaError;
 pub use library::CudaLibraries;
+use spread::CudaSpread;
 use std::{fmt, sync::Mutex};
 
 /// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process, in a context
@@ -58,6 +62,14 @@ impl CudaDevice {
 
     pub(crate) fn engine<'a>(&self, problem: &'a Problem<'a>) -> Result<CudaEngine<'a>, CudaError> {
         CudaEngine::new(problem, self.0)
+    }
+
+    pub(crate) fn spread(
+        &self,
+        embeddings: &ModelEmbeddings<'_>,
+        count: usize,
+    ) -> Result<CudaSpread<'static>, CudaError> {
+        CudaSpread::new(embeddings, count, self.0)
     }
 }
 

@@ -4,7 +4,11 @@ use super::{
     pack::{self, Blocks, Buffer},
     vector::Isa,
 };
-use crate::types::{ModelEmbeddings, Rows};
+use crate::{
+    engine::Spread,
+    error::Result,
+    types::{ModelEmbeddings, Rows},
+};
 use rayon::prelude::*;
 
 /// Buffers of [`Others::visit`], one set a thread.
@@ -58,35 +62,31 @@ impl Others {
     }
 }
 
-/// How far each candidate's image is from all that was chosen.
-pub(crate) struct Spread<'a> {
+/// K-center on the CPU.
+pub(crate) struct NativeSpread<'a> {
     images: Rows<'a>,
     dim: usize,
-    offered: &'a [u32],
-    /// By candidate offered, the cosine with the nearest of the chosen.
+    /// By candidate, the cosine with the nearest of the chosen.
     nearest: Vec<f32>,
-    pub(crate) flops: f64,
 }
 
-impl<'a> Spread<'a> {
-    pub(crate) fn new(embeddings: &ModelEmbeddings<'a>, offered: &'a [u32]) -> Self {
-        let nearest = vec![f32::NEG_INFINITY; offered.len()];
-        Self { images: embeddings.image, dim: embeddings.dim, offered, nearest, flops: 0.0 }
+impl<'a> NativeSpread<'a> {
+    pub(crate) fn new(embeddings: &ModelEmbeddings<'a>, count: usize) -> Self {
+        Self { images: embeddings.image, dim: embeddings.dim, nearest: vec![f32::NEG_INFINITY; count] }
     }
+}
 
-    /// Adds a chunk to the chosen, and writes every candidate's distance (1 - cosine) to `scores`.
-    pub(crate) fn absorb(&mut self, chunk: &[u32], scores: &mut [f64]) {
+impl Spread for NativeSpread<'_> {
+    fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>> {
         let others = Others::new(&self.images, self.dim, chunk);
-        let tiles = self.nearest.par_chunks_mut(64).zip(self.offered.par_chunks(64));
-        tiles.for_each_init(
+        let mut nearest: Vec<f32> = left.iter().map(|&index| self.nearest[index as usize]).collect();
+        nearest.par_chunks_mut(64).zip(left.par_chunks(64)).for_each_init(
             || others.scratch(),
             |scratch, (nearest, indices)| {
                 others.visit(&self.images, indices, scratch, |lane, _, dot| nearest[lane] = nearest[lane].max(dot));
             },
         );
-        for (&index, nearest) in self.offered.iter().zip(&self.nearest) {
-            scores[index as usize] = 1.0 - f64::from(*nearest);
-        }
-        self.flops += 2.0 * (self.offered.len() * chunk.len() * self.dim) as f64;
+        left.iter().zip(&nearest).for_each(|(&index, &cosine)| self.nearest[index as usize] = cosine);
+        Ok(nearest)
     }
 }

@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use running::{Running, own_logit, softplus, start};
 use vector::Isa;
 
-pub(crate) use cosines::{Others, Spread};
+pub(crate) use cosines::{NativeSpread, Others};
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;

@@ -76,7 +76,7 @@ EXPORT cuModuleLoadData(void** module, const void* image) {
     return *module = &memory, SUCCESS;
 }
 EXPORT cuModuleGetFunction(void** function, void*, const char* name) {
-    for (const char* known : {"softplus_sums", "exponential_sums", "added", "split"}) {
+    for (const char* known : {"softplus_sums", "exponential_sums", "largest_logits", "added", "split"}) {
         if (std::string(name) == known) return *function = const_cast<char*>(known), SUCCESS;
     }
     return NOT_FOUND;
@@ -178,6 +178,7 @@ static std::function<void()> kernel(const std::string& name, void** arguments) {
     const Job& job = *static_cast<const Job*>(at(0));
     if (name == "added") return [=, &job] { added(job, *static_cast<u32*>(at(1)), *static_cast<double**>(at(2))); };
     if (name == "softplus_sums") return [&job] { softplus_sums(job); };
+    if (name == "largest_logits") return [&job] { largest_logits(job); };
     return [&job] { exponential_sums(job); };
 }
 
@@ -187,7 +188,7 @@ EXPORT cuLaunchKernel(void* function, u32 x, u32 y, u32 z, u32 threads, u32 thre
     if (fault == FAULT_LAUNCH) return ILLEGAL_ADDRESS;
     if (x == 0 || y == 0 || z != 1 || threads != THREADS || threads_y != 1 || threads_z != 1) return INVALID_VALUE;
     std::string name = static_cast<const char*>(function);
-    size_t needed = name == "softplus_sums" || name == "exponential_sums"
+    size_t needed = name != "added" && name != "split"
                         ? STAGES * SLAB_BYTES * 2 + WARPS_ACROSS * TILE * (sizeof(double) + sizeof(float)) : 0;
     if (shared < needed) fail("the block was given less shared memory than it uses");
     processor.memory = &memory;

@@ -146,6 +146,10 @@ fn a_selection_takes_what_was_counted_and_gives_all_of_it_back() {
     // Four towers with rows of 128 halves; two sets of two sums in four slots, scores, two lists.
     let counted = count * (4 * 128 * 2 + 2 * 2 * 4 * 8 + 8 + 2 * 4);
     assert_eq!(driver.used(), (0, counted, [0, 1]));
+    let bare = Candidates { learner: None, ..candidates };
+    backend.select(&bare, &Settings { policy: Policy::KCenter, ..settings }, &world.given()).expect("valid");
+    // One tower; cosines and whether they are known, two lists.
+    assert_eq!(driver.used(), (0, count * (128 * 2 + 2 * 8 + 2 * 4), [0, 1]));
 }
 
 #[test]

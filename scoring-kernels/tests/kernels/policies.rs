@@ -1,9 +1,11 @@
 //! What the policies beyond the paper's promise, and what may be left out before any of them.
 use crate::{
     oracle::Oracle,
-    support::{World, assert_close, backends, settings},
+    support::{World, assert_close, backends, backends_and_emulated, halves, settings},
 };
-use superbatch_kernels::{Backend, Candidates, Criterion, Error, LeftOut, Loss, Policy, Selection, Settings, Tuning};
+use superbatch_kernels::{
+    Backend, Candidates, Criterion, Error, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning,
+};
 
 fn world() -> World {
     World::new(40, 90, [16, 24], 20.0, -8.0, 6)
@@ -69,14 +71,37 @@ fn k_center_with_chunks_of_one_is_the_greedy_rule_and_covers_better_than_chance(
     };
     let settings = Settings { n_chunks: 30, ..hard(Policy::KCenter) };
     let bare = Candidates { learner: None, ..world.candidates() };
-    let ours = Backend::Native.select(&bare, &settings, &world.given()).expect("needs the reference alone");
-    assert_eq!((ours.indices[0], ours.batch_score), (0, None));
-    for k in 1..30 {
-        let far = |x: usize| crate::oracle::distance(&world.reference, x, &ours.indices[..k]);
-        let farthest = (0..90).map(far).fold(0.0, f64::max);
-        assert!(far(ours.indices[k] as usize) > farthest - 1e-5);
+    for backend in backends_and_emulated() {
+        let ours = backend.select(&bare, &settings, &world.given()).expect("needs the reference alone");
+        assert_eq!((ours.indices[0], ours.batch_score), (0, None), "{backend:?}");
+        for k in 1..30 {
+            let far = |x: usize| crate::oracle::distance(&world.reference, x, &ours.indices[..k]);
+            let farthest = (0..90).map(far).fold(0.0, f64::max);
+            assert!(far(ours.indices[k] as usize) > farthest - 1e-5, "{backend:?}");
+            assert!((ours.scores[k] - far(ours.indices[k] as usize)).abs() < 1e-5, "{backend:?}");
+        }
+        assert!(radius(&ours.indices) < radius(&(0..30).collect::<Vec<_>>()), "{backend:?}");
     }
-    assert!(radius(&ours.indices) < radius(&(0..30).collect::<Vec<_>>()));
+}
+
+#[test]
+fn k_center_of_f16_and_over_several_tiles_is_that_of_the_values_in_f32() {
+    let world = World::new(42, 300, [8, 70], 20.0, -8.0, 3).rounded([true, true]);
+    let settings = Settings { sub_batch_size: 290, n_chunks: 2, ..hard(Policy::KCenter) };
+    let (image, text) = (halves(&world.reference.image), halves(&world.reference.text));
+    let narrow = ModelEmbeddings { image: Rows::F16(&image), text: Rows::F16(&text), ..world.reference.view() };
+    for backend in backends_and_emulated() {
+        let select = |reference| {
+            let bare = Candidates { learner: None, reference: Some(reference), ..world.candidates() };
+            backend.select(&bare, &settings, &world.given()).expect("valid")
+        };
+        let ours = select(narrow);
+        assert_eq!(ours.indices, select(world.reference.view()).indices, "{backend:?}");
+        for (index, score) in ours.indices.iter().zip(&ours.scores).skip(145) {
+            let exact = crate::oracle::distance(&world.reference, *index as usize, &ours.indices[..145]);
+            assert!((score - exact).abs() < 1e-5, "{backend:?}");
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::{
 };
 use futures::{Stream, TryStreamExt};
 use std::pin::pin;
-use superbatch_kernels::Backend;
+use superbatch_kernels::{Backend, Policy};
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
     v1::{
@@ -32,7 +32,7 @@ pub(super) async fn select(
     let Some(Message::Begin(begin)) = first else {
         return Err(Error::invalid("message", "a Select call starts with SelectBegin"));
     };
-    let is_scored = settings(&begin)?.policy.is_scored();
+    let policy = settings(&begin)?.policy;
     let mut received = Received { begin, learner: None, reference: None };
     while let Some(request) = requests.try_next().await? {
         match request.message {
@@ -46,8 +46,8 @@ pub(super) async fn select(
     let (learner, reference) = (whole(learner, count)?, whole(reference, count)?);
     let (device, threads) = (engine.device.name().to_owned(), engine.threads as u32);
     let started = Instant::now();
-    // Who reads no losses is drawn by the CPU alone, and must not keep the device from its forwards.
-    let on_device = is_scored && device.starts_with("cuda");
+    // Who compares nothing is drawn by the CPU alone, and must not keep the device from its forwards.
+    let on_device = policy != Policy::Uniform && device.starts_with("cuda");
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
     let selection = match on_device {
         true => engine.device.run(move |device| run(cuda::backend(device))).await??,

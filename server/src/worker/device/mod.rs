@@ -129,6 +129,8 @@ impl Device {
                 Err(error) => return drop(opened.send(Err(error))),
             };
             let _ = opened.send(Ok(cuda::name(device)));
+            // Selection's kernels are compiled and checked now, and not while a step waits for them.
+            let _ = crate::cuda::backend(device);
             serve(queue, &watched, device, threads, models_max);
         };
         let spawned = thread::Builder::new().name("device".into()).spawn(run);
