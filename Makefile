@@ -8,8 +8,7 @@ PYTHON := $(VENV)/bin/python
 SUPERBATCH := target/debug/superbatch
 READY := $(VENV)/.superbatch-ready
 
-# One set of features for building and testing, so that nothing is built twice.
-CARGO_FLAGS := --workspace --features superbatch-python/extension-module
+CARGO_FLAGS := --workspace --features $(shell scripts/features.sh)
 EXTENSION := client/python/python/superbatch/_superbatch.abi3.so
 # The kernels for Python are linked apart: features of the server's would bring LibTorch along (docs/decisions/0003).
 KERNELS := scoring-kernels/python/python

@@ -10,8 +10,7 @@ binaries=target/gpu-tests
 if command -v cargo >/dev/null; then
   rm -rf "$binaries"
   mkdir -p "$binaries"
-  # The features of `make build` and `make test`, so that nothing is built twice.
-  flags=(--workspace --features superbatch-python/extension-module)
+  flags=(--workspace --features "$(scripts/features.sh)")
   cargo build "${flags[@]}"
   cargo test "${flags[@]}" --no-run --message-format=json-render-diagnostics | "$python" -c '
 import json, sys

@@ -4,7 +4,7 @@
 //! canvas.
 use crate::jpeg::jpeg;
 use image::{
-    DynamicImage, ImageDecoder, Limits, RgbImage,
+    DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
     codecs::{png::PngDecoder, webp::WebPDecoder},
     metadata::Orientation,
 };
@@ -60,9 +60,7 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
             allowed.max_alloc = Some(max_alloc);
             raster(PngDecoder::with_limits(Cursor::new(bytes), allowed).map_err(undecodable)?, limits)
         }
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => {
-            raster(WebPDecoder::new(Cursor::new(bytes)).map_err(undecodable)?, limits)
-        }
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => webp(bytes, limits),
         _ => Err(undecodable("neither JPEG nor PNG nor WebP")),
     }));
     let mut decoded = decoded.unwrap_or_else(|_| Err(undecodable("the decoder panicked")))?;
@@ -89,6 +87,28 @@ fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decode
     let (exif, xmp) = (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten());
     let image = DynamicImage::from_decoder(decoder).map_err(undecodable)?;
     Ok(Decoded { image, exif, xmp })
+}
+
+/// By libwebp, as Pillow does. The `image` crate reads the first frame of an animation, and what is said about an image.
+fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
+    let broken = || undecodable("libwebp cannot decode it: it is cut off or damaged");
+    let features = webp::BitstreamFeatures::new(bytes).ok_or_else(broken)?;
+    let described = WebPDecoder::new(Cursor::new(bytes)).map_err(undecodable);
+    if features.has_animation() {
+        return raster(described?, limits);
+    }
+    let (width, height) = (features.width(), features.height());
+    check(width.into(), height.into(), limits)?;
+    let stored = webp::Decoder::new(bytes).decode().ok_or_else(broken)?;
+    let pixels = stored.to_vec();
+    let image = match features.has_alpha() {
+        true => RgbaImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgba8),
+        false => RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8),
+    };
+    let (exif, xmp) = described.map_or((None, None), |mut described| {
+        (described.exif_metadata().ok().flatten(), described.xmp_metadata().ok().flatten())
+    });
+    Ok(Decoded { image: image.ok_or_else(broken)?, exif, xmp })
 }
 
 /// The EXIF tag, or where there is none the XMP property: Pillow's order.
@@ -173,6 +193,17 @@ mod tests {
             (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xEDB8_8320 } else { c >> 1 })
         };
         !bytes.iter().fold(!0, step)
+    }
+
+    #[test]
+    fn a_webp_is_held_to_the_limits_and_must_be_whole() {
+        let whole = webp::Encoder::from_rgb(&[7; 40 * 40 * 3], 40, 40).encode_lossless().to_vec();
+        assert_eq!(decode(&whole, &ROOMY).unwrap().as_raw()[..], [7; 40 * 40 * 3]);
+        let tight = ImageLimits { pixels_max: 40 * 40 - 1, ..ROOMY };
+        assert!(matches!(decode(&whole, &tight), Err(Error::TooLarge(_))));
+        for cut in [13, 22, whole.len() - 4] {
+            assert!(matches!(decode(&whole[..cut], &ROOMY), Err(Error::Undecodable(_))), "{cut}");
+        }
     }
 
     #[test]

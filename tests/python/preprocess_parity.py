@@ -108,8 +108,11 @@ def lossy_webp(rng, width, height):
     image = Image.fromarray(smooth(rng, width, height))
     yield "webp-q80", encoded(image, "WEBP", quality=80)
     yield "webp-q30-noise", encoded(Image.fromarray(noise(rng, width, height)), "WEBP", quality=30)
+    other = Image.fromarray(edges(rng, width, height))
+    yield "webp-animation-q80", encoded(image, "WEBP", quality=80, save_all=True, append_images=[other])
     image.putalpha(Image.fromarray(alpha_of(rng, width, height)))
     yield "webp-rgba-q80", encoded(image, "WEBP", quality=80)
+    yield "webp-rgba-animation", encoded(image, "WEBP", lossless=True, save_all=True, append_images=[other])
 
 
 def jpegs(rng, width, height):
