@@ -21,7 +21,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels bench-images test-gpu clean
+.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels bench-service bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -70,6 +70,10 @@ fmt: ## Formats the Rust code
 
 bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machine's matrix product, as ratios of one run
 	cargo bench -p superbatch-kernels --no-default-features --bench peers
+
+bench-service: build ## Serving rows and taking weights against other ways to move the same bytes, as ratios of one run
+	cargo build --release -p superbatch-server --features $(shell scripts/features.sh | cut -d, -f2- -s)
+	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_service.py
 
 bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
 	cargo bench -p superbatch-images --bench pillow

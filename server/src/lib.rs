@@ -11,6 +11,7 @@ pub mod coordinator;
 mod cuda;
 pub mod dataset;
 pub mod error;
+mod ipc;
 pub mod metrics;
 mod selection;
 pub mod storage;

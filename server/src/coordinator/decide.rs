@@ -56,8 +56,8 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
 async fn recall(run: &Run, receipt: Receipt) -> Result<Ready> {
     let located: Result<Vec<_>> = receipt.chosen.iter().map(|row| plan::locate(&run.manifest, row)).collect();
     let blocks = plan::block_rows(&located?);
-    let bytes = fetch_rows(&run.deps.pool, &run.manifest_digest, blocks, &run.spec().columns).await?;
-    let rows = scoring::hashed(Table::from_stream(bytes.into())?)?;
+    let parts = fetch_rows(&run.deps.pool, &run.manifest_digest, blocks, &run.spec().columns).await?;
+    let rows = scoring::hashed(Table::from_stream(parts)?)?;
     let changed = receipt.chosen.iter().zip(&rows.hashes).find(|(row, hash)| row.content_hash[..] != hash[..]);
     if let Some((row, _)) = changed {
         let message = format!(

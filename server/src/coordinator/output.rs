@@ -3,12 +3,12 @@ use super::{receipt::fidelity_name, table::Table};
 use crate::{
     batches::row_ranges,
     error::{Error, Result},
+    ipc::Encoder,
 };
 use arrow::{
     array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
     datatypes::{Schema, SchemaRef},
     error::ArrowError,
-    ipc::writer::StreamWriter,
 };
 use bytes::Bytes;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use superbatch_proto::v1::{ChosenRow, Receipt};
 
 /// The schema as the bytes of an empty stream.
 pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
-    write(schema, [])
+    write(schema, []).map(|parts| parts.concat().into())
 }
 
-/// The stream of the rows at `indices` of the draw order, in the order of `indices`.
+/// The stream of the rows at `indices` of the draw order, in the order of `indices`, in parts.
 ///
 /// `rows` are all chosen rows in draw order, with at least the data columns of `schema`; the `_superbatch_*` columns are filled
 /// from the receipt. The bytes are a function of the contents alone, however `rows` was put together, so a client may
@@ -27,7 +27,7 @@ pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
 ///
 /// # Errors
 /// `Internal` where rows, receipt and schema do not fit each other.
-pub fn rank_stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
+pub fn rank_stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Vec<Bytes>> {
     let count = receipt.chosen.len();
     if rows.rows() != count || indices.iter().any(|index| *index >= count) {
         let message = format!("the receipt names {count} rows, {} are in hand; cannot serve the step", rows.rows());
@@ -36,22 +36,22 @@ pub fn rank_stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices:
     let sizes = indices.iter().map(|index| rows.row_bytes(*index)).collect::<Result<Vec<_>>>()?;
     let cuts = row_ranges(&sizes);
     let batches = cuts.into_iter().map(|range| batch(schema, rows, receipt, &indices[range]));
-    write(schema, batches.collect::<Result<Vec<_>>>()?)
+    write(schema, batches)
 }
 
 fn cannot(cause: ArrowError) -> Error {
     Error::internal("cannot encode a batch").because(cause)
 }
 
-fn write(schema: &Schema, batches: impl IntoIterator<Item = RecordBatch>) -> Result<Bytes> {
-    let stream = || {
-        let mut writer = StreamWriter::try_new(Vec::new(), schema)?;
-        for batch in batches {
-            writer.write(&batch)?;
-        }
-        writer.into_inner()
-    };
-    stream().map(Bytes::from).map_err(cannot)
+/// Each batch is made when those before it are encoded, and is what its parts are.
+fn write(schema: &Schema, batches: impl IntoIterator<Item = Result<RecordBatch>>) -> Result<Vec<Bytes>> {
+    let mut encoder = Encoder::new(schema).map_err(cannot)?;
+    let mut parts = Vec::new();
+    for batch in batches {
+        parts.extend(encoder.encode(&batch?).map_err(cannot)?);
+    }
+    parts.extend(encoder.finish().map_err(cannot)?);
+    Ok(parts)
 }
 
 /// One record batch of the output schema.

@@ -126,6 +126,9 @@ impl Scoring {
         let mut base = 0;
         for (number, slice) in self.slices.iter().enumerate() {
             let inside = chosen.iter().enumerate().filter(|(_, c)| slice.range.contains(&(**c as usize)));
+            let mut inside: Vec<_> = inside.collect();
+            // In the order in which they are stored, they need not be copied to be sent.
+            inside.sort_unstable_by_key(|(_, candidate)| **candidate);
             let mut local = Vec::new();
             for (drawn, candidate) in inside {
                 place[drawn] = base + local.len() as u32;
@@ -137,7 +140,7 @@ impl Scoring {
         let (pool, job) = (&self.pool, &self.job);
         let asked = self.slices.iter_mut().zip(&wanted).filter(|(_, (_, local))| !local.is_empty());
         let streams = try_join_all(asked.map(|(slice, (_, local))| slice.rows(pool, job, local))).await?;
-        let mut tables = streams.into_iter().map(|bytes| Table::from_stream(bytes.into()));
+        let mut tables = streams.into_iter().map(Table::from_stream);
         let mut all = tables.next().ok_or_else(|| Error::internal("no rows were chosen"))??;
         tables.try_for_each(|table| all.append(table?))?;
         if all.rows() != chosen.len() {

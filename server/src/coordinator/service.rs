@@ -2,21 +2,18 @@
 use super::{output, ranks, ready::Ready, receipt::page, registry::Coordinator, run::Run};
 use crate::{
     error::{Error, Result},
-    metrics,
+    ipc, metrics,
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use std::{pin::Pin, sync::Arc};
-use superbatch_proto::{
-    PART_BYTES,
-    v1::{
-        AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse,
-        Delivery, GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest,
-        ListRunsResponse, OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt,
-        RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest,
-        SelectBatchResponse, coordinator_service_server::CoordinatorService, push_weights_request,
-        select_batch_response::Message, selection_service_server::SelectionService,
-    },
+use superbatch_proto::v1::{
+    AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery,
+    GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
+    OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest,
+    RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
+    coordinator_service_server::CoordinatorService, push_weights_request, select_batch_response::Message,
+    selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -139,7 +136,8 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
 /// One rank's slice, ready to be sent.
 struct Batch {
     header: BatchHeader,
-    bytes: Bytes,
+    /// What is left of the stream.
+    parts: Vec<Bytes>,
     trailer: BatchTrailer,
 }
 
@@ -155,12 +153,14 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
     // Copies and hashes all that the rank gets.
     let encoded = tokio::task::spawn_blocking(move || {
-        let bytes = rank_bytes(&of, &asked_for, &batch)?;
-        let hash = blake3::hash(&bytes).as_bytes().to_vec();
-        Ok::<_, Error>((bytes, hash))
+        let (parts, mut hasher) = (rank_parts(&of, &asked_for, &batch)?, blake3::Hasher::new());
+        for part in &parts {
+            hasher.update(part);
+        }
+        Ok::<_, Error>((parts, hasher.finalize().as_bytes().to_vec()))
     });
-    let (bytes, hash) = encoded.await.map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
-    let stream_bytes = bytes.len() as u64;
+    let (parts, hash) = encoded.await.map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
+    let stream_bytes = parts.iter().map(|part| part.len() as u64).sum();
     if request.resume_offset > stream_bytes {
         let message = format!("resume_offset {} is beyond the stream's {stream_bytes} bytes", request.resume_offset);
         return Err(Error::invalid("resume_offset", message));
@@ -178,11 +178,11 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
             offset: request.resume_offset,
         },
         trailer: BatchTrailer { rows, blake3: hash.into() },
-        bytes: bytes.slice(request.resume_offset as usize..),
+        parts: ipc::from_offset(parts, request.resume_offset).collect(),
     })
 }
 
-fn rank_bytes(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<Bytes> {
+fn rank_parts(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<Vec<Bytes>> {
     let spec = run.spec();
     let size = ready.receipt.chosen.len();
     let (rank, world) = (request.rank, request.world_size);
@@ -202,10 +202,8 @@ fn check_delivery(request: &SelectBatchRequest) -> Result<()> {
 
 impl Batch {
     fn into_messages(self, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
-        let bytes = self.bytes;
         outcome.sending();
-        let starts = (0..bytes.len()).step_by(PART_BYTES);
-        let parts = starts.map(move |at| Message::ArrowIpc(bytes.slice(at..(at + PART_BYTES).min(bytes.len()))));
+        let parts = self.parts.into_iter().map(Message::ArrowIpc);
         let first = std::iter::once(Message::Header(self.header));
         let last = std::iter::once_with(move || {
             outcome.sent();

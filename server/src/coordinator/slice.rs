@@ -126,7 +126,7 @@ impl Slice {
     }
 
     /// The chosen rows (numbers within the slice, in the order wanted) as an Arrow IPC stream.
-    pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<u8>> {
+    pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
         if let Some(mut live) = self.live.take() {
             match live.rows(chosen).await {
                 Ok(bytes) => return Ok(bytes),
@@ -240,17 +240,13 @@ impl Live {
         Ok(())
     }
 
-    async fn rows(&mut self, chosen: &[u32]) -> Result<Vec<u8>> {
+    async fn rows(&mut self, chosen: &[u32]) -> Result<Vec<Bytes>> {
         self.send(score_request::Message::Chosen(ChosenRows { candidates: chosen.to_vec() })).await?;
-        let mut bytes = Vec::new();
+        let mut parts = Vec::new();
         loop {
             match self.next().await? {
-                Message::ArrowIpc(part) => bytes.extend_from_slice(&part),
-                Message::RowsDone(_) => {
-                    // They are kept as they are: what growing them took beyond their length would stay, too.
-                    bytes.shrink_to_fit();
-                    return Ok(bytes);
-                }
+                Message::ArrowIpc(part) => parts.push(part),
+                Message::RowsDone(_) => return Ok(parts),
                 other => return Err(unexpected("rows", &other)),
             }
         }
@@ -286,7 +282,7 @@ impl Live {
 }
 
 /// Reads rows anew on any worker, as an Arrow IPC stream in the order of `blocks`.
-pub async fn fetch_rows(pool: &Pool, manifest: &str, blocks: Vec<BlockRows>, columns: &[String]) -> Result<Vec<u8>> {
+pub async fn fetch_rows(pool: &Pool, manifest: &str, blocks: Vec<BlockRows>, columns: &[String]) -> Result<Vec<Bytes>> {
     let request = FetchRowsRequest { dataset_manifest: manifest.to_owned(), blocks, columns: columns.to_vec() };
     let mut attempt = 0;
     loop {
@@ -301,17 +297,14 @@ pub async fn fetch_rows(pool: &Pool, manifest: &str, blocks: Vec<BlockRows>, col
     }
 }
 
-async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<Vec<u8>> {
+async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<Vec<Bytes>> {
     let lost = |status| from_status(status, Reason::NoWorkers);
     let mut stream = worker.client().fetch_rows(request).await.map_err(lost)?.into_inner();
-    let mut bytes: Vec<u8> = Vec::new();
+    let mut parts = Vec::new();
     while let Some(response) = stream.next().await {
         match response.map_err(lost)?.message {
-            Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
-            Some(fetch_rows_response::Message::Done(_)) => {
-                bytes.shrink_to_fit();
-                return Ok(bytes);
-            }
+            Some(fetch_rows_response::Message::ArrowIpc(part)) => parts.push(part),
+            Some(fetch_rows_response::Message::Done(_)) => return Ok(parts),
             None => {}
         }
     }

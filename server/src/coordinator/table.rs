@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result},
 };
 use arrow::{
-    array::{Array, ArrayRef, RecordBatch, UInt32Array},
+    array::{Array, ArrayRef, RecordBatch, UInt32Array, make_array},
     buffer::Buffer,
     compute::{interleave, take},
     datatypes::SchemaRef,
@@ -32,17 +32,20 @@ impl Table {
         Self { schema, batches: Vec::new(), places: Vec::new(), bytes: 0 }
     }
 
-    /// Reads a whole Arrow IPC stream; its rows in their order.
+    /// Reads a whole Arrow IPC stream, in parts cut anywhere; its rows in their order.
     ///
     /// # Errors
-    /// `Internal` where the bytes are no complete stream.
-    pub fn from_stream(bytes: Bytes) -> Result<Self> {
+    /// `Internal` where the parts are no complete stream.
+    pub fn from_stream(parts: impl IntoIterator<Item = Bytes>) -> Result<Self> {
         let read = || {
-            let (mut decoder, held) = (StreamDecoder::new(), bytes.len());
-            let mut buffer = Buffer::from(bytes);
+            let (mut decoder, mut held) = (StreamDecoder::new(), 0);
             let mut batches = Vec::new();
-            while let Some(batch) = decoder.decode(&mut buffer)? {
-                batches.push(batch);
+            for part in parts {
+                held += part.len();
+                let mut buffer = Buffer::from(part);
+                while !buffer.is_empty() {
+                    batches.extend(decoder.decode(&mut buffer)?);
+                }
             }
             decoder.finish()?;
             let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
@@ -110,6 +113,10 @@ impl Table {
         }
         let gathered = interleave(&arrays, &places).map_err(broken)?;
         // Interleaving leaves traces of the arrays that the values came from: whether others there are null.
+        if gathered.null_count() == 0 && !gathered.data_type().is_nested() {
+            let traceless = gathered.into_data().into_builder().nulls(None).build().map_err(broken)?;
+            return Ok(make_array(traceless));
+        }
         take(&gathered, &UInt32Array::from_iter_values(0..places.len() as u32), None).map_err(broken)
     }
 
@@ -142,6 +149,18 @@ pub mod tests {
 
     fn n(table: &Table, rows: &[usize]) -> Vec<u32> {
         table.column("n", rows).unwrap().as_primitive::<arrow::datatypes::UInt32Type>().values().to_vec()
+    }
+
+    #[test]
+    fn a_column_has_no_trace_of_the_nulls_beside_its_rows() {
+        let of = |values: Vec<Option<u32>>| {
+            let column: ArrayRef = std::sync::Arc::new(UInt32Array::from(values));
+            table(vec![RecordBatch::try_from_iter_with_nullable([("n", column, true)]).unwrap()])
+        };
+        let among = of(vec![Some(1), None, Some(3)]).column("n", &[0, 2]).unwrap();
+        assert!(among.nulls().is_none());
+        assert_eq!(among.to_data(), of(vec![Some(3), Some(1)]).column("n", &[1, 0]).unwrap().to_data());
+        assert_eq!(of(vec![None, Some(2)]).column("n", &[1, 0]).unwrap().null_count(), 1);
     }
 
     #[test]

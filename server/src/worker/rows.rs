@@ -7,24 +7,23 @@ use crate::{
     batches::{row_bytes, row_ranges},
     dataset::content_hash,
     error::{Error, Result},
+    ipc::Encoder,
 };
 use arrow::{
     array::{ArrayRef, FixedSizeBinaryArray},
     compute::interleave_record_batch,
     datatypes::{DataType, Field, Schema, SchemaRef},
-    ipc::writer::StreamWriter,
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
 use std::sync::Arc;
-use superbatch_proto::PART_BYTES;
 
 /// The column that holds BLAKE3 of image and caption, first 16 bytes.
 pub const CONTENT_HASH_COLUMN: &str = "_superbatch_content_hash";
 
-/// Writes rows as an Arrow IPC stream, handing out its bytes in parts of at most [`PART_BYTES`].
+/// Encodes rows as an Arrow IPC stream.
 pub(super) struct RowWriter {
-    writer: StreamWriter<Vec<u8>>,
+    encoder: Encoder,
     schema: SchemaRef,
 }
 
@@ -33,8 +32,8 @@ impl RowWriter {
         let hash = Field::new(CONTENT_HASH_COLUMN, DataType::FixedSizeBinary(16), false);
         let fields = data_schema.fields().iter().cloned().chain([Arc::new(hash)]);
         let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
-        let writer = StreamWriter::try_new(Vec::new(), &schema).map_err(encoding)?;
-        Ok(Self { writer, schema })
+        let encoder = Encoder::new(&schema).map_err(encoding)?;
+        Ok(Self { encoder, schema })
     }
 
     /// Appends rows as one record batch; none of them may lack image or caption.
@@ -47,14 +46,12 @@ impl RowWriter {
         let mut columns = gather(rows)?.columns().to_vec();
         columns.push(Arc::new(hashes) as ArrayRef);
         let batch = RecordBatch::try_new(self.schema.clone(), columns).map_err(encoding)?;
-        self.writer.write(&batch).map_err(encoding)?;
-        Ok(cut(std::mem::take(self.writer.get_mut())))
+        self.encoder.encode(&batch).map_err(encoding)
     }
 
     /// The end of the stream.
-    pub fn finish(mut self) -> Result<Vec<Bytes>> {
-        self.writer.finish().map_err(encoding)?;
-        Ok(cut(std::mem::take(self.writer.get_mut())))
+    pub fn finish(self) -> Result<Vec<Bytes>> {
+        self.encoder.finish().map_err(encoding)
     }
 }
 
@@ -79,8 +76,11 @@ pub(super) async fn send_rows<T>(
     Ok(writer)
 }
 
-/// Copies rows of several batches into one, in order.
+/// Rows of several batches as one, in order: copied, unless they follow each other in one batch.
 fn gather(rows: &[Row]) -> Result<RecordBatch> {
+    if let Some(first) = rows.first().filter(|first| follow_each_other(first, rows)) {
+        return Ok(first.batch.slice(first.row, rows.len()));
+    }
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {
@@ -95,9 +95,8 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
     interleave_record_batch(&batches, &places).map_err(encoding)
 }
 
-fn cut(bytes: Vec<u8>) -> Vec<Bytes> {
-    let bytes = Bytes::from(bytes);
-    (0..bytes.len()).step_by(PART_BYTES).map(|at| bytes.slice(at..(at + PART_BYTES).min(bytes.len()))).collect()
+fn follow_each_other(first: &Row, rows: &[Row]) -> bool {
+    rows.iter().zip(first.row..).all(|(row, number)| Arc::ptr_eq(&row.batch, &first.batch) && row.row == number)
 }
 
 fn encoding(cause: arrow::error::ArrowError) -> Error {

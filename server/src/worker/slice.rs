@@ -144,8 +144,12 @@ impl SliceBlock {
     }
 }
 
-/// Copies some rows of a batch.
+/// Some rows of a batch: copied, unless they follow each other and are half of it or more. The rest stays in memory then.
 pub(super) fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
+    let first = rows.first().copied().unwrap_or_default();
+    if 2 * rows.len() >= batch.num_rows() && rows.iter().copied().eq(first..first + rows.len() as u32) {
+        return Ok(batch.slice(first as usize, rows.len()));
+    }
     take_record_batch(batch, &UInt32Array::from(rows))
         .map_err(|e| Error::internal("cannot take rows out of a block").because(e))
 }

@@ -60,6 +60,11 @@ fn receipt(count: usize) -> Receipt {
     Receipt { chosen: chosen.collect(), ..Default::default() }
 }
 
+/// A rank's stream as a whole.
+fn stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
+    rank_stream(schema, rows, receipt, indices).map(|parts| parts.concat().into())
+}
+
 fn read(stream: &Bytes) -> RecordBatch {
     let reader = StreamReader::try_new(stream.as_ref(), None).unwrap();
     concat_batches(&reader.schema(), &reader.collect::<Result<Vec<_>, _>>().unwrap()).unwrap()
@@ -68,7 +73,7 @@ fn read(stream: &Bytes) -> RecordBatch {
 #[test]
 fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
     let schema = output_schema();
-    let stream = rank_stream(&schema, &table(vec![rows(0..10, |_| 5)]), &receipt(10), &[7, 0, 3]).unwrap();
+    let stream = stream(&schema, &table(vec![rows(0..10, |_| 5)]), &receipt(10), &[7, 0, 3]).unwrap();
     let batch = read(&stream);
     assert_eq!(batch.schema(), schema);
     let text = |name: &str| batch.column_by_name(name).unwrap().as_string::<i32>().iter().flatten().collect::<Vec<_>>();
@@ -87,14 +92,14 @@ fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
 fn bytes_depend_on_contents_alone() {
     let (schema, receipt, indices) = (output_schema(), receipt(10), [9, 1, 2, 4, 8]);
     let size = |i| i * 7 % 5;
-    let whole = rank_stream(&schema, &table(vec![rows(0..10, size)]), &receipt, &indices).unwrap();
+    let whole = stream(&schema, &table(vec![rows(0..10, size)]), &receipt, &indices).unwrap();
     let joined = concat_batches(&rows(0..0, size).schema(), &[rows(0..4, size), rows(4..10, size)]).unwrap();
     let sliced = rows(0..15, size).slice(0, 10);
-    let reread = Table::from_stream(write(&sliced.schema(), [sliced.clone()]).unwrap()).unwrap();
+    let reread = Table::from_stream(write(&sliced.schema(), [Ok(sliced.clone())]).unwrap()).unwrap();
     assert_eq!(reread.rows(), 10);
     let apart = table(vec![rows(0..4, size), rows(4..10, size)]);
     for other in [table(vec![joined]), table(vec![sliced]), reread, apart] {
-        assert_eq!(rank_stream(&schema, &other, &receipt, &indices).unwrap(), whole);
+        assert_eq!(stream(&schema, &other, &receipt, &indices).unwrap(), whole);
     }
 }
 
@@ -103,7 +108,7 @@ fn record_batches_hold_4_mib_or_one_row() {
     let mib = 1 << 20;
     // Rows 0..6 of 1.5 MiB but for one of 9 MiB.
     let rows = rows(0..6, |i| if i == 3 { 9 * mib } else { 3 * mib / 2 });
-    let stream = rank_stream(&output_schema(), &table(vec![rows]), &receipt(6), &[0, 1, 2, 3, 4, 5]).unwrap();
+    let stream = stream(&output_schema(), &table(vec![rows]), &receipt(6), &[0, 1, 2, 3, 4, 5]).unwrap();
     let batches = StreamReader::try_new(stream.as_ref(), None).unwrap().map(|batch| batch.unwrap().num_rows());
     assert_eq!(batches.collect::<Vec<_>>(), [2, 1, 1, 2]);
 }
@@ -113,7 +118,7 @@ fn a_sub_batch_may_be_larger_than_one_array_can_be() {
     // 400 images of 16 MiB, which share their memory: 6.25 GiB, of which 32-bit offsets reach a third.
     let image = rows(0..1, |_| 16 << 20);
     let all = table(vec![image; 400]);
-    let stream = rank_stream(&output_schema(), &all, &receipt(400), &[399, 0]).unwrap();
+    let stream = stream(&output_schema(), &all, &receipt(400), &[399, 0]).unwrap();
     let batches: Vec<RecordBatch> =
         StreamReader::try_new(stream.as_ref(), None).unwrap().collect::<Result<_, _>>().unwrap();
     let ids = batches.iter().map(|batch| batch["_superbatch_id"].as_string::<i32>().value(0));
@@ -126,7 +131,7 @@ fn an_empty_stream_carries_the_schema() {
     let schema = output_schema();
     let stream = schema_bytes(&schema).unwrap();
     assert_eq!(StreamReader::try_new(stream.as_ref(), None).unwrap().schema(), schema);
-    assert_eq!(Table::from_stream(stream).unwrap().rows(), 0);
+    assert_eq!(Table::from_stream([stream]).unwrap().rows(), 0);
 }
 
 #[test]
@@ -134,13 +139,13 @@ fn what_does_not_fit_together_is_an_error() {
     let schema = output_schema();
     let batch = rows(0..4, |_| 1);
     let rows = table(vec![batch.clone()]);
-    assert!(rank_stream(&schema, &rows, &receipt(5), &[0]).is_err(), "a row is missing");
-    assert!(rank_stream(&schema, &rows, &receipt(4), &[4]).is_err(), "no such row");
+    assert!(stream(&schema, &rows, &receipt(5), &[0]).is_err(), "a row is missing");
+    assert!(stream(&schema, &rows, &receipt(4), &[4]).is_err(), "no such row");
     assert!(
-        rank_stream(&schema, &table(vec![batch.project(&[0, 1]).unwrap()]), &receipt(4), &[0]).is_err(),
+        stream(&schema, &table(vec![batch.project(&[0, 1]).unwrap()]), &receipt(4), &[0]).is_err(),
         "a column is missing"
     );
-    let stream = rank_stream(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
-    assert!(Table::from_stream(stream.slice(..stream.len() / 2)).is_err(), "cut off");
-    assert!(Table::from_stream(Bytes::new()).is_err());
+    let stream = stream(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
+    assert!(Table::from_stream([stream.slice(..stream.len() / 2)]).is_err(), "cut off");
+    assert!(Table::from_stream([]).is_err());
 }
