@@ -185,6 +185,8 @@ def bench_weights(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: 
     pushes = iter(range(-1, 1 << 30))
 
     def pushed() -> int:
+        # As after a step of training: other weights, which the worker has not loaded yet.
+        weights["logit_bias"].add_(0.01)
         run.push_weights(weights, step=next(pushes))
         run.flush()
         return size

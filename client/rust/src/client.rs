@@ -1,7 +1,7 @@
 //! The connection to a service, and what can be asked without a run.
 use crate::{Error, Result, Retry, Run, retry};
 use std::{sync::Arc, time::Duration};
-use superbatch_proto::{MESSAGE_BYTES_MAX, ids, v1};
+use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
 use tonic::{
     Response, Status,
     transport::{Channel, Endpoint},
@@ -100,12 +100,12 @@ fn endpoint(uri: &str, connect_timeout: Duration) -> Result<Endpoint> {
     let endpoint = Endpoint::from_shared(uri.to_owned())
         .and_then(|endpoint| endpoint.user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION"))))
         .map_err(|source| Error::Connect { uri: uri.to_owned(), source })?;
-    // Windows of several parts keep a long line full; pings find a peer that vanished while a call waits for its answer.
+    // Pings find a peer that vanished while a call waits for its answer.
     Ok(endpoint
         .connect_timeout(connect_timeout)
         .tcp_nodelay(true)
-        .initial_stream_window_size(4 << 20)
-        .initial_connection_window_size(16 << 20)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20))
         .keep_alive_while_idle(true))

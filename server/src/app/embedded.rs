@@ -2,6 +2,7 @@
 use crate::{coordinator::pool::Pool, worker::Worker};
 use hyper_util::rt::TokioIo;
 use std::{io, sync::Arc};
+use superbatch_proto::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES};
 use tokio::{
     io::DuplexStream,
     sync::{mpsc, watch},
@@ -15,7 +16,11 @@ const PIPE_BYTES: usize = 1 << 20;
 /// Serves `worker` in the background for as long as the channel is used.
 pub fn connect(worker: Worker) -> Channel {
     let (accept, incoming) = mpsc::channel::<DuplexStream>(1);
-    let router = Server::builder().add_service(worker.service());
+    let mut server = Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX);
+    let router = server.add_service(worker.service());
     tokio::spawn(async move {
         let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
         if let Err(error) = router.serve_with_incoming(incoming).await {
@@ -30,7 +35,10 @@ pub fn connect(worker: Worker) -> Channel {
             Ok::<_, io::Error>(TokioIo::new(ours))
         }
     });
-    Endpoint::from_static("http://embedded").connect_with_connector_lazy(connector)
+    Endpoint::from_static("http://embedded")
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .connect_with_connector_lazy(connector)
 }
 
 /// Takes the embedded worker out of the pool while its device is hung, as a worker of its own process leaves.

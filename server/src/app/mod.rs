@@ -25,7 +25,7 @@ use futures::future::{BoxFuture, FutureExt, Shared};
 use rand::SeedableRng;
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::{
-    MESSAGE_BYTES_MAX,
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES,
     v1::{
         FILE_DESCRIPTOR_SET, Reason, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
         selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
@@ -35,14 +35,13 @@ use tokio::{
     net::TcpListener,
     sync::{oneshot, watch},
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
     Code, Status,
     body::Body,
     codegen::http::Response,
     server::NamedService,
     service::Routes,
-    transport::{Endpoint, Server},
+    transport::{Endpoint, Server, server::TcpIncoming},
 };
 use tonic_health::server::HealthReporter;
 use tower::{
@@ -182,7 +181,8 @@ impl Serve {
             coordinator.stop().await;
         };
         let (drained, stopping) = drain(shutdown, health, SelectionServiceServer::<Selection>::NAME, let_go);
-        let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
+        let served = router
+            .serve_with_incoming_shutdown(TcpIncoming::from(self.ground.listener).with_nodelay(Some(true)), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
             http.abort();
@@ -250,7 +250,8 @@ impl Work {
             worker.stop();
         };
         let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
-        let served = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.ground.listener), drained);
+        let served = router
+            .serve_with_incoming_shutdown(TcpIncoming::from(self.ground.listener).with_nodelay(Some(true)), drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
             http.abort();
@@ -292,7 +293,11 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
 type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 fn builder() -> Server<Stack<Mended, NoLayer>> {
-    let server = Server::builder().tcp_nodelay(true).http2_keepalive_interval(Some(Duration::from_secs(20)));
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX);
     server.layer(MapResponseLayer::new(too_large))
 }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 use superbatch_proto::{
-    MESSAGE_BYTES_MAX,
+    CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES,
     v1::{Reason, RegisterRequest, worker_service_client::WorkerServiceClient},
 };
 use tokio::sync::watch;
@@ -100,7 +100,11 @@ impl Pool {
         let endpoint = Endpoint::from_shared(request.address.clone()).map_err(|e| {
             Error::invalid("address", format!("'{}' is no http://host:port", request.address)).because(e)
         })?;
-        let endpoint = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true);
+        let endpoint = endpoint
+            .connect_timeout(Duration::from_secs(5))
+            .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         // A host that vanishes sends no farewell: without these its streams would hang.
         let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
         let channel = endpoint.keep_alive_while_idle(true).connect_lazy();

@@ -3,13 +3,12 @@ use super::join;
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, WriteMultipart, path::Path};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 
-/// Largest object that is written by one request.
-const PUT_BYTES_MAX: usize = 1 << 30;
-/// Parts of a larger one, and how many are on their way at once.
+/// Largest object that is written by one request, and the parts of a larger one; so many are on their way at once, since one
+/// connection to S3 is slower than the line.
 const PART_BYTES: usize = 64 << 20;
 const PARTS_AT_ONCE: usize = 4;
 
@@ -103,23 +102,28 @@ impl Location {
     /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing. A large one
     /// goes in parts: S3 takes no more than 5 GB at once.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
-        let written = match bytes.len() <= PUT_BYTES_MAX {
-            true => self.store.put(&self.path(key), bytes.into()).await.map(drop),
-            false => self.put_in_parts(key, bytes, PART_BYTES).await,
+        self.put_pieces(key, bytes.into()).await
+    }
+
+    /// [`Self::put`] of an object that lies in pieces in memory.
+    pub async fn put_pieces(&self, key: &str, pieces: PutPayload) -> Result<()> {
+        let written = match pieces.content_length() <= PART_BYTES {
+            true => self.store.put(&self.path(key), pieces).await.map(drop),
+            false => self.put_in_parts(key, pieces, PART_BYTES).await,
         };
         written.map_err(|e| self.error("write", key, e))
     }
 
-    async fn put_in_parts(&self, key: &str, mut bytes: Bytes, part_bytes: usize) -> Result<(), object_store::Error> {
+    async fn put_in_parts(&self, key: &str, pieces: PutPayload, part_bytes: usize) -> Result<(), object_store::Error> {
         let upload = self.store.put_multipart(&self.path(key)).await?;
         let mut write = WriteMultipart::new_with_chunk_size(upload, part_bytes);
-        while !bytes.is_empty() {
+        for piece in pieces.into_iter().flat_map(|bytes| cut(bytes, part_bytes)) {
             if let Err(cause) = write.wait_for_capacity(PARTS_AT_ONCE).await {
                 // The cause tells more than a failure to clean up.
                 drop(write.abort().await);
                 return Err(cause);
             }
-            write.put(bytes.split_to(part_bytes.min(bytes.len())));
+            write.put(piece);
         }
         write.finish().await.map(drop)
     }
@@ -135,6 +139,11 @@ impl Location {
     }
 }
 
+/// Pieces that fill no more than one part each.
+fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
+    (0..bytes.len()).step_by(size).map(move |at| bytes.slice(at..bytes.len().min(at + size)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,7 +156,8 @@ mod tests {
         // Whole parts, a short last one, and fewer bytes than a part.
         for part_bytes in [100, 64, 4096] {
             let key = format!("of/{part_bytes}");
-            state.put_in_parts(&key, bytes.clone(), part_bytes).await.unwrap();
+            let pieces = PutPayload::from_iter([bytes.slice(..7), bytes.slice(7..400), bytes.slice(400..)]);
+            state.put_in_parts(&key, pieces, part_bytes).await.unwrap();
             assert_eq!(state.get(&key).await.unwrap(), bytes);
         }
     }

@@ -2,20 +2,21 @@
 use super::staging::{Part, Staged, refused};
 use crate::error::{Error, Result};
 use bytes::Bytes;
-use safetensors::{Dtype, View};
+use safetensors::{Dtype, SafeTensorError, View, tensor::Metadata};
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
 };
 use superbatch_proto::v1::Reason;
 
-/// A safetensors file and the BLAKE3 of its bytes, in hex.
+/// A safetensors file, in pieces, and the BLAKE3 of its bytes, in hex.
 pub(super) struct Snapshot {
-    pub bytes: Bytes,
+    pub pieces: Vec<Bytes>,
     pub digest: String,
 }
 
-/// Joins the parts, tensors by name. Heavy work (it reads and copies all weights): keep it off the async threads.
+/// Joins the parts, tensors by name. Whole tensors are not copied. Heavy work (it reads all weights): keep it off the async
+/// threads.
 ///
 /// # Errors
 /// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or infinity.
@@ -36,11 +37,27 @@ pub(super) fn assemble(staged: Staged) -> Result<Snapshot> {
         let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
         tensors.insert(name.as_str(), Tensor { shape, parts });
     }
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(tensors, Some(format))
+    let pieces = file(tensors)
         .map_err(|e| Error::new(Reason::WeightsRefused, "cannot write the weights as safetensors").because(e))?;
-    let digest = blake3::hash(&bytes).to_hex().to_string();
-    Ok(Snapshot { bytes: bytes.into(), digest })
+    let mut hasher = blake3::Hasher::new();
+    for piece in &pieces {
+        hasher.update(piece);
+    }
+    Ok(Snapshot { pieces, digest: hasher.finalize().to_hex().to_string() })
+}
+
+/// The file's header, then the tensors in the order in which it places them.
+fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorError> {
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut header =
+        safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, Described(tensor))), Some(format))?;
+    // It made room for the tensors.
+    header.shrink_to_fit();
+    let placed: Metadata =
+        serde_json::from_slice(&header[size_of::<u64>()..]).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
+    let names = placed.offset_keys();
+    let data = names.iter().filter_map(|name| tensors.remove(name.as_str())).map(Tensor::into_data);
+    Ok(std::iter::once(header.into()).chain(data).collect())
 }
 
 struct Tensor {
@@ -49,28 +66,46 @@ struct Tensor {
     parts: Vec<Part>,
 }
 
-impl View for Tensor {
+/// A tensor as the header tells of it, without its data.
+struct Described<'a>(&'a Tensor);
+
+impl View for Described<'_> {
+    fn dtype(&self) -> Dtype {
+        self.0.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&[])
+    }
+
+    fn data_len(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+impl Tensor {
     fn dtype(&self) -> Dtype {
         self.parts[0].dtype
     }
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
     }
 
-    fn data(&self) -> Cow<'_, [u8]> {
-        if let [whole] = &self.parts[..] {
-            return Cow::Borrowed(&whole.bytes);
+    /// Its parts put together.
+    fn into_data(mut self) -> Bytes {
+        if self.parts.len() == 1 {
+            return self.parts.remove(0).bytes.into();
         }
-        let mut out = vec![0; self.data_len()];
+        let mut out = vec![0; self.bytes()];
         for part in &self.parts {
             place(&mut out, &self.shape, part);
         }
-        Cow::Owned(out)
-    }
-
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
+        out.into()
     }
 }
 
@@ -137,8 +172,44 @@ mod tests {
                 part(Dtype::F16, &start, &extent, bytes)
             });
             let tensor = Tensor { shape: shape.to_vec(), parts: parts.into() };
-            assert_eq!(tensor.data(), whole, "axis {axis}, cut at {cut}");
+            assert_eq!(tensor.into_data(), whole, "axis {axis}, cut at {cut}");
         }
+    }
+
+    #[test]
+    fn the_file_is_what_the_library_writes() {
+        let tensor = |dtype, n: u8, shape: &[usize]| {
+            let bytes: Vec<u8> = (0..n).collect();
+            let extent: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+            Tensor { shape: shape.to_vec(), parts: vec![part(dtype, &vec![0; shape.len()], &extent, bytes)] }
+        };
+        let tensors = || {
+            BTreeMap::from([
+                ("b.half", tensor(Dtype::F16, 12, &[3, 2])),
+                ("a.scale", tensor(Dtype::F32, 4, &[])),
+                ("c.half", tensor(Dtype::BF16, 2, &[1])),
+                ("d.weight", tensor(Dtype::F32, 24, &[2, 3])),
+            ])
+        };
+        struct Whole(Tensor);
+        impl View for Whole {
+            fn dtype(&self) -> Dtype {
+                self.0.dtype()
+            }
+            fn shape(&self) -> &[usize] {
+                &self.0.shape
+            }
+            fn data(&self) -> Cow<'_, [u8]> {
+                Cow::Borrowed(&self.0.parts[0].bytes)
+            }
+            fn data_len(&self) -> usize {
+                self.0.bytes()
+            }
+        }
+        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let whole = tensors().into_iter().map(|(name, tensor)| (name, Whole(tensor)));
+        let expected = safetensors::serialize(whole, Some(format)).unwrap();
+        assert_eq!(file(tensors()).unwrap().concat(), expected);
     }
 
     #[test]

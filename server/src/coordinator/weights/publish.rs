@@ -6,6 +6,7 @@ use crate::{
     storage::{Created, Location, nonce},
 };
 use futures::FutureExt;
+use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
 use std::panic::AssertUnwindSafe;
 use superbatch_proto::v1::{Reason, WeightsVersion};
@@ -80,7 +81,7 @@ impl Inner {
         let snapshot = joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
         let _alone = self.publishing.lock().await;
         let key = snapshot_key(&snapshot.digest);
-        self.run.put(&key, snapshot.bytes).await?;
+        self.run.put_pieces(&key, PutPayload::from_iter(snapshot.pieces)).await?;
         let verified = self.verifier.verify(&self.run.uri_of(&key), &snapshot.digest).await;
         if verified.is_err() && !self.book.borrow().holds(&snapshot.digest) {
             // Best effort: what stays behind goes with the next `forget`.
