@@ -62,7 +62,8 @@ declare! {
     counter steps_committed(mode) = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.
     gauge ready_batches() = "superbatch_ready_batches", Count;
-    /// Open runs that this coordinator owns.
+    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the one that has been idle
+    /// longest is put to sleep.
     gauge open_runs() = "superbatch_open_runs", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() = "superbatch_learner_version", Count;

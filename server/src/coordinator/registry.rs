@@ -1,5 +1,6 @@
 //! All runs of this coordinator: opened by OpenRun, and found again in the state after a restart.
 use super::{
+    calls::{Called, sleepiest},
     facts::{self, RunFacts},
     open::{self, Opening},
     owner::Identity,
@@ -57,7 +58,9 @@ impl Coordinator {
             None => {
                 self.check_room()?;
                 let opening = Opening { coordinator: self, id: &request.run_id };
-                self.insert(opening.open_new(&asked).boxed().await?)?
+                let run = self.insert(opening.open_new(&asked).boxed().await?)?;
+                tracing::info!(run = run.id, "run opened");
+                run
             }
         };
         conflict(&run, &asked)?;
@@ -68,9 +71,9 @@ impl Coordinator {
     ///
     /// # Errors
     /// `RunNotFound`; `NotOwner` with the owner's address.
-    pub async fn run(&self, id: &str) -> Result<Arc<Run>> {
+    pub async fn run(&self, id: &str) -> Result<Called> {
         check_id(id)?;
-        if let Some(run) = self.here(id) {
+        if let Some(run) = self.called(id) {
             return Ok(run);
         }
         let _alone = self.alone(id).await;
@@ -150,13 +153,15 @@ impl Coordinator {
         }))
     }
 
-    async fn known(&self, id: &str) -> Result<Option<Arc<Run>>> {
-        if let Some(run) = self.here(id) {
+    async fn known(&self, id: &str) -> Result<Option<Called>> {
+        if let Some(run) = self.called(id) {
             return Ok(Some(run));
         }
         let Some(facts) = facts::load(&self.location(id)).await? else { return Ok(None) };
         let run = Opening { coordinator: self, id }.load(facts).boxed().await?;
-        self.insert(run).map(Some)
+        let run = self.insert(run)?;
+        tracing::info!(run = id, "run loaded");
+        Ok(Some(run))
     }
 
     pub fn location(&self, id: &str) -> Location {
@@ -171,13 +176,25 @@ impl Coordinator {
         self.lock().get(id).cloned()
     }
 
-    fn insert(&self, run: Arc<Run>) -> Result<Arc<Run>> {
-        if run.is_open() {
-            self.check_room()?;
-        }
+    /// As [`Coordinator::here`], in the hands of a call.
+    fn called(&self, id: &str) -> Option<Called> {
+        // Under the lock, or the run might be put to sleep in between.
+        self.lock().get(id).cloned().map(Called::new)
+    }
+
+    /// Keeps a run in memory; where there are too many, another one is put to sleep.
+    fn insert(&self, run: Arc<Run>) -> Result<Called> {
         let mut runs = self.lock();
+        let sleeps = if run.is_open() { self.room(&runs)? } else { None };
+        let slept = sleeps.and_then(|id| runs.remove(&id));
         runs.insert(run.id.clone(), run.clone());
         metrics::open_runs().set(runs.len() as f64);
+        let run = Called::new(run);
+        drop(runs);
+        if let Some(slept) = slept {
+            slept.stop();
+            tracing::info!(run = slept.id, "run put to sleep");
+        }
         Ok(run)
     }
 
@@ -193,15 +210,28 @@ impl Coordinator {
     }
 
     fn check_room(&self) -> Result<()> {
+        self.room(&self.lock()).map(drop)
+    }
+
+    /// The run that another one takes the place of, where none is free.
+    ///
+    /// # Errors
+    /// `Overloaded` where all are busy; `ShuttingDown`.
+    fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::new(Reason::ShuttingDown, "the service stops; ask again in a while"));
         }
         let most = self.deps.limits.runs_max;
-        if self.lock().values().filter(|run| run.is_open()).count() < most {
-            return Ok(());
+        let open = || runs.iter().filter(|(_, run)| run.is_open());
+        if open().count() < most {
+            return Ok(None);
         }
-        let message = format!("{most} runs are open; close one, or raise coordinator.max_runs");
-        Err(Error::new(Reason::Overloaded, message))
+        sleepiest(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
+            let message = format!(
+                "{most} runs are open and at work, so that none can be put to sleep; close one, or raise coordinator.max_runs"
+            );
+            Error::new(Reason::Overloaded, message)
+        })
     }
 
     async fn alone(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {

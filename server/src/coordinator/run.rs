@@ -6,6 +6,7 @@ mod state;
 pub use state::{State, run_state};
 
 use super::{
+    calls::Calls,
     claims::Claims,
     decide::decide,
     facts::ModelFact,
@@ -88,6 +89,7 @@ pub struct Run {
     pub wasted: Wasted,
     /// Blocks whose reference embeddings are there or under way.
     pub claims: Claims,
+    pub calls: Calls,
     me: Weak<Run>,
 }
 
@@ -108,6 +110,7 @@ impl Run {
             committing: tokio::sync::Mutex::default(),
             wasted: Wasted::default(),
             claims: Claims::default(),
+            calls: Calls::default(),
             me: me.clone(),
         })
     }
@@ -137,6 +140,13 @@ impl Run {
 
     pub fn is_open(&self) -> bool {
         self.state().check_open().is_ok()
+    }
+
+    /// Since when the run could be put to sleep; `None` while a call, a push or work on a step is under way.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let since = self.calls.idle_since()?;
+        let works = self.state().cells.values().any(Cell::is_at_work) || self.weights.is_receiving();
+        (!works).then_some(since)
     }
 
     /// The step's sub-batch, decided now or before. Steps ahead are started, too.

@@ -107,7 +107,8 @@ impl SelectionService for Selection {
 
     async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
         let request = request.get_ref();
-        let receipt = receipt(&*self.0.run(&request.run_id).await?, request).await?;
+        let run = self.0.run(&request.run_id).await?;
+        let receipt = receipt(&run, request).await?;
         Ok(Response::new(page(receipt, request.row_offset, request.max_rows)?))
     }
 }

@@ -47,6 +47,7 @@ impl Maker<'_> {
                 Verdict::TellRanks(why) => self.reporter.tell(missing(step, due, why, deadline, refusal)),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
+            let _parked = self.reporter.park();
             let alarm = async {
                 match wanted.since.filter(|_| verdict == Verdict::Wait) {
                     Some(since) => tokio::time::sleep_until(since + deadline).await,

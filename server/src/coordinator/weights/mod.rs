@@ -142,6 +142,11 @@ impl Weights {
         self.0.traffic.subscribe()
     }
 
+    /// Whether a push is on its way.
+    pub fn is_receiving(&self) -> bool {
+        !self.0.traffic.borrow().staging.is_empty()
+    }
+
     /// Whether [`Weights::forget_before`] would delete anything.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
         self.0.book.borrow().has_before(oldest_step, kept)
