@@ -88,6 +88,9 @@ def test_phases_are_part_of_what_a_run_is_and_appended_ones_are_held_to_the_limi
     with pytest.raises(superbatch.Error) as caught:
         run.append_phases([phase(from_step=5, super_batch_size=97)])
     assert reason(caught) == "RUN_SPEC_IMPOSSIBLE" and caught.value.metadata["field"] == "phases[2].super_batch_size"
+    with pytest.raises(superbatch.Error, match="limit of 96") as caught:
+        client.open_run(spec(inputs, "vast", phases=[phase(super_batch_size=10**7)]))
+    assert reason(caught) == "RUN_SPEC_IMPOSSIBLE" and caught.value.metadata["field"] == "phases[0].super_batch_size"
     run.append_phases([uniform(from_step=4)])
     assert len(client.open_run(spec(inputs, "phased", phases=two)).get_run().spec.phases) == 3
 

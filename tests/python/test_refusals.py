@@ -58,7 +58,7 @@ def test_learners_whose_weights_are_not_there(inputs, service, tmp_path):
 
 def test_another_spec_under_a_known_id(inputs, service):
     superbatch.connect(service.address).open_run(spec(inputs, "known"))
-    refused(service, "RUN_SPEC_CONFLICT", spec(inputs, "known", seed=6), "seed")
+    refused(service, "RUN_SPEC_CONFLICT", spec(inputs, "known", seed=6), "this spec says 6")
     superbatch.connect(service.address).open_run(spec(inputs, "known"))
 
 

@@ -5,7 +5,7 @@ use super::{
     open::{self, Opening},
     owner::Identity,
     run::{Deps, Run, run_state},
-    spec,
+    spec::{self, Difference},
 };
 use crate::{
     error::{Error, Result},
@@ -51,7 +51,7 @@ impl Coordinator {
     pub async fn open_run(&self, request: OpenRunRequest) -> Result<OpenRunResponse> {
         check_id(&request.run_id)?;
         let asked = request.spec.ok_or_else(|| Error::invalid("spec", "OpenRun needs a spec"))?;
-        let asked = spec::complete(asked, self.deps.limits.need_deadline_seconds)?;
+        let asked = self.complete(asked)?;
         let _alone = self.alone(&request.run_id).await;
         let run = match self.known(&request.run_id).await? {
             Some(run) => run,
@@ -65,6 +65,16 @@ impl Coordinator {
         };
         conflict(&run, &asked)?;
         open::response(&run)
+    }
+
+    /// A spec with its defaults. What is over the protocol's bound is over the operator's, which is the one that applies.
+    fn complete(&self, asked: RunSpec) -> Result<RunSpec> {
+        let limits = &self.deps.limits;
+        let over = limits.check(&asked);
+        spec::complete(asked, limits.need_deadline_seconds).map_err(|error| match over {
+            Err(over) if over.value("field") == error.value("field") => over,
+            _ => error,
+        })
     }
 
     /// The run `id`, loaded from the state where this process does not know it yet.
@@ -252,12 +262,16 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
         // The device of the one that opened the run has decided.
         known.compute_dtype = asked.compute_dtype;
     }
-    let Some(field) = spec::first_difference(&known, asked) else { return Ok(()) };
+    let Some(Difference { field, values: [known, given] }) = spec::first_difference(&known, asked) else {
+        return Ok(());
+    };
     let message = format!(
-        "run '{}' is known with another {field}; use the same spec to join it, or another run id for another run",
+        "run '{}' is known with another {field}: it was opened with {known}, and this spec says {given}; a run keeps its spec for \
+         life, so open it as it was, or another run under a new id",
         run.id
     );
-    Err(Error::new(Reason::RunSpecConflict, message).with("field", field))
+    let error = Error::new(Reason::RunSpecConflict, message).with("field", field);
+    Err(error.with("known", known).with("given", given))
 }
 
 fn check_id(id: &str) -> Result<()> {
