@@ -159,6 +159,7 @@ impl Opening<'_> {
         };
         let limits = &self.coordinator.deps.limits;
         let settings = RunWeights {
+            run_id: self.id.to_owned(),
             lag: spec.lag.unwrap_or_default(),
             push_every_steps: spec.push_every_steps,
             first_push: matches!(&spec.learner, Some(l) if matches!(l.initial, Some(Initial::FirstPush(_)))),

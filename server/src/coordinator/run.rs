@@ -41,7 +41,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
     time::Duration,
 };
-use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
+use superbatch_proto::v1::{Reason, Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
 use tokio::time::Instant;
 
 /// A batch that nobody has asked for in so long is let go; its rows can be read again.
@@ -286,8 +286,13 @@ impl Run {
             // A panic must fail its step, not leave ranks waiting for ever.
             let result = AssertUnwindSafe(decide(&run, generation, step, &reporter)).catch_unwind().await;
             let result = result.unwrap_or_else(|_| Err(Error::internal("deciding the step panicked; see the log")));
-            if let Err(error) = &result {
-                tracing::warn!(run = run.id, step, error = error.chain(), "step failed");
+            match &result {
+                // How every run with epochs ends.
+                Err(error) if error.reason() == Reason::EndOfData => {
+                    tracing::debug!(run = run.id, step, error = error.chain(), "the data ends before this step");
+                }
+                Err(error) => tracing::warn!(run = run.id, step, error = error.chain(), "step failed"),
+                Ok(_) => {}
             }
             reporter.finish(result);
             if let Err(error) = run.forget_weights().await {

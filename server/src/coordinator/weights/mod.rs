@@ -60,6 +60,8 @@ pub trait Verifier: Send + Sync {
 /// What a run's spec and the config say about its weights.
 #[derive(Debug, Clone)]
 pub struct RunWeights {
+    /// For the log.
+    pub run_id: String,
     pub lag: Lag,
     pub push_every_steps: u32,
     /// Whether the trainer pushes its initial weights, as step -1.
@@ -205,4 +207,8 @@ async fn read_fact(run: &Location, key: String) -> Result<publish::Fact> {
 fn gauge_newest(book: &Book) {
     let version = book.newest().map_or(0, |newest| newest.version.version);
     metrics::learner_version().set(version as f64);
+}
+
+fn count_failure(reason: Reason) {
+    metrics::weight_push_failures(reason.as_str_name().trim_start_matches("REASON_")).increment(1);
 }
