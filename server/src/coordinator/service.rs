@@ -126,8 +126,9 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
     }
     let found = run.find_receipt(request.step, Some(generation)).await?;
     let mut receipt = found.ok_or_else(|| {
-        let message = format!("step {} of run '{}' is not committed (yet)", request.step, run.id);
-        Error::new(Reason::StepNotCommitted, message).with("step", request.step)
+        let message =
+            format!("step {} of run '{}' is not committed in generation {generation} (yet)", request.step, run.id);
+        Error::new(Reason::StepNotCommitted, message).with("step", request.step).with("generation", generation)
     })?;
     // The one that was asked for; `chosen_in_generation` stays.
     receipt.summary.get_or_insert_default().generation = generation;
