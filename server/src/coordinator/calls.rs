@@ -1,5 +1,5 @@
-//! Calls of a run that are under way, and which run is put to sleep where there are too many: it leaves memory, its durable state
-//! stays, and the next call that names it loads it again, as after a restart.
+//! Calls of a run that are under way, and which run is put to sleep where there are too many: it leaves memory, its durable
+//! state stays, and the next call that names it loads it again, as after a restart.
 use super::run::Run;
 use std::{
     ops::Deref,

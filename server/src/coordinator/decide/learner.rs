@@ -46,17 +46,13 @@ impl Maker<'_> {
             });
             match verdict {
                 Verdict::Wait => {}
-                Verdict::TellRanks(why) => {
-                    let newest = book.borrow().newest().map(|published| published.version.step);
-                    self.reporter.tell(missing(step, awaited(due, newest), why, deadline, refusal));
-                }
+                Verdict::TellRanks(why) => self.reporter.tell(missing(step, self.awaited(due), why, deadline, refusal)),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
             let overdue = patience(&wanted, due_step(due)).filter(|_| !told).map(|patience| begun + patience);
             if overdue.is_some_and(|at| at <= Instant::now()) {
                 told = true;
-                let newest = book.borrow().newest().map(|published| published.version.step);
-                let (waits_for, seconds) = (awaited(due, newest), begun.elapsed().as_secs());
+                let (waits_for, seconds) = (self.awaited(due), begun.elapsed().as_secs());
                 tracing::warn!(run = run.id, step, seconds, waits_for, "a step waits for weights");
                 continue;
             }
@@ -76,6 +72,12 @@ impl Maker<'_> {
             };
             changed.map_err(|_| crate::coordinator::gone())?;
         }
+    }
+
+    /// What is waited for.
+    fn awaited(&self, due: Due) -> String {
+        let newest = self.run.weights.book().borrow().newest().map(|published| published.version.step);
+        awaited(due, newest)
     }
 
     fn fall_back(&self, step: u64) -> Learner {
