@@ -62,7 +62,8 @@ declare! {
     counter steps_committed(mode) = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.
     gauge ready_batches() = "superbatch_ready_batches", Count;
-    /// Open runs that this coordinator owns.
+    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the one that has been idle
+    /// longest is put to sleep.
     gauge open_runs() = "superbatch_open_runs", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() = "superbatch_learner_version", Count;
@@ -82,8 +83,9 @@ declare! {
     counter object_store_throttled() = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() = "superbatch_batch_score", Count, SCORES;
-    /// Mean score of the examples of each step: of the `chosen` ones, and of all `candidates`. Selection works while the first
-    /// is above the second.
+    /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones, and of all `candidates`. The
+    /// policies that draw by these scores hold the first above the second. Joint selection need not: its goal is the score of
+    /// the whole batch, `superbatch_batch_score`.
     histogram mean_score(of) = "superbatch_mean_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() = "superbatch_reference_rows_cached_total", Count;
@@ -92,7 +94,8 @@ declare! {
     /// Scoring workers that hold a lease.
     gauge workers() = "superbatch_workers", Count;
     /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
-    /// estimated from what stages take and from the trainers' own time for a step. 0 while nothing is known.
+    /// estimated from what stages take and from the trainers' own time for a step. 0 while no trainer has
+    /// been seen to take a few steps.
     gauge optimal_workers() = "superbatch_optimal_workers", Count;
     /// Slices that had to be scored again because their worker was lost.
     counter slices_rescored() = "superbatch_slices_rescored_total", Count;

@@ -119,7 +119,7 @@ impl Slice {
                     self.live = Some(live);
                     return Ok(());
                 }
-                Err(error) => self.give_up(pool, &live.worker, error)?,
+                Err(error) => self.give_up(pool, job, &live.worker, error)?,
             }
         }
         self.attempt(pool, job, Some(model)).await
@@ -168,7 +168,7 @@ impl Slice {
                     return Ok(());
                 }
                 Err(error) if attempt + 1 == ATTEMPTS_MAX => return Err(error),
-                Err(error) => self.give_up(pool, &worker, error)?,
+                Err(error) => self.give_up(pool, job, &worker, error)?,
             }
         }
         Err(Error::new(Reason::NoWorkers, "all scoring workers were lost"))
@@ -204,11 +204,12 @@ impl Slice {
     }
 
     /// Notes a lost worker; passes on an error that another worker would make, too.
-    fn give_up(&mut self, pool: &Pool, worker: &Worker, error: Error) -> Result<()> {
+    fn give_up(&mut self, pool: &Pool, job: &Job, worker: &Worker, error: Error) -> Result<()> {
         if !is_lost(&error) {
             return Err(error);
         }
-        tracing::warn!(worker = worker.address, error = error.chain(), "slice goes to another worker");
+        let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
+        tracing::warn!(run, step, worker = worker_at, error = error.chain(), "slice goes to another worker");
         pool.lost(worker);
         crate::metrics::slices_rescored().increment(1);
         let thrown = [self.reference.take(), self.learner.take()];
