@@ -29,7 +29,7 @@ impl Maker<'_> {
         loop {
             let (began, current) = run.began();
             // Traffic first: a push leaves it only after it has entered the book.
-            let (staged, refusal) = pushes(&traffic.borrow_and_update(), current, due);
+            let (staged, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
                 return Ok(Learner::Version(published, Mode::Normal));
             }
@@ -41,12 +41,12 @@ impl Maker<'_> {
                 due: due_step(due),
                 exact: matches!(due, Due::Exactly(_)),
                 staging: &staged,
-                refused: refusal.is_some(),
+                refused: fate.refused.is_some(),
                 fallback: self.spec.fallback(),
             });
             match verdict {
                 Verdict::Wait => {}
-                Verdict::TellRanks(why) => self.reporter.tell(missing(step, self.awaited(due), why, deadline, refusal)),
+                Verdict::TellRanks(why) => self.reporter.tell(missing(step, self.awaited(due), why, deadline, fate)),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
             let overdue = patience(&wanted, due_step(due)).filter(|_| !told).map(|patience| begun + patience);
@@ -94,11 +94,18 @@ impl Maker<'_> {
     }
 }
 
-/// Steps of the generation's pushes that are on their way, and why the due one was refused.
-fn pushes(traffic: &Traffic, generation: u32, due: Due) -> (BTreeSet<i64>, Option<String>) {
+/// What became of the push that is due.
+struct Fate {
+    refused: Option<String>,
+    /// It failed for a cause that passes.
+    failed: Option<String>,
+}
+
+/// Steps of the generation's pushes that are on their way, and what became of the due one.
+fn pushes(traffic: &Traffic, generation: u32, due: Due) -> (BTreeSet<i64>, Fate) {
     let staged = traffic.staging.iter().filter(|(g, _)| *g == generation).map(|(_, step)| *step).collect();
-    let refused = traffic.refused.get(&(generation, due_step(due).unwrap_or(-1)));
-    (staged, refused.cloned())
+    let at = (generation, due_step(due).unwrap_or(-1));
+    (staged, Fate { refused: traffic.refused.get(&at).cloned(), failed: traffic.failed.get(&at).cloned() })
 }
 
 fn due_step(due: Due) -> Option<i64> {
@@ -121,11 +128,14 @@ fn awaited(due: Due, newest: Option<i64>) -> String {
     }
 }
 
-fn missing(step: u64, weights: String, why: Why, deadline: Duration, refusal: Option<String>) -> Error {
-    let (reason, what) = match (why, refusal) {
-        (Why::Deadline, None) => (Reason::NeedDeadline, format!("did not come within {} s", deadline.as_secs_f64())),
+fn missing(step: u64, weights: String, why: Why, deadline: Duration, fate: Fate) -> Error {
+    let failed = fate.failed.map(|cause| format!(" (taking them failed: {cause})")).unwrap_or_default();
+    let (reason, what) = match (why, fate.refused) {
+        (Why::Deadline, None) => {
+            (Reason::NeedDeadline, format!("did not come within {} s{failed}", deadline.as_secs_f64()))
+        }
         (Why::NobodyPushes, None) => {
-            (Reason::WeightsMissing, "are not there, every rank waits, and none has a push on its way".to_owned())
+            (Reason::WeightsMissing, format!("are not there, every rank waits, and none has a push on its way{failed}"))
         }
         (_, Some(refusal)) => (Reason::WeightsMissing, format!("were refused ({refusal})")),
     };

@@ -81,6 +81,8 @@ pub struct Traffic {
     pub staging: BTreeSet<(u32, i64)>,
     /// Why each was refused, until it is sent again.
     pub refused: BTreeMap<(u32, i64), String>,
+    /// Why each failed last, for a cause that passes: the trainer sends it again.
+    pub failed: BTreeMap<(u32, i64), String>,
 }
 
 /// The weights of one run. Cloned freely.
@@ -205,8 +207,10 @@ async fn read_fact(run: &Location, key: String) -> Result<publish::Fact> {
 }
 
 fn gauge_newest(book: &Book) {
-    let version = book.newest().map_or(0, |newest| newest.version.version);
-    metrics::learner_version().set(version as f64);
+    // A run without pushes says nothing of the one that pushed last.
+    if let Some(newest) = book.newest() {
+        metrics::learner_version().set(newest.version.version as f64);
+    }
 }
 
 fn count_failure(reason: Reason) {

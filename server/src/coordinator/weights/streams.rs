@@ -157,16 +157,23 @@ impl Inner {
         self.staging.lock().expect("no panic while held")
     }
 
-    /// Tells of all that is staged now, and of a push that was just refused: in one change, so that no step sees neither.
-    fn tell(&self, staging: &Staging, refusal: Option<(At, String)>) {
+    /// Tells of all that is staged now, and of a push that has just ended: in one change, so that no step sees neither.
+    fn tell(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
         let staged: BTreeSet<At> = staging.pushes.keys().copied().collect();
         self.traffic.send_if_modified(|traffic| {
             let old = traffic.clone();
             traffic.refused.retain(|at, _| !staged.contains(at));
-            traffic.refused.extend(refusal);
+            match ended {
+                Some((at, Err(error))) if passes(error) => drop(traffic.failed.insert(at, error.chain())),
+                Some((at, Err(error))) => drop(traffic.refused.insert(at, error.chain())),
+                Some((at, Ok(_))) => drop(traffic.failed.remove(&at)),
+                None => {}
+            }
             // Only the steps that are being decided are looked up.
-            while traffic.refused.len() > REFUSALS_KEPT {
-                traffic.refused.pop_first();
+            for told in [&mut traffic.refused, &mut traffic.failed] {
+                while told.len() > REFUSALS_KEPT {
+                    told.pop_first();
+                }
             }
             traffic.staging = staged;
             *traffic != old
@@ -222,8 +229,7 @@ impl Inner {
             tracing::warn!(run, generation = at.0, step = at.1, error = e.chain(), "weights refused");
         }
         let Some(push) = staging.pushes.remove(&at) else { return };
-        let refusal = answer.as_ref().err().filter(|e| !passes(e)).map(|e| (at, e.chain()));
-        self.tell(staging, refusal);
+        self.tell(staging, Some((at, &answer)));
         push.answer.send_replace(Some(answer.map_err(Status::from)));
     }
 }
