@@ -107,6 +107,16 @@ def test_more_runs_than_fit_are_open_in_turn(inputs, serve):
     assert [client.get_run(name).summary.state for name in ("second", "third")] == ["open", "open"]
 
 
+def test_the_log_names_the_run_and_the_end_of_the_data_is_no_warning(inputs, serve):
+    coordinator = serve()
+    run = superbatch.connect(coordinator.address).open_run(spec(inputs, "logged", epochs=1))
+    assert len(train(run, inputs, end=None)) == run.dataset.steps_total
+    log = coordinator.log.read_text()
+    published = [line for line in log.splitlines() if "weights published" in line]
+    assert published and all('run="logged"' in line for line in published)
+    assert " WARN " not in log, log
+
+
 def test_batches_in_hand_are_bounded_and_read_again(inputs, serve):
     coordinator = serve(ready_bytes_max=1)
     client = superbatch.connect(coordinator.address)

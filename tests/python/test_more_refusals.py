@@ -118,7 +118,7 @@ def test_too_few_rows_that_can_be_used(inputs, service, tmp_path):
         error = refused(lambda: run.select(0, rank=0, world_size=1), "TOO_MANY_BAD_ROWS", "sub_batch_size",
                         candidates="96", holes="96")
         assert "a.parquet" in str(error) and "IMAGE" in str(error), "it names a row and why"
-        refused(lambda: run.receipt(0), "STEP_NOT_COMMITTED", step="0")
+        refused(lambda: run.receipt(0), "STEP_NOT_COMMITTED", "in generation 0", step="0", generation="0")
 
 
 def test_a_run_with_too_many_bad_rows_fails_in_one_way(inputs, service, tmp_path):
@@ -233,6 +233,7 @@ def test_pushes_that_do_not_belong(inputs, service):
     refused(push(rare, -1), "PUSH_OFF_CADENCE", "first_push", step="-1")
     push(rare, 1, push_id="mine")()
     push(rare, 1, push_id="mine")()
+    assert 'push published already run="rare" step=1 version=1' in service.coordinator.log.read_text()
     refused(push(rare, 1, push_id="other"), "PUSH_CONFLICT", push_id="mine")
     assert rare.get_run().learner.version == 1
 

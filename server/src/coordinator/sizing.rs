@@ -11,7 +11,7 @@ use tokio::time::Instant;
 const NEWEST: f64 = 0.2;
 
 /// A trainer counts once so many of its steps were seen: probes by hand have no pace.
-const STEPS_SEEN_MIN: u32 = 5;
+const STEPS_SEEN_MIN: u64 = 3;
 
 /// A trainer that has not been heard of for so many of its steps, and for so long, does not count: it may be gone.
 const STEPS_UNHEARD: f64 = 10.0;
@@ -55,8 +55,8 @@ pub struct Sizing(Mutex<HashMap<String, Pace>>);
 struct Pace {
     work: Option<Work>,
     step_seconds: Option<f64>,
-    /// Observations in `step_seconds`.
-    steps_seen: u32,
+    /// Steps that `step_seconds` was seen over.
+    steps_seen: u64,
     lag_steps: u32,
     /// The newest step that rank 0 had consumed, and when it said so first.
     consumed: Option<(u64, Instant)>,
@@ -118,7 +118,7 @@ impl Pace {
             if step > before {
                 let own = (now - since).saturating_sub(self.waited).as_secs_f64() / (step - before) as f64;
                 self.step_seconds = Some(mean(self.step_seconds, own));
-                self.steps_seen = self.steps_seen.saturating_add(1);
+                self.steps_seen = self.steps_seen.saturating_add(step - before);
             }
         }
         // A trainer that went back begins anew.

@@ -39,7 +39,8 @@ impl Maker<'_> {
                 needed_for: wanted.since.map(|since| since.elapsed()),
                 deadline,
                 due: due_step(due),
-                exact: matches!(due, Due::Exactly(_)),
+                // Initial weights are one push, too.
+                exact: !matches!(due, Due::Within { .. }),
                 staging: &staged,
                 refused: fate.refused.is_some(),
                 fallback: self.spec.fallback(),
