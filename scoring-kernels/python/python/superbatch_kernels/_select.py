@@ -57,7 +57,7 @@ def select(
         reference: The same of the frozen model that says what can be learned. Not needed for `criterion="hard"`. Its width
             may differ from the learner's.
         sub_batch_size: b: exactly so many are drawn.
-        policy: How they are drawn, in any case. `joint`: chunk by chunk, given what was drawn before. `independent`: one draw with
+        policy: How they are drawn. `joint`: chunk by chunk, given what was drawn before. `independent`: one draw with
             p ~ exp(s[x, x] / temperature). `uniform`: from noise alone. Without noise: `joint_top_k` and `top_k` (RHO-LOSS).
             `rank`, `proportional` and `k_center` are in docs/policies.md, with their sources.
         criterion: Whose losses make a score: `learnability` (learner - reference), `hard` (learner), `easy` (-reference).
