@@ -129,10 +129,6 @@ fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()
 }
 
 fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
-    let above = |setting, value: f64, least: f64, must| match value.is_finite() && value > least {
-        true => Ok(()),
-        false => Err(Error::SettingInvalid { setting, value: value.to_string(), must }),
-    };
     above("temperature", tuning.temperature, 0.0, "finite and above 0")?;
     above("pressure", tuning.pressure, 0.0, "finite and above 0")?;
     finite("priority_exponent", tuning.priority_exponent)?;
@@ -151,10 +147,14 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
 }
 
 fn finite(setting: &'static str, value: f64) -> Result<()> {
-    if value.is_finite() {
+    above(setting, value, f64::NEG_INFINITY, "finite")
+}
+
+fn above(setting: &'static str, value: f64, least: f64, must: &'static str) -> Result<()> {
+    if value.is_finite() && value > least {
         return Ok(());
     }
-    Err(Error::SettingInvalid { setting, value: value.to_string(), must: "finite" })
+    Err(Error::SettingInvalid { setting, value: value.to_string(), must })
 }
 
 fn offered(candidates: &Candidates<'_>) -> Result<Vec<u32>> {
@@ -194,7 +194,8 @@ pub(crate) fn check_model(
     count: usize,
     offered: &[u32],
 ) -> Result<Vec<f64>> {
-    finite("scale", embeddings.scale)?;
+    // A scale of 0 or below is most often a logarithm that nobody exponentiated.
+    above("scale", embeddings.scale, 0.0, "finite and above 0 (the temperature, already exponentiated)")?;
     finite("bias", embeddings.bias)?;
     let dim = embeddings.dim;
     if dim == 0 {

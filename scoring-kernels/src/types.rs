@@ -28,8 +28,9 @@ macro_rules! words {
         impl FromStr for $name {
             type Err = Error;
 
+            /// In any case, as in a run.
             fn from_str(word: &str) -> Result<Self> {
-                match word {
+                match word.to_ascii_lowercase().as_str() {
                     $($word => Ok(Self::$variant),)+
                     _ => Err(Error::UnknownWord { what: $what, word: word.to_owned(), valid: $valid }),
                 }
@@ -159,7 +160,7 @@ pub struct ModelEmbeddings<'a> {
     pub text: Rows<'a>,
     /// Width of a row. The two models may differ.
     pub dim: usize,
-    /// logit = scale x cosine + bias: the temperature, already exponentiated.
+    /// logit = scale x cosine + bias: the temperature, already exponentiated, so above 0.
     pub scale: f64,
     /// In the sign of big_vision, open_clip and transformers: about -10 at initialisation. Ignored by the softmax loss.
     pub bias: f64,
@@ -261,6 +262,14 @@ impl Default for Tuning {
 }
 
 impl Tuning {
+    /// The numbers that a single policy reads, each with it; all others ignore them.
+    pub const READERS: [(&'static str, Policy); 4] = [
+        ("temperature", Policy::Independent),
+        ("pressure", Policy::Rank),
+        ("priority_exponent", Policy::Proportional),
+        ("weight_exponent", Policy::Proportional),
+    ];
+
     /// Whether a rule leaves candidates out. Such rules read embeddings, also under a policy that needs none.
     pub fn leaves_out(&self) -> bool {
         [self.duplicates_above, self.clip_score_at_least, self.neg_clip_loss_keep].iter().any(Option::is_some)

@@ -11,6 +11,7 @@ import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from test_end_to_end import STEPS, inputs, service, spec, undisturbed  # noqa: F401
 
 GOLDEN = Path(__file__).parents[2] / "scoring-kernels" / "tests" / "golden"
@@ -97,7 +98,8 @@ def test_a_good_config_is_printed_with_all_defaults_and_is_one_itself(tmp_path):
     ("coordinator: {lease_seconds: 0}", ["coordinator.lease_seconds", "above 0"]),
     ("worker: {device: quantum}", ["worker.device", "cuda"]),
     ("state: [1]", ["state"]),
-    ("listen: here", ["listen", '"here"']),
+    ("state: http://foo/bar", ["state", "'http://foo/bar'", "use file, s3, gs, az or memory"]),
+    ("listen: localhost:50171", ["listen", '"localhost:50171"', "an IP address and port such as 127.0.0.1:50051"]),
     ("- 1", ["mapping"]),
     ("a: [1\n", ["not YAML", "line"]),
 ])
@@ -144,7 +146,11 @@ def test_states_that_cannot_be(tmp_path):
     for command in ("serve", "worker"):
         said = fails(command, "--listen", "127.0.0.1:0", "--state", (tmp_path / "file").as_uri())
         assert (tmp_path / "file").as_uri() in said
+        assert "the setting `state`" in said
     assert "what://x" in fails("runs", "--state", "what://x")
+    assert "as in file:///state" in fails("runs", "--state", "file://state")
+    for command in ("serve", "worker"):
+        assert "give an IP address and port" in fails(command, "--listen", "localhost:0", code=USAGE)
 
 
 # ------------------------------------------------------------------------------------------------- index, runs, receipts
@@ -199,12 +205,23 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
     in_full = prints("receipts", "undisturbed", "--step", 2, "--state", state)
     assert "undisturbed step 2 generation 0" in in_full and "joint learnability sigmoid, 3 chunks, seed 5" in in_full
     assert "96 of super_batch_size 96, 0 holes" in in_full
+    (scores,) = [line for line in in_full.splitlines() if line.startswith("scores")]
+    number = r"-?\d+\.\d{5}"
+    assert re.fullmatch(
+        rf"scores +sub-batch {number} \(mean conditional score\), chosen {number} and candidates {number} "
+        r"\(mean unconditional scores\)", scores)
     drawn = [line.split() for line in in_full.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     assert [row[5] for row in drawn] == [row[0] for row in chosen[2]]
 
 
-def test_receipts_that_are_not_there(state):
-    assert "'nobody'" in fails("receipts", "nobody", "--state", state)
+def test_receipts_that_are_not_there(state, tmp_path):
+    said = fails("receipts", "nobody", "--state", state)
+    assert f"no run 'nobody' in the state {state}; `superbatch runs`" in said and "--state" in said
+    said = fails("receipts", "nobody", "--state", tmp_path.as_uri())
+    assert f"no run 'nobody' in the state {tmp_path.as_uri()}, where nothing is; name" in said and "--state" in said
+    (tmp_path / "datasets").mkdir()
+    assert "which holds no runs" in fails("receipts", "nobody", "--step", 1, "--state", tmp_path.as_uri())
+    assert "at least 1" in fails("receipts", "nobody", "--last", 0, "--state", state, code=USAGE)
     assert "step 999 of run 'undisturbed'" in fails("receipts", "undisturbed", "--step", 999, "--state", state)
     assert "--step" in fails("receipts", "undisturbed", "--generation", 0, "--state", state, code=USAGE)
 
@@ -236,6 +253,20 @@ def test_select_takes_flags_before_the_file_and_says_what_is_wrong(tmp_path):
     (tmp_path / "text").write_text("no tensors")
     assert "not a safetensors file" in fails("select", "--embeddings", tmp_path / "text")
     assert "joint" in fails("select", "--embeddings", CASE, "--policy", "best", code=USAGE)
+    said = fails("select", "--embeddings", CASE, "--temperature", 2)
+    assert "temperature belongs to policy independent, and the policy is joint; leave it out" in said
+
+
+def test_select_warns_of_rows_that_are_not_normalised(tmp_path):
+    with safe_open(CASE, "np") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    assert run("select", "--embeddings", CASE).stderr == ""
+    tensors["learner_txt"] = 3 * tensors["learner_txt"]
+    save_file(tensors, tmp_path / "long.safetensors", metadata)
+    ended = run("select", "--embeddings", tmp_path / "long.safetensors")
+    assert (ended.returncode, len(json.loads(ended.stdout)["indices"])) == (0, 16)
+    (said,) = ended.stderr.splitlines()
+    assert said.startswith("superbatch: warning: learner text: rows are not L2-normalised (median norm 3.000, candidate "), said
 
 
 # ----------------------------------------------------------------------------------------------------------- pipes

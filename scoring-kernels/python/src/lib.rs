@@ -11,7 +11,7 @@ mod select;
 #[pyo3::pymodule]
 mod _kernels {
     #[pymodule_export]
-    use crate::select::{defaults, select, words};
+    use crate::select::{defaults, readers, select, words};
     use pyo3::prelude::*;
 
     /// The package's version is the crate's.

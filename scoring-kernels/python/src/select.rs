@@ -149,3 +149,11 @@ pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     defaults.set_item("neg_clip_loss_keep", tuning.neg_clip_loss_keep)?;
     Ok(defaults)
 }
+
+/// The arguments that a single policy reads, each with it.
+#[pyfunction]
+pub fn readers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let readers = PyDict::new(py);
+    Tuning::READERS.iter().try_for_each(|(name, policy)| readers.set_item(name, policy.as_str()))?;
+    Ok(readers)
+}

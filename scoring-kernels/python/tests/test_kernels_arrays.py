@@ -166,7 +166,15 @@ def test_embeddings_that_cannot_be_read_are_refused(image, kind, says):
         ({"generation": 2**32}, ValueError, "generation is 4294967296"),
         ({"step": "3"}, TypeError, "step is '3'"),
         ({"gain": np.inf}, ValueError, "gain is inf"),
-        ({"temperature": 0.0}, ValueError, "temperature is 0: it must be finite and above 0"),
+        ({"policy": "independent", "temperature": 0.0}, ValueError, "temperature is 0: it must be finite and above 0"),
+        ({"temperature": 2.0}, ValueError, "temperature belongs to policy independent, .* policy is joint; leave it out$"),
+        ({"pressure": 9}, ValueError, "pressure belongs to policy rank"),
+        ({"policy": "rank", "priority_exponent": 1}, ValueError, "belongs to policy proportional, and the policy is rank"),
+        ({"weight_exponent": 1}, ValueError, "weight_exponent belongs to policy proportional"),
+        ({"policy": None}, TypeError, "policy is None: text is needed"),
+        ({"loss": "Sigmoid", "learner": LEARNER[:3]}, ValueError, "learner has no bias, which the sigmoid loss needs"),
+        ({"learner": (IMAGE, TEXT, -1.0, 0.0)}, ValueError, r"learner scale is -1\.0: it must be above 0.*exp\(\)"),
+        ({"reference": (IMAGE, TEXT, 0, 0.0)}, ValueError, r"reference scale is 0\.0: it must be above 0"),
         ({"temperature": "2"}, TypeError, "temperature is '2': a number is needed"),
         ({"holes": np.ma.masked_array([1, 2], [True, False])}, TypeError, "holes is a masked array"),
         ({"keys": np.ma.masked_array(np.arange(96))}, TypeError, "keys is a masked array"),
@@ -197,9 +205,22 @@ def test_arguments_that_are_wrong_are_named(changes, kind, says):
 
 def test_forgotten_normalisation_is_noticed():
     raw = LEARNER._replace(image=7 * IMAGE)
-    with pytest.warns(UserWarning, match=r"learner image: rows are not L2-normalised \(median norm 7\)") as seen:
+    raw.image[6] *= 2
+    says = r"learner image: rows are not L2-normalised \(median norm 7, candidate 6 has 14\)"
+    with pytest.warns(UserWarning, match=says) as seen:
         draw(raw, REFERENCE)
     assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_keys_that_candidates_share_are_noticed():
+    keys = np.arange(COUNT)
+    keys[[3, 50]], keys[60:] = 7, 9
+    with pytest.warns(UserWarning, match=r"several candidates have the key 7 \(2 such keys\), and with it the same") as seen:
+        draw(LEARNER, REFERENCE, keys=keys)
+    assert [warning.filename for warning in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(LEARNER, REFERENCE, keys=np.arange(COUNT)[::-1])
 
 
 def test_rows_of_holes_need_no_length():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernels_oracle import Oracle, chunks_of, gumbel, world
 from safetensors import safe_open
-from superbatch_kernels import select
+from superbatch_kernels import _kernels, select
 
 GOLDEN = sorted((Path(__file__).parents[2] / "tests/golden").glob("*.safetensors"))
 POLICIES = ["uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional", "k_center"]
@@ -58,6 +58,7 @@ def test_every_policy_draws_what_its_formula_says(policy, criterion, loss):
         return
     place, keys = {"seed": 2**40 + 7, "generation": 3, "step": 2**33 + 1}, np.arange(96) * 2**33 + 5
     tuning = {"temperature": 0.5, "pressure": 30.0, "priority_exponent": 0.8}
+    read = {name: value for name, value in (tuning | {"weight_exponent": 0.7}).items() if _kernels.readers()[name] == policy}
     noise = gumbel(**place, draws=4, keys=keys)
 
     def exact(seed):
@@ -68,9 +69,7 @@ def test_every_policy_draws_what_its_formula_says(policy, criterion, loss):
     # Where a draw hangs by a hair, float32 may decide otherwise.
     models, oracle, exact = next(found for seed in range(50) if (found := exact(seed))[-1].margin > MARGIN)
     words = {"policy": policy, "criterion": criterion, "loss": loss}
-    ours = select(
-        *models, sub_batch_size=21, n_chunks=4, gain=3.0, keys=keys, weight_exponent=0.7, **words, **place, **tuning
-    )
+    ours = select(*models, sub_batch_size=21, n_chunks=4, gain=3.0, keys=keys, **words, **place, **read)
     assert chunks_of(ours) == exact.chunks
     close(np.sort(ours.scores), np.sort(exact.scores))
     close(ours.batch_score, exact.batch_score)
@@ -80,6 +79,12 @@ def test_every_policy_draws_what_its_formula_says(policy, criterion, loss):
     priorities = 0.8 * np.log(np.maximum(own[ours.indices], 0) + 1e-6) if policy == "proportional" else np.zeros(21)
     np.testing.assert_allclose(ours.weights, np.exp(0.7 * (priorities.min() - priorities)), rtol=1e-3)
     assert len(np.unique(ours.indices)) == 21 and ours.left_out == 0 and len(ours.not_finite) == 0
+
+
+def test_words_are_read_in_any_case():
+    models = world(3)
+    draw = lambda **words: select(*models, sub_batch_size=20, n_chunks=4, **words).indices.tolist()
+    assert draw(policy="Joint", loss="SIGMOID", criterion="Learnability") == draw()
 
 
 def test_the_draw_depends_on_its_place_and_not_on_threads():

@@ -34,11 +34,15 @@ fn settings_out_of_range_are_named() {
     for (settings, name) in bad {
         assert!(matches!(refused(&world(), &settings), Error::SettingInvalid { setting, .. } if setting == name));
     }
-    let mut blind = world();
-    blind.learner.scale = f64::INFINITY;
-    assert!(matches!(refused(&blind, &joint(2)), Error::SettingInvalid { setting: "scale", .. }));
+    // A scale of -1 is a logarithm that nobody exponentiated.
+    for scale in [f64::INFINITY, 0.0, -1.0] {
+        let mut blind = world();
+        blind.learner.scale = scale;
+        assert!(matches!(refused(&blind, &joint(2)), Error::SettingInvalid { setting: "scale", .. }), "{scale}");
+    }
     assert!(matches!("jest".parse::<Policy>(), Err(Error::UnknownWord { what: "policy", .. })));
     assert_eq!("softmax".parse::<Loss>().expect("a loss"), Loss::Softmax);
+    assert_eq!("Joint_Top_K".parse::<Policy>().expect("in any case"), Policy::JointTopK);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `superbatch index`: indexes a data set ahead of its run and writes the manifest into the state.
 use super::ConfigArgs;
 use crate::{
-    dataset::{self, Manifest, SourceManifest, SourceRequest},
+    dataset::{self, Manifest, SourceManifest, SourceRequest, counted},
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -62,7 +62,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
 }
 
 fn text(digest: &str, manifest: &Manifest) -> String {
-    let mut text = format!("dataset manifest {digest}\n{} rows\n", manifest.rows());
+    let mut text = format!("dataset manifest {digest}\n{}\n", counted(manifest.rows() as usize, "row"));
     for source in &manifest.sources {
         describe(&mut text, source).expect("a String takes any text");
     }
@@ -71,7 +71,8 @@ fn text(digest: &str, manifest: &Manifest) -> String {
 
 fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
     writeln!(text, "\n{}", source.uri)?;
-    writeln!(text, "  {} shards, {} blocks, {} rows", source.shards.len(), source.blocks().count(), source.rows())?;
+    let (shards, blocks) = (counted(source.shards.len(), "shard"), counted(source.blocks().count(), "block"));
+    writeln!(text, "  {shards}, {blocks}, {}", counted(source.rows() as usize, "row"))?;
     writeln!(text, "  image in '{}', caption in '{}'", source.layout.image_column, source.layout.caption_column)?;
     for column in &source.columns {
         match &column.differs_in {
@@ -100,7 +101,7 @@ mod tests {
             json: false,
         };
         let text = run(&stores, &state, &args).await.unwrap();
-        assert!(text.contains("1 shards, 3 blocks, 5 rows") && text.contains("image in 'jpg'"), "{text}");
+        assert!(text.contains("1 shard, 3 blocks, 5 rows") && text.contains("image in 'jpg'"), "{text}");
         args.json = true;
         let line = run(&stores, &state, &args).await.unwrap();
         assert!(line.ends_with("}\n"));

@@ -15,6 +15,7 @@ use clap::Args;
 use std::{
     io::{IsTerminal, Write},
     net::SocketAddr,
+    num::NonZeroUsize,
     path::PathBuf,
 };
 use tracing_subscriber::EnvFilter;
@@ -39,7 +40,7 @@ pub struct ServeArgs {
     settings: ConfigArgs,
     /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the settings
     /// [default: 127.0.0.1:50051]
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
     #[arg(long, value_name = "DEVICE")]
@@ -56,7 +57,7 @@ pub struct WorkerArgs {
     coordinator: Option<String>,
     /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before `worker_role.listen`
     /// [default: 127.0.0.1:50052]
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// What to score on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
     #[arg(long, value_name = "DEVICE")]
@@ -179,6 +180,11 @@ pub async fn terminated() {
         _ = terminate.recv() => {}
         _ = tokio::signal::ctrl_c() => {}
     }
+}
+
+/// A count from the command line.
+fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "give a whole number, at least 1".to_owned())
 }
 
 /// The state that the config names.

@@ -1,8 +1,9 @@
 //! `superbatch receipts`: why a batch was chosen.
-use super::{ConfigArgs, open_state, table::table};
+use super::{ConfigArgs, at_least_one, open_state, table::table};
 use crate::{
     config::Config,
     coordinator::{
+        chain::Chain,
         facts,
         receipt::{has_scores, to_json, tuning_to_json},
         receipts::Receipts,
@@ -26,7 +27,7 @@ pub struct ReceiptsArgs {
     #[arg(long, requires = "step")]
     generation: Option<u32>,
     /// How many steps to list
-    #[arg(long, value_name = "N", default_value = "20", conflicts_with = "step")]
+    #[arg(long, value_name = "N", default_value = "20", conflicts_with = "step", value_parser = at_least_one)]
     last: NonZeroUsize,
     #[command(flatten)]
     pub settings: ConfigArgs,
@@ -38,9 +39,12 @@ pub struct ReceiptsArgs {
 pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     let location = state.below(&format!("runs/{}", args.run));
+    let Some(facts::RunFacts { chain, .. }) = facts::load(&location).await? else {
+        return Err(unknown(&state, &args.run).await?);
+    };
     let found = match args.step {
-        Some(step) => vec![one(&location, args, step).await?],
-        None => newest(&location, args).await?,
+        Some(step) => vec![one(&location, &chain, args, step).await?],
+        None => newest(&location, &chain, args.last).await?,
     };
     if args.json {
         return Ok(found.iter().map(|receipt| format!("{}\n", to_json(receipt))).collect());
@@ -51,9 +55,8 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
     })
 }
 
-async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
+async fn one(location: &Location, chain: &Chain, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
     let receipts = Receipts::new(location.clone());
-    let chain = known(location, &args.run).await?.chain;
     let asked = args.generation.unwrap_or(chain.current());
     for generation in chain.candidates(step, asked) {
         if let Some(receipt) = receipts.find(step, generation).await? {
@@ -68,8 +71,7 @@ async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Rece
     Err(Error::new(Reason::StepNotCommitted, message))
 }
 
-async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>> {
-    let chain = known(location, &args.run).await?.chain;
+async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Result<Vec<Receipt>> {
     let receipts = Receipts::new(location.clone());
     let committed = receipts.committed().await?;
     let steps: BTreeSet<u64> = committed.iter().map(|(step, _)| *step).collect();
@@ -80,7 +82,7 @@ async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>
         if let Some(generation) = best {
             found.extend(receipts.find(step, generation).await?);
         }
-        if found.len() == args.last.get() {
+        if found.len() == last.get() {
             break;
         }
     }
@@ -88,11 +90,18 @@ async fn newest(location: &Location, args: &ReceiptsArgs) -> Result<Vec<Receipt>
     Ok(found)
 }
 
-async fn known(location: &Location, run: &str) -> Result<facts::RunFacts> {
-    facts::load(location).await?.ok_or_else(|| {
-        let message = format!("there is no run '{run}' in the state; `superbatch runs` lists those there are");
-        Error::new(Reason::RunNotFound, message)
-    })
+/// Most often the state is not the service's: it is named, and what is in it.
+async fn unknown(state: &Location, run: &str) -> Result<Error> {
+    let what = match (state.folders("").await?.is_empty(), state.folders("runs").await?.is_empty()) {
+        (true, _) => ", where nothing is",
+        (false, true) => ", which holds no runs",
+        (false, false) => "; `superbatch runs` with the same state lists those there are",
+    };
+    let message = format!(
+        "there is no run '{run}' in the state {}{what}; name the service's state with --state or --config",
+        state.uri()
+    );
+    Ok(Error::new(Reason::RunNotFound, message).with("uri", state.uri()))
 }
 
 fn list(receipts: &[Receipt]) -> String {
@@ -198,7 +207,7 @@ fn scores(s: &ReceiptSummary) -> String {
         return "none: no loss was read".to_owned();
     }
     format!(
-        "sub-batch {:.5}, chosen {:.5}, candidates {:.5} (mean conditional, mean unconditional)",
+        "sub-batch {:.5} (mean conditional score), chosen {:.5} and candidates {:.5} (mean unconditional scores)",
         s.batch_score, s.mean_score_chosen, s.mean_score_candidates
     )
 }

@@ -1,7 +1,9 @@
 //! `superbatch select`: one selection over a file of embeddings, without a server.
 mod file;
+mod norms;
 
 use self::file::{File, Model};
+use super::at_least_one;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::{num::NonZeroUsize, path::PathBuf, time::Instant};
@@ -13,7 +15,8 @@ use superbatch_proto::v1::Reason;
 /// FILE holds a super-batch of B candidates as float32 or float16 tensors `learner_img`, `learner_txt`, `reference_img` and
 /// `reference_txt`, each `[B, d]` with L2-normalised rows (the two models may differ in d), and the models' logits as metadata:
 /// `learner_scale`, `learner_bias`, `reference_scale`, `reference_bias`, where logit = scale x cosine + bias. What a flag does
-/// not say is taken from the metadata of its name (`b` for the sub-batch size), else from the default given below.
+/// not say is taken from the metadata of its name (`b` for the sub-batch size), else from the default given below. Rows that
+/// are not normalised are warned of. A flag that another policy reads is refused, and metadata that it reads is ignored.
 ///
 /// Prints {"indices": [...], "chunks": [sizes], "batch_score": x, "seconds": {"load": .., "select": ..}}: the chosen
 /// candidates in the order drawn, how many each chunk drew, and the mean conditional score per example of the sub-batch.
@@ -62,7 +65,7 @@ pub struct SelectArgs {
     #[arg(long, value_enum, default_value_t = BackendChoice::Native)]
     pub backend: BackendChoice,
     /// Threads on the CPU; the native backend's draw does not depend on it [default: one a core]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }
 
@@ -134,6 +137,7 @@ pub fn run(args: &SelectArgs) -> Result<String> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.map_or(0, NonZeroUsize::get));
     let pool = pool.build().map_err(|error| Error::internal("cannot start threads").because(error))?;
     let super_batch = SuperBatch::read(args)?;
+    super_batch.warnings().iter().for_each(|warning| eprintln!("superbatch: warning: {warning}"));
     let load = begun.elapsed().as_secs_f64();
 
     let begun = Instant::now();
@@ -209,7 +213,7 @@ impl SuperBatch {
         let criterion = file.setting(args.criterion, "criterion", Criterion::default())?;
         let policy = file.setting(args.policy, "policy", Policy::default())?;
         let loss = file.setting(args.loss, "loss", Loss::default())?;
-        let tuning = file.tuning(&args.tuning)?;
+        let tuning = file.tuning(&args.tuning, policy)?;
         let optional = !policy.is_scored();
         let learner = if criterion.needs_learner() { file.model("learner", loss, optional)? } else { None };
         // Wherever there is a reference, it tells distances and what is left out.
@@ -239,6 +243,16 @@ impl SuperBatch {
         let noise = noise.filter(|(values, _)| values.len() >= draws * count).map(|(values, _)| values);
         let seed = file.setting(args.seed, "seed", 0)?;
         Ok(Self { count, learner, reference, settings, tuning, noise, seed })
+    }
+
+    /// What is suspicious, though a draw can be made of it.
+    fn warnings(&self) -> Vec<String> {
+        let models = [("learner", &self.learner), ("reference", &self.reference)];
+        models
+            .iter()
+            .filter_map(|(name, model)| Some((name, model.as_ref()?)))
+            .flat_map(|(name, m)| m.warnings(name))
+            .collect()
     }
 
     fn select(&self, backend: &Backend) -> Result<Selection> {

@@ -10,7 +10,7 @@ pub use reference::{commented_yaml, reference};
 
 use crate::{
     error::{Error, Result},
-    storage::StorageConfig,
+    storage::{StorageConfig, can_hold_state},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use superbatch_proto::v1::Reason;
 use url::Url;
 
+/// What an address to listen on looks like.
+const ADDRESS: &str = "an IP address and port such as 127.0.0.1:50051";
 /// Durations beyond this are refused, in seconds: about 30 years.
 const SECONDS_MAX: f64 = 1e9;
 
@@ -171,6 +173,11 @@ pub enum LogFormat {
     Json,
 }
 
+/// An address from the command line. A host's name is none: it may have several.
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("give {ADDRESS}"))
+}
+
 fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
@@ -183,7 +190,8 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.validate_reach()?;
         self.validate_advertised()?;
-        self.state_uri()?;
+        can_hold_state(&self.state_uri()?)
+            .map_err(|e| Error::invalid("state", format!("state cannot be {:?}: {}", self.state, e.chain())))?;
         let c = &self.coordinator;
         let seconds = [
             ("coordinator.grace_seconds", c.grace_seconds),

@@ -1,5 +1,5 @@
 //! The settings as a page and as a commented file, from the schema that serde and the comments give.
-use super::Config;
+use super::{ADDRESS, Config};
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
@@ -24,6 +24,8 @@ pub(super) struct Field {
     pub kind: Kind,
     /// The type, for people.
     type_name: String,
+    /// What to give, for people who gave something else.
+    pub wanted: String,
     default: Value,
     meaning: String,
 }
@@ -48,7 +50,9 @@ fn walk(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>
         let meaning =
             schema["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
         let (kind, type_name) = describe(schema);
-        fields.push(Field { path: path.clone(), kind, type_name, default: defaults[key].clone(), meaning });
+        let wanted = if key.ends_with("listen") { ADDRESS.to_owned() } else { wanted(schema) };
+        let wanted = if type_name.ends_with(" or null") { wanted + ", or null" } else { wanted };
+        fields.push(Field { path: path.clone(), kind, type_name, wanted, default: defaults[key].clone(), meaning });
         if kind == Kind::Section {
             walk(&path, schema, &defaults[key], fields);
         }
@@ -86,14 +90,50 @@ fn describe(schema: &Value) -> (Kind, String) {
     (kind, names.join(" or "))
 }
 
+/// What values fit a setting.
+fn wanted(schema: &Value) -> String {
+    if let Some(choices) = schema["enum"].as_array() {
+        let choices: Vec<&str> = choices.iter().filter_map(Value::as_str).collect();
+        return format!("one of {}", choices.join(", "));
+    }
+    let is = |name: &str| match &schema["type"] {
+        Value::Array(types) => types.iter().any(|found| found == name),
+        one => one == name,
+    };
+    let wanted = match () {
+        () if is("integer") && schema["format"] == "uint32" => "a whole number from 0 to 4294967295",
+        () if is("integer") => "a whole number, at least 0",
+        () if is("number") => "a number",
+        () if is("boolean") => "true or false",
+        () if is("array") => "a list of text, such as [a, b]",
+        () if is("object") => "a mapping of names to text, such as {name: text}",
+        () => "text",
+    };
+    wanted.to_owned()
+}
+
+/// What the page begins with.
+const PREFACE: &str = "\
+# Configuration
+
+One YAML file (`superbatch serve --config FILE`); `superbatch check-config --defaults` prints one with all defaults, and
+`superbatch check-config --config FILE` checks yours. Unknown keys are refused.
+
+Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its dots as two underscores,
+so that `SUPERBATCH_COORDINATOR__LEASE_SECONDS=30` sets `coordinator.lease_seconds`. A variable holds what the file would
+have after the key, so a list is written in brackets, `SUPERBATCH_STORAGE__ALLOW_URIS='[s3://data, s3://models]'`, and
+replaces the file's. Of a mapping, each entry may have a variable of its own:
+`SUPERBATCH_STORAGE__OPTIONS__AWS_REGION=eu-west-1`. Text is taken as it is; where `null` is allowed, empty text means it.
+
+Generated from `server/src/config` by `make docs`.
+
+| setting | type | default | meaning |
+|---|---|---|---|
+";
+
 /// The page `docs/configuration.md`.
 pub fn reference() -> String {
-    let mut page = String::from(
-        "# Configuration\n\nOne YAML file (`superbatch serve --config FILE`); `superbatch check-config --defaults` prints one with all \
-         defaults, and `superbatch check-config --config FILE` checks yours. Unknown keys are refused. Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its dots as two \
-         underscores, so that `SUPERBATCH_COORDINATOR__LEASE_SECONDS=30` sets `coordinator.lease_seconds`. Generated from \
-         `server/src/config` by `make docs`.\n\n| setting | type | default | meaning |\n|---|---|---|---|\n",
-    );
+    let mut page = String::from(PREFACE);
     for field in fields().iter().filter(|field| field.kind != Kind::Section) {
         let Field { path, type_name, default, meaning, .. } = field;
         page.push_str(&format!("| `{path}` | {type_name} | `{default}` | {} |\n", meaning.replace('|', "\\|")));

@@ -68,6 +68,66 @@ fn a_value_of_another_type_is_blamed_on_its_field() {
 }
 
 #[test]
+fn what_would_fit_is_said_in_words_and_not_in_those_of_rust() {
+    let address = "an IP address and port such as 127.0.0.1:50051";
+    for (yaml, says) in [
+        ("listen: localhost:50171", format!("listen cannot be \"localhost:50171\"; give {address}")),
+        ("metrics_listen: 9", format!("metrics_listen cannot be 9; give {address}, or null")),
+        (
+            "worker_role: {metrics_listen: x}",
+            format!("worker_role.metrics_listen cannot be \"x\"; give {address}, or null"),
+        ),
+        (
+            "coordinator: {max_runs: -1}",
+            "coordinator.max_runs cannot be -1; give a whole number from 0 to 4294967295".into(),
+        ),
+        ("coordinator: {push_bytes_max: 1.5}", "give a whole number, at least 0".into()),
+        ("coordinator: {lease_seconds: soon}", "coordinator.lease_seconds cannot be \"soon\"; give a number".into()),
+        ("coordinator: {workers_embedded: 1}", "give true or false".into()),
+        ("coordinator: {advertise_address: 1}", "give text, or null".into()),
+        (
+            "storage: {allow_uris: s3://a}",
+            "storage.allow_uris cannot be \"s3://a\"; give a list of text, such as [a, b]".into(),
+        ),
+        ("storage: {options: [a]}", "give a mapping of names to text, such as {name: text}".into()),
+        ("storage: {options: {aws_region: 7}}", "storage.options.aws_region cannot be 7; give text".into()),
+        ("log: {format: xml}", "log.format cannot be \"xml\"; give one of text, json".into()),
+        ("state: [1]", "state cannot be [1]; give text".into()),
+    ] {
+        let said = load(yaml, &[]).unwrap_err().chain();
+        assert!(said.contains(&says), "{yaml}: {said}");
+    }
+    assert_eq!(crate::config::address("localhost:1").unwrap_err(), format!("give {address}"));
+}
+
+#[test]
+fn state_goes_where_it_can_be_kept() {
+    let at = |uri: &str| load(&format!("state: '{uri}'"), &[]);
+    for uri in [
+        "s3://b/p",
+        "gs://b/p",
+        "az://c/p",
+        "memory:///x",
+        "file:///x",
+        "./x",
+        "/x",
+        "https://a.blob.core.windows.net/c/p",
+    ] {
+        assert!(at(uri).is_ok(), "{uri}");
+    }
+    for (uri, says) in [
+        ("http://foo/bar", "use file, s3, gs, az or memory"),
+        ("https://foo/bar", "use file, s3, gs, az or memory"),
+        ("what://x", "use file, s3, gs, az or memory"),
+        ("file://pool/x", "three slashes"),
+        ("s3://", "cannot use 's3://'"),
+    ] {
+        let error = at(uri).unwrap_err();
+        assert!(error.value("field") == Some("state") && error.chain().contains(says), "{uri}: {}", error.chain());
+    }
+}
+
+#[test]
 fn the_environment_comes_before_the_file() {
     let variables = [
         ("SUPERBATCH_STATE", "memory:///s"),

@@ -1,5 +1,6 @@
 //! Indexing: which files a source has, and of each file the blocks, read from its footer alone.
 use super::{
+    counted,
     file::{self, ShardFile},
     layout,
     manifest::{Block, Column, Layout, Manifest, Shard, SourceManifest},
@@ -98,6 +99,19 @@ fn nothing(at: &str, source: &str) -> Error {
     Error::new(Reason::DatasetEmpty, message).with("source", source)
 }
 
+/// There are objects, but none of them is wanted: the first few are named, so that a wrong folder is recognised.
+fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error {
+    const NAMED_MAX: usize = 3;
+    let first = others.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = if others.len() > NAMED_MAX { ", …" } else { "" };
+    let what = match is_pattern {
+        true => format!("nothing at {at} matches {source}"),
+        false => format!("no file at {at} ends in .parquet"),
+    };
+    let message = format!("{what}; there are {}: {first}{more}", counted(others.len(), "other file"));
+    Error::new(Reason::DatasetEmpty, message).with("source", source)
+}
+
 /// The files that `keys` name below `root`.
 async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     let globs = match keys {
@@ -119,15 +133,15 @@ async fn find(root: &Location, keys: &Keys, uri: &str) -> Result<Found> {
     if all.is_empty() && globs.is_none() {
         return root.head("").await?.map(Found::Itself).ok_or_else(|| nothing(root.uri(), uri));
     }
-    let objects = all.len();
+    let mut others: Vec<String> = all.iter().map(|(path, _)| path.clone()).collect();
     // Writers leave `_metadata`, `_SUCCESS` and dot files beside their shards.
     let shard =
         |path: &str| path.ends_with(".parquet") && !path.split('/').any(|segment| segment.starts_with(['.', '_']));
     let wanted = |path: &str| globs.map_or_else(|| shard(path), |g| g.iter().any(|g| pattern::matches(g, path)));
     let files: Vec<_> = all.into_iter().filter(|(path, _)| wanted(path)).collect();
     if files.is_empty() {
-        let message = format!("none of the {objects} objects at {} is a Parquet file that {uri} names", root.uri());
-        return Err(Error::new(Reason::DatasetEmpty, message).with("source", uri));
+        others.sort();
+        return Err(none_of(&others, root.uri(), uri, globs.is_some()));
     }
     Ok(Found::Below(files))
 }
@@ -202,7 +216,7 @@ impl Building {
                 shards: self.shards,
             }),
             _ => {
-                let message = format!("{} has no rows in its {} files", request.uri, self.shards.len());
+                let message = format!("{} has no rows in its {}", request.uri, counted(self.shards.len(), "file"));
                 Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
             }
         }

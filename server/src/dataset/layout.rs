@@ -28,15 +28,19 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
         image_in_struct: matches!(image.data_type(), DataType::Struct(_)),
         caption_column: caption.name().clone(),
     };
-    check(schema, &layout, &request.uri, &request.uri)?;
+    fits(schema, &layout, &request.uri, &request.uri, "; name another")?;
     Ok(layout)
 }
 
-/// Whether a shard has image and caption where `layout` says.
+/// Whether a further shard has image and caption where `layout` says.
 ///
 /// # Errors
 /// `SchemaMismatch` naming source, shard and column.
 pub(super) fn check(schema: &Schema, layout: &Layout, source: &str, shard: &str) -> Result<()> {
+    fits(schema, layout, source, shard, "; all shards of a source need the same columns")
+}
+
+fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str) -> Result<()> {
     let image_fits = |t: &DataType| if layout.image_in_struct { is_image_struct(t) } else { is_binary(t) };
     let image_kind = if layout.image_in_struct { "a struct with binary `bytes`" } else { "binary (or struct<bytes>)" };
     for (column, is_image) in [(&layout.image_column, true), (&layout.caption_column, false)] {
@@ -47,7 +51,7 @@ pub(super) fn check(schema: &Schema, layout: &Layout, source: &str, shard: &str)
             Ok(field) => format!("is {}, not {kind}", field.data_type()),
             Err(_) => "is not there".to_owned(),
         };
-        let message = format!("column '{column}' of {shard} {what}; all shards of a source need the same columns");
+        let message = format!("column '{column}' of {shard} {what}{cure}");
         return Err(mismatch(message, source, column).with("shard", shard));
     }
     Ok(())
@@ -75,7 +79,10 @@ fn named<'a>(schema: &'a Schema, request: &SourceRequest, name: &str) -> Result<
 }
 
 fn none(schema: &Schema, request: &SourceRequest, what: &str, option: &str) -> Error {
-    let message = format!("cannot tell which column of {} is the {what}; name it with {option}", request.uri);
+    let flag = option.replace('_', "-");
+    let uri = &request.uri;
+    let message =
+        format!("cannot tell which column of {uri} is the {what}; name it with {option} (as a flag --{flag})");
     not_found(message, what, &names(schema))
 }
 

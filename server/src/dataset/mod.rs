@@ -20,6 +20,11 @@ pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
     hash
 }
 
+/// A count with its noun, in the plural where it is not one.
+pub(crate) fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 #[cfg(test)]
 pub(crate) mod fixtures;
 #[cfg(test)]

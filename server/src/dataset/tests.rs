@@ -70,6 +70,7 @@ async fn what_the_request_names_wins() {
     named.caption_column = Some("uid".into());
     let error = failure(index(&stores, &[named.clone()]).await);
     assert_eq!((error.reason(), error.value("column")), (Reason::SchemaMismatch, Some("uid")));
+    assert!(error.to_string().ends_with("is Int64, not a string; name another"), "there are no other shards: {error}");
 
     named.image_column = Some("nope".into());
     let error = failure(index(&stores, &[named]).await);
@@ -107,6 +108,20 @@ async fn what_is_missing_or_empty_is_told_apart() {
     }
     let error = failure(index(&stores, &[request("memory:///data/d/readme.txt")]).await);
     assert_eq!(error.value("shard"), Some("memory:///data/d/readme.txt"), "the bad file is named");
+    let says = |error: Error, text: &str| assert_eq!(error.to_string(), text);
+    let folder = failure(index(&stores, &[request("memory:///data/d")]).await);
+    says(folder, "no file at memory:///data/d ends in .parquet; there are 1 other file: readme.txt");
+    for name in ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"] {
+        put(&stores, &[(format!("m/{name}").as_str(), Bytes::from("{}"))]).await;
+    }
+    let model = failure(index(&stores, &[request("memory:///data/m/")]).await);
+    let names = "config.json, model.safetensors, preprocessor_config.json, …";
+    says(model, &format!("no file at memory:///data/m ends in .parquet; there are 4 other files: {names}"));
+    let pattern = failure(index(&stores, &[request("memory:///data/m/x*.parquet")]).await);
+    says(
+        pattern,
+        &format!("nothing at memory:///data/m matches memory:///data/m/x*.parquet; there are 4 other files: {names}"),
+    );
 }
 
 #[tokio::test]
@@ -117,6 +132,7 @@ async fn shards_must_agree_on_image_and_caption() {
     assert_eq!(error.reason(), Reason::SchemaMismatch);
     assert_eq!(error.value("shard"), Some("memory:///data/1.parquet"));
     assert_eq!((error.value("source"), error.value("column")), (Some("memory:///data"), Some("jpg")));
+    assert!(error.to_string().ends_with("all shards of a source need the same columns"), "{error}");
 }
 
 #[tokio::test]
@@ -165,6 +181,7 @@ async fn columns_that_cannot_be_told_are_asked_for() {
     let two = batch(vec![("jpg", image), ("a", words.clone()), ("b", words.clone())]);
     let error = failure(indexed(&stores(), &[("0.parquet", parquet(&two, 1))]).await);
     assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("caption")));
+    assert!(error.to_string().contains("name it with caption_column (as a flag --caption-column)"), "{error}");
     let none = batch(vec![("id", ids), ("caption", words)]);
     let error = failure(indexed(&stores(), &[("0.parquet", parquet(&none, 1))]).await);
     assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("image")));

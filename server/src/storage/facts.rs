@@ -50,13 +50,15 @@ impl Location {
 /// Refuses a store that overwrites on a conditional create, as some do silently: state on it would be lost in a race.
 ///
 /// # Errors
-/// `StorageUnsafe`, or `StorageUnreachable`.
+/// `StorageUnsafe`, or `StorageUnreachable`, naming the setting.
 pub async fn probe(state: &Location) -> Result<()> {
+    let unusable =
+        |e: Error| e.about(format_args!("the setting `state` is {}, which cannot be written to", state.uri()));
     let key = format!("probe/{}", nonce());
     let (first, second) = (Bytes::from("first"), Bytes::from("second"));
-    state.create(&key, first).await?;
+    state.create(&key, first).await.map_err(unusable)?;
     let safe = matches!(state.create(&key, second).await?, Created::Theirs(_));
-    state.delete(&key).await?;
+    state.delete(&key).await.map_err(unusable)?;
     if safe {
         return Ok(());
     }

@@ -10,7 +10,7 @@ pub use metered::metered;
 
 use crate::error::{Error, Result};
 use deadline::Deadlines;
-use object_store::{ObjectStore, local::LocalFileSystem, memory::InMemory, path::Path};
+use object_store::{ObjectStore, ObjectStoreScheme as Scheme, local::LocalFileSystem, memory::InMemory, path::Path};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -108,18 +108,14 @@ impl Stores {
     /// # Errors
     /// `InvalidArgument` where it is no such URI; nothing is contacted yet.
     pub fn open(&self, uri: &str) -> Result<Location> {
-        let bad = |message: String| Error::invalid("uri", message).with("uri", uri);
-        let url = Url::parse(uri).map_err(|e| {
-            bad(format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name")).because(e)
-        })?;
-        let (scheme, path) =
-            object_store::ObjectStoreScheme::parse(&url).map_err(|e| bad(format!("cannot use '{uri}'")).because(e))?;
+        let (url, scheme, path) = taken_apart(uri)?;
         let key = format!("{}://{}", url.scheme(), url.authority());
         let mut open = self.0.open.lock().expect("no panic while held");
         let store = match open.get(&key) {
             Some(store) => store.clone(),
             None => {
-                let store = self.connect(&scheme, &url).map_err(|e| bad(format!("cannot use '{uri}'")).because(e))?;
+                let store =
+                    self.connect(&scheme, &url).map_err(|e| unusable(uri, format!("cannot use '{uri}'")).because(e))?;
                 let store = self.0.wrap.as_ref().map_or(store.clone(), |wrap| wrap(store));
                 // Outermost: whatever is silent inside, callers learn of it.
                 let store = Deadlines::new(&self.0.config).around(store);
@@ -130,16 +126,11 @@ impl Stores {
         Ok(Location::new(store, path, uri))
     }
 
-    fn connect(
-        &self,
-        scheme: &object_store::ObjectStoreScheme,
-        url: &Url,
-    ) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
-        use object_store::ObjectStoreScheme as S;
+    fn connect(&self, scheme: &Scheme, url: &Url) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
         Ok(match scheme {
             // State on a local disk survives a power cut.
-            S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
-            S::Memory => Arc::new(InMemory::new()),
+            Scheme::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
+            Scheme::Memory => Arc::new(InMemory::new()),
             _ => {
                 let config = &self.0.config;
                 // What comes later holds.
@@ -147,6 +138,39 @@ impl Stores {
                 Arc::from(object_store::parse_url_opts(url, options)?.0)
             }
         })
+    }
+}
+
+/// Whether a URI's store can take state: one that is written, not only read. Nothing is contacted.
+///
+/// # Errors
+/// `InvalidArgument`, saying which can.
+pub fn can_hold_state(uri: &str) -> Result<()> {
+    match taken_apart(uri)? {
+        (_, Scheme::Http, _) => {
+            let message = format!("'{uri}' names a web server, which is only read; use file, s3, gs, az or memory");
+            Err(unusable(uri, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn unusable(uri: &str, message: String) -> Error {
+    Error::invalid("uri", message).with("uri", uri)
+}
+
+fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
+    let url = Url::parse(uri).map_err(|e| {
+        unusable(uri, format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name")).because(e)
+    })?;
+    if let ("file" | "memory", Some(host)) = (url.scheme(), url.host_str()) {
+        let meant = format!("{}:///{host}{}", url.scheme(), url.path().trim_end_matches('/'));
+        let message = format!("'{uri}' names a host, {host}, and no path; write three slashes, as in {meant}");
+        return Err(unusable(uri, message));
+    }
+    match Scheme::parse(&url) {
+        Ok((scheme, path)) => Ok((url, scheme, path)),
+        Err(e) => Err(unusable(uri, format!("cannot use '{uri}'; use file, s3, gs, az or memory")).because(e)),
     }
 }
 
@@ -173,6 +197,17 @@ mod tests {
         for bad in ["memory:///database/a", "memory:///data/../secret", "file:///etc/passwd"] {
             let error = stores.open_allowed(bad).map(drop).unwrap_err();
             assert_eq!(error.reason(), Reason::UriNotAllowed, "{bad}");
+        }
+    }
+
+    #[test]
+    fn two_slashes_are_told_of_the_third() {
+        let stores = Stores::new(StorageConfig::default());
+        for (uri, meant) in
+            [("file://pool", "file:///pool"), ("file://data/x", "file:///data/x"), ("memory://x", "memory:///x")]
+        {
+            let error = stores.open(uri).map(drop).unwrap_err().chain();
+            assert!(error.ends_with(&format!("write three slashes, as in {meant}")), "{error}");
         }
     }
 

@@ -73,11 +73,12 @@ class Tuning:
 class Phase:
     """How batches are chosen from `from_step` on.
 
-    policy: "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional" or "k_center".
-    super_batch_size: candidates scanned for a step. sub_batch_size: rows chosen and served, over all ranks.
+    policy: "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional" or "k_center", in any case.
+    super_batch_size: candidates scanned for a step; rows that do not fill a last one sit the epoch out.
+    sub_batch_size: rows chosen and served, over all ranks.
     criterion: "learnability" (default), "hard" or "easy".
     n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax scores (default 1).
-    fidelity: "full" (default).
+    fidelity: "full" (default). "approximate" (Flexi-JEST) is not built yet: open_run answers UNIMPLEMENTED.
     tuning: numbers of single policies, and what is left out before the draw.
     """
 
@@ -112,7 +113,8 @@ def at_most(steps: int) -> Lag:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Start as a copy of another run's history: steps before `step` are that run's."""
+    """Start as a copy of another run's history: steps before `step` are that run's. Not built yet: open_run answers
+    UNIMPLEMENTED; `Run.rewind` goes back within a run."""
 
     run_id: str
     step: int
@@ -120,7 +122,8 @@ class Fork:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything a run is. All ranks open the same id with the same spec.
+    """Everything a run is. All ranks open the same id with the same spec, which is fixed for the run's life; only phases
+    can be added, by `Run.append_phases`.
 
     run_id: letters, digits, '-', '_' and '.', at most 128.
     sources: at least one; a plain string is the uri of a source.
@@ -133,13 +136,18 @@ class RunSpec:
     push_every_steps: a push is due after every so many steps (default 1).
     micro_batches: each rank's slice is cut into so many equal micro-batches (default 1).
     columns: extra columns to deliver beside image and caption.
-    fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or "reference_only".
-    max_ahead: steps beyond the last consumed one that may be asked for (default 2).
-    epochs: passes over the data; 0 is without end. window_blocks: blocks whose rows are shuffled together (default 16).
+    fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or "reference_only". "wait" is
+        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING at once where
+        every rank waits and no push is on its way. To ask again is to wait again.
+    max_ahead: steps beyond the last consumed one that may be asked for (default 2). More than the steps that a DataLoader's
+        workers hold ready (num_workers times prefetch_factor).
+    epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last super-batch are not scanned in it:
+        of 900 rows at super_batch_size 320, epochs=1 scans 640 in 2 steps. `Run.dataset.tail_rows_per_epoch` counts them.
+    window_blocks: blocks whose rows are shuffled together (default 16).
     embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
     micro_batch_rows: candidates per forward pass (default 64).
     max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
-    fork_of: another run's history to start from.
+    fork_of: another run's history to start from. Not built yet: open_run answers UNIMPLEMENTED.
     train_flops_per_example: what a training step costs, where known.
     need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies (default 60).
     """

@@ -86,11 +86,13 @@ def warn_unless_normalised(name: str, rows: NDArray[Any], looked_at: NDArray[np.
     """Looks at a few rows, so that forgotten normalisation does not go on unseen."""
     some = rows[looked_at].astype(np.float32)
     norms = np.sqrt(np.einsum("ij,ij->i", some, some))
-    norms = norms[np.isfinite(norms)]
+    looked_at, norms = looked_at[np.isfinite(norms)], norms[np.isfinite(norms)]
     median = float(np.median(norms)) if len(norms) else 1.0
     if abs(median - 1.0) > 0.05:
+        worst = np.abs(norms - 1.0).argmax()
         warnings.warn(
-            f"{name}: rows are not L2-normalised (median norm {median:.3g}), so logits are not scale * cosine + bias",
+            f"{name}: rows are not L2-normalised (median norm {median:.3g}, candidate {looked_at[worst]} has "
+            f"{norms[worst]:.3g}), so logits are not scale * cosine + bias",
             stacklevel=3,
         )
 
@@ -116,6 +118,14 @@ def keys(given: Any) -> NDArray[np.uint64]:
     array = _whole_numbers("keys", np.asarray(given))
     if array.size and array.min() < 0:
         raise ValueError(f"keys holds {array.min()}: keys are at least 0")
+    rising = np.sort(array)
+    shared_keys = np.unique(rising[1:][rising[1:] == rising[:-1]])
+    if shared_keys.size:
+        warnings.warn(
+            f"keys: several candidates have the key {shared_keys[0]} ({shared_keys.size} such keys), and with it the same "
+            "noise; give each its own",
+            stacklevel=3,
+        )
     return np.ascontiguousarray(array, np.uint64)
 
 

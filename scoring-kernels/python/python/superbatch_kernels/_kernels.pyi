@@ -12,3 +12,6 @@ def words() -> tuple[list[str], list[str], list[str]]:
 
 def defaults() -> dict[str, Any]:
     """The kernels' defaults, by argument."""
+
+def readers() -> dict[str, str]:
+    """The arguments that a single policy reads, each with it."""

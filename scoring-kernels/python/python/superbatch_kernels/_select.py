@@ -10,6 +10,8 @@ import numpy as np
 from . import _arrays, _kernels
 from ._types import Criterion, Loss, Model, Policy, Selection
 
+DEFAULTS, READERS, POLICIES = _kernels.defaults(), _kernels.readers(), _kernels.words()[0]
+
 
 def select(
     learner: Model | tuple[Any, ...] | None = None,
@@ -66,12 +68,12 @@ def select(
             Processes that select each for itself need a seed each.
         generation: To draw anew on purpose, for example after going back to an older checkpoint.
         step: The training step. Without it, every step has the same noise at the same place.
-        keys: `[B]` integers of at least 0, for example row numbers in the data set: candidates in another order, with their
-            keys, are drawn the same. Default: 0 .. B - 1.
+        keys: `[B]` integers of at least 0, no two the same (else a warning), for example row numbers in the data set:
+            candidates in another order, with their keys, are drawn the same. Default: 0 .. B - 1.
         holes: Candidates that may not be chosen, as indices or as a boolean mask `[B]`. Their embeddings are not read.
             Candidates whose embeddings are not finite become holes as well; `Selection.not_finite` names them.
         noise: Standard Gumbel noise in place of the seeded one, float32 `[draws or more, B]`: row k serves chunk k.
-        temperature: `independent`: divides the scores.
+        temperature: `independent`: divides the scores. This and the three below are refused under any other policy.
         pressure: `rank`: how many times as likely the first is as the last.
         priority_exponent: `proportional`: alpha. 0 is uniform.
         weight_exponent: `proportional`: beta. 1 corrects the whole bias of the draw, 0 nothing.
@@ -85,6 +87,14 @@ def select(
         ValueError: An argument of the wrong shape, layout, device or range, or fewer candidates left than are to be drawn.
             Nothing is drawn; the message names the argument and says what to do.
     """
+    policy, loss, criterion = _word("policy", policy), _word("loss", loss), _word("criterion", criterion)
+    numbers = {
+        "temperature": _real("temperature", temperature),
+        "pressure": _real("pressure", pressure),
+        "priority_exponent": _real("priority_exponent", priority_exponent),
+        "weight_exponent": _real("weight_exponent", weight_exponent),
+    }
+    _refuse_what_another_policy_reads(policy, numbers)
     learner, reference = _model("learner", learner, loss), _model("reference", reference, loss)
     keys = None if keys is None else _arrays.keys(keys)
     noise = None if noise is None else _arrays.noise(noise)
@@ -111,10 +121,7 @@ def select(
             "sub_batch_size": _whole("sub_batch_size", sub_batch_size, 2**32),
             "n_chunks": _whole("n_chunks", n_chunks, 2**32),
             "gain": _real("gain", gain),
-            "temperature": _real("temperature", temperature),
-            "pressure": _real("pressure", pressure),
-            "priority_exponent": _real("priority_exponent", priority_exponent),
-            "weight_exponent": _real("weight_exponent", weight_exponent),
+            **numbers,
             "duplicates_above": _real_or_none("duplicates_above", duplicates_above),
             "clip_score_at_least": _real_or_none("clip_score_at_least", clip_score_at_least),
             "neg_clip_loss_keep": _real_or_none("neg_clip_loss_keep", neg_clip_loss_keep),
@@ -141,7 +148,12 @@ def _model(name: str, given: Any, loss: str) -> tuple[Any, Any, float, float] | 
         raise ValueError(f"{name} text has the shape {text.shape} and {name} image {image.shape}: they must agree")
     if bias is None and loss == "sigmoid":
         raise ValueError(f"{name} has no bias, which the sigmoid loss needs: give {name}=(image, text, scale, bias)")
-    return image, text, _real(f"{name} scale", scale), 0.0 if bias is None else _real(f"{name} bias", bias)
+    scale = _real(f"{name} scale", scale)
+    if scale <= 0:
+        raise ValueError(
+            f"{name} scale is {scale}: it must be above 0, the temperature already exponentiated (torch: logit_scale.exp())"
+        )
+    return image, text, scale, 0.0 if bias is None else _real(f"{name} bias", bias)
 
 
 def _count(learner: Any, reference: Any, keys: Any, noise: Any) -> int:
@@ -158,6 +170,21 @@ def _count(learner: Any, reference: Any, keys: Any, noise: Any) -> int:
     if len(set(counts.values())) > 1:
         raise ValueError(f"the arguments disagree on the number of candidates: {counts}")
     return next(iter(counts.values()))
+
+
+def _refuse_what_another_policy_reads(policy: str, numbers: dict[str, float]) -> None:
+    if policy not in POLICIES:  # The kernels refuse it.
+        return
+    for name, reader in READERS.items():
+        if policy != reader and numbers[name] != DEFAULTS[name]:
+            raise ValueError(f"{name} belongs to policy {reader}, and the policy is {policy}; leave it out")
+
+
+def _word(name: str, given: Any) -> Any:
+    """In any case, as in a run; the kernels know which there are."""
+    if not isinstance(given, str):
+        raise TypeError(f"{name} is {reprlib.repr(given)}: text is needed")
+    return given.lower()
 
 
 def _whole(name: str, given: Any, end: int, least: int = 0) -> int:

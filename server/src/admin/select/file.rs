@@ -1,5 +1,5 @@
 //! The file of embeddings: a super-batch as safetensors, settings as metadata.
-use super::{TuningArgs, invalid};
+use super::{TuningArgs, invalid, norms};
 use crate::error::{Error, Result};
 use half::f16;
 use safetensors::{
@@ -7,7 +7,7 @@ use safetensors::{
     tensor::{Dtype, TensorView},
 };
 use std::{collections::HashMap, fmt::Display, path::Path, str::FromStr};
-use superbatch_kernels::{Loss, ModelEmbeddings, Rows, Tuning};
+use superbatch_kernels::{Loss, ModelEmbeddings, Policy, Rows, Tuning};
 use superbatch_proto::v1::Reason;
 
 /// One model's embeddings and logit.
@@ -29,6 +29,15 @@ impl Model {
     pub fn view(&self) -> ModelEmbeddings<'_> {
         let (image, text) = (self.image.view(), self.text.view());
         ModelEmbeddings { image, text, dim: self.dim, scale: self.scale, bias: self.bias }
+    }
+
+    /// One of each tower whose rows are not normalised.
+    pub fn warnings(&self, name: &str) -> Vec<String> {
+        let towers = [("image", &self.image), ("text", &self.text)];
+        towers
+            .iter()
+            .filter_map(|(tower, values)| norms::warning(&format!("{name} {tower}"), values.view(), self.dim))
+            .collect()
     }
 }
 
@@ -64,18 +73,26 @@ impl<'a> File<'a> {
         Ok(self.metadata_value(key)?.unwrap_or(default))
     }
 
-    pub fn tuning(&self, args: &TuningArgs) -> Result<Tuning> {
+    /// The numbers that `policy` reads, and the rules that go with every policy.
+    pub fn tuning(&self, args: &TuningArgs, policy: Policy) -> Result<Tuning> {
         let otherwise = Tuning::default();
+        let number = |flag: Option<f64>, key: &str, default: f64| {
+            let reader = Tuning::READERS.iter().find(|(name, reader)| *name == key && *reader != policy);
+            match (reader, flag) {
+                (None, flag) => self.setting(flag, key, default),
+                (Some(_), None) => Ok(default),
+                (Some((_, reader)), Some(_)) => {
+                    let message = format!("{key} belongs to policy {reader}, and the policy is {policy}; leave it out");
+                    Err(Error::invalid(key, message))
+                }
+            }
+        };
         let filter = |flag: Option<f64>, key: &str| Ok::<_, Error>(flag.or(self.metadata_value(key)?));
         Ok(Tuning {
-            temperature: self.setting(args.temperature, "temperature", otherwise.temperature)?,
-            pressure: self.setting(args.pressure, "pressure", otherwise.pressure)?,
-            priority_exponent: self.setting(
-                args.priority_exponent,
-                "priority_exponent",
-                otherwise.priority_exponent,
-            )?,
-            weight_exponent: self.setting(args.weight_exponent, "weight_exponent", otherwise.weight_exponent)?,
+            temperature: number(args.temperature, "temperature", otherwise.temperature)?,
+            pressure: number(args.pressure, "pressure", otherwise.pressure)?,
+            priority_exponent: number(args.priority_exponent, "priority_exponent", otherwise.priority_exponent)?,
+            weight_exponent: number(args.weight_exponent, "weight_exponent", otherwise.weight_exponent)?,
             duplicates_above: filter(args.duplicates_above, "duplicates_above")?,
             clip_score_at_least: filter(args.clip_score_at_least, "clip_score_at_least")?,
             neg_clip_loss_keep: filter(args.neg_clip_loss_keep, "neg_clip_loss_keep")?,
@@ -107,15 +124,16 @@ impl<'a> File<'a> {
             return Err(invalid(message).with("tensor", text_name));
         }
         let scale_key = format!("{name}_scale");
-        let no_scale = || invalid(format!("{} has no metadata {scale_key}", self.path.display()));
+        let no_scale =
+            || invalid(format!("{} has no metadata {scale_key}; {}", self.path.display(), how_to_write(&scale_key)));
         let scale = self.metadata_value(&scale_key)?.ok_or_else(no_scale)?;
         let bias_key = format!("{name}_bias");
         let bias = match (self.metadata_value(&bias_key)?, loss) {
             (Some(bias), _) => bias,
             (None, Loss::Softmax) => 0.0,
             (None, Loss::Sigmoid) => {
-                let message =
-                    format!("{} has no metadata {bias_key}, which the sigmoid loss needs", self.path.display());
+                let (path, how) = (self.path.display(), how_to_write(&bias_key));
+                let message = format!("{path} has no metadata {bias_key}, which the sigmoid loss needs; {how}");
                 return Err(Error::new(Reason::BiasMissing, message));
             }
         };
@@ -130,6 +148,12 @@ impl<'a> File<'a> {
             (Values::F16(_), _) => Err(invalid("tensor noise must be F32").with("tensor", "noise")),
         }
     }
+}
+
+fn how_to_write(key: &str) -> String {
+    format!(
+        "give save_file of safetensors metadata={{'{key}': '...', ...}} (`superbatch select --help` has an example)"
+    )
 }
 
 /// A tensor's values and shape.

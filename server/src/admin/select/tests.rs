@@ -169,7 +169,12 @@ fn what_is_wrong_with_a_file_is_named() {
     let mut whole = Draft::new();
     whole.tensors[2].1 = Dtype::I32;
     says(whole, &[], "reference_img is I32");
-    says(Draft::new().without("reference_scale"), &[], "no metadata reference_scale");
+    says(
+        Draft::new().without("reference_scale"),
+        &[],
+        "no metadata reference_scale; give save_file of safetensors metadata=",
+    );
+    says(Draft::new().with("learner_scale", "-1"), &[], "scale is -1: it must be finite and above 0");
     says(Draft::new().with("policy", "jest"), &[], "metadata policy");
     says(Draft::new(), &["--sub-batch-size", "41"], "cannot draw a sub-batch of 41");
     assert_eq!(says(Draft::new().without("learner_bias"), &[], "sigmoid loss needs"), Reason::BiasMissing);
@@ -178,6 +183,51 @@ fn what_is_wrong_with_a_file_is_named() {
     assert!(select(&nowhere.path(), &[]).expect_err("no file").chain().contains("cannot read"));
     std::fs::write(nowhere.path(), b"not a tensor in sight").expect("a writable folder");
     assert!(select(&nowhere.path(), &[]).expect_err("no tensors").chain().contains("not a safetensors file"));
+}
+
+#[test]
+fn rows_that_are_not_normalised_are_warned_of_by_model_tower_and_row() {
+    let warnings = |draft: &Draft| {
+        draft.select(&[]).expect("a draw all the same");
+        let path = draft.path();
+        let command = Command::parse_from(["x", "--embeddings", path.to_str().expect("a path")]);
+        SuperBatch::read(&command.args).expect("read").warnings()
+    };
+    let mut draft = Draft::new();
+    assert_eq!(warnings(&draft), Vec::<String>::new());
+    let longer = |bytes: &mut Vec<u8>, rows: usize, times: f32| {
+        for value in bytes.as_chunks_mut().0.iter_mut().take(rows) {
+            *value = (f32::from_le_bytes(*value) * times).to_le_bytes();
+        }
+    };
+    longer(&mut draft.tensors[3].3, 12, 1.5);
+    assert_eq!(warnings(&draft), Vec::<String>::new(), "one row is no forgotten normalisation");
+    longer(&mut draft.tensors[3].3, COUNT * 12, 3.0);
+    let said = warnings(&draft);
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].starts_with("reference text: rows are not L2-normalised"), "{said:?}");
+    assert!(said[0].contains("median norm 3.000, candidate 0 has 4.500"), "{said:?}");
+}
+
+#[test]
+fn what_another_policy_reads_is_refused_as_a_flag_and_ignored_as_metadata() {
+    for (flags, field, says) in [
+        (["--temperature", "2"], "temperature", "belongs to policy independent, and the policy is joint; leave it out"),
+        (["--pressure", "2"], "pressure", "belongs to policy rank"),
+        (["--priority-exponent", "1"], "priority_exponent", "belongs to policy proportional"),
+        (["--weight-exponent", "1"], "weight_exponent", "belongs to policy proportional"),
+    ] {
+        let error = Draft::new().select(&flags).expect_err(field);
+        assert_eq!(error.value("field"), Some(field));
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    let told = Draft::new().with("temperature", "2");
+    assert_eq!(told.select(&[]).unwrap()["indices"], Draft::new().select(&[]).unwrap()["indices"]);
+    let independent = ["--policy", "Independent", "--temperature", "2"];
+    assert_eq!(
+        told.select(&independent[..2]).unwrap()["indices"],
+        Draft::new().select(&independent).unwrap()["indices"]
+    );
 }
 
 #[test]
