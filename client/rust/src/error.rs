@@ -147,7 +147,8 @@ fn plural(count: u32) -> &'static str {
 /// What went wrong and its causes, each said once.
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     // A status shows its code and its details as well.
-    let mut text = error.downcast_ref::<Status>().map_or_else(|| error.to_string(), |status| status.message().to_owned());
+    let mut text =
+        error.downcast_ref::<Status>().map_or_else(|| error.to_string(), |status| status.message().to_owned());
     let mut next = error.source();
     while let Some(cause) = next {
         let cause_text = cause.to_string();

@@ -37,14 +37,8 @@ impl Run {
             .map_err(|error| Error::from(Status::internal(format!("OpenRun answered with a schema that {error}"))))?
             .schema();
         let generation = AtomicU32::new(opened.generation);
-        let shared = Arc::new(Shared {
-            run_id,
-            opened,
-            schema,
-            generation,
-            pushes: Arc::default(),
-            dropped: OnceLock::new(),
-        });
+        let shared =
+            Arc::new(Shared { run_id, opened, schema, generation, pushes: Arc::default(), dropped: OnceLock::new() });
         Ok(Self { client, shared, incarnation: "".into() })
     }
 
@@ -131,7 +125,8 @@ impl Run {
     /// Adds phases for steps that are not committed yet, and returns the spec in force. Not repeated on faults.
     pub async fn append_phases(&self, phases: Vec<v1::Phase>) -> Result<v1::RunSpec> {
         let request = v1::AppendPhasesRequest { run_id: self.run_id().to_owned(), phases };
-        let response = self.client.api().append_phases(request).await.map_err(|status| self.broke(status))?.into_inner();
+        let response =
+            self.client.api().append_phases(request).await.map_err(|status| self.broke(status))?.into_inner();
         Ok(response.spec.unwrap_or_default())
     }
 
