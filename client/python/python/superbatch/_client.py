@@ -94,7 +94,7 @@ class Client:
     def close_run(self, run_id: str) -> None:
         """Ends a run for all ranks, without joining it: no further steps or pushes. Its receipts stay.
 
-        Close runs that are finished: until then the service keeps their weights and what they need to go on.
+        Close runs that are finished: until then the service holds steps ready for them, and lists them as open.
         """
         self._client.close_run(text("run_id", run_id, RUN_ID)).wait()
 

@@ -38,7 +38,8 @@ class SelectedBatches(IterableDataset):
     It connects when it is iterated, in the process that iterates: it can be pickled, and forked. Workers share out the
     steps, and the loader puts them in order again. Push weights from the trainer's own process.
 
-    Also fits into a `DataLoader(dataset, batch_size=None)` of your own. With workers give it the same `prefetch_factor`, and
+    Also fits into a `DataLoader(dataset, batch_size=None)` of your own (without `batch_size=None`, torch would make batches
+    of batches, which is refused where it can be seen). With workers give it the same `prefetch_factor`, and
     set `start_step` before every further loop: workers run ahead, and cannot know which batches the trainer took.
     """
 
