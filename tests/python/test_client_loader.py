@@ -92,8 +92,10 @@ def test_a_loader_of_ones_own_with_workers_is_not_replayed_in_silence(service): 
     dataset = selected(service, "replayed")
     loader = DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=1)
     assert list(islice(loader, 2)) == [0, 1]
-    with pytest.raises(superbatch.Error, match="start_step: .* set it to the step after the last one"):
+    with pytest.raises(superbatch.Error, match="start_step: .* set it to the step after the last one") as caught:
         next(iter(loader))
+    assert (caught.value.reason, caught.value.metadata) == ("INVALID_ARGUMENT", {"field": "start_step"})
+    assert pickle.loads(pickle.dumps(caught.value)).reason == "INVALID_ARGUMENT"
     dataset.start_step = 2
     assert list(loader) == [2, 3, 4, 5, 6]
 
@@ -105,8 +107,27 @@ def test_workers_that_live_on_are_refused(service):  # noqa: F811
     dataset.start_step = 0
     with pytest.raises(superbatch.Error, match="persistent_workers"):
         next(iter(loader))
-    with pytest.raises(superbatch.Error, match="persistent_workers"):
+    with pytest.raises(superbatch.Error, match="persistent_workers: leave it out: workers begin anew"):
         dataset.loader(num_workers=1, persistent_workers=True)
+
+
+def test_options_that_say_what_a_loader_does_anyway_are_taken(service):  # noqa: F811
+    loader = selected(service, "anyway", end_step=2).loader(batch_size=None, persistent_workers=False, in_order=True)
+    assert list(loader) == [0, 1]
+    with pytest.raises(superbatch.Error, match="batch_size: leave it out"):
+        loader.dataset.loader(batch_size=8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_would_make_batches_of_batches_is_refused(service, workers):  # noqa: F811
+    dataset = selected(service, f"nested-{workers}", end_step=2)
+    for batch_size in (1, 4):
+        with pytest.raises(superbatch.Error, match="batch_size=None") as caught:
+            next(iter(DataLoader(dataset, batch_size=batch_size, num_workers=workers)))
+        assert caught.value.reason == "INVALID_ARGUMENT"
+    # Whoever puts batches together in a way of their own means it.
+    assert list(DataLoader(dataset, batch_size=2, num_workers=workers, prefetch_factor=1 if workers else None,
+                           collate_fn=list)) == [[0, 1]]
 
 
 def fails_once(batch: superbatch.Batch) -> int:
@@ -129,6 +150,11 @@ def test_errors_keep_their_reason(service, workers):  # noqa: F811
     dataset = selected(service, f"errors-{workers}", world_size=3)
     with pytest.raises(superbatch.Error) as caught:
         list(dataset.loader(num_workers=workers))
+    assert caught.value.reason == "WORLD_SIZE_INVALID"
+    # Also in a loader that knows nothing of ours.
+    factor = {"prefetch_factor": 1} if workers else {}
+    with pytest.raises(superbatch.Error) as caught:
+        list(DataLoader(dataset, batch_size=None, num_workers=workers, **factor))
     assert caught.value.reason == "WORLD_SIZE_INVALID"
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import superbatch
 from client_run import Service, service  # noqa: F401  (a fixture)
+from cluster import Cluster
 
 #: A client that waits for weights, says so, and on Ctrl-C pushes them and goes on.
 WAITER = """
@@ -87,3 +89,27 @@ def test_a_wait_with_a_time_limit_gives_up_and_the_next_one_yields_the_same_step
         return [batch.step async for batch in batches]
 
     assert asyncio.run(main()) == [0, 1]
+
+
+def test_a_service_that_stands_still_is_given_up_in_time(service, tmp_path):  # noqa: F811
+    with Cluster(tmp_path) as stopped:
+        run = superbatch.connect(stopped.address, retry_seconds=5).open_run(service.spec("stopped"))
+        stopped.coordinator.process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(superbatch.Unavailable, match="gave up after 1 attempt in") as caught:
+                run.select(0, rank=0, world_size=1)
+        finally:
+            stopped.coordinator.process.send_signal(signal.SIGCONT)
+        assert f"the call to {stopped.address} broke" in str(caught.value)
+        # It is there again, and nothing was lost.
+        assert run.select(0, rank=0, world_size=1).step == 0
+
+
+def test_a_service_that_is_gone_is_told_with_its_address(service, tmp_path):  # noqa: F811
+    with Cluster(tmp_path) as gone:
+        run = superbatch.connect(gone.address, retry_attempts=2).open_run(service.spec("gone"))
+        gone.coordinator.kill()
+        with pytest.raises(superbatch.Unavailable) as caught:
+            run.select(0, rank=0, world_size=1)
+    assert f"the call to {gone.address} broke" in str(caught.value)
+    assert str(caught.value).endswith("is the service running there?")

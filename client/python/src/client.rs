@@ -40,7 +40,7 @@ pub fn connect(py: Python<'_>, uri: String, timeout: f64, retry_attempts: u32, r
         elapsed_max: seconds("retry_seconds", retry_seconds)?,
         ..Retry::default()
     };
-    let config = ConnectConfig { connect_timeout: seconds("timeout", timeout)?, retry };
+    let config = ConnectConfig { connect_timeout: seconds("timeout", timeout)?, retry, ..ConnectConfig::default() };
     let connected = async move { client::Client::connect_with(uri, config).await };
     Call::start(connected, |py, client| Ok(Py::new(py, Client { client, process: Process::this() })?.into_any()))
 }
@@ -66,6 +66,13 @@ impl Client {
         self.process.check()?;
         let client = self.client.clone();
         Call::start(async move { client.get_run(run_id).await }, |py, info| show::run_info(py, &info))
+    }
+
+    /// Ends a run for all ranks.
+    fn close_run(&self, run_id: String) -> PyResult<Call> {
+        self.process.check()?;
+        let client = self.client.clone();
+        Call::start_unit(async move { client.close_run(run_id).await })
     }
 
     /// The call's result is a list of dicts.

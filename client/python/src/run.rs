@@ -73,6 +73,12 @@ impl Run {
         self.run.next_step()
     }
 
+    /// The first step for which other weights were pushed than those that are published, or None.
+    #[getter]
+    fn dropped_push(&self) -> Option<i64> {
+        self.run.dropped_push()
+    }
+
     /// Dataset manifest digest, rows of the data set, and steps until its end (0: without end), as a dict.
     #[getter]
     fn dataset(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {

@@ -72,13 +72,22 @@ fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
     dict!(py, stages, [plan, fetch, decode, embed_reference, embed_learner, select, commit, total, wait_weights,], {})
 }
 
+/// Whether the step was drawn by scores; where not, the protocol's zeros stand for none.
+fn has_scores(summary: &v1::ReceiptSummary) -> bool {
+    let reads_no_loss = matches!(summary.policy(), v1::Policy::Uniform | v1::Policy::KCenter);
+    !reads_no_loss && summary.mode() != v1::Mode::Uniform
+}
+
 fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
+    let scored = has_scores(summary);
     dict!(py, summary, [
         run_id, generation, chosen_in_generation, step, super_batch_size, sub_batch_size, n_chunks, gain, seed,
         reference_digest, lag_steps, learner_scale, learner_bias, reference_scale, reference_bias, device, build,
-        plan_version, dataset_manifest, holes, batch_score, mean_score_chosen, mean_score_candidates,
-        committed_unix_ms, selector_threads, writer_nonce,
+        plan_version, dataset_manifest, holes, committed_unix_ms, selector_threads, writer_nonce,
     ], {
+        batch_score: scored.then_some(summary.batch_score),
+        mean_score_chosen: scored.then_some(summary.mean_score_chosen),
+        mean_score_candidates: scored.then_some(summary.mean_score_candidates),
         policy: short(summary.policy().as_str_name(), "POLICY_"),
         criterion: short(summary.criterion().as_str_name(), "CRITERION_"),
         loss: short(summary.loss().as_str_name(), "LOSS_"),

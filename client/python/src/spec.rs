@@ -46,6 +46,17 @@ impl<'a, 'py> Fields<'a, 'py> {
         Ok(self.optional(key)?.unwrap_or_default())
     }
 
+    /// As [`Self::or_default`], for numbers of which 0 is none: given, it would become the default in silence.
+    fn but_zero<T: FromPyObjectOwned<'py> + Default + PartialEq>(&mut self, key: &'static str) -> PyResult<T> {
+        match self.optional::<T>(key)? {
+            Some(zero) if zero == T::default() => {
+                let message = "cannot be 0, which the protocol reads as the default; leave it out for that";
+                Err(invalid(self.dict.py(), &self.at(key), message))
+            }
+            given => Ok(given.unwrap_or_default()),
+        }
+    }
+
     fn named<E: Named>(&mut self, key: &'static str) -> PyResult<i32> {
         match self.optional::<String>(key)? {
             Some(value) => Ok(parse::<E>(self.dict.py(), &self.at(key), &value)?.into()),
@@ -160,21 +171,21 @@ pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
         phases: fields.list("phases", phase)?,
         loss: fields.named::<Loss>("loss")?,
         lag: fields.nested("lag", lag)?,
-        push_every_steps: fields.or_default("push_every_steps")?,
-        micro_batches: fields.or_default("micro_batches")?,
+        push_every_steps: fields.but_zero("push_every_steps")?,
+        micro_batches: fields.but_zero("micro_batches")?,
         columns: fields.or_default("columns")?,
         fallback: fields.named::<Fallback>("fallback")?,
         seed: fields.or_default("seed")?,
-        max_ahead: fields.or_default("max_ahead")?,
+        max_ahead: fields.but_zero("max_ahead")?,
         epochs: fields.or_default("epochs")?,
-        window_blocks: fields.or_default("window_blocks")?,
+        window_blocks: fields.but_zero("window_blocks")?,
         embedding_dtype: fields.named::<EmbeddingDtype>("embedding_dtype")?,
-        micro_batch_rows: fields.or_default("micro_batch_rows")?,
-        max_bad_row_share: fields.or_default("max_bad_row_share")?,
+        micro_batch_rows: fields.but_zero("micro_batch_rows")?,
+        max_bad_row_share: fields.but_zero("max_bad_row_share")?,
         fork_of: fields.nested("fork_of", fork)?,
         compute_dtype: fields.named::<ComputeDtype>("compute_dtype")?,
         train_flops_per_example: fields.or_default("train_flops_per_example")?,
-        need_deadline_seconds: fields.or_default("need_deadline_seconds")?,
+        need_deadline_seconds: fields.but_zero("need_deadline_seconds")?,
     };
     fields.finish()?;
     Ok(spec)
@@ -183,7 +194,8 @@ pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
 fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
     Ok(Source {
         uri: fields.or_default("uri")?,
-        weight: fields.or_default("weight")?,
+        // A source without a share is left out of the list instead.
+        weight: fields.but_zero("weight")?,
         image_column: fields.or_default("image_column")?,
         caption_column: fields.or_default("caption_column")?,
     })
@@ -217,8 +229,8 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         criterion: fields.named::<Criterion>("criterion")?,
         super_batch_size: fields.or_default("super_batch_size")?,
         sub_batch_size: fields.or_default("sub_batch_size")?,
-        n_chunks: fields.or_default("n_chunks")?,
-        gain: fields.or_default("gain")?,
+        n_chunks: fields.but_zero("n_chunks")?,
+        gain: fields.but_zero("gain")?,
         fidelity: fields.named::<Fidelity>("fidelity")?,
         tuning: fields.nested("tuning", tuning)?,
     })

@@ -74,6 +74,9 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         ({"learner": {"random_seed": 1, "first_push": True}}, "learner.initial", "random_seed"),
         ({"lag": {"exact": 1, "at_most": 1}}, "lag", "exact"),
         ({"seed": "seven"}, "seed", ""),
+        ({"sources": [{"weight": 0}]}, "sources[0].weight", "leave it out"),
+        ({"phases": [{"gain": 0.0}]}, "phases[0].gain", "leave it out"),
+        ({"max_bad_row_share": 0}, "max_bad_row_share", "leave it out"),
     ],
 )
 def test_what_is_unknown_is_refused_with_what_is_valid(change, field, valid):

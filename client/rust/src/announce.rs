@@ -24,6 +24,11 @@ impl Pushes {
         all.filter(|(of, _)| *of == generation).map(|(_, step)| *step).max()
     }
 
+    /// Whether a push of this step or of a later one was published by this process already.
+    pub fn has_published(&self, generation: u32, step: i64) -> bool {
+        self.lock().published.is_some_and(|(of, newest)| of == generation && newest >= step)
+    }
+
     /// Lets later requests of the run say that the weights of `step` are on their way.
     pub fn announce(self: &Arc<Self>, generation: u32, step: i64) -> Announced {
         self.lock().on_their_way.push((generation, step));

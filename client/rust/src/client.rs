@@ -1,5 +1,5 @@
 //! The connection to a service, and what can be asked without a run.
-use crate::{Error, Result, Retry, Run, retry};
+use crate::{Error, Result, Retry, Run, error, retry};
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
 use tonic::{
@@ -16,11 +16,24 @@ pub struct ConnectConfig {
     pub connect_timeout: Duration,
     /// How faults that pass are met, once connected.
     pub retry: Retry,
+    /// Silence after which the service is asked for a sign of life, and how long that may take: a service that stands still
+    /// is noticed after twice this. Shortened to `retry.elapsed_max`, but not below 5 s.
+    pub keep_alive: Duration,
 }
+
+/// The shortest that [`ConnectConfig::keep_alive`] is shortened to: on a slow line a sign of life waits behind an upload.
+const KEEP_ALIVE_SHORTENED_MIN: Duration = Duration::from_secs(5);
 
 impl Default for ConnectConfig {
     fn default() -> Self {
-        Self { connect_timeout: Duration::from_secs(10), retry: Retry::default() }
+        let keep_alive = Duration::from_secs(20);
+        Self { connect_timeout: Duration::from_secs(10), retry: Retry::default(), keep_alive }
+    }
+}
+
+impl ConnectConfig {
+    fn keep_alive(&self) -> Duration {
+        self.keep_alive.min(self.retry.elapsed_max.max(KEEP_ALIVE_SHORTENED_MIN))
     }
 }
 
@@ -28,7 +41,16 @@ impl Default for ConnectConfig {
 #[derive(Debug, Clone)]
 pub struct Client {
     api: Api,
-    pub(crate) retry: Arc<Retry>,
+    pub(crate) link: Arc<Link>,
+}
+
+/// What is fixed about a connection.
+#[derive(Debug)]
+pub(crate) struct Link {
+    uri: String,
+    pub retry: Retry,
+    /// How long a service is silent at most before a call to it breaks.
+    pub silence_max: Duration,
 }
 
 impl Client {
@@ -42,11 +64,12 @@ impl Client {
     /// [`Client::connect`], with settings.
     pub async fn connect_with(uri: impl AsRef<str>, config: ConnectConfig) -> Result<Self> {
         let uri = uri.as_ref();
-        let endpoint = endpoint(uri, config.connect_timeout)?;
+        let endpoint = endpoint(uri, &config)?;
         let channel = endpoint.connect().await.map_err(|source| Error::Connect { uri: uri.to_owned(), source })?;
         let api =
             Api::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self { api, retry: Arc::new(config.retry) })
+        let silence_max = 2 * config.keep_alive();
+        Ok(Self { api, link: Arc::new(Link { uri: uri.to_owned(), retry: config.retry, silence_max }) })
     }
 
     /// Opens a run, or joins it: all ranks of a trainer open the same id with the same spec.
@@ -75,6 +98,12 @@ impl Client {
         Ok(response.runs)
     }
 
+    /// Ends a run, for all ranks: no further steps or pushes. Its receipts stay. A run that is closed already stays so.
+    pub async fn close_run(&self, run_id: impl Into<String>) -> Result<()> {
+        let request = v1::CloseRunRequest { run_id: run_id.into() };
+        self.call(request, |mut api, request| async move { api.close_run(request).await }).await.map(|_| ())
+    }
+
     pub(crate) fn api(&self) -> Api {
         self.api.clone()
     }
@@ -88,11 +117,29 @@ impl Client {
             let answer = rpc(self.api(), request.clone());
             async { Ok(answer.await?.into_inner()) }
         };
-        retry::call(&self.retry, attempt).await
+        retry::call(self, attempt).await
+    }
+
+    /// Whether the service says anything at all, be it a refusal: no run has this id.
+    pub(crate) async fn answers(&self) -> Result<()> {
+        match self.api().get_run(v1::GetRunRequest::default()).await.map_err(|status| self.located(status.into())) {
+            Err(error @ Error::Broken { .. }) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The error, with the service's address where there was no answer.
+    pub(crate) fn located(&self, error: Error) -> Error {
+        match error {
+            Error::Transport(status) if error::is_unanswered(&status) => {
+                Error::Broken { uri: self.link.uri.clone(), status }
+            }
+            other => other,
+        }
     }
 }
 
-fn endpoint(uri: &str, connect_timeout: Duration) -> Result<Endpoint> {
+fn endpoint(uri: &str, config: &ConnectConfig) -> Result<Endpoint> {
     if !uri.starts_with("http://") {
         let hint = "write it as http://HOST:PORT (TLS is not built yet)";
         return Err(Error::invalid("uri", format!("cannot connect to {uri:?}: {hint}")));
@@ -102,11 +149,11 @@ fn endpoint(uri: &str, connect_timeout: Duration) -> Result<Endpoint> {
         .map_err(|source| Error::Connect { uri: uri.to_owned(), source })?;
     // Pings find a peer that vanished while a call waits for its answer.
     Ok(endpoint
-        .connect_timeout(connect_timeout)
+        .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20))
+        .http2_keep_alive_interval(config.keep_alive())
+        .keep_alive_timeout(config.keep_alive())
         .keep_alive_while_idle(true))
 }

@@ -14,7 +14,10 @@ pub enum Error {
     /// The service could not be reached at all.
     #[error("cannot connect to {uri}: is the service running there? ({})", chain(source))]
     Connect { uri: String, source: tonic::transport::Error },
-    /// The call broke on the way, or something that is not Superbatch answered it.
+    /// The call broke on the way, or was never answered.
+    #[error("the call to {uri} broke ({:?}): {}; is the service running there?", status.code(), chain(&**status))]
+    Broken { uri: String, status: Box<Status> },
+    /// Something that is not Superbatch answered the call.
     #[error("the call to the service broke ({:?}): {}{}", .0.code(), .0.message(), hint(.0))]
     Transport(Box<Status>),
     /// A stream ended before its trailer.
@@ -26,8 +29,8 @@ pub enum Error {
     /// An argument that the client itself refuses.
     #[error("{field}: {message}")]
     Invalid { field: &'static str, message: String },
-    /// Retries were used up.
-    #[error("gave up after {attempts} attempts in {:.1} s: {last}", elapsed.as_secs_f64())]
+    /// Retries were used up, so long after the service last gave a good sign.
+    #[error("gave up after {attempts} attempt{} in {:.1} s: {last}", plural(*attempts), elapsed.as_secs_f64())]
     GaveUp { attempts: u32, elapsed: Duration, last: Box<Error> },
     /// A background task ended because its runtime shut down or its owner was dropped.
     #[error("stopped before it was done")]
@@ -61,7 +64,7 @@ impl Error {
             Self::Refused(failure) => name(failure.reason),
             Self::GaveUp { last, .. } => last.reason_name(),
             Self::Transport(status) => nearest(status).map_or("UNAVAILABLE", name),
-            Self::Connect { .. } | Self::Incomplete { .. } => "UNAVAILABLE",
+            Self::Connect { .. } | Self::Broken { .. } | Self::Incomplete { .. } => "UNAVAILABLE",
             Self::Corrupt { .. } => "BATCH_CORRUPT",
             Self::Invalid { .. } => "INVALID_ARGUMENT",
             Self::Stopped => "CANCELLED",
@@ -84,9 +87,15 @@ impl Error {
         match self {
             Self::Refused(failure) => passes(failure.reason),
             Self::Transport(status) => nearest(status).is_none_or(passes),
-            Self::Connect { .. } | Self::Incomplete { .. } | Self::Corrupt { .. } => true,
+            Self::Connect { .. } | Self::Broken { .. } | Self::Incomplete { .. } | Self::Corrupt { .. } => true,
             Self::Invalid { .. } | Self::GaveUp { .. } | Self::Stopped => false,
         }
+    }
+
+    /// Whether the call broke because nothing at all was heard from the service.
+    pub(crate) fn is_silence(&self) -> bool {
+        // hyper keeps the type of this cause to itself.
+        matches!(self, Self::Broken { status, .. } if chain(&**status).contains("keep-alive timed out"))
     }
 
     pub(crate) fn invalid(field: &'static str, message: impl Into<String>) -> Self {
@@ -126,11 +135,26 @@ fn hint(status: &Status) -> &'static str {
     }
 }
 
-fn chain(error: &tonic::transport::Error) -> String {
-    let mut text = error.to_string();
+/// Whether a status stands for a call that nobody answered.
+pub(crate) fn is_unanswered(status: &Status) -> bool {
+    nearest(status).is_none()
+}
+
+fn plural(count: u32) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
+/// What went wrong and its causes, each said once.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    // A status shows its code and its details as well.
+    let mut text =
+        error.downcast_ref::<Status>().map_or_else(|| error.to_string(), |status| status.message().to_owned());
     let mut next = error.source();
     while let Some(cause) = next {
-        text = format!("{text}: {cause}");
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
         next = cause.source();
     }
     text

@@ -98,11 +98,11 @@ pub(crate) struct Fetch {
 impl Fetch {
     /// Fetches, checks and decodes the batch. Broken streams are resumed where they broke.
     pub async fn batch(mut self) -> Result<Batch> {
-        let retry = self.run.client.retry.clone();
+        let client = self.run.client.clone();
         let mut assembly = Assembly::new(self.step);
-        let mut attempts = Attempts::new(&retry);
+        let mut attempts = Attempts::of(&client);
         loop {
-            let before = assembly.received();
+            let (before, began) = (assembly.received(), Instant::now());
             let error = match self.attempt(&mut assembly).await {
                 Ok(batch) => return Ok(batch),
                 Err(error) => error,
@@ -110,13 +110,12 @@ impl Fetch {
             if assembly.received() > before {
                 attempts.progressed();
             }
-            let verdict = attempts.failed(error, Instant::now(), &mut rand::rng());
-            match verdict {
-                Ok(delay) => tokio::time::sleep(delay).await,
+            match attempts.again(&client, error, began).await {
+                Ok(()) => {}
                 Err(error) if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) => {
                     tracing::debug!(%error, step = self.step, "not prefetched; asking again when it is wanted");
                     self.urgency.wanted().await;
-                    attempts = Attempts::new(&retry);
+                    attempts = Attempts::of(&client);
                 }
                 Err(error) => return Err(error),
             }

@@ -31,6 +31,7 @@ mod push;
 mod pusher;
 mod retry;
 mod run;
+mod snapshot;
 
 pub use assemble::Batch;
 pub use batches::{Batches, BatchesConfig};

@@ -1,5 +1,5 @@
 //! Streams weights to the service.
-use crate::{Error, Part, Result, Run, announce::Announced, retry};
+use crate::{Error, Part, Result, Run, announce::Announced, retry, snapshot};
 use bytes::Bytes;
 use superbatch_proto::{
     PART_BYTES,
@@ -29,6 +29,9 @@ impl Push {
 
 /// Pushes, again from the start where the stream breaks: a repeated push id is published once.
 ///
+/// A push of a step that is published already changes nothing, and is answered with what is published. Where that is told
+/// to be other weights than these (whole pushes only), the run remembers it.
+///
 /// The generation is that in which the push was announced, which is not the run's any more if it was rewound since.
 pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<WeightsVersion> {
     let generation = announced.generation();
@@ -41,6 +44,10 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
         base_version: None,
         rank: push.rank,
     };
+    // A step that was not committed when the run was opened cannot have had weights before.
+    let step = push.step;
+    let repeated = step < i64::try_from(run.next_step()).unwrap_or(i64::MAX) || run.has_published(generation, step);
+    let compared = repeated && push.expected_parts == 0;
     let parts = push.parts;
     let hashed = tokio::task::spawn_blocking(move || {
         parts.into_iter().map(|part| (part.header(), part.data().clone())).collect::<Vec<_>>()
@@ -53,8 +60,14 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
             response.published.ok_or_else(|| Error::from(Status::internal("PushWeights answered without a version")))
         }
     };
-    let version = retry::call(&run.client.retry, attempt).await?;
+    let version = retry::call(&run.client, attempt).await?;
     announced.published();
+    if compared && !version.digest.is_empty() {
+        let digest = tokio::task::spawn_blocking(move || snapshot::digest(&parts)).await.map_err(|_| Error::Stopped)?;
+        if digest.is_some_and(|digest| digest != version.digest) {
+            run.drop_push(step);
+        }
+    }
     Ok(version)
 }
 

@@ -1,15 +1,18 @@
 //! How often and how long a call is tried again.
-use crate::{Error, Result};
+use crate::{Client, Error, Result};
 use rand::Rng;
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Status;
 
 /// Bounds on trying again. They count failures in a row: a stream that moved on before it broke starts afresh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retry {
     /// Attempts in all; 1 never tries again.
     pub attempts_max: u32,
-    /// Time from the first failure after which no further attempt begins.
+    /// Time from the first failure after which no further attempt begins. A service that fell silent failed when it was last
+    /// heard, which is noticed after at most twice [`crate::ConnectConfig::keep_alive`]. After a call that was not answered,
+    /// a further attempt begins when the service answers at all, and then may wait as long as the answer takes.
     pub elapsed_max: Duration,
     /// Longest delay after the first failure. It doubles with each further one.
     pub backoff_first: Duration,
@@ -43,13 +46,18 @@ impl Retry {
 /// The failures of one call so far.
 pub(crate) struct Attempts<'a> {
     retry: &'a Retry,
+    silence_max: Duration,
     failures: u32,
     first: Option<Instant>,
 }
 
 impl<'a> Attempts<'a> {
-    pub fn new(retry: &'a Retry) -> Self {
-        Self { retry, failures: 0, first: None }
+    pub fn new(retry: &'a Retry, silence_max: Duration) -> Self {
+        Self { retry, silence_max, failures: 0, first: None }
+    }
+
+    pub fn of(client: &'a Client) -> Self {
+        Self::new(&client.link.retry, client.link.silence_max)
     }
 
     /// Something was achieved: what failed before no longer counts.
@@ -57,9 +65,10 @@ impl<'a> Attempts<'a> {
         (self.failures, self.first) = (0, None);
     }
 
-    /// How long to wait before trying again, or the error to end with.
-    pub fn failed(&mut self, error: Error, now: Instant, rng: &mut impl Rng) -> Result<Duration> {
-        let first = *self.first.get_or_insert(now);
+    /// How long to wait before trying again, or the error to end with. The attempt ran from `began` to `now`.
+    fn failed(&mut self, error: Error, began: Instant, now: Instant, rng: &mut impl Rng) -> Result<Duration> {
+        let silent = if error.is_silence() { self.silence_max.min(now - began) } else { Duration::ZERO };
+        self.first.get_or_insert(now - silent);
         self.failures += 1;
         if !error.is_retryable() {
             return Err(error);
@@ -68,28 +77,61 @@ impl<'a> Attempts<'a> {
             Error::Corrupt { .. } => self.retry.attempts_max.min(CORRUPT_ATTEMPTS_MAX),
             _ => self.retry.attempts_max,
         };
-        let (delay, elapsed) = (self.retry.delay(self.failures, rng), now - first);
-        if self.failures >= attempts_max || elapsed + delay > self.retry.elapsed_max {
-            return Err(Error::GaveUp { attempts: self.failures, elapsed, last: Box::new(error) });
+        let delay = self.retry.delay(self.failures, rng);
+        if self.failures >= attempts_max || self.elapsed(now) + delay > self.retry.elapsed_max {
+            return Err(self.gave_up(error, now));
         }
         tracing::debug!(%error, attempt = self.failures, ?delay, "trying again");
         Ok(delay)
     }
+
+    /// Waits until it is time for the next attempt, or ends with the error.
+    ///
+    /// An attempt may rightly wait long for its answer. So after one that was not answered, the service is first asked for
+    /// any answer at all, in the time that is left.
+    pub async fn again(&mut self, client: &Client, error: Error, mut began: Instant) -> Result<()> {
+        let mut error = client.located(error);
+        loop {
+            let heard = !matches!(error, Error::Broken { .. });
+            let delay = self.failed(error, began, Instant::now(), &mut rand::rng())?;
+            sleep(delay).await;
+            if heard {
+                return Ok(());
+            }
+            began = Instant::now();
+            let left = self.retry.elapsed_max.saturating_sub(self.elapsed(began));
+            error = match timeout(left, client.answers()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    let silence = Status::unavailable(format!("no sign of life in {:.1} s", left.as_secs_f64()));
+                    return Err(self.gave_up(client.located(silence.into()), Instant::now()));
+                }
+            };
+        }
+    }
+
+    fn elapsed(&self, now: Instant) -> Duration {
+        self.first.map_or(Duration::ZERO, |first| now - first)
+    }
+
+    fn gave_up(&self, last: Error, now: Instant) -> Error {
+        Error::GaveUp { attempts: self.failures, elapsed: self.elapsed(now), last: Box::new(last) }
+    }
 }
 
 /// Calls until it succeeds, fails for good, or the bounds are reached.
-pub(crate) async fn call<T, F>(retry: &Retry, mut attempt: impl FnMut() -> F) -> Result<T>
+pub(crate) async fn call<T, F>(client: &Client, mut attempt: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<T>>,
 {
-    let mut attempts = Attempts::new(retry);
+    let mut attempts = Attempts::of(client);
     loop {
-        let error = match attempt().await {
+        let began = Instant::now();
+        match attempt().await {
             Ok(value) => return Ok(value),
-            Err(error) => error,
-        };
-        let delay = attempts.failed(error, Instant::now(), &mut rand::rng())?;
-        tokio::time::sleep(delay).await;
+            Err(error) => attempts.again(client, error, began).await?,
+        }
     }
 }
 
@@ -119,17 +161,17 @@ mod tests {
         let start = Instant::now();
         let broken = || Error::from(Status::unavailable("x"));
 
-        let mut attempts = Attempts::new(&retry);
-        assert!(attempts.failed(broken(), start, &mut rng).is_ok());
-        assert!(attempts.failed(broken(), start, &mut rng).is_ok());
-        assert!(matches!(attempts.failed(broken(), start, &mut rng), Err(Error::GaveUp { attempts: 3, .. })));
+        let mut attempts = Attempts::new(&retry, Duration::from_secs(40));
+        assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
+        assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
+        assert!(matches!(attempts.failed(broken(), start, start, &mut rng), Err(Error::GaveUp { attempts: 3, .. })));
 
-        let mut attempts = Attempts::new(&retry);
-        assert!(attempts.failed(broken(), start, &mut rng).is_ok());
+        let mut attempts = Attempts::new(&retry, Duration::from_secs(40));
+        assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
         let late = start + Duration::from_secs(5);
-        assert!(matches!(attempts.failed(broken(), late, &mut rng), Err(Error::GaveUp { attempts: 2, .. })));
+        assert!(matches!(attempts.failed(broken(), start, late, &mut rng), Err(Error::GaveUp { attempts: 2, .. })));
 
         attempts.progressed();
-        assert!(attempts.failed(broken(), late, &mut rng).is_ok());
+        assert!(attempts.failed(broken(), start, late, &mut rng).is_ok());
     }
 }

@@ -7,7 +7,7 @@ use crate::{
 };
 use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU32, Ordering},
 };
 use superbatch_proto::v1;
@@ -28,6 +28,7 @@ pub(crate) struct Shared {
     schema: SchemaRef,
     generation: AtomicU32,
     pushes: Arc<Pushes>,
+    dropped: OnceLock<i64>,
 }
 
 impl Run {
@@ -36,7 +37,8 @@ impl Run {
             .map_err(|error| Error::from(Status::internal(format!("OpenRun answered with a schema that {error}"))))?
             .schema();
         let generation = AtomicU32::new(opened.generation);
-        let shared = Arc::new(Shared { run_id, opened, schema, generation, pushes: Arc::default() });
+        let shared =
+            Arc::new(Shared { run_id, opened, schema, generation, pushes: Arc::default(), dropped: OnceLock::new() });
         Ok(Self { client, shared, incarnation: "".into() })
     }
 
@@ -92,7 +94,8 @@ impl Run {
     /// Pushes the weights that `step` left behind (-1: the initial ones), whole, and waits until they are published.
     ///
     /// Its push id follows from (generation, step), so that a trainer which resumes from a checkpoint and repeats a step
-    /// is answered with what was published, and several ranks of one push agree without talking.
+    /// is answered with what was published, and several ranks of one push agree without talking. So other weights for a step
+    /// that is published change nothing ([`Run::dropped_push`]): to retrain from it, [`Run::rewind`] to it first.
     pub async fn push_weights(&self, step: i64, parts: Vec<Part>) -> Result<v1::WeightsVersion> {
         self.push(Push::whole(step, parts)).await
     }
@@ -103,20 +106,27 @@ impl Run {
         push::push(self, push, announced).await
     }
 
+    /// The first step for which this process pushed other weights than those that are published, and stay.
+    ///
+    /// Known of whole pushes only: of one rank's parts, what the other ranks pushed is not known here.
+    pub fn dropped_push(&self) -> Option<i64> {
+        self.shared.dropped.get().copied()
+    }
+
     pub async fn get_run(&self) -> Result<v1::RunInfo> {
         self.client.get_run(self.run_id()).await
     }
 
     /// Ends the run, for all ranks: no further steps or pushes. Its receipts stay.
     pub async fn close_run(&self) -> Result<()> {
-        let request = v1::CloseRunRequest { run_id: self.run_id().to_owned() };
-        self.client.call(request, |mut api, request| async move { api.close_run(request).await }).await.map(|_| ())
+        self.client.close_run(self.run_id()).await
     }
 
     /// Adds phases for steps that are not committed yet, and returns the spec in force. Not repeated on faults.
     pub async fn append_phases(&self, phases: Vec<v1::Phase>) -> Result<v1::RunSpec> {
         let request = v1::AppendPhasesRequest { run_id: self.run_id().to_owned(), phases };
-        let response = self.client.api().append_phases(request).await?.into_inner();
+        let response =
+            self.client.api().append_phases(request).await.map_err(|status| self.broke(status))?.into_inner();
         Ok(response.spec.unwrap_or_default())
     }
 
@@ -124,7 +134,8 @@ impl Run {
     /// again. Not repeated on faults, because each call opens a generation.
     pub async fn rewind(&self, to_step: u64, mode: v1::RewindMode) -> Result<u32> {
         let request = v1::RewindRequest { run_id: self.run_id().to_owned(), to_step, mode: mode.into() };
-        let generation = self.client.api().rewind(request).await?.into_inner().generation;
+        let rewound = self.client.api().rewind(request).await.map_err(|status| self.broke(status))?;
+        let generation = rewound.into_inner().generation;
         self.shared.generation.store(generation, Ordering::Release);
         Ok(generation)
     }
@@ -154,12 +165,27 @@ impl Run {
         }
     }
 
+    fn broke(&self, status: Status) -> Error {
+        self.client.located(status.into())
+    }
+
     pub(crate) fn incarnation(&self) -> &str {
         &self.incarnation
     }
 
     pub(crate) fn pushing_through(&self) -> Option<i64> {
         self.shared.pushes.newest(self.generation())
+    }
+
+    pub(crate) fn has_published(&self, generation: u32, step: i64) -> bool {
+        self.shared.pushes.has_published(generation, step)
+    }
+
+    /// Remembers that the weights pushed for `step` are not those that are published.
+    pub(crate) fn drop_push(&self, step: i64) {
+        if self.shared.dropped.set(step).is_ok() {
+            tracing::warn!(run = self.run_id(), step, "other weights are published for this step, and stay");
+        }
     }
 
     /// Lets later requests say that the weights of `step` are on their way, until they turn out not to be.

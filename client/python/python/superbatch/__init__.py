@@ -15,8 +15,9 @@ in your own loop, without a service, where the package superbatch-kernels is ins
 
 from typing import Any
 
-from ._client import Batch, Batches, Client, Record, Run, connect
+from ._client import Batch, Batches, Client, Run, connect
 from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
+from ._record import Record
 from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, Tuning, at_most, exact
 
 __all__ = [

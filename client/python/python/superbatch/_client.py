@@ -6,35 +6,16 @@ Calls block with the GIL released, and Ctrl-C ends them at once. Those with an a
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow
 
 from . import _superbatch, _weights
-from ._spec import Phase, RunSpec, plain
-
-
-class Record(dict):
-    """A message of the service: a dict whose keys are attributes too, at every depth."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"there is no {name!r}; there are {', '.join(self)}") from None
-
-    def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *self]
-
-
-def record(value: Any) -> Any:
-    """Dicts as records, at every depth."""
-    if isinstance(value, dict):
-        return Record({key: record(item) for key, item in value.items()})
-    if isinstance(value, list):
-        return [record(item) for item in value]
-    return value
+from ._arguments import seconds, text, whole, wrong
+from ._record import Record, record
+from ._spec import Phase, RunSpec, check_phases, plain
 
 
 async def awaited(call: _superbatch.Call) -> Any:
@@ -69,9 +50,17 @@ def connect(
     """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as `Unavailable`.
 
     timeout: seconds for one attempt to connect.
-    retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once connected.
+    retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once connected. A service that
+        falls silent is asked for a sign of life after `retry_seconds`, but at least 5 and at most 20, and has as long to
+        give it; calls to it end within that of `retry_seconds`. One that gives it may take as long as it needs to answer.
     """
-    return Client(_superbatch.connect(uri, timeout, retry_attempts, retry_seconds).wait())
+    text("uri", uri, "write it as http://HOST:PORT")
+    attempts = whole("retry_attempts", retry_attempts, bits=32)
+    timeout, retry_seconds = seconds("timeout", timeout), seconds("retry_seconds", retry_seconds)
+    return Client(_superbatch.connect(uri, timeout, attempts, retry_seconds).wait())
+
+
+RUN_ID = "give a run's id, a string"
 
 
 class Client:
@@ -86,15 +75,28 @@ class Client:
         incarnation: names this start of the trainer, the same on all ranks (`superbatch.torch.incarnation()` makes
         one). Needed where a restarted trainer may come with another world size.
         """
-        return Run(self._client.open_run(spec.run_id, spec.to_dict(), incarnation).wait())
+        return Run(self._opening(spec, incarnation).wait())
 
     async def open_run_async(self, spec: RunSpec, *, incarnation: str = "") -> Run:
         """`open_run`, in asyncio."""
-        return Run(await awaited(self._client.open_run(spec.run_id, spec.to_dict(), incarnation)))
+        return Run(await awaited(self._opening(spec, incarnation)))
+
+    def _opening(self, spec: RunSpec, incarnation: str) -> _superbatch.Call:
+        if not isinstance(spec, RunSpec):
+            raise wrong("spec", spec, "give superbatch.RunSpec(run_id=..., ...)")
+        text("incarnation", incarnation, "give a string, the same on all ranks")
+        return self._client.open_run(spec.run_id, spec.to_dict(), incarnation)
 
     def get_run(self, run_id: str) -> Record:
         """What is known about a run, without joining it: state, spec, cursors, accounts."""
-        return record(self._client.get_run(run_id).wait())
+        return record(self._client.get_run(text("run_id", run_id, RUN_ID)).wait())
+
+    def close_run(self, run_id: str) -> None:
+        """Ends a run for all ranks, without joining it: no further steps or pushes. Its receipts stay.
+
+        Close runs that are finished: until then the service holds steps ready for them, and lists them as open.
+        """
+        self._client.close_run(text("run_id", run_id, RUN_ID)).wait()
 
     def list_runs(self) -> list[Record]:
         """All runs that the service knows."""
@@ -110,7 +112,9 @@ class Batch:
 
     def __init__(self, record_batch: pyarrow.RecordBatch, receipt: dict, step: int, rank: int, world_size: int) -> None:
         self.record_batch = record_batch
-        #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen, cost, ...
+        #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen, cost, ... The scores
+        #: (batch_score, mean_score_chosen, mean_score_candidates) are None where no loss was read: policies "uniform" and
+        #: "k_center", and steps degraded to uniform.
         self.receipt: Record = record(receipt)
         self.step = step
         self.rank = rank
@@ -168,11 +172,20 @@ class Batches(Iterator[Batch], AsyncIterator[Batch]):
         return Batch(*batch)
 
 
+def placed(rank: Any, world_size: Any) -> tuple[int, int]:
+    return whole("rank", rank, bits=32), whole("world_size", world_size, least=1, bits=32)
+
+
 class Run:
-    """An open run. As a context manager it flushes pushes at the end; it does not close the run."""
+    """An open run.
+
+    As a context manager it flushes pushes at the end, and no more: the run stays open, for other ranks and for a trainer
+    that comes back. When it is finished, `close` it, or `Client.close_run` by its id.
+    """
 
     def __init__(self, run: _superbatch.Run) -> None:
         self._run = run
+        self._warned = False
         self._rank: int | None = None
         #: The schema of every batch.
         self.schema: pyarrow.Schema = run.schema
@@ -216,17 +229,30 @@ class Run:
         read_ahead: steps that whoever iterates holds before they are trained on.
         need_after: seconds of waiting after which the service is told that the trainer stands still.
         """
-        self._rank = rank
-        made = self._run.batches(rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after)
+        self._rank, world_size = placed(rank, world_size)
+        made = self._run.batches(
+            self._rank,
+            world_size,
+            whole("start_step", start_step),
+            None if end_step is None else whole("end_step", end_step),
+            whole("stride", stride, least=1),
+            whole("prefetch", prefetch),
+            whole("read_ahead", read_ahead),
+            seconds("need_after", need_after),
+        )
         return Batches(made)
 
     def select(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
         """One step, any that is committed or not too far ahead. intent: "need", or "prefetch" (no deadline runs)."""
-        return Batch(*self._run.select(step, rank, world_size, intent).wait())
+        return Batch(*self._selecting(step, rank, world_size, intent).wait())
 
     async def select_async(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
         """`select`, in asyncio."""
-        return Batch(*await awaited(self._run.select(step, rank, world_size, intent)))
+        return Batch(*await awaited(self._selecting(step, rank, world_size, intent)))
+
+    def _selecting(self, step: int, rank: int, world_size: int, intent: str) -> _superbatch.Call:
+        text("intent", intent, 'give "need" or "prefetch"')
+        return self._run.select(whole("step", step), *placed(rank, world_size), intent)
 
     def push_weights(
         self, state_dict: Mapping[str, Any], *, step: int, rank: int | None = None, dtype: Any = None
@@ -236,6 +262,11 @@ class Run:
         When it returns, the optimizer may overwrite them. At most one push waits beside the one being uploaded; beyond
         that the call blocks. An upload that failed is told by the next call, or by `flush`. Flush before the process ends:
         what is not uploaded then is lost.
+
+        A step's weights are published once. A trainer that goes back to a checkpoint and repeats steps pushes them again,
+        and what is published stays; if it pushes other weights, they change nothing, and a warning names the first such
+        step (where one rank pushes whole tensors, as `push_weights` does outside of FSDP). To train on from other weights,
+        go back first: `run.rewind(step, mode="reselect")`.
 
         Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
         that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
@@ -247,6 +278,7 @@ class Run:
         """
         if rank is None:
             rank = _weights.own_rank() if self._rank is None else self._rank
+        step, rank = whole("step", step, least=-1, bits=63), whole("rank", rank, bits=32)
         mine, total = _weights.blocks(state_dict, rank)
         if mine:
             self._push(mine, step, rank, dtype, None, 0 if len(mine) == total else total)
@@ -267,6 +299,8 @@ class Run:
         expected_parts: blocks of the whole push, over all ranks.
         push_id: the same on all ranks; it follows from generation and step where not given.
         """
+        step, rank = whole("step", step, least=-1, bits=63), whole("rank", rank, bits=32)
+        expected_parts = whole("expected_parts", expected_parts, bits=32)
         self._push(_weights.of_parts(parts), step, rank, dtype, push_id, expected_parts)
 
     def _push(
@@ -280,16 +314,37 @@ class Run:
     ) -> None:
         # Room first, copies after: no more copies exist than can wait.
         slot = self._run.reserve_push().wait()
+        self._warn_of_dropped(stacklevel=4)
         _weights.add(slot, blocks, dtype)
         slot.submit(step, push_id, expected_parts, rank)
 
     def flush(self) -> Record | None:
         """Waits until every push is published. Returns the newest version, or None if this process pushed nothing."""
-        return record(self._run.flush().wait())
+        version = record(self._run.flush().wait())
+        self._warn_of_dropped(stacklevel=3)
+        return version
 
     async def flush_async(self) -> Record | None:
         """`flush`, in asyncio."""
-        return record(await awaited(self._run.flush()))
+        version = record(await awaited(self._run.flush()))
+        self._warn_of_dropped(stacklevel=3)
+        return version
+
+    def _warn_of_dropped(self, stacklevel: int) -> None:
+        """Warns, once, of weights that were pushed for a step and are not those that are published."""
+        step = self._run.dropped_push
+        if step is None or self._warned:
+            return
+        self._warned = True
+        if step < 0:
+            way_out = "a trainer that starts from other weights opens a run of another id"
+        else:
+            way_out = f'a trainer that goes on from other weights calls run.rewind({step}, mode="reselect") first'
+        warnings.warn(
+            f"the weights pushed as step {step} are not those that are published as it: a step's weights are published "
+            f"once, and what is pushed for it again changes nothing; {way_out}",
+            stacklevel=stacklevel,
+        )
 
     def close(self) -> None:
         """Flushes, and ends the run for all ranks: no further steps or pushes. Its receipts stay."""
@@ -302,15 +357,18 @@ class Run:
 
     def receipt(self, step: int, *, generation: int | None = None) -> Record:
         """Why the step's rows were chosen: `summary`, and `chosen` and `bad_rows` row by row."""
-        return record(self._run.receipt(step, generation).wait())
+        generation = None if generation is None else whole("generation", generation, bits=32)
+        return record(self._run.receipt(whole("step", step), generation).wait())
 
     def rewind(self, to_step: int, *, mode: str) -> int:
         """Goes back to a step in a new generation: "replay" serves the old choices, "reselect" chooses anew."""
-        return self._run.rewind(to_step, mode).wait()
+        text("mode", mode, 'give "replay" or "reselect"')
+        return self._run.rewind(whole("to_step", to_step), mode).wait()
 
     def append_phases(self, phases: Sequence[Phase]) -> Record:
         """Adds phases for steps that are not committed yet, and returns the spec in force."""
-        self.spec = record(self._run.append_phases(plain(list(phases))).wait())
+        check_phases(phases)
+        self.spec = record(self._run.append_phases(plain(list(phases), "phases")).wait())
         return self.spec
 
     def __enter__(self) -> Run:

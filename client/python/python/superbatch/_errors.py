@@ -16,11 +16,12 @@ class Error(Exception):
     """
 
     reason: str = "INTERNAL"
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, message: str = "", reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.reason = reason or type(self).reason
-        self.metadata = dict(metadata or {})
+        self.metadata = dict(type(self).metadata if metadata is None else metadata)
 
     def __reduce__(self):
         return type(self), (str(self), self.reason, self.metadata)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+from ._arguments import file_uri, items, text, wrong
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where candidates come from.
 
-    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3:// or memory:///.
-    weight: share of each super-batch relative to the other sources (default 1).
+    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3:// or memory:///; an
+        absolute `Path` is its file:/// URI.
+    weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the source out.
     image_column, caption_column: found by the layout (img2dataset, Hugging Face) where not given.
     """
 
-    uri: str
+    uri: str | os.PathLike
     weight: float | None = None
     image_column: str | None = None
     caption_column: str | None = None
@@ -32,7 +36,7 @@ class Learner:
     logit_bias: for the sigmoid loss with a model that has none.
     """
 
-    model_uri: str
+    model_uri: str | os.PathLike
     random_seed: int | None = None
     snapshot_uri: str | None = None
     first_push: bool | None = None
@@ -43,7 +47,7 @@ class Learner:
 class Reference:
     """The frozen model: a Hugging Face model folder with weights."""
 
-    model_uri: str
+    model_uri: str | os.PathLike
     logit_bias: float | None = None
 
 
@@ -126,11 +130,11 @@ class RunSpec:
     can be added, by `Run.append_phases`.
 
     run_id: letters, digits, '-', '_' and '.', at most 128.
-    sources: at least one; a plain string is the uri of a source.
+    sources: at least one; a plain string or absolute path is the uri of a source.
     phases: the schedule by rising from_step; the first starts at 0.
     learner: needed unless every phase is uniform, "k_center" or scores with the reference alone.
     reference: needed unless every phase is uniform or "hard", and by whatever `Tuning` leaves out; a plain string is its
-        model_uri.
+        model_uri, as is an absolute path.
     loss: "sigmoid" (default) or "softmax".
     lag: `exact(1)` by default.
     push_every_steps: a push is due after every so many steps (default 1).
@@ -153,10 +157,10 @@ class RunSpec:
     """
 
     run_id: str
-    sources: Sequence[Source | str]
+    sources: Sequence[Source | str | os.PathLike]
     phases: Sequence[Phase]
     learner: Learner | None = None
-    reference: Reference | str | None = None
+    reference: Reference | str | os.PathLike | None = None
     loss: str | None = None
     lag: Lag | None = None
     push_every_steps: int | None = None
@@ -177,21 +181,52 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, with the protocol's field names; without `run_id`, and without what is None."""
+        check_kinds(self)
         spec = plain(self)
         del spec["run_id"]
-        if isinstance(self.sources, str):
-            raise TypeError(f"sources is a sequence: give [{self.sources!r}]")
         spec["sources"] = [{"uri": source} if isinstance(source, str) else source for source in spec["sources"]]
-        if isinstance(self.reference, str):
-            spec["reference"] = {"model_uri": self.reference}
+        if isinstance(spec.get("reference"), str):
+            spec["reference"] = {"model_uri": spec["reference"]}
         return spec
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses as dicts without their None fields, sequences as lists."""
+def check_kinds(spec: RunSpec) -> None:
+    """Refuses what is no part of a spec. A dict with the protocol's field names stands for any part."""
+    text("run_id", spec.run_id, "give a string")
+    sources = "give a URI, an absolute path or superbatch.Source(uri=...)"
+    for i, source in enumerate(items("sources", spec.sources)):
+        expect(f"sources[{i}]", source, (Source, str, os.PathLike), sources)
+    check_phases(spec.phases)
+    items("columns", spec.columns)
+    expect("learner", spec.learner, Learner, "give superbatch.Learner(model_uri=...)")
+    expect("reference", spec.reference, (Reference, str, os.PathLike), "give a URI or superbatch.Reference(model_uri=...)")
+    expect("fork_of", spec.fork_of, Fork, "give superbatch.Fork(run_id=..., step=...)")
+    steps = max(spec.lag, 0) if isinstance(spec.lag, int) else 1
+    lags = f"give superbatch.exact(n) or superbatch.at_most(n), such as superbatch.exact({steps:d})"
+    expect("lag", spec.lag, Lag, lags)
+
+
+def check_phases(phases: Any) -> None:
+    for i, phase in enumerate(items("phases", phases)):
+        expect(f"phases[{i}]", phase, Phase, "give superbatch.Phase(policy=..., super_batch_size=..., sub_batch_size=...)")
+        if isinstance(phase, Phase):
+            expect(f"phases[{i}].tuning", phase.tuning, Tuning, "give superbatch.Tuning(...)")
+
+
+def expect(name: str, value: Any, kinds: Any, instead: str) -> None:
+    if value is not None and not isinstance(value, kinds) and not isinstance(value, Mapping):
+        raise wrong(name, value, instead)
+
+
+def plain(value: Any, name: str = "") -> Any:
+    """Dataclasses as dicts without their None fields, sequences as lists, paths as URIs. `name` is where the value is."""
     if is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
-        return {name: plain(item) for name, item in pairs if item is not None}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return {key: plain(item, f"{name}.{key}".lstrip(".")) for key, item in pairs if item is not None}
+    if isinstance(value, os.PathLike):
+        return file_uri(name, value)
+    if isinstance(value, Mapping):
+        return {key: plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
     return value

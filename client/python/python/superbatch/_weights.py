@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ._arguments import wrong
 from ._errors import invalid
 
 DTYPES = ("f32", "f16", "bf16")
@@ -27,6 +28,10 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
     Whole tensors are rank 0's. Of a DTensor each rank pushes its own shard; of replicas, the first in the mesh does.
     Entries that are not floating point, such as position ids, are no weights.
     """
+    if callable(getattr(state_dict, "state_dict", None)):
+        raise wrong("state_dict", state_dict, "give what it holds: model.state_dict()")
+    if not callable(getattr(state_dict, "items", None)):
+        raise wrong("state_dict", state_dict, "give a mapping of names to tensors, such as model.state_dict()")
     mine: list[Block] = []
     total = 0
     for name, tensor in state_dict.items():

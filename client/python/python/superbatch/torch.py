@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
+import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ._client import Batch, connect
 from ._errors import Error, invalid
@@ -36,7 +38,8 @@ class SelectedBatches(IterableDataset):
     It connects when it is iterated, in the process that iterates: it can be pickled, and forked. Workers share out the
     steps, and the loader puts them in order again. Push weights from the trainer's own process.
 
-    Also fits into a `DataLoader(dataset, batch_size=None)` of your own. With workers give it the same `prefetch_factor`, and
+    Also fits into a `DataLoader(dataset, batch_size=None)` of your own (without `batch_size=None`, torch would make batches
+    of batches, which is refused where it can be seen). With workers give it the same `prefetch_factor`, and
     set `start_step` before every further loop: workers run ahead, and cannot know which batches the trainer took.
     """
 
@@ -97,6 +100,13 @@ class SelectedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        if makes_batches(sys._getframe(1).f_locals):
+            error = invalid(
+                "batch_size",
+                "the loader would make batches of batches, with a dimension more: give DataLoader(dataset, "
+                "batch_size=None), or make it by SelectedBatches.loader",
+            )
+            raise error if worker is None else told(error)
         if worker is None:
             return self._own_steps()
         return self._shared_steps(worker.id, worker.num_workers)
@@ -117,7 +127,7 @@ class SelectedBatches(IterableDataset):
                 yield item
         except Error as error:
             if not self._tells_errors:
-                raise
+                raise told(error) from error
             yield _Failure(error)
 
     def _check_loop(self, worker: int, workers: int) -> None:
@@ -149,19 +159,45 @@ class SelectedBatches(IterableDataset):
             yield batch.step, batch if self.transform is None else self.transform(batch)
 
 
+def makes_batches(asking: Mapping[str, Any]) -> bool:
+    """Whether a loader with a `batch_size` iterates over the data set, by the local variables of what does.
+
+    torch says so nowhere else. Where they have other names than in torch's own fetcher, it is not noticed.
+    """
+    return asking.get("auto_collation") is True and asking.get("collate_fn") is default_collate
+
+
+class _Kind(type):
+    """Classes of errors that know a reason: from a worker's exception torch keeps the class, and a text of its own."""
+
+
+def kind(base: type[Error], reason: str, metadata: Mapping[str, str]) -> type[Error]:
+    """A class of errors that all have this reason."""
+    return _Kind(base.__name__, (base,), {"__module__": base.__module__, "reason": reason, "metadata": metadata})
+
+
+# Workers hand over the class pickled, and it has no name to be found under.
+copyreg.pickle(_Kind, lambda made: (kind, (made.__base__, made.reason, made.metadata)))
+
+
+def told(error: Error) -> Error:
+    """The error, for a worker to raise: with its reason in the class."""
+    return kind(type(error), error.reason, error.metadata)(str(error))
+
+
 class _Failure(NamedTuple):
-    """What a worker failed with. Raised there, torch would make another exception of it, without its reason."""
+    """What a worker failed with. Raised there, torch would make another exception of it, with a text of its own."""
 
     error: Error
 
 
-#: What a loader of selected batches sets itself, and what stands in its place.
+#: What a loader of selected batches sets itself, and why it cannot be otherwise.
 _FIXED = {
-    "batch_size": "the run's sub_batch_size",
-    "collate_fn": "transform",
-    "in_order": "nothing: steps come in order",
-    "persistent_workers": "nothing: workers begin anew, at the right step",
-    "prefetch_factor": "that of SelectedBatches",
+    "batch_size": (None, "a batch is what the run's sub_batch_size says"),
+    "collate_fn": (None, "give SelectedBatches a transform"),
+    "in_order": (True, "steps come in their order"),
+    "persistent_workers": (False, "workers begin anew for every loop, at the right step"),
+    "prefetch_factor": (None, "give it to SelectedBatches"),
 }
 
 
@@ -169,8 +205,9 @@ class _Loader(DataLoader):
     """Counts what the trainer takes, which its workers cannot."""
 
     def __init__(self, dataset: SelectedBatches, num_workers: int, options: dict[str, Any]) -> None:
-        for name in _FIXED.keys() & options.keys():
-            raise invalid(name, f"a loader of selected batches has {_FIXED[name]} instead")
+        for name, (fixed, why) in _FIXED.items():
+            if options.pop(name, fixed) is not fixed:
+                raise invalid(name, f"leave it out: {why}")
         factor = dataset.prefetch_factor if num_workers else None
         super().__init__(dataset, batch_size=None, num_workers=num_workers, prefetch_factor=factor, **options)
 

@@ -47,6 +47,9 @@ pub struct Fake {
     pub refuse_pushes: Mutex<VecDeque<Reason>>,
     /// Pushes are answered once this is true.
     pub publish: watch::Sender<bool>,
+    /// What pushes are answered to have published.
+    pub published_digest: Mutex<String>,
+    closed: Mutex<Vec<String>>,
 }
 
 pub const STEPS: u64 = 6;
@@ -91,6 +94,11 @@ impl Fake {
         self.asked.borrow().clone()
     }
 
+    /// Ids of the runs that were closed.
+    pub fn closed(&self) -> Vec<String> {
+        lock(&self.closed).clone()
+    }
+
     /// Waits until a request like this has come.
     pub async fn asked_for(&self, test: impl Fn(&SelectBatchRequest) -> bool) -> TestResult {
         let seen = |all: &Vec<SelectBatchRequest>| all.iter().any(&test);
@@ -116,7 +124,10 @@ impl Fake {
 
 /// Opens a run.
 pub async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
-    let config = ConnectConfig { retry, ..ConnectConfig::default() };
+    open_with(address, ConnectConfig { retry, ..ConnectConfig::default() }).await
+}
+
+pub async fn open_with(address: SocketAddr, config: ConnectConfig) -> TestResult<Run> {
     Ok(Client::connect_with(format!("http://{address}"), config).await?.open_run("run", RunSpec::default()).await?)
 }
 
@@ -142,6 +153,49 @@ pub async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> 
         }
     });
     Ok(address)
+}
+
+/// What becomes of the way to a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Open,
+    /// Nothing moves on it any more, as if the server's process were stopped.
+    Silent,
+    /// Connections are cut, and nothing moves on new ones.
+    CutAndSilent,
+    /// Connections are cut, and nobody listens.
+    Gone,
+}
+
+/// A way to `server` that is as `way` says.
+pub async fn way_to(server: SocketAddr, mut way: watch::Receiver<Way>) -> TestResult<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    tokio::spawn(async move {
+        loop {
+            let of_new = way.clone();
+            let near = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = way.wait_for(|way| *way == Way::Gone) => return,
+            };
+            let Ok((near, _)) = near else { return };
+            tokio::spawn(carry(near, server, of_new));
+        }
+    });
+    Ok(address)
+}
+
+async fn carry(mut near: TcpStream, server: SocketAddr, mut way: watch::Receiver<Way>) {
+    let is_old = *way.borrow() == Way::Open;
+    let Ok(mut far) = TcpStream::connect(server).await else { return };
+    let changed = tokio::select! {
+        biased;
+        changed = way.wait_for(|way| *way != Way::Open) => changed.map(|way| *way),
+        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+    };
+    if changed.is_ok_and(|way| way == Way::Silent || (way == Way::CutAndSilent && !is_old)) {
+        std::future::pending().await
+    }
 }
 
 pub fn fast() -> Retry {
@@ -232,7 +286,8 @@ impl selection_service_server::SelectionService for Fake {
             return Err(Failure::new(reason, "scripted").with("tensor", "w").into());
         }
         let _ = self.publish.subscribe().wait_for(|publish| *publish).await;
-        let published = Some(WeightsVersion { version: 1, step, ..WeightsVersion::default() });
+        let digest = lock(&self.published_digest).clone();
+        let published = Some(WeightsVersion { version: 1, step, digest, ..WeightsVersion::default() });
         Ok(Response::new(PushWeightsResponse { published }))
     }
 
@@ -248,7 +303,8 @@ impl selection_service_server::SelectionService for Fake {
         Ok(Response::new(ListRunsResponse::default()))
     }
 
-    async fn close_run(&self, _: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+    async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+        lock(&self.closed).push(request.into_inner().run_id);
         Ok(Response::new(CloseRunResponse::default()))
     }
 

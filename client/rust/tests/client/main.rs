@@ -1,13 +1,14 @@
 //! The client against a real server in this process, whose answers are scripted.
 #![allow(clippy::unwrap_used)]
 mod fake;
+mod lost;
 
 use fake::{Answer, Fake, STEPS, TestResult, cut_once, fast, open_at, rows};
 use futures::{FutureExt, StreamExt};
 use std::{sync::Arc, time::Duration};
 use superbatch_client::{
     BatchesConfig, Client, Error, Part, Push, Pusher, Retry,
-    v1::{Intent, Reason, RewindMode, TensorDtype, push_weights_request::Message},
+    v1::{Intent, Reason, RewindMode, RunSpec, TensorDtype, push_weights_request::Message},
 };
 
 const MIB: usize = 1 << 20;
@@ -316,5 +317,33 @@ async fn a_receipt_is_put_together_from_its_pages() -> TestResult {
     assert_eq!(receipt.chosen.iter().map(|row| row.position).collect::<Vec<_>>(), [0, 1]);
     assert_eq!(receipt.bad_rows.iter().map(|row| row.position).collect::<Vec<_>>(), [2]);
     assert!(run.receipt(1, None).await.is_err(), "pages that lead nowhere end");
+    Ok(())
+}
+
+#[tokio::test]
+async fn other_weights_for_a_step_that_is_published_are_noticed() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    fake.publish.send_replace(true);
+    *fake.published_digest.lock().map_err(|_| "poisoned")? = "of other weights".to_owned();
+    let run = fake.open(fast()).await?;
+    let parts = || Part::f32("w", &[2], &[1.0, 2.0]).into_iter().collect();
+    run.push_weights(0, parts()).await?;
+    assert_eq!(run.dropped_push(), None, "no step was committed when the run was opened");
+    // One rank's parts say nothing of the whole.
+    run.push(Push { expected_parts: 2, ..Push::whole(0, parts()) }).await?;
+    assert_eq!(run.dropped_push(), None);
+    run.push_weights(0, parts()).await?;
+    run.push_weights(-1, parts()).await?;
+    assert_eq!(run.dropped_push(), Some(0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_run_is_closed_by_its_id() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let client = Client::connect(format!("http://{}", fake.serve().await?)).await?;
+    client.close_run("finished").await?;
+    client.open_run("run", RunSpec::default()).await?.close_run().await?;
+    assert_eq!(fake.closed(), ["finished", "run"]);
     Ok(())
 }
