@@ -183,6 +183,7 @@ impl Config {
         self.validate_reach()?;
         self.validate_advertised()?;
         self.state_uri()?;
+        self.storage.validate()?;
         let c = &self.coordinator;
         let seconds = [
             ("coordinator.grace_seconds", c.grace_seconds),
