@@ -85,7 +85,8 @@ declare! {
     counter steps_committed(mode) on Coordinator = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.
     gauge ready_batches() on Coordinator = "superbatch_ready_batches", Count;
-    /// Open runs that this coordinator owns.
+    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the one that has been idle
+    /// longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
@@ -105,8 +106,9 @@ declare! {
     counter object_store_throttled() on Both = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() on Coordinator = "superbatch_batch_score", Count, SCORES;
-    /// Mean score of the examples of each step: of the `chosen` ones, and of all `candidates`. Selection works while the first
-    /// is above the second.
+    /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones, and of all `candidates`. The
+    /// policies that draw by these scores hold the first above the second. Joint selection need not: its goal is the score of
+    /// the whole batch, `superbatch_batch_score`.
     histogram mean_score(of) on Coordinator = "superbatch_mean_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() on Worker = "superbatch_reference_rows_cached_total", Count;
@@ -115,7 +117,8 @@ declare! {
     /// Scoring workers that hold a lease.
     gauge workers() on Coordinator = "superbatch_workers", Count;
     /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
-    /// estimated from what stages take and from the trainers' own time for a step. 0 while nothing is known.
+    /// estimated from what stages take and from the trainers' own time for a step. 0 while no trainer has
+    /// been seen to take a few steps.
     gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
     /// Slices that went to another worker because theirs was lost or could not read them.
     counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;

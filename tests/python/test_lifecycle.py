@@ -90,20 +90,23 @@ def test_phases_are_part_of_what_a_run_is_and_appended_ones_are_held_to_the_limi
     with pytest.raises(superbatch.Error) as caught:
         run.append_phases([phase(from_step=5, super_batch_size=97)])
     assert reason(caught) == "RUN_SPEC_IMPOSSIBLE" and caught.value.metadata["field"] == "phases[2].super_batch_size"
+    with pytest.raises(superbatch.Error, match="limit of 96") as caught:
+        client.open_run(spec(inputs, "vast", phases=[phase(super_batch_size=10**7)]))
+    assert reason(caught) == "RUN_SPEC_IMPOSSIBLE" and caught.value.metadata["field"] == "phases[0].super_batch_size"
     run.append_phases([uniform(from_step=4)])
     assert len(client.open_run(spec(inputs, "phased", phases=two)).get_run().spec.phases) == 3
 
 
-def test_open_runs_are_counted_and_a_closed_one_makes_room(inputs, serve):
+def test_more_runs_than_fit_are_open_in_turn(inputs, serve):
     coordinator = serve(max_runs=1)
     client = superbatch.connect(coordinator.address, retry_attempts=1)
-    first = client.open_run(spec(inputs, "first", phases=[uniform()]))
-    with pytest.raises(superbatch.Error, match="max_runs") as caught:
-        client.open_run(spec(inputs, "second", phases=[uniform()]))
-    assert reason(caught) == "OVERLOADED"
-    first.close()
-    client.open_run(spec(inputs, "second", phases=[uniform()]))
+    runs = [client.open_run(spec(inputs, name, phases=[uniform()])) for name in ("first", "second", "third")]
+    assert coordinator.metric("superbatch_open_runs") == 1
+    log = coordinator.log.read_text()
+    assert all(words in log for words in ("run opened", "run put to sleep")) and "third" in log
+    runs[0].close()
     assert client.get_run("first").summary.state == "closed"
+    assert [client.get_run(name).summary.state for name in ("second", "third")] == ["open", "open"]
 
 
 def test_batches_in_hand_are_bounded_and_read_again(inputs, serve):

@@ -115,9 +115,29 @@ def test_too_few_rows_that_can_be_used(inputs, service, tmp_path):
     for policy in ("joint", "uniform"):
         asked = spec(inputs, f"bad-{policy}", sources=[(tmp_path / "bad").as_uri()], phases=[phase(policy=policy)])
         run = superbatch.connect(service.address).open_run(asked)
-        refused(lambda: run.select(0, rank=0, world_size=1), "TOO_MANY_BAD_ROWS", "sub_batch_size",
-                candidates="96", holes="96")
+        error = refused(lambda: run.select(0, rank=0, world_size=1), "TOO_MANY_BAD_ROWS", "sub_batch_size",
+                        candidates="96", holes="96")
+        assert "a.parquet" in str(error) and "IMAGE" in str(error), "it names a row and why"
         refused(lambda: run.receipt(0), "STEP_NOT_COMMITTED", step="0")
+
+
+def test_a_run_with_too_many_bad_rows_fails_in_one_way(inputs, service, tmp_path):
+    table = pyarrow.parquet.read_table(inputs / "pool").slice(0, 96)
+    images = table.column("png").to_pylist()
+    images = pyarrow.array([b"no picture" if row % 2 else image for row, image in enumerate(images)], pyarrow.binary())
+    table = table.set_column(table.schema.get_field_index("png"), "png", images)
+    (tmp_path / "bad").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "bad" / "a.parquet", row_group_size=64)
+    easy = phase(criterion="easy", super_batch_size=96)
+    # Nothing is judged before 1,000 candidates, of which 100 may be bad: 48 are in each step.
+    asked = spec(inputs, "half-bad", sources=[(tmp_path / "bad").as_uri()], phases=[easy], max_ahead=1)
+    run = superbatch.connect(service.address).open_run(asked)
+    for step in range(2):
+        run.select(step, rank=0, world_size=1)
+    for step in (2, 3, 2):
+        error = refused(lambda: run.select(step, rank=0, world_size=1), "RUN_FAILED", "max_bad_row_share")
+        assert "a.parquet" in str(error) and "144 of 288 candidates" in str(error)
+    assert "a.parquet" in run.get_run().failure
 
 
 def test_uris_that_the_operator_does_not_allow(inputs, tmp_path):
@@ -184,9 +204,13 @@ def test_a_closed_run_serves_its_receipts_alone(inputs, service):
 
 def test_weights_that_nobody_brings(inputs, service):
     learner = superbatch.Learner(model_uri=(inputs / "learner").as_uri(), first_push=True)
-    run = superbatch.connect(service.address).open_run(spec(inputs, "unpushed", learner=learner))
+    run = superbatch.connect(service.address).open_run(
+        spec(inputs, "unpushed", learner=learner, need_deadline_seconds=0.5))
     # Its only rank stands still, and no push is on its way: no deadline needs to pass.
     refused(lambda: run.select(0, rank=0, world_size=1), "WEIGHTS_MISSING", "step -1", step="0")
+    run.push_weights(weights(inputs, 0), step=0)
+    run.flush()
+    refused(lambda: run.select(0, rank=0, world_size=1), "NEED_DEADLINE", "that of step 0 is here", step="0")
     run.push_weights(weights(inputs, 0), step=-1)
     run.flush()
     assert run.select(0, rank=0, world_size=1).receipt.learner.step == -1
@@ -205,7 +229,7 @@ def test_pushes_that_do_not_belong(inputs, service):
         parts = [(name, tensor, tensor.shape, [0] * tensor.dim()) for name, tensor in tensors.items()]
         return lambda: (run.push_parts(parts, step=step, expected_parts=len(parts), **settings), run.flush())
     rare = client.open_run(spec(inputs, "rare", push_every_steps=2))
-    refused(push(rare, 0), "PUSH_OFF_CADENCE", "push_every_steps", step="0")
+    refused(push(rare, 0), "PUSH_OFF_CADENCE", "the next is due after step 1", step="0")
     refused(push(rare, -1), "PUSH_OFF_CADENCE", "first_push", step="-1")
     push(rare, 1, push_id="mine")()
     push(rare, 1, push_id="mine")()

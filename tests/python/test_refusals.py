@@ -45,9 +45,20 @@ def test_models_that_cannot_serve(inputs, service, tmp_path):
     refused(service, "TOKENIZER_MISMATCH", spec(inputs, "g", reference=(tmp_path / "odd").as_uri()))
 
 
+def test_learners_whose_weights_are_not_there(inputs, service, tmp_path):
+    learner = (inputs / "learner").as_uri()
+    bare = tmp_path / "bare"
+    shutil.copytree(inputs / "learner", bare)
+    (bare / "model.safetensors").unlink()
+    gone, folder = f"{learner}/nope.safetensors", bare.as_uri()
+    for model, snapshot in [(learner, gone), (learner, folder), (folder, folder), (folder, f"{folder}/model.safetensors")]:
+        asked = superbatch.Learner(model_uri=model, snapshot_uri=snapshot)
+        refused(service, "MODEL_INVALID", spec(inputs, "gone", learner=asked), snapshot)
+
+
 def test_another_spec_under_a_known_id(inputs, service):
     superbatch.connect(service.address).open_run(spec(inputs, "known"))
-    refused(service, "RUN_SPEC_CONFLICT", spec(inputs, "known", seed=6), "seed")
+    refused(service, "RUN_SPEC_CONFLICT", spec(inputs, "known", seed=6), "this spec says 6")
     superbatch.connect(service.address).open_run(spec(inputs, "known"))
 
 

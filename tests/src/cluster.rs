@@ -76,6 +76,11 @@ impl Cluster {
         self.script.left().is_empty()
     }
 
+    /// Where the coordinator listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     pub async fn open_run(&self, id: &str, spec: RunSpec) -> superbatch_client::Result<Run> {
         Client::connect(&self.address).await?.open_run(id, spec).await
     }

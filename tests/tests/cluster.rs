@@ -3,7 +3,7 @@
 use arrow::array::AsArray;
 use std::{path::Path, sync::Arc};
 use superbatch_client::{
-    Part, Run,
+    Client, ConnectConfig, Part, Retry, Run,
     v1::{Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
 };
 use superbatch_server::{
@@ -295,6 +295,32 @@ async fn a_model_file_changed_under_a_run_is_refused_by_name() {
     cluster.restart().await;
     let run = cluster.open_run("learner", specs[1].1.clone()).await.unwrap();
     assert_eq!(ids(&run, 1).await.len(), 16, "put back, it goes on");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_run_makes_room_for_another_and_a_busy_one_does_not() {
+    let go = Arc::new(Notify::new());
+    let script = once(Operation::Create, "generations/1", How::Waits(go.clone()));
+    let cluster = Cluster::start_with(0, script, |config| config.coordinator.max_runs = 1).await;
+    // Its step 2 waits for a push that does not come.
+    let first = cluster.open_run("first", cluster.spec()).await.unwrap();
+    let served = ids(&first, 0).await;
+    let second = cluster.open_run("second", uniform(&cluster)).await.unwrap();
+    assert_eq!(ids(&second, 0).await.len(), 16);
+    assert_eq!(ids(&first, 0).await, served, "it wakes where it was");
+    let rewinding = tokio::spawn(async move { first.rewind(0, RewindMode::Replay).await });
+    while !cluster.is_played_out() {
+        tokio::task::yield_now().await;
+    }
+    let retry = Retry { attempts_max: 1, ..Retry::default() };
+    let impatient = ConnectConfig { retry, ..ConnectConfig::default() };
+    let impatient = Client::connect_with(cluster.address(), impatient).await.unwrap();
+    let refused = impatient.open_run("third", uniform(&cluster)).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::Overloaded), "{refused}");
+    go.notify_one();
+    assert_eq!(rewinding.await.unwrap().unwrap(), 1);
+    cluster.open_run("third", uniform(&cluster)).await.unwrap();
     cluster.stop().await;
 }
 

@@ -54,12 +54,17 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
 async fn one(location: &Location, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
     let receipts = Receipts::new(location.clone());
     let chain = known(location, &args.run).await?.chain;
-    for generation in chain.candidates(step, args.generation.unwrap_or(chain.current())) {
+    let asked = args.generation.unwrap_or(chain.current());
+    for generation in chain.candidates(step, asked) {
         if let Some(receipt) = receipts.find(step, generation).await? {
             return Ok(receipt);
         }
     }
-    let message = format!("step {step} of run '{}' is not committed; `superbatch runs` tells its last step", args.run);
+    let message = format!(
+        "step {step} of run '{}' is not committed in generation {asked}; `superbatch runs` tells its last step and its newest \
+         generation",
+        args.run
+    );
     Err(Error::new(Reason::StepNotCommitted, message))
 }
 

@@ -89,7 +89,8 @@ pub struct CoordinatorConfig {
     pub push_deadline_seconds: f64,
     /// Memory for chosen batches that wait for their trainer, in bytes. What does not fit is read again when it is asked for.
     pub ready_bytes_max: u64,
-    /// Open runs that this coordinator owns at most.
+    /// Open runs that this coordinator has in memory at most. For one more, the run that has been idle longest is put to sleep
+    /// until somebody asks for it.
     pub max_runs: u32,
     /// Newest snapshots of pushed weights that are kept of each run, beside those that its next steps are scored with. A rewind
     /// that chooses anew needs the weights of its time.

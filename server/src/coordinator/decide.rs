@@ -120,7 +120,7 @@ impl Maker<'_> {
         while drawn.len() < wanted {
             let mut numbers: Vec<u32> = next.by_ref().take(wanted - drawn.len()).collect();
             if numbers.is_empty() {
-                return Err(too_few(self.super_batch.candidates.len(), decided.holes.len(), wanted));
+                return Err(self.too_few(decided));
             }
             numbers.sort_unstable();
             let candidates: Vec<_> = numbers.iter().map(|n| self.super_batch.candidates[*n as usize]).collect();
@@ -184,12 +184,28 @@ impl Maker<'_> {
         decided.add_holes(scoring.holes(), &[&reference, &learner]);
         let holes = decided.holes.len();
         if size - holes < phase.sub_batch_size as usize {
-            return Err(too_few(size, holes, phase.sub_batch_size as usize));
+            return Err(self.too_few(decided));
         }
         decided.drawn = self.draw(decided, learner, reference).await?;
         let rows = scoring.rows(&decided.drawn.indices).await?;
         decided.discarded(scoring.discarded_flops());
         Ok(rows)
+    }
+
+    /// Fewer candidates can be used than are wanted.
+    fn too_few(&self, decided: &Decided) -> Error {
+        let (candidates, holes) = (self.super_batch.candidates.len(), decided.holes.len());
+        let first = decided.holes.iter().min_by_key(|hole| hole.candidate);
+        let first = first.map_or_else(String::new, |hole| {
+            let (id, _) = plan::row_id(&self.run.manifest, &self.super_batch.candidates[hole.candidate as usize]);
+            record::first_bad(&id, hole.reason(), &hole.detail)
+        });
+        let message = format!(
+            "of {candidates} candidates {holes} cannot be used{first}, so fewer than sub_batch_size = {} are left; mend the data \
+             or raise super_batch_size (skipped rows are counted in superbatch_skipped_total)",
+            decided.phase.sub_batch_size
+        );
+        Error::new(Reason::TooManyBadRows, message).with("candidates", candidates).with("holes", holes)
     }
 }
 
@@ -199,12 +215,4 @@ fn lag_steps(spec: &RunSpec) -> u32 {
         Some(lag::Bound::Exact(steps) | lag::Bound::AtMost(steps)) => steps,
         None => 1,
     }
-}
-
-fn too_few(candidates: usize, holes: usize, wanted: usize) -> Error {
-    let message = format!(
-        "of {candidates} candidates {holes} cannot be used, so fewer than sub_batch_size = {wanted} are left; mend the data \
-         or raise super_batch_size (skipped rows are counted in superbatch_skipped_total and listed in receipts)"
-    );
-    Error::new(Reason::TooManyBadRows, message).with("candidates", candidates).with("holes", holes)
 }

@@ -64,7 +64,7 @@ impl Members {
     /// # Errors
     /// `StepBeyondAhead`.
     pub fn check_new(&self, asking: &Asking, bounds: Bounds) -> Result<()> {
-        check_ahead(asking.step, bounds.committed, bounds.max_ahead)
+        check_ahead(asking.step, (bounds.committed, COMMITTED), bounds.max_ahead)
     }
 
     /// Admits a request, or says why not. Returns whether a new start of the trainer took over with it.
@@ -78,9 +78,17 @@ impl Members {
             known => known.is_none(),
         };
         // Nobody consumes what is not committed.
-        let claimed = asking.claims_consumed().min(bounds.committed);
-        let base = if new { bounds.committed } else { self.floor.max(self.frontier()) };
-        check_ahead(asking.step, base.max(claimed), bounds.max_ahead)?;
+        let claims = asking.claims_consumed();
+        let claimed = claims.min(bounds.committed);
+        let base = match new {
+            true => (bounds.committed, COMMITTED),
+            false => {
+                let claim = (claimed, if claims > claimed { COMMITTED } else { CONSUMED });
+                let known = [(self.floor, RESUMED), (self.frontier(), CONSUMED), claim];
+                known.into_iter().max_by_key(|(step, _)| *step).unwrap_or(claim)
+            }
+        };
+        check_ahead(asking.step, base, bounds.max_ahead)?;
         if new {
             self.incarnations.push(asking.incarnation.clone());
             self.pinned.clear();
@@ -145,19 +153,24 @@ impl Members {
     }
 }
 
-/// Whether `step` may be asked for: at most `max_ahead` beyond what is consumed.
+/// What the step is, beyond which only `max_ahead` more may be asked for.
+const COMMITTED: &str = "is the newest committed step, and nobody can have consumed more";
+const CONSUMED: &str = "is the newest step that a rank has consumed";
+const RESUMED: &str = "was the newest step when this trainer began or the run was taken back";
+
+/// Whether `step` may be asked for: at most `max_ahead` beyond `from`, of which it is said what it is.
 ///
 /// # Errors
 /// `StepBeyondAhead`.
-fn check_ahead(step: u64, consumed: Option<u64>, max_ahead: u32) -> Result<()> {
-    let newest_allowed = last_allowed(consumed, max_ahead);
+fn check_ahead(step: u64, from: (Option<u64>, &str), max_ahead: u32) -> Result<()> {
+    let newest_allowed = last_allowed(from.0, max_ahead);
     if step <= newest_allowed {
         return Ok(());
     }
-    let consumed = consumed.map_or("nothing".to_owned(), |s| format!("step {s}"));
+    let from = from.0.map_or("no step is consumed so far".to_owned(), |s| format!("step {s} {}", from.1));
     let message = format!(
-        "step {step} is too far ahead: {consumed} is consumed so far, and max_ahead is {max_ahead}, so step \
-         {newest_allowed} is the newest that may be asked for; resume at the step after your checkpoint's"
+        "step {step} is too far ahead: {from}; with max_ahead {max_ahead}, step {newest_allowed} is the newest that may be \
+         asked for; resume at the step after your checkpoint's"
     );
     Err(Error::new(Reason::StepBeyondAhead, message).with("step", step).with("newest_allowed", newest_allowed))
 }
@@ -241,6 +254,24 @@ mod tests {
         let bounds = Bounds { committed: Some(2), max_ahead: 2 };
         members.admit(&prefetch(4, None), bounds).unwrap();
         assert!(members.admit(&prefetch(5, None), bounds).is_err());
+    }
+
+    #[test]
+    fn a_refusal_says_what_its_window_is_counted_from() {
+        let bounds = |committed| Bounds { committed, max_ahead: 2 };
+        let refused = |members: &mut Members, asking: Asking, committed, wanted: &str| {
+            let error = members.admit(&asking, bounds(committed)).unwrap_err();
+            assert_eq!(error.reason(), Reason::StepBeyondAhead);
+            assert!(error.to_string().contains(wanted), "{error}");
+        };
+        let mut members = Members::default();
+        refused(&mut members, asking(2, 0, 2, "a"), None, "no step is consumed so far");
+        members.admit(&asking(0, 0, 2, "a"), bounds(None)).unwrap();
+        refused(&mut members, asking(9, 0, 2, "a"), Some(1), "step 1 is the newest committed step");
+        refused(&mut members, prefetch(9, Some(1)), Some(3), "step 1 is the newest step that a rank has consumed");
+        refused(&mut members, asking(9, 0, 2, "b"), Some(1), "step 1 is the newest committed step");
+        let mut resumed = Members::new(vec!["a".into()], Some(5));
+        refused(&mut resumed, prefetch(9, Some(1)), Some(6), "step 5 was the newest step when this trainer began");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Read it in the order of a step: [`service`] → [`run`] → [`decide`] → [`plan`] → [`scoring`] → [`selector`] → [`receipts`] →
 //! [`output`].
+mod calls;
 pub mod chain;
 mod claims;
 mod decide;

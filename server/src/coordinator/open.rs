@@ -128,7 +128,11 @@ impl Opening<'_> {
         if let Some(asked) = spec.learner.clone() {
             stores.open_allowed(&asked.model_uri)?;
             if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
-                stores.open_allowed(uri)?;
+                let snapshot = stores.open_allowed(uri)?;
+                // The model folder itself stands for the weights that it holds.
+                if *uri != asked.model_uri && snapshot.head("").await?.is_none() {
+                    return Err(no_snapshot(uri));
+                }
             }
             learner = Some(self.model(models::initial_ref(spec, &asked, None), spec).await?);
         }
@@ -155,6 +159,7 @@ impl Opening<'_> {
         };
         let limits = &self.coordinator.deps.limits;
         let settings = RunWeights {
+            run_id: self.id.to_owned(),
             lag: spec.lag.unwrap_or_default(),
             push_every_steps: spec.push_every_steps,
             first_push: matches!(&spec.learner, Some(l) if matches!(l.initial, Some(Initial::FirstPush(_)))),
@@ -169,6 +174,15 @@ impl Opening<'_> {
         };
         Weights::open(location.clone(), settings, Arc::new(verifier)).boxed().await
     }
+}
+
+/// A snapshot that is not there will not come by asking again.
+fn no_snapshot(uri: &str) -> Error {
+    let message = format!(
+        "the learner's snapshot {uri} is not there, or is no file; name a safetensors file, or the model folder itself where it \
+         holds the weights"
+    );
+    Error::new(Reason::ModelInvalid, message).with("file", uri).with("uri", uri)
 }
 
 fn named(column: &str) -> Option<String> {

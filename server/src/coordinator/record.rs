@@ -308,17 +308,27 @@ pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
     }
 }
 
+/// How a step was decided.
+pub fn mode(receipt: &Receipt) -> &'static str {
+    match receipt.summary.as_ref().map(ReceiptSummary::mode) {
+        Some(Mode::Stale) => "stale",
+        Some(Mode::Uniform) => "uniform",
+        Some(Mode::ReferenceOnly) => "reference_only",
+        _ => "normal",
+    }
+}
+
+/// Words that name the first bad row of a step.
+pub fn first_bad(id: &str, reason: BadRowReason, detail: &str) -> String {
+    let reason = reason.as_str_name().trim_start_matches("BAD_ROW_REASON_");
+    format!(", the first of this step {id} ({reason}: {detail})")
+}
+
 /// Feeds the metrics with a receipt that was committed just now; `begun` is when its commit began.
 pub fn count(receipt: &Receipt, begun: Instant) {
     let Some(summary) = &receipt.summary else { return };
     metrics::stage_duration("commit").record(begun.elapsed().as_secs_f64());
-    metrics::steps_committed(match summary.mode() {
-        Mode::Stale => "stale",
-        Mode::Uniform => "uniform",
-        Mode::ReferenceOnly => "reference_only",
-        _ => "normal",
-    })
-    .increment(1);
+    metrics::steps_committed(mode(receipt)).increment(1);
     metrics::selected().increment(receipt.chosen.len() as u64);
     if has_scores(summary) {
         metrics::batch_score().record(summary.batch_score);

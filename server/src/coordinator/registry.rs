@@ -1,10 +1,11 @@
 //! All runs of this coordinator: opened by OpenRun, and found again in the state after a restart.
 use super::{
+    calls::{Called, sleepiest},
     facts::{self, RunFacts},
     open::{self, Opening},
     owner::Identity,
     run::{Deps, Run, run_state},
-    spec,
+    spec::{self, Difference},
 };
 use crate::{
     error::{Error, Result},
@@ -50,27 +51,39 @@ impl Coordinator {
     pub async fn open_run(&self, request: OpenRunRequest) -> Result<OpenRunResponse> {
         check_id(&request.run_id)?;
         let asked = request.spec.ok_or_else(|| Error::invalid("spec", "OpenRun needs a spec"))?;
-        let asked = spec::complete(asked, self.deps.limits.need_deadline_seconds)?;
+        let asked = self.complete(asked)?;
         let _alone = self.alone(&request.run_id).await;
         let run = match self.known(&request.run_id).await? {
             Some(run) => run,
             None => {
                 self.check_room()?;
                 let opening = Opening { coordinator: self, id: &request.run_id };
-                self.insert(opening.open_new(&asked).boxed().await?)?
+                let run = self.insert(opening.open_new(&asked).boxed().await?)?;
+                tracing::info!(run = run.id, "run opened");
+                run
             }
         };
         conflict(&run, &asked)?;
         open::response(&run)
     }
 
+    /// A spec with its defaults. What is over the protocol's bound is over the operator's, which is the one that applies.
+    fn complete(&self, asked: RunSpec) -> Result<RunSpec> {
+        let limits = &self.deps.limits;
+        let over = limits.check(&asked);
+        spec::complete(asked, limits.need_deadline_seconds).map_err(|error| match over {
+            Err(over) if over.value("field") == error.value("field") => over,
+            _ => error,
+        })
+    }
+
     /// The run `id`, loaded from the state where this process does not know it yet.
     ///
     /// # Errors
     /// `RunNotFound`; `NotOwner` with the owner's address.
-    pub async fn run(&self, id: &str) -> Result<Arc<Run>> {
+    pub async fn run(&self, id: &str) -> Result<Called> {
         check_id(id)?;
-        if let Some(run) = self.here(id) {
+        if let Some(run) = self.called(id) {
             return Ok(run);
         }
         let _alone = self.alone(id).await;
@@ -150,13 +163,15 @@ impl Coordinator {
         }))
     }
 
-    async fn known(&self, id: &str) -> Result<Option<Arc<Run>>> {
-        if let Some(run) = self.here(id) {
+    async fn known(&self, id: &str) -> Result<Option<Called>> {
+        if let Some(run) = self.called(id) {
             return Ok(Some(run));
         }
         let Some(facts) = facts::load(&self.location(id)).await? else { return Ok(None) };
         let run = Opening { coordinator: self, id }.load(facts).boxed().await?;
-        self.insert(run).map(Some)
+        let run = self.insert(run)?;
+        tracing::info!(run = id, "run loaded");
+        Ok(Some(run))
     }
 
     pub fn location(&self, id: &str) -> Location {
@@ -171,13 +186,25 @@ impl Coordinator {
         self.lock().get(id).cloned()
     }
 
-    fn insert(&self, run: Arc<Run>) -> Result<Arc<Run>> {
-        if run.is_open() {
-            self.check_room()?;
-        }
+    /// As [`Coordinator::here`], in the hands of a call.
+    fn called(&self, id: &str) -> Option<Called> {
+        // Under the lock, or the run might be put to sleep in between.
+        self.lock().get(id).cloned().map(Called::new)
+    }
+
+    /// Keeps a run in memory; where there are too many, another one is put to sleep.
+    fn insert(&self, run: Arc<Run>) -> Result<Called> {
         let mut runs = self.lock();
+        let sleeps = if run.is_open() { self.room(&runs)? } else { None };
+        let slept = sleeps.and_then(|id| runs.remove(&id));
         runs.insert(run.id.clone(), run.clone());
         metrics::open_runs().set(runs.len() as f64);
+        let run = Called::new(run);
+        drop(runs);
+        if let Some(slept) = slept {
+            slept.stop();
+            tracing::info!(run = slept.id, "run put to sleep");
+        }
         Ok(run)
     }
 
@@ -193,15 +220,28 @@ impl Coordinator {
     }
 
     fn check_room(&self) -> Result<()> {
+        self.room(&self.lock()).map(drop)
+    }
+
+    /// The run that another one takes the place of, where none is free.
+    ///
+    /// # Errors
+    /// `Overloaded` where all are busy; `ShuttingDown`.
+    fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::new(Reason::ShuttingDown, "the service stops; ask again in a while"));
         }
         let most = self.deps.limits.runs_max;
-        if self.lock().values().filter(|run| run.is_open()).count() < most {
-            return Ok(());
+        let open = || runs.iter().filter(|(_, run)| run.is_open());
+        if open().count() < most {
+            return Ok(None);
         }
-        let message = format!("{most} runs are open; close one, or raise coordinator.max_runs");
-        Err(Error::new(Reason::Overloaded, message))
+        sleepiest(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
+            let message = format!(
+                "{most} runs are open and at work, so that none can be put to sleep; close one, or raise coordinator.max_runs"
+            );
+            Error::new(Reason::Overloaded, message)
+        })
     }
 
     async fn alone(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {
@@ -222,12 +262,16 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
         // The device of the one that opened the run has decided.
         known.compute_dtype = asked.compute_dtype;
     }
-    let Some(field) = spec::first_difference(&known, asked) else { return Ok(()) };
+    let Some(Difference { field, values: [known, given] }) = spec::first_difference(&known, asked) else {
+        return Ok(());
+    };
     let message = format!(
-        "run '{}' is known with another {field}; use the same spec to join it, or another run id for another run",
+        "run '{}' is known with another {field}: it was opened with {known}, and this spec says {given}; a run keeps its spec for \
+         life, so open it as it was, or another run under a new id",
         run.id
     );
-    Err(Error::new(Reason::RunSpecConflict, message).with("field", field))
+    let error = Error::new(Reason::RunSpecConflict, message).with("field", field);
+    Err(error.with("known", known).with("given", given))
 }
 
 fn check_id(id: &str) -> Result<()> {

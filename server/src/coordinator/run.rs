@@ -6,6 +6,7 @@ mod state;
 pub use state::{State, run_state};
 
 use super::{
+    calls::Calls,
     claims::Claims,
     decide::decide,
     facts::ModelFact,
@@ -40,7 +41,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
     time::Duration,
 };
-use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
+use superbatch_proto::v1::{Reason, Receipt, RunInfo, RunSpec, RunSummary, SelectBatchRequest};
 use tokio::time::Instant;
 
 /// A batch that nobody has asked for in so long is let go; its rows can be read again.
@@ -88,6 +89,7 @@ pub struct Run {
     pub wasted: Wasted,
     /// Blocks whose reference embeddings are there or under way.
     pub claims: Claims,
+    pub calls: Calls,
     me: Weak<Run>,
 }
 
@@ -108,6 +110,7 @@ impl Run {
             committing: tokio::sync::Mutex::default(),
             wasted: Wasted::default(),
             claims: Claims::default(),
+            calls: Calls::default(),
             me: me.clone(),
         })
     }
@@ -137,6 +140,13 @@ impl Run {
 
     pub fn is_open(&self) -> bool {
         self.state().check_open().is_ok()
+    }
+
+    /// Since when the run could be put to sleep; `None` while a call, a push or work on a step is under way.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let since = self.calls.idle_since()?;
+        let works = self.state().cells.values().any(Cell::is_at_work) || self.weights.is_receiving();
+        (!works).then_some(since)
     }
 
     /// The step's sub-batch, decided now or before. Steps ahead are started, too.
@@ -276,8 +286,13 @@ impl Run {
             // A panic must fail its step, not leave ranks waiting for ever.
             let result = AssertUnwindSafe(decide(&run, generation, step, &reporter)).catch_unwind().await;
             let result = result.unwrap_or_else(|_| Err(Error::internal("deciding the step panicked; see the log")));
-            if let Err(error) = &result {
-                tracing::warn!(run = run.id, step, error = error.chain(), "step failed");
+            match &result {
+                // How every run with epochs ends.
+                Err(error) if error.reason() == Reason::EndOfData => {
+                    tracing::debug!(run = run.id, step, error = error.chain(), "the data ends before this step");
+                }
+                Err(error) => tracing::warn!(run = run.id, step, error = error.chain(), "step failed"),
+                Ok(_) => {}
             }
             reporter.finish(result);
             if let Err(error) = run.forget_weights().await {

@@ -107,7 +107,8 @@ impl SelectionService for Selection {
 
     async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
         let request = request.get_ref();
-        let receipt = receipt(&*self.0.run(&request.run_id).await?, request).await?;
+        let run = self.0.run(&request.run_id).await?;
+        let receipt = receipt(&run, request).await?;
         Ok(Response::new(page(receipt, request.row_offset, request.max_rows)?))
     }
 }
@@ -125,8 +126,9 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
     }
     let found = run.find_receipt(request.step, Some(generation)).await?;
     let mut receipt = found.ok_or_else(|| {
-        let message = format!("step {} of run '{}' is not committed (yet)", request.step, run.id);
-        Error::new(Reason::StepNotCommitted, message).with("step", request.step)
+        let message =
+            format!("step {} of run '{}' is not committed in generation {generation} (yet)", request.step, run.id);
+        Error::new(Reason::StepNotCommitted, message).with("step", request.step).with("generation", generation)
     })?;
     // The one that was asked for; `chosen_in_generation` stays.
     receipt.summary.get_or_insert_default().generation = generation;

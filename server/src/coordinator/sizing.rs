@@ -10,6 +10,9 @@ use tokio::time::Instant;
 /// Share of the newest observation in a running mean: the last ten steps or so count.
 const NEWEST: f64 = 0.2;
 
+/// A trainer counts once so many of its steps were seen: probes by hand have no pace.
+const STEPS_SEEN_MIN: u32 = 5;
+
 /// A trainer that has not been heard of for so many of its steps, and for so long, does not count: it may be gone.
 const STEPS_UNHEARD: f64 = 10.0;
 const SECONDS_UNHEARD: f64 = 300.0;
@@ -52,6 +55,8 @@ pub struct Sizing(Mutex<HashMap<String, Pace>>);
 struct Pace {
     work: Option<Work>,
     step_seconds: Option<f64>,
+    /// Observations in `step_seconds`.
+    steps_seen: u32,
     lag_steps: u32,
     /// The newest step that rank 0 had consumed, and when it said so first.
     consumed: Option<(u64, Instant)>,
@@ -113,6 +118,7 @@ impl Pace {
             if step > before {
                 let own = (now - since).saturating_sub(self.waited).as_secs_f64() / (step - before) as f64;
                 self.step_seconds = Some(mean(self.step_seconds, own));
+                self.steps_seen = self.steps_seen.saturating_add(1);
             }
         }
         // A trainer that went back begins anew.
@@ -120,7 +126,8 @@ impl Pace {
     }
 
     fn workers(&self, now: Instant) -> Option<f64> {
-        let step_seconds = self.step_seconds.filter(|seconds| *seconds > 0.0)?;
+        let seen = self.steps_seen >= STEPS_SEEN_MIN;
+        let step_seconds = self.step_seconds.filter(|seconds| seen && *seconds > 0.0)?;
         let unheard = now - self.consumed?.1;
         if unheard.as_secs_f64() > SECONDS_UNHEARD.max(STEPS_UNHEARD * step_seconds) {
             return None;
@@ -177,6 +184,9 @@ mod tests {
         pace.decided(WORK, 1);
         assert_eq!(pace.workers(now), None, "nothing is known of the trainer");
         (pace.step_seconds, pace.consumed) = (Some(1.5), Some((0, now)));
+        pace.steps_seen = STEPS_SEEN_MIN - 1;
+        assert_eq!(pace.workers(now), None, "a few probes are no pace");
+        pace.steps_seen += 1;
         assert_eq!(pace.workers(now), Some(8.0));
         pace.decided(Work { workers: 4.0, scored: 3.0, learner: 2.0, rest: 0.5 }, 1);
         assert_eq!(pace.workers(now), Some(8.0), "twice the workers, half the time");
@@ -188,6 +198,7 @@ mod tests {
         let pace = |step_seconds| Pace {
             work: Some(WORK),
             step_seconds: Some(step_seconds),
+            steps_seen: STEPS_SEEN_MIN,
             lag_steps: 1,
             consumed: Some((3, start)),
             waited: Duration::ZERO,

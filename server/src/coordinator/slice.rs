@@ -124,7 +124,7 @@ impl Slice {
                     self.live = Some(live);
                     return Ok(());
                 }
-                Err(error) => self.give_up(pool, &live.worker, error, &mut unable)?,
+                Err(error) => self.give_up(pool, job, &live.worker, error, &mut unable)?,
             }
         }
         self.attempt(pool, job, Some(model), unable).await
@@ -174,7 +174,7 @@ impl Slice {
                     return Ok(());
                 }
                 Err(error) if attempt + 1 == ATTEMPTS_MAX => return Err(error),
-                Err(error) => self.give_up(pool, &worker, error, &mut unable)?,
+                Err(error) => self.give_up(pool, job, &worker, error, &mut unable)?,
             }
         }
         Err(Error::new(Reason::NoWorkers, "all scoring workers were lost"))
@@ -210,9 +210,10 @@ impl Slice {
     }
 
     /// Notes a worker that is lost or unable; passes on an error that another worker would make, too.
-    fn give_up(&mut self, pool: &Pool, worker: &Worker, error: Error, unable: &mut Unable) -> Result<()> {
+    fn give_up(&mut self, pool: &Pool, job: &Job, worker: &Worker, error: Error, unable: &mut Unable) -> Result<()> {
         if is_lost(&error) {
-            tracing::warn!(worker = worker.address, error = error.chain(), "slice goes to another worker");
+            let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
+            tracing::warn!(run, step, worker = worker_at, error = error.chain(), "slice goes to another worker");
             pool.lost(worker);
         } else {
             unable.note(worker, error)?;

@@ -5,7 +5,7 @@ mod differs;
 mod tuning;
 
 pub use asked::Asked;
-pub use differs::first_difference;
+pub use differs::{Difference, first_difference};
 pub use tuning::leaves_out;
 
 use crate::error::{Error, Result};
@@ -95,6 +95,11 @@ pub fn append_phases(mut spec: RunSpec, phases: Vec<Phase>, last_started: Option
     }
     check::check(&spec)?;
     Ok(spec)
+}
+
+/// A name of the protocol as people write it: `joint` for `POLICY_JOINT`.
+fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
 }
 
 fn impossible(field: &str, message: impl Into<String>) -> Error {

@@ -1,7 +1,13 @@
 //! One step: a cell that ranks wait at, and what they get when it is ready.
 use super::{ready::Ready, waiting::Demand};
 use crate::error::{Error, Result};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
 
 /// How far a step is.
@@ -21,6 +27,16 @@ pub enum Progress {
 pub struct Reporter {
     progress: watch::Sender<Progress>,
     demand: watch::Sender<Demand>,
+    parked: Arc<AtomicBool>,
+}
+
+/// While it lives, the step waits for the trainer and uses nobody's time.
+pub struct Parked(Arc<AtomicBool>);
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
 }
 
 impl Reporter {
@@ -41,6 +57,12 @@ impl Reporter {
         tell(&self.progress, error);
     }
 
+    /// The step waits for the trainer, until what is returned is dropped.
+    pub fn park(&self) -> Parked {
+        self.parked.store(true, Ordering::SeqCst);
+        Parked(self.parked.clone())
+    }
+
     pub fn demand(&self) -> watch::Receiver<Demand> {
         self.demand.subscribe()
     }
@@ -51,6 +73,7 @@ impl Reporter {
 pub struct Cell {
     progress: watch::Sender<Progress>,
     demand: watch::Sender<Demand>,
+    parked: Arc<AtomicBool>,
     task: AbortHandle,
     begun: Instant,
 }
@@ -63,9 +86,10 @@ impl Cell {
     {
         let progress = watch::Sender::new(Progress::Working { told: 0, message: None });
         let demand = watch::Sender::new(Demand::default());
-        let reporter = Reporter { progress: progress.clone(), demand: demand.clone() };
+        let parked = Arc::<AtomicBool>::default();
+        let reporter = Reporter { progress: progress.clone(), demand: demand.clone(), parked: parked.clone() };
         let task = tokio::spawn(task(reporter)).abort_handle();
-        Self { progress, demand, task, begun: Instant::now() }
+        Self { progress, demand, parked, task, begun: Instant::now() }
     }
 
     pub fn is_failed(&self) -> bool {
@@ -74,6 +98,11 @@ impl Cell {
 
     pub fn is_ready(&self) -> bool {
         matches!(*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// Whether the step is being decided, and waits for nothing that only the trainer can give.
+    pub fn is_at_work(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Working { .. }) && !self.parked.load(Ordering::SeqCst)
     }
 
     /// How long nobody has asked for the step.

@@ -56,6 +56,19 @@ pub enum Why {
     NobodyPushes,
 }
 
+/// A wait for weights that is longer is worth a line in the log: where the trainer stands still or has pushed nothing yet.
+const TOLD_AFTER: Duration = Duration::from_secs(15);
+/// Where the trainer is busy: one step of it may take so long.
+const TOLD_AFTER_BUSY: Duration = Duration::from_secs(60);
+
+/// How long a step may wait for the push `due` (`None`: for initial weights) before the log says so. `None` where nobody has
+/// asked for the step.
+pub fn patience(demand: &Demand, due: Option<i64>) -> Option<Duration> {
+    demand.asked?;
+    let stands_still = demand.since.is_some() || due.is_none_or(|step| step < 0);
+    Some(if stands_still { TOLD_AFTER } else { TOLD_AFTER_BUSY })
+}
+
 /// Decides. All ranks standing still with no push on its way needs no deadline; else the deadline runs while some rank needs
 /// the step.
 pub fn verdict(moment: &Moment) -> Verdict {
@@ -119,6 +132,20 @@ mod tests {
         assert_eq!(decide(&[0, 1], 0, Some(7), &[], Fallback::Uniform), Verdict::Wait);
         assert_eq!(decide(&[0, 1], 0, None, &[7], Fallback::Uniform), Verdict::Wait);
         assert_eq!(decide(&[0, 1], 60, None, &[7], Fallback::Uniform), Verdict::FallBack(Why::Deadline));
+    }
+
+    #[test]
+    fn the_log_tells_of_a_wait_that_somebody_has() {
+        let asked = Demand { asked: Some(Instant::now()), ..Demand::default() };
+        let needed = Demand { since: asked.asked, ..asked.clone() };
+        assert_eq!(patience(&Demand::default(), None), None, "a step that was prepared may wait as long as it likes");
+        assert_eq!(
+            patience(&asked, None),
+            Some(TOLD_AFTER),
+            "a loader that reads ahead stands still before the first push"
+        );
+        assert_eq!([Some(-1), Some(3)].map(|due| patience(&asked, due)), [Some(TOLD_AFTER), Some(TOLD_AFTER_BUSY)]);
+        assert_eq!(patience(&needed, Some(3)), Some(TOLD_AFTER));
     }
 
     #[test]

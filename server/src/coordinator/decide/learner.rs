@@ -2,13 +2,14 @@
 use super::Maker;
 use crate::{
     coordinator::{
-        waiting::{Moment, Verdict, Why, verdict},
+        waiting::{Moment, Verdict, Why, patience, verdict},
         weights::{Due, Published, Traffic, due},
     },
     error::{Error, Result},
 };
 use std::{collections::BTreeSet, time::Duration};
 use superbatch_proto::v1::{Fallback, Mode, Reason};
+use tokio::time::Instant;
 
 /// Weights for a step, or the way it is decided without.
 pub enum Learner {
@@ -24,6 +25,7 @@ impl Maker<'_> {
         let due = due(step, &self.spec.lag.unwrap_or_default(), self.spec.push_every_steps);
         let (mut book, mut traffic, mut demand) = (run.weights.book(), run.weights.traffic(), self.reporter.demand());
         let deadline = Duration::from_secs_f64(self.spec.need_deadline_seconds);
+        let (begun, mut told) = (Instant::now(), false);
         loop {
             let (began, current) = run.began();
             // Traffic first: a push leaves it only after it has entered the book.
@@ -44,12 +46,21 @@ impl Maker<'_> {
             });
             match verdict {
                 Verdict::Wait => {}
-                Verdict::TellRanks(why) => self.reporter.tell(missing(step, due, why, deadline, refusal)),
+                Verdict::TellRanks(why) => self.reporter.tell(missing(step, self.awaited(due), why, deadline, refusal)),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
+            let overdue = patience(&wanted, due_step(due)).filter(|_| !told).map(|patience| begun + patience);
+            if overdue.is_some_and(|at| at <= Instant::now()) {
+                told = true;
+                let (waits_for, seconds) = (self.awaited(due), begun.elapsed().as_secs());
+                tracing::warn!(run = run.id, step, seconds, waits_for, "a step waits for weights");
+                continue;
+            }
+            let _parked = self.reporter.park();
+            let given_up = wanted.since.filter(|_| verdict == Verdict::Wait).map(|since| since + deadline);
             let alarm = async {
-                match wanted.since.filter(|_| verdict == Verdict::Wait) {
-                    Some(since) => tokio::time::sleep_until(since + deadline).await,
+                match given_up.into_iter().chain(overdue).min() {
+                    Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
@@ -61,6 +72,12 @@ impl Maker<'_> {
             };
             changed.map_err(|_| crate::coordinator::gone())?;
         }
+    }
+
+    /// What is waited for.
+    fn awaited(&self, due: Due) -> String {
+        let newest = self.run.weights.book().borrow().newest().map(|published| published.version.step);
+        awaited(due, newest)
     }
 
     fn fall_back(&self, step: u64) -> Learner {
@@ -92,12 +109,19 @@ fn due_step(due: Due) -> Option<i64> {
     }
 }
 
-fn missing(step: u64, due: Due, why: Why, deadline: Duration, refusal: Option<String>) -> Error {
-    let weights = match due {
-        Due::Initial => "initial weights (a push of step -1)".to_owned(),
-        Due::Exactly(push) => format!("weights pushed after step {push}"),
-        Due::Within { oldest, .. } => format!("weights pushed after step {oldest} or later"),
-    };
+/// What is waited for; `newest` is the step of the newest push that is here.
+fn awaited(due: Due, newest: Option<i64>) -> String {
+    match (due, newest) {
+        (Due::Initial, Some(newest @ 0..)) => {
+            format!("initial weights (a push of step -1; that of step {newest} is here and is held for later steps)")
+        }
+        (Due::Initial, _) => "initial weights (a push of step -1)".to_owned(),
+        (Due::Exactly(push), _) => format!("weights pushed after step {push}"),
+        (Due::Within { oldest, .. }, _) => format!("weights pushed after step {oldest} or later"),
+    }
+}
+
+fn missing(step: u64, weights: String, why: Why, deadline: Duration, refusal: Option<String>) -> Error {
     let (reason, what) = match (why, refusal) {
         (Why::Deadline, None) => (Reason::NeedDeadline, format!("did not come within {} s", deadline.as_secs_f64())),
         (Why::NobodyPushes, None) => {

@@ -98,8 +98,12 @@ impl Run {
         self.owner.check().await?;
         facts::close(&self.location).await?;
         let mut state = self.state();
-        state.closed = true;
+        let was = std::mem::replace(&mut state.closed, true);
         state.end_all(&closed());
+        drop(state);
+        if !was {
+            tracing::info!(run = self.id, "run closed");
+        }
         Ok(())
     }
 

@@ -1,11 +1,14 @@
 //! Makes decisions durable, one at a time.
-use super::{Run, state::stale};
+use super::{
+    Run,
+    state::{failed, stale},
+};
 use crate::{
     coordinator::{facts, receipts::Committed, record},
     error::{Error, Result},
 };
 use std::time::Duration;
-use superbatch_proto::v1::{Accounts, Reason, Receipt};
+use superbatch_proto::v1::{Accounts, BadRow, Reason, Receipt};
 use tokio::time::Instant;
 
 /// Bad rows are not judged before so many candidates were scanned.
@@ -17,7 +20,7 @@ impl Run {
     /// Makes a decision durable, unless another one already is. Returns the receipt that holds, and whether it is ours.
     ///
     /// # Errors
-    /// `NotOwner`; `TooManyBadRows` where the run fails by it; `RunClosed` and `GenerationStale` where it ended meanwhile;
+    /// `NotOwner`; `RunFailed` where the run fails by it; `RunClosed` and `GenerationStale` where it ended meanwhile;
     /// `StorageUnreachable`.
     pub async fn commit(&self, mut receipt: Receipt) -> Result<(Receipt, bool)> {
         let _alone = self.committing.lock().await;
@@ -31,7 +34,7 @@ impl Run {
         let mut wasted = self.wasted.take();
         cost.discarded_flops += wasted.flops();
         let mut totals = record::add(&self.state().totals, cost);
-        self.judge(step, &totals).await?;
+        self.judge(step, &totals, &receipt.bad_rows).await?;
         summary.run_totals = Some(totals);
         let committed = self.create_receipt(&receipt).await?;
         // In time for the next receipt: this one's own creation is not in it.
@@ -52,6 +55,8 @@ impl Run {
                 drop(state);
                 wasted.settle();
                 record::count(&receipt, begun);
+                let (mode, seconds) = (record::mode(&receipt), begun.elapsed().as_secs_f64());
+                tracing::debug!(run = self.id, step, generation, mode, commit_seconds = seconds, "step committed");
                 Ok((receipt, true))
             }
         }
@@ -93,24 +98,29 @@ impl Run {
     }
 
     /// Fails the run when too large a share of what was scanned is bad.
-    async fn judge(&self, step: u64, totals: &Accounts) -> Result<()> {
+    async fn judge(&self, step: u64, totals: &Accounts, bad_rows: &[BadRow]) -> Result<()> {
         let share = self.spec().max_bad_row_share;
         if totals.bad_rows as f64 <= share * totals.candidates_scanned.max(JUDGED_FROM) as f64 {
             return Ok(());
         }
+        let first = bad_rows.first();
         let why = format!(
-            "{} of {} candidates scanned cannot be used, more than max_bad_row_share = {share}; mend the data or open a run \
+            "{} of {} candidates scanned cannot be used, more than max_bad_row_share = {share}{}; mend the data or open a run \
              that allows more",
-            totals.bad_rows, totals.candidates_scanned
+            totals.bad_rows,
+            totals.candidates_scanned,
+            first.map_or_else(String::new, |row| record::first_bad(&row.id, row.reason(), &row.detail))
         );
         facts::fail(&self.location, &why).await?;
+        tracing::warn!(run = self.id, step, why, "run failed");
         let mut state = self.state();
         state.failure = Some(why.clone());
         // The step that is judged ends itself, with the cause.
         let own = state.cells.remove(&step);
-        state.end_all(&Error::new(Reason::RunFailed, format!("the run failed: {why}")));
+        let failed = failed(&why);
+        state.end_all(&failed);
         state.cells.extend(own.map(|cell| (step, cell)));
         drop(state);
-        Err(Error::new(Reason::TooManyBadRows, why))
+        Err(failed)
     }
 }

@@ -38,7 +38,7 @@ impl State {
 
     pub fn check_open(&self) -> Result<()> {
         if let Some(why) = &self.failure {
-            return Err(Error::new(Reason::RunFailed, format!("the run failed: {why}")));
+            return Err(failed(why));
         }
         if self.closed {
             return Err(closed());
@@ -71,6 +71,11 @@ pub fn run_state(failed: bool, closed: bool) -> RunState {
         (false, true) => RunState::Closed,
         (false, false) => RunState::Open,
     }
+}
+
+/// What all calls of a failed run are told, the one that it failed in among them.
+pub fn failed(why: &str) -> Error {
+    Error::new(Reason::RunFailed, format!("the run failed: {why}"))
 }
 
 pub fn closed() -> Error {

@@ -1,5 +1,5 @@
 //! What no run can meet.
-use super::{Asked, impossible, tuning};
+use super::{Asked, impossible, tuning, word};
 use crate::error::{Error, Result};
 use std::{collections::HashSet, fmt::Display};
 use superbatch_proto::{
@@ -120,7 +120,8 @@ fn needs(spec: &RunSpec) -> Result<()> {
             (_, true) => "reference",
             _ => continue,
         };
-        let (policy, criterion) = (phase.policy().as_str_name(), phase.criterion().as_str_name());
+        let policy = word(phase.policy().as_str_name(), "POLICY_");
+        let criterion = word(phase.criterion().as_str_name(), "CRITERION_");
         let why = match missing == "learner" || asked.reference_losses || phase.policy() == Policy::KCenter {
             true => format!("({policy}, {criterion}) scores with a {missing}"),
             false => "leaves candidates out by what the reference makes of them (tuning)".to_owned(),

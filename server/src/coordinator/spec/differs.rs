@@ -1,22 +1,80 @@
 //! Where two specs part: for people who open a known run with another spec.
-use superbatch_proto::v1::{Fork, Lag, LearnerSpec, Phase, ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec};
+use super::word;
+use std::fmt::Debug;
+use superbatch_proto::v1::{
+    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag, LearnerSpec, Loss, Phase, Policy,
+    ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec,
+};
 
-/// The path of the first field, in the protocol's order, in which two completed specs differ, such as
-/// `phases[1].sub_batch_size`.
-pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<String> {
-    a.differs(b)
+/// Longest text of a value, in characters.
+const VALUE_CHARS_MAX: usize = 200;
+
+/// A field in which two specs differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// Such as `phases[1].sub_batch_size`.
+    pub field: String,
+    /// What the two specs say, for people.
+    pub values: [String; 2],
+}
+
+/// The first field, in the protocol's order, in which two completed specs differ.
+pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
+    let Difference { field, values } = a.differs(b)?;
+    let values = values.map(|value| shortened(&named(&field, value)));
+    Some(Difference { field, values })
+}
+
+/// The protocol's name of a value where the field holds names.
+fn named(field: &str, value: String) -> String {
+    let Ok(number) = value.parse::<i32>() else { return value };
+    let name = match field.rsplit('.').next() {
+        Some("policy") => Policy::try_from(number).map(|v| word(v.as_str_name(), "POLICY_")),
+        Some("criterion") => Criterion::try_from(number).map(|v| word(v.as_str_name(), "CRITERION_")),
+        Some("fidelity") => Fidelity::try_from(number).map(|v| word(v.as_str_name(), "FIDELITY_")),
+        Some("loss") => Loss::try_from(number).map(|v| word(v.as_str_name(), "LOSS_")),
+        Some("fallback") => Fallback::try_from(number).map(|v| word(v.as_str_name(), "FALLBACK_")),
+        Some("embedding_dtype") => EmbeddingDtype::try_from(number).map(|v| word(v.as_str_name(), "EMBEDDING_DTYPE_")),
+        Some("compute_dtype") => ComputeDtype::try_from(number).map(|v| word(v.as_str_name(), "COMPUTE_DTYPE_")),
+        _ => return value,
+    };
+    name.unwrap_or(value)
+}
+
+fn shortened(value: &str) -> String {
+    match value.char_indices().nth(VALUE_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &value[..end]),
+        None => value.to_owned(),
+    }
 }
 
 trait Differs {
-    /// The path below this value, empty where it is the value itself.
-    fn differs(&self, other: &Self) -> Option<String>;
+    /// The field below this value, empty where it is the value itself.
+    fn differs(&self, other: &Self) -> Option<Difference>;
+}
+
+/// These values themselves.
+fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
+    Difference { field: String::new(), values: [format!("{a:?}"), format!("{b:?}")] }
+}
+
+/// Where one of the two has nothing.
+fn one_of<T: Debug>(a: Option<&T>, b: Option<&T>) -> Difference {
+    let text = |value: Option<&T>| value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"));
+    Difference { field: String::new(), values: [text(a), text(b)] }
+}
+
+impl Difference {
+    fn below(self, at: impl Into<String>) -> Self {
+        Self { field: join(at.into(), &self.field), ..self }
+    }
 }
 
 macro_rules! values {
     ($($type:ty),*) => {
         $(impl Differs for $type {
-            fn differs(&self, other: &Self) -> Option<String> {
-                (self != other).then(String::new)
+            fn differs(&self, other: &Self) -> Option<Difference> {
+                (self != other).then(|| values(self, other))
             }
         })*
     };
@@ -24,22 +82,23 @@ macro_rules! values {
 
 values!(bool, i32, u32, u64, f64, String, lag::Bound, learner_spec::Initial);
 
-impl<T: Differs> Differs for Option<T> {
-    fn differs(&self, other: &Self) -> Option<String> {
+impl<T: Differs + Debug> Differs for Option<T> {
+    fn differs(&self, other: &Self) -> Option<Difference> {
         match (self, other) {
             (Some(a), Some(b)) => a.differs(b),
             (None, None) => None,
-            _ => Some(String::new()),
+            (a, b) => Some(one_of(a.as_ref(), b.as_ref())),
         }
     }
 }
 
-impl<T: Differs> Differs for Vec<T> {
-    fn differs(&self, other: &Self) -> Option<String> {
+impl<T: Differs + Debug> Differs for Vec<T> {
+    fn differs(&self, other: &Self) -> Option<Difference> {
         let common = self.len().min(other.len());
-        let at = |(i, (a, b)): (usize, (&T, &T))| a.differs(b).map(|rest| join(format!("[{i}]"), &rest));
+        let at = |(i, (a, b)): (usize, (&T, &T))| a.differs(b).map(|rest| rest.below(format!("[{i}]")));
         let inside = self.iter().zip(other).enumerate().find_map(at);
-        inside.or_else(|| (self.len() != other.len()).then(|| format!("[{common}]")))
+        let more = || one_of(self.get(common), other.get(common)).below(format!("[{common}]"));
+        inside.or_else(|| (self.len() != other.len()).then(more))
     }
 }
 
@@ -55,10 +114,10 @@ fn join(path: String, rest: &str) -> String {
 macro_rules! messages {
     ($($type:ident { $($field:ident),* $(,)? })*) => {
         $(impl Differs for $type {
-            fn differs(&self, other: &Self) -> Option<String> {
+            fn differs(&self, other: &Self) -> Option<Difference> {
                 let $type { $($field),* } = self;
                 $(if let Some(rest) = $field.differs(&other.$field) {
-                    return Some(join(stringify!($field).to_owned(), &rest));
+                    return Some(rest.below(stringify!($field)));
                 })*
                 None
             }

@@ -266,8 +266,30 @@ fn the_first_difference_is_named_by_its_path() {
     for (path, edit) in cases {
         let mut other = base.clone();
         edit(&mut other);
-        assert_eq!(first_difference(&base, &other).as_deref(), Some(*path));
+        assert_eq!(first_difference(&base, &other).map(|found| found.field).as_deref(), Some(*path));
     }
+}
+
+#[test]
+fn a_difference_says_what_both_specs_want() {
+    let base = complete(spec(), 60.0).unwrap();
+    let values = |edit: Edit| {
+        let mut other = base.clone();
+        edit(&mut other);
+        first_difference(&base, &other).unwrap().values
+    };
+    assert_eq!(values(|s| s.max_ahead = 9), ["2", "9"]);
+    assert_eq!(values(|s| s.phases[1].policy = Policy::Rank.into())[1], "rank");
+    assert_eq!(values(|s| s.fallback = Fallback::Uniform.into()), ["wait", "uniform"]);
+    assert_eq!(values(|s| s.columns.push("key".into())), ["nothing", "\"key\""]);
+    let long = values(|s| s.sources[0].uri = "ü".repeat(1000));
+    assert_eq!(long[1].chars().count(), 201);
+}
+
+#[test]
+fn a_phase_is_called_as_people_write_it() {
+    let error = complete(RunSpec { reference: None, ..spec() }, 60.0).unwrap_err();
+    assert!(error.to_string().contains("phase 1 (joint, learnability) scores with a reference"), "{error}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The numbers of single policies and the rules that leave candidates out: their defaults, and what can never work.
-use super::impossible;
+use super::{impossible, word};
 use crate::{error::Result, selection};
 use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
 
@@ -34,7 +34,8 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
     for Number { name, value, reader, from, to } in numbers(&given) {
         let (Some(value), field) = (value, at_field(name)) else { continue };
         if reader.is_some_and(|reader| reader != phase.policy()) {
-            let (reader, policy) = (word(reader.unwrap_or_default()), word(phase.policy()));
+            let [reader, policy] =
+                [reader.unwrap_or_default(), phase.policy()].map(|p| word(p.as_str_name(), "POLICY_"));
             let message = format!("{field} belongs to policy {reader}, and the phase's is {policy}; leave it out");
             return Err(impossible(&field, message));
         }
@@ -114,8 +115,4 @@ fn range(from: Least, to: f64) -> String {
         Least::From(least) => format!("at least {least}"),
     };
     if to.is_finite() { format!("{least} and at most {to}") } else { format!("finite and {least}") }
-}
-
-fn word(policy: Policy) -> String {
-    policy.as_str_name().trim_start_matches("POLICY_").to_lowercase()
 }

@@ -33,6 +33,12 @@ pub fn on_cadence(step: u64, push_every_steps: u32) -> bool {
     step % u64::from(push_every_steps.max(1)) == u64::from(push_every_steps.max(1)) - 1
 }
 
+/// The first step at or after `step` after which a push is expected.
+pub fn next_push(step: u64, push_every_steps: u32) -> u64 {
+    let every = u64::from(push_every_steps.max(1));
+    (step / every).saturating_mul(every).saturating_add(every - 1)
+}
+
 /// The newest step at or before `limit` after which a push is expected.
 fn newest_push(limit: i64, push_every_steps: u32) -> Option<u64> {
     let every = u64::from(push_every_steps.max(1));
@@ -92,6 +98,7 @@ mod tests {
         for every in 1..6u32 {
             for step in 0..30 {
                 assert_eq!(on_cadence(step, every), (step + 1) % u64::from(every) == 0);
+                assert_eq!(next_push(step, every), (step..).find(|next| on_cadence(*next, every)).unwrap());
             }
         }
     }

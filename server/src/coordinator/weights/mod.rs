@@ -60,6 +60,8 @@ pub trait Verifier: Send + Sync {
 /// What a run's spec and the config say about its weights.
 #[derive(Debug, Clone)]
 pub struct RunWeights {
+    /// For the log.
+    pub run_id: String,
     pub lag: Lag,
     pub push_every_steps: u32,
     /// Whether the trainer pushes its initial weights, as step -1.
@@ -142,6 +144,11 @@ impl Weights {
         self.0.traffic.subscribe()
     }
 
+    /// Whether a push is on its way.
+    pub fn is_receiving(&self) -> bool {
+        !self.0.traffic.borrow().staging.is_empty()
+    }
+
     /// Whether [`Weights::forget_before`] would delete anything.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
         self.0.book.borrow().has_before(oldest_step, kept)
@@ -200,4 +207,8 @@ async fn read_fact(run: &Location, key: String) -> Result<publish::Fact> {
 fn gauge_newest(book: &Book) {
     let version = book.newest().map_or(0, |newest| newest.version.version);
     metrics::learner_version().set(version as f64);
+}
+
+fn count_failure(reason: Reason) {
+    metrics::weight_push_failures(reason.as_str_name().trim_start_matches("REASON_")).increment(1);
 }

@@ -1,6 +1,6 @@
 //! The streams of a push: who may join it, what they send, and the one answer that all of them get.
 use super::{
-    Inner, ModelShape, Weights, lag,
+    Inner, ModelShape, Weights, count_failure, lag,
     publish::{Whole, conflict},
     staging::{Receiving, Staged},
 };
@@ -22,6 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tracing::Instrument;
 
 /// Pushes of one run that may be staged at the same time; each may take `push_bytes_max` of memory.
 const PUSHES_AT_ONCE_MAX: usize = 4;
@@ -98,7 +99,12 @@ impl Weights {
             Err(e) => Err(e),
         };
         let member = match joined.inspect_err(|e| count_failure(e.reason()))? {
-            Joined::Published(version) => return Ok(version),
+            Joined::Published(version) => {
+                let (run, step) = (&self.0.spec.run_id, start.step);
+                // What it sends is not read, so whether it is the same is for the client to see.
+                tracing::info!(run, step, version = version.version, digest = version.digest, "push published already");
+                return Ok(version);
+            }
             Joined::Waiting(member) => return member.answered().await,
             Joined::Sending(member) => member,
         };
@@ -190,7 +196,10 @@ impl Inner {
             return Ok(());
         }
         let message = match step {
-            0.. => format!("no push is due after step {step}: push_every_steps is {every}"),
+            0.. => format!(
+                "no push is due after step {step}: push_every_steps is {every}, the next is due after step {}",
+                lag::next_push(step.unsigned_abs(), every)
+            ),
             -1 => "step -1 is for runs whose learner says first_push".to_owned(),
             _ => format!("step {step} is no step; -1 is the initial push"),
         };
@@ -209,7 +218,8 @@ impl Inner {
     fn answer(&self, staging: &mut Staging, at: At, answer: Result<WeightsVersion>) {
         if let Err(e) = &answer {
             count_failure(e.reason());
-            tracing::warn!(generation = at.0, step = at.1, error = e.chain(), "weights refused");
+            let run = &self.spec.run_id;
+            tracing::warn!(run, generation = at.0, step = at.1, error = e.chain(), "weights refused");
         }
         let Some(push) = staging.pushes.remove(&at) else { return };
         let refusal = answer.as_ref().err().filter(|e| !passes(e)).map(|e| (at, e.chain()));
@@ -350,8 +360,9 @@ impl Member {
         let Some(staged) = push.staged.take_if(|_| whole) else { return };
         let (inner, (generation, step)) = (self.inner.clone(), self.at);
         let whole = Whole { generation, step, push_id: push.id.clone(), staged, started: push.started };
+        let span = tracing::info_span!("push", run = inner.spec.run_id);
         self.inner.tasks.spawn(async move {
-            let answer = inner.publish(whole).await;
+            let answer = inner.publish(whole).instrument(span).await;
             inner.answer(&mut inner.lock(), (generation, step), answer);
         });
     }
@@ -382,8 +393,4 @@ impl Drop for Member {
             self.inner.tell(&staging, None);
         }
     }
-}
-
-fn count_failure(reason: Reason) {
-    metrics::weight_push_failures(reason.as_str_name().trim_start_matches("REASON_")).increment(1);
 }

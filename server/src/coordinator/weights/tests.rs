@@ -59,6 +59,7 @@ impl Bench {
         let (refuse, verified) = (Mutex::default(), AtomicUsize::default());
         let verifier = Arc::new(ReadsBack { stores: stores.clone(), shape, refuse, verified });
         let spec = RunWeights {
+            run_id: "r".into(),
             lag: Lag { bound: Some(Bound::Exact(1)) },
             push_every_steps: 1,
             first_push: true,
