@@ -71,17 +71,41 @@ impl Error {
 
     /// The message and all its causes in one line. Causes that another one quotes are not said again.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut next = self.source();
-        while let Some(cause) = next {
-            let said = cause.to_string();
-            if !text.contains(&said) {
-                text.push_str(": ");
-                text.push_str(&said);
-            }
-            next = cause.source();
+        chain(self)
+    }
+}
+
+/// An error and all its causes in one line. Causes that another one quotes are not said again.
+pub fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
         }
-        text
+        next = cause.source();
+    }
+    text
+}
+
+/// What the transport says. A status' own text is a dump of all its causes, each of which quotes the next.
+#[derive(Debug)]
+struct Foreign(Status);
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.message() {
+            "" => self.0.code().fmt(f),
+            message => f.write_str(message),
+        }
+    }
+}
+
+impl StdError for Foreign {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source()
     }
 }
 
@@ -107,11 +131,13 @@ impl From<Failure> for Error {
 pub fn from_status(status: Status, otherwise: Reason) -> Error {
     match Failure::try_from(status) {
         Ok(failure) => failure.into(),
-        // What the transport says of a message over its limit; to send it again would not help.
-        Err(foreign) if foreign.0.code() == Code::OutOfRange => {
-            Error::new(Reason::MessageTooLarge, foreign.0.message().to_owned()).because(foreign.0)
+        Err(foreign) => {
+            // What the transport says of a message over its limit; to send it again would not help.
+            let too_large = foreign.0.code() == Code::OutOfRange;
+            let foreign = Foreign(foreign.0);
+            Error::new(if too_large { Reason::MessageTooLarge } else { otherwise }, foreign.to_string())
+                .because(foreign)
         }
-        Err(foreign) => Error::new(otherwise, foreign.0.message().to_owned()).because(foreign.0),
     }
 }
 
@@ -128,6 +154,17 @@ impl From<Error> for Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_refused_connection_is_said_once() {
+        let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{nobody}")).unwrap().connect_lazy();
+        let mut client = superbatch_proto::v1::selection_service_client::SelectionServiceClient::new(channel);
+        let status = client.list_runs(superbatch_proto::v1::ListRunsRequest {}).await.unwrap_err();
+        let said = from_status(status, Reason::NoWorkers).chain();
+        assert_eq!(said.matches("refused").count(), 1, "{said}");
+        assert!(!said.contains(['{', '"']), "no dump: {said}");
+    }
 
     #[test]
     fn a_chain_reads_as_one_sentence_and_survives_the_wire() {

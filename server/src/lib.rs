@@ -12,6 +12,7 @@ mod cuda;
 pub mod dataset;
 pub mod error;
 mod ipc;
+pub mod logging;
 pub mod metrics;
 mod selection;
 pub mod storage;

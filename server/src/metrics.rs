@@ -3,6 +3,7 @@
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{sync::OnceLock, time::Duration};
+use superbatch_proto::v1::{BadRowReason, Reason};
 
 /// What a metric is, as the generated reference and the exporter's descriptions need it.
 pub struct Declared {
@@ -10,13 +11,33 @@ pub struct Declared {
     pub kind: &'static str,
     pub unit: Unit,
     pub labels: &'static [&'static str],
+    /// Which process serves it.
+    pub process: Process,
     pub help: &'static str,
     /// Upper bounds of a histogram's buckets.
     pub bounds: Option<&'static [f64]>,
 }
 
+/// Where something is measured. A coordinator with an embedded worker is both in one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    Coordinator,
+    Worker,
+    Both,
+}
+
+impl Process {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Coordinator => "coordinator",
+            Self::Worker => "worker",
+            Self::Both => "both",
+        }
+    }
+}
+
 macro_rules! declare {
-    ($($(#[doc = $help:literal])+ $kind:ident $function:ident ($($label:ident),*) = $name:literal, $unit:ident $(, $bounds:ident)?;)+) => {
+    ($($(#[doc = $help:literal])+ $kind:ident $function:ident ($($label:ident),*) on $process:ident = $name:literal, $unit:ident $(, $bounds:ident)?;)+) => {
         $($(#[doc = $help])+
         pub fn $function($($label: &'static str),*) -> declare!(@type $kind) {
             metrics::$kind!($name $(, stringify!($label) => $label)*)
@@ -28,6 +49,7 @@ macro_rules! declare {
             kind: stringify!($kind),
             unit: Unit::$unit,
             labels: &[$(stringify!($label)),*],
+            process: Process::$process,
             help: concat!($($help),+),
             bounds: declare!(@bounds $($bounds)?),
         }),+];
@@ -41,69 +63,70 @@ macro_rules! declare {
 
 declare! {
     /// SelectBatch calls ended, by outcome: `ok`, `cancelled`, or the error's reason.
-    counter select_requests(outcome) = "superbatch_select_requests_total", Count;
+    counter select_requests(outcome) on Coordinator = "superbatch_select_requests_total", Count;
     /// Seconds from a SelectBatch call to the last byte of its batch.
-    histogram select_duration() = "superbatch_select_duration_seconds", Seconds, SECONDS;
-    /// Seconds that a step spent in one stage: `plan`, `fetch`, `decode`, `embed_reference`, `embed_learner`, `wait_weights`,
-    /// `select`, `commit`, `send`.
-    histogram stage_duration(stage) = "superbatch_stage_duration_seconds", Seconds, SECONDS;
+    histogram select_duration() on Coordinator = "superbatch_select_duration_seconds", Seconds, SECONDS;
+    /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`, `select`, `commit`; once a rank:
+    /// `send`. Once a slice on its worker: `fetch`, `decode`, `embed_reference`, `embed_learner`; `decode` once more where images
+    /// had to be decoded again for the learner.
+    histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
-    histogram trainer_wait() = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
+    histogram trainer_wait() on Coordinator = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
     /// Candidates scanned.
-    counter candidates() = "superbatch_candidates_total", Count;
+    counter candidates() on Coordinator = "superbatch_candidates_total", Count;
     /// Examples selected.
-    counter selected() = "superbatch_selected_total", Count;
+    counter selected() on Coordinator = "superbatch_selected_total", Count;
     /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
-    counter skipped(reason) = "superbatch_skipped_total", Count;
+    counter skipped(reason) on Coordinator = "superbatch_skipped_total", Count;
     /// Candidates that a rule of a phase's tuning left out of a committed step, by rule: `clip_score_at_least`,
     /// `neg_clip_loss_keep`, `duplicates_above`.
-    counter left_out(rule) = "superbatch_left_out_total", Count;
+    counter left_out(rule) on Coordinator = "superbatch_left_out_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
-    counter steps_committed(mode) = "superbatch_steps_committed_total", Count;
+    counter steps_committed(mode) on Coordinator = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.
-    gauge ready_batches() = "superbatch_ready_batches", Count;
+    gauge ready_batches() on Coordinator = "superbatch_ready_batches", Count;
     /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the one that has been idle
     /// longest is put to sleep.
-    gauge open_runs() = "superbatch_open_runs", Count;
+    gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
     /// The newest published weights version, of the run that published last.
-    gauge learner_version() = "superbatch_learner_version", Count;
+    gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.
-    histogram learner_staleness() = "superbatch_learner_staleness_steps", Count, STEPS;
+    histogram learner_staleness() on Coordinator = "superbatch_learner_staleness_steps", Count, STEPS;
     /// Seconds from the first byte of a push to its publication.
-    histogram weight_push_duration() = "superbatch_weight_push_duration_seconds", Seconds, SECONDS;
+    histogram weight_push_duration() on Coordinator = "superbatch_weight_push_duration_seconds", Seconds, SECONDS;
     /// Bytes of weights received.
-    counter weight_push_bytes() = "superbatch_weight_push_bytes_total", Bytes;
+    counter weight_push_bytes() on Coordinator = "superbatch_weight_push_bytes_total", Bytes;
     /// Pushes refused or broken off, by reason.
-    counter weight_push_failures(reason) = "superbatch_weight_push_failures_total", Count;
+    counter weight_push_failures(reason) on Coordinator = "superbatch_weight_push_failures_total", Count;
     /// Object store requests, by operation and outcome (`ok`, `not_found`, `exists`, `throttled`, `error`).
-    counter object_store_requests(operation, outcome) = "superbatch_object_store_requests_total", Count;
+    counter object_store_requests(operation, outcome) on Both = "superbatch_object_store_requests_total", Count;
     /// Bytes read from object stores.
-    counter object_store_bytes_read() = "superbatch_object_store_bytes_read_total", Bytes;
+    counter object_store_bytes_read() on Both = "superbatch_object_store_bytes_read_total", Bytes;
     /// Object store requests that were told to slow down.
-    counter object_store_throttled() = "superbatch_object_store_throttled_total", Count;
+    counter object_store_throttled() on Both = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
-    histogram batch_score() = "superbatch_batch_score", Count, SCORES;
+    histogram batch_score() on Coordinator = "superbatch_batch_score", Count, SCORES;
     /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones, and of all `candidates`. The
     /// policies that draw by these scores hold the first above the second. Joint selection need not: its goal is the score of
     /// the whole batch, `superbatch_batch_score`.
-    histogram mean_score(of) = "superbatch_mean_score", Count, SCORES;
+    histogram mean_score(of) on Coordinator = "superbatch_mean_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
-    counter reference_rows_cached() = "superbatch_reference_rows_cached_total", Count;
+    counter reference_rows_cached() on Worker = "superbatch_reference_rows_cached_total", Count;
     /// Rows whose reference embeddings were computed.
-    counter reference_rows_computed() = "superbatch_reference_rows_computed_total", Count;
+    counter reference_rows_computed() on Worker = "superbatch_reference_rows_computed_total", Count;
     /// Scoring workers that hold a lease.
-    gauge workers() = "superbatch_workers", Count;
+    gauge workers() on Coordinator = "superbatch_workers", Count;
     /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
     /// estimated from what stages take and from the trainers' own time for a step. 0 while no trainer has
     /// been seen to take a few steps.
-    gauge optimal_workers() = "superbatch_optimal_workers", Count;
-    /// Slices that had to be scored again because their worker was lost.
-    counter slices_rescored() = "superbatch_slices_rescored_total", Count;
+    gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
+    /// Slices that went to another worker because theirs was lost or could not read them.
+    counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;
     /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A slice that is scored again
     /// counts again. Stage `discarded` is the part of them whose result no step used: do not add it.
-    counter flops(stage) = "superbatch_flops_total", Count;
+    counter flops(stage) on Both = "superbatch_flops_total", Count;
     /// Always 1; the labels say which build this is.
-    gauge build_info(version, device) = "superbatch_build_info", Count;
+    gauge build_info(version, device) on Both = "superbatch_build_info", Count;
 }
 
 /// Registers descriptions with the installed recorder.
@@ -118,16 +141,56 @@ pub fn describe() {
     }
 }
 
+/// Lets counters that `process` serves begin at 0, as far as their labels are known, so that a rate sees the first event, too.
+pub fn begin(process: Process) {
+    let is_served = |metric: &&Declared| [process, Process::Both].contains(&metric.process);
+    for metric in ALL.iter().filter(is_served).filter(|metric| metric.kind == "counter" && metric.labels.is_empty()) {
+        metrics::counter!(metric.name).increment(0);
+    }
+    if process == Process::Worker {
+        ["reference", "learner"].into_iter().for_each(|stage| flops(stage).increment(0));
+        return;
+    }
+    ["selection", "discarded"].into_iter().for_each(|stage| flops(stage).increment(0));
+    ["ok", "cancelled"].into_iter().for_each(|outcome| select_requests(outcome).increment(0));
+    ["normal", "stale", "uniform", "reference_only"].into_iter().for_each(|mode| steps_committed(mode).increment(0));
+    let rules = ["clip_score_at_least", "neg_clip_loss_keep", "duplicates_above"];
+    rules.into_iter().for_each(|rule| left_out(rule).increment(0));
+    let bad_rows = (1..).map_while(|number| BadRowReason::try_from(number).ok());
+    bad_rows.for_each(|why| skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0));
+    weight_push_failures("BROKEN").increment(0);
+    PUSH_FAILURES.iter().for_each(|reason| weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0));
+}
+
+/// What pushes usually fail of.
+const PUSH_FAILURES: &[Reason] = &[
+    Reason::InvalidArgument,
+    Reason::MessageTooLarge,
+    Reason::GenerationStale,
+    Reason::StorageUnreachable,
+    Reason::WeightsRefused,
+    Reason::PushConflict,
+    Reason::PushOffCadence,
+    Reason::NoWorkers,
+    Reason::Overloaded,
+    Reason::ShuttingDown,
+    Reason::Internal,
+];
+
 /// The reference page `docs/metrics.md`.
 pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\nServed at `/metrics` in the Prometheus text format. Generated from `server/src/metrics.rs` by `make docs`.\n\n\
-         | metric | type | labels | meaning |\n|---|---|---|---|\n",
+         `process` tells where: on the `coordinator` (`superbatch serve`), on a `worker` (`superbatch worker`, and `superbatch serve` \
+         where its worker is embedded), or on `both`. Counters without labels, and those whose labels are known beforehand, begin at \
+         0.\n\n\
+         | metric | type | process | labels | meaning |\n|---|---|---|---|---|\n",
     );
     for metric in ALL {
         let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
         let help = metric.help.split_whitespace().collect::<Vec<_>>().join(" ");
-        page.push_str(&format!("| `{}` | {} | {} | {} |\n", metric.name, metric.kind, labels.join(", "), help));
+        let (name, kind, process) = (metric.name, metric.kind, metric.process.name());
+        page.push_str(&format!("| `{name}` | {kind} | {process} | {} | {help} |\n", labels.join(", ")));
     }
     page
 }
@@ -167,4 +230,37 @@ pub fn install() -> PrometheusHandle {
             handle
         })
         .clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a process of these kinds serves at its start.
+    fn page(processes: &[Process]) -> String {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        ::metrics::with_local_recorder(&recorder, || processes.iter().for_each(|process| begin(*process)));
+        recorder.handle().render()
+    }
+
+    #[test]
+    fn counters_begin_at_zero_where_they_are_served() {
+        let coordinator = page(&[Process::Coordinator]);
+        for line in [
+            "superbatch_slices_rescored_total 0",
+            "superbatch_object_store_throttled_total 0",
+            "superbatch_weight_push_failures_total{reason=\"WEIGHTS_REFUSED\"} 0",
+            "superbatch_left_out_total{rule=\"duplicates_above\"} 0",
+            "superbatch_skipped_total{reason=\"EMBEDDING_NOT_FINITE\"} 0",
+            "superbatch_steps_committed_total{mode=\"normal\"} 0",
+        ] {
+            assert!(coordinator.lines().any(|found| found == line), "{line} in {coordinator}");
+        }
+        assert!(!coordinator.contains("superbatch_reference_rows_cached_total"), "that is a worker's");
+        let worker = page(&[Process::Worker]);
+        assert!(worker.contains("superbatch_reference_rows_cached_total 0") && !worker.contains("slices_rescored"));
+        let both = page(&[Process::Coordinator, Process::Worker]);
+        let declared = ALL.iter().filter(|metric| metric.kind == "counter" && metric.labels.is_empty());
+        declared.for_each(|metric| assert!(both.contains(&format!("{} 0", metric.name)), "{}", metric.name));
+    }
 }

@@ -13,7 +13,9 @@ from test_end_to_end import inputs, service  # noqa: F401
 
 SELECTION = "superbatch.v1.SelectionService"
 HEALTH = "grpc.health.v1.Health"
-SERVICES = {SELECTION, "superbatch.v1.CoordinatorService", HEALTH}
+COORDINATOR, WORKER = "superbatch.v1.CoordinatorService", "superbatch.v1.WorkerService"
+REFLECTION = {f"grpc.reflection.{version}.ServerReflection" for version in ("v1", "v1alpha")}
+SERVICES = {SELECTION, COORDINATOR, HEALTH, *REFLECTION}
 
 
 class Plain:
@@ -119,15 +121,21 @@ def plain(service):
 
 
 def test_health_is_told_by_the_standard_service(plain):
-    for name in ("", SELECTION):
+    for name in ("", SELECTION, COORDINATOR):
         assert plain.call(HEALTH, "Check", service=name).status == 1, "SERVING"
     with pytest.raises(grpc.RpcError) as caught:
-        plain.call(HEALTH, "Check", service="nobody")
+        plain.call(HEALTH, "Check", service=WORKER)
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+def test_a_worker_tells_of_its_own_services(tmp_path):
+    with Cluster(tmp_path, workers=1) as cluster, Plain(cluster.workers[0].address) as worker:
+        assert worker.services() == {WORKER, HEALTH, *REFLECTION}
+        assert worker.call(HEALTH, "Check", service=WORKER).status == 1, "SERVING"
+
+
 def test_reflection_tells_enough_to_call(plain):
-    assert plain.services() >= SERVICES
+    assert plain.services() == SERVICES, "what is served, and no more"
     assert list(plain.call(SELECTION, "ListRuns").runs) == []
     file = plain.files["superbatch/v1/selection.proto"]
     methods = {method.name for found in file.service for method in found.method}
@@ -138,7 +146,7 @@ def test_older_clients_find_reflection_under_its_older_name(service):
     """Python's own reflection client, like much else, knows v1alpha alone."""
     with grpc.insecure_channel(service.address.removeprefix("http://")) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
-        assert set(database.get_services()) >= SERVICES
+        assert set(database.get_services()) == SERVICES
         found = descriptor_pool.DescriptorPool(database).FindServiceByName(SELECTION)
         assert "SelectBatch" in found.methods_by_name
 

@@ -1,11 +1,13 @@
 """What a run goes through in a long life, on the real binary: restarts, rewinds, memory limits, old weights, models that change."""
 
+import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import superbatch
-from cluster import Process
+from cluster import BINARY, DEADLINE_SECONDS, Cluster, Process
 from safetensors.torch import load_file
 from test_end_to_end import inputs, phase, reason, service, spec, train, weights  # noqa: F401
 
@@ -171,3 +173,37 @@ def test_a_reference_that_was_trained_anew_is_refused(inputs, serve, tmp_path):
     with pytest.raises(superbatch.Error, match="reference") as caught:
         run.select(2, rank=0, world_size=1)
     assert reason(caught) == "MODEL_INVALID"
+
+
+def test_a_worker_of_another_state_ends_and_says_why(tmp_path):
+    with Cluster(tmp_path) as cluster:
+        elsewhere = (tmp_path / "elsewhere").as_uri()
+        ended = subprocess.run(
+            [BINARY, "worker", "--coordinator", cluster.address, "--listen", "127.0.0.1:0", "--state", elsewhere],
+            capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+        assert ended.returncode == 1
+        said = ended.stderr.splitlines()[-1]
+        assert said.startswith("superbatch: ") and elsewhere in said and cluster.state in said and "`state`" in said
+
+
+def test_a_log_tells_of_a_process_from_its_state_to_its_end(tmp_path):
+    with Cluster(tmp_path, workers=1) as cluster:
+        worker, coordinator = cluster.workers[0], cluster.coordinator
+        for process in (worker, coordinator):
+            process.stop()
+    for process, expected in [
+            (worker, ["state opened", "registered", "draining", "left the coordinator", "stopped"]),
+            (coordinator, ["state opened", "worker registered", "worker left", "draining", "stopped"])]:
+        text = process.log.read_text()
+        places = [text.find(line) for line in expected]
+        assert -1 not in places and places == sorted(places), text
+        assert cluster.state in text and "registered again" not in text
+
+
+def test_a_file_that_may_not_grow_is_reported(tmp_path):
+    """By itself the signal of that limit ends a process without a word."""
+    ended = subprocess.run(
+        [BINARY, "serve", "--listen", "127.0.0.1:0", "--state", (tmp_path / "state").as_uri()],
+        capture_output=True, text=True, timeout=DEADLINE_SECONDS,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)))
+    assert ended.returncode == 1 and "File too large" in ended.stderr

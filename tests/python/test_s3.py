@@ -337,3 +337,16 @@ def test_unreachable_state_ends_a_start_with_what_and_where():
     said = [line for line in ended.stderr.splitlines() if line.startswith("superbatch: ")]
     assert len(said) == 1 and f"s3://{BUCKET}/state" in said[0]
     assert said[0].count("Connection refused") == 1 and said[0].count("127.0.0.1:1/") == 1, "said once"
+    told = [line for line in ended.stderr.splitlines() if "WARN" in line and "object storage" in line]
+    assert len(told) == 1 and f"http://127.0.0.1:1/{BUCKET}/state" in told[0], "and while it is tried again"
+
+
+def test_a_bucket_that_is_not_there_fails_at_once_and_by_name(inputs, store, tmp_path):
+    with Cluster(tmp_path, environment=credentials(store.port)) as cluster:
+        client = superbatch.connect(cluster.address)
+        with pytest.raises(superbatch.Error, match="there is no bucket 'nobucket99'") as caught:
+            client.open_run(spec(inputs, "nowhere", sources=["s3://nobucket99/data"]))
+        assert not isinstance(caught.value, superbatch.Unavailable), "it is not tried again"
+        assert (reason(caught), caught.value.metadata["bucket"]) == ("INVALID_ARGUMENT", "nobucket99")
+    ended = command(store.port, "serve", "--listen", "127.0.0.1:0", "--state", "s3://nobucket99/state")
+    assert ended.returncode != 0 and "there is no bucket 'nobucket99'" in ended.stderr

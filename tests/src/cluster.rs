@@ -111,7 +111,8 @@ impl Cluster {
         uri(self.folder.path(), below)
     }
 
-    fn config(&self) -> Config {
+    /// What its next process is started with.
+    pub fn config(&self) -> Config {
         let any = "127.0.0.1:0".parse().expect("an address");
         let mut config = Config { listen: any, metrics_listen: None, state: self.uri("state"), ..Config::default() };
         // `make test-gpu` has the same tests run on a device.
@@ -127,7 +128,7 @@ impl Cluster {
 
     async fn start_coordinator(&mut self, embedded: bool) {
         let mut config = self.config();
-        config.coordinator.workers_embedded = embedded;
+        config.coordinator.workers_embedded &= embedded;
         let faults = self.script.wrap();
         let serve = Serve::build_on(config, Arc::new(move |store| metered(faults(store)))).await.expect("it starts");
         self.address = format!("http://{}", serve.address());
@@ -136,7 +137,14 @@ impl Cluster {
     }
 
     async fn start_worker(&mut self) {
-        let work = Work::build(self.config()).await.expect("it starts");
+        self.add_worker(&Script::default()).await;
+    }
+
+    /// One more worker; `script` are the faults of its storage, of which some may be left when it is stopped.
+    pub async fn add_worker(&mut self, script: &Script) {
+        let faults = script.wrap();
+        let wrap = Arc::new(move |store| metered(faults(store)));
+        let work = Work::build_on(self.config(), wrap).await.expect("it starts");
         let (stop, stopped) = oneshot::channel();
         self.keep(stop, async move { work.run(stopped.map(drop)).await.expect("it works") });
     }

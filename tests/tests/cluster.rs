@@ -6,7 +6,11 @@ use superbatch_client::{
     Client, ConnectConfig, Part, Retry, Run,
     v1::{Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
 };
-use superbatch_server::storage::{StorageConfig, Stores};
+use superbatch_server::{
+    app::Work,
+    config::Config,
+    storage::{StorageConfig, Stores},
+};
 use superbatch_tests::{
     cluster::Cluster,
     faults::{Fault, How, Operation, Script},
@@ -81,6 +85,48 @@ async fn blocks_that_are_cut_cost_the_same_on_one_worker_and_three() {
 async fn slices_inside_a_block_cost_the_same_on_one_worker_and_three() {
     // 4 candidates a slice, of one or two blocks of 16 rows: some slices neither begin nor end a block.
     same_on_any_workers((12, 4, 4, 1)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_alone_cannot_read_costs_no_step() {
+    let (expected, _) = whole_run(1, easy).await;
+    let mut cluster = Cluster::start(1, Script::default()).await;
+    let fault = Fault { operation: Operation::Read, path: "data/train", how: How::Fails, times: usize::MAX };
+    let script = Script::new([fault]);
+    cluster.add_worker(&script).await;
+    let run = cluster.open_run("unable", RunSpec { epochs: 1, ..easy(&cluster) }).await.unwrap();
+    for (step, chosen) in expected.iter().enumerate() {
+        assert_eq!(&ids(&run, step as u64).await, chosen);
+    }
+    assert!(script.left()[0].times < usize::MAX, "it was asked, and could not read");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_fails_when_no_worker_can_read() {
+    let mut cluster =
+        Cluster::start_with(0, Script::default(), |config| config.coordinator.workers_embedded = false).await;
+    let fault = Fault { operation: Operation::Read, path: "data/train", how: How::Fails, times: usize::MAX };
+    for _ in 0..2 {
+        cluster.add_worker(&Script::new([fault.clone()])).await;
+    }
+    let run = cluster.open_run("nobody-reads", easy(&cluster)).await.unwrap();
+    let error = run.select(0, 0, 1, Intent::Need).await.unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::StorageUnreachable));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_of_another_state_is_sent_away_and_ends() {
+    let cluster = Cluster::start(1, Script::default()).await;
+    let config = Config { state: cluster.uri("elsewhere"), ..cluster.config() };
+    let worker = Work::build(config).await.unwrap();
+    let error = worker.run(std::future::pending()).await.unwrap_err();
+    let told = [error.value("field"), error.value("theirs"), error.value("ours")].map(Option::unwrap_or_default);
+    assert_eq!(told, ["state", &cluster.uri("elsewhere"), &cluster.uri("state")]);
+    let run = cluster.open_run("undisturbed", easy(&cluster)).await.unwrap();
+    assert_eq!(ids(&run, 0).await.len(), 16);
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ mod table;
 use crate::{
     config::{self, Config, LogConfig, LogFormat},
     error::{Error, Result},
+    logging,
     storage::{Location, Stores},
 };
 use clap::Args;
@@ -135,7 +136,7 @@ pub fn check_config(args: &CheckArgs) -> Result<String> {
 
 /// Starts logging to standard error.
 pub fn start_logging(config: &LogConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.filter)
+    let filter = EnvFilter::try_new(logging::capped(&config.filter))
         .map_err(|e| Error::invalid("log.filter", format!("'{}' is no log filter", config.filter)).because(e))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

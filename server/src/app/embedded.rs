@@ -54,12 +54,13 @@ pub async fn keep_while_well(pool: Arc<Pool>, mut is_well: watch::Receiver<bool>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::pool::Home;
     use std::time::Duration;
     use superbatch_proto::v1::Reason;
 
     #[tokio::test]
     async fn a_hung_device_leaves_the_pool_and_comes_back() {
-        let pool = Arc::new(Pool::new(Duration::from_secs(1), Duration::ZERO));
+        let pool = Arc::new(Pool::new(Duration::from_secs(1), Duration::ZERO, Home::default()));
         let channel = Endpoint::from_static("http://embedded").connect_lazy();
         pool.embed(channel.clone(), "cuda:0");
         for is_well in [false, true] {

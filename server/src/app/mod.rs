@@ -2,13 +2,14 @@
 //! here and nowhere else; every part gets its config and what it stands on.
 mod embedded;
 mod http;
+mod transport;
 
 use crate::{
     config::{Config, CoordinatorConfig, WorkerRoleConfig},
     coordinator::{
         limits::Limits,
         owner::Identity,
-        pool::Pool,
+        pool::{Home, Pool},
         ready::Budget,
         registry::Coordinator,
         run::Deps,
@@ -17,7 +18,7 @@ use crate::{
         upkeep::upkeep,
     },
     error::{Error, Result},
-    metrics,
+    metrics::{self, Process},
     storage::{Location, Stores, Wrap, metered, nonce, probe},
     worker::{Worker, keep_registered},
 };
@@ -25,32 +26,29 @@ use futures::future::{BoxFuture, FutureExt, Shared};
 use rand::SeedableRng;
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES,
+    MESSAGE_BYTES_MAX,
     v1::{
-        FILE_DESCRIPTOR_SET, Reason, RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
+        RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
         selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
 use tokio::{
     net::TcpListener,
-    sync::{oneshot, watch},
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, oneshot},
 };
 use tonic::{
-    Code, Status,
-    body::Body,
-    codegen::http::Response,
     server::NamedService,
-    service::Routes,
-    transport::{Endpoint, Server, server::TcpIncoming},
+    transport::{Endpoint, server::TcpIncoming},
 };
-use tonic_health::server::HealthReporter;
-use tower::{
-    layer::util::{Identity as NoLayer, Stack},
-    util::MapResponseLayer,
-};
+use transport::{builder, drain, reflection, tell_health, within};
 
 /// How long a call waits for a first worker.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The services of a coordinator, and of a worker.
+const SERVED: [&str; 2] = [SelectionServiceServer::<Selection>::NAME, CoordinatorServiceServer::<WorkerPlane>::NAME];
+const WORKED: [&str; 1] = [WorkerServiceServer::<Worker>::NAME];
 
 /// A future that ends when the process should.
 type Shutdown = Shared<BoxFuture<'static, ()>>;
@@ -67,6 +65,8 @@ struct Ground {
     config: Config,
     stores: Stores,
     state: Location,
+    /// See [`probe`].
+    state_id: String,
     listener: TcpListener,
     address: SocketAddr,
     http: Option<http::Http>,
@@ -76,18 +76,20 @@ impl Ground {
     async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
         let Sockets { section, listen, metrics_listen } = sockets;
         config.validate()?;
+        ignore_file_size_limit();
         // Before anything is counted.
         metrics::install();
         let stores = Stores::wrapped(config.storage.clone(), wrap);
         let state = stores.open(&config.state_uri()?)?;
-        probe(&state).await?;
+        let state_id = probe(&state).await?;
+        tracing::info!(state = state.uri(), id = state_id, "state opened");
         let listener = bind(listen, &format!("{section}listen")).await?;
         let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         let http = match metrics_listen {
             Some(listen) => Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?),
             None => None,
         };
-        Ok(Self { config, stores, state, listener, address, http })
+        Ok(Self { config, stores, state, state_id, listener, address, http })
     }
 }
 
@@ -114,9 +116,12 @@ impl Serve {
         let sockets = Sockets { section: "", listen: config.listen, metrics_listen: config.metrics_listen };
         let ground = Ground::build(config, sockets, wrap).await?;
         let settings = &ground.config.coordinator;
-        let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE));
+        let home = Home { id: ground.state_id.clone(), uri: ground.state.uri().to_owned() };
+        let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE, home));
+        metrics::begin(Process::Coordinator);
         let mut device = "cpu".to_owned();
         if settings.workers_embedded {
+            metrics::begin(Process::Worker);
             let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
             device = worker.info().device;
             let (well, channel) = (worker.is_well(), embedded::connect(worker));
@@ -163,12 +168,14 @@ impl Serve {
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<SelectionServiceServer<Selection>>().await;
+        for name in SERVED {
+            health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+        }
         let selection = SelectionServiceServer::new(Selection(self.coordinator.clone()))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let router = builder()
-            .add_routes(reflection()?)
+            .add_routes(reflection(&SERVED)?)
             .add_service(health_service)
             .add_service(CoordinatorServiceServer::new(WorkerPlane(self.coordinator.clone())))
             .add_service(selection);
@@ -180,9 +187,9 @@ impl Serve {
             upkeep.abort();
             coordinator.stop().await;
         };
-        let (drained, stopping) = drain(shutdown, health, SelectionServiceServer::<Selection>::NAME, let_go);
-        let served = router
-            .serve_with_incoming_shutdown(TcpIncoming::from(self.ground.listener).with_nodelay(Some(true)), drained);
+        let (drained, stopping) = drain(shutdown, health, &SERVED, let_go);
+        let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
+        let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
         if let Some(http) = http {
             http.abort();
@@ -200,10 +207,16 @@ pub struct Work {
 impl Work {
     /// As [`Serve::build`], for a worker.
     pub async fn build(config: Config) -> Result<Self> {
+        Self::build_on(config, Arc::new(metered)).await
+    }
+
+    /// As [`Serve::build_on`], for a worker.
+    pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
         let WorkerRoleConfig { listen, metrics_listen, .. } = config.worker_role;
         let sockets = Sockets { section: "worker_role.", listen, metrics_listen };
-        let ground = Ground::build(config, sockets, Arc::new(metered)).await?;
+        let ground = Ground::build(config, sockets, wrap).await?;
         let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+        metrics::begin(Process::Worker);
         tell_build(&worker.info().device);
         Ok(Self { ground, worker })
     }
@@ -218,58 +231,63 @@ impl Work {
     }
 
     /// Scores until `shutdown`: stays registered, then leaves and drains.
+    ///
+    /// # Errors
+    /// What the coordinator refuses the worker for: it ends then, as it does at `shutdown`.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let refused = Arc::new(Notify::new());
+        let until = refused.clone();
+        let shutdown = async move {
+            tokio::select! {
+                () = shutdown => {}
+                () = until.notified() => {}
+            }
+        };
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<WorkerServiceServer<Worker>>().await;
-        let role = &self.ground.config.worker_role;
-        let advertised = role.advertise_address.clone();
+        let (keeping, well) = (self.keep_registered(shutdown.clone())?, self.worker.is_well());
+        let registered = tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
+        let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
+        let router =
+            builder().add_routes(reflection(&WORKED)?).add_service(health_service).add_service(self.worker.service());
+        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
+        let leave = async move {
+            // It has told the coordinator that it goes; a task that panicked has told its log.
+            let _ = tell.send(registered.await.unwrap_or(Ok(())));
+            told.abort();
+            worker.stop();
+        };
+        let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
+        let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
+        let served = router.serve_with_incoming_shutdown(incoming, drained);
+        within(served, stopping, grace).await?;
+        if let Some(http) = http {
+            http.abort();
+        }
+        // Where it never left there is nothing to tell.
+        ended.await.unwrap_or(Ok(()))
+    }
+
+    fn keep_registered(&self, shutdown: Shutdown) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
+        let (role, ground) = (&self.ground.config.worker_role, &self.ground);
         let registration = RegisterRequest {
-            address: advertised.unwrap_or_else(|| format!("http://{}", self.ground.address)),
+            address: role.advertise_address.clone().unwrap_or_else(|| format!("http://{}", ground.address)),
             incarnation: nonce(),
             device: self.worker.info().device,
             leaving: false,
             build: env!("CARGO_PKG_VERSION").to_owned(),
+            state_id: ground.state_id.clone(),
+            state_uri: ground.state.uri().to_owned(),
         };
         let coordinator = Endpoint::from_shared(role.coordinator.clone()).map_err(|e| {
             let message = format!("worker_role.coordinator is '{}'; give http://host:port", role.coordinator);
             Error::invalid("worker_role.coordinator", message).because(e)
         })?;
         let rng = rand::rngs::StdRng::from_os_rng();
-        let well = self.worker.is_well();
-        let registered = tokio::spawn(keep_registered(coordinator, registration, well.clone(), rng, shutdown.clone()));
-        let told = tokio::spawn(tell_health(well, health.clone()));
-        let router = builder().add_routes(reflection()?).add_service(health_service).add_service(self.worker.service());
-        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let worker = self.worker.clone();
-        let leave = async move {
-            // It has told the coordinator that it goes; a task that failed has told its log.
-            drop(registered.await);
-            told.abort();
-            worker.stop();
-        };
-        let (drained, stopping) = drain(shutdown, health, WorkerServiceServer::<Worker>::NAME, leave);
-        let served = router
-            .serve_with_incoming_shutdown(TcpIncoming::from(self.ground.listener).with_nodelay(Some(true)), drained);
-        within(served, stopping, grace).await?;
-        if let Some(http) = http {
-            http.abort();
-        }
-        Ok(())
-    }
-}
-
-/// Not serving while the device is hung.
-async fn tell_health(mut is_well: watch::Receiver<bool>, health: HealthReporter) {
-    while is_well.changed().await.is_ok() {
-        let serving = match *is_well.borrow_and_update() {
-            true => tonic_health::ServingStatus::Serving,
-            false => tonic_health::ServingStatus::NotServing,
-        };
-        for name in [WorkerServiceServer::<Worker>::NAME, ""] {
-            health.set_service_status(name, serving).await;
-        }
+        Ok(keep_registered(coordinator, registration, self.worker.is_well(), rng, shutdown))
     }
 }
 
@@ -290,84 +308,14 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
     })
 }
 
-type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
-
-fn builder() -> Server<Stack<Mended, NoLayer>> {
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX);
-    server.layer(MapResponseLayer::new(too_large))
-}
-
-/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE without any, which is the code
-/// of the end of the data.
-fn too_large(response: Response<Body>) -> Response<Body> {
-    match Status::from_header_map(response.headers()) {
-        Some(status) if status.code() == Code::OutOfRange && status.details().is_empty() => {
-            let message = format!("{}; send less at a time", status.message());
-            Status::from(Error::new(Reason::MessageTooLarge, message)).into_http()
-        }
-        _ => response,
-    }
-}
-
-/// Reflection, under its name of today and the one that older clients know.
-fn reflection() -> Result<Routes> {
-    let descriptors = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
-    let damaged = |e| Error::internal("the protocol's descriptors are damaged").because(e);
-    let (v1, v1alpha) = (descriptors().build_v1().map_err(damaged)?, descriptors().build_v1alpha().map_err(damaged)?);
-    Ok(Routes::new(v1).add_service(v1alpha))
-}
-
-/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
-fn drain(
-    shutdown: Shutdown,
-    mut health: HealthReporter,
-    service: &'static str,
-    let_go: impl Future<Output = ()> + Send + 'static,
-) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
-    let (began, stopping) = oneshot::channel();
-    let drained = async move {
-        shutdown.await;
-        tracing::info!("draining");
-        // The empty name is the whole server's.
-        for name in [service, ""] {
-            health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
-        }
-        // A receiver that is gone needs no telling.
-        let _ = began.send(());
-        let_go.await;
-        // Else clients that watch the health would hold the process for the whole grace period.
-        for name in [service, ""] {
-            health.clear_service_status(name).await;
-        }
-    };
-    (drained, stopping)
-}
-
-async fn within(
-    served: impl Future<Output = Result<(), tonic::transport::Error>>,
-    stopping: oneshot::Receiver<()>,
-    grace: Duration,
-) -> Result<()> {
-    let patience = async {
-        match stopping.await {
-            Ok(()) => tokio::time::sleep(grace).await,
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        ended = served => ended.map_err(|e| Error::internal("serving failed").because(e)),
-        () = patience => {
-            tracing::warn!(seconds = grace.as_secs_f64(), "calls were still open after the grace period");
-            Ok(())
-        }
+/// Lets a write beyond the limit on a file's size (`ulimit -f`) fail, so that it is reported; by itself the signal ends the
+/// process without a word.
+fn ignore_file_size_limit() {
+    /// SIGXFSZ, on Linux and macOS.
+    const FILE_SIZE: i32 = 25;
+    // Once it is listened to it does nothing else, for the life of the process.
+    if let Err(error) = signal(SignalKind::from_raw(FILE_SIZE)) {
+        tracing::warn!(%error, "cannot ignore SIGXFSZ");
     }
 }
 

@@ -192,6 +192,7 @@ impl Config {
         self.validate_advertised()?;
         can_hold_state(&self.state_uri()?)
             .map_err(|e| Error::invalid("state", format!("state cannot be {:?}: {}", self.state, e.chain())))?;
+        self.storage.validate()?;
         let c = &self.coordinator;
         let seconds = [
             ("coordinator.grace_seconds", c.grace_seconds),

@@ -1,4 +1,5 @@
 //! The workers that this coordinator may use: registered ones while their lease lasts, and the embedded one while its device is well.
+use super::slice::Unable;
 use crate::{
     error::{Error, Result},
     metrics,
@@ -31,6 +32,11 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// Whether it is the same process.
+    pub fn is(&self, other: &Self) -> bool {
+        (&self.address, &self.incarnation) == (&other.address, &other.incarnation)
+    }
+
     pub fn client(&self) -> WorkerServiceClient<Channel> {
         WorkerServiceClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -47,8 +53,17 @@ struct Member {
     lease_until: Option<Instant>,
 }
 
+/// The state that workers have to share.
+#[derive(Debug, Clone, Default)]
+pub struct Home {
+    /// See [`crate::storage::probe`].
+    pub id: String,
+    pub uri: String,
+}
+
 /// Workers by address.
 pub struct Pool {
+    home: Home,
     lease: Duration,
     /// How long a call waits for a first worker before it fails.
     patience: Duration,
@@ -59,9 +74,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn new(lease: Duration, patience: Duration) -> Self {
+    pub fn new(lease: Duration, patience: Duration, home: Home) -> Self {
         let changed = watch::Sender::new(0);
-        Self { lease, patience, members: Mutex::default(), changed, turn: AtomicUsize::new(0) }
+        Self { home, lease, patience, members: Mutex::default(), changed, turn: AtomicUsize::new(0) }
     }
 
     pub fn lease(&self) -> Duration {
@@ -83,12 +98,15 @@ impl Pool {
     /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.
     ///
     /// # Errors
-    /// `InvalidArgument` where its address is no URI.
+    /// `InvalidArgument` where its address is no URI, or its state is another one than ours.
     pub fn register(&self, request: &RegisterRequest, now: Instant) -> Result<()> {
         if request.leaving {
-            self.remove(&request.address);
+            if self.remove(&request.address) {
+                tracing::info!(address = request.address, "worker left");
+            }
             return Ok(());
         }
+        self.check_state(request)?;
         let lease_until = Some(now + self.lease);
         let mut members = self.members.lock().expect("no panic while held");
         if let Some(member) = members.get_mut(&request.address).filter(|m| m.worker.incarnation == request.incarnation)
@@ -117,6 +135,20 @@ impl Pool {
         tracing::info!(address = request.address, device = request.device, "worker registered");
         self.insert(Member { worker, lease_until });
         Ok(())
+    }
+
+    fn check_state(&self, request: &RegisterRequest) -> Result<()> {
+        let (theirs, ours) = (&request.state_uri, &self.home.uri);
+        if request.state_id == self.home.id {
+            return Ok(());
+        }
+        let message = format!(
+            "the worker at {} has its state at {theirs}, and the coordinator at {ours}: these are two states; give both the \
+             same `state` in their settings (or --state)",
+            request.address
+        );
+        tracing::warn!(address = request.address, theirs, ours, "refused a worker of another state");
+        Err(Error::invalid("state", message).with("theirs", theirs).with("ours", ours))
     }
 
     /// Drops a worker whose connection broke; it comes back by its next registration.
@@ -158,6 +190,15 @@ impl Pool {
         Ok(live[turn % live.len()].clone())
     }
 
+    /// One live worker, each in its turn, that has not been asked in vain.
+    ///
+    /// # Errors
+    /// `NoWorkers`, or what the last one said where there is no other.
+    pub async fn other(&self, unable: &mut Unable) -> Result<Worker> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        unable.other(self.wait_live().await?, turn)
+    }
+
     async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
         let mut changed = self.changed.subscribe();
         let found = async {
@@ -191,10 +232,12 @@ impl Pool {
         self.changed.send_modify(|n| *n += 1);
     }
 
-    fn remove(&self, address: &str) {
+    /// Whether it was there.
+    fn remove(&self, address: &str) -> bool {
         let mut members = self.members.lock().expect("no panic while held");
-        members.remove(address);
+        let removed = members.remove(address).is_some();
         metrics::workers().set(members.len() as f64);
+        removed
     }
 }
 
@@ -208,7 +251,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lease_ends_and_is_renewed() {
-        let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30));
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_secs(30), Home::default());
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         pool.register(&registration("http://127.0.0.1:1", false), at(0)).unwrap();
@@ -218,8 +261,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_worker_of_another_state_is_refused_with_both_named() {
+        let home = Home { id: "a".into(), uri: "s3://b/ours".into() };
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20), home);
+        let of = |id: &str, leaving| RegisterRequest {
+            state_id: id.into(),
+            state_uri: "file:///theirs".into(),
+            ..registration("http://127.0.0.1:1", leaving)
+        };
+        let now = Instant::now();
+        for id in ["b", ""] {
+            let error = pool.register(&of(id, false), now).unwrap_err();
+            assert_eq!(error.value("field"), Some("state"));
+            assert_eq!((error.value("theirs"), error.value("ours")), (Some("file:///theirs"), Some("s3://b/ours")));
+            assert!(pool.live(now).is_empty());
+        }
+        pool.register(&of("a", false), now).unwrap();
+        assert_eq!(pool.live(now).len(), 1);
+    }
+
+    #[tokio::test]
     async fn without_workers_a_call_fails_in_bounded_time() {
-        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20));
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20), Home::default());
         let start = Instant::now();
         assert_eq!(pool.one().await.unwrap_err().reason(), Reason::NoWorkers);
         pool.register(&registration("http://127.0.0.1:1", false), start + Duration::from_secs(60)).unwrap();
@@ -230,7 +293,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_device_is_asked_for_and_a_late_word_of_a_dead_worker_hurts_no_other() {
-        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20));
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20), Home::default());
         let now = Instant::now();
         let on = |port: u16, incarnation: &str, device: &str| RegisterRequest {
             incarnation: incarnation.into(),

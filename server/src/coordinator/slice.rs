@@ -1,4 +1,8 @@
 //! One slice of a super-batch on one worker: the coordinator's side of a `Score` stream.
+mod unable;
+
+pub use unable::Unable;
+
 use super::{
     plan::{self, Candidate},
     pool::{Pool, Worker},
@@ -106,33 +110,35 @@ impl Slice {
     /// Has the slice read, decoded and embedded by the reference, on another worker where one is lost.
     ///
     /// # Errors
-    /// What the worker says of data and models; `NoWorkers` after [`ATTEMPTS_MAX`] lost workers.
+    /// What workers say of data and models, see [`Unable`]; `NoWorkers` after [`ATTEMPTS_MAX`] lost workers.
     pub async fn begin(&mut self, pool: &Pool, job: &Job) -> Result<()> {
-        self.attempt(pool, job, None).await
+        self.attempt(pool, job, None, Unable::default()).await
     }
 
     /// Has the slice embedded by the learner `model`; begins again where the worker is lost.
     pub async fn embed_learner(&mut self, pool: &Pool, job: &Job, model: &ModelRef) -> Result<()> {
+        let mut unable = Unable::default();
         if let Some(mut live) = self.live.take() {
             match live.learner(self, job, model).await {
                 Ok(()) => {
                     self.live = Some(live);
                     return Ok(());
                 }
-                Err(error) => self.give_up(pool, job, &live.worker, error)?,
+                Err(error) => self.give_up(pool, job, &live.worker, error, &mut unable)?,
             }
         }
-        self.attempt(pool, job, Some(model)).await
+        self.attempt(pool, job, Some(model), unable).await
     }
 
     /// The chosen rows (numbers within the slice, in the order wanted) as an Arrow IPC stream.
     pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
+        let mut unable = Unable::default();
         if let Some(mut live) = self.live.take() {
             match live.rows(chosen).await {
                 Ok(bytes) => return Ok(bytes),
                 // What it embedded is here already: only the rows have to be read again.
                 Err(error) if is_lost(&error) => pool.lost(&live.worker),
-                Err(error) => return Err(error),
+                Err(error) => unable.note(&live.worker, error)?,
             }
         }
         let flat: Vec<(usize, u32)> =
@@ -141,7 +147,7 @@ impl Slice {
             let (b, row) = flat[*candidate as usize];
             BlockRows { rows: vec![row], ..self.blocks[b].clone() }
         });
-        fetch_rows(pool, &job.manifest_digest, blocks.collect(), &job.columns).await
+        fetch_rows_from_others(pool, &job.manifest_digest, blocks.collect(), &job.columns, unable).await
     }
 
     /// Holes of an attempt. Those that the reference found stay where it is not asked again.
@@ -157,18 +163,18 @@ impl Slice {
         !self.has_reference && !self.reference_range.is_empty()
     }
 
-    async fn attempt(&mut self, pool: &Pool, job: &Job, learner: Option<&ModelRef>) -> Result<()> {
+    async fn attempt(&mut self, pool: &Pool, job: &Job, learner: Option<&ModelRef>, mut unable: Unable) -> Result<()> {
         for attempt in 0..ATTEMPTS_MAX {
             let workers = pool.wait_live().await?;
             let turn = self.number + attempt + job.step as usize;
-            let worker = workers[turn % workers.len()].clone();
+            let worker = unable.other(workers, turn)?;
             match self.attempt_on(&worker, job, learner).await {
                 Ok(live) => {
                     self.live = Some(live);
                     return Ok(());
                 }
                 Err(error) if attempt + 1 == ATTEMPTS_MAX => return Err(error),
-                Err(error) => self.give_up(pool, job, &worker, error)?,
+                Err(error) => self.give_up(pool, job, &worker, error, &mut unable)?,
             }
         }
         Err(Error::new(Reason::NoWorkers, "all scoring workers were lost"))
@@ -203,14 +209,15 @@ impl Slice {
         Ok(live)
     }
 
-    /// Notes a lost worker; passes on an error that another worker would make, too.
-    fn give_up(&mut self, pool: &Pool, job: &Job, worker: &Worker, error: Error) -> Result<()> {
-        if !is_lost(&error) {
-            return Err(error);
+    /// Notes a worker that is lost or unable; passes on an error that another worker would make, too.
+    fn give_up(&mut self, pool: &Pool, job: &Job, worker: &Worker, error: Error, unable: &mut Unable) -> Result<()> {
+        if is_lost(&error) {
+            let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
+            tracing::warn!(run, step, worker = worker_at, error = error.chain(), "slice goes to another worker");
+            pool.lost(worker);
+        } else {
+            unable.note(worker, error)?;
         }
-        let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
-        tracing::warn!(run, step, worker = worker_at, error = error.chain(), "slice goes to another worker");
-        pool.lost(worker);
         crate::metrics::slices_rescored().increment(1);
         let thrown = [self.reference.take(), self.learner.take()];
         self.discarded_flops += thrown.iter().flatten().map(|e| e.done.flops).sum::<f64>();
@@ -284,16 +291,27 @@ impl Live {
 
 /// Reads rows anew on any worker, as an Arrow IPC stream in the order of `blocks`.
 pub async fn fetch_rows(pool: &Pool, manifest: &str, blocks: Vec<BlockRows>, columns: &[String]) -> Result<Vec<Bytes>> {
+    fetch_rows_from_others(pool, manifest, blocks, columns, Unable::default()).await
+}
+
+async fn fetch_rows_from_others(
+    pool: &Pool,
+    manifest: &str,
+    blocks: Vec<BlockRows>,
+    columns: &[String],
+    mut unable: Unable,
+) -> Result<Vec<Bytes>> {
     let request = FetchRowsRequest { dataset_manifest: manifest.to_owned(), blocks, columns: columns.to_vec() };
     let mut attempt = 0;
     loop {
-        let worker = pool.one().await?;
+        let worker = pool.other(&mut unable).await?;
         match fetch_rows_from(&worker, request.clone()).await {
             Err(error) if is_lost(&error) && attempt + 1 < ATTEMPTS_MAX => {
                 pool.lost(&worker);
                 attempt += 1;
             }
-            other => return other,
+            Err(error) => unable.note(&worker, error)?,
+            Ok(parts) => return Ok(parts),
         }
     }
 }

@@ -47,27 +47,40 @@ impl Location {
     }
 }
 
-/// Refuses a store that overwrites on a conditional create, as some do silently: state on it would be lost in a race.
+/// The object that holds a state's id.
+const IDENTITY: &str = "identity";
+
+/// Opens a state: refuses a store that overwrites on a conditional create, as some do silently, since state on it would be lost
+/// in a race. Gives the state's id, the same for all who use it: whoever comes first makes it.
 ///
 /// # Errors
 /// `StorageUnsafe`, or `StorageUnreachable`, naming the setting.
-pub async fn probe(state: &Location) -> Result<()> {
-    let unusable =
-        |e: Error| e.about(format_args!("the setting `state` is {}, which cannot be written to", state.uri()));
+pub async fn probe(state: &Location) -> Result<String> {
+    let unusable = |e: Error| e.about(format_args!("the setting `state` is {}, which cannot be used", state.uri()));
+    // A read comes first: where nothing can be reached it is said after one request.
+    let known = state.find(IDENTITY).await.map_err(unusable)?;
     let key = format!("probe/{}", nonce());
     let (first, second) = (Bytes::from("first"), Bytes::from("second"));
     state.create(&key, first).await.map_err(unusable)?;
     let safe = matches!(state.create(&key, second).await?, Created::Theirs(_));
     state.delete(&key).await.map_err(unusable)?;
-    if safe {
-        return Ok(());
+    if !safe {
+        let message = format!(
+            "the store of {} overwrites an object on a conditional create (If-None-Match: *), so it cannot hold state; use \
+             one that refuses, such as S3, Google Cloud Storage, Azure, or a local disk",
+            state.uri()
+        );
+        return Err(Error::new(Reason::StorageUnsafe, message).with("uri", state.uri()));
     }
-    let message = format!(
-        "the store of {} overwrites an object on a conditional create (If-None-Match: *), so it cannot hold state; use one \
-         that refuses, such as S3, Google Cloud Storage, Azure, or a local disk",
-        state.uri()
-    );
-    Err(Error::new(Reason::StorageUnsafe, message).with("uri", state.uri()))
+    let ours = Bytes::from(nonce());
+    let id = match known {
+        Some(id) => id,
+        None => match state.create(IDENTITY, ours.clone()).await.map_err(unusable)? {
+            Created::Ours => ours,
+            Created::Theirs(id) => id,
+        },
+    };
+    Ok(String::from_utf8_lossy(&id).into_owned())
 }
 
 #[cfg(test)]
@@ -76,9 +89,17 @@ mod tests {
     use crate::storage::{StorageConfig, Stores};
 
     #[tokio::test]
+    async fn a_state_has_one_id_and_no_two_have_the_same() {
+        let stores = Stores::new(StorageConfig::default());
+        let [a, b] = ["memory:///a", "memory:///b"].map(|uri| stores.open(uri).unwrap());
+        let id = probe(&a).await.unwrap();
+        assert_eq!(probe(&a).await.unwrap(), id);
+        assert_ne!(probe(&b).await.unwrap(), id);
+    }
+
+    #[tokio::test]
     async fn the_first_writer_wins_and_knows_it() {
         let state = Stores::new(StorageConfig::default()).open("memory:///state").unwrap();
-        probe(&state).await.unwrap();
         let (a, b) = (Bytes::from("a"), Bytes::from("b"));
         assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours);
         assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours, "a repeated create is still ours");

@@ -1,11 +1,12 @@
 //! A prefix in a store, and the operations below it.
 use super::join;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
+use url::Url;
 
 /// Largest object that is written by one request, and the parts of a larger one; so many are on their way at once, since one
 /// connection to S3 is slower than the line.
@@ -62,7 +63,7 @@ impl Location {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
         match read.await {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(object_store::Error::NotFound { source, .. }) if !is_bucket_missing(&source.to_string()) => Ok(None),
             Err(e) => Err(self.error("read", key, e)),
         }
     }
@@ -132,9 +133,16 @@ impl Location {
         self.store.delete(&self.path(key)).await.map_err(|e| self.error("delete", key, e))
     }
 
-    /// "cannot `verb` `uri`", with its cause.
+    /// "cannot `verb` `uri`", with its cause: `StorageUnreachable`, which may pass, or `InvalidArgument` where there is no such
+    /// bucket, which will not.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
+        if is_bucket_missing(&chain(&cause)) {
+            let url = Url::parse(&uri).ok();
+            let bucket = url.as_ref().and_then(Url::host_str).unwrap_or_default();
+            let message = format!("cannot {verb} {uri}: there is no bucket '{bucket}'; create it, or correct the URI");
+            return Error::invalid("uri", message).with("uri", uri).with("bucket", bucket);
+        }
         Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}")).with("uri", uri).because(cause)
     }
 }
@@ -142,6 +150,13 @@ impl Location {
 /// Pieces that fill no more than one part each.
 fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
     (0..bytes.len()).step_by(size).map(move |at| bytes.slice(at..bytes.len().min(at + size)))
+}
+
+/// Whether a store's answer says so, as S3, Google Cloud Storage and Azure word it.
+fn is_bucket_missing(answer: &str) -> bool {
+    ["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"]
+        .iter()
+        .any(|sign| answer.contains(sign))
 }
 
 #[cfg(test)]

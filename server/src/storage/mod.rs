@@ -1,8 +1,11 @@
 //! Object storage: opening URIs, keys below them, and facts that are written once.
+mod connect;
 mod deadline;
 mod facts;
 mod location;
 mod metered;
+mod options;
+mod retried;
 
 pub use facts::{Created, nonce, probe};
 pub use location::Location;
@@ -10,7 +13,7 @@ pub use metered::metered;
 
 use crate::error::{Error, Result};
 use deadline::Deadlines;
-use object_store::{ObjectStore, ObjectStoreScheme as Scheme, local::LocalFileSystem, memory::InMemory, path::Path};
+use object_store::{ObjectStore, ObjectStoreScheme as Scheme, path::Path};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -30,9 +33,11 @@ pub struct StorageConfig {
     /// Options of the object store client, such as `aws_endpoint`, `aws_region` or `aws_allow_http`. Credentials are found the
     /// standard way (environment, web identity, instance metadata); what is given here comes before them. `timeout` is how
     /// long one attempt of a request may take (30 s where it is not given), and `connect_timeout` its connection (5 s).
+    #[serde(deserialize_with = "options::plain_values")]
     pub options: BTreeMap<String, String>,
-    /// Longest wait for the answer to a request, in seconds, with all attempts that the store's client makes (it tries again
-    /// for up to 180 s).
+    /// Longest wait for the answer to a request, in seconds, with all attempts that the store's client makes: up to 11, with
+    /// waits between them that grow from 0.1 s to 15 s, none later than 180 s after the first. A store that refuses connections
+    /// is so given up after a few seconds.
     pub answer_timeout_seconds: f64,
     /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local file is read in one piece,
     /// for which the answer's timeout holds.
@@ -40,6 +45,16 @@ pub struct StorageConfig {
     /// The environment's credentials and the like; never printed.
     #[serde(skip)]
     pub environment: BTreeMap<String, String>,
+}
+
+impl StorageConfig {
+    /// Refuses options that no store knows.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming the field.
+    pub fn validate(&self) -> Result<()> {
+        options::check(self.options.keys())
+    }
 }
 
 impl Default for StorageConfig {
@@ -114,8 +129,8 @@ impl Stores {
         let store = match open.get(&key) {
             Some(store) => store.clone(),
             None => {
-                let store =
-                    self.connect(&scheme, &url).map_err(|e| unusable(uri, format!("cannot use '{uri}'")).because(e))?;
+                self.0.config.validate()?;
+                let store = connect::connect(&scheme, &url, &self.0.config)?;
                 let store = self.0.wrap.as_ref().map_or(store.clone(), |wrap| wrap(store));
                 // Outermost: whatever is silent inside, callers learn of it.
                 let store = Deadlines::new(&self.0.config).around(store);
@@ -124,20 +139,6 @@ impl Stores {
             }
         };
         Ok(Location::new(store, path, uri))
-    }
-
-    fn connect(&self, scheme: &Scheme, url: &Url) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
-        Ok(match scheme {
-            // State on a local disk survives a power cut.
-            Scheme::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
-            Scheme::Memory => Arc::new(InMemory::new()),
-            _ => {
-                let config = &self.0.config;
-                // What comes later holds.
-                let options = config.environment.iter().chain(&config.options).map(|(k, v)| (k.clone(), v.clone()));
-                Arc::from(object_store::parse_url_opts(url, options)?.0)
-            }
-        })
     }
 }
 

@@ -15,24 +15,27 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// reached, with exponential backoff and full jitter drawn from `rng`. At the end it says that the worker is leaving, and so it
 /// does as soon as the worker is not well; once it is again, it registers anew.
 ///
-/// `worker` is what to tell: address, incarnation, device and build.
+/// `worker` is what to tell: address, incarnation, device, build and state.
+///
+/// # Errors
+/// `InvalidArgument` where the coordinator refuses the worker for good, as it does one of another state.
 pub async fn keep_registered(
     coordinator: Endpoint,
     worker: RegisterRequest,
     mut is_well: watch::Receiver<bool>,
     mut rng: impl Rng,
     shutdown: impl Future<Output = ()>,
-) {
+) -> Result<()> {
     let mut client = CoordinatorServiceClient::new(coordinator.connect_lazy());
     let mut shutdown = pin!(shutdown);
-    let mut failures = 0;
+    let (mut failures, mut registered) = (0, false);
     loop {
         let unwell = !*is_well.borrow_and_update();
         if unwell {
             leave(&mut client, &worker).await;
             tokio::select! {
                 biased;
-                () = &mut shutdown => return,
+                () = &mut shutdown => return Ok(()),
                 Ok(()) = is_well.changed() => continue,
             }
         }
@@ -41,11 +44,15 @@ pub async fn keep_registered(
             () = &mut shutdown => break,
             answer = register(&mut client, &worker) => match answer {
                 Ok(lease) => {
-                    if failures > 0 {
-                        tracing::info!(coordinator = %coordinator.uri(), "registered again");
+                    if failures > 0 || !registered {
+                        let what = if registered { "registered again" } else { "registered" };
+                        tracing::info!(coordinator = %coordinator.uri(), "{what}");
                     }
-                    failures = 0;
+                    (registered, failures) = (true, 0);
                     lease / 3
+                }
+                Err(error) if error.reason() == Reason::InvalidArgument => {
+                    return Err(error.about(format!("{} refuses this worker", coordinator.uri())));
                 }
                 Err(error) => {
                     if failures == 0 {
@@ -64,12 +71,16 @@ pub async fn keep_registered(
         }
     }
     leave(&mut client, &worker).await;
+    Ok(())
 }
 
 async fn leave(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) {
     let leaving = RegisterRequest { leaving: true, ..worker.clone() };
-    if let Err(error) = register(client, &leaving).await {
-        tracing::warn!(error = error.chain(), "could not tell the coordinator that this worker leaves");
+    match register(client, &leaving).await {
+        Ok(_) => tracing::info!("left the coordinator"),
+        Err(error) => {
+            tracing::warn!(error = error.chain(), "could not tell the coordinator that this worker leaves");
+        }
     }
 }
 
@@ -81,7 +92,7 @@ async fn register(client: &mut CoordinatorServiceClient<Channel>, worker: &Regis
     Duration::try_from_secs_f64(lease)
         .ok()
         .filter(|lease| !lease.is_zero())
-        .ok_or_else(|| Error::invalid("lease_seconds", format!("the coordinator granted a lease of {lease} s")))
+        .ok_or_else(|| Error::internal(format!("the coordinator granted a lease of {lease} s")))
 }
 
 /// The wait after the `failures`-th failure in a row; `chance` in [0, 1) spreads workers apart.
@@ -129,16 +140,39 @@ mod tests {
         }
     }
 
+    /// Wants no worker at all.
+    struct Aloof;
+
+    #[tonic::async_trait]
+    impl CoordinatorService for Aloof {
+        async fn register(&self, _: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+            Err(Error::invalid("state", "another state").into())
+        }
+    }
+
+    async fn serve(service: impl CoordinatorService) -> Endpoint {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let server = Server::builder().add_service(CoordinatorServiceServer::new(service));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        Endpoint::from_shared(uri).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_is_refused_for_good_ends() {
+        let (_well, is_well) = watch::channel(true);
+        let worker = RegisterRequest::default();
+        let never = std::future::pending();
+        let ended = keep_registered(serve(Aloof).await, worker, is_well, StdRng::seed_from_u64(1), never).await;
+        assert_eq!(ended.unwrap_err().value("field"), Some("state"));
+    }
+
     #[tokio::test]
     async fn a_worker_registers_until_it_leaves() {
         let (told, mut heard) = mpsc::channel(64);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let uri = format!("http://{}", listener.local_addr().unwrap());
-        let server = Server::builder().add_service(CoordinatorServiceServer::new(Forgetful(told)));
-        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         let worker = RegisterRequest { address: "http://10.0.0.7:7001".into(), ..Default::default() };
         let (stop, stopped) = oneshot::channel::<()>();
-        let coordinator = Endpoint::from_shared(uri).unwrap();
+        let coordinator = serve(Forgetful(told)).await;
         let shutdown = async { drop(stopped.await) };
         let (well, is_well) = watch::channel(true);
         let rng = StdRng::seed_from_u64(1);
@@ -155,7 +189,7 @@ mod tests {
         well.send_replace(true);
         assert_eq!(heard.recv().await.unwrap(), worker, "it is back");
         stop.send(()).unwrap();
-        keeping.await.unwrap();
+        keeping.await.unwrap().unwrap();
         let mut last = None;
         while let Ok(call) = heard.try_recv() {
             last = Some(call);

@@ -198,7 +198,10 @@ impl<'a> Scoring<'a> {
         drop(micro_batches);
         drop(slot);
         metrics::stage_duration("embed_learner").record(seconds);
-        metrics::stage_duration("decode").record(decode_seconds);
+        // Most images are kept from the first time.
+        if decode_seconds > 0.0 {
+            metrics::stage_duration("decode").record(decode_seconds);
+        }
         let flops = flops(&model, shape.padded(self.slice.candidates));
         metrics::flops("learner").increment(flops as u64);
         let mut messages: Vec<Message> = embeddings.parts(Tower::Learner, 0).map(Message::Embedding).collect();

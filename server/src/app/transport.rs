@@ -1,0 +1,118 @@
+//! What is between a socket and the services: limits, reflection, health, and the order of a shutdown.
+use super::Shutdown;
+use crate::error::{Error, Result};
+use std::{future::Future, time::Duration};
+use superbatch_proto::{
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    v1::{FILE_DESCRIPTOR_SET, Reason},
+};
+use tokio::sync::{oneshot, watch};
+use tonic::{Code, Status, body::Body, codegen::http::Response, service::Routes, transport::Server};
+use tonic_health::server::HealthReporter;
+use tower::{
+    layer::util::{Identity as NoLayer, Stack},
+    util::MapResponseLayer,
+};
+
+/// Services of every process.
+const OF_ALL: [&str; 3] =
+    ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
+
+/// Not serving while the device is hung.
+pub async fn tell_health(mut is_well: watch::Receiver<bool>, health: HealthReporter, services: &[&str]) {
+    while is_well.changed().await.is_ok() {
+        let serving = match *is_well.borrow_and_update() {
+            true => tonic_health::ServingStatus::Serving,
+            false => tonic_health::ServingStatus::NotServing,
+        };
+        for name in services.iter().copied().chain([""]) {
+            health.set_service_status(name, serving).await;
+        }
+    }
+}
+
+type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
+
+pub fn builder() -> Server<Stack<Mended, NoLayer>> {
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX);
+    server.layer(MapResponseLayer::new(too_large))
+}
+
+/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE without any, which is the code
+/// of the end of the data.
+fn too_large(response: Response<Body>) -> Response<Body> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() == Code::OutOfRange && status.details().is_empty() => {
+            let message = format!("{}; send less at a time", status.message());
+            Status::from(Error::new(Reason::MessageTooLarge, message)).into_http()
+        }
+        _ => response,
+    }
+}
+
+/// Reflection on `services` and those of every process, under its name of today and the one that older clients know.
+pub fn reflection(services: &[&str]) -> Result<Routes> {
+    let descriptors = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        services.iter().chain(&OF_ALL).fold(builder, |builder, name| builder.with_service_name(*name))
+    };
+    let damaged = |e| Error::internal("the protocol's descriptors are damaged").because(e);
+    let (v1, v1alpha) = (descriptors().build_v1().map_err(damaged)?, descriptors().build_v1alpha().map_err(damaged)?);
+    Ok(Routes::new(v1).add_service(v1alpha))
+}
+
+/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
+pub fn drain(
+    shutdown: Shutdown,
+    mut health: HealthReporter,
+    services: &'static [&'static str],
+    let_go: impl Future<Output = ()> + Send + 'static,
+) -> (impl Future<Output = ()> + Send, oneshot::Receiver<()>) {
+    let (began, stopping) = oneshot::channel();
+    let drained = async move {
+        shutdown.await;
+        tracing::info!("draining");
+        // The empty name is the whole server's.
+        for name in services.iter().copied().chain([""]) {
+            health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+        }
+        // A receiver that is gone needs no telling.
+        let _ = began.send(());
+        let_go.await;
+        // Else clients that watch the health would hold the process for the whole grace period.
+        for name in services.iter().copied().chain([""]) {
+            health.clear_service_status(name).await;
+        }
+    };
+    (drained, stopping)
+}
+
+pub async fn within(
+    served: impl Future<Output = Result<(), tonic::transport::Error>>,
+    stopping: oneshot::Receiver<()>,
+    grace: Duration,
+) -> Result<()> {
+    let patience = async {
+        match stopping.await {
+            Ok(()) => tokio::time::sleep(grace).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = served => {
+            ended.map_err(|e| Error::internal("serving failed").because(e))?;
+            tracing::info!("stopped");
+            Ok(())
+        }
+        () = patience => {
+            tracing::warn!(seconds = grace.as_secs_f64(), "calls were still open after the grace period");
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Says in the log that a store does not answer well, while its client tries again.
+use crate::error::chain;
+use async_trait::async_trait;
+use object_store::{
+    ClientOptions, Result,
+    client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector},
+};
+use std::{
+    collections::HashMap,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+/// Least time between two warnings about the same kind of request.
+const EACH: Duration = Duration::from_secs(10);
+
+/// Makes clients that notice.
+#[derive(Debug)]
+pub(super) struct Noticing;
+
+impl HttpConnector for Noticing {
+    fn connect(&self, options: &ClientOptions) -> Result<HttpClient> {
+        let client = ReqwestConnector::default().connect(options)?;
+        Ok(HttpClient::new(Noticed { client, said: Said::default() }))
+    }
+}
+
+#[derive(Debug)]
+struct Noticed {
+    client: HttpClient,
+    said: Said,
+}
+
+#[async_trait]
+impl HttpService for Noticed {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let (method, uri) = (request.method().to_string(), request.uri().clone());
+        let answer = self.client.execute(request).await;
+        let failure = match &answer {
+            Ok(answer) if answer.status().is_server_error() || answer.status().as_u16() == 429 => {
+                answer.status().to_string()
+            }
+            Ok(_) => return answer,
+            Err(error) => chain(error),
+        };
+        if self.said.is_due(&method, Instant::now()) {
+            // Without the query, which may hold a signature.
+            let (scheme, host) = (uri.scheme_str().unwrap_or_default(), uri.authority().map_or("", |a| a.as_str()));
+            let url = format!("{scheme}://{host}{}", uri.path());
+            tracing::warn!(method, url, error = failure, "a request to object storage failed; it may be tried again");
+        }
+        answer
+    }
+}
+
+/// When something was last said, by the kind of request.
+#[derive(Debug, Default)]
+struct Said(Mutex<HashMap<String, Instant>>);
+
+impl Said {
+    /// Whether to say something `now`; if so, it is noted.
+    fn is_due(&self, kind: &str, now: Instant) -> bool {
+        let mut said = self.0.lock().expect("no panic while held");
+        let due = said.get(kind).is_none_or(|last| now.duration_since(*last) >= EACH);
+        if due {
+            said.insert(kind.to_owned(), now);
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_request_is_told_of_now_and_then() {
+        let (said, start) = (Said::default(), Instant::now());
+        let told = |kind, seconds| said.is_due(kind, start + Duration::from_secs(seconds));
+        assert_eq!(
+            [told("GET", 0), told("GET", 1), told("PUT", 1), told("GET", 9), told("GET", 10)],
+            [true, false, true, false, true]
+        );
+    }
+}
