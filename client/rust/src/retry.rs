@@ -68,6 +68,10 @@ impl<'a> Attempts<'a> {
     /// How long to wait before trying again, or the error to end with. The attempt ran from `began` to `now`.
     fn failed(&mut self, error: Error, began: Instant, now: Instant, rng: &mut impl Rng) -> Result<Duration> {
         let silent = if error.is_silence() { self.silence_max.min(now - began) } else { Duration::ZERO };
+        // A connection that held for so long was not silent: the time before it does not count. The attempts still do.
+        if now - began > 2 * self.silence_max {
+            self.first = None;
+        }
         self.first.get_or_insert(now - silent);
         self.failures += 1;
         if !error.is_retryable() {
@@ -173,5 +177,23 @@ mod tests {
 
         attempts.progressed();
         assert!(attempts.failed(broken(), start, late, &mut rng).is_ok());
+    }
+    #[test]
+    fn time_counts_from_when_the_service_was_last_heard() {
+        let retry = Retry { attempts_max: 4, elapsed_max: Duration::from_secs(45), ..Retry::default() };
+        let mut rng = StdRng::seed_from_u64(7);
+        let (start, silence) = (Instant::now(), Duration::from_secs(40));
+        let mut attempts = Attempts::new(&retry, silence);
+        let broken = || Error::from(Status::unavailable("x"));
+        assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
+        // Answered only after minutes, and then cut: the service was there.
+        let late = start + Duration::from_secs(300);
+        assert!(attempts.failed(broken(), start, late, &mut rng).is_ok());
+        assert!(attempts.elapsed(late).is_zero());
+        // As long as silence may last: it may never have been there.
+        let silent = late + silence;
+        assert!(attempts.failed(broken(), late, silent, &mut rng).is_ok());
+        assert_eq!(attempts.elapsed(silent), silence);
+        assert!(attempts.failed(broken(), silent, silent + silence * 3, &mut rng).is_err(), "four attempts are enough");
     }
 }
