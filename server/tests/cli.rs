@@ -55,7 +55,7 @@ fn wrong_arguments_are_refused_in_words() {
         (&["check-config", "--config", "/nowhere.yaml"], 1, "/nowhere.yaml"),
         (&["index", &state], 2, "<SOURCE>"),
         (&["index", &state, "data.parquet"], 1, "data.parquet"),
-        (&["receipts", &state, "nobody"], 1, "superbatch runs"),
+        (&["receipts", &state, "nobody"], 1, "where nothing is; name the service's state with --state"),
         (&["receipts", &state, "nobody", "--last", "0"], 2, "--last"),
         (&["receipts", &state, "nobody", "--generation", "1"], 2, "--step"),
     ];

@@ -134,7 +134,7 @@ impl Serve {
             "auto" if device.starts_with("cuda") => Some("cuda"),
             _ => None,
         };
-        let local = LocalSelector::new(0)?;
+        let local = LocalSelector::new(settings.selector_threads as usize)?;
         let selector: Arc<dyn Selector> = match on_worker {
             Some(device) => Arc::new(WorkerSelector { pool: pool.clone(), local, device }),
             None => Arc::new(local),

@@ -78,6 +78,8 @@ pub struct CoordinatorConfig {
     /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device), `cuda` (a worker with a CUDA
     /// device), or `auto`: `cuda` where the embedded worker has one, else `native`.
     pub selector_device: String,
+    /// Threads of selection on the coordinator's CPU. 0 is one for each core.
+    pub selector_threads: u32,
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
     /// How long a step that is needed waits for weights before its run's fallback applies, in seconds, where the run does not
@@ -109,6 +111,7 @@ impl Default for CoordinatorConfig {
             advertise_address: None,
             workers_embedded: true,
             selector_device: "auto".into(),
+            selector_threads: 0,
             grace_seconds: 30.0,
             need_deadline_seconds: 60.0,
             lease_seconds: 15.0,

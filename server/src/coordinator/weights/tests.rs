@@ -18,6 +18,8 @@ struct ReadsBack {
     shape: ModelShape,
     /// A tensor that the canary batch is said to fail on.
     refuse: Mutex<Option<&'static str>>,
+    /// What keeps it from looking.
+    fails: Mutex<Option<Reason>>,
     verified: AtomicUsize,
 }
 
@@ -25,6 +27,9 @@ struct ReadsBack {
 impl Verifier for ReadsBack {
     async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape> {
         self.verified.fetch_add(1, Ordering::SeqCst);
+        if let Some(reason) = *self.fails.lock().unwrap() {
+            return Err(Error::new(reason, "no space left"));
+        }
         let bytes = self.stores.open(snapshot_uri)?.get("").await?;
         assert_eq!(blake3::hash(&bytes).to_hex().as_str(), digest);
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -56,8 +61,8 @@ impl Bench {
         let tensors =
             BTreeMap::from([("a.weight".into(), vec![4, 2]), ("b.bias".into(), vec![3]), ("scale".into(), vec![])]);
         let shape = ModelShape { tensors, logit_scale: 10.0, logit_bias: Some(-10.0) };
-        let (refuse, verified) = (Mutex::default(), AtomicUsize::default());
-        let verifier = Arc::new(ReadsBack { stores: stores.clone(), shape, refuse, verified });
+        let (refuse, fails, verified) = (Mutex::default(), Mutex::default(), AtomicUsize::default());
+        let verifier = Arc::new(ReadsBack { stores: stores.clone(), shape, refuse, fails, verified });
         let spec = RunWeights {
             run_id: "r".into(),
             lag: Lag { bound: Some(Bound::Exact(1)) },
@@ -228,6 +233,28 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
         2,
         "the same push may be tried again"
     );
+}
+
+#[tokio::test]
+async fn a_wrong_name_is_told_the_nearest_right_one() {
+    let weights = Bench::new().open().await;
+    let misnamed = part("module.b.bias", &[3], &[0], &[3], &[0.0; 3]);
+    let said = push(&weights, start(0, "p"), misnamed).await.unwrap_err().chain();
+    assert!(said.contains("module.b.bias is no tensor") && said.contains("it has 'b.bias'"), "{said}");
+}
+
+#[tokio::test]
+async fn a_push_that_fails_in_passing_is_told_as_such_until_it_is_published() {
+    let bench = Bench::new();
+    let weights = bench.open().await;
+    *bench.verifier.fails.lock().unwrap() = Some(Reason::StorageUnreachable);
+    assert!(push(&weights, start(0, "p"), whole(1.0)).await.is_err());
+    let failed = || weights.traffic().borrow().failed.get(&(0, 0)).cloned();
+    assert!(failed().is_some_and(|cause| cause.contains("no space left")));
+    assert!(weights.traffic().borrow().refused.is_empty(), "it may come yet");
+    *bench.verifier.fails.lock().unwrap() = None;
+    push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    assert_eq!(failed(), None);
 }
 
 #[tokio::test]
