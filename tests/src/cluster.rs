@@ -128,7 +128,7 @@ impl Cluster {
 
     async fn start_coordinator(&mut self, embedded: bool) {
         let mut config = self.config();
-        config.coordinator.workers_embedded &= embedded;
+        config.coordinator.workers_embedded = embedded;
         let faults = self.script.wrap();
         let serve = Serve::build_on(config, Arc::new(move |store| metered(faults(store)))).await.expect("it starts");
         self.address = format!("http://{}", serve.address());

@@ -103,20 +103,6 @@ async fn a_worker_that_alone_cannot_read_costs_no_step() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_step_fails_when_no_worker_can_read() {
-    let mut cluster =
-        Cluster::start_with(0, Script::default(), |config| config.coordinator.workers_embedded = false).await;
-    let fault = Fault { operation: Operation::Read, path: "data/train", how: How::Fails, times: usize::MAX };
-    for _ in 0..2 {
-        cluster.add_worker(&Script::new([fault.clone()])).await;
-    }
-    let run = cluster.open_run("nobody-reads", easy(&cluster)).await.unwrap();
-    let error = run.select(0, 0, 1, Intent::Need).await.unwrap_err();
-    assert_eq!(error.reason(), Some(Reason::StorageUnreachable));
-    cluster.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_worker_of_another_state_is_sent_away_and_ends() {
     let cluster = Cluster::start(1, Script::default()).await;
     let config = Config { state: cluster.uri("elsewhere"), ..cluster.config() };
