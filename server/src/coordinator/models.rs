@@ -3,7 +3,7 @@ use super::{
     facts::ModelFact,
     pool::Pool,
     scoring::Scored,
-    slice::is_lost,
+    slice::{Unable, is_lost},
     spec::Asked,
     weights::{ModelShape, Published, Verifier},
 };
@@ -65,16 +65,20 @@ pub fn published_ref(
 
 /// Asks a worker to load a model and say what it is; another where one is lost.
 pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<PrepareModelResponse> {
-    let mut attempts = 0;
+    let (mut attempts, mut unable) = (0, Unable::default());
     loop {
-        let worker = pool.one().await?;
+        let worker = pool.other(&mut unable).await?;
         let request = PrepareModelRequest { model: Some(model.clone()), canary };
         match worker.client().prepare_model(request).await {
             Ok(response) => return Ok(response.into_inner()),
             Err(status) => {
                 let error = from_status(status, Reason::NoWorkers);
+                if !is_lost(&error) {
+                    unable.note(&worker, error)?;
+                    continue;
+                }
                 attempts += 1;
-                if !is_lost(&error) || attempts == 5 {
+                if attempts == 5 {
                     return Err(error);
                 }
                 pool.lost(&worker);
