@@ -80,6 +80,17 @@ fn the_printed_defaults_are_a_config_that_is_ok() {
 }
 
 #[test]
+fn a_config_is_printed_without_its_secrets() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("superbatch.yaml");
+    fs::write(&file, "storage: {options: {aws_secret_access_key: hunter2, aws_region: eu-north-1}}").unwrap();
+    let checked = output(&["check-config", "--config", file.to_str().unwrap()]);
+    let told = text(&checked.stdout);
+    assert!(checked.status.success() && !told.contains("hunter2"), "{told}");
+    assert!(told.contains("aws_secret_access_key: (hidden)") && told.contains("aws_region: eu-north-1"), "{told}");
+}
+
+#[test]
 fn output_that_cannot_be_written_is_told_and_a_closed_pipe_is_not() {
     let full = superbatch(&["check-config"]).stdout(File::create("/dev/full").unwrap()).output().unwrap();
     assert_eq!((full.status.code(), text(&full.stderr).lines().count()), (Some(1), 1), "{}", text(&full.stderr));

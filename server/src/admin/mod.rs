@@ -124,12 +124,14 @@ impl WorkerArgs {
     }
 }
 
-/// The config with all defaults filled in, as YAML.
+/// The config with all defaults filled in, as YAML, without secrets.
 pub fn check_config(args: &CheckArgs) -> Result<String> {
     if args.defaults {
         return Ok(config::commented_yaml());
     }
-    let yaml = serde_yaml_ng::to_string(&args.settings.load()?);
+    let mut config = args.settings.load()?;
+    config.storage.hide_secrets();
+    let yaml = serde_yaml_ng::to_string(&config);
     let yaml = yaml.map_err(|e| Error::internal("a config cannot be printed").because(e))?;
     Ok(format!("# ok\n{yaml}"))
 }

@@ -55,6 +55,12 @@ impl StorageConfig {
     pub fn validate(&self) -> Result<()> {
         options::check(self.options.keys())
     }
+
+    /// Takes the values of keys, tokens and the like out, for who prints it.
+    pub fn hide_secrets(&mut self) {
+        let secrets = self.options.iter_mut().filter(|(name, _)| options::is_secret(name));
+        secrets.for_each(|(_, value)| *value = "(hidden)".to_owned());
+    }
 }
 
 impl Default for StorageConfig {

@@ -90,6 +90,12 @@ fn nearest(name: &str) -> &'static str {
     near.expect("the list is not empty")
 }
 
+/// Whether an option's value gives access.
+pub(super) fn is_secret(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["key", "secret", "token", "password", "credential"].iter().any(|word| name.contains(word))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
