@@ -72,7 +72,7 @@ bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machin
 	cargo bench -p superbatch-kernels --no-default-features --bench peers
 
 bench-service: build ## Serving rows and taking weights against other ways to move the same bytes, as ratios of one run
-	cargo build --release -p superbatch-server --features $(shell scripts/features.sh | cut -d, -f2- -s)
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_service.py
 
 bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
