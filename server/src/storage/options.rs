@@ -93,7 +93,7 @@ fn nearest(name: &str) -> &'static str {
 /// Whether an option's value gives access.
 pub(super) fn is_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    ["key", "secret", "token", "password", "credential"].iter().any(|word| name.contains(word))
+    ["key", "secret", "token", "password", "credential", "proxy_url"].iter().any(|word| name.contains(word))
 }
 
 #[cfg(test)]

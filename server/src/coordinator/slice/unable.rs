@@ -25,7 +25,12 @@ impl Unable {
     pub fn note(&mut self, worker: &Worker, error: Error) -> Result<()> {
         let may_be_its_own = matches!(
             error.reason(),
-            Reason::StorageUnreachable | Reason::DatasetChanged | Reason::ModelInvalid | Reason::Internal
+            // Its own settings: no endpoint, no region, another store's bucket.
+            Reason::InvalidArgument
+                | Reason::StorageUnreachable
+                | Reason::DatasetChanged
+                | Reason::ModelInvalid
+                | Reason::Internal
         );
         self.workers.push(worker.clone());
         if !may_be_its_own || self.workers.len() >= ENOUGH {
@@ -93,7 +98,9 @@ mod tests {
     #[tokio::test]
     async fn several_workers_have_to_say_so() {
         for (workers, expected) in [(1, 1), (2, 2), (3, 3), (8, ENOUGH)] {
-            assert_eq!(asked(workers, Reason::StorageUnreachable), (expected, Reason::StorageUnreachable));
+            for reason in [Reason::StorageUnreachable, Reason::InvalidArgument] {
+                assert_eq!(asked(workers, reason), (expected, reason));
+            }
             assert_eq!(asked(workers, Reason::TokenizerMismatch).0, 1, "that is nobody's own");
         }
     }
