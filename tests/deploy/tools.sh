@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the tools that `make test-deploy` uses, once, from Go modules, into a cache outside the repository.
 #   tests/deploy/tools.sh chart           helm, helm-unittest, kubeconform
-#   tests/deploy/tools.sh control-plane   etcd, kube-apiserver, kube-controller-manager
+#   tests/deploy/tools.sh control-plane   etcd, kube-apiserver, kube-controller-manager, and custom resources' definitions
 #   tests/deploy/tools.sh where           prints the folder of the binaries
 # Each tool is built at the version below; one that is there already is left alone. The chart's tools take about 3 minutes of one
 # core, the control plane about 10.
@@ -13,6 +13,9 @@ YAML_JSONPATH="github.com/vmware-labs/yaml-jsonpath=github.com/helm-unittest/yam
 KUBECONFORM=v0.8.0
 KUBERNETES=v1.34.4
 ETCD=v3.6.16
+KEDA=v2.21.0
+PROMETHEUS_OPERATOR=v0.85.0
+CERT_MANAGER=v1.21.2
 
 cache=${SUPERBATCH_DEPLOY_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/superbatch/deploy-tools}
 bin=$cache/bin
@@ -115,6 +118,19 @@ GO
   go build -ldflags '-s -w' -o "$bin/etcd-$ETCD" .
 }
 
+# Definitions of the custom resources that the chart makes objects of, out of their operators' modules.
+crds() {
+  local stamp=$KEDA-$PROMETHEUS_OPERATOR-$CERT_MANAGER
+  [ -e "$cache/crds/$stamp" ] && return 0
+  rm -rf "$cache/crds"
+  mkdir -p "$cache/crds"
+  folder() { (cd "$cache" && go mod download -json "$1") | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'; }
+  cp "$(folder "github.com/kedacore/keda/v2@$KEDA")"/config/crd/bases/keda.sh_{scaledobjects,triggerauthentications}.yaml "$cache/crds"
+  cp "$(folder "github.com/prometheus-operator/prometheus-operator@$PROMETHEUS_OPERATOR")"/example/prometheus-operator-crd/*_{servicemonitors,podmonitors,prometheusrules}.yaml "$cache/crds"
+  cp "$(folder "github.com/cert-manager/cert-manager@$CERT_MANAGER")"/deploy/crds/cert-manager.io_certificates.yaml "$cache/crds"
+  touch "$cache/crds/$stamp"
+}
+
 what=${1:-where}
 mkdir -p "$bin"
 case $what in
@@ -126,6 +142,7 @@ case $what in
     module kubeconform github.com/yannh/kubeconform/cmd/kubeconform "$KUBECONFORM"
     ;;
   control-plane)
+    crds
     etcd
     kubernetes
     ;;
