@@ -83,7 +83,7 @@ def standalone(kind: str, known: dict) -> dict:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for old in FOLDER.glob("*.json"):
+    for old in FOLDER.glob("*-v*.json"):
         old.unlink()
     with tempfile.TemporaryDirectory() as folder, ControlPlane(Path(folder)) as plane:
         plane.define(sorted((BUILT.parent / "crds").glob("*.yaml")))

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import yaml
 from tools import DASHBOARD, ROOT, RULES, call, tool
 
@@ -70,3 +71,13 @@ def test_panels_do_not_overlap_and_say_what_they_show():
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         assert at["x"] + at["w"] <= 24 and not taken & cells, panel["title"]
         taken |= cells
+
+
+def test_the_dashboard_fits_grafanas_schema():
+    """The schema is made of the types of @grafana/schema 11.6.0 by ts-json-schema-generator, without descriptions."""
+    schema = json.loads((Path(__file__).parent / "schemas" / "dashboard-grafana.json").read_text())
+    validator = jsonschema.Draft7Validator(schema)
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert [error.message for error in validator.iter_errors(dashboard)] == []
+    dashboard["panels"][1]["gridPos"]["w"] = "six"
+    assert list(validator.iter_errors(dashboard)), "the schema says nothing"
