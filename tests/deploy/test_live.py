@@ -1,6 +1,7 @@
 """The dashboard and the rules on a live service: Prometheus reads real processes, and every panel has something to show."""
 
 import json
+import os
 import subprocess
 import sys
 import urllib.parse
@@ -12,11 +13,12 @@ from time import monotonic, sleep
 import pytest
 import superbatch
 from control_plane import free_ports
-from tools import DASHBOARD, ROOT, RULES, call, tool
+from tools import CHART, DASHBOARD, ROOT, RULES, call, tool
 
 sys.path.append(str(ROOT / "tests" / "python"))
 from cluster import Cluster  # noqa: E402
 from test_end_to_end import phase, spec, weights  # noqa: E402
+from test_s3 import BUCKET, Store  # noqa: E402
 
 from examples.demo import tiny  # noqa: E402
 
@@ -103,3 +105,29 @@ def test_every_panel_has_something_to_show(live: Prometheus, title: str, query: 
 def test_a_service_that_is_well_raises_no_alarm(live: Prometheus):
     live.wait_for("superbatch:steps:rate5m > 0")
     assert live.ask('ALERTS{alertstate="firing"}') == []
+
+
+def test_the_script_of_helm_test_takes_a_step(tmp_path: Path):
+    tiny.write_dataset(tmp_path / "pool", rows=64)
+    with Cluster(tmp_path / "cluster") as cluster:
+        said = call(sys.executable, CHART / "files" / "step.py", environment={
+            "SUPERBATCH_URI": cluster.address, "SUPERBATCH_TEST_RUN": "helm-test",
+            "SUPERBATCH_TEST_SOURCE": (tmp_path / "pool").as_uri(), "SUPERBATCH_TEST_ROWS": "8"})
+        assert "Batch(step=0, rank=0/1, rows=8) of 64 rows" in said
+        assert [run.state for run in superbatch.connect(cluster.address).list_runs()] == ["closed"]
+
+
+def test_the_trainer_of_compose_trains_from_object_storage(tmp_path: Path):
+    store = Store()
+    try:
+        endpoint = f"http://127.0.0.1:{store.port}"
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+        reach = {"SUPERBATCH_STORAGE__OPTIONS__AWS_ENDPOINT": endpoint, "SUPERBATCH_STORAGE__OPTIONS__AWS_ALLOW_HTTP": "true"}
+        with Cluster(tmp_path, workers=2, state=f"s3://{BUCKET}/state", environment={**keys, **reach}) as cluster:
+            said = call(sys.executable, "-m", "demo.train", "--steps", "3", "--run", "compose", environment={
+                **keys, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "SUPERBATCH_URI": cluster.address,
+                "SUPERBATCH_DEMO_BUCKET": BUCKET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "docker"), os.environ.get("PYTHONPATH", "")])})
+            assert "3 steps of run compose" in said
+            assert cluster.coordinator.metric("superbatch_steps_committed_total", mode="normal") >= 3
+    finally:
+        store.stop()
