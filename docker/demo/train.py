@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def train(learner: Path, steps: int, run_id: str) -> None:
-    options = {"ca": os.environ.get("SUPERBATCH_CA"), "token": os.environ.get("SUPERBATCH_TOKEN")}
+    token = os.environ.get("SUPERBATCH_TOKEN_FILE")
+    options = {"ca": os.environ.get("SUPERBATCH_CA"), "token": token and Path(token).read_text()}
     uri = os.environ.get("SUPERBATCH_URI", "http://127.0.0.1:50051")
     client = superbatch.connect(uri, **{name: value for name, value in options.items() if value})
     run = client.open_run(superbatch.RunSpec(

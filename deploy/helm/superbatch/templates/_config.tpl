@@ -33,11 +33,22 @@
 {{- $role := index . 1 -}}
 {{- $config := last . -}}
 {{- if $v.tls.enabled -}}
-{{- $tls := dict "cert" "/etc/superbatch/tls/tls.crt" "key" "/etc/superbatch/tls/tls.key" -}}
-{{- if $v.tls.requireClientCertificates -}}{{- $_ := set $tls "client_ca" "/etc/superbatch/tls/ca.crt" -}}{{- end -}}
+{{- $folder := "/etc/superbatch/tls" -}}
+{{- $tls := dict
+  "cert" (printf "%s/tls.crt" $folder) "key" (printf "%s/tls.key" $folder) "ca" (printf "%s/ca.crt" $folder)
+  "worker_name" (include "superbatch.workerTlsName" (first .)) -}}
+{{- /* Workers are called by the coordinator alone, which shows its certificate; one of somebody else's may not be made for that. */ -}}
+{{- $byCoordinator := and (eq $role "worker") (ne $v.tls.source "secret") -}}
+{{- if or $v.tls.requireClientCertificates $byCoordinator -}}
+{{- $_ := set $tls "client_ca" (printf "%s/ca.crt" $folder) -}}
+{{- end -}}
 {{- $_ := set $config "tls" $tls -}}
 {{- end -}}
-{{- if and $v.auth.enabled (eq $role "coordinator") -}}
+{{- if $v.auth.enabled -}}
+{{- if eq $role "coordinator" -}}
 {{- $_ := set $config "auth" (dict "tokens_file" "/etc/superbatch/tokens/tokens") -}}
+{{- else -}}
+{{- $_ := set $config.worker_role "token_file" "/etc/superbatch/tokens/worker" -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}

@@ -104,17 +104,17 @@ spec:
         {{- end }}
       # Whether the process answers at all, never whether object storage does: another start would not mend that.
       startupProbe:
-        grpc: {port: 50053, service: {{ include "superbatch.liveness" $role }}}
+        grpc: {port: 50053, service: liveness}
         periodSeconds: {{ $r.startupProbe.periodSeconds }}
         failureThreshold: {{ $r.startupProbe.failureThreshold }}
         timeoutSeconds: 5
       readinessProbe:
-        grpc: {port: 50053, service: {{ include "superbatch.readiness" $role }}}
+        grpc: {port: 50053, service: readiness}
         periodSeconds: {{ $r.readinessProbe.periodSeconds }}
         failureThreshold: {{ $r.readinessProbe.failureThreshold }}
         timeoutSeconds: 5
       livenessProbe:
-        grpc: {port: 50053, service: {{ include "superbatch.liveness" $role }}}
+        grpc: {port: 50053, service: liveness}
         periodSeconds: {{ $r.livenessProbe.periodSeconds }}
         failureThreshold: {{ $r.livenessProbe.failureThreshold }}
         timeoutSeconds: 5
@@ -171,14 +171,6 @@ spec:
     {{- with $r.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-{{- end -}}
-
-{{/* Services of the health port. */}}
-{{- define "superbatch.liveness" -}}
-liveness
-{{- end -}}
-{{- define "superbatch.readiness" -}}
-{{- if eq . "worker" }}superbatch.v1.WorkerService{{ else }}superbatch.v1.SelectionService{{ end -}}
 {{- end -}}
 
 {{- define "superbatch.tokenItems" -}}
