@@ -3,7 +3,6 @@
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process.
 //! Only [`app`] names both.
 pub mod admin;
-#[cfg(feature = "torch")]
 pub mod app;
 mod batches;
 pub mod config;
@@ -18,4 +17,7 @@ pub mod metrics;
 mod selection;
 pub mod storage;
 #[cfg(feature = "torch")]
+pub mod worker;
+#[cfg(not(feature = "torch"))]
+#[path = "worker/absent.rs"]
 pub mod worker;

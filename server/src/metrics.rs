@@ -77,6 +77,12 @@ declare! {
     counter candidates() on Coordinator = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() on Coordinator = "superbatch_selected_total", Count;
+    /// Candidates scanned, by the number of their source in its run. Sources of several runs share
+    /// numbers; those from 32 on share `more`.
+    counter source_candidates(source) on Coordinator = "superbatch_source_candidates_total", Count;
+    /// Examples selected, by source as `superbatch_source_candidates_total` counts. A source that
+    /// is scanned and never chosen costs its scoring and gives nothing.
+    counter source_selected(source) on Coordinator = "superbatch_source_selected_total", Count;
     /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
     counter skipped(reason) on Coordinator = "superbatch_skipped_total", Count;
     /// Candidates that a rule of a phase's tuning left out of a committed step, by rule:

@@ -4,6 +4,8 @@
 mod embedded;
 mod http;
 mod transport;
+// Without LibTorch there is no worker, and what follows its making is never reached.
+#[cfg_attr(not(feature = "torch"), allow(unused_variables))]
 mod work;
 
 use self::transport::builder;

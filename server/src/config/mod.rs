@@ -45,7 +45,6 @@ pub struct Config {
     /// The coordinator (`superbatch serve`).
     pub coordinator: CoordinatorConfig,
     /// Scoring, embedded or in a worker of its own.
-    #[cfg(feature = "torch")]
     pub worker: crate::worker::WorkerConfig,
     /// A worker of its own (`superbatch worker`).
     pub worker_role: WorkerRoleConfig,
@@ -62,7 +61,6 @@ impl Default for Config {
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
             coordinator: CoordinatorConfig::default(),
-            #[cfg(feature = "torch")]
             worker: crate::worker::WorkerConfig::default(),
             worker_role: WorkerRoleConfig::default(),
             log: LogConfig::default(),
@@ -237,7 +235,6 @@ impl Config {
                 format!("{field} is {value}; give seconds above 0, at most {SECONDS_MAX}"),
             ));
         }
-        #[cfg(feature = "torch")]
         self.worker.validate()?;
         let counts = [
             ("coordinator.push_bytes_max", c.push_bytes_max),

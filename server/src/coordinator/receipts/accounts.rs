@@ -1,6 +1,7 @@
 //! What steps cost, added up and counted.
 use super::parquet::has_scores;
 use crate::metrics;
+use std::collections::HashMap;
 use superbatch_proto::v1::{Accounts, BadRowReason, Mode, Receipt, ReceiptSummary, StageSeconds};
 use tokio::time::Instant;
 
@@ -54,6 +55,10 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     metrics::stage_duration("commit").record(begun.elapsed().as_secs_f64());
     metrics::steps_committed(mode(receipt)).increment(1);
     metrics::selected().increment(receipt.chosen.len() as u64);
+    for (source, scanned, chosen) in by_source(receipt, summary) {
+        metrics::source_candidates(source).increment(scanned);
+        metrics::source_selected(source).increment(chosen);
+    }
     if has_scores(summary) {
         metrics::batch_score().record(summary.batch_score);
         metrics::mean_score("chosen").record(summary.mean_score_chosen);
@@ -70,5 +75,63 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     }
     if summary.learner.is_some() {
         metrics::learner_staleness().record(summary.lag_steps as f64);
+    }
+}
+
+/// Labels of sources: bounded, whatever runs there are.
+const SOURCES: [&str; 32] = [
+    "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16",
+    "17", "18", "19", "20", "21", "22", "23", "24", "25", "26", "27", "28", "29", "30", "31",
+];
+
+/// Rows scanned and chosen of each source that was scanned, under its label.
+fn by_source(receipt: &Receipt, summary: &ReceiptSummary) -> Vec<(&'static str, u64, u64)> {
+    let mut chosen = HashMap::new();
+    for row in &receipt.chosen {
+        *chosen.entry(row.source).or_insert(0) += 1;
+    }
+    let counted = summary.scanned.iter().map(|span| {
+        let label = SOURCES.get(span.source as usize).copied().unwrap_or("more");
+        (
+            label,
+            span.count,
+            chosen.get(&span.source).copied().unwrap_or(0),
+        )
+    });
+    counted.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::{ChosenRow, SourceSpan};
+
+    #[test]
+    fn rows_are_counted_by_source_with_bounded_labels() {
+        let span = |source, count| SourceSpan {
+            source,
+            count,
+            ..SourceSpan::default()
+        };
+        let summary = ReceiptSummary {
+            scanned: vec![span(0, 60), span(31, 30), span(32, 6)],
+            ..ReceiptSummary::default()
+        };
+        let row = |source| ChosenRow {
+            source,
+            ..ChosenRow::default()
+        };
+        let receipt = Receipt {
+            summary: None,
+            chosen: vec![row(0), row(32), row(0)],
+        };
+        let counted = by_source(&receipt, &summary);
+        assert_eq!(counted, [("0", 60, 2), ("31", 30, 0), ("more", 6, 1)]);
+        assert!(
+            SOURCES
+                .iter()
+                .enumerate()
+                .all(|(n, label)| *label == n.to_string())
+        );
     }
 }

@@ -1,0 +1,108 @@
+//! What stands for the worker in a build without LibTorch: a coordinator alone. It offers the worker's own interface, so that
+//! nothing else has to know; only making one fails.
+mod config;
+mod register;
+
+pub use config::WorkerConfig;
+pub use register::keep_registered;
+
+use crate::{
+    error::{Error, Result},
+    storage::{Location, Stores},
+};
+use futures::stream::Empty;
+use superbatch_proto::v1::{
+    FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse, Reason,
+    ScoreRequest, ScoreResponse, SelectRequest, SelectResponse,
+    worker_service_server::{WorkerService, WorkerServiceServer},
+};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status, Streaming};
+
+/// A worker that there is none of.
+#[derive(Clone)]
+pub enum Worker {}
+
+impl Worker {
+    /// # Errors
+    /// `DeviceUnavailable`, always.
+    pub fn new(_config: &WorkerConfig, _stores: Stores, _state: Location) -> Result<Self> {
+        let message = "this build has no LibTorch, so it cannot score: set coordinator.workers_embedded to false, and run \
+                       `superbatch worker` from a build with LibTorch beside it";
+        Err(Error::new(Reason::DeviceUnavailable, message))
+    }
+
+    pub fn service(&self) -> WorkerServiceServer<Self> {
+        match *self {}
+    }
+
+    pub fn info(&self) -> WorkerInfo {
+        match *self {}
+    }
+
+    pub fn is_well(&self) -> watch::Receiver<bool> {
+        match *self {}
+    }
+
+    pub fn stop(&self) {
+        match *self {}
+    }
+}
+
+/// What a worker tells of itself.
+pub struct WorkerInfo {
+    pub device: String,
+}
+
+type Nothing<T> = Empty<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl WorkerService for Worker {
+    type ScoreStream = Nothing<ScoreResponse>;
+    type FetchRowsStream = Nothing<FetchRowsResponse>;
+
+    async fn prepare_model(
+        &self,
+        _request: Request<PrepareModelRequest>,
+    ) -> Result<Response<PrepareModelResponse>, Status> {
+        match *self {}
+    }
+
+    async fn score(
+        &self,
+        _request: Request<Streaming<ScoreRequest>>,
+    ) -> Result<Response<Self::ScoreStream>, Status> {
+        match *self {}
+    }
+
+    async fn fetch_rows(
+        &self,
+        _request: Request<FetchRowsRequest>,
+    ) -> Result<Response<Self::FetchRowsStream>, Status> {
+        match *self {}
+    }
+
+    async fn select(
+        &self,
+        _request: Request<Streaming<SelectRequest>>,
+    ) -> Result<Response<SelectResponse>, Status> {
+        match *self {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::StorageConfig;
+
+    #[test]
+    fn a_build_without_libtorch_says_what_to_do() {
+        let stores = Stores::new(StorageConfig::default());
+        let state = stores.open("memory:///state").unwrap();
+        let error = Worker::new(&WorkerConfig::default(), stores, state)
+            .err()
+            .unwrap();
+        assert_eq!(error.reason(), Reason::DeviceUnavailable);
+        assert!(error.to_string().contains("workers_embedded"), "{error}");
+    }
+}
