@@ -4,8 +4,8 @@ pub use super::state::{State, run_state};
 use super::{calls::Calls, parts::Parts};
 use crate::{
     coordinator::{
-        receipts::wasted::Wasted, score::claims::Claims, spec::delivered, trainer::cell::Cell,
-        weights::Began,
+        facts::chain::Began, receipts::wasted::Wasted, score::claims::Claims, spec::delivered,
+        trainer::cell::Cell,
     },
     error::Result,
 };
