@@ -47,14 +47,20 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
         if rank == 0:
             shape = tuple(tensor.shape)
             mine.append(Block(name, tensor, shape, (0,) * len(shape)))
-    if total == 0:
+    # Where rank 0 gathers a full state dict (FSDP 2 with full_state_dict and cpu_offload), the others get an empty one.
+    if total == 0 and (rank == 0 or state_dict):
         raise invalid("state_dict", "it has no floating-point tensors")
     return mine, total
 
 
 def clean(name: str) -> str:
-    """The name without what DistributedDataParallel and torch.compile put around modules."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """The name without what DistributedDataParallel, torch.compile, activation checkpointing and EMA put around modules."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    # Several of them may lie around each other.
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def is_floating(tensor: Any) -> bool:

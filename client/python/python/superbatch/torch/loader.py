@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copyreg
 import sys
-import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch.distributed
+import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from ._client import Batch, connect
-from ._errors import Error, invalid
-from ._spec import RunSpec
+from .._arguments import whole
+from .._client import Batch, Run, connect
+from .._errors import EndOfData, Error, invalid
+from .._spec import RunSpec
 
 #: Seconds of waiting after which a loader's worker tells the service that the trainer stands still. A worker runs ahead of
 #: the trainer and cannot know: this must exceed the longest time between two steps, evaluation and checkpoints included.
@@ -28,8 +29,10 @@ class SelectedBatches(IterableDataset):
     uri, spec, rank, world_size, end_step, incarnation, prefetch: as in `connect`, `open_run` and `batches`.
     start_step: the step after your checkpoint's. It moves on with what is iterated: a second loop goes on where the first
     was left.
-    transform: makes of a `superbatch.Batch` what the trainer wants, such as decoded tensors; runs where the loader
-    iterates, so with workers beside the trainer. Without it the loader yields the `Batch`.
+    epoch_steps: where loops end: at every multiple of it, so that an epoch of the trainer is so many steps, also where a
+    loop begins within one. Without it a loop ends with the data. It is the length of the data set and of its loader.
+    transform: makes of a `superbatch.Batch` what the trainer wants, such as decoded tensors (`ImageText`); runs where the
+    loader iterates, so with workers beside the trainer. Without it the loader yields the `Batch`.
     prefetch_factor: steps that each worker of the loader holds ready. The run's `max_ahead` must be larger than
     `num_workers * prefetch_factor`.
     need_after: seconds of waiting after which the service is told that the trainer stands still, so that the run's fallback
@@ -52,6 +55,7 @@ class SelectedBatches(IterableDataset):
         world_size: int,
         start_step: int,
         end_step: int | None = None,
+        epoch_steps: int | None = None,
         transform: Callable[[Batch], Any] | None = None,
         incarnation: str = "",
         prefetch: int = 1,
@@ -64,6 +68,7 @@ class SelectedBatches(IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.end_step = end_step
+        self.epoch_steps = None if epoch_steps is None else whole("epoch_steps", epoch_steps, least=1)
         self.transform = transform
         self.incarnation = incarnation
         self.prefetch = prefetch
@@ -87,9 +92,18 @@ class SelectedBatches(IterableDataset):
         self._start_step = step
         self._begun.zero_()
 
+    def __len__(self) -> int:
+        if self.epoch_steps is None:
+            raise TypeError("the data set has no length: give SelectedBatches an epoch_steps")
+        return self.epoch_steps
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begun.share_memory_()
+
+    def open_run(self) -> Run:
+        """The run of these batches, in this process: to push weights to."""
+        return connect(self.uri).open_run(self.spec, incarnation=self.incarnation)
 
     def loader(self, *, num_workers: int = 0, **options: Any) -> DataLoader:
         """A `DataLoader` of this data set. Every loop over it goes on where the one before was left.
@@ -112,16 +126,34 @@ class SelectedBatches(IterableDataset):
         return self._shared_steps(worker.id, worker.num_workers)
 
     def _own_steps(self) -> Iterator[Any]:
-        for step, item in self._items(self.start_step, stride=1, read_ahead=0, need_after=0.0):
+        first = self.start_step
+        for step, item in self._items(first, self._loop_end(first), stride=1, read_ahead=0, need_after=0.0):
             self.start_step = step + 1
             yield item
+        self._check_end(first)
+
+    def _loop_end(self, start: int) -> int | None:
+        """The step before which a loop ends that begins at `start`; None: with the data."""
+        ends = [] if self.end_step is None else [self.end_step]
+        if self.epoch_steps is not None:
+            ends.append((start // self.epoch_steps + 1) * self.epoch_steps)
+        return min(ends, default=None)
+
+    def _check_end(self, first: int) -> None:
+        """After a loop that began at `first`: says that it had nothing to yield, where a trainer expects something."""
+        if self.start_step > first or (self.end_step is not None and first >= self.end_step):
+            return
+        what = f"the data ended before step {first}: this loop has no batches"
+        if self.epoch_steps is not None:
+            raise EndOfData(f"{what}, where {self.epoch_steps} are expected; open the run with more epochs, or with 0")
+        warnings.warn(f"{what}; the run's epochs are over", stacklevel=3)
 
     def _shared_steps(self, worker: int, workers: int) -> Iterator[Any]:
         """Those of one worker."""
         start, read_ahead = self.start_step, workers * self.prefetch_factor
         try:
             self._check_loop(worker, workers)
-            for _, item in self._items(start + worker, workers, read_ahead, WORKER_NEED_AFTER):
+            for _, item in self._items(start + worker, self._loop_end(start), workers, read_ahead, WORKER_NEED_AFTER):
                 self._begun[worker] = 1 + start
                 self._used = True
                 yield item
@@ -142,14 +174,15 @@ class SelectedBatches(IterableDataset):
             )
             raise invalid("start_step", message)
 
-    def _items(self, start: int, stride: int, read_ahead: int, need_after: float) -> Iterator[tuple[int, Any]]:
+    def _items(
+        self, start: int, end: int | None, stride: int, read_ahead: int, need_after: float
+    ) -> Iterator[tuple[int, Any]]:
         """Steps and what is made of their batches."""
-        run = connect(self.uri).open_run(self.spec, incarnation=self.incarnation)
-        batches = run.batches(
+        batches = self.open_run().batches(
             rank=self.rank,
             world_size=self.world_size,
             start_step=start,
-            end_step=self.end_step,
+            end_step=end,
             stride=stride,
             prefetch=self.prefetch,
             read_ahead=read_ahead,
@@ -157,6 +190,14 @@ class SelectedBatches(IterableDataset):
         )
         for batch in batches:
             yield batch.step, batch if self.transform is None else self.transform(batch)
+
+
+def rows_chosen(spec: RunSpec, first: int, end: int) -> int:
+    """How many rows all ranks together are served for the steps from `first` to before `end`."""
+    phases = spec.to_dict()["phases"]
+    begins = [phase.get("from_step", 0) for phase in phases]
+    spans = zip(phases, begins, [*begins[1:], end])
+    return sum(max(0, min(upto, end) - max(begin, first)) * phase["sub_batch_size"] for phase, begin, upto in spans)
 
 
 def makes_batches(asking: Mapping[str, Any]) -> bool:
@@ -225,14 +266,19 @@ class _Loader(DataLoader):
             if self.num_workers > 0:
                 self.dataset.start_step = first + taken
             yield item
+        if self.num_workers > 0:
+            self.dataset._check_end(first)
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch, as open_clip asks for them."""
+        if self.dataset.epoch_steps is None:
+            raise AttributeError("an epoch has no length: give SelectedBatches an epoch_steps")
+        return self.dataset.epoch_steps
 
-def incarnation(group: Any = None) -> str:
-    """A new id for this start of the trainer, agreed on by all ranks of the initialised process group.
-
-    Without a process group it is this process's own.
-    """
-    agreed = [uuid.uuid4().hex]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(agreed, src=0, group=group)
-    return agreed[0]
+    @property
+    def num_samples(self) -> int:
+        """Examples of an epoch, over all ranks: of the one that the next loop begins or goes on with."""
+        steps = self.num_batches
+        first = self.dataset.start_step // steps * steps
+        return rows_chosen(self.dataset.spec, first, first + steps)
