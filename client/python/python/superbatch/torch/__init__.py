@@ -1,8 +1,8 @@
 """What trainers in PyTorch repeat.
 
-`SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and tokenizes for it, `Pushes` and
-`state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those
-trainers.
+`SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
+tokenizes for it, `Pushes` and `state_dict` hand weights back. `superbatch.torch.transformers` and
+`superbatch.torch.lightning` hold callbacks for those trainers.
 """
 
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches

@@ -2,8 +2,9 @@
 
     from superbatch.torch.lightning import PushWeights
 
-    dataset = SelectedBatches(uri, spec, rank=rank, world_size=world_size, start_step=0, transform=...)
-    Trainer(callbacks=[PushWeights(dataset, prefix="model.")], ...).fit(module, dataset.loader())
+    dataset = SelectedBatches(uri, spec, rank=0, world_size=1, start_step=0, transform=...)
+    trainer = Trainer(callbacks=[PushWeights(dataset, prefix="model.")], ...)
+    trainer.fit(module, dataset.loader())
 """
 
 from __future__ import annotations
@@ -21,18 +22,27 @@ else:
     from lightning.pytorch import Callback
 
 
+def restores_late(trainer: Any) -> bool:
+    """Whether the checkpoint is loaded only after `on_fit_start`, as with FSDP and DeepSpeed."""
+    return bool(trainer.ckpt_path) and trainer.strategy.restore_checkpoint_after_setup
+
+
 class PushWeights(Callback):
     """Begins at the checkpoint's step, and pushes the weights after every update.
 
-    dataset: what the trainer trains on. Checkpoints hold the step to go on with, and set the data set's `start_step`.
+    dataset: what the trainer trains on. Checkpoints hold the step to go on with, and set the data
+        set's `start_step`.
     prefix: of the learner within the LightningModule, such as "model." where it is `self.model`.
     model: whose weights are pushed, such as a moving average; by default the LightningModule.
     dtype: as in `Run.push_weights`.
 
-    With `accumulate_grad_batches=k`, k steps of the run make one update: the run needs `push_every_steps=k`.
+    With `accumulate_grad_batches=k`, k steps of the run make one update: the run needs
+    `push_every_steps=k`.
     """
 
-    def __init__(self, dataset: SelectedBatches, *, prefix: str = "", model: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dataset: SelectedBatches, *, prefix: str = "", model: Any = None, dtype: Any = None
+    ) -> None:
         self.dataset = dataset
         self.prefix = prefix
         self.model = model
@@ -42,7 +52,8 @@ class PushWeights(Callback):
         self._updates = 0
 
     def state_dict(self) -> dict[str, Any]:
-        # Not the data set's own start_step: trainers that look ahead have taken more than they trained on.
+        # Not the data set's own start_step: trainers that look ahead have taken more than they
+        # trained on.
         return {"next_step": self._next_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -57,12 +68,21 @@ class PushWeights(Callback):
             rank=self.dataset.rank,
             dtype=self.dtype,
         )
-        self.pushes.before(self._next_step)
+        if not restores_late(trainer):
+            self.pushes.before(self._next_step)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.pushes is not None and restores_late(trainer):
+            self.pushes.before(self._next_step)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._updates = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step, self._next_step = self._next_step, self._next_step + 1
         if self.pushes is not None and trainer.global_step > self._updates:
             self.pushes.after(step)

@@ -9,7 +9,8 @@ import torch.distributed
 
 
 def incarnation(group: Any = None) -> str:
-    """A new id for this start of the trainer, agreed on by all ranks of the initialised process group.
+    """A new id for this start of the trainer, agreed on by all ranks of the initialised process
+    group.
 
     Without a process group it is this process's own.
     """

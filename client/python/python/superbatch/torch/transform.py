@@ -20,17 +20,23 @@ THREADS_MAX = 8
 
 
 class ImageText:
-    """A transform for `SelectedBatches`: images are decoded and transformed by a pool of threads, captions tokenized.
+    """A transform for `SelectedBatches`: images are decoded and transformed by a pool of threads,
+    captions tokenized.
 
-    image: makes a tensor of a `PIL.Image` in RGB, such as open_clip's `preprocess_train` or a transform of torchvision.
-    text: makes of a list of captions a tensor, such as open_clip's tokenizer, or a mapping of tensors, such as one of
-        transformers with `return_tensors="pt"`.
-    names: without it, batches are pairs (images, texts). With it they are dicts, as transformers takes them: images under
-        the first name, and texts under the second where `text` gives no mapping of its own.
+    image: makes a tensor of a `PIL.Image` in RGB, such as open_clip's `preprocess_train` or a
+        transform of torchvision.
+    text: makes of a list of captions a tensor, such as open_clip's tokenizer, or a mapping of
+        tensors, such as one of transformers with `return_tensors="pt"`.
+    names: without it, batches are pairs (images, texts). With it they are dicts, as transformers
+        takes them: images under the first name, and texts under the second where `text` gives no
+            mapping of its own.
     extra: further entries of these dicts, the same for every batch, such as {"return_loss": True}.
-    columns: further columns of numbers, such as "_superbatch_weight": as tensors behind the pair, or in the dict.
-    threads: how many images are worked on at once; by default 1 in a loader's worker, else one a core and at most 8. Random
-        transforms draw from one generator, so with several threads two runs draw differently: give 1 to repeat a run.
+    columns: further columns of numbers, such as "_superbatch_weight": as tensors behind the pair,
+        or in the dict.
+    threads: how many images are worked on at once; by default 1 in a loader's worker, else one a
+        core and at most 8. Random
+        transforms draw from one generator, so with several threads two runs draw differently: give
+            1 to repeat a run.
 
     It is called in the process that iterates, and pickled if `image` and `text` can be.
     """
@@ -46,7 +52,10 @@ class ImageText:
         threads: int | None = None,
     ) -> None:
         if extra and names is None:
-            raise invalid("extra", "it goes into a dict: give names too, such as ('pixel_values', 'input_ids')")
+            raise invalid(
+                "extra",
+                "it goes into a dict: give names too, such as ('pixel_values', 'input_ids')",
+            )
         self.image = image
         self.text = text
         self.names = names
@@ -63,7 +72,10 @@ class ImageText:
         images = torch.stack(list(self._map(batch)))
         texts = self.text(batch["caption"].to_pylist())
         # A copy: what Arrow hands out is read-only.
-        further = {name: torch.from_numpy(batch[name].to_numpy(zero_copy_only=False).copy()) for name in self.columns}
+        further = {
+            name: torch.from_numpy(batch[name].to_numpy(zero_copy_only=False).copy())
+            for name in self.columns
+        }
         if self.names is None:
             return (images, texts, *further.values())
         image_name, text_name = self.names
@@ -77,13 +89,18 @@ class ImageText:
             return map(lambda index: self._one(batch, index), indices)
         # A fork leaves a pool behind whose threads do not exist.
         if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(threads, thread_name_prefix="superbatch-decode")
+            self._pool = (
+                os.getpid(),
+                ThreadPoolExecutor(threads, thread_name_prefix="superbatch-decode"),
+            )
         return self._pool[1].map(lambda index: self._one(batch, index), indices)
 
     def _threads(self) -> int:
         if self.threads is not None:
             return self.threads
-        return 1 if get_worker_info() is not None else min(THREADS_MAX, len(os.sched_getaffinity(0)))
+        return (
+            1 if get_worker_info() is not None else min(THREADS_MAX, len(os.sched_getaffinity(0)))
+        )
 
     def _one(self, batch: Batch, index: int) -> torch.Tensor:
         from PIL import Image
