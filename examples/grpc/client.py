@@ -246,8 +246,8 @@ def main(argv: list[str] | None = None) -> None:
             # A trainer trains here, on rows["image"] and rows["caption"].
             version = client.push(weights, step=step)
             print(
-                f"step {step}: {len(rows)} rows, batch score {summary.batch_score:.3f}, scored with the weights of step "
-                f"{summary.learner.step}; published version {version.version}"
+                f"step {step}: {len(rows)} rows, batch score {summary.batch_score:.3f}, scored with "
+                f"the weights of step {summary.learner.step}; published version {version.version}"
             )
     except grpc.RpcError as error:
         raise SystemExit(f"{reason_of(error) or error.code().name}: {error.details()}") from None

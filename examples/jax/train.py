@@ -18,9 +18,8 @@ import optax
 import superbatch
 from PIL import Image
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
-
 from siglip import Siglip, params_of, state_dict
+from tokenizers import Tokenizer
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -86,6 +86,17 @@ def test_whole_tensors_are_rank_zeros():
     assert _weights.blocks(state, rank=1) == ([], 2)
 
 
+@pytest.mark.parametrize(("tensor", "said"), [
+    (torch.ones(2, device="meta"), "tensor w: it is on the meta device"),
+    (torch.eye(2).to_sparse(), "tensor w: it is sparse; push tensor.to_dense()"),
+    (torch.eye(2).to_sparse_csr(), "tensor w: it is sparse"),
+])
+def test_tensors_without_values_of_their_own_are_refused_by_name(tensor, said):
+    with pytest.raises(superbatch.Error, match=said) as caught:
+        _weights.blocks({"module.w": tensor}, rank=0)
+    assert caught.value.metadata == {"field": "state_dict"}
+
+
 def test_a_state_that_rank_zero_gathered_is_empty_elsewhere():
     assert _weights.blocks({}, rank=1) == ([], 0)
     with pytest.raises(superbatch.Error, match="floating-point"):

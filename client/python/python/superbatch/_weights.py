@@ -38,6 +38,7 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
         if not is_floating(tensor):
             continue
         name = clean(name)
+        check_values(name, tensor)
         if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
             block, count = shard(name, tensor)
             total += count
@@ -67,6 +68,21 @@ def is_floating(tensor: Any) -> bool:
     if hasattr(tensor, "is_floating_point"):
         return tensor.is_floating_point()
     return getattr(getattr(tensor, "dtype", None), "kind", "") == "f"
+
+
+def check_values(name: str, tensor: Any) -> None:
+    """Refuses, by name, what has no values that could be copied as they lie."""
+    if getattr(tensor, "is_meta", False):
+        raise invalid(
+            "state_dict", f"tensor {name}: it is on the meta device and has no values; load the weights first"
+        )
+    if type(tensor).__name__ == "ShardedTensor":
+        raise invalid(
+            "state_dict",
+            f"tensor {name}: a ShardedTensor of FSDP 1; take StateDictType.FULL_STATE_DICT, or FSDP 2 (fully_shard)",
+        )
+    if getattr(tensor, "is_sparse", False) or str(getattr(tensor, "layout", "")).startswith("torch.sparse"):
+        raise invalid("state_dict", f"tensor {name}: it is sparse; push tensor.to_dense()")
 
 
 def shard(name: str, tensor: Any) -> tuple[Block | None, int]:

@@ -130,7 +130,14 @@ class SelectedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if makes_batches(sys._getframe(1).f_locals):
+        asking = sys._getframe(1).f_locals
+        if asking.get("auto_collation") is True and asking.get("collate_fn") is not default_collate:
+            message = (
+                "the loader hands lists of whole batches to its collate_fn: give "
+                "DataLoader(dataset, batch_size=None) unless that is meant"
+            )
+            warnings.warn(message, stacklevel=2)
+        if makes_batches(asking):
             error = invalid(
                 "batch_size",
                 "the loader would make batches of batches, with a dimension more: give "
