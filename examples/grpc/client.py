@@ -215,42 +215,48 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--super-batch-size", type=int, default=640)
     parser.add_argument("--sub-batch-size", type=int, default=128)
+    parser.add_argument("--start-step", type=int, default=0, help="the step after a checkpoint's")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args(argv)
 
     client = Client(args.service, args.stubs, args.run)
     pb = client.pb
-    opened = client.open(
-        pb.RunSpec(
-            sources=[pb.Source(uri=args.pool)],
-            learner=pb.LearnerSpec(model_uri=args.learner.absolute().as_uri(), first_push=True),
-            reference=pb.ReferenceSpec(model_uri=args.reference.absolute().as_uri()),
-            phases=[
-                pb.Phase(
-                    policy=pb.POLICY_JOINT,
-                    super_batch_size=args.super_batch_size,
-                    sub_batch_size=args.sub_batch_size,
-                    n_chunks=4,
-                )
-            ],
-            loss=pb.LOSS_SIGMOID,
-        )
-    )
-    print(f"{opened.dataset_rows} rows; going on at step {opened.next_step}")
-    weights = load_file(args.learner / "model.safetensors")
-    try:
-        if opened.next_step == 0:
-            client.push(weights, step=-1)
-        for step in range(opened.next_step, args.steps):
-            summary, rows = client.select(step)
-            # A trainer trains here, on rows["image"] and rows["caption"].
-            version = client.push(weights, step=step)
-            print(
-                f"step {step}: {len(rows)} rows, batch score {summary.batch_score:.3f}, scored with "
-                f"the weights of step {summary.learner.step}; published version {version.version}"
+    spec = pb.RunSpec(
+        sources=[pb.Source(uri=args.pool)],
+        learner=pb.LearnerSpec(model_uri=args.learner.absolute().as_uri(), first_push=True),
+        reference=pb.ReferenceSpec(model_uri=args.reference.absolute().as_uri()),
+        phases=[
+            pb.Phase(
+                policy=pb.POLICY_JOINT,
+                super_batch_size=args.super_batch_size,
+                sub_batch_size=args.sub_batch_size,
+                n_chunks=4,
             )
+        ],
+        loss=pb.LOSS_SIGMOID,
+    )
+    try:
+        weights = load_file(args.learner / "model.safetensors")
+        train(client, spec, weights, args.start_step, args.steps)
     except grpc.RpcError as error:
         raise SystemExit(f"{reason_of(error) or error.code().name}: {error.details()}") from None
+
+
+def train(client: Client, spec, weights: dict, start_step: int, steps: int) -> None:
+    """Where a trainer would be."""
+    opened = client.open(spec)
+    print(f"{opened.dataset_rows} rows; the service has chosen up to step {opened.next_step - 1}")
+    # The initial weights, or once more the checkpoint's: the crash may have come before they were
+    # pushed. Where they are published, this changes nothing.
+    client.push(weights, step=start_step - 1)
+    for step in range(start_step, steps):
+        summary, rows = client.select(step)
+        # A trainer trains here, on rows["image"] and rows["caption"].
+        version = client.push(weights, step=step)
+        print(
+            f"step {step}: {len(rows)} rows, batch score {summary.batch_score:.3f}, scored with "
+            f"the weights of step {summary.learner.step}; published version {version.version}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import sys
 
 import open_clip_train.main
+from open_clip_train.train import train_one_epoch
 from superbatch_data import Selected
 
 
@@ -36,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
         if not any(given.split("=")[0] == needed for given in theirs):
             parser.error(f"{needed} is needed too")
     selected = Selected(ours.service, ours.reference, ours.super_batch_size, ours.n_chunks)
-    train_one_epoch = open_clip_train.main.train_one_epoch
 
     def pushing(model, data, *rest, **named):
         selected.push_from(model, data)

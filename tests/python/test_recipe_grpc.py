@@ -19,8 +19,9 @@ def client(arguments: list[str], code: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_it_selects_pushes_and_goes_on(recipes, tmp_path):  # noqa: F811
-    for steps in (2, 4):
-        said = client(recipes.arguments("grpc", steps=steps, stubs=tmp_path / "stubs")).stdout
+    for start, steps in ((0, 2), (2, 4)):
+        resume = {"start-step": start, "steps": steps, "stubs": tmp_path / "stubs"}
+        said = client(recipes.arguments("grpc", **resume)).stdout
         assert said.splitlines()[-1].startswith(f"step {steps - 1}: {SUB_BATCH_SIZE} rows")
     recipes.assert_trained("grpc", 4)
 

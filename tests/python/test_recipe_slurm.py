@@ -39,17 +39,14 @@ def test_the_scripts_are_clean(path):
 @pytest.fixture
 def slurm(tmp_path):
     """The environment of a job, and a folder first on the path with srun and scontrol."""
-    for name, text in (
-        ("srun", SRUN),
-        ("scontrol", SCONTROL),
-        ("hostname", "#!/usr/bin/env bash\necho 127.0.0.1\n"),
-    ):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SHARED": str(tmp_path / "shared"),
+        "ADDRESS_OF": "echo 127.0.0.1",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",

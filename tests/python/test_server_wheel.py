@@ -39,7 +39,7 @@ def test_it_is_installed_and_runs(tmp_path):
     command = [tmp_path / "installed" / "bin" / "superbatch", "check-config", "--defaults"]
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    assert "listen: 127.0.0.1:50051" in said.stdout
+    assert "127.0.0.1:50051" in said.stdout
 
     # Without torch it says what is missing.
     code = "import sys; sys.modules['torch'] = None; import superbatch_server; superbatch_server.main()"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,8 @@ class SelectedBatches(IterableDataset):
         #: By worker, shared with the trainer's process: 1 + the `start_step` of a loop that has
         #: yielded something.
         self._begun = torch.zeros(WORKERS_MAX, dtype=torch.int64).share_memory_()
+        #: The process that opened the run, and the run.
+        self._run: tuple[int, Run] | None = None
         #: Set in a worker that has yielded something.
         self._used = False
         #: Whether errors may travel to the trainer as items, for a loader that raises them there.
@@ -107,12 +110,23 @@ class SelectedBatches(IterableDataset):
             raise TypeError("the data set has no length: give SelectedBatches an epoch_steps")
         return self.epoch_steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begun.share_memory_()
 
     def open_run(self) -> Run:
-        """The run of these batches, in this process: to push weights to."""
+        """The run of these batches, to push weights to. Loops in this process go on with it.
+
+        To go on after a rewind by another rank, call it once more.
+        """
+        # What asks for batches then knows which weights are on their way, and tells the service.
+        self._run = os.getpid(), self._connected()
+        return self._run[1]
+
+    def _connected(self) -> Run:
         return connect(self.uri).open_run(self.spec, incarnation=self.incarnation)
 
     def loader(
@@ -212,7 +226,9 @@ class SelectedBatches(IterableDataset):
         self, start: int, end: int | None, stride: int, read_ahead: int, need_after: float
     ) -> Iterator[tuple[int, Any]]:
         """Steps and what is made of their batches."""
-        batches = self.open_run().batches(
+        own = self._run is not None and self._run[0] == os.getpid()
+        run = self._run[1] if own else self._connected()
+        batches = run.batches(
             rank=self.rank,
             world_size=self.world_size,
             start_step=start,
