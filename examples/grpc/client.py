@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--service", default="http://127.0.0.1:50051")
-    parser.add_argument("--run", default="grpc", help="the run's id")
+    parser.add_argument("--run-id", default="grpc", help="the run's id")
     parser.add_argument("--pool", required=True, help="URI of the candidates")
     parser.add_argument(
         "--learner",
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args(argv)
 
-    client = Client(args.service, args.stubs, args.run)
+    client = Client(args.service, args.stubs, args.run_id)
     pb = client.pb
     spec = pb.RunSpec(
         sources=[pb.Source(uri=args.pool)],

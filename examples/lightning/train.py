@@ -21,7 +21,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--service", default="http://127.0.0.1:50051")
-    parser.add_argument("--run", default="lightning", help="the run's id")
+    parser.add_argument("--run-id", default="lightning", help="the run's id")
     parser.add_argument("--pool", required=True, help="URI of the candidates")
     parser.add_argument(
         "--learner",
@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     return superbatch.RunSpec(
-        run_id=args.run,
+        run_id=args.run_id,
         sources=[args.pool],
         learner=superbatch.Learner(model_uri=args.learner.absolute(), first_push=True),
         reference=args.reference.absolute(),

@@ -30,7 +30,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--service", default="http://127.0.0.1:50051")
-    parser.add_argument("--run", default="pytorch", help="the run's id")
+    parser.add_argument("--run-id", default="pytorch", help="the run's id")
     parser.add_argument("--pool", required=True, help="URI of the candidates")
     parser.add_argument(
         "--learner",
@@ -59,7 +59,7 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     with the same spec.
     """
     return superbatch.RunSpec(
-        run_id=args.run,
+        run_id=args.run_id,
         sources=[args.pool],
         learner=superbatch.Learner(model_uri=args.learner.absolute(), first_push=True),
         reference=args.reference.absolute(),

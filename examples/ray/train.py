@@ -33,7 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--service", default="http://127.0.0.1:50051", help="as every node reaches it"
     )
-    parser.add_argument("--run", default="ray", help="the run's id")
+    parser.add_argument("--run-id", default="ray", help="the run's id")
     parser.add_argument("--pool", required=True, help="URI of the candidates")
     parser.add_argument(
         "--learner",
@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     return superbatch.RunSpec(
-        run_id=args.run,
+        run_id=args.run_id,
         sources=[args.pool],
         learner=superbatch.Learner(model_uri=Path(args.learner), first_push=True),
         reference=Path(args.reference),
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> ray.train.Result:
         train_loop_config=args,
         scaling_config=ScalingConfig(num_workers=args.ranks, use_gpu=args.gpu),
         run_config=RunConfig(
-            name=args.run,
+            name=args.run_id,
             storage_path=args.storage,
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -32,7 +32,7 @@ class Recipes(NamedTuple):
         """The command line that all recipes understand."""
         given = {
             "service": self.address,
-            "run": run_id,
+            "run-id": run_id,
             "pool": (self.inputs / "pool").as_uri(),
             "learner": self.inputs / "learner",
             "reference": self.inputs / "reference",
