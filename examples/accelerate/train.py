@@ -13,8 +13,7 @@ from pathlib import Path
 import superbatch
 import torch
 from accelerate import Accelerator
-from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation
-from torch.distributed.nn.functional import all_gather
+from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast, SiglipModel
 
 
@@ -75,9 +74,9 @@ def transform(folder: Path) -> ImageText:
     )
 
 
-def siglip_loss(out, model: SiglipModel, rank: int, world_size: int) -> torch.Tensor:
+def siglip_loss(out, model: SiglipModel, rank: int) -> torch.Tensor:
     """This rank's images against all ranks' captions: joint selection counts on all pairs."""
-    texts = torch.cat(all_gather(out.text_embeds)) if world_size > 1 else out.text_embeds
+    texts = gather(out.text_embeds)
     logits = out.image_embeds @ texts.T * model.logit_scale.exp() + model.logit_bias
     rows = torch.arange(len(logits), device=logits.device)
     labels = torch.full_like(logits, -1.0)
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     pushes.before(start_step)
     for step, batch in enumerate(dataset.loader(num_workers=args.workers), start_step):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        loss = siglip_loss(model(**batch), accelerator.unwrap_model(model), rank, world_size)
+        loss = siglip_loss(model(**batch), accelerator.unwrap_model(model), rank)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()

@@ -15,11 +15,10 @@ import superbatch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
-from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation
+from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from transformers import SiglipModel
@@ -107,7 +106,7 @@ class Learner(torch.nn.Module):
         on all pairs.
         """
         out = self.model(pixel_values=images, input_ids=ids)
-        texts = torch.cat(all_gather(out.text_embeds)) if dist.is_initialized() else out.text_embeds
+        texts = gather(out.text_embeds)
         logits = out.image_embeds @ texts.T * self.model.logit_scale.exp() + self.model.logit_bias
         rows = torch.arange(len(images), device=images.device)
         labels = torch.full_like(logits, -1.0)

@@ -19,9 +19,8 @@ import superbatch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation
+from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
 from tokenizers import Tokenizer
-from torch.distributed.nn.functional import all_gather
 from torchvision.transforms import v2
 from transformers import SiglipModel
 
@@ -88,9 +87,9 @@ def transform(folder: Path) -> ImageText:
     )
 
 
-def siglip_loss(out, model: SiglipModel, rank: int, world_size: int) -> torch.Tensor:
+def siglip_loss(out, model: SiglipModel, rank: int) -> torch.Tensor:
     """This rank's images against all ranks' captions: joint selection counts on all pairs."""
-    texts = torch.cat(all_gather(out.text_embeds)) if world_size > 1 else out.text_embeds
+    texts = gather(out.text_embeds)
     logits = out.image_embeds @ texts.T * model.logit_scale.exp() + model.logit_bias
     rows = torch.arange(len(logits), device=logits.device)
     labels = torch.full_like(logits, -1.0)
@@ -129,7 +128,7 @@ def rank_main(args: argparse.Namespace) -> None:
     pushes.before(start_step)
     for step, (images, ids) in enumerate(dataset.loader(), start_step):
         out = model(pixel_values=images.to(device), input_ids=ids.to(device))
-        loss = siglip_loss(out, learner, rank, world_size)
+        loss = siglip_loss(out, learner, rank)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

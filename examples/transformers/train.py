@@ -12,9 +12,8 @@ from pathlib import Path
 import superbatch
 import torch
 import torch.distributed as dist
-from superbatch.torch import ImageText, SelectedBatches
+from superbatch.torch import ImageText, SelectedBatches, gather
 from superbatch.torch.transformers import PushWeights
-from torch.distributed.nn.functional import all_gather
 from transformers import (
     AutoImageProcessor,
     PreTrainedTokenizerFast,
@@ -98,7 +97,7 @@ class SelectedTrainer(Trainer):
         are too few.
         """
         out, rank = model(**inputs), self.train_dataset.rank
-        texts = torch.cat(all_gather(out.text_embeds)) if dist.is_initialized() else out.text_embeds
+        texts = gather(out.text_embeds)
         logits = out.image_embeds @ texts.T * self.model.logit_scale.exp() + self.model.logit_bias
         rows = torch.arange(len(logits), device=logits.device)
         labels = torch.full_like(logits, -1.0)
