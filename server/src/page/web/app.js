@@ -58,7 +58,7 @@ function tell(tab, id) {
   fill(tabs, links);
 }
 
-/** `state` is "live", "ended" or nothing. */
+/** `state` is "now", "ended", "lost" or nothing. */
 function setLive(state, text = "") {
   live.className = `live ${state}`;
   live.textContent = text;

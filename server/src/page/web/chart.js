@@ -26,7 +26,14 @@ export function surface(canvas) {
   return { g, width, height };
 }
 
-export function axes(g, { x, y, width, height, xTicks, yTicks, yText = number, xText = count }) {
+/** Ticks' texts, all with as many decimals as the finest needs. */
+export function decimals(values) {
+  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0] ?? 1);
+  const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step || 1) - 1e-9)));
+  return (value) => (Math.abs(value) >= 10000 ? count(value) : value.toFixed(places).replace("-", "−"));
+}
+
+export function axes(g, { x, y, width, height, xTicks, yTicks, yText = decimals(yTicks), xText = count }) {
   g.lineWidth = 1;
   g.strokeStyle = css("--line");
   g.fillStyle = css("--dim");
@@ -63,8 +70,8 @@ export class Group {
  * a CSS variable. Its `set` takes the steps and the values by key.
  */
 export class Lines {
-  constructor({ title, note, unit, series, group, stacked = false, tall = false, zero = false, text = number, onpick }) {
-    Object.assign(this, { unit, series, group, stacked, zero, text, onpick, steps: [], values: {}, bands: [], at: null });
+  constructor({ title, note, unit, series, group, stacked = false, tall = false, wide = false, zero = false, text = number, tick, onpick }) {
+    Object.assign(this, { unit, series, group, stacked, zero, text, tick, onpick, steps: [], values: {}, bands: [], at: null });
     this.canvas = h("canvas", { role: "img", tabindex: "-1" });
     this.legend = h("div.legend");
     this.canvas.addEventListener("pointermove", (event) => this.group.point(this.nearest(event)));
@@ -74,7 +81,7 @@ export class Lines {
       if (index !== null && this.onpick) this.onpick(this.steps[index]);
     });
     const head = h("div.chart-head", {}, h("h3", {}, title, unit ? h("span.unit", {}, unit) : null), note ? h("p.dim", {}, note) : null);
-    this.element = h(`section.chart${tall ? ".tall" : ""}`, {}, head, this.legend, this.canvas);
+    this.element = h(`section.chart${tall ? ".tall" : ""}${wide || tall ? ".wide" : ""}`, {}, head, this.legend, this.canvas);
     group.charts.push(this);
     new ResizeObserver(() => this.draw()).observe(this.canvas);
   }
@@ -147,7 +154,7 @@ export class Lines {
     const x = (step) => LEFT + ((step - first) / (last - first || 1)) * (width - LEFT - RIGHT);
     const y = (value) => height - BOTTOM - ((value - range[0]) / (range[1] - range[0])) * (height - TOP - BOTTOM);
     const xTicks = ticks(first, last, Math.max(2, width / 120)).filter(Number.isInteger);
-    axes(g, { x, y, width, height, xTicks, yTicks: ticks(...range, height > 200 ? 5 : 3), yText: this.text });
+    axes(g, { x, y, width, height, xTicks, yTicks: ticks(...range, height > 200 ? 5 : 3), yText: this.tick });
     this.drawBands(g, x, height);
     layers.forEach((layer, n) => (this.stacked ? this.area(g, layer, x, y, n) : this.line(g, layer, x, y, n)));
     if (this.at !== null) this.crosshair(g, layers, x, y, height);
@@ -218,6 +225,12 @@ export class Lines {
       swatch.style.setProperty("--swatch", `var(${color})`);
       return h("span", {}, swatch, label, " ", h("b", {}, this.text(this.values[key]?.[index] ?? null)));
     });
+    const modes = new Map(this.bands.map(({ color, label }) => [label, color]));
+    for (const [label, color] of modes) {
+      const swatch = h("i.square");
+      swatch.style.setProperty("--swatch", `var(${color})`);
+      items.push(h("span", {}, swatch, label));
+    }
     this.legend.replaceChildren(...items, ...(this.at === null || index < 0 ? [] : [h("span.dim", {}, `step ${count(this.steps[index])}`)]));
     const said = this.series.map(({ key, label }) => `${label} ${this.text(this.values[key]?.[index] ?? null)}`);
     this.canvas.setAttribute("aria-label", index < 0 ? "no figures yet" : `at step ${this.steps[index]}: ${said.join(", ")}`);
@@ -282,7 +295,7 @@ export class Dots {
     const bottom = height - BOTTOM - 14;
     this.x = (value) => LEFT + ((value - xs[0]) / (xs[1] - xs[0])) * (width - LEFT - RIGHT);
     this.y = (value) => bottom - ((value - ys[0]) / (ys[1] - ys[0])) * (bottom - TOP - 10);
-    axes(g, { x: this.x, y: this.y, width, height: height - 14, xTicks: ticks(...xs, 5), yTicks: ticks(...ys, 5), xText: number });
+    axes(g, { x: this.x, y: this.y, width, height: height - 14, xTicks: ticks(...xs, 5), yTicks: ticks(...ys, 5), xText: decimals(ticks(...xs, 5)) });
     g.textAlign = "right";
     g.fillText(this.xTitle, width - RIGHT, height - 12);
     g.textAlign = "left";

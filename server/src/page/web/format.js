@@ -22,10 +22,11 @@ export const percent = (x, digits = 2) => (x === null || Number.isNaN(x) ? "–"
 const PREFIXES = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
 /** 1.23 TFLOP. */
-export function flops(x) {
+export function flops(x, unit = "FLOP") {
   if (x === null || x === undefined) return "–";
+  if (x === 0) return "0";
   const [size, prefix] = PREFIXES.find(([size]) => x >= size) ?? [1, ""];
-  return `${number(x / size)} ${prefix}FLOP`;
+  return `${number(x / size, unit ? 3 : 2)} ${prefix}${unit}`;
 }
 
 /** 12 ms, 1.20 s, 3 min 20 s, 2 h 5 min. */

@@ -46,13 +46,13 @@ export async function run(view, id) {
       charts.set(line);
       tiles(parts.tiles, facts, recent);
       newest(parts.table, id, recent);
-      note.textContent = line.stride > 1 ? `Every ${count(line.stride)}th step is drawn. Click a chart to look into a step.` : "Click a chart to look into a step.";
+      note.textContent = line.stride > 1 ? `One step in ${count(line.stride)} is drawn. Click a chart to look into a step.` : "Click a chart to look into a step.";
     }
     title(parts.title, facts);
     more(parts.more, facts);
     if (facts.newest === null) fill(parts.tiles, h("div.notice", {}, "No step is committed yet."));
     const goes = facts.state === "open" && facts.ms_since_commit < 30000;
-    view.live(goes ? "live" : "ended", goes ? "live" : facts.state === "open" ? `quiet, last commit ${ago(facts.committed_unix_ms)}` : facts.state);
+    view.live(goes ? "now" : "ended", goes ? "live" : facts.state === "open" ? `quiet, last commit ${ago(facts.committed_unix_ms)}` : facts.state);
     return facts;
   }
 
@@ -143,27 +143,27 @@ class Charts {
       series: [{ key: "own_chosen", label: "chosen", color: "--chosen" }, { key: "own_candidates", label: "all candidates", color: "--passed" }],
     });
     this.time = make({
-      title: "Time by stage", unit: "seconds a step", stacked: true, text: seconds,
+      title: "Time by stage", unit: "a step", wide: true, stacked: true, text: seconds, tick: seconds,
       series: STAGES.map(([key, label, color]) => ({ key, label, color })),
     });
     this.wait = make({
-      title: "Trainer's wait", unit: "seconds a step", zero: true, text: seconds, note: "How long the slowest rank stood still for a batch.",
+      title: "Trainer's wait", unit: "a step", zero: true, text: seconds, tick: seconds, note: "How long the slowest rank stood still for a batch.",
       series: [{ key: "trainer_wait", label: "waited", color: "--warn" }],
     });
     this.lag = make({
-      title: "Lag and holes", unit: "steps, rows", zero: true, text: count,
+      title: "Lag and holes", zero: true, text: count,
       series: [{ key: "lag", label: "lag, steps", color: "--chosen" }, { key: "holes", label: "holes, rows", color: "--bad" }],
     });
     this.flops = make({
-      title: "FLOPs so far", unit: "of the run", zero: true, text: (x) => (x ? flops(x) : "0"),
+      title: "FLOPs so far", unit: "of the run", zero: true, text: flops, tick: (x) => flops(x, ""),
       series: [{ key: "selection_so_far", label: "selection, scoring included", color: "--chosen" }, { key: "training_so_far", label: "training", color: "--passed" }],
     });
-    this.all = [this.score, this.own, this.wait, this.time, this.lag, this.flops];
+    this.all = [this.score, this.own, this.wait, this.time, this.flops, this.lag];
     this.element = h("div.charts", {}, this.all.map((chart) => chart.element));
   }
 
   set(line) {
-    const bands = line.step.flatMap((step, n) => (line.mode[n] === "normal" ? [] : [{ from: step, to: line.step[n + 1] ?? step, color: `--mode-${line.mode[n]}` }]));
+    const bands = line.step.flatMap((step, n) => (line.mode[n] === "normal" ? [] : [{ from: step, to: line.step[n + 1] ?? step, color: `--mode-${line.mode[n]}`, label: `${words(line.mode[n])} mode` }]));
     this.score.set(line.step, line, bands);
     this.own.set(line.step, line);
     this.wait.set(line.step, line);
