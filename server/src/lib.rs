@@ -1,6 +1,7 @@
 //! Superbatch's server: a coordinator that owns runs, and workers that score.
 //!
-//! `coordinator` and `worker` never import each other: they meet on the wire, also in one process. Only [`app`] names both.
+//! `coordinator` and `worker` never import each other: they meet on the wire, also in one process.
+//! Only [`app`] names both.
 pub mod admin;
 #[cfg(feature = "torch")]
 pub mod app;

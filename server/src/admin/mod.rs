@@ -24,12 +24,13 @@ use tracing_subscriber::EnvFilter;
 /// Where settings come from, for every command that has any.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConfigArgs {
-    /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config --defaults` prints one). Without a
-    /// file the defaults hold; environment variables SUPERBATCH_<KEY>, with `__` between levels, come before both
+    /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config
+    /// --defaults` prints one). Without a file the defaults hold; environment variables
+    /// SUPERBATCH_<KEY>, with `__` between levels, come before both
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where runs, receipts and weights are kept: a URI such as s3://bucket/prefix, or a path. Comes before `state` of the
-    /// settings [default: ./superbatch-state]
+    /// Where runs, receipts and weights are kept: a URI such as s3://bucket/prefix, or a path.
+    /// Comes before `state` of the settings [default: ./superbatch-state]
     #[arg(long, value_name = "URI")]
     pub state: Option<String>,
 }
@@ -39,11 +40,12 @@ pub struct ConfigArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     settings: ConfigArgs,
-    /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the settings
-    /// [default: 127.0.0.1:50051]
+    /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the
+    /// settings [default: 127.0.0.1:50051]
     #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
-    /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
+    /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device`
+    /// [default: auto]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
 }
@@ -53,11 +55,12 @@ pub struct ServeArgs {
 pub struct WorkerArgs {
     #[command(flatten)]
     settings: ConfigArgs,
-    /// The coordinator to work for. Comes before `worker_role.coordinator` [default: http://127.0.0.1:50051]
+    /// The coordinator to work for. Comes before `worker_role.coordinator` [default:
+    /// http://127.0.0.1:50051]
     #[arg(long, value_name = "URI")]
     coordinator: Option<String>,
-    /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before `worker_role.listen`
-    /// [default: 127.0.0.1:50052]
+    /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before
+    /// `worker_role.listen` [default: 127.0.0.1:50052]
     #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// What to score on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
@@ -98,7 +101,11 @@ impl ConfigArgs {
 impl ServeArgs {
     /// As [`ConfigArgs::load`].
     pub fn load(self) -> Result<Config> {
-        let Self { settings, listen, device } = self;
+        let Self {
+            settings,
+            listen,
+            device,
+        } = self;
         settings.load_with(|config| {
             config.listen = listen.unwrap_or(config.listen);
             if let Some(device) = device {
@@ -111,7 +118,12 @@ impl ServeArgs {
 impl WorkerArgs {
     /// As [`ConfigArgs::load`].
     pub fn load(self) -> Result<Config> {
-        let Self { settings, coordinator, listen, device } = self;
+        let Self {
+            settings,
+            coordinator,
+            listen,
+            device,
+        } = self;
         settings.load_with(|config| {
             config.worker_role.listen = listen.unwrap_or(config.worker_role.listen);
             if let Some(coordinator) = coordinator {
@@ -138,8 +150,13 @@ pub fn check_config(args: &CheckArgs) -> Result<String> {
 
 /// Starts logging to standard error.
 pub fn start_logging(config: &LogConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(logging::capped(&config.filter))
-        .map_err(|e| Error::invalid("log.filter", format!("'{}' is no log filter", config.filter)).because(e))?;
+    let filter = EnvFilter::try_new(logging::capped(&config.filter)).map_err(|e| {
+        Error::invalid(
+            "log.filter",
+            format!("'{}' is no log filter", config.filter),
+        )
+        .because(e)
+    })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -151,7 +168,8 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
     Ok(())
 }
 
-/// Says on standard output where this process is reached, for people and for scripts that wait for it.
+/// Says on standard output where this process is reached, for people and for scripts that wait for
+/// it.
 pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
     let mut lines = format!("superbatch {what} on http://{address}\n");
     if let Some(metrics) = metrics {
@@ -163,7 +181,8 @@ pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
     }
 }
 
-/// Writes to standard output. A reader that has seen enough (`superbatch receipts RUN | head`) is no failure.
+/// Writes to standard output. A reader that has seen enough (`superbatch receipts RUN | head`) is
+/// no failure.
 pub fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -187,7 +206,8 @@ pub async fn terminated() {
 
 /// A count from the command line.
 fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
-    text.parse().map_err(|_| "give a whole number, at least 1".to_owned())
+    text.parse()
+        .map_err(|_| "give a whole number, at least 1".to_owned())
 }
 
 /// The state that the config names.
