@@ -180,7 +180,8 @@ pub struct ModelEmbeddings<'a> {
 }
 
 impl ModelEmbeddings<'_> {
-    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is not.
+    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is
+    /// not.
     pub fn own_cosine(&self, index: u32) -> f64 {
         const STRETCH: usize = 128;
         let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);

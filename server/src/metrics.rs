@@ -89,6 +89,8 @@ declare! {
     /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the
     /// one that has been idle longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
+    /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `failed`.
+    counter page_requests(outcome) on Coordinator = "superbatch_page_requests_total", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.

@@ -34,6 +34,9 @@ pub struct Config {
     /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none
     /// of them.
     pub metrics_listen: Option<SocketAddr>,
+    /// Address and port of the run page (docs/page.md), over plain HTTP: of a coordinator, and of `superbatch page`. Where a
+    /// coordinator finds the port taken it goes on without the page. `null` serves none.
+    pub page_listen: Option<SocketAddr>,
     /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine,
     /// because TLS and tokens are not built yet; leave it to networks that you trust whole.
     pub allow_insecure: bool,
@@ -58,6 +61,7 @@ impl Default for Config {
         Self {
             listen: loopback(50051),
             metrics_listen: Some(loopback(9464)),
+            page_listen: Some(loopback(9465)),
             allow_insecure: false,
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
@@ -108,6 +112,9 @@ pub struct CoordinatorConfig {
     /// Newest snapshots of pushed weights that are kept of each run, beside those that its next
     /// steps are scored with. A rewind that chooses anew needs the weights of its time.
     pub snapshots_kept: u32,
+    /// Candidates passed over that a step's receipt names at most, those of the best own scores and a sample of the others; never
+    /// more than were chosen. The run page shows them beside the chosen. 0 names none.
+    pub passed_over_max: u32,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
@@ -129,6 +136,7 @@ impl Default for CoordinatorConfig {
             ready_bytes_max: 1 << 30,
             max_runs: 64,
             snapshots_kept: 32,
+            passed_over_max: 256,
             super_batch_size_max: 1 << 20,
             sub_batch_size_max: 1 << 17,
         }
@@ -285,6 +293,7 @@ impl Config {
         let listens = [
             ("listen", Some(self.listen)),
             ("metrics_listen", self.metrics_listen),
+            ("page_listen", self.page_listen),
             ("worker_role.listen", Some(role.listen)),
             ("worker_role.metrics_listen", role.metrics_listen),
         ];

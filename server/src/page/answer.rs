@@ -41,13 +41,19 @@ impl IntoResponse for Failed {
         if outcome == "failed" {
             tracing::warn!(error = self.0.chain(), "the run page could not answer");
         }
-        let name = reason.as_str_name().trim_start_matches("REASON_").to_lowercase();
+        let name = reason
+            .as_str_name()
+            .trim_start_matches("REASON_")
+            .to_lowercase();
         json_response(status, &json!({ "error": self.0.chain(), "reason": name }))
     }
 }
 
 fn json_response(status: StatusCode, value: &Value) -> Response {
-    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
     (status, headers, value.to_string()).into_response()
 }
 
@@ -56,9 +62,13 @@ fn json_response(status: StatusCode, value: &Value) -> Response {
 /// # Errors
 /// `InvalidArgument` where it is no number.
 pub(super) fn number(query: Option<&str>, name: &str) -> Result<Option<u64>, Error> {
-    let Some(text) = text(query, name) else { return Ok(None) };
+    let Some(text) = text(query, name) else {
+        return Ok(None);
+    };
     let number = text.parse();
-    number.map(Some).map_err(|_| Error::invalid(name, format!("{name} is '{text}'; give a whole number")))
+    number
+        .map(Some)
+        .map_err(|_| Error::invalid(name, format!("{name} is '{text}'; give a whole number")))
 }
 
 /// A value of the address' query.

@@ -38,17 +38,32 @@ static ASSETS: &[Asset] = &assets! {
 
 /// Serves one of the files, or says that it has not changed.
 pub(super) async fn asset(uri: Uri, headers: HeaderMap) -> Response {
-    let path = if uri.path() == "/" { "/index.html" } else { uri.path() };
+    let path = if uri.path() == "/" {
+        "/index.html"
+    } else {
+        uri.path()
+    };
     let Some(asset) = ASSETS.iter().find(|asset| asset.path == path) else {
         return (StatusCode::NOT_FOUND, "there is no such page").into_response();
     };
     // Another build has other files under the same names, so a browser asks each time.
     let tag = format!("\"{}\"", &blake3::hash(asset.bytes).to_hex()[..16]);
-    let caching = [(header::ETAG, tag.clone()), (header::CACHE_CONTROL, "no-cache".to_owned())];
-    if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == tag.as_bytes()) {
+    let caching = [
+        (header::ETAG, tag.clone()),
+        (header::CACHE_CONTROL, "no-cache".to_owned()),
+    ];
+    if headers
+        .get(header::IF_NONE_MATCH)
+        .is_some_and(|known| known.as_bytes() == tag.as_bytes())
+    {
         return (StatusCode::NOT_MODIFIED, caching).into_response();
     }
-    (caching, [(header::CONTENT_TYPE, asset.kind)], Body::from(Bytes::from_static(asset.bytes))).into_response()
+    (
+        caching,
+        [(header::CONTENT_TYPE, asset.kind)],
+        Body::from(Bytes::from_static(asset.bytes)),
+    )
+        .into_response()
 }
 
 #[cfg(test)]
@@ -62,9 +77,14 @@ mod tests {
     #[test]
     fn every_file_of_the_page_is_embedded_and_they_are_small() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/page/web");
-        let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let files = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let embedded = ASSETS.iter().map(|asset| asset.path[1..].to_owned());
-        assert_eq!(files.collect::<BTreeSet<_>>(), embedded.collect::<BTreeSet<_>>());
+        assert_eq!(
+            files.collect::<BTreeSet<_>>(),
+            embedded.collect::<BTreeSet<_>>()
+        );
         let bytes: usize = ASSETS.iter().map(|asset| asset.bytes.len()).sum();
         assert!(bytes <= BYTES_MAX, "{bytes} bytes");
     }
@@ -77,7 +97,15 @@ mod tests {
         }
         for asset in ASSETS.iter().filter(|asset| asset.path.ends_with(".js")) {
             let text = std::str::from_utf8(asset.bytes).unwrap();
-            for forbidden in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"] {
+            for forbidden in [
+                "innerHTML",
+                "outerHTML",
+                "insertAdjacentHTML",
+                "document.write",
+                "eval(",
+                "http:",
+                "https:",
+            ] {
                 assert!(!text.contains(forbidden), "{}: {forbidden}", asset.path);
             }
         }

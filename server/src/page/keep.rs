@@ -12,7 +12,10 @@ pub(super) struct Keep<K, V> {
 
 impl<K: Eq + Hash + Clone, V: Clone> Keep<K, V> {
     pub fn new(most: usize) -> Self {
-        Self { most, kept: Mutex::default() }
+        Self {
+            most,
+            kept: Mutex::default(),
+        }
     }
 
     pub fn get(&self, key: &K) -> Option<V> {
@@ -55,7 +58,10 @@ mod tests {
         }
         assert_eq!(keep.get(&0), Some(0));
         keep.put(8, 80);
-        assert_eq!([0, 1, 2, 7, 8].map(|key| keep.get(&key)), [Some(0), None, None, Some(70), Some(80)]);
+        assert_eq!(
+            [0, 1, 2, 7, 8].map(|key| keep.get(&key)),
+            [Some(0), None, None, Some(70), Some(80)]
+        );
         let single = Keep::new(1);
         single.put("a", 1);
         single.put("b", 2);

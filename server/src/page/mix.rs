@@ -31,15 +31,30 @@ pub(super) async fn mix(State(page): State<Arc<Page>>, Path(id): Path<String>) -
     let newest = known.newest.map_or(0, |newest| newest + 1);
     let stride = newest.div_ceil(STEPS).max(1);
     let steps: Vec<u64> = (0..newest).step_by(stride as usize).collect();
-    let reads: Vec<_> = steps.iter().map(|step| at(&page, &known, *step, known.generations(*step))).collect();
-    let receipts: Vec<Option<Receipt>> = stream::iter(reads).buffered(AT_ONCE).try_collect().await?;
-    let scored = receipts.into_iter().flatten().filter(|r| r.summary.as_ref().is_some_and(has_scores)).collect();
+    let reads: Vec<_> = steps
+        .iter()
+        .map(|step| at(&page, &known, *step, known.generations(*step)))
+        .collect();
+    let receipts: Vec<Option<Receipt>> =
+        stream::iter(reads).buffered(AT_ONCE).try_collect().await?;
+    let scored = receipts
+        .into_iter()
+        .flatten()
+        .filter(|r| r.summary.as_ref().is_some_and(has_scores))
+        .collect();
     let known_too = known.clone();
     let count = tokio::task::spawn_blocking(move || counted(&known_too, &manifest, scored, stride));
-    Ok(Json(count.await.map_err(|e| Error::internal("counting the mix panicked").because(e))??))
+    Ok(Json(count.await.map_err(|e| {
+        Error::internal("counting the mix panicked").because(e)
+    })??))
 }
 
-fn counted(known: &Known, manifest: &Arc<Manifest>, receipts: Vec<Receipt>, stride: u64) -> Result<Value> {
+fn counted(
+    known: &Known,
+    manifest: &Arc<Manifest>,
+    receipts: Vec<Receipt>,
+    stride: u64,
+) -> Result<Value> {
     let spec = &known.facts.spec;
     let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
     let sources = manifest.sources.len();
@@ -50,15 +65,24 @@ fn counted(known: &Known, manifest: &Arc<Manifest>, receipts: Vec<Receipt>, stri
         let by_source = by_source(&of_step, sources);
         let total = sum(by_source.iter());
         steps.push(step);
-        lift.iter_mut().zip(&by_source).for_each(|(lift, counts)| lift.push(json!(self::lift(*counts, total))));
+        lift.iter_mut()
+            .zip(&by_source)
+            .for_each(|(lift, counts)| lift.push(json!(self::lift(*counts, total))));
         for (shard, [scanned, chosen]) in of_step {
             let entry = all.entry(shard).or_default();
             *entry = [entry[0] + scanned, entry[1] + chosen];
         }
     }
     let total = sum(all.values());
-    let mut shards: Vec<(String, [u64; 2])> = all.iter().map(|(shard, counts)| (name(manifest, *shard), *counts)).collect();
-    shards.sort_by(|a, b| lift_of(b.1, total).total_cmp(&lift_of(a.1, total)).then_with(|| a.0.cmp(&b.0)));
+    let mut shards: Vec<(String, [u64; 2])> = all
+        .iter()
+        .map(|(shard, counts)| (name(manifest, *shard), *counts))
+        .collect();
+    shards.sort_by(|a, b| {
+        lift_of(b.1, total)
+            .total_cmp(&lift_of(a.1, total))
+            .then_with(|| a.0.cmp(&b.0))
+    });
     if shards.len() > SHARDS {
         let lowest = shards.split_off(shards.len() - SHARDS / 2);
         shards.truncate(SHARDS / 2);
@@ -82,7 +106,9 @@ fn counted(known: &Known, manifest: &Arc<Manifest>, receipts: Vec<Receipt>, stri
 fn count_step(plan: &Plan, phases: &[Phase], step: u64, receipt: &Receipt) -> Result<Counts> {
     let mut counts = Counts::new();
     for candidate in plan.step(phases, step)?.candidates {
-        counts.entry((candidate.source, candidate.shard)).or_default()[0] += 1;
+        counts
+            .entry((candidate.source, candidate.shard))
+            .or_default()[0] += 1;
     }
     for row in &receipt.chosen {
         counts.entry((row.source, row.shard)).or_default()[1] += 1;
@@ -106,7 +132,8 @@ fn sum<'a>(counts: impl Iterator<Item = &'a [u64; 2]>) -> [u64; 2] {
 
 /// The share among the chosen over the share among the scanned; `None` where nothing was scanned.
 fn lift([scanned, chosen]: [u64; 2], [all_scanned, all_chosen]: [u64; 2]) -> Option<f64> {
-    (scanned > 0 && all_chosen > 0).then(|| chosen as f64 / all_chosen as f64 * all_scanned as f64 / scanned as f64)
+    (scanned > 0 && all_chosen > 0)
+        .then(|| chosen as f64 / all_chosen as f64 * all_scanned as f64 / scanned as f64)
 }
 
 fn lift_of(counts: [u64; 2], total: [u64; 2]) -> f64 {
@@ -114,9 +141,17 @@ fn lift_of(counts: [u64; 2], total: [u64; 2]) -> f64 {
 }
 
 fn name(manifest: &Manifest, (source, shard): (u32, u32)) -> String {
-    let path = manifest.sources.get(source as usize).and_then(|s| s.shards.get(shard as usize)).map(|s| s.path.as_str());
+    let path = manifest
+        .sources
+        .get(source as usize)
+        .and_then(|s| s.shards.get(shard as usize))
+        .map(|s| s.path.as_str());
     let path = path.unwrap_or_default();
-    if manifest.sources.len() > 1 { format!("{source}:{path}") } else { path.to_owned() }
+    if manifest.sources.len() > 1 {
+        format!("{source}:{path}")
+    } else {
+        path.to_owned()
+    }
 }
 
 fn shown(name: &str, counts: [u64; 2], total: [u64; 2]) -> Value {

@@ -4,8 +4,10 @@
 //! [`Page::router`] is the table of contents. `web/` holds the page itself, which is embedded.
 mod answer;
 mod assets;
+mod example;
 mod gate;
 mod keep;
+mod mix;
 mod pictures;
 mod runs;
 mod shown;
@@ -45,7 +47,13 @@ const FACTS_LAST: Duration = Duration::from_secs(1);
 /// Reads a block of a data set: image and caption are its first two columns.
 #[async_trait]
 pub trait Blocks: Send + Sync {
-    async fn block(&self, manifest: &Manifest, source: u32, shard: u32, block: u32) -> Result<Arc<RecordBatch>>;
+    async fn block(
+        &self,
+        manifest: &Manifest,
+        source: u32,
+        shard: u32,
+        block: u32,
+    ) -> Result<Arc<RecordBatch>>;
 }
 
 /// One page on one state.
@@ -91,6 +99,8 @@ impl Page {
             .route("/runs/{run}/timeline", get(timeline::timeline))
             .route("/runs/{run}/steps/{step}", get(steps::step))
             .route("/runs/{run}/steps/{step}/receipt", get(steps::receipt))
+            .route("/runs/{run}/examples/{row}", get(example::example))
+            .route("/runs/{run}/mix", get(mix::mix))
             .route("/runs/{run}/captions", get(pictures::captions))
             .route("/runs/{run}/pictures/{row}", get(pictures::picture))
             .with_state(self);
@@ -113,10 +123,19 @@ impl Page {
     /// `RunNotFound`; those of storage.
     async fn known(&self, id: &str) -> Result<Arc<Known>> {
         let key = id.to_owned();
-        if let Some((_, known)) = self.runs.get(&key).filter(|(read, _)| read.elapsed() < FACTS_LAST) {
+        if let Some((_, known)) = self
+            .runs
+            .get(&key)
+            .filter(|(read, _)| read.elapsed() < FACTS_LAST)
+        {
             return Ok(known);
         }
-        let none = || Error::new(Reason::RunNotFound, format!("there is no run '{id}' in {}", self.state.uri()));
+        let none = || {
+            Error::new(
+                Reason::RunNotFound,
+                format!("there is no run '{id}' in {}", self.state.uri()),
+            )
+        };
         if !is_run_id(id) {
             return Err(none());
         }
@@ -125,7 +144,12 @@ impl Page {
         let facts = run::load(&location).await?.ok_or_else(none)?;
         let receipts = Receipts::new(location);
         let newest = receipts.newest(&facts.chain).await?;
-        let known = Arc::new(Known { id: key.clone(), facts, receipts, newest });
+        let known = Arc::new(Known {
+            id: key.clone(),
+            facts,
+            receipts,
+            newest,
+        });
         self.runs.put(key, (Instant::now(), known.clone()));
         Ok(known)
     }
@@ -159,13 +183,17 @@ impl Page {
     }
 
     async fn permit<'a>(&self, of: &'a Semaphore) -> Result<tokio::sync::SemaphorePermit<'a>> {
-        of.acquire().await.map_err(|e| Error::internal("the run page stopped").because(e))
+        of.acquire()
+            .await
+            .map_err(|e| Error::internal("the run page stopped").because(e))
     }
 }
 
 impl Known {
     /// Generations whose receipt would hold for a step, best first.
     pub fn generations(&self, step: u64) -> Vec<u32> {
-        self.facts.chain.candidates(step, self.facts.chain.current())
+        self.facts
+            .chain
+            .candidates(step, self.facts.chain.current())
     }
 }

@@ -5,7 +5,7 @@ use super::{
     shown::{lag, word},
 };
 use crate::{
-    coordinator::{plan::plan::Plan, receipts::json::accounts, runs::registry::stored_state},
+    coordinator::{plan::planner::Plan, receipts::json::accounts, runs::registry::stored_state},
     error::{Error, Result},
 };
 use axum::extract::{Path, State};
@@ -23,14 +23,21 @@ const AT_ONCE: usize = 8;
 
 /// `GET /api/about`.
 pub(super) async fn about(State(page): State<Arc<Page>>) -> Answer {
-    Ok(Json(json!({ "state": page.state.uri(), "version": env!("CARGO_PKG_VERSION") })))
+    Ok(Json(
+        json!({ "state": page.state.uri(), "version": env!("CARGO_PKG_VERSION") }),
+    ))
 }
 
 /// `GET /api/runs`: the newest commit first.
 pub(super) async fn list(State(page): State<Arc<Page>>) -> Answer {
     let names = page.state.folders("runs").await?;
     let more = names.len().saturating_sub(LISTED);
-    let looks: Vec<_> = names.iter().rev().take(LISTED).map(|id| look(&page, id)).collect();
+    let looks: Vec<_> = names
+        .iter()
+        .rev()
+        .take(LISTED)
+        .map(|id| look(&page, id))
+        .collect();
     let found: Vec<_> = stream::iter(looks).buffered(AT_ONCE).try_collect().await?;
     let mut runs: Vec<Value> = found.into_iter().flatten().collect();
     runs.sort_by_key(|run| std::cmp::Reverse(run["committed_unix_ms"].as_i64()));
@@ -73,7 +80,11 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
     let sources = manifest.sources.iter().map(|source| {
         json!({ "uri": source.uri, "rows": source.rows(), "shards": source.shards.len(), "weight": source.weight })
     });
-    let rewinds = facts.chain.began().into_iter().filter(|began| began.generation > 0);
+    let rewinds = facts
+        .chain
+        .began()
+        .into_iter()
+        .filter(|began| began.generation > 0);
     let committed = summary.as_ref().map(|summary| summary.committed_unix_ms);
     Ok(Json(json!({
         "run": known.id,
@@ -109,21 +120,36 @@ fn state(known: &Known) -> String {
 }
 
 fn now_ms() -> Option<i64> {
-    SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_millis().try_into().ok()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()?
+        .as_millis()
+        .try_into()
+        .ok()
 }
 
 impl Known {
     /// The phase of the newest step.
     fn phase(&self) -> Option<&Phase> {
         let step = self.newest.unwrap_or(0);
-        self.facts.spec.phases.iter().rev().find(|phase| phase.from_step <= step)
+        self.facts
+            .spec
+            .phases
+            .iter()
+            .rev()
+            .find(|phase| phase.from_step <= step)
     }
 
     /// # Errors
     /// `StepNotCommitted`.
     pub(super) fn not_committed(&self, step: u64) -> Error {
-        let newest = self.newest.map_or("none is".to_owned(), |newest| format!("the newest is {newest}"));
-        let message = format!("step {step} of run '{}' is not committed; {newest}", self.id);
+        let newest = self.newest.map_or("none is".to_owned(), |newest| {
+            format!("the newest is {newest}")
+        });
+        let message = format!(
+            "step {step} of run '{}' is not committed; {newest}",
+            self.id
+        );
         Error::new(Reason::StepNotCommitted, message)
     }
 }

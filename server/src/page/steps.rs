@@ -1,7 +1,7 @@
 //! One step: its receipt, as columns for the page or whole.
 use super::{
     Known, Page,
-    answer::{Answer, Failed, Json, number, text},
+    answer::{Answer, Failed, Json, number},
 };
 use crate::{
     coordinator::receipts::{
@@ -30,7 +30,10 @@ pub(super) async fn step(
 ) -> Answer {
     let receipt = find(&page, &id, &step, query.as_deref()).await?;
     let summary = receipt.summary.clone().unwrap_or_default();
-    let (scanned, bad) = (summary.cost.unwrap_or_default().candidates_scanned, receipt.bad_rows.len() as u64);
+    let (scanned, bad) = (
+        summary.cost.unwrap_or_default().candidates_scanned,
+        receipt.bad_rows.len() as u64,
+    );
     let scored = has_scores(&summary);
     Ok(Json(json!({
         "summary": json::summary(&summary),
@@ -50,21 +53,37 @@ pub(super) async fn receipt(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Failed> {
     let receipt = find(&page, &id, &step, query.as_deref()).await?;
-    Ok(([(header::CONTENT_TYPE, "application/json")], to_json(&receipt).to_string()).into_response())
+    Ok((
+        [(header::CONTENT_TYPE, "application/json")],
+        to_json(&receipt).to_string(),
+    )
+        .into_response())
 }
 
 async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<Receipt> {
-    let step: u64 = step.parse().map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
+    let step: u64 = step
+        .parse()
+        .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
     let known = page.known(id).await?;
     let generations = match number(query, "generation")? {
-        Some(asked) => known.facts.chain.candidates(step, u32::try_from(asked).unwrap_or(u32::MAX)),
+        Some(asked) => known
+            .facts
+            .chain
+            .candidates(step, u32::try_from(asked).unwrap_or(u32::MAX)),
         None => known.generations(step),
     };
-    at(page, &known, step, generations).await?.ok_or_else(|| known.not_committed(step))
+    at(page, &known, step, generations)
+        .await?
+        .ok_or_else(|| known.not_committed(step))
 }
 
 /// The receipt of the first generation that has one.
-pub(super) async fn at(page: &Page, known: &Known, step: u64, generations: Vec<u32>) -> Result<Option<Receipt>> {
+pub(super) async fn at(
+    page: &Page,
+    known: &Known,
+    step: u64,
+    generations: Vec<u32>,
+) -> Result<Option<Receipt>> {
     let _permit = page.permit(&page.reads).await?;
     for generation in generations {
         if let Some(receipt) = known.receipts.find(step, generation).await? {

@@ -17,12 +17,20 @@ const POINTS: u64 = 512;
 const AT_ONCE: usize = 8;
 
 /// `GET /api/runs/{run}/timeline?from=N&to=N`.
-pub(super) async fn timeline(State(page): State<Arc<Page>>, Path(id): Path<String>, RawQuery(query): RawQuery) -> Answer {
+pub(super) async fn timeline(
+    State(page): State<Arc<Page>>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Answer {
     let known = page.known(&id).await?;
     let from = number(query.as_deref(), "from")?.unwrap_or(0);
     let newest = known.newest.unwrap_or(0);
     let to = number(query.as_deref(), "to")?.map_or(newest, |to| to.min(newest));
-    let (stride, steps) = if known.newest.is_some() { sampled(from, to) } else { (1, Vec::new()) };
+    let (stride, steps) = if known.newest.is_some() {
+        sampled(from, to)
+    } else {
+        (1, Vec::new())
+    };
     let found = read(&page, &known, &steps).await?;
     Ok(Json(columns(&found, stride, known.newest)))
 }
@@ -43,16 +51,30 @@ fn sampled(from: u64, to: u64) -> (u64, Vec<u64>) {
 }
 
 /// The summaries of those steps that are committed.
-pub(super) async fn read(page: &Page, known: &Known, steps: &[u64]) -> Result<Vec<Arc<ReceiptSummary>>> {
-    let reads: Vec<_> = steps.iter().map(|step| page.summary(known, *step)).collect();
+pub(super) async fn read(
+    page: &Page,
+    known: &Known,
+    steps: &[u64],
+) -> Result<Vec<Arc<ReceiptSummary>>> {
+    let reads: Vec<_> = steps
+        .iter()
+        .map(|step| page.summary(known, *step))
+        .collect();
     let found: Vec<_> = stream::iter(reads).buffered(AT_ONCE).try_collect().await?;
     Ok(found.into_iter().flatten().collect())
 }
 
 fn columns(found: &[Arc<ReceiptSummary>], stride: u64, newest: Option<u64>) -> Value {
-    let column = |of: &dyn Fn(&ReceiptSummary) -> Value| Value::Array(found.iter().map(|summary| of(summary)).collect());
+    let column = |of: &dyn Fn(&ReceiptSummary) -> Value| {
+        Value::Array(found.iter().map(|summary| of(summary)).collect())
+    };
     let seconds = |of: fn(&superbatch_proto::v1::StageSeconds) -> f64| {
-        column(&|s| json!(of(&s.cost.and_then(|cost| cost.seconds).unwrap_or_default())))
+        column(&|s| {
+            json!(of(&s
+                .cost
+                .and_then(|cost| cost.seconds)
+                .unwrap_or_default()))
+        })
     };
     let stages: Map<String, Value> = [
         ("plan", seconds(|s| s.plan)),
@@ -101,10 +123,17 @@ mod tests {
         assert_eq!(sampled(0, 0), (1, vec![0]));
         assert_eq!(sampled(5, 4), (1, vec![]));
         let (stride, steps) = sampled(0, 99_999);
-        assert_eq!((stride, steps.first(), steps.last()), (256, Some(&0), Some(&99_999)));
+        assert_eq!(
+            (stride, steps.first(), steps.last()),
+            (256, Some(&0), Some(&99_999))
+        );
         assert!(steps.len() as u64 <= POINTS + 1);
         let longer = sampled(0, 100_300).1;
-        assert_eq!(longer[..390], steps[..390], "as it was, but for what is new");
+        assert_eq!(
+            longer[..390],
+            steps[..390],
+            "as it was, but for what is new"
+        );
         let (stride, steps) = sampled(99_000, 99_999);
         assert_eq!((stride, steps[0], steps.len()), (2, 99_000, 501));
     }
