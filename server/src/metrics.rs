@@ -170,6 +170,9 @@ pub fn begin(process: Process) {
     ["ok", "cancelled"]
         .into_iter()
         .for_each(|outcome| select_requests(outcome).increment(0));
+    ["ok", "not_found", "invalid", "failed"]
+        .into_iter()
+        .for_each(|outcome| page_requests(outcome).increment(0));
     ["normal", "stale", "uniform", "reference_only"]
         .into_iter()
         .for_each(|mode| steps_committed(mode).increment(0));
