@@ -64,11 +64,12 @@ async function one(view, ids, step) {
   const spans = (summary) => JSON.stringify(summary.scanned.map(({ source, epoch, start, count }) => [source, epoch, start, count]));
   const same = first.dataset_manifest === second.dataset_manifest && first.seed === second.seed && spans(first) === spans(second);
   const union = keys[0].size + keys[1].size - shared.length;
-  const show = (n) => h("div.thumbs", {}, [...keys[n]].filter((key) => !keys[1 - n].has(key)).slice(0, 24).map((key) =>
-    h("a", { href: api.link.example(ids[n], key) }, h("img", { src: api.pictureUrl(ids[n], key, 96), alt: key, loading: "lazy", width: 56, height: 56 }))));
+  const alone = (n) => [...keys[n]].filter((key) => !keys[1 - n].has(key));
+  const thumb = (n, key) => h("a", { href: api.link.example(ids[n], key) }, h("img", { src: api.pictureUrl(ids[n], key, 96), alt: key, loading: "lazy", width: 56, height: 56 }));
+  const show = (n) => (alone(n).length ? h("div.thumbs", {}, alone(n).slice(0, 24).map((key) => thumb(n, key))) : h("p.dim", {}, "None."));
   return h("div", {},
     h("p", {}, same ? "Both looked at the same super-batch. " : "They looked at different super-batches: other seeds, sizes or data. ",
       `${plural(shared.length, "example")} of ${count(keys[0].size)} and ${count(keys[1].size)} are in both (${percent(union ? shared.length / union : 0)} of all). `,
       `Batch scores: ${number(receipts[0].has_scores ? first.batch_score : null)} and ${number(receipts[1].has_scores ? second.batch_score : null)}.`),
-    h("div.charts.after", {}, ids.map((id, n) => h("section.chart", {}, h("div.chart-head", {}, h("h3", {}, `Chosen by ${id} alone`)), show(n)))));
+    h("div.charts.after", {}, ids.map((id, n) => h("section.chart", {}, h("div.chart-head", {}, h("h3", {}, `Chosen by ${id} alone`, h("span.unit", {}, count(alone(n).length)))), show(n)))));
 }

@@ -10,7 +10,7 @@ export async function mix(view, id) {
   fill(view.place, h("header.title", {}, h("h1", {}, h("a", { href: api.link.run(id) }, id), h("span.dim", {}, " / "), "mix"), h("p", {}, "Reading the steps' receipts …")));
   const found = await api.mix(id, view.signal);
   const head = h("header.title", {}, h("h1", {}, h("a", { href: api.link.run(id) }, id), h("span.dim", {}, " / "), "mix"),
-    h("p", {}, `Of ${plural(found.steps.length, "step")}${found.stride > 1 ? `, every ${count(found.stride)}th` : ""}: ${count(found.scanned)} scanned, ${count(found.chosen)} chosen. `,
+    h("p", {}, `Of ${plural(found.steps.length, "step")}${found.stride > 1 ? ` (one in ${count(found.stride)})` : ""}: ${count(found.scanned)} scanned, ${count(found.chosen)} chosen. `,
       "Lift is the share among the chosen over the share among the scanned: 1 is what a uniform draw gives."));
   if (!found.steps.length) return fill(view.place, head, h("div.notice", {}, "No step that was drawn by scores is committed yet."));
   const place = h("div");
@@ -19,7 +19,7 @@ export async function mix(view, id) {
   const never = found.shards_never;
   fill(view.place, head, h("h2", {}, "Sources"), shares(found.sources), found.sources.length > 1 ? drift(view, id, found) : null,
     h("div.section-head", {}, h("h2", {}, "Shards"), choice("Order", orders, "high", show)),
-    h("p.dim.note", {}, `${plural(found.shards_scanned, "shard")} scanned; of ${never ? count(never) : "none"} no row was chosen.`), place);
+    h("p.dim.note", {}, `${plural(found.shards_scanned, "shard")} scanned; ${never ? `of ${count(never)} no row was chosen.` : "of each at least one row was chosen."}`), place);
   show("high");
 }
 
@@ -44,5 +44,5 @@ function drift(view, id, found) {
   const lines = new Lines({ title: "Lift over the steps", group: new Group(), series, onpick: (step) => (location.hash = api.link.step(id, step)) });
   lines.set(found.steps, Object.fromEntries(series.map(({ key }) => [key, found.lift[Number(key)]])));
   view.redraw = () => lines.draw();
-  return lines.element;
+  return h("div.after", {}, lines.element);
 }
