@@ -55,10 +55,12 @@ test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, da
 images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
 	scripts/images.sh
 
-wheel: $(READY) ## The Python client and the kernels as wheels, in target/wheels
+wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the server for the torch beside it
 	for folder in client/python scoring-kernels/python; do \
 	  (cd $$folder && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release); \
 	done
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
+	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
 
 demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm

@@ -17,7 +17,9 @@
 mod decode;
 mod jpeg;
 mod resize;
+mod thumbnail;
 
 pub use decode::{Error, ImageLimits, decode};
 pub use image::RgbImage;
 pub use resize::{Axis, Filter, Taps, resize};
+pub use thumbnail::thumbnail;

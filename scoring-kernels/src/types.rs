@@ -182,7 +182,7 @@ pub struct ModelEmbeddings<'a> {
 impl ModelEmbeddings<'_> {
     /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is
     /// not.
-    pub(crate) fn own_cosine(&self, index: u32) -> f64 {
+    pub fn own_cosine(&self, index: u32) -> f64 {
         const STRETCH: usize = 128;
         let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
         for start in (0..self.dim).step_by(STRETCH) {

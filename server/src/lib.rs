@@ -14,6 +14,8 @@ pub mod error;
 mod ipc;
 pub mod logging;
 pub mod metrics;
+#[cfg(feature = "torch")]
+pub mod page;
 mod selection;
 pub mod storage;
 #[cfg(feature = "torch")]

@@ -2,8 +2,8 @@
 use clap::{Parser, Subcommand};
 use std::{process::ExitCode, time::Duration};
 use superbatch_server::{
-    admin::{self, CheckArgs, ServeArgs, WorkerArgs},
-    app::{Serve, Work},
+    admin::{self, CheckArgs, PageArgs, ServeArgs, WorkerArgs},
+    app::{RunPage, Serve, Work},
     config::Config,
     error::{Error, Result},
 };
@@ -85,6 +85,17 @@ Examples:
   # For programs
   superbatch receipts my-run --last 1000 --json | jq .summary.batch_score")]
     Receipts(admin::receipts::ReceiptsArgs),
+    /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
+    ///
+    /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run, finished or crashed, and
+    /// writes nothing. Prints its address once it is ready.
+    #[command(after_long_help = "\
+Examples:
+  # The state in ./superbatch-state
+  superbatch page
+  # A state in object storage, while a service runs on this machine
+  superbatch page --state s3://bucket/superbatch --listen 127.0.0.1:0")]
+    Page(PageArgs),
     // Its comment is that of its arguments.
     Select(admin::select::SelectArgs),
     /// Write the generated reference pages into a folder.
@@ -112,12 +123,25 @@ fn run(command: Command) -> Result<String> {
         Command::Serve(args) => with_runtime(args.load()?, async |config| {
             let serve = Serve::build(config).await?;
             admin::announce("serving", serve.address(), serve.metrics_address());
+            serve
+                .page_address()
+                .into_iter()
+                .for_each(admin::announce_page);
             serve.run(admin::terminated()).await.map(|()| String::new())
         }),
         Command::Worker(args) => with_runtime(args.load()?, async |config| {
             let work = Work::build(config).await?;
             admin::announce("working", work.address(), work.metrics_address());
             work.run(admin::terminated()).await.map(|()| String::new())
+        }),
+        Command::Page(args) => with_runtime(args.load()?, async |config| {
+            let page = RunPage::build(&config).await?;
+            admin::announce_page(page.address());
+            tokio::select! {
+                () = page.run() => {}
+                () = admin::terminated() => {}
+            }
+            Ok(String::new())
         }),
         Command::CheckConfig(args) => admin::check_config(&args),
         Command::Index(args) => with_runtime(args.settings.load()?, async |config| {

@@ -95,6 +95,8 @@ declare! {
     /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the
     /// one that has been idle longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
+    /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `failed`.
+    counter page_requests(outcome) on Coordinator = "superbatch_page_requests_total", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.
@@ -174,6 +176,9 @@ pub fn begin(process: Process) {
     ["ok", "cancelled"]
         .into_iter()
         .for_each(|outcome| select_requests(outcome).increment(0));
+    ["ok", "not_found", "invalid", "failed"]
+        .into_iter()
+        .for_each(|outcome| page_requests(outcome).increment(0));
     ["normal", "stale", "uniform", "reference_only"]
         .into_iter()
         .for_each(|mode| steps_committed(mode).increment(0));

@@ -141,6 +141,7 @@ impl Cluster {
         let mut config = Config {
             listen: any,
             metrics_listen: None,
+            page_listen: None,
             state: self.uri("state"),
             ..Config::default()
         };

@@ -128,6 +128,8 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         cost: maybe(py, summary.cost.as_ref(), accounts)?,
         tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
         left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
+        uniform_score: summary.uniform_score,
+        trainer_wait_seconds: summary.trainer_wait_seconds,
     })
 }
 
@@ -159,7 +161,9 @@ fn left_out(py: Python<'_>, counts: &v1::LeftOut) -> Shown {
 
 pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
     let chosen = |row: &v1::ChosenRow| {
-        dict!(py, row, [id, source, shard, row, position, chunk, score, weight], {
+        dict!(py, row, [
+            id, source, shard, row, position, chunk, score, weight, own_score, learner_loss, reference_loss,
+        ], {
             fidelity: short(row.fidelity().as_str_name(), "FIDELITY_"),
             content_hash: PyBytes::new(py, &row.content_hash),
         })
@@ -168,10 +172,29 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
         let reason = short(row.reason().as_str_name(), "BAD_ROW_REASON_");
         dict!(py, row, [id, position, detail], { reason: reason })
     };
+    let passed = |row: &v1::PassedRow| {
+        dict!(
+            py,
+            row,
+            [
+                id,
+                source,
+                shard,
+                row,
+                position,
+                own_score,
+                learner_loss,
+                reference_loss,
+                sampled,
+            ],
+            {}
+        )
+    };
     dict!(py, receipt, [], {
         summary: maybe(py, receipt.summary.as_ref(), receipt_summary)?,
         chosen: list(py, receipt.chosen.iter().map(chosen))?,
         bad_rows: list(py, receipt.bad_rows.iter().map(bad_row))?,
+        passed_over: list(py, receipt.passed_over.iter().map(passed))?,
     })
 }
 

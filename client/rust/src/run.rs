@@ -220,6 +220,7 @@ impl Run {
             let part = page.receipt.ok_or_else(|| broken("without a receipt"))?;
             whole.chosen.extend(part.chosen);
             whole.bad_rows.extend(part.bad_rows);
+            whole.passed_over.extend(part.passed_over);
             whole.summary = part.summary;
             let Some(next) = next else { return Ok(whole) };
             if next <= request.row_offset {

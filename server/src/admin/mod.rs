@@ -68,6 +68,17 @@ pub struct WorkerArgs {
     device: Option<String>,
 }
 
+/// Options of `superbatch page`.
+#[derive(Debug, Clone, Args)]
+pub struct PageArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// Address to serve the page on; port 0 takes a free one. Comes before `page_listen` of the settings [default:
+    /// 127.0.0.1:9465]
+    #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
+    listen: Option<SocketAddr>,
+}
+
 /// Options of `superbatch check-config`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
@@ -112,6 +123,14 @@ impl ServeArgs {
                 config.worker.device = device;
             }
         })
+    }
+}
+
+impl PageArgs {
+    /// As [`ConfigArgs::load`].
+    pub fn load(self) -> Result<Config> {
+        self.settings
+            .load_with(|config| config.page_listen = self.listen.or(config.page_listen))
     }
 }
 
@@ -175,8 +194,17 @@ pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
     if let Some(metrics) = metrics {
         lines.push_str(&format!("superbatch metrics on http://{metrics}/metrics\n"));
     }
-    // A process that nobody listens to serves all the same.
-    if let Err(error) = print(&lines) {
+    say(&lines);
+}
+
+/// Says where the run page is.
+pub fn announce_page(address: SocketAddr) {
+    say(&format!("superbatch run page on http://{address}\n"));
+}
+
+/// A process that nobody listens to serves all the same.
+fn say(lines: &str) {
+    if let Err(error) = print(lines) {
         tracing::warn!(error = %error, "cannot write to standard output");
     }
 }

@@ -3,10 +3,13 @@
 //! stands on.
 mod embedded;
 mod http;
+mod page;
 mod transport;
 // Without LibTorch there is no worker, and what follows its making is never reached.
 #[cfg_attr(not(feature = "torch"), allow(unused_variables))]
 mod work;
+
+pub use page::RunPage;
 
 use self::transport::builder;
 use self::transport::drain;
@@ -116,6 +119,7 @@ impl Ground {
 /// A coordinator, bound and ready to run.
 pub struct Serve {
     ground: Ground,
+    page: Option<RunPage>,
     coordinator: Arc<Coordinator>,
 }
 
@@ -198,11 +202,18 @@ impl Serve {
             sizing: Arc::default(),
         };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
+        let page = page_of(&ground).await;
         let coordinator = Coordinator::new(deps, stores, state, identity);
         Ok(Self {
             ground,
+            page,
             coordinator,
         })
+    }
+
+    /// Where the run page is served, if it is.
+    pub fn page_address(&self) -> Option<SocketAddr> {
+        self.page.as_ref().map(RunPage::address)
     }
 
     /// Where trainers connect.
@@ -239,6 +250,7 @@ impl Serve {
             .ground
             .http
             .map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let page = self.page.map(|page| tokio::spawn(page.run()));
         let upkeep = tokio::spawn(upkeep(coordinator.clone()));
         let let_go = async move {
             upkeep.abort();
@@ -248,11 +260,21 @@ impl Serve {
         let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
         let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
-        if let Some(http) = http {
-            http.abort();
-        }
+        [http, page]
+            .into_iter()
+            .flatten()
+            .for_each(|served| served.abort());
         Ok(())
     }
+}
+
+/// The run page beside a coordinator. Nothing that trainers need fails by it.
+async fn page_of(ground: &Ground) -> Option<RunPage> {
+    let listen = ground.config.page_listen?;
+    let bound = RunPage::bind(&ground.stores, ground.state.clone(), listen).await;
+    bound
+        .inspect_err(|error| tracing::warn!(error = error.chain(), "there is no run page"))
+        .ok()
 }
 
 fn tell_build(device: &str) {
@@ -273,6 +295,7 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
         runs_max: settings.max_runs as usize,
         need_deadline_seconds: settings.need_deadline_seconds,
         snapshots_kept: settings.snapshots_kept.into(),
+        passed_over_max: settings.passed_over_max,
     })
 }
 

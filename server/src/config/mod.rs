@@ -11,8 +11,7 @@ use crate::{
     storage::{StorageConfig, can_hold_state},
 };
 pub use load::environment;
-pub use reference::commented_yaml;
-pub use reference::reference;
+pub use reference::{commented_yaml, reference};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -34,6 +33,8 @@ pub struct Config {
     /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none
     /// of them.
     pub metrics_listen: Option<SocketAddr>,
+    /// Address and port of the run page (docs/page.md), over plain HTTP. `null` serves none.
+    pub page_listen: Option<SocketAddr>,
     /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine,
     /// because TLS and tokens are not built yet; leave it to networks that you trust whole.
     pub allow_insecure: bool,
@@ -57,6 +58,7 @@ impl Default for Config {
         Self {
             listen: loopback(50051),
             metrics_listen: Some(loopback(9464)),
+            page_listen: Some(loopback(9465)),
             allow_insecure: false,
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
@@ -106,6 +108,9 @@ pub struct CoordinatorConfig {
     /// Newest snapshots of pushed weights that are kept of each run, beside those that its next
     /// steps are scored with. A rewind that chooses anew needs the weights of its time.
     pub snapshots_kept: u32,
+    /// Candidates passed over that a step's receipt names at most, never more than were chosen:
+    /// those of the best own scores, and a sample of the others. 0 names none.
+    pub passed_over_max: u32,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
@@ -127,6 +132,7 @@ impl Default for CoordinatorConfig {
             ready_bytes_max: 1 << 30,
             max_runs: 64,
             snapshots_kept: 32,
+            passed_over_max: 256,
             super_batch_size_max: 1 << 20,
             sub_batch_size_max: 1 << 17,
         }
@@ -275,13 +281,13 @@ impl Config {
         Err(Error::invalid("coordinator.selector_device", message))
     }
 
-    /// Nobody gets in: beyond loopback only where the operator said so, and then to listed data
-    /// alone.
+    /// Nobody gets in: beyond loopback only where the operator said so, to listed data alone.
     fn validate_reach(&self) -> Result<()> {
         let role = &self.worker_role;
         let listens = [
             ("listen", Some(self.listen)),
             ("metrics_listen", self.metrics_listen),
+            ("page_listen", self.page_listen),
             ("worker_role.listen", Some(role.listen)),
             ("worker_role.metrics_listen", role.metrics_listen),
         ];

@@ -221,6 +221,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let ready = coordinator.noted(&run, run.select(request, need).await)?;
     if need {
         metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
+        run.waits.note(asked.elapsed());
     }
     let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
     // Copies and hashes all that the rank gets.

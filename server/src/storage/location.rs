@@ -4,7 +4,8 @@ use crate::error::{Error, Result, chain};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path,
+    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
+    path::Path,
 };
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
@@ -83,6 +84,33 @@ impl Location {
                 if !is_bucket_missing(&source.to_string()) =>
             {
                 Ok(None)
+            }
+            Err(e) => Err(self.error("read", key, e)),
+        }
+    }
+
+    /// Up to `bytes` of an object's end, and its whole size; `None` where there is none. A store that cannot read from the end
+    /// gives all of it.
+    pub async fn end(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>> {
+        let options = GetOptions {
+            range: Some(GetRange::Suffix(bytes)),
+            ..Default::default()
+        };
+        let read = async {
+            let found = self.store.get_opts(&self.path(key), options).await?;
+            let size = found.meta.size;
+            Ok((found.bytes().await?, size))
+        };
+        match read.await {
+            Ok(found) => Ok(Some(found)),
+            Err(object_store::Error::NotFound { source, .. })
+                if !is_bucket_missing(&source.to_string()) =>
+            {
+                Ok(None)
+            }
+            Err(object_store::Error::NotSupported { .. }) => {
+                let whole = self.find(key).await?;
+                Ok(whole.map(|bytes| (bytes.clone(), bytes.len() as u64)))
             }
             Err(e) => Err(self.error("read", key, e)),
         }

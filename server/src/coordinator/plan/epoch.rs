@@ -69,6 +69,20 @@ impl EpochOrder {
         }
     }
 
+    /// The place of a row in the epoch's order; `None` where the source has no such row.
+    pub fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
+        let number = self
+            .blocks
+            .iter()
+            .position(|found| *found == (shard, block))?;
+        let start = self.starts[number] + u64::from(row);
+        if start >= self.starts[number + 1] {
+            return None;
+        }
+        let window = self.window(seed, start);
+        Some(window.start + window.permutation.inverse(start - window.start))
+    }
+
     fn window(&self, seed: u64, place: u64) -> Window {
         let block = self.starts.partition_point(|start| *start <= place) - 1;
         let number = block / self.window_blocks;

@@ -6,3 +6,4 @@ pub mod order;
 pub mod planner;
 pub mod rows;
 pub mod schedule;
+pub mod search;

@@ -30,11 +30,11 @@ const POSITIONS_MAX: u64 = 1 << 48;
 #[derive(Debug)]
 pub struct Plan {
     manifest: Arc<Manifest>,
-    seed: u64,
+    pub(super) seed: u64,
     epochs: u32,
     window_blocks: u32,
     /// Rows of each source.
-    rows: Vec<u64>,
+    pub(super) rows: Vec<u64>,
     /// Orders of the epochs in use, newest last.
     orders: Mutex<Vec<(u32, u64, Arc<EpochOrder>)>>,
 }
@@ -169,7 +169,7 @@ impl Plan {
     }
 
     /// Passes through `source`: as declared, and as many as there are positions for.
-    fn epochs_of(&self, source: usize) -> u64 {
+    pub(super) fn epochs_of(&self, source: usize) -> u64 {
         let most = POSITIONS_MAX / self.rows[source];
         if self.epochs > 0 {
             most.min(u64::from(self.epochs))
@@ -217,7 +217,7 @@ impl Plan {
     }
 
     /// Where each source stands before `step`, and its share of that step.
-    fn cursors(&self, phases: &[Phase], step: u64) -> Result<(Vec<Cursor>, Vec<u64>)> {
+    pub(super) fn cursors(&self, phases: &[Phase], step: u64) -> Result<(Vec<Cursor>, Vec<u64>)> {
         let mut cursors = vec![Cursor::default(); self.rows.len()];
         for (super_batch_size, from, to) in spans(phases) {
             let shares = self.shares(super_batch_size)?;
@@ -269,7 +269,7 @@ impl Plan {
         into.extend(placed.into_iter().map(|(_, candidate)| candidate));
     }
 
-    fn order(&self, source: u32, epoch: u64) -> Arc<EpochOrder> {
+    pub(super) fn order(&self, source: u32, epoch: u64) -> Arc<EpochOrder> {
         // Steps in flight are close together, so an epoch and its successor are in use at a time.
         let keep = 2 * self.rows.len();
         let mut orders = self.orders.lock().expect("no panic while held");

@@ -2,8 +2,8 @@
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
     Accounts, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion, EmbeddingDtype, Fidelity,
-    LeftOut, Loss, Mode, Policy, Receipt, ReceiptSummary, SourceSpan, StageSeconds, Tuning,
-    WeightsVersion,
+    LeftOut, Loss, Mode, PassedRow, Policy, Receipt, ReceiptSummary, SourceSpan, StageSeconds,
+    Tuning, WeightsVersion,
 };
 
 /// Names every field, so that a new one cannot be forgotten.
@@ -31,7 +31,7 @@ macro_rules! name {
     };
 }
 
-pub(super) fn summary(summary: &ReceiptSummary) -> Value {
+pub fn summary(summary: &ReceiptSummary) -> Value {
     object!(ReceiptSummary, summary, {
         run_id: json!(run_id),
         generation: json!(generation),
@@ -74,6 +74,8 @@ pub(super) fn summary(summary: &ReceiptSummary) -> Value {
         left_out: json!(left_out.as_ref().map(|left_out| {
             object!(LeftOut, left_out, [clip_score_at_least, neg_clip_loss_keep, duplicates_above])
         })),
+        uniform_score: json!(uniform_score),
+        trainer_wait_seconds: json!(trainer_wait_seconds),
     })
 }
 
@@ -91,16 +93,37 @@ pub fn receipt(receipt: &Receipt) -> Value {
             weight: json!(weight),
             fidelity: json!(super::json::fidelity_name(*fidelity)),
             content_hash: json!(content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+            own_score: json!(own_score),
+            learner_loss: json!(learner_loss),
+            reference_loss: json!(reference_loss),
         })
+    };
+    let passed = |row: &PassedRow| {
+        object!(
+            PassedRow,
+            row,
+            [
+                id,
+                source,
+                shard,
+                row,
+                position,
+                own_score,
+                learner_loss,
+                reference_loss,
+                sampled
+            ]
+        )
     };
     json!({
         "summary": receipt.summary.as_ref().map(summary),
         "chosen": receipt.chosen.iter().map(chosen).collect::<Vec<_>>(),
         "bad_rows": bad_rows(&receipt.bad_rows),
+        "passed_over": receipt.passed_over.iter().map(passed).collect::<Vec<_>>(),
     })
 }
 
-pub(super) fn bad_rows(rows: &[BadRow]) -> Value {
+pub fn bad_rows(rows: &[BadRow]) -> Value {
     let one = |row: &BadRow| {
         object!(BadRow, row, {
             id: json!(id),
@@ -137,7 +160,7 @@ fn version(version: &WeightsVersion) -> Value {
     object!(WeightsVersion, version, [version, step, generation, digest])
 }
 
-fn accounts(accounts: &Accounts) -> Value {
+pub fn accounts(accounts: &Accounts) -> Value {
     object!(Accounts, accounts, {
         candidates_scanned: json!(candidates_scanned),
         examples_selected: json!(examples_selected),

@@ -3,5 +3,6 @@ pub mod accounts;
 pub mod json;
 pub mod page;
 pub mod parquet;
+mod passed;
 pub mod store;
 pub mod wasted;

@@ -1,7 +1,7 @@
 //! A receipt in pages that fit into messages.
 use crate::error::{Error, Result};
 use prost::Message;
-use superbatch_proto::v1::{BadRow, ChosenRow, GetReceiptResponse, Receipt};
+use superbatch_proto::v1::{BadRow, ChosenRow, GetReceiptResponse, PassedRow, Receipt};
 
 /// Rows of a page, in bytes as they travel: well below what any gRPC client takes by default, which
 /// is 4 MiB.
@@ -10,7 +10,7 @@ const PAGE_BYTES_MAX: usize = 3 << 20;
 const ROW_OVERHEAD_BYTES: usize = 5;
 
 /// The page of `receipt` that begins with row `row_offset`; the chosen rows are counted first, then
-/// the bad ones. It holds at most `rows_max` rows (0: as many as fit), and at least one.
+/// the bad ones, then those passed over. It holds at most `rows_max` rows (0: as many as fit), and at least one.
 ///
 /// # Errors
 /// `InvalidArgument` where the receipt ends before `row_offset`.
@@ -19,8 +19,9 @@ pub fn page(receipt: Receipt, row_offset: u64, rows_max: u64) -> Result<GetRecei
         summary,
         chosen,
         bad_rows,
+        passed_over,
     } = receipt;
-    let rows = chosen.len() + bad_rows.len();
+    let rows = chosen.len() + bad_rows.len() + passed_over.len();
     let first = usize::try_from(row_offset)
         .ok()
         .filter(|first| *first <= rows)
@@ -33,27 +34,30 @@ pub fn page(receipt: Receipt, row_offset: u64, rows_max: u64) -> Result<GetRecei
     let sizes = chosen
         .iter()
         .map(ChosenRow::encoded_len)
-        .chain(bad_rows.iter().map(BadRow::encoded_len));
+        .chain(bad_rows.iter().map(BadRow::encoded_len))
+        .chain(passed_over.iter().map(PassedRow::encoded_len));
     let count = fit(sizes.skip(first), rows_max);
-    let (chosen_left, bad_first) = (
-        chosen.len().saturating_sub(first),
-        first.saturating_sub(chosen.len()),
-    );
-    let chosen: Vec<ChosenRow> = chosen.into_iter().skip(first).take(count).collect();
-    let bad_rows = bad_rows
-        .into_iter()
-        .skip(bad_first)
-        .take(count.saturating_sub(chosen_left))
-        .collect();
+    let (mut skip, mut take) = (first, count);
+    let receipt = Receipt {
+        summary,
+        chosen: cut(chosen, &mut skip, &mut take),
+        bad_rows: cut(bad_rows, &mut skip, &mut take),
+        passed_over: cut(passed_over, &mut skip, &mut take),
+    };
     let next = first + count;
     Ok(GetReceiptResponse {
-        receipt: Some(Receipt {
-            summary,
-            chosen,
-            bad_rows,
-        }),
+        receipt: Some(receipt),
         next_row_offset: (next < rows).then_some(next as u64),
     })
+}
+
+/// The part of one list of rows that a page holds: `skip` and `take` are of all lists that follow, and become those of the next.
+fn cut<T>(rows: Vec<T>, skip: &mut usize, take: &mut usize) -> Vec<T> {
+    let skipped = rows.len().min(*skip);
+    let taken: Vec<T> = rows.into_iter().skip(skipped).take(*take).collect();
+    *skip -= skipped;
+    *take -= taken.len();
+    taken
 }
 
 /// How many rows of these sizes fit.
@@ -82,13 +86,20 @@ mod tests {
             position,
             ..sample.chosen[0].clone()
         });
+        let named = bad / 2;
         let bad = (0..bad as u64).map(|position| BadRow {
             position,
             ..sample.bad_rows[0].clone()
         });
+        let passed = (0..named as u64).map(|position| PassedRow {
+            position,
+            id: "p".into(),
+            ..Default::default()
+        });
         Receipt {
             chosen: chosen.collect(),
             bad_rows: bad.collect(),
+            passed_over: passed.collect(),
             ..sample
         }
     }
@@ -100,10 +111,16 @@ mod tests {
             let found = page(receipt.clone(), offset, rows_max).unwrap();
             assert!(found.encoded_len() < 4 << 20);
             let part = found.receipt.unwrap();
-            assert!(!part.chosen.is_empty() || !part.bad_rows.is_empty());
+            let rows = [
+                part.chosen.len(),
+                part.bad_rows.len(),
+                part.passed_over.len(),
+            ];
+            assert!(rows.iter().sum::<usize>() > 0);
             whole.summary = part.summary;
             whole.chosen.extend(part.chosen);
             whole.bad_rows.extend(part.bad_rows);
+            whole.passed_over.extend(part.passed_over);
             (next, pages) = (found.next_row_offset, pages + 1);
         }
         (whole, pages)
@@ -116,7 +133,7 @@ mod tests {
         let (whole, pages) = assembled(&receipt, 0);
         assert!(whole == receipt && pages > 2);
         let (whole, pages) = assembled(&large(5, 4), 2);
-        assert!(whole == large(5, 4) && pages == 5);
+        assert!(whole == large(5, 4) && pages == 6);
         assert_eq!(
             assembled(&large(3, 1), 0).1,
             1,

@@ -4,7 +4,10 @@
 //! Any Parquet reader gets the rows, and the summary and the bad rows as JSON; beside them lie the
 //! exact protobuf bytes in hex, from which [`decode`] restores what [`encode`] was given.
 
-use super::json::{self, fidelity_name};
+use super::{
+    json::{self, fidelity_name},
+    passed,
+};
 use crate::{
     error::{Error, Result},
     selection::is_scored,
@@ -21,7 +24,10 @@ use parquet::{
     arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder},
     basic::{Compression, ZstdLevel},
     errors::ParquetError,
-    file::{metadata::KeyValue, properties::WriterProperties},
+    file::{
+        metadata::{KeyValue, ParquetMetaData, ParquetMetaDataReader},
+        properties::WriterProperties,
+    },
 };
 use prost::Message;
 use std::{fmt::Write, sync::Arc};
@@ -29,6 +35,7 @@ use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
 
 const SUMMARY: &str = "superbatch.summary";
 const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
+const PASSED_OVER: &str = "superbatch.passed_over";
 const BAD_ROWS: &str = "superbatch.bad_rows";
 const BAD_ROWS_PROTOBUF: &str = "superbatch.bad_rows.protobuf";
 
@@ -46,6 +53,9 @@ fn schema() -> Schema {
         column("weight", DataType::Float64),
         column("fidelity", DataType::Utf8),
         column("content_hash", DataType::Binary),
+        Field::new("own_score", DataType::Float64, true),
+        Field::new("learner_loss", DataType::Float64, true),
+        Field::new("reference_loss", DataType::Float64, true),
     ])
 }
 
@@ -81,6 +91,7 @@ fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
         summary,
         chosen,
         bad_rows,
+        passed_over,
     } = receipt;
     let bad_only = Receipt {
         bad_rows: bad_rows.clone(),
@@ -90,6 +101,12 @@ fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
         KeyValue::new(BAD_ROWS.into(), json::bad_rows(bad_rows).to_string()),
         KeyValue::new(BAD_ROWS_PROTOBUF.into(), to_hex(&bad_only.encode_to_vec())),
     ];
+    if !passed_over.is_empty() {
+        metadata.push(KeyValue::new(
+            PASSED_OVER.into(),
+            passed::encode(passed_over),
+        ));
+    }
     if let Some(summary) = summary {
         metadata.push(KeyValue::new(
             SUMMARY.into(),
@@ -121,6 +138,9 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
     let f64s = |of: fn(&ChosenRow) -> f64| {
         Arc::new(Float64Array::from_iter_values(chosen.iter().map(of))) as ArrayRef
     };
+    let maybe = |of: fn(&ChosenRow) -> Option<f64>| {
+        Arc::new(Float64Array::from_iter(chosen.iter().map(of))) as ArrayRef
+    };
     vec![
         Arc::new(StringArray::from_iter_values(
             chosen.iter().map(|row| &row.id),
@@ -138,38 +158,50 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
         Arc::new(BinaryArray::from_iter_values(
             chosen.iter().map(|row| &row.content_hash),
         )),
+        maybe(|row| row.own_score),
+        maybe(|row| row.learner_loss),
+        maybe(|row| row.reference_loss),
     ]
 }
 
 fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(bytes)?;
-    let metadata = builder
-        .metadata()
-        .file_metadata()
-        .key_value_metadata()
-        .cloned()
-        .unwrap_or_default();
-    let hex = |key: &str| {
-        metadata
-            .iter()
-            .find(|entry| entry.key == key)
-            .and_then(|entry| entry.value.clone())
-    };
-    let message = |key: &str| {
-        hex(key)
-            .map(|hex| from_hex(&hex).ok_or_else(|| damaged(key)))
-            .transpose()
-    };
-    let external = |e| ParquetError::External(Box::new(e));
-    let bad_rows = message(BAD_ROWS_PROTOBUF)?.ok_or_else(|| damaged(BAD_ROWS_PROTOBUF))?;
-    let mut receipt = Receipt::decode(bad_rows.as_slice()).map_err(external)?;
-    if let Some(summary) = message(SUMMARY_PROTOBUF)? {
-        receipt.summary = Some(ReceiptSummary::decode(summary.as_slice()).map_err(external)?);
+    let metadata = builder.metadata().clone();
+    let bad_rows = value(&metadata, BAD_ROWS_PROTOBUF).ok_or_else(|| damaged(BAD_ROWS_PROTOBUF))?;
+    let mut receipt: Receipt = message(bad_rows, BAD_ROWS_PROTOBUF)?;
+    receipt.summary = value(&metadata, SUMMARY_PROTOBUF)
+        .map(|hex| message(hex, SUMMARY_PROTOBUF))
+        .transpose()?;
+    if let Some(text) = value(&metadata, PASSED_OVER) {
+        receipt.passed_over = passed::decode(text).ok_or_else(|| damaged(PASSED_OVER))?;
     }
     for batch in builder.build()? {
         read_rows(&batch?, &mut receipt.chosen)?;
     }
     Ok(receipt)
+}
+
+/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` where it does not lie in there whole.
+pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
+    let mut reader = ParquetMetaDataReader::new();
+    reader.try_parse_sized(end, size).ok()?;
+    let metadata = reader.finish().ok()?;
+    message(value(&metadata, SUMMARY_PROTOBUF)?, SUMMARY_PROTOBUF).ok()
+}
+
+/// What the file's metadata hold under a key.
+fn value<'a>(metadata: &'a ParquetMetaData, key: &str) -> Option<&'a str> {
+    let entries = metadata.file_metadata().key_value_metadata()?;
+    entries
+        .iter()
+        .find(|entry| entry.key == key)?
+        .value
+        .as_deref()
+}
+
+fn message<M: Message + Default>(hex: &str, key: &str) -> Result<M, ParquetError> {
+    let bytes = from_hex(hex).ok_or_else(|| damaged(key))?;
+    M::decode(bytes.as_slice()).map_err(|e| ParquetError::External(Box::new(e)))
 }
 
 fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), ParquetError> {
@@ -185,6 +217,17 @@ fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), Parqu
     let score = column::<Float64Array>(batch, "score")?;
     let weight = column::<Float64Array>(batch, "weight")?;
     let content_hash = column::<BinaryArray>(batch, "content_hash")?;
+    // Receipts of earlier versions lack them.
+    let [own_score, learner_loss, reference_loss] = ["own_score", "learner_loss", "reference_loss"]
+        .map(|name| {
+            let found = batch.column_by_name(name)?;
+            found.as_any().downcast_ref::<Float64Array>()
+        });
+    let maybe = |column: Option<&Float64Array>, i: usize| {
+        column
+            .filter(|column| column.is_valid(i))
+            .map(|column| column.value(i))
+    };
     for i in 0..batch.num_rows() {
         into.push(ChosenRow {
             id: id.value(i).to_owned(),
@@ -197,6 +240,9 @@ fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), Parqu
             weight: weight.value(i),
             fidelity: fidelity_of(fidelity.value(i)).ok_or_else(|| damaged("fidelity"))?,
             content_hash: Bytes::copy_from_slice(content_hash.value(i)),
+            own_score: maybe(own_score, i),
+            learner_loss: maybe(learner_loss, i),
+            reference_loss: maybe(reference_loss, i),
         });
     }
     Ok(())

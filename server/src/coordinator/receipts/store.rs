@@ -1,13 +1,16 @@
 //! A run's receipts in object storage: one fact for each step and generation.
 use super::parquet;
 use crate::{
+    coordinator::facts::chain::Chain,
     error::{Error, Result},
     storage::{Created, Location},
 };
-use superbatch_proto::v1::Receipt;
+use superbatch_proto::v1::{Receipt, ReceiptSummary};
 
 /// Steps in one folder, so that the newest is found without listing a whole run.
 const FOLDER_STEPS: u64 = 1000;
+/// Read of a file's end for its summary: most of them lie in so much.
+const SUMMARY_BYTES: u64 = 64 << 10;
 
 /// What came of a commit.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,6 +72,43 @@ impl Receipts {
             .transpose()
     }
 
+    /// What [`Self::find`] finds, without its rows: reads the end of the file only.
+    pub async fn summary(&self, step: u64, generation: u32) -> Result<Option<ReceiptSummary>> {
+        let key = key(step, generation);
+        let Some((end, size)) = self.run.end(&key, SUMMARY_BYTES).await? else {
+            return Ok(None);
+        };
+        if let Some(summary) = parquet::decode_summary(&end, size) {
+            return Ok(Some(summary));
+        }
+        Ok(self
+            .find(step, generation)
+            .await?
+            .and_then(|receipt| receipt.summary))
+    }
+
+    /// The newest committed step of the trajectory that `chain` describes. Lists the newest folders only.
+    pub async fn newest(&self, chain: &Chain) -> Result<Option<u64>> {
+        let folders = self.run.folders("receipts").await?;
+        let mut numbers: Vec<u64> = folders
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        for number in numbers.into_iter().rev() {
+            let holds = |(step, generation): &(u64, u32)| {
+                chain
+                    .candidates(*step, chain.current())
+                    .contains(generation)
+            };
+            let found = self.list(&format!("receipts/{number}")).await?;
+            if let Some((step, _)) = found.into_iter().rev().find(holds) {
+                return Ok(Some(step));
+            }
+        }
+        Ok(None)
+    }
+
     /// All committed (step, generation), rising. Lists the whole run.
     pub async fn committed(&self) -> Result<Vec<(u64, u32)>> {
         self.list("receipts").await
@@ -102,7 +142,7 @@ fn parse(found: &str) -> Option<(u64, u32)> {
 mod tests {
     use super::*;
     use crate::{
-        coordinator::receipts::parquet::tests::sample,
+        coordinator::{facts::chain::Rewound, receipts::parquet::tests::sample},
         storage::{StorageConfig, Stores},
     };
 
@@ -176,6 +216,7 @@ mod tests {
     async fn steps_are_found_by_generation() {
         on_each_store(|receipts, run| async move {
             assert_eq!(receipts.committed().await.unwrap(), []);
+            assert_eq!(receipts.newest(&Chain::default()).await.unwrap(), None);
             for (step, generation) in [
                 (8, 0),
                 (9, 0),
@@ -203,6 +244,24 @@ mod tests {
                 (10_000, 0),
             ];
             assert_eq!(receipts.committed().await.unwrap(), all);
+            let reselected = |generation, to_step| Rewound {
+                generation,
+                to_step,
+                replay: false,
+            };
+            let chain = Chain::new(vec![reselected(1, 10), reselected(2, 9)]);
+            assert_eq!(
+                receipts.newest(&Chain::default()).await.unwrap(),
+                Some(10_000)
+            );
+            assert_eq!(
+                receipts.newest(&chain).await.unwrap(),
+                Some(12),
+                "in an older folder"
+            );
+            let whole = receipts.find(12, 2).await.unwrap().unwrap();
+            assert_eq!(receipts.summary(12, 2).await.unwrap(), whole.summary);
+            assert_eq!(receipts.summary(12, 1).await.unwrap(), None);
         })
         .await;
     }

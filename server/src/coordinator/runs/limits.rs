@@ -16,6 +16,8 @@ pub struct Limits {
     pub need_deadline_seconds: f64,
     /// Newest snapshots of each run that are kept beside those that uncommitted steps need.
     pub snapshots_kept: u64,
+    /// Candidates passed over that a receipt names at most.
+    pub passed_over_max: u32,
 }
 
 impl Limits {

@@ -4,8 +4,11 @@ pub use super::state::{State, run_state};
 use super::{calls::Calls, parts::Parts};
 use crate::{
     coordinator::{
-        receipts::wasted::Wasted, score::claims::Claims, spec::delivered, trainer::cell::Cell,
-        weights::Began,
+        facts::chain::Began,
+        receipts::wasted::Wasted,
+        score::claims::Claims,
+        spec::delivered,
+        trainer::{cell::Cell, waits::Waits},
     },
     error::Result,
 };
@@ -34,6 +37,7 @@ pub struct Run {
     /// Blocks whose reference embeddings are there or under way.
     pub claims: Claims,
     pub calls: Calls,
+    pub waits: Waits,
     pub me: Weak<Run>,
 }
 
@@ -55,6 +59,7 @@ impl Run {
             wasted: Wasted::default(),
             claims: Claims::default(),
             calls: Calls::default(),
+            waits: Waits::default(),
             me: me.clone(),
         })
     }

@@ -9,6 +9,7 @@ use crate::{
         weights::Published,
     },
     metrics,
+    selection::judged::Judged,
 };
 use std::{collections::BTreeMap, time::Duration};
 use superbatch_proto::v1::{
@@ -35,6 +36,8 @@ pub struct Decided {
     /// All operations so far, until a receipt has them.
     pub spent: Spent,
     pub cost: Accounts,
+    /// What is known of each candidate, where the step is drawn by scores.
+    pub judged: Option<Judged>,
     /// Workers that shared the candidates.
     workers: usize,
 }
@@ -58,6 +61,7 @@ impl Decided {
                 seconds: Some(StageSeconds::default()),
                 ..Default::default()
             },
+            judged: None,
             workers: 0,
         }
     }

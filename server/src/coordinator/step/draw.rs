@@ -7,9 +7,12 @@ use crate::{
         score::scored::Scored,
         spec::Asked,
     },
-    error::Result,
+    error::{Error, Result},
     metrics,
-    selection::is_scored,
+    selection::{
+        is_scored,
+        judged::{Judged, judge},
+    },
 };
 use superbatch_proto::v1::{
     Criterion, Loss, Mode, Phase, Policy, RunSpec, SelectBegin, SelectResponse,
@@ -47,13 +50,16 @@ impl Maker<'_> {
             begin.reference_scale,
             begin.reference_bias,
         ];
+        let (begin, learner, reference, judged) = judged(begin, learner, reference).await?;
+        decided.judged = judged;
         let drawn = self
             .run
             .deps
             .selector
             .select(begin, learner, reference)
             .await;
-        let drawn = drawn.map_err(|error| error.about(format!("step {}", decided.step)))?;
+        let mut drawn = drawn.map_err(|error| error.about(format!("step {}", decided.step)))?;
+        drawn.flops += decided.judged.as_ref().map_or(0.0, |judged| judged.flops);
         decided.spent.add(drawn.flops);
         metrics::stage_duration("select").record(drawn.seconds);
         metrics::flops("selection").increment(drawn.flops as u64);
@@ -66,6 +72,25 @@ impl Maker<'_> {
             _ => Ok(0.0),
         }
     }
+}
+
+/// What is asked, and what the candidates are by themselves.
+type Asking = (SelectBegin, Option<Scored>, Option<Scored>, Option<Judged>);
+
+/// Judges the candidates beside the runtime's threads.
+async fn judged(
+    begin: SelectBegin,
+    learner: Option<Scored>,
+    reference: Option<Scored>,
+) -> Result<Asking> {
+    let work = move || {
+        let [of_learner, of_reference] =
+            [&learner, &reference].map(|scored| scored.as_ref().map(|scored| &scored.embedded));
+        let judged = judge(&begin, of_learner, of_reference);
+        (begin, learner, reference, judged)
+    };
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Error::internal("judging the candidates panicked").because(e))
 }
 
 /// How the step is drawn: as its phase says, or as the mode that it was degraded to.

@@ -11,11 +11,12 @@ use crate::{
         spec::leaves_out,
     },
     error::Result,
+    selection::judged::{Passed, passed_over},
     storage::nonce,
 };
 use std::time::{SystemTime, UNIX_EPOCH};
 use superbatch_proto::v1::{
-    Accounts, BadRow, ChosenRow, Fidelity, Hole, Receipt, ReceiptSummary, RunSpec,
+    Accounts, BadRow, ChosenRow, Fidelity, Hole, PassedRow, Receipt, ReceiptSummary, RunSpec,
 };
 
 /// The receipt of a decided step; its totals are filled when it is committed.
@@ -39,7 +40,47 @@ pub fn receipt(
         summary: Some(summary(run, spec, super_batch, decided)),
         chosen: chosen(super_batch, decided, rows, id),
         bad_rows: decided.holes.iter().map(bad_row).collect(),
+        passed_over: passed(run, super_batch, decided, id),
     })
+}
+
+/// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay small.
+fn passed(
+    run: &Run,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    id: impl Fn(u32) -> (String, u64),
+) -> Vec<PassedRow> {
+    let Some(judged) = &decided.judged else {
+        return Vec::new();
+    };
+    let drawn = &decided.drawn.indices;
+    let most = drawn.len().min(run.deps.limits.passed_over_max as usize);
+    let row = |passed: Passed| {
+        let candidate = passed.candidate as usize;
+        let c = &super_batch.candidates[candidate];
+        let (id, row) = id(passed.candidate);
+        let loss = |model: usize| {
+            judged.losses[model]
+                .as_ref()
+                .map(|losses| losses[candidate] as f32)
+        };
+        PassedRow {
+            id,
+            source: c.source,
+            shard: c.shard,
+            row,
+            position: c.position,
+            own_score: judged.own[candidate] as f32,
+            learner_loss: loss(0),
+            reference_loss: loss(1),
+            sampled: passed.sampled,
+        }
+    };
+    passed_over(&judged.own, drawn, most)
+        .into_iter()
+        .map(row)
+        .collect()
 }
 
 pub fn chosen(
@@ -55,6 +96,10 @@ pub fn chosen(
         .enumerate()
         .flat_map(|(k, size)| std::iter::repeat_n(k as u32, *size as usize));
     let places = drawn.indices.iter().zip(chunk_of).enumerate();
+    let judged = decided.judged.as_ref();
+    let loss = |model: usize, candidate: u32| {
+        judged.and_then(|judged| Some(judged.losses[model].as_ref()?[candidate as usize]))
+    };
     let row = |(place, (candidate, chunk)): (usize, (&u32, u32))| {
         let c = &super_batch.candidates[*candidate as usize];
         let (id, row) = id(*candidate);
@@ -69,6 +114,9 @@ pub fn chosen(
             weight: drawn.weights[place],
             fidelity: Fidelity::Full as i32,
             content_hash: rows.hashes[place].clone().into(),
+            own_score: judged.map(|judged| judged.own[*candidate as usize]),
+            learner_loss: loss(0, *candidate),
+            reference_loss: loss(1, *candidate),
         }
     };
     places.map(row).collect()
@@ -129,6 +177,11 @@ pub fn summary(
         run_totals: None,
         tuning: phase.tuning,
         left_out: drawn.left_out.filter(|_| leaves_out(phase.tuning.as_ref())),
+        uniform_score: decided
+            .judged
+            .as_ref()
+            .and_then(|judged| judged.uniform_score),
+        trainer_wait_seconds: run.waits.take(),
     }
 }
 

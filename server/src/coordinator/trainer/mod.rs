@@ -3,3 +3,4 @@ pub mod cell;
 pub mod patience;
 pub mod ranks;
 pub mod sizing;
+pub mod waits;

@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 use std::{env, path::Path, process::Command};
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, LeftOut, Policy, SourceSpan, StageSeconds, Tuning,
+    Accounts, BadRow, BadRowReason, LeftOut, PassedRow, Policy, SourceSpan, StageSeconds, Tuning,
     WeightsVersion,
 };
 
@@ -17,6 +17,7 @@ pub fn sample(step: u64, generation: u32, nonce: &str) -> Receipt {
         weight: 1.0,
         fidelity: Fidelity::Full.into(),
         content_hash: Bytes::from(vec![i as u8; 16]),
+        own_score: (i > 0).then_some(0.25),
         ..Default::default()
     });
     let summary = ReceiptSummary {
@@ -67,6 +68,13 @@ pub fn sample(step: u64, generation: u32, nonce: &str) -> Receipt {
         summary: Some(summary),
         chosen: chosen.collect(),
         bad_rows: vec![bad],
+        passed_over: vec![PassedRow {
+            id: "00000.parquet#5".into(),
+            own_score: 0.1,
+            learner_loss: Some(0.3),
+            sampled: true,
+            ..Default::default()
+        }],
     }
 }
 
@@ -83,6 +91,21 @@ fn a_receipt_comes_back_as_it_was() {
     ] {
         assert_eq!(decode(encode(&receipt).unwrap()).unwrap(), receipt);
     }
+}
+
+#[test]
+fn a_summary_is_read_from_the_end_of_the_file() {
+    let receipt = sample(3, 1, "n");
+    let bytes = encode(&receipt).unwrap();
+    let size = bytes.len() as u64;
+    let footer = bytes.len() / 10;
+    assert_eq!(
+        decode_summary(&bytes.slice(footer..), size),
+        receipt.summary
+    );
+    assert_eq!(decode_summary(&bytes, size), receipt.summary);
+    assert_eq!(decode_summary(&bytes.slice(bytes.len() - 20..), size), None);
+    assert_eq!(decode_summary(&Bytes::from("no receipt"), 10), None);
 }
 
 #[test]
@@ -116,6 +139,9 @@ assert summary["cost"]["seconds"]["total"] == 0.25
 assert summary["tuning"] == {"duplicates_above": 0.95}, summary
 assert summary["left_out"] == {"clip_score_at_least": 0, "neg_clip_loss_keep": 0, "duplicates_above": 5}
 [bad] = json.loads(meta[b"superbatch.bad_rows"])
+passed = json.loads(meta[b"superbatch.passed_over"])
+assert passed["id"] == ["00000.parquet#5"] and passed["own_score"] == [0.1] and passed["reference_loss"] == [None]
+assert table["own_score"].to_pylist() == [None, 0.25, 0.25]
 assert bad == {"id": '00000.parquet#9 "ü"', "position": 49, "reason": "image_null", "detail": "no image"}, bad
 "#;
 
@@ -152,18 +178,24 @@ fn row() -> impl Strategy<Value = ChosenRow> {
         0..5_i32,
         prop::collection::vec(any::<u8>(), 0..20),
     );
-    (".{0,12}", places, numbers).prop_map(
-        |(id, (source, shard, row, position, chunk), (score, weight, fidelity, hash))| ChosenRow {
-            id,
-            source,
-            shard,
-            row,
-            position,
-            chunk,
-            score,
-            weight,
-            fidelity,
-            content_hash: hash.into(),
+    let judged = any::<[Option<f64>; 3]>();
+    (".{0,12}", places, numbers, judged).prop_map(
+        |(id, (source, shard, row, position, chunk), (score, weight, fidelity, hash), judged)| {
+            ChosenRow {
+                id,
+                source,
+                shard,
+                row,
+                position,
+                chunk,
+                score,
+                weight,
+                fidelity,
+                content_hash: hash.into(),
+                own_score: judged[0],
+                learner_loss: judged[1],
+                reference_loss: judged[2],
+            }
         },
     )
 }
@@ -173,7 +205,7 @@ proptest! {
     #[test]
     fn any_rows_come_back(chosen in prop::collection::vec(row(), 0..40), details in prop::collection::vec(".{0,20}", 0..5)) {
         let bad_rows = details.into_iter().map(|detail| BadRow { detail, ..Default::default() }).collect();
-        let receipt = Receipt { summary: None, chosen, bad_rows };
+        let receipt = Receipt { summary: None, chosen, bad_rows, passed_over: vec![] };
         prop_assert_eq!(decode(encode(&receipt).unwrap()).unwrap(), receipt);
     }
 }
