@@ -14,7 +14,6 @@ pub mod error;
 mod ipc;
 pub mod logging;
 pub mod metrics;
-#[cfg(feature = "torch")]
 pub mod page;
 mod selection;
 pub mod storage;
