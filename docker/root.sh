@@ -26,14 +26,15 @@ for library in $(needed "$binary" "${loaded[@]}") "${loaded[@]}"; do
   mkdir -p "$out$(dirname "$library")"
   cp -L "$library" "$out$library"
 done
-# Loaded by name while it runs: kernels that are compiled at start.
-for library in "$folder"/../../nvidia/*/lib/libnvrtc*.so*; do
-  if [ -e "$library" ] && [ "${#loaded[@]}" -gt 0 ]; then
+# Loaded by name while it runs, so that no loader tells of them: cuDNN's parts, LibTorch's for linear algebra, and the compiler of our
+# own kernels.
+if [ "${#loaded[@]}" -gt 0 ]; then
+  for library in "$folder"/../../nvidia/{*/lib/libnvrtc*,cudnn/lib/libcudnn*}.so* "$folder"/lib{torch_cuda_linalg,caffe2_nvrtc}.so; do
     library=$(realpath "$library")
     mkdir -p "$out$(dirname "$library")"
-    cp "$library" "$out$library"
-  fi
-done
+    cp -n "$library" "$out$library"
+  done
+fi
 
 cp /etc/ssl/certs/ca-certificates.crt "$out/etc/ssl/certs/"
 cp "$(dirname "$0")/LICENSE" "$out/usr/share/licenses/superbatch/" 2>/dev/null || cp LICENSE "$out/usr/share/licenses/superbatch/"
