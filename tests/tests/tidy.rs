@@ -124,7 +124,7 @@ fn files_and_functions_are_short() {
 /// The coordinator's rooms in the order in which they may import each other: a later one may import
 /// an earlier one, never the other way round. Stages of a step come in the order of the step.
 const ROOMS: [&str; 13] = [
-    "facts", "spec", "plan", "receipts", "workers", "score", "select", "serve", "weights",
+    "spec", "facts", "plan", "receipts", "workers", "score", "select", "serve", "weights",
     "trainer", "runs", "step", "service",
 ];
 

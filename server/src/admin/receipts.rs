@@ -11,7 +11,7 @@ use crate::{
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
-use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary};
+use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary, StageSeconds};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -242,20 +242,7 @@ fn head(s: &ReceiptSummary) -> String {
                 cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops
             ),
         ),
-        (
-            "seconds",
-            format!(
-                "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights \
-                {:.3}, select {:.3}",
-                seconds.total,
-                seconds.fetch,
-                seconds.decode,
-                seconds.embed_reference,
-                seconds.embed_learner,
-                seconds.wait_weights,
-                seconds.select
-            ),
-        ),
+        ("seconds", stages(&seconds)),
         (
             "on",
             format!(
@@ -270,6 +257,21 @@ fn head(s: &ReceiptSummary) -> String {
         .collect();
     text.push('\n');
     text
+}
+
+/// Where the step's time went, by stage.
+fn stages(seconds: &StageSeconds) -> String {
+    format!(
+        "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, \
+         select {:.3}",
+        seconds.total,
+        seconds.fetch,
+        seconds.decode,
+        seconds.embed_reference,
+        seconds.embed_learner,
+        seconds.wait_weights,
+        seconds.select
+    )
 }
 
 fn drawn_by(s: &ReceiptSummary) -> String {

@@ -1,6 +1,12 @@
 //! Generations: which trajectory's choice holds for a step. Pure.
-use crate::coordinator::weights::Began;
 use serde::{Deserialize, Serialize};
+
+/// Where a generation of the run began: at `step`, by a rewind (or at 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Began {
+    pub generation: u32,
+    pub step: u64,
+}
 
 /// A rewind: from `to_step` on, `generation` decides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,11 +4,11 @@ pub use super::state::{State, run_state};
 use super::{calls::Calls, parts::Parts};
 use crate::{
     coordinator::{
+        facts::chain::Began,
         receipts::wasted::Wasted,
         score::claims::Claims,
         spec::delivered,
         trainer::{cell::Cell, waits::Waits},
-        weights::Began,
     },
     error::Result,
 };

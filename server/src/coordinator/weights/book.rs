@@ -1,6 +1,7 @@
 //! The published weights of a run, over all its generations, and which of them a step may use. No
 //! I/O.
 use super::lag::Due;
+use crate::coordinator::facts::chain::Began;
 use std::collections::BTreeMap;
 use superbatch_proto::v1::WeightsVersion;
 
@@ -13,13 +14,6 @@ pub struct Published {
     /// Factor on cosines (exp applied) that these weights hold.
     pub logit_scale: f64,
     pub logit_bias: Option<f64>,
-}
-
-/// Where a generation of the run began: at `step`, by a rewind (or at 0).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Began {
-    pub generation: u32,
-    pub step: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -15,13 +15,13 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
+use crate::coordinator::facts::chain::Began;
 use crate::{
     error::{Error, Result},
     metrics,
     storage::Location,
 };
 use async_trait::async_trait;
-pub use book::Began;
 pub use book::Book;
 pub use book::Published;
 use futures::{StreamExt, TryStreamExt, stream};
