@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from examples.demo import tiny
 
-STEPS = 6
+# Two epochs, with which the run is over: no step is chosen ahead.
+ROWS, STEPS = 288, 6
 UNTIL = 2
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -27,7 +28,7 @@ BROWSER_MISSING = "no Chromium: the run page was NOT looked at in a browser (apt
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_dataset(folder / "pool", rows=768)
+    tiny.write_dataset(folder / "pool", rows=ROWS)
     for shard in (folder / "pool").glob("*.parquet"):
         table = pyarrow.parquet.read_table(shard)
         captions = [f"{HOSTILE} {n}" if n % 7 == 3 else text for n, text in enumerate(table["caption"].to_pylist())]
@@ -59,7 +60,7 @@ def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatc
         model_uri=(inputs / "learner").as_uri(), snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri())
     run = client.open_run(superbatch.RunSpec(
         run_id=run_id, sources=[(inputs / "pool").as_uri()], reference=(inputs / "reference").as_uri(), learner=learner,
-        phases=phases, loss="sigmoid", seed=5, micro_batch_rows=16))
+        phases=phases, loss="sigmoid", seed=5, micro_batch_rows=16, epochs=2))
     weights = load_file(inputs / "learner/model.safetensors")
     for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
         run.push_weights({name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()}, step=batch.step)
@@ -240,7 +241,7 @@ def test_a_hostile_caption_stays_text(page):
     page.goto(f"/#/runs/first/steps/{UNTIL}")
     page.locator(".rows .caption", has_text="onerror").first.wait_for()
     page.locator(".row", has_text="onerror").first.click()
-    page.locator("dialog .caption", has_text="<script>").wait_for()
+    page.locator("dialog p.caption", has_text="<script>").wait_for()
     assert page.title() == "first · Superbatch"
     assert page.locator("main script, dialog script, main img[src='x'], dialog img[src='x']").count() == 0
     page.get_by_role("link", name="Each time it was a candidate").click()

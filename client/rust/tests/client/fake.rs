@@ -424,6 +424,7 @@ impl selection_service_server::SelectionService for Fake {
             }),
             chosen: chosen.into_iter().collect(),
             bad_rows: bad_row.into_iter().collect(),
+            passed_over: Vec::new(),
         };
         let next_row_offset = match step {
             // A step whose pages do not end.
