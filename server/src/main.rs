@@ -166,6 +166,8 @@ fn with_runtime(
     admin::start_logging(&config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        // In a build without optimisation the nested futures of one slice pass the default of 2 MiB.
+        .thread_stack_size(8 << 20)
         .build();
     let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;
     let done = runtime.block_on(work(config));
