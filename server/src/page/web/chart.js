@@ -67,11 +67,12 @@ export class Group {
 
 /**
  * Lines, or with `stacked` areas on top of each other, over steps. `series` is [{key, label, color, dash}], `color` the name of
- * a CSS variable. Its `set` takes the steps and the values by key.
+ * a CSS variable. With `whole` the axis has whole numbers only; with `cut` a few values far above all others are cut off, which the
+ * legend then says. Its `set` takes the steps and the values by key.
  */
 export class Lines {
-  constructor({ title, note, unit, series, group, stacked = false, tall = false, wide = false, zero = false, text = number, tick, onpick }) {
-    Object.assign(this, { unit, series, group, stacked, zero, text, tick, onpick, steps: [], values: {}, bands: [], at: null });
+  constructor({ title, note, unit, series, group, stacked = false, tall = false, wide = false, zero = false, whole = false, cut = false, text = number, tick, onpick }) {
+    Object.assign(this, { unit, series, group, stacked, zero, whole, cut, text, tick, onpick, steps: [], values: {}, bands: [], at: null });
     this.canvas = h("canvas", { role: "img", tabindex: "-1" });
     this.legend = h("div.legend");
     this.canvas.addEventListener("pointermove", (event) => this.group.point(this.nearest(event)));
@@ -134,13 +135,22 @@ export class Lines {
     }
     if (this.stacked || this.zero) [low, high] = [Math.min(0, low), Math.max(0, high)];
     if (low > high) return null;
+    this.above = null;
+    if (this.cut) {
+      const seen = this.stacked ? layers.at(-1) : layers.flat();
+      const all = seen.map(([, value]) => value).filter((value) => value !== null && value !== undefined);
+      const usual = all.sort((a, b) => a - b)[Math.floor(0.95 * (all.length - 1))];
+      if (high > 3 * usual && usual > 0) {
+        this.above = high;
+        high = 1.6 * usual;
+      }
+    }
     const pad = low === high ? Math.abs(low) * 0.1 || 1 : (high - low) * 0.06;
     return [this.stacked || (this.zero && low === 0) ? low : low - pad, high + pad];
   }
 
   draw() {
     const { g, width, height } = surface(this.canvas);
-    this.tell();
     if (!width) return;
     const layers = this.layers();
     const range = this.steps.length ? this.range(layers) : null;
@@ -148,16 +158,23 @@ export class Lines {
       g.fillStyle = css("--dim");
       g.textAlign = "center";
       g.fillText("no figures yet", width / 2, height / 2);
+      this.tell();
       return;
     }
     const [first, last] = [this.steps[0], this.steps.at(-1)];
     const x = (step) => LEFT + ((step - first) / (last - first || 1)) * (width - LEFT - RIGHT);
     const y = (value) => height - BOTTOM - ((value - range[0]) / (range[1] - range[0])) * (height - TOP - BOTTOM);
     const xTicks = ticks(first, last, Math.max(2, width / 120)).filter(Number.isInteger);
-    axes(g, { x, y, width, height, xTicks, yTicks: ticks(...range, height > 200 ? 5 : 3), yText: this.tick });
+    axes(g, { x, y, width, height, xTicks, yTicks: ticks(...range, height > 200 ? 5 : 3).filter((t) => !this.whole || Number.isInteger(t)), yText: this.tick });
     this.drawBands(g, x, height);
+    g.save();
+    g.beginPath();
+    g.rect(LEFT, 0, width - LEFT - RIGHT + 1, height - BOTTOM + 1);
+    g.clip();
     layers.forEach((layer, n) => (this.stacked ? this.area(g, layer, x, y, n) : this.line(g, layer, x, y, n)));
+    g.restore();
     if (this.at !== null) this.crosshair(g, layers, x, y, height);
+    this.tell();
   }
 
   drawBands(g, x, height) {
@@ -231,6 +248,7 @@ export class Lines {
       swatch.style.setProperty("--swatch", `var(${color})`);
       items.push(h("span", {}, swatch, label));
     }
+    if (this.above) items.push(h("span", {}, "cut off, up to ", h("b", {}, this.text(this.above))));
     this.legend.replaceChildren(...items, ...(this.at === null || index < 0 ? [] : [h("span.dim", {}, `step ${count(this.steps[index])}`)]));
     const said = this.series.map(({ key, label }) => `${label} ${this.text(this.values[key]?.[index] ?? null)}`);
     this.canvas.setAttribute("aria-label", index < 0 ? "no figures yet" : `at step ${this.steps[index]}: ${said.join(", ")}`);

@@ -17,10 +17,10 @@ export async function compare(view, a, b) {
   const group = new Group();
   const charts = [
     ["Batch score over uniform", null, (line) => line.batch_score.map((score, n) => (score === null || line.uniform_score[n] === null ? null : score - line.uniform_score[n])), number],
-    ["Trainer's wait", "a step", (line) => line.trainer_wait, seconds, seconds],
-    ["Time", "a step", (line) => line.seconds.total, seconds, seconds],
+    ["Trainer's wait", "a step", (line) => line.trainer_wait, seconds, (x) => seconds(x, 2), true],
+    ["Time", "a step", (line) => line.seconds.total, seconds, (x) => seconds(x, 2), true],
     ["FLOPs so far", "selection, scoring included", (line) => line.selection_so_far, flops, (x) => flops(x, "")],
-  ].map(([title, unit, of, text, tick]) => both(view, group, ids, lines, { title, unit, of, text, tick }));
+  ].map(([title, unit, of, text, tick, cut]) => both(view, group, ids, lines, { title, unit, of, text, tick, cut }));
   const place = h("div");
   const last = Math.min(...facts.map((run) => run.newest ?? -1));
   const input = h("input", { type: "number", min: 0, max: Math.max(0, last), value: Math.max(0, last), "aria-label": "Step" });
@@ -30,13 +30,13 @@ export async function compare(view, a, b) {
   if (last >= 0) await look();
 }
 
-function both(view, group, ids, lines, { title, unit, of, text, tick }) {
+function both(view, group, ids, lines, { title, unit, of, text, tick, cut }) {
   const steps = [...new Set(lines.flatMap((line) => line.step))].sort((x, y) => x - y);
   const column = (line) => {
     const at = new Map(line.step.map((step, n) => [step, of(line)[n]]));
     return steps.map((step) => at.get(step) ?? null);
   };
-  const chart = new Lines({ title, unit, group, text, tick, series: [{ key: "a", label: ids[0], color: "--chosen" }, { key: "b", label: ids[1], color: "--warn" }] });
+  const chart = new Lines({ title, unit, group, text, tick, cut, zero: cut, series: [{ key: "a", label: ids[0], color: "--chosen" }, { key: "b", label: ids[1], color: "--warn" }] });
   chart.set(steps, { a: column(lines[0]), b: column(lines[1]) });
   const before = view.redraw;
   view.redraw = () => (before?.(), chart.draw());

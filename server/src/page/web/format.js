@@ -30,11 +30,11 @@ export function flops(x, unit = "FLOP") {
 }
 
 /** 12 ms, 1.20 s, 3 min 20 s, 2 h 5 min. */
-export function seconds(x) {
+export function seconds(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   if (x === 0) return "0 s";
   if (x < 1) return `${number(1000 * x, 2)} ms`;
-  if (x < 60) return `${number(x)} s`;
+  if (x < 60) return `${number(x, digits)} s`;
   if (x < 3600) return `${Math.floor(x / 60)} min ${Math.floor(x % 60)} s`;
   return `${count(Math.floor(x / 3600))} h ${Math.floor((x % 3600) / 60)} min`;
 }

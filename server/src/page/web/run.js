@@ -13,7 +13,6 @@ const RECENT = 20;
 const STAGES = [
   ["fetch", "fetch", "--stage-1"], ["decode", "decode", "--stage-2"], ["embed_reference", "reference", "--stage-3"],
   ["embed_learner", "learner", "--stage-4"], ["wait_weights", "waiting for weights", "--stage-5"], ["select", "select", "--stage-6"],
-  ["commit", "commit", "--stage-7"],
 ];
 
 export async function run(view, id) {
@@ -143,15 +142,15 @@ class Charts {
       series: [{ key: "own_chosen", label: "chosen", color: "--chosen" }, { key: "own_candidates", label: "all candidates", color: "--passed" }],
     });
     this.time = make({
-      title: "Time by stage", unit: "a step", wide: true, stacked: true, text: seconds, tick: seconds,
+      title: "Time by stage", unit: "a step", wide: true, stacked: true, cut: true, text: seconds, tick: (x) => seconds(x, 2),
       series: STAGES.map(([key, label, color]) => ({ key, label, color })),
     });
     this.wait = make({
-      title: "Trainer's wait", unit: "a step", zero: true, text: seconds, tick: seconds, note: "How long the slowest rank stood still for a batch.",
+      title: "Trainer's wait", unit: "a step", zero: true, cut: true, text: seconds, tick: (x) => seconds(x, 2), note: "How long the slowest rank stood still for a batch.",
       series: [{ key: "trainer_wait", label: "waited", color: "--warn" }],
     });
     this.lag = make({
-      title: "Lag and holes", zero: true, text: count,
+      title: "Lag and holes", zero: true, whole: true, text: count,
       series: [{ key: "lag", label: "lag, steps", color: "--chosen" }, { key: "holes", label: "holes, rows", color: "--bad" }],
     });
     this.flops = make({

@@ -141,7 +141,7 @@ class Table {
     const total = receipt.passed_over_total, kept = passed.length;
     const note = kept < total ? `A receipt keeps ${count(kept)} of the ${count(total)} that were passed over: those with the best own scores, and a sample of the rest.` : null;
     this.element = h("div", {}, h("div.section-head", {}, h("h2", {}, "Examples"), side, h("div.controls", {}, sort, drawn.length > 1 ? chunk : null, search)), note ? h("p.dim.note", {}, note) : null, this.sides);
-    const scores = [...chosen, ...passed].flatMap((row) => [row.own, row.score]).filter((score) => score !== null && score !== undefined);
+    const scores = [...chosen, ...passed.filter((row) => !row.sampled)].flatMap((row) => [row.own, row.score]).filter((score) => score !== null && score !== undefined);
     this.scale = [scores.reduce((a, b) => Math.min(a, b), 0), scores.reduce((a, b) => Math.max(a, b), 1e-9)];
     this.change({});
   }
@@ -216,7 +216,8 @@ class List {
 /** Own score and what batch-mates added, on one scale for all rows. */
 function bars(row, [low, high]) {
   if (row.own === null || row.own === undefined) return null;
-  const at = (value) => (value - low) / (high - low);
+  // A sampled example may lie far below all others.
+  const at = (value) => Math.max(0, (value - low) / (high - low));
   const bar = (from, to, kind) => part(h(`i.${kind}`), { left: at(Math.min(from, to)), width: Math.abs(at(to) - at(from)) });
   return h("span.track", {}, bar(0, row.own, "own"), row.added ? bar(row.own, row.own + row.added, "added") : null, part(h("i.zero"), { left: at(0) }));
 }
