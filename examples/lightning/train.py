@@ -84,7 +84,7 @@ def transform(folder: Path) -> ImageText:
 class Siglip(lightning.LightningModule):
     def __init__(self, folder: Path, lr: float):
         super().__init__()
-        self.model, self.lr = SiglipModel.from_pretrained(folder), lr
+        self.model, self.lr = SiglipModel.from_pretrained(folder).train(), lr
 
     def training_step(self, batch, index):
         loss = self.model(**batch).loss
