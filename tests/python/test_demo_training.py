@@ -78,7 +78,8 @@ def test_training_learns(one_rank, folder):
     trainer = Trainer(folder, settings, 0)
     rng = tiny.random.Random(0)
     images = [tiny.draw(colour, shape, rng) for colour in tiny.COLOURS for shape in tiny.SHAPES]
-    losses = [trainer.step(Batch(step, images, tiny.captions())) for step in range(30)]
+    pixels, tokens = trainer.transform.images(images), trainer.transform.captions(tiny.captions())
+    losses = [trainer.step(Batch(step, pixels, tokens)) for step in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     before = load(folder)
     assert not torch.equal(before.logit_bias, trainer.model.logit_bias)
@@ -111,9 +112,12 @@ def test_cooldown_ends_near_nothing():
     assert settings.learning_rate_at(99) == pytest.approx(0.02)
 
 
+START = 0.05
+
+
 def arm(policy: str, accuracies: list[float], cost: float) -> ArmResult:
-    points = [Point(10 * (i + 1), accuracy, accuracy / 2, 1.0, 100 * (i + 1), cost * (i + 1), cost * (i + 1))
-              for i, accuracy in enumerate(accuracies)]
+    points = [Point(10 * i, accuracy, accuracy / 2, 1.0, 100 * i, cost * i, cost * i)
+              for i, accuracy in enumerate([START, *accuracies])]
     return ArmResult(policy, 0, points, [["00000.parquet#0", "00000.parquet#1"]] * len(points))
 
 
@@ -132,7 +136,7 @@ def test_the_whole_report_is_written(tmp_path):
     pool = report.Pool(dataset)
     results = [arm("uniform", [0.1, 0.2], 1.0), arm("independent", [0.05, 0.1], 4.0), arm("joint", [0.2, 0.3], 4.0)]
     written = report.write_results(results, pool, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [10, 20]
+    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [0, 10, 20]
     said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
     pictures.draw_curves(written, tmp_path / "demo.png", "credits")
