@@ -12,7 +12,7 @@ from .model import Transform, embed
 from transformers import SiglipModel
 
 ROWS = 256
-GALLERY = 430
+GALLERY = 320
 
 
 class Evaluation:

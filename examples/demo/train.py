@@ -150,7 +150,7 @@ def fit(trainer: Trainer, batches: Iterable[Batch], evaluation: Evaluation, labe
     settings, first = trainer.settings, trainer.rank == 0
     scanned, flops, begun = 0, 0.0, time.monotonic()
     stage = Stage(label, settings.steps, "step", silent=not first)
-    with (folder / "curve.jsonl").open("w") as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+    with (folder / "curve.jsonl").open("w", buffering=1) as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
 
         def evaluate(done: int, loss: float) -> str:
             at_1, at_5 = evaluation.recalls(trainer.average.mean)

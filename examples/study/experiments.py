@@ -22,13 +22,13 @@ class Experiment:
 
 
 LONG_TAIL, SETTINGS = FULL.pool, FULL.arms
-SHORT = replace(SETTINGS, steps=200)
+MEDIUM, SHORT = replace(SETTINGS, steps=400), replace(SETTINGS, steps=200)
 
 EXPERIMENTS = {
     # The demo's own, and beside it pools with a longer tail and with none.
     "main": Experiment(LONG_TAIL, SETTINGS, (UNIFORM, FILTERED, INDEPENDENT, JOINT, FLEXI)),
-    "flat": Experiment(replace(LONG_TAIL, zipf=0.0), SETTINGS, (UNIFORM, INDEPENDENT, JOINT)),
-    "zipf-1.3": Experiment(replace(LONG_TAIL, zipf=1.3), SETTINGS, (UNIFORM, INDEPENDENT, JOINT)),
+    "flat": Experiment(replace(LONG_TAIL, zipf=0.0), MEDIUM, (UNIFORM, INDEPENDENT, JOINT)),
+    "zipf-1.3": Experiment(replace(LONG_TAIL, zipf=1.3), MEDIUM, (UNIFORM, INDEPENDENT, JOINT)),
     # The learning rate of uniform and of joint, read on `val`.
     "rates": Experiment(LONG_TAIL, SHORT, (UNIFORM, JOINT)),
     "chunks": Experiment(LONG_TAIL, SHORT, (

@@ -35,7 +35,8 @@ class Arm:
     select: dict = field(default_factory=dict)
     # Share of the pool with the best CLIPScore of the reference, taken once before the first step.
     best: float = 1.0
-    # Candidates are scored at half resolution, and half of the rows are trained so.
+    # The learner scores candidates at half resolution, and half of the rows are trained so. The reference, which looks at
+    # a row once, sees it whole.
     low: bool = False
 
 
@@ -70,9 +71,9 @@ def loss_of(image: torch.Tensor, text: torch.Tensor, model: SiglipModel) -> torc
 class References:
     """The reference's embeddings of a pool."""
 
-    def __init__(self, world: World, pool: Rows, low: bool):
+    def __init__(self, world: World, pool: Rows):
         model = world.reference()
-        self.image, self.text = scored(model, pool.low if low else pool.pixels, pool.ids)
+        self.image, self.text = scored(model, pool.pixels, pool.ids)
         self.scale, self.bias = scale_of(model)
 
     def best(self, share: float) -> torch.Tensor:
@@ -106,7 +107,7 @@ class Costs:
             width = model.config.vision_config.hidden_size
             self.step += settings.super_batch_size * (looked + 8 * settings.sub_batch_size * width)
         if arm.policy != "uniform" or arm.best < 1:
-            self.once = pool * looked
+            self.once = pool * (picture + caption)
 
 
 def half_low(rows: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ class Run:
         self.model, self.scorer = world.learner(), world.learner().eval()
         self.pool = world.pool
         self.costs = Costs(self.model, arm, settings, len(self.pool))
-        self.references = References(world, self.pool, arm.low) if self.costs.once else None
+        self.references = References(world, self.pool) if self.costs.once else None
         if arm.best < 1:
             self.pool = self.pool.only(self.references.best(arm.best))
         self.order = Order(len(self.pool), seed)

@@ -34,13 +34,17 @@ class Rows:
 class World:
     """One pool, the test splits, the reference, and the weights that every arm begins with."""
 
-    def __init__(self, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1):
-        self.dataset = build_dataset(cache, recipe, processes)
-        self.folder = train_reference(cache, self.dataset, reference)
-        self.transform, self.half = Transform(self.folder), Transform(self.folder)
+    def __init__(self, dataset: Path, folder: Path):
+        self.dataset, self.folder = dataset, folder
+        self.transform, self.half = Transform(folder), Transform(folder)
         self.half.size = tuple(side // 2 for side in self.transform.size)
         self.pool = self.rows("pool")
         self.tests = {split: self.rows("eval", split) for split in ("val", "test")}
+
+    @classmethod
+    def of(cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1) -> "World":
+        dataset = build_dataset(cache, recipe, processes)
+        return cls(dataset, train_reference(cache, dataset, reference))
 
     def reference(self):
         return load(self.folder).eval()
