@@ -78,4 +78,4 @@ FULL = Preset(
 QUICK = Preset(
     pool=PoolRecipe(rows=12_000),
     reference=Settings(steps=1000, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150),
-    arms=Settings(steps=300, evaluate_every=20, average_over=0.125))
+    arms=Settings(steps=480, evaluate_every=20, average_over=0.125))

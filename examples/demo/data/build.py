@@ -61,10 +61,11 @@ def build_dataset(cache: Path, recipe: PoolRecipe, processes: int) -> Path:
     if (folder / "dataset.json").exists():
         return folder
     pictures = read_all(fetch(cache / "packages"))
-    drawings = Drawings.of(pictures, cache, processes)
+    sets = plan_sets(pictures, recipe)
+    drawings = Drawings.of([row.picture for rows in sets.values() for row in rows], cache, processes)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    counts = write_sets(plan_sets(pictures, recipe), drawings, partial, processes)
+    counts = write_sets(sets, drawings, partial, processes)
     (partial / "CREDITS.txt").write_text(credits())
     clean = f"{VERSION}-{recipe.seed}-{counts['clean']}"
     (partial / "dataset.json").write_text(json.dumps({"recipe": asdict(recipe), "rows": counts, "clean": clean}, indent=2))

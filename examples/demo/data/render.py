@@ -5,7 +5,7 @@ import io
 import json
 import multiprocessing
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -79,16 +79,23 @@ class Drawings:
         return self.drawn[picture.source, picture.path]
 
     @classmethod
-    def of(cls, pictures: Sequence[Picture], cache: Path, processes: int) -> "Drawings":
-        about = json.dumps([VERSION, SIZE, sorted(p.sha256 for p in PACKAGES.values()), len(pictures)])
+    def of(cls, pictures: Iterable[Picture], cache: Path, processes: int) -> "Drawings":
+        """Draws those that the cache lacks."""
+        about = json.dumps([VERSION, SIZE, sorted(p.sha256 for p in PACKAGES.values())])
         path = cache / f"drawings-{hashlib.sha256(about.encode()).hexdigest()[:16]}.parquet"
-        if not path.exists():
-            drawn = in_parallel(render_job, [(p.data, p.is_svg) for p in pictures], processes, "draw pictures")
-            table = pyarrow.table({"source": [p.source for p in pictures], "path": [p.path for p in pictures], "png": drawn})
+        drawn = {}
+        if path.exists():
+            columns = [column.to_pylist() for column in pyarrow.parquet.read_table(path).columns]
+            drawn = {(source, name): data for source, name, data in zip(*columns, strict=True)}
+        missing = {key: p for p in pictures if (key := (p.source, p.path)) not in drawn}
+        if missing:
+            jobs = [(picture.data, picture.is_svg) for picture in missing.values()]
+            drawn |= dict(zip(missing, in_parallel(render_job, jobs, processes, "draw pictures"), strict=True))
+            table = pyarrow.table({"source": [source for source, _ in drawn], "path": [name for _, name in drawn],
+                                   "png": list(drawn.values())})
             pyarrow.parquet.write_table(table, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
-        columns = [column.to_pylist() for column in pyarrow.parquet.read_table(path).columns]
-        return cls({(source, name): data for source, name, data in zip(*columns, strict=True)})
+        return cls(drawn)
 
 
 def duplicate_all(jobs: Sequence[tuple[bytes | None, str | None]], processes: int, label: str) -> list[bytes | None]:
