@@ -73,7 +73,7 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"\nin {(time.monotonic() - begun) / 60:.1f} minutes; everything is in {out}")
 
 
-def train(preset: Preset, seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
+def train(preset: "Preset", seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
     """The reference, then every arm of every seed, each with a server and a state of its own."""
     from .reference import train_reference
     from .report import read_arm

@@ -15,6 +15,7 @@ import torch
 
 from .data.packages import DemoError
 from .evaluate import Evaluation
+from .model import Transform
 from .settings import Selection, Settings
 from .train import Batch, Trainer, fit, start_rank
 
