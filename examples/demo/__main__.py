@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-CREDITS = ("Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0), "
-           "Material Design Icons (Apache-2.0), Lucide (ISC), flag-icons (MIT)")
+CREDITS = "Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0)"
 
 
 def arguments() -> argparse.Namespace:
