@@ -25,8 +25,8 @@ class Selection:
 
 ARMS = {arm.name: arm for arm in (
     Selection("uniform", "uniform", "#7a7a7a"),
-    Selection("independent", "independent", "#d98300", length=0.5),
     Selection("joint", "joint", "#1668b8", length=0.5),
+    Selection("independent", "independent", "#d98300", length=0.5),
 )}
 
 
@@ -71,11 +71,9 @@ class Preset:
     arms: Settings
 
 
+# One reference for both, so that a full run after a quick one finds it in the cache. A worse one would choose worse.
+REFERENCE = Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150)
 FULL = Preset(
-    pool=PoolRecipe(rows=24_000),
-    reference=Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150),
-    arms=Settings(steps=600, evaluate_every=20, average_over=0.125))
+    pool=PoolRecipe(rows=24_000), reference=REFERENCE, arms=Settings(steps=600, evaluate_every=20, average_over=0.125))
 QUICK = Preset(
-    pool=PoolRecipe(rows=12_000),
-    reference=Settings(steps=1000, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150),
-    arms=Settings(steps=480, evaluate_every=20, average_over=0.125))
+    pool=PoolRecipe(rows=12_000), reference=REFERENCE, arms=Settings(steps=480, evaluate_every=20, average_over=0.125))
