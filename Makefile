@@ -21,7 +21,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python wheel demo docs check fmt bench-kernels bench-service bench-images test-gpu clean
+.PHONY: help setup build test test-rust test-python test-deploy images wheel demo docs check fmt bench-kernels bench-service bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -41,6 +41,7 @@ build: $(READY) ## The superbatch binary, and the Python client and kernels into
 	  > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
 
 test: build test-rust test-python ## All tests, from nothing
+	scripts/test-deploy.sh
 
 test-rust: $(READY)
 	cargo test $(CARGO_FLAGS) --no-fail-fast
@@ -48,10 +49,18 @@ test-rust: $(READY)
 test-python: build
 	$(PYTHON) -m pytest tests/python client/python/tests scoring-kernels/python/tests
 
-wheel: $(READY) ## The Python client and the kernels as wheels, in target/wheels
+test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, dashboard and images (builds what it needs where Go is)
+	scripts/test-deploy.sh all
+
+images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
+	scripts/images.sh
+
+wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the server for the torch beside it
 	for folder in client/python scoring-kernels/python; do \
 	  (cd $$folder && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release); \
 	done
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
+	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
 
 demo: ## uniform, independent and joint selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm

@@ -5,7 +5,6 @@ declare -A how=(
   [cargo]="Rust 1.95 or later: https://rustup.rs, then open a new shell"
   [c++]="a C++ compiler: apt-get install g++ (Debian), or your system's build tools"
   [npm]="npm: apt-get install npm (Debian), or https://nodejs.org; only the demo needs it"
-  [python3.11]="Python 3.11: apt-get install python3.11 python3.11-venv (Debian 12), or https://www.python.org"
 )
 missing=0
 for tool in "$@"; do

@@ -3,14 +3,14 @@
 set -euo pipefail
 venv=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
-"$here/scripts/need.sh" cargo c++ python3.11
+missing=0
+"$here/scripts/need.sh" cargo c++ || missing=1
 command -v npm >/dev/null || echo "note: npm is missing; \`make demo\` needs it (Debian: apt-get install npm), nothing else does." >&2
 if [ ! -x "$venv/bin/python" ]; then
-  if ! python3.11 -c 'import ensurepip, venv' 2>/dev/null; then
-    echo "missing: Python's venv module. Get it with: apt-get install python3.11-venv (Debian)." >&2
-    exit 1
-  fi
-  python3.11 -m venv "$venv"
+  python=$("$here/scripts/python.sh") || missing=1
 fi
+# All that is missing is said at once.
+[ "$missing" = 0 ] || exit 1
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/requirements.txt"
 "$here/scripts/libtorch.sh" "$venv"

@@ -1,7 +1,7 @@
 //! Images as Pillow shows them: decoded, turned as their EXIF says, on white, in 8-bit RGB.
 //!
-//! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha channel onto a white RGB
-//! canvas.
+//! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha
+//! channel onto a white RGB canvas.
 use crate::jpeg::jpeg;
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
@@ -42,25 +42,50 @@ pub(crate) struct Decoded {
     pub xmp: Option<Vec<u8>>,
 }
 
-/// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame, colour profiles are not
-/// applied, CMYK is taken as Adobe writes it (inverted), and grey of 16 bits is clipped at 255: all as Pillow does.
+/// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame,
+/// colour profiles are not applied, CMYK is taken as Adobe writes it (inverted), and grey of 16
+/// bits is clipped at 255: all as Pillow does.
 ///
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.
 pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
     if bytes.len() as u64 > limits.bytes_max {
-        return Err(Error::TooLarge(format!("{} bytes, the limit is {}", bytes.len(), limits.bytes_max)));
+        return Err(Error::TooLarge(format!(
+            "{} bytes, the limit is {}",
+            bytes.len(),
+            limits.bytes_max
+        )));
     }
     // The decoders mean not to panic. One that does costs a row, not the worker.
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
         [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits),
         [0x89, b'P', b'N', b'G', ..] => {
-            let max_alloc = limits.pixels_max.saturating_mul(8).saturating_add(CHUNK_BYTES);
+            let max_alloc = limits
+                .pixels_max
+                .saturating_mul(8)
+                .saturating_add(CHUNK_BYTES);
             let mut allowed = Limits::no_limits();
             allowed.max_alloc = Some(max_alloc);
-            raster(PngDecoder::with_limits(Cursor::new(bytes), allowed).map_err(undecodable)?, limits)
+            raster(
+                PngDecoder::with_limits(Cursor::new(bytes), allowed).map_err(undecodable)?,
+                limits,
+            )
         }
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => webp(bytes, limits),
+        [
+            b'R',
+            b'I',
+            b'F',
+            b'F',
+            _,
+            _,
+            _,
+            _,
+            b'W',
+            b'E',
+            b'B',
+            b'P',
+            ..,
+        ] => webp(bytes, limits),
         _ => Err(undecodable("neither JPEG nor PNG nor WebP")),
     }));
     let mut decoded = decoded.unwrap_or_else(|_| Err(undecodable("the decoder panicked")))?;
@@ -76,7 +101,10 @@ pub(crate) fn undecodable(cause: impl Display) -> Error {
 
 pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
     if width * height > limits.pixels_max {
-        return Err(Error::TooLarge(format!("{width}x{height} pixels, the limit is {}", limits.pixels_max)));
+        return Err(Error::TooLarge(format!(
+            "{width}x{height} pixels, the limit is {}",
+            limits.pixels_max
+        )));
     }
     Ok(())
 }
@@ -84,12 +112,16 @@ pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(),
 fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, Error> {
     let (width, height) = decoder.dimensions();
     check(width.into(), height.into(), limits)?;
-    let (exif, xmp) = (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten());
+    let (exif, xmp) = (
+        decoder.exif_metadata().ok().flatten(),
+        decoder.xmp_metadata().ok().flatten(),
+    );
     let image = DynamicImage::from_decoder(decoder).map_err(undecodable)?;
     Ok(Decoded { image, exif, xmp })
 }
 
-/// By libwebp, as Pillow does. The `image` crate reads the first frame of an animation, and what is said about an image.
+/// By libwebp, as Pillow does. The `image` crate reads the first frame of an animation, and what is
+/// said about an image.
 fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     let broken = || undecodable("libwebp cannot decode it: it is cut off or damaged");
     let features = webp::BitstreamFeatures::new(bytes).ok_or_else(broken)?;
@@ -106,9 +138,16 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
         false => RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8),
     };
     let (exif, xmp) = described.map_or((None, None), |mut described| {
-        (described.exif_metadata().ok().flatten(), described.xmp_metadata().ok().flatten())
+        (
+            described.exif_metadata().ok().flatten(),
+            described.xmp_metadata().ok().flatten(),
+        )
     });
-    Ok(Decoded { image: image.ok_or_else(broken)?, exif, xmp })
+    Ok(Decoded {
+        image: image.ok_or_else(broken)?,
+        exif,
+        xmp,
+    })
 }
 
 /// The EXIF tag, or where there is none the XMP property: Pillow's order.
@@ -116,17 +155,24 @@ fn orientation(decoded: &Decoded) -> Orientation {
     let exif = decoded.exif.as_deref().and_then(|data| {
         let data = data.strip_prefix(b"Exif\0\0").unwrap_or(data).to_vec();
         let read = exif::Reader::new().continue_on_error(true).read_raw(data);
-        let exif = read.or_else(|partial| partial.distill_partial_result(|_| ())).ok()?;
-        exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY)?.value.get_uint(0)
+        let exif = read
+            .or_else(|partial| partial.distill_partial_result(|_| ()))
+            .ok()?;
+        exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY)?
+            .value
+            .get_uint(0)
     });
     let tag = exif.or_else(|| xmp_orientation(decoded.xmp.as_deref()?));
-    tag.and_then(|tag| Orientation::from_exif(u8::try_from(tag).ok()?)).unwrap_or(Orientation::NoTransforms)
+    tag.and_then(|tag| Orientation::from_exif(u8::try_from(tag).ok()?))
+        .unwrap_or(Orientation::NoTransforms)
 }
 
 fn xmp_orientation(xmp: &[u8]) -> Option<u32> {
     let text = String::from_utf8_lossy(xmp);
     let value = text.split_once("tiff:Orientation")?.1;
-    let value = value.strip_prefix("=\"").or_else(|| value.strip_prefix('>'))?;
+    let value = value
+        .strip_prefix("=\"")
+        .or_else(|| value.strip_prefix('>'))?;
     value.chars().next()?.to_digit(10)
 }
 
@@ -137,15 +183,30 @@ fn on_white(image: DynamicImage) -> RgbImage {
     let pixels: Vec<u8> = match image {
         DynamicImage::ImageRgb8(image) => return image,
         DynamicImage::ImageLuma8(image) => image.as_raw().iter().flat_map(|&v| [v; 3]).collect(),
-        DynamicImage::ImageLumaA8(image) => image.pixels().flat_map(|p| blend([p[0]; 3], p[1])).collect(),
-        DynamicImage::ImageRgba8(image) => image.pixels().flat_map(|p| blend([p[0], p[1], p[2]], p[3])).collect(),
-        // Pillow keeps 16 bits of grey and clips them on the way to RGB; of all other kinds it reads the high bytes.
-        DynamicImage::ImageLuma16(image) => image.as_raw().iter().flat_map(|&v| [v.min(255) as u8; 3]).collect(),
-        DynamicImage::ImageLumaA16(image) => image.pixels().flat_map(|p| blend([high(p[0]); 3], high(p[1]))).collect(),
+        DynamicImage::ImageLumaA8(image) => image
+            .pixels()
+            .flat_map(|p| blend([p[0]; 3], p[1]))
+            .collect(),
+        DynamicImage::ImageRgba8(image) => image
+            .pixels()
+            .flat_map(|p| blend([p[0], p[1], p[2]], p[3]))
+            .collect(),
+        // Pillow keeps 16 bits of grey and clips them on the way to RGB; of all other kinds it
+        // reads the high bytes.
+        DynamicImage::ImageLuma16(image) => image
+            .as_raw()
+            .iter()
+            .flat_map(|&v| [v.min(255) as u8; 3])
+            .collect(),
+        DynamicImage::ImageLumaA16(image) => image
+            .pixels()
+            .flat_map(|p| blend([high(p[0]); 3], high(p[1])))
+            .collect(),
         DynamicImage::ImageRgb16(image) => image.as_raw().iter().map(|&v| high(v)).collect(),
-        DynamicImage::ImageRgba16(image) => {
-            image.pixels().flat_map(|p| blend([high(p[0]), high(p[1]), high(p[2])], high(p[3]))).collect()
-        }
+        DynamicImage::ImageRgba16(image) => image
+            .pixels()
+            .flat_map(|p| blend([high(p[0]), high(p[1]), high(p[2])], high(p[3])))
+            .collect(),
         other => return other.into_rgb8(),
     };
     RgbImage::from_raw(width, height, pixels).expect("three bytes were made of each pixel")
@@ -164,12 +225,17 @@ mod tests {
     use super::*;
     use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
-    const ROOMY: ImageLimits = ImageLimits { pixels_max: 1 << 20, bytes_max: 1 << 20 };
+    const ROOMY: ImageLimits = ImageLimits {
+        pixels_max: 1 << 20,
+        bytes_max: 1 << 20,
+    };
 
     fn png(width: u32, height: u32) -> Vec<u8> {
         let mut bytes = Vec::new();
         let pixels = vec![7; (width * height * 3) as usize];
-        PngEncoder::new(&mut bytes).write_image(&pixels, width, height, ExtendedColorType::Rgb8).unwrap();
+        PngEncoder::new(&mut bytes)
+            .write_image(&pixels, width, height, ExtendedColorType::Rgb8)
+            .unwrap();
         bytes
     }
 
@@ -183,34 +249,75 @@ mod tests {
         let fault = decode(&huge, &ROOMY).unwrap_err();
         assert!(matches!(fault, Error::TooLarge(_)), "{fault}");
         let small = png(4, 4);
-        let tight = ImageLimits { bytes_max: small.len() as u64 - 1, ..ROOMY };
+        let tight = ImageLimits {
+            bytes_max: small.len() as u64 - 1,
+            ..ROOMY
+        };
         assert!(matches!(decode(&small, &tight), Err(Error::TooLarge(_))));
-        assert_eq!(decode(&small, &ImageLimits { pixels_max: 16, ..ROOMY }).unwrap().dimensions(), (4, 4));
+        assert_eq!(
+            decode(
+                &small,
+                &ImageLimits {
+                    pixels_max: 16,
+                    ..ROOMY
+                }
+            )
+            .unwrap()
+            .dimensions(),
+            (4, 4)
+        );
     }
 
     fn crc32(bytes: &[u8]) -> u32 {
         let step = |crc: u32, byte: &u8| {
-            (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xEDB8_8320 } else { c >> 1 })
+            (0..8).fold(crc ^ u32::from(*byte), |c, _| {
+                if c & 1 == 1 {
+                    (c >> 1) ^ 0xEDB8_8320
+                } else {
+                    c >> 1
+                }
+            })
         };
         !bytes.iter().fold(!0, step)
     }
 
     #[test]
     fn a_webp_is_held_to_the_limits_and_must_be_whole() {
-        let whole = webp::Encoder::from_rgb(&[7; 40 * 40 * 3], 40, 40).encode_lossless().to_vec();
-        assert_eq!(decode(&whole, &ROOMY).unwrap().as_raw()[..], [7; 40 * 40 * 3]);
-        let tight = ImageLimits { pixels_max: 40 * 40 - 1, ..ROOMY };
+        let whole = webp::Encoder::from_rgb(&[7; 40 * 40 * 3], 40, 40)
+            .encode_lossless()
+            .to_vec();
+        assert_eq!(
+            decode(&whole, &ROOMY).unwrap().as_raw()[..],
+            [7; 40 * 40 * 3]
+        );
+        let tight = ImageLimits {
+            pixels_max: 40 * 40 - 1,
+            ..ROOMY
+        };
         assert!(matches!(decode(&whole, &tight), Err(Error::TooLarge(_))));
         for cut in [13, 22, whole.len() - 4] {
-            assert!(matches!(decode(&whole[..cut], &ROOMY), Err(Error::Undecodable(_))), "{cut}");
+            assert!(
+                matches!(decode(&whole[..cut], &ROOMY), Err(Error::Undecodable(_))),
+                "{cut}"
+            );
         }
     }
 
     #[test]
     fn what_is_no_image_is_a_fault() {
         let cut = &png(40, 40)[..60];
-        for bytes in [&b""[..], b"GIF89a", b"\xFF\xD8\xFF", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", cut] {
-            assert!(matches!(decode(bytes, &ROOMY), Err(Error::Undecodable(_))), "{bytes:?}");
+        for bytes in [
+            &b""[..],
+            b"GIF89a",
+            b"\xFF\xD8\xFF",
+            b"\x89PNG\r\n\x1a\n",
+            b"RIFF\0\0\0\0WEBP",
+            cut,
+        ] {
+            assert!(
+                matches!(decode(bytes, &ROOMY), Err(Error::Undecodable(_))),
+                "{bytes:?}"
+            );
         }
     }
 
@@ -224,7 +331,10 @@ mod tests {
     #[test]
     fn orientation_is_found_in_xmp_where_exif_has_none() {
         assert_eq!(xmp_orientation(br#"<x tiff:Orientation="6"/>"#), Some(6));
-        assert_eq!(xmp_orientation(b"<tiff:Orientation>8</tiff:Orientation>"), Some(8));
+        assert_eq!(
+            xmp_orientation(b"<tiff:Orientation>8</tiff:Orientation>"),
+            Some(8)
+        );
         assert_eq!(xmp_orientation(b"<x/>"), None);
     }
 }

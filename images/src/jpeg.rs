@@ -1,4 +1,5 @@
-//! JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow decodes with: the same pixels to the last bit.
+//! JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow decodes with: the same pixels
+//! to the last bit.
 use crate::decode::{Decoded, Error, ImageLimits, check, undecodable};
 use image::{DynamicImage, RgbImage};
 use mozjpeg::{ColorSpace, Decompress, Marker};
@@ -13,32 +14,53 @@ pub(crate) fn jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error>
     // libjpeg leaves by unwinding, with its message.
     let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits)));
     decoded.unwrap_or_else(|cause| {
-        let said = cause.downcast_ref::<String>().map_or("the decoder panicked", String::as_str);
-        Err(undecodable(said.trim_start_matches("libjpeg fatal error: ")))
+        let said = cause
+            .downcast_ref::<String>()
+            .map_or("the decoder panicked", String::as_str);
+        Err(undecodable(
+            said.trim_start_matches("libjpeg fatal error: "),
+        ))
     })
 }
 
 fn read(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
-    let decoder = Decompress::with_markers(&[Marker::APP(1)]).from_mem(bytes).map_err(undecodable)?;
+    let decoder = Decompress::with_markers(&[Marker::APP(1)])
+        .from_mem(bytes)
+        .map_err(undecodable)?;
     let (width, height) = decoder.size();
     check(width as u64, height as u64, limits)?;
     // libjpeg fills what is missing with grey; Pillow refuses a file without its end, and so do we.
     let scan = scan_start(bytes).unwrap_or(bytes.len());
-    if !bytes[scan..].windows(2).rev().any(|pair| pair == [0xFF, 0xD9]) {
-        return Err(undecodable("the image is cut off: its end marker is missing"));
+    if !bytes[scan..]
+        .windows(2)
+        .rev()
+        .any(|pair| pair == [0xFF, 0xD9])
+    {
+        return Err(undecodable(
+            "the image is cut off: its end marker is missing",
+        ));
     }
     let exif = application(&decoder, EXIF);
     let xmp = application(&decoder, XMP);
     let pixels = match decoder.color_space() {
         ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
             let stored: Vec<u8> = scanlines(decoder, ColorSpace::JCS_CMYK)?;
-            stored.as_chunks().0.iter().flat_map(|pixel| inverted_cmyk(*pixel)).collect()
+            stored
+                .as_chunks()
+                .0
+                .iter()
+                .flat_map(|pixel| inverted_cmyk(*pixel))
+                .collect()
         }
         _ => scanlines(decoder, ColorSpace::JCS_RGB)?,
     };
     let image = RgbImage::from_raw(width as u32, height as u32, pixels);
     let image = image.ok_or_else(|| undecodable("its colours are of an unknown kind"))?;
-    Ok(Decoded { image: DynamicImage::ImageRgb8(image), exif, xmp })
+    Ok(Decoded {
+        image: DynamicImage::ImageRgb8(image),
+        exif,
+        xmp,
+    })
 }
 
 fn scanlines(decoder: Decompress<&[u8]>, colours: ColorSpace) -> Result<Vec<u8>, Error> {
@@ -50,7 +72,10 @@ fn scanlines(decoder: Decompress<&[u8]>, colours: ColorSpace) -> Result<Vec<u8>,
 
 /// The application's segments, joined, without their names.
 fn application(decoder: &Decompress<&[u8]>, name: &[u8]) -> Option<Vec<u8>> {
-    let segments: Vec<&[u8]> = decoder.markers().filter_map(|segment| segment.data.strip_prefix(name)).collect();
+    let segments: Vec<&[u8]> = decoder
+        .markers()
+        .filter_map(|segment| segment.data.strip_prefix(name))
+        .collect();
     (!segments.is_empty()).then(|| segments.concat())
 }
 
@@ -62,7 +87,8 @@ fn inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     })
 }
 
-/// Where the first scan's data begin: segments before it may hold thumbnails with markers of their own.
+/// Where the first scan's data begin: segments before it may hold thumbnails with markers of their
+/// own.
 fn scan_start(bytes: &[u8]) -> Option<usize> {
     let mut at = 2;
     loop {
@@ -70,7 +96,10 @@ fn scan_start(bytes: &[u8]) -> Option<usize> {
             [0xFF, 0xDA] => return Some(at + 2),
             [0xFF, 0x01 | 0xD0..=0xD9] => at += 2,
             [0xFF, 0x02..=0xFE] => {
-                at += 2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]))
+                at += 2 + usize::from(u16::from_be_bytes([
+                    *bytes.get(at + 2)?,
+                    *bytes.get(at + 3)?,
+                ]))
             }
             _ => at += 1,
         }

@@ -1,7 +1,9 @@
-//! Images as Pillow shows them, to the last bit: what a model is trained on in Python, it is scored on here.
+//! Images as Pillow shows them, to the last bit: what a model is trained on in Python, it is scored
+//! on here.
 //!
-//! [`decode`] gives 8-bit RGB of a JPEG, PNG or WebP file, turned as its EXIF says, on white; [`resize`] is Pillow's antialiased
-//! bilinear and bicubic, of a part of the output where only that is wanted.
+//! [`decode`] gives 8-bit RGB of a JPEG, PNG or WebP file, turned as its EXIF says, on white;
+//! [`resize`] is Pillow's antialiased bilinear and bicubic, of a part of the output where only that
+//! is wanted.
 //!
 //! ```
 //! use superbatch_images::{Axis, Filter, Taps, resize};
@@ -15,7 +17,9 @@
 mod decode;
 mod jpeg;
 mod resize;
+mod thumbnail;
 
 pub use decode::{Error, ImageLimits, decode};
 pub use image::RgbImage;
 pub use resize::{Axis, Filter, Taps, resize};
+pub use thumbnail::thumbnail;

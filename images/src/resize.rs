@@ -1,8 +1,9 @@
-//! Pillow's antialiased resize of 8-bit RGB, to the last bit: weights in steps of 2⁻²², first along the rows, then along the
-//! columns, each rounded to 8 bits (which shows where bicubic overshoots).
+//! Pillow's antialiased resize of 8-bit RGB, to the last bit: weights in steps of 2⁻²², first along
+//! the rows, then along the columns, each rounded to 8 bits (which shows where bicubic overshoots).
 use std::ops::Range;
 
-/// How far a weight is from its value, in bits: what 32 leave beside 8 of the pixel and 2 for overshoot.
+/// How far a weight is from its value, in bits: what 32 leave beside 8 of the pixel and 2 for
+/// overshoot.
 const PRECISION: u32 = 22;
 const ONE: i32 = 1 << PRECISION;
 const HALF: i32 = ONE / 2;
@@ -56,7 +57,11 @@ pub struct Taps {
 impl Taps {
     /// The taps of the pixels that are kept, each as in a resize of the whole axis.
     pub fn new(filter: Filter, axis: &Axis) -> Self {
-        let mut taps = Self { source: axis.source as usize, outputs: Vec::new(), weights: Vec::new() };
+        let mut taps = Self {
+            source: axis.source as usize,
+            outputs: Vec::new(),
+            weights: Vec::new(),
+        };
         for output in axis.kept.clone() {
             let begin = taps.weights.len();
             let first = if u64::from(axis.source) == axis.resized {
@@ -82,15 +87,27 @@ impl Taps {
         let weight = |pixel| filter.at((f64::from(pixel) - centre + 0.5) * narrow);
         let weights = || (first..end).map(weight);
         let sum: f64 = weights().sum();
-        let scaled = weights().map(|weight| if sum == 0.0 { weight } else { weight / sum } * f64::from(ONE));
-        self.weights.extend(scaled.map(|weight| (weight + 0.5f64.copysign(weight)) as i32));
+        let scaled =
+            weights().map(|weight| if sum == 0.0 { weight } else { weight / sum } * f64::from(ONE));
+        self.weights
+            .extend(scaled.map(|weight| (weight + 0.5f64.copysign(weight)) as i32));
         first as usize
     }
 
     /// Source pixels that are looked at.
     pub fn span(&self) -> Range<usize> {
-        let first = self.outputs.iter().map(|(first, _)| *first).min().unwrap_or(0);
-        let end = self.outputs.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
+        let first = self
+            .outputs
+            .iter()
+            .map(|(first, _)| *first)
+            .min()
+            .unwrap_or(0);
+        let end = self
+            .outputs
+            .iter()
+            .map(|(first, weights)| first + weights.len())
+            .max()
+            .unwrap_or(0);
         first..end.max(first)
     }
 
@@ -104,12 +121,15 @@ impl Taps {
     }
 
     fn iter(&self) -> impl Iterator<Item = (usize, &[i32])> {
-        self.outputs.iter().map(|(first, weights)| (*first, &self.weights[weights.clone()]))
+        self.outputs
+            .iter()
+            .map(|(first, weights)| (*first, &self.weights[weights.clone()]))
     }
 }
 
-/// Resizes an RGB image, given row by row, to `rows.len() * columns.len()` pixels. Takes on its way 96 bytes a source column,
-/// and 3 bytes for each of `columns.len()` pixels of the source rows that are looked at ([`Taps::span`]).
+/// Resizes an RGB image, given row by row, to `rows.len() * columns.len()` pixels. Takes on its way
+/// 96 bytes a source column, and 3 bytes for each of `columns.len()` pixels of the source rows that
+/// are looked at ([`Taps::span`]).
 pub fn resize(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
     debug_assert_eq!(pixels.len(), rows.source * columns.source * 3);
     #[cfg(target_arch = "x86_64")]
@@ -143,9 +163,15 @@ fn across(pixels: &[u8], columns: &Taps) -> Vec<u8> {
     let (width, line, span) = (columns.source, columns.len() * 3, columns.span());
     let mut wide = vec![0; pixels.len() / (width * 3) * line];
     let mut strip = vec![[0i32; 3 * LANES]; span.len()];
-    for (rows, outputs) in pixels.chunks(width * 3 * LANES).zip(wide.chunks_mut(line * LANES)) {
+    for (rows, outputs) in pixels
+        .chunks(width * 3 * LANES)
+        .zip(wide.chunks_mut(line * LANES))
+    {
         for (lane, row) in rows.chunks_exact(width * 3).enumerate() {
-            for (column, pixel) in strip.iter_mut().zip(row[span.start * 3..].as_chunks::<3>().0) {
+            for (column, pixel) in strip
+                .iter_mut()
+                .zip(row[span.start * 3..].as_chunks::<3>().0)
+            {
                 for (channel, value) in pixel.iter().enumerate() {
                     column[channel * LANES + lane] = i32::from(*value);
                 }
@@ -168,14 +194,18 @@ fn across(pixels: &[u8], columns: &Taps) -> Vec<u8> {
     wide
 }
 
-/// Resizes along the columns. `lines` holds the source's rows from `first_row` on, `line` values each.
+/// Resizes along the columns. `lines` holds the source's rows from `first_row` on, `line` values
+/// each.
 #[inline(always)]
 fn down(lines: &[u8], line: usize, first_row: usize, rows: &Taps) -> Vec<u8> {
     let mut small = Vec::with_capacity(rows.len() * line);
     let mut sums = vec![0; line];
     for (first, weights) in rows.iter() {
         sums.fill(HALF);
-        for (values, weight) in lines[(first - first_row) * line..].chunks_exact(line).zip(weights) {
+        for (values, weight) in lines[(first - first_row) * line..]
+            .chunks_exact(line)
+            .zip(weights)
+        {
             for (sum, value) in sums.iter_mut().zip(values) {
                 *sum += i32::from(*value) * weight;
             }
@@ -195,11 +225,17 @@ mod tests {
     use super::*;
 
     fn whole(source: u32, resized: u64) -> Axis {
-        Axis { source, resized, kept: 0..resized }
+        Axis {
+            source,
+            resized,
+            kept: 0..resized,
+        }
     }
 
     fn noise(pixels: usize) -> Vec<u8> {
-        (0..pixels * 3).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+        (0..pixels * 3)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect()
     }
 
     #[test]
@@ -208,9 +244,21 @@ mod tests {
         for filter in [Filter::Bilinear, Filter::Bicubic] {
             let taps = |axis| Taps::new(filter, &axis);
             let all = resize(&pixels, &taps(whole(31, 20)), &taps(whole(57, 90)));
-            let part = [Axis { kept: 5..12, ..whole(31, 20) }, Axis { kept: 40..51, ..whole(57, 90) }].map(taps);
-            let expected: Vec<u8> =
-                (5..12).flat_map(|row| &all[(row * 90 + 40) * 3..(row * 90 + 51) * 3]).copied().collect();
+            let part = [
+                Axis {
+                    kept: 5..12,
+                    ..whole(31, 20)
+                },
+                Axis {
+                    kept: 40..51,
+                    ..whole(57, 90)
+                },
+            ]
+            .map(taps);
+            let expected: Vec<u8> = (5..12)
+                .flat_map(|row| &all[(row * 90 + 40) * 3..(row * 90 + 51) * 3])
+                .copied()
+                .collect();
             assert_eq!(resize(&pixels, &part[0], &part[1]), expected);
             assert!(part[0].span().len() < 31 && part[1].span().len() < 57);
         }
@@ -219,23 +267,46 @@ mod tests {
     #[test]
     fn the_wide_registers_change_nothing() {
         let pixels = noise(101 * 67);
-        let (rows, columns) = (Taps::new(Filter::Bicubic, &whole(67, 24)), Taps::new(Filter::Bicubic, &whole(101, 30)));
-        assert_eq!(resize(&pixels, &rows, &columns), both(&pixels, &rows, &columns));
+        let (rows, columns) = (
+            Taps::new(Filter::Bicubic, &whole(67, 24)),
+            Taps::new(Filter::Bicubic, &whole(101, 30)),
+        );
+        assert_eq!(
+            resize(&pixels, &rows, &columns),
+            both(&pixels, &rows, &columns)
+        );
     }
 
     #[test]
     fn a_size_that_stays_keeps_its_pixels() {
         let (pixels, rows) = (noise(9 * 4), Taps::new(Filter::Bicubic, &whole(4, 4)));
-        assert_eq!(resize(&pixels, &rows, &Taps::new(Filter::Bicubic, &whole(9, 9))), pixels);
-        let nothing = Taps::new(Filter::Bicubic, &Axis { kept: 0..0, ..whole(9, 9) });
+        assert_eq!(
+            resize(&pixels, &rows, &Taps::new(Filter::Bicubic, &whole(9, 9))),
+            pixels
+        );
+        let nothing = Taps::new(
+            Filter::Bicubic,
+            &Axis {
+                kept: 0..0,
+                ..whole(9, 9)
+            },
+        );
         assert!(nothing.is_empty() && resize(&pixels, &rows, &nothing).is_empty());
     }
 
     #[test]
     fn a_step_overshoots_and_is_clamped() {
-        let pixels: Vec<u8> = (0..8).flat_map(|n| [if n < 4 { 10 } else { 245 }; 3]).collect();
-        let (rows, columns) = (Taps::new(Filter::Bicubic, &whole(1, 1)), Taps::new(Filter::Bicubic, &whole(8, 32)));
+        let pixels: Vec<u8> = (0..8)
+            .flat_map(|n| [if n < 4 { 10 } else { 245 }; 3])
+            .collect();
+        let (rows, columns) = (
+            Taps::new(Filter::Bicubic, &whole(1, 1)),
+            Taps::new(Filter::Bicubic, &whole(8, 32)),
+        );
         let wide = resize(&pixels, &rows, &columns);
-        assert!(wide.contains(&0) && wide.contains(&255) && wide[0] == 10, "{wide:?}");
+        assert!(
+            wide.contains(&0) && wide.contains(&255) && wide[0] == 10,
+            "{wide:?}"
+        );
     }
 }

@@ -7,7 +7,8 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// `ErrorInfo.domain` of every error of this service.
 pub const DOMAIN: &str = "superbatch";
 
-/// A failed call: a closed reason for programs, a message for people, and the values that a program may want.
+/// A failed call: a closed reason for programs, a message for people, and the values that a program
+/// may want.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub reason: Reason,
@@ -19,7 +20,11 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into(), metadata: HashMap::new() }
+        Self {
+            reason,
+            message: message.into(),
+            metadata: HashMap::new(),
+        }
     }
 
     /// Adds one value for programs.
@@ -46,16 +51,17 @@ pub fn name(reason: Reason) -> &'static str {
 fn code(reason: Reason) -> Code {
     use Reason::*;
     match reason {
-        InvalidArgument | RunSpecImpossible | WorldSizeInvalid | RankOutOfRange | ColumnNotFound | SchemaMismatch
-        | DatasetEmpty | DatasetTooSmall | ModelInvalid | TokenizerMismatch | WeightsRefused | BiasMissing => {
-            Code::InvalidArgument
-        }
+        InvalidArgument | RunSpecImpossible | WorldSizeInvalid | RankOutOfRange
+        | ColumnNotFound | SchemaMismatch | DatasetEmpty | DatasetTooSmall | ModelInvalid
+        | TokenizerMismatch | WeightsRefused | BiasMissing => Code::InvalidArgument,
         MessageTooLarge => Code::ResourceExhausted,
         Unimplemented => Code::Unimplemented,
         RunNotFound | StepNotCommitted => Code::NotFound,
         RunSpecConflict | PushConflict => Code::AlreadyExists,
-        RunClosed | NotOwner | RunFailed | WorldSizeConflict | GenerationStale | StepBeyondAhead | WeightsMissing
-        | PushOffCadence | StorageUnsafe | TooFewCandidates => Code::FailedPrecondition,
+        RunClosed | NotOwner | RunFailed | WorldSizeConflict | GenerationStale
+        | StepBeyondAhead | WeightsMissing | PushOffCadence | StorageUnsafe | TooFewCandidates => {
+            Code::FailedPrecondition
+        }
         EndOfData => Code::OutOfRange,
         NeedDeadline => Code::DeadlineExceeded,
         RowChanged | DatasetChanged | TooManyBadRows => Code::DataLoss,
@@ -73,7 +79,8 @@ impl From<Failure> for Status {
     }
 }
 
-/// A status that carries no reason of this service: it comes from a proxy, the transport, or another server.
+/// A status that carries no reason of this service: it comes from a proxy, the transport, or
+/// another server.
 #[derive(Debug, Clone)]
 pub struct ParseFailure(pub Status);
 
@@ -81,10 +88,20 @@ impl TryFrom<Status> for Failure {
     type Error = ParseFailure;
 
     fn try_from(status: Status) -> Result<Self, ParseFailure> {
-        let info = status.get_error_details().error_info().filter(|info| info.domain == DOMAIN).cloned();
-        let Some(info) = info else { return Err(ParseFailure(status)) };
+        let info = status
+            .get_error_details()
+            .error_info()
+            .filter(|info| info.domain == DOMAIN)
+            .cloned();
+        let Some(info) = info else {
+            return Err(ParseFailure(status));
+        };
         match Reason::from_str_name(&format!("REASON_{}", info.reason)) {
-            Some(reason) => Ok(Failure { reason, message: status.message().to_owned(), metadata: info.metadata }),
+            Some(reason) => Ok(Failure {
+                reason,
+                message: status.message().to_owned(),
+                metadata: info.metadata,
+            }),
             None => Err(ParseFailure(status)),
         }
     }
@@ -97,7 +114,9 @@ mod tests {
     #[test]
     fn every_reason_survives_the_wire() {
         for n in 1..100 {
-            let Ok(reason) = Reason::try_from(n) else { continue };
+            let Ok(reason) = Reason::try_from(n) else {
+                continue;
+            };
             let failure = Failure::new(reason, "what, where, what to do").with("field", "seed");
             let back = Failure::try_from(Status::from(failure.clone()));
             assert_eq!(back.ok(), Some(failure));

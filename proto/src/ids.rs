@@ -10,11 +10,13 @@ pub fn is_run_id(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= RUN_ID_BYTES_MAX
         && !id.starts_with('.')
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-/// The id of a row: its shard's path below the source, and its number in the shard. Keys inside data sets repeat, this
-/// does not.
+/// The id of a row: its shard's path below the source, and its number in the shard. Keys inside
+/// data sets repeat, this does not.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowId<'a> {
     /// Which source; shown only where a run has several.
@@ -41,14 +43,27 @@ mod tests {
         for good in ["a", "siglip-b16.v2_3", &"x".repeat(RUN_ID_BYTES_MAX)] {
             assert!(is_run_id(good), "{good}");
         }
-        for bad in ["", ".", "..", ".hidden", "a/b", "a b", "ü", &"x".repeat(RUN_ID_BYTES_MAX + 1)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".hidden",
+            "a/b",
+            "a b",
+            "ü",
+            &"x".repeat(RUN_ID_BYTES_MAX + 1),
+        ] {
             assert!(!is_run_id(bad), "{bad}");
         }
     }
 
     #[test]
     fn row_ids_name_shard_and_row() {
-        let mut id = RowId { source: None, shard: "00003.parquet", row: 17 };
+        let mut id = RowId {
+            source: None,
+            shard: "00003.parquet",
+            row: 17,
+        };
         assert_eq!(id.to_string(), "00003.parquet#17");
         id.source = Some(1);
         assert_eq!(id.to_string(), "1:00003.parquet#17");

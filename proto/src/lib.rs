@@ -12,17 +12,19 @@ pub mod v1 {
     tonic::include_proto!("superbatch.v1");
 
     /// Encoded `FileDescriptorSet`, for gRPC reflection.
-    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/superbatch.binpb"));
+    pub const FILE_DESCRIPTOR_SET: &[u8] =
+        include_bytes!(concat!(env!("OUT_DIR"), "/superbatch.binpb"));
 }
 
-/// Largest message either side accepts, in bytes. Payloads are cut into parts of [`PART_BYTES`], far below it.
+/// Largest message either side accepts, in bytes. Payloads are cut into parts of [`PART_BYTES`],
+/// far below it.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Most candidates of a super-batch.
 pub const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 /// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
 pub const PART_BYTES: usize = 1 << 20;
-/// Bytes of a stream that may be on their way before the receiver has taken them: several parts, so that a long line stays
-/// full. Of all streams of a connection: [`CONNECTION_WINDOW_BYTES`].
+/// Bytes of a stream that may be on their way before the receiver has taken them: several parts, so
+/// that a long line stays full. Of all streams of a connection: [`CONNECTION_WINDOW_BYTES`].
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 /// Largest HTTP/2 frame that a server takes: a part goes in few.

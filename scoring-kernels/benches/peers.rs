@@ -1,8 +1,9 @@
-//! Joint selection by the native backend against its peers, in one run, as ratios: `make bench-kernels`.
+//! Joint selection by the native backend against its peers, in one run, as ratios: `make
+//! bench-kernels`.
 //!
-//! Arguments: none (the table), `growth FILE` (processor time and memory by super-batch size), `scale` (163,840 candidates),
-//! `chunks` (what more chunks buy).
-//! Peers need a Python with NumPy, PyTorch and safetensors, named by SUPERBATCH_PYTHON; without it they are left out.
+//! Arguments: none (the table), `growth FILE` (processor time and memory by super-batch size),
+//! `scale` (163,840 candidates), `chunks` (what more chunks buy). Peers need a Python with NumPy,
+//! PyTorch and safetensors, named by SUPERBATCH_PYTHON; without it they are left out.
 mod common;
 mod memory;
 
@@ -27,7 +28,10 @@ const N_CHUNKS: usize = 16;
 const ROUNDS: usize = 5;
 
 fn main() {
-    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| word != "--bench")
+        .collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => table(),
         ["growth", file] => growth(Path::new(file)),
@@ -37,7 +41,8 @@ fn main() {
     }
 }
 
-/// Seconds, and processor seconds of all threads: where others use the machine too, these are what can be compared.
+/// Seconds, and processor seconds of all threads: where others use the machine too, these are what
+/// can be compared.
 #[derive(Clone, Copy)]
 struct Times {
     wall: f64,
@@ -45,15 +50,25 @@ struct Times {
 }
 
 impl Times {
-    const NEVER: Self = Self { wall: f64::INFINITY, busy: f64::INFINITY };
+    const NEVER: Self = Self {
+        wall: f64::INFINITY,
+        busy: f64::INFINITY,
+    };
 
     fn least(self, other: Self) -> Self {
-        Self { wall: self.wall.min(other.wall), busy: self.busy.min(other.busy) }
+        Self {
+            wall: self.wall.min(other.wall),
+            busy: self.busy.min(other.busy),
+        }
     }
 
     /// How many times as long `other` takes.
     fn of(self, other: Self) -> String {
-        format!("{:.1} x native's time, {:.1} x its processor time", other.wall / self.wall, other.busy / self.busy)
+        format!(
+            "{:.1} x native's time, {:.1} x its processor time",
+            other.wall / self.wall,
+            other.busy / self.busy
+        )
     }
 }
 
@@ -61,13 +76,31 @@ impl Times {
 fn busy() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+    after_name
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|ticks| ticks.parse::<f64>().ok())
+        .sum::<f64>()
+        / 100.0
 }
 
-fn select(candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> (Times, Selection) {
+fn select(
+    candidates: &Candidates<'_>,
+    settings: &Settings,
+    noise: &Noise<'_>,
+) -> (Times, Selection) {
     let (begun, before) = (Instant::now(), busy());
-    let selection = Backend::Native.select(candidates, settings, noise).expect("valid inputs");
-    (Times { wall: begun.elapsed().as_secs_f64(), busy: busy() - before }, selection)
+    let selection = Backend::Native
+        .select(candidates, settings, noise)
+        .expect("valid inputs");
+    (
+        Times {
+            wall: begun.elapsed().as_secs_f64(),
+            busy: busy() - before,
+        },
+        selection,
+    )
 }
 
 /// A Python process that holds the same super-batch and answers with times and draws.
@@ -83,8 +116,17 @@ impl Peers {
         let python = std::env::var_os("SUPERBATCH_PYTHON")?;
         let threads = threads.to_string();
         let mut command = Command::new(python);
-        command.arg(script).arg("serve").arg(file).arg(&threads).env("OMP_NUM_THREADS", &threads);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a Python to run");
+        command
+            .arg(script)
+            .arg("serve")
+            .arg(file)
+            .arg(&threads)
+            .env("OMP_NUM_THREADS", &threads);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a Python to run");
         let to = child.stdin.take().expect("piped");
         let from = BufReader::new(child.stdout.take().expect("piped"));
         let mut peers = Self { child, to, from };
@@ -103,9 +145,20 @@ impl Peers {
         writeln!(self.to, "{question}").expect("a peer that listens");
         let line = self.line();
         let mut words = line.split(' ');
-        let mut time = || words.next().and_then(|word| word.parse().ok()).expect("two times first");
-        let times = Times { wall: time(), busy: time() };
-        (times, words.map(|word| word.parse().expect("an index")).collect())
+        let mut time = || {
+            words
+                .next()
+                .and_then(|word| word.parse().ok())
+                .expect("two times first")
+        };
+        let times = Times {
+            wall: time(),
+            busy: time(),
+        };
+        (
+            times,
+            words.map(|word| word.parse().expect("an index")).collect(),
+        )
     }
 
     fn end(mut self) {
@@ -116,12 +169,34 @@ impl Peers {
 
 /// Writes the super-batch where the peers can read it.
 fn write(world: &World<f32>, noise: &[f32], settings: &Settings) -> PathBuf {
-    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-    let names = ["learner_img", "learner_txt", "reference_img", "reference_txt", "noise"];
-    let data: Vec<Vec<u8>> = world.towers.iter().map(|tower| bytes(tower)).chain([bytes(noise)]).collect();
-    let shapes = [[world.count, world.dim]; 4].into_iter().chain([[settings.n_chunks, world.count]]);
-    let view = |(shape, data): ([usize; 2], _)| TensorView::new(Dtype::F32, shape.to_vec(), data).expect("a tensor");
-    let tensors = names.into_iter().zip(shapes.zip(data.iter().map(Vec::as_slice)).map(view));
+    let bytes = |values: &[f32]| {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let names = [
+        "learner_img",
+        "learner_txt",
+        "reference_img",
+        "reference_txt",
+        "noise",
+    ];
+    let data: Vec<Vec<u8>> = world
+        .towers
+        .iter()
+        .map(|tower| bytes(tower))
+        .chain([bytes(noise)])
+        .collect();
+    let shapes = [[world.count, world.dim]; 4]
+        .into_iter()
+        .chain([[settings.n_chunks, world.count]]);
+    let view = |(shape, data): ([usize; 2], _)| {
+        TensorView::new(Dtype::F32, shape.to_vec(), data).expect("a tensor")
+    };
+    let tensors = names
+        .into_iter()
+        .zip(shapes.zip(data.iter().map(Vec::as_slice)).map(view));
     let words = [
         ("learner_scale", SCALES[0].to_string()),
         ("reference_scale", SCALES[1].to_string()),
@@ -143,16 +218,25 @@ fn agreement(ours: &[u32], theirs: &[u32]) -> String {
 
 fn table() {
     let world = World::f32(COUNT, DIM);
-    let settings = Settings { sub_batch_size: SUB_BATCH, n_chunks: N_CHUNKS, ..Settings::default() };
-    let streams: Vec<_> = (0..N_CHUNKS as u32).map(|k| noise::Stream::new(1, 0, 0, k)).collect();
-    let given: Vec<f32> =
-        streams.iter().flat_map(|stream| (0..COUNT as u64).map(|key| stream.gumbel(key) as f32)).collect();
+    let settings = Settings {
+        sub_batch_size: SUB_BATCH,
+        n_chunks: N_CHUNKS,
+        ..Settings::default()
+    };
+    let streams: Vec<_> = (0..N_CHUNKS as u32)
+        .map(|k| noise::Stream::new(1, 0, 0, k))
+        .collect();
+    let given: Vec<f32> = streams
+        .iter()
+        .flat_map(|stream| (0..COUNT as u64).map(|key| stream.gumbel(key) as f32))
+        .collect();
     let noise = Noise::Given(&given);
     let file = write(&world, &given, &settings);
     let threads = rayon::current_num_threads();
     let mut peers = Peers::start(&file, threads);
     println!(
-        "B={COUNT} b={SUB_BATCH} d={DIM} chunks={N_CHUNKS} f32, learnability, {threads} threads, best of {ROUNDS}"
+        "B={COUNT} b={SUB_BATCH} d={DIM} chunks={N_CHUNKS} f32, learnability, {threads} threads, \
+        best of {ROUNDS}"
     );
 
     let mut best: By<Times> = HashMap::new();
@@ -165,7 +249,14 @@ fn table() {
                 *entry = entry.least(times);
                 drawn.insert((loss.as_str(), who), indices);
             };
-            let (times, ours) = select(&world.candidates(), &Settings { loss: *loss, ..settings.clone() }, &noise);
+            let (times, ours) = select(
+                &world.candidates(),
+                &Settings {
+                    loss: *loss,
+                    ..settings.clone()
+                },
+                &noise,
+            );
             keep("native", (times, ours.indices));
             flops.insert(loss.as_str(), ours.flops);
             let Some(peers) = &mut peers else { continue };
@@ -185,11 +276,16 @@ fn table() {
 
 type By<T> = HashMap<(&'static str, &'static str), T>;
 
-/// Prints times and ratios, by loss and who took them. `gemm` is for 10^12 operations of the machine's matrix product.
+/// Prints times and ratios, by loss and who took them. `gemm` is for 10^12 operations of the
+/// machine's matrix product.
 fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, gemm: Times) {
     let measured = gemm.wall.is_finite();
     if measured {
-        println!("f32 GEMM: {:.1} GFLOP/s, {:.1} a processor second", 1e3 / gemm.wall, 1e3 / gemm.busy);
+        println!(
+            "f32 GEMM: {:.1} GFLOP/s, {:.1} a processor second",
+            1e3 / gemm.wall,
+            1e3 / gemm.busy
+        );
     }
     let called = [
         ("printed", "dense NumPy, Algorithm 1 as printed"),
@@ -200,56 +296,103 @@ fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, ge
         let (ours, work) = (best[&(loss, "native")], flops[loss] / 1e12);
         let share = |gemm: f64, ours: f64| 100.0 * work * gemm / ours;
         let share = match measured {
-            true => format!(", {:.0} % of GEMM ({:.0} %)", share(gemm.wall, ours.wall), share(gemm.busy, ours.busy)),
+            true => format!(
+                ", {:.0} % of GEMM ({:.0} %)",
+                share(gemm.wall, ours.wall),
+                share(gemm.busy, ours.busy)
+            ),
             false => String::new(),
         };
         let rate = 1e3 * work / ours.wall;
-        println!("{loss}, native: {:.3} s ({:.2} processor seconds), {rate:.1} GFLOP/s{share}", ours.wall, ours.busy);
+        println!(
+            "{loss}, native: {:.3} s ({:.2} processor seconds), {rate:.1} GFLOP/s{share}",
+            ours.wall, ours.busy
+        );
         for (who, name) in called {
             if let Some(theirs) = best.get(&(loss, who)) {
                 let agreement = agreement(&drawn[&(loss, "native")], &drawn[&(loss, who)]);
-                println!("{loss}, {name}: {:.3} s, {}; {agreement}", theirs.wall, ours.of(*theirs));
+                println!(
+                    "{loss}, {name}: {:.3} s, {}; {agreement}",
+                    theirs.wall,
+                    ours.of(*theirs)
+                );
             }
         }
     }
     let [sigmoid, softmax] = ["sigmoid", "softmax"].map(|loss| best[&(loss, "native")]);
-    println!("softmax / sigmoid: {:.2} ({:.2})", softmax.wall / sigmoid.wall, softmax.busy / sigmoid.busy);
+    println!(
+        "softmax / sigmoid: {:.2} ({:.2})",
+        softmax.wall / sigmoid.wall,
+        softmax.busy / sigmoid.busy
+    );
 }
 
 fn seeded(keys: &[u64]) -> Noise<'_> {
-    Noise::Seeded { seed: 1, generation: 0, step: 0, keys }
+    Noise::Seeded {
+        seed: 1,
+        generation: 0,
+        step: 0,
+        keys,
+    }
 }
 
 /// Mean processor seconds of a selection and its memory, by super-batch size.
 fn growth(file: &Path) {
-    let mut out = String::from("# B b processor-seconds MiB (d=128, f16, 16 chunks, sigmoid, learnability)\n");
+    let mut out = String::from(
+        "# B b processor-seconds MiB (d=128, f16, 16 chunks, sigmoid, learnability)\n",
+    );
     for count in [4, 8, 16, 32, 64, 128].map(|thousands| thousands * 1024) {
         let world = World::f16(count, 128);
         let keys: Vec<u64> = (0..count as u64).collect();
-        let settings = Settings { sub_batch_size: count / 5, n_chunks: N_CHUNKS, ..Settings::default() };
+        let settings = Settings {
+            sub_batch_size: count / 5,
+            n_chunks: N_CHUNKS,
+            ..Settings::default()
+        };
         let before = memory::reset_peak();
         // Small ones more often: the clock ticks a hundred times a second.
         let rounds = (32 * 1024 / count).pow(2).clamp(1, 32);
-        let seconds: f64 = (0..rounds).map(|_| select(&world.candidates(), &settings, &seeded(&keys)).0.busy).sum();
-        let line = format!("{count} {} {:.4} {:.1}", count / 5, seconds / rounds as f64, memory::peak() - before);
+        let seconds: f64 = (0..rounds)
+            .map(|_| {
+                select(&world.candidates(), &settings, &seeded(&keys))
+                    .0
+                    .busy
+            })
+            .sum();
+        let line = format!(
+            "{count} {} {:.4} {:.1}",
+            count / 5,
+            seconds / rounds as f64,
+            memory::peak() - before
+        );
         println!("{line}");
         out += &format!("{line}\n");
     }
     fs::write(file, out).expect("a place for the table");
 }
 
-/// The paper's real scale. Of 16 chunks two are drawn, so one of the fifteen updates is timed, the most expensive.
+/// The paper's real scale. Of 16 chunks two are drawn, so one of the fifteen updates is timed, the
+/// most expensive.
 fn scale() {
     let (count, chunk, dim) = (163_840, 2_048, 768);
     let world: World<f16> = World::f16(count, dim);
     let keys: Vec<u64> = (0..count as u64).collect();
     for loss in Loss::ALL {
-        let settings = Settings { loss: *loss, sub_batch_size: 2 * chunk, n_chunks: 2, ..Settings::default() };
+        let settings = Settings {
+            loss: *loss,
+            sub_batch_size: 2 * chunk,
+            n_chunks: 2,
+            ..Settings::default()
+        };
         let before = memory::reset_peak();
-        let (Times { wall: seconds, .. }, selection) = select(&world.candidates(), &settings, &seeded(&keys));
-        let whole: f64 = (1..16).map(|k| 8.0 * (count - k * chunk) as f64 * chunk as f64 * dim as f64).sum();
+        let (Times { wall: seconds, .. }, selection) =
+            select(&world.candidates(), &settings, &seeded(&keys));
+        let whole: f64 = (1..16)
+            .map(|k| 8.0 * (count - k * chunk) as f64 * chunk as f64 * dim as f64)
+            .sum();
         println!(
-            "{loss} B={count} chunk={chunk} d={dim} f16: {seconds:.1} s for one update of 15, {:.1} GFLOP/s, {:.0} MiB above \
+            "{loss} B={count} chunk={chunk} d={dim} f16: {seconds:.1} s for one update of 15, \
+            {:.1} GFLOP/s, {:.0} MiB above \
              the inputs; all 15 at that rate: {:.0} s",
             selection.flops / seconds / 1e9,
             memory::peak() - before,
@@ -263,22 +406,40 @@ fn chunks() {
     let world = World::f32(COUNT, DIM);
     let keys: Vec<u64> = (0..COUNT as u64).collect();
     let draw = |settings: Settings, seed| {
-        let noise = Noise::Seeded { seed, generation: 0, step: 0, keys: &keys };
+        let noise = Noise::Seeded {
+            seed,
+            generation: 0,
+            step: 0,
+            keys: &keys,
+        };
         let (times, selection) = select(&world.candidates(), &settings, &noise);
         (times, selection.batch_score.expect("given embeddings"))
     };
-    let settings = Settings { sub_batch_size: SUB_BATCH, ..Settings::default() };
+    let settings = Settings {
+        sub_batch_size: SUB_BATCH,
+        ..Settings::default()
+    };
     let policies = [Policy::Uniform, Policy::Independent, Policy::TopK].map(|policy| (policy, 1));
-    let joint = [2, 4, 8, 16, 32, 64].into_iter().flat_map(|n| [(Policy::Joint, n), (Policy::JointTopK, n)]);
+    let joint = [2, 4, 8, 16, 32, 64]
+        .into_iter()
+        .flat_map(|n| [(Policy::Joint, n), (Policy::JointTopK, n)]);
     for (policy, n_chunks) in policies.into_iter().chain(joint) {
         let (mut least, mut score) = (Times::NEVER, 0.0);
         for seed in 0..3 {
-            let (times, one) = draw(Settings { policy, n_chunks, ..settings.clone() }, seed);
+            let (times, one) = draw(
+                Settings {
+                    policy,
+                    n_chunks,
+                    ..settings.clone()
+                },
+                seed,
+            );
             (least, score) = (least.least(times), score + one / 3.0);
         }
         let Times { wall, busy } = least;
         println!(
-            "{policy:<12} {n_chunks:>3} chunks: batch score {score:>9.3}, {wall:.3} s ({busy:.2} processor seconds)"
+            "{policy:<12} {n_chunks:>3} chunks: batch score {score:>9.3}, {wall:.3} s ({busy:.2} \
+            processor seconds)"
         );
     }
 }

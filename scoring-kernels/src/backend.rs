@@ -10,14 +10,18 @@ use crate::{
     types::{Candidates, Selection, Settings, Tuning},
 };
 
-/// What computes the scores. All backends are handed the same noise and draw the same examples, up to rounding.
+/// What computes the scores. All backends are handed the same noise and draw the same examples, up
+/// to rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Backend {
-    /// Plain Rust on the rayon pool that the caller runs in. The draw does not depend on the number of threads.
+    /// Plain Rust on the rayon pool that the caller runs in. The draw does not depend on the number
+    /// of threads.
     Native,
-    /// Kernels of our own on a CUDA device. The same inputs give the same draw, bit for bit, on the same kind of device.
+    /// Kernels of our own on a CUDA device. The same inputs give the same draw, bit for bit, on the
+    /// same kind of device.
     Cuda(CudaDevice),
-    /// LibTorch on a device, which the caller has made available; threads on the CPU are LibTorch's own.
+    /// LibTorch on a device, which the caller has made available; threads on the CPU are LibTorch's
+    /// own.
     #[cfg(feature = "torch")]
     Torch(tch::Device),
 }
@@ -28,7 +32,12 @@ impl Backend {
     /// # Errors
     ///
     /// [`Error`](crate::Error) says which input is wrong; nothing is drawn then.
-    pub fn select(&self, candidates: &Candidates<'_>, settings: &Settings, noise: &Noise<'_>) -> Result<Selection> {
+    pub fn select(
+        &self,
+        candidates: &Candidates<'_>,
+        settings: &Settings,
+        noise: &Noise<'_>,
+    ) -> Result<Selection> {
         self.select_tuned(candidates, settings, &Tuning::default(), noise)
     }
 
@@ -69,7 +78,9 @@ impl Backend {
 
     /// What computes distances, under k-center.
     fn spread<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Spread + 'a>>> {
-        let Some(embeddings) = &problem.spread else { return Ok(None) };
+        let Some(embeddings) = &problem.spread else {
+            return Ok(None);
+        };
         Ok(Some(match self {
             Self::Native => Box::new(NativeSpread::new(embeddings, problem.count)),
             Self::Cuda(device) => Box::new(device.spread(embeddings, problem.count)?),

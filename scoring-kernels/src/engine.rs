@@ -10,15 +10,17 @@ use rayon::prelude::*;
 
 /// Running conditional scores of one selection, on some device.
 pub(crate) trait Engine {
-    /// The score of every candidate given all that was absorbed, by index, `[B]`, with gain. Unspecified for holes and
-    /// for what was absorbed.
+    /// The score of every candidate given all that was absorbed, by index, `[B]`, with gain.
+    /// Unspecified for holes and for what was absorbed.
     fn scores(&mut self) -> Result<Vec<f64>>;
 
-    /// Adds what a drawn chunk means to every candidate left: c new rows and c new columns of each model's pair matrix.
+    /// Adds what a drawn chunk means to every candidate left: c new rows and c new columns of each
+    /// model's pair matrix.
     fn absorb(&mut self, chunk: &[u32]) -> Result<()>;
 
-    /// What the running scores lack for a batch score, without gain. Sigmoid: the sum of the pair terms among `chosen`,
-    /// the diagonal left out. Softmax: the sum of the batch losses of `chosen` as one batch.
+    /// What the running scores lack for a batch score, without gain. Sigmoid: the sum of the pair
+    /// terms among `chosen`, the diagonal left out. Softmax: the sum of the batch losses of
+    /// `chosen` as one batch.
     fn inner(&mut self, chosen: &[u32]) -> Result<f64>;
 
     /// Floating-point operations spent so far.
@@ -27,7 +29,8 @@ pub(crate) trait Engine {
 
 /// K-center: how near candidates' images are to those of all that was chosen, on some device.
 pub(crate) trait Spread {
-    /// Adds a chunk to the chosen. Returns, for each candidate `left`, the largest cosine of its image with one of theirs.
+    /// Adds a chunk to the chosen. Returns, for each candidate `left`, the largest cosine of its
+    /// image with one of theirs.
     fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>>;
 }
 
@@ -37,8 +40,8 @@ struct Drawn {
     score: f64,
 }
 
-/// Draws the sub-batch (Algorithm 1, and what the other policies make of it). Without an engine there are no losses, and
-/// what depends on them is absent.
+/// Draws the sub-batch (Algorithm 1, and what the other policies make of it). Without an engine
+/// there are no losses, and what depends on them is absent.
 pub(crate) fn run(
     problem: &Problem<'_>,
     mut engine: Option<Box<dyn Engine + '_>>,
@@ -58,15 +61,26 @@ pub(crate) fn run(
             let last = indices(&drawn[drawn.len() - problem.chunks[k - 1]..]);
             if let (Some(spread), Some(embeddings)) = (&mut spread, &problem.spread) {
                 let nearest = spread.absorb(&last, &left)?;
-                left.iter().zip(nearest).for_each(|(&index, cosine)| scores[index as usize] = 1.0 - f64::from(cosine));
+                left.iter()
+                    .zip(nearest)
+                    .for_each(|(&index, cosine)| scores[index as usize] = 1.0 - f64::from(cosine));
                 spread_flops += 2.0 * left.len() as f64 * last.len() as f64 * embeddings.dim as f64;
             } else if let Some(engine) = engine.as_mut() {
                 engine.absorb(&last)?;
                 scores = engine.scores()?;
             }
         }
-        let noise = problem.policy.is_noisy(k).then(|| noise.chunk(k, problem.count));
-        drawn.extend(draw(&mut left, &law::logits(problem, &scores), &scores, noise, size)?);
+        let noise = problem
+            .policy
+            .is_noisy(k)
+            .then(|| noise.chunk(k, problem.count));
+        drawn.extend(draw(
+            &mut left,
+            &law::logits(problem, &scores),
+            &scores,
+            noise,
+            size,
+        )?);
     }
     let chosen = indices(&drawn);
     let mut selection = Selection {
@@ -89,7 +103,8 @@ pub(crate) fn run(
     Ok(selection)
 }
 
-/// Takes the `size` candidates of largest logit + noise out of `left`, largest first, ties to the lower index.
+/// Takes the `size` candidates of largest logit + noise out of `left`, largest first, ties to the
+/// lower index.
 fn draw(
     left: &mut Vec<u32>,
     logits: &[f64],
@@ -112,17 +127,31 @@ fn draw(
     }
     perturbed.sort_unstable_by(order);
     let mut taken = vec![false; scores.len()];
-    perturbed.iter().for_each(|(_, index)| taken[*index as usize] = true);
+    perturbed
+        .iter()
+        .for_each(|(_, index)| taken[*index as usize] = true);
     left.retain(|index| !taken[*index as usize]);
-    Ok(perturbed.into_iter().map(|(_, index)| Drawn { index, score: scores[index as usize] }).collect())
+    Ok(perturbed
+        .into_iter()
+        .map(|(_, index)| Drawn {
+            index,
+            score: scores[index as usize],
+        })
+        .collect())
 }
 
 /// Mean conditional score per example of the sub-batch, without gain.
 ///
-/// Sigmoid: the conditional scores of joint selection hold every pair of two chunks exactly once, in both directions; what
-/// they lack are the pairs inside each chunk. Other policies' scores hold no pairs at all. Softmax: the denominators must
-/// hold the whole sub-batch, so the losses are computed anew.
-fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selection, own: &[f64]) -> Result<f64> {
+/// Sigmoid: the conditional scores of joint selection hold every pair of two chunks exactly once,
+/// in both directions; what they lack are the pairs inside each chunk. Other policies' scores hold
+/// no pairs at all. Softmax: the denominators must hold the whole sub-batch, so the losses are
+/// computed anew.
+fn batch_score(
+    problem: &Problem<'_>,
+    engine: &mut dyn Engine,
+    selection: &Selection,
+    own: &[f64],
+) -> Result<f64> {
     let chosen = selection.indices.as_slice();
     let total = match problem.loss {
         Loss::Softmax => engine.inner(chosen)?,
@@ -135,7 +164,9 @@ fn batch_score(problem: &Problem<'_>, engine: &mut dyn Engine, selection: &Selec
             }
             total
         }
-        Loss::Sigmoid => chosen.iter().map(|&index| own[index as usize]).sum::<f64>() + engine.inner(chosen)?,
+        Loss::Sigmoid => {
+            chosen.iter().map(|&index| own[index as usize]).sum::<f64>() + engine.inner(chosen)?
+        }
     };
     Ok(total / chosen.len() as f64)
 }

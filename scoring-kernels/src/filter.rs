@@ -1,4 +1,5 @@
-//! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the image.
+//! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the
+//! image.
 use crate::{
     error::{Error, Result},
     native::{Others, clip_losses},
@@ -23,9 +24,18 @@ pub(crate) struct Filtered {
     pub flops: f64,
 }
 
-/// Applies the rules of `tuning` to `offered`. Judged by the reference, which does not change, else by the learner.
-pub(crate) fn filter(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u32]) -> Result<Filtered> {
-    let mut filtered = Filtered { kept: offered.to_vec(), left_out: LeftOut::default(), flops: 0.0 };
+/// Applies the rules of `tuning` to `offered`. Judged by the reference, which does not change, else
+/// by the learner.
+pub(crate) fn filter(
+    candidates: &Candidates<'_>,
+    tuning: &Tuning,
+    offered: &[u32],
+) -> Result<Filtered> {
+    let mut filtered = Filtered {
+        kept: offered.to_vec(),
+        left_out: LeftOut::default(),
+        flops: 0.0,
+    };
     if !tuning.leaves_out() {
         return Ok(filtered);
     }
@@ -33,11 +43,17 @@ pub(crate) fn filter(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u3
     let Some((name, model)) = named.or(candidates.learner.map(|model| ("learner", model))) else {
         let setting = "duplicates_above, clip_score_at_least or neg_clip_loss_keep";
         let must = "absent where there are no embeddings";
-        return Err(Error::SettingInvalid { setting, value: "set".to_owned(), must });
+        return Err(Error::SettingInvalid {
+            setting,
+            value: "set".to_owned(),
+            must,
+        });
     };
     let cosines = check_model(name, &model, candidates.count, offered)?;
     if let Some(least) = tuning.clip_score_at_least {
-        filtered.kept.retain(|&index| 2.5 * cosines[index as usize].max(0.0) >= least);
+        filtered
+            .kept
+            .retain(|&index| 2.5 * cosines[index as usize].max(0.0) >= least);
         filtered.left_out.clip_score_at_least = offered.len() - filtered.kept.len();
     }
     if let Some(share) = tuning.neg_clip_loss_keep {
@@ -50,9 +66,10 @@ pub(crate) fn filter(candidates: &Candidates<'_>, tuning: &Tuning, offered: &[u3
 }
 
 impl Filtered {
-    /// Keeps a share, those of the largest negCLIPLoss (Wang et al. 2024): the cosine of image and text less what the softmax
-    /// loss normalises it by. Their random batches are here up to [`CONTEXT`] of the candidates, evenly spaced: candidates
-    /// come in random order. Returns how many are left out.
+    /// Keeps a share, those of the largest negCLIPLoss (Wang et al. 2024): the cosine of image and
+    /// text less what the softmax loss normalises it by. Their random batches are here up to
+    /// [`CONTEXT`] of the candidates, evenly spaced: candidates come in random order. Returns how
+    /// many are left out.
     fn keep_best(&mut self, model: &ModelEmbeddings<'_>, cosines: Vec<f64>, share: f64) -> usize {
         let count = self.kept.len();
         let keep = ((share * count as f64).ceil() as usize).clamp(count.min(1), count);
@@ -60,16 +77,18 @@ impl Filtered {
         let context: Vec<u32> = (0..batch).map(|k| self.kept[k * count / batch]).collect();
         let losses = clip_losses(model, cosines, &self.kept, &context);
         self.flops += 4.0 * count as f64 * batch as f64 * model.dim as f64;
-        let mut order: Vec<(f64, u32)> = losses.into_iter().zip(self.kept.iter().copied()).collect();
+        let mut order: Vec<(f64, u32)> =
+            losses.into_iter().zip(self.kept.iter().copied()).collect();
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         self.kept = order[..keep].iter().map(|(_, index)| *index).collect();
         self.kept.sort_unstable();
         count - keep
     }
 
-    /// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of near ones by k-means; in a
-    /// cell, from the farthest from its centre on, one whose cosine with one already kept is above `above` is left out. Pairs
-    /// across two cells are not seen. Returns how many are left out.
+    /// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of
+    /// near ones by k-means; in a cell, from the farthest from its centre on, one whose cosine with
+    /// one already kept is above `above` is left out. Pairs across two cells are not seen. Returns
+    /// how many are left out.
     fn leave_out_duplicates(&mut self, model: &ModelEmbeddings<'_>, above: f32) -> usize {
         let count = self.kept.len();
         let cells = cells(model, &self.kept);
@@ -78,7 +97,12 @@ impl Filtered {
         let kept_in = |cell: &Vec<(f32, u32)>| {
             let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();
             let kept = kept(model, &members, above);
-            members.into_iter().zip(kept).filter(|(_, kept)| *kept).map(|(index, _)| index).collect::<Vec<_>>()
+            members
+                .into_iter()
+                .zip(kept)
+                .filter(|(_, kept)| *kept)
+                .map(|(index, _)| index)
+                .collect::<Vec<_>>()
         };
         self.kept = cells.par_iter().flat_map_iter(kept_in).collect();
         self.kept.sort_unstable();
@@ -126,34 +150,54 @@ fn cells(model: &ModelEmbeddings<'_>, offered: &[u32]) -> Vec<Vec<(f32, u32)>> {
         centres.fill(0.0);
         for (&index, &(_, cell)) in offered.iter().zip(&nearest) {
             let row = model.image.read(index as usize, dim, 0, &mut buffer);
-            centres[cell * dim..][..dim].iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+            centres[cell * dim..][..dim]
+                .iter_mut()
+                .zip(row)
+                .for_each(|(sum, value)| *sum += value);
         }
         for centre in centres.chunks_exact_mut(dim) {
-            let norm = centre.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+            let norm = centre
+                .iter()
+                .map(|value| value * value)
+                .sum::<f32>()
+                .sqrt()
+                .max(f32::MIN_POSITIVE);
             centre.iter_mut().for_each(|value| *value /= norm);
         }
         nearest = nearest_centres(model, offered, &centres);
     }
     let mut cells = vec![Vec::new(); count];
-    offered.iter().zip(nearest).for_each(|(&index, (cosine, cell))| cells[cell].push((cosine, index)));
-    cells.iter_mut().for_each(|cell| cell.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))));
+    offered
+        .iter()
+        .zip(nearest)
+        .for_each(|(&index, (cosine, cell))| cells[cell].push((cosine, index)));
+    cells
+        .iter_mut()
+        .for_each(|cell| cell.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))));
     cells
 }
 
 /// For each candidate offered, (cosine, which centre) of the nearest centre.
-fn nearest_centres(model: &ModelEmbeddings<'_>, offered: &[u32], centres: &[f32]) -> Vec<(f32, usize)> {
+fn nearest_centres(
+    model: &ModelEmbeddings<'_>,
+    offered: &[u32],
+    centres: &[f32],
+) -> Vec<(f32, usize)> {
     let all: Vec<u32> = (0..(centres.len() / model.dim) as u32).collect();
     let others = Others::new(&Rows::F32(centres), model.dim, &all);
     let mut nearest = vec![(f32::NEG_INFINITY, 0); offered.len()];
-    nearest.par_chunks_mut(64).zip(offered.par_chunks(64)).for_each_init(
-        || others.scratch(),
-        |scratch, (nearest, indices)| {
-            others.visit(&model.image, indices, scratch, |lane, centre, cosine| {
-                if cosine > nearest[lane].0 {
-                    nearest[lane] = (cosine, centre);
-                }
-            });
-        },
-    );
+    nearest
+        .par_chunks_mut(64)
+        .zip(offered.par_chunks(64))
+        .for_each_init(
+            || others.scratch(),
+            |scratch, (nearest, indices)| {
+                others.visit(&model.image, indices, scratch, |lane, centre, cosine| {
+                    if cosine > nearest[lane].0 {
+                        nearest[lane] = (cosine, centre);
+                    }
+                });
+            },
+        );
     nearest
 }

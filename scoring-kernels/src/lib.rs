@@ -1,18 +1,19 @@
 //! Joint example selection (JEST): draws the jointly most learnable sub-batch of a super-batch.
 //!
-//! Arrays in, indices out: no I/O, no async, no clock, no configuration. Randomness is an argument, and so are threads (the
-//! rayon pool that you call from). This page teaches the method in ten minutes; [`Backend::select`] is all there is to
-//! call.
+//! Arrays in, indices out: no I/O, no async, no clock, no configuration. Randomness is an argument,
+//! and so are threads (the rayon pool that you call from). This page teaches the method in ten
+//! minutes; [`Backend::select`] is all there is to call.
 //!
 //! # The idea
 //!
-//! A contrastive model learns from *batches*: how much an example teaches depends on the others beside it. Joint example
-//! selection (Evans et al. 2024, [arXiv 2406.17711](https://arxiv.org/abs/2406.17711), Algorithm 1) therefore scores whole
-//! batches. Of a *super-batch* of B candidates, seen by the *learner* that is being trained and by a frozen *reference*, it
-//! draws a *sub-batch* of b with probability ∝ exp(score of the sub-batch).
+//! A contrastive model learns from *batches*: how much an example teaches depends on the others
+//! beside it. Joint example selection (Evans et al. 2024, [arXiv
+//! 2406.17711](https://arxiv.org/abs/2406.17711), Algorithm 1) therefore scores whole batches. Of a
+//! *super-batch* of B candidates, seen by the *learner* that is being trained and by a frozen
+//! *reference*, it draws a *sub-batch* of b with probability ∝ exp(score of the sub-batch).
 //!
-//! With L2-normalised embeddings of images and texts, `l[i, j] = scale · ⟨imgᵢ, txtⱼ⟩ + bias` is a model's logit for image
-//! i and text j. Its loss on pair (i, j) under the sigmoid loss is
+//! With L2-normalised embeddings of images and texts, `l[i, j] = scale · ⟨imgᵢ, txtⱼ⟩ + bias` is a
+//! model's logit for image i and text j. Its loss on pair (i, j) under the sigmoid loss is
 //!
 //! ```text
 //! pair[i, i] = softplus(-l[i, i])        the positive: image and text belong together
@@ -27,23 +28,25 @@
 //! easy           s = -pair_reference                    likes clean examples, whatever is known already
 //! ```
 //!
-//! and a sub-batch's score per example, [`Selection::batch_score`], is `Σ s[i, j] / b` over all its pairs. Drawing it at
-//! once is out of reach, so it is drawn in `n_chunks` chunks. With T the examples drawn so far, a candidate's *conditional
-//! score*
+//! and a sub-batch's score per example, [`Selection::batch_score`], is `Σ s[i, j] / b` over all its
+//! pairs. Drawing it at once is out of reach, so it is drawn in `n_chunks` chunks. With T the
+//! examples drawn so far, a candidate's *conditional score*
 //!
 //! ```text
 //! score[x | T] = s[x, x] + Σₖ∈T (s[k, x] + s[x, k])
 //! ```
 //!
-//! is what it would add to the batch; the next chunk is drawn without replacement with p ∝ exp(score), and T grows by it.
-//! Sixteen chunks come close to the exact law; one chunk is *independent* selection, which ignores the pairs.
+//! is what it would add to the batch; the next chunk is drawn without replacement with p ∝
+//! exp(score), and T grows by it. Sixteen chunks come close to the exact law; one chunk is
+//! *independent* selection, which ignores the pairs.
 //!
 //! # By hand
 //!
-//! Four candidates. The reference tells all of them apart; the learner gives 0 and 1 the same embedding. Each pair alone is
-//! as easy for one model as for the other, so all unconditional scores are 0. But once 0 is drawn, the learner's logit
-//! between 0 and 1 is 10 - 5 = 5 where the reference's is -5, and softplus(5) - softplus(-5) = 5, in both directions:
-//! candidate 1 would add 10 to the batch, the others nothing. Together 0 and 1 teach what neither teaches alone.
+//! Four candidates. The reference tells all of them apart; the learner gives 0 and 1 the same
+//! embedding. Each pair alone is as easy for one model as for the other, so all unconditional
+//! scores are 0. But once 0 is drawn, the learner's logit between 0 and 1 is 10 - 5 = 5 where the
+//! reference's is -5, and softplus(5) - softplus(-5) = 5, in both directions: candidate 1 would add
+//! 10 to the batch, the others nothing. Together 0 and 1 teach what neither teaches alone.
 //!
 //! ```
 //! use superbatch_kernels::{Backend, Candidates, ModelEmbeddings, Noise, Policy, Rows, Settings};
@@ -99,43 +102,48 @@
 //! loss[x | T] = -l[x, x] + ½ (ln Σₖ∈T exp l[x, k] + ln Σₖ∈T exp l[k, x]),   score = gain · criterion(losses)
 //! ```
 //!
-//! A loss without pair terms (classification, language modelling) has nothing joint: there, joint selection after n draws
-//! is independent selection at a temperature of 1 / (n + 1). Use [`Policy::Independent`].
+//! A loss without pair terms (classification, language modelling) has nothing joint: there, joint
+//! selection after n draws is independent selection at a temperature of 1 / (n + 1). Use
+//! [`Policy::Independent`].
 //!
 //! # Other policies
 //!
-//! [`Policy`] has, beside joint selection, its controls (`uniform`, `independent`) and what others have proposed: the
-//! largest scores, ranks, priorities with importance weights, k-center. [`Tuning`] holds their numbers, and may leave
-//! near-duplicates or badly matching pairs out before any policy draws ([`Backend::select_tuned`]).
+//! [`Policy`] has, beside joint selection, its controls (`uniform`, `independent`) and what others
+//! have proposed: the largest scores, ranks, priorities with importance weights, k-center.
+//! [`Tuning`] holds their numbers, and may leave near-duplicates or badly matching pairs out before
+//! any policy draws ([`Backend::select_tuned`]).
 //!
 //! # How it is done
 //!
-//! * **Matrix-free.** A B × B matrix of 163,840 candidates is 100 GiB a model. Only each candidate's running score is kept:
-//!   after a chunk of c, just its c rows and columns are computed, tile by tile, summed and dropped. Memory is O(B·d), work
-//!   is 8·B·b·d FLOPs for two models against 4·B²·d for the dense form, and the result is the same. Softmax keeps a running
+//! * **Matrix-free.** A B × B matrix of 163,840 candidates is 100 GiB a model. Only each
+//!   candidate's running score is kept: after a chunk of c, just its c rows and columns are
+//!   computed, tile by tile, summed and dropped. Memory is O(B·d), work is 8·B·b·d FLOPs for two
+//!   models against 4·B²·d for the dense form, and the result is the same. Softmax keeps a running
 //!   maximum and a scaled sum for each denominator.
-//! * **At the speed of the matrix product.** On the CPU a candidate is a lane of a vector. A panel of 32 candidates meets
-//!   the drawn examples twelve at a time; their dot products go to a buffer of at most 15 KiB in the L1 cache, where one
-//!   pass turns them into sums of softplus or of exponentials. The best instruction set is picked at run time (AVX-512,
-//!   AVX2, portable).
-//! * **On CUDA, kernels of our own** ([`Backend::Cuda`]). NVRTC compiles them for the device when it is opened; driver and
-//!   NVRTC are found at run time, LibTorch is not needed. Tensor cores make tiles of 128 x 128 dot products from f16 with
-//!   f32 sums; an f32 value goes in as the sum of two halves, in three products. Every 64 terms of a dot product are moved
-//!   to other registers and added there with rounding, because tensor cores cut sums off. The tile never leaves the
-//!   registers: one pass turns it into softplus or exponentials (or, for k-center, a maximum) and adds up its rows, in a fixed
-//!   order, by one block alone.
-//!   A device is used only after it passed a check against the CPU ([`CudaDevice::open`]).
-//! * **Gumbel-top-k.** Conditional scores are spread over hundreds and exp() overflows. Adding standard Gumbel noise and
-//!   taking the c largest is the same draw. Ties go to the lower index.
-//! * **Noise by counter.** [`noise::gumbel`] is a pure function of (seed, generation, step, chunk, position), the same on
-//!   every machine; every [`Backend`] is handed the same numbers.
-//! * **b is the input**, never the filter ratio: `int(163840 * (1 - 0.8) / 16)` is 2047 in doubles. The first
-//!   `b % n_chunks` chunks draw one more.
+//! * **At the speed of the matrix product.** On the CPU a candidate is a lane of a vector. A panel
+//!   of 32 candidates meets the drawn examples twelve at a time; their dot products go to a buffer
+//!   of at most 15 KiB in the L1 cache, where one pass turns them into sums of softplus or of
+//!   exponentials. The best instruction set is picked at run time (AVX-512, AVX2, portable).
+//! * **On CUDA, kernels of our own** ([`Backend::Cuda`]). NVRTC compiles them for the device when
+//!   it is opened; driver and NVRTC are found at run time, LibTorch is not needed. Tensor cores
+//!   make tiles of 128 x 128 dot products from f16 with f32 sums; an f32 value goes in as the sum
+//!   of two halves, in three products. Every 64 terms of a dot product are moved to other registers
+//!   and added there with rounding, because tensor cores cut sums off. The tile never leaves the
+//!   registers: one pass turns it into softplus or exponentials (or, for k-center, a maximum) and
+//!   adds up its rows, in a fixed order, by one block alone. A device is used only after it passed
+//!   a check against the CPU ([`CudaDevice::open`]).
+//! * **Gumbel-top-k.** Conditional scores are spread over hundreds and exp() overflows. Adding
+//!   standard Gumbel noise and taking the c largest is the same draw. Ties go to the lower index.
+//! * **Noise by counter.** [`noise::gumbel`] is a pure function of (seed, generation, step, chunk,
+//!   position), the same on every machine; every [`Backend`] is handed the same numbers.
+//! * **b is the input**, never the filter ratio: `int(163840 * (1 - 0.8) / 16)` is 2047 in doubles.
+//!   The first `b % n_chunks` chunks draw one more.
 //! * **No scaling of sigmoid scores** by the number drawn, which would undo the method.
-//! * **f32 or f16 embeddings, never bf16**: it changes a draw in six at a scale of 100. Products are accumulated in f32,
-//!   sums over examples in f64; a softplus is within 10⁻⁷ of its value and small terms are not lost. A candidate's sums are
-//!   taken in the order of the drawn examples, whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶
-//!   of their value of those in float64.
+//! * **f32 or f16 embeddings, never bf16**: it changes a draw in six at a scale of 100. Products
+//!   are accumulated in f32, sums over examples in f64; a softplus is within 10⁻⁷ of its value and
+//!   small terms are not lost. A candidate's sums are taken in the order of the drawn examples,
+//!   whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶ of their value of
+//!   those in float64.
 mod backend;
 mod cuda;
 mod engine;
@@ -153,4 +161,7 @@ pub use backend::Backend;
 pub use cuda::{CudaDevice, CudaError, CudaLibraries};
 pub use error::{Error, Result};
 pub use noise::Noise;
-pub use types::{Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings, Tuning};
+pub use types::{
+    Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings,
+    Tuning,
+};

@@ -48,21 +48,34 @@ impl<'a> Problem<'a> {
             true => chunk_sizes(settings.sub_batch_size, settings.n_chunks),
             false => vec![settings.sub_batch_size],
         };
-        let draws = (0..chunks.len()).filter(|&chunk| settings.policy.is_noisy(chunk)).count();
+        let draws = (0..chunks.len())
+            .filter(|&chunk| settings.policy.is_noisy(chunk))
+            .count();
         noise.check(draws, candidates.count)?;
         let models = models(candidates, settings, &offered)?;
         let spread = match settings.policy {
             Policy::KCenter => {
                 let chosen = candidates.reference.or(candidates.learner);
-                let missing = Error::ModelMissing { criterion: settings.criterion, model: "reference" };
+                let missing = Error::ModelMissing {
+                    criterion: settings.criterion,
+                    model: "reference",
+                };
                 let chosen = chosen.ok_or(missing)?;
-                let name = if candidates.reference.is_some() { "reference" } else { "learner" };
+                let name = if candidates.reference.is_some() {
+                    "reference"
+                } else {
+                    "learner"
+                };
                 check_model(name, &chosen, candidates.count, &offered)?;
                 Some(chosen)
             }
             _ => None,
         };
-        let gain = if settings.loss == Loss::Softmax { settings.gain } else { 1.0 };
+        let gain = if settings.loss == Loss::Softmax {
+            settings.gain
+        } else {
+            1.0
+        };
         Ok(Self {
             count: candidates.count,
             models,
@@ -77,10 +90,18 @@ impl<'a> Problem<'a> {
     }
 
     /// The softmax loss of one model alone.
-    pub(crate) fn of_one(embeddings: ModelEmbeddings<'a>, cosines: Vec<f64>, offered: Vec<u32>) -> Self {
+    pub(crate) fn of_one(
+        embeddings: ModelEmbeddings<'a>,
+        cosines: Vec<f64>,
+        offered: Vec<u32>,
+    ) -> Self {
         Self {
             count: cosines.len(),
-            models: vec![SignedModel { sign: 1.0, embeddings, cosines }],
+            models: vec![SignedModel {
+                sign: 1.0,
+                embeddings,
+                cosines,
+            }],
             policy: Policy::Joint,
             tuning: Tuning::default(),
             loss: Loss::Softmax,
@@ -98,7 +119,12 @@ impl<'a> Problem<'a> {
         if sub_batch_size <= self.offered.len() {
             return Ok(());
         }
-        Err(Error::TooManyLeftOut { sub_batch_size, candidates: self.count, holes, left_out: filtered.left_out })
+        Err(Error::TooManyLeftOut {
+            sub_batch_size,
+            candidates: self.count,
+            holes,
+            left_out: filtered.left_out,
+        })
     }
 }
 
@@ -107,23 +133,40 @@ fn enough(sub_batch_size: usize, candidates: usize, offered: &[u32]) -> Result<(
     if sub_batch_size <= offered.len() {
         return Ok(());
     }
-    Err(Error::TooFewCandidates { sub_batch_size, candidates, holes })
+    Err(Error::TooFewCandidates {
+        sub_batch_size,
+        candidates,
+        holes,
+    })
 }
 
 /// b in n parts: the first `b % n` get one more; never an empty part.
 pub(crate) fn chunk_sizes(sub_batch_size: usize, n_chunks: usize) -> Vec<usize> {
     let parts = n_chunks.min(sub_batch_size);
-    (0..parts).map(|k| sub_batch_size / parts + usize::from(k < sub_batch_size % parts)).collect()
+    (0..parts)
+        .map(|k| sub_batch_size / parts + usize::from(k < sub_batch_size % parts))
+        .collect()
 }
 
 fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()> {
-    let at_least_one = [("sub_batch_size", settings.sub_batch_size), ("n_chunks", settings.n_chunks)];
+    let at_least_one = [
+        ("sub_batch_size", settings.sub_batch_size),
+        ("n_chunks", settings.n_chunks),
+    ];
     if let Some((setting, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
-        return Err(Error::SettingInvalid { setting, value: "0".into(), must: "at least 1" });
+        return Err(Error::SettingInvalid {
+            setting,
+            value: "0".into(),
+            must: "at least 1",
+        });
     }
     if u32::try_from(candidates.count).is_err() {
         let value = candidates.count.to_string();
-        return Err(Error::SettingInvalid { setting: "count", value, must: "less than 2^32" });
+        return Err(Error::SettingInvalid {
+            setting: "count",
+            value,
+            must: "less than 2^32",
+        });
     }
     finite("gain", settings.gain)
 }
@@ -133,15 +176,33 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
     above("pressure", tuning.pressure, 0.0, "finite and above 0")?;
     finite("priority_exponent", tuning.priority_exponent)?;
     finite("weight_exponent", tuning.weight_exponent)?;
-    finite("duplicates_above", tuning.duplicates_above.unwrap_or_default())?;
-    finite("clip_score_at_least", tuning.clip_score_at_least.unwrap_or_default())?;
-    if tuning.neg_clip_loss_keep.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+    finite(
+        "duplicates_above",
+        tuning.duplicates_above.unwrap_or_default(),
+    )?;
+    finite(
+        "clip_score_at_least",
+        tuning.clip_score_at_least.unwrap_or_default(),
+    )?;
+    if tuning
+        .neg_clip_loss_keep
+        .is_some_and(|share| !(share > 0.0 && share <= 1.0))
+    {
         let value = tuning.neg_clip_loss_keep.unwrap_or_default().to_string();
-        return Err(Error::SettingInvalid { setting: "neg_clip_loss_keep", value, must: "above 0 and at most 1" });
+        return Err(Error::SettingInvalid {
+            setting: "neg_clip_loss_keep",
+            value,
+            must: "above 0 and at most 1",
+        });
     }
     if settings.policy == Policy::Proportional && settings.criterion == Criterion::Easy {
-        let must = "hard or learnability under the proportional policy: easy scores are never positive";
-        return Err(Error::SettingInvalid { setting: "criterion", value: settings.criterion.to_string(), must });
+        let must =
+            "hard or learnability under the proportional policy: easy scores are never positive";
+        return Err(Error::SettingInvalid {
+            setting: "criterion",
+            value: settings.criterion.to_string(),
+            must,
+        });
     }
     Ok(())
 }
@@ -154,22 +215,45 @@ fn above(setting: &'static str, value: f64, least: f64, must: &'static str) -> R
     if value.is_finite() && value > least {
         return Ok(());
     }
-    Err(Error::SettingInvalid { setting, value: value.to_string(), must })
+    Err(Error::SettingInvalid {
+        setting,
+        value: value.to_string(),
+        must,
+    })
 }
 
 fn offered(candidates: &Candidates<'_>) -> Result<Vec<u32>> {
     let mut open = vec![true; candidates.count];
     for &hole in candidates.holes {
         let slot = open.get_mut(hole as usize);
-        *slot.ok_or(Error::HoleOutOfRange { hole: hole as usize, candidates: candidates.count })? = false;
+        *slot.ok_or(Error::HoleOutOfRange {
+            hole: hole as usize,
+            candidates: candidates.count,
+        })? = false;
     }
-    Ok((0..candidates.count as u32).filter(|&index| open[index as usize]).collect())
+    Ok((0..candidates.count as u32)
+        .filter(|&index| open[index as usize])
+        .collect())
 }
 
-fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32]) -> Result<Vec<SignedModel<'a>>> {
+fn models<'a>(
+    candidates: &Candidates<'a>,
+    settings: &Settings,
+    offered: &[u32],
+) -> Result<Vec<SignedModel<'a>>> {
     let wanted = [
-        ("learner", 1.0, settings.criterion.needs_learner(), candidates.learner),
-        ("reference", -1.0, settings.criterion.needs_reference(), candidates.reference),
+        (
+            "learner",
+            1.0,
+            settings.criterion.needs_learner(),
+            candidates.learner,
+        ),
+        (
+            "reference",
+            -1.0,
+            settings.criterion.needs_reference(),
+            candidates.reference,
+        ),
     ];
     let mut models = Vec::new();
     for (name, sign, needed, embeddings) in wanted {
@@ -177,17 +261,27 @@ fn models<'a>(candidates: &Candidates<'a>, settings: &Settings, offered: &[u32])
             _ if !needed => {}
             Some(embeddings) => {
                 let cosines = check_model(name, &embeddings, candidates.count, offered)?;
-                models.push(SignedModel { sign, embeddings, cosines });
+                models.push(SignedModel {
+                    sign,
+                    embeddings,
+                    cosines,
+                });
             }
             // These draws need no scores; they report them where they can.
             None if !settings.policy.is_scored() => return Ok(Vec::new()),
-            None => return Err(Error::ModelMissing { criterion: settings.criterion, model: name }),
+            None => {
+                return Err(Error::ModelMissing {
+                    criterion: settings.criterion,
+                    model: name,
+                });
+            }
         }
     }
     Ok(models)
 }
 
-/// Checks a model's embeddings of what is offered, and returns every candidate's own cosine; 0 for the others.
+/// Checks a model's embeddings of what is offered, and returns every candidate's own cosine; 0 for
+/// the others.
 pub(crate) fn check_model(
     model: &'static str,
     embeddings: &ModelEmbeddings<'_>,
@@ -195,25 +289,65 @@ pub(crate) fn check_model(
     offered: &[u32],
 ) -> Result<Vec<f64>> {
     // A scale of 0 or below is most often a logarithm that nobody exponentiated.
-    above("scale", embeddings.scale, 0.0, "finite and above 0 (the temperature, already exponentiated)")?;
+    above(
+        "scale",
+        embeddings.scale,
+        0.0,
+        "finite and above 0 (the temperature, already exponentiated)",
+    )?;
     finite("bias", embeddings.bias)?;
     let dim = embeddings.dim;
     if dim == 0 {
-        return Err(Error::SettingInvalid { setting: "dim", value: "0".into(), must: "at least 1" });
+        return Err(Error::SettingInvalid {
+            setting: "dim",
+            value: "0".into(),
+            must: "at least 1",
+        });
     }
     let towers = [("image", &embeddings.image), ("text", &embeddings.text)];
     if let Some((tower, rows)) = towers.iter().find(|(_, rows)| rows.len() != count * dim) {
         let (found, expected) = (rows.len(), count * dim);
-        return Err(Error::ShapeMismatch { model, tower, found, candidates: count, dim, expected });
+        return Err(Error::ShapeMismatch {
+            model,
+            tower,
+            found,
+            candidates: count,
+            dim,
+            expected,
+        });
     }
-    let own: Vec<f64> = offered.par_iter().with_min_len(64).map(|&index| embeddings.own_cosine(index)).collect();
-    // Every value of both rows is a factor of a term, so one look at the sums finds what is not finite.
-    if let Some(&row) = offered.iter().zip(&own).find(|(_, cosine)| !cosine.is_finite()).map(|(row, _)| row) {
-        let bad = |rows: &Rows<'_>| offered.iter().find(|&&row| !rows.row_is_finite(row as usize, dim));
-        let (tower, row) = towers.iter().find_map(|(tower, rows)| Some((*tower, *bad(rows)?))).unwrap_or(("text", row));
-        return Err(Error::NotFinite { model, tower, row: row as usize });
+    let own: Vec<f64> = offered
+        .par_iter()
+        .with_min_len(64)
+        .map(|&index| embeddings.own_cosine(index))
+        .collect();
+    // Every value of both rows is a factor of a term, so one look at the sums finds what is not
+    // finite.
+    if let Some(&row) = offered
+        .iter()
+        .zip(&own)
+        .find(|(_, cosine)| !cosine.is_finite())
+        .map(|(row, _)| row)
+    {
+        let bad = |rows: &Rows<'_>| {
+            offered
+                .iter()
+                .find(|&&row| !rows.row_is_finite(row as usize, dim))
+        };
+        let (tower, row) = towers
+            .iter()
+            .find_map(|(tower, rows)| Some((*tower, *bad(rows)?)))
+            .unwrap_or(("text", row));
+        return Err(Error::NotFinite {
+            model,
+            tower,
+            row: row as usize,
+        });
     }
     let mut cosines = vec![0.0; count];
-    offered.iter().zip(own).for_each(|(&index, cosine)| cosines[index as usize] = cosine);
+    offered
+        .iter()
+        .zip(own)
+        .for_each(|(&index, cosine)| cosines[index as usize] = cosine);
     Ok(cosines)
 }

@@ -25,19 +25,34 @@ pub(crate) struct TorchEngine<'a> {
     models: Vec<DeviceModel>,
     /// Unconditional scores without gain, f64 `[B]`.
     own: Tensor,
-    /// What was absorbed adds to them, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a log-sum-exp a model and
-    /// direction.
+    /// What was absorbed adds to them, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a
+    /// log-sum-exp a model and direction.
     running: Vec<Tensor>,
     flops: f64,
 }
 
 impl<'a> TorchEngine<'a> {
     pub(crate) fn new(problem: &'a Problem<'a>, device: Device) -> Result<Self> {
-        let models: Vec<_> = problem.models.iter().map(|model| upload(model, device)).collect::<Result<_>>()?;
+        let models: Vec<_> = problem
+            .models
+            .iter()
+            .map(|model| upload(model, device))
+            .collect::<Result<_>>()?;
         let own = Tensor::f_zeros([problem.count as i64], (Kind::Double, device))?;
-        let mut engine = Self { problem, device, models, own, running: Vec::new(), flops: 0.0 };
+        let mut engine = Self {
+            problem,
+            device,
+            models,
+            own,
+            running: Vec::new(),
+            flops: 0.0,
+        };
         engine.own = engine.own_scores(None)?;
-        engine.flops = engine.models.iter().map(|model| 2.0 * model.image.numel() as f64).sum();
+        engine.flops = engine
+            .models
+            .iter()
+            .map(|model| 2.0 * model.image.numel() as f64)
+            .sum();
         Ok(engine)
     }
 
@@ -61,16 +76,22 @@ impl<'a> TorchEngine<'a> {
         for model in &self.models {
             let products = match index {
                 None => model.image.f_mul(&model.text)?,
-                Some(index) => model.image.f_index_select(0, index)?.f_mul(&model.text.f_index_select(0, index)?)?,
+                Some(index) => model
+                    .image
+                    .f_index_select(0, index)?
+                    .f_mul(&model.text.f_index_select(0, index)?)?,
             };
             let cosines = products.f_sum_dim_intlist(&[1i64][..], false, Kind::Double)?;
-            let logits = cosines.f_mul_scalar(model.scale)?.f_add_scalar(model.bias)?;
+            let logits = cosines
+                .f_mul_scalar(model.scale)?
+                .f_add_scalar(model.bias)?;
             total = total.f_add(&loss(model, &logits)?.f_mul_scalar(model.sign)?)?;
         }
         Ok(total)
     }
 
-    /// For each row of `ours`, f64: the sum of softplus(logit), or the log-sum-exp of the logits, against all of `theirs`.
+    /// For each row of `ours`, f64: the sum of softplus(logit), or the log-sum-exp of the logits,
+    /// against all of `theirs`.
     fn reduce(&mut self, ours: &Tensor, theirs: &Tensor, scale: f64, bias: f64) -> Result<Tensor> {
         let (rows, dim) = ours.size2()?;
         let columns = theirs.size2()?.0;
@@ -85,17 +106,36 @@ impl<'a> TorchEngine<'a> {
                     let losses = logits.f_add_scalar(bias)?.f_softplus()?;
                     losses.f_sum_dim_intlist(&[1i64][..], false, Kind::Double)?
                 }
-                Loss::Softmax => logits.f_logsumexp(&[1i64][..], false)?.f_to_kind(Kind::Double)?,
+                Loss::Softmax => logits
+                    .f_logsumexp(&[1i64][..], false)?
+                    .f_to_kind(Kind::Double)?,
             });
         }
         self.flops += 2.0 * rows as f64 * columns as f64 * dim as f64;
         Ok(Tensor::f_cat(&tiles, 0)?)
     }
 
-    /// [`Self::reduce`] of rows of one model (all, or those in `index`) against the examples in `drawn`, in one direction.
-    fn against(&mut self, m: usize, direction: usize, index: Option<&Tensor>, drawn: &Tensor) -> Result<Tensor> {
-        let DeviceModel { image, text, scale, bias, .. } = &self.models[m];
-        let (ours, theirs) = if direction == 0 { (image, text) } else { (text, image) };
+    /// [`Self::reduce`] of rows of one model (all, or those in `index`) against the examples in
+    /// `drawn`, in one direction.
+    fn against(
+        &mut self,
+        m: usize,
+        direction: usize,
+        index: Option<&Tensor>,
+        drawn: &Tensor,
+    ) -> Result<Tensor> {
+        let DeviceModel {
+            image,
+            text,
+            scale,
+            bias,
+            ..
+        } = &self.models[m];
+        let (ours, theirs) = if direction == 0 {
+            (image, text)
+        } else {
+            (text, image)
+        };
         let theirs = theirs.f_index_select(0, drawn)?;
         let ours = match index {
             None => ours.f_alias()?,
@@ -148,7 +188,9 @@ impl Engine for TorchEngine<'_> {
             (Loss::Sigmoid, Some(sum)) => self.own.f_add(sum)?,
             (Loss::Softmax, Some(_)) => self.softmax_scores(&self.own, &self.running)?,
         };
-        let scores = scores.f_mul_scalar(self.problem.gain)?.f_to_device(Device::Cpu)?;
+        let scores = scores
+            .f_mul_scalar(self.problem.gain)?
+            .f_to_device(Device::Cpu)?;
         let mut values = vec![0.0; self.problem.count];
         scores.f_copy_data(&mut values, self.problem.count)?;
         Ok(values)
@@ -173,10 +215,16 @@ impl Engine for TorchEngine<'_> {
                 running.push(self.against(m, direction, Some(&index), &index)?);
             }
             let own = self.own_scores(Some(&index))?;
-            return Ok(self.softmax_scores(&own, &running)?.f_sum(Kind::Double)?.f_double_value(&[])?);
+            return Ok(self
+                .softmax_scores(&own, &running)?
+                .f_sum(Kind::Double)?
+                .f_double_value(&[])?);
         }
-        // One direction sees every ordered pair once, and each example's own pair as if it were a negative.
-        let mut total = self.sum_over_models(Some(&index), |_, logits| Ok(logits.f_softplus()?))?.f_neg()?;
+        // One direction sees every ordered pair once, and each example's own pair as if it were a
+        // negative.
+        let mut total = self
+            .sum_over_models(Some(&index), |_, logits| Ok(logits.f_softplus()?))?
+            .f_neg()?;
         for m in 0..self.models.len() {
             let terms = self.against(m, 0, Some(&index), &index)?;
             total = total.f_add(&terms.f_mul_scalar(self.models[m].sign)?)?;
@@ -205,24 +253,35 @@ pub(crate) struct TorchSpread {
 impl TorchSpread {
     pub(crate) fn new(embeddings: &ModelEmbeddings<'_>, device: Device) -> Result<Self> {
         let images = tower(&embeddings.image, embeddings.dim, device)?;
-        let nearest = Tensor::f_full([images.size2()?.0], f64::NEG_INFINITY, (Kind::Float, device))?;
+        let nearest = Tensor::f_full(
+            [images.size2()?.0],
+            f64::NEG_INFINITY,
+            (Kind::Float, device),
+        )?;
         Ok(Self { images, nearest })
     }
 }
 
 impl Spread for TorchSpread {
     fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>> {
-        let transposed = self.images.f_index_select(0, &indices(chunk, self.images.device())?)?.f_tr()?;
+        let transposed = self
+            .images
+            .f_index_select(0, &indices(chunk, self.images.device())?)?
+            .f_tr()?;
         let rows = self.images.size2()?.0;
         let height = (TILE_VALUES / chunk.len()).clamp(1, rows as usize);
         let mut tiles = Vec::new();
         for start in (0..rows).step_by(height) {
-            let tile = self.images.f_narrow(0, start, (height as i64).min(rows - start))?;
+            let tile = self
+                .images
+                .f_narrow(0, start, (height as i64).min(rows - start))?;
             tiles.push(tile.f_mm(&transposed)?.f_amax(&[1i64][..], false)?);
         }
         self.nearest = self.nearest.f_maximum(&Tensor::f_cat(&tiles, 0)?)?;
-        let nearest =
-            self.nearest.f_index_select(0, &indices(left, self.images.device())?)?.f_to_device(Device::Cpu)?;
+        let nearest = self
+            .nearest
+            .f_index_select(0, &indices(left, self.images.device())?)?
+            .f_to_device(Device::Cpu)?;
         let mut values = vec![0.0; left.len()];
         nearest.f_copy_data(&mut values, left.len())?;
         Ok(values)
@@ -240,11 +299,20 @@ fn tower(rows: &Rows<'_>, dim: usize, device: Device) -> Result<Tensor> {
         Rows::F32(values) => Tensor::f_from_slice(values)?,
         Rows::F16(values) => Tensor::f_from_slice(values)?,
     };
-    Ok(values.f_to_device(device)?.f_to_kind(Kind::Float)?.f_reshape([-1, dim as i64])?)
+    Ok(values
+        .f_to_device(device)?
+        .f_to_kind(Kind::Float)?
+        .f_reshape([-1, dim as i64])?)
 }
 
 fn upload(model: &SignedModel<'_>, device: Device) -> Result<DeviceModel> {
-    let ModelEmbeddings { image, text, dim, scale, bias } = &model.embeddings;
+    let ModelEmbeddings {
+        image,
+        text,
+        dim,
+        scale,
+        bias,
+    } = &model.embeddings;
     Ok(DeviceModel {
         sign: model.sign,
         image: tower(image, *dim, device)?,

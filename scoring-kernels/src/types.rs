@@ -51,16 +51,17 @@ words! {
         Joint = "joint",
         /// As joint, but each chunk takes the largest conditional scores: no noise.
         JointTopK = "joint_top_k",
-        /// The largest unconditional scores: no noise. With learnability it is RHO-LOSS's rule (Mindermann et al. 2022).
+        /// The largest unconditional scores: no noise. With learnability it is RHO-LOSS's rule
+        /// (Mindermann et al. 2022).
         TopK = "top_k",
-        /// One draw with a probability that falls exponentially with the rank of the unconditional score (Loshchilov and
-        /// Hutter 2015).
+        /// One draw with a probability that falls exponentially with the rank of the unconditional
+        /// score (Loshchilov and Hutter 2015).
         Rank = "rank",
-        /// One draw with p ~ score^priority_exponent, negative scores counting as 0, and importance weights (Schaul et al.
-        /// 2015).
+        /// One draw with p ~ score^priority_exponent, negative scores counting as 0, and importance
+        /// weights (Schaul et al. 2015).
         Proportional = "proportional",
-        /// Chunk by chunk the candidates whose image embeddings are farthest from all chosen before; the first chunk at
-        /// random (greedy k-center, Sener and Savarese 2018).
+        /// Chunk by chunk the candidates whose image embeddings are farthest from all chosen
+        /// before; the first chunk at random (greedy k-center, Sener and Savarese 2018).
         KCenter = "k_center",
     }
 }
@@ -101,7 +102,8 @@ impl Criterion {
     }
 }
 
-/// Row-major values of one tower, `[B, dim]`. Not bf16: its rounding changes one draw in six at a scale of 100.
+/// Row-major values of one tower, `[B, dim]`. Not bf16: its rounding changes one draw in six at a
+/// scale of 100.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
     F32(&'a [f32]),
@@ -121,9 +123,15 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in `buffer` only where they
-    /// must.
-    pub(crate) fn read<'b>(&'b self, index: usize, dim: usize, start: usize, buffer: &'b mut [f32]) -> &'b [f32] {
+    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in
+    /// `buffer` only where they must.
+    pub(crate) fn read<'b>(
+        &'b self,
+        index: usize,
+        dim: usize,
+        start: usize,
+        buffer: &'b mut [f32],
+    ) -> &'b [f32] {
         let begin = index * dim + start;
         let range = begin..begin + buffer.len();
         match self {
@@ -140,11 +148,15 @@ impl Rows<'_> {
         // A maximum over bit patterns vectorises; an early exit would not.
         match self {
             Self::F32(values) => {
-                let worst = values[range].iter().fold(0, |worst, value| (value.to_bits() & 0x7fff_ffff).max(worst));
+                let worst = values[range]
+                    .iter()
+                    .fold(0, |worst, value| (value.to_bits() & 0x7fff_ffff).max(worst));
                 worst < f32::INFINITY.to_bits()
             }
             Self::F16(values) => {
-                let worst = values[range].iter().fold(0, |worst, value| (value.to_bits() & 0x7fff).max(worst));
+                let worst = values[range]
+                    .iter()
+                    .fold(0, |worst, value| (value.to_bits() & 0x7fff).max(worst));
                 worst < f16::INFINITY.to_bits()
             }
         }
@@ -162,19 +174,25 @@ pub struct ModelEmbeddings<'a> {
     pub dim: usize,
     /// logit = scale x cosine + bias: the temperature, already exponentiated, so above 0.
     pub scale: f64,
-    /// In the sign of big_vision, open_clip and transformers: about -10 at initialisation. Ignored by the softmax loss.
+    /// In the sign of big_vision, open_clip and transformers: about -10 at initialisation. Ignored
+    /// by the softmax loss.
     pub bias: f64,
 }
 
 impl ModelEmbeddings<'_> {
-    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is not.
-    pub(crate) fn own_cosine(&self, index: u32) -> f64 {
+    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is
+    /// not.
+    pub fn own_cosine(&self, index: u32) -> f64 {
         const STRETCH: usize = 128;
         let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
         for start in (0..self.dim).step_by(STRETCH) {
             let end = STRETCH.min(self.dim - start);
-            let image = self.image.read(index as usize, self.dim, start, &mut image[..end]);
-            let text = self.text.read(index as usize, self.dim, start, &mut text[..end]);
+            let image = self
+                .image
+                .read(index as usize, self.dim, start, &mut image[..end]);
+            let text = self
+                .text
+                .read(index as usize, self.dim, start, &mut text[..end]);
             for (image, text) in image.chunks(8).zip(text.chunks(8)) {
                 for ((lane, a), b) in lanes.iter_mut().zip(image).zip(text) {
                     *lane += f64::from(*a) * f64::from(*b);
@@ -206,10 +224,11 @@ pub struct Settings {
     pub criterion: Criterion,
     /// b: exactly so many are drawn.
     pub sub_batch_size: usize,
-    /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more chunks than b means b
-    /// chunks of one.
+    /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more
+    /// chunks than b means b chunks of one.
     pub n_chunks: usize,
-    /// Multiplies softmax scores, which unlike sigmoid scores do not grow with what is drawn. Ignored by the sigmoid loss.
+    /// Multiplies softmax scores, which unlike sigmoid scores do not grow with what is drawn.
+    /// Ignored by the sigmoid loss.
     pub gain: f64,
 }
 
@@ -240,7 +259,8 @@ pub struct Tuning {
     pub weight_exponent: f64,
     /// Of images whose cosine is above this all but one are left out.
     pub duplicates_above: Option<f64>,
-    /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are left out.
+    /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are
+    /// left out.
     pub clip_score_at_least: Option<f64>,
     /// Of the candidates this share is kept, those of the largest negCLIPLoss; at least one.
     pub neg_clip_loss_keep: Option<f64>,
@@ -270,9 +290,16 @@ impl Tuning {
         ("weight_exponent", Policy::Proportional),
     ];
 
-    /// Whether a rule leaves candidates out. Such rules read embeddings, also under a policy that needs none.
+    /// Whether a rule leaves candidates out. Such rules read embeddings, also under a policy that
+    /// needs none.
     pub fn leaves_out(&self) -> bool {
-        [self.duplicates_above, self.clip_score_at_least, self.neg_clip_loss_keep].iter().any(Option::is_some)
+        [
+            self.duplicates_above,
+            self.clip_score_at_least,
+            self.neg_clip_loss_keep,
+        ]
+        .iter()
+        .any(Option::is_some)
     }
 }
 
@@ -293,20 +320,21 @@ impl LeftOut {
 /// The sub-batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selection {
-    /// The b chosen candidates in the order drawn: chunk by chunk, in a chunk by falling perturbed score.
+    /// The b chosen candidates in the order drawn: chunk by chunk, in a chunk by falling perturbed
+    /// score.
     pub indices: Vec<u32>,
     /// How many each chunk drew; sums to b.
     pub chunks: Vec<u32>,
-    /// The conditional score each was drawn with, without noise, with gain. Uniform: 0. K-center: the distance (1 - cosine)
-    /// from the nearest of the chunks before.
+    /// The conditional score each was drawn with, without noise, with gain. Uniform: 0. K-center:
+    /// the distance (1 - cosine) from the nearest of the chunks before.
     pub scores: Vec<f64>,
     /// Importance weights, the largest 1: those of the proportional policy; under all others 1.
     pub weights: Vec<f64>,
     /// Candidates that [`Tuning`] left out.
     pub left_out: LeftOut,
-    /// Mean conditional score per example of the whole sub-batch, which joint selection tries to make large: the
-    /// criterion's difference of the batch losses that a trainer would see on it. No gain, so that runs compare.
-    /// Absent where the uniform policy was given no embeddings.
+    /// Mean conditional score per example of the whole sub-batch, which joint selection tries to
+    /// make large: the criterion's difference of the batch losses that a trainer would see on it.
+    /// No gain, so that runs compare. Absent where the uniform policy was given no embeddings.
     pub batch_score: Option<f64>,
     /// Mean unconditional score of the chosen; absent as `batch_score` is.
     pub mean_score_chosen: Option<f64>,

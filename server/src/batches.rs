@@ -15,7 +15,11 @@ const BATCH_BYTES_MAX: usize = 4 << 20;
 /// # Errors
 /// Those of Arrow for a nested column that it cannot take a row of.
 pub fn row_bytes(batch: &RecordBatch, row: usize) -> Result<usize, ArrowError> {
-    batch.columns().iter().map(|column| value_bytes(column, row)).sum()
+    batch
+        .columns()
+        .iter()
+        .map(|column| value_bytes(column, row))
+        .sum()
 }
 
 fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
@@ -28,7 +32,9 @@ fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
         other => match other.primitive_width() {
             Some(width) => Ok(width),
             // Nested: the row alone, its children compacted.
-            None => take(column, &UInt32Array::from(vec![row as u32]), None)?.to_data().get_slice_memory_size(),
+            None => take(column, &UInt32Array::from(vec![row as u32]), None)?
+                .to_data()
+                .get_slice_memory_size(),
         },
     }
 }
@@ -59,13 +65,24 @@ mod tests {
     #[test]
     fn every_column_of_a_row_counts() {
         let columns: [(&str, ArrayRef); 3] = [
-            ("image", Arc::new(BinaryArray::from_vec(vec![b"12345", b""]))),
-            ("caption", Arc::new(StringArray::from(vec![Some("abc"), None]))),
+            (
+                "image",
+                Arc::new(BinaryArray::from_vec(vec![b"12345", b""])),
+            ),
+            (
+                "caption",
+                Arc::new(StringArray::from(vec![Some("abc"), None])),
+            ),
             ("n", Arc::new(UInt32Array::from(vec![1, 2]))),
         ];
-        let batch =
-            RecordBatch::try_from_iter_with_nullable(columns.map(|(name, column)| (name, column, true))).unwrap();
-        assert_eq!([0, 1].map(|row| row_bytes(&batch, row).unwrap()), [5 + 3 + 4, 4]);
+        let batch = RecordBatch::try_from_iter_with_nullable(
+            columns.map(|(name, column)| (name, column, true)),
+        )
+        .unwrap();
+        assert_eq!(
+            [0, 1].map(|row| row_bytes(&batch, row).unwrap()),
+            [5 + 3 + 4, 4]
+        );
     }
 
     proptest! {

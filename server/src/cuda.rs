@@ -8,10 +8,12 @@ fn known() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Our own kernels, or LibTorch's form where they cannot be used: tried, and said, once a device. Memory that is not free now
-/// may be later, so that is tried again.
+/// Our own kernels, or LibTorch's form where they cannot be used: tried, and said, once a device.
+/// Memory that is not free now may be later, so that is tried again.
 pub fn backend(device: tch::Device) -> Backend {
-    let tch::Device::Cuda(ordinal) = device else { return Backend::Torch(device) };
+    let tch::Device::Cuda(ordinal) = device else {
+        return Backend::Torch(device);
+    };
     let mut known = known();
     if let Some((_, backend)) = known.iter().find(|(of, _)| *of == ordinal) {
         return *backend;
@@ -23,7 +25,8 @@ pub fn backend(device: tch::Device) -> Backend {
             Backend::Cuda(ours)
         }
         Err(error) => {
-            tracing::warn!(device = ordinal, %error, "our CUDA kernels cannot be used: selecting by LibTorch's form");
+            tracing::warn!(device = ordinal, %error, "our CUDA kernels cannot be used: selecting \
+            by LibTorch's form");
             if !error.is_out_of_memory() {
                 known.push((ordinal, Backend::Torch(device)));
             }
@@ -32,14 +35,18 @@ pub fn backend(device: tch::Device) -> Backend {
     }
 }
 
-/// What draws where `failed` gave up with `error`: LibTorch's form, which can use memory that LibTorch holds in reserve. After
-/// any other failure our kernels are not used on that device again. Nothing where it is not one of ours.
+/// What draws where `failed` gave up with `error`: LibTorch's form, which can use memory that
+/// LibTorch holds in reserve. After any other failure our kernels are not used on that device
+/// again. Nothing where it is not one of ours.
 pub fn instead(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
-    let superbatch_kernels::Error::Cuda(cause) = error else { return None };
+    let superbatch_kernels::Error::Cuda(cause) = error else {
+        return None;
+    };
     let mut known = known();
     let (ordinal, backend) = known.iter_mut().find(|(_, backend)| *backend == failed)?;
     let torch = Backend::Torch(tch::Device::Cuda(*ordinal));
-    tracing::warn!(device = *ordinal, %error, "a selection by our CUDA kernels failed: drawing by LibTorch's form");
+    tracing::warn!(device = *ordinal, %error, "a selection by our CUDA kernels failed: drawing by \
+    LibTorch's form");
     if !cause.is_out_of_memory() {
         *backend = torch;
     }
@@ -62,11 +69,28 @@ mod tests {
 
     #[test]
     fn only_a_failure_of_ours_is_drawn_by_another() {
-        let missing = Error::Cuda(CudaError::NoDevice { ordinal: 0, count: 0 });
-        assert_eq!(instead(Backend::Native, &missing), None, "no device of ours");
+        let missing = Error::Cuda(CudaError::NoDevice {
+            ordinal: 0,
+            count: 0,
+        });
+        assert_eq!(
+            instead(Backend::Native, &missing),
+            None,
+            "no device of ours"
+        );
         let torch = Backend::Torch(tch::Device::Cuda(7));
         known().push((7, torch));
-        assert_eq!(instead(torch, &Error::TooFewCandidates { sub_batch_size: 2, candidates: 1, holes: 0 }), None);
+        assert_eq!(
+            instead(
+                torch,
+                &Error::TooFewCandidates {
+                    sub_batch_size: 2,
+                    candidates: 1,
+                    holes: 0
+                }
+            ),
+            None
+        );
         assert_eq!(backend(tch::Device::Cuda(7)), torch);
         assert_eq!(backend(tch::Device::Cpu), Backend::Torch(tch::Device::Cpu));
     }

@@ -1,4 +1,5 @@
-//! The server's one error type: a closed [`Reason`] for programs, a message for people, and its cause.
+//! The server's one error type: a closed [`Reason`] for programs, a message for people, and its
+//! cause.
 use std::{error::Error as StdError, fmt};
 use superbatch_proto::{Failure, v1::Reason};
 use tonic::{Code, Status};
@@ -9,8 +10,8 @@ type Cause = Box<dyn StdError + Send + Sync>;
 
 /// What failed, where, and what to do about it.
 ///
-/// Build it where the fault is known: `Error::new(Reason::ColumnNotFound, "…").with("column", name).because(source)`. Whoever
-/// stops an error logs it; nobody else does.
+/// Build it where the fault is known: `Error::new(Reason::ColumnNotFound, "…").with("column",
+/// name).because(source)`. Whoever stops an error logs it; nobody else does.
 #[derive(Debug)]
 pub struct Error {
     failure: Box<Failure>,
@@ -19,7 +20,10 @@ pub struct Error {
 
 impl Error {
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { failure: Box::new(Failure::new(reason, message)), cause: None }
+        Self {
+            failure: Box::new(Failure::new(reason, message)),
+            cause: None,
+        }
     }
 
     /// A broken invariant or a failure that no user can mend.
@@ -32,7 +36,8 @@ impl Error {
         Self::new(Reason::InvalidArgument, message).with("field", field)
     }
 
-    /// Adds a value for programs; the comments of `Reason` in the protocol say which go with which reason.
+    /// Adds a value for programs; the comments of `Reason` in the protocol say which go with which
+    /// reason.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl fmt::Display) -> Self {
         *self.failure = self.failure.with(key, value);
@@ -56,8 +61,14 @@ impl Error {
     /// The same failure for another waiter; causes become part of the message.
     #[must_use]
     pub fn repeat(&self) -> Self {
-        let failure = Failure { message: self.chain(), ..(*self.failure).clone() };
-        Self { failure: Box::new(failure), cause: None }
+        let failure = Failure {
+            message: self.chain(),
+            ..(*self.failure).clone()
+        };
+        Self {
+            failure: Box::new(failure),
+            cause: None,
+        }
     }
 
     pub fn reason(&self) -> Reason {
@@ -69,7 +80,8 @@ impl Error {
         self.failure.metadata.get(key).map(String::as_str)
     }
 
-    /// The message and all its causes in one line. Causes that another one quotes are not said again.
+    /// The message and all its causes in one line. Causes that another one quotes are not said
+    /// again.
     pub fn chain(&self) -> String {
         chain(self)
     }
@@ -90,7 +102,8 @@ pub fn chain(error: &dyn StdError) -> String {
     text
 }
 
-/// What the transport says. A status' own text is a dump of all its causes, each of which quotes the next.
+/// What the transport says. A status' own text is a dump of all its causes, each of which quotes
+/// the next.
 #[derive(Debug)]
 struct Foreign(Status);
 
@@ -117,13 +130,18 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.cause.as_deref().map(|cause| cause as &(dyn StdError + 'static))
+        self.cause
+            .as_deref()
+            .map(|cause| cause as &(dyn StdError + 'static))
     }
 }
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        Self { failure: Box::new(failure), cause: None }
+        Self {
+            failure: Box::new(failure),
+            cause: None,
+        }
     }
 }
 
@@ -135,8 +153,15 @@ pub fn from_status(status: Status, otherwise: Reason) -> Error {
             // What the transport says of a message over its limit; to send it again would not help.
             let too_large = foreign.0.code() == Code::OutOfRange;
             let foreign = Foreign(foreign.0);
-            Error::new(if too_large { Reason::MessageTooLarge } else { otherwise }, foreign.to_string())
-                .because(foreign)
+            Error::new(
+                if too_large {
+                    Reason::MessageTooLarge
+                } else {
+                    otherwise
+                },
+                foreign.to_string(),
+            )
+            .because(foreign)
         }
     }
 }
@@ -147,7 +172,11 @@ impl From<Error> for Status {
             tracing::error!(error = error.chain(), "internal error");
         }
         let message = error.chain();
-        Failure { message, ..*error.failure }.into()
+        Failure {
+            message,
+            ..*error.failure
+        }
+        .into()
     }
 }
 
@@ -157,10 +186,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_connection_is_said_once() {
-        let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let channel = tonic::transport::Endpoint::from_shared(format!("http://{nobody}")).unwrap().connect_lazy();
-        let mut client = superbatch_proto::v1::selection_service_client::SelectionServiceClient::new(channel);
-        let status = client.list_runs(superbatch_proto::v1::ListRunsRequest {}).await.unwrap_err();
+        let nobody = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{nobody}"))
+            .unwrap()
+            .connect_lazy();
+        let mut client =
+            superbatch_proto::v1::selection_service_client::SelectionServiceClient::new(channel);
+        let status = client
+            .list_runs(superbatch_proto::v1::ListRunsRequest {})
+            .await
+            .unwrap_err();
         let said = from_status(status, Reason::NoWorkers).chain();
         assert_eq!(said.matches("refused").count(), 1, "{said}");
         assert!(!said.contains(['{', '"']), "no dump: {said}");
@@ -169,7 +208,9 @@ mod tests {
     #[test]
     fn a_chain_reads_as_one_sentence_and_survives_the_wire() {
         let io = std::io::Error::other("disk on fire");
-        let error = Error::new(Reason::StorageUnreachable, "cannot read s3://b/x").with("uri", "s3://b/x").because(io);
+        let error = Error::new(Reason::StorageUnreachable, "cannot read s3://b/x")
+            .with("uri", "s3://b/x")
+            .because(io);
         let back = from_status(error.into(), Reason::Internal);
         assert_eq!(back.reason(), Reason::StorageUnreachable);
         assert_eq!(back.to_string(), "cannot read s3://b/x: disk on fire");

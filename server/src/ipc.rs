@@ -1,5 +1,8 @@
 //! Arrow IPC streams on their way out, in parts that share the memory of the arrays.
-use arrow::{array::RecordBatch, buffer::Buffer, datatypes::Schema, error::ArrowError, ipc::writer::StreamEncoder};
+use arrow::{
+    array::RecordBatch, buffer::Buffer, datatypes::Schema, error::ArrowError,
+    ipc::writer::StreamEncoder,
+};
 use bytes::Bytes;
 use superbatch_proto::PART_BYTES;
 
@@ -58,7 +61,11 @@ fn parts(buffers: Vec<Buffer>) -> Vec<Bytes> {
 }
 
 fn cut(bytes: Bytes, parts: &mut Vec<Bytes>) {
-    parts.extend((0..bytes.len()).step_by(PART_BYTES).map(|at| bytes.slice(at..(at + PART_BYTES).min(bytes.len()))));
+    parts.extend(
+        (0..bytes.len())
+            .step_by(PART_BYTES)
+            .map(|at| bytes.slice(at..(at + PART_BYTES).min(bytes.len()))),
+    );
 }
 
 /// What is left of a stream from a byte on.
@@ -81,15 +88,30 @@ mod tests {
 
     fn batch(rows: usize, bytes: usize) -> RecordBatch {
         let columns: [(&str, ArrayRef); 2] = [
-            ("image", Arc::new(BinaryArray::from_iter_values((0..rows).map(|row| vec![row as u8; bytes])))),
-            ("caption", Arc::new(StringArray::from_iter_values((0..rows).map(|row| format!("caption {row}"))))),
+            (
+                "image",
+                Arc::new(BinaryArray::from_iter_values(
+                    (0..rows).map(|row| vec![row as u8; bytes]),
+                )),
+            ),
+            (
+                "caption",
+                Arc::new(StringArray::from_iter_values(
+                    (0..rows).map(|row| format!("caption {row}")),
+                )),
+            ),
         ];
         RecordBatch::try_from_iter(columns).unwrap()
     }
 
     #[test]
     fn parts_are_the_stream_that_arrow_writes_and_large_ones_share_its_memory() {
-        let batches = [batch(3, 10), batch(40, 100_000), batch(0, 0), batch(9, 60_000).slice(2, 5)];
+        let batches = [
+            batch(3, 10),
+            batch(40, 100_000),
+            batch(0, 0),
+            batch(9, 60_000).slice(2, 5),
+        ];
         let (mut encoder, mut writer) = (
             Encoder::new(&batches[0].schema()).unwrap(),
             StreamWriter::try_new(Vec::new(), &batches[0].schema()).unwrap(),
@@ -104,13 +126,28 @@ mod tests {
             writer.write(batch).unwrap();
         }
         parts.extend(encoder.finish().unwrap());
-        assert!(parts.iter().all(|part| (1..=PART_BYTES).contains(&part.len())));
+        assert!(
+            parts
+                .iter()
+                .all(|part| (1..=PART_BYTES).contains(&part.len()))
+        );
         let whole = parts.concat();
         assert!(whole == writer.into_inner().unwrap());
-        let rows = StreamReader::try_new(&whole[..], None).unwrap().map(|batch| batch.unwrap().num_rows());
+        let rows = StreamReader::try_new(&whole[..], None)
+            .unwrap()
+            .map(|batch| batch.unwrap().num_rows());
         assert_eq!(rows.collect::<Vec<_>>(), [3, 40, 0, 5]);
-        for offset in [0, 1, parts[0].len(), PART_BYTES + 7, whole.len() - 1, whole.len()] {
-            let rest = from_offset(parts.clone(), offset as u64).collect::<Vec<_>>().concat();
+        for offset in [
+            0,
+            1,
+            parts[0].len(),
+            PART_BYTES + 7,
+            whole.len() - 1,
+            whole.len(),
+        ] {
+            let rest = from_offset(parts.clone(), offset as u64)
+                .collect::<Vec<_>>()
+                .concat();
             assert!(rest == whole[offset..], "{offset}");
         }
     }

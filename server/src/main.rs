@@ -2,17 +2,18 @@
 use clap::{Parser, Subcommand};
 use std::{process::ExitCode, time::Duration};
 use superbatch_server::{
-    admin::{self, CheckArgs, ServeArgs, WorkerArgs},
-    app::{Serve, Work},
+    admin::{self, CheckArgs, PageArgs, ServeArgs, WorkerArgs},
+    app::{RunPage, Serve, Work},
     config::Config,
     error::{Error, Result},
 };
 
-/// Online data selection for contrastive training: scans super-batches of image-text pairs, picks the jointly most learnable
-/// sub-batch (JEST), and streams it to your trainer.
+/// Online data selection for contrastive training: scans super-batches of image-text pairs, picks
+/// the jointly most learnable sub-batch (JEST), and streams it to your trainer.
 ///
-/// Start with `superbatch serve`: it needs no file, no GPU and no other service. Then point a trainer at it:
-/// superbatch.connect("http://127.0.0.1:50051") in Python. `superbatch receipts RUN` tells why each batch was chosen.
+/// Start with `superbatch serve`: it needs no file, no GPU and no other service. Then point a
+/// trainer at it: superbatch.connect("http://127.0.0.1:50051") in Python. `superbatch receipts RUN`
+/// tells why each batch was chosen.
 #[derive(Parser)]
 #[command(name = "superbatch", version, propagate_version = true)]
 struct Cli {
@@ -24,8 +25,8 @@ struct Cli {
 enum Command {
     /// Serve trainers: coordinator and, by default, a scoring worker in one process.
     ///
-    /// Prints its address once it is ready. Ctrl-C or SIGTERM lets calls finish and stops; what was chosen, pushed and
-    /// committed is in the state, and a new start goes on from there.
+    /// Prints its address once it is ready. Ctrl-C or SIGTERM lets calls finish and stops; what was
+    /// chosen, pushed and committed is in the state, and a new start goes on from there.
     #[command(after_long_help = "\
 Examples:
   # Everything on this machine, state in ./superbatch-state
@@ -38,8 +39,9 @@ Examples:
     Serve(ServeArgs),
     /// Add a scoring worker to a coordinator, on this machine or another.
     ///
-    /// It needs the coordinator's state and data at the same URIs: object storage, or a folder that both mount. Super-batches
-    /// are shared among all workers; what is chosen does not depend on how many there are. Ctrl-C or SIGTERM lets slices finish.
+    /// It needs the coordinator's state and data at the same URIs: object storage, or a folder that
+    /// both mount. Super-batches are shared among all workers; what is chosen does not depend on
+    /// how many there are. Ctrl-C or SIGTERM lets slices finish.
     #[command(after_long_help = "\
 Examples:
   # A second worker on the coordinator's machine
@@ -50,11 +52,13 @@ Examples:
     Worker(WorkerArgs),
     /// Check settings, and print them with all defaults filled in.
     ///
-    /// Says `# ok` and exits with 0, or names the first setting that cannot work and exits with 1. Nothing is contacted.
+    /// Says `# ok` and exits with 0, or names the first setting that cannot work and exits with 1.
+    /// Nothing is contacted.
     CheckConfig(CheckArgs),
     /// Index a data set ahead of its run: reads the files' footers and writes a dataset manifest.
     ///
-    /// A run indexes its sources by itself when it is opened; do it ahead where that takes long, or to see what is found.
+    /// A run indexes its sources by itself when it is opened; do it ahead where that takes long, or
+    /// to see what is found.
     #[command(after_long_help = "\
 Examples:
   superbatch index file:///data/laion
@@ -68,9 +72,10 @@ Examples:
     Runs(admin::runs::RunsArgs),
     /// Why was this batch chosen? Show receipts of a run.
     ///
-    /// Reads the state directly, so it works while the service is down. Without --step it lists the newest steps: the policy
-    /// that drew the step, its mode (normal, or what it fell back to), the weights version that it was scored with and its lag
-    /// in steps, rows scanned and chosen, holes (rows that could not be used), and the mean conditional score per example.
+    /// Reads the state directly, so it works while the service is down. Without --step it lists the
+    /// newest steps: the policy that drew the step, its mode (normal, or what it fell back to), the
+    /// weights version that it was scored with and its lag in steps, rows scanned and chosen, holes
+    /// (rows that could not be used), and the mean conditional score per example.
     #[command(after_long_help = "\
 Examples:
   # The newest 20 steps, a line each
@@ -80,6 +85,17 @@ Examples:
   # For programs
   superbatch receipts my-run --last 1000 --json | jq .summary.batch_score")]
     Receipts(admin::receipts::ReceiptsArgs),
+    /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
+    ///
+    /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run, finished or crashed, and
+    /// writes nothing. Prints its address once it is ready.
+    #[command(after_long_help = "\
+Examples:
+  # The state in ./superbatch-state
+  superbatch page
+  # A state in object storage, while a service runs on this machine
+  superbatch page --state s3://bucket/superbatch --listen 127.0.0.1:0")]
+    Page(PageArgs),
     // Its comment is that of its arguments.
     Select(admin::select::SelectArgs),
     /// Write the generated reference pages into a folder.
@@ -89,7 +105,8 @@ Examples:
 
 fn main() -> ExitCode {
     let done = run(Cli::parse().command).and_then(|output| {
-        admin::print(&output).map_err(|e| Error::internal("cannot write to standard output").because(e))
+        admin::print(&output)
+            .map_err(|e| Error::internal("cannot write to standard output").because(e))
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,6 +123,10 @@ fn run(command: Command) -> Result<String> {
         Command::Serve(args) => with_runtime(args.load()?, async |config| {
             let serve = Serve::build(config).await?;
             admin::announce("serving", serve.address(), serve.metrics_address());
+            serve
+                .page_address()
+                .into_iter()
+                .for_each(admin::announce_page);
             serve.run(admin::terminated()).await.map(|()| String::new())
         }),
         Command::Worker(args) => with_runtime(args.load()?, async |config| {
@@ -113,25 +134,41 @@ fn run(command: Command) -> Result<String> {
             admin::announce("working", work.address(), work.metrics_address());
             work.run(admin::terminated()).await.map(|()| String::new())
         }),
+        Command::Page(args) => with_runtime(args.load()?, async |config| {
+            let page = RunPage::build(&config).await?;
+            admin::announce_page(page.address());
+            tokio::select! {
+                () = page.run() => {}
+                () = admin::terminated() => {}
+            }
+            Ok(String::new())
+        }),
         Command::CheckConfig(args) => admin::check_config(&args),
         Command::Index(args) => with_runtime(args.settings.load()?, async |config| {
             let (stores, state) = admin::open_state(&config)?;
             admin::index::run(&stores, &state, &args).await
         }),
-        Command::Runs(args) => {
-            with_runtime(args.settings.load()?, async |config| admin::runs::run(&config, &args).await)
-        }
-        Command::Receipts(args) => {
-            with_runtime(args.settings.load()?, async |config| admin::receipts::run(&config, &args).await)
-        }
+        Command::Runs(args) => with_runtime(args.settings.load()?, async |config| {
+            admin::runs::run(&config, &args).await
+        }),
+        Command::Receipts(args) => with_runtime(args.settings.load()?, async |config| {
+            admin::receipts::run(&config, &args).await
+        }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
         Command::Docs(args) => admin::docs::run(&args),
     }
 }
 
-fn with_runtime(config: Config, work: impl AsyncFnOnce(Config) -> Result<String>) -> Result<String> {
+fn with_runtime(
+    config: Config,
+    work: impl AsyncFnOnce(Config) -> Result<String>,
+) -> Result<String> {
     admin::start_logging(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // In a build without optimisation the nested futures of one slice pass the default of 2 MiB.
+        .thread_stack_size(8 << 20)
+        .build();
     let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;
     let done = runtime.block_on(work(config));
     runtime.shutdown_timeout(Duration::from_secs(2));

@@ -1,5 +1,5 @@
-//! Every metric, declared once: a documented function with typed labels. Only this file spells metric names;
-//! `docs/metrics.md` is generated from it.
+//! Every metric, declared once: a documented function with typed labels. Only this file spells
+//! metric names; `docs/metrics.md` is generated from it.
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{sync::OnceLock, time::Duration};
@@ -66,9 +66,10 @@ declare! {
     counter select_requests(outcome) on Coordinator = "superbatch_select_requests_total", Count;
     /// Seconds from a SelectBatch call to the last byte of its batch.
     histogram select_duration() on Coordinator = "superbatch_select_duration_seconds", Seconds, SECONDS;
-    /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`, `select`, `commit`; once a rank:
-    /// `send`. Once a slice on its worker: `fetch`, `decode`, `embed_reference`, `embed_learner`; `decode` once more where images
-    /// had to be decoded again for the learner.
+    /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`,
+    /// `select`, `commit`; once a rank: `send`. Once a slice on its worker: `fetch`, `decode`,
+    /// `embed_reference`, `embed_learner`; `decode` once more where images had to be decoded again
+    /// for the learner.
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
     histogram trainer_wait() on Coordinator = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
@@ -78,16 +79,18 @@ declare! {
     counter selected() on Coordinator = "superbatch_selected_total", Count;
     /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
     counter skipped(reason) on Coordinator = "superbatch_skipped_total", Count;
-    /// Candidates that a rule of a phase's tuning left out of a committed step, by rule: `clip_score_at_least`,
-    /// `neg_clip_loss_keep`, `duplicates_above`.
+    /// Candidates that a rule of a phase's tuning left out of a committed step, by rule:
+    /// `clip_score_at_least`, `neg_clip_loss_keep`, `duplicates_above`.
     counter left_out(rule) on Coordinator = "superbatch_left_out_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) on Coordinator = "superbatch_steps_committed_total", Count;
     /// Steps that are chosen and wait for their trainer.
     gauge ready_batches() on Coordinator = "superbatch_ready_batches", Count;
-    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the one that has been idle
-    /// longest is put to sleep.
+    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the
+    /// one that has been idle longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
+    /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `failed`.
+    counter page_requests(outcome) on Coordinator = "superbatch_page_requests_total", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.
@@ -98,7 +101,8 @@ declare! {
     counter weight_push_bytes() on Coordinator = "superbatch_weight_push_bytes_total", Bytes;
     /// Pushes refused or broken off, by reason.
     counter weight_push_failures(reason) on Coordinator = "superbatch_weight_push_failures_total", Count;
-    /// Object store requests, by operation and outcome (`ok`, `not_found`, `exists`, `throttled`, `error`).
+    /// Object store requests, by operation and outcome (`ok`, `not_found`, `exists`, `throttled`,
+    /// `error`).
     counter object_store_requests(operation, outcome) on Both = "superbatch_object_store_requests_total", Count;
     /// Bytes read from object stores.
     counter object_store_bytes_read() on Both = "superbatch_object_store_bytes_read_total", Bytes;
@@ -106,9 +110,10 @@ declare! {
     counter object_store_throttled() on Both = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() on Coordinator = "superbatch_batch_score", Count, SCORES;
-    /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones, and of all `candidates`. The
-    /// policies that draw by these scores hold the first above the second. Joint selection need not: its goal is the score of
-    /// the whole batch, `superbatch_batch_score`.
+    /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones,
+    /// and of all `candidates`. The policies that draw by these scores hold the first above the
+    /// second. Joint selection need not: its goal is the score of the whole batch,
+    /// `superbatch_batch_score`.
     histogram mean_score(of) on Coordinator = "superbatch_mean_score", Count, SCORES;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() on Worker = "superbatch_reference_rows_cached_total", Count;
@@ -116,14 +121,15 @@ declare! {
     counter reference_rows_computed() on Worker = "superbatch_reference_rows_computed_total", Count;
     /// Scoring workers that hold a lease.
     gauge workers() on Coordinator = "superbatch_workers", Count;
-    /// Workers with which the trainers of all open runs would not wait for their batches, as far as more workers help:
-    /// estimated from what stages take and from the trainers' own time for a step. 0 while no trainer has
-    /// been seen to take a few steps.
+    /// Workers with which the trainers of all open runs would not wait for their batches, as far as
+    /// more workers help: estimated from what stages take and from the trainers' own time for a
+    /// step. 0 while no trainer has been seen to take a few steps.
     gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
     /// Slices that went to another worker because theirs was lost or could not read them.
     counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;
-    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A slice that is scored again
-    /// counts again. Stage `discarded` is the part of them whose result no step used: do not add it.
+    /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A
+    /// slice that is scored again counts again. Stage `discarded` is the part of them whose result
+    /// no step used: do not add it.
     counter flops(stage) on Both = "superbatch_flops_total", Count;
     /// Always 1; the labels say which build this is.
     gauge build_info(version, device) on Both = "superbatch_build_info", Count;
@@ -141,25 +147,51 @@ pub fn describe() {
     }
 }
 
-/// Lets counters that `process` serves begin at 0, as far as their labels are known, so that a rate sees the first event, too.
+/// Lets counters that `process` serves begin at 0, as far as their labels are known, so that a rate
+/// sees the first event, too.
 pub fn begin(process: Process) {
     let is_served = |metric: &&Declared| [process, Process::Both].contains(&metric.process);
-    for metric in ALL.iter().filter(is_served).filter(|metric| metric.kind == "counter" && metric.labels.is_empty()) {
+    for metric in ALL
+        .iter()
+        .filter(is_served)
+        .filter(|metric| metric.kind == "counter" && metric.labels.is_empty())
+    {
         metrics::counter!(metric.name).increment(0);
     }
     if process == Process::Worker {
-        ["reference", "learner"].into_iter().for_each(|stage| flops(stage).increment(0));
+        ["reference", "learner"]
+            .into_iter()
+            .for_each(|stage| flops(stage).increment(0));
         return;
     }
-    ["selection", "discarded"].into_iter().for_each(|stage| flops(stage).increment(0));
-    ["ok", "cancelled"].into_iter().for_each(|outcome| select_requests(outcome).increment(0));
-    ["normal", "stale", "uniform", "reference_only"].into_iter().for_each(|mode| steps_committed(mode).increment(0));
-    let rules = ["clip_score_at_least", "neg_clip_loss_keep", "duplicates_above"];
-    rules.into_iter().for_each(|rule| left_out(rule).increment(0));
+    ["selection", "discarded"]
+        .into_iter()
+        .for_each(|stage| flops(stage).increment(0));
+    ["ok", "cancelled"]
+        .into_iter()
+        .for_each(|outcome| select_requests(outcome).increment(0));
+    ["ok", "not_found", "invalid", "failed"]
+        .into_iter()
+        .for_each(|outcome| page_requests(outcome).increment(0));
+    ["normal", "stale", "uniform", "reference_only"]
+        .into_iter()
+        .for_each(|mode| steps_committed(mode).increment(0));
+    let rules = [
+        "clip_score_at_least",
+        "neg_clip_loss_keep",
+        "duplicates_above",
+    ];
+    rules
+        .into_iter()
+        .for_each(|rule| left_out(rule).increment(0));
     let bad_rows = (1..).map_while(|number| BadRowReason::try_from(number).ok());
-    bad_rows.for_each(|why| skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0));
+    bad_rows.for_each(|why| {
+        skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0)
+    });
     weight_push_failures("BROKEN").increment(0);
-    PUSH_FAILURES.iter().for_each(|reason| weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0));
+    PUSH_FAILURES.iter().for_each(|reason| {
+        weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0)
+    });
 }
 
 /// What pushes usually fail of.
@@ -180,27 +212,43 @@ const PUSH_FAILURES: &[Reason] = &[
 /// The reference page `docs/metrics.md`.
 pub fn reference() -> String {
     let mut page = String::from(
-        "# Metrics\n\nServed at `/metrics` in the Prometheus text format. Generated from `server/src/metrics.rs` by `make docs`.\n\n\
-         `process` tells where: on the `coordinator` (`superbatch serve`), on a `worker` (`superbatch worker`, and `superbatch serve` \
-         where its worker is embedded), or on `both`. Counters without labels, and those whose labels are known beforehand, begin at \
+        "# Metrics\n\nServed at `/metrics` in the Prometheus text format. Generated from \
+        `server/src/metrics.rs` by `make docs`.\n\n\
+         `process` tells where: on the `coordinator` (`superbatch serve`), on a `worker` \
+         (`superbatch worker`, and `superbatch serve` \
+         where its worker is embedded), or on `both`. Counters without labels, and those whose \
+         labels are known beforehand, begin at \
          0.\n\n\
          | metric | type | process | labels | meaning |\n|---|---|---|---|---|\n",
     );
     for metric in ALL {
-        let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
+        let labels: Vec<String> = metric
+            .labels
+            .iter()
+            .map(|label| format!("`{label}`"))
+            .collect();
         let help = metric.help.split_whitespace().collect::<Vec<_>>().join(" ");
         let (name, kind, process) = (metric.name, metric.kind, metric.process.name());
-        page.push_str(&format!("| `{name}` | {kind} | {process} | {} | {help} |\n", labels.join(", ")));
+        page.push_str(&format!(
+            "| `{name}` | {kind} | {process} | {} | {help} |\n",
+            labels.join(", ")
+        ));
     }
     page
 }
 
 /// Upper bounds of seconds histograms: 1 ms to 10 min.
-const SECONDS: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0];
+const SECONDS: &[f64] = &[
+    0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0,
+];
 /// Upper bounds of staleness, in steps.
-const STEPS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0];
+const STEPS: &[f64] = &[
+    0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0,
+];
 /// Upper bounds of scores, on both sides of nothing to learn.
-const SCORES: &[f64] = &[-256.0, -64.0, -16.0, -4.0, -1.0, -0.25, 0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0];
+const SCORES: &[f64] = &[
+    -256.0, -64.0, -16.0, -4.0, -1.0, -0.25, 0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0,
+];
 
 /// How often histograms are folded.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -210,12 +258,18 @@ pub fn install() -> PrometheusHandle {
     static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
-            let bounded = ALL.iter().filter_map(|metric| Some((metric.name, metric.bounds?)));
+            let bounded = ALL
+                .iter()
+                .filter_map(|metric| Some((metric.name, metric.bounds?)));
             let builder = bounded.fold(PrometheusBuilder::new(), |builder, (name, bounds)| {
                 let matcher = Matcher::Full(name.to_owned());
-                builder.set_buckets_for_metric(matcher, bounds).expect("bounds are not empty")
+                builder
+                    .set_buckets_for_metric(matcher, bounds)
+                    .expect("bounds are not empty")
             });
-            let handle = builder.install_recorder().expect("no other recorder is installed in this program");
+            let handle = builder
+                .install_recorder()
+                .expect("no other recorder is installed in this program");
             describe();
             let kept = handle.clone();
             let upkeep = move || {
@@ -224,8 +278,11 @@ pub fn install() -> PrometheusHandle {
                     kept.run_upkeep();
                 }
             };
-            // Where nobody scrapes, samples of histograms would pile up for the life of the process.
-            let thread = std::thread::Builder::new().name("metrics".into()).spawn(upkeep);
+            // Where nobody scrapes, samples of histograms would pile up for the life of the
+            // process.
+            let thread = std::thread::Builder::new()
+                .name("metrics".into())
+                .spawn(upkeep);
             thread.expect("a process that cannot start one thread cannot serve");
             handle
         })
@@ -239,7 +296,9 @@ mod tests {
     /// What a process of these kinds serves at its start.
     fn page(processes: &[Process]) -> String {
         let recorder = PrometheusBuilder::new().build_recorder();
-        ::metrics::with_local_recorder(&recorder, || processes.iter().for_each(|process| begin(*process)));
+        ::metrics::with_local_recorder(&recorder, || {
+            processes.iter().for_each(|process| begin(*process))
+        });
         recorder.handle().render()
     }
 
@@ -254,13 +313,30 @@ mod tests {
             "superbatch_skipped_total{reason=\"EMBEDDING_NOT_FINITE\"} 0",
             "superbatch_steps_committed_total{mode=\"normal\"} 0",
         ] {
-            assert!(coordinator.lines().any(|found| found == line), "{line} in {coordinator}");
+            assert!(
+                coordinator.lines().any(|found| found == line),
+                "{line} in {coordinator}"
+            );
         }
-        assert!(!coordinator.contains("superbatch_reference_rows_cached_total"), "that is a worker's");
+        assert!(
+            !coordinator.contains("superbatch_reference_rows_cached_total"),
+            "that is a worker's"
+        );
         let worker = page(&[Process::Worker]);
-        assert!(worker.contains("superbatch_reference_rows_cached_total 0") && !worker.contains("slices_rescored"));
+        assert!(
+            worker.contains("superbatch_reference_rows_cached_total 0")
+                && !worker.contains("slices_rescored")
+        );
         let both = page(&[Process::Coordinator, Process::Worker]);
-        let declared = ALL.iter().filter(|metric| metric.kind == "counter" && metric.labels.is_empty());
-        declared.for_each(|metric| assert!(both.contains(&format!("{} 0", metric.name)), "{}", metric.name));
+        let declared = ALL
+            .iter()
+            .filter(|metric| metric.kind == "counter" && metric.labels.is_empty());
+        declared.for_each(|metric| {
+            assert!(
+                both.contains(&format!("{} 0", metric.name)),
+                "{}",
+                metric.name
+            )
+        });
     }
 }

@@ -1,12 +1,15 @@
-//! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a worker.
+//! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a
+//! worker.
+pub mod judged;
+
 #[cfg(feature = "torch")]
 use crate::cuda;
 use crate::error::{Error, Result};
 use half::f16;
 use std::ops::Range;
 use superbatch_kernels::{
-    self as kernels, Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection, Settings,
-    Tuning,
+    self as kernels, Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows,
+    Selection, Settings, Tuning,
 };
 use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResponse};
 
@@ -28,8 +31,20 @@ impl Values {
     /// Appends little-endian values; a rest shorter than one value is dropped.
     pub fn append(&mut self, bytes: &[u8]) {
         match self {
-            Self::F16(values) => values.extend(bytes.as_chunks::<2>().0.iter().map(|value| f16::from_le_bytes(*value))),
-            Self::F32(values) => values.extend(bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value))),
+            Self::F16(values) => values.extend(
+                bytes
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|value| f16::from_le_bytes(*value)),
+            ),
+            Self::F32(values) => values.extend(
+                bytes
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .map(|value| f32::from_le_bytes(*value)),
+            ),
         }
     }
 
@@ -47,8 +62,14 @@ impl Values {
     /// Little-endian bytes of a range of values.
     pub fn bytes(&self, range: Range<usize>) -> bytes::Bytes {
         match self {
-            Self::F16(values) => values[range].iter().flat_map(|value| value.to_le_bytes()).collect(),
-            Self::F32(values) => values[range].iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::F16(values) => values[range]
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
+            Self::F32(values) => values[range]
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect(),
         }
     }
 }
@@ -63,15 +84,22 @@ pub struct Embedded {
 
 impl Embedded {
     fn model(&self, scale: f64, bias: f64) -> ModelEmbeddings<'_> {
-        ModelEmbeddings { image: self.image.rows(), text: self.text.rows(), dim: self.dim, scale, bias }
+        ModelEmbeddings {
+            image: self.image.rows(),
+            text: self.text.rows(),
+            dim: self.dim,
+            scale,
+            bias,
+        }
     }
 }
 
 /// Draws a sub-batch as `begin` says. A model is absent where nothing asks it.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field; `TooManyBadRows` where fewer than the sub-batch survive, `TooFewCandidates` where they
-/// would but for what was left out; `Overloaded` where the device's memory is not enough; `DeviceUnavailable`.
+/// `InvalidArgument` naming the field; `TooManyBadRows` where fewer than the sub-batch survive,
+/// `TooFewCandidates` where they would but for what was left out; `Overloaded` where the device's
+/// memory is not enough; `DeviceUnavailable`.
 pub fn draw(
     backend: Backend,
     begin: &SelectBegin,
@@ -84,8 +112,18 @@ pub fn draw(
         reference: reference.map(|model| model.model(begin.reference_scale, begin.reference_bias)),
         holes: &begin.holes,
     };
-    let SelectBegin { seed, generation, step, .. } = *begin;
-    let noise = Noise::Seeded { seed, generation, step, keys: &begin.positions };
+    let SelectBegin {
+        seed,
+        generation,
+        step,
+        ..
+    } = *begin;
+    let noise = Noise::Seeded {
+        seed,
+        generation,
+        step,
+        keys: &begin.positions,
+    };
     let (settings, tuning) = (settings(begin)?, tuning(begin.tuning.as_ref()));
     let drawn = backend.select_tuned(&candidates, &settings, &tuning, &noise);
     #[cfg(feature = "torch")]
@@ -178,14 +216,21 @@ fn refusal(error: kernels::Error) -> Error {
     let message = error.to_string();
     match &error {
         E::TooFewCandidates { .. } => Error::new(Reason::TooManyBadRows, message),
-        E::TooManyLeftOut { candidates, holes, left_out, .. } => Error::new(Reason::TooFewCandidates, message)
+        E::TooManyLeftOut {
+            candidates,
+            holes,
+            left_out,
+            ..
+        } => Error::new(Reason::TooFewCandidates, message)
             .with("candidates", candidates)
             .with("holes", holes)
             .with("left_out", left_out.total()),
         #[cfg(feature = "torch")]
         E::Cuda(_) | E::Torch(_) if cuda::is_out_of_memory(&error) => {
-            let message =
-                format!("{message}; lower super_batch_size, keep fewer models on the device, or select on the CPU");
+            let message = format!(
+                "{message}; lower super_batch_size, keep fewer models on the device, or select on \
+                the CPU"
+            );
             Error::new(Reason::Overloaded, message).because(error)
         }
         E::Cuda(_) => Error::new(Reason::DeviceUnavailable, message).because(error),

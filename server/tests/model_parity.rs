@@ -1,4 +1,5 @@
-//! The models against transformers itself, on random weights: the same embeddings from the same folders.
+//! The models against transformers itself, on random weights: the same embeddings from the same
+//! folders.
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use safetensors::SafeTensors;
@@ -9,19 +10,35 @@ use std::sync::Arc;
 use superbatch_proto::v1::EmbeddingDtype;
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::device::{Device, Embedded, LoadModel, MicroBatch, Weights};
+use superbatch_server::worker::inputs::preprocess::Normalisation;
 use superbatch_server::worker::model::{Compute, ModelFolder};
-use superbatch_server::worker::preprocess::Normalisation;
 
-const FOLDERS: [&str; 4] = ["siglip-64", "siglip-96", "clip-legacy-eos", "clip-gelu-sharded"];
+const FOLDERS: [&str; 4] = [
+    "siglip-64",
+    "siglip-96",
+    "clip-legacy-eos",
+    "clip-gelu-sharded",
+];
 
-/// Runs the script beside this file; Python is part of the development set-up, so a test without it fails.
+/// Runs the script beside this file; Python is part of the development set-up, so a test without it
+/// fails.
 fn write_folders(to: &Path) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = std::env::var_os("SUPERBATCH_PYTHON").map_or(here.join("../.venv/bin/python"), PathBuf::from);
+    let python = std::env::var_os("SUPERBATCH_PYTHON")
+        .map_or(here.join("../.venv/bin/python"), PathBuf::from);
     let mut command = Command::new(&python);
-    command.arg(here.join("tests/python/model_parity.py")).arg(to).env("HF_HUB_OFFLINE", "1");
-    let output = command.output().unwrap_or_else(|e| panic!("cannot run {} (make setup): {e}", python.display()));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    command
+        .arg(here.join("tests/python/model_parity.py"))
+        .arg(to)
+        .env("HF_HUB_OFFLINE", "1");
+    let output = command
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run {} (make setup): {e}", python.display()));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// The CPU, or what `make test-gpu` names.
@@ -30,7 +47,10 @@ fn device() -> String {
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    bytes
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect()
 }
 
 struct Expected {
@@ -48,10 +68,15 @@ impl Expected {
         let file = std::fs::read(folder.join("expected.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&file).unwrap();
         let data = |name| file.tensor(name).unwrap().data().to_vec();
-        let [rescale, rest @ ..] = &floats(&data("normalisation"))[..] else { panic!("no normalisation") };
+        let [rescale, rest @ ..] = &floats(&data("normalisation"))[..] else {
+            panic!("no normalisation")
+        };
         Self {
             pixels: data("pixels"),
-            ids: data("ids").chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect(),
+            ids: data("ids")
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
+                .collect(),
             image: floats(&data("image")),
             text: floats(&data("text")),
             normalisation: Normalisation {
@@ -60,7 +85,10 @@ impl Expected {
                 std: rest[3..].try_into().unwrap(),
             },
             logits: floats(&data("logits")),
-            state_dict: serde_json::from_slice(&std::fs::read(folder.join("state_dict.json")).unwrap()).unwrap(),
+            state_dict: serde_json::from_slice(
+                &std::fs::read(folder.join("state_dict.json")).unwrap(),
+            )
+            .unwrap(),
         }
     }
 }
@@ -68,10 +96,21 @@ impl Expected {
 /// The smallest cosine and the largest difference of an element, over all rows.
 fn compare(found: &[f32], expected: &[f32], dim: usize) -> (f64, f64) {
     assert_eq!(found.len(), expected.len());
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let dot = |a: &[f32], b: &[f32]| {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum::<f64>()
+    };
     let cosine = |(a, b): (&[f32], &[f32])| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
-    let cosines = found.chunks_exact(dim).zip(expected.chunks_exact(dim)).map(cosine);
-    let differences = found.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs()));
+    let cosines = found
+        .chunks_exact(dim)
+        .zip(expected.chunks_exact(dim))
+        .map(cosine);
+    let differences = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| f64::from((a - b).abs()));
     (cosines.fold(1.0, f64::min), differences.fold(0.0, f64::max))
 }
 
@@ -87,12 +126,22 @@ async fn embeddings_are_those_of_transformers() {
         let folder = Arc::new(ModelFolder::fetch(&location).await.unwrap());
         let expected = Expected::read(&path);
         for (compute, least_cosine) in [(Compute::F32, 0.9999), (Compute::Bf16, 0.999)] {
-            let load = LoadModel { folder: folder.clone(), weights: Weights::Folder, compute, canary: true };
+            let load = LoadModel {
+                folder: folder.clone(),
+                weights: Weights::Folder,
+                compute,
+                canary: true,
+            };
             let info = device.load(load).await.unwrap();
             let tensors: BTreeMap<_, _> = info.tensors.iter().cloned().collect();
-            assert_eq!(tensors, expected.state_dict, "{name}: names and shapes are those of model.state_dict()");
+            assert_eq!(
+                tensors, expected.state_dict,
+                "{name}: names and shapes are those of model.state_dict()"
+            );
             assert!((info.logit_scale - f64::from(expected.logits[0])).abs() < 1e-5);
-            let bias = name.starts_with("siglip").then_some(f64::from(expected.logits[1]));
+            let bias = name
+                .starts_with("siglip")
+                .then_some(f64::from(expected.logits[1]));
             assert_eq!(info.logit_bias, bias, "{name}");
 
             let batch = MicroBatch {
@@ -103,15 +152,32 @@ async fn embeddings_are_those_of_transformers() {
                 ids: expected.ids.clone(),
                 dtype: EmbeddingDtype::F32,
             };
-            let Embedded { image, text, dim, not_finite, .. } = device.embed(batch).await.unwrap();
+            let Embedded {
+                image,
+                text,
+                dim,
+                not_finite,
+                ..
+            } = device.embed(batch).await.unwrap();
             assert!(not_finite.is_empty());
             assert_eq!(dim, info.embedding_dim);
-            for (tower, found, expected) in [("image", image, &expected.image), ("text", text, &expected.text)] {
+            for (tower, found, expected) in [
+                ("image", image, &expected.image),
+                ("text", text, &expected.text),
+            ] {
                 let (cosine, difference) = compare(&floats(&found), expected, dim);
-                println!("{name} {tower} {compute:?}: cosine {cosine:.7}, difference {difference:.1e}");
-                assert!(cosine >= least_cosine, "{name} {tower} {compute:?}: a row's cosine is {cosine}");
+                println!(
+                    "{name} {tower} {compute:?}: cosine {cosine:.7}, difference {difference:.1e}"
+                );
+                assert!(
+                    cosine >= least_cosine,
+                    "{name} {tower} {compute:?}: a row's cosine is {cosine}"
+                );
                 // In f32 the two differ by rounding alone.
-                assert!(compute == Compute::Bf16 || difference < 1e-4, "{name} {tower}: {difference}");
+                assert!(
+                    compute == Compute::Bf16 || difference < 1e-4,
+                    "{name} {tower}: {difference}"
+                );
             }
         }
     }

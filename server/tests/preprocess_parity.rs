@@ -1,14 +1,18 @@
-//! Decoding, resizing and tokenizing against Pillow and transformers, which `tests/python/preprocess_parity.py` runs.
+//! Decoding, resizing and tokenizing against Pillow and transformers, which
+//! `tests/python/preprocess_parity.py` runs.
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use serde::Deserialize;
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
-use superbatch_server::worker::{
+use superbatch_server::worker::inputs::{
     preprocess::{ImageLimits, Preprocess, decode},
     tokenize::{TextShape, Tokenizer},
 };
 
-const LIMITS: ImageLimits = ImageLimits { pixels_max: 1 << 24, bytes_max: 1 << 24 };
+const LIMITS: ImageLimits = ImageLimits {
+    pixels_max: 1 << 24,
+    bytes_max: 1 << 24,
+};
 
 #[derive(Deserialize)]
 struct Cases {
@@ -41,16 +45,28 @@ const ALLOWED: u8 = 0;
 /// The largest difference, in 1/255.
 fn apart(ours: &[u8], theirs: &[u8]) -> u8 {
     assert_eq!(ours.len(), theirs.len());
-    ours.iter().zip(theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0)
+    ours.iter()
+        .zip(theirs)
+        .map(|(a, b)| a.abs_diff(*b))
+        .max()
+        .unwrap_or(0)
 }
 
 fn generate(folder: &Path) -> Cases {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace");
-    let python = std::env::var("SUPERBATCH_PYTHON").unwrap_or(format!("{}/.venv/bin/python", root.display()));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the crate lies in the workspace");
+    let python = std::env::var("SUPERBATCH_PYTHON")
+        .unwrap_or(format!("{}/.venv/bin/python", root.display()));
     let script = root.join("tests/python/preprocess_parity.py");
-    let status = Command::new(&python).arg(&script).arg(folder).env("HF_HUB_OFFLINE", "1").status();
-    let status =
-        status.unwrap_or_else(|e| panic!("cannot run {python}: {e}; run `make setup` or set SUPERBATCH_PYTHON"));
+    let status = Command::new(&python)
+        .arg(&script)
+        .arg(folder)
+        .env("HF_HUB_OFFLINE", "1")
+        .status();
+    let status = status.unwrap_or_else(|e| {
+        panic!("cannot run {python}: {e}; run `make setup` or set SUPERBATCH_PYTHON")
+    });
     assert!(status.success(), "{} failed", script.display());
     serde_json::from_slice(&fs::read(folder.join("cases.json")).unwrap()).unwrap()
 }
@@ -60,8 +76,12 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
     let folder = tempfile::tempdir().unwrap();
     let cases = generate(folder.path());
     let read = |name: String| fs::read(folder.path().join(name)).unwrap();
-    let processor =
-        |key: &String| (key.clone(), Preprocess::parse(&read(format!("{key}/preprocessor_config.json"))).unwrap());
+    let processor = |key: &String| {
+        (
+            key.clone(),
+            Preprocess::parse(&read(format!("{key}/preprocessor_config.json"))).unwrap(),
+        )
+    };
     let processors: Vec<(String, Preprocess)> = cases.processors.iter().map(processor).collect();
     let (mut seen, mut wrong) = (BTreeMap::<_, usize>::new(), Vec::new());
     let mut compare = |kind: (String, String), name: &str, ours: &[u8], theirs: &[u8]| {
@@ -73,20 +93,44 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
     };
     for case in &cases.images {
         let bytes = read(case.name.clone());
-        let image = decode(&bytes, &LIMITS).unwrap_or_else(|fault| panic!("{}: {}", case.name, fault));
-        assert_eq!(image.dimensions(), (case.width, case.height), "{}", case.name);
+        let image =
+            decode(&bytes, &LIMITS).unwrap_or_else(|fault| panic!("{}: {}", case.name, fault));
+        assert_eq!(
+            image.dimensions(),
+            (case.width, case.height),
+            "{}",
+            case.name
+        );
         let kind = |what: &str| (case.group.clone(), what.to_owned());
-        compare(kind("decoded"), &case.name, image.as_raw(), &read(format!("{}.rgb", case.name)));
+        compare(
+            kind("decoded"),
+            &case.name,
+            image.as_raw(),
+            &read(format!("{}.rgb", case.name)),
+        );
         for (key, processor) in &processors {
             let pixels = processor.pixels(&bytes, &LIMITS).unwrap();
-            compare(kind(key), &case.name, &pixels, &read(format!("{}.{key}", case.name)));
+            compare(
+                kind(key),
+                &case.name,
+                &pixels,
+                &read(format!("{}.{key}", case.name)),
+            );
         }
     }
     for ((group, kind), count) in &seen {
         println!("{group} {kind}: {count} images compared");
     }
-    assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(seen.values().sum::<usize>() > 1000, "the script wrote too few cases");
+    assert!(
+        wrong.is_empty(),
+        "{} of them:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+    assert!(
+        seen.values().sum::<usize>() > 1000,
+        "the script wrote too few cases"
+    );
     normalisation(&processors, &read);
     tokens(&cases.tokens, &read("tokenizer/tokenizer.json".to_owned()));
     cut_jpegs_are_refused(&read("jpeg-q75-s2-64x48".to_owned()));
@@ -95,15 +139,24 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
 fn normalisation(processors: &[(String, Preprocess)], read: &dyn Fn(String) -> Vec<u8>) {
     for (key, processor) in processors {
         let how = processor.normalisation();
-        let pixels = processor.pixels(&read("normalised.png".to_owned()), &LIMITS).unwrap();
+        let pixels = processor
+            .pixels(&read("normalised.png".to_owned()), &LIMITS)
+            .unwrap();
         let theirs = read(format!("normalised.{key}"));
-        let theirs = theirs.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
-        let ours =
-            pixels.iter().enumerate().map(|(n, &v)| (f32::from(v) * how.rescale - how.mean[n % 3]) / how.std[n % 3]);
+        let theirs = theirs
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        let ours = pixels
+            .iter()
+            .enumerate()
+            .map(|(n, &v)| (f32::from(v) * how.rescale - how.mean[n % 3]) / how.std[n % 3]);
         assert_eq!(ours.len(), theirs.len());
         // One step of a pixel is all that may lie between.
         let step = how.rescale / how.std.iter().copied().fold(f32::INFINITY, f32::min) * 1.001;
-        let worst = ours.zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let worst = ours
+            .zip(theirs)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
         assert!(worst <= step, "{key}: {worst} apart, {step} allowed");
         println!("normalised {key}: at most {worst} apart");
     }
@@ -126,6 +179,10 @@ fn tokens(tokens: &Tokens, json: &[u8]) {
 
 fn cut_jpegs_are_refused(bytes: &[u8]) {
     for keep in [2, 20, bytes.len() / 2, bytes.len() - 1] {
-        assert!(decode(&bytes[..keep], &LIMITS).is_err(), "{keep} of {} bytes", bytes.len());
+        assert!(
+            decode(&bytes[..keep], &LIMITS).is_err(),
+            "{keep} of {} bytes",
+            bytes.len()
+        );
     }
 }

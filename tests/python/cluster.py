@@ -26,6 +26,7 @@ class Process:
                 env={**os.environ, **(environment or {})})
         self.address = self.said()
         self.metrics_address = self.said()
+        self.page_address = self.said() if command == "serve" and config.get("page_listen") else None
 
     def said(self) -> str:
         line = self.process.stdout.readline()
@@ -78,7 +79,7 @@ class Cluster(ExitStack):
 
     def start_coordinator(self, name: str = "coordinator") -> Process:
         self.coordinator = Process(self.folder, name, "serve", {
-            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": self.state,
+            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "page_listen": "127.0.0.1:0", "state": self.state,
             "coordinator": {"workers_embedded": self.embedded}}, self.environment)
         self.callback(self.coordinator.stop)
         return self.coordinator

@@ -125,9 +125,15 @@ def test_a_loader_that_would_make_batches_of_batches_is_refused(service, workers
         with pytest.raises(superbatch.Error, match="batch_size=None") as caught:
             next(iter(DataLoader(dataset, batch_size=batch_size, num_workers=workers)))
         assert caught.value.reason == "INVALID_ARGUMENT"
-    # Whoever puts batches together in a way of their own means it.
+    # Whoever puts batches together in a way of their own may mean it.
     assert list(DataLoader(dataset, batch_size=2, num_workers=workers, prefetch_factor=1 if workers else None,
                            collate_fn=list)) == [[0, 1]]
+
+
+def test_a_collator_that_is_handed_whole_batches_is_warned_of(service):  # noqa: F811
+    dataset = selected(service, "collated", end_step=2)
+    with pytest.warns(UserWarning, match="lists of whole batches to its collate_fn: give DataLoader"):
+        assert list(DataLoader(dataset, batch_size=1, collate_fn=list)) == [[0], [1]]
 
 
 def fails_once(batch: superbatch.Batch) -> int:

@@ -1,4 +1,5 @@
-//! A whole service in one process: a coordinator and its workers on sockets of their own, on ports that the system chooses.
+//! A whole service in one process: a coordinator and its workers on sockets of their own, on ports
+//! that the system chooses.
 use crate::{
     faults::Script,
     fixture::{self, Row},
@@ -31,7 +32,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A coordinator with `workers` workers; 0 for an embedded one. `script` are the faults of the coordinator's storage.
+    /// A coordinator with `workers` workers; 0 for an embedded one. `script` are the faults of the
+    /// coordinator's storage.
     pub async fn start(workers: usize, script: Script) -> Self {
         Self::start_with(workers, script, |_| {}).await
     }
@@ -40,14 +42,22 @@ impl Cluster {
     pub async fn start_with(workers: usize, script: Script, settings: fn(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let stores = Stores::new(StorageConfig::default());
-        let data = stores.open(&uri(folder.path(), "data/train.parquet")).expect("a valid URI");
+        let data = stores
+            .open(&uri(folder.path(), "data/train.parquet"))
+            .expect("a valid URI");
         let rows: Vec<Row> = (0..ROWS).map(Row::good).collect();
         fixture::write_parquet(&data, &rows, BLOCK_ROWS).await;
         let model = uri(folder.path(), "model");
         fixture::model_folder(&stores.open(&model).expect("a valid URI"), 0.5).await;
         let scratch = stores.open("memory:///scratch").expect("a valid URI");
         fixture::model_weights(&stores, &scratch, &model, 1).await;
-        let mut cluster = Self { folder, address: String::new(), script, settings, parts: Vec::new() };
+        let mut cluster = Self {
+            folder,
+            address: String::new(),
+            script,
+            settings,
+            parts: Vec::new(),
+        };
         cluster.start_coordinator(workers == 0).await;
         for _ in 0..workers {
             cluster.start_worker().await;
@@ -55,7 +65,8 @@ impl Cluster {
         cluster
     }
 
-    /// Stops the coordinator and all workers, and starts a coordinator with an embedded worker on the same state.
+    /// Stops the coordinator and all workers, and starts a coordinator with an embedded worker on
+    /// the same state.
     pub async fn restart(&mut self) {
         self.stop_parts().await;
         self.start_coordinator(true).await;
@@ -82,7 +93,10 @@ impl Cluster {
     }
 
     pub async fn open_run(&self, id: &str, spec: RunSpec) -> superbatch_client::Result<Run> {
-        Client::connect(&self.address).await?.open_run(id, spec).await
+        Client::connect(&self.address)
+            .await?
+            .open_run(id, spec)
+            .await
     }
 
     /// A run with a random learner, scored by the easy criterion: its reference alone decides.
@@ -96,9 +110,19 @@ impl Cluster {
             ..Phase::default()
         };
         RunSpec {
-            sources: vec![Source { uri: self.uri("data"), ..Source::default() }],
-            reference: Some(ReferenceSpec { model_uri: model_uri.clone(), ..ReferenceSpec::default() }),
-            learner: Some(LearnerSpec { model_uri, initial: Some(Initial::RandomSeed(3)), ..LearnerSpec::default() }),
+            sources: vec![Source {
+                uri: self.uri("data"),
+                ..Source::default()
+            }],
+            reference: Some(ReferenceSpec {
+                model_uri: model_uri.clone(),
+                ..ReferenceSpec::default()
+            }),
+            learner: Some(LearnerSpec {
+                model_uri,
+                initial: Some(Initial::RandomSeed(3)),
+                ..LearnerSpec::default()
+            }),
             phases: vec![phase],
             seed: 7,
             micro_batch_rows: 8,
@@ -114,9 +138,16 @@ impl Cluster {
     /// What its next process is started with.
     pub fn config(&self) -> Config {
         let any = "127.0.0.1:0".parse().expect("an address");
-        let mut config = Config { listen: any, metrics_listen: None, state: self.uri("state"), ..Config::default() };
+        let mut config = Config {
+            listen: any,
+            metrics_listen: None,
+            page_listen: None,
+            state: self.uri("state"),
+            ..Config::default()
+        };
         // `make test-gpu` has the same tests run on a device.
-        config.worker.device = std::env::var("SUPERBATCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+        config.worker.device =
+            std::env::var("SUPERBATCH_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
         config.worker.threads = 1;
         config.worker_role.listen = any;
         if !self.address.is_empty() {
@@ -130,26 +161,39 @@ impl Cluster {
         let mut config = self.config();
         config.coordinator.workers_embedded = embedded;
         let faults = self.script.wrap();
-        let serve = Serve::build_on(config, Arc::new(move |store| metered(faults(store)))).await.expect("it starts");
+        let serve = Serve::build_on(config, Arc::new(move |store| metered(faults(store))))
+            .await
+            .expect("it starts");
         self.address = format!("http://{}", serve.address());
         let (stop, stopped) = oneshot::channel();
-        self.keep(stop, async move { serve.run(stopped.map(drop)).await.expect("it serves") });
+        self.keep(stop, async move {
+            serve.run(stopped.map(drop)).await.expect("it serves")
+        });
     }
 
     async fn start_worker(&mut self) {
         self.add_worker(&Script::default()).await;
     }
 
-    /// One more worker; `script` are the faults of its storage, of which some may be left when it is stopped.
+    /// One more worker; `script` are the faults of its storage, of which some may be left when it
+    /// is stopped.
     pub async fn add_worker(&mut self, script: &Script) {
         let faults = script.wrap();
         let wrap = Arc::new(move |store| metered(faults(store)));
-        let work = Work::build_on(self.config(), wrap).await.expect("it starts");
+        let work = Work::build_on(self.config(), wrap)
+            .await
+            .expect("it starts");
         let (stop, stopped) = oneshot::channel();
-        self.keep(stop, async move { work.run(stopped.map(drop)).await.expect("it works") });
+        self.keep(stop, async move {
+            work.run(stopped.map(drop)).await.expect("it works")
+        });
     }
 
-    fn keep(&mut self, stop: oneshot::Sender<()>, running: impl Future<Output = ()> + Send + 'static) {
+    fn keep(
+        &mut self,
+        stop: oneshot::Sender<()>,
+        running: impl Future<Output = ()> + Send + 'static,
+    ) {
         self.parts.push((stop, tokio::spawn(running)));
     }
 

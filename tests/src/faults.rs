@@ -1,10 +1,12 @@
-//! Faults of object storage, as a script: which requests fail, and how. Put around the stores that the service opens.
+//! Faults of object storage, as a script: which requests fail, and how. Put around the stores that
+//! the service opens.
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
+    ObjectMeta, ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
+    RenameOptions, Result, path::Path,
 };
 use std::{
     fmt,
@@ -38,7 +40,8 @@ pub enum How {
     Stalls,
 }
 
-/// One entry of a script: the next `times` requests of this operation on a path that contains `path`.
+/// One entry of a script: the next `times` requests of this operation on a path that contains
+/// `path`.
 #[derive(Debug, Clone)]
 pub struct Fault {
     pub operation: Operation,
@@ -59,7 +62,12 @@ impl Script {
     /// Wraps the stores of a service.
     pub fn wrap(&self) -> Wrap {
         let script = self.clone();
-        Arc::new(move |store| Arc::new(Faulty { store, script: script.clone() }))
+        Arc::new(move |store| {
+            Arc::new(Faulty {
+                store,
+                script: script.clone(),
+            })
+        })
     }
 
     /// Entries that did not happen (yet).
@@ -69,7 +77,8 @@ impl Script {
 
     fn next(&self, operation: Operation, at: &Path) -> Option<How> {
         let mut faults = self.0.lock().expect("no panic while held");
-        let matches = |fault: &Fault| fault.operation == operation && at.as_ref().contains(fault.path);
+        let matches =
+            |fault: &Fault| fault.operation == operation && at.as_ref().contains(fault.path);
         let found = faults.iter().position(matches)?;
         let how = faults[found].how.clone();
         faults[found].times -= 1;
@@ -80,7 +89,12 @@ impl Script {
     }
 
     /// Plays the script on one request.
-    async fn play<T>(&self, operation: Operation, at: &Path, request: impl Future<Output = Result<T>>) -> Result<T> {
+    async fn play<T>(
+        &self,
+        operation: Operation,
+        at: &Path,
+        request: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         Self::act(self.next(operation, at), request).await
     }
 
@@ -99,7 +113,10 @@ impl Script {
 }
 
 fn scripted() -> Error {
-    Error::Generic { store: "scripted", source: "a scripted fault".into() }
+    Error::Generic {
+        store: "scripted",
+        source: "a scripted fault".into(),
+    }
 }
 
 #[derive(Debug)]
@@ -116,13 +133,26 @@ impl fmt::Display for Faulty {
 
 #[async_trait]
 impl ObjectStore for Faulty {
-    async fn put_opts(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+    async fn put_opts(
+        &self,
+        at: &Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Result<PutResult> {
         let creates = options.mode == PutMode::Create;
         let request = self.store.put_opts(at, payload, options);
-        if creates { self.script.play(Operation::Create, at, request).await } else { request.await }
+        if creates {
+            self.script.play(Operation::Create, at, request).await
+        } else {
+            request.await
+        }
     }
 
-    async fn put_multipart_opts(&self, at: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
         self.store.put_multipart_opts(at, options).await
     }
 
@@ -131,17 +161,25 @@ impl ObjectStore for Faulty {
         match self.script.next(Operation::Read, at) {
             Some(How::Stalls) => {
                 let payload = GetResultPayload::Stream(stream::pending().boxed());
-                Ok(GetResult { payload, ..request.await? })
+                Ok(GetResult {
+                    payload,
+                    ..request.await?
+                })
             }
             how => Script::act(how, request).await,
         }
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.script.play(Operation::Read, at, self.store.get_ranges(at, ranges)).await
+        self.script
+            .play(Operation::Read, at, self.store.get_ranges(at, ranges))
+            .await
     }
 
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
         self.store.delete_stream(locations)
     }
 

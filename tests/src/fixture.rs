@@ -9,7 +9,9 @@ use parquet::{arrow::ArrowWriter, file::properties::WriterProperties};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use superbatch_proto::v1::{ModelRef, PrepareModelRequest, worker_service_client::WorkerServiceClient};
+use superbatch_proto::v1::{
+    ModelRef, PrepareModelRequest, worker_service_client::WorkerServiceClient,
+};
 use superbatch_server::{
     dataset::{Manifest, SourceRequest, index},
     storage::{Location, StorageConfig, Stores},
@@ -20,8 +22,10 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
 /// Words of the tiny tokenizer, after its special ones.
-pub const WORDS: [&str; 12] =
-    ["a", "red", "green", "blue", "dark", "bright", "small", "large", "square", "stripe", "noise", "photo"];
+pub const WORDS: [&str; 12] = [
+    "a", "red", "green", "blue", "dark", "bright", "small", "large", "square", "stripe", "noise",
+    "photo",
+];
 /// Side of the images that the tiny models take, in pixels.
 pub const IMAGE_SIZE: usize = 16;
 /// Ids of a caption in the tiny models.
@@ -41,7 +45,10 @@ impl Row {
     pub fn good(n: u32) -> Self {
         let word = |shift: u32| WORDS[1 + (n >> shift) as usize % (WORDS.len() - 1)];
         let caption = format!("a {} {} {}", word(0), word(3), word(6));
-        Self { image: Some(png(20, 18, n)), caption: Some(caption) }
+        Self {
+            image: Some(png(20, 18, n)),
+            caption: Some(caption),
+        }
     }
 }
 
@@ -52,7 +59,8 @@ pub fn storage() -> (Stores, Location) {
     (stores, state)
 }
 
-/// Writes one Parquet file with columns `image`, `caption` and `n` (the row's number), in row groups of `block_rows`.
+/// Writes one Parquet file with columns `image`, `caption` and `n` (the row's number), in row
+/// groups of `block_rows`.
 pub async fn write_parquet(file: &Location, rows: &[Row], block_rows: usize) {
     let schema = Arc::new(Schema::new(vec![
         Field::new("image", DataType::Binary, true),
@@ -62,32 +70,52 @@ pub async fn write_parquet(file: &Location, rows: &[Row], block_rows: usize) {
     let images: BinaryArray = rows.iter().map(|row| row.image.as_deref()).collect();
     let captions: StringArray = rows.iter().map(|row| row.caption.as_deref()).collect();
     let numbers = Int64Array::from_iter_values(0..rows.len() as i64);
-    let batch = RecordBatch::try_new(schema.clone(), vec![Arc::new(images), Arc::new(captions), Arc::new(numbers)])
-        .expect("columns fit the schema");
-    let properties = WriterProperties::builder().set_max_row_group_row_count(Some(block_rows)).build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), schema, Some(properties)).expect("a valid schema");
+    let batch = RecordBatch::try_new(
+        schema.clone(),
+        vec![Arc::new(images), Arc::new(captions), Arc::new(numbers)],
+    )
+    .expect("columns fit the schema");
+    let properties = WriterProperties::builder()
+        .set_max_row_group_row_count(Some(block_rows))
+        .build();
+    let mut writer =
+        ArrowWriter::try_new(Vec::new(), schema, Some(properties)).expect("a valid schema");
     writer.write(&batch).expect("writing to memory");
     let bytes = writer.into_inner().expect("writing to memory");
     file.put("", bytes.into()).await.expect("writing to memory");
 }
 
 /// Writes `rows` as one file at `uri`, indexes it, and saves the manifest; its digest.
-pub async fn dataset(stores: &Stores, state: &Location, uri: &str, rows: &[Row], block_rows: usize) -> String {
+pub async fn dataset(
+    stores: &Stores,
+    state: &Location,
+    uri: &str,
+    rows: &[Row],
+    block_rows: usize,
+) -> String {
     write_parquet(&stores.open(uri).expect("a valid URI"), rows, block_rows).await;
-    let source = SourceRequest { uri: uri.into(), weight: 1.0, image_column: None, caption_column: None };
+    let source = SourceRequest {
+        uri: uri.into(),
+        weight: 1.0,
+        image_column: None,
+        caption_column: None,
+    };
     let manifest: Manifest = index(stores, &[source]).await.expect("a data set");
     manifest.save(state).await.expect("writing to memory")
 }
 
-/// Writes the small files of a SigLIP folder; weights are the caller's business (random ones need none). `mean` changes its
-/// preprocessing.
+/// Writes the small files of a SigLIP folder; weights are the caller's business (random ones need
+/// none). `mean` changes its preprocessing.
 pub async fn model_folder(folder: &Location, mean: f64) {
     let tower = json!({
         "hidden_size": EMBEDDING_DIM, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     });
     let with = |more: Value| {
         let mut config = tower.clone();
-        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        config
+            .as_object_mut()
+            .expect("an object")
+            .extend(more.as_object().expect("an object").clone());
         config
     };
     let config = json!({
@@ -103,25 +131,51 @@ pub async fn model_folder(folder: &Location, mean: f64) {
         "do_rescale": true, "rescale_factor": 1.0 / 255.0,
         "do_normalize": true, "image_mean": [mean, mean, mean], "image_std": [0.5, 0.5, 0.5],
     });
-    for (file, content) in
-        [("config.json", config), ("preprocessor_config.json", preprocessor), ("tokenizer.json", tokenizer())]
-    {
-        folder.put(file, Bytes::from(content.to_string())).await.expect("writing to memory");
+    for (file, content) in [
+        ("config.json", config),
+        ("preprocessor_config.json", preprocessor),
+        ("tokenizer.json", tokenizer()),
+    ] {
+        folder
+            .put(file, Bytes::from(content.to_string()))
+            .await
+            .expect("writing to memory");
     }
 }
 
-/// Writes weights for the model folder at `uri`, different for each `seed`: what a worker says that the model has.
+/// Writes weights for the model folder at `uri`, different for each `seed`: what a worker says that
+/// the model has.
 pub async fn model_weights(stores: &Stores, state: &Location, uri: &str, seed: u32) {
-    let config = WorkerConfig { device: "cpu".into(), threads: 1, ..WorkerConfig::default() };
+    let config = WorkerConfig {
+        device: "cpu".into(),
+        threads: 1,
+        ..WorkerConfig::default()
+    };
     let worker = Worker::new(&config, stores.clone(), state.clone()).expect("a worker on the CPU");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = format!("http://{}", listener.local_addr().expect("a bound socket"));
-    let serving = Server::builder().add_service(worker.service()).serve_with_incoming(TcpListenerStream::new(listener));
+    let serving = Server::builder()
+        .add_service(worker.service())
+        .serve_with_incoming(TcpListenerStream::new(listener));
     let serving = tokio::spawn(serving);
-    let model = ModelRef { model_uri: uri.into(), random_seed: Some(0), ..ModelRef::default() };
-    let request = PrepareModelRequest { model: Some(model), canary: false };
-    let mut client = WorkerServiceClient::connect(address).await.expect("it serves");
-    let tensors = client.prepare_model(request).await.expect("a good folder").into_inner().tensors;
+    let model = ModelRef {
+        model_uri: uri.into(),
+        random_seed: Some(0),
+        ..ModelRef::default()
+    };
+    let request = PrepareModelRequest {
+        model: Some(model),
+        canary: false,
+    };
+    let mut client = WorkerServiceClient::connect(address)
+        .await
+        .expect("it serves");
+    let tensors = client
+        .prepare_model(request)
+        .await
+        .expect("a good folder")
+        .into_inner()
+        .tensors;
     serving.abort();
     let views: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .into_iter()
@@ -132,14 +186,26 @@ pub async fn model_weights(stores: &Stores, state: &Location, uri: &str, seed: u
         })
         .collect();
     let views = views.iter().map(|(name, shape, bytes)| {
-        (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("bytes of the shape"))
+        (
+            name,
+            TensorView::new(Dtype::F32, shape.clone(), bytes).expect("bytes of the shape"),
+        )
     });
     let file = safetensors::serialize(views, None).expect("valid tensors");
-    stores.open(uri).expect("a valid URI").put("model.safetensors", file.into()).await.expect("writing");
+    stores
+        .open(uri)
+        .expect("a valid URI")
+        .put("model.safetensors", file.into())
+        .await
+        .expect("writing");
 }
 
 fn weights(name: &str, count: usize, seed: u32) -> Vec<u8> {
-    let mixed = |n: usize| (n as u32).wrapping_add(seed.wrapping_mul(0x85EB_CA6B)).wrapping_mul(0x9E37_79B1);
+    let mixed = |n: usize| {
+        (n as u32)
+            .wrapping_add(seed.wrapping_mul(0x85EB_CA6B))
+            .wrapping_mul(0x9E37_79B1)
+    };
     let value = |n: usize| match name {
         "logit_scale" => 10_f32.ln(),
         "logit_bias" => -5.0,
@@ -151,8 +217,12 @@ fn weights(name: &str, count: usize, seed: u32) -> Vec<u8> {
 /// A `tokenizer.json` that splits at spaces, knows [`WORDS`], and ends captions as SigLIP does.
 pub fn tokenizer() -> Value {
     let special = ["<unk>", "</s>"];
-    let vocab: serde_json::Map<String, Value> =
-        special.iter().chain(&WORDS).enumerate().map(|(id, word)| ((*word).to_owned(), json!(id))).collect();
+    let vocab: serde_json::Map<String, Value> = special
+        .iter()
+        .chain(&WORDS)
+        .enumerate()
+        .map(|(id, word)| ((*word).to_owned(), json!(id)))
+        .collect();
     let added = special.iter().enumerate().map(|(id, word)| {
         json!({"id": id, "content": word, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
     });
@@ -182,7 +252,11 @@ pub fn png(width: u32, height: u32, seed: u32) -> Vec<u8> {
     let mut header = [width.to_be_bytes(), height.to_be_bytes()].concat();
     header.extend([8, 2, 0, 0, 0]); // 8 bits, RGB.
     let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
-    for (kind, data) in [(b"IHDR", header), (b"IDAT", stored_zlib(&raw)), (b"IEND", Vec::new())] {
+    for (kind, data) in [
+        (b"IHDR", header),
+        (b"IDAT", stored_zlib(&raw)),
+        (b"IEND", Vec::new()),
+    ] {
         png.extend((data.len() as u32).to_be_bytes());
         let checked = [kind.as_slice(), &data].concat();
         png.extend_from_slice(&checked);
@@ -211,6 +285,12 @@ fn stored_zlib(data: &[u8]) -> Vec<u8> {
 
 fn crc32(data: &[u8]) -> u32 {
     !data.iter().fold(!0, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 })
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            if crc & 1 == 1 {
+                crc >> 1 ^ 0xEDB8_8320
+            } else {
+                crc >> 1
+            }
+        })
     })
 }

@@ -1,10 +1,14 @@
-//! A whole service in one process: the same choices whatever the workers, and scripted faults of its storage.
+//! A whole service in one process: the same choices whatever the workers, and scripted faults of
+//! its storage.
 #![allow(clippy::unwrap_used)]
 use arrow::array::AsArray;
 use std::{path::Path, sync::Arc};
 use superbatch_client::{
     Client, ConnectConfig, Part, Retry, Run,
-    v1::{Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype, lag},
+    v1::{
+        Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype,
+        lag,
+    },
 };
 use superbatch_server::{
     app::Work,
@@ -21,7 +25,12 @@ use tokio::sync::Notify;
 async fn ids(run: &Run, step: u64) -> Vec<String> {
     let batch = run.select(step, 0, 1, Intent::Need).await.unwrap();
     let column = batch.record_batch.column_by_name("_superbatch_id").unwrap();
-    column.as_string::<i32>().iter().flatten().map(str::to_owned).collect()
+    column
+        .as_string::<i32>()
+        .iter()
+        .flatten()
+        .map(str::to_owned)
+        .collect()
 }
 
 /// A run that needs no pushes.
@@ -38,35 +47,75 @@ fn uniform(cluster: &Cluster) -> RunSpec {
 }
 
 fn once(operation: Operation, path: &'static str, how: How) -> Script {
-    Script::new([Fault { operation, path, how, times: 1 }])
+    Script::new([Fault {
+        operation,
+        path,
+        how,
+        times: 1,
+    }])
 }
 
-/// What a run of all its data chose, and what that cost: operations of the reference and the learner.
-async fn whole_run(workers: usize, spec: impl Fn(&Cluster) -> RunSpec) -> (Vec<Vec<String>>, [f64; 3]) {
+/// What a run of all its data chose, and what that cost: operations of the reference and the
+/// learner.
+async fn whole_run(
+    workers: usize,
+    spec: impl Fn(&Cluster) -> RunSpec,
+) -> (Vec<Vec<String>>, [f64; 3]) {
     let cluster = Cluster::start(workers, Script::default()).await;
-    let run = cluster.open_run("same", RunSpec { epochs: 1, ..spec(&cluster) }).await.unwrap();
+    let run = cluster
+        .open_run(
+            "same",
+            RunSpec {
+                epochs: 1,
+                ..spec(&cluster)
+            },
+        )
+        .await
+        .unwrap();
     let mut chosen = Vec::new();
     for step in 0..run.opened().steps_total {
         chosen.push(ids(&run, step).await);
     }
     let spent = run.get_run().await.unwrap().accounts.unwrap();
     cluster.stop().await;
-    (chosen, [spent.reference_flops, spent.learner_flops, spent.discarded_flops])
+    (
+        chosen,
+        [
+            spent.reference_flops,
+            spent.learner_flops,
+            spent.discarded_flops,
+        ],
+    )
 }
 
-/// One worker and three choose the same at the same cost, in steps of `size`: candidates, chosen, rows of a micro-batch, blocks
-/// that are shuffled together.
+/// One worker and three choose the same at the same cost, in steps of `size`: candidates, chosen,
+/// rows of a micro-batch, blocks that are shuffled together.
 async fn same_on_any_workers(size: (u32, u32, u32, u32)) {
     let with_size = |mut spec: RunSpec| {
-        (spec.phases[0].super_batch_size, spec.phases[0].sub_batch_size, spec.micro_batch_rows, spec.window_blocks) =
-            size;
+        (
+            spec.phases[0].super_batch_size,
+            spec.phases[0].sub_batch_size,
+            spec.micro_batch_rows,
+            spec.window_blocks,
+        ) = size;
         spec
     };
-    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
-    let scored = |cluster: &Cluster| with_size(RunSpec { lag, ..cluster.spec() });
+    let lag = Some(Lag {
+        bound: Some(lag::Bound::AtMost(1000)),
+    });
+    let scored = |cluster: &Cluster| {
+        with_size(RunSpec {
+            lag,
+            ..cluster.spec()
+        })
+    };
     let easy = |cluster: &Cluster| with_size(easy(cluster));
     let uniform = |cluster: &Cluster| with_size(uniform(cluster));
-    let expected = [whole_run(0, easy).await, whole_run(0, scored).await, whole_run(0, uniform).await];
+    let expected = [
+        whole_run(0, easy).await,
+        whole_run(0, scored).await,
+        whole_run(0, uniform).await,
+    ];
     assert!(expected.iter().all(|(chosen, _)| chosen.len() >= 3));
     for workers in [1, 3] {
         assert_eq!(whole_run(workers, easy).await, expected[0]);
@@ -83,7 +132,8 @@ async fn blocks_that_are_cut_cost_the_same_on_one_worker_and_three() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slices_inside_a_block_cost_the_same_on_one_worker_and_three() {
-    // 4 candidates a slice, of one or two blocks of 16 rows: some slices neither begin nor end a block.
+    // 4 candidates a slice, of one or two blocks of 16 rows: some slices neither begin nor end a
+    // block.
     same_on_any_workers((12, 4, 4, 1)).await;
 }
 
@@ -91,34 +141,69 @@ async fn slices_inside_a_block_cost_the_same_on_one_worker_and_three() {
 async fn a_worker_that_alone_cannot_read_costs_no_step() {
     let (expected, _) = whole_run(1, easy).await;
     let mut cluster = Cluster::start(1, Script::default()).await;
-    let fault = Fault { operation: Operation::Read, path: "data/train", how: How::Fails, times: usize::MAX };
+    let fault = Fault {
+        operation: Operation::Read,
+        path: "data/train",
+        how: How::Fails,
+        times: usize::MAX,
+    };
     let script = Script::new([fault]);
     cluster.add_worker(&script).await;
-    let run = cluster.open_run("unable", RunSpec { epochs: 1, ..easy(&cluster) }).await.unwrap();
+    let run = cluster
+        .open_run(
+            "unable",
+            RunSpec {
+                epochs: 1,
+                ..easy(&cluster)
+            },
+        )
+        .await
+        .unwrap();
     for (step, chosen) in expected.iter().enumerate() {
         assert_eq!(&ids(&run, step as u64).await, chosen);
     }
-    assert!(script.left()[0].times < usize::MAX, "it was asked, and could not read");
+    assert!(
+        script.left()[0].times < usize::MAX,
+        "it was asked, and could not read"
+    );
     cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_of_another_state_is_sent_away_and_ends() {
     let cluster = Cluster::start(1, Script::default()).await;
-    let config = Config { state: cluster.uri("elsewhere"), ..cluster.config() };
+    let config = Config {
+        state: cluster.uri("elsewhere"),
+        ..cluster.config()
+    };
     let worker = Work::build(config).await.unwrap();
     let error = worker.run(std::future::pending()).await.unwrap_err();
-    let told = [error.value("field"), error.value("theirs"), error.value("ours")].map(Option::unwrap_or_default);
-    assert_eq!(told, ["state", &cluster.uri("elsewhere"), &cluster.uri("state")]);
-    let run = cluster.open_run("undisturbed", easy(&cluster)).await.unwrap();
+    let told = [
+        error.value("field"),
+        error.value("theirs"),
+        error.value("ours"),
+    ]
+    .map(Option::unwrap_or_default);
+    assert_eq!(
+        told,
+        ["state", &cluster.uri("elsewhere"), &cluster.uri("state")]
+    );
+    let run = cluster
+        .open_run("undisturbed", easy(&cluster))
+        .await
+        .unwrap();
     assert_eq!(ids(&run, 0).await.len(), 16);
     cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receipt_whose_answer_was_lost_is_still_its_writers() {
-    let cluster = Cluster::start(0, once(Operation::Create, "receipts/0/1/", How::AnswerLost)).await;
-    let run = cluster.open_run("lost-answer", easy(&cluster)).await.unwrap();
+    let cluster =
+        Cluster::start(0, once(Operation::Create, "receipts/0/1/", How::AnswerLost)).await;
+    let run = cluster
+        .open_run("lost-answer", easy(&cluster))
+        .await
+        .unwrap();
     let served = [ids(&run, 0).await, ids(&run, 1).await, ids(&run, 2).await];
     let receipt = run.receipt(1, None).await.unwrap();
     let mut chosen: Vec<_> = receipt.chosen.iter().map(|row| row.id.clone()).collect();
@@ -127,15 +212,27 @@ async fn a_receipt_whose_answer_was_lost_is_still_its_writers() {
     sent.sort();
     assert_eq!(chosen, sent);
     let accounts = run.get_run().await.unwrap().accounts.unwrap();
-    assert_eq!(accounts.examples_selected % 16, 0, "no step is counted twice: {accounts:?}");
+    assert_eq!(
+        accounts.examples_selected % 16,
+        0,
+        "no step is counted twice: {accounts:?}"
+    );
     cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receipt_that_could_not_be_written_is_written_again() {
-    let script = Script::new([Fault { operation: Operation::Create, path: "receipts/", how: How::Fails, times: 7 }]);
+    let script = Script::new([Fault {
+        operation: Operation::Create,
+        path: "receipts/",
+        how: How::Fails,
+        times: 7,
+    }]);
     let cluster = Cluster::start(0, script).await;
-    let run = cluster.open_run("not-written", easy(&cluster)).await.unwrap();
+    let run = cluster
+        .open_run("not-written", easy(&cluster))
+        .await
+        .unwrap();
     let first = ids(&run, 0).await;
     assert_eq!(first.len(), 16);
     assert_eq!(ids(&run, 0).await, first);
@@ -145,8 +242,15 @@ async fn a_receipt_that_could_not_be_written_is_written_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_is_given_up_leaves_no_half_done_rewind() {
     let go = Arc::new(Notify::new());
-    let cluster = Cluster::start(0, once(Operation::Create, "generations/1", How::Waits(go.clone()))).await;
-    let run = cluster.open_run("cancelled", uniform(&cluster)).await.unwrap();
+    let cluster = Cluster::start(
+        0,
+        once(Operation::Create, "generations/1", How::Waits(go.clone())),
+    )
+    .await;
+    let run = cluster
+        .open_run("cancelled", uniform(&cluster))
+        .await
+        .unwrap();
     ids(&run, 0).await;
     {
         let mut rewind = Box::pin(run.rewind(0, RewindMode::Reselect));
@@ -166,7 +270,10 @@ async fn a_call_that_is_given_up_leaves_no_half_done_rewind() {
     }
     let error = run.select(0, 0, 1, Intent::Need).await.unwrap_err();
     assert_eq!(error.reason(), Some(Reason::GenerationStale));
-    let again = cluster.open_run("cancelled", uniform(&cluster)).await.unwrap();
+    let again = cluster
+        .open_run("cancelled", uniform(&cluster))
+        .await
+        .unwrap();
     assert_eq!((again.generation(), ids(&again, 0).await.len()), (1, 16));
     cluster.stop().await;
 }
@@ -174,10 +281,28 @@ async fn a_call_that_is_given_up_leaves_no_half_done_rewind() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_step_of_a_phase_begins_while_the_phase_is_being_written() {
     let go = Arc::new(Notify::new());
-    let cluster = Cluster::start(0, once(Operation::Create, "phases/0", How::Waits(go.clone()))).await;
-    let run = cluster.open_run("appended", RunSpec { max_ahead: 1, ..uniform(&cluster) }).await.unwrap();
+    let cluster = Cluster::start(
+        0,
+        once(Operation::Create, "phases/0", How::Waits(go.clone())),
+    )
+    .await;
+    let run = cluster
+        .open_run(
+            "appended",
+            RunSpec {
+                max_ahead: 1,
+                ..uniform(&cluster)
+            },
+        )
+        .await
+        .unwrap();
     ids(&run, 0).await;
-    let larger = Phase { from_step: 1, super_batch_size: 96, sub_batch_size: 24, ..uniform(&cluster).phases[0] };
+    let larger = Phase {
+        from_step: 1,
+        super_batch_size: 96,
+        sub_batch_size: 24,
+        ..uniform(&cluster).phases[0]
+    };
     let appending = tokio::spawn({
         let run = run.clone();
         async move { run.append_phases(vec![larger]).await }
@@ -191,14 +316,25 @@ async fn no_step_of_a_phase_begins_while_the_phase_is_being_written() {
     });
     go.notify_one();
     assert_eq!(appending.await.unwrap().unwrap().phases.len(), 2);
-    assert_eq!(asking.await.unwrap().len(), 24, "of the appended phase's size");
+    assert_eq!(
+        asking.await.unwrap().len(),
+        24,
+        "of the appended phase's size"
+    );
     cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn data_that_cannot_be_read_for_a_moment_costs_no_row() {
     let undisturbed = Cluster::start(0, Script::default()).await;
-    let expected = ids(&undisturbed.open_run("read", easy(&undisturbed)).await.unwrap(), 0).await;
+    let expected = ids(
+        &undisturbed
+            .open_run("read", easy(&undisturbed))
+            .await
+            .unwrap(),
+        0,
+    )
+    .await;
     undisturbed.stop().await;
     let mut cluster = Cluster::start(0, once(Operation::Read, "train.parquet", How::Fails)).await;
     // Indexing is the first to read.
@@ -213,26 +349,50 @@ async fn data_that_cannot_be_read_for_a_moment_costs_no_row() {
     assert_eq!(ids(&run, 0).await, expected);
     cluster.restart().await;
     let again = cluster.open_run("read", easy(&cluster)).await.unwrap();
-    assert_eq!(ids(&again, 0).await, expected, "served again from its receipt");
-    assert_eq!(again.receipt(0, None).await.unwrap().summary.unwrap().holes, 0);
+    assert_eq!(
+        ids(&again, 0).await,
+        expected,
+        "served again from its receipt"
+    );
+    assert_eq!(
+        again.receipt(0, None).await.unwrap().summary.unwrap().holes,
+        0
+    );
     cluster.stop().await;
 }
 
 #[tokio::test]
 async fn storage_that_falls_silent_is_given_up_by_name() {
-    let silent = |how| Fault { operation: Operation::Read, path: "k", how, times: 1 };
+    let silent = |how| Fault {
+        operation: Operation::Read,
+        path: "k",
+        how,
+        times: 1,
+    };
     let script = Script::new([silent(How::Silent), silent(How::Stalls)]);
-    let config =
-        StorageConfig { answer_timeout_seconds: 0.05, stall_timeout_seconds: 0.02, ..StorageConfig::default() };
-    let state = Stores::wrapped(config, script.wrap()).open("memory:///state").unwrap();
+    let config = StorageConfig {
+        answer_timeout_seconds: 0.05,
+        stall_timeout_seconds: 0.02,
+        ..StorageConfig::default()
+    };
+    let state = Stores::wrapped(config, script.wrap())
+        .open("memory:///state")
+        .unwrap();
     state.put("k", "whole".into()).await.unwrap();
     for words in ["no answer for 0.05 s", "nothing was read for 0.02 s"] {
         let error = state.get("k").await.unwrap_err();
-        assert_eq!((error.reason(), error.value("uri")), (Reason::StorageUnreachable, Some("memory:///state/k")));
+        assert_eq!(
+            (error.reason(), error.value("uri")),
+            (Reason::StorageUnreachable, Some("memory:///state/k"))
+        );
         assert!(error.chain().contains(words), "{}", error.chain());
     }
     assert!(script.left().is_empty());
-    assert_eq!(state.get("k").await.unwrap(), "whole", "the next one is read");
+    assert_eq!(
+        state.get("k").await.unwrap(),
+        "whole",
+        "the next one is read"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -260,9 +420,25 @@ async fn a_read_that_stalls_costs_nothing_but_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_file_changed_under_a_run_is_refused_by_name() {
     let mut cluster = Cluster::start(0, Script::default()).await;
-    let lag = Some(Lag { bound: Some(lag::Bound::AtMost(1000)) });
-    let scored = RunSpec { lag, fallback: Fallback::Wait.into(), max_ahead: 1, ..cluster.spec() };
-    let spec = |run: &str| if run == "learner" { scored.clone() } else { RunSpec { max_ahead: 1, ..easy(&cluster) } };
+    let lag = Some(Lag {
+        bound: Some(lag::Bound::AtMost(1000)),
+    });
+    let scored = RunSpec {
+        lag,
+        fallback: Fallback::Wait.into(),
+        max_ahead: 1,
+        ..cluster.spec()
+    };
+    let spec = |run: &str| {
+        if run == "learner" {
+            scored.clone()
+        } else {
+            RunSpec {
+                max_ahead: 1,
+                ..easy(&cluster)
+            }
+        }
+    };
     let specs = ["reference", "learner"].map(|run| (run, spec(run)));
     for (run, spec) in &specs {
         let run = cluster.open_run(run, spec.clone()).await.unwrap();
@@ -271,10 +447,15 @@ async fn a_model_file_changed_under_a_run_is_refused_by_name() {
             run.push_weights(0, weights(&cluster, 1.0)).await.unwrap();
         }
     }
-    let model = Stores::new(StorageConfig::default()).open(&cluster.uri("model")).unwrap();
+    let model = Stores::new(StorageConfig::default())
+        .open(&cluster.uri("model"))
+        .unwrap();
     let tokenizer = model.get("tokenizer.json").await.unwrap();
     // The worker that runs has read the folder: for it nothing has changed.
-    model.put("tokenizer.json", [&tokenizer[..], b"\n"].concat().into()).await.unwrap();
+    model
+        .put("tokenizer.json", [&tokenizer[..], b"\n"].concat().into())
+        .await
+        .unwrap();
     cluster.restart().await;
     for (run, spec) in &specs {
         let run = cluster.open_run(run, spec.clone()).await.unwrap();
@@ -284,7 +465,10 @@ async fn a_model_file_changed_under_a_run_is_refused_by_name() {
     }
     model.put("tokenizer.json", tokenizer).await.unwrap();
     cluster.restart().await;
-    let run = cluster.open_run("learner", specs[1].1.clone()).await.unwrap();
+    let run = cluster
+        .open_run("learner", specs[1].1.clone())
+        .await
+        .unwrap();
     assert_eq!(ids(&run, 1).await.len(), 16, "put back, it goes on");
     cluster.stop().await;
 }
@@ -304,10 +488,21 @@ async fn an_idle_run_makes_room_for_another_and_a_busy_one_does_not() {
     while !cluster.is_played_out() {
         tokio::task::yield_now().await;
     }
-    let retry = Retry { attempts_max: 1, ..Retry::default() };
-    let impatient = ConnectConfig { retry, ..ConnectConfig::default() };
-    let impatient = Client::connect_with(cluster.address(), impatient).await.unwrap();
-    let refused = impatient.open_run("third", uniform(&cluster)).await.unwrap_err();
+    let retry = Retry {
+        attempts_max: 1,
+        ..Retry::default()
+    };
+    let impatient = ConnectConfig {
+        retry,
+        ..ConnectConfig::default()
+    };
+    let impatient = Client::connect_with(cluster.address(), impatient)
+        .await
+        .unwrap();
+    let refused = impatient
+        .open_run("third", uniform(&cluster))
+        .await
+        .unwrap_err();
     assert_eq!(refused.reason(), Some(Reason::Overloaded), "{refused}");
     go.notify_one();
     assert_eq!(rewinding.await.unwrap().unwrap(), 1);
@@ -317,7 +512,12 @@ async fn an_idle_run_makes_room_for_another_and_a_busy_one_does_not() {
 
 /// The model's own weights, but for the bias.
 fn weights(cluster: &Cluster, bias: f32) -> Vec<Part> {
-    let file = std::fs::read(Path::new(cluster.uri("model/model.safetensors").trim_start_matches("file://"))).unwrap();
+    let file = std::fs::read(Path::new(
+        cluster
+            .uri("model/model.safetensors")
+            .trim_start_matches("file://"),
+    ))
+    .unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
     let part = |(name, tensor): (&str, safetensors::tensor::TensorView<'_>)| {
         let shape: Vec<u64> = tensor.shape().iter().map(|size| *size as u64).collect();
@@ -331,19 +531,43 @@ fn weights(cluster: &Cluster, bias: f32) -> Vec<Part> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshots_that_no_step_needs_are_deleted_but_the_newest() {
-    let cluster = Cluster::start_with(0, Script::default(), |config| config.coordinator.snapshots_kept = 1).await;
-    let run = cluster.open_run("forgets", RunSpec { max_ahead: 1, ..cluster.spec() }).await.unwrap();
+    let cluster = Cluster::start_with(0, Script::default(), |config| {
+        config.coordinator.snapshots_kept = 1
+    })
+    .await;
+    let run = cluster
+        .open_run(
+            "forgets",
+            RunSpec {
+                max_ahead: 1,
+                ..cluster.spec()
+            },
+        )
+        .await
+        .unwrap();
     let mut pushed = Vec::new();
     for step in 0..4 {
         ids(&run, step).await;
-        let version = run.push_weights(step as i64, weights(&cluster, -1.0 - step as f32)).await.unwrap();
+        let version = run
+            .push_weights(step as i64, weights(&cluster, -1.0 - step as f32))
+            .await
+            .unwrap();
         pushed.push(format!("{}.safetensors", version.digest));
     }
-    // Of the pushes before it, which only earlier steps were scored with, none is left when step 4 is decided.
+    // Of the pushes before it, which only earlier steps were scored with, none is left when step 4
+    // is decided.
     ids(&run, 4).await;
-    let state = Stores::new(StorageConfig::default()).open(&cluster.uri("state/runs/forgets/snapshots")).unwrap();
+    let state = Stores::new(StorageConfig::default())
+        .open(&cluster.uri("state/runs/forgets/snapshots"))
+        .unwrap();
     loop {
-        let kept: Vec<String> = state.list("").await.unwrap().into_iter().map(|(key, _)| key).collect();
+        let kept: Vec<String> = state
+            .list("")
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
         assert!(kept.contains(&pushed[3]), "{kept:?}");
         if !kept.contains(&pushed[0]) && !kept.contains(&pushed[1]) {
             break;

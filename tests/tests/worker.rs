@@ -1,16 +1,17 @@
 //! The scoring worker behind its real protocol, on a loopback socket.
 #![allow(clippy::unwrap_used)]
 use arrow::{
-    array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader, record_batch::RecordBatch,
+    array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader,
+    record_batch::RecordBatch,
 };
 use std::{collections::BTreeMap, io::Cursor, ops::Range};
 use superbatch_proto::{
     Failure,
     v1::{
-        BadRowReason, BlockRows, ChosenRows, ComputeDtype, EmbedDone, EmbeddingDtype, FetchRowsRequest, Hole,
-        LearnerGo, ModelRef, PrepareModelRequest, PrepareModelResponse, Reason, RowsDone, ScoreBegin, ScoreRequest,
-        ScoreResponse, Tower, fetch_rows_response, score_request, score_response,
-        worker_service_client::WorkerServiceClient,
+        BadRowReason, BlockRows, ChosenRows, ComputeDtype, EmbedDone, EmbeddingDtype,
+        FetchRowsRequest, Hole, LearnerGo, ModelRef, PrepareModelRequest, PrepareModelResponse,
+        Reason, RowsDone, ScoreBegin, ScoreRequest, ScoreResponse, Tower, fetch_rows_response,
+        score_request, score_response, worker_service_client::WorkerServiceClient,
     },
 };
 use superbatch_server::{
@@ -48,7 +49,12 @@ impl Rig {
         for (folder, mean) in [("memory:///model", 0.5), ("memory:///other", 0.25)] {
             fixture::model_folder(&stores.open(folder).unwrap(), mean).await;
         }
-        Self { stores, state, manifest, rows }
+        Self {
+            stores,
+            state,
+            manifest,
+            rows,
+        }
     }
 
     async fn good(rows: u32) -> Self {
@@ -80,11 +86,19 @@ impl Rig {
 }
 
 fn config() -> WorkerConfig {
-    WorkerConfig { device: "cpu".into(), threads: 2, ..Default::default() }
+    WorkerConfig {
+        device: "cpu".into(),
+        threads: 2,
+        ..Default::default()
+    }
 }
 
 fn model(folder: &str, seed: u64) -> ModelRef {
-    ModelRef { model_uri: folder.into(), random_seed: Some(seed), ..Default::default() }
+    ModelRef {
+        model_uri: folder.into(),
+        random_seed: Some(seed),
+        ..Default::default()
+    }
 }
 
 /// Rows of the file as runs of one block each.
@@ -94,15 +108,30 @@ fn blocks(rows: &[u32]) -> Vec<BlockRows> {
         let (block, row) = (row / BLOCK_ROWS as u32, row % BLOCK_ROWS as u32);
         match blocks.last_mut() {
             Some(last) if last.block == block => last.rows.push(row),
-            _ => blocks.push(BlockRows { source: 0, shard: 0, block, rows: vec![row] }),
+            _ => blocks.push(BlockRows {
+                source: 0,
+                shard: 0,
+                block,
+                rows: vec![row],
+            }),
         }
     }
     blocks
 }
 
-async fn prepared(client: &mut WorkerServiceClient<Channel>, model: ModelRef) -> Result<PrepareModelResponse, Failure> {
-    let answer = client.prepare_model(PrepareModelRequest { model: Some(model), canary: true }).await;
-    answer.map(tonic::Response::into_inner).map_err(|status| Failure::try_from(status).unwrap())
+async fn prepared(
+    client: &mut WorkerServiceClient<Channel>,
+    model: ModelRef,
+) -> Result<PrepareModelResponse, Failure> {
+    let answer = client
+        .prepare_model(PrepareModelRequest {
+            model: Some(model),
+            canary: true,
+        })
+        .await;
+    answer
+        .map(tonic::Response::into_inner)
+        .map_err(|status| Failure::try_from(status).unwrap())
 }
 
 async fn serve(worker: &Worker) -> WorkerServiceClient<Channel> {
@@ -110,7 +139,9 @@ async fn serve(worker: &Worker) -> WorkerServiceClient<Channel> {
     let address = listener.local_addr().unwrap();
     let server = Server::builder().add_service(worker.service());
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-    WorkerServiceClient::connect(format!("http://{address}")).await.unwrap()
+    WorkerServiceClient::connect(format!("http://{address}"))
+        .await
+        .unwrap()
 }
 
 /// One Score call under way.
@@ -128,19 +159,36 @@ struct Embedded {
 }
 
 impl Call {
-    async fn begin(client: &mut WorkerServiceClient<Channel>, begin: ScoreBegin) -> Result<Self, Failure> {
+    async fn begin(
+        client: &mut WorkerServiceClient<Channel>,
+        begin: ScoreBegin,
+    ) -> Result<Self, Failure> {
         let (requests, receiver) = mpsc::channel(4);
         let call = Self::send_to(&requests, score_request::Message::Begin(begin));
         let (_, responses) = tokio::join!(call, client.score(ReceiverStream::new(receiver)));
-        Ok(Self { requests, responses: responses.map_err(|status| Failure::try_from(status).unwrap())?.into_inner() })
+        Ok(Self {
+            requests,
+            responses: responses
+                .map_err(|status| Failure::try_from(status).unwrap())?
+                .into_inner(),
+        })
     }
 
     async fn send_to(requests: &mpsc::Sender<ScoreRequest>, message: score_request::Message) {
-        requests.send(ScoreRequest { message: Some(message) }).await.unwrap();
+        requests
+            .send(ScoreRequest {
+                message: Some(message),
+            })
+            .await
+            .unwrap();
     }
 
     async fn next(&mut self) -> Result<Option<score_response::Message>, Failure> {
-        let response = self.responses.message().await.map_err(|status| Failure::try_from(status).unwrap())?;
+        let response = self
+            .responses
+            .message()
+            .await
+            .map_err(|status| Failure::try_from(status).unwrap())?;
         Ok(response.map(|response| response.message.unwrap()))
     }
 
@@ -161,7 +209,10 @@ impl Call {
         loop {
             match self.next().await? {
                 Some(score_response::Message::Embedding(part)) => {
-                    assert_eq!((part.tower(), part.first, part.dim), (tower, rows, EMBEDDING_DIM as u32));
+                    assert_eq!(
+                        (part.tower(), part.first, part.dim),
+                        (tower, rows, EMBEDDING_DIM as u32)
+                    );
                     rows += part.rows;
                     all.image.extend_from_slice(&part.image);
                     all.text.extend_from_slice(&part.text);
@@ -176,12 +227,20 @@ impl Call {
     }
 
     async fn learner(&mut self, learner: ModelRef) -> Result<Embedded, Failure> {
-        Self::send_to(&self.requests, score_request::Message::Learner(LearnerGo { learner: Some(learner) })).await;
+        Self::send_to(
+            &self.requests,
+            score_request::Message::Learner(LearnerGo {
+                learner: Some(learner),
+            }),
+        )
+        .await;
         self.embedded(Tower::Learner).await
     }
 
     async fn chosen(&mut self, candidates: &[u32]) -> Result<(RecordBatch, RowsDone), Failure> {
-        let chosen = ChosenRows { candidates: candidates.to_vec() };
+        let chosen = ChosenRows {
+            candidates: candidates.to_vec(),
+        };
         Self::send_to(&self.requests, score_request::Message::Chosen(chosen)).await;
         let mut bytes = Vec::new();
         loop {
@@ -210,7 +269,10 @@ async fn scored(
 ) -> Result<(Vec<Hole>, Embedded, Embedded), Failure> {
     let (learner, from) = (begin.learner_model.clone().unwrap(), begin.reference_from);
     let mut call = Call::begin(client, begin).await?;
-    let (holes, reference) = (call.holes().await?, call.embedded_from(Tower::Reference, from).await?);
+    let (holes, reference) = (
+        call.holes().await?,
+        call.embedded_from(Tower::Reference, from).await?,
+    );
     Ok((holes, reference, call.learner(learner).await?))
 }
 
@@ -228,10 +290,25 @@ const CUTS: [(Range<usize>, Range<usize>); 3] = [(0..8, 0..16), (8..20, 16..32),
 async fn numbers_and_costs_do_not_depend_on_how_the_super_batch_is_cut() {
     let candidates = mixed(40);
     // In the first and the second half of blocks that are cut.
-    let bad = |n: u32| Row { image: None, ..Row::good(n) };
-    let rows = || (0..40).map(|n| if [3, 12, 14, 18, 39].contains(&n) { bad(n) } else { Row::good(n) }).collect();
+    let bad = |n: u32| Row {
+        image: None,
+        ..Row::good(n)
+    };
+    let rows = || {
+        (0..40)
+            .map(|n| {
+                if [3, 12, 14, 18, 39].contains(&n) {
+                    bad(n)
+                } else {
+                    Row::good(n)
+                }
+            })
+            .collect()
+    };
     let rig = Rig::new(rows()).await;
-    let whole = scored(&mut rig.client().await, rig.begin(&candidates)).await.unwrap();
+    let whole = scored(&mut rig.client().await, rig.begin(&candidates))
+        .await
+        .unwrap();
     assert_eq!(whole.0.len(), 5);
     assert!(whole.1.done.flops > 0.0 && whole.2.done.flops > 0.0);
     assert_ne!(whole.1.image, whole.2.image);
@@ -241,22 +318,42 @@ async fn numbers_and_costs_do_not_depend_on_how_the_super_batch_is_cut() {
     for (slice, blocks) in CUTS {
         let begin = ScoreBegin {
             reference_from: (blocks.start - slice.start) as u32,
-            reference_more: candidates[slice.end..blocks.end.max(slice.end)].iter().map(|row| row % 16).collect(),
+            reference_more: candidates[slice.end..blocks.end.max(slice.end)]
+                .iter()
+                .map(|row| row % 16)
+                .collect(),
             ..apart.begin(&candidates[slice.clone()])
         };
         // Each on a worker of its own.
         let (found, one, other) = scored(&mut apart.client().await, begin).await.unwrap();
-        holes.extend(found.into_iter().map(|hole| (hole.candidate + slice.start as u32, hole.reason)));
+        holes.extend(
+            found
+                .into_iter()
+                .map(|hole| (hole.candidate + slice.start as u32, hole.reason)),
+        );
         for (all, part) in [(&mut reference, one), (&mut learner, other)] {
             all.image.extend(part.image);
             all.text.extend(part.text);
             all.done.flops += part.done.flops;
         }
     }
-    assert_eq!(holes, whole.0.iter().map(|hole| (hole.candidate, hole.reason)).collect());
-    assert_eq!((reference.image, reference.text), (whole.1.image, whole.1.text));
+    assert_eq!(
+        holes,
+        whole
+            .0
+            .iter()
+            .map(|hole| (hole.candidate, hole.reason))
+            .collect()
+    );
+    assert_eq!(
+        (reference.image, reference.text),
+        (whole.1.image, whole.1.text)
+    );
     assert_eq!((learner.image, learner.text), (whole.2.image, whole.2.text));
-    assert_eq!((reference.done.flops, learner.done.flops), (whole.1.done.flops, whole.2.done.flops));
+    assert_eq!(
+        (reference.done.flops, learner.done.flops),
+        (whole.1.done.flops, whole.2.done.flops)
+    );
 }
 
 #[tokio::test]
@@ -265,15 +362,43 @@ async fn a_block_is_shared_whole_or_refused() {
     let mut client = rig.client().await;
     let begin = || rig.begin(&(0..20).collect::<Vec<u32>>());
     let refused = [
-        (ScoreBegin { reference_from: 8, ..begin() }, "reference_from"),
-        (ScoreBegin { reference_from: 21, ..begin() }, "reference_from"),
-        (ScoreBegin { reference_more: vec![16], ..begin() }, "reference_more"),
-        (ScoreBegin { reference_from: 20, reference_more: vec![5], ..begin() }, "reference_more"),
+        (
+            ScoreBegin {
+                reference_from: 8,
+                ..begin()
+            },
+            "reference_from",
+        ),
+        (
+            ScoreBegin {
+                reference_from: 21,
+                ..begin()
+            },
+            "reference_from",
+        ),
+        (
+            ScoreBegin {
+                reference_more: vec![16],
+                ..begin()
+            },
+            "reference_more",
+        ),
+        (
+            ScoreBegin {
+                reference_from: 20,
+                reference_more: vec![5],
+                ..begin()
+            },
+            "reference_more",
+        ),
     ];
     for (begin, field) in refused {
         let mut call = Call::begin(&mut client, begin).await.unwrap();
         let failure = call.holes().await.unwrap_err();
-        assert_eq!((failure.reason, failure.metadata["field"].as_str()), (Reason::InvalidArgument, field));
+        assert_eq!(
+            (failure.reason, failure.metadata["field"].as_str()),
+            (Reason::InvalidArgument, field)
+        );
     }
 }
 
@@ -306,7 +431,10 @@ async fn bad_rows_are_holes_with_reasons() {
     rows[9].caption = None;
     rows[17].image = Some(png(80, 80, 1));
     let rig = Rig::new(rows).await;
-    let worker = rig.worker(WorkerConfig { image_pixels_max: 1000, ..config() });
+    let worker = rig.worker(WorkerConfig {
+        image_pixels_max: 1000,
+        ..config()
+    });
     let mut client = serve(&worker).await;
     let expected = BTreeMap::from([
         (2, BadRowReason::ImageNull),
@@ -314,7 +442,12 @@ async fn bad_rows_are_holes_with_reasons() {
         (9, BadRowReason::CaptionNull),
         (17, BadRowReason::ImageTooLarge),
     ]);
-    let found = |holes: &[Hole]| holes.iter().map(|hole| (hole.candidate, hole.reason())).collect::<BTreeMap<_, _>>();
+    let found = |holes: &[Hole]| {
+        holes
+            .iter()
+            .map(|hole| (hole.candidate, hole.reason()))
+            .collect::<BTreeMap<_, _>>()
+    };
     let all: Vec<u32> = (0..20).collect();
     // Twice: the second time the reference's holes come from the sidecar.
     for _ in 0..2 {
@@ -324,25 +457,44 @@ async fn bad_rows_are_holes_with_reasons() {
             assert!(embedded.done.not_finite.is_empty());
             for (candidate, row) in embedded.image.chunks(EMBEDDING_DIM * 2).enumerate() {
                 let is_zero = row.iter().all(|byte| *byte == 0);
-                assert_eq!(is_zero, expected.contains_key(&(candidate as u32)), "candidate {candidate}");
+                assert_eq!(
+                    is_zero,
+                    expected.contains_key(&(candidate as u32)),
+                    "candidate {candidate}"
+                );
             }
         }
     }
-    let check = ScoreBegin { reference: None, learner_model: None, check_only: true, ..rig.begin(&all) };
+    let check = ScoreBegin {
+        reference: None,
+        learner_model: None,
+        check_only: true,
+        ..rig.begin(&all)
+    };
     let mut call = Call::begin(&mut client, check).await.unwrap();
     assert_eq!(found(&call.holes().await.unwrap()), expected);
-    assert_eq!(call.chosen(&[3, 2]).await.unwrap_err().reason, Reason::InvalidArgument, "a hole cannot be chosen");
+    assert_eq!(
+        call.chosen(&[3, 2]).await.unwrap_err().reason,
+        Reason::InvalidArgument,
+        "a hole cannot be chosen"
+    );
 }
 
 /// `n`, and that each row is what the data set holds with the hash of that.
 fn numbers(rig: &Rig, table: &RecordBatch) -> Vec<i64> {
     let numbers: Vec<i64> = table["n"].as_primitive::<Int64Type>().values().to_vec();
-    let (images, captions) = (table["image"].as_binary::<i32>(), table["caption"].as_string::<i32>());
+    let (images, captions) = (
+        table["image"].as_binary::<i32>(),
+        table["caption"].as_string::<i32>(),
+    );
     let hashes = table[CONTENT_HASH_COLUMN].as_fixed_size_binary();
     for (at, n) in numbers.iter().enumerate() {
         let row = &rig.rows[*n as usize];
         let (image, caption) = (row.image.as_ref().unwrap(), row.caption.as_ref().unwrap());
-        assert_eq!((images.value(at), captions.value(at)), (image.as_slice(), caption.as_str()));
+        assert_eq!(
+            (images.value(at), captions.value(at)),
+            (image.as_slice(), caption.as_str())
+        );
         assert_eq!(hashes.value(at), content_hash(image, caption));
     }
     numbers
@@ -354,27 +506,55 @@ async fn chosen_rows_come_in_order_and_can_be_fetched_again() {
     let mut client = rig.client().await;
     let candidates = mixed(40);
     let chosen = [39, 0, 17, 18, 3, 25];
-    let mut call = Call::begin(&mut client, rig.begin(&candidates)).await.unwrap();
+    let mut call = Call::begin(&mut client, rig.begin(&candidates))
+        .await
+        .unwrap();
     call.holes().await.unwrap();
     call.embedded(Tower::Reference).await.unwrap();
     // Chosen without the learner, as when the reference alone decides.
     let (table_of_chosen, done) = call.chosen(&chosen).await.unwrap();
-    let expected: Vec<i64> = chosen.iter().map(|n| i64::from(candidates[*n as usize])).collect();
+    let expected: Vec<i64> = chosen
+        .iter()
+        .map(|n| i64::from(candidates[*n as usize]))
+        .collect();
     assert_eq!(numbers(&rig, &table_of_chosen), expected);
-    assert_eq!(done, RowsDone { rows: 6, rows_read_again: 0 });
+    assert_eq!(
+        done,
+        RowsDone {
+            rows: 6,
+            rows_read_again: 0
+        }
+    );
     let rows: Vec<u32> = expected.iter().map(|n| *n as u32).collect();
     let fetched = fetch(&mut client, &rig, &rows).await.unwrap();
     assert_eq!(fetched, table_of_chosen);
 }
 
-async fn fetch(client: &mut WorkerServiceClient<Channel>, rig: &Rig, rows: &[u32]) -> Result<RecordBatch, Failure> {
+async fn fetch(
+    client: &mut WorkerServiceClient<Channel>,
+    rig: &Rig,
+    rows: &[u32],
+) -> Result<RecordBatch, Failure> {
     let columns = vec!["n".into()];
-    let request = FetchRowsRequest { dataset_manifest: rig.manifest.clone(), blocks: blocks(rows), columns };
+    let request = FetchRowsRequest {
+        dataset_manifest: rig.manifest.clone(),
+        blocks: blocks(rows),
+        columns,
+    };
     let failed = |status| Failure::try_from(status).unwrap();
-    let mut stream = client.fetch_rows(request).await.map_err(failed)?.into_inner();
+    let mut stream = client
+        .fetch_rows(request)
+        .await
+        .map_err(failed)?
+        .into_inner();
     let mut bytes = Vec::new();
     loop {
-        match stream.message().await.map_err(failed)?.and_then(|response| response.message) {
+        match stream
+            .message()
+            .await
+            .map_err(failed)?
+            .and_then(|response| response.message)
+        {
             Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
             Some(fetch_rows_response::Message::Done(done)) => {
                 assert_eq!(done.rows as usize, rows.len());
@@ -390,10 +570,20 @@ async fn a_hole_among_fetched_rows_is_named() {
     let mut rows: Vec<Row> = (0..20).map(Row::good).collect();
     rows[17].caption = None;
     let rig = Rig::new(rows).await;
-    let failure = fetch(&mut rig.client().await, &rig, &[3, 17]).await.unwrap_err();
-    assert_eq!((failure.reason, failure.metadata["id"].as_str()), (Reason::RowChanged, "train.parquet#17"));
-    let failure = fetch(&mut rig.client().await, &rig, &[3, 20]).await.unwrap_err();
-    assert_eq!((failure.reason, failure.metadata["field"].as_str()), (Reason::InvalidArgument, "blocks"));
+    let failure = fetch(&mut rig.client().await, &rig, &[3, 17])
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (failure.reason, failure.metadata["id"].as_str()),
+        (Reason::RowChanged, "train.parquet#17")
+    );
+    let failure = fetch(&mut rig.client().await, &rig, &[3, 20])
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (failure.reason, failure.metadata["field"].as_str()),
+        (Reason::InvalidArgument, "blocks")
+    );
 }
 
 #[tokio::test]
@@ -412,24 +602,44 @@ async fn without_any_room_the_numbers_and_rows_are_the_same() {
     let (mut roomy, mut tight) = (rig.client().await, serve(&worker).await);
     let candidates = mixed(40);
     let expected = scored(&mut roomy, rig.begin(&candidates)).await.unwrap();
-    // Twice: the second time the models have left the device for others, and the reference's embeddings are gone.
+    // Twice: the second time the models have left the device for others, and the reference's
+    // embeddings are gone.
     for (key, _) in rig.state.list("reference").await.unwrap() {
         rig.state.delete(&key).await.unwrap();
     }
     for _ in 0..2 {
-        let mut call = Call::begin(&mut tight, rig.begin(&candidates)).await.unwrap();
+        let mut call = Call::begin(&mut tight, rig.begin(&candidates))
+            .await
+            .unwrap();
         assert_eq!(call.holes().await.unwrap(), expected.0);
         let reference = call.embedded(Tower::Reference).await.unwrap();
         for seed in [3, 4] {
-            prepared(&mut tight, model("memory:///model", seed)).await.unwrap();
+            prepared(&mut tight, model("memory:///model", seed))
+                .await
+                .unwrap();
         }
         let learner = call.learner(model("memory:///model", 2)).await.unwrap();
-        assert_eq!((reference.image, reference.text), (expected.1.image.clone(), expected.1.text.clone()));
-        assert_eq!((learner.image, learner.text), (expected.2.image.clone(), expected.2.text.clone()));
+        assert_eq!(
+            (reference.image, reference.text),
+            (expected.1.image.clone(), expected.1.text.clone())
+        );
+        assert_eq!(
+            (learner.image, learner.text),
+            (expected.2.image.clone(), expected.2.text.clone())
+        );
         assert_eq!(worker.retained_bytes(), (0, 0));
         let (rows, done) = call.chosen(&[5, 30, 1]).await.unwrap();
-        assert_eq!(numbers(&rig, &rows), [5, 30, 1].map(|n| i64::from(candidates[n])));
-        assert_eq!(done, RowsDone { rows: 3, rows_read_again: 3 });
+        assert_eq!(
+            numbers(&rig, &rows),
+            [5, 30, 1].map(|n| i64::from(candidates[n]))
+        );
+        assert_eq!(
+            done,
+            RowsDone {
+                rows: 3,
+                rows_read_again: 3
+            }
+        );
         for (key, _) in rig.state.list("reference").await.unwrap() {
             rig.state.delete(&key).await.unwrap();
         }
@@ -440,26 +650,54 @@ async fn without_any_room_the_numbers_and_rows_are_the_same() {
 async fn more_models_than_the_device_keeps_take_turns() {
     let rig = Rig::good(40).await;
     let candidates = mixed(40);
-    let of_seed = |seed| ScoreBegin { learner_model: Some(model("memory:///model", seed)), ..rig.begin(&candidates) };
+    let of_seed = |seed| ScoreBegin {
+        learner_model: Some(model("memory:///model", seed)),
+        ..rig.begin(&candidates)
+    };
     let mut roomy = rig.client().await;
     let mut alone = Vec::new();
     for seed in 2..8 {
         alone.push(scored(&mut roomy, of_seed(seed)).await.unwrap().2.image);
     }
-    let tight = serve(&rig.worker(WorkerConfig { models_max: 2, slots: 6, ..config() })).await;
+    let tight = serve(&rig.worker(WorkerConfig {
+        models_max: 2,
+        slots: 6,
+        ..config()
+    }))
+    .await;
     let together = (2..8).map(|seed| {
         let (mut client, begin) = (tight.clone(), of_seed(seed));
-        async move { scored(&mut client, begin).await.map(|(_, _, learner)| learner.image) }
+        async move {
+            scored(&mut client, begin)
+                .await
+                .map(|(_, _, learner)| learner.image)
+        }
     });
-    assert_eq!(futures::future::try_join_all(together).await.unwrap(), alone);
+    assert_eq!(
+        futures::future::try_join_all(together).await.unwrap(),
+        alone
+    );
 }
 
 /// Writes weights into a model folder, and gives the model that they make.
 async fn folder_of_seed(rig: &Rig, seed: u64) -> ModelRef {
     let folder = rig.stores.open("memory:///model").unwrap();
-    let parameters = ModelFolder::fetch(&folder).await.unwrap().config.parameters();
-    folder.put("model.safetensors", init::random(&parameters, seed).unwrap()).await.unwrap();
-    ModelRef { model_uri: "memory:///model".into(), ..Default::default() }
+    let parameters = ModelFolder::fetch(&folder)
+        .await
+        .unwrap()
+        .config
+        .parameters();
+    folder
+        .put(
+            "model.safetensors",
+            init::random(&parameters, seed).unwrap(),
+        )
+        .await
+        .unwrap();
+    ModelRef {
+        model_uri: "memory:///model".into(),
+        ..Default::default()
+    }
 }
 
 #[tokio::test]
@@ -468,24 +706,43 @@ async fn a_folder_that_was_overwritten_is_not_taken_for_the_old_one() {
     let all: Vec<u32> = (0..20).collect();
     let (mut one, mut other) = (rig.client().await, rig.client().await);
     let folder = folder_of_seed(&rig, 1).await;
-    let pinned =
-        |info: &PrepareModelResponse| ModelRef { snapshot_digest: info.weights_digest.clone(), ..folder.clone() };
+    let pinned = |info: &PrepareModelResponse| ModelRef {
+        snapshot_digest: info.weights_digest.clone(),
+        ..folder.clone()
+    };
     let old = prepared(&mut one, folder.clone()).await.unwrap();
     assert_eq!(prepared(&mut other, folder.clone()).await.unwrap(), old);
     folder_of_seed(&rig, 2).await;
     let new = prepared(&mut one, folder.clone()).await.unwrap();
-    assert_ne!(new.weights_digest, old.weights_digest, "a run that is opened now gets what is there now");
+    assert_ne!(
+        new.weights_digest, old.weights_digest,
+        "a run that is opened now gets what is there now"
+    );
     // The other worker knows the old folder only: it reads it once more.
-    let begin = |reference| ScoreBegin { reference: Some(reference), learner_model: None, ..rig.begin(&all) };
+    let begin = |reference| ScoreBegin {
+        reference: Some(reference),
+        learner_model: None,
+        ..rig.begin(&all)
+    };
     let mut call = Call::begin(&mut other, begin(pinned(&new))).await.unwrap();
     call.holes().await.unwrap();
-    assert_eq!(call.embedded(Tower::Reference).await.unwrap().done.model_digest, new.digest);
+    assert_eq!(
+        call.embedded(Tower::Reference)
+            .await
+            .unwrap()
+            .done
+            .model_digest,
+        new.digest
+    );
     // A worker that never saw the old weights cannot serve the old run, and says so.
     let mut fresh = rig.client().await;
     let mut call = Call::begin(&mut fresh, begin(pinned(&old))).await.unwrap();
     let failure = call.holes().await.unwrap_err();
     assert_eq!(failure.reason, Reason::ModelInvalid);
-    assert_eq!((&failure.metadata["found"], &failure.metadata["expected"]), (&new.weights_digest, &old.weights_digest));
+    assert_eq!(
+        (&failure.metadata["found"], &failure.metadata["expected"]),
+        (&new.weights_digest, &old.weights_digest)
+    );
 }
 
 #[tokio::test]
@@ -497,22 +754,45 @@ async fn a_worker_says_what_it_computes_in() {
         (ComputeDtype::F32, ComputeDtype::F32),
         (ComputeDtype::Bf16, ComputeDtype::Bf16),
     ] {
-        let model = ModelRef { compute_dtype: asked.into(), ..model("memory:///model", 1) };
-        assert_eq!(prepared(&mut client, model.clone()).await.unwrap().compute_dtype(), told);
-        let begin = ScoreBegin { reference: Some(model), ..rig.begin(&[0, 1, 2]) };
+        let model = ModelRef {
+            compute_dtype: asked.into(),
+            ..model("memory:///model", 1)
+        };
+        assert_eq!(
+            prepared(&mut client, model.clone())
+                .await
+                .unwrap()
+                .compute_dtype(),
+            told
+        );
+        let begin = ScoreBegin {
+            reference: Some(model),
+            ..rig.begin(&[0, 1, 2])
+        };
         let mut call = Call::begin(&mut client, begin).await.unwrap();
         call.holes().await.unwrap();
-        assert_eq!(call.embedded(Tower::Reference).await.unwrap().done.compute_dtype(), told);
+        assert_eq!(
+            call.embedded(Tower::Reference)
+                .await
+                .unwrap()
+                .done
+                .compute_dtype(),
+            told
+        );
     }
 }
 
 #[tokio::test]
 async fn a_caller_that_goes_frees_what_it_held() {
     let rig = Rig::good(40).await;
-    let worker = rig.worker(WorkerConfig { slots: 1, ..config() });
+    let worker = rig.worker(WorkerConfig {
+        slots: 1,
+        ..config()
+    });
     let mut client = serve(&worker).await;
     let begin = || rig.begin(&mixed(40));
-    // One goes while its slice is under way, one while it waits for weights with rows and pixels kept.
+    // One goes while its slice is under way, one while it waits for weights with rows and pixels
+    // kept.
     drop(Call::begin(&mut client, begin()).await.unwrap());
     let mut waiting = Call::begin(&mut client, begin()).await.unwrap();
     waiting.holes().await.unwrap();
@@ -533,7 +813,10 @@ async fn a_learner_may_want_its_rows_otherwise_than_the_reference() {
     let rig = Rig::good(20).await;
     let mut client = rig.client().await;
     let all: Vec<u32> = (0..20).collect();
-    let other = ScoreBegin { learner_model: Some(model("memory:///other", 2)), ..rig.begin(&all) };
+    let other = ScoreBegin {
+        learner_model: Some(model("memory:///other", 2)),
+        ..rig.begin(&all)
+    };
     let (_, reference, learner) = scored(&mut client, rig.begin(&all)).await.unwrap();
     let (_, same, differs) = scored(&mut client, other.clone()).await.unwrap();
     assert_eq!(reference.image, same.image);
@@ -551,17 +834,49 @@ async fn a_learner_may_want_its_rows_otherwise_than_the_reference() {
 async fn models_are_described_and_refused_by_name() {
     let rig = Rig::good(4).await;
     let mut client = rig.client().await;
-    let info = prepared(&mut client, model("memory:///model", 1)).await.unwrap();
-    assert_eq!((info.model_type.as_str(), info.embedding_dim, info.device.as_str()), ("siglip", 16, "cpu"));
+    let info = prepared(&mut client, model("memory:///model", 1))
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            info.model_type.as_str(),
+            info.embedding_dim,
+            info.device.as_str()
+        ),
+        ("siglip", 16, "cpu")
+    );
     assert!(info.image_flops > 0.0 && info.text_flops > 0.0 && info.logit_bias.is_some());
-    assert!(info.tensors.iter().any(|tensor| tensor.name == "logit_scale"));
+    assert!(
+        info.tensors
+            .iter()
+            .any(|tensor| tensor.name == "logit_scale")
+    );
     let refused = [
         (model("memory:///nowhere", 1), Reason::ModelInvalid),
-        (ModelRef { random_seed: None, ..model("memory:///model", 0) }, Reason::ModelInvalid),
-        (ModelRef { snapshot_uri: "memory:///x".into(), ..model("memory:///model", 0) }, Reason::InvalidArgument),
+        (
+            ModelRef {
+                random_seed: None,
+                ..model("memory:///model", 0)
+            },
+            Reason::ModelInvalid,
+        ),
+        (
+            ModelRef {
+                snapshot_uri: "memory:///x".into(),
+                ..model("memory:///model", 0)
+            },
+            Reason::InvalidArgument,
+        ),
         (ModelRef::default(), Reason::InvalidArgument),
     ];
     for (model, reason) in refused {
-        assert_eq!(prepared(&mut client, model.clone()).await.unwrap_err().reason, reason, "{model:?}");
+        assert_eq!(
+            prepared(&mut client, model.clone())
+                .await
+                .unwrap_err()
+                .reason,
+            reason,
+            "{model:?}"
+        );
     }
 }

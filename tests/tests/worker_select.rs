@@ -3,8 +3,9 @@
 use superbatch_proto::{
     Failure, MESSAGE_BYTES_MAX,
     v1::{
-        CandidatesPart, Criterion, EmbeddingDtype, EmbeddingPart, Loss, Policy, Reason, SelectBegin, SelectRequest,
-        SelectResponse, Tower, select_request::Message, worker_service_client::WorkerServiceClient,
+        CandidatesPart, Criterion, EmbeddingDtype, EmbeddingPart, Loss, Policy, Reason,
+        SelectBegin, SelectRequest, SelectResponse, Tower, select_request::Message,
+        worker_service_client::WorkerServiceClient,
     },
 };
 use superbatch_server::worker::{Worker, WorkerConfig};
@@ -19,12 +20,22 @@ const STEP: usize = 1 << 16;
 
 async fn client() -> WorkerServiceClient<Channel> {
     let (stores, state) = fixture::storage();
-    let config = WorkerConfig { device: "cpu".into(), threads: 2, ..Default::default() };
+    let config = WorkerConfig {
+        device: "cpu".into(),
+        threads: 2,
+        ..Default::default()
+    };
     let worker = Worker::new(&config, stores, state).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(Server::builder().add_service(worker.service()).serve_with_incoming(TcpListenerStream::new(listener)));
-    WorkerServiceClient::connect(format!("http://{address}")).await.unwrap()
+    tokio::spawn(
+        Server::builder()
+            .add_service(worker.service())
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    WorkerServiceClient::connect(format!("http://{address}"))
+        .await
+        .unwrap()
 }
 
 /// By the largest cosines of image and text, without noise.
@@ -48,13 +59,19 @@ fn positions(count: usize) -> Vec<u64> {
     (0..count as u64).map(|n| u64::MAX - n).collect()
 }
 
-/// The reference's embeddings, cut into parts. The texts of `matching` candidates match their images, all others are at right
-/// angles to them.
+/// The reference's embeddings, cut into parts. The texts of `matching` candidates match their
+/// images, all others are at right angles to them.
 fn embeddings(count: usize, matching: &[usize]) -> Vec<Message> {
     let part = |first: usize| {
         let rows = first..(first + STEP).min(count);
         let bytes = |row: [f32; 2]| row.into_iter().flat_map(f32::to_le_bytes);
-        let text = |row| if matching.contains(&row) { [1.0, 0.0] } else { [0.0, 1.0] };
+        let text = |row| {
+            if matching.contains(&row) {
+                [1.0, 0.0]
+            } else {
+                [0.0, 1.0]
+            }
+        };
         Message::Embedding(EmbeddingPart {
             tower: Tower::Reference.into(),
             first: first as u32,
@@ -68,8 +85,17 @@ fn embeddings(count: usize, matching: &[usize]) -> Vec<Message> {
 }
 
 async fn select(messages: Vec<Message>) -> Result<SelectResponse, tonic::Status> {
-    let requests: Vec<_> = messages.into_iter().map(|message| SelectRequest { message: Some(message) }).collect();
-    client().await.select(tokio_stream::iter(requests)).await.map(tonic::Response::into_inner)
+    let requests: Vec<_> = messages
+        .into_iter()
+        .map(|message| SelectRequest {
+            message: Some(message),
+        })
+        .collect();
+    client()
+        .await
+        .select(tokio_stream::iter(requests))
+        .await
+        .map(tonic::Response::into_inner)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -77,33 +103,58 @@ async fn candidates_beyond_one_message_come_in_several() {
     let count = 1 << 20;
     let last = count - 1;
     let all = positions(count);
-    let parts = all.chunks(STEP).skip(1).map(|part| CandidatesPart { positions: part.to_vec(), holes: Vec::new() });
+    let parts = all.chunks(STEP).skip(1).map(|part| CandidatesPart {
+        positions: part.to_vec(),
+        holes: Vec::new(),
+    });
     let mut parts: Vec<_> = parts.collect();
     // It would be the last but one to be drawn.
     parts.last_mut().unwrap().holes = vec![last as u32 - 1];
-    let messages = [Message::Begin(SelectBegin { positions: all[..STEP].to_vec(), ..begin() })]
-        .into_iter()
-        .chain(parts.into_iter().map(Message::Candidates))
-        .chain(embeddings(count, &[7, 70_000, last - 1, last]));
+    let messages = [Message::Begin(SelectBegin {
+        positions: all[..STEP].to_vec(),
+        ..begin()
+    })]
+    .into_iter()
+    .chain(parts.into_iter().map(Message::Candidates))
+    .chain(embeddings(count, &[7, 70_000, last - 1, last]));
     let answer = select(messages.collect()).await.unwrap();
     assert_eq!(answer.indices, [7, 70_000, last as u32]);
 
-    let at_once = vec![Message::Begin(SelectBegin { positions: all, ..begin() })];
+    let at_once = vec![Message::Begin(SelectBegin {
+        positions: all,
+        ..begin()
+    })];
     let refused = Failure::try_from(select(at_once).await.unwrap_err()).unwrap();
-    assert_eq!(refused.reason, Reason::MessageTooLarge, "over {MESSAGE_BYTES_MAX} bytes: {refused}");
+    assert_eq!(
+        refused.reason,
+        Reason::MessageTooLarge,
+        "over {MESSAGE_BYTES_MAX} bytes: {refused}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn candidates_after_an_embedding_and_missing_ones_are_refused() {
-    let first = Message::Begin(SelectBegin { positions: positions(4), ..begin() });
-    let more = Message::Candidates(CandidatesPart { positions: positions(4), holes: Vec::new() });
+    let first = Message::Begin(SelectBegin {
+        positions: positions(4),
+        ..begin()
+    });
+    let more = Message::Candidates(CandidatesPart {
+        positions: positions(4),
+        holes: Vec::new(),
+    });
     let [embedded] = embeddings(4, &[0]).try_into().unwrap();
     for (messages, field) in [
-        (vec![first.clone(), embedded.clone(), more.clone()], "candidates"),
+        (
+            vec![first.clone(), embedded.clone(), more.clone()],
+            "candidates",
+        ),
         (vec![first.clone(), more.clone(), embedded], "embedding"),
         (vec![more], "message"),
     ] {
         let failure = Failure::try_from(select(messages).await.unwrap_err()).unwrap();
-        assert_eq!((failure.reason, failure.metadata["field"].as_str()), (Reason::InvalidArgument, field));
+        assert_eq!(
+            (failure.reason, failure.metadata["field"].as_str()),
+            (Reason::InvalidArgument, field)
+        );
     }
 }

@@ -13,7 +13,8 @@ use tokio::{runtime::Runtime, task::AbortHandle};
 /// How long a wait may keep a signal (Ctrl-C) waiting.
 const SIGNAL_SLICE: Duration = Duration::from_millis(50);
 
-/// The runtime of this process. Threads do not survive a fork, so a child makes its own, and the parent's is left alone.
+/// The runtime of this process. Threads do not survive a fork, so a child makes its own, and the
+/// parent's is left alone.
 static RUNTIME: Mutex<Option<(u32, Arc<Runtime>)>> = Mutex::new(None);
 
 /// The runtime of this process, made on first use.
@@ -30,7 +31,9 @@ pub fn runtime() -> PyResult<Arc<Runtime>> {
         .thread_name("superbatch")
         .enable_all()
         .build()
-        .map_err(|error| PyRuntimeError::new_err(format!("cannot start the threads of the client: {error}")))?;
+        .map_err(|error| {
+            PyRuntimeError::new_err(format!("cannot start the threads of the client: {error}"))
+        })?;
     let runtime = Arc::new(runtime);
     // Dropping the parent's runtime would wait for threads that are not there.
     mem::forget(known.replace((pid, runtime.clone())));
@@ -116,8 +119,12 @@ impl Call {
         show: impl FnOnce(Python<'_>, T) -> PyResult<Py<PyAny>> + Send + 'static,
     ) -> PyResult<Self> {
         let runtime = runtime()?;
-        let shared =
-            Arc::new(Shared { state: Mutex::new(State::Running { callbacks: Vec::new() }), done: Condvar::new() });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::Running {
+                callbacks: Vec::new(),
+            }),
+            done: Condvar::new(),
+        });
         let work = runtime.spawn(call);
         let task = work.abort_handle();
         let finished = shared.clone();
@@ -132,7 +139,9 @@ impl Call {
     }
 
     /// [`Call::start`] for calls whose result says nothing.
-    pub fn start_unit(call: impl Future<Output = Result<(), Error>> + Send + 'static) -> PyResult<Self> {
+    pub fn start_unit(
+        call: impl Future<Output = Result<(), Error>> + Send + 'static,
+    ) -> PyResult<Self> {
         Self::start(call, |py, ()| Ok(py.None()))
     }
 }
@@ -145,11 +154,13 @@ impl Drop for Call {
 
 #[pymethods]
 impl Call {
-    /// Waits for the result with the GIL released. A signal whose handler raises (Ctrl-C) cancels the call.
+    /// Waits for the result with the GIL released. A signal whose handler raises (Ctrl-C) cancels
+    /// the call.
     fn wait(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         loop {
             let done = py.detach(|| self.shared.wait(SIGNAL_SLICE));
-            // Also when it is done: Python would raise as soon as this returns, and the result would be lost.
+            // Also when it is done: Python would raise as soon as this returns, and the result
+            // would be lost.
             if let Err(signal) = py.check_signals() {
                 self.cancel();
                 return Err(signal);
@@ -169,11 +180,14 @@ impl Call {
         };
         match outcome {
             Some(outcome) => outcome(py),
-            None => Err(PyRuntimeError::new_err("the call is not done, or its result was taken")),
+            None => Err(PyRuntimeError::new_err(
+                "the call is not done, or its result was taken",
+            )),
         }
     }
 
-    /// Calls `callback` without arguments when the call is done, from a thread of the client; at once if it is.
+    /// Calls `callback` without arguments when the call is done, from a thread of the client; at
+    /// once if it is.
     fn on_done(&self, py: Python<'_>, callback: Py<PyAny>) -> PyResult<()> {
         if let State::Running { callbacks } = &mut *self.shared.lock() {
             callbacks.push(callback);

@@ -4,7 +4,8 @@ use pyo3::{exceptions::PyRuntimeError, prelude::*, types::PyDict};
 use std::time::Duration;
 use superbatch_client::{self as client, ConnectConfig, Retry};
 
-/// Threads and sockets do not survive a fork: what was made in another process is refused instead of hanging.
+/// Threads and sockets do not survive a fork: what was made in another process is refused instead
+/// of hanging.
 #[derive(Clone, Copy)]
 pub struct Process(u32);
 
@@ -18,7 +19,9 @@ impl Process {
             return Ok(());
         }
         let hint = "connect after the fork (superbatch.torch.SelectedBatches does so by itself)";
-        Err(PyRuntimeError::new_err(format!("this connection was made in another process: {hint}")))
+        Err(PyRuntimeError::new_err(format!(
+            "this connection was made in another process: {hint}"
+        )))
     }
 }
 
@@ -31,21 +34,42 @@ pub struct Client {
 
 /// Connects; the call's result is a `Client`.
 #[pyfunction]
-pub fn connect(py: Python<'_>, uri: String, timeout: f64, retry_attempts: u32, retry_seconds: f64) -> PyResult<Call> {
+pub fn connect(
+    py: Python<'_>,
+    uri: String,
+    timeout: f64,
+    retry_attempts: u32,
+    retry_seconds: f64,
+) -> PyResult<Call> {
     let seconds = |field, value| {
-        Duration::try_from_secs_f64(value).map_err(|_| errors::invalid(py, field, "not a number of seconds"))
+        Duration::try_from_secs_f64(value)
+            .map_err(|_| errors::invalid(py, field, "not a number of seconds"))
     };
     let retry = Retry {
         attempts_max: retry_attempts,
         elapsed_max: seconds("retry_seconds", retry_seconds)?,
         ..Retry::default()
     };
-    let config = ConnectConfig { connect_timeout: seconds("timeout", timeout)?, retry, ..ConnectConfig::default() };
+    let config = ConnectConfig {
+        connect_timeout: seconds("timeout", timeout)?,
+        retry,
+        ..ConnectConfig::default()
+    };
     let connected = async move { client::Client::connect_with(uri, config).await };
-    Call::start(connected, |py, client| Ok(Py::new(py, Client { client, process: Process::this() })?.into_any()))
+    Call::start(connected, |py, client| {
+        Ok(Py::new(
+            py,
+            Client {
+                client,
+                process: Process::this(),
+            },
+        )?
+        .into_any())
+    })
 }
 
-/// Refuses a run spec, given as a dict, that has unknown keys or values; knows nothing of the service's own checks.
+/// Refuses a run spec, given as a dict, that has unknown keys or values; knows nothing of the
+/// service's own checks.
 #[pyfunction]
 pub fn check_spec(spec: &Bound<'_, PyDict>) -> PyResult<()> {
     spec::run_spec(spec).map(|_| ())
@@ -54,10 +78,20 @@ pub fn check_spec(spec: &Bound<'_, PyDict>) -> PyResult<()> {
 #[pymethods]
 impl Client {
     /// Opens a run by its spec as a dict; the call's result is a `Run`.
-    fn open_run(&self, run_id: String, spec: &Bound<'_, PyDict>, incarnation: String) -> PyResult<Call> {
+    fn open_run(
+        &self,
+        run_id: String,
+        spec: &Bound<'_, PyDict>,
+        incarnation: String,
+    ) -> PyResult<Call> {
         self.process.check()?;
         let (client, spec) = (self.client.clone(), spec::run_spec(spec)?);
-        let opened = async move { Ok(client.open_run(run_id, spec).await?.with_incarnation(incarnation)) };
+        let opened = async move {
+            Ok(client
+                .open_run(run_id, spec)
+                .await?
+                .with_incarnation(incarnation))
+        };
         Call::start(opened, |py, run| Ok(Py::new(py, Run::new(run))?.into_any()))
     }
 
@@ -65,7 +99,9 @@ impl Client {
     fn get_run(&self, run_id: String) -> PyResult<Call> {
         self.process.check()?;
         let client = self.client.clone();
-        Call::start(async move { client.get_run(run_id).await }, |py, info| show::run_info(py, &info))
+        Call::start(async move { client.get_run(run_id).await }, |py, info| {
+            show::run_info(py, &info)
+        })
     }
 
     /// Ends a run for all ranks.

@@ -1,7 +1,9 @@
-//! The extension module under the Python package `superbatch`: the Rust client, and nothing that selects.
+//! The extension module under the Python package `superbatch`: the Rust client, and nothing that
+//! selects.
 //!
-//! Every call to the service is a [`call::Call`]: Python waits for it with the GIL released and signals checked, or hands
-//! it to asyncio. The public classes are Python's, in `python/superbatch`.
+//! Every call to the service is a [`call::Call`]: Python waits for it with the GIL released and
+//! signals checked, or hands it to asyncio. The public classes are Python's, in
+//! `python/superbatch`.
 mod call;
 mod client;
 mod errors;

@@ -35,7 +35,11 @@ pub struct Run {
 
 impl Run {
     pub fn new(run: client::Run) -> Self {
-        Self { run, pusher: Mutex::new(None), process: Process::this() }
+        Self {
+            run,
+            pusher: Mutex::new(None),
+            process: Process::this(),
+        }
     }
 
     fn here(&self) -> PyResult<client::Run> {
@@ -52,7 +56,9 @@ impl Run {
         }
         let runtime = call::runtime()?;
         let _inside = runtime.enter();
-        Ok(pusher.insert(Arc::new(Pusher::start(&self.run, QUEUED_MAX))).clone())
+        Ok(pusher
+            .insert(Arc::new(Pusher::start(&self.run, QUEUED_MAX)))
+            .clone())
     }
 }
 
@@ -79,7 +85,8 @@ impl Run {
         self.run.dropped_push()
     }
 
-    /// Dataset manifest digest, rows of the data set, and steps until its end (0: without end), as a dict.
+    /// Dataset manifest digest, rows of the data set, and steps until its end (0: without end), as
+    /// a dict.
     #[getter]
     fn dataset(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         show::dataset(py, self.run.opened())
@@ -98,11 +105,19 @@ impl Run {
     }
 
     /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
-    fn select(&self, py: Python<'_>, step: u64, rank: u32, world_size: u32, intent: &str) -> PyResult<Call> {
+    fn select(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        rank: u32,
+        world_size: u32,
+        intent: &str,
+    ) -> PyResult<Call> {
         let (run, intent) = (self.here()?, spec::intent(py, intent)?);
-        Call::start(async move { run.select(step, rank, world_size, intent).await }, |py, batch| {
-            show::batch(py, &batch)
-        })
+        Call::start(
+            async move { run.select(step, rank, world_size, intent).await },
+            |py, batch| show::batch(py, &batch),
+        )
     }
 
     /// Every `stride`-th step from `start_step` on.
@@ -121,10 +136,28 @@ impl Run {
     ) -> PyResult<Batches> {
         let need_after = Duration::try_from_secs_f64(need_after)
             .map_err(|_| errors::invalid(py, "need_after", "not a number of seconds"))?;
-        let config = BatchesConfig { rank, world_size, start_step, end_step, stride, prefetch, read_ahead, need_after };
-        let batches = self.here()?.batches(config).map_err(|error| errors::exception(py, &error))?;
-        let source = Source { batches, untaken: None };
-        Ok(Batches { source: Arc::new(tokio::sync::Mutex::new(source)), process: self.process })
+        let config = BatchesConfig {
+            rank,
+            world_size,
+            start_step,
+            end_step,
+            stride,
+            prefetch,
+            read_ahead,
+            need_after,
+        };
+        let batches = self
+            .here()?
+            .batches(config)
+            .map_err(|error| errors::exception(py, &error))?;
+        let source = Source {
+            batches,
+            untaken: None,
+        };
+        Ok(Batches {
+            source: Arc::new(tokio::sync::Mutex::new(source)),
+            process: self.process,
+        })
     }
 
     /// Waits for room for one push; the call's result is a `Slot`.
@@ -136,19 +169,25 @@ impl Run {
         })
     }
 
-    /// Waits until all pushes are published; the call's result is the newest version as a dict, or None.
+    /// Waits until all pushes are published; the call's result is the newest version as a dict, or
+    /// None.
     fn flush(&self) -> PyResult<Call> {
         let pusher = self.pusher()?;
-        Call::start(async move { pusher.flush().await }, |py, version| match version {
-            Some(version) => show::weights_version(py, &version),
-            None => Ok(py.None()),
-        })
+        Call::start(
+            async move { pusher.flush().await },
+            |py, version| match version {
+                Some(version) => show::weights_version(py, &version),
+                None => Ok(py.None()),
+            },
+        )
     }
 
     /// The call's result is a dict.
     fn get_run(&self) -> PyResult<Call> {
         let run = self.here()?;
-        Call::start(async move { run.get_run().await }, |py, info| show::run_info(py, &info))
+        Call::start(async move { run.get_run().await }, |py, info| {
+            show::run_info(py, &info)
+        })
     }
 
     /// Ends the run for all ranks.
@@ -160,21 +199,28 @@ impl Run {
     /// The call's result is the new generation.
     fn rewind(&self, py: Python<'_>, to_step: u64, mode: &str) -> PyResult<Call> {
         let (run, mode) = (self.here()?, spec::rewind_mode(py, mode)?);
-        Call::start(async move { run.rewind(to_step, mode).await }, |py, generation| {
-            Ok(generation.into_pyobject(py)?.into_any().unbind())
-        })
+        Call::start(
+            async move { run.rewind(to_step, mode).await },
+            |py, generation| Ok(generation.into_pyobject(py)?.into_any().unbind()),
+        )
     }
 
     /// The call's result is the spec in force, as a dict.
     fn append_phases(&self, phases: Vec<Bound<'_, PyDict>>) -> PyResult<Call> {
         let (run, phases) = (self.here()?, spec::phases(phases)?);
-        Call::start(async move { run.append_phases(phases).await }, |py, spec| show::run_spec(py, &spec))
+        Call::start(
+            async move { run.append_phases(phases).await },
+            |py, spec| show::run_spec(py, &spec),
+        )
     }
 
     /// The call's result is a dict.
     fn receipt(&self, step: u64, generation: Option<u32>) -> PyResult<Call> {
         let run = self.here()?;
-        Call::start(async move { run.receipt(step, generation).await }, |py, receipt| show::receipt(py, &receipt))
+        Call::start(
+            async move { run.receipt(step, generation).await },
+            |py, receipt| show::receipt(py, &receipt),
+        )
     }
 }
 
@@ -192,8 +238,8 @@ struct Source {
     untaken: Option<Batch>,
 }
 
-/// A batch on its way to Python. If Python does not take it, it goes back, and the next call, which waits for the guard
-/// until then, finds it.
+/// A batch on its way to Python. If Python does not take it, it goes back, and the next call, which
+/// waits for the guard until then, finds it.
 struct Handover {
     source: OwnedMutexGuard<Source>,
     batch: Option<Batch>,
@@ -207,8 +253,9 @@ impl Drop for Handover {
 
 #[pymethods]
 impl Batches {
-    /// The next step; the call's result is as that of `Run.select`, or None at the end. A call that is cancelled, or whose
-    /// result is never taken, loses nothing: the next one yields the same step.
+    /// The next step; the call's result is as that of `Run.select`, or None at the end. A call that
+    /// is cancelled, or whose result is never taken, loses nothing: the next one yields the same
+    /// step.
     fn next(&self) -> PyResult<Call> {
         self.process.check()?;
         let source = self.source.clone();
@@ -221,7 +268,9 @@ impl Batches {
             Ok(Handover { source, batch })
         };
         Call::start(next, |py, mut handover| {
-            let Some(batch) = &handover.batch else { return Ok(py.None()) };
+            let Some(batch) = &handover.batch else {
+                return Ok(py.None());
+            };
             let shown = show::batch(py, batch)?;
             handover.batch = None;
             Ok(shown)
@@ -260,15 +309,32 @@ impl Slot {
     }
 
     /// Queues the push, and returns without waiting for it. Nothing more can be added.
-    fn submit(&self, step: i64, push_id: Option<String>, expected_parts: u32, rank: u32) -> PyResult<()> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).take();
+    fn submit(
+        &self,
+        step: i64,
+        push_id: Option<String>,
+        expected_parts: u32,
+        rank: u32,
+    ) -> PyResult<()> {
+        let state = self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         let (slot, parts) = state.ok_or_else(used)?;
-        slot.push(Push { step, parts, push_id, expected_parts, rank });
+        slot.push(Push {
+            step,
+            parts,
+            push_id,
+            expected_parts,
+            rank,
+        });
         Ok(())
     }
 }
 
-/// A copy of a buffer of bytes. Weights are gigabytes, so other threads of Python run between its pieces.
+/// A copy of a buffer of bytes. Weights are gigabytes, so other threads of Python run between its
+/// pieces.
 fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
     let py = data.py();
     let view = PyMemoryView::from(data)?;

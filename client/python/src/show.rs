@@ -1,4 +1,5 @@
-//! Messages of the protocol as Python dicts, with the protocol's field names. Enums are lower case, without prefix.
+//! Messages of the protocol as Python dicts, with the protocol's field names. Enums are lower case,
+//! without prefix.
 use arrow::pyarrow::ToPyArrow;
 use pyo3::{
     prelude::*,
@@ -23,7 +24,9 @@ fn short(name: &str, prefix: &str) -> String {
 }
 
 pub fn list(py: Python<'_>, items: impl Iterator<Item = Shown>) -> Shown {
-    Ok(PyList::new(py, items.collect::<PyResult<Vec<_>>>()?)?.into_any().unbind())
+    Ok(PyList::new(py, items.collect::<PyResult<Vec<_>>>()?)?
+        .into_any()
+        .unbind())
 }
 
 fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -> Shown) -> Shown {
@@ -33,11 +36,21 @@ fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -
 pub fn batch(py: Python<'_>, batch: &Batch) -> Shown {
     let record_batch = batch.record_batch.to_pyarrow(py)?;
     let receipt = receipt_summary(py, &batch.receipt)?;
-    Ok((record_batch, receipt, batch.step, batch.rank, batch.world_size).into_pyobject(py)?.into_any().unbind())
+    Ok((
+        record_batch,
+        receipt,
+        batch.step,
+        batch.rank,
+        batch.world_size,
+    )
+        .into_pyobject(py)?
+        .into_any()
+        .unbind())
 }
 
 pub fn dataset(py: Python<'_>, opened: &v1::OpenRunResponse) -> Shown {
-    dict!(py, opened, [dataset_rows, steps_total, dataset_manifest], {})
+    dict!(py, opened, [dataset_rows, steps_total, dataset_manifest], {
+    })
 }
 
 pub fn weights_version(py: Python<'_>, version: &v1::WeightsVersion) -> Shown {
@@ -69,7 +82,22 @@ fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
 }
 
 fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
-    dict!(py, stages, [plan, fetch, decode, embed_reference, embed_learner, select, commit, total, wait_weights,], {})
+    dict!(
+        py,
+        stages,
+        [
+            plan,
+            fetch,
+            decode,
+            embed_reference,
+            embed_learner,
+            select,
+            commit,
+            total,
+            wait_weights,
+        ],
+        {}
+    )
 }
 
 /// Whether the step was drawn by scores; where not, the protocol's zeros stand for none.
@@ -100,6 +128,8 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         cost: maybe(py, summary.cost.as_ref(), accounts)?,
         tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
         left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
+        uniform_score: summary.uniform_score,
+        trainer_wait_seconds: summary.trainer_wait_seconds,
     })
 }
 
@@ -121,12 +151,19 @@ fn tuning(py: Python<'_>, numbers: &v1::Tuning) -> Shown {
 }
 
 fn left_out(py: Python<'_>, counts: &v1::LeftOut) -> Shown {
-    dict!(py, counts, [clip_score_at_least, neg_clip_loss_keep, duplicates_above], {})
+    dict!(
+        py,
+        counts,
+        [clip_score_at_least, neg_clip_loss_keep, duplicates_above],
+        {}
+    )
 }
 
 pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
     let chosen = |row: &v1::ChosenRow| {
-        dict!(py, row, [id, source, shard, row, position, chunk, score, weight], {
+        dict!(py, row, [
+            id, source, shard, row, position, chunk, score, weight, own_score, learner_loss, reference_loss,
+        ], {
             fidelity: short(row.fidelity().as_str_name(), "FIDELITY_"),
             content_hash: PyBytes::new(py, &row.content_hash),
         })
@@ -135,10 +172,29 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
         let reason = short(row.reason().as_str_name(), "BAD_ROW_REASON_");
         dict!(py, row, [id, position, detail], { reason: reason })
     };
+    let passed = |row: &v1::PassedRow| {
+        dict!(
+            py,
+            row,
+            [
+                id,
+                source,
+                shard,
+                row,
+                position,
+                own_score,
+                learner_loss,
+                reference_loss,
+                sampled,
+            ],
+            {}
+        )
+    };
     dict!(py, receipt, [], {
         summary: maybe(py, receipt.summary.as_ref(), receipt_summary)?,
         chosen: list(py, receipt.chosen.iter().map(chosen))?,
         bad_rows: list(py, receipt.bad_rows.iter().map(bad_row))?,
+        passed_over: list(py, receipt.passed_over.iter().map(passed))?,
     })
 }
 
@@ -176,8 +232,10 @@ fn lag(py: Python<'_>, lag: &v1::Lag) -> Shown {
 }
 
 pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
-    let source = |source: &v1::Source| dict!(py, source, [uri, weight, image_column, caption_column], {});
-    let reference = |_: Python<'_>, model: &v1::ReferenceSpec| dict!(py, model, [model_uri, logit_bias], {});
+    let source =
+        |source: &v1::Source| dict!(py, source, [uri, weight, image_column, caption_column], {});
+    let reference =
+        |_: Python<'_>, model: &v1::ReferenceSpec| dict!(py, model, [model_uri, logit_bias], {});
     let fork = |_: Python<'_>, fork: &v1::Fork| dict!(py, fork, [run_id, step], {});
     dict!(py, spec, [
         push_every_steps, micro_batches, columns, seed, max_ahead, epochs, window_blocks, micro_batch_rows,

@@ -2,8 +2,9 @@
 use crate::errors::invalid;
 use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
-    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag, LearnerSpec, Loss, Phase, Policy,
-    ReferenceSpec, RewindMode, RunSpec, Source, TensorDtype, Tuning, lag, learner_spec,
+    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag, LearnerSpec,
+    Loss, Phase, Policy, ReferenceSpec, RewindMode, RunSpec, Source, TensorDtype, Tuning, lag,
+    learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -16,7 +17,11 @@ struct Fields<'a, 'py> {
 
 impl<'a, 'py> Fields<'a, 'py> {
     fn new(dict: &'a Bound<'py, PyDict>, path: impl Into<String>) -> Self {
-        Self { dict, path: path.into(), taken: Vec::new() }
+        Self {
+            dict,
+            path: path.into(),
+            taken: Vec::new(),
+        }
     }
 
     fn at(&self, key: &str) -> String {
@@ -30,7 +35,9 @@ impl<'a, 'py> Fields<'a, 'py> {
     }
 
     fn optional<T: FromPyObjectOwned<'py>>(&mut self, key: &'static str) -> PyResult<Option<T>> {
-        let Some(value) = self.raw(key)? else { return Ok(None) };
+        let Some(value) = self.raw(key)? else {
+            return Ok(None);
+        };
         match value.extract() {
             Ok(value) => Ok(Some(value)),
             Err(error) => {
@@ -42,15 +49,23 @@ impl<'a, 'py> Fields<'a, 'py> {
     }
 
     /// A value, or the protocol's zero, which stands for the service's default.
-    fn or_default<T: FromPyObjectOwned<'py> + Default>(&mut self, key: &'static str) -> PyResult<T> {
+    fn or_default<T: FromPyObjectOwned<'py> + Default>(
+        &mut self,
+        key: &'static str,
+    ) -> PyResult<T> {
         Ok(self.optional(key)?.unwrap_or_default())
     }
 
-    /// As [`Self::or_default`], for numbers of which 0 is none: given, it would become the default in silence.
-    fn but_zero<T: FromPyObjectOwned<'py> + Default + PartialEq>(&mut self, key: &'static str) -> PyResult<T> {
+    /// As [`Self::or_default`], for numbers of which 0 is none: given, it would become the default
+    /// in silence.
+    fn but_zero<T: FromPyObjectOwned<'py> + Default + PartialEq>(
+        &mut self,
+        key: &'static str,
+    ) -> PyResult<T> {
         match self.optional::<T>(key)? {
             Some(zero) if zero == T::default() => {
-                let message = "cannot be 0, which the protocol reads as the default; leave it out for that";
+                let message =
+                    "cannot be 0, which the protocol reads as the default; leave it out for that";
                 Err(invalid(self.dict.py(), &self.at(key), message))
             }
             given => Ok(given.unwrap_or_default()),
@@ -70,7 +85,9 @@ impl<'a, 'py> Fields<'a, 'py> {
         key: &'static str,
         read: impl FnOnce(&mut Fields<'_, 'py>) -> PyResult<T>,
     ) -> PyResult<Option<T>> {
-        let Some(dict) = self.optional::<Bound<'py, PyDict>>(key)? else { return Ok(None) };
+        let Some(dict) = self.optional::<Bound<'py, PyDict>>(key)? else {
+            return Ok(None);
+        };
         let mut fields = Fields::new(&dict, format!("{}.", self.at(key)));
         let value = read(&mut fields)?;
         fields.finish()?;
@@ -78,7 +95,11 @@ impl<'a, 'py> Fields<'a, 'py> {
     }
 
     /// A list of dicts inside this one.
-    fn list<T>(&mut self, key: &'static str, read: impl Fn(&mut Fields<'_, 'py>) -> PyResult<T>) -> PyResult<Vec<T>> {
+    fn list<T>(
+        &mut self,
+        key: &'static str,
+        read: impl Fn(&mut Fields<'_, 'py>) -> PyResult<T>,
+    ) -> PyResult<Vec<T>> {
         let dicts = self.or_default::<Vec<Bound<'py, PyDict>>>(key)?;
         read_list(&dicts, &self.at(key), read)
     }
@@ -88,7 +109,10 @@ impl<'a, 'py> Fields<'a, 'py> {
         for key in self.dict.keys() {
             let key: String = key.extract()?;
             if !self.taken.contains(&key.as_str()) {
-                let message = format!("there is no such key; valid ones are {}", self.taken.join(", "));
+                let message = format!(
+                    "there is no such key; valid ones are {}",
+                    self.taken.join(", ")
+                );
                 return Err(invalid(self.dict.py(), &self.at(&key), &message));
             }
         }
@@ -110,7 +134,8 @@ fn read_list<'py, T>(
     dicts.iter().enumerate().map(item).collect()
 }
 
-/// Enums whose values are strings in Python: the protocol's names, in lower case and without their prefix.
+/// Enums whose values are strings in Python: the protocol's names, in lower case and without their
+/// prefix.
 trait Named: Into<i32> + Sized {
     const PREFIX: &'static str;
     fn from_wire(name: &str) -> Option<Self>;
@@ -139,10 +164,19 @@ named! {
 
 fn parse<E: Named>(py: Python<'_>, field: &str, value: &str) -> PyResult<E> {
     let known = E::from_wire(&format!("{}{}", E::PREFIX, value.to_ascii_uppercase()));
-    known.filter(|_| !value.eq_ignore_ascii_case("unspecified")).ok_or_else(|| {
-        let valid: Vec<_> = (1..).map_while(E::wire).map(|name| name[E::PREFIX.len()..].to_lowercase()).collect();
-        invalid(py, field, &format!("cannot be {value:?}; valid values are {}", valid.join(", ")))
-    })
+    known
+        .filter(|_| !value.eq_ignore_ascii_case("unspecified"))
+        .ok_or_else(|| {
+            let valid: Vec<_> = (1..)
+                .map_while(E::wire)
+                .map(|name| name[E::PREFIX.len()..].to_lowercase())
+                .collect();
+            invalid(
+                py,
+                field,
+                &format!("cannot be {value:?}; valid values are {}", valid.join(", ")),
+            )
+        })
 }
 
 pub fn intent(py: Python<'_>, value: &str) -> PyResult<Intent> {
@@ -207,7 +241,10 @@ fn learner(fields: &mut Fields<'_, '_>) -> PyResult<LearnerSpec> {
     let initial = [
         fields.optional("random_seed")?.map(Initial::RandomSeed),
         fields.optional("snapshot_uri")?.map(Initial::SnapshotUri),
-        fields.optional::<bool>("first_push")?.filter(|on| *on).map(Initial::FirstPush),
+        fields
+            .optional::<bool>("first_push")?
+            .filter(|on| *on)
+            .map(Initial::FirstPush),
     ];
     let mut given = initial.into_iter().flatten();
     let initial = given.next();
@@ -215,11 +252,18 @@ fn learner(fields: &mut Fields<'_, '_>) -> PyResult<LearnerSpec> {
         let message = "give one of random_seed, snapshot_uri and first_push";
         return Err(invalid(fields.dict.py(), &fields.at("initial"), message));
     }
-    Ok(LearnerSpec { model_uri, initial, logit_bias: fields.optional("logit_bias")? })
+    Ok(LearnerSpec {
+        model_uri,
+        initial,
+        logit_bias: fields.optional("logit_bias")?,
+    })
 }
 
 fn reference(fields: &mut Fields<'_, '_>) -> PyResult<ReferenceSpec> {
-    Ok(ReferenceSpec { model_uri: fields.or_default("model_uri")?, logit_bias: fields.optional("logit_bias")? })
+    Ok(ReferenceSpec {
+        model_uri: fields.or_default("model_uri")?,
+        logit_bias: fields.optional("logit_bias")?,
+    })
 }
 
 fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
@@ -253,10 +297,17 @@ fn lag(fields: &mut Fields<'_, '_>) -> PyResult<Lag> {
     let at_most = fields.optional("at_most")?.map(lag::Bound::AtMost);
     match (exact, at_most) {
         (Some(bound), None) | (None, Some(bound)) => Ok(Lag { bound: Some(bound) }),
-        _ => Err(invalid(fields.dict.py(), "lag", "give one of exact and at_most")),
+        _ => Err(invalid(
+            fields.dict.py(),
+            "lag",
+            "give one of exact and at_most",
+        )),
     }
 }
 
 fn fork(fields: &mut Fields<'_, '_>) -> PyResult<Fork> {
-    Ok(Fork { run_id: fields.or_default("run_id")?, step: fields.or_default("step")? })
+    Ok(Fork {
+        run_id: fields.or_default("run_id")?,
+        step: fields.or_default("step")?,
+    })
 }

@@ -74,6 +74,9 @@ def test_an_unknown_dtype_and_an_empty_state_are_refused():
 
 def test_wrappers_leave_no_trace_in_names():
     assert _weights.clean("module._orig_mod.text.weight") == "text.weight"
+    # A moving average of what is trained in parallel.
+    assert _weights.clean("module.module.text.weight") == "text.weight"
+    assert _weights.clean("text.layers.0._checkpoint_wrapped_module.weight") == "text.layers.0.weight"
     assert _weights.clean("text.module.weight") == "text.module.weight"
 
 
@@ -81,6 +84,23 @@ def test_whole_tensors_are_rank_zeros():
     state = {"a": torch.ones(1), "b": torch.ones(2)}
     assert [len(part) if isinstance(part, list) else part for part in _weights.blocks(state, rank=0)] == [2, 2]
     assert _weights.blocks(state, rank=1) == ([], 2)
+
+
+@pytest.mark.parametrize(("tensor", "said"), [
+    (torch.ones(2, device="meta"), "tensor w: it is on the meta device"),
+    (torch.eye(2).to_sparse(), "tensor w: it is sparse; push tensor.to_dense()"),
+    (torch.eye(2).to_sparse_csr(), "tensor w: it is sparse"),
+])
+def test_tensors_without_values_of_their_own_are_refused_by_name(tensor, said):
+    with pytest.raises(superbatch.Error, match=said) as caught:
+        _weights.blocks({"module.w": tensor}, rank=0)
+    assert caught.value.metadata == {"field": "state_dict"}
+
+
+def test_a_state_that_rank_zero_gathered_is_empty_elsewhere():
+    assert _weights.blocks({}, rank=1) == ([], 0)
+    with pytest.raises(superbatch.Error, match="floating-point"):
+        _weights.blocks({}, rank=0)
 
 
 class Sharded:

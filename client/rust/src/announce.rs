@@ -21,18 +21,25 @@ impl Pushes {
     pub fn newest(&self, generation: u32) -> Option<i64> {
         let known = self.lock();
         let all = known.on_their_way.iter().chain(&known.published);
-        all.filter(|(of, _)| *of == generation).map(|(_, step)| *step).max()
+        all.filter(|(of, _)| *of == generation)
+            .map(|(_, step)| *step)
+            .max()
     }
 
     /// Whether a push of this step or of a later one was published by this process already.
     pub fn has_published(&self, generation: u32, step: i64) -> bool {
-        self.lock().published.is_some_and(|(of, newest)| of == generation && newest >= step)
+        self.lock()
+            .published
+            .is_some_and(|(of, newest)| of == generation && newest >= step)
     }
 
     /// Lets later requests of the run say that the weights of `step` are on their way.
     pub fn announce(self: &Arc<Self>, generation: u32, step: i64) -> Announced {
         self.lock().on_their_way.push((generation, step));
-        Announced { pushes: self.clone(), push: (generation, step) }
+        Announced {
+            pushes: self.clone(),
+            push: (generation, step),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -40,8 +47,8 @@ impl Pushes {
     }
 }
 
-/// An announced push. Dropping it takes the announcement back, unless the push was published: nobody should wait for
-/// weights that were refused, given up or abandoned.
+/// An announced push. Dropping it takes the announcement back, unless the push was published:
+/// nobody should wait for weights that were refused, given up or abandoned.
 pub(crate) struct Announced {
     pushes: Arc<Pushes>,
     push: Named,
@@ -61,7 +68,11 @@ impl Announced {
 impl Drop for Announced {
     fn drop(&mut self) {
         let mut known = self.pushes.lock();
-        if let Some(at) = known.on_their_way.iter().position(|push| *push == self.push) {
+        if let Some(at) = known
+            .on_their_way
+            .iter()
+            .position(|push| *push == self.push)
+        {
             known.on_their_way.swap_remove(at);
         }
     }

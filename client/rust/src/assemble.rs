@@ -1,14 +1,16 @@
 //! Puts a batch together again from the messages of one or several streams.
 use crate::{Error, Result};
 use arrow::{
-    array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError, ipc::reader::StreamDecoder,
+    array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError,
+    ipc::reader::StreamDecoder,
 };
 use superbatch_proto::v1::{BatchHeader, BatchTrailer, ReceiptSummary};
 
 /// One rank's slice of a step's sub-batch.
 #[derive(Debug, Clone)]
 pub struct Batch {
-    /// The rows, in the run's output schema: image as stored, caption, extra columns, and `_superbatch_*`.
+    /// The rows, in the run's output schema: image as stored, caption, extra columns, and
+    /// `_superbatch_*`.
     pub record_batch: RecordBatch,
     /// How the step was decided.
     pub receipt: ReceiptSummary,
@@ -30,7 +32,12 @@ pub(crate) struct Assembly {
 
 impl Assembly {
     pub fn new(step: u64) -> Self {
-        Self { step, header: None, bytes: Vec::new(), hasher: blake3::Hasher::new() }
+        Self {
+            step,
+            header: None,
+            bytes: Vec::new(),
+            hasher: blake3::Hasher::new(),
+        }
     }
 
     /// Bytes in hand: the offset to resume at.
@@ -38,20 +45,27 @@ impl Assembly {
         self.bytes.len() as u64
     }
 
-    /// A stream begins. If it is of another batch than the one in hand, what is in hand is thrown away.
+    /// A stream begins. If it is of another batch than the one in hand, what is in hand is thrown
+    /// away.
     pub fn begin(&mut self, header: BatchHeader) -> Result<()> {
         if header.offset != self.received() {
-            let what = format!("asked for byte {}, was sent byte {}", self.received(), header.offset);
+            let what = format!(
+                "asked for byte {}, was sent byte {}",
+                self.received(),
+                header.offset
+            );
             return Err(self.corrupt(what));
         }
         if let Some(known) = &self.header {
             let same = known.stream_bytes == header.stream_bytes && known.receipt == header.receipt;
             if !same && self.received() > 0 {
-                return Err(self.corrupt("the step was decided anew while its stream was broken".to_owned()));
+                return Err(self
+                    .corrupt("the step was decided anew while its stream was broken".to_owned()));
             }
         }
         if self.header.is_none() {
-            self.bytes.reserve(header.stream_bytes.min(RESERVE_BYTES_MAX) as usize);
+            self.bytes
+                .reserve(header.stream_bytes.min(RESERVE_BYTES_MAX) as usize);
         }
         self.header = Some(header);
         Ok(())
@@ -59,7 +73,10 @@ impl Assembly {
 
     pub fn extend(&mut self, part: &[u8]) -> Result<()> {
         if self.received() + part.len() as u64 > self.expected() {
-            return Err(self.corrupt(format!("more than the {} bytes that its header announced", self.expected())));
+            return Err(self.corrupt(format!(
+                "more than the {} bytes that its header announced",
+                self.expected()
+            )));
         }
         self.hasher.update(part);
         self.bytes.extend_from_slice(part);
@@ -81,22 +98,40 @@ impl Assembly {
         };
         let rows = record_batch.num_rows();
         if rows != header.rows as usize || rows != trailer.rows as usize {
-            let what = format!("{rows} rows, header says {}, trailer {}", header.rows, trailer.rows);
+            let what = format!(
+                "{rows} rows, header says {}, trailer {}",
+                header.rows, trailer.rows
+            );
             return Err(self.corrupt(what));
         }
-        let Some(receipt) = header.receipt else { return Err(self.corrupt("it has no receipt".to_owned())) };
-        Ok(Batch { record_batch, receipt, step: self.step, rank: header.rank, world_size: header.world_size })
+        let Some(receipt) = header.receipt else {
+            return Err(self.corrupt("it has no receipt".to_owned()));
+        };
+        Ok(Batch {
+            record_batch,
+            receipt,
+            step: self.step,
+            rank: header.rank,
+            world_size: header.world_size,
+        })
     }
 
     /// The stream ended without a trailer.
     pub fn incomplete(&self) -> Error {
-        Error::Incomplete { step: self.step, received: self.received(), expected: self.expected() }
+        Error::Incomplete {
+            step: self.step,
+            received: self.received(),
+            expected: self.expected(),
+        }
     }
 
     /// What is in hand cannot be trusted: the next attempt begins at byte 0.
     pub fn corrupt(&mut self, what: String) -> Error {
         *self = Self::new(self.step);
-        Error::Corrupt { step: self.step, what }
+        Error::Corrupt {
+            step: self.step,
+            what,
+        }
     }
 
     fn expected(&self) -> u64 {
@@ -113,7 +148,9 @@ fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
         batches.extend(decoder.decode(&mut buffer)?);
     }
     decoder.finish()?;
-    let schema = decoder.schema().ok_or_else(|| ArrowError::IpcError("the stream has no schema".to_owned()))?;
+    let schema = decoder
+        .schema()
+        .ok_or_else(|| ArrowError::IpcError("the stream has no schema".to_owned()))?;
     match <[RecordBatch; 1]>::try_from(batches) {
         Ok([only]) => Ok(only),
         Err(batches) => concat_batches(&schema, &batches),

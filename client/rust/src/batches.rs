@@ -23,16 +23,17 @@ pub struct BatchesConfig {
     pub start_step: u64,
     /// Where to end: this step is not asked for. Without it the stream ends with the data.
     pub end_step: Option<u64>,
-    /// Steps from one batch to the next: 1, or the number of streams that share out the steps among them, such as the
-    /// workers of a data loader.
+    /// Steps from one batch to the next: 1, or the number of streams that share out the steps among
+    /// them, such as the workers of a data loader.
     pub stride: u64,
-    /// Batches of this stream asked for beyond the one that the trainer has; cut to what the run's `max_ahead` allows.
+    /// Batches of this stream asked for beyond the one that the trainer has; cut to what the run's
+    /// `max_ahead` allows.
     pub prefetch: u64,
-    /// Steps that the consumer takes before it trains on them, such as those in the queue of a data loader. They do not
-    /// count as consumed.
+    /// Steps that the consumer takes before it trains on them, such as those in the queue of a data
+    /// loader. They do not count as consumed.
     pub read_ahead: u64,
-    /// How long the consumer waits for a step before the service is told that the trainer stands still. Zero unless the
-    /// consumer is itself ahead of the trainer.
+    /// How long the consumer waits for a step before the service is told that the trainer stands
+    /// still. Zero unless the consumer is itself ahead of the trainer.
     pub need_after: Duration,
 }
 
@@ -53,8 +54,9 @@ impl Default for BatchesConfig {
 
 /// A stream of batches, in the order of their steps. It ends with the data or at `end_step`.
 ///
-/// Asking for a step says that all earlier ones are consumed. After an error the stream goes on with the same step, so
-/// the caller decides whether to ask again. Dropping it cancels what is under way; dropping a `next()` loses nothing.
+/// Asking for a step says that all earlier ones are consumed. After an error the stream goes on
+/// with the same step, so the caller decides whether to ask again. Dropping it cancels what is
+/// under way; dropping a `next()` loses nothing.
 pub struct Batches {
     run: Run,
     config: BatchesConfig,
@@ -81,7 +83,10 @@ impl Drop for Ahead {
 impl Batches {
     pub(crate) fn new(run: Run, mut config: BatchesConfig) -> Result<Self> {
         if config.rank >= config.world_size {
-            let message = format!("rank {} is not below world_size {}", config.rank, config.world_size);
+            let message = format!(
+                "rank {} is not below world_size {}",
+                config.rank, config.world_size
+            );
             return Err(Error::invalid("rank", message));
         }
         if config.stride == 0 {
@@ -91,14 +96,24 @@ impl Batches {
         if config.read_ahead >= max_ahead {
             let needed = config.read_ahead + 1;
             let message = format!(
-                "{} steps are read ahead, but the run allows less: open it with max_ahead >= {needed}",
+                "{} steps are read ahead, but the run allows less: open it with max_ahead >= \
+                {needed}",
                 config.read_ahead
             );
             return Err(Error::invalid("read_ahead", message));
         }
-        config.prefetch = config.prefetch.min((max_ahead - 1 - config.read_ahead) / config.stride);
+        config.prefetch = config
+            .prefetch
+            .min((max_ahead - 1 - config.read_ahead) / config.stride);
         let next = config.start_step;
-        Ok(Self { run, config, next, cursor: Cursor::default(), ahead: VecDeque::new(), ended: false })
+        Ok(Self {
+            run,
+            config,
+            next,
+            cursor: Cursor::default(),
+            ahead: VecDeque::new(),
+            ended: false,
+        })
     }
 
     /// The step that the stream yields next.
@@ -106,7 +121,8 @@ impl Batches {
         self.next
     }
 
-    /// Starts the fetches that are missing, so that `next` and `prefetch` steps after it are under way.
+    /// Starts the fetches that are missing, so that `next` and `prefetch` steps after it are under
+    /// way.
     fn top_up(&mut self) {
         while self.ahead.len() as u64 <= self.config.prefetch {
             let step = self.next + self.ahead.len() as u64 * self.config.stride;
@@ -117,10 +133,25 @@ impl Batches {
             if self.ahead.is_empty() {
                 wanted.send_replace(Some(Instant::now()));
             }
-            let urgency = Urgency::Rising { wanted: receiver, patience: self.config.need_after };
-            let BatchesConfig { rank, world_size, .. } = self.config;
-            let fetch = Fetch { run: self.run.clone(), step, rank, world_size, cursor: self.cursor.clone(), urgency };
-            self.ahead.push_back(Ahead { wanted, task: tokio::spawn(fetch.batch()) });
+            let urgency = Urgency::Rising {
+                wanted: receiver,
+                patience: self.config.need_after,
+            };
+            let BatchesConfig {
+                rank, world_size, ..
+            } = self.config;
+            let fetch = Fetch {
+                run: self.run.clone(),
+                step,
+                rank,
+                world_size,
+                cursor: self.cursor.clone(),
+                urgency,
+            };
+            self.ahead.push_back(Ahead {
+                wanted,
+                task: tokio::spawn(fetch.batch()),
+            });
         }
     }
 }
@@ -133,13 +164,16 @@ impl Stream for Batches {
         if this.ended {
             return Poll::Ready(None);
         }
-        this.cursor.set(this.next as i64 - 1 - this.config.read_ahead as i64);
+        this.cursor
+            .set(this.next as i64 - 1 - this.config.read_ahead as i64);
         this.top_up();
         let Some(front) = this.ahead.front_mut() else {
             this.ended = true;
             return Poll::Ready(None);
         };
-        front.wanted.send_if_modified(|since| since.is_none() && since.replace(Instant::now()).is_none());
+        front
+            .wanted
+            .send_if_modified(|since| since.is_none() && since.replace(Instant::now()).is_none());
         let joined = ready!(Pin::new(&mut front.task).poll(cx));
         this.ahead.pop_front();
         match joined {

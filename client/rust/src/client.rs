@@ -16,28 +16,36 @@ pub struct ConnectConfig {
     pub connect_timeout: Duration,
     /// How faults that pass are met, once connected.
     pub retry: Retry,
-    /// Silence after which the service is asked for a sign of life, and how long that may take: a service that stands still
-    /// is noticed after twice this. Shortened to `retry.elapsed_max`, but not below 5 s.
+    /// Silence after which the service is asked for a sign of life, and how long that may take: a
+    /// service that stands still is noticed after twice this. Shortened to `retry.elapsed_max`, but
+    /// not below 5 s.
     pub keep_alive: Duration,
 }
 
-/// The shortest that [`ConnectConfig::keep_alive`] is shortened to: on a slow line a sign of life waits behind an upload.
+/// The shortest that [`ConnectConfig::keep_alive`] is shortened to: on a slow line a sign of life
+/// waits behind an upload.
 const KEEP_ALIVE_SHORTENED_MIN: Duration = Duration::from_secs(5);
 
 impl Default for ConnectConfig {
     fn default() -> Self {
         let keep_alive = Duration::from_secs(20);
-        Self { connect_timeout: Duration::from_secs(10), retry: Retry::default(), keep_alive }
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            retry: Retry::default(),
+            keep_alive,
+        }
     }
 }
 
 impl ConnectConfig {
     fn keep_alive(&self) -> Duration {
-        self.keep_alive.min(self.retry.elapsed_max.max(KEEP_ALIVE_SHORTENED_MIN))
+        self.keep_alive
+            .min(self.retry.elapsed_max.max(KEEP_ALIVE_SHORTENED_MIN))
     }
 }
 
-/// A connection to a Superbatch service. Cheap to clone; clones share the connection, which restores itself.
+/// A connection to a Superbatch service. Cheap to clone; clones share the connection, which
+/// restores itself.
 #[derive(Debug, Clone)]
 pub struct Client {
     api: Api,
@@ -65,11 +73,22 @@ impl Client {
     pub async fn connect_with(uri: impl AsRef<str>, config: ConnectConfig) -> Result<Self> {
         let uri = uri.as_ref();
         let endpoint = endpoint(uri, &config)?;
-        let channel = endpoint.connect().await.map_err(|source| Error::Connect { uri: uri.to_owned(), source })?;
-        let api =
-            Api::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let channel = endpoint.connect().await.map_err(|source| Error::Connect {
+            uri: uri.to_owned(),
+            source,
+        })?;
+        let api = Api::new(channel)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let silence_max = 2 * config.keep_alive();
-        Ok(Self { api, link: Arc::new(Link { uri: uri.to_owned(), retry: config.retry, silence_max }) })
+        Ok(Self {
+            api,
+            link: Arc::new(Link {
+                uri: uri.to_owned(),
+                retry: config.retry,
+                silence_max,
+            }),
+        })
     }
 
     /// Opens a run, or joins it: all ranks of a trainer open the same id with the same spec.
@@ -77,31 +96,59 @@ impl Client {
         let run_id = run_id.into();
         if !ids::is_run_id(&run_id) {
             let rule = "letters, digits, '-', '_' and '.', not starting with a dot, at most 128";
-            return Err(Error::invalid("run_id", format!("{run_id:?} cannot name a run: use {rule}")));
+            return Err(Error::invalid(
+                "run_id",
+                format!("{run_id:?} cannot name a run: use {rule}"),
+            ));
         }
-        let request = v1::OpenRunRequest { run_id: run_id.clone(), spec: Some(spec) };
-        let opened = self.call(request, |mut api, request| async move { api.open_run(request).await }).await?;
+        let request = v1::OpenRunRequest {
+            run_id: run_id.clone(),
+            spec: Some(spec),
+        };
+        let opened = self
+            .call(request, |mut api, request| async move {
+                api.open_run(request).await
+            })
+            .await?;
         Run::new(self.clone(), run_id, opened)
     }
 
     /// Everything known about a run, without joining it.
     pub async fn get_run(&self, run_id: impl Into<String>) -> Result<v1::RunInfo> {
-        let request = v1::GetRunRequest { run_id: run_id.into() };
-        let response = self.call(request, |mut api, request| async move { api.get_run(request).await }).await?;
-        response.run.ok_or_else(|| Error::from(Status::internal("GetRun answered without a run")))
+        let request = v1::GetRunRequest {
+            run_id: run_id.into(),
+        };
+        let response = self
+            .call(request, |mut api, request| async move {
+                api.get_run(request).await
+            })
+            .await?;
+        response
+            .run
+            .ok_or_else(|| Error::from(Status::internal("GetRun answered without a run")))
     }
 
     /// All runs that the service knows.
     pub async fn list_runs(&self) -> Result<Vec<v1::RunSummary>> {
-        let response =
-            self.call(v1::ListRunsRequest {}, |mut api, request| async move { api.list_runs(request).await }).await?;
+        let response = self
+            .call(v1::ListRunsRequest {}, |mut api, request| async move {
+                api.list_runs(request).await
+            })
+            .await?;
         Ok(response.runs)
     }
 
-    /// Ends a run, for all ranks: no further steps or pushes. Its receipts stay. A run that is closed already stays so.
+    /// Ends a run, for all ranks: no further steps or pushes. Its receipts stay. A run that is
+    /// closed already stays so.
     pub async fn close_run(&self, run_id: impl Into<String>) -> Result<()> {
-        let request = v1::CloseRunRequest { run_id: run_id.into() };
-        self.call(request, |mut api, request| async move { api.close_run(request).await }).await.map(|_| ())
+        let request = v1::CloseRunRequest {
+            run_id: run_id.into(),
+        };
+        self.call(request, |mut api, request| async move {
+            api.close_run(request).await
+        })
+        .await
+        .map(|_| ())
     }
 
     pub(crate) fn api(&self) -> Api {
@@ -109,7 +156,11 @@ impl Client {
     }
 
     /// A unary call that may be repeated.
-    pub(crate) async fn call<Q: Clone, A, F>(&self, request: Q, rpc: impl Fn(Api, Q) -> F) -> Result<A>
+    pub(crate) async fn call<Q: Clone, A, F>(
+        &self,
+        request: Q,
+        rpc: impl Fn(Api, Q) -> F,
+    ) -> Result<A>
     where
         F: Future<Output = Result<Response<A>, Status>>,
     {
@@ -122,7 +173,12 @@ impl Client {
 
     /// Whether the service says anything at all, be it a refusal: no run has this id.
     pub(crate) async fn answers(&self) -> Result<()> {
-        match self.api().get_run(v1::GetRunRequest::default()).await.map_err(|status| self.located(status.into())) {
+        match self
+            .api()
+            .get_run(v1::GetRunRequest::default())
+            .await
+            .map_err(|status| self.located(status.into()))
+        {
             Err(error @ Error::Broken { .. }) => Err(error),
             _ => Ok(()),
         }
@@ -131,9 +187,10 @@ impl Client {
     /// The error, with the service's address where there was no answer.
     pub(crate) fn located(&self, error: Error) -> Error {
         match error {
-            Error::Transport(status) if error::is_unanswered(&status) => {
-                Error::Broken { uri: self.link.uri.clone(), status }
-            }
+            Error::Transport(status) if error::is_unanswered(&status) => Error::Broken {
+                uri: self.link.uri.clone(),
+                status,
+            },
             other => other,
         }
     }
@@ -142,11 +199,19 @@ impl Client {
 fn endpoint(uri: &str, config: &ConnectConfig) -> Result<Endpoint> {
     if !uri.starts_with("http://") {
         let hint = "write it as http://HOST:PORT (TLS is not built yet)";
-        return Err(Error::invalid("uri", format!("cannot connect to {uri:?}: {hint}")));
+        return Err(Error::invalid(
+            "uri",
+            format!("cannot connect to {uri:?}: {hint}"),
+        ));
     }
     let endpoint = Endpoint::from_shared(uri.to_owned())
-        .and_then(|endpoint| endpoint.user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION"))))
-        .map_err(|source| Error::Connect { uri: uri.to_owned(), source })?;
+        .and_then(|endpoint| {
+            endpoint.user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
+        })
+        .map_err(|source| Error::Connect {
+            uri: uri.to_owned(),
+            source,
+        })?;
     // Pings find a peer that vanished while a call waits for its answer.
     Ok(endpoint
         .connect_timeout(config.connect_timeout)

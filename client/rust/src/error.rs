@@ -12,33 +12,53 @@ pub enum Error {
     #[error("{0}")]
     Refused(Box<Failure>),
     /// The service could not be reached at all.
-    #[error("cannot connect to {uri}: is the service running there? ({})", chain(source))]
-    Connect { uri: String, source: tonic::transport::Error },
+    #[error(
+        "cannot connect to {uri}: is the service running there? ({})",
+        chain(source)
+    )]
+    Connect {
+        uri: String,
+        source: tonic::transport::Error,
+    },
     /// The call broke on the way, or was never answered.
-    #[error("the call to {uri} broke ({:?}): {}; is the service running there?", status.code(), chain(&**status))]
+    #[error("the call to {uri} broke ({:?}): {}; is the service running \
+    there?", status.code(), chain(&**status))]
     Broken { uri: String, status: Box<Status> },
     /// Something that is not Superbatch answered the call.
     #[error("the call to the service broke ({:?}): {}{}", .0.code(), .0.message(), hint(.0))]
     Transport(Box<Status>),
     /// A stream ended before its trailer.
     #[error("the stream of step {step} ended after {received} of {expected} bytes")]
-    Incomplete { step: u64, received: u64, expected: u64 },
+    Incomplete {
+        step: u64,
+        received: u64,
+        expected: u64,
+    },
     /// What arrived is not what was sent, or not what the protocol says.
     #[error("the batch of step {step} arrived damaged: {what}")]
     Corrupt { step: u64, what: String },
     /// An argument that the client itself refuses.
     #[error("{field}: {message}")]
-    Invalid { field: &'static str, message: String },
+    Invalid {
+        field: &'static str,
+        message: String,
+    },
     /// Retries were used up, so long after the service last gave a good sign.
-    #[error("gave up after {attempts} attempt{} in {:.1} s: {last}", plural(*attempts), elapsed.as_secs_f64())]
-    GaveUp { attempts: u32, elapsed: Duration, last: Box<Error> },
+    #[error("gave up after {attempts} attempt{} in {:.1} s: \
+    {last}", plural(*attempts), elapsed.as_secs_f64())]
+    GaveUp {
+        attempts: u32,
+        elapsed: Duration,
+        last: Box<Error>,
+    },
     /// A background task ended because its runtime shut down or its owner was dropped.
     #[error("stopped before it was done")]
     Stopped,
 }
 
 impl Error {
-    /// The service's reason. Where it gave none, that which comes nearest to the gRPC status; `None` if there was no answer.
+    /// The service's reason. Where it gave none, that which comes nearest to the gRPC status;
+    /// `None` if there was no answer.
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Refused(failure) => Some(failure.reason),
@@ -57,8 +77,8 @@ impl Error {
         }
     }
 
-    /// A name for programs: that of [`Error::reason`] without its prefix, or, where there is none, `UNAVAILABLE` (no
-    /// answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
+    /// A name for programs: that of [`Error::reason`] without its prefix, or, where there is none,
+    /// `UNAVAILABLE` (no answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
     pub fn reason_name(&self) -> &'static str {
         match self {
             Self::Refused(failure) => name(failure.reason),
@@ -75,7 +95,9 @@ impl Error {
     pub fn metadata(&self) -> HashMap<String, String> {
         match (self.failure(), self) {
             (Some(failure), _) => failure.metadata.clone(),
-            (None, Self::Invalid { field, .. }) => HashMap::from([("field".to_owned(), (*field).to_owned())]),
+            (None, Self::Invalid { field, .. }) => {
+                HashMap::from([("field".to_owned(), (*field).to_owned())])
+            }
             _ => HashMap::new(),
         }
     }
@@ -83,11 +105,19 @@ impl Error {
     /// Whether the same call may succeed later, unchanged. The one place where that is decided.
     pub fn is_retryable(&self) -> bool {
         use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
-        let passes = |reason| matches!(reason, NoWorkers | Overloaded | ShuttingDown | StorageUnreachable);
+        let passes = |reason| {
+            matches!(
+                reason,
+                NoWorkers | Overloaded | ShuttingDown | StorageUnreachable
+            )
+        };
         match self {
             Self::Refused(failure) => passes(failure.reason),
             Self::Transport(status) => nearest(status).is_none_or(passes),
-            Self::Connect { .. } | Self::Broken { .. } | Self::Incomplete { .. } | Self::Corrupt { .. } => true,
+            Self::Connect { .. }
+            | Self::Broken { .. }
+            | Self::Incomplete { .. }
+            | Self::Corrupt { .. } => true,
             Self::Invalid { .. } | Self::GaveUp { .. } | Self::Stopped => false,
         }
     }
@@ -95,11 +125,15 @@ impl Error {
     /// Whether the call broke because nothing at all was heard from the service.
     pub(crate) fn is_silence(&self) -> bool {
         // hyper keeps the type of this cause to itself.
-        matches!(self, Self::Broken { status, .. } if chain(&**status).contains("keep-alive timed out"))
+        matches!(self, Self::Broken { status, .. } if chain(&**status).contains("keep-alive timed \
+        out"))
     }
 
     pub(crate) fn invalid(field: &'static str, message: impl Into<String>) -> Self {
-        Self::Invalid { field, message: message.into() }
+        Self::Invalid {
+            field,
+            message: message.into(),
+        }
     }
 }
 
@@ -112,16 +146,21 @@ impl From<Status> for Error {
     }
 }
 
-/// The reason nearest to a status that carries none; `None` for those of a broken or unanswered call.
+/// The reason nearest to a status that carries none; `None` for those of a broken or unanswered
+/// call.
 fn nearest(status: &Status) -> Option<Reason> {
     match status.code() {
         Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => None,
-        // These two are also what a broken connection turns into; then the status has a cause on this side.
+        // These two are also what a broken connection turns into; then the status has a cause on
+        // this side.
         Code::Unknown | Code::Internal if status.source().is_some() => None,
         Code::Unimplemented => Some(Reason::Unimplemented),
-        // Some gRPC libraries refuse long messages with the one, some with the other, which also stands for rates.
+        // Some gRPC libraries refuse long messages with the one, some with the other, which also
+        // stands for rates.
         Code::OutOfRange => Some(Reason::MessageTooLarge),
-        Code::ResourceExhausted if status.message().contains("larger than max") => Some(Reason::MessageTooLarge),
+        Code::ResourceExhausted if status.message().contains("larger than max") => {
+            Some(Reason::MessageTooLarge)
+        }
         Code::ResourceExhausted => Some(Reason::Overloaded),
         _ => Some(Reason::Internal),
     }
@@ -147,8 +186,9 @@ fn plural(count: u32) -> &'static str {
 /// What went wrong and its causes, each said once.
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     // A status shows its code and its details as well.
-    let mut text =
-        error.downcast_ref::<Status>().map_or_else(|| error.to_string(), |status| status.message().to_owned());
+    let mut text = error
+        .downcast_ref::<Status>()
+        .map_or_else(|| error.to_string(), |status| status.message().to_owned());
     let mut next = error.source();
     while let Some(cause) = next {
         let cause_text = cause.to_string();
@@ -167,10 +207,20 @@ mod tests {
     #[test]
     fn only_faults_that_pass_are_retried() {
         let refused = |reason| Error::from(Status::from(Failure::new(reason, "x")));
-        for reason in [Reason::NoWorkers, Reason::Overloaded, Reason::ShuttingDown, Reason::StorageUnreachable] {
+        for reason in [
+            Reason::NoWorkers,
+            Reason::Overloaded,
+            Reason::ShuttingDown,
+            Reason::StorageUnreachable,
+        ] {
             assert!(refused(reason).is_retryable(), "{reason:?}");
         }
-        for reason in [Reason::WorldSizeInvalid, Reason::EndOfData, Reason::WeightsRefused, Reason::NeedDeadline] {
+        for reason in [
+            Reason::WorldSizeInvalid,
+            Reason::EndOfData,
+            Reason::WeightsRefused,
+            Reason::NeedDeadline,
+        ] {
             assert!(!refused(reason).is_retryable(), "{reason:?}");
         }
     }
@@ -179,19 +229,47 @@ mod tests {
     fn a_status_of_others_is_told_by_what_can_be_done_about_it() {
         let cut = std::io::Error::new(std::io::ErrorKind::ConnectionReset, "cut");
         let cases = [
-            (Status::unavailable("connection refused"), "UNAVAILABLE", true),
+            (
+                Status::unavailable("connection refused"),
+                "UNAVAILABLE",
+                true,
+            ),
             (Status::from_error(Box::new(cut)), "UNAVAILABLE", true),
-            (Status::deadline_exceeded("a proxy's patience"), "UNAVAILABLE", true),
-            (Status::resource_exhausted("rate limited"), "OVERLOADED", true),
-            (Status::resource_exhausted("Received message larger than max (5 vs. 4)"), "MESSAGE_TOO_LARGE", false),
-            (Status::unimplemented("unknown service"), "UNIMPLEMENTED", false),
-            (Status::internal("a bug on the other side"), "INTERNAL", false),
+            (
+                Status::deadline_exceeded("a proxy's patience"),
+                "UNAVAILABLE",
+                true,
+            ),
+            (
+                Status::resource_exhausted("rate limited"),
+                "OVERLOADED",
+                true,
+            ),
+            (
+                Status::resource_exhausted("Received message larger than max (5 vs. 4)"),
+                "MESSAGE_TOO_LARGE",
+                false,
+            ),
+            (
+                Status::unimplemented("unknown service"),
+                "UNIMPLEMENTED",
+                false,
+            ),
+            (
+                Status::internal("a bug on the other side"),
+                "INTERNAL",
+                false,
+            ),
             (Status::unknown("no cause on this side"), "INTERNAL", false),
             (Status::unauthenticated("a proxy's rule"), "INTERNAL", false),
         ];
         for (status, name, passes) in cases {
             let error = Error::from(status);
-            assert_eq!((error.reason_name(), error.is_retryable()), (name, passes), "{error}");
+            assert_eq!(
+                (error.reason_name(), error.is_retryable()),
+                (name, passes),
+                "{error}"
+            );
         }
     }
 
@@ -199,7 +277,11 @@ mod tests {
     fn the_reason_survives_giving_up() {
         let failure = Failure::new(Reason::NoWorkers, "none").with("run", "r");
         let last = Box::new(Error::Refused(Box::new(failure)));
-        let error = Error::GaveUp { attempts: 3, elapsed: Duration::from_secs(1), last };
+        let error = Error::GaveUp {
+            attempts: 3,
+            elapsed: Duration::from_secs(1),
+            last,
+        };
         assert_eq!(error.reason(), Some(Reason::NoWorkers));
         assert_eq!(error.reason_name(), "NO_WORKERS");
         assert_eq!(error.metadata()["run"], "r");

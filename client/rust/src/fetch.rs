@@ -9,7 +9,8 @@ use std::{
     time::Duration,
 };
 use superbatch_proto::v1::{
-    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse, select_batch_response::Message,
+    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse,
+    select_batch_response::Message,
 };
 use tokio::{sync::watch, time::Instant};
 use tonic::Streaming;
@@ -58,7 +59,9 @@ impl Urgency {
 
     /// Resolves when the intent has risen to NEED; never for a fixed one.
     async fn risen(&mut self) {
-        let Self::Rising { wanted, patience } = self else { return pending().await };
+        let Self::Rising { wanted, patience } = self else {
+            return pending().await;
+        };
         let since = match wanted.wait_for(Option::is_some).await {
             Ok(since) => *since,
             Err(_) => None,
@@ -76,7 +79,9 @@ impl Urgency {
 
     /// Resolves when somebody waits for the step.
     async fn wanted(&mut self) {
-        let Self::Rising { wanted, .. } = self else { return };
+        let Self::Rising { wanted, .. } = self else {
+            return;
+        };
         if wanted.wait_for(Option::is_some).await.is_err() {
             pending().await
         }
@@ -112,8 +117,11 @@ impl Fetch {
             }
             match attempts.again(&client, error, began).await {
                 Ok(()) => {}
-                Err(error) if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) => {
-                    tracing::debug!(%error, step = self.step, "not prefetched; asking again when it is wanted");
+                Err(error)
+                    if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) =>
+                {
+                    tracing::debug!(%error, step = self.step, "not prefetched; asking again when \
+                    it is wanted");
                     self.urgency.wanted().await;
                     attempts = Attempts::of(&client);
                 }
@@ -129,15 +137,18 @@ impl Fetch {
             match response.message {
                 Some(Message::ArrowIpc(part)) => assembly.extend(&part)?,
                 Some(Message::Trailer(trailer)) => return assembly.finish(&trailer),
-                Some(Message::Header(_)) => return Err(assembly.corrupt("a second header".to_owned())),
+                Some(Message::Header(_)) => {
+                    return Err(assembly.corrupt("a second header".to_owned()));
+                }
                 None => {}
             }
         }
         Err(assembly.incomplete())
     }
 
-    /// Asks, and returns with the header. If the need arises while a PREFETCH is not answered yet, the step is asked for
-    /// again as a NEED beside it (the service shares the work), and whichever answers first is read.
+    /// Asks, and returns with the header. If the need arises while a PREFETCH is not answered yet,
+    /// the step is asked for again as a NEED beside it (the service shares the work), and whichever
+    /// answers first is read.
     async fn open(&mut self, offset: u64) -> Result<(BatchHeader, Stream)> {
         let intent = self.urgency.intent();
         let first = begin(self.request(intent, offset), self.run.clone());
@@ -149,7 +160,8 @@ impl Fetch {
             answer = &mut first => return answer,
             () = self.urgency.risen() => {}
         }
-        // The first stays open until the second is heard, so that the step is never unwanted in between.
+        // The first stays open until the second is heard, so that the step is never unwanted in
+        // between.
         tokio::select! {
             Ok(answer) = &mut first => Ok(answer),
             answer = begin(self.request(Intent::Need, offset), self.run.clone()) => answer,
@@ -176,9 +188,20 @@ impl Fetch {
 async fn begin(request: SelectBatchRequest, run: Run) -> Result<(BatchHeader, Stream)> {
     let step = request.step;
     let mut stream = run.client.api().select_batch(request).await?.into_inner();
-    match stream.message().await?.and_then(|response| response.message) {
+    match stream
+        .message()
+        .await?
+        .and_then(|response| response.message)
+    {
         Some(Message::Header(header)) => Ok((header, stream)),
-        Some(_) => Err(Error::Corrupt { step, what: "its stream does not begin with a header".to_owned() }),
-        None => Err(Error::Incomplete { step, received: 0, expected: 0 }),
+        Some(_) => Err(Error::Corrupt {
+            step,
+            what: "its stream does not begin with a header".to_owned(),
+        }),
+        None => Err(Error::Incomplete {
+            step,
+            received: 0,
+            expected: 0,
+        }),
     }
 }

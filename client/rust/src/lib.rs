@@ -17,9 +17,10 @@
 //! # }
 //! ```
 //!
-//! What it takes care of: streams that break are resumed at the byte where they broke, every batch is checked against its
-//! row count and BLAKE3, faults that pass are retried within bounds ([`Retry`]), the next steps are asked for ahead, and
-//! weights are cut into parts with checksums. Dropping a future or a stream cancels its calls.
+//! What it takes care of: streams that break are resumed at the byte where they broke, every batch
+//! is checked against its row count and BLAKE3, faults that pass are retried within bounds
+//! ([`Retry`]), the next steps are asked for ahead, and weights are cut into parts with checksums.
+//! Dropping a future or a stream cancels its calls.
 mod announce;
 mod assemble;
 mod batches;

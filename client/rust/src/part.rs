@@ -4,7 +4,8 @@ use bytes::Bytes;
 use half::{bf16, f16};
 use superbatch_proto::v1::{PartHeader, TensorDtype};
 
-/// A block of one tensor: the elements `start .. start + extent` of each dimension, little endian, in C order.
+/// A block of one tensor: the elements `start .. start + extent` of each dimension, little endian,
+/// in C order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     name: String,
@@ -17,7 +18,12 @@ pub struct Part {
 
 impl Part {
     /// A whole tensor.
-    pub fn whole(name: impl Into<String>, dtype: TensorDtype, shape: &[u64], data: impl Into<Bytes>) -> Result<Self> {
+    pub fn whole(
+        name: impl Into<String>,
+        dtype: TensorDtype,
+        shape: &[u64],
+        data: impl Into<Bytes>,
+    ) -> Result<Self> {
         Self::block(name, dtype, shape, &vec![0; shape.len()], shape, data)
     }
 
@@ -33,22 +39,47 @@ impl Part {
         let (name, data) = (name.into(), data.into());
         let refuse = |what: String| Err(Error::invalid("parts", format!("tensor {name}: {what}")));
         let dims = global_shape.len();
-        let inside = |d: usize| start[d].checked_add(extent[d]).is_some_and(|end| end <= global_shape[d]);
+        let inside = |d: usize| {
+            start[d]
+                .checked_add(extent[d])
+                .is_some_and(|end| end <= global_shape[d])
+        };
         if start.len() != dims || extent.len() != dims || !(0..dims).all(inside) {
-            return refuse(format!("start {start:?} and extent {extent:?} do not lie within shape {global_shape:?}"));
+            return refuse(format!(
+                "start {start:?} and extent {extent:?} do not lie within shape {global_shape:?}"
+            ));
         }
-        let Some(width) = width(dtype) else { return refuse("it has no dtype".to_owned()) };
-        let bytes = extent.iter().try_fold(width, |bytes, n| bytes.checked_mul(*n));
+        let Some(width) = width(dtype) else {
+            return refuse("it has no dtype".to_owned());
+        };
+        let bytes = extent
+            .iter()
+            .try_fold(width, |bytes, n| bytes.checked_mul(*n));
         if bytes != Some(data.len() as u64) {
-            return refuse(format!("{} bytes do not fill extent {extent:?} of {}", data.len(), dtype.as_str_name()));
+            return refuse(format!(
+                "{} bytes do not fill extent {extent:?} of {}",
+                data.len(),
+                dtype.as_str_name()
+            ));
         }
-        let (global_shape, start, extent) = (global_shape.to_vec(), start.to_vec(), extent.to_vec());
-        Ok(Self { name, dtype, global_shape, start, extent, data })
+        let (global_shape, start, extent) =
+            (global_shape.to_vec(), start.to_vec(), extent.to_vec());
+        Ok(Self {
+            name,
+            dtype,
+            global_shape,
+            start,
+            extent,
+            data,
+        })
     }
 
     /// A whole tensor of f32.
     pub fn f32(name: impl Into<String>, shape: &[u64], values: &[f32]) -> Result<Self> {
-        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let data: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
         Self::whole(name, TensorDtype::F32, shape, data)
     }
 
@@ -58,21 +89,35 @@ impl Part {
             return Ok(self);
         }
         let (from, name) = (self.dtype, self.name.clone());
-        let values = self.data.chunks_exact(width(from).unwrap_or(1) as usize).map(|bytes| match (from, bytes) {
-            (TensorDtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-            (TensorDtype::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
-            (TensorDtype::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
-            _ => f32::NAN,
-        });
+        let values = self
+            .data
+            .chunks_exact(width(from).unwrap_or(1) as usize)
+            .map(|bytes| match (from, bytes) {
+                (TensorDtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+                (TensorDtype::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
+                (TensorDtype::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
+                _ => f32::NAN,
+            });
         let data: Vec<u8> = match dtype {
             TensorDtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
-            TensorDtype::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
-            TensorDtype::Bf16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
+            TensorDtype::F16 => values
+                .flat_map(|value| f16::from_f32(value).to_le_bytes())
+                .collect(),
+            TensorDtype::Bf16 => values
+                .flat_map(|value| bf16::from_f32(value).to_le_bytes())
+                .collect(),
             TensorDtype::Unspecified => {
-                return Err(Error::invalid("dtype", format!("tensor {name}: no dtype to cast to")));
+                return Err(Error::invalid(
+                    "dtype",
+                    format!("tensor {name}: no dtype to cast to"),
+                ));
             }
         };
-        Ok(Self { dtype, data: data.into(), ..self })
+        Ok(Self {
+            dtype,
+            data: data.into(),
+            ..self
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -125,7 +170,10 @@ mod tests {
         let part = Part::f32("w", &[3], &[1.0, -2.5, 1.0 + 1.0 / 256.0])?;
         let narrow = part.cast(TensorDtype::Bf16)?;
         assert_eq!(narrow.data().len(), 6);
-        assert_eq!(narrow.cast(TensorDtype::F32)?, Part::f32("w", &[3], &[1.0, -2.5, 1.0])?);
+        assert_eq!(
+            narrow.cast(TensorDtype::F32)?,
+            Part::f32("w", &[3], &[1.0, -2.5, 1.0])?
+        );
         Ok(())
     }
 }

@@ -3,7 +3,9 @@ use crate::{Error, Part, Result, Run, announce::Announced, retry, snapshot};
 use bytes::Bytes;
 use superbatch_proto::{
     PART_BYTES,
-    v1::{PartHeader, PushStart, PushWeightsRequest, WeightsVersion, push_weights_request::Message},
+    v1::{
+        PartHeader, PushStart, PushWeightsRequest, WeightsVersion, push_weights_request::Message,
+    },
 };
 use tonic::Status;
 
@@ -23,47 +25,68 @@ pub struct Push {
 impl Push {
     /// A push that brings everything.
     pub fn whole(step: i64, parts: Vec<Part>) -> Self {
-        Self { step, parts, push_id: None, expected_parts: 0, rank: 0 }
+        Self {
+            step,
+            parts,
+            push_id: None,
+            expected_parts: 0,
+            rank: 0,
+        }
     }
 }
 
 /// Pushes, again from the start where the stream breaks: a repeated push id is published once.
 ///
-/// A push of a step that is published already changes nothing, and is answered with what is published. Where that is told
-/// to be other weights than these (whole pushes only), the run remembers it.
+/// A push of a step that is published already changes nothing, and is answered with what is
+/// published. Where that is told to be other weights than these (whole pushes only), the run
+/// remembers it.
 ///
-/// The generation is that in which the push was announced, which is not the run's any more if it was rewound since.
+/// The generation is that in which the push was announced, which is not the run's any more if it
+/// was rewound since.
 pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<WeightsVersion> {
     let generation = announced.generation();
     let start = PushStart {
         run_id: run.run_id().to_owned(),
         generation,
         step: push.step,
-        push_id: push.push_id.unwrap_or_else(|| format!("g{generation}-s{}", push.step)),
+        push_id: push
+            .push_id
+            .unwrap_or_else(|| format!("g{generation}-s{}", push.step)),
         expected_parts: push.expected_parts,
         base_version: None,
         rank: push.rank,
     };
     // A step that was not committed when the run was opened cannot have had weights before.
     let step = push.step;
-    let repeated = step < i64::try_from(run.next_step()).unwrap_or(i64::MAX) || run.has_published(generation, step);
+    let repeated = step < i64::try_from(run.next_step()).unwrap_or(i64::MAX)
+        || run.has_published(generation, step);
     let compared = repeated && push.expected_parts == 0;
     let parts = push.parts;
     let hashed = tokio::task::spawn_blocking(move || {
-        parts.into_iter().map(|part| (part.header(), part.data().clone())).collect::<Vec<_>>()
+        parts
+            .into_iter()
+            .map(|part| (part.header(), part.data().clone()))
+            .collect::<Vec<_>>()
     });
     let parts = hashed.await.map_err(|_| Error::Stopped)?;
     let attempt = || {
-        let (mut api, stream) = (run.client.api(), futures::stream::iter(messages(start.clone(), parts.clone())));
+        let (mut api, stream) = (
+            run.client.api(),
+            futures::stream::iter(messages(start.clone(), parts.clone())),
+        );
         async move {
             let response = api.push_weights(stream).await?.into_inner();
-            response.published.ok_or_else(|| Error::from(Status::internal("PushWeights answered without a version")))
+            response.published.ok_or_else(|| {
+                Error::from(Status::internal("PushWeights answered without a version"))
+            })
         }
     };
     let version = retry::call(&run.client, attempt).await?;
     announced.published();
     if compared && !version.digest.is_empty() {
-        let digest = tokio::task::spawn_blocking(move || snapshot::digest(&parts)).await.map_err(|_| Error::Stopped)?;
+        let digest = tokio::task::spawn_blocking(move || snapshot::digest(&parts))
+            .await
+            .map_err(|_| Error::Stopped)?;
         if digest.is_some_and(|digest| digest != version.digest) {
             run.drop_push(step);
         }
@@ -71,12 +94,21 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
     Ok(version)
 }
 
-/// The messages of a push: its start, then each part's header and its bytes in messages of at most [`PART_BYTES`].
-fn messages(start: PushStart, parts: Vec<(PartHeader, Bytes)>) -> impl Iterator<Item = PushWeightsRequest> + Send {
+/// The messages of a push: its start, then each part's header and its bytes in messages of at most
+/// [`PART_BYTES`].
+fn messages(
+    start: PushStart,
+    parts: Vec<(PartHeader, Bytes)>,
+) -> impl Iterator<Item = PushWeightsRequest> + Send {
     let parts = parts.into_iter().flat_map(|(header, data)| {
         let pieces = (0..data.len()).step_by(PART_BYTES);
-        let pieces = pieces.map(move |at| Message::Data(data.slice(at..data.len().min(at + PART_BYTES))));
+        let pieces =
+            pieces.map(move |at| Message::Data(data.slice(at..data.len().min(at + PART_BYTES))));
         std::iter::once(Message::Part(header)).chain(pieces)
     });
-    std::iter::once(Message::Start(start)).chain(parts).map(|message| PushWeightsRequest { message: Some(message) })
+    std::iter::once(Message::Start(start))
+        .chain(parts)
+        .map(|message| PushWeightsRequest {
+            message: Some(message),
+        })
 }

@@ -7,11 +7,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Uploads pushes one after the other while the trainer goes on. None is dropped, because an exact lag needs every one:
-/// when the queue is full, [`Pusher::push`] waits.
+/// Uploads pushes one after the other while the trainer goes on. None is dropped, because an exact
+/// lag needs every one: when the queue is full, [`Pusher::push`] waits.
 ///
-/// A push that fails does not stop later ones. Its error is returned by the next call, once. Dropping the pusher
-/// abandons what is not uploaded yet: flush first.
+/// A push that fails does not stop later ones. Its error is returned by the next call, once.
+/// Dropping the pusher abandons what is not uploaded yet: flush first.
 pub struct Pusher {
     run: Run,
     queue: mpsc::Sender<Job>,
@@ -39,12 +39,18 @@ impl Slot {
 }
 
 impl Pusher {
-    /// Starts uploading on the current runtime. `queued_max` (at least 1) pushes wait beside the one that is under way.
+    /// Starts uploading on the current runtime. `queued_max` (at least 1) pushes wait beside the
+    /// one that is under way.
     pub fn start(run: &Run, queued_max: usize) -> Self {
         let (queue, jobs) = mpsc::channel(queued_max.max(1));
         let failed = Arc::new(Mutex::new(None));
         let task = tokio::spawn(upload(run.clone(), jobs, failed.clone()));
-        Self { run: run.clone(), queue, failed, task }
+        Self {
+            run: run.clone(),
+            queue,
+            failed,
+            task,
+        }
     }
 
     /// Waits for room. Take it before copying weights, so that no more copies exist than can wait.
@@ -52,28 +58,46 @@ impl Pusher {
     /// Fails with the error of an earlier push, if that was not told yet.
     pub async fn reserve(&self) -> Result<Slot> {
         self.tell()?;
-        let permit = self.queue.clone().reserve_owned().await.map_err(|_| Error::Stopped)?;
+        let permit = self
+            .queue
+            .clone()
+            .reserve_owned()
+            .await
+            .map_err(|_| Error::Stopped)?;
         self.tell()?;
-        Ok(Slot { run: self.run.clone(), permit })
+        Ok(Slot {
+            run: self.run.clone(),
+            permit,
+        })
     }
 
-    /// Queues a push; waits while the queue is full. Fails as [`Pusher::reserve`] does, and then nothing is queued.
+    /// Queues a push; waits while the queue is full. Fails as [`Pusher::reserve`] does, and then
+    /// nothing is queued.
     pub async fn push(&self, push: Push) -> Result<()> {
         self.reserve().await?.push(push);
         Ok(())
     }
 
-    /// Waits until everything queued so far is published. Returns the newest version published by this pusher.
+    /// Waits until everything queued so far is published. Returns the newest version published by
+    /// this pusher.
     pub async fn flush(&self) -> Result<Option<WeightsVersion>> {
         let (done, version) = oneshot::channel();
-        self.queue.send(Job::Flush(done)).await.map_err(|_| Error::Stopped)?;
+        self.queue
+            .send(Job::Flush(done))
+            .await
+            .map_err(|_| Error::Stopped)?;
         let version = version.await.map_err(|_| Error::Stopped)?;
         self.tell()?;
         Ok(version)
     }
 
     fn tell(&self) -> Result<()> {
-        match self.failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        match self
+            .failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             Some(error) => Err(error),
             None => Ok(()),
         }
@@ -93,7 +117,12 @@ async fn upload(run: Run, mut jobs: mpsc::Receiver<Job>, failed: Arc<Mutex<Optio
             Job::Push { push, announced } => match push::push(&run, push, announced).await {
                 Ok(version) => newest = Some(version),
                 // The first error is the one to tell: those after it are often its consequence.
-                Err(error) => drop(failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error)),
+                Err(error) => drop(
+                    failed
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .get_or_insert(error),
+                ),
             },
             // Whoever asked may have gone away.
             Job::Flush(done) => drop(done.send(newest.clone())),

@@ -5,14 +5,16 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
-/// Bounds on trying again. They count failures in a row: a stream that moved on before it broke starts afresh.
+/// Bounds on trying again. They count failures in a row: a stream that moved on before it broke
+/// starts afresh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retry {
     /// Attempts in all; 1 never tries again.
     pub attempts_max: u32,
-    /// Time from the first failure after which no further attempt begins. A service that fell silent failed when it was last
-    /// heard, which is noticed after at most twice [`crate::ConnectConfig::keep_alive`]. After a call that was not answered,
-    /// a further attempt begins when the service answers at all, and then may wait as long as the answer takes.
+    /// Time from the first failure after which no further attempt begins. A service that fell
+    /// silent failed when it was last heard, which is noticed after at most twice
+    /// [`crate::ConnectConfig::keep_alive`]. After a call that was not answered, a further attempt
+    /// begins when the service answers at all, and then may wait as long as the answer takes.
     pub elapsed_max: Duration,
     /// Longest delay after the first failure. It doubles with each further one.
     pub backoff_first: Duration,
@@ -34,11 +36,14 @@ impl Default for Retry {
 const CORRUPT_ATTEMPTS_MAX: u32 = 3;
 
 impl Retry {
-    /// The delay after the `failures`-th failure in a row (from 1): exponential, with half of it left to chance, so that
-    /// ranks that failed together do not come back together.
+    /// The delay after the `failures`-th failure in a row (from 1): exponential, with half of it
+    /// left to chance, so that ranks that failed together do not come back together.
     pub fn delay(&self, failures: u32, rng: &mut impl Rng) -> Duration {
         let doublings = failures.saturating_sub(1).min(31);
-        let longest = self.backoff_first.saturating_mul(1 << doublings).min(self.backoff_max);
+        let longest = self
+            .backoff_first
+            .saturating_mul(1 << doublings)
+            .min(self.backoff_max);
         longest.mul_f64(rng.random_range(0.5..=1.0))
     }
 }
@@ -53,7 +58,12 @@ pub(crate) struct Attempts<'a> {
 
 impl<'a> Attempts<'a> {
     pub fn new(retry: &'a Retry, silence_max: Duration) -> Self {
-        Self { retry, silence_max, failures: 0, first: None }
+        Self {
+            retry,
+            silence_max,
+            failures: 0,
+            first: None,
+        }
     }
 
     pub fn of(client: &'a Client) -> Self {
@@ -65,10 +75,22 @@ impl<'a> Attempts<'a> {
         (self.failures, self.first) = (0, None);
     }
 
-    /// How long to wait before trying again, or the error to end with. The attempt ran from `began` to `now`.
-    fn failed(&mut self, error: Error, began: Instant, now: Instant, rng: &mut impl Rng) -> Result<Duration> {
-        let silent = if error.is_silence() { self.silence_max.min(now - began) } else { Duration::ZERO };
-        // A connection that held for so long was not silent: the time before it does not count. The attempts still do.
+    /// How long to wait before trying again, or the error to end with. The attempt ran from `began`
+    /// to `now`.
+    fn failed(
+        &mut self,
+        error: Error,
+        began: Instant,
+        now: Instant,
+        rng: &mut impl Rng,
+    ) -> Result<Duration> {
+        let silent = if error.is_silence() {
+            self.silence_max.min(now - began)
+        } else {
+            Duration::ZERO
+        };
+        // A connection that held for so long was not silent: the time before it does not count. The
+        // attempts still do.
         if now - began > 2 * self.silence_max {
             self.first = None;
         }
@@ -91,8 +113,8 @@ impl<'a> Attempts<'a> {
 
     /// Waits until it is time for the next attempt, or ends with the error.
     ///
-    /// An attempt may rightly wait long for its answer. So after one that was not answered, the service is first asked for
-    /// any answer at all, in the time that is left.
+    /// An attempt may rightly wait long for its answer. So after one that was not answered, the
+    /// service is first asked for any answer at all, in the time that is left.
     pub async fn again(&mut self, client: &Client, error: Error, mut began: Instant) -> Result<()> {
         let mut error = client.located(error);
         loop {
@@ -108,7 +130,10 @@ impl<'a> Attempts<'a> {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => error,
                 Err(_) => {
-                    let silence = Status::unavailable(format!("no sign of life in {:.1} s", left.as_secs_f64()));
+                    let silence = Status::unavailable(format!(
+                        "no sign of life in {:.1} s",
+                        left.as_secs_f64()
+                    ));
                     return Err(self.gave_up(client.located(silence.into()), Instant::now()));
                 }
             };
@@ -120,7 +145,11 @@ impl<'a> Attempts<'a> {
     }
 
     fn gave_up(&self, last: Error, now: Instant) -> Error {
-        Error::GaveUp { attempts: self.failures, elapsed: self.elapsed(now), last: Box::new(last) }
+        Error::GaveUp {
+            attempts: self.failures,
+            elapsed: self.elapsed(now),
+            last: Box::new(last),
+        }
     }
 }
 
@@ -149,18 +178,31 @@ mod tests {
     fn delays_double_up_to_the_longest_and_keep_at_least_half() {
         let retry = Retry::default();
         let mut rng = StdRng::seed_from_u64(7);
-        for (failures, longest_ms) in [(1, 100), (2, 200), (5, 1_600), (9, 10_000), (u32::MAX, 10_000)] {
+        for (failures, longest_ms) in [
+            (1, 100),
+            (2, 200),
+            (5, 1_600),
+            (9, 10_000),
+            (u32::MAX, 10_000),
+        ] {
             let longest = Duration::from_millis(longest_ms);
             for _ in 0..50 {
                 let delay = retry.delay(failures, &mut rng);
-                assert!(longest / 2 <= delay && delay <= longest, "{failures}: {delay:?}");
+                assert!(
+                    longest / 2 <= delay && delay <= longest,
+                    "{failures}: {delay:?}"
+                );
             }
         }
     }
 
     #[test]
     fn attempts_are_bounded_in_count_and_in_time() {
-        let retry = Retry { attempts_max: 3, elapsed_max: Duration::from_secs(5), ..Retry::default() };
+        let retry = Retry {
+            attempts_max: 3,
+            elapsed_max: Duration::from_secs(5),
+            ..Retry::default()
+        };
         let mut rng = StdRng::seed_from_u64(7);
         let start = Instant::now();
         let broken = || Error::from(Status::unavailable("x"));
@@ -168,19 +210,29 @@ mod tests {
         let mut attempts = Attempts::new(&retry, Duration::from_secs(40));
         assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
         assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
-        assert!(matches!(attempts.failed(broken(), start, start, &mut rng), Err(Error::GaveUp { attempts: 3, .. })));
+        assert!(matches!(
+            attempts.failed(broken(), start, start, &mut rng),
+            Err(Error::GaveUp { attempts: 3, .. })
+        ));
 
         let mut attempts = Attempts::new(&retry, Duration::from_secs(40));
         assert!(attempts.failed(broken(), start, start, &mut rng).is_ok());
         let late = start + Duration::from_secs(5);
-        assert!(matches!(attempts.failed(broken(), start, late, &mut rng), Err(Error::GaveUp { attempts: 2, .. })));
+        assert!(matches!(
+            attempts.failed(broken(), start, late, &mut rng),
+            Err(Error::GaveUp { attempts: 2, .. })
+        ));
 
         attempts.progressed();
         assert!(attempts.failed(broken(), start, late, &mut rng).is_ok());
     }
     #[test]
     fn time_counts_from_when_the_service_was_last_heard() {
-        let retry = Retry { attempts_max: 4, elapsed_max: Duration::from_secs(45), ..Retry::default() };
+        let retry = Retry {
+            attempts_max: 4,
+            elapsed_max: Duration::from_secs(45),
+            ..Retry::default()
+        };
         let mut rng = StdRng::seed_from_u64(7);
         let (start, silence) = (Instant::now(), Duration::from_secs(40));
         let mut attempts = Attempts::new(&retry, silence);
@@ -194,6 +246,11 @@ mod tests {
         let silent = late + silence;
         assert!(attempts.failed(broken(), late, silent, &mut rng).is_ok());
         assert_eq!(attempts.elapsed(silent), silence);
-        assert!(attempts.failed(broken(), silent, silent + silence * 3, &mut rng).is_err(), "four attempts are enough");
+        assert!(
+            attempts
+                .failed(broken(), silent, silent + silence * 3, &mut rng)
+                .is_err(),
+            "four attempts are enough"
+        );
     }
 }

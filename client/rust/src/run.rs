@@ -34,19 +34,37 @@ pub(crate) struct Shared {
 impl Run {
     pub(crate) fn new(client: Client, run_id: String, opened: v1::OpenRunResponse) -> Result<Self> {
         let schema = StreamReader::try_new(&opened.output_schema[..], None)
-            .map_err(|error| Error::from(Status::internal(format!("OpenRun answered with a schema that {error}"))))?
+            .map_err(|error| {
+                Error::from(Status::internal(format!(
+                    "OpenRun answered with a schema that {error}"
+                )))
+            })?
             .schema();
         let generation = AtomicU32::new(opened.generation);
-        let shared =
-            Arc::new(Shared { run_id, opened, schema, generation, pushes: Arc::default(), dropped: OnceLock::new() });
-        Ok(Self { client, shared, incarnation: "".into() })
+        let shared = Arc::new(Shared {
+            run_id,
+            opened,
+            schema,
+            generation,
+            pushes: Arc::default(),
+            dropped: OnceLock::new(),
+        });
+        Ok(Self {
+            client,
+            shared,
+            incarnation: "".into(),
+        })
     }
 
-    /// Names this start of the trainer, by an id that all its ranks share. After a restart, ranks with a new id take
-    /// over together the steps that the old ones had opened, whatever the world size; stragglers of the old are refused.
+    /// Names this start of the trainer, by an id that all its ranks share. After a restart, ranks
+    /// with a new id take over together the steps that the old ones had opened, whatever the world
+    /// size; stragglers of the old are refused.
     #[must_use]
     pub fn with_incarnation(self, incarnation: impl Into<Arc<str>>) -> Self {
-        Self { incarnation: incarnation.into(), ..self }
+        Self {
+            incarnation: incarnation.into(),
+            ..self
+        }
     }
 
     pub fn run_id(&self) -> &str {
@@ -68,7 +86,8 @@ impl Run {
         &self.shared.opened
     }
 
-    /// When the run was opened, the step after the last committed one: where a trainer without a checkpoint goes on.
+    /// When the run was opened, the step after the last committed one: where a trainer without a
+    /// checkpoint goes on.
     pub fn next_step(&self) -> u64 {
         self.shared.opened.next_step
     }
@@ -80,10 +99,26 @@ impl Run {
 
     /// This rank's slice of the step's sub-batch.
     ///
-    /// Under [`v1::Intent::Need`] the service's deadline runs; under `Prefetch` the call waits as long as it takes.
-    pub async fn select(&self, step: u64, rank: u32, world_size: u32, intent: v1::Intent) -> Result<Batch> {
+    /// Under [`v1::Intent::Need`] the service's deadline runs; under `Prefetch` the call waits as
+    /// long as it takes.
+    pub async fn select(
+        &self,
+        step: u64,
+        rank: u32,
+        world_size: u32,
+        intent: v1::Intent,
+    ) -> Result<Batch> {
         let urgency = Urgency::Fixed(intent);
-        Fetch { run: self.clone(), step, rank, world_size, cursor: Cursor::default(), urgency }.batch().await
+        Fetch {
+            run: self.clone(),
+            step,
+            rank,
+            world_size,
+            cursor: Cursor::default(),
+            urgency,
+        }
+        .batch()
+        .await
     }
 
     /// The steps from `config.start_step` on, each asked for ahead of time.
@@ -91,24 +126,29 @@ impl Run {
         Batches::new(self.clone(), config)
     }
 
-    /// Pushes the weights that `step` left behind (-1: the initial ones), whole, and waits until they are published.
+    /// Pushes the weights that `step` left behind (-1: the initial ones), whole, and waits until
+    /// they are published.
     ///
-    /// Its push id follows from (generation, step), so that a trainer which resumes from a checkpoint and repeats a step
-    /// is answered with what was published, and several ranks of one push agree without talking. So other weights for a step
-    /// that is published change nothing ([`Run::dropped_push`]): to retrain from it, [`Run::rewind`] to it first.
+    /// Its push id follows from (generation, step), so that a trainer which resumes from a
+    /// checkpoint and repeats a step is answered with what was published, and several ranks of one
+    /// push agree without talking. So other weights for a step that is published change nothing
+    /// ([`Run::dropped_push`]): to retrain from it, [`Run::rewind`] to it first.
     pub async fn push_weights(&self, step: i64, parts: Vec<Part>) -> Result<v1::WeightsVersion> {
         self.push(Push::whole(step, parts)).await
     }
 
-    /// Pushes whole weights or one rank's parts of them, and waits until the whole push is published or refused.
+    /// Pushes whole weights or one rank's parts of them, and waits until the whole push is
+    /// published or refused.
     pub async fn push(&self, push: Push) -> Result<v1::WeightsVersion> {
         let announced = self.announce_push(push.step);
         push::push(self, push, announced).await
     }
 
-    /// The first step for which this process pushed other weights than those that are published, and stay.
+    /// The first step for which this process pushed other weights than those that are published,
+    /// and stay.
     ///
-    /// Known of whole pushes only: of one rank's parts, what the other ranks pushed is not known here.
+    /// Known of whole pushes only: of one rank's parts, what the other ranks pushed is not known
+    /// here.
     pub fn dropped_push(&self) -> Option<i64> {
         self.shared.dropped.get().copied()
     }
@@ -122,38 +162,65 @@ impl Run {
         self.client.close_run(self.run_id()).await
     }
 
-    /// Adds phases for steps that are not committed yet, and returns the spec in force. Not repeated on faults.
+    /// Adds phases for steps that are not committed yet, and returns the spec in force. Not
+    /// repeated on faults.
     pub async fn append_phases(&self, phases: Vec<v1::Phase>) -> Result<v1::RunSpec> {
-        let request = v1::AppendPhasesRequest { run_id: self.run_id().to_owned(), phases };
-        let response =
-            self.client.api().append_phases(request).await.map_err(|status| self.broke(status))?.into_inner();
+        let request = v1::AppendPhasesRequest {
+            run_id: self.run_id().to_owned(),
+            phases,
+        };
+        let response = self
+            .client
+            .api()
+            .append_phases(request)
+            .await
+            .map_err(|status| self.broke(status))?
+            .into_inner();
         Ok(response.spec.unwrap_or_default())
     }
 
-    /// Goes back to `to_step` in a new generation, which this handle and its clones follow; other ranks open the run
-    /// again. Not repeated on faults, because each call opens a generation.
+    /// Goes back to `to_step` in a new generation, which this handle and its clones follow; other
+    /// ranks open the run again. Not repeated on faults, because each call opens a generation.
     pub async fn rewind(&self, to_step: u64, mode: v1::RewindMode) -> Result<u32> {
-        let request = v1::RewindRequest { run_id: self.run_id().to_owned(), to_step, mode: mode.into() };
-        let rewound = self.client.api().rewind(request).await.map_err(|status| self.broke(status))?;
+        let request = v1::RewindRequest {
+            run_id: self.run_id().to_owned(),
+            to_step,
+            mode: mode.into(),
+        };
+        let rewound = self
+            .client
+            .api()
+            .rewind(request)
+            .await
+            .map_err(|status| self.broke(status))?;
         let generation = rewound.into_inner().generation;
         self.shared.generation.store(generation, Ordering::Release);
         Ok(generation)
     }
 
-    /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the run's current one where
-    /// absent.
+    /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the
+    /// run's current one where absent.
     pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
-        let mut request =
-            v1::GetReceiptRequest { run_id: self.run_id().to_owned(), step, generation, ..Default::default() };
+        let mut request = v1::GetReceiptRequest {
+            run_id: self.run_id().to_owned(),
+            step,
+            generation,
+            ..Default::default()
+        };
         let mut whole = v1::Receipt::default();
         loop {
             let asked = request.clone();
-            let page =
-                self.client.call(asked, |mut api, request| async move { api.get_receipt(request).await }).await?;
+            let page = self
+                .client
+                .call(asked, |mut api, request| async move {
+                    api.get_receipt(request).await
+                })
+                .await?;
             let next = page.next_row_offset;
             let part = page.receipt.ok_or_else(|| broken("without a receipt"))?;
             whole.chosen.extend(part.chosen);
             whole.bad_rows.extend(part.bad_rows);
+            whole.passed_over.extend(part.passed_over);
             whole.summary = part.summary;
             let Some(next) = next else { return Ok(whole) };
             if next <= request.row_offset {
@@ -184,11 +251,16 @@ impl Run {
     /// Remembers that the weights pushed for `step` are not those that are published.
     pub(crate) fn drop_push(&self, step: i64) {
         if self.shared.dropped.set(step).is_ok() {
-            tracing::warn!(run = self.run_id(), step, "other weights are published for this step, and stay");
+            tracing::warn!(
+                run = self.run_id(),
+                step,
+                "other weights are published for this step, and stay"
+            );
         }
     }
 
-    /// Lets later requests say that the weights of `step` are on their way, until they turn out not to be.
+    /// Lets later requests say that the weights of `step` are on their way, until they turn out not
+    /// to be.
     pub(crate) fn announce_push(&self, step: i64) -> Announced {
         self.shared.pushes.announce(self.generation(), step)
     }

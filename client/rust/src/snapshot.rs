@@ -2,13 +2,16 @@
 use bytes::Bytes;
 use superbatch_proto::v1::{PartHeader, TensorDtype};
 
-/// BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None` where that cannot be told from
-/// here: a tensor comes in several parts, or a name is one that JSON escapes. Hashes all weights.
+/// BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None` where
+/// that cannot be told from here: a tensor comes in several parts, or a name is one that JSON
+/// escapes. Hashes all weights.
 pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {
     let tensors = in_order(parts)?;
     let header = header(&tensors);
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&(header.len() as u64).to_le_bytes()).update(header.as_bytes());
+    hasher
+        .update(&(header.len() as u64).to_le_bytes())
+        .update(header.as_bytes());
     for (_, data) in tensors {
         hasher.update(data);
     }
@@ -18,7 +21,10 @@ pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {
 /// Tensors as safetensors writes them: by falling alignment of the dtype, then by name.
 fn in_order(parts: &[(PartHeader, Bytes)]) -> Option<Vec<&(PartHeader, Bytes)>> {
     let place = |header: &PartHeader| dtype(header).map(|(place, _)| place);
-    let simple = |name: &str| name.chars().all(|c| !matches!(c, '"' | '\\') && !c.is_control());
+    let simple = |name: &str| {
+        name.chars()
+            .all(|c| !matches!(c, '"' | '\\') && !c.is_control())
+    };
     let mut tensors: Vec<_> = parts.iter().collect();
     tensors.sort_by(|(a, _), (b, _)| place(a).cmp(&place(b)).then_with(|| a.name.cmp(&b.name)));
     let known = |(header, _): &&(PartHeader, Bytes)| {
@@ -48,7 +54,9 @@ fn header(tensors: &[&(PartHeader, Bytes)]) -> String {
         let shape: Vec<_> = header.global_shape.iter().map(u64::to_string).collect();
         let (end, name, shape) = (start + data.len(), &header.name, shape.join(","));
         let dtype = dtype(header).map_or("", |(_, name)| name);
-        text += &format!(r#","{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#);
+        text += &format!(
+            r#","{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#
+        );
         start = end;
     }
     text.push('}');
@@ -62,13 +70,20 @@ mod tests {
     use crate::{Part, Result};
 
     fn sent(parts: &[Part]) -> Vec<(PartHeader, Bytes)> {
-        parts.iter().map(|part| (part.header(), part.data().clone())).collect()
+        parts
+            .iter()
+            .map(|part| (part.header(), part.data().clone()))
+            .collect()
     }
 
     #[test]
     fn a_file_is_written_as_safetensors_does() -> Result<()> {
         let half = Part::whole("a", TensorDtype::F16, &[1, 2], vec![1, 2, 3, 4])?;
-        let parts = sent(&[half, Part::f32("z", &[], &[1.0])?, Part::f32("b", &[2], &[0.0, 2.0])?]);
+        let parts = sent(&[
+            half,
+            Part::f32("z", &[], &[1.0])?,
+            Part::f32("b", &[2], &[0.0, 2.0])?,
+        ]);
         let text = concat!(
             r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
             r#""z":{"dtype":"F32","shape":[],"data_offsets":[8,12]},"#,
@@ -78,7 +93,16 @@ mod tests {
         let written = header(&tensors);
         assert_eq!((written.trim_end(), written.len() % 8), (text, 0));
         let data: Vec<u8> = tensors.iter().flat_map(|(_, data)| data.to_vec()).collect();
-        assert_eq!(data, [&[0; 4][..], &2f32.to_le_bytes(), &1f32.to_le_bytes(), &[1, 2, 3, 4]].concat());
+        assert_eq!(
+            data,
+            [
+                &[0; 4][..],
+                &2f32.to_le_bytes(),
+                &1f32.to_le_bytes(),
+                &[1, 2, 3, 4]
+            ]
+            .concat()
+        );
         Ok(())
     }
 

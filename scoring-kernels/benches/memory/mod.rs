@@ -1,4 +1,5 @@
-//! Counts what this process holds and held at most: the system's figures hide what its allocator kept from before.
+//! Counts what this process holds and held at most: the system's figures hide what its allocator
+//! kept from before.
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering::Relaxed},

@@ -14,7 +14,8 @@ use superbatch_kernels::Rows;
 #[repr(transparent)]
 pub struct Half(f16);
 
-// SAFETY: every pattern of 16 bits is a half-precision number; size and alignment are checked by PyO3.
+// SAFETY: every pattern of 16 bits is a half-precision number; size and alignment are checked by
+// PyO3.
 unsafe impl Element for Half {
     fn is_compatible_format(format: &CStr) -> bool {
         // Without a prefix, or with "@" or "=", the byte order is the machine's.
@@ -35,7 +36,9 @@ impl FromPyObject<'_, '_> for Tower {
         if let Ok(buffer) = PyBuffer::get(&object) {
             return Ok(Self::F32(buffer));
         }
-        PyBuffer::get(&object).map(Self::F16).map_err(|_| PyTypeError::new_err("not an array of float32 or float16"))
+        PyBuffer::get(&object)
+            .map(Self::F16)
+            .map_err(|_| PyTypeError::new_err("not an array of float32 or float16"))
     }
 }
 
@@ -70,9 +73,10 @@ pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
     if buffer.item_count() == 0 {
         return Ok(&[]);
     }
-    // SAFETY: the memory holds so many values of T (PyO3 checked format, size and alignment), in one piece, for as long as
-    // the buffer lives. Any bits are a valid T. As with every library that computes without the GIL, nobody may write there
-    // meanwhile; Python code that does gets a draw from whatever was read.
+    // SAFETY: the memory holds so many values of T (PyO3 checked format, size and alignment), in
+    // one piece, for as long as the buffer lives. Any bits are a valid T. As with every library
+    // that computes without the GIL, nobody may write there meanwhile; Python code that does gets a
+    // draw from whatever was read.
     Ok(unsafe { slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
 }
 
@@ -83,7 +87,12 @@ pub fn memory<'py, T: Copy, const N: usize>(
     bytes_of: impl Fn(T) -> [u8; N],
 ) -> PyResult<Bound<'py, PyByteArray>> {
     PyByteArray::new_with(py, numbers.len() * N, |bytes| {
-        bytes.as_chunks_mut().0.iter_mut().zip(numbers).for_each(|(slot, number)| *slot = bytes_of(*number));
+        bytes
+            .as_chunks_mut()
+            .0
+            .iter_mut()
+            .zip(numbers)
+            .for_each(|(slot, number)| *slot = bytes_of(*number));
         Ok(())
     })
 }

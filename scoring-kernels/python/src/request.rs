@@ -10,7 +10,13 @@ pub struct Model(Tower, Tower, f64, f64);
 impl Model {
     fn view(&self) -> PyResult<ModelEmbeddings<'_>> {
         let Self(image, text, scale, bias) = self;
-        Ok(ModelEmbeddings { image: image.rows()?, text: text.rows()?, dim: image.dim(), scale: *scale, bias: *bias })
+        Ok(ModelEmbeddings {
+            image: image.rows()?,
+            text: text.rows()?,
+            dim: image.dim(),
+            scale: *scale,
+            bias: *bias,
+        })
     }
 }
 
@@ -63,8 +69,18 @@ impl Request {
         Ok(match &self.noise {
             Some(given) => Noise::Given(values(given)?),
             None => {
-                let Self { seed, generation, step, .. } = *self;
-                Noise::Seeded { seed, generation, step, keys: values(&self.keys)? }
+                let Self {
+                    seed,
+                    generation,
+                    step,
+                    ..
+                } = *self;
+                Noise::Seeded {
+                    seed,
+                    generation,
+                    step,
+                    keys: values(&self.keys)?,
+                }
             }
         })
     }

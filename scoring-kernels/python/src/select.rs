@@ -8,7 +8,8 @@ use pyo3::{
 };
 use std::iter;
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, Error, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection, Settings, Tuning,
+    Backend, Candidates, Criterion, Error, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection,
+    Settings, Tuning,
 };
 
 /// Arrays as the memory of new NumPy arrays: int64 and float64.
@@ -35,7 +36,12 @@ pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
     let mut holes = given.clone();
     let count = request.count;
     let selection = py.detach(|| {
-        let candidates = Candidates { count, learner, reference, holes: &[] };
+        let candidates = Candidates {
+            count,
+            learner,
+            reference,
+            holes: &[],
+        };
         pool.install(|| survivors(&candidates, &mut holes, &settings, &tuning, &noise))
     });
     let mut not_finite = holes.split_off(given.len());
@@ -46,8 +52,8 @@ pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
 
 /// Selects from the candidates whose embeddings are finite; the others are appended to the holes.
 ///
-/// Nothing is looked at twice where all are finite: the kernels find a bad row before they draw, and only then are all rows
-/// searched.
+/// Nothing is looked at twice where all are finite: the kernels find a bad row before they draw,
+/// and only then are all rows searched.
 fn survivors(
     candidates: &Candidates<'_>,
     holes: &mut Vec<u32>,
@@ -62,13 +68,31 @@ fn survivors(
         }
     }
     loop {
-        let found = Backend::Native.select_tuned(&Candidates { holes, ..*candidates }, settings, tuning, noise);
-        let Err(Error::NotFinite { model, .. }) = &found else { return found };
-        let searched = if *model == "learner" { &candidates.learner } else { &candidates.reference };
-        let Some(searched) = searched else { return found };
+        let found = Backend::Native.select_tuned(
+            &Candidates {
+                holes,
+                ..*candidates
+            },
+            settings,
+            tuning,
+            noise,
+        );
+        let Err(Error::NotFinite { model, .. }) = &found else {
+            return found;
+        };
+        let searched = if *model == "learner" {
+            &candidates.learner
+        } else {
+            &candidates.reference
+        };
+        let Some(searched) = searched else {
+            return found;
+        };
         let before = holes.len();
         holes.extend(not_finite(searched, candidates.count).filter(|row| offered[*row as usize]));
-        holes[before..].iter().for_each(|row| offered[*row as usize] = false);
+        holes[before..]
+            .iter()
+            .for_each(|row| offered[*row as usize] = false);
         if holes.len() == before {
             return found;
         }
@@ -76,11 +100,23 @@ fn survivors(
 }
 
 /// Candidates whose image or text holds a NaN or an infinity.
-fn not_finite<'a>(model: &ModelEmbeddings<'a>, count: usize) -> impl Iterator<Item = u32> + use<'a> {
-    fn finite<T: Copy>(values: &[T], dim: usize, row: usize, is_finite: impl Fn(T) -> bool) -> bool {
-        values[row * dim..][..dim].iter().all(|value| is_finite(*value))
+fn not_finite<'a>(
+    model: &ModelEmbeddings<'a>,
+    count: usize,
+) -> impl Iterator<Item = u32> + use<'a> {
+    fn finite<T: Copy>(
+        values: &[T],
+        dim: usize,
+        row: usize,
+        is_finite: impl Fn(T) -> bool,
+    ) -> bool {
+        values[row * dim..][..dim]
+            .iter()
+            .all(|value| is_finite(*value))
     }
-    let ModelEmbeddings { image, text, dim, .. } = *model;
+    let ModelEmbeddings {
+        image, text, dim, ..
+    } = *model;
     let is_bad = move |row: &usize| {
         !iter::once(image).chain([text]).all(|rows| match rows {
             Rows::F32(values) => finite(values, dim, *row, f32::is_finite),
@@ -93,9 +129,13 @@ fn not_finite<'a>(model: &ModelEmbeddings<'a>, count: usize) -> impl Iterator<It
 /// What the kernels refuse, as `ValueError`.
 fn exception(error: &Error, not_finite: usize) -> PyErr {
     let more = match error {
-        Error::ModelMissing { model, .. } => format!(": give {model}=(image, text, scale, bias), or another criterion"),
+        Error::ModelMissing { model, .. } => {
+            format!(": give {model}=(image, text, scale, bias), or another criterion")
+        }
         Error::TooFewCandidates { .. } if not_finite > 0 => {
-            format!(" ({not_finite} of the holes are candidates whose embeddings hold NaN or infinity)")
+            format!(
+                " ({not_finite} of the holes are candidates whose embeddings hold NaN or infinity)"
+            )
         }
         _ => String::new(),
     };
@@ -132,7 +172,14 @@ pub fn words() -> [Vec<&'static str>; 3] {
 /// The kernels' defaults, by argument.
 #[pyfunction]
 pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let Settings { policy, loss, criterion, sub_batch_size: _, n_chunks, gain } = Settings::default();
+    let Settings {
+        policy,
+        loss,
+        criterion,
+        sub_batch_size: _,
+        n_chunks,
+        gain,
+    } = Settings::default();
     let tuning = Tuning::default();
     let defaults = PyDict::new(py);
     defaults.set_item("policy", policy.as_str())?;
@@ -154,6 +201,8 @@ pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 pub fn readers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let readers = PyDict::new(py);
-    Tuning::READERS.iter().try_for_each(|(name, policy)| readers.set_item(name, policy.as_str()))?;
+    Tuning::READERS
+        .iter()
+        .try_for_each(|(name, policy)| readers.set_item(name, policy.as_str()))?;
     Ok(readers)
 }

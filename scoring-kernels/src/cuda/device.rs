@@ -11,7 +11,8 @@ use std::{
     ptr::null_mut,
 };
 
-/// Shared memory of a block: slabs of rows and columns, and each row's sums by four warps (kernels.cu).
+/// Shared memory of a block: slabs of rows and columns, and each row's sums by four warps
+/// (kernels.cu).
 const STAGE_BYTES: usize = 2 * 128 * 64 * 2;
 const SUMS_BYTES: usize = 4 * 128 * (8 + 4);
 
@@ -43,9 +44,10 @@ struct Found {
     image: Vec<u8>,
 }
 
-/// A context of a device in which the kernels are loaded. Nothing else of the process runs in it, and it ends with this. A
-/// kernel that goes astray makes its whole context unusable; LibTorch has another. (NVIDIA promises less: after such a fault
-/// it is only sure that a new process can use the device.)
+/// A context of a device in which the kernels are loaded. Nothing else of the process runs in it,
+/// and it ends with this. A kernel that goes astray makes its whole context unusable; LibTorch has
+/// another. (NVIDIA promises less: after such a fault it is only sure that a new process can use
+/// the device.)
 pub(super) struct Device {
     driver: Driver,
     pub ordinal: u32,
@@ -56,58 +58,103 @@ pub(super) struct Device {
     pub tile_bytes: usize,
 }
 
-// SAFETY: handles of the driver may be used from any thread in which the context is current, and `call` makes it so.
+// SAFETY: handles of the driver may be used from any thread in which the context is current, and
+// `call` makes it so.
 unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
-// SAFETY of all calls of the driver: every pointer is to a value of the header's type that outlives the call.
+// SAFETY of all calls of the driver: every pointer is to a value of the header's type that outlives
+// the call.
 impl Found {
     fn new(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
         let remedy = "install NVIDIA's driver, or select on the CPU";
-        let library = open(&libraries.driver).map_err(|error| missing("the CUDA driver", &error, remedy))?;
+        let library =
+            open(&libraries.driver).map_err(|error| missing("the CUDA driver", &error, remedy))?;
         let driver = Driver::of(library)?;
         let (mut count, mut handle) = (0, 0);
         driver.check("cuInit", unsafe { (driver.init)(0) })?;
-        driver.check("cuDeviceGetCount", unsafe { (driver.device_count)(&mut count) })?;
+        driver.check("cuDeviceGetCount", unsafe {
+            (driver.device_count)(&mut count)
+        })?;
         if i64::from(ordinal) >= i64::from(count) {
-            return Err(CudaError::NoDevice { ordinal, count: count as u32 });
+            return Err(CudaError::NoDevice {
+                ordinal,
+                count: count as u32,
+            });
         }
-        driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut handle, ordinal as c_int) })?;
+        driver.check("cuDeviceGet", unsafe {
+            (driver.device_get)(&mut handle, ordinal as c_int)
+        })?;
         let mut name = [0; 256];
-        driver.check("cuDeviceGetName", unsafe { (driver.device_name)(name.as_mut_ptr(), 256, handle) })?;
+        driver.check("cuDeviceGetName", unsafe {
+            (driver.device_name)(name.as_mut_ptr(), 256, handle)
+        })?;
         let bytes = name.map(|byte| byte as u8);
-        let name = CStr::from_bytes_until_nul(&bytes).unwrap_or_default().to_string_lossy().into_owned();
+        let name = CStr::from_bytes_until_nul(&bytes)
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let attribute = |number| {
             let mut value = 0;
             let code = unsafe { (driver.device_attribute)(&mut value, number, handle) };
-            driver.check("cuDeviceGetAttribute", code).map(|()| value as u32)
+            driver
+                .check("cuDeviceGetAttribute", code)
+                .map(|()| value as u32)
         };
         let (major, minor) = (attribute(CAPABILITY_MAJOR)?, attribute(CAPABILITY_MINOR)?);
         if major < 8 {
             return Err(CudaError::TooOld { name, major, minor });
         }
         // Two slabs at a time where three do not fit.
-        let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES { 3 } else { 2 };
+        let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES {
+            3
+        } else {
+            2
+        };
         let image = Nvrtc::load(&libraries.nvrtc)?.kernels(10 * major + minor, stages)?;
         let tile_bytes = stages as usize * STAGE_BYTES + SUMS_BYTES;
-        Ok(Self { driver, handle, ordinal, name, tile_bytes, image })
+        Ok(Self {
+            driver,
+            handle,
+            ordinal,
+            name,
+            tile_bytes,
+            image,
+        })
     }
 
     /// A context of our own with the kernels in it.
     fn device(self) -> Result<Device> {
-        let Self { driver, handle, ordinal, name, tile_bytes, image } = self;
+        let Self {
+            driver,
+            handle,
+            ordinal,
+            name,
+            tile_bytes,
+            image,
+        } = self;
         let (mut context, mut popped) = (null_mut(), null_mut());
-        driver.check("cuCtxCreate", unsafe { (driver.create_context)(&mut context, 0, handle) })?;
+        driver.check("cuCtxCreate", unsafe {
+            (driver.create_context)(&mut context, 0, handle)
+        })?;
         // It was made current.
         let code = unsafe { (driver.pop_context)(&mut popped) };
-        let device = Device { driver, ordinal, name, context, kernels: None, tile_bytes };
+        let device = Device {
+            driver,
+            ordinal,
+            name,
+            context,
+            kernels: None,
+            tile_bytes,
+        };
         device.driver.check("cuCtxPopCurrent", code)?;
         device.loaded(&image)
     }
 }
 
 impl Device {
-    /// Finds the device, compiles the kernels for it and checks them. A device that is refused keeps nothing.
+    /// Finds the device, compiles the kernels for it and checks them. A device that is refused
+    /// keeps nothing.
     pub(super) fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
         let device = Found::new(libraries, ordinal)?.device()?;
         check::run(&device)?;
@@ -118,7 +165,9 @@ impl Device {
         let mut module = null_mut();
         // PTX is a string.
         let ended: Vec<u8> = image.iter().copied().chain([0]).collect();
-        self.call("cuModuleLoadData", |driver| unsafe { (driver.module_load)(&mut module, ended.as_ptr().cast()) })?;
+        self.call("cuModuleLoadData", |driver| unsafe {
+            (driver.module_load)(&mut module, ended.as_ptr().cast())
+        })?;
         let function = |name: &'static CStr| {
             let mut function = null_mut();
             self.call("cuModuleGetFunction", |driver| unsafe {
@@ -129,7 +178,11 @@ impl Device {
         let tiles = |name| {
             let kernel: Kernel = function(name)?;
             self.call("cuFuncSetAttribute", |driver| unsafe {
-                (driver.function_attribute)(kernel.0, FUNCTION_SHARED_BYTES, self.tile_bytes as c_int)
+                (driver.function_attribute)(
+                    kernel.0,
+                    FUNCTION_SHARED_BYTES,
+                    self.tile_bytes as c_int,
+                )
             })?;
             Ok(kernel)
         };
@@ -145,12 +198,18 @@ impl Device {
     }
 
     fn kernels(&self) -> &Kernels {
-        self.kernels.as_ref().expect("loaded when the device was opened")
+        self.kernels
+            .as_ref()
+            .expect("loaded when the device was opened")
     }
 
     /// The kernel that adds a chunk's terms, under the softmax loss or the sigmoid loss.
     pub(super) fn sums(&self, softmax: bool) -> Kernel {
-        if softmax { self.kernels().exponential_sums } else { self.kernels().softplus_sums }
+        if softmax {
+            self.kernels().exponential_sums
+        } else {
+            self.kernels().softplus_sums
+        }
     }
 
     /// The kernel that keeps each row's largest logit.
@@ -166,10 +225,17 @@ impl Device {
         self.kernels().split
     }
 
-    /// Calls the driver with the device's context current, and leaves this thread's context as it was.
-    pub(super) fn call(&self, name: &'static str, call: impl FnOnce(&Driver) -> c_int) -> Result<()> {
+    /// Calls the driver with the device's context current, and leaves this thread's context as it
+    /// was.
+    pub(super) fn call(
+        &self,
+        name: &'static str,
+        call: impl FnOnce(&Driver) -> c_int,
+    ) -> Result<()> {
         let (driver, mut ours) = (&self.driver, null_mut());
-        driver.check("cuCtxPushCurrent", unsafe { (driver.push_context)(self.context) })?;
+        driver.check("cuCtxPushCurrent", unsafe {
+            (driver.push_context)(self.context)
+        })?;
         let code = call(driver);
         let popped = unsafe { (driver.pop_context)(&mut ours) };
         driver.check(name, code)?;
@@ -178,7 +244,9 @@ impl Device {
 
     pub(super) fn free_bytes(&self) -> Result<usize> {
         let (mut free, mut total) = (0, 0);
-        self.call("cuMemGetInfo", |driver| unsafe { (driver.memory_info)(&mut free, &mut total) })?;
+        self.call("cuMemGetInfo", |driver| unsafe {
+            (driver.memory_info)(&mut free, &mut total)
+        })?;
         Ok(free)
     }
 }

@@ -73,17 +73,28 @@ impl Driver {
         let known = unsafe { (self.error_name)(code, &mut name) } == 0 && !name.is_null();
         let name = match known {
             // SAFETY: as above.
-            true => unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned(),
+            true => unsafe { CStr::from_ptr(name) }
+                .to_string_lossy()
+                .into_owned(),
             false => "an unknown error".to_owned(),
         };
         let remedy = match code {
             OUT_OF_MEMORY => "free memory on the device, or select on the CPU",
             UNAVAILABLE => {
-                "the device takes no more contexts (see its compute mode in nvidia-smi): select by LibTorch there"
+                "the device takes no more contexts (see its compute mode in nvidia-smi): select \
+                by LibTorch there"
             }
             NO_DEVICE => "check nvidia-smi, and that the container was given a GPU",
-            _ => "select by LibTorch or on the CPU, and report it with the device's name and driver version",
+            _ => {
+                "select by LibTorch or on the CPU, and report it with the device's name and \
+                driver version"
+            }
         };
-        Err(CudaError::Call { call, name, code, remedy })
+        Err(CudaError::Call {
+            call,
+            name,
+            code,
+            remedy,
+        })
     }
 }

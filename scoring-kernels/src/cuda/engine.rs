@@ -52,25 +52,56 @@ pub(crate) struct CudaEngine<'a> {
 impl<'a> CudaEngine<'a> {
     pub(super) fn new(problem: &'a Problem<'a>, device: &'a Device) -> CudaResult<Self> {
         let count = problem.count;
-        let Needed { inputs, above } = needed(count, problem.models.iter().map(|model| model.embeddings));
+        let Needed { inputs, above } =
+            needed(count, problem.models.iter().map(|model| model.embeddings));
         let free = device.free_bytes()?;
         if inputs + above > free {
-            return Err(CudaError::Memory { needed: inputs + above, free });
+            return Err(CudaError::Memory {
+                needed: inputs + above,
+                free,
+            });
         }
         let stream = Stream::new(device)?;
-        let towers =
-            problem.models.iter().map(|model| upload(&stream, model, count)).collect::<CudaResult<Vec<_>>>()?;
+        let towers = problem
+            .models
+            .iter()
+            .map(|model| upload(&stream, model, count))
+            .collect::<CudaResult<Vec<_>>>()?;
         let mut slots = [Slot::default(); SLOTS];
-        let forth = problem.models.iter().zip(&towers).map(|(model, towers)| slot(model, count, towers));
+        let forth = problem
+            .models
+            .iter()
+            .zip(&towers)
+            .map(|(model, towers)| slot(model, count, towers));
         let forth: Vec<Slot> = forth.collect();
-        let back = forth.iter().map(|slot| Slot { ours: slot.theirs, theirs: slot.ours, ..*slot });
-        slots.iter_mut().zip(forth.iter().copied().chain(back)).for_each(|(slot, filled)| *slot = filled);
+        let back = forth.iter().map(|slot| Slot {
+            ours: slot.theirs,
+            theirs: slot.ours,
+            ..*slot
+        });
+        slots
+            .iter_mut()
+            .zip(forth.iter().copied().chain(back))
+            .for_each(|(slot, filled)| *slot = filled);
         let mut own = vec![0.0; count];
         let scores = own_scores(problem, &problem.offered);
-        problem.offered.iter().zip(scores).for_each(|(&index, score)| own[index as usize] = score);
+        problem
+            .offered
+            .iter()
+            .zip(scores)
+            .for_each(|(&index, score)| own[index as usize] = score);
         let values = 2 * problem.models.len() * count;
-        let running = || CudaResult::Ok(Running { largest: stream.allocate(values)?, sums: stream.allocate(values)? });
-        let dims: usize = problem.models.iter().map(|model| model.embeddings.dim).sum();
+        let running = || {
+            CudaResult::Ok(Running {
+                largest: stream.allocate(values)?,
+                sums: stream.allocate(values)?,
+            })
+        };
+        let dims: usize = problem
+            .models
+            .iter()
+            .map(|model| model.embeddings.dim)
+            .sum();
         let engine = Self {
             problem,
             own,
@@ -104,8 +135,15 @@ impl<'a> CudaEngine<'a> {
         }
     }
 
-    /// Adds to the running sums of `rows` their terms with `columns`, in the first `slots`. Returns the operations it took.
-    fn add(&self, running: &Running<'_>, rows: &[u32], columns: &[u32], slots: usize) -> CudaResult<f64> {
+    /// Adds to the running sums of `rows` their terms with `columns`, in the first `slots`. Returns
+    /// the operations it took.
+    fn add(
+        &self,
+        running: &Running<'_>,
+        rows: &[u32],
+        columns: &[u32],
+        slots: usize,
+    ) -> CudaResult<f64> {
         if rows.is_empty() || columns.is_empty() {
             return Ok(0.0);
         }
@@ -113,11 +151,25 @@ impl<'a> CudaEngine<'a> {
         self.stream.upload(&self.columns, columns)?;
         let mut job = self.job(running, rows.len(), columns.len(), slots);
         let kernel = self.stream.device.sums(self.problem.loss == Loss::Softmax);
-        let (grid, shared) = ([rows.len().div_ceil(TILE), slots], self.stream.device.tile_bytes);
-        // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and sums and towers are of B.
-        unsafe { self.stream.launch(kernel, grid, shared, &mut [(&raw mut job).cast::<c_void>()]) }?;
+        let (grid, shared) = (
+            [rows.len().div_ceil(TILE), slots],
+            self.stream.device.tile_bytes,
+        );
+        // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and sums and
+        // towers are of B.
+        unsafe {
+            self.stream
+                .launch(kernel, grid, shared, &mut [(&raw mut job).cast::<c_void>()])
+        }?;
         self.stream.wait()?;
-        let dims: usize = self.problem.models.iter().map(|model| model.embeddings.dim).cycle().take(slots).sum();
+        let dims: usize = self
+            .problem
+            .models
+            .iter()
+            .map(|model| model.embeddings.dim)
+            .cycle()
+            .take(slots)
+            .sum();
         Ok(2.0 * rows.len() as f64 * columns.len() as f64 * dims as f64)
     }
 
@@ -128,11 +180,21 @@ impl<'a> CudaEngine<'a> {
         }
         self.stream.upload(&self.rows, rows)?;
         let mut job = self.job(running, rows.len(), 0, slots);
-        let (mut softmax, mut out) = (u32::from(self.problem.loss == Loss::Softmax), self.out.address);
-        let mut arguments = [(&raw mut job).cast::<c_void>(), (&raw mut softmax).cast(), (&raw mut out).cast()];
+        let (mut softmax, mut out) = (
+            u32::from(self.problem.loss == Loss::Softmax),
+            self.out.address,
+        );
+        let mut arguments = [
+            (&raw mut job).cast::<c_void>(),
+            (&raw mut softmax).cast(),
+            (&raw mut out).cast(),
+        ];
         let grid = [Stream::blocks(rows.len()), 1];
         // SAFETY: the kernel's parameters; it writes as many values as there are rows.
-        unsafe { self.stream.launch(self.stream.device.added(), grid, 0, &mut arguments) }?;
+        unsafe {
+            self.stream
+                .launch(self.stream.device.added(), grid, 0, &mut arguments)
+        }?;
         self.stream.download(&self.out, rows.len())
     }
 
@@ -147,9 +209,14 @@ impl Engine for CudaEngine<'_> {
         let mut scores = self.own.clone();
         if self.absorbed {
             let added = self.added(&self.running, &self.left, self.all_slots())?;
-            self.left.iter().zip(added).for_each(|(&index, added)| scores[index as usize] += added);
+            self.left
+                .iter()
+                .zip(added)
+                .for_each(|(&index, added)| scores[index as usize] += added);
         }
-        scores.iter_mut().for_each(|score| *score *= self.problem.gain);
+        scores
+            .iter_mut()
+            .for_each(|score| *score *= self.problem.gain);
         Ok(scores)
     }
 
@@ -167,8 +234,13 @@ impl Engine for CudaEngine<'_> {
         if sigmoid && chosen.len() == 1 {
             return Ok(0.0);
         }
-        // Sigmoid: one direction sees every ordered pair once, and each example's own pair as if it were a negative.
-        let slots = if sigmoid { self.problem.models.len() } else { self.all_slots() };
+        // Sigmoid: one direction sees every ordered pair once, and each example's own pair as if it
+        // were a negative.
+        let slots = if sigmoid {
+            self.problem.models.len()
+        } else {
+            self.all_slots()
+        };
         self.stream.clear(&self.inner.sums)?;
         self.flops += self.add(&self.inner, chosen, chosen, slots)?;
         let added = self.added(&self.inner, chosen, slots)?;
@@ -184,11 +256,21 @@ impl Engine for CudaEngine<'_> {
     }
 }
 
-fn upload<'d>(stream: &Stream<'d>, model: &SignedModel<'_>, count: usize) -> CudaResult<Towers<'d>> {
+fn upload<'d>(
+    stream: &Stream<'d>,
+    model: &SignedModel<'_>,
+    count: usize,
+) -> CudaResult<Towers<'d>> {
     let embeddings = &model.embeddings;
-    let (shape, planes) = ([count, embeddings.dim], planes(&[embeddings.image, embeddings.text]));
+    let (shape, planes) = (
+        [count, embeddings.dim],
+        planes(&[embeddings.image, embeddings.text]),
+    );
     let tower = |rows: &Rows<'_>| upload_rows(stream, rows, shape, planes);
-    Ok(Towers { image: tower(&embeddings.image)?, text: tower(&embeddings.text)? })
+    Ok(Towers {
+        image: tower(&embeddings.image)?,
+        text: tower(&embeddings.text)?,
+    })
 }
 
 fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
@@ -199,7 +281,11 @@ fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
     Slot {
         ours: towers.image.address,
         theirs: towers.text.address,
-        plane: if planes(&[embeddings.image, embeddings.text]) == 2 { (count * stride) as u64 } else { 0 },
+        plane: if planes(&[embeddings.image, embeddings.text]) == 2 {
+            (count * stride) as u64
+        } else {
+            0
+        },
         stride: stride as u32,
         high,
         low: (scale - f64::from(high)) as f32,

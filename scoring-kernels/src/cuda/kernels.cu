@@ -1,11 +1,13 @@
-// Joint selection on a CUDA device: what a drawn chunk adds to every candidate left, tile by tile, with nothing of a tile
-// but its sums written to memory.
+// Joint selection on a CUDA device: what a drawn chunk adds to every candidate left, tile by tile,
+// with nothing of a tile but its sums written to memory.
 //
-// A block of 8 warps has 128 candidates (rows) and one model in one direction. It goes through the drawn examples (columns)
-// 128 at a time: a tile of dot products is made by the tensor cores in registers, turned into losses there and summed over
-// its columns. Sums are taken in a fixed order by one block alone, so that the same inputs give the same bits.
+// A block of 8 warps has 128 candidates (rows) and one model in one direction. It goes through the
+// drawn examples (columns) 128 at a time: a tile of dot products is made by the tensor cores in
+// registers, turned into losses there and summed over its columns. Sums are taken in a fixed order
+// by one block alone, so that the same inputs give the same bits.
 
-// Candidates and drawn examples of a tile, and values of a row that come to shared memory at a time.
+// Candidates and drawn examples of a tile, and values of a row that come to shared memory at a
+// time.
 #define TILE 128
 #define DEPTH 64
 #define THREADS 256
@@ -18,8 +20,9 @@
 
 // One model in one direction.
 struct Slot {
-    // The candidates' rows and the drawn examples', [B, stride] each. f32 values are the sum of a half and of a second half
-    // over 2048, which lies `plane` values further on; where there are only halves `plane` is 0.
+    // The candidates' rows and the drawn examples', [B, stride] each. f32 values are the sum of a
+    // half and of a second half over 2048, which lies `plane` values further on; where there are
+    // only halves `plane` is 0.
     const f16* ours;
     const f16* theirs;
     u64 plane;
@@ -40,9 +43,9 @@ struct Job {
     // B.
     u32 count;
     u32 slot_count;
-    // By slot and candidate, [slots, B] each. Sigmoid: `sums` of softplus. Softmax: the sum of exponentials of what logits
-    // are above `largest`, in units of ln 2. Largest logits: they are in `largest`, and `sums` is 1. Where nothing was added
-    // yet `sums` is 0.
+    // By slot and candidate, [slots, B] each. Sigmoid: `sums` of softplus. Softmax: the sum of
+    // exponentials of what logits are above `largest`, in units of ln 2. Largest logits: they are
+    // in `largest`, and `sums` is 1. Where nothing was added yet `sums` is 0.
     double* largest;
     double* sums;
 };
@@ -64,7 +67,8 @@ __device__ __forceinline__ u32 place(u32 row, u32 part) {
     return row * (DEPTH * sizeof(f16)) + ((part ^ (row & 7)) << 4);
 }
 
-// Which slab the copies are at: in memory the tiles of columns, the terms, and the slabs of a row follow each other.
+// Which slab the copies are at: in memory the tiles of columns, the terms, and the slabs of a row
+// follow each other.
 struct Cursor {
     u32 column, terms_left, slab;
 
@@ -86,7 +90,8 @@ struct Cursor {
     }
 };
 
-// A block's shared memory: STAGES slabs of rows and of columns, and each row's sums by the warps side by side.
+// A block's shared memory: STAGES slabs of rows and of columns, and each row's sums by the warps
+// side by side.
 struct Shared {
     unsigned char* slabs;
     double* sums;
@@ -100,8 +105,8 @@ struct Shared {
     __device__ __forceinline__ unsigned char* theirs(u32 stage) const { return ours(stage) + SLAB_BYTES; }
 };
 
-// Copies a slab of rows and one of columns; every thread takes one part of every 32nd row of each. What is beyond the last
-// row or column is a copy of it, and is never added to anything.
+// Copies a slab of rows and one of columns; every thread takes one part of every 32nd row of each.
+// What is beyond the last row or column is a copy of it, and is never added to anything.
 struct Copier {
     const f16* ours[TILE / 32];
     u32 theirs[TILE / 32];
@@ -136,8 +141,9 @@ struct Copier {
 
 // A warp's part of a tile, in registers.
 //
-// Tensor cores cut sums off instead of rounding them. Over a whole row that would pull large logits towards 0 by more than
-// is promised, so each slab's products are summed apart, and added with rounding.
+// Tensor cores cut sums off instead of rounding them. Over a whole row that would pull large logits
+// towards 0 by more than is promised, so each slab's products are summed apart, and added with
+// rounding.
 struct Products {
     float sums[PRODUCTS][PRODUCTS][4];
 
@@ -180,8 +186,9 @@ struct Products {
     }
 };
 
-// Logits in units of ln 2 of the eight columns that a thread has of a row: row l / 4 of a product (`half` 0) or the one 8
-// further down. Columns from `valid` on, counted from the warp's first, are NOTHING.
+// Logits in units of ln 2 of the eight columns that a thread has of a row: row l / 4 of a product
+// (`half` 0) or the one 8 further down. Columns from `valid` on, counted from the warp's first, are
+// NOTHING.
 __device__ __forceinline__ void logits(
     float (&z)[2 * PRODUCTS], const float (&products)[PRODUCTS][4], u32 half, const Slot& slot, float bias, u32 valid
 ) {
@@ -193,8 +200,9 @@ __device__ __forceinline__ void logits(
     }
 }
 
-// Adds the softplus of a row's logits to the sum at `sum`, once for the four lanes that share the row. The logarithms of 32
-// columns are one logarithm of a product, of which 1 less is kept: small factors are not lost.
+// Adds the softplus of a row's logits to the sum at `sum`, once for the four lanes that share the
+// row. The logarithms of 32 columns are one logarithm of a product, of which 1 less is kept: small
+// factors are not lost.
 __device__ __forceinline__ void add_softplus(const float (&z)[2 * PRODUCTS], double* sum) {
     float product = 0, positive = 0;
     #pragma unroll
@@ -225,7 +233,8 @@ __device__ __forceinline__ float largest_of(const float (&z)[2 * PRODUCTS]) {
     return most;
 }
 
-// Adds the exponentials of a row's logits to the scaled sum at (`largest`, `sum`), as `add_softplus` does.
+// Adds the exponentials of a row's logits to the scaled sum at (`largest`, `sum`), as
+// `add_softplus` does.
 __device__ __forceinline__ void add_exponentials(const float (&z)[2 * PRODUCTS], float* largest, double* sum) {
     float most = largest_of(z);
     float total = 0;
@@ -271,7 +280,8 @@ __device__ __forceinline__ void reduce(
     }
 }
 
-// Adds what a block found for its row `threadIdx.x` to what was known of the candidate, the warps' parts in order.
+// Adds what a block found for its row `threadIdx.x` to what was known of the candidate, the warps'
+// parts in order.
 template <Form FORM> __device__ __forceinline__ void keep(const Job& job, const Shared& from, u32 first_row) {
     u32 row = threadIdx.x;
     if (row >= TILE || first_row + row >= job.row_count) return;
@@ -319,7 +329,8 @@ template <Form FORM> __device__ __forceinline__ void pairs(const Job& job) {
     products.clear();
     for (u32 stage = 0; at.column < job.column_count; stage = (stage + 1) % STAGES) {
         wait_for_copies<STAGES - 2>();
-        // The slab has come for all threads; and all are done with the one before, whose place is taken next.
+        // The slab has come for all threads; and all are done with the one before, whose place is
+        // taken next.
         __syncthreads();
         copier.copy(job, slot, copied, shared, (stage + STAGES - 1) % STAGES);
         copied.advance(slot, terms);

@@ -3,7 +3,8 @@ use super::error::{CudaError, Result};
 use libloading::Library;
 use std::path::{Path, PathBuf};
 
-/// Where the CUDA driver and its compiler are found: paths, or names that the system's loader resolves.
+/// Where the CUDA driver and its compiler are found: paths, or names that the system's loader
+/// resolves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaLibraries {
     pub driver: PathBuf,
@@ -12,10 +13,16 @@ pub struct CudaLibraries {
 }
 
 impl Default for CudaLibraries {
-    /// The names that the system's loader knows, and the library through which LibTorch finds its NVRTC.
+    /// The names that the system's loader knows, and the library through which LibTorch finds its
+    /// NVRTC.
     fn default() -> Self {
-        let nvrtc = ["libnvrtc.so.13", "libnvrtc.so.12", "libcaffe2_nvrtc.so"].map(PathBuf::from).to_vec();
-        Self { driver: "libcuda.so.1".into(), nvrtc }
+        let nvrtc = ["libnvrtc.so.13", "libnvrtc.so.12", "libcaffe2_nvrtc.so"]
+            .map(PathBuf::from)
+            .to_vec();
+        Self {
+            driver: "libcuda.so.1".into(),
+            nvrtc,
+        }
     }
 }
 
@@ -24,8 +31,16 @@ pub(super) fn open(path: &Path) -> std::result::Result<Library, libloading::Erro
     unsafe { Library::new(path) }
 }
 
-pub(super) fn missing(library: &'static str, detail: &libloading::Error, remedy: &'static str) -> CudaError {
-    CudaError::Library { library, detail: detail.to_string(), remedy }
+pub(super) fn missing(
+    library: &'static str,
+    detail: &libloading::Error,
+    remedy: &'static str,
+) -> CudaError {
+    CudaError::Library {
+        library,
+        detail: detail.to_string(),
+        remedy,
+    }
 }
 
 /// A struct of C functions that return a status, filled from a library, which stays loaded.
@@ -38,8 +53,8 @@ macro_rules! functions {
 
         impl $name {
             pub(super) fn of(library: libloading::Library) -> super::error::Result<Self> {
-                // Never unloaded: the driver and the compiler keep threads, thread-local state and exit handlers, which
-                // would run code that is gone.
+                // Never unloaded: the driver and the compiler keep threads, thread-local state and
+                // exit handlers, which would run code that is gone.
                 let library = std::mem::ManuallyDrop::new(library);
                 let missing = |error| super::library::missing($what, &error, $remedy);
                 Ok(Self {
@@ -52,7 +67,11 @@ macro_rules! functions {
 }
 pub(super) use functions;
 
-pub(super) fn open_first(paths: &[PathBuf], library: &'static str, remedy: &'static str) -> Result<(PathBuf, Library)> {
+pub(super) fn open_first(
+    paths: &[PathBuf],
+    library: &'static str,
+    remedy: &'static str,
+) -> Result<(PathBuf, Library)> {
     let mut detail = String::from("no name was given");
     for path in paths {
         match open(path) {
@@ -60,5 +79,9 @@ pub(super) fn open_first(paths: &[PathBuf], library: &'static str, remedy: &'sta
             Err(error) => detail = error.to_string(),
         }
     }
-    Err(CudaError::Library { library, detail, remedy })
+    Err(CudaError::Library {
+        library,
+        detail,
+        remedy,
+    })
 }

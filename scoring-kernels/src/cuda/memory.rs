@@ -17,11 +17,18 @@ pub(super) struct Needed {
 
 /// Halves that a value of these towers becomes: an f32 is the sum of two.
 pub(super) fn planes(towers: &[Rows<'_>]) -> usize {
-    if towers.iter().all(|rows| matches!(rows, Rows::F16(_))) { 1 } else { 2 }
+    if towers.iter().all(|rows| matches!(rows, Rows::F16(_))) {
+        1
+    } else {
+        2
+    }
 }
 
 /// What `count` candidates seen by these models need.
-pub(super) fn needed<'a>(count: usize, models: impl Iterator<Item = ModelEmbeddings<'a>>) -> Needed {
+pub(super) fn needed<'a>(
+    count: usize,
+    models: impl Iterator<Item = ModelEmbeddings<'a>>,
+) -> Needed {
     let (mut inputs, mut kept, mut slots, mut staging) = (0, 0, 0, 0);
     for model in models {
         slots += 2;
@@ -34,8 +41,12 @@ pub(super) fn needed<'a>(count: usize, models: impl Iterator<Item = ModelEmbeddi
         }
     }
     // Two sets of running sums (one for batch scores), scores, and two lists of indices.
-    let running = count * (2 * slots * 2 * size_of::<f64>() + size_of::<f64>() + 2 * size_of::<u32>());
-    Needed { inputs, above: kept.saturating_sub(inputs) + running + staging }
+    let running =
+        count * (2 * slots * 2 * size_of::<f64>() + size_of::<f64>() + 2 * size_of::<u32>());
+    Needed {
+        inputs,
+        above: kept.saturating_sub(inputs) + running + staging,
+    }
 }
 
 /// What k-center needs of `count` candidates seen by this model.
@@ -44,7 +55,10 @@ pub(super) fn needed_to_spread(count: usize, model: &ModelEmbeddings<'_>) -> Nee
     let kept = tower_bytes(count, model.dim, planes(&[model.image]));
     // Cosines, whether they are known, and two lists of indices.
     let running = count * (2 * size_of::<f64>() + 2 * size_of::<u32>());
-    Needed { inputs, above: kept.saturating_sub(inputs) + running + staging }
+    Needed {
+        inputs,
+        above: kept.saturating_sub(inputs) + running + staging,
+    }
 }
 
 fn tower_bytes(count: usize, dim: usize, planes: usize) -> usize {
@@ -65,13 +79,20 @@ mod tests {
     use half::f16;
 
     fn model<'a>(rows: Rows<'a>, dim: usize) -> ModelEmbeddings<'a> {
-        ModelEmbeddings { image: rows, text: rows, dim, scale: 1.0, bias: 0.0 }
+        ModelEmbeddings {
+            image: rows,
+            text: rows,
+            dim,
+            scale: 1.0,
+            bias: 0.0,
+        }
     }
 
     #[test]
     fn the_largest_super_batch_runs_in_eight_gibibytes_above_its_inputs() {
         for rows in [Rows::F16(&[] as &[f16]), Rows::F32(&[])] {
-            let Needed { inputs, above } = needed(327_680, [model(rows, 1152), model(rows, 1152)].into_iter());
+            let Needed { inputs, above } =
+                needed(327_680, [model(rows, 1152), model(rows, 1152)].into_iter());
             let width = if matches!(rows, Rows::F16(_)) { 2 } else { 4 };
             assert_eq!(inputs, 4 * 327_680 * 1152 * width);
             assert!(above < 1 << 28, "{above}");
@@ -84,7 +105,13 @@ mod tests {
         assert_eq!(half.inputs, 1_000 * 2 * 65 * 2);
         assert_eq!(half.above, 1_000 * (2 * 63 * 2 + 2 * 2 * 16 + 8 + 8));
         // Both towers of a model have as many planes as one of them needs.
-        let mixed = ModelEmbeddings { text: Rows::F32(&[]), ..model(Rows::F16(&[]), 64) };
-        assert_eq!(needed(10, [mixed].into_iter()).above, 10 * (64 * 2 + 2 * 2 * 16 + 8 + 8) + STAGING_BYTES);
+        let mixed = ModelEmbeddings {
+            text: Rows::F32(&[]),
+            ..model(Rows::F16(&[]), 64)
+        };
+        assert_eq!(
+            needed(10, [mixed].into_iter()).above,
+            10 * (64 * 2 + 2 * 2 * 16 + 8 + 8) + STAGING_BYTES
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Scores on a CUDA device, by kernels of our own: NVRTC compiles `kernels.cu` for the device when it is opened.
+//! Scores on a CUDA device, by kernels of our own: NVRTC compiles `kernels.cu` for the device when
+//! it is opened.
 //!
 //! Both libraries are found at run time, so that one binary runs with and without them.
 mod check;
@@ -24,8 +25,8 @@ pub use library::CudaLibraries;
 use spread::CudaSpread;
 use std::{fmt, sync::Mutex};
 
-/// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of the process, in a context
-/// of its own: our kernels share no memory on the device with LibTorch.
+/// A CUDA device whose kernels were compiled and passed their check. It stays open for the rest of
+/// the process, in a context of its own: our kernels share no memory on the device with LibTorch.
 #[derive(Clone, Copy)]
 pub struct CudaDevice(&'static Device);
 
@@ -33,16 +34,21 @@ pub struct CudaDevice(&'static Device);
 static OPEN: Mutex<Vec<(CudaLibraries, CudaDevice)>> = Mutex::new(Vec::new());
 
 impl CudaDevice {
-    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with the CPU. A device that
-    /// is open is just returned.
+    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with
+    /// the CPU. A device that is open is just returned.
     ///
     /// # Errors
     ///
     /// Why our kernels cannot be used here. LibTorch's form of the computation may still work.
     pub fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self, CudaError> {
         // What was half done by a thread that panicked is not in the list.
-        let mut open = OPEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some((_, known)) = open.iter().find(|(by, known)| by == libraries && known.0.ordinal == ordinal) {
+        let mut open = OPEN
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((_, known)) = open
+            .iter()
+            .find(|(by, known)| by == libraries && known.0.ordinal == ordinal)
+        {
             return Ok(*known);
         }
         let device = Self(Box::leak(Box::new(Device::open(libraries, ordinal)?)));

@@ -44,15 +44,21 @@ impl Drop for Program<'_> {
 
 impl Nvrtc {
     pub(super) fn load(paths: &[PathBuf]) -> Result<Self> {
-        let remedy = "install NVIDIA's NVRTC (it comes with CUDA's PyTorch) or put its folder on LD_LIBRARY_PATH";
+        let remedy = "install NVIDIA's NVRTC (it comes with CUDA's PyTorch) or put its folder on \
+        LD_LIBRARY_PATH";
         let (path, library) = open_first(paths, "NVRTC", remedy)?;
         let nvrtc = Self::of(library)?;
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both are written.
         let known = unsafe { (nvrtc.version)(&mut major, &mut minor) } == 0;
-        if let Some(folder) = path.parent().filter(|folder| known && !folder.as_os_str().is_empty()) {
+        if let Some(folder) = path
+            .parent()
+            .filter(|folder| known && !folder.as_os_str().is_empty())
+        {
             // NVRTC looks for its other half by name alone, which finds it once it is loaded.
-            if let Ok(builtins) = open(&folder.join(format!("libnvrtc-builtins.so.{major}.{minor}"))) {
+            if let Ok(builtins) =
+                open(&folder.join(format!("libnvrtc-builtins.so.{major}.{minor}")))
+            {
                 std::mem::forget(builtins);
             }
         }
@@ -68,28 +74,44 @@ impl Nvrtc {
                 return Vec::new();
             }
             let mut all = vec![0; count as usize];
-            if (self.supported)(all.as_mut_ptr()) == 0 { all } else { Vec::new() }
+            if (self.supported)(all.as_mut_ptr()) == 0 {
+                all
+            } else {
+                Vec::new()
+            }
         }
     }
 
-    /// The kernels for a capability, with so many slabs in shared memory: machine code where NVRTC knows it, else PTX of the
-    /// next older one, which the driver translates.
+    /// The kernels for a capability, with so many slabs in shared memory: machine code where NVRTC
+    /// knows it, else PTX of the next older one, which the driver translates.
     pub(super) fn kernels(&self, capability: u32, stages: u32) -> Result<Vec<u8>> {
         let known = self.architectures();
-        let architecture = match known.iter().copied().filter(|&known| known <= capability as c_int).max() {
+        let architecture = match known
+            .iter()
+            .copied()
+            .filter(|&known| known <= capability as c_int)
+            .max()
+        {
             Some(same) if same == capability as c_int => format!("sm_{same}"),
             Some(older) => format!("compute_{older}"),
             None => {
                 let log = format!("it knows {known:?}");
-                return Err(CudaError::Compile { architecture: format!("sm_{capability}"), log });
+                return Err(CudaError::Compile {
+                    architecture: format!("sm_{capability}"),
+                    log,
+                });
             }
         };
         self.compile(&architecture, stages).map(|(image, _)| image)
     }
 
-    /// Machine code or PTX, and what the compiler said: of machine code, which registers and memory each kernel takes.
+    /// Machine code or PTX, and what the compiler said: of machine code, which registers and memory
+    /// each kernel takes.
     pub(super) fn compile(&self, architecture: &str, stages: u32) -> Result<(Vec<u8>, String)> {
-        let failed = |log: String| CudaError::Compile { architecture: architecture.to_owned(), log };
+        let failed = |log: String| CudaError::Compile {
+            architecture: architecture.to_owned(),
+            log,
+        };
         let text = |text: &str| CString::new(text).expect("no zero byte in it");
         let mut options = vec![
             text(&format!("--gpu-architecture={architecture}")),
@@ -101,22 +123,46 @@ impl Nvrtc {
             options.push(text("--ptxas-options=-v"));
         }
         let (source, name) = (text(SOURCE), text("kernels.cu"));
-        let mut program = Program { nvrtc: self, handle: std::ptr::null_mut() };
+        let mut program = Program {
+            nvrtc: self,
+            handle: std::ptr::null_mut(),
+        };
         // SAFETY: strings end with a zero byte and outlive the calls.
-        let code = unsafe { (self.create)(&mut program.handle, source.as_ptr(), name.as_ptr(), 0, null(), null()) };
+        let code = unsafe {
+            (self.create)(
+                &mut program.handle,
+                source.as_ptr(),
+                name.as_ptr(),
+                0,
+                null(),
+                null(),
+            )
+        };
         if code != 0 {
             return Err(failed(format!("nvrtcCreateProgram returned {code}")));
         }
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         // SAFETY: as above; the program is one.
-        let code = unsafe { (self.compile)(program.handle, options.len() as c_int, options.as_ptr()) };
+        let code =
+            unsafe { (self.compile)(program.handle, options.len() as c_int, options.as_ptr()) };
         let log = program.read(self.log_size, self.log).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
+        let log = String::from_utf8_lossy(&log)
+            .trim_end_matches('\0')
+            .trim()
+            .to_owned();
         if code != 0 {
-            return Err(failed(format!("nvrtcCompileProgram returned {code}: {log}")));
+            return Err(failed(format!(
+                "nvrtcCompileProgram returned {code}: {log}"
+            )));
         }
-        let (size, image) = if machine_code { (self.cubin_size, self.cubin) } else { (self.ptx_size, self.ptx) };
-        let image = program.read(size, image).ok_or_else(|| failed("it gave no image".to_owned()))?;
+        let (size, image) = if machine_code {
+            (self.cubin_size, self.cubin)
+        } else {
+            (self.ptx_size, self.ptx)
+        };
+        let image = program
+            .read(size, image)
+            .ok_or_else(|| failed("it gave no image".to_owned()))?;
         Ok((image, log))
     }
 }

@@ -8,8 +8,8 @@ use crate::types::Rows;
 use half::slice::HalfFloatSliceExt;
 use std::ffi::c_void;
 
-/// Copies a tower to the device: `[planes, B, stride]` halves, with zeros where rows are filled up and in a second plane that
-/// f16 values have no use for.
+/// Copies a tower to the device: `[planes, B, stride]` halves, with zeros where rows are filled up
+/// and in a second plane that f16 values have no use for.
 pub(super) fn upload_rows<'d>(
     stream: &Stream<'d>,
     rows: &Rows<'_>,
@@ -30,7 +30,12 @@ pub(super) fn upload_rows<'d>(
 }
 
 /// Makes two halves of every value, a stretch of rows at a time.
-fn split(stream: &Stream<'_>, values: &[f32], [count, dim, stride]: [usize; 3], to: &Buffer<'_, u16>) -> Result<()> {
+fn split(
+    stream: &Stream<'_>,
+    values: &[f32],
+    [count, dim, stride]: [usize; 3],
+    to: &Buffer<'_, u16>,
+) -> Result<()> {
     let height = (STAGING_BYTES / (dim * size_of::<f32>())).clamp(1, count);
     let staging: Buffer<'_, f32> = stream.allocate(height * dim)?;
     for (stretch, first) in values.chunks(height * dim).zip((0..).step_by(height)) {
@@ -49,7 +54,8 @@ fn split(stream: &Stream<'_>, values: &[f32], [count, dim, stride]: [usize; 3], 
             (&raw mut stride_of).cast(),
         ];
         let grid = [Stream::blocks(rows * stride), 1];
-        // SAFETY: the kernel's parameters; it reads the stretch, and writes its rows of both planes.
+        // SAFETY: the kernel's parameters; it reads the stretch, and writes its rows of both
+        // planes.
         unsafe { stream.launch(stream.device.split(), grid, 0, &mut arguments) }?;
         stream.wait()?;
     }

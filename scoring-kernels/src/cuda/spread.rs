@@ -15,7 +15,8 @@ pub(crate) struct CudaSpread<'a> {
     // Memory is given back before the stream.
     rows: Buffer<'a, u32>,
     columns: Buffer<'a, u32>,
-    /// By candidate, the cosine with the nearest of the chosen, and whether there is one: see `Job` of kernels.cu.
+    /// By candidate, the cosine with the nearest of the chosen, and whether there is one: see `Job`
+    /// of kernels.cu.
     nearest: Buffer<'a, f64>,
     known: Buffer<'a, f64>,
     _images: Buffer<'a, u16>,
@@ -23,17 +24,28 @@ pub(crate) struct CudaSpread<'a> {
 }
 
 impl<'a> CudaSpread<'a> {
-    pub(super) fn new(embeddings: &ModelEmbeddings<'_>, count: usize, device: &'a Device) -> CudaResult<Self> {
+    pub(super) fn new(
+        embeddings: &ModelEmbeddings<'_>,
+        count: usize,
+        device: &'a Device,
+    ) -> CudaResult<Self> {
         let (dim, planes) = (embeddings.dim, planes(&[embeddings.image]));
         let Needed { inputs, above } = needed_to_spread(count, embeddings);
         let free = device.free_bytes()?;
         if inputs + above > free {
-            return Err(CudaError::Memory { needed: inputs + above, free });
+            return Err(CudaError::Memory {
+                needed: inputs + above,
+                free,
+            });
         }
         let stream = Stream::new(device)?;
         let images = upload_rows(&stream, &embeddings.image, [count, dim], planes)?;
         let stride = dim.next_multiple_of(DEPTH);
-        let plane = if planes == 2 { (count * stride) as u64 } else { 0 };
+        let plane = if planes == 2 {
+            (count * stride) as u64
+        } else {
+            0
+        };
         // Logits that are the cosines.
         let slot = Slot {
             ours: images.address,
@@ -74,8 +86,16 @@ impl<'a> CudaSpread<'a> {
             sums: self.known.address,
         };
         let (kernel, shared) = (self.stream.device.largest(), self.stream.device.tile_bytes);
-        // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and what it writes is of B.
-        unsafe { self.stream.launch(kernel, [rows.len().div_ceil(TILE), 1], shared, &mut [(&raw mut job).cast()]) }?;
+        // SAFETY: a `Job` is the kernel's parameter; its lists hold indices below B, and what it
+        // writes is of B.
+        unsafe {
+            self.stream.launch(
+                kernel,
+                [rows.len().div_ceil(TILE), 1],
+                shared,
+                &mut [(&raw mut job).cast()],
+            )
+        }?;
         self.stream.download(&self.nearest, self.count)
     }
 }
@@ -86,6 +106,9 @@ impl Spread for CudaSpread<'_> {
             return Ok(Vec::new());
         }
         let nearest = self.add(left, chunk)?;
-        Ok(left.iter().map(|&index| nearest[index as usize] as f32).collect())
+        Ok(left
+            .iter()
+            .map(|&index| nearest[index as usize] as f32)
+            .collect())
     }
 }

@@ -35,39 +35,66 @@ pub(super) struct Buffer<'d, T> {
 impl<'d> Stream<'d> {
     pub(super) fn new(device: &'d Device) -> Result<Self> {
         let mut handle = null_mut();
-        device.call("cuStreamCreate", |driver| unsafe { (driver.stream_create)(&mut handle, STREAM_NON_BLOCKING) })?;
+        device.call("cuStreamCreate", |driver| unsafe {
+            (driver.stream_create)(&mut handle, STREAM_NON_BLOCKING)
+        })?;
         Ok(Self { device, handle })
     }
 
     /// Waits for all that was begun.
     pub(super) fn wait(&self) -> Result<()> {
-        self.device.call("cuStreamSynchronize", |driver| unsafe { (driver.stream_wait)(self.handle) })
+        self.device.call("cuStreamSynchronize", |driver| unsafe {
+            (driver.stream_wait)(self.handle)
+        })
     }
 
     pub(super) fn allocate<T>(&self, len: usize) -> Result<Buffer<'d, T>> {
         let (mut address, bytes) = (0, (len * size_of::<T>()).max(1));
-        self.device.call("cuMemAlloc", |driver| unsafe { (driver.allocate)(&mut address, bytes) })?;
-        Ok(Buffer { device: self.device, address, len, values: PhantomData })
+        self.device.call("cuMemAlloc", |driver| unsafe {
+            (driver.allocate)(&mut address, bytes)
+        })?;
+        Ok(Buffer {
+            device: self.device,
+            address,
+            len,
+            values: PhantomData,
+        })
     }
 
     pub(super) fn clear<T>(&self, buffer: &Buffer<'_, T>) -> Result<()> {
         let bytes = buffer.len * size_of::<T>();
-        self.device
-            .call("cuMemsetD8Async", |driver| unsafe { (driver.set_bytes)(buffer.address, 0, bytes, self.handle) })
+        self.device.call("cuMemsetD8Async", |driver| unsafe {
+            (driver.set_bytes)(buffer.address, 0, bytes, self.handle)
+        })
     }
 
     /// Writes `values` to the start of a buffer. They must stay as they are until `wait`.
     pub(super) fn upload<T>(&self, to: &Buffer<'_, T>, values: &[T]) -> Result<()> {
         assert!(values.len() <= to.len, "more values than the buffer holds");
         self.device.call("cuMemcpyHtoDAsync", |driver| unsafe {
-            (driver.to_device)(to.address, values.as_ptr().cast(), size_of_val(values), self.handle)
+            (driver.to_device)(
+                to.address,
+                values.as_ptr().cast(),
+                size_of_val(values),
+                self.handle,
+            )
         })
     }
 
-    /// Writes rows of `dim` values to rows that are `stride` apart, from the buffer's start; as [`Self::upload`].
-    pub(super) fn upload_rows<T>(&self, to: &Buffer<'_, T>, values: &[T], dim: usize, stride: usize) -> Result<()> {
+    /// Writes rows of `dim` values to rows that are `stride` apart, from the buffer's start; as
+    /// [`Self::upload`].
+    pub(super) fn upload_rows<T>(
+        &self,
+        to: &Buffer<'_, T>,
+        values: &[T],
+        dim: usize,
+        stride: usize,
+    ) -> Result<()> {
         let height = values.len() / dim;
-        assert!(height * stride <= to.len && dim <= stride, "more rows than the buffer holds");
+        assert!(
+            height * stride <= to.len && dim <= stride,
+            "more rows than the buffer holds"
+        );
         if dim == stride {
             return self.upload(to, values);
         }
@@ -90,7 +117,9 @@ impl<'d> Stream<'d> {
             width: dim * size,
             height,
         };
-        self.device.call("cuMemcpy2DAsync", |driver| unsafe { (driver.copy_2d)(&copy, self.handle) })
+        self.device.call("cuMemcpy2DAsync", |driver| unsafe {
+            (driver.copy_2d)(&copy, self.handle)
+        })
     }
 
     /// The first values of a buffer, after all that was begun.
@@ -98,7 +127,12 @@ impl<'d> Stream<'d> {
         assert!(len <= from.len, "more values than the buffer holds");
         let mut values = vec![0f64; len];
         self.device.call("cuMemcpyDtoHAsync", |driver| unsafe {
-            (driver.to_host)(values.as_mut_ptr().cast(), from.address, len * size_of::<f64>(), self.handle)
+            (driver.to_host)(
+                values.as_mut_ptr().cast(),
+                from.address,
+                len * size_of::<f64>(),
+                self.handle,
+            )
         })?;
         self.wait()?;
         Ok(values)
@@ -108,7 +142,8 @@ impl<'d> Stream<'d> {
     ///
     /// # Safety
     ///
-    /// `arguments` point to values of the kernel's parameter types, and what those point to on the device is large enough.
+    /// `arguments` point to values of the kernel's parameter types, and what those point to on the
+    /// device is large enough.
     pub(super) unsafe fn launch(
         &self,
         kernel: Kernel,
@@ -144,12 +179,16 @@ impl Drop for Stream<'_> {
     fn drop(&mut self) {
         // What fails here has failed before, where it was said.
         let _ = self.wait();
-        let _ = self.device.call("cuStreamDestroy", |driver| unsafe { (driver.stream_destroy)(self.handle) });
+        let _ = self.device.call("cuStreamDestroy", |driver| unsafe {
+            (driver.stream_destroy)(self.handle)
+        });
     }
 }
 
 impl<T> Drop for Buffer<'_, T> {
     fn drop(&mut self) {
-        let _ = self.device.call("cuMemFree", |driver| unsafe { (driver.free)(self.address) });
+        let _ = self
+            .device
+            .call("cuMemFree", |driver| unsafe { (driver.free)(self.address) });
     }
 }

@@ -27,14 +27,22 @@ pub(crate) struct Others {
 impl Others {
     pub(crate) fn new(rows: &Rows<'_>, dim: usize, indices: &[u32]) -> Self {
         let isa = Isa::detect();
-        Self { isa, dim, blocks: Blocks::new(isa, rows, dim, indices) }
+        Self {
+            isa,
+            dim,
+            blocks: Blocks::new(isa, rows, dim, indices),
+        }
     }
 
     pub(crate) fn scratch(&self) -> Scratch {
-        Scratch { panel: Buffer::zeros(WIDEST * self.dim), dots: Buffer::zeros(BLOCK * WIDEST) }
+        Scratch {
+            panel: Buffer::zeros(WIDEST * self.dim),
+            dots: Buffer::zeros(BLOCK * WIDEST),
+        }
     }
 
-    /// Calls `see(which of indices, which of the others, dot product)` for every pair, the others in order for each.
+    /// Calls `see(which of indices, which of the others, dot product)` for every pair, the others
+    /// in order for each.
     pub(crate) fn visit(
         &self,
         rows: &Rows<'_>,
@@ -72,21 +80,35 @@ pub(crate) struct NativeSpread<'a> {
 
 impl<'a> NativeSpread<'a> {
     pub(crate) fn new(embeddings: &ModelEmbeddings<'a>, count: usize) -> Self {
-        Self { images: embeddings.image, dim: embeddings.dim, nearest: vec![f32::NEG_INFINITY; count] }
+        Self {
+            images: embeddings.image,
+            dim: embeddings.dim,
+            nearest: vec![f32::NEG_INFINITY; count],
+        }
     }
 }
 
 impl Spread for NativeSpread<'_> {
     fn absorb(&mut self, chunk: &[u32], left: &[u32]) -> Result<Vec<f32>> {
         let others = Others::new(&self.images, self.dim, chunk);
-        let mut nearest: Vec<f32> = left.iter().map(|&index| self.nearest[index as usize]).collect();
-        nearest.par_chunks_mut(64).zip(left.par_chunks(64)).for_each_init(
-            || others.scratch(),
-            |scratch, (nearest, indices)| {
-                others.visit(&self.images, indices, scratch, |lane, _, dot| nearest[lane] = nearest[lane].max(dot));
-            },
-        );
-        left.iter().zip(&nearest).for_each(|(&index, &cosine)| self.nearest[index as usize] = cosine);
+        let mut nearest: Vec<f32> = left
+            .iter()
+            .map(|&index| self.nearest[index as usize])
+            .collect();
+        nearest
+            .par_chunks_mut(64)
+            .zip(left.par_chunks(64))
+            .for_each_init(
+                || others.scratch(),
+                |scratch, (nearest, indices)| {
+                    others.visit(&self.images, indices, scratch, |lane, _, dot| {
+                        nearest[lane] = nearest[lane].max(dot)
+                    });
+                },
+            );
+        left.iter()
+            .zip(&nearest)
+            .for_each(|(&index, &cosine)| self.nearest[index as usize] = cosine);
         Ok(nearest)
     }
 }

@@ -1,19 +1,21 @@
-//! The inner loops: dot products of a panel of candidates with a block of drawn examples, and their reduction.
+//! The inner loops: dot products of a panel of candidates with a block of drawn examples, and their
+//! reduction.
 //!
-//! A lane is a candidate. Each lane's numbers are added in the order of the drawn examples, so what a candidate gets depends
-//! neither on its lane nor on its panel. Every loop is written once and compiled for three instruction sets.
+//! A lane is a candidate. Each lane's numbers are added in the order of the drawn examples, so what
+//! a candidate gets depends neither on its lane nor on its panel. Every loop is written once and
+//! compiled for three instruction sets.
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Isa, Portable, Vector};
 use crate::problem::chunk_sizes;
 
-/// Most drawn examples of a block: a product of as many numbers of at most 2 fits an f32, and a block's dot products with a
-/// panel fit the L1 cache.
+/// Most drawn examples of a block: a product of as many numbers of at most 2 fits an f32, and a
+/// block's dot products with a panel fit the L1 cache.
 pub(super) const BLOCK: usize = 120;
 /// Most candidates of a panel.
 pub(super) const WIDEST: usize = 32;
-/// Terms of a dot product added up in one register before they are flushed: keeps a panel's part in the L1 cache, and
-/// rounding small.
+/// Terms of a dot product added up in one register before they are flushed: keeps a panel's part in
+/// the L1 cache, and rounding small.
 const DEPTH: usize = 128;
 /// A logit whose exponential is 0.
 const NOTHING: f32 = -1e30;
@@ -75,14 +77,14 @@ macro_rules! for_each_isa {
 }
 
 for_each_isa! {
-    /// Dot products of a block's rows with a panel: `dots[row * width + lane]`. `block` holds `[group][dim][row]` for groups
-    /// of the given heights, `panel` `[dim][lane]`.
+    /// Dot products of a block's rows with a panel: `dots[row * width + lane]`. `block` holds
+    /// `[group][dim][row]` for groups of the given heights, `panel` `[dim][lane]`.
     dots(block: &[f32], groups: &[usize], panel: &[f32], dim: usize, dots: &mut [f32]), dots_body
 }
 
 for_each_isa! {
-    /// For each lane, the sum over rows of softplus(scale x dot + bias): of sigmoid pair losses of negatives. Within 1e-7 a
-    /// term of the exact sum.
+    /// For each lane, the sum over rows of softplus(scale x dot + bias): of sigmoid pair losses of
+    /// negatives. Within 1e-7 a term of the exact sum.
     softplus_sums(dots: &[f32], scale: f64, bias: f64, sums: &mut [f64; WIDEST]), softplus_sums_body
 }
 
@@ -92,7 +94,13 @@ for_each_isa! {
 }
 
 #[inline(always)]
-fn dots_body<V: Vector>(block: &[f32], groups: &[usize], panel: &[f32], dim: usize, dots: &mut [f32]) {
+fn dots_body<V: Vector>(
+    block: &[f32],
+    groups: &[usize],
+    panel: &[f32],
+    dim: usize,
+    dots: &mut [f32],
+) {
     for start in (0..dim).step_by(DEPTH) {
         let end = (start + DEPTH).min(dim);
         let panel = &panel[start * 2 * V::LANES..end * 2 * V::LANES];
@@ -124,11 +132,19 @@ fn dots_body<V: Vector>(block: &[f32], groups: &[usize], panel: &[f32], dim: usi
 #[inline(always)]
 fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
     let mut sums = [[V::splat(0.0); 2]; H];
-    for (row, column) in rows.as_chunks::<H>().0.iter().zip(panel.chunks_exact(2 * V::LANES)) {
+    for (row, column) in rows
+        .as_chunks::<H>()
+        .0
+        .iter()
+        .zip(panel.chunks_exact(2 * V::LANES))
+    {
         let (left, right) = (V::load(column), V::load(&column[V::LANES..]));
         for r in 0..H {
             let value = V::splat(row[r]);
-            sums[r] = [value.mul_add(left, sums[r][0]), value.mul_add(right, sums[r][1])];
+            sums[r] = [
+                value.mul_add(left, sums[r][0]),
+                value.mul_add(right, sums[r][1]),
+            ];
         }
     }
     for (sums, out) in sums.iter().zip(out.chunks_exact_mut(2 * V::LANES)) {
@@ -148,7 +164,14 @@ fn exp2_of_negative<V: Vector>(z: V) -> V {
     let r = z.sub(shifted.sub(V::splat(ROUND)));
     // Minimax in relative error on |r| <= 1/2: 2e-9 before rounding.
     let mut p = V::splat(1.535_336e-4);
-    for coefficient in [1.339_887e-3, 9.618_437e-3, 5.550_332e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
+    for coefficient in [
+        1.339_887e-3,
+        9.618_437e-3,
+        5.550_332e-2,
+        0.240_226_48,
+        std::f32::consts::LN_2,
+        1.0,
+    ] {
         p = p.mul_add(r, V::splat(coefficient));
     }
     p.scale_by(shifted)
@@ -160,12 +183,16 @@ fn split(value: f64) -> (f32, f32) {
     (high, (value - f64::from(high)) as f32)
 }
 
-/// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), with logits in units of ln 2. The logarithms of a lane are one logarithm of
-/// a product, of which 1 less is kept: small factors are not lost.
+/// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), with logits in units of ln 2. The logarithms of a
+/// lane are one logarithm of a product, of which 1 less is kept: small factors are not lost.
 #[inline(always)]
 fn softplus_sums_body<V: Vector>(dots: &[f32], scale: f64, bias: f64, sums: &mut [f64; WIDEST]) {
     let (high, low) = split(scale * std::f64::consts::LOG2_E);
-    let (high, low, bias) = (V::splat(high), V::splat(low), V::splat((bias * std::f64::consts::LOG2_E) as f32));
+    let (high, low, bias) = (
+        V::splat(high),
+        V::splat(low),
+        V::splat((bias * std::f64::consts::LOG2_E) as f32),
+    );
     let zero = V::splat(0.0);
     let width = 2 * V::LANES;
     let (mut products, mut positives) = ([0f32; WIDEST], [0f64; WIDEST]);
@@ -202,7 +229,12 @@ fn negative<V: Vector>(z: V) -> V {
 }
 
 #[inline(always)]
-fn exp_sums_body<V: Vector>(dots: &[f32], scale: f64, largest: &mut [f64; WIDEST], sums: &mut [f64; WIDEST]) {
+fn exp_sums_body<V: Vector>(
+    dots: &[f32],
+    scale: f64,
+    largest: &mut [f64; WIDEST],
+    sums: &mut [f64; WIDEST],
+) {
     let (high, low) = split(scale * std::f64::consts::LOG2_E);
     let (high, low) = (V::splat(high), V::splat(low));
     let width = 2 * V::LANES;
@@ -255,11 +287,16 @@ mod tests {
 
     /// Values in -1..1 without a pattern that a lane or a row could share.
     fn values(n: usize) -> Vec<f32> {
-        (0..n as u64).map(|k| (k * k * 37 % 1_009) as f32 / 505.0 - 1.0).collect()
+        (0..n as u64)
+            .map(|k| (k * k * 37 % 1_009) as f32 / 505.0 - 1.0)
+            .collect()
     }
 
     fn exact_dot(a: &[f32], b: &[f32]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     }
 
     #[test]
@@ -269,7 +306,11 @@ mod tests {
             let mut ours = [0f32; 4];
             exp2_of_negative(Portable::splat(z)).store(&mut ours);
             let exact = f64::from(z).exp2();
-            assert!((f64::from(ours[0]) - exact).abs() <= 1.3e-7 * exact, "2^{z}: {} against {exact}", ours[0]);
+            assert!(
+                (f64::from(ours[0]) - exact).abs() <= 1.3e-7 * exact,
+                "2^{z}: {} against {exact}",
+                ours[0]
+            );
         }
         let mut none = [1f32; 4];
         exp2_of_negative(Portable::splat(-1e30)).store(&mut none);
@@ -278,8 +319,14 @@ mod tests {
 
     #[test]
     fn the_logarithm_of_one_and_more_is_right() {
-        for u in (-300..400).map(|k| 1.25f64.powi(k)).chain([0.0, 0.414_213, 0.414_214, 1.0, 3.0]) {
-            assert!((ln_1p(u) - u.ln_1p()).abs() <= 1e-11 * (1.0 + u.ln_1p()), "{u}");
+        for u in (-300..400)
+            .map(|k| 1.25f64.powi(k))
+            .chain([0.0, 0.414_213, 0.414_214, 1.0, 3.0])
+        {
+            assert!(
+                (ln_1p(u) - u.ln_1p()).abs() <= 1e-11 * (1.0 + u.ln_1p()),
+                "{u}"
+            );
         }
     }
 
@@ -296,10 +343,18 @@ mod tests {
                 let mut out = vec![0f32; drawn.len() * width];
                 let (block, groups) = blocks.iter().next().expect("one block");
                 dots(isa, block, groups, &panel, dim, &mut out);
-                for (row, lane) in (0..drawn.len()).flat_map(|row| (0..width).map(move |lane| (row, lane))) {
-                    let exact = exact_dot(&all[drawn[row] as usize * dim..][..dim], &all[lane * dim..][..dim]);
+                for (row, lane) in
+                    (0..drawn.len()).flat_map(|row| (0..width).map(move |lane| (row, lane)))
+                {
+                    let exact = exact_dot(
+                        &all[drawn[row] as usize * dim..][..dim],
+                        &all[lane * dim..][..dim],
+                    );
                     let ours = f64::from(out[row * width + lane]);
-                    assert!((ours - exact).abs() < 2e-5, "{isa:?} {count} rows, {row} {lane}: {ours} against {exact}");
+                    assert!(
+                        (ours - exact).abs() < 2e-5,
+                        "{isa:?} {count} rows, {row} {lane}: {ours} against {exact}"
+                    );
                 }
             }
         }
@@ -307,19 +362,41 @@ mod tests {
 
     #[test]
     fn sums_match_float64_on_every_instruction_set() {
-        let cases = [(1, 1.0, 0.0), (15, 20.0, -10.0), (100, 120.0, -20.0), (120, 1.0, -20.0), (120, -60.0, 0.1)];
-        for (isa, (rows, scale, bias)) in Isa::all().into_iter().flat_map(|isa| cases.map(|case| (isa, case))) {
+        let cases = [
+            (1, 1.0, 0.0),
+            (15, 20.0, -10.0),
+            (100, 120.0, -20.0),
+            (120, 1.0, -20.0),
+            (120, -60.0, 0.1),
+        ];
+        for (isa, (rows, scale, bias)) in Isa::all()
+            .into_iter()
+            .flat_map(|isa| cases.map(|case| (isa, case)))
+        {
             let (width, dots) = (isa.width(), values(rows * isa.width()));
             let [mut plus, mut largest, mut scaled] = [[0f64; WIDEST]; 3];
             softplus_sums(isa, &dots, scale, bias, &mut plus);
             exp_sums(isa, &dots, scale, &mut largest, &mut scaled);
             for lane in 0..width {
-                let cosines = || dots.iter().skip(lane).step_by(width).map(|dot| f64::from(*dot));
+                let cosines = || {
+                    dots.iter()
+                        .skip(lane)
+                        .step_by(width)
+                        .map(|dot| f64::from(*dot))
+                };
                 let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
-                let exact: f64 = cosines().map(|cosine| softplus(scale * cosine + bias)).sum();
+                let exact: f64 = cosines()
+                    .map(|cosine| softplus(scale * cosine + bias))
+                    .sum();
                 let error = (plus[lane] - exact).abs();
-                assert!(error < 1e-7 * rows as f64 + 2e-7 * exact, "{isa:?} {rows} {scale} {bias}: {error} of {exact}");
-                let exact = cosines().map(|cosine| (scale * cosine).exp()).sum::<f64>().ln();
+                assert!(
+                    error < 1e-7 * rows as f64 + 2e-7 * exact,
+                    "{isa:?} {rows} {scale} {bias}: {error} of {exact}"
+                );
+                let exact = cosines()
+                    .map(|cosine| (scale * cosine).exp())
+                    .sum::<f64>()
+                    .ln();
                 let error = (largest[lane] + scaled[lane].ln() - exact).abs();
                 assert!(error < 1e-5, "{isa:?} {rows} {scale}: {error} of {exact}");
             }
@@ -332,7 +409,11 @@ mod tests {
             let (dots, mut sums) = (vec![0f32; BLOCK * isa.width()], [0f64; WIDEST]);
             softplus_sums(isa, &dots, 1.0, -18.0, &mut sums);
             let exact = BLOCK as f64 * (-18f64).exp().ln_1p();
-            assert!((sums[0] - exact).abs() < 1e-5 * exact, "{isa:?}: {} against {exact}", sums[0]);
+            assert!(
+                (sums[0] - exact).abs() < 1e-5 * exact,
+                "{isa:?}: {} against {exact}",
+                sums[0]
+            );
         }
     }
 }

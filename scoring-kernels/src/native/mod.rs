@@ -1,7 +1,8 @@
 //! Scores on the CPU, in plain Rust, on the caller's rayon pool.
 //!
-//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn examples in a fixed
-//! order, whichever slot it is in and whichever thread has it: the draw does not depend on the number of threads.
+//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn
+//! examples in a fixed order, whichever slot it is in and whichever thread has it: the draw does
+//! not depend on the number of threads.
 mod cosines;
 mod kernel;
 mod pack;
@@ -24,8 +25,8 @@ pub(crate) use cosines::{NativeSpread, Others};
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;
-/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that packing costs nothing beside
-/// them.
+/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that
+/// packing costs nothing beside them.
 const KEPT_BYTES: usize = 256 << 20;
 
 pub(crate) struct NativeEngine<'a> {
@@ -53,8 +54,21 @@ struct Direction<'a> {
 fn directions<'a>(problem: &'a Problem<'a>) -> impl Iterator<Item = Direction<'a>> {
     problem.models.iter().enumerate().flat_map(|(m, model)| {
         let (image, text) = (model.embeddings.image, model.embeddings.text);
-        let forth = Direction { model, slot: [m, 0], ours: image, theirs: text };
-        [forth, Direction { slot: [m, 1], ours: text, theirs: image, ..forth }]
+        let forth = Direction {
+            model,
+            slot: [m, 0],
+            ours: image,
+            theirs: text,
+        };
+        [
+            forth,
+            Direction {
+                slot: [m, 1],
+                ours: text,
+                theirs: image,
+                ..forth
+            },
+        ]
     })
 }
 
@@ -62,12 +76,29 @@ impl<'a> NativeEngine<'a> {
     pub(crate) fn new(problem: &'a Problem<'a>) -> Self {
         let running = all_start(problem, &problem.offered);
         let mut slots = vec![0; problem.count];
-        problem.offered.iter().zip(0..).for_each(|(&index, slot)| slots[index as usize] = slot);
-        let dims: usize = problem.models.iter().map(|model| model.embeddings.dim).sum();
+        problem
+            .offered
+            .iter()
+            .zip(0..)
+            .for_each(|(&index, slot)| slots[index as usize] = slot);
+        let dims: usize = problem
+            .models
+            .iter()
+            .map(|model| model.embeddings.dim)
+            .sum();
         let flops = 2.0 * problem.offered.len() as f64 * dims as f64;
-        let mut engine = Self { problem, isa: Isa::detect(), running, slots, kept: Vec::new(), flops };
+        let mut engine = Self {
+            problem,
+            isa: Isa::detect(),
+            running,
+            slots,
+            kept: Vec::new(),
+            flops,
+        };
         if problem.chunks.len() > 2 && 8 * problem.offered.len() * dims <= KEPT_BYTES {
-            engine.kept = directions(problem).map(|direction| engine.panels(&direction)).collect();
+            engine.kept = directions(problem)
+                .map(|direction| engine.panels(&direction))
+                .collect();
         }
         engine
     }
@@ -76,15 +107,24 @@ impl<'a> NativeEngine<'a> {
     fn panels(&self, direction: &Direction<'_>) -> Buffer {
         let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
         let mut panels = Buffer::zeros(self.running.len().next_multiple_of(TILE) * dim);
-        let tiles = panels.as_mut_slice().par_chunks_mut(width * dim).zip(self.running.par_chunks(width));
+        let tiles = panels
+            .as_mut_slice()
+            .par_chunks_mut(width * dim)
+            .zip(self.running.par_chunks(width));
         tiles.for_each(|(panel, rows)| {
-            pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
+            pack::panel(
+                &direction.ours,
+                dim,
+                rows.iter().map(|row| row.index),
+                width,
+                panel,
+            );
         });
         panels
     }
 
-    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots that changed hands,
-    /// rising.
+    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots
+    /// that changed hands, rising.
     fn remove(&mut self, chunk: &[u32]) -> Vec<usize> {
         let mut changed = Vec::with_capacity(chunk.len());
         for &index in chunk {
@@ -101,22 +141,32 @@ impl<'a> NativeEngine<'a> {
         changed
     }
 
-    /// Adds to each of `running` its terms of one direction against a chunk, and returns the operations that took.
+    /// Adds to each of `running` its terms of one direction against a chunk, and returns the
+    /// operations that took.
     fn add(&self, running: &mut [Running], chunk: &[u32], direction: &Direction<'_>) -> f64 {
         let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
         let blocks = Blocks::new(self.isa, &direction.theirs, dim, chunk);
         let scratch = || (Buffer::zeros(TILE * dim), Buffer::zeros(BLOCK * WIDEST));
-        running.par_chunks_mut(TILE).for_each_init(scratch, |(panels, dots), tile| {
-            let panels = panels.as_mut_slice();
-            for (rows, panel) in tile.chunks(width).zip(panels.chunks_exact_mut(width * dim)) {
-                pack::panel(&direction.ours, dim, rows.iter().map(|row| row.index), width, panel);
-            }
-            self.add_tile(tile, panels, &blocks, direction, dots.as_mut_slice());
-        });
+        running
+            .par_chunks_mut(TILE)
+            .for_each_init(scratch, |(panels, dots), tile| {
+                let panels = panels.as_mut_slice();
+                for (rows, panel) in tile.chunks(width).zip(panels.chunks_exact_mut(width * dim)) {
+                    pack::panel(
+                        &direction.ours,
+                        dim,
+                        rows.iter().map(|row| row.index),
+                        width,
+                        panel,
+                    );
+                }
+                self.add_tile(tile, panels, &blocks, direction, dots.as_mut_slice());
+            });
         2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64
     }
 
-    /// [`Self::add`] where panels are kept. The slots in `changed` hold other candidates than their lanes do.
+    /// [`Self::add`] where panels are kept. The slots in `changed` hold other candidates than their
+    /// lanes do.
     fn add_kept(
         &self,
         (running, kept): (&mut [Running], &mut [f32]),
@@ -126,7 +176,10 @@ impl<'a> NativeEngine<'a> {
     ) -> f64 {
         let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
         let blocks = Blocks::new(self.isa, &direction.theirs, dim, chunk);
-        let tiles = running.par_chunks_mut(TILE).zip(kept.par_chunks_mut(TILE * dim)).enumerate();
+        let tiles = running
+            .par_chunks_mut(TILE)
+            .zip(kept.par_chunks_mut(TILE * dim))
+            .enumerate();
         tiles.for_each_init(
             || Buffer::zeros(BLOCK * WIDEST),
             |dots, (t, (tile, panels))| {
@@ -135,7 +188,14 @@ impl<'a> NativeEngine<'a> {
                 for slot in &changed[place(t * TILE)..place((t + 1) * TILE)] {
                     let slot = slot % TILE;
                     let panel = &mut panels[slot / width * width * dim..];
-                    pack::lane(&direction.ours, dim, tile[slot].index, width, slot % width, panel);
+                    pack::lane(
+                        &direction.ours,
+                        dim,
+                        tile[slot].index,
+                        width,
+                        slot % width,
+                        panel,
+                    );
                 }
                 self.add_tile(tile, panels, &blocks, direction, dots.as_mut_slice());
             },
@@ -164,12 +224,16 @@ impl<'a> NativeEngine<'a> {
 
 /// Adds a panel's dot products with a block to its candidates' running scores.
 fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &Direction<'_>) {
-    let SignedModel { sign, embeddings, .. } = direction.model;
+    let SignedModel {
+        sign, embeddings, ..
+    } = direction.model;
     let mut sums = [0f64; WIDEST];
     match loss {
         Loss::Sigmoid => {
             kernel::softplus_sums(isa, dots, embeddings.scale, embeddings.bias, &mut sums);
-            rows.iter_mut().zip(sums).for_each(|(row, sum)| row.pairs += sign * sum);
+            rows.iter_mut()
+                .zip(sums)
+                .for_each(|(row, sum)| row.pairs += sign * sum);
         }
         Loss::Softmax => {
             let ([model, side], mut largest) = (direction.slot, [0f64; WIDEST]);
@@ -181,7 +245,8 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
     }
 }
 
-/// The softmax losses of `offered` in a batch of `context` and, where it is not in it, the candidate itself.
+/// The softmax losses of `offered` in a batch of `context` and, where it is not in it, the
+/// candidate itself.
 pub(crate) fn clip_losses(
     model: &ModelEmbeddings<'_>,
     cosines: Vec<f64>,
@@ -189,7 +254,9 @@ pub(crate) fn clip_losses(
     context: &[u32],
 ) -> Vec<f64> {
     let mut inside = vec![false; cosines.len()];
-    context.iter().for_each(|&index| inside[index as usize] = true);
+    context
+        .iter()
+        .for_each(|&index| inside[index as usize] = true);
     let problem = Problem::of_one(*model, cosines, offered.to_vec());
     let mut engine = NativeEngine::new(&problem);
     let mut running = std::mem::take(&mut engine.running);
@@ -197,7 +264,10 @@ pub(crate) fn clip_losses(
         engine.add(&mut running, context, &direction);
     }
     for row in running.iter_mut().filter(|row| !inside[row.index as usize]) {
-        let own = (model.scale * problem.models[0].cosines[row.index as usize], 1.0);
+        let own = (
+            model.scale * problem.models[0].cosines[row.index as usize],
+            1.0,
+        );
         row.logits[0].iter_mut().for_each(|logits| logits.add(own));
     }
     running.iter().map(|row| row.score(&problem)).collect()
@@ -205,16 +275,27 @@ pub(crate) fn clip_losses(
 
 /// Unconditional scores of candidates, without gain, in their order.
 pub(crate) fn own_scores(problem: &Problem<'_>, indices: &[u32]) -> Vec<f64> {
-    all_start(problem, indices).into_iter().map(|row| row.own).collect()
+    all_start(problem, indices)
+        .into_iter()
+        .map(|row| row.own)
+        .collect()
 }
 
 /// What a candidate's own pair would add to a sigmoid score if it were a negative.
 pub(crate) fn own_as_negative(problem: &Problem<'_>, index: u32) -> f64 {
-    problem.models.iter().map(|model| model.sign * softplus(own_logit(model, index))).sum()
+    problem
+        .models
+        .iter()
+        .map(|model| model.sign * softplus(own_logit(model, index)))
+        .sum()
 }
 
 fn all_start(problem: &Problem<'_>, indices: &[u32]) -> Vec<Running> {
-    indices.par_iter().with_min_len(64).map(|&index| start(problem, index)).collect()
+    indices
+        .par_iter()
+        .with_min_len(64)
+        .map(|&index| start(problem, index))
+        .collect()
 }
 
 impl Engine for NativeEngine<'_> {
@@ -228,10 +309,18 @@ impl Engine for NativeEngine<'_> {
 
     fn absorb(&mut self, chunk: &[u32]) -> Result<()> {
         let changed = self.remove(chunk);
-        let (mut running, mut kept) = (std::mem::take(&mut self.running), std::mem::take(&mut self.kept));
+        let (mut running, mut kept) = (
+            std::mem::take(&mut self.running),
+            std::mem::take(&mut self.kept),
+        );
         for (k, direction) in directions(self.problem).enumerate() {
             self.flops += match kept.get_mut(k) {
-                Some(kept) => self.add_kept((&mut running, kept.as_mut_slice()), &changed, chunk, &direction),
+                Some(kept) => self.add_kept(
+                    (&mut running, kept.as_mut_slice()),
+                    &changed,
+                    chunk,
+                    &direction,
+                ),
                 None => self.add(&mut running, chunk, &direction),
             };
         }
@@ -250,11 +339,15 @@ impl Engine for NativeEngine<'_> {
             }
             return Ok(running.iter().map(|row| row.score(self.problem)).sum());
         }
-        // One direction sees every ordered pair once, and each example's own pair as if it were a negative.
+        // One direction sees every ordered pair once, and each example's own pair as if it were a
+        // negative.
         for direction in directions(self.problem).filter(|direction| direction.slot[1] == 0) {
             self.flops += self.add(&mut running, chosen, &direction);
         }
-        Ok(running.iter().map(|row| row.pairs - own_as_negative(self.problem, row.index)).sum())
+        Ok(running
+            .iter()
+            .map(|row| row.pairs - own_as_negative(self.problem, row.index))
+            .sum())
     }
 
     fn flops(&self) -> f64 {

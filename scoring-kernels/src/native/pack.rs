@@ -15,10 +15,14 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// The system's zeros: memory that is nobody's yet is touched by the thread that writes it first.
+    /// The system's zeros: memory that is nobody's yet is touched by the thread that writes it
+    /// first.
     pub(super) fn zeros(len: usize) -> Self {
         let values = vec![0f32; len + LINE];
-        let first = values.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        let first = values
+            .as_ptr()
+            .align_offset(LINE * size_of::<f32>())
+            .min(LINE);
         Self { values, first }
     }
 
@@ -48,17 +52,41 @@ pub(super) fn panel(
 }
 
 /// Writes one row as one lane of a panel.
-pub(super) fn lane(rows: &Rows<'_>, dim: usize, index: u32, width: usize, lane: usize, out: &mut [f32]) {
+pub(super) fn lane(
+    rows: &Rows<'_>,
+    dim: usize,
+    index: u32,
+    width: usize,
+    lane: usize,
+    out: &mut [f32],
+) {
     for start in (0..dim).step_by(STRETCH) {
         stretch(rows, dim, index, start, width, lane, out);
     }
 }
 
 #[inline(always)]
-fn stretch(rows: &Rows<'_>, dim: usize, index: u32, start: usize, width: usize, lane: usize, out: &mut [f32]) {
+fn stretch(
+    rows: &Rows<'_>,
+    dim: usize,
+    index: u32,
+    start: usize,
+    width: usize,
+    lane: usize,
+    out: &mut [f32],
+) {
     let mut values = [0f32; STRETCH];
-    let values = rows.read(index as usize, dim, start, &mut values[..STRETCH.min(dim - start)]);
-    for (slot, value) in out[start * width + lane..].iter_mut().step_by(width).zip(values) {
+    let values = rows.read(
+        index as usize,
+        dim,
+        start,
+        &mut values[..STRETCH.min(dim - start)],
+    );
+    for (slot, value) in out[start * width + lane..]
+        .iter_mut()
+        .step_by(width)
+        .zip(values)
+    {
         *slot = *value;
     }
 }
@@ -74,7 +102,10 @@ pub(super) struct Blocks {
 impl Blocks {
     pub(super) fn new(isa: Isa, rows: &Rows<'_>, dim: usize, drawn: &[u32]) -> Self {
         let mut values = Buffer::zeros(drawn.len() * dim);
-        let groups: Vec<Vec<usize>> = drawn.chunks(BLOCK).map(|block| isa.groups(block.len())).collect();
+        let groups: Vec<Vec<usize>> = drawn
+            .chunks(BLOCK)
+            .map(|block| isa.groups(block.len()))
+            .collect();
         let (mut left, mut rest, mut tasks) = (drawn, values.as_mut_slice(), Vec::new());
         for &height in groups.iter().flatten() {
             let (group, after) = left.split_at(height);
@@ -82,8 +113,14 @@ impl Blocks {
             tasks.push((group, out));
             (left, rest) = (after, behind);
         }
-        tasks.into_par_iter().for_each(|(group, out)| panel(rows, dim, group.iter().copied(), group.len(), out));
-        Self { values, dim, groups }
+        tasks
+            .into_par_iter()
+            .for_each(|(group, out)| panel(rows, dim, group.iter().copied(), group.len(), out));
+        Self {
+            values,
+            dim,
+            groups,
+        }
     }
 
     /// (values, heights of groups) of every block.

@@ -28,7 +28,10 @@ impl LogSumExp {
         if self.sum == 0.0 {
             *self = Self { largest, sum };
         } else if largest > self.largest {
-            *self = Self { largest, sum: self.sum * (self.largest - largest).exp() + sum };
+            *self = Self {
+                largest,
+                sum: self.sum * (self.largest - largest).exp() + sum,
+            };
         } else {
             self.sum += sum * (largest - self.largest).exp();
         }
@@ -36,7 +39,11 @@ impl LogSumExp {
 
     /// 0 while nothing was added: the first chunk has no denominators.
     fn value(&self) -> f64 {
-        if self.sum == 0.0 { 0.0 } else { self.largest + self.sum.ln() }
+        if self.sum == 0.0 {
+            0.0
+        } else {
+            self.largest + self.sum.ln()
+        }
     }
 }
 
@@ -48,7 +55,10 @@ impl Running {
             Loss::Softmax => {
                 let half = |[image, text]: &[LogSumExp; 2]| 0.5 * (image.value() + text.value());
                 let models = problem.models.iter().zip(&self.logits);
-                self.own + models.map(|(model, logits)| model.sign * half(logits)).sum::<f64>()
+                self.own
+                    + models
+                        .map(|(model, logits)| model.sign * half(logits))
+                        .sum::<f64>()
             }
         }
     }
@@ -60,8 +70,17 @@ pub(super) fn start(problem: &Problem<'_>, index: u32) -> Running {
         Loss::Sigmoid => softplus(-own_logit(model, index)),
         Loss::Softmax => model.embeddings.bias - own_logit(model, index),
     };
-    let own = problem.models.iter().map(|model| model.sign * loss(model)).sum();
-    Running { index, own, pairs: 0.0, logits: Default::default() }
+    let own = problem
+        .models
+        .iter()
+        .map(|model| model.sign * loss(model))
+        .sum();
+    Running {
+        index,
+        own,
+        pairs: 0.0,
+        logits: Default::default(),
+    }
 }
 
 /// A candidate's own logit, in f64.

@@ -1,6 +1,8 @@
-//! Vectors of f32 of three instruction sets under one name; the processor's best is picked at run time.
+//! Vectors of f32 of three instruction sets under one name; the processor's best is picked at run
+//! time.
 //!
-//! Their methods are inlined into functions compiled for the instruction set, and may be called from nowhere else.
+//! Their methods are inlined into functions compiled for the instruction set, and may be called
+//! from nowhere else.
 
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +31,9 @@ impl Isa {
     }
 
     pub(super) fn detect() -> Self {
-        *Self::all().last().expect("the portable one is always there")
+        *Self::all()
+            .last()
+            .expect("the portable one is always there")
     }
 }
 
@@ -47,7 +51,8 @@ pub(super) trait Vector: Copy {
     fn max(self, other: Self) -> Self;
     /// self x factor + term, rounded once where the instruction set can.
     fn mul_add(self, factor: Self, term: Self) -> Self;
-    /// self x 2^n, where `shifted` is 1.5 x 2^23 + n: n sits in its lowest bits, and is added to the exponent.
+    /// self x 2^n, where `shifted` is 1.5 x 2^23 + n: n sits in its lowest bits, and is added to
+    /// the exponent.
     fn scale_by(self, shifted: Self) -> Self;
 }
 
@@ -100,14 +105,20 @@ impl Vector for Portable {
     #[inline(always)]
     fn mul_add(self, factor: Self, term: Self) -> Self {
         let one = |l: usize| {
-            if FUSES { self.0[l].mul_add(factor.0[l], term.0[l]) } else { self.0[l] * factor.0[l] + term.0[l] }
+            if FUSES {
+                self.0[l].mul_add(factor.0[l], term.0[l])
+            } else {
+                self.0[l] * factor.0[l] + term.0[l]
+            }
         };
         Self(std::array::from_fn(one))
     }
 
     #[inline(always)]
     fn scale_by(self, shifted: Self) -> Self {
-        self.zip(shifted, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
+        self.zip(shifted, |a, n| {
+            f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23))
+        })
     }
 }
 
@@ -121,8 +132,9 @@ macro_rules! x86_vector {
         #[derive(Clone, Copy)]
         pub(super) struct $name(std::arch::x86_64::$inner);
 
-        // SAFETY of every call below: `Isa` names the instruction set only where the processor has it, and the methods are
-        // reached through it alone. Loads and stores do not leave the slices, whose lengths are checked.
+        // SAFETY of every call below: `Isa` names the instruction set only where the processor has
+        // it, and the methods are reached through it alone. Loads and stores do not leave the
+        // slices, whose lengths are checked.
         impl Vector for $name {
             const LANES: usize = $lanes;
 
@@ -164,7 +176,9 @@ macro_rules! x86_vector {
             #[inline(always)]
             fn scale_by(self, shifted: Self) -> Self {
                 use std::arch::x86_64::{$add_int, $from_int, $shift, $to_int};
-                Self(unsafe { $from_int($add_int($to_int(self.0), $shift::<23>($to_int(shifted.0)))) })
+                Self(unsafe {
+                    $from_int($add_int($to_int(self.0), $shift::<23>($to_int(shifted.0))))
+                })
             }
         }
     };

@@ -1,13 +1,16 @@
 //! One suite for every backend: it draws what the oracle draws, with the oracle's scores.
 use crate::{
     oracle::{Oracle, distance},
-    support::{Model, World, assert_close, backends, backends_and_emulated, chunk_sets, halves, settings},
+    support::{
+        Model, World, assert_close, backends, backends_and_emulated, chunk_sets, halves, settings,
+    },
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use std::{collections::HashMap, path::Path};
 use superbatch_kernels::{Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings};
 
-/// (B, dims of learner and reference, b, n_chunks): even, uneven, more chunks than b, one, all, nothing a multiple of a tile.
+/// (B, dims of learner and reference, b, n_chunks): even, uneven, more chunks than b, one, all,
+/// nothing a multiple of a tile.
 const SHAPES: [(usize, [usize; 2], usize, usize); 6] = [
     (96, [16, 16], 24, 4),
     (131, [24, 40], 29, 6),
@@ -18,17 +21,34 @@ const SHAPES: [(usize, [usize; 2], usize, usize); 6] = [
 ];
 
 fn every_case() -> impl Iterator<Item = (World, Settings)> {
-    let words = Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&criterion| (loss, criterion)));
-    let words = words.flat_map(|(loss, criterion)| Policy::ALL.iter().map(move |&policy| (policy, loss, criterion)));
+    let words = Loss::ALL.iter().flat_map(|&loss| {
+        Criterion::ALL
+            .iter()
+            .map(move |&criterion| (loss, criterion))
+    });
+    let words = words.flat_map(|(loss, criterion)| {
+        Policy::ALL
+            .iter()
+            .map(move |&policy| (policy, loss, criterion))
+    });
     let cases = words.flat_map(|(policy, loss, criterion)| {
-        SHAPES.into_iter().enumerate().map(move |(k, (count, dims, b, n_chunks))| {
-            let mut world = World::new(k as u64, count, dims, 25.0, -10.0, n_chunks);
-            world.holes = if b + 3 <= count { vec![2, 0, 17] } else { Vec::new() };
-            (world, settings(policy, loss, criterion, b, n_chunks))
-        })
+        SHAPES
+            .into_iter()
+            .enumerate()
+            .map(move |(k, (count, dims, b, n_chunks))| {
+                let mut world = World::new(k as u64, count, dims, 25.0, -10.0, n_chunks);
+                world.holes = if b + 3 <= count {
+                    vec![2, 0, 17]
+                } else {
+                    Vec::new()
+                };
+                (world, settings(policy, loss, criterion, b, n_chunks))
+            })
     });
     // Easy scores are never positive, and are refused.
-    cases.filter(|(_, settings)| (settings.policy, settings.criterion) != (Policy::Proportional, Criterion::Easy))
+    cases.filter(|(_, settings)| {
+        (settings.policy, settings.criterion) != (Policy::Proportional, Criterion::Easy)
+    })
 }
 
 #[test]
@@ -37,15 +57,28 @@ fn every_backend_draws_what_the_oracle_draws() {
         let expected = Oracle::new(&world, &settings).draw(&world);
         for backend in backends() {
             let what = format!("{backend:?} {settings:?} B {}", world.count);
-            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect(&what);
+            let ours = backend
+                .select(&world.candidates(), &settings, &world.given())
+                .expect(&what);
             assert_eq!(ours.chunks, expected.chunks, "{what}");
             if expected.margin > 1e-3 {
                 let sets = chunk_sets(&ours.indices, &ours.chunks);
-                assert_eq!(sets, chunk_sets(&expected.indices, &expected.chunks), "{what}");
-                assert_close(ours.batch_score.expect("given embeddings"), expected.batch_score, &what);
+                assert_eq!(
+                    sets,
+                    chunk_sets(&expected.indices, &expected.chunks),
+                    "{what}"
+                );
+                assert_close(
+                    ours.batch_score.expect("given embeddings"),
+                    expected.batch_score,
+                    &what,
+                );
             }
             assert!(ours.flops > 0.0, "{what}");
-            assert!(settings.policy == Policy::Proportional || ours.weights.iter().all(|w| *w == 1.0), "{what}");
+            assert!(
+                settings.policy == Policy::Proportional || ours.weights.iter().all(|w| *w == 1.0),
+                "{what}"
+            );
         }
     }
 }
@@ -54,11 +87,20 @@ fn every_backend_draws_what_the_oracle_draws() {
 fn scores_and_means_are_those_of_the_definition() {
     for (world, settings) in every_case() {
         let oracle = Oracle::new(&world, &settings);
-        let survivors: Vec<u32> = (0..world.count as u32).filter(|x| !world.holes.contains(x)).collect();
-        let mean = |of: &[u32]| of.iter().map(|&x| oracle.score(x as usize, &[])).sum::<f64>() / of.len() as f64;
+        let survivors: Vec<u32> = (0..world.count as u32)
+            .filter(|x| !world.holes.contains(x))
+            .collect();
+        let mean = |of: &[u32]| {
+            of.iter()
+                .map(|&x| oracle.score(x as usize, &[]))
+                .sum::<f64>()
+                / of.len() as f64
+        };
         for backend in backends() {
             let what = format!("{backend:?} {settings:?} B {}", world.count);
-            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect(&what);
+            let ours = backend
+                .select(&world.candidates(), &settings, &world.given())
+                .expect(&what);
             let mut start = 0;
             for &size in &ours.chunks {
                 for k in start..start + size as usize {
@@ -72,27 +114,56 @@ fn scores_and_means_are_those_of_the_definition() {
                 }
                 start += size as usize;
             }
-            assert_close(ours.batch_score.expect("given embeddings"), oracle.batch_score(&ours.indices), &what);
-            assert_close(ours.mean_score_chosen.expect("given embeddings"), mean(&ours.indices), &what);
-            assert_close(ours.mean_score_candidates.expect("given embeddings"), mean(&survivors), &what);
+            assert_close(
+                ours.batch_score.expect("given embeddings"),
+                oracle.batch_score(&ours.indices),
+                &what,
+            );
+            assert_close(
+                ours.mean_score_chosen.expect("given embeddings"),
+                mean(&ours.indices),
+                &what,
+            );
+            assert_close(
+                ours.mean_score_candidates.expect("given embeddings"),
+                mean(&survivors),
+                &what,
+            );
         }
     }
 }
 
 #[test]
 fn scores_stay_precise_over_all_scales_and_biases() {
-    for (k, (scale, bias)) in
-        [(1.0, 0.0), (1.0, -20.0), (30.0, -10.0), (75.0, -5.0), (120.0, 0.0), (120.0, -20.0)].into_iter().enumerate()
+    for (k, (scale, bias)) in [
+        (1.0, 0.0),
+        (1.0, -20.0),
+        (30.0, -10.0),
+        (75.0, -5.0),
+        (120.0, 0.0),
+        (120.0, -20.0),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let world = World::new(900 + k as u64, 320, [64, 192], scale, bias, 4);
-        for (loss, criterion) in Loss::ALL.iter().flat_map(|&loss| Criterion::ALL.iter().map(move |&c| (loss, c))) {
+        for (loss, criterion) in Loss::ALL
+            .iter()
+            .flat_map(|&loss| Criterion::ALL.iter().map(move |&c| (loss, c)))
+        {
             let settings = settings(Policy::Joint, loss, criterion, 240, 4);
             let oracle = Oracle::new(&world, &settings);
             for backend in backends() {
-                let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
+                let ours = backend
+                    .select(&world.candidates(), &settings, &world.given())
+                    .expect("valid");
                 for (k, (&index, &score)) in ours.indices.iter().zip(&ours.scores).enumerate() {
                     let exact = oracle.score(index as usize, &ours.indices[..k / 60 * 60]);
-                    assert_close(score, exact, &format!("{backend:?} {loss} {criterion} scale {scale} bias {bias}"));
+                    assert_close(
+                        score,
+                        exact,
+                        &format!("{backend:?} {loss} {criterion} scale {scale} bias {bias}"),
+                    );
                 }
             }
         }
@@ -103,12 +174,27 @@ fn scores_stay_precise_over_all_scales_and_biases() {
 fn the_gain_multiplies_softmax_scores_and_leaves_sigmoid_alone() {
     let world = World::new(5, 80, [16, 16], 20.0, -10.0, 4);
     for (loss, factor) in [(Loss::Softmax, 3.0), (Loss::Sigmoid, 1.0)] {
-        let settings = Settings { gain: 3.0, ..settings(Policy::Joint, loss, Criterion::Learnability, 20, 4) };
-        let plain = Oracle::new(&world, &Settings { gain: 1.0, ..settings.clone() });
+        let settings = Settings {
+            gain: 3.0,
+            ..settings(Policy::Joint, loss, Criterion::Learnability, 20, 4)
+        };
+        let plain = Oracle::new(
+            &world,
+            &Settings {
+                gain: 1.0,
+                ..settings.clone()
+            },
+        );
         for backend in backends_and_emulated() {
-            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
+            let ours = backend
+                .select(&world.candidates(), &settings, &world.given())
+                .expect("valid");
             for (k, (&index, &score)) in ours.indices.iter().zip(&ours.scores).enumerate() {
-                assert_close(score, factor * plain.score(index as usize, &ours.indices[..k / 5 * 5]), "score");
+                assert_close(
+                    score,
+                    factor * plain.score(index as usize, &ours.indices[..k / 5 * 5]),
+                    "score",
+                );
             }
             assert_close(
                 ours.batch_score.expect("given embeddings"),
@@ -123,21 +209,37 @@ fn the_gain_multiplies_softmax_scores_and_leaves_sigmoid_alone() {
 fn f16_embeddings_draw_what_their_f32_values_draw() {
     let world = World::new(6, 130, [24, 40], 30.0, -10.0, 5);
     let rounded = world.rounded([true, true]);
-    let towers = [&world.learner.image, &world.learner.text, &world.reference.image, &world.reference.text]
-        .map(|rows| halves(rows));
+    let towers = [
+        &world.learner.image,
+        &world.learner.text,
+        &world.reference.image,
+        &world.reference.text,
+    ]
+    .map(|rows| halves(rows));
     let view = |model: &Model, k: usize| ModelEmbeddings {
         image: Rows::F16(&towers[k]),
         text: Rows::F16(&towers[k + 1]),
         ..model.view()
     };
     let mut halved = world.candidates();
-    (halved.learner, halved.reference) = (Some(view(&world.learner, 0)), Some(view(&world.reference, 2)));
-    for (backend, &loss) in
-        backends_and_emulated().into_iter().flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss)))
+    (halved.learner, halved.reference) = (
+        Some(view(&world.learner, 0)),
+        Some(view(&world.reference, 2)),
+    );
+    for (backend, &loss) in backends_and_emulated()
+        .into_iter()
+        .flat_map(|backend| Loss::ALL.iter().map(move |loss| (backend, loss)))
     {
         let settings = settings(Policy::Joint, loss, Criterion::Learnability, 31, 5);
-        let ours = backend.select(&halved, &settings, &world.given()).expect("valid");
-        assert_eq!(ours, backend.select(&rounded.candidates(), &settings, &world.given()).expect("valid"));
+        let ours = backend
+            .select(&halved, &settings, &world.given())
+            .expect("valid");
+        assert_eq!(
+            ours,
+            backend
+                .select(&rounded.candidates(), &settings, &world.given())
+                .expect("valid")
+        );
     }
 }
 
@@ -146,16 +248,30 @@ fn every_backend_draws_the_golden_cases() {
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")];
     // A folder with more of them (they are large), made by the same generator.
     folders.extend(std::env::var_os("SUPERBATCH_GOLDEN").map(Into::into));
-    let files = folders.iter().flat_map(|folder| std::fs::read_dir(folder).expect("a folder of golden cases"));
-    let files: Vec<_> = files.map(|file| file.expect("a readable folder").path()).collect();
+    let files = folders
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(folder).expect("a folder of golden cases"));
+    let files: Vec<_> = files
+        .map(|file| file.expect("a readable folder").path())
+        .collect();
     assert!(files.len() >= 7, "golden cases are missing");
     for file in files {
         let bytes = std::fs::read(&file).expect("a readable case");
         let case = Golden::read(&bytes);
         for backend in backends_and_emulated() {
             let what = format!("{backend:?} {}", file.display());
-            let ours = backend.select(&case.world.candidates(), &case.settings, &case.world.given()).expect(&what);
-            assert_eq!(chunk_sets(&ours.indices, &ours.chunks), chunk_sets(&case.expected, &ours.chunks), "{what}");
+            let ours = backend
+                .select(
+                    &case.world.candidates(),
+                    &case.settings,
+                    &case.world.given(),
+                )
+                .expect(&what);
+            assert_eq!(
+                chunk_sets(&ours.indices, &ours.chunks),
+                chunk_sets(&case.expected, &ours.chunks),
+                "{what}"
+            );
             if let Some(exact) = case.batch_score {
                 assert_close(ours.batch_score.expect("given embeddings"), exact, &what);
             }
@@ -179,7 +295,10 @@ impl Golden {
         let tensors = SafeTensors::deserialize(bytes).expect("safetensors");
         let tensor = |name: &str| tensors.tensor(name).expect("all tensors");
         let floats = |view: TensorView<'_>| -> Vec<f32> {
-            view.data().chunks_exact(4).map(|value| f32::from_le_bytes(value.try_into().expect("four bytes"))).collect()
+            view.data()
+                .chunks_exact(4)
+                .map(|value| f32::from_le_bytes(value.try_into().expect("four bytes")))
+                .collect()
         };
         let model = |name: &str| Model {
             image: floats(tensor(&format!("{name}_img"))),
@@ -212,7 +331,9 @@ impl Golden {
             world,
             settings,
             expected,
-            batch_score: words.get("batch_score").map(|value| value.parse().expect("a number")),
+            batch_score: words
+                .get("batch_score")
+                .map(|value| value.parse().expect("a number")),
         }
     }
 }

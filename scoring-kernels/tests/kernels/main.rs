@@ -1,4 +1,5 @@
-//! Every backend against a dense float64 oracle, cases made elsewhere, properties, policies and the exact law of a draw.
+//! Every backend against a dense float64 oracle, cases made elsewhere, properties, policies and the
+//! exact law of a draw.
 #![allow(clippy::unwrap_used)]
 mod conformance;
 mod cuda;

@@ -20,7 +20,9 @@ struct Case {
 impl Case {
     fn world(&self) -> World {
         let rows = self.settings.n_chunks.min(self.settings.sub_batch_size);
-        let mut world = World::new(self.seed, self.count, self.dims, self.scale, self.bias, rows);
+        let mut world = World::new(
+            self.seed, self.count, self.dims, self.scale, self.bias, rows,
+        );
         world.holes = self.holes.clone();
         world
     }

@@ -2,8 +2,8 @@
 use crate::emulation;
 use half::f16;
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, CudaDevice, CudaLibraries, Loss, ModelEmbeddings, Noise, Policy, Rows, Settings,
-    noise,
+    Backend, Candidates, Criterion, CudaDevice, CudaLibraries, Loss, ModelEmbeddings, Noise,
+    Policy, Rows, Settings, noise,
 };
 
 /// A counter-based generator, so that every test sees the same data everywhere.
@@ -14,7 +14,10 @@ pub struct Dice {
 
 impl Dice {
     pub fn new(seed: u64) -> Self {
-        Self { key: [seed as u32, (seed >> 32) as u32], count: 0 }
+        Self {
+            key: [seed as u32, (seed >> 32) as u32],
+            count: 0,
+        }
     }
 
     pub fn uniform(&mut self) -> f64 {
@@ -61,13 +64,28 @@ pub struct Model {
 impl Model {
     pub fn view(&self) -> ModelEmbeddings<'_> {
         let (image, text) = (Rows::F32(&self.image), Rows::F32(&self.text));
-        ModelEmbeddings { image, text, dim: self.dim, scale: self.scale, bias: self.bias }
+        ModelEmbeddings {
+            image,
+            text,
+            dim: self.dim,
+            scale: self.scale,
+            bias: self.bias,
+        }
     }
 
     /// Row i of the result is row `order[i]`.
     pub fn permuted(&self, order: &[usize]) -> Self {
-        let permute = |rows: &[f32]| order.iter().flat_map(|&i| rows[i * self.dim..][..self.dim].to_vec()).collect();
-        Self { image: permute(&self.image), text: permute(&self.text), ..self.clone() }
+        let permute = |rows: &[f32]| {
+            order
+                .iter()
+                .flat_map(|&i| rows[i * self.dim..][..self.dim].to_vec())
+                .collect()
+        };
+        Self {
+            image: permute(&self.image),
+            text: permute(&self.text),
+            ..self.clone()
+        }
     }
 }
 
@@ -83,44 +101,94 @@ pub struct World {
 }
 
 impl World {
-    /// Clustered captions, three in ten of them mismatched, seen by a sharp reference and a blurred, narrower learner:
-    /// without clusters joint and independent draws coincide.
-    pub fn new(seed: u64, count: usize, dims: [usize; 2], scale: f64, bias: f64, noise_rows: usize) -> Self {
+    /// Clustered captions, three in ten of them mismatched, seen by a sharp reference and a
+    /// blurred, narrower learner: without clusters joint and independent draws coincide.
+    pub fn new(
+        seed: u64,
+        count: usize,
+        dims: [usize; 2],
+        scale: f64,
+        bias: f64,
+        noise_rows: usize,
+    ) -> Self {
         let mut dice = Dice::new(seed);
         let wide = dims[0].max(dims[1]);
-        let clusters: Vec<_> = (0..count.div_ceil(16).max(2)).map(|_| dice.direction(wide)).collect();
-        let images: Vec<_> = (0..count).map(|_| clusters[dice.below(clusters.len())].clone()).collect();
-        let images: Vec<_> = images.into_iter().map(|image| blur(&mut dice, &image, 0.6, wide)).collect();
-        let texts: Vec<_> = (0..count).map(|i| if dice.uniform() < 0.3 { dice.below(count) } else { i }).collect();
+        let clusters: Vec<_> = (0..count.div_ceil(16).max(2))
+            .map(|_| dice.direction(wide))
+            .collect();
+        let images: Vec<_> = (0..count)
+            .map(|_| clusters[dice.below(clusters.len())].clone())
+            .collect();
+        let images: Vec<_> = images
+            .into_iter()
+            .map(|image| blur(&mut dice, &image, 0.6, wide))
+            .collect();
+        let texts: Vec<_> = (0..count)
+            .map(|i| {
+                if dice.uniform() < 0.3 {
+                    dice.below(count)
+                } else {
+                    i
+                }
+            })
+            .collect();
         let texts: Vec<_> = texts.into_iter().map(|i| images[i].clone()).collect();
         let mut encode = |rows: &[Vec<f64>], noise: f64, dim: usize| -> Vec<f32> {
-            rows.iter().flat_map(|row| blur(&mut dice, row, noise, dim)).map(|value| value as f32).collect()
+            rows.iter()
+                .flat_map(|row| blur(&mut dice, row, noise, dim))
+                .map(|value| value as f32)
+                .collect()
         };
         let mut model = |noise, dim, scale| {
             let (image, text) = (encode(&images, noise, dim), encode(&texts, noise, dim));
-            Model { image, text, dim, scale, bias }
+            Model {
+                image,
+                text,
+                dim,
+                scale,
+                bias,
+            }
         };
         let (learner, reference) = (model(1.2, dims[0], 0.8 * scale), model(0.4, dims[1], scale));
         let noise = gumbels(&mut dice, noise_rows * count);
-        Self { count, learner, reference, holes: Vec::new(), noise }
+        Self {
+            count,
+            learner,
+            reference,
+            holes: Vec::new(),
+            noise,
+        }
     }
 
     /// With images, and texts, rounded to f16.
     pub fn rounded(&self, [image, text]: [bool; 2]) -> Self {
         let tower = |rounds: bool, rows: &[f32]| -> Vec<f32> {
-            if rounds { halves(rows).into_iter().map(f32::from).collect() } else { rows.to_vec() }
+            if rounds {
+                halves(rows).into_iter().map(f32::from).collect()
+            } else {
+                rows.to_vec()
+            }
         };
         let model = |model: &Model| Model {
             image: tower(image, &model.image),
             text: tower(text, &model.text),
             ..model.clone()
         };
-        Self { learner: model(&self.learner), reference: model(&self.reference), ..self.clone() }
+        Self {
+            learner: model(&self.learner),
+            reference: model(&self.reference),
+            ..self.clone()
+        }
     }
 
     pub fn candidates(&self) -> Candidates<'_> {
         let (learner, reference) = (Some(self.learner.view()), Some(self.reference.view()));
-        Candidates { count: self.count, learner, reference, holes: &self.holes }
+        Candidates {
+            count: self.count,
+            learner,
+            reference,
+            holes: &self.holes,
+        }
     }
 
     pub fn given(&self) -> Noise<'_> {
@@ -133,23 +201,48 @@ pub fn halves(rows: &[f32]) -> Vec<f16> {
 }
 
 pub fn gumbels(dice: &mut Dice, n: usize) -> Vec<f32> {
-    (0..n).map(|_| -(-dice.uniform().ln()).ln() as f32).collect()
+    (0..n)
+        .map(|_| -(-dice.uniform().ln()).ln() as f32)
+        .collect()
 }
 
 /// The first `dim` coordinates of a row with noise added, on the unit sphere.
 fn blur(dice: &mut Dice, row: &[f64], noise: f64, dim: usize) -> Vec<f64> {
     let step = noise / (dim as f64).sqrt();
-    unit(row[..dim].iter().map(|value| value + step * dice.normal()).collect())
+    unit(
+        row[..dim]
+            .iter()
+            .map(|value| value + step * dice.normal())
+            .collect(),
+    )
 }
 
-pub fn settings(policy: Policy, loss: Loss, criterion: Criterion, sub_batch_size: usize, n_chunks: usize) -> Settings {
-    Settings { policy, loss, criterion, sub_batch_size, n_chunks, gain: 1.0 }
+pub fn settings(
+    policy: Policy,
+    loss: Loss,
+    criterion: Criterion,
+    sub_batch_size: usize,
+    n_chunks: usize,
+) -> Settings {
+    Settings {
+        policy,
+        loss,
+        criterion,
+        sub_batch_size,
+        n_chunks,
+        gain: 1.0,
+    }
 }
 
-/// The GPU of this machine, where `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its kernels must be usable.
+/// The GPU of this machine, where `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its
+/// kernels must be usable.
 pub fn named_device() -> Option<CudaDevice> {
-    let named = std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"));
-    let open = || CudaDevice::open(&CudaLibraries::default(), 0).expect("a CUDA device whose kernels pass their check");
+    let named =
+        std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"));
+    let open = || {
+        CudaDevice::open(&CudaLibraries::default(), 0)
+            .expect("a CUDA device whose kernels pass their check")
+    };
     named.then(open)
 }
 
@@ -169,7 +262,10 @@ pub fn backends() -> Vec<Backend> {
 
 /// [`backends`], and the emulated CUDA device, which is slow.
 pub fn backends_and_emulated() -> Vec<Backend> {
-    backends().into_iter().chain(emulation::device(3).map(Backend::Cuda)).collect()
+    backends()
+        .into_iter()
+        .chain(emulation::device(3).map(Backend::Cuda))
+        .collect()
 }
 
 /// The chosen of each chunk, sorted: rounding may turn the order inside a chunk.
@@ -187,5 +283,8 @@ pub fn chunk_sets(indices: &[u32], chunks: &[u32]) -> Vec<Vec<u32>> {
 
 /// The promise on scores: within 5e-4 plus a millionth of the float64 value.
 pub fn assert_close(ours: f64, exact: f64, what: &str) {
-    assert!((ours - exact).abs() <= 5e-4 + 1e-6 * exact.abs(), "{what}: {ours} against {exact}");
+    assert!(
+        (ours - exact).abs() <= 5e-4 + 1e-6 * exact.abs(),
+        "{what}: {ours} against {exact}"
+    );
 }

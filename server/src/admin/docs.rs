@@ -15,14 +15,18 @@ pub struct DocsArgs {
 
 /// The generated pages, by file name.
 pub fn pages() -> [(&'static str, String); 2] {
-    [("metrics.md", metrics::reference()), ("configuration.md", config::reference())]
+    [
+        ("metrics.md", metrics::reference()),
+        ("configuration.md", config::reference()),
+    ]
 }
 
 pub fn run(args: &DocsArgs) -> Result<String> {
     for (name, page) in pages() {
         let path = args.folder.join(name);
-        std::fs::write(&path, page)
-            .map_err(|e| Error::invalid("folder", format!("cannot write {}", path.display())).because(e))?;
+        std::fs::write(&path, page).map_err(|e| {
+            Error::invalid("folder", format!("cannot write {}", path.display())).because(e)
+        })?;
     }
     Ok(String::new())
 }

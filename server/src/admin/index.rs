@@ -11,7 +11,8 @@ use std::fmt::Write;
 /// Indexes data sets and writes the manifest, which a run of the same sources then finds.
 #[derive(Debug, Clone, clap::Args)]
 pub struct IndexArgs {
-    /// URIs of Parquet files, of folders of them, or patterns such as s3://bucket/{00000..00041}.parquet
+    /// URIs of Parquet files, of folders of them, or patterns such as
+    /// s3://bucket/{00000..00041}.parquet
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
     /// The column that holds the images, where the layout does not tell
@@ -57,12 +58,16 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
     });
     let sources = sources.collect::<Vec<_>>();
     let summary = json!({"digest": digest, "rows": manifest.rows(), "sources": sources});
-    let line = serde_json::to_string(&summary).map_err(|e| Error::internal("cannot write the summary").because(e))?;
+    let line = serde_json::to_string(&summary)
+        .map_err(|e| Error::internal("cannot write the summary").because(e))?;
     Ok(line + "\n")
 }
 
 fn text(digest: &str, manifest: &Manifest) -> String {
-    let mut text = format!("dataset manifest {digest}\n{}\n", counted(manifest.rows() as usize, "row"));
+    let mut text = format!(
+        "dataset manifest {digest}\n{}\n",
+        counted(manifest.rows() as usize, "row")
+    );
     for source in &manifest.sources {
         describe(&mut text, source).expect("a String takes any text");
     }
@@ -71,13 +76,28 @@ fn text(digest: &str, manifest: &Manifest) -> String {
 
 fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
     writeln!(text, "\n{}", source.uri)?;
-    let (shards, blocks) = (counted(source.shards.len(), "shard"), counted(source.blocks().count(), "block"));
-    writeln!(text, "  {shards}, {blocks}, {}", counted(source.rows() as usize, "row"))?;
-    writeln!(text, "  image in '{}', caption in '{}'", source.layout.image_column, source.layout.caption_column)?;
+    let (shards, blocks) = (
+        counted(source.shards.len(), "shard"),
+        counted(source.blocks().count(), "block"),
+    );
+    writeln!(
+        text,
+        "  {shards}, {blocks}, {}",
+        counted(source.rows() as usize, "row")
+    )?;
+    writeln!(
+        text,
+        "  image in '{}', caption in '{}'",
+        source.layout.image_column, source.layout.caption_column
+    )?;
     for column in &source.columns {
         match &column.differs_in {
             None => writeln!(text, "  {}: {}", column.name, column.data_type)?,
-            Some(shard) => writeln!(text, "  {}: {}, but not in {shard}", column.name, column.data_type)?,
+            Some(shard) => writeln!(
+                text,
+                "  {}: {}, but not in {shard}",
+                column.name, column.data_type
+            )?,
         }
     }
     Ok(())
@@ -101,12 +121,17 @@ mod tests {
             json: false,
         };
         let text = run(&stores, &state, &args).await.unwrap();
-        assert!(text.contains("1 shard, 3 blocks, 5 rows") && text.contains("image in 'jpg'"), "{text}");
+        assert!(
+            text.contains("1 shard, 3 blocks, 5 rows") && text.contains("image in 'jpg'"),
+            "{text}"
+        );
         args.json = true;
         let line = run(&stores, &state, &args).await.unwrap();
         assert!(line.ends_with("}\n"));
         let json: serde_json::Value = serde_json::from_str(&line).unwrap();
-        let manifest = Manifest::load(&state, json["digest"].as_str().unwrap()).await.unwrap();
+        let manifest = Manifest::load(&state, json["digest"].as_str().unwrap())
+            .await
+            .unwrap();
         assert_eq!(json["rows"], manifest.rows());
     }
 }

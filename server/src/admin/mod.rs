@@ -24,12 +24,13 @@ use tracing_subscriber::EnvFilter;
 /// Where settings come from, for every command that has any.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConfigArgs {
-    /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config --defaults` prints one). Without a
-    /// file the defaults hold; environment variables SUPERBATCH_<KEY>, with `__` between levels, come before both
+    /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config
+    /// --defaults` prints one). Without a file the defaults hold; environment variables
+    /// SUPERBATCH_<KEY>, with `__` between levels, come before both
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where runs, receipts and weights are kept: a URI such as s3://bucket/prefix, or a path. Comes before `state` of the
-    /// settings [default: ./superbatch-state]
+    /// Where runs, receipts and weights are kept: a URI such as s3://bucket/prefix, or a path.
+    /// Comes before `state` of the settings [default: ./superbatch-state]
     #[arg(long, value_name = "URI")]
     pub state: Option<String>,
 }
@@ -39,11 +40,12 @@ pub struct ConfigArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     settings: ConfigArgs,
-    /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the settings
-    /// [default: 127.0.0.1:50051]
+    /// Address that trainers connect to; port 0 takes a free one. Comes before `listen` of the
+    /// settings [default: 127.0.0.1:50051]
     #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
-    /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
+    /// What the embedded worker scores on: auto, cpu, cuda or cuda:N. Comes before `worker.device`
+    /// [default: auto]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
 }
@@ -53,16 +55,28 @@ pub struct ServeArgs {
 pub struct WorkerArgs {
     #[command(flatten)]
     settings: ConfigArgs,
-    /// The coordinator to work for. Comes before `worker_role.coordinator` [default: http://127.0.0.1:50051]
+    /// The coordinator to work for. Comes before `worker_role.coordinator` [default:
+    /// http://127.0.0.1:50051]
     #[arg(long, value_name = "URI")]
     coordinator: Option<String>,
-    /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before `worker_role.listen`
-    /// [default: 127.0.0.1:50052]
+    /// Address that the coordinator reaches this worker at; port 0 takes a free one. Comes before
+    /// `worker_role.listen` [default: 127.0.0.1:50052]
     #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// What to score on: auto, cpu, cuda or cuda:N. Comes before `worker.device` [default: auto]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+}
+
+/// Options of `superbatch page`.
+#[derive(Debug, Clone, Args)]
+pub struct PageArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// Address to serve the page on; port 0 takes a free one. Comes before `page_listen` of the settings [default:
+    /// 127.0.0.1:9465]
+    #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
+    listen: Option<SocketAddr>,
 }
 
 /// Options of `superbatch check-config`.
@@ -98,7 +112,11 @@ impl ConfigArgs {
 impl ServeArgs {
     /// As [`ConfigArgs::load`].
     pub fn load(self) -> Result<Config> {
-        let Self { settings, listen, device } = self;
+        let Self {
+            settings,
+            listen,
+            device,
+        } = self;
         settings.load_with(|config| {
             config.listen = listen.unwrap_or(config.listen);
             if let Some(device) = device {
@@ -108,10 +126,23 @@ impl ServeArgs {
     }
 }
 
+impl PageArgs {
+    /// As [`ConfigArgs::load`].
+    pub fn load(self) -> Result<Config> {
+        self.settings
+            .load_with(|config| config.page_listen = self.listen.or(config.page_listen))
+    }
+}
+
 impl WorkerArgs {
     /// As [`ConfigArgs::load`].
     pub fn load(self) -> Result<Config> {
-        let Self { settings, coordinator, listen, device } = self;
+        let Self {
+            settings,
+            coordinator,
+            listen,
+            device,
+        } = self;
         settings.load_with(|config| {
             config.worker_role.listen = listen.unwrap_or(config.worker_role.listen);
             if let Some(coordinator) = coordinator {
@@ -138,8 +169,13 @@ pub fn check_config(args: &CheckArgs) -> Result<String> {
 
 /// Starts logging to standard error.
 pub fn start_logging(config: &LogConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(logging::capped(&config.filter))
-        .map_err(|e| Error::invalid("log.filter", format!("'{}' is no log filter", config.filter)).because(e))?;
+    let filter = EnvFilter::try_new(logging::capped(&config.filter)).map_err(|e| {
+        Error::invalid(
+            "log.filter",
+            format!("'{}' is no log filter", config.filter),
+        )
+        .because(e)
+    })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -151,19 +187,30 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
     Ok(())
 }
 
-/// Says on standard output where this process is reached, for people and for scripts that wait for it.
+/// Says on standard output where this process is reached, for people and for scripts that wait for
+/// it.
 pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
     let mut lines = format!("superbatch {what} on http://{address}\n");
     if let Some(metrics) = metrics {
         lines.push_str(&format!("superbatch metrics on http://{metrics}/metrics\n"));
     }
-    // A process that nobody listens to serves all the same.
-    if let Err(error) = print(&lines) {
+    say(&lines);
+}
+
+/// Says where the run page is.
+pub fn announce_page(address: SocketAddr) {
+    say(&format!("superbatch run page on http://{address}\n"));
+}
+
+/// A process that nobody listens to serves all the same.
+fn say(lines: &str) {
+    if let Err(error) = print(lines) {
         tracing::warn!(error = %error, "cannot write to standard output");
     }
 }
 
-/// Writes to standard output. A reader that has seen enough (`superbatch receipts RUN | head`) is no failure.
+/// Writes to standard output. A reader that has seen enough (`superbatch receipts RUN | head`) is
+/// no failure.
 pub fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -187,7 +234,8 @@ pub async fn terminated() {
 
 /// A count from the command line.
 fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
-    text.parse().map_err(|_| "give a whole number, at least 1".to_owned())
+    text.parse()
+        .map_err(|_| "give a whole number, at least 1".to_owned())
 }
 
 /// The state that the config names.

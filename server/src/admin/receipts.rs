@@ -3,17 +3,15 @@ use super::{ConfigArgs, at_least_one, open_state, table::table};
 use crate::{
     config::Config,
     coordinator::{
-        chain::Chain,
-        facts,
-        receipt::{has_scores, to_json, tuning_to_json},
-        receipts::Receipts,
+        facts::{chain::Chain, run},
+        receipts::{json, parquet::has_scores, store::Receipts},
     },
     error::{Error, Result},
     storage::Location,
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
-use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary};
+use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary, StageSeconds};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -39,7 +37,7 @@ pub struct ReceiptsArgs {
 pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     let location = state.below(&format!("runs/{}", args.run));
-    let Some(facts::RunFacts { chain, .. }) = facts::load(&location).await? else {
+    let Some(run::RunFacts { chain, .. }) = run::load(&location).await? else {
         return Err(unknown(&state, &args.run).await?);
     };
     let found = match args.step {
@@ -47,7 +45,10 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
         None => newest(&location, &chain, args.last).await?,
     };
     if args.json {
-        return Ok(found.iter().map(|receipt| format!("{}\n", to_json(receipt))).collect());
+        return Ok(found
+            .iter()
+            .map(|receipt| format!("{}\n", json::receipt(receipt)))
+            .collect());
     }
     Ok(match (args.step, found.first()) {
         (Some(_), Some(receipt)) => in_full(receipt),
@@ -55,7 +56,12 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
     })
 }
 
-async fn one(location: &Location, chain: &Chain, args: &ReceiptsArgs, step: u64) -> Result<Receipt> {
+async fn one(
+    location: &Location,
+    chain: &Chain,
+    args: &ReceiptsArgs,
+    step: u64,
+) -> Result<Receipt> {
     let receipts = Receipts::new(location.clone());
     let asked = args.generation.unwrap_or(chain.current());
     for generation in chain.candidates(step, asked) {
@@ -64,7 +70,8 @@ async fn one(location: &Location, chain: &Chain, args: &ReceiptsArgs, step: u64)
         }
     }
     let message = format!(
-        "step {step} of run '{}' is not committed in generation {asked}; `superbatch runs` tells its last step and its newest \
+        "step {step} of run '{}' is not committed in generation {asked}; `superbatch runs` tells \
+        its last step and its newest \
          generation",
         args.run
     );
@@ -78,7 +85,9 @@ async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Resul
     let mut found = Vec::new();
     for step in steps.into_iter().rev() {
         let candidates = chain.candidates(step, chain.current());
-        let best = candidates.into_iter().find(|generation| committed.contains(&(step, *generation)));
+        let best = candidates
+            .into_iter()
+            .find(|generation| committed.contains(&(step, *generation)));
         if let Some(generation) = best {
             found.extend(receipts.find(step, generation).await?);
         }
@@ -92,35 +101,59 @@ async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Resul
 
 /// Most often the state is not the service's: it is named, and what is in it.
 async fn unknown(state: &Location, run: &str) -> Result<Error> {
-    let what = match (state.folders("").await?.is_empty(), state.folders("runs").await?.is_empty()) {
+    let what = match (
+        state.folders("").await?.is_empty(),
+        state.folders("runs").await?.is_empty(),
+    ) {
         (true, _) => ", where nothing is",
         (false, true) => ", which holds no runs",
         (false, false) => "; `superbatch runs` with the same state lists those there are",
     };
     let message = format!(
-        "there is no run '{run}' in the state {}{what}; name the service's state with --state or --config",
+        "there is no run '{run}' in the state {}{what}; name the service's state with --state or \
+        --config",
         state.uri()
     );
     Ok(Error::new(Reason::RunNotFound, message).with("uri", state.uri()))
 }
 
 fn list(receipts: &[Receipt]) -> String {
-    let head =
-        ["step", "gen", "policy", "mode", "weights", "lag", "scanned", "chosen", "holes", "batch_score", "seconds"];
+    let head = [
+        "step",
+        "gen",
+        "policy",
+        "mode",
+        "weights",
+        "lag",
+        "scanned",
+        "chosen",
+        "holes",
+        "batch_score",
+        "seconds",
+    ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
-    for (receipt, s) in receipts.iter().filter_map(|r| r.summary.as_ref().map(|s| (r, s))) {
+    for (receipt, s) in receipts
+        .iter()
+        .filter_map(|r| r.summary.as_ref().map(|s| (r, s)))
+    {
         let cost = s.cost.unwrap_or_default();
         rows.push(vec![
             s.step.to_string(),
             s.generation.to_string(),
             word(s.policy().as_str_name(), "POLICY_"),
             word(s.mode().as_str_name(), "MODE_"),
-            s.learner.as_ref().map_or("-".to_owned(), |v| v.version.to_string()),
+            s.learner
+                .as_ref()
+                .map_or("-".to_owned(), |v| v.version.to_string()),
             s.lag_steps.to_string(),
             cost.candidates_scanned.to_string(),
             receipt.chosen.len().to_string(),
             s.holes.to_string(),
-            if has_scores(s) { format!("{:.4}", s.batch_score) } else { "-".into() },
+            if has_scores(s) {
+                format!("{:.4}", s.batch_score)
+            } else {
+                "-".into()
+            },
             format!("{:.3}", cost.seconds.unwrap_or_default().total),
         ]);
     }
@@ -128,18 +161,36 @@ fn list(receipts: &[Receipt]) -> String {
 }
 
 fn in_full(receipt: &Receipt) -> String {
-    let Some(s) = &receipt.summary else { return String::new() };
+    let Some(s) = &receipt.summary else {
+        return String::new();
+    };
     let mut text = head(s);
-    let mut rows = vec![["drawn", "chunk", "score", "weight", "position", "id"].map(str::to_owned).to_vec()];
+    let mut rows = vec![
+        ["drawn", "chunk", "score", "weight", "position", "id"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
     rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
         let (score, weight) = (format!("{:.5}", row.score), format!("{:.3}", row.weight));
-        vec![drawn.to_string(), row.chunk.to_string(), score, weight, row.position.to_string(), row.id.clone()]
+        vec![
+            drawn.to_string(),
+            row.chunk.to_string(),
+            score,
+            weight,
+            row.position.to_string(),
+            row.id.clone(),
+        ]
     }));
     text.push_str(&table(&rows));
     if !receipt.bad_rows.is_empty() {
         text.push_str("\nrows that could not be used\n");
-        let reason = |row: &superbatch_proto::v1::BadRow| word(row.reason().as_str_name(), "BAD_ROW_REASON_");
-        let bad = receipt.bad_rows.iter().map(|row| vec![row.id.clone(), reason(row), row.detail.clone()]);
+        let reason = |row: &superbatch_proto::v1::BadRow| {
+            word(row.reason().as_str_name(), "BAD_ROW_REASON_")
+        };
+        let bad = receipt
+            .bad_rows
+            .iter()
+            .map(|row| vec![row.id.clone(), reason(row), row.detail.clone()]);
         text.push_str(&table(&bad.collect::<Vec<_>>()));
     }
     text
@@ -148,20 +199,40 @@ fn in_full(receipt: &Receipt) -> String {
 fn head(s: &ReceiptSummary) -> String {
     let cost = s.cost.unwrap_or_default();
     let seconds = cost.seconds.unwrap_or_default();
-    let learner = s
-        .learner
-        .as_ref()
-        .map_or("none".to_owned(), |v| format!("version {} (pushed after step {}, {})", v.version, v.step, v.digest));
+    let learner = s.learner.as_ref().map_or("none".to_owned(), |v| {
+        format!(
+            "version {} (pushed after step {}, {})",
+            v.version, v.step, v.digest
+        )
+    });
     let lines = [
-        ("run", format!("{} step {} generation {}", s.run_id, s.step, s.generation)),
+        (
+            "run",
+            format!("{} step {} generation {}", s.run_id, s.step, s.generation),
+        ),
         ("drawn by", drawn_by(s)),
         ("tuning", tuning(s)),
         ("mode", word(s.mode().as_str_name(), "MODE_")),
-        ("learner", format!("{learner}, scale {} bias {}, lag {}", s.learner_scale, s.learner_bias, s.lag_steps)),
-        ("reference", format!("{}, scale {} bias {}", s.reference_digest, s.reference_scale, s.reference_bias)),
+        (
+            "learner",
+            format!(
+                "{learner}, scale {} bias {}, lag {}",
+                s.learner_scale, s.learner_bias, s.lag_steps
+            ),
+        ),
+        (
+            "reference",
+            format!(
+                "{}, scale {} bias {}",
+                s.reference_digest, s.reference_scale, s.reference_bias
+            ),
+        ),
         (
             "scanned",
-            format!("{} of super_batch_size {}, {} holes", cost.candidates_scanned, s.super_batch_size, s.holes),
+            format!(
+                "{} of super_batch_size {}, {} holes",
+                cost.candidates_scanned, s.super_batch_size, s.holes
+            ),
         ),
         ("scores", scores(s)),
         (
@@ -171,24 +242,36 @@ fn head(s: &ReceiptSummary) -> String {
                 cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops
             ),
         ),
+        ("seconds", stages(&seconds)),
         (
-            "seconds",
+            "on",
             format!(
-                "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, select {:.3}",
-                seconds.total,
-                seconds.fetch,
-                seconds.decode,
-                seconds.embed_reference,
-                seconds.embed_learner,
-                seconds.wait_weights,
-                seconds.select
+                "{}, {}, plan {}, manifest {}",
+                s.device, s.build, s.plan_version, s.dataset_manifest
             ),
         ),
-        ("on", format!("{}, {}, plan {}, manifest {}", s.device, s.build, s.plan_version, s.dataset_manifest)),
     ];
-    let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect();
+    let mut text: String = lines
+        .iter()
+        .map(|(name, value)| format!("{name:<10}{value}\n"))
+        .collect();
     text.push('\n');
     text
+}
+
+/// Where the step's time went, by stage.
+fn stages(seconds: &StageSeconds) -> String {
+    format!(
+        "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, \
+         select {:.3}",
+        seconds.total,
+        seconds.fetch,
+        seconds.decode,
+        seconds.embed_reference,
+        seconds.embed_learner,
+        seconds.wait_weights,
+        seconds.select
+    )
 }
 
 fn drawn_by(s: &ReceiptSummary) -> String {
@@ -207,18 +290,27 @@ fn scores(s: &ReceiptSummary) -> String {
         return "none: no loss was read".to_owned();
     }
     format!(
-        "sub-batch {:.5} (mean conditional score), chosen {:.5} and candidates {:.5} (mean unconditional scores)",
+        "sub-batch {:.5} (mean conditional score), chosen {:.5} and candidates {:.5} (mean \
+        unconditional scores)",
         s.batch_score, s.mean_score_chosen, s.mean_score_candidates
     )
 }
 
 /// What was set, and how many candidates it left out.
 fn tuning(s: &ReceiptSummary) -> String {
-    let Some(tuning) = &s.tuning else { return "none".to_owned() };
-    let mut text = tuning_to_json(tuning).to_string();
-    if let Some(LeftOut { clip_score_at_least, neg_clip_loss_keep, duplicates_above }) = s.left_out {
+    let Some(tuning) = &s.tuning else {
+        return "none".to_owned();
+    };
+    let mut text = json::tuning(tuning).to_string();
+    if let Some(LeftOut {
+        clip_score_at_least,
+        neg_clip_loss_keep,
+        duplicates_above,
+    }) = s.left_out
+    {
         text.push_str(&format!(
-            "; left out {} (CLIPScore {clip_score_at_least}, negCLIPLoss {neg_clip_loss_keep}, duplicates {duplicates_above})",
+            "; left out {} (CLIPScore {clip_score_at_least}, negCLIPLoss {neg_clip_loss_keep}, \
+            duplicates {duplicates_above})",
             clip_score_at_least + neg_clip_loss_keep + duplicates_above
         ));
     }

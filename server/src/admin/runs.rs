@@ -2,7 +2,11 @@
 use super::{ConfigArgs, open_state, table::table};
 use crate::{
     config::Config,
-    coordinator::{facts, open::last_committed, receipts::Receipts, registry::stored_state},
+    coordinator::{
+        facts::run,
+        receipts::store::Receipts,
+        runs::{open::last_committed, registry::stored_state},
+    },
     error::Result,
     storage::Location,
 };
@@ -33,23 +37,40 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     if runs.is_empty() {
         return Ok(format!("no runs in {}\n", state.uri()));
     }
-    let columns = ["run", "state", "generation", "last_step", "scanned", "selected", "sub_batch", "policy"];
+    let columns = [
+        "run",
+        "state",
+        "generation",
+        "last_step",
+        "scanned",
+        "selected",
+        "sub_batch",
+        "policy",
+    ];
     let mut rows = vec![columns.map(str::to_owned).to_vec()];
     let cell = |run: &Value, column: &str| match &run[column] {
         Value::String(text) => text.clone(),
         Value::Null => "-".to_owned(),
         other => other.to_string(),
     };
-    rows.extend(runs.iter().map(|run| columns.iter().map(|column| cell(run, column)).collect()));
+    rows.extend(
+        runs.iter()
+            .map(|run| columns.iter().map(|column| cell(run, column)).collect()),
+    );
     Ok(table(&rows))
 }
 
 async fn look(location: &Location, id: &str) -> Result<Option<Value>> {
-    let Some(facts) = facts::load(location).await? else { return Ok(None) };
+    let Some(facts) = run::load(location).await? else {
+        return Ok(None);
+    };
     let last = last_committed(location, &facts.chain).await?;
     let receipts = Receipts::new(location.clone());
     let mut totals = None;
-    for generation in last.map(|step| facts.chain.candidates(step, facts.chain.current())).unwrap_or_default() {
+    for generation in last
+        .map(|step| facts.chain.candidates(step, facts.chain.current()))
+        .unwrap_or_default()
+    {
         if let Some(receipt) = receipts.find(last.unwrap_or(0), generation).await? {
             totals = receipt.summary.and_then(|summary| summary.run_totals);
             break;

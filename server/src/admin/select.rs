@@ -2,24 +2,31 @@
 mod file;
 mod norms;
 
-use self::file::{File, Model};
+use self::file::File;
+use self::file::Model;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::{num::NonZeroUsize, path::PathBuf, time::Instant};
-use superbatch_kernels::{Backend, Candidates, Criterion, Loss, Noise, Policy, Selection, Settings, Tuning};
+use superbatch_kernels::{
+    Backend, Candidates, Criterion, Loss, Noise, Policy, Selection, Settings, Tuning,
+};
 use superbatch_proto::v1::Reason;
 
-/// Select from a file of embeddings, without a service: the same code, for offline use and experiments.
+/// Select from a file of embeddings, without a service: the same code, for offline use and
+/// experiments.
 ///
-/// FILE holds a super-batch of B candidates as float32 or float16 tensors `learner_img`, `learner_txt`, `reference_img` and
-/// `reference_txt`, each `[B, d]` with L2-normalised rows (the two models may differ in d), and the models' logits as metadata:
-/// `learner_scale`, `learner_bias`, `reference_scale`, `reference_bias`, where logit = scale x cosine + bias. What a flag does
-/// not say is taken from the metadata of its name (`b` for the sub-batch size), else from the default given below. Rows that
-/// are not normalised are warned of. A flag that another policy reads is refused, and metadata that it reads is ignored.
+/// FILE holds a super-batch of B candidates as float32 or float16 tensors `learner_img`,
+/// `learner_txt`, `reference_img` and `reference_txt`, each `[B, d]` with L2-normalised rows (the
+/// two models may differ in d), and the models' logits as metadata: `learner_scale`,
+/// `learner_bias`, `reference_scale`, `reference_bias`, where logit = scale x cosine + bias. What a
+/// flag does not say is taken from the metadata of its name (`b` for the sub-batch size), else from
+/// the default given below. Rows that are not normalised are warned of. A flag that another policy
+/// reads is refused, and metadata that it reads is ignored.
 ///
-/// Prints {"indices": [...], "chunks": [sizes], "batch_score": x, "seconds": {"load": .., "select": ..}}: the chosen
-/// candidates in the order drawn, how many each chunk drew, and the mean conditional score per example of the sub-batch.
+/// Prints {"indices": [...], "chunks": [sizes], "batch_score": x, "seconds": {"load": .., "select":
+/// ..}}: the chosen candidates in the order drawn, how many each chunk drew, and the mean
+/// conditional score per example of the sub-batch.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -34,31 +41,37 @@ pub struct SelectArgs {
     /// The safetensors file
     #[arg(long, value_name = "FILE")]
     pub embeddings: PathBuf,
-    /// How examples are drawn: joint (chunk by chunk, each given what was drawn before), independent (one draw from each
-    /// candidate's own score), uniform (from noise alone; needs no embeddings where there is noise), joint_top_k, top_k, rank,
-    /// proportional or k_center [default: joint]
+    /// How examples are drawn: joint (chunk by chunk, each given what was drawn before),
+    /// independent (one draw from each candidate's own score), uniform (from noise alone; needs no
+    /// embeddings where there is noise), joint_top_k, top_k, rank, proportional or k_center
+    /// [default: joint]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<Policy>,
-    /// The loss that the models were trained with: sigmoid (SigLIP; needs both biases) or softmax (CLIP) [default: sigmoid]
+    /// The loss that the models were trained with: sigmoid (SigLIP; needs both biases) or softmax
+    /// (CLIP) [default: sigmoid]
     #[arg(long, value_name = "LOSS")]
     pub loss: Option<Loss>,
-    /// What makes an example worth drawing: learnability (learner loss - reference loss), hard (learner loss) or easy
-    /// (-reference loss). Hard needs no reference and easy no learner [default: learnability]
+    /// What makes an example worth drawing: learnability (learner loss - reference loss), hard
+    /// (learner loss) or easy (-reference loss). Hard needs no reference and easy no learner
+    /// [default: learnability]
     #[arg(long, value_name = "CRITERION")]
     pub criterion: Option<Criterion>,
-    /// How many are drawn, exactly [default: a fifth of the candidates, the paper's filter ratio of 0.8]
+    /// How many are drawn, exactly [default: a fifth of the candidates, the paper's filter ratio of
+    /// 0.8]
     #[arg(long, value_name = "N")]
     pub sub_batch_size: Option<usize>,
-    /// Draws of joint selection. More draws follow the exact law more closely; the first ones take the remainder [default: 16]
+    /// Draws of joint selection. More draws follow the exact law more closely; the first ones take
+    /// the remainder [default: 16]
     #[arg(long, value_name = "N")]
     pub n_chunks: Option<usize>,
-    /// Multiplies softmax scores, which do not grow with what is drawn; the sigmoid loss has none [default: 1]
+    /// Multiplies softmax scores, which do not grow with what is drawn; the sigmoid loss has none
+    /// [default: 1]
     #[arg(long, value_name = "GAIN")]
     pub gain: Option<f64>,
     #[command(flatten)]
     pub tuning: TuningArgs,
-    /// Seeds the noise where FILE holds no tensor `noise` (standard Gumbel, float32, one row of B a draw) or too few rows of
-    /// it [default: 0]
+    /// Seeds the noise where FILE holds no tensor `noise` (standard Gumbel, float32, one row of B a
+    /// draw) or too few rows of it [default: 0]
     #[arg(long, value_name = "SEED")]
     pub seed: Option<u64>,
     /// Where scores are computed. All draw the same examples, up to rounding
@@ -72,7 +85,8 @@ pub struct SelectArgs {
 /// What only some policies read, and who is left out before any of them.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct TuningArgs {
-    /// Independent: divides the scores; towards 0 it is top_k, towards infinity uniform [default: 1]
+    /// Independent: divides the scores; towards 0 it is top_k, towards infinity uniform [default:
+    /// 1]
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
     /// Rank: how many times as likely the first is as the last [default: 100]
@@ -87,7 +101,8 @@ pub struct TuningArgs {
     /// Leave out all but one of images whose cosine, by the reference, is above this
     #[arg(long, value_name = "COSINE")]
     pub duplicates_above: Option<f64>,
-    /// Leave out pairs whose CLIPScore (2.5 x cosine of image and text, by the reference) is below this
+    /// Leave out pairs whose CLIPScore (2.5 x cosine of image and text, by the reference) is below
+    /// this
     #[arg(long, value_name = "SCORE")]
     pub clip_score_at_least: Option<f64>,
     /// Keep this share of the pairs, those of the best negCLIPLoss by the reference, from 0 to 1
@@ -101,7 +116,8 @@ pub enum BackendChoice {
     Native,
     /// LibTorch on the CPU
     Torch,
-    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form where they cannot be used
+    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form where they
+    /// cannot be used
     Cuda,
 }
 
@@ -129,21 +145,38 @@ struct Seconds {
 ///
 /// # Errors
 ///
-/// `InvalidArgument` names the `field` (and `tensor`) that is missing or of the wrong shape; `BiasMissing` where the sigmoid
-/// loss lacks a bias; `DeviceUnavailable` where there is no such backend.
+/// `InvalidArgument` names the `field` (and `tensor`) that is missing or of the wrong shape;
+/// `BiasMissing` where the sigmoid loss lacks a bias; `DeviceUnavailable` where there is no such
+/// backend.
 pub fn run(args: &SelectArgs) -> Result<String> {
     let begun = Instant::now();
     let backend = backend(args)?;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.map_or(0, NonZeroUsize::get));
-    let pool = pool.build().map_err(|error| Error::internal("cannot start threads").because(error))?;
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads.map_or(0, NonZeroUsize::get));
+    let pool = pool
+        .build()
+        .map_err(|error| Error::internal("cannot start threads").because(error))?;
     let super_batch = SuperBatch::read(args)?;
-    super_batch.warnings().iter().for_each(|warning| eprintln!("superbatch: warning: {warning}"));
+    super_batch
+        .warnings()
+        .iter()
+        .for_each(|warning| eprintln!("superbatch: warning: {warning}"));
     let load = begun.elapsed().as_secs_f64();
 
     let begun = Instant::now();
     let selection = pool.install(|| super_batch.select(&backend))?;
-    let seconds = Seconds { load, select: begun.elapsed().as_secs_f64() };
-    let Selection { indices, chunks, batch_score, weights, left_out, .. } = &selection;
+    let seconds = Seconds {
+        load,
+        select: begun.elapsed().as_secs_f64(),
+    };
+    let Selection {
+        indices,
+        chunks,
+        batch_score,
+        weights,
+        left_out,
+        ..
+    } = &selection;
     let printed = Printed {
         indices,
         chunks,
@@ -160,13 +193,18 @@ pub fn run(args: &SelectArgs) -> Result<String> {
 fn backend(args: &SelectArgs) -> Result<Backend> {
     match args.backend {
         BackendChoice::Native => Ok(Backend::Native),
-        _ => Err(Error::new(Reason::DeviceUnavailable, "this build has no LibTorch: use --backend native")),
+        _ => Err(Error::new(
+            Reason::DeviceUnavailable,
+            "this build has no LibTorch: use --backend native",
+        )),
     }
 }
 
 #[cfg(feature = "torch")]
 fn backend(args: &SelectArgs) -> Result<Backend> {
-    if let (BackendChoice::Torch | BackendChoice::Cuda, Some(threads)) = (args.backend, args.threads) {
+    if let (BackendChoice::Torch | BackendChoice::Cuda, Some(threads)) =
+        (args.backend, args.threads)
+    {
         tch::set_num_threads(i32::try_from(threads.get()).unwrap_or(i32::MAX));
     }
     match args.backend {
@@ -181,15 +219,19 @@ fn backend(args: &SelectArgs) -> Result<Backend> {
 fn cuda() -> Result<tch::Device> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     let unavailable = |message| Error::new(Reason::DeviceUnavailable, message);
-    // SAFETY: LibTorch's own library, whose initialisers are meant to run in a process that holds libtorch_cpu.
+    // SAFETY: LibTorch's own library, whose initialisers are meant to run in a process that holds
+    // libtorch_cpu.
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
-    let library = library.map_err(|error| unavailable("cannot load LibTorch's CUDA library").because(error))?;
+    let library = library
+        .map_err(|error| unavailable("cannot load LibTorch's CUDA library").because(error))?;
     // Kernels stay registered for the life of the process.
     std::mem::forget(library);
     if tch::Cuda::is_available() {
         Ok(tch::Device::Cuda(0))
     } else {
-        Err(unavailable("there is no CUDA device: use --backend torch or native"))
+        Err(unavailable(
+            "there is no CUDA device: use --backend torch or native",
+        ))
     }
 }
 
@@ -207,29 +249,44 @@ struct SuperBatch {
 
 impl SuperBatch {
     fn read(args: &SelectArgs) -> Result<Self> {
-        let bytes = std::fs::read(&args.embeddings)
-            .map_err(|error| invalid(format!("cannot read {}", args.embeddings.display())).because(error))?;
+        let bytes = std::fs::read(&args.embeddings).map_err(|error| {
+            invalid(format!("cannot read {}", args.embeddings.display())).because(error)
+        })?;
         let file = File::parse(&args.embeddings, &bytes)?;
         let criterion = file.setting(args.criterion, "criterion", Criterion::default())?;
         let policy = file.setting(args.policy, "policy", Policy::default())?;
         let loss = file.setting(args.loss, "loss", Loss::default())?;
         let tuning = file.tuning(&args.tuning, policy)?;
         let optional = !policy.is_scored();
-        let learner = if criterion.needs_learner() { file.model("learner", loss, optional)? } else { None };
+        let learner = if criterion.needs_learner() {
+            file.model("learner", loss, optional)?
+        } else {
+            None
+        };
         // Wherever there is a reference, it tells distances and what is left out.
         let reference = match criterion.needs_reference() {
             true => file.model("reference", loss, optional)?,
-            false if policy == Policy::KCenter || tuning.leaves_out() => file.model("reference", loss, true)?,
+            false if policy == Policy::KCenter || tuning.leaves_out() => {
+                file.model("reference", loss, true)?
+            }
             false => None,
         };
         let noise = file.noise()?;
-        let models = [&learner, &reference].into_iter().flatten().map(|model| model.count);
+        let models = [&learner, &reference]
+            .into_iter()
+            .flatten()
+            .map(|model| model.count);
         let counts: Vec<usize> = models.chain(noise.as_ref().map(|noise| noise.1)).collect();
         let Some(&count) = counts.first() else {
-            return Err(invalid(format!("{} holds neither embeddings nor noise", args.embeddings.display())));
+            return Err(invalid(format!(
+                "{} holds neither embeddings nor noise",
+                args.embeddings.display()
+            )));
         };
         if counts.iter().any(|other| *other != count) {
-            return Err(invalid(format!("the tensors disagree on the number of candidates: {counts:?}")));
+            return Err(invalid(format!(
+                "the tensors disagree on the number of candidates: {counts:?}"
+            )));
         }
         let settings = Settings {
             policy,
@@ -239,10 +296,24 @@ impl SuperBatch {
             n_chunks: file.setting(args.n_chunks, "n_chunks", 16)?,
             gain: file.setting(args.gain, "gain", 1.0)?,
         };
-        let draws = if policy == Policy::Joint { settings.n_chunks.min(settings.sub_batch_size) } else { 1 };
-        let noise = noise.filter(|(values, _)| values.len() >= draws * count).map(|(values, _)| values);
+        let draws = if policy == Policy::Joint {
+            settings.n_chunks.min(settings.sub_batch_size)
+        } else {
+            1
+        };
+        let noise = noise
+            .filter(|(values, _)| values.len() >= draws * count)
+            .map(|(values, _)| values);
         let seed = file.setting(args.seed, "seed", 0)?;
-        Ok(Self { count, learner, reference, settings, tuning, noise, seed })
+        Ok(Self {
+            count,
+            learner,
+            reference,
+            settings,
+            tuning,
+            noise,
+            seed,
+        })
     }
 
     /// What is suspicious, though a draw can be made of it.
@@ -256,12 +327,25 @@ impl SuperBatch {
     }
 
     fn select(&self, backend: &Backend) -> Result<Selection> {
-        let (learner, reference) = (self.learner.as_ref().map(Model::view), self.reference.as_ref().map(Model::view));
-        let candidates = Candidates { count: self.count, learner, reference, holes: &[] };
+        let (learner, reference) = (
+            self.learner.as_ref().map(Model::view),
+            self.reference.as_ref().map(Model::view),
+        );
+        let candidates = Candidates {
+            count: self.count,
+            learner,
+            reference,
+            holes: &[],
+        };
         let keys: Vec<u64> = (0..self.count as u64).collect();
         let noise = match &self.noise {
             Some(values) => Noise::Given(values),
-            None => Noise::Seeded { seed: self.seed, generation: 0, step: 0, keys: &keys },
+            None => Noise::Seeded {
+                seed: self.seed,
+                generation: 0,
+                step: 0,
+                keys: &keys,
+            },
         };
         let drawn = backend.select_tuned(&candidates, &self.settings, &self.tuning, &noise);
         drawn.map_err(|error| invalid("cannot select").because(error))

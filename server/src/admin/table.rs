@@ -1,14 +1,25 @@
 //! Columns for people.
 
-/// Rows as aligned text, the first one being the head. Numbers (by their look) are set to the right.
+/// Rows as aligned text, the first one being the head. Numbers (by their look) are set to the
+/// right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|row| row.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let width = |c: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(c))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| {
-            if cell.parse::<f64>().is_ok() { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+            if cell.parse::<f64>().is_ok() {
+                format!("{cell:>width$}")
+            } else {
+                format!("{cell:<width$}")
+            }
         });
         text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
         text.push('\n');
@@ -20,7 +31,13 @@ pub fn table(rows: &[Vec<String>]) -> String {
 mod tests {
     #[test]
     fn columns_line_up() {
-        let rows = [vec!["run".into(), "step".into()], vec!["a-long-name".into(), "7".into()]];
-        assert_eq!(super::table(&rows), "run          step\na-long-name     7\n");
+        let rows = [
+            vec!["run".into(), "step".into()],
+            vec!["a-long-name".into(), "7".into()],
+        ];
+        assert_eq!(
+            super::table(&rows),
+            "run          step\na-long-name     7\n"
+        );
     }
 }

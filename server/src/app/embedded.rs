@@ -1,5 +1,6 @@
-//! The worker inside the coordinator's process: the same service on the same wire, over memory instead of a socket.
-use crate::{coordinator::pool::Pool, worker::Worker};
+//! The worker inside the coordinator's process: the same service on the same wire, over memory
+//! instead of a socket.
+use crate::{coordinator::workers::pool::Pool, worker::Worker};
 use hyper_util::rt::TokioIo;
 use std::{io, sync::Arc};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES};
@@ -31,7 +32,10 @@ pub fn connect(worker: Worker) -> Channel {
         let accept = accept.clone();
         async move {
             let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
-            accept.send(theirs).await.map_err(|_| io::Error::other("the embedded worker stopped"))?;
+            accept
+                .send(theirs)
+                .await
+                .map_err(|_| io::Error::other("the embedded worker stopped"))?;
             Ok::<_, io::Error>(TokioIo::new(ours))
         }
     });
@@ -41,8 +45,14 @@ pub fn connect(worker: Worker) -> Channel {
         .connect_with_connector_lazy(connector)
 }
 
-/// Takes the embedded worker out of the pool while its device is hung, as a worker of its own process leaves.
-pub async fn keep_while_well(pool: Arc<Pool>, mut is_well: watch::Receiver<bool>, channel: Channel, device: String) {
+/// Takes the embedded worker out of the pool while its device is hung, as a worker of its own
+/// process leaves.
+pub async fn keep_while_well(
+    pool: Arc<Pool>,
+    mut is_well: watch::Receiver<bool>,
+    channel: Channel,
+    device: String,
+) {
     while is_well.changed().await.is_ok() {
         match *is_well.borrow_and_update() {
             true => pool.embed(channel.clone(), &device),
@@ -54,13 +64,17 @@ pub async fn keep_while_well(pool: Arc<Pool>, mut is_well: watch::Receiver<bool>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::coordinator::pool::Home;
+    use crate::coordinator::workers::pool::Home;
     use std::time::Duration;
     use superbatch_proto::v1::Reason;
 
     #[tokio::test]
     async fn a_hung_device_leaves_the_pool_and_comes_back() {
-        let pool = Arc::new(Pool::new(Duration::from_secs(1), Duration::ZERO, Home::default()));
+        let pool = Arc::new(Pool::new(
+            Duration::from_secs(1),
+            Duration::ZERO,
+            Home::default(),
+        ));
         let channel = Endpoint::from_static("http://embedded").connect_lazy();
         pool.embed(channel.clone(), "cuda:0");
         for is_well in [false, true] {

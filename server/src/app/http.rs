@@ -1,4 +1,5 @@
-//! The plain HTTP side: `/metrics` for Prometheus, `/livez` and `/readyz` for probes. All answer until the process ends.
+//! The plain HTTP side: `/metrics` for Prometheus, `/livez` and `/readyz` for probes. All answer
+//! until the process ends.
 use super::{Shutdown, bind};
 use crate::{
     error::{Error, Result},
@@ -18,7 +19,9 @@ impl Http {
     /// `field` is the setting that holds the address.
     pub async fn bind(address: SocketAddr, field: &str) -> Result<Self> {
         let listener = bind(address, field).await?;
-        let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
+        let address = listener
+            .local_addr()
+            .map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         Ok(Self { listener, address })
     }
 
@@ -26,8 +29,8 @@ impl Http {
         self.address
     }
 
-    /// Serves for as long as it is polled. From `shutdown` on `/readyz` says 503, so that nobody sends new calls; calls that are
-    /// under way are still to be seen.
+    /// Serves for as long as it is polled. From `shutdown` on `/readyz` says 503, so that nobody
+    /// sends new calls; calls that are under way are still to be seen.
     pub async fn run(self, shutdown: Shutdown) {
         let handle = metrics::install();
         let router = Router::new()
@@ -59,7 +62,10 @@ mod tests {
     /// The status of an answer.
     async fn get(address: SocketAddr, path: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        stream
+            .write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())
+            .await
+            .unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer.split(' ').nth(1).unwrap().to_owned()
@@ -67,7 +73,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_that_stops_is_seen_until_its_end() {
-        let http = Http::bind("127.0.0.1:0".parse().unwrap(), "metrics_listen").await.unwrap();
+        let http = Http::bind("127.0.0.1:0".parse().unwrap(), "metrics_listen")
+            .await
+            .unwrap();
         let address = http.address();
         let (stop, stopped) = oneshot::channel::<()>();
         tokio::spawn(http.run(stopped.map(drop).boxed().shared()));

@@ -1,53 +1,58 @@
-//! The processes: a coordinator with its embedded worker (`superbatch serve`), and a worker (`superbatch worker`). Wiring is
-//! here and nowhere else; every part gets its config and what it stands on.
+//! The processes: a coordinator with its embedded worker (`superbatch serve`), and a worker
+//! (`superbatch worker`). Wiring is here and nowhere else; every part gets its config and what it
+//! stands on.
 mod embedded;
 mod http;
+mod page;
 mod transport;
+mod work;
 
+pub use page::RunPage;
+
+use self::transport::builder;
+use self::transport::drain;
+use self::transport::reflection;
+use self::transport::within;
 use crate::{
-    config::{Config, CoordinatorConfig, WorkerRoleConfig},
+    config::{Config, CoordinatorConfig},
     coordinator::{
-        limits::Limits,
-        owner::Identity,
-        pool::{Home, Pool},
-        ready::Budget,
-        registry::Coordinator,
-        run::Deps,
-        selector::{LocalSelector, Selector, WorkerSelector},
+        facts::owner::Identity,
+        runs::{limits::Limits, parts::Deps, registry::Coordinator, upkeep::upkeep},
+        select::{Selector, local::LocalSelector, remote::WorkerSelector},
+        serve::ready::Budget,
         service::{Selection, WorkerPlane},
-        upkeep::upkeep,
+        workers::pool::{Home, Pool},
     },
     error::{Error, Result},
     metrics::{self, Process},
     storage::{Location, Stores, Wrap, metered, nonce, probe},
-    worker::{Worker, keep_registered},
+    worker::Worker,
 };
 use futures::future::{BoxFuture, FutureExt, Shared};
-use rand::SeedableRng;
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
-        RegisterRequest, coordinator_service_server::CoordinatorServiceServer,
-        selection_service_server::SelectionServiceServer, worker_service_server::WorkerServiceServer,
+        coordinator_service_server::CoordinatorServiceServer,
+        selection_service_server::SelectionServiceServer,
+        worker_service_server::WorkerServiceServer,
     },
 };
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Notify, oneshot},
 };
-use tonic::{
-    server::NamedService,
-    transport::{Endpoint, server::TcpIncoming},
-};
-use transport::{builder, drain, reflection, tell_health, within};
+use tonic::{server::NamedService, transport::server::TcpIncoming};
+pub use work::Work;
 
 /// How long a call waits for a first worker.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The services of a coordinator, and of a worker.
-const SERVED: [&str; 2] = [SelectionServiceServer::<Selection>::NAME, CoordinatorServiceServer::<WorkerPlane>::NAME];
+const SERVED: [&str; 2] = [
+    SelectionServiceServer::<Selection>::NAME,
+    CoordinatorServiceServer::<WorkerPlane>::NAME,
+];
 const WORKED: [&str; 1] = [WorkerServiceServer::<Worker>::NAME];
 
 /// A future that ends when the process should.
@@ -74,7 +79,11 @@ struct Ground {
 
 impl Ground {
     async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
-        let Sockets { section, listen, metrics_listen } = sockets;
+        let Sockets {
+            section,
+            listen,
+            metrics_listen,
+        } = sockets;
         config.validate()?;
         ignore_file_size_limit();
         // Before anything is counted.
@@ -84,18 +93,31 @@ impl Ground {
         let state_id = probe(&state).await?;
         tracing::info!(state = state.uri(), id = state_id, "state opened");
         let listener = bind(listen, &format!("{section}listen")).await?;
-        let address = listener.local_addr().map_err(|e| Error::internal("a bound socket has no address").because(e))?;
+        let address = listener
+            .local_addr()
+            .map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         let http = match metrics_listen {
-            Some(listen) => Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?),
+            Some(listen) => {
+                Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?)
+            }
             None => None,
         };
-        Ok(Self { config, stores, state, state_id, listener, address, http })
+        Ok(Self {
+            config,
+            stores,
+            state,
+            state_id,
+            listener,
+            address,
+            http,
+        })
     }
 }
 
 /// A coordinator, bound and ready to run.
 pub struct Serve {
     ground: Ground,
+    page: Option<RunPage>,
     coordinator: Arc<Coordinator>,
 }
 
@@ -103,7 +125,8 @@ impl Serve {
     /// Opens the state, binds the sockets and starts the embedded worker's device.
     ///
     /// # Errors
-    /// Whatever makes the config unusable: a port in use, a store that is unreachable or overwrites, a device that is not there.
+    /// Whatever makes the config unusable: a port in use, a store that is unreachable or
+    /// overwrites, a device that is not there.
     pub async fn build(config: Config) -> Result<Self> {
         Self::build_on(config, Arc::new(metered)).await
     }
@@ -113,20 +136,40 @@ impl Serve {
     /// # Errors
     /// Those of [`Serve::build`].
     pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
-        let sockets = Sockets { section: "", listen: config.listen, metrics_listen: config.metrics_listen };
+        let sockets = Sockets {
+            section: "",
+            listen: config.listen,
+            metrics_listen: config.metrics_listen,
+        };
         let ground = Ground::build(config, sockets, wrap).await?;
         let settings = &ground.config.coordinator;
-        let home = Home { id: ground.state_id.clone(), uri: ground.state.uri().to_owned() };
-        let pool = Arc::new(Pool::new(Duration::from_secs_f64(settings.lease_seconds), WORKER_PATIENCE, home));
+        let home = Home {
+            id: ground.state_id.clone(),
+            uri: ground.state.uri().to_owned(),
+        };
+        let pool = Arc::new(Pool::new(
+            Duration::from_secs_f64(settings.lease_seconds),
+            WORKER_PATIENCE,
+            home,
+        ));
         metrics::begin(Process::Coordinator);
         let mut device = "cpu".to_owned();
         if settings.workers_embedded {
             metrics::begin(Process::Worker);
-            let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
+            let worker = Worker::new(
+                &ground.config.worker,
+                ground.stores.clone(),
+                ground.state.clone(),
+            )?;
             device = worker.info().device;
             let (well, channel) = (worker.is_well(), embedded::connect(worker));
             pool.embed(channel.clone(), &device);
-            tokio::spawn(embedded::keep_while_well(pool.clone(), well, channel, device.clone()));
+            tokio::spawn(embedded::keep_while_well(
+                pool.clone(),
+                well,
+                channel,
+                device.clone(),
+            ));
         }
         let on_worker = match settings.selector_device.as_str() {
             "worker" => Some(""),
@@ -136,13 +179,19 @@ impl Serve {
         };
         let local = LocalSelector::new(settings.selector_threads as usize)?;
         let selector: Arc<dyn Selector> = match on_worker {
-            Some(device) => Arc::new(WorkerSelector { pool: pool.clone(), local, device }),
+            Some(device) => Arc::new(WorkerSelector {
+                pool: pool.clone(),
+                local,
+                device,
+            }),
             None => Arc::new(local),
         };
         tell_build(&device);
         let advertised = settings.advertise_address.clone();
-        let identity =
-            Identity { address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)), instance: nonce() };
+        let identity = Identity {
+            address: advertised.unwrap_or_else(|| format!("http://{}", ground.address)),
+            instance: nonce(),
+        };
         let deps = Deps {
             pool,
             selector,
@@ -151,8 +200,18 @@ impl Serve {
             sizing: Arc::default(),
         };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
+        let page = page_of(&ground).await;
         let coordinator = Coordinator::new(deps, stores, state, identity);
-        Ok(Self { ground, coordinator })
+        Ok(Self {
+            ground,
+            page,
+            coordinator,
+        })
+    }
+
+    /// Where the run page is served, if it is.
+    pub fn page_address(&self) -> Option<SocketAddr> {
+        self.page.as_ref().map(RunPage::address)
     }
 
     /// Where trainers connect.
@@ -169,7 +228,9 @@ impl Serve {
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
         for name in SERVED {
-            health.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+            health
+                .set_service_status(name, tonic_health::ServingStatus::Serving)
+                .await;
         }
         let selection = SelectionServiceServer::new(Selection(self.coordinator.clone()))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -177,11 +238,17 @@ impl Serve {
         let router = builder()
             .add_routes(reflection(&SERVED)?)
             .add_service(health_service)
-            .add_service(CoordinatorServiceServer::new(WorkerPlane(self.coordinator.clone())))
+            .add_service(CoordinatorServiceServer::new(WorkerPlane(
+                self.coordinator.clone(),
+            )))
             .add_service(selection);
         let coordinator = self.coordinator;
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let http = self
+            .ground
+            .http
+            .map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let page = self.page.map(|page| tokio::spawn(page.run()));
         let upkeep = tokio::spawn(upkeep(coordinator.clone()));
         let let_go = async move {
             upkeep.abort();
@@ -191,108 +258,29 @@ impl Serve {
         let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
         let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
-        if let Some(http) = http {
-            http.abort();
-        }
+        [http, page]
+            .into_iter()
+            .flatten()
+            .for_each(|served| served.abort());
         Ok(())
     }
 }
 
-/// A scoring worker, bound and ready to run.
-pub struct Work {
-    ground: Ground,
-    worker: Worker,
-}
-
-impl Work {
-    /// As [`Serve::build`], for a worker.
-    pub async fn build(config: Config) -> Result<Self> {
-        Self::build_on(config, Arc::new(metered)).await
-    }
-
-    /// As [`Serve::build_on`], for a worker.
-    pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
-        let WorkerRoleConfig { listen, metrics_listen, .. } = config.worker_role;
-        let sockets = Sockets { section: "worker_role.", listen, metrics_listen };
-        let ground = Ground::build(config, sockets, wrap).await?;
-        let worker = Worker::new(&ground.config.worker, ground.stores.clone(), ground.state.clone())?;
-        metrics::begin(Process::Worker);
-        tell_build(&worker.info().device);
-        Ok(Self { ground, worker })
-    }
-
-    /// Where the coordinator connects.
-    pub fn address(&self) -> SocketAddr {
-        self.ground.address
-    }
-
-    pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.ground.http.as_ref().map(http::Http::address)
-    }
-
-    /// Scores until `shutdown`: stays registered, then leaves and drains.
-    ///
-    /// # Errors
-    /// What the coordinator refuses the worker for: it ends then, as it does at `shutdown`.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let refused = Arc::new(Notify::new());
-        let until = refused.clone();
-        let shutdown = async move {
-            tokio::select! {
-                () = shutdown => {}
-                () = until.notified() => {}
-            }
-        };
-        let shutdown: Shutdown = shutdown.boxed().shared();
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<WorkerServiceServer<Worker>>().await;
-        let (keeping, well) = (self.keep_registered(shutdown.clone())?, self.worker.is_well());
-        let registered = tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
-        let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
-        let router =
-            builder().add_routes(reflection(&WORKED)?).add_service(health_service).add_service(self.worker.service());
-        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let http = self.ground.http.map(|http| tokio::spawn(http.run(shutdown.clone())));
-        let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
-        let leave = async move {
-            // It has told the coordinator that it goes; a task that panicked has told its log.
-            let _ = tell.send(registered.await.unwrap_or(Ok(())));
-            told.abort();
-            worker.stop();
-        };
-        let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
-        let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
-        let served = router.serve_with_incoming_shutdown(incoming, drained);
-        within(served, stopping, grace).await?;
-        if let Some(http) = http {
-            http.abort();
-        }
-        // Where it never left there is nothing to tell.
-        ended.await.unwrap_or(Ok(()))
-    }
-
-    fn keep_registered(&self, shutdown: Shutdown) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
-        let (role, ground) = (&self.ground.config.worker_role, &self.ground);
-        let registration = RegisterRequest {
-            address: role.advertise_address.clone().unwrap_or_else(|| format!("http://{}", ground.address)),
-            incarnation: nonce(),
-            device: self.worker.info().device,
-            leaving: false,
-            build: env!("CARGO_PKG_VERSION").to_owned(),
-            state_id: ground.state_id.clone(),
-            state_uri: ground.state.uri().to_owned(),
-        };
-        let coordinator = Endpoint::from_shared(role.coordinator.clone()).map_err(|e| {
-            let message = format!("worker_role.coordinator is '{}'; give http://host:port", role.coordinator);
-            Error::invalid("worker_role.coordinator", message).because(e)
-        })?;
-        let rng = rand::rngs::StdRng::from_os_rng();
-        Ok(keep_registered(coordinator, registration, self.worker.is_well(), rng, shutdown))
-    }
+/// The run page beside a coordinator. Nothing that trainers need fails by it.
+async fn page_of(ground: &Ground) -> Option<RunPage> {
+    let listen = ground.config.page_listen?;
+    let bound = RunPage::bind(&ground.stores, ground.state.clone(), listen).await;
+    bound
+        .inspect_err(|error| tracing::warn!(error = error.chain(), "there is no run page"))
+        .ok()
 }
 
 fn tell_build(device: &str) {
-    let kind = if device.starts_with("cuda") { "cuda" } else { "cpu" };
+    let kind = if device.starts_with("cuda") {
+        "cuda"
+    } else {
+        "cpu"
+    };
     metrics::build_info(env!("CARGO_PKG_VERSION"), kind).set(1.0);
 }
 
@@ -305,11 +293,12 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
         runs_max: settings.max_runs as usize,
         need_deadline_seconds: settings.need_deadline_seconds,
         snapshots_kept: settings.snapshots_kept.into(),
+        passed_over_max: settings.passed_over_max,
     })
 }
 
-/// Lets a write beyond the limit on a file's size (`ulimit -f`) fail, so that it is reported; by itself the signal ends the
-/// process without a word.
+/// Lets a write beyond the limit on a file's size (`ulimit -f`) fail, so that it is reported; by
+/// itself the signal ends the process without a word.
 fn ignore_file_size_limit() {
     /// SIGXFSZ, on Linux and macOS.
     const FILE_SIZE: i32 = 25;
@@ -321,7 +310,9 @@ fn ignore_file_size_limit() {
 
 async fn bind(address: SocketAddr, field: &str) -> Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|e| {
-        let message = format!("cannot listen on {address}; stop what uses that port, or set `{field}` to another");
+        let message = format!(
+            "cannot listen on {address}; stop what uses that port, or set `{field}` to another"
+        );
         Error::invalid(field, message).because(e)
     })
 }

@@ -1,4 +1,5 @@
-//! What is between a socket and the services: limits, reflection, health, and the order of a shutdown.
+//! What is between a socket and the services: limits, reflection, health, and the order of a
+//! shutdown.
 use super::Shutdown;
 use crate::error::{Error, Result};
 use std::{future::Future, time::Duration};
@@ -7,7 +8,9 @@ use superbatch_proto::{
     v1::{FILE_DESCRIPTOR_SET, Reason},
 };
 use tokio::sync::{oneshot, watch};
-use tonic::{Code, Status, body::Body, codegen::http::Response, service::Routes, transport::Server};
+use tonic::{
+    Code, Status, body::Body, codegen::http::Response, service::Routes, transport::Server,
+};
 use tonic_health::server::HealthReporter;
 use tower::{
     layer::util::{Identity as NoLayer, Stack},
@@ -15,11 +18,18 @@ use tower::{
 };
 
 /// Services of every process.
-const OF_ALL: [&str; 3] =
-    ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
+const OF_ALL: [&str; 3] = [
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+];
 
 /// Not serving while the device is hung.
-pub async fn tell_health(mut is_well: watch::Receiver<bool>, health: HealthReporter, services: &[&str]) {
+pub async fn tell_health(
+    mut is_well: watch::Receiver<bool>,
+    health: HealthReporter,
+    services: &[&str],
+) {
     while is_well.changed().await.is_ok() {
         let serving = match *is_well.borrow_and_update() {
             true => tonic_health::ServingStatus::Serving,
@@ -42,8 +52,8 @@ pub fn builder() -> Server<Stack<Mended, NoLayer>> {
     server.layer(MapResponseLayer::new(too_large))
 }
 
-/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE without any, which is the code
-/// of the end of the data.
+/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE
+/// without any, which is the code of the end of the data.
 fn too_large(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() == Code::OutOfRange && status.details().is_empty() => {
@@ -54,20 +64,28 @@ fn too_large(response: Response<Body>) -> Response<Body> {
     }
 }
 
-/// Reflection on `services` and those of every process, under its name of today and the one that older clients know.
+/// Reflection on `services` and those of every process, under its name of today and the one that
+/// older clients know.
 pub fn reflection(services: &[&str]) -> Result<Routes> {
     let descriptors = || {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
-        services.iter().chain(&OF_ALL).fold(builder, |builder, name| builder.with_service_name(*name))
+        services
+            .iter()
+            .chain(&OF_ALL)
+            .fold(builder, |builder, name| builder.with_service_name(*name))
     };
     let damaged = |e| Error::internal("the protocol's descriptors are damaged").because(e);
-    let (v1, v1alpha) = (descriptors().build_v1().map_err(damaged)?, descriptors().build_v1alpha().map_err(damaged)?);
+    let (v1, v1alpha) = (
+        descriptors().build_v1().map_err(damaged)?,
+        descriptors().build_v1alpha().map_err(damaged)?,
+    );
     Ok(Routes::new(v1).add_service(v1alpha))
 }
 
-/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The receiver tells when it began.
+/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The
+/// receiver tells when it began.
 pub fn drain(
     shutdown: Shutdown,
     mut health: HealthReporter,
@@ -80,7 +98,9 @@ pub fn drain(
         tracing::info!("draining");
         // The empty name is the whole server's.
         for name in services.iter().copied().chain([""]) {
-            health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+            health
+                .set_service_status(name, tonic_health::ServingStatus::NotServing)
+                .await;
         }
         // A receiver that is gone needs no telling.
         let _ = began.send(());
@@ -111,7 +131,8 @@ pub async fn within(
             Ok(())
         }
         () = patience => {
-            tracing::warn!(seconds = grace.as_secs_f64(), "calls were still open after the grace period");
+            tracing::warn!(seconds = grace.as_secs_f64(), "calls were still open after the grace \
+            period");
             Ok(())
         }
     }

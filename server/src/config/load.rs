@@ -1,4 +1,5 @@
-//! From a file and the environment to a [`Config`]. A misspelt key is refused, with the one that was probably meant.
+//! From a file and the environment to a [`Config`]. A misspelt key is refused, with the one that
+//! was probably meant.
 use super::{
     Config,
     reference::{Field, Kind, fields},
@@ -11,22 +12,28 @@ use std::{collections::BTreeMap, path::Path};
 const PREFIX: &str = "SUPERBATCH_";
 /// Variables that object stores' own tools read: credentials, regions, endpoints.
 const CREDENTIALS: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
-/// A variable without `__` is refused for its name only where it is this close to one of ours: Kubernetes sets
-/// `SUPERBATCH_PORT` and the like for a service named superbatch.
+/// A variable without `__` is refused for its name only where it is this close to one of ours:
+/// Kubernetes sets `SUPERBATCH_PORT` and the like for a service named superbatch.
 const TYPO_EDITS_MAX: usize = 2;
 
-/// The environment of this process, for [`Config::load`]. Variables that are not Unicode are left out.
+/// The environment of this process, for [`Config::load`]. Variables that are not Unicode are left
+/// out.
 pub fn environment() -> impl Iterator<Item = (String, String)> {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
 impl Config {
-    /// The configuration of a YAML file (the defaults where there is none), with the variables of `environment` before it:
-    /// `SUPERBATCH_COORDINATOR__LEASE_SECONDS` is `coordinator.lease_seconds`. It is validated.
+    /// The configuration of a YAML file (the defaults where there is none), with the variables of
+    /// `environment` before it: `SUPERBATCH_COORDINATOR__LEASE_SECONDS` is
+    /// `coordinator.lease_seconds`. It is validated.
     ///
     /// # Errors
     /// `InvalidArgument`, with the `field`.
-    pub fn load(path: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
+    pub fn load(
+        path: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self> {
         let fields = fields();
         let of_file = |error: Error| match path {
             Some(path) => error.about(path.display()),
@@ -39,7 +46,9 @@ impl Config {
             if CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)) {
                 credentials.insert(name.to_lowercase(), value.clone());
             }
-            let Some(name_in_file) = name.strip_prefix(PREFIX) else { continue };
+            let Some(name_in_file) = name.strip_prefix(PREFIX) else {
+                continue;
+            };
             let path = name_in_file.to_lowercase().replace("__", ".");
             set(&mut tree, &name, &path, value, &fields)?;
         }
@@ -54,14 +63,19 @@ impl Config {
 }
 
 fn read(path: &Path) -> Result<Value> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Error::invalid("config", format!("cannot read {}", path.display())).because(e))?;
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Error::invalid("config", format!("cannot read {}", path.display())).because(e)
+    })?;
     serde_yaml_ng::from_str(&text)
         .map_err(|e| Error::invalid("config", format!("{} is not YAML", path.display())).because(e))
 }
 
 fn below(section: &str, key: &str) -> String {
-    if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") }
+    if section.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{section}.{key}")
+    }
 }
 
 /// Checks the keys of a section, and those below. An empty section becomes an empty mapping.
@@ -70,13 +84,23 @@ fn check_section(section: &str, tree: &mut Value, fields: &[Field]) -> Result<()
         *tree = Value::Object(Map::new());
     }
     let Value::Object(entries) = tree else {
-        let what = if section.is_empty() { "the configuration" } else { section };
-        return Err(Error::invalid(section, format!("{what} must be a mapping of keys to values")));
+        let what = if section.is_empty() {
+            "the configuration"
+        } else {
+            section
+        };
+        return Err(Error::invalid(
+            section,
+            format!("{what} must be a mapping of keys to values"),
+        ));
     };
     for (key, value) in entries {
         let path = below(section, key);
         match fields.iter().find(|field| field.path == path) {
-            Some(Field { kind: Kind::Section, .. }) => check_section(&path, value, fields)?,
+            Some(Field {
+                kind: Kind::Section,
+                ..
+            }) => check_section(&path, value, fields)?,
             Some(_) => {}
             None => return Err(unknown(&path, &path, fields)),
         }
@@ -90,22 +114,37 @@ fn set(tree: &mut Value, name: &str, path: &str, text: String, fields: &[Field])
     let (field, is_entry) = match fields.iter().find(|field| field.path == path) {
         Some(field) => (field, false),
         // An entry of a free mapping, such as storage.options.aws_region.
-        None => match fields.iter().find(|field| field.path == section && field.kind == Kind::Mapping) {
+        None => match fields
+            .iter()
+            .find(|field| field.path == section && field.kind == Kind::Mapping)
+        {
             Some(field) => (field, true),
             None if path.contains('.') => return Err(unknown(name, path, fields)),
             None => {
-                let near = fields.iter().any(|f| !f.path.contains('.') && edits(&f.path, path) <= TYPO_EDITS_MAX);
-                return if near && path.len() > TYPO_EDITS_MAX * 2 { Err(unknown(name, path, fields)) } else { Ok(()) };
+                let near = fields
+                    .iter()
+                    .any(|f| !f.path.contains('.') && edits(&f.path, path) <= TYPO_EDITS_MAX);
+                return if near && path.len() > TYPO_EDITS_MAX * 2 {
+                    Err(unknown(name, path, fields))
+                } else {
+                    Ok(())
+                };
             }
         },
     };
     let value = match field.kind {
-        Kind::Section => return Err(Error::invalid(path, format!("{name} is a section; set {name}__KEY"))),
+        Kind::Section => {
+            return Err(Error::invalid(
+                path,
+                format!("{name} is a section; set {name}__KEY"),
+            ));
+        }
         Kind::Text { nullable: true } if text.is_empty() => Value::Null,
         Kind::Text { .. } => Value::String(text),
         Kind::Mapping if is_entry => Value::String(text),
-        Kind::Mapping | Kind::Other => serde_yaml_ng::from_str(&text)
-            .map_err(|e| Error::invalid(path, format!("{name} cannot be read as a value")).because(e))?,
+        Kind::Mapping | Kind::Other => serde_yaml_ng::from_str(&text).map_err(|e| {
+            Error::invalid(path, format!("{name} cannot be read as a value")).because(e)
+        })?,
     };
     let mut at = tree;
     for key in section.split('.').filter(|key| !key.is_empty()) {
@@ -120,26 +159,44 @@ fn set(tree: &mut Value, name: &str, path: &str, text: String, fields: &[Field])
 
 fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
     let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
-    // The last word decides, so that a key in the wrong section is found; among equals, the nearest section.
-    let near = fields.iter().min_by_key(|field| (edits(&last(&field.path), &last(path)), edits(&field.path, path)));
+    // The last word decides, so that a key in the wrong section is found; among equals, the nearest
+    // section.
+    let near = fields.iter().min_by_key(|field| {
+        (
+            edits(&last(&field.path), &last(path)),
+            edits(&field.path, path),
+        )
+    });
     let near = near.map_or("", |field| &field.path);
-    Error::invalid(path, format!("there is no setting {name}; did you mean {near}?")).with("known", near)
+    Error::invalid(
+        path,
+        format!("there is no setting {name}; did you mean {near}?"),
+    )
+    .with("known", near)
 }
 
-/// Finds the one value that cannot be read by trying each by itself, since serde's error does not say where it was, and says
-/// what is wanted in the words of the reference page, since serde's are those of Rust.
+/// Finds the one value that cannot be read by trying each by itself, since serde's error does not
+/// say where it was, and says what is wanted in the words of the reference page, since serde's are
+/// those of Rust.
 fn culprit(section: &str, tree: &Value, fields: &[Field]) -> Option<Error> {
     tree.as_object()?.iter().find_map(|(key, value)| {
         let path = below(section, key);
-        let alone =
-            path.rsplit('.').fold(value.clone(), |value, key| Value::Object(Map::from_iter([(key.to_owned(), value)])));
+        let alone = path.rsplit('.').fold(value.clone(), |value, key| {
+            Value::Object(Map::from_iter([(key.to_owned(), value)]))
+        });
         let cause = serde_json::from_value::<Config>(alone).err()?;
         let inner = culprit(&path, value, fields);
-        Some(inner.unwrap_or_else(|| match fields.iter().find(|field| field.path == path) {
-            Some(field) => Error::invalid(&path, format!("{path} cannot be {value}; give {}", field.wanted)),
-            // An entry of a free mapping.
-            None => Error::invalid(&path, format!("{path} cannot be {value}; give text")).because(cause),
-        }))
+        Some(
+            inner.unwrap_or_else(|| match fields.iter().find(|field| field.path == path) {
+                Some(field) => Error::invalid(
+                    &path,
+                    format!("{path} cannot be {value}; give {}", field.wanted),
+                ),
+                // An entry of a free mapping.
+                None => Error::invalid(&path, format!("{path} cannot be {value}; give text"))
+                    .because(cause),
+            }),
+        )
     })
 }
 

@@ -1,17 +1,17 @@
-//! The server's whole configuration: one YAML file, with environment variables before it. Only this module reads the
-//! environment. Every field's comment is its text in `docs/configuration.md`, and `Default` its only default.
+//! The server's whole configuration: one YAML file, with environment variables before it. Only this
+//! module reads the environment. Every field's comment is its text in `docs/configuration.md`, and
+//! `Default` its only default.
 mod load;
 mod reference;
 #[cfg(test)]
 mod tests;
 
-pub use load::environment;
-pub use reference::{commented_yaml, reference};
-
 use crate::{
     error::{Error, Result},
     storage::{StorageConfig, can_hold_state},
 };
+pub use load::environment;
+pub use reference::{commented_yaml, reference};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -27,14 +27,19 @@ const SECONDS_MAX: f64 = 1e9;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Address and port where trainers, workers and operators reach a coordinator. Port 0 takes any free one.
+    /// Address and port where trainers, workers and operators reach a coordinator. Port 0 takes any
+    /// free one.
     pub listen: SocketAddr,
-    /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none of them.
+    /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none
+    /// of them.
     pub metrics_listen: Option<SocketAddr>,
-    /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine, because TLS and tokens are
-    /// not built yet; leave it to networks that you trust whole.
+    /// Address and port of the run page (docs/page.md), over plain HTTP. `null` serves none.
+    pub page_listen: Option<SocketAddr>,
+    /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine,
+    /// because TLS and tokens are not built yet; leave it to networks that you trust whole.
     pub allow_insecure: bool,
-    /// Where all state lives (runs, receipts, weights, reference embeddings): a URI such as `s3://bucket/prefix`, or a path.
+    /// Where all state lives (runs, receipts, weights, reference embeddings): a URI such as
+    /// `s3://bucket/prefix`, or a path.
     pub state: String,
     /// Object storage.
     pub storage: StorageConfig,
@@ -54,6 +59,7 @@ impl Default for Config {
         Self {
             listen: loopback(50051),
             metrics_listen: Some(loopback(9464)),
+            page_listen: Some(loopback(9465)),
             allow_insecure: false,
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
@@ -70,35 +76,43 @@ impl Default for Config {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CoordinatorConfig {
-    /// URI by which trainers and other coordinators reach this one, such as `http://superbatch-0.superbatch:50051`. `null` is
-    /// made of `listen`, which must then be an address that others can reach, not `0.0.0.0`.
+    /// URI by which trainers and other coordinators reach this one, such as
+    /// `http://superbatch-0.superbatch:50051`. `null` is made of `listen`, which must then be an
+    /// address that others can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
     /// Whether a worker runs in the same process.
     pub workers_embedded: bool,
-    /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device), `cuda` (a worker with a CUDA
-    /// device), or `auto`: `cuda` where the embedded worker has one, else `native`.
+    /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device),
+    /// `cuda` (a worker with a CUDA device), or `auto`: `cuda` where the embedded worker has one,
+    /// else `native`.
     pub selector_device: String,
     /// Threads of selection on the coordinator's CPU. 0 is one for each core.
     pub selector_threads: u32,
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
-    /// How long a step that is needed waits for weights before its run's fallback applies, in seconds, where the run does not
-    /// say.
+    /// How long a step that is needed waits for weights before its run's fallback applies, in
+    /// seconds, where the run does not say.
     pub need_deadline_seconds: f64,
     /// How long a worker counts as alive after it was last heard of, in seconds.
     pub lease_seconds: f64,
-    /// Largest push of weights, in bytes. A push is held in memory until it is whole, and once more while it is joined.
+    /// Largest push of weights, in bytes. A push is held in memory until it is whole, and once more
+    /// while it is joined.
     pub push_bytes_max: u64,
-    /// How long a rank that has sent its part of a push waits for the others, and how long a push may be silent, in seconds.
+    /// How long a rank that has sent its part of a push waits for the others, and how long a push
+    /// may be silent, in seconds.
     pub push_deadline_seconds: f64,
-    /// Memory for chosen batches that wait for their trainer, in bytes. What does not fit is read again when it is asked for.
+    /// Memory for chosen batches that wait for their trainer, in bytes. What does not fit is read
+    /// again when it is asked for.
     pub ready_bytes_max: u64,
-    /// Open runs that this coordinator has in memory at most. For one more, the run that has been idle longest is put to sleep
-    /// until somebody asks for it.
+    /// Open runs that this coordinator has in memory at most. For one more, the run that has been
+    /// idle longest is put to sleep until somebody asks for it.
     pub max_runs: u32,
-    /// Newest snapshots of pushed weights that are kept of each run, beside those that its next steps are scored with. A rewind
-    /// that chooses anew needs the weights of its time.
+    /// Newest snapshots of pushed weights that are kept of each run, beside those that its next
+    /// steps are scored with. A rewind that chooses anew needs the weights of its time.
     pub snapshots_kept: u32,
+    /// Candidates passed over that a step's receipt names at most, never more than were chosen:
+    /// those of the best own scores, and a sample of the others. 0 names none.
+    pub passed_over_max: u32,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
@@ -120,6 +134,7 @@ impl Default for CoordinatorConfig {
             ready_bytes_max: 1 << 30,
             max_runs: 64,
             snapshots_kept: 32,
+            passed_over_max: 256,
             super_batch_size_max: 1 << 20,
             sub_batch_size_max: 1 << 17,
         }
@@ -134,10 +149,11 @@ pub struct WorkerRoleConfig {
     pub coordinator: String,
     /// Address and port where the coordinator reaches this worker. Port 0 takes any free one.
     pub listen: SocketAddr,
-    /// URI by which the coordinator reaches this worker. `null` is made of `listen`, which must then be an address that the
-    /// coordinator can reach, not `0.0.0.0`.
+    /// URI by which the coordinator reaches this worker. `null` is made of `listen`, which must
+    /// then be an address that the coordinator can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
-    /// Address and port of this worker's `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none of them.
+    /// Address and port of this worker's `/metrics`, `/livez` and `/readyz`, over plain HTTP.
+    /// `null` serves none of them.
     pub metrics_listen: Option<SocketAddr>,
 }
 
@@ -158,14 +174,17 @@ impl Default for WorkerRoleConfig {
 pub struct LogConfig {
     /// How lines are written.
     pub format: LogFormat,
-    /// What is logged: a level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module as in
-    /// `info,superbatch_server::coordinator=debug`.
+    /// What is logged: a level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module as
+    /// in `info,superbatch_server::coordinator=debug`.
     pub filter: String,
 }
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { format: LogFormat::Text, filter: "info".into() }
+        Self {
+            format: LogFormat::Text,
+            filter: "info".into(),
+        }
     }
 }
 
@@ -193,8 +212,12 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.validate_reach()?;
         self.validate_advertised()?;
-        can_hold_state(&self.state_uri()?)
-            .map_err(|e| Error::invalid("state", format!("state cannot be {:?}: {}", self.state, e.chain())))?;
+        can_hold_state(&self.state_uri()?).map_err(|e| {
+            Error::invalid(
+                "state",
+                format!("state cannot be {:?}: {}", self.state, e.chain()),
+            )
+        })?;
         self.storage.validate()?;
         let c = &self.coordinator;
         let seconds = [
@@ -202,10 +225,19 @@ impl Config {
             ("coordinator.need_deadline_seconds", c.need_deadline_seconds),
             ("coordinator.lease_seconds", c.lease_seconds),
             ("coordinator.push_deadline_seconds", c.push_deadline_seconds),
-            ("storage.answer_timeout_seconds", self.storage.answer_timeout_seconds),
-            ("storage.stall_timeout_seconds", self.storage.stall_timeout_seconds),
+            (
+                "storage.answer_timeout_seconds",
+                self.storage.answer_timeout_seconds,
+            ),
+            (
+                "storage.stall_timeout_seconds",
+                self.storage.stall_timeout_seconds,
+            ),
         ];
-        if let Some((field, value)) = seconds.into_iter().find(|(_, s)| !(*s > 0.0 && *s <= SECONDS_MAX)) {
+        if let Some((field, value)) = seconds
+            .into_iter()
+            .find(|(_, s)| !(*s > 0.0 && *s <= SECONDS_MAX))
+        {
             return Err(Error::invalid(
                 field,
                 format!("{field} is {value}; give seconds above 0, at most {SECONDS_MAX}"),
@@ -217,11 +249,20 @@ impl Config {
             ("coordinator.push_bytes_max", c.push_bytes_max),
             ("coordinator.ready_bytes_max", c.ready_bytes_max),
             ("coordinator.max_runs", c.max_runs.into()),
-            ("coordinator.super_batch_size_max", c.super_batch_size_max.into()),
-            ("coordinator.sub_batch_size_max", c.sub_batch_size_max.into()),
+            (
+                "coordinator.super_batch_size_max",
+                c.super_batch_size_max.into(),
+            ),
+            (
+                "coordinator.sub_batch_size_max",
+                c.sub_batch_size_max.into(),
+            ),
         ];
         if let Some((field, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
-            return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
+            return Err(Error::invalid(
+                field,
+                format!("{field} is 0; set it to 1 or more"),
+            ));
         }
         if c.sub_batch_size_max > c.super_batch_size_max {
             let message = "coordinator.sub_batch_size_max exceeds coordinator.super_batch_size_max";
@@ -232,36 +273,53 @@ impl Config {
             return Ok(());
         }
         let is_planned = device == "torch" || device.starts_with("cuda:");
-        let problem = if is_planned { ", which is not built yet" } else { "" };
-        let message = format!("coordinator.selector_device is {device:?}{problem}; use auto, native, worker or cuda");
+        let problem = if is_planned {
+            ", which is not built yet"
+        } else {
+            ""
+        };
+        let message = format!(
+            "coordinator.selector_device is {device:?}{problem}; use auto, native, worker or cuda"
+        );
         Err(Error::invalid("coordinator.selector_device", message))
     }
 
-    /// Nobody gets in: beyond loopback only where the operator said so, and then to listed data alone.
+    /// Nobody gets in: beyond loopback only where the operator said so, to listed data alone.
     fn validate_reach(&self) -> Result<()> {
         let role = &self.worker_role;
         let listens = [
             ("listen", Some(self.listen)),
             ("metrics_listen", self.metrics_listen),
+            ("page_listen", self.page_listen),
             ("worker_role.listen", Some(role.listen)),
             ("worker_role.metrics_listen", role.metrics_listen),
         ];
         let beyond = |(field, address): (&'static str, Option<SocketAddr>)| {
-            address.filter(|address| !address.ip().is_loopback()).map(|address| (field, address))
+            address
+                .filter(|address| !address.ip().is_loopback())
+                .map(|address| (field, address))
         };
-        if let Some((field, address)) = listens.into_iter().find_map(beyond).filter(|_| !self.allow_insecure) {
+        if let Some((field, address)) = listens
+            .into_iter()
+            .find_map(beyond)
+            .filter(|_| !self.allow_insecure)
+        {
             let message = format!(
-                "{field} is {address}, which others can reach, and TLS and tokens are not built yet; listen on 127.0.0.1, or say \
+                "{field} is {address}, which others can reach, and TLS and tokens are not built \
+                yet; listen on 127.0.0.1, or say \
                  allow_insecure: true on a network that you trust whole"
             );
             return Err(Error::invalid(field, message));
         }
         if !self.listen.ip().is_loopback() && self.storage.allow_uris.is_empty() {
             let message = format!(
-                "listen is {}, and storage.allow_uris is empty; list the URI prefixes that requests may name, such as s3://bucket/data",
+                "listen is {}, and storage.allow_uris is empty; list the URI prefixes that \
+                requests may name, such as s3://bucket/data",
                 self.listen
             );
-            return Err(Error::new(Reason::UriNotAllowed, message).with("field", "storage.allow_uris"));
+            return Err(
+                Error::new(Reason::UriNotAllowed, message).with("field", "storage.allow_uris")
+            );
         }
         Ok(())
     }
@@ -270,25 +328,50 @@ impl Config {
     fn validate_advertised(&self) -> Result<()> {
         let role = &self.worker_role;
         let uris = [
-            ("coordinator.advertise_address", self.coordinator.advertise_address.as_ref()),
-            ("worker_role.advertise_address", role.advertise_address.as_ref()),
+            (
+                "coordinator.advertise_address",
+                self.coordinator.advertise_address.as_ref(),
+            ),
+            (
+                "worker_role.advertise_address",
+                role.advertise_address.as_ref(),
+            ),
             ("worker_role.coordinator", Some(&role.coordinator)),
         ];
-        let is_reachable =
-            |uri: &str| Url::parse(uri).is_ok_and(|url| url.has_host() && ["http", "https"].contains(&url.scheme()));
-        let unusable =
-            |(field, uri): (&'static str, Option<&String>)| Some((field, uri.filter(|u| !is_reachable(u))?.clone()));
+        let is_reachable = |uri: &str| {
+            Url::parse(uri)
+                .is_ok_and(|url| url.has_host() && ["http", "https"].contains(&url.scheme()))
+        };
+        let unusable = |(field, uri): (&'static str, Option<&String>)| {
+            Some((field, uri.filter(|u| !is_reachable(u))?.clone()))
+        };
         if let Some((field, uri)) = uris.into_iter().find_map(unusable) {
-            return Err(Error::invalid(field, format!("{field} is {uri:?}; give http://host:port")));
+            return Err(Error::invalid(
+                field,
+                format!("{field} is {uri:?}; give http://host:port"),
+            ));
         }
         let advertised = [
-            ("listen", self.listen, "coordinator.advertise_address", &self.coordinator.advertise_address),
-            ("worker_role.listen", role.listen, "worker_role.advertise_address", &role.advertise_address),
+            (
+                "listen",
+                self.listen,
+                "coordinator.advertise_address",
+                &self.coordinator.advertise_address,
+            ),
+            (
+                "worker_role.listen",
+                role.listen,
+                "worker_role.advertise_address",
+                &role.advertise_address,
+            ),
         ];
-        let nowhere = advertised.into_iter().find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
+        let nowhere = advertised
+            .into_iter()
+            .find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
         if let Some((field, address, missing, _)) = nowhere {
             let message = format!(
-                "{field} is {address}, at which nobody can reach this process from elsewhere; set {missing} to the URI that \
+                "{field} is {address}, at which nobody can reach this process from elsewhere; set \
+                {missing} to the URI that \
                  others use, such as http://host:{}",
                 address.port()
             );
@@ -302,8 +385,15 @@ impl Config {
         if self.state.contains("://") {
             return Ok(self.state.clone());
         }
-        let unusable =
-            || Error::invalid("state", format!("state is {:?}, which is neither a URI nor a path", self.state));
+        let unusable = || {
+            Error::invalid(
+                "state",
+                format!(
+                    "state is {:?}, which is neither a URI nor a path",
+                    self.state
+                ),
+            )
+        };
         let path = std::path::absolute(&self.state).map_err(|e| unusable().because(e))?;
         Ok(Url::from_file_path(path).map_err(|()| unusable())?.into())
     }

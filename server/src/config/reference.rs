@@ -1,4 +1,5 @@
-//! The settings as a page and as a commented file, from the schema that serde and the comments give.
+//! The settings as a page and as a commented file, from the schema that serde and the comments
+//! give.
 use super::{ADDRESS, Config};
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
@@ -32,7 +33,8 @@ pub(super) struct Field {
 
 /// All settings and sections, those of a section together and after it, settings before sections.
 pub(super) fn fields() -> Vec<Field> {
-    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let settings =
+        SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
     let schema = settings.into_generator().into_root_schema_for::<Config>();
     let defaults = serde_json::to_value(Config::default()).unwrap_or_default();
     let mut fields = Vec::new();
@@ -41,18 +43,43 @@ pub(super) fn fields() -> Vec<Field> {
 }
 
 fn walk(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>) {
-    let Some(properties) = schema["properties"].as_object() else { return };
+    let Some(properties) = schema["properties"].as_object() else {
+        return;
+    };
     let is_section = |schema: &Value| schema["properties"].is_object();
     let mut properties: Vec<_> = properties.iter().collect();
     properties.sort_by_key(|(key, schema)| (is_section(schema), *key));
     for (key, schema) in properties {
-        let path = if section.is_empty() { key.clone() } else { format!("{section}.{key}") };
-        let meaning =
-            schema["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
+        let path = if section.is_empty() {
+            key.clone()
+        } else {
+            format!("{section}.{key}")
+        };
+        let meaning = schema["description"]
+            .as_str()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ");
         let (kind, type_name) = describe(schema);
-        let wanted = if key.ends_with("listen") { ADDRESS.to_owned() } else { wanted(schema) };
-        let wanted = if type_name.ends_with(" or null") { wanted + ", or null" } else { wanted };
-        fields.push(Field { path: path.clone(), kind, type_name, wanted, default: defaults[key].clone(), meaning });
+        let wanted = if key.ends_with("listen") {
+            ADDRESS.to_owned()
+        } else {
+            wanted(schema)
+        };
+        let wanted = if type_name.ends_with(" or null") {
+            wanted + ", or null"
+        } else {
+            wanted
+        };
+        fields.push(Field {
+            path: path.clone(),
+            kind,
+            type_name,
+            wanted,
+            default: defaults[key].clone(),
+            meaning,
+        });
         if kind == Kind::Section {
             walk(&path, schema, &defaults[key], fields);
         }
@@ -64,8 +91,11 @@ fn describe(schema: &Value) -> (Kind, String) {
         return (Kind::Section, "section".into());
     }
     if let Some(choices) = schema["enum"].as_array() {
-        let choices: Vec<String> =
-            choices.iter().filter_map(Value::as_str).map(|choice| format!("`{choice}`")).collect();
+        let choices: Vec<String> = choices
+            .iter()
+            .filter_map(Value::as_str)
+            .map(|choice| format!("`{choice}`"))
+            .collect();
         return (Kind::Text { nullable: false }, choices.join(", "));
     }
     let types: Vec<&str> = match &schema["type"] {
@@ -101,7 +131,9 @@ fn wanted(schema: &Value) -> String {
         one => one == name,
     };
     let wanted = match () {
-        () if is("integer") && schema["format"] == "uint32" => "a whole number from 0 to 4294967295",
+        () if is("integer") && schema["format"] == "uint32" => {
+            "a whole number from 0 to 4294967295"
+        }
         () if is("integer") => "a whole number, at least 0",
         () if is("number") => "a number",
         () if is("boolean") => "true or false",
@@ -135,8 +167,17 @@ Generated from `server/src/config` by `make docs`.
 pub fn reference() -> String {
     let mut page = String::from(PREFACE);
     for field in fields().iter().filter(|field| field.kind != Kind::Section) {
-        let Field { path, type_name, default, meaning, .. } = field;
-        page.push_str(&format!("| `{path}` | {type_name} | `{default}` | {} |\n", meaning.replace('|', "\\|")));
+        let Field {
+            path,
+            type_name,
+            default,
+            meaning,
+            ..
+        } = field;
+        page.push_str(&format!(
+            "| `{path}` | {type_name} | `{default}` | {} |\n",
+            meaning.replace('|', "\\|")
+        ));
     }
     page
 }
@@ -144,16 +185,24 @@ pub fn reference() -> String {
 /// A configuration file with all defaults, each under its comment.
 pub fn commented_yaml() -> String {
     let mut file = String::from(
-        "# Superbatch's configuration. Everything here is the default; leave out what you do not change.\n",
+        "# Superbatch's configuration. Everything here is the default; leave out what you do not \
+        change.\n",
     );
     for field in fields() {
         let depth = field.path.matches('.').count();
-        let (indent, key) = ("  ".repeat(depth), field.path.rsplit('.').next().unwrap_or_default());
+        let (indent, key) = (
+            "  ".repeat(depth),
+            field.path.rsplit('.').next().unwrap_or_default(),
+        );
         if depth == 0 {
             file.push('\n');
         }
         file.push_str(&format!("{indent}# {}\n", field.meaning));
-        let value = if field.kind == Kind::Section { String::new() } else { format!(" {}", field.default) };
+        let value = if field.kind == Kind::Section {
+            String::new()
+        } else {
+            format!(" {}", field.default)
+        };
         file.push_str(&format!("{indent}{key}:{value}\n"));
     }
     file

@@ -1,42 +1,21 @@
 //! The coordinator: owns runs, plans steps, has them scored, selects, commits and serves.
 //!
-//! Read it in the order of a step: [`service`] → [`run`] → [`decide`] → [`plan`] → [`scoring`] → [`selector`] → [`receipts`] →
-//! [`output`].
-mod calls;
-pub mod chain;
-mod claims;
-mod decide;
+//! A folder is a stage of a step or a role, listed here in the order in which they may import each
+//! other: a later one may import an earlier one, never the other way round. [`step`] is the table
+//! of contents of a step.
 pub mod facts;
-pub mod incarnations;
-pub mod limits;
-pub mod members;
-mod models;
-pub mod open;
-pub mod order;
-pub mod output;
-pub mod owner;
 pub mod plan;
-pub mod pool;
-pub mod ranks;
-pub mod ready;
-pub mod receipt;
 pub mod receipts;
-mod record;
-pub mod registry;
-pub mod run;
-mod scoring;
-pub mod selector;
+pub mod runs;
+pub mod score;
+pub mod select;
+pub mod serve;
 pub mod service;
-pub mod sizing;
-mod slice;
 pub mod spec;
 mod step;
-pub mod table;
-mod trail;
-pub mod upkeep;
-mod waiting;
-mod wasted;
+pub mod trainer;
 pub mod weights;
+pub mod workers;
 
 use crate::error::Error;
 use superbatch_proto::v1::Reason;

@@ -1,5 +1,9 @@
 //! The gRPC surface of the coordinator: a few lines a method.
-use super::{output, ranks, ready::Ready, receipt::page, registry::Coordinator, run::Run};
+use super::{
+    receipts::page::page,
+    runs::{registry::Coordinator, run::Run},
+    serve::{output, ready::Ready, share},
+};
 use crate::{
     error::{Error, Result},
     ipc, metrics,
@@ -8,12 +12,13 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use std::{pin::Pin, sync::Arc};
 use superbatch_proto::v1::{
-    AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery,
-    GetReceiptRequest, GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
-    OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest,
-    RegisterResponse, RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
-    coordinator_service_server::CoordinatorService, push_weights_request, select_batch_response::Message,
-    selection_service_server::SelectionService,
+    AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest,
+    CloseRunResponse, Delivery, GetReceiptRequest, GetReceiptResponse, GetRunRequest,
+    GetRunResponse, Intent, ListRunsRequest, ListRunsResponse, OpenRunRequest, OpenRunResponse,
+    PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest, RegisterResponse,
+    RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
+    coordinator_service_server::CoordinatorService, push_weights_request,
+    select_batch_response::Message, selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -28,10 +33,15 @@ pub struct WorkerPlane(pub Arc<Coordinator>);
 
 #[tonic::async_trait]
 impl CoordinatorService for WorkerPlane {
-    async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+    async fn register(
+        &self,
+        request: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
         let pool = &self.0.deps.pool;
         pool.register(request.get_ref(), std::time::Instant::now())?;
-        Ok(Response::new(RegisterResponse { lease_seconds: pool.lease().as_secs_f64() }))
+        Ok(Response::new(RegisterResponse {
+            lease_seconds: pool.lease().as_secs_f64(),
+        }))
     }
 }
 
@@ -41,20 +51,36 @@ type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>
 impl SelectionService for Selection {
     type SelectBatchStream = BatchStream;
 
-    async fn open_run(&self, request: Request<OpenRunRequest>) -> Result<Response<OpenRunResponse>, Status> {
+    async fn open_run(
+        &self,
+        request: Request<OpenRunRequest>,
+    ) -> Result<Response<OpenRunResponse>, Status> {
         Ok(Response::new(self.0.open_run(request.into_inner()).await?))
     }
 
-    async fn get_run(&self, request: Request<GetRunRequest>) -> Result<Response<GetRunResponse>, Status> {
+    async fn get_run(
+        &self,
+        request: Request<GetRunRequest>,
+    ) -> Result<Response<GetRunResponse>, Status> {
         let run = self.0.run(&request.get_ref().run_id).await?;
-        Ok(Response::new(GetRunResponse { run: Some(run.info()) }))
+        Ok(Response::new(GetRunResponse {
+            run: Some(run.info()),
+        }))
     }
 
-    async fn list_runs(&self, _: Request<ListRunsRequest>) -> Result<Response<ListRunsResponse>, Status> {
-        Ok(Response::new(ListRunsResponse { runs: self.0.list().await? }))
+    async fn list_runs(
+        &self,
+        _: Request<ListRunsRequest>,
+    ) -> Result<Response<ListRunsResponse>, Status> {
+        Ok(Response::new(ListRunsResponse {
+            runs: self.0.list().await?,
+        }))
     }
 
-    async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+    async fn close_run(
+        &self,
+        request: Request<CloseRunRequest>,
+    ) -> Result<Response<CloseRunResponse>, Status> {
         let coordinator = self.0.clone();
         let run = coordinator.run(&request.get_ref().run_id).await?;
         whole(async move { coordinator.written(&run, run.close().await) }).await?;
@@ -67,25 +93,47 @@ impl SelectionService for Selection {
     ) -> Result<Response<AppendPhasesResponse>, Status> {
         let (coordinator, request) = (self.0.clone(), request.into_inner());
         let run = coordinator.run(&request.run_id).await?;
-        let spec = whole(async move { coordinator.written(&run, run.append_phases(request.phases).await) }).await?;
-        Ok(Response::new(AppendPhasesResponse { spec: Some((*spec).clone()) }))
+        let spec =
+            whole(
+                async move { coordinator.written(&run, run.append_phases(request.phases).await) },
+            )
+            .await?;
+        Ok(Response::new(AppendPhasesResponse {
+            spec: Some((*spec).clone()),
+        }))
     }
 
-    async fn rewind(&self, request: Request<RewindRequest>) -> Result<Response<RewindResponse>, Status> {
+    async fn rewind(
+        &self,
+        request: Request<RewindRequest>,
+    ) -> Result<Response<RewindResponse>, Status> {
         let (coordinator, request) = (self.0.clone(), request.into_inner());
         let (to_step, mode) = (request.to_step, request.mode());
         if mode == RewindMode::Unspecified {
-            return Err(Error::invalid("mode", "say whether to replay the old choices or to reselect").into());
+            return Err(Error::invalid(
+                "mode",
+                "say whether to replay the old choices or to reselect",
+            )
+            .into());
         }
         let run = coordinator.run(&request.run_id).await?;
-        let generation = whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) }).await?;
+        let generation =
+            whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) })
+                .await?;
         Ok(Response::new(RewindResponse { generation }))
     }
 
-    async fn select_batch(&self, request: Request<SelectBatchRequest>) -> Result<Response<BatchStream>, Status> {
+    async fn select_batch(
+        &self,
+        request: Request<SelectBatchRequest>,
+    ) -> Result<Response<BatchStream>, Status> {
         let mut outcome = Outcome::new();
-        let batch = batch(&self.0, request.get_ref()).await.inspect_err(|error| outcome.failed(error))?;
-        Ok(Response::new(Box::pin(batch.into_messages(outcome).map(Ok))))
+        let batch = batch(&self.0, request.get_ref())
+            .await
+            .inspect_err(|error| outcome.failed(error))?;
+        Ok(Response::new(Box::pin(
+            batch.into_messages(outcome).map(Ok),
+        )))
     }
 
     async fn push_weights(
@@ -100,35 +148,57 @@ impl SelectionService for Selection {
         let run = self.0.run(&start.run_id).await?;
         self.0.noted(&run, run.check_push(start.generation).await)?;
         let published = run.weights.push(run.generation(), start, stream).await?;
-        // Where the run changed hands meanwhile, its new owner learns of the push when it is sent there again.
+        // Where the run changed hands meanwhile, its new owner learns of the push when it is sent
+        // there again.
         self.0.noted(&run, run.owner.check().await)?;
-        Ok(Response::new(PushWeightsResponse { published: Some(published) }))
+        Ok(Response::new(PushWeightsResponse {
+            published: Some(published),
+        }))
     }
 
-    async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
+    async fn get_receipt(
+        &self,
+        request: Request<GetReceiptRequest>,
+    ) -> Result<Response<GetReceiptResponse>, Status> {
         let request = request.get_ref();
         let run = self.0.run(&request.run_id).await?;
         let receipt = receipt(&run, request).await?;
-        Ok(Response::new(page(receipt, request.row_offset, request.max_rows)?))
+        Ok(Response::new(page(
+            receipt,
+            request.row_offset,
+            request.max_rows,
+        )?))
     }
 }
 
-/// Runs to its end even if the caller goes away: what is durable and what is in memory must not part.
-async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-    tokio::spawn(work).await.map_err(|e| Error::internal("the call panicked").because(e))?
+/// Runs to its end even if the caller goes away: what is durable and what is in memory must not
+/// part.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work)
+        .await
+        .map_err(|e| Error::internal("the call panicked").because(e))?
 }
 
 async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
     let newest = run.generation();
     let generation = request.generation.unwrap_or(newest);
     if generation > newest {
-        return Err(Error::invalid("generation", format!("the run's newest generation is {newest}, not {generation}")));
+        return Err(Error::invalid(
+            "generation",
+            format!("the run's newest generation is {newest}, not {generation}"),
+        ));
     }
     let found = run.find_receipt(request.step, Some(generation)).await?;
     let mut receipt = found.ok_or_else(|| {
-        let message =
-            format!("step {} of run '{}' is not committed in generation {generation} (yet)", request.step, run.id);
-        Error::new(Reason::StepNotCommitted, message).with("step", request.step).with("generation", generation)
+        let message = format!(
+            "step {} of run '{}' is not committed in generation {generation} (yet)",
+            request.step, run.id
+        );
+        Error::new(Reason::StepNotCommitted, message)
+            .with("step", request.step)
+            .with("generation", generation)
     })?;
     // The one that was asked for; `chosen_in_generation` stays.
     receipt.summary.get_or_insert_default().generation = generation;
@@ -151,6 +221,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let ready = coordinator.noted(&run, run.select(request, need).await)?;
     if need {
         metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
+        run.waits.note(asked.elapsed());
     }
     let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
     // Copies and hashes all that the rank gets.
@@ -161,15 +232,24 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
         }
         Ok::<_, Error>((parts, hasher.finalize().as_bytes().to_vec()))
     });
-    let (parts, hash) = encoded.await.map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
+    let (parts, hash) = encoded
+        .await
+        .map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
     let stream_bytes = parts.iter().map(|part| part.len() as u64).sum();
     if request.resume_offset > stream_bytes {
-        let message = format!("resume_offset {} is beyond the stream's {stream_bytes} bytes", request.resume_offset);
+        let message = format!(
+            "resume_offset {} is beyond the stream's {stream_bytes} bytes",
+            request.resume_offset
+        );
         return Err(Error::invalid("resume_offset", message));
     }
     let summary = ready.receipt.summary.clone().unwrap_or_default();
     let rows = summary.sub_batch_size / request.world_size;
-    let receipt = superbatch_proto::v1::ReceiptSummary { generation: request.generation, run_totals: None, ..summary };
+    let receipt = superbatch_proto::v1::ReceiptSummary {
+        generation: request.generation,
+        run_totals: None,
+        ..summary
+    };
     Ok(Batch {
         header: BatchHeader {
             receipt: Some(receipt),
@@ -179,7 +259,10 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
             stream_bytes,
             offset: request.resume_offset,
         },
-        trailer: BatchTrailer { rows, blake3: hash.into() },
+        trailer: BatchTrailer {
+            rows,
+            blake3: hash.into(),
+        },
         parts: ipc::from_offset(parts, request.resume_offset).collect(),
     })
 }
@@ -188,7 +271,14 @@ fn rank_parts(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<
     let spec = run.spec();
     let size = ready.receipt.chosen.len();
     let (rank, world) = (request.rank, request.world_size);
-    let indices = ranks::slice(spec.seed, request.step, size, world, spec.micro_batches, rank)?;
+    let indices = share::slice(
+        spec.seed,
+        request.step,
+        size,
+        world,
+        spec.micro_batches,
+        rank,
+    )?;
     output::rank_stream(&run.output_schema, &ready.rows, &ready.receipt, &indices)
 }
 
@@ -211,7 +301,9 @@ impl Batch {
             outcome.sent();
             Message::Trailer(self.trailer)
         });
-        stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse { message: Some(message) })
+        stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse {
+            message: Some(message),
+        })
     }
 }
 
@@ -225,7 +317,11 @@ struct Outcome {
 
 impl Outcome {
     fn new() -> Self {
-        Self { begun: Instant::now(), what: "cancelled", sending: None }
+        Self {
+            begun: Instant::now(),
+            what: "cancelled",
+            sending: None,
+        }
     }
 
     fn failed(&mut self, error: &Error) {

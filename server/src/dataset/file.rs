@@ -1,4 +1,5 @@
-//! One Parquet file in object storage, read by ranges and held to the size and ETag that it was listed with.
+//! One Parquet file in object storage, read by ranges and held to the size and ETag that it was
+//! listed with.
 use crate::{
     error::{Error, Result},
     storage::Location,
@@ -33,17 +34,30 @@ pub struct ShardFile {
     etag: Option<String>,
 }
 
-/// The ETag of an object below `root`, as compared: listings and reads of one store quote it differently.
+/// The ETag of an object below `root`, as compared: listings and reads of one store quote it
+/// differently.
 pub(super) fn etag(root: &Location, meta: &ObjectMeta) -> Option<String> {
-    let tag = meta.e_tag.as_deref()?.trim_start_matches("W/").trim_matches('"');
-    Some(if is_local(root) { without_inode(tag) } else { tag }.to_owned())
+    let tag = meta
+        .e_tag
+        .as_deref()?
+        .trim_start_matches("W/")
+        .trim_matches('"');
+    Some(
+        if is_local(root) {
+            without_inode(tag)
+        } else {
+            tag
+        }
+        .to_owned(),
+    )
 }
 
 fn is_local(location: &Location) -> bool {
     location.uri().starts_with("file:")
 }
 
-/// A local file's ETag is inode, modification time and size. The inode is another on every disk that the file is copied to.
+/// A local file's ETag is inode, modification time and size. The inode is another on every disk
+/// that the file is copied to.
 fn without_inode(tag: &str) -> &str {
     match tag.split_once('-') {
         Some((_, rest)) if rest.contains('-') => rest,
@@ -53,7 +67,11 @@ fn without_inode(tag: &str) -> &str {
 
 impl ShardFile {
     pub fn new(location: Location, size: u64, etag: Option<String>) -> Self {
-        Self { location, size, etag }
+        Self {
+            location,
+            size,
+            etag,
+        }
     }
 
     pub fn uri(&self) -> &str {
@@ -69,7 +87,11 @@ impl ShardFile {
         let mut wanted = FOOTER_BYTES.min(self.size);
         // The footer's length is known once its last 8 bytes are: at most one more read.
         for _ in 0..2 {
-            let tail = if wanted == 0 { Bytes::new() } else { self.fetch(self.size - wanted..self.size).await? };
+            let tail = if wanted == 0 {
+                Bytes::new()
+            } else {
+                self.fetch(self.size - wanted..self.size).await?
+            };
             match reader.try_parse_sized(&tail, self.size) {
                 Err(ParquetError::NeedMoreData(needed)) => wanted = (needed as u64).min(self.size),
                 Err(cause) => return Err(self.no_parquet(cause)),
@@ -77,12 +99,18 @@ impl ShardFile {
             }
         }
         let metadata = reader.finish().map_err(|e| self.no_parquet(e))?;
-        ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new()).map_err(|e| self.no_parquet(e))
+        ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
+            .map_err(|e| self.no_parquet(e))
     }
 
     fn no_parquet(&self, cause: ParquetError) -> Error {
-        let message = format!("{} is no Parquet file; let the source name Parquet files only", self.uri());
-        Error::invalid("sources", message).with("shard", self.uri()).because(cause)
+        let message = format!(
+            "{} is no Parquet file; let the source name Parquet files only",
+            self.uri()
+        );
+        Error::invalid("sources", message)
+            .with("shard", self.uri())
+            .because(cause)
     }
 
     /// Where a column of a row group lies.
@@ -90,11 +118,18 @@ impl ShardFile {
     /// # Errors
     /// `InvalidArgument` where that is outside the file.
     pub fn column(&self, column: &ColumnChunkMetaData) -> Result<Range<u64>> {
-        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset()).min(column.data_page_offset());
-        let range = u64::try_from(start).ok().zip(u64::try_from(column.compressed_size()).ok());
+        let start = column
+            .dictionary_page_offset()
+            .unwrap_or(column.data_page_offset())
+            .min(column.data_page_offset());
+        let range = u64::try_from(start)
+            .ok()
+            .zip(u64::try_from(column.compressed_size()).ok());
         match range.and_then(|(start, length)| Some(start..start.checked_add(length)?)) {
             Some(range) if range.end <= self.size => Ok(range),
-            _ => Err(self.no_parquet(ParquetError::General("a column lies outside the file".to_owned()))),
+            _ => Err(self.no_parquet(ParquetError::General(
+                "a column lies outside the file".to_owned(),
+            ))),
         }
     }
 
@@ -104,13 +139,22 @@ impl ShardFile {
             let bytes = self.fetch(range.clone()).await?;
             Ok::<_, Error>((range.start, bytes))
         });
-        let parts = futures::stream::iter(fetches).buffered(RANGES_AT_ONCE).try_collect().await?;
-        Ok(Ranges { size: self.size, parts })
+        let parts = futures::stream::iter(fetches)
+            .buffered(RANGES_AT_ONCE)
+            .try_collect()
+            .await?;
+        Ok(Ranges {
+            size: self.size,
+            parts,
+        })
     }
 
     /// Reads a range and checks that it comes from the object that was listed.
     async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
-        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
+        let options = GetOptions {
+            range: Some(GetRange::Bounded(range.clone())),
+            ..Default::default()
+        };
         let (store, path) = (self.location.store(), self.location.path(""));
         let read = async {
             let result = store.get_opts(&path, options).await?;
@@ -121,12 +165,18 @@ impl ShardFile {
             Ok((meta, bytes)) => {
                 self.same(&meta)?;
                 let whole = bytes.len() as u64 == range.end - range.start;
-                if whole { Ok(bytes) } else { Err(self.changed("it is shorter")) }
+                if whole {
+                    Ok(bytes)
+                } else {
+                    Err(self.changed("it is shorter"))
+                }
             }
             Err(object_store::Error::NotFound { .. }) => Err(self.changed("it is gone")),
             // A range beyond the end of an object that shrank looks like any other failure.
             Err(cause) => match self.location.head("").await {
-                Ok(Some(meta)) => self.same(&meta).and(Err(self.location.error("read", "", cause))),
+                Ok(Some(meta)) => self
+                    .same(&meta)
+                    .and(Err(self.location.error("read", "", cause))),
                 _ => Err(self.location.error("read", "", cause)),
             },
         }
@@ -138,28 +188,35 @@ impl ShardFile {
         }
         let (local, new) = (is_local(&self.location), etag(&self.location, meta));
         match (&self.etag, new) {
-            (Some(old), Some(new)) if local && without_inode(old) != new => {
-                Err(self.changed("it was written at another time (a copy keeps its time with `cp -p` or `rsync -t`)"))
+            (Some(old), Some(new)) if local && without_inode(old) != new => Err(self.changed(
+                "it was written at another time (a copy keeps its time with `cp -p` or `rsync -t`)",
+            )),
+            (Some(old), Some(new)) if !local && *old != new => {
+                Err(self.changed("its ETag is another"))
             }
-            (Some(old), Some(new)) if !local && *old != new => Err(self.changed("its ETag is another")),
             _ => Ok(()),
         }
     }
 
-    /// `InvalidArgument`: this is the object that was indexed, and a row group of it cannot be decoded.
+    /// `InvalidArgument`: this is the object that was indexed, and a row group of it cannot be
+    /// decoded.
     pub fn undecodable(&self, block: usize, cause: ArrowError) -> Error {
         let uri = self.uri();
         let message = format!(
-            "row group {block} of {uri} cannot be decoded, though the file is the one that was indexed; write the file anew, \
+            "row group {block} of {uri} cannot be decoded, though the file is the one that was \
+            indexed; write the file anew, \
              or leave it out of the sources"
         );
-        Error::invalid("sources", message).with("shard", uri).because(cause)
+        Error::invalid("sources", message)
+            .with("shard", uri)
+            .because(cause)
     }
 
     /// `DatasetChanged`: this is not the object that was indexed.
     pub fn changed(&self, how: &str) -> Error {
         let message = format!(
-            "{} is not the file that was indexed: {how}; put the indexed file back, or start a new run on the new data",
+            "{} is not the file that was indexed: {how}; put the indexed file back, or start a \
+            new run on the new data",
             self.uri()
         );
         Error::new(Reason::DatasetChanged, message).with("shard", self.uri())
@@ -190,10 +247,13 @@ pub struct Ranges {
 impl Ranges {
     /// What is here from `start` on.
     fn from(&self, start: u64) -> Result<Bytes, ParquetError> {
-        let holds = |(first, bytes): &&(u64, Bytes)| (*first..first + bytes.len() as u64).contains(&start);
+        let holds =
+            |(first, bytes): &&(u64, Bytes)| (*first..first + bytes.len() as u64).contains(&start);
         match self.parts.iter().find(holds) {
             Some((first, bytes)) => Ok(bytes.slice((start - first) as usize..)),
-            None => Err(ParquetError::EOF(format!("byte {start} lies outside the ranges of its columns"))),
+            None => Err(ParquetError::EOF(format!(
+                "byte {start} lies outside the ranges of its columns"
+            ))),
         }
     }
 }
@@ -214,7 +274,9 @@ impl ChunkReader for Ranges {
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
         let bytes = self.from(start)?;
         if bytes.len() < length {
-            return Err(ParquetError::EOF(format!("{length} bytes at {start} reach beyond their column")));
+            return Err(ParquetError::EOF(format!(
+                "{length} bytes at {start} reach beyond their column"
+            )));
         }
         Ok(bytes.slice(..length))
     }

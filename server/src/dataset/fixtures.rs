@@ -14,15 +14,24 @@ pub(crate) fn stores() -> Stores {
 }
 
 pub(crate) fn request(uri: &str) -> SourceRequest {
-    SourceRequest { uri: uri.to_owned(), weight: 1.0, image_column: None, caption_column: None }
+    SourceRequest {
+        uri: uri.to_owned(),
+        weight: 1.0,
+        image_column: None,
+        caption_column: None,
+    }
 }
 
 /// The file's bytes, with row groups of at most `block_rows` rows.
 pub(crate) fn parquet(batch: &RecordBatch, block_rows: usize) -> Bytes {
-    let properties = WriterProperties::builder().set_max_row_group_row_count(Some(block_rows)).build();
-    let mut writer =
-        ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).expect("a schema that Parquet can hold");
-    writer.write(batch).expect("memory takes the rows of the schema's own batch");
+    let properties = WriterProperties::builder()
+        .set_max_row_group_row_count(Some(block_rows))
+        .build();
+    let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties))
+        .expect("a schema that Parquet can hold");
+    writer
+        .write(batch)
+        .expect("memory takes the rows of the schema's own batch");
     writer.into_inner().expect("memory takes the footer").into()
 }
 
@@ -35,19 +44,38 @@ pub(crate) fn batch(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
 pub(crate) fn img2dataset(rows: std::ops::Range<u32>) -> RecordBatch {
     let image = |row: u32| (row % 4 != 3).then(|| format!("image {row}").into_bytes());
     batch(vec![
-        ("uid", Arc::new(Int64Array::from_iter_values(rows.clone().map(i64::from)))),
-        ("caption", Arc::new(StringArray::from_iter_values(rows.clone().map(|row| format!("caption {row}"))))),
-        ("url", Arc::new(StringArray::from_iter_values(rows.clone().map(|row| format!("https://x/{row}"))))),
+        (
+            "uid",
+            Arc::new(Int64Array::from_iter_values(rows.clone().map(i64::from))),
+        ),
+        (
+            "caption",
+            Arc::new(StringArray::from_iter_values(
+                rows.clone().map(|row| format!("caption {row}")),
+            )),
+        ),
+        (
+            "url",
+            Arc::new(StringArray::from_iter_values(
+                rows.clone().map(|row| format!("https://x/{row}")),
+            )),
+        ),
         ("jpg", Arc::new(BinaryArray::from_iter(rows.map(image)))),
     ])
 }
 
 /// As Hugging Face datasets writes it: the feature types are in the schema's metadata.
 pub(crate) fn hugging_face(rows: std::ops::Range<u32>) -> RecordBatch {
-    let bytes: ArrayRef = Arc::new(BinaryArray::from_iter(rows.clone().map(|row| Some(format!("image {row}")))));
+    let bytes: ArrayRef = Arc::new(BinaryArray::from_iter(
+        rows.clone().map(|row| Some(format!("image {row}"))),
+    ));
     let path: ArrayRef = Arc::new(StringArray::from_iter(rows.clone().map(|_| None::<&str>)));
-    let field = |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
-    let photo = StructArray::from(vec![(field("bytes", &bytes), bytes), (field("path", &path), path)]);
+    let field =
+        |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
+    let photo = StructArray::from(vec![
+        (field("bytes", &bytes), bytes),
+        (field("path", &path), path),
+    ]);
     let text = StringArray::from_iter_values(rows.clone().map(|row| format!("caption {row}")));
     let thumb = photo.clone();
     let uid = Int64Array::from_iter_values(rows.map(i64::from));
@@ -59,13 +87,24 @@ pub(crate) fn hugging_face(rows: std::ops::Range<u32>) -> RecordBatch {
         Field::new("thumb", thumb.data_type().clone(), true),
         Field::new("text", DataType::Utf8, true),
     ])
-    .with_metadata(HashMap::from([("huggingface".to_owned(), features.to_owned())]));
-    let columns: Vec<ArrayRef> = vec![Arc::new(uid), Arc::new(photo), Arc::new(thumb), Arc::new(text)];
+    .with_metadata(HashMap::from([(
+        "huggingface".to_owned(),
+        features.to_owned(),
+    )]));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(uid),
+        Arc::new(photo),
+        Arc::new(thumb),
+        Arc::new(text),
+    ];
     RecordBatch::try_new(Arc::new(schema), columns).expect("the columns are those of the schema")
 }
 
 /// Writes files below `memory:///data` and indexes that folder.
-pub(crate) async fn indexed(stores: &Stores, files: &[(&str, Bytes)]) -> crate::error::Result<Manifest> {
+pub(crate) async fn indexed(
+    stores: &Stores,
+    files: &[(&str, Bytes)],
+) -> crate::error::Result<Manifest> {
     put(stores, files).await;
     index(stores, &[request("memory:///data")]).await
 }
@@ -73,6 +112,8 @@ pub(crate) async fn indexed(stores: &Stores, files: &[(&str, Bytes)]) -> crate::
 pub(crate) async fn put(stores: &Stores, files: &[(&str, Bytes)]) {
     let root = stores.open("memory:///data").expect("a valid URI");
     for (path, bytes) in files {
-        root.put(path, bytes.clone()).await.expect("memory takes an object");
+        root.put(path, bytes.clone())
+            .await
+            .expect("memory takes an object");
     }
 }

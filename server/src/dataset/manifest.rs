@@ -47,7 +47,8 @@ pub struct Column {
     pub name: String,
     /// As Arrow's `DataType` prints and parses it: `Int64`, `List(Float32)`.
     pub data_type: String,
-    /// The first shard that lacks it or has it with another type: such a column cannot be delivered.
+    /// The first shard that lacks it or has it with another type: such a column cannot be
+    /// delivered.
     pub differs_in: Option<String>,
 }
 
@@ -55,7 +56,8 @@ pub struct Column {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub image_column: String,
-    /// The image is the `bytes` field of a struct column (Hugging Face); otherwise the column is binary.
+    /// The image is the `bytes` field of a struct column (Hugging Face); otherwise the column is
+    /// binary.
     pub image_in_struct: bool,
     pub caption_column: String,
 }
@@ -97,30 +99,48 @@ impl Manifest {
     pub async fn load(state: &Location, digest: &str) -> Result<Self> {
         let bytes = state.get(&key(digest)).await?;
         // Hundreds of megabytes of JSON at billions of rows.
-        let read = move || (blake3::hash(&bytes).to_hex(), serde_json::from_slice(&bytes));
-        let panicked = |e| Error::internal(format!("reading manifest {digest} panicked")).because(e);
+        let read = move || {
+            (
+                blake3::hash(&bytes).to_hex(),
+                serde_json::from_slice(&bytes),
+            )
+        };
+        let panicked =
+            |e| Error::internal(format!("reading manifest {digest} panicked")).because(e);
         let (found, manifest) = tokio::task::spawn_blocking(read).await.map_err(panicked)?;
         if found.as_str() != digest {
-            let message = format!("{} is damaged; remove it and index the data again", state.uri_of(&key(digest)));
+            let message = format!(
+                "{} is damaged; remove it and index the data again",
+                state.uri_of(&key(digest))
+            );
             return Err(Error::new(Reason::Internal, message));
         }
-        manifest
-            .map_err(|e| Error::internal(format!("manifest {digest} is of another version of Superbatch")).because(e))
+        manifest.map_err(|e| {
+            Error::internal(format!(
+                "manifest {digest} is of another version of Superbatch"
+            ))
+            .because(e)
+        })
     }
 }
 
 impl SourceManifest {
     pub fn rows(&self) -> u64 {
-        self.blocks().map(|(_, _, block)| u64::from(block.rows)).sum()
+        self.blocks()
+            .map(|(_, _, block)| u64::from(block.rows))
+            .sum()
     }
 
-    /// (shard number, block number in the shard, block), in the order of the manifest. A block's place in this order is its
-    /// number in the source.
+    /// (shard number, block number in the shard, block), in the order of the manifest. A block's
+    /// place in this order is its number in the source.
     pub fn blocks(&self) -> impl Iterator<Item = (u32, u32, &Block)> {
-        self.shards
-            .iter()
-            .enumerate()
-            .flat_map(|(s, shard)| shard.blocks.iter().enumerate().map(move |(b, block)| (s as u32, b as u32, block)))
+        self.shards.iter().enumerate().flat_map(|(s, shard)| {
+            shard
+                .blocks
+                .iter()
+                .enumerate()
+                .map(move |(b, block)| (s as u32, b as u32, block))
+        })
     }
 }
 

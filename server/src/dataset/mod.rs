@@ -1,4 +1,5 @@
-//! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by indexing.
+//! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by
+//! indexing.
 mod file;
 mod index;
 mod layout;
@@ -6,15 +7,25 @@ mod manifest;
 mod pattern;
 mod schema;
 
-pub use file::{Ranges, ShardFile};
-pub use index::{SourceRequest, index};
-pub use manifest::{Block, Column, Layout, Manifest, Shard, SourceManifest};
+pub use file::Ranges;
+pub use file::ShardFile;
+pub use index::SourceRequest;
+pub use index::index;
+pub use manifest::Block;
+pub use manifest::Column;
+pub use manifest::Layout;
+pub use manifest::Manifest;
+pub use manifest::Shard;
+pub use manifest::SourceManifest;
 
-/// What a row's receipt records of its content: the first 16 bytes of BLAKE3 over the image's length (u64, little endian),
-/// the image as stored, and the caption's UTF-8.
+/// What a row's receipt records of its content: the first 16 bytes of BLAKE3 over the image's
+/// length (u64, little endian), the image as stored, and the caption's UTF-8.
 pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&(image.len() as u64).to_le_bytes()).update(image).update(caption.as_bytes());
+    hasher
+        .update(&(image.len() as u64).to_le_bytes())
+        .update(image)
+        .update(caption.as_bytes());
     let mut hash = [0; 16];
     hasher.finalize_xof().fill(&mut hash);
     hash

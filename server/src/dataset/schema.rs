@@ -1,4 +1,5 @@
-//! What a run delivers: the data columns of its sources under fixed names, and the columns that selection adds.
+//! What a run delivers: the data columns of its sources under fixed names, and the columns that
+//! selection adds.
 use super::{
     Manifest, SourceManifest,
     layout::{mismatch, not_found},
@@ -11,18 +12,19 @@ use std::{collections::HashSet, sync::Arc};
 const OWN: &str = "_superbatch_";
 
 impl Manifest {
-    /// `image: binary`, `caption: utf8`, then `columns` in their order with the type that all sources share. Every field may
-    /// be null.
+    /// `image: binary`, `caption: utf8`, then `columns` in their order with the type that all
+    /// sources share. Every field may be null.
     ///
     /// # Errors
-    /// `ColumnNotFound` listing the columns there are; `SchemaMismatch` naming source and column; `InvalidArgument` for a
-    /// name that is taken.
+    /// `ColumnNotFound` listing the columns there are; `SchemaMismatch` naming source and column;
+    /// `InvalidArgument` for a name that is taken.
     pub fn data_schema(&self, columns: &[String]) -> Result<SchemaRef> {
         Ok(Arc::new(Schema::new(self.data_fields(columns)?)))
     }
 
-    /// [`Manifest::data_schema`], then `_superbatch_id: utf8`, `_superbatch_position: uint64`, `_superbatch_score: float64`,
-    /// `_superbatch_fidelity: utf8` and `_superbatch_weight: float64`, which are never null.
+    /// [`Manifest::data_schema`], then `_superbatch_id: utf8`, `_superbatch_position: uint64`,
+    /// `_superbatch_score: float64`, `_superbatch_fidelity: utf8` and `_superbatch_weight:
+    /// float64`, which are never null.
     ///
     /// # Errors
     /// As [`Manifest::data_schema`].
@@ -41,12 +43,17 @@ impl Manifest {
     }
 
     fn data_fields(&self, columns: &[String]) -> Result<Vec<Field>> {
-        let mut fields = vec![Field::new("image", DataType::Binary, true), Field::new("caption", DataType::Utf8, true)];
+        let mut fields = vec![
+            Field::new("image", DataType::Binary, true),
+            Field::new("caption", DataType::Utf8, true),
+        ];
         let mut taken = HashSet::from(["image", "caption"]);
         for column in columns {
             if column.starts_with(OWN) || !taken.insert(column) {
-                let message =
-                    format!("the extra column '{column}' has the name of another column of the output; leave it out");
+                let message = format!(
+                    "the extra column '{column}' has the name of another column of the output; \
+                    leave it out"
+                );
                 return Err(Error::invalid("columns", message).with("column", column));
             }
             fields.push(Field::new(column, self.column_type(column)?, true));
@@ -62,7 +69,8 @@ impl Manifest {
             match &found {
                 Some(first) if *first != data_type => {
                     let message = format!(
-                        "column '{column}' is {data_type} in {} and {first} in {}; leave it out or write it alike",
+                        "column '{column}' is {data_type} in {} and {first} in {}; leave it out \
+                        or write it alike",
                         source.uri, self.sources[0].uri
                     );
                     return Err(mismatch(message, &source.uri, column));
@@ -78,18 +86,26 @@ impl SourceManifest {
     fn column_type(&self, column: &str) -> Result<DataType> {
         let Some(found) = self.columns.iter().find(|c| c.name == column) else {
             let available: Vec<&str> = self.columns.iter().map(|c| c.name.as_str()).collect();
-            return Err(not_found(format!("{} has no column '{column}'", self.uri), column, &available));
+            return Err(not_found(
+                format!("{} has no column '{column}'", self.uri),
+                column,
+                &available,
+            ));
         };
         if let Some(shard) = &found.differs_in {
             let message = format!(
-                "column '{column}' of {} is missing or of another type in {shard}; leave it out or write it alike",
+                "column '{column}' of {} is missing or of another type in {shard}; leave it out \
+                or write it alike",
                 self.uri
             );
             return Err(mismatch(message, &self.uri, column).with("shard", shard));
         }
         found.data_type.parse().map_err(|e| {
             mismatch(
-                format!("column '{column}' of {} has a type that cannot be delivered", self.uri),
+                format!(
+                    "column '{column}' of {} has a type that cannot be delivered",
+                    self.uri
+                ),
                 &self.uri,
                 column,
             )

@@ -1,7 +1,10 @@
 use super::{fixtures::*, *};
 use crate::error::Error;
 use arrow::{
-    array::{ArrayRef, Int32Array, Int64Array, LargeBinaryArray, LargeStringArray, RecordBatch, StringArray},
+    array::{
+        ArrayRef, Int32Array, Int64Array, LargeBinaryArray, LargeStringArray, RecordBatch,
+        StringArray,
+    },
     datatypes::DataType,
 };
 use bytes::Bytes;
@@ -12,8 +15,21 @@ use superbatch_proto::v1::Reason;
 fn with_column(name: &str, array: ArrayRef) -> RecordBatch {
     let old = img2dataset(0..array.len() as u32);
     let schema = old.schema();
-    let column = |field: &str, old: &ArrayRef| if field == name { array.clone() } else { old.clone() };
-    batch(schema.fields().iter().zip(old.columns()).map(|(f, a)| (f.name().as_str(), column(f.name(), a))).collect())
+    let column = |field: &str, old: &ArrayRef| {
+        if field == name {
+            array.clone()
+        } else {
+            old.clone()
+        }
+    };
+    batch(
+        schema
+            .fields()
+            .iter()
+            .zip(old.columns())
+            .map(|(f, a)| (f.name().as_str(), column(f.name(), a)))
+            .collect(),
+    )
 }
 
 fn failure<T>(result: Result<T, Error>) -> Error {
@@ -31,30 +47,73 @@ async fn img2dataset_shards_are_indexed_in_order_of_their_paths() {
     let manifest = indexed(&stores(), &files).await.unwrap();
     let source = &manifest.sources[0];
     assert_eq!(manifest.rows(), 17);
-    assert_eq!((source.layout.image_column.as_str(), source.layout.image_in_struct), ("jpg", false));
+    assert_eq!(
+        (
+            source.layout.image_column.as_str(),
+            source.layout.image_in_struct
+        ),
+        ("jpg", false)
+    );
     assert_eq!(source.layout.caption_column, "caption");
-    let paths: Vec<&str> = source.shards.iter().map(|shard| shard.path.as_str()).collect();
+    let paths: Vec<&str> = source
+        .shards
+        .iter()
+        .map(|shard| shard.path.as_str())
+        .collect();
     assert_eq!(paths, ["00000.parquet", "00001.parquet"]);
-    let blocks: Vec<_> = source.blocks().map(|(s, b, block)| (s, b, block.first_row, block.rows)).collect();
-    assert_eq!(blocks, [(0, 0, 0, 4), (0, 1, 4, 4), (0, 2, 8, 2), (1, 0, 0, 3), (1, 1, 3, 3), (1, 2, 6, 1)]);
+    let blocks: Vec<_> = source
+        .blocks()
+        .map(|(s, b, block)| (s, b, block.first_row, block.rows))
+        .collect();
+    assert_eq!(
+        blocks,
+        [
+            (0, 0, 0, 4),
+            (0, 1, 4, 4),
+            (0, 2, 8, 2),
+            (1, 0, 0, 3),
+            (1, 1, 3, 3),
+            (1, 2, 6, 1)
+        ]
+    );
     for shard in &source.shards {
         let ends: Vec<_> = shard.blocks.iter().map(|block| block.bytes).collect();
-        assert!(ends.windows(2).all(|pair| pair[0].1 <= pair[1].0) && ends[0].0 == 4, "{ends:?}");
+        assert!(
+            ends.windows(2).all(|pair| pair[0].1 <= pair[1].0) && ends[0].0 == 4,
+            "{ends:?}"
+        );
         assert!(ends.last().unwrap().1 < shard.size);
     }
 }
 
 #[tokio::test]
 async fn hugging_face_files_name_their_image_in_the_metadata() {
-    let manifest = indexed(&stores(), &[("a/train-0.parquet", parquet(&hugging_face(0..5), 5))]).await.unwrap();
+    let manifest = indexed(
+        &stores(),
+        &[("a/train-0.parquet", parquet(&hugging_face(0..5), 5))],
+    )
+    .await
+    .unwrap();
     let layout = &manifest.sources[0].layout;
-    assert_eq!((layout.image_column.as_str(), layout.image_in_struct), ("photo", true));
+    assert_eq!(
+        (layout.image_column.as_str(), layout.image_in_struct),
+        ("photo", true)
+    );
     assert_eq!(layout.caption_column, "text");
-    let schema = manifest.output_schema(&["uid".into(), "thumb".into()]).unwrap();
-    let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+    let schema = manifest
+        .output_schema(&["uid".into(), "thumb".into()])
+        .unwrap();
+    let names: Vec<&str> = schema
+        .fields()
+        .iter()
+        .map(|field| field.name().as_str())
+        .collect();
     assert_eq!(names[..4], ["image", "caption", "uid", "thumb"]);
     assert_eq!(schema.field(2).data_type(), &DataType::Int64);
-    assert_eq!(schema.field(3).data_type(), hugging_face(0..1).column(2).data_type());
+    assert_eq!(
+        schema.field(3).data_type(),
+        hugging_face(0..1).column(2).data_type()
+    );
     assert_eq!(names[4], "_superbatch_id");
 }
 
@@ -69,21 +128,42 @@ async fn what_the_request_names_wins() {
 
     named.caption_column = Some("uid".into());
     let error = failure(index(&stores, &[named.clone()]).await);
-    assert_eq!((error.reason(), error.value("column")), (Reason::SchemaMismatch, Some("uid")));
-    assert!(error.to_string().ends_with("is Int64, not a string; name another"), "there are no other shards: {error}");
+    assert_eq!(
+        (error.reason(), error.value("column")),
+        (Reason::SchemaMismatch, Some("uid"))
+    );
+    assert!(
+        error
+            .to_string()
+            .ends_with("is Int64, not a string; name another"),
+        "there are no other shards: {error}"
+    );
 
     named.image_column = Some("nope".into());
     let error = failure(index(&stores, &[named]).await);
-    assert_eq!((error.reason(), error.value("available")), (Reason::ColumnNotFound, Some("uid, photo, thumb, text")));
+    assert_eq!(
+        (error.reason(), error.value("available")),
+        (Reason::ColumnNotFound, Some("uid, photo, thumb, text"))
+    );
 }
 
 #[tokio::test]
 async fn one_data_set_may_be_named_in_three_ways() {
     let stores = stores();
-    put(&stores, &[("8.parquet", parquet(&img2dataset(0..3), 3)), ("10.parquet", parquet(&img2dataset(3..5), 3))])
-        .await;
+    put(
+        &stores,
+        &[
+            ("8.parquet", parquet(&img2dataset(0..3), 3)),
+            ("10.parquet", parquet(&img2dataset(3..5), 3)),
+        ],
+    )
+    .await;
     let mut shards = Vec::new();
-    for uri in ["memory:///data", "memory:///data/{8,10}.parquet", "memory:///data/*.parquet"] {
+    for uri in [
+        "memory:///data",
+        "memory:///data/{8,10}.parquet",
+        "memory:///data/*.parquet",
+    ] {
         let manifest = index(&stores, &[request(uri)]).await.unwrap();
         assert_eq!(manifest.sources[0].root_uri, "memory:///data");
         shards.push(manifest.sources[0].shards.clone());
@@ -94,7 +174,14 @@ async fn one_data_set_may_be_named_in_three_ways() {
 #[tokio::test]
 async fn what_is_missing_or_empty_is_told_apart() {
     let stores = stores();
-    put(&stores, &[("d/readme.txt", Bytes::from("hi")), ("e.parquet", parquet(&img2dataset(0..0), 1))]).await;
+    put(
+        &stores,
+        &[
+            ("d/readme.txt", Bytes::from("hi")),
+            ("e.parquet", parquet(&img2dataset(0..0), 1)),
+        ],
+    )
+    .await;
     for (uri, reason) in [
         ("memory:///data/none.parquet", Reason::DatasetEmpty),
         ("memory:///nowhere", Reason::DatasetEmpty),
@@ -107,32 +194,65 @@ async fn what_is_missing_or_empty_is_told_apart() {
         assert_eq!(error.reason(), reason, "{uri}: {}", error.chain());
     }
     let error = failure(index(&stores, &[request("memory:///data/d/readme.txt")]).await);
-    assert_eq!(error.value("shard"), Some("memory:///data/d/readme.txt"), "the bad file is named");
+    assert_eq!(
+        error.value("shard"),
+        Some("memory:///data/d/readme.txt"),
+        "the bad file is named"
+    );
     let says = |error: Error, text: &str| assert_eq!(error.to_string(), text);
     let folder = failure(index(&stores, &[request("memory:///data/d")]).await);
-    says(folder, "no file at memory:///data/d ends in .parquet; there are 1 other file: readme.txt");
-    for name in ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"] {
-        put(&stores, &[(format!("m/{name}").as_str(), Bytes::from("{}"))]).await;
+    says(
+        folder,
+        "no file at memory:///data/d ends in .parquet; there are 1 other file: readme.txt",
+    );
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ] {
+        put(
+            &stores,
+            &[(format!("m/{name}").as_str(), Bytes::from("{}"))],
+        )
+        .await;
     }
     let model = failure(index(&stores, &[request("memory:///data/m/")]).await);
     let names = "config.json, model.safetensors, preprocessor_config.json, …";
-    says(model, &format!("no file at memory:///data/m ends in .parquet; there are 4 other files: {names}"));
+    says(
+        model,
+        &format!("no file at memory:///data/m ends in .parquet; there are 4 other files: {names}"),
+    );
     let pattern = failure(index(&stores, &[request("memory:///data/m/x*.parquet")]).await);
     says(
         pattern,
-        &format!("nothing at memory:///data/m matches memory:///data/m/x*.parquet; there are 4 other files: {names}"),
+        &format!(
+            "nothing at memory:///data/m matches memory:///data/m/x*.parquet; there are 4 other \
+            files: {names}"
+        ),
     );
 }
 
 #[tokio::test]
 async fn shards_must_agree_on_image_and_caption() {
     let words = Arc::new(StringArray::from_iter_values(["no bytes"]));
-    let files = [("0.parquet", parquet(&img2dataset(0..4), 4)), ("1.parquet", parquet(&with_column("jpg", words), 4))];
+    let files = [
+        ("0.parquet", parquet(&img2dataset(0..4), 4)),
+        ("1.parquet", parquet(&with_column("jpg", words), 4)),
+    ];
     let error = failure(indexed(&stores(), &files).await);
     assert_eq!(error.reason(), Reason::SchemaMismatch);
     assert_eq!(error.value("shard"), Some("memory:///data/1.parquet"));
-    assert_eq!((error.value("source"), error.value("column")), (Some("memory:///data"), Some("jpg")));
-    assert!(error.to_string().ends_with("all shards of a source need the same columns"), "{error}");
+    assert_eq!(
+        (error.value("source"), error.value("column")),
+        (Some("memory:///data"), Some("jpg"))
+    );
+    assert!(
+        error
+            .to_string()
+            .ends_with("all shards of a source need the same columns"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -140,25 +260,45 @@ async fn wider_types_of_image_and_caption_are_taken() {
     let images = Arc::new(LargeBinaryArray::from_iter([Some("a"), None]));
     let captions = Arc::new(LargeStringArray::from_iter_values(["x", "y"]));
     let wide = batch(vec![("webp", images), ("caption", captions)]);
-    let manifest = indexed(&stores(), &[("0.parquet", parquet(&wide, 9))]).await.unwrap();
+    let manifest = indexed(&stores(), &[("0.parquet", parquet(&wide, 9))])
+        .await
+        .unwrap();
     let schema = manifest.data_schema(&[]).unwrap();
-    assert_eq!((schema.field(0).data_type(), schema.field(1).data_type()), (&DataType::Binary, &DataType::Utf8));
+    assert_eq!(
+        (schema.field(0).data_type(), schema.field(1).data_type()),
+        (&DataType::Binary, &DataType::Utf8)
+    );
 }
 
 #[tokio::test]
 async fn an_extra_column_is_refused_only_where_it_is_asked_for() {
     let narrow = Arc::new(Int32Array::from_iter_values([7]));
-    let files = [("0.parquet", parquet(&img2dataset(0..4), 4)), ("1.parquet", parquet(&with_column("uid", narrow), 4))];
+    let files = [
+        ("0.parquet", parquet(&img2dataset(0..4), 4)),
+        ("1.parquet", parquet(&with_column("uid", narrow), 4)),
+    ];
     let manifest = indexed(&stores(), &files).await.unwrap();
     assert!(manifest.data_schema(&["url".into()]).is_ok());
     let error = failure(manifest.data_schema(&["uid".into()]));
-    assert_eq!((error.reason(), error.value("shard")), (Reason::SchemaMismatch, Some("1.parquet")));
+    assert_eq!(
+        (error.reason(), error.value("shard")),
+        (Reason::SchemaMismatch, Some("1.parquet"))
+    );
     let error = failure(manifest.data_schema(&["nope".into()]));
-    assert_eq!((error.reason(), error.value("available")), (Reason::ColumnNotFound, Some("caption, jpg, uid, url")));
+    assert_eq!(
+        (error.reason(), error.value("available")),
+        (Reason::ColumnNotFound, Some("caption, jpg, uid, url"))
+    );
     for taken in ["caption", "_superbatch_id"] {
-        assert_eq!(failure(manifest.data_schema(&[taken.into()])).reason(), Reason::InvalidArgument);
+        assert_eq!(
+            failure(manifest.data_schema(&[taken.into()])).reason(),
+            Reason::InvalidArgument
+        );
     }
-    assert_eq!(failure(manifest.data_schema(&["url".into(), "url".into()])).reason(), Reason::InvalidArgument);
+    assert_eq!(
+        failure(manifest.data_schema(&["url".into(), "url".into()])).reason(),
+        Reason::InvalidArgument
+    );
 }
 
 #[tokio::test]
@@ -166,11 +306,18 @@ async fn sources_must_agree_on_extra_columns() {
     let stores = stores();
     let narrow = Arc::new(Int32Array::from_iter_values([7]));
     put(&stores, &[("a/0.parquet", parquet(&img2dataset(0..4), 4))]).await;
-    put(&stores, &[("b/0.parquet", parquet(&with_column("uid", narrow), 4))]).await;
+    put(
+        &stores,
+        &[("b/0.parquet", parquet(&with_column("uid", narrow), 4))],
+    )
+    .await;
     let sources = [request("memory:///data/a"), request("memory:///data/b")];
     let manifest = index(&stores, &sources).await.unwrap();
     let error = failure(manifest.data_schema(&["uid".into()]));
-    assert_eq!((error.reason(), error.value("source")), (Reason::SchemaMismatch, Some("memory:///data/b")));
+    assert_eq!(
+        (error.reason(), error.value("source")),
+        (Reason::SchemaMismatch, Some("memory:///data/b"))
+    );
 }
 
 #[tokio::test]
@@ -178,19 +325,36 @@ async fn columns_that_cannot_be_told_are_asked_for() {
     let ids: ArrayRef = Arc::new(Int64Array::from_iter_values([1]));
     let words: ArrayRef = Arc::new(StringArray::from_iter_values(["x"]));
     let image: ArrayRef = Arc::new(LargeBinaryArray::from_iter([Some("a")]));
-    let two = batch(vec![("jpg", image), ("a", words.clone()), ("b", words.clone())]);
+    let two = batch(vec![
+        ("jpg", image),
+        ("a", words.clone()),
+        ("b", words.clone()),
+    ]);
     let error = failure(indexed(&stores(), &[("0.parquet", parquet(&two, 1))]).await);
-    assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("caption")));
-    assert!(error.to_string().contains("name it with caption_column (as a flag --caption-column)"), "{error}");
+    assert_eq!(
+        (error.reason(), error.value("column")),
+        (Reason::ColumnNotFound, Some("caption"))
+    );
+    assert!(
+        error
+            .to_string()
+            .contains("name it with caption_column (as a flag --caption-column)"),
+        "{error}"
+    );
     let none = batch(vec![("id", ids), ("caption", words)]);
     let error = failure(indexed(&stores(), &[("0.parquet", parquet(&none, 1))]).await);
-    assert_eq!((error.reason(), error.value("column")), (Reason::ColumnNotFound, Some("image")));
+    assert_eq!(
+        (error.reason(), error.value("column")),
+        (Reason::ColumnNotFound, Some("image"))
+    );
 }
 
 #[tokio::test]
 async fn a_manifest_survives_its_storage() {
     let stores = stores();
-    let manifest = indexed(&stores, &[("0.parquet", parquet(&hugging_face(0..3), 2))]).await.unwrap();
+    let manifest = indexed(&stores, &[("0.parquet", parquet(&hugging_face(0..3), 2))])
+        .await
+        .unwrap();
     let state = stores.open("memory:///state").unwrap();
     let digest = manifest.save(&state).await.unwrap();
     assert_eq!(Manifest::load(&state, &digest).await.unwrap(), manifest);
@@ -201,5 +365,8 @@ fn a_content_hash_tells_image_from_caption() {
     assert_ne!(content_hash(b"ab", "c"), content_hash(b"a", "bc"));
     let mut plain = 2u64.to_le_bytes().to_vec();
     plain.extend(b"abc");
-    assert_eq!(content_hash(b"ab", "c"), blake3::hash(&plain).as_bytes()[..16]);
+    assert_eq!(
+        content_hash(b"ab", "c"),
+        blake3::hash(&plain).as_bytes()[..16]
+    );
 }

@@ -19,10 +19,14 @@ macro_rules! configured {
         let config = $config;
         // What comes later holds.
         let options = config.environment.iter().chain(&config.options);
-        let builder = <$builder>::new().with_url($url).with_http_connector(Noticing);
-        options.fold(builder, |builder, (name, value)| match name.to_ascii_lowercase().parse() {
-            Ok(key) => builder.with_config(key, value),
-            Err(_) => builder,
+        let builder = <$builder>::new()
+            .with_url($url)
+            .with_http_connector(Noticing);
+        options.fold(builder, |builder, (name, value)| {
+            match name.to_ascii_lowercase().parse() {
+                Ok(key) => builder.with_config(key, value),
+                Err(_) => builder,
+            }
         })
     }};
 }
@@ -31,7 +35,11 @@ macro_rules! configured {
 ///
 /// # Errors
 /// `InvalidArgument`, with the `field` of an option where that is the cause.
-pub(super) fn connect(scheme: &ObjectStoreScheme, url: &Url, config: &StorageConfig) -> Result<Arc<dyn ObjectStore>> {
+pub(super) fn connect(
+    scheme: &ObjectStoreScheme,
+    url: &Url,
+    config: &StorageConfig,
+) -> Result<Arc<dyn ObjectStore>> {
     use ObjectStoreScheme as S;
     let unusable = |e: object_store::Error| unusable(url).because(e);
     Ok(match scheme {
@@ -41,27 +49,33 @@ pub(super) fn connect(scheme: &ObjectStoreScheme, url: &Url, config: &StorageCon
         S::AmazonS3 => {
             let builder = configured!(AmazonS3Builder, url.as_str(), config);
             let get = |key| builder.get_config_value(&key);
-            let endpoint = get(AmazonS3ConfigKey::S3Endpoint).or_else(|| get(AmazonS3ConfigKey::Endpoint));
+            let endpoint =
+                get(AmazonS3ConfigKey::S3Endpoint).or_else(|| get(AmazonS3ConfigKey::Endpoint));
             let allowed = get(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
             check_plain_http(endpoint.as_deref(), allowed, "aws_allow_http")?;
             Arc::new(builder.build().map_err(unusable)?)
         }
-        S::GoogleCloudStorage => {
-            Arc::new(configured!(GoogleCloudStorageBuilder, url.as_str(), config).build().map_err(unusable)?)
-        }
+        S::GoogleCloudStorage => Arc::new(
+            configured!(GoogleCloudStorageBuilder, url.as_str(), config)
+                .build()
+                .map_err(unusable)?,
+        ),
         S::MicrosoftAzure => {
             let builder = configured!(MicrosoftAzureBuilder, url.as_str(), config);
             let get = |key| builder.get_config_value(&key);
             let endpoint = get(AzureConfigKey::Endpoint);
             let emulated = get(AzureConfigKey::UseEmulator).filter(|value| is_true(value));
-            let allowed = emulated.or_else(|| get(AzureConfigKey::Client(ClientConfigKey::AllowHttp)));
+            let allowed =
+                emulated.or_else(|| get(AzureConfigKey::Client(ClientConfigKey::AllowHttp)));
             check_plain_http(endpoint.as_deref(), allowed, "azure_allow_http")?;
             Arc::new(builder.build().map_err(unusable)?)
         }
         S::Http => {
             let builder = configured!(HttpBuilder, &url[..Position::BeforePath], config);
             let mut options = config.environment.iter().chain(&config.options);
-            let allowed = options.find(|(name, _)| name.eq_ignore_ascii_case("allow_http")).map(|(_, v)| v.clone());
+            let allowed = options
+                .find(|(name, _)| name.eq_ignore_ascii_case("allow_http"))
+                .map(|(_, v)| v.clone());
             check_plain_http(Some(url.as_str()), allowed, "allow_http")?;
             Arc::new(builder.build().map_err(unusable)?)
         }
@@ -74,22 +88,31 @@ fn unusable(url: &Url) -> Error {
 }
 
 fn check_plain_http(endpoint: Option<&str>, allowed: Option<String>, option: &str) -> Result<()> {
-    let Some(endpoint) = endpoint.filter(|endpoint| endpoint.starts_with("http://")) else { return Ok(()) };
+    let Some(endpoint) = endpoint.filter(|endpoint| endpoint.starts_with("http://")) else {
+        return Ok(());
+    };
     if allowed.is_some_and(|value| is_true(&value)) {
         return Ok(());
     }
     let field = format!("storage.options.{option}");
     let variable = option.to_ascii_uppercase();
-    let variable =
-        if option == "allow_http" { String::new() } else { format!(" ({variable}=true in the environment)") };
-    let message =
-        format!("{endpoint} is plain HTTP, which anyone between can read; to allow it set {field}: true{variable}");
+    let variable = if option == "allow_http" {
+        String::new()
+    } else {
+        format!(" ({variable}=true in the environment)")
+    };
+    let message = format!(
+        "{endpoint} is plain HTTP, which anyone between can read; to allow it set {field}: \
+        true{variable}"
+    );
     Err(Error::invalid(&field, message))
 }
 
 /// As the clients read it.
 fn is_true(value: &str) -> bool {
-    ["1", "true", "on", "yes", "y"].iter().any(|truth| value.eq_ignore_ascii_case(truth))
+    ["1", "true", "on", "yes", "y"]
+        .iter()
+        .any(|truth| value.eq_ignore_ascii_case(truth))
 }
 
 #[cfg(test)]
@@ -98,32 +121,54 @@ mod tests {
     use crate::storage::Stores;
 
     fn opened(uri: &str, options: &[(&str, &str)]) -> Result<()> {
-        let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Stores::new(StorageConfig { options, ..Default::default() }).open(uri).map(drop)
+        let options = options
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        Stores::new(StorageConfig {
+            options,
+            ..Default::default()
+        })
+        .open(uri)
+        .map(drop)
     }
 
     #[test]
     fn plain_http_has_to_be_allowed_by_name() {
         let endpoint = ("aws_endpoint", "http://127.0.0.1:9000");
         let region = ("aws_region", "us-east-1");
-        let azure =
-            [("azure_storage_endpoint", "http://127.0.0.1:9000"), ("account_name", "a"), ("account_key", "a2V5")];
+        let azure = [
+            ("azure_storage_endpoint", "http://127.0.0.1:9000"),
+            ("account_name", "a"),
+            ("account_key", "a2V5"),
+        ];
         for (uri, options, field) in [
             ("s3://b/p", &[endpoint, region][..], "aws_allow_http"),
             ("az://b/p", &azure[..], "azure_allow_http"),
             ("http://127.0.0.1:9000/p", &[][..], "allow_http"),
         ] {
             let error = opened(uri, options).unwrap_err();
-            assert_eq!(error.value("field"), Some(format!("storage.options.{field}").as_str()), "{}", error.chain());
+            assert_eq!(
+                error.value("field"),
+                Some(format!("storage.options.{field}").as_str()),
+                "{}",
+                error.chain()
+            );
             opened(uri, &[options, &[(field, "true")]].concat()).unwrap();
         }
-        opened("s3://b/p", &[("aws_endpoint", "https://127.0.0.1:9000"), region]).unwrap();
+        opened(
+            "s3://b/p",
+            &[("aws_endpoint", "https://127.0.0.1:9000"), region],
+        )
+        .unwrap();
     }
 
     #[test]
     fn options_of_no_store_are_refused() {
         assert_eq!(
-            opened("memory:///p", &[("aws_endpiont", "https://s")]).unwrap_err().value("known"),
+            opened("memory:///p", &[("aws_endpiont", "https://s")])
+                .unwrap_err()
+                .value("known"),
             Some("aws_endpoint")
         );
     }

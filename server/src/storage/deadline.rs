@@ -1,12 +1,17 @@
-//! Ends requests that an object store never answers, and reads in the middle of which it falls silent.
+//! Ends requests that an object store never answers, and reads in the middle of which it falls
+//! silent.
 use super::StorageConfig;
 use crate::metrics;
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, stream, stream::BoxStream};
+use futures::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
+    ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    Result, UploadPart, path::Path,
 };
 use std::{fmt, ops::Range, sync::Arc, time::Duration};
 
@@ -22,29 +27,48 @@ pub(super) struct Deadlines {
 impl Deadlines {
     pub fn new(config: &StorageConfig) -> Self {
         let seconds = Duration::from_secs_f64;
-        Self { answer: seconds(config.answer_timeout_seconds), stall: seconds(config.stall_timeout_seconds) }
+        Self {
+            answer: seconds(config.answer_timeout_seconds),
+            stall: seconds(config.stall_timeout_seconds),
+        }
     }
 
     /// Puts them around a store.
     pub fn around(self, store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
-        Arc::new(Deadlined { store, deadlines: self })
+        Arc::new(Deadlined {
+            store,
+            deadlines: self,
+        })
     }
 
-    async fn answer<T>(self, operation: &'static str, request: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::time::timeout(self.answer, request).await.unwrap_or_else(|_| {
-            metrics::object_store_requests(operation, "error").increment(1);
-            Err(silent("no answer", self.answer))
-        })
+    async fn answer<T>(
+        self,
+        operation: &'static str,
+        request: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        tokio::time::timeout(self.answer, request)
+            .await
+            .unwrap_or_else(|_| {
+                metrics::object_store_requests(operation, "error").increment(1);
+                Err(silent("no answer", self.answer))
+            })
     }
 }
 
 /// The error that a silent store is given up with.
 fn silent(what: &str, after: Duration) -> Error {
-    let cause = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("{what} for {} s", after.as_secs_f64()));
-    Error::Generic { store: "object store", source: cause.into() }
+    let cause = std::io::Error::new(
+        std::io::ErrorKind::TimedOut,
+        format!("{what} for {} s", after.as_secs_f64()),
+    );
+    Error::Generic {
+        store: "object store",
+        source: cause.into(),
+    }
 }
 
-/// The same items, and an error where one does not come within `each`. The request was counted when it was answered.
+/// The same items, and an error where one does not come within `each`. The request was counted when
+/// it was answered.
 fn watched<T: Send + 'static>(
     items: BoxStream<'static, Result<T>>,
     what: &'static str,
@@ -75,19 +99,39 @@ impl fmt::Display for Deadlined {
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl ObjectStore for Deadlined {
-    async fn put_opts(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        self.deadlines.answer("put", self.store.put_opts(at, payload, options)).await
+    async fn put_opts(
+        &self,
+        at: &Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Result<PutResult> {
+        self.deadlines
+            .answer("put", self.store.put_opts(at, payload, options))
+            .await
     }
 
-    async fn put_multipart_opts(&self, at: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        let upload = self.deadlines.answer("put_multipart", self.store.put_multipart_opts(at, options)).await?;
-        Ok(Box::new(DeadlinedUpload { upload, deadlines: self.deadlines }))
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        let upload = self
+            .deadlines
+            .answer("put_multipart", self.store.put_multipart_opts(at, options))
+            .await?;
+        Ok(Box::new(DeadlinedUpload {
+            upload,
+            deadlines: self.deadlines,
+        }))
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
         let operation = if head { "head" } else { "get" };
-        let mut result = self.deadlines.answer(operation, self.store.get_opts(at, options)).await?;
+        let mut result = self
+            .deadlines
+            .answer(operation, self.store.get_opts(at, options))
+            .await?;
         if head {
             return Ok(result);
         }
@@ -95,42 +139,72 @@ impl ObjectStore for Deadlined {
         let (attributes, extensions) = (result.attributes.clone(), result.extensions.clone());
         let (body, each) = match result.payload {
             GetResultPayload::Stream(body) => (body, self.deadlines.stall),
-            // In one piece, since a file's own stream is made of very small ones; that takes its time.
+            // In one piece, since a file's own stream is made of very small ones; that takes its
+            // time.
             file => {
                 result.payload = file;
                 (stream::once(result.bytes()).boxed(), self.deadlines.answer)
             }
         };
         let payload = GetResultPayload::Stream(watched(body, "nothing was read", each));
-        Ok(GetResult { payload, meta, range, attributes, extensions })
+        Ok(GetResult {
+            payload,
+            meta,
+            range,
+            attributes,
+            extensions,
+        })
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.deadlines.answer("get", self.store.get_ranges(at, ranges)).await
+        self.deadlines
+            .answer("get", self.store.get_ranges(at, ranges))
+            .await
     }
 
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        watched(self.store.delete_stream(locations), "no answer", self.deadlines.answer)
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        watched(
+            self.store.delete_stream(locations),
+            "no answer",
+            self.deadlines.answer,
+        )
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         watched(self.store.list(prefix), "no answer", self.deadlines.answer)
     }
 
-    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
-        watched(self.store.list_with_offset(prefix, offset), "no answer", self.deadlines.answer)
+    fn list_with_offset(
+        &self,
+        prefix: Option<&Path>,
+        offset: &Path,
+    ) -> BoxStream<'static, Result<ObjectMeta>> {
+        watched(
+            self.store.list_with_offset(prefix, offset),
+            "no answer",
+            self.deadlines.answer,
+        )
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.deadlines.answer("list", self.store.list_with_delimiter(prefix)).await
+        self.deadlines
+            .answer("list", self.store.list_with_delimiter(prefix))
+            .await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.deadlines.answer("copy", self.store.copy_opts(from, to, options)).await
+        self.deadlines
+            .answer("copy", self.store.copy_opts(from, to, options))
+            .await
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        self.deadlines.answer("rename", self.store.rename_opts(from, to, options)).await
+        self.deadlines
+            .answer("rename", self.store.rename_opts(from, to, options))
+            .await
     }
 }
 
@@ -143,14 +217,21 @@ struct DeadlinedUpload {
 #[async_trait]
 impl MultipartUpload for DeadlinedUpload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        Box::pin(self.deadlines.answer("put_part", self.upload.put_part(data)))
+        Box::pin(
+            self.deadlines
+                .answer("put_part", self.upload.put_part(data)),
+        )
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        self.deadlines.answer("put_complete", self.upload.complete()).await
+        self.deadlines
+            .answer("put_complete", self.upload.complete())
+            .await
     }
 
     async fn abort(&mut self) -> Result<()> {
-        self.deadlines.answer("put_abort", self.upload.abort()).await
+        self.deadlines
+            .answer("put_abort", self.upload.abort())
+            .await
     }
 }

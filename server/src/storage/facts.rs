@@ -16,22 +16,29 @@ pub enum Created {
     Theirs(Bytes),
 }
 
-/// A fresh writer's nonce, 32 hex digits. It makes two writers' facts differ, so that a writer knows its own.
+/// A fresh writer's nonce, 32 hex digits. It makes two writers' facts differ, so that a writer
+/// knows its own.
 pub fn nonce() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
 impl Location {
-    /// Creates `key` unless it exists. `bytes` must hold a [`nonce`] (or be addressed by content): after "already exists"
-    /// or an unknown outcome the object is read back, and equal bytes are ours.
+    /// Creates `key` unless it exists. `bytes` must hold a [`nonce`] (or be addressed by content):
+    /// after "already exists" or an unknown outcome the object is read back, and equal bytes are
+    /// ours.
     ///
     /// # Errors
-    /// `StorageUnreachable` where it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown outcomes.
+    /// `StorageUnreachable` where it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown
+    /// outcomes.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created> {
         let path = self.path(key);
         let mut attempt = 1;
         loop {
-            let cause = match self.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into()).await {
+            let cause = match self
+                .store()
+                .put_opts(&path, bytes.clone().into(), PutMode::Create.into())
+                .await
+            {
                 Ok(_) => return Ok(Created::Ours),
                 Err(cause) => cause,
             };
@@ -39,8 +46,8 @@ impl Location {
                 Ok(Some(found)) if found == bytes => return Ok(Created::Ours),
                 Ok(Some(found)) => return Ok(Created::Theirs(found)),
                 Ok(None) if attempt < ATTEMPTS_MAX => attempt += 1,
-                // The store's client has tried again already, for minutes. Where the object was created in spite of it all,
-                // whoever asks next finds it.
+                // The store's client has tried again already, for minutes. Where the object was
+                // created in spite of it all, whoever asks next finds it.
                 Ok(None) | Err(_) => return Err(self.error("create", key, cause)),
             }
         }
@@ -50,13 +57,19 @@ impl Location {
 /// The object that holds a state's id.
 const IDENTITY: &str = "identity";
 
-/// Opens a state: refuses a store that overwrites on a conditional create, as some do silently, since state on it would be lost
-/// in a race. Gives the state's id, the same for all who use it: whoever comes first makes it.
+/// Opens a state: refuses a store that overwrites on a conditional create, as some do silently,
+/// since state on it would be lost in a race. Gives the state's id, the same for all who use it:
+/// whoever comes first makes it.
 ///
 /// # Errors
 /// `StorageUnsafe`, or `StorageUnreachable`, naming the setting.
 pub async fn probe(state: &Location) -> Result<String> {
-    let unusable = |e: Error| e.about(format_args!("the setting `state` is {}, which cannot be used", state.uri()));
+    let unusable = |e: Error| {
+        e.about(format_args!(
+            "the setting `state` is {}, which cannot be used",
+            state.uri()
+        ))
+    };
     // A read comes first: where nothing can be reached it is said after one request.
     let known = state.find(IDENTITY).await.map_err(unusable)?;
     let key = format!("probe/{}", nonce());
@@ -66,7 +79,8 @@ pub async fn probe(state: &Location) -> Result<String> {
     state.delete(&key).await.map_err(unusable)?;
     if !safe {
         let message = format!(
-            "the store of {} overwrites an object on a conditional create (If-None-Match: *), so it cannot hold state; use \
+            "the store of {} overwrites an object on a conditional create (If-None-Match: *), so \
+            it cannot hold state; use \
              one that refuses, such as S3, Google Cloud Storage, Azure, or a local disk",
             state.uri()
         );
@@ -75,7 +89,11 @@ pub async fn probe(state: &Location) -> Result<String> {
     let ours = Bytes::from(nonce());
     let id = match known {
         Some(id) => id,
-        None => match state.create(IDENTITY, ours.clone()).await.map_err(unusable)? {
+        None => match state
+            .create(IDENTITY, ours.clone())
+            .await
+            .map_err(unusable)?
+        {
             Created::Ours => ours,
             Created::Theirs(id) => id,
         },
@@ -99,10 +117,16 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_writer_wins_and_knows_it() {
-        let state = Stores::new(StorageConfig::default()).open("memory:///state").unwrap();
+        let state = Stores::new(StorageConfig::default())
+            .open("memory:///state")
+            .unwrap();
         let (a, b) = (Bytes::from("a"), Bytes::from("b"));
         assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours);
-        assert_eq!(state.create("k", a.clone()).await.unwrap(), Created::Ours, "a repeated create is still ours");
+        assert_eq!(
+            state.create("k", a.clone()).await.unwrap(),
+            Created::Ours,
+            "a repeated create is still ours"
+        );
         assert_eq!(state.create("k", b).await.unwrap(), Created::Theirs(a));
     }
 }

@@ -3,17 +3,21 @@ use super::join;
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path::Path};
+use object_store::{
+    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
+    path::Path,
+};
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use url::Url;
 
-/// Largest object that is written by one request, and the parts of a larger one; so many are on their way at once, since one
-/// connection to S3 is slower than the line.
+/// Largest object that is written by one request, and the parts of a larger one; so many are on
+/// their way at once, since one connection to S3 is slower than the line.
 const PART_BYTES: usize = 64 << 20;
 const PARTS_AT_ONCE: usize = 4;
 
-/// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location itself.
+/// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location
+/// itself.
 #[derive(Debug, Clone)]
 pub struct Location {
     store: Arc<dyn ObjectStore>,
@@ -23,7 +27,11 @@ pub struct Location {
 
 impl Location {
     pub(super) fn new(store: Arc<dyn ObjectStore>, path: Path, uri: &str) -> Self {
-        Self { store, path, uri: uri.trim_end_matches('/').to_owned() }
+        Self {
+            store,
+            path,
+            uri: uri.trim_end_matches('/').to_owned(),
+        }
     }
 
     pub fn store(&self) -> &Arc<dyn ObjectStore> {
@@ -42,17 +50,26 @@ impl Location {
 
     /// The location of `key` below this one.
     pub fn below(&self, key: &str) -> Self {
-        Self { store: self.store.clone(), path: self.path(key), uri: self.uri_of(key) }
+        Self {
+            store: self.store.clone(),
+            path: self.path(key),
+            uri: self.uri_of(key),
+        }
     }
 
     pub fn uri_of(&self, key: &str) -> String {
-        if key.is_empty() { self.uri.clone() } else { format!("{}/{key}", self.uri) }
+        if key.is_empty() {
+            self.uri.clone()
+        } else {
+            format!("{}/{key}", self.uri)
+        }
     }
 
     /// Reads an object whole.
     ///
     /// # Errors
-    /// `StorageUnreachable`, also where the object does not exist; [`Location::find`] tells the two apart.
+    /// `StorageUnreachable`, also where the object does not exist; [`Location::find`] tells the two
+    /// apart.
     pub async fn get(&self, key: &str) -> Result<Bytes> {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
         read.await.map_err(|e| self.error("read", key, e))
@@ -63,7 +80,38 @@ impl Location {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
         match read.await {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { source, .. }) if !is_bucket_missing(&source.to_string()) => Ok(None),
+            Err(object_store::Error::NotFound { source, .. })
+                if !is_bucket_missing(&source.to_string()) =>
+            {
+                Ok(None)
+            }
+            Err(e) => Err(self.error("read", key, e)),
+        }
+    }
+
+    /// Up to `bytes` of an object's end, and its whole size; `None` where there is none. A store that cannot read from the end
+    /// gives all of it.
+    pub async fn end(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>> {
+        let options = GetOptions {
+            range: Some(GetRange::Suffix(bytes)),
+            ..Default::default()
+        };
+        let read = async {
+            let found = self.store.get_opts(&self.path(key), options).await?;
+            let size = found.meta.size;
+            Ok((found.bytes().await?, size))
+        };
+        match read.await {
+            Ok(found) => Ok(Some(found)),
+            Err(object_store::Error::NotFound { source, .. })
+                if !is_bucket_missing(&source.to_string()) =>
+            {
+                Ok(None)
+            }
+            Err(object_store::Error::NotSupported { .. }) => {
+                let whole = self.find(key).await?;
+                Ok(whole.map(|bytes| (bytes.clone(), bytes.len() as u64)))
+            }
             Err(e) => Err(self.error("read", key, e)),
         }
     }
@@ -80,11 +128,18 @@ impl Location {
     /// All objects below `key`, in no particular order, with keys relative to this location.
     pub async fn list(&self, key: &str) -> Result<Vec<(String, ObjectMeta)>> {
         let prefix = self.path(key);
-        let metas: Vec<ObjectMeta> =
-            self.store.list(Some(&prefix)).try_collect().await.map_err(|e| self.error("list", key, e))?;
+        let metas: Vec<ObjectMeta> = self
+            .store
+            .list(Some(&prefix))
+            .try_collect()
+            .await
+            .map_err(|e| self.error("list", key, e))?;
         let relative = |meta: ObjectMeta| {
             let parts = meta.location.prefix_match(&self.path)?;
-            let key = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+            let key = parts
+                .map(|part| part.as_ref().to_owned())
+                .collect::<Vec<_>>()
+                .join("/");
             Some((key, meta))
         };
         Ok(metas.into_iter().filter_map(relative).collect())
@@ -94,14 +149,17 @@ impl Location {
     pub async fn folders(&self, key: &str) -> Result<Vec<String>> {
         let listed = self.store.list_with_delimiter(Some(&self.path(key))).await;
         let listed = listed.map_err(|e| self.error("list", key, e))?;
-        let mut names: Vec<String> =
-            listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect();
+        let mut names: Vec<String> = listed
+            .common_prefixes
+            .iter()
+            .filter_map(|path| path.filename().map(str::to_owned))
+            .collect();
         names.sort();
         Ok(names)
     }
 
-    /// Writes an object, replacing what was there. Only for content-addressed objects, where that changes nothing. A large one
-    /// goes in parts: S3 takes no more than 5 GB at once.
+    /// Writes an object, replacing what was there. Only for content-addressed objects, where that
+    /// changes nothing. A large one goes in parts: S3 takes no more than 5 GB at once.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
         self.put_pieces(key, bytes.into()).await
     }
@@ -115,7 +173,12 @@ impl Location {
         written.map_err(|e| self.error("write", key, e))
     }
 
-    async fn put_in_parts(&self, key: &str, pieces: PutPayload, part_bytes: usize) -> Result<(), object_store::Error> {
+    async fn put_in_parts(
+        &self,
+        key: &str,
+        pieces: PutPayload,
+        part_bytes: usize,
+    ) -> Result<(), object_store::Error> {
         let upload = self.store.put_multipart(&self.path(key)).await?;
         let mut write = WriteMultipart::new_with_chunk_size(upload, part_bytes);
         for piece in pieces.into_iter().flat_map(|bytes| cut(bytes, part_bytes)) {
@@ -130,33 +193,48 @@ impl Location {
     }
 
     pub async fn delete(&self, key: &str) -> Result<()> {
-        self.store.delete(&self.path(key)).await.map_err(|e| self.error("delete", key, e))
+        self.store
+            .delete(&self.path(key))
+            .await
+            .map_err(|e| self.error("delete", key, e))
     }
 
-    /// "cannot `verb` `uri`", with its cause: `StorageUnreachable`, which may pass, or `InvalidArgument` where there is no such
-    /// bucket, which will not.
+    /// "cannot `verb` `uri`", with its cause: `StorageUnreachable`, which may pass, or
+    /// `InvalidArgument` where there is no such bucket, which will not.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         if is_bucket_missing(&chain(&cause)) {
             let url = Url::parse(&uri).ok();
             let bucket = url.as_ref().and_then(Url::host_str).unwrap_or_default();
-            let message = format!("cannot {verb} {uri}: there is no bucket '{bucket}'; create it, or correct the URI");
-            return Error::invalid("uri", message).with("uri", uri).with("bucket", bucket);
+            let message = format!(
+                "cannot {verb} {uri}: there is no bucket '{bucket}'; create it, or correct the URI"
+            );
+            return Error::invalid("uri", message)
+                .with("uri", uri)
+                .with("bucket", bucket);
         }
-        Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}")).with("uri", uri).because(cause)
+        Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}"))
+            .with("uri", uri)
+            .because(cause)
     }
 }
 
 /// Pieces that fill no more than one part each.
 fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
-    (0..bytes.len()).step_by(size).map(move |at| bytes.slice(at..bytes.len().min(at + size)))
+    (0..bytes.len())
+        .step_by(size)
+        .map(move |at| bytes.slice(at..bytes.len().min(at + size)))
 }
 
 /// Whether a store's answer says so, as S3, Google Cloud Storage and Azure word it.
 fn is_bucket_missing(answer: &str) -> bool {
-    ["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"]
-        .iter()
-        .any(|sign| answer.contains(sign))
+    [
+        "NoSuchBucket",
+        "The specified bucket does not exist",
+        "ContainerNotFound",
+    ]
+    .iter()
+    .any(|sign| answer.contains(sign))
 }
 
 #[cfg(test)]
@@ -166,12 +244,15 @@ mod tests {
 
     #[tokio::test]
     async fn an_object_in_parts_is_the_same_object() {
-        let state = Stores::new(StorageConfig::default()).open("memory:///state").unwrap();
+        let state = Stores::new(StorageConfig::default())
+            .open("memory:///state")
+            .unwrap();
         let bytes: Bytes = (0..1000_u32).map(|n| n as u8).collect();
         // Whole parts, a short last one, and fewer bytes than a part.
         for part_bytes in [100, 64, 4096] {
             let key = format!("of/{part_bytes}");
-            let pieces = PutPayload::from_iter([bytes.slice(..7), bytes.slice(7..400), bytes.slice(400..)]);
+            let pieces =
+                PutPayload::from_iter([bytes.slice(..7), bytes.slice(7..400), bytes.slice(400..)]);
             state.put_in_parts(&key, pieces, part_bytes).await.unwrap();
             assert_eq!(state.get(&key).await.unwrap(), bytes);
         }

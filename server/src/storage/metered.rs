@@ -2,15 +2,19 @@
 use crate::metrics;
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, future, stream, stream::BoxStream};
+use futures::{
+    StreamExt, TryStreamExt, future,
+    stream::{self, BoxStream},
+};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
+    ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    Result, UploadPart, path::Path,
 };
 use std::{fmt, ops::Range, sync::Arc};
 
-/// Puts a meter around a store: `Stores::wrapped(config, Arc::new(metered))`. Retries that the store's client makes by
-/// itself are not seen, only how a request ended.
+/// Puts a meter around a store: `Stores::wrapped(config, Arc::new(metered))`. Retries that the
+/// store's client makes by itself are not seen, only how a request ended.
 pub fn metered(store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
     Arc::new(Metered(store))
 }
@@ -41,7 +45,9 @@ fn outcome(error: &Error) -> &'static str {
         // object_store keeps the HTTP status in the text alone.
         Error::Generic { source, .. } => {
             let text = source.to_string();
-            let throttled = ["429 Too Many", "503 Service", "SlowDown"].iter().any(|sign| text.contains(sign));
+            let throttled = ["429 Too Many", "503 Service", "SlowDown"]
+                .iter()
+                .any(|sign| text.contains(sign));
             if throttled { "throttled" } else { "error" }
         }
         _ => "error",
@@ -49,7 +55,9 @@ fn outcome(error: &Error) -> &'static str {
 }
 
 /// Counts a listing, once, when it has ended or failed.
-fn count_list<T: Send + 'static>(listing: BoxStream<'static, Result<T>>) -> BoxStream<'static, Result<T>> {
+fn count_list<T: Send + 'static>(
+    listing: BoxStream<'static, Result<T>>,
+) -> BoxStream<'static, Result<T>> {
     let end = stream::once(future::ready(None));
     let counted = listing.map(Some).chain(end).scan(false, |failed, item| {
         let item = match item {
@@ -69,12 +77,24 @@ fn count_list<T: Send + 'static>(listing: BoxStream<'static, Result<T>>) -> BoxS
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl ObjectStore for Metered {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Result<PutResult> {
         count("put", self.0.put_opts(location, payload, options).await)
     }
 
-    async fn put_multipart_opts(&self, at: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        let upload = count("put_multipart", self.0.put_multipart_opts(at, options).await)?;
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        let upload = count(
+            "put_multipart",
+            self.0.put_multipart_opts(at, options).await,
+        )?;
         Ok(Box::new(MeteredUpload(upload)))
     }
 
@@ -83,7 +103,9 @@ impl ObjectStore for Metered {
         let result = count(operation, self.0.get_opts(location, options).await)?;
         let payload = match result.payload {
             GetResultPayload::Stream(bytes) if operation == "get" => {
-                let read = |bytes: &Bytes| metrics::object_store_bytes_read().increment(bytes.len() as u64);
+                let read = |bytes: &Bytes| {
+                    metrics::object_store_bytes_read().increment(bytes.len() as u64)
+                };
                 GetResultPayload::Stream(bytes.inspect_ok(read).boxed())
             }
             GetResultPayload::File(..) if operation == "get" => {
@@ -97,19 +119,30 @@ impl ObjectStore for Metered {
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let read = count("get", self.0.get_ranges(location, ranges).await)?;
-        metrics::object_store_bytes_read().increment(read.iter().map(|bytes| bytes.len() as u64).sum());
+        metrics::object_store_bytes_read()
+            .increment(read.iter().map(|bytes| bytes.len() as u64).sum());
         Ok(read)
     }
 
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.0.delete_stream(locations).map(|result| count("delete", result)).boxed()
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        self.0
+            .delete_stream(locations)
+            .map(|result| count("delete", result))
+            .boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         count_list(self.0.list(prefix))
     }
 
-    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
+    fn list_with_offset(
+        &self,
+        prefix: Option<&Path>,
+        offset: &Path,
+    ) -> BoxStream<'static, Result<ObjectMeta>> {
         count_list(self.0.list_with_offset(prefix, offset))
     }
 
@@ -152,14 +185,26 @@ mod tests {
     use metrics_exporter_prometheus::PrometheusBuilder;
 
     async fn use_a_store() {
-        let state = Stores::wrapped(StorageConfig::default(), Arc::new(metered)).open("memory:///m").unwrap();
+        let state = Stores::wrapped(StorageConfig::default(), Arc::new(metered))
+            .open("memory:///m")
+            .unwrap();
         state.put("a/x", Bytes::from("12345")).await.unwrap();
         assert_eq!(state.get("a/x").await.unwrap(), "12345");
         assert_eq!(state.find("a/y").await.unwrap(), None);
         assert_eq!(state.head("a/x").await.unwrap().unwrap().size, 5);
-        assert!(matches!(state.create("a/x", Bytes::from("2")).await.unwrap(), Created::Theirs(_)));
+        assert!(matches!(
+            state.create("a/x", Bytes::from("2")).await.unwrap(),
+            Created::Theirs(_)
+        ));
         assert_eq!(state.list("a").await.unwrap().len(), 1);
-        assert_eq!(state.store().get_ranges(&state.path("a/x"), &[0..2, 3..4]).await.unwrap(), ["12", "4"]);
+        assert_eq!(
+            state
+                .store()
+                .get_ranges(&state.path("a/x"), &[0..2, 3..4])
+                .await
+                .unwrap(),
+            ["12", "4"]
+        );
         state.delete("a/x").await.unwrap();
     }
 
@@ -167,25 +212,57 @@ mod tests {
     fn every_request_is_counted_by_how_it_ended() {
         let recorder = PrometheusBuilder::new().build_recorder();
         // On this thread alone, where the recorder is.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
         ::metrics::with_local_recorder(&recorder, || runtime.block_on(use_a_store()));
         let page = recorder.handle().render();
         let counted = |operation: &str, outcome: &str| {
             let labels = format!("{{operation=\"{operation}\",outcome=\"{outcome}\"}} ");
-            let line = page.lines().find_map(|line| Some(line.split_once(&labels)?.1.to_owned()));
+            let line = page
+                .lines()
+                .find_map(|line| Some(line.split_once(&labels)?.1.to_owned()));
             line.map_or(0, |count| count.parse().unwrap())
         };
-        assert_eq!((counted("put", "ok"), counted("put", "exists")), (1, 1), "{page}");
+        assert_eq!(
+            (counted("put", "ok"), counted("put", "exists")),
+            (1, 1),
+            "{page}"
+        );
         // get, the read after the conflict, and two ranges in one.
-        assert_eq!((counted("get", "ok"), counted("get", "not_found"), counted("head", "ok")), (3, 1, 1), "{page}");
-        assert_eq!((counted("list", "ok"), counted("delete", "ok")), (1, 1), "{page}");
-        assert!(page.contains("superbatch_object_store_bytes_read_total 13\n"), "5 + 5 + 3 bytes: {page}");
+        assert_eq!(
+            (
+                counted("get", "ok"),
+                counted("get", "not_found"),
+                counted("head", "ok")
+            ),
+            (3, 1, 1),
+            "{page}"
+        );
+        assert_eq!(
+            (counted("list", "ok"), counted("delete", "ok")),
+            (1, 1),
+            "{page}"
+        );
+        assert!(
+            page.contains("superbatch_object_store_bytes_read_total 13\n"),
+            "5 + 5 + 3 bytes: {page}"
+        );
     }
 
     #[test]
     fn a_store_that_says_slow_down_is_seen() {
-        let generic = |text: &str| Error::Generic { store: "S3", source: text.into() };
-        assert_eq!(outcome(&generic("Server returned non-2xx status code: 503 Service Unavailable: ")), "throttled");
+        let generic = |text: &str| Error::Generic {
+            store: "S3",
+            source: text.into(),
+        };
+        assert_eq!(
+            outcome(&generic(
+                "Server returned non-2xx status code: 503 Service Unavailable: "
+            )),
+            "throttled"
+        );
         assert_eq!(outcome(&generic("<Code>SlowDown</Code>")), "throttled");
         assert_eq!(outcome(&generic("connection refused")), "error");
     }

@@ -7,12 +7,13 @@ mod metered;
 mod options;
 mod retried;
 
-pub use facts::{Created, nonce, probe};
+use self::deadline::Deadlines;
+use crate::error::{Error, Result};
+pub use facts::Created;
+pub use facts::nonce;
+pub use facts::probe;
 pub use location::Location;
 pub use metered::metered;
-
-use crate::error::{Error, Result};
-use deadline::Deadlines;
 use object_store::{ObjectStore, ObjectStoreScheme as Scheme, path::Path};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -28,19 +29,23 @@ use url::Url;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {
-    /// URI prefixes that requests may name for data and models. Everything is allowed on loopback where this is empty.
+    /// URI prefixes that requests may name for data and models. Everything is allowed on loopback
+    /// where this is empty.
     pub allow_uris: Vec<String>,
-    /// Options of the object store client, such as `aws_endpoint`, `aws_region` or `aws_allow_http`. Credentials are found the
-    /// standard way (environment, web identity, instance metadata); what is given here comes before them. `timeout` is how
-    /// long one attempt of a request may take (30 s where it is not given), and `connect_timeout` its connection (5 s).
+    /// Options of the object store client, such as `aws_endpoint`, `aws_region` or
+    /// `aws_allow_http`. Credentials are found the standard way (environment, web identity,
+    /// instance metadata); what is given here comes before them. `timeout` is how long one attempt
+    /// of a request may take (30 s where it is not given), and `connect_timeout` its connection (5
+    /// s).
     #[serde(deserialize_with = "options::plain_values")]
     pub options: BTreeMap<String, String>,
-    /// Longest wait for the answer to a request, in seconds, with all attempts that the store's client makes: up to 11, with
-    /// waits between them that grow from 0.1 s to 15 s, none later than 180 s after the first. A store that refuses connections
-    /// is so given up after a few seconds.
+    /// Longest wait for the answer to a request, in seconds, with all attempts that the store's
+    /// client makes: up to 11, with waits between them that grow from 0.1 s to 15 s, none later
+    /// than 180 s after the first. A store that refuses connections is so given up after a few
+    /// seconds.
     pub answer_timeout_seconds: f64,
-    /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local file is read in one piece,
-    /// for which the answer's timeout holds.
+    /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local
+    /// file is read in one piece, for which the answer's timeout holds.
     pub stall_timeout_seconds: f64,
     /// The environment's credentials and the like; never printed.
     #[serde(skip)]
@@ -58,7 +63,10 @@ impl StorageConfig {
 
     /// Takes the values of keys, tokens and the like out, for who prints it.
     pub fn hide_secrets(&mut self) {
-        let secrets = self.options.iter_mut().filter(|(name, _)| options::is_secret(name));
+        let secrets = self
+            .options
+            .iter_mut()
+            .filter(|(name, _)| options::is_secret(name));
         secrets.for_each(|(_, value)| *value = "(hidden)".to_owned());
     }
 }
@@ -75,10 +83,12 @@ impl Default for StorageConfig {
     }
 }
 
-/// Puts another store around each one that is opened: how faults are injected and requests are counted.
+/// Puts another store around each one that is opened: how faults are injected and requests are
+/// counted.
 pub type Wrap = Arc<dyn Fn(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> + Send + Sync>;
 
-/// Opens URIs. Cloned freely; one client per bucket is kept, and `memory:` is one store per `Stores`.
+/// Opens URIs. Cloned freely; one client per bucket is kept, and `memory:` is one store per
+/// `Stores`.
 #[derive(Clone)]
 pub struct Stores(Arc<Inner>);
 
@@ -90,7 +100,9 @@ struct Inner {
 
 impl fmt::Debug for Stores {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stores").field("config", &self.0.config).finish_non_exhaustive()
+        f.debug_struct("Stores")
+            .field("config", &self.0.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,26 +117,35 @@ impl Stores {
     }
 
     fn build(config: StorageConfig, wrap: Option<Wrap>) -> Self {
-        Self(Arc::new(Inner { config, wrap, open: Mutex::default() }))
+        Self(Arc::new(Inner {
+            config,
+            wrap,
+            open: Mutex::default(),
+        }))
     }
 
-    /// Opens a URI from a request: refused with `UriNotAllowed` unless it lies under the allow-list.
+    /// Opens a URI from a request: refused with `UriNotAllowed` unless it lies under the
+    /// allow-list.
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
         let allow = &self.0.config.allow_uris;
         let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
         // What a URL parser would turn into ".." after this check.
-        let sly = uri.to_ascii_lowercase().contains("%2e") || uri.contains(['\\', '\t', '\n', '\r']);
+        let sly =
+            uri.to_ascii_lowercase().contains("%2e") || uri.contains(['\\', '\t', '\n', '\r']);
         if sly
             || uri.split('/').any(|segment| segment == "..")
             || !(allow.is_empty() || allow.iter().any(|p| below(plain, p)))
         {
-            let message = format!("{uri} is not below any prefix of storage.allow_uris; ask the operator to add it");
+            let message = format!(
+                "{uri} is not below any prefix of storage.allow_uris; ask the operator to add it"
+            );
             return Err(Error::new(Reason::UriNotAllowed, message).with("uri", uri));
         }
         self.open(uri)
     }
 
-    /// Opens a URI of the operator's own: `file:///…`, `s3://bucket/…`, `memory:///…`, `http(s)://…`.
+    /// Opens a URI of the operator's own: `file:///…`, `s3://bucket/…`, `memory:///…`,
+    /// `http(s)://…`.
     ///
     /// # Errors
     /// `InvalidArgument` where it is no such URI; nothing is contacted yet.
@@ -137,7 +158,11 @@ impl Stores {
             None => {
                 self.0.config.validate()?;
                 let store = connect::connect(&scheme, &url, &self.0.config)?;
-                let store = self.0.wrap.as_ref().map_or(store.clone(), |wrap| wrap(store));
+                let store = self
+                    .0
+                    .wrap
+                    .as_ref()
+                    .map_or(store.clone(), |wrap| wrap(store));
                 // Outermost: whatever is silent inside, callers learn of it.
                 let store = Deadlines::new(&self.0.config).around(store);
                 open.insert(key, store.clone());
@@ -155,7 +180,9 @@ impl Stores {
 pub fn can_hold_state(uri: &str) -> Result<()> {
     match taken_apart(uri)? {
         (_, Scheme::Http, _) => {
-            let message = format!("'{uri}' names a web server, which is only read; use file, s3, gs, az or memory");
+            let message = format!(
+                "'{uri}' names a web server, which is only read; use file, s3, gs, az or memory"
+            );
             Err(unusable(uri, message))
         }
         _ => Ok(()),
@@ -168,23 +195,38 @@ fn unusable(uri: &str, message: String) -> Error {
 
 fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
     let url = Url::parse(uri).map_err(|e| {
-        unusable(uri, format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name")).because(e)
+        unusable(
+            uri,
+            format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name"),
+        )
+        .because(e)
     })?;
     if let ("file" | "memory", Some(host)) = (url.scheme(), url.host_str()) {
-        let meant = format!("{}:///{host}{}", url.scheme(), url.path().trim_end_matches('/'));
-        let message = format!("'{uri}' names a host, {host}, and no path; write three slashes, as in {meant}");
+        let meant = format!(
+            "{}:///{host}{}",
+            url.scheme(),
+            url.path().trim_end_matches('/')
+        );
+        let message = format!(
+            "'{uri}' names a host, {host}, and no path; write three slashes, as in {meant}"
+        );
         return Err(unusable(uri, message));
     }
     match Scheme::parse(&url) {
         Ok((scheme, path)) => Ok((url, scheme, path)),
-        Err(e) => Err(unusable(uri, format!("cannot use '{uri}'; use file, s3, gs, az or memory")).because(e)),
+        Err(e) => Err(unusable(
+            uri,
+            format!("cannot use '{uri}'; use file, s3, gs, az or memory"),
+        )
+        .because(e)),
     }
 }
 
 /// Whether `uri` is `prefix` or lies below it, by whole path segments.
 fn below(uri: &str, prefix: &str) -> bool {
     let prefix = prefix.trim_end_matches('/');
-    uri.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    uri.strip_prefix(prefix)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// `base` and `key` as one object path.
@@ -198,10 +240,21 @@ mod tests {
 
     #[test]
     fn requests_stay_below_the_allow_list() {
-        let config = StorageConfig { allow_uris: vec!["memory:///data/".into()], ..Default::default() };
+        let config = StorageConfig {
+            allow_uris: vec!["memory:///data/".into()],
+            ..Default::default()
+        };
         let stores = Stores::new(config);
-        assert!(stores.open_allowed("memory:///data/a/{0..3}.parquet").is_ok());
-        for bad in ["memory:///database/a", "memory:///data/../secret", "file:///etc/passwd"] {
+        assert!(
+            stores
+                .open_allowed("memory:///data/a/{0..3}.parquet")
+                .is_ok()
+        );
+        for bad in [
+            "memory:///database/a",
+            "memory:///data/../secret",
+            "file:///etc/passwd",
+        ] {
             let error = stores.open_allowed(bad).map(drop).unwrap_err();
             assert_eq!(error.reason(), Reason::UriNotAllowed, "{bad}");
         }
@@ -210,18 +263,26 @@ mod tests {
     #[test]
     fn two_slashes_are_told_of_the_third() {
         let stores = Stores::new(StorageConfig::default());
-        for (uri, meant) in
-            [("file://pool", "file:///pool"), ("file://data/x", "file:///data/x"), ("memory://x", "memory:///x")]
-        {
+        for (uri, meant) in [
+            ("file://pool", "file:///pool"),
+            ("file://data/x", "file:///data/x"),
+            ("memory://x", "memory:///x"),
+        ] {
             let error = stores.open(uri).map(drop).unwrap_err().chain();
-            assert!(error.ends_with(&format!("write three slashes, as in {meant}")), "{error}");
+            assert!(
+                error.ends_with(&format!("write three slashes, as in {meant}")),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn memory_is_one_store() {
         let stores = Stores::new(StorageConfig::default());
-        let (a, b) = (stores.open("memory:///x").unwrap(), stores.open("memory:///y").unwrap());
+        let (a, b) = (
+            stores.open("memory:///x").unwrap(),
+            stores.open("memory:///y").unwrap(),
+        );
         assert!(Arc::ptr_eq(a.store(), b.store()));
     }
 }

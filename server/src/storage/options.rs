@@ -1,6 +1,8 @@
 //! Options of object stores' clients: what may be written, and how.
 use crate::error::{Error, Result};
-use object_store::{ClientConfigKey, aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey};
+use object_store::{
+    ClientConfigKey, aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey,
+};
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, HashSet};
 
@@ -40,8 +42,11 @@ const USUAL: [&str; 32] = [
     "proxy_url",
 ];
 
-/// Reads options whose values may be written as YAML's booleans and numbers: `aws_allow_http: true`.
-pub(super) fn plain_values<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, String>, D::Error> {
+/// Reads options whose values may be written as YAML's booleans and numbers: `aws_allow_http:
+/// true`.
+pub(super) fn plain_values<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Plain {
@@ -57,7 +62,10 @@ pub(super) fn plain_values<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMa
         Plain::Number(value) => value.to_string(),
         Plain::Text(value) => value,
     };
-    Ok(read.into_iter().map(|(name, value)| (name, text(value))).collect())
+    Ok(read
+        .into_iter()
+        .map(|(name, value)| (name, text(value)))
+        .collect())
 }
 
 /// Refuses an option that no store knows: a client ignores it without a word.
@@ -65,7 +73,12 @@ pub(super) fn plain_values<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMa
 /// # Errors
 /// `InvalidArgument`, with the `field` and the option that was probably meant (`known`).
 pub(super) fn check<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<()> {
-    let Some(name) = names.into_iter().find(|name| !is_known(&name.to_ascii_lowercase())) else { return Ok(()) };
+    let Some(name) = names
+        .into_iter()
+        .find(|name| !is_known(&name.to_ascii_lowercase()))
+    else {
+        return Ok(());
+    };
     let near = nearest(&name.to_ascii_lowercase());
     let message = format!("there is no option storage.options.{name}; did you mean {near}?");
     Err(Error::invalid(&format!("storage.options.{name}"), message).with("known", near))
@@ -80,20 +93,36 @@ fn is_known(name: &str) -> bool {
 
 /// The usual option that shares most pairs of letters with `name`, in relation to their lengths.
 fn nearest(name: &str) -> &'static str {
-    let pairs = |text: &str| text.as_bytes().windows(2).map(<[u8]>::to_vec).collect::<HashSet<_>>();
+    let pairs = |text: &str| {
+        text.as_bytes()
+            .windows(2)
+            .map(<[u8]>::to_vec)
+            .collect::<HashSet<_>>()
+    };
     let wanted = pairs(name);
     let likeness = |option: &&str| {
         let has = pairs(option);
         2.0 * has.intersection(&wanted).count() as f64 / (has.len() + wanted.len()).max(1) as f64
     };
-    let near = USUAL.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    let near = USUAL
+        .into_iter()
+        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
     near.expect("the list is not empty")
 }
 
 /// Whether an option's value gives access.
 pub(super) fn is_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    ["key", "secret", "token", "password", "credential", "proxy_url"].iter().any(|word| name.contains(word))
+    [
+        "key",
+        "secret",
+        "token",
+        "password",
+        "credential",
+        "proxy_url",
+    ]
+    .iter()
+    .any(|word| name.contains(word))
 }
 
 #[cfg(test)]
@@ -107,11 +136,17 @@ mod tests {
             ("aws_endpiont", "aws_endpoint"),
             ("aws_alow_http", "aws_allow_http"),
             ("azure_storage_acount_name", "azure_storage_account_name"),
-            ("google_aplication_credentials", "google_application_credentials"),
+            (
+                "google_aplication_credentials",
+                "google_application_credentials",
+            ),
             ("connect_timeuot", "connect_timeout"),
         ] {
             let error = check([&name.to_owned()]).unwrap_err();
-            assert_eq!(error.value("field"), Some(format!("storage.options.{name}").as_str()));
+            assert_eq!(
+                error.value("field"),
+                Some(format!("storage.options.{name}").as_str())
+            );
             assert_eq!(error.value("known"), Some(meant));
         }
         for name in USUAL.iter().chain(&["AWS_ENDPOINT", "endpoint_url"]) {
@@ -122,10 +157,21 @@ mod tests {
     #[test]
     fn values_are_written_as_yaml_writes_them() {
         let yaml = "options: {aws_allow_http: true, timeout: 30s, aws_region: '1', http2_max_frame_size: 65536}";
-        let options = serde_yaml_ng::from_str::<StorageConfig>(yaml).unwrap().options;
-        let expected =
-            [("aws_allow_http", "true"), ("aws_region", "1"), ("http2_max_frame_size", "65536"), ("timeout", "30s")];
-        assert_eq!(options, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+        let options = serde_yaml_ng::from_str::<StorageConfig>(yaml)
+            .unwrap()
+            .options;
+        let expected = [
+            ("aws_allow_http", "true"),
+            ("aws_region", "1"),
+            ("http2_max_frame_size", "65536"),
+            ("timeout", "30s"),
+        ];
+        assert_eq!(
+            options,
+            expected
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into()
+        );
         assert!(serde_yaml_ng::from_str::<StorageConfig>("options: {aws_region: [1]}").is_err());
     }
 }

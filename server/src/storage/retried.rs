@@ -3,7 +3,10 @@ use crate::error::chain;
 use async_trait::async_trait;
 use object_store::{
     ClientOptions, Result,
-    client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector},
+    client::{
+        HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService,
+        ReqwestConnector,
+    },
 };
 use std::{
     collections::HashMap,
@@ -21,7 +24,10 @@ pub(super) struct Noticing;
 impl HttpConnector for Noticing {
     fn connect(&self, options: &ClientOptions) -> Result<HttpClient> {
         let client = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Noticed { client, said: Said::default() }))
+        Ok(HttpClient::new(Noticed {
+            client,
+            said: Said::default(),
+        }))
     }
 }
 
@@ -45,9 +51,17 @@ impl HttpService for Noticed {
         };
         if self.said.is_due(&method, Instant::now()) {
             // Without the query, which may hold a signature.
-            let (scheme, host) = (uri.scheme_str().unwrap_or_default(), uri.authority().map_or("", |a| a.as_str()));
+            let (scheme, host) = (
+                uri.scheme_str().unwrap_or_default(),
+                uri.authority().map_or("", |a| a.as_str()),
+            );
             let url = format!("{scheme}://{host}{}", uri.path());
-            tracing::warn!(method, url, error = failure, "a request to object storage failed; it may be tried again");
+            tracing::warn!(
+                method,
+                url,
+                error = failure,
+                "a request to object storage failed; it may be tried again"
+            );
         }
         answer
     }
@@ -61,7 +75,9 @@ impl Said {
     /// Whether to say something `now`; if so, it is noted.
     fn is_due(&self, kind: &str, now: Instant) -> bool {
         let mut said = self.0.lock().expect("no panic while held");
-        let due = said.get(kind).is_none_or(|last| now.duration_since(*last) >= EACH);
+        let due = said
+            .get(kind)
+            .is_none_or(|last| now.duration_since(*last) >= EACH);
         if due {
             said.insert(kind.to_owned(), now);
         }
@@ -78,7 +94,13 @@ mod tests {
         let (said, start) = (Said::default(), Instant::now());
         let told = |kind, seconds| said.is_due(kind, start + Duration::from_secs(seconds));
         assert_eq!(
-            [told("GET", 0), told("GET", 1), told("PUT", 1), told("GET", 9), told("GET", 10)],
+            [
+                told("GET", 0),
+                told("GET", 1),
+                told("PUT", 1),
+                told("GET", 9),
+                told("GET", 10)
+            ],
             [true, false, true, false, true]
         );
     }

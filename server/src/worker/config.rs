@@ -10,33 +10,37 @@ const MODELS_MIN: usize = 2;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerConfig {
-    /// Where models run: `auto` (the first CUDA device where there is one), `cpu`, `cuda`, or `cuda:N`.
+    /// Where models run: `auto` (the first CUDA device where there is one), `cpu`, `cuda`, or
+    /// `cuda:N`.
     pub device: String,
     /// Threads that decode images, and that models on a CPU use. 0 is one for each core.
     pub threads: usize,
-    /// Slices that are read, decoded or embedded at the same time; while one waits for its coordinator it does not count.
-    /// 0 is one for every 16 threads, at least 2.
+    /// Slices that are read, decoded or embedded at the same time; while one waits for its
+    /// coordinator it does not count. 0 is one for every 16 threads, at least 2.
     pub slots: usize,
-    /// Memory for blocks as they were read, in bytes: super-batches that follow each other share blocks.
+    /// Memory for blocks as they were read, in bytes: super-batches that follow each other share
+    /// blocks.
     pub block_cache_bytes: usize,
-    /// Memory for the rows of slices that wait to be chosen, in bytes. Where it is full the newest step's rows are dropped, and
-    /// the chosen ones are read again.
+    /// Memory for the rows of slices that wait to be chosen, in bytes. Where it is full the newest
+    /// step's rows are dropped, and the chosen ones are read again.
     pub row_bytes_max: usize,
-    /// Memory for decoded images that wait for the learner, in bytes. Where it is full the newest step's are dropped, and
-    /// decoded again.
+    /// Memory for decoded images that wait for the learner, in bytes. Where it is full the newest
+    /// step's are dropped, and decoded again.
     pub decoded_bytes_max: usize,
     /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
     pub reference_cache_bytes: usize,
-    /// Largest image, in pixels; a larger one makes its row unusable. The same on all workers of a run, or which rows are left
-    /// out depends on who reads them.
+    /// Largest image, in pixels; a larger one makes its row unusable. The same on all workers of a
+    /// run, or which rows are left out depends on who reads them.
     pub image_pixels_max: u64,
-    /// Largest encoded image, in bytes; a larger one makes its row unusable. The same on all workers of a run.
+    /// Largest encoded image, in bytes; a larger one makes its row unusable. The same on all
+    /// workers of a run.
     pub image_bytes_max: u64,
-    /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A run wants its reference, two
-    /// states of its learner, and room for one that is being verified.
+    /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A
+    /// run wants its reference, two states of its learner, and room for one that is being verified.
     pub models_max: usize,
-    /// How long one piece of work may take on the device, in seconds: a micro-batch, a model that is loaded, a selection.
-    /// After that the device counts as hung, and its slices go to other workers until it is well again.
+    /// How long one piece of work may take on the device, in seconds: a micro-batch, a model that
+    /// is loaded, a selection. After that the device counts as hung, and its slices go to other
+    /// workers until it is well again.
     pub device_deadline_seconds: u64,
 }
 
@@ -68,21 +72,34 @@ impl WorkerConfig {
         let positive = [
             ("worker.image_pixels_max", self.image_pixels_max),
             ("worker.image_bytes_max", self.image_bytes_max),
-            ("worker.device_deadline_seconds", self.device_deadline_seconds),
+            (
+                "worker.device_deadline_seconds",
+                self.device_deadline_seconds,
+            ),
         ];
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(Error::invalid(field, format!("{field} is 0; set it to 1 or more")));
+            return Err(Error::invalid(
+                field,
+                format!("{field} is 0; set it to 1 or more"),
+            ));
         }
         let number = self.device.strip_prefix("cuda:");
-        let is_device =
-            number.map_or(["auto", "cpu", "cuda"].contains(&self.device.as_str()), |n| n.parse::<u32>().is_ok());
+        let is_device = number.map_or(
+            ["auto", "cpu", "cuda"].contains(&self.device.as_str()),
+            |n| n.parse::<u32>().is_ok(),
+        );
         if !is_device {
-            let message = format!("worker.device is {:?}; use auto, cpu, cuda or cuda:N", self.device);
+            let message = format!(
+                "worker.device is {:?}; use auto, cpu, cuda or cuda:N",
+                self.device
+            );
             return Err(Error::invalid("worker.device", message));
         }
         if self.models_max < MODELS_MIN {
             let (field, max) = ("worker.models_max", self.models_max);
-            let message = format!("{field} is {max}; a run scores with two models, so set it to {MODELS_MIN} or more");
+            let message = format!(
+                "{field} is {max}; a run scores with two models, so set it to {MODELS_MIN} or more"
+            );
             return Err(Error::invalid(field, message));
         }
         Ok(())
@@ -90,12 +107,20 @@ impl WorkerConfig {
 
     /// Threads in force on a machine of `cores`.
     pub fn threads_on(&self, cores: usize) -> usize {
-        if self.threads == 0 { cores.max(1) } else { self.threads }
+        if self.threads == 0 {
+            cores.max(1)
+        } else {
+            self.threads
+        }
     }
 
     /// Slots in force with that many threads.
     pub fn slots_on(&self, threads: usize) -> usize {
-        if self.slots == 0 { (threads / 16).max(2) } else { self.slots }
+        if self.slots == 0 {
+            (threads / 16).max(2)
+        } else {
+            self.slots
+        }
     }
 }
 
@@ -110,19 +135,44 @@ mod tests {
             assert_eq!(config.threads_on(cores), cores);
             assert_eq!(config.slots_on(cores), slots);
         }
-        let config = WorkerConfig { threads: 3, slots: 1, ..config };
+        let config = WorkerConfig {
+            threads: 3,
+            slots: 1,
+            ..config
+        };
         assert_eq!((config.threads_on(128), config.slots_on(3)), (3, 1));
     }
 
     #[test]
     fn nonsense_is_refused_by_field() {
         for (config, field) in [
-            (WorkerConfig { models_max: 1, ..Default::default() }, "worker.models_max"),
-            (WorkerConfig { device: "cuda:x".into(), ..Default::default() }, "worker.device"),
-            (WorkerConfig { image_pixels_max: 0, ..Default::default() }, "worker.image_pixels_max"),
+            (
+                WorkerConfig {
+                    models_max: 1,
+                    ..Default::default()
+                },
+                "worker.models_max",
+            ),
+            (
+                WorkerConfig {
+                    device: "cuda:x".into(),
+                    ..Default::default()
+                },
+                "worker.device",
+            ),
+            (
+                WorkerConfig {
+                    image_pixels_max: 0,
+                    ..Default::default()
+                },
+                "worker.image_pixels_max",
+            ),
         ] {
             assert_eq!(config.validate().unwrap_err().value("field"), Some(field));
         }
-        assert!(serde_yaml_ng::from_str::<WorkerConfig>("model_max: 1").is_err(), "a misspelt key is refused");
+        assert!(
+            serde_yaml_ng::from_str::<WorkerConfig>("model_max: 1").is_err(),
+            "a misspelt key is refused"
+        );
     }
 }

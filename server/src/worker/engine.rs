@@ -1,14 +1,10 @@
 //! What the calls of one worker share.
 use super::{
-    cache::Cache,
     config::WorkerConfig,
     device::Device,
-    models::Models,
-    pool::{Pool, Prepared},
-    preprocess::ImageLimits,
-    read::BlockReader,
-    retained::Retained,
-    sidecar::Sidecar,
+    inputs::{decode_pool::Pool, preprocess::ImageLimits, row::Prepared},
+    kept::{cache::Cache, read::BlockReader, retained::Retained, sidecar::Sidecar},
+    loader::Models,
 };
 use crate::{
     dataset::Manifest,
@@ -24,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 /// Manifests kept: one a run.
 const MANIFESTS_MAX: usize = 16;
 
-pub(super) struct Engine {
+pub struct Engine {
     pub state: Location,
     pub device: Device,
     pub threads: usize,
@@ -51,7 +47,10 @@ impl Engine {
         let slots_total = config.slots_on(threads);
         let device = Device::start_keeping(&config.device, threads, config.models_max)?
             .with_deadline(Duration::from_secs(config.device_deadline_seconds));
-        let limits = ImageLimits { pixels_max: config.image_pixels_max, bytes_max: config.image_bytes_max };
+        let limits = ImageLimits {
+            pixels_max: config.image_pixels_max,
+            bytes_max: config.image_bytes_max,
+        };
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
             state,
@@ -69,13 +68,14 @@ impl Engine {
         })
     }
 
-    /// A slot: held while rows are read, decoded or embedded, and never while a coordinator is waited for, or steps would hold
-    /// slots for each other.
+    /// A slot: held while rows are read, decoded or embedded, and never while a coordinator is
+    /// waited for, or steps would hold slots for each other.
     pub async fn slot(&self) -> Result<SemaphorePermit<'_>> {
         self.slots.acquire().await.map_err(|_| shutting_down())
     }
 
-    /// Lets go of calls that wait, for a slot or for their coordinator. Those that hold a slot go on.
+    /// Lets go of calls that wait, for a slot or for their coordinator. Those that hold a slot go
+    /// on.
     pub fn stop(&self) {
         self.stopping.cancel();
         self.slots.close();
@@ -88,6 +88,9 @@ impl Engine {
 }
 
 /// What a coordinator takes for a lost worker: it goes elsewhere, with all that it has already.
-pub(super) fn shutting_down() -> Error {
-    Error::new(Reason::ShuttingDown, "this worker is shutting down; score elsewhere")
+pub fn shutting_down() -> Error {
+    Error::new(
+        Reason::ShuttingDown,
+        "this worker is shutting down; score elsewhere",
+    )
 }

@@ -1,8 +1,11 @@
-//! Reporting for duty: a worker tells its coordinator that it is there, again and again, and when it goes.
+//! Reporting for duty: a worker tells its coordinator that it is there, again and again, and when
+//! it goes.
 use crate::error::{Error, Result, from_status};
 use rand::Rng;
 use std::{future::Future, pin::pin, time::Duration};
-use superbatch_proto::v1::{Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient};
+use superbatch_proto::v1::{
+    Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient,
+};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
@@ -11,14 +14,16 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// First and longest wait after a call that failed.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
-/// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where the coordinator cannot be
-/// reached, with exponential backoff and full jitter drawn from `rng`. At the end it says that the worker is leaving, and so it
-/// does as soon as the worker is not well; once it is again, it registers anew.
+/// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where
+/// the coordinator cannot be reached, with exponential backoff and full jitter drawn from `rng`. At
+/// the end it says that the worker is leaving, and so it does as soon as the worker is not well;
+/// once it is again, it registers anew.
 ///
 /// `worker` is what to tell: address, incarnation, device, build and state.
 ///
 /// # Errors
-/// `InvalidArgument` where the coordinator refuses the worker for good, as it does one of another state.
+/// `InvalidArgument` where the coordinator refuses the worker for good, as it does one of another
+/// state.
 pub async fn keep_registered(
     coordinator: Endpoint,
     worker: RegisterRequest,
@@ -75,20 +80,34 @@ pub async fn keep_registered(
 }
 
 async fn leave(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) {
-    let leaving = RegisterRequest { leaving: true, ..worker.clone() };
+    let leaving = RegisterRequest {
+        leaving: true,
+        ..worker.clone()
+    };
     match register(client, &leaving).await {
         Ok(_) => tracing::info!("left the coordinator"),
         Err(error) => {
-            tracing::warn!(error = error.chain(), "could not tell the coordinator that this worker leaves");
+            tracing::warn!(
+                error = error.chain(),
+                "could not tell the coordinator that this worker leaves"
+            );
         }
     }
 }
 
 /// One call; the lease it grants.
-async fn register(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) -> Result<Duration> {
+async fn register(
+    client: &mut CoordinatorServiceClient<Channel>,
+    worker: &RegisterRequest,
+) -> Result<Duration> {
     let call = tokio::time::timeout(CALL_TIMEOUT, client.register(worker.clone()));
-    let answer = call.await.map_err(|_| Error::new(Reason::NoWorkers, "the coordinator did not answer in time"))?;
-    let lease = answer.map_err(|status| from_status(status, Reason::NoWorkers))?.into_inner().lease_seconds;
+    let answer = call
+        .await
+        .map_err(|_| Error::new(Reason::NoWorkers, "the coordinator did not answer in time"))?;
+    let lease = answer
+        .map_err(|status| from_status(status, Reason::NoWorkers))?
+        .into_inner()
+        .lease_seconds;
     Duration::try_from_secs_f64(lease)
         .ok()
         .filter(|lease| !lease.is_zero())
@@ -98,7 +117,9 @@ async fn register(client: &mut CoordinatorServiceClient<Channel>, worker: &Regis
 /// The wait after the `failures`-th failure in a row; `chance` in [0, 1) spreads workers apart.
 fn backoff(failures: u32, chance: f64) -> Duration {
     let (first, most) = BACKOFF;
-    let ceiling = first.saturating_mul(2_u32.saturating_pow(failures - 1)).min(most);
+    let ceiling = first
+        .saturating_mul(2_u32.saturating_pow(failures - 1))
+        .min(most);
     first / 2 + ceiling.mul_f64(chance)
 }
 
@@ -129,13 +150,21 @@ mod tests {
 
     #[tonic::async_trait]
     impl CoordinatorService for Forgetful {
-        async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+        async fn register(
+            &self,
+            request: Request<RegisterRequest>,
+        ) -> Result<Response<RegisterResponse>, Status> {
             let first = self.0.capacity() == self.0.max_capacity();
-            self.0.send(request.into_inner()).await.map_err(|_| Status::cancelled("the test is over"))?;
+            self.0
+                .send(request.into_inner())
+                .await
+                .map_err(|_| Status::cancelled("the test is over"))?;
             if first {
                 Err(Status::unavailable("starting"))
             } else {
-                Ok(Response::new(RegisterResponse { lease_seconds: 0.03 }))
+                Ok(Response::new(RegisterResponse {
+                    lease_seconds: 0.03,
+                }))
             }
         }
     }
@@ -145,7 +174,10 @@ mod tests {
 
     #[tonic::async_trait]
     impl CoordinatorService for Aloof {
-        async fn register(&self, _: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+        async fn register(
+            &self,
+            _: Request<RegisterRequest>,
+        ) -> Result<Response<RegisterResponse>, Status> {
             Err(Error::invalid("state", "another state").into())
         }
     }
@@ -163,27 +195,46 @@ mod tests {
         let (_well, is_well) = watch::channel(true);
         let worker = RegisterRequest::default();
         let never = std::future::pending();
-        let ended = keep_registered(serve(Aloof).await, worker, is_well, StdRng::seed_from_u64(1), never).await;
+        let ended = keep_registered(
+            serve(Aloof).await,
+            worker,
+            is_well,
+            StdRng::seed_from_u64(1),
+            never,
+        )
+        .await;
         assert_eq!(ended.unwrap_err().value("field"), Some("state"));
     }
 
     #[tokio::test]
     async fn a_worker_registers_until_it_leaves() {
         let (told, mut heard) = mpsc::channel(64);
-        let worker = RegisterRequest { address: "http://10.0.0.7:7001".into(), ..Default::default() };
+        let worker = RegisterRequest {
+            address: "http://10.0.0.7:7001".into(),
+            ..Default::default()
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         let coordinator = serve(Forgetful(told)).await;
         let shutdown = async { drop(stopped.await) };
         let (well, is_well) = watch::channel(true);
         let rng = StdRng::seed_from_u64(1);
-        let keeping = tokio::spawn(keep_registered(coordinator, worker.clone(), is_well, rng, shutdown));
+        let keeping = tokio::spawn(keep_registered(
+            coordinator,
+            worker.clone(),
+            is_well,
+            rng,
+            shutdown,
+        ));
         let mut calls = Vec::new();
         while calls.len() < 3 {
             calls.push(heard.recv().await.unwrap());
         }
         assert!(calls.iter().all(|call| *call == worker));
         well.send_replace(false);
-        let leaving = RegisterRequest { leaving: true, ..worker.clone() };
+        let leaving = RegisterRequest {
+            leaving: true,
+            ..worker.clone()
+        };
         while heard.recv().await.unwrap() != leaving {}
         assert!(heard.try_recv().is_err(), "no word while it is not well");
         well.send_replace(true);
@@ -194,6 +245,12 @@ mod tests {
         while let Ok(call) = heard.try_recv() {
             last = Some(call);
         }
-        assert_eq!(last, Some(RegisterRequest { leaving: true, ..worker }));
+        assert_eq!(
+            last,
+            Some(RegisterRequest {
+                leaving: true,
+                ..worker
+            })
+        );
     }
 }

@@ -1,11 +1,13 @@
 //! The worker's gRPC service: each method in a few lines.
 use super::{
-    answers::{AnswerStream, Answers, answer_with},
+    calls::{
+        answers::{AnswerStream, Answers, answer_with},
+        fetch::fetch_rows,
+        score::score,
+        select::select,
+    },
     config::WorkerConfig,
     engine::Engine,
-    fetch::fetch_rows,
-    score::score,
-    select::select,
 };
 use crate::{
     error::{Error, Result},
@@ -16,8 +18,8 @@ use std::sync::Arc;
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
-        FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse, ScoreRequest, ScoreResponse,
-        SelectRequest, SelectResponse, TensorInfo,
+        FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse,
+        ScoreRequest, ScoreResponse, SelectRequest, SelectResponse, TensorInfo,
         worker_service_server::{WorkerService, WorkerServiceServer},
     },
 };
@@ -52,15 +54,20 @@ impl Worker {
     }
 
     pub fn info(&self) -> WorkerInfo {
-        WorkerInfo { device: self.0.device.name().to_owned(), threads: self.0.threads }
+        WorkerInfo {
+            device: self.0.device.name().to_owned(),
+            threads: self.0.threads,
+        }
     }
 
-    /// Whether its device does its work; `false` while that is hung and all that is asked of it fails.
+    /// Whether its device does its work; `false` while that is hung and all that is asked of it
+    /// fails.
     pub fn is_well(&self) -> watch::Receiver<bool> {
         self.0.device.is_well()
     }
 
-    /// Lets go of calls that wait, so that the process may end; the coordinator takes them to other workers.
+    /// Lets go of calls that wait, so that the process may end; the coordinator takes them to other
+    /// workers.
     pub fn stop(&self) {
         self.0.stop();
     }
@@ -76,9 +83,14 @@ impl Worker {
     }
 
     async fn prepare(&self, request: PrepareModelRequest) -> Result<PrepareModelResponse> {
-        let model = request.model.ok_or_else(|| Error::invalid("model", "PrepareModel names no model"))?;
+        let model = request
+            .model
+            .ok_or_else(|| Error::invalid("model", "PrepareModel names no model"))?;
         let info = &self.0.models.load_anew(&model).await?.info;
-        let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo { name: name.clone(), shape: shape.clone() });
+        let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo {
+            name: name.clone(),
+            shape: shape.clone(),
+        });
         Ok(PrepareModelResponse {
             digest: info.digest.clone(),
             model_type: info.model_type.to_string(),
@@ -110,19 +122,31 @@ impl WorkerService for Worker {
         Ok(Response::new(self.prepare(request.into_inner()).await?))
     }
 
-    async fn score(&self, request: Request<Streaming<ScoreRequest>>) -> Result<Response<Self::ScoreStream>, Status> {
+    async fn score(
+        &self,
+        request: Request<Streaming<ScoreRequest>>,
+    ) -> Result<Response<Self::ScoreStream>, Status> {
         let (engine, requests) = (self.0.clone(), request.into_inner());
-        let work = |answers: Answers<_>| async move { score(&engine, requests, &answers).await }.boxed();
+        let work =
+            |answers: Answers<_>| async move { score(&engine, requests, &answers).await }.boxed();
         Ok(Response::new(answer_with(work)))
     }
 
-    async fn fetch_rows(&self, request: Request<FetchRowsRequest>) -> Result<Response<Self::FetchRowsStream>, Status> {
+    async fn fetch_rows(
+        &self,
+        request: Request<FetchRowsRequest>,
+    ) -> Result<Response<Self::FetchRowsStream>, Status> {
         let (engine, request) = (self.0.clone(), request.into_inner());
-        let work = |answers: Answers<_>| async move { fetch_rows(&engine, request, &answers).await }.boxed();
+        let work = |answers: Answers<_>| {
+            async move { fetch_rows(&engine, request, &answers).await }.boxed()
+        };
         Ok(Response::new(answer_with(work)))
     }
 
-    async fn select(&self, request: Request<Streaming<SelectRequest>>) -> Result<Response<SelectResponse>, Status> {
+    async fn select(
+        &self,
+        request: Request<Streaming<SelectRequest>>,
+    ) -> Result<Response<SelectResponse>, Status> {
         Ok(Response::new(select(&self.0, request.into_inner()).await?))
     }
 }

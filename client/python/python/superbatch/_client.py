@@ -356,7 +356,7 @@ class Run:
         return record(self._run.get_run().wait())
 
     def receipt(self, step: int, *, generation: int | None = None) -> Record:
-        """Why the step's rows were chosen: `summary`, and `chosen` and `bad_rows` row by row."""
+        """Why the step's rows were chosen: `summary`, and `chosen`, `bad_rows` and `passed_over` row by row."""
         generation = None if generation is None else whole("generation", generation, bits=32)
         return record(self._run.receipt(whole("step", step), generation).wait())
 

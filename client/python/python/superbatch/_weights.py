@@ -38,6 +38,7 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
         if not is_floating(tensor):
             continue
         name = clean(name)
+        check_values(name, tensor)
         if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
             block, count = shard(name, tensor)
             total += count
@@ -47,20 +48,41 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
         if rank == 0:
             shape = tuple(tensor.shape)
             mine.append(Block(name, tensor, shape, (0,) * len(shape)))
-    if total == 0:
+    # Where rank 0 gathers a full state dict (FSDP 2 with full_state_dict and cpu_offload), the others get an empty one.
+    if total == 0 and (rank == 0 or state_dict):
         raise invalid("state_dict", "it has no floating-point tensors")
     return mine, total
 
 
 def clean(name: str) -> str:
-    """The name without what DistributedDataParallel and torch.compile put around modules."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """The name without what DistributedDataParallel, torch.compile, activation checkpointing and EMA put around modules."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    # Several of them may lie around each other.
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def is_floating(tensor: Any) -> bool:
     if hasattr(tensor, "is_floating_point"):
         return tensor.is_floating_point()
     return getattr(getattr(tensor, "dtype", None), "kind", "") == "f"
+
+
+def check_values(name: str, tensor: Any) -> None:
+    """Refuses, by name, what has no values that could be copied as they lie."""
+    if getattr(tensor, "is_meta", False):
+        raise invalid(
+            "state_dict", f"tensor {name}: it is on the meta device and has no values; load the weights first"
+        )
+    if type(tensor).__name__ == "ShardedTensor":
+        raise invalid(
+            "state_dict",
+            f"tensor {name}: a ShardedTensor of FSDP 1; take StateDictType.FULL_STATE_DICT, or FSDP 2 (fully_shard)",
+        )
+    if getattr(tensor, "is_sparse", False) or str(getattr(tensor, "layout", "")).startswith("torch.sparse"):
+        raise invalid("state_dict", f"tensor {name}: it is sparse; push tensor.to_dense()")
 
 
 def shard(name: str, tensor: Any) -> tuple[Block | None, int]:

@@ -56,12 +56,20 @@ pub const STEPS: u64 = 6;
 
 /// The rows of a step: some MiB, so that its stream has several parts.
 pub fn rows(step: u64) -> TestResult<RecordBatch> {
-    let images: Vec<Vec<u8>> = (0..4).map(|row| vec![(step as u8) ^ row; 700_000 + row as usize]).collect();
+    let images: Vec<Vec<u8>> = (0..4)
+        .map(|row| vec![(step as u8) ^ row; 700_000 + row as usize])
+        .collect();
     let captions: Vec<String> = (0..4).map(|row| format!("step {step} row {row}")).collect();
     let columns: [(&str, ArrayRef); 3] = [
         ("image", Arc::new(BinaryArray::from_iter_values(&images))),
-        ("caption", Arc::new(StringArray::from_iter_values(&captions))),
-        ("_superbatch_position", Arc::new(UInt64Array::from_iter_values(4 * step..4 * step + 4))),
+        (
+            "caption",
+            Arc::new(StringArray::from_iter_values(&captions)),
+        ),
+        (
+            "_superbatch_position",
+            Arc::new(UInt64Array::from_iter_values(4 * step..4 * step + 4)),
+        ),
     ];
     Ok(RecordBatch::try_from_iter(columns)?)
 }
@@ -102,7 +110,11 @@ impl Fake {
     /// Waits until a request like this has come.
     pub async fn asked_for(&self, test: impl Fn(&SelectBatchRequest) -> bool) -> TestResult {
         let seen = |all: &Vec<SelectBatchRequest>| all.iter().any(&test);
-        tokio::time::timeout(Duration::from_secs(20), self.asked.subscribe().wait_for(seen)).await??;
+        tokio::time::timeout(
+            Duration::from_secs(20),
+            self.asked.subscribe().wait_for(seen),
+        )
+        .await??;
         Ok(())
     }
 
@@ -124,11 +136,21 @@ impl Fake {
 
 /// Opens a run.
 pub async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
-    open_with(address, ConnectConfig { retry, ..ConnectConfig::default() }).await
+    open_with(
+        address,
+        ConnectConfig {
+            retry,
+            ..ConnectConfig::default()
+        },
+    )
+    .await
 }
 
 pub async fn open_with(address: SocketAddr, config: ConnectConfig) -> TestResult<Run> {
-    Ok(Client::connect_with(format!("http://{address}"), config).await?.open_run("run", RunSpec::default()).await?)
+    Ok(Client::connect_with(format!("http://{address}"), config)
+        .await?
+        .open_run("run", RunSpec::default())
+        .await?)
 }
 
 /// A way to `server` whose first connection is cut after so many bytes of answers.
@@ -138,10 +160,13 @@ pub async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> 
     tokio::spawn(async move {
         let mut longest = bytes;
         while let Ok((near, _)) = listener.accept().await {
-            let Ok(far) = TcpStream::connect(server).await else { return };
+            let Ok(far) = TcpStream::connect(server).await else {
+                return;
+            };
             let limit = std::mem::replace(&mut longest, u64::MAX);
             tokio::spawn(async move {
-                let ((mut asks, mut hears), (answers, mut told)) = (near.into_split(), far.into_split());
+                let ((mut asks, mut hears), (answers, mut told)) =
+                    (near.into_split(), far.into_split());
                 let mut answers = answers.take(limit);
                 let down = async {
                     tokio::io::copy(&mut answers, &mut hears).await?;
@@ -187,7 +212,9 @@ pub async fn way_to(server: SocketAddr, mut way: watch::Receiver<Way>) -> TestRe
 
 async fn carry(mut near: TcpStream, server: SocketAddr, mut way: watch::Receiver<Way>) {
     let is_old = *way.borrow() == Way::Open;
-    let Ok(mut far) = TcpStream::connect(server).await else { return };
+    let Ok(mut far) = TcpStream::connect(server).await else {
+        return;
+    };
     let changed = tokio::select! {
         biased;
         changed = way.wait_for(|way| *way != Way::Open) => changed.map(|way| *way),
@@ -200,7 +227,12 @@ async fn carry(mut near: TcpStream, server: SocketAddr, mut way: watch::Receiver
 
 pub fn fast() -> Retry {
     let backoff = Duration::from_millis(1);
-    Retry { attempts_max: 4, backoff_first: backoff, backoff_max: backoff, ..Retry::default() }
+    Retry {
+        attempts_max: 4,
+        backoff_first: backoff,
+        backoff_max: backoff,
+        ..Retry::default()
+    }
 }
 
 type Messages = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
@@ -214,7 +246,11 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
     if let Some(Answer::Damage(at)) = scripted {
         bytes[at] ^= 1;
     }
-    let receipt = ReceiptSummary { step: request.step, sub_batch_size: 8, ..ReceiptSummary::default() };
+    let receipt = ReceiptSummary {
+        step: request.step,
+        sub_batch_size: 8,
+        ..ReceiptSummary::default()
+    };
     let header = BatchHeader {
         receipt: Some(receipt),
         rank: request.rank,
@@ -231,23 +267,42 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
     if let Some(Answer::TooLong) = scripted {
         messages.push(Ok(Message::ArrowIpc(vec![0; MESSAGE_BYTES_MAX + 1].into())));
     }
-    messages.extend(bytes[offset..end].chunks(1 << 20).map(|part| Ok(Message::ArrowIpc(part.to_vec().into()))));
+    messages.extend(
+        bytes[offset..end]
+            .chunks(1 << 20)
+            .map(|part| Ok(Message::ArrowIpc(part.to_vec().into()))),
+    );
     messages.extend(match scripted {
         Some(Answer::BreakAfter(_)) => Some(Err(Status::unavailable("connection reset"))),
         Some(Answer::EndAfter(_)) => None,
-        _ => Some(Ok(Message::Trailer(BatchTrailer { rows: 4, blake3: hash.as_bytes().to_vec().into() }))),
+        _ => Some(Ok(Message::Trailer(BatchTrailer {
+            rows: 4,
+            blake3: hash.as_bytes().to_vec().into(),
+        }))),
     });
-    let wrap = |message| SelectBatchResponse { message: Some(message) };
-    Ok(Box::pin(tokio_stream::iter(messages).map(move |message| message.map(wrap))))
+    let wrap = |message| SelectBatchResponse {
+        message: Some(message),
+    };
+    Ok(Box::pin(
+        tokio_stream::iter(messages).map(move |message| message.map(wrap)),
+    ))
 }
 
 #[tonic::async_trait]
 impl selection_service_server::SelectionService for Fake {
     type SelectBatchStream = Messages;
 
-    async fn open_run(&self, _: Request<OpenRunRequest>) -> Result<Response<OpenRunResponse>, Status> {
-        let schema = rows(0).and_then(|rows| encode(&rows, 0)).map_err(|error| Status::internal(error.to_string()))?;
-        let spec = RunSpec { max_ahead: 2, ..RunSpec::default() };
+    async fn open_run(
+        &self,
+        _: Request<OpenRunRequest>,
+    ) -> Result<Response<OpenRunResponse>, Status> {
+        let schema = rows(0)
+            .and_then(|rows| encode(&rows, 0))
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let spec = RunSpec {
+            max_ahead: 2,
+            ..RunSpec::default()
+        };
         let opened = OpenRunResponse {
             spec: Some(spec),
             output_schema: schema.into(),
@@ -257,19 +312,26 @@ impl selection_service_server::SelectionService for Fake {
         Ok(Response::new(opened))
     }
 
-    async fn select_batch(&self, request: Request<SelectBatchRequest>) -> Result<Response<Messages>, Status> {
+    async fn select_batch(
+        &self,
+        request: Request<SelectBatchRequest>,
+    ) -> Result<Response<Messages>, Status> {
         let request = request.into_inner();
         self.asked.send_modify(|asked| asked.push(request.clone()));
         if request.step >= STEPS {
             return Err(Failure::new(Reason::EndOfData, "no more").into());
         }
-        let scripted = lock(&self.script).get_mut(&request.step).and_then(VecDeque::pop_front);
+        let scripted = lock(&self.script)
+            .get_mut(&request.step)
+            .and_then(VecDeque::pop_front);
         match scripted {
             Some(Answer::Refuse(reason)) => return Err(Failure::new(reason, "scripted").into()),
             Some(Answer::Ignore) => std::future::pending().await,
             _ => {}
         }
-        Ok(Response::new(answer(&request, scripted).map_err(|error| Status::internal(error.to_string()))?))
+        Ok(Response::new(
+            answer(&request, scripted).map_err(|error| Status::internal(error.to_string()))?,
+        ))
     }
 
     async fn push_weights(
@@ -287,7 +349,12 @@ impl selection_service_server::SelectionService for Fake {
         }
         let _ = self.publish.subscribe().wait_for(|publish| *publish).await;
         let digest = lock(&self.published_digest).clone();
-        let published = Some(WeightsVersion { version: 1, step, digest, ..WeightsVersion::default() });
+        let published = Some(WeightsVersion {
+            version: 1,
+            step,
+            digest,
+            ..WeightsVersion::default()
+        });
         Ok(Response::new(PushWeightsResponse { published }))
     }
 
@@ -296,42 +363,77 @@ impl selection_service_server::SelectionService for Fake {
     }
 
     async fn get_run(&self, _: Request<GetRunRequest>) -> Result<Response<GetRunResponse>, Status> {
-        Err(Failure::new(Reason::RunNotFound, "no such run").with("run_id", "run").into())
+        Err(Failure::new(Reason::RunNotFound, "no such run")
+            .with("run_id", "run")
+            .into())
     }
 
-    async fn list_runs(&self, _: Request<ListRunsRequest>) -> Result<Response<ListRunsResponse>, Status> {
+    async fn list_runs(
+        &self,
+        _: Request<ListRunsRequest>,
+    ) -> Result<Response<ListRunsResponse>, Status> {
         Ok(Response::new(ListRunsResponse::default()))
     }
 
-    async fn close_run(&self, request: Request<CloseRunRequest>) -> Result<Response<CloseRunResponse>, Status> {
+    async fn close_run(
+        &self,
+        request: Request<CloseRunRequest>,
+    ) -> Result<Response<CloseRunResponse>, Status> {
         lock(&self.closed).push(request.into_inner().run_id);
         Ok(Response::new(CloseRunResponse::default()))
     }
 
-    async fn append_phases(&self, _: Request<AppendPhasesRequest>) -> Result<Response<AppendPhasesResponse>, Status> {
+    async fn append_phases(
+        &self,
+        _: Request<AppendPhasesRequest>,
+    ) -> Result<Response<AppendPhasesResponse>, Status> {
         Ok(Response::new(AppendPhasesResponse::default()))
     }
 
-    async fn get_receipt(&self, request: Request<GetReceiptRequest>) -> Result<Response<GetReceiptResponse>, Status> {
-        let GetReceiptRequest { step, generation, row_offset, .. } = request.into_inner();
+    async fn get_receipt(
+        &self,
+        request: Request<GetReceiptRequest>,
+    ) -> Result<Response<GetReceiptResponse>, Status> {
+        let GetReceiptRequest {
+            step,
+            generation,
+            row_offset,
+            ..
+        } = request.into_inner();
         if step >= STEPS {
-            return Err(Failure::new(Reason::StepNotCommitted, "not yet").with("step", step).into());
+            return Err(Failure::new(Reason::StepNotCommitted, "not yet")
+                .with("step", step)
+                .into());
         }
         // Two chosen rows and one bad one, a page each; the run is rewound after the first.
         let generation = generation.unwrap_or(if row_offset == 0 { 7 } else { 8 });
         let row = |row| (row_offset == row).then_some(row);
-        let chosen = row(0).or(row(1)).map(|position| ChosenRow { position, ..ChosenRow::default() });
-        let bad_row = row(2).map(|position| BadRow { position, ..BadRow::default() });
+        let chosen = row(0).or(row(1)).map(|position| ChosenRow {
+            position,
+            ..ChosenRow::default()
+        });
+        let bad_row = row(2).map(|position| BadRow {
+            position,
+            ..BadRow::default()
+        });
         let receipt = Receipt {
-            summary: Some(ReceiptSummary { step, generation, ..ReceiptSummary::default() }),
+            summary: Some(ReceiptSummary {
+                step,
+                generation,
+                ..ReceiptSummary::default()
+            }),
             chosen: chosen.into_iter().collect(),
             bad_rows: bad_row.into_iter().collect(),
+            passed_over: Vec::new(),
         };
         let next_row_offset = match step {
             // A step whose pages do not end.
             1 => Some(1),
             _ => Some(row_offset + 1).filter(|next| *next < 3),
         };
-        Ok(Response::new(GetReceiptResponse { receipt: Some(receipt), next_row_offset }))
+        Ok(Response::new(GetReceiptResponse {
+            receipt: Some(receipt),
+            next_row_offset,
+        }))
     }
 }

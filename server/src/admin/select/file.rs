@@ -28,7 +28,13 @@ pub enum Values {
 impl Model {
     pub fn view(&self) -> ModelEmbeddings<'_> {
         let (image, text) = (self.image.view(), self.text.view());
-        ModelEmbeddings { image, text, dim: self.dim, scale: self.scale, bias: self.bias }
+        ModelEmbeddings {
+            image,
+            text,
+            dim: self.dim,
+            scale: self.scale,
+            bias: self.bias,
+        }
     }
 
     /// One of each tower whose rows are not normalised.
@@ -36,7 +42,9 @@ impl Model {
         let towers = [("image", &self.image), ("text", &self.text)];
         towers
             .iter()
-            .filter_map(|(tower, values)| norms::warning(&format!("{name} {tower}"), values.view(), self.dim))
+            .filter_map(|(tower, values)| {
+                norms::warning(&format!("{name} {tower}"), values.view(), self.dim)
+            })
             .collect()
     }
 }
@@ -59,14 +67,24 @@ pub struct File<'a> {
 
 impl<'a> File<'a> {
     pub fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
-        let broken = |error| invalid(format!("{} is not a safetensors file", path.display())).because(error);
+        let broken =
+            |error| invalid(format!("{} is not a safetensors file", path.display())).because(error);
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
-        Ok(Self { path, tensors, metadata: header.metadata().clone().unwrap_or_default() })
+        Ok(Self {
+            path,
+            tensors,
+            metadata: header.metadata().clone().unwrap_or_default(),
+        })
     }
 
     /// The flag, else the metadata, else the default.
-    pub fn setting<T: FromStr<Err: Display>>(&self, flag: Option<T>, key: &str, default: T) -> Result<T> {
+    pub fn setting<T: FromStr<Err: Display>>(
+        &self,
+        flag: Option<T>,
+        key: &str,
+        default: T,
+    ) -> Result<T> {
         if let Some(value) = flag {
             return Ok(value);
         }
@@ -77,22 +95,35 @@ impl<'a> File<'a> {
     pub fn tuning(&self, args: &TuningArgs, policy: Policy) -> Result<Tuning> {
         let otherwise = Tuning::default();
         let number = |flag: Option<f64>, key: &str, default: f64| {
-            let reader = Tuning::READERS.iter().find(|(name, reader)| *name == key && *reader != policy);
+            let reader = Tuning::READERS
+                .iter()
+                .find(|(name, reader)| *name == key && *reader != policy);
             match (reader, flag) {
                 (None, flag) => self.setting(flag, key, default),
                 (Some(_), None) => Ok(default),
                 (Some((_, reader)), Some(_)) => {
-                    let message = format!("{key} belongs to policy {reader}, and the policy is {policy}; leave it out");
+                    let message = format!(
+                        "{key} belongs to policy {reader}, and the policy is {policy}; leave it out"
+                    );
                     Err(Error::invalid(key, message))
                 }
             }
         };
-        let filter = |flag: Option<f64>, key: &str| Ok::<_, Error>(flag.or(self.metadata_value(key)?));
+        let filter =
+            |flag: Option<f64>, key: &str| Ok::<_, Error>(flag.or(self.metadata_value(key)?));
         Ok(Tuning {
             temperature: number(args.temperature, "temperature", otherwise.temperature)?,
             pressure: number(args.pressure, "pressure", otherwise.pressure)?,
-            priority_exponent: number(args.priority_exponent, "priority_exponent", otherwise.priority_exponent)?,
-            weight_exponent: number(args.weight_exponent, "weight_exponent", otherwise.weight_exponent)?,
+            priority_exponent: number(
+                args.priority_exponent,
+                "priority_exponent",
+                otherwise.priority_exponent,
+            )?,
+            weight_exponent: number(
+                args.weight_exponent,
+                "weight_exponent",
+                otherwise.weight_exponent,
+            )?,
             duplicates_above: filter(args.duplicates_above, "duplicates_above")?,
             clip_score_at_least: filter(args.clip_score_at_least, "clip_score_at_least")?,
             neg_clip_loss_keep: filter(args.neg_clip_loss_keep, "neg_clip_loss_keep")?,
@@ -100,17 +131,30 @@ impl<'a> File<'a> {
     }
 
     fn metadata_value<T: FromStr<Err: Display>>(&self, key: &str) -> Result<Option<T>> {
-        let Some(text) = self.metadata.get(key) else { return Ok(None) };
-        let wrong = |error| invalid(format!("{}: metadata {key} is {text:?}: {error}", self.path.display()));
-        text.parse().map(Some).map_err(wrong).map_err(|error| error.with("metadata", key))
+        let Some(text) = self.metadata.get(key) else {
+            return Ok(None);
+        };
+        let wrong = |error| {
+            invalid(format!(
+                "{}: metadata {key} is {text:?}: {error}",
+                self.path.display()
+            ))
+        };
+        text.parse()
+            .map(Some)
+            .map_err(wrong)
+            .map_err(|error| error.with("metadata", key))
     }
 
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        let missing = || invalid(format!("{} has no tensor {name}", self.path.display())).with("tensor", name);
+        let missing = || {
+            invalid(format!("{} has no tensor {name}", self.path.display())).with("tensor", name)
+        };
         self.tensors.tensor(name).map_err(|_| missing())
     }
 
-    /// A model's embeddings and logit; none where they are optional and the file has no tensor of the model.
+    /// A model's embeddings and logit; none where they are optional and the file has no tensor of
+    /// the model.
     pub fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
         let (image_name, text_name) = (format!("{name}_img"), format!("{name}_txt"));
         let has = |name: &str| self.tensors.tensor(name).is_ok();
@@ -120,12 +164,20 @@ impl<'a> File<'a> {
         let (image, [count, dim]) = values(&image_name, &self.tensor(&image_name)?)?;
         let (text, shape) = values(&text_name, &self.tensor(&text_name)?)?;
         if shape != [count, dim] {
-            let message = format!("{text_name} is {shape:?} where {image_name} is {:?}: they must agree", [count, dim]);
+            let message = format!(
+                "{text_name} is {shape:?} where {image_name} is {:?}: they must agree",
+                [count, dim]
+            );
             return Err(invalid(message).with("tensor", text_name));
         }
         let scale_key = format!("{name}_scale");
-        let no_scale =
-            || invalid(format!("{} has no metadata {scale_key}; {}", self.path.display(), how_to_write(&scale_key)));
+        let no_scale = || {
+            invalid(format!(
+                "{} has no metadata {scale_key}; {}",
+                self.path.display(),
+                how_to_write(&scale_key)
+            ))
+        };
         let scale = self.metadata_value(&scale_key)?.ok_or_else(no_scale)?;
         let bias_key = format!("{name}_bias");
         let bias = match (self.metadata_value(&bias_key)?, loss) {
@@ -133,16 +185,27 @@ impl<'a> File<'a> {
             (None, Loss::Softmax) => 0.0,
             (None, Loss::Sigmoid) => {
                 let (path, how) = (self.path.display(), how_to_write(&bias_key));
-                let message = format!("{path} has no metadata {bias_key}, which the sigmoid loss needs; {how}");
+                let message = format!(
+                    "{path} has no metadata {bias_key}, which the sigmoid loss needs; {how}"
+                );
                 return Err(Error::new(Reason::BiasMissing, message));
             }
         };
-        Ok(Some(Model { image, text, count, dim, scale, bias }))
+        Ok(Some(Model {
+            image,
+            text,
+            count,
+            dim,
+            scale,
+            bias,
+        }))
     }
 
     /// Given noise and the number of candidates that it is for.
     pub fn noise(&self) -> Result<Option<(Vec<f32>, usize)>> {
-        let Ok(view) = self.tensors.tensor("noise") else { return Ok(None) };
+        let Ok(view) = self.tensors.tensor("noise") else {
+            return Ok(None);
+        };
         match values("noise", &view)? {
             (Values::F32(noise), [_, count]) => Ok(Some((noise, count))),
             (Values::F16(_), _) => Err(invalid("tensor noise must be F32").with("tensor", "noise")),
@@ -152,21 +215,46 @@ impl<'a> File<'a> {
 
 fn how_to_write(key: &str) -> String {
     format!(
-        "give save_file of safetensors metadata={{'{key}': '...', ...}} (`superbatch select --help` has an example)"
+        "give save_file of safetensors metadata={{'{key}': '...', ...}} (`superbatch select \
+        --help` has an example)"
     )
 }
 
 /// A tensor's values and shape.
 fn values(name: &str, view: &TensorView<'_>) -> Result<(Values, [usize; 2])> {
     let shape = <[usize; 2]>::try_from(view.shape());
-    let shape = shape.ok().filter(|shape| shape.iter().all(|extent| *extent > 0)).ok_or_else(|| {
-        invalid(format!("tensor {name} is {:?}: two extents, neither 0, are needed", view.shape())).with("tensor", name)
-    })?;
+    let shape = shape
+        .ok()
+        .filter(|shape| shape.iter().all(|extent| *extent > 0))
+        .ok_or_else(|| {
+            invalid(format!(
+                "tensor {name} is {:?}: two extents, neither 0, are needed",
+                view.shape()
+            ))
+            .with("tensor", name)
+        })?;
     let values = match view.dtype() {
-        Dtype::F32 => Values::F32(view.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
-        Dtype::F16 => Values::F16(view.data().as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect()),
+        Dtype::F32 => Values::F32(
+            view.data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .collect(),
+        ),
+        Dtype::F16 => Values::F16(
+            view.data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| f16::from_le_bytes(*bytes))
+                .collect(),
+        ),
         other => {
-            return Err(invalid(format!("tensor {name} is {other:?}: F32 or F16 is needed")).with("tensor", name));
+            return Err(
+                invalid(format!("tensor {name} is {other:?}: F32 or F16 is needed"))
+                    .with("tensor", name),
+            );
         }
     };
     Ok((values, shape))

@@ -1,12 +1,13 @@
-//! Rows that nobody normalised: their logits are not scale x cosine + bias, and a selection from them means little.
+//! Rows that nobody normalised: their logits are not scale x cosine + bias, and a selection from
+//! them means little.
 use half::f16;
 use superbatch_kernels::Rows;
 
 /// How far the median norm may be from 1.
 const SLACK: f64 = 0.05;
 
-/// What to say of a tower whose rows are not L2-normalised, with the row that is farthest off. Rows that are not finite are
-/// for the kernels to refuse.
+/// What to say of a tower whose rows are not L2-normalised, with the row that is farthest off. Rows
+/// that are not finite are for the kernels to refuse.
 pub fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
     let mut norms: Vec<(usize, f64)> = match rows {
         Rows::F32(values) => norms(values, dim, |value: f32| value.into()),
@@ -18,15 +19,23 @@ pub fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
     if (median - 1.0).abs() <= SLACK {
         return None;
     }
-    let (row, norm) = *norms.iter().max_by(|a, b| (a.1 - 1.0).abs().total_cmp(&(b.1 - 1.0).abs()))?;
+    let (row, norm) = *norms
+        .iter()
+        .max_by(|a, b| (a.1 - 1.0).abs().total_cmp(&(b.1 - 1.0).abs()))?;
     Some(format!(
-        "{tower}: rows are not L2-normalised (median norm {median:.3}, candidate {row} has {norm:.3}), so logits are not \
+        "{tower}: rows are not L2-normalised (median norm {median:.3}, candidate {row} has \
+        {norm:.3}), so logits are not \
          scale * cosine + bias"
     ))
 }
 
 /// By row, its number and norm.
 fn norms<T: Copy>(values: &[T], dim: usize, real: impl Fn(T) -> f64) -> Vec<(usize, f64)> {
-    let norm = |row: &[T]| row.iter().map(|value| real(*value).powi(2)).sum::<f64>().sqrt();
+    let norm = |row: &[T]| {
+        row.iter()
+            .map(|value| real(*value).powi(2))
+            .sum::<f64>()
+            .sqrt()
+    };
     values.chunks_exact(dim).map(norm).enumerate().collect()
 }

@@ -1,5 +1,6 @@
 //! The order of one source's rows in one epoch.
-use crate::{coordinator::order::Permutation, dataset::Block};
+use super::order::Permutation;
+use crate::dataset::Block;
 
 // Part of PLAN_VERSION.
 const BLOCKS: &str = "superbatch plan v1 blocks";
@@ -13,7 +14,8 @@ pub(super) struct EpochOrder {
     window_blocks: usize,
     /// (shard, block in the shard), permuted.
     blocks: Vec<(u32, u32)>,
-    /// The place of each permuted block's first row before rows are permuted, then the number of all rows.
+    /// The place of each permuted block's first row before rows are permuted, then the number of
+    /// all rows.
     starts: Vec<u64>,
 }
 
@@ -25,9 +27,15 @@ impl EpochOrder {
         epoch: u64,
         window_blocks: u32,
     ) -> Self {
-        let manifest_order: Vec<_> =
-            blocks.filter(|(_, _, block)| block.rows > 0).map(|(s, b, block)| (s, b, u64::from(block.rows))).collect();
-        let permutation = Permutation::new(BLOCKS, &[seed, u64::from(source), epoch], manifest_order.len() as u64);
+        let manifest_order: Vec<_> = blocks
+            .filter(|(_, _, block)| block.rows > 0)
+            .map(|(s, b, block)| (s, b, u64::from(block.rows)))
+            .collect();
+        let permutation = Permutation::new(
+            BLOCKS,
+            &[seed, u64::from(source), epoch],
+            manifest_order.len() as u64,
+        );
         let mut blocks = Vec::with_capacity(manifest_order.len());
         let mut starts = Vec::with_capacity(manifest_order.len() + 1);
         let mut start = 0;
@@ -38,7 +46,13 @@ impl EpochOrder {
             start += rows;
         }
         starts.push(start);
-        Self { source, epoch, window_blocks: window_blocks as usize, blocks, starts }
+        Self {
+            source,
+            epoch,
+            window_blocks: window_blocks as usize,
+            blocks,
+            starts,
+        }
     }
 
     /// (shard, block in the shard), in the epoch's order.
@@ -48,7 +62,25 @@ impl EpochOrder {
 
     /// Looks places up; cheapest where they rise.
     pub fn rows(&self, seed: u64) -> Rows<'_> {
-        Rows { order: self, seed, window: None }
+        Rows {
+            order: self,
+            seed,
+            window: None,
+        }
+    }
+
+    /// The place of a row in the epoch's order; `None` where the source has no such row.
+    pub fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
+        let number = self
+            .blocks
+            .iter()
+            .position(|found| *found == (shard, block))?;
+        let start = self.starts[number] + u64::from(row);
+        if start >= self.starts[number + 1] {
+            return None;
+        }
+        let window = self.window(seed, start);
+        Some(window.start + window.permutation.inverse(start - window.start))
     }
 
     fn window(&self, seed: u64, place: u64) -> Window {
@@ -58,7 +90,13 @@ impl EpochOrder {
         let last = (first + self.window_blocks).min(self.blocks.len());
         let (start, end) = (self.starts[first], self.starts[last]);
         let key = [seed, u64::from(self.source), self.epoch, number as u64];
-        Window { first, last, start, end, permutation: Permutation::new(ROWS, &key, end - start) }
+        Window {
+            first,
+            last,
+            start,
+            end,
+            permutation: Permutation::new(ROWS, &key, end - start),
+        }
     }
 }
 
@@ -80,7 +118,8 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// The number in the epoch's order of the block at `place`, and the row in the block. `place` is below the source's rows.
+    /// The number in the epoch's order of the block at `place`, and the row in the block. `place`
+    /// is below the source's rows.
     pub fn at(&mut self, place: u64) -> (usize, u32) {
         let (order, seed) = (self.order, self.seed);
         let window = match self.window.take() {

@@ -1,5 +1,5 @@
 //! Between candidates and the rows that receipts name.
-use super::Candidate;
+use super::candidate::Candidate;
 use crate::{
     dataset::Manifest,
     error::{Error, Result},
@@ -11,7 +11,15 @@ pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
     let shard = &manifest.sources[candidate.source as usize].shards[candidate.shard as usize];
     let row = shard.blocks[candidate.block as usize].first_row + u64::from(candidate.row);
     let source = (manifest.sources.len() > 1).then_some(candidate.source);
-    (RowId { source, shard: &shard.path, row }.to_string(), row)
+    (
+        RowId {
+            source,
+            shard: &shard.path,
+            row,
+        }
+        .to_string(),
+        row,
+    )
 }
 
 /// The candidate that a receipt's row was.
@@ -19,14 +27,39 @@ pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
 /// # Errors
 /// `Internal` where the manifest has no such row: it is not the receipt's.
 pub fn locate(manifest: &Manifest, chosen: &ChosenRow) -> Result<Candidate> {
-    let ChosenRow { source, shard, row, position, .. } = chosen;
+    let ChosenRow {
+        source,
+        shard,
+        row,
+        position,
+        ..
+    } = chosen;
     let found = || {
-        let blocks = &manifest.sources.get(*source as usize)?.shards.get(*shard as usize)?.blocks;
-        let block = blocks.partition_point(|block| block.first_row <= *row).checked_sub(1)?;
+        let blocks = &manifest
+            .sources
+            .get(*source as usize)?
+            .shards
+            .get(*shard as usize)?
+            .blocks;
+        let block = blocks
+            .partition_point(|block| block.first_row <= *row)
+            .checked_sub(1)?;
         let in_block = row - blocks[block].first_row;
-        let row = u32::try_from(in_block).ok().filter(|in_block| *in_block < blocks[block].rows)?;
-        Some(Candidate { source: *source, shard: *shard, block: block as u32, row, position: *position })
+        let row = u32::try_from(in_block)
+            .ok()
+            .filter(|in_block| *in_block < blocks[block].rows)?;
+        Some(Candidate {
+            source: *source,
+            shard: *shard,
+            block: block as u32,
+            row,
+            position: *position,
+        })
     };
-    found()
-        .ok_or_else(|| Error::internal(format!("row {} of a receipt is not in the run's dataset manifest", chosen.id)))
+    found().ok_or_else(|| {
+        Error::internal(format!(
+            "row {} of a receipt is not in the run's dataset manifest",
+            chosen.id
+        ))
+    })
 }

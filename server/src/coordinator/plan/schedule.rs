@@ -11,27 +11,44 @@ pub(super) struct Cursor {
 impl Cursor {
     /// Steps that the rest of this epoch serves.
     fn fits(self, rows: u64, share: u64) -> u64 {
-        rows.saturating_sub(self.place).checked_div(share).unwrap_or(0)
+        rows.saturating_sub(self.place)
+            .checked_div(share)
+            .unwrap_or(0)
     }
 
-    /// After `steps` steps of `share` rows each. Needs 0 < share <= rows where the steps leave the epoch.
+    /// After `steps` steps of `share` rows each. Needs 0 < share <= rows where the steps leave the
+    /// epoch.
     pub fn advance(self, rows: u64, share: u64, steps: u64) -> Self {
         let fits = self.fits(rows, share);
         if steps <= fits {
-            return Self { place: self.place + steps * share, ..self };
+            return Self {
+                place: self.place + steps * share,
+                ..self
+            };
         }
         let per_epoch = (rows / share.max(1)).max(1);
         // Counted from the last step, so that an epoch that is just used up is not left yet.
         let last = steps - fits - 1;
         Self {
-            epoch: self.epoch.saturating_add(1).saturating_add(last / per_epoch),
+            epoch: self
+                .epoch
+                .saturating_add(1)
+                .saturating_add(last / per_epoch),
             place: (last % per_epoch + 1) * share,
         }
     }
 
-    /// Where the next step begins: in the next epoch once the rest of this one is shorter than a share.
+    /// Where the next step begins: in the next epoch once the rest of this one is shorter than a
+    /// share.
     pub fn settle(self, rows: u64, share: u64) -> Self {
-        if self.fits(rows, share) > 0 { self } else { Self { epoch: self.epoch.saturating_add(1), place: 0 } }
+        if self.fits(rows, share) > 0 {
+            self
+        } else {
+            Self {
+                epoch: self.epoch.saturating_add(1),
+                place: 0,
+            }
+        }
     }
 
     /// Steps of `share` rows before epoch `epochs` would begin.
@@ -40,25 +57,42 @@ impl Cursor {
             return 0;
         }
         let per_epoch = rows.checked_div(share).unwrap_or(0);
-        self.fits(rows, share).saturating_add((epochs - 1 - self.epoch).saturating_mul(per_epoch))
+        self.fits(rows, share)
+            .saturating_add((epochs - 1 - self.epoch).saturating_mul(per_epoch))
     }
 }
 
-/// Each phase's (super_batch_size, first step, step after its last or `None` where it is the last phase).
+/// Each phase's (super_batch_size, first step, step after its last or `None` where it is the last
+/// phase).
 pub(super) fn spans(phases: &[Phase]) -> impl Iterator<Item = (u32, u64, Option<u64>)> {
     phases.iter().enumerate().map(|(i, phase)| {
-        (phase.super_batch_size, phase.from_step, phases.get(i + 1).map(|next| next.from_step.max(phase.from_step)))
+        (
+            phase.super_batch_size,
+            phase.from_step,
+            phases
+                .get(i + 1)
+                .map(|next| next.from_step.max(phase.from_step)),
+        )
     })
 }
 
-/// Cuts `super_batch_size` by weight; the rows that rounding leaves over go to the largest remainders, then to the first source.
+/// Cuts `super_batch_size` by weight; the rows that rounding leaves over go to the largest
+/// remainders, then to the first source.
 pub(super) fn shares(weights: &[f64], super_batch_size: u32) -> Vec<u64> {
     let total: f64 = weights.iter().sum();
-    let exact: Vec<f64> = weights.iter().map(|weight| f64::from(super_batch_size) * weight / total).collect();
+    let exact: Vec<f64> = weights
+        .iter()
+        .map(|weight| f64::from(super_batch_size) * weight / total)
+        .collect();
     let mut shares: Vec<u64> = exact.iter().map(|share| share.floor() as u64).collect();
     let missing = u64::from(super_batch_size).saturating_sub(shares.iter().sum());
     let mut by_remainder: Vec<usize> = (0..weights.len()).collect();
-    by_remainder.sort_by(|a, b| exact[*b].fract().total_cmp(&exact[*a].fract()).then(a.cmp(b)));
+    by_remainder.sort_by(|a, b| {
+        exact[*b]
+            .fract()
+            .total_cmp(&exact[*a].fract())
+            .then(a.cmp(b))
+    });
     for source in by_remainder.into_iter().cycle().take(missing as usize) {
         shares[source] += 1;
     }

@@ -6,8 +6,8 @@ use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
     ids::is_run_id,
     v1::{
-        ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase, Policy, Reason, RunSpec,
-        lag::Bound, learner_spec::Initial,
+        ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase,
+        Policy, Reason, RunSpec, lag::Bound, learner_spec::Initial,
     },
 };
 
@@ -35,7 +35,10 @@ pub(super) fn check(spec: &RunSpec) -> Result<()> {
 
 fn sources(spec: &RunSpec) -> Result<()> {
     if spec.sources.is_empty() || spec.sources.len() > SOURCES_MAX {
-        let message = format!("{} sources; a run has 1 to {SOURCES_MAX}", spec.sources.len());
+        let message = format!(
+            "{} sources; a run has 1 to {SOURCES_MAX}",
+            spec.sources.len()
+        );
         return Err(impossible("sources", message));
     }
     for (i, source) in spec.sources.iter().enumerate() {
@@ -66,7 +69,8 @@ fn learner(learner: &LearnerSpec) -> Result<()> {
     finite("learner.logit_bias", learner.logit_bias.unwrap_or(0.0))?;
     match &learner.initial {
         None | Some(Initial::FirstPush(false)) => {
-            let message = "the learner has no initial weights; set random_seed, snapshot_uri or first_push";
+            let message =
+                "the learner has no initial weights; set random_seed, snapshot_uri or first_push";
             Err(impossible("learner.initial", message))
         }
         Some(Initial::SnapshotUri(uri)) => named("learner.snapshot_uri", uri),
@@ -76,10 +80,16 @@ fn learner(learner: &LearnerSpec) -> Result<()> {
 
 fn schedule(spec: &RunSpec) -> Result<()> {
     let Some(first) = spec.phases.first() else {
-        return Err(impossible("phases", "the run has no phase; give one from step 0"));
+        return Err(impossible(
+            "phases",
+            "the run has no phase; give one from step 0",
+        ));
     };
     if first.from_step != 0 {
-        let message = format!("the first phase starts at step {}; it must start at 0", first.from_step);
+        let message = format!(
+            "the first phase starts at step {}; it must start at 0",
+            first.from_step
+        );
         return Err(impossible("phases[0].from_step", message));
     }
     for (i, pair) in spec.phases.windows(2).enumerate() {
@@ -89,7 +99,10 @@ fn schedule(spec: &RunSpec) -> Result<()> {
             return Err(impossible(&format!("phases[{}].from_step", i + 1), message));
         }
     }
-    spec.phases.iter().enumerate().try_for_each(|(i, phase)| self::phase(i, phase, spec.micro_batches))
+    spec.phases
+        .iter()
+        .enumerate()
+        .try_for_each(|(i, phase)| self::phase(i, phase, spec.micro_batches))
 }
 
 fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
@@ -98,15 +111,30 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
     known::<Criterion>(&at("criterion"), phase.criterion)?;
     known::<Fidelity>(&at("fidelity"), phase.fidelity)?;
     if phase.fidelity() == Fidelity::Approximate {
-        let error = Error::new(Reason::Unimplemented, "fidelity approximate is not built yet; use full");
-        return Err(error.with("feature", "fidelity approximate").with("field", at("fidelity")));
+        let error = Error::new(
+            Reason::Unimplemented,
+            "fidelity approximate is not built yet; use full",
+        );
+        return Err(error
+            .with("feature", "fidelity approximate")
+            .with("field", at("fidelity")));
     }
-    within(&at("super_batch_size"), phase.super_batch_size, SUPER_BATCH_SIZE_MAX)?;
-    within(&at("sub_batch_size"), phase.sub_batch_size, phase.super_batch_size)?;
+    within(
+        &at("super_batch_size"),
+        phase.super_batch_size,
+        SUPER_BATCH_SIZE_MAX,
+    )?;
+    within(
+        &at("sub_batch_size"),
+        phase.sub_batch_size,
+        phase.super_batch_size,
+    )?;
     positive(&at("gain"), phase.gain)?;
     if !phase.sub_batch_size.is_multiple_of(micro_batches) {
-        let message =
-            format!("sub_batch_size {} is not divisible by micro_batches {micro_batches}", phase.sub_batch_size);
+        let message = format!(
+            "sub_batch_size {} is not divisible by micro_batches {micro_batches}",
+            phase.sub_batch_size
+        );
         return Err(impossible(&at("sub_batch_size"), message));
     }
     tuning::check(&format!("phases[{i}]"), phase)
@@ -115,16 +143,24 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
 fn needs(spec: &RunSpec) -> Result<()> {
     for (i, phase) in spec.phases.iter().enumerate() {
         let asked = Asked::by(phase);
-        let missing = match (asked.learner && spec.learner.is_none(), asked.reference && spec.reference.is_none()) {
+        let missing = match (
+            asked.learner && spec.learner.is_none(),
+            asked.reference && spec.reference.is_none(),
+        ) {
             (true, _) => "learner",
             (_, true) => "reference",
             _ => continue,
         };
         let policy = word(phase.policy().as_str_name(), "POLICY_");
         let criterion = word(phase.criterion().as_str_name(), "CRITERION_");
-        let why = match missing == "learner" || asked.reference_losses || phase.policy() == Policy::KCenter {
+        let why = match missing == "learner"
+            || asked.reference_losses
+            || phase.policy() == Policy::KCenter
+        {
             true => format!("({policy}, {criterion}) scores with a {missing}"),
-            false => "leaves candidates out by what the reference makes of them (tuning)".to_owned(),
+            false => {
+                "leaves candidates out by what the reference makes of them (tuning)".to_owned()
+            }
         };
         return Err(impossible(missing, format!("phase {i} {why}; name one")));
     }
@@ -142,10 +178,15 @@ fn degraded(spec: &RunSpec) -> Result<()> {
             "fallback reference_only scores with a reference; name one, or fall back otherwise",
         ));
     }
-    match spec.phases.iter().position(|phase| phase.policy() == Policy::Proportional) {
+    match spec
+        .phases
+        .iter()
+        .position(|phase| phase.policy() == Policy::Proportional)
+    {
         Some(i) => {
             let message = format!(
-                "fallback reference_only draws by easy scores, which are never positive, and phase {i} (proportional) draws \
+                "fallback reference_only draws by easy scores, which are never positive, and \
+                phase {i} (proportional) draws \
                  by positive ones; fall back otherwise"
             );
             Err(impossible("fallback", message))
@@ -154,14 +195,16 @@ fn degraded(spec: &RunSpec) -> Result<()> {
     }
 }
 
-/// `exact(n)` can always be met: the newest push that is old enough, or the initial weights. `at_most(n)` needs pushes that come
-/// often enough, for just before the next one the newest weights are push_every_steps - 1 steps old.
+/// `exact(n)` can always be met: the newest push that is old enough, or the initial weights.
+/// `at_most(n)` needs pushes that come often enough, for just before the next one the newest
+/// weights are push_every_steps - 1 steps old.
 fn weights(spec: &RunSpec) -> Result<()> {
     let oldest = spec.push_every_steps - 1;
     match spec.lag.and_then(|lag| lag.bound) {
         Some(Bound::AtMost(most)) if oldest > most => {
             let message = format!(
-                "with push_every_steps {} the newest weights are up to {oldest} steps old, and the lag allows {most}; push more \
+                "with push_every_steps {} the newest weights are up to {oldest} steps old, and \
+                the lag allows {most}; push more \
                  often or allow more",
                 spec.push_every_steps
             );
@@ -177,7 +220,9 @@ fn columns(columns: &[String]) -> Result<()> {
         let field = format!("columns[{i}]");
         named(&field, column)?;
         if COLUMNS_TAKEN.contains(&column.as_str()) || column.starts_with(PREFIX_TAKEN) {
-            let message = format!("'{column}' is a column that every batch has or the service's own; leave it out");
+            let message = format!(
+                "'{column}' is a column that every batch has or the service's own; leave it out"
+            );
             return Err(impossible(&field, message));
         }
         if !seen.insert(column) {
@@ -195,11 +240,18 @@ fn bounds(spec: &RunSpec) -> Result<()> {
         known::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;
     }
     within("window_blocks", spec.window_blocks, WINDOW_BLOCKS_MAX)?;
-    within("micro_batch_rows", spec.micro_batch_rows, MICRO_BATCH_ROWS_MAX)?;
+    within(
+        "micro_batch_rows",
+        spec.micro_batch_rows,
+        MICRO_BATCH_ROWS_MAX,
+    )?;
     within("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
     positive("need_deadline_seconds", spec.need_deadline_seconds)?;
     if spec.need_deadline_seconds > SECONDS_MAX {
-        let message = format!("{} seconds is too long; give at most {SECONDS_MAX}", spec.need_deadline_seconds);
+        let message = format!(
+            "{} seconds is too long; give at most {SECONDS_MAX}",
+            spec.need_deadline_seconds
+        );
         return Err(impossible("need_deadline_seconds", message));
     }
     positive("max_bad_row_share", spec.max_bad_row_share)?;
@@ -213,9 +265,10 @@ fn bounds(spec: &RunSpec) -> Result<()> {
         positive("train_flops_per_example", spec.train_flops_per_example)?;
     }
     match &spec.fork_of {
-        Some(fork) if !is_run_id(&fork.run_id) => {
-            Err(impossible("fork_of.run_id", format!("'{}' is no run id", fork.run_id)))
-        }
+        Some(fork) if !is_run_id(&fork.run_id) => Err(impossible(
+            "fork_of.run_id",
+            format!("'{}' is no run id", fork.run_id),
+        )),
         _ => Ok(()),
     }
 }
@@ -225,28 +278,52 @@ fn known<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
     if value != 0 && E::try_from(value).is_ok() {
         return Ok(());
     }
-    let what = if value == 0 { "is not set".to_owned() } else { format!("{value} is not known to this version") };
-    Err(impossible(field, format!("{field} {what}; use a value of the protocol")))
+    let what = if value == 0 {
+        "is not set".to_owned()
+    } else {
+        format!("{value} is not known to this version")
+    };
+    Err(impossible(
+        field,
+        format!("{field} {what}; use a value of the protocol"),
+    ))
 }
 
 fn named(field: &str, value: &str) -> Result<()> {
-    if value.is_empty() { Err(impossible(field, format!("{field} is empty"))) } else { Ok(()) }
+    if value.is_empty() {
+        Err(impossible(field, format!("{field} is empty")))
+    } else {
+        Ok(())
+    }
 }
 
 fn finite(field: &str, value: f64) -> Result<()> {
-    if value.is_finite() { Ok(()) } else { Err(impossible(field, format!("{field} is {value}; give a finite number"))) }
+    if value.is_finite() {
+        Ok(())
+    } else {
+        Err(impossible(
+            field,
+            format!("{field} is {value}; give a finite number"),
+        ))
+    }
 }
 
 fn positive(field: &str, value: f64) -> Result<()> {
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
-    Err(impossible(field, format!("{field} is {value}; give a finite number above 0")))
+    Err(impossible(
+        field,
+        format!("{field} is {value}; give a finite number above 0"),
+    ))
 }
 
 fn within<T: PartialOrd + Display + From<u8>>(field: &str, value: T, most: T) -> Result<()> {
     if value >= T::from(1) && value <= most {
         return Ok(());
     }
-    Err(impossible(field, format!("{field} is {value}; it lies between 1 and {most}")))
+    Err(impossible(
+        field,
+        format!("{field} is {value}; it lies between 1 and {most}"),
+    ))
 }

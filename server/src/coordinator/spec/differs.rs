@@ -2,8 +2,8 @@
 use super::word;
 use std::fmt::Debug;
 use superbatch_proto::v1::{
-    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag, LearnerSpec, Loss, Phase, Policy,
-    ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec,
+    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag, LearnerSpec, Loss,
+    Phase, Policy, ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec,
 };
 
 /// Longest text of a value, in characters.
@@ -27,15 +27,23 @@ pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
 
 /// The protocol's name of a value where the field holds names.
 fn named(field: &str, value: String) -> String {
-    let Ok(number) = value.parse::<i32>() else { return value };
+    let Ok(number) = value.parse::<i32>() else {
+        return value;
+    };
     let name = match field.rsplit('.').next() {
         Some("policy") => Policy::try_from(number).map(|v| word(v.as_str_name(), "POLICY_")),
-        Some("criterion") => Criterion::try_from(number).map(|v| word(v.as_str_name(), "CRITERION_")),
+        Some("criterion") => {
+            Criterion::try_from(number).map(|v| word(v.as_str_name(), "CRITERION_"))
+        }
         Some("fidelity") => Fidelity::try_from(number).map(|v| word(v.as_str_name(), "FIDELITY_")),
         Some("loss") => Loss::try_from(number).map(|v| word(v.as_str_name(), "LOSS_")),
         Some("fallback") => Fallback::try_from(number).map(|v| word(v.as_str_name(), "FALLBACK_")),
-        Some("embedding_dtype") => EmbeddingDtype::try_from(number).map(|v| word(v.as_str_name(), "EMBEDDING_DTYPE_")),
-        Some("compute_dtype") => ComputeDtype::try_from(number).map(|v| word(v.as_str_name(), "COMPUTE_DTYPE_")),
+        Some("embedding_dtype") => {
+            EmbeddingDtype::try_from(number).map(|v| word(v.as_str_name(), "EMBEDDING_DTYPE_"))
+        }
+        Some("compute_dtype") => {
+            ComputeDtype::try_from(number).map(|v| word(v.as_str_name(), "COMPUTE_DTYPE_"))
+        }
         _ => return value,
     };
     name.unwrap_or(value)
@@ -55,18 +63,29 @@ trait Differs {
 
 /// These values themselves.
 fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
-    Difference { field: String::new(), values: [format!("{a:?}"), format!("{b:?}")] }
+    Difference {
+        field: String::new(),
+        values: [format!("{a:?}"), format!("{b:?}")],
+    }
 }
 
 /// Where one of the two has nothing.
 fn one_of<T: Debug>(a: Option<&T>, b: Option<&T>) -> Difference {
-    let text = |value: Option<&T>| value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"));
-    Difference { field: String::new(), values: [text(a), text(b)] }
+    let text = |value: Option<&T>| {
+        value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"))
+    };
+    Difference {
+        field: String::new(),
+        values: [text(a), text(b)],
+    }
 }
 
 impl Difference {
     fn below(self, at: impl Into<String>) -> Self {
-        Self { field: join(at.into(), &self.field), ..self }
+        Self {
+            field: join(at.into(), &self.field),
+            ..self
+        }
     }
 }
 
@@ -80,7 +99,16 @@ macro_rules! values {
     };
 }
 
-values!(bool, i32, u32, u64, f64, String, lag::Bound, learner_spec::Initial);
+values!(
+    bool,
+    i32,
+    u32,
+    u64,
+    f64,
+    String,
+    lag::Bound,
+    learner_spec::Initial
+);
 
 impl<T: Differs + Debug> Differs for Option<T> {
     fn differs(&self, other: &Self) -> Option<Difference> {
@@ -95,7 +123,8 @@ impl<T: Differs + Debug> Differs for Option<T> {
 impl<T: Differs + Debug> Differs for Vec<T> {
     fn differs(&self, other: &Self) -> Option<Difference> {
         let common = self.len().min(other.len());
-        let at = |(i, (a, b)): (usize, (&T, &T))| a.differs(b).map(|rest| rest.below(format!("[{i}]")));
+        let at =
+            |(i, (a, b)): (usize, (&T, &T))| a.differs(b).map(|rest| rest.below(format!("[{i}]")));
         let inside = self.iter().zip(other).enumerate().find_map(at);
         let more = || one_of(self.get(common), other.get(common)).below(format!("[{common}]"));
         inside.or_else(|| (self.len() != other.len()).then(more))

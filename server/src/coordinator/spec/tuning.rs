@@ -1,4 +1,5 @@
-//! The numbers of single policies and the rules that leave candidates out: their defaults, and what can never work.
+//! The numbers of single policies and the rules that leave candidates out: their defaults, and what
+//! can never work.
 use super::{impossible, word};
 use crate::{error::Result, selection};
 use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
@@ -31,16 +32,30 @@ pub(super) fn complete(phase: &mut Phase) {
 pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
     let at_field = |field: &str| format!("{at}.tuning.{field}");
     let given = phase.tuning.unwrap_or_default();
-    for Number { name, value, reader, from, to } in numbers(&given) {
-        let (Some(value), field) = (value, at_field(name)) else { continue };
+    for Number {
+        name,
+        value,
+        reader,
+        from,
+        to,
+    } in numbers(&given)
+    {
+        let (Some(value), field) = (value, at_field(name)) else {
+            continue;
+        };
         if reader.is_some_and(|reader| reader != phase.policy()) {
-            let [reader, policy] =
-                [reader.unwrap_or_default(), phase.policy()].map(|p| word(p.as_str_name(), "POLICY_"));
-            let message = format!("{field} belongs to policy {reader}, and the phase's is {policy}; leave it out");
+            let [reader, policy] = [reader.unwrap_or_default(), phase.policy()]
+                .map(|p| word(p.as_str_name(), "POLICY_"));
+            let message = format!(
+                "{field} belongs to policy {reader}, and the phase's is {policy}; leave it out"
+            );
             return Err(impossible(&field, message));
         }
         if !from.reaches(value) || value > to || !value.is_finite() {
-            return Err(impossible(&field, format!("{field} is {value}; it must be {}", range(from, to))));
+            return Err(impossible(
+                &field,
+                format!("{field} is {value}; it must be {}", range(from, to)),
+            ));
         }
     }
     let kept = (given.neg_clip_loss_keep.unwrap_or(1.0) * f64::from(phase.super_batch_size)).ceil();
@@ -53,8 +68,8 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
         return Err(impossible(&field, message));
     }
     if phase.policy() == Policy::Proportional && phase.criterion() == Criterion::Easy {
-        let message =
-            "easy scores are never positive, and proportional draws by positive ones; use hard or learnability";
+        let message = "easy scores are never positive, and proportional draws by positive ones; \
+        use hard or learnability";
         return Err(impossible(&format!("{at}.criterion"), message));
     }
     Ok(())
@@ -97,14 +112,56 @@ fn numbers(tuning: &Tuning) -> [Number; 7] {
         neg_clip_loss_keep,
         duplicates_above,
     } = *tuning;
-    let number = |name, value, reader, from, to| Number { name, value, reader, from, to };
+    let number = |name, value, reader, from, to| Number {
+        name,
+        value,
+        reader,
+        from,
+        to,
+    };
     [
-        number("temperature", temperature, Some(Policy::Independent), Above(0.0), f64::INFINITY),
-        number("pressure", pressure, Some(Policy::Rank), Above(0.0), f64::INFINITY),
-        number("priority_exponent", priority_exponent, Some(Policy::Proportional), From(0.0), f64::INFINITY),
-        number("weight_exponent", weight_exponent, Some(Policy::Proportional), From(0.0), 1.0),
-        number("clip_score_at_least", clip_score_at_least, None, From(0.0), CLIP_SCORE_MAX),
-        number("neg_clip_loss_keep", neg_clip_loss_keep, None, Above(0.0), 1.0),
+        number(
+            "temperature",
+            temperature,
+            Some(Policy::Independent),
+            Above(0.0),
+            f64::INFINITY,
+        ),
+        number(
+            "pressure",
+            pressure,
+            Some(Policy::Rank),
+            Above(0.0),
+            f64::INFINITY,
+        ),
+        number(
+            "priority_exponent",
+            priority_exponent,
+            Some(Policy::Proportional),
+            From(0.0),
+            f64::INFINITY,
+        ),
+        number(
+            "weight_exponent",
+            weight_exponent,
+            Some(Policy::Proportional),
+            From(0.0),
+            1.0,
+        ),
+        number(
+            "clip_score_at_least",
+            clip_score_at_least,
+            None,
+            From(0.0),
+            CLIP_SCORE_MAX,
+        ),
+        number(
+            "neg_clip_loss_keep",
+            neg_clip_loss_keep,
+            None,
+            Above(0.0),
+            1.0,
+        ),
         number("duplicates_above", duplicates_above, None, From(-1.0), 1.0),
     ]
 }
@@ -114,5 +171,9 @@ fn range(from: Least, to: f64) -> String {
         Least::Above(least) => format!("above {least}"),
         Least::From(least) => format!("at least {least}"),
     };
-    if to.is_finite() { format!("{least} and at most {to}") } else { format!("finite and {least}") }
+    if to.is_finite() {
+        format!("{least} and at most {to}")
+    } else {
+        format!("finite and {least}")
+    }
 }

@@ -1,4 +1,5 @@
-//! Makes one snapshot of a push's parts: a safetensors file whose bytes depend on the weights alone.
+//! Makes one snapshot of a push's parts: a safetensors file whose bytes depend on the weights
+//! alone.
 use super::staging::{Part, Staged, refused};
 use crate::error::{Error, Result};
 use bytes::Bytes;
@@ -10,53 +11,78 @@ use std::{
 use superbatch_proto::v1::Reason;
 
 /// A safetensors file, in pieces, and the BLAKE3 of its bytes, in hex.
-pub(super) struct Snapshot {
+pub struct Snapshot {
     pub pieces: Vec<Bytes>,
     pub digest: String,
 }
 
-/// Joins the parts, tensors by name. Whole tensors are not copied. Heavy work (it reads all weights): keep it off the async
-/// threads.
+/// Joins the parts, tensors by name. Whole tensors are not copied. Heavy work (it reads all
+/// weights): keep it off the async threads.
 ///
 /// # Errors
-/// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or infinity.
-pub(super) fn assemble(staged: Staged) -> Result<Snapshot> {
+/// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or
+/// infinity.
+pub fn assemble(staged: Staged) -> Result<Snapshot> {
     let (shape, mut parts) = staged.into_parts();
     let mut tensors = BTreeMap::new();
     for (name, shape) in &shape.tensors {
         let parts = parts.remove(name).unwrap_or_default();
-        let (have, all) = (parts.iter().map(Part::elements).sum::<u64>(), shape.iter().product::<u64>());
+        let (have, all) = (
+            parts.iter().map(Part::elements).sum::<u64>(),
+            shape.iter().product::<u64>(),
+        );
         // Parts lie inside and do not overlap, so counting elements decides.
         if have != all || parts.is_empty() {
-            return Err(refused(name, format!("{name} is not whole: {have} of {all} elements were pushed")));
+            return Err(refused(
+                name,
+                format!("{name} is not whole: {have} of {all} elements were pushed"),
+            ));
         }
         if let Some(value) = parts.iter().find_map(not_finite) {
-            return Err(refused(name, format!("{name} holds {value}; the weights diverged or were overwritten")));
+            return Err(refused(
+                name,
+                format!("{name} holds {value}; the weights diverged or were overwritten"),
+            ));
         }
         let shape: Result<Vec<usize>, _> = shape.iter().map(|&n| usize::try_from(n)).collect();
         let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
         tensors.insert(name.as_str(), Tensor { shape, parts });
     }
-    let pieces = file(tensors)
-        .map_err(|e| Error::new(Reason::WeightsRefused, "cannot write the weights as safetensors").because(e))?;
+    let pieces = file(tensors).map_err(|e| {
+        Error::new(
+            Reason::WeightsRefused,
+            "cannot write the weights as safetensors",
+        )
+        .because(e)
+    })?;
     let mut hasher = blake3::Hasher::new();
     for piece in &pieces {
         hasher.update(piece);
     }
-    Ok(Snapshot { pieces, digest: hasher.finalize().to_hex().to_string() })
+    Ok(Snapshot {
+        pieces,
+        digest: hasher.finalize().to_hex().to_string(),
+    })
 }
 
 /// The file's header, then the tensors in the order in which it places them.
 fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorError> {
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let mut header =
-        safetensors::serialize(tensors.iter().map(|(name, tensor)| (*name, Described(tensor))), Some(format))?;
+    let mut header = safetensors::serialize(
+        tensors
+            .iter()
+            .map(|(name, tensor)| (*name, Described(tensor))),
+        Some(format),
+    )?;
     // It made room for the tensors.
     header.shrink_to_fit();
-    let placed: Metadata =
-        serde_json::from_slice(&header[size_of::<u64>()..]).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
+    let placed: Metadata = serde_json::from_slice(&header[size_of::<u64>()..])
+        .map_err(SafeTensorError::InvalidHeaderDeserialization)?;
     let names = placed.offset_keys();
-    let data = names.iter().filter_map(|name| tensors.remove(name.as_str())).map(Tensor::into_data);
+    let data = names
+        .iter()
+        .filter_map(|name| tensors.remove(name.as_str()))
+        .map(Tensor::into_data);
     Ok(std::iter::once(header.into()).chain(data).collect())
 }
 
@@ -119,12 +145,19 @@ fn place(out: &mut [u8], shape: &[usize], part: &Part) {
         strides[d - 1] = strides[d] * shape[d];
     }
     // All dimensions after `outer` are whole, so that a run spans `outer` and them.
-    let outer = (0..shape.len()).rev().find(|&d| extent[d] != shape[d]).unwrap_or(0);
+    let outer = (0..shape.len())
+        .rev()
+        .find(|&d| extent[d] != shape[d])
+        .unwrap_or(0);
     let run = extent.iter().skip(outer).product::<usize>() * width;
     if part.bytes.is_empty() {
         return;
     }
-    let first: usize = start.iter().zip(&strides).map(|(s, stride)| s * stride).sum();
+    let first: usize = start
+        .iter()
+        .zip(&strides)
+        .map(|(s, stride)| s * stride)
+        .sum();
     for (mut index, bytes) in part.bytes.chunks_exact(run).enumerate() {
         let mut at = first;
         for d in (0..outer).rev() {
@@ -138,12 +171,19 @@ fn place(out: &mut [u8], shape: &[usize], part: &Part) {
 /// The first value that is not finite: all bits of its exponent are set.
 fn not_finite(part: &Part) -> Option<f32> {
     let halves = |exponent: u16| {
-        part.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).find(|bits| bits & exponent == exponent)
+        part.bytes
+            .chunks_exact(2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]))
+            .find(|bits| bits & exponent == exponent)
     };
     match part.dtype {
         Dtype::F16 => halves(0x7c00).map(|bits| half::f16::from_bits(bits).to_f32()),
         Dtype::BF16 => halves(0x7f80).map(|bits| half::bf16::from_bits(bits).to_f32()),
-        _ => part.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).find(|x| !x.is_finite()),
+        _ => part
+            .bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .find(|x| !x.is_finite()),
     }
 }
 
@@ -152,7 +192,12 @@ mod tests {
     use super::*;
 
     fn part(dtype: Dtype, start: &[u64], extent: &[u64], bytes: Vec<u8>) -> Part {
-        Part { dtype, start: start.to_vec(), extent: extent.to_vec(), bytes }
+        Part {
+            dtype,
+            start: start.to_vec(),
+            extent: extent.to_vec(),
+            bytes,
+        }
     }
 
     #[test]
@@ -160,7 +205,9 @@ mod tests {
         // Every way to cut a 3 x 4 x 2 tensor in two along one dimension.
         let shape = [3usize, 4, 2];
         let whole: Vec<u8> = (0..48).collect();
-        for (axis, cut) in (0..3).flat_map(|axis| (0..=shape[axis] as u64).map(move |cut| (axis, cut))) {
+        for (axis, cut) in
+            (0..3).flat_map(|axis| (0..=shape[axis] as u64).map(move |cut| (axis, cut)))
+        {
             let parts = [(0, cut), (cut, shape[axis] as u64)].map(|(from, to)| {
                 let (mut start, mut extent) = ([0; 3], shape.map(|n| n as u64));
                 (start[axis], extent[axis]) = (from, to - from);
@@ -168,10 +215,16 @@ mod tests {
                     let index = [i / 8, i / 2 % 4, i % 2];
                     (from..to).contains(&(index[axis] as u64))
                 };
-                let bytes = (0..24).filter(inside).flat_map(|i| [whole[2 * i], whole[2 * i + 1]]).collect();
+                let bytes = (0..24)
+                    .filter(inside)
+                    .flat_map(|i| [whole[2 * i], whole[2 * i + 1]])
+                    .collect();
                 part(Dtype::F16, &start, &extent, bytes)
             });
-            let tensor = Tensor { shape: shape.to_vec(), parts: parts.into() };
+            let tensor = Tensor {
+                shape: shape.to_vec(),
+                parts: parts.into(),
+            };
             assert_eq!(tensor.into_data(), whole, "axis {axis}, cut at {cut}");
         }
     }
@@ -181,7 +234,10 @@ mod tests {
         let tensor = |dtype, n: u8, shape: &[usize]| {
             let bytes: Vec<u8> = (0..n).collect();
             let extent: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
-            Tensor { shape: shape.to_vec(), parts: vec![part(dtype, &vec![0; shape.len()], &extent, bytes)] }
+            Tensor {
+                shape: shape.to_vec(),
+                parts: vec![part(dtype, &vec![0; shape.len()], &extent, bytes)],
+            }
         };
         let tensors = || {
             BTreeMap::from([
@@ -207,16 +263,39 @@ mod tests {
             }
         }
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let whole = tensors().into_iter().map(|(name, tensor)| (name, Whole(tensor)));
+        let whole = tensors()
+            .into_iter()
+            .map(|(name, tensor)| (name, Whole(tensor)));
         let expected = safetensors::serialize(whole, Some(format)).unwrap();
         assert_eq!(file(tensors()).unwrap().concat(), expected);
     }
 
     #[test]
     fn nan_and_infinity_are_seen_in_every_dtype() {
-        let f32s = |x: f32| part(Dtype::F32, &[0], &[2], [1.0f32.to_le_bytes(), x.to_le_bytes()].concat());
-        let f16s = |x: f32| part(Dtype::F16, &[0], &[1], half::f16::from_f32(x).to_le_bytes().to_vec());
-        let bf16s = |x: f32| part(Dtype::BF16, &[0], &[1], half::bf16::from_f32(x).to_le_bytes().to_vec());
+        let f32s = |x: f32| {
+            part(
+                Dtype::F32,
+                &[0],
+                &[2],
+                [1.0f32.to_le_bytes(), x.to_le_bytes()].concat(),
+            )
+        };
+        let f16s = |x: f32| {
+            part(
+                Dtype::F16,
+                &[0],
+                &[1],
+                half::f16::from_f32(x).to_le_bytes().to_vec(),
+            )
+        };
+        let bf16s = |x: f32| {
+            part(
+                Dtype::BF16,
+                &[0],
+                &[1],
+                half::bf16::from_f32(x).to_le_bytes().to_vec(),
+            )
+        };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for part in [f32s(bad), f16s(bad), bf16s(bad)] {
                 assert!(not_finite(&part).is_some(), "{bad} as {:?}", part.dtype);

@@ -1,5 +1,7 @@
-//! The published weights of a run, over all its generations, and which of them a step may use. No I/O.
+//! The published weights of a run, over all its generations, and which of them a step may use. No
+//! I/O.
 use super::lag::Due;
+use crate::coordinator::facts::chain::Began;
 use std::collections::BTreeMap;
 use superbatch_proto::v1::WeightsVersion;
 
@@ -14,13 +16,6 @@ pub struct Published {
     pub logit_bias: Option<f64>,
 }
 
-/// Where a generation of the run began: at `step`, by a rewind (or at 0).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Began {
-    pub generation: u32,
-    pub step: u64,
-}
-
 #[derive(Debug, Clone, PartialEq)]
 struct Entry {
     published: Published,
@@ -32,7 +27,9 @@ struct Entry {
 impl Entry {
     fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64) -> bool {
         let version = &self.published.version;
-        self.kept && version.step < oldest_step && version.version <= last_version.saturating_sub(kept.max(1))
+        self.kept
+            && version.step < oldest_step
+            && version.version <= last_version.saturating_sub(kept.max(1))
     }
 }
 
@@ -46,15 +43,18 @@ pub struct Book {
 }
 
 impl Book {
-    /// The version that `due` asks for, among the generations of `chain`. `None` where it is not published (yet), or its
-    /// snapshot was forgotten.
+    /// The version that `due` asks for, among the generations of `chain`. `None` where it is not
+    /// published (yet), or its snapshot was forgotten.
     ///
-    /// A push of step q in generation g counts only where no later generation of the chain begins at or before q: a rewind
-    /// to step t takes back the pushes of step t and later. Where several generations pushed a step, the latest counts.
+    /// A push of step q in generation g counts only where no later generation of the chain begins
+    /// at or before q: a rewind to step t takes back the pushes of step t and later. Where several
+    /// generations pushed a step, the latest counts.
     pub fn find(&self, due: Due, chain: &[Began]) -> Option<Published> {
         match due {
             Due::Initial => self.freshest(-1, -1, chain),
-            Due::Exactly(step) => i64::try_from(step).ok().and_then(|step| self.freshest(step, step, chain)),
+            Due::Exactly(step) => i64::try_from(step)
+                .ok()
+                .and_then(|step| self.freshest(step, step, chain)),
             Due::Within { oldest, newest } => self.freshest(oldest, newest, chain),
         }
     }
@@ -66,7 +66,11 @@ impl Book {
 
     /// The newest publication, by version number. The initial learner where nothing was pushed.
     pub fn newest(&self) -> Option<Published> {
-        let pushed = self.entries.values().map(|entry| &entry.published).max_by_key(|p| p.version.version);
+        let pushed = self
+            .entries
+            .values()
+            .map(|entry| &entry.published)
+            .max_by_key(|p| p.version.version);
         pushed.or(self.initial.as_ref()).cloned()
     }
 
@@ -76,56 +80,82 @@ impl Book {
         }
         let counts = |step: i64, generation: u32| {
             chain.iter().any(|began| began.generation == generation)
-                && !chain
-                    .iter()
-                    .any(|began| began.generation > generation && i64::try_from(began.step).is_ok_and(|s| s <= step))
+                && !chain.iter().any(|began| {
+                    began.generation > generation
+                        && i64::try_from(began.step).is_ok_and(|s| s <= step)
+                })
         };
         let pushed = self.entries.range((oldest, 0)..=(newest, u32::MAX)).rev();
-        let found =
-            pushed.filter(|(at, entry)| entry.kept && counts(at.0, at.1)).map(|(_, entry)| &entry.published).next();
-        found.or(self.initial.as_ref().filter(|_| oldest <= -1)).cloned()
+        let found = pushed
+            .filter(|(at, entry)| entry.kept && counts(at.0, at.1))
+            .map(|(_, entry)| &entry.published)
+            .next();
+        found
+            .or(self.initial.as_ref().filter(|_| oldest <= -1))
+            .cloned()
     }
 
     /// Whether the push of `step` was published and its snapshot is no longer kept.
-    pub(super) fn is_forgotten(&self, step: i64, chain: &[Began]) -> bool {
-        self.freshest(step, step, chain).is_none() && self.entries.range((step, 0)..=(step, u32::MAX)).next().is_some()
+    pub fn is_forgotten(&self, step: i64, chain: &[Began]) -> bool {
+        self.freshest(step, step, chain).is_none()
+            && self
+                .entries
+                .range((step, 0)..=(step, u32::MAX))
+                .next()
+                .is_some()
     }
 
     /// What was published for exactly this step of this generation, and the id of its push.
-    pub(super) fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published)> {
-        self.entries.get(&(step, generation)).map(|entry| (entry.push_id.as_str(), &entry.published))
+    pub fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published)> {
+        self.entries
+            .get(&(step, generation))
+            .map(|entry| (entry.push_id.as_str(), &entry.published))
     }
 
-    pub(super) fn next_version(&self) -> u64 {
+    pub fn next_version(&self) -> u64 {
         self.last_version + 1
     }
 
-    pub(super) fn insert(&mut self, push_id: String, published: Published, kept: bool) {
+    pub fn insert(&mut self, push_id: String, published: Published, kept: bool) {
         self.last_version = self.last_version.max(published.version.version);
         let at = (published.version.step, published.version.generation);
-        self.entries.insert(at, Entry { published, push_id, kept });
+        self.entries.insert(
+            at,
+            Entry {
+                published,
+                push_id,
+                kept,
+            },
+        );
     }
 
-    pub(super) fn set_initial(&mut self, initial: Published) {
+    pub fn set_initial(&mut self, initial: Published) {
         self.initial = Some(initial);
     }
 
-    /// Marks all versions from before `oldest_step` as forgotten, but never the newest `kept` (at least one). Returns whether
-    /// there was any.
-    pub(super) fn forget_before(&mut self, oldest_step: i64, kept: u64) -> bool {
+    /// Marks all versions from before `oldest_step` as forgotten, but never the newest `kept` (at
+    /// least one). Returns whether there was any.
+    pub fn forget_before(&mut self, oldest_step: i64, kept: u64) -> bool {
         let last_version = self.last_version;
-        let old = self.entries.values_mut().filter(|entry| entry.is_old(oldest_step, kept, last_version));
+        let old = self
+            .entries
+            .values_mut()
+            .filter(|entry| entry.is_old(oldest_step, kept, last_version));
         old.map(|entry| entry.kept = false).count() > 0
     }
 
     /// Whether [`Book::forget_before`] would forget anything.
-    pub(super) fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
-        self.entries.values().any(|entry| entry.is_old(oldest_step, kept, self.last_version))
+    pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
+        self.entries
+            .values()
+            .any(|entry| entry.is_old(oldest_step, kept, self.last_version))
     }
 
     /// Whether a snapshot is still needed.
-    pub(super) fn holds(&self, digest: &str) -> bool {
-        self.entries.values().any(|entry| entry.kept && entry.published.version.digest == digest)
+    pub fn holds(&self, digest: &str) -> bool {
+        self.entries
+            .values()
+            .any(|entry| entry.kept && entry.published.version.digest == digest)
     }
 }
 
@@ -136,8 +166,18 @@ mod tests {
 
     fn published(version: u64, step: i64, generation: u32) -> Published {
         let digest = format!("d{version}");
-        let version = WeightsVersion { version, step, generation, digest };
-        Published { version, snapshot_uri: String::new(), logit_scale: 1.0, logit_bias: None }
+        let version = WeightsVersion {
+            version,
+            step,
+            generation,
+            digest,
+        };
+        Published {
+            version,
+            snapshot_uri: String::new(),
+            logit_scale: 1.0,
+            logit_bias: None,
+        }
     }
 
     fn book(pushes: &[(i64, u32)]) -> Book {
@@ -149,7 +189,10 @@ mod tests {
     }
 
     fn chain(steps: &[u64]) -> Vec<Began> {
-        (0..).zip(steps).map(|(generation, &step)| Began { generation, step }).collect()
+        (0..)
+            .zip(steps)
+            .map(|(generation, &step)| Began { generation, step })
+            .collect()
     }
 
     fn at(found: Option<Published>) -> Option<(i64, u32)> {
@@ -163,12 +206,20 @@ mod tests {
         let find = |step, generations| at(book.find(Due::Exactly(step), &chain[..generations]));
         assert_eq!(find(12, 1), Some((12, 0)));
         assert_eq!(find(12, 2), None, "generation 1 begins at 10");
-        assert_eq!(find(4, 2), Some((4, 1)), "the later generation pushed it again");
+        assert_eq!(
+            find(4, 2),
+            Some((4, 1)),
+            "the later generation pushed it again"
+        );
         assert_eq!(find(4, 3), None, "generation 2 begins at 4");
         assert_eq!(find(9, 3), None);
         assert_eq!(find(3, 3), Some((3, 0)));
         assert_eq!(find(2, 2), None, "generation 2 is not of this chain");
-        assert_eq!(at(book.find(Due::Initial, &chain)), Some((-1, 0)), "initial weights survive every rewind");
+        assert_eq!(
+            at(book.find(Due::Initial, &chain)),
+            Some((-1, 0)),
+            "initial weights survive every rewind"
+        );
         assert_eq!(at(book.last_before(12, &chain)), Some((3, 0)));
     }
 
@@ -178,9 +229,31 @@ mod tests {
         let chain = chain(&[0]);
         assert_eq!(book.find(Due::Initial, &chain), None);
         book.set_initial(published(0, -1, 0));
-        assert_eq!(book.find(Due::Initial, &chain).map(|p| p.version.version), Some(0));
-        assert_eq!(book.find(Due::Within { oldest: -1, newest: 4 }, &chain).map(|p| p.version.version), Some(0));
-        assert_eq!(book.find(Due::Within { oldest: 0, newest: 4 }, &chain), None);
+        assert_eq!(
+            book.find(Due::Initial, &chain).map(|p| p.version.version),
+            Some(0)
+        );
+        assert_eq!(
+            book.find(
+                Due::Within {
+                    oldest: -1,
+                    newest: 4
+                },
+                &chain
+            )
+            .map(|p| p.version.version),
+            Some(0)
+        );
+        assert_eq!(
+            book.find(
+                Due::Within {
+                    oldest: 0,
+                    newest: 4
+                },
+                &chain
+            ),
+            None
+        );
         assert_eq!(book.newest().map(|p| p.version.version), Some(1));
     }
 
@@ -188,15 +261,28 @@ mod tests {
     fn what_is_forgotten_is_not_found_and_the_newest_is_kept() {
         let mut book = book(&[(1, 0), (3, 0), (5, 0), (7, 0)]);
         let chain = chain(&[0]);
-        assert!(!book.has_before(1, 1) && !book.forget_before(1, 1), "step 1 is needed");
+        assert!(
+            !book.has_before(1, 1) && !book.forget_before(1, 1),
+            "step 1 is needed"
+        );
         assert!(book.has_before(3, 1));
         assert!(book.forget_before(3, 1));
-        assert!(book.forget_before(9, 2), "of the others the newest two are kept");
+        assert!(
+            book.forget_before(9, 2),
+            "of the others the newest two are kept"
+        );
         assert!(!book.forget_before(9, 2));
         let find = |step| at(book.find(Due::Exactly(step), &chain));
-        assert_eq!([1, 3, 5, 7].map(find), [None, None, Some((5, 0)), Some((7, 0))]);
+        assert_eq!(
+            [1, 3, 5, 7].map(find),
+            [None, None, Some((5, 0)), Some((7, 0))]
+        );
         assert!(!book.holds("d2") && book.holds("d3"));
-        assert!(book.is_forgotten(3, &chain) && !book.is_forgotten(5, &chain) && !book.is_forgotten(4, &chain));
+        assert!(
+            book.is_forgotten(3, &chain)
+                && !book.is_forgotten(5, &chain)
+                && !book.is_forgotten(4, &chain)
+        );
         assert_eq!(book.next_version(), 5);
     }
 

@@ -12,11 +12,12 @@ pub enum Due {
     Within { oldest: i64, newest: i64 },
 }
 
-/// The weights for scoring step `step` when a push comes after every `push_every_steps` steps (after p-1, 2p-1, …; 0 is
-/// read as 1).
+/// The weights for scoring step `step` when a push comes after every `push_every_steps` steps
+/// (after p-1, 2p-1, …; 0 is read as 1).
 ///
-/// `exact(n)` is the newest such step at or before step-1-n. `at_most(n)` is whatever is freshest before the step, at most
-/// n steps older than step-1; there the cadence is no rule. An absent lag is `exact(1)`.
+/// `exact(n)` is the newest such step at or before step-1-n. `at_most(n)` is whatever is freshest
+/// before the step, at most n steps older than step-1; there the cadence is no rule. An absent lag
+/// is `exact(1)`.
 pub fn due(step: u64, lag: &Lag, push_every_steps: u32) -> Due {
     let behind = |n: u32| i64::try_from(step).unwrap_or(i64::MAX) - 1 - i64::from(n);
     match lag.bound.unwrap_or(Bound::Exact(1)) {
@@ -24,7 +25,10 @@ pub fn due(step: u64, lag: &Lag, push_every_steps: u32) -> Due {
             Some(push) => Due::Exactly(push),
             None => Due::Initial,
         },
-        Bound::AtMost(n) => Due::Within { oldest: behind(n).max(-1), newest: behind(0) },
+        Bound::AtMost(n) => Due::Within {
+            oldest: behind(n).max(-1),
+            newest: behind(0),
+        },
     }
 }
 
@@ -36,7 +40,9 @@ pub fn on_cadence(step: u64, push_every_steps: u32) -> bool {
 /// The first step at or after `step` after which a push is expected.
 pub fn next_push(step: u64, push_every_steps: u32) -> u64 {
     let every = u64::from(push_every_steps.max(1));
-    (step / every).saturating_mul(every).saturating_add(every - 1)
+    (step / every)
+        .saturating_mul(every)
+        .saturating_add(every - 1)
 }
 
 /// The newest step at or before `limit` after which a push is expected.
@@ -62,9 +68,15 @@ mod tests {
 
     #[test]
     fn exact_is_the_newest_push_that_is_old_enough() {
-        for (step, n, every) in (0..40).flat_map(|s| (0..6).flat_map(move |n| (1..7).map(move |p| (s, n, p)))) {
+        for (step, n, every) in
+            (0..40).flat_map(|s| (0..6).flat_map(move |n| (1..7).map(move |p| (s, n, p))))
+        {
             let found = due(step, &lag(Bound::Exact(n)), every);
-            assert_eq!(found, exact_by_trial(step, n.into(), every.into()), "step {step}, exact({n}), every {every}");
+            assert_eq!(
+                found,
+                exact_by_trial(step, n.into(), every.into()),
+                "step {step}, exact({n}), every {every}"
+            );
             if let Due::Exactly(push) = found {
                 assert!(on_cadence(push, every));
             }
@@ -78,8 +90,11 @@ mod tests {
 
     #[test]
     fn at_most_accepts_exactly_the_steps_it_names() {
-        for (step, n, every) in (0..20i64).flat_map(|s| (0..6).flat_map(move |n| (1..4).map(move |p| (s, n, p)))) {
-            let Due::Within { oldest, newest } = due(step as u64, &lag(Bound::AtMost(n)), every) else {
+        for (step, n, every) in
+            (0..20i64).flat_map(|s| (0..6).flat_map(move |n| (1..4).map(move |p| (s, n, p))))
+        {
+            let Due::Within { oldest, newest } = due(step as u64, &lag(Bound::AtMost(n)), every)
+            else {
                 panic!("not a range")
             };
             for push in -1..step + 3 {
@@ -98,7 +113,10 @@ mod tests {
         for every in 1..6u32 {
             for step in 0..30 {
                 assert_eq!(on_cadence(step, every), (step + 1) % u64::from(every) == 0);
-                assert_eq!(next_push(step, every), (step..).find(|next| on_cadence(*next, every)).unwrap());
+                assert_eq!(
+                    next_push(step, every),
+                    (step..).find(|next| on_cadence(*next, every)).unwrap()
+                );
             }
         }
     }

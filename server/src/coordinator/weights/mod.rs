@@ -1,27 +1,33 @@
-//! Learner weights: parts from one or several ranks are staged, verified, published, and found again by the lag.
+//! Learner weights: parts from one or several ranks are staged, verified, published, and found
+//! again by the lag.
 //!
-//! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put at `snapshots/{blake3}`,
-//! loaded by a worker ([`Verifier`]), and published by creating the fact `pushes/{generation}/{step}.json`. Until that fact
-//! exists nothing is seen of it, and the old version serves on.
+//! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put
+//! at `snapshots/{blake3}`, loaded by a worker ([`Verifier`]), and published by creating the fact
+//! `pushes/{generation}/{step}.json`. Until that fact exists nothing is seen of it, and the old
+//! version serves on.
 mod assemble;
 mod book;
 mod lag;
+pub mod member;
 mod publish;
 mod staging;
 mod streams;
 #[cfg(test)]
 mod tests;
 
-pub use book::{Began, Book, Published};
-pub use lag::{Due, due, on_cadence};
-
+use crate::coordinator::facts::chain::Began;
 use crate::{
     error::{Error, Result},
     metrics,
     storage::Location,
 };
 use async_trait::async_trait;
+pub use book::Book;
+pub use book::Published;
 use futures::{StreamExt, TryStreamExt, stream};
+pub use lag::Due;
+pub use lag::due;
+pub use lag::on_cadence;
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     sync::{Arc, Mutex},
@@ -77,7 +83,8 @@ pub struct RunWeights {
 /// Pushes that are not published, by (generation, step).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Staging or being verified. A push leaves this set only after it has entered the [`Book`] or `refused`.
+    /// Staging or being verified. A push leaves this set only after it has entered the [`Book`] or
+    /// `refused`.
     pub staging: BTreeSet<(u32, i64)>,
     /// Why each was refused, until it is sent again.
     pub refused: BTreeMap<(u32, i64), String>,
@@ -89,7 +96,7 @@ pub struct Traffic {
 #[derive(Clone)]
 pub struct Weights(Arc<Inner>);
 
-struct Inner {
+pub struct Inner {
     /// The run's own prefix in the state.
     run: Location,
     spec: RunWeights,
@@ -108,14 +115,25 @@ impl Weights {
     ///
     /// # Errors
     /// `StorageUnreachable`; `Internal` where a fact cannot be read.
-    pub async fn open(run: Location, spec: RunWeights, verifier: Arc<dyn Verifier>) -> Result<Self> {
+    pub async fn open(
+        run: Location,
+        spec: RunWeights,
+        verifier: Arc<dyn Verifier>,
+    ) -> Result<Self> {
         let mut book = Book::default();
         if let Some(initial) = spec.initial.clone() {
             book.set_initial(initial);
         }
-        let snapshots: HashSet<String> = run.list(publish::SNAPSHOTS).await?.into_iter().map(|(key, _)| key).collect();
+        let snapshots: HashSet<String> = run
+            .list(publish::SNAPSHOTS)
+            .await?
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
         let keys = run.list(publish::PUSHES).await?;
-        let mut facts = stream::iter(keys).map(|(key, _)| read_fact(&run, key)).buffer_unordered(READS_AT_ONCE);
+        let mut facts = stream::iter(keys)
+            .map(|(key, _)| read_fact(&run, key))
+            .buffer_unordered(READS_AT_ONCE);
         while let Some(fact) = facts.try_next().await? {
             let kept = snapshots.contains(&publish::snapshot_key(&fact.digest));
             book.insert(fact.push_id.clone(), fact.published(&run), kept);
@@ -156,16 +174,26 @@ impl Weights {
         self.0.book.borrow().has_before(oldest_step, kept)
     }
 
-    /// Deletes the snapshots of versions from before `oldest_step` but the newest `kept`, and those of pushes that were never
-    /// published. The facts of all stay. Returns how many were deleted.
+    /// Deletes the snapshots of versions from before `oldest_step` but the newest `kept`, and those
+    /// of pushes that were never published. The facts of all stay. Returns how many were deleted.
     pub async fn forget_before(&self, oldest_step: i64, kept: u64) -> Result<usize> {
         let _alone = self.0.publishing.lock().await;
-        if !self.0.book.send_if_modified(|book| book.forget_before(oldest_step, kept)) {
+        if !self
+            .0
+            .book
+            .send_if_modified(|book| book.forget_before(oldest_step, kept))
+        {
             return Ok(0);
         }
         let keys = self.0.run.list(publish::SNAPSHOTS).await?;
-        let needed = |key: &str| publish::digest_of(key).is_some_and(|digest| self.0.book.borrow().holds(digest));
-        let gone: Vec<String> = keys.into_iter().map(|(key, _)| key).filter(|key| !needed(key)).collect();
+        let needed = |key: &str| {
+            publish::digest_of(key).is_some_and(|digest| self.0.book.borrow().holds(digest))
+        };
+        let gone: Vec<String> = keys
+            .into_iter()
+            .map(|(key, _)| key)
+            .filter(|key| !needed(key))
+            .collect();
         for key in &gone {
             self.0.run.delete(key).await?;
         }
@@ -182,7 +210,8 @@ impl Weights {
             return Ok(());
         }
         let message = format!(
-            "the weights pushed after step {step} are no longer kept; replay instead of choosing anew, go back less far, or keep \
+            "the weights pushed after step {step} are no longer kept; replay instead of choosing \
+            anew, go back less far, or keep \
              more (coordinator.snapshots_kept)"
         );
         Err(Error::new(Reason::WeightsMissing, message).with("step", step))
@@ -197,7 +226,9 @@ impl Weights {
 
 impl Inner {
     async fn shape(&self) -> Result<Arc<ModelShape>> {
-        let shape = self.shape.get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
+        let shape = self
+            .shape
+            .get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
         shape.await.cloned()
     }
 }
@@ -220,5 +251,8 @@ fn count_failure(reason: Reason) {
 /// Whether a fault passes: the trainer sends the push again.
 fn passes(error: &Error) -> bool {
     use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
-    matches!(error.reason(), NoWorkers | Overloaded | ShuttingDown | StorageUnreachable)
+    matches!(
+        error.reason(),
+        NoWorkers | Overloaded | ShuttingDown | StorageUnreachable
+    )
 }

@@ -13,22 +13,25 @@ use superbatch_proto::v1::{Reason, WeightsVersion};
 use tokio::time::Instant;
 
 /// Published facts, below the run.
-pub(super) const PUSHES: &str = "pushes";
+pub const PUSHES: &str = "pushes";
 /// Weights files by digest, below the run.
-pub(super) const SNAPSHOTS: &str = "snapshots";
+pub const SNAPSHOTS: &str = "snapshots";
 
-pub(super) fn snapshot_key(digest: &str) -> String {
+pub fn snapshot_key(digest: &str) -> String {
     format!("{SNAPSHOTS}/{digest}.safetensors")
 }
 
 /// The inverse of [`snapshot_key`].
-pub(super) fn digest_of(key: &str) -> Option<&str> {
-    key.strip_prefix(SNAPSHOTS)?.strip_prefix('/')?.strip_suffix(".safetensors")
+pub fn digest_of(key: &str) -> Option<&str> {
+    key.strip_prefix(SNAPSHOTS)?
+        .strip_prefix('/')?
+        .strip_suffix(".safetensors")
 }
 
-/// A publication, as it is stored. The snapshot's URI follows from the digest, so that state may move.
+/// A publication, as it is stored. The snapshot's URI follows from the digest, so that state may
+/// move.
 #[derive(Serialize, Deserialize)]
-pub(super) struct Fact {
+pub struct Fact {
     pub nonce: String,
     pub push_id: String,
     pub version: u64,
@@ -41,14 +44,25 @@ pub(super) struct Fact {
 
 impl Fact {
     pub fn parse(bytes: &[u8], uri: &str) -> Result<Self> {
-        serde_json::from_slice(bytes).map_err(|e| Error::internal(format!("{uri} is no fact of a push")).because(e))
+        serde_json::from_slice(bytes)
+            .map_err(|e| Error::internal(format!("{uri} is no fact of a push")).because(e))
     }
 
     pub fn published(&self, run: &Location) -> Published {
-        let (version, step, generation, digest) = (self.version, self.step, self.generation, self.digest.clone());
+        let (version, step, generation, digest) = (
+            self.version,
+            self.step,
+            self.generation,
+            self.digest.clone(),
+        );
         Published {
             snapshot_uri: run.uri_of(&snapshot_key(&digest)),
-            version: WeightsVersion { version, step, generation, digest },
+            version: WeightsVersion {
+                version,
+                step,
+                generation,
+                digest,
+            },
             logit_scale: self.logit_scale,
             logit_bias: self.logit_bias,
         }
@@ -56,7 +70,7 @@ impl Fact {
 }
 
 /// A push that is whole.
-pub(super) struct Whole {
+pub struct Whole {
     pub generation: u32,
     pub step: i64,
     pub push_id: String,
@@ -66,23 +80,43 @@ pub(super) struct Whole {
 
 impl Inner {
     /// Publishes a whole push; never panics, so that its streams always get an answer.
-    pub(super) async fn publish(&self, whole: Whole) -> Result<WeightsVersion> {
+    pub async fn publish(&self, whole: Whole) -> Result<WeightsVersion> {
         let (started, step) = (whole.started, whole.step);
-        let publishing = AssertUnwindSafe(self.try_publish(whole)).catch_unwind().await;
-        let version = publishing.unwrap_or_else(|_| Err(Error::internal("publishing the weights panicked")))?;
+        let publishing = AssertUnwindSafe(self.try_publish(whole))
+            .catch_unwind()
+            .await;
+        let version = publishing
+            .unwrap_or_else(|_| Err(Error::internal("publishing the weights panicked")))?;
         metrics::weight_push_duration().record(started.elapsed().as_secs_f64());
-        tracing::info!(step, version = version.version, digest = version.digest, "weights published");
+        tracing::info!(
+            step,
+            version = version.version,
+            digest = version.digest,
+            "weights published"
+        );
         Ok(version)
     }
 
     async fn try_publish(&self, whole: Whole) -> Result<WeightsVersion> {
-        let Whole { generation, step, push_id, staged, .. } = whole;
+        let Whole {
+            generation,
+            step,
+            push_id,
+            staged,
+            ..
+        } = whole;
         let joined = tokio::task::spawn_blocking(move || assemble(staged)).await;
-        let snapshot = joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
+        let snapshot =
+            joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
         let _alone = self.publishing.lock().await;
         let key = snapshot_key(&snapshot.digest);
-        self.run.put_pieces(&key, PutPayload::from_iter(snapshot.pieces)).await?;
-        let verified = self.verifier.verify(&self.run.uri_of(&key), &snapshot.digest).await;
+        self.run
+            .put_pieces(&key, PutPayload::from_iter(snapshot.pieces))
+            .await?;
+        let verified = self
+            .verifier
+            .verify(&self.run.uri_of(&key), &snapshot.digest)
+            .await;
         if verified.is_err() && !self.book.borrow().holds(&snapshot.digest) {
             // Best effort: what stays behind goes with the next `forget`.
             drop(self.run.delete(&key).await);
@@ -107,7 +141,8 @@ impl Inner {
     /// `PushConflict` where another push of this step was first.
     async fn announce(&self, fact: Fact) -> Result<WeightsVersion> {
         let key = format!("{PUSHES}/{}/{}.json", fact.generation, fact.step);
-        let bytes = serde_json::to_vec(&fact).map_err(|e| Error::internal("cannot write a fact").because(e))?;
+        let bytes = serde_json::to_vec(&fact)
+            .map_err(|e| Error::internal("cannot write a fact").because(e))?;
         let fact = match self.run.create(&key, bytes.into()).await? {
             Created::Ours => fact,
             Created::Theirs(bytes) => {
@@ -120,15 +155,18 @@ impl Inner {
         };
         let published = fact.published(&self.run);
         let version = published.version.clone();
-        self.book.send_modify(|book| book.insert(fact.push_id, published, true));
+        self.book
+            .send_modify(|book| book.insert(fact.push_id, published, true));
         gauge_newest(&self.book.borrow());
         Ok(version)
     }
 }
 
 /// Another push of the step exists.
-pub(super) fn conflict(step: i64, push_id: &str) -> Error {
-    let message =
-        format!("step {step} has another push, {push_id:?}; push each step once, under one push_id for all ranks");
+pub fn conflict(step: i64, push_id: &str) -> Error {
+    let message = format!(
+        "step {step} has another push, {push_id:?}; push each step once, under one push_id for \
+        all ranks"
+    );
     Error::new(Reason::PushConflict, message).with("push_id", push_id)
 }

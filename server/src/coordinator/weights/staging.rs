@@ -9,9 +9,10 @@ use std::{
 };
 use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
 
-/// A block of one tensor: elements start .. start + extent in each dimension, C order, little endian.
+/// A block of one tensor: elements start .. start + extent in each dimension, C order, little
+/// endian.
 #[derive(Debug)]
-pub(super) struct Part {
+pub struct Part {
     pub dtype: Dtype,
     pub start: Vec<u64>,
     pub extent: Vec<u64>,
@@ -26,7 +27,11 @@ impl Part {
 
     fn overlaps(&self, other: &Self) -> bool {
         let both_have_elements = self.elements() > 0 && other.elements() > 0;
-        let mut dimensions = self.start.iter().zip(&self.extent).zip(other.start.iter().zip(&other.extent));
+        let mut dimensions = self
+            .start
+            .iter()
+            .zip(&self.extent)
+            .zip(other.start.iter().zip(&other.extent));
         both_have_elements && dimensions.all(|((a, n), (b, m))| a < &(b + m) && b < &(a + n))
     }
 }
@@ -42,7 +47,7 @@ struct Slot {
 
 /// The parts of one push, of all its streams.
 #[derive(Debug)]
-pub(super) struct Staged {
+pub struct Staged {
     shape: Arc<ModelShape>,
     bytes_max: u64,
     /// Parts of the whole push; 0 where its one stream says by its end that it is whole.
@@ -54,7 +59,7 @@ pub(super) struct Staged {
 }
 
 /// A part whose bytes are coming in.
-pub(super) struct Receiving {
+pub struct Receiving {
     slot: u64,
     tensor: String,
     /// `None`: as many as come, and they are thrown away.
@@ -64,14 +69,22 @@ pub(super) struct Receiving {
     blake3: Bytes,
 }
 
-pub(super) fn refused(tensor: &str, message: impl Into<String>) -> Error {
+pub fn refused(tensor: &str, message: impl Into<String>) -> Error {
     Error::new(Reason::WeightsRefused, message).with("tensor", tensor)
 }
 
 impl Staged {
     pub fn new(shape: Arc<ModelShape>, expected: u32, bytes_max: u64) -> Self {
         let (slots, tensors) = (HashMap::new(), BTreeMap::new());
-        Self { shape, bytes_max, expected, bytes: 0, slots, next_slot: 0, tensors }
+        Self {
+            shape,
+            bytes_max,
+            expected,
+            bytes: 0,
+            slots,
+            next_slot: 0,
+            tensors,
+        }
     }
 
     pub fn expected(&self) -> u32 {
@@ -81,12 +94,19 @@ impl Staged {
     /// Makes room for a part that `stream` announces.
     ///
     /// # Errors
-    /// `WeightsRefused` where it cannot be a block of such a tensor of the learner, `PushConflict` where it overlaps another
-    /// part, `MessageTooLarge` beyond the bytes of a push. All name the tensor.
+    /// `WeightsRefused` where it cannot be a block of such a tensor of the learner, `PushConflict`
+    /// where it overlaps another part, `MessageTooLarge` beyond the bytes of a push. All name the
+    /// tensor.
     pub fn reserve(&mut self, stream: u64, header: PartHeader) -> Result<Receiving> {
         let name = header.name.clone();
         if self.expected > 0 && self.slots.len() >= self.expected as usize {
-            return Err(refused(&name, format!("{name} is one part more than expected_parts ({})", self.expected)));
+            return Err(refused(
+                &name,
+                format!(
+                    "{name} is one part more than expected_parts ({})",
+                    self.expected
+                ),
+            ));
         }
         let slot = self.next_slot;
         let mut receiving = Receiving {
@@ -103,17 +123,30 @@ impl Staged {
             let size = part.elements() * part.dtype.bitsize() as u64 / 8;
             let bytes = self.bytes.saturating_add(size);
             if bytes > self.bytes_max {
-                let message =
-                    format!("with {name} the push exceeds coordinator.push_bytes_max ({}); raise it", self.bytes_max);
+                let message = format!(
+                    "with {name} the push exceeds coordinator.push_bytes_max ({}); raise it",
+                    self.bytes_max
+                );
                 return Err(Error::new(Reason::MessageTooLarge, message).with("tensor", name));
             }
             self.bytes = bytes;
-            receiving.bytes_due = Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
-            self.tensors.entry(name.clone()).or_default().insert(slot, part);
+            receiving.bytes_due =
+                Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
+            self.tensors
+                .entry(name.clone())
+                .or_default()
+                .insert(slot, part);
             tensor = Some(name);
         }
         self.next_slot += 1;
-        self.slots.insert(slot, Slot { stream, done: tensor.is_none(), tensor });
+        self.slots.insert(
+            slot,
+            Slot {
+                stream,
+                done: tensor.is_none(),
+                tensor,
+            },
+        );
         Ok(receiving)
     }
 
@@ -125,41 +158,79 @@ impl Staged {
 
     /// The learner's tensor whose name ends most like this one.
     fn nearest(&self, name: &str) -> Option<&String> {
-        let alike = |own: &&String| own.bytes().rev().zip(name.bytes().rev()).take_while(|(a, b)| a == b).count();
+        let alike = |own: &&String| {
+            own.bytes()
+                .rev()
+                .zip(name.bytes().rev())
+                .take_while(|(a, b)| a == b)
+                .count()
+        };
         self.shape.tensors.keys().max_by_key(alike)
     }
 
     fn check(&self, header: PartHeader) -> Result<Part> {
-        let PartHeader { name, global_shape, start, extent, .. } = &header;
+        let PartHeader {
+            name,
+            global_shape,
+            start,
+            extent,
+            ..
+        } = &header;
         let Some(shape) = self.shape.tensors.get(name) else {
-            let near = self.nearest(name).map_or_else(String::new, |near| format!("; it has '{near}'"));
+            let near = self
+                .nearest(name)
+                .map_or_else(String::new, |near| format!("; it has '{near}'"));
             return Err(refused(
                 name,
                 format!("{name} is no tensor of the learner, whose model folder names them{near}"),
             ));
         };
         if shape != global_shape {
-            return Err(refused(name, format!("{name} has shape {global_shape:?}, and {shape:?} in the learner")));
+            return Err(refused(
+                name,
+                format!("{name} has shape {global_shape:?}, and {shape:?} in the learner"),
+            ));
         }
         let dtype = match header.dtype() {
             TensorDtype::F32 => Dtype::F32,
             TensorDtype::F16 => Dtype::F16,
             TensorDtype::Bf16 => Dtype::BF16,
-            TensorDtype::Unspecified => return Err(refused(name, format!("{name} must be f32, f16 or bf16"))),
+            TensorDtype::Unspecified => {
+                return Err(refused(name, format!("{name} must be f32, f16 or bf16")));
+            }
         };
-        let inside = |((s, e), n): ((&u64, &u64), &u64)| s.checked_add(*e).is_some_and(|end| end <= *n);
+        let inside =
+            |((s, e), n): ((&u64, &u64), &u64)| s.checked_add(*e).is_some_and(|end| end <= *n);
         let dimensions_agree = start.len() == shape.len() && extent.len() == shape.len();
         if !dimensions_agree || !start.iter().zip(extent).zip(shape).all(inside) {
-            let message = format!("a part of {name}, start {start:?} and extent {extent:?}, lies outside of {shape:?}");
+            let message = format!(
+                "a part of {name}, start {start:?} and extent {extent:?}, lies outside of {shape:?}"
+            );
             return Err(refused(name, message));
         }
-        let part = Part { dtype, start: start.clone(), extent: extent.clone(), bytes: Vec::new() };
-        for other in self.tensors.get(name).into_iter().flat_map(BTreeMap::values) {
+        let part = Part {
+            dtype,
+            start: start.clone(),
+            extent: extent.clone(),
+            bytes: Vec::new(),
+        };
+        for other in self
+            .tensors
+            .get(name)
+            .into_iter()
+            .flat_map(BTreeMap::values)
+        {
             if other.dtype != dtype {
-                return Err(refused(name, format!("the parts of {name} differ in dtype")));
+                return Err(refused(
+                    name,
+                    format!("the parts of {name} differ in dtype"),
+                ));
             }
             if other.overlaps(&part) {
-                let message = format!("two parts of {name} overlap, at {start:?} and at {:?}", other.start);
+                let message = format!(
+                    "two parts of {name} overlap, at {start:?} and at {:?}",
+                    other.start
+                );
                 return Err(Error::new(Reason::PushConflict, message).with("tensor", name));
             }
         }
@@ -171,19 +242,41 @@ impl Staged {
     /// # Errors
     /// `WeightsRefused`, naming its tensor, where bytes are missing or the checksum is another.
     pub fn arrived(&mut self, receiving: Receiving) -> Result<()> {
-        let Receiving { slot, tensor, bytes_due, bytes, hasher, blake3 } = receiving;
+        let Receiving {
+            slot,
+            tensor,
+            bytes_due,
+            bytes,
+            hasher,
+            blake3,
+        } = receiving;
         if let Some(due) = bytes_due {
             if bytes.len() != due {
-                return Err(refused(&tensor, format!("a part of {tensor} ended after {} of {due} bytes", bytes.len())));
+                return Err(refused(
+                    &tensor,
+                    format!(
+                        "a part of {tensor} ended after {} of {due} bytes",
+                        bytes.len()
+                    ),
+                ));
             }
             if hasher.finalize().as_bytes()[..] != blake3[..] {
-                return Err(refused(&tensor, format!("a part of {tensor} does not match its checksum; push it again")));
+                return Err(refused(
+                    &tensor,
+                    format!("a part of {tensor} does not match its checksum; push it again"),
+                ));
             }
         }
         // A slot that is gone was taken back with its stream.
-        let Some(found) = self.slots.get_mut(&slot) else { return Ok(()) };
+        let Some(found) = self.slots.get_mut(&slot) else {
+            return Ok(());
+        };
         found.done = true;
-        if let Some(part) = self.tensors.get_mut(&tensor).and_then(|parts| parts.get_mut(&slot)) {
+        if let Some(part) = self
+            .tensors
+            .get_mut(&tensor)
+            .and_then(|parts| parts.get_mut(&slot))
+        {
             part.bytes = bytes;
         }
         Ok(())
@@ -191,10 +284,17 @@ impl Staged {
 
     /// Takes back all parts of a stream that broke.
     pub fn drop_stream(&mut self, stream: u64) {
-        let gone: Vec<u64> = self.slots.iter().filter(|(_, slot)| slot.stream == stream).map(|(id, _)| *id).collect();
+        let gone: Vec<u64> = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.stream == stream)
+            .map(|(id, _)| *id)
+            .collect();
         for id in gone {
             let tensor = self.slots.remove(&id).and_then(|slot| slot.tensor);
-            let Some(parts) = tensor.and_then(|tensor| self.tensors.get_mut(&tensor)) else { continue };
+            let Some(parts) = tensor.and_then(|tensor| self.tensors.get_mut(&tensor)) else {
+                continue;
+            };
             if let Some(part) = parts.remove(&id) {
                 self.bytes -= part.elements() * part.dtype.bitsize() as u64 / 8;
             }
@@ -210,21 +310,39 @@ impl Staged {
         self.slots.values().filter(|slot| slot.done).count()
     }
 
-    /// Why a push that did not become whole in time is refused: how many parts are missing, and the first tensor.
+    /// Why a push that did not become whole in time is refused: how many parts are missing, and the
+    /// first tensor.
     pub fn incomplete(&self) -> Error {
         let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
         let first = self.shape.tensors.iter().find(|(name, shape)| {
-            let parts = self.tensors.get(*name).into_iter().flat_map(BTreeMap::values);
-            parts.filter(|part| !part.bytes.is_empty()).map(Part::elements).sum::<u64>() < shape.iter().product()
+            let parts = self
+                .tensors
+                .get(*name)
+                .into_iter()
+                .flat_map(BTreeMap::values);
+            parts
+                .filter(|part| !part.bytes.is_empty())
+                .map(Part::elements)
+                .sum::<u64>()
+                < shape.iter().product()
         });
         let first = first.map_or("", |(name, _)| name);
         let expected = self.expected;
-        refused(first, format!("{missing} of {expected} parts did not come within coordinator.push_deadline_seconds"))
+        refused(
+            first,
+            format!(
+                "{missing} of {expected} parts did not come within \
+                coordinator.push_deadline_seconds"
+            ),
+        )
     }
 
     /// The learner's tensors, and the parts of each.
     pub fn into_parts(self) -> (Arc<ModelShape>, BTreeMap<String, Vec<Part>>) {
-        let parts = self.tensors.into_iter().map(|(name, parts)| (name, parts.into_values().collect()));
+        let parts = self
+            .tensors
+            .into_iter()
+            .map(|(name, parts)| (name, parts.into_values().collect()));
         (self.shape, parts.collect())
     }
 }
@@ -232,9 +350,14 @@ impl Staged {
 impl Receiving {
     /// Takes the next bytes of the part.
     pub fn take(&mut self, data: &[u8]) -> Result<()> {
-        let Some(due) = self.bytes_due else { return Ok(()) };
+        let Some(due) = self.bytes_due else {
+            return Ok(());
+        };
         if self.bytes.len() + data.len() > due {
-            let message = format!("a part of {} has more than the {due} bytes of its extent", self.tensor);
+            let message = format!(
+                "a part of {} has more than the {due} bytes of its extent",
+                self.tensor
+            );
             return Err(refused(&self.tensor, message));
         }
         if self.bytes.capacity() == 0 {

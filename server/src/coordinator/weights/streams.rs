@@ -1,28 +1,24 @@
 //! The streams of a push: who may join it, what they send, and the one answer that all of them get.
 use super::{
-    Inner, ModelShape, Weights, count_failure, lag, passes,
-    publish::{Whole, conflict},
-    staging::{Receiving, Staged},
+    Inner, ModelShape, Weights, count_failure, lag,
+    member::{Fault, Member},
+    passes,
+    publish::conflict,
+    staging::Staged,
 };
-use crate::{
-    error::{Error, Result, from_status},
-    metrics,
-};
-use futures::{Stream, StreamExt};
+use crate::error::{Error, Result};
+use futures::Stream;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, MutexGuard},
 };
-use superbatch_proto::v1::{
-    PushStart, PushWeightsRequest, Reason, WeightsVersion, lag::Bound, push_weights_request::Message,
-};
+use superbatch_proto::v1::{PushStart, PushWeightsRequest, Reason, WeightsVersion, lag::Bound};
 use tokio::{
     sync::watch,
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use tracing::Instrument;
 
 /// Pushes of one run that may be staged at the same time; each may take `push_bytes_max` of memory.
 const PUSHES_AT_ONCE_MAX: usize = 4;
@@ -30,39 +26,31 @@ const PUSHES_AT_ONCE_MAX: usize = 4;
 /// Refusals that are remembered.
 const REFUSALS_KEPT: usize = 64;
 
-type At = (u32, i64);
-/// `None` while there is none. A `Status`, because errors cannot be copied and every stream gets its own.
-type Answer = Option<Result<WeightsVersion, Status>>;
+pub type At = (u32, i64);
+/// `None` while there is none. A `Status`, because errors cannot be copied and every stream gets
+/// its own.
+pub type Answer = Option<Result<WeightsVersion, Status>>;
 
 /// The pushes of a run that are on their way, by generation and step.
 #[derive(Default)]
-pub(super) struct Staging {
-    pushes: BTreeMap<At, Push>,
+pub struct Staging {
+    pub pushes: BTreeMap<At, Push>,
     next_stream: u64,
 }
 
-struct Push {
-    id: String,
+pub struct Push {
+    pub id: String,
     /// `None` once it is whole and being published.
-    staged: Option<Staged>,
-    streams: BTreeMap<u64, Rank>,
-    started: Instant,
-    answer: watch::Sender<Answer>,
+    pub staged: Option<Staged>,
+    pub streams: BTreeMap<u64, Rank>,
+    pub started: Instant,
+    pub answer: watch::Sender<Answer>,
 }
 
-struct Rank {
-    rank: u32,
-    ended: bool,
-    superseded: CancellationToken,
-}
-
-/// One stream's membership in a push. Dropped early, it takes the stream's parts back.
-struct Member {
-    inner: Arc<Inner>,
-    at: At,
-    stream: u64,
-    answer: watch::Receiver<Answer>,
-    superseded: CancellationToken,
+pub struct Rank {
+    pub rank: u32,
+    pub ended: bool,
+    pub superseded: CancellationToken,
 }
 
 enum Joined {
@@ -72,25 +60,24 @@ enum Joined {
     Waiting(Member),
 }
 
-/// Why a stream ended too early.
-enum Fault {
-    /// It alone broke, and may come again.
-    Broken(Error),
-    /// What it sent makes the whole push void.
-    Refused(Error),
-}
-
 impl Weights {
-    /// Takes one stream of a push (its messages after the start), and answers when the whole push is published or refused.
-    /// `generation` is the run's current one.
+    /// Takes one stream of a push (its messages after the start), and answers when the whole push
+    /// is published or refused. `generation` is the run's current one.
     ///
-    /// Dropping the future, or an error in `messages`, takes this stream's parts back; it may be sent again under the same
-    /// `push_id`. A push that is published already answers the same again.
+    /// Dropping the future, or an error in `messages`, takes this stream's parts back; it may be
+    /// sent again under the same `push_id`. A push that is published already answers the same
+    /// again.
     ///
     /// # Errors
-    /// `GenerationStale`, `PushOffCadence`, `PushConflict`, `Overloaded`, `Unimplemented`, `InvalidArgument` for what cannot
-    /// be pushed; `WeightsRefused` and `MessageTooLarge`, naming the first bad tensor; and what the verifier or storage says.
-    pub async fn push<S>(&self, generation: u32, start: PushStart, messages: S) -> Result<WeightsVersion>
+    /// `GenerationStale`, `PushOffCadence`, `PushConflict`, `Overloaded`, `Unimplemented`,
+    /// `InvalidArgument` for what cannot be pushed; `WeightsRefused` and `MessageTooLarge`, naming
+    /// the first bad tensor; and what the verifier or storage says.
+    pub async fn push<S>(
+        &self,
+        generation: u32,
+        start: PushStart,
+        messages: S,
+    ) -> Result<WeightsVersion>
     where
         S: Stream<Item = Result<PushWeightsRequest, Status>> + Send + Unpin,
     {
@@ -102,7 +89,13 @@ impl Weights {
             Joined::Published(version) => {
                 let (run, step) = (&self.0.spec.run_id, start.step);
                 // What it sends is not read, so whether it is the same is for the client to see.
-                tracing::info!(run, step, version = version.version, digest = version.digest, "push published already");
+                tracing::info!(
+                    run,
+                    step,
+                    version = version.version,
+                    digest = version.digest,
+                    "push published already"
+                );
                 return Ok(version);
             }
             Joined::Waiting(member) => return member.answered().await,
@@ -132,39 +125,58 @@ impl Weights {
         let shape = self.0.shape().await?;
         let at = (start.generation, start.step);
         let mut staging = self.0.lock();
-        // Once more: it may have been published meanwhile. It leaves the staging area only after it has entered the book.
+        // Once more: it may have been published meanwhile. It leaves the staging area only after it
+        // has entered the book.
         if let Some(version) = self.0.published(start)? {
             return Ok(Joined::Published(version));
         }
         if !staging.pushes.contains_key(&at) && staging.pushes.len() >= PUSHES_AT_ONCE_MAX {
-            let message =
-                format!("{PUSHES_AT_ONCE_MAX} pushes of this run are on their way; push again when one is done");
+            let message = format!(
+                "{PUSHES_AT_ONCE_MAX} pushes of this run are on their way; push again when one is \
+                done"
+            );
             return Err(Error::new(Reason::Overloaded, message));
         }
         let stream = staging.next_stream;
         staging.next_stream += 1;
-        let push = staging.pushes.entry(at).or_insert_with(|| Push::new(start, shape, self.0.spec.push_bytes_max));
+        let push = staging
+            .pushes
+            .entry(at)
+            .or_insert_with(|| Push::new(start, shape, self.0.spec.push_bytes_max));
         let superseded = push.join(stream, start)?;
         let (answer, whole) = (push.answer.subscribe(), push.staged.is_none());
         self.0.tell(&staging, None);
-        let member = Member { inner: self.0.clone(), at, stream, answer, superseded };
-        Ok(if whole { Joined::Waiting(member) } else { Joined::Sending(member) })
+        let member = Member {
+            inner: self.0.clone(),
+            at,
+            stream,
+            answer,
+            superseded,
+        };
+        Ok(if whole {
+            Joined::Waiting(member)
+        } else {
+            Joined::Sending(member)
+        })
     }
 }
 
 impl Inner {
-    fn lock(&self) -> MutexGuard<'_, Staging> {
+    pub fn lock(&self) -> MutexGuard<'_, Staging> {
         self.staging.lock().expect("no panic while held")
     }
 
-    /// Tells of all that is staged now, and of a push that has just ended: in one change, so that no step sees neither.
-    fn tell(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
+    /// Tells of all that is staged now, and of a push that has just ended: in one change, so that
+    /// no step sees neither.
+    pub fn tell(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
         let staged: BTreeSet<At> = staging.pushes.keys().copied().collect();
         self.traffic.send_if_modified(|traffic| {
             let old = traffic.clone();
             traffic.refused.retain(|at, _| !staged.contains(at));
             match ended {
-                Some((at, Err(error))) if passes(error) => drop(traffic.failed.insert(at, error.chain())),
+                Some((at, Err(error))) if passes(error) => {
+                    drop(traffic.failed.insert(at, error.chain()))
+                }
                 Some((at, Err(error))) => drop(traffic.refused.insert(at, error.chain())),
                 Some((at, Ok(_))) => drop(traffic.failed.remove(&at)),
                 None => {}
@@ -184,7 +196,10 @@ impl Inner {
     fn admit(&self, generation: u32, start: &PushStart) -> Result<()> {
         let step = start.step;
         if start.generation != generation {
-            let message = format!("the run is at generation {generation}, and the push is of {}", start.generation);
+            let message = format!(
+                "the run is at generation {generation}, and the push is of {}",
+                start.generation
+            );
             return Err(Error::new(Reason::GenerationStale, message).with("generation", generation));
         }
         if start.base_version.is_some() {
@@ -192,11 +207,17 @@ impl Inner {
             return Err(Error::new(Reason::Unimplemented, message).with("feature", "base_version"));
         }
         if start.push_id.is_empty() {
-            return Err(Error::invalid("push_id", "push_id is empty; give one id to all ranks' streams of a push"));
+            return Err(Error::invalid(
+                "push_id",
+                "push_id is empty; give one id to all ranks' streams of a push",
+            ));
         }
         let (every, initial) = (self.spec.push_every_steps, self.spec.first_push);
         let expected = match u64::try_from(step) {
-            Ok(step) => matches!(self.spec.lag.bound, Some(Bound::AtMost(_))) || lag::on_cadence(step, every),
+            Ok(step) => {
+                matches!(self.spec.lag.bound, Some(Bound::AtMost(_)))
+                    || lag::on_cadence(step, every)
+            }
             Err(_) => step == -1 && initial,
         };
         if expected {
@@ -204,7 +225,8 @@ impl Inner {
         }
         let message = match step {
             0.. => format!(
-                "no push is due after step {step}: push_every_steps is {every}, the next is due after step {}",
+                "no push is due after step {step}: push_every_steps is {every}, the next is due \
+                after step {}",
                 lag::next_push(step.unsigned_abs(), every)
             ),
             -1 => "step -1 is for runs whose learner says first_push".to_owned(),
@@ -222,24 +244,23 @@ impl Inner {
     }
 
     /// Gives all streams of a push their answer, and forgets the push.
-    fn answer(&self, staging: &mut Staging, at: At, answer: Result<WeightsVersion>) {
+    pub fn answer(&self, staging: &mut Staging, at: At, answer: Result<WeightsVersion>) {
         if let Err(e) = &answer {
             count_failure(e.reason());
             let run = &self.spec.run_id;
-            tracing::warn!(run, generation = at.0, step = at.1, error = e.chain(), "weights refused");
+            tracing::warn!(
+                run,
+                generation = at.0,
+                step = at.1,
+                error = e.chain(),
+                "weights refused"
+            );
         }
-        let Some(push) = staging.pushes.remove(&at) else { return };
+        let Some(push) = staging.pushes.remove(&at) else {
+            return;
+        };
         self.tell(staging, Some((at, &answer)));
         push.answer.send_replace(Some(answer.map_err(Status::from)));
-    }
-}
-
-/// Why the transport ended a stream.
-fn cut_off(status: Status) -> Fault {
-    let error = from_status(status, Reason::InvalidArgument);
-    match error.reason() {
-        Reason::MessageTooLarge => Fault::Refused(error),
-        _ => Fault::Broken(Error::invalid("stream", format!("the stream broke: {error}"))),
     }
 }
 
@@ -254,143 +275,42 @@ impl Push {
         }
     }
 
-    /// Adds a stream. An older one of the same rank is taken for broken: its client would not send the rank twice at once.
+    /// Adds a stream. An older one of the same rank is taken for broken: its client would not send
+    /// the rank twice at once.
     fn join(&mut self, stream: u64, start: &PushStart) -> Result<CancellationToken> {
         if self.id != start.push_id {
             return Err(conflict(start.step, &self.id));
         }
         if let Some(staged) = &mut self.staged {
             if staged.expected() != start.expected_parts {
-                let message = format!("expected_parts is {} in another stream of this push", staged.expected());
+                let message = format!(
+                    "expected_parts is {} in another stream of this push",
+                    staged.expected()
+                );
                 return Err(Error::invalid("expected_parts", message));
             }
-            if start.expected_parts == 0 && self.streams.values().any(|other| other.rank != start.rank) {
-                let message = "expected_parts is 0, so one stream brings all parts, and another rank sends it already";
+            if start.expected_parts == 0
+                && self.streams.values().any(|other| other.rank != start.rank)
+            {
+                let message = "expected_parts is 0, so one stream brings all parts, and another \
+                rank sends it already";
                 return Err(Error::new(Reason::PushConflict, message).with("rank", start.rank));
             }
-            let older = self.streams.extract_if(.., |_, other| other.rank == start.rank);
+            let older = self
+                .streams
+                .extract_if(.., |_, other| other.rank == start.rank);
             for (stream, old) in older {
                 staged.drop_stream(stream);
                 old.superseded.cancel();
             }
         }
         let superseded = CancellationToken::new();
-        let rank = Rank { rank: start.rank, ended: self.staged.is_none(), superseded: superseded.clone() };
+        let rank = Rank {
+            rank: start.rank,
+            ended: self.staged.is_none(),
+            superseded: superseded.clone(),
+        };
         self.streams.insert(stream, rank);
         Ok(superseded)
-    }
-}
-
-impl Member {
-    /// The push's answer, or that a newer stream of this rank took over.
-    async fn answered(&self) -> Result<WeightsVersion> {
-        let mut answer = self.answer.clone();
-        tokio::select! {
-            biased;
-            () = self.superseded.cancelled() => {
-                Err(Error::new(Reason::PushConflict, "a newer stream of the same rank and push took over"))
-            }
-            found = answer.wait_for(Option::is_some) => match found.ok().and_then(|answer| answer.clone()) {
-                Some(Ok(version)) => Ok(version),
-                Some(Err(status)) => Err(from_status(status, Reason::Internal)),
-                None => Err(Error::internal("the push was given up")),
-            },
-        }
-    }
-
-    async fn receive<S>(&self, mut messages: S) -> Result<(), Fault>
-    where
-        S: Stream<Item = Result<PushWeightsRequest, Status>> + Send + Unpin,
-    {
-        let silence = self.inner.spec.push_deadline;
-        let broken = |message: String| Fault::Broken(Error::invalid("stream", message));
-        let mut open: Option<Receiving> = None;
-        loop {
-            let next = timeout(silence, messages.next()).await;
-            let next = next.map_err(|_| broken(format!("the stream was silent for {silence:?}")))?;
-            let message = match next.transpose().map_err(cut_off)? {
-                Some(message) => message.message,
-                None if open.as_ref().is_none_or(Receiving::may_end) => return Ok(()),
-                None => return Err(broken("the stream ended inside of a part".into())),
-            };
-            self.take(&mut open, message).map_err(Fault::Refused)?;
-        }
-    }
-
-    /// Takes one message. `open` is the part whose bytes are awaited.
-    fn take(&self, open: &mut Option<Receiving>, message: Option<Message>) -> Result<()> {
-        match message {
-            Some(Message::Part(header)) => {
-                if let Some(part) = open.take() {
-                    self.staged(|staged| staged.arrived(part))?;
-                }
-                *open = Some(self.staged(|staged| staged.reserve(self.stream, header))?);
-            }
-            Some(Message::Data(bytes)) => {
-                metrics::weight_push_bytes().increment(bytes.len() as u64);
-                let part = open.as_mut().ok_or_else(|| Error::invalid("data", "data came before a part's header"))?;
-                part.take(&bytes)?;
-            }
-            Some(Message::Start(_)) => return Err(Error::invalid("start", "a push has one start, its first message")),
-            None => return Err(Error::invalid("message", "an empty message in a push")),
-        }
-        match open.take_if(|part| part.is_full()) {
-            Some(part) => self.staged(|staged| staged.arrived(part)),
-            None => Ok(()),
-        }
-    }
-
-    fn staged<T>(&self, change: impl FnOnce(&mut Staged) -> Result<T>) -> Result<T> {
-        let mut staging = self.inner.lock();
-        let push = staging.pushes.get_mut(&self.at).filter(|push| push.streams.contains_key(&self.stream));
-        match push.and_then(|push| push.staged.as_mut()) {
-            Some(staged) => change(staged),
-            None => Err(Error::new(Reason::PushConflict, "this stream's push was answered already")),
-        }
-    }
-
-    /// This stream has sent all it has. The last one to do so has the push published, by a task that outlives it.
-    fn end(&self) {
-        let mut staging = self.inner.lock();
-        let Some(push) = staging.pushes.get_mut(&self.at) else { return };
-        if let Some(rank) = push.streams.get_mut(&self.stream) {
-            rank.ended = true;
-        }
-        let whole = push.streams.values().all(|rank| rank.ended) && push.staged.as_ref().is_some_and(Staged::is_whole);
-        let Some(staged) = push.staged.take_if(|_| whole) else { return };
-        let (inner, (generation, step)) = (self.inner.clone(), self.at);
-        let whole = Whole { generation, step, push_id: push.id.clone(), staged, started: push.started };
-        let span = tracing::info_span!("push", run = inner.spec.run_id);
-        self.inner.tasks.spawn(async move {
-            let answer = inner.publish(whole).instrument(span).await;
-            inner.answer(&mut inner.lock(), (generation, step), answer);
-        });
-    }
-
-    /// Refuses the whole push, unless it is being published or this stream is no longer of it.
-    fn refuse(&self, why: impl FnOnce(&Staged) -> Error) {
-        let mut staging = self.inner.lock();
-        let push = staging.pushes.get(&self.at).filter(|push| push.streams.contains_key(&self.stream));
-        let why = push.and_then(|push| push.staged.as_ref()).map(why);
-        if let Some(why) = why {
-            self.inner.answer(&mut staging, self.at, Err(why));
-        }
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        let mut staging = self.inner.lock();
-        let Some(push) = staging.pushes.get_mut(&self.at) else { return };
-        if push.streams.remove(&self.stream).is_none() {
-            return;
-        }
-        let Some(staged) = &mut push.staged else { return };
-        staged.drop_stream(self.stream);
-        metrics::weight_push_failures("BROKEN").increment(1);
-        if push.streams.is_empty() {
-            staging.pushes.remove(&self.at);
-            self.inner.tell(&staging, None);
-        }
     }
 }

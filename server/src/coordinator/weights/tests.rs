@@ -1,4 +1,5 @@
-//! Pushes against state in memory, with a verifier that reads the snapshot for real and compares it with a shape.
+//! Pushes against state in memory, with a verifier that reads the snapshot for real and compares it
+//! with a shape.
 use super::*;
 use crate::storage::{StorageConfig, Stores};
 use futures::{FutureExt, channel::mpsc};
@@ -12,7 +13,8 @@ use tonic::Status;
 
 type Messages = Vec<PushWeightsRequest>;
 
-/// Reads the snapshot back and checks digest, names and shapes, as a worker does, but for the forward pass.
+/// Reads the snapshot back and checks digest, names and shapes, as a worker does, but for the
+/// forward pass.
 struct ReadsBack {
     stores: Stores,
     shape: ModelShape,
@@ -34,12 +36,16 @@ impl Verifier for ReadsBack {
         assert_eq!(blake3::hash(&bytes).to_hex().as_str(), digest);
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let found = file.tensors().into_iter();
-        let tensors = found.map(|(name, view)| (name, view.shape().iter().map(|&n| n as u64).collect())).collect();
+        let tensors = found
+            .map(|(name, view)| (name, view.shape().iter().map(|&n| n as u64).collect()))
+            .collect();
         assert_eq!(self.shape.tensors, tensors);
         match *self.refuse.lock().unwrap() {
-            Some(tensor) => {
-                Err(Error::new(Reason::WeightsRefused, "the canary batch is not finite").with("tensor", tensor))
-            }
+            Some(tensor) => Err(Error::new(
+                Reason::WeightsRefused,
+                "the canary batch is not finite",
+            )
+            .with("tensor", tensor)),
             None => Ok(self.shape.clone()),
         }
     }
@@ -58,39 +64,74 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let stores = Stores::new(StorageConfig::default());
-        let tensors =
-            BTreeMap::from([("a.weight".into(), vec![4, 2]), ("b.bias".into(), vec![3]), ("scale".into(), vec![])]);
-        let shape = ModelShape { tensors, logit_scale: 10.0, logit_bias: Some(-10.0) };
-        let (refuse, fails, verified) = (Mutex::default(), Mutex::default(), AtomicUsize::default());
-        let verifier = Arc::new(ReadsBack { stores: stores.clone(), shape, refuse, fails, verified });
+        let tensors = BTreeMap::from([
+            ("a.weight".into(), vec![4, 2]),
+            ("b.bias".into(), vec![3]),
+            ("scale".into(), vec![]),
+        ]);
+        let shape = ModelShape {
+            tensors,
+            logit_scale: 10.0,
+            logit_bias: Some(-10.0),
+        };
+        let (refuse, fails, verified) =
+            (Mutex::default(), Mutex::default(), AtomicUsize::default());
+        let verifier = Arc::new(ReadsBack {
+            stores: stores.clone(),
+            shape,
+            refuse,
+            fails,
+            verified,
+        });
         let spec = RunWeights {
             run_id: "r".into(),
-            lag: Lag { bound: Some(Bound::Exact(1)) },
+            lag: Lag {
+                bound: Some(Bound::Exact(1)),
+            },
             push_every_steps: 1,
             first_push: true,
             initial: None,
             push_bytes_max: 1 << 10,
             push_deadline: Duration::from_secs(60),
         };
-        Self { stores, verifier, spec }
+        Self {
+            stores,
+            verifier,
+            spec,
+        }
     }
 
     async fn open(&self) -> Weights {
         let run = self.stores.open("memory:///state/runs/r").unwrap();
-        Weights::open(run, self.spec.clone(), self.verifier.clone()).await.unwrap()
+        Weights::open(run, self.spec.clone(), self.verifier.clone())
+            .await
+            .unwrap()
     }
 
     async fn snapshots(&self) -> usize {
-        self.stores.open("memory:///state/runs/r/snapshots").unwrap().list("").await.unwrap().len()
+        self.stores
+            .open("memory:///state/runs/r/snapshots")
+            .unwrap()
+            .list("")
+            .await
+            .unwrap()
+            .len()
     }
 }
 
 fn start(step: i64, push_id: &str) -> PushStart {
-    PushStart { run_id: "r".into(), step, push_id: push_id.into(), ..Default::default() }
+    PushStart {
+        run_id: "r".into(),
+        step,
+        push_id: push_id.into(),
+        ..Default::default()
+    }
 }
 
 fn message(message: Message) -> PushWeightsRequest {
-    PushWeightsRequest { message: Some(message) }
+    PushWeightsRequest {
+        message: Some(message),
+    }
 }
 
 fn part(name: &str, shape: &[u64], start: &[u64], extent: &[u64], values: &[f32]) -> Messages {
@@ -104,8 +145,12 @@ fn part(name: &str, shape: &[u64], start: &[u64], extent: &[u64], values: &[f32]
         blake3: blake3::hash(&bytes).as_bytes().to_vec().into(),
     };
     // Cut at no element boundary.
-    let data = bytes.chunks(7).map(|data| message(Message::Data(data.to_vec().into())));
-    std::iter::once(message(Message::Part(header))).chain(data).collect()
+    let data = bytes
+        .chunks(7)
+        .map(|data| message(Message::Data(data.to_vec().into())));
+    std::iter::once(message(Message::Part(header)))
+        .chain(data)
+        .collect()
 }
 
 fn a_rows(from: u64, rows: u64) -> Messages {
@@ -125,7 +170,9 @@ fn whole(value: f32) -> Messages {
     [a_rows(0, 4), b([0.5; 3]), scale(value)].concat()
 }
 
-fn sent(messages: Messages) -> impl futures::Stream<Item = Result<PushWeightsRequest, Status>> + Send + Unpin {
+fn sent(
+    messages: Messages,
+) -> impl futures::Stream<Item = Result<PushWeightsRequest, Status>> + Send + Unpin {
     stream::iter(messages.into_iter().map(Ok))
 }
 
@@ -143,24 +190,56 @@ fn refused(tensor: &str) -> (Reason, Option<String>) {
     (Reason::WeightsRefused, Some(tensor.into()))
 }
 
-const CHAIN: &[Began] = &[Began { generation: 0, step: 0 }];
+const CHAIN: &[Began] = &[Began {
+    generation: 0,
+    step: 0,
+}];
 
 #[tokio::test]
 async fn one_stream_brings_all_and_is_published() {
     let bench = Bench::new();
     let weights = bench.open().await;
     // Position ids, in a dtype of their own, are dropped.
-    let ids =
-        PartHeader { name: "text.embeddings.position_ids".into(), global_shape: vec![1, 9], ..Default::default() };
-    let ids = vec![message(Message::Part(ids)), message(Message::Data(vec![0; 72].into()))];
-    let version = push(&weights, start(3, "p"), [ids, whole(2.0)].concat()).await.unwrap();
-    assert_eq!((version.version, version.step, version.generation), (1, 3, 0));
-    let found = weights.book().borrow().find(due(5, &bench.spec.lag, 1), CHAIN).unwrap();
-    assert_eq!((&found.version, found.logit_scale, found.logit_bias), (&version, 10.0, Some(-10.0)));
-    let bytes = bench.stores.open(&found.snapshot_uri).unwrap().get("").await.unwrap();
+    let ids = PartHeader {
+        name: "text.embeddings.position_ids".into(),
+        global_shape: vec![1, 9],
+        ..Default::default()
+    };
+    let ids = vec![
+        message(Message::Part(ids)),
+        message(Message::Data(vec![0; 72].into())),
+    ];
+    let version = push(&weights, start(3, "p"), [ids, whole(2.0)].concat())
+        .await
+        .unwrap();
+    assert_eq!(
+        (version.version, version.step, version.generation),
+        (1, 3, 0)
+    );
+    let found = weights
+        .book()
+        .borrow()
+        .find(due(5, &bench.spec.lag, 1), CHAIN)
+        .unwrap();
+    assert_eq!(
+        (&found.version, found.logit_scale, found.logit_bias),
+        (&version, 10.0, Some(-10.0))
+    );
+    let bytes = bench
+        .stores
+        .open(&found.snapshot_uri)
+        .unwrap()
+        .get("")
+        .await
+        .unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let values: Vec<f32> =
-        file.tensor("a.weight").unwrap().data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let values: Vec<f32> = file
+        .tensor("a.weight")
+        .unwrap()
+        .data()
+        .chunks(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect();
     assert_eq!(values, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     assert_eq!(file.tensor("scale").unwrap().data(), 2.0f32.to_le_bytes());
     assert!(weights.traffic().borrow().staging.is_empty());
@@ -170,7 +249,11 @@ async fn one_stream_brings_all_and_is_published() {
 async fn ranks_push_their_shards_and_get_one_answer() {
     let bench = Bench::new();
     let weights = bench.open().await;
-    let of = |rank| PushStart { rank, expected_parts: 6, ..start(0, "p") };
+    let of = |rank| PushStart {
+        rank,
+        expected_parts: 6,
+        ..start(0, "p")
+    };
     // The third rank's shard of `a.weight` is empty, as FSDP leaves it where rows run out.
     let shards = [
         [a_rows(2, 2), scale(1.0)].concat(),
@@ -178,12 +261,22 @@ async fn ranks_push_their_shards_and_get_one_answer() {
         [a_rows(1, 1), a_rows(4, 0)].concat(),
     ];
     let [x, y, z] = shards;
-    let (x, y, z) = tokio::join!(push(&weights, of(0), x), push(&weights, of(1), y), push(&weights, of(2), z));
+    let (x, y, z) = tokio::join!(
+        push(&weights, of(0), x),
+        push(&weights, of(1), y),
+        push(&weights, of(2), z)
+    );
     let version = x.unwrap();
     assert_eq!((version.version, &version), (1, &y.unwrap()));
     assert_eq!(version, z.unwrap());
     // The bytes do not depend on how the weights were cut.
-    let again = push(&weights, start(1, "q"), [scale(1.0), b([1.0; 3]), a_rows(0, 4)].concat()).await.unwrap();
+    let again = push(
+        &weights,
+        start(1, "q"),
+        [scale(1.0), b([1.0; 3]), a_rows(0, 4)].concat(),
+    )
+    .await
+    .unwrap();
     assert_eq!((again.version, again.digest), (2, version.digest));
     assert_eq!(bench.snapshots().await, 1);
 }
@@ -195,41 +288,93 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
     let old = push(&weights, start(0, "old"), whole(1.0)).await.unwrap();
     let wrong_checksum = {
         let mut messages = whole(1.0);
-        let Some(Message::Part(header)) = &mut messages[0].message else { panic!("a header comes first") };
+        let Some(Message::Part(header)) = &mut messages[0].message else {
+            panic!("a header comes first")
+        };
         header.blake3 = vec![0; 32].into();
         messages
     };
     let half = {
         let mut messages = whole(1.0);
-        let Some(Message::Part(header)) = &mut messages[0].message else { panic!("a header comes first") };
+        let Some(Message::Part(header)) = &mut messages[0].message else {
+            panic!("a header comes first")
+        };
         header.set_dtype(TensorDtype::F16);
         messages
     };
     let nan = [a_rows(0, 4), b([0.0, f32::NAN, 0.0]), scale(f32::INFINITY)].concat();
     let cases = [
-        ("gap", [a_rows(0, 2), a_rows(3, 1), b([0.0; 3]), scale(1.0)].concat(), refused("a.weight")),
-        ("missing", [a_rows(0, 4), scale(1.0)].concat(), refused("b.bias")),
-        ("overlap", [a_rows(0, 3), a_rows(2, 2)].concat(), (Reason::PushConflict, Some("a.weight".into()))),
-        ("shape", part("b.bias", &[2], &[0], &[2], &[0.0; 2]), refused("b.bias")),
-        ("outside", part("b.bias", &[3], &[u64::MAX], &[3], &[0.0; 3]), refused("b.bias")),
+        (
+            "gap",
+            [a_rows(0, 2), a_rows(3, 1), b([0.0; 3]), scale(1.0)].concat(),
+            refused("a.weight"),
+        ),
+        (
+            "missing",
+            [a_rows(0, 4), scale(1.0)].concat(),
+            refused("b.bias"),
+        ),
+        (
+            "overlap",
+            [a_rows(0, 3), a_rows(2, 2)].concat(),
+            (Reason::PushConflict, Some("a.weight".into())),
+        ),
+        (
+            "shape",
+            part("b.bias", &[2], &[0], &[2], &[0.0; 2]),
+            refused("b.bias"),
+        ),
+        (
+            "outside",
+            part("b.bias", &[3], &[u64::MAX], &[3], &[0.0; 3]),
+            refused("b.bias"),
+        ),
         ("name", part("c", &[1], &[0], &[1], &[0.0]), refused("c")),
         ("nan", nan, refused("b.bias")),
         ("checksum", wrong_checksum, refused("a.weight")),
         ("too many bytes", half, refused("a.weight")),
-        ("too few bytes", [a_rows(0, 4)[..2].to_vec(), b([0.0; 3])].concat(), refused("a.weight")),
-        ("no header", vec![message(Message::Data(vec![0].into()))], (Reason::InvalidArgument, None)),
+        (
+            "too few bytes",
+            [a_rows(0, 4)[..2].to_vec(), b([0.0; 3])].concat(),
+            refused("a.weight"),
+        ),
+        (
+            "no header",
+            vec![message(Message::Data(vec![0].into()))],
+            (Reason::InvalidArgument, None),
+        ),
     ];
     for (what, messages, expected) in cases {
-        assert_eq!(refusal(push(&weights, start(1, what), messages).await), expected, "{what}");
-        assert_eq!(weights.book().borrow().newest().unwrap().version, old, "{what}");
+        assert_eq!(
+            refusal(push(&weights, start(1, what), messages).await),
+            expected,
+            "{what}"
+        );
+        assert_eq!(
+            weights.book().borrow().newest().unwrap().version,
+            old,
+            "{what}"
+        );
         assert!(weights.traffic().borrow().staging.is_empty(), "{what}");
     }
     *bench.verifier.refuse.lock().unwrap() = Some("scale");
-    assert_eq!(refusal(push(&weights, start(1, "canary"), whole(9.0)).await), refused("scale"));
-    assert_eq!((bench.snapshots().await, weights.book().borrow().newest().unwrap().version), (1, old));
+    assert_eq!(
+        refusal(push(&weights, start(1, "canary"), whole(9.0)).await),
+        refused("scale")
+    );
+    assert_eq!(
+        (
+            bench.snapshots().await,
+            weights.book().borrow().newest().unwrap().version
+        ),
+        (1, old)
+    );
     *bench.verifier.refuse.lock().unwrap() = None;
     assert_eq!(
-        push(&weights, start(1, "canary"), whole(9.0)).await.unwrap().version,
+        push(&weights, start(1, "canary"), whole(9.0))
+            .await
+            .unwrap()
+            .version,
         2,
         "the same push may be tried again"
     );
@@ -239,8 +384,14 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
 async fn a_wrong_name_is_told_the_nearest_right_one() {
     let weights = Bench::new().open().await;
     let misnamed = part("module.b.bias", &[3], &[0], &[3], &[0.0; 3]);
-    let said = push(&weights, start(0, "p"), misnamed).await.unwrap_err().chain();
-    assert!(said.contains("module.b.bias is no tensor") && said.contains("it has 'b.bias'"), "{said}");
+    let said = push(&weights, start(0, "p"), misnamed)
+        .await
+        .unwrap_err()
+        .chain();
+    assert!(
+        said.contains("module.b.bias is no tensor") && said.contains("it has 'b.bias'"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
@@ -251,7 +402,10 @@ async fn a_push_that_fails_in_passing_is_told_as_such_until_it_is_published() {
     assert!(push(&weights, start(0, "p"), whole(1.0)).await.is_err());
     let failed = || weights.traffic().borrow().failed.get(&(0, 0)).cloned();
     assert!(failed().is_some_and(|cause| cause.contains("no space left")));
-    assert!(weights.traffic().borrow().refused.is_empty(), "it may come yet");
+    assert!(
+        weights.traffic().borrow().refused.is_empty(),
+        "it may come yet"
+    );
     *bench.verifier.fails.lock().unwrap() = None;
     push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
     assert_eq!(failed(), None);
@@ -260,9 +414,16 @@ async fn a_push_that_fails_in_passing_is_told_as_such_until_it_is_published() {
 #[tokio::test]
 async fn a_refusal_reaches_every_rank() {
     let weights = Bench::new().open().await;
-    let of = |rank| PushStart { rank, expected_parts: 3, ..start(0, "p") };
+    let of = |rank| PushStart {
+        rank,
+        expected_parts: 3,
+        ..start(0, "p")
+    };
     let bad = part("c", &[1], &[0], &[1], &[0.0]);
-    let (good, bad) = tokio::join!(push(&weights, of(0), a_rows(0, 4)), push(&weights, of(1), bad));
+    let (good, bad) = tokio::join!(
+        push(&weights, of(0), a_rows(0, 4)),
+        push(&weights, of(1), bad)
+    );
     assert_eq!((refusal(good), refusal(bad)), (refused("c"), refused("c")));
 }
 
@@ -272,24 +433,51 @@ async fn what_may_not_be_pushed_is_refused_at_once() {
     bench.spec.push_every_steps = 4;
     let weights = bench.open().await;
     let mut reasons = Vec::new();
-    let bases = PushStart { base_version: Some(1), ..start(3, "p") };
+    let bases = PushStart {
+        base_version: Some(1),
+        ..start(3, "p")
+    };
     for start in [start(2, "p"), start(-2, "p"), start(3, ""), bases] {
-        reasons.push(push(&weights, start, whole(1.0)).await.unwrap_err().reason());
+        reasons.push(
+            push(&weights, start, whole(1.0))
+                .await
+                .unwrap_err()
+                .reason(),
+        );
     }
     assert_eq!(
         reasons,
-        [Reason::PushOffCadence, Reason::PushOffCadence, Reason::InvalidArgument, Reason::Unimplemented]
+        [
+            Reason::PushOffCadence,
+            Reason::PushOffCadence,
+            Reason::InvalidArgument,
+            Reason::Unimplemented
+        ]
     );
     let stale = weights.push(1, start(3, "p"), sent(whole(1.0))).await;
     assert_eq!(refusal(stale).0, Reason::GenerationStale);
-    assert_eq!(push(&weights, start(-1, "i"), whole(1.0)).await.unwrap().step, -1);
+    assert_eq!(
+        push(&weights, start(-1, "i"), whole(1.0))
+            .await
+            .unwrap()
+            .step,
+        -1
+    );
     bench.spec.push_bytes_max = 40;
     let large = push(&bench.open().await, start(3, "p"), whole(1.0)).await;
-    assert_eq!(refusal(large), (Reason::MessageTooLarge, Some("b.bias".into())));
-    bench.spec.lag = Lag { bound: Some(Bound::AtMost(2)) };
+    assert_eq!(
+        refusal(large),
+        (Reason::MessageTooLarge, Some("b.bias".into()))
+    );
+    bench.spec.lag = Lag {
+        bound: Some(Bound::AtMost(2)),
+    };
     bench.spec.first_push = false;
     let weights = bench.open().await;
-    assert_eq!(refusal(push(&weights, start(-1, "j"), whole(1.0)).await).0, Reason::PushOffCadence);
+    assert_eq!(
+        refusal(push(&weights, start(-1, "j"), whole(1.0)).await).0,
+        Reason::PushOffCadence
+    );
     assert_eq!(
         refusal(push(&weights, start(2, "p"), whole(1.0)).await).0,
         Reason::MessageTooLarge,
@@ -302,34 +490,83 @@ async fn a_repeated_push_answers_the_same_and_another_is_a_conflict() {
     let bench = Bench::new();
     let weights = bench.open().await;
     let first = push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
-    let again = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>()).await.unwrap();
-    assert_eq!((first, bench.verifier.verified.load(Ordering::SeqCst)), (again, 1), "nothing needs to be sent again");
-    assert_eq!(refusal(push(&weights, start(0, "q"), whole(1.0)).await).0, Reason::PushConflict);
+    let again = weights
+        .push(0, start(0, "p"), stream::pending::<Result<_, Status>>())
+        .await
+        .unwrap();
+    assert_eq!(
+        (first, bench.verifier.verified.load(Ordering::SeqCst)),
+        (again, 1),
+        "nothing needs to be sent again"
+    );
+    assert_eq!(
+        refusal(push(&weights, start(0, "q"), whole(1.0)).await).0,
+        Reason::PushConflict
+    );
     // Another coordinator, which opened the run before that push, finds it when it publishes.
     let run = bench.stores.open("memory:///state/runs/r").unwrap();
-    let late = Weights::open(run.below("elsewhere"), bench.spec.clone(), bench.verifier.clone()).await.unwrap();
+    let late = Weights::open(
+        run.below("elsewhere"),
+        bench.spec.clone(),
+        bench.verifier.clone(),
+    )
+    .await
+    .unwrap();
     let fact = run.get("pushes/0/0.json").await.unwrap();
     run.put("elsewhere/pushes/0/0.json", fact).await.unwrap();
-    assert_eq!(refusal(push(&late, start(0, "q"), whole(1.0)).await).0, Reason::PushConflict);
-    assert_eq!(push(&late, start(0, "p"), whole(1.0)).await.unwrap().version, 1);
+    assert_eq!(
+        refusal(push(&late, start(0, "q"), whole(1.0)).await).0,
+        Reason::PushConflict
+    );
+    assert_eq!(
+        push(&late, start(0, "p"), whole(1.0))
+            .await
+            .unwrap()
+            .version,
+        1
+    );
 }
 
 #[tokio::test]
 async fn a_broken_stream_may_come_again() {
     let weights = Bench::new().open().await;
-    let of = |rank| PushStart { rank, expected_parts: 3, ..start(0, "p") };
+    let of = |rank| PushStart {
+        rank,
+        expected_parts: 3,
+        ..start(0, "p")
+    };
     let other = push(&weights, of(0), a_rows(0, 4));
     tokio::pin!(other);
-    assert!((&mut other).now_or_never().is_none(), "it waits for the other rank");
+    assert!(
+        (&mut other).now_or_never().is_none(),
+        "it waits for the other rank"
+    );
     // Broken off by the transport, by a quiet end inside of a part, and by the call's cancellation.
     let broken = sent(b([0.0; 3])).chain(stream::iter([Err(Status::unavailable("reset"))]));
-    assert_eq!(refusal(weights.push(0, of(1), broken).await).0, Reason::InvalidArgument);
+    assert_eq!(
+        refusal(weights.push(0, of(1), broken).await).0,
+        Reason::InvalidArgument
+    );
     let short = b([0.0; 3])[..2].to_vec();
-    assert_eq!(refusal(push(&weights, of(1), short).await).0, Reason::InvalidArgument);
+    assert_eq!(
+        refusal(push(&weights, of(1), short).await).0,
+        Reason::InvalidArgument
+    );
     let hanging = sent(b([0.0; 3])).chain(stream::pending());
     assert!(weights.push(0, of(1), hanging).now_or_never().is_none());
-    assert_eq!(weights.traffic().borrow().staging.iter().collect::<Vec<_>>(), [&(0, 0)]);
-    let (other, again) = tokio::join!(other, push(&weights, of(1), [b([0.0; 3]), scale(1.0)].concat()));
+    assert_eq!(
+        weights
+            .traffic()
+            .borrow()
+            .staging
+            .iter()
+            .collect::<Vec<_>>(),
+        [&(0, 0)]
+    );
+    let (other, again) = tokio::join!(
+        other,
+        push(&weights, of(1), [b([0.0; 3]), scale(1.0)].concat())
+    );
     assert_eq!((other.unwrap(), 1), (again.unwrap(), 1));
 }
 
@@ -343,10 +580,20 @@ async fn a_rank_that_comes_again_before_its_old_stream_is_seen_to_break_takes_ov
         sender.unbounded_send(Ok(message)).unwrap();
     }
     assert!((&mut old).now_or_never().is_none());
-    let other = PushStart { rank: 1, ..start(0, "p") };
-    assert_eq!(refusal(push(&weights, other, whole(1.0)).await).0, Reason::PushConflict, "one stream brings all");
+    let other = PushStart {
+        rank: 1,
+        ..start(0, "p")
+    };
+    assert_eq!(
+        refusal(push(&weights, other, whole(1.0)).await).0,
+        Reason::PushConflict,
+        "one stream brings all"
+    );
     let (old, new) = tokio::join!(old, push(&weights, start(0, "p"), whole(1.0)));
-    assert_eq!((refusal(old).0, new.unwrap().version), (Reason::PushConflict, 1));
+    assert_eq!(
+        (refusal(old).0, new.unwrap().version),
+        (Reason::PushConflict, 1)
+    );
 }
 
 #[tokio::test]
@@ -355,13 +602,26 @@ async fn two_pushes_at_once_and_two_of_one_step() {
     let waiting = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>());
     let mut waiting = Box::pin(waiting);
     assert!((&mut waiting).now_or_never().is_none());
-    assert_eq!(refusal(push(&weights, start(0, "q"), whole(1.0)).await).0, Reason::PushConflict);
-    let (one, two) = tokio::join!(push(&weights, start(1, "x"), whole(1.0)), push(&weights, start(2, "y"), whole(2.0)));
+    assert_eq!(
+        refusal(push(&weights, start(0, "q"), whole(1.0)).await).0,
+        Reason::PushConflict
+    );
+    let (one, two) = tokio::join!(
+        push(&weights, start(1, "x"), whole(1.0)),
+        push(&weights, start(2, "y"), whole(2.0))
+    );
     let mut versions = [one.unwrap().version, two.unwrap().version];
     versions.sort_unstable();
     assert_eq!(versions, [1, 2]);
     drop(waiting);
-    assert_eq!(push(&weights, start(0, "q"), whole(1.0)).await.unwrap().version, 3, "the older one has no live stream");
+    assert_eq!(
+        push(&weights, start(0, "q"), whole(1.0))
+            .await
+            .unwrap()
+            .version,
+        3,
+        "the older one has no live stream"
+    );
 }
 
 #[tokio::test]
@@ -369,11 +629,23 @@ async fn ranks_that_stay_away_are_waited_for_until_the_deadline() {
     let mut bench = Bench::new();
     bench.spec.push_deadline = Duration::from_millis(20);
     let weights = bench.open().await;
-    let alone = PushStart { expected_parts: 3, ..start(0, "p") };
+    let alone = PushStart {
+        expected_parts: 3,
+        ..start(0, "p")
+    };
     let answer = push(&weights, alone, a_rows(0, 4)).await;
-    assert!(answer.as_ref().unwrap_err().to_string().starts_with("2 of 3 parts"), "{answer:?}");
+    assert!(
+        answer
+            .as_ref()
+            .unwrap_err()
+            .to_string()
+            .starts_with("2 of 3 parts"),
+        "{answer:?}"
+    );
     assert_eq!(refusal(answer), refused("b.bias"));
-    let silent = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>()).await;
+    let silent = weights
+        .push(0, start(0, "p"), stream::pending::<Result<_, Status>>())
+        .await;
     assert_eq!(refusal(silent).0, Reason::InvalidArgument);
     assert!(weights.traffic().borrow().staging.is_empty());
 }
@@ -383,18 +655,45 @@ async fn a_restart_finds_the_versions_of_all_generations() {
     let bench = Bench::new();
     let weights = bench.open().await;
     for (version, step) in (1..).zip([-1, 0, 1]) {
-        push(&weights, start(step, "p"), whole(version as f32)).await.unwrap();
+        push(&weights, start(step, "p"), whole(version as f32))
+            .await
+            .unwrap();
     }
-    let rewound = PushStart { generation: 1, ..start(1, "again") };
+    let rewound = PushStart {
+        generation: 1,
+        ..start(1, "again")
+    };
     push(&weights, rewound, whole(9.0)).await.unwrap();
-    let chain = [CHAIN[0], Began { generation: 1, step: 1 }];
+    let chain = [
+        CHAIN[0],
+        Began {
+            generation: 1,
+            step: 1,
+        },
+    ];
     let book = weights.book().borrow().clone();
-    let found = |step| book.find(due(step, &bench.spec.lag, 1), &chain).map(|p| p.version.version);
+    let found = |step| {
+        book.find(due(step, &bench.spec.lag, 1), &chain)
+            .map(|p| p.version.version)
+    };
     assert_eq!([found(1), found(2), found(3)], [Some(1), Some(2), Some(4)]);
     drop(weights);
     let weights = bench.open().await;
     assert_eq!(*weights.book().borrow(), book);
-    assert_eq!(push(&weights, PushStart { generation: 1, ..start(2, "p") }, whole(2.5)).await.unwrap().version, 5);
+    assert_eq!(
+        push(
+            &weights,
+            PushStart {
+                generation: 1,
+                ..start(2, "p")
+            },
+            whole(2.5)
+        )
+        .await
+        .unwrap()
+        .version,
+        5
+    );
 }
 
 #[tokio::test]
@@ -403,14 +702,43 @@ async fn forgotten_snapshots_are_deleted_and_stay_forgotten() {
     let weights = bench.open().await;
     for step in 0..4 {
         // Steps 0 and 2 have the same bytes, so one snapshot.
-        push(&weights, start(step, "p"), whole((step % 2 * step) as f32)).await.unwrap();
+        push(&weights, start(step, "p"), whole((step % 2 * step) as f32))
+            .await
+            .unwrap();
     }
-    bench.stores.open("memory:///state/runs/r").unwrap().put("snapshots/orphan.safetensors", "x".into()).await.unwrap();
-    assert_eq!((bench.snapshots().await, weights.forget_before(2, 1).await.unwrap()), (4, 2));
+    bench
+        .stores
+        .open("memory:///state/runs/r")
+        .unwrap()
+        .put("snapshots/orphan.safetensors", "x".into())
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            bench.snapshots().await,
+            weights.forget_before(2, 1).await.unwrap()
+        ),
+        (4, 2)
+    );
     for weights in [weights, bench.open().await] {
         let book = weights.book().borrow().clone();
         let found = |step| book.find(Due::Exactly(step), CHAIN).map(|p| p.version.step);
-        assert_eq!([found(1), found(2), found(3)], [None, Some(2), Some(3)], "the newest is always kept");
+        assert_eq!(
+            [found(1), found(2), found(3)],
+            [None, Some(2), Some(3)],
+            "the newest is always kept"
+        );
     }
-    assert_eq!(bench.open().await.book().borrow().newest().unwrap().version.version, 4);
+    assert_eq!(
+        bench
+            .open()
+            .await
+            .book()
+            .borrow()
+            .newest()
+            .unwrap()
+            .version
+            .version,
+        4
+    );
 }

@@ -1,11 +1,14 @@
 //! Choosing the device, and loading CUDA's half of LibTorch where one is asked for.
 //!
-//! The binary links libtorch_cpu and libc10 alone, so that it starts anywhere. LibTorch looks for its CUDA backend once, at
-//! the first question about CUDA: the library must be in the process before that, so the device is started first.
+//! The binary links libtorch_cpu and libc10 alone, so that it starts anywhere. LibTorch looks for
+//! its CUDA backend once, at the first question about CUDA: the library must be in the process
+//! before that, so the device is started first.
 use crate::error::{Error, Result};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 use superbatch_proto::v1::Reason;
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -16,7 +19,8 @@ const DRIVER: &str = "/dev/nvidiactl";
 /// Opens `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
-/// `DeviceUnavailable` where a CUDA device is asked for that is not there; `InvalidArgument` for another word.
+/// `DeviceUnavailable` where a CUDA device is asked for that is not there; `InvalidArgument` for
+/// another word.
 pub fn open(choice: &str) -> Result<Device> {
     match choice {
         "cpu" => Ok(Device::Cpu),
@@ -31,7 +35,10 @@ pub fn open(choice: &str) -> Result<Device> {
         "cuda" => cuda(0),
         other => match other.strip_prefix("cuda:").map(str::parse) {
             Some(Ok(index)) => cuda(index),
-            _ => Err(Error::invalid("device", format!("device '{other}' should be auto, cpu, cuda or cuda:N"))),
+            _ => Err(Error::invalid(
+                "device",
+                format!("device '{other}' should be auto, cpu, cuda or cuda:N"),
+            )),
         },
     }
 }
@@ -46,7 +53,9 @@ pub fn name(device: Device) -> String {
 
 fn cuda(index: usize) -> Result<Device> {
     let unavailable = |problem: String| {
-        let message = format!("device cuda:{index} is not available: {problem}. Set the device to 'cpu' to do without");
+        let message = format!(
+            "device cuda:{index} is not available: {problem}. Set the device to 'cpu' to do without"
+        );
         Error::new(Reason::DeviceUnavailable, message).with("device", format!("cuda:{index}"))
     };
     static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
@@ -55,7 +64,9 @@ fn cuda(index: usize) -> Result<Device> {
         .clone()
         .map_err(|problem| unavailable(format!("{LIBRARY} cannot be loaded ({problem})")))?;
     if !tch::utils::has_cudart() {
-        return Err(unavailable("LibTorch was asked about CUDA before this device was started; start it first".into()));
+        return Err(unavailable(
+            "LibTorch was asked about CUDA before this device was started; start it first".into(),
+        ));
     }
     if !Cuda::is_available() {
         return Err(unavailable(
@@ -64,7 +75,9 @@ fn cuda(index: usize) -> Result<Device> {
     }
     let count = Cuda::device_count();
     if i64::try_from(index).is_ok_and(|index| index >= count) {
-        return Err(unavailable(format!("this machine has {count} CUDA device(s), counted from 0")));
+        return Err(unavailable(format!(
+            "this machine has {count} CUDA device(s), counted from 0"
+        )));
     }
     let device = Device::Cuda(index);
     Tensor::f_ones([1], (Kind::Float, device))
@@ -75,10 +88,14 @@ fn cuda(index: usize) -> Result<Device> {
 
 /// Loads the library for good, from beside libtorch_cpu or from where the dynamic linker looks.
 fn load() -> std::result::Result<(), String> {
-    let path = beside_libtorch().map(|folder| folder.join(LIBRARY)).filter(|path| path.exists());
+    let path = beside_libtorch()
+        .map(|folder| folder.join(LIBRARY))
+        .filter(|path| path.exists());
     let path = path.unwrap_or_else(|| PathBuf::from(LIBRARY));
-    // SAFETY: the initialisers of LibTorch's own library are run; they only register kernels with libtorch_cpu.
-    let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())?;
+    // SAFETY: the initialisers of LibTorch's own library are run; they only register kernels with
+    // libtorch_cpu.
+    let library =
+        unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())?;
     // Its kernels are registered now: it must never be unloaded.
     std::mem::forget(library);
     Ok(())
@@ -87,6 +104,10 @@ fn load() -> std::result::Result<(), String> {
 /// The folder of the libtorch_cpu that this process runs with.
 fn beside_libtorch() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.contains("/libtorch_cpu.so"))?;
-    Path::new(line.get(line.find('/')?..)?).parent().map(Path::to_owned)
+    let line = maps
+        .lines()
+        .find(|line| line.contains("/libtorch_cpu.so"))?;
+    Path::new(line.get(line.find('/')?..)?)
+        .parent()
+        .map(Path::to_owned)
 }

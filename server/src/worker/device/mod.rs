@@ -1,29 +1,33 @@
 //! The device: one OS thread that owns it and every model on it.
 //!
-//! Work reaches the thread through a bounded queue, one reply channel each. Work whose caller is gone is skipped before it
-//! costs anything. Gradients are off for the whole thread.
+//! Work reaches the thread through a bounded queue, one reply channel each. Work whose caller is
+//! gone is skipped before it costs anything. Gradients are off for the whole thread.
 //!
-//! A thread cannot be ended from outside. Where work never ends the device is hung: callers learn it at the deadline, those
-//! who come later at once, and it is well again should the work end after all.
+//! A thread cannot be ended from outside. Where work never ends the device is hung: callers learn
+//! it at the deadline, those who come later at once, and it is well again should the work end after
+//! all.
 mod cuda;
-mod models;
+mod job;
+mod resident;
 
-use super::model::{Compute, ModelFolder, ModelInfo, ModelKey, init};
-use super::preprocess::Normalisation;
+pub use self::job::{Embedded, LoadModel, MicroBatch, Weights};
+use self::resident::Models;
+use super::model::{Compute, ModelInfo, ModelKey};
 use crate::error::{Error, Result};
-use bytes::Bytes;
-use models::Models;
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, mpsc as std_mpsc};
-use std::thread;
-use std::time::Duration;
-use superbatch_proto::v1::{ComputeDtype, EmbeddingDtype, Reason};
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, mpsc as std_mpsc},
+    thread,
+    time::Duration,
+};
+use superbatch_proto::v1::{ComputeDtype, Reason};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Work that may wait for the device: one item runs, one is ready to follow.
 const QUEUE: usize = 1;
-/// Models kept on a device unless said otherwise: a reference, two states of a learner, and one being verified.
+/// Models kept on a device unless said otherwise: a reference, two states of a learner, and one
+/// being verified.
 pub const MODELS_MAX: usize = 4;
 
 /// How long one piece of work may take unless said otherwise.
@@ -58,56 +62,9 @@ pub struct Device {
     deadline: Duration,
 }
 
-/// Where a model's weights come from.
-#[derive(Debug, Clone)]
-pub enum Weights {
-    /// One safetensors file.
-    Safetensors(Bytes),
-    /// The model folder's own.
-    Folder,
-    /// The service's own initial weights, by seed.
-    Random(u64),
-}
-
-/// A model to have on the device.
-#[derive(Debug, Clone)]
-pub struct LoadModel {
-    pub folder: Arc<ModelFolder>,
-    pub weights: Weights,
-    pub compute: Compute,
-    /// Embed a canary batch and insist on finite embeddings.
-    pub canary: bool,
-}
-
-/// One forward pass of both towers.
-#[derive(Debug)]
-pub struct MicroBatch {
-    pub model: ModelKey,
-    pub rows: usize,
-    /// RGB bytes, `[rows, image_size, image_size, 3]`.
-    pub pixels: Vec<u8>,
-    pub normalisation: Normalisation,
-    /// `[rows, text_length]`.
-    pub ids: Vec<i64>,
-    /// What embeddings are rounded to; f16 where unspecified.
-    pub dtype: EmbeddingDtype,
-}
-
-/// L2-normalised embeddings `[rows, dim]`, rounded to the dtype asked for, little endian.
-#[derive(Debug)]
-pub struct Embedded {
-    pub image: Bytes,
-    pub text: Bytes,
-    pub dim: usize,
-    /// On the device's thread, transfers included.
-    pub seconds: f64,
-    /// Rows whose image or text embedding is NaN or infinite; they are zero in both.
-    pub not_finite: Vec<u32>,
-}
-
 impl Device {
-    /// Starts the thread of `auto`, `cpu`, `cuda` or `cuda:N`, with `threads` CPU threads for each operation (0: as many as
-    /// LibTorch likes). It keeps [`MODELS_MAX`] models.
+    /// Starts the thread of `auto`, `cpu`, `cuda` or `cuda:N`, with `threads` CPU threads for each
+    /// operation (0: as many as LibTorch likes). It keeps [`MODELS_MAX`] models.
     ///
     /// # Errors
     /// `DeviceUnavailable`, or `InvalidArgument` for another word.
@@ -115,13 +72,16 @@ impl Device {
         Self::start_keeping(choice, threads, MODELS_MAX)
     }
 
-    /// As [`Device::start`]; the model that was used least recently leaves when there are more than `models_max` (one more
-    /// while it loads).
+    /// As [`Device::start`]; the model that was used least recently leaves when there are more than
+    /// `models_max` (one more while it loads).
     pub fn start_keeping(choice: &str, threads: usize, models_max: usize) -> Result<Self> {
         let (jobs, queue) = mpsc::channel::<Job>(QUEUE);
         let (opened, answer) = std_mpsc::sync_channel(1);
         let choice = choice.to_owned();
-        let watch = Arc::new(Watch { status: watch::Sender::default(), is_well: watch::Sender::new(true) });
+        let watch = Arc::new(Watch {
+            status: watch::Sender::default(),
+            is_well: watch::Sender::new(true),
+        });
         let watched = watch.clone();
         let run = move || {
             let device = match cuda::open(&choice) {
@@ -129,14 +89,20 @@ impl Device {
                 Err(error) => return drop(opened.send(Err(error))),
             };
             let _ = opened.send(Ok(cuda::name(device)));
-            // Selection's kernels are compiled and checked now, and not while a step waits for them.
+            // Selection's kernels are compiled and checked now, and not while a step waits for
+            // them.
             let _ = crate::cuda::backend(device);
             serve(queue, &watched, device, threads, models_max);
         };
         let spawned = thread::Builder::new().name("device".into()).spawn(run);
         spawned.map_err(|e| Error::internal("cannot start the device's thread").because(e))?;
         let name = answer.recv().map_err(|_| stopped())??;
-        Ok(Self { jobs, name: name.into(), watch, deadline: DEADLINE })
+        Ok(Self {
+            jobs,
+            name: name.into(),
+            watch,
+            deadline: DEADLINE,
+        })
     }
 
     /// The same device, whose work is given up after `deadline`.
@@ -160,30 +126,39 @@ impl Device {
         Compute::choose(wanted, self.name.starts_with("cuda"))
     }
 
-    /// Has a model on the device and tells what it is. Weights that are there already are not read, checked or copied again.
+    /// Has a model on the device and tells what it is. Weights that are there already are not read,
+    /// checked or copied again.
     ///
     /// # Errors
-    /// `WeightsRefused` (for a folder's own weights `ModelInvalid`) naming the first bad `tensor`; what
-    /// [`ModelFolder::weights`] says; `Overloaded` where it does not fit the device.
+    /// `WeightsRefused` (for a folder's own weights `ModelInvalid`) naming the first bad `tensor`;
+    /// what [`ModelFolder::weights`] says; `Overloaded` where it does not fit the device.
     pub async fn load(&self, request: LoadModel) -> Result<ModelInfo> {
         let known = request.weights_digest().await?;
         let (compute, canary) = (request.compute, request.canary);
         if let Some(digest) = &known {
-            let key = ModelKey { digest: request.folder.digest(digest), compute };
+            let key = ModelKey {
+                digest: request.folder.digest(digest),
+                compute,
+            };
             let (reason, source) = request.blamed();
-            let found = self.submit(move |models| models.find(&key, canary, reason, &source)).await?;
+            let found = self
+                .submit(move |models| models.find(&key, canary, reason, &source))
+                .await?;
             if let Some(info) = found {
                 return Ok(info);
             }
         }
         let source = request.read(known).await?;
-        self.submit(move |models| models.insert(source, compute, canary)).await
+        self.submit(move |models| models.insert(source, compute, canary))
+            .await
     }
 
-    /// Loads a model and embeds a micro-batch with it in one go, so that no other model can push it off in between.
+    /// Loads a model and embeds a micro-batch with it in one go, so that no other model can push it
+    /// off in between.
     ///
     /// # Errors
-    /// As [`Device::load`] and [`Device::embed`]; `WeightsMissing` means that the weights are not those of `batch.model`.
+    /// As [`Device::load`] and [`Device::embed`]; `WeightsMissing` means that the weights are not
+    /// those of `batch.model`.
     pub async fn load_and_embed(&self, request: LoadModel, batch: MicroBatch) -> Result<Embedded> {
         let known = request.weights_digest().await?;
         let (compute, canary) = (request.compute, request.canary);
@@ -198,8 +173,9 @@ impl Device {
     /// Embeds a micro-batch.
     ///
     /// # Errors
-    /// `WeightsMissing` where the model has left the device: load it again. `ModelInvalid` or `TokenizerMismatch` where pixels
-    /// or ids do not fit the model; `Overloaded` where the device's memory is not enough.
+    /// `WeightsMissing` where the model has left the device: load it again. `ModelInvalid` or
+    /// `TokenizerMismatch` where pixels or ids do not fit the model; `Overloaded` where the
+    /// device's memory is not enough.
     pub async fn embed(&self, batch: MicroBatch) -> Result<Embedded> {
         self.submit(move |models| models.embed(&batch)).await
     }
@@ -208,7 +184,10 @@ impl Device {
     ///
     /// # Errors
     /// `Internal` where it panics.
-    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(tch::Device) -> T + Send + 'static) -> Result<T> {
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(tch::Device) -> T + Send + 'static,
+    ) -> Result<T> {
         self.submit(move |models| Ok(work(models.device()))).await
     }
 
@@ -221,8 +200,8 @@ impl Device {
             if reply.is_closed() {
                 return;
             }
-            let outcome =
-                catch_unwind(AssertUnwindSafe(|| work(models))).unwrap_or_else(|panic| Err(panicked(&*panic)));
+            let outcome = catch_unwind(AssertUnwindSafe(|| work(models)))
+                .unwrap_or_else(|panic| Err(panicked(&*panic)));
             // The caller may have gone meanwhile; nobody else wants the answer.
             let _ = reply.send(outcome);
         };
@@ -241,7 +220,11 @@ impl Device {
     async fn hangs(&self) {
         let mut status = self.watch.status.subscribe();
         loop {
-            let Status { job, is_busy, is_hung } = *status.borrow_and_update();
+            let Status {
+                job,
+                is_busy,
+                is_hung,
+            } = *status.borrow_and_update();
             if is_hung {
                 return;
             }
@@ -255,66 +238,25 @@ impl Device {
     fn hung(&self) -> Error {
         let (name, seconds) = (&self.name, self.deadline.as_secs_f64());
         let message = format!(
-            "the device {name} has not finished its work for {seconds} s (worker.device_deadline_seconds); this worker does \
-             nothing until it has: look at its driver's log, and start it anew; where one micro-batch may take that long, raise \
+            "the device {name} has not finished its work for {seconds} s \
+            (worker.device_deadline_seconds); this worker does \
+             nothing until it has: look at its driver's log, and start it anew; where one \
+             micro-batch may take that long, raise \
              the deadline or lower micro_batch_rows"
         );
         Error::new(Reason::DeviceUnavailable, message).with("device", name)
     }
 }
 
-impl LoadModel {
-    /// The weights' digest, where it is known without reading them.
-    async fn weights_digest(&self) -> Result<Option<String>> {
-        Ok(match &self.weights {
-            Weights::Safetensors(file) => {
-                let file = file.clone();
-                Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
-            }
-            Weights::Folder => self.folder.weights_digest.get().cloned(),
-            Weights::Random(seed) => Some(init::digest(*seed)),
-        })
-    }
-
-    /// The reason that bad weights carry, and what errors call them.
-    fn blamed(&self) -> (Reason, String) {
-        let uri = &self.folder.uri;
-        match &self.weights {
-            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {uri}")),
-            Weights::Folder => (Reason::ModelInvalid, uri.clone()),
-            Weights::Random(seed) => (Reason::WeightsRefused, format!("{uri} from seed {seed}")),
-        }
-    }
-
-    /// The weights, read or drawn, and checked.
-    async fn read(self, known: Option<String>) -> Result<models::Source> {
-        let (reason, name) = self.blamed();
-        let Self { folder, weights, .. } = self;
-        let is_folder = matches!(weights, Weights::Folder);
-        let files = match weights {
-            Weights::Safetensors(file) => vec![file],
-            Weights::Folder => folder.weights().await?,
-            Weights::Random(seed) => {
-                let folder = folder.clone();
-                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
-            }
-        };
-        let of = folder.clone();
-        let snapshot =
-            blocking(move || of.verify(files)).await?.map_err(|refusal| refusal.into_error(reason, &name))?;
-        // A folder may hold others than when its digest was taken: what counts is what was read now.
-        let weights_digest = known.filter(|_| !is_folder).unwrap_or_else(|| snapshot.digest().to_owned());
-        if is_folder {
-            // Set already where two callers loaded at once; the first to finish is as right.
-            let _ = folder.weights_digest.set(weights_digest.clone());
-        }
-        Ok(models::Source { folder, snapshot, weights_digest, name, reason })
-    }
-}
-
 impl Watch {
     fn begun(&self) {
-        self.status.send_modify(|status| *status = Status { job: status.job + 1, is_busy: true, is_hung: false });
+        self.status.send_modify(|status| {
+            *status = Status {
+                job: status.job + 1,
+                is_busy: true,
+                is_hung: false,
+            }
+        });
     }
 
     fn ended(&self) {
@@ -323,7 +265,11 @@ impl Watch {
                 tracing::warn!("the device has finished its work after all");
                 self.is_well.send_replace(true);
             }
-            *status = Status { job: status.job, is_busy: false, is_hung: false };
+            *status = Status {
+                job: status.job,
+                is_busy: false,
+                is_hung: false,
+            };
         });
     }
 
@@ -341,7 +287,13 @@ impl Watch {
     }
 }
 
-fn serve(mut queue: mpsc::Receiver<Job>, watch: &Watch, device: tch::Device, threads: usize, models_max: usize) {
+fn serve(
+    mut queue: mpsc::Receiver<Job>,
+    watch: &Watch,
+    device: tch::Device,
+    threads: usize,
+    models_max: usize,
+) {
     if let Ok(threads @ 1..) = i32::try_from(threads) {
         tch::set_num_threads(threads);
     }
@@ -356,7 +308,9 @@ fn serve(mut queue: mpsc::Receiver<Job>, watch: &Watch, device: tch::Device, thr
 
 /// CPU work off the async threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("checking weights stopped").because(e))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Error::internal("checking weights stopped").because(e))
 }
 
 fn stopped() -> Error {
@@ -364,8 +318,14 @@ fn stopped() -> Error {
 }
 
 fn panicked(panic: &(dyn Any + Send)) -> Error {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    Error::internal(format!("work on the device panicked: {}", text.unwrap_or("no message")))
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    Error::internal(format!(
+        "work on the device panicked: {}",
+        text.unwrap_or("no message")
+    ))
 }
 
 #[cfg(test)]

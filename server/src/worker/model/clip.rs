@@ -1,13 +1,18 @@
-//! CLIP (Radford et al. 2021, arXiv 2103.00020): a ViT with a class token and a causal caption transformer.
-use super::config::{ModelConfig, Tower, VisionConfig};
-use super::encoder::Towers;
-use super::layers::{
-    BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding, patches,
+//! CLIP (Radford et al. 2021, arXiv 2103.00020): a ViT with a class token and a causal caption
+//! transformer.
+use super::{
+    config::{ModelConfig, Tower, VisionConfig},
+    encoder::Towers,
+    layers::{
+        BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding,
+        patches,
+    },
+    parameters::{Init, Parameters},
 };
-use super::parameters::{Init, Parameters};
 use tch::{Kind, Tensor};
 
-/// `eos_token_id` of configurations written before transformers knew the right one; it means "the largest id".
+/// `eos_token_id` of configurations written before transformers knew the right one; it means "the
+/// largest id".
 const LEGACY_EOS: i64 = 2;
 
 /// Names and shapes of `transformers.CLIPModel`, with its initial distributions.
@@ -16,30 +21,72 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
     let (vision, text) = (&config.vision, &config.text);
     let (d, patch) = (vision.tower.hidden_size, vision.patch_size);
     let embeddings = "vision_model.embeddings";
-    to.add(format!("{embeddings}.class_embedding"), &[d], Init::lecun(d));
-    to.add(format!("{embeddings}.patch_embedding.weight"), &[d, 3, patch, patch], Init::Normal(0.02));
-    to.add(format!("{embeddings}.position_embedding.weight"), &[vision.grid().pow(2) + 1, d], Init::Normal(0.02));
+    to.add(
+        format!("{embeddings}.class_embedding"),
+        &[d],
+        Init::lecun(d),
+    );
+    to.add(
+        format!("{embeddings}.patch_embedding.weight"),
+        &[d, 3, patch, patch],
+        Init::Normal(0.02),
+    );
+    to.add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[vision.grid().pow(2) + 1, d],
+        Init::Normal(0.02),
+    );
     // The name is misspelt in transformers, and so in every checkpoint.
     to.layer_norm("vision_model.pre_layrnorm", d);
-    Transformer::parameters(&mut to, "vision_model", &vision.tower, &block_init(&vision.tower));
+    Transformer::parameters(
+        &mut to,
+        "vision_model",
+        &vision.tower,
+        &block_init(&vision.tower),
+    );
     to.layer_norm("vision_model.post_layernorm", d);
-    to.add("visual_projection.weight", &[config.embedding_dim, d], Init::lecun(d));
+    to.add(
+        "visual_projection.weight",
+        &[config.embedding_dim, d],
+        Init::lecun(d),
+    );
 
     let d = text.tower.hidden_size;
     let embeddings = "text_model.embeddings";
-    to.add(format!("{embeddings}.token_embedding.weight"), &[text.vocab_size, d], Init::Normal(0.02));
-    to.add(format!("{embeddings}.position_embedding.weight"), &[text.max_position_embeddings, d], Init::Normal(0.02));
+    to.add(
+        format!("{embeddings}.token_embedding.weight"),
+        &[text.vocab_size, d],
+        Init::Normal(0.02),
+    );
+    to.add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[text.max_position_embeddings, d],
+        Init::Normal(0.02),
+    );
     Transformer::parameters(&mut to, "text_model", &text.tower, &block_init(&text.tower));
     to.layer_norm("text_model.final_layer_norm", d);
-    to.add("text_projection.weight", &[config.embedding_dim, d], Init::lecun(d));
-    to.add("logit_scale", &[], Init::Constant(config.logit_scale_init as f32));
+    to.add(
+        "text_projection.weight",
+        &[config.embedding_dim, d],
+        Init::lecun(d),
+    );
+    to.add(
+        "logit_scale",
+        &[],
+        Init::Constant(config.logit_scale_init as f32),
+    );
     to
 }
 
 fn block_init(tower: &Tower) -> BlockInit {
     let (d, layers) = (tower.hidden_size as f64, tower.num_hidden_layers as f64);
     let residual = Init::Normal(d.powf(-0.5) * (2.0 * layers).powf(-0.5));
-    BlockInit { qkv: residual, out: Init::Normal(d.powf(-0.5)), fc1: Init::Normal((2.0 * d).powf(-0.5)), fc2: residual }
+    BlockInit {
+        qkv: residual,
+        out: Init::Normal(d.powf(-0.5)),
+        fc1: Init::Normal((2.0 * d).powf(-0.5)),
+        fc2: residual,
+    }
 }
 
 pub struct Clip {
@@ -65,7 +112,9 @@ impl Clip {
         Ok(Self {
             vision: vision.clone(),
             eos_token_id: text.eos_token_id,
-            class: tensors.get("vision_model.embeddings.class_embedding")?.f_reshape([1, 1, -1])?,
+            class: tensors
+                .get("vision_model.embeddings.class_embedding")?
+                .f_reshape([1, 1, -1])?,
             patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", false)?,
             positions: tensors.get("vision_model.embeddings.position_embedding.weight")?,
             pre_norm: LayerNorm::load(tensors, "vision_model.pre_layrnorm", eps)?,
@@ -74,7 +123,11 @@ impl Clip {
             image_projection: Linear::without_bias(tensors, "visual_projection")?,
             words: TextEmbedding::load(tensors, "text_model.embeddings")?,
             text: Transformer::load(tensors, "text_model", &text.tower, true)?,
-            final_norm: LayerNorm::load(tensors, "text_model.final_layer_norm", text.tower.layer_norm_eps)?,
+            final_norm: LayerNorm::load(
+                tensors,
+                "text_model.final_layer_norm",
+                text.tower.layer_norm_eps,
+            )?,
             text_projection: Linear::without_bias(tensors, "text_projection")?,
         })
     }
@@ -85,20 +138,28 @@ impl Towers for Clip {
         let x = self.patches.forward(&patches(pixels, &self.vision)?)?;
         let class = self.class.f_expand([x.size3()?.0, -1, -1], false)?;
         let x = Tensor::f_cat(&[class, x], 1)?.f_add(&self.positions)?;
-        let x = self.image.forward(self.pre_norm.forward(&x)?)?.f_select(1, 0)?;
+        let x = self
+            .image
+            .forward(self.pre_norm.forward(&x)?)?
+            .f_select(1, 0)?;
         self.image_projection.forward(&self.post_norm.forward(&x)?)
     }
 
-    /// Pools the first end-of-text token; where there is none, the first token, as transformers does.
+    /// Pools the first end-of-text token; where there is none, the first token, as transformers
+    /// does.
     fn text(&self, ids: &Tensor) -> Torch {
         let x = self.text.forward(self.words.forward(ids)?)?;
         let last = if self.eos_token_id == LEGACY_EOS {
             ids.f_argmax(1, true)?
         } else {
-            ids.f_eq(self.eos_token_id)?.f_to_kind(Kind::Int)?.f_argmax(1, true)?
+            ids.f_eq(self.eos_token_id)?
+                .f_to_kind(Kind::Int)?
+                .f_argmax(1, true)?
         };
         let (n, _, d) = x.size3()?;
-        let x = x.f_gather(1, &last.f_unsqueeze(-1)?.f_expand([n, 1, d], false)?, false)?.f_select(1, 0)?;
+        let x = x
+            .f_gather(1, &last.f_unsqueeze(-1)?.f_expand([n, 1, d], false)?, false)?
+            .f_select(1, 0)?;
         self.text_projection.forward(&self.final_norm.forward(&x)?)
     }
 }

@@ -1,7 +1,10 @@
 //! `config.json` of a model folder, with transformers' defaults for the keys that it leaves out.
-use super::fields::{Fields, invalid};
-use super::parameters::Parameters;
-use super::{clip, siglip};
+use super::{
+    clip,
+    fields::{Fields, invalid},
+    parameters::Parameters,
+    siglip,
+};
 use crate::error::Result;
 use serde_json::Value;
 use superbatch_proto::v1::ComputeDtype;
@@ -76,7 +79,8 @@ pub struct VisionConfig {
 }
 
 impl VisionConfig {
-    /// Patches along one side; pixels that fill no patch are left out, as a strided convolution does.
+    /// Patches along one side; pixels that fill no patch are left out, as a strided convolution
+    /// does.
     pub fn grid(&self) -> usize {
         self.image_size / self.patch_size
     }
@@ -107,24 +111,32 @@ impl ModelConfig {
     /// Reads `config.json`.
     ///
     /// # Errors
-    /// `ModelInvalid` naming the `file`, and the `field` that is missing, malformed or not supported.
+    /// `ModelInvalid` naming the `file`, and the `field` that is missing, malformed or not
+    /// supported.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        let value: Value =
-            serde_json::from_slice(json).map_err(|e| invalid("config.json is no valid JSON", "").because(e))?;
+        let value: Value = serde_json::from_slice(json)
+            .map_err(|e| invalid("config.json is no valid JSON", "").because(e))?;
         let root = Fields::root(&value)?;
         let family = match root.text("model_type", "")? {
             "siglip" => Family::Siglip,
             "clip" => Family::Clip,
             other => {
-                let message = format!("model_type '{other}' is not supported; use a folder of 'siglip' or 'clip'");
+                let message = format!(
+                    "model_type '{other}' is not supported; use a folder of 'siglip' or 'clip'"
+                );
                 return Err(invalid(message, "model_type"));
             }
         };
         match family {
-            Family::Siglip => Self::siglip(&root.section("vision_config")?, &root.section("text_config")?),
+            Family::Siglip => Self::siglip(
+                &root.section("vision_config")?,
+                &root.section("text_config")?,
+            ),
             Family::Clip => {
-                // Written by old versions; where they are, they replace the sections whole, defaults included.
-                let section = |old, new| root.section(if root.get(old).is_some() { old } else { new });
+                // Written by old versions; where they are, they replace the sections whole,
+                // defaults included.
+                let section =
+                    |old, new| root.section(if root.get(old).is_some() { old } else { new });
                 let vision = section("vision_config_dict", "vision_config")?;
                 Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
             }
@@ -136,7 +148,10 @@ impl ModelConfig {
         // SigLIP 2's text transformer is SigLIP's; its NaFlex vision transformer is not.
         text.expect_type(&["siglip_text_model", "siglip2_text_model"])?;
         if !vision.flag("vision_use_head", true)? {
-            return Err(vision.invalid("vision_use_head", "false leaves no image embedding to score with"));
+            return Err(vision.invalid(
+                "vision_use_head",
+                "false leaves no image embedding to score with",
+            ));
         }
         let defaults = Tower {
             hidden_size: 768,
@@ -151,7 +166,8 @@ impl ModelConfig {
         let embedding_dim = text.size("projection_size", text_config.tower.hidden_size)?;
         if embedding_dim != vision_config.tower.hidden_size {
             let message = format!(
-                "{embedding_dim} differs from vision_config.hidden_size {}, so images and captions have no common space",
+                "{embedding_dim} differs from vision_config.hidden_size {}, so images and \
+                captions have no common space",
                 vision_config.tower.hidden_size
             );
             return Err(text.invalid("projection_size", &message));
@@ -176,7 +192,12 @@ impl ModelConfig {
             layer_norm_eps: 1e-5,
             hidden_act: Activation::QuickGelu,
         };
-        let of_text = Tower { hidden_size: 512, intermediate_size: 2048, num_attention_heads: 8, ..of_vision.clone() };
+        let of_text = Tower {
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_attention_heads: 8,
+            ..of_vision.clone()
+        };
         Ok(Self {
             family: Family::Clip,
             vision: vision.vision(&of_vision, 32)?,

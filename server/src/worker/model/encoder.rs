@@ -1,9 +1,13 @@
 //! A loaded model: pixels and ids in, L2-normalised embeddings out.
-use super::config::{Compute, Family, ModelConfig};
-use super::layers::{Tensors, Torch};
-use super::snapshot::{Refusal, Snapshot, Stored};
-use super::{clip::Clip, flops, siglip::Siglip};
-use crate::worker::preprocess::Normalisation;
+use super::{
+    clip::Clip,
+    config::{Compute, Family, ModelConfig},
+    flops,
+    layers::{Tensors, Torch},
+    siglip::Siglip,
+    snapshot::{Refusal, Snapshot, Stored},
+};
+use crate::worker::inputs::preprocess::Normalisation;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap};
 use tch::{Device, Kind, TchError, Tensor};
@@ -62,20 +66,33 @@ pub struct Encoder {
 
 impl Encoder {
     /// Puts checked weights on `device`, cast once to what is computed in.
-    pub fn load(config: &ModelConfig, snapshot: &Snapshot, compute: Compute, device: Device) -> Torch<Self> {
+    pub fn load(
+        config: &ModelConfig,
+        snapshot: &Snapshot,
+        compute: Compute,
+        device: Device,
+    ) -> Torch<Self> {
         let mut tensors = HashMap::new();
         for (name, _) in config.parameters().iter() {
-            let stored =
-                snapshot.get(name).ok_or_else(|| TchError::Torch(format!("tensor '{name}' was never checked")))?;
-            tensors.insert(name.to_owned(), place(&stored, device)?.f_to_kind(compute.kind())?);
+            let stored = snapshot
+                .get(name)
+                .ok_or_else(|| TchError::Torch(format!("tensor '{name}' was never checked")))?;
+            tensors.insert(
+                name.to_owned(),
+                place(&stored, device)?.f_to_kind(compute.kind())?,
+            );
         }
         let tensors = Tensors(tensors);
         let towers: Box<dyn Towers> = match config.family {
             Family::Siglip => Box::new(Siglip::load(config, &tensors)?),
             Family::Clip => Box::new(Clip::load(config, &tensors)?),
         };
-        let scalar =
-            |name| snapshot.get(name).map(|stored| place(&stored, Device::Cpu)?.f_double_value(&[])).transpose();
+        let scalar = |name| {
+            snapshot
+                .get(name)
+                .map(|stored| place(&stored, Device::Cpu)?.f_double_value(&[]))
+                .transpose()
+        };
         Ok(Self {
             towers,
             config: config.clone(),
@@ -90,11 +107,19 @@ impl Encoder {
         &self.config
     }
 
-    pub fn info(&self, digest: String, weights_digest: String, files: BTreeMap<String, String>) -> ModelInfo {
+    pub fn info(
+        &self,
+        digest: String,
+        weights_digest: String,
+        files: BTreeMap<String, String>,
+    ) -> ModelInfo {
         let shape = |shape: &[usize]| shape.iter().map(|size| *size as u64).collect();
         let parameters = self.config.parameters();
         ModelInfo {
-            key: ModelKey { digest: digest.clone(), compute: self.compute },
+            key: ModelKey {
+                digest: digest.clone(),
+                compute: self.compute,
+            },
             digest,
             model_type: self.config.model_type().to_owned(),
             embedding_dim: self.config.embedding_dim,
@@ -104,7 +129,10 @@ impl Encoder {
             logit_bias: self.logit_bias,
             image_flops: flops::image(&self.config),
             text_flops: flops::text(&self.config),
-            tensors: parameters.iter().map(|(name, of)| (name.to_owned(), shape(&of.shape))).collect(),
+            tensors: parameters
+                .iter()
+                .map(|(name, of)| (name.to_owned(), shape(&of.shape)))
+                .collect(),
             weights_digest,
             files,
         }
@@ -114,7 +142,10 @@ impl Encoder {
     pub fn image(&self, pixels: &[u8], rows: usize, normalisation: &Normalisation) -> Torch {
         let size = self.config.vision.image_size as i64;
         if rows as i64 * size * size * 3 != pixels.len() as i64 {
-            return Err(TchError::Shape(format!("{} bytes are not {rows} images of {size}x{size}", pixels.len())));
+            return Err(TchError::Shape(format!(
+                "{} bytes are not {rows} images of {size}x{size}",
+                pixels.len()
+            )));
         }
         let pixels = Tensor::f_from_data_size(pixels, &[rows as i64, size, size, 3], Kind::Uint8)?;
         let channels = |values: &[f32; 3]| Tensor::f_from_slice(values)?.f_to_device(self.device);
@@ -127,23 +158,38 @@ impl Encoder {
         unit(&self.towers.image(&pixels.f_to_kind(self.compute.kind())?)?)
     }
 
-    /// Embeds ids `[rows, length]` as f32 `[rows, embedding_dim]` of length one. They must be below `vocab_size`.
+    /// Embeds ids `[rows, length]` as f32 `[rows, embedding_dim]` of length one. They must be below
+    /// `vocab_size`.
     pub fn text(&self, ids: &[i64], rows: usize) -> Torch {
-        let ids = Tensor::f_from_slice(ids)?.f_reshape([rows as i64, -1])?.f_to_device(self.device)?;
+        let ids = Tensor::f_from_slice(ids)?
+            .f_reshape([rows as i64, -1])?
+            .f_to_device(self.device)?;
         unit(&self.towers.text(&ids)?)
     }
 
-    /// Embeds two made-up rows and insists on finite numbers: weights can be finite, and overflow in use.
+    /// Embeds two made-up rows and insists on finite numbers: weights can be finite, and overflow
+    /// in use.
     pub fn canary(&self) -> Torch<Result<(), Refusal>> {
         const ROWS: usize = 2;
         let (size, text) = (self.config.vision.image_size, &self.config.text);
-        let pixels: Vec<u8> = (0..ROWS * size * size * 3).map(|i| (i * 37 % 256) as u8).collect();
-        let ids: Vec<i64> =
-            (0..ROWS * text.max_position_embeddings).map(|i| (i * 31 % text.vocab_size) as i64).collect();
-        let plain = Normalisation { rescale: 1.0 / 255.0, mean: [0.5; 3], std: [0.5; 3] };
-        let finite = |x: Tensor| Ok::<_, TchError>(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
+        let pixels: Vec<u8> = (0..ROWS * size * size * 3)
+            .map(|i| (i * 37 % 256) as u8)
+            .collect();
+        let ids: Vec<i64> = (0..ROWS * text.max_position_embeddings)
+            .map(|i| (i * 31 % text.vocab_size) as i64)
+            .collect();
+        let plain = Normalisation {
+            rescale: 1.0 / 255.0,
+            mean: [0.5; 3],
+            std: [0.5; 3],
+        };
+        let finite =
+            |x: Tensor| Ok::<_, TchError>(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
         if !self.logit_scale.is_finite() {
-            return Ok(Err(Refusal::of("logit_scale", "is not finite once exp() is applied")));
+            return Ok(Err(Refusal::of(
+                "logit_scale",
+                "is not finite once exp() is applied",
+            )));
         }
         let problem = if !finite(self.image(&pixels, ROWS, &plain)?)? {
             "image"

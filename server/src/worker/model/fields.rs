@@ -4,13 +4,18 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use superbatch_proto::v1::Reason;
 
-/// The largest size, count or id that is believed; it keeps products of a few of them far from overflow.
+/// The largest size, count or id that is believed; it keeps products of a few of them far from
+/// overflow.
 const NUMBER_MAX: u64 = 1 << 24;
 
 /// `ModelInvalid`, of a field of config.json where one is to blame.
 pub fn invalid(message: impl Into<String>, field: &str) -> Error {
     let error = Error::new(Reason::ModelInvalid, message).with("file", "config.json");
-    if field.is_empty() { error } else { error.with("field", field) }
+    if field.is_empty() {
+        error
+    } else {
+        error.with("field", field)
+    }
 }
 
 /// One object of config.json; a key that is absent or null takes its default.
@@ -22,15 +27,24 @@ pub struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// The whole of config.json.
     pub fn root(value: &'a Value) -> Result<Self> {
-        let map = value.as_object().ok_or_else(|| invalid("config.json is no JSON object", ""))?;
-        Ok(Self { path: "", map: Some(map) })
+        let map = value
+            .as_object()
+            .ok_or_else(|| invalid("config.json is no JSON object", ""))?;
+        Ok(Self {
+            path: "",
+            map: Some(map),
+        })
     }
 
     /// An object inside this one; empty where it is absent.
     pub fn section(&self, key: &'static str) -> Result<Self> {
         let map = match self.get(key) {
             None => None,
-            Some(value) => Some(value.as_object().ok_or_else(|| self.invalid(key, "should be an object"))?),
+            Some(value) => Some(
+                value
+                    .as_object()
+                    .ok_or_else(|| self.invalid(key, "should be an object"))?,
+            ),
         };
         Ok(Self { path: key, map })
     }
@@ -41,37 +55,63 @@ impl<'a> Fields<'a> {
 
     /// `ModelInvalid` about a key of this object.
     pub fn invalid(&self, key: &str, problem: &str) -> Error {
-        let field = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
+        let field = if self.path.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.path)
+        };
         invalid(format!("{field} in config.json: {problem}"), &field)
     }
 
     pub fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_str().ok_or_else(|| self.invalid(key, &format!("{value} should be a string")))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_str()
+            .ok_or_else(|| self.invalid(key, &format!("{value} should be a string")))
     }
 
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.invalid(key, &format!("{value} should be true or false")))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_bool()
+            .ok_or_else(|| self.invalid(key, &format!("{value} should be true or false")))
     }
 
     pub fn number(&self, key: &str, default: f64) -> Result<f64> {
-        let Some(value) = self.get(key) else { return Ok(default) };
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
         let number = value.as_f64().filter(|number| number.is_finite());
         number.ok_or_else(|| self.invalid(key, &format!("{value} should be a number")))
     }
 
     pub fn id(&self, key: &str, default: i64) -> Result<i64> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_i64().ok_or_else(|| self.invalid(key, &format!("{value} should be an integer")))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        value
+            .as_i64()
+            .ok_or_else(|| self.invalid(key, &format!("{value} should be an integer")))
     }
 
     /// A size or count of at least one.
     pub fn size(&self, key: &str, default: usize) -> Result<usize> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        let size = value.as_u64().filter(|size| (1..=NUMBER_MAX).contains(size));
-        size.map(|size| size as usize)
-            .ok_or_else(|| self.invalid(key, &format!("{value} should be an integer from 1 to {NUMBER_MAX}")))
+        let Some(value) = self.get(key) else {
+            return Ok(default);
+        };
+        let size = value
+            .as_u64()
+            .filter(|size| (1..=NUMBER_MAX).contains(size));
+        size.map(|size| size as usize).ok_or_else(|| {
+            self.invalid(
+                key,
+                &format!("{value} should be an integer from 1 to {NUMBER_MAX}"),
+            )
+        })
     }
 
     /// Refuses a `model_type` that is given and not known.
@@ -80,7 +120,13 @@ impl<'a> Fields<'a> {
         if known.contains(&found) {
             return Ok(());
         }
-        Err(self.invalid("model_type", &format!("'{found}' is not supported, only '{}'", known.join("' and '"))))
+        Err(self.invalid(
+            "model_type",
+            &format!(
+                "'{found}' is not supported, only '{}'",
+                known.join("' and '")
+            ),
+        ))
     }
 
     fn tower(&self, defaults: &Tower) -> Result<Tower> {
@@ -91,7 +137,9 @@ impl<'a> Fields<'a> {
                 Some("gelu_pytorch_tanh" | "gelu_new") => Activation::GeluTanh,
                 Some("quick_gelu") => Activation::QuickGelu,
                 _ => {
-                    let problem = format!("{value} is not supported, only gelu, gelu_pytorch_tanh and quick_gelu");
+                    let problem = format!(
+                        "{value} is not supported, only gelu, gelu_pytorch_tanh and quick_gelu"
+                    );
                     return Err(self.invalid("hidden_act", &problem));
                 }
             },
@@ -105,7 +153,10 @@ impl<'a> Fields<'a> {
             hidden_act,
         };
         if !tower.hidden_size.is_multiple_of(tower.num_attention_heads) {
-            let problem = format!("{} does not divide hidden_size {}", tower.num_attention_heads, tower.hidden_size);
+            let problem = format!(
+                "{} does not divide hidden_size {}",
+                tower.num_attention_heads, tower.hidden_size
+            );
             return Err(self.invalid("num_attention_heads", &problem));
         }
         Ok(tower)
@@ -122,14 +173,22 @@ impl<'a> Fields<'a> {
             patch_size: self.size("patch_size", patch_size)?,
         };
         if config.grid() == 0 {
-            let problem = format!("{} is larger than image_size {}", config.patch_size, config.image_size);
+            let problem = format!(
+                "{} is larger than image_size {}",
+                config.patch_size, config.image_size
+            );
             return Err(self.invalid("patch_size", &problem));
         }
         Ok(config)
     }
 
     /// The section as a caption transformer's.
-    pub fn text_tower(&self, defaults: &Tower, vocab_size: usize, length: usize) -> Result<TextConfig> {
+    pub fn text_tower(
+        &self,
+        defaults: &Tower,
+        vocab_size: usize,
+        length: usize,
+    ) -> Result<TextConfig> {
         Ok(TextConfig {
             tower: self.tower(defaults)?,
             vocab_size: self.size("vocab_size", vocab_size)?,

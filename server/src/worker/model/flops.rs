@@ -1,11 +1,14 @@
-//! What a forward pass costs: 2 FLOPs a multiply-add of every matrix product, attention included (a causal mask saves
-//! nothing here), and nothing for what is linear in the activations.
+//! What a forward pass costs: 2 FLOPs a multiply-add of every matrix product, attention included (a
+//! causal mask saves nothing here), and nothing for what is linear in the activations.
 use super::config::{Family, ModelConfig, Tower};
 
 /// FLOPs to embed one image.
 pub fn image(config: &ModelConfig) -> f64 {
     let (tower, patch) = (&config.vision.tower, config.vision.patch_size as f64);
-    let (patches, d) = ((config.vision.grid() as f64).powi(2), tower.hidden_size as f64);
+    let (patches, d) = (
+        (config.vision.grid() as f64).powi(2),
+        tower.hidden_size as f64,
+    );
     let embed = patches * 3.0 * patch * patch * d;
     let rest = match config.family {
         Family::Siglip => layers(tower, patches) + pooling(tower, patches),
@@ -21,7 +24,8 @@ pub fn text(config: &ModelConfig) -> f64 {
     2.0 * (layers(tower, config.text.max_position_embeddings as f64) + projection)
 }
 
-/// Multiply-adds of all layers over `t` tokens: four projections, scores and their weighted sum, two MLP layers.
+/// Multiply-adds of all layers over `t` tokens: four projections, scores and their weighted sum,
+/// two MLP layers.
 fn layers(tower: &Tower, t: f64) -> f64 {
     let (d, inner) = (tower.hidden_size as f64, tower.intermediate_size as f64);
     tower.num_hidden_layers as f64 * (4.0 * t * d * d + 2.0 * t * t * d + 2.0 * t * d * inner)
@@ -49,20 +53,28 @@ mod tests {
                 "text_config": {small}, "max_position_embeddings": 3, "vocab_size": 9}}}}"#
         );
         let config = config(&json);
-        // Four patches of 12 numbers. A layer: q, k, v, out 4·(4·4·4); scores and sum 2·(4·4·4); MLP 2·(4·4·6).
+        // Four patches of 12 numbers. A layer: q, k, v, out 4·(4·4·4); scores and sum 2·(4·4·4);
+        // MLP 2·(4·4·6).
         let (embed, layer) = (4 * 12 * 4, 4 * 64 + 2 * 64 + 2 * 96);
         // The head: query and out 2·16; keys and values 2·(4·16); scores and sum 2·(4·4); MLP 2·24.
         let head = 32 + 128 + 32 + 48;
         assert_eq!(image(&config), f64::from(2 * (embed + layer + head)));
         // Three tokens, then the head of the last one.
-        assert_eq!(text(&config), f64::from(2 * (4 * 48 + 2 * 36 + 2 * 72 + 16)));
+        assert_eq!(
+            text(&config),
+            f64::from(2 * (4 * 48 + 2 * 36 + 2 * 72 + 16))
+        );
     }
 
     #[test]
     fn clip_vit_b_32_costs_what_is_published() {
         // ViT-B/32 at 224 pixels: 4.4 G multiply-adds for the image, 2.9 G for the caption.
         let config = config(r#"{"model_type": "clip"}"#);
-        assert!((image(&config) / 2e9 - 4.4).abs() < 0.1, "{}", image(&config));
+        assert!(
+            (image(&config) / 2e9 - 4.4).abs() < 0.1,
+            "{}",
+            image(&config)
+        );
         assert!((text(&config) / 2e9 - 3.0).abs() < 0.1, "{}", text(&config));
     }
 }

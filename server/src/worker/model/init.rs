@@ -1,10 +1,13 @@
 //! The service's own initial weights, for a learner that has pushed none yet.
 //!
-//! Every tensor is drawn from a stream of its own, BLAKE3's extendable output over (seed, name): the order in which tensors
-//! are made does not matter, and adding one changes no other. The distributions are those of transformers' `_init_weights`
-//! (see `siglip::parameters` and `clip::parameters`); the numbers are not, so no trainer starts from the same weights.
-use super::parameters::{Init, Parameters};
-use super::snapshot;
+//! Every tensor is drawn from a stream of its own, BLAKE3's extendable output over (seed, name):
+//! the order in which tensors are made does not matter, and adding one changes no other. The
+//! distributions are those of transformers' `_init_weights` (see `siglip::parameters` and
+//! `clip::parameters`); the numbers are not, so no trainer starts from the same weights.
+use super::{
+    parameters::{Init, Parameters},
+    snapshot,
+};
 use crate::error::Result;
 use bytes::Bytes;
 use safetensors::Dtype;
@@ -24,10 +27,17 @@ pub fn random(parameters: &Parameters, seed: u64) -> Result<Bytes> {
         .iter()
         .map(|(name, parameter)| {
             let count = parameter.shape.iter().product();
-            (name, parameter.shape.as_slice(), draw(parameter.init, count, &mut Stream::new(seed, name)))
+            (
+                name,
+                parameter.shape.as_slice(),
+                draw(parameter.init, count, &mut Stream::new(seed, name)),
+            )
         })
         .collect();
-    snapshot::write(data.iter().map(|(name, shape, bytes)| (*name, Dtype::F32, *shape, bytes.as_slice())))
+    snapshot::write(
+        data.iter()
+            .map(|(name, shape, bytes)| (*name, Dtype::F32, *shape, bytes.as_slice())),
+    )
 }
 
 fn draw(init: Init, count: usize, stream: &mut Stream) -> Vec<u8> {
@@ -38,7 +48,10 @@ fn draw(init: Init, count: usize, stream: &mut Stream) -> Vec<u8> {
         Init::Uniform(bound) => (0..count).for_each(|_| push((2.0 * stream.unit() - 1.0) * bound)),
         // Box and Muller (1958): two uniform numbers make two normal ones.
         Init::Normal(std) => (0..count.div_ceil(2)).for_each(|pair| {
-            let (radius, angle) = ((-2.0 * stream.unit().ln()).sqrt() * std, TAU * stream.unit());
+            let (radius, angle) = (
+                (-2.0 * stream.unit().ln()).sqrt() * std,
+                TAU * stream.unit(),
+            );
             push(radius * angle.cos());
             if 2 * pair + 1 < count {
                 push(radius * angle.sin());
@@ -62,7 +75,11 @@ struct Stream {
 
 impl Stream {
     fn new(seed: u64, name: &str) -> Self {
-        Self { reader: keyed(seed, name).finalize_xof(), block: [0; 4096], used: 4096 }
+        Self {
+            reader: keyed(seed, name).finalize_xof(),
+            block: [0; 4096],
+            used: 4096,
+        }
     }
 
     /// Uniform in (0, 1): never 0, so that its logarithm is finite.
@@ -85,7 +102,12 @@ mod tests {
     fn floats(parameters: &Parameters, seed: u64, name: &str) -> Vec<f32> {
         let file = random(parameters, seed).unwrap();
         let file = safetensors::SafeTensors::deserialize(&file).unwrap();
-        file.tensor(name).unwrap().data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        file.tensor(name)
+            .unwrap()
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
     }
 
     #[test]
@@ -95,7 +117,11 @@ mod tests {
         let mut more = few.clone();
         more.add("a", &[7], Init::Uniform(1.0));
         more.add("c", &[3, 333], Init::Normal(0.5));
-        assert_eq!(floats(&few, 1, "b"), floats(&more, 1, "b"), "in whatever company");
+        assert_eq!(
+            floats(&few, 1, "b"),
+            floats(&more, 1, "b"),
+            "in whatever company"
+        );
         assert_ne!(floats(&more, 1, "b"), floats(&more, 1, "c"));
         assert_ne!(floats(&few, 1, "b"), floats(&few, 2, "b"));
         assert_ne!(digest(1), digest(2));
@@ -109,13 +135,27 @@ mod tests {
         let moments = |name| {
             let x = floats(&parameters, 3, name);
             let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len() as f64;
-            let deviation = x.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / x.len() as f64;
+            let deviation = x
+                .iter()
+                .map(|x| (f64::from(*x) - mean).powi(2))
+                .sum::<f64>()
+                / x.len() as f64;
             assert_eq!(x.len(), 10_100);
-            (mean, deviation.sqrt(), x.iter().fold(0.0f32, |max, x| max.max(x.abs())))
+            (
+                mean,
+                deviation.sqrt(),
+                x.iter().fold(0.0f32, |max, x| max.max(x.abs())),
+            )
         };
         let (mean, std, max) = moments("n");
-        assert!(mean.abs() < 0.001 && (std - 0.02).abs() < 0.001 && max < 0.02 * 6.0, "{mean} {std} {max}");
+        assert!(
+            mean.abs() < 0.001 && (std - 0.02).abs() < 0.001 && max < 0.02 * 6.0,
+            "{mean} {std} {max}"
+        );
         let (mean, std, max) = moments("u");
-        assert!(mean.abs() < 0.01 && (std - 0.3 / 3f64.sqrt()).abs() < 0.01 && max <= 0.3, "{mean} {std} {max}");
+        assert!(
+            mean.abs() < 0.01 && (std - 0.3 / 3f64.sqrt()).abs() < 0.01 && max <= 0.3,
+            "{mean} {std} {max}"
+        );
     }
 }

@@ -1,6 +1,8 @@
 //! Layers that both families share. Shapes: n rows, t tokens, d hidden size, h heads.
-use super::config::{Activation, Tower, VisionConfig};
-use super::parameters::{Init, Parameters};
+use super::{
+    config::{Activation, Tower, VisionConfig},
+    parameters::{Init, Parameters},
+};
 use std::collections::HashMap;
 use tch::{TchError, Tensor};
 
@@ -13,7 +15,10 @@ impl Tensors {
     /// The tensor of that name; a check against [`Parameters`] comes before, so it is there.
     pub fn get(&self, name: &str) -> Torch {
         let missing = || TchError::Torch(format!("tensor '{name}' was never loaded"));
-        self.0.get(name).map(Tensor::shallow_clone).ok_or_else(missing)
+        self.0
+            .get(name)
+            .map(Tensor::shallow_clone)
+            .ok_or_else(missing)
     }
 }
 
@@ -24,20 +29,32 @@ pub struct Linear {
 
 impl Linear {
     pub fn load(tensors: &Tensors, at: &str) -> Torch<Self> {
-        Ok(Self { weight: tensors.get(&format!("{at}.weight"))?, bias: Some(tensors.get(&format!("{at}.bias"))?) })
+        Ok(Self {
+            weight: tensors.get(&format!("{at}.weight"))?,
+            bias: Some(tensors.get(&format!("{at}.bias"))?),
+        })
     }
 
     pub fn without_bias(tensors: &Tensors, at: &str) -> Torch<Self> {
-        Ok(Self { weight: tensors.get(&format!("{at}.weight"))?, bias: None })
+        Ok(Self {
+            weight: tensors.get(&format!("{at}.weight"))?,
+            bias: None,
+        })
     }
 
     /// Several layers with the same input as one, their outputs one after the other.
     fn fused(tensors: &Tensors, at: &[String]) -> Torch<Self> {
         let all = |end: &str| -> Torch {
-            let parts = at.iter().map(|at| tensors.get(&format!("{at}.{end}"))).collect::<Torch<Vec<_>>>()?;
+            let parts = at
+                .iter()
+                .map(|at| tensors.get(&format!("{at}.{end}")))
+                .collect::<Torch<Vec<_>>>()?;
             Tensor::f_cat(&parts, 0)
         };
-        Ok(Self { weight: all("weight")?, bias: Some(all("bias")?) })
+        Ok(Self {
+            weight: all("weight")?,
+            bias: Some(all("bias")?),
+        })
     }
 
     pub fn forward(&self, x: &Tensor) -> Torch {
@@ -53,11 +70,21 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     pub fn load(tensors: &Tensors, at: &str, eps: f64) -> Torch<Self> {
-        Ok(Self { weight: tensors.get(&format!("{at}.weight"))?, bias: tensors.get(&format!("{at}.bias"))?, eps })
+        Ok(Self {
+            weight: tensors.get(&format!("{at}.weight"))?,
+            bias: tensors.get(&format!("{at}.bias"))?,
+            eps,
+        })
     }
 
     pub fn forward(&self, x: &Tensor) -> Torch {
-        x.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+        x.f_layer_norm(
+            self.weight.size(),
+            Some(&self.weight),
+            Some(&self.bias),
+            self.eps,
+            true,
+        )
     }
 }
 
@@ -89,7 +116,8 @@ impl Mlp {
 
 /// softmax(q kᵀ / √(d/h)) v over `[n, h, t, d/h]`, as `[n, t, d]`.
 fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
-    let out = Tensor::f_scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, causal, None, false)?;
+    let out =
+        Tensor::f_scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, causal, None, false)?;
     let (n, h, t, width) = out.size4()?;
     out.f_transpose(1, 2)?.f_reshape([n, t, h * width])
 }
@@ -97,7 +125,9 @@ fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
 /// `[n, t, parts * d]` as `parts` tensors of `[n, h, t, d/h]`.
 fn heads(x: &Tensor, parts: i64, heads: i64) -> Torch<Vec<Tensor>> {
     let (n, t, width) = x.size3()?;
-    let x = x.f_reshape([n, t, parts, heads, width / parts / heads])?.f_permute([2, 0, 3, 1, 4])?;
+    let x = x
+        .f_reshape([n, t, parts, heads, width / parts / heads])?
+        .f_permute([2, 0, 3, 1, 4])?;
     (0..parts).map(|part| x.f_select(0, part)).collect()
 }
 
@@ -116,7 +146,10 @@ impl Block {
         let eps = tower.layer_norm_eps;
         Ok(Self {
             norm1: LayerNorm::load(tensors, &format!("{at}.layer_norm1"), eps)?,
-            qkv: Linear::fused(tensors, &["q", "k", "v"].map(|part| format!("{at}.self_attn.{part}_proj")))?,
+            qkv: Linear::fused(
+                tensors,
+                &["q", "k", "v"].map(|part| format!("{at}.self_attn.{part}_proj")),
+            )?,
             out: Linear::load(tensors, &format!("{at}.self_attn.out_proj"))?,
             norm2: LayerNorm::load(tensors, &format!("{at}.layer_norm2"), eps)?,
             mlp: Mlp::load(tensors, &format!("{at}.mlp"), tower.hidden_act)?,
@@ -126,7 +159,11 @@ impl Block {
 
     fn forward(&self, x: &Tensor, causal: bool) -> Torch {
         let qkv = heads(&self.qkv.forward(&self.norm1.forward(x)?)?, 3, self.heads)?;
-        let x = x.f_add(&self.out.forward(&attention(&qkv[0], &qkv[1], &qkv[2], causal)?)?)?;
+        let x = x.f_add(
+            &self
+                .out
+                .forward(&attention(&qkv[0], &qkv[1], &qkv[2], causal)?)?,
+        )?;
         x.f_add(&self.mlp.forward(&self.norm2.forward(&x)?)?)
     }
 }
@@ -163,7 +200,12 @@ impl Transformer {
 
     pub fn load(tensors: &Tensors, at: &str, tower: &Tower, causal: bool) -> Torch<Self> {
         let load = |layer| Block::load(tensors, &format!("{at}.encoder.layers.{layer}"), tower);
-        Ok(Self { blocks: (0..tower.num_hidden_layers).map(load).collect::<Torch<_>>()?, causal })
+        Ok(Self {
+            blocks: (0..tower.num_hidden_layers)
+                .map(load)
+                .collect::<Torch<_>>()?,
+            causal,
+        })
     }
 
     pub fn forward(&self, mut x: Tensor) -> Torch {
@@ -174,20 +216,32 @@ impl Transformer {
     }
 }
 
-/// Cuts `[n, height, width, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch. One matrix product with
-/// the flattened kernel is then the strided convolution, on every device with the same (never TF32) arithmetic.
+/// Cuts `[n, height, width, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch.
+/// One matrix product with the flattened kernel is then the strided convolution, on every device
+/// with the same (never TF32) arithmetic.
 pub fn patches(pixels: &Tensor, config: &VisionConfig) -> Torch {
     let (grid, patch) = (config.grid() as i64, config.patch_size as i64);
     let n = pixels.size().first().copied().unwrap_or(0);
-    let whole = pixels.f_narrow(1, 0, grid * patch)?.f_narrow(2, 0, grid * patch)?;
-    let cut = whole.f_reshape([n, grid, patch, grid, patch, 3])?.f_permute([0, 1, 3, 5, 2, 4])?;
+    let whole = pixels
+        .f_narrow(1, 0, grid * patch)?
+        .f_narrow(2, 0, grid * patch)?;
+    let cut = whole
+        .f_reshape([n, grid, patch, grid, patch, 3])?
+        .f_permute([0, 1, 3, 5, 2, 4])?;
     cut.f_reshape([n, grid * grid, 3 * patch * patch])
 }
 
 /// The patch convolution `{at}.weight` `[d, 3, patch, patch]` as a linear layer on [`patches`].
 pub fn patch_embedding(tensors: &Tensors, at: &str, bias: bool) -> Torch<Linear> {
     let weight = tensors.get(&format!("{at}.weight"))?.f_flatten(1, -1)?;
-    Ok(Linear { weight, bias: if bias { Some(tensors.get(&format!("{at}.bias"))?) } else { None } })
+    Ok(Linear {
+        weight,
+        bias: if bias {
+            Some(tensors.get(&format!("{at}.bias"))?)
+        } else {
+            None
+        },
+    })
 }
 
 /// Token and position embeddings `{at}.*` of a caption.
@@ -210,7 +264,8 @@ impl TextEmbedding {
     }
 }
 
-/// Attention pooling: a learnt probe asks all tokens. `torch.nn.MultiheadAttention` with a packed projection inside.
+/// Attention pooling: a learnt probe asks all tokens. `torch.nn.MultiheadAttention` with a packed
+/// projection inside.
 pub struct PoolingHead {
     /// The probe's query `[1, h, 1, d/h]`; it is the same for every row.
     query: Tensor,
@@ -227,11 +282,16 @@ impl PoolingHead {
         let weight = tensors.get(&format!("{at}.attention.in_proj_weight"))?;
         let bias = tensors.get(&format!("{at}.attention.in_proj_bias"))?;
         let part = |start, length| -> Torch<Linear> {
-            Ok(Linear { weight: weight.f_narrow(0, start, length)?, bias: Some(bias.f_narrow(0, start, length)?) })
+            Ok(Linear {
+                weight: weight.f_narrow(0, start, length)?,
+                bias: Some(bias.f_narrow(0, start, length)?),
+            })
         };
         let query = part(0, d)?.forward(&tensors.get(&format!("{at}.probe"))?)?;
         Ok(Self {
-            query: query.f_reshape([1, 1, count, d / count])?.f_transpose(1, 2)?,
+            query: query
+                .f_reshape([1, 1, count, d / count])?
+                .f_transpose(1, 2)?,
             kv: part(d, 2 * d)?,
             out: Linear::load(tensors, &format!("{at}.attention.out_proj"))?,
             norm: LayerNorm::load(tensors, &format!("{at}.layernorm"), tower.layer_norm_eps)?,
@@ -244,7 +304,11 @@ impl PoolingHead {
     pub fn forward(&self, x: &Tensor) -> Torch {
         let kv = heads(&self.kv.forward(x)?, 2, self.heads)?;
         let query = self.query.f_expand([x.size3()?.0, -1, -1, -1], false)?;
-        let pooled = self.out.forward(&attention(&query, &kv[0], &kv[1], false)?)?;
-        pooled.f_add(&self.mlp.forward(&self.norm.forward(&pooled)?)?)?.f_select(1, 0)
+        let pooled = self
+            .out
+            .forward(&attention(&query, &kv[0], &kv[1], false)?)?;
+        pooled
+            .f_add(&self.mlp.forward(&self.norm.forward(&pooled)?)?)?
+            .f_select(1, 0)
     }
 }

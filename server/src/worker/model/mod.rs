@@ -1,5 +1,5 @@
-//! Dual encoders rebuilt in LibTorch from Hugging Face model folders, with the same tensor names, so that a trainer's
-//! `model.state_dict()` is what it pushes.
+//! Dual encoders rebuilt in LibTorch from Hugging Face model folders, with the same tensor names,
+//! so that a trainer's `model.state_dict()` is what it pushes.
 pub mod clip;
 pub mod config;
 pub mod encoder;
@@ -12,7 +12,12 @@ pub mod parameters;
 pub mod siglip;
 pub mod snapshot;
 
-pub use config::{Activation, Compute, Family, ModelConfig};
-pub use encoder::{Encoder, ModelInfo, ModelKey};
+pub use config::Activation;
+pub use config::Compute;
+pub use config::Family;
+pub use config::ModelConfig;
+pub use encoder::Encoder;
+pub use encoder::ModelInfo;
+pub use encoder::ModelKey;
 pub use folder::ModelFolder;
 pub use snapshot::Snapshot;

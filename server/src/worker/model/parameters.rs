@@ -35,7 +35,13 @@ pub struct Parameters(BTreeMap<String, Parameter>);
 
 impl Parameters {
     pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) {
-        self.0.insert(name.into(), Parameter { shape: shape.to_vec(), init });
+        self.0.insert(
+            name.into(),
+            Parameter {
+                shape: shape.to_vec(),
+                init,
+            },
+        );
     }
 
     /// `{at}.weight` `[outputs, inputs]` and a zero `{at}.bias`.
@@ -54,6 +60,8 @@ impl Parameters {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Parameter)> {
-        self.0.iter().map(|(name, parameter)| (name.as_str(), parameter))
+        self.0
+            .iter()
+            .map(|(name, parameter)| (name.as_str(), parameter))
     }
 }

@@ -1,28 +1,57 @@
-//! SigLIP (Zhai et al. 2023, arXiv 2303.15343): a ViT with attention pooling and a bidirectional caption transformer.
-use super::config::{ModelConfig, Tower, VisionConfig};
-use super::encoder::Towers;
-use super::layers::{
-    BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer, patch_embedding, patches,
+//! SigLIP (Zhai et al. 2023, arXiv 2303.15343): a ViT with attention pooling and a bidirectional
+//! caption transformer.
+use super::{
+    config::{ModelConfig, Tower, VisionConfig},
+    encoder::Towers,
+    layers::{
+        BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer,
+        patch_embedding, patches,
+    },
+    parameters::{Init, Parameters},
 };
-use super::parameters::{Init, Parameters};
 use tch::Tensor;
 
-/// Names and shapes of `transformers.SiglipModel`, with its initial distributions (truncated normals are plain here, and
-/// the biases of the MLPs, 1e-6 there, are zero).
+/// Names and shapes of `transformers.SiglipModel`, with its initial distributions (truncated
+/// normals are plain here, and the biases of the MLPs, 1e-6 there, are zero).
 pub fn parameters(config: &ModelConfig) -> Parameters {
     let mut to = Parameters::default();
     let (vision, text) = (&config.vision, &config.text);
     let (d, patch) = (vision.tower.hidden_size, vision.patch_size);
     let embeddings = "vision_model.embeddings";
-    to.add(format!("{embeddings}.patch_embedding.weight"), &[d, 3, patch, patch], Init::lecun(3 * patch * patch));
-    to.add(format!("{embeddings}.patch_embedding.bias"), &[d], Init::Constant(0.0));
-    to.add(format!("{embeddings}.position_embedding.weight"), &[vision.grid().pow(2), d], Init::lecun(d));
-    Transformer::parameters(&mut to, "vision_model", &vision.tower, &block_init(&vision.tower));
+    to.add(
+        format!("{embeddings}.patch_embedding.weight"),
+        &[d, 3, patch, patch],
+        Init::lecun(3 * patch * patch),
+    );
+    to.add(
+        format!("{embeddings}.patch_embedding.bias"),
+        &[d],
+        Init::Constant(0.0),
+    );
+    to.add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[vision.grid().pow(2), d],
+        Init::lecun(d),
+    );
+    Transformer::parameters(
+        &mut to,
+        "vision_model",
+        &vision.tower,
+        &block_init(&vision.tower),
+    );
     to.layer_norm("vision_model.post_layernorm", d);
     let head = "vision_model.head";
     to.add(format!("{head}.probe"), &[1, 1, d], Init::xavier(d, d));
-    to.add(format!("{head}.attention.in_proj_weight"), &[3 * d, d], Init::xavier(d, 3 * d));
-    to.add(format!("{head}.attention.in_proj_bias"), &[3 * d], Init::Constant(0.0));
+    to.add(
+        format!("{head}.attention.in_proj_weight"),
+        &[3 * d, d],
+        Init::xavier(d, 3 * d),
+    );
+    to.add(
+        format!("{head}.attention.in_proj_bias"),
+        &[3 * d],
+        Init::Constant(0.0),
+    );
     to.linear(&format!("{head}.attention.out_proj"), d, d, Init::lecun(d));
     to.layer_norm(&format!("{head}.layernorm"), d);
     let inner = vision.tower.intermediate_size;
@@ -31,12 +60,24 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
 
     let d = text.tower.hidden_size;
     let embeddings = "text_model.embeddings";
-    to.add(format!("{embeddings}.token_embedding.weight"), &[text.vocab_size, d], Init::lecun(d));
-    to.add(format!("{embeddings}.position_embedding.weight"), &[text.max_position_embeddings, d], Init::lecun(d));
+    to.add(
+        format!("{embeddings}.token_embedding.weight"),
+        &[text.vocab_size, d],
+        Init::lecun(d),
+    );
+    to.add(
+        format!("{embeddings}.position_embedding.weight"),
+        &[text.max_position_embeddings, d],
+        Init::lecun(d),
+    );
     Transformer::parameters(&mut to, "text_model", &text.tower, &block_init(&text.tower));
     to.layer_norm("text_model.final_layer_norm", d);
     to.linear("text_model.head", d, config.embedding_dim, Init::lecun(d));
-    to.add("logit_scale", &[1], Init::Constant(config.logit_scale_init as f32));
+    to.add(
+        "logit_scale",
+        &[1],
+        Init::Constant(config.logit_scale_init as f32),
+    );
     to.add("logit_bias", &[1], Init::Constant(0.0));
     to
 }
@@ -44,7 +85,12 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
 fn block_init(tower: &Tower) -> BlockInit {
     let (d, inner) = (tower.hidden_size, tower.intermediate_size);
     let (square, mlp) = (Init::xavier(d, d), Init::xavier(d, inner));
-    BlockInit { qkv: square, out: square, fc1: mlp, fc2: mlp }
+    BlockInit {
+        qkv: square,
+        out: square,
+        fc1: mlp,
+        fc2: mlp,
+    }
 }
 
 pub struct Siglip {
@@ -68,11 +114,19 @@ impl Siglip {
             patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", true)?,
             positions: tensors.get("vision_model.embeddings.position_embedding.weight")?,
             image: Transformer::load(tensors, "vision_model", &vision.tower, false)?,
-            post_norm: LayerNorm::load(tensors, "vision_model.post_layernorm", vision.tower.layer_norm_eps)?,
+            post_norm: LayerNorm::load(
+                tensors,
+                "vision_model.post_layernorm",
+                vision.tower.layer_norm_eps,
+            )?,
             pool: PoolingHead::load(tensors, "vision_model.head", &vision.tower)?,
             words: TextEmbedding::load(tensors, "text_model.embeddings")?,
             text: Transformer::load(tensors, "text_model", &text.tower, false)?,
-            final_norm: LayerNorm::load(tensors, "text_model.final_layer_norm", text.tower.layer_norm_eps)?,
+            final_norm: LayerNorm::load(
+                tensors,
+                "text_model.final_layer_norm",
+                text.tower.layer_norm_eps,
+            )?,
             head: Linear::load(tensors, "text_model.head")?,
         })
     }
@@ -80,13 +134,20 @@ impl Siglip {
 
 impl Towers for Siglip {
     fn image(&self, pixels: &Tensor) -> Torch {
-        let x = self.patches.forward(&patches(pixels, &self.vision)?)?.f_add(&self.positions)?;
-        self.pool.forward(&self.post_norm.forward(&self.image.forward(x)?)?)
+        let x = self
+            .patches
+            .forward(&patches(pixels, &self.vision)?)?
+            .f_add(&self.positions)?;
+        self.pool
+            .forward(&self.post_norm.forward(&self.image.forward(x)?)?)
     }
 
     /// Pools the last token, which may be padding: that is how the model was trained.
     fn text(&self, ids: &Tensor) -> Torch {
-        let x = self.text.forward(self.words.forward(ids)?)?.f_select(1, -1)?;
+        let x = self
+            .text
+            .forward(self.words.forward(ids)?)?
+            .f_select(1, -1)?;
         self.head.forward(&self.final_norm.forward(&x)?)
     }
 }

@@ -3,11 +3,14 @@ use super::parameters::{Parameter, Parameters};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorView};
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 use superbatch_proto::v1::Reason;
 
-/// One set of weights, not yet on a device. Holds the files' bytes and where each tensor lies in them.
+/// One set of weights, not yet on a device. Holds the files' bytes and where each tensor lies in
+/// them.
 #[derive(Debug)]
 pub struct Snapshot {
     files: Vec<Bytes>,
@@ -31,7 +34,8 @@ pub struct Stored<'a> {
     pub bytes: &'a [u8],
 }
 
-/// What is wrong with weights. It becomes `WeightsRefused` for a push and `ModelInvalid` for a model folder.
+/// What is wrong with weights. It becomes `WeightsRefused` for a push and `ModelInvalid` for a
+/// model folder.
 #[derive(Debug)]
 pub struct Refusal {
     /// The first bad tensor, where one is to blame.
@@ -42,11 +46,19 @@ pub struct Refusal {
 
 impl Refusal {
     pub(super) fn of(tensor: &str, problem: impl std::fmt::Display) -> Self {
-        Self { tensor: Some(tensor.to_owned()), message: format!("tensor '{tensor}' {problem}"), cause: None }
+        Self {
+            tensor: Some(tensor.to_owned()),
+            message: format!("tensor '{tensor}' {problem}"),
+            cause: None,
+        }
     }
 
     pub(super) fn of_all(message: String) -> Self {
-        Self { tensor: None, message, cause: None }
+        Self {
+            tensor: None,
+            message,
+            cause: None,
+        }
     }
 
     /// As an error about the weights at `source`.
@@ -67,20 +79,30 @@ impl Snapshot {
     pub fn parse(files: Vec<Bytes>) -> Result<Self, Refusal> {
         let mut tensors = BTreeMap::new();
         for (file, bytes) in files.iter().enumerate() {
-            let (header, metadata) =
-                SafeTensors::read_metadata(bytes).map_err(|cause| unreadable(bytes.len(), cause))?;
+            let (header, metadata) = SafeTensors::read_metadata(bytes)
+                .map_err(|cause| unreadable(bytes.len(), cause))?;
             let start = header + size_of::<u64>();
             for (stored, info) in metadata.tensors() {
-                let Some(name) = canonical(&stored) else { continue };
+                let Some(name) = canonical(&stored) else {
+                    continue;
+                };
                 let (from, to) = info.data_offsets;
-                let entry =
-                    Entry { dtype: info.dtype, shape: info.shape.clone(), file, bytes: start + from..start + to };
+                let entry = Entry {
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    file,
+                    bytes: start + from..start + to,
+                };
                 if tensors.insert(name.to_owned(), entry).is_some() {
                     return Err(Refusal::of(name, "is there twice"));
                 }
             }
         }
-        Ok(Self { digest: digest(&files), files, tensors })
+        Ok(Self {
+            digest: digest(&files),
+            files,
+            tensors,
+        })
     }
 
     /// BLAKE3 of the file in hex; of the shards' BLAKE3s in order where there are several.
@@ -91,7 +113,11 @@ impl Snapshot {
     pub fn get(&self, name: &str) -> Option<Stored<'_>> {
         let entry = self.tensors.get(name)?;
         let bytes = self.files.get(entry.file)?.get(entry.bytes.clone())?;
-        Some(Stored { dtype: entry.dtype, shape: &entry.shape, bytes })
+        Some(Stored {
+            dtype: entry.dtype,
+            shape: &entry.shape,
+            bytes,
+        })
     }
 
     /// Checks that these are exactly the tensors of a model, in f32, f16 or bf16, and finite.
@@ -100,9 +126,14 @@ impl Snapshot {
     /// The first bad tensor in order of name, with what was expected and what was found.
     pub fn check(&self, parameters: &Parameters) -> Result<(), Refusal> {
         let found = self.tensors.keys().map(String::as_str);
-        let names: BTreeSet<&str> = parameters.iter().map(|(name, _)| name).chain(found).collect();
+        let names: BTreeSet<&str> = parameters
+            .iter()
+            .map(|(name, _)| name)
+            .chain(found)
+            .collect();
         names.into_iter().try_for_each(|name| {
-            check(parameters.get(name), self.get(name)).map_err(|problem| Refusal::of(name, problem))
+            check(parameters.get(name), self.get(name))
+                .map_err(|problem| Refusal::of(name, problem))
         })
     }
 }
@@ -110,23 +141,43 @@ impl Snapshot {
 fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), String> {
     let (expected, found) = match (expected, found) {
         (Some(expected), Some(found)) => (expected, found),
-        (Some(expected), None) => return Err(format!("is missing; expected shape {:?}", expected.shape)),
+        (Some(expected), None) => {
+            return Err(format!("is missing; expected shape {:?}", expected.shape));
+        }
         (None, _) => {
-            return Err("is not one of this model's; push model.state_dict() of the model that the run names".into());
+            return Err(
+                "is not one of this model's; push model.state_dict() of the model that the \
+            run names"
+                    .into(),
+            );
         }
     };
     if expected.shape != found.shape {
-        return Err(format!("has shape {:?}; expected {:?}", found.shape, expected.shape));
+        return Err(format!(
+            "has shape {:?}; expected {:?}",
+            found.shape, expected.shape
+        ));
     }
     let bad = match found.dtype {
-        Dtype::F32 => found.bytes.chunks_exact(4).position(|b| exponent_full(b, 0x7f80)),
-        Dtype::BF16 => found.bytes.chunks_exact(2).position(|b| exponent_full(b, 0x7f80)),
-        Dtype::F16 => found.bytes.chunks_exact(2).position(|b| exponent_full(b, 0x7c00)),
+        Dtype::F32 => found
+            .bytes
+            .chunks_exact(4)
+            .position(|b| exponent_full(b, 0x7f80)),
+        Dtype::BF16 => found
+            .bytes
+            .chunks_exact(2)
+            .position(|b| exponent_full(b, 0x7f80)),
+        Dtype::F16 => found
+            .bytes
+            .chunks_exact(2)
+            .position(|b| exponent_full(b, 0x7c00)),
         other => return Err(format!("has dtype {other:?}; expected F32, F16 or BF16")),
     };
     let count: usize = found.shape.iter().product();
     bad.map_or(Ok(()), |at| {
-        Err(format!("is not finite: element {at} of {count} is NaN or infinite; expected finite values"))
+        Err(format!(
+            "is not finite: element {at} of {count} is NaN or infinite; expected finite values"
+        ))
     })
 }
 
@@ -138,30 +189,55 @@ fn exponent_full(little_endian: &[u8], mask: u16) -> bool {
     }
 }
 
-/// The name in transformers' `state_dict` of a stored tensor; `None` for a buffer, which says nothing about a model.
-/// Other families of names (open_clip's) are mapped here.
+/// The name in transformers' `state_dict` of a stored tensor; `None` for a buffer, which says
+/// nothing about a model. Other families of names (open_clip's) are mapped here.
 fn canonical(stored: &str) -> Option<&str> {
-    if stored.rsplit('.').next() == Some("position_ids") { None } else { Some(stored) }
+    if stored.rsplit('.').next() == Some("position_ids") {
+        None
+    } else {
+        Some(stored)
+    }
 }
 
 fn unreadable(length: usize, cause: SafeTensorError) -> Refusal {
     use SafeTensorError as E;
     let (tensor, message) = match &cause {
-        E::HeaderTooSmall => (None, format!("{length} bytes are too few for a safetensors file: empty or truncated")),
-        E::InvalidHeaderLength => {
-            (None, format!("the header reaches past the end of {length} bytes: truncated, or no safetensors"))
-        }
-        E::MetadataIncompleteBuffer => {
-            (None, format!("the tensors do not fill the {length} bytes: truncated, or written over"))
-        }
-        E::InvalidOffset(name) => {
-            (Some(name.clone()), format!("tensor '{name}' overlaps another or leaves a gap: corrupt header"))
-        }
-        E::TensorInvalidInfo => (None, "a tensor's bytes do not fit its shape and dtype: corrupt header".into()),
-        E::HeaderTooLarge => (None, "the header is over 100 MB: corrupt, or no safetensors".into()),
-        _ => (None, "the header is corrupt, or this is no safetensors file".into()),
+        E::HeaderTooSmall => (
+            None,
+            format!("{length} bytes are too few for a safetensors file: empty or truncated"),
+        ),
+        E::InvalidHeaderLength => (
+            None,
+            format!(
+                "the header reaches past the end of {length} bytes: truncated, or no safetensors"
+            ),
+        ),
+        E::MetadataIncompleteBuffer => (
+            None,
+            format!("the tensors do not fill the {length} bytes: truncated, or written over"),
+        ),
+        E::InvalidOffset(name) => (
+            Some(name.clone()),
+            format!("tensor '{name}' overlaps another or leaves a gap: corrupt header"),
+        ),
+        E::TensorInvalidInfo => (
+            None,
+            "a tensor's bytes do not fit its shape and dtype: corrupt header".into(),
+        ),
+        E::HeaderTooLarge => (
+            None,
+            "the header is over 100 MB: corrupt, or no safetensors".into(),
+        ),
+        _ => (
+            None,
+            "the header is corrupt, or this is no safetensors file".into(),
+        ),
     };
-    Refusal { tensor, message, cause: Some(cause) }
+    Refusal {
+        tensor,
+        message,
+        cause: Some(cause),
+    }
 }
 
 fn digest(files: &[Bytes]) -> String {
@@ -178,17 +254,23 @@ fn digest(files: &[Bytes]) -> String {
     digest.to_hex().to_string()
 }
 
-/// Writes (name, dtype, shape, little-endian bytes) as one safetensors file, in safetensors' own order.
+/// Writes (name, dtype, shape, little-endian bytes) as one safetensors file, in safetensors' own
+/// order.
 ///
 /// # Errors
 /// `Internal` where bytes do not fit their shape and dtype.
-pub fn write<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], &'a [u8])>) -> Result<Bytes> {
+pub fn write<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], &'a [u8])>,
+) -> Result<Bytes> {
     let views: std::result::Result<Vec<_>, SafeTensorError> = tensors
         .into_iter()
-        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(dtype, shape.to_vec(), bytes)?)))
+        .map(|(name, dtype, shape, bytes)| {
+            Ok((name, TensorView::new(dtype, shape.to_vec(), bytes)?))
+        })
         .collect();
     let file = views.and_then(|views| safetensors::serialize(views, None));
-    file.map(Bytes::from).map_err(|e| Error::internal("cannot write safetensors").because(e))
+    file.map(Bytes::from)
+        .map_err(|e| Error::internal("cannot write safetensors").because(e))
 }
 
 #[cfg(test)]

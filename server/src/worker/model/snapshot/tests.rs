@@ -1,5 +1,5 @@
-use super::super::parameters::Init;
 use super::*;
+use crate::worker::model::parameters::Init;
 use half::{bf16, f16};
 
 fn parameters() -> Parameters {
@@ -18,14 +18,28 @@ fn f32s(values: &[f32]) -> Vec<u8> {
 
 fn good() -> Vec<Row> {
     vec![
-        ("a.weight", Dtype::F32, vec![2, 3], f32s(&[1.0, -2.0, 3.0e38, 0.0, -0.0, 1e-40])),
+        (
+            "a.weight",
+            Dtype::F32,
+            vec![2, 3],
+            f32s(&[1.0, -2.0, 3.0e38, 0.0, -0.0, 1e-40]),
+        ),
         ("b.bias", Dtype::BF16, vec![2], vec![0, 0, 0x80, 0x3f]),
-        ("scale", Dtype::F16, vec![], f16::from_f32(2.5).to_le_bytes().to_vec()),
+        (
+            "scale",
+            Dtype::F16,
+            vec![],
+            f16::from_f32(2.5).to_le_bytes().to_vec(),
+        ),
     ]
 }
 
 fn file(rows: &[Row]) -> Bytes {
-    write(rows.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, shape.as_slice(), bytes.as_slice()))).unwrap()
+    write(
+        rows.iter()
+            .map(|(name, dtype, shape, bytes)| (*name, *dtype, shape.as_slice(), bytes.as_slice())),
+    )
+    .unwrap()
 }
 
 fn verdict(rows: &[Row]) -> Result<(), Refusal> {
@@ -40,14 +54,22 @@ fn good_weights_pass_and_are_found_by_name() {
     assert_eq!(snapshot.digest(), blake3::hash(&bytes).to_hex().as_str());
     for (name, dtype, shape, bytes) in &good() {
         let stored = snapshot.get(name).unwrap();
-        assert_eq!((stored.dtype, stored.shape, stored.bytes), (*dtype, shape.as_slice(), bytes.as_slice()));
+        assert_eq!(
+            (stored.dtype, stored.shape, stored.bytes),
+            (*dtype, shape.as_slice(), bytes.as_slice())
+        );
     }
 }
 
 #[test]
 fn buffers_are_ignored() {
     let mut rows = good();
-    rows.push(("text_model.embeddings.position_ids", Dtype::I64, vec![1, 1], vec![0; 8]));
+    rows.push((
+        "text_model.embeddings.position_ids",
+        Dtype::I64,
+        vec![1, 1],
+        vec![0; 8],
+    ));
     verdict(&rows).unwrap();
 }
 
@@ -74,30 +96,75 @@ fn the_first_bad_tensor_by_name_is_refused() {
     let mut extra = good();
     extra.push(("b.extra", Dtype::F32, vec![1], vec![0; 4]));
     let cases: Vec<(Vec<Row>, &str, &str)> = vec![
-        (good()[1..].to_vec(), "a.weight", "is missing; expected shape [2, 3]"),
+        (
+            good()[1..].to_vec(),
+            "a.weight",
+            "is missing; expected shape [2, 3]",
+        ),
         (extra, "b.extra", "is not one of this model's"),
         (two_bad, "a.weight", "has shape [3, 2]; expected [2, 3]"),
-        (change(2, ("scale", Dtype::F32, vec![1], vec![0; 4])), "scale", "has shape [1]; expected []"),
-        (change(1, ("b.bias", Dtype::F64, vec![2], vec![0; 16])), "b.bias", "has dtype F64; expected F32, F16 or BF16"),
         (
-            change(0, ("a.weight", Dtype::F32, vec![2, 3], f32s(&[0.0, 0.0, 0.0, 0.0, f32::NAN, 0.0]))),
+            change(2, ("scale", Dtype::F32, vec![1], vec![0; 4])),
+            "scale",
+            "has shape [1]; expected []",
+        ),
+        (
+            change(1, ("b.bias", Dtype::F64, vec![2], vec![0; 16])),
+            "b.bias",
+            "has dtype F64; expected F32, F16 or BF16",
+        ),
+        (
+            change(
+                0,
+                (
+                    "a.weight",
+                    Dtype::F32,
+                    vec![2, 3],
+                    f32s(&[0.0, 0.0, 0.0, 0.0, f32::NAN, 0.0]),
+                ),
+            ),
             "a.weight",
             "element 4 of 6",
         ),
         (
-            change(0, ("a.weight", Dtype::F32, vec![2, 3], f32s(&[f32::NEG_INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0]))),
+            change(
+                0,
+                (
+                    "a.weight",
+                    Dtype::F32,
+                    vec![2, 3],
+                    f32s(&[f32::NEG_INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0]),
+                ),
+            ),
             "a.weight",
             "element 0 of 6",
         ),
-        (change(1, ("b.bias", Dtype::BF16, vec![2], nan(bf16::NAN.to_bits()))), "b.bias", "element 1 of 2"),
-        (change(1, ("b.bias", Dtype::F16, vec![2], nan(f16::INFINITY.to_bits()))), "b.bias", "element 1 of 2"),
+        (
+            change(
+                1,
+                ("b.bias", Dtype::BF16, vec![2], nan(bf16::NAN.to_bits())),
+            ),
+            "b.bias",
+            "element 1 of 2",
+        ),
+        (
+            change(
+                1,
+                ("b.bias", Dtype::F16, vec![2], nan(f16::INFINITY.to_bits())),
+            ),
+            "b.bias",
+            "element 1 of 2",
+        ),
     ];
     for (rows, tensor, problem) in cases {
         let refusal = verdict(&rows).unwrap_err();
         assert_eq!(refusal.tensor.as_deref(), Some(tensor));
         assert!(refusal.message.contains(problem), "{}", refusal.message);
         let error = refusal.into_error(Reason::WeightsRefused, "a push");
-        assert_eq!((error.reason(), error.value("tensor")), (Reason::WeightsRefused, Some(tensor)));
+        assert_eq!(
+            (error.reason(), error.value("tensor")),
+            (Reason::WeightsRefused, Some(tensor))
+        );
     }
 }
 
@@ -105,8 +172,10 @@ fn the_first_bad_tensor_by_name_is_refused() {
 fn broken_files_are_refused_clearly() {
     let whole = file(&good());
     let mut gap = whole.to_vec();
-    let offsets =
-        whole.windows(7).position(|w| w == b"[0,24],").or_else(|| whole.windows(6).position(|w| w == b"[0,24]"));
+    let offsets = whole
+        .windows(7)
+        .position(|w| w == b"[0,24],")
+        .or_else(|| whole.windows(6).position(|w| w == b"[0,24]"));
     let offsets = offsets.expect("the first tensor's offsets are in the header");
     gap[offsets + 1] = b'4';
     let cases = [
@@ -114,13 +183,26 @@ fn broken_files_are_refused_clearly() {
         (whole.slice(..5), "empty or truncated"),
         (whole.slice(..40), "truncated, or no safetensors"),
         (whole.slice(..whole.len() - 1), "truncated, or written over"),
-        ([&whole[..], b"x"].concat().into(), "truncated, or written over"),
-        (Bytes::from_static(b"PK\x03\x04 a pickle in a zip file, as torch.save makes"), "over 100 MB"),
-        ([&8u64.to_le_bytes()[..], b"not json"].concat().into(), "header is corrupt"),
+        (
+            [&whole[..], b"x"].concat().into(),
+            "truncated, or written over",
+        ),
+        (
+            Bytes::from_static(b"PK\x03\x04 a pickle in a zip file, as torch.save makes"),
+            "over 100 MB",
+        ),
+        (
+            [&8u64.to_le_bytes()[..], b"not json"].concat().into(),
+            "header is corrupt",
+        ),
         (gap.into(), "corrupt header"),
     ];
     for (bytes, problem) in cases {
         let refusal = Snapshot::parse(vec![bytes]).unwrap_err();
-        assert!(refusal.message.contains(problem), "'{}' should say '{problem}'", refusal.message);
+        assert!(
+            refusal.message.contains(problem),
+            "'{}' should say '{problem}'",
+            refusal.message
+        );
     }
 }

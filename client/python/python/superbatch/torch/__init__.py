@@ -1,0 +1,22 @@
+"""What trainers in PyTorch repeat.
+
+`SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
+tokenizes for it, `gather` lets a loss span all ranks, `Pushes` and `state_dict` hand weights back.
+`superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
+"""
+
+from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches
+from .pushes import Pushes, state_dict
+from .ranks import gather, incarnation
+from .transform import ImageText
+
+__all__ = [
+    "WORKERS_MAX",
+    "WORKER_NEED_AFTER",
+    "ImageText",
+    "Pushes",
+    "SelectedBatches",
+    "gather",
+    "incarnation",
+    "state_dict",
+]

@@ -1,0 +1,1 @@
+"""What runs in compose.yaml beside the service."""

@@ -1,0 +1,125 @@
+"""A loop with Hugging Face Accelerate on chosen batches, on one process or several.
+
+    accelerate launch --num_processes 2 examples/accelerate/train.py --pool file:///data/pool \\
+        --learner models/learner --reference models/reference
+
+The loader is not given to `accelerator.prepare`: each rank is already served its own slice, which
+Accelerate would cut once more. Model and optimizer are.
+"""
+
+import argparse
+from pathlib import Path
+
+import superbatch
+import torch
+from accelerate import Accelerator
+from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast, SiglipModel
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--service", default="http://127.0.0.1:50051")
+    parser.add_argument("--run-id", default="accelerate", help="the run's id")
+    parser.add_argument("--pool", required=True, help="URI of the candidates")
+    parser.add_argument(
+        "--learner",
+        type=Path,
+        required=True,
+        help="a SigLIP folder of transformers, with initial weights",
+    )
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="a folder with the frozen model"
+    )
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--super-batch-size", type=int, default=640)
+    parser.add_argument("--sub-batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    return parser.parse_args(argv)
+
+
+def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
+    return superbatch.RunSpec(
+        run_id=args.run_id,
+        sources=[args.pool],
+        learner=superbatch.Learner(model_uri=args.learner.absolute(), first_push=True),
+        reference=args.reference.absolute(),
+        phases=[
+            superbatch.Phase(
+                policy="joint",
+                super_batch_size=args.super_batch_size,
+                sub_batch_size=args.sub_batch_size,
+                n_chunks=4,
+            )
+        ],
+        max_ahead=2 + args.workers,
+    )
+
+
+def transform(folder: Path) -> ImageText:
+    processor = AutoImageProcessor.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    length = SiglipModel.config_class.from_pretrained(folder).text_config.max_position_embeddings
+    return ImageText(
+        lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],
+        lambda captions: torch.tensor(
+            [found.ids[:length] for found in tokenizer.backend_tokenizer.encode_batch(captions)]
+        ),
+        names=("pixel_values", "input_ids"),
+    )
+
+
+def siglip_loss(out, model: SiglipModel, rank: int) -> torch.Tensor:
+    """This rank's images against all ranks' captions: joint selection counts on all pairs."""
+    texts = gather(out.text_embeds)
+    logits = out.image_embeds @ texts.T * model.logit_scale.exp() + model.logit_bias
+    rows = torch.arange(len(logits), device=logits.device)
+    labels = torch.full_like(logits, -1.0)
+    labels[rows, rank * len(logits) + rows] = 1.0
+    return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(logits)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    accelerator = Accelerator()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    model = SiglipModel.from_pretrained(args.learner).train()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=args.lr))
+    found = max(args.checkpoints.glob("step-*"), default=None)
+    start_step = 0 if found is None else int(found.name.removeprefix("step-")) + 1
+    if found is not None:
+        accelerator.load_state(str(found))
+
+    dataset = SelectedBatches(
+        args.service,
+        run_spec(args),
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        end_step=args.steps,
+        transform=transform(args.learner),
+        incarnation=incarnation(),
+    )
+    pushes = Pushes(dataset.open_run(), model, rank=rank)
+    pushes.before(start_step)
+    for step, batch in enumerate(dataset.loader(num_workers=args.workers), start_step):
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        loss = siglip_loss(model(**batch), accelerator.unwrap_model(model), rank)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        pushes.after(step)
+        accelerator.print(f"step {step} loss {loss.item():.4f}", flush=True)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            accelerator.save_state(str(args.checkpoints / f"step-{step:08d}"))
+    pushes.flush()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+//! `superbatch worker`: a scoring worker in a process of its own.
+use super::{
+    Ground, Shutdown, Sockets, WORKED, tell_build,
+    transport::{builder, drain, reflection, tell_health, within},
+};
+use crate::{
+    config::{Config, WorkerRoleConfig},
+    error::{Error, Result},
+    metrics::{self, Process},
+    storage::{Wrap, metered, nonce},
+    worker::{Worker, keep_registered},
+};
+use futures::future::FutureExt;
+use rand::SeedableRng;
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use superbatch_proto::v1::{RegisterRequest, worker_service_server::WorkerServiceServer};
+use tokio::sync::{Notify, oneshot};
+use tonic::transport::{Endpoint, server::TcpIncoming};
+
+/// A scoring worker, bound and ready to run.
+pub struct Work {
+    ground: Ground,
+    worker: Worker,
+}
+
+impl Work {
+    /// As [`Serve::build`], for a worker.
+    pub async fn build(config: Config) -> Result<Self> {
+        Self::build_on(config, Arc::new(metered)).await
+    }
+
+    /// As [`Serve::build_on`], for a worker.
+    pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
+        let WorkerRoleConfig {
+            listen,
+            metrics_listen,
+            ..
+        } = config.worker_role;
+        let sockets = Sockets {
+            section: "worker_role.",
+            listen,
+            metrics_listen,
+        };
+        let ground = Ground::build(config, sockets, wrap).await?;
+        let worker = Worker::new(
+            &ground.config.worker,
+            ground.stores.clone(),
+            ground.state.clone(),
+        )?;
+        metrics::begin(Process::Worker);
+        tell_build(&worker.info().device);
+        Ok(Self { ground, worker })
+    }
+
+    /// Where the coordinator connects.
+    pub fn address(&self) -> SocketAddr {
+        self.ground.address
+    }
+
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.ground.http.as_ref().map(super::http::Http::address)
+    }
+
+    /// Scores until `shutdown`: stays registered, then leaves and drains.
+    ///
+    /// # Errors
+    /// What the coordinator refuses the worker for: it ends then, as it does at `shutdown`.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let refused = Arc::new(Notify::new());
+        let until = refused.clone();
+        let shutdown = async move {
+            tokio::select! {
+                () = shutdown => {}
+                () = until.notified() => {}
+            }
+        };
+        let shutdown: Shutdown = shutdown.boxed().shared();
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<WorkerServiceServer<Worker>>().await;
+        let (keeping, well) = (
+            self.keep_registered(shutdown.clone())?,
+            self.worker.is_well(),
+        );
+        let registered =
+            tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
+        let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
+        let router = builder()
+            .add_routes(reflection(&WORKED)?)
+            .add_service(health_service)
+            .add_service(self.worker.service());
+        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let http = self
+            .ground
+            .http
+            .map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
+        let leave = async move {
+            // It has told the coordinator that it goes; a task that panicked has told its log.
+            let _ = tell.send(registered.await.unwrap_or(Ok(())));
+            told.abort();
+            worker.stop();
+        };
+        let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
+        let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
+        let served = router.serve_with_incoming_shutdown(incoming, drained);
+        within(served, stopping, grace).await?;
+        if let Some(http) = http {
+            http.abort();
+        }
+        // Where it never left there is nothing to tell.
+        ended.await.unwrap_or(Ok(()))
+    }
+
+    fn keep_registered(
+        &self,
+        shutdown: Shutdown,
+    ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
+        let (role, ground) = (&self.ground.config.worker_role, &self.ground);
+        let registration = RegisterRequest {
+            address: role
+                .advertise_address
+                .clone()
+                .unwrap_or_else(|| format!("http://{}", ground.address)),
+            incarnation: nonce(),
+            device: self.worker.info().device,
+            leaving: false,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            state_id: ground.state_id.clone(),
+            state_uri: ground.state.uri().to_owned(),
+        };
+        let coordinator = Endpoint::from_shared(role.coordinator.clone()).map_err(|e| {
+            let message = format!(
+                "worker_role.coordinator is '{}'; give http://host:port",
+                role.coordinator
+            );
+            Error::invalid("worker_role.coordinator", message).because(e)
+        })?;
+        let rng = rand::rngs::StdRng::from_os_rng();
+        Ok(keep_registered(
+            coordinator,
+            registration,
+            self.worker.is_well(),
+            rng,
+            shutdown,
+        ))
+    }
+}

@@ -1,0 +1,103 @@
+//! Generations: which trajectory's choice holds for a step. Pure.
+use serde::{Deserialize, Serialize};
+
+/// Where a generation of the run began: at `step`, by a rewind (or at 0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Began {
+    pub generation: u32,
+    pub step: u64,
+}
+
+/// A rewind: from `to_step` on, `generation` decides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewound {
+    pub generation: u32,
+    pub to_step: u64,
+    /// Older choices are served again where there are any.
+    pub replay: bool,
+}
+
+/// All rewinds of a run, by generation; generation 0 is the first trajectory and has none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Chain(Vec<Rewound>);
+
+impl Chain {
+    pub fn new(mut rewinds: Vec<Rewound>) -> Self {
+        rewinds.sort_by_key(|r| r.generation);
+        Self(rewinds)
+    }
+
+    pub fn push(&mut self, rewound: Rewound) {
+        self.0.push(rewound);
+    }
+
+    /// The newest generation.
+    pub fn current(&self) -> u32 {
+        self.0.last().map_or(0, |r| r.generation)
+    }
+
+    /// Where each generation began, oldest first: generation 0 at step 0.
+    pub fn began(&self) -> Vec<Began> {
+        let rewinds = self.0.iter().map(|r| Began {
+            generation: r.generation,
+            step: r.to_step,
+        });
+        std::iter::once(Began {
+            generation: 0,
+            step: 0,
+        })
+        .chain(rewinds)
+        .collect()
+    }
+
+    /// Generations whose receipt for `step` would hold in `generation`, best first: its own, and
+    /// older ones that a rewind kept (steps before it) or replays.
+    pub fn candidates(&self, step: u64, generation: u32) -> Vec<u32> {
+        let mut found = vec![generation];
+        for rewound in self
+            .0
+            .iter()
+            .rev()
+            .filter(|rewound| rewound.generation <= generation)
+        {
+            if step >= rewound.to_step && !rewound.replay {
+                break;
+            }
+            found.push(rewound.generation - 1);
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(rewinds: &[(u64, bool)]) -> Chain {
+        let with_number = |(i, (to_step, replay)): (usize, &(u64, bool))| Rewound {
+            generation: i as u32 + 1,
+            to_step: *to_step,
+            replay: *replay,
+        };
+        Chain::new(rewinds.iter().enumerate().map(with_number).collect())
+    }
+
+    #[test]
+    fn a_step_before_a_rewind_is_the_old_generations() {
+        assert_eq!(chain(&[(5, false)]).candidates(4, 1), [1, 0]);
+        assert_eq!(chain(&[(5, false)]).candidates(5, 1), [1]);
+        assert_eq!(
+            chain(&[(5, false)]).candidates(5, 0),
+            [0],
+            "an older generation is looked at as it was"
+        );
+    }
+
+    #[test]
+    fn replay_serves_old_choices_and_reselect_does_not() {
+        assert_eq!(chain(&[(5, true)]).candidates(9, 1), [1, 0]);
+        assert_eq!(chain(&[(5, false), (8, true)]).candidates(9, 2), [2, 1]);
+        assert_eq!(chain(&[(5, true), (8, false)]).candidates(9, 2), [2]);
+        assert_eq!(chain(&[(5, true), (8, false)]).candidates(6, 2), [2, 1, 0]);
+    }
+}

@@ -1,0 +1,95 @@
+//! Starts of the trainer, in the order in which their first ranks came: facts at
+//! `incarnations/{n}.json`.
+use crate::{
+    error::{Error, Result},
+    storage::{Created, Location, nonce},
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct IncarnationFact {
+    incarnation: String,
+    nonce: String,
+}
+
+/// The incarnations of one run.
+#[derive(Debug)]
+pub struct Incarnations {
+    run: Location,
+    known: Mutex<Vec<String>>,
+}
+
+impl Incarnations {
+    /// # Errors
+    /// `StorageUnreachable`; `Internal` for a damaged fact.
+    pub async fn load(run: &Location) -> Result<Self> {
+        let mut known = Vec::new();
+        while let Some(bytes) = run.find(&key(known.len())).await? {
+            known.push(decode(run, known.len(), &bytes)?);
+        }
+        Ok(Self {
+            run: run.clone(),
+            known: Mutex::new(known),
+        })
+    }
+
+    pub async fn known(&self) -> Vec<String> {
+        self.known.lock().await.clone()
+    }
+
+    /// Makes `incarnation` the newest one, unless it is known.
+    pub async fn add(&self, incarnation: &str) -> Result<()> {
+        let mut known = self.known.lock().await;
+        while !known.iter().any(|one| one == incarnation) {
+            let fact = IncarnationFact {
+                incarnation: incarnation.to_owned(),
+                nonce: nonce(),
+            };
+            let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
+            let found = match self.run.create(&key(known.len()), bytes.into()).await? {
+                Created::Ours => incarnation.to_owned(),
+                Created::Theirs(bytes) => decode(&self.run, known.len(), &bytes)?,
+            };
+            known.push(found);
+        }
+        Ok(())
+    }
+}
+
+fn key(number: usize) -> String {
+    format!("incarnations/{number}.json")
+}
+
+fn decode(run: &Location, number: usize, bytes: &[u8]) -> Result<String> {
+    let fact: IncarnationFact = serde_json::from_slice(bytes).map_err(|e| {
+        Error::internal(format!("{} is no incarnation", run.uri_of(&key(number)))).because(e)
+    })?;
+    Ok(fact.incarnation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    #[tokio::test]
+    async fn their_order_outlives_the_process() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        let first = Incarnations::load(&run).await.unwrap();
+        for incarnation in ["a", "b", "a", ""] {
+            first.add(incarnation).await.unwrap();
+        }
+        let second = Incarnations::load(&run).await.unwrap();
+        assert_eq!(second.known().await, ["a", "b", ""]);
+        first.add("c").await.unwrap();
+        second.add("d").await.unwrap();
+        assert_eq!(
+            second.known().await,
+            ["a", "b", "", "c", "d"],
+            "another writer's is kept"
+        );
+    }
+}

@@ -1,0 +1,200 @@
+//! Who owns a run: `owner/{epoch}`, by conditional create. Object storage decides every race.
+use crate::{
+    error::{Error, Result},
+    storage::{Created, Location, nonce},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use superbatch_proto::v1::{Reason, selection_service_server::SERVICE_NAME};
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+/// How long the address of a former owner may take to answer before it counts as gone.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct OwnerFact {
+    address: String,
+    /// Of the coordinator process.
+    instance: String,
+    nonce: String,
+}
+
+/// This process as an owner of runs.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Where trainers reach it: http://host:port.
+    pub address: String,
+    /// New at every start.
+    pub instance: String,
+}
+
+/// Ownership of one run, from one epoch on.
+#[derive(Debug)]
+pub struct Ownership {
+    run: Location,
+    epoch: u64,
+}
+
+impl Ownership {
+    /// Takes the run over, unless another coordinator owns it and answers.
+    ///
+    /// # Errors
+    /// `NotOwner` with the owner's address.
+    pub async fn claim(run: &Location, identity: &Identity) -> Result<Self> {
+        loop {
+            let newest = newest(run).await?;
+            if let Some((_, owner)) = &newest
+                && owner.instance != identity.instance
+                && owner.address != identity.address
+                && answers(&owner.address).await
+            {
+                return Err(not_owner(&owner.address));
+            }
+            let epoch = newest.map_or(1, |(epoch, _)| epoch + 1);
+            let fact = OwnerFact {
+                address: identity.address.clone(),
+                instance: identity.instance.clone(),
+                nonce: nonce(),
+            };
+            let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
+            if run.create(&key(epoch), bytes.into()).await? == Created::Ours {
+                return Ok(Self {
+                    run: run.clone(),
+                    epoch,
+                });
+            }
+        }
+    }
+
+    /// Checks that nobody took the run over since.
+    ///
+    /// # Errors
+    /// `NotOwner` with the new owner's address.
+    pub async fn check(&self) -> Result<()> {
+        match self.run.find(&key(self.epoch + 1)).await? {
+            None => Ok(()),
+            Some(_) => {
+                let owner = newest(&self.run).await?.map(|(_, owner)| owner.address);
+                Err(not_owner(owner.as_deref().unwrap_or("unknown")))
+            }
+        }
+    }
+}
+
+async fn newest(run: &Location) -> Result<Option<(u64, OwnerFact)>> {
+    let keys = run.list("owner").await?;
+    let epoch = |key: &str| {
+        key.strip_prefix("owner/")?
+            .strip_suffix(".json")?
+            .parse::<u64>()
+            .ok()
+    };
+    let Some(newest) = keys.iter().filter_map(|(key, _)| epoch(key)).max() else {
+        return Ok(None);
+    };
+    let bytes = run.get(&key(newest)).await?;
+    let fact = serde_json::from_slice(&bytes).map_err(|e| {
+        Error::internal(format!("{} is damaged", run.uri_of(&key(newest)))).because(e)
+    })?;
+    Ok(Some((newest, fact)))
+}
+
+/// Whether a coordinator serves at `address`: others may listen there by now, and one that hangs
+/// still takes connections.
+async fn answers(address: &str) -> bool {
+    let Ok(endpoint) = Endpoint::from_shared(address.to_owned()) else {
+        return false;
+    };
+    let asked = async {
+        let mut health = HealthClient::new(endpoint.connect().await.ok()?);
+        let answer = health
+            .check(HealthCheckRequest {
+                service: SERVICE_NAME.to_owned(),
+            })
+            .await
+            .ok()?;
+        (answer.into_inner().status() == ServingStatus::Serving).then_some(())
+    };
+    tokio::time::timeout(ANSWER_WITHIN, asked)
+        .await
+        .is_ok_and(|serves| serves.is_some())
+}
+
+fn key(epoch: u64) -> String {
+    format!("owner/{epoch}.json")
+}
+
+fn not_owner(address: &str) -> Error {
+    Error::new(
+        Reason::NotOwner,
+        format!("the run is owned by the coordinator at {address}; ask there"),
+    )
+    .with("owner", address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    fn identity(address: &str, instance: &str) -> Identity {
+        Identity {
+            address: address.into(),
+            instance: instance.into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_live_owner_keeps_its_run_and_a_dead_one_loses_it() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let alive = format!("http://{}", listener.local_addr().unwrap());
+        let (health, service) = tonic_health::server::health_reporter();
+        health
+            .set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving)
+            .await;
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming),
+        );
+        let first = Ownership::claim(&run, &identity(&alive, "a"))
+            .await
+            .unwrap();
+        first.check().await.unwrap();
+        let refused = Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (refused.reason(), refused.value("owner")),
+            (Reason::NotOwner, Some(alive.as_str()))
+        );
+        health
+            .set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing)
+            .await;
+        Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
+            .await
+            .unwrap();
+        assert_eq!(first.check().await.unwrap_err().reason(), Reason::NotOwner);
+    }
+
+    #[tokio::test]
+    async fn a_restart_at_the_same_address_takes_over_at_once() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        Ownership::claim(&run, &identity("http://127.0.0.1:1", "a"))
+            .await
+            .unwrap();
+        let second = Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
+            .await
+            .unwrap();
+        second.check().await.unwrap();
+    }
+}

@@ -1,0 +1,369 @@
+//! What a run is, in object storage: facts below `runs/R/`, each created once.
+use super::chain::{Chain, Rewound};
+use crate::{
+    coordinator::spec::complete_phase,
+    error::{Error, Result},
+    storage::{Created, Location, nonce},
+};
+use prost::Message;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
+use superbatch_proto::v1::{Phase, PrepareModelResponse, Reason, RunSpec};
+
+/// A model, as the run was opened with it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelFact {
+    /// Over config, preprocessing, tokenizer and weights, in hex.
+    pub digest: String,
+    /// BLAKE3 of the weights, in hex.
+    pub weights_digest: String,
+    pub logit_scale: f64,
+    pub logit_bias: Option<f64>,
+    /// Operations of one forward pass of one pair.
+    pub pair_flops: f64,
+    pub tensors: BTreeMap<String, Vec<u64>>,
+    /// BLAKE3 of each file of its folder but the weights, in hex. Empty in runs that older builds
+    /// opened.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
+}
+
+impl ModelFact {
+    /// Of a run without that model.
+    pub fn none() -> Self {
+        Self {
+            digest: String::new(),
+            weights_digest: String::new(),
+            logit_scale: 0.0,
+            logit_bias: None,
+            pair_flops: 0.0,
+            tensors: BTreeMap::new(),
+            files: BTreeMap::new(),
+        }
+    }
+}
+
+impl From<PrepareModelResponse> for ModelFact {
+    fn from(model: PrepareModelResponse) -> Self {
+        Self {
+            digest: model.digest,
+            weights_digest: model.weights_digest,
+            files: model.files.into_iter().collect(),
+            logit_scale: model.logit_scale,
+            logit_bias: model.logit_bias,
+            pair_flops: model.image_flops + model.text_flops,
+            tensors: model
+                .tensors
+                .into_iter()
+                .map(|t| (t.name, t.shape))
+                .collect(),
+        }
+    }
+}
+
+/// `run.json`: what OpenRun fixed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunFact {
+    /// The completed spec, as protobuf in hex, without appended phases.
+    spec: String,
+    pub manifest: String,
+    pub reference: Option<ModelFact>,
+    pub learner: Option<ModelFact>,
+    pub nonce: String,
+}
+
+impl RunFact {
+    pub fn new(
+        spec: &RunSpec,
+        manifest: String,
+        reference: Option<ModelFact>,
+        learner: Option<ModelFact>,
+    ) -> Self {
+        Self {
+            spec: hex(&spec.encode_to_vec()),
+            manifest,
+            reference,
+            learner,
+            nonce: nonce(),
+        }
+    }
+
+    /// With the defaults of this version, where the one that opened the run knew fewer.
+    pub fn spec(&self) -> Result<RunSpec> {
+        let mut spec: RunSpec =
+            from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))?;
+        spec.phases.iter_mut().for_each(complete_phase);
+        Ok(spec)
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct AppendedPhases {
+    phases: Vec<String>,
+    nonce: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct RewoundFact {
+    rewound: Rewound,
+    nonce: String,
+}
+
+/// `closed.json` and `failed.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EndFact {
+    pub why: String,
+    nonce: String,
+}
+
+/// All facts of a run but its receipts and weights.
+#[derive(Debug, Clone)]
+pub struct RunFacts {
+    pub run: RunFact,
+    /// The spec with all phases appended since.
+    pub spec: RunSpec,
+    pub appended: u32,
+    pub chain: Chain,
+    pub closed: bool,
+    pub failure: Option<String>,
+}
+
+/// Creates `run.json`; another writer's wins.
+pub async fn create_run(location: &Location, fact: RunFact) -> Result<RunFact> {
+    match location.create("run.json", encode(&fact)).await? {
+        Created::Ours => Ok(fact),
+        Created::Theirs(bytes) => decode(location, "run.json", &bytes),
+    }
+}
+
+/// Reads a run's facts; `None` where there is no such run.
+pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
+    let Some(bytes) = location.find("run.json").await? else {
+        return Ok(None);
+    };
+    let run: RunFact = decode(location, "run.json", &bytes)?;
+    let mut spec = run.spec()?;
+    let mut appended = 0;
+    while let Some(more) =
+        find::<AppendedPhases>(location, &format!("phases/{appended}.json")).await?
+    {
+        let phase = |text: &String| {
+            from_hex::<Phase>(text).ok_or_else(|| Error::internal("an appended phase is damaged"))
+        };
+        let mut phases = more.phases.iter().map(phase).collect::<Result<Vec<_>>>()?;
+        phases.iter_mut().for_each(complete_phase);
+        spec.phases.extend(phases);
+        appended += 1;
+    }
+    let mut rewinds = Vec::new();
+    while let Some(fact) =
+        find::<RewoundFact>(location, &generation_key(rewinds.len() as u32 + 1)).await?
+    {
+        rewinds.push(fact.rewound);
+    }
+    let closed = find::<EndFact>(location, "closed.json").await?.is_some();
+    let failure = find::<EndFact>(location, "failed.json")
+        .await?
+        .map(|fact| fact.why);
+    Ok(Some(RunFacts {
+        run,
+        spec,
+        appended,
+        chain: Chain::new(rewinds),
+        closed,
+        failure,
+    }))
+}
+
+/// Appends phases as the `number`-th addition.
+///
+/// # Errors
+/// `RunSpecConflict` where another call was first.
+pub async fn append_phases(location: &Location, number: u32, phases: &[Phase]) -> Result<()> {
+    let phases = phases
+        .iter()
+        .map(|phase| hex(&phase.encode_to_vec()))
+        .collect();
+    let bytes = encode(&AppendedPhases {
+        phases,
+        nonce: nonce(),
+    });
+    match location
+        .create(&format!("phases/{number}.json"), bytes)
+        .await?
+    {
+        Created::Ours => Ok(()),
+        Created::Theirs(_) => {
+            let message =
+                "other phases were appended at the same time; look at GetRun and append again";
+            Err(Error::new(Reason::RunSpecConflict, message).with("field", "phases"))
+        }
+    }
+}
+
+/// Opens a generation.
+///
+/// # Errors
+/// `GenerationStale` where another rewind was first.
+pub async fn create_generation(location: &Location, rewound: &Rewound) -> Result<()> {
+    let bytes = encode(&RewoundFact {
+        rewound: rewound.clone(),
+        nonce: nonce(),
+    });
+    match location
+        .create(&generation_key(rewound.generation), bytes)
+        .await?
+    {
+        Created::Ours => Ok(()),
+        Created::Theirs(_) => {
+            let message = format!(
+                "generation {} was opened by another rewind at the same time",
+                rewound.generation
+            );
+            Err(Error::new(Reason::GenerationStale, message).with("generation", rewound.generation))
+        }
+    }
+}
+
+pub async fn close(location: &Location) -> Result<()> {
+    end(location, "closed.json", "closed").await
+}
+
+pub async fn fail(location: &Location, why: &str) -> Result<()> {
+    end(location, "failed.json", why).await
+}
+
+async fn end(location: &Location, key: &str, why: &str) -> Result<()> {
+    location
+        .create(
+            key,
+            encode(&EndFact {
+                why: why.to_owned(),
+                nonce: nonce(),
+            }),
+        )
+        .await?;
+    Ok(())
+}
+
+async fn find<T: DeserializeOwned>(location: &Location, key: &str) -> Result<Option<T>> {
+    location
+        .find(key)
+        .await?
+        .map(|bytes| decode(location, key, &bytes))
+        .transpose()
+}
+
+fn generation_key(generation: u32) -> String {
+    format!("generations/{generation}.json")
+}
+
+fn encode(fact: &impl Serialize) -> bytes::Bytes {
+    serde_json::to_vec_pretty(fact)
+        .expect("plain data encodes")
+        .into()
+}
+
+fn decode<T: DeserializeOwned>(location: &Location, key: &str, bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        Error::internal(format!(
+            "{} is no fact of this version",
+            location.uri_of(key)
+        ))
+        .because(e)
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn from_hex<M: Message + Default>(text: &str) -> Option<M> {
+    let byte = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
+    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(byte).collect();
+    M::decode(bytes?.as_slice()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+    use superbatch_proto::v1::Policy;
+
+    #[tokio::test]
+    async fn a_run_is_found_as_it_was_left() {
+        let location = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        assert!(load(&location).await.unwrap().is_none());
+        let spec = RunSpec {
+            seed: 7,
+            phases: vec![Phase {
+                sub_batch_size: 4,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let first = create_run(&location, RunFact::new(&spec, "m".into(), None, None))
+            .await
+            .unwrap();
+        let second = create_run(
+            &location,
+            RunFact::new(&RunSpec::default(), "n".into(), None, None),
+        )
+        .await
+        .unwrap();
+        assert_eq!(first.nonce, second.nonce, "the first writer wins");
+        append_phases(
+            &location,
+            0,
+            &[Phase {
+                from_step: 9,
+                ..Default::default()
+            }],
+        )
+        .await
+        .unwrap();
+        let again = append_phases(&location, 0, &[Phase::default()])
+            .await
+            .unwrap_err();
+        assert_eq!(again.reason(), Reason::RunSpecConflict);
+        let rewound = Rewound {
+            generation: 1,
+            to_step: 3,
+            replay: true,
+        };
+        create_generation(&location, &rewound).await.unwrap();
+        close(&location).await.unwrap();
+        let found = load(&location).await.unwrap().unwrap();
+        assert_eq!(
+            (found.spec.seed, found.spec.phases.len(), found.appended),
+            (7, 2, 1)
+        );
+        assert_eq!(
+            (found.chain.current(), found.closed, found.failure),
+            (1, true, None)
+        );
+    }
+
+    #[test]
+    fn a_run_of_an_earlier_version_has_the_defaults_of_this_one() {
+        let phase = Phase {
+            policy: Policy::Rank.into(),
+            ..Default::default()
+        };
+        let known = RunFact::new(
+            &RunSpec {
+                phases: vec![phase],
+                ..Default::default()
+            },
+            "m".into(),
+            None,
+            None,
+        );
+        let mut completed = phase;
+        complete_phase(&mut completed);
+        assert!(completed.tuning.is_some());
+        assert_eq!(known.spec().unwrap().phases, [completed]);
+    }
+}

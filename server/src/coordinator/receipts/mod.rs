@@ -1,0 +1,8 @@
+//! Receipts: what each step chose and why, as Parquet files in the state.
+pub mod accounts;
+pub mod json;
+pub mod page;
+pub mod parquet;
+mod passed;
+pub mod store;
+pub mod wasted;

@@ -1,0 +1,284 @@
+//! A receipt as a Parquet file: chosen rows as its rows in draw order, the rest in the file's
+//! metadata.
+//!
+//! Any Parquet reader gets the rows, and the summary and the bad rows as JSON; beside them lie the
+//! exact protobuf bytes in hex, from which [`decode`] restores what [`encode`] was given.
+
+use super::{
+    json::{self, fidelity_name},
+    passed,
+};
+use crate::{
+    error::{Error, Result},
+    selection::is_scored,
+};
+use arrow::{
+    array::{
+        Array, ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array,
+        UInt64Array,
+    },
+    datatypes::{DataType, Field, Schema},
+};
+use bytes::Bytes;
+use parquet::{
+    arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder},
+    basic::{Compression, ZstdLevel},
+    errors::ParquetError,
+    file::{
+        metadata::{KeyValue, ParquetMetaData, ParquetMetaDataReader},
+        properties::WriterProperties,
+    },
+};
+use prost::Message;
+use std::{fmt::Write, sync::Arc};
+use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
+
+const SUMMARY: &str = "superbatch.summary";
+const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
+const PASSED_OVER: &str = "superbatch.passed_over";
+const BAD_ROWS: &str = "superbatch.bad_rows";
+const BAD_ROWS_PROTOBUF: &str = "superbatch.bad_rows.protobuf";
+
+/// The columns, in the order of the fields of `ChosenRow`.
+fn schema() -> Schema {
+    let column = |name: &str, data_type| Field::new(name, data_type, false);
+    Schema::new(vec![
+        column("id", DataType::Utf8),
+        column("source", DataType::UInt32),
+        column("shard", DataType::UInt32),
+        column("row", DataType::UInt64),
+        column("position", DataType::UInt64),
+        column("chunk", DataType::UInt32),
+        column("score", DataType::Float64),
+        column("weight", DataType::Float64),
+        column("fidelity", DataType::Utf8),
+        column("content_hash", DataType::Binary),
+        Field::new("own_score", DataType::Float64, true),
+        Field::new("learner_loss", DataType::Float64, true),
+        Field::new("reference_loss", DataType::Float64, true),
+    ])
+}
+
+/// Whether the step was drawn by scores; a uniform or k-center draw has none.
+pub fn has_scores(summary: &ReceiptSummary) -> bool {
+    summary.mode() != Mode::Uniform && is_scored(summary.policy())
+}
+
+/// Writes a receipt as Parquet.
+pub fn encode(receipt: &Receipt) -> Result<Bytes> {
+    to_parquet(receipt)
+        .map(Bytes::from)
+        .map_err(|e| Error::internal("cannot encode a receipt").because(e))
+}
+
+/// Reads what [`encode`] wrote.
+///
+/// # Errors
+/// `Internal` where the bytes are no receipt.
+pub fn decode(bytes: Bytes) -> Result<Receipt> {
+    from_parquet(bytes).map_err(|e| {
+        Error::internal("a receipt is damaged or of another version of Superbatch").because(e)
+    })
+}
+
+fn fidelity_of(name: &str) -> Option<i32> {
+    let known = Fidelity::from_str_name(&format!("FIDELITY_{}", name.to_uppercase()));
+    known.map(i32::from).or_else(|| name.parse().ok())
+}
+
+fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
+    let Receipt {
+        summary,
+        chosen,
+        bad_rows,
+        passed_over,
+    } = receipt;
+    let bad_only = Receipt {
+        bad_rows: bad_rows.clone(),
+        ..Default::default()
+    };
+    let mut metadata = vec![
+        KeyValue::new(BAD_ROWS.into(), json::bad_rows(bad_rows).to_string()),
+        KeyValue::new(BAD_ROWS_PROTOBUF.into(), to_hex(&bad_only.encode_to_vec())),
+    ];
+    if !passed_over.is_empty() {
+        metadata.push(KeyValue::new(
+            PASSED_OVER.into(),
+            passed::encode(passed_over),
+        ));
+    }
+    if let Some(summary) = summary {
+        metadata.push(KeyValue::new(
+            SUMMARY.into(),
+            json::summary(summary).to_string(),
+        ));
+        metadata.push(KeyValue::new(
+            SUMMARY_PROTOBUF.into(),
+            to_hex(&summary.encode_to_vec()),
+        ));
+    }
+    let properties = WriterProperties::builder()
+        .set_created_by(concat!("superbatch ", env!("CARGO_PKG_VERSION")).into())
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_key_value_metadata(Some(metadata))
+        .build();
+    let schema = Arc::new(schema());
+    let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties))?;
+    writer.write(&RecordBatch::try_new(schema, columns(chosen))?)?;
+    writer.into_inner()
+}
+
+fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
+    let u32s = |of: fn(&ChosenRow) -> u32| {
+        Arc::new(UInt32Array::from_iter_values(chosen.iter().map(of))) as ArrayRef
+    };
+    let u64s = |of: fn(&ChosenRow) -> u64| {
+        Arc::new(UInt64Array::from_iter_values(chosen.iter().map(of))) as ArrayRef
+    };
+    let f64s = |of: fn(&ChosenRow) -> f64| {
+        Arc::new(Float64Array::from_iter_values(chosen.iter().map(of))) as ArrayRef
+    };
+    let maybe = |of: fn(&ChosenRow) -> Option<f64>| {
+        Arc::new(Float64Array::from_iter(chosen.iter().map(of))) as ArrayRef
+    };
+    vec![
+        Arc::new(StringArray::from_iter_values(
+            chosen.iter().map(|row| &row.id),
+        )),
+        u32s(|row| row.source),
+        u32s(|row| row.shard),
+        u64s(|row| row.row),
+        u64s(|row| row.position),
+        u32s(|row| row.chunk),
+        f64s(|row| row.score),
+        f64s(|row| row.weight),
+        Arc::new(StringArray::from_iter_values(
+            chosen.iter().map(|row| fidelity_name(row.fidelity)),
+        )),
+        Arc::new(BinaryArray::from_iter_values(
+            chosen.iter().map(|row| &row.content_hash),
+        )),
+        maybe(|row| row.own_score),
+        maybe(|row| row.learner_loss),
+        maybe(|row| row.reference_loss),
+    ]
+}
+
+fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(bytes)?;
+    let metadata = builder.metadata().clone();
+    let bad_rows = value(&metadata, BAD_ROWS_PROTOBUF).ok_or_else(|| damaged(BAD_ROWS_PROTOBUF))?;
+    let mut receipt: Receipt = message(bad_rows, BAD_ROWS_PROTOBUF)?;
+    receipt.summary = value(&metadata, SUMMARY_PROTOBUF)
+        .map(|hex| message(hex, SUMMARY_PROTOBUF))
+        .transpose()?;
+    if let Some(text) = value(&metadata, PASSED_OVER) {
+        receipt.passed_over = passed::decode(text).ok_or_else(|| damaged(PASSED_OVER))?;
+    }
+    for batch in builder.build()? {
+        read_rows(&batch?, &mut receipt.chosen)?;
+    }
+    Ok(receipt)
+}
+
+/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` where it does not lie in there whole.
+pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
+    let mut reader = ParquetMetaDataReader::new();
+    reader.try_parse_sized(end, size).ok()?;
+    let metadata = reader.finish().ok()?;
+    message(value(&metadata, SUMMARY_PROTOBUF)?, SUMMARY_PROTOBUF).ok()
+}
+
+/// What the file's metadata hold under a key.
+fn value<'a>(metadata: &'a ParquetMetaData, key: &str) -> Option<&'a str> {
+    let entries = metadata.file_metadata().key_value_metadata()?;
+    entries
+        .iter()
+        .find(|entry| entry.key == key)?
+        .value
+        .as_deref()
+}
+
+fn message<M: Message + Default>(hex: &str, key: &str) -> Result<M, ParquetError> {
+    let bytes = from_hex(hex).ok_or_else(|| damaged(key))?;
+    M::decode(bytes.as_slice()).map_err(|e| ParquetError::External(Box::new(e)))
+}
+
+fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), ParquetError> {
+    let (id, fidelity) = (
+        column::<StringArray>(batch, "id")?,
+        column::<StringArray>(batch, "fidelity")?,
+    );
+    let source = column::<UInt32Array>(batch, "source")?;
+    let shard = column::<UInt32Array>(batch, "shard")?;
+    let row = column::<UInt64Array>(batch, "row")?;
+    let position = column::<UInt64Array>(batch, "position")?;
+    let chunk = column::<UInt32Array>(batch, "chunk")?;
+    let score = column::<Float64Array>(batch, "score")?;
+    let weight = column::<Float64Array>(batch, "weight")?;
+    let content_hash = column::<BinaryArray>(batch, "content_hash")?;
+    // Receipts of earlier versions lack them.
+    let [own_score, learner_loss, reference_loss] = ["own_score", "learner_loss", "reference_loss"]
+        .map(|name| {
+            let found = batch.column_by_name(name)?;
+            found.as_any().downcast_ref::<Float64Array>()
+        });
+    let maybe = |column: Option<&Float64Array>, i: usize| {
+        column
+            .filter(|column| column.is_valid(i))
+            .map(|column| column.value(i))
+    };
+    for i in 0..batch.num_rows() {
+        into.push(ChosenRow {
+            id: id.value(i).to_owned(),
+            source: source.value(i),
+            shard: shard.value(i),
+            row: row.value(i),
+            position: position.value(i),
+            chunk: chunk.value(i),
+            score: score.value(i),
+            weight: weight.value(i),
+            fidelity: fidelity_of(fidelity.value(i)).ok_or_else(|| damaged("fidelity"))?,
+            content_hash: Bytes::copy_from_slice(content_hash.value(i)),
+            own_score: maybe(own_score, i),
+            learner_loss: maybe(learner_loss, i),
+            reference_loss: maybe(reference_loss, i),
+        });
+    }
+    Ok(())
+}
+
+fn column<'a, A: Array + 'static>(
+    batch: &'a RecordBatch,
+    name: &str,
+) -> Result<&'a A, ParquetError> {
+    let found = batch
+        .column_by_name(name)
+        .and_then(|array| array.as_any().downcast_ref::<A>());
+    found
+        .filter(|array| array.null_count() == 0)
+        .ok_or_else(|| damaged(name))
+}
+
+fn damaged(what: &str) -> ParquetError {
+    ParquetError::General(format!("'{what}' is missing or malformed"))
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    let mut hex = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        write!(hex, "{byte:02x}").expect("a string takes everything");
+    }
+    hex
+}
+
+fn from_hex(hex: &str) -> Option<Vec<u8>> {
+    let digit = |c: u8| char::from(c).to_digit(16);
+    let byte = |pair: &[u8]| Some((digit(pair[0])? << 4 | digit(pair[1])?) as u8);
+    hex.len()
+        .is_multiple_of(2)
+        .then(|| hex.as_bytes().chunks(2).map(byte).collect())?
+}
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,76 @@
+//! The rows that were passed over, as a receipt's file holds them: columns, in JSON.
+use serde::{Deserialize, Serialize};
+use superbatch_proto::v1::PassedRow;
+
+#[derive(Default, Serialize, Deserialize)]
+struct Columns {
+    id: Vec<String>,
+    source: Vec<u32>,
+    shard: Vec<u32>,
+    row: Vec<u64>,
+    position: Vec<u64>,
+    own_score: Vec<f32>,
+    learner_loss: Vec<Option<f32>>,
+    reference_loss: Vec<Option<f32>>,
+    sampled: Vec<bool>,
+}
+
+pub(super) fn encode(rows: &[PassedRow]) -> String {
+    let mut columns = Columns::default();
+    for row in rows {
+        columns.id.push(row.id.clone());
+        columns.source.push(row.source);
+        columns.shard.push(row.shard);
+        columns.row.push(row.row);
+        columns.position.push(row.position);
+        columns.own_score.push(row.own_score);
+        columns.learner_loss.push(row.learner_loss);
+        columns.reference_loss.push(row.reference_loss);
+        columns.sampled.push(row.sampled);
+    }
+    serde_json::to_string(&columns).expect("plain data encodes")
+}
+
+/// `None` where the text is not what [`encode`] wrote.
+pub(super) fn decode(text: &str) -> Option<Vec<PassedRow>> {
+    let columns: Columns = serde_json::from_str(text).ok()?;
+    let row = |(n, id): (usize, &String)| {
+        Some(PassedRow {
+            id: id.clone(),
+            source: *columns.source.get(n)?,
+            shard: *columns.shard.get(n)?,
+            row: *columns.row.get(n)?,
+            position: *columns.position.get(n)?,
+            own_score: *columns.own_score.get(n)?,
+            learner_loss: *columns.learner_loss.get(n)?,
+            reference_loss: *columns.reference_loss.get(n)?,
+            sampled: *columns.sampled.get(n)?,
+        })
+    };
+    columns.id.iter().enumerate().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_come_back_to_the_last_bit_and_damage_is_seen() {
+        let row = |n: u32| PassedRow {
+            id: format!("a \"{n}\"#7"),
+            row: u64::MAX - u64::from(n),
+            own_score: f32::from_bits(0x3dcc_cccd + n * 7919),
+            learner_loss: (n % 2 == 0).then_some(1.0 / 3.0),
+            sampled: n % 3 == 0,
+            ..Default::default()
+        };
+        let rows: Vec<PassedRow> = (0..500).map(row).collect();
+        let text = encode(&rows);
+        assert_eq!(decode(&text), Some(rows));
+        assert_eq!(decode("{}"), None);
+        assert_eq!(
+            decode(&text.replace("\"source\":[0,", "\"source\":[")),
+            None
+        );
+    }
+}

@@ -1,0 +1,35 @@
+//! Counts the calls that hold a run in memory.
+use std::sync::{Mutex, MutexGuard};
+use tokio::time::Instant;
+
+/// The calls of one run.
+#[derive(Debug)]
+pub struct Calls(Mutex<Count>);
+
+#[derive(Debug)]
+pub struct Count {
+    pub under_way: u64,
+    /// When the last one began or ended.
+    pub changed: Instant,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self(Mutex::new(Count {
+            under_way: 0,
+            changed: Instant::now(),
+        }))
+    }
+}
+
+impl Calls {
+    /// Since when no call has been under way; `None` while one is.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let count = self.count();
+        (count.under_way == 0).then_some(count.changed)
+    }
+
+    pub fn count(&self) -> MutexGuard<'_, Count> {
+        self.0.lock().expect("no panic while held")
+    }
+}

@@ -1,0 +1,239 @@
+//! What is done to a run on purpose: rewind, more phases, close.
+use super::{
+    run::{IDLE_MAX, Run},
+    state::{closed, stale},
+};
+use crate::{
+    coordinator::{
+        facts::{chain::Rewound, run},
+        gone,
+        spec::{Asked, append_phases, phase_at},
+        weights::{Due, due},
+    },
+    error::{Error, Result},
+};
+use std::{sync::Arc, time::Duration};
+use superbatch_proto::v1::{Phase, RewindMode, RunSpec};
+
+impl Run {
+    /// Goes back: opens the next generation.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a step that was not reached; `WeightsMissing` where the step would be
+    /// chosen anew with weights that are no longer kept; `NotOwner`; `GenerationStale` where
+    /// another rewind was first.
+    pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
+        let _alone = self.committing.lock().await;
+        let (old, next) = {
+            let state = self.state();
+            state.check_open()?;
+            (
+                state.chain.current(),
+                state.committed.newest().map_or(0, |step| step + 1),
+            )
+        };
+        if to_step > next {
+            return Err(Error::invalid(
+                "to_step",
+                format!("cannot rewind to step {to_step}: the next step is {next}"),
+            ));
+        }
+        let rewound = Rewound {
+            generation: old + 1,
+            to_step,
+            replay: mode == RewindMode::Replay,
+        };
+        if !rewound.replay {
+            self.check_weights_kept(to_step)?;
+        }
+        self.owner.check().await?;
+        run::create_generation(&self.location, &rewound).await?;
+        let mut state = self.state();
+        if !rewound.replay {
+            state.committed.rewind(to_step);
+        }
+        state.chain.push(rewound);
+        state.members.rewound(to_step);
+        state.end_all(&stale(old, old + 1));
+        Ok(old + 1)
+    }
+
+    /// A trainer that went back cannot push again what is older than its checkpoint.
+    fn check_weights_kept(&self, to_step: u64) -> Result<()> {
+        let spec = self.spec();
+        let phase = phase_at(&spec.phases, to_step);
+        let scored = Asked::by(phase).learner;
+        match due(
+            to_step,
+            &spec.lag.unwrap_or_default(),
+            spec.push_every_steps,
+        ) {
+            Due::Exactly(push) if scored && push + 1 < to_step => {
+                self.weights.check_kept(push, &self.began().0)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Adds phases for steps that have not begun.
+    ///
+    /// # Errors
+    /// `RunSpecImpossible` for phases that come too late or can never be met; `NotOwner`;
+    /// `RunSpecConflict` where another addition was first.
+    pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
+        let _alone = self.committing.lock().await;
+        self.owner.check().await?;
+        let (spec, number) = self.begin_append(phases)?;
+        let known = self.spec().phases.len();
+        let written = run::append_phases(&self.location, number, &spec.phases[known..]).await;
+        let mut state = self.state();
+        state.appending_from = None;
+        written?;
+        state.appended += 1;
+        let spec = Arc::new(spec);
+        *self.spec.write().expect("no panic while held") = spec.clone();
+        Ok(spec)
+    }
+
+    /// The longer spec, and the addition's number. Steps of the new phases cannot begin until it is
+    /// written.
+    fn begin_append(&self, phases: Vec<Phase>) -> Result<(RunSpec, u32)> {
+        let mut state = self.state();
+        state.check_open()?;
+        let begun = state
+            .cells
+            .keys()
+            .next_back()
+            .copied()
+            .max(state.committed.newest());
+        let known = self.spec();
+        let spec = append_phases((*known).clone(), phases, begun)?;
+        self.plan.check(&spec.phases)?;
+        self.deps.limits.check(&spec)?;
+        self.check_biases(&spec)?;
+        state.appending_from = spec
+            .phases
+            .get(known.phases.len())
+            .map(|phase| phase.from_step);
+        Ok((spec, state.appended))
+    }
+
+    /// # Errors
+    /// `NotOwner`; `StorageUnreachable`.
+    pub async fn close(&self) -> Result<()> {
+        self.owner.check().await?;
+        run::close(&self.location).await?;
+        let mut state = self.state();
+        let was = std::mem::replace(&mut state.closed, true);
+        state.end_all(&closed());
+        drop(state);
+        if !was {
+            tracing::info!(run = self.id, "run closed");
+        }
+        Ok(())
+    }
+
+    /// Lets go of everything that waits: the process ends, or another coordinator has the run.
+    pub fn stop(&self) {
+        self.state().end_all(&gone());
+    }
+
+    /// # Errors
+    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`.
+    pub async fn check_push(&self, generation: u32) -> Result<()> {
+        {
+            let state = self.state();
+            state.check_open()?;
+            state.check_generation(generation)?;
+        }
+        self.owner.check().await
+    }
+
+    /// Lets go of batches that nobody has asked for in a long time.
+    pub fn tidy(&self) {
+        self.state()
+            .cells
+            .retain(|_, cell| !is_spare(cell.is_wanted(), cell.idle_for()));
+    }
+
+    /// Deletes snapshots that no uncommitted step needs, but the newest ones that the operator has
+    /// kept.
+    pub async fn forget_weights(&self) -> Result<()> {
+        let kept = self.deps.limits.snapshots_kept;
+        let _alone = self.committing.lock().await;
+        let oldest = oldest_needed(self.next_step(), &self.spec());
+        if !self.weights.has_before(oldest, kept) {
+            return Ok(());
+        }
+        self.owner.check().await?;
+        let forgotten = self.weights.forget_before(oldest, kept).await?;
+        tracing::info!(
+            run = self.id,
+            forgotten,
+            before_step = oldest,
+            "snapshots deleted"
+        );
+        Ok(())
+    }
+
+    /// # Errors
+    /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias.
+    pub fn check_biases(&self, spec: &RunSpec) -> Result<()> {
+        crate::coordinator::runs::models::check_biases(
+            spec,
+            self.reference.as_ref(),
+            self.learner.as_ref(),
+        )
+    }
+}
+
+/// Whether a batch in hand may go; its rows can be read again.
+fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
+    !is_wanted && idle_for >= IDLE_MAX
+}
+
+/// The oldest push that `next` or a later step may be scored with.
+fn oldest_needed(next: u64, spec: &RunSpec) -> i64 {
+    match due(next, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
+        Due::Initial => -1,
+        Due::Exactly(push) => i64::try_from(push).unwrap_or(i64::MAX),
+        Due::Within { oldest, .. } => oldest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::{Lag, lag::Bound};
+
+    #[test]
+    fn a_batch_goes_when_nobody_has_asked_for_it_in_half_an_hour() {
+        let just_before = IDLE_MAX - Duration::from_secs(1);
+        assert!(is_spare(false, IDLE_MAX));
+        assert!(!is_spare(false, just_before));
+        assert!(!is_spare(true, IDLE_MAX), "somebody waits for it");
+    }
+
+    #[test]
+    fn snapshots_are_needed_as_far_back_as_the_lag_reaches() {
+        let spec = |bound, push_every_steps| RunSpec {
+            lag: Some(Lag { bound: Some(bound) }),
+            push_every_steps,
+            ..Default::default()
+        };
+        for (bound, every, next, oldest) in [
+            (Bound::Exact(1), 1, 0, -1),
+            (Bound::Exact(1), 1, 10, 8),
+            (Bound::Exact(0), 1, 10, 9),
+            (Bound::Exact(1), 4, 10, 7),
+            (Bound::AtMost(3), 1, 10, 6),
+            (Bound::AtMost(30), 1, 10, -1),
+        ] {
+            assert_eq!(
+                oldest_needed(next, &spec(bound, every)),
+                oldest,
+                "{bound:?} every {every} before step {next}"
+            );
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! What the operator allows runs to ask for.
+use crate::error::{Error, Result};
+use std::time::Duration;
+use superbatch_proto::v1::{Reason, RunSpec};
+
+/// Bounds and defaults that the operator sets.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub super_batch_size_max: u32,
+    pub sub_batch_size_max: u32,
+    pub push_bytes_max: u64,
+    pub push_deadline: Duration,
+    /// Open runs at a time.
+    pub runs_max: usize,
+    /// For runs that do not say.
+    pub need_deadline_seconds: f64,
+    /// Newest snapshots of each run that are kept beside those that uncommitted steps need.
+    pub snapshots_kept: u64,
+    /// Candidates passed over that a receipt names at most.
+    pub passed_over_max: u32,
+}
+
+impl Limits {
+    /// # Errors
+    /// `RunSpecImpossible`, with the phase's field.
+    pub fn check(&self, spec: &RunSpec) -> Result<()> {
+        for (number, phase) in spec.phases.iter().enumerate() {
+            let sizes = [
+                (
+                    "super_batch_size",
+                    phase.super_batch_size,
+                    self.super_batch_size_max,
+                ),
+                (
+                    "sub_batch_size",
+                    phase.sub_batch_size,
+                    self.sub_batch_size_max,
+                ),
+            ];
+            if let Some((size, asked, largest)) = sizes
+                .into_iter()
+                .find(|(_, asked, largest)| asked > largest)
+            {
+                let field = format!("phases[{number}].{size}");
+                let message = format!(
+                    "{field} is {asked}, over this service's limit of {largest} \
+                    (coordinator.{size}_max)"
+                );
+                return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,13 @@
+//! Runs: opened, kept in memory, put to sleep, changed on purpose.
+pub mod calls;
+pub mod change;
+pub mod lease;
+pub mod limits;
+pub mod models;
+pub mod open;
+pub mod parts;
+pub mod registry;
+pub mod run;
+pub mod state;
+pub mod upkeep;
+pub mod verifier;

@@ -1,0 +1,146 @@
+//! The models of a run, as workers are asked for them, and the worker's word on a pushed snapshot.
+pub use super::verifier::shape;
+use crate::{
+    coordinator::{
+        facts::run::ModelFact,
+        score::scored::{Scored, other_file},
+        spec::Asked,
+        weights::Published,
+    },
+    error::{Error, Result},
+};
+use superbatch_proto::v1::{
+    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, learner_spec::Initial,
+};
+
+/// The reference of a run.
+pub fn reference_ref(
+    spec: &RunSpec,
+    reference: &ReferenceSpec,
+    fact: Option<&ModelFact>,
+) -> ModelRef {
+    ModelRef {
+        model_uri: reference.model_uri.clone(),
+        snapshot_uri: String::new(),
+        snapshot_digest: fact.map_or_else(String::new, |f| f.weights_digest.clone()),
+        random_seed: None,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// The learner of a run before any push: version 0.
+pub fn initial_ref(spec: &RunSpec, learner: &LearnerSpec, fact: Option<&ModelFact>) -> ModelRef {
+    let (snapshot_uri, random_seed) = match &learner.initial {
+        Some(Initial::SnapshotUri(uri)) if *uri != learner.model_uri => (uri.clone(), None),
+        Some(Initial::SnapshotUri(_)) => (String::new(), None),
+        Some(Initial::RandomSeed(seed)) => (String::new(), Some(*seed)),
+        // Only its shape is asked for: the weights come with the first push.
+        Some(Initial::FirstPush(_)) | None => (String::new(), Some(0)),
+    };
+    ModelRef {
+        model_uri: learner.model_uri.clone(),
+        snapshot_uri,
+        snapshot_digest: fact
+            .filter(|_| random_seed.is_none())
+            .map_or_else(String::new, |f| f.weights_digest.clone()),
+        random_seed,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// The learner with a published version of its weights.
+pub fn published_ref(
+    spec: &RunSpec,
+    learner: &LearnerSpec,
+    published: &Published,
+    fact: Option<&ModelFact>,
+) -> ModelRef {
+    if published.version.version == 0 {
+        return initial_ref(spec, learner, fact);
+    }
+    ModelRef {
+        model_uri: learner.model_uri.clone(),
+        snapshot_uri: published.snapshot_uri.clone(),
+        snapshot_digest: published.version.digest.clone(),
+        random_seed: None,
+        compute_dtype: spec.compute_dtype,
+    }
+}
+
+/// Checks that every phase of `spec` that scores by the sigmoid loss finds a bias in each model
+/// that it asks.
+///
+/// # Errors
+/// `BiasMissing`.
+pub fn check_biases(
+    spec: &RunSpec,
+    reference: Option<&ModelFact>,
+    learner: Option<&ModelFact>,
+) -> Result<()> {
+    if spec.loss() != Loss::Sigmoid {
+        return Ok(());
+    }
+    let any = |asks: fn(Asked) -> bool| spec.phases.iter().any(|phase| asks(Asked::by(phase)));
+    let asks_learner = any(|asked| asked.learner);
+    // A phase that asks the learner alone asks the reference where it may have to do without the
+    // learner.
+    let degrades = asks_learner && spec.fallback() == Fallback::ReferenceOnly;
+    let asks_reference = any(|asked| asked.reference_losses) || degrades;
+    if let (Some(fact), Some(asked)) = (reference.filter(|_| asks_reference), &spec.reference) {
+        sigmoid_bias(fact.logit_bias, asked.logit_bias, "reference")?;
+    }
+    if let (Some(fact), Some(asked)) = (learner.filter(|_| asks_learner), &spec.learner) {
+        sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
+    }
+    Ok(())
+}
+
+/// Checks that workers scored with the model that the run was opened with; of a learner that was
+/// pushed (`is_pushed`), with all but its weights.
+///
+/// # Errors
+/// `ModelInvalid`, naming the `file` that differs.
+pub fn check_unchanged(
+    opened_with: Option<&ModelFact>,
+    scored: &Scored,
+    is_pushed: bool,
+    which: &str,
+) -> Result<()> {
+    let Some(fact) = opened_with else {
+        return Ok(());
+    };
+    let other = other_file(&fact.files, &scored.files);
+    let what = match other {
+        Some(file) => file,
+        None if is_pushed || fact.digest == scored.digest => return Ok(()),
+        // What the folder's other files were is not known of a run that was opened before they were
+        // noted.
+        None if fact.files.is_empty() => "a file",
+        None => "the weights file",
+    };
+    let message = format!(
+        "{what} of the {which} is not the one that the run was opened with (the model's digest is \
+        {}, it was {}); put that file \
+         back and start the workers anew, or open another run",
+        scored.digest, fact.digest
+    );
+    let error = Error::new(Reason::ModelInvalid, message).with("model", which);
+    Err(match other {
+        Some(file) => error.with("file", file),
+        None => error,
+    })
+}
+
+/// The bias for the sigmoid loss: the model's own, or the one that the spec gives.
+///
+/// # Errors
+/// `BiasMissing`.
+pub fn sigmoid_bias(own: Option<f64>, given: Option<f64>, which: &str) -> Result<f64> {
+    own.or(given).ok_or_else(|| {
+        let message = format!(
+            "the {which} has no logit bias, and the sigmoid loss needs one: give \
+            {which}.logit_bias, or use the softmax loss"
+        );
+        Error::new(Reason::BiasMissing, message).with("field", format!("{which}.logit_bias"))
+    })
+}

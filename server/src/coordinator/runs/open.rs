@@ -1,0 +1,279 @@
+//! Opening a run: everything is looked at once, so that what can never work is refused before the
+//! first step.
+use super::{
+    models,
+    parts::Parts,
+    registry::Coordinator,
+    run::{Run, State},
+    verifier,
+    verifier::WorkerVerifier,
+};
+use crate::{
+    coordinator::{
+        facts::{
+            chain::Chain,
+            incarnations::Incarnations,
+            owner::Ownership,
+            run::{self, ModelFact, RunFact, RunFacts},
+            trail::Trail,
+        },
+        plan::planner::Plan,
+        receipts::store::Receipts,
+        serve::output,
+        trainer::ranks::Members,
+        weights::{Published, RunWeights, Weights},
+        workers::prepare::prepare,
+    },
+    dataset::{Manifest, SourceRequest, index},
+    error::{Error, Result},
+    storage::Location,
+};
+use futures::FutureExt;
+use std::{collections::BTreeMap, sync::Arc};
+use superbatch_proto::v1::{
+    Accounts, ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion,
+    learner_spec::Initial,
+};
+
+/// A run on its way to being open.
+pub struct Opening<'a> {
+    pub coordinator: &'a Coordinator,
+    pub id: &'a str,
+}
+
+impl Opening<'_> {
+    /// Opens a run that nobody knows yet.
+    pub async fn open_new(&self, spec: &RunSpec) -> Result<Arc<Run>> {
+        if spec.fork_of.is_some() {
+            let message = "fork_of is in the protocol and not built yet; rewind the run instead";
+            return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
+        }
+        self.coordinator.deps.limits.check(spec)?;
+        let manifest = Arc::new(self.index(spec).await?);
+        manifest.output_schema(&spec.columns)?;
+        self.plan(spec, &manifest)?;
+        let mut spec = spec.clone();
+        let (reference, learner) = self.models(&mut spec).await?;
+        models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
+        let digest = manifest.save(&self.coordinator.state).await?;
+        let location = self.coordinator.location(self.id);
+        run::create_run(&location, RunFact::new(&spec, digest, reference, learner)).await?;
+        let facts = run::load(&location)
+            .await?
+            .ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
+        self.load(facts).await
+    }
+
+    /// Makes a run of what the state holds of it.
+    pub async fn load(&self, facts: RunFacts) -> Result<Arc<Run>> {
+        let (coordinator, location) = (self.coordinator, self.coordinator.location(self.id));
+        let owner = Ownership::claim(&location, &coordinator.identity).await?;
+        let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
+        let spec = facts.spec;
+        let receipts = Receipts::new(location.clone());
+        let listed = receipts.committed().await?;
+        let committed = Trail::new(of_trajectory(&listed, &facts.chain));
+        let incarnations = Incarnations::load(&location).await?;
+        let opened_phases = facts.run.spec()?.phases.len();
+        let state = State {
+            totals: totals(&receipts, listed, spec.max_ahead as usize).await?,
+            members: Members::new(incarnations.known().await, committed.newest()),
+            committed,
+            chain: facts.chain,
+            appended: facts.appended,
+            appending_from: None,
+            closed: facts.closed,
+            failure: facts.failure,
+            cells: BTreeMap::new(),
+        };
+        let parts = Parts {
+            id: self.id.to_owned(),
+            deps: coordinator.deps.clone(),
+            output_schema: manifest.output_schema(&spec.columns)?,
+            plan: self.plan(&spec, &manifest)?,
+            weights: self
+                .weights(&spec, facts.run.learner.as_ref(), &location)
+                .await?,
+            manifest,
+            manifest_digest: facts.run.manifest,
+            reference: facts.run.reference,
+            learner: facts.run.learner,
+            receipts,
+            owner,
+            incarnations,
+            opened_phases,
+            location,
+        };
+        Ok(Run::new(parts, spec, state))
+    }
+
+    fn plan(&self, spec: &RunSpec, manifest: &Arc<Manifest>) -> Result<Plan> {
+        let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
+        plan.check(&spec.phases)?;
+        Ok(plan)
+    }
+
+    async fn index(&self, spec: &RunSpec) -> Result<Manifest> {
+        let stores = &self.coordinator.stores;
+        let mut sources = Vec::new();
+        for source in &spec.sources {
+            stores.open_allowed(&source.uri)?;
+            sources.push(SourceRequest {
+                uri: source.uri.clone(),
+                weight: source.weight,
+                image_column: named(&source.image_column),
+                caption_column: named(&source.caption_column),
+            });
+        }
+        index(stores, &sources).boxed().await
+    }
+
+    /// Has workers load the models. What the spec leaves to the device is fixed by what the first
+    /// of them computes in: all workers must do the same.
+    async fn models(&self, spec: &mut RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
+        let stores = &self.coordinator.stores;
+        let mut reference = None;
+        if let Some(asked) = spec.reference.clone() {
+            stores.open_allowed(&asked.model_uri)?;
+            reference = Some(
+                self.model(models::reference_ref(spec, &asked, None), spec)
+                    .await?,
+            );
+        }
+        let mut learner = None;
+        if let Some(asked) = spec.learner.clone() {
+            stores.open_allowed(&asked.model_uri)?;
+            if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
+                let snapshot = stores.open_allowed(uri)?;
+                // The model folder itself stands for the weights that it holds.
+                if *uri != asked.model_uri && snapshot.head("").await?.is_none() {
+                    return Err(no_snapshot(uri));
+                }
+            }
+            learner = Some(
+                self.model(models::initial_ref(spec, &asked, None), spec)
+                    .await?,
+            );
+        }
+        Ok((reference, learner))
+    }
+
+    async fn model(&self, model: ModelRef, spec: &mut RunSpec) -> Result<ModelFact> {
+        let prepared = prepare(&self.coordinator.deps.pool, model, true).await?;
+        if spec.compute_dtype() == ComputeDtype::Unspecified {
+            spec.compute_dtype = prepared.compute_dtype;
+        }
+        Ok(prepared.into())
+    }
+
+    async fn weights(
+        &self,
+        spec: &RunSpec,
+        learner: Option<&ModelFact>,
+        location: &Location,
+    ) -> Result<Weights> {
+        let initial = match (&spec.learner, learner) {
+            (Some(asked), Some(fact)) if !matches!(asked.initial, Some(Initial::FirstPush(_))) => {
+                Some(Published {
+                    version: WeightsVersion {
+                        version: 0,
+                        step: -1,
+                        generation: 0,
+                        digest: fact.weights_digest.clone(),
+                    },
+                    snapshot_uri: String::new(),
+                    logit_scale: fact.logit_scale,
+                    logit_bias: fact.logit_bias,
+                })
+            }
+            _ => None,
+        };
+        let limits = &self.coordinator.deps.limits;
+        let settings = RunWeights {
+            run_id: self.id.to_owned(),
+            lag: spec.lag.unwrap_or_default(),
+            push_every_steps: spec.push_every_steps,
+            first_push: matches!(&spec.learner, Some(l) if matches!(l.initial, Some(Initial::FirstPush(_)))),
+            initial,
+            push_bytes_max: limits.push_bytes_max,
+            push_deadline: limits.push_deadline,
+        };
+        let verifier = WorkerVerifier {
+            pool: self.coordinator.deps.pool.clone(),
+            learner: spec
+                .learner
+                .as_ref()
+                .map(|asked| models::initial_ref(spec, asked, None))
+                .unwrap_or_default(),
+            shape: verifier::shape(learner.unwrap_or(&ModelFact::none())),
+        };
+        Weights::open(location.clone(), settings, Arc::new(verifier))
+            .boxed()
+            .await
+    }
+}
+
+/// A snapshot that is not there will not come by asking again.
+fn no_snapshot(uri: &str) -> Error {
+    let message = format!(
+        "the learner's snapshot {uri} is not there, or is no file; name a safetensors file, or \
+        the model folder itself where it \
+         holds the weights"
+    );
+    Error::new(Reason::ModelInvalid, message)
+        .with("file", uri)
+        .with("uri", uri)
+}
+
+fn named(column: &str) -> Option<String> {
+    (!column.is_empty()).then(|| column.to_owned())
+}
+
+/// What OpenRun answers.
+pub fn response(run: &Run) -> Result<OpenRunResponse> {
+    let spec = run.spec();
+    Ok(OpenRunResponse {
+        dataset_manifest: run.manifest_digest.clone(),
+        output_schema: output::schema_bytes(&run.output_schema)?,
+        generation: run.generation(),
+        next_step: run.next_step(),
+        dataset_rows: run.manifest.rows(),
+        steps_total: run.plan.steps_total(&spec.phases).unwrap_or(0),
+        spec: Some((*spec).clone()),
+    })
+}
+
+/// The committed steps of the trajectory that `chain` describes.
+fn of_trajectory<'a>(listed: &'a [(u64, u32)], chain: &'a Chain) -> impl Iterator<Item = u64> + 'a {
+    let holds = |(step, generation): &&(u64, u32)| {
+        chain
+            .candidates(*step, chain.current())
+            .contains(generation)
+    };
+    listed.iter().filter(holds).map(|(step, _)| *step)
+}
+
+/// The newest committed step of the trajectory that `chain` describes.
+pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
+    let listed = Receipts::new(location.clone()).committed().await?;
+    Ok(of_trajectory(&listed, chain).max())
+}
+
+/// The run's totals: those of the newest commit, which has the largest. Commits may be out of order
+/// by `max_ahead`.
+async fn totals(
+    receipts: &Receipts,
+    mut listed: Vec<(u64, u32)>,
+    max_ahead: usize,
+) -> Result<Accounts> {
+    listed.sort_by_key(|(step, generation)| (*generation, *step));
+    let mut largest = Accounts::default();
+    for (step, generation) in listed.into_iter().rev().take(max_ahead + 1) {
+        let receipt = receipts.find(step, generation).await?;
+        let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
+        if let Some(totals) = totals.filter(|t| t.candidates_scanned > largest.candidates_scanned) {
+            largest = totals;
+        }
+    }
+    Ok(largest)
+}

@@ -1,0 +1,162 @@
+//! One open run: its steps, ranks, weights and cursors.
+
+pub use super::state::{State, run_state};
+use super::{calls::Calls, parts::Parts};
+use crate::{
+    coordinator::{
+        facts::chain::Began,
+        receipts::wasted::Wasted,
+        score::claims::Claims,
+        spec::delivered,
+        trainer::{cell::Cell, waits::Waits},
+    },
+    error::Result,
+};
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
+    time::Duration,
+};
+use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary};
+use tokio::time::Instant;
+
+/// A batch that nobody has asked for in so long is let go; its rows can be read again.
+pub const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
+/// How often the log says that a rank still waits.
+pub const TOLD_EVERY: Duration = Duration::from_secs(30);
+
+/// A run that this coordinator owns.
+pub struct Run {
+    parts: Parts,
+    pub spec: RwLock<Arc<RunSpec>>,
+    state: Mutex<State>,
+    /// One commit at a time: totals are in the order of commits.
+    pub committing: tokio::sync::Mutex<()>,
+    /// Spent on decisions that came to nothing.
+    pub wasted: Wasted,
+    /// Blocks whose reference embeddings are there or under way.
+    pub claims: Claims,
+    pub calls: Calls,
+    pub waits: Waits,
+    pub me: Weak<Run>,
+}
+
+impl Deref for Run {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
+impl Run {
+    pub fn new(parts: Parts, spec: RunSpec, state: State) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            parts,
+            spec: RwLock::new(Arc::new(spec)),
+            state: Mutex::new(state),
+            committing: tokio::sync::Mutex::default(),
+            wasted: Wasted::default(),
+            claims: Claims::default(),
+            calls: Calls::default(),
+            waits: Waits::default(),
+            me: me.clone(),
+        })
+    }
+
+    pub fn spec(&self) -> Arc<RunSpec> {
+        self.spec.read().expect("no panic while held").clone()
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    pub fn generation(&self) -> u32 {
+        self.state().chain.current()
+    }
+
+    /// Where the generations began, and the newest one.
+    pub fn began(&self) -> (Vec<Began>, u32) {
+        let state = self.state();
+        (state.chain.began(), state.chain.current())
+    }
+
+    /// The first step that is not committed.
+    pub fn next_step(&self) -> u64 {
+        self.state().committed.next()
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.state().check_open().is_ok()
+    }
+
+    /// Since when the run could be put to sleep; `None` while a call, a push or work on a step is
+    /// under way.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let since = self.calls.idle_since()?;
+        let works =
+            self.state().cells.values().any(Cell::is_at_work) || self.weights.is_receiving();
+        (!works).then_some(since)
+    }
+
+    /// The receipt that holds for `step` in the trajectory of `generation`; the newest one where
+    /// absent.
+    pub async fn find_receipt(
+        &self,
+        step: u64,
+        generation: Option<u32>,
+    ) -> Result<Option<Receipt>> {
+        let generations = {
+            let state = self.state();
+            state
+                .chain
+                .candidates(step, generation.unwrap_or(state.chain.current()))
+        };
+        for generation in generations {
+            if let Some(receipt) = self.receipts.find(step, generation).await? {
+                return Ok(Some(receipt));
+            }
+        }
+        Ok(None)
+    }
+
+    pub fn summary(&self) -> RunSummary {
+        let state = self.state();
+        RunSummary {
+            run_id: self.id.clone(),
+            state: state.run_state() as i32,
+            generation: state.chain.current(),
+            last_committed_step: state.committed.newest(),
+        }
+    }
+
+    pub fn info(&self) -> RunInfo {
+        let (summary, spec) = (self.summary(), self.spec());
+        let learner = self
+            .weights
+            .book()
+            .borrow()
+            .newest()
+            .map(|published| published.version);
+        let state = self.state();
+        RunInfo {
+            summary: Some(summary),
+            dataset_manifest: self.manifest_digest.clone(),
+            candidates_scanned: state.totals.candidates_scanned,
+            examples_delivered: delivered(&spec, state.members.consumed_by_all()),
+            consumed_through: state.members.consumed_by_all(),
+            accounts: Some(state.totals),
+            learner,
+            failure: state.failure.clone().unwrap_or_default(),
+            tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
+            spec: Some((*spec).clone()),
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.parts.deps.sizing.forget(&self.parts.id);
+    }
+}

@@ -1,0 +1,171 @@
+//! Blocks whose reference embeddings are being made: one slice makes them, whichever steps and
+//! workers want them.
+use crate::coordinator::plan::candidate::Candidate;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::sync::watch;
+
+/// Source, shard, block.
+type Block = (u32, u32, u32);
+
+/// The blocks of a run that have reference embeddings, or are about to: some tens of bytes for each
+/// block that was read.
+#[derive(Debug, Clone, Default)]
+pub struct Claims(Arc<Mutex<HashMap<Block, State>>>);
+
+#[derive(Debug)]
+enum State {
+    /// Ends when its claim does.
+    UnderWay(watch::Receiver<()>),
+    Made,
+}
+
+/// What one slice is to make. Dropped before it is [`Claim::made`], its blocks are free again.
+#[derive(Debug)]
+pub struct Claim {
+    claims: Claims,
+    mine: Vec<Block>,
+    earlier: Vec<watch::Receiver<()>>,
+    /// Dropped last: whoever waits then finds the blocks in their new state.
+    _open: watch::Sender<()>,
+}
+
+impl Claims {
+    /// Claims the blocks of `candidates` (canonical order) that nobody has claimed. Only earlier
+    /// claims are waited for, so that no two wait for each other.
+    pub fn claim(&self, candidates: &[Candidate]) -> Claim {
+        let (open, ends) = watch::channel(());
+        let (mut mine, mut earlier) = (Vec::new(), Vec::new());
+        let mut states = self.states();
+        for block in candidates
+            .chunk_by(|a, b| block_of(a) == block_of(b))
+            .map(|run| block_of(&run[0]))
+        {
+            match states.get(&block) {
+                None => {
+                    states.insert(block, State::UnderWay(ends.clone()));
+                    mine.push(block);
+                }
+                Some(State::UnderWay(other)) => earlier.push(other.clone()),
+                Some(State::Made) => {}
+            }
+        }
+        drop(states);
+        Claim {
+            claims: self.clone(),
+            mine,
+            earlier,
+            _open: open,
+        }
+    }
+
+    fn states(&self) -> MutexGuard<'_, HashMap<Block, State>> {
+        self.0.lock().expect("no panic while held")
+    }
+}
+
+impl Claim {
+    /// Waits until earlier claims on its blocks have ended, for at most `patience`: a worker that
+    /// hangs must not hold up the steps of others. Where a claim came to nothing, or takes longer,
+    /// its blocks are not claimed anew: at worst two slices make them.
+    pub async fn wait(&mut self, patience: Duration) {
+        let ended = async {
+            for mut earlier in self.earlier.drain(..) {
+                while earlier.changed().await.is_ok() {}
+            }
+        };
+        let _ = tokio::time::timeout(patience, ended).await;
+    }
+
+    /// Its blocks are in the sidecar.
+    pub fn made(mut self) {
+        let mine = std::mem::take(&mut self.mine);
+        self.claims
+            .states()
+            .extend(mine.into_iter().map(|block| (block, State::Made)));
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut states = self.claims.states();
+        for block in &self.mine {
+            states.remove(block);
+        }
+    }
+}
+
+fn block_of(candidate: &Candidate) -> Block {
+    (candidate.source, candidate.shard, candidate.block)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::{FutureExt, poll};
+    use std::pin::pin;
+
+    fn candidates(blocks: impl IntoIterator<Item = u32>) -> Vec<Candidate> {
+        blocks
+            .into_iter()
+            .map(|block| Candidate {
+                source: 0,
+                shard: 0,
+                block,
+                row: 0,
+                position: 0,
+            })
+            .collect()
+    }
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn ready(claim: &mut Claim) -> bool {
+        claim.wait(LONG).now_or_never().is_some()
+    }
+
+    #[tokio::test]
+    async fn a_block_is_made_by_the_first_that_wants_it() {
+        let claims = Claims::default();
+        let mut first = claims.claim(&candidates([1, 1, 2]));
+        let mut second = claims.claim(&candidates([2, 3]));
+        assert!(ready(&mut first), "nobody came before it");
+        assert_eq!(
+            (&first.mine, &second.mine),
+            (&vec![(0, 0, 1), (0, 0, 2)], &vec![(0, 0, 3)])
+        );
+        {
+            let mut waits = pin!(second.wait(LONG));
+            assert!(poll!(&mut waits).is_pending());
+            first.made();
+            assert!(poll!(&mut waits).is_ready());
+        }
+        second.made();
+        let mut third = claims.claim(&candidates([1, 2, 3]));
+        assert!(ready(&mut third) && third.mine.is_empty(), "all is made");
+    }
+
+    #[tokio::test]
+    async fn what_came_to_nothing_is_free_again_and_holds_nobody_up() {
+        let claims = Claims::default();
+        let first = claims.claim(&candidates([1]));
+        let mut second = claims.claim(&candidates([1]));
+        drop(first);
+        assert!(ready(&mut second));
+        assert_eq!(claims.claim(&candidates([1])).mine, [(0, 0, 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_claim_that_never_ends_is_waited_for_with_patience() {
+        let claims = Claims::default();
+        let first = claims.claim(&candidates([1]));
+        claims
+            .claim(&candidates([1]))
+            .wait(Duration::from_millis(1))
+            .await;
+        assert_eq!(first.mine, [(0, 0, 1)], "still its own");
+    }
+}

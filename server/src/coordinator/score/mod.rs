@@ -1,0 +1,8 @@
+//! Stage 2, score: a super-batch is cut into slices, and workers embed them.
+pub mod claims;
+pub mod fetch;
+pub mod scored;
+pub mod slice;
+pub mod stream;
+pub mod super_batch;
+pub mod table;

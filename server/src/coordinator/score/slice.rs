@@ -1,0 +1,295 @@
+//! One slice of a super-batch on one worker: the coordinator's side of a `Score` stream.
+
+use super::{fetch::fetch_rows_from_others, stream::Live};
+use crate::{
+    coordinator::{
+        plan::{candidate::Candidate, cut},
+        workers::{
+            failover::{Unable, is_lost},
+            pool::Pool,
+            worker::Worker,
+        },
+    },
+    error::{Error, Result, from_status},
+};
+use bytes::Bytes;
+use std::{collections::HashSet, ops::Range};
+use superbatch_proto::v1::{
+    BlockRows, EmbedDone, EmbeddingDtype, Hole, ModelRef, Reason, ScoreBegin, ScoreRequest,
+    score_request,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Workers that may be lost under one slice before the step fails.
+pub const ATTEMPTS_MAX: usize = 5;
+
+/// What all slices of a step have in common.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub run_id: String,
+    pub generation: u32,
+    pub step: u64,
+    pub manifest_digest: String,
+    pub micro_batch_rows: u32,
+    pub reference: Option<ModelRef>,
+    /// The learner's folder, where its embeddings will be asked for.
+    pub learner_model: Option<ModelRef>,
+    pub embedding_dtype: EmbeddingDtype,
+    pub columns: Vec<String>,
+    /// Read and check rows, embed nothing.
+    pub check_only: bool,
+}
+
+/// Embeddings of one model for a slice, as they came: [rows, dim], little endian in the job's
+/// dtype.
+#[derive(Debug, Default)]
+pub struct Embeddings {
+    pub image: Vec<u8>,
+    pub text: Vec<u8>,
+    pub dim: usize,
+    pub done: EmbedDone,
+}
+
+/// A slice in progress. What it has received stays when its worker is lost.
+pub struct Slice {
+    /// Its candidates in the super-batch.
+    pub range: Range<usize>,
+    /// The candidates whose reference embeddings it gives: those of whole blocks. See
+    /// [`cut::whole_blocks`].
+    pub reference_range: Range<usize>,
+    blocks: Vec<BlockRows>,
+    /// Rows of its last block that are candidates of the next slices.
+    reference_more: Vec<u32>,
+    pub holes: Vec<Hole>,
+    pub fetch_seconds: f64,
+    pub decode_seconds: f64,
+    /// Floating-point operations of attempts that were lost.
+    pub discarded_flops: f64,
+    pub reference: Option<Embeddings>,
+    /// The reference's embeddings were taken: a worker that has to begin again need not make them
+    /// again.
+    has_reference: bool,
+    pub learner: Option<Embeddings>,
+    number: usize,
+    live: Option<Live>,
+}
+
+impl Slice {
+    pub fn new(
+        number: usize,
+        candidates: &[Candidate],
+        range: Range<usize>,
+        reference_range: Range<usize>,
+    ) -> Self {
+        // A slice that lies inside one block gives none of the reference's embeddings, and nothing
+        // of the block's rest.
+        let more = if reference_range.is_empty() {
+            0..0
+        } else {
+            range.end..reference_range.end
+        };
+        Self {
+            blocks: cut::block_rows(&candidates[range.clone()]),
+            reference_more: candidates[more]
+                .iter()
+                .map(|candidate| candidate.row)
+                .collect(),
+            range,
+            reference_range,
+            holes: Vec::new(),
+            fetch_seconds: 0.0,
+            decode_seconds: 0.0,
+            discarded_flops: 0.0,
+            reference: None,
+            has_reference: false,
+            learner: None,
+            number,
+            live: None,
+        }
+    }
+
+    pub fn take_reference(&mut self) -> Option<Embeddings> {
+        self.has_reference = self.reference.is_some();
+        self.reference.take()
+    }
+
+    pub fn take_learner(&mut self) -> Option<Embeddings> {
+        self.learner.take()
+    }
+
+    /// Has the slice read, decoded and embedded by the reference, on another worker where one is
+    /// lost.
+    ///
+    /// # Errors
+    /// What workers say of data and models, see [`Unable`]; `NoWorkers` after [`ATTEMPTS_MAX`] lost
+    /// workers.
+    pub async fn begin(&mut self, pool: &Pool, job: &Job) -> Result<()> {
+        self.attempt(pool, job, None, Unable::default()).await
+    }
+
+    /// Has the slice embedded by the learner `model`; begins again where the worker is lost.
+    pub async fn embed_learner(&mut self, pool: &Pool, job: &Job, model: &ModelRef) -> Result<()> {
+        let mut unable = Unable::default();
+        if let Some(mut live) = self.live.take() {
+            match live.learner(self, job, model).await {
+                Ok(()) => {
+                    self.live = Some(live);
+                    return Ok(());
+                }
+                Err(error) => self.give_up(pool, job, &live.worker, error, &mut unable)?,
+            }
+        }
+        self.attempt(pool, job, Some(model), unable).await
+    }
+
+    /// The chosen rows (numbers within the slice, in the order wanted) as an Arrow IPC stream.
+    pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
+        let mut unable = Unable::default();
+        if let Some(mut live) = self.live.take() {
+            match live.rows(chosen).await {
+                Ok(bytes) => return Ok(bytes),
+                // What it embedded is here already: only the rows have to be read again.
+                Err(error) if is_lost(&error) => pool.lost(&live.worker),
+                Err(error) => unable.note(&live.worker, error)?,
+            }
+        }
+        let flat: Vec<(usize, u32)> = self
+            .blocks
+            .iter()
+            .enumerate()
+            .flat_map(|(b, block)| block.rows.iter().map(move |row| (b, *row)))
+            .collect();
+        let blocks = chosen.iter().map(|candidate| {
+            let (b, row) = flat[*candidate as usize];
+            BlockRows {
+                rows: vec![row],
+                ..self.blocks[b].clone()
+            }
+        });
+        fetch_rows_from_others(
+            pool,
+            &job.manifest_digest,
+            blocks.collect(),
+            &job.columns,
+            unable,
+        )
+        .await
+    }
+
+    /// Holes of an attempt. Those that the reference found stay where it is not asked again.
+    pub fn take_holes(&mut self, mut found: Vec<Hole>) {
+        if self.has_reference {
+            let known: HashSet<u32> = found.iter().map(|hole| hole.candidate).collect();
+            found.extend(
+                self.holes
+                    .drain(..)
+                    .filter(|hole| !known.contains(&hole.candidate)),
+            );
+        }
+        self.holes = found;
+    }
+
+    pub fn wants_reference(&self) -> bool {
+        !self.has_reference && !self.reference_range.is_empty()
+    }
+
+    async fn attempt(
+        &mut self,
+        pool: &Pool,
+        job: &Job,
+        learner: Option<&ModelRef>,
+        mut unable: Unable,
+    ) -> Result<()> {
+        for attempt in 0..ATTEMPTS_MAX {
+            let workers = pool.wait_live().await?;
+            let turn = self.number + attempt + job.step as usize;
+            let worker = unable.other(workers, turn)?;
+            match self.attempt_on(&worker, job, learner).await {
+                Ok(live) => {
+                    self.live = Some(live);
+                    return Ok(());
+                }
+                Err(error) if attempt + 1 == ATTEMPTS_MAX => return Err(error),
+                Err(error) => self.give_up(pool, job, &worker, error, &mut unable)?,
+            }
+        }
+        Err(Error::new(
+            Reason::NoWorkers,
+            "all scoring workers were lost",
+        ))
+    }
+
+    async fn attempt_on(
+        &mut self,
+        worker: &Worker,
+        job: &Job,
+        learner: Option<&ModelRef>,
+    ) -> Result<Live> {
+        let begin = ScoreBegin {
+            run_id: job.run_id.clone(),
+            generation: job.generation,
+            step: job.step,
+            dataset_manifest: job.manifest_digest.clone(),
+            blocks: self.blocks.clone(),
+            micro_batch_rows: job.micro_batch_rows,
+            reference: job.reference.clone().filter(|_| self.wants_reference()),
+            learner_model: job.learner_model.clone(),
+            embedding_dtype: job.embedding_dtype as i32,
+            columns: job.columns.clone(),
+            check_only: job.check_only,
+            reference_from: (self.reference_range.start.min(self.range.end) - self.range.start)
+                as u32,
+            reference_more: self.reference_more.clone(),
+        };
+        let (send, requests) = mpsc::channel(4);
+        let request = ScoreRequest {
+            message: Some(score_request::Message::Begin(begin)),
+        };
+        send.try_send(request)
+            .map_err(|_| Error::internal("a fresh channel is full"))?;
+        let answer = worker.client().score(ReceiverStream::new(requests)).await;
+        let receive = answer
+            .map_err(|status| from_status(status, Reason::NoWorkers))?
+            .into_inner();
+        let mut live = Live {
+            worker: worker.clone(),
+            send,
+            receive,
+        };
+        live.begun(self, job).await?;
+        if let Some(model) = learner {
+            live.learner(self, job, model).await?;
+        }
+        Ok(live)
+    }
+
+    /// Notes a worker that is lost or unable; passes on an error that another worker would make,
+    /// too.
+    fn give_up(
+        &mut self,
+        pool: &Pool,
+        job: &Job,
+        worker: &Worker,
+        error: Error,
+        unable: &mut Unable,
+    ) -> Result<()> {
+        if is_lost(&error) {
+            let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
+            tracing::warn!(
+                run,
+                step,
+                worker = worker_at,
+                error = error.chain(),
+                "slice goes to another worker"
+            );
+            pool.lost(worker);
+        } else {
+            unable.note(worker, error)?;
+        }
+        crate::metrics::slices_rescored().increment(1);
+        let thrown = [self.reference.take(), self.learner.take()];
+        self.discarded_flops += thrown.iter().flatten().map(|e| e.done.flops).sum::<f64>();
+        Ok(())
+    }
+}

@@ -1,0 +1,248 @@
+//! Chosen rows in memory, as they came: in many record batches, and in an order of their own.
+//!
+//! They are never put together as a whole. Arrow's `Binary` counts bytes in 32 bits, so that no one
+//! array may hold all images of a large sub-batch; only what goes into one record batch of the
+//! output is gathered.
+use crate::{
+    batches::row_bytes,
+    error::{Error, Result},
+};
+use arrow::{
+    array::{Array, ArrayRef, RecordBatch, UInt32Array, make_array},
+    buffer::Buffer,
+    compute::{interleave, take},
+    datatypes::SchemaRef,
+    error::ArrowError,
+    ipc::reader::StreamDecoder,
+};
+use bytes::Bytes;
+use std::collections::HashMap;
+
+/// Rows of several record batches of one schema. Batches are shared, not copied.
+#[derive(Debug, Clone)]
+pub struct Table {
+    schema: SchemaRef,
+    batches: Vec<RecordBatch>,
+    /// Of each row: its batch, and its row there.
+    places: Vec<(usize, usize)>,
+    bytes: usize,
+}
+
+impl Table {
+    pub fn empty(schema: SchemaRef) -> Self {
+        Self {
+            schema,
+            batches: Vec::new(),
+            places: Vec::new(),
+            bytes: 0,
+        }
+    }
+
+    /// Reads a whole Arrow IPC stream, in parts cut anywhere; its rows in their order.
+    ///
+    /// # Errors
+    /// `Internal` where the parts are no complete stream.
+    pub fn from_stream(parts: impl IntoIterator<Item = Bytes>) -> Result<Self> {
+        let read = || {
+            let (mut decoder, mut held) = (StreamDecoder::new(), 0);
+            let mut batches = Vec::new();
+            for part in parts {
+                held += part.len();
+                let mut buffer = Buffer::from(part);
+                while !buffer.is_empty() {
+                    batches.extend(decoder.decode(&mut buffer)?);
+                }
+            }
+            decoder.finish()?;
+            let schema = decoder
+                .schema()
+                .ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
+            Ok(Self::new(schema, batches, held))
+        };
+        read().map_err(broken)
+    }
+
+    /// All rows of `batches`, which hold `bytes` of memory.
+    fn new(schema: SchemaRef, batches: Vec<RecordBatch>, bytes: usize) -> Self {
+        let rows = batches
+            .iter()
+            .enumerate()
+            .flat_map(|(n, batch)| (0..batch.num_rows()).map(move |row| (n, row)));
+        Self {
+            places: rows.collect(),
+            schema,
+            batches,
+            bytes,
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Memory that its batches hold. What streams were read from is held by all rows together,
+    /// whichever are left.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Adds the rows of `other` at the end.
+    ///
+    /// # Errors
+    /// `Internal` where its schema is another.
+    pub fn append(&mut self, other: Self) -> Result<()> {
+        if other.schema.fields() != self.schema.fields() {
+            return Err(Error::internal(
+                "workers sent rows of different schemas for one step",
+            ));
+        }
+        let first = self.batches.len();
+        self.places.extend(
+            other
+                .places
+                .into_iter()
+                .map(|(batch, row)| (first + batch, row)),
+        );
+        self.batches.extend(other.batches);
+        self.bytes += other.bytes;
+        Ok(())
+    }
+
+    /// The same rows, in the order of `rows`, each of which is below [`Table::rows`].
+    #[must_use]
+    pub fn reordered(self, rows: &[u32]) -> Self {
+        Self {
+            places: rows.iter().map(|row| self.places[*row as usize]).collect(),
+            ..self
+        }
+    }
+
+    /// A column of some rows, as one array. Its bytes are a function of the values alone.
+    ///
+    /// # Errors
+    /// `Internal` where there is no such column, or more in it than one array can hold: ask for
+    /// fewer rows.
+    pub fn column(&self, name: &str, rows: &[usize]) -> Result<ArrayRef> {
+        let at = self.schema.index_of(name).map_err(broken)?;
+        // Only the batches that are asked for: a step has thousands, a record batch of the output
+        // has rows of a few.
+        let mut numbers = HashMap::new();
+        let mut arrays: Vec<&dyn Array> = Vec::new();
+        let mut places = Vec::with_capacity(rows.len());
+        for row in rows {
+            let (batch, row) = self.places[*row];
+            let number = *numbers.entry(batch).or_insert_with(|| {
+                arrays.push(self.batches[batch].column(at));
+                arrays.len() - 1
+            });
+            places.push((number, row));
+        }
+        if arrays.is_empty() {
+            return Ok(arrow::array::new_empty_array(
+                self.schema.field(at).data_type(),
+            ));
+        }
+        let gathered = interleave(&arrays, &places).map_err(broken)?;
+        // Interleaving leaves traces of the arrays that the values came from: whether others there
+        // are null.
+        if gathered.null_count() == 0 && !gathered.data_type().is_nested() {
+            let traceless = gathered
+                .into_data()
+                .into_builder()
+                .nulls(None)
+                .build()
+                .map_err(broken)?;
+            return Ok(make_array(traceless));
+        }
+        take(
+            &gathered,
+            &UInt32Array::from_iter_values(0..places.len() as u32),
+            None,
+        )
+        .map_err(broken)
+    }
+
+    /// Bytes of a row's values.
+    pub fn row_bytes(&self, row: usize) -> Result<usize> {
+        let (batch, row) = self.places[row];
+        row_bytes(&self.batches[batch], row).map_err(broken)
+    }
+}
+
+fn broken(cause: ArrowError) -> Error {
+    Error::internal("rows that workers sent cannot be read or put together").because(cause)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use arrow::array::AsArray;
+
+    /// All rows of batches that are made in a test.
+    pub fn table(batches: Vec<RecordBatch>) -> Table {
+        let bytes = batches.iter().map(RecordBatch::get_array_memory_size).sum();
+        Table::new(batches[0].schema(), batches, bytes)
+    }
+
+    fn numbers(range: std::ops::Range<u32>) -> RecordBatch {
+        let column: ArrayRef = std::sync::Arc::new(UInt32Array::from_iter_values(range));
+        RecordBatch::try_from_iter([("n", column)]).unwrap()
+    }
+
+    fn n(table: &Table, rows: &[usize]) -> Vec<u32> {
+        table
+            .column("n", rows)
+            .unwrap()
+            .as_primitive::<arrow::datatypes::UInt32Type>()
+            .values()
+            .to_vec()
+    }
+
+    #[test]
+    fn a_column_has_no_trace_of_the_nulls_beside_its_rows() {
+        let of = |values: Vec<Option<u32>>| {
+            let column: ArrayRef = std::sync::Arc::new(UInt32Array::from(values));
+            table(vec![
+                RecordBatch::try_from_iter_with_nullable([("n", column, true)]).unwrap(),
+            ])
+        };
+        let among = of(vec![Some(1), None, Some(3)])
+            .column("n", &[0, 2])
+            .unwrap();
+        assert!(among.nulls().is_none());
+        assert_eq!(
+            among.to_data(),
+            of(vec![Some(3), Some(1)])
+                .column("n", &[1, 0])
+                .unwrap()
+                .to_data()
+        );
+        assert_eq!(
+            of(vec![None, Some(2)])
+                .column("n", &[1, 0])
+                .unwrap()
+                .null_count(),
+            1
+        );
+    }
+
+    #[test]
+    fn rows_of_many_batches_come_in_any_order() {
+        let mut all = Table::empty(numbers(0..0).schema());
+        assert_eq!((all.rows(), all.bytes(), n(&all, &[])), (0, 0, vec![]));
+        for range in [0..3, 3..3, 3..8] {
+            all.append(table(vec![numbers(range)])).unwrap();
+        }
+        let held = all.bytes();
+        assert_eq!(n(&all, &[7, 0, 3, 0]), [7, 0, 3, 0]);
+        let all = all.reordered(&[4, 2, 6]);
+        assert_eq!(
+            (all.rows(), all.bytes(), n(&all, &[0, 1, 2])),
+            (3, held, vec![4, 2, 6])
+        );
+        assert!(all.column("m", &[0]).is_err());
+        let other: ArrayRef = std::sync::Arc::new(arrow::array::Float64Array::from(vec![1.0]));
+        let other = table(vec![RecordBatch::try_from_iter([("n", other)]).unwrap()]);
+        assert!(all.clone().append(other).is_err());
+    }
+}

@@ -1,0 +1,172 @@
+//! Selection on a worker's device.
+use super::{ATTEMPTS_MAX, PART_CANDIDATES, Selector, local::LocalSelector};
+use crate::{
+    coordinator::{
+        score::scored::Scored,
+        workers::{failover::is_lost, pool::Pool},
+    },
+    error::{Result, from_status},
+};
+use async_trait::async_trait;
+use std::sync::Arc;
+use superbatch_proto::{
+    PART_BYTES,
+    v1::{
+        CandidatesPart, EmbeddingPart, Reason, SelectBegin, SelectRequest, SelectResponse, Tower,
+        select_request::Message,
+    },
+};
+
+/// Has a worker select on its device.
+pub struct WorkerSelector {
+    pub pool: Arc<Pool>,
+    /// For draws from noise alone: they ask no device, and name every candidate in their answer.
+    pub local: LocalSelector,
+    /// What the name of the worker's device begins with; any device's where empty.
+    pub device: &'static str,
+}
+
+/// A `SelectBegin` with as many candidates as one message should hold, then the rest of them.
+pub fn candidates(mut begin: SelectBegin) -> Vec<Message> {
+    let (positions, holes) = (
+        std::mem::take(&mut begin.positions),
+        std::mem::take(&mut begin.holes),
+    );
+    let (mut positions, mut holes) = (
+        positions.chunks(PART_CANDIDATES),
+        holes.chunks(PART_CANDIDATES),
+    );
+    let mut next = || match (positions.next(), holes.next()) {
+        (None, None) => None,
+        (positions, holes) => Some((
+            positions.unwrap_or_default().to_vec(),
+            holes.unwrap_or_default().to_vec(),
+        )),
+    };
+    (begin.positions, begin.holes) = next().unwrap_or_default();
+    let rest =
+        std::iter::from_fn(next).map(|(positions, holes)| CandidatesPart { positions, holes });
+    [Message::Begin(begin)]
+        .into_iter()
+        .chain(rest.map(Message::Candidates))
+        .collect()
+}
+
+fn parts(tower: Tower, scored: &Scored) -> Vec<EmbeddingPart> {
+    let embedded = &scored.embedded;
+    let dim = embedded.dim;
+    let rows = embedded.image.len() / dim.max(1);
+    let step = (PART_BYTES / (8 * dim.max(1))).max(1);
+    let part = |first: usize| {
+        let end = (first + step).min(rows);
+        let range = first * dim..end * dim;
+        EmbeddingPart {
+            tower: tower as i32,
+            first: first as u32,
+            rows: (end - first) as u32,
+            dim: dim as u32,
+            image: embedded.image.bytes(range.clone()),
+            text: embedded.text.bytes(range),
+        }
+    };
+    (0..rows).step_by(step).map(part).collect()
+}
+
+#[async_trait]
+impl Selector for WorkerSelector {
+    async fn select(
+        &self,
+        begin: SelectBegin,
+        learner: Option<Scored>,
+        reference: Option<Scored>,
+    ) -> Result<SelectResponse> {
+        if learner.is_none() && reference.is_none() {
+            return self.local.select(begin, None, None).await;
+        }
+        let mut messages = candidates(begin);
+        for (tower, scored) in [(Tower::Learner, &learner), (Tower::Reference, &reference)] {
+            messages.extend(
+                scored
+                    .iter()
+                    .flat_map(|s| parts(tower, s))
+                    .map(Message::Embedding),
+            );
+        }
+        let requests: Vec<_> = messages
+            .into_iter()
+            .map(|m| SelectRequest { message: Some(m) })
+            .collect();
+        let mut attempts = 0;
+        loop {
+            let worker = self.pool.one_on(self.device).await?;
+            // The bytes in them are shared, not copied.
+            let answer = worker
+                .client()
+                .select(tokio_stream::iter(requests.clone()))
+                .await;
+            match answer.map_err(|status| from_status(status, Reason::NoWorkers)) {
+                Err(error) if is_lost(&error) && attempts + 1 < ATTEMPTS_MAX => {
+                    self.pool.lost(&worker)
+                }
+                done => return done.map(tonic::Response::into_inner),
+            }
+            attempts += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+    use superbatch_proto::SUPER_BATCH_SIZE_MAX;
+
+    /// Candidates whose keys take the most bytes, every one a hole.
+    fn begin(count: u32) -> SelectBegin {
+        let positions = (0..count).map(|n| u64::MAX - u64::from(n)).collect();
+        SelectBegin {
+            positions,
+            holes: (0..count).collect(),
+            step: 7,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn candidates_of_any_super_batch_fit_in_messages_and_come_back_in_order() {
+        for count in [
+            0,
+            1,
+            PART_CANDIDATES as u32,
+            PART_CANDIDATES as u32 + 1,
+            SUPER_BATCH_SIZE_MAX,
+        ] {
+            let whole = begin(count);
+            let mut joined = SelectBegin::default();
+            for (number, message) in candidates(whole.clone()).into_iter().enumerate() {
+                let request = SelectRequest {
+                    message: Some(message),
+                };
+                assert!(
+                    request.encoded_len() <= PART_BYTES,
+                    "{} bytes",
+                    request.encoded_len()
+                );
+                match request.message {
+                    Some(Message::Begin(begin)) if number == 0 => joined = begin,
+                    Some(Message::Candidates(part)) if number > 0 => {
+                        joined.positions.extend(part.positions);
+                        joined.holes.extend(part.holes);
+                    }
+                    other => panic!("message {number} is {other:?}"),
+                }
+            }
+            assert!(joined == whole, "{count} candidates");
+        }
+    }
+
+    #[test]
+    fn a_common_super_batch_needs_one_message() {
+        assert_eq!(candidates(begin(20_480)).len(), 1);
+    }
+}

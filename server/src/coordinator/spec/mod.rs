@@ -1,0 +1,131 @@
+//! The run spec: defaults filled, what can never be met refused at open, and the schedule of
+//! phases.
+mod asked;
+mod check;
+mod differs;
+mod tuning;
+
+use crate::error::{Error, Result};
+pub use asked::Asked;
+pub use differs::Difference;
+pub use differs::first_difference;
+use superbatch_proto::v1::{
+    Criterion, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
+};
+pub use tuning::leaves_out;
+
+/// The spec with the defaults that the protocol documents; `need_deadline_seconds` is the
+/// operator's.
+///
+/// `compute_dtype` stays unspecified where it was: the workers' device decides when the run is
+/// opened. So does `train_flops_per_example`.
+///
+/// # Errors
+/// `RunSpecImpossible` where no run can meet it, with the path of the cause in `field`;
+/// `Unimplemented` where a later version can.
+pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec> {
+    for source in &mut spec.sources {
+        fill(&mut source.weight, 1.0);
+    }
+    spec.phases.iter_mut().for_each(complete_phase);
+    fill(&mut spec.loss, Loss::Sigmoid.into());
+    if spec.lag.is_none_or(|lag| lag.bound.is_none()) {
+        spec.lag = Some(Lag {
+            bound: Some(Bound::Exact(1)),
+        });
+    }
+    fill(&mut spec.push_every_steps, 1);
+    fill(&mut spec.micro_batches, 1);
+    fill(&mut spec.fallback, Fallback::Wait.into());
+    fill(&mut spec.max_ahead, 2);
+    fill(&mut spec.window_blocks, 16);
+    fill(&mut spec.embedding_dtype, EmbeddingDtype::F16.into());
+    fill(&mut spec.micro_batch_rows, 64);
+    fill(&mut spec.max_bad_row_share, 0.1);
+    fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
+    check::check(&spec)?;
+    Ok(spec)
+}
+
+/// Examples that a trainer which consumed all steps through `consumed` has got.
+pub fn delivered(spec: &RunSpec, consumed: Option<u64>) -> u64 {
+    let Some(consumed) = consumed else { return 0 };
+    let ends = spec
+        .phases
+        .iter()
+        .skip(1)
+        .map(|phase| phase.from_step)
+        .chain([u64::MAX]);
+    let steps = |(phase, end): (&Phase, u64)| {
+        end.min(consumed.saturating_add(1))
+            .saturating_sub(phase.from_step)
+            * u64::from(phase.sub_batch_size)
+    };
+    spec.phases.iter().zip(ends).map(steps).sum()
+}
+
+/// A phase with its defaults; also one that an earlier version completed.
+pub fn complete_phase(phase: &mut Phase) {
+    fill(&mut phase.criterion, Criterion::Learnability.into());
+    fill(&mut phase.n_chunks, 16);
+    fill(&mut phase.gain, 1.0);
+    fill(&mut phase.fidelity, Fidelity::Full.into());
+    tuning::complete(phase);
+}
+
+fn fill<T: Default + PartialEq>(value: &mut T, default: T) {
+    if *value == T::default() {
+        *value = default;
+    }
+}
+
+/// The phase that `step` belongs to. `phases` are a completed spec's: not empty, rising from step
+/// 0.
+pub fn phase_at(phases: &[Phase], step: u64) -> &Phase {
+    &phases[phases
+        .partition_point(|phase| phase.from_step <= step)
+        .saturating_sub(1)]
+}
+
+/// A completed spec with more phases. Those that it has already are passed over, so that a call may
+/// be repeated.
+///
+/// # Errors
+/// `RunSpecImpossible` where a phase begins at or before `last_started`, the last step that is
+/// committed or begun, or where the result is no spec.
+pub fn append_phases(
+    mut spec: RunSpec,
+    phases: Vec<Phase>,
+    last_started: Option<u64>,
+) -> Result<RunSpec> {
+    for mut phase in phases {
+        complete_phase(&mut phase);
+        if spec.phases.contains(&phase) {
+            continue;
+        }
+        if let Some(last) = last_started.filter(|last| phase.from_step <= *last) {
+            let field = format!("phases[{}].from_step", spec.phases.len());
+            let message = format!(
+                "a phase from step {} cannot be added: step {last} is already decided; begin at {} or later",
+                phase.from_step,
+                last + 1
+            );
+            return Err(impossible(&field, message));
+        }
+        spec.phases.push(phase);
+    }
+    check::check(&spec)?;
+    Ok(spec)
+}
+
+/// A name of the protocol as people write it: `joint` for `POLICY_JOINT`.
+fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+fn impossible(field: &str, message: impl Into<String>) -> Error {
+    Error::new(Reason::RunSpecImpossible, message).with("field", field)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+//! The life of one step: plan → score → select → commit. Serving is the caller's.
+
+use super::{decided::Decided, maker::Maker, receipt::receipt};
+use crate::{
+    coordinator::{
+        plan::{cut, planner},
+        runs::run::Run,
+        score::table::Table,
+        score::{fetch::fetch_rows, super_batch},
+        serve::ready::Ready,
+        spec::{Asked, phase_at},
+        trainer::cell::Reporter,
+    },
+    error::{Error, Result},
+};
+use superbatch_proto::v1::{Reason, Receipt, RunSpec, lag};
+use tokio::time::Instant;
+
+/// Decides `step` in the run's newest generation, or recalls what was decided before.
+pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) -> Result<Ready> {
+    if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
+        run.found_committed(generation, &receipt);
+        return recall(run, receipt).await;
+    }
+    let begun = Instant::now();
+    let spec = run.spec();
+    let phase = *phase_at(&spec.phases, step);
+    let super_batch = run.plan.step(&spec.phases, step)?;
+    let mut decided = Decided::new(generation, step, phase, run.wasted.spend());
+    decided.planned(begun.elapsed());
+    let maker = Maker {
+        run,
+        spec: &spec,
+        super_batch: &super_batch,
+        reporter,
+    };
+    let rows = match Asked::by(&phase).nobody() {
+        true => maker.uniform(&mut decided).await?,
+        false => maker.scored(&mut decided).await?,
+    };
+    decided.cost_seconds().total = begun.elapsed().as_secs_f64();
+    let receipt = receipt(run, &spec, &super_batch, &decided, &rows)?;
+    let committing = Instant::now();
+    let (receipt, ours) = run.commit(receipt).await?;
+    run.deps.sizing.decided(
+        &run.id,
+        decided.work(committing.elapsed()),
+        lag_steps(&spec),
+    );
+    if !ours {
+        return recall(run, receipt).await;
+    }
+    decided.spent.settle();
+    Ok(run.deps.ready.hold(receipt, rows.data))
+}
+
+/// Reads the rows of a committed step again and checks that they are what its receipt recorded.
+///
+/// # Errors
+/// `RowChanged` names the first row whose content differs.
+async fn recall(run: &Run, receipt: Receipt) -> Result<Ready> {
+    let located: Result<Vec<_>> = receipt
+        .chosen
+        .iter()
+        .map(|row| planner::locate(&run.manifest, row))
+        .collect();
+    let blocks = cut::block_rows(&located?);
+    let parts = fetch_rows(
+        &run.deps.pool,
+        &run.manifest_digest,
+        blocks,
+        &run.spec().columns,
+    )
+    .await?;
+    let rows = super_batch::hashed(Table::from_stream(parts)?)?;
+    let changed = receipt
+        .chosen
+        .iter()
+        .zip(&rows.hashes)
+        .find(|(row, hash)| row.content_hash[..] != hash[..]);
+    if let Some((row, _)) = changed {
+        let message = format!(
+            "row {} is not what it was when its step was chosen; restore the data, or rewind the \
+            run with reselect",
+            row.id
+        );
+        return Err(Error::new(Reason::RowChanged, message).with("id", &row.id));
+    }
+    Ok(run.deps.ready.hold(receipt, rows.data))
+}
+
+/// Steps that the weights may lag behind.
+fn lag_steps(spec: &RunSpec) -> u32 {
+    match spec.lag.and_then(|lag| lag.bound) {
+        Some(lag::Bound::Exact(steps) | lag::Bound::AtMost(steps)) => steps,
+        None => 1,
+    }
+}

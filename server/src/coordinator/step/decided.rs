@@ -1,0 +1,194 @@
+//! What a step was decided on, gathered while it is decided, and the receipt that comes of it.
+use crate::{
+    coordinator::{
+        facts::run::ModelFact,
+        receipts::wasted::Spent,
+        score::{scored::Scored, super_batch::Scoring},
+        spec::leaves_out,
+        trainer::sizing::Work,
+        weights::Published,
+    },
+    metrics,
+    selection::judged::Judged,
+};
+use std::{collections::BTreeMap, time::Duration};
+use superbatch_proto::v1::{
+    Accounts, BadRowReason, Hole, Mode, Phase, SelectResponse, StageSeconds, WeightsVersion,
+};
+
+/// Version of this program, as receipts name it.
+pub const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
+
+/// Everything that a step's receipt will say, as far as it is known.
+pub struct Decided {
+    pub generation: u32,
+    pub step: u64,
+    pub phase: Phase,
+    pub mode: Mode,
+    pub holes: Vec<Hole>,
+    pub candidates_scanned: usize,
+    pub drawn: SelectResponse,
+    pub learner: Option<WeightsVersion>,
+    pub reference_digest: String,
+    pub device: String,
+    /// Learner scale and bias, reference scale and bias, as selection used them.
+    pub scales: [f64; 4],
+    /// All operations so far, until a receipt has them.
+    pub spent: Spent,
+    pub cost: Accounts,
+    /// What is known of each candidate, where the step is drawn by scores.
+    pub judged: Option<Judged>,
+    /// Workers that shared the candidates.
+    workers: usize,
+}
+
+impl Decided {
+    pub fn new(generation: u32, step: u64, phase: Phase, spent: Spent) -> Self {
+        Self {
+            generation,
+            step,
+            phase,
+            mode: Mode::Normal,
+            holes: Vec::new(),
+            candidates_scanned: 0,
+            drawn: SelectResponse::default(),
+            learner: None,
+            reference_digest: String::new(),
+            device: String::new(),
+            scales: [0.0; 4],
+            spent,
+            cost: Accounts {
+                seconds: Some(StageSeconds::default()),
+                ..Default::default()
+            },
+            judged: None,
+            workers: 0,
+        }
+    }
+
+    pub fn cost_seconds(&mut self) -> &mut StageSeconds {
+        self.cost.seconds.get_or_insert_default()
+    }
+
+    pub fn planned(&mut self, took: Duration) {
+        self.cost_seconds().plan = took.as_secs_f64();
+        metrics::stage_duration("plan").record(took.as_secs_f64());
+    }
+
+    pub fn read(&mut self, scoring: &Scoring) {
+        self.workers = self.workers.max(scoring.slices());
+        let (fetch, decode) = scoring.read_seconds();
+        let seconds = self.cost_seconds();
+        seconds.fetch += fetch;
+        seconds.decode += decode;
+    }
+
+    /// What it took, with its commit.
+    pub fn work(&self, committed: Duration) -> Work {
+        let StageSeconds {
+            plan,
+            fetch,
+            decode,
+            embed_reference,
+            embed_learner,
+            ..
+        } = self.cost.seconds.unwrap_or_default();
+        Work {
+            workers: self.workers as f64,
+            scored: fetch + decode + embed_reference + embed_learner,
+            learner: embed_learner,
+            rest: plan + self.drawn.seconds + committed.as_secs_f64(),
+        }
+    }
+
+    pub fn waited(&mut self, waited: Duration) {
+        self.cost_seconds().wait_weights = waited.as_secs_f64();
+        metrics::stage_duration("wait_weights").record(waited.as_secs_f64());
+    }
+
+    pub fn embedded_reference(&mut self, scored: &Scored) {
+        self.spent.add(scored.flops);
+        self.cost.reference_flops += scored.flops;
+        self.cost_seconds().embed_reference += scored.seconds;
+        self.reference_digest.clone_from(&scored.digest);
+        self.device.clone_from(&scored.device);
+    }
+
+    pub fn embedded_learner(
+        &mut self,
+        published: &Published,
+        scored: &Scored,
+        fact: Option<&ModelFact>,
+    ) {
+        self.spent.add(scored.flops);
+        self.cost.learner_flops += scored.flops;
+        self.cost_seconds().embed_learner += scored.seconds;
+        self.device.clone_from(&scored.device);
+        let mut version = published.version.clone();
+        if version.version == 0 {
+            version.digest = fact.map_or_else(String::new, |f| f.weights_digest.clone());
+        }
+        self.learner = Some(version);
+    }
+
+    /// Notes what was spent on lost workers, and calls the reference's share thrown away where a
+    /// degraded step did not use it.
+    pub fn discarded(&mut self, flops: f64) {
+        self.spent.add(flops);
+        self.cost.discarded_flops += flops;
+        if self.mode == Mode::Uniform && !leaves_out(self.phase.tuning.as_ref()) {
+            self.cost.discarded_flops += std::mem::take(&mut self.cost.reference_flops);
+        }
+    }
+
+    /// Rows with faults of content, and rows whose embeddings are not finite.
+    pub fn add_holes(
+        &mut self,
+        content: impl IntoIterator<Item = Hole>,
+        towers: &[&Option<Scored>],
+    ) {
+        let mut holes: BTreeMap<u32, Hole> = BTreeMap::new();
+        // The slices that share a block may both tell of a row; the one in which the block begins
+        // comes first.
+        for hole in content {
+            holes.entry(hole.candidate).or_insert(hole);
+        }
+        for candidate in towers
+            .iter()
+            .filter_map(|t| t.as_ref())
+            .flat_map(|t| &t.not_finite)
+        {
+            holes.entry(*candidate).or_insert_with(|| Hole {
+                candidate: *candidate,
+                reason: BadRowReason::EmbeddingNotFinite as i32,
+                detail: "its embedding holds NaN or infinity".to_owned(),
+            });
+        }
+        for hole in holes.values() {
+            metrics::skipped(
+                hole.reason()
+                    .as_str_name()
+                    .trim_start_matches("BAD_ROW_REASON_"),
+            )
+            .increment(1);
+        }
+        self.holes.extend(holes.into_values());
+    }
+
+    /// The draw of a uniform step: these candidates, by noise alone.
+    pub fn drawn_uniformly(&mut self, indices: Vec<u32>) {
+        let count = indices.len();
+        self.drawn = SelectResponse {
+            indices,
+            chunks: vec![count as u32],
+            scores: vec![0.0; count],
+            weights: vec![1.0; count],
+            device: "cpu".to_owned(),
+            ..Default::default()
+        };
+    }
+
+    pub fn hole_numbers(&self) -> Vec<u32> {
+        self.holes.iter().map(|hole| hole.candidate).collect()
+    }
+}

@@ -1,0 +1,133 @@
+//! How a step's sub-batch is drawn once its candidates are scored.
+use super::{decided::Decided, maker::Maker};
+use crate::{
+    coordinator::{
+        plan::candidate::{SuperBatch, noise_keys},
+        runs::models,
+        score::scored::Scored,
+        spec::Asked,
+    },
+    error::{Error, Result},
+    metrics,
+    selection::{
+        is_scored,
+        judged::{Judged, judge},
+    },
+};
+use superbatch_proto::v1::{
+    Criterion, Loss, Mode, Phase, Policy, RunSpec, SelectBegin, SelectResponse,
+};
+
+impl Maker<'_> {
+    pub async fn draw(
+        &self,
+        decided: &mut Decided,
+        learner: Option<Scored>,
+        reference: Option<Scored>,
+    ) -> Result<SelectResponse> {
+        let mut begin = select_begin(self.spec, decided, self.super_batch);
+        let asked = Asked::by_draw(begin.policy(), begin.criterion(), begin.tuning.as_ref());
+        let (learner, reference) = (
+            learner.filter(|_| asked.learner),
+            reference.filter(|_| asked.reference),
+        );
+        if let Some(scored) = &learner {
+            let given = self.spec.learner.as_ref().and_then(|l| l.logit_bias);
+            (begin.learner_scale, begin.learner_bias) =
+                (scored.scale, self.bias(scored, given, "learner")?);
+        }
+        if let Some(scored) = &reference {
+            begin.reference_scale = scored.scale;
+            // Embeddings tell what is left out, and distances, whatever the loss.
+            if asked.reference_losses {
+                let given = self.spec.reference.as_ref().and_then(|r| r.logit_bias);
+                begin.reference_bias = self.bias(scored, given, "reference")?;
+            }
+        }
+        decided.scales = [
+            begin.learner_scale,
+            begin.learner_bias,
+            begin.reference_scale,
+            begin.reference_bias,
+        ];
+        let (begin, learner, reference, judged) = judged(begin, learner, reference).await?;
+        decided.judged = judged;
+        let drawn = self
+            .run
+            .deps
+            .selector
+            .select(begin, learner, reference)
+            .await;
+        let mut drawn = drawn.map_err(|error| error.about(format!("step {}", decided.step)))?;
+        drawn.flops += decided.judged.as_ref().map_or(0.0, |judged| judged.flops);
+        decided.spent.add(drawn.flops);
+        metrics::stage_duration("select").record(drawn.seconds);
+        metrics::flops("selection").increment(drawn.flops as u64);
+        Ok(drawn)
+    }
+
+    fn bias(&self, scored: &Scored, given: Option<f64>, which: &str) -> Result<f64> {
+        match self.spec.loss() {
+            Loss::Sigmoid => models::sigmoid_bias(scored.bias, given, which),
+            _ => Ok(0.0),
+        }
+    }
+}
+
+/// What is asked, and what the candidates are by themselves.
+type Asking = (SelectBegin, Option<Scored>, Option<Scored>, Option<Judged>);
+
+/// Judges the candidates beside the runtime's threads.
+async fn judged(
+    begin: SelectBegin,
+    learner: Option<Scored>,
+    reference: Option<Scored>,
+) -> Result<Asking> {
+    let work = move || {
+        let [of_learner, of_reference] =
+            [&learner, &reference].map(|scored| scored.as_ref().map(|scored| &scored.embedded));
+        let judged = judge(&begin, of_learner, of_reference);
+        (begin, learner, reference, judged)
+    };
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Error::internal("judging the candidates panicked").because(e))
+}
+
+/// How the step is drawn: as its phase says, or as the mode that it was degraded to.
+pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch) -> SelectBegin {
+    let Phase {
+        policy,
+        criterion,
+        sub_batch_size,
+        n_chunks,
+        gain,
+        tuning,
+        ..
+    } = decided.phase;
+    let (policy, criterion) = match decided.mode {
+        Mode::Uniform => (Policy::Uniform as i32, criterion),
+        Mode::ReferenceOnly => (policy, Criterion::Easy as i32),
+        _ => (policy, criterion),
+    };
+    // Who reads no loss is handed no learner, and by this criterion nothing can then be scored.
+    let criterion = match is_scored(Policy::try_from(policy).unwrap_or_default()) {
+        true => criterion,
+        false => Criterion::Learnability as i32,
+    };
+    SelectBegin {
+        policy,
+        criterion,
+        loss: spec.loss,
+        sub_batch_size,
+        n_chunks,
+        gain,
+        seed: spec.seed,
+        generation: decided.generation,
+        step: decided.step,
+        positions: noise_keys(&super_batch.candidates),
+        holes: decided.hole_numbers(),
+        embedding_dtype: spec.embedding_dtype,
+        tuning,
+        ..Default::default()
+    }
+}

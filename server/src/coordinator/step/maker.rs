@@ -1,0 +1,90 @@
+//! Decides one step: what all policies share.
+use super::decided::Decided;
+use crate::{
+    coordinator::{
+        plan::{
+            candidate::{Candidate, SuperBatch},
+            planner,
+        },
+        receipts::accounts,
+        runs::{models, run::Run},
+        score::{slice::Job, super_batch::Scoring},
+        spec::Asked,
+        trainer::cell::Reporter,
+    },
+    error::{Error, Result},
+};
+use superbatch_proto::v1::{Fallback, ModelRef, Reason, RunSpec};
+
+/// Decides one step.
+pub struct Maker<'a> {
+    pub run: &'a Run,
+    pub spec: &'a RunSpec,
+    pub super_batch: &'a SuperBatch,
+    pub reporter: &'a Reporter,
+}
+
+impl Maker<'_> {
+    pub fn job(&self, decided: &Decided, check_only: bool) -> Job {
+        let (spec, run, asked) = (self.spec, self.run, Asked::by(&decided.phase));
+        let can_degrade = asked.learner && spec.fallback() == Fallback::ReferenceOnly;
+        let reference = spec
+            .reference
+            .as_ref()
+            .filter(|_| asked.reference || can_degrade);
+        let learner = spec.learner.as_ref().filter(|_| asked.learner);
+        let bare = |model: ModelRef| ModelRef {
+            snapshot_uri: String::new(),
+            snapshot_digest: String::new(),
+            ..model
+        };
+        Job {
+            run_id: run.id.clone(),
+            generation: decided.generation,
+            step: decided.step,
+            manifest_digest: run.manifest_digest.clone(),
+            micro_batch_rows: spec.micro_batch_rows,
+            reference: reference
+                .filter(|_| !check_only)
+                .map(|reference| models::reference_ref(spec, reference, run.reference.as_ref())),
+            learner_model: learner
+                .filter(|_| !check_only)
+                .map(|learner| bare(models::initial_ref(spec, learner, run.learner.as_ref()))),
+            embedding_dtype: spec.embedding_dtype(),
+            columns: spec.columns.clone(),
+            check_only,
+        }
+    }
+
+    pub async fn begin(&self, job: Job, candidates: &[Candidate]) -> Result<Scoring> {
+        Scoring::begin(
+            self.run.deps.pool.clone(),
+            &self.run.claims,
+            job,
+            candidates,
+        )
+        .await
+    }
+
+    /// Fewer candidates can be used than are wanted.
+    pub fn too_few(&self, decided: &Decided) -> Error {
+        let (candidates, holes) = (self.super_batch.candidates.len(), decided.holes.len());
+        let first = decided.holes.iter().min_by_key(|hole| hole.candidate);
+        let first = first.map_or_else(String::new, |hole| {
+            let (id, _) = planner::row_id(
+                &self.run.manifest,
+                &self.super_batch.candidates[hole.candidate as usize],
+            );
+            accounts::first_bad(&id, hole.reason(), &hole.detail)
+        });
+        let message = format!(
+            "of {candidates} candidates {holes} cannot be used{first}, so fewer than \
+            sub_batch_size = {} are left; mend the data \
+             or raise super_batch_size (skipped rows are counted in superbatch_skipped_total)",
+            decided.phase.sub_batch_size
+        );
+        Error::new(Reason::TooManyBadRows, message)
+            .with("candidates", candidates)
+            .with("holes", holes)
+    }
+}

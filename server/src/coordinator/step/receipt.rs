@@ -1,0 +1,209 @@
+//! Makes a step's receipt from what was decided.
+use super::decided::{BUILD, Decided};
+use crate::{
+    coordinator::{
+        plan::{
+            candidate::SuperBatch,
+            planner::{self, PLAN_VERSION},
+        },
+        runs::run::Run,
+        score::scored::Rows,
+        spec::leaves_out,
+    },
+    error::Result,
+    selection::judged::{Passed, passed_over},
+    storage::nonce,
+};
+use std::time::{SystemTime, UNIX_EPOCH};
+use superbatch_proto::v1::{
+    Accounts, BadRow, ChosenRow, Fidelity, Hole, PassedRow, Receipt, ReceiptSummary, RunSpec,
+};
+
+/// The receipt of a decided step; its totals are filled when it is committed.
+pub fn receipt(
+    run: &Run,
+    spec: &RunSpec,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    rows: &Rows,
+) -> Result<Receipt> {
+    let id = |candidate: u32| {
+        planner::row_id(&run.manifest, &super_batch.candidates[candidate as usize])
+    };
+    let bad_row = |hole: &Hole| BadRow {
+        id: id(hole.candidate).0,
+        position: super_batch.candidates[hole.candidate as usize].position,
+        reason: hole.reason,
+        detail: hole.detail.clone(),
+    };
+    Ok(Receipt {
+        summary: Some(summary(run, spec, super_batch, decided)),
+        chosen: chosen(super_batch, decided, rows, id),
+        bad_rows: decided.holes.iter().map(bad_row).collect(),
+        passed_over: passed(run, super_batch, decided, id),
+    })
+}
+
+/// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay small.
+fn passed(
+    run: &Run,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    id: impl Fn(u32) -> (String, u64),
+) -> Vec<PassedRow> {
+    let Some(judged) = &decided.judged else {
+        return Vec::new();
+    };
+    let drawn = &decided.drawn.indices;
+    let most = drawn.len().min(run.deps.limits.passed_over_max as usize);
+    let row = |passed: Passed| {
+        let candidate = passed.candidate as usize;
+        let c = &super_batch.candidates[candidate];
+        let (id, row) = id(passed.candidate);
+        let loss = |model: usize| {
+            judged.losses[model]
+                .as_ref()
+                .map(|losses| losses[candidate] as f32)
+        };
+        PassedRow {
+            id,
+            source: c.source,
+            shard: c.shard,
+            row,
+            position: c.position,
+            own_score: judged.own[candidate] as f32,
+            learner_loss: loss(0),
+            reference_loss: loss(1),
+            sampled: passed.sampled,
+        }
+    };
+    passed_over(&judged.own, drawn, most)
+        .into_iter()
+        .map(row)
+        .collect()
+}
+
+pub fn chosen(
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    rows: &Rows,
+    id: impl Fn(u32) -> (String, u64),
+) -> Vec<ChosenRow> {
+    let drawn = &decided.drawn;
+    let chunk_of = drawn
+        .chunks
+        .iter()
+        .enumerate()
+        .flat_map(|(k, size)| std::iter::repeat_n(k as u32, *size as usize));
+    let places = drawn.indices.iter().zip(chunk_of).enumerate();
+    let judged = decided.judged.as_ref();
+    let loss = |model: usize, candidate: u32| {
+        judged.and_then(|judged| Some(judged.losses[model].as_ref()?[candidate as usize]))
+    };
+    let row = |(place, (candidate, chunk)): (usize, (&u32, u32))| {
+        let c = &super_batch.candidates[*candidate as usize];
+        let (id, row) = id(*candidate);
+        ChosenRow {
+            id,
+            source: c.source,
+            shard: c.shard,
+            row,
+            position: c.position,
+            chunk,
+            score: drawn.scores[place],
+            weight: drawn.weights[place],
+            fidelity: Fidelity::Full as i32,
+            content_hash: rows.hashes[place].clone().into(),
+            own_score: judged.map(|judged| judged.own[*candidate as usize]),
+            learner_loss: loss(0, *candidate),
+            reference_loss: loss(1, *candidate),
+        }
+    };
+    places.map(row).collect()
+}
+
+pub fn summary(
+    run: &Run,
+    spec: &RunSpec,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+) -> ReceiptSummary {
+    let (phase, drawn) = (&decided.phase, &decided.drawn);
+    let [learner_scale, learner_bias, reference_scale, reference_bias] = decided.scales;
+    ReceiptSummary {
+        run_id: run.id.clone(),
+        generation: decided.generation,
+        chosen_in_generation: decided.generation,
+        step: decided.step,
+        policy: phase.policy,
+        criterion: phase.criterion,
+        loss: spec.loss,
+        mode: decided.mode as i32,
+        fidelity: Fidelity::Full as i32,
+        super_batch_size: phase.super_batch_size,
+        sub_batch_size: phase.sub_batch_size,
+        n_chunks: drawn.chunks.len() as u32,
+        gain: phase.gain,
+        seed: spec.seed,
+        lag_steps: decided
+            .learner
+            .as_ref()
+            .map_or(0, |v| decided.step as i64 - 1 - v.step),
+        learner: decided.learner.clone(),
+        reference_digest: decided.reference_digest.clone(),
+        learner_scale,
+        learner_bias,
+        reference_scale,
+        reference_bias,
+        device: if decided.device.is_empty() {
+            drawn.device.clone()
+        } else {
+            decided.device.clone()
+        },
+        build: BUILD.to_owned(),
+        plan_version: PLAN_VERSION,
+        dataset_manifest: run.manifest_digest.clone(),
+        scanned: super_batch.spans.clone(),
+        holes: decided.holes.len() as u32,
+        batch_score: drawn.batch_score,
+        mean_score_chosen: drawn.mean_score_chosen,
+        mean_score_candidates: drawn.mean_score_candidates,
+        cost: Some(cost(run, spec, decided)),
+        committed_unix_ms: unix_ms(),
+        selector_threads: drawn.threads,
+        writer_nonce: nonce(),
+        embedding_dtype: spec.embedding_dtype,
+        compute_dtype: spec.compute_dtype,
+        run_totals: None,
+        tuning: phase.tuning,
+        left_out: drawn.left_out.filter(|_| leaves_out(phase.tuning.as_ref())),
+        uniform_score: decided
+            .judged
+            .as_ref()
+            .and_then(|judged| judged.uniform_score),
+        trainer_wait_seconds: run.waits.take(),
+    }
+}
+
+pub fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
+    let drawn = &decided.drawn;
+    let per_example = match (spec.train_flops_per_example, &run.learner) {
+        (given, _) if given > 0.0 => given,
+        (_, Some(learner)) => 3.0 * learner.pair_flops,
+        (_, None) => 0.0,
+    };
+    let mut cost = decided.cost;
+    cost.candidates_scanned = decided.candidates_scanned as u64;
+    cost.examples_selected = drawn.indices.len() as u64;
+    cost.bad_rows = decided.holes.len() as u64;
+    cost.selection_flops = drawn.flops;
+    cost.train_flops = per_example * drawn.indices.len() as f64;
+    cost.seconds.get_or_insert_default().select = drawn.seconds;
+    cost
+}
+
+fn unix_ms() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as i64)
+}

@@ -1,0 +1,61 @@
+//! Draws by the scores of models.
+use super::{decided::Decided, learner::Learner, maker::Maker};
+use crate::{
+    coordinator::{runs::models, score::scored::Rows, spec::Asked},
+    error::{Error, Result},
+};
+use tokio::time::Instant;
+
+impl Maker<'_> {
+    /// Has the models that the phase asks look at all candidates, and selects.
+    pub async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
+        let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
+        let mut scoring = self
+            .begin(self.job(decided, false), &self.super_batch.candidates)
+            .await?;
+        decided.candidates_scanned = size;
+        decided.read(&scoring);
+        let reference = scoring.reference()?;
+        if let Some(scored) = &reference {
+            models::check_unchanged(run.reference.as_ref(), scored, false, "reference")?;
+            decided.embedded_reference(scored);
+        }
+        let waiting = Instant::now();
+        let learner = match Asked::by(&phase).learner {
+            false => Learner::NotAsked,
+            true => self.await_weights(decided.step).await?,
+        };
+        decided.waited(waiting.elapsed());
+        let learner = match learner {
+            Learner::Version(published, mode) => {
+                decided.mode = mode;
+                let spec = self
+                    .spec
+                    .learner
+                    .as_ref()
+                    .ok_or_else(|| Error::internal("a scored phase has no learner"))?;
+                let model =
+                    models::published_ref(self.spec, spec, &published, run.learner.as_ref());
+                let scored = scoring.learner(&model).await?;
+                let is_pushed = published.version.version > 0;
+                models::check_unchanged(run.learner.as_ref(), &scored, is_pushed, "learner")?;
+                decided.embedded_learner(&published, &scored, run.learner.as_ref());
+                Some(scored)
+            }
+            Learner::Degraded(mode) => {
+                decided.mode = mode;
+                None
+            }
+            Learner::NotAsked => None,
+        };
+        decided.add_holes(scoring.holes(), &[&reference, &learner]);
+        let holes = decided.holes.len();
+        if size - holes < phase.sub_batch_size as usize {
+            return Err(self.too_few(decided));
+        }
+        decided.drawn = self.draw(decided, learner, reference).await?;
+        let rows = scoring.rows(&decided.drawn.indices).await?;
+        decided.discarded(scoring.discarded_flops());
+        Ok(rows)
+    }
+}

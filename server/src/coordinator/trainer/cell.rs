@@ -1,0 +1,260 @@
+//! One step: a cell that ranks wait at, and what they get when it is ready.
+use super::patience::Demand;
+use crate::{
+    coordinator::serve::ready::Ready,
+    error::{Error, Result},
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
+
+/// How far a step is.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    /// Under way. `told` counts the messages to waiting ranks; `message` is the newest.
+    Working {
+        told: u64,
+        message: Option<Arc<Error>>,
+    },
+    Ready(Arc<Ready>),
+    Failed(Arc<Error>),
+}
+
+/// The task's end of a cell: reports progress, sees who waits.
+#[derive(Debug, Clone)]
+pub struct Reporter {
+    progress: watch::Sender<Progress>,
+    demand: watch::Sender<Demand>,
+    parked: Arc<AtomicBool>,
+}
+
+/// While it lives, the step waits for the trainer and uses nobody's time.
+pub struct Parked(Arc<AtomicBool>);
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Reporter {
+    pub fn finish(&self, result: Result<Ready>) {
+        let end = match result {
+            Ok(ready) => Progress::Ready(Arc::new(ready)),
+            Err(error) => Progress::Failed(Arc::new(error)),
+        };
+        self.progress.send_replace(end);
+    }
+
+    /// Ends the calls that stand still for this step with `error`; the step goes on.
+    pub fn tell(&self, error: Error) {
+        self.demand.send_modify(|demand| {
+            demand.needing.clear();
+            demand.since = None;
+        });
+        tell(&self.progress, error);
+    }
+
+    /// The step waits for the trainer, until what is returned is dropped.
+    pub fn park(&self) -> Parked {
+        self.parked.store(true, Ordering::SeqCst);
+        Parked(self.parked.clone())
+    }
+
+    pub fn demand(&self) -> watch::Receiver<Demand> {
+        self.demand.subscribe()
+    }
+}
+
+/// Where ranks wait for a step. Dropping the cell ends its task.
+#[derive(Debug)]
+pub struct Cell {
+    progress: watch::Sender<Progress>,
+    demand: watch::Sender<Demand>,
+    parked: Arc<AtomicBool>,
+    task: AbortHandle,
+    begun: Instant,
+}
+
+impl Cell {
+    /// Starts `task` on a new cell.
+    pub fn start<F>(task: impl FnOnce(Reporter) -> F) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let progress = watch::Sender::new(Progress::Working {
+            told: 0,
+            message: None,
+        });
+        let demand = watch::Sender::new(Demand::default());
+        let parked = Arc::<AtomicBool>::default();
+        let reporter = Reporter {
+            progress: progress.clone(),
+            demand: demand.clone(),
+            parked: parked.clone(),
+        };
+        let task = tokio::spawn(task(reporter)).abort_handle();
+        Self {
+            progress,
+            demand,
+            parked,
+            task,
+            begun: Instant::now(),
+        }
+    }
+
+    pub fn is_failed(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Failed(_))
+    }
+
+    pub fn is_ready(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// Whether the step is being decided, and waits for nothing that only the trainer can give.
+    pub fn is_at_work(&self) -> bool {
+        matches!(*self.progress.borrow(), Progress::Working { .. })
+            && !self.parked.load(Ordering::SeqCst)
+    }
+
+    /// How long nobody has asked for the step.
+    pub fn idle_for(&self) -> Duration {
+        self.demand.borrow().asked.unwrap_or(self.begun).elapsed()
+    }
+
+    /// Forgets what an earlier start of the trainer wanted; its calls that still stand here end
+    /// with `error`.
+    pub fn take_over(&self, error: &Error) {
+        self.demand.send_modify(|demand| {
+            *demand = Demand {
+                calls: demand.calls,
+                ..Demand::default()
+            }
+        });
+        tell(&self.progress, error.repeat());
+    }
+
+    /// Ends the step with `error` for all who wait.
+    pub fn end(&self, error: &Error) {
+        self.task.abort();
+        fail(&self.progress, || error.repeat());
+    }
+
+    /// Whether some call waits here.
+    pub fn is_wanted(&self) -> bool {
+        self.progress.receiver_count() > 0
+    }
+
+    /// Joins the ranks that wait. `need`: this rank stands still.
+    pub fn wait(
+        &self,
+        rank: u32,
+        world_size: u32,
+        need: bool,
+        pushing_through: Option<i64>,
+    ) -> Waiting {
+        let progress = self.progress.subscribe();
+        let told = match *progress.borrow() {
+            Progress::Working { told, .. } => told,
+            _ => 0,
+        };
+        let mut call = None;
+        self.demand.send_modify(|demand| {
+            demand.world_size = world_size;
+            demand.asked = Some(Instant::now());
+            match pushing_through {
+                Some(step) => drop(demand.pushing.insert(rank, step)),
+                None => drop(demand.pushing.remove(&rank)),
+            }
+            if need {
+                demand.calls += 1;
+                demand.needing.insert(demand.calls, rank);
+                call = Some(demand.calls);
+                demand.since.get_or_insert_with(Instant::now);
+            }
+        });
+        Waiting {
+            progress,
+            told,
+            demand: self.demand.clone(),
+            call,
+        }
+    }
+}
+
+impl Drop for Cell {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Whoever still waits learns it at once.
+        fail(&self.progress, crate::coordinator::gone);
+    }
+}
+
+fn fail(progress: &watch::Sender<Progress>, error: impl FnOnce() -> Error) {
+    progress.send_if_modified(|progress| {
+        let working = matches!(progress, Progress::Working { .. });
+        if working {
+            *progress = Progress::Failed(Arc::new(error()));
+        }
+        working
+    });
+}
+
+fn tell(progress: &watch::Sender<Progress>, error: Error) {
+    progress.send_modify(|progress| {
+        if let Progress::Working { told, message } = progress {
+            *told += 1;
+            *message = Some(Arc::new(error));
+        }
+    });
+}
+
+/// One call that waits. Dropping it withdraws the rank's need.
+pub struct Waiting {
+    progress: watch::Receiver<Progress>,
+    told: u64,
+    demand: watch::Sender<Demand>,
+    /// Its number in the step's demand, where it needs the step.
+    call: Option<u64>,
+}
+
+impl Waiting {
+    /// Until the step is ready, failed, or the ranks are told that it cannot come.
+    pub async fn ready(mut self) -> Result<Arc<Ready>> {
+        let seen = self.told;
+        // Deadlines run only for those that need the step.
+        let needing = self.call.is_some();
+        let done = |progress: &Progress| match progress {
+            Progress::Working { told, .. } => needing && *told > seen,
+            _ => true,
+        };
+        match self.progress.wait_for(done).await {
+            Ok(progress) => match &*progress {
+                Progress::Ready(ready) => Ok(ready.clone()),
+                Progress::Failed(error) => Err(error.repeat()),
+                Progress::Working { message, .. } => Err(message
+                    .as_ref()
+                    .map_or_else(crate::coordinator::gone, |e| e.repeat())),
+            },
+            Err(_) => Err(crate::coordinator::gone()),
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let Some(call) = self.call else { return };
+        self.demand.send_if_modified(|demand| {
+            let was = demand.needing.remove(&call).is_some();
+            if demand.needing.is_empty() {
+                demand.since = None;
+            }
+            was
+        });
+    }
+}

@@ -1,0 +1,270 @@
+//! How many workers there should be: with which number trainers would not wait for their batches.
+use crate::metrics;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::time::Instant;
+
+/// Share of the newest observation in a running mean: the last ten steps or so count.
+const NEWEST: f64 = 0.2;
+
+/// A trainer counts once so many of its steps were seen: probes by hand have no pace.
+const STEPS_SEEN_MIN: u64 = 3;
+
+/// A trainer that has not been heard of for so many of its steps, and for so long, does not count:
+/// it may be gone.
+const STEPS_UNHEARD: f64 = 10.0;
+const SECONDS_UNHEARD: f64 = 300.0;
+
+/// What deciding one step took, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    /// Workers that shared its slices.
+    pub workers: f64,
+    /// Of the slowest slice: reading, decoding, and both models' forward passes.
+    pub scored: f64,
+    /// The part of it that can only begin when the weights are there: the learner's forward pass.
+    pub learner: f64,
+    /// What more workers do not make faster: planning, selection, the commit.
+    pub rest: f64,
+}
+
+/// Workers (not a whole number) with which a trainer that takes `step_seconds` for a step, and
+/// allows weights to lag `lag_steps` behind, would find each batch ready.
+///
+/// Two things must hold. Scoring must keep up: one step's slices, shared among the workers, take no
+/// longer than the trainer's step, whatever is done ahead. And it must be in time: the learner's
+/// pass, selection and commit fit between the push that the step waits for and the step itself,
+/// which are `lag_steps` apart. Where no number of workers achieves the second (lag 0, or selection
+/// alone takes longer), only the first counts.
+///
+/// Stages of a slice are taken to follow one another, and slices to shrink as workers are added.
+/// Both ask for rather more workers than for too few.
+pub fn optimal_workers(work: &Work, step_seconds: f64, lag_steps: u32) -> f64 {
+    let keeps_up = work.workers * work.scored / step_seconds;
+    let room = f64::from(lag_steps) * step_seconds - work.rest;
+    if room > 0.0 {
+        keeps_up.max(work.workers * work.learner / room)
+    } else {
+        keeps_up
+    }
+}
+
+/// Feeds `superbatch_optimal_workers` with what is measured of all open runs.
+#[derive(Debug, Default)]
+pub struct Sizing(Mutex<HashMap<String, Pace>>);
+
+/// What is known of one run.
+#[derive(Debug, Default)]
+struct Pace {
+    work: Option<Work>,
+    step_seconds: Option<f64>,
+    /// Steps that `step_seconds` was seen over.
+    steps_seen: u64,
+    lag_steps: u32,
+    /// The newest step that rank 0 had consumed, and when it said so first.
+    consumed: Option<(u64, Instant)>,
+    /// For how long it has stood still since.
+    waited: Duration,
+}
+
+impl Sizing {
+    /// A step of `run` was decided.
+    pub fn decided(&self, run: &str, work: Work, lag_steps: u32) {
+        self.changed(run, |pace| pace.decided(work, lag_steps));
+    }
+
+    /// Rank 0 says `now` that it has consumed `step`.
+    pub fn consumed(&self, run: &str, step: u64, now: Instant) {
+        self.changed(run, |pace| pace.consumed(step, now));
+    }
+
+    /// Rank 0 has stood still.
+    pub fn waited(&self, run: &str, waited: Duration) {
+        self.changed(run, |pace| pace.waited += waited);
+    }
+
+    /// The run is not here any more.
+    pub fn forget(&self, run: &str) {
+        self.paces().remove(run);
+        self.tell(Instant::now());
+    }
+
+    /// Tells `now` how many workers there should be.
+    pub fn tell(&self, now: Instant) {
+        metrics::optimal_workers().set(workers(self.paces().values(), now));
+    }
+
+    fn changed(&self, run: &str, change: impl FnOnce(&mut Pace)) {
+        change(self.paces().entry(run.to_owned()).or_default());
+        self.tell(Instant::now());
+    }
+
+    fn paces(&self) -> MutexGuard<'_, HashMap<String, Pace>> {
+        self.0.lock().expect("no panic while held")
+    }
+}
+
+impl Pace {
+    fn decided(&mut self, new: Work, lag_steps: u32) {
+        self.lag_steps = lag_steps;
+        // Work for one worker, since their number may change between two steps.
+        let mean = |of: fn(&Work) -> f64| mean(self.work.as_ref().map(of), of(&new));
+        let (scored, learner) = (
+            mean(|w| w.workers * w.scored),
+            mean(|w| w.workers * w.learner),
+        );
+        self.work = Some(Work {
+            workers: 1.0,
+            scored,
+            learner,
+            rest: mean(|w| w.rest),
+        });
+    }
+
+    fn consumed(&mut self, step: u64, now: Instant) {
+        if let Some((before, since)) = self.consumed {
+            if step == before {
+                return;
+            }
+            if step > before {
+                let own = (now - since).saturating_sub(self.waited).as_secs_f64()
+                    / (step - before) as f64;
+                self.step_seconds = Some(mean(self.step_seconds, own));
+                self.steps_seen = self.steps_seen.saturating_add(step - before);
+            }
+        }
+        // A trainer that went back begins anew.
+        (self.consumed, self.waited) = (Some((step, now)), Duration::ZERO);
+    }
+
+    fn workers(&self, now: Instant) -> Option<f64> {
+        let seen = self.steps_seen >= STEPS_SEEN_MIN;
+        let step_seconds = self.step_seconds.filter(|seconds| seen && *seconds > 0.0)?;
+        let unheard = now - self.consumed?.1;
+        if unheard.as_secs_f64() > SECONDS_UNHEARD.max(STEPS_UNHEARD * step_seconds) {
+            return None;
+        }
+        Some(optimal_workers(
+            self.work.as_ref()?,
+            step_seconds,
+            self.lag_steps,
+        ))
+    }
+}
+
+fn mean(before: Option<f64>, new: f64) -> f64 {
+    before.map_or(new, |before| before + NEWEST * (new - before))
+}
+
+/// The workers of all runs whose trainers are there, together, as a whole number.
+fn workers<'a>(paces: impl Iterator<Item = &'a Pace>, now: Instant) -> f64 {
+    paces
+        .filter_map(|pace| pace.workers(now))
+        .fold(0.0, |all, workers| all + workers)
+        .ceil()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORK: Work = Work {
+        workers: 2.0,
+        scored: 6.0,
+        learner: 4.0,
+        rest: 0.5,
+    };
+
+    #[test]
+    fn scoring_must_keep_up_with_the_trainer_and_be_in_time() {
+        // 12 worker-seconds a step; 8 of them in the time of the lag, less 0.5 s.
+        assert_eq!(optimal_workers(&WORK, 3.0, 2), 4.0, "it must keep up");
+        assert_eq!(
+            optimal_workers(&WORK, 1.5, 1),
+            8.0,
+            "both bounds are the same here"
+        );
+        assert_eq!(optimal_workers(&WORK, 1.0, 1), 16.0, "and be in time");
+        assert_eq!(
+            optimal_workers(&WORK, 1.0, 0),
+            12.0,
+            "which no number of workers can without a lag"
+        );
+        assert_eq!(
+            optimal_workers(&WORK, 0.5, 1),
+            24.0,
+            "or where selection takes as long as the trainer"
+        );
+    }
+
+    #[test]
+    fn the_trainers_own_time_is_what_is_left_of_its_steps_without_its_waits() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        pace.consumed(4, at(0));
+        pace.waited += Duration::from_secs(6);
+        assert_eq!(pace.step_seconds, None, "one cursor is no step");
+        pace.consumed(4, at(7));
+        pace.consumed(6, at(10));
+        assert_eq!(pace.step_seconds, Some(2.0), "10 s less 6 s for two steps");
+        pace.consumed(7, at(17));
+        assert_eq!(
+            pace.step_seconds,
+            Some(3.0),
+            "a fifth of the way from 2 to 7"
+        );
+        pace.consumed(3, at(99));
+        pace.consumed(4, at(102));
+        assert_eq!(pace.step_seconds, Some(3.0), "going back is no step");
+    }
+
+    #[test]
+    fn work_is_a_running_mean_whatever_the_workers() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        pace.decided(WORK, 1);
+        assert_eq!(pace.workers(now), None, "nothing is known of the trainer");
+        (pace.step_seconds, pace.consumed) = (Some(1.5), Some((0, now)));
+        pace.steps_seen = STEPS_SEEN_MIN - 1;
+        assert_eq!(pace.workers(now), None, "a few probes are no pace");
+        pace.steps_seen += 1;
+        assert_eq!(pace.workers(now), Some(8.0));
+        pace.decided(
+            Work {
+                workers: 4.0,
+                scored: 3.0,
+                learner: 2.0,
+                rest: 0.5,
+            },
+            1,
+        );
+        assert_eq!(
+            pace.workers(now),
+            Some(8.0),
+            "twice the workers, half the time"
+        );
+    }
+
+    #[test]
+    fn a_trainer_that_is_gone_needs_no_workers() {
+        let start = Instant::now();
+        let pace = |step_seconds| Pace {
+            work: Some(WORK),
+            step_seconds: Some(step_seconds),
+            steps_seen: STEPS_SEEN_MIN,
+            lag_steps: 1,
+            consumed: Some((3, start)),
+            waited: Duration::ZERO,
+        };
+        let (quick, slow) = (pace(1.5), pace(60.0));
+        let at = |seconds| {
+            workers(
+                [&quick, &slow].into_iter(),
+                start + Duration::from_secs(seconds),
+            )
+        };
+        assert_eq!([300, 301, 601].map(at), [9.0, 1.0, 0.0]);
+    }
+}

@@ -1,0 +1,41 @@
+//! How long the trainer stood still, for receipts.
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// The longest wait since it was last taken.
+#[derive(Debug, Default)]
+pub struct Waits(AtomicU64);
+
+impl Waits {
+    /// A rank stood still for so long.
+    pub fn note(&self, waited: Duration) {
+        // 0 stands for no wait at all.
+        let micros = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1);
+        self.0.fetch_max(micros, Ordering::Relaxed);
+    }
+
+    /// The longest one noted, in seconds; `None` where none was.
+    pub fn take(&self) -> Option<f64> {
+        let micros = self.0.swap(0, Ordering::Relaxed);
+        (micros > 0).then(|| Duration::from_micros(micros).as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_wait_is_told_once() {
+        let waits = Waits::default();
+        assert_eq!(waits.take(), None);
+        for millis in [20, 70, 10] {
+            waits.note(Duration::from_millis(millis));
+        }
+        assert_eq!((waits.take(), waits.take()), (Some(0.07), None));
+        waits.note(Duration::ZERO);
+        assert_eq!(waits.take(), Some(1e-6), "it was asked for, and was there");
+    }
+}

@@ -1,0 +1,196 @@
+//! One rank's stream of a push: its parts are staged as they come.
+use super::{
+    Inner,
+    publish::Whole,
+    staging::{Receiving, Staged},
+    streams::{Answer, At},
+};
+use crate::{
+    error::{Error, Result, from_status},
+    metrics,
+};
+use futures::{Stream, StreamExt};
+use std::sync::Arc;
+use superbatch_proto::v1::{
+    PushWeightsRequest, Reason, WeightsVersion, push_weights_request::Message,
+};
+use tokio::{sync::watch, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::Instrument;
+
+/// One stream's membership in a push. Dropped early, it takes the stream's parts back.
+pub struct Member {
+    pub inner: Arc<Inner>,
+    pub at: At,
+    pub stream: u64,
+    pub answer: watch::Receiver<Answer>,
+    pub superseded: CancellationToken,
+}
+
+/// Why a stream ended too early.
+pub enum Fault {
+    /// It alone broke, and may come again.
+    Broken(Error),
+    /// What it sent makes the whole push void.
+    Refused(Error),
+}
+
+/// Why the transport ended a stream.
+fn cut_off(status: Status) -> Fault {
+    let error = from_status(status, Reason::InvalidArgument);
+    match error.reason() {
+        Reason::MessageTooLarge => Fault::Refused(error),
+        _ => Fault::Broken(Error::invalid(
+            "stream",
+            format!("the stream broke: {error}"),
+        )),
+    }
+}
+
+impl Member {
+    /// The push's answer, or that a newer stream of this rank took over.
+    pub async fn answered(&self) -> Result<WeightsVersion> {
+        let mut answer = self.answer.clone();
+        tokio::select! {
+            biased;
+            () = self.superseded.cancelled() => {
+                Err(Error::new(Reason::PushConflict, "a newer stream of the same rank and push took over"))
+            }
+            found = answer.wait_for(Option::is_some) => match found.ok().and_then(|answer| answer.clone()) {
+                Some(Ok(version)) => Ok(version),
+                Some(Err(status)) => Err(from_status(status, Reason::Internal)),
+                None => Err(Error::internal("the push was given up")),
+            },
+        }
+    }
+
+    pub async fn receive<S>(&self, mut messages: S) -> Result<(), Fault>
+    where
+        S: Stream<Item = Result<PushWeightsRequest, Status>> + Send + Unpin,
+    {
+        let silence = self.inner.spec.push_deadline;
+        let broken = |message: String| Fault::Broken(Error::invalid("stream", message));
+        let mut open: Option<Receiving> = None;
+        loop {
+            let next = timeout(silence, messages.next()).await;
+            let next =
+                next.map_err(|_| broken(format!("the stream was silent for {silence:?}")))?;
+            let message = match next.transpose().map_err(cut_off)? {
+                Some(message) => message.message,
+                None if open.as_ref().is_none_or(Receiving::may_end) => return Ok(()),
+                None => return Err(broken("the stream ended inside of a part".into())),
+            };
+            self.take(&mut open, message).map_err(Fault::Refused)?;
+        }
+    }
+
+    /// Takes one message. `open` is the part whose bytes are awaited.
+    fn take(&self, open: &mut Option<Receiving>, message: Option<Message>) -> Result<()> {
+        match message {
+            Some(Message::Part(header)) => {
+                if let Some(part) = open.take() {
+                    self.staged(|staged| staged.arrived(part))?;
+                }
+                *open = Some(self.staged(|staged| staged.reserve(self.stream, header))?);
+            }
+            Some(Message::Data(bytes)) => {
+                metrics::weight_push_bytes().increment(bytes.len() as u64);
+                let part = open
+                    .as_mut()
+                    .ok_or_else(|| Error::invalid("data", "data came before a part's header"))?;
+                part.take(&bytes)?;
+            }
+            Some(Message::Start(_)) => {
+                return Err(Error::invalid(
+                    "start",
+                    "a push has one start, its first message",
+                ));
+            }
+            None => return Err(Error::invalid("message", "an empty message in a push")),
+        }
+        match open.take_if(|part| part.is_full()) {
+            Some(part) => self.staged(|staged| staged.arrived(part)),
+            None => Ok(()),
+        }
+    }
+
+    fn staged<T>(&self, change: impl FnOnce(&mut Staged) -> Result<T>) -> Result<T> {
+        let mut staging = self.inner.lock();
+        let push = staging
+            .pushes
+            .get_mut(&self.at)
+            .filter(|push| push.streams.contains_key(&self.stream));
+        match push.and_then(|push| push.staged.as_mut()) {
+            Some(staged) => change(staged),
+            None => Err(Error::new(
+                Reason::PushConflict,
+                "this stream's push was answered already",
+            )),
+        }
+    }
+
+    /// This stream has sent all it has. The last one to do so has the push published, by a task
+    /// that outlives it.
+    pub fn end(&self) {
+        let mut staging = self.inner.lock();
+        let Some(push) = staging.pushes.get_mut(&self.at) else {
+            return;
+        };
+        if let Some(rank) = push.streams.get_mut(&self.stream) {
+            rank.ended = true;
+        }
+        let whole = push.streams.values().all(|rank| rank.ended)
+            && push.staged.as_ref().is_some_and(Staged::is_whole);
+        let Some(staged) = push.staged.take_if(|_| whole) else {
+            return;
+        };
+        let (inner, (generation, step)) = (self.inner.clone(), self.at);
+        let whole = Whole {
+            generation,
+            step,
+            push_id: push.id.clone(),
+            staged,
+            started: push.started,
+        };
+        let span = tracing::info_span!("push", run = inner.spec.run_id);
+        self.inner.tasks.spawn(async move {
+            let answer = inner.publish(whole).instrument(span).await;
+            inner.answer(&mut inner.lock(), (generation, step), answer);
+        });
+    }
+
+    /// Refuses the whole push, unless it is being published or this stream is no longer of it.
+    pub fn refuse(&self, why: impl FnOnce(&Staged) -> Error) {
+        let mut staging = self.inner.lock();
+        let push = staging
+            .pushes
+            .get(&self.at)
+            .filter(|push| push.streams.contains_key(&self.stream));
+        let why = push.and_then(|push| push.staged.as_ref()).map(why);
+        if let Some(why) = why {
+            self.inner.answer(&mut staging, self.at, Err(why));
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let mut staging = self.inner.lock();
+        let Some(push) = staging.pushes.get_mut(&self.at) else {
+            return;
+        };
+        if push.streams.remove(&self.stream).is_none() {
+            return;
+        }
+        let Some(staged) = &mut push.staged else {
+            return;
+        };
+        staged.drop_stream(self.stream);
+        metrics::weight_push_failures("BROKEN").increment(1);
+        if push.streams.is_empty() {
+            staging.pushes.remove(&self.at);
+            self.inner.tell(&staging, None);
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! The workers that this coordinator may use: registered ones while their lease lasts, and the
+//! embedded one while its device is well.
+use super::worker::Worker;
+use crate::{
+    coordinator::workers::failover::Unable,
+    error::{Error, Result},
+    metrics,
+};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use superbatch_proto::{
+    CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES,
+    v1::{Reason, RegisterRequest},
+};
+use tokio::sync::watch;
+use tonic::transport::{Channel, Endpoint};
+
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// The address of the worker in this process.
+const EMBEDDED: &str = "embedded";
+
+struct Member {
+    worker: Worker,
+    /// `None`: embedded, lives as long as we do.
+    lease_until: Option<Instant>,
+}
+
+/// The state that workers have to share.
+#[derive(Debug, Clone, Default)]
+pub struct Home {
+    /// See [`crate::storage::probe`].
+    pub id: String,
+    pub uri: String,
+}
+
+/// Workers by address.
+pub struct Pool {
+    home: Home,
+    lease: Duration,
+    /// How long a call waits for a first worker before it fails.
+    patience: Duration,
+    members: Mutex<BTreeMap<String, Member>>,
+    /// Counts changes, so that waiters look again.
+    changed: watch::Sender<u64>,
+    turn: AtomicUsize,
+}
+
+impl Pool {
+    pub fn new(lease: Duration, patience: Duration, home: Home) -> Self {
+        let changed = watch::Sender::new(0);
+        Self {
+            home,
+            lease,
+            patience,
+            members: Mutex::default(),
+            changed,
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    pub fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    /// Adds the worker that lives in this process.
+    pub fn embed(&self, channel: Channel, device: &str) {
+        let worker = Worker {
+            address: EMBEDDED.to_owned(),
+            incarnation: String::new(),
+            device: device.to_owned(),
+            channel,
+        };
+        self.insert(Member {
+            worker,
+            lease_until: None,
+        });
+    }
+
+    /// Lets the worker that lives in this process go, until it is embedded again.
+    pub fn let_embedded_go(&self) {
+        self.remove(EMBEDDED);
+    }
+
+    /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where its address is no URI, or its state is another one than ours.
+    pub fn register(&self, request: &RegisterRequest, now: Instant) -> Result<()> {
+        if request.leaving {
+            if self.remove(&request.address) {
+                tracing::info!(address = request.address, "worker left");
+            }
+            return Ok(());
+        }
+        self.check_state(request)?;
+        let lease_until = Some(now + self.lease);
+        let mut members = self.members.lock().expect("no panic while held");
+        if let Some(member) = members
+            .get_mut(&request.address)
+            .filter(|m| m.worker.incarnation == request.incarnation)
+        {
+            member.lease_until = lease_until;
+            return Ok(());
+        }
+        drop(members);
+        let endpoint = Endpoint::from_shared(request.address.clone()).map_err(|e| {
+            Error::invalid(
+                "address",
+                format!("'{}' is no http://host:port", request.address),
+            )
+            .because(e)
+        })?;
+        let endpoint = endpoint
+            .connect_timeout(Duration::from_secs(5))
+            .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        // A host that vanishes sends no farewell: without these its streams would hang.
+        let endpoint = endpoint
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE);
+        let channel = endpoint.keep_alive_while_idle(true).connect_lazy();
+        let worker = Worker {
+            address: request.address.clone(),
+            incarnation: request.incarnation.clone(),
+            device: request.device.clone(),
+            channel,
+        };
+        tracing::info!(
+            address = request.address,
+            device = request.device,
+            "worker registered"
+        );
+        self.insert(Member {
+            worker,
+            lease_until,
+        });
+        Ok(())
+    }
+
+    fn check_state(&self, request: &RegisterRequest) -> Result<()> {
+        let (theirs, ours) = (&request.state_uri, &self.home.uri);
+        if request.state_id == self.home.id {
+            return Ok(());
+        }
+        let message = format!(
+            "the worker at {} has its state at {theirs}, and the coordinator at {ours}: these are \
+            two states; give both the \
+             same `state` in their settings (or --state)",
+            request.address
+        );
+        tracing::warn!(
+            address = request.address,
+            theirs,
+            ours,
+            "refused a worker of another state"
+        );
+        Err(Error::invalid("state", message)
+            .with("theirs", theirs)
+            .with("ours", ours))
+    }
+
+    /// Drops a worker whose connection broke; it comes back by its next registration.
+    pub fn lost(&self, worker: &Worker) {
+        let mut members = self.members.lock().expect("no panic while held");
+        let same =
+            |m: &Member| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
+        if members.get(&worker.address).is_some_and(same) {
+            members.remove(&worker.address);
+            metrics::workers().set(members.len() as f64);
+            tracing::warn!(address = worker.address, "worker lost");
+        }
+    }
+
+    /// All workers with a lease `now`, in the order of their addresses.
+    pub fn live(&self, now: Instant) -> Vec<Worker> {
+        let mut members = self.members.lock().expect("no panic while held");
+        members.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
+        metrics::workers().set(members.len() as f64);
+        members.values().map(|m| m.worker.clone()).collect()
+    }
+
+    /// All live workers, once there is one.
+    ///
+    /// # Errors
+    /// `NoWorkers` when none came within the pool's patience.
+    pub async fn wait_live(&self) -> Result<Vec<Worker>> {
+        self.wait_on("").await
+    }
+
+    /// One live worker, each in its turn.
+    pub async fn one(&self) -> Result<Worker> {
+        self.one_on("").await
+    }
+
+    /// One live worker whose device's name begins with `device`, each in its turn.
+    pub async fn one_on(&self, device: &str) -> Result<Worker> {
+        let live = self.wait_on(device).await?;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        Ok(live[turn % live.len()].clone())
+    }
+
+    /// One live worker, each in its turn, that has not been asked in vain.
+    ///
+    /// # Errors
+    /// `NoWorkers`, or what the last one said where there is no other.
+    pub async fn other(&self, unable: &mut Unable) -> Result<Worker> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        unable.other(self.wait_live().await?, turn)
+    }
+
+    async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
+        let mut changed = self.changed.subscribe();
+        let found = async {
+            loop {
+                let mut live = self.live(Instant::now());
+                live.retain(|worker| worker.device.starts_with(device));
+                if !live.is_empty() {
+                    return live;
+                }
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(self.patience, found)
+            .await
+            .map_err(|_| {
+                let seconds = self.patience.as_secs();
+                let kind = if device.is_empty() {
+                    String::new()
+                } else {
+                    format!(" on {device}")
+                };
+                let message = format!(
+                    "no scoring worker{kind} has been there for {seconds} s; start one with \
+                `superbatch worker`, or set \
+                 coordinator.workers_embedded: true"
+                );
+                Error::new(Reason::NoWorkers, message)
+            })
+    }
+
+    fn insert(&self, member: Member) {
+        let mut members = self.members.lock().expect("no panic while held");
+        members.insert(member.worker.address.clone(), member);
+        metrics::workers().set(members.len() as f64);
+        drop(members);
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Whether it was there.
+    fn remove(&self, address: &str) -> bool {
+        let mut members = self.members.lock().expect("no panic while held");
+        let removed = members.remove(address).is_some();
+        metrics::workers().set(members.len() as f64);
+        removed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registration(address: &str, leaving: bool) -> RegisterRequest {
+        RegisterRequest {
+            address: address.into(),
+            incarnation: "1".into(),
+            leaving,
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lease_ends_and_is_renewed() {
+        let pool = Pool::new(
+            Duration::from_secs(10),
+            Duration::from_secs(30),
+            Home::default(),
+        );
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        pool.register(&registration("http://127.0.0.1:1", false), at(0))
+            .unwrap();
+        pool.register(&registration("http://127.0.0.1:1", false), at(9))
+            .unwrap();
+        assert_eq!(pool.live(at(18)).len(), 1);
+        assert!(pool.live(at(20)).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_worker_of_another_state_is_refused_with_both_named() {
+        let home = Home {
+            id: "a".into(),
+            uri: "s3://b/ours".into(),
+        };
+        let pool = Pool::new(Duration::from_secs(10), Duration::from_millis(20), home);
+        let of = |id: &str, leaving| RegisterRequest {
+            state_id: id.into(),
+            state_uri: "file:///theirs".into(),
+            ..registration("http://127.0.0.1:1", leaving)
+        };
+        let now = Instant::now();
+        for id in ["b", ""] {
+            let error = pool.register(&of(id, false), now).unwrap_err();
+            assert_eq!(error.value("field"), Some("state"));
+            assert_eq!(
+                (error.value("theirs"), error.value("ours")),
+                (Some("file:///theirs"), Some("s3://b/ours"))
+            );
+            assert!(pool.live(now).is_empty());
+        }
+        pool.register(&of("a", false), now).unwrap();
+        assert_eq!(pool.live(now).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn without_workers_a_call_fails_in_bounded_time() {
+        let pool = Pool::new(
+            Duration::from_secs(10),
+            Duration::from_millis(20),
+            Home::default(),
+        );
+        let start = Instant::now();
+        assert_eq!(pool.one().await.unwrap_err().reason(), Reason::NoWorkers);
+        pool.register(
+            &registration("http://127.0.0.1:1", false),
+            start + Duration::from_secs(60),
+        )
+        .unwrap();
+        assert!(pool.one().await.is_ok());
+        pool.register(&registration("http://127.0.0.1:1", true), start)
+            .unwrap();
+        assert!(pool.live(start).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_device_is_asked_for_and_a_late_word_of_a_dead_worker_hurts_no_other() {
+        let pool = Pool::new(
+            Duration::from_secs(10),
+            Duration::from_millis(20),
+            Home::default(),
+        );
+        let now = Instant::now();
+        let on = |port: u16, incarnation: &str, device: &str| RegisterRequest {
+            incarnation: incarnation.into(),
+            device: device.into(),
+            ..registration(&format!("http://127.0.0.1:{port}"), false)
+        };
+        pool.register(&on(1, "a", "cpu"), now).unwrap();
+        assert_eq!(
+            pool.one_on("cuda").await.unwrap_err().reason(),
+            Reason::NoWorkers
+        );
+        pool.register(&on(2, "a", "cuda:0"), now).unwrap();
+        let old = pool.one_on("cuda").await.unwrap();
+        assert_eq!(old.address, "http://127.0.0.1:2");
+        pool.register(&on(2, "b", "cuda:0"), now).unwrap();
+        pool.lost(&old);
+        assert_eq!(
+            pool.live(now).len(),
+            2,
+            "its successor at the same address lives"
+        );
+        pool.lost(&pool.one_on("cuda").await.unwrap());
+        assert_eq!(pool.live(now).len(), 1);
+    }
+}

@@ -1,0 +1,26 @@
+//! One scoring worker, as its coordinator sees it.
+use superbatch_proto::{MESSAGE_BYTES_MAX, v1::worker_service_client::WorkerServiceClient};
+use tonic::transport::Channel;
+
+/// A connection to one worker. Cloned freely.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    pub address: String,
+    /// Of the worker's process: another one may come to the same address.
+    pub incarnation: String,
+    pub device: String,
+    pub channel: Channel,
+}
+
+impl Worker {
+    /// Whether it is the same process.
+    pub fn is(&self, other: &Self) -> bool {
+        (&self.address, &self.incarnation) == (&other.address, &other.incarnation)
+    }
+
+    pub fn client(&self) -> WorkerServiceClient<Channel> {
+        WorkerServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}

@@ -1,0 +1,93 @@
+//! Answers in JSON, failures among them.
+use crate::{error::Error, metrics};
+use axum::{
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+use superbatch_proto::v1::Reason;
+
+/// What a handler gives.
+pub(super) type Answer = Result<Json, Failed>;
+
+pub(super) struct Json(pub Value);
+
+/// A failure, told to the reader.
+pub(super) struct Failed(Error);
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Json {
+    fn into_response(self) -> Response {
+        metrics::page_requests("ok").increment(1);
+        json_response(StatusCode::OK, &self.0)
+    }
+}
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        let reason = self.0.reason();
+        let (status, outcome) = match reason {
+            Reason::RunNotFound | Reason::StepNotCommitted => (StatusCode::NOT_FOUND, "not_found"),
+            Reason::InvalidArgument => (StatusCode::BAD_REQUEST, "invalid"),
+            Reason::StorageUnreachable => (StatusCode::BAD_GATEWAY, "failed"),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        metrics::page_requests(outcome).increment(1);
+        if outcome == "failed" {
+            tracing::warn!(error = self.0.chain(), "the run page could not answer");
+        }
+        let name = reason
+            .as_str_name()
+            .trim_start_matches("REASON_")
+            .to_lowercase();
+        json_response(status, &json!({ "error": self.0.chain(), "reason": name }))
+    }
+}
+
+fn json_response(status: StatusCode, value: &Value) -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    (status, headers, value.to_string()).into_response()
+}
+
+/// A number of the address' query, such as `?from=7`.
+///
+/// # Errors
+/// `InvalidArgument` where it is no number.
+pub(super) fn number(query: Option<&str>, name: &str) -> Result<Option<u64>, Error> {
+    let Some(text) = text(query, name) else {
+        return Ok(None);
+    };
+    let number = text.parse();
+    number
+        .map(Some)
+        .map_err(|_| Error::invalid(name, format!("{name} is '{text}'; give a whole number")))
+}
+
+/// A value of the address' query.
+pub(super) fn text(query: Option<&str>, name: &str) -> Option<String> {
+    let mut pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+    pairs.find_map(|(key, value)| (key == name).then(|| value.into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_read_by_name() {
+        let query = Some("from=7&rows=0.0.1%2C0.0.2&to=x");
+        assert_eq!(number(query, "from").unwrap(), Some(7));
+        assert_eq!(number(query, "until").unwrap(), None);
+        assert_eq!(number(None, "from").unwrap(), None);
+        assert_eq!(text(query, "rows").as_deref(), Some("0.0.1,0.0.2"));
+        assert_eq!(number(query, "to").unwrap_err().value("field"), Some("to"));
+    }
+}

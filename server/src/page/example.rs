@@ -1,0 +1,225 @@
+//! One example: each time it was a candidate, and what came of it.
+use super::{
+    Known, Page,
+    answer::{Answer, Json},
+    pictures::{Place, place},
+    shown::word,
+    steps::{at, key},
+};
+use crate::{
+    coordinator::{
+        plan::{
+            planner::Plan,
+            rows::{locate, row_id},
+        },
+        receipts::parquet::has_scores,
+    },
+    dataset::Manifest,
+    error::{Error, Result},
+};
+use axum::extract::{Path, State};
+use futures::{StreamExt, TryStreamExt, stream};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use superbatch_proto::v1::{ChosenRow, Receipt, ReceiptSummary};
+
+/// Times that are shown, the newest.
+const TIMES: usize = 64;
+const AT_ONCE: usize = 8;
+
+/// `GET /api/runs/{run}/examples/{row}`: a row by its id, or as `0.0.17`.
+pub(super) async fn example(
+    State(page): State<Arc<Page>>,
+    Path((id, row)): Path<(String, String)>,
+) -> Answer {
+    let known = page.known(&id).await?;
+    let manifest = page.manifest(&known.facts.run.manifest).await?;
+    let Place { source, shard, row } = if row.contains('#') {
+        named(&manifest, &row)?
+    } else {
+        place(&row)?
+    };
+    let wanted = ChosenRow {
+        source,
+        shard,
+        row,
+        id: key(source, shard, row),
+        ..Default::default()
+    };
+    let missing = |_| {
+        Error::invalid(
+            "row",
+            format!("the run's data has no row {row} in shard {shard} of source {source}"),
+        )
+    };
+    let candidate = locate(&manifest, &wanted).map_err(missing)?;
+    let (row_id, _) = row_id(&manifest, &candidate);
+    let spec = &known.facts.spec;
+    let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
+    let (mut steps, next) = match known.newest {
+        Some(newest) => plan.steps_of(&spec.phases, &candidate, newest)?,
+        None => (Vec::new(), None),
+    };
+    let more = steps.len().saturating_sub(TIMES);
+    steps.drain(..more);
+    let times: Vec<_> = steps
+        .into_iter()
+        .map(|step| time(&page, &known, step, &wanted, &row_id))
+        .collect();
+    let times: Vec<Option<Value>> = stream::iter(times).buffered(AT_ONCE).try_collect().await?;
+    Ok(Json(json!({
+        "id": row_id,
+        "key": wanted.id,
+        "times": times.into_iter().flatten().collect::<Vec<_>>(),
+        "more": more,
+        "next": next,
+    })))
+}
+
+/// A row by its id: `00000.parquet#17`, or `1:00000.parquet#17` where a run has several sources.
+fn named(manifest: &Manifest, id: &str) -> Result<Place> {
+    let unknown = || {
+        Error::invalid(
+            "row",
+            format!("the run's data has no row '{id}'; give an id as receipts have it"),
+        )
+    };
+    let (path, row) = id.rsplit_once('#').ok_or_else(unknown)?;
+    let (source, path) = match path.split_once(':') {
+        Some((source, rest)) if manifest.sources.len() > 1 => {
+            (source.parse().map_err(|_| unknown())?, rest)
+        }
+        _ => (0, path),
+    };
+    let shards = &manifest
+        .sources
+        .get(source as usize)
+        .ok_or_else(unknown)?
+        .shards;
+    let shard = shards
+        .iter()
+        .position(|shard| shard.path == path)
+        .ok_or_else(unknown)?;
+    Ok(Place {
+        source,
+        shard: shard as u32,
+        row: row.parse().map_err(|_| unknown())?,
+    })
+}
+
+/// What came of it in a step; `None` where the step is not committed.
+async fn time(
+    page: &Page,
+    known: &Known,
+    step: u64,
+    wanted: &ChosenRow,
+    id: &str,
+) -> Result<Option<Value>> {
+    let Some(receipt) = at(page, known, step, known.generations(step)).await? else {
+        return Ok(None);
+    };
+    let Some(summary) = &receipt.summary else {
+        return Ok(None);
+    };
+    Ok(Some(outcome(&receipt, summary, wanted, id)))
+}
+
+fn outcome(receipt: &Receipt, summary: &ReceiptSummary, wanted: &ChosenRow, id: &str) -> Value {
+    let ChosenRow {
+        source, shard, row, ..
+    } = *wanted;
+    let scored = has_scores(summary);
+    let chosen = receipt
+        .chosen
+        .iter()
+        .find(|r| (r.source, r.shard, r.row) == (source, shard, row));
+    let passed = receipt
+        .passed_over
+        .iter()
+        .find(|r| (r.source, r.shard, r.row) == (source, shard, row));
+    let bad = receipt.bad_rows.iter().find(|r| r.id == id);
+    let mut time = json!({
+        "step": summary.step,
+        "outcome": "passed_over",
+        "mode": word(summary.mode().as_str_name(), "MODE_"),
+        "version": summary.learner.as_ref().map(|learner| learner.version),
+        "chunk": Value::Null, "score": Value::Null, "own": Value::Null,
+        "learner_loss": Value::Null, "reference_loss": Value::Null,
+    });
+    if let Some(row) = chosen {
+        time["outcome"] = json!("chosen");
+        time["chunk"] = json!(row.chunk);
+        time["score"] = if scored {
+            json!(row.score)
+        } else {
+            Value::Null
+        };
+        time["own"] = json!(row.own_score);
+        time["learner_loss"] = json!(row.learner_loss);
+        time["reference_loss"] = json!(row.reference_loss);
+    } else if let Some(row) = bad {
+        time["outcome"] = json!(word(row.reason().as_str_name(), "BAD_ROW_REASON_"));
+    } else if let Some(row) = passed {
+        time["own"] = json!(row.own_score);
+        time["learner_loss"] = json!(row.learner_loss);
+        time["reference_loss"] = json!(row.reference_loss);
+    } else if !scored {
+        time["outcome"] = json!("not_drawn");
+    }
+    time
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::{BadRow, BadRowReason, PassedRow, Policy};
+
+    #[test]
+    fn what_came_of_a_row_is_told_apart() {
+        let row = |row| ChosenRow {
+            row,
+            score: 3.0,
+            own_score: Some(1.0),
+            chunk: 2,
+            ..Default::default()
+        };
+        let bad = BadRow {
+            id: "a#3".into(),
+            reason: BadRowReason::ImageNull.into(),
+            ..Default::default()
+        };
+        let receipt = Receipt {
+            chosen: vec![row(1)],
+            passed_over: vec![PassedRow {
+                row: 2,
+                own_score: 0.5,
+                ..Default::default()
+            }],
+            bad_rows: vec![bad],
+            ..Default::default()
+        };
+        let joint = ReceiptSummary {
+            policy: Policy::Joint.into(),
+            ..Default::default()
+        };
+        let uniform = ReceiptSummary {
+            policy: Policy::Uniform.into(),
+            ..Default::default()
+        };
+        let told = |summary: &ReceiptSummary, n, id: &str| outcome(&receipt, summary, &row(n), id);
+        let chosen = told(&joint, 1, "a#1");
+        assert_eq!(
+            (&chosen["outcome"], &chosen["score"], &chosen["own"]),
+            (&json!("chosen"), &json!(3.0), &json!(1.0))
+        );
+        let passed = told(&joint, 2, "a#2");
+        assert_eq!(
+            (&passed["outcome"], &passed["score"], &passed["own"]),
+            (&json!("passed_over"), &Value::Null, &json!(0.5))
+        );
+        assert_eq!(told(&joint, 3, "a#3")["outcome"], "image_null");
+        assert_eq!(told(&joint, 4, "a#4")["outcome"], "passed_over");
+        assert_eq!(told(&uniform, 4, "a#4")["outcome"], "not_drawn");
+        assert_eq!(told(&uniform, 1, "a#1")["score"], Value::Null);
+    }
+}

@@ -1,0 +1,199 @@
+//! The run page: what researchers look at. Reads receipts and facts from the state, as any process may, and writes nothing;
+//! it has its own bounded share of reads and of threads, so that no step waits for a reader.
+//!
+//! [`Page::router`] is the table of contents. `web/` holds the page itself, which is embedded.
+mod answer;
+mod assets;
+mod example;
+mod gate;
+mod keep;
+mod mix;
+mod pictures;
+mod runs;
+mod shown;
+mod steps;
+mod timeline;
+
+pub use gate::Gate;
+
+use crate::{
+    coordinator::{facts::run, receipts::store::Receipts},
+    dataset::Manifest,
+    error::{Error, Result},
+    storage::Location,
+};
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
+use axum::{Router, middleware, routing::get};
+use keep::Keep;
+use std::{sync::Arc, time::Duration};
+use superbatch_proto::{
+    ids::is_run_id,
+    v1::{Reason, ReceiptSummary},
+};
+use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+
+/// Reads from storage at once, over all readers.
+const READS: usize = 8;
+/// Blocks of data in hand at once: each may be large.
+const BLOCKS: usize = 2;
+/// Summaries that are kept: a timeline needs some hundreds, about 1 KiB each.
+const SUMMARIES: usize = 8_192;
+/// Manifests that are kept: they may be large.
+const MANIFESTS: usize = 2;
+/// How old facts of a run may be: many readers ask as often as one.
+const FACTS_LAST: Duration = Duration::from_secs(1);
+
+/// Reads a block of a data set: image and caption are its first two columns.
+#[async_trait]
+pub trait Blocks: Send + Sync {
+    async fn block(
+        &self,
+        manifest: &Manifest,
+        source: u32,
+        shard: u32,
+        block: u32,
+    ) -> Result<Arc<RecordBatch>>;
+}
+
+/// One page on one state.
+pub struct Page {
+    state: Location,
+    blocks: Box<dyn Blocks>,
+    reads: Semaphore,
+    block_reads: Semaphore,
+    /// By run, step and generation. `None` is not kept: the step may be committed later.
+    summaries: Keep<(String, u64, u32), Arc<ReceiptSummary>>,
+    manifests: Keep<String, Arc<Manifest>>,
+    runs: Keep<String, (Instant, Arc<Known>)>,
+}
+
+/// A run as it was found.
+pub struct Known {
+    pub id: String,
+    pub facts: run::RunFacts,
+    pub receipts: Receipts,
+    /// The newest committed step.
+    pub newest: Option<u64>,
+}
+
+impl Page {
+    pub fn new(state: Location, blocks: Box<dyn Blocks>) -> Self {
+        Self {
+            state,
+            blocks,
+            reads: Semaphore::new(READS),
+            block_reads: Semaphore::new(BLOCKS),
+            summaries: Keep::new(SUMMARIES),
+            manifests: Keep::new(MANIFESTS),
+            runs: Keep::new(1024),
+        }
+    }
+
+    /// Every address of the page.
+    pub fn router(self: Arc<Self>, gate: Gate) -> Router {
+        let api = Router::new()
+            .route("/about", get(runs::about))
+            .route("/runs", get(runs::list))
+            .route("/runs/{run}", get(runs::one))
+            .route("/runs/{run}/timeline", get(timeline::timeline))
+            .route("/runs/{run}/steps/{step}", get(steps::step))
+            .route("/runs/{run}/steps/{step}/receipt", get(steps::receipt))
+            .route("/runs/{run}/examples/{row}", get(example::example))
+            .route("/runs/{run}/mix", get(mix::mix))
+            .route("/runs/{run}/captions", get(pictures::captions))
+            .route("/runs/{run}/pictures/{row}", get(pictures::picture))
+            .with_state(self);
+        Router::new()
+            .nest("/api", api)
+            .fallback(assets::asset)
+            .layer(middleware::from_fn_with_state(Arc::new(gate), gate::pass))
+    }
+
+    /// Serves for as long as it is polled.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, gate: Gate) {
+        if let Err(error) = axum::serve(listener, self.router(gate)).await {
+            tracing::error!(error = %error, "serving the run page failed");
+        }
+    }
+
+    /// A run's facts and its newest step, at most a second old.
+    ///
+    /// # Errors
+    /// `RunNotFound`; those of storage.
+    async fn known(&self, id: &str) -> Result<Arc<Known>> {
+        let key = id.to_owned();
+        if let Some((_, known)) = self
+            .runs
+            .get(&key)
+            .filter(|(read, _)| read.elapsed() < FACTS_LAST)
+        {
+            return Ok(known);
+        }
+        let none = || {
+            Error::new(
+                Reason::RunNotFound,
+                format!("there is no run '{id}' in {}", self.state.uri()),
+            )
+        };
+        if !is_run_id(id) {
+            return Err(none());
+        }
+        let _permit = self.permit(&self.reads).await?;
+        let location = self.state.below(&format!("runs/{id}"));
+        let facts = run::load(&location).await?.ok_or_else(none)?;
+        let receipts = Receipts::new(location);
+        let newest = receipts.newest(&facts.chain).await?;
+        let known = Arc::new(Known {
+            id: key.clone(),
+            facts,
+            receipts,
+            newest,
+        });
+        self.runs.put(key, (Instant::now(), known.clone()));
+        Ok(known)
+    }
+
+    /// What holds for a step, without its rows.
+    async fn summary(&self, known: &Known, step: u64) -> Result<Option<Arc<ReceiptSummary>>> {
+        for generation in known.generations(step) {
+            let key = (known.id.clone(), step, generation);
+            if let Some(summary) = self.summaries.get(&key) {
+                return Ok(Some(summary));
+            }
+            let _permit = self.permit(&self.reads).await?;
+            if let Some(summary) = known.receipts.summary(step, generation).await? {
+                let summary = Arc::new(summary);
+                self.summaries.put(key, summary.clone());
+                return Ok(Some(summary));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn manifest(&self, digest: &str) -> Result<Arc<Manifest>> {
+        let key = digest.to_owned();
+        if let Some(manifest) = self.manifests.get(&key) {
+            return Ok(manifest);
+        }
+        let _permit = self.permit(&self.reads).await?;
+        let manifest = Arc::new(Manifest::load(&self.state, digest).await?);
+        self.manifests.put(key, manifest.clone());
+        Ok(manifest)
+    }
+
+    async fn permit<'a>(&self, of: &'a Semaphore) -> Result<tokio::sync::SemaphorePermit<'a>> {
+        of.acquire()
+            .await
+            .map_err(|e| Error::internal("the run page stopped").because(e))
+    }
+}
+
+impl Known {
+    /// Generations whose receipt would hold for a step, best first.
+    pub fn generations(&self, step: u64) -> Vec<u32> {
+        self.facts
+            .chain
+            .candidates(step, self.facts.chain.current())
+    }
+}

@@ -1,0 +1,84 @@
+//! Numbers and names as the page's JSON has them.
+use crate::coordinator::receipts::parquet::has_scores;
+use serde_json::{Value, json};
+use superbatch_proto::v1::{Accounts, ReceiptSummary, RunSpec, lag};
+
+/// `POLICY_JOINT` without its prefix, in lower case.
+pub(super) fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+/// The lag that a run allows, in words.
+pub(super) fn lag(spec: &RunSpec) -> String {
+    match spec.lag.and_then(|lag| lag.bound) {
+        Some(lag::Bound::AtMost(steps)) => format!("at most {steps}"),
+        Some(lag::Bound::Exact(steps)) => format!("exactly {steps}"),
+        None => "exactly 1".to_owned(),
+    }
+}
+
+/// A score, where there is one.
+pub(super) fn scored(summary: &ReceiptSummary, score: f64) -> Value {
+    if has_scores(summary) {
+        json!(score)
+    } else {
+        Value::Null
+    }
+}
+
+/// All that selection spent, what came to nothing included.
+pub(super) fn selection_flops(accounts: &Accounts) -> f64 {
+    accounts.reference_flops
+        + accounts.learner_flops
+        + accounts.selection_flops
+        + accounts.discarded_flops
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::{Lag, Mode, Policy};
+
+    #[test]
+    fn a_step_without_scores_shows_none() {
+        let joint = ReceiptSummary {
+            policy: Policy::Joint.into(),
+            ..Default::default()
+        };
+        assert_eq!(scored(&joint, 0.5), json!(0.5));
+        assert_eq!(
+            scored(
+                &ReceiptSummary {
+                    mode: Mode::Uniform.into(),
+                    ..joint
+                },
+                0.0
+            ),
+            Value::Null
+        );
+    }
+
+    #[test]
+    fn lag_is_told_in_words() {
+        let spec = |bound| RunSpec {
+            lag: Some(Lag { bound: Some(bound) }),
+            ..Default::default()
+        };
+        assert_eq!(lag(&spec(lag::Bound::Exact(0))), "exactly 0");
+        assert_eq!(lag(&spec(lag::Bound::AtMost(3))), "at most 3");
+        assert_eq!(lag(&RunSpec::default()), "exactly 1");
+    }
+
+    #[test]
+    fn what_came_to_nothing_counts() {
+        let accounts = Accounts {
+            reference_flops: 1.0,
+            learner_flops: 2.0,
+            selection_flops: 4.0,
+            discarded_flops: 8.0,
+            train_flops: 16.0,
+            ..Default::default()
+        };
+        assert_eq!(selection_flops(&accounts), 15.0);
+    }
+}

@@ -1,0 +1,127 @@
+//! One step: its receipt, as columns for the page or whole.
+use super::{
+    Known, Page,
+    answer::{Answer, Failed, Json, number},
+};
+use crate::{
+    coordinator::receipts::{
+        json::{self, receipt as to_json},
+        parquet::has_scores,
+    },
+    error::{Error, Result},
+};
+use axum::{
+    extract::{Path, RawQuery, State},
+    http::header,
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use superbatch_proto::v1::{ChosenRow, PassedRow, Receipt};
+
+/// Chosen rows of one answer. The receipt has them all.
+const ROWS: usize = 4_096;
+
+/// `GET /api/runs/{run}/steps/{step}`, with `?generation=N` of another than the newest generation.
+pub(super) async fn step(
+    State(page): State<Arc<Page>>,
+    Path((id, step)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let receipt = find(&page, &id, &step, query.as_deref()).await?;
+    let summary = receipt.summary.clone().unwrap_or_default();
+    let (scanned, bad) = (
+        summary.cost.unwrap_or_default().candidates_scanned,
+        receipt.bad_rows.len() as u64,
+    );
+    let scored = has_scores(&summary);
+    Ok(Json(json!({
+        "summary": json::summary(&summary),
+        "has_scores": scored,
+        "chosen_total": receipt.chosen.len(),
+        "chosen": chosen(&receipt.chosen[..receipt.chosen.len().min(ROWS)], scored),
+        "passed_over_total": scanned.saturating_sub(receipt.chosen.len() as u64 + bad),
+        "passed_over": passed_over(&receipt.passed_over),
+        "bad_rows": json::bad_rows(&receipt.bad_rows),
+    })))
+}
+
+/// `GET /api/runs/{run}/steps/{step}/receipt`: what `superbatch receipts --json` prints.
+pub(super) async fn receipt(
+    State(page): State<Arc<Page>>,
+    Path((id, step)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Failed> {
+    let receipt = find(&page, &id, &step, query.as_deref()).await?;
+    Ok((
+        [(header::CONTENT_TYPE, "application/json")],
+        to_json(&receipt).to_string(),
+    )
+        .into_response())
+}
+
+async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<Receipt> {
+    let step: u64 = step
+        .parse()
+        .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
+    let known = page.known(id).await?;
+    let generations = match number(query, "generation")? {
+        Some(asked) => known
+            .facts
+            .chain
+            .candidates(step, u32::try_from(asked).unwrap_or(u32::MAX)),
+        None => known.generations(step),
+    };
+    at(page, &known, step, generations)
+        .await?
+        .ok_or_else(|| known.not_committed(step))
+}
+
+/// The receipt of the first generation that has one.
+pub(super) async fn at(
+    page: &Page,
+    known: &Known,
+    step: u64,
+    generations: Vec<u32>,
+) -> Result<Option<Receipt>> {
+    let _permit = page.permit(&page.reads).await?;
+    for generation in generations {
+        if let Some(receipt) = known.receipts.find(step, generation).await? {
+            return Ok(Some(receipt));
+        }
+    }
+    Ok(None)
+}
+
+/// A row's name in the page's addresses: source, shard and row.
+pub(super) fn key(source: u32, shard: u32, row: u64) -> String {
+    format!("{source}.{shard}.{row}")
+}
+
+fn chosen(rows: &[ChosenRow], scored: bool) -> Value {
+    let column = |of: &dyn Fn(&ChosenRow) -> Value| Value::Array(rows.iter().map(of).collect());
+    json!({
+        "key": column(&|row| json!(key(row.source, row.shard, row.row))),
+        "id": column(&|row| json!(row.id)),
+        "position": column(&|row| json!(row.position)),
+        "chunk": column(&|row| json!(row.chunk)),
+        "score": column(&|row| if scored { json!(row.score) } else { Value::Null }),
+        "own": column(&|row| json!(row.own_score)),
+        "learner_loss": column(&|row| json!(row.learner_loss)),
+        "reference_loss": column(&|row| json!(row.reference_loss)),
+        "weight": column(&|row| json!(row.weight)),
+    })
+}
+
+fn passed_over(rows: &[PassedRow]) -> Value {
+    let column = |of: &dyn Fn(&PassedRow) -> Value| Value::Array(rows.iter().map(of).collect());
+    json!({
+        "key": column(&|row| json!(key(row.source, row.shard, row.row))),
+        "id": column(&|row| json!(row.id)),
+        "position": column(&|row| json!(row.position)),
+        "own": column(&|row| json!(row.own_score)),
+        "learner_loss": column(&|row| json!(row.learner_loss)),
+        "reference_loss": column(&|row| json!(row.reference_loss)),
+        "sampled": column(&|row| json!(row.sampled)),
+    })
+}

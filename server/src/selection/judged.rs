@@ -1,0 +1,248 @@
+//! What a step's receipt says beside the draw: each candidate's own losses, what a uniform draw would have scored, and who is
+//! named of those passed over. In O(candidates x dim): little beside any scoring.
+use super::{Embedded, Values, is_scored, settings};
+use std::cmp::Reverse;
+use superbatch_kernels::{
+    Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Settings,
+};
+use superbatch_proto::v1::SelectBegin;
+
+/// Candidates whose pairs stand for all, where a uniform draw's score is estimated.
+const SAMPLE: usize = 256;
+
+/// All candidates by their own pairs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Judged {
+    /// Unconditional score with gain; not finite for holes.
+    pub own: Vec<f64>,
+    /// Learner's and reference's loss of each candidate's own pair, of the models that were asked.
+    pub losses: [Option<Vec<f64>>; 2],
+    /// Expected batch score of a uniform draw of the same size.
+    pub uniform_score: Option<f64>,
+    /// Floating-point operations spent on dot products.
+    pub flops: f64,
+}
+
+/// A candidate that was passed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passed {
+    pub candidate: u32,
+    /// Stands for the others; else named for its own score.
+    pub sampled: bool,
+}
+
+/// Judges the candidates of a draw. `None` where it is not drawn by scores, or lacks what they are made of.
+pub fn judge(
+    begin: &SelectBegin,
+    learner: Option<&Embedded>,
+    reference: Option<&Embedded>,
+) -> Option<Judged> {
+    let settings = settings(begin).ok().filter(|_| is_scored(begin.policy()))?;
+    let models = [
+        learner
+            .filter(|_| settings.criterion.needs_learner())
+            .map(|m| m.model(begin.learner_scale, begin.learner_bias)),
+        reference
+            .filter(|_| settings.criterion.needs_reference())
+            .map(|m| m.model(begin.reference_scale, begin.reference_bias)),
+    ];
+    let count = begin.positions.len();
+    let losses = models
+        .each_ref()
+        .map(|model| model.map(|model| own_losses(&model, settings.loss, count, &begin.holes)));
+    let gain = if settings.loss == Loss::Softmax {
+        settings.gain
+    } else {
+        1.0
+    };
+    let score = |n: usize| match (settings.criterion, &losses) {
+        (Criterion::Learnability, [Some(learner), Some(reference)]) => {
+            Some(gain * (learner[n] - reference[n]))
+        }
+        (Criterion::Hard, [Some(learner), _]) => Some(gain * learner[n]),
+        (Criterion::Easy, [_, Some(reference)]) => Some(-gain * reference[n]),
+        _ => None,
+    };
+    let own: Vec<f64> = (0..count).map(score).collect::<Option<_>>()?;
+    let dims: usize = models.iter().flatten().map(|model| model.dim).sum();
+    let mut judged = Judged {
+        own,
+        losses,
+        uniform_score: None,
+        flops: 2.0 * (count * dims) as f64,
+    };
+    let embedded = [learner, reference];
+    if let Some((score, flops)) = uniform_score(&settings, &judged.own, gain, embedded, models) {
+        judged.uniform_score = Some(score);
+        judged.flops += flops;
+    }
+    Some(judged)
+}
+
+/// Losses of the candidates' own pairs; softmax: without denominators. NaN for holes.
+fn own_losses(model: &ModelEmbeddings<'_>, loss: Loss, count: usize, holes: &[u32]) -> Vec<f64> {
+    let mut losses = vec![f64::NAN; count];
+    let mut is_hole = vec![false; count];
+    for hole in holes {
+        if let Some(marked) = is_hole.get_mut(*hole as usize) {
+            *marked = true;
+        }
+    }
+    for (n, own) in losses.iter_mut().enumerate().filter(|(n, _)| !is_hole[*n]) {
+        let scaled = model.scale * model.own_cosine(n as u32);
+        *own = match loss {
+            Loss::Sigmoid => softplus(-(scaled + model.bias)),
+            Loss::Softmax => -scaled,
+        };
+    }
+    losses
+}
+
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// The mean own score of all, and for each example as many pair terms as a batch has, each the mean of a sample's. Softmax: a
+/// sample's denominators, grown to the batch's size. With the operations that took.
+fn uniform_score(
+    settings: &Settings,
+    own: &[f64],
+    gain: f64,
+    embedded: [Option<&Embedded>; 2],
+    models: [Option<ModelEmbeddings<'_>>; 2],
+) -> Option<(f64, f64)> {
+    let offered: Vec<u32> = (0..own.len() as u32)
+        .filter(|n| own[*n as usize].is_finite())
+        .collect();
+    let wanted = settings.sub_batch_size;
+    let size = wanted.min(SAMPLE).min(offered.len());
+    let mean_own =
+        offered.iter().map(|n| own[*n as usize]).sum::<f64>() / offered.len().max(1) as f64 / gain;
+    if size < 2 {
+        return (size == 1 && wanted == 1).then_some((mean_own, 0.0));
+    }
+    let sample: Vec<usize> = (0..size)
+        .map(|k| offered[k * offered.len() / size] as usize)
+        .collect();
+    let [learner, reference] = embedded.map(|model| model.map(|model| model.picked(&sample)));
+    let taken = |rows: &Option<Embedded>, model: Option<ModelEmbeddings<'_>>| {
+        rows.as_ref()
+            .zip(model)
+            .map(|(rows, model)| (rows.clone(), model.scale, model.bias))
+    };
+    let [learner, reference] = [taken(&learner, models[0]), taken(&reference, models[1])];
+    let candidates = Candidates {
+        count: size,
+        learner: learner
+            .as_ref()
+            .map(|(rows, scale, bias)| rows.model(*scale, *bias)),
+        reference: reference
+            .as_ref()
+            .map(|(rows, scale, bias)| rows.model(*scale, *bias)),
+        holes: &[],
+    };
+    let all = Settings {
+        policy: Policy::Uniform,
+        sub_batch_size: size,
+        n_chunks: 1,
+        gain: 1.0,
+        ..settings.clone()
+    };
+    let keys: Vec<u64> = (0..size as u64).collect();
+    let noise = Noise::Seeded {
+        seed: 0,
+        generation: 0,
+        step: 0,
+        keys: &keys,
+    };
+    let drawn = Backend::Native.select(&candidates, &all, &noise).ok()?;
+    let pairs = drawn.batch_score? - drawn.mean_score_candidates?;
+    let grown = wanted as f64 / size as f64;
+    let of_batch = match (settings.loss, settings.criterion) {
+        (Loss::Sigmoid, _) => pairs * (wanted - 1) as f64 / (size - 1) as f64,
+        (Loss::Softmax, Criterion::Learnability) => pairs,
+        (Loss::Softmax, Criterion::Hard) => pairs + grown.ln(),
+        (Loss::Softmax, Criterion::Easy) => pairs - grown.ln(),
+    };
+    Some((mean_own + of_batch, drawn.flops))
+}
+
+/// Names up to `most` of the candidates that were not drawn: first the half of the best own scores, best first, then others
+/// evenly spaced over the rest, in their order.
+pub fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
+    let mut is_drawn = vec![false; own.len()];
+    for index in drawn {
+        if let Some(marked) = is_drawn.get_mut(*index as usize) {
+            *marked = true;
+        }
+    }
+    let mut left: Vec<u32> = (0..own.len() as u32)
+        .filter(|n| own[*n as usize].is_finite() && !is_drawn[*n as usize])
+        .collect();
+    let most = most.min(left.len());
+    let best = most.div_ceil(2);
+    let order = |n: &u32| (Reverse(Total(own[*n as usize])), *n);
+    left.sort_unstable_by_key(order);
+    let mut rest = left.split_off(best);
+    rest.sort_unstable();
+    let named = left.into_iter().map(|candidate| Passed {
+        candidate,
+        sampled: false,
+    });
+    let wanted = most - best;
+    let sampled = (0..wanted).map(|k| Passed {
+        candidate: rest[k * rest.len() / wanted],
+        sampled: true,
+    });
+    named.chain(sampled).collect()
+}
+
+/// A number by its total order.
+#[derive(PartialEq)]
+struct Total(f64);
+
+impl Eq for Total {}
+
+impl PartialOrd for Total {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Total {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+impl Embedded {
+    /// These rows alone, in this order.
+    fn picked(&self, rows: &[usize]) -> Self {
+        Self {
+            image: self.image.picked(rows, self.dim),
+            text: self.text.picked(rows, self.dim),
+            dim: self.dim,
+        }
+    }
+}
+
+impl Values {
+    fn picked(&self, rows: &[usize], dim: usize) -> Self {
+        let ranges = rows.iter().map(|row| row * dim..(row + 1) * dim);
+        match self {
+            Self::F16(values) => Self::F16(
+                ranges
+                    .flat_map(|range| values[range].iter().copied())
+                    .collect(),
+            ),
+            Self::F32(values) => Self::F32(
+                ranges
+                    .flat_map(|range| values[range].iter().copied())
+                    .collect(),
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Selection on this worker's device.
+use crate::{
+    cuda,
+    error::{Error, Result, from_status},
+    selection::{Embedded, Values, draw, response, settings},
+    worker::engine::Engine,
+};
+use futures::{Stream, TryStreamExt};
+use std::pin::pin;
+use superbatch_kernels::{Backend, Policy};
+use superbatch_proto::{
+    SUPER_BATCH_SIZE_MAX,
+    v1::{
+        CandidatesPart, EmbeddingDtype, EmbeddingPart, Reason, SelectBegin, SelectRequest,
+        SelectResponse, Tower, select_request::Message,
+    },
+};
+use tokio::time::Instant;
+use tonic::Status;
+
+/// Serves one `Select` call: a `SelectBegin`, the rest of the candidates, then the models'
+/// embeddings of all candidates, in order.
+///
+/// # Errors
+/// `InvalidArgument` naming the field, and those of [`draw`].
+pub async fn select(
+    engine: &Engine,
+    requests: impl Stream<Item = Result<SelectRequest, Status>>,
+) -> Result<SelectResponse> {
+    let mut requests = pin!(requests.map_err(|status| from_status(status, Reason::Internal)));
+    let first = requests
+        .try_next()
+        .await?
+        .and_then(|request| request.message);
+    let Some(Message::Begin(begin)) = first else {
+        return Err(Error::invalid(
+            "message",
+            "a Select call starts with SelectBegin",
+        ));
+    };
+    let policy = settings(&begin)?.policy;
+    let mut received = Received {
+        begin,
+        learner: None,
+        reference: None,
+    };
+    while let Some(request) = requests.try_next().await? {
+        match request.message {
+            Some(Message::Candidates(part)) => received.add(part)?,
+            Some(Message::Embedding(part)) => received.append(part)?,
+            _ => {
+                return Err(Error::invalid(
+                    "message",
+                    "after SelectBegin come candidates and embeddings only",
+                ));
+            }
+        }
+    }
+    let Received {
+        begin,
+        learner,
+        reference,
+    } = received;
+    let count = begin.positions.len();
+    let (learner, reference) = (whole(learner, count)?, whole(reference, count)?);
+    let (device, threads) = (engine.device.name().to_owned(), engine.threads as u32);
+    let started = Instant::now();
+    // Who compares nothing is drawn by the CPU alone, and must not keep the device from its
+    // forwards.
+    let on_device = policy != Policy::Uniform && device.starts_with("cuda");
+    let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
+    let selection = match on_device {
+        true => {
+            engine
+                .device
+                .run(move |device| run(cuda::backend(device)))
+                .await??
+        }
+        false => engine.pool.run(move |_| run(Backend::Native)).await??,
+    };
+    Ok(SelectResponse {
+        seconds: started.elapsed().as_secs_f64(),
+        device,
+        threads,
+        ..response(selection)
+    })
+}
+
+/// Candidates and embeddings as they come in.
+struct Received {
+    begin: SelectBegin,
+    learner: Option<Embedded>,
+    reference: Option<Embedded>,
+}
+
+impl Received {
+    fn add(&mut self, part: CandidatesPart) -> Result<()> {
+        if self.learner.is_some() || self.reference.is_some() {
+            return Err(Error::invalid(
+                "candidates",
+                "candidates come before the first embedding",
+            ));
+        }
+        self.begin.positions.extend(part.positions);
+        self.begin.holes.extend(part.holes);
+        let most = self.begin.positions.len().max(self.begin.holes.len());
+        if most > SUPER_BATCH_SIZE_MAX as usize {
+            return Err(Error::invalid(
+                "candidates",
+                format!("a selection has at most {SUPER_BATCH_SIZE_MAX} candidates"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, part: EmbeddingPart) -> Result<()> {
+        let model = match part.tower() {
+            Tower::Learner => &mut self.learner,
+            Tower::Reference => &mut self.reference,
+            Tower::Unspecified => {
+                return Err(Error::invalid("tower", "an EmbeddingPart names no tower"));
+            }
+        };
+        let (count, dtype) = (self.begin.positions.len(), self.begin.embedding_dtype());
+        let (rows, dim) = (part.rows as usize, part.dim as usize);
+        // What is told, not what is there, must not decide how much memory is taken.
+        let empty = || Values::with_capacity(dtype, 0);
+        let model = model.get_or_insert_with(|| Embedded {
+            image: empty(),
+            text: empty(),
+            dim,
+        });
+        let known = model.image.len() / model.dim.max(1);
+        let width = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
+        let bytes = rows.saturating_mul(dim).saturating_mul(width);
+        let in_order = part.first as usize == known && known + rows <= count && dim == model.dim;
+        if !in_order || dim == 0 || part.image.len() != bytes || part.text.len() != bytes {
+            let message = format!(
+                "an EmbeddingPart of rows {}+{rows} and dim {dim} does not follow {known} of \
+                {count} rows of dim {} in {width} bytes each",
+                part.first, model.dim
+            );
+            return Err(Error::invalid("embedding", message));
+        }
+        model.image.append(&part.image);
+        model.text.append(&part.text);
+        Ok(())
+    }
+}
+
+fn whole(model: Option<Embedded>, count: usize) -> Result<Option<Embedded>> {
+    match model {
+        Some(model) if model.image.len() != count * model.dim => {
+            let rows = model.image.len() / model.dim.max(1);
+            Err(Error::invalid(
+                "embedding",
+                format!("embeddings of {rows} of {count} candidates came"),
+            ))
+        }
+        model => Ok(model),
+    }
+}

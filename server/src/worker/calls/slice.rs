@@ -1,0 +1,220 @@
+//! A slice: the candidates of a super-batch that one call is about, block by block, and how their
+//! rows are read.
+use crate::{
+    dataset::{Block, Manifest},
+    error::{Error, Result},
+    worker::{engine::Engine, inputs::row::Row},
+};
+use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::v1::BlockRows;
+
+/// Rows of some blocks. Candidate i is the i-th row over all blocks.
+pub struct Slice {
+    pub manifest_digest: String,
+    pub manifest: Arc<Manifest>,
+    pub columns: Vec<String>,
+    pub blocks: Vec<SliceBlock>,
+    pub candidates: usize,
+    /// The rows whose reference embeddings it gives: from the first of its candidates whose block
+    /// begins in it to the last row of its last block that any slice wants.
+    pub reference_rows: Range<usize>,
+}
+
+/// The candidates that lie in one block.
+pub struct SliceBlock {
+    pub source: u32,
+    pub shard: u32,
+    pub block: u32,
+    /// Row numbers within the block, in the order of the candidates.
+    pub rows: Vec<u32>,
+    /// Rows that are candidates of other slices, and whose reference embeddings this one gives.
+    pub reference_more: Vec<u32>,
+    /// The candidate that `rows[0]` is.
+    pub first: usize,
+    /// All rows of the block.
+    pub block_rows: usize,
+    /// Number in its shard of the block's first row.
+    pub first_row: u64,
+}
+
+/// Rows of a block in memory: all of them, or only its candidates.
+#[derive(Clone)]
+pub enum Rows {
+    Whole(Arc<RecordBatch>),
+    Candidates(Arc<RecordBatch>),
+}
+
+impl Slice {
+    /// # Errors
+    /// `InvalidArgument` where a block or row does not exist, `ColumnNotFound`, and those of
+    /// reading the manifest.
+    pub async fn open(
+        engine: &Engine,
+        manifest: &str,
+        blocks: Vec<BlockRows>,
+        columns: Vec<String>,
+    ) -> Result<Self> {
+        let manifest_digest = manifest.to_owned();
+        let load = async {
+            Ok(Arc::new(
+                Manifest::load(&engine.state, &manifest_digest).await?,
+            ))
+        };
+        let manifest = engine.manifests.get(&manifest_digest, load).await?;
+        manifest.data_schema(&columns)?;
+        let mut candidates = 0;
+        let mut placed = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let placed_block = SliceBlock::place(&manifest, block, candidates)?;
+            candidates += placed_block.rows.len();
+            placed.push(placed_block);
+        }
+        let reference_rows = 0..candidates;
+        Ok(Self {
+            manifest_digest,
+            manifest,
+            columns,
+            blocks: placed,
+            candidates,
+            reference_rows,
+        })
+    }
+
+    /// Shares its first and last block with other slices, as `ScoreBegin` says.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where a block would be shared out, or a row does not exist.
+    pub fn share(&mut self, from: usize, more: Vec<u32>) -> Result<()> {
+        let begins = |block: &SliceBlock| block.first == from;
+        if from > self.candidates || (from < self.candidates && !self.blocks.iter().any(begins)) {
+            return Err(Error::invalid(
+                "reference_from",
+                format!("no block begins at candidate {from}"),
+            ));
+        }
+        self.reference_rows = from..self.candidates + more.len();
+        match self.blocks.last_mut() {
+            Some(last)
+                if from < self.candidates
+                    && more.iter().all(|row| (*row as usize) < last.block_rows) =>
+            {
+                last.reference_more = more;
+            }
+            _ if more.is_empty() => {}
+            _ => {
+                return Err(Error::invalid(
+                    "reference_more",
+                    "the slice's last block has no such rows to give",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this slice gives the reference embeddings of `block`.
+    pub fn gives_reference(&self, block: &SliceBlock) -> bool {
+        block.first >= self.reference_rows.start
+    }
+
+    /// Reads one of its blocks whole, in the data schema.
+    pub async fn read(&self, engine: &Engine, block: &SliceBlock) -> Result<Arc<RecordBatch>> {
+        engine
+            .reader
+            .read(
+                &self.manifest,
+                block.source,
+                block.shard,
+                block.block,
+                &self.columns,
+            )
+            .await
+    }
+
+    /// The number of the block that `candidate` lies in.
+    pub fn block_of(&self, candidate: usize) -> usize {
+        self.blocks
+            .partition_point(|block| block.first + block.rows.len() <= candidate)
+    }
+
+    /// The id of a candidate's row, as receipts have it.
+    pub fn id(&self, candidate: usize) -> String {
+        let block = &self.blocks[self.block_of(candidate)];
+        let source = &self.manifest.sources[block.source as usize];
+        let row = block.first_row + u64::from(block.rows[candidate - block.first]);
+        let shard = &source.shards[block.shard as usize].path;
+        let source = (self.manifest.sources.len() > 1).then_some(block.source);
+        superbatch_proto::ids::RowId { source, shard, row }.to_string()
+    }
+}
+
+impl SliceBlock {
+    fn place(manifest: &Manifest, rows: BlockRows, first: usize) -> Result<Self> {
+        let BlockRows {
+            source,
+            shard,
+            block,
+            rows,
+        } = rows;
+        let found: Option<&Block> = manifest
+            .sources
+            .get(source as usize)
+            .and_then(|source| source.shards.get(shard as usize))
+            .and_then(|shard| shard.blocks.get(block as usize));
+        let Some(found) = found else {
+            let message =
+                format!("the manifest has no block {block} in shard {shard} of source {source}");
+            return Err(Error::invalid("blocks", message));
+        };
+        if let Some(row) = rows.iter().find(|row| **row >= found.rows) {
+            let message = format!(
+                "block {block} of shard {shard} of source {source} has {} rows, no row {row}",
+                found.rows
+            );
+            return Err(Error::invalid("blocks", message));
+        }
+        let (block_rows, first_row) = (found.rows as usize, found.first_row);
+        Ok(Self {
+            source,
+            shard,
+            block,
+            rows,
+            reference_more: Vec::new(),
+            first,
+            block_rows,
+            first_row,
+        })
+    }
+
+    /// The rows of which the reference is asked: its candidates, then those of other slices.
+    pub fn reference_rows(&self) -> impl Iterator<Item = u32> {
+        self.rows.iter().chain(&self.reference_more).copied()
+    }
+
+    /// The `n`-th candidate of this block.
+    pub fn row(&self, rows: &Rows, n: usize) -> Row {
+        match rows {
+            Rows::Whole(batch) => Row {
+                batch: batch.clone(),
+                row: self.rows[n] as usize,
+            },
+            Rows::Candidates(batch) => Row {
+                batch: batch.clone(),
+                row: n,
+            },
+        }
+    }
+}
+
+/// Some rows of a batch: copied, unless they follow each other and are half of it or more. The rest
+/// stays in memory then.
+pub fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
+    let first = rows.first().copied().unwrap_or_default();
+    if 2 * rows.len() >= batch.num_rows()
+        && rows.iter().copied().eq(first..first + rows.len() as u32)
+    {
+        return Ok(batch.slice(first as usize, rows.len()));
+    }
+    take_record_batch(batch, &UInt32Array::from(rows))
+        .map_err(|e| Error::internal("cannot take rows out of a block").because(e))
+}

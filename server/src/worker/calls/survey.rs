@@ -1,0 +1,343 @@
+//! The first pass over a slice's blocks: rows are read and decoded, bad ones found, and the
+//! reference's embeddings had.
+use super::{
+    embed::Shape,
+    slice::{Rows, Slice, SliceBlock, pick},
+};
+use crate::{
+    error::{Error, Result},
+    metrics,
+    worker::{
+        engine::Engine,
+        inputs::{
+            model_inputs::Inputs,
+            preprocess::RowFault,
+            row::{Prepared, PreparedRow, Row},
+        },
+        kept::{
+            embeddings::Embeddings,
+            retained::Kept,
+            sidecar::{self, BlockEmbeddings, BlockKey},
+        },
+        loader::Loaded,
+    },
+};
+use arrow::record_batch::RecordBatch;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use std::{collections::HashMap, sync::Arc};
+use superbatch_proto::v1::{BadRowReason, Fidelity};
+use tokio::time::Instant;
+
+/// Blocks of a slice, and micro-batches of a block, that are under way at the same time: one is
+/// used, the next are on their way.
+pub const AHEAD: usize = 3;
+
+/// What to do with each block.
+pub struct Task {
+    pub step: u64,
+    pub shape: Shape,
+    pub reference: Option<Arc<Loaded>>,
+    /// How the learner wants its rows, or what to check them with.
+    pub inputs: Option<Arc<Inputs>>,
+    /// Whether a learner follows, for which rows are kept ready.
+    pub keep_ready: bool,
+}
+
+/// What the pass found in one block.
+#[derive(Default)]
+pub struct Surveyed {
+    /// (n-th candidate of the block, fault). Rows of other slices are numbered after the
+    /// candidates.
+    pub faults: Vec<(usize, RowFault)>,
+    pub reference: Option<Arc<BlockEmbeddings>>,
+    /// The candidates' rows, where there was room.
+    pub raw: Option<Kept<Arc<RecordBatch>>>,
+    /// Whether the block was read at all.
+    pub was_read: bool,
+    /// By candidate of the block: ready for the learner, where there was room.
+    pub ready: Vec<Option<Kept<Arc<Prepared>>>>,
+    pub spent: Spent,
+}
+
+/// What the pass cost.
+#[derive(Default, Clone, Copy)]
+pub struct Spent {
+    pub fetch_seconds: f64,
+    pub decode_seconds: f64,
+    pub embed_seconds: f64,
+    /// Rows that the reference embedded, padding included.
+    pub rows_embedded: usize,
+}
+
+/// Blocks in order, each surveyed.
+pub async fn survey(engine: &Engine, slice: &Slice, task: &Task) -> Result<Vec<Surveyed>> {
+    // Boxed and collected, here and below, because the compiler cannot tell that such futures are
+    // Send otherwise.
+    let blocks: Vec<_> = slice
+        .blocks
+        .iter()
+        .map(|block| Pass::new(engine, slice, block, task).run().boxed())
+        .collect();
+    stream::iter(blocks).buffered(AHEAD).try_collect().await
+}
+
+/// The pass over one block.
+struct Pass<'a> {
+    engine: &'a Engine,
+    slice: &'a Slice,
+    block: &'a SliceBlock,
+    task: &'a Task,
+    whole: Option<Arc<RecordBatch>>,
+    found: Surveyed,
+    /// Candidates of which nothing is left to find out or to do.
+    settled: Vec<bool>,
+}
+
+impl<'a> Pass<'a> {
+    fn new(engine: &'a Engine, slice: &'a Slice, block: &'a SliceBlock, task: &'a Task) -> Self {
+        let rows = block.rows.len();
+        let found = Surveyed {
+            ready: (0..rows).map(|_| None).collect(),
+            ..Default::default()
+        };
+        Self {
+            engine,
+            slice,
+            block,
+            task,
+            whole: None,
+            found,
+            settled: vec![false; rows],
+        }
+    }
+
+    async fn run(mut self) -> Result<Surveyed> {
+        if let Some(model) = self
+            .task
+            .reference
+            .as_ref()
+            .filter(|_| self.slice.gives_reference(self.block))
+        {
+            self.reference(model).await?;
+        }
+        if let Some(inputs) = &self.task.inputs {
+            self.read().await?;
+            self.candidates(inputs).await?;
+        }
+        if let Some(whole) = self.whole.take() {
+            let wanted = self.block.rows.clone();
+            let rows = self
+                .engine
+                .pool
+                .run(move |_| pick(&whole, wanted))
+                .await??;
+            let bytes = rows.get_array_memory_size();
+            self.found.raw = self.engine.raw.keep(self.task.step, bytes, Arc::new(rows));
+        }
+        Ok(self.found)
+    }
+
+    async fn read(&mut self) -> Result<Arc<RecordBatch>> {
+        if let Some(whole) = &self.whole {
+            return Ok(whole.clone());
+        }
+        let started = Instant::now();
+        let whole = self.slice.read(self.engine, self.block).await?;
+        self.found.spent.fetch_seconds += started.elapsed().as_secs_f64();
+        self.found.was_read = true;
+        self.whole = Some(whole.clone());
+        Ok(whole)
+    }
+
+    /// The reference's embeddings of the whole block, so that what is stored serves every slice.
+    async fn reference(&mut self, model: &Arc<Loaded>) -> Result<()> {
+        let Self {
+            engine,
+            slice,
+            block,
+            task,
+            ..
+        } = *self;
+        let shape = sidecar::Shape {
+            rows: block.block_rows,
+            dim: model.info.embedding_dim,
+            dtype: task.shape.dtype,
+        };
+        let key = BlockKey {
+            manifest: &slice.manifest_digest,
+            source: block.source,
+            shard: block.shard,
+            block: block.block,
+            model_digest: &model.info.digest,
+            inputs_digest: model.inputs.digest,
+            fidelity: Fidelity::Full,
+            dtype: shape.dtype,
+            compute: model.info.key.compute,
+            limits: engine.pool.limits(),
+        };
+        let found = engine
+            .sidecar
+            .get(&key.object(), shape, self.embed_block(model))
+            .await?;
+        let rows = block.rows.len() as u64;
+        match self.found.spent.rows_embedded {
+            0 => metrics::reference_rows_cached().increment(rows),
+            _ => metrics::reference_rows_computed().increment(block.block_rows as u64),
+        }
+        let faults: HashMap<u32, &RowFault> = found
+            .faults
+            .iter()
+            .map(|(row, fault)| (*row, fault))
+            .collect();
+        for (n, row) in block.reference_rows().enumerate() {
+            if let Some(fault) = faults.get(&row) {
+                if let Some(settled) = self.settled.get_mut(n) {
+                    *settled = true;
+                }
+                self.found.faults.push((n, (*fault).clone()));
+            }
+        }
+        self.found.reference = Some(found);
+        Ok(())
+    }
+
+    async fn embed_block(&mut self, model: &Arc<Loaded>) -> Result<BlockEmbeddings> {
+        let whole = self.read().await?;
+        let Self {
+            engine,
+            block,
+            task,
+            ..
+        } = *self;
+        let shares = task.keep_ready
+            && task
+                .inputs
+                .as_ref()
+                .is_some_and(|inputs| inputs.digest == model.inputs.digest);
+        let wanted: HashMap<u32, usize> = if shares {
+            block
+                .rows
+                .iter()
+                .enumerate()
+                .map(|(n, row)| (*row, n))
+                .collect()
+        } else {
+            HashMap::new()
+        };
+        let mut embeddings =
+            Embeddings::zeros(block.block_rows, model.info.embedding_dim, task.shape.dtype);
+        let mut faults = Vec::new();
+        let micro_batches = task.shape.micro_batches(block.block_rows).map(|range| {
+            let rows = range
+                .clone()
+                .map(|row| Row {
+                    batch: whole.clone(),
+                    row,
+                })
+                .collect();
+            async move {
+                Ok::<_, Error>((
+                    range.start,
+                    engine.pool.prepare(rows, model.inputs.clone()).await?,
+                ))
+            }
+            .boxed()
+        });
+        let mut micro_batches = stream::iter(micro_batches).buffered(AHEAD);
+        while let Some((first, (rows, seconds))) = micro_batches.try_next().await? {
+            self.found.spent.decode_seconds += seconds;
+            for (row, prepared) in (first as u32..).zip(&rows) {
+                if let Some(n) = wanted.get(&row) {
+                    self.settle(*n, prepared);
+                }
+                faults.extend(prepared.as_ref().err().map(|fault| (row, fault.clone())));
+            }
+            let done = task
+                .shape
+                .embed(engine, model, &rows, &mut embeddings, first)
+                .await?;
+            faults.extend(
+                done.not_finite
+                    .iter()
+                    .map(|row| ((first + row) as u32, not_finite())),
+            );
+            self.found.spent.embed_seconds += done.seconds;
+            self.found.spent.rows_embedded += task.shape.micro_batch_rows;
+        }
+        faults.sort_unstable_by_key(|(row, _)| *row);
+        Ok(BlockEmbeddings { embeddings, faults })
+    }
+
+    /// Decodes the candidates that nothing is known of, and, as far as there is room, those that
+    /// the learner will want.
+    async fn candidates(&mut self, inputs: &Arc<Inputs>) -> Result<()> {
+        let Self {
+            engine,
+            block,
+            task,
+            ..
+        } = *self;
+        let whole = self.read().await?;
+        let same_inputs = task
+            .reference
+            .as_ref()
+            .is_some_and(|model| model.inputs.digest == inputs.digest);
+        let faults_known = same_inputs && self.found.reference.is_some();
+        let open: Vec<usize> = (0..block.rows.len())
+            .filter(|n| !self.settled[*n])
+            .collect();
+        let rows = Rows::Whole(whole);
+        let groups = open.chunks(task.shape.micro_batch_rows).map(|group| {
+            let rows = group.iter().map(|n| block.row(&rows, *n)).collect();
+            async move { Ok::<_, Error>((group, engine.pool.prepare(rows, inputs.clone()).await?)) }
+                .boxed()
+        });
+        let mut groups = stream::iter(groups.collect::<Vec<_>>()).buffered(AHEAD);
+        while let Some((group, (rows, seconds))) = groups.try_next().await? {
+            self.found.spent.decode_seconds += seconds;
+            for (n, prepared) in group.iter().zip(&rows) {
+                self.settle(*n, prepared);
+                self.found
+                    .faults
+                    .extend(prepared.as_ref().err().map(|fault| (*n, fault.clone())));
+            }
+            let no_room = group
+                .iter()
+                .zip(&rows)
+                .any(|(n, row)| row.is_ok() && self.found.ready[*n].is_none());
+            if faults_known && no_room {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A candidate is decoded: it is kept for the learner where there is room.
+    fn settle(&mut self, n: usize, prepared: &PreparedRow) {
+        self.settled[n] = true;
+        if let (true, Ok(prepared)) = (self.task.keep_ready, prepared) {
+            self.found.ready[n] =
+                self.engine
+                    .ready
+                    .keep(self.task.step, prepared.bytes(), prepared.clone());
+        }
+    }
+}
+
+fn not_finite() -> RowFault {
+    RowFault::new(
+        BadRowReason::EmbeddingNotFinite,
+        "the reference's embedding is not finite",
+    )
+}
+
+impl std::iter::Sum for Spent {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |a, b| Self {
+            fetch_seconds: a.fetch_seconds + b.fetch_seconds,
+            decode_seconds: a.decode_seconds + b.decode_seconds,
+            embed_seconds: a.embed_seconds + b.embed_seconds,
+            rows_embedded: a.rows_embedded + b.rows_embedded,
+        })
+    }
+}

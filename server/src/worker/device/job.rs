@@ -1,0 +1,130 @@
+//! What the device is asked to do, and what it answers.
+use super::blocking;
+use crate::{
+    error::Result,
+    worker::{
+        inputs::preprocess::Normalisation,
+        model::{Compute, ModelFolder, ModelKey, Snapshot, init},
+    },
+};
+use bytes::Bytes;
+use std::sync::Arc;
+use superbatch_proto::v1::{EmbeddingDtype, Reason};
+
+/// Checked weights on their way to the device.
+pub struct Source {
+    pub folder: Arc<ModelFolder>,
+    pub snapshot: Snapshot,
+    pub weights_digest: String,
+    /// What errors call the weights, and the reason they carry.
+    pub name: String,
+    pub reason: Reason,
+}
+
+/// Where a model's weights come from.
+#[derive(Debug, Clone)]
+pub enum Weights {
+    /// One safetensors file.
+    Safetensors(Bytes),
+    /// The model folder's own.
+    Folder,
+    /// The service's own initial weights, by seed.
+    Random(u64),
+}
+
+/// One forward pass of both towers.
+#[derive(Debug)]
+pub struct MicroBatch {
+    pub model: ModelKey,
+    pub rows: usize,
+    /// RGB bytes, `[rows, image_size, image_size, 3]`.
+    pub pixels: Vec<u8>,
+    pub normalisation: Normalisation,
+    /// `[rows, text_length]`.
+    pub ids: Vec<i64>,
+    /// What embeddings are rounded to; f16 where unspecified.
+    pub dtype: EmbeddingDtype,
+}
+
+/// L2-normalised embeddings `[rows, dim]`, rounded to the dtype asked for, little endian.
+#[derive(Debug)]
+pub struct Embedded {
+    pub image: Bytes,
+    pub text: Bytes,
+    pub dim: usize,
+    /// On the device's thread, transfers included.
+    pub seconds: f64,
+    /// Rows whose image or text embedding is NaN or infinite; they are zero in both.
+    pub not_finite: Vec<u32>,
+}
+
+/// A model to have on the device.
+#[derive(Debug, Clone)]
+pub struct LoadModel {
+    pub folder: Arc<ModelFolder>,
+    pub weights: Weights,
+    pub compute: Compute,
+    /// Embed a canary batch and insist on finite embeddings.
+    pub canary: bool,
+}
+
+impl LoadModel {
+    /// The weights' digest, where it is known without reading them.
+    pub async fn weights_digest(&self) -> Result<Option<String>> {
+        Ok(match &self.weights {
+            Weights::Safetensors(file) => {
+                let file = file.clone();
+                Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
+            }
+            Weights::Folder => self.folder.weights_digest.get().cloned(),
+            Weights::Random(seed) => Some(init::digest(*seed)),
+        })
+    }
+
+    /// The reason that bad weights carry, and what errors call them.
+    pub fn blamed(&self) -> (Reason, String) {
+        let uri = &self.folder.uri;
+        match &self.weights {
+            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {uri}")),
+            Weights::Folder => (Reason::ModelInvalid, uri.clone()),
+            Weights::Random(seed) => (Reason::WeightsRefused, format!("{uri} from seed {seed}")),
+        }
+    }
+
+    /// The weights, read or drawn, and checked.
+    pub async fn read(self, known: Option<String>) -> Result<Source> {
+        let (reason, name) = self.blamed();
+        let Self {
+            folder, weights, ..
+        } = self;
+        let is_folder = matches!(weights, Weights::Folder);
+        let files = match weights {
+            Weights::Safetensors(file) => vec![file],
+            Weights::Folder => folder.weights().await?,
+            Weights::Random(seed) => {
+                let folder = folder.clone();
+                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
+            }
+        };
+        let of = folder.clone();
+        let snapshot = blocking(move || of.verify(files))
+            .await?
+            .map_err(|refusal| refusal.into_error(reason, &name))?;
+        // A folder may hold others than when its digest was taken: what counts is what was read
+        // now.
+        let weights_digest = known
+            .filter(|_| !is_folder)
+            .unwrap_or_else(|| snapshot.digest().to_owned());
+        if is_folder {
+            // Set already where two callers loaded at once; the first to finish is as right.
+            let _ = folder.weights_digest.set(weights_digest.clone());
+        }
+        Ok(Source {
+            folder,
+            snapshot,
+            weights_digest,
+            name,
+            reason,
+        })
+    }
+}

@@ -1,0 +1,208 @@
+//! The models on a device, and what is asked of them. Everything here runs on the device's thread.
+use super::job::{Embedded, MicroBatch, Source};
+use crate::{
+    error::{Error, Result},
+    worker::model::{Compute, Encoder, ModelConfig, ModelInfo, ModelKey},
+};
+use bytes::Bytes;
+use std::time::Instant;
+use superbatch_proto::v1::{EmbeddingDtype, Reason};
+use tch::{Device, Kind, TchError, Tensor};
+
+/// Models by key, least recently used first.
+pub struct Models {
+    device: Device,
+    models_max: usize,
+    loaded: Vec<(Encoder, ModelInfo)>,
+}
+
+impl Models {
+    pub fn new(device: Device, models_max: usize) -> Self {
+        Self {
+            device,
+            models_max: models_max.max(1),
+            loaded: Vec::new(),
+        }
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The model of that key where it is here, which makes it the most recently used.
+    fn touch(&mut self, key: &ModelKey) -> Option<&(Encoder, ModelInfo)> {
+        let at = self.loaded.iter().position(|(_, info)| info.key == *key)?;
+        let model = self.loaded.remove(at);
+        self.loaded.push(model);
+        self.loaded.last()
+    }
+
+    pub fn find(
+        &mut self,
+        key: &ModelKey,
+        canary: bool,
+        reason: Reason,
+        source: &str,
+    ) -> Result<Option<ModelInfo>> {
+        let Some((encoder, info)) = self.touch(key) else {
+            return Ok(None);
+        };
+        if canary {
+            check(encoder, reason, source)?;
+        }
+        Ok(Some(info.clone()))
+    }
+
+    pub fn insert(&mut self, source: Source, compute: Compute, canary: bool) -> Result<ModelInfo> {
+        let Source {
+            folder,
+            snapshot,
+            weights_digest,
+            name,
+            reason,
+        } = source;
+        let digest = folder.digest(&weights_digest);
+        let key = ModelKey {
+            digest: digest.clone(),
+            compute,
+        };
+        if let Some(info) = self.find(&key, canary, reason, &name)? {
+            return Ok(info);
+        }
+        let encoder = Encoder::load(&folder.config, &snapshot, compute, self.device)
+            .map_err(|cause| failed(&format!("cannot load {name}"), cause))?;
+        if canary {
+            check(&encoder, reason, &name)?;
+        }
+        let info = encoder.info(digest, weights_digest, folder.file_digests());
+        // Only now: weights that are refused cost no model its place.
+        self.loaded.push((encoder, info.clone()));
+        while self.loaded.len() > self.models_max {
+            self.loaded.remove(0);
+        }
+        Ok(info)
+    }
+
+    pub fn embed(&mut self, batch: &MicroBatch) -> Result<Embedded> {
+        let start = Instant::now();
+        let Some((encoder, info)) = self.touch(&batch.model) else {
+            let message = format!(
+                "model {} is not on this device (any more); load it again",
+                batch.model.digest
+            );
+            return Err(
+                Error::new(Reason::WeightsMissing, message).with("model", &batch.model.digest)
+            );
+        };
+        fits(encoder.config(), batch)?;
+        let dim = info.embedding_dim;
+        let embed = || -> Result<_, TchError> {
+            let image = encoder.image(&batch.pixels, batch.rows, &batch.normalisation)?;
+            let text = encoder.text(&batch.ids, batch.rows)?;
+            let finite = image
+                .f_isfinite()?
+                .f_all_dim(1, true)?
+                .f_logical_and(&text.f_isfinite()?.f_all_dim(1, true)?)?;
+            let kept = |x: &Tensor| {
+                let kind = if batch.dtype == EmbeddingDtype::F32 {
+                    Kind::Float
+                } else {
+                    Kind::Half
+                };
+                bytes(
+                    &x.f_masked_fill(&finite.f_logical_not()?, 0.0)?
+                        .f_to_kind(kind)?,
+                )
+            };
+            Ok((
+                kept(&image)?,
+                kept(&text)?,
+                bytes(&finite.f_to_kind(Kind::Uint8)?)?,
+            ))
+        };
+        let (image, text, finite) =
+            embed().map_err(|cause| failed("cannot embed a micro-batch", cause))?;
+        let not_finite = (0..)
+            .zip(&finite)
+            .filter(|(_, finite)| **finite == 0)
+            .map(|(row, _)| row)
+            .collect();
+        Ok(Embedded {
+            image,
+            text,
+            dim,
+            seconds: start.elapsed().as_secs_f64(),
+            not_finite,
+        })
+    }
+}
+
+fn check(encoder: &Encoder, reason: Reason, source: &str) -> Result<()> {
+    let verdict = encoder
+        .canary()
+        .map_err(|cause| failed("cannot embed a canary batch", cause))?;
+    verdict.map_err(|refusal| refusal.into_error(reason, source))
+}
+
+/// Refuses what would read past a buffer or, on CUDA, break the device for good (an id without an
+/// embedding).
+fn fits(config: &ModelConfig, batch: &MicroBatch) -> Result<()> {
+    let (size, length, vocab) = (
+        config.vision.image_size,
+        config.text.max_position_embeddings,
+        config.text.vocab_size,
+    );
+    if batch.rows == 0 {
+        return Err(Error::invalid("rows", "a micro-batch has at least one row"));
+    }
+    if batch.rows.checked_mul(size * size * 3) != Some(batch.pixels.len()) {
+        let message = format!(
+            "{} bytes of pixels for {} rows; the model takes {size}x{size} RGB (image_size in \
+            config.json), so its \
+             preprocessor_config.json must make that size",
+            batch.pixels.len(),
+            batch.rows
+        );
+        return Err(
+            Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json")
+        );
+    }
+    let mismatch = |message: String| Err(Error::new(Reason::TokenizerMismatch, message));
+    if batch.rows.checked_mul(length) != Some(batch.ids.len()) {
+        return mismatch(format!(
+            "{} ids for {} rows; the model takes {length} a caption",
+            batch.ids.len(),
+            batch.rows
+        ));
+    }
+    match batch
+        .ids
+        .iter()
+        .find(|id| !usize::try_from(**id).is_ok_and(|id| id < vocab))
+    {
+        Some(id) => mismatch(format!(
+            "token id {id} is not below the model's vocab_size of {vocab}; is it its tokenizer?"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// A tensor's elements, row-major, little endian.
+fn bytes(x: &Tensor) -> Result<Bytes, TchError> {
+    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let count = x.numel();
+    let mut bytes = vec![0; count * x.f_kind()?.elt_size_in_bytes()];
+    x.f_copy_data_u8(&mut bytes, count)?;
+    Ok(bytes.into())
+}
+
+fn failed(what: &str, cause: TchError) -> Error {
+    if cause.to_string().contains("out of memory") {
+        let message = format!(
+            "{what}: the device's memory is not enough; lower micro_batch_rows, or keep fewer \
+            models"
+        );
+        return Error::new(Reason::Overloaded, message).because(cause);
+    }
+    Error::internal(what).because(cause)
+}

@@ -1,0 +1,108 @@
+//! Decoding on a bounded pool of threads, given up where the caller has gone.
+use super::{
+    model_inputs::Inputs,
+    preprocess::{ImageLimits, RowFault},
+    row::{PreparedRow, Row},
+};
+use crate::error::{Error, Result};
+use rayon::prelude::*;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+use superbatch_proto::v1::BadRowReason;
+use tokio::{sync::oneshot, time::Instant};
+
+/// The threads that decode.
+pub struct Pool {
+    threads: rayon::ThreadPool,
+    limits: ImageLimits,
+}
+
+impl Pool {
+    pub fn new(threads: usize, limits: ImageLimits) -> Result<Self> {
+        let threads = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|n| format!("decode-{n}"))
+            .build()
+            .map_err(|e| {
+                Error::internal("cannot start the decode threads; lower worker.threads").because(e)
+            })?;
+        Ok(Self { threads, limits })
+    }
+
+    pub fn limits(&self) -> ImageLimits {
+        self.limits
+    }
+
+    /// Decodes, resizes and tokenises rows, in order, and says how many seconds that took.
+    pub async fn prepare(
+        &self,
+        rows: Vec<Row>,
+        inputs: Arc<Inputs>,
+    ) -> Result<(Vec<PreparedRow>, f64)> {
+        let limits = self.limits;
+        let started = Instant::now();
+        let prepared = self
+            .run(move |gone| {
+                let one = |row: &Row| {
+                    if gone() {
+                        Err(abandoned())
+                    } else {
+                        prepare_safely(row, &inputs, &limits)
+                    }
+                };
+                rows.par_iter().map(one).collect()
+            })
+            .await?;
+        Ok((prepared, started.elapsed().as_secs_f64()))
+    }
+
+    /// Runs `work` on the pool. It may ask whether its caller has gone, and then return anything.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered) = oneshot::channel();
+        self.threads.spawn(move || {
+            if answer.is_closed() {
+                return;
+            }
+            // A panic would end the process; the caller learns of it because nobody answers.
+            if let Ok(done) = catch_unwind(AssertUnwindSafe(|| work(&|| answer.is_closed()))) {
+                drop(answer.send(done));
+            }
+        });
+        answered.await.map_err(|e| {
+            Error::internal("a decode thread panicked; the log has its message").because(e)
+        })
+    }
+}
+
+/// Decoders are other people's code and see anybody's bytes: where one panics, the image is at
+/// fault.
+fn prepare_safely(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
+    catch_unwind(AssertUnwindSafe(|| prepare(row, inputs, limits))).unwrap_or_else(|_| {
+        Err(RowFault::new(
+            BadRowReason::ImageUndecodable,
+            "the decoder panicked",
+        ))
+    })
+}
+
+fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
+    let image = row
+        .image()
+        .ok_or_else(|| RowFault::new(BadRowReason::ImageNull, "the image is null"))?;
+    let caption = row
+        .caption()
+        .ok_or_else(|| match row.caption_is_invalid() {
+            true => RowFault::new(BadRowReason::CaptionInvalid, "the caption is not UTF-8"),
+            false => RowFault::new(BadRowReason::CaptionNull, "the caption is null"),
+        })?;
+    inputs.prepare(image, caption, limits).map(Arc::new)
+}
+
+fn abandoned() -> RowFault {
+    RowFault::new(BadRowReason::Unspecified, "the caller has gone")
+}

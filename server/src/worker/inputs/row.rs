@@ -1,0 +1,56 @@
+//! A row as it is stored, and as a model takes it.
+use super::preprocess::RowFault;
+use crate::{error::Result, worker::kept::captions};
+use arrow::{
+    array::{Array, AsArray, StringArray},
+    record_batch::RecordBatch,
+};
+use std::sync::Arc;
+
+/// One row of a batch in the data schema.
+#[derive(Clone)]
+pub struct Row {
+    pub batch: Arc<RecordBatch>,
+    pub row: usize,
+}
+
+/// What a model takes of one row: RGB pixels and token ids.
+#[derive(Debug)]
+pub struct Prepared {
+    pub pixels: Vec<u8>,
+    pub ids: Vec<i64>,
+}
+
+/// A row as its model takes it, or what is wrong with it.
+pub type PreparedRow = Result<Arc<Prepared>, RowFault>;
+
+impl Prepared {
+    pub fn bytes(&self) -> usize {
+        self.pixels.len() + size_of_val(self.ids.as_slice())
+    }
+}
+
+impl Row {
+    /// The encoded image, `None` where it is null.
+    pub fn image(&self) -> Option<&[u8]> {
+        let column = self.batch.column_by_name("image")?.as_binary_opt::<i32>()?;
+        column.is_valid(self.row).then(|| column.value(self.row))
+    }
+
+    /// The caption, `None` where it is null or no text.
+    pub fn caption(&self) -> Option<&str> {
+        let column = self.captions()?;
+        column.is_valid(self.row).then(|| column.value(self.row))
+    }
+
+    /// Whether the caption is null because it is no text. Known in a block as it was read, not in
+    /// rows copied out of it.
+    pub fn caption_is_invalid(&self) -> bool {
+        self.captions()
+            .is_some_and(|captions| captions::is_invalid(captions, self.row))
+    }
+
+    fn captions(&self) -> Option<&StringArray> {
+        self.batch.column_by_name("caption")?.as_string_opt::<i32>()
+    }
+}

@@ -1,0 +1,241 @@
+//! Captions as token ids, by the model folder's `tokenizer.json`.
+//!
+//! That file is followed to the letter, its normalizer included. The slow SigLIP tokenizer of
+//! `transformers` also removes punctuation and lowercases in Python; a `tokenizer.json` that should
+//! do so says it in its normalizer.
+use super::preprocess::RowFault;
+use crate::error::{Error, Result};
+use superbatch_proto::v1::{BadRowReason, Reason};
+use tokenizers::{
+    PaddingDirection, PaddingParams, PaddingStrategy, PostProcessor, TruncationParams,
+};
+
+const FILE: &str = "tokenizer.json";
+/// A caption longer than this is no caption.
+const CAPTION_BYTES_MAX: usize = 64 << 10;
+
+/// What the model's text tower expects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TextShape {
+    /// Ids per caption.
+    pub length: usize,
+    pub pad_id: i64,
+    /// Rows of the model's token embedding.
+    pub vocab_size: usize,
+    /// The id at which the tower pools, where it looks for one.
+    pub eos_id: Option<i64>,
+}
+
+/// Turns captions into exactly `length` ids.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    length: usize,
+    digest: [u8; 32],
+}
+
+impl Tokenizer {
+    /// Reads a tokenizer and sets its truncation and padding to `text`, whatever the file says of
+    /// them.
+    ///
+    /// # Errors
+    /// `TokenizerMismatch` where it is no tokenizer, has ids that the model has not, or does not
+    /// end captions with `eos_id`.
+    pub fn parse(tokenizer_json: &[u8], text: &TextShape) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer_json)
+            .map_err(|e| mismatch("it cannot be read".to_owned()).because(e))?;
+        let highest = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
+        let Some((token, highest)) = highest else {
+            return Err(mismatch("its vocabulary is empty".to_owned()));
+        };
+        if highest as usize >= text.vocab_size {
+            let what = format!(
+                "token '{token}' has id {highest}, but the model has {} embeddings",
+                text.vocab_size
+            );
+            return Err(mismatch(what));
+        }
+        let pad = usize::try_from(text.pad_id)
+            .ok()
+            .filter(|&id| id < text.vocab_size);
+        let Some(pad) = pad else {
+            return Err(mismatch(format!(
+                "the model's padding id {} is not in its vocabulary",
+                text.pad_id
+            )));
+        };
+        let pad_token = inner.id_to_token(pad as u32).unwrap_or_default();
+        inner.with_padding(Some(PaddingParams {
+            strategy: PaddingStrategy::Fixed(text.length),
+            direction: PaddingDirection::Right,
+            pad_id: pad as u32,
+            pad_token,
+            ..Default::default()
+        }));
+        // The library subtracts these from the length unchecked.
+        if inner
+            .get_post_processor()
+            .map_or(0, |post| post.added_tokens(false))
+            >= text.length
+        {
+            return Err(too_short(text.length));
+        }
+        let truncation = TruncationParams {
+            max_length: text.length,
+            ..Default::default()
+        };
+        inner
+            .with_truncation(Some(truncation))
+            .map_err(|e| too_short(text.length).because(e))?;
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(tokenizer_json)
+            .update(&(text.length as u64).to_le_bytes())
+            .update(&text.pad_id.to_le_bytes());
+        let tokenizer = Self {
+            inner,
+            length: text.length,
+            digest: *hasher.finalize().as_bytes(),
+        };
+        tokenizer.probe(text)?;
+        Ok(tokenizer)
+    }
+
+    /// Encodes an empty caption and one that is cut, to find at once what would fail every row.
+    fn probe(&self, text: &TextShape) -> Result<()> {
+        for caption in ["", &"a b ".repeat(text.length)] {
+            let ids = self
+                .encode(caption)
+                .map_err(|fault| mismatch(fault.detail))?;
+            if let Some(eos) = text.eos_id.filter(|eos| !ids.contains(eos)) {
+                let what = format!(
+                    "captions do not end with id {eos}, at which the model pools; add it in the post-processor"
+                );
+                return Err(mismatch(what));
+            }
+        }
+        Ok(())
+    }
+
+    /// BLAKE3 of the file, the length and the padding.
+    pub fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
+
+    /// Exactly `length` ids: cut on the right with the special tokens kept, or padded on the right.
+    ///
+    /// # Errors
+    /// `CaptionInvalid`.
+    pub fn encode(&self, caption: &str) -> Result<Vec<i64>, RowFault> {
+        let invalid = |detail: String| RowFault::new(BadRowReason::CaptionInvalid, detail);
+        if caption.len() > CAPTION_BYTES_MAX {
+            return Err(invalid(format!(
+                "{} bytes, the limit is {CAPTION_BYTES_MAX}",
+                caption.len()
+            )));
+        }
+        let encoding = self
+            .inner
+            .encode_fast(caption, true)
+            .map_err(|e| invalid(e.to_string()))?;
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        if ids.len() != self.length {
+            return Err(invalid(format!(
+                "{} ids, the model takes {}",
+                ids.len(),
+                self.length
+            )));
+        }
+        Ok(ids)
+    }
+}
+
+fn mismatch(what: String) -> Error {
+    let message = format!(
+        "{FILE} does not fit the model: {what}; use the tokenizer that the model was trained with"
+    );
+    Error::new(Reason::TokenizerMismatch, message).with("file", FILE)
+}
+
+fn too_short(length: usize) -> Error {
+    mismatch(format!("{length} ids are too few for its special tokens"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: TextShape = TextShape {
+        length: 5,
+        pad_id: 0,
+        vocab_size: 6,
+        eos_id: Some(2),
+    };
+
+    /// Words a, b, c between <s> and </s>.
+    fn json(post_processor: &str) -> String {
+        format!(
+            r#"{{"version": "1.0", "truncation": {{"direction": "Left", "max_length": 2, "strategy": "LongestFirst", "stride": 0}},
+            "padding": null, "added_tokens": [], "normalizer": {{"type": "Lowercase"}}, "pre_tokenizer": {{"type": "Whitespace"}},
+            "post_processor": {post_processor}, "decoder": null, "model": {{"type": "WordLevel", "unk_token": "<pad>",
+            "vocab": {{"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}}}}}}"#
+        )
+    }
+
+    const TEMPLATE: &str = r#"{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [
+        {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {
+        "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}}"#;
+
+    #[test]
+    fn captions_are_cut_and_padded_to_the_models_length() {
+        let tokenizer = Tokenizer::parse(json(TEMPLATE).as_bytes(), &SHAPE).unwrap();
+        assert_eq!(tokenizer.encode("A b").unwrap(), [1, 3, 4, 2, 0]);
+        assert_eq!(
+            tokenizer.encode("a b c a b c").unwrap(),
+            [1, 3, 4, 5, 2],
+            "the end token is kept"
+        );
+        assert_eq!(tokenizer.encode("").unwrap(), [1, 2, 0, 0, 0]);
+        let fault = tokenizer
+            .encode(&"a ".repeat(CAPTION_BYTES_MAX))
+            .unwrap_err();
+        assert_eq!(fault.reason, BadRowReason::CaptionInvalid);
+        let longer =
+            Tokenizer::parse(json(TEMPLATE).as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap();
+        assert_ne!(longer.digest(), tokenizer.digest());
+    }
+
+    #[test]
+    fn a_tokenizer_that_does_not_fit_is_refused() {
+        let without_end = json("null");
+        for (json, shape) in [
+            ("{}".to_owned(), SHAPE),
+            (
+                json(TEMPLATE),
+                TextShape {
+                    vocab_size: 5,
+                    ..SHAPE
+                },
+            ),
+            (json(TEMPLATE), TextShape { pad_id: 6, ..SHAPE }),
+            (json(TEMPLATE), TextShape { length: 1, ..SHAPE }),
+            (without_end.clone(), SHAPE),
+        ] {
+            let error = Tokenizer::parse(json.as_bytes(), &shape)
+                .map(drop)
+                .unwrap_err();
+            assert_eq!(error.reason(), Reason::TokenizerMismatch, "{shape:?}");
+        }
+        assert!(
+            Tokenizer::parse(
+                without_end.as_bytes(),
+                &TextShape {
+                    eos_id: None,
+                    ..SHAPE
+                }
+            )
+            .is_ok()
+        );
+    }
+}

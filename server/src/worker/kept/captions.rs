@@ -1,0 +1,98 @@
+//! Captions that are stored as text and are none: each costs its row, not its block.
+use arrow::{
+    array::{Array, ArrayRef, BinaryArray, StringArray},
+    buffer::{Buffer, NullBuffer, OffsetBuffer},
+    datatypes::{DataType, Field, Schema},
+    error::ArrowError,
+};
+use parquet::{
+    arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions},
+    basic::Type as Physical,
+    errors::ParquetError,
+    file::metadata::{FileMetaData, ParquetMetaData},
+    schema::types::{SchemaDescriptor, Type},
+};
+use std::sync::Arc;
+
+/// What stands behind the null of a caption that is no text. A null caption has no bytes.
+const MARK: &str = "\u{FFFD}";
+
+/// A footer by which `column` is read as bytes, and everything else as before.
+pub fn as_bytes(
+    footer: &ArrowReaderMetadata,
+    column: &str,
+) -> Result<ArrowReaderMetadata, ParquetError> {
+    let file = footer.metadata().file_metadata();
+    let root = file.schema_descr().root_schema();
+    let untyped = |field: &Arc<Type>| match field.name() == column && field.is_primitive() {
+        true => {
+            let repetition = field.get_basic_info().repetition();
+            Type::primitive_type_builder(column, Physical::BYTE_ARRAY)
+                .with_repetition(repetition)
+                .build()
+                .map(Arc::new)
+        }
+        false => Ok(field.clone()),
+    };
+    let fields = root
+        .get_fields()
+        .iter()
+        .map(untyped)
+        .collect::<Result<Vec<_>, _>>()?;
+    let root = Type::group_type_builder(root.name())
+        .with_fields(fields)
+        .build()?;
+    let file = FileMetaData::new(
+        file.version(),
+        file.num_rows(),
+        file.created_by().map(str::to_owned),
+        None,
+        Arc::new(SchemaDescriptor::new(Arc::new(root))),
+        None,
+    );
+    let metadata = ParquetMetaData::new(file, footer.metadata().row_groups().to_vec());
+    let untyped = |field: &Arc<Field>| match field.name() == column {
+        true => Arc::new(Field::new(column, DataType::Binary, field.is_nullable())),
+        false => field.clone(),
+    };
+    let schema = Schema::new(
+        footer
+            .schema()
+            .fields()
+            .iter()
+            .map(untyped)
+            .collect::<Vec<_>>(),
+    );
+    ArrowReaderMetadata::try_new(
+        Arc::new(metadata),
+        ArrowReaderOptions::new().with_schema(Arc::new(schema)),
+    )
+}
+
+/// Captions of bytes: those that are no text become null, with a mark that [`is_invalid`] finds.
+pub fn from_bytes(bytes: &BinaryArray) -> Result<ArrayRef, ArrowError> {
+    let (mut text, mut lengths, mut valid) = (String::new(), Vec::new(), Vec::new());
+    for value in bytes {
+        let found = value.map(|value| std::str::from_utf8(value));
+        let kept = match found {
+            Some(Ok(caption)) => caption,
+            Some(Err(_)) => MARK,
+            None => "",
+        };
+        text.push_str(kept);
+        lengths.push(kept.len());
+        valid.push(matches!(found, Some(Ok(_))));
+    }
+    let offsets = OffsetBuffer::from_lengths(lengths);
+    let nulls = Some(NullBuffer::from(valid));
+    Ok(Arc::new(StringArray::try_new(
+        offsets,
+        Buffer::from_vec(text.into_bytes()),
+        nulls,
+    )?))
+}
+
+/// Whether a caption is null because it is no text.
+pub fn is_invalid(captions: &StringArray, row: usize) -> bool {
+    captions.is_null(row) && captions.value_length(row) > 0
+}

@@ -1,0 +1,7 @@
+//! What a worker keeps: blocks, captions, embeddings.
+pub mod cache;
+pub mod captions;
+pub mod embeddings;
+pub mod read;
+pub mod retained;
+pub mod sidecar;

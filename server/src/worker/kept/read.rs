@@ -1,0 +1,256 @@
+//! Reading blocks: one row group's needed columns, by ranges, checked against the manifest and kept
+//! while there is room.
+use super::{cache::Cache, captions};
+use crate::{
+    dataset::{Layout, Manifest, Ranges, Shard, ShardFile, SourceManifest},
+    error::{Error, Result},
+    storage::Stores,
+};
+use arrow::{
+    array::{
+        Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray,
+    },
+    compute::{cast, concat_batches},
+    datatypes::SchemaRef,
+    error::ArrowError,
+};
+use parquet::arrow::{
+    ProjectionMask,
+    arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder},
+};
+use std::{fmt, sync::Arc};
+
+/// Room for parsed footers: each block of a shard needs its shard's.
+const FOOTERS_BYTES: usize = 64 << 20;
+
+/// Reads whole blocks. Concurrent reads of one block are one read; what was read last is kept, up
+/// to a number of bytes.
+pub struct BlockReader {
+    stores: Stores,
+    blocks: Cache<BlockKey, Arc<RecordBatch>>,
+    footers: Cache<ShardKey, ArrowReaderMetadata>,
+}
+
+/// A shard in one state: root, path, size, ETag.
+type ShardKey = (String, String, u64, Option<String>);
+/// Shard, block, then the columns: image, caption, extra ones.
+type BlockKey = (ShardKey, u32, Vec<String>);
+
+impl fmt::Debug for BlockReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockReader")
+            .field("stores", &self.stores)
+            .finish_non_exhaustive()
+    }
+}
+
+impl BlockReader {
+    /// Keeps up to `cache_bytes` of blocks; 0 keeps none.
+    pub fn new(stores: Stores, cache_bytes: usize) -> Self {
+        let blocks = Cache::new(cache_bytes, |batch: &Arc<RecordBatch>| {
+            batch.get_array_memory_size()
+        });
+        let footers = Cache::new(FOOTERS_BYTES, |footer: &ArrowReaderMetadata| {
+            footer.metadata().memory_size()
+        });
+        Self {
+            stores,
+            blocks,
+            footers,
+        }
+    }
+
+    /// The whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and caption
+    /// may be null.
+    ///
+    /// # Errors
+    /// `DatasetChanged` where the shard is not the object that was indexed; `InvalidArgument`
+    /// naming the shard where it is and cannot be decoded; `StorageUnreachable`, after the store's
+    /// own retries; those of [`Manifest::data_schema`].
+    pub async fn read(
+        &self,
+        manifest: &Manifest,
+        source: u32,
+        shard: u32,
+        block: u32,
+        columns: &[String],
+    ) -> Result<Arc<RecordBatch>> {
+        let none = || {
+            Error::internal(format!(
+                "the manifest has no block {block} in shard {shard} of source {source}"
+            ))
+        };
+        let source = manifest.sources.get(source as usize).ok_or_else(none)?;
+        let shard = source.shards.get(shard as usize).ok_or_else(none)?;
+        let rows = shard.blocks.get(block as usize).ok_or_else(none)?.rows as usize;
+        let shard_key = (
+            source.root_uri.clone(),
+            shard.path.clone(),
+            shard.size,
+            shard.etag.clone(),
+        );
+        let mut names = vec![
+            source.layout.image_column.clone(),
+            source.layout.caption_column.clone(),
+        ];
+        names.extend_from_slice(columns);
+        let key = (shard_key.clone(), block, names);
+        let wanted = Wanted {
+            layout: source.layout.clone(),
+            columns: columns.to_vec(),
+            schema: manifest.data_schema(columns)?,
+            block: block as usize,
+            rows,
+        };
+        self.blocks
+            .get(&key, self.fetch(source, shard, &shard_key, wanted))
+            .await
+    }
+
+    async fn fetch(
+        &self,
+        source: &SourceManifest,
+        shard: &Shard,
+        key: &ShardKey,
+        wanted: Wanted,
+    ) -> Result<Arc<RecordBatch>> {
+        let location = self.stores.open(&source.root_uri)?.below(&shard.path);
+        let file = ShardFile::new(location, shard.size, shard.etag.clone());
+        let footer = self.footers.get(key, file.footer()).await?;
+        let groups = footer.metadata().row_groups();
+        let Some(group) = groups
+            .get(wanted.block)
+            .filter(|g| g.num_rows() as usize == wanted.rows)
+        else {
+            return Err(file.changed("its row groups are others"));
+        };
+        let mask = wanted.projection(&footer);
+        let needed = group
+            .columns()
+            .iter()
+            .enumerate()
+            .filter(|(leaf, _)| mask.leaf_included(*leaf));
+        let ranges = needed
+            .map(|(_, column)| file.column(column))
+            .collect::<Result<Vec<_>>>()?;
+        let (bytes, block) = (file.ranges(&ranges).await?, wanted.block);
+        let decoded =
+            tokio::task::spawn_blocking(move || wanted.decode(&bytes, &footer, &mask)).await;
+        let batch = decoded
+            .map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;
+        Ok(Arc::new(
+            batch.map_err(|cause| file.undecodable(block, cause))?,
+        ))
+    }
+}
+
+/// What is wanted of a block.
+struct Wanted {
+    layout: Layout,
+    columns: Vec<String>,
+    schema: SchemaRef,
+    block: usize,
+    rows: usize,
+}
+
+impl Wanted {
+    fn decode(
+        &self,
+        bytes: &Ranges,
+        footer: &ArrowReaderMetadata,
+        mask: &ProjectionMask,
+    ) -> Result<RecordBatch, ArrowError> {
+        let cause = match self.read(bytes, footer.clone(), mask) {
+            Ok(batch) => return self.assemble(&batch),
+            Err(cause) => cause,
+        };
+        // One caption that is not UTF-8 fails the whole block; read as bytes it costs its row only.
+        let as_bytes = captions::as_bytes(footer, &self.layout.caption_column)?;
+        let batch = self.read(bytes, as_bytes, mask).map_err(|_| cause)?;
+        self.assemble(&batch)
+    }
+
+    fn read(
+        &self,
+        bytes: &Ranges,
+        footer: ArrowReaderMetadata,
+        mask: &ProjectionMask,
+    ) -> Result<RecordBatch, ArrowError> {
+        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
+            .with_row_groups(vec![self.block])
+            .with_batch_size(self.rows.max(1))
+            .with_projection(mask.clone())
+            .build()?;
+        let schema = reader.schema();
+        let batches = reader.collect::<Result<Vec<_>, _>>()?;
+        concat_batches(&schema, &batches)
+    }
+
+    /// Of a struct image only its bytes, of everything else the whole column.
+    fn projection(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
+        let schema = footer.parquet_schema();
+        let layout = &self.layout;
+        let wanted = |leaf: usize| {
+            let parts = schema.column(leaf).path().parts().to_vec();
+            let root = &parts[0];
+            let image = *root == layout.image_column
+                && (!layout.image_in_struct || parts.get(1).is_some_and(|part| part == "bytes"));
+            image || *root == layout.caption_column || self.columns.contains(root)
+        };
+        ProjectionMask::leaves(
+            schema,
+            (0..schema.num_columns()).filter(|&leaf| wanted(leaf)),
+        )
+    }
+
+    /// The batch under the delivered names and types.
+    fn assemble(&self, batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+        let layout = &self.layout;
+        let column = |name: &str| {
+            let missing = || ArrowError::SchemaError(format!("no column '{name}'"));
+            batch.column_by_name(name).cloned().ok_or_else(missing)
+        };
+        let mut image = column(&layout.image_column)?;
+        if layout.image_in_struct {
+            image = bytes_of(&image)?;
+        }
+        let caption = column(&layout.caption_column)?;
+        let caption = caption
+            .as_binary_opt::<i32>()
+            .map_or(Ok(caption.clone()), captions::from_bytes)?;
+        let mut arrays = vec![image, caption];
+        for name in &self.columns {
+            arrays.push(column(name)?);
+        }
+        let cast_to = |(array, field): (ArrayRef, &Arc<arrow::datatypes::Field>)| {
+            cast(&array, field.data_type())
+        };
+        let arrays = arrays
+            .into_iter()
+            .zip(self.schema.fields())
+            .map(cast_to)
+            .collect::<Result<Vec<_>, _>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(self.rows));
+        RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)
+    }
+}
+
+/// The `bytes` of an image struct, null where the struct is.
+fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+    let missing = || ArrowError::SchemaError("the image is no struct with `bytes`".to_owned());
+    let image = image
+        .as_any()
+        .downcast_ref::<StructArray>()
+        .ok_or_else(missing)?;
+    let bytes = image.column_by_name("bytes").ok_or_else(missing)?;
+    match image.nulls() {
+        None => Ok(bytes.clone()),
+        Some(nulls) => arrow::compute::nullif(
+            bytes,
+            &arrow::array::BooleanArray::new(!nulls.inner(), None),
+        ),
+    }
+}
+
+#[cfg(test)]
+pub mod tests;

@@ -1,0 +1,119 @@
+//! A memory budget for things that can be had again: where it is full, the newest step's go first.
+use std::{
+    collections::BTreeMap,
+    ops::Bound::{Excluded, Unbounded},
+    sync::{Arc, Mutex},
+};
+
+/// Things kept within a number of bytes, for as long as their [`Kept`] lives.
+///
+/// The oldest step is served next, so it keeps its things: room is made by dropping those of newer
+/// steps.
+pub struct Retained<T>(Arc<Inner<T>>);
+
+struct Inner<T> {
+    bytes_max: usize,
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
+    bytes: usize,
+    next: u64,
+    /// By (step, number).
+    things: BTreeMap<(u64, u64), (usize, T)>,
+}
+
+/// A claim on a thing that may have been dropped meanwhile.
+pub struct Kept<T> {
+    key: (u64, u64),
+    inner: Arc<Inner<T>>,
+}
+
+impl<T: Clone> Retained<T> {
+    pub fn new(bytes_max: usize) -> Self {
+        let state = Mutex::new(State {
+            bytes: 0,
+            next: 0,
+            things: BTreeMap::new(),
+        });
+        Self(Arc::new(Inner { bytes_max, state }))
+    }
+
+    /// Keeps `thing` of `bytes`, dropping things of steps after `step` where that makes room for
+    /// it. `None` where there is none.
+    pub fn keep(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
+        let mut state = self.0.state.lock().expect("no panic while held");
+        let newer = || {
+            state
+                .things
+                .range((Excluded((step, u64::MAX)), Unbounded))
+                .map(|(_, (bytes, _))| bytes)
+                .sum::<usize>()
+        };
+        let over = |used: usize| used + bytes > self.0.bytes_max;
+        // The sum over newer steps is only taken where the budget is full.
+        if over(state.bytes) && over(state.bytes - newer()) {
+            return None;
+        }
+        while over(state.bytes) {
+            let (_, (dropped, _)) = state.things.pop_last()?;
+            state.bytes -= dropped;
+        }
+        let key = (step, state.next);
+        state.next += 1;
+        state.bytes += bytes;
+        state.things.insert(key, (bytes, thing));
+        Some(Kept {
+            key,
+            inner: self.0.clone(),
+        })
+    }
+
+    /// Bytes kept now.
+    pub fn bytes(&self) -> usize {
+        self.0.state.lock().expect("no panic while held").bytes
+    }
+}
+
+impl<T: Clone> Kept<T> {
+    /// The thing, `None` where it was dropped for lack of room.
+    pub fn get(&self) -> Option<T> {
+        let state = self.inner.state.lock().expect("no panic while held");
+        state.things.get(&self.key).map(|(_, thing)| thing.clone())
+    }
+}
+
+impl<T> Drop for Kept<T> {
+    fn drop(&mut self) {
+        let mut state = self.inner.state.lock().expect("no panic while held");
+        if let Some((bytes, _)) = state.things.remove(&self.key) {
+            state.bytes -= bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_step_makes_room_and_drops_give_it_back() {
+        let budget = Retained::new(10);
+        let old = budget.keep(1, 4, 'a');
+        let newer = budget.keep(3, 6, 'b').unwrap();
+        assert!(
+            budget.keep(3, 1, 'c').is_none(),
+            "a step does not drop its own"
+        );
+        assert!(budget.keep(4, 1, 'd').is_none(), "nor older ones");
+        let middle = budget.keep(2, 5, 'e').unwrap();
+        assert_eq!(
+            (newer.get(), middle.get(), budget.bytes()),
+            (None, Some('e'), 9)
+        );
+        assert!(budget.keep(0, 11, 'f').is_none());
+        assert_eq!(middle.get(), Some('e'), "nothing is dropped in vain");
+        drop((old, middle, newer));
+        assert_eq!(budget.bytes(), 0);
+    }
+}

@@ -1,0 +1,271 @@
+//! Models by reference: folders and snapshots fetched and loaded once, whoever asks.
+use super::{
+    device::{Device, Embedded, LoadModel, MicroBatch, Weights},
+    inputs::model_inputs::Inputs,
+    kept::cache::Cache,
+    model::{Compute, ModelFolder, ModelInfo},
+};
+use crate::{
+    error::{Error, Result},
+    storage::Stores,
+};
+use std::sync::Arc;
+use superbatch_proto::v1::{ModelRef, Reason};
+use tokio::sync::Mutex;
+
+/// Folders and descriptions kept; they are small. Weights are bounded by the device.
+const KEPT_MAX: usize = 64;
+
+/// A model on the device.
+pub(super) struct Loaded {
+    pub info: ModelInfo,
+    pub inputs: Arc<Inputs>,
+    id: ModelId,
+}
+
+struct Folder {
+    files: Arc<ModelFolder>,
+    inputs: Arc<Inputs>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct ModelId {
+    folder: String,
+    weights: WeightsId,
+    compute: Compute,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum WeightsId {
+    /// The folder's own, with their digest where it is known.
+    Folder {
+        digest: String,
+    },
+    Snapshot {
+        uri: String,
+        digest: String,
+    },
+    Random(u64),
+}
+
+/// The models that calls name.
+pub(super) struct Models {
+    stores: Stores,
+    device: Device,
+    folders: Cache<String, Arc<Folder>>,
+    loaded: Cache<ModelId, Arc<Loaded>>,
+    reloading: Mutex<()>,
+}
+
+impl Models {
+    pub fn new(stores: Stores, device: Device) -> Self {
+        let (folders, loaded) = (Cache::new(KEPT_MAX, |_| 1), Cache::new(KEPT_MAX, |_| 1));
+        Self {
+            stores,
+            device,
+            folders,
+            loaded,
+            reloading: Mutex::new(()),
+        }
+    }
+
+    /// How a model wants its rows; its weights are not touched.
+    ///
+    /// # Errors
+    /// `ModelInvalid` naming the file, `StorageUnreachable`.
+    pub async fn inputs(&self, model: &ModelRef) -> Result<Arc<Inputs>> {
+        Ok(self.folder(&model.model_uri).await?.inputs.clone())
+    }
+
+    /// The model on the device, its weights verified: names, shapes, dtypes, finite values, and a
+    /// canary batch.
+    ///
+    /// # Errors
+    /// `WeightsRefused` naming the first bad tensor or the digest, `ModelInvalid`,
+    /// `StorageUnreachable`.
+    pub async fn load(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
+        self.load_by_id(&ModelId::of(model, &self.device)?).await
+    }
+
+    /// As [`Models::load`]; where no digest says what the folder is to hold, it is read again, for
+    /// it may have been written since it was read last.
+    pub async fn load_anew(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
+        let id = ModelId::of(model, &self.device)?;
+        if !id.weights.is_pinned() {
+            self.folders.remove(&id.folder);
+            self.loaded.remove(&id);
+        }
+        self.load_by_id(&id).await
+    }
+
+    /// Loads a model again that has left the device for others.
+    ///
+    /// # Errors
+    /// As [`Models::load`], and `ModelInvalid` where its folder holds another model now.
+    pub async fn reload(&self, model: &Loaded) -> Result<()> {
+        self.loaded.remove(&model.id);
+        let again = self.load_by_id(&model.id).await?;
+        if again.info.key == model.info.key {
+            return Ok(());
+        }
+        Err(replaced(
+            &model.id.folder,
+            &again.info.digest,
+            &model.info.digest,
+        ))
+    }
+
+    /// Embeds with a model that others push off the device faster than it can be used: it is loaded
+    /// for this micro-batch alone. One at a time, because each holds the weights in memory.
+    ///
+    /// # Errors
+    /// As [`Models::reload`] and [`Device::embed`].
+    pub async fn embed_reloading(&self, model: &Loaded, batch: MicroBatch) -> Result<Embedded> {
+        let _turn = self.reloading.lock().await;
+        let folder = self.folder(&model.id.folder).await?;
+        // It was embedded with before: no canary is needed.
+        let load = LoadModel {
+            canary: false,
+            ..self.request(&folder, &model.id).await?
+        };
+        let embedded = self.device.load_and_embed(load, batch).await;
+        embedded.map_err(|error| match error.reason() {
+            Reason::WeightsMissing => {
+                replaced(&model.id.folder, "another model", &model.info.digest)
+            }
+            _ => error,
+        })
+    }
+
+    async fn load_by_id(&self, id: &ModelId) -> Result<Arc<Loaded>> {
+        let make = async {
+            let loaded = self.make(id).await?;
+            let WeightsId::Folder { digest } = &id.weights else {
+                id.weights.check(&loaded.info)?;
+                return Ok(loaded);
+            };
+            if digest.is_empty() || *digest == loaded.info.weights_digest {
+                return Ok(loaded);
+            }
+            // What was kept of the folder may be older than the run.
+            self.folders.remove(&id.folder);
+            let again = self.make(id).await?;
+            let found = &again.info.weights_digest;
+            if digest == found {
+                Ok(again)
+            } else {
+                Err(replaced(&id.folder, found, digest))
+            }
+        };
+        self.loaded.get(id, make).await
+    }
+
+    async fn make(&self, id: &ModelId) -> Result<Arc<Loaded>> {
+        let folder = self.folder(&id.folder).await?;
+        let info = self.device.load(self.request(&folder, id).await?).await?;
+        Ok(Arc::new(Loaded {
+            info,
+            inputs: folder.inputs.clone(),
+            id: id.clone(),
+        }))
+    }
+
+    async fn request(&self, folder: &Folder, id: &ModelId) -> Result<LoadModel> {
+        let weights = self.weights(&id.weights).await?;
+        Ok(LoadModel {
+            folder: folder.files.clone(),
+            weights,
+            compute: id.compute,
+            canary: true,
+        })
+    }
+
+    async fn folder(&self, uri: &str) -> Result<Arc<Folder>> {
+        let make = async {
+            let files = Arc::new(ModelFolder::fetch(&self.stores.open(uri)?).await?);
+            let inputs = Arc::new(Inputs::of(&files)?);
+            Ok(Arc::new(Folder { files, inputs }))
+        };
+        self.folders.get(&uri.to_owned(), make).await
+    }
+
+    async fn weights(&self, id: &WeightsId) -> Result<Weights> {
+        Ok(match id {
+            WeightsId::Folder { .. } => Weights::Folder,
+            WeightsId::Random(seed) => Weights::Random(*seed),
+            WeightsId::Snapshot { uri, .. } => {
+                Weights::Safetensors(self.stores.open(uri)?.get("").await?)
+            }
+        })
+    }
+}
+
+impl ModelId {
+    fn of(model: &ModelRef, device: &Device) -> Result<Self> {
+        if model.model_uri.is_empty() {
+            return Err(Error::invalid(
+                "model_uri",
+                "the model's folder is not named",
+            ));
+        }
+        let weights = match (model.random_seed, model.snapshot_uri.as_str()) {
+            (None, "") => WeightsId::Folder {
+                digest: model.snapshot_digest.clone(),
+            },
+            (Some(seed), "") => WeightsId::Random(seed),
+            (None, uri) => WeightsId::Snapshot {
+                uri: uri.to_owned(),
+                digest: model.snapshot_digest.clone(),
+            },
+            (Some(_), _) => {
+                return Err(Error::invalid(
+                    "random_seed",
+                    "a model has a snapshot or random weights, not both",
+                ));
+            }
+        };
+        let compute = device.compute(model.compute_dtype());
+        Ok(Self {
+            folder: model.model_uri.clone(),
+            weights,
+            compute,
+        })
+    }
+}
+
+impl WeightsId {
+    /// Whether it says which weights it means.
+    fn is_pinned(&self) -> bool {
+        match self {
+            Self::Folder { digest } | Self::Snapshot { digest, .. } => !digest.is_empty(),
+            Self::Random(_) => false,
+        }
+    }
+
+    /// Whether the snapshot that was loaded is the one that was named.
+    fn check(&self, info: &ModelInfo) -> Result<()> {
+        let Self::Snapshot { uri, digest } = self else {
+            return Ok(());
+        };
+        if digest.is_empty() || *digest == info.weights_digest {
+            return Ok(());
+        }
+        let found = &info.weights_digest;
+        let message = format!(
+            "{uri} has digest {found}, not {digest}: it was damaged or replaced; push the weights \
+            again"
+        );
+        Err(Error::new(Reason::WeightsRefused, message)
+            .with("uri", uri)
+            .with("digest", found))
+    }
+}
+
+fn replaced(folder: &str, found: &str, wanted: &str) -> Error {
+    let message = format!(
+        "{folder} holds {found} now, not {wanted}, with which its run was opened: put that model \
+        back, or open another run"
+    );
+    let error = Error::new(Reason::ModelInvalid, message).with("uri", folder);
+    error.with("found", found).with("expected", wanted)
+}

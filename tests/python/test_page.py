@@ -1,0 +1,262 @@
+"""The run page in a real browser, against real runs: one that goes on, one that was closed, and one whose service was killed."""
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import superbatch
+from cluster import BINARY, Cluster
+from safetensors.torch import load_file
+
+from examples.demo import tiny
+
+# Two epochs, with which the run is over: no step is chosen ahead.
+ROWS, STEPS = 288, 6
+UNTIL = 2
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER_MISSING = "no Chromium: the run page was NOT looked at in a browser (apt-get install chromium; pip install playwright)"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_dataset(folder / "pool", rows=ROWS)
+    for shard in (folder / "pool").glob("*.parquet"):
+        table = pyarrow.parquet.read_table(shard)
+        captions = [f"{HOSTILE} {n}" if n % 7 == 3 else text for n, text in enumerate(table["caption"].to_pylist())]
+        images = [None if n % 97 == 5 else image for n, image in enumerate(table["png"].to_pylist())]
+        table = table.set_column(table.schema.get_field_index("caption"), "caption", pyarrow.array(captions))
+        table = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+        pyarrow.parquet.write_table(table, shard, row_group_size=64)
+    tiny.write_siglip(folder / "learner", seed=0)
+    tiny.write_siglip(folder / "reference", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, inputs):
+    with Cluster(tmp_path_factory.mktemp("service")) as cluster:
+        client = superbatch.connect(cluster.address)
+        cluster.first = train(client, inputs, "first")
+        train(client, inputs, "second", policy="independent").close()
+        yield cluster
+
+
+def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatch.Run:
+    """A run of a uniform phase and one of `policy`, which pushes after each step."""
+    phases = [
+        superbatch.Phase(policy="uniform", super_batch_size=96, sub_batch_size=24),
+        superbatch.Phase(from_step=UNTIL, policy=policy, super_batch_size=96, sub_batch_size=24, n_chunks=3),
+    ]
+    learner = superbatch.Learner(
+        model_uri=(inputs / "learner").as_uri(), snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri())
+    run = client.open_run(superbatch.RunSpec(
+        run_id=run_id, sources=[(inputs / "pool").as_uri()], reference=(inputs / "reference").as_uri(), learner=learner,
+        phases=phases, loss="sigmoid", seed=5, micro_batch_rows=16, epochs=2))
+    weights = load_file(inputs / "learner/model.safetensors")
+    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
+        run.push_weights({name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()}, step=batch.step)
+    run.flush()
+    return run
+
+
+def get(base: str, path: str, **headers: str) -> dict:
+    request = urllib.request.Request(base + path, headers=headers)
+    return json.loads(urllib.request.urlopen(request, timeout=30).read())
+
+
+def refused(base: str, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(base + path, headers=headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    return caught.value.code, caught.value.read().decode()
+
+
+def test_a_receipt_tells_what_the_page_shows(service):
+    """Own scores, losses and those passed over, as the arithmetic has them."""
+    run = service.first
+    receipt = run.receipt(UNTIL + 1)
+    scores = [row.own_score for row in receipt.chosen]
+    for row in receipt.chosen:
+        assert row.own_score == pytest.approx(row.learner_loss - row.reference_loss, abs=1e-9)
+        assert row.chunk > 0 or row.score == pytest.approx(row.own_score, abs=1e-4)
+    assert sum(scores) / len(scores) == pytest.approx(receipt.summary.mean_score_chosen, abs=1e-4)
+    passed = receipt.passed_over
+    assert len(passed) == 24 and not {row.id for row in passed} & {row.id for row in receipt.chosen}
+    best = [row.own_score for row in passed if not row.sampled]
+    assert best == sorted(best, reverse=True) and len(best) == 12
+    assert receipt.summary.uniform_score is not None and receipt.summary.uniform_score != receipt.summary.batch_score
+    assert receipt.summary.trainer_wait_seconds > 0
+    uniform = run.receipt(0)
+    assert not uniform.passed_over and uniform.summary.uniform_score is None
+    assert uniform.chosen[0].own_score is None and uniform.chosen[0].learner_loss is None
+
+
+def test_the_json_is_what_receipts_say(service):
+    base = service.coordinator.page_address
+    listed = {run["run"]: run for run in get(base, "/api/runs")["runs"]}
+    assert {name: (run["state"], run["newest"]) for name, run in listed.items()} == {
+        "first": ("open", STEPS - 1), "second": ("closed", STEPS - 1)}
+    facts = get(base, "/api/runs/first")
+    assert [phase["policy"] for phase in facts["phases"]] == ["uniform", "joint"] and facts["totals"]["train_flops"] > 0
+    line = get(base, "/api/runs/first/timeline")
+    receipts = [service.first.receipt(step).summary for step in range(STEPS)]
+    assert line["step"] == list(range(STEPS)) and line["stride"] == 1
+    assert line["batch_score"] == [receipt.batch_score for receipt in receipts]
+    assert line["seconds"]["total"] == [receipt.cost.seconds.total for receipt in receipts]
+    assert line["batch_score"][:UNTIL] == [None] * UNTIL
+    step = get(base, f"/api/runs/first/steps/{UNTIL}")
+    assert len(step["chosen"]["key"]) == step["chosen_total"] == 24
+    whole = get(base, f"/api/runs/first/steps/{UNTIL}/receipt")
+    assert [row["id"] for row in whole["chosen"]] == step["chosen"]["id"]
+
+
+def test_an_example_is_found_in_every_step_that_it_was_a_candidate_of(service):
+    base = service.coordinator.page_address
+    found = {}
+    for number in range(UNTIL, STEPS):
+        step = get(base, f"/api/runs/first/steps/{number}")
+        for key, score in zip(step["chosen"]["key"], step["chosen"]["score"]):
+            found[key] = (number, score)
+    for key, (number, score) in list(found.items())[::7]:
+        times = {time["step"]: time for time in get(base, f"/api/runs/first/examples/{key}")["times"]}
+        assert times[number]["outcome"] == "chosen" and times[number]["score"] == score
+    mix = get(base, "/api/runs/first/mix")
+    assert mix["chosen"] == 24 * (STEPS - UNTIL) and mix["scanned"] == 96 * (STEPS - UNTIL)
+    assert sum(shard["chosen"] for shard in mix["shards"]) == mix["chosen"]
+
+
+def test_what_is_wrong_is_said_and_nothing_is_let_in(service, inputs):
+    base = service.coordinator.page_address
+    assert refused(base, "/api/runs/none")[0] == 404
+    code, body = refused(base, "/api/runs/first/steps/999")
+    assert code == 404 and f"the newest is {STEPS - 1}" in body
+    assert refused(base, "/api/runs/..%2f..%2fetc/timeline")[0] == 404
+    assert refused(base, "/api/runs/first/pictures/9.9.9")[0] == 400
+    assert refused(base, "/api/runs/first/timeline?from=x")[0] == 400
+    assert refused(base, "/api/runs", method="POST")[0] == 405
+    assert refused(base, "/api/runs", Host="evil.example")[0] == 421
+    assert refused(base, "/nothing.js")[0] == 404
+    index = urllib.request.urlopen(base + "/", timeout=10)
+    assert "default-src 'none'" in index.headers["content-security-policy"]
+    picture = urllib.request.urlopen(base + "/api/runs/first/pictures/0.0.0?size=64", timeout=10)
+    assert picture.headers["content-type"] == "image/jpeg" and picture.read(3) == b"\xff\xd8\xff"
+    assert refused(base, "/api/runs/first/pictures/0.0.5")[0] == 404, "row 5 has no image"
+
+
+def test_a_page_of_its_own_shows_a_state_and_changes_nothing(service, tmp_path):
+    """A copy of the state, as a service that was killed leaves it."""
+    state = tmp_path / "state"
+    shutil.copytree(service.folder / "state", state)
+    before = sorted(path for path in state.rglob("*"))
+    process = subprocess.Popen([BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True)
+    try:
+        base = re.search(r"http://\S+", process.stdout.readline()).group()
+        assert {run["run"] for run in get(base, "/api/runs")["runs"]} == {"first", "second"}
+        assert get(base, "/api/runs/first/timeline")["newest"] == STEPS - 1
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
+    assert sorted(path for path in state.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason=BROWSER_MISSING)
+    if CHROMIUM is None:
+        pytest.skip(BROWSER_MISSING)
+    with playwright.sync_playwright() as driver:
+        # Its own sandbox needs rights that containers lack.
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, service):
+    """A tab that fails the test on any error of its scripts, or anything that the policy blocks."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=service.coordinator.page_address)
+    tab, errors = context.new_page(), []
+    tab.set_default_timeout(30_000)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" and "404" not in message.text else None)
+    yield tab
+    context.close()
+    assert not errors, errors
+
+
+def test_a_run_is_shown_from_the_list_to_its_steps(page):
+    page.goto("/")
+    page.get_by_role("link", name="first").click()
+    page.get_by_role("heading", name="first").wait_for()
+    page.get_by_text("Batch score over uniform").wait_for()
+    assert page.locator(".tile").count() == 6 and page.locator(".chart canvas").count() == 6
+    assert page.locator("tbody tr").count() == STEPS
+    # The canvas holds a line in the chosen colour.
+    drawn = page.evaluate("""() => {
+        const canvas = document.querySelector(".chart.tall canvas");
+        const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        let blue = 0;
+        for (let n = 0; n < pixels.length; n += 4) blue += pixels[n + 2] > 200 && pixels[n] < 90 && pixels[n + 3] > 200;
+        return blue;
+    }""")
+    assert drawn > 50
+    page.locator("tbody").get_by_role("link", name=str(STEPS - 1), exact=True).click()
+    page.get_by_role("heading", name="Examples").wait_for()
+
+
+def test_a_step_shows_the_chosen_beside_those_passed_over(page):
+    page.goto(f"/#/runs/first/steps/{UNTIL + 1}")
+    chosen, passed = page.locator(".side.chosen li"), page.locator(".side.passed li")
+    chosen.first.wait_for()
+    assert (chosen.count(), passed.count()) == (24, 24)
+    page.wait_for_function("() => [...document.querySelectorAll('.rows .caption')].every(c => c.textContent.trim())")
+    page.wait_for_function("() => [...document.querySelectorAll('.side.chosen img')].filter(i => i.naturalWidth > 0).length > 5")
+    page.get_by_label("Sort by").select_option("score")
+    scores = [float(text.replace("−", "-")) for text in page.locator(".side.chosen .score b").all_text_contents()]
+    assert scores == sorted(scores, reverse=True)
+    page.get_by_label("Chunk").select_option("1")
+    assert chosen.count() == 8
+    page.get_by_label("Chunk").select_option("")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.keyboard.type("circle")
+    page.wait_for_function("() => [...document.querySelectorAll('.side.chosen .caption')].every(c => c.textContent.includes('circle'))")
+    assert 0 < chosen.count() < 24
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(f"**/#/runs/first/steps/{UNTIL + 2}")
+
+
+def test_a_hostile_caption_stays_text(page):
+    page.goto(f"/#/runs/first/steps/{UNTIL}")
+    page.locator(".rows .caption", has_text="onerror").first.wait_for()
+    page.locator(".row", has_text="onerror").first.click()
+    page.locator("dialog p.caption", has_text="<script>").wait_for()
+    assert page.title() == "first · Superbatch"
+    assert page.locator("main script, dialog script, main img[src='x'], dialog img[src='x']").count() == 0
+    page.get_by_role("link", name="Each time it was a candidate").click()
+    page.get_by_role("heading", name="Each time it was a candidate").wait_for()
+    assert page.title() == "first · Superbatch"
+
+
+def test_every_view_fits_a_phone_and_both_themes(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    for address in ("", "runs/first", f"runs/first/steps/{UNTIL}", "runs/first/mix", "runs/first/examples/0.0.0", "compare/first/second"):
+        page.goto(f"/#/{address}")
+        page.locator("main h1").first.wait_for()
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
+        assert page.locator("[role=alert]").count() == 0, address
+    before = page.evaluate("getComputedStyle(document.body.parentElement).backgroundColor")
+    page.keyboard.press("t")
+    assert page.evaluate("getComputedStyle(document.body.parentElement).backgroundColor") != before

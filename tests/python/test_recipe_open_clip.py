@@ -1,0 +1,82 @@
+"""examples/open_clip: the released trainer, with one and two ranks, by epochs, and resumed."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
+from safetensors.torch import save_file
+
+EPOCH_STEPS = 2
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_folder(folder: Path, seed: int, siglip: bool) -> Path:
+    """An open_clip folder with random weights."""
+    config = {**CONFIG, "init_logit_bias": -5.0} if siglip else CONFIG
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": about})
+    (folder / "open_clip_config.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["sigmoid", "softmax"])
+def folders(request, tmp_path_factory) -> tuple[str, Path]:
+    folder, siglip = tmp_path_factory.mktemp(request.param), request.param == "sigmoid"
+    write_folder(folder / "learner", 0, siglip)
+    write_folder(folder / "reference", 1, siglip)
+    return request.param, folder
+
+
+def arguments(recipes: Recipes, folders, name: str, logs: Path, ranks: int = 1, **more):  # noqa: F811
+    loss, folder = folders
+    given = {
+        "service": recipes.address,
+        "reference": folder / "reference",
+        "super-batch-size": SUPER_BATCH_SIZE,
+        "n-chunks": 4,
+        "model": f"local-dir:{folder / 'learner'}",
+        "train-data": (recipes.inputs / "pool").as_uri(),
+        "train-num-samples": EPOCH_STEPS * SUB_BATCH_SIZE,
+        "batch-size": SUB_BATCH_SIZE // ranks,
+        "name": name,
+        "logs": logs,
+        "warmup": 1,
+        "lr": 1e-3,
+        "workers": 0,
+        "precision": "fp32",
+        "device": "cpu",
+        "log-every-n-steps": 1,
+        **more,
+    }
+    flags = ["--siglip"] if loss == "sigmoid" else []
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))] + flags
+
+
+def test_it_trains_by_epochs_and_resumes(recipes, folders, tmp_path):  # noqa: F811
+    name = f"open-clip-{folders[0]}"
+    train = module("open_clip")
+    for epochs, resume in ((1, {}), (2, {"resume": "latest"})):
+        train.main(arguments(recipes, folders, name, tmp_path, epochs=epochs, **resume))
+        recipes.assert_trained(name, epochs * EPOCH_STEPS)
+    log = (tmp_path / name / "out.log").read_text()
+    done = EPOCH_STEPS * SUB_BATCH_SIZE
+    assert f"Train Epoch: 0 [{done}/{done} (100%)]" in log
+    assert f"Train Epoch: 1 [{done}/{done} (100%)]" in log
+
+
+def test_two_ranks_train(recipes, folders, tmp_path):  # noqa: F811
+    name = f"open-clip-ranks-{folders[0]}"
+    given = arguments(recipes, folders, name, tmp_path, ranks=2, epochs=1, workers=1)
+    script("open_clip/train.py", given, ranks=2)
+    recipes.assert_trained(name, EPOCH_STEPS)

@@ -1,0 +1,100 @@
+"""examples/slurm: both scripts through shellcheck, and run whole, with the real service and
+trainer, where srun starts the tasks itself.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import BINARY
+from recipe import EXAMPLES, Recipes, recipes  # noqa: F401  (a fixture)
+
+SCRIPTS = sorted((EXAMPLES / "slurm").glob("*.sbatch"))
+# What of Slurm the scripts need: as many tasks as the job has, with their numbers, on this machine.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task "$@" & done
+trap 'kill $(jobs -p) 2>/dev/null' TERM
+wait
+wait
+"""
+SCONTROL = """#!/usr/bin/env bash
+[[ "$1 $2 $3" == "show hostnames $SLURM_JOB_NODELIST" ]] && echo "$SLURM_JOB_NODELIST"
+"""
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_clean(path):
+    assert [found.name for found in SCRIPTS] == ["serve.sbatch", "train.sbatch"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), "--shell=bash", path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job, and a folder first on the path with srun and scontrol."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SHARED": str(tmp_path / "shared"),
+        "ADDRESS_OF": "echo 127.0.0.1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NNODES": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+
+def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, tmp_path):  # noqa: F811
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = subprocess.Popen(
+        [EXAMPLES / "slurm" / "serve.sbatch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={
+            **slurm,
+            "SLURM_NTASKS": "2",
+            "SLURM_CPUS_PER_TASK": "1",
+            "SUPERBATCH": str(BINARY),
+            "PORT": str(port),
+            "ALLOW_URIS": f"[{recipes.inputs.as_uri()}]",
+        },
+    )
+    try:
+        lines = []
+        while not any("worker" in line and "http://" in line for line in lines):
+            lines.append(serve.stdout.readline())
+            assert lines[-1], "".join(lines)
+        arguments = recipes.arguments("slurm", steps=2, checkpoints=tmp_path / "checkpoints")[2:]
+        done = subprocess.run(
+            [EXAMPLES / "slurm" / "train.sbatch", EXAMPLES / "pytorch" / "train.py", *arguments],
+            capture_output=True,
+            text=True,
+            env={
+                **slurm,
+                "SLURM_NTASKS": "1",
+                "RANKS_PER_NODE": "2",
+                "PYTHON": sys.executable,
+                "RENDEZVOUS_PORT": "0",
+            },
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert "step 1 loss" in done.stdout
+    finally:
+        serve.terminate()
+        serve.communicate(timeout=60)

@@ -1,0 +1,86 @@
+"""examples/transformers: Hugging Face's Trainer, its checkpoints and accumulation, and loops that
+look one batch ahead.
+"""
+
+from collections.abc import Iterator
+
+from recipe import Recipes, module, recipes, script  # noqa: F401  (a fixture)
+from superbatch.torch import Pushes, SelectedBatches
+
+
+def test_a_resumed_trainer_chooses_what_an_uninterrupted_one_does(recipes, tmp_path):  # noqa: F811
+    train = module("transformers")
+    schedule = {"epoch-steps": 2, "save-every": 3}
+    train.main(recipes.arguments("hf", epochs=2, output=tmp_path / "whole", **schedule))
+    recipes.assert_trained("hf", 4)
+    # From the middle of the second epoch.
+    whole = tmp_path / "whole" / "checkpoint-4"
+    assert whole.exists()
+    for path in whole.iterdir():
+        path.unlink()
+    whole.rmdir()
+    train.main(recipes.arguments("hf", epochs=3, output=tmp_path / "whole", **schedule))
+    recipes.assert_trained("hf", 6)
+
+
+def test_accumulated_steps_make_one_update(recipes, tmp_path):  # noqa: F811
+    module("transformers").main(
+        recipes.arguments(
+            "accumulated", epochs=1, accumulate=2, output=tmp_path, **{"epoch-steps": 4}
+        )
+    )
+    recipes.assert_trained("accumulated", 4, every=2)
+
+
+def test_two_ranks_train(recipes, tmp_path):  # noqa: F811
+    script(
+        "transformers/train.py",
+        recipes.arguments("hf-ranks", epochs=1, output=tmp_path, **{"epoch-steps": 3}),
+        ranks=2,
+    )
+    recipes.assert_trained("hf-ranks", 3)
+
+
+def test_a_loader_that_accelerate_prepared_looks_one_batch_ahead(recipes, tmp_path):  # noqa: F811
+    """As `Trainer` has it by default. On one process the slices stay whole."""
+    train = module("transformers")
+
+    class PreparedTrainer(train.SelectedTrainer):
+        def get_train_dataloader(self):
+            return self.accelerator.prepare(super().get_train_dataloader())
+
+    train.SelectedTrainer = PreparedTrainer
+    arguments = recipes.arguments("prepared", epochs=2, output=tmp_path, **{"epoch-steps": 5})
+    train.main(arguments)
+    recipes.assert_trained("prepared", 10)
+
+
+def test_a_loop_that_looks_one_batch_ahead(recipes):  # noqa: F811
+    train = module("pytorch")
+    args = train.arguments(recipes.arguments("ahead"))
+    dataset = SelectedBatches(
+        recipes.address,
+        train.run_spec(args),
+        rank=0,
+        world_size=1,
+        start_step=0,
+        end_step=9,
+        transform=train.transform(args.learner),
+    )
+    learner = train.Learner(args.learner)
+    pushes = Pushes(dataset.open_run(), learner, prefix="model.", rank=0)
+    pushes.before(0)
+    for step, _ in enumerate(held_back(dataset.loader())):
+        pushes.after(step)
+    pushes.flush()
+    recipes.assert_trained("ahead", 9)
+
+
+def held_back(items) -> Iterator:
+    """Each item once the one after it is there, as prefetchers to a device do."""
+    items = iter(items)
+    held = next(items)
+    for item in items:
+        yield held
+        held = item
+    yield held
