@@ -18,8 +18,8 @@ export HF_HUB_OFFLINE := 1
 # Documentation tests run from a folder of their own, where the binaries' relative path to LibTorch leads nowhere.
 export LD_LIBRARY_PATH := $(CURDIR)/$(VENV)/torch/lib:$(LD_LIBRARY_PATH)
 export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
-# The demo reads these: QUICK=1, SEEDS=0,1,2, DEMO_OUT=folder, DEMO_CACHE=folder.
-export QUICK SEEDS DEMO_OUT DEMO_CACHE
+# The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
+export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
 .PHONY: help setup build test test-rust test-python test-deploy images wheel demo docs check fmt bench-kernels bench-service bench-images test-gpu clean
 
@@ -62,7 +62,7 @@ wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the ser
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
 
-demo: ## uniform, independent and joint selection side by side (QUICK=1: 5 minutes; SEEDS=0,1,2; DEMO_OUT=folder)
+demo: ## uniform, independent and joint selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm
 	@$(MAKE) --no-print-directory build
 	$(PYTHON) -m examples.demo

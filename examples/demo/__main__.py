@@ -7,12 +7,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .settings import Preset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-CREDITS = ("Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0), "
-           "Material Design Icons (Apache-2.0), Lucide (ISC), flag-icons (MIT)")
+CREDITS = "Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0)"
 
 
 def arguments() -> argparse.Namespace:
@@ -24,6 +27,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default=os.environ.get("SEEDS") or "0", help="comma-separated (SEEDS; default 0)")
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"),
                         help="a smaller pool and fewer steps: five minutes (QUICK=1)")
+    parser.add_argument("--flat", action="store_true", default=os.environ.get("POOL", "") == "flat",
+                        help="a pool in which every concept has the same share, instead of the long tail (POOL=flat)")
     parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
     parser.add_argument("--data-only", action="store_true", help="build the data set and stop")
     return parser.parse_args()
@@ -44,52 +49,49 @@ def main() -> int:
 
 
 def run_demo(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from . import settings as presets
     from .data.build import build_dataset
     begun = time.monotonic()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     cache, out = args.cache.resolve(), args.out.resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    dataset = build_dataset(cache, args.quick, os.cpu_count() or 1)
+    preset = presets.QUICK if args.quick else presets.FULL
+    pool = dataclasses.replace(preset.pool, zipf=0.0 if args.flat else preset.pool.zipf)
+    arms = dataclasses.replace(preset.arms, steps=args.steps or preset.arms.steps)
+    preset = dataclasses.replace(preset, pool=pool, arms=arms)
+    dataset = build_dataset(cache, pool, os.cpu_count() or 1)
     if args.data_only:
         print(f"data: {dataset}")
         return
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(dataset / "CREDITS.txt", out / "CREDITS.txt")
-    results = train(args, seeds, cache, dataset, out)
+    results = train(preset, seeds, cache, dataset, out)
     report(results, dataset, out)
     print(f"\nin {(time.monotonic() - begun) / 60:.1f} minutes; everything is in {out}")
 
 
-def train(args: argparse.Namespace, seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
+def train(preset: "Preset", seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
     """The reference, then every arm of every seed, each with a server and a state of its own."""
-    import dataclasses
-
-    import pyarrow.parquet
-
-    from . import settings as presets
-    from .model import write_folder
     from .reference import train_reference
     from .report import read_arm
     from .service import Arm, run_arm, serve
+    from .settings import ARMS
+    from .train import KEPT
 
-    settings = presets.QUICK if args.quick else presets.FULL
-    settings = dataclasses.replace(settings, steps=args.steps) if args.steps else settings
-    captions = [caption for name in ("clean", "pool")
-                for caption in pyarrow.parquet.read_table(dataset / name, columns=["caption"])["caption"].to_pylist()]
-    learners = {seed: write_folder(out / f"learner-{seed}", captions, seed) for seed in seeds}
-    reference_start = write_folder(cache / "reference-start", captions, 1000)
-    reference = train_reference(
-        cache, dataset, reference_start, presets.QUICK_REFERENCE if args.quick else presets.FULL_REFERENCE)
+    reference = train_reference(cache, dataset, preset.reference)
     results = []
     for seed in seeds:
-        for policy in presets.ARMS:
-            folder = out / f"{policy}-{seed}"
+        for selection in ARMS.values():
+            folder = out / f"{selection.name}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            arm = Arm(policy, seed, settings, dataset, learners[seed], reference, folder)
+            arm = Arm(selection, seed, preset.arms.shortened(selection.length), dataset, reference, reference, folder,
+                      reference / KEPT)
             with serve(folder) as address:
                 run_arm(arm, address)
-            results.append(read_arm(policy, seed, folder))
+            results.append(read_arm(selection.name, seed, folder))
             # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch receipts`.
             shutil.rmtree(folder / "state" / "runs" / arm.run_id / "snapshots", ignore_errors=True)
     return results

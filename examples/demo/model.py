@@ -21,7 +21,7 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 # Small enough for two slow cores, 0.4 million parameters. Small patches matter more than large pictures: with 8 x 8 ones a
 # reference did not carry over from the vendors it was trained on to another.
 SHAPE = {
-    "image_size": 24, "patch_size": 4, "width": 64, "vision_layers": 2, "text_layers": 1, "heads": 4, "mlp": 256,
+    "image_size": 16, "patch_size": 4, "width": 64, "vision_layers": 2, "text_layers": 1, "heads": 4, "mlp": 256,
     "text_length": 12, "vocab_size": 4096,
 }
 # SigLIP starts at a bias of -10, for batches of thousands. At this size, about -log(sub_batch_size) is where a model that
@@ -117,7 +117,11 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def embed(model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and text embeddings of length one, (n, d) each."""
-    image = model.get_image_features(pixel_values=pixels)
+    """Image and text embeddings of length one, (n, d) each. Pictures of another size get a resampled position grid."""
+    image = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=resized(model, pixels))
     text = model.get_text_features(input_ids=ids)
     return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+
+
+def resized(model: SiglipModel, pixels: torch.Tensor) -> bool:
+    return pixels.shape[-1] != model.config.vision_config.image_size

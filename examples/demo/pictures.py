@@ -11,13 +11,15 @@ import numpy
 from PIL import Image
 
 from .data.captions import MISMATCHED
+from .evaluate import GALLERY
 from .report import ArmResult, Pool
+from .settings import ARMS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-COLOURS = {"uniform": "#7a7a7a", "independent": "#d98300", "joint": "#1668b8"}
+COLOURS = {arm.name: arm.colour for arm in ARMS.values()}
 # By key in results.json: title, label and unit of the axis.
 PRICES = {"steps": ("step", "steps", 1), "scanned": ("example scanned", "thousand examples scanned", 1e3),
           "flops": ("FLOP", "TFLOP of service and trainer", 1e12),
@@ -56,6 +58,8 @@ def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str) -> None:
     title, label, unit = PRICES[price]
     for policy, colour in COLOURS.items():
         curves = [seed["arms"][policy] for seed in seeds if policy in seed["arms"]]
+        if not curves:
+            continue
         for curve in curves if len(curves) > 1 else []:
             panel.plot(numpy.divide(curve[price], unit), numpy.multiply(curve["accuracy"], 100), color=colour, alpha=0.35,
                        linewidth=1)
@@ -66,7 +70,7 @@ def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str) -> None:
         panel.plot(across[-1:], up[-1:], "o", color=colour, markersize=5)
     goal = 100 * numpy.mean([seed["arms"]["uniform"]["accuracy"][-1] for seed in seeds])
     panel.axhline(goal, color=COLOURS["uniform"], linewidth=1, linestyle=":")
-    panel.set(title=f"Accuracy by {title}", xlabel=label, ylabel="image-to-text R@5, held-out vendor (%)")
+    panel.set(title=f"Accuracy by {title}", xlabel=label, ylabel=f"R@5 among {GALLERY} names, held-out vendor (%)")
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.2)
@@ -75,6 +79,8 @@ def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str) -> None:
 def draw_mismatched(panel: Axes, results: dict) -> None:
     for policy, colour in COLOURS.items():
         shares = [seed["arms"][policy]["mismatched_by_step"] for seed in results["seeds"] if policy in seed["arms"]]
+        if not shares:
+            continue
         mean = 100 * numpy.mean([share["share"] for share in shares], axis=0)
         panel.plot(shares[0]["steps"], mean, color=colour, linewidth=2.2)
     whole = 100 * results["mismatched_share_of_pool"]
@@ -88,13 +94,13 @@ def draw_mismatched(panel: Axes, results: dict) -> None:
 
 def draw_needed(panel: Axes, seeds: Sequence[dict]) -> None:
     """Bars: what each arm needed to reach uniform's final accuracy, as a share of uniform's; the mean over seeds."""
-    height = 0.26
+    height = 0.78 / len(COLOURS)
     widest = 1.0
     for row, (policy, colour) in enumerate(COLOURS.items()):
         times = [seed["speedup"][policy] for seed in seeds if policy in seed["speedup"]]
         for place, price in enumerate(NEEDED):
-            y = place + (row - 1) * height
-            reached = all(one[price] for one in times)
+            y = place + (row - (len(COLOURS) - 1) / 2) * height
+            reached = bool(times) and all(one[price] for one in times)
             share = float(numpy.mean([1 / one[price] for one in times])) if reached else 0.0
             widest = max(widest, share)
             panel.barh(y, share, height * 0.9, color=colour)

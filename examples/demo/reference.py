@@ -1,4 +1,4 @@
-"""The reference: the same architecture, trained on the small clean set without the service.
+"""The reference: the same architecture, trained on the small clean set without the service. Its early weights start the arms.
 
 This is data-quality bootstrapping as in JEST++ (Evans et al. 2024, section 4): a model of a small curated set says what is
 worth learning in a large uncurated one. Trained once and kept, by what it was made of.
@@ -15,26 +15,29 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 
+from .data.captions import junk
 from .evaluate import Evaluation
-from .model import SHAPE, save_weights
+from .model import SHAPE, Transform, save_weights, write_folder
 from .settings import Settings
 from .train import Batch, Trainer, fit, start_rank
 
-VERSION = 1
+VERSION = 2
 SEED = 7
+# How many junk captions the tokenizer learns from.
+JUNK = 2000
 
 
-def shuffled_batches(folder: Path, settings: Settings, rank: int, seed: int) -> Iterator[Batch]:
+def shuffled_batches(folder: Path, transform: Transform, settings: Settings, rank: int, seed: int) -> Iterator[Batch]:
     """Epoch after epoch of a folder in an order of its own; each rank takes its slice of each batch."""
     table = pyarrow.parquet.read_table(folder, columns=["png", "caption"])
-    images, captions = table["png"].to_pylist(), table["caption"].to_pylist()
+    pixels, tokens = transform.images(table["png"].to_pylist()), transform.captions(table["caption"].to_pylist())
     size, local = settings.sub_batch_size, settings.sub_batch_size // settings.world_size
     rng, order, step = random.Random(seed), [], 0
     while True:
         while len(order) < size:
-            order += rng.sample(range(len(images)), len(images))
+            order += rng.sample(range(len(pixels)), len(pixels))
         chosen, order = order[:size][rank * local:(rank + 1) * local], order[size:]
-        yield Batch(step, [images[i] for i in chosen], [captions[i] for i in chosen])
+        yield Batch(step, pixels[chosen], tokens[chosen])
         step += 1
 
 
@@ -42,24 +45,33 @@ def rank_main(rank: int, dataset: Path, model_folder: Path, folder: Path, settin
     start_rank(rank, settings.world_size, folder / "rendezvous")
     trainer = Trainer(model_folder, settings, rank)
     evaluation = Evaluation(dataset / "eval", trainer.transform)
-    batches = shuffled_batches(dataset / "clean", settings, rank, SEED)
+    batches = shuffled_batches(dataset / "clean", trainer.transform, settings, rank, SEED)
     fit(trainer, batches, evaluation, "train reference", folder)
     if rank == 0:
         save_weights(trainer.model, folder / "model.safetensors")
 
 
-def train_reference(cache: Path, dataset: Path, model_folder: Path, settings: Settings) -> Path:
-    """A model folder with the reference's weights."""
-    recipe = json.dumps([VERSION, SEED, dataset.name, SHAPE, asdict(settings)], sort_keys=True)
+def start_folder(cache: Path, dataset: Path) -> Path:
+    """A model folder with random weights. Its words are those of the clean set and of junk: the same for every pool."""
+    captions = pyarrow.parquet.read_table(dataset / "clean", columns=["caption"])["caption"].to_pylist()
+    rng = random.Random(SEED)
+    return write_folder(cache / "reference-start", captions + [junk(rng) for _ in range(JUNK)], SEED)
+
+
+def train_reference(cache: Path, dataset: Path, settings: Settings, start: Path | None = None) -> Path:
+    """A model folder with the reference's weights, and those of step `keep_at` beside them in KEPT."""
+    clean = json.loads((dataset / "dataset.json").read_text())["clean"]
+    recipe = json.dumps([VERSION, SEED, clean, SHAPE, asdict(settings)], sort_keys=True)
     folder = cache / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if (folder / "model.safetensors").exists():
         return folder
+    start = start or start_folder(cache, dataset)
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
-        shutil.copy(model_folder / name, partial / name)
-    torch.multiprocessing.spawn(rank_main, (dataset, model_folder, partial, settings), nprocs=settings.world_size)
+        shutil.copy(start / name, partial / name)
+    torch.multiprocessing.spawn(rank_main, (dataset, start, partial, settings), nprocs=settings.world_size)
     partial.rename(folder)
     return folder

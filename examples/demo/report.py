@@ -1,6 +1,7 @@
 """What came out: results.json and the table. The pictures of it are drawn in `pictures.py`."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,12 @@ class ArmResult:
     def cost_to_reach(self, accuracy: float) -> dict[str, float] | None:
         """Steps, FLOPs and seconds at which the curve first gets there, between evaluations by the straight line."""
         series = self.series()
-        curve = [0.0, *series["accuracy"]]
         for i, reached in enumerate(series["accuracy"]):
             if reached >= accuracy:
-                share = 1.0 if reached == curve[i] else (accuracy - curve[i]) / (reached - curve[i])
-                return {axis: between([0.0, *series[axis]][i], series[axis][i], share)
-                        for axis in ("steps", "flops", "seconds")}
+                before = max(0, i - 1)
+                rise = reached - series["accuracy"][before]
+                share = (accuracy - series["accuracy"][before]) / rise if rise else 0.0
+                return {axis: between(series[axis][before], series[axis][i], share) for axis in ("steps", "flops", "seconds")}
         return None
 
 
@@ -108,6 +109,39 @@ def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
     return whole
 
 
+# Student's t for a 95 % interval of a mean, by the number of seeds.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, half of its 95 % confidence interval, None of one value)."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, None
+    return mean, STUDENT.get(count, 2.0) * statistics.stdev(values) / count**0.5
+
+
+def over_seeds(results: dict) -> list[str]:
+    """Each arm's mean over seeds, with its interval; nothing where there is one seed."""
+    seeds, lines = results["seeds"], []
+    if len(seeds) < 2:
+        return lines
+    lines.append(f"mean of {len(seeds)} seeds, with the 95 % interval of the mean:")
+    for name in seeds[0]["arms"]:
+        mean, half = spread([100 * seed["arms"][name]["accuracy"][-1] for seed in seeds])
+        said = f"{name:<12} ended at R@5 {mean:.1f} % (+- {half:.1f})"
+        times = [seed["speedup"][name] for seed in seeds]
+        if name != "uniform" and all(time["steps"] for time in times):
+            parts = []
+            for axis, word in WORDS:
+                mean, half = spread([time[axis] for time in times])
+                parts.append(f"{mean:.1f} (+- {half:.1f}) times fewer {word}")
+            said += f"; to uniform's end {', '.join(parts)}"
+        lines.append(said)
+    return [*lines, ""]
+
+
+WORDS = (("steps", "steps"), ("flops", "FLOPs"), ("seconds", "seconds"))
 HEADER = (f"{'arm':<12} {'R@5':>7} {'R@1':>7} {'mismatched':>11} {'scanned':>9} {'TFLOP':>8} {'seconds':>8}"
           f"  | to uniform's end: {'steps':>6} {'TFLOP':>8} {'seconds':>8}")
 
@@ -122,6 +156,7 @@ def table(results: dict) -> str:
                   HEADER]
         lines += [row(policy, arms[policy], need[policy]) for policy in ARMS if policy in arms]
         lines += ["", *(sentence(policy, seed) for policy in ARMS if policy != "uniform" and policy in arms), ""]
+    lines += over_seeds(results)
     lines.append("mismatched: rows trained on whose caption is another picture's or junk. In the pool they are "
                  f"{results['mismatched_share_of_pool']:.0%}; only the demo knows which, never the selector.")
     return "\n".join(lines)
@@ -136,10 +171,11 @@ def row(policy: str, arm: dict, need: dict | None) -> str:
 
 def sentence(policy: str, seed: dict) -> str:
     times = seed["speedup"][policy]
+    if not seed["needed_for_uniform_final"]["uniform"]["steps"]:
+        return f"{policy}: uniform ended no better than it began, so there is no end to reach."
     if times["steps"] is None:
         return f"{policy}: did not reach uniform's final accuracy. Selection lost here."
-    said = [f"{against_uniform(times[axis])} {word}"
-            for axis, word in (("steps", "steps"), ("flops", "FLOPs"), ("seconds", "seconds"))]
+    said = [f"{against_uniform(times[axis])} {word}" for axis, word in WORDS]
     return f"{policy}: reached uniform's final accuracy with {', '.join(said)}."
 
 

@@ -15,7 +15,8 @@ import torch
 
 from .data.packages import DemoError
 from .evaluate import Evaluation
-from .settings import Settings
+from .model import Transform
+from .settings import Selection, Settings
 from .train import Batch, Trainer, fit, start_rank
 
 BINARY = Path(os.environ.get("SUPERBATCH_BINARY") or Path(__file__).parents[2] / "target" / "debug" / "superbatch")
@@ -27,23 +28,29 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run through the service. Arms of a seed differ in the policy, and in nothing else."""
+    """One training run through the service. Arms of a seed differ in who selects, and in nothing else."""
 
-    policy: str
+    selection: Selection
     seed: int
     settings: Settings
     dataset: Path
     learner: Path
     reference: Path
     folder: Path
+    # The weights that the learner begins with; its folder's own if None.
+    start: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        return self.start or self.learner / "model.safetensors"
 
     @property
     def run_id(self) -> str:
-        return f"demo-{self.policy}-{self.seed}"
+        return f"demo-{self.selection.name}-{self.seed}"
 
     @property
     def label(self) -> str:
-        return f"{self.policy} (seed {self.seed})"
+        return f"{self.selection.name} (seed {self.seed})"
 
 
 def run_spec(arm: Arm) -> superbatch.RunSpec:
@@ -52,38 +59,38 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],
         learner=superbatch.Learner(
-            model_uri=arm.learner.as_uri(), snapshot_uri=(arm.learner / "model.safetensors").as_uri()),
+            model_uri=arm.learner.as_uri(), snapshot_uri=arm.weights.as_uri()),
         reference=arm.reference.as_uri(),
         phases=[superbatch.Phase(
-            policy=arm.policy, super_batch_size=settings.super_batch_size, sub_batch_size=settings.sub_batch_size,
-            n_chunks=settings.n_chunks)],
+            policy=arm.selection.policy, super_batch_size=settings.super_batch_size,
+            sub_batch_size=settings.sub_batch_size, n_chunks=settings.n_chunks, **dict(arm.selection.phase))],
         loss="sigmoid",
         seed=arm.seed,
         micro_batch_rows=128,
     )
 
 
-def service_batches(run: superbatch.Run, rank: int, settings: Settings) -> Iterator[Batch]:
+def service_batches(run: superbatch.Run, rank: int, settings: Settings, transform: Transform) -> Iterator[Batch]:
     """This rank's slices, step by step, fetched ahead by the client."""
     for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps):
         cost = batch.receipt.cost
         flops = sum((cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.discarded_flops, cost.train_flops))
         images, captions, ids = (batch[column].to_pylist() for column in ("image", "caption", "_superbatch_id"))
-        yield Batch(batch.step, images, captions, ids, cost.candidates_scanned, flops)
+        yield Batch(batch.step, transform.images(images), transform.captions(captions), ids, cost.candidates_scanned, flops)
 
 
 def rank_main(rank: int, arm: Arm, address: str) -> None:
     start_rank(rank, arm.settings.world_size, arm.folder / "rendezvous")
-    trainer = Trainer(arm.learner, arm.settings, rank)
+    trainer = Trainer(arm.learner, arm.settings, rank, arm.weights)
     evaluation = Evaluation(arm.dataset / "eval", trainer.transform)
     run = superbatch.connect(address).open_run(run_spec(arm))
 
     def push(step: int) -> None:
         """Uniform selection looks at no weights, so that arm is spared the push."""
-        if arm.policy != "uniform":
+        if arm.selection.looks_at_weights:
             run.push_weights(trainer.model.state_dict(), step=step, rank=rank)
 
-    fit(trainer, service_batches(run, rank, arm.settings), evaluation, arm.label, arm.folder, push)
+    fit(trainer, service_batches(run, rank, arm.settings, trainer.transform), evaluation, arm.label, arm.folder, push)
     run.flush()
 
 

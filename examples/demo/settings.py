@@ -1,8 +1,33 @@
-"""Sizes of the demo: chosen so that two slow cores finish in time, see docs/demo.md for what was measured."""
+"""What the demo compares and at which sizes. How they were chosen, and what else was tried, is in docs/study.md."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
-ARMS = ("uniform", "independent", "joint")
+from .data.build import PoolRecipe
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One arm: who chooses the batch. `phase` goes into the run's phase beside the sizes that all arms share."""
+
+    name: str
+    policy: str
+    colour: str
+    phase: tuple[tuple[str, Any], ...] = ()
+    # Share of the others' steps after which the arm stops: it has shown by then what it can.
+    length: float = 1.0
+
+    @property
+    def looks_at_weights(self) -> bool:
+        return self.policy != "uniform"
+
+
+ARMS = {arm.name: arm for arm in (
+    Selection("uniform", "uniform", "#7a7a7a"),
+    Selection("joint", "joint", "#1668b8", length=0.5),
+    Selection("independent", "independent", "#d98300", length=0.5),
+)}
 
 
 @dataclass(frozen=True)
@@ -13,24 +38,42 @@ class Settings:
     evaluate_every: int
     super_batch_size: int = 640
     sub_batch_size: int = 128
-    n_chunks: int = 4
+    n_chunks: int = 16
     world_size: int = 2
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
     weight_decay: float = 0.1
     # Share of the steps, at the end, over which the learning rate falls to nothing. Arms have none, so that a point of a
     # curve does not depend on how much longer the arm goes on.
     cooldown: float = 0.0
+    # Mean age, as a share of the steps so far, of the averaged weights that are evaluated. 0: the last weights alone.
+    average_over: float = 0.0
     # Whether pictures are moved, turned and recoloured at random. For the reference, which sees few pictures many times.
     augment: bool = False
+    # After how many steps the weights are kept: the reference's early weights are where all arms begin.
+    keep_at: int | None = None
 
     def learning_rate_at(self, step: int) -> float:
         left = 1.0 if not self.cooldown else min(1.0, (self.steps - step) / (self.steps * self.cooldown))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * left
 
+    def shortened(self, share: float) -> "Settings":
+        """The same for that share of the steps, up to a whole evaluation."""
+        return replace(self, steps=math.ceil(self.steps * share / self.evaluate_every) * self.evaluate_every)
 
-# Uniform's recall on the `val` split, which nothing reports, was the same within noise at 3e-3, 1e-3 and 4e-4.
-FULL = Settings(steps=1000, evaluate_every=50, learning_rate=1e-3)
-FULL_REFERENCE = Settings(steps=3000, evaluate_every=250, cooldown=0.6, augment=True)
-QUICK = Settings(steps=200, evaluate_every=20, learning_rate=1e-3)
-QUICK_REFERENCE = Settings(steps=800, evaluate_every=200, cooldown=0.6, augment=True)
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole demo: the pool, the reference and the arms."""
+
+    pool: PoolRecipe
+    reference: Settings
+    arms: Settings
+
+
+# One reference for both, so that a full run after a quick one finds it in the cache. A worse one would choose worse.
+REFERENCE = Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150)
+FULL = Preset(
+    pool=PoolRecipe(rows=24_000), reference=REFERENCE, arms=Settings(steps=600, evaluate_every=20, average_over=0.125))
+QUICK = Preset(
+    pool=PoolRecipe(rows=12_000), reference=REFERENCE, arms=Settings(steps=480, evaluate_every=20, average_over=0.125))

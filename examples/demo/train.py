@@ -4,6 +4,7 @@ Nothing in it selects data. It takes batches from whatever it is given: Superbat
 folder for the reference (`reference.py`).
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -14,20 +15,26 @@ import torch
 import torch.distributed
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .evaluate import Evaluation
-from .model import Transform, load
+from .model import Transform, load, save_weights
+from .progress import Stage
 from .settings import Settings
+
+# The file of `Settings.keep_at`.
+KEPT = "early.safetensors"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step. `scanned` and `flops` are the whole step's, as its receipt accounts for them."""
+    """One rank's part of a step: pixels (n, 3, height, width) and token ids as the model takes them.
+
+    `scanned` and `flops` are the whole step's, as its receipt accounts for them.
+    """
 
     step: int
-    images: list[bytes]
-    captions: list[str]
+    pixels: torch.Tensor
+    tokens: torch.Tensor
     ids: list[str] = field(default_factory=list)
     scanned: int = 0
     flops: float = 0.0
@@ -78,33 +85,57 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (faded * uniform(0.8, 1.15, 3, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)).clamp(-1, 1)
 
 
+class AveragedModel:
+    """The mean of the weights over about the last `share` of the steps so far: what is evaluated.
+
+    It does what a falling learning rate would do, without knowing how long the run will be (Karras et al. 2024, section 3:
+    the weight of step s in the mean of t steps grows as a power of s / t).
+    """
+
+    def __init__(self, model: torch.nn.Module, share: float):
+        self.model, self.mean = model, copy.deepcopy(model).eval().requires_grad_(False)
+        # An exponent of n gives a mean age of a share 1 / (n + 2) of the run.
+        self.exponent = 1 / share - 2 if share else None
+
+    def update(self, step: int) -> None:
+        kept = (1 - 1 / (step + 1)) ** (self.exponent + 1) if self.exponent is not None else 0.0
+        with torch.no_grad():
+            for mean, value in zip(self.mean.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(value, 1 - kept)
+
+
+def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; scale and bias do not decay."""
+    temperature = [model.logit_scale, model.logit_bias]
+    towers = [p for p in model.parameters() if all(p is not other for other in temperature)]
+    return torch.optim.AdamW(
+        [{"params": towers, "weight_decay": settings.weight_decay}, {"params": temperature, "weight_decay": 0.0}],
+        lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
 class Trainer:
     """One rank's model and optimizer."""
 
-    def __init__(self, model_folder: Path, settings: Settings, rank: int):
+    def __init__(self, model_folder: Path, settings: Settings, rank: int, weights: Path | None = None):
         self.settings, self.rank = settings, rank
         self.transform = Transform(model_folder)
         self.chance = torch.Generator().manual_seed(rank)
-        self.model = load(model_folder).train()
+        self.model = load(model_folder, weights).train()
+        self.average = AveragedModel(self.model, settings.average_over)
         self.parallel = DistributedDataParallel(self.model)
-        temperature = [self.model.logit_scale, self.model.logit_bias]
-        towers = [p for p in self.model.parameters() if all(p is not other for other in temperature)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": towers, "weight_decay": settings.weight_decay}, {"params": temperature, "weight_decay": 0.0}],
-            lr=settings.learning_rate, betas=(0.9, 0.98))
+        self.optimizer = optimizer(self.model, settings)
 
     def step(self, batch: Batch) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(batch.step)
-        pixels, ids = self.transform.images(batch.images), self.transform.captions(batch.captions)
-        if self.settings.augment:
-            pixels = augment(pixels, self.chance)
-        out = self.parallel(input_ids=ids, pixel_values=pixels)
+        pixels = augment(batch.pixels, self.chance) if self.settings.augment else batch.pixels
+        out = self.parallel(input_ids=batch.tokens, pixel_values=pixels)
         loss = siglip_loss(out.image_embeds, out.text_embeds, self.model.logit_scale, self.model.logit_bias, self.rank)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.average.update(batch.step)
         return loss.item()
 
 
@@ -118,22 +149,29 @@ def fit(trainer: Trainer, batches: Iterable[Batch], evaluation: Evaluation, labe
     """Trains until `settings.steps`. Rank 0 evaluates and appends `Point`s to `curve.jsonl`; each rank keeps its ids."""
     settings, first = trainer.settings, trainer.rank == 0
     scanned, flops, begun = 0, 0.0, time.monotonic()
-    bar = tqdm(total=settings.steps, desc=label, unit="step", disable=not first)
-    with (folder / "curve.jsonl").open("w") as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+    stage = Stage(label, settings.steps, "step", silent=not first)
+    with (folder / "curve.jsonl").open("w", buffering=1) as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+
+        def evaluate(done: int, loss: float) -> str:
+            at_1, at_5 = evaluation.recalls(trainer.average.mean)
+            point = Point(done, at_5, at_1, loss, scanned, flops, time.monotonic() - begun)
+            curve.write(json.dumps(asdict(point)) + "\n")
+            return f"R@5 {100 * at_5:.1f} %"
+
+        if first:
+            evaluate(0, 0.0)
         for batch in batches:
             loss = trainer.step(batch)
             after_step(batch.step)
             scanned, flops, done = scanned + batch.scanned, flops + batch.flops, batch.step + 1
             ids.write(json.dumps(batch.ids) + "\n")
-            bar.update()
-            if first and (done % settings.evaluate_every == 0 or done == settings.steps):
-                at_1, at_5 = evaluation.recalls(trainer.model)
-                point = Point(done, at_5, at_1, loss, scanned, flops, time.monotonic() - begun)
-                curve.write(json.dumps(asdict(point)) + "\n")
-                bar.set_postfix_str(f"R@5 {100 * at_5:.1f} %")
+            if first and done == settings.keep_at:
+                save_weights(trainer.model, folder / KEPT)
+            due = first and (done % settings.evaluate_every == 0 or done == settings.steps)
+            stage.update(note=evaluate(done, loss) if due else "")
             if done >= settings.steps:
                 break
-    bar.close()
+    stage.close()
     torch.distributed.barrier()
 
 

@@ -7,7 +7,9 @@ import pyarrow.parquet
 import pytest
 
 from examples.demo.data import build, captions, packages, pictures
+from examples.demo.data.build import PoolRecipe
 from examples.demo.data.pictures import Picture
+from examples.demo.data.render import Drawings
 
 COLOURS = ("red", "green", "blue", "navy", "teal", "olive", "gold", "pink", "plum", "tan")
 
@@ -29,8 +31,12 @@ def everything() -> list[Picture]:
             *drawings("twitter", 8)]
 
 
+def recipe(seed: int = 1, zipf: float = 1.0) -> PoolRecipe:
+    return PoolRecipe(rows=60, zipf=zipf, seed=seed)
+
+
 def test_vendors_and_unseen_concepts_are_kept_apart(everything):
-    sets = build.plan_sets(everything, quick=False, seed=1)
+    sets = build.plan_sets(everything, recipe())
     assert {row.picture.source for row in sets["eval"]} == {"twitter"}
     assert {row.picture.source for row in sets["clean"]} == {"openmoji", "fluent/modern"}
     assert {row.picture.source for row in sets["pool"]} == {"google", "fluent/flat"}
@@ -41,13 +47,14 @@ def test_vendors_and_unseen_concepts_are_kept_apart(everything):
 
 def test_the_same_seed_plans_the_same_rows(everything):
     def rows(seed):
-        return [(row.picture.path, row.caption, row.kind) for row in build.plan_sets(everything, False, seed)["pool"]]
+        return [(row.picture.path, row.caption, row.kind) for row in build.plan_sets(everything, recipe(seed))["pool"]]
     assert rows(3) == rows(3)
     assert rows(3) != rows(4)
 
 
 def test_shards_are_img2dataset_parquet_and_no_picture_is_in_two_sets(everything, tmp_path):
-    counts = build.write_sets(build.plan_sets(everything, False, 1), tmp_path / "set", processes=1)
+    drawings = Drawings.of(everything, tmp_path, processes=1)
+    counts = build.write_sets(build.plan_sets(everything, recipe()), drawings, tmp_path / "set", processes=1)
     seen: dict[str, set[bytes]] = {}
     for name, count in counts.items():
         files = sorted((tmp_path / "set" / name).glob("*.parquet"))
@@ -67,11 +74,40 @@ def test_row_groups_stay_small(tmp_path):
     assert [groups.metadata.row_group(i).num_rows for i in range(groups.num_row_groups)] == [256, 256, 88]
 
 
+def test_a_few_concepts_fill_much_of_a_long_tailed_pool(everything):
+    def shares(zipf):
+        pool = build.plan_sets(everything, PoolRecipe(rows=3000, zipf=zipf))["pool"]
+        return sorted((count / len(pool) for count in Counter(row.picture.concept for row in pool).values()), reverse=True)
+    harmonic = sum(1 / rank for rank in range(1, 10))
+    assert shares(1.0)[:3] == pytest.approx([1 / rank / harmonic for rank in range(1, 4)], abs=0.03)
+    assert shares(0.0) == pytest.approx([1 / 9] * 9, abs=0.03)
+
+
+def test_what_is_drawn_again_is_a_near_duplicate(everything, tmp_path):
+    sets = build.plan_sets(everything, recipe())
+    firsts = [row.picture.path for row in sets["pool"] if row.duplicate_of is None]
+    assert len(firsts) == len(set(firsts)) < len(sets["pool"])
+    build.write_sets(sets, Drawings.of(everything, tmp_path, processes=1), tmp_path / "set", processes=1)
+    rows = pyarrow.parquet.read_table(tmp_path / "set" / "pool").to_pylist()
+    images = {row["png"] for row in rows if row["dup_of"]}
+    assert len(images) > 0.9 * sum(row["dup_of"] is not None for row in rows)
+    assert not images & {row["png"] for row in rows if row["dup_of"] is None}
+
+
+def test_pictures_are_drawn_once(everything, tmp_path, monkeypatch):
+    first = Drawings.of(everything, tmp_path, processes=1)
+
+    def drawn_again(*_):
+        raise AssertionError("pictures were drawn again")
+    monkeypatch.setattr("examples.demo.data.render.render", drawn_again)
+    assert Drawings.of(everything, tmp_path, processes=1).drawn == first.drawn
+
+
 def test_captions_go_wrong_as_often_as_they_should(everything):
     rng, pool = random.Random(0), drawings("google", 6)
-    drawn = [(picture, *captions.draw(picture, pool, rng)) for picture in pool for _ in range(400)]
+    drawn = [(picture, *captions.draw(picture, lambda: rng.choice(pool), 0.53, rng)) for picture in pool for _ in range(400)]
     shares = Counter(kind for _, kind, _ in drawn)
-    for kind, share in captions.KINDS.items():
+    for kind, share in {"clean": 0.38, "shuffled": 0.40, "junk": 0.13, "truncated": 0.09}.items():
         assert shares[kind] / len(drawn) == pytest.approx(share, abs=0.03)
     for picture, kind, caption in drawn:
         assert (picture.name in caption) == (kind == "clean") or kind in ("truncated", "junk")
@@ -94,7 +130,7 @@ def test_variation_selectors_do_not_make_another_concept():
 
 
 def test_other_bytes_than_the_pinned_ones_are_thrown_away(tmp_path, monkeypatch):
-    package = packages.PACKAGES["lucide"]
+    package = packages.PACKAGES["openmoji"]
 
     def other_bytes(command, **_):
         (tmp_path / package.archive).write_bytes(b"something else")

@@ -7,7 +7,7 @@ import superbatch
 
 from examples.demo import report, service, tiny
 from examples.demo.data.packages import DemoError
-from examples.demo.settings import Settings
+from examples.demo.settings import ARMS, Settings
 
 STEPS = 8
 SETTINGS = Settings(steps=STEPS, evaluate_every=4, super_batch_size=64, sub_batch_size=16, n_chunks=2, warmup_steps=1)
@@ -25,7 +25,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, list, dict]:
     """The arm's result, its receipts, and what the service knows of the run at the end."""
-    arm = service.Arm(policy, 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder)
+    arm = service.Arm(ARMS[policy], 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder)
     with service.serve(folder) as address:
         service.run_arm(arm, address)
         run = superbatch.connect(address).open_run(service.run_spec(arm))
@@ -43,7 +43,7 @@ def test_a_two_rank_trainer_learns_from_batches_chosen_with_its_own_weights(inpu
     for receipt, chosen in zip(receipts, result.chosen, strict=True):
         assert sorted(row.id for row in receipt.chosen) == sorted(chosen)
         assert receipt.summary.mean_score_chosen > receipt.summary.mean_score_candidates
-    assert [point.step for point in result.points] == [4, 8]
+    assert [point.step for point in result.points] == [0, 4, 8]
     assert result.points[-1].scanned == STEPS * SETTINGS.super_batch_size
     assert result.points[-1].flops > 0
     assert known.candidates_scanned >= STEPS * SETTINGS.super_batch_size
@@ -60,6 +60,6 @@ def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):
 
 
 def test_a_failed_arm_says_which_and_where_its_log_is(inputs, tmp_path):
-    arm = service.Arm("joint", 3, SETTINGS, inputs, tmp_path / "missing", inputs / "reference", tmp_path)
+    arm = service.Arm(ARMS["joint"], 3, SETTINGS, inputs, tmp_path / "missing", inputs / "reference", tmp_path)
     with service.serve(tmp_path) as address, pytest.raises(DemoError, match=r"joint \(seed 3\) failed.*server\.log"):
         service.run_arm(arm, address)

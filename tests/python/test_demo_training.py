@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from examples.demo import pictures, report, tiny
-from examples.demo.evaluate import recall
+from examples.demo.evaluate import GALLERY, in_galleries, recall
 from examples.demo.model import Transform, load, normalise
+from examples.demo.progress import Stage, progress
 from examples.demo.report import ArmResult
 from examples.demo.settings import Settings
-from examples.demo.train import Batch, Point, Trainer, augment, siglip_loss, start_rank
+from examples.demo.train import AveragedModel, Batch, Point, Trainer, augment, siglip_loss, start_rank
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_training_learns(one_rank, folder):
     trainer = Trainer(folder, settings, 0)
     rng = tiny.random.Random(0)
     images = [tiny.draw(colour, shape, rng) for colour in tiny.COLOURS for shape in tiny.SHAPES]
-    losses = [trainer.step(Batch(step, images, tiny.captions())) for step in range(30)]
+    pixels, tokens = trainer.transform.images(images), trainer.transform.captions(tiny.captions())
+    losses = [trainer.step(Batch(step, pixels, tokens)) for step in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     before = load(folder)
     assert not torch.equal(before.logit_bias, trainer.model.logit_bias)
@@ -111,9 +113,12 @@ def test_cooldown_ends_near_nothing():
     assert settings.learning_rate_at(99) == pytest.approx(0.02)
 
 
+START = 0.05
+
+
 def arm(policy: str, accuracies: list[float], cost: float) -> ArmResult:
-    points = [Point(10 * (i + 1), accuracy, accuracy / 2, 1.0, 100 * (i + 1), cost * (i + 1), cost * (i + 1))
-              for i, accuracy in enumerate(accuracies)]
+    points = [Point(10 * i, accuracy, accuracy / 2, 1.0, 100 * i, cost * i, cost * i)
+              for i, accuracy in enumerate([START, *accuracies])]
     return ArmResult(policy, 0, points, [["00000.parquet#0", "00000.parquet#1"]] * len(points))
 
 
@@ -132,10 +137,61 @@ def test_the_whole_report_is_written(tmp_path):
     pool = report.Pool(dataset)
     results = [arm("uniform", [0.1, 0.2], 1.0), arm("independent", [0.05, 0.1], 4.0), arm("joint", [0.2, 0.3], 4.0)]
     written = report.write_results(results, pool, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [10, 20]
+    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [0, 10, 20]
     said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
     pictures.draw_curves(written, tmp_path / "demo.png", "credits")
     sheets = pictures.draw_sheets(results[2], pool, tmp_path, "credits")
     for path in (tmp_path / "demo.png", *sheets):
         assert Image.open(path).size[0] > 600
+
+
+def test_a_log_that_is_a_file_gets_one_line_a_stage(capsys):
+    assert list(progress(range(3), total=3, desc="count", unit="thing")) == [0, 1, 2]
+    stage = Stage("train", 2, "step")
+    stage.update(note="R@5 1.0 %")
+    stage.update()
+    stage.close()
+    Stage("unseen", 1, "step", silent=True).close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == ["count: 3 things", "train: 2 steps"]
+    assert lines[1].endswith("R@5 1.0 %")
+
+
+def test_recall_is_taken_among_the_names_of_a_gallery():
+    count = 2 * GALLERY
+    same = torch.eye(count)
+    assert in_galleries(same, same) == (1.0, 1.0)
+    # Every picture is like every name: with ties against, none is found, however small the gallery.
+    assert in_galleries(torch.ones(count, 1), torch.ones(count, 1)) == (0.0, 0.0)
+    # A picture is taken for the next one: only where both are in one gallery is it in the way.
+    one, five = in_galleries(same, same + 2 * same.roll(1, dims=0))
+    assert 0.3 < one < 0.7 and five == 1.0
+
+
+def test_averaged_weights_have_the_age_that_was_asked_for():
+    model = torch.nn.Linear(1, 1)
+    average = AveragedModel(model, 0.125)
+    for step in range(400):
+        with torch.no_grad():
+            model.weight.fill_(step + 1)
+        average.update(step)
+    assert average.mean.weight.item() == pytest.approx(400 * (1 - 0.125), rel=0.01)
+    last = AveragedModel(model, 0.0)
+    last.update(7)
+    assert last.mean.weight.item() == 400
+
+
+def test_an_arm_that_begins_above_uniforms_end_is_not_called_faster():
+    arms = {"uniform": arm("uniform", [0.04, 0.05], 1.0), "joint": arm("joint", [0.2, 0.3], 4.0)}
+    _, times = report.speedups(arms)
+    assert times["joint"]["steps"] is None
+    need, _ = report.speedups(arms)
+    said = report.sentence("joint", {"speedup": times, "needed_for_uniform_final": need})
+    assert "no end to reach" in said
+
+
+def test_a_mean_over_seeds_has_its_interval():
+    mean, half = report.spread([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.30 / 3**0.5, rel=1e-3)
+    assert report.spread([1.0]) == (1.0, None)

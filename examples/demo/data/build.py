@@ -1,15 +1,19 @@
 """Builds the three sets: `clean/` and `pool/` to train on, `eval/` by a vendor that neither has.
 
 Each set is a folder of Parquet shards as img2dataset writes them (`key`, `png`, `caption`), with what the demo knows beside
-it (`kind`, `concept`, ...). The build is a function of the pinned packages, the seed and VERSION.
+it (`kind`, `concept`, ...). The build is a function of the pinned packages, the recipe and VERSION.
+
+Concepts come into the pool as often as they do into a crawl: drawn by Zipf, so that a few fill much of it and most are
+rare. What is drawn again comes as a near-duplicate with a caption of its own. Test names come once each.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow
@@ -18,16 +22,25 @@ import pyarrow.parquet
 from .captions import draw, name_only, with_keywords
 from .packages import PACKAGES, fetch
 from .pictures import Picture, read_all
-from .render import SIZE, render_all
+from .render import SIZE, Drawings, duplicate_all
 
-VERSION = 1
+VERSION = 2
 ROW_GROUP_ROWS = 256
 SHARD_ROWS = 4096
 SEED = 20240624
-QUICK_POOL_PICTURES = 6000
 UNSEEN_SHARE = 0.12
 COLUMNS = ["key", "png", "caption", "kind", "domain", "source", "license", "concept", "name", "tags", "group", "subgroup",
            "skin", "dup_of", "split", "width", "height"]
+
+
+@dataclass(frozen=True)
+class PoolRecipe:
+    """What the pool is made of. The exponent `zipf` 0 gives every concept the same share; web pools have about 1."""
+
+    rows: int
+    zipf: float = 1.0
+    wrong: float = 0.53
+    seed: int = SEED
 
 
 @dataclass(frozen=True)
@@ -41,25 +54,28 @@ class Row:
     duplicate_of: str | None = None
 
 
-def build_dataset(cache: Path, quick: bool, processes: int) -> Path:
+def build_dataset(cache: Path, recipe: PoolRecipe, processes: int) -> Path:
     """The folder with `clean/`, `pool/`, `eval/`, `CREDITS.txt` and `dataset.json`; built only where it is not there yet."""
-    recipe = json.dumps([VERSION, SEED, quick, sorted(p.sha256 for p in PACKAGES.values())])
-    folder = cache / f"dataset-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    about = json.dumps([VERSION, asdict(recipe), sorted(p.sha256 for p in PACKAGES.values())])
+    folder = cache / f"dataset-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     if (folder / "dataset.json").exists():
         return folder
     pictures = read_all(fetch(cache / "packages"))
+    sets = plan_sets(pictures, recipe)
+    drawings = Drawings.of([row.picture for rows in sets.values() for row in rows], cache, processes)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    counts = write_sets(plan_sets(pictures, quick, SEED), partial, processes)
+    counts = write_sets(sets, drawings, partial, processes)
     (partial / "CREDITS.txt").write_text(credits())
-    (partial / "dataset.json").write_text(json.dumps({"seed": SEED, "quick": quick, "rows": counts}, indent=2))
+    clean = f"{VERSION}-{recipe.seed}-{counts['clean']}"
+    (partial / "dataset.json").write_text(json.dumps({"recipe": asdict(recipe), "rows": counts, "clean": clean}, indent=2))
     partial.rename(folder)
     return folder
 
 
-def plan_sets(pictures: Sequence[Picture], quick: bool, seed: int) -> dict[str, list[Row]]:
+def plan_sets(pictures: Sequence[Picture], recipe: PoolRecipe) -> dict[str, list[Row]]:
     """Which picture goes where under which caption. Vendors are split, and `unseen` concepts are kept out of training."""
-    rng = random.Random(seed)
+    rng = random.Random(recipe.seed)
     training = [picture for picture in pictures if picture.source != "twitter"]
     held_out = [picture for picture in pictures if picture.source == "twitter" and not picture.skin and picture.group]
     concepts = sorted({p.concept for p in held_out if p.group not in ("people-body", "flags")})
@@ -68,9 +84,7 @@ def plan_sets(pictures: Sequence[Picture], quick: bool, seed: int) -> dict[str, 
     clean = [picture for picture in training if is_clean(picture)]
     chosen = {id(picture) for picture in clean}
     pool = [picture for picture in training if id(picture) not in chosen]
-    if quick:
-        pool = rng.sample(pool, min(QUICK_POOL_PICTURES, len(pool)))
-    return {"eval": eval_rows(held_out, unseen, rng), "clean": clean_rows(clean, rng), "pool": pool_rows(pool, rng)}
+    return {"eval": eval_rows(held_out, unseen, rng), "clean": clean_rows(clean, rng), "pool": pool_rows(pool, recipe, rng)}
 
 
 def is_clean(picture: Picture) -> bool:
@@ -95,24 +109,35 @@ def clean_rows(pictures: Sequence[Picture], rng: random.Random) -> list[Row]:
     return rows
 
 
-def pool_rows(pictures: Sequence[Picture], rng: random.Random) -> list[Row]:
-    """Each picture once, and about as many near-duplicates, each with a caption of its own draw."""
-    originals = [Row(picture, *reversed(draw(picture, pictures, rng))) for picture in pictures]
-    copied = rng.choices(pictures, k=int(len(pictures) * 1.08))
-    copies = [Row(picture, *reversed(draw(picture, pictures, rng)), duplicate_of=picture.path) for picture in copied]
-    rows = originals + copies
-    rng.shuffle(rows)
+def pool_rows(pictures: Sequence[Picture], recipe: PoolRecipe, rng: random.Random) -> list[Row]:
+    """Concepts by their popularity, and of each any of its pictures: the first time as it is, then nearly so."""
+    by_concept: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        by_concept.setdefault(picture.concept, []).append(picture)
+    concepts = sorted(by_concept)
+    rng.shuffle(concepts)
+    popularity = list(itertools.accumulate((rank + 1) ** -recipe.zipf for rank in range(len(concepts))))
+
+    def any_picture() -> Picture:
+        concept, = rng.choices(concepts, cum_weights=popularity)
+        return rng.choice(by_concept[concept])
+
+    rows, seen = [], set()
+    for _ in range(recipe.rows):
+        picture = any_picture()
+        kind, caption = draw(picture, any_picture, recipe.wrong, rng)
+        rows.append(Row(picture, caption, kind, duplicate_of=picture.path if id(picture) in seen else None))
+        seen.add(id(picture))
     return rows
 
 
-def write_sets(sets: dict[str, list[Row]], folder: Path, processes: int) -> dict[str, int]:
-    """Renders and writes each set; a picture that is in an earlier set byte for byte is left out of the later ones."""
+def write_sets(sets: dict[str, list[Row]], drawings: Drawings, folder: Path, processes: int) -> dict[str, int]:
+    """Writes each set; a picture that is in an earlier set byte for byte is left out of the later ones."""
     counts, taken = {}, set()
     for name, rows in sets.items():
-        jobs = [(row.picture.data, row.picture.is_svg, f"{SEED}:{name}:{i}" if row.duplicate_of else None)
-                for i, row in enumerate(rows)]
-        drawn = render_all(jobs, processes, f"draw {name}")
-        kept = [(row, image) for row, image in zip(rows, drawn, strict=True) if image and digest(image) not in taken]
+        jobs = [(drawings[row.picture], f"{SEED}:{name}:{i}" if row.duplicate_of else None) for i, row in enumerate(rows)]
+        images = duplicate_all(jobs, processes, f"draw {name}")
+        kept = [(row, image) for row, image in zip(rows, images, strict=True) if image and digest(image) not in taken]
         if name == "eval":
             kept = sole_pictures(kept)
         taken |= {digest(image) for _, image in kept}

@@ -4,11 +4,12 @@
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from .pictures import Picture
 
-KINDS = {"clean": 0.38, "shuffled": 0.40, "junk": 0.13, "truncated": 0.09}
+# Of the wrong captions, those that belong to another picture (the others are junk); of the right ones, those cut short.
+SHUFFLED, TRUNCATED = 0.75, 0.19
 MISMATCHED = ("shuffled", "junk")
 
 
@@ -31,10 +32,10 @@ def truncated(picture: Picture, rng: random.Random) -> str:
     return whole[: max(3, int(len(whole) * rng.uniform(0.3, 0.7)))].rstrip(" ,:")
 
 
-def shuffled(picture: Picture, others: Sequence[Picture], rng: random.Random) -> str:
+def shuffled(picture: Picture, another: Callable[[], Picture], rng: random.Random) -> str:
     """A true caption, of a picture of something else."""
     while True:
-        other = rng.choice(others)
+        other = another()
         if other.concept != picture.concept and other.name != picture.name:
             return true_caption(other, rng)
 
@@ -48,11 +49,10 @@ def junk(rng: random.Random) -> str:
     ])
 
 
-def draw(picture: Picture, others: Sequence[Picture], rng: random.Random) -> tuple[str, str]:
-    """(kind, caption) of one pool row."""
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    if kind == "clean":
-        return kind, true_caption(picture, rng)
-    if kind == "shuffled":
-        return kind, shuffled(picture, others, rng)
-    return kind, junk(rng) if kind == "junk" else truncated(picture, rng)
+def draw(picture: Picture, another: Callable[[], Picture], wrong: float, rng: random.Random) -> tuple[str, str]:
+    """(kind, caption) of one pool row. `another` gives any row's picture, as often as the pool has it."""
+    if rng.random() < wrong:
+        return ("shuffled", shuffled(picture, another, rng)) if rng.random() < SHUFFLED else ("junk", junk(rng))
+    if rng.random() < TRUNCATED:
+        return "truncated", truncated(picture, rng)
+    return "clean", true_caption(picture, rng)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from ..progress import Stage
 
 
 class DemoError(RuntimeError):
@@ -44,15 +44,6 @@ PACKAGES = {
     "fluent": Package(
         "fluentui-emoji", "1.3.0", "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5", 23.8,
         "MIT", "Fluent Emoji, copyright Microsoft Corporation"),
-    "mdi": Package(
-        "@mdi/svg", "7.4.47", "de92e5dc9ce46c392ab5c53aa7190b19f82b40cb48872a083f788c7e13e91fef", 1.4,
-        "Apache-2.0", "Material Design Icons by Pictogrammers (brand logos left out)"),
-    "lucide": Package(
-        "lucide-static", "1.62.0", "386f9080c440d6f5049cefe3456ae8357f7a0c7f76e59670cd1cb83bc7050a44", 7.0,
-        "ISC", "Lucide icons, copyright Lucide contributors"),
-    "flag-icons": Package(
-        "flag-icons", "7.5.0", "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518", 1.1,
-        "MIT", "flag-icons, copyright Panayiotis Lipiridis"),
 }
 
 
@@ -73,15 +64,12 @@ def fetch(cache: Path) -> dict[str, Path]:
             "npm is missing: the demo's pictures come from npm packages. Install it (Debian: apt-get install npm) and run "
             "`make demo` again.")
     total = sum(p.megabytes for p in missing)
-    with tqdm(total=total, unit="MB", desc="fetch packages", disable=not missing, bar_format=BAR) as bar:
-        for package in missing:
-            bar.set_postfix_str(package.name)
-            download(package, cache)
-            bar.update(package.megabytes)
+    stage = Stage("fetch packages", round(total), "MB", silent=not missing)
+    for package in missing:
+        download(package, cache)
+        stage.update(round(package.megabytes), package.name)
+    stage.close()
     return {source: cache / package.archive for source, package in PACKAGES.items()}
-
-
-BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} MB [{elapsed}<{remaining}]{postfix}"
 
 
 def download(package: Package, cache: Path) -> None:

@@ -118,46 +118,11 @@ def emoji_data(source: str, archive: Path, table: Unicode) -> Iterator[Picture]:
         yield Picture(source, path, data, "emoji", **about)
 
 
-def mdi(archive: Path) -> Iterator[Picture]:
-    (_, table), = members(archive, lambda path: path == "meta.json")
-    records = {record["name"]: record for record in json.loads(table)}
-    for path, data in members(archive, lambda path: path.startswith("svg/")):
-        record = records.get(Path(path).stem)
-        if record is None or "Brand / Logo" in record["tags"]:
-            continue
-        tags = [*record["aliases"], *(part for tag in record["tags"] for part in tag.split("/"))]
-        name = record["name"].replace("-", " ")
-        yield Picture("mdi", path, data, "icon", f"mdi:{record['name']}", name,
-                      split_tags(",".join(tags).replace("-", " ")), "icon")
-
-
-def lucide(archive: Path) -> Iterator[Picture]:
-    (_, table), = members(archive, lambda path: path == "tags.json")
-    tags = json.loads(table)
-    for path, data in members(archive, lambda path: re.fullmatch(r"icons/[^/]+\.svg", path) is not None):
-        stem = Path(path).stem
-        if stem in tags:
-            yield Picture("lucide", path, data, "icon", f"lucide:{stem}", stem.replace("-", " "),
-                          split_tags(",".join(tags[stem])), "icon")
-
-
-def flags(archive: Path) -> Iterator[Picture]:
-    (_, table), = members(archive, lambda path: path == "country.json")
-    countries = {country["code"]: country for country in json.loads(table)}
-    for path, data in members(archive, lambda path: path.startswith("flags/")):
-        country = countries.get(Path(path).stem)
-        if country is not None:
-            tags = split_tags(f"{country.get('capital') or ''},{country.get('continent') or ''},flag")
-            yield Picture("flag-icons", path, data, "flag", f"flag:{country['code']}",
-                          f"flag of {country['name'].lower()}", tags, "flags")
-
-
 def read_all(archives: dict[str, Path]) -> list[Picture]:
     """Every usable picture of every package, in a fixed order."""
     table = Unicode(archives["openmoji"])
     readers = [
         openmoji(archives["openmoji"], table), fluent(archives["fluent"], table),
         emoji_data("google", archives["google"], table), emoji_data("twitter", archives["twitter"], table),
-        mdi(archives["mdi"]), lucide(archives["lucide"]), flags(archives["flag-icons"]),
     ]
     return [picture for reader in readers for picture in sorted(reader, key=lambda picture: picture.path)]

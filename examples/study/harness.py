@@ -1,0 +1,194 @@
+"""One arm in one process: the demo's model, loss and optimizer, batches chosen by `superbatch_kernels`.
+
+It differs from the demo in what the service does around the choice: no sockets, no decoding, one rank, and the reference's
+embeddings of the whole pool are made before the first step. The lag is the service's default.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from superbatch_kernels import Model, select
+from transformers import SiglipModel
+
+from examples.demo.evaluate import in_galleries
+from examples.demo.model import embed
+from examples.demo.settings import Settings
+from examples.demo.train import AveragedModel, optimizer
+
+from .world import Rows, World
+
+ROWS = 256
+# Step s is scored with what was pushed after step s - 2: `lag: exact(1)`.
+LAG = 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Who chooses: a policy and what goes with it, or uniform from what a filter left."""
+
+    name: str
+    policy: str
+    select: dict = field(default_factory=dict)
+    # Share of the pool with the best CLIPScore of the reference, taken once before the first step.
+    best: float = 1.0
+    # The learner scores candidates at half resolution, and half of the rows are trained so. The reference, which looks at
+    # a row once, sees it whole.
+    low: bool = False
+
+
+class Order:
+    """Rows of a pool in an order that is shuffled anew each epoch."""
+
+    def __init__(self, count: int, seed: int):
+        self.chance, self.count, self.left = torch.Generator().manual_seed(seed), count, torch.zeros(0, dtype=torch.long)
+
+    def take(self, size: int) -> torch.Tensor:
+        if len(self.left) < size:
+            self.left = torch.randperm(self.count, generator=self.chance)
+        taken, self.left = self.left[:size], self.left[size:]
+        return taken
+
+
+def scored(model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        parts = [embed(model, pixels[i:i + ROWS], ids[i:i + ROWS]) for i in range(0, len(ids), ROWS)]
+    return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
+
+
+def scale_of(model: SiglipModel) -> tuple[float, float]:
+    return model.logit_scale.exp().item(), model.logit_bias.item()
+
+
+def loss_of(image: torch.Tensor, text: torch.Tensor, model: SiglipModel) -> torch.Tensor:
+    logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
+    return -torch.nn.functional.logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(image)
+
+
+class References:
+    """The reference's embeddings of a pool."""
+
+    def __init__(self, world: World, pool: Rows):
+        model = world.reference()
+        self.image, self.text = scored(model, pool.pixels, pool.ids)
+        self.scale, self.bias = scale_of(model)
+
+    def best(self, share: float) -> torch.Tensor:
+        return (self.image * self.text).sum(dim=1).topk(int(len(self.image) * share)).indices.sort().values
+
+    def of(self, rows: torch.Tensor) -> Model:
+        return Model(self.image[rows], self.text[rows], self.scale, self.bias)
+
+
+def forward_flops(model: SiglipModel, side: int) -> tuple[float, float]:
+    """Operations of one picture and of one caption through their towers."""
+    def tower(about, tokens: int) -> float:
+        layer = 2 * (4 * about.hidden_size**2 + 2 * about.hidden_size * about.intermediate_size)
+        return about.num_hidden_layers * (tokens * layer + 4 * tokens**2 * about.hidden_size)
+    vision, text = model.config.vision_config, model.config.text_config
+    patches = (side // vision.patch_size) ** 2
+    entry = patches * (6 * vision.patch_size**2 * vision.hidden_size + 4 * vision.hidden_size**2)
+    return tower(vision, patches) + entry, tower(text, text.max_position_embeddings)
+
+
+class Costs:
+    """FLOPs of one step and of what comes before the first, as the service accounts for them."""
+
+    def __init__(self, model: SiglipModel, arm: Arm, settings: Settings, pool: int):
+        side = model.config.vision_config.image_size
+        (picture, caption), (small, _) = forward_flops(model, side), forward_flops(model, side // 2)
+        trained = (picture + small) / 2 if arm.low else picture
+        self.step, self.once = 3 * settings.sub_batch_size * (trained + caption), 0.0
+        looked = (small if arm.low else picture) + caption
+        if arm.policy != "uniform":
+            width = model.config.vision_config.hidden_size
+            self.step += settings.super_batch_size * (looked + 8 * settings.sub_batch_size * width)
+        if arm.policy != "uniform" or arm.best < 1:
+            self.once = pool * (picture + caption)
+
+
+def half_low(rows: torch.Tensor) -> torch.Tensor:
+    """Half of the places of a batch, by a hash of the row."""
+    return torch.argsort((rows * 2654435761) % 2**32)[:len(rows) // 2]
+
+
+def embed_mixed(model: SiglipModel, pool: Rows, rows: torch.Tensor, low: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if not low:
+        return embed(model, pool.pixels[rows], pool.ids[rows])
+    small = half_low(rows)
+    large = torch.ones(len(rows), dtype=torch.bool).index_fill(0, small, False).nonzero()[:, 0]
+    parts = [embed(model, pool.low[rows[small]], pool.ids[rows[small]]), embed(model, pool.pixels[rows[large]], pool.ids[rows[large]])]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+class Run:
+    """One arm of one seed."""
+
+    def __init__(self, world: World, arm: Arm, settings: Settings, seed: int):
+        self.arm, self.settings, self.seed, self.tests = arm, settings, seed, world.tests
+        self.model, self.scorer = world.learner(), world.learner().eval()
+        self.pool = world.pool
+        self.costs = Costs(self.model, arm, settings, len(self.pool))
+        self.references = References(world, self.pool) if self.costs.once else None
+        if arm.best < 1:
+            self.pool = self.pool.only(self.references.best(arm.best))
+        self.order = Order(len(self.pool), seed)
+        self.optimizer, self.average = optimizer(self.model, settings), AveragedModel(self.model, settings.average_over)
+        self.past: list[dict] = []
+        self.chosen: list[torch.Tensor] = []
+        self.spent = Counter()
+
+    def rows(self, step: int) -> torch.Tensor:
+        if self.arm.policy == "uniform":
+            return self.order.take(self.settings.sub_batch_size)
+        rows = self.order.take(self.settings.super_batch_size)
+        self.past = [*self.past[1 - LAG:], {name: value.clone() for name, value in self.model.state_dict().items()}]
+        self.scorer.load_state_dict(self.past[0])
+        image, text = scored(self.scorer, self.pool.low[rows] if self.arm.low else self.pool.pixels[rows], self.pool.ids[rows])
+        drawn = select(learner=Model(image, text, *scale_of(self.scorer)), reference=self.references.of(rows),
+                       policy=self.arm.policy, sub_batch_size=self.settings.sub_batch_size, seed=self.seed, step=step,
+                       threads=1, **self.arm.select)
+        return rows[torch.as_tensor(numpy.asarray(drawn.indices).astype(numpy.int64))]
+
+    def train(self, step: int, rows: torch.Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(step)
+        loss = loss_of(*embed_mixed(self.model, self.pool, rows, self.arm.low), self.model)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update(step)
+        return loss.item()
+
+    def point(self, step: int, loss: float) -> dict:
+        recent = torch.cat(self.chosen[-self.settings.evaluate_every:]) if self.chosen else torch.zeros(0, dtype=torch.long)
+        last = self.chosen[-1].tolist() if self.chosen else []
+        found = {split: in_galleries(*scored(self.average.mean, rows.pixels, rows.ids)) for split, rows in self.tests.items()}
+        return {
+            "step": step, "loss": loss, **found, "scale": scale_of(self.model),
+            "wrong": self.pool.wrong[recent].float().mean().item(),
+            # Rows of the last batch whose concept is in it already.
+            "repeats": 1 - len({self.pool.concept[row] for row in last}) / max(1, len(last)),
+            "flops": self.costs.once + step * self.costs.step, "seconds": self.spent["choose"] + self.spent["train"],
+        }
+
+    def run(self, say: Callable[[dict], None] = lambda point: None) -> list[dict]:
+        """The curve. `seconds` are those of this process's processor, without evaluations and the reference's pass."""
+        curve = [self.point(0, 0.0)]
+        say(curve[0])
+        for step in range(self.settings.steps):
+            begun = time.process_time()
+            rows = self.rows(step)
+            chosen = time.process_time()
+            loss = self.train(step, rows)
+            self.spent["choose"] += chosen - begun
+            self.spent["train"] += time.process_time() - chosen
+            self.chosen.append(rows)
+            if (step + 1) % self.settings.evaluate_every == 0 or step + 1 == self.settings.steps:
+                curve.append(self.point(step + 1, loss))
+                say(curve[-1])
+        return curve

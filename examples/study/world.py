@@ -1,0 +1,64 @@
+"""The demo's data and reference as tensors: what an arm in one process needs, decoded once and kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+
+from examples.demo.data.build import PoolRecipe, build_dataset
+from examples.demo.data.captions import MISMATCHED
+from examples.demo.model import Transform, load
+from examples.demo.reference import train_reference
+from examples.demo.settings import Settings
+from examples.demo.train import KEPT
+
+
+@dataclass
+class Rows:
+    """Pixels (n, 3, side, side), half as fine pixels, token ids, and what only the study knows."""
+
+    pixels: torch.Tensor
+    low: torch.Tensor
+    ids: torch.Tensor
+    wrong: torch.Tensor
+    concept: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def only(self, rows: torch.Tensor) -> "Rows":
+        return Rows(self.pixels[rows], self.low[rows], self.ids[rows], self.wrong[rows], [self.concept[i] for i in rows.tolist()])
+
+
+class World:
+    """One pool, the test splits, the reference, and the weights that every arm begins with."""
+
+    def __init__(self, dataset: Path, folder: Path):
+        self.dataset, self.folder = dataset, folder
+        self.transform, self.half = Transform(folder), Transform(folder)
+        self.half.size = tuple(side // 2 for side in self.transform.size)
+        self.pool = self.rows("pool")
+        self.tests = {split: self.rows("eval", split) for split in ("val", "test")}
+
+    @classmethod
+    def of(cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1) -> "World":
+        dataset = build_dataset(cache, recipe, processes)
+        return cls(dataset, train_reference(cache, dataset, reference))
+
+    def reference(self):
+        return load(self.folder).eval()
+
+    def learner(self):
+        return load(self.folder, self.folder / KEPT).train()
+
+    def rows(self, name: str, split: str = "train") -> Rows:
+        kept = self.folder / f"{self.dataset.name}-{name}-{split}.pt"
+        if not kept.exists():
+            columns = ["png", "caption", "kind", "concept"]
+            table = pyarrow.parquet.read_table(self.dataset / name, columns=columns, filters=[("split", "==", split)])
+            images, texts, kinds, concepts = (table[column].to_pylist() for column in columns)
+            wrong = torch.tensor([kind in MISMATCHED for kind in kinds])
+            torch.save([self.transform.images(images), self.half.images(images), self.transform.captions(texts), wrong,
+                        concepts], kept)
+        return Rows(*torch.load(kept))
