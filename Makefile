@@ -32,11 +32,12 @@ $(READY): requirements.txt scripts/setup.sh scripts/libtorch.sh
 	scripts/setup.sh $(VENV)
 	touch $@
 
+# Extensions are written beside the old ones, then renamed: running processes have those mapped.
 build: $(READY) ## The superbatch binary, and the Python client and kernels into .venv
 	cargo build $(CARGO_FLAGS)
-	cp -f target/debug/lib_superbatch.so $(EXTENSION)
+	cp -f target/debug/lib_superbatch.so $(EXTENSION).new && mv -f $(EXTENSION).new $(EXTENSION)
 	cargo rustc -p superbatch-kernels-python --features extension-module --crate-type cdylib
-	cp -f target/debug/lib_kernels.so $(KERNELS_EXTENSION)
+	cp -f target/debug/lib_kernels.so $(KERNELS_EXTENSION).new && mv -f $(KERNELS_EXTENSION).new $(KERNELS_EXTENSION)
 	printf '%s\n' $(CURDIR)/client/python/python $(CURDIR)/$(KERNELS) \
 	  > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
 

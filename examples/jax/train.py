@@ -133,9 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     rank, world_size = jax.process_index(), jax.process_count()
     decode = Decode(args.learner, side)
     with superbatch.connect(args.service).open_run(run_spec(args)) as run:
-        # The initial weights, or once more the checkpoint's: the crash may have come before they
-        # were pushed.
-        run.push_weights(state_dict(state["params"]), step=start_step - 1, rank=rank)
+        # The initial weights, or once more the checkpoint's: as each push that was on its way when
+        # the trainer ended.
+        for step in sorted({*run.missing_pushes(start_step), start_step - 1}):
+            run.push_weights(state_dict(state["params"]), step=step, rank=rank)
         for batch in run.batches(
             rank=rank, world_size=world_size, start_step=start_step, end_step=args.steps
         ):

@@ -72,11 +72,67 @@ fn code(reason: Reason) -> Code {
     }
 }
 
+/// Bytes of a message on the wire, and of all values of its metadata. Both travel in HTTP/2
+/// headers, encoded to up to three times their size and the message twice: beyond 16 KiB peers
+/// break the connection, and nobody sees the cause.
+const MESSAGE_BYTES_MAX: usize = 2048;
+const METADATA_BYTES_MAX: usize = 1536;
+
+/// `text` in at most `bytes_max` bytes: its beginning, which says what was wrong and where, and its
+/// end, which says the cause or what to do.
+fn shortened(text: &str, bytes_max: usize) -> String {
+    if text.len() <= bytes_max {
+        return text.to_owned();
+    }
+    let note = |left_out: usize| format!(" [… {left_out} bytes left out …] ");
+    let room = bytes_max.saturating_sub(note(text.len()).len());
+    let begin = text.floor_char_boundary(room / 3 * 2);
+    let end = text.ceil_char_boundary(text.len() - (room - room / 3 * 2));
+    format!("{}{}{}", &text[..begin], note(end - begin), &text[end..])
+}
+
+/// Values of metadata, each in its share of the room. Most are short.
+fn shortened_values(metadata: HashMap<String, String>) -> HashMap<String, String> {
+    let whole: usize = metadata
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
+    if whole <= METADATA_BYTES_MAX {
+        return metadata;
+    }
+    let share = METADATA_BYTES_MAX / metadata.len().max(1);
+    metadata
+        .into_iter()
+        .map(|(key, value)| {
+            let value = shortened(&value, share.saturating_sub(key.len()));
+            (key, value)
+        })
+        .collect()
+}
+
+/// Where every error becomes a status, so that none is too long to arrive.
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
-        let details = ErrorDetails::with_error_info(name(failure.reason), DOMAIN, failure.metadata);
-        Status::with_error_details(code(failure.reason), failure.message, details)
+        let message = shortened(&failure.message, MESSAGE_BYTES_MAX);
+        let metadata = shortened_values(failure.metadata);
+        let details = ErrorDetails::with_error_info(name(failure.reason), DOMAIN, metadata);
+        Status::with_error_details(code(failure.reason), message, details)
     }
+}
+
+/// Items of a list for a message: as many as a person reads, and how many more there are.
+pub fn some_of<T: AsRef<str>>(items: &[T]) -> String {
+    const NAMED_MAX: usize = 24;
+    const NAME_BYTES_MAX: usize = 80;
+    let named = items.iter().take(NAMED_MAX);
+    let mut text = named
+        .map(|item| shortened(item.as_ref(), NAME_BYTES_MAX))
+        .collect::<Vec<_>>()
+        .join(", ");
+    if items.len() > NAMED_MAX {
+        text.push_str(&format!(", … and {} more", items.len() - NAMED_MAX));
+    }
+    text
 }
 
 /// A status that carries no reason of this service: it comes from a proxy, the transport, or
@@ -121,6 +177,43 @@ mod tests {
             let back = Failure::try_from(Status::from(failure.clone()));
             assert_eq!(back.ok(), Some(failure));
         }
+    }
+
+    #[test]
+    fn the_longest_error_fits_into_headers_and_keeps_both_ends() {
+        let long = "ü%".repeat(100_000);
+        let failure = Failure::new(
+            Reason::ColumnNotFound,
+            format!("there is no column 'captoin' in {long}; name another"),
+        )
+        .with("column", "captoin")
+        .with("available", &long)
+        .with("uri", &long);
+        let headers = Status::from(failure)
+            .into_http::<()>()
+            .into_parts()
+            .0
+            .headers;
+        let bytes: usize = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len() + 32)
+            .sum();
+        assert!(bytes < 16 << 10, "{bytes} bytes");
+        let back = Failure::try_from(Status::from_header_map(&headers).unwrap()).unwrap();
+        assert!(back.message.starts_with("there is no column 'captoin'"));
+        assert!(back.message.ends_with("; name another"));
+        assert!(back.message.contains("bytes left out"));
+    }
+
+    #[test]
+    fn a_list_is_told_as_far_as_people_read_it() {
+        assert_eq!(some_of(&["a", "b"]), "a, b");
+        let many: Vec<String> = (0..236).map(|n| format!("c{n}")).collect();
+        let told = some_of(&many);
+        assert!(
+            told.starts_with("c0, c1, ") && told.ends_with("c23, … and 212 more"),
+            "{told}"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 mod error;
 pub mod ids;
 
-pub use error::{DOMAIN, Failure, ParseFailure, name as reason_name};
+pub use error::{DOMAIN, Failure, ParseFailure, name as reason_name, some_of};
 
 /// Generated messages, clients and servers of `superbatch.v1`.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]

@@ -38,7 +38,7 @@ def eager_threads():
 
 
 def test_a_thread_advances_while_weights_are_copied(service, eager_threads):  # noqa: F811
-    slot = service.open(service.spec("copies"))._run.reserve_push().wait()
+    slot = service.open(service.spec("copies"))._run.reserve_push(0, 0).wait()
     data, ticks, stop = numpy.ones(64 << 20, numpy.uint8), itertools.count(), threading.Event()
 
     def advance() -> None:

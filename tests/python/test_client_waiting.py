@@ -35,6 +35,11 @@ print("step", next(batches).step, flush=True)
 """
 
 
+def python_environment() -> dict[str, str]:
+    """For a process of Python that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def waiting_batches(service: Service, run_id: str):  # noqa: F811
     """A run without initial weights, and its batches, of which the first waits for them."""
     run = service.open(service.waiting_spec(run_id))
@@ -43,8 +48,7 @@ def waiting_batches(service: Service, run_id: str):  # noqa: F811
 
 def test_ctrl_c_ends_a_next_that_waits_and_the_next_one_yields_the_same_step(service):  # noqa: F811
     command = [sys.executable, "-c", WAITER, service.address, service.inputs, "ctrl-c"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=python_environment())
     try:
         assert child.stdout.readline() == "waiting\n"
         child.send_signal(signal.SIGINT)

@@ -205,7 +205,7 @@ def test_a_closed_run_serves_its_receipts_alone(inputs, service):
 def test_weights_that_nobody_brings(inputs, service):
     learner = superbatch.Learner(model_uri=(inputs / "learner").as_uri(), first_push=True)
     run = superbatch.connect(service.address).open_run(
-        spec(inputs, "unpushed", learner=learner, need_deadline_seconds=0.5))
+        spec(inputs, "unpushed", learner=learner, need_deadline_seconds=0.5, stall_grace_seconds=0.0))
     # Its only rank stands still, and no push is on its way: no deadline needs to pass.
     refused(lambda: run.select(0, rank=0, world_size=1), "WEIGHTS_MISSING", "step -1", step="0")
     run.push_weights(weights(inputs, 0), step=0)

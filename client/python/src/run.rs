@@ -160,11 +160,20 @@ impl Run {
         })
     }
 
-    /// Waits for room for one push; the call's result is a `Slot`.
-    fn reserve_push(&self) -> PyResult<Call> {
+    /// Announces one push, and waits for room for it; the call's result is a `Slot`.
+    fn reserve_push(&self, step: i64, rank: u32) -> PyResult<Call> {
         let pusher = self.pusher()?;
-        Call::start(async move { pusher.reserve().await }, |py, slot| {
-            let state = Mutex::new(Some((slot, Vec::new())));
+        let reserving = async move {
+            let slot = pusher.reserve(step, rank).await?;
+            Ok(Reserved {
+                slot,
+                step,
+                rank,
+                parts: Vec::new(),
+            })
+        };
+        Call::start(reserving, |py, reserved| {
+            let state = Mutex::new(Some(reserved));
             Ok(Py::new(py, Slot { state })?.into_any())
         })
     }
@@ -188,6 +197,15 @@ impl Run {
         Call::start(async move { run.get_run().await }, |py, info| {
             show::run_info(py, &info)
         })
+    }
+
+    /// The call's result is a list of steps.
+    fn missing_pushes(&self, resume_step: u64) -> PyResult<Call> {
+        let run = self.here()?;
+        Call::start(
+            async move { run.missing_pushes(resume_step).await },
+            |py, steps| Ok(steps.into_pyobject(py)?.into_any().unbind()),
+        )
     }
 
     /// Ends the run for all ranks.
@@ -281,7 +299,15 @@ impl Batches {
 /// Room for one push, which is filled part by part.
 #[pyclass(frozen, module = "superbatch._superbatch")]
 pub struct Slot {
-    state: Mutex<Option<(client::Slot, Vec<Part>)>>,
+    state: Mutex<Option<Reserved>>,
+}
+
+/// What a push is made of.
+struct Reserved {
+    slot: client::Slot,
+    step: i64,
+    rank: u32,
+    parts: Vec<Part>,
 }
 
 #[pymethods]
@@ -302,26 +328,25 @@ impl Slot {
         let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
             .map_err(|error| errors::exception(py, &error))?;
         match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, parts)) => parts.push(part),
+            Some(reserved) => reserved.parts.push(part),
             None => return Err(used()),
         }
         Ok(())
     }
 
     /// Queues the push, and returns without waiting for it. Nothing more can be added.
-    fn submit(
-        &self,
-        step: i64,
-        push_id: Option<String>,
-        expected_parts: u32,
-        rank: u32,
-    ) -> PyResult<()> {
+    fn submit(&self, push_id: Option<String>, expected_parts: u32) -> PyResult<()> {
         let state = self
             .state
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let (slot, parts) = state.ok_or_else(used)?;
+        let Reserved {
+            slot,
+            step,
+            rank,
+            parts,
+        } = state.ok_or_else(used)?;
         slot.push(Push {
             step,
             parts,

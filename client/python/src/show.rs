@@ -66,6 +66,7 @@ pub fn run_summary(py: Python<'_>, run: &v1::RunSummary) -> Shown {
 pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
     dict!(py, run, [
         dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure, tail_rows_per_epoch,
+        missing_pushes,
     ], {
         summary: maybe(py, run.summary.as_ref(), run_summary)?,
         spec: maybe(py, run.spec.as_ref(), run_spec)?,
@@ -239,7 +240,7 @@ pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
     let fork = |_: Python<'_>, fork: &v1::Fork| dict!(py, fork, [run_id, step], {});
     dict!(py, spec, [
         push_every_steps, micro_batches, columns, seed, max_ahead, epochs, window_blocks, micro_batch_rows,
-        max_bad_row_share, train_flops_per_example, need_deadline_seconds,
+        max_bad_row_share, train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     ], {
         sources: list(py, spec.sources.iter().map(source))?,
         learner: maybe(py, spec.learner.as_ref(), learner)?,

@@ -220,6 +220,7 @@ pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
         compute_dtype: fields.named::<ComputeDtype>("compute_dtype")?,
         train_flops_per_example: fields.or_default("train_flops_per_example")?,
         need_deadline_seconds: fields.but_zero("need_deadline_seconds")?,
+        stall_grace_seconds: fields.optional("stall_grace_seconds")?,
     };
     fields.finish()?;
     Ok(spec)

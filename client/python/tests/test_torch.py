@@ -114,8 +114,11 @@ def test_a_part_of_a_model_is_taken_by_its_prefix():
 class Told:
     """Stands where a `Run` does, and keeps the steps that are pushed."""
 
-    def __init__(self, **spec):
-        self.spec, self.steps = superbatch.Record(spec), []
+    def __init__(self, *, missing=(), **spec):
+        self.spec, self.steps, self.missing = superbatch.Record(spec), [], list(missing)
+
+    def missing_pushes(self, start_step):
+        return self.missing
 
     def push_weights(self, weights, *, step, rank, dtype):
         assert list(weights) == ["weight", "bias"]
@@ -129,6 +132,8 @@ class Told:
         ({"learner": {"random_seed": 1}, "push_every_steps": 1}, 0, [0, 1, 2, 3]),
         # A checkpoint's weights, once more: they may not have arrived before the crash.
         ({"learner": {"first_push": True}}, 2, [1, 2, 3]),
+        # Two were on their way.
+        ({"learner": {"first_push": True}, "missing": [0, 1]}, 2, [0, 1, 2, 3]),
         ({"learner": {"first_push": True}, "push_every_steps": 2}, 0, [-1, 1, 3]),
         ({"learner": {"first_push": True}, "push_every_steps": 2}, 2, [1, 3]),
         ({"learner": None}, 0, []),

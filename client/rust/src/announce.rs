@@ -1,5 +1,15 @@
 //! Which weights the service may expect of this process.
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::{Run, retry};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use superbatch_proto::v1::AnnouncePushRequest;
+use tokio::{sync::oneshot, time::timeout};
+
+/// How long a push waits until the service has heard of it, so that no request of this trainer for
+/// the next step overtakes the news. An unreachable service hears of it later.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
 
 /// A push by generation and step.
 type Named = (u32, i64);
@@ -10,8 +20,9 @@ pub(crate) struct Pushes(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    /// Queued or under way. Several ranks of one process may push the same step.
-    on_their_way: Vec<Named>,
+    /// Called for, queued or under way, with the rank. Several ranks of one process may push the
+    /// same step.
+    on_their_way: Vec<(Named, u32)>,
     /// The newest one that is published.
     published: Option<Named>,
 }
@@ -20,8 +31,10 @@ impl Pushes {
     /// The newest step of a generation whose weights were begun, queued or published.
     pub fn newest(&self, generation: u32) -> Option<i64> {
         let known = self.lock();
-        let all = known.on_their_way.iter().chain(&known.published);
-        all.filter(|(of, _)| *of == generation)
+        let coming = known.on_their_way.iter().map(|(push, _)| push);
+        coming
+            .chain(&known.published)
+            .filter(|(of, _)| *of == generation)
             .map(|(_, step)| *step)
             .max()
     }
@@ -33,17 +46,90 @@ impl Pushes {
             .is_some_and(|(of, newest)| of == generation && newest >= step)
     }
 
-    /// Lets later requests of the run say that the weights of `step` are on their way.
-    pub fn announce(self: &Arc<Self>, generation: u32, step: i64) -> Announced {
-        self.lock().on_their_way.push((generation, step));
-        Announced {
-            pushes: self.clone(),
-            push: (generation, step),
-        }
+    fn coming(&self) -> Vec<(Named, u32)> {
+        self.lock().on_their_way.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Run {
+    /// Says that the weights of `step` are on their way: to the service, for whichever connection
+    /// asks for a step that waits for them, and in later requests of this run. Until the push is
+    /// published, or what is returned is dropped.
+    pub(crate) async fn announce_push(&self, step: i64, rank: u32) -> Announced {
+        let push = (self.generation(), step);
+        let (published, ended) = oneshot::channel();
+        let pushes = self.pushes().clone();
+        pushes.lock().on_their_way.push((push, rank));
+        let announced = Announced {
+            pushes,
+            push,
+            rank,
+            published: Some(published),
+        };
+        let (heard, hearing) = oneshot::channel();
+        tokio::spawn(tell(self.clone(), push, rank, heard, ended));
+        // Nobody hears of it where the service does not answer.
+        drop(timeout(HEARD_WITHIN, hearing).await);
+        announced
+    }
+
+    /// Says once more what is on its way: a service that was started anew has forgotten it.
+    pub(crate) async fn announce_again(&self) {
+        for (push, rank) in self.pushes().coming() {
+            let request = self.announcement(push, rank);
+            if let Err(error) = self.client.api().announce_push(request).await {
+                tracing::debug!(%error, "the service does not hear of a push");
+                return;
+            }
+        }
+    }
+
+    fn announcement(&self, (generation, step): Named, rank: u32) -> AnnouncePushRequest {
+        AnnouncePushRequest {
+            run_id: self.run_id().to_owned(),
+            generation,
+            step,
+            rank,
+            incarnation: self.incarnation().to_owned(),
+            withdrawn: false,
+        }
+    }
+}
+
+/// Announces a push to the service, and withdraws it if it comes to nothing.
+async fn tell(
+    run: Run,
+    push: Named,
+    rank: u32,
+    heard: oneshot::Sender<()>,
+    published: oneshot::Receiver<()>,
+) {
+    let say = |withdrawn| {
+        let (client, request) = (&run.client, run.announcement(push, rank));
+        let request = AnnouncePushRequest {
+            withdrawn,
+            ..request
+        };
+        async move {
+            let attempt = || {
+                let (mut api, request) = (client.api(), request.clone());
+                async move { Ok(api.announce_push(request).await?) }
+            };
+            if let Err(error) = retry::call(client, attempt).await {
+                // Where the push cannot come either, its own error tells.
+                tracing::debug!(%error, "the service does not hear of a push");
+            }
+        }
+    };
+    say(false).await;
+    // The caller may have gone on.
+    let _ = heard.send(());
+    if published.await.is_err() {
+        say(true).await;
     }
 }
 
@@ -52,6 +138,8 @@ impl Pushes {
 pub(crate) struct Announced {
     pushes: Arc<Pushes>,
     push: Named,
+    rank: u32,
+    published: Option<oneshot::Sender<()>>,
 }
 
 impl Announced {
@@ -59,20 +147,20 @@ impl Announced {
         self.push.0
     }
 
-    pub fn published(self) {
+    pub fn published(mut self) {
         let mut known = self.pushes.lock();
         known.published = known.published.max(Some(self.push));
+        drop(known);
+        // Without a runtime nobody is there to hear it.
+        let _ = self.published.take().map(|published| published.send(()));
     }
 }
 
 impl Drop for Announced {
     fn drop(&mut self) {
         let mut known = self.pushes.lock();
-        if let Some(at) = known
-            .on_their_way
-            .iter()
-            .position(|push| *push == self.push)
-        {
+        let ours = (self.push, self.rank);
+        if let Some(at) = known.on_their_way.iter().position(|push| *push == ours) {
             known.on_their_way.swap_remove(at);
         }
     }

@@ -146,6 +146,7 @@ impl Batches {
                 rank,
                 world_size,
                 cursor: self.cursor.clone(),
+                held: u32::try_from(self.config.read_ahead).unwrap_or(u32::MAX),
                 urgency,
             };
             self.ahead.push_back(Ahead {

@@ -115,8 +115,18 @@ impl Client {
 
     /// Everything known about a run, without joining it.
     pub async fn get_run(&self, run_id: impl Into<String>) -> Result<v1::RunInfo> {
+        self.get_run_resumed(run_id.into(), None).await
+    }
+
+    /// [`Client::get_run`], for a trainer that goes on at `resume_step`.
+    pub(crate) async fn get_run_resumed(
+        &self,
+        run_id: String,
+        resume_step: Option<u64>,
+    ) -> Result<v1::RunInfo> {
         let request = v1::GetRunRequest {
-            run_id: run_id.into(),
+            run_id,
+            resume_step,
         };
         let response = self
             .call(request, |mut api, request| async move {

@@ -97,6 +97,8 @@ pub(crate) struct Fetch {
     pub rank: u32,
     pub world_size: u32,
     pub cursor: Cursor,
+    /// Batches of the steps before that the trainer may not have trained on.
+    pub held: u32,
     pub urgency: Urgency,
 }
 
@@ -181,6 +183,7 @@ impl Fetch {
             delivery: Delivery::Bytes.into(),
             resume_offset,
             pushing_through: self.run.pushing_through(),
+            held_steps: self.held,
         }
     }
 }

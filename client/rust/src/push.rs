@@ -69,12 +69,17 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
             .collect::<Vec<_>>()
     });
     let parts = hashed.await.map_err(|_| Error::Stopped)?;
+    let mut tried = false;
     let attempt = || {
+        let again = std::mem::replace(&mut tried, true);
         let (mut api, stream) = (
             run.client.api(),
             futures::stream::iter(messages(start.clone(), parts.clone())),
         );
         async move {
+            if again {
+                run.announce_again().await;
+            }
             let response = api.push_weights(stream).await?.into_inner();
             response.published.ok_or_else(|| {
                 Error::from(Status::internal("PushWeights answered without a version"))

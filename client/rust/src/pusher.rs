@@ -24,16 +24,16 @@ enum Job {
     Flush(oneshot::Sender<Option<WeightsVersion>>),
 }
 
-/// Room for one push in the queue.
+/// Room for one push in the queue. The service expects the push until the slot is dropped unused.
 pub struct Slot {
-    run: Run,
+    announced: Announced,
     permit: mpsc::OwnedPermit<Job>,
 }
 
 impl Slot {
-    /// Queues the push. From now on requests of the run say that it is on its way.
+    /// Queues the push, which is of the step and the rank that the slot was reserved for.
     pub fn push(self, push: Push) {
-        let announced = self.run.announce_push(push.step);
+        let announced = self.announced;
         self.permit.send(Job::Push { push, announced });
     }
 }
@@ -53,11 +53,13 @@ impl Pusher {
         }
     }
 
-    /// Waits for room. Take it before copying weights, so that no more copies exist than can wait.
+    /// Tells the service that `rank` pushes the weights of `step`, and waits for room. Take it
+    /// before copying weights, so that no more copies exist than can wait.
     ///
     /// Fails with the error of an earlier push, if that was not told yet.
-    pub async fn reserve(&self) -> Result<Slot> {
+    pub async fn reserve(&self, step: i64, rank: u32) -> Result<Slot> {
         self.tell()?;
+        let announced = self.run.announce_push(step, rank).await;
         let permit = self
             .queue
             .clone()
@@ -65,16 +67,13 @@ impl Pusher {
             .await
             .map_err(|_| Error::Stopped)?;
         self.tell()?;
-        Ok(Slot {
-            run: self.run.clone(),
-            permit,
-        })
+        Ok(Slot { announced, permit })
     }
 
     /// Queues a push; waits while the queue is full. Fails as [`Pusher::reserve`] does, and then
     /// nothing is queued.
     pub async fn push(&self, push: Push) -> Result<()> {
-        self.reserve().await?.push(push);
+        self.reserve(push.step, push.rank).await?.push(push);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! One open run: its batches, receipts, weights and life.
 use crate::{
     Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
-    announce::{Announced, Pushes},
+    announce::Pushes,
     fetch::{Cursor, Fetch, Urgency},
     push,
 };
@@ -115,6 +115,7 @@ impl Run {
             rank,
             world_size,
             cursor: Cursor::default(),
+            held: 0,
             urgency,
         }
         .batch()
@@ -140,7 +141,7 @@ impl Run {
     /// Pushes whole weights or one rank's parts of them, and waits until the whole push is
     /// published or refused.
     pub async fn push(&self, push: Push) -> Result<v1::WeightsVersion> {
-        let announced = self.announce_push(push.step);
+        let announced = self.announce_push(push.step, push.rank).await;
         push::push(self, push, announced).await
     }
 
@@ -155,6 +156,18 @@ impl Run {
 
     pub async fn get_run(&self) -> Result<v1::RunInfo> {
         self.client.get_run(self.run_id()).await
+    }
+
+    /// The pushes that a trainer which goes on at `resume_step` has to repeat, with its
+    /// checkpoint's weights: they were on their way when the trainer before it ended, and steps
+    /// wait for them.
+    pub async fn missing_pushes(&self, resume_step: u64) -> Result<Vec<i64>> {
+        let run_id = self.run_id().to_owned();
+        let run = self
+            .client
+            .get_run_resumed(run_id, Some(resume_step))
+            .await?;
+        Ok(run.missing_pushes)
     }
 
     /// Ends the run, for all ranks: no further steps or pushes. Its receipts stay.
@@ -259,10 +272,8 @@ impl Run {
         }
     }
 
-    /// Lets later requests say that the weights of `step` are on their way, until they turn out not
-    /// to be.
-    pub(crate) fn announce_push(&self, step: i64) -> Announced {
-        self.shared.pushes.announce(self.generation(), step)
+    pub(crate) fn pushes(&self) -> &Arc<Pushes> {
+        &self.shared.pushes
     }
 }
 

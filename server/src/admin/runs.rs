@@ -4,8 +4,7 @@ use crate::{
     config::Config,
     coordinator::{
         facts::run,
-        receipts::store::Receipts,
-        runs::{open::last_committed, registry::stored_state},
+        runs::{open::settled, registry::stored_state},
     },
     error::Result,
     storage::Location,
@@ -64,26 +63,15 @@ async fn look(location: &Location, id: &str) -> Result<Option<Value>> {
     let Some(facts) = run::load(location).await? else {
         return Ok(None);
     };
-    let last = last_committed(location, &facts.chain).await?;
-    let receipts = Receipts::new(location.clone());
-    let mut totals = None;
-    for generation in last
-        .map(|step| facts.chain.candidates(step, facts.chain.current()))
-        .unwrap_or_default()
-    {
-        if let Some(receipt) = receipts.find(last.unwrap_or(0), generation).await? {
-            totals = receipt.summary.and_then(|summary| summary.run_totals);
-            break;
-        }
-    }
+    let (last, totals) = settled(location, &facts.chain, facts.spec.max_ahead).await?;
     let phase = facts.spec.phases.last();
     Ok(Some(json!({
         "run": id,
         "state": stored_state(&facts).as_str_name().trim_start_matches("RUN_STATE_").to_lowercase(),
         "generation": facts.chain.current(),
         "last_step": last,
-        "scanned": totals.as_ref().map(|t| t.candidates_scanned),
-        "selected": totals.as_ref().map(|t| t.examples_selected),
+        "scanned": last.map(|_| totals.candidates_scanned),
+        "selected": last.map(|_| totals.examples_selected),
         "sub_batch": phase.map(|phase| phase.sub_batch_size),
         "policy": phase.map(|phase| phase.policy().as_str_name().trim_start_matches("POLICY_").to_lowercase()),
         "failure": facts.failure,

@@ -23,7 +23,10 @@ use crate::{
         select::{Selector, local::LocalSelector, remote::WorkerSelector},
         serve::ready::Budget,
         service::{Selection, WorkerPlane},
-        workers::pool::{Home, Pool},
+        workers::{
+            pool::{Home, Pool},
+            replies::Replies,
+        },
     },
     error::{Error, Result},
     metrics::{self, Process},
@@ -47,6 +50,9 @@ use tokio::{
 use tonic::{server::NamedService, transport::server::TcpIncoming};
 pub use work::Work;
 
+/// The chosen rows of one slice may take so many times the memory for batches that wait: such a
+/// step is served, and nothing is kept beside it.
+const ROWS_OF_BUDGET: u64 = 8;
 /// How long a call waits for a first worker.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -123,6 +129,21 @@ pub struct Serve {
     coordinator: Arc<Coordinator>,
 }
 
+/// The workers that this process may use: none yet.
+fn pool(ground: &Ground) -> Pool {
+    let settings = &ground.config.coordinator;
+    let home = Home {
+        id: ground.state_id.clone(),
+        uri: ground.state.uri().to_owned(),
+    };
+    let replies = Replies {
+        silence_max: Duration::from_secs_f64(settings.worker_silence_seconds),
+        rows_bytes_max: settings.ready_bytes_max.saturating_mul(ROWS_OF_BUDGET),
+    };
+    let lease = Duration::from_secs_f64(settings.lease_seconds);
+    Pool::new(lease, WORKER_PATIENCE, home).with_replies(replies)
+}
+
 impl Serve {
     /// Opens the state, binds the sockets and starts the embedded worker's device.
     ///
@@ -145,15 +166,7 @@ impl Serve {
         };
         let ground = Ground::build(config, sockets, wrap).await?;
         let settings = &ground.config.coordinator;
-        let home = Home {
-            id: ground.state_id.clone(),
-            uri: ground.state.uri().to_owned(),
-        };
-        let pool = Arc::new(Pool::new(
-            Duration::from_secs_f64(settings.lease_seconds),
-            WORKER_PATIENCE,
-            home,
-        ));
+        let pool = Arc::new(pool(&ground));
         metrics::begin(Process::Coordinator);
         let mut device = "cpu".to_owned();
         if settings.workers_embedded {

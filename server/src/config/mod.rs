@@ -3,6 +3,7 @@
 //! `Default` its only default.
 mod load;
 mod reference;
+mod seconds;
 #[cfg(test)]
 mod tests;
 
@@ -20,8 +21,6 @@ use url::Url;
 
 /// What an address to listen on looks like.
 const ADDRESS: &str = "an IP address and port such as 127.0.0.1:50051";
-/// Durations beyond this are refused, in seconds: about 30 years.
-const SECONDS_MAX: f64 = 1e9;
 
 /// Everything that an operator may set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -93,6 +92,10 @@ pub struct CoordinatorConfig {
     pub need_deadline_seconds: f64,
     /// How long a worker counts as alive after it was last heard of, in seconds.
     pub lease_seconds: f64,
+    /// How long a worker that is alive may say nothing while a slice, a model or a selection is
+    /// awaited from it, in seconds. Then it is taken for lost, and another one does its work. It
+    /// must exceed the time that a worker takes for the largest slice.
+    pub worker_silence_seconds: f64,
     /// Largest push of weights, in bytes. A push is held in memory until it is whole, and once more
     /// while it is joined.
     pub push_bytes_max: u64,
@@ -127,6 +130,7 @@ impl Default for CoordinatorConfig {
             grace_seconds: 30.0,
             need_deadline_seconds: 60.0,
             lease_seconds: 15.0,
+            worker_silence_seconds: 1800.0,
             push_bytes_max: 8 << 30,
             push_deadline_seconds: 300.0,
             ready_bytes_max: 1 << 30,
@@ -218,29 +222,8 @@ impl Config {
         })?;
         self.storage.validate()?;
         let c = &self.coordinator;
-        let seconds = [
-            ("coordinator.grace_seconds", c.grace_seconds),
-            ("coordinator.need_deadline_seconds", c.need_deadline_seconds),
-            ("coordinator.lease_seconds", c.lease_seconds),
-            ("coordinator.push_deadline_seconds", c.push_deadline_seconds),
-            (
-                "storage.answer_timeout_seconds",
-                self.storage.answer_timeout_seconds,
-            ),
-            (
-                "storage.stall_timeout_seconds",
-                self.storage.stall_timeout_seconds,
-            ),
-        ];
-        if let Some((field, value)) = seconds
-            .into_iter()
-            .find(|(_, s)| !(*s > 0.0 && *s <= SECONDS_MAX))
-        {
-            return Err(Error::invalid(
-                field,
-                format!("{field} is {value}; give seconds above 0, at most {SECONDS_MAX}"),
-            ));
-        }
+        seconds::check(self)?;
+        #[cfg(feature = "torch")]
         self.worker.validate()?;
         let counts = [
             ("coordinator.push_bytes_max", c.push_bytes_max),

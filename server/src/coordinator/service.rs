@@ -12,13 +12,14 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use std::{pin::Pin, sync::Arc};
 use superbatch_proto::v1::{
-    AppendPhasesRequest, AppendPhasesResponse, BatchHeader, BatchTrailer, CloseRunRequest,
-    CloseRunResponse, Delivery, GetReceiptRequest, GetReceiptResponse, GetRunRequest,
-    GetRunResponse, Intent, ListRunsRequest, ListRunsResponse, OpenRunRequest, OpenRunResponse,
-    PushWeightsRequest, PushWeightsResponse, Reason, Receipt, RegisterRequest, RegisterResponse,
-    RewindMode, RewindRequest, RewindResponse, SelectBatchRequest, SelectBatchResponse,
-    coordinator_service_server::CoordinatorService, push_weights_request,
-    select_batch_response::Message, selection_service_server::SelectionService,
+    AnnouncePushRequest, AnnouncePushResponse, AppendPhasesRequest, AppendPhasesResponse,
+    BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery, GetReceiptRequest,
+    GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
+    OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt,
+    RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse,
+    SelectBatchRequest, SelectBatchResponse, coordinator_service_server::CoordinatorService,
+    push_weights_request, select_batch_response::Message,
+    selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -64,7 +65,7 @@ impl SelectionService for Selection {
     ) -> Result<Response<GetRunResponse>, Status> {
         let run = self.0.run(&request.get_ref().run_id).await?;
         Ok(Response::new(GetRunResponse {
-            run: Some(run.info()),
+            run: Some(run.info(request.get_ref().resume_step)),
         }))
     }
 
@@ -141,7 +142,14 @@ impl SelectionService for Selection {
         request: Request<Streaming<PushWeightsRequest>>,
     ) -> Result<Response<PushWeightsResponse>, Status> {
         let mut stream = request.into_inner();
-        let first = stream.message().await?.and_then(|first| first.message);
+        let silence = self.0.deps.limits.push_deadline;
+        let first = tokio::time::timeout(silence, stream.message())
+            .await
+            .map_err(|_| {
+                let message = format!("a push began with nothing for {} s", silence.as_secs_f64());
+                Error::invalid("start", message)
+            })??
+            .and_then(|first| first.message);
         let Some(push_weights_request::Message::Start(start)) = first else {
             return Err(Error::invalid("start", "a push begins with PushStart").into());
         };
@@ -154,6 +162,18 @@ impl SelectionService for Selection {
         Ok(Response::new(PushWeightsResponse {
             published: Some(published),
         }))
+    }
+
+    async fn announce_push(
+        &self,
+        request: Request<AnnouncePushRequest>,
+    ) -> Result<Response<AnnouncePushResponse>, Status> {
+        let request = request.into_inner();
+        let run = self.0.run(&request.run_id).await?;
+        self.0
+            .noted(&run, run.check_push(request.generation).await)?;
+        run.weights.announce(run.generation(), &request)?;
+        Ok(Response::new(AnnouncePushResponse {}))
     }
 
     async fn get_receipt(

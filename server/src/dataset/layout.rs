@@ -94,7 +94,7 @@ pub(super) fn mismatch(message: String, source: &str, column: &str) -> Error {
 
 /// `ColumnNotFound`, listing what there is.
 pub(super) fn not_found(message: String, column: &str, available: &[&str]) -> Error {
-    let available = available.join(", ");
+    let available = superbatch_proto::some_of(available);
     Error::new(
         Reason::ColumnNotFound,
         format!("{message}; its columns are {available}"),

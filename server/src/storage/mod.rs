@@ -106,6 +106,9 @@ impl fmt::Debug for Stores {
     }
 }
 
+/// No object store has keys as long.
+const URI_BYTES_MAX: usize = 1 << 13;
+
 impl Stores {
     pub fn new(config: StorageConfig) -> Self {
         Self::build(config, None)
@@ -129,13 +132,7 @@ impl Stores {
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
         let allow = &self.0.config.allow_uris;
         let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
-        // What a URL parser would turn into ".." after this check.
-        let sly =
-            uri.to_ascii_lowercase().contains("%2e") || uri.contains(['\\', '\t', '\n', '\r']);
-        if sly
-            || uri.split('/').any(|segment| segment == "..")
-            || !(allow.is_empty() || allow.iter().any(|p| below(plain, p)))
-        {
+        if climbs(uri) || !(allow.is_empty() || allow.iter().any(|p| below(plain, p))) {
             let message = format!(
                 "{uri} is not below any prefix of storage.allow_uris; ask the operator to add it"
             );
@@ -144,12 +141,31 @@ impl Stores {
         self.open(uri)
     }
 
+    /// Opens a URI that another process names: one below the operator's own `state`, or one that
+    /// the allow-list holds.
+    ///
+    /// # Errors
+    /// As [`Stores::open_allowed`].
+    pub fn open_named(&self, uri: &str, state: &Location) -> Result<Location> {
+        match !climbs(uri) && below(uri, state.uri()) {
+            true => self.open(uri),
+            false => self.open_allowed(uri),
+        }
+    }
+
     /// Opens a URI of the operator's own: `file:///…`, `s3://bucket/…`, `memory:///…`,
     /// `http(s)://…`.
     ///
     /// # Errors
     /// `InvalidArgument` where it is no such URI; nothing is contacted yet.
     pub fn open(&self, uri: &str) -> Result<Location> {
+        if uri.len() > URI_BYTES_MAX {
+            let message = format!(
+                "a URI of {} bytes is too long; at most {URI_BYTES_MAX}",
+                uri.len()
+            );
+            return Err(Error::invalid("uri", message));
+        }
         let (url, scheme, path) = taken_apart(uri)?;
         let key = format!("{}://{}", url.scheme(), url.authority());
         let mut open = self.0.open.lock().expect("no panic while held");
@@ -222,6 +238,14 @@ fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
     }
 }
 
+/// Whether a URI leads out of the folder that it seems to be in, or would once a URL parser has read
+/// it.
+fn climbs(uri: &str) -> bool {
+    uri.to_ascii_lowercase().contains("%2e")
+        || uri.contains(['\\', '\t', '\n', '\r'])
+        || uri.split('/').any(|segment| segment == "..")
+}
+
 /// Whether `uri` is `prefix` or lies below it, by whole path segments.
 fn below(uri: &str, prefix: &str) -> bool {
     let prefix = prefix.trim_end_matches('/');
@@ -258,6 +282,34 @@ mod tests {
             let error = stores.open_allowed(bad).map(drop).unwrap_err();
             assert_eq!(error.reason(), Reason::UriNotAllowed, "{bad}");
         }
+    }
+
+    #[test]
+    fn what_a_call_names_lies_in_the_state_or_is_allowed() {
+        let config = StorageConfig {
+            allow_uris: vec!["memory:///data".into()],
+            ..Default::default()
+        };
+        let stores = Stores::new(config);
+        let state = stores.open("memory:///state").unwrap();
+        for good in [
+            "memory:///state/runs/r/snapshots/d.safetensors",
+            "memory:///data/model",
+        ] {
+            assert!(stores.open_named(good, &state).is_ok(), "{good}");
+        }
+        for bad in [
+            "memory:///state/../secret",
+            "memory:///state/%2e%2e/secret",
+            "memory:///statement",
+            "file:///etc/passwd",
+        ] {
+            let error = stores.open_named(bad, &state).map(drop).unwrap_err();
+            assert_eq!(error.reason(), Reason::UriNotAllowed, "{bad}");
+        }
+        let long = format!("memory:///data/{}", "a/".repeat(1 << 20));
+        let error = stores.open_allowed(&long).map(drop).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidArgument);
     }
 
     #[test]

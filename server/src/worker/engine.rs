@@ -53,11 +53,11 @@ impl Engine {
         };
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
-            state,
             threads,
             reader: BlockReader::new(stores.clone(), config.block_cache_bytes),
             manifests: Cache::new(MANIFESTS_MAX, |_| 1),
-            models: Models::new(stores, device.clone()),
+            models: Models::new(stores, state.clone(), device.clone()),
+            state,
             device,
             pool: Pool::new(threads, limits)?,
             raw: Retained::new(config.row_bytes_max),

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    storage::Stores,
+    storage::{Location, Stores},
 };
 use std::sync::Arc;
 use superbatch_proto::v1::{ModelRef, Reason};
@@ -51,6 +51,8 @@ enum WeightsId {
 /// The models that calls name.
 pub(super) struct Models {
     stores: Stores,
+    /// Where pushed weights are.
+    state: Location,
     device: Device,
     folders: Cache<String, Arc<Folder>>,
     loaded: Cache<ModelId, Arc<Loaded>>,
@@ -58,10 +60,11 @@ pub(super) struct Models {
 }
 
 impl Models {
-    pub fn new(stores: Stores, device: Device) -> Self {
+    pub fn new(stores: Stores, state: Location, device: Device) -> Self {
         let (folders, loaded) = (Cache::new(KEPT_MAX, |_| 1), Cache::new(KEPT_MAX, |_| 1));
         Self {
             stores,
+            state,
             device,
             folders,
             loaded,
@@ -180,9 +183,14 @@ impl Models {
         })
     }
 
+    /// A call is no more trusted than a trainer: what it names must be allowed here, too.
+    fn open(&self, uri: &str) -> Result<Location> {
+        self.stores.open_named(uri, &self.state)
+    }
+
     async fn folder(&self, uri: &str) -> Result<Arc<Folder>> {
         let make = async {
-            let files = Arc::new(ModelFolder::fetch(&self.stores.open(uri)?).await?);
+            let files = Arc::new(ModelFolder::fetch(&self.open(uri)?).await?);
             let inputs = Arc::new(Inputs::of(&files)?);
             Ok(Arc::new(Folder { files, inputs }))
         };
@@ -193,9 +201,7 @@ impl Models {
         Ok(match id {
             WeightsId::Folder { .. } => Weights::Folder,
             WeightsId::Random(seed) => Weights::Random(*seed),
-            WeightsId::Snapshot { uri, .. } => {
-                Weights::Safetensors(self.stores.open(uri)?.get("").await?)
-            }
+            WeightsId::Snapshot { uri, .. } => Weights::Safetensors(self.open(uri)?.get("").await?),
         })
     }
 }

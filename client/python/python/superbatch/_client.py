@@ -312,11 +312,22 @@ class Run:
         push_id: str | None,
         expected_parts: int,
     ) -> None:
-        # Room first, copies after: no more copies exist than can wait.
-        slot = self._run.reserve_push().wait()
+        # The service hears of the push first, whichever process asks for the next step. Room before copies: no more
+        # copies exist than can wait.
+        slot = self._run.reserve_push(step, rank).wait()
         self._warn_of_dropped(stacklevel=4)
         _weights.add(slot, blocks, dtype)
-        slot.submit(step, push_id, expected_parts, rank)
+        slot.submit(push_id, expected_parts)
+
+    def missing_pushes(self, start_step: int) -> list[int]:
+        """Steps whose pushes were on their way when the trainer ended, and which steps from `start_step` on wait for.
+
+        A trainer that resumes at `start_step`, the step after its checkpoint's, pushes the checkpoint's weights as each of
+        them, before it asks for a batch. Under `exact(1)` two may be missing, of which the older has the weights of a step
+        before the checkpoint: the checkpoint's are the nearest that are left, and receipts show by the digest of
+        `learner` that both are the same.
+        """
+        return self._run.missing_pushes(whole("start_step", start_step)).wait()
 
     def flush(self) -> Record | None:
         """Waits until every push is published. Returns the newest version, or None if this process pushed nothing."""

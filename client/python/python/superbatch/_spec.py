@@ -141,8 +141,8 @@ class RunSpec:
     micro_batches: each rank's slice is cut into so many equal micro-batches (default 1).
     columns: extra columns to deliver beside image and caption.
     fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or "reference_only". "wait" is
-        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING at once where
-        every rank waits and no push is on its way. To ask again is to wait again.
+        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING after
+        `stall_grace_seconds` if every rank waits and no push is on its way. To ask again is to wait again.
     max_ahead: steps beyond the last consumed one that may be asked for (default 2). More than the steps that a DataLoader's
         workers hold ready (num_workers times prefetch_factor).
     epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last super-batch are not scanned in it:
@@ -154,6 +154,9 @@ class RunSpec:
     fork_of: another run's history to start from. Not built yet: open_run answers UNIMPLEMENTED.
     train_flops_per_example: what a training step costs, where known.
     need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies (default 60).
+    stall_grace_seconds: the run is stalled when every rank stands still for a step whose weights are missing, and no rank
+        has called `push_weights` for them. The fallback applies when the stall has lasted for so long (default 5; 0 is
+        at once).
     """
 
     run_id: str
@@ -178,6 +181,7 @@ class RunSpec:
     compute_dtype: str | None = None
     train_flops_per_example: float | None = None
     need_deadline_seconds: float | None = None
+    stall_grace_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, with the protocol's field names; without `run_id`, and without what is None."""

@@ -49,6 +49,8 @@ pub struct Fake {
     pub publish: watch::Sender<bool>,
     /// What pushes are answered to have published.
     pub published_digest: Mutex<String>,
+    /// All announcements of pushes, in the order they came.
+    announced: watch::Sender<Vec<AnnouncePushRequest>>,
     closed: Mutex<Vec<String>>,
 }
 
@@ -105,6 +107,17 @@ impl Fake {
     /// Ids of the runs that were closed.
     pub fn closed(&self) -> Vec<String> {
         lock(&self.closed).clone()
+    }
+
+    /// (step, rank, withdrawn) of the announcements so far, once there are so many.
+    pub async fn announced(&self, count: usize) -> TestResult<Vec<(i64, u32, bool)>> {
+        let mut announced = self.announced.subscribe();
+        let enough = announced.wait_for(|all| all.len() >= count);
+        let all = tokio::time::timeout(Duration::from_secs(20), enough).await??;
+        let shown = all
+            .iter()
+            .map(|push| (push.step, push.rank, push.withdrawn));
+        Ok(shown.collect())
     }
 
     /// Waits until a request like this has come.
@@ -356,6 +369,15 @@ impl selection_service_server::SelectionService for Fake {
             ..WeightsVersion::default()
         });
         Ok(Response::new(PushWeightsResponse { published }))
+    }
+
+    async fn announce_push(
+        &self,
+        request: Request<AnnouncePushRequest>,
+    ) -> Result<Response<AnnouncePushResponse>, Status> {
+        self.announced
+            .send_modify(|announced| announced.push(request.into_inner()));
+        Ok(Response::new(AnnouncePushResponse {}))
     }
 
     async fn rewind(&self, _: Request<RewindRequest>) -> Result<Response<RewindResponse>, Status> {

@@ -545,6 +545,75 @@ async fn weights_that_will_not_come_are_not_said_to_be_on_their_way() -> TestRes
 }
 
 #[tokio::test]
+async fn the_service_hears_of_a_push_when_it_is_called_and_when_it_is_given_up() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake
+        .open(Retry {
+            attempts_max: 1,
+            ..fast()
+        })
+        .await?;
+    let pusher = Pusher::start(&run, 1);
+    let push = |step, rank| Push {
+        rank,
+        ..Push::whole(step, Part::f32("w", &[1], &[1.0]).into_iter().collect())
+    };
+    // One is under way and one waits; of the third, which finds no room, the service hears as well.
+    pusher.push(push(0, 0)).await?;
+    pusher.push(push(1, 0)).await?;
+    let mut third = Box::pin(pusher.push(push(2, 3)));
+    let heard = tokio::select! {
+        _ = &mut third => return Err("there is no room".into()),
+        heard = fake.announced(3) => heard?,
+    };
+    assert_eq!(heard, [(0, 0, false), (1, 0, false), (2, 3, false)]);
+    drop(third);
+    assert_eq!(fake.announced(4).await?[3], (2, 3, true));
+
+    // What is published is not withdrawn, and what is refused is.
+    fake.publish.send_replace(true);
+    pusher.flush().await?;
+    fake.refuse_pushes
+        .lock()
+        .map_err(|_| "poisoned")?
+        .push_back(Reason::WeightsRefused);
+    pusher.push(push(3, 0)).await?;
+    pusher.flush().await.expect_err("it is refused");
+    let heard = fake.announced(6).await?;
+    assert_eq!(heard[4..], [(3, 0, false), (3, 0, true)]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_push_that_is_sent_again_is_announced_again() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    fake.publish.send_replace(true);
+    fake.refuse_pushes
+        .lock()
+        .map_err(|_| "poisoned")?
+        .push_back(Reason::Overloaded);
+    run.push_weights(0, vec![Part::f32("w", &[1], &[1.0])?])
+        .await?;
+    assert_eq!(fake.announced(2).await?, [(0, 0, false); 2]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_loader_that_reads_ahead_says_what_it_holds() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    let config = BatchesConfig {
+        read_ahead: 1,
+        ..BatchesConfig::default()
+    };
+    let mut batches = run.batches(config)?;
+    batches.next().await.ok_or("a batch")??;
+    assert_eq!(fake.asked()[0].held_steps, 1);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_rewind_moves_the_handle_to_the_new_generation() -> TestResult {
     let fake = Arc::new(Fake::default());
     let run = fake.open(fast()).await?;

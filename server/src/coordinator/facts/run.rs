@@ -1,7 +1,7 @@
 //! What a run is, in object storage: facts below `runs/R/`, each created once.
 use super::chain::{Chain, Rewound};
 use crate::{
-    coordinator::spec::complete_phase,
+    coordinator::spec::{complete_grace, complete_phase},
     error::{Error, Result},
     storage::{Created, Location, nonce},
 };
@@ -26,6 +26,9 @@ pub struct ModelFact {
     /// opened.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
+    /// Numbers of an embedding; 0 in runs that older builds opened.
+    #[serde(default)]
+    dim: u32,
 }
 
 impl ModelFact {
@@ -39,7 +42,13 @@ impl ModelFact {
             pair_flops: 0.0,
             tensors: BTreeMap::new(),
             files: BTreeMap::new(),
+            dim: 0,
         }
+    }
+
+    /// Numbers of an embedding, where the run knows them.
+    pub fn embedding_dim(&self) -> Option<u32> {
+        (self.dim > 0).then_some(self.dim)
     }
 }
 
@@ -49,6 +58,7 @@ impl From<PrepareModelResponse> for ModelFact {
             digest: model.digest,
             weights_digest: model.weights_digest,
             files: model.files.into_iter().collect(),
+            dim: model.embedding_dim,
             logit_scale: model.logit_scale,
             logit_bias: model.logit_bias,
             pair_flops: model.image_flops + model.text_flops,
@@ -93,6 +103,7 @@ impl RunFact {
         let mut spec: RunSpec =
             from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))?;
         spec.phases.iter_mut().for_each(complete_phase);
+        complete_grace(&mut spec);
         Ok(spec)
     }
 }

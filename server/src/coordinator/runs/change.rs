@@ -160,16 +160,21 @@ impl Run {
     /// kept.
     pub async fn forget_weights(&self) -> Result<()> {
         let kept = self.deps.limits.snapshots_kept;
-        let _alone = self.committing.lock().await;
-        let oldest = oldest_needed(self.next_step(), &self.spec());
-        if !self.weights.has_before(oldest, kept) {
+        let oldest = || oldest_needed(self.next_step(), &self.spec());
+        if !self.weights.has_before(oldest(), kept) {
             return Ok(());
         }
+        let (oldest, retired) = {
+            // No rewind meanwhile, which may need them; and no commit waits for the store.
+            let _alone = self.committing.lock().await;
+            let oldest = oldest();
+            (oldest, self.weights.retire_before(oldest, kept))
+        };
         self.owner.check().await?;
-        let forgotten = self.weights.forget_before(oldest, kept).await?;
+        self.weights.delete(&retired).await?;
         tracing::info!(
             run = self.id,
-            forgotten,
+            forgotten = retired.len(),
             before_step = oldest,
             "snapshots deleted"
         );

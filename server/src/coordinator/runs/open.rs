@@ -259,6 +259,34 @@ pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option
     Ok(of_trajectory(&listed, chain).max())
 }
 
+/// What a stopped run has behind it: the last step before which all are committed, and what steps
+/// up to there scanned and selected. Steps beyond, which are committed out of order, are not in it.
+pub async fn settled(
+    location: &Location,
+    chain: &Chain,
+    max_ahead: u32,
+) -> Result<(Option<u64>, Accounts)> {
+    let receipts = Receipts::new(location.clone());
+    let listed = receipts.committed().await?;
+    let trail = Trail::new(of_trajectory(&listed, chain));
+    let mut all = totals(&receipts, listed, max_ahead as usize).await?;
+    for step in (trail.next()..=trail.newest().unwrap_or(0)).filter(|step| trail.contains(*step)) {
+        for generation in chain.candidates(step, chain.current()) {
+            let Some(receipt) = receipts.find(step, generation).await? else {
+                continue;
+            };
+            let cost = receipt.summary.and_then(|summary| summary.cost);
+            let cost = cost.unwrap_or_default();
+            all.candidates_scanned = all
+                .candidates_scanned
+                .saturating_sub(cost.candidates_scanned);
+            all.examples_selected = all.examples_selected.saturating_sub(cost.examples_selected);
+            break;
+        }
+    }
+    Ok((trail.next().checked_sub(1), all))
+}
+
 /// The run's totals: those of the newest commit, which has the largest. Commits may be out of order
 /// by `max_ahead`.
 async fn totals(

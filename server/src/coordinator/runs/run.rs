@@ -7,8 +7,9 @@ use crate::{
         facts::chain::Began,
         receipts::wasted::Wasted,
         score::claims::Claims,
-        spec::delivered,
+        spec::{Asked, delivered, phase_at},
         trainer::{cell::Cell, waits::Waits},
+        weights::missing,
     },
     error::Result,
 };
@@ -122,7 +123,10 @@ impl Run {
     }
 
     pub fn summary(&self) -> RunSummary {
-        let state = self.state();
+        self.summary_of(&self.state())
+    }
+
+    fn summary_of(&self, state: &State) -> RunSummary {
         RunSummary {
             run_id: self.id.clone(),
             state: state.run_state() as i32,
@@ -131,8 +135,25 @@ impl Run {
         }
     }
 
-    pub fn info(&self) -> RunInfo {
-        let (summary, spec) = (self.summary(), self.spec());
+    /// The pushes that a trainer which goes on at `resume` has to repeat.
+    fn missing_pushes(&self, resume: u64, spec: &RunSpec) -> Vec<i64> {
+        let (began, book) = (self.began().0, self.weights.book());
+        let committed = self.state().committed.clone();
+        let is_scored =
+            |step| Asked::by(phase_at(&spec.phases, step)).learner && !committed.contains(step);
+        missing(
+            resume,
+            &spec.lag.unwrap_or_default(),
+            spec.push_every_steps,
+            is_scored,
+            |due| book.borrow().find(due, &began).is_some(),
+        )
+    }
+
+    /// `resume`: the step at which a trainer goes on, the run's next one where absent.
+    pub fn info(&self, resume: Option<u64>) -> RunInfo {
+        let spec = self.spec();
+        let missing_pushes = self.missing_pushes(resume.unwrap_or(self.next_step()), &spec);
         let learner = self
             .weights
             .book()
@@ -141,7 +162,8 @@ impl Run {
             .map(|published| published.version);
         let state = self.state();
         RunInfo {
-            summary: Some(summary),
+            // Of the same moment as the accounts.
+            summary: Some(self.summary_of(&state)),
             dataset_manifest: self.manifest_digest.clone(),
             candidates_scanned: state.totals.candidates_scanned,
             examples_delivered: delivered(&spec, state.members.consumed_by_all()),
@@ -151,6 +173,7 @@ impl Run {
             failure: state.failure.clone().unwrap_or_default(),
             tail_rows_per_epoch: self.plan.tail_rows(&spec.phases),
             spec: Some((*spec).clone()),
+            missing_pushes,
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     coordinator::workers::{
         failover::{Unable, is_lost},
         pool::Pool,
+        replies::{Replies, unsound},
         worker::Worker,
     },
     error::{Error, Result, from_status},
@@ -37,7 +38,7 @@ pub async fn fetch_rows_from_others(
     let mut attempt = 0;
     loop {
         let worker = pool.other(&mut unable).await?;
-        match fetch_rows_from(&worker, request.clone()).await {
+        match fetch_rows_from(pool.replies(), &worker, request.clone()).await {
             Err(error) if is_lost(&error) && attempt + 1 < ATTEMPTS_MAX => {
                 pool.lost(&worker);
                 attempt += 1;
@@ -48,19 +49,33 @@ pub async fn fetch_rows_from_others(
     }
 }
 
-async fn fetch_rows_from(worker: &Worker, request: FetchRowsRequest) -> Result<Vec<Bytes>> {
+async fn fetch_rows_from(
+    replies: Replies,
+    worker: &Worker,
+    request: FetchRowsRequest,
+) -> Result<Vec<Bytes>> {
     let lost = |status| from_status(status, Reason::NoWorkers);
-    let mut stream = worker
-        .client()
-        .fetch_rows(request)
-        .await
+    let wanted: usize = request.blocks.iter().map(|block| block.rows.len()).sum();
+    let mut client = worker.client();
+    let mut stream = replies
+        .within(worker, "that it reads rows", client.fetch_rows(request))
+        .await?
         .map_err(lost)?
         .into_inner();
-    let mut parts = Vec::new();
-    while let Some(response) = stream.next().await {
+    let (mut parts, mut bytes) = (Vec::new(), 0);
+    while let Some(response) = replies.within(worker, "rows", stream.next()).await? {
         match response.map_err(lost)?.message {
-            Some(fetch_rows_response::Message::ArrowIpc(part)) => parts.push(part),
-            Some(fetch_rows_response::Message::Done(_)) => return Ok(parts),
+            Some(fetch_rows_response::Message::ArrowIpc(part)) => {
+                bytes += part.len() as u64;
+                replies.check_rows_bytes(bytes)?;
+                parts.push(part);
+            }
+            Some(fetch_rows_response::Message::Done(done)) if done.rows as usize == wanted => {
+                return Ok(parts);
+            }
+            Some(fetch_rows_response::Message::Done(done)) => {
+                return Err(unsound(format_args!("{} of {wanted} rows", done.rows)));
+            }
             None => {}
         }
     }

@@ -1,6 +1,7 @@
 //! Stage 2, score: a super-batch is cut into slices, and workers embed them.
 pub mod claims;
 pub mod fetch;
+mod received;
 pub mod scored;
 pub mod slice;
 pub mod stream;

@@ -7,6 +7,7 @@ use crate::{
         workers::{
             failover::{Unable, is_lost},
             pool::Pool,
+            replies::Replies,
             worker::Worker,
         },
     },
@@ -35,6 +36,9 @@ pub struct Job {
     pub reference: Option<ModelRef>,
     /// The learner's folder, where its embeddings will be asked for.
     pub learner_model: Option<ModelRef>,
+    /// Numbers of an embedding, where the run knows them.
+    pub reference_dim: Option<u32>,
+    pub learner_dim: Option<u32>,
     pub embedding_dtype: EmbeddingDtype,
     pub columns: Vec<String>,
     /// Read and check rows, embed nothing.
@@ -62,6 +66,8 @@ pub struct Slice {
     /// Rows of its last block that are candidates of the next slices.
     reference_more: Vec<u32>,
     pub holes: Vec<Hole>,
+    /// Candidates whose reference embeddings are not finite, in whichever attempt.
+    pub not_finite: HashSet<u32>,
     pub fetch_seconds: f64,
     pub decode_seconds: f64,
     /// Floating-point operations of attempts that were lost.
@@ -98,6 +104,7 @@ impl Slice {
             range,
             reference_range,
             holes: Vec::new(),
+            not_finite: HashSet::new(),
             fetch_seconds: 0.0,
             decode_seconds: 0.0,
             discarded_flops: 0.0,
@@ -190,6 +197,17 @@ impl Slice {
         self.holes = found;
     }
 
+    /// Its candidates, and those of other slices whose reference embeddings it gives.
+    pub fn candidates(&self) -> usize {
+        self.range.len() + self.reference_more.len()
+    }
+
+    /// Candidates that have no embedding.
+    pub fn without_embedding(&self) -> HashSet<u32> {
+        let holes = self.holes.iter().map(|hole| hole.candidate);
+        holes.chain(self.not_finite.iter().copied()).collect()
+    }
+
     pub fn wants_reference(&self) -> bool {
         !self.has_reference && !self.reference_range.is_empty()
     }
@@ -205,7 +223,7 @@ impl Slice {
             let workers = pool.wait_live().await?;
             let turn = self.number + attempt + job.step as usize;
             let worker = unable.other(workers, turn)?;
-            match self.attempt_on(&worker, job, learner).await {
+            match self.attempt_on(pool.replies(), &worker, job, learner).await {
                 Ok(live) => {
                     self.live = Some(live);
                     return Ok(());
@@ -222,6 +240,7 @@ impl Slice {
 
     async fn attempt_on(
         &mut self,
+        replies: Replies,
         worker: &Worker,
         job: &Job,
         learner: Option<&ModelRef>,
@@ -248,14 +267,18 @@ impl Slice {
         };
         send.try_send(request)
             .map_err(|_| Error::internal("a fresh channel is full"))?;
-        let answer = worker.client().score(ReceiverStream::new(requests)).await;
-        let receive = answer
+        let mut client = worker.client();
+        let answer = client.score(ReceiverStream::new(requests));
+        let receive = replies
+            .within(worker, "that it takes a slice", answer)
+            .await?
             .map_err(|status| from_status(status, Reason::NoWorkers))?
             .into_inner();
         let mut live = Live {
             worker: worker.clone(),
             send,
             receive,
+            replies,
         };
         live.begun(self, job).await?;
         if let Some(model) = learner {

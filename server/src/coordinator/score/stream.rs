@@ -1,15 +1,21 @@
 //! The stream to the worker that holds a slice: what is sent, what must come back.
-use super::slice::{Embeddings, Job, Slice};
+use super::{
+    received::Received,
+    slice::{Embeddings, Job, Slice},
+};
 use crate::{
-    coordinator::workers::worker::Worker,
+    coordinator::workers::{
+        replies::{Replies, checked_holes, unsound},
+        worker::Worker,
+    },
     error::{Error, Result, from_status},
 };
 use bytes::Bytes;
 use futures::StreamExt;
 use std::ops::Range;
 use superbatch_proto::v1::{
-    ChosenRows, EmbeddingDtype, EmbeddingPart, LearnerGo, ModelRef, Reason, ScoreRequest,
-    ScoreResponse, Tower, score_request, score_response::Message,
+    ChosenRows, LearnerGo, ModelRef, Reason, ScoreRequest, ScoreResponse, Tower, score_request,
+    score_response::Message,
 };
 use tokio::sync::mpsc;
 use tonic::Streaming;
@@ -18,45 +24,7 @@ pub struct Live {
     pub worker: Worker,
     pub send: mpsc::Sender<ScoreRequest>,
     pub receive: Streaming<ScoreResponse>,
-}
-
-/// Bytes of one embedding element.
-fn element_bytes(dtype: EmbeddingDtype) -> usize {
-    if dtype == EmbeddingDtype::F32 { 4 } else { 2 }
-}
-
-/// Puts a part where it belongs among `rows`, numbered within the slice.
-fn place(
-    into: &mut Embeddings,
-    part: &EmbeddingPart,
-    rows: &Range<usize>,
-    element: usize,
-) -> Result<()> {
-    let dim = part.dim as usize;
-    if into.image.is_empty() {
-        into.dim = dim;
-        into.image = vec![0; rows.len() * dim * element];
-        into.text = vec![0; rows.len() * dim * element];
-    }
-    let first = (part.first as usize).wrapping_sub(rows.start);
-    let fits = dim == into.dim && first < rows.len() && first + part.rows as usize <= rows.len();
-    let (start, end) = match fits {
-        true => (
-            first * dim * element,
-            (first + part.rows as usize) * dim * element,
-        ),
-        false => (0, 0),
-    };
-    if !fits || part.image.len() != end - start || part.text.len() != end - start {
-        return Err(Error::internal(format!(
-            "a worker sent embeddings of rows {}+{} out of shape",
-            part.first, part.rows
-        )));
-    }
-    let copy = |to: &mut [u8], from: &Bytes| to.copy_from_slice(from);
-    copy(&mut into.image[start..end], &part.image);
-    copy(&mut into.text[start..end], &part.text);
-    Ok(())
+    pub replies: Replies,
 }
 
 fn unexpected(wanted: &str, got: &Message) -> Error {
@@ -72,18 +40,23 @@ fn unexpected(wanted: &str, got: &Message) -> Error {
 
 impl Live {
     pub async fn begun(&mut self, slice: &mut Slice, job: &Job) -> Result<()> {
-        match self.next().await? {
+        match self.next("its rows").await? {
             Message::Holes(holes) => {
-                slice.fetch_seconds += holes.fetch_seconds;
-                slice.decode_seconds += holes.decode_seconds;
-                slice.take_holes(holes.holes);
+                let found = checked_holes(holes.holes, slice.candidates())?;
+                slice.fetch_seconds += seconds(holes.fetch_seconds);
+                slice.decode_seconds += seconds(holes.decode_seconds);
+                slice.take_holes(found);
             }
             other => return Err(unexpected("holes", &other)),
         }
         if job.reference.is_some() && slice.wants_reference() && !job.check_only {
             let rows = slice.reference_range.start - slice.range.start
                 ..slice.reference_range.end - slice.range.start;
-            slice.reference = Some(self.embeddings(Tower::Reference, rows, job).await?);
+            let found = self
+                .embeddings(Tower::Reference, rows, job.reference_dim, slice, job)
+                .await?;
+            slice.not_finite.extend(&found.done.not_finite);
+            slice.reference = Some(found);
         }
         Ok(())
     }
@@ -93,8 +66,9 @@ impl Live {
             learner: Some(model.clone()),
         }))
         .await?;
+        let rows = 0..slice.range.len();
         slice.learner = Some(
-            self.embeddings(Tower::Learner, 0..slice.range.len(), job)
+            self.embeddings(Tower::Learner, rows, job.learner_dim, slice, job)
                 .await?,
         );
         Ok(())
@@ -105,11 +79,19 @@ impl Live {
             candidates: chosen.to_vec(),
         }))
         .await?;
-        let mut parts = Vec::new();
+        let (mut parts, mut bytes) = (Vec::new(), 0);
         loop {
-            match self.next().await? {
-                Message::ArrowIpc(part) => parts.push(part),
-                Message::RowsDone(_) => return Ok(parts),
+            match self.next("the chosen rows").await? {
+                Message::ArrowIpc(part) => {
+                    bytes += part.len() as u64;
+                    self.replies.check_rows_bytes(bytes)?;
+                    parts.push(part);
+                }
+                Message::RowsDone(done) if done.rows as usize == chosen.len() => return Ok(parts),
+                Message::RowsDone(done) => {
+                    let wanted = chosen.len();
+                    return Err(unsound(format_args!("{} of {wanted} rows", done.rows)));
+                }
                 other => return Err(unexpected("rows", &other)),
             }
         }
@@ -119,17 +101,17 @@ impl Live {
         &mut self,
         tower: Tower,
         rows: Range<usize>,
+        dim: Option<u32>,
+        slice: &Slice,
         job: &Job,
     ) -> Result<Embeddings> {
-        let mut found = Embeddings::default();
+        let mut received = Received::new(rows, job.embedding_dtype, dim);
         loop {
-            match self.next().await? {
-                Message::Embedding(part) if part.tower == tower as i32 => {
-                    place(&mut found, &part, &rows, element_bytes(job.embedding_dtype))?;
-                }
+            match self.next("embeddings").await? {
+                Message::Embedding(part) if part.tower == tower as i32 => received.place(&part)?,
                 Message::Done(done) if done.tower == tower as i32 => {
-                    found.done = done;
-                    return Ok(found);
+                    let has_none = slice.without_embedding();
+                    return received.finish(done, slice.candidates(), |c| has_none.contains(&c));
                 }
                 other => return Err(unexpected("embeddings", &other)),
             }
@@ -140,18 +122,25 @@ impl Live {
         let request = ScoreRequest {
             message: Some(message),
         };
-        self.send
-            .send(request)
-            .await
+        let sent = self
+            .replies
+            .within(&self.worker, "that it reads", self.send.send(request));
+        sent.await?
             .map_err(|_| Error::new(Reason::NoWorkers, "the worker ended its stream"))
     }
 
-    async fn next(&mut self) -> Result<Message> {
+    async fn next(&mut self, what: &str) -> Result<Message> {
         let ended = || Error::new(Reason::NoWorkers, "the worker ended its stream early");
-        let response = self.receive.next().await.ok_or_else(ended)?;
+        let next = self.replies.within(&self.worker, what, self.receive.next());
+        let response = next.await?.ok_or_else(ended)?;
         let response = response.map_err(|status| from_status(status, Reason::NoWorkers))?;
         response
             .message
             .ok_or_else(|| Error::internal("the worker sent an empty message"))
     }
+}
+
+/// Seconds that a worker says it took, for the accounts.
+fn seconds(said: f64) -> f64 {
+    if said.is_finite() { said.max(0.0) } else { 0.0 }
 }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     coordinator::{
         plan::{candidate::Candidate, cut},
-        workers::pool::Pool,
+        workers::{pool::Pool, replies::unsound},
     },
     error::{Error, Result},
     selection::{Embedded, Values},
@@ -154,18 +154,22 @@ impl Scoring {
             .filter(|(_, (_, local))| !local.is_empty());
         let streams =
             try_join_all(asked.map(|(slice, (_, local))| slice.rows(pool, job, local))).await?;
-        let mut tables = streams.into_iter().map(Table::from_stream);
+        let due = wanted
+            .iter()
+            .map(|(_, local)| local.len())
+            .filter(|rows| *rows > 0);
+        // Else the rows of all later slices would stand for others.
+        let mut tables = streams.into_iter().zip(due).map(|(parts, due)| {
+            let table = Table::from_stream(parts)?;
+            match table.rows() == due {
+                true => Ok(table),
+                false => Err(unsound(format_args!("{} of {due} rows", table.rows()))),
+            }
+        });
         let mut all = tables
             .next()
             .ok_or_else(|| Error::internal("no rows were chosen"))??;
         tables.try_for_each(|table| all.append(table?))?;
-        if all.rows() != chosen.len() {
-            return Err(Error::internal(format!(
-                "of {} rows workers sent {}",
-                chosen.len(),
-                all.rows()
-            )));
-        }
         hashed(all.reordered(&place))
     }
 

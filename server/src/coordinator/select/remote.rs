@@ -3,7 +3,12 @@ use super::{ATTEMPTS_MAX, PART_CANDIDATES, Selector, local::LocalSelector};
 use crate::{
     coordinator::{
         score::scored::Scored,
-        workers::{failover::is_lost, pool::Pool},
+        workers::{
+            failover::{Unable, is_lost},
+            pool::Pool,
+            replies::check_selected,
+            worker::Worker,
+        },
     },
     error::{Result, from_status},
 };
@@ -83,6 +88,7 @@ impl Selector for WorkerSelector {
         if learner.is_none() && reference.is_none() {
             return self.local.select(begin, None, None).await;
         }
+        let asked = begin.clone();
         let mut messages = candidates(begin);
         for (tower, scored) in [(Tower::Learner, &learner), (Tower::Reference, &reference)] {
             messages.extend(
@@ -96,22 +102,41 @@ impl Selector for WorkerSelector {
             .into_iter()
             .map(|m| SelectRequest { message: Some(m) })
             .collect();
-        let mut attempts = 0;
+        let (mut attempts, mut unable) = (0, Unable::default());
         loop {
-            let worker = self.pool.one_on(self.device).await?;
+            let worker = self.pool.other_on(self.device, &mut unable).await?;
             // The bytes in them are shared, not copied.
-            let answer = worker
-                .client()
-                .select(tokio_stream::iter(requests.clone()))
-                .await;
-            match answer.map_err(|status| from_status(status, Reason::NoWorkers)) {
+            match self.select_on(&worker, requests.clone(), &asked).await {
+                Ok(selected) => return Ok(selected),
                 Err(error) if is_lost(&error) && attempts + 1 < ATTEMPTS_MAX => {
-                    self.pool.lost(&worker)
+                    self.pool.lost(&worker);
+                    attempts += 1;
                 }
-                done => return done.map(tonic::Response::into_inner),
+                Err(error) => unable.note(&worker, error)?,
             }
-            attempts += 1;
         }
+    }
+}
+
+impl WorkerSelector {
+    async fn select_on(
+        &self,
+        worker: &Worker,
+        requests: Vec<SelectRequest>,
+        asked: &SelectBegin,
+    ) -> Result<SelectResponse> {
+        let mut client = worker.client();
+        let answer = client.select(tokio_stream::iter(requests));
+        let answer = self
+            .pool
+            .replies()
+            .within(worker, "a selection", answer)
+            .await?;
+        let selected = answer
+            .map_err(|status| from_status(status, Reason::NoWorkers))?
+            .into_inner();
+        check_selected(asked, &selected)?;
+        Ok(selected)
     }
 }
 

@@ -18,6 +18,11 @@ const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
 /// About 30 years.
 const SECONDS_MAX: f64 = 1e9;
 const MAX_AHEAD_MAX: u32 = 1 << 10;
+/// Phases of a run, those that are appended among them.
+pub(super) const PHASES_MAX: usize = 1 << 12;
+const COLUMNS_MAX: usize = 1 << 10;
+/// URIs and names of columns, in bytes. The longest key of an object store has 1,024.
+const NAME_BYTES_MAX: usize = 1 << 12;
 /// Columns that every batch has, and the prefix of the service's own.
 const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
 const PREFIX_TAKEN: &str = "_superbatch_";
@@ -45,6 +50,8 @@ fn sources(spec: &RunSpec) -> Result<()> {
         let at = |field| format!("sources[{i}].{field}");
         named(&at("uri"), &source.uri)?;
         positive(&at("weight"), source.weight)?;
+        short(&at("image_column"), &source.image_column)?;
+        short(&at("caption_column"), &source.caption_column)?;
         if !source.image_column.is_empty() && source.image_column == source.caption_column {
             let message = format!("'{}' cannot be both image and caption", source.image_column);
             return Err(impossible(&at("caption_column"), message));
@@ -85,6 +92,9 @@ fn schedule(spec: &RunSpec) -> Result<()> {
             "the run has no phase; give one from step 0",
         ));
     };
+    if spec.phases.len() > PHASES_MAX {
+        return Err(too_many_phases(spec.phases.len()));
+    }
     if first.from_step != 0 {
         let message = format!(
             "the first phase starts at step {}; it must start at 0",
@@ -103,6 +113,11 @@ fn schedule(spec: &RunSpec) -> Result<()> {
         .iter()
         .enumerate()
         .try_for_each(|(i, phase)| self::phase(i, phase, spec.micro_batches))
+}
+
+pub(super) fn too_many_phases(count: usize) -> Error {
+    let message = format!("{count} phases are too many; a run has at most {PHASES_MAX}");
+    impossible("phases", message)
 }
 
 fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
@@ -215,6 +230,10 @@ fn weights(spec: &RunSpec) -> Result<()> {
 }
 
 fn columns(columns: &[String]) -> Result<()> {
+    if columns.len() > COLUMNS_MAX {
+        let message = format!("{} columns; at most {COLUMNS_MAX}", columns.len());
+        return Err(impossible("columns", message));
+    }
     let mut seen = HashSet::new();
     for (i, column) in columns.iter().enumerate() {
         let field = format!("columns[{i}]");
@@ -247,12 +266,11 @@ fn bounds(spec: &RunSpec) -> Result<()> {
     )?;
     within("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
     positive("need_deadline_seconds", spec.need_deadline_seconds)?;
-    if spec.need_deadline_seconds > SECONDS_MAX {
-        let message = format!(
-            "{} seconds is too long; give at most {SECONDS_MAX}",
-            spec.need_deadline_seconds
-        );
-        return Err(impossible("need_deadline_seconds", message));
+    at_most_years("need_deadline_seconds", spec.need_deadline_seconds)?;
+    let grace = spec.stall_grace_seconds.unwrap_or(0.0);
+    if grace != 0.0 {
+        positive("stall_grace_seconds", grace)?;
+        at_most_years("stall_grace_seconds", grace)?;
     }
     positive("max_bad_row_share", spec.max_bad_row_share)?;
     if spec.max_bad_row_share > 1.0 {
@@ -273,6 +291,14 @@ fn bounds(spec: &RunSpec) -> Result<()> {
     }
 }
 
+fn at_most_years(field: &str, seconds: f64) -> Result<()> {
+    if seconds <= SECONDS_MAX {
+        return Ok(());
+    }
+    let message = format!("{seconds} seconds is too long; give at most {SECONDS_MAX}");
+    Err(impossible(field, message))
+}
+
 /// A value of the enum `E`, and not its zero.
 fn known<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
     if value != 0 && E::try_from(value).is_ok() {
@@ -291,10 +317,20 @@ fn known<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
 
 fn named(field: &str, value: &str) -> Result<()> {
     if value.is_empty() {
-        Err(impossible(field, format!("{field} is empty")))
-    } else {
-        Ok(())
+        return Err(impossible(field, format!("{field} is empty")));
     }
+    short(field, value)
+}
+
+fn short(field: &str, value: &str) -> Result<()> {
+    if value.len() <= NAME_BYTES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "{field} has {} bytes; it has at most {NAME_BYTES_MAX}",
+        value.len()
+    );
+    Err(impossible(field, message))
 }
 
 fn finite(field: &str, value: f64) -> Result<()> {

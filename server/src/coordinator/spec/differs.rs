@@ -158,7 +158,7 @@ messages! {
     RunSpec {
         sources, learner, reference, phases, loss, lag, push_every_steps, micro_batches, columns, fallback, seed, max_ahead,
         epochs, window_blocks, embedding_dtype, micro_batch_rows, max_bad_row_share, fork_of, compute_dtype,
-        train_flops_per_example, need_deadline_seconds,
+        train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     }
     Source { uri, weight, image_column, caption_column }
     LearnerSpec { model_uri, initial, logit_bias }

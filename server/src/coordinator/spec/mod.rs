@@ -43,6 +43,7 @@ pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec
     fill(&mut spec.micro_batch_rows, 64);
     fill(&mut spec.max_bad_row_share, 0.1);
     fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
+    complete_grace(&mut spec);
     check::check(&spec)?;
     Ok(spec)
 }
@@ -73,6 +74,20 @@ pub fn complete_phase(phase: &mut Phase) {
     tuning::complete(phase);
 }
 
+/// Seconds that a stall lasts before it is acted on, where the run does not say: enough for an
+/// announcement that comes by another connection, few enough for a trainer that never pushes.
+const STALL_GRACE_SECONDS: f64 = 5.0;
+
+/// The grace period with its default; also of a run that an earlier version opened.
+pub fn complete_grace(spec: &mut RunSpec) {
+    spec.stall_grace_seconds = Some(stall_grace_seconds(spec));
+}
+
+/// How long every rank must stand still without a push on its way before the run is stalled.
+pub fn stall_grace_seconds(spec: &RunSpec) -> f64 {
+    spec.stall_grace_seconds.unwrap_or(STALL_GRACE_SECONDS)
+}
+
 fn fill<T: Default + PartialEq>(value: &mut T, default: T) {
     if *value == T::default() {
         *value = default;
@@ -98,6 +113,10 @@ pub fn append_phases(
     phases: Vec<Phase>,
     last_started: Option<u64>,
 ) -> Result<RunSpec> {
+    // Each is compared with all: so many at most.
+    if phases.len() > check::PHASES_MAX {
+        return Err(check::too_many_phases(phases.len()));
+    }
     for mut phase in phases {
         complete_phase(&mut phase);
         if spec.phases.contains(&phase) {

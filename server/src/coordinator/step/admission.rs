@@ -41,6 +41,7 @@ impl Run {
             incarnation: request.incarnation.clone(),
             need,
             consumed_through: request.consumed_through,
+            held: request.held_steps,
         };
         match self.admit(&asking, request).await {
             Ok(waiting) => self.told(&asking, waiting).await,
@@ -122,17 +123,14 @@ impl Run {
         state.check_generation(request.generation)?;
         let bounds = state.bounds(spec.max_ahead);
         if state.members.admit(asking, bounds)? {
+            self.weights
+                .announced_by(&asking.incarnation, |other| state.members.knows(other));
             let error = state.members.taken_over();
             state.cells.values().for_each(|cell| cell.take_over(&error));
         }
         self.prepare(&mut state, &spec, asking.step);
         let cell = state.cells.get(&asking.step).ok_or_else(gone)?;
-        Ok(cell.wait(
-            asking.rank,
-            asking.world_size,
-            asking.need,
-            request.pushing_through,
-        ))
+        Ok(cell.wait(asking, request.pushing_through))
     }
 
     /// Starts `step` and what may be prepared after it; lets go of what is consumed.

@@ -2,13 +2,14 @@
 use super::maker::Maker;
 use crate::{
     coordinator::{
-        trainer::patience::{Moment, Verdict, Why, patience, verdict},
+        spec::stall_grace_seconds,
+        trainer::patience::{Demand, Moment, Verdict, Why, patience, verdict},
         weights::{Due, Published, Traffic, due},
     },
     error::{Error, Result},
 };
 use std::{collections::BTreeSet, time::Duration};
-use superbatch_proto::v1::{Fallback, Mode, Reason};
+use superbatch_proto::v1::{Fallback, Mode, Reason, RunSpec};
 use tokio::time::Instant;
 
 /// Weights for a step, or the way it is decided without.
@@ -33,12 +34,12 @@ impl Maker<'_> {
             run.weights.traffic(),
             self.reporter.demand(),
         );
-        let deadline = Duration::from_secs_f64(self.spec.need_deadline_seconds);
+        let limits = Limits::of(self.spec);
         let (begun, mut told) = (Instant::now(), false);
         loop {
             let (began, current) = run.began();
             // Traffic first: a push leaves it only after it has entered the book.
-            let (staged, fate) = pushes(&traffic.borrow_and_update(), current, due);
+            let (coming, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
                 return Ok(Learner::Version(published, Mode::Normal));
             }
@@ -46,11 +47,13 @@ impl Maker<'_> {
             let verdict = verdict(&Moment {
                 demand: &wanted,
                 needed_for: wanted.since.map(|since| since.elapsed()),
-                deadline,
+                deadline: limits.deadline,
+                stalled_for: wanted.stalled_since.map(|since| since.elapsed()),
+                grace: limits.grace,
                 due: due_step(due),
                 // Initial weights are one push, too.
                 exact: !matches!(due, Due::Within { .. }),
-                staging: &staged,
+                coming: &coming,
                 refused: fate.refused.is_some(),
                 fallback: self.spec.fallback(),
             });
@@ -58,13 +61,12 @@ impl Maker<'_> {
                 Verdict::Wait => {}
                 Verdict::TellRanks(why) => {
                     self.reporter
-                        .tell(missing(step, self.awaited(due), why, deadline, fate))
+                        .tell(missing(step, due, self.awaited(due), why, limits, fate))
                 }
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
-            let overdue = patience(&wanted, due_step(due))
-                .filter(|_| !told)
-                .map(|patience| begun + patience);
+            let patience = patience(&wanted, due_step(due)).filter(|_| !told);
+            let overdue = patience.map(|patience| begun + patience);
             if overdue.is_some_and(|at| at <= Instant::now()) {
                 told = true;
                 let (waits_for, seconds) = (self.awaited(due), begun.elapsed().as_secs());
@@ -78,16 +80,10 @@ impl Maker<'_> {
                 continue;
             }
             let _parked = self.reporter.park();
-            let given_up = wanted
-                .since
-                .filter(|_| verdict == Verdict::Wait)
-                .map(|since| since + deadline);
-            let alarm = async {
-                match given_up.into_iter().chain(overdue).min() {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let given_up = limits
+                .next_verdict(&wanted, Instant::now())
+                .filter(|_| verdict == Verdict::Wait);
+            let alarm = wait_until(given_up.into_iter().chain(overdue).min());
             let changed = tokio::select! {
                 changed = book.changed() => changed,
                 changed = traffic.changed() => changed,
@@ -128,6 +124,38 @@ impl Maker<'_> {
     }
 }
 
+async fn wait_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How long a step waits for weights.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    deadline: Duration,
+    grace: Duration,
+}
+
+impl Limits {
+    fn of(spec: &RunSpec) -> Self {
+        Self {
+            deadline: Duration::from_secs_f64(spec.need_deadline_seconds),
+            grace: Duration::from_secs_f64(stall_grace_seconds(spec)),
+        }
+    }
+
+    /// When time alone may next change the verdict.
+    fn next_verdict(&self, demand: &Demand, now: Instant) -> Option<Instant> {
+        let ends = [
+            demand.since.map(|since| since + self.deadline),
+            demand.stalled_since.map(|since| since + self.grace),
+        ];
+        ends.into_iter().flatten().filter(|at| *at > now).min()
+    }
+}
+
 /// What became of the push that is due.
 struct Fate {
     refused: Option<String>,
@@ -137,15 +165,12 @@ struct Fate {
 
 /// Steps of the generation's pushes that are on their way, and what became of the due one.
 fn pushes(traffic: &Traffic, generation: u32, due: Due) -> (BTreeSet<i64>, Fate) {
-    let staged = traffic
-        .staging
-        .iter()
-        .filter(|(g, _)| *g == generation)
-        .map(|(_, step)| *step)
-        .collect();
+    let staged = traffic.staging.iter().filter(|(g, _)| *g == generation);
+    let announced = traffic.announced.steps(generation);
+    let coming = staged.map(|(_, step)| *step).chain(announced).collect();
     let at = (generation, due_step(due).unwrap_or(-1));
     (
-        staged,
+        coming,
         Fate {
             refused: traffic.refused.get(&at).cloned(),
             failed: traffic.failed.get(&at).cloned(),
@@ -176,7 +201,7 @@ fn awaited(due: Due, newest: Option<i64>) -> String {
     }
 }
 
-fn missing(step: u64, weights: String, why: Why, deadline: Duration, fate: Fate) -> Error {
+fn missing(step: u64, due: Due, weights: String, why: Why, limits: Limits, fate: Fate) -> Error {
     let failed = fate
         .failed
         .map(|cause| format!(" (taking them failed: {cause})"))
@@ -184,17 +209,36 @@ fn missing(step: u64, weights: String, why: Why, deadline: Duration, fate: Fate)
     let (reason, what) = match (why, fate.refused) {
         (Why::Deadline, None) => (
             Reason::NeedDeadline,
-            format!("did not come within {} s{failed}", deadline.as_secs_f64()),
+            format!(
+                "did not come within {} s{failed}",
+                limits.deadline.as_secs_f64()
+            ),
         ),
         (Why::NobodyPushes, None) => (
             Reason::WeightsMissing,
-            format!("are not there, every rank waits, and none has a push on its way{failed}"),
+            format!(
+                "are not there, every rank has waited for {} s, and none has a push on its way{failed}",
+                limits.grace.as_secs_f64()
+            ),
         ),
         (_, Some(refusal)) => (Reason::WeightsMissing, format!("were refused ({refusal})")),
     };
     let message = format!(
         "step {step} is scored with the {weights}, which {what}; push them, or give the run a \
-        fallback"
+        fallback{}",
+        needs_the_step_before(step, due)
     );
     Error::new(reason, message).with("step", step)
+}
+
+/// A loop that fetches a batch before it has trained on the one before cannot have pushed what the
+/// next step is scored with, where the lag allows no step between.
+fn needs_the_step_before(step: u64, due: Due) -> String {
+    match due_step(due).and_then(|due| u64::try_from(due).ok()) {
+        Some(due) if due + 1 == step => format!(
+            "; a loop that fetches step {step} before it has trained on step {due} (as accelerate and \
+             Lightning do) needs a lag of one step more, such as exact(1)"
+        ),
+        _ => String::new(),
+    }
 }

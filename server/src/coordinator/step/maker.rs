@@ -2,6 +2,7 @@
 use super::decided::Decided;
 use crate::{
     coordinator::{
+        facts::run::ModelFact,
         plan::{
             candidate::{Candidate, SuperBatch},
             planner,
@@ -50,6 +51,8 @@ impl Maker<'_> {
             learner_model: learner
                 .filter(|_| !check_only)
                 .map(|learner| bare(models::initial_ref(spec, learner, run.learner.as_ref()))),
+            reference_dim: run.reference.as_ref().and_then(ModelFact::embedding_dim),
+            learner_dim: run.learner.as_ref().and_then(ModelFact::embedding_dim),
             embedding_dtype: spec.embedding_dtype(),
             columns: spec.columns.clone(),
             check_only,

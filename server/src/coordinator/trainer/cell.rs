@@ -1,5 +1,8 @@
 //! One step: a cell that ranks wait at, and what they get when it is ready.
-use super::patience::Demand;
+use super::{
+    patience::{Demand, Need},
+    ranks::Asking,
+};
 use crate::{
     coordinator::serve::ready::Ready,
     error::{Error, Result},
@@ -53,10 +56,7 @@ impl Reporter {
 
     /// Ends the calls that stand still for this step with `error`; the step goes on.
     pub fn tell(&self, error: Error) {
-        self.demand.send_modify(|demand| {
-            demand.needing.clear();
-            demand.since = None;
-        });
+        self.demand.send_modify(Demand::leave_all);
         tell(&self.progress, error);
     }
 
@@ -130,12 +130,8 @@ impl Cell {
     /// Forgets what an earlier start of the trainer wanted; its calls that still stand here end
     /// with `error`.
     pub fn take_over(&self, error: &Error) {
-        self.demand.send_modify(|demand| {
-            *demand = Demand {
-                calls: demand.calls,
-                ..Demand::default()
-            }
-        });
+        self.demand
+            .send_modify(|demand| *demand = demand.begun_anew());
         tell(&self.progress, error.repeat());
     }
 
@@ -150,14 +146,8 @@ impl Cell {
         self.progress.receiver_count() > 0
     }
 
-    /// Joins the ranks that wait. `need`: this rank stands still.
-    pub fn wait(
-        &self,
-        rank: u32,
-        world_size: u32,
-        need: bool,
-        pushing_through: Option<i64>,
-    ) -> Waiting {
+    /// Joins the ranks that wait.
+    pub fn wait(&self, asking: &Asking, pushing_through: Option<i64>) -> Waiting {
         let progress = self.progress.subscribe();
         let told = match *progress.borrow() {
             Progress::Working { told, .. } => told,
@@ -165,17 +155,16 @@ impl Cell {
         };
         let mut call = None;
         self.demand.send_modify(|demand| {
-            demand.world_size = world_size;
-            demand.asked = Some(Instant::now());
+            let (rank, now) = (asking.rank, Instant::now());
+            demand.world_size = asking.world_size;
+            demand.asked = Some(now);
             match pushing_through {
                 Some(step) => drop(demand.pushing.insert(rank, step)),
                 None => drop(demand.pushing.remove(&rank)),
             }
-            if need {
-                demand.calls += 1;
-                demand.needing.insert(demand.calls, rank);
-                call = Some(demand.calls);
-                demand.since.get_or_insert_with(Instant::now);
+            if asking.need {
+                let stands_still = asking.held == 0;
+                call = Some(demand.join(Need { rank, stands_still }, now));
             }
         });
         Waiting {
@@ -249,12 +238,6 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         let Some(call) = self.call else { return };
-        self.demand.send_if_modified(|demand| {
-            let was = demand.needing.remove(&call).is_some();
-            if demand.needing.is_empty() {
-                demand.since = None;
-            }
-            was
-        });
+        self.demand.send_if_modified(|demand| demand.leave(call));
     }
 }

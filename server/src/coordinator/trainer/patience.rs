@@ -9,33 +9,94 @@ use tokio::time::Instant;
 /// Who waits for a step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Demand {
-    /// Ranks that stand still for it.
-    pub needing: BTreeMap<u64, u32>,
+    /// Calls that need it, by number.
+    needing: BTreeMap<u64, Need>,
     /// Calls that needed the step so far.
-    pub calls: u64,
+    calls: u64,
     pub world_size: u32,
     /// The newest step whose push each rank says it has begun, by its last word: one that came to
     /// nothing is taken back.
     pub pushing: BTreeMap<u32, i64>,
-    /// When the first of them began to stand still.
+    /// When the first of the calls that need the step came.
     pub since: Option<Instant>,
+    /// When the last rank came to stand still for the step, while all do.
+    pub stalled_since: Option<Instant>,
     /// When the step was last asked for.
     pub asked: Option<Instant>,
+}
+
+/// One call that needs a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    pub rank: u32,
+    /// The rank has trained on all batches before this one. One that holds a batch may train on it,
+    /// and push, while a loader asks for the next.
+    pub stands_still: bool,
+}
+
+impl Demand {
+    /// Adds a call that needs the step, and returns its number.
+    pub fn join(&mut self, need: Need, now: Instant) -> u64 {
+        self.calls += 1;
+        self.needing.insert(self.calls, need);
+        self.since.get_or_insert(now);
+        if self.all_stand_still() {
+            self.stalled_since.get_or_insert(now);
+        }
+        self.calls
+    }
+
+    /// Takes a call back. Returns whether it was there.
+    pub fn leave(&mut self, call: u64) -> bool {
+        let was = self.needing.remove(&call).is_some();
+        if self.needing.is_empty() {
+            self.since = None;
+        }
+        if !self.all_stand_still() {
+            self.stalled_since = None;
+        }
+        was
+    }
+
+    /// Takes all calls back.
+    pub fn leave_all(&mut self) {
+        self.needing.clear();
+        (self.since, self.stalled_since) = (None, None);
+    }
+
+    /// What is left of it for another start of the trainer. Calls are never numbered twice.
+    pub fn begun_anew(&self) -> Self {
+        Self {
+            calls: self.calls,
+            ..Self::default()
+        }
+    }
+
+    fn all_stand_still(&self) -> bool {
+        let still = self.needing.values().filter(|need| need.stands_still);
+        let ranks: BTreeSet<u32> = still.map(|need| need.rank).collect();
+        self.world_size > 0 && ranks.len() >= self.world_size as usize
+    }
 }
 
 /// What is known at one moment.
 #[derive(Debug, Clone)]
 pub struct Moment<'a> {
     pub demand: &'a Demand,
-    /// How long some rank has stood still; `None` while none does.
+    /// How long some call has needed the step; `None` while none does.
     pub needed_for: Option<Duration>,
     pub deadline: Duration,
+    /// How long all ranks have stood still for the step; `None` while not all do.
+    pub stalled_for: Option<Duration>,
+    /// How long they must have, before that is called a stall: an announcement of a push may be on
+    /// its way by another connection.
+    pub grace: Duration,
     /// The step whose push is due; `None` for initial weights.
     pub due: Option<i64>,
     /// No other push will do than that of the due step.
     pub exact: bool,
-    /// Steps whose pushes have reached us in part.
-    pub staging: &'a BTreeSet<i64>,
+    /// Steps whose pushes were announced, or have reached us in part.
+    pub coming: &'a BTreeSet<i64>,
     /// Whether the due push came and was refused. That a rank announced it is no hope then.
     pub refused: bool,
     pub fallback: Fallback,
@@ -53,7 +114,8 @@ pub enum Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Why {
     Deadline,
-    /// Every rank stands still and no push is on its way: waiting cannot help.
+    /// Every rank has stood still for the grace period and no push is on its way: waiting cannot
+    /// help.
     NobodyPushes,
 }
 
@@ -75,29 +137,27 @@ pub fn patience(demand: &Demand, due: Option<i64>) -> Option<Duration> {
     })
 }
 
-/// Decides. All ranks standing still with no push on its way needs no deadline; else the deadline
-/// runs while some rank needs the step.
+/// Decides. If all ranks have stood still for the grace period and no push is on its way, the step
+/// does not wait for its deadline; else the deadline runs while some rank needs the step.
 pub fn verdict(moment: &Moment) -> Verdict {
     let Some(needed_for) = moment.needed_for else {
         return Verdict::Wait;
     };
-    let demand = moment.demand;
     let due = moment.due.unwrap_or(-1);
-    let all = demand.world_size > 0
-        && demand.needing.values().collect::<BTreeSet<_>>().len() >= demand.world_size as usize;
-    let staged = moment
-        .staging
+    let coming = moment
+        .coming
         .range(due..)
         .next()
         .is_some_and(|step| !moment.exact || *step == due);
     // Of several that would do, the oldest may be refused and a later one still come.
     let hopeless = |step: i64| moment.refused && (moment.exact || step == due);
-    let announced = demand
+    let said = moment
+        .demand
         .pushing
         .values()
         .any(|step| *step >= due && !hopeless(*step));
-    let on_its_way = staged || announced;
-    let why = match (needed_for >= moment.deadline, all && !on_its_way) {
+    let stalled = moment.stalled_for.is_some_and(|long| long >= moment.grace) && !coming && !said;
+    let why = match (needed_for >= moment.deadline, stalled) {
         (_, true) => Why::NobodyPushes,
         (true, false) => Why::Deadline,
         (false, false) => return Verdict::Wait,
@@ -113,29 +173,96 @@ pub fn verdict(moment: &Moment) -> Verdict {
 mod tests {
     use super::*;
 
+    const STILL: Need = Need {
+        rank: 0,
+        stands_still: true,
+    };
+    const HOLDS: Need = Need {
+        rank: 1,
+        stands_still: false,
+    };
+
+    /// A trainer of two ranks, which began to need step 8 or 9 so many seconds ago.
+    fn demand(needing: &[Need], seconds_ago: &[u64], now: Instant) -> Demand {
+        let mut demand = Demand {
+            world_size: 2,
+            ..Demand::default()
+        };
+        for (need, ago) in needing.iter().zip(seconds_ago) {
+            demand.join(*need, now - Duration::from_secs(*ago));
+        }
+        demand
+    }
+
+    fn judge(demand: &Demand, coming: &[i64], fallback: Fallback, now: Instant) -> Verdict {
+        verdict(&Moment {
+            demand,
+            needed_for: demand.since.map(|since| now - since),
+            deadline: Duration::from_secs(60),
+            stalled_for: demand.stalled_since.map(|since| now - since),
+            grace: Duration::from_secs(5),
+            due: Some(7),
+            exact: false,
+            coming: &coming.iter().copied().collect(),
+            refused: false,
+            fallback,
+        })
+    }
+
+    /// All of the ranks given have stood still for so many seconds.
     fn decide(
         needing: &[u32],
         seconds: u64,
         pushing: Option<i64>,
-        staging: &[i64],
+        coming: &[i64],
         fallback: Fallback,
     ) -> Verdict {
-        let demand = Demand {
-            needing: (0..).zip(needing.iter().copied()).collect(),
-            world_size: 2,
-            pushing: pushing.map(|step| (0, step)).into_iter().collect(),
-            ..Demand::default()
+        let now = Instant::now() + Duration::from_secs(3600);
+        let needs: Vec<Need> = needing
+            .iter()
+            .map(|rank| Need {
+                rank: *rank,
+                ..STILL
+            })
+            .collect();
+        let mut demand = demand(&needs, &vec![seconds; needs.len()], now);
+        demand.pushing = pushing.map(|step| (0, step)).into_iter().collect();
+        judge(&demand, coming, fallback, now)
+    }
+
+    #[test]
+    fn a_stall_begins_with_the_last_rank_and_is_told_after_the_grace() {
+        let now = Instant::now() + Duration::from_secs(3600);
+        let ranks = [STILL, Need { rank: 1, ..STILL }];
+        let decide = |ago: &[u64]| judge(&demand(&ranks, ago, now), &[], Fallback::Wait, now);
+        assert_eq!(decide(&[50, 4]), Verdict::Wait);
+        assert_eq!(decide(&[50, 5]), Verdict::TellRanks(Why::NobodyPushes));
+    }
+
+    #[test]
+    fn a_rank_that_holds_a_batch_is_no_part_of_a_stall() {
+        let now = Instant::now() + Duration::from_secs(3600);
+        let decide = |ago| {
+            judge(
+                &demand(&[STILL, HOLDS], &[ago; 2], now),
+                &[],
+                Fallback::Wait,
+                now,
+            )
         };
-        verdict(&Moment {
-            demand: &demand,
-            needed_for: (!needing.is_empty()).then(|| Duration::from_secs(seconds)),
-            deadline: Duration::from_secs(60),
-            due: Some(7),
-            exact: false,
-            staging: &staging.iter().copied().collect(),
-            refused: false,
-            fallback,
-        })
+        assert_eq!(decide(59), Verdict::Wait);
+        assert_eq!(decide(60), Verdict::TellRanks(Why::Deadline));
+    }
+
+    #[test]
+    fn a_rank_that_leaves_ends_the_stall() {
+        let now = Instant::now() + Duration::from_secs(3600);
+        let ranks = [STILL, Need { rank: 1, ..STILL }];
+        let mut demand = demand(&ranks, &[30, 30], now);
+        assert!(demand.leave(2) && !demand.leave(2));
+        assert_eq!(judge(&demand, &[], Fallback::Wait, now), Verdict::Wait);
+        demand.join(ranks[1], now - Duration::from_secs(1));
+        assert_eq!(judge(&demand, &[], Fallback::Wait, now), Verdict::Wait);
     }
 
     #[test]
@@ -163,21 +290,25 @@ mod tests {
     }
 
     #[test]
-    fn nobody_pushing_ends_the_wait_at_once() {
+    fn nobody_pushing_ends_the_wait_after_the_grace() {
         assert_eq!(
-            decide(&[0, 1], 0, None, &[], Fallback::Uniform),
-            Verdict::FallBack(Why::NobodyPushes)
-        );
-        assert_eq!(
-            decide(&[0, 1], 0, Some(6), &[6], Fallback::Uniform),
-            Verdict::FallBack(Why::NobodyPushes)
-        );
-        assert_eq!(
-            decide(&[0, 1], 0, Some(7), &[], Fallback::Uniform),
+            decide(&[0, 1], 4, None, &[], Fallback::Uniform),
             Verdict::Wait
         );
         assert_eq!(
-            decide(&[0, 1], 0, None, &[7], Fallback::Uniform),
+            decide(&[0, 1], 5, None, &[], Fallback::Uniform),
+            Verdict::FallBack(Why::NobodyPushes)
+        );
+        assert_eq!(
+            decide(&[0, 1], 5, Some(6), &[6], Fallback::Uniform),
+            Verdict::FallBack(Why::NobodyPushes)
+        );
+        assert_eq!(
+            decide(&[0, 1], 59, Some(7), &[], Fallback::Uniform),
+            Verdict::Wait
+        );
+        assert_eq!(
+            decide(&[0, 1], 59, None, &[7], Fallback::Uniform),
             Verdict::Wait
         );
         assert_eq!(
@@ -215,20 +346,23 @@ mod tests {
 
     #[test]
     fn a_refused_push_is_not_waited_for() {
-        let demand = Demand {
-            needing: [(1, 0)].into(),
+        let now = Instant::now();
+        let mut demand = Demand {
             world_size: 1,
             pushing: [(0, 9)].into(),
             ..Demand::default()
         };
-        let decide = |refused, exact, staging: &[i64]| {
+        demand.join(STILL, now);
+        let decide = |refused, exact, coming: &[i64]| {
             verdict(&Moment {
                 demand: &demand,
                 needed_for: Some(Duration::ZERO),
                 deadline: Duration::from_secs(60),
+                stalled_for: Some(Duration::ZERO),
+                grace: Duration::ZERO,
                 due: Some(7),
                 exact,
-                staging: &staging.iter().copied().collect(),
+                coming: &coming.iter().copied().collect(),
                 refused,
                 fallback: Fallback::Uniform,
             })

@@ -11,17 +11,23 @@ pub struct Asking {
     pub rank: u32,
     pub world_size: u32,
     pub incarnation: String,
-    /// The trainer stands still: all steps before this one are consumed.
+    /// The rank cannot go on without the step. All steps before this one are consumed, but those
+    /// that it holds.
     pub need: bool,
     pub consumed_through: Option<u64>,
+    /// Batches of the steps before this one that the rank may have and not have trained on.
+    pub held: u32,
 }
 
 impl Asking {
     /// The newest step that this rank has consumed, by its own word, or because it stands still for
     /// the next.
     pub fn claims_consumed(&self) -> Option<u64> {
-        // A rank cannot have consumed the step that it asks for.
-        let before = self.step.checked_sub(1);
+        // A rank cannot have consumed the step that it asks for, nor those that it holds.
+        let before = self
+            .step
+            .checked_sub(1)
+            .and_then(|before| before.checked_sub(u64::from(self.held)));
         match self.consumed_through {
             Some(claimed) => before.map(|before| before.min(claimed)),
             None => before.filter(|_| self.need),
@@ -256,6 +262,7 @@ mod tests {
             incarnation: incarnation.into(),
             need: true,
             consumed_through: None,
+            held: 0,
         }
     }
 
@@ -403,6 +410,21 @@ mod tests {
             Some(6),
             "step 5 was the newest step when this trainer began",
         );
+    }
+
+    #[test]
+    fn a_rank_has_not_consumed_what_it_holds() {
+        let claims = |consumed_through, held| {
+            let asking = Asking {
+                consumed_through,
+                held,
+                ..asking(4, 0, 1, "a")
+            };
+            asking.claims_consumed()
+        };
+        assert_eq!([claims(None, 0), claims(None, 1)], [Some(3), Some(2)]);
+        assert_eq!([claims(Some(3), 2), claims(Some(0), 2)], [Some(1), Some(0)]);
+        assert_eq!(claims(None, 4), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! I/O.
 use super::lag::Due;
 use crate::coordinator::facts::chain::Began;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::v1::WeightsVersion;
 
 /// One published set of weights.
@@ -20,14 +20,28 @@ pub struct Published {
 struct Entry {
     published: Published,
     push_id: String,
-    /// Its snapshot is still there.
-    kept: bool,
+    snapshot: Snapshot,
+}
+
+/// What is known of a version's weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Snapshot {
+    /// They are at this key.
+    Kept(String),
+    /// They were deleted, because no step needs them any more.
+    Retired,
+    /// They were not there when the run was opened.
+    Missing,
 }
 
 impl Entry {
+    fn is_kept(&self) -> bool {
+        matches!(self.snapshot, Snapshot::Kept(_))
+    }
+
     fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64) -> bool {
         let version = &self.published.version;
-        self.kept
+        self.is_kept()
             && version.step < oldest_step
             && version.version <= last_version.saturating_sub(kept.max(1))
     }
@@ -87,7 +101,7 @@ impl Book {
         };
         let pushed = self.entries.range((oldest, 0)..=(newest, u32::MAX)).rev();
         let found = pushed
-            .filter(|(at, entry)| entry.kept && counts(at.0, at.1))
+            .filter(|(at, entry)| entry.is_kept() && counts(at.0, at.1))
             .map(|(_, entry)| &entry.published)
             .next();
         found
@@ -105,18 +119,19 @@ impl Book {
                 .is_some()
     }
 
-    /// What was published for exactly this step of this generation, and the id of its push.
-    pub fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published)> {
+    /// What was published for exactly this step of this generation: the id of its push, and where
+    /// its weights are.
+    pub fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published, &Snapshot)> {
         self.entries
             .get(&(step, generation))
-            .map(|entry| (entry.push_id.as_str(), &entry.published))
+            .map(|entry| (entry.push_id.as_str(), &entry.published, &entry.snapshot))
     }
 
     pub fn next_version(&self) -> u64 {
         self.last_version + 1
     }
 
-    pub fn insert(&mut self, push_id: String, published: Published, kept: bool) {
+    pub fn insert(&mut self, push_id: String, published: Published, snapshot: Snapshot) {
         self.last_version = self.last_version.max(published.version.version);
         let at = (published.version.step, published.version.generation);
         self.entries.insert(
@@ -124,7 +139,7 @@ impl Book {
             Entry {
                 published,
                 push_id,
-                kept,
+                snapshot,
             },
         );
     }
@@ -133,15 +148,21 @@ impl Book {
         self.initial = Some(initial);
     }
 
-    /// Marks all versions from before `oldest_step` as forgotten, but never the newest `kept` (at
-    /// least one). Returns whether there was any.
-    pub fn forget_before(&mut self, oldest_step: i64, kept: u64) -> bool {
+    /// Retires all versions from before `oldest_step`, but never the newest `kept` (at least one).
+    /// Returns the keys of snapshots that no other version needs.
+    pub fn forget_before(&mut self, oldest_step: i64, kept: u64) -> Vec<String> {
         let last_version = self.last_version;
-        let old = self
-            .entries
-            .values_mut()
-            .filter(|entry| entry.is_old(oldest_step, kept, last_version));
-        old.map(|entry| entry.kept = false).count() > 0
+        let mut retired = BTreeSet::new();
+        for entry in self.entries.values_mut() {
+            if entry.is_old(oldest_step, kept, last_version)
+                && let Snapshot::Kept(key) =
+                    std::mem::replace(&mut entry.snapshot, Snapshot::Retired)
+            {
+                retired.insert(key);
+            }
+        }
+        retired.retain(|key| !self.holds(key));
+        retired.into_iter().collect()
     }
 
     /// Whether [`Book::forget_before`] would forget anything.
@@ -151,11 +172,11 @@ impl Book {
             .any(|entry| entry.is_old(oldest_step, kept, self.last_version))
     }
 
-    /// Whether a snapshot is still needed.
-    pub fn holds(&self, digest: &str) -> bool {
+    /// Whether the snapshot at `key` is still needed.
+    pub fn holds(&self, key: &str) -> bool {
         self.entries
             .values()
-            .any(|entry| entry.kept && entry.published.version.digest == digest)
+            .any(|entry| matches!(&entry.snapshot, Snapshot::Kept(kept) if kept == key))
     }
 }
 
@@ -183,7 +204,8 @@ mod tests {
     fn book(pushes: &[(i64, u32)]) -> Book {
         let mut book = Book::default();
         for (version, &(step, generation)) in (1..).zip(pushes) {
-            book.insert("id".into(), published(version, step, generation), true);
+            let snapshot = Snapshot::Kept(format!("d{version}"));
+            book.insert("id".into(), published(version, step, generation), snapshot);
         }
         book
     }
@@ -262,16 +284,17 @@ mod tests {
         let mut book = book(&[(1, 0), (3, 0), (5, 0), (7, 0)]);
         let chain = chain(&[0]);
         assert!(
-            !book.has_before(1, 1) && !book.forget_before(1, 1),
+            !book.has_before(1, 1) && book.forget_before(1, 1).is_empty(),
             "step 1 is needed"
         );
         assert!(book.has_before(3, 1));
-        assert!(book.forget_before(3, 1));
-        assert!(
+        assert_eq!(book.forget_before(3, 1), ["d1"]);
+        assert_eq!(
             book.forget_before(9, 2),
+            ["d2"],
             "of the others the newest two are kept"
         );
-        assert!(!book.forget_before(9, 2));
+        assert!(book.forget_before(9, 2).is_empty());
         let find = |step| at(book.find(Due::Exactly(step), &chain));
         assert_eq!(
             [1, 3, 5, 7].map(find),
@@ -284,6 +307,18 @@ mod tests {
                 && !book.is_forgotten(4, &chain)
         );
         assert_eq!(book.next_version(), 5);
+    }
+
+    #[test]
+    fn a_snapshot_that_two_versions_share_goes_with_the_second() {
+        let mut book = Book::default();
+        for (version, step) in (1..).zip([1, 3, 5]) {
+            let snapshot = Snapshot::Kept(if step < 5 { "shared" } else { "own" }.into());
+            book.insert("id".into(), published(version, step, 0), snapshot);
+        }
+        assert_eq!(book.forget_before(2, 1), [""; 0]);
+        assert!(book.holds("shared"));
+        assert_eq!(book.forget_before(4, 1), ["shared"]);
     }
 
     proptest! {

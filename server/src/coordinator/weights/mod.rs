@@ -2,43 +2,46 @@
 //! again by the lag.
 //!
 //! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put
-//! at `snapshots/{blake3}`, loaded by a worker ([`Verifier`]), and published by creating the fact
-//! `pushes/{generation}/{step}.json`. Until that fact exists nothing is seen of it, and the old
-//! version serves on.
+//! at `snapshots/{blake3}.{nonce}.safetensors`, loaded by a worker ([`Verifier`]), and published by
+//! creating the fact `pushes/{generation}/{step}.json`. Until that fact exists nothing is seen of
+//! it, and the old version serves on.
+mod announced;
 mod assemble;
 mod book;
+mod history;
 mod lag;
 pub mod member;
+mod missing;
 mod publish;
+mod snapshots;
 mod staging;
 mod streams;
 #[cfg(test)]
 mod tests;
 
-use crate::coordinator::facts::chain::Began;
 use crate::{
+    coordinator::facts::chain::Began,
     error::{Error, Result},
     metrics,
     storage::Location,
 };
+pub use announced::Announced;
 use async_trait::async_trait;
 pub use book::Book;
 pub use book::Published;
-use futures::{StreamExt, TryStreamExt, stream};
+use book::Snapshot;
 pub use lag::Due;
 pub use lag::due;
 pub use lag::on_cadence;
+pub use missing::missing;
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use superbatch_proto::v1::{Lag, Reason};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::task::TaskTracker;
-
-/// Facts that are read at the same time when a run is opened.
-const READS_AT_ONCE: usize = 32;
 
 /// What the learner's weights look like.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +86,8 @@ pub struct RunWeights {
 /// Pushes that are not published, by (generation, step).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Traffic {
+    /// Called for by a rank, and neither published nor refused.
+    pub announced: Announced,
     /// Staging or being verified. A push leaves this set only after it has entered the [`Book`] or
     /// `refused`.
     pub staging: BTreeSet<(u32, i64)>,
@@ -105,7 +110,9 @@ pub struct Inner {
     book: watch::Sender<Book>,
     staging: Mutex<streams::Staging>,
     traffic: watch::Sender<Traffic>,
-    /// One publication at a time, and none while snapshots are forgotten.
+    /// One upload and check at a time.
+    verifying: tokio::sync::Mutex<()>,
+    /// One announcement at a time.
     publishing: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
 }
@@ -124,21 +131,17 @@ impl Weights {
         if let Some(initial) = spec.initial.clone() {
             book.set_initial(initial);
         }
-        let snapshots: HashSet<String> = run
-            .list(publish::SNAPSHOTS)
-            .await?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect();
-        let keys = run.list(publish::PUSHES).await?;
-        let mut facts = stream::iter(keys)
-            .map(|(key, _)| read_fact(&run, key))
-            .buffer_unordered(READS_AT_ONCE);
-        while let Some(fact) = facts.try_next().await? {
-            let kept = snapshots.contains(&publish::snapshot_key(&fact.digest));
-            book.insert(fact.push_id.clone(), fact.published(&run), kept);
+        let facts = history::read(&run).await?;
+        // After the facts: the weights of a version are there before its fact is.
+        let listed = snapshots::Listed::read(&run).await?;
+        for fact in facts {
+            let (key, snapshot) = match listed.find(&fact) {
+                Some(key) => (key.clone(), Snapshot::Kept(key)),
+                None => (fact.snapshot_key(), Snapshot::Missing),
+            };
+            book.insert(fact.push_id.clone(), fact.published(&run, &key), snapshot);
         }
-        drop(facts);
+        let orphans = listed.orphans(&book, SystemTime::now());
         gauge_newest(&book);
         let inner = Inner {
             run,
@@ -148,10 +151,15 @@ impl Weights {
             book: watch::Sender::new(book),
             staging: Mutex::default(),
             traffic: watch::Sender::default(),
+            verifying: tokio::sync::Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
             tasks: TaskTracker::new(),
         };
-        Ok(Self(Arc::new(inner)))
+        let weights = Self(Arc::new(inner));
+        if let Err(error) = weights.delete(&orphans).await {
+            tracing::debug!(error = error.chain(), "unused snapshots stay for now");
+        }
+        Ok(weights)
     }
 
     /// The published versions, as they are now and as they become.
@@ -169,35 +177,32 @@ impl Weights {
         !self.0.traffic.borrow().staging.is_empty()
     }
 
-    /// Whether [`Weights::forget_before`] would delete anything.
+    /// Whether [`Weights::retire_before`] would retire anything.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
         self.0.book.borrow().has_before(oldest_step, kept)
     }
 
-    /// Deletes the snapshots of versions from before `oldest_step` but the newest `kept`, and those
-    /// of pushes that were never published. The facts of all stay. Returns how many were deleted.
-    pub async fn forget_before(&self, oldest_step: i64, kept: u64) -> Result<usize> {
-        let _alone = self.0.publishing.lock().await;
-        if !self
-            .0
-            .book
-            .send_if_modified(|book| book.forget_before(oldest_step, kept))
-        {
-            return Ok(0);
-        }
-        let keys = self.0.run.list(publish::SNAPSHOTS).await?;
-        let needed = |key: &str| {
-            publish::digest_of(key).is_some_and(|digest| self.0.book.borrow().holds(digest))
-        };
-        let gone: Vec<String> = keys
-            .into_iter()
-            .map(|(key, _)| key)
-            .filter(|key| !needed(key))
-            .collect();
-        for key in &gone {
+    /// Retires versions from before `oldest_step` but the newest `kept`: no step is scored with
+    /// them from now on. Returns the keys of their snapshots, for [`Weights::delete`].
+    pub fn retire_before(&self, oldest_step: i64, kept: u64) -> Vec<String> {
+        let mut keys = Vec::new();
+        self.0.book.send_if_modified(|book| {
+            keys = book.forget_before(oldest_step, kept);
+            !keys.is_empty()
+        });
+        keys
+    }
+
+    /// Deletes snapshots that this book has retired, and nothing else: another owner of the run may
+    /// have published more. The facts of all versions stay.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`. What stays behind is deleted after the run is opened again.
+    pub async fn delete(&self, keys: &[String]) -> Result<()> {
+        for key in keys {
             self.0.run.delete(key).await?;
         }
-        Ok(gone.len())
+        Ok(())
     }
 
     /// Checks that the weights pushed after `step` can still be scored with.
@@ -231,10 +236,6 @@ impl Inner {
             .get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
         shape.await.cloned()
     }
-}
-
-async fn read_fact(run: &Location, key: String) -> Result<publish::Fact> {
-    publish::Fact::parse(&run.get(&key).await?, &run.uri_of(&key))
 }
 
 fn gauge_newest(book: &Book) {

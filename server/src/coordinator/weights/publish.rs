@@ -1,10 +1,14 @@
 //! From staged parts to a published version.
-use super::{Inner, Published, assemble::assemble, gauge_newest, staging::Staged};
+use super::{
+    Inner, ModelShape, Published, assemble::assemble, book::Snapshot, gauge_newest, history,
+    snapshots, staging::Staged,
+};
 use crate::{
     error::{Error, Result},
     metrics,
     storage::{Created, Location, nonce},
 };
+use bytes::Bytes;
 use futures::FutureExt;
 use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
@@ -14,22 +18,8 @@ use tokio::time::Instant;
 
 /// Published facts, below the run.
 pub const PUSHES: &str = "pushes";
-/// Weights files by digest, below the run.
-pub const SNAPSHOTS: &str = "snapshots";
 
-pub fn snapshot_key(digest: &str) -> String {
-    format!("{SNAPSHOTS}/{digest}.safetensors")
-}
-
-/// The inverse of [`snapshot_key`].
-pub fn digest_of(key: &str) -> Option<&str> {
-    key.strip_prefix(SNAPSHOTS)?
-        .strip_prefix('/')?
-        .strip_suffix(".safetensors")
-}
-
-/// A publication, as it is stored. The snapshot's URI follows from the digest, so that state may
-/// move.
+/// A publication, as it is stored. It holds no URI, so that state may move.
 #[derive(Serialize, Deserialize)]
 pub struct Fact {
     pub nonce: String,
@@ -38,6 +28,9 @@ pub struct Fact {
     pub generation: u32,
     pub step: i64,
     pub digest: String,
+    /// The weights file, below the run. Empty: that of an earlier version of this program.
+    #[serde(default)]
+    pub snapshot: String,
     pub logit_scale: f64,
     pub logit_bias: Option<f64>,
 }
@@ -48,7 +41,19 @@ impl Fact {
             .map_err(|e| Error::internal(format!("{uri} is no fact of a push")).because(e))
     }
 
-    pub fn published(&self, run: &Location) -> Published {
+    pub fn key(&self) -> String {
+        format!("{PUSHES}/{}/{}.json", self.generation, self.step)
+    }
+
+    pub fn snapshot_key(&self) -> String {
+        match self.snapshot.as_str() {
+            "" => snapshots::shared_key(&self.digest),
+            key => key.to_owned(),
+        }
+    }
+
+    /// The version, whose weights are at `snapshot`.
+    pub fn published(&self, run: &Location, snapshot: &str) -> Published {
         let (version, step, generation, digest) = (
             self.version,
             self.step,
@@ -56,7 +61,7 @@ impl Fact {
             self.digest.clone(),
         );
         Published {
-            snapshot_uri: run.uri_of(&snapshot_key(&digest)),
+            snapshot_uri: run.uri_of(snapshot),
             version: WeightsVersion {
                 version,
                 step,
@@ -88,6 +93,15 @@ impl Inner {
         let version = publishing
             .unwrap_or_else(|_| Err(Error::internal("publishing the weights panicked")))?;
         metrics::weight_push_duration().record(started.elapsed().as_secs_f64());
+        if version
+            .version
+            .is_multiple_of(history::SUMMARISED_FROM as u64)
+        {
+            let run = self.run.clone();
+            // Reading them all writes them down together.
+            self.tasks
+                .spawn(async move { drop(history::read(&run).await) });
+        }
         tracing::info!(
             step,
             version = version.version,
@@ -108,20 +122,12 @@ impl Inner {
         let joined = tokio::task::spawn_blocking(move || assemble(staged)).await;
         let snapshot =
             joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
-        let _alone = self.publishing.lock().await;
-        let key = snapshot_key(&snapshot.digest);
-        self.run
-            .put_pieces(&key, PutPayload::from_iter(snapshot.pieces))
+        let key = snapshots::new_key(&snapshot.digest);
+        let shape = self
+            .verified(&key, &snapshot.digest, snapshot.pieces)
             .await?;
-        let verified = self
-            .verifier
-            .verify(&self.run.uri_of(&key), &snapshot.digest)
-            .await;
-        if verified.is_err() && !self.book.borrow().holds(&snapshot.digest) {
-            // Best effort: what stays behind goes with the next `forget`.
-            drop(self.run.delete(&key).await);
-        }
-        let shape = verified?;
+        // For the announcement alone: versions are numbered in the order of their facts.
+        let _alone = self.publishing.lock().await;
         let fact = Fact {
             nonce: nonce(),
             push_id,
@@ -129,34 +135,77 @@ impl Inner {
             generation,
             step,
             digest: snapshot.digest,
+            snapshot: key,
             logit_scale: shape.logit_scale,
             logit_bias: shape.logit_bias,
         };
         self.announce(fact).await
     }
 
-    /// Creates the fact that makes a snapshot a version.
+    /// Uploads the weights and has them checked.
+    async fn verified(&self, key: &str, digest: &str, pieces: Vec<Bytes>) -> Result<ModelShape> {
+        // One at a time: a worker has room for one more model than it serves.
+        let _alone = self.verifying.lock().await;
+        self.run
+            .put_pieces(key, PutPayload::from_iter(pieces))
+            .await?;
+        let verified = self.verifier.verify(&self.run.uri_of(key), digest).await;
+        if verified.is_err() {
+            self.discard(key).await;
+        }
+        verified
+    }
+
+    /// Deletes an upload that belongs to no version. Best effort: what stays behind is found when the
+    /// run is opened again.
+    async fn discard(&self, key: &str) {
+        if let Err(error) = self.run.delete(key).await {
+            tracing::debug!(
+                key,
+                error = error.chain(),
+                "an unused snapshot stays for now"
+            );
+        }
+    }
+
+    /// Creates the fact that makes a snapshot a version. Where the push was published before, its
+    /// snapshot is put back if it is lost.
     ///
     /// # Errors
     /// `PushConflict` where another push of this step was first.
     async fn announce(&self, fact: Fact) -> Result<WeightsVersion> {
-        let key = format!("{PUSHES}/{}/{}.json", fact.generation, fact.step);
+        let (ours, digest) = (fact.snapshot.clone(), fact.digest.clone());
+        let key = fact.key();
         let bytes = serde_json::to_vec(&fact)
             .map_err(|e| Error::internal("cannot write a fact").because(e))?;
-        let fact = match self.run.create(&key, bytes.into()).await? {
-            Created::Ours => fact,
+        let (fact, snapshot) = match self.run.create(&key, bytes.into()).await? {
+            Created::Ours => (fact, Snapshot::Kept(ours)),
             Created::Theirs(bytes) => {
                 let theirs = Fact::parse(&bytes, &self.run.uri_of(&key))?;
                 if theirs.push_id != fact.push_id {
+                    self.discard(&ours).await;
                     return Err(conflict(fact.step, &theirs.push_id));
                 }
-                theirs
+                let known = theirs.snapshot_key();
+                let snapshot = match self.run.head(&known).await?.is_some() {
+                    true => Snapshot::Kept(known),
+                    false if theirs.digest == digest => Snapshot::Kept(ours.clone()),
+                    false => Snapshot::Missing,
+                };
+                if snapshot != Snapshot::Kept(ours.clone()) {
+                    self.discard(&ours).await;
+                }
+                (theirs, snapshot)
             }
         };
-        let published = fact.published(&self.run);
+        let at = match &snapshot {
+            Snapshot::Kept(key) => key.clone(),
+            Snapshot::Retired | Snapshot::Missing => fact.snapshot_key(),
+        };
+        let published = fact.published(&self.run, &at);
         let version = published.version.clone();
         self.book
-            .send_modify(|book| book.insert(fact.push_id, published, true));
+            .send_modify(|book| book.insert(fact.push_id, published, snapshot));
         gauge_newest(&self.book.borrow());
         Ok(version)
     }

@@ -9,6 +9,13 @@ use std::{
 };
 use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
 
+/// Parts of one push, over all ranks.
+const PARTS_MAX: usize = 1 << 20;
+/// Parts of one tensor: each new one is compared with all. So many ranks share a tensor at most.
+const PARTS_OF_TENSOR_MAX: usize = 1 << 12;
+/// Bytes of a tensor's name.
+const NAME_BYTES_MAX: usize = 1 << 10;
+
 /// A block of one tensor: elements start .. start + extent in each dimension, C order, little
 /// endian.
 #[derive(Debug)]
@@ -108,6 +115,17 @@ impl Staged {
                 ),
             ));
         }
+        let parts = self.tensors.get(&name).map_or(0, BTreeMap::len);
+        if self.slots.len() >= PARTS_MAX
+            || parts >= PARTS_OF_TENSOR_MAX
+            || name.len() > NAME_BYTES_MAX
+        {
+            let message = format!(
+                "a push has at most {PARTS_MAX} parts, {PARTS_OF_TENSOR_MAX} of one tensor, whose \
+                name has at most {NAME_BYTES_MAX} bytes"
+            );
+            return Err(Error::invalid("part", message));
+        }
         let slot = self.next_slot;
         let mut receiving = Receiving {
             slot,
@@ -132,11 +150,13 @@ impl Staged {
             self.bytes = bytes;
             receiving.bytes_due =
                 Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
-            self.tensors
-                .entry(name.clone())
-                .or_default()
-                .insert(slot, part);
-            tensor = Some(name);
+            // A rank whose shard is empty sends a part all the same. It holds nothing to keep, and
+            // would only be compared with all others.
+            let parts = self.tensors.entry(name.clone()).or_default();
+            if part.elements() > 0 || parts.is_empty() {
+                parts.insert(slot, part);
+                tensor = Some(name);
+            }
         }
         self.next_slot += 1;
         self.slots.insert(

@@ -1,6 +1,8 @@
 //! The streams of a push: who may join it, what they send, and the one answer that all of them get.
 use super::{
-    Inner, ModelShape, Weights, count_failure, lag,
+    Inner, ModelShape, Weights,
+    book::Snapshot,
+    count_failure, lag,
     member::{Fault, Member},
     passes,
     publish::conflict,
@@ -119,15 +121,18 @@ impl Weights {
     }
 
     async fn join(&self, start: &PushStart) -> Result<Joined> {
-        if let Some(version) = self.0.published(start)? {
-            return Ok(Joined::Published(version));
-        }
+        let lost = match self.0.published(start)? {
+            Some(version) if !self.0.is_lost(start).await => {
+                return Ok(Joined::Published(version));
+            }
+            published => published.is_some(),
+        };
         let shape = self.0.shape().await?;
         let at = (start.generation, start.step);
         let mut staging = self.0.lock();
         // Once more: it may have been published meanwhile. It leaves the staging area only after it
         // has entered the book.
-        if let Some(version) = self.0.published(start)? {
+        if let Some(version) = self.0.published(start)?.filter(|_| !lost) {
             return Ok(Joined::Published(version));
         }
         if !staging.pushes.contains_key(&at) && staging.pushes.len() >= PUSHES_AT_ONCE_MAX {
@@ -177,8 +182,14 @@ impl Inner {
                 Some((at, Err(error))) if passes(error) => {
                     drop(traffic.failed.insert(at, error.chain()))
                 }
-                Some((at, Err(error))) => drop(traffic.refused.insert(at, error.chain())),
-                Some((at, Ok(_))) => drop(traffic.failed.remove(&at)),
+                Some((at, Err(error))) => {
+                    traffic.announced.ended(at);
+                    traffic.refused.insert(at, error.chain());
+                }
+                Some((at, Ok(_))) => {
+                    traffic.announced.ended(at);
+                    traffic.failed.remove(&at);
+                }
                 None => {}
             }
             // Only the steps that are being decided are looked up.
@@ -194,14 +205,7 @@ impl Inner {
 
     /// Whether such a push may come at all.
     fn admit(&self, generation: u32, start: &PushStart) -> Result<()> {
-        let step = start.step;
-        if start.generation != generation {
-            let message = format!(
-                "the run is at generation {generation}, and the push is of {}",
-                start.generation
-            );
-            return Err(Error::new(Reason::GenerationStale, message).with("generation", generation));
-        }
+        self.check_due(generation, start.generation, start.step)?;
         if start.base_version.is_some() {
             let message = "pushing changed tensors only (base_version) is not built yet; push all";
             return Err(Error::new(Reason::Unimplemented, message).with("feature", "base_version"));
@@ -211,6 +215,15 @@ impl Inner {
                 "push_id",
                 "push_id is empty; give one id to all ranks' streams of a push",
             ));
+        }
+        Ok(())
+    }
+
+    /// Whether a push of `step` may come in generation `asked`, while the run is at `current`.
+    pub(super) fn check_due(&self, current: u32, asked: u32, step: i64) -> Result<()> {
+        if asked != current {
+            let message = format!("the run is at generation {current}, and the push is of {asked}");
+            return Err(Error::new(Reason::GenerationStale, message).with("generation", current));
         }
         let (every, initial) = (self.spec.push_every_steps, self.spec.first_push);
         let expected = match u64::try_from(step) {
@@ -237,9 +250,25 @@ impl Inner {
 
     fn published(&self, start: &PushStart) -> Result<Option<WeightsVersion>> {
         match self.book.borrow().at(start.step, start.generation) {
-            Some((id, published)) if id == start.push_id => Ok(Some(published.version.clone())),
-            Some((id, _)) => Err(conflict(start.step, id)),
+            Some((id, published, _)) if id == start.push_id => Ok(Some(published.version.clone())),
+            Some((id, ..)) => Err(conflict(start.step, id)),
             None => Ok(None),
+        }
+    }
+
+    /// Whether a push was published and its weights are gone, although no step has been past them:
+    /// then they are taken once more, and put back.
+    async fn is_lost(&self, start: &PushStart) -> bool {
+        let snapshot = self
+            .book
+            .borrow()
+            .at(start.step, start.generation)
+            .map(|(_, _, snapshot)| snapshot.clone());
+        match snapshot {
+            Some(Snapshot::Missing) => true,
+            // A store that cannot be reached says nothing.
+            Some(Snapshot::Kept(key)) => self.run.head(&key).await.is_ok_and(|meta| meta.is_none()),
+            Some(Snapshot::Retired) | None => false,
         }
     }
 

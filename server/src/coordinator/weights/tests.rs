@@ -23,12 +23,15 @@ struct ReadsBack {
     /// What keeps it from looking.
     fails: Mutex<Option<Reason>>,
     verified: AtomicUsize,
+    /// While this is held for writing, it does not answer.
+    held: tokio::sync::RwLock<()>,
 }
 
 #[async_trait]
 impl Verifier for ReadsBack {
     async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape> {
         self.verified.fetch_add(1, Ordering::SeqCst);
+        drop(self.held.read().await);
         if let Some(reason) = *self.fails.lock().unwrap() {
             return Err(Error::new(reason, "no space left"));
         }
@@ -82,6 +85,7 @@ impl Bench {
             refuse,
             fails,
             verified,
+            held: tokio::sync::RwLock::default(),
         });
         let spec = RunWeights {
             run_id: "r".into(),
@@ -278,7 +282,7 @@ async fn ranks_push_their_shards_and_get_one_answer() {
     .await
     .unwrap();
     assert_eq!((again.version, again.digest), (2, version.digest));
-    assert_eq!(bench.snapshots().await, 1);
+    assert_eq!(bench.snapshots().await, 2, "no two versions share a file");
 }
 
 #[tokio::test]
@@ -696,29 +700,43 @@ async fn a_restart_finds_the_versions_of_all_generations() {
     );
 }
 
+/// Retires what is old, and deletes it.
+async fn forget(weights: &Weights, oldest_step: i64) -> usize {
+    let retired = weights.retire_before(oldest_step, 1);
+    weights.delete(&retired).await.unwrap();
+    retired.len()
+}
+
+/// The steps whose weights the book finds and the store holds.
+async fn served(bench: &Bench, weights: &Weights, steps: std::ops::Range<u64>) -> Vec<i64> {
+    let mut served = Vec::new();
+    for step in steps {
+        let found = weights.book().borrow().find(Due::Exactly(step), CHAIN);
+        let Some(found) = found else { continue };
+        let snapshot = bench.stores.open(&found.snapshot_uri).unwrap();
+        if snapshot.head("").await.unwrap().is_some() {
+            served.push(found.version.step);
+        }
+    }
+    served
+}
+
 #[tokio::test]
 async fn forgotten_snapshots_are_deleted_and_stay_forgotten() {
     let bench = Bench::new();
     let weights = bench.open().await;
     for step in 0..4 {
-        // Steps 0 and 2 have the same bytes, so one snapshot.
-        push(&weights, start(step, "p"), whole((step % 2 * step) as f32))
+        push(&weights, start(step, "p"), whole(step as f32))
             .await
             .unwrap();
     }
-    bench
-        .stores
-        .open("memory:///state/runs/r")
-        .unwrap()
-        .put("snapshots/orphan.safetensors", "x".into())
-        .await
-        .unwrap();
-    assert_eq!(
-        (
-            bench.snapshots().await,
-            weights.forget_before(2, 1).await.unwrap()
-        ),
-        (4, 2)
+    let orphan = "snapshots/orphan.safetensors";
+    let run = bench.stores.open("memory:///state/runs/r").unwrap();
+    run.put(orphan, "x".into()).await.unwrap();
+    assert_eq!((bench.snapshots().await, forget(&weights, 2).await), (5, 2));
+    assert!(
+        run.head(orphan).await.unwrap().is_some(),
+        "it may be of a push that is on its way elsewhere"
     );
     for weights in [weights, bench.open().await] {
         let book = weights.book().borrow().clone();
@@ -728,17 +746,114 @@ async fn forgotten_snapshots_are_deleted_and_stay_forgotten() {
             [None, Some(2), Some(3)],
             "the newest is always kept"
         );
+        assert_eq!(book.newest().unwrap().version.version, 4);
     }
-    assert_eq!(
-        bench
-            .open()
+}
+
+#[tokio::test]
+async fn a_former_owner_deletes_nothing_of_the_new_ones() {
+    let bench = Bench::new();
+    let former = bench.open().await;
+    for step in 0..3 {
+        push(&former, start(step, "p"), whole(step as f32))
             .await
-            .book()
-            .borrow()
-            .newest()
-            .unwrap()
-            .version
-            .version,
-        4
+            .unwrap();
+    }
+    // It is stopped after it has checked that it owns the run, and another takes over.
+    let retired = former.retire_before(2, 1);
+    assert_eq!(retired.len(), 2);
+    let new = bench.open().await;
+    for step in 3..6 {
+        // Among them are the bytes that the former is about to delete.
+        push(&new, start(step, "p"), whole((step - 3) as f32))
+            .await
+            .unwrap();
+    }
+    former.delete(&retired).await.unwrap();
+    assert_eq!(served(&bench, &new, 2..6).await, [2, 3, 4, 5]);
+    assert_eq!(
+        served(&bench, &bench.open().await, 2..6).await,
+        [2, 3, 4, 5]
     );
+}
+
+#[tokio::test]
+async fn a_push_that_the_former_owner_refuses_leaves_the_new_ones_weights() {
+    let bench = Bench::new();
+    let (former, new) = (bench.open().await, bench.open().await);
+    push(&new, start(0, "p"), whole(1.0)).await.unwrap();
+    *bench.verifier.fails.lock().unwrap() = Some(Reason::NoWorkers);
+    push(&former, start(0, "p"), whole(1.0)).await.unwrap_err();
+    assert_eq!(served(&bench, &new, 0..1).await, [0]);
+    assert_eq!(bench.snapshots().await, 1, "its own upload is deleted");
+    *bench.verifier.fails.lock().unwrap() = None;
+    // The former then publishes what is published: the new one's file serves both.
+    assert_eq!(
+        push(&former, start(0, "p"), whole(1.0)).await.unwrap(),
+        new.book().borrow().newest().unwrap().version
+    );
+    assert_eq!(bench.snapshots().await, 1);
+    assert_eq!(served(&bench, &former, 0..1).await, [0]);
+}
+
+#[tokio::test]
+async fn a_repeated_push_puts_lost_weights_back() {
+    let bench = Bench::new();
+    let weights = bench.open().await;
+    let version = push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    let lose = async || {
+        let run = bench.stores.open("memory:///state/runs/r").unwrap();
+        for (key, _) in run.list("snapshots").await.unwrap() {
+            run.delete(&key).await.unwrap();
+        }
+    };
+    lose().await;
+    // Other weights are not what was published, and change nothing.
+    assert_eq!(
+        push(&weights, start(0, "p"), whole(2.0)).await.unwrap(),
+        version
+    );
+    assert_eq!(served(&bench, &weights, 0..1).await, [0; 0]);
+    assert_eq!(
+        push(&weights, start(0, "p"), whole(1.0)).await.unwrap(),
+        version
+    );
+    assert_eq!(served(&bench, &weights, 0..1).await, [0]);
+    // Also of a run that was opened without them.
+    lose().await;
+    let weights = bench.open().await;
+    assert_eq!(served(&bench, &weights, 0..1).await, [0; 0]);
+    push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    assert_eq!(served(&bench, &weights, 0..1).await, [0]);
+    // What no step needs any more is not taken again.
+    push(&weights, start(1, "p"), whole(3.0)).await.unwrap();
+    forget(&weights, 1).await;
+    let verified = bench.verifier.verified.load(Ordering::SeqCst);
+    push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    assert_eq!(bench.verifier.verified.load(Ordering::SeqCst), verified);
+}
+
+#[tokio::test]
+async fn nothing_waits_for_a_verifier_that_does_not_answer() {
+    let bench = Bench::new();
+    let weights = bench.open().await;
+    for step in 0..3 {
+        push(&weights, start(step, "p"), whole(step as f32))
+            .await
+            .unwrap();
+    }
+    let held = bench.verifier.held.write().await;
+    let (pushing, verified) = (
+        weights.clone(),
+        bench.verifier.verified.load(Ordering::SeqCst),
+    );
+    let pushed =
+        tokio::spawn(async move { push(&pushing, start(3, "p"), whole(3.0)).await.unwrap() });
+    while bench.verifier.verified.load(Ordering::SeqCst) == verified {
+        tokio::task::yield_now().await;
+    }
+    // A commit lets old snapshots go: without the verifier's answer.
+    assert_eq!(forget(&weights, 2).await, 2);
+    drop(held);
+    assert_eq!(pushed.await.unwrap().step, 3);
 }

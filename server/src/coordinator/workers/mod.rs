@@ -2,4 +2,5 @@
 pub mod failover;
 pub mod pool;
 pub mod prepare;
+pub mod replies;
 pub mod worker;

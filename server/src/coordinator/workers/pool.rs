@@ -1,6 +1,6 @@
 //! The workers that this coordinator may use: registered ones while their lease lasts, and the
 //! embedded one while its device is well.
-use super::worker::Worker;
+use super::{replies::Replies, worker::Worker};
 use crate::{
     coordinator::workers::failover::Unable,
     error::{Error, Result},
@@ -46,6 +46,7 @@ pub struct Pool {
     lease: Duration,
     /// How long a call waits for a first worker before it fails.
     patience: Duration,
+    replies: Replies,
     members: Mutex<BTreeMap<String, Member>>,
     /// Counts changes, so that waiters look again.
     changed: watch::Sender<u64>,
@@ -59,10 +60,21 @@ impl Pool {
             home,
             lease,
             patience,
+            replies: Replies::default(),
             members: Mutex::default(),
             changed,
             turn: AtomicUsize::new(0),
         }
+    }
+
+    /// Sets what workers may answer.
+    #[must_use]
+    pub fn with_replies(self, replies: Replies) -> Self {
+        Self { replies, ..self }
+    }
+
+    pub fn replies(&self) -> Replies {
+        self.replies
     }
 
     pub fn lease(&self) -> Duration {
@@ -212,8 +224,13 @@ impl Pool {
     /// # Errors
     /// `NoWorkers`, or what the last one said where there is no other.
     pub async fn other(&self, unable: &mut Unable) -> Result<Worker> {
+        self.other_on("", unable).await
+    }
+
+    /// As [`Pool::other`], among those whose device's name begins with `device`.
+    pub async fn other_on(&self, device: &str, unable: &mut Unable) -> Result<Worker> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        unable.other(self.wait_live().await?, turn)
+        unable.other(self.wait_on(device).await?, turn)
     }
 
     async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {

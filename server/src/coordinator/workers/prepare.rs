@@ -1,5 +1,5 @@
 //! Has a worker fetch, check and load a model.
-use super::{failover::is_lost, pool::Pool};
+use super::{failover::is_lost, pool::Pool, replies::check_model, worker::Worker};
 use crate::{
     coordinator::workers::failover::Unable,
     error::{Result, from_status},
@@ -15,10 +15,9 @@ pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<Prepa
             model: Some(model.clone()),
             canary,
         };
-        match worker.client().prepare_model(request).await {
-            Ok(response) => return Ok(response.into_inner()),
-            Err(status) => {
-                let error = from_status(status, Reason::NoWorkers);
+        match prepare_on(pool, &worker, request).await {
+            Ok(model) => return Ok(model),
+            Err(error) => {
                 if !is_lost(&error) {
                     unable.note(&worker, error)?;
                     continue;
@@ -31,4 +30,19 @@ pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<Prepa
             }
         }
     }
+}
+
+async fn prepare_on(
+    pool: &Pool,
+    worker: &Worker,
+    request: PrepareModelRequest,
+) -> Result<PrepareModelResponse> {
+    let mut client = worker.client();
+    let answer = client.prepare_model(request);
+    let answer = pool.replies().within(worker, "a model", answer).await?;
+    let model = answer
+        .map_err(|status| from_status(status, Reason::NoWorkers))?
+        .into_inner();
+    check_model(&model)?;
+    Ok(model)
 }

@@ -4,7 +4,7 @@ use super::{
     messages::{answer, arrow_ipc},
     rows::{RowWriter, send_rows},
     score::Scoring,
-    slice::{Rows, pick},
+    slice::{Rows, each, pick},
     survey::AHEAD,
 };
 use crate::{
@@ -30,6 +30,14 @@ impl Scoring<'_> {
 
     /// Sends the chosen rows, in the order asked.
     pub async fn chosen(&self, chosen: ChosenRows, answers: &Answers<ScoreResponse>) -> Result<()> {
+        if chosen.candidates.len() > self.slice.candidates {
+            let message = format!(
+                "{} candidates are chosen of {}",
+                chosen.candidates.len(),
+                self.slice.candidates
+            );
+            return Err(Error::invalid("candidates", message));
+        }
         for candidate in &chosen.candidates {
             let candidate = *candidate as usize;
             if candidate >= self.slice.candidates || self.faults.contains_key(&candidate) {
@@ -61,7 +69,7 @@ impl Scoring<'_> {
                 .into_iter()
                 .for_each(|(place, row)| rows[place] = Some(row));
         }
-        let rows: Vec<Row> = rows.into_iter().flatten().collect();
+        let rows: Vec<Row> = each(rows)?;
         if let Some(n) = rows
             .iter()
             .position(|row| row.image().is_none() || row.caption().is_none())

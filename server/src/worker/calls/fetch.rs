@@ -2,7 +2,7 @@
 use super::{
     answers::Answers,
     rows::{RowWriter, send_rows},
-    slice::{Slice, SliceBlock, pick},
+    slice::{Slice, SliceBlock, each, pick},
     survey::AHEAD,
 };
 use crate::{
@@ -75,7 +75,7 @@ async fn read(engine: &Engine, slice: &Slice) -> Result<Vec<Row>> {
             .into_iter()
             .for_each(|(place, row)| rows[place] = Some(row));
     }
-    Ok(rows.into_iter().flatten().collect())
+    each(rows)
 }
 
 /// The rows of `parts`, which lie in one block, with their places.

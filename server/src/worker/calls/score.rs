@@ -3,7 +3,7 @@ use super::{
     answers::Answers,
     embed::Shape,
     messages::{answer, next},
-    slice::{Rows, Slice},
+    slice::{Rows, Slice, each},
     survey::{AHEAD, Spent, Surveyed, Task, survey},
 };
 use crate::{
@@ -323,7 +323,7 @@ impl<'a> Scoring<'a> {
             }
             rows[n] = Some(row);
         }
-        Ok((range.start, rows.into_iter().flatten().collect(), seconds))
+        Ok((range.start, each(rows)?, seconds))
     }
 
     fn take_ready(&self, candidate: usize) -> Option<Arc<Prepared>> {

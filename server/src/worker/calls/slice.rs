@@ -6,8 +6,8 @@ use crate::{
     worker::{engine::Engine, inputs::row::Row},
 };
 use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
-use std::{ops::Range, sync::Arc};
-use superbatch_proto::v1::BlockRows;
+use std::{collections::HashMap, ops::Range, sync::Arc};
+use superbatch_proto::{SUPER_BATCH_SIZE_MAX, v1::BlockRows};
 
 /// Rows of some blocks. Candidate i is the i-th row over all blocks.
 pub struct Slice {
@@ -64,9 +64,11 @@ impl Slice {
         let manifest = engine.manifests.get(&manifest_digest, load).await?;
         manifest.data_schema(&columns)?;
         let mut candidates = 0;
-        let mut placed = Vec::with_capacity(blocks.len());
+        let mut placed = Vec::new();
+        let mut named = Named::default();
         for block in blocks {
             let placed_block = SliceBlock::place(&manifest, block, candidates)?;
+            named.add(&placed_block)?;
             candidates += placed_block.rows.len();
             placed.push(placed_block);
         }
@@ -148,6 +150,50 @@ impl Slice {
     }
 }
 
+/// The rows that a call has named so far. Each may be named once, so that no call is about more rows
+/// than the data set has, and few bytes of a request cannot ask for much work.
+#[derive(Default)]
+struct Named {
+    /// By block, one bit a row.
+    rows: HashMap<(u32, u32, u32), Vec<u64>>,
+    count: usize,
+}
+
+impl Named {
+    fn add(&mut self, block: &SliceBlock) -> Result<()> {
+        let SliceBlock {
+            source,
+            shard,
+            block: number,
+            ..
+        } = block;
+        let at = format_args!("block {number} of shard {shard} of source {source}");
+        if block.rows.is_empty() {
+            return Err(Error::invalid("blocks", format!("no row of {at} is named")));
+        }
+        self.count += block.rows.len();
+        if self.count > SUPER_BATCH_SIZE_MAX as usize {
+            let message = format!("more than {SUPER_BATCH_SIZE_MAX} rows are named");
+            return Err(Error::invalid("blocks", message));
+        }
+        let bits = self
+            .rows
+            .entry((*source, *shard, *number))
+            .or_insert_with(|| vec![0; block.block_rows.div_ceil(64)]);
+        for row in &block.rows {
+            let (word, bit) = (*row as usize / 64, 1u64 << (row % 64));
+            if bits[word] & bit != 0 {
+                return Err(Error::invalid(
+                    "blocks",
+                    format!("row {row} of {at} is named twice"),
+                ));
+            }
+            bits[word] |= bit;
+        }
+        Ok(())
+    }
+}
+
 impl SliceBlock {
     fn place(manifest: &Manifest, rows: BlockRows, first: usize) -> Result<Self> {
         let BlockRows {
@@ -206,6 +252,19 @@ impl SliceBlock {
     }
 }
 
+/// What is at each place, in order.
+///
+/// # Errors
+/// `Internal` for an empty place: without it all later rows would stand for others.
+pub fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
+    let count = places.len();
+    let missing = |n| move || Error::internal(format!("row {n} of {count} was not read"));
+    let numbered = places.into_iter().enumerate();
+    numbered
+        .map(|(n, row)| row.ok_or_else(missing(n)))
+        .collect()
+}
+
 /// Some rows of a batch: copied, unless they follow each other and are half of it or more. The rest
 /// stays in memory then.
 pub fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
@@ -217,4 +276,40 @@ pub fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
     }
     take_record_batch(batch, &UInt32Array::from(rows))
         .map_err(|e| Error::internal("cannot take rows out of a block").because(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(block: u32, rows: &[u32]) -> SliceBlock {
+        SliceBlock {
+            source: 0,
+            shard: 0,
+            block,
+            rows: rows.to_vec(),
+            reference_more: Vec::new(),
+            first: 0,
+            block_rows: 100,
+            first_row: 0,
+        }
+    }
+
+    #[test]
+    fn an_empty_place_is_an_error_and_no_shift() {
+        assert_eq!(each(vec![Some(1), Some(2)]).unwrap(), [1, 2]);
+        let error = each(vec![Some(1), None, Some(3)]).unwrap_err();
+        assert!(error.to_string().contains("row 1 of 3"), "{error}");
+    }
+
+    #[test]
+    fn a_call_names_each_row_once() {
+        let mut named = Named::default();
+        named.add(&block(0, &[99, 0, 64])).unwrap();
+        named.add(&block(1, &[0])).unwrap();
+        named.add(&block(0, &[1])).unwrap();
+        for again in [block(0, &[64]), block(1, &[3, 3]), block(2, &[])] {
+            assert!(named.add(&again).is_err(), "{:?}", again.rows);
+        }
+    }
 }

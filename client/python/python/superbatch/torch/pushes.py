@@ -64,12 +64,16 @@ class Pushes:
         with.
 
         At step 0 these are the initial weights, where the run waits for them (`first_push=True`).
-        Later they are the checkpoint's: the crash may have come before their own push had landed;
-        where it had, this changes nothing.
+        Later they are the checkpoint's, as each push that was on its way when the trainer ended
+        (`Run.missing_pushes`): under `exact(1)` there may be two. Where none was, this changes
+        nothing.
         """
         if self._begun:
             return
-        if start_step > 0:
+        if start_step > 0 and self.wanted:
+            for step in self.run.missing_pushes(start_step):
+                if step < start_step - 1:
+                    self._push(step)
             self.after(start_step - 1)
         elif self.wanted and (self.run.spec.learner.get("first_push") or False):
             self._push(-1)

@@ -1,0 +1,143 @@
+//! Pushes that ranks say are coming, before anything of them arrives.
+use super::Weights;
+use crate::error::Result;
+use std::collections::BTreeMap;
+use superbatch_proto::v1::AnnouncePushRequest;
+
+/// Announcements that one run keeps. A trainer has one or two a rank; beyond this the oldest steps'
+/// are let go, and their steps wait for the deadline instead of a push.
+const KEPT_MAX: usize = 1 << 14;
+
+/// Announcements by (generation, step) of the push and by rank, each with the start of the trainer
+/// that made it.
+///
+/// An announcement is only hope: a step that hopes for a push which never comes ends by its
+/// deadline.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Announced(BTreeMap<(u32, i64), BTreeMap<u32, String>>);
+
+impl Announced {
+    /// Steps of a generation whose pushes were announced.
+    pub fn steps(&self, generation: u32) -> impl Iterator<Item = i64> + '_ {
+        let of_generation = (generation, i64::MIN)..=(generation, i64::MAX);
+        self.0.range(of_generation).map(|((_, step), _)| *step)
+    }
+
+    fn add(&mut self, request: &AnnouncePushRequest) {
+        let ranks = self
+            .0
+            .entry((request.generation, request.step))
+            .or_default();
+        ranks.insert(request.rank, request.incarnation.clone());
+        while self.0.values().map(BTreeMap::len).sum::<usize>() > KEPT_MAX {
+            self.0.pop_first();
+        }
+    }
+
+    fn withdraw(&mut self, request: &AnnouncePushRequest) {
+        let at = (request.generation, request.step);
+        if let Some(ranks) = self.0.get_mut(&at) {
+            ranks.remove(&request.rank);
+            if ranks.is_empty() {
+                self.0.remove(&at);
+            }
+        }
+    }
+
+    /// Forgets a push that was published or refused.
+    pub(super) fn ended(&mut self, at: (u32, i64)) {
+        self.0.remove(&at);
+    }
+
+    fn retain(&mut self, keeps: impl Fn(&str) -> bool) {
+        self.0.retain(|_, ranks| {
+            ranks.retain(|_, incarnation| keeps(incarnation));
+            !ranks.is_empty()
+        });
+    }
+}
+
+impl Weights {
+    /// Notes that a rank has called for a push, or takes that back. `generation` is the run's
+    /// current one.
+    ///
+    /// # Errors
+    /// `GenerationStale`, `PushOffCadence`: no such push may come.
+    pub fn announce(&self, generation: u32, request: &AnnouncePushRequest) -> Result<()> {
+        self.0
+            .check_due(generation, request.generation, request.step)?;
+        let at = (request.generation, request.step);
+        self.0.traffic.send_if_modified(|traffic| {
+            let old = traffic.announced.clone();
+            // Under the lock of the traffic: a push enters the book before it leaves the traffic.
+            let published = self.0.book.borrow().at(at.1, at.0).is_some();
+            match request.withdrawn {
+                true => traffic.announced.withdraw(request),
+                false if published => {}
+                false => traffic.announced.add(request),
+            }
+            traffic.announced != old
+        });
+        Ok(())
+    }
+
+    /// Another start of the trainer took over: what the earlier ones announced will not come.
+    pub fn announced_by(&self, incarnation: &str, is_earlier: impl Fn(&str) -> bool) {
+        self.0.traffic.send_if_modified(|traffic| {
+            let old = traffic.announced.clone();
+            traffic
+                .announced
+                .retain(|by| by == incarnation || !is_earlier(by));
+            traffic.announced != old
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(step: i64, rank: u32, incarnation: &str) -> AnnouncePushRequest {
+        AnnouncePushRequest {
+            step,
+            rank,
+            incarnation: incarnation.into(),
+            ..Default::default()
+        }
+    }
+
+    fn steps(announced: &Announced) -> Vec<i64> {
+        announced.steps(0).collect()
+    }
+
+    #[test]
+    fn a_push_is_expected_while_one_rank_means_to_bring_it() {
+        let mut announced = Announced::default();
+        for rank in [0, 1] {
+            announced.add(&request(3, rank, "a"));
+        }
+        announced.withdraw(&request(3, 0, "a"));
+        assert_eq!(steps(&announced), [3]);
+        announced.withdraw(&request(3, 1, "a"));
+        assert!(steps(&announced).is_empty());
+        assert_eq!(announced, Announced::default());
+    }
+
+    #[test]
+    fn what_an_earlier_start_announced_ends_with_it() {
+        let mut announced = Announced::default();
+        announced.add(&request(3, 0, "a"));
+        announced.add(&request(4, 0, "b"));
+        announced.retain(|by| by == "b");
+        assert_eq!(steps(&announced), [4]);
+        assert_eq!(announced.steps(1).count(), 0, "of another generation");
+    }
+
+    #[test]
+    fn announcements_are_bounded_and_the_oldest_go_first() {
+        let mut announced = Announced::default();
+        (0..KEPT_MAX as i64 + 10).for_each(|step| announced.add(&request(step, 0, "a")));
+        assert_eq!(steps(&announced).len(), KEPT_MAX);
+        assert_eq!(steps(&announced)[0], 10);
+    }
+}

@@ -1,0 +1,151 @@
+//! All publications of a run, read when it is opened.
+//!
+//! Each is a fact of its own, and a long run has thousands. So every so often they are written down
+//! together. A summary only saves reading: what it lacks is read one by one.
+use super::publish::{Fact, PUSHES};
+use crate::{
+    error::{Error, Result},
+    storage::Location,
+};
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Summaries, below the run.
+const SUMMARIES: &str = "push-summaries";
+
+/// Facts that are read one by one before they are summarised.
+pub const SUMMARISED_FROM: usize = 256;
+
+/// Facts that are read at the same time.
+const READS_AT_ONCE: usize = 32;
+
+#[derive(Default, Serialize, Deserialize)]
+struct Summary {
+    facts: Vec<Fact>,
+}
+
+/// All publications, in no particular order. Writes a summary where many were read one by one.
+///
+/// # Errors
+/// `StorageUnreachable`; `Internal` where a fact cannot be read.
+pub async fn read(run: &Location) -> Result<Vec<Fact>> {
+    let summary = newest_summary(run).await?;
+    let mut known: BTreeMap<String, Fact> = summary
+        .facts
+        .into_iter()
+        .map(|fact| (fact.key(), fact))
+        .collect();
+    let listed = run.list(PUSHES).await?;
+    let unread = listed
+        .into_iter()
+        .map(|(key, _)| key)
+        .filter(|key| !known.contains_key(key));
+    let unread: Vec<String> = unread.collect();
+    let count = unread.len();
+    let mut facts = stream::iter(unread)
+        .map(|key| read_fact(run, key))
+        .buffer_unordered(READS_AT_ONCE);
+    while let Some(fact) = facts.try_next().await? {
+        known.insert(fact.key(), fact);
+    }
+    drop(facts);
+    let facts: Vec<Fact> = known.into_values().collect();
+    if count >= SUMMARISED_FROM {
+        summarise(run, &facts).await;
+    }
+    Ok(facts)
+}
+
+async fn read_fact(run: &Location, key: String) -> Result<Fact> {
+    Fact::parse(&run.get(&key).await?, &run.uri_of(&key))
+}
+
+async fn newest_summary(run: &Location) -> Result<Summary> {
+    let keys = run.list(SUMMARIES).await?;
+    let Some(newest) = keys.into_iter().map(|(key, _)| key).max() else {
+        return Ok(Summary::default());
+    };
+    let bytes = run.get(&newest).await?;
+    Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        let uri = run.uri_of(&newest);
+        tracing::warn!(uri, %error, "a summary of pushes is damaged; the pushes are read one by one");
+        Summary::default()
+    }))
+}
+
+/// Best effort: without a summary the facts are still there.
+async fn summarise(run: &Location, facts: &[Fact]) {
+    // Names sort by the number of facts; two writers of the same number wrote the same facts.
+    let key = format!("{SUMMARIES}/{:012}.json", facts.len());
+    #[derive(Serialize)]
+    struct Borrowed<'a> {
+        facts: &'a [Fact],
+    }
+    let written = match serde_json::to_vec(&Borrowed { facts }) {
+        Ok(bytes) => run.create(&key, bytes.into()).await.map(drop),
+        Err(error) => Err(Error::internal("cannot write a summary of pushes").because(error)),
+    };
+    if let Err(error) = written {
+        tracing::warn!(
+            key,
+            error = error.chain(),
+            "pushes are not summarised for now"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    fn fact(step: i64) -> Fact {
+        Fact {
+            nonce: String::new(),
+            push_id: "p".into(),
+            version: step.unsigned_abs() + 1,
+            generation: 0,
+            step,
+            digest: "d".into(),
+            snapshot: String::new(),
+            logit_scale: 1.0,
+            logit_bias: None,
+        }
+    }
+
+    async fn put(run: &Location, steps: std::ops::Range<i64>) {
+        for step in steps {
+            let bytes = serde_json::to_vec(&fact(step)).unwrap();
+            run.put(&fact(step).key(), bytes.into()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn many_pushes_are_read_once_and_then_from_their_summary() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///state/runs/r")
+            .unwrap();
+        let many = SUMMARISED_FROM as i64;
+        put(&run, 0..many).await;
+        assert_eq!(read(&run).await.unwrap().len(), SUMMARISED_FROM);
+        // What a summary holds is not read again: it may even be unreadable by now.
+        run.put(&fact(7).key(), "{}".into()).await.unwrap();
+        put(&run, many..many + 3).await;
+        let mut steps: Vec<i64> = read(&run).await.unwrap().iter().map(|f| f.step).collect();
+        steps.sort_unstable();
+        assert_eq!(steps, (0..many + 3).collect::<Vec<_>>());
+        assert_eq!(run.list(SUMMARIES).await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_summary_costs_time_and_no_push() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///state/runs/r")
+            .unwrap();
+        put(&run, 0..3).await;
+        let key = format!("{SUMMARIES}/000000000009.json");
+        run.put(&key, "{".into()).await.unwrap();
+        assert_eq!(read(&run).await.unwrap().len(), 3);
+    }
+}

@@ -1,0 +1,296 @@
+//! What a worker may answer, and how long it may take.
+//!
+//! Workers are other processes, perhaps of another build: what sizes memory or decides a step is
+//! checked before it is used, and no wait for one is without an end. A worker that breaks a rule is
+//! named, and another one does its work.
+use super::worker::Worker;
+use crate::error::{Error, Result};
+use std::{collections::HashSet, time::Duration};
+use superbatch_proto::v1::{
+    EmbedDone, Hole, Policy, PrepareModelResponse, Reason, SelectBegin, SelectResponse,
+};
+use tokio::time::timeout;
+
+/// The largest embedding. Published encoders have 512 to 4,096 numbers.
+pub const EMBEDDING_DIM_MAX: u32 = 1 << 14;
+/// Tensors of a model.
+const TENSORS_MAX: usize = 1 << 16;
+/// Dimensions of a tensor.
+const TENSOR_DIMENSIONS_MAX: usize = 16;
+/// Characters of what is said about one bad row.
+const DETAIL_CHARS_MAX: usize = 512;
+
+/// Bounds on a worker's answers that the operator sets.
+#[derive(Debug, Clone, Copy)]
+pub struct Replies {
+    /// How long a worker may say nothing.
+    pub silence_max: Duration,
+    /// Bytes of one slice's chosen rows.
+    pub rows_bytes_max: u64,
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self {
+            silence_max: Duration::from_secs(1800),
+            rows_bytes_max: 8 << 30,
+        }
+    }
+}
+
+impl Replies {
+    /// Waits for `answer`.
+    ///
+    /// # Errors
+    /// `NoWorkers`, naming the worker and `what` is waited for: it is taken for lost.
+    pub async fn within<T>(
+        &self,
+        worker: &Worker,
+        what: &str,
+        answer: impl Future<Output = T>,
+    ) -> Result<T> {
+        timeout(self.silence_max, answer).await.map_err(|_| {
+            let message = format!(
+                "the worker at {} has said nothing for {} s, while {what} was awaited \
+                (coordinator.worker_silence_seconds)",
+                worker.address,
+                self.silence_max.as_secs_f64()
+            );
+            Error::new(Reason::NoWorkers, message).with("worker", &worker.address)
+        })
+    }
+
+    /// Checks how many bytes of rows have come.
+    ///
+    /// # Errors
+    /// `MessageTooLarge`.
+    pub fn check_rows_bytes(&self, bytes: u64) -> Result<()> {
+        if bytes <= self.rows_bytes_max {
+            return Ok(());
+        }
+        let message = format!(
+            "the chosen rows of one slice exceed {} bytes (eight times \
+            coordinator.ready_bytes_max); raise it, or choose fewer rows a step",
+            self.rows_bytes_max
+        );
+        Err(Error::new(Reason::MessageTooLarge, message))
+    }
+}
+
+/// An answer that no sound worker gives. Another worker may do better.
+pub fn unsound(what: impl std::fmt::Display) -> Error {
+    Error::internal(format!("a worker sent {what}"))
+}
+
+fn number(name: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(unsound(format_args!("{name} = {value}")))
+}
+
+fn finite(name: &str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(unsound(format_args!("{name} = {value}")))
+}
+
+/// Checks what a worker says of a model.
+pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
+    number("image_flops", model.image_flops)?;
+    number("text_flops", model.text_flops)?;
+    finite("logit_scale", model.logit_scale)?;
+    finite("logit_bias", model.logit_bias.unwrap_or(0.0))?;
+    if !(1..=EMBEDDING_DIM_MAX).contains(&model.embedding_dim) {
+        let dim = model.embedding_dim;
+        return Err(unsound(format_args!(
+            "an embedding_dim of {dim}; it is 1 to {EMBEDDING_DIM_MAX}"
+        )));
+    }
+    if model.tensors.len() > TENSORS_MAX {
+        let count = model.tensors.len();
+        return Err(unsound(format_args!(
+            "a model of {count} tensors; at most {TENSORS_MAX}"
+        )));
+    }
+    let sound = |shape: &[u64]| {
+        let elements = shape.iter().try_fold(1u64, |all, n| all.checked_mul(*n));
+        shape.len() <= TENSOR_DIMENSIONS_MAX && elements.is_some_and(|n| n < 1 << 48)
+    };
+    match model.tensors.iter().find(|tensor| !sound(&tensor.shape)) {
+        Some(tensor) => Err(unsound(format_args!(
+            "a tensor of an impossible shape: {:.100}",
+            tensor.name
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Checks the end of embeddings of a slice of `candidates`, those of other slices that it embeds
+/// among them.
+pub fn check_done(done: &EmbedDone, candidates: usize) -> Result<()> {
+    number("seconds", done.seconds)?;
+    number("flops", done.flops)?;
+    finite("logit_scale", done.logit_scale)?;
+    finite("logit_bias", done.logit_bias.unwrap_or(0.0))?;
+    match done.not_finite.iter().find(|c| **c as usize >= candidates) {
+        Some(candidate) => Err(unsound(format_args!(
+            "an embedding of candidate {candidate}, and its slice has {candidates}"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The holes of a slice of `candidates`, each once and with no more than a sentence about it.
+pub fn checked_holes(mut holes: Vec<Hole>, candidates: usize) -> Result<Vec<Hole>> {
+    let mut known = HashSet::new();
+    if let Some(hole) = holes.iter().find(|h| h.candidate as usize >= candidates) {
+        return Err(unsound(format_args!(
+            "a hole at candidate {}, and its slice has {candidates}",
+            hole.candidate
+        )));
+    }
+    holes.retain(|hole| known.insert(hole.candidate));
+    for hole in &mut holes {
+        if let Some((end, _)) = hole.detail.char_indices().nth(DETAIL_CHARS_MAX) {
+            hole.detail.truncate(end);
+        }
+    }
+    Ok(holes)
+}
+
+/// Checks a selection that was asked for by `begin`.
+pub fn check_selected(begin: &SelectBegin, selected: &SelectResponse) -> Result<()> {
+    let (candidates, wanted) = (begin.positions.len(), begin.sub_batch_size as usize);
+    let (drawn, holes) = (selected.indices.len(), &begin.holes);
+    // A draw from noise alone may go on past what is wanted: what cannot be read is passed over.
+    let enough = match begin.policy() {
+        Policy::Uniform => drawn >= wanted,
+        _ => drawn == wanted,
+    };
+    let mut free = vec![true; candidates];
+    let mut take = |index: &u32| free.get_mut(*index as usize).is_some_and(std::mem::take);
+    for hole in holes {
+        take(hole);
+    }
+    if !enough || !selected.indices.iter().all(&mut take) {
+        return Err(unsound(format_args!(
+            "a selection of {drawn} candidates that are not {wanted} different ones of those it \
+            was given"
+        )));
+    }
+    let of_each = |values: &[f64]| values.is_empty() || values.len() == drawn;
+    if !of_each(&selected.scores) || !of_each(&selected.weights) {
+        return Err(unsound("a selection without the scores of all it chose"));
+    }
+    if selected.chunks.iter().map(|n| u64::from(*n)).sum::<u64>() > candidates as u64 {
+        return Err(unsound(
+            "a selection whose chunks are larger than its super-batch",
+        ));
+    }
+    number("seconds", selected.seconds)?;
+    number("flops", selected.flops)?;
+    finite("batch_score", selected.batch_score)?;
+    finite("mean_score_chosen", selected.mean_score_chosen)?;
+    finite("mean_score_candidates", selected.mean_score_candidates)?;
+    let all = selected.scores.iter().chain(&selected.weights);
+    all.copied().try_for_each(|value| finite("score", value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::TensorInfo;
+
+    fn model() -> PrepareModelResponse {
+        PrepareModelResponse {
+            embedding_dim: 512,
+            logit_scale: 10.0,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn numbers_that_would_be_written_down_are_finite() {
+        check_model(&model()).unwrap();
+        let lies: [fn(&mut PrepareModelResponse); 6] = [
+            |m| m.image_flops = f64::NAN,
+            |m| m.text_flops = f64::INFINITY,
+            |m| m.logit_bias = Some(f64::NAN),
+            |m| m.embedding_dim = u32::MAX,
+            |m| m.embedding_dim = 0,
+            |m| {
+                m.tensors.push(TensorInfo {
+                    name: "w".into(),
+                    shape: vec![u64::MAX, 2],
+                });
+            },
+        ];
+        for lie in lies {
+            let mut model = model();
+            lie(&mut model);
+            assert!(check_model(&model).is_err(), "{model:?}");
+        }
+        for flops in [f64::NAN, -1.0] {
+            let done = EmbedDone {
+                flops,
+                ..Default::default()
+            };
+            assert!(check_done(&done, 1).is_err());
+        }
+    }
+
+    #[test]
+    fn a_hole_lies_in_its_slice_and_is_told_once() {
+        let hole = |candidate| Hole {
+            candidate,
+            detail: "é".repeat(10_000),
+            ..Default::default()
+        };
+        let holes = checked_holes(vec![hole(3), hole(3), hole(0)], 4).unwrap();
+        assert_eq!(
+            holes.iter().map(|h| h.candidate).collect::<Vec<_>>(),
+            [3, 0]
+        );
+        assert_eq!(holes[0].detail.chars().count(), DETAIL_CHARS_MAX);
+        assert!(checked_holes(vec![hole(4)], 4).is_err());
+        assert!(checked_holes(vec![hole(u32::MAX)], 4).is_err());
+    }
+
+    #[test]
+    fn a_selection_names_as_many_candidates_as_are_wanted_each_once_and_no_hole() {
+        let begin = SelectBegin {
+            policy: Policy::Joint.into(),
+            sub_batch_size: 2,
+            positions: vec![7, 8, 9, 10],
+            holes: vec![1],
+            ..Default::default()
+        };
+        let check = |indices: &[u32]| {
+            let selected = SelectResponse {
+                indices: indices.to_vec(),
+                scores: vec![0.0; indices.len()],
+                ..Default::default()
+            };
+            check_selected(&begin, &selected)
+        };
+        check(&[3, 0]).unwrap();
+        for unsound in [
+            &[0][..],
+            &[0, 2, 3],
+            &[0, 0],
+            &[0, 1],
+            &[0, 4],
+            &[0, u32::MAX],
+        ] {
+            assert!(check(unsound).is_err(), "{unsound:?}");
+        }
+        let nan = SelectResponse {
+            indices: vec![0, 2],
+            batch_score: f64::NAN,
+            ..Default::default()
+        };
+        assert!(check_selected(&begin, &nan).is_err());
+    }
+}
