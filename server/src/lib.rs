@@ -2,6 +2,7 @@
 //!
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process.
 //! Only [`app`] names both.
+pub mod access;
 pub mod admin;
 pub mod app;
 mod batches;
@@ -15,6 +16,7 @@ mod ipc;
 pub mod logging;
 pub mod metrics;
 pub mod page;
+pub mod process;
 mod selection;
 pub mod storage;
 #[cfg(feature = "torch")]

@@ -46,8 +46,8 @@ Examples:
 Examples:
   # A second worker on the coordinator's machine
   superbatch worker
-  # One on another machine; to listen there, its settings must say allow_insecure: true
-  superbatch worker --config worker.yaml --coordinator http://superbatch-0:50051 \\
+  # One on another machine; to listen there, its settings name a certificate (docs/security.md)
+  superbatch worker --config worker.yaml --coordinator https://superbatch-0:50051 \\
       --state s3://bucket/superbatch --listen 10.0.0.7:50052")]
     Worker(WorkerArgs),
     /// Check settings, and print them with all defaults filled in.
@@ -98,6 +98,30 @@ Examples:
     Page(PageArgs),
     // Its comment is that of its arguments.
     Select(admin::select::SelectArgs),
+    /// Make, list and revoke the tokens that trainers, operators and workers show.
+    ///
+    /// A token is printed once; the file holds its SHA-256. A service reads the file again when it
+    /// changes.
+    #[command(after_long_help = "\
+Examples:
+  superbatch token new trainer --file tokens.yaml --runs 'team-a-*' --expires 90d
+  superbatch token new worker --scopes worker --file tokens.yaml
+  superbatch token list --file tokens.yaml
+  superbatch token revoke trainer --file tokens.yaml")]
+    Token(admin::token::TokenArgs),
+    /// Try what a service with these settings needs, and say what to do where something is wrong.
+    ///
+    /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data and models by URI. Exits
+    /// with 1 where a check fails.
+    #[command(after_long_help = "\
+Examples:
+  superbatch doctor --config superbatch.yaml
+  superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data --model s3://bucket/models/siglip")]
+    Doctor(admin::doctor::DoctorArgs),
+    /// Watch a live service: runs, steps a second, waits, where time goes, workers.
+    Top(admin::top::TopArgs),
+    /// Ask a service whether it serves: a probe for containers without a shell.
+    Health(admin::health::HealthArgs),
     /// Write the generated reference pages into a folder.
     #[command(hide = true)]
     Docs(admin::docs::DocsArgs),
@@ -122,7 +146,7 @@ fn run(command: Command) -> Result<String> {
     match command {
         Command::Serve(args) => with_runtime(args.load()?, async |config| {
             let serve = Serve::build(config).await?;
-            admin::announce("serving", serve.address(), serve.metrics_address());
+            admin::announce("serving", &serve.uri(), serve.metrics_address());
             serve
                 .page_address()
                 .into_iter()
@@ -131,7 +155,7 @@ fn run(command: Command) -> Result<String> {
         }),
         Command::Worker(args) => with_runtime(args.load()?, async |config| {
             let work = Work::build(config).await?;
-            admin::announce("working", work.address(), work.metrics_address());
+            admin::announce("working", &work.uri(), work.metrics_address());
             work.run(admin::terminated()).await.map(|()| String::new())
         }),
         Command::Page(args) => with_runtime(args.load()?, async |config| {
@@ -155,8 +179,23 @@ fn run(command: Command) -> Result<String> {
             admin::receipts::run(&config, &args).await
         }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
+        Command::Token(args) => admin::token::run(&args),
+        Command::Doctor(args) => with_runtime(args.settings.load()?, async |config| {
+            admin::doctor::run(&config, &args).await
+        }),
+        Command::Top(args) => plain(admin::top::run(&args)),
+        Command::Health(args) => plain(admin::health::run(&args)),
         Command::Docs(args) => admin::docs::run(&args),
     }
+}
+
+/// Runs what needs a runtime and no settings.
+fn plain(work: impl Future<Output = Result<String>>) -> Result<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;
+    runtime.block_on(work)
 }
 
 fn with_runtime(

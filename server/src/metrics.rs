@@ -137,6 +137,35 @@ declare! {
     /// slice that is scored again counts again. Stage `discarded` is the part of them whose result
     /// no step used: do not add it.
     counter flops(stage) on Both = "superbatch_flops_total", Count;
+    /// Calls refused for their token, by reason: `UNAUTHENTICATED`, `PERMISSION_DENIED`.
+    counter access_refused(reason) on Both = "superbatch_access_refused_total", Count;
+    /// Connections closed before their first call, by reason: `limit` (as many as are allowed are
+    /// open), `handshake` (TLS), `silent` (nothing was said in time).
+    counter connections_refused(reason) on Both = "superbatch_connections_refused_total", Count;
+    /// Open connections of gRPC.
+    gauge connections() on Both = "superbatch_connections", Count;
+    /// Files that changed and were read again (`tokens`, `certificates`), by outcome: `ok`, or
+    /// `error` where what was read before serves on.
+    counter reloads(what, outcome) on Both = "superbatch_reloads_total", Count;
+    /// Lines of the audit log that could not be written.
+    counter audit_lost() on Both = "superbatch_audit_lost_total", Count;
+    /// Bytes held of each budget of memory: `ready` (chosen batches) on the coordinator; `blocks`,
+    /// `rows`, `images` and `embeddings` on a worker.
+    gauge budget(budget) on Both = "superbatch_budget_bytes", Bytes;
+    /// Bytes that each budget of memory may hold.
+    gauge budget_limit(budget) on Both = "superbatch_budget_limit_bytes", Bytes;
+    /// Processor time of this process, in seconds, user and system.
+    gauge process_cpu() on Both = "process_cpu_seconds_total", Seconds;
+    /// Memory of this process that is resident, in bytes.
+    gauge process_memory() on Both = "process_resident_memory_bytes", Bytes;
+    /// Threads of this process.
+    gauge process_threads() on Both = "process_threads", Count;
+    /// Open files and sockets of this process.
+    gauge process_files() on Both = "process_open_fds", Count;
+    /// Open files and sockets that this process may have.
+    gauge process_files_max() on Both = "process_max_fds", Count;
+    /// When this process started to serve metrics, in seconds since 1970.
+    gauge process_start() on Both = "process_start_time_seconds", Seconds;
     /// Always 1; the labels say which build this is.
     gauge build_info(version, device) on Both = "superbatch_build_info", Count;
 }

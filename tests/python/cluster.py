@@ -30,7 +30,7 @@ class Process:
 
     def said(self) -> str:
         line = self.process.stdout.readline()
-        address = re.search(r"http://\S+", line)
+        address = re.search(r"https?://\S+", line)
         assert address, f"it did not come up ({line!r}):\n{self.log.read_text()[-3000:]}"
         return address.group()
 

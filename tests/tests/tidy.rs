@@ -45,6 +45,7 @@ fn sources(folder: &str) -> Vec<(String, String)> {
 fn production() -> Vec<(String, String)> {
     let folders = [
         "proto",
+        "transport",
         "scoring-kernels",
         "scoring-kernels/python",
         "images",

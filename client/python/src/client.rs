@@ -1,8 +1,8 @@
 //! The connection, as Python sees it.
 use crate::{call::Call, errors, run::Run, show, spec};
 use pyo3::{exceptions::PyRuntimeError, prelude::*, types::PyDict};
-use std::time::Duration;
-use superbatch_client::{self as client, ConnectConfig, Retry};
+use std::{path::PathBuf, time::Duration};
+use superbatch_client::{self as client, ConnectConfig, Credentials, Retry};
 
 /// Threads and sockets do not survive a fork: what was made in another process is refused instead
 /// of hanging.
@@ -40,6 +40,7 @@ pub fn connect(
     timeout: f64,
     retry_attempts: u32,
     retry_seconds: f64,
+    credentials: &Bound<'_, PyDict>,
 ) -> PyResult<Call> {
     let seconds = |field, value| {
         Duration::try_from_secs_f64(value)
@@ -53,6 +54,7 @@ pub fn connect(
     let config = ConnectConfig {
         connect_timeout: seconds("timeout", timeout)?,
         retry,
+        credentials: shown(credentials)?,
         ..ConnectConfig::default()
     };
     let connected = async move { client::Client::connect_with(uri, config).await };
@@ -65,6 +67,26 @@ pub fn connect(
             },
         )?
         .into_any())
+    })
+}
+
+/// What to show and to trust, from a dict without what was not given.
+fn shown(given: &Bound<'_, PyDict>) -> PyResult<Credentials> {
+    let text = |key: &str| -> PyResult<Option<String>> {
+        match given.get_item(key)? {
+            Some(value) => Ok(Some(value.extract()?)),
+            None => Ok(None),
+        }
+    };
+    let path = |key: &str| Ok::<_, PyErr>(text(key)?.map(PathBuf::from));
+    Ok(Credentials {
+        ca: path("ca")?,
+        cert: path("cert")?,
+        key: path("key")?,
+        server_name: text("server_name")?,
+        token: text("token")?,
+        token_file: path("token_file")?,
+        allow_insecure: text("allow_insecure")?.is_some(),
     })
 }
 

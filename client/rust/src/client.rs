@@ -1,13 +1,11 @@
 //! The connection to a service, and what can be asked without a run.
-use crate::{Error, Result, Retry, Run, error, retry};
+use crate::{Credentials, Error, Result, Retry, Run, error, retry};
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
-use tonic::{
-    Response, Status,
-    transport::{Channel, Endpoint},
-};
+use superbatch_transport::Authorized;
+use tonic::{Response, Status, transport::Endpoint};
 
-pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Channel>;
+pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Authorized>;
 
 /// How to connect.
 #[derive(Debug, Clone)]
@@ -20,6 +18,8 @@ pub struct ConnectConfig {
     /// service that stands still is noticed after twice this. Shortened to `retry.elapsed_max`, but
     /// not below 5 s.
     pub keep_alive: Duration,
+    /// What this client shows and trusts. What is not given is taken from the environment.
+    pub credentials: Credentials,
 }
 
 /// The shortest that [`ConnectConfig::keep_alive`] is shortened to: on a slow line a sign of life
@@ -33,6 +33,7 @@ impl Default for ConnectConfig {
             connect_timeout: Duration::from_secs(10),
             retry: Retry::default(),
             keep_alive,
+            credentials: Credentials::default(),
         }
     }
 }
@@ -72,23 +73,31 @@ impl Client {
     /// [`Client::connect`], with settings.
     pub async fn connect_with(uri: impl AsRef<str>, config: ConnectConfig) -> Result<Self> {
         let uri = uri.as_ref();
-        let endpoint = endpoint(uri, &config)?;
-        let channel = endpoint.connect().await.map_err(|source| Error::Connect {
-            uri: uri.to_owned(),
-            source,
-        })?;
-        let api = Api::new(channel)
+        let (dialer, bearer) = config.credentials.clone().or_environment().open(uri)?;
+        let channel = dialer
+            .connect(uri, |endpoint| tuned(endpoint, &config))
+            .await
+            .map_err(|source| Error::Connect {
+                uri: uri.to_owned(),
+                source,
+            })?;
+        let api = Api::new(Authorized::new(channel, bearer))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let silence_max = 2 * config.keep_alive();
-        Ok(Self {
+        let client = Self {
             api,
             link: Arc::new(Link {
                 uri: uri.to_owned(),
                 retry: config.retry,
                 silence_max,
             }),
-        })
+        };
+        if uri.starts_with("https:") {
+            // Under TLS 1.3 a service refuses a client's certificate after that has connected.
+            client.answers().await?;
+        }
+        Ok(client)
     }
 
     /// Opens a run, or joins it: all ranks of a trainer open the same id with the same spec.
@@ -206,29 +215,19 @@ impl Client {
     }
 }
 
-fn endpoint(uri: &str, config: &ConnectConfig) -> Result<Endpoint> {
-    if !uri.starts_with("http://") {
-        let hint = "write it as http://HOST:PORT (TLS is not built yet)";
-        return Err(Error::invalid(
-            "uri",
-            format!("cannot connect to {uri:?}: {hint}"),
-        ));
-    }
-    let endpoint = Endpoint::from_shared(uri.to_owned())
-        .and_then(|endpoint| {
-            endpoint.user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
-        })
-        .map_err(|source| Error::Connect {
-            uri: uri.to_owned(),
-            source,
-        })?;
+fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
+    // It holds letters, a slash, digits and dots alone.
+    let named = endpoint
+        .clone()
+        .user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
+        .unwrap_or(endpoint);
     // Pings find a peer that vanished while a call waits for its answer.
-    Ok(endpoint
+    named
         .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_keep_alive_interval(config.keep_alive())
         .keep_alive_timeout(config.keep_alive())
-        .keep_alive_while_idle(true))
+        .keep_alive_while_idle(true)
 }

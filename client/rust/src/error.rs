@@ -155,6 +155,8 @@ fn nearest(status: &Status) -> Option<Reason> {
         // this side.
         Code::Unknown | Code::Internal if status.source().is_some() => None,
         Code::Unimplemented => Some(Reason::Unimplemented),
+        Code::Unauthenticated => Some(Reason::Unauthenticated),
+        Code::PermissionDenied => Some(Reason::PermissionDenied),
         // Some gRPC libraries refuse long messages with the one, some with the other, which also
         // stands for rates.
         Code::OutOfRange => Some(Reason::MessageTooLarge),

@@ -4,12 +4,11 @@
 //!
 //! ```no_run
 //! # async fn train(spec: superbatch_client::v1::RunSpec) -> superbatch_client::Result<()> {
-//! use futures::StreamExt;
-//! use superbatch_client::{BatchesConfig, Client, Part};
+//! use futures::StreamExt; use superbatch_client::{BatchesConfig, Client, Part};
 //!
-//! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?;
-//! let mut batches = run.batches(BatchesConfig { start_step: run.next_step(), ..BatchesConfig::default() })?;
-//! while let Some(batch) = batches.next().await {
+//! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?; let
+//! mut batches = run.batches(BatchesConfig { start_step: run.next_step(),
+//! ..BatchesConfig::default() })?; while let Some(batch) = batches.next().await {
 //!     let batch = batch?; // batch.record_batch: image, caption, …; batch.receipt says why these rows
 //!     run.push_weights(batch.step as i64, vec![Part::f32("w", &[2], &[0.5, 1.0])?]).await?;
 //! }
@@ -25,6 +24,7 @@ mod announce;
 mod assemble;
 mod batches;
 mod client;
+mod credentials;
 mod error;
 mod fetch;
 mod part;
@@ -37,6 +37,7 @@ mod snapshot;
 pub use assemble::Batch;
 pub use batches::{Batches, BatchesConfig};
 pub use client::{Client, ConnectConfig};
+pub use credentials::Credentials;
 pub use error::{Error, Result};
 pub use part::Part;
 pub use push::Push;

@@ -1,10 +1,15 @@
 //! Operator commands, and what all commands share.
 pub mod docs;
+#[cfg(feature = "torch")]
+pub mod doctor;
+pub mod health;
 pub mod index;
 pub mod receipts;
 pub mod runs;
 pub mod select;
 mod table;
+pub mod token;
+pub mod top;
 
 use crate::{
     config::{self, Config, LogConfig, LogFormat},
@@ -189,8 +194,8 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
 
 /// Says on standard output where this process is reached, for people and for scripts that wait for
 /// it.
-pub fn announce(what: &str, address: SocketAddr, metrics: Option<SocketAddr>) {
-    let mut lines = format!("superbatch {what} on http://{address}\n");
+pub fn announce(what: &str, uri: &str, metrics: Option<SocketAddr>) {
+    let mut lines = format!("superbatch {what} on {uri}\n");
     if let Some(metrics) = metrics {
         lines.push_str(&format!("superbatch metrics on http://{metrics}/metrics\n"));
     }

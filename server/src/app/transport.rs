@@ -1,7 +1,10 @@
 //! What is between a socket and the services: limits, reflection, health, and the order of a
 //! shutdown.
-use super::Shutdown;
-use crate::error::{Error, Result};
+use super::{Shutdown, health::READINESS};
+use crate::{
+    access::{Access, AccessLayer},
+    error::{Error, Result},
+};
 use std::{future::Future, time::Duration};
 use superbatch_proto::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
@@ -35,21 +38,42 @@ pub async fn tell_health(
             true => tonic_health::ServingStatus::Serving,
             false => tonic_health::ServingStatus::NotServing,
         };
-        for name in services.iter().copied().chain([""]) {
+        for name in services.iter().copied().chain(["", READINESS]) {
             health.set_service_status(name, serving).await;
         }
     }
 }
 
+/// How many calls one connection may have under way, and how large a call's head may be.
+const STREAMS_MAX: u32 = 1024;
+const HEAD_BYTES_MAX: u32 = 16 << 10;
+/// After a silence of this length a peer is asked for a sign of life; one that gives none in as
+/// long is let go.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
 type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
-pub fn builder() -> Server<Stack<Mended, NoLayer>> {
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+/// Limits, and who may call.
+pub fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLayer>>> {
+    let server = bounded(STREAMS_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX);
-    server.layer(MapResponseLayer::new(too_large))
+    let mended: Mended = MapResponseLayer::new(too_large);
+    server.layer(mended).layer(access.layer())
+}
+
+/// As [`builder`], for a port that answers probes alone.
+pub fn probes() -> Server {
+    bounded(16)
+}
+
+fn bounded(streams_max: u32) -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .http2_max_header_list_size(HEAD_BYTES_MAX)
+        .max_concurrent_streams(streams_max)
 }
 
 /// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE
@@ -97,7 +121,7 @@ pub fn drain(
         shutdown.await;
         tracing::info!("draining");
         // The empty name is the whole server's.
-        for name in services.iter().copied().chain([""]) {
+        for name in services.iter().copied().chain(["", READINESS]) {
             health
                 .set_service_status(name, tonic_health::ServingStatus::NotServing)
                 .await;

@@ -1,21 +1,27 @@
 //! `superbatch worker`: a scoring worker in a process of its own.
 use super::{
-    Ground, Shutdown, Sockets, WORKED, tell_build,
+    Shutdown,
+    ground::{Ground, Sockets},
+    health, tell_build, tls,
     transport::{builder, drain, reflection, tell_health, within},
 };
 use crate::{
+    access::{Access, audit::Audit, tokens::fresh},
     config::{Config, WorkerRoleConfig},
     error::{Error, Result},
     metrics::{self, Process},
     storage::{Wrap, metered, nonce},
-    worker::{Worker, keep_registered},
+    worker::{Superior, Worker, keep_registered},
 };
 use futures::future::FutureExt;
 use rand::SeedableRng;
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::v1::{RegisterRequest, worker_service_server::WorkerServiceServer};
+use superbatch_transport::{Authorized, Bearer};
 use tokio::sync::{Notify, oneshot};
-use tonic::transport::{Endpoint, server::TcpIncoming};
+use tonic::server::NamedService;
+
+const WORKED: [&str; 1] = [WorkerServiceServer::<Worker>::NAME];
 
 /// A scoring worker, bound and ready to run.
 pub struct Work {
@@ -57,6 +63,11 @@ impl Work {
         self.ground.address
     }
 
+    /// [`Work::address`] as a URI.
+    pub fn uri(&self) -> String {
+        self.ground.uri()
+    }
+
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.ground.http.as_ref().map(super::http::Http::address)
     }
@@ -76,23 +87,23 @@ impl Work {
         };
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<WorkerServiceServer<Worker>>().await;
+        health::begin(&health, &WORKED).await;
+        // Nobody but the coordinator is told it.
+        let secret = fresh();
         let (keeping, well) = (
-            self.keep_registered(shutdown.clone())?,
+            self.keep_registered(&secret, shutdown.clone())?,
             self.worker.is_well(),
         );
         let registered =
             tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
         let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
-        let router = builder()
+        let router = builder(&Access::holder(&secret))
             .add_routes(reflection(&WORKED)?)
-            .add_service(health_service)
+            .add_service(health_service.clone())
             .add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let http = self
-            .ground
-            .http
-            .map(|http| tokio::spawn(http.run(shutdown.clone())));
+        let beside = (health_service, Access::everybody(Audit::default()));
+        let (incoming, _beside) = self.ground.listen(&shutdown, beside);
         let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
         let leave = async move {
             // It has told the coordinator that it goes; a task that panicked has told its log.
@@ -101,18 +112,15 @@ impl Work {
             worker.stop();
         };
         let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
-        let incoming = TcpIncoming::from(self.ground.listener).with_nodelay(Some(true));
         let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
-        if let Some(http) = http {
-            http.abort();
-        }
         // Where it never left there is nothing to tell.
         ended.await.unwrap_or(Ok(()))
     }
 
     fn keep_registered(
         &self,
+        secret: &str,
         shutdown: Shutdown,
     ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
         let (role, ground) = (&self.ground.config.worker_role, &self.ground);
@@ -120,21 +128,33 @@ impl Work {
             address: role
                 .advertise_address
                 .clone()
-                .unwrap_or_else(|| format!("http://{}", ground.address)),
+                .unwrap_or_else(|| ground.uri()),
             incarnation: nonce(),
             device: self.worker.info().device,
             leaving: false,
             build: env!("CARGO_PKG_VERSION").to_owned(),
             state_id: ground.state_id.clone(),
             state_uri: ground.state.uri().to_owned(),
+            token: secret.to_owned(),
         };
-        let coordinator = Endpoint::from_shared(role.coordinator.clone()).map_err(|e| {
+        let bearer = match &role.token_file {
+            Some(path) => Bearer::file(path.clone())
+                .map_err(|e| Error::invalid("worker_role.token_file", e.to_string()))?,
+            None => Bearer::default(),
+        };
+        let dialer = tls::towards(&ground.config.tls)?;
+        let channel = dialer.connect_lazy(&role.coordinator, |endpoint| endpoint);
+        let channel = channel.map_err(|e| {
             let message = format!(
                 "worker_role.coordinator is '{}'; give http://host:port",
                 role.coordinator
             );
             Error::invalid("worker_role.coordinator", message).because(e)
         })?;
+        let coordinator = Superior {
+            uri: role.coordinator.clone(),
+            channel: Authorized::new(channel, bearer),
+        };
         let rng = rand::rngs::StdRng::from_os_rng();
         Ok(keep_registered(
             coordinator,

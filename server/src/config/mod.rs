@@ -2,8 +2,10 @@
 //! module reads the environment. Every field's comment is its text in `docs/configuration.md`, and
 //! `Default` its only default.
 mod load;
+mod reach;
 mod reference;
 mod seconds;
+mod security;
 #[cfg(test)]
 mod tests;
 
@@ -14,9 +16,12 @@ use crate::{
 pub use load::environment;
 pub use reference::{commented_yaml, reference};
 use schemars::JsonSchema;
+pub use security::{AuditConfig, AuthConfig, TlsConfig};
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use superbatch_proto::v1::Reason;
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
 use url::Url;
 
 /// What an address to listen on looks like.
@@ -32,10 +37,18 @@ pub struct Config {
     /// Address and port of `/metrics`, `/livez` and `/readyz`, over plain HTTP. `null` serves none
     /// of them.
     pub metrics_listen: Option<SocketAddr>,
+    /// Address and port of `grpc.health.v1.Health` alone, without TLS and tokens, for probes:
+    /// services `liveness`, `readiness` and those of the process. `null` serves it with the other
+    /// services only.
+    pub health_listen: Option<SocketAddr>,
     /// Address and port of the run page (docs/page.md), over plain HTTP. `null` serves none.
     pub page_listen: Option<SocketAddr>,
-    /// Whether anyone who can reach the ports may use them. Needed to listen beyond this machine,
-    /// because TLS and tokens are not built yet; leave it to networks that you trust whole.
+    /// Connections to `listen` (`worker_role.listen` of a worker) at a time. Further ones are
+    /// closed.
+    pub connections_max: u32,
+    /// Whether anyone who can reach the ports may use them. Without it, listening beyond this
+    /// machine needs `tls.cert` and, for a coordinator, `auth.tokens_file`; leave it to networks
+    /// that you trust whole.
     pub allow_insecure: bool,
     /// Where all state lives (runs, receipts, weights, reference embeddings): a URI such as
     /// `s3://bucket/prefix`, or a path.
@@ -48,6 +61,12 @@ pub struct Config {
     pub worker: crate::worker::WorkerConfig,
     /// A worker of its own (`superbatch worker`).
     pub worker_role: WorkerRoleConfig,
+    /// Encryption of connections.
+    pub tls: TlsConfig,
+    /// Who may call.
+    pub auth: AuthConfig,
+    /// What was done, and by whom.
+    pub audit: AuditConfig,
     /// Logs, on standard error.
     pub log: LogConfig,
 }
@@ -57,13 +76,18 @@ impl Default for Config {
         Self {
             listen: loopback(50051),
             metrics_listen: Some(loopback(9464)),
+            health_listen: None,
             page_listen: Some(loopback(9465)),
+            connections_max: 4096,
             allow_insecure: false,
             state: "./superbatch-state".into(),
             storage: StorageConfig::default(),
             coordinator: CoordinatorConfig::default(),
             worker: crate::worker::WorkerConfig::default(),
             worker_role: WorkerRoleConfig::default(),
+            tls: TlsConfig::default(),
+            auth: AuthConfig::default(),
+            audit: AuditConfig::default(),
             log: LogConfig::default(),
         }
     }
@@ -154,6 +178,9 @@ pub struct WorkerRoleConfig {
     /// URI by which the coordinator reaches this worker. `null` is made of `listen`, which must
     /// then be an address that the coordinator can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
+    /// File with the token that this worker registers with; it needs scope `worker`. `null`
+    /// registers without one.
+    pub token_file: Option<PathBuf>,
     /// Address and port of this worker's `/metrics`, `/livez` and `/readyz`, over plain HTTP.
     /// `null` serves none of them.
     pub metrics_listen: Option<SocketAddr>,
@@ -165,6 +192,7 @@ impl Default for WorkerRoleConfig {
             coordinator: "http://127.0.0.1:50051".into(),
             listen: loopback(50052),
             advertise_address: None,
+            token_file: None,
             metrics_listen: None,
         }
     }
@@ -229,6 +257,7 @@ impl Config {
             ("coordinator.push_bytes_max", c.push_bytes_max),
             ("coordinator.ready_bytes_max", c.ready_bytes_max),
             ("coordinator.max_runs", c.max_runs.into()),
+            ("connections_max", self.connections_max.into()),
             (
                 "coordinator.super_batch_size_max",
                 c.super_batch_size_max.into(),
@@ -262,102 +291,6 @@ impl Config {
             "coordinator.selector_device is {device:?}{problem}; use auto, native, worker or cuda"
         );
         Err(Error::invalid("coordinator.selector_device", message))
-    }
-
-    /// Nobody gets in: beyond loopback only where the operator said so, to listed data alone.
-    fn validate_reach(&self) -> Result<()> {
-        let role = &self.worker_role;
-        let listens = [
-            ("listen", Some(self.listen)),
-            ("metrics_listen", self.metrics_listen),
-            ("page_listen", self.page_listen),
-            ("worker_role.listen", Some(role.listen)),
-            ("worker_role.metrics_listen", role.metrics_listen),
-        ];
-        let beyond = |(field, address): (&'static str, Option<SocketAddr>)| {
-            address
-                .filter(|address| !address.ip().is_loopback())
-                .map(|address| (field, address))
-        };
-        if let Some((field, address)) = listens
-            .into_iter()
-            .find_map(beyond)
-            .filter(|_| !self.allow_insecure)
-        {
-            let message = format!(
-                "{field} is {address}, which others can reach, and TLS and tokens are not built \
-                yet; listen on 127.0.0.1, or say \
-                 allow_insecure: true on a network that you trust whole"
-            );
-            return Err(Error::invalid(field, message));
-        }
-        if !self.listen.ip().is_loopback() && self.storage.allow_uris.is_empty() {
-            let message = format!(
-                "listen is {}, and storage.allow_uris is empty; list the URI prefixes that \
-                requests may name, such as s3://bucket/data",
-                self.listen
-            );
-            return Err(
-                Error::new(Reason::UriNotAllowed, message).with("field", "storage.allow_uris")
-            );
-        }
-        Ok(())
-    }
-
-    /// Addresses that others are told have to be ones.
-    fn validate_advertised(&self) -> Result<()> {
-        let role = &self.worker_role;
-        let uris = [
-            (
-                "coordinator.advertise_address",
-                self.coordinator.advertise_address.as_ref(),
-            ),
-            (
-                "worker_role.advertise_address",
-                role.advertise_address.as_ref(),
-            ),
-            ("worker_role.coordinator", Some(&role.coordinator)),
-        ];
-        let is_reachable = |uri: &str| {
-            Url::parse(uri)
-                .is_ok_and(|url| url.has_host() && ["http", "https"].contains(&url.scheme()))
-        };
-        let unusable = |(field, uri): (&'static str, Option<&String>)| {
-            Some((field, uri.filter(|u| !is_reachable(u))?.clone()))
-        };
-        if let Some((field, uri)) = uris.into_iter().find_map(unusable) {
-            return Err(Error::invalid(
-                field,
-                format!("{field} is {uri:?}; give http://host:port"),
-            ));
-        }
-        let advertised = [
-            (
-                "listen",
-                self.listen,
-                "coordinator.advertise_address",
-                &self.coordinator.advertise_address,
-            ),
-            (
-                "worker_role.listen",
-                role.listen,
-                "worker_role.advertise_address",
-                &role.advertise_address,
-            ),
-        ];
-        let nowhere = advertised
-            .into_iter()
-            .find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
-        if let Some((field, address, missing, _)) = nowhere {
-            let message = format!(
-                "{field} is {address}, at which nobody can reach this process from elsewhere; set \
-                {missing} to the URI that \
-                 others use, such as http://host:{}",
-                address.port()
-            );
-            return Err(Error::invalid(missing, message));
-        }
-        Ok(())
     }
 
     /// The URI of the state; a path becomes a `file:` URI, relative to the working directory.

@@ -286,6 +286,23 @@ fn nobody_gets_in_unless_the_operator_says_so() {
         ("listen: '[::]:50051'", "listen"),
         ("metrics_listen: 0.0.0.0:9464", "metrics_listen"),
         ("worker_role: {listen: 10.0.0.1:1}", "worker_role.listen"),
+        ("page_listen: 0.0.0.0:9465", "page_listen"),
+        (
+            "{listen: 10.0.0.1:1, tls: {cert: c, key: k}, storage: {allow_uris: [s3://b]}}",
+            "listen",
+        ),
+        (
+            "{listen: 10.0.0.1:1, auth: {tokens_file: t}, storage: {allow_uris: [s3://b]}}",
+            "listen",
+        ),
+        (
+            "{listen: 10.0.0.1:1, tls: {cert: c, key: k}, auth: {tokens_file: t}}",
+            "storage.allow_uris",
+        ),
+        ("tls: {cert: c}", "tls.key"),
+        ("tls: {client_key: k}", "tls.client_cert"),
+        ("tls: {client_ca: c}", "tls.cert"),
+        ("auth: {metrics: true}", "auth.tokens_file"),
         (
             "{listen: 10.0.0.1:1, allow_insecure: true}",
             "storage.allow_uris",
@@ -296,6 +313,10 @@ fn nobody_gets_in_unless_the_operator_says_so() {
     let open = "allow_insecure: true, storage: {allow_uris: [s3://b/data]}";
     assert!(load(&format!("{{listen: 10.0.0.1:1, {open}}}"), &[]).is_ok());
     assert!(load("listen: '[::1]:50051'", &[]).is_ok());
+    let safe = "{listen: 10.0.0.1:1, metrics_listen: 10.0.0.1:2, health_listen: 10.0.0.1:3, \
+                worker_role: {listen: 10.0.0.1:4}, tls: {cert: c, key: k}, \
+                auth: {tokens_file: t, metrics: true}, storage: {allow_uris: [s3://b]}}";
+    assert!(load(safe, &[]).is_ok());
 }
 
 #[test]

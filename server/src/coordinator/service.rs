@@ -5,21 +5,23 @@ use super::{
     serve::{output, ready::Ready, share},
 };
 use crate::{
+    access::Caller,
     error::{Error, Result},
     ipc, metrics,
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
+use serde_json::{Value, json};
 use std::{pin::Pin, sync::Arc};
 use superbatch_proto::v1::{
     AnnouncePushRequest, AnnouncePushResponse, AppendPhasesRequest, AppendPhasesResponse,
     BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery, GetReceiptRequest,
     GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
-    OpenRunRequest, OpenRunResponse, PushWeightsRequest, PushWeightsResponse, Reason, Receipt,
-    RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse,
-    SelectBatchRequest, SelectBatchResponse, coordinator_service_server::CoordinatorService,
-    push_weights_request, select_batch_response::Message,
-    selection_service_server::SelectionService,
+    OpenRunRequest, OpenRunResponse, PushStart, PushWeightsRequest, PushWeightsResponse, Reason,
+    Receipt, RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse,
+    SelectBatchRequest, SelectBatchResponse, WeightsVersion,
+    coordinator_service_server::CoordinatorService, push_weights_request,
+    select_batch_response::Message, selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -56,13 +58,19 @@ impl SelectionService for Selection {
         &self,
         request: Request<OpenRunRequest>,
     ) -> Result<Response<OpenRunResponse>, Status> {
-        Ok(Response::new(self.0.open_run(request.into_inner()).await?))
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        let run_id = request.run_id.clone();
+        caller.check_run(&run_id)?;
+        let opened = self.0.open_run(request).await;
+        caller.note("open", &run_id, &opened, Value::Null);
+        Ok(Response::new(opened?))
     }
 
     async fn get_run(
         &self,
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let run = self.0.run(&request.get_ref().run_id).await?;
         Ok(Response::new(GetRunResponse {
             run: Some(run.info(request.get_ref().resume_step)),
@@ -71,20 +79,25 @@ impl SelectionService for Selection {
 
     async fn list_runs(
         &self,
-        _: Request<ListRunsRequest>,
+        request: Request<ListRunsRequest>,
     ) -> Result<Response<ListRunsResponse>, Status> {
-        Ok(Response::new(ListRunsResponse {
-            runs: self.0.list().await?,
-        }))
+        let caller = Caller::of(&request)?;
+        let mut runs = self.0.list().await?;
+        runs.retain(|run| caller.sees(&run.run_id));
+        Ok(Response::new(ListRunsResponse { runs }))
     }
 
     async fn close_run(
         &self,
         request: Request<CloseRunRequest>,
     ) -> Result<Response<CloseRunResponse>, Status> {
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        caller.check_run(&request.run_id)?;
         let coordinator = self.0.clone();
-        let run = coordinator.run(&request.get_ref().run_id).await?;
-        whole(async move { coordinator.written(&run, run.close().await) }).await?;
+        let run = coordinator.run(&request.run_id).await?;
+        let closed = whole(async move { coordinator.written(&run, run.close().await) }).await;
+        caller.note("close", &request.run_id, &closed, Value::Null);
+        closed?;
         Ok(Response::new(CloseRunResponse {}))
     }
 
@@ -92,13 +105,16 @@ impl SelectionService for Selection {
         &self,
         request: Request<AppendPhasesRequest>,
     ) -> Result<Response<AppendPhasesResponse>, Status> {
-        let (coordinator, request) = (self.0.clone(), request.into_inner());
-        let run = coordinator.run(&request.run_id).await?;
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        let (coordinator, run_id) = (self.0.clone(), request.run_id);
+        caller.check_run(&run_id)?;
+        let run = coordinator.run(&run_id).await?;
+        let phases = request.phases;
+        let detail = json!({"phases": phases.len()});
         let spec =
-            whole(
-                async move { coordinator.written(&run, run.append_phases(request.phases).await) },
-            )
-            .await?;
+            whole(async move { coordinator.written(&run, run.append_phases(phases).await) }).await;
+        caller.note("append phases", &run_id, &spec, detail);
+        let spec = spec?;
         Ok(Response::new(AppendPhasesResponse {
             spec: Some((*spec).clone()),
         }))
@@ -108,7 +124,9 @@ impl SelectionService for Selection {
         &self,
         request: Request<RewindRequest>,
     ) -> Result<Response<RewindResponse>, Status> {
-        let (coordinator, request) = (self.0.clone(), request.into_inner());
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        caller.check_run(&request.run_id)?;
+        let coordinator = self.0.clone();
         let (to_step, mode) = (request.to_step, request.mode());
         if mode == RewindMode::Unspecified {
             return Err(Error::invalid(
@@ -118,9 +136,11 @@ impl SelectionService for Selection {
             .into());
         }
         let run = coordinator.run(&request.run_id).await?;
-        let generation =
-            whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) })
-                .await?;
+        let rewound =
+            whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) }).await;
+        let detail = json!({"to_step": to_step, "mode": mode.as_str_name()});
+        caller.note("rewind", &request.run_id, &rewound, detail);
+        let generation = rewound?;
         Ok(Response::new(RewindResponse { generation }))
     }
 
@@ -128,6 +148,7 @@ impl SelectionService for Selection {
         &self,
         request: Request<SelectBatchRequest>,
     ) -> Result<Response<BatchStream>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let mut outcome = Outcome::new();
         let batch = batch(&self.0, request.get_ref())
             .await
@@ -141,7 +162,7 @@ impl SelectionService for Selection {
         &self,
         request: Request<Streaming<PushWeightsRequest>>,
     ) -> Result<Response<PushWeightsResponse>, Status> {
-        let mut stream = request.into_inner();
+        let (caller, mut stream) = (Caller::of(&request)?, request.into_inner());
         let silence = self.0.deps.limits.push_deadline;
         let first = tokio::time::timeout(silence, stream.message())
             .await
@@ -153,12 +174,11 @@ impl SelectionService for Selection {
         let Some(push_weights_request::Message::Start(start)) = first else {
             return Err(Error::invalid("start", "a push begins with PushStart").into());
         };
-        let run = self.0.run(&start.run_id).await?;
-        self.0.noted(&run, run.check_push(start.generation).await)?;
-        let published = run.weights.push(run.generation(), start, stream).await?;
-        // Where the run changed hands meanwhile, its new owner learns of the push when it is sent
-        // there again.
-        self.0.noted(&run, run.owner.check().await)?;
+        caller.check_run(&start.run_id)?;
+        let (run_id, detail) = (start.run_id.clone(), json!({"step": start.step}));
+        let published = push(&self.0, start, stream).await;
+        caller.note("push", &run_id, &published, detail);
+        let published = published?;
         Ok(Response::new(PushWeightsResponse {
             published: Some(published),
         }))
@@ -168,6 +188,7 @@ impl SelectionService for Selection {
         &self,
         request: Request<AnnouncePushRequest>,
     ) -> Result<Response<AnnouncePushResponse>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.into_inner();
         let run = self.0.run(&request.run_id).await?;
         self.0
@@ -180,6 +201,7 @@ impl SelectionService for Selection {
         &self,
         request: Request<GetReceiptRequest>,
     ) -> Result<Response<GetReceiptResponse>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.get_ref();
         let run = self.0.run(&request.run_id).await?;
         let receipt = receipt(&run, request).await?;
@@ -189,6 +211,20 @@ impl SelectionService for Selection {
             request.max_rows,
         )?))
     }
+}
+
+async fn push(
+    coordinator: &Coordinator,
+    start: PushStart,
+    stream: Streaming<PushWeightsRequest>,
+) -> Result<WeightsVersion> {
+    let run = coordinator.run(&start.run_id).await?;
+    coordinator.noted(&run, run.check_push(start.generation).await)?;
+    let published = run.weights.push(run.generation(), start, stream).await?;
+    // Where the run changed hands meanwhile, its new owner learns of the push when it is sent there
+    // again.
+    coordinator.noted(&run, run.owner.check().await)?;
+    Ok(published)
 }
 
 /// Runs to its end even if the caller goes away: what is durable and what is in memory must not

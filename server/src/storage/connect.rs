@@ -1,5 +1,5 @@
 //! From a URI and options to the store's client.
-use super::{StorageConfig, retried::Noticing};
+use super::{StorageConfig, guard::Guarded, retried::Noticing};
 use crate::error::{Error, Result};
 use object_store::{
     ClientConfigKey, ObjectStore, ObjectStoreScheme,
@@ -15,13 +15,13 @@ use url::{Position, Url};
 
 /// A client's builder for `url`, with those of the options that it knows.
 macro_rules! configured {
-    ($builder:ty, $url:expr, $config:expr) => {{
+    ($builder:ty, $url:expr, $config:expr, $connector:expr) => {{
         let config = $config;
         // What comes later holds.
         let options = config.environment.iter().chain(&config.options);
         let builder = <$builder>::new()
             .with_url($url)
-            .with_http_connector(Noticing);
+            .with_http_connector($connector);
         options.fold(builder, |builder, (name, value)| {
             match name.to_ascii_lowercase().parse() {
                 Ok(key) => builder.with_config(key, value),
@@ -47,7 +47,7 @@ pub(super) fn connect(
         S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
         S::Memory => Arc::new(InMemory::new()),
         S::AmazonS3 => {
-            let builder = configured!(AmazonS3Builder, url.as_str(), config);
+            let builder = configured!(AmazonS3Builder, url.as_str(), config, Noticing::default());
             let get = |key| builder.get_config_value(&key);
             let endpoint =
                 get(AmazonS3ConfigKey::S3Endpoint).or_else(|| get(AmazonS3ConfigKey::Endpoint));
@@ -56,12 +56,22 @@ pub(super) fn connect(
             Arc::new(builder.build().map_err(unusable)?)
         }
         S::GoogleCloudStorage => Arc::new(
-            configured!(GoogleCloudStorageBuilder, url.as_str(), config)
-                .build()
-                .map_err(unusable)?,
+            configured!(
+                GoogleCloudStorageBuilder,
+                url.as_str(),
+                config,
+                Noticing::default()
+            )
+            .build()
+            .map_err(unusable)?,
         ),
         S::MicrosoftAzure => {
-            let builder = configured!(MicrosoftAzureBuilder, url.as_str(), config);
+            let builder = configured!(
+                MicrosoftAzureBuilder,
+                url.as_str(),
+                config,
+                Noticing::default()
+            );
             let get = |key| builder.get_config_value(&key);
             let endpoint = get(AzureConfigKey::Endpoint);
             let emulated = get(AzureConfigKey::UseEmulator).filter(|value| is_true(value));
@@ -71,7 +81,10 @@ pub(super) fn connect(
             Arc::new(builder.build().map_err(unusable)?)
         }
         S::Http => {
-            let builder = configured!(HttpBuilder, &url[..Position::BeforePath], config);
+            let guarded = Noticing::over(Guarded {
+                allow: config.allow_uris.clone(),
+            });
+            let builder = configured!(HttpBuilder, &url[..Position::BeforePath], config, guarded);
             let mut options = config.environment.iter().chain(&config.options);
             let allowed = options
                 .find(|(name, _)| name.eq_ignore_ascii_case("allow_http"))

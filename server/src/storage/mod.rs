@@ -2,6 +2,7 @@
 mod connect;
 mod deadline;
 mod facts;
+mod guard;
 mod location;
 mod metered;
 mod options;
@@ -132,7 +133,11 @@ impl Stores {
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
         let allow = &self.0.config.allow_uris;
         let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
-        if climbs(uri) || !(allow.is_empty() || allow.iter().any(|p| below(plain, p))) {
+        let is_metadata = || Url::parse(uri).is_ok_and(|url| guard::is_metadata(&url));
+        if climbs(uri)
+            || is_metadata()
+            || !(allow.is_empty() || allow.iter().any(|p| below(plain, p)))
+        {
             let message = format!(
                 "{uri} is not below any prefix of storage.allow_uris; ask the operator to add it"
             );

@@ -19,11 +19,24 @@ const EACH: Duration = Duration::from_secs(10);
 
 /// Makes clients that notice.
 #[derive(Debug)]
-pub(super) struct Noticing;
+pub(super) struct Noticing(Box<dyn HttpConnector>);
+
+impl Default for Noticing {
+    fn default() -> Self {
+        Self::over(ReqwestConnector::default())
+    }
+}
+
+impl Noticing {
+    /// Of those that `connector` makes.
+    pub fn over(connector: impl HttpConnector) -> Self {
+        Self(Box::new(connector))
+    }
+}
 
 impl HttpConnector for Noticing {
     fn connect(&self, options: &ClientOptions) -> Result<HttpClient> {
-        let client = ReqwestConnector::default().connect(options)?;
+        let client = self.0.connect(options)?;
         Ok(HttpClient::new(Noticed {
             client,
             said: Said::default(),

@@ -14,5 +14,5 @@ mod service;
 pub use calls::rows::CONTENT_HASH_COLUMN;
 pub use config::WorkerConfig;
 pub use kept::read::BlockReader;
-pub use register::keep_registered;
+pub use register::{Superior, keep_registered};
 pub use service::{Worker, WorkerInfo};

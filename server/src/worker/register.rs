@@ -6,13 +6,20 @@ use std::{future::Future, pin::pin, time::Duration};
 use superbatch_proto::v1::{
     Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient,
 };
+use superbatch_transport::Authorized;
 use tokio::sync::watch;
-use tonic::transport::{Channel, Endpoint};
 
 /// How long a call to the coordinator may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// First and longest wait after a call that failed.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// The coordinator to register with.
+pub struct Superior {
+    /// Its address, for logs.
+    pub uri: String,
+    pub channel: Authorized,
+}
 
 /// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where
 /// the coordinator cannot be reached, with exponential backoff and full jitter drawn from `rng`. At
@@ -25,13 +32,13 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// `InvalidArgument` where the coordinator refuses the worker for good, as it does one of another
 /// state.
 pub async fn keep_registered(
-    coordinator: Endpoint,
+    coordinator: Superior,
     worker: RegisterRequest,
     mut is_well: watch::Receiver<bool>,
     mut rng: impl Rng,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let mut client = CoordinatorServiceClient::new(coordinator.connect_lazy());
+    let mut client = CoordinatorServiceClient::new(coordinator.channel.clone());
     let mut shutdown = pin!(shutdown);
     let (mut failures, mut registered) = (0, false);
     loop {
@@ -51,17 +58,17 @@ pub async fn keep_registered(
                 Ok(lease) => {
                     if failures > 0 || !registered {
                         let what = if registered { "registered again" } else { "registered" };
-                        tracing::info!(coordinator = %coordinator.uri(), "{what}");
+                        tracing::info!(coordinator = %coordinator.uri, "{what}");
                     }
                     (registered, failures) = (true, 0);
                     lease / 3
                 }
                 Err(error) if error.reason() == Reason::InvalidArgument => {
-                    return Err(error.about(format!("{} refuses this worker", coordinator.uri())));
+                    return Err(error.about(format!("{} refuses this worker", coordinator.uri)));
                 }
                 Err(error) => {
                     if failures == 0 {
-                        tracing::warn!(coordinator = %coordinator.uri(), error = error.chain(), "cannot register; trying on");
+                        tracing::warn!(coordinator = %coordinator.uri, error = error.chain(), "cannot register; trying on");
                     }
                     failures += 1;
                     backoff(failures, rng.random())
@@ -79,7 +86,7 @@ pub async fn keep_registered(
     Ok(())
 }
 
-async fn leave(client: &mut CoordinatorServiceClient<Channel>, worker: &RegisterRequest) {
+async fn leave(client: &mut CoordinatorServiceClient<Authorized>, worker: &RegisterRequest) {
     let leaving = RegisterRequest {
         leaving: true,
         ..worker.clone()
@@ -97,7 +104,7 @@ async fn leave(client: &mut CoordinatorServiceClient<Channel>, worker: &Register
 
 /// One call; the lease it grants.
 async fn register(
-    client: &mut CoordinatorServiceClient<Channel>,
+    client: &mut CoordinatorServiceClient<Authorized>,
     worker: &RegisterRequest,
 ) -> Result<Duration> {
     let call = tokio::time::timeout(CALL_TIMEOUT, client.register(worker.clone()));
@@ -131,6 +138,7 @@ mod tests {
         RegisterResponse,
         coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
     };
+    use superbatch_transport::{Bearer, Dialer};
     use tokio::{
         net::TcpListener,
         sync::{mpsc, oneshot},
@@ -182,12 +190,14 @@ mod tests {
         }
     }
 
-    async fn serve(service: impl CoordinatorService) -> Endpoint {
+    async fn serve(service: impl CoordinatorService) -> Superior {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let uri = format!("http://{}", listener.local_addr().unwrap());
         let server = Server::builder().add_service(CoordinatorServiceServer::new(service));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Endpoint::from_shared(uri).unwrap()
+        let channel = Dialer::default().connect_lazy(&uri, |e| e).unwrap();
+        let channel = Authorized::new(channel, Bearer::default());
+        Superior { uri, channel }
     }
 
     #[tokio::test]

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    process,
     storage::{Location, Stores},
 };
 use futures::FutureExt;
@@ -43,7 +44,25 @@ impl Worker {
     /// # Errors
     /// `InvalidArgument` for a setting that cannot work, `DeviceUnavailable`.
     pub fn new(config: &WorkerConfig, stores: Stores, state: Location) -> Result<Self> {
-        Ok(Self(Arc::new(Engine::new(config, stores, state)?)))
+        let engine = Arc::new(Engine::new(config, stores, state)?);
+        type Held = fn(&Engine) -> usize;
+        let budgets: [(&'static str, usize, Held); 4] = [
+            ("blocks", config.block_cache_bytes, |e| {
+                e.reader.cached_bytes()
+            }),
+            ("rows", config.row_bytes_max, |e| e.raw.bytes()),
+            ("images", config.decoded_bytes_max, |e| e.ready.bytes()),
+            ("embeddings", config.reference_cache_bytes, |e| {
+                e.sidecar.cached_bytes()
+            }),
+        ];
+        for (name, limit, held) in budgets {
+            let engine = Arc::downgrade(&engine);
+            process::budget(name, limit as u64, move || {
+                engine.upgrade().map(|engine| held(&engine) as u64)
+            });
+        }
+        Ok(Self(engine))
     }
 
     /// The service, with the protocol's message limits.

@@ -48,6 +48,21 @@ def text(name: str, value: Any, instead: str) -> str:
     raise wrong(name, value, instead)
 
 
+def path(name: str, value: Any) -> str:
+    """A file's path as a string."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise wrong(name, value, "give a file's path") from None
+
+
+def secret(name: str, value: Any) -> str:
+    """A string that no message may quote."""
+    if isinstance(value, str):
+        return value
+    raise invalid(name, f"cannot be a {type(value).__name__}; give a string")
+
+
 def items(name: str, value: Any) -> Sequence[Any]:
     """What is to be a list of several things, and not one of them."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

@@ -6,6 +6,7 @@ Calls block with the GIL released, and Ctrl-C ends them at once. Those with an a
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow
 
 from . import _superbatch, _weights
-from ._arguments import seconds, text, whole, wrong
+from ._arguments import path, seconds, secret, text, whole, wrong
 from ._record import Record, record
 from ._spec import Phase, RunSpec, check_phases, plain
 
@@ -46,18 +47,44 @@ def connect(
     timeout: float = 10.0,
     retry_attempts: int = 16,
     retry_seconds: float = 120.0,
+    ca: str | os.PathLike[str] | None = None,
+    cert: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    server_name: str | None = None,
+    allow_insecure: bool = False,
 ) -> Client:
     """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as `Unavailable`.
+
+    Where the service asks for them, such as at "https://superbatch.example:50051" (docs/security.md):
+
+    ca: PEM file of the authority of the service's certificate. By default those that the system trusts.
+    cert, key: PEM files of this client's own certificate and key.
+    token: what the operator gave you, or `token_file`, which holds it and may change.
+    server_name: the name in the service's certificate, where it is not the host of `uri`.
+    allow_insecure: sends the token to another machine without TLS, where everybody between can read it.
+
+    What is not given is taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY, SUPERBATCH_TOKEN,
+    SUPERBATCH_TOKEN_FILE, SUPERBATCH_SERVER_NAME.
 
     timeout: seconds for one attempt to connect.
     retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once connected. A service that
         falls silent is asked for a sign of life after `retry_seconds`, but at least 5 and at most 20, and has as long to
         give it; calls to it end within that of `retry_seconds`. One that gives it may take as long as it needs to answer.
     """
-    text("uri", uri, "write it as http://HOST:PORT")
+    text("uri", uri, "write it as http://HOST:PORT or https://HOST:PORT")
     attempts = whole("retry_attempts", retry_attempts, bits=32)
     timeout, retry_seconds = seconds("timeout", timeout), seconds("retry_seconds", retry_seconds)
-    return Client(_superbatch.connect(uri, timeout, attempts, retry_seconds).wait())
+    files = {"ca": ca, "cert": cert, "key": key, "token_file": token_file}
+    shown = {name: path(name, file) for name, file in files.items() if file is not None}
+    if token is not None:
+        shown["token"] = secret("token", token)
+    if server_name is not None:
+        shown["server_name"] = text("server_name", server_name, "give a host's name")
+    if allow_insecure:
+        shown["allow_insecure"] = "true"
+    return Client(_superbatch.connect(uri, timeout, attempts, retry_seconds, shown).wait())
 
 
 RUN_ID = "give a run's id, a string"

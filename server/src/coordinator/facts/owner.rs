@@ -6,7 +6,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use superbatch_proto::v1::{Reason, selection_service_server::SERVICE_NAME};
-use tonic::transport::Endpoint;
+use superbatch_transport::Dialer;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -29,6 +29,8 @@ pub struct Identity {
     pub address: String,
     /// New at every start.
     pub instance: String,
+    /// How other coordinators are reached.
+    pub dialer: Dialer,
 }
 
 /// Ownership of one run, from one epoch on.
@@ -49,7 +51,7 @@ impl Ownership {
             if let Some((_, owner)) = &newest
                 && owner.instance != identity.instance
                 && owner.address != identity.address
-                && answers(&owner.address).await
+                && answers(&identity.dialer, &owner.address).await
             {
                 return Err(not_owner(&owner.address));
             }
@@ -104,12 +106,9 @@ async fn newest(run: &Location) -> Result<Option<(u64, OwnerFact)>> {
 
 /// Whether a coordinator serves at `address`: others may listen there by now, and one that hangs
 /// still takes connections.
-async fn answers(address: &str) -> bool {
-    let Ok(endpoint) = Endpoint::from_shared(address.to_owned()) else {
-        return false;
-    };
+async fn answers(dialer: &Dialer, address: &str) -> bool {
     let asked = async {
-        let mut health = HealthClient::new(endpoint.connect().await.ok()?);
+        let mut health = HealthClient::new(dialer.connect(address, |e| e).await.ok()?);
         let answer = health
             .check(HealthCheckRequest {
                 service: SERVICE_NAME.to_owned(),
@@ -144,6 +143,7 @@ mod tests {
         Identity {
             address: address.into(),
             instance: instance.into(),
+            dialer: Dialer::default(),
         }
     }
 

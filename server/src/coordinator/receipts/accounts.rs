@@ -124,6 +124,7 @@ mod tests {
         let receipt = Receipt {
             summary: None,
             chosen: vec![row(0), row(32), row(0)],
+            ..Receipt::default()
         };
         let counted = by_source(&receipt, &summary);
         assert_eq!(counted, [("0", 60, 2), ("31", 30, 0), ("more", 6, 1)]);

@@ -52,6 +52,11 @@ impl Budget {
         }
     }
 
+    /// Bytes of all batches in hand.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
     /// Whether batches that nobody waits for should be let go; their rows can be read again.
     pub fn is_exceeded(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) > self.bytes_max

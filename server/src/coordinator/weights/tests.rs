@@ -2,7 +2,7 @@
 //! with a shape.
 use super::*;
 use crate::storage::{StorageConfig, Stores};
-use futures::{FutureExt, channel::mpsc};
+use futures::{FutureExt, StreamExt, channel::mpsc, stream};
 use safetensors::SafeTensors;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use superbatch_proto::v1::{

@@ -18,6 +18,7 @@ use superbatch_proto::{
     CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES,
     v1::{Reason, RegisterRequest},
 };
+use superbatch_transport::{Authorized, Bearer, Dialer};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
@@ -43,6 +44,8 @@ pub struct Home {
 /// Workers by address.
 pub struct Pool {
     home: Home,
+    /// How registered workers are reached.
+    dialer: Dialer,
     lease: Duration,
     /// How long a call waits for a first worker before it fails.
     patience: Duration,
@@ -58,6 +61,7 @@ impl Pool {
         let changed = watch::Sender::new(0);
         Self {
             home,
+            dialer: Dialer::default(),
             lease,
             patience,
             replies: Replies::default(),
@@ -77,6 +81,13 @@ impl Pool {
         self.replies
     }
 
+    /// Reaches registered workers as `dialer` says.
+    #[must_use]
+    pub fn dialing(mut self, dialer: Dialer) -> Self {
+        self.dialer = dialer;
+        self
+    }
+
     pub fn lease(&self) -> Duration {
         self.lease
     }
@@ -87,7 +98,7 @@ impl Pool {
             address: EMBEDDED.to_owned(),
             incarnation: String::new(),
             device: device.to_owned(),
-            channel,
+            channel: Authorized::new(channel, Bearer::default()),
         };
         self.insert(Member {
             worker,
@@ -122,23 +133,7 @@ impl Pool {
             return Ok(());
         }
         drop(members);
-        let endpoint = Endpoint::from_shared(request.address.clone()).map_err(|e| {
-            Error::invalid(
-                "address",
-                format!("'{}' is no http://host:port", request.address),
-            )
-            .because(e)
-        })?;
-        let endpoint = endpoint
-            .connect_timeout(Duration::from_secs(5))
-            .tcp_nodelay(true)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-        // A host that vanishes sends no farewell: without these its streams would hang.
-        let endpoint = endpoint
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE);
-        let channel = endpoint.keep_alive_while_idle(true).connect_lazy();
+        let channel = self.connect(request)?;
         let worker = Worker {
             address: request.address.clone(),
             incarnation: request.incarnation.clone(),
@@ -155,6 +150,20 @@ impl Pool {
             lease_until,
         });
         Ok(())
+    }
+
+    /// A connection to a worker, made at its first call.
+    fn connect(&self, request: &RegisterRequest) -> Result<Authorized> {
+        let bearer = match request.token.as_str() {
+            "" => Bearer::default(),
+            token => Bearer::new(token).map_err(|e| Error::invalid("token", e.to_string()))?,
+        };
+        let channel = self.dialer.connect_lazy(&request.address, tuned);
+        let channel = channel.map_err(|e| {
+            let message = format!("'{}' is no http://host:port", request.address);
+            Error::invalid("address", message).because(e)
+        })?;
+        Ok(Authorized::new(channel, bearer))
     }
 
     fn check_state(&self, request: &RegisterRequest) -> Result<()> {
@@ -280,6 +289,19 @@ impl Pool {
         metrics::workers().set(members.len() as f64);
         removed
     }
+}
+
+/// A connection that finds out where the other end is gone: a host that vanishes sends no farewell,
+/// and streams would hang.
+fn tuned(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(Duration::from_secs(5))
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
 }
 
 #[cfg(test)]

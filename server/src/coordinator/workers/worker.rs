@@ -1,6 +1,6 @@
 //! One scoring worker, as its coordinator sees it.
 use superbatch_proto::{MESSAGE_BYTES_MAX, v1::worker_service_client::WorkerServiceClient};
-use tonic::transport::Channel;
+use superbatch_transport::Authorized;
 
 /// A connection to one worker. Cloned freely.
 #[derive(Debug, Clone)]
@@ -9,7 +9,7 @@ pub struct Worker {
     /// Of the worker's process: another one may come to the same address.
     pub incarnation: String,
     pub device: String,
-    pub channel: Channel,
+    pub channel: Authorized,
 }
 
 impl Worker {
@@ -18,7 +18,7 @@ impl Worker {
         (&self.address, &self.incarnation) == (&other.address, &other.incarnation)
     }
 
-    pub fn client(&self) -> WorkerServiceClient<Channel> {
+    pub fn client(&self) -> WorkerServiceClient<Authorized> {
         WorkerServiceClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)

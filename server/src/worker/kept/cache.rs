@@ -57,6 +57,11 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
         made
     }
 
+    /// The weight of what is kept now.
+    pub fn used(&self) -> usize {
+        self.state.lock().expect("no panic while held").used
+    }
+
     /// Forgets `key`, for whoever comes next.
     pub fn remove(&self, key: &K) {
         let mut state = self.state.lock().expect("no panic while held");

@@ -60,6 +60,11 @@ impl BlockReader {
         }
     }
 
+    /// Bytes of blocks that are kept in memory now.
+    pub fn cached_bytes(&self) -> usize {
+        self.blocks.used()
+    }
+
     /// The whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and caption
     /// may be null.
     ///

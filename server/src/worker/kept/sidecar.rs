@@ -117,6 +117,11 @@ impl Sidecar {
         }
     }
 
+    /// Bytes of embeddings that are kept in memory now.
+    pub fn cached_bytes(&self) -> usize {
+        self.cache.used()
+    }
+
     /// The embeddings of a block: from memory, from the store, or by `compute`, which is then
     /// stored. Whoever stored first wins, so that all see the same numbers. A damaged object is
     /// computed again and replaced.

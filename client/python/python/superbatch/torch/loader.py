@@ -43,6 +43,8 @@ class SelectedBatches(IterableDataset):
         larger than `num_workers * prefetch_factor`.
     need_after: seconds of waiting after which the service is told that the trainer stands still, so
         that the run's fallback may apply; by default 0 without workers, else `WORKER_NEED_AFTER`.
+    connection: further arguments of `connect`, such as `{"ca": "ca.pem"}`. Give a token by the
+        environment or `token_file`: what is pickled with the data set may be kept somewhere.
 
     It connects when it is iterated, in the process that iterates: it can be pickled, and forked.
     Workers share out the steps, and the loader puts them in order again. Push weights from the
@@ -69,9 +71,11 @@ class SelectedBatches(IterableDataset):
         prefetch: int = 1,
         prefetch_factor: int = 1,
         need_after: float | None = None,
+        connection: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.uri = uri
+        self.connection = dict(connection or {})
         self.spec = spec
         self.rank = rank
         self.world_size = world_size
@@ -127,7 +131,7 @@ class SelectedBatches(IterableDataset):
         return self._run[1]
 
     def _connected(self) -> Run:
-        return connect(self.uri).open_run(self.spec, incarnation=self.incarnation)
+        return connect(self.uri, **self.connection).open_run(self.spec, incarnation=self.incarnation)
 
     def loader(
         self, *, num_workers: int = 0, pushes: Pushes | None = None, **options: Any

@@ -1,0 +1,187 @@
+//! The audit log: one JSON object a line of who did what to which run, and how it ended.
+use super::Peer;
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
+use serde_json::{Value, json};
+use std::{
+    fmt,
+    fs::File,
+    io::Write,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread::JoinHandle,
+    time::SystemTime,
+};
+
+/// Lines that wait to be written. What does not fit is counted and lost: a full disk must not stop
+/// training.
+const WAITING_MAX: usize = 4096;
+
+/// Writes to a file, or nowhere. Cloned freely; when the last one is dropped, all lines are
+/// written.
+#[derive(Clone, Default)]
+pub struct Audit(Option<Arc<Writer>>);
+
+struct Writer {
+    lines: Option<SyncSender<String>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for Audit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() {
+            "Audit"
+        } else {
+            "Audit(none)"
+        })
+    }
+}
+
+impl Audit {
+    /// Appends to the file at `path`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where it cannot be opened.
+    pub fn open(path: Option<&Path>) -> Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self::default());
+        };
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut options = File::options();
+        let file = options.append(true).create(true).mode(0o600).open(path);
+        let file = file.map_err(|e| {
+            let message = format!("cannot write the audit log to {}", path.display());
+            Error::invalid("audit.file", message).because(e)
+        })?;
+        let (lines, written) = sync_channel(WAITING_MAX);
+        let thread = std::thread::Builder::new()
+            .name("audit".into())
+            .spawn(move || write(file, &written));
+        let thread = thread.map_err(|e| Error::internal("cannot start a thread").because(e))?;
+        Ok(Self(Some(Arc::new(Writer {
+            lines: Some(lines),
+            thread: Mutex::new(Some(thread)),
+        }))))
+    }
+
+    /// Notes what `who` (a token's name) did, from where, to which run, and how it ended.
+    pub fn note<T>(
+        &self,
+        what: &'static str,
+        who: Option<&str>,
+        peer: Peer,
+        run: Option<&str>,
+        outcome: &Result<T>,
+        detail: Value,
+    ) {
+        let Some(lines) = self.0.as_ref().and_then(|writer| writer.lines.as_ref()) else {
+            return;
+        };
+        let line = line(SystemTime::now(), what, who, peer, run, outcome, detail);
+        match lines.try_send(line) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                metrics::audit_lost().increment(1);
+            }
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // The thread ends when it has written what there is.
+        drop(self.lines.take());
+        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
+        // One that panicked has said so.
+        drop(thread.map(JoinHandle::join));
+    }
+}
+
+fn write(mut file: File, lines: &Receiver<String>) {
+    let mut failing = false;
+    for line in lines {
+        match file.write_all(line.as_bytes()) {
+            Ok(()) => failing = false,
+            Err(error) => {
+                metrics::audit_lost().increment(1);
+                if !failing {
+                    tracing::error!(%error, "cannot write the audit log");
+                }
+                failing = true;
+            }
+        }
+    }
+}
+
+fn line<T>(
+    at: SystemTime,
+    what: &str,
+    who: Option<&str>,
+    peer: Peer,
+    run: Option<&str>,
+    outcome: &Result<T>,
+    detail: Value,
+) -> String {
+    let mut line = json!({
+        "time": humantime::format_rfc3339_millis(at).to_string(),
+        "what": what,
+        "outcome": if outcome.is_ok() { "accepted" } else { "refused" },
+        "who": who,
+        "address": peer.address.map(|address| address.ip().to_string()),
+        "run": run,
+    });
+    if let Err(error) = outcome {
+        line["reason"] = superbatch_proto::reason_name(error.reason()).into();
+    }
+    if !detail.is_null() {
+        line["detail"] = detail;
+    }
+    format!("{line}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_proto::v1::Reason;
+
+    #[test]
+    fn what_is_noted_is_a_line_of_json() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        let audit = Audit::open(Some(&path)).unwrap();
+        let peer = Peer {
+            address: Some("10.0.0.7:4711".parse().unwrap()),
+        };
+        audit.note(
+            "open",
+            Some("alice"),
+            peer,
+            Some("a\n\"b"),
+            &Ok(()),
+            json!(null),
+        );
+        let refused = Err::<(), _>(Error::new(Reason::WeightsRefused, "NaN"));
+        audit.note("push", None, peer, Some("c"), &refused, json!({"step": 3}));
+        drop(audit);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(lines[0]["run"], "a\n\"b");
+        assert_eq!(lines[0]["who"], "alice");
+        assert_eq!(lines[0]["outcome"], "accepted");
+        assert_eq!(lines[1]["reason"], "WEIGHTS_REFUSED");
+        assert_eq!(lines[1]["address"], "10.0.0.7");
+        assert_eq!(lines[1]["detail"]["step"], 3);
+        let time = lines[1]["time"].as_str().unwrap();
+        assert!(humantime::parse_rfc3339(time).is_ok(), "{time}");
+        assert!(Audit::open(Some(&folder.path().join("no/audit"))).is_err());
+    }
+}

@@ -1,0 +1,244 @@
+//! `superbatch doctor`: tries what a service will need, and says what to do where something is wrong.
+use super::ConfigArgs;
+use crate::{
+    access::tokens::Tokens,
+    app,
+    config::Config,
+    error::{Error, Result},
+    storage::{Location, Stores, nonce, probe},
+    worker::Worker,
+};
+use bytes::Bytes;
+use clap::Args;
+use std::{
+    net::{SocketAddr, TcpListener},
+    time::{Duration, Instant, SystemTime},
+};
+use superbatch_proto::v1::Reason;
+
+/// Stores refuse requests of a clock that is 15 minutes off.
+const CLOCK_OFF_MAX: Duration = Duration::from_secs(60);
+
+/// Starts nothing that stays, and leaves in the state what a service leaves at its start.
+#[derive(Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Data that a run will read, to try whether it is allowed and found. May be given several times
+    #[arg(long, value_name = "URI")]
+    source: Vec<String>,
+    /// A model's folder that a run will name. May be given several times
+    #[arg(long, value_name = "URI")]
+    model: Vec<String>,
+}
+
+/// What was tried, and what came of it.
+type Check = (String, Result<String>);
+
+/// # Errors
+/// `InvalidArgument` where a check failed; all of them are printed.
+pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
+    let mut checks: Vec<Check> = ports(config);
+    checks.push(("certificates".into(), certificates(config)));
+    checks.push(("tokens".into(), tokens(config, SystemTime::now())));
+    let stores = Stores::new(config.storage.clone());
+    let state = config.state_uri().and_then(|uri| stores.open(&uri));
+    match state {
+        Ok(state) => {
+            checks.push(("state".into(), conditional_create(&state).await));
+            checks.push(("clock".into(), clock(&state).await));
+            checks.push(("device".into(), device(config, &stores, &state)));
+        }
+        Err(error) => checks.push(("state".into(), Err(error))),
+    }
+    for uri in &args.source {
+        checks.push((format!("source {uri}"), source(&stores, uri).await));
+    }
+    for uri in &args.model {
+        checks.push((format!("model {uri}"), model(&stores, uri).await));
+    }
+    told(&checks)
+}
+
+/// Lines for people; failures last, as an error.
+fn told(checks: &[Check]) -> Result<String> {
+    let line = |(what, outcome): &Check| match outcome {
+        Ok(found) => format!("ok    {what}: {found}\n"),
+        Err(error) => format!("FAIL  {what}: {}\n", error.chain()),
+    };
+    let text: String = checks.iter().map(line).collect();
+    let failed = checks
+        .iter()
+        .filter(|(_, outcome)| outcome.is_err())
+        .count();
+    if failed == 0 {
+        return Ok(text);
+    }
+    let message = format!("{failed} of {} checks failed\n{text}", checks.len());
+    Err(Error::new(Reason::InvalidArgument, message.trim_end()))
+}
+
+/// Whether each port can be listened on: nobody else does.
+fn ports(config: &Config) -> Vec<Check> {
+    let listens = [
+        ("listen", Some(config.listen)),
+        ("metrics_listen", config.metrics_listen),
+        ("health_listen", config.health_listen),
+        ("page_listen", config.page_listen),
+    ];
+    let tried = |(field, address): (&str, Option<SocketAddr>)| {
+        let address = address?;
+        let bound = TcpListener::bind(address).map_err(|e| {
+            let message = format!("cannot listen on {address}; stop what does, or set `{field}`");
+            Error::invalid(field, message).because(e)
+        });
+        Some((
+            field.to_owned(),
+            bound.map(|_| format!("{address} is free")),
+        ))
+    };
+    listens.into_iter().filter_map(tried).collect()
+}
+
+fn certificates(config: &Config) -> Result<String> {
+    app::check_tls(&config.tls)?;
+    Ok(match (config.tls.is_on(), &config.tls.client_ca) {
+        (false, _) => "none; connections are plain".into(),
+        (true, None) => "the service's can be used".into(),
+        (true, Some(_)) => "the service's can be used; clients have to show theirs".into(),
+    })
+}
+
+fn tokens(config: &Config, now: SystemTime) -> Result<String> {
+    let Some(path) = &config.auth.tokens_file else {
+        return Ok("none are asked for".into());
+    };
+    let tokens = Tokens::read(path)?.tokens;
+    let expired = tokens.iter().filter(|t| t.is_expired(now)).count();
+    if tokens.len() == expired {
+        let message = format!(
+            "{} holds no token that is valid; make one with `superbatch token new`",
+            path.display()
+        );
+        return Err(Error::invalid("auth.tokens_file", message));
+    }
+    Ok(format!("{}, {expired} of them expired", tokens.len()))
+}
+
+/// Whether the store can hold state: it creates a key once and no more.
+async fn conditional_create(state: &Location) -> Result<String> {
+    let begun = Instant::now();
+    probe(state).await?;
+    let took = begun.elapsed().as_millis();
+    Ok(format!("{} creates each key once ({took} ms)", state.uri()))
+}
+
+/// How far this machine's clock is from the store's.
+async fn clock(state: &Location) -> Result<String> {
+    let key = format!("doctor-{}", nonce());
+    state.put(&key, Bytes::from_static(b"clock")).await?;
+    let (now, written) = (SystemTime::now(), state.head(&key).await);
+    state.delete(&key).await?;
+    let written = written?.map(|meta| SystemTime::from(meta.last_modified));
+    let Some(written) = written else {
+        let message = "what was just written is not there; the store is not consistent";
+        return Err(Error::new(Reason::StorageUnsafe, message));
+    };
+    let off = now
+        .duration_since(written)
+        .unwrap_or_else(|early| early.duration());
+    if off > CLOCK_OFF_MAX {
+        let message = format!(
+            "this machine's clock is {} s from the store's; set it (NTP), or requests will be refused",
+            off.as_secs()
+        );
+        return Err(Error::new(Reason::InvalidArgument, message));
+    }
+    Ok(format!("within {} s of the store's", off.as_secs() + 1))
+}
+
+fn device(config: &Config, stores: &Stores, state: &Location) -> Result<String> {
+    if !config.coordinator.workers_embedded {
+        return Ok("no worker in this process".into());
+    }
+    let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
+    let info = worker.info();
+    Ok(format!("{}, {} threads", info.device, info.threads))
+}
+
+async fn source(stores: &Stores, uri: &str) -> Result<String> {
+    let plain = uri.split(['{', '*']).next().unwrap_or(uri);
+    // A pattern's folder.
+    let folder = if plain == uri {
+        plain
+    } else {
+        plain.rsplit_once('/').map_or(plain, |(folder, _)| folder)
+    };
+    let objects = stores.open_allowed(folder)?.list("").await?;
+    if objects.is_empty() {
+        let message = format!("there is nothing below {folder}");
+        return Err(Error::new(Reason::DatasetEmpty, message));
+    }
+    let bytes: u64 = objects.iter().map(|(_, meta)| meta.size).sum();
+    let gib = bytes as f64 / f64::from(1 << 30);
+    Ok(format!("{} objects, {gib:.3} GiB", objects.len()))
+}
+
+async fn model(stores: &Stores, uri: &str) -> Result<String> {
+    let config = stores.open_allowed(uri)?.find("config.json").await?;
+    match config {
+        Some(_) => Ok("config.json is there".into()),
+        None => {
+            let message = format!("{uri} has no config.json; give a model's folder");
+            Err(Error::new(Reason::ModelInvalid, message).with("file", "config.json"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_wrong_is_said_beside_what_is_right() {
+        let folder = tempfile::tempdir().unwrap();
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let free = "127.0.0.1:0".parse().unwrap();
+        let mut config = Config {
+            listen: free,
+            metrics_listen: Some(taken.local_addr().unwrap()),
+            page_listen: None,
+            state: format!("file://{}/state", folder.path().display()),
+            ..Config::default()
+        };
+        config.coordinator.workers_embedded = false;
+        let args = |source: &str| DoctorArgs {
+            settings: ConfigArgs::default(),
+            source: vec![source.into()],
+            model: vec![],
+        };
+        let nothing = format!("file://{}/nothing", folder.path().display());
+        let said = run(&config, &args(&nothing)).await.unwrap_err().chain();
+        for line in [
+            "2 of 8 checks failed",
+            "FAIL  metrics_listen: cannot listen on",
+            "ok    state: file://",
+            "ok    clock: within",
+            "ok    tokens: none are asked for",
+            "is nothing below",
+        ] {
+            assert!(said.contains(line), "{line} in {said}");
+        }
+        drop(taken);
+        let state = format!("file://{}/state", folder.path().display());
+        let said = run(&config, &args(&state)).await.unwrap();
+        assert!(!said.contains("FAIL"), "{said}");
+        let left = std::fs::read_dir(folder.path().join("state")).unwrap();
+        let names: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
+        assert!(
+            !names
+                .iter()
+                .any(|name| name.to_string_lossy().starts_with("doctor"))
+        );
+    }
+}

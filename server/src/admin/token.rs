@@ -1,0 +1,294 @@
+//! `superbatch token`: the tokens of trainers, operators and workers.
+use super::table::table;
+use crate::{
+    access::{
+        Peer,
+        audit::Audit,
+        scope::Scope,
+        tokens::{Entry, Tokens, fresh, hash},
+    },
+    config::{self, Config},
+    error::{Error, Result},
+};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+use superbatch_proto::ids::is_run_id;
+
+#[derive(Args)]
+pub struct TokenArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a token and print it; the file keeps its hash alone, so this is the only time that it
+    /// is seen
+    New(NewArgs),
+    /// List the tokens of the file
+    List(ListArgs),
+    /// Take a token out of the file; services that read the file refuse it a second later
+    Revoke(RevokeArgs),
+}
+
+/// Which file.
+#[derive(Args)]
+struct FileArgs {
+    /// The file of tokens. Comes before `auth.tokens_file` of the settings
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// YAML file of settings, for `auth.tokens_file` and `audit.file`
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct NewArgs {
+    /// Whom it is for: what logs and the audit log call its holder
+    name: String,
+    /// What it allows. open: open, change and close runs; select: take batches; push: push weights;
+    /// read: look at runs and receipts; admin: all of these; worker: register as a worker
+    #[arg(long, value_delimiter = ',', default_value = "open,select,push,read")]
+    scopes: Vec<Scope>,
+    /// Runs that it is for; `*` stands for any letters. May be given several times
+    #[arg(long, value_name = "PATTERN", default_value = "*")]
+    runs: Vec<String>,
+    /// How long it is valid, such as 90d or 12h. Without it, until it is revoked
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    expires: Option<Duration>,
+    #[command(flatten)]
+    file: FileArgs,
+}
+
+#[derive(Args)]
+struct ListArgs {
+    /// Print one JSON object a token instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    file: FileArgs,
+}
+
+#[derive(Args)]
+struct RevokeArgs {
+    /// The token's name
+    name: String,
+    #[command(flatten)]
+    file: FileArgs,
+}
+
+/// What is to print.
+///
+/// # Errors
+/// `InvalidArgument` where the file cannot be used, or the name does not fit.
+pub fn run(args: &TokenArgs) -> Result<String> {
+    match &args.command {
+        Command::New(args) => new(args, SystemTime::now()),
+        Command::List(args) => list(args, SystemTime::now()),
+        Command::Revoke(args) => revoke(args),
+    }
+}
+
+impl FileArgs {
+    fn find(&self) -> Result<(PathBuf, Audit)> {
+        let config = match (&self.config, &self.file) {
+            // A file of its own needs no settings that hold.
+            (None, Some(_)) => Config::default(),
+            _ => Config::load(self.config.as_deref(), config::environment())?,
+        };
+        let path = self.file.clone().or(config.auth.tokens_file);
+        let path = path.ok_or_else(|| {
+            let message =
+                "say which file of tokens: --file FILE, or auth.tokens_file in the settings";
+            Error::invalid("auth.tokens_file", message)
+        })?;
+        Ok((path, Audit::open(config.audit.file.as_deref())?))
+    }
+}
+
+/// The tokens of a file that need not be there yet.
+fn known(path: &Path) -> Result<Tokens> {
+    if path.exists() {
+        Tokens::read(path)
+    } else {
+        Ok(Tokens::default())
+    }
+}
+
+fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
+    let (path, audit) = args.file.find()?;
+    let mut tokens = known(&path)?;
+    if !is_run_id(&args.name) {
+        let message = format!(
+            "{:?} cannot name a token: use letters, digits, '-', '_' and '.'",
+            args.name
+        );
+        return Err(Error::invalid("name", message));
+    }
+    if tokens.tokens.iter().any(|entry| entry.name == args.name) {
+        let message = format!(
+            "{} has a token {:?}; revoke it first, or take another name",
+            path.display(),
+            args.name
+        );
+        return Err(Error::invalid("name", message));
+    }
+    let until = args.expires.map(|time| {
+        let until = now.checked_add(time).ok_or_else(|| {
+            Error::invalid("expires", "that is too far ahead; leave --expires out")
+        })?;
+        Ok::<_, Error>(humantime::format_rfc3339_seconds(until).to_string())
+    });
+    let token = fresh();
+    let entry = Entry {
+        name: args.name.clone(),
+        sha256: hash(&token),
+        scopes: args.scopes.clone(),
+        runs: args.runs.clone(),
+        expires: until.transpose()?,
+    };
+    let detail = json!({"token": entry.name, "scopes": entry.scopes, "runs": entry.runs, "expires": entry.expires});
+    tokens.tokens.push(entry);
+    let written = tokens.write(&path);
+    audit.note(
+        "token new",
+        operator(),
+        Peer::default(),
+        None,
+        &written,
+        detail,
+    );
+    written?;
+    eprintln!(
+        "superbatch: added to {}; the token is not shown again",
+        path.display()
+    );
+    Ok(format!("{token}\n"))
+}
+
+fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
+    let (path, _) = args.file.find()?;
+    let tokens = Tokens::read(&path)?;
+    let scopes = |entry: &Entry| {
+        let names: Vec<&str> = entry.scopes.iter().map(|scope| scope.name()).collect();
+        names.join(",")
+    };
+    if args.json {
+        let line = |entry: &Entry| {
+            let shown = json!({
+                "name": entry.name, "scopes": entry.scopes, "runs": entry.runs, "expires": entry.expires,
+                "expired": entry.is_expired(now),
+            });
+            format!("{shown}\n")
+        };
+        return Ok(tokens.tokens.iter().map(line).collect());
+    }
+    if tokens.tokens.is_empty() {
+        return Ok(format!("no tokens in {}\n", path.display()));
+    }
+    let mut rows = vec![
+        ["token", "scopes", "runs", "expires"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    rows.extend(tokens.tokens.iter().map(|entry| {
+        let expires = entry.expires.clone().unwrap_or_else(|| "never".into());
+        let expires = match entry.is_expired(now) {
+            true => format!("{expires} (expired)"),
+            false => expires,
+        };
+        vec![
+            entry.name.clone(),
+            scopes(entry),
+            entry.runs.join(","),
+            expires,
+        ]
+    }));
+    Ok(table(&rows))
+}
+
+fn revoke(args: &RevokeArgs) -> Result<String> {
+    let (path, audit) = args.file.find()?;
+    let mut tokens = Tokens::read(&path)?;
+    let before = tokens.tokens.len();
+    tokens.tokens.retain(|entry| entry.name != args.name);
+    if tokens.tokens.len() == before {
+        let message = format!("{} has no token {:?}", path.display(), args.name);
+        return Err(Error::invalid("name", message));
+    }
+    let written = tokens.write(&path);
+    let detail = json!({"token": args.name});
+    audit.note(
+        "token revoke",
+        operator(),
+        Peer::default(),
+        None,
+        &written,
+        detail,
+    );
+    written?;
+    Ok(format!("revoked {}\n", args.name))
+}
+
+/// Whoever sits at this machine.
+fn operator() -> Option<&'static str> {
+    Some("operator")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(folder: &Path) -> FileArgs {
+        FileArgs {
+            file: Some(folder.join("tokens.yaml")),
+            config: None,
+        }
+    }
+
+    fn new_args(folder: &Path, name: &str, expires: Option<u64>) -> NewArgs {
+        NewArgs {
+            name: name.into(),
+            scopes: vec![Scope::Select],
+            runs: vec!["a-*".into()],
+            expires: expires.map(Duration::from_secs),
+            file: files(folder),
+        }
+    }
+
+    #[test]
+    fn tokens_are_made_listed_and_revoked() {
+        let folder = tempfile::tempdir().unwrap();
+        let now = humantime::parse_rfc3339("2026-11-28T00:00:00Z").unwrap();
+        let token = new(&new_args(folder.path(), "alice", Some(86_400)), now).unwrap();
+        let other = new(&new_args(folder.path(), "bob", None), now).unwrap();
+        let tokens = Tokens::read(&folder.path().join("tokens.yaml")).unwrap();
+        let alice = tokens.find(token.trim()).unwrap();
+        assert_eq!(alice.name, "alice");
+        assert_eq!(alice.expires.as_deref(), Some("2026-11-29T00:00:00Z"));
+        assert!(alice.is_for("a-1") && !alice.is_for("b"));
+        let again = new(&new_args(folder.path(), "alice", None), now).unwrap_err();
+        assert_eq!(again.value("field"), Some("name"));
+        let args = ListArgs {
+            json: false,
+            file: files(folder.path()),
+        };
+        let later = now + Duration::from_secs(100_000);
+        let shown = list(&args, later).unwrap();
+        assert!(shown.contains("2026-11-29T00:00:00Z (expired)"), "{shown}");
+        assert!(shown.contains("never"), "{shown}");
+        assert!(!shown.contains(token.trim()) && !shown.contains(&hash(token.trim())));
+        let args = |name: &str| RevokeArgs {
+            name: name.into(),
+            file: files(folder.path()),
+        };
+        revoke(&args("alice")).unwrap();
+        assert!(revoke(&args("alice")).is_err());
+        let tokens = Tokens::read(&folder.path().join("tokens.yaml")).unwrap();
+        assert!(tokens.find(token.trim()).is_none() && tokens.find(other.trim()).is_some());
+    }
+}

@@ -1,0 +1,143 @@
+//! What both kinds of process stand on: settings, storage and sockets.
+use super::{
+    Shutdown, health, http,
+    listen::{self, Bounds, Certificates, Socket},
+    tls,
+};
+use crate::{
+    access::{Access, audit::Audit},
+    config::Config,
+    error::{Error, Result},
+    metrics,
+    storage::{Location, Stores, Wrap, probe},
+};
+use std::{io, net::SocketAddr};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+/// Where a process listens, and the section of the config that says so.
+pub struct Sockets {
+    pub section: &'static str,
+    pub listen: SocketAddr,
+    pub metrics_listen: Option<SocketAddr>,
+}
+
+/// What both kinds of process stand on.
+pub struct Ground {
+    pub config: Config,
+    pub stores: Stores,
+    pub state: Location,
+    /// See [`probe`].
+    pub state_id: String,
+    pub listener: TcpListener,
+    pub address: SocketAddr,
+    pub http: Option<http::Http>,
+    pub health: Option<health::Port>,
+    pub audit: Audit,
+    certificates: Certificates,
+}
+
+impl Ground {
+    pub async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
+        let Sockets {
+            section,
+            listen,
+            metrics_listen,
+        } = sockets;
+        config.validate()?;
+        ignore_file_size_limit();
+        // Before anything is counted.
+        metrics::install();
+        let stores = Stores::wrapped(config.storage.clone(), wrap);
+        let state = stores.open(&config.state_uri()?)?;
+        let state_id = probe(&state).await?;
+        tracing::info!(state = state.uri(), id = state_id, "state opened");
+        let listener = bind(listen, &format!("{section}listen")).await?;
+        let address = listener
+            .local_addr()
+            .map_err(|e| Error::internal("a bound socket has no address").because(e))?;
+        let http = match metrics_listen {
+            Some(listen) => {
+                Some(http::Http::bind(listen, &format!("{section}metrics_listen")).await?)
+            }
+            None => None,
+        };
+        let health = match config.health_listen {
+            Some(listen) => Some(health::Port::bind(listen).await?),
+            None => None,
+        };
+        if let Some(port) = &health {
+            tracing::info!(address = %port.address(), "health_listen");
+        }
+        let certificates = tls::listening(&config.tls)?;
+        let audit = Audit::open(config.audit.file.as_deref())?;
+        if !listen.ip().is_loopback() && config.allow_insecure {
+            let has_tokens = config.auth.tokens_file.is_some();
+            let has_tls = certificates.is_some();
+            tracing::warn!(%address, has_tls, has_tokens, "allow_insecure: others may reach this port");
+        }
+        Ok(Self {
+            config,
+            stores,
+            state,
+            state_id,
+            listener,
+            address,
+            http,
+            health,
+            audit,
+            certificates,
+        })
+    }
+
+    /// Where others reach the port, as a URI.
+    pub fn uri(&self) -> String {
+        let is_tls = self.certificates.is_some();
+        let scheme = if is_tls { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// Opens the ports: the connections of the main one, and the others, which are served until
+    /// what stands for them is dropped.
+    pub fn listen<H: Health>(
+        self,
+        shutdown: &Shutdown,
+        (health, for_metrics): (HealthServer<H>, Access),
+    ) -> (ReceiverStream<io::Result<Socket>>, JoinSet<()>) {
+        let mut beside = JoinSet::new();
+        if let Some(http) = self.http {
+            beside.spawn(http.run(shutdown.clone(), for_metrics));
+        }
+        if let Some(port) = self.health {
+            beside.spawn(port.run(health));
+        }
+        let bounds = Bounds::of(self.config.connections_max as usize);
+        let incoming = listen::incoming(self.listener, self.certificates, bounds);
+        (incoming, beside)
+    }
+}
+
+/// Lets a write beyond the limit on a file's size (`ulimit -f`) fail, so that it is reported; by
+/// itself the signal ends the process without a word.
+fn ignore_file_size_limit() {
+    /// SIGXFSZ, on Linux and macOS.
+    const FILE_SIZE: i32 = 25;
+    // Once it is listened to it does nothing else, for the life of the process.
+    if let Err(error) = signal(SignalKind::from_raw(FILE_SIZE)) {
+        tracing::warn!(%error, "cannot ignore SIGXFSZ");
+    }
+}
+
+pub async fn bind(address: SocketAddr, field: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|e| {
+        let message = format!(
+            "cannot listen on {address}; stop what uses that port, or set `{field}` to another"
+        );
+        Error::invalid(field, message).because(e)
+    })
+}

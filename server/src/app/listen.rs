@@ -1,0 +1,287 @@
+//! From a listener to the connections that the services see: TLS, limits on how many there are and
+//! how long they may say nothing.
+use crate::{
+    access::{Peer, reload::Reloading},
+    metrics,
+};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::{Sleep, sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+
+/// See [`Bounds::greeting`].
+const GREETING: Duration = Duration::from_secs(10);
+/// What an HTTP/2 connection begins with.
+const PREFACE_BYTES: usize = 24;
+/// The wait after a failure to accept, such as too many open files.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// The TLS settings that new connections get; `None` where they are plain.
+pub type Certificates = Option<Arc<Reloading<Arc<ServerConfig>>>>;
+
+/// What connections may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Connections at a time: further ones are closed.
+    pub most: usize,
+    /// How long a TLS handshake may take, and then the first bytes of HTTP/2.
+    pub greeting: Duration,
+}
+
+impl Bounds {
+    pub fn of(most: usize) -> Self {
+        Self {
+            most,
+            greeting: GREETING,
+        }
+    }
+}
+
+/// Connections that are ready for HTTP/2.
+pub fn incoming(
+    listener: TcpListener,
+    certificates: Certificates,
+    bounds: Bounds,
+) -> ReceiverStream<io::Result<Socket>> {
+    let (accepted, incoming) = mpsc::channel(16);
+    tokio::spawn(accept(listener, certificates, bounds, accepted));
+    ReceiverStream::new(incoming)
+}
+
+async fn accept(
+    listener: TcpListener,
+    certificates: Certificates,
+    bounds: Bounds,
+    accepted: mpsc::Sender<io::Result<Socket>>,
+) {
+    let room = Arc::new(Semaphore::new(bounds.most));
+    loop {
+        let connection = tokio::select! {
+            // The server stops.
+            () = accepted.closed() => return,
+            connection = listener.accept() => connection,
+        };
+        let (stream, address) = match connection {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        let Ok(permit) = room.clone().try_acquire_owned() else {
+            metrics::connections_refused("limit").increment(1);
+            let most = bounds.most;
+            tracing::debug!(%address, most, "closed a connection: there are as many as are allowed");
+            continue;
+        };
+        // Without it a call waits for the last bytes of the one before it; the connection works
+        // either way.
+        drop(stream.set_nodelay(true));
+        let (certificates, accepted) = (certificates.clone(), accepted.clone());
+        tokio::spawn(async move {
+            match greet(stream, certificates, bounds.greeting).await {
+                // The server may have stopped meanwhile.
+                Ok(io) => {
+                    let socket = Socket::new(io, address, permit, bounds.greeting);
+                    drop(accepted.send(Ok(socket)).await);
+                }
+                Err(error) => {
+                    metrics::connections_refused("handshake").increment(1);
+                    tracing::debug!(%address, %error, "the TLS handshake failed");
+                }
+            }
+        });
+    }
+}
+
+async fn greet(stream: TcpStream, certificates: Certificates, within: Duration) -> io::Result<Io> {
+    let Some(certificates) = certificates else {
+        return Ok(Io::Plain(stream));
+    };
+    let acceptor = TlsAcceptor::from((*certificates.get()).clone());
+    let stream = timeout(within, acceptor.accept(stream)).await;
+    let stream = stream.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    Ok(Io::Tls(Box::new(stream)))
+}
+
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// One connection. It counts for as long as it lives.
+pub struct Socket {
+    io: Io,
+    address: SocketAddr,
+    /// Until the first bytes are there.
+    greeting: Option<(usize, Pin<Box<Sleep>>)>,
+    _room: OwnedSemaphorePermit,
+    _open: Open,
+}
+
+/// Counts open connections.
+struct Open;
+
+impl Open {
+    fn new() -> Self {
+        metrics::connections().increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        metrics::connections().decrement(1.0);
+    }
+}
+
+impl Socket {
+    fn new(io: Io, address: SocketAddr, room: OwnedSemaphorePermit, greeting: Duration) -> Self {
+        Self {
+            io,
+            address,
+            greeting: Some((0, Box::pin(sleep(greeting)))),
+            _room: room,
+            _open: Open::new(),
+        }
+    }
+}
+
+impl Connected for Socket {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer {
+            address: Some(self.address),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = into.filled().len();
+        let read = match &mut this.io {
+            Io::Plain(io) => Pin::new(io).poll_read(context, into),
+            Io::Tls(io) => Pin::new(io).poll_read(context, into),
+        };
+        let Some((said, deadline)) = &mut this.greeting else {
+            return read;
+        };
+        if read.is_ready() {
+            *said += into.filled().len() - before;
+            if *said >= PREFACE_BYTES {
+                this.greeting = None;
+            }
+            return read;
+        }
+        ready!(deadline.as_mut().poll(context));
+        metrics::connections_refused("silent").increment(1);
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Plain(io) => Pin::new(io).poll_write(context, bytes),
+            Io::Tls(io) => Pin::new(io).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Plain(io) => Pin::new(io).poll_write_vectored(context, bytes),
+            Io::Tls(io) => Pin::new(io).poll_write_vectored(context, bytes),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.io {
+            Io::Plain(io) => io.is_write_vectored(),
+            Io::Tls(io) => io.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Plain(io) => Pin::new(io).poll_flush(context),
+            Io::Tls(io) => Pin::new(io).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Io::Plain(io) => Pin::new(io).poll_shutdown(context),
+            Io::Tls(io) => Pin::new(io).poll_shutdown(context),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+    use tokio_stream::StreamExt;
+
+    async fn listening(bounds: Bounds) -> (SocketAddr, ReceiverStream<io::Result<Socket>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (address, incoming(listener, None, bounds))
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_let_go() {
+        let (address, mut incoming) = listening(Bounds {
+            most: 4,
+            greeting: Duration::from_millis(20),
+        })
+        .await;
+        let _silent = TcpStream::connect(address).await.unwrap();
+        let mut socket = incoming.next().await.unwrap().unwrap();
+        let mut byte = [0];
+        let ended = socket.read_exact(&mut byte).await.unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn there_is_room_for_so_many_connections() {
+        let (address, mut incoming) = listening(Bounds::of(2)).await;
+        let _first = TcpStream::connect(address).await.unwrap();
+        let first = incoming.next().await.unwrap().unwrap();
+        let _second = TcpStream::connect(address).await.unwrap();
+        let _kept = incoming.next().await.unwrap().unwrap();
+        let mut third = TcpStream::connect(address).await.unwrap();
+        let mut byte = [0];
+        assert_eq!(third.read(&mut byte).await.unwrap_or(0), 0, "it is closed");
+        drop(first);
+        let _fourth = TcpStream::connect(address).await.unwrap();
+        assert!(incoming.next().await.unwrap().is_ok());
+    }
+}

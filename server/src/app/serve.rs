@@ -1,0 +1,267 @@
+//! `superbatch serve`: a coordinator, by default with a worker in the same process.
+use super::{
+    Shutdown, embedded,
+    ground::{Ground, Sockets},
+    health, http,
+    page::RunPage,
+    tell_build, tls,
+    transport::{builder, drain, reflection, within},
+};
+use crate::{
+    access::{Access, audit::Audit, reload::Reloading, tokens::Tokens},
+    config::{Config, CoordinatorConfig},
+    coordinator::{
+        facts::owner::Identity,
+        runs::{limits::Limits, parts::Deps, registry::Coordinator, upkeep::upkeep},
+        select::{Selector, local::LocalSelector, remote::WorkerSelector},
+        serve::ready::Budget,
+        service::{Selection, WorkerPlane},
+        workers::{
+            pool::{Home, Pool},
+            replies::Replies,
+        },
+    },
+    error::Result,
+    metrics::{self, Process},
+    process,
+    storage::{Wrap, metered, nonce},
+    worker::Worker,
+};
+use futures::future::FutureExt;
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use superbatch_proto::{
+    MESSAGE_BYTES_MAX,
+    v1::{
+        coordinator_service_server::CoordinatorServiceServer,
+        selection_service_server::SelectionServiceServer,
+    },
+};
+use tonic::server::NamedService;
+
+/// The chosen rows of one slice may take so many times the memory for batches that wait: such a
+/// step is served, and nothing is kept beside it.
+const ROWS_OF_BUDGET: u64 = 8;
+/// How long a call waits for a first worker.
+const WORKER_PATIENCE: Duration = Duration::from_secs(30);
+
+const SERVED: [&str; 2] = [
+    SelectionServiceServer::<Selection>::NAME,
+    CoordinatorServiceServer::<WorkerPlane>::NAME,
+];
+
+/// A coordinator, bound and ready to run.
+pub struct Serve {
+    ground: Ground,
+    page: Option<RunPage>,
+    coordinator: Arc<Coordinator>,
+    access: Access,
+}
+
+/// The workers that this process may use: none yet.
+fn pool(ground: &Ground) -> Result<Pool> {
+    let settings = &ground.config.coordinator;
+    let home = Home {
+        id: ground.state_id.clone(),
+        uri: ground.state.uri().to_owned(),
+    };
+    let replies = Replies {
+        silence_max: Duration::from_secs_f64(settings.worker_silence_seconds),
+        rows_bytes_max: settings.ready_bytes_max.saturating_mul(ROWS_OF_BUDGET),
+    };
+    let lease = Duration::from_secs_f64(settings.lease_seconds);
+    Ok(Pool::new(lease, WORKER_PATIENCE, home)
+        .with_replies(replies)
+        .dialing(tls::towards_workers(&ground.config.tls)?))
+}
+
+impl Serve {
+    /// Opens the state, binds the sockets and starts the embedded worker's device.
+    ///
+    /// # Errors
+    /// Whatever makes the config unusable: a port in use, a store that is unreachable or
+    /// overwrites, a device that is not there.
+    pub async fn build(config: Config) -> Result<Self> {
+        Self::build_on(config, Arc::new(metered)).await
+    }
+
+    /// As [`Serve::build`], on stores that are wrapped by `wrap`.
+    ///
+    /// # Errors
+    /// Those of [`Serve::build`].
+    pub async fn build_on(config: Config, wrap: Wrap) -> Result<Self> {
+        let sockets = Sockets {
+            section: "",
+            listen: config.listen,
+            metrics_listen: config.metrics_listen,
+        };
+        let ground = Ground::build(config, sockets, wrap).await?;
+        let settings = &ground.config.coordinator;
+        let pool = Arc::new(pool(&ground)?);
+        metrics::begin(Process::Coordinator);
+        let device = match settings.workers_embedded {
+            true => embed(&ground, &pool)?,
+            false => "cpu".to_owned(),
+        };
+        let selector = selector(settings, &pool, &device)?;
+        tell_build(&device);
+        let advertised = settings.advertise_address.clone();
+        let identity = Identity {
+            address: advertised.unwrap_or_else(|| ground.uri()),
+            instance: nonce(),
+            dialer: tls::towards(&ground.config.tls)?,
+        };
+        let ready = Budget::new(settings.ready_bytes_max);
+        let held = Arc::downgrade(&ready);
+        process::budget("ready", settings.ready_bytes_max, move || {
+            held.upgrade().map(|ready| ready.bytes())
+        });
+        let deps = Deps {
+            pool,
+            selector,
+            ready,
+            limits: limits(settings),
+            sizing: Arc::default(),
+        };
+        let (stores, state) = (ground.stores.clone(), ground.state.clone());
+        let page = page_of(&ground).await;
+        let coordinator = Coordinator::new(deps, stores, state, identity);
+        let access = access(&ground)?;
+        Ok(Self {
+            ground,
+            page,
+            coordinator,
+            access,
+        })
+    }
+
+    /// Where the run page is served, if it is.
+    pub fn page_address(&self) -> Option<SocketAddr> {
+        self.page.as_ref().map(RunPage::address)
+    }
+
+    /// Where trainers connect.
+    pub fn address(&self) -> SocketAddr {
+        self.ground.address
+    }
+
+    /// [`Serve::address`] as a URI.
+    pub fn uri(&self) -> String {
+        self.ground.uri()
+    }
+
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        self.ground.health.as_ref().map(health::Port::address)
+    }
+
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.ground.http.as_ref().map(http::Http::address)
+    }
+
+    /// Serves until `shutdown`, then drains within the grace period.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let shutdown: Shutdown = shutdown.boxed().shared();
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health::begin(&health, &SERVED).await;
+        let selection = SelectionServiceServer::new(Selection(self.coordinator.clone()))
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let router = builder(&self.access)
+            .add_routes(reflection(&SERVED)?)
+            .add_service(health_service.clone())
+            .add_service(CoordinatorServiceServer::new(WorkerPlane(
+                self.coordinator.clone(),
+            )))
+            .add_service(selection);
+        let coordinator = self.coordinator;
+        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let for_metrics = match self.ground.config.auth.metrics {
+            true => self.access.clone(),
+            false => Access::everybody(Audit::default()),
+        };
+        let beside = (health_service, for_metrics);
+        let (incoming, mut beside) = self.ground.listen(&shutdown, beside);
+        if let Some(page) = self.page {
+            beside.spawn(page.run());
+        }
+        let upkeep = tokio::spawn(upkeep(coordinator.clone()));
+        let let_go = async move {
+            upkeep.abort();
+            coordinator.stop().await;
+        };
+        let (drained, stopping) = drain(shutdown, health, &SERVED, let_go);
+        let served = router.serve_with_incoming_shutdown(incoming, drained);
+        within(served, stopping, grace).await
+    }
+}
+
+/// The run page beside a coordinator. Nothing that trainers need fails by it.
+async fn page_of(ground: &Ground) -> Option<RunPage> {
+    let listen = ground.config.page_listen?;
+    let bound = RunPage::bind(&ground.stores, ground.state.clone(), listen).await;
+    bound
+        .inspect_err(|error| tracing::warn!(error = error.chain(), "there is no run page"))
+        .ok()
+}
+
+/// Starts the worker in this process; its device.
+fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
+    metrics::begin(Process::Worker);
+    let worker = Worker::new(
+        &ground.config.worker,
+        ground.stores.clone(),
+        ground.state.clone(),
+    )?;
+    let device = worker.info().device;
+    let (well, channel) = (worker.is_well(), embedded::connect(worker));
+    pool.embed(channel.clone(), &device);
+    let kept = embedded::keep_while_well(pool.clone(), well, channel, device.clone());
+    tokio::spawn(kept);
+    Ok(device)
+}
+
+/// What chooses.
+fn selector(
+    settings: &CoordinatorConfig,
+    pool: &Arc<Pool>,
+    embedded: &str,
+) -> Result<Arc<dyn Selector>> {
+    let on_worker = match settings.selector_device.as_str() {
+        "worker" => Some(""),
+        "cuda" => Some("cuda"),
+        "auto" if embedded.starts_with("cuda") => Some("cuda"),
+        _ => None,
+    };
+    let local = LocalSelector::new(settings.selector_threads as usize)?;
+    Ok(match on_worker {
+        Some(device) => Arc::new(WorkerSelector {
+            pool: pool.clone(),
+            local,
+            device,
+        }),
+        None => Arc::new(local),
+    })
+}
+
+/// Who may call: holders of tokens, or everybody where none are set.
+fn access(ground: &Ground) -> Result<Access> {
+    let audit = ground.audit.clone();
+    let Some(path) = ground.config.auth.tokens_file.clone() else {
+        return Ok(Access::everybody(audit));
+    };
+    let files = vec![path.clone()];
+    let tokens = Reloading::start("tokens", files, move || Tokens::read(&path))?;
+    Ok(Access::tokens(tokens, audit))
+}
+
+fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
+    Arc::new(Limits {
+        super_batch_size_max: settings.super_batch_size_max,
+        sub_batch_size_max: settings.sub_batch_size_max,
+        push_bytes_max: settings.push_bytes_max,
+        push_deadline: Duration::from_secs_f64(settings.push_deadline_seconds),
+        runs_max: settings.max_runs as usize,
+        need_deadline_seconds: settings.need_deadline_seconds,
+        snapshots_kept: settings.snapshots_kept.into(),
+        passed_over_max: settings.passed_over_max,
+    })
+}

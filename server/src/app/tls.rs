@@ -1,0 +1,86 @@
+//! The TLS of this process' own port, and towards others.
+use super::listen::Certificates;
+use crate::{
+    access::reload::Reloading,
+    config::TlsConfig,
+    error::{Error, Result},
+};
+use std::{path::PathBuf, sync::Arc};
+use superbatch_transport::{Dialer, Trust, certificates, pinned, private_key, roots};
+use tokio_rustls::rustls::{ServerConfig, server::WebPkiClientVerifier};
+
+/// What connections to this process are offered; read again when a file changes. `None` where no
+/// certificate is set.
+///
+/// # Errors
+/// `InvalidArgument` where a file cannot be used.
+pub fn listening(config: &TlsConfig) -> Result<Certificates> {
+    let (Some(cert), Some(key)) = (config.cert.clone(), config.key.clone()) else {
+        return Ok(None);
+    };
+    let client_ca = config.client_ca.clone();
+    let files = [Some(cert.clone()), Some(key.clone()), client_ca.clone()];
+    let build = move || build(&cert, &key, client_ca.as_ref()).map(Arc::new);
+    let files = files.into_iter().flatten().collect();
+    Reloading::start("certificates", files, build).map(Some)
+}
+
+fn build(cert: &PathBuf, key: &PathBuf, client_ca: Option<&PathBuf>) -> Result<ServerConfig> {
+    let unusable = |field: &'static str| {
+        move |e: superbatch_transport::Error| Error::invalid(field, e.to_string()).because(e)
+    };
+    let builder = pinned().map_err(unusable("tls"))?;
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let roots = Arc::new(roots(ca).map_err(unusable("tls.client_ca"))?);
+            let provider = superbatch_transport::provider();
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build();
+            let verifier = verifier.map_err(|e| {
+                let message = format!("cannot verify clients by {}", ca.display());
+                Error::invalid("tls.client_ca", message).because(e)
+            })?;
+            builder.with_client_cert_verifier(verifier)
+        }
+    };
+    let chain = certificates(cert).map_err(unusable("tls.cert"))?;
+    let secret = private_key(key).map_err(unusable("tls.key"))?;
+    let mut config = builder.with_single_cert(chain, secret).map_err(|e| {
+        let message = format!("cannot use {} with {}", cert.display(), key.display());
+        Error::invalid("tls.cert", message).because(e)
+    })?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// How this process connects to others.
+///
+/// # Errors
+/// `InvalidArgument` where a file that is set cannot be used.
+pub fn towards(config: &TlsConfig) -> Result<Dialer> {
+    let shown = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or(other.clone());
+    let dialer = Dialer::new(Trust {
+        ca: config.ca.clone(),
+        cert: shown(&config.client_cert, &config.cert),
+        key: shown(&config.client_key, &config.key),
+        server_name: None,
+    });
+    if config.ca.is_some() || config.client_cert.is_some() {
+        let unusable = |e: superbatch_transport::Error| Error::invalid("tls", e.to_string());
+        dialer.check().map_err(unusable)?;
+    }
+    Ok(dialer)
+}
+
+/// [`towards`], for workers: all may be verified by one name, since they are reached by addresses
+/// that no certificate foresees.
+///
+/// # Errors
+/// As [`towards`].
+pub fn towards_workers(config: &TlsConfig) -> Result<Dialer> {
+    let dialer = towards(config)?;
+    Ok(match &config.worker_name {
+        Some(name) => dialer.named(name),
+        None => dialer,
+    })
+}

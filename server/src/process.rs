@@ -1,0 +1,130 @@
+//! What the operating system says of this process, for `/metrics`. Nothing, where it has no
+//! `/proc`.
+use crate::metrics;
+use std::{
+    fs,
+    sync::{Mutex, OnceLock, PoisonError},
+    time::SystemTime,
+};
+
+/// Clock ticks a second in `/proc/self/stat`: the kernel's interface has had this value for decades
+/// on all its platforms.
+const TICKS: f64 = 100.0;
+const KIB: f64 = 1024.0;
+
+/// A budget of memory, and how to ask for what is held of it. `None`: it is gone.
+struct Budget {
+    name: &'static str,
+    held: Box<dyn Fn() -> Option<u64> + Send>,
+}
+
+static BUDGETS: Mutex<Vec<Budget>> = Mutex::new(Vec::new());
+
+/// Shows a budget of `limit` bytes in the metrics, for as long as `held` knows it.
+pub fn budget(name: &'static str, limit: u64, held: impl Fn() -> Option<u64> + Send + 'static) {
+    metrics::budget_limit(name).set(limit as f64);
+    let held = Box::new(held);
+    let mut budgets = BUDGETS.lock().unwrap_or_else(PoisonError::into_inner);
+    budgets.push(Budget { name, held });
+}
+
+fn observe_budgets() {
+    let mut budgets = BUDGETS.lock().unwrap_or_else(PoisonError::into_inner);
+    budgets.retain(|budget| {
+        let held = (budget.held)();
+        metrics::budget(budget.name).set(held.unwrap_or(0) as f64);
+        held.is_some()
+    });
+}
+
+/// Sets the gauges to what holds now.
+pub fn observe() {
+    observe_budgets();
+    metrics::process_start().set(started());
+    if let Some(seconds) = fs::read_to_string("/proc/self/stat")
+        .ok()
+        .as_deref()
+        .and_then(cpu_seconds)
+    {
+        metrics::process_cpu().set(seconds);
+    }
+    if let Ok(status) = fs::read_to_string("/proc/self/status") {
+        if let Some(kib) = field(&status, "VmRSS:") {
+            metrics::process_memory().set(kib * KIB);
+        }
+        if let Some(threads) = field(&status, "Threads:") {
+            metrics::process_threads().set(threads);
+        }
+    }
+    if let Ok(open) = fs::read_dir("/proc/self/fd") {
+        metrics::process_files().set(open.count() as f64);
+    }
+    if let Some(most) = fs::read_to_string("/proc/self/limits")
+        .ok()
+        .as_deref()
+        .and_then(|limits| field(limits, "Max open files"))
+    {
+        metrics::process_files_max().set(most);
+    }
+}
+
+/// When this was first asked, in seconds since 1970.
+fn started() -> f64 {
+    static STARTED: OnceLock<f64> = OnceLock::new();
+    *STARTED.get_or_init(|| {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since.map_or(0.0, |since| since.as_secs_f64())
+    })
+}
+
+/// User and system time, from the line of `/proc/self/stat`. The program's name in it may hold
+/// spaces and brackets.
+fn cpu_seconds(stat: &str) -> Option<f64> {
+    let (_, after) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    // The 14th and 15th of the line; the name was the second.
+    let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
+    Some((ticks(11)? + ticks(12)?) / TICKS)
+}
+
+/// The first number after a line's name.
+fn field(text: &str, name: &str) -> Option<f64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_asked_for_as_long_as_it_is_there() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let held = std::sync::Arc::new(7_u64);
+        let weak = std::sync::Arc::downgrade(&held);
+        ::metrics::with_local_recorder(&recorder, || {
+            budget("test", 10, move || weak.upgrade().map(|held| *held));
+            observe();
+            let page = recorder.handle().render();
+            assert!(page.contains("superbatch_budget_bytes{budget=\"test\"} 7"));
+            assert!(page.contains("superbatch_budget_limit_bytes{budget=\"test\"} 10"));
+            assert!(page.contains("process_resident_memory_bytes"));
+            drop(held);
+            observe();
+            let page = recorder.handle().render();
+            assert!(page.contains("superbatch_budget_bytes{budget=\"test\"} 0"));
+        });
+    }
+
+    #[test]
+    fn proc_is_read() {
+        let stat = "42 (a) b) S 1 42 42 0 -1 4194304 1 0 0 0 250 50 0 0 20 0 9 0 1 2 3";
+        assert_eq!(cpu_seconds(stat), Some(3.0));
+        let status = "Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\nThreads:\t9\n";
+        assert_eq!(field(status, "VmRSS:"), Some(1024.0));
+        assert_eq!(field(status, "Threads:"), Some(9.0));
+        let limits = "Max open files            1024                 524288               files\n";
+        assert_eq!(field(limits, "Max open files"), Some(1024.0));
+        assert_eq!(field(status, "VmSwap:"), None);
+    }
+}

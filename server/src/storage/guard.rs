@@ -1,0 +1,222 @@
+//! What a web server of data may not lead this process to: addresses of cloud providers' instance
+//! metadata, which give credentials away, and redirects out of the allow-list.
+use super::below;
+use object_store::{
+    ClientConfigKey as Key, ClientOptions, Result,
+    client::{HttpClient, HttpConnector},
+};
+use reqwest::{
+    dns::{Addrs, Name, Resolve, Resolving},
+    redirect::{Attempt, Policy},
+};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+    time::Duration,
+};
+use url::{Host, Url};
+
+/// Redirects that follow each other.
+const REDIRECTS_MAX: usize = 5;
+/// Names of instance metadata.
+const NAMES: [&str; 4] = [
+    "metadata.google.internal",
+    "metadata.goog",
+    "instance-data.ec2.internal",
+    "metadata",
+];
+/// Addresses of instance metadata that are not link-local: those of Alibaba, Oracle, Azure's wire
+/// server, and of AWS over IPv6.
+const ADDRESSES: [IpAddr; 4] = [
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+];
+
+/// Whether a URI names instance metadata.
+pub(super) fn is_metadata(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Domain(name)) => {
+            let name = name.trim_end_matches('.').to_ascii_lowercase();
+            NAMES.contains(&name.as_str()) || name.parse().is_ok_and(is_metadata_address)
+        }
+        Some(Host::Ipv4(address)) => is_metadata_address(address.into()),
+        Some(Host::Ipv6(address)) => is_metadata_address(address.into()),
+        None => false,
+    }
+}
+
+fn is_metadata_address(address: IpAddr) -> bool {
+    let plain = address.to_canonical();
+    let is_link_local = match plain {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    is_link_local || ADDRESSES.contains(&plain)
+}
+
+/// Why a redirect to `url` is not followed.
+fn refusal(url: &Url, allow: &[String]) -> Option<String> {
+    // What stands behind the path may hold a signature.
+    let shown = &url[..url::Position::AfterPath];
+    if is_metadata(url) {
+        return Some(format!(
+            "it was redirected to {shown}, which is instance metadata"
+        ));
+    }
+    if !["http", "https"].contains(&url.scheme()) {
+        return Some(format!(
+            "it was redirected to {shown}, which is no web address"
+        ));
+    }
+    let is_allowed = allow.is_empty() || allow.iter().any(|prefix| below(shown, prefix));
+    (!is_allowed).then(|| {
+        format!("it was redirected to {shown}, which is not below any prefix of storage.allow_uris")
+    })
+}
+
+/// Makes clients of web servers.
+#[derive(Debug)]
+pub(super) struct Guarded {
+    pub allow: Vec<String>,
+}
+
+impl HttpConnector for Guarded {
+    fn connect(&self, options: &ClientOptions) -> Result<HttpClient> {
+        let allow = self.allow.clone();
+        let redirected = move |attempt: Attempt<'_>| {
+            if attempt.previous().len() > REDIRECTS_MAX {
+                return attempt.error("it was redirected too often");
+            }
+            match refusal(attempt.url(), &allow) {
+                None => attempt.follow(),
+                Some(why) => attempt.error(why),
+            }
+        };
+        let seconds = |key: Key, otherwise: u64| {
+            let given = options.get_config_value(&key);
+            let given = given.and_then(|text| humantime::parse_duration(&text).ok());
+            given.unwrap_or(Duration::from_secs(otherwise))
+        };
+        let allows = |key: Key| options.get_config_value(&key).as_deref() == Some("true");
+        let mut client = reqwest::Client::builder()
+            .redirect(Policy::custom(redirected))
+            .dns_resolver(Arc::new(Resolver))
+            .https_only(!allows(Key::AllowHttp))
+            .timeout(seconds(Key::Timeout, 30))
+            .connect_timeout(seconds(Key::ConnectTimeout, 5));
+        if let Some(proxy) = options.get_config_value(&Key::ProxyUrl) {
+            client = client.proxy(reqwest::Proxy::all(proxy).map_err(generic)?);
+        }
+        Ok(HttpClient::new(client.build().map_err(generic)?))
+    }
+}
+
+fn generic(source: reqwest::Error) -> object_store::Error {
+    object_store::Error::Generic {
+        store: "HTTP",
+        source: Box::new(source),
+    }
+}
+
+/// Looks names up, and leaves out addresses of instance metadata.
+struct Resolver;
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        Box::pin(async move {
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+            let (refused, usable): (Vec<_>, Vec<_>) =
+                found.partition(|address| is_metadata_address(address.ip()));
+            if usable.is_empty() && !refused.is_empty() {
+                let text = format!("{} stands for instance metadata", name.as_str());
+                return Err(io::Error::other(text).into());
+            }
+            Ok(Box::new(usable.into_iter()) as Addrs)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+    use axum::{Router, response::Redirect, routing::get};
+    use superbatch_proto::v1::Reason;
+
+    #[test]
+    fn instance_metadata_is_known_by_all_its_names() {
+        for uri in [
+            "http://169.254.169.254/latest",
+            "http://2852039166/",
+            "http://0xA9FEA9FE/",
+            "http://169.254.170.2/",
+            "http://[::ffff:169.254.169.254]/",
+            "http://[fe80::1]/",
+            "http://[fd00:ec2::254]/",
+            "http://METADATA.google.internal./x",
+            "https://100.100.100.200/",
+            "s3://169.254.169.254/x",
+        ] {
+            assert!(is_metadata(&Url::parse(uri).unwrap()), "{uri}");
+        }
+        for uri in [
+            "http://10.0.0.1/",
+            "https://example.com/",
+            "file:///x",
+            "s3://bucket/x",
+        ] {
+            assert!(!is_metadata(&Url::parse(uri).unwrap()), "{uri}");
+        }
+    }
+
+    /// A web server with one file, and redirects to it and elsewhere.
+    async fn server() -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let to = |uri: String| get(move || async move { Redirect::temporary(&uri) });
+        let router = Router::new()
+            .route("/data/file", get(|| async { "rows" }))
+            .route("/secret/file", get(|| async { "secret" }))
+            .route("/data/moved", to(format!("{address}/data/file")))
+            .route("/data/out", to(format!("{address}/secret/file")))
+            .route("/data/up", to(format!("{address}/data/../secret/file")))
+            .route(
+                "/data/meta",
+                to("http://169.254.169.254/latest/meta-data".into()),
+            )
+            .route("/data/local", to("file:///etc/passwd".into()));
+        tokio::spawn(axum::serve(listener, router).into_future());
+        address
+    }
+
+    #[tokio::test]
+    async fn redirects_stay_below_the_allow_list() {
+        let address = server().await;
+        let stores = Stores::new(StorageConfig {
+            allow_uris: vec![format!("{address}/data")],
+            options: [("allow_http".to_owned(), "true".to_owned())].into(),
+            ..Default::default()
+        });
+        let read = async |name: &str| {
+            let at = stores.open_allowed(&format!("{address}/data/{name}"))?;
+            at.get("").await
+        };
+        assert_eq!(read("file").await.unwrap(), "rows");
+        assert_eq!(read("moved").await.unwrap(), "rows");
+        for (name, says) in [
+            ("out", "not below any prefix"),
+            ("up", "not below any prefix"),
+            ("meta", "instance metadata"),
+            ("local", ""),
+        ] {
+            let error = read(name).await.unwrap_err().chain();
+            assert!(error.contains(says), "{name}: {error}");
+        }
+        let metadata = stores.open_allowed("http://169.254.169.254/latest");
+        let refused = metadata.map(drop).unwrap_err();
+        assert_eq!(refused.reason(), Reason::UriNotAllowed);
+    }
+}

@@ -1,0 +1,146 @@
+//! Connections to `http://` and `https://` addresses.
+use crate::files::{Error, Trust};
+use hyper_util::rt::TokioIo;
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+use tonic::transport::{self, Channel, Endpoint, Uri};
+use tower::Service;
+
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+const HTTPS_PORT: u16 = 443;
+
+/// Opens connections as one [`Trust`] says. Cloned freely.
+#[derive(Debug, Clone, Default)]
+pub struct Dialer(Arc<Trust>);
+
+impl Dialer {
+    pub fn new(trust: Trust) -> Self {
+        Self(Arc::new(trust))
+    }
+
+    /// The same, verifying others by `name`, whatever their address.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Self {
+        Self::new(Trust {
+            server_name: Some(name.to_owned()),
+            ..(*self.0).clone()
+        })
+    }
+
+    /// Reads the files once, so that what is wrong with them is known at once.
+    ///
+    /// # Errors
+    /// Those of [`Trust::config`].
+    pub fn check(&self) -> Result<(), Error> {
+        self.0.config().map(drop)
+    }
+
+    /// Connects to `uri`, with TLS where that is `https://`; `tune` sets what else the connection
+    /// needs.
+    ///
+    /// # Errors
+    /// Where it is no URI, nobody answers, or TLS is refused.
+    pub async fn connect(
+        &self,
+        uri: &str,
+        tune: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, transport::Error> {
+        let (endpoint, tls) = self.target(uri)?;
+        let endpoint = tune(endpoint);
+        match tls {
+            Some(connector) => endpoint.connect_with_connector(connector).await,
+            None => endpoint.connect().await,
+        }
+    }
+
+    /// As [`Dialer::connect`], at the first call.
+    ///
+    /// # Errors
+    /// Where it is no URI.
+    pub fn connect_lazy(
+        &self,
+        uri: &str,
+        tune: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, transport::Error> {
+        let (endpoint, tls) = self.target(uri)?;
+        let endpoint = tune(endpoint);
+        Ok(match tls {
+            Some(connector) => endpoint.connect_with_connector_lazy(connector),
+            None => endpoint.connect_lazy(),
+        })
+    }
+
+    /// What the transport is told, and what makes the connection where that is not the transport:
+    /// it refuses `https://` without a TLS of its own, whose files it would never read again.
+    fn target(&self, uri: &str) -> Result<(Endpoint, Option<Tls>), transport::Error> {
+        let endpoint = Endpoint::from_shared(uri.to_owned())?;
+        let origin = endpoint.uri().clone();
+        if origin.scheme_str() != Some("https") {
+            return Ok((endpoint, None));
+        }
+        let endpoint = Endpoint::from_static("http://tls").origin(origin.clone());
+        let tls = Tls {
+            trust: self.0.clone(),
+            to: origin,
+        };
+        Ok((endpoint, Some(tls)))
+    }
+}
+
+/// Makes TLS connections to one address.
+#[derive(Clone)]
+struct Tls {
+    trust: Arc<Trust>,
+    to: Uri,
+}
+
+impl Service<Uri> for Tls {
+    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move { this.open().await.map(TokioIo::new) })
+    }
+}
+
+impl Tls {
+    async fn open(&self) -> io::Result<TlsStream<TcpStream>> {
+        let unusable = |e: Error| io::Error::new(io::ErrorKind::InvalidInput, e);
+        let connector = TlsConnector::from(Arc::new(self.trust.config().map_err(unusable)?));
+        let host = self.to.host().unwrap_or_default();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let name = self.trust.server_name.as_deref().unwrap_or(host).to_owned();
+        let server = ServerName::try_from(name.clone()).map_err(|_| {
+            unusable(Error::Unusable(format!(
+                "{name:?} is no name that a certificate can hold"
+            )))
+        })?;
+        let port = self.to.port_u16().unwrap_or(HTTPS_PORT);
+        let stream = TcpStream::connect((host, port)).await?;
+        stream.set_nodelay(true)?;
+        let handshake = connector.connect(server, stream);
+        let refused = |e: io::Error| {
+            let text = format!("the TLS handshake with {} failed: {e}", self.to);
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        };
+        match tokio::time::timeout(HANDSHAKE, handshake).await {
+            Ok(stream) => stream.map_err(refused),
+            Err(_) => Err(refused(io::ErrorKind::TimedOut.into())),
+        }
+    }
+}
