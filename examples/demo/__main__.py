@@ -81,6 +81,7 @@ def train(preset: "Preset", seeds: list[int], cache: Path, dataset: Path, out: P
     from .train import KEPT
 
     reference = train_reference(cache, dataset, preset.reference)
+    print("while an arm trains: its batches, and why they were chosen, are at http://127.0.0.1:9465 (docs/page.md)", flush=True)
     results = []
     for seed in seeds:
         for selection in ARMS.values():
@@ -113,6 +114,7 @@ def report(results: list, dataset: Path, out: Path) -> None:
     for path in (out / "results.json", out / "demo.png", *sheets):
         print(f"  {path}")
     joint_state = (out / f"joint-{joint.seed}" / "state").as_uri()
+    print(f"every step of it: superbatch page --state {joint_state}")
     print(f"why a batch was chosen: superbatch receipts demo-joint-{joint.seed} --step 100 --state {joint_state}")
 
 

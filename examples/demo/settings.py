@@ -25,8 +25,8 @@ class Selection:
 
 ARMS = {arm.name: arm for arm in (
     Selection("uniform", "uniform", "#7a7a7a"),
-    Selection("joint", "joint", "#1668b8", length=0.5),
-    Selection("independent", "independent", "#d98300", length=0.5),
+    Selection("joint", "joint", "#1668b8", length=0.25),
+    Selection("independent", "independent", "#d98300", length=0.25),
 )}
 
 

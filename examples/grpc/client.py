@@ -45,6 +45,9 @@ def stubs(folder: Path):
         ]
     ):
         raise SystemExit("protoc refused the .proto files")
+    # With these it is a package that comes before another `superbatch`, such as the Python client.
+    for package in ("superbatch", "superbatch/v1"):
+        (folder / package / "__init__.py").touch()
     sys.path.insert(0, str(folder))
     from superbatch.v1 import selection_pb2, selection_pb2_grpc
 

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const QUALITY: f32 = 82.0;
 
-/// A JPEG of an image, decoded and encoded anew, whose longer side is at most `side` pixels (at least 1). A smaller image keeps
-/// its size.
+/// A JPEG of an image, decoded and encoded anew, whose longer side is at most `side` pixels (at
+/// least 1). A smaller image keeps its size.
 ///
 /// # Errors
 /// Those of [`decode`].

@@ -87,8 +87,8 @@ Examples:
     Receipts(admin::receipts::ReceiptsArgs),
     /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
     ///
-    /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run, finished or crashed, and
-    /// writes nothing. Prints its address once it is ready.
+    /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run,
+    /// finished or crashed, and writes nothing. Prints its address once it is ready.
     #[command(after_long_help = "\
 Examples:
   # The state in ./superbatch-state
@@ -205,7 +205,8 @@ fn with_runtime(
     admin::start_logging(&config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        // In a build without optimisation the nested futures of one slice pass the default of 2 MiB.
+        // In a build without optimisation the nested futures of one slice pass the default of 2
+        // MiB.
         .thread_stack_size(8 << 20)
         .build();
     let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;

@@ -1,13 +1,11 @@
 """examples/open_clip: the released trainer, with one and two ranks, by epochs, and resumed."""
 
-import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
-from safetensors.torch import save_file
 
 EPOCH_STEPS = 2
 CONFIG = {
@@ -22,12 +20,24 @@ def write_folder(folder: Path, seed: int, siglip: bool) -> Path:
     config = {**CONFIG, "init_logit_bias": -5.0} if siglip else CONFIG
     torch.manual_seed(seed)
     model = open_clip.CLIP(**config)
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": about})
-    (folder / "open_clip_config.json").write_text(text)
-    return folder
+    model.visual.image_mean, model.visual.image_std = [0.5] * 3, [0.5] * 3
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
+    return module("open_clip", "prepare").write_folder(model, config, tokenizer, folder)
+
+
+def test_the_tokenizer_that_is_written_is_open_clips_own():
+    own = open_clip.SimpleTokenizer()
+    written = module("open_clip", "prepare").clip_tokenizer(own, own.context_length)
+    captions = [
+        "a photo of a cat",
+        "  Two   DOGS, running!  it's 2024\n",
+        "Überraschung: naïve café – 日本語 🙂",
+        "don't you'll we've I'm he'd they're",
+        "x" * 400,
+        "",
+        "a very long caption " * 30,
+    ]
+    assert [found.ids for found in written.encode_batch(captions)] == own(captions).tolist()
 
 
 @pytest.fixture(scope="module", params=["sigmoid", "softmax"])

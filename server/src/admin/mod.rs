@@ -78,8 +78,8 @@ pub struct WorkerArgs {
 pub struct PageArgs {
     #[command(flatten)]
     settings: ConfigArgs,
-    /// Address to serve the page on; port 0 takes a free one. Comes before `page_listen` of the settings [default:
-    /// 127.0.0.1:9465]
+    /// Address to serve the page on; port 0 takes a free one. Comes before `page_listen` of the
+    /// settings [default: 127.0.0.1:9465]
     #[arg(long, value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
 }

@@ -165,23 +165,11 @@ fn in_full(receipt: &Receipt) -> String {
         return String::new();
     };
     let mut text = head(s);
-    let mut rows = vec![
-        ["drawn", "chunk", "score", "weight", "position", "id"]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
-    rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
-        let (score, weight) = (format!("{:.5}", row.score), format!("{:.3}", row.weight));
-        vec![
-            drawn.to_string(),
-            row.chunk.to_string(),
-            score,
-            weight,
-            row.position.to_string(),
-            row.id.clone(),
-        ]
-    }));
-    text.push_str(&table(&rows));
+    text.push_str(&chosen(receipt));
+    if !receipt.passed_over.is_empty() {
+        text.push_str("\npassed over: the best own scores, then a sample of the others\n");
+        text.push_str(&passed_over(receipt));
+    }
     if !receipt.bad_rows.is_empty() {
         text.push_str("\nrows that could not be used\n");
         let reason = |row: &superbatch_proto::v1::BadRow| {
@@ -194,6 +182,44 @@ fn in_full(receipt: &Receipt) -> String {
         text.push_str(&table(&bad.collect::<Vec<_>>()));
     }
     text
+}
+
+fn chosen(receipt: &Receipt) -> String {
+    let head = "drawn chunk score own learner reference weight position id";
+    let mut rows = vec![head.split(' ').map(str::to_owned).collect()];
+    rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
+        vec![
+            drawn.to_string(),
+            row.chunk.to_string(),
+            format!("{:.5}", row.score),
+            number(row.own_score),
+            number(row.learner_loss),
+            number(row.reference_loss),
+            format!("{:.3}", row.weight),
+            row.position.to_string(),
+            row.id.clone(),
+        ]
+    }));
+    table(&rows)
+}
+
+fn passed_over(receipt: &Receipt) -> String {
+    let head = "own learner reference position id";
+    let mut rows = vec![head.split(' ').map(str::to_owned).collect()];
+    rows.extend(receipt.passed_over.iter().map(|row| {
+        vec![
+            number(Some(row.own_score.into())),
+            number(row.learner_loss.map(f64::from)),
+            number(row.reference_loss.map(f64::from)),
+            row.position.to_string(),
+            row.id.clone(),
+        ]
+    }));
+    table(&rows)
+}
+
+fn number(value: Option<f64>) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.5}"))
 }
 
 fn head(s: &ReceiptSummary) -> String {
@@ -289,9 +315,12 @@ fn scores(s: &ReceiptSummary) -> String {
     if !has_scores(s) {
         return "none: no loss was read".to_owned();
     }
+    let uniform = s.uniform_score.map_or_else(String::new, |score| {
+        format!(", of a uniform draw {score:.5} expected")
+    });
     format!(
-        "sub-batch {:.5} (mean conditional score), chosen {:.5} and candidates {:.5} (mean \
-        unconditional scores)",
+        "sub-batch {:.5} (mean conditional score{uniform}), chosen {:.5} and candidates {:.5} \
+        (mean unconditional scores)",
         s.batch_score, s.mean_score_chosen, s.mean_score_candidates
     )
 }

@@ -55,10 +55,12 @@ impl RunPage {
         })
     }
 
-    /// A page of its own on the config's state, which it only reads: the service may be down, or another's.
+    /// A page of its own on the config's state, which it only reads: the service may be down, or
+    /// another's.
     ///
     /// # Errors
-    /// `InvalidArgument` where the state cannot be opened, the port is taken, or `page_listen` is null.
+    /// `InvalidArgument` where the state cannot be opened, the port is taken, or `page_listen` is
+    /// null.
     pub async fn build(config: &Config) -> Result<Self> {
         metrics::install();
         let wrap: Wrap = Arc::new(metered);

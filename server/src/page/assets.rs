@@ -14,7 +14,11 @@ struct Asset {
 
 macro_rules! assets {
     ($($name:literal: $kind:literal),* $(,)?) => {
-        [$(Asset { path: concat!("/", $name), kind: $kind, bytes: include_bytes!(concat!("web/", $name)) }),*]
+        [$(Asset {
+            path: concat!("/", $name),
+            kind: $kind,
+            bytes: include_bytes!(concat!("web/", $name)),
+        }),*]
     };
 }
 

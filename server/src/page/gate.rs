@@ -8,8 +8,9 @@ use axum::{
 use std::{net::IpAddr, sync::Arc};
 
 /// Scripts, styles and pictures of this address alone; nothing inline.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
-                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
+                      img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+                      frame-ancestors 'none'";
 
 /// Decides on every request.
 #[derive(Debug, Clone)]
@@ -27,8 +28,8 @@ impl Gate {
 
     /// The one place where a request is let in or not. A token of scope `read` belongs here.
     ///
-    /// On loopback the name that the browser was given must be this machine's: a page elsewhere can have its own name lead
-    /// here, and would then read what is served.
+    /// On loopback the name that the browser was given must be this machine's: a page elsewhere can
+    /// have its own name lead here, and would then read what is served.
     fn admit(
         &self,
         method: &Method,

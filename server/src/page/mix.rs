@@ -89,16 +89,24 @@ fn counted(
         shards.extend(lowest);
     }
     let named = by_source(&all, sources).into_iter().zip(&manifest.sources);
+    let sources: Vec<Value> = named
+        .map(|(counts, source)| shown(&source.uri, counts, total))
+        .collect();
+    let shards: Vec<Value> = shards
+        .iter()
+        .map(|(name, counts)| shown(name, *counts, total))
+        .collect();
+    let never = all.values().filter(|[_, chosen]| *chosen == 0).count();
     Ok(json!({
         "steps": steps,
         "stride": stride,
         "scanned": total[0],
         "chosen": total[1],
-        "sources": named.map(|(counts, source)| shown(&source.uri, counts, total)).collect::<Vec<_>>(),
+        "sources": sources,
         "lift": lift,
-        "shards": shards.iter().map(|(name, counts)| shown(name, *counts, total)).collect::<Vec<_>>(),
+        "shards": shards,
         "shards_scanned": all.len(),
-        "shards_never": all.values().filter(|[_, chosen]| *chosen == 0).count(),
+        "shards_never": never,
     }))
 }
 

@@ -1,5 +1,6 @@
-//! The run page: what researchers look at. Reads receipts and facts from the state, as any process may, and writes nothing;
-//! it has its own bounded share of reads and of threads, so that no step waits for a reader.
+//! The run page: what researchers look at. Reads receipts and facts from the state, as any process
+//! may, and writes nothing; it has its own bounded share of reads and of threads, so that no step
+//! waits for a reader.
 //!
 //! [`Page::router`] is the table of contents. `web/` holds the page itself, which is embedded.
 mod answer;

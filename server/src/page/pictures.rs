@@ -1,4 +1,5 @@
-//! What a row looks like: its picture, small and encoded anew, and its caption. Both are somebody else's, and not trusted.
+//! What a row looks like: its picture, small and encoded anew, and its caption. Both are somebody
+//! else's, and not trusted.
 use super::{
     Known, Page,
     answer::{Answer, Failed, Json, number, text},
@@ -94,7 +95,8 @@ pub(super) async fn captions(
     Ok(Json(json!({ "captions": found })))
 }
 
-/// `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 where the row has no picture that can be decoded.
+/// `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 where the row has no picture that
+/// can be decoded.
 pub(super) async fn picture(
     State(page): State<Arc<Page>>,
     Path((id, key)): Path<(String, String)>,

@@ -5,7 +5,9 @@ use super::{
     shown::{lag, word},
 };
 use crate::{
-    coordinator::{plan::planner::Plan, receipts::json::accounts, runs::registry::stored_state},
+    coordinator::{
+        plan::planner::Plan, receipts::json::accounts, runs::registry::stored_state, weights::Began,
+    },
     error::{Error, Result},
 };
 use axum::extract::{Path, State};
@@ -78,8 +80,12 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
     let spec = &facts.spec;
     let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
     let sources = manifest.sources.iter().map(|source| {
-        json!({ "uri": source.uri, "rows": source.rows(), "shards": source.shards.len(), "weight": source.weight })
+        let shards = source.shards.len();
+        json!({
+            "uri": source.uri, "rows": source.rows(), "shards": shards, "weight": source.weight,
+        })
     });
+    let rewind = |began: Began| json!({ "generation": began.generation, "to_step": began.step });
     let rewinds = facts
         .chain
         .began()
@@ -97,7 +103,7 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
         "lag": lag(spec),
         "phases": spec.phases.iter().map(phase).collect::<Vec<_>>(),
         "sources": sources.collect::<Vec<_>>(),
-        "rewinds": rewinds.map(|began| json!({ "generation": began.generation, "to_step": began.step })).collect::<Vec<_>>(),
+        "rewinds": rewinds.map(rewind).collect::<Vec<_>>(),
         "totals": summary.as_ref().and_then(|summary| summary.run_totals.as_ref().map(accounts)),
         "committed_unix_ms": committed,
         "ms_since_commit": committed.and_then(|at| now_ms()?.checked_sub(at)),

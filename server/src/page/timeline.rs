@@ -1,4 +1,5 @@
-//! A run over its steps: every so many of them, so that a hundred thousand steps are a few hundred points.
+//! A run over its steps: every so many of them, so that a hundred thousand steps are a few hundred
+//! points.
 use super::{
     Known, Page,
     answer::{Answer, Json, number},
@@ -35,8 +36,8 @@ pub(super) async fn timeline(
     Ok(Json(columns(&found, stride, known.newest)))
 }
 
-/// Every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and steps are its multiples, so that a
-/// run that grows shows the steps that it showed before.
+/// Every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and steps are
+/// its multiples, so that a run that grows shows the steps that it showed before.
 fn sampled(from: u64, to: u64) -> (u64, Vec<u64>) {
     if from > to {
         return (1, Vec::new());
@@ -108,7 +109,7 @@ fn columns(found: &[Arc<ReceiptSummary>], stride: u64, newest: Option<u64>) -> V
         "trainer_wait": column(&|s| json!(s.trainer_wait_seconds)),
         "seconds": stages,
         "selection_so_far": column(&|s| json!(s.run_totals.as_ref().map(selection_flops))),
-        "training_so_far": column(&|s| json!(s.run_totals.as_ref().map(|totals| totals.train_flops))),
+        "training_so_far": column(&|s| json!(s.run_totals.map(|totals| totals.train_flops))),
         "committed_unix_ms": column(&|s| json!(s.committed_unix_ms)),
     })
 }

@@ -1,5 +1,6 @@
-//! What a step's receipt says beside the draw: each candidate's own losses, what a uniform draw would have scored, and who is
-//! named of those passed over. In O(candidates x dim): little beside any scoring.
+//! What a step's receipt says beside the draw: each candidate's own losses, what a uniform draw
+//! would have scored, and who is named of those passed over. In O(candidates x dim): little beside
+//! any scoring.
 use super::{Embedded, Values, is_scored, settings};
 use std::cmp::Reverse;
 use superbatch_kernels::{
@@ -31,7 +32,8 @@ pub struct Passed {
     pub sampled: bool,
 }
 
-/// Judges the candidates of a draw. `None` where it is not drawn by scores, or lacks what they are made of.
+/// Judges the candidates of a draw. `None` where it is not drawn by scores, or lacks what they are
+/// made of.
 pub fn judge(
     begin: &SelectBegin,
     learner: Option<&Embedded>,
@@ -102,8 +104,9 @@ fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
-/// The mean own score of all, and for each example as many pair terms as a batch has, each the mean of a sample's. Softmax: a
-/// sample's denominators, grown to the batch's size. With the operations that took.
+/// The mean own score of all, and for each example as many pair terms as a batch has, each the mean
+/// of a sample's. Softmax: a sample's denominators, grown to the batch's size. With the operations
+/// that took.
 fn uniform_score(
     settings: &Settings,
     own: &[f64],
@@ -167,8 +170,8 @@ fn uniform_score(
     Some((mean_own + of_batch, drawn.flops))
 }
 
-/// Names up to `most` of the candidates that were not drawn: first the half of the best own scores, best first, then others
-/// evenly spaced over the rest, in their order.
+/// Names up to `most` of the candidates that were not drawn: first the half of the best own scores,
+/// best first, then others evenly spaced over the rest, in their order.
 pub fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
     let mut is_drawn = vec![false; own.len()];
     for index in drawn {

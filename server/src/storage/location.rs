@@ -89,8 +89,8 @@ impl Location {
         }
     }
 
-    /// Up to `bytes` of an object's end, and its whole size; `None` where there is none. A store that cannot read from the end
-    /// gives all of it.
+    /// Up to `bytes` of an object's end, and its whole size; `None` where there is none. A store
+    /// that cannot read from the end gives all of it.
     pub async fn end(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>> {
         let options = GetOptions {
             range: Some(GetRange::Suffix(bytes)),

@@ -7,8 +7,8 @@ use superbatch_proto::v1::Phase;
 const EPOCHS_MAX: u64 = 256;
 
 impl Plan {
-    /// The steps up to `newest` in which a row is a candidate, rising, and the first one after. `row.position` is not read. A
-    /// row that sits an epoch out is in none of its steps.
+    /// The steps up to `newest` in which a row is a candidate, rising, and the first one after.
+    /// `row.position` is not read. A row that sits an epoch out is in none of its steps.
     ///
     /// # Errors
     /// Those of [`Plan::check`].
@@ -35,7 +35,7 @@ impl Plan {
             };
             if step <= newest {
                 steps.push(step);
-            } else {
+            } else if self.steps_total(phases).is_none_or(|total| step < total) {
                 next = next.or(Some(step));
             }
         }

@@ -10,7 +10,8 @@ const PAGE_BYTES_MAX: usize = 3 << 20;
 const ROW_OVERHEAD_BYTES: usize = 5;
 
 /// The page of `receipt` that begins with row `row_offset`; the chosen rows are counted first, then
-/// the bad ones, then those passed over. It holds at most `rows_max` rows (0: as many as fit), and at least one.
+/// the bad ones, then those passed over. It holds at most `rows_max` rows (0: as many as fit), and
+/// at least one.
 ///
 /// # Errors
 /// `InvalidArgument` where the receipt ends before `row_offset`.
@@ -51,7 +52,8 @@ pub fn page(receipt: Receipt, row_offset: u64, rows_max: u64) -> Result<GetRecei
     })
 }
 
-/// The part of one list of rows that a page holds: `skip` and `take` are of all lists that follow, and become those of the next.
+/// The part of one list of rows that a page holds: `skip` and `take` are of all lists that follow,
+/// and become those of the next.
 fn cut<T>(rows: Vec<T>, skip: &mut usize, take: &mut usize) -> Vec<T> {
     let skipped = rows.len().min(*skip);
     let taken: Vec<T> = rows.into_iter().skip(skipped).take(*take).collect();

@@ -181,7 +181,8 @@ fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
     Ok(receipt)
 }
 
-/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` where it does not lie in there whole.
+/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` where it does
+/// not lie in there whole.
 pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
     let mut reader = ParquetMetaDataReader::new();
     reader.try_parse_sized(end, size).ok()?;

@@ -87,7 +87,8 @@ impl Receipts {
             .and_then(|receipt| receipt.summary))
     }
 
-    /// The newest committed step of the trajectory that `chain` describes. Lists the newest folders only.
+    /// The newest committed step of the trajectory that `chain` describes. Lists the newest folders
+    /// only.
     pub async fn newest(&self, chain: &Chain) -> Result<Option<u64>> {
         let folders = self.run.folders("receipts").await?;
         let mut numbers: Vec<u64> = folders

@@ -44,7 +44,8 @@ pub fn receipt(
     })
 }
 
-/// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay small.
+/// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay
+/// small.
 fn passed(
     run: &Run,
     super_batch: &SuperBatch,

@@ -10,8 +10,8 @@ export function number(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return "–";
   const size = Math.abs(x);
   if (size >= 10000) return whole.format(x);
-  if (size !== 0 && size < 0.001) return x.toExponential(1).replace("-", "−").replace("−−", "−");
-  const places = size === 0 ? 0 : Math.max(0, Math.min(4, digits - 1 - Math.floor(Math.log10(size))));
+  if (size !== 0 && size < 0.0001) return x.toExponential(1).replaceAll("-", "−");
+  const places = size === 0 ? 0 : Math.max(0, Math.min(5, digits - 1 - Math.floor(Math.log10(size))));
   return x.toFixed(places).replace("-", "−");
 }
 
