@@ -2,7 +2,7 @@
 //!
 //! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha
 //! channel onto a white RGB canvas.
-use crate::jpeg::jpeg;
+use crate::{jpeg::jpeg, png};
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
     codecs::{png::PngDecoder, webp::WebPDecoder},
@@ -66,10 +66,10 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
                 .saturating_add(CHUNK_BYTES);
             let mut allowed = Limits::no_limits();
             allowed.max_alloc = Some(max_alloc);
-            raster(
-                PngDecoder::with_limits(Cursor::new(bytes), allowed).map_err(undecodable)?,
-                limits,
-            )
+            let decoder = PngDecoder::with_limits(Cursor::new(bytes), allowed);
+            let mut decoded = raster(decoder.map_err(undecodable)?, limits)?;
+            decoded.exif = png::look(bytes)?;
+            Ok(decoded)
         }
         [
             b'R',
@@ -150,17 +150,24 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     })
 }
 
-/// The EXIF tag, or where there is none the XMP property: Pillow's order.
+/// The EXIF tag, or where there is none the XMP property: Pillow's order. EXIF that is none, and a
+/// tag that is no number, count as there.
 fn orientation(decoded: &Decoded) -> Orientation {
     let exif = decoded.exif.as_deref().and_then(|data| {
         let data = data.strip_prefix(b"Exif\0\0").unwrap_or(data).to_vec();
+        let is_tiff = data.starts_with(b"II") || data.starts_with(b"MM");
+        if !data.is_empty() && !is_tiff {
+            return Some(u32::from(Orientation::NoTransforms.to_exif()));
+        }
         let read = exif::Reader::new().continue_on_error(true).read_raw(data);
         let exif = read
             .or_else(|partial| partial.distill_partial_result(|_| ()))
             .ok()?;
-        exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY)?
-            .value
-            .get_uint(0)
+        let tag = exif.get_field(exif::Tag::Orientation, exif::In::PRIMARY)?;
+        match tag.value {
+            exif::Value::Byte(_) => Some(u32::from(Orientation::NoTransforms.to_exif())),
+            ref value => value.get_uint(0),
+        }
     });
     let tag = exif.or_else(|| xmp_orientation(decoded.xmp.as_deref()?));
     tag.and_then(|tag| Orientation::from_exif(u8::try_from(tag).ok()?))

@@ -16,6 +16,7 @@
 //! ```
 mod decode;
 mod jpeg;
+mod png;
 mod resize;
 mod thumbnail;
 

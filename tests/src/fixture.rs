@@ -100,7 +100,7 @@ pub async fn dataset(
         image_column: None,
         caption_column: None,
     };
-    let manifest: Manifest = index(stores, &[source]).await.expect("a data set");
+    let manifest: Manifest = index(stores, None, &[source]).await.expect("a data set");
     manifest.save(state).await.expect("writing to memory")
 }
 

@@ -1,7 +1,7 @@
 //! `superbatch index`: indexes a data set ahead of its run and writes the manifest into the state.
 use super::ConfigArgs;
 use crate::{
-    dataset::{self, Manifest, SourceManifest, SourceRequest, counted},
+    dataset::{self, Manifest, Shard, SourceManifest, SourceRequest, counted},
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -15,10 +15,11 @@ pub struct IndexArgs {
     /// s3://bucket/{00000..00041}.parquet
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
-    /// The column that holds the images, where the layout does not tell
+    /// The column that holds the images, where the layout does not tell; of tars endings: 'jpg;png'
     #[arg(long, value_name = "COLUMN")]
     pub image_column: Option<String>,
-    /// The column that holds the captions, where the layout does not tell
+    /// The column that holds the captions, where the layout does not tell; of tars an ending, or
+    /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,
     #[command(flatten)]
@@ -40,7 +41,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
         caption_column: args.caption_column.clone(),
     };
     let requests: Vec<SourceRequest> = args.sources.iter().map(request).collect();
-    let manifest = dataset::index(stores, &requests).await?;
+    let manifest = dataset::index(stores, Some(state), &requests).await?;
     let digest = manifest.save(state).await?;
     if !args.json {
         return Ok(text(&digest, &manifest));
@@ -51,6 +52,9 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
             "shards": source.shards.len(),
             "blocks": source.blocks().count(),
             "rows": source.rows(),
+            "left_out": sum(source, |shard| shard.left_out),
+            "without_image": sum(source, |shard| shard.without_image),
+            "flaws": flaws(source).collect::<Vec<_>>(),
             "image_column": source.layout.image_column,
             "caption_column": source.layout.caption_column,
             "columns": source.columns,
@@ -61,6 +65,16 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
     let line = serde_json::to_string(&summary)
         .map_err(|e| Error::internal("cannot write the summary").because(e))?;
     Ok(line + "\n")
+}
+
+fn sum(source: &SourceManifest, of: impl Fn(&Shard) -> u64) -> u64 {
+    source.shards.iter().map(of).sum()
+}
+
+/// What is wrong with shards of which only the beginning is read.
+fn flaws(source: &SourceManifest) -> impl Iterator<Item = String> {
+    let flaw = |shard: &Shard| Some(format!("{}: {}", shard.path, shard.flaw.as_ref()?));
+    source.shards.iter().filter_map(flaw)
 }
 
 fn text(digest: &str, manifest: &Manifest) -> String {
@@ -90,6 +104,25 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         "  image in '{}', caption in '{}'",
         source.layout.image_column, source.layout.caption_column
     )?;
+    match sum(source, |shard| shard.left_out) {
+        0 => {}
+        count => writeln!(
+            text,
+            "  {} without image or caption left out",
+            counted(count as usize, "sample")
+        )?,
+    }
+    match sum(source, |shard| shard.without_image) {
+        0 => {}
+        count => writeln!(
+            text,
+            "  {} without an image, which cannot be chosen",
+            counted(count as usize, "row")
+        )?,
+    }
+    for flaw in flaws(source) {
+        writeln!(text, "  only the beginning is read of {flaw}")?;
+    }
     for column in &source.columns {
         match &column.differs_in {
             None => writeln!(text, "  {}: {}", column.name, column.data_type)?,

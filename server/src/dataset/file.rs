@@ -1,4 +1,4 @@
-//! One Parquet file in object storage, read by ranges and held to the size and ETag that it was
+//! One file in object storage, read by ranges and held to the size and ETag that it was
 //! listed with.
 use crate::{
     error::{Error, Result},
@@ -12,7 +12,7 @@ use parquet::{
     arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions},
     errors::ParquetError,
     file::{
-        metadata::{ColumnChunkMetaData, ParquetMetaDataReader},
+        metadata::{ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData},
         reader::{ChunkReader, Length},
     },
 };
@@ -21,6 +21,8 @@ use superbatch_proto::v1::Reason;
 
 /// Read at once from a file's end: most footers fit, and cost one request.
 const FOOTER_BYTES: u64 = 64 << 10;
+/// How a Parquet file ends whose footer is encrypted.
+const ENCRYPTED: &[u8] = b"PARE";
 /// Ranges closer than this are read by one request.
 const GAP_BYTES: u64 = 1 << 20;
 /// Requests at once for one block.
@@ -78,6 +80,14 @@ impl ShardFile {
         self.location.uri()
     }
 
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn etag(&self) -> Option<&str> {
+        self.etag.as_deref()
+    }
+
     /// The footer and the schema.
     ///
     /// # Errors
@@ -92,6 +102,11 @@ impl ShardFile {
             } else {
                 self.fetch(self.size - wanted..self.size).await?
             };
+            if tail.ends_with(ENCRYPTED) {
+                return Err(
+                    self.refused("is an encrypted Parquet file, which is not read; decrypt it")
+                );
+            }
             match reader.try_parse_sized(&tail, self.size) {
                 Err(ParquetError::NeedMoreData(needed)) => wanted = (needed as u64).min(self.size),
                 Err(cause) => return Err(self.no_parquet(cause)),
@@ -99,8 +114,15 @@ impl ShardFile {
             }
         }
         let metadata = reader.finish().map_err(|e| self.no_parquet(e))?;
+        let metadata = without_false_dictionaries(metadata).map_err(|e| self.no_parquet(e))?;
         ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
             .map_err(|e| self.no_parquet(e))
+    }
+
+    /// `InvalidArgument`: what is wrong with a file that is not read.
+    pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
+        let message = format!("{} {why}", self.uri());
+        Error::invalid("sources", message).with("shard", self.uri())
     }
 
     fn no_parquet(&self, cause: ParquetError) -> Error {
@@ -150,7 +172,7 @@ impl ShardFile {
     }
 
     /// Reads a range and checks that it comes from the object that was listed.
-    async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
+    pub(super) async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
         let options = GetOptions {
             range: Some(GetRange::Bounded(range.clone())),
             ..Default::default()
@@ -198,13 +220,13 @@ impl ShardFile {
         }
     }
 
-    /// `InvalidArgument`: this is the object that was indexed, and a row group of it cannot be
+    /// `InvalidArgument`: this is the object that was indexed, and a block of it cannot be
     /// decoded.
     pub fn undecodable(&self, block: usize, cause: ArrowError) -> Error {
         let uri = self.uri();
         let message = format!(
-            "row group {block} of {uri} cannot be decoded, though the file is the one that was \
-            indexed; write the file anew, \
+            "block {block} of {uri} cannot be decoded, though the file is the one that was \
+             indexed; write the file anew, \
              or leave it out of the sources"
         );
         Error::invalid("sources", message)
@@ -221,6 +243,37 @@ impl ShardFile {
         );
         Error::new(Reason::DatasetChanged, message).with("shard", self.uri())
     }
+}
+
+/// parquet-mr 1.8 says that the dictionary of a column without one lies at byte 0.
+fn without_false_dictionaries(metadata: ParquetMetaData) -> Result<ParquetMetaData, ParquetError> {
+    let is_false = |column: &ColumnChunkMetaData| column.dictionary_page_offset() == Some(0);
+    let groups = metadata.row_groups();
+    if !groups
+        .iter()
+        .flat_map(RowGroupMetaData::columns)
+        .any(is_false)
+    {
+        return Ok(metadata);
+    }
+    let mended = groups.iter().map(|group| {
+        let columns = group.columns().iter().map(|column| match is_false(column) {
+            true => column
+                .clone()
+                .into_builder()
+                .set_dictionary_page_offset(None)
+                .build(),
+            false => Ok(column.clone()),
+        });
+        let columns = columns.collect::<Result<_, ParquetError>>()?;
+        group
+            .clone()
+            .into_builder()
+            .set_column_metadata(columns)
+            .build()
+    });
+    let mended = mended.collect::<Result<_, ParquetError>>()?;
+    Ok(metadata.into_builder().set_row_groups(mended).build())
 }
 
 /// Sorted, with what is close together joined.

@@ -106,7 +106,7 @@ pub(crate) async fn indexed(
     files: &[(&str, Bytes)],
 ) -> crate::error::Result<Manifest> {
     put(stores, files).await;
-    index(stores, &[request("memory:///data")]).await
+    index(stores, None, &[request("memory:///data")]).await
 }
 
 pub(crate) async fn put(stores: &Stores, files: &[(&str, Bytes)]) {

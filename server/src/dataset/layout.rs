@@ -1,44 +1,70 @@
 //! Where a source keeps image and caption: as img2dataset or Hugging Face datasets write them, or
 //! as the run says.
-use super::{SourceRequest, manifest::Layout};
+use super::{
+    SourceRequest,
+    manifest::{Format, Layout},
+};
 use crate::error::{Error, Result};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use serde_json::Value;
 use superbatch_proto::v1::Reason;
 
 /// Names that img2dataset (after its `encode_format`) and Hugging Face exports give the image
 /// column.
 const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "image"];
+const IMAGE: &str = "image";
 const CAPTION_NAMES: [&str; 3] = ["caption", "text", "txt"];
 
-/// Finds the columns of `schema`, the first shard's. What the request names wins; then the `Image`
-/// feature in the `huggingface` metadata, the known names, and the only column of the right type.
+/// Finds the columns of `schema`, the first shard's. What the request names wins; then, of images, the
+/// `Image` feature in the `huggingface` metadata, and what is named as the layouts name it. A column
+/// so named decides, also where its type is wrong: another one is never guessed.
 ///
 /// # Errors
-/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` where a named column has
-/// another type.
+/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` where a column has another type.
 pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layout> {
     let image = match &request.image_column {
         Some(name) => named(schema, request, name)?,
-        None => find_image(schema).ok_or_else(|| none(schema, request, "image", "image_column"))?,
+        None => find_image(schema, request)?,
     };
     let caption = match &request.caption_column {
         Some(name) => named(schema, request, name)?,
-        None => find_caption(schema)
-            .ok_or_else(|| none(schema, request, "caption", "caption_column"))?,
+        None => find_caption(schema, request)?,
     };
+    for column in [image, caption] {
+        let twice = schema
+            .fields()
+            .iter()
+            .filter(|field| field.name() == column.name())
+            .count()
+            > 1;
+        if twice {
+            let name = column.name();
+            let message = format!(
+                "{} has several columns named '{name}'; rename them",
+                request.uri
+            );
+            return Err(mismatch(message, &request.uri, name));
+        }
+    }
     let layout = Layout {
         image_column: image.name().clone(),
         image_in_struct: matches!(image.data_type(), DataType::Struct(_)),
         caption_column: caption.name().clone(),
+        format: Format::Parquet,
     };
-    fits(
-        schema,
-        &layout,
-        &request.uri,
-        &request.uri,
-        "; name another",
-    )?;
+    // Older writers do not mark text as such: bytes are read as UTF-8 where they are asked for.
+    let is_asked_for = request.caption_column.is_some() && is_binary(caption.data_type());
+    if !is_asked_for && is_binary(caption.data_type()) {
+        let (name, kind) = (caption.name(), caption.data_type());
+        let message = format!(
+            "column '{name}' of {} is {kind}, not a string; name it with caption_column (as a flag \
+             --caption-column) to read it as UTF-8",
+            request.uri
+        );
+        return Err(mismatch(message, &request.uri, name));
+    }
+    let cure = "; name another";
+    fits(schema, &layout, &request.uri, &request.uri, cure)?;
     Ok(layout)
 }
 
@@ -74,10 +100,21 @@ fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str)
         (&layout.caption_column, false),
     ] {
         let kind = if is_image { image_kind } else { "a string" };
-        let fits = |t: &DataType| if is_image { image_fits(t) } else { is_text(t) };
+        let fits = |t: &DataType| match is_image {
+            true => image_fits(t),
+            false => is_text(t) || is_binary(t),
+        };
         let what = match schema.field_with_name(column) {
             Ok(field) if fits(field.data_type()) => continue,
-            Ok(field) => format!("is {}, not {kind}", field.data_type()),
+            Ok(field) => {
+                let is_path = is_image && holds_paths(field.data_type());
+                let paths = if is_path {
+                    " (images by path are not read)"
+                } else {
+                    ""
+                };
+                format!("is {}, not {kind}{paths}", field.data_type())
+            }
             Err(_) => "is not there".to_owned(),
         };
         let message = format!("column '{column}' of {shard} {what}{cure}");
@@ -122,39 +159,66 @@ fn named<'a>(schema: &'a Schema, request: &SourceRequest, name: &str) -> Result<
     schema.field_with_name(name).map_err(missing)
 }
 
-fn none(schema: &Schema, request: &SourceRequest, what: &str, option: &str) -> Error {
-    let flag = option.replace('_', "-");
+/// `ColumnNotFound`: the layout does not tell; the columns that `could` be it are listed with their
+/// types.
+fn untold(
+    schema: &Schema,
+    request: &SourceRequest,
+    what: &str,
+    could: impl Fn(&DataType) -> bool,
+) -> Error {
+    let fields = schema
+        .fields()
+        .iter()
+        .filter(|field| could(field.data_type()));
+    let typed = fields.map(|field| format!("'{}' is {}", field.name(), field.data_type()));
+    let typed = typed.collect::<Vec<_>>().join(", ");
+    let typed = if typed.is_empty() {
+        typed
+    } else {
+        format!(" ({typed})")
+    };
     let uri = &request.uri;
     let message = format!(
-        "cannot tell which column of {uri} is the {what}; name it with {option} (as a flag \
-        --{flag})"
+        "cannot tell which column of {uri} is the {what}{typed}; name it with {what}_column (as a \
+         flag --{what}-column)"
     );
     not_found(message, what, &names(schema))
 }
 
-fn find_image(schema: &Schema) -> Option<&Field> {
+fn find_image<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Field> {
     let fits = |field: &&Field| is_binary(field.data_type()) || is_image_struct(field.data_type());
     let fields = || schema.fields().iter().map(AsRef::as_ref);
     let features = hugging_face_images(schema);
-    only(
-        fields()
-            .filter(fits)
-            .filter(|field: &&Field| features.contains(field.name())),
-    )
-    .or_else(|| {
-        IMAGE_NAMES
-            .iter()
-            .find_map(|name| schema.field_with_name(name).ok().filter(fits))
-    })
-    .or_else(|| only(fields().filter(|field: &&Field| is_image_struct(field.data_type()))))
+    let features: Vec<&Field> = fields()
+        .filter(|field: &&Field| features.contains(field.name()))
+        .filter(fits)
+        .collect();
+    let known: Vec<&Field> = IMAGE_NAMES
+        .iter()
+        .filter_map(|name| schema.field_with_name(name).ok())
+        .collect();
+    let is_struct = |field: &&Field| is_image_struct(field.data_type());
+    let found = only(features.iter().copied())
+        .or_else(|| features.into_iter().find(|field| field.name() == IMAGE))
+        // A mask beside the picture is bytes under a name of img2dataset's.
+        .or_else(|| only(known.iter().copied().filter(is_struct)))
+        .or_else(|| only(known.iter().copied().filter(fits)));
+    match found {
+        Some(field) => Ok(field),
+        // The one that is named so has another type, which is said next.
+        None if known.len() == 1 => Ok(known[0]),
+        None if known.is_empty() => only(fields().filter(is_struct))
+            .ok_or_else(|| untold(schema, request, "image", |_| true)),
+        None => Err(untold(schema, request, "image", |_| true)),
+    }
 }
 
-fn find_caption(schema: &Schema) -> Option<&Field> {
-    let fits = |field: &&Field| is_text(field.data_type());
+fn find_caption<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Field> {
     let known = CAPTION_NAMES
         .iter()
-        .find_map(|name| schema.field_with_name(name).ok().filter(fits));
-    known.or_else(|| only(schema.fields().iter().map(AsRef::as_ref).filter(fits)))
+        .find_map(|name| schema.field_with_name(name).ok());
+    known.ok_or_else(|| untold(schema, request, "caption", is_text))
 }
 
 /// The element of an iterator that has just one.
@@ -186,11 +250,22 @@ fn is_binary(data_type: &DataType) -> bool {
     )
 }
 
+/// Text, categories of text, or nothing but nulls.
 fn is_text(data_type: &DataType) -> bool {
-    matches!(
-        data_type,
-        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View
-    )
+    match data_type {
+        DataType::Dictionary(_, values) => is_text(values),
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View | DataType::Null => true,
+        _ => false,
+    }
+}
+
+/// A path of an image, or the struct in which `datasets` keeps one beside the bytes.
+fn holds_paths(data_type: &DataType) -> bool {
+    let is_path = |field: &FieldRef| field.name() == "path" && is_text(field.data_type());
+    match data_type {
+        DataType::Struct(fields) => fields.iter().any(is_path),
+        other => is_text(other),
+    }
 }
 
 fn is_image_struct(data_type: &DataType) -> bool {

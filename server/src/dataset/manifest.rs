@@ -7,7 +7,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use superbatch_proto::v1::Reason;
 
-/// A run of rows that is read at once: a Parquet row group.
+/// A run of rows that is read at once: a Parquet row group, or samples of a tar that follow each
+/// other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
     pub rows: u32,
@@ -25,6 +26,16 @@ pub struct Shard {
     pub size: u64,
     pub etag: Option<String>,
     pub blocks: Vec<Block>,
+    /// Samples of a tar that lack image or caption: they are no rows.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_out: u64,
+    /// Rows whose image is null, as far as a Parquet file's statistics tell: img2dataset keeps
+    /// downloads that failed. They are candidates that cannot be chosen.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub without_image: u64,
+    /// What is wrong with a tar of which only the beginning is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flaw: Option<String>,
 }
 
 /// One source: its shards in the order of their paths, and where image and caption are.
@@ -52,7 +63,8 @@ pub struct Column {
     pub differs_in: Option<String>,
 }
 
-/// How to find image and caption in a shard's columns.
+/// How to find image and caption in a shard's columns, or in a sample's members: `jpg;png`,
+/// `json[caption]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub image_column: String,
@@ -60,6 +72,27 @@ pub struct Layout {
     /// binary.
     pub image_in_struct: bool,
     pub caption_column: String,
+    #[serde(default, skip_serializing_if = "Format::is_parquet")]
+    pub format: Format,
+}
+
+/// How the files of a source are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Format {
+    #[default]
+    Parquet,
+    /// WebDataset tars: a row is a sample, a column the members with one ending.
+    Tar,
+}
+
+impl Format {
+    fn is_parquet(&self) -> bool {
+        *self == Self::Parquet
+    }
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// All sources of a run. Immutable; named by the BLAKE3 of its JSON.

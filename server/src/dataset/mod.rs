@@ -1,11 +1,15 @@
 //! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by
 //! indexing.
 mod file;
+mod find;
 mod index;
 mod layout;
 mod manifest;
 mod pattern;
+mod row_groups;
 mod schema;
+mod tar;
+mod unify;
 
 pub use file::Ranges;
 pub use file::ShardFile;
@@ -13,10 +17,15 @@ pub use index::SourceRequest;
 pub use index::index;
 pub use manifest::Block;
 pub use manifest::Column;
+pub use manifest::Format;
 pub use manifest::Layout;
 pub use manifest::Manifest;
 pub use manifest::Shard;
 pub use manifest::SourceManifest;
+pub use pattern::parts;
+pub use tar::Survey;
+pub use tar::TarBlock;
+pub use tar::survey_kept;
 
 /// What a row's receipt records of its content: the first 16 bytes of BLAKE3 over the image's
 /// length (u64, little endian), the image as stored, and the caption's UTF-8.
@@ -38,5 +47,7 @@ pub(crate) fn counted(count: usize, noun: &str) -> String {
 
 #[cfg(test)]
 pub(crate) mod fixtures;
+#[cfg(test)]
+pub(crate) use tar::fixtures as tar_fixtures;
 #[cfg(test)]
 mod tests;

@@ -1,22 +1,32 @@
-//! Source URIs: one Parquet file, a folder, or a pattern with `{00000..00041}` ranges, `{a,b}`
-//! lists and `*`.
+//! Source URIs as people write them: a file, a folder, `{00000..00041}` ranges, `{a,b}` lists, `*`,
+//! `?`, `[…]`, `**`, and several of these joined by `::`.
 use crate::error::{Error, Result};
 
 /// Files that one pattern's braces may name.
 const EXPANSION_MAX: usize = 1_000_000;
+/// What tells a plain URI's file from a folder.
+pub(super) const SHARD_ENDINGS: [&str; 2] = [".parquet", ".tar"];
 
-/// A source URI taken apart.
+/// A source URI taken apart: one folder, and what is wanted below it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Pattern {
     /// The folder that shard paths are relative to.
     pub root_uri: String,
+    pub parts: Vec<Part>,
+}
+
+/// One of the URIs of a source.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Below the root: `""` or a path.
+    pub folder: String,
     pub keys: Keys,
 }
 
-/// What is wanted below the root.
-#[derive(Debug, PartialEq, Eq)]
+/// What is wanted below a part's folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Keys {
-    /// Every `.parquet` file.
+    /// Every shard.
     Folder,
     /// These files; each has to exist.
     Exact(Vec<String>),
@@ -24,48 +34,184 @@ pub(super) enum Keys {
     Globs(Vec<String>),
 }
 
-/// Takes `uri` apart; a plain URI is a file where it ends in `.parquet`, else a folder.
+/// The URIs of a source: what is joined by `::`.
+pub fn parts(uri: &str) -> impl Iterator<Item = &str> {
+    uri.split("::").map(str::trim)
+}
+
+/// Takes the URIs of the source `uri` apart; a plain one is a file where it ends in `.parquet` or
+/// `.tar`, else a folder.
 ///
 /// # Errors
-/// `InvalidArgument` for a brace that is not closed, a range that runs backwards, or far too many
-/// files.
-pub(super) fn parse(uri: &str) -> Result<Pattern> {
-    let literal = uri.find(['{', '*']).unwrap_or(uri.len());
-    if literal == uri.len() && !uri.ends_with(".parquet") {
-        return Ok(Pattern {
-            root_uri: uri.to_owned(),
-            keys: Keys::Folder,
-        });
+/// `InvalidArgument` for what is no pattern, names far too many files, or lies in two stores.
+pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Result<Pattern> {
+    let parts = parts
+        .map(|part| one(uri, part))
+        .collect::<Result<Vec<_>>>()?;
+    let mut root_uri = parts
+        .first()
+        .map(|(root, _)| root.clone())
+        .unwrap_or_default();
+    for (other, _) in &parts {
+        while !is_below(other, &root_uri) {
+            root_uri = parent(&root_uri).ok_or_else(|| {
+                bad(
+                    uri,
+                    "its URIs lie in different stores; name each as a source of its own",
+                )
+            })?;
+        }
     }
-    let Some(slash) = uri[..literal].rfind('/') else {
+    let part = |(root, keys): (String, Keys)| {
+        let folder = decoded(uri, root[root_uri.len()..].trim_matches('/'))?;
+        Ok(Part { folder, keys })
+    };
+    let parts = parts.into_iter().map(part).collect::<Result<Vec<_>>>()?;
+    Ok(Pattern { root_uri, parts })
+}
+
+/// The folder above, within one store.
+fn parent(uri: &str) -> Option<String> {
+    let (parent, _) = uri.trim_end_matches('/').rsplit_once('/')?;
+    match parent {
+        // Stores without a host.
+        "file://" | "memory://" => Some(format!("{parent}/")),
+        _ if parent.ends_with(":/") || parent.ends_with(':') => None,
+        _ => Some(parent.to_owned()),
+    }
+}
+
+fn is_below(uri: &str, root: &str) -> bool {
+    let root = root.trim_end_matches('/');
+    uri.strip_prefix(root)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// Folder and keys of one URI.
+fn one(uri: &str, part: &str) -> Result<(String, Keys)> {
+    if let Some(at) = part.find('#') {
+        let meant = part[at..].replace('#', "%23");
+        let what = format!("'#' begins a fragment, which storage has not; write {meant}");
+        return Err(bad(uri, &what));
+    }
+    if is_query(part) {
+        let what = "it ends in a query, such as a version of an object, which is not read; write a ? \
+                    that belongs to a name as %3F";
+        return Err(bad(uri, what));
+    }
+    let literal = part.find(['{', '*', '?', '[']).unwrap_or(part.len());
+    let is_file = SHARD_ENDINGS.iter().any(|ending| part.ends_with(ending));
+    if literal == part.len() && !is_file {
+        return Ok((part.to_owned(), Keys::Folder));
+    }
+    let Some(slash) = part[..literal].rfind('/') else {
         return Err(bad(uri, "it has no folder before its pattern"));
     };
-    let mut keys = Vec::new();
-    expand(uri, &uri[slash + 1..], &mut keys)?;
-    keys.sort();
-    keys.dedup();
-    let keys = if keys.iter().any(|key| key.contains('*')) {
-        Keys::Globs(keys)
+    let mut texts = Vec::new();
+    expand(uri, &part[slash + 1..], &mut texts)?;
+    let keys = if texts.iter().any(|text| text.contains(['*', '?', '['])) {
+        let globs = texts.iter().map(|text| glob(uri, text));
+        Keys::Globs(sorted(globs.collect::<Result<_>>()?))
     } else {
-        Keys::Exact(keys)
+        let keys = texts.iter().map(|text| decoded(uri, text));
+        Keys::Exact(sorted(keys.collect::<Result<_>>()?))
     };
-    let root = &uri[..slash];
+    let root = &part[..slash];
     // "memory:///x" has its root at "memory:///": that slash is no separator.
-    let root_uri = if root.ends_with('/') {
-        &uri[..=slash]
+    let root = if root.ends_with('/') {
+        &part[..=slash]
     } else {
         root
     };
-    Ok(Pattern {
-        root_uri: root_uri.to_owned(),
-        keys,
+    Ok((root.to_owned(), keys))
+}
+
+fn sorted(mut keys: Vec<String>) -> Vec<String> {
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+/// Whether what follows the last `?` looks like `name=value`.
+fn is_query(uri: &str) -> bool {
+    let tail = uri.rsplit_once('?').map(|(_, tail)| tail);
+    let name = tail
+        .and_then(|tail| tail.split_once('='))
+        .map(|(name, _)| name);
+    name.is_some_and(|name| {
+        let mut letters = name.chars();
+        letters.next().is_some_and(|c| c.is_ascii_alphabetic())
+            && letters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'))
     })
 }
 
 fn bad(uri: &str, what: &str) -> Error {
-    let message =
-        format!("cannot use the pattern '{uri}': {what}; write {{00000..00041}}, {{a,b}} or *");
+    let message = format!(
+        "cannot use the source '{uri}': {what} (patterns are {{00000..00041}}, {{a,b}}, *, ?, [0-9] \
+         and **; several URIs are joined by ::)"
+    );
     Error::invalid("sources", message).with("uri", uri)
+}
+
+/// The name that a URI's path means.
+pub(super) fn decoded(uri: &str, text: &str) -> Result<String> {
+    let bytes = percent_decoded(text);
+    let name = String::from_utf8(bytes).map_err(|_| bad(uri, "its % signs encode no UTF-8"))?;
+    let slashes = |text: &str| text.matches('/').count();
+    if slashes(&name) == slashes(text) && name.split('/').all(|segment| segment != "..") {
+        Ok(name)
+    } else {
+        Err(bad(
+            uri,
+            "a % sign encodes a slash, or '..' leaves its folder",
+        ))
+    }
+}
+
+fn percent_decoded(text: &str) -> Vec<u8> {
+    let (mut rest, mut out) = (text.as_bytes(), Vec::with_capacity(text.len()));
+    while let Some((first, after)) = rest.split_first() {
+        let hex = after.get(..2).and_then(|two| std::str::from_utf8(two).ok());
+        let hex = hex.filter(|two| two.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        match hex.and_then(|two| u8::from_str_radix(two, 16).ok()) {
+            Some(byte) if *first == b'%' => {
+                out.push(byte);
+                rest = &after[2..];
+            }
+            _ => {
+                out.push(*first);
+                rest = after;
+            }
+        }
+    }
+    out
+}
+
+/// A glob over names: encoded signs stand for themselves.
+fn glob(uri: &str, text: &str) -> Result<String> {
+    let mut escaped = text.to_owned();
+    for (sign, code) in [("[", "%5b"), ("*", "%2a"), ("?", "%3f")] {
+        for code in [code.to_owned(), code.to_uppercase()] {
+            escaped = escaped.replace(&code, &format!("[{sign}]"));
+        }
+    }
+    let glob = decoded(uri, &escaped)?;
+    if glob
+        .split('/')
+        .any(|segment| segment != "**" && segment.contains("**"))
+    {
+        return Err(bad(
+            uri,
+            "** stands for whole folders; write it between slashes",
+        ));
+    }
+    match glob.split('/').all(|segment| tokens(segment).is_some()) {
+        true => Ok(glob),
+        false => Err(bad(
+            uri,
+            "a [ is not closed; one that belongs to a name is written %5B",
+        )),
+    }
 }
 
 /// Pushes `text` with its first brace replaced by each of its alternatives, recursively.
@@ -78,132 +224,158 @@ fn expand(uri: &str, text: &str, out: &mut Vec<String>) -> Result<()> {
             Ok(())
         };
     };
-    let Some(close) = text[open..].find('}').map(|n| open + n) else {
+    let Some(close) = closing(&text[open..]).map(|n| open + n) else {
         return Err(bad(uri, "a { is not closed"));
     };
     let (head, body, tail) = (&text[..open], &text[open + 1..close], &text[close + 1..]);
     let mut one = |middle: &str| expand(uri, &format!("{head}{middle}{tail}"), out);
-    let Some((first, last)) = body.split_once("..") else {
-        return body.split(',').try_for_each(one);
+    let alternatives = alternatives(body);
+    let range = body
+        .split_once("..")
+        .filter(|_| alternatives.len() == 1 && !body.contains('{'));
+    let Some((first, last)) = range else {
+        return alternatives.into_iter().try_for_each(one);
     };
-    let (Ok(from), Ok(to)) = (first.parse::<u64>(), last.parse::<u64>()) else {
+    let (last, step) = last.split_once("..").unwrap_or((last, "1"));
+    let (Ok(from), Ok(to), Ok(step)) = (first.parse(), last.parse(), step.parse()) else {
         return Err(bad(uri, &format!("'{body}' is no range of numbers")));
     };
-    if from > to {
-        return Err(bad(uri, &format!("the range '{body}' runs backwards")));
+    let (from, to): (u64, u64) = (from, to);
+    if from > to || step == 0 {
+        return Err(bad(
+            uri,
+            &format!("the range '{body}' runs backwards or stands still"),
+        ));
     }
     let width = if first.starts_with('0') {
         first.len()
     } else {
         0
     };
-    (from..=to).try_for_each(|n| one(&format!("{n:0width$}")))
+    (from..=to)
+        .step_by(step)
+        .try_for_each(|n| one(&format!("{n:0width$}")))
 }
 
-/// Whether `path` is matched by `glob`, where `*` stands for any characters but `/`.
-pub(super) fn matches(glob: &str, path: &str) -> bool {
-    let (mut globs, mut paths) = (glob.split('/'), path.split('/'));
-    loop {
-        match (globs.next(), paths.next()) {
-            (None, None) => return true,
-            (Some(glob), Some(segment)) if segment_matches(glob, segment) => {}
-            _ => return false,
+/// Where the brace that `text` begins with is closed.
+fn closing(text: &str) -> Option<usize> {
+    let mut depth = 0;
+    for (at, sign) in text.char_indices() {
+        match sign {
+            '{' => depth += 1,
+            '}' if depth == 1 => return Some(at),
+            '}' => depth -= 1,
+            _ => {}
         }
     }
+    None
+}
+
+/// What the commas of a brace's body separate, but for those of inner braces.
+fn alternatives(body: &str) -> Vec<&str> {
+    let (mut depth, mut from, mut found) = (0, 0, Vec::new());
+    for (at, sign) in body.char_indices() {
+        match sign {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                found.push(&body[from..at]);
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    found.push(&body[from..]);
+    found
+}
+
+/// Whether `path` is matched by `glob`: `*` stands for any characters but `/`, `?` for one, `[…]`
+/// for one of a set, and `**` for any number of folders.
+pub(super) fn matches(glob: &str, path: &str) -> bool {
+    let globs: Vec<&str> = glob.split('/').collect();
+    let paths: Vec<&str> = path.split('/').collect();
+    segments_match(&globs, &paths)
+}
+
+fn segments_match(globs: &[&str], paths: &[&str]) -> bool {
+    match (globs.split_first(), paths.split_first()) {
+        (None, None) => true,
+        // At the end, every file below.
+        (Some((&"**", [])), _) => !paths.is_empty(),
+        (Some((&"**", rest)), _) => (0..=paths.len()).any(|n| segments_match(rest, &paths[n..])),
+        (Some((glob, globs)), Some((path, paths))) => {
+            segment_matches(glob, path) && segments_match(globs, paths)
+        }
+        _ => false,
+    }
+}
+
+/// A piece of a glob within one segment.
+enum Token {
+    Any,
+    One,
+    Set { not: bool, of: Vec<(char, char)> },
+    Sign(char),
+}
+
+/// `None` where a set is not closed.
+fn tokens(glob: &str) -> Option<Vec<Token>> {
+    let (mut signs, mut tokens) = (glob.chars().peekable(), Vec::new());
+    while let Some(sign) = signs.next() {
+        tokens.push(match sign {
+            '*' => Token::Any,
+            '?' => Token::One,
+            '[' => {
+                let not = signs.next_if(|sign| matches!(sign, '!' | '^')).is_some();
+                let mut of: Vec<(char, char)> = Vec::new();
+                loop {
+                    let low = signs.next()?;
+                    if low == ']' && !of.is_empty() {
+                        break;
+                    }
+                    let mut ahead = signs.clone();
+                    let high = (ahead.next() == Some('-')).then(|| ahead.next()).flatten();
+                    match high.filter(|high| *high != ']') {
+                        Some(high) => {
+                            signs = ahead;
+                            of.push((low, high));
+                        }
+                        None => of.push((low, low)),
+                    }
+                }
+                Token::Set { not, of }
+            }
+            sign => Token::Sign(sign),
+        });
+    }
+    Some(tokens)
 }
 
 fn segment_matches(glob: &str, segment: &str) -> bool {
-    let Some((head, tail)) = glob.split_once('*') else {
-        return glob == segment;
-    };
-    let Some(mut rest) = segment.strip_prefix(head) else {
+    let Some(tokens) = tokens(glob) else {
         return false;
     };
-    let mut pieces: Vec<&str> = tail.split('*').collect();
-    let last = pieces.pop().unwrap_or_default();
-    for piece in pieces {
-        let Some(at) = rest.find(piece) else {
-            return false;
+    let signs: Vec<char> = segment.chars().collect();
+    // After each token, the places in the segment that it may have come to.
+    let mut reached = vec![false; signs.len() + 1];
+    reached[0] = true;
+    for token in &tokens {
+        let fits = |sign: char| match token {
+            Token::Any | Token::One => true,
+            Token::Set { not, of } => *not != of.iter().any(|(a, b)| (*a..=*b).contains(&sign)),
+            Token::Sign(wanted) => *wanted == sign,
         };
-        rest = &rest[at + piece.len()..];
+        let mut next = vec![false; reached.len()];
+        for at in 0..reached.len() {
+            next[at] = match token {
+                Token::Any => reached[at] || (at > 0 && next[at - 1]),
+                _ => at > 0 && reached[at - 1] && fits(signs[at - 1]),
+            };
+        }
+        reached = next;
     }
-    rest.ends_with(last)
+    reached[signs.len()]
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use superbatch_proto::v1::Reason;
-
-    fn exact(uri: &str) -> (String, Vec<String>) {
-        match parse(uri).unwrap() {
-            Pattern {
-                root_uri,
-                keys: Keys::Exact(keys),
-            } => (root_uri, keys),
-            other => panic!("{uri}: {other:?}"),
-        }
-    }
-
-    #[test]
-    fn ranges_keep_their_width_and_lists_are_taken() {
-        let (root, keys) = exact("s3://b/d/{08..11}.parquet");
-        assert_eq!(root, "s3://b/d");
-        assert_eq!(
-            keys,
-            ["08.parquet", "09.parquet", "10.parquet", "11.parquet"]
-        );
-        assert_eq!(
-            exact("s3://b/{9..10}/x.parquet").1,
-            ["10/x.parquet", "9/x.parquet"]
-        );
-        assert_eq!(exact("s3://b/{b,a}{0..1}").1, ["a0", "a1", "b0", "b1"]);
-        assert_eq!(
-            exact("memory:///one.parquet"),
-            ("memory:///".into(), vec!["one.parquet".into()])
-        );
-    }
-
-    #[test]
-    fn folders_and_globs_are_told_apart() {
-        assert_eq!(parse("file:///d/x").unwrap().keys, Keys::Folder);
-        let globs = parse("file:///d/x-*/{0..1}.parquet").unwrap();
-        assert_eq!(globs.root_uri, "file:///d");
-        assert_eq!(
-            globs.keys,
-            Keys::Globs(vec!["x-*/0.parquet".into(), "x-*/1.parquet".into()])
-        );
-    }
-
-    #[test]
-    fn what_cannot_be_expanded_is_refused() {
-        for uri in [
-            "s3://b/{0..",
-            "s3://b/{2..1}",
-            "s3://b/{a..z}",
-            "s3://b/{0..9999999}",
-            "{0..1}",
-        ] {
-            assert_eq!(
-                parse(uri).unwrap_err().reason(),
-                Reason::InvalidArgument,
-                "{uri}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_star_stays_within_its_segment() {
-        for (glob, path, expected) in [
-            ("*.parquet", "a.parquet", true),
-            ("*.parquet", "a/b.parquet", false),
-            ("train-*-of-*.parquet", "train-00-of-02.parquet", true),
-            ("train-*-of-*.parquet", "train-00.parquet", false),
-            ("*/a*a", "x/a", false),
-            ("*/a*a", "x/aba", true),
-            ("*", "", true),
-        ] {
-            assert_eq!(matches(glob, path), expected, "{glob} {path}");
-        }
-    }
-}
+mod tests;

@@ -1,8 +1,9 @@
 //! What a run delivers: the data columns of its sources under fixed names, and the columns that
 //! selection adds.
 use super::{
-    Manifest, SourceManifest,
+    Format, Manifest, SourceManifest,
     layout::{mismatch, not_found},
+    tar, unify,
 };
 use crate::error::{Error, Result};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -66,17 +67,16 @@ impl Manifest {
         let mut found: Option<DataType> = None;
         for source in &self.sources {
             let data_type = source.column_type(column)?;
-            match &found {
-                Some(first) if *first != data_type => {
-                    let message = format!(
-                        "column '{column}' is {data_type} in {} and {first} in {}; leave it out \
-                        or write it alike",
-                        source.uri, self.sources[0].uri
-                    );
-                    return Err(mismatch(message, &source.uri, column));
-                }
-                _ => found = Some(data_type),
-            }
+            let first = found.as_ref().unwrap_or(&data_type);
+            let Some(both) = unify::unify(first, &data_type) else {
+                let message = format!(
+                    "column '{column}' is {data_type} in {} and {first} in {}; leave it out or \
+                     write it alike",
+                    source.uri, self.sources[0].uri
+                );
+                return Err(mismatch(message, &source.uri, column));
+            };
+            found = Some(both);
         }
         found.ok_or_else(|| Error::internal("a manifest without sources"))
     }
@@ -84,6 +84,10 @@ impl Manifest {
 
 impl SourceManifest {
     fn column_type(&self, column: &str) -> Result<DataType> {
+        let named = self.columns.iter().map(|column| column.name.as_str());
+        if let (Format::Tar, Some(found)) = (self.layout.format, tar::member_type(column, named)) {
+            return Ok(found);
+        }
         let Some(found) = self.columns.iter().find(|c| c.name == column) else {
             let available: Vec<&str> = self.columns.iter().map(|c| c.name.as_str()).collect();
             return Err(not_found(

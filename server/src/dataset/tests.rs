@@ -123,11 +123,11 @@ async fn what_the_request_names_wins() {
     put(&stores, &[("x.parquet", parquet(&hugging_face(0..2), 2))]).await;
     let mut named = request("memory:///data/x.parquet");
     named.image_column = Some("thumb".into());
-    let manifest = index(&stores, &[named.clone()]).await.unwrap();
+    let manifest = index(&stores, None, &[named.clone()]).await.unwrap();
     assert_eq!(manifest.sources[0].layout.image_column, "thumb");
 
     named.caption_column = Some("uid".into());
-    let error = failure(index(&stores, &[named.clone()]).await);
+    let error = failure(index(&stores, None, &[named.clone()]).await);
     assert_eq!(
         (error.reason(), error.value("column")),
         (Reason::SchemaMismatch, Some("uid"))
@@ -140,7 +140,7 @@ async fn what_the_request_names_wins() {
     );
 
     named.image_column = Some("nope".into());
-    let error = failure(index(&stores, &[named]).await);
+    let error = failure(index(&stores, None, &[named]).await);
     assert_eq!(
         (error.reason(), error.value("available")),
         (Reason::ColumnNotFound, Some("uid, photo, thumb, text"))
@@ -164,7 +164,7 @@ async fn one_data_set_may_be_named_in_three_ways() {
         "memory:///data/{8,10}.parquet",
         "memory:///data/*.parquet",
     ] {
-        let manifest = index(&stores, &[request(uri)]).await.unwrap();
+        let manifest = index(&stores, None, &[request(uri)]).await.unwrap();
         assert_eq!(manifest.sources[0].root_uri, "memory:///data");
         shards.push(manifest.sources[0].shards.clone());
     }
@@ -177,7 +177,7 @@ async fn what_is_missing_or_empty_is_told_apart() {
     put(
         &stores,
         &[
-            ("d/readme.txt", Bytes::from("hi")),
+            ("d/readme.md", Bytes::from("hi")),
             ("e.parquet", parquet(&img2dataset(0..0), 1)),
         ],
     )
@@ -188,22 +188,22 @@ async fn what_is_missing_or_empty_is_told_apart() {
         ("memory:///data/d", Reason::DatasetEmpty),
         ("memory:///data/x*.parquet", Reason::DatasetEmpty),
         ("memory:///data/e.parquet", Reason::DatasetEmpty),
-        ("memory:///data/d/readme.txt", Reason::InvalidArgument),
+        ("memory:///data/d/readme.md", Reason::InvalidArgument),
     ] {
-        let error = failure(index(&stores, &[request(uri)]).await);
+        let error = failure(index(&stores, None, &[request(uri)]).await);
         assert_eq!(error.reason(), reason, "{uri}: {}", error.chain());
     }
-    let error = failure(index(&stores, &[request("memory:///data/d/readme.txt")]).await);
+    let error = failure(index(&stores, None, &[request("memory:///data/d/readme.md")]).await);
     assert_eq!(
         error.value("shard"),
-        Some("memory:///data/d/readme.txt"),
+        Some("memory:///data/d/readme.md"),
         "the bad file is named"
     );
     let says = |error: Error, text: &str| assert_eq!(error.to_string(), text);
-    let folder = failure(index(&stores, &[request("memory:///data/d")]).await);
+    let folder = failure(index(&stores, None, &[request("memory:///data/d")]).await);
     says(
         folder,
-        "no file at memory:///data/d ends in .parquet; there are 1 other file: readme.txt",
+        "no file at memory:///data/d ends in .parquet or .tar; there is 1 other file: readme.md",
     );
     for name in [
         "config.json",
@@ -217,13 +217,15 @@ async fn what_is_missing_or_empty_is_told_apart() {
         )
         .await;
     }
-    let model = failure(index(&stores, &[request("memory:///data/m/")]).await);
+    let model = failure(index(&stores, None, &[request("memory:///data/m/")]).await);
     let names = "config.json, model.safetensors, preprocessor_config.json, …";
     says(
         model,
-        &format!("no file at memory:///data/m ends in .parquet; there are 4 other files: {names}"),
+        &format!(
+            "no file at memory:///data/m ends in .parquet or .tar; there are 4 other files: {names}"
+        ),
     );
-    let pattern = failure(index(&stores, &[request("memory:///data/m/x*.parquet")]).await);
+    let pattern = failure(index(&stores, None, &[request("memory:///data/m/x*.parquet")]).await);
     says(
         pattern,
         &format!(
@@ -272,10 +274,10 @@ async fn wider_types_of_image_and_caption_are_taken() {
 
 #[tokio::test]
 async fn an_extra_column_is_refused_only_where_it_is_asked_for() {
-    let narrow = Arc::new(Int32Array::from_iter_values([7]));
+    let words = Arc::new(StringArray::from_iter_values(["7"]));
     let files = [
         ("0.parquet", parquet(&img2dataset(0..4), 4)),
-        ("1.parquet", parquet(&with_column("uid", narrow), 4)),
+        ("1.parquet", parquet(&with_column("uid", words), 4)),
     ];
     let manifest = indexed(&stores(), &files).await.unwrap();
     assert!(manifest.data_schema(&["url".into()]).is_ok());
@@ -304,15 +306,15 @@ async fn an_extra_column_is_refused_only_where_it_is_asked_for() {
 #[tokio::test]
 async fn sources_must_agree_on_extra_columns() {
     let stores = stores();
-    let narrow = Arc::new(Int32Array::from_iter_values([7]));
+    let words = Arc::new(StringArray::from_iter_values(["7"]));
     put(&stores, &[("a/0.parquet", parquet(&img2dataset(0..4), 4))]).await;
     put(
         &stores,
-        &[("b/0.parquet", parquet(&with_column("uid", narrow), 4))],
+        &[("b/0.parquet", parquet(&with_column("uid", words), 4))],
     )
     .await;
     let sources = [request("memory:///data/a"), request("memory:///data/b")];
-    let manifest = index(&stores, &sources).await.unwrap();
+    let manifest = index(&stores, None, &sources).await.unwrap();
     let error = failure(manifest.data_schema(&["uid".into()]));
     assert_eq!(
         (error.reason(), error.value("source")),
@@ -369,4 +371,194 @@ fn a_content_hash_tells_image_from_caption() {
         content_hash(b"ab", "c"),
         blake3::hash(&plain).as_bytes()[..16]
     );
+}
+
+#[tokio::test]
+async fn shards_that_write_a_column_differently_are_cast_to_what_holds_all() {
+    let narrow = Arc::new(Int32Array::from_iter_values([7]));
+    let nulls = Arc::new(arrow::array::NullArray::new(1));
+    let large = Arc::new(LargeStringArray::from_iter_values(["https://x"]));
+    let files = [
+        ("0.parquet", parquet(&img2dataset(0..1), 4)),
+        ("1.parquet", parquet(&with_column("uid", narrow), 4)),
+        ("2.parquet", parquet(&with_column("caption", nulls), 4)),
+        ("3.parquet", parquet(&with_column("url", large), 4)),
+    ];
+    let manifest = indexed(&stores(), &files).await.unwrap();
+    let schema = manifest.data_schema(&["uid".into(), "url".into()]).unwrap();
+    assert_eq!(schema.field(2).data_type(), &DataType::Int64);
+    assert_eq!(schema.field(3).data_type(), &DataType::LargeUtf8);
+}
+
+#[tokio::test]
+async fn a_column_that_is_named_as_the_layouts_name_it_decides() {
+    use arrow::array::{BinaryArray, DictionaryArray, ListArray};
+    let list: ArrayRef = Arc::new(ListArray::from_iter_primitive::<
+        arrow::datatypes::Int64Type,
+        _,
+        _,
+    >([Some([Some(1)])]));
+    let text: ArrayRef = Arc::new(StringArray::from_iter_values(["a"]));
+    let bytes: ArrayRef = Arc::new(BinaryArray::from_iter([Some("i")]));
+    let category: DictionaryArray<arrow::datatypes::Int32Type> = ["a"].into_iter().collect();
+    let category: ArrayRef = Arc::new(category);
+    let photo = hugging_face(0..1).column(1).clone();
+    for (columns, expected) in [
+        (
+            vec![("jpg", &bytes), ("caption", &list), ("filename", &text)],
+            Err("'caption' of"),
+        ),
+        (
+            vec![("image", &photo), ("file_name", &text)],
+            Err("('file_name' is Utf8)"),
+        ),
+        (
+            vec![("jpg", &bytes), ("image", &bytes), ("text", &text)],
+            Err("which column"),
+        ),
+        (
+            vec![("image", &text), ("text", &text)],
+            Err("images by path are not read"),
+        ),
+        (
+            vec![("jpg", &bytes), ("caption", &bytes)],
+            Err("--caption-column"),
+        ),
+        (
+            vec![("jpg", &bytes), ("caption", &text), ("caption", &text)],
+            Err("rename them"),
+        ),
+        (
+            vec![("png", &bytes), ("image", &photo), ("text", &text)],
+            Ok("image, text"),
+        ),
+        (
+            vec![("jpg", &bytes), ("caption", &category)],
+            Ok("jpg, caption"),
+        ),
+        (
+            vec![("jpg", &bytes), ("url", &text), ("text", &text)],
+            Ok("jpg, text"),
+        ),
+    ] {
+        let columns = columns
+            .into_iter()
+            .map(|(name, array)| (name, array.clone()))
+            .collect();
+        let batch = batch(columns);
+        let found = indexed(&stores(), &[("0.parquet", parquet(&batch, 1))]).await;
+        let found = found.map(|manifest| {
+            let Layout {
+                image_column,
+                caption_column,
+                ..
+            } = &manifest.sources[0].layout;
+            format!("{image_column}, {caption_column}")
+        });
+        match (found, expected) {
+            (Ok(found), Ok(expected)) => assert_eq!(found, expected),
+            (Err(error), Err(says)) => assert!(error.to_string().contains(says), "{says}: {error}"),
+            (found, expected) => panic!("{expected:?}: {found:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_encrypted_file_is_told_as_such() {
+    let files = [(
+        "0.parquet",
+        Bytes::from_static(b"PARE encrypted \x08\0\0\0PARE"),
+    )];
+    let error = failure(indexed(&stores(), &files).await);
+    assert!(error.to_string().contains("encrypted"), "{error}");
+}
+
+#[tokio::test]
+async fn rows_without_an_image_are_counted_from_the_statistics() {
+    let files = [("0.parquet", parquet(&img2dataset(0..10), 4))];
+    let manifest = indexed(&stores(), &files).await.unwrap();
+    assert_eq!(manifest.sources[0].shards[0].without_image, 2);
+    assert_eq!(manifest.rows(), 10, "they are candidates");
+}
+
+#[tokio::test]
+async fn sources_are_found_however_they_are_named() {
+    let stores = stores();
+    let file = |row| parquet(&img2dataset(row..row + 1), 1);
+    let files = [
+        ("a/0 ~#%[x].parquet", file(0)),
+        ("a/sub/lang=zh%3AHans/1.parquet", file(1)),
+        ("b/pool.parquet/_SUCCESS", Bytes::new()),
+        ("b/pool.parquet/part-0.parquet", file(2)),
+        ("b/_split=0/3.parquet", file(3)),
+        ("state/runs/4.parquet", file(4)),
+        (
+            "list.txt",
+            Bytes::from("a/0%20~%23%25%5Bx%5D.parquet\n\nmemory:///data/b/_*/?.parquet\n"),
+        ),
+    ];
+    put(&stores, &files).await;
+    let state = stores.open("memory:///data/state").unwrap();
+    for (uri, expected) in [
+        (
+            "memory:///data/a",
+            "a: 0 ~#%[x].parquet sub/lang=zh%3AHans/1.parquet",
+        ),
+        (
+            "memory:///data/a/0%20~%23%25%5Bx%5D.parquet",
+            "a: 0 ~#%[x].parquet",
+        ),
+        (
+            "memory:///data/**/lang=*/*.parquet",
+            ": a/sub/lang=zh%3AHans/1.parquet",
+        ),
+        (
+            "memory:///data/b/pool.parquet",
+            "b: pool.parquet/part-0.parquet",
+        ),
+        (
+            "memory:///data/b",
+            "b: _split=0/3.parquet pool.parquet/part-0.parquet",
+        ),
+        (
+            "memory:///data/a/sub::memory:///data/b/pool.parquet",
+            ": a/sub/lang=zh%3AHans/1.parquet \
+          b/pool.parquet/part-0.parquet",
+        ),
+        (
+            "memory:///data/list.txt",
+            ": a/0 ~#%[x].parquet b/_split=0/3.parquet",
+        ),
+        (
+            "memory:///data",
+            ": a/0 ~#%[x].parquet a/sub/lang=zh%3AHans/1.parquet \
+          b/_split=0/3.parquet b/pool.parquet/part-0.parquet",
+        ),
+    ] {
+        let manifest = index(&stores, Some(&state), &[request(uri)]).await;
+        let manifest = manifest.unwrap_or_else(|e| panic!("{uri}: {}", e.chain()));
+        let source = &manifest.sources[0];
+        let paths: Vec<_> = source
+            .shards
+            .iter()
+            .map(|shard| shard.path.as_str())
+            .collect();
+        let root = source
+            .root_uri
+            .strip_prefix("memory:///data")
+            .unwrap()
+            .trim_matches('/');
+        assert_eq!(format!("{root}: {}", paths.join(" ")), expected, "{uri}");
+    }
+    let config = crate::storage::StorageConfig {
+        allow_uris: vec!["memory:///data".into()],
+        ..Default::default()
+    };
+    let strict = crate::storage::Stores::new(config);
+    let root = strict.open("memory:///data").unwrap();
+    root.put("far.txt", Bytes::from("file:///etc"))
+        .await
+        .unwrap();
+    let error = failure(index(&strict, None, &[request("memory:///data/far.txt")]).await);
+    assert_eq!(error.reason(), Reason::UriNotAllowed);
 }

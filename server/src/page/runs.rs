@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{
     coordinator::{
-        plan::planner::Plan, receipts::json::accounts, runs::registry::stored_state, weights::Began,
+        facts::chain::Began, plan::planner::Plan, receipts::json::accounts,
+        runs::registry::stored_state,
     },
     error::{Error, Result},
 };

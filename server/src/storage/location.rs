@@ -1,8 +1,8 @@
 //! A prefix in a store, and the operations below it.
-use super::join;
+use super::{join, local};
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
     path::Path,
@@ -15,6 +15,8 @@ use url::Url;
 /// their way at once, since one connection to S3 is slower than the line.
 const PART_BYTES: usize = 64 << 20;
 const PARTS_AT_ONCE: usize = 4;
+/// Local files that are looked up at once.
+const LOOKS_AT_ONCE: usize = 32;
 
 /// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location
 /// itself.
@@ -145,6 +147,30 @@ impl Location {
         Ok(metas.into_iter().filter_map(relative).collect())
     }
 
+    /// As [`Location::list`], for folders of other people's: of local ones, entries that no key can
+    /// name (signs of control, other encodings, loops of links) are left out with a warning.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a folder that cannot be read; those of the store.
+    pub async fn list_files(&self, key: &str) -> Result<Vec<(String, ObjectMeta)>> {
+        if !self.uri.starts_with("file:") {
+            return self.list(key).await;
+        }
+        let names = local::names(self.path(key), &self.uri_of(key)).await?;
+        let looks = names.into_iter().map(|name| async move {
+            let key = match key {
+                "" => name,
+                key => format!("{key}/{name}"),
+            };
+            Ok::<_, Error>(self.head(&key).await?.map(|meta| (key, meta)))
+        });
+        let found = futures::stream::iter(looks).buffered(LOOKS_AT_ONCE);
+        found
+            .try_filter_map(|found| async { Ok(found) })
+            .try_collect()
+            .await
+    }
+
     /// Names of the folders right below `key`, sorted.
     pub async fn folders(&self, key: &str) -> Result<Vec<String>> {
         let listed = self.store.list_with_delimiter(Some(&self.path(key))).await;
@@ -212,6 +238,15 @@ impl Location {
             return Error::invalid("uri", message)
                 .with("uri", uri)
                 .with("bucket", bucket);
+        }
+        if matches!(cause, object_store::Error::InvalidPath { .. }) {
+            let message = format!(
+                "cannot {verb} {uri}: a name there cannot be read (it has an empty part, \
+                 '..' or a sign of control); rename it or name another folder"
+            );
+            return Error::invalid("uri", message)
+                .with("uri", uri)
+                .because(cause);
         }
         Error::new(Reason::StorageUnreachable, format!("cannot {verb} {uri}"))
             .with("uri", uri)

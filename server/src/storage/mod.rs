@@ -3,6 +3,7 @@ mod connect;
 mod deadline;
 mod facts;
 mod guard;
+mod local;
 mod location;
 mod metered;
 mod options;
@@ -131,8 +132,21 @@ impl Stores {
     /// Opens a URI from a request: refused with `UriNotAllowed` unless it lies under the
     /// allow-list.
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
+        self.allow(uri)?;
+        self.open(uri)
+    }
+
+    /// Whether a request may name `uri`, which may be a pattern.
+    ///
+    /// # Errors
+    /// `UriNotAllowed`.
+    pub fn allow(&self, uri: &str) -> Result<()> {
         let allow = &self.0.config.allow_uris;
-        let plain = uri.split(['{', '*', '?']).next().unwrap_or(uri);
+        // What a pattern begins is no name yet: "data*" matches "database", too.
+        let plain = match uri.find(['{', '*', '?', '[']) {
+            Some(at) => uri[..at].rsplit_once('/').map_or("", |(folder, _)| folder),
+            None => uri,
+        };
         let is_metadata = || Url::parse(uri).is_ok_and(|url| guard::is_metadata(&url));
         if climbs(uri)
             || is_metadata()
@@ -143,7 +157,7 @@ impl Stores {
             );
             return Err(Error::new(Reason::UriNotAllowed, message).with("uri", uri));
         }
-        self.open(uri)
+        Ok(())
     }
 
     /// Opens a URI that another process names: one below the operator's own `state`, or one that
@@ -215,6 +229,15 @@ fn unusable(uri: &str, message: String) -> Error {
 }
 
 fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
+    if let Some(at) = uri.find(['#', '?']) {
+        let (sign, code) = match &uri[at..=at] {
+            "#" => ("#", "%23"),
+            sign => (sign, "%3F"),
+        };
+        let message =
+            format!("'{uri}' has a '{sign}'; one that belongs to a name is written {code}");
+        return Err(unusable(uri, message));
+    }
     let url = Url::parse(uri).map_err(|e| {
         unusable(
             uri,
@@ -258,9 +281,16 @@ fn below(uri: &str, prefix: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// `base` and `key` as one object path.
+/// `base` and `key` as one object path. A key is a name as it is stored, never an encoded one; signs
+/// that no path takes are encoded, so that nothing lies there.
 pub(crate) fn join(base: &Path, key: &str) -> Path {
-    Path::from_iter(base.parts().chain(Path::from(key).parts()))
+    let whole = match (base.as_ref(), key) {
+        (base, "") => base.to_owned(),
+        ("", key) => key.to_owned(),
+        (base, key) => format!("{base}/{key}"),
+    };
+    Path::parse(&whole)
+        .unwrap_or_else(|_| Path::from_iter(base.parts().chain(Path::from(key).parts())))
 }
 
 #[cfg(test)]
@@ -279,9 +309,18 @@ mod tests {
                 .open_allowed("memory:///data/a/{0..3}.parquet")
                 .is_ok()
         );
+        for good in [
+            "memory:///data/a",
+            "memory:///data/a/{0..3}.tar",
+            "memory:///data/*",
+        ] {
+            stores.allow(good).unwrap();
+        }
         for bad in [
             "memory:///database/a",
             "memory:///data/../secret",
+            "memory:///data*/x.parquet",
+            "memory:///data{,base}/x.parquet",
             "file:///etc/passwd",
         ] {
             let error = stores.open_allowed(bad).map(drop).unwrap_err();

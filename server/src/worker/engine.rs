@@ -53,8 +53,9 @@ impl Engine {
         };
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
+            reader: BlockReader::new(stores.clone(), config.block_cache_bytes)
+                .keeping(state.clone()),
             threads,
-            reader: BlockReader::new(stores.clone(), config.block_cache_bytes),
             manifests: Cache::new(MANIFESTS_MAX, |_| 1),
             models: Models::new(stores, state.clone(), device.clone()),
             state,

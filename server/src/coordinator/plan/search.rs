@@ -91,6 +91,9 @@ mod tests {
             size: 1,
             etag: None,
             blocks: (0..blocks).map(block).collect(),
+            left_out: 0,
+            without_image: 0,
+            flaw: None,
         };
         SourceManifest {
             uri: "memory:///a".into(),
@@ -100,6 +103,7 @@ mod tests {
                 image_column: "image".into(),
                 image_in_struct: false,
                 caption_column: "caption".into(),
+                format: Default::default(),
             },
             columns: vec![],
             shards: (0..shards).map(shard).collect(),

@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     storage::{Created, Location},
 };
-use superbatch_proto::v1::{Receipt, ReceiptSummary};
+use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
 /// Steps in one folder, so that the newest is found without listing a whole run.
 const FOLDER_STEPS: u64 = 1000;
@@ -121,6 +121,22 @@ impl Receipts {
         steps.sort_unstable();
         Ok(steps)
     }
+
+    /// The run's totals, of all its committed receipts `listed`: those of the newest commit, which
+    /// has the largest. Commits may be out of order by `max_ahead`.
+    pub async fn totals(&self, mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Result<Accounts> {
+        listed.sort_by_key(|(step, generation)| (*generation, *step));
+        let mut largest = Accounts::default();
+        for (step, generation) in listed.into_iter().rev().take(max_ahead + 1) {
+            let receipt = self.find(step, generation).await?;
+            let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
+            let more = |t: &Accounts| t.candidates_scanned > largest.candidates_scanned;
+            if let Some(totals) = totals.filter(more) {
+                largest = totals;
+            }
+        }
+        Ok(largest)
+    }
 }
 
 fn folder_of_step(step: u64) -> String {
@@ -184,6 +200,29 @@ mod tests {
             assert!(
                 receipts.commit(&sample(1, 0, "")).await.is_err(),
                 "no nonce"
+            );
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn totals_are_those_of_the_newest_commit_whatever_its_step() {
+        on_each_store(|receipts, _| async move {
+            for (step, scanned) in [(0, 10), (2, 20), (1, 30)] {
+                let mut receipt = sample(step, 0, "a");
+                let summary = receipt.summary.get_or_insert_default();
+                summary
+                    .run_totals
+                    .get_or_insert_default()
+                    .candidates_scanned = scanned;
+                receipts.commit(&receipt).await.unwrap();
+            }
+            let listed = receipts.committed().await.unwrap();
+            let totals = receipts.totals(listed, 2).await.unwrap();
+            assert_eq!(totals.candidates_scanned, 30);
+            assert_eq!(
+                receipts.totals(Vec::new(), 2).await.unwrap(),
+                Accounts::default()
             );
         })
         .await;

@@ -24,7 +24,7 @@ use crate::{
         weights::{Published, RunWeights, Weights},
         workers::prepare::prepare,
     },
-    dataset::{Manifest, SourceRequest, index},
+    dataset::{self, Manifest, SourceRequest, index},
     error::{Error, Result},
     storage::Location,
 };
@@ -76,7 +76,7 @@ impl Opening<'_> {
         let incarnations = Incarnations::load(&location).await?;
         let opened_phases = facts.run.spec()?.phases.len();
         let state = State {
-            totals: totals(&receipts, listed, spec.max_ahead as usize).await?,
+            totals: receipts.totals(listed, spec.max_ahead as usize).await?,
             members: Members::new(incarnations.known().await, committed.newest()),
             committed,
             chain: facts.chain,
@@ -117,7 +117,7 @@ impl Opening<'_> {
         let stores = &self.coordinator.stores;
         let mut sources = Vec::new();
         for source in &spec.sources {
-            stores.open_allowed(&source.uri)?;
+            dataset::parts(&source.uri).try_for_each(|uri| stores.allow(uri))?;
             sources.push(SourceRequest {
                 uri: source.uri.clone(),
                 weight: source.weight,
@@ -125,7 +125,9 @@ impl Opening<'_> {
                 caption_column: named(&source.caption_column),
             });
         }
-        index(stores, &sources).boxed().await
+        index(stores, Some(&self.coordinator.state), &sources)
+            .boxed()
+            .await
     }
 
     /// Has workers load the models. What the spec leaves to the device is fixed by what the first
@@ -269,7 +271,7 @@ pub async fn settled(
     let receipts = Receipts::new(location.clone());
     let listed = receipts.committed().await?;
     let trail = Trail::new(of_trajectory(&listed, chain));
-    let mut all = totals(&receipts, listed, max_ahead as usize).await?;
+    let mut all = receipts.totals(listed, max_ahead as usize).await?;
     for step in (trail.next()..=trail.newest().unwrap_or(0)).filter(|step| trail.contains(*step)) {
         for generation in chain.candidates(step, chain.current()) {
             let Some(receipt) = receipts.find(step, generation).await? else {
@@ -285,23 +287,4 @@ pub async fn settled(
         }
     }
     Ok((trail.next().checked_sub(1), all))
-}
-
-/// The run's totals: those of the newest commit, which has the largest. Commits may be out of order
-/// by `max_ahead`.
-async fn totals(
-    receipts: &Receipts,
-    mut listed: Vec<(u64, u32)>,
-    max_ahead: usize,
-) -> Result<Accounts> {
-    listed.sort_by_key(|(step, generation)| (*generation, *step));
-    let mut largest = Accounts::default();
-    for (step, generation) in listed.into_iter().rev().take(max_ahead + 1) {
-        let receipt = receipts.find(step, generation).await?;
-        let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
-        if let Some(totals) = totals.filter(|t| t.candidates_scanned > largest.candidates_scanned) {
-            largest = totals;
-        }
-    }
-    Ok(largest)
 }

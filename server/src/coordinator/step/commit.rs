@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
 };
 use std::time::Duration;
-use superbatch_proto::v1::{Accounts, BadRow, Reason, Receipt};
+use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Reason, Receipt};
 use tokio::time::Instant;
 
 /// Bad rows are not judged before so many candidates were scanned.
@@ -133,7 +133,8 @@ impl Run {
         if totals.bad_rows as f64 <= share * totals.candidates_scanned.max(JUDGED_FROM) as f64 {
             return Ok(());
         }
-        let first = bad_rows.first();
+        let mut rotten = bad_rows.iter();
+        let first = rotten.find(|row| row.reason() != BadRowReason::ImageNull);
         let why = format!(
             "{} of {} candidates scanned cannot be used, more than max_bad_row_share = {share}{}; \
             mend the data or open a run \

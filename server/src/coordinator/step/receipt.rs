@@ -16,7 +16,8 @@ use crate::{
 };
 use std::time::{SystemTime, UNIX_EPOCH};
 use superbatch_proto::v1::{
-    Accounts, BadRow, ChosenRow, Fidelity, Hole, PassedRow, Receipt, ReceiptSummary, RunSpec,
+    Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, PassedRow, Receipt, ReceiptSummary,
+    RunSpec,
 };
 
 /// The receipt of a decided step; its totals are filled when it is committed.
@@ -196,7 +197,9 @@ pub fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
     let mut cost = decided.cost;
     cost.candidates_scanned = decided.candidates_scanned as u64;
     cost.examples_selected = drawn.indices.len() as u64;
-    cost.bad_rows = decided.holes.len() as u64;
+    // A row without an image is what a failed download leaves, and not rotten.
+    let bad = |hole: &&Hole| hole.reason() != BadRowReason::ImageNull;
+    cost.bad_rows = decided.holes.iter().filter(bad).count() as u64;
     cost.selection_flops = drawn.flops;
     cost.train_flops = per_example * drawn.indices.len() as f64;
     cost.seconds.get_or_insert_default().select = drawn.seconds;

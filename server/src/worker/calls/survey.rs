@@ -15,6 +15,7 @@ use crate::{
             row::{Prepared, PreparedRow, Row},
         },
         kept::{
+            captions,
             embeddings::Embeddings,
             retained::Kept,
             sidecar::{self, BlockEmbeddings, BlockKey},
@@ -283,6 +284,7 @@ impl<'a> Pass<'a> {
             .as_ref()
             .is_some_and(|model| model.inputs.digest == inputs.digest);
         let faults_known = same_inputs && self.found.reference.is_some();
+        self.check_columns(&whole);
         let open: Vec<usize> = (0..block.rows.len())
             .filter(|n| !self.settled[*n])
             .collect();
@@ -310,6 +312,23 @@ impl<'a> Pass<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Finds candidates of which an extra column holds no text. What is known of a block's rows by
+    /// other runs says nothing of columns that they do not deliver.
+    fn check_columns(&mut self, whole: &RecordBatch) {
+        for (n, row) in self.block.rows.iter().enumerate() {
+            let Some(column) = captions::invalid_column(whole, *row as usize) else {
+                continue;
+            };
+            if self.found.faults.iter().all(|(known, _)| *known != n) {
+                let detail = format!("the text in column '{column}' is not UTF-8");
+                let fault = RowFault::new(BadRowReason::ColumnInvalid, detail);
+                self.found.faults.push((n, fault));
+            }
+            self.found.ready[n] = None;
+            self.settled[n] = true;
+        }
     }
 
     /// A candidate is decoded: it is kept for the learner where there is room.

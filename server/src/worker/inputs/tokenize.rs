@@ -11,7 +11,7 @@ use tokenizers::{
 };
 
 const FILE: &str = "tokenizer.json";
-/// A caption longer than this is no caption.
+/// Bytes of a caption that are tokenized.
 const CAPTION_BYTES_MAX: usize = 64 << 10;
 
 /// What the model's text tower expects.
@@ -128,15 +128,10 @@ impl Tokenizer {
     /// `CaptionInvalid`.
     pub fn encode(&self, caption: &str) -> Result<Vec<i64>, RowFault> {
         let invalid = |detail: String| RowFault::new(BadRowReason::CaptionInvalid, detail);
-        if caption.len() > CAPTION_BYTES_MAX {
-            return Err(invalid(format!(
-                "{} bytes, the limit is {CAPTION_BYTES_MAX}",
-                caption.len()
-            )));
-        }
+        let read = beginning(caption);
         let encoding = self
             .inner
-            .encode_fast(caption, true)
+            .encode_fast(read, true)
             .map_err(|e| invalid(e.to_string()))?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
         if ids.len() != self.length {
@@ -147,6 +142,15 @@ impl Tokenizer {
             )));
         }
         Ok(ids)
+    }
+}
+
+/// As much of a caption as is tokenized: far more than any model takes, and it ends with a word.
+fn beginning(caption: &str) -> &str {
+    let read = &caption[..caption.floor_char_boundary(CAPTION_BYTES_MAX)];
+    match read.rfind(char::is_whitespace) {
+        Some(at) if read.len() < caption.len() => &read[..at],
+        _ => read,
     }
 }
 
@@ -197,10 +201,17 @@ mod tests {
             "the end token is kept"
         );
         assert_eq!(tokenizer.encode("").unwrap(), [1, 2, 0, 0, 0]);
-        let fault = tokenizer
-            .encode(&"a ".repeat(CAPTION_BYTES_MAX))
-            .unwrap_err();
-        assert_eq!(fault.reason, BadRowReason::CaptionInvalid);
+        for long in [
+            "a ".repeat(CAPTION_BYTES_MAX),
+            "é".repeat(CAPTION_BYTES_MAX),
+        ] {
+            let ids = tokenizer.encode(&long).unwrap();
+            assert_eq!(
+                ids.len(),
+                SHAPE.length,
+                "only its beginning counts, as always"
+            );
+        }
         let longer =
             Tokenizer::parse(json(TEMPLATE).as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap();
         assert_ne!(longer.digest(), tokenizer.digest());

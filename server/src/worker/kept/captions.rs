@@ -1,6 +1,6 @@
-//! Captions that are stored as text and are none: each costs its row, not its block.
+//! Captions, and other texts, that are stored as text and are none: each costs its row, not its block.
 use arrow::{
-    array::{Array, ArrayRef, BinaryArray, StringArray},
+    array::{Array, ArrayRef, AsArray, BinaryArray, RecordBatch, StringArray},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
     datatypes::{DataType, Field, Schema},
     error::ArrowError,
@@ -17,17 +17,18 @@ use std::sync::Arc;
 /// What stands behind the null of a caption that is no text. A null caption has no bytes.
 const MARK: &str = "\u{FFFD}";
 
-/// A footer by which `column` is read as bytes, and everything else as before.
+/// A footer by which `columns` are read as bytes, and everything else as before.
 pub fn as_bytes(
     footer: &ArrowReaderMetadata,
-    column: &str,
+    columns: &[&str],
 ) -> Result<ArrowReaderMetadata, ParquetError> {
     let file = footer.metadata().file_metadata();
     let root = file.schema_descr().root_schema();
-    let untyped = |field: &Arc<Type>| match field.name() == column && field.is_primitive() {
+    let untyped = |field: &Arc<Type>| match columns.contains(&field.name()) && field.is_primitive()
+    {
         true => {
             let repetition = field.get_basic_info().repetition();
-            Type::primitive_type_builder(column, Physical::BYTE_ARRAY)
+            Type::primitive_type_builder(field.name(), Physical::BYTE_ARRAY)
                 .with_repetition(repetition)
                 .build()
                 .map(Arc::new)
@@ -51,8 +52,12 @@ pub fn as_bytes(
         None,
     );
     let metadata = ParquetMetaData::new(file, footer.metadata().row_groups().to_vec());
-    let untyped = |field: &Arc<Field>| match field.name() == column {
-        true => Arc::new(Field::new(column, DataType::Binary, field.is_nullable())),
+    let untyped = |field: &Arc<Field>| match columns.contains(&field.name().as_str()) {
+        true => Arc::new(Field::new(
+            field.name(),
+            DataType::Binary,
+            field.is_nullable(),
+        )),
         false => field.clone(),
     };
     let schema = Schema::new(
@@ -95,4 +100,15 @@ pub fn from_bytes(bytes: &BinaryArray) -> Result<ArrayRef, ArrowError> {
 /// Whether a caption is null because it is no text.
 pub fn is_invalid(captions: &StringArray, row: usize) -> bool {
     captions.is_null(row) && captions.value_length(row) > 0
+}
+
+/// The extra column of which `row` has a text that is none.
+pub fn invalid_column(batch: &RecordBatch, row: usize) -> Option<&str> {
+    const FIXED: usize = 2;
+    let fields = batch.schema_ref().fields().iter().zip(batch.columns());
+    let found = fields.skip(FIXED).find(|(_, column)| {
+        let text = column.as_string_opt::<i32>();
+        text.is_some_and(|text| is_invalid(text, row))
+    });
+    found.map(|(field, _)| field.name().as_str())
 }

@@ -2,16 +2,19 @@
 //! while there is room.
 use super::{cache::Cache, captions};
 use crate::{
-    dataset::{Layout, Manifest, Ranges, Shard, ShardFile, SourceManifest},
+    dataset::{
+        Format, Layout, Manifest, Ranges, Shard, ShardFile, SourceManifest, Survey, TarBlock,
+        survey_kept,
+    },
     error::{Error, Result},
-    storage::Stores,
+    storage::{Location, Stores},
 };
 use arrow::{
     array::{
         Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray,
     },
     compute::{cast, concat_batches},
-    datatypes::SchemaRef,
+    datatypes::{DataType, FieldRef, SchemaRef},
     error::ArrowError,
 };
 use parquet::arrow::{
@@ -20,7 +23,8 @@ use parquet::arrow::{
 };
 use std::{fmt, sync::Arc};
 
-/// Room for parsed footers: each block of a shard needs its shard's.
+/// Room for parsed footers, and as much for indexes of tars: each block of a shard needs its
+/// shard's.
 const FOOTERS_BYTES: usize = 64 << 20;
 
 /// Reads whole blocks. Concurrent reads of one block are one read; what was read last is kept, up
@@ -29,6 +33,9 @@ pub struct BlockReader {
     stores: Stores,
     blocks: Cache<BlockKey, Arc<RecordBatch>>,
     footers: Cache<ShardKey, ArrowReaderMetadata>,
+    surveys: Cache<ShardKey, Arc<Survey>>,
+    /// Where indexes of tars lie.
+    state: Option<Location>,
 }
 
 /// A shard in one state: root, path, size, ETag.
@@ -57,6 +64,17 @@ impl BlockReader {
             stores,
             blocks,
             footers,
+            surveys: Cache::new(FOOTERS_BYTES, |survey: &Arc<Survey>| survey.bytes()),
+            state: None,
+        }
+    }
+
+    /// Finds the indexes of tars in `state`, and keeps new ones there.
+    #[must_use]
+    pub fn keeping(self, state: Location) -> Self {
+        Self {
+            state: Some(state),
+            ..self
         }
     }
 
@@ -121,6 +139,18 @@ impl BlockReader {
     ) -> Result<Arc<RecordBatch>> {
         let location = self.stores.open(&source.root_uri)?.below(&shard.path);
         let file = ShardFile::new(location, shard.size, shard.etag.clone());
+        match source.layout.format {
+            Format::Parquet => self.row_group(&file, key, wanted).await,
+            Format::Tar => self.samples(&file, shard, key, wanted).await,
+        }
+    }
+
+    async fn row_group(
+        &self,
+        file: &ShardFile,
+        key: &ShardKey,
+        wanted: Wanted,
+    ) -> Result<Arc<RecordBatch>> {
         let footer = self.footers.get(key, file.footer()).await?;
         let groups = footer.metadata().row_groups();
         let Some(group) = groups
@@ -139,14 +169,38 @@ impl BlockReader {
             .map(|(_, column)| file.column(column))
             .collect::<Result<Vec<_>>>()?;
         let (bytes, block) = (file.ranges(&ranges).await?, wanted.block);
-        let decoded =
-            tokio::task::spawn_blocking(move || wanted.decode(&bytes, &footer, &mask)).await;
-        let batch = decoded
-            .map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;
-        Ok(Arc::new(
-            batch.map_err(|cause| file.undecodable(block, cause))?,
-        ))
+        decoded(file, block, move || wanted.decode(&bytes, &footer, &mask)).await
     }
+
+    async fn samples(
+        &self,
+        file: &ShardFile,
+        shard: &Shard,
+        key: &ShardKey,
+        wanted: Wanted,
+    ) -> Result<Arc<RecordBatch>> {
+        let state = self.state.as_ref();
+        let survey = async { survey_kept(state, file).await.map(Arc::new) };
+        let survey = self.surveys.get(key, survey).await?;
+        let (block, indexed) = (wanted.block, &shard.blocks[wanted.block]);
+        let rows = TarBlock::new(survey, &wanted.layout, &wanted.columns, indexed, file)?;
+        let bytes = file.ranges(&rows.ranges()).await?;
+        decoded(file, block, move || wanted.assemble(&rows.decode(&bytes)?)).await
+    }
+}
+
+/// Decodes a block away from the threads that wait for storage.
+async fn decoded(
+    file: &ShardFile,
+    block: usize,
+    decode: impl FnOnce() -> Result<RecordBatch, ArrowError> + Send + 'static,
+) -> Result<Arc<RecordBatch>> {
+    let batch = tokio::task::spawn_blocking(decode).await;
+    let batch = batch
+        .map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;
+    batch
+        .map(Arc::new)
+        .map_err(|cause| file.undecodable(block, cause))
 }
 
 /// What is wanted of a block.
@@ -169,8 +223,12 @@ impl Wanted {
             Ok(batch) => return self.assemble(&batch),
             Err(cause) => cause,
         };
-        // One caption that is not UTF-8 fails the whole block; read as bytes it costs its row only.
-        let as_bytes = captions::as_bytes(footer, &self.layout.caption_column)?;
+        // One text that is not UTF-8 fails the whole block; read as bytes it costs its row only.
+        let fields = self.schema.fields().iter().skip(2).zip(&self.columns);
+        let texts = fields.filter(|(field, _)| *field.data_type() == DataType::Utf8);
+        let texts = texts.map(|(_, column)| column.as_str());
+        let texts: Vec<&str> = texts.chain([self.layout.caption_column.as_str()]).collect();
+        let as_bytes = captions::as_bytes(footer, &texts)?;
         let batch = self.read(bytes, as_bytes, mask).map_err(|_| cause)?;
         self.assemble(&batch)
     }
@@ -219,15 +277,18 @@ impl Wanted {
         if layout.image_in_struct {
             image = bytes_of(&image)?;
         }
-        let caption = column(&layout.caption_column)?;
-        let caption = caption
-            .as_binary_opt::<i32>()
-            .map_or(Ok(caption.clone()), captions::from_bytes)?;
-        let mut arrays = vec![image, caption];
+        let mut arrays = vec![image, column(&layout.caption_column)?];
         for name in &self.columns {
             arrays.push(column(name)?);
         }
-        let cast_to = |(array, field): (ArrayRef, &Arc<arrow::datatypes::Field>)| {
+        let cast_to = |(array, field): (ArrayRef, &FieldRef)| {
+            let is_bytes = matches!(
+                array.data_type(),
+                DataType::Binary | DataType::LargeBinary | DataType::BinaryView
+            );
+            if *field.data_type() == DataType::Utf8 && is_bytes {
+                return captions::from_bytes(cast(&array, &DataType::Binary)?.as_binary());
+            }
             cast(&array, field.data_type())
         };
         let arrays = arrays
@@ -257,5 +318,7 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     }
 }
 
+#[cfg(test)]
+mod tar_tests;
 #[cfg(test)]
 pub mod tests;

@@ -23,6 +23,9 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
             size: 1,
             etag: None,
             blocks: blocks.collect(),
+            left_out: 0,
+            without_image: 0,
+            flaw: None,
         }
     };
     SourceManifest {
@@ -33,6 +36,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
             image_column: "jpg".into(),
             image_in_struct: false,
             caption_column: "caption".into(),
+            format: Default::default(),
         },
         columns: vec![],
         shards: shards.iter().enumerate().map(shard).collect(),

@@ -5,7 +5,7 @@ use crate::{
     worker::inputs::{decode_pool::Pool, model_inputs::Inputs, preprocess::ImageLimits, row::Row},
 };
 use arrow::{
-    array::{AsArray, LargeBinaryArray, LargeStringArray},
+    array::{AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
     datatypes::Int64Type,
 };
 use async_trait::async_trait;
@@ -294,7 +294,7 @@ async fn a_shard_that_changes_after_its_footer_is_refused() {
     std::fs::write(&path, &old).unwrap();
     let stores = stores();
     let uri = url::Url::from_file_path(folder.path()).unwrap();
-    let manifest = crate::dataset::index(&stores, &[request(uri.as_str())])
+    let manifest = crate::dataset::index(&stores, None, &[request(uri.as_str())])
         .await
         .unwrap();
     let reader = BlockReader::new(stores, 0);
@@ -399,7 +399,7 @@ async fn a_copy_of_a_local_file_is_the_file_that_was_indexed() {
     let written = std::fs::metadata(&path).unwrap().modified().unwrap();
     let stores = stores();
     let uri = url::Url::from_file_path(folder.path()).unwrap();
-    let manifest = crate::dataset::index(&stores, &[request(uri.as_str())])
+    let manifest = crate::dataset::index(&stores, None, &[request(uri.as_str())])
         .await
         .unwrap();
     std::fs::copy(&path, &copy).unwrap();
@@ -427,4 +427,120 @@ async fn a_copy_of_a_local_file_is_the_file_that_was_indexed() {
         .unwrap_err();
     assert_eq!(error.reason(), Reason::DatasetChanged);
     assert!(error.to_string().contains("another time"), "{error}");
+}
+
+#[tokio::test]
+async fn an_extra_text_that_is_none_costs_its_row() {
+    let stores = stores();
+    let mut file = parquet(&img2dataset(0..3), 4).to_vec();
+    let (good, bad) = (b"https://x/1".as_slice(), b"https://\xFF/1");
+    let at = file
+        .windows(good.len())
+        .position(|bytes| bytes == good)
+        .unwrap();
+    file[at..at + bad.len()].copy_from_slice(bad);
+    let manifest = indexed(&stores, &[("0.parquet", file.into())])
+        .await
+        .unwrap();
+    let columns = ["uid".to_owned(), "url".to_owned()];
+    let reader = BlockReader::new(stores, 0);
+    let whole = reader.read(&manifest, 0, 0, 0, &columns).await.unwrap();
+    assert_eq!(captions(&whole)[1], Some("caption 1"));
+    let urls: Vec<_> = whole.column(3).as_string::<i32>().iter().collect();
+    assert_eq!(urls, [Some("https://x/0"), None, Some("https://x/2")]);
+    let found = (0..3).map(|row| crate::worker::kept::captions::invalid_column(&whole, row));
+    assert_eq!(found.collect::<Vec<_>>(), [None, Some("url"), None]);
+}
+
+#[tokio::test]
+async fn categories_and_unmarked_bytes_are_captions() {
+    use arrow::{array::DictionaryArray, datatypes::Int32Type};
+    let category: DictionaryArray<Int32Type> = ["a", "b", "a"].into_iter().collect();
+    let bytes = BinaryArray::from_iter([Some(&b"x"[..]), Some(b"\xFF"), None]);
+    let image = || Arc::new(BinaryArray::from_iter([Some("i"); 3]));
+    for (caption, expected) in [
+        (
+            Arc::new(category) as ArrayRef,
+            [Some("a"), Some("b"), Some("a")],
+        ),
+        (Arc::new(bytes), [Some("x"), None, None]),
+    ] {
+        let stores = stores();
+        let file = batch(vec![("jpg", image()), ("caption", caption)]);
+        put(&stores, &[("0.parquet", parquet(&file, 4))]).await;
+        let asked = crate::dataset::SourceRequest {
+            caption_column: Some("caption".into()),
+            ..request("memory:///data")
+        };
+        let manifest = crate::dataset::index(&stores, None, &[asked])
+            .await
+            .unwrap();
+        let extra = ["caption".to_owned()];
+        assert!(manifest.data_schema(&extra).is_err());
+        let reader = BlockReader::new(stores, 0);
+        let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+        assert_eq!(captions(&whole), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_dictionary_at_byte_0_is_none() {
+    use parquet::file::metadata::ParquetMetaDataWriter;
+    let stores = stores();
+    let text = StringArray::from_iter_values(["a", "b"]);
+    let image = BinaryArray::from_iter([Some("x"), Some("y")]);
+    let rows = batch(vec![("jpg", Arc::new(image)), ("caption", Arc::new(text))]);
+    let properties = parquet::file::properties::WriterProperties::builder()
+        .set_dictionary_enabled(false)
+        .build();
+    let mut writer =
+        parquet::arrow::ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties)).unwrap();
+    writer.write(&rows).unwrap();
+    let file = Bytes::from(writer.into_inner().unwrap());
+    put(&stores, &[("0.parquet", file.clone())]).await;
+    let size = file.len() as u64;
+    let shard = ShardFile::new(stores.open("memory:///data/0.parquet").unwrap(), size, None);
+    let metadata = shard.footer().await.unwrap().metadata().as_ref().clone();
+    // As parquet-mr 1.8 writes it.
+    let groups = metadata.row_groups().iter().map(|group| {
+        let columns = group.columns().iter().map(|column| {
+            assert_eq!(column.dictionary_page_offset(), None);
+            column
+                .clone()
+                .into_builder()
+                .set_dictionary_page_offset(Some(0))
+                .build()
+                .unwrap()
+        });
+        group
+            .clone()
+            .into_builder()
+            .set_column_metadata(columns.collect())
+            .build()
+            .unwrap()
+    });
+    let data_end = groups
+        .clone()
+        .flat_map(|g: parquet::file::metadata::RowGroupMetaData| {
+            g.columns()
+                .iter()
+                .map(|c| c.data_page_offset() + c.compressed_size())
+                .collect::<Vec<_>>()
+        });
+    let data_end = data_end.max().unwrap() as usize;
+    let metadata = metadata
+        .clone()
+        .into_builder()
+        .set_row_groups(groups.collect())
+        .build();
+    let mut old = file[..data_end].to_vec();
+    ParquetMetaDataWriter::new(&mut old, &metadata)
+        .finish()
+        .unwrap();
+    let manifest = indexed(&stores, &[("0.parquet", old.into())])
+        .await
+        .unwrap();
+    let reader = BlockReader::new(stores, 0);
+    let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    assert_eq!(captions(&whole), [Some("a"), Some("b")]);
 }

@@ -1,0 +1,299 @@
+//! From Parquet files to a source of the manifest: blocks are row groups, read from the footers
+//! alone.
+use super::{
+    SourceRequest, counted,
+    file::{self, ShardFile},
+    layout,
+    manifest::{Block, Column, Layout, Shard, SourceManifest},
+    unify,
+};
+use crate::{
+    error::{Error, Result},
+    storage::Location,
+};
+use arrow::datatypes::{DataType, Schema};
+use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectMeta;
+use parquet::{
+    arrow::arrow_reader::ArrowReaderMetadata,
+    file::{
+        metadata::{ColumnChunkMetaData, RowGroupMetaData},
+        statistics::Statistics,
+    },
+};
+use std::collections::BTreeMap;
+use superbatch_proto::v1::Reason;
+
+/// Bytes of one column of a row group: an Arrow array's offsets are 32-bit.
+const COLUMN_BYTES_MAX: i64 = i32::MAX as i64;
+/// More rows than this in a group are told of: a model embeds a group whole.
+const GROUP_ROWS_LARGE: i64 = 10_000;
+/// Files that are looked at at once.
+const FILES_AT_ONCE: usize = 16;
+
+/// The source whose shards are `files` below `root`.
+///
+/// # Errors
+/// `ColumnNotFound`, `SchemaMismatch`, `DatasetEmpty`, and those of reading a footer.
+pub(super) async fn index_shards(
+    request: &SourceRequest,
+    root: &Location,
+    root_uri: String,
+    files: Vec<(String, ObjectMeta)>,
+) -> Result<SourceManifest> {
+    let looks = files.into_iter().map(|(path, meta)| {
+        let etag = file::etag(root, &meta);
+        let file = ShardFile::new(root.below(&path), meta.size, etag.clone());
+        async move {
+            let footer = file.footer().await?;
+            let blocks = blocks(&file, &footer)?;
+            let shard = Shard {
+                path,
+                size: meta.size,
+                etag,
+                blocks,
+                left_out: 0,
+                without_image: 0,
+                flaw: None,
+            };
+            Ok::<_, Error>((file, footer, shard))
+        }
+    });
+    let mut looks = futures::stream::iter(looks).buffered(FILES_AT_ONCE);
+    let mut source = Building::default();
+    while let Some((file, footer, shard)) = looks.try_next().await? {
+        source.add(request, &file, footer.schema(), shard)?;
+        source.look_at(&file, footer.metadata().row_groups())?;
+    }
+    source.finish(request, root_uri)
+}
+
+/// A source while its shards come in, in the order of their paths.
+#[derive(Default)]
+struct Building {
+    layout: Option<Layout>,
+    /// With the type that all shards so far can be read as.
+    columns: BTreeMap<String, (Column, DataType)>,
+    shards: Vec<Shard>,
+    /// Whether large row groups were told of.
+    told: bool,
+}
+
+impl Building {
+    fn add(
+        &mut self,
+        request: &SourceRequest,
+        file: &ShardFile,
+        schema: &Schema,
+        shard: Shard,
+    ) -> Result<()> {
+        match &self.layout {
+            None => self.layout = Some(layout::discover(schema, request)?),
+            Some(layout) => layout::check(schema, layout, &request.uri, file.uri())?,
+        }
+        for field in schema.fields() {
+            let (name, data_type) = (field.name(), unify::plain(field.data_type()));
+            let Some((column, unified)) = self.columns.get_mut(name) else {
+                let column = Column {
+                    name: name.clone(),
+                    data_type: data_type.to_string(),
+                    differs_in: self.shards.first().map(|first| first.path.clone()),
+                };
+                self.columns
+                    .insert(name.clone(), (column, data_type.clone()));
+                continue;
+            };
+            match unify::unify(unified, data_type) {
+                Some(both) => {
+                    column.data_type = both.to_string();
+                    *unified = both;
+                }
+                None => {
+                    column.differs_in.get_or_insert_with(|| shard.path.clone());
+                }
+            }
+        }
+        for (column, _) in self.columns.values_mut() {
+            if schema.field_with_name(&column.name).is_err() {
+                column.differs_in.get_or_insert_with(|| shard.path.clone());
+            }
+        }
+        self.shards.push(shard);
+        Ok(())
+    }
+
+    /// Refuses a shard with a row group of more images or captions than one Arrow array holds, and
+    /// counts the rows that have no image.
+    fn look_at(&mut self, file: &ShardFile, groups: &[RowGroupMetaData]) -> Result<()> {
+        let Some(layout) = &self.layout else {
+            return Ok(());
+        };
+        let is_image = |column: &&ColumnChunkMetaData| {
+            let path = column.column_path().parts();
+            path[0] == layout.image_column
+                && (!layout.image_in_struct || path.get(1).is_some_and(|part| part == "bytes"))
+        };
+        let is_caption = |column: &&ColumnChunkMetaData| {
+            column.column_path().parts()[0] == layout.caption_column
+        };
+        let mut without_image = 0;
+        for (number, group) in groups.iter().enumerate() {
+            let held = group
+                .columns()
+                .iter()
+                .filter(|c| is_image(c) || is_caption(c));
+            let largest = held.map(ColumnChunkMetaData::uncompressed_size).max();
+            if let Some(bytes) = largest.filter(|bytes| *bytes > COLUMN_BYTES_MAX) {
+                let message = format!(
+                    "row group {number} of {} holds {bytes} bytes of images or captions, and \
+                     {COLUMN_BYTES_MAX} can be read at once; write it with smaller row groups \
+                     (row_group_size in pyarrow, a few hundred images)",
+                    file.uri()
+                );
+                return Err(Error::invalid("sources", message).with("shard", file.uri()));
+            }
+            let statistics = group
+                .columns()
+                .iter()
+                .find(is_image)
+                .and_then(|c| c.statistics());
+            without_image += statistics
+                .and_then(Statistics::null_count_opt)
+                .unwrap_or_default();
+        }
+        if let Some(shard) = self.shards.last_mut() {
+            shard.without_image = without_image;
+        }
+        let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
+        if let Some(rows) = largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.told) {
+            self.told = true;
+            let cure = "write groups of a few hundred rows (row_group_size in pyarrow)";
+            tracing::warn!(
+                shard = file.uri(),
+                rows,
+                cure,
+                "large row groups are slow to begin with"
+            );
+        }
+        Ok(())
+    }
+
+    fn finish(self, request: &SourceRequest, root_uri: String) -> Result<SourceManifest> {
+        let rows = self
+            .shards
+            .iter()
+            .flat_map(|shard| &shard.blocks)
+            .map(|block| u64::from(block.rows))
+            .sum::<u64>();
+        match self.layout {
+            Some(layout) if rows > 0 => Ok(SourceManifest {
+                uri: request.uri.clone(),
+                root_uri,
+                weight: request.weight,
+                layout,
+                columns: self
+                    .columns
+                    .into_values()
+                    .map(|(column, _)| column)
+                    .collect(),
+                shards: self.shards,
+            }),
+            _ => {
+                let message = format!(
+                    "{} has no rows in its {}",
+                    request.uri,
+                    counted(self.shards.len(), "file")
+                );
+                Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
+            }
+        }
+    }
+}
+
+/// The blocks of a file: its row groups.
+fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> {
+    let mut first_row = 0;
+    let block = |group: &RowGroupMetaData| {
+        let rows = u32::try_from(group.num_rows()).map_err(|_| {
+            let message = format!(
+                "{} has a row group of {} rows; write smaller ones",
+                file.uri(),
+                group.num_rows()
+            );
+            Error::invalid("sources", message).with("shard", file.uri())
+        })?;
+        let ranges = group
+            .columns()
+            .iter()
+            .map(|column| file.column(column))
+            .collect::<Result<Vec<_>>>()?;
+        let start = ranges
+            .iter()
+            .map(|range| range.start)
+            .min()
+            .unwrap_or_default();
+        let end = ranges
+            .iter()
+            .map(|range| range.end)
+            .max()
+            .unwrap_or_default();
+        let block = Block {
+            rows,
+            first_row,
+            bytes: (start, end),
+        };
+        first_row += u64::from(rows);
+        Ok(block)
+    };
+    footer.metadata().row_groups().iter().map(block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::fixtures::{img2dataset, parquet, put, request, stores};
+
+    #[tokio::test]
+    async fn a_row_group_that_no_array_holds_is_refused_with_the_cure() {
+        let stores = stores();
+        let bytes = parquet(&img2dataset(0..4), 2);
+        let size = bytes.len() as u64;
+        put(&stores, &[("0.parquet", bytes)]).await;
+        let file = ShardFile::new(stores.open("memory:///data/0.parquet").unwrap(), size, None);
+        let footer = file.footer().await.unwrap();
+        let layout = layout::discover(footer.schema(), &request("memory:///data")).unwrap();
+        let mut building = Building {
+            layout: Some(layout),
+            ..Default::default()
+        };
+        let of = |name: &str| {
+            let mut groups = footer.metadata().row_groups().to_vec();
+            let mut columns = groups[1].columns().to_vec();
+            let at = columns
+                .iter()
+                .position(|column| column.column_path().string() == name)
+                .unwrap();
+            let large = columns[at]
+                .clone()
+                .into_builder()
+                .set_total_uncompressed_size(COLUMN_BYTES_MAX + 1);
+            columns[at] = large.build().unwrap();
+            groups[1] = groups[1]
+                .clone()
+                .into_builder()
+                .set_column_metadata(columns)
+                .build()
+                .unwrap();
+            groups
+        };
+        building
+            .look_at(&file, footer.metadata().row_groups())
+            .unwrap();
+        building
+            .look_at(&file, &of("url"))
+            .expect("a column that is not read");
+        let error = building.look_at(&file, &of("jpg")).unwrap_err();
+        assert_eq!(error.value("shard"), Some("memory:///data/0.parquet"));
+        assert!(error.to_string().contains("smaller row groups"), "{error}");
+    }
+}

@@ -1,0 +1,154 @@
+//! A block of a tar: the members that are wanted of its samples, as columns of bytes.
+use super::{
+    layout::{self, Place},
+    samples::{Member, Sample},
+    survey::Survey,
+};
+use crate::{
+    dataset::{
+        Ranges,
+        file::ShardFile,
+        manifest::{Block, Layout},
+    },
+    error::Result,
+};
+use arrow::{
+    array::{ArrayRef, BinaryArray, RecordBatch, RecordBatchOptions},
+    error::ArrowError,
+};
+use bytes::Bytes;
+use parquet::{errors::ParquetError, file::reader::ChunkReader};
+use serde_json::Value;
+use std::{borrow::Cow, ops::Range, sync::Arc};
+
+/// The rows of one block, and which of their members are read.
+pub struct TarBlock {
+    survey: Arc<Survey>,
+    /// Numbers of the samples that are rows.
+    rows: Vec<usize>,
+    layout: Layout,
+    columns: Vec<String>,
+}
+
+impl TarBlock {
+    /// # Errors
+    /// `DatasetChanged` where the block has not as many rows as when it was indexed.
+    pub fn new(
+        survey: Arc<Survey>,
+        layout: &Layout,
+        columns: &[String],
+        block: &Block,
+        file: &ShardFile,
+    ) -> Result<Self> {
+        let samples = &survey.samples;
+        let before = |at: u64| samples.partition_point(|sample| sample.start < at);
+        let numbers = before(block.bytes.0)..before(block.bytes.1);
+        let rows: Vec<_> = numbers
+            .filter(|n| layout::is_row(layout, &samples[*n]))
+            .collect();
+        if rows.len() != block.rows as usize {
+            return Err(file.changed("its members are others"));
+        }
+        let caption = std::iter::once(&layout.caption_column);
+        let mut names: Vec<String> = Vec::new();
+        for name in caption.chain(columns) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        Ok(Self {
+            survey,
+            rows,
+            layout: layout.clone(),
+            columns: names,
+        })
+    }
+
+    fn samples(&self) -> impl Iterator<Item = &Sample> {
+        self.rows.iter().map(|n| &self.survey.samples[*n])
+    }
+
+    /// Where what is wanted lies.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let members = self.samples().flat_map(|sample| {
+            let columns = self.columns.iter();
+            let columns = columns.filter_map(|column| Place::of(column).member(sample));
+            columns.chain(layout::image(&self.layout, sample))
+        });
+        let bytes = members.map(|member| member.offset..member.offset + member.length);
+        bytes.filter(|range| !range.is_empty()).collect()
+    }
+
+    /// The image, the caption, then the extra columns, all as bytes; null where a sample lacks one.
+    ///
+    /// # Errors
+    /// Where a column has more bytes than an array holds.
+    pub fn decode(&self, bytes: &Ranges) -> Result<RecordBatch, ArrowError> {
+        let images = self
+            .samples()
+            .map(|sample| layout::image(&self.layout, sample));
+        let images = images.map(|member| member.map(|m| content(bytes, m)).transpose());
+        let mut columns = vec![(self.layout.image_column.as_str(), array(images)?)];
+        for column in &self.columns {
+            let place = Place::of(column);
+            let values = self.samples().map(|sample| value(place, sample, bytes));
+            columns.push((column, array(values)?));
+        }
+        let schema = columns.iter().map(|(name, array)| {
+            arrow::datatypes::Field::new(*name, array.data_type().clone(), true)
+        });
+        let schema = arrow::datatypes::Schema::new(schema.collect::<Vec<_>>());
+        let arrays = columns.into_iter().map(|(_, array)| array).collect();
+        let options = RecordBatchOptions::new().with_row_count(Some(self.rows.len()));
+        RecordBatch::try_new_with_options(Arc::new(schema), arrays, &options)
+    }
+}
+
+fn array<'a, T: AsRef<[u8]> + 'a>(
+    values: impl Iterator<Item = Result<Option<T>, ParquetError>>,
+) -> Result<ArrayRef, ArrowError> {
+    let values = values.collect::<Result<Vec<_>, _>>()?;
+    let sizes = values.iter().flatten().map(|value| value.as_ref().len());
+    if i32::try_from(sizes.sum::<usize>()).is_err() {
+        let message = "a block has over 2 GiB of one column";
+        return Err(ArrowError::InvalidArgumentError(message.to_owned()));
+    }
+    Ok(Arc::new(BinaryArray::from_iter(values)))
+}
+
+fn content(bytes: &Ranges, member: &Member) -> Result<Bytes, ParquetError> {
+    match member.length {
+        0 => Ok(Bytes::new()),
+        length => bytes.get_bytes(member.offset, length as usize),
+    }
+}
+
+fn value<'s>(
+    place: Place<'_>,
+    sample: &'s Sample,
+    bytes: &Ranges,
+) -> Result<Option<Cow<'s, [u8]>>, ParquetError> {
+    if place == Place::Key {
+        return Ok(Some(Cow::Borrowed(sample.key.as_bytes())));
+    }
+    let Some(member) = place.member(sample) else {
+        return Ok(None);
+    };
+    let content = content(bytes, member)?;
+    let found = match place {
+        Place::Entry(_, name) => entry(&content, name).map(String::into_bytes),
+        _ => Some(content.to_vec()),
+    };
+    Ok(found.map(Cow::Owned))
+}
+
+/// An entry of a JSON object: a text as it is, anything else as JSON. `None` where it is null or
+/// absent, or where the member is no JSON object.
+fn entry(content: &[u8], name: &str) -> Option<String> {
+    let mut object: Value = serde_json::from_slice(content).ok()?;
+    match object.get_mut(name)?.take() {
+        Value::Null => None,
+        Value::String(text) => Some(text),
+        other => Some(other.to_string()),
+    }
+}

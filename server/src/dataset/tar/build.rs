@@ -1,0 +1,201 @@
+//! From tars to a source of the manifest: blocks of samples that follow each other.
+use super::{
+    entries::End,
+    kept::survey_kept,
+    layout::{self, KEY},
+    samples::Sample,
+    survey::Survey,
+};
+use crate::{
+    dataset::{
+        SourceRequest, counted,
+        file::{self, ShardFile},
+        manifest::{Block, Column, Layout, Shard, SourceManifest},
+    },
+    error::{Error, Result},
+    storage::Location,
+};
+use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectMeta;
+use std::collections::BTreeSet;
+use superbatch_proto::v1::Reason;
+
+/// A block ends with the sample that would bring it above either.
+const BLOCK_MEMBERS_MAX: usize = 1024;
+const BLOCK_BYTES_MAX: u64 = 64 << 20;
+/// Tars that are walked at once.
+const TARS_AT_ONCE: usize = 16;
+
+/// The source whose shards are `files` below `root`.
+///
+/// # Errors
+/// `ColumnNotFound`, `DatasetEmpty`, and those of walking a tar.
+pub(in crate::dataset) async fn index_shards(
+    request: &SourceRequest,
+    state: Option<&Location>,
+    root: &Location,
+    root_uri: String,
+    files: Vec<(String, ObjectMeta)>,
+) -> Result<SourceManifest> {
+    let looks = files.into_iter().map(|(path, meta)| {
+        let etag = file::etag(root, &meta);
+        let file = ShardFile::new(root.below(&path), meta.size, etag);
+        async move {
+            let survey = survey_kept(state, &file).await?;
+            Ok::<_, Error>((path, file, survey))
+        }
+    });
+    let mut looks = futures::stream::iter(looks).buffered(TARS_AT_ONCE);
+    let mut source = Building::default();
+    while let Some((path, file, survey)) = looks.try_next().await? {
+        if source.layout.is_none() && !survey.samples.is_empty() {
+            source.layout = Some(layout::discover(request, &file, &survey).await?);
+        }
+        source.add(path, &file, &survey);
+    }
+    source.finish(request, root_uri)
+}
+
+/// A source while its shards come in, in the order of their paths.
+#[derive(Default)]
+struct Building {
+    layout: Option<Layout>,
+    fields: BTreeSet<String>,
+    shards: Vec<Shard>,
+}
+
+impl Building {
+    fn add(&mut self, path: String, file: &ShardFile, survey: &Survey) {
+        let members = survey.samples.iter().flat_map(|sample| &sample.members);
+        for member in members {
+            if !self.fields.contains(&member.field) {
+                self.fields.insert(member.field.clone());
+            }
+        }
+        let layout = self.layout.as_ref();
+        let blocks = layout.map_or_else(Vec::new, |layout| blocks(&survey.samples, layout));
+        let rows: u64 = blocks.iter().map(|block| u64::from(block.rows)).sum();
+        let flaw = match survey.end {
+            End::Whole => None,
+            End::Cut(at) => Some(format!("it ends in the middle of the member at byte {at}")),
+            End::Damaged(at) => Some(format!("there is no tar header at byte {at}")),
+        };
+        if let Some(flaw) = &flaw {
+            tracing::warn!(shard = file.uri(), flaw, "only the samples before are rows");
+        }
+        self.shards.push(Shard {
+            path,
+            size: file.size(),
+            etag: file.etag().map(str::to_owned),
+            blocks,
+            left_out: survey.samples.len() as u64 - rows,
+            without_image: 0,
+            flaw,
+        });
+    }
+
+    fn finish(self, request: &SourceRequest, root_uri: String) -> Result<SourceManifest> {
+        let column = |name: &str| Column {
+            name: name.to_owned(),
+            data_type: layout::type_of(name).to_string(),
+            differs_in: None,
+        };
+        let names = std::iter::once(KEY).chain(self.fields.iter().map(String::as_str));
+        let columns = names.map(column).collect();
+        let rows = self.shards.iter().flat_map(|shard| &shard.blocks).count();
+        match self.layout {
+            Some(layout) if rows > 0 => Ok(SourceManifest {
+                uri: request.uri.clone(),
+                root_uri,
+                weight: request.weight,
+                layout,
+                columns,
+                shards: self.shards,
+            }),
+            _ => {
+                let message = format!(
+                    "{} has no sample with an image and a caption in its {}",
+                    request.uri,
+                    counted(self.shards.len(), "tar")
+                );
+                Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
+            }
+        }
+    }
+}
+
+/// Cuts the samples that are rows into blocks.
+fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
+    let mut blocks: Vec<Block> = Vec::new();
+    let (mut first_row, mut members) = (0, 0);
+    for sample in samples
+        .iter()
+        .filter(|sample| layout::is_row(layout, sample))
+    {
+        let fits = |block: &&mut Block| {
+            members + sample.members.len() <= BLOCK_MEMBERS_MAX
+                && sample.end - block.bytes.0 <= BLOCK_BYTES_MAX
+        };
+        match blocks.last_mut().filter(fits) {
+            Some(block) => {
+                block.rows += 1;
+                block.bytes.1 = sample.end;
+                members += sample.members.len();
+            }
+            None => {
+                blocks.push(Block {
+                    rows: 1,
+                    first_row,
+                    bytes: (sample.start, sample.end),
+                });
+                members = sample.members.len();
+            }
+        }
+        first_row += 1;
+    }
+    blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::{manifest::Format, tar::samples::Member};
+
+    fn sample(start: u64, fields: &[&str], length: u64) -> Sample {
+        let member = |field: &&str| Member {
+            field: (*field).to_owned(),
+            offset: start,
+            length,
+        };
+        Sample {
+            key: start.to_string(),
+            start,
+            end: start + length * fields.len() as u64,
+            members: fields.iter().map(member).collect(),
+        }
+    }
+
+    #[test]
+    fn blocks_end_at_a_number_of_members_and_of_bytes() {
+        let layout = Layout {
+            image_column: "jpg;png".into(),
+            image_in_struct: false,
+            caption_column: "txt".into(),
+            format: Format::Tar,
+        };
+        let fields = ["jpg", "txt", "json"];
+        let mut samples: Vec<_> = (0..700).map(|n| sample(n * 30, &fields, 10)).collect();
+        samples.push(sample(21_000, &["jpg", "json"], 10));
+        samples.push(sample(21_020, &fields, BLOCK_BYTES_MAX));
+        samples.push(sample(21_020 + 3 * BLOCK_BYTES_MAX, &["png", "txt"], 10));
+        let found = blocks(&samples, &layout);
+        let rows: Vec<_> = found
+            .iter()
+            .map(|block| (block.first_row, block.rows))
+            .collect();
+        // 341 samples of 3 members are 1,023; the one without a caption is no row.
+        assert_eq!(rows, [(0, 341), (341, 341), (682, 18), (700, 1), (701, 1)]);
+        assert_eq!(found[1].bytes, (341 * 30, 682 * 30));
+        assert_eq!(found[3].bytes, (21_020, 21_020 + 3 * BLOCK_BYTES_MAX));
+    }
+}

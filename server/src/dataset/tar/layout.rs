@@ -1,0 +1,166 @@
+//! Which members of a sample are its image, its caption and its extra columns.
+use super::{
+    samples::{Member, Sample},
+    survey::Survey,
+};
+use crate::{
+    dataset::{
+        SourceRequest,
+        file::ShardFile,
+        layout::not_found,
+        manifest::{Format, Layout},
+    },
+    error::Result,
+};
+use arrow::datatypes::DataType;
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+/// As open_clip takes them: the first of these that a sample has.
+const IMAGES: &str = "jpg;png;jpeg;webp";
+/// In order. What img2dataset and open_clip write is `txt`; its JSON repeats it as `caption`.
+const CAPTIONS: [&str; 2] = ["txt", "json[caption]"];
+/// The column of a sample's key.
+pub(super) const KEY: &str = "__key__";
+/// Fields that hold text. All others are delivered as bytes.
+const TEXTS: [&str; 12] = [
+    "txt",
+    "text",
+    "caption",
+    "transcript",
+    "json",
+    "jsn",
+    "cls",
+    "id",
+    "index",
+    "url",
+    "uid",
+    "key",
+];
+
+/// A column of a tar source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place<'a> {
+    Key,
+    Member(&'a str),
+    /// `json[caption]`: an entry of the object in a member.
+    Entry(&'a str, &'a str),
+}
+
+impl<'a> Place<'a> {
+    pub fn of(column: &'a str) -> Self {
+        let entry = column
+            .strip_suffix(']')
+            .and_then(|text| text.split_once('['));
+        match entry {
+            _ if column == KEY => Self::Key,
+            Some((field, name)) => Self::Entry(field, name),
+            None => Self::Member(column),
+        }
+    }
+
+    pub fn member(self, sample: &Sample) -> Option<&Member> {
+        match self {
+            Self::Key => None,
+            Self::Member(field) | Self::Entry(field, _) => sample.member(field),
+        }
+    }
+}
+
+/// The image of a sample: the first of the layout's fields that it has.
+pub(super) fn image<'s>(layout: &Layout, sample: &'s Sample) -> Option<&'s Member> {
+    let mut fields = layout.image_column.split(';');
+    let found = fields.find_map(|field| sample.member(field));
+    found.filter(|member| i32::try_from(member.length).is_ok())
+}
+
+/// Whether a sample is a row: as in open_clip, it has an image and a caption.
+pub(super) fn is_row(layout: &Layout, sample: &Sample) -> bool {
+    let caption = Place::of(&layout.caption_column).member(sample);
+    image(layout, sample).is_some()
+        && caption.is_some_and(|member| i32::try_from(member.length).is_ok())
+}
+
+/// The type that a column is delivered in, where the source has it.
+pub(in crate::dataset) fn member_type<'a>(
+    column: &str,
+    mut fields: impl Iterator<Item = &'a str>,
+) -> Option<DataType> {
+    match Place::of(column) {
+        Place::Key => Some(DataType::Utf8),
+        Place::Entry(field, _) => fields.any(|f| f == field).then_some(DataType::Utf8),
+        Place::Member(field) => fields.any(|f| f == field).then(|| type_of(field)),
+    }
+}
+
+pub(super) fn type_of(field: &str) -> DataType {
+    if field == KEY || TEXTS.contains(&field) {
+        DataType::Utf8
+    } else {
+        DataType::Binary
+    }
+}
+
+/// Finds image and caption in the first shard that has samples. What the request names wins.
+///
+/// # Errors
+/// `ColumnNotFound` listing the fields there are; those of reading a member.
+pub(super) async fn discover(
+    request: &SourceRequest,
+    file: &ShardFile,
+    survey: &Survey,
+) -> Result<Layout> {
+    let members = survey.samples.iter().flat_map(|sample| &sample.members);
+    let fields: BTreeSet<&str> = members.map(|member| member.field.as_str()).collect();
+    let listed: Vec<&str> = fields.iter().copied().collect();
+    let absent = |what: &str, option: &str, names: &str| {
+        let flag = option.replace('_', "-");
+        let message = format!(
+            "no member of {} is the {what}: none ends in {names}; name its ending with {option} \
+             (as a flag --{flag}), several as 'jpg;png', an entry of a JSON as 'json[caption]'",
+            file.uri()
+        );
+        not_found(message, names, &listed)
+    };
+    let image_column = request
+        .image_column
+        .as_deref()
+        .unwrap_or(IMAGES)
+        .to_lowercase();
+    if !image_column.split(';').any(|field| fields.contains(field)) {
+        return Err(absent("image", "image_column", &image_column));
+    }
+    let has = |column: &str| match Place::of(column) {
+        Place::Key => false,
+        Place::Member(field) | Place::Entry(field, _) => fields.contains(field),
+    };
+    let caption_column = match &request.caption_column {
+        Some(named) if has(named) => named.clone(),
+        Some(named) => return Err(absent("caption", "caption_column", named)),
+        None if has(CAPTIONS[0]) => CAPTIONS[0].to_owned(),
+        None if json_has_caption(file, survey).await? => CAPTIONS[1].to_owned(),
+        None => return Err(absent("caption", "caption_column", &CAPTIONS.join(" or "))),
+    };
+    Ok(Layout {
+        image_column,
+        image_in_struct: false,
+        caption_column,
+        format: Format::Tar,
+    })
+}
+
+/// Whether the first JSON of a shard has a text under `caption`.
+async fn json_has_caption(file: &ShardFile, survey: &Survey) -> Result<bool> {
+    let Some(member) = survey
+        .samples
+        .iter()
+        .find_map(|sample| sample.member("json"))
+    else {
+        return Ok(false);
+    };
+    let bytes = file
+        .fetch(member.offset..member.offset + member.length)
+        .await?;
+    let json: Option<Value> = serde_json::from_slice(&bytes).ok();
+    Ok(json.is_some_and(|json| json["caption"].is_string()))
+}

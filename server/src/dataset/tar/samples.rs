@@ -1,0 +1,131 @@
+//! Members grouped into samples, as webdataset and open_clip do it.
+use super::entries::Entry;
+
+/// One member of a sample: `jpg` of `0001.jpg`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Member {
+    /// All behind the first dot of the file's name, in lower case.
+    pub field: String,
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// Members that follow each other under one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Sample {
+    /// Path and name up to the first dot of the name. Neither unique in a data set nor in a shard.
+    pub key: String,
+    /// Where its first header begins, and where the next sample's may.
+    pub start: u64,
+    pub end: u64,
+    pub members: Vec<Member>,
+}
+
+impl Sample {
+    pub fn member(&self, field: &str) -> Option<&Member> {
+        self.members.iter().find(|member| member.field == field)
+    }
+}
+
+/// Key and field of a member's name; `None` for what belongs to no sample: names without a dot,
+/// hidden files, and `__name__` at the top.
+fn split(name: &str) -> Option<(&str, String)> {
+    let file = name.rfind('/').map_or(0, |slash| slash + 1);
+    let dot = file + name[file..].find('.')?;
+    let is_meta = file == 0 && name.starts_with("__") && name.ends_with("__");
+    (dot > file && !is_meta).then(|| (&name[..dot], name[dot + 1..].to_lowercase()))
+}
+
+/// Groups the members of a tar in their order.
+#[derive(Debug, Default)]
+pub(super) struct Grouping(Option<Sample>);
+
+impl Grouping {
+    /// Takes the next member; returns the sample that it ends. A sample ends where the key changes
+    /// or a field repeats.
+    pub fn push(&mut self, entry: &Entry) -> Option<Sample> {
+        let (key, field) = split(&entry.name)?;
+        let (end, length) = (entry.end(), entry.length);
+        let member = Member {
+            field,
+            offset: entry.offset,
+            length,
+        };
+        let open = self.0.as_mut();
+        if let Some(open) = open.filter(|s| s.key == key && s.member(&member.field).is_none()) {
+            open.members.push(member);
+            open.end = end;
+            return None;
+        }
+        let next = Sample {
+            key: key.to_owned(),
+            start: entry.header,
+            end,
+            members: vec![member],
+        };
+        self.0.replace(next)
+    }
+
+    /// The last sample.
+    pub fn finish(self) -> Option<Sample> {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_ends_at_the_first_dot_of_the_name() {
+        for (name, expected) in [
+            ("0001.jpg", Some(("0001", "jpg"))),
+            ("./a.b/0001.SEG.png", Some(("./a.b/0001", "seg.png"))),
+            ("a/.hidden.jpg", None),
+            ("._0001.jpg", None),
+            ("README", None),
+            ("a/", None),
+            ("__x.y__", None),
+            ("a/__x.y__", Some(("a/__x", "y__"))),
+            ("näme.txt", Some(("näme", "txt"))),
+            ("0001.", Some(("0001", ""))),
+        ] {
+            let found = split(name);
+            let found = found.as_ref().map(|(key, field)| (*key, field.as_str()));
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_sample_ends_where_the_key_changes_or_a_field_repeats() {
+        let names = [
+            "a.jpg", "a.txt", "junk", "b.txt", "b.jpg", "b.JPG", "b.txt", "a.jpg",
+        ];
+        let entries = names.iter().zip(0_u64..).map(|(name, n)| Entry {
+            name: (*name).to_owned(),
+            header: n * 1024,
+            offset: n * 1024 + 512,
+            length: 3,
+        });
+        let mut grouping = Grouping::default();
+        let mut samples: Vec<Sample> = entries.filter_map(|e| grouping.push(&e)).collect();
+        samples.extend(grouping.finish());
+        let found = samples.iter().map(|sample| {
+            let fields = sample.members.iter().map(|m| m.field.as_str());
+            (
+                sample.key.as_str(),
+                fields.collect::<Vec<_>>().join(","),
+                sample.start,
+                sample.end,
+            )
+        });
+        let expected = [
+            ("a", "jpg,txt", 0, 2048),
+            ("b", "txt,jpg", 3072, 5120),
+            ("b", "jpg,txt", 5120, 7168),
+            ("a", "jpg", 7168, 8192),
+        ];
+        let expected = expected.map(|(key, fields, s, e)| (key, fields.to_owned(), s, e));
+        assert!(found.eq(expected), "{samples:?}");
+    }
+}

@@ -1,0 +1,339 @@
+use super::{
+    entries::{End, Entry, Next, Refused, Walk},
+    fixtures::{append, img2dataset, tar},
+};
+use crate::dataset::{Manifest, SourceRequest, fixtures::*, index};
+use bytes::Bytes;
+use proptest::prelude::*;
+use superbatch_proto::v1::Reason;
+use tar::{Builder, EntryType, Header};
+
+/// All entries, with `window` bytes in memory at a time.
+fn walked(bytes: &[u8], window: usize) -> Result<(Vec<Entry>, End), Refused> {
+    let mut walk = Walk::new(0, bytes.len() as u64);
+    let (mut entries, mut from, mut to) = (Vec::new(), 0, 0);
+    loop {
+        match walk.next(from as u64, &bytes[from..to])? {
+            Next::Entry(entry) => entries.push(entry),
+            Next::End(end) => return Ok((entries, end)),
+            Next::Need(range) => {
+                assert!(
+                    (range.start as usize) < from || range.end as usize > to,
+                    "it is there"
+                );
+                from = range.start as usize;
+                to = (range.end as usize).max(from + window).min(bytes.len());
+            }
+        }
+    }
+}
+
+fn contents<'a>(bytes: &'a [u8], entries: &'a [Entry]) -> Vec<(&'a str, &'a [u8])> {
+    let content = |entry: &Entry| {
+        let from = entry.offset as usize;
+        &bytes[from..from + entry.length as usize]
+    };
+    entries
+        .iter()
+        .map(|entry| (entry.name.as_str(), content(entry)))
+        .collect()
+}
+
+/// A PAX archive: what the header cannot hold stands before it.
+fn pax(builder: &mut Builder<Vec<u8>>, records: &[(&str, &str)], content: &[u8]) {
+    let records = records.iter().map(|(key, value)| (*key, value.as_bytes()));
+    builder.append_pax_extensions(records).unwrap();
+    append(builder, &mut Header::new_ustar(), "short", content);
+}
+
+proptest! {
+    #[test]
+    fn every_member_is_found_whatever_its_name_and_size(
+        members in prop::collection::vec(
+            ("[a-zé/]{1,9}|[a-z/]{90,300}", prop::collection::vec(any::<u8>(), 0..1500), 0..3),
+            0..9,
+        ),
+        window in 512_usize..4000,
+    ) {
+        let mut builder = Builder::new(Vec::new());
+        let mut expected = Vec::new();
+        for (n, (name, content, kind)) in members.iter().enumerate() {
+            let parts: Vec<_> = name.split('/').filter(|part| !part.is_empty()).collect();
+            let name = format!("d/{n}{}.jpg", parts.join("/"));
+            match kind {
+                0 => append(&mut builder, &mut Header::new_gnu(), &name, content),
+                1 => pax(&mut builder, &[("path", &name), ("mtime", "1.5")], content),
+                _ => {
+                    let mut link = Header::new_gnu();
+                    link.set_entry_type(EntryType::Symlink);
+                    link.set_size(0);
+                    builder.append_link(&mut link, format!("link{n}"), &name).unwrap();
+                    continue;
+                }
+            }
+            expected.push((name, content.clone()));
+        }
+        let bytes = builder.into_inner().unwrap();
+        let (entries, end) = walked(&bytes, window).unwrap();
+        prop_assert_eq!(end, End::Whole);
+        let found: Vec<_> = contents(&bytes, &entries)
+            .into_iter()
+            .map(|(name, content)| (name.to_owned(), content.to_vec()))
+            .collect();
+        prop_assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn any_bytes_are_walked_to_an_end(
+        cuts in prop::collection::vec((0_usize..6000, any::<u8>()), 1..8),
+        length in 0_usize..6000,
+    ) {
+        let mut bytes = img2dataset(0..2).to_vec();
+        for (at, byte) in cuts {
+            let at = at % bytes.len();
+            bytes[at] = byte;
+        }
+        bytes.truncate(length);
+        if let Ok((entries, _)) = walked(&bytes, 512) {
+            prop_assert!(entries.iter().all(|e| e.offset + e.length <= bytes.len() as u64));
+            prop_assert!(entries.windows(2).all(|two| two[0].end() <= two[1].header));
+        }
+    }
+}
+
+#[test]
+fn ustar_prefixes_and_pax_sizes_are_taken() {
+    let mut builder = Builder::new(Vec::new());
+    let long = format!("{}/0001.jpg", "p".repeat(120));
+    append(&mut builder, &mut Header::new_ustar(), &long, b"one");
+    pax(
+        &mut builder,
+        &[("path", "näme.txt"), ("size", "5")],
+        b"three",
+    );
+    let bytes = builder.into_inner().unwrap();
+    let (entries, end) = walked(&bytes, 512).unwrap();
+    let expected: [(&str, &[u8]); 2] = [(&long, b"one"), ("näme.txt", b"three")];
+    assert_eq!(
+        (contents(&bytes, &entries), end),
+        (expected.to_vec(), End::Whole)
+    );
+    assert_eq!(
+        entries[1].header, 1024,
+        "the member begins with its PAX header"
+    );
+}
+
+#[test]
+fn what_is_no_plain_tar_is_refused_with_the_reason() {
+    let mut padded = [0_u8; 1024];
+    padded[..4].copy_from_slice(b"\x1f\x8b\x08\x00");
+    assert_eq!(walked(&padded, 512), Err(Refused::Compressed("gzip")));
+    assert_eq!(walked(&padded[..40], 512), Err(Refused::Compressed("gzip")));
+    padded[..4].copy_from_slice(b"PAR1");
+    assert_eq!(walked(&padded, 512), Err(Refused::NoTar));
+    let mut builder = Builder::new(Vec::new());
+    pax(
+        &mut builder,
+        &[("GNU.sparse.major", "1"), ("path", "0.jpg")],
+        b"x",
+    );
+    let refused = walked(&builder.into_inner().unwrap(), 512).unwrap_err();
+    assert_eq!(refused, Refused::Sparse("0.jpg".into()));
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNUSparse);
+    header.set_size(0);
+    header.set_path("1.jpg").unwrap();
+    header.set_cksum();
+    let refused = walked(header.as_bytes(), 512).unwrap_err();
+    assert!(
+        refused.to_string().contains("the sparse member '1.jpg'"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_cut_shard_has_the_members_before_the_cut() {
+    let whole = img2dataset(0..3);
+    let (all, _) = walked(&whole, 512).unwrap();
+    for cut in 512..whole.len() - 1024 {
+        let (entries, end) = walked(&whole[..cut], 512).unwrap_or_else(|e| panic!("{cut}: {e}"));
+        assert_eq!(entries, all[..entries.len()]);
+        let (whole, parts) = (|e: &&Entry| e.offset + e.length <= cut as u64, all.iter());
+        assert_eq!(entries.len(), parts.filter(whole).count(), "{cut}");
+        match end {
+            End::Cut(at) => assert_eq!(at, all[entries.len()].header, "{cut}"),
+            // Between two members nothing tells a cut from an end.
+            End::Whole => assert!(cut as u64 <= entries.last().map_or(0, Entry::end), "{cut}"),
+            End::Damaged(_) => panic!("{cut}"),
+        }
+    }
+    let mut damaged = whole.to_vec();
+    damaged[all[4].header as usize + 3] ^= 1;
+    let (entries, end) = walked(&damaged, 512).unwrap();
+    assert_eq!(
+        (entries.as_slice(), end),
+        (&all[..4], End::Damaged(all[4].header))
+    );
+}
+
+async fn with(members: &[(&str, &[u8])], change: impl Fn(&mut SourceRequest)) -> Indexed {
+    let stores = stores();
+    put(&stores, &[("0.tar", tar(members))]).await;
+    let mut request = request("memory:///data");
+    change(&mut request);
+    index(&stores, None, &[request]).await
+}
+
+type Indexed = crate::error::Result<Manifest>;
+
+fn as_is(_: &mut SourceRequest) {}
+
+#[tokio::test]
+async fn img2dataset_tars_are_indexed_beside_their_parquet_files() {
+    let stores = stores();
+    let files = [
+        ("00001.tar", img2dataset(10_000..10_400)),
+        ("00000.tar", img2dataset(0..5)),
+        ("00000.parquet", Bytes::from("metadata only")),
+        ("00000_stats.json", Bytes::from("{}")),
+    ];
+    let manifest = indexed(&stores, &files).await.unwrap();
+    let source = &manifest.sources[0];
+    let rows: Vec<_> = source
+        .blocks()
+        .map(|(s, b, block)| (s, b, block.rows))
+        .collect();
+    assert_eq!(
+        rows,
+        [(0, 0, 5), (1, 0, 341), (1, 1, 59)],
+        "of 1,024 members each"
+    );
+    assert_eq!(source.layout.image_column, "jpg;png;jpeg;webp");
+    assert_eq!(source.layout.caption_column, "txt");
+    let names: Vec<_> = source.columns.iter().map(|c| c.name.as_str()).collect();
+    assert_eq!(names, ["__key__", "jpg", "json", "txt"]);
+    let schema = manifest
+        .data_schema(&["__key__".into(), "json[n]".into()])
+        .unwrap();
+    assert_eq!(schema.fields().len(), 4);
+    let error = manifest.data_schema(&["seg.png".into()]).unwrap_err();
+    assert_eq!(error.value("available"), Some("__key__, jpg, json, txt"));
+}
+
+#[tokio::test]
+async fn captions_come_from_text_or_from_json_and_are_never_guessed() {
+    let json = br#"{"caption": "a"}"#;
+    for (members, caption) in [
+        (
+            &[("a.jpg", &b"i"[..]), ("a.txt", b"t"), ("a.json", json)][..],
+            "txt",
+        ),
+        (&[("a.png", b"i"), ("a.json", json)], "json[caption]"),
+    ] {
+        let manifest = with(members, as_is).await.unwrap();
+        assert_eq!(manifest.sources[0].layout.caption_column, caption);
+    }
+    let members: &[(&str, &[u8])] = &[("a.jpg", b"i"), ("a.cls", b"7"), ("a.json", b"{}")];
+    let error = with(members, as_is).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::ColumnNotFound);
+    assert_eq!(error.value("available"), Some("cls, jpg, json"));
+    let named = |r: &mut SourceRequest| r.caption_column = Some("cls".into());
+    assert_eq!(with(members, named).await.unwrap().rows(), 1);
+    let error = with(&[("a.gif", b"i"), ("a.txt", b"t")], as_is)
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("none ends in jpg;png;jpeg;webp"),
+        "{error}"
+    );
+    let named = |r: &mut SourceRequest| r.image_column = Some("GIF".into());
+    assert_eq!(
+        with(&[("a.Gif", b"i"), ("a.txt", b"t")], named)
+            .await
+            .unwrap()
+            .rows(),
+        1
+    );
+}
+
+#[tokio::test]
+async fn samples_without_image_or_caption_are_no_rows_and_are_counted() {
+    let members: &[(&str, &[u8])] = &[
+        ("a.jpg", b"i"),
+        ("b.jpg", b"i"),
+        ("b.txt", b"t"),
+        ("c.txt", b"t"),
+    ];
+    let shard = &with(members, as_is).await.unwrap().sources[0].shards[0];
+    assert_eq!(
+        (shard.blocks[0].rows, shard.left_out, &shard.flaw),
+        (1, 2, &None)
+    );
+    let error = with(&[("a.jpg", b"i"), ("b.txt", b"t")], as_is)
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), Reason::DatasetEmpty);
+}
+
+#[tokio::test]
+async fn a_shard_is_walked_once_for_one_etag() {
+    let stores = stores();
+    let state = stores.open("memory:///state").unwrap();
+    put(
+        &stores,
+        &[("0.tar", img2dataset(0..5)), ("1.tar", img2dataset(5..9))],
+    )
+    .await;
+    let sources = [request("memory:///data")];
+    let first = index(&stores, Some(&state), &sources).await.unwrap();
+    let kept = state.list("tar-indexes").await.unwrap();
+    assert_eq!(kept.len(), 2);
+    // What the state says is believed: here, that the first shard is the second.
+    let [a, b] = [&kept[0].0, &kept[1].0];
+    state.put(a, state.get(b).await.unwrap()).await.unwrap();
+    let again = index(&stores, Some(&state), &sources).await.unwrap();
+    let rows: Vec<_> = again.sources[0]
+        .blocks()
+        .map(|(_, _, block)| block.rows)
+        .collect();
+    assert!(rows == [5, 5] || rows == [4, 4], "{rows:?}");
+    // What is damaged is made anew.
+    state.put(a, Bytes::from("PAR1")).await.unwrap();
+    assert_eq!(index(&stores, Some(&state), &sources).await.unwrap(), first);
+}
+
+#[tokio::test]
+async fn a_flaw_of_a_shard_is_named_once() {
+    let stores = stores();
+    let whole = img2dataset(0..4);
+    put(&stores, &[("0.tar", whole.slice(..whole.len() - 1600))]).await;
+    let manifest = index(&stores, None, &[request("memory:///data")])
+        .await
+        .unwrap();
+    let shard = &manifest.sources[0].shards[0];
+    assert_eq!((shard.blocks[0].rows, shard.left_out), (3, 1));
+    assert!(
+        shard
+            .flaw
+            .as_ref()
+            .unwrap()
+            .contains("in the middle of the member")
+    );
+    put(
+        &stores,
+        &[(
+            "0.tar",
+            Bytes::from_static(&[0x1f, 0x8b, 8, 0]).repeat(200).into(),
+        )],
+    )
+    .await;
+    let error = index(&stores, None, &[request("memory:///data")])
+        .await
+        .unwrap_err();
+    assert_eq!(error.value("shard"), Some("memory:///data/0.tar"));
+    assert!(
+        error.to_string().contains("compressed with gzip"),
+        "{error}"
+    );
+}

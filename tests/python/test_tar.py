@@ -1,0 +1,188 @@
+"""WebDataset tars, written with Python's tarfile and read in place by the real binary, from files and from S3."""
+
+import io
+import json
+import random
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import superbatch
+from cluster import BINARY, DEADLINE_SECONDS, Cluster
+from test_end_to_end import inputs, phase, reason, service, spec  # noqa: F401
+from test_s3 import BUCKET, credentials, remote, store  # noqa: F401
+
+STEPS = 4
+COLUMNS = ["__key__", "json[kind]", "json[number]"]
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def write_shard(path: Path, records: list[dict], key, form: int) -> None:
+    """As img2dataset writes one: image, caption and metadata under one key."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for number, record in enumerate(records):
+            meta = {"caption": record["caption"], "kind": record["kind"], "number": number}
+            add(archive, f"{key(number)}.png", record["png"])
+            add(archive, f"{key(number)}.txt", record["caption"].encode())
+            add(archive, f"{key(number)}.json", json.dumps(meta).encode())
+
+
+@pytest.fixture(scope="module")
+def tars(inputs) -> Path:  # noqa: F811
+    """Three shards in three formats; keys repeat between the first two, and are long in the third."""
+    folder = inputs / "tars"
+    folder.mkdir()
+    records = pyarrow.parquet.read_table(inputs / "pool").to_pylist()
+    keys = (lambda n: f"{n:09d}", lambda n: f"{n:09d}", lambda n: f"{'süb ' * 40}/{n:09d}")
+    for number, (key, form) in enumerate(zip(keys, reversed(FORMATS), strict=True)):
+        form = tarfile.PAX_FORMAT if number == 2 else form
+        write_shard(folder / f"{number:05d}.tar", records[number * 256:(number + 1) * 256], key, form)
+    # Beside the first shard lies what img2dataset leaves there.
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["000000000"], "status": ["success"]}), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    return folder
+
+
+def rows(folder: Path) -> dict[str, tuple]:
+    """By id, what tarfile reads: image, caption, key, kind, number."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            contents = {member.name: archive.extractfile(member).read() for member in archive}
+        keys = [name.removesuffix(".png") for name in contents if name.endswith(".png")]
+        for row, key in enumerate(keys):
+            meta = json.loads(contents[f"{key}.json"])
+            caption = contents[f"{key}.txt"].decode()
+            found[f"{path.name}#{row}"] = (contents[f"{key}.png"], caption, key, meta["kind"], str(meta["number"]))
+    return found
+
+
+def served(run: superbatch.Run, steps: int = STEPS) -> dict[str, tuple]:
+    found = {}
+    for step in range(steps):
+        batch = run.select(step, rank=0, world_size=1)
+        names = ["image", "caption", *COLUMNS]
+        values = zip(*(batch[name].to_pylist() for name in names), strict=True)
+        found.update(zip(batch["_superbatch_id"].to_pylist(), values, strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(tars) -> dict:
+    return {"sources": [tars.as_uri()], "columns": COLUMNS, "lag": superbatch.at_most(8), "max_ahead": 1,
+            "phases": [phase(policy="uniform", super_batch_size=192, sub_batch_size=192, n_chunks=1)]}
+
+
+def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, service, settings):  # noqa: F811
+    run = superbatch.connect(service.address).open_run(spec(inputs, "tars", epochs=1, **settings))
+    expected = rows(tars)
+    assert len(expected) == 768
+    assert served(run) == expected
+    with pytest.raises(superbatch.EndOfData):
+        run.select(STEPS, rank=0, world_size=1)
+
+
+def test_joint_selection_reads_tars_from_s3_as_from_files(inputs, tars, service, store, settings, tmp_path):  # noqa: F811
+    changes = {**settings, "phases": [phase()]}
+    local = superbatch.connect(service.address).open_run(spec(inputs, "joint-tars", **changes))
+    expected = served(local)
+    assert len(expected) == STEPS * 24
+    known = rows(tars)
+    assert all(known[row] == values for row, values in expected.items())
+    store.upload(inputs)
+    state = f"s3://{BUCKET}/state-of-tars"
+    with Cluster(tmp_path, workers=2, state=state, environment=credentials(store.port)) as cluster:
+        changes["sources"] = [f"s3://{BUCKET}/tars/{{00000..00002}}.tar"]
+        run = superbatch.connect(cluster.address).open_run(remote("joint-tars", **changes))
+        assert served(run) == expected
+        assert [r.id for r in run.receipt(1).chosen] == [r.id for r in local.receipt(1).chosen]
+        assert len(store.keys("state-of-tars/tar-indexes/")) == 3
+
+
+def test_a_tar_that_changed_is_refused_by_name(inputs, tars, settings, tmp_path):  # noqa: F811
+    folder = tmp_path / "changing"
+    folder.mkdir()
+    for path in tars.glob("*.tar"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    asked = spec(inputs, "changing-tars", **{**settings, "sources": [folder.as_uri()]})
+    with Cluster(tmp_path / "cluster") as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked)
+        first = run.select(0, rank=0, world_size=1)["_superbatch_id"].to_pylist()
+        cluster.coordinator.kill()
+        for path in folder.glob("*.tar"):
+            path.write_bytes(path.read_bytes() + bytes(10240))
+        cluster.start_coordinator("again")
+        run = superbatch.connect(cluster.address).open_run(asked)
+        with pytest.raises(superbatch.Error) as caught:
+            run.select(0, rank=0, world_size=1)
+        assert reason(caught) == "DATASET_CHANGED" and ".tar" in str(caught.value)
+        assert sorted(row.id for row in run.receipt(0).chosen) == sorted(first)
+
+
+def index(state: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([BINARY, "index", *arguments, "--state", state.as_uri(), "--json"], capture_output=True, text=True,
+                          timeout=DEADLINE_SECONDS)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_members_lie_where_tarfile_says(tmp_path, form):
+    """Names of every length and alphabet, links, folders and members of no sample, in each format that tarfile writes."""
+    rng, data = random.Random(form), tmp_path / "data"
+    data.mkdir()
+    with tarfile.open(data / "0.tar", "w", format=form) as archive:
+        for number in range(300):
+            letters = "abc-_ 012" if form == tarfile.USTAR_FORMAT else "aé你-_ %#?012"
+            depth = rng.randint(0, 3)
+            folders = "/".join("".join(rng.choices(letters, k=rng.randint(1, 40))).strip() + "x" for _ in range(depth))
+            name = f"{folders}/{number}" if folders else str(number)
+            for field in rng.sample(["jpg", "txt", "json", "Seg.PNG", "cls"], k=rng.randint(1, 5)):
+                add(archive, f"{name}.{field}", rng.randbytes(rng.choice([0, 1, 511, 512, 513, 4000])))
+            if number % 7 == 0:
+                extra = tarfile.TarInfo(f"folder{number}")
+                extra.type = rng.choice([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+                extra.linkname = "0.jpg" if extra.type in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+                archive.addfile(extra)
+                add(archive, f"{name}-folder/.hidden.jpg", b"x")
+                add(archive, "README", b"of no sample")
+        add(archive, "last.jpg", b"i")
+        add(archive, "last.txt", b"t")
+    ended = index(tmp_path / "state", data.as_uri())
+    assert ended.returncode == 0, ended.stderr
+    [kept] = (tmp_path / "state" / "tar-indexes").iterdir()
+    table = pyarrow.parquet.read_table(kept).to_pylist()
+    found = [(row["key"], row["field"], row["offset"], row["length"]) for row in table]
+    expected = []
+    with tarfile.open(data / "0.tar") as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            key, dot, field = name.partition(".")
+            if member.isfile() and key and dot:
+                expected.append((f"{folder}/{key}" if folder else key, field.lower(), member.offset_data, member.size))
+    assert found == expected
+
+
+def test_what_cannot_be_read_is_refused_with_the_reason(tars, tmp_path):
+    for mode, says in (("w:gz", "compressed with gzip"), ("w:xz", "compressed with xz")):
+        data = tmp_path / mode[2:]
+        data.mkdir()
+        with tarfile.open(data / "0.tar", mode) as archive:
+            add(archive, "0.jpg", b"i" * 2000)
+        ended = index(tmp_path / "state", data.as_uri())
+        assert ended.returncode != 0 and says in ended.stderr and "0.tar" in ended.stderr
+    data = tmp_path / "cut"
+    data.mkdir()
+    whole = (tars / "00000.tar").read_bytes()
+    (data / "0.tar").write_bytes(whole[:len(whole) // 2])
+    ended = index(tmp_path / "state", data.as_uri())
+    assert ended.returncode == 0, ended.stderr
+    [source] = json.loads(ended.stdout)["sources"]
+    assert 100 < source["rows"] < 140
+    assert source["left_out"] <= 1 and "0.tar: it ends in the middle" in source["flaws"][0]
