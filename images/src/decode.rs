@@ -49,6 +49,27 @@ pub(crate) struct Decoded {
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.
 pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
+    decode_scaled(bytes, limits, None)
+}
+
+/// As [`decode`], but a JPEG file comes at half its size where its shorter side then still has
+/// `shorter` pixels: by an inverse DCT of half the size, which is not what Pillow makes of it.
+///
+/// # Errors
+/// Those of [`decode`].
+pub fn decode_at_least(
+    bytes: &[u8],
+    limits: &ImageLimits,
+    shorter: u32,
+) -> Result<RgbImage, Error> {
+    decode_scaled(bytes, limits, Some(shorter))
+}
+
+fn decode_scaled(
+    bytes: &[u8],
+    limits: &ImageLimits,
+    shorter: Option<u32>,
+) -> Result<RgbImage, Error> {
     if bytes.len() as u64 > limits.bytes_max {
         return Err(Error::TooLarge(format!(
             "{} bytes, the limit is {}",
@@ -58,7 +79,7 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
     }
     // The decoders mean not to panic. One that does costs a row, not the worker.
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
-        [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits),
+        [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits, shorter),
         [0x89, b'P', b'N', b'G', ..] => {
             let max_alloc = limits
                 .pixels_max

@@ -6,13 +6,19 @@ use mozjpeg::{ColorSpace, Decompress, Marker};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const EXIF: &[u8] = b"Exif\0\0";
+/// In eighths of the image's size.
+const HALF: u8 = 4;
 const XMP: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
 
 /// # Errors
 /// `TooLarge`, or `Undecodable` with what libjpeg says.
-pub(crate) fn jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
+pub(crate) fn jpeg(
+    bytes: &[u8],
+    limits: &ImageLimits,
+    shorter: Option<u32>,
+) -> Result<Decoded, Error> {
     // libjpeg leaves by unwinding, with its message.
-    let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits)));
+    let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits, shorter)));
     decoded.unwrap_or_else(|cause| {
         let said = cause
             .downcast_ref::<String>()
@@ -23,8 +29,8 @@ pub(crate) fn jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error>
     })
 }
 
-fn read(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
-    let decoder = Decompress::with_markers(&[Marker::APP(1)])
+fn read(bytes: &[u8], limits: &ImageLimits, shorter: Option<u32>) -> Result<Decoded, Error> {
+    let mut decoder = Decompress::with_markers(&[Marker::APP(1)])
         .from_mem(bytes)
         .map_err(undecodable)?;
     let (width, height) = decoder.size();
@@ -40,17 +46,19 @@ fn read(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
             "the image is cut off: its end marker is missing",
         ));
     }
+    if shorter.is_some_and(|shorter| width.min(height) / 2 >= shorter as usize) {
+        decoder.scale(HALF);
+    }
     let exif = application(&decoder, EXIF);
     let xmp = application(&decoder, XMP);
-    let pixels = match decoder.color_space() {
+    let ((width, height), pixels) = match decoder.color_space() {
         ColorSpace::JCS_CMYK | ColorSpace::JCS_YCCK => {
-            let stored: Vec<u8> = scanlines(decoder, ColorSpace::JCS_CMYK)?;
-            stored
-                .as_chunks()
-                .0
-                .iter()
-                .flat_map(|pixel| inverted_cmyk(*pixel))
-                .collect()
+            let (size, stored) = scanlines(decoder, ColorSpace::JCS_CMYK)?;
+            let pixels = stored.as_chunks().0.iter();
+            (
+                size,
+                pixels.flat_map(|pixel| inverted_cmyk(*pixel)).collect(),
+            )
         }
         _ => scanlines(decoder, ColorSpace::JCS_RGB)?,
     };
@@ -63,11 +71,16 @@ fn read(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     })
 }
 
-fn scanlines(decoder: Decompress<&[u8]>, colours: ColorSpace) -> Result<Vec<u8>, Error> {
+/// Width and height, which may have been scaled, and the pixels.
+fn scanlines(
+    decoder: Decompress<&[u8]>,
+    colours: ColorSpace,
+) -> Result<((usize, usize), Vec<u8>), Error> {
     let mut started = decoder.to_colorspace(colours).map_err(undecodable)?;
+    let size = (started.width(), started.height());
     let pixels = started.read_scanlines().map_err(undecodable)?;
     started.finish().map_err(undecodable)?;
-    Ok(pixels)
+    Ok((size, pixels))
 }
 
 /// The application's segments, joined, without their names.

@@ -20,7 +20,7 @@ mod png;
 mod resize;
 mod thumbnail;
 
-pub use decode::{Error, ImageLimits, decode};
+pub use decode::{Error, ImageLimits, decode, decode_at_least};
 pub use image::RgbImage;
 pub use resize::{Axis, Filter, Taps, resize};
 pub use thumbnail::thumbnail;

@@ -77,6 +77,8 @@ declare! {
     counter candidates() on Coordinator = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() on Coordinator = "superbatch_selected_total", Count;
+    /// Of the examples selected, those that are to be trained at their phase's approximation.
+    counter selected_approximate() on Coordinator = "superbatch_selected_approximate_total", Count;
     /// Candidates scanned, by the number of their source in its run. Sources of several runs share
     /// numbers; those from 32 on share `more`.
     counter source_candidates(source) on Coordinator = "superbatch_source_candidates_total", Count;

@@ -55,6 +55,8 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 
 struct Expected {
     pixels: Vec<u8>,
+    /// Images of fewer patches: their side, pixels and embeddings.
+    low: (usize, Vec<u8>, Vec<f32>),
     ids: Vec<i64>,
     image: Vec<f32>,
     text: Vec<f32>,
@@ -73,6 +75,11 @@ impl Expected {
         };
         Self {
             pixels: data("pixels"),
+            low: (
+                file.tensor("low_pixels").unwrap().shape()[1],
+                data("low_pixels"),
+                floats(&data("low_image")),
+            ),
             ids: data("ids")
                 .chunks_exact(8)
                 .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
@@ -147,6 +154,7 @@ async fn embeddings_are_those_of_transformers() {
             let batch = MicroBatch {
                 model: info.key.clone(),
                 rows: expected.ids.len() / info.text_length,
+                side: info.image_size,
                 pixels: expected.pixels.clone(),
                 normalisation: expected.normalisation,
                 ids: expected.ids.clone(),
@@ -158,11 +166,20 @@ async fn embeddings_are_those_of_transformers() {
                 dim,
                 not_finite,
                 ..
-            } = device.embed(batch).await.unwrap();
+            } = device.embed(batch.clone()).await.unwrap();
             assert!(not_finite.is_empty());
             assert_eq!(dim, info.embedding_dim);
+            let (side, pixels, low) = &expected.low;
+            assert!(*side < info.image_size);
+            let smaller = MicroBatch {
+                side: *side,
+                pixels: pixels.clone(),
+                ..batch
+            };
+            let small = device.embed(smaller).await.unwrap();
             for (tower, found, expected) in [
                 ("image", image, &expected.image),
+                ("small image", small.image, low),
                 ("text", text, &expected.text),
             ] {
                 let (cosine, difference) = compare(&floats(&found), expected, dim);

@@ -83,7 +83,7 @@ def test_requests_that_do_not_fit(inputs, service):
 
 
 def test_what_is_not_built_says_so(inputs, service):
-    refused(service, "UNIMPLEMENTED", spec(inputs, "h", phases=[phase(fidelity="approximate")]), "approximate")
+    refused(service, "UNIMPLEMENTED", spec(inputs, "h", fork_of=superbatch.Fork(run_id="other", step=1)), "fork_of")
 
 
 def fails(*arguments: str) -> str:

@@ -78,8 +78,30 @@ pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
 fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
     dict!(py, spent, [
         candidates_scanned, examples_selected, bad_rows, reference_flops, learner_flops, selection_flops,
-        discarded_flops, train_flops,
-    ], { seconds: maybe(py, spent.seconds.as_ref(), seconds)? })
+        discarded_flops, train_flops, probe_flops,
+    ], {
+        seconds: maybe(py, spent.seconds.as_ref(), seconds)?,
+        scoring: maybe(py, spent.scoring.as_ref(), tower_flops)?,
+        training: maybe(py, spent.training.as_ref(), tower_flops)?,
+    })
+}
+
+fn tower_flops(py: Python<'_>, flops: &v1::TowerFlops) -> Shown {
+    dict!(py, flops, [image_full, image_approximate, text], {})
+}
+
+fn approximation(py: Python<'_>, approximation: &v1::Approximation) -> Shown {
+    use v1::approximation::By;
+    let dict = PyDict::new(py);
+    match approximation.by {
+        Some(By::Resolution(side)) => dict.set_item("resolution", side)?,
+        None => {}
+    }
+    Ok(dict.into_any().unbind())
+}
+
+fn multi_resolution(py: Python<'_>, asked: &v1::MultiResolution) -> Shown {
+    dict!(py, asked, [share, whole_step], {})
 }
 
 fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
@@ -129,6 +151,8 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         cost: maybe(py, summary.cost.as_ref(), accounts)?,
         tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
         left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
+        approximation: maybe(py, summary.approximation.as_ref(), approximation)?,
+        multi_resolution: maybe(py, summary.multi_resolution.as_ref(), multi_resolution)?,
         uniform_score: summary.uniform_score,
         trainer_wait_seconds: summary.trainer_wait_seconds,
     })
@@ -200,11 +224,15 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
 }
 
 fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
-    dict!(py, phase, [from_step, super_batch_size, sub_batch_size, n_chunks, gain], {
+    dict!(py, phase, [
+        from_step, super_batch_size, sub_batch_size, n_chunks, gain, allow_untrained_fidelity,
+    ], {
         policy: short(phase.policy().as_str_name(), "POLICY_"),
         criterion: short(phase.criterion().as_str_name(), "CRITERION_"),
         fidelity: short(phase.fidelity().as_str_name(), "FIDELITY_"),
         tuning: maybe(py, phase.tuning.as_ref(), tuning)?,
+        approximation: maybe(py, phase.approximation.as_ref(), approximation)?,
+        multi_resolution: maybe(py, phase.multi_resolution.as_ref(), multi_resolution)?,
     })
 }
 
@@ -213,6 +241,11 @@ fn learner(py: Python<'_>, learner: &v1::LearnerSpec) -> Shown {
     let dict = PyDict::new(py);
     dict.set_item("model_uri", &learner.model_uri)?;
     dict.set_item("logit_bias", learner.logit_bias)?;
+    let trained = learner.trained_fidelities.iter();
+    dict.set_item(
+        "trained_fidelities",
+        list(py, trained.map(|known| approximation(py, known)))?,
+    )?;
     match &learner.initial {
         Some(Initial::RandomSeed(seed)) => dict.set_item("random_seed", seed)?,
         Some(Initial::SnapshotUri(uri)) => dict.set_item("snapshot_uri", uri)?,

@@ -2,9 +2,9 @@
 use crate::errors::invalid;
 use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
-    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag, LearnerSpec,
-    Loss, Phase, Policy, ReferenceSpec, RewindMode, RunSpec, Source, TensorDtype, Tuning, lag,
-    learner_spec,
+    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag,
+    LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RewindMode, RunSpec, Source,
+    TensorDtype, Tuning, approximation::By, lag, learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -257,6 +257,20 @@ fn learner(fields: &mut Fields<'_, '_>) -> PyResult<LearnerSpec> {
         model_uri,
         initial,
         logit_bias: fields.optional("logit_bias")?,
+        trained_fidelities: fields.list("trained_fidelities", approximation)?,
+    })
+}
+
+fn approximation(fields: &mut Fields<'_, '_>) -> PyResult<Approximation> {
+    Ok(Approximation {
+        by: fields.optional("resolution")?.map(By::Resolution),
+    })
+}
+
+fn multi_resolution(fields: &mut Fields<'_, '_>) -> PyResult<MultiResolution> {
+    Ok(MultiResolution {
+        share: fields.but_zero("share")?,
+        whole_step: fields.or_default("whole_step")?,
     })
 }
 
@@ -278,6 +292,9 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         gain: fields.but_zero("gain")?,
         fidelity: fields.named::<Fidelity>("fidelity")?,
         tuning: fields.nested("tuning", tuning)?,
+        approximation: fields.nested("approximation", approximation)?,
+        multi_resolution: fields.nested("multi_resolution", multi_resolution)?,
+        allow_untrained_fidelity: fields.or_default("allow_untrained_fidelity")?,
     })
 }
 

@@ -33,7 +33,8 @@ def test_every_field_of_the_protocol_can_be_given(spec):
     full = replace(
         spec,
         reference=superbatch.Reference(model_uri="file:///r", logit_bias=-10.0),
-        learner=superbatch.Learner(model_uri="file:///l", first_push=True, logit_bias=-9.5),
+        learner=superbatch.Learner(model_uri="file:///l", first_push=True, logit_bias=-9.5,
+                                   trained_fidelities=[superbatch.Approximation(resolution=8)]),
         lag=superbatch.at_most(2),
         push_every_steps=2,
         micro_batches=2,
@@ -50,7 +51,9 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         need_deadline_seconds=5.0,
         phases=[superbatch.Phase(
             policy=policy, super_batch_size=64, sub_batch_size=16, from_step=step, criterion="hard", n_chunks=4, gain=1.0,
-            fidelity="full", tuning=superbatch.Tuning(**{field.name: 0.5 for field in fields(superbatch.Tuning)}))
+            fidelity="approximate", approximation=superbatch.Approximation(resolution=16), allow_untrained_fidelity=True,
+            multi_resolution=superbatch.MultiResolution(share=0.25, whole_step=False),
+            tuning=superbatch.Tuning(**{field.name: 0.5 for field in fields(superbatch.Tuning)}))
             for step, policy in enumerate(POLICIES)],
     )
     assert None not in full.to_dict().values()
@@ -68,6 +71,8 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         ({"phases": [{"policy": "best"}]}, "phases[0].policy", ", ".join(POLICIES)),
         ({"phases": [{"tuning": {"heat": 1}}]}, "phases[0].tuning.heat", "temperature, pressure"),
         ({"phases": [{"tuning": {"pressure": "high"}}]}, "phases[0].tuning.pressure", ""),
+        ({"phases": [{"approximation": {"size": 1}}]}, "phases[0].approximation.size", "resolution"),
+        ({"phases": [{"multi_resolution": {"share": 0}}]}, "phases[0].multi_resolution.share", "leave it out"),
         ({"phases": [{"policy": "joint", "size": 1}]}, "phases[0].size", "super_batch_size"),
         ({"phases": [{}, {"sub_batch_size": -1}]}, "phases[1].sub_batch_size", ""),
         ({"learner": {"model_uri": 3}}, "learner.model_uri", ""),

@@ -260,6 +260,7 @@ fn head(s: &ReceiptSummary) -> String {
                 cost.candidates_scanned, s.super_batch_size, s.holes
             ),
         ),
+        ("fidelity", fidelity(s)),
         ("scores", scores(s)),
         (
             "cost",
@@ -309,6 +310,22 @@ fn drawn_by(s: &ReceiptSummary) -> String {
         s.n_chunks,
         s.seed
     )
+}
+
+/// What candidates were scored at, and how many rows are trained how.
+fn fidelity(s: &ReceiptSummary) -> String {
+    let mut text = format!("scored {}", json::fidelity_name(s.fidelity));
+    if let Some(approximation) = &s.approximation {
+        text.push_str(&format!(
+            "; approximate is {}",
+            json::approximation(approximation)
+        ));
+    }
+    if let Some(asked) = &s.multi_resolution {
+        let of = if asked.whole_step { "steps" } else { "rows" };
+        text.push_str(&format!("; {} of the {of} trained so", asked.share));
+    }
+    text
 }
 
 fn scores(s: &ReceiptSummary) -> String {

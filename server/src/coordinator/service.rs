@@ -325,12 +325,12 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
 
 fn rank_parts(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<Vec<Bytes>> {
     let spec = run.spec();
-    let size = ready.receipt.chosen.len();
+    let groups = share::groups(&ready.receipt.chosen);
     let (rank, world) = (request.rank, request.world_size);
     let indices = share::slice(
         spec.seed,
         request.step,
-        size,
+        &groups,
         world,
         spec.micro_batches,
         rank,

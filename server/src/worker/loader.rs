@@ -3,7 +3,7 @@ use super::{
     device::{Device, Embedded, LoadModel, MicroBatch, Weights},
     inputs::model_inputs::Inputs,
     kept::cache::Cache,
-    model::{Compute, ModelFolder, ModelInfo},
+    model::{Compute, Fidelity, ModelFolder, ModelInfo},
 };
 use crate::{
     error::{Error, Result},
@@ -21,6 +21,31 @@ pub(super) struct Loaded {
     pub info: ModelInfo,
     pub inputs: Arc<Inputs>,
     id: ModelId,
+}
+
+impl Loaded {
+    /// The same weights, as they are used at a fidelity: what rows are made into, and what a row
+    /// costs.
+    ///
+    /// # Errors
+    /// `ModelInvalid` where the model cannot be run so.
+    pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Result<Arc<Self>> {
+        if fidelity == Fidelity::Full {
+            return Ok(self);
+        }
+        let side = fidelity
+            .side(&self.info.image_tower)
+            .map_err(|error| error.with("uri", &self.id.folder))?;
+        Ok(Arc::new(Self {
+            info: ModelInfo {
+                image_size: side,
+                image_flops: self.info.image_tower.flops(side),
+                ..self.info.clone()
+            },
+            inputs: self.inputs.clone().at(fidelity),
+            id: self.id.clone(),
+        }))
+    }
 }
 
 struct Folder {

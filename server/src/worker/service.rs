@@ -19,7 +19,7 @@ use std::sync::Arc;
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
-        FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse,
+        FetchRowsRequest, FetchRowsResponse, ImageTower, PrepareModelRequest, PrepareModelResponse,
         ScoreRequest, ScoreResponse, SelectRequest, SelectResponse, TensorInfo,
         worker_service_server::{WorkerService, WorkerServiceServer},
     },
@@ -110,6 +110,7 @@ impl Worker {
             name: name.clone(),
             shape: shape.clone(),
         });
+        let tower = &info.image_tower;
         Ok(PrepareModelResponse {
             digest: info.digest.clone(),
             model_type: info.model_type.to_string(),
@@ -125,6 +126,14 @@ impl Worker {
             weights_digest: info.weights_digest.clone(),
             files: info.files.clone().into_iter().collect(),
             compute_dtype: info.key.compute.dtype().into(),
+            image_tower: Some(ImageTower {
+                image_size: tower.image_size as u32,
+                patch_size: tower.patch_size as u32,
+                layers: tower.layers as u32,
+                constant: tower.constant,
+                per_patch: tower.per_patch,
+                per_patch_pair: tower.per_patch_pair,
+            }),
         })
     }
 }

@@ -124,8 +124,16 @@ def write(folder, model, eos, shard):
     for x in (image, text):
         others = (x @ x.T - 2 * torch.eye(ROWS)).max()
         assert others < 0.995, f"{folder.name}: rows are too alike ({others}) to prove anything"
+    patch = model.config.vision_config.patch_size
+    low = (size // patch + 1) // 2 * patch
+    low_pixels = torch.randint(0, 256, (ROWS, low, low, 3), dtype=torch.uint8)
+    values = (low_pixels.float() * processor.rescale_factor - mean) / std
+    low_image = model.get_image_features(
+        pixel_values=values.permute(0, 3, 1, 2).contiguous(), interpolate_pos_encoding=True)
     save_file(
         dict(
+            low_pixels=low_pixels,
+            low_image=(low_image / low_image.norm(dim=-1, keepdim=True)).contiguous(),
             pixels=pixels,
             ids=ids,
             image=image.contiguous(),

@@ -18,9 +18,23 @@ from typing import Any
 from ._client import Batch, Batches, Client, Run, connect
 from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
 from ._record import Record
-from ._spec import Fork, Lag, Learner, Phase, Reference, RunSpec, Source, Tuning, at_most, exact
+from ._spec import (
+    Approximation,
+    Fork,
+    Lag,
+    Learner,
+    MultiResolution,
+    Phase,
+    Reference,
+    RunSpec,
+    Source,
+    Tuning,
+    at_most,
+    exact,
+)
 
 __all__ = [
+    "Approximation",
     "Batch",
     "Batches",
     "Client",
@@ -29,6 +43,7 @@ __all__ = [
     "Fork",
     "Lag",
     "Learner",
+    "MultiResolution",
     "NeedDeadline",
     "Phase",
     "Record",

@@ -27,6 +27,29 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Approximation:
+    """How the image tower is made cheaper; one of:
+
+    resolution: smaller images in patches of the same size. The side in pixels: a multiple of the patch, below the model's
+        own image size.
+    """
+
+    resolution: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiResolution:
+    """A part of each sub-batch is to be trained at the phase's approximation. `_superbatch_fidelity` says which rows.
+
+    share: of the sub-batch (default 0.5).
+    whole_step: all rows of a step alike, that share of the steps: for trainers with one size a batch.
+    """
+
+    share: float | None = None
+    whole_step: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
     """The model that is being trained.
 
@@ -34,6 +57,7 @@ class Learner:
     Where its first weights come from, one of: random_seed (made by the service), snapshot_uri (a safetensors file), or
     first_push=True (the trainer pushes them as step -1).
     logit_bias: for the sigmoid loss with a model that has none.
+    trained_fidelities: approximations that its first weights have been trained with.
     """
 
     model_uri: str | os.PathLike
@@ -41,6 +65,7 @@ class Learner:
     snapshot_uri: str | None = None
     first_push: bool | None = None
     logit_bias: float | None = None
+    trained_fidelities: Sequence[Approximation] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +107,11 @@ class Phase:
     sub_batch_size: rows chosen and served, over all ranks.
     criterion: "learnability" (default), "hard" or "easy".
     n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax scores (default 1).
-    fidelity: "full" (default). "approximate" (Flexi-JEST) is not built yet: open_run answers UNIMPLEMENTED.
+    fidelity: what candidates are scored at, "full" (default) or "approximate" (Flexi-JEST), as `approximation` says.
+    approximation: what approximate means in this phase, `Approximation(resolution=...)`.
+    multi_resolution: a part of the sub-batch is to be trained at the approximation, `MultiResolution()` for half of it.
+    allow_untrained_fidelity: score at an approximation that the learner was never trained with, though its ranking may then
+        be noise.
     tuning: numbers of single policies, and what is left out before the draw.
     """
 
@@ -95,6 +124,9 @@ class Phase:
     gain: float | None = None
     fidelity: str | None = None
     tuning: Tuning | None = None
+    approximation: Approximation | None = None
+    multi_resolution: MultiResolution | None = None
+    allow_untrained_fidelity: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +247,10 @@ def check_phases(phases: Any) -> None:
         expect(f"phases[{i}]", phase, Phase, "give superbatch.Phase(policy=..., super_batch_size=..., sub_batch_size=...)")
         if isinstance(phase, Phase):
             expect(f"phases[{i}].tuning", phase.tuning, Tuning, "give superbatch.Tuning(...)")
+            approximations = "give superbatch.Approximation(resolution=...)"
+            expect(f"phases[{i}].approximation", phase.approximation, Approximation, approximations)
+            shares = "give superbatch.MultiResolution() or superbatch.MultiResolution(share=...)"
+            expect(f"phases[{i}].multi_resolution", phase.multi_resolution, MultiResolution, shares)
 
 
 def expect(name: str, value: Any, kinds: Any, instead: str) -> None:

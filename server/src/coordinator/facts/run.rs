@@ -8,7 +8,9 @@ use crate::{
 use prost::Message;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
-use superbatch_proto::v1::{Phase, PrepareModelResponse, Reason, RunSpec};
+use superbatch_proto::v1::{
+    Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
+};
 
 /// A model, as the run was opened with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -21,6 +23,12 @@ pub struct ModelFact {
     pub logit_bias: Option<f64>,
     /// Operations of one forward pass of one pair.
     pub pair_flops: f64,
+    /// Of its caption. 0 in runs that older builds opened.
+    #[serde(default)]
+    pub text_flops: f64,
+    /// What approximations it takes. Unknown in runs that older builds opened.
+    #[serde(default)]
+    pub image_tower: Option<ImageTowerFact>,
     pub tensors: BTreeMap<String, Vec<u64>>,
     /// BLAKE3 of each file of its folder but the weights, in hex. Empty in runs that older builds
     /// opened.
@@ -31,7 +39,47 @@ pub struct ModelFact {
     dim: u32,
 }
 
+/// The protocol's `ImageTower`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ImageTowerFact {
+    pub image_size: u32,
+    pub patch_size: u32,
+    constant: f64,
+    per_patch: f64,
+    per_patch_pair: f64,
+}
+
+impl ImageTowerFact {
+    /// Operations to embed one image of that side.
+    pub fn flops(&self, side: u32) -> f64 {
+        let patches = f64::from(side / self.patch_size.max(1)).powi(2);
+        self.constant + self.per_patch * patches + self.per_patch_pair * patches * patches
+    }
+}
+
+impl From<ImageTower> for ImageTowerFact {
+    fn from(tower: ImageTower) -> Self {
+        Self {
+            image_size: tower.image_size,
+            patch_size: tower.patch_size,
+            constant: tower.constant,
+            per_patch: tower.per_patch,
+            per_patch_pair: tower.per_patch_pair,
+        }
+    }
+}
+
 impl ModelFact {
+    /// Operations of one forward pass of the image tower, at an approximation or in full.
+    pub fn image_flops(&self, approximation: Option<&Approximation>) -> f64 {
+        let full = self.pair_flops - self.text_flops;
+        let by = approximation.and_then(|approximation| approximation.by);
+        match (by, &self.image_tower) {
+            (Some(By::Resolution(side)), Some(tower)) => tower.flops(side),
+            _ => full,
+        }
+    }
+
     /// Of a run without that model.
     pub fn none() -> Self {
         Self {
@@ -40,6 +88,8 @@ impl ModelFact {
             logit_scale: 0.0,
             logit_bias: None,
             pair_flops: 0.0,
+            text_flops: 0.0,
+            image_tower: None,
             tensors: BTreeMap::new(),
             files: BTreeMap::new(),
             dim: 0,
@@ -62,6 +112,8 @@ impl From<PrepareModelResponse> for ModelFact {
             logit_scale: model.logit_scale,
             logit_bias: model.logit_bias,
             pair_flops: model.image_flops + model.text_flops,
+            text_flops: model.text_flops,
+            image_tower: model.image_tower.map(ImageTowerFact::from),
             tensors: model
                 .tensors
                 .into_iter()

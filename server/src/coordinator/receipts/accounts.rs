@@ -2,7 +2,10 @@
 use super::parquet::has_scores;
 use crate::metrics;
 use std::collections::HashMap;
-use superbatch_proto::v1::{Accounts, BadRowReason, Mode, Receipt, ReceiptSummary, StageSeconds};
+use superbatch_proto::v1::{
+    Accounts, BadRowReason, ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary, StageSeconds,
+    TowerFlops,
+};
 use tokio::time::Instant;
 
 /// `a` and `b` together.
@@ -28,7 +31,21 @@ pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
             total: x.total + y.total,
             wait_weights: x.wait_weights + y.wait_weights,
         }),
+        scoring: towers(a.scoring, b.scoring),
+        training: towers(a.training, b.training),
+        probe_flops: a.probe_flops + b.probe_flops,
     }
+}
+
+fn towers(a: Option<TowerFlops>, b: Option<TowerFlops>) -> Option<TowerFlops> {
+    let (Some(a), Some(b)) = (a, b) else {
+        return a.or(b);
+    };
+    Some(TowerFlops {
+        image_full: a.image_full + b.image_full,
+        image_approximate: a.image_approximate + b.image_approximate,
+        text: a.text + b.text,
+    })
 }
 
 /// How a step was decided.
@@ -55,6 +72,9 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     metrics::stage_duration("commit").record(begun.elapsed().as_secs_f64());
     metrics::steps_committed(mode(receipt)).increment(1);
     metrics::selected().increment(receipt.chosen.len() as u64);
+    let is_low = |row: &&ChosenRow| row.fidelity() == Fidelity::Approximate;
+    let low = receipt.chosen.iter().filter(is_low).count();
+    metrics::selected_approximate().increment(low as u64);
     for (source, scanned, chosen) in by_source(receipt, summary) {
         metrics::source_candidates(source).increment(scanned);
         metrics::source_selected(source).increment(chosen);

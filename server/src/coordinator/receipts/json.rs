@@ -1,9 +1,10 @@
 //! Summaries for people, as JSON: field names of the protocol, enums by their names in lower case.
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion, EmbeddingDtype, Fidelity,
-    LeftOut, Loss, Mode, PassedRow, Policy, Receipt, ReceiptSummary, SourceSpan, StageSeconds,
-    Tuning, WeightsVersion,
+    Accounts, Approximation, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion,
+    EmbeddingDtype, Fidelity, LeftOut, Loss, Mode, MultiResolution, PassedRow, Policy, Receipt,
+    ReceiptSummary, SourceSpan, StageSeconds, TowerFlops, Tuning, WeightsVersion,
+    approximation::By,
 };
 
 /// Names every field, so that a new one cannot be forgotten.
@@ -73,6 +74,10 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
         tuning: json!(tuning.as_ref().map(self::tuning)),
         left_out: json!(left_out.as_ref().map(|left_out| {
             object!(LeftOut, left_out, [clip_score_at_least, neg_clip_loss_keep, duplicates_above])
+        })),
+        approximation: json!(approximation.as_ref().map(self::approximation)),
+        multi_resolution: json!(multi_resolution.as_ref().map(|asked| {
+            object!(MultiResolution, asked, [share, whole_step])
         })),
         uniform_score: json!(uniform_score),
         trainer_wait_seconds: json!(trainer_wait_seconds),
@@ -171,7 +176,22 @@ pub fn accounts(accounts: &Accounts) -> Value {
         discarded_flops: json!(discarded_flops),
         train_flops: json!(train_flops),
         seconds: json!(seconds.as_ref().map(self::seconds)),
+        scoring: json!(scoring.as_ref().map(towers)),
+        training: json!(training.as_ref().map(towers)),
+        probe_flops: json!(probe_flops),
     })
+}
+
+fn towers(flops: &TowerFlops) -> Value {
+    object!(TowerFlops, flops, [image_full, image_approximate, text])
+}
+
+/// What `approximate` meant.
+pub fn approximation(approximation: &Approximation) -> Value {
+    match approximation.by {
+        Some(By::Resolution(side)) => json!({"resolution": side}),
+        None => json!({}),
+    }
 }
 
 fn seconds(seconds: &StageSeconds) -> Value {

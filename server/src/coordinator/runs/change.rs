@@ -1,5 +1,6 @@
 //! What is done to a run on purpose: rewind, more phases, close.
 use super::{
+    models,
     run::{IDLE_MAX, Run},
     state::{closed, stale},
 };
@@ -110,7 +111,7 @@ impl Run {
         let spec = append_phases((*known).clone(), phases, begun)?;
         self.plan.check(&spec.phases)?;
         self.deps.limits.check(&spec)?;
-        self.check_biases(&spec)?;
+        self.check_models(&spec)?;
         state.appending_from = spec
             .phases
             .get(known.phases.len())
@@ -182,13 +183,12 @@ impl Run {
     }
 
     /// # Errors
-    /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias.
-    pub fn check_biases(&self, spec: &RunSpec) -> Result<()> {
-        crate::coordinator::runs::models::check_biases(
-            spec,
-            self.reference.as_ref(),
-            self.learner.as_ref(),
-        )
+    /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias;
+    /// `RunSpecImpossible` where a model cannot be run at a phase's approximation.
+    pub fn check_models(&self, spec: &RunSpec) -> Result<()> {
+        let (reference, learner) = (self.reference.as_ref(), self.learner.as_ref());
+        models::check_biases(spec, reference, learner)?;
+        models::check_approximations(spec, reference, learner)
     }
 }
 

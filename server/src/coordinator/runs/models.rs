@@ -2,15 +2,16 @@
 pub use super::verifier::shape;
 use crate::{
     coordinator::{
-        facts::run::ModelFact,
+        facts::run::{ImageTowerFact, ModelFact},
         score::scored::{Scored, other_file},
-        spec::Asked,
+        spec::{Asked, scores_at},
         weights::Published,
     },
     error::{Error, Result},
 };
 use superbatch_proto::v1::{
-    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, learner_spec::Initial,
+    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, approximation::By,
+    learner_spec::Initial,
 };
 
 /// The reference of a run.
@@ -93,6 +94,49 @@ pub fn check_biases(
         sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
     }
     Ok(())
+}
+
+/// Checks that every approximation of `spec` fits the models that are to be run with it.
+///
+/// # Errors
+/// `RunSpecImpossible`, naming the phase's field.
+pub fn check_approximations(
+    spec: &RunSpec,
+    reference: Option<&ModelFact>,
+    learner: Option<&ModelFact>,
+) -> Result<()> {
+    for (i, phase) in spec.phases.iter().enumerate() {
+        let Some(By::Resolution(side)) = phase.approximation.and_then(|given| given.by) else {
+            continue;
+        };
+        let asks_reference = scores_at(phase).is_some() && Asked::by(phase).reference;
+        let asked = [
+            ("learner", learner),
+            ("reference", reference.filter(|_| asks_reference)),
+        ];
+        for (which, fact) in asked
+            .into_iter()
+            .filter_map(|(which, fact)| Some((which, fact?)))
+        {
+            let problem = match &fact.image_tower {
+                None => "was described by an older build; open another run".to_owned(),
+                Some(tower) if fits(tower, side) => continue,
+                Some(tower) => format!(
+                    "takes images of {0} pixels in patches of {1}; give a multiple of {1} below \
+                     {0}",
+                    tower.image_size, tower.patch_size
+                ),
+            };
+            let field = format!("phases[{i}].approximation.resolution");
+            let message = format!("{field} is {side}, but the {which} {problem}");
+            return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
+        }
+    }
+    Ok(())
+}
+
+fn fits(tower: &ImageTowerFact, side: u32) -> bool {
+    side.is_multiple_of(tower.patch_size.max(1)) && side < tower.image_size
 }
 
 /// Checks that workers scored with the model that the run was opened with; of a learner that was

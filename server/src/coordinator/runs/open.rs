@@ -55,6 +55,7 @@ impl Opening<'_> {
         let mut spec = spec.clone();
         let (reference, learner) = self.models(&mut spec).await?;
         models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
+        models::check_approximations(&spec, reference.as_ref(), learner.as_ref())?;
         let digest = manifest.save(&self.coordinator.state).await?;
         let location = self.coordinator.location(self.id);
         run::create_run(&location, RunFact::new(&spec, digest, reference, learner)).await?;

@@ -16,6 +16,8 @@ pub struct Scored {
     pub compute_dtype: ComputeDtype,
     pub device: String,
     pub flops: f64,
+    /// Of `flops`, the captions'.
+    pub text_flops: f64,
     pub seconds: f64,
     /// Candidates whose embeddings are not finite.
     pub not_finite: Vec<u32>,

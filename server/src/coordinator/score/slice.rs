@@ -16,8 +16,8 @@ use crate::{
 use bytes::Bytes;
 use std::{collections::HashSet, ops::Range};
 use superbatch_proto::v1::{
-    BlockRows, EmbedDone, EmbeddingDtype, Hole, ModelRef, Reason, ScoreBegin, ScoreRequest,
-    score_request,
+    Approximation, BlockRows, EmbedDone, EmbeddingDtype, Hole, ModelRef, Reason, ScoreBegin,
+    ScoreRequest, score_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -43,6 +43,8 @@ pub struct Job {
     pub columns: Vec<String>,
     /// Read and check rows, embed nothing.
     pub check_only: bool,
+    /// What both models score at; `None` is full fidelity.
+    pub approximation: Option<Approximation>,
 }
 
 /// Embeddings of one model for a slice, as they came: [rows, dim], little endian in the job's
@@ -260,6 +262,7 @@ impl Slice {
             reference_from: (self.reference_range.start.min(self.range.end) - self.range.start)
                 as u32,
             reference_more: self.reference_more.clone(),
+            approximation: job.approximation,
         };
         let (send, requests) = mpsc::channel(4);
         let request = ScoreRequest {

@@ -196,6 +196,7 @@ impl Scoring {
             all.embedded.image.append(&part.image);
             all.embedded.text.append(&part.text);
             all.flops += part.done.flops;
+            all.text_flops += part.done.text_flops;
             all.seconds = all.seconds.max(part.done.seconds);
             all.not_finite
                 .extend(part.done.not_finite.iter().map(|c| c + start));
@@ -232,6 +233,7 @@ fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored 
         compute_dtype: part.done.compute_dtype(),
         device: part.done.device.clone(),
         flops: 0.0,
+        text_flops: 0.0,
         seconds: 0.0,
         not_finite: Vec::new(),
     }

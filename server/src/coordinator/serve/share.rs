@@ -3,35 +3,66 @@ use crate::{
     coordinator::plan::order::Permutation,
     error::{Error, Result},
 };
-use superbatch_proto::v1::Reason;
+use superbatch_proto::v1::{ChosenRow, Fidelity, Reason};
 
 const PURPOSE: &str = "superbatch ranks v1";
 
 /// The part of a step's sub-batch that `rank` of `world_size` gets, as indices into the draw order.
 ///
-/// One seeded shuffle of the draws is cut into `world_size` equal slices, each of `micro_batches`
-/// equal parts in a row: in draw order, rank 0 would get the easy early chunks. The shuffle does
-/// not know the world size, so the slices of any two world sizes put together are the same
-/// sequence.
+/// `groups` are the rows of which every rank and micro-batch gets the same number: all rows, or the
+/// full ones and then those that are trained low. One seeded shuffle of each group is cut into
+/// `world_size * micro_batches` equal parts: in draw order, rank 0 would get the easy early chunks.
+/// A micro-batch is its part of each group in a row. The shuffle does not know the world size, so
+/// where there is one group the slices of any two world sizes put together are the same sequence.
 ///
 /// # Errors
-/// `WorldSizeInvalid` unless `world_size * micro_batches` divides `sub_batch_size`;
-/// `RankOutOfRange`.
+/// As [`check`].
 pub fn slice(
     seed: u64,
     step: u64,
-    sub_batch_size: usize,
+    groups: &[Vec<usize>],
     world_size: u32,
     micro_batches: u32,
     rank: u32,
 ) -> Result<Vec<usize>> {
+    let sizes: Vec<usize> = groups.iter().map(Vec::len).collect();
+    check(&sizes, world_size, micro_batches, rank)?;
     let parts = u64::from(world_size) * u64::from(micro_batches);
-    let rows = sub_batch_size as u64;
-    if parts == 0 || !rows.is_multiple_of(parts) {
+    let first = u64::from(rank) * u64::from(micro_batches);
+    let mut rows = Vec::new();
+    for part in first..first + u64::from(micro_batches) {
+        for group in groups {
+            let count = group.len() as u64;
+            let (shuffle, each) = (
+                Permutation::new(PURPOSE, &[seed, step], count),
+                count / parts,
+            );
+            let places = part * each..(part + 1) * each;
+            rows.extend(places.map(|place| group[shuffle.forward(place) as usize]));
+        }
+    }
+    Ok(rows)
+}
+
+/// Whether groups of these sizes can be cut for so many ranks and micro-batches.
+///
+/// # Errors
+/// `WorldSizeInvalid` unless `world_size * micro_batches` divides each; `RankOutOfRange`.
+pub fn check(sizes: &[usize], world_size: u32, micro_batches: u32, rank: u32) -> Result<()> {
+    let parts = u64::from(world_size) * u64::from(micro_batches);
+    let rows: usize = sizes.iter().sum();
+    if parts == 0
+        || sizes
+            .iter()
+            .any(|size| !(*size as u64).is_multiple_of(parts))
+    {
+        let each = match sizes {
+            [full, low] => format!(" ({full} full rows and {low} approximate ones, cut alike)"),
+            _ => String::new(),
+        };
         let message = format!(
-            "sub_batch_size {rows} cannot be cut into world_size {world_size} x micro_batches \
-            {micro_batches} equal parts; use a \
-             world size that divides it"
+            "sub_batch_size {rows}{each} cannot be cut into world_size {world_size} x \
+             micro_batches {micro_batches} equal parts; use a world size that divides it"
         );
         return Err(Error::new(Reason::WorldSizeInvalid, message)
             .with("sub_batch_size", rows)
@@ -45,12 +76,17 @@ pub fn slice(
             .with("rank", rank)
             .with("world_size", world_size));
     }
-    let shuffle = Permutation::new(PURPOSE, &[seed, step], rows);
-    let each = rows / u64::from(world_size);
-    let first = each * u64::from(rank);
-    Ok((first..first + each)
-        .map(|i| shuffle.forward(i) as usize)
-        .collect())
+    Ok(())
+}
+
+/// The groups of a receipt's rows: where some are trained low and some not, the full ones first.
+pub fn groups(chosen: &[ChosenRow]) -> Vec<Vec<usize>> {
+    let is_low = |row: &usize| chosen[*row].fidelity() == Fidelity::Approximate;
+    let (low, full): (Vec<usize>, Vec<usize>) = (0..chosen.len()).partition(is_low);
+    [full, low]
+        .into_iter()
+        .filter(|group| !group.is_empty())
+        .collect()
 }
 
 #[cfg(test)]
@@ -60,7 +96,7 @@ mod tests {
 
     fn all(seed: u64, step: u64, rows: usize, world: u32, micro: u32) -> Vec<usize> {
         (0..world)
-            .flat_map(|rank| slice(seed, step, rows, world, micro, rank).unwrap())
+            .flat_map(|rank| slice(seed, step, &[(0..rows).collect()], world, micro, rank).unwrap())
             .collect()
     }
 
@@ -74,7 +110,7 @@ mod tests {
             (128, 1),
             (u32::MAX, u32::MAX),
         ] {
-            let error = slice(0, 0, 64, world, micro, 0).unwrap_err();
+            let error = check(&[64], world, micro, 0).unwrap_err();
             assert_eq!(
                 error.reason(),
                 Reason::WorldSizeInvalid,
@@ -87,7 +123,7 @@ mod tests {
                 Some(micro.to_string().as_str())
             );
         }
-        let error = slice(0, 0, 64, 4, 2, 4).unwrap_err();
+        let error = check(&[64], 4, 2, 4).unwrap_err();
         assert_eq!(error.reason(), Reason::RankOutOfRange);
         assert_eq!(error.value("rank"), Some("4"));
     }
@@ -102,6 +138,35 @@ mod tests {
         );
         assert_ne!(base, all(2, 1, 64, 1, 1));
         assert_ne!(base, all(1, 2, 64, 1, 1));
+    }
+
+    #[test]
+    fn every_micro_batch_gets_as_many_low_rows_after_its_full_ones() {
+        let chosen: Vec<ChosenRow> = (0..48)
+            .map(|n| ChosenRow {
+                fidelity: if n % 3 == 0 {
+                    Fidelity::Approximate
+                } else {
+                    Fidelity::Full
+                } as i32,
+                ..Default::default()
+            })
+            .collect();
+        let groups = groups(&chosen);
+        let mut all = Vec::new();
+        for rank in 0..2 {
+            let rows = slice(7, 3, &groups, 2, 4, rank).unwrap();
+            for micro_batch in rows.chunks(6) {
+                let low: Vec<bool> = micro_batch.iter().map(|row| row % 3 == 0).collect();
+                assert_eq!(low, [false, false, false, false, true, true]);
+            }
+            all.extend(rows);
+        }
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..48));
+        let error = slice(7, 3, &groups, 3, 1, 0).unwrap_err();
+        assert_eq!(error.reason(), Reason::WorldSizeInvalid);
+        assert!(error.to_string().contains("16 approximate"), "{error}");
     }
 
     proptest! {

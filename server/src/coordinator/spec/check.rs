@@ -1,5 +1,5 @@
 //! What no run can meet.
-use super::{Asked, impossible, tuning, word};
+use super::{Asked, fidelity, impossible, tuning, word};
 use crate::error::{Error, Result};
 use std::{collections::HashSet, fmt::Display};
 use superbatch_proto::{
@@ -7,7 +7,7 @@ use superbatch_proto::{
     ids::is_run_id,
     v1::{
         ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase,
-        Policy, Reason, RunSpec, lag::Bound, learner_spec::Initial,
+        Policy, RunSpec, lag::Bound, learner_spec::Initial,
     },
 };
 
@@ -33,6 +33,7 @@ pub(super) fn check(spec: &RunSpec) -> Result<()> {
     models(spec)?;
     schedule(spec)?;
     needs(spec)?;
+    fidelity::trained(spec)?;
     weights(spec)?;
     columns(&spec.columns)?;
     bounds(spec)
@@ -125,15 +126,6 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
     known::<Policy>(&at("policy"), phase.policy)?;
     known::<Criterion>(&at("criterion"), phase.criterion)?;
     known::<Fidelity>(&at("fidelity"), phase.fidelity)?;
-    if phase.fidelity() == Fidelity::Approximate {
-        let error = Error::new(
-            Reason::Unimplemented,
-            "fidelity approximate is not built yet; use full",
-        );
-        return Err(error
-            .with("feature", "fidelity approximate")
-            .with("field", at("fidelity")));
-    }
     within(
         &at("super_batch_size"),
         phase.super_batch_size,
@@ -152,6 +144,7 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
         );
         return Err(impossible(&at("sub_batch_size"), message));
     }
+    fidelity::check(&format!("phases[{i}]"), phase, micro_batches)?;
     tuning::check(&format!("phases[{i}]"), phase)
 }
 

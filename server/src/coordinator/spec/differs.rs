@@ -2,8 +2,9 @@
 use super::word;
 use std::fmt::Debug;
 use superbatch_proto::v1::{
-    ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag, LearnerSpec, Loss,
-    Phase, Policy, ReferenceSpec, RunSpec, Source, Tuning, lag, learner_spec,
+    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag,
+    LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec, Source, Tuning,
+    approximation, lag, learner_spec,
 };
 
 /// Longest text of a value, in characters.
@@ -107,7 +108,8 @@ values!(
     f64,
     String,
     lag::Bound,
-    learner_spec::Initial
+    learner_spec::Initial,
+    approximation::By
 );
 
 impl<T: Differs + Debug> Differs for Option<T> {
@@ -161,9 +163,14 @@ messages! {
         train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     }
     Source { uri, weight, image_column, caption_column }
-    LearnerSpec { model_uri, initial, logit_bias }
+    LearnerSpec { model_uri, initial, logit_bias, trained_fidelities }
     ReferenceSpec { model_uri, logit_bias }
-    Phase { from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity, tuning }
+    Phase {
+        from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity,
+        tuning, approximation, multi_resolution, allow_untrained_fidelity,
+    }
+    Approximation { by }
+    MultiResolution { share, whole_step }
     Tuning {
         temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least, neg_clip_loss_keep, duplicates_above,
     }

@@ -3,12 +3,15 @@
 mod asked;
 mod check;
 mod differs;
+mod fidelity;
 mod tuning;
 
 use crate::error::{Error, Result};
 pub use asked::Asked;
 pub use differs::Difference;
 pub use differs::first_difference;
+pub use fidelity::low_rows;
+pub use fidelity::scores_at;
 use superbatch_proto::v1::{
     Criterion, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
 };
@@ -72,6 +75,7 @@ pub fn complete_phase(phase: &mut Phase) {
     fill(&mut phase.gain, 1.0);
     fill(&mut phase.fidelity, Fidelity::Full.into());
     tuning::complete(phase);
+    fidelity::complete(phase);
 }
 
 /// Seconds that a stall lasts before it is acted on, where the run does not say: enough for an
@@ -125,7 +129,8 @@ pub fn append_phases(
         if let Some(last) = last_started.filter(|last| phase.from_step <= *last) {
             let field = format!("phases[{}].from_step", spec.phases.len());
             let message = format!(
-                "a phase from step {} cannot be added: step {last} is already decided; begin at {} or later",
+                "a phase from step {} cannot be added: step {last} is already decided; begin at {} \
+                 or later",
                 phase.from_step,
                 last + 1
             );

@@ -23,7 +23,7 @@ fn spec() -> RunSpec {
         learner: Some(LearnerSpec {
             model_uri: "memory:///learner".into(),
             initial: Some(Initial::RandomSeed(0)),
-            logit_bias: None,
+            ..Default::default()
         }),
         reference: Some(ReferenceSpec {
             model_uri: "memory:///reference".into(),
@@ -488,17 +488,6 @@ fn what_is_left_out_and_distances_ask_the_reference_alone() {
     assert_eq!(
         asked(Policy::Independent, Criterion::Hard, Some(temperature)),
         (true, false, false)
-    );
-}
-
-#[test]
-fn what_is_not_built_yet_is_named() {
-    let mut spec = spec();
-    spec.phases[1].fidelity = Fidelity::Approximate.into();
-    let error = complete(spec, 60.0).unwrap_err();
-    assert_eq!(
-        (error.reason(), error.value("feature")),
-        (Reason::Unimplemented, Some("fidelity approximate"))
     );
 }
 

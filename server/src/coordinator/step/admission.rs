@@ -8,7 +8,7 @@ use crate::{
             state::State,
         },
         serve::{ready::Ready, share},
-        spec::phase_at,
+        spec::{low_rows, phase_at},
         trainer::{
             cell::{Cell, Waiting},
             ranks::{Asking, last_allowed},
@@ -25,15 +25,13 @@ impl Run {
     /// The step's sub-batch, decided now or before. Steps ahead are started, too.
     pub async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
         let (spec, step) = (self.spec(), request.step);
-        let size = phase_at(&spec.phases, step).sub_batch_size as usize;
-        share::slice(
-            spec.seed,
-            step,
-            size,
-            request.world_size,
-            spec.micro_batches,
-            request.rank,
-        )?;
+        let phase = phase_at(&spec.phases, step);
+        let rows = phase.sub_batch_size as usize;
+        let sizes = match low_rows(phase.multi_resolution.as_ref(), rows) {
+            0 => vec![rows],
+            low => vec![rows - low, low],
+        };
+        share::check(&sizes, request.world_size, spec.micro_batches, request.rank)?;
         let asking = Asking {
             step,
             rank: request.rank,

@@ -4,7 +4,7 @@ use crate::{
         facts::run::ModelFact,
         receipts::wasted::Spent,
         score::{scored::Scored, super_batch::Scoring},
-        spec::leaves_out,
+        spec::{leaves_out, scores_at},
         trainer::sizing::Work,
         weights::Published,
     },
@@ -109,6 +109,7 @@ impl Decided {
     pub fn embedded_reference(&mut self, scored: &Scored) {
         self.spent.add(scored.flops);
         self.cost.reference_flops += scored.flops;
+        self.scored_by(scored);
         self.cost_seconds().embed_reference += scored.seconds;
         self.reference_digest.clone_from(&scored.digest);
         self.device.clone_from(&scored.device);
@@ -122,6 +123,7 @@ impl Decided {
     ) {
         self.spent.add(scored.flops);
         self.cost.learner_flops += scored.flops;
+        self.scored_by(scored);
         self.cost_seconds().embed_learner += scored.seconds;
         self.device.clone_from(&scored.device);
         let mut version = published.version.clone();
@@ -131,6 +133,16 @@ impl Decided {
         self.learner = Some(version);
     }
 
+    fn scored_by(&mut self, scored: &Scored) {
+        let by_tower = self.cost.scoring.get_or_insert_default();
+        let image = scored.flops - scored.text_flops;
+        match scores_at(&self.phase) {
+            Some(_) => by_tower.image_approximate += image,
+            None => by_tower.image_full += image,
+        }
+        by_tower.text += scored.text_flops;
+    }
+
     /// Notes what was spent on lost workers, and calls the reference's share thrown away where a
     /// degraded step did not use it.
     pub fn discarded(&mut self, flops: f64) {
@@ -138,6 +150,7 @@ impl Decided {
         self.cost.discarded_flops += flops;
         if self.mode == Mode::Uniform && !leaves_out(self.phase.tuning.as_ref()) {
             self.cost.discarded_flops += std::mem::take(&mut self.cost.reference_flops);
+            self.cost.scoring = None;
         }
     }
 

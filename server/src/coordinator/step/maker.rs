@@ -10,7 +10,7 @@ use crate::{
         receipts::accounts,
         runs::{models, run::Run},
         score::{slice::Job, super_batch::Scoring},
-        spec::Asked,
+        spec::{Asked, scores_at},
         trainer::cell::Reporter,
     },
     error::{Error, Result},
@@ -56,6 +56,7 @@ impl Maker<'_> {
             embedding_dtype: spec.embedding_dtype(),
             columns: spec.columns.clone(),
             check_only,
+            approximation: scores_at(&decided.phase),
         }
     }
 

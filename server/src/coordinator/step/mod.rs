@@ -4,7 +4,8 @@
 //! 2. [`decide`]: recalls the receipt of a decided step, else plans, scores, selects and commits.
 //! 3. [`maker`]: what all policies share; [`uniform`] draws without models, [`scored`] with them.
 //! 4. [`learner`]: which weights the step waits for; [`draw`]: what the selector is told.
-//! 5. [`decided`] gathers what is known, [`receipt`] writes it down, [`commit`] makes it durable.
+//! 5. [`fidelity`]: which rows are trained at the phase's approximation.
+//! 6. [`decided`] gathers what is known, [`receipt`] writes it down, [`commit`] makes it durable.
 //!
 //! Serving is the caller's (`serve`).
 pub mod admission;
@@ -12,6 +13,7 @@ pub mod commit;
 pub mod decide;
 pub mod decided;
 pub mod draw;
+pub mod fidelity;
 pub mod learner;
 pub mod maker;
 pub mod receipt;

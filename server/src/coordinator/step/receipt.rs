@@ -1,7 +1,11 @@
 //! Makes a step's receipt from what was decided.
-use super::decided::{BUILD, Decided};
+use super::{
+    decided::{BUILD, Decided},
+    fidelity::fidelities,
+};
 use crate::{
     coordinator::{
+        facts::run::ModelFact,
         plan::{
             candidate::SuperBatch,
             planner::{self, PLAN_VERSION},
@@ -16,8 +20,8 @@ use crate::{
 };
 use std::time::{SystemTime, UNIX_EPOCH};
 use superbatch_proto::v1::{
-    Accounts, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, PassedRow, Receipt, ReceiptSummary,
-    RunSpec,
+    Accounts, Approximation, BadRow, BadRowReason, ChosenRow, Fidelity, Hole, PassedRow, Receipt,
+    ReceiptSummary, RunSpec, TowerFlops,
 };
 
 /// The receipt of a decided step; its totals are filled when it is committed.
@@ -39,7 +43,7 @@ pub fn receipt(
     };
     Ok(Receipt {
         summary: Some(summary(run, spec, super_batch, decided)),
-        chosen: chosen(super_batch, decided, rows, id),
+        chosen: chosen(spec.seed, super_batch, decided, rows, id),
         bad_rows: decided.holes.iter().map(bad_row).collect(),
         passed_over: passed(run, super_batch, decided, id),
     })
@@ -86,6 +90,7 @@ fn passed(
 }
 
 pub fn chosen(
+    seed: u64,
     super_batch: &SuperBatch,
     decided: &Decided,
     rows: &Rows,
@@ -97,6 +102,7 @@ pub fn chosen(
         .iter()
         .enumerate()
         .flat_map(|(k, size)| std::iter::repeat_n(k as u32, *size as usize));
+    let fidelities = trained_at(seed, super_batch, decided);
     let places = drawn.indices.iter().zip(chunk_of).enumerate();
     let judged = decided.judged.as_ref();
     let loss = |model: usize, candidate: u32| {
@@ -114,7 +120,7 @@ pub fn chosen(
             chunk,
             score: drawn.scores[place],
             weight: drawn.weights[place],
-            fidelity: Fidelity::Full as i32,
+            fidelity: fidelities[place] as i32,
             content_hash: rows.hashes[place].clone().into(),
             own_score: judged.map(|judged| judged.own[*candidate as usize]),
             learner_loss: loss(0, *candidate),
@@ -122,6 +128,17 @@ pub fn chosen(
         }
     };
     places.map(row).collect()
+}
+
+/// What each chosen row is to be trained at.
+fn trained_at(seed: u64, super_batch: &SuperBatch, decided: &Decided) -> Vec<Fidelity> {
+    let place = |candidate: &u32| {
+        let c = &super_batch.candidates[*candidate as usize];
+        (c.source, c.position)
+    };
+    let rows: Vec<_> = decided.drawn.indices.iter().map(place).collect();
+    let asked = decided.phase.multi_resolution.as_ref();
+    fidelities(seed, decided.step, asked, &rows)
 }
 
 pub fn summary(
@@ -141,7 +158,7 @@ pub fn summary(
         criterion: phase.criterion,
         loss: spec.loss,
         mode: decided.mode as i32,
-        fidelity: Fidelity::Full as i32,
+        fidelity: phase.fidelity,
         super_batch_size: phase.super_batch_size,
         sub_batch_size: phase.sub_batch_size,
         n_chunks: drawn.chunks.len() as u32,
@@ -170,7 +187,7 @@ pub fn summary(
         batch_score: drawn.batch_score,
         mean_score_chosen: drawn.mean_score_chosen,
         mean_score_candidates: drawn.mean_score_candidates,
-        cost: Some(cost(run, spec, decided)),
+        cost: Some(cost(run, spec, super_batch, decided)),
         committed_unix_ms: unix_ms(),
         selector_threads: drawn.threads,
         writer_nonce: nonce(),
@@ -179,6 +196,8 @@ pub fn summary(
         run_totals: None,
         tuning: phase.tuning,
         left_out: drawn.left_out.filter(|_| leaves_out(phase.tuning.as_ref())),
+        approximation: phase.approximation,
+        multi_resolution: phase.multi_resolution,
         uniform_score: decided
             .judged
             .as_ref()
@@ -187,13 +206,18 @@ pub fn summary(
     }
 }
 
-pub fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
+pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided) -> Accounts {
     let drawn = &decided.drawn;
-    let per_example = match (spec.train_flops_per_example, &run.learner) {
-        (given, _) if given > 0.0 => given,
-        (_, Some(learner)) => 3.0 * learner.pair_flops,
-        (_, None) => 0.0,
-    };
+    let fidelities = trained_at(spec.seed, super_batch, decided);
+    let is_low = |fidelity: &&Fidelity| **fidelity == Fidelity::Approximate;
+    let low = fidelities.iter().filter(is_low).count();
+    let approximation = decided.phase.approximation.as_ref();
+    let training = training(
+        spec.train_flops_per_example,
+        run.learner.as_ref(),
+        approximation,
+        [fidelities.len() - low, low],
+    );
     let mut cost = decided.cost;
     cost.candidates_scanned = decided.candidates_scanned as u64;
     cost.examples_selected = drawn.indices.len() as u64;
@@ -201,9 +225,34 @@ pub fn cost(run: &Run, spec: &RunSpec, decided: &Decided) -> Accounts {
     let bad = |hole: &&Hole| hole.reason() != BadRowReason::ImageNull;
     cost.bad_rows = decided.holes.iter().filter(bad).count() as u64;
     cost.selection_flops = drawn.flops;
-    cost.train_flops = per_example * drawn.indices.len() as f64;
+    cost.train_flops = training.image_full + training.image_approximate + training.text;
+    cost.training = Some(training);
     cost.seconds.get_or_insert_default().select = drawn.seconds;
     cost
+}
+
+/// Three forward passes an example, by tower and fidelity. Where the trainer says what an example
+/// costs at full fidelity (`given` above 0), all is scaled to it.
+fn training(
+    given: f64,
+    learner: Option<&ModelFact>,
+    approximation: Option<&Approximation>,
+    [full, low]: [usize; 2],
+) -> TowerFlops {
+    let (full, low) = (full as f64, low as f64);
+    let pair = learner.map_or(0.0, |learner| learner.pair_flops);
+    let Some(learner) = learner.filter(|_| pair > 0.0) else {
+        return TowerFlops {
+            image_full: given.max(0.0) * (full + low),
+            ..Default::default()
+        };
+    };
+    let passes = if given > 0.0 { given / pair } else { 3.0 };
+    TowerFlops {
+        image_full: passes * full * learner.image_flops(None),
+        image_approximate: passes * low * learner.image_flops(approximation),
+        text: passes * (full + low) * learner.text_flops,
+    }
 }
 
 fn unix_ms() -> i64 {

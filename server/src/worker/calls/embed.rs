@@ -118,6 +118,7 @@ impl Shape {
         MicroBatch {
             model: model.info.key.clone(),
             rows: self.micro_batch_rows,
+            side: model.info.image_size,
             pixels,
             normalisation: model.inputs.normalisation(),
             ids,

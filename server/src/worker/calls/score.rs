@@ -18,6 +18,7 @@ use crate::{
         },
         kept::{embeddings::Embeddings, retained::Kept},
         loader::Loaded,
+        model::Fidelity,
     },
 };
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
@@ -103,15 +104,16 @@ impl<'a> Scoring<'a> {
             );
             return Err(Error::invalid("micro_batch_rows", message));
         }
+        let fidelity = Fidelity::of(begin.approximation.as_ref())?;
         let mut slice =
             Slice::open(engine, &begin.dataset_manifest, begin.blocks, begin.columns).await?;
         slice.share(begin.reference_from as usize, begin.reference_more)?;
         let reference = match &begin.reference {
-            Some(model) => Some(engine.models.load(model).await?),
+            Some(model) => Some(engine.models.load(model).await?.at(fidelity)?),
             None => None,
         };
         let inputs = match &begin.learner_model {
-            Some(model) => Some(engine.models.inputs(model).await?),
+            Some(model) => Some(engine.models.inputs(model).await?.at(fidelity)),
             None if begin.check_only => Some(Arc::new(Inputs::check())),
             None => None,
         };
@@ -123,6 +125,7 @@ impl<'a> Scoring<'a> {
         let task = Task {
             step: begin.step,
             shape,
+            fidelity,
             reference,
             inputs,
             keep_ready,
@@ -210,7 +213,7 @@ impl<'a> Scoring<'a> {
             };
         }
         metrics::stage_duration("embed_reference").record(spent.embed_seconds);
-        let flops = flops(model, spent.rows_embedded);
+        let (flops, text_flops) = flops(model, spent.rows_embedded);
         metrics::flops("reference").increment(flops as u64);
         let is_not_finite = |(candidate, fault): (&usize, &RowFault)| {
             (fault.reason == BadRowReason::EmbeddingNotFinite).then_some(*candidate as u32)
@@ -225,6 +228,7 @@ impl<'a> Scoring<'a> {
         messages.push(Message::Done(EmbedDone {
             seconds: spent.embed_seconds,
             flops,
+            text_flops,
             rows_cached: rows_cached as u32,
             not_finite,
             ..self.done(Tower::Reference, model)
@@ -237,6 +241,7 @@ impl<'a> Scoring<'a> {
             .learner
             .ok_or_else(|| Error::invalid("learner", "LearnerGo names no model"))?;
         let model = self.engine.models.load(&model).await?;
+        let model = model.at(self.task.fidelity)?;
         if self
             .task
             .inputs
@@ -272,7 +277,7 @@ impl<'a> Scoring<'a> {
         if decode_seconds > 0.0 {
             metrics::stage_duration("decode").record(decode_seconds);
         }
-        let flops = flops(&model, shape.padded(self.slice.candidates));
+        let (flops, text_flops) = flops(&model, shape.padded(self.slice.candidates));
         metrics::flops("learner").increment(flops as u64);
         let mut messages: Vec<Message> = embeddings
             .parts(Tower::Learner, 0)
@@ -281,6 +286,7 @@ impl<'a> Scoring<'a> {
         messages.push(Message::Done(EmbedDone {
             seconds,
             flops,
+            text_flops,
             not_finite,
             ..self.done(Tower::Learner, &model)
         }));
@@ -349,7 +355,11 @@ impl<'a> Scoring<'a> {
     }
 }
 
-/// Floating-point operations of that many rows' forward pass.
-fn flops(model: &Loaded, rows: usize) -> f64 {
-    rows as f64 * (model.info.image_flops + model.info.text_flops)
+/// Floating-point operations of that many rows' forward pass: all, and those of captions.
+fn flops(model: &Loaded, rows: usize) -> (f64, f64) {
+    let (rows, info) = (rows as f64, &model.info);
+    (
+        rows * (info.image_flops + info.text_flops),
+        rows * info.text_flops,
+    )
 }

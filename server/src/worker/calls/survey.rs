@@ -21,12 +21,13 @@ use crate::{
             sidecar::{self, BlockEmbeddings, BlockKey},
         },
         loader::Loaded,
+        model::Fidelity,
     },
 };
 use arrow::record_batch::RecordBatch;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::{collections::HashMap, sync::Arc};
-use superbatch_proto::v1::{BadRowReason, Fidelity};
+use superbatch_proto::v1::BadRowReason;
 use tokio::time::Instant;
 
 /// Blocks of a slice, and micro-batches of a block, that are under way at the same time: one is
@@ -37,6 +38,8 @@ pub const AHEAD: usize = 3;
 pub struct Task {
     pub step: u64,
     pub shape: Shape,
+    /// What both models embed at.
+    pub fidelity: Fidelity,
     pub reference: Option<Arc<Loaded>>,
     /// How the learner wants its rows, or what to check them with.
     pub inputs: Option<Arc<Inputs>>,
@@ -171,7 +174,7 @@ impl<'a> Pass<'a> {
             block: block.block,
             model_digest: &model.info.digest,
             inputs_digest: model.inputs.digest,
-            fidelity: Fidelity::Full,
+            fidelity: task.fidelity,
             dtype: shape.dtype,
             compute: model.info.key.compute,
             limits: engine.pool.limits(),

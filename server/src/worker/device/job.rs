@@ -33,11 +33,13 @@ pub enum Weights {
 }
 
 /// One forward pass of both towers.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MicroBatch {
     pub model: ModelKey,
     pub rows: usize,
-    /// RGB bytes, `[rows, image_size, image_size, 3]`.
+    /// Of an image, in pixels: the model's `image_size`, or less of it by whole patches.
+    pub side: usize,
+    /// RGB bytes, `[rows, side, side, 3]`.
     pub pixels: Vec<u8>,
     pub normalisation: Normalisation,
     /// `[rows, text_length]`.

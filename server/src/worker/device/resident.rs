@@ -2,7 +2,7 @@
 use super::job::{Embedded, MicroBatch, Source};
 use crate::{
     error::{Error, Result},
-    worker::model::{Compute, Encoder, ModelConfig, ModelInfo, ModelKey},
+    worker::model::{Compute, Encoder, ModelConfig, ModelInfo, ModelKey, fidelity},
 };
 use bytes::Bytes;
 use std::time::Instant;
@@ -97,7 +97,8 @@ impl Models {
         fits(encoder.config(), batch)?;
         let dim = info.embedding_dim;
         let embed = || -> Result<_, TchError> {
-            let image = encoder.image(&batch.pixels, batch.rows, &batch.normalisation)?;
+            let image =
+                encoder.image(&batch.pixels, batch.rows, batch.side, &batch.normalisation)?;
             let text = encoder.text(&batch.ids, batch.rows)?;
             let finite = image
                 .f_isfinite()?
@@ -148,17 +149,19 @@ fn check(encoder: &Encoder, reason: Reason, source: &str) -> Result<()> {
 /// embedding).
 fn fits(config: &ModelConfig, batch: &MicroBatch) -> Result<()> {
     let (size, length, vocab) = (
-        config.vision.image_size,
+        batch.side,
         config.text.max_position_embeddings,
         config.text.vocab_size,
     );
     if batch.rows == 0 {
         return Err(Error::invalid("rows", "a micro-batch has at least one row"));
     }
-    if batch.rows.checked_mul(size * size * 3) != Some(batch.pixels.len()) {
+    let is_whole = batch.rows.checked_mul(size * size * 3) == Some(batch.pixels.len());
+    if !is_whole || !fidelity::takes(&config.vision, size) {
+        let taken = config.vision.image_size;
         let message = format!(
-            "{} bytes of pixels for {} rows; the model takes {size}x{size} RGB (image_size in \
-            config.json), so its \
+            "{} bytes of pixels for {} rows of {size}x{size}; the model takes {taken}x{taken} \
+             RGB (image_size in config.json), or fewer whole patches, so its \
              preprocessor_config.json must make that size",
             batch.pixels.len(),
             batch.rows

@@ -47,6 +47,7 @@ fn batch(model: &ModelKey, rows: usize) -> MicroBatch {
     MicroBatch {
         model: model.clone(),
         rows,
+        side: 8,
         pixels: (0..rows * 8 * 8 * 3).map(|i| (i * 7 % 251) as u8).collect(),
         normalisation: Normalisation {
             rescale: 1.0 / 255.0,

@@ -6,14 +6,15 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    worker::model::{Family, ModelFolder},
+    worker::model::{Family, Fidelity, ModelFolder},
 };
+use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 
 /// How a model wants its rows.
 pub struct Inputs {
     /// `None` only checks rows: images are decoded, captions have to be there.
-    reading: Option<(Preprocess, Tokenizer)>,
+    reading: Option<(Preprocess, Arc<Tokenizer>)>,
     /// Of preprocessing and tokenizer: rows that are ready for one model are ready for another of
     /// the same digest.
     pub digest: [u8; 32],
@@ -42,13 +43,28 @@ impl Inputs {
             );
         }
         let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder))?;
+        Ok(Self::reading(preprocess, Arc::new(tokenizer)))
+    }
+
+    fn reading(preprocess: Preprocess, tokenizer: Arc<Tokenizer>) -> Self {
         let mut hash = blake3::Hasher::new();
         hash.update(&preprocess.digest())
             .update(&tokenizer.digest());
-        Ok(Self {
+        Self {
             reading: Some((preprocess, tokenizer)),
             digest: hash.finalize().into(),
-        })
+        }
+    }
+
+    /// The same rows at a fidelity. What only checks rows is left as it is.
+    #[must_use]
+    pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Arc<Self> {
+        match (&self.reading, fidelity) {
+            (Some((preprocess, tokenizer)), Fidelity::Resolution(side)) => {
+                Arc::new(Self::reading(preprocess.at(side as u32), tokenizer.clone()))
+            }
+            _ => self,
+        }
     }
 
     /// One row's pixels and token ids; none where rows are only checked.

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::Value;
-use superbatch_images::{Axis, Filter, Taps, resize};
+use superbatch_images::{Axis, Filter, Taps, decode_at_least, resize};
 pub use superbatch_images::{ImageLimits, decode};
 use superbatch_proto::v1::{BadRowReason, Reason};
 
@@ -48,6 +48,9 @@ pub struct Preprocess {
     /// Height and width cut from the middle, black where the image is smaller.
     crop: Option<(u32, u32)>,
     normalisation: Normalisation,
+    /// JPEG files are decoded at half their size where that is enough.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    halves_jpeg: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -113,7 +116,31 @@ impl Preprocess {
             resample,
             crop,
             normalisation: config.normalisation(clip)?,
+            halves_jpeg: false,
         })
+    }
+
+    /// The same for a model that takes images of `side` pixels. From half the size down, JPEG files
+    /// are decoded at half their size by a smaller inverse DCT: a quarter of the work, and pixels
+    /// that are Pillow's only nearly.
+    #[must_use]
+    pub fn at(&self, side: u32) -> Self {
+        let (height, width) = self.size();
+        let scaled = |length: u32, of: u32| {
+            let (length, side, of) = (u64::from(length), u64::from(side), u64::from(of.max(1)));
+            (((2 * length * side + of) / (2 * of)) as u32).max(1)
+        };
+        Self {
+            target: match self.target {
+                Target::Exact(of_height, of_width) => {
+                    Target::Exact(scaled(of_height, height), scaled(of_width, width))
+                }
+                Target::ShortestEdge(edge) => Target::ShortestEdge(scaled(edge, height)),
+            },
+            crop: self.crop.map(|_| (side, side)),
+            halves_jpeg: side <= height / 2,
+            ..self.clone()
+        }
     }
 
     /// BLAKE3 of everything that decides the pixels and their normalisation.
@@ -140,7 +167,10 @@ impl Preprocess {
     /// Those of [`decode`]; `ImageTooLarge` where a shape so long needs more than `pixels_max` on
     /// its way.
     pub fn pixels(&self, image: &[u8], limits: &ImageLimits) -> Result<Vec<u8>, RowFault> {
-        let image = decode(image, limits)?;
+        let image = match self.halves_jpeg {
+            true => decode_at_least(image, limits, self.shorter())?,
+            false => decode(image, limits)?,
+        };
         let (height, width) = self.size();
         let (resized_height, resized_width) = self.resized(image.height(), image.width());
         let (rows, top) = cropped(image.height(), resized_height, height);
@@ -168,6 +198,15 @@ impl Preprocess {
             canvas[at..at + line].copy_from_slice(source);
         }
         Ok(canvas)
+    }
+
+    /// What the shorter side of an image must have at least, so that no image is enlarged for being
+    /// decoded smaller.
+    fn shorter(&self) -> u32 {
+        match self.target {
+            Target::Exact(height, width) => height.max(width),
+            Target::ShortestEdge(edge) => edge,
+        }
     }
 
     /// Height and width after resizing, before the crop.

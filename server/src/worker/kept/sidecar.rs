@@ -5,13 +5,13 @@ use crate::{
     storage::{Created, Location},
     worker::{
         inputs::preprocess::{ImageLimits, RowFault},
-        model::Compute,
+        model::{Compute, Fidelity},
     },
 };
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use std::{future::Future, sync::Arc};
-use superbatch_proto::v1::{BadRowReason, EmbeddingDtype, Fidelity};
+use superbatch_proto::v1::{BadRowReason, EmbeddingDtype};
 
 const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
 
@@ -82,12 +82,7 @@ impl BlockKey<'_> {
         } else {
             "f32"
         };
-        let names = [
-            self.fidelity.as_str_name(),
-            self.dtype.as_str_name(),
-            compute,
-        ]
-        .join(" ");
+        let names = [&self.fidelity.name(), self.dtype.as_str_name(), compute].join(" ");
         let limits = [self.limits.pixels_max, self.limits.bytes_max]
             .map(u64::to_le_bytes)
             .concat();
@@ -378,6 +373,14 @@ mod tests {
             },
             BlockKey {
                 inputs_digest: [1; 32],
+                ..key.clone()
+            },
+            BlockKey {
+                fidelity: Fidelity::Resolution(16),
+                ..key.clone()
+            },
+            BlockKey {
+                fidelity: Fidelity::Resolution(32),
                 ..key.clone()
             },
             BlockKey {

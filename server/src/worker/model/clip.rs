@@ -1,13 +1,14 @@
 //! CLIP (Radford et al. 2021, arXiv 2103.00020): a ViT with a class token and a causal caption
 //! transformer.
 use super::{
-    config::{ModelConfig, Tower, VisionConfig},
+    config::{ModelConfig, Tower},
     encoder::Towers,
     layers::{
         BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding,
         patches,
     },
     parameters::{Init, Parameters},
+    positions::{Positions, Resize},
 };
 use tch::{Kind, Tensor};
 
@@ -90,11 +91,11 @@ fn block_init(tower: &Tower) -> BlockInit {
 }
 
 pub struct Clip {
-    vision: VisionConfig,
+    patch_size: i64,
     eos_token_id: i64,
     class: Tensor,
     patches: Linear,
-    positions: Tensor,
+    positions: Positions,
     pre_norm: LayerNorm,
     image: Transformer,
     post_norm: LayerNorm,
@@ -110,13 +111,18 @@ impl Clip {
         let (vision, text) = (&config.vision, &config.text);
         let eps = vision.tower.layer_norm_eps;
         Ok(Self {
-            vision: vision.clone(),
+            patch_size: vision.patch_size as i64,
             eos_token_id: text.eos_token_id,
             class: tensors
                 .get("vision_model.embeddings.class_embedding")?
                 .f_reshape([1, 1, -1])?,
             patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", false)?,
-            positions: tensors.get("vision_model.embeddings.position_embedding.weight")?,
+            positions: Positions::new(
+                tensors.get("vision_model.embeddings.position_embedding.weight")?,
+                1,
+                vision.grid(),
+                Resize::TRANSFORMERS,
+            ),
             pre_norm: LayerNorm::load(tensors, "vision_model.pre_layrnorm", eps)?,
             image: Transformer::load(tensors, "vision_model", &vision.tower, false)?,
             post_norm: LayerNorm::load(tensors, "vision_model.post_layernorm", eps)?,
@@ -135,9 +141,10 @@ impl Clip {
 
 impl Towers for Clip {
     fn image(&self, pixels: &Tensor) -> Torch {
-        let x = self.patches.forward(&patches(pixels, &self.vision)?)?;
+        let grid = pixels.size4()?.1 / self.patch_size;
+        let x = self.patches.forward(&patches(pixels, self.patch_size)?)?;
         let class = self.class.f_expand([x.size3()?.0, -1, -1], false)?;
-        let x = Tensor::f_cat(&[class, x], 1)?.f_add(&self.positions)?;
+        let x = Tensor::f_cat(&[class, x], 1)?.f_add(&self.positions.at(grid)?)?;
         let x = self
             .image
             .forward(self.pre_norm.forward(&x)?)?

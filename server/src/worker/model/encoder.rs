@@ -2,7 +2,7 @@
 use super::{
     clip::Clip,
     config::{Compute, Family, ModelConfig},
-    flops,
+    flops::{self, ImageTower},
     layers::{Tensors, Torch},
     siglip::Siglip,
     snapshot::{Refusal, Snapshot, Stored},
@@ -47,6 +47,7 @@ pub struct ModelInfo {
     pub image_flops: f64,
     /// Of one forward pass for one caption.
     pub text_flops: f64,
+    pub image_tower: ImageTower,
     /// Names and shapes of the tensors that a push has.
     pub tensors: Vec<(String, Vec<u64>)>,
     /// BLAKE3 of the weights, in hex; of the seed for the service's own initial weights.
@@ -129,6 +130,7 @@ impl Encoder {
             logit_bias: self.logit_bias,
             image_flops: flops::image(&self.config),
             text_flops: flops::text(&self.config),
+            image_tower: ImageTower::of(&self.config),
             tensors: parameters
                 .iter()
                 .map(|(name, of)| (name.to_owned(), shape(&of.shape)))
@@ -138,9 +140,15 @@ impl Encoder {
         }
     }
 
-    /// Embeds RGB bytes `[rows, height, width, 3]` as f32 `[rows, embedding_dim]` of length one.
-    pub fn image(&self, pixels: &[u8], rows: usize, normalisation: &Normalisation) -> Torch {
-        let size = self.config.vision.image_size as i64;
+    /// Embeds RGB bytes `[rows, side, side, 3]` as f32 `[rows, embedding_dim]` of length one.
+    pub fn image(
+        &self,
+        pixels: &[u8],
+        rows: usize,
+        side: usize,
+        normalisation: &Normalisation,
+    ) -> Torch {
+        let size = side as i64;
         if rows as i64 * size * size * 3 != pixels.len() as i64 {
             return Err(TchError::Shape(format!(
                 "{} bytes are not {rows} images of {size}x{size}",
@@ -191,7 +199,7 @@ impl Encoder {
                 "is not finite once exp() is applied",
             )));
         }
-        let problem = if !finite(self.image(&pixels, ROWS, &plain)?)? {
+        let problem = if !finite(self.image(&pixels, ROWS, size, &plain)?)? {
             "image"
         } else if !finite(self.text(&ids, ROWS)?)? {
             "caption"

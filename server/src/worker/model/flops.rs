@@ -2,13 +2,50 @@
 //! causal mask saves nothing here), and nothing for what is linear in the activations.
 use super::config::{Family, ModelConfig, Tower};
 
-/// FLOPs to embed one image.
+/// What an image tower takes, and what one image of n patches costs:
+/// `constant + per_patch * n + per_patch_pair * n²` FLOPs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct ImageTower {
+    /// Side in pixels at full fidelity.
+    pub image_size: usize,
+    pub patch_size: usize,
+    pub layers: usize,
+    pub constant: f64,
+    pub per_patch: f64,
+    pub per_patch_pair: f64,
+}
+
+impl ImageTower {
+    pub fn of(config: &ModelConfig) -> Self {
+        let vision = &config.vision;
+        // A parabola is known by three of its points.
+        let [none, one, two] = [0.0, 1.0, 2.0].map(|patches| image_of(config, patches));
+        let per_patch_pair = (two - 2.0 * one + none) / 2.0;
+        Self {
+            image_size: vision.image_size,
+            patch_size: vision.patch_size,
+            layers: vision.tower.num_hidden_layers,
+            constant: none,
+            per_patch: one - none - per_patch_pair,
+            per_patch_pair,
+        }
+    }
+
+    /// FLOPs to embed one image of that side.
+    pub fn flops(&self, side: usize) -> f64 {
+        let patches = ((side / self.patch_size.max(1)) as f64).powi(2);
+        self.constant + self.per_patch * patches + self.per_patch_pair * patches * patches
+    }
+}
+
+/// FLOPs to embed one image at full fidelity.
 pub fn image(config: &ModelConfig) -> f64 {
+    image_of(config, (config.vision.grid() as f64).powi(2))
+}
+
+fn image_of(config: &ModelConfig, patches: f64) -> f64 {
     let (tower, patch) = (&config.vision.tower, config.vision.patch_size as f64);
-    let (patches, d) = (
-        (config.vision.grid() as f64).powi(2),
-        tower.hidden_size as f64,
-    );
+    let d = tower.hidden_size as f64;
     let embed = patches * 3.0 * patch * patch * d;
     let rest = match config.family {
         Family::Siglip => layers(tower, patches) + pooling(tower, patches),
@@ -64,6 +101,25 @@ mod tests {
             text(&config),
             f64::from(2 * (4 * 48 + 2 * 36 + 2 * 72 + 16))
         );
+    }
+
+    #[test]
+    fn smaller_images_cost_what_their_patches_do() {
+        let small = r#""hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2"#;
+        for family in ["siglip", "clip"] {
+            let of = |side: usize| {
+                config(&format!(
+                    r#"{{"model_type": "{family}", "projection_dim": 16,
+                        "vision_config": {{{small}, "image_size": {side}, "patch_size": 4}},
+                        "text_config": {{{small}}}}}"#
+                ))
+            };
+            let tower = ImageTower::of(&of(32));
+            for side in [4, 16, 32] {
+                let (found, wanted) = (tower.flops(side), image(&of(side)));
+                assert!((found / wanted - 1.0).abs() < 1e-12, "{family} {side}");
+            }
+        }
     }
 
     #[test]

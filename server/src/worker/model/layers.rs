@@ -1,6 +1,6 @@
 //! Layers that both families share. Shapes: n rows, t tokens, d hidden size, h heads.
 use super::{
-    config::{Activation, Tower, VisionConfig},
+    config::{Activation, Tower},
     parameters::{Init, Parameters},
 };
 use std::collections::HashMap;
@@ -216,12 +216,12 @@ impl Transformer {
     }
 }
 
-/// Cuts `[n, height, width, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch.
+/// Cuts `[n, side, side, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch.
 /// One matrix product with the flattened kernel is then the strided convolution, on every device
 /// with the same (never TF32) arithmetic.
-pub fn patches(pixels: &Tensor, config: &VisionConfig) -> Torch {
-    let (grid, patch) = (config.grid() as i64, config.patch_size as i64);
-    let n = pixels.size().first().copied().unwrap_or(0);
+pub fn patches(pixels: &Tensor, patch: i64) -> Torch {
+    let (n, side, _, _) = pixels.size4()?;
+    let grid = side / patch;
     let whole = pixels
         .f_narrow(1, 0, grid * patch)?
         .f_narrow(2, 0, grid * patch)?;

@@ -3,12 +3,14 @@
 pub mod clip;
 pub mod config;
 pub mod encoder;
+pub mod fidelity;
 mod fields;
 pub mod flops;
 pub mod folder;
 pub mod init;
 pub mod layers;
 pub mod parameters;
+pub mod positions;
 pub mod siglip;
 pub mod snapshot;
 
@@ -19,5 +21,6 @@ pub use config::ModelConfig;
 pub use encoder::Encoder;
 pub use encoder::ModelInfo;
 pub use encoder::ModelKey;
+pub use fidelity::Fidelity;
 pub use folder::ModelFolder;
 pub use snapshot::Snapshot;

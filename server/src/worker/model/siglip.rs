@@ -1,13 +1,14 @@
 //! SigLIP (Zhai et al. 2023, arXiv 2303.15343): a ViT with attention pooling and a bidirectional
 //! caption transformer.
 use super::{
-    config::{ModelConfig, Tower, VisionConfig},
+    config::{ModelConfig, Tower},
     encoder::Towers,
     layers::{
         BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer,
         patch_embedding, patches,
     },
     parameters::{Init, Parameters},
+    positions::{Positions, Resize},
 };
 use tch::Tensor;
 
@@ -94,9 +95,9 @@ fn block_init(tower: &Tower) -> BlockInit {
 }
 
 pub struct Siglip {
-    vision: VisionConfig,
+    patch_size: i64,
     patches: Linear,
-    positions: Tensor,
+    positions: Positions,
     image: Transformer,
     post_norm: LayerNorm,
     pool: PoolingHead,
@@ -110,9 +111,14 @@ impl Siglip {
     pub fn load(config: &ModelConfig, tensors: &Tensors) -> Torch<Self> {
         let (vision, text) = (&config.vision, &config.text);
         Ok(Self {
-            vision: vision.clone(),
+            patch_size: vision.patch_size as i64,
             patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", true)?,
-            positions: tensors.get("vision_model.embeddings.position_embedding.weight")?,
+            positions: Positions::new(
+                tensors.get("vision_model.embeddings.position_embedding.weight")?,
+                0,
+                vision.grid(),
+                Resize::TRANSFORMERS,
+            ),
             image: Transformer::load(tensors, "vision_model", &vision.tower, false)?,
             post_norm: LayerNorm::load(
                 tensors,
@@ -134,10 +140,11 @@ impl Siglip {
 
 impl Towers for Siglip {
     fn image(&self, pixels: &Tensor) -> Torch {
+        let grid = pixels.size4()?.1 / self.patch_size;
         let x = self
             .patches
-            .forward(&patches(pixels, &self.vision)?)?
-            .f_add(&self.positions)?;
+            .forward(&patches(pixels, self.patch_size)?)?
+            .f_add(&self.positions.at(grid)?)?;
         self.pool
             .forward(&self.post_norm.forward(&self.image.forward(x)?)?)
     }

@@ -1,13 +1,15 @@
 """What trainers in PyTorch repeat.
 
 `SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
-tokenizes for it, `gather` lets a loss span all ranks, `Pushes` and `state_dict` hand weights back.
+tokenizes for it, `by_fidelity` and
+`two_resolutions` train a batch at two sizes, `gather` lets a loss span all ranks, `Pushes` and `state_dict` hand weights back.
 `superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
 """
 
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches
 from .pushes import Pushes, state_dict
 from .ranks import gather, incarnation
+from .resolutions import TwoResolutions, by_fidelity, two_resolutions
 from .transform import ImageText
 
 __all__ = [
@@ -16,7 +18,10 @@ __all__ = [
     "ImageText",
     "Pushes",
     "SelectedBatches",
+    "TwoResolutions",
+    "by_fidelity",
     "gather",
     "incarnation",
     "state_dict",
+    "two_resolutions",
 ]

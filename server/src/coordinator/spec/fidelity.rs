@@ -1,0 +1,134 @@
+//! Fidelities of a schedule: what can never work, and how many rows are trained low.
+use super::{Asked, impossible};
+use crate::error::Result;
+use superbatch_proto::v1::{
+    Approximation, Fidelity, MultiResolution, Phase, RunSpec, approximation::By,
+};
+
+/// Of a sub-batch trained at two resolutions, unless the phase says otherwise.
+const SHARE: f64 = 0.5;
+
+/// What a phase scores at; `None` is full fidelity.
+pub fn scores_at(phase: &Phase) -> Option<Approximation> {
+    phase
+        .approximation
+        .filter(|_| phase.fidelity() == Fidelity::Approximate)
+}
+
+/// How many rows of a step of `rows` are trained low where rows of one step differ; 0 where all are
+/// alike.
+pub fn low_rows(multi_resolution: Option<&MultiResolution>, rows: usize) -> usize {
+    match multi_resolution {
+        Some(asked) if !asked.whole_step => (rows as f64 * asked.share).round() as usize,
+        _ => 0,
+    }
+}
+
+/// Fills in what the protocol leaves open.
+pub(super) fn complete(phase: &mut Phase) {
+    if let Some(asked) = &mut phase.multi_resolution
+        && asked.share == 0.0
+    {
+        asked.share = SHARE;
+    }
+}
+
+/// Refuses what can never work in one phase. `at` is its path.
+pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
+    let needed = match (phase.fidelity(), &phase.multi_resolution) {
+        (Fidelity::Approximate, _) => Some("fidelity approximate"),
+        (_, Some(_)) => Some("multi_resolution"),
+        _ => None,
+    };
+    let known = phase.approximation.and_then(|given| given.by);
+    let field = format!("{at}.approximation");
+    match (needed, known) {
+        (Some(needed), None) => {
+            let message = format!(
+                "{needed} needs an approximation; give its resolution, such as half the model's \
+                 image size"
+            );
+            return Err(impossible(&field, message));
+        }
+        (None, Some(_)) => {
+            let message = "an approximation that is neither scored nor trained with; set fidelity \
+                           to approximate, or \
+                           multi_resolution";
+            return Err(impossible(&field, message));
+        }
+        (_, Some(By::Resolution(0))) => {
+            let field = format!("{field}.resolution");
+            return Err(impossible(
+                &field,
+                format!("{field} is 0; give a side in pixels"),
+            ));
+        }
+        _ => {}
+    }
+    if phase.fidelity() == Fidelity::Approximate && Asked::by(phase).nobody() {
+        let message = "this phase scores nobody; leave fidelity out (multi_resolution goes \
+                       without)";
+        return Err(impossible(&format!("{at}.fidelity"), message));
+    }
+    match &phase.multi_resolution {
+        Some(asked) => shares(at, asked, phase.sub_batch_size, micro_batches),
+        None => Ok(()),
+    }
+}
+
+fn shares(at: &str, asked: &MultiResolution, rows: u32, micro_batches: u32) -> Result<()> {
+    let field = format!("{at}.multi_resolution.share");
+    if !(asked.share > 0.0 && asked.share < 1.0) {
+        let message = format!("{field} is {}; it lies between 0 and 1", asked.share);
+        return Err(impossible(&field, message));
+    }
+    if asked.whole_step {
+        return Ok(());
+    }
+    let low = low_rows(Some(asked), rows as usize) as u32;
+    let (full, parts) = (rows - low, micro_batches);
+    if low == 0 || full == 0 || !low.is_multiple_of(parts) || !full.is_multiple_of(parts) {
+        let message = format!(
+            "{field} {} makes {low} of sub_batch_size {rows} approximate and leaves {full} full; \
+             both must be above 0 and \
+             divisible by micro_batches {parts}",
+            asked.share
+        );
+        return Err(impossible(&field, message));
+    }
+    Ok(())
+}
+
+/// Refuses to score with a learner at an approximation that it was never trained with: its ranking
+/// would be noise.
+pub(super) fn trained(spec: &RunSpec) -> Result<()> {
+    for (i, phase) in spec.phases.iter().enumerate() {
+        let Some(approximation) = scores_at(phase) else {
+            continue;
+        };
+        if phase.allow_untrained_fidelity || !Asked::by(phase).learner {
+            continue;
+        }
+        let declared = spec.learner.iter().flat_map(|l| &l.trained_fidelities);
+        let earlier = spec.phases[..i]
+            .iter()
+            .filter(|phase| phase.multi_resolution.is_some())
+            .filter_map(|phase| phase.approximation.as_ref());
+        if declared.chain(earlier).any(|known| *known == approximation) {
+            continue;
+        }
+        let field = format!("phases[{i}].fidelity");
+        let message = format!(
+            "phase {i} scores at an approximation that the learner was never trained with, so that \
+             its ranking may be noise: put \
+             a phase with multi_resolution and the same approximation before it (a warm-up), name \
+             it in \
+             learner.trained_fidelities, or set allow_untrained_fidelity (docs/flexi.md)"
+        );
+        return Err(impossible(&field, message));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
