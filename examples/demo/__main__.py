@@ -24,9 +24,10 @@ def arguments() -> argparse.Namespace:
                         help="where results go (DEMO_OUT; default target/demo)")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("DEMO_CACHE") or "target/demo-cache"),
                         help="downloads, data and the reference, kept between runs (DEMO_CACHE; default target/demo-cache)")
-    parser.add_argument("--seeds", default=os.environ.get("SEEDS") or "0", help="comma-separated (SEEDS; default 0)")
+    parser.add_argument("--seeds", default=os.environ.get("SEEDS"),
+                        help="comma-separated (SEEDS; default 0,1,2; with --quick 0)")
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"),
-                        help="a smaller pool and fewer steps: five minutes (QUICK=1)")
+                        help="one seed, and arms that select stop sooner (QUICK=1)")
     parser.add_argument("--flat", action="store_true", default=os.environ.get("POOL", "") == "flat",
                         help="a pool in which every concept has the same share, instead of the long tail (POOL=flat)")
     parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
@@ -54,25 +55,25 @@ def run_demo(args: argparse.Namespace) -> None:
     from . import settings as presets
     from .data.build import build_dataset
     begun = time.monotonic()
-    seeds = [int(seed) for seed in args.seeds.split(",")]
     cache, out = args.cache.resolve(), args.out.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     preset = presets.QUICK if args.quick else presets.FULL
     pool = dataclasses.replace(preset.pool, zipf=0.0 if args.flat else preset.pool.zipf)
     arms = dataclasses.replace(preset.arms, steps=args.steps or preset.arms.steps)
-    preset = dataclasses.replace(preset, pool=pool, arms=arms)
+    seeds = tuple(int(seed) for seed in args.seeds.split(",")) if args.seeds else preset.seeds
+    preset = dataclasses.replace(preset, pool=pool, arms=arms, seeds=seeds)
     dataset = build_dataset(cache, pool, os.cpu_count() or 1)
     if args.data_only:
         print(f"data: {dataset}")
         return
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(dataset / "CREDITS.txt", out / "CREDITS.txt")
-    results = train(preset, seeds, cache, dataset, out)
+    results = train(preset, cache, dataset, out)
     report(results, dataset, out)
     print(f"\nin {(time.monotonic() - begun) / 60:.1f} minutes; everything is in {out}")
 
 
-def train(preset: "Preset", seeds: list[int], cache: Path, dataset: Path, out: Path) -> list:
+def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
     """The reference, then every arm of every seed, each with a server and a state of its own."""
     from .reference import train_reference
     from .report import read_arm
@@ -83,13 +84,12 @@ def train(preset: "Preset", seeds: list[int], cache: Path, dataset: Path, out: P
     reference = train_reference(cache, dataset, preset.reference)
     print("while an arm trains: its batches, and why they were chosen, are at http://127.0.0.1:9465 (docs/page.md)", flush=True)
     results = []
-    for seed in seeds:
+    for seed in preset.seeds:
         for selection in ARMS.values():
             folder = out / f"{selection.name}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            arm = Arm(selection, seed, preset.arms.shortened(selection.length), dataset, reference, reference, folder,
-                      reference / KEPT)
+            arm = Arm(selection, seed, preset.of(selection), dataset, reference, reference, folder, reference / KEPT)
             with serve(folder) as address:
                 run_arm(arm, address)
             results.append(read_arm(selection.name, seed, folder))

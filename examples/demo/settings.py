@@ -15,8 +15,6 @@ class Selection:
     policy: str
     colour: str
     phase: tuple[tuple[str, Any], ...] = ()
-    # Share of the others' steps after which the arm stops: it has shown by then what it can.
-    length: float = 1.0
 
     @property
     def looks_at_weights(self) -> bool:
@@ -25,8 +23,8 @@ class Selection:
 
 ARMS = {arm.name: arm for arm in (
     Selection("uniform", "uniform", "#7a7a7a"),
-    Selection("joint", "joint", "#1668b8", length=0.25),
-    Selection("independent", "independent", "#d98300", length=0.25),
+    Selection("joint", "joint", "#1668b8"),
+    Selection("independent", "independent", "#d98300"),
 )}
 
 
@@ -69,11 +67,17 @@ class Preset:
     pool: PoolRecipe
     reference: Settings
     arms: Settings
+    seeds: tuple[int, ...]
+    # Share of uniform's steps after which arms that select stop: they have shown by then what they can.
+    selecting: float
+
+    def of(self, selection: Selection) -> Settings:
+        return self.arms.shortened(self.selecting) if selection.looks_at_weights else self.arms
 
 
-# One reference for both, so that a full run after a quick one finds it in the cache. A worse one would choose worse.
-REFERENCE = Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150)
 FULL = Preset(
-    pool=PoolRecipe(rows=24_000), reference=REFERENCE, arms=Settings(steps=600, evaluate_every=20, average_over=0.125))
-QUICK = Preset(
-    pool=PoolRecipe(rows=12_000), reference=REFERENCE, arms=Settings(steps=480, evaluate_every=20, average_over=0.125))
+    pool=PoolRecipe(rows=24_000),
+    reference=Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150),
+    arms=Settings(steps=600, evaluate_every=20, average_over=0.125),
+    seeds=(0, 1, 2), selecting=0.5)
+QUICK = replace(FULL, seeds=(0,), selecting=0.25)

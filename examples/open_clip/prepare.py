@@ -1,4 +1,4 @@
-"""Writes the folder of a model that the service reads, and `open_clip_train` too (local-dir:FOLDER).
+"""Writes a folder of a model, for the service and for `open_clip_train` (local-dir:FOLDER).
 
     python examples/open_clip/prepare.py ViT-B-32 models/learner
     python examples/open_clip/prepare.py ViT-B-32 models/reference --pretrained laion2b_s34b_b79k

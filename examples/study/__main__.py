@@ -63,7 +63,7 @@ def train(args: argparse.Namespace, world: World, arm, settings, seed: int) -> N
               f"scale {point['scale'][0]:.1f} {point['seconds']:.0f} s", flush=True)
     begun = time.monotonic()
     # Arms that select show in half of the steps what they can, and cost three times as much to watch.
-    own = settings if arm.policy == "uniform" else settings.shortened(0.5)
+    own = settings if arm.policy == "uniform" else settings.shortened(FULL.selecting)
     curve = Run(world, arm, own, seed).run(say)
     about = {"experiment": args.experiment, "arm": dataclasses.asdict(arm), "settings": dataclasses.asdict(settings),
              "pool": dataclasses.asdict(EXPERIMENTS[args.experiment].pool), "seed": seed,
