@@ -39,7 +39,7 @@ def draw_curves(results: dict, path: Path, note: str) -> None:
         accuracy = [panels[0, 0], panels[0, 1], panels[1, 0], panels[1, 1]]
         for panel, price in zip(accuracy, PRICES, strict=True):
             draw_accuracy(panel, results["seeds"], price)
-        accuracy[0].legend(loc="upper left")
+        accuracy[0].legend(loc="lower right")
         draw_mismatched(panels[0, 2], results)
         draw_needed(panels[1, 2], results["seeds"])
         figure.suptitle(TITLE, fontsize=15, x=0.012, ha="left")

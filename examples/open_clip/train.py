@@ -3,7 +3,7 @@
     python examples/open_clip/train.py --reference models/reference --super-batch-size 5120 \\
         --model local-dir:models/learner --siglip --train-data file:///data/pool \\
         --train-num-samples 1000000 --batch-size 1024 --epochs 10 --name first
-    torchrun --nproc-per-node 8 examples/open_clip/train.py ... --resume latest
+    torchrun --nproc-per-node 8 -- examples/open_clip/train.py ... --resume latest
 
 --model names an open_clip folder, whose weights training starts from; --batch-size is one rank's
 part of the sub-batch, --name is the run's id, and an epoch is --train-num-samples examples that
@@ -14,8 +14,17 @@ import argparse
 import sys
 
 import open_clip_train.main
+import torch
 from open_clip_train.train import train_one_epoch
 from superbatch_data import Selected
+from torch.nn.parallel import DistributedDataParallel
+
+
+class CpuParallel(DistributedDataParallel):
+    """open_clip names each rank's device, which torch refuses where that is a CPU."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: object = None, **options) -> None:
+        super().__init__(module, **options)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         selected.push_from(model, data)
         return train_one_epoch(model, data, *rest, **named)
 
+    if "cpu" in theirs or "--device=cpu" in theirs:
+        torch.nn.parallel.DistributedDataParallel = CpuParallel
     open_clip_train.main.get_data = selected.get_data
     open_clip_train.main.train_one_epoch = pushing
     open_clip_train.main.main(theirs)

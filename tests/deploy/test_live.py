@@ -7,6 +7,7 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -16,7 +17,7 @@ from control_plane import free_ports
 from tools import CHART, DASHBOARD, ROOT, RULES, call, tool
 
 sys.path.append(str(ROOT / "tests" / "python"))
-from cluster import Cluster  # noqa: E402
+from cluster import Cluster, Process  # noqa: E402
 from test_end_to_end import phase, spec, weights  # noqa: E402
 from test_s3 import BUCKET, Store  # noqa: E402
 
@@ -131,3 +132,34 @@ def test_the_trainer_of_compose_trains_from_object_storage(tmp_path: Path):
             assert cluster.coordinator.metric("superbatch_steps_committed_total", mode="normal") >= 3
     finally:
         store.stop()
+
+
+def test_what_compose_makes_is_a_safe_service(tmp_path: Path):
+    """Its certificate and tokens, by settings like those of compose.yaml; the script of `helm test` is the trainer."""
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    call(sys.executable, "-m", "demo.secrets", secrets, environment={"PYTHONPATH": str(ROOT / "docker")})
+    tiny.write_dataset(tmp_path / "pool", rows=64)
+    tls = {"cert": "tls.crt", "key": "tls.key", "ca": "ca.crt"}
+    common = {
+        "state": (tmp_path / "state").as_uri(),
+        "tls": {**{name: str(secrets / file) for name, file in tls.items()}, "worker_name": "worker"}}
+    with ExitStack() as stack:
+        coordinator = Process(tmp_path, "coordinator", "serve", {
+            **common, "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "page_listen": None,
+            "auth": {"tokens_file": str(secrets / "tokens")}, "coordinator": {"workers_embedded": False}})
+        stack.callback(coordinator.stop)
+        worker = Process(tmp_path, "worker", "worker", {
+            **common, "worker": {"threads": 1}, "worker_role": {
+                "coordinator": coordinator.address, "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0",
+                "token_file": str(secrets / "worker")}})
+        stack.callback(worker.stop)
+        said = call(sys.executable, CHART / "files" / "step.py", environment={
+            "SUPERBATCH_URI": coordinator.address, "SUPERBATCH_TEST_RUN": "compose",
+            "SUPERBATCH_TEST_SOURCE": (tmp_path / "pool").as_uri(), "SUPERBATCH_TEST_ROWS": "8",
+            "SUPERBATCH_CA": str(secrets / "ca.crt"), "SUPERBATCH_TOKEN": (secrets / "trainer").read_text()})
+        assert "Batch(step=0, rank=0/1, rows=8) of 64 rows" in said
+        ca, wrong = str(secrets / "ca.crt"), (secrets / "worker").read_text()
+        for options in ({}, {"token": wrong}):
+            with pytest.raises(superbatch.Error):
+                superbatch.connect(coordinator.address, ca=ca, **options).list_runs()

@@ -100,11 +100,11 @@ def module(folder: str, name: str = "train") -> ModuleType:
 
 def script(path: str, arguments: list[str], ranks: int = 1, **environment: str) -> str:
     """Runs a recipe as a script, with several ranks by torchrun. Returns what it printed."""
-    ways = (
-        []
-        if ranks == 1
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    )
+    ways = []
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        # Else torchrun takes --logs for an abbreviation of an option of its own.
+        ways = [*torchrun, "--"]
     done = subprocess.run(
         [sys.executable, *ways, str(EXAMPLES / path), *arguments],
         capture_output=True,

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
+from superbatch.open_clip import built_in, export
 
 EPOCH_STEPS = 2
 CONFIG = {
@@ -20,14 +21,17 @@ def write_folder(folder: Path, seed: int, siglip: bool) -> Path:
     config = {**CONFIG, "init_logit_bias": -5.0} if siglip else CONFIG
     torch.manual_seed(seed)
     model = open_clip.CLIP(**config)
-    model.visual.image_mean, model.visual.image_std = [0.5] * 3, [0.5] * 3
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
-    return module("open_clip", "prepare").write_folder(model, config, tokenizer, folder)
+    return export(model, folder, model_cfg=config, preprocess_cfg=about, tokenizer=tokenizer)
 
 
 def test_the_tokenizer_that_is_written_is_open_clips_own():
     own = open_clip.SimpleTokenizer()
-    written = module("open_clip", "prepare").clip_tokenizer(own, own.context_length)
+    written = built_in(own)
+    # As the service cuts and pads.
+    written.enable_truncation(own.context_length)
+    written.enable_padding(length=own.context_length, pad_id=0)
     captions = [
         "a photo of a cat",
         "  Two   DOGS, running!  it's 2024\n",

@@ -186,7 +186,7 @@ fn in_full(receipt: &Receipt) -> String {
 
 fn chosen(receipt: &Receipt) -> String {
     let head = "drawn chunk score own learner reference weight position id";
-    let mut rows = vec![head.split(' ').map(str::to_owned).collect()];
+    let mut rows: Vec<Vec<String>> = vec![head.split(' ').map(str::to_owned).collect()];
     rows.extend(receipt.chosen.iter().enumerate().map(|(drawn, row)| {
         vec![
             drawn.to_string(),
@@ -205,7 +205,7 @@ fn chosen(receipt: &Receipt) -> String {
 
 fn passed_over(receipt: &Receipt) -> String {
     let head = "own learner reference position id";
-    let mut rows = vec![head.split(' ').map(str::to_owned).collect()];
+    let mut rows: Vec<Vec<String>> = vec![head.split(' ').map(str::to_owned).collect()];
     rows.extend(receipt.passed_over.iter().map(|row| {
         vec![
             number(Some(row.own_score.into())),

@@ -1,10 +1,18 @@
 //! What stands for the worker in a build without LibTorch: a coordinator alone. It offers the worker's own interface, so that
 //! nothing else has to know; only making one fails.
 mod config;
+/// Of what a worker keeps, the part that the run page reads blocks by.
+#[allow(dead_code, reason = "the rest of it is the worker's")]
+mod kept {
+    mod cache;
+    mod captions;
+    pub mod read;
+}
 mod register;
 
 pub use config::WorkerConfig;
-pub use register::keep_registered;
+pub use kept::read::BlockReader;
+pub use register::{Superior, keep_registered};
 
 use crate::{
     error::{Error, Result},

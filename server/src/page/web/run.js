@@ -124,7 +124,7 @@ function more(place, run) {
   const source = (source) => h("div", {}, h("code", {}, source.uri), h("span.dim", {}, ` ${count(source.rows)} rows in ${plural(source.shards, "shard")}, weight ${number(source.weight)}`));
   const phase = (phase) => h("div", {}, `from step ${count(phase.from_step)}: ${words(phase.policy)}, ${count(phase.super_batch_size)} → ${count(phase.sub_batch_size)}`,
     h("span.dim", {}, phase.policy === "uniform" ? "" : ` ${words(phase.criterion)}, ${plural(phase.n_chunks, "chunk")}`));
-  const rewind = (rewind) => h("div", {}, `generation ${rewind.generation} from step ${count(rewind.to_step)}, ${rewind.replay ? "replayed" : "chosen anew"}`);
+  const rewind = (rewind) => h("div", {}, `generation ${rewind.generation} from step ${count(rewind.to_step)} on`);
   fill(place, h("dl", {}, fact("Data", run.sources.map(source)), fact("Phases", run.phases.map(phase)),
     fact("Seed", String(run.seed)), fact("Lag", run.lag), run.rewinds.length ? fact("Rewinds", run.rewinds.map(rewind)) : null));
 }
