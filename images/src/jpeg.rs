@@ -118,3 +118,50 @@ fn scan_start(bytes: &[u8]) -> Option<usize> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::{decode, decode_at_least};
+
+    const LIMITS: ImageLimits = ImageLimits {
+        pixels_max: 1 << 20,
+        bytes_max: 1 << 20,
+    };
+
+    /// A smooth picture of 64 by 48.
+    fn picture() -> Vec<u8> {
+        let pixels: Vec<u8> = (0..48)
+            .flat_map(|y| (0..64).flat_map(move |x| [4 * x as u8, 5 * y as u8, 2 * (x + y) as u8]))
+            .collect();
+        let mut compress = mozjpeg::Compress::new(ColorSpace::JCS_RGB);
+        compress.set_size(64, 48);
+        compress.set_quality(95.0);
+        let mut started = compress.start_compress(Vec::new()).unwrap();
+        started.write_scanlines(&pixels).unwrap();
+        started.finish().unwrap()
+    }
+
+    #[test]
+    fn half_the_size_is_nearly_the_mean_of_four_pixels() {
+        let bytes = picture();
+        let full = decode(&bytes, &LIMITS).unwrap();
+        let half = decode_at_least(&bytes, &LIMITS, 24).unwrap();
+        assert_eq!((half.dimensions(), full.dimensions()), ((32, 24), (64, 48)));
+        for (x, y, pixel) in half.enumerate_pixels() {
+            for channel in 0..3 {
+                let of = |dx, dy| i32::from(full.get_pixel(2 * x + dx, 2 * y + dy)[channel]);
+                let mean = (of(0, 0) + of(1, 0) + of(0, 1) + of(1, 1)) / 4;
+                let found = i32::from(pixel[channel]);
+                assert!((found - mean).abs() <= 8, "{x} {y}: {found} for {mean}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_image_is_made_smaller_than_asked() {
+        let bytes = picture();
+        let full = decode(&bytes, &LIMITS).unwrap();
+        assert_eq!(decode_at_least(&bytes, &LIMITS, 25).unwrap(), full);
+    }
+}

@@ -109,6 +109,7 @@ impl Worker {
         let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo {
             name: name.clone(),
             shape: shape.clone(),
+            optional: info.optional_tensors.contains(name),
         });
         let tower = &info.image_tower;
         Ok(PrepareModelResponse {

@@ -1,10 +1,13 @@
-"""Writes tiny model folders with random weights, inputs, and what transformers makes of them: model_parity.py OUT_DIR."""
+"""Writes model folders with random weights, inputs, and what transformers and open_clip make of them: model_parity.py OUT."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
@@ -80,13 +83,85 @@ def models():
     )
 
 
+def open_clip_models():
+    """Name, class, and the `model_cfg` of `open_clip_config.json`."""
+    text = {"context_length": 11, "vocab_size": 70, "width": 32, "heads": 4, "layers": 2}
+    yield "open_clip-vit", CLIP, {
+        "embed_dim": 24, "quick_gelu": True, "text_cfg": text,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}}
+    # Every other way that its own towers may take.
+    yield "open_clip-custom", CustomTextCLIP, {
+        "embed_dim": 20, "init_logit_bias": -9, "custom_text": True,
+        "vision_cfg": {"image_size": 50, "layers": 2, "width": 48, "head_width": 24, "patch_size": 16, "mlp_ratio": 3.0,
+                       "pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
+        "text_cfg": {**text, "no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_kwargs": {"eps": 1e-3},
+                     "act_kwargs": {"approximate": "tanh"}}}
+    # The image tower of ViT-B-16-SigLIP at its full size.
+    yield "open_clip-siglip", CustomTextCLIP, {
+        "embed_dim": 768, "init_logit_bias": -10, "custom_text": True,
+        "vision_cfg": {"image_size": 224, "timm_model_name": "vit_base_patch16_siglip_224", "timm_model_pretrained": False,
+                       "timm_pool": "map", "timm_proj": "none"},
+        "text_cfg": {**text, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "no_causal_mask": True, "proj_bias": True,
+                     "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}}
+
+
+def any_size(model, pixels):
+    """Images of any size: by timm's `dynamic_img_size`, and for open_clip's own tower by the grid that timm makes."""
+    visual = model.visual
+    if hasattr(visual, "trunk"):
+        import timm
+        trunk = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, dynamic_img_size=True).eval()
+        trunk.load_state_dict(visual.trunk.state_dict())
+        return trunk(pixels)
+    old, new = visual.grid_size[0], pixels.shape[-1] // visual.patch_size[0]
+    from timm.layers import resample_abs_pos_embed
+    grid = resample_abs_pos_embed(visual.positional_embedding[None], new_size=[new, new], old_size=[old, old])[0]
+    return torch.func.functional_call(visual, {"positional_embedding": grid}, (pixels,))
+
+
+def write_open_clip(folder, model, config):
+    folder.mkdir()
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    size, patch = vision["image_size"], vision.get("patch_size", 16)
+    low = (size // patch + 1) // 2 * patch
+    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+    (folder / "open_clip_config.json").write_text(json.dumps({
+        "model_cfg": config, "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}}))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    rows = ROWS if size < 100 else 2
+
+    def unit(x):
+        return F.normalize(x, dim=-1).contiguous()
+
+    def values(pixels):
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    pixels, low_pixels = (torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8) for side in (size, low))
+    ids = torch.randint(1, text["vocab_size"] - 1, (rows, text["context_length"]))
+    for row in range(rows):
+        ids[row, 3 + row] = text["vocab_size"] - 1
+        ids[row, 4 + row:] = 0
+    image, words = unit(model.encode_image(values(pixels))), unit(model.encode_text(ids))
+    torch.testing.assert_close(unit(any_size(model, values(pixels))), image)
+    for x in (image, words):
+        assert (x @ x.T - 2 * torch.eye(rows)).max() < 0.998, f"{folder.name}: rows are too alike to prove anything"
+    bias = -3.5 if model.logit_bias is not None else 0.0
+    save_file({
+        "pixels": pixels, "ids": ids, "image": image, "text": words, "low_pixels": low_pixels,
+        "low_image": unit(any_size(model, values(low_pixels))),
+        "normalisation": torch.cat([torch.tensor([1 / 255]), mean, std]),
+        "logits": torch.tensor([model.logit_scale.exp().item(), bias])}, folder / "expected.safetensors")
+    names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    (folder / "state_dict.json").write_text(json.dumps(names))
+
+
 def perturb(model):
     """Nothing stays at a value (zero, one) that would hide a tensor which is not used."""
     for name, parameter in model.named_parameters():
         if name not in ("logit_scale", "logit_bias"):
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.08))
     model.logit_scale.fill_(1.25)
-    if hasattr(model, "logit_bias"):
+    if getattr(model, "logit_bias", None) is not None:
         model.logit_bias.fill_(-3.5)
 
 
@@ -155,6 +230,10 @@ def main():
         model.eval()
         perturb(model)
         write(Path(sys.argv[1]) / name, model, eos, shard)
+    for name, kind, config in open_clip_models():
+        model = kind(**{key: value for key, value in config.items() if key != "custom_text"}).eval()
+        perturb(model)
+        write_open_clip(Path(sys.argv[1]) / name, model, config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ use crate::{
 };
 use prost::Message;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::v1::{
     Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
 };
@@ -30,6 +30,9 @@ pub struct ModelFact {
     #[serde(default)]
     pub image_tower: Option<ImageTowerFact>,
     pub tensors: BTreeMap<String, Vec<u64>>,
+    /// Those of them that weights may do without.
+    #[serde(default)]
+    pub optional_tensors: BTreeSet<String>,
     /// BLAKE3 of each file of its folder but the weights, in hex. Empty in runs that older builds
     /// opened.
     #[serde(default)]
@@ -91,6 +94,7 @@ impl ModelFact {
             text_flops: 0.0,
             image_tower: None,
             tensors: BTreeMap::new(),
+            optional_tensors: BTreeSet::new(),
             files: BTreeMap::new(),
             dim: 0,
         }
@@ -114,6 +118,12 @@ impl From<PrepareModelResponse> for ModelFact {
             pair_flops: model.image_flops + model.text_flops,
             text_flops: model.text_flops,
             image_tower: model.image_tower.map(ImageTowerFact::from),
+            optional_tensors: model
+                .tensors
+                .iter()
+                .filter(|t| t.optional)
+                .map(|t| t.name.clone())
+                .collect(),
             tensors: model
                 .tensors
                 .into_iter()

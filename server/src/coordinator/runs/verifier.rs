@@ -22,6 +22,7 @@ pub struct WorkerVerifier {
 pub fn shape(fact: &ModelFact) -> ModelShape {
     ModelShape {
         tensors: fact.tensors.clone(),
+        optional: fact.optional_tensors.clone(),
         logit_scale: fact.logit_scale,
         logit_bias: fact.logit_bias,
     }

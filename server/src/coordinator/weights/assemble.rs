@@ -24,9 +24,12 @@ pub struct Snapshot {
 /// infinity.
 pub fn assemble(staged: Staged) -> Result<Snapshot> {
     let (shape, mut parts) = staged.into_parts();
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, optional) = (BTreeMap::new(), &shape.optional);
     for (name, shape) in &shape.tensors {
         let parts = parts.remove(name).unwrap_or_default();
+        if parts.is_empty() && optional.contains(name) {
+            continue;
+        }
         let (have, all) = (
             parts.iter().map(Part::elements).sum::<u64>(),
             shape.iter().product::<u64>(),

@@ -12,6 +12,7 @@ mod history;
 mod lag;
 pub mod member;
 mod missing;
+mod names;
 mod publish;
 mod snapshots;
 mod staging;
@@ -48,6 +49,8 @@ use tokio_util::task::TaskTracker;
 pub struct ModelShape {
     /// Shapes by name: what a push must hold, no more and no less.
     pub tensors: BTreeMap<String, Vec<u64>>,
+    /// Those of them that it may do without.
+    pub optional: BTreeSet<String>,
     /// Factor on cosines, exp applied.
     pub logit_scale: f64,
     pub logit_bias: Option<f64>,

@@ -1,5 +1,5 @@
 //! The parts of one push, in memory: what may be staged, and when it is whole. No I/O.
-use super::ModelShape;
+use super::{ModelShape, names};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use safetensors::Dtype;
@@ -105,6 +105,7 @@ impl Staged {
     /// where it overlaps another part, `MessageTooLarge` beyond the bytes of a push. All name the
     /// tensor.
     pub fn reserve(&mut self, stream: u64, header: PartHeader) -> Result<Receiving> {
+        let header = self.as_the_learner(header);
         let name = header.name.clone();
         if self.expected > 0 && self.slots.len() >= self.expected as usize {
             return Err(refused(
@@ -170,22 +171,29 @@ impl Staged {
         Ok(receiving)
     }
 
+    /// The part with the learner's name and shape of its tensor: without the prefixes of wrappers,
+    /// and one element is one element.
+    fn as_the_learner(&self, mut header: PartHeader) -> PartHeader {
+        if let Some(name) = names::unwrapped(&header.name, &self.shape.tensors) {
+            names::tell_once(&header.name, &name);
+            header.name = name;
+        }
+        let own = self.shape.tensors.get(&header.name);
+        if let Some(own) = own.filter(|own| own.len() < 2 && own.iter().product::<u64>() == 1) {
+            let is_one =
+                header.global_shape.iter().all(|n| *n == 1) && header.global_shape.len() < 2;
+            if is_one && header.extent.iter().all(|n| *n == 1) {
+                header.start = vec![0; own.len()];
+                (header.extent, header.global_shape) = (own.clone(), own.clone());
+            }
+        }
+        header
+    }
+
     /// Position ids are constants that some versions of transformers keep in the state dict.
     fn is_buffer(&self, name: &str) -> bool {
         let last = name.rsplit('.').next();
         last == Some("position_ids") && !self.shape.tensors.contains_key(name)
-    }
-
-    /// The learner's tensor whose name ends most like this one.
-    fn nearest(&self, name: &str) -> Option<&String> {
-        let alike = |own: &&String| {
-            own.bytes()
-                .rev()
-                .zip(name.bytes().rev())
-                .take_while(|(a, b)| a == b)
-                .count()
-        };
-        self.shape.tensors.keys().max_by_key(alike)
     }
 
     fn check(&self, header: PartHeader) -> Result<Part> {
@@ -197,9 +205,7 @@ impl Staged {
             ..
         } = &header;
         let Some(shape) = self.shape.tensors.get(name) else {
-            let near = self
-                .nearest(name)
-                .map_or_else(String::new, |near| format!("; it has '{near}'"));
+            let near = names::hint(name, &self.shape.tensors);
             return Err(refused(
                 name,
                 format!("{name} is no tensor of the learner, whose model folder names them{near}"),
@@ -335,6 +341,9 @@ impl Staged {
     pub fn incomplete(&self) -> Error {
         let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
         let first = self.shape.tensors.iter().find(|(name, shape)| {
+            if self.shape.optional.contains(*name) {
+                return false;
+            }
             let parts = self
                 .tensors
                 .get(*name)

@@ -71,9 +71,11 @@ impl Bench {
             ("a.weight".into(), vec![4, 2]),
             ("b.bias".into(), vec![3]),
             ("scale".into(), vec![]),
+            ("bias".into(), vec![]),
         ]);
         let shape = ModelShape {
             tensors,
+            optional: BTreeSet::from(["bias".into()]),
             logit_scale: 10.0,
             logit_bias: Some(-10.0),
         };
@@ -385,15 +387,37 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
 }
 
 #[tokio::test]
+async fn wrapped_names_and_one_element_are_the_learners_own() {
+    let weights = Bench::new().open().await;
+    let wrapped: Messages = [
+        part("module.a.weight", &[4, 2], &[0, 0], &[4, 2], &[1.0; 8]),
+        part("_orig_mod.b.bias", &[3], &[0], &[3], &[0.5; 3]),
+        part("scale", &[1], &[0], &[1], &[3.0]),
+        part("module.bias", &[1], &[0], &[1], &[-2.0]),
+    ]
+    .concat();
+    let wrapped = push(&weights, start(0, "p"), wrapped).await.unwrap();
+    let bias = part("bias", &[], &[], &[], &[-2.0]);
+    let plain = [
+        part("a.weight", &[4, 2], &[0, 0], &[4, 2], &[1.0; 8]),
+        b([0.5; 3]),
+        scale(3.0),
+        bias,
+    ];
+    let plain = push(&weights, start(1, "q"), plain.concat()).await.unwrap();
+    assert_eq!(wrapped.digest, plain.digest);
+}
+
+#[tokio::test]
 async fn a_wrong_name_is_told_the_nearest_right_one() {
     let weights = Bench::new().open().await;
-    let misnamed = part("module.b.bias", &[3], &[0], &[3], &[0.0; 3]);
+    let misnamed = part("head.b.bias", &[3], &[0], &[3], &[0.0; 3]);
     let said = push(&weights, start(0, "p"), misnamed)
         .await
         .unwrap_err()
         .chain();
     assert!(
-        said.contains("module.b.bias is no tensor") && said.contains("it has 'b.bias'"),
+        said.contains("head.b.bias is no tensor") && said.contains("it has 'b.bias'"),
         "{said}"
     );
 }

@@ -1,6 +1,7 @@
 //! From stored bytes to what a model takes: decoding, resizing, tokenizing.
 pub mod decode_pool;
 pub mod model_inputs;
+pub mod padding;
 pub mod preprocess;
 pub mod row;
 pub mod tokenize;

@@ -1,12 +1,17 @@
 //! How one model wants its images and captions.
 use super::{
+    padding,
     preprocess::{ImageLimits, Normalisation, Preprocess, RowFault, decode},
     row::Prepared,
-    tokenize::{TextShape, Tokenizer},
+    tokenize::{End, TextShape, Tokenizer},
 };
 use crate::{
     error::{Error, Result},
-    worker::model::{Family, Fidelity, ModelFolder},
+    worker::model::{
+        Family, Fidelity, ModelFolder,
+        clip::LEGACY_EOS,
+        open_clip_config::{Clean, TextPool},
+    },
 };
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
@@ -30,7 +35,14 @@ impl Inputs {
     }
 
     pub fn of(folder: &ModelFolder) -> Result<Self> {
-        let preprocess = Preprocess::parse(&folder.preprocessor_json)?;
+        let side = folder.config.vision.image_size as u32;
+        let preprocess = match folder.config.family {
+            Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
+            family => {
+                let is_clip = Some(family == Family::Clip);
+                Preprocess::of(&folder.preprocessor_json, is_clip)?
+            }
+        };
         let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
         if [made.0, made.1].map(|side| side as usize) != [taken; 2] {
             let message = format!(
@@ -103,14 +115,30 @@ impl Inputs {
 }
 
 fn text_shape(folder: &ModelFolder) -> TextShape {
-    // Only CLIP looks for the end of the caption; 2 in its configuration is an old mistake that
-    // means "the largest id".
     let text = &folder.config.text;
-    let looks_for_end = folder.config.family == Family::Clip && text.eos_token_id != 2;
+    let (end, clean) = match folder.config.family {
+        Family::Siglip => (End::Anywhere, Clean::Nothing),
+        Family::Clip if text.eos_token_id == LEGACY_EOS => (End::Largest, Clean::Nothing),
+        Family::Clip => (End::Id(text.eos_token_id), Clean::Nothing),
+        Family::OpenClip(form) => {
+            let end = match form.pool {
+                TextPool::Argmax => End::Largest,
+                TextPool::Eos(eos) => End::Id(eos),
+                TextPool::First | TextPool::Last => End::Anywhere,
+            };
+            (end, form.clean)
+        }
+    };
+    let declared = padding::declared(
+        &folder.tokenizer_json,
+        folder.tokenizer_config_json.as_deref(),
+        folder.config.family == Family::Siglip,
+    );
     TextShape {
         length: text.max_position_embeddings,
-        pad_id: text.pad_token_id,
+        pad_id: declared.unwrap_or(text.pad_token_id),
         vocab_size: text.vocab_size,
-        eos_id: looks_for_end.then_some(text.eos_token_id),
+        end,
+        clean,
     }
 }

@@ -1,16 +1,17 @@
 //! From stored image to model input, as a model folder's `preprocessor_config.json` says: the slow
 //! image processors of `transformers` for SigLIP and CLIP, given RGB images with the channels last.
-use crate::error::{Error, Result};
+mod config;
+
+use crate::error::Result;
+use config::{Config, invalid};
 use serde::Serialize;
 use serde_json::Value;
 use superbatch_images::{Axis, Filter, Taps, decode_at_least, resize};
 pub use superbatch_images::{ImageLimits, decode};
-use superbatch_proto::v1::{BadRowReason, Reason};
+use superbatch_proto::v1::BadRowReason;
 
-const FILE: &str = "preprocessor_config.json";
 /// Raised when the same configuration gives other pixels: part of the digest.
 const VERSION: u32 = 3;
-const SIDE_MAX: u64 = 4096;
 
 /// Why a row cannot be used: a fault of its content, which costs this row only.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +52,9 @@ pub struct Preprocess {
     /// JPEG files are decoded at half their size where that is enough.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     halves_jpeg: bool,
+    /// A crop begins at half of the spare pixels, rounded to even as torchvision does, not down.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    crop_rounds: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -77,10 +81,19 @@ impl Preprocess {
     /// `ModelInvalid` naming the field: another processor, another filter, or settings that give no
     /// fixed size.
     pub fn parse(preprocessor_config_json: &[u8]) -> Result<Self> {
+        Self::of(preprocessor_config_json, None)
+    }
+
+    /// As [`Preprocess::parse`]; where the configuration names no processor, it is that of CLIP or
+    /// SigLIP as `is_clip` says of the model.
+    ///
+    /// # Errors
+    /// As [`Preprocess::parse`].
+    pub fn of(preprocessor_config_json: &[u8], is_clip: Option<bool>) -> Result<Self> {
         let json: Value = serde_json::from_slice(preprocessor_config_json)
             .map_err(|e| invalid("", "it is no JSON object").because(e))?;
         let config = Config(&json);
-        let clip = config.is_clip()?;
+        let clip = config.is_clip(is_clip)?;
         if !config.flag("do_resize", true)? {
             return Err(invalid(
                 "do_resize",
@@ -117,6 +130,7 @@ impl Preprocess {
             crop,
             normalisation: config.normalisation(clip)?,
             halves_jpeg: false,
+            crop_rounds: false,
         })
     }
 
@@ -173,8 +187,9 @@ impl Preprocess {
         };
         let (height, width) = self.size();
         let (resized_height, resized_width) = self.resized(image.height(), image.width());
-        let (rows, top) = cropped(image.height(), resized_height, height);
-        let (columns, left) = cropped(image.width(), resized_width, width);
+        let rounds = self.crop_rounds;
+        let (rows, top) = cropped(image.height(), resized_height, height, rounds);
+        let (columns, left) = cropped(image.width(), resized_width, width, rounds);
         let filter = if self.resample == 2 {
             Filter::Bilinear
         } else {
@@ -227,17 +242,23 @@ impl Preprocess {
 
 /// What a centre crop of `output` keeps of an axis, and where that begins in the output: where the
 /// image is smaller, the spare black is split with the larger half first.
-fn cropped(source: u32, resized: u64, output: u32) -> (Axis, usize) {
+fn cropped(source: u32, resized: u64, output: u32, rounds: bool) -> (Axis, usize) {
     let output = u64::from(output);
     match resized.checked_sub(output) {
-        Some(spare) => (
-            Axis {
-                source,
-                resized,
-                kept: spare / 2..spare / 2 + output,
-            },
-            0,
-        ),
+        Some(spare) => {
+            let half = spare / 2;
+            // Of two neighbours as near, the even one.
+            let first = half + u64::from(rounds && spare % 2 == 1 && half % 2 == 1);
+            let kept = first..first + output;
+            (
+                Axis {
+                    source,
+                    resized,
+                    kept,
+                },
+                0,
+            )
+        }
         None => (
             Axis {
                 source,
@@ -247,156 +268,6 @@ fn cropped(source: u32, resized: u64, output: u32) -> (Axis, usize) {
             (output - resized).div_ceil(2) as usize,
         ),
     }
-}
-
-/// The configuration's fields, each checked where it is read.
-struct Config<'a>(&'a Value);
-
-impl Config<'_> {
-    fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field).filter(|value| !value.is_null())
-    }
-
-    /// Whether it is CLIP's processor, by name or, without one, by its fields.
-    fn is_clip(&self) -> Result<bool> {
-        let field = if self.get("image_processor_type").is_some() {
-            "image_processor_type"
-        } else {
-            "feature_extractor_type"
-        };
-        match self.get(field).and_then(Value::as_str) {
-            None => Ok(self
-                .get("do_center_crop")
-                .or(self.get("crop_size"))
-                .is_some()),
-            Some("CLIPImageProcessor" | "CLIPImageProcessorFast" | "CLIPFeatureExtractor") => {
-                Ok(true)
-            }
-            Some("SiglipImageProcessor" | "SiglipImageProcessorFast") => Ok(false),
-            Some(other) => Err(invalid(
-                field,
-                &format!("{other} is not known; use SiglipImageProcessor or CLIPImageProcessor"),
-            )),
-        }
-    }
-
-    fn flag(&self, field: &str, default: bool) -> Result<bool> {
-        match self.get(field) {
-            None => Ok(default),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| invalid(field, "it is neither true nor false")),
-        }
-    }
-
-    fn side(&self, field: &str, value: Option<&Value>) -> Result<u32> {
-        let side = value
-            .and_then(Value::as_u64)
-            .filter(|side| (1..=SIDE_MAX).contains(side));
-        side.map(|side| side as u32)
-            .ok_or_else(|| invalid(field, &format!("its sides must be from 1 to {SIDE_MAX}")))
-    }
-
-    fn target(&self, clip: bool) -> Result<Target> {
-        let field = "size";
-        match self.get(field) {
-            None if clip => Ok(Target::ShortestEdge(224)),
-            None => Ok(Target::Exact(224, 224)),
-            Some(side @ Value::Number(_)) => {
-                let side = self.side(field, Some(side))?;
-                Ok(if clip {
-                    Target::ShortestEdge(side)
-                } else {
-                    Target::Exact(side, side)
-                })
-            }
-            Some(size) => match size.get("shortest_edge") {
-                Some(edge) if size.get("longest_edge").is_none() => {
-                    Ok(Target::ShortestEdge(self.side(field, Some(edge))?))
-                }
-                Some(_) => Err(invalid(field, "longest_edge is not supported")),
-                None => Ok(Target::Exact(
-                    self.side(field, size.get("height"))?,
-                    self.side(field, size.get("width"))?,
-                )),
-            },
-        }
-    }
-
-    fn crop(&self) -> Result<(u32, u32)> {
-        let field = "crop_size";
-        match self.get(field) {
-            None => Ok((224, 224)),
-            Some(side @ Value::Number(_)) => self.side(field, Some(side)).map(|side| (side, side)),
-            Some(size) => Ok((
-                self.side(field, size.get("height"))?,
-                self.side(field, size.get("width"))?,
-            )),
-        }
-    }
-
-    fn normalisation(&self, clip: bool) -> Result<Normalisation> {
-        let rescale = match (self.flag("do_rescale", true)?, self.get("rescale_factor")) {
-            (false, _) => 1.0,
-            (true, None) => 1.0 / 255.0,
-            (true, Some(factor)) => factor
-                .as_f64()
-                .ok_or_else(|| invalid("rescale_factor", "it is no number"))?,
-        };
-        let rescale = rescale as f32;
-        if !self.flag("do_normalize", true)? {
-            return Ok(Normalisation {
-                rescale,
-                mean: [0.0; 3],
-                std: [1.0; 3],
-            });
-        }
-        let (mean, std) = match clip {
-            true => (
-                [0.481_454_66, 0.457_827_5, 0.408_210_73],
-                [0.268_629_54, 0.261_302_6, 0.275_777_1],
-            ),
-            false => ([0.5; 3], [0.5; 3]),
-        };
-        let (mean, std) = (
-            self.channels("image_mean", mean)?,
-            self.channels("image_std", std)?,
-        );
-        if std.iter().any(|&s| s <= 0.0) {
-            return Err(invalid("image_std", "it must be above zero"));
-        }
-        Ok(Normalisation { rescale, mean, std })
-    }
-
-    fn channels(&self, field: &str, default: [f32; 3]) -> Result<[f32; 3]> {
-        let three = || invalid(field, "it must be a number or three numbers");
-        let number = |value: &Value| {
-            value
-                .as_f64()
-                .map(|v| v as f32)
-                .filter(|v| v.is_finite())
-                .ok_or_else(three)
-        };
-        match self.get(field) {
-            None => Ok(default),
-            Some(Value::Array(values)) => {
-                let values = values.iter().map(number).collect::<Result<Vec<_>>>()?;
-                values.try_into().map_err(|_| three())
-            }
-            Some(value) => number(value).map(|v| [v; 3]),
-        }
-    }
-}
-
-fn invalid(field: &str, what: &str) -> Error {
-    let place = if field.is_empty() {
-        FILE.to_owned()
-    } else {
-        format!("'{field}' of {FILE}")
-    };
-    Error::new(Reason::ModelInvalid, format!("cannot use {place}: {what}"))
-        .with("file", FILE)
-        .with("field", field)
 }
 
 #[cfg(test)]

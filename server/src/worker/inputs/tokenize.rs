@@ -4,7 +4,11 @@
 //! `transformers` also removes punctuation and lowercases in Python; a `tokenizer.json` that should
 //! do so says it in its normalizer.
 use super::preprocess::RowFault;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    worker::model::open_clip_config::Clean,
+};
+use std::borrow::Cow;
 use superbatch_proto::v1::{BadRowReason, Reason};
 use tokenizers::{
     PaddingDirection, PaddingParams, PaddingStrategy, PostProcessor, TruncationParams,
@@ -22,8 +26,19 @@ pub struct TextShape {
     pub pad_id: i64,
     /// Rows of the model's token embedding.
     pub vocab_size: usize,
-    /// The id at which the tower pools, where it looks for one.
-    pub eos_id: Option<i64>,
+    /// The token at which the tower pools, where it looks for one.
+    pub end: End,
+    pub clean: Clean,
+}
+
+/// Where a tower finds the end of a caption.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It does not look.
+    Anywhere,
+    Id(i64),
+    /// The largest id of the caption.
+    Largest,
 }
 
 /// Turns captions into exactly `length` ids.
@@ -31,6 +46,7 @@ pub struct TextShape {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     length: usize,
+    clean: Clean,
     digest: [u8; 32],
 }
 
@@ -92,9 +108,13 @@ impl Tokenizer {
             .update(tokenizer_json)
             .update(&(text.length as u64).to_le_bytes())
             .update(&text.pad_id.to_le_bytes());
+        if text.clean != Clean::Nothing {
+            hasher.update(format!("{:?}", text.clean).as_bytes());
+        }
         let tokenizer = Self {
             inner,
             length: text.length,
+            clean: text.clean,
             digest: *hasher.finalize().as_bytes(),
         };
         tokenizer.probe(text)?;
@@ -107,14 +127,31 @@ impl Tokenizer {
             let ids = self
                 .encode(caption)
                 .map_err(|fault| mismatch(fault.detail))?;
-            if let Some(eos) = text.eos_id.filter(|eos| !ids.contains(eos)) {
-                let what = format!(
-                    "captions do not end with id {eos}, at which the model pools; add it in the post-processor"
-                );
-                return Err(mismatch(what));
-            }
+            let what = match text.end {
+                End::Anywhere => continue,
+                End::Id(eos) if ids.contains(&eos) => continue,
+                End::Id(eos) => format!("captions do not end with id {eos}"),
+                End::Largest if self.ends_with_largest(caption) => continue,
+                End::Largest => "captions do not end with their largest id".to_owned(),
+            };
+            return Err(mismatch(format!(
+                "{what}, at which the model pools; add an end token in the post-processor"
+            )));
         }
         Ok(())
+    }
+
+    /// Whether the last id before the padding is larger than all before it.
+    fn ends_with_largest(&self, caption: &str) -> bool {
+        let mut inner = self.inner.clone();
+        inner.with_padding(None);
+        let Ok(encoding) = inner.encode_fast(caption, true) else {
+            return false;
+        };
+        match encoding.get_ids() {
+            [before @ .., last] => before.iter().all(|id| id < last),
+            [] => false,
+        }
     }
 
     /// BLAKE3 of the file, the length and the padding.
@@ -131,7 +168,7 @@ impl Tokenizer {
         let read = beginning(caption);
         let encoding = self
             .inner
-            .encode_fast(read, true)
+            .encode_fast(clean(read, self.clean).as_ref(), true)
             .map_err(|e| invalid(e.to_string()))?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
         if ids.len() != self.length {
@@ -143,6 +180,24 @@ impl Tokenizer {
         }
         Ok(ids)
     }
+}
+
+/// A caption as open_clip hands it to its tokenizer.
+fn clean(caption: &str, how: Clean) -> Cow<'_, str> {
+    let spaced = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    Cow::Owned(match how {
+        Clean::Nothing => return Cow::Borrowed(caption),
+        Clean::Whitespace => spaced(caption),
+        Clean::Lower => spaced(caption).to_lowercase(),
+        Clean::Canonicalize => {
+            let text = caption.replace('_', " ");
+            spaced(
+                &text
+                    .replace(|c: char| c.is_ascii_punctuation(), "")
+                    .to_lowercase(),
+            )
+        }
+    })
 }
 
 /// As much of a caption as is tokenized: far more than any model takes, and it ends with a word.
@@ -173,7 +228,8 @@ mod tests {
         length: 5,
         pad_id: 0,
         vocab_size: 6,
-        eos_id: Some(2),
+        end: End::Id(2),
+        clean: Clean::Nothing,
     };
 
     /// Words a, b, c between <s> and </s>.
@@ -181,7 +237,8 @@ mod tests {
         format!(
             r#"{{"version": "1.0", "truncation": {{"direction": "Left", "max_length": 2, "strategy": "LongestFirst", "stride": 0}},
             "padding": null, "added_tokens": [], "normalizer": {{"type": "Lowercase"}}, "pre_tokenizer": {{"type": "Whitespace"}},
-            "post_processor": {post_processor}, "decoder": null, "model": {{"type": "WordLevel", "unk_token": "<pad>",
+            "post_processor": {post_processor}, "decoder": null, "model": {{"type": "WordLevel",
+            "unk_token": "<pad>",
             "vocab": {{"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}}}}}}"#
         )
     }
@@ -242,7 +299,7 @@ mod tests {
             Tokenizer::parse(
                 without_end.as_bytes(),
                 &TextShape {
-                    eos_id: None,
+                    end: End::Anywhere,
                     ..SHAPE
                 }
             )

@@ -7,6 +7,7 @@ use super::{
         BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding,
         patches,
     },
+    naming::Naming,
     parameters::{Init, Parameters},
     positions::{Positions, Resize},
 };
@@ -14,7 +15,7 @@ use tch::{Kind, Tensor};
 
 /// `eos_token_id` of configurations written before transformers knew the right one; it means "the
 /// largest id".
-const LEGACY_EOS: i64 = 2;
+pub const LEGACY_EOS: i64 = 2;
 
 /// Names and shapes of `transformers.CLIPModel`, with its initial distributions.
 pub fn parameters(config: &ModelConfig) -> Parameters {
@@ -41,9 +42,10 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
     to.layer_norm("vision_model.pre_layrnorm", d);
     Transformer::parameters(
         &mut to,
-        "vision_model",
+        "vision_model.encoder.layers",
         &vision.tower,
         &block_init(&vision.tower),
+        Naming::Transformers,
     );
     to.layer_norm("vision_model.post_layernorm", d);
     to.add(
@@ -64,7 +66,13 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         &[text.max_position_embeddings, d],
         Init::Normal(0.02),
     );
-    Transformer::parameters(&mut to, "text_model", &text.tower, &block_init(&text.tower));
+    Transformer::parameters(
+        &mut to,
+        "text_model.encoder.layers",
+        &text.tower,
+        &block_init(&text.tower),
+        Naming::Transformers,
+    );
     to.layer_norm("text_model.final_layer_norm", d);
     to.add(
         "text_projection.weight",
@@ -76,10 +84,12 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         &[],
         Init::Constant(config.logit_scale_init as f32),
     );
+    // Where it was trained with the sigmoid loss.
+    to.add_optional("logit_bias", &[]);
     to
 }
 
-fn block_init(tower: &Tower) -> BlockInit {
+pub fn block_init(tower: &Tower) -> BlockInit {
     let (d, layers) = (tower.hidden_size as f64, tower.num_hidden_layers as f64);
     let residual = Init::Normal(d.powf(-0.5) * (2.0 * layers).powf(-0.5));
     BlockInit {
@@ -124,11 +134,23 @@ impl Clip {
                 Resize::TRANSFORMERS,
             ),
             pre_norm: LayerNorm::load(tensors, "vision_model.pre_layrnorm", eps)?,
-            image: Transformer::load(tensors, "vision_model", &vision.tower, false)?,
+            image: Transformer::load(
+                tensors,
+                "vision_model.encoder.layers",
+                &vision.tower,
+                false,
+                Naming::Transformers,
+            )?,
             post_norm: LayerNorm::load(tensors, "vision_model.post_layernorm", eps)?,
             image_projection: Linear::without_bias(tensors, "visual_projection")?,
             words: TextEmbedding::load(tensors, "text_model.embeddings")?,
-            text: Transformer::load(tensors, "text_model", &text.tower, true)?,
+            text: Transformer::load(
+                tensors,
+                "text_model.encoder.layers",
+                &text.tower,
+                true,
+                Naming::Transformers,
+            )?,
             final_norm: LayerNorm::load(
                 tensors,
                 "text_model.final_layer_norm",

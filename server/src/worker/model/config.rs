@@ -2,6 +2,8 @@
 use super::{
     clip,
     fields::{Fields, invalid},
+    open_clip,
+    open_clip_config::OpenClipForm,
     parameters::Parameters,
     siglip,
 };
@@ -13,6 +15,7 @@ use superbatch_proto::v1::ComputeDtype;
 pub enum Family {
     Siglip,
     Clip,
+    OpenClip(OpenClipForm),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,9 +120,9 @@ impl ModelConfig {
         let value: Value = serde_json::from_slice(json)
             .map_err(|e| invalid("config.json is no valid JSON", "").because(e))?;
         let root = Fields::root(&value)?;
-        let family = match root.text("model_type", "")? {
-            "siglip" => Family::Siglip,
-            "clip" => Family::Clip,
+        let is_siglip = match root.text("model_type", "")? {
+            "siglip" => true,
+            "clip" => false,
             other => {
                 let message = format!(
                     "model_type '{other}' is not supported; use a folder of 'siglip' or 'clip'"
@@ -127,12 +130,12 @@ impl ModelConfig {
                 return Err(invalid(message, "model_type"));
             }
         };
-        match family {
-            Family::Siglip => Self::siglip(
+        match is_siglip {
+            true => Self::siglip(
                 &root.section("vision_config")?,
                 &root.section("text_config")?,
             ),
-            Family::Clip => {
+            false => {
                 // Written by old versions; where they are, they replace the sections whole,
                 // defaults included.
                 let section =
@@ -211,6 +214,7 @@ impl ModelConfig {
         match self.family {
             Family::Siglip => "siglip",
             Family::Clip => "clip",
+            Family::OpenClip(_) => "open_clip",
         }
     }
 
@@ -219,6 +223,7 @@ impl ModelConfig {
         match self.family {
             Family::Siglip => siglip::parameters(self),
             Family::Clip => clip::parameters(self),
+            Family::OpenClip(form) => open_clip::parameters(self, &form),
         }
     }
 }

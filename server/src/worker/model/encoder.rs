@@ -4,6 +4,7 @@ use super::{
     config::{Compute, Family, ModelConfig},
     flops::{self, ImageTower},
     layers::{Tensors, Torch},
+    open_clip::OpenClip,
     siglip::Siglip,
     snapshot::{Refusal, Snapshot, Stored},
 };
@@ -50,6 +51,8 @@ pub struct ModelInfo {
     pub image_tower: ImageTower,
     /// Names and shapes of the tensors that a push has.
     pub tensors: Vec<(String, Vec<u64>)>,
+    /// Those of them that a push may do without.
+    pub optional_tensors: Vec<String>,
     /// BLAKE3 of the weights, in hex; of the seed for the service's own initial weights.
     pub weights_digest: String,
     /// BLAKE3 of each file of its folder but the weights, in hex.
@@ -74,10 +77,15 @@ impl Encoder {
         device: Device,
     ) -> Torch<Self> {
         let mut tensors = HashMap::new();
-        for (name, _) in config.parameters().iter() {
-            let stored = snapshot
-                .get(name)
-                .ok_or_else(|| TchError::Torch(format!("tensor '{name}' was never checked")))?;
+        for (name, parameter) in config.parameters().iter() {
+            let Some(stored) = snapshot.get(name) else {
+                if parameter.optional {
+                    continue;
+                }
+                return Err(TchError::Torch(format!(
+                    "tensor '{name}' was never checked"
+                )));
+            };
             tensors.insert(
                 name.to_owned(),
                 place(&stored, device)?.f_to_kind(compute.kind())?,
@@ -87,11 +95,16 @@ impl Encoder {
         let towers: Box<dyn Towers> = match config.family {
             Family::Siglip => Box::new(Siglip::load(config, &tensors)?),
             Family::Clip => Box::new(Clip::load(config, &tensors)?),
+            Family::OpenClip(form) => Box::new(OpenClip::load(config, &form, &tensors)?),
         };
         let scalar = |name| {
             snapshot
                 .get(name)
-                .map(|stored| place(&stored, Device::Cpu)?.f_double_value(&[]))
+                .map(|stored| {
+                    place(&stored, Device::Cpu)?
+                        .f_reshape([-1])?
+                        .f_double_value(&[0])
+                })
                 .transpose()
         };
         Ok(Self {
@@ -131,6 +144,11 @@ impl Encoder {
             image_flops: flops::image(&self.config),
             text_flops: flops::text(&self.config),
             image_tower: ImageTower::of(&self.config),
+            optional_tensors: parameters
+                .iter()
+                .filter(|(_, of)| of.optional)
+                .map(|(name, _)| name.to_owned())
+                .collect(),
             tensors: parameters
                 .iter()
                 .map(|(name, of)| (name.to_owned(), shape(&of.shape)))
@@ -193,10 +211,11 @@ impl Encoder {
         };
         let finite =
             |x: Tensor| Ok::<_, TchError>(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
-        if !self.logit_scale.is_finite() {
+        // Selection multiplies in f32.
+        if !(self.logit_scale as f32).is_finite() {
             return Ok(Err(Refusal::of(
                 "logit_scale",
-                "is not finite once exp() is applied",
+                "is not finite in f32 once exp() is applied",
             )));
         }
         let problem = if !finite(self.image(&pixels, ROWS, size, &plain)?)? {

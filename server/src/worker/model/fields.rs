@@ -4,13 +4,19 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use superbatch_proto::v1::Reason;
 
+const CONFIG: &str = "config.json";
 /// The largest size, count or id that is believed; it keeps products of a few of them far from
 /// overflow.
 const NUMBER_MAX: u64 = 1 << 24;
 
 /// `ModelInvalid`, of a field of config.json where one is to blame.
 pub fn invalid(message: impl Into<String>, field: &str) -> Error {
-    let error = Error::new(Reason::ModelInvalid, message).with("file", "config.json");
+    invalid_in(CONFIG, message, field)
+}
+
+/// `ModelInvalid`, of a field of another file.
+pub fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error {
+    let error = Error::new(Reason::ModelInvalid, message).with("file", file);
     if field.is_empty() {
         error
     } else {
@@ -20,6 +26,7 @@ pub fn invalid(message: impl Into<String>, field: &str) -> Error {
 
 /// One object of config.json; a key that is absent or null takes its default.
 pub struct Fields<'a> {
+    file: &'static str,
     path: &'static str,
     map: Option<&'a Map<String, Value>>,
 }
@@ -27,10 +34,16 @@ pub struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// The whole of config.json.
     pub fn root(value: &'a Value) -> Result<Self> {
+        Self::root_of(CONFIG, value)
+    }
+
+    /// The whole of a file.
+    pub fn root_of(file: &'static str, value: &'a Value) -> Result<Self> {
         let map = value
             .as_object()
-            .ok_or_else(|| invalid("config.json is no JSON object", ""))?;
+            .ok_or_else(|| invalid_in(file, format!("{file} is no JSON object"), ""))?;
         Ok(Self {
+            file,
             path: "",
             map: Some(map),
         })
@@ -46,7 +59,11 @@ impl<'a> Fields<'a> {
                     .ok_or_else(|| self.invalid(key, "should be an object"))?,
             ),
         };
-        Ok(Self { path: key, map })
+        Ok(Self {
+            file: self.file,
+            path: key,
+            map,
+        })
     }
 
     pub fn get(&self, key: &str) -> Option<&'a Value> {
@@ -60,7 +77,15 @@ impl<'a> Fields<'a> {
         } else {
             format!("{}.{key}", self.path)
         };
-        invalid(format!("{field} in config.json: {problem}"), &field)
+        let file = self.file;
+        invalid_in(file, format!("{field} in {file}: {problem}"), &field)
+    }
+
+    /// The keys that are there.
+    pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.map
+            .into_iter()
+            .flat_map(|map| map.keys().map(String::as_str))
     }
 
     pub fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {

@@ -1,6 +1,9 @@
 //! What a forward pass costs: 2 FLOPs a multiply-add of every matrix product, attention included (a
 //! causal mask saves nothing here), and nothing for what is linear in the activations.
-use super::config::{Family, ModelConfig, Tower};
+use super::{
+    config::{Family, ModelConfig, Tower},
+    open_clip_config::VisionForm,
+};
 
 /// What an image tower takes, and what one image of n patches costs:
 /// `constant + per_patch * n + per_patch_pair * n²` FLOPs.
@@ -50,6 +53,15 @@ fn image_of(config: &ModelConfig, patches: f64) -> f64 {
     let rest = match config.family {
         Family::Siglip => layers(tower, patches) + pooling(tower, patches),
         Family::Clip => layers(tower, patches + 1.0) + d * config.embedding_dim as f64,
+        Family::OpenClip(form) => match form.vision {
+            VisionForm::Vit { .. } => {
+                layers(tower, patches + 1.0) + d * config.embedding_dim as f64
+            }
+            VisionForm::Timm { projection } => {
+                let projection = projection.map_or(0.0, |_| d * config.embedding_dim as f64);
+                layers(tower, patches) + pooling(tower, patches) + projection
+            }
+        },
     };
     2.0 * (embed + rest)
 }

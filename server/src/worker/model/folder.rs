@@ -1,6 +1,8 @@
-//! A Hugging Face model folder in object storage.
+//! A model folder in object storage, of Hugging Face or open_clip.
 use super::{
-    config::ModelConfig,
+    clip_vocabulary,
+    config::{Family, ModelConfig},
+    open_clip_config,
     snapshot::{Refusal, Snapshot},
 };
 use crate::{
@@ -10,11 +12,17 @@ use crate::{
 use bytes::Bytes;
 use object_store::ObjectStoreExt;
 use serde::Deserialize;
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::v1::Reason;
 use tokio::sync::OnceCell;
 
 const WEIGHTS: &str = "model.safetensors";
+const OPEN_CLIP_WEIGHTS: &str = "open_clip_model.safetensors";
+const PREPROCESSOR: &str = "preprocessor_config.json";
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 /// Configuration, vocabulary and index files.
 const JSON_BYTES_MAX: u64 = 128 << 20;
@@ -27,8 +35,12 @@ pub struct ModelFolder {
     pub uri: String,
     pub config: ModelConfig,
     pub config_json: Bytes,
+    /// Of open_clip: the configuration itself, which has it inside.
     pub preprocessor_json: Bytes,
     pub tokenizer_json: Bytes,
+    /// Says what captions are padded with, where there is one. Not part of the model's digest; what
+    /// follows from it is part of the digest of its inputs.
+    pub tokenizer_config_json: Option<Bytes>,
     location: Location,
     /// Known once the weights have been read; spares reading them again to find out that they are
     /// loaded.
@@ -36,23 +48,39 @@ pub struct ModelFolder {
 }
 
 impl ModelFolder {
-    /// Reads `config.json`, `preprocessor_config.json` and `tokenizer.json`.
+    /// Reads `config.json`, `preprocessor_config.json` and `tokenizer.json`, or open_clip's
+    /// `open_clip_config.json` and
+    /// `tokenizer.json`. Where both configurations are there, `model.safetensors` says that the
+    /// first is meant.
     ///
     /// # Errors
     /// `ModelInvalid` naming the `file` that is missing or the `field` that is not supported;
     /// `StorageUnreachable`.
     pub async fn fetch(location: &Location) -> Result<Self> {
-        let read = |file| need(location, file, JSON_BYTES_MAX);
-        let config_json = read("config.json").await?;
-        let config = ModelConfig::parse(&config_json).map_err(|e| e.with("uri", location.uri()))?;
-        let (preprocessor_json, tokenizer_json) =
-            tokio::try_join!(read("preprocessor_config.json"), read("tokenizer.json"))?;
+        let (config_json, is_open_clip) = configuration(location).await?;
+        let parse = match is_open_clip {
+            true => open_clip_config::parse,
+            false => ModelConfig::parse,
+        };
+        let config = parse(&config_json).map_err(|e| e.with("uri", location.uri()))?;
+        let preprocessor = async {
+            match is_open_clip {
+                true => Ok(config_json.clone()),
+                false => preprocessor_config(location).await,
+            }
+        };
+        let (preprocessor_json, tokenizer_json, tokenizer_config_json) = tokio::try_join!(
+            preprocessor,
+            tokenizer(location, config.family),
+            find(location, TOKENIZER_CONFIG, JSON_BYTES_MAX)
+        )?;
         Ok(Self {
             uri: location.uri().to_owned(),
             config,
             config_json,
             preprocessor_json,
             tokenizer_json,
+            tokenizer_config_json,
             location: location.clone(),
             weights_digest: OnceCell::new(),
         })
@@ -63,13 +91,19 @@ impl ModelFolder {
     /// # Errors
     /// `ModelInvalid` naming the `file`; `StorageUnreachable`.
     pub async fn weights(&self) -> Result<Vec<Bytes>> {
-        if let Some(file) = find(&self.location, WEIGHTS, WEIGHTS_BYTES_MAX).await? {
-            return Ok(vec![file]);
+        let names: &[&str] = match self.config.family {
+            Family::OpenClip(_) => &[OPEN_CLIP_WEIGHTS, WEIGHTS],
+            _ => &[WEIGHTS],
+        };
+        for name in names {
+            if let Some(file) = find(&self.location, name, WEIGHTS_BYTES_MAX).await? {
+                return Ok(vec![file]);
+            }
         }
         let Some(index) = find(&self.location, WEIGHTS_INDEX, JSON_BYTES_MAX).await? else {
             return Err(missing(
                 &self.location,
-                WEIGHTS,
+                names[0],
                 " (nor an index of shards); weights are never read from pickles",
             ));
         };
@@ -97,16 +131,23 @@ impl ModelFolder {
     /// BLAKE3 of each file but the weights, in hex.
     pub fn file_digests(&self) -> BTreeMap<String, String> {
         self.small_files()
+            .into_iter()
             .map(|(name, file)| (name.to_owned(), blake3::hash(file).to_hex().to_string()))
-            .into()
+            .collect()
     }
 
-    fn small_files(&self) -> [(&'static str, &Bytes); 3] {
-        [
-            ("config.json", &self.config_json),
-            ("preprocessor_config.json", &self.preprocessor_json),
-            ("tokenizer.json", &self.tokenizer_json),
-        ]
+    fn small_files(&self) -> Vec<(&'static str, &Bytes)> {
+        let tokenizer = (TOKENIZER, &self.tokenizer_json);
+        match self.config.family {
+            Family::OpenClip(_) => {
+                vec![(open_clip_config::FILE, &self.config_json), tokenizer]
+            }
+            _ => vec![
+                (CONFIG, &self.config_json),
+                (PREPROCESSOR, &self.preprocessor_json),
+                tokenizer,
+            ],
+        }
     }
 
     /// Reads weights' headers and checks them against the model. CPU work of a second or so a
@@ -115,6 +156,73 @@ impl ModelFolder {
         let snapshot = Snapshot::parse(files)?;
         snapshot.check(&self.config.parameters())?;
         Ok(snapshot)
+    }
+}
+
+/// `preprocessor_config.json`, or what transformers 5 writes: `processor_config.json` with it
+/// inside.
+async fn preprocessor_config(location: &Location) -> Result<Bytes> {
+    if let Some(file) = find(location, PREPROCESSOR, JSON_BYTES_MAX).await? {
+        return Ok(file);
+    }
+    let outer = find(location, "processor_config.json", JSON_BYTES_MAX).await?;
+    let outer: Option<Value> = outer.and_then(|file| serde_json::from_slice(&file).ok());
+    match outer
+        .as_ref()
+        .and_then(|outer| outer.get("image_processor"))
+    {
+        Some(inner) => Ok(Bytes::from(inner.to_string())),
+        None => Err(missing(
+            location,
+            PREPROCESSOR,
+            " (nor a processor_config.json with it)",
+        )),
+    }
+}
+
+/// The configuration, and whether it is open_clip's.
+async fn configuration(location: &Location) -> Result<(Bytes, bool)> {
+    let (own, open_clip) = tokio::try_join!(
+        find(location, CONFIG, JSON_BYTES_MAX),
+        find(location, open_clip_config::FILE, JSON_BYTES_MAX)
+    )?;
+    match (own, open_clip) {
+        (Some(own), None) => Ok((own, false)),
+        (None, Some(open_clip)) => Ok((open_clip, true)),
+        (Some(own), Some(open_clip)) => match location.head(WEIGHTS).await?.is_some() {
+            true => Ok((own, false)),
+            false => Ok((open_clip, true)),
+        },
+        (None, None) => Err(missing(location, CONFIG, " (nor open_clip_config.json)")),
+    }
+}
+
+/// `tokenizer.json`, or what CLIP's `vocab.json` and `merges.txt` make of it.
+async fn tokenizer(location: &Location, family: Family) -> Result<Bytes> {
+    if let Some(file) = find(location, TOKENIZER, JSON_BYTES_MAX).await? {
+        return Ok(file);
+    }
+    let (vocabulary, merges) = tokio::try_join!(
+        find(location, "vocab.json", JSON_BYTES_MAX),
+        find(location, "merges.txt", JSON_BYTES_MAX)
+    )?;
+    match (family, vocabulary, merges) {
+        (Family::Clip | Family::OpenClip(_), Some(vocabulary), Some(merges)) => {
+            clip_vocabulary::tokenizer(&vocabulary, &merges)
+                .map_err(|e| e.with("uri", location.uri()))
+        }
+        (Family::OpenClip(_), ..) => {
+            let more = "; python -m superbatch.open_clip FOLDER MODEL_NAME writes it (MODEL_NAME \
+                        as open_clip names the model, \
+                        such as ViT-B-16)";
+            Err(missing(location, TOKENIZER, more))
+        }
+        _ => {
+            let more = "; write it with transformers: \
+                        AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of a fast \
+                        tokenizer";
+            Err(missing(location, TOKENIZER, more))
+        }
     }
 }
 
@@ -223,6 +331,40 @@ mod tests {
         assert_eq!(
             (error.reason(), error.value("file")),
             (Reason::ModelInvalid, Some(WEIGHTS))
+        );
+    }
+
+    #[tokio::test]
+    async fn other_layouts_are_read() {
+        let nested = r#"{"image_processor": {"size": 7}, "processor_class": "CLIPProcessor"}"#;
+        let vocabulary = r#"{"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}"#;
+        let files = [
+            CONFIG,
+            ("processor_config.json", nested),
+            ("vocab.json", vocabulary),
+            ("merges.txt", "#version: 0.2"),
+        ];
+        let of_five = ModelFolder::fetch(&folder(&files).await).await.unwrap();
+        assert_eq!(&of_five.preprocessor_json[..], br#"{"size":7}"#);
+        assert!(of_five.tokenizer_json.starts_with(b"{"));
+
+        let open_clip = (
+            "open_clip_config.json",
+            r#"{"model_cfg": {"embed_dim": 512}}"#,
+        );
+        let tokenizer = ("tokenizer.json", "{}");
+        let both = [open_clip, tokenizer, CONFIG];
+        let read = ModelFolder::fetch(&folder(&both).await).await.unwrap();
+        assert_eq!(read.config.model_type(), "open_clip");
+        assert_eq!(read.file_digests().len(), 2);
+        let error = read.weights().await.unwrap_err();
+        assert_eq!(error.value("file"), Some("open_clip_model.safetensors"));
+        let error = ModelFolder::fetch(&folder(&[open_clip]).await)
+            .await
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("python -m superbatch.open_clip"),
+            "{error}"
         );
     }
 

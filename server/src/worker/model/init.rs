@@ -25,6 +25,7 @@ pub fn digest(seed: u64) -> String {
 pub fn random(parameters: &Parameters, seed: u64) -> Result<Bytes> {
     let data: Vec<(&str, &[usize], Vec<u8>)> = parameters
         .iter()
+        .filter(|(_, parameter)| !parameter.optional)
         .map(|(name, parameter)| {
             let count = parameter.shape.iter().product();
             (

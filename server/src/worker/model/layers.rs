@@ -1,6 +1,7 @@
 //! Layers that both families share. Shapes: n rows, t tokens, d hidden size, h heads.
 use super::{
     config::{Activation, Tower},
+    naming::Naming,
     parameters::{Init, Parameters},
 };
 use std::collections::HashMap;
@@ -42,8 +43,23 @@ impl Linear {
         })
     }
 
+    /// `x @ at`, of a matrix `[inputs, outputs]`.
+    pub fn transposed(tensors: &Tensors, at: &str) -> Torch<Self> {
+        Ok(Self {
+            weight: tensors.get(at)?.f_transpose(0, 1)?.f_contiguous()?,
+            bias: None,
+        })
+    }
+
+    pub(super) fn named(tensors: &Tensors, weight: &str, bias: &str) -> Torch<Self> {
+        Ok(Self {
+            weight: tensors.get(weight)?,
+            bias: Some(tensors.get(bias)?),
+        })
+    }
+
     /// Several layers with the same input as one, their outputs one after the other.
-    fn fused(tensors: &Tensors, at: &[String]) -> Torch<Self> {
+    pub(super) fn fused(tensors: &Tensors, at: &[String]) -> Torch<Self> {
         let all = |end: &str| -> Torch {
             let parts = at
                 .iter()
@@ -96,9 +112,13 @@ pub struct Mlp {
 
 impl Mlp {
     pub fn load(tensors: &Tensors, at: &str, act: Activation) -> Torch<Self> {
+        Self::of(tensors, at, ["fc1", "fc2"], act)
+    }
+
+    fn of(tensors: &Tensors, at: &str, names: [&str; 2], act: Activation) -> Torch<Self> {
         Ok(Self {
-            fc1: Linear::load(tensors, &format!("{at}.fc1"))?,
-            fc2: Linear::load(tensors, &format!("{at}.fc2"))?,
+            fc1: Linear::load(tensors, &format!("{at}.{}", names[0]))?,
+            fc2: Linear::load(tensors, &format!("{at}.{}", names[1]))?,
             act,
         })
     }
@@ -142,17 +162,15 @@ struct Block {
 }
 
 impl Block {
-    fn load(tensors: &Tensors, at: &str, tower: &Tower) -> Torch<Self> {
-        let eps = tower.layer_norm_eps;
+    fn load(tensors: &Tensors, at: &str, tower: &Tower, naming: Naming) -> Torch<Self> {
+        let (eps, [norm1, norm2]) = (tower.layer_norm_eps, naming.norms());
+        let mlp = format!("{at}.mlp");
         Ok(Self {
-            norm1: LayerNorm::load(tensors, &format!("{at}.layer_norm1"), eps)?,
-            qkv: Linear::fused(
-                tensors,
-                &["q", "k", "v"].map(|part| format!("{at}.self_attn.{part}_proj")),
-            )?,
-            out: Linear::load(tensors, &format!("{at}.self_attn.out_proj"))?,
-            norm2: LayerNorm::load(tensors, &format!("{at}.layer_norm2"), eps)?,
-            mlp: Mlp::load(tensors, &format!("{at}.mlp"), tower.hidden_act)?,
+            norm1: LayerNorm::load(tensors, &format!("{at}.{norm1}"), eps)?,
+            qkv: naming.qkv(tensors, at)?,
+            out: Linear::load(tensors, &format!("{at}.{}", naming.out()))?,
+            norm2: LayerNorm::load(tensors, &format!("{at}.{norm2}"), eps)?,
+            mlp: Mlp::of(tensors, &mlp, naming.mlp(), tower.hidden_act)?,
             heads: tower.num_attention_heads as i64,
         })
     }
@@ -176,30 +194,41 @@ pub struct BlockInit {
     pub fc2: Init,
 }
 
-/// The layers `{at}.encoder.layers.*` of one transformer.
+/// The layers `{at}.*` of one transformer.
 pub struct Transformer {
     blocks: Vec<Block>,
     causal: bool,
 }
 
 impl Transformer {
-    pub fn parameters(to: &mut Parameters, at: &str, tower: &Tower, init: &BlockInit) {
+    pub fn parameters(
+        to: &mut Parameters,
+        at: &str,
+        tower: &Tower,
+        init: &BlockInit,
+        naming: Naming,
+    ) {
         let (d, inner) = (tower.hidden_size, tower.intermediate_size);
+        let ([norm1, norm2], [fc1, fc2]) = (naming.norms(), naming.mlp());
         for layer in 0..tower.num_hidden_layers {
-            let at = format!("{at}.encoder.layers.{layer}");
-            for part in ["q_proj", "k_proj", "v_proj"] {
-                to.linear(&format!("{at}.self_attn.{part}"), d, d, init.qkv);
-            }
-            to.linear(&format!("{at}.self_attn.out_proj"), d, d, init.out);
-            to.layer_norm(&format!("{at}.layer_norm1"), d);
-            to.layer_norm(&format!("{at}.layer_norm2"), d);
-            to.linear(&format!("{at}.mlp.fc1"), d, inner, init.fc1);
-            to.linear(&format!("{at}.mlp.fc2"), inner, d, init.fc2);
+            let at = format!("{at}.{layer}");
+            naming.add_qkv(to, &at, d, init.qkv);
+            to.linear(&format!("{at}.{}", naming.out()), d, d, init.out);
+            to.layer_norm(&format!("{at}.{norm1}"), d);
+            to.layer_norm(&format!("{at}.{norm2}"), d);
+            to.linear(&format!("{at}.mlp.{fc1}"), d, inner, init.fc1);
+            to.linear(&format!("{at}.mlp.{fc2}"), inner, d, init.fc2);
         }
     }
 
-    pub fn load(tensors: &Tensors, at: &str, tower: &Tower, causal: bool) -> Torch<Self> {
-        let load = |layer| Block::load(tensors, &format!("{at}.encoder.layers.{layer}"), tower);
+    pub fn load(
+        tensors: &Tensors,
+        at: &str,
+        tower: &Tower,
+        causal: bool,
+        naming: Naming,
+    ) -> Torch<Self> {
+        let load = |layer| Block::load(tensors, &format!("{at}.{layer}"), tower, naming);
         Ok(Self {
             blocks: (0..tower.num_hidden_layers)
                 .map(load)
@@ -246,8 +275,8 @@ pub fn patch_embedding(tensors: &Tensors, at: &str, bias: bool) -> Torch<Linear>
 
 /// Token and position embeddings `{at}.*` of a caption.
 pub struct TextEmbedding {
-    tokens: Tensor,
-    positions: Tensor,
+    pub tokens: Tensor,
+    pub positions: Tensor,
 }
 
 impl TextEmbedding {
@@ -289,15 +318,34 @@ impl PoolingHead {
         };
         let query = part(0, d)?.forward(&tensors.get(&format!("{at}.probe"))?)?;
         Ok(Self {
-            query: query
-                .f_reshape([1, 1, count, d / count])?
-                .f_transpose(1, 2)?,
+            query: Self::query(&query, count)?,
             kv: part(d, 2 * d)?,
             out: Linear::load(tensors, &format!("{at}.attention.out_proj"))?,
             norm: LayerNorm::load(tensors, &format!("{at}.layernorm"), tower.layer_norm_eps)?,
             mlp: Mlp::load(tensors, &format!("{at}.mlp"), tower.hidden_act)?,
             heads: count,
         })
+    }
+
+    /// timm's `AttentionPoolLatent`.
+    pub fn of_timm(tensors: &Tensors, at: &str, tower: &Tower) -> Torch<Self> {
+        let count = tower.num_attention_heads as i64;
+        let query = Linear::load(tensors, &format!("{at}.q"))?;
+        let query = query.forward(&tensors.get(&format!("{at}.latent"))?)?;
+        Ok(Self {
+            query: Self::query(&query, count)?,
+            kv: Linear::load(tensors, &format!("{at}.kv"))?,
+            out: Linear::load(tensors, &format!("{at}.proj"))?,
+            norm: LayerNorm::load(tensors, &format!("{at}.norm"), tower.layer_norm_eps)?,
+            mlp: Mlp::load(tensors, &format!("{at}.mlp"), tower.hidden_act)?,
+            heads: count,
+        })
+    }
+
+    /// `[1, 1, d]` by heads.
+    fn query(query: &Tensor, heads: i64) -> Torch {
+        let d = query.size3()?.2;
+        query.f_reshape([1, 1, heads, d / heads])?.f_transpose(1, 2)
     }
 
     /// `[n, t, d]` as `[n, d]`.

@@ -1,6 +1,7 @@
 //! Dual encoders rebuilt in LibTorch from Hugging Face model folders, with the same tensor names,
 //! so that a trainer's `model.state_dict()` is what it pushes.
 pub mod clip;
+mod clip_vocabulary;
 pub mod config;
 pub mod encoder;
 pub mod fidelity;
@@ -9,10 +10,14 @@ pub mod flops;
 pub mod folder;
 pub mod init;
 pub mod layers;
+pub mod naming;
+pub mod open_clip;
+pub mod open_clip_config;
 pub mod parameters;
 pub mod positions;
 pub mod siglip;
 pub mod snapshot;
+pub mod timm;
 
 pub use config::Activation;
 pub use config::Compute;

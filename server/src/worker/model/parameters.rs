@@ -27,6 +27,8 @@ impl Init {
 pub struct Parameter {
     pub shape: Vec<usize>,
     pub init: Init,
+    /// Weights may do without it; such ones are never initialised.
+    pub optional: bool,
 }
 
 /// All tensors of a model by name, in order of name.
@@ -40,6 +42,19 @@ impl Parameters {
             Parameter {
                 shape: shape.to_vec(),
                 init,
+                optional: false,
+            },
+        );
+    }
+
+    /// A tensor that weights may have or not.
+    pub fn add_optional(&mut self, name: impl Into<String>, shape: &[usize]) {
+        self.0.insert(
+            name.into(),
+            Parameter {
+                shape: shape.to_vec(),
+                init: Init::Constant(0.0),
+                optional: true,
             },
         );
     }

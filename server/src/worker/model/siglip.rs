@@ -7,6 +7,7 @@ use super::{
         BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer,
         patch_embedding, patches,
     },
+    naming::Naming,
     parameters::{Init, Parameters},
     positions::{Positions, Resize},
 };
@@ -36,9 +37,10 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
     );
     Transformer::parameters(
         &mut to,
-        "vision_model",
+        "vision_model.encoder.layers",
         &vision.tower,
         &block_init(&vision.tower),
+        Naming::Transformers,
     );
     to.layer_norm("vision_model.post_layernorm", d);
     let head = "vision_model.head";
@@ -71,7 +73,13 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         &[text.max_position_embeddings, d],
         Init::lecun(d),
     );
-    Transformer::parameters(&mut to, "text_model", &text.tower, &block_init(&text.tower));
+    Transformer::parameters(
+        &mut to,
+        "text_model.encoder.layers",
+        &text.tower,
+        &block_init(&text.tower),
+        Naming::Transformers,
+    );
     to.layer_norm("text_model.final_layer_norm", d);
     to.linear("text_model.head", d, config.embedding_dim, Init::lecun(d));
     to.add(
@@ -119,7 +127,13 @@ impl Siglip {
                 vision.grid(),
                 Resize::TRANSFORMERS,
             ),
-            image: Transformer::load(tensors, "vision_model", &vision.tower, false)?,
+            image: Transformer::load(
+                tensors,
+                "vision_model.encoder.layers",
+                &vision.tower,
+                false,
+                Naming::Transformers,
+            )?,
             post_norm: LayerNorm::load(
                 tensors,
                 "vision_model.post_layernorm",
@@ -127,7 +141,13 @@ impl Siglip {
             )?,
             pool: PoolingHead::load(tensors, "vision_model.head", &vision.tower)?,
             words: TextEmbedding::load(tensors, "text_model.embeddings")?,
-            text: Transformer::load(tensors, "text_model", &text.tower, false)?,
+            text: Transformer::load(
+                tensors,
+                "text_model.encoder.layers",
+                &text.tower,
+                false,
+                Naming::Transformers,
+            )?,
             final_norm: LayerNorm::load(
                 tensors,
                 "text_model.final_layer_norm",

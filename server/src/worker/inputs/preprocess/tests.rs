@@ -1,5 +1,6 @@
 use super::*;
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+use superbatch_proto::v1::Reason;
 
 fn parse(json: &str) -> Preprocess {
     Preprocess::parse(json.as_bytes()).unwrap()
@@ -11,6 +12,14 @@ fn png(width: u32, height: u32, value: u8) -> Vec<u8> {
         .write_image(&pixels, width, height, ExtendedColorType::Rgb8)
         .unwrap();
     bytes
+}
+
+#[test]
+fn without_a_name_the_model_says_whose_processor_it_is() {
+    let json = br#"{"size": 32, "image_mean": [0.5, 0.5, 0.5]}"#;
+    let crops = |is_clip| Preprocess::of(json, is_clip).unwrap().crop;
+    assert_eq!(crops(Some(true)), Some((224, 224)));
+    assert_eq!((crops(Some(false)), crops(None)), (None, None));
 }
 
 #[test]

@@ -104,9 +104,9 @@ fn the_first_bad_tensor_by_name_is_refused() {
         (extra, "b.extra", "is not one of this model's"),
         (two_bad, "a.weight", "has shape [3, 2]; expected [2, 3]"),
         (
-            change(2, ("scale", Dtype::F32, vec![1], vec![0; 4])),
+            change(2, ("scale", Dtype::F32, vec![2], vec![0; 8])),
             "scale",
-            "has shape [1]; expected []",
+            "has shape [2]; expected []",
         ),
         (
             change(1, ("b.bias", Dtype::F64, vec![2], vec![0; 16])),

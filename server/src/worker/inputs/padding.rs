@@ -1,0 +1,64 @@
+//! What a tokenizer pads captions with. Models that pool the last token depend on it, and their
+//! configurations often do not say it: then transformers' default for the class is another id than
+//! the tokenizer's.
+use serde_json::Value;
+
+/// The id that the tokenizer itself names: in `tokenizer.json`, or by its token in
+/// `tokenizer_config.json`. Where neither does, a token that is called `<pad>`, if `by_name` says
+/// so.
+pub fn declared(tokenizer: &[u8], config: Option<&[u8]>, by_name: bool) -> Option<i64> {
+    let tokenizer: Value = serde_json::from_slice(tokenizer).ok()?;
+    if let Some(id) = tokenizer.pointer("/padding/pad_id").and_then(Value::as_i64) {
+        return Some(id);
+    }
+    let config: Option<Value> = config.and_then(|config| serde_json::from_slice(config).ok());
+    let token = config.as_ref().and_then(|config| {
+        let token = config.get("pad_token")?;
+        token.as_str().or_else(|| token.get("content")?.as_str())
+    });
+    match token {
+        Some(token) => id_of(&tokenizer, token),
+        None if by_name => id_of(&tokenizer, "<pad>"),
+        None => None,
+    }
+}
+
+fn id_of(tokenizer: &Value, token: &str) -> Option<i64> {
+    let added = tokenizer.get("added_tokens").and_then(Value::as_array);
+    let added = added.into_iter().flatten();
+    let mut named =
+        added.filter(|known| known.get("content").and_then(Value::as_str) == Some(token));
+    if let Some(id) = named.next().and_then(|known| known.get("id")?.as_i64()) {
+        return Some(id);
+    }
+    match tokenizer.pointer("/model/vocab")? {
+        // Unigram: tokens with their scores, by id.
+        Value::Array(tokens) => {
+            let is_it = |entry: &Value| entry.get(0).and_then(Value::as_str) == Some(token);
+            tokens.iter().position(is_it).map(|id| id as i64)
+        }
+        vocabulary => vocabulary.get(token)?.as_i64(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tokenizer_says_what_it_pads_with() {
+        let unigram = br#"{"added_tokens": [{"id": 7, "content": "</s>"}],
+            "model": {"vocab": [["<pad>", 0.0], ["a", -1.0]]}}"#;
+        let of = |config: &str, by_name| declared(unigram, Some(config.as_bytes()), by_name);
+        assert_eq!(of(r#"{"pad_token": "</s>"}"#, true), Some(7));
+        assert_eq!(of(r#"{"pad_token": {"content": "<pad>"}}"#, false), Some(0));
+        assert_eq!(of("{}", true), Some(0));
+        assert_eq!(of("{}", false), None);
+        let own = br#"{"padding": {"pad_id": 4}, "model": {"vocab": {"<pad>": 1}}}"#;
+        assert_eq!(declared(own, None, true), Some(4));
+        assert_eq!(
+            declared(br#"{"model": {"vocab": {"<pad>": 1}}}"#, None, true),
+            Some(1)
+        );
+    }
+}

@@ -1,0 +1,146 @@
+//! Image trunks of timm that open_clip names: ViTs with attention pooling, as SigLIP was trained.
+use super::{
+    config::{Activation, Tower, VisionConfig},
+    layers::{
+        BlockInit, LayerNorm, Linear, PoolingHead, Tensors, Torch, Transformer, patch_embedding,
+        patches,
+    },
+    naming::Naming,
+    parameters::{Init, Parameters},
+    positions::{Positions, Resize},
+};
+use tch::Tensor;
+
+/// Where a trunk's tensors are in open_clip's state dict.
+const AT: &str = "visual.trunk";
+
+/// The sizes of a trunk by its name, such as `vit_base_patch16_siglip_224`; `None` where it is not
+/// known. What follows a dot names weights.
+pub fn trunk(name: &str) -> Option<VisionConfig> {
+    let name = name.split('.').next()?;
+    let (size, rest) = name.strip_prefix("vit_")?.split_once("_patch")?;
+    let (patch, image) = rest.split_once("_siglip_")?;
+    let (patch_size, image_size): (usize, usize) = (patch.parse().ok()?, image.parse().ok()?);
+    let (width, layers, heads, mlp_ratio) = match size {
+        "base" => (768, 12, 12, 4.0),
+        "large" => (1024, 24, 16, 4.0),
+        "so400m" => (1152, 27, 16, 3.7362),
+        "giantopt" => (1536, 40, 16, 4.0),
+        _ => return None,
+    };
+    // timm's definitions differ in this by name, not by a rule.
+    let is_tanh = matches!(
+        (size, patch_size, image_size),
+        ("base", 32, _) | ("large", _, 512) | ("so400m", 16, _) | ("giantopt", _, _)
+    );
+    (1..=image_size)
+        .contains(&patch_size)
+        .then(|| VisionConfig {
+            tower: Tower {
+                hidden_size: width,
+                intermediate_size: (width as f64 * mlp_ratio) as usize,
+                num_hidden_layers: layers,
+                num_attention_heads: heads,
+                layer_norm_eps: 1e-6,
+                hidden_act: if is_tanh {
+                    Activation::GeluTanh
+                } else {
+                    Activation::Gelu
+                },
+            },
+            image_size,
+            patch_size,
+        })
+}
+
+/// Its tensors, without open_clip's projection.
+pub fn parameters(to: &mut Parameters, vision: &VisionConfig, init: &BlockInit) {
+    let (d, inner) = (vision.tower.hidden_size, vision.tower.intermediate_size);
+    let patch = vision.patch_size;
+    let inputs = 3 * patch * patch;
+    let positions = [1, vision.grid().pow(2), d];
+    to.add(format!("{AT}.pos_embed"), &positions, Init::Normal(0.02));
+    let kernel = format!("{AT}.patch_embed.proj");
+    to.add(
+        format!("{kernel}.weight"),
+        &[d, 3, patch, patch],
+        Init::lecun(inputs),
+    );
+    to.add(format!("{kernel}.bias"), &[d], Init::Constant(0.0));
+    Transformer::parameters(
+        to,
+        &format!("{AT}.blocks"),
+        &vision.tower,
+        init,
+        Naming::Timm,
+    );
+    to.layer_norm(&format!("{AT}.norm"), d);
+    let pool = format!("{AT}.attn_pool");
+    to.add(format!("{pool}.latent"), &[1, 1, d], Init::lecun(d));
+    to.linear(&format!("{pool}.q"), d, d, Init::lecun(d));
+    to.linear(&format!("{pool}.kv"), d, 2 * d, Init::lecun(d));
+    to.linear(&format!("{pool}.proj"), d, d, Init::lecun(d));
+    to.layer_norm(&format!("{pool}.norm"), d);
+    to.linear(&format!("{pool}.mlp.fc1"), d, inner, Init::lecun(d));
+    to.linear(&format!("{pool}.mlp.fc2"), inner, d, Init::lecun(inner));
+}
+
+pub struct Trunk {
+    patch_size: i64,
+    patches: Linear,
+    positions: Positions,
+    image: Transformer,
+    norm: LayerNorm,
+    pool: PoolingHead,
+}
+
+impl Trunk {
+    pub fn load(vision: &VisionConfig, tensors: &Tensors) -> Torch<Self> {
+        let tower = &vision.tower;
+        let positions = tensors.get(&format!("{AT}.pos_embed"))?.f_squeeze_dim(0)?;
+        Ok(Self {
+            patch_size: vision.patch_size as i64,
+            patches: patch_embedding(tensors, &format!("{AT}.patch_embed.proj"), true)?,
+            positions: Positions::new(positions, 0, vision.grid(), Resize::TIMM),
+            image: Transformer::load(tensors, &format!("{AT}.blocks"), tower, false, Naming::Timm)?,
+            norm: LayerNorm::load(tensors, &format!("{AT}.norm"), tower.layer_norm_eps)?,
+            pool: PoolingHead::of_timm(tensors, &format!("{AT}.attn_pool"), tower)?,
+        })
+    }
+
+    /// Normalised pixels `[n, side, side, 3]` as `[n, d]`.
+    pub fn forward(&self, pixels: &Tensor) -> Torch {
+        let grid = pixels.size4()?.1 / self.patch_size;
+        let x = self
+            .patches
+            .forward(&patches(pixels, self.patch_size)?)?
+            .f_add(&self.positions.at(grid)?)?;
+        self.pool
+            .forward(&self.norm.forward(&self.image.forward(x)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_sizes() {
+        let base = trunk("vit_base_patch16_siglip_224.webli").unwrap();
+        assert_eq!(
+            (base.tower.hidden_size, base.patch_size, base.image_size),
+            (768, 16, 224)
+        );
+        assert_eq!(base.tower.hidden_act, Activation::Gelu);
+        let large = trunk("vit_so400m_patch16_siglip_512").unwrap();
+        assert_eq!((large.tower.intermediate_size, large.grid()), (4304, 32));
+        assert_eq!(large.tower.hidden_act, Activation::GeluTanh);
+        for other in [
+            "convnext_base",
+            "vit_base_patch16_224",
+            "vit_base_patch16_siglip_gap_224",
+        ] {
+            assert_eq!(trunk(other), None, "{other}");
+        }
+    }
+}
