@@ -75,7 +75,12 @@ impl<'a> Chunk<'a> {
         };
         let (is_packed, content) = match (self.kind, after) {
             (b"tEXt", text) => (false, text),
-            (b"zTXt" | b"iCCP", [_, packed @ ..]) => (true, packed),
+            (b"zTXt" | b"iCCP", [0, packed @ ..]) => (true, packed),
+            (b"zTXt" | b"iCCP", [_, ..]) => {
+                return Err(undecodable(
+                    "it holds a text that is packed in an unknown way",
+                ));
+            }
             (b"iTXt", [flag, _, tail @ ..]) => {
                 let text = split_at_nul(tail).and_then(|(_, tail)| split_at_nul(tail));
                 (*flag != 0, text.map_or(&[][..], |(_, text)| text))

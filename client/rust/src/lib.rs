@@ -4,11 +4,12 @@
 //!
 //! ```no_run
 //! # async fn train(spec: superbatch_client::v1::RunSpec) -> superbatch_client::Result<()> {
-//! use futures::StreamExt; use superbatch_client::{BatchesConfig, Client, Part};
+//! use futures::StreamExt;
+//! use superbatch_client::{BatchesConfig, Client, Part};
 //!
-//! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?; let
-//! mut batches = run.batches(BatchesConfig { start_step: run.next_step(),
-//! ..BatchesConfig::default() })?; while let Some(batch) = batches.next().await {
+//! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?;
+//! let mut batches = run.batches(BatchesConfig { start_step: run.next_step(), ..BatchesConfig::default() })?;
+//! while let Some(batch) = batches.next().await {
 //!     let batch = batch?; // batch.record_batch: image, caption, …; batch.receipt says why these rows
 //!     run.push_weights(batch.step as i64, vec![Part::f32("w", &[2], &[0.5, 1.0])?]).await?;
 //! }

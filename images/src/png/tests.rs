@@ -85,6 +85,10 @@ fn what_pillow_refuses_is_undecodable() {
             "more than 1 MiB",
         ),
         (
+            png(&chunk(b"zTXt", b"key\0\x05x"), &rows(2), b""),
+            "an unknown way",
+        ),
+        (
             png(&chunk(b"iTXt", &itxt), &rows(2), b""),
             "more than 1 MiB",
         ),

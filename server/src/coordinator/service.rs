@@ -3,6 +3,8 @@ use super::{
     receipts::page::page,
     runs::{registry::Coordinator, run::Run},
     serve::{output, ready::Ready, share},
+    trainer::ranks::check_incarnation,
+    weights::member::begun,
 };
 use crate::{
     access::Caller,
@@ -20,8 +22,8 @@ use superbatch_proto::v1::{
     OpenRunRequest, OpenRunResponse, PushStart, PushWeightsRequest, PushWeightsResponse, Reason,
     Receipt, RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse,
     SelectBatchRequest, SelectBatchResponse, WeightsVersion,
-    coordinator_service_server::CoordinatorService, push_weights_request,
-    select_batch_response::Message, selection_service_server::SelectionService,
+    coordinator_service_server::CoordinatorService, select_batch_response::Message,
+    selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -163,17 +165,7 @@ impl SelectionService for Selection {
         request: Request<Streaming<PushWeightsRequest>>,
     ) -> Result<Response<PushWeightsResponse>, Status> {
         let (caller, mut stream) = (Caller::of(&request)?, request.into_inner());
-        let silence = self.0.deps.limits.push_deadline;
-        let first = tokio::time::timeout(silence, stream.message())
-            .await
-            .map_err(|_| {
-                let message = format!("a push began with nothing for {} s", silence.as_secs_f64());
-                Error::invalid("start", message)
-            })??
-            .and_then(|first| first.message);
-        let Some(push_weights_request::Message::Start(start)) = first else {
-            return Err(Error::invalid("start", "a push begins with PushStart").into());
-        };
+        let start = begun(&mut stream, self.0.deps.limits.push_deadline).await?;
         caller.check_run(&start.run_id)?;
         let (run_id, detail) = (start.run_id.clone(), json!({"step": start.step}));
         let published = push(&self.0, start, stream).await;
@@ -190,6 +182,7 @@ impl SelectionService for Selection {
     ) -> Result<Response<AnnouncePushResponse>, Status> {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.into_inner();
+        check_incarnation(&request.incarnation)?;
         let run = self.0.run(&request.run_id).await?;
         self.0
             .noted(&run, run.check_push(request.generation).await)?;

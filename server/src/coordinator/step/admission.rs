@@ -11,7 +11,7 @@ use crate::{
         spec::{low_rows, phase_at},
         trainer::{
             cell::{Cell, Waiting},
-            ranks::{Asking, last_allowed},
+            ranks::{Asking, check_incarnation, last_allowed},
         },
     },
     error::{Error, Result},
@@ -24,6 +24,7 @@ use tokio::time::Instant;
 impl Run {
     /// The step's sub-batch, decided now or before. Steps ahead are started, too.
     pub async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
+        check_incarnation(&request.incarnation)?;
         let (spec, step) = (self.spec(), request.step);
         let phase = phase_at(&spec.phases, step);
         let rows = phase.sub_batch_size as usize;

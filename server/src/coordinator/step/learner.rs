@@ -69,14 +69,7 @@ impl Maker<'_> {
             let overdue = patience.map(|patience| begun + patience);
             if overdue.is_some_and(|at| at <= Instant::now()) {
                 told = true;
-                let (waits_for, seconds) = (self.awaited(due), begun.elapsed().as_secs());
-                tracing::warn!(
-                    run = run.id,
-                    step,
-                    seconds,
-                    waits_for,
-                    "a step waits for weights"
-                );
+                self.log_wait(step, due, begun);
                 continue;
             }
             let _parked = self.reporter.park();
@@ -92,6 +85,12 @@ impl Maker<'_> {
             };
             changed.map_err(|_| crate::coordinator::gone())?;
         }
+    }
+
+    fn log_wait(&self, step: u64, due: Due, begun: Instant) {
+        let (waits_for, seconds) = (self.awaited(due), begun.elapsed().as_secs());
+        let run = &self.run.id;
+        tracing::warn!(run, step, seconds, waits_for, "a step waits for weights");
     }
 
     /// What is waited for.

@@ -35,6 +35,22 @@ impl Asking {
     }
 }
 
+/// Bytes of the id of one start of a trainer. They are kept for the run's life.
+const INCARNATION_BYTES_MAX: usize = 256;
+
+/// # Errors
+/// `InvalidArgument` for an id that is too long.
+pub fn check_incarnation(incarnation: &str) -> Result<()> {
+    if incarnation.len() <= INCARNATION_BYTES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "the incarnation has {} bytes; give at most {INCARNATION_BYTES_MAX}",
+        incarnation.len()
+    );
+    Err(Error::invalid("incarnation", message))
+}
+
 /// What a rank is held to when it asks.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {

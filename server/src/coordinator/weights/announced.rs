@@ -14,46 +14,51 @@ const KEPT_MAX: usize = 1 << 14;
 /// An announcement is only hope: a step that hopes for a push which never comes ends by its
 /// deadline.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Announced(BTreeMap<(u32, i64), BTreeMap<u32, String>>);
+pub struct Announced {
+    by: BTreeMap<(u32, i64), BTreeMap<u32, String>>,
+    count: usize,
+}
 
 impl Announced {
     /// Steps of a generation whose pushes were announced.
     pub fn steps(&self, generation: u32) -> impl Iterator<Item = i64> + '_ {
         let of_generation = (generation, i64::MIN)..=(generation, i64::MAX);
-        self.0.range(of_generation).map(|((_, step), _)| *step)
+        self.by.range(of_generation).map(|((_, step), _)| *step)
     }
 
     fn add(&mut self, request: &AnnouncePushRequest) {
-        let ranks = self
-            .0
-            .entry((request.generation, request.step))
-            .or_default();
-        ranks.insert(request.rank, request.incarnation.clone());
-        while self.0.values().map(BTreeMap::len).sum::<usize>() > KEPT_MAX {
-            self.0.pop_first();
+        let at = (request.generation, request.step);
+        let ranks = self.by.entry(at).or_default();
+        let known = ranks.insert(request.rank, request.incarnation.clone());
+        self.count += usize::from(known.is_none());
+        while self.count > KEPT_MAX
+            && let Some((_, ranks)) = self.by.pop_first()
+        {
+            self.count -= ranks.len();
         }
     }
 
     fn withdraw(&mut self, request: &AnnouncePushRequest) {
         let at = (request.generation, request.step);
-        if let Some(ranks) = self.0.get_mut(&at) {
-            ranks.remove(&request.rank);
+        if let Some(ranks) = self.by.get_mut(&at) {
+            self.count -= usize::from(ranks.remove(&request.rank).is_some());
             if ranks.is_empty() {
-                self.0.remove(&at);
+                self.by.remove(&at);
             }
         }
     }
 
     /// Forgets a push that was published or refused.
     pub(super) fn ended(&mut self, at: (u32, i64)) {
-        self.0.remove(&at);
+        self.count -= self.by.remove(&at).map_or(0, |ranks| ranks.len());
     }
 
     fn retain(&mut self, keeps: impl Fn(&str) -> bool) {
-        self.0.retain(|_, ranks| {
+        self.by.retain(|_, ranks| {
             ranks.retain(|_, incarnation| keeps(incarnation));
             !ranks.is_empty()
         });
+        self.count = self.by.values().map(BTreeMap::len).sum();
     }
 }
 

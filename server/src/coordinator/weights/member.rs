@@ -10,9 +10,9 @@ use crate::{
     metrics,
 };
 use futures::{Stream, StreamExt};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use superbatch_proto::v1::{
-    PushWeightsRequest, Reason, WeightsVersion, push_weights_request::Message,
+    PushStart, PushWeightsRequest, Reason, WeightsVersion, push_weights_request::Message,
 };
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -45,6 +45,30 @@ fn cut_off(status: Status) -> Fault {
             "stream",
             format!("the stream broke: {error}"),
         )),
+    }
+}
+
+/// The start of a push, its first message.
+///
+/// # Errors
+/// `InvalidArgument` where another one comes first, or nothing within `silence`.
+pub async fn begun<S>(messages: &mut S, silence: Duration) -> Result<PushStart>
+where
+    S: Stream<Item = Result<PushWeightsRequest, Status>> + Unpin,
+{
+    let first = timeout(silence, messages.next()).await.map_err(|_| {
+        let seconds = silence.as_secs_f64();
+        Error::invalid(
+            "start",
+            format!("a push began with silence, for {seconds} s"),
+        )
+    })?;
+    let first = first
+        .transpose()
+        .map_err(|status| from_status(status, Reason::InvalidArgument))?;
+    match first.and_then(|first| first.message) {
+        Some(Message::Start(start)) => Ok(start),
+        _ => Err(Error::invalid("start", "a push begins with PushStart")),
     }
 }
 
