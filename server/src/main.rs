@@ -111,8 +111,8 @@ Examples:
     Token(admin::token::TokenArgs),
     /// Try what a service with these settings needs, and say what to do where something is wrong.
     ///
-    /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data and models by URI. Exits
-    /// with 1 where a check fails.
+    /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data
+    /// and models by URI. Exits with 1 where a check fails.
     #[command(after_long_help = "\
 Examples:
   superbatch doctor --config superbatch.yaml

@@ -6,8 +6,9 @@ use serde::Deserialize;
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 use superbatch_server::worker::inputs::{
     preprocess::{ImageLimits, Preprocess, decode},
-    tokenize::{TextShape, Tokenizer},
+    tokenize::{End, TextShape, Tokenizer},
 };
+use superbatch_server::worker::model::open_clip_config::Clean;
 
 const LIMITS: ImageLimits = ImageLimits {
     pixels_max: 1 << 24,
@@ -167,7 +168,8 @@ fn tokens(tokens: &Tokens, json: &[u8]) {
         length: tokens.length,
         pad_id: tokens.pad_id,
         vocab_size: tokens.vocab_size,
-        eos_id: Some(tokens.eos_id),
+        end: End::Id(tokens.eos_id),
+        clean: Clean::Nothing,
     };
     let tokenizer = Tokenizer::parse(json, &shape).unwrap();
     for (caption, ids) in tokens.captions.iter().zip(&tokens.ids) {

@@ -102,7 +102,8 @@ impl Credentials {
         let bearer = bearer.map_err(|e| Error::invalid("token", e.to_string()))?;
         if !is_tls && !self.allow_insecure && !is_this_machine(host) {
             let message = format!(
-                "it would be sent to {host} without TLS, where everybody between can read it; connect to https://, or say \
+                "it would be sent to {host} without TLS, where everybody between can read it; \
+                connect to https://, or say \
                  allow_insecure on a network that you trust whole"
             );
             return Err(Error::invalid("token", message));

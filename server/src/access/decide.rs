@@ -28,7 +28,8 @@ pub fn decide<'a>(
     let wanted = scope.map_or(String::new(), |scope| format!(" with scope `{scope}`"));
     let unknown = |what: &str| {
         let message = format!(
-            "{what}; this call needs one{wanted}: superbatch.connect(…, token=…), or the header authorization: Bearer TOKEN"
+            "{what}; this call needs one{wanted}: superbatch.connect(…, token=…), or the header \
+            authorization: Bearer TOKEN"
         );
         let error = Error::new(Reason::Unauthenticated, message);
         scope.map_or_else(

@@ -115,7 +115,8 @@ impl Access {
                 return error;
             }
             Verdict::Limited { first: true } => {
-                tracing::warn!(%address, "many calls are refused for their token; this address is told to wait");
+                tracing::warn!(%address, "many calls are refused for their token; this address is \
+                told to wait");
             }
             Verdict::Limited { first: false } => {}
         }

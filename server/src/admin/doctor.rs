@@ -1,4 +1,5 @@
-//! `superbatch doctor`: tries what a service will need, and says what to do where something is wrong.
+//! `superbatch doctor`: tries what a service will need, and says what to do where something is
+//! wrong.
 use super::ConfigArgs;
 use crate::{
     access::tokens::Tokens,
@@ -24,7 +25,8 @@ const CLOCK_OFF_MAX: Duration = Duration::from_secs(60);
 pub struct DoctorArgs {
     #[command(flatten)]
     pub settings: ConfigArgs,
-    /// Data that a run will read, to try whether it is allowed and found. May be given several times
+    /// Data that a run will read, to try whether it is allowed and found. May be given several
+    /// times
     #[arg(long, value_name = "URI")]
     source: Vec<String>,
     /// A model's folder that a run will name. May be given several times
@@ -149,7 +151,8 @@ async fn clock(state: &Location) -> Result<String> {
         .unwrap_or_else(|early| early.duration());
     if off > CLOCK_OFF_MAX {
         let message = format!(
-            "this machine's clock is {} s from the store's; set it (NTP), or requests will be refused",
+            "this machine's clock is {} s from the store's; set it (NTP), or requests will be \
+            refused",
             off.as_secs()
         );
         return Err(Error::new(Reason::InvalidArgument, message));

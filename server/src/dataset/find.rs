@@ -210,8 +210,8 @@ fn is_hidden(path: &str) -> bool {
     path.split('/').any(hidden)
 }
 
-/// There are objects, but none of them is wanted: the first few are named, so that a wrong folder is
-/// recognised.
+/// There are objects, but none of them is wanted: the first few are named, so that a wrong folder
+/// is recognised.
 fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error {
     const NAMED_MAX: usize = 3;
     let first = others.iter().take(NAMED_MAX).map(String::as_str);

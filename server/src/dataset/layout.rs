@@ -15,12 +15,13 @@ const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "image"];
 const IMAGE: &str = "image";
 const CAPTION_NAMES: [&str; 3] = ["caption", "text", "txt"];
 
-/// Finds the columns of `schema`, the first shard's. What the request names wins; then, of images, the
-/// `Image` feature in the `huggingface` metadata, and what is named as the layouts name it. A column
-/// so named decides, also where its type is wrong: another one is never guessed.
+/// Finds the columns of `schema`, the first shard's. What the request names wins; then, of images,
+/// the `Image` feature in the `huggingface` metadata, and what is named as the layouts name it. A
+/// column so named decides, also where its type is wrong: another one is never guessed.
 ///
 /// # Errors
-/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` where a column has another type.
+/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` where a column has another
+/// type.
 pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layout> {
     let image = match &request.image_column {
         Some(name) => named(schema, request, name)?,

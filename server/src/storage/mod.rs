@@ -266,8 +266,8 @@ fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
     }
 }
 
-/// Whether a URI leads out of the folder that it seems to be in, or would once a URL parser has read
-/// it.
+/// Whether a URI leads out of the folder that it seems to be in, or would once a URL parser has
+/// read it.
 fn climbs(uri: &str) -> bool {
     uri.to_ascii_lowercase().contains("%2e")
         || uri.contains(['\\', '\t', '\n', '\r'])
@@ -281,8 +281,8 @@ fn below(uri: &str, prefix: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// `base` and `key` as one object path. A key is a name as it is stored, never an encoded one; signs
-/// that no path takes are encoded, so that nothing lies there.
+/// `base` and `key` as one object path. A key is a name as it is stored, never an encoded one;
+/// signs that no path takes are encoded, so that nothing lies there.
 pub(crate) fn join(base: &Path, key: &str) -> Path {
     let whole = match (base.as_ref(), key) {
         (base, "") => base.to_owned(),

@@ -1,5 +1,5 @@
-//! What stands for the worker in a build without LibTorch: a coordinator alone. It offers the worker's own interface, so that
-//! nothing else has to know; only making one fails.
+//! What stands for the worker in a build without LibTorch: a coordinator alone. It offers the
+//! worker's own interface, so that nothing else has to know; only making one fails.
 mod config;
 /// Of what a worker keeps, the part that the run page reads blocks by.
 #[allow(dead_code, reason = "the rest of it is the worker's")]

@@ -75,12 +75,12 @@ impl Received {
         Ok(())
     }
 
-    /// The embeddings, at their end. `may_be_empty` tells of a candidate of the slice whether it has
-    /// none.
+    /// The embeddings, at their end. `may_be_empty` tells of a candidate of the slice whether it
+    /// has none.
     ///
     /// # Errors
-    /// `Internal`, naming the first row that is missing: the rest of the slice would be scored as if
-    /// it looked like nothing.
+    /// `Internal`, naming the first row that is missing: the rest of the slice would be scored as
+    /// if it looked like nothing.
     pub fn finish(
         mut self,
         done: EmbedDone,

@@ -156,8 +156,8 @@ impl Inner {
         verified
     }
 
-    /// Deletes an upload that belongs to no version. Best effort: what stays behind is found when the
-    /// run is opened again.
+    /// Deletes an upload that belongs to no version. Best effort: what stays behind is found when
+    /// the run is opened again.
     async fn discard(&self, key: &str) {
         if let Err(error) = self.run.delete(key).await {
             tracing::debug!(

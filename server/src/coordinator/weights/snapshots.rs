@@ -1,7 +1,7 @@
 //! Where weights files lie, which of them belong to a version, and which may be deleted.
 //!
-//! Every upload gets a name of its own, although its content is named by its digest. So nothing that
-//! one owner of the run deletes can be what another has published, even if both hold the same
+//! Every upload gets a name of its own, although its content is named by its digest. So nothing
+//! that one owner of the run deletes can be what another has published, even if both hold the same
 //! weights: an owner that was paused and replaced deletes at most its own uploads.
 use super::{Book, publish::Fact};
 use crate::{

@@ -224,6 +224,7 @@ mod tests {
                 m.tensors.push(TensorInfo {
                     name: "w".into(),
                     shape: vec![u64::MAX, 2],
+                    optional: false,
                 });
             },
         ];

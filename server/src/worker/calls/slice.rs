@@ -150,8 +150,8 @@ impl Slice {
     }
 }
 
-/// The rows that a call has named so far. Each may be named once, so that no call is about more rows
-/// than the data set has, and few bytes of a request cannot ask for much work.
+/// The rows that a call has named so far. Each may be named once, so that no call is about more
+/// rows than the data set has, and few bytes of a request cannot ask for much work.
 #[derive(Default)]
 struct Named {
     /// By block, one bit a row.

@@ -1,4 +1,5 @@
-//! Captions, and other texts, that are stored as text and are none: each costs its row, not its block.
+//! Captions, and other texts, that are stored as text and are none: each costs its row, not its
+//! block.
 use arrow::{
     array::{Array, ArrayRef, AsArray, BinaryArray, RecordBatch, StringArray},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
