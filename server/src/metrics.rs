@@ -172,6 +172,18 @@ declare! {
     gauge build_info(version, device) on Both = "superbatch_build_info", Count;
 }
 
+/// Series that `superbatch top` reads.
+pub mod names {
+    pub const WAITS: &str = "superbatch_trainer_wait_seconds_count";
+    pub const WAIT_SECONDS: &str = "superbatch_trainer_wait_seconds_sum";
+    pub const WORKERS: &str = "superbatch_workers";
+    pub const OPTIMAL_WORKERS: &str = "superbatch_optimal_workers";
+    pub const STEPS: &str = "superbatch_steps_committed_total";
+    pub const CANDIDATES: &str = "superbatch_candidates_total";
+    pub const READY: &str = "superbatch_ready_batches";
+    pub const STAGE_SECONDS: &str = "superbatch_stage_duration_seconds_sum";
+}
+
 /// Registers descriptions with the installed recorder.
 pub fn describe() {
     for metric in ALL {

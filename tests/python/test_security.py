@@ -171,7 +171,7 @@ def test_each_call_needs_its_scope(inputs, service):
     assert error.metadata["scope"] == "read", "a worker reads no trainer's calls"
     run = service.connect().open_run(asked)
     reader = service.connect("reader")
-    assert reader.get_run("team-a-2").run_id == "team-a-2"
+    assert reader.get_run("team-a-2").summary.run_id == "team-a-2"
     assert len(run.select(0, rank=0, world_size=1)) == 24
     run.close()
 

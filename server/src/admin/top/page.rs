@@ -1,5 +1,5 @@
 //! From two looks at a service to a page of text. Pure.
-use crate::admin::table::table;
+use crate::{admin::table::table, metrics::names};
 use std::collections::{BTreeMap, HashMap};
 use superbatch_proto::v1::{RunState, RunSummary};
 
@@ -46,16 +46,16 @@ pub fn view(
 ) -> String {
     let grown = |name: &str| now.1.sum(name) - was.1.sum(name);
     let rate = |name: &str| grown(name) / seconds;
-    let waits = grown("superbatch_trainer_wait_seconds_count");
-    let wait = grown("superbatch_trainer_wait_seconds_sum") / waits.max(1.0);
+    let waits = grown(names::WAITS);
+    let wait = grown(names::WAIT_SECONDS) / waits.max(1.0);
     let mut text = format!(
         "workers {:.0} (optimal {:.0})   steps/s {:.2}   candidates/s {:.0}   wait a call {:.3} s   ready {:.0}\n\n",
-        now.1.sum("superbatch_workers"),
-        now.1.sum("superbatch_optimal_workers"),
-        rate("superbatch_steps_committed_total"),
-        rate("superbatch_candidates_total"),
+        now.1.sum(names::WORKERS),
+        now.1.sum(names::OPTIMAL_WORKERS),
+        rate(names::STEPS),
+        rate(names::CANDIDATES),
         wait,
-        now.1.sum("superbatch_ready_batches"),
+        now.1.sum(names::READY),
     );
     text.push_str(&runs(was.0, now.0, seconds));
     text.push('\n');
@@ -93,7 +93,7 @@ fn runs(was: &[RunSummary], now: &[RunSummary], seconds: f64) -> String {
 
 /// Seconds that each stage took in a second, as bars.
 fn stages(was: &Metrics, now: &Metrics, seconds: f64) -> String {
-    let name = "superbatch_stage_duration_seconds_sum";
+    let name = names::STAGE_SECONDS;
     let (before, after) = (was.by_label(name, "stage"), now.by_label(name, "stage"));
     let spent = after.into_iter().map(|(stage, sum)| {
         let spent = (sum - before.get(&stage).copied().unwrap_or(0.0)) / seconds;
