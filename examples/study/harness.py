@@ -120,7 +120,8 @@ def embed_mixed(model: SiglipModel, pool: Rows, rows: torch.Tensor, low: bool) -
         return embed(model, pool.pixels[rows], pool.ids[rows])
     small = half_low(rows)
     large = torch.ones(len(rows), dtype=torch.bool).index_fill(0, small, False).nonzero()[:, 0]
-    parts = [embed(model, pool.low[rows[small]], pool.ids[rows[small]]), embed(model, pool.pixels[rows[large]], pool.ids[rows[large]])]
+    parts = [embed(model, pool.low[rows[small]], pool.ids[rows[small]]),
+             embed(model, pool.pixels[rows[large]], pool.ids[rows[large]])]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 

@@ -28,7 +28,8 @@ class Rows:
         return len(self.ids)
 
     def only(self, rows: torch.Tensor) -> "Rows":
-        return Rows(self.pixels[rows], self.low[rows], self.ids[rows], self.wrong[rows], [self.concept[i] for i in rows.tolist()])
+        concepts = [self.concept[row] for row in rows.tolist()]
+        return Rows(self.pixels[rows], self.low[rows], self.ids[rows], self.wrong[rows], concepts)
 
 
 class World:
