@@ -23,7 +23,8 @@ pub enum Error {
         holes, and {} were left out \
          (clip_score_at_least {}, neg_clip_loss_keep {}, duplicates_above {}); loosen the \
          threshold, or enlarge the super-batch",
-        left_out.total(), left_out.clip_score_at_least, left_out.neg_clip_loss_keep, left_out.duplicates_above
+        left_out.total(), left_out.clip_score_at_least, left_out.neg_clip_loss_keep,
+            left_out.duplicates_above
     )]
     TooManyLeftOut {
         sub_batch_size: usize,

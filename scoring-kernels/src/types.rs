@@ -5,7 +5,8 @@ use std::{fmt, str::FromStr};
 
 /// Defines an enum of words: `as_str`, `Display`, `FromStr`.
 macro_rules! words {
-    ($(#[$doc:meta])* $name:ident, $what:literal, $valid:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal,
+        $valid:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
         pub enum $name { $($(#[$vdoc])* $variant,)+ }
@@ -32,7 +33,8 @@ macro_rules! words {
             fn from_str(word: &str) -> Result<Self> {
                 match word.to_ascii_lowercase().as_str() {
                     $($word => Ok(Self::$variant),)+
-                    _ => Err(Error::UnknownWord { what: $what, word: word.to_owned(), valid: $valid }),
+                    _ => Err(Error::UnknownWord { what: $what, word: word.to_owned(),
+                        valid: $valid }),
                 }
             }
         }
@@ -41,7 +43,8 @@ macro_rules! words {
 
 words! {
     /// How examples are drawn.
-    Policy, "policy", "uniform, independent, joint, joint_top_k, top_k, rank, proportional, k_center" {
+    Policy, "policy",
+    "uniform, independent, joint, joint_top_k, top_k, rank, proportional, k_center" {
         /// From noise alone: every candidate is as likely as any other.
         Uniform = "uniform",
         /// One draw from the unconditional scores, p ~ exp(score / temperature).

@@ -37,7 +37,11 @@ impl Process {
 }
 
 macro_rules! declare {
-    ($($(#[doc = $help:literal])+ $kind:ident $function:ident ($($label:ident),*) on $process:ident = $name:literal, $unit:ident $(, $bounds:ident)?;)+) => {
+    ($(
+        $(#[doc = $help:literal])+
+        $kind:ident $function:ident ($($label:ident),*) on $process:ident =
+            $name:literal, $unit:ident $(, $bounds:ident)?;
+    )+) => {
         $($(#[doc = $help])+
         pub fn $function($($label: &'static str),*) -> declare!(@type $kind) {
             metrics::$kind!($name $(, stringify!($label) => $label)*)
@@ -65,7 +69,8 @@ declare! {
     /// SelectBatch calls ended, by outcome: `ok`, `cancelled`, or the error's reason.
     counter select_requests(outcome) on Coordinator = "superbatch_select_requests_total", Count;
     /// Seconds from a SelectBatch call to the last byte of its batch.
-    histogram select_duration() on Coordinator = "superbatch_select_duration_seconds", Seconds, SECONDS;
+    histogram select_duration() on Coordinator = "superbatch_select_duration_seconds", Seconds,
+        SECONDS;
     /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`,
     /// `select`, `commit`; once a rank: `send`. Once a slice on its worker: `fetch`, `decode`,
     /// `embed_reference`, `embed_learner`; `decode` once more where images had to be decoded again
@@ -102,16 +107,20 @@ declare! {
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
     /// Steps between the weights that a step was scored with and the step before it.
-    histogram learner_staleness() on Coordinator = "superbatch_learner_staleness_steps", Count, STEPS;
+    histogram learner_staleness() on Coordinator = "superbatch_learner_staleness_steps", Count,
+        STEPS;
     /// Seconds from the first byte of a push to its publication.
-    histogram weight_push_duration() on Coordinator = "superbatch_weight_push_duration_seconds", Seconds, SECONDS;
+    histogram weight_push_duration() on Coordinator = "superbatch_weight_push_duration_seconds",
+        Seconds, SECONDS;
     /// Bytes of weights received.
     counter weight_push_bytes() on Coordinator = "superbatch_weight_push_bytes_total", Bytes;
     /// Pushes refused or broken off, by reason.
-    counter weight_push_failures(reason) on Coordinator = "superbatch_weight_push_failures_total", Count;
+    counter weight_push_failures(reason) on Coordinator = "superbatch_weight_push_failures_total",
+        Count;
     /// Object store requests, by operation and outcome (`ok`, `not_found`, `exists`, `throttled`,
     /// `error`).
-    counter object_store_requests(operation, outcome) on Both = "superbatch_object_store_requests_total", Count;
+    counter object_store_requests(operation,
+        outcome) on Both = "superbatch_object_store_requests_total", Count;
     /// Bytes read from object stores.
     counter object_store_bytes_read() on Both = "superbatch_object_store_bytes_read_total", Bytes;
     /// Object store requests that were told to slow down.

@@ -208,7 +208,8 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
     (scores,) = [line for line in in_full.splitlines() if line.startswith("scores")]
     number = r"-?\d+\.\d{5}"
     assert re.fullmatch(
-        rf"scores +sub-batch {number} \(mean conditional score\), chosen {number} and candidates {number} "
+        rf"scores +sub-batch {number} \(mean conditional score, of a uniform draw {number} expected\), "
+        rf"chosen {number} and candidates {number} "
         r"\(mean unconditional scores\)", scores)
     drawn = [line.split() for line in in_full.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     assert [row[5] for row in drawn] == [row[0] for row in chosen[2]]

@@ -17,8 +17,10 @@ from superbatch.torch import SelectedBatches
 STEPS = 9
 
 
-def step_and_mode(batch: superbatch.Batch) -> tuple[int, str, int]:
-    return batch.step, batch.receipt.mode, batch.receipt.learner.step
+def step_and_mode(batch: superbatch.Batch) -> tuple[int, str, int | None]:
+    """What a step was decided with; a degraded one without a learner."""
+    learner = batch.receipt.learner
+    return batch.step, batch.receipt.mode, learner and learner.step
 
 
 def scored_spec(service: Service, run_id: str, **changes) -> superbatch.RunSpec:  # noqa: F811

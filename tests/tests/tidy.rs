@@ -8,7 +8,7 @@ use superbatch_server::{config, metrics};
 
 const FILE_LINES_MAX: usize = 400;
 const FUNCTION_LINES_MAX: usize = 70;
-const COLUMNS_MAX: usize = 120;
+const COLUMNS_MAX: usize = 100;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -203,8 +203,10 @@ fn imports_are_found() {
 fn lines_are_short() {
     let mut long = Vec::new();
     for (name, text) in production() {
-        for (number, line) in text.lines().enumerate() {
-            if line.chars().count() > COLUMNS_MAX {
+        for (number, line) in without_tests(&text).lines().enumerate() {
+            // Code in doc comments, and text that stands in quotes as it is, may be wider.
+            let is_text = line.trim_start().starts_with("//") || line.contains('"');
+            if !is_text && line.chars().count() > COLUMNS_MAX {
                 long.push(format!("{name}:{}", number + 1));
             }
         }

@@ -11,7 +11,8 @@ type Shown = PyResult<Py<PyAny>>;
 
 /// A dict with a message's fields: plain ones by name, then those that are shown by an expression.
 macro_rules! dict {
-    ($py:expr, $message:expr, [$($plain:ident),* $(,)?], { $($key:ident: $value:expr),* $(,)? }) => {{
+    ($py:expr, $message:expr, [$($plain:ident),* $(,)?],
+        { $($key:ident: $value:expr),* $(,)? }) => {{
         let dict = PyDict::new($py);
         $(dict.set_item(stringify!($plain), &$message.$plain)?;)*
         $(dict.set_item(stringify!($key), $value)?;)*
@@ -65,7 +66,8 @@ pub fn run_summary(py: Python<'_>, run: &v1::RunSummary) -> Shown {
 
 pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
     dict!(py, run, [
-        dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure, tail_rows_per_epoch,
+        dataset_manifest, candidates_scanned, examples_delivered, consumed_through, failure,
+            tail_rows_per_epoch,
         missing_pushes,
     ], {
         summary: maybe(py, run.summary.as_ref(), run_summary)?,
@@ -77,7 +79,8 @@ pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
 
 fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
     dict!(py, spent, [
-        candidates_scanned, examples_selected, bad_rows, reference_flops, learner_flops, selection_flops,
+        candidates_scanned, examples_selected, bad_rows, reference_flops, learner_flops,
+            selection_flops,
         discarded_flops, train_flops, probe_flops,
     ], {
         seconds: maybe(py, spent.seconds.as_ref(), seconds)?,
@@ -132,8 +135,10 @@ fn has_scores(summary: &v1::ReceiptSummary) -> bool {
 fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
     let scored = has_scores(summary);
     dict!(py, summary, [
-        run_id, generation, chosen_in_generation, step, super_batch_size, sub_batch_size, n_chunks, gain, seed,
-        reference_digest, lag_steps, learner_scale, learner_bias, reference_scale, reference_bias, device, build,
+        run_id, generation, chosen_in_generation, step, super_batch_size, sub_batch_size,
+            n_chunks, gain, seed,
+        reference_digest, lag_steps, learner_scale, learner_bias, reference_scale, reference_bias,
+            device, build,
         plan_version, dataset_manifest, holes, committed_unix_ms, selector_threads, writer_nonce,
     ], {
         batch_score: scored.then_some(summary.batch_score),
@@ -147,7 +152,8 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         embedding_dtype: short(summary.embedding_dtype().as_str_name(), "EMBEDDING_DTYPE_"),
         compute_dtype: short(summary.compute_dtype().as_str_name(), "COMPUTE_DTYPE_"),
         learner: maybe(py, summary.learner.as_ref(), weights_version)?,
-        scanned: list(py, summary.scanned.iter().map(|span| dict!(py, span, [source, epoch, start, count], {})))?,
+        scanned: list(py, summary.scanned.iter().map(|span| dict!(py, span, [source, epoch, start,
+            count], {})))?,
         cost: maybe(py, summary.cost.as_ref(), accounts)?,
         tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
         left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
@@ -187,7 +193,8 @@ fn left_out(py: Python<'_>, counts: &v1::LeftOut) -> Shown {
 pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
     let chosen = |row: &v1::ChosenRow| {
         dict!(py, row, [
-            id, source, shard, row, position, chunk, score, weight, own_score, learner_loss, reference_loss,
+            id, source, shard, row, position, chunk, score, weight, own_score, learner_loss,
+                reference_loss,
         ], {
             fidelity: short(row.fidelity().as_str_name(), "FIDELITY_"),
             content_hash: PyBytes::new(py, &row.content_hash),
@@ -272,7 +279,8 @@ pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
         |_: Python<'_>, model: &v1::ReferenceSpec| dict!(py, model, [model_uri, logit_bias], {});
     let fork = |_: Python<'_>, fork: &v1::Fork| dict!(py, fork, [run_id, step], {});
     dict!(py, spec, [
-        push_every_steps, micro_batches, columns, seed, max_ahead, epochs, window_blocks, micro_batch_rows,
+        push_every_steps, micro_batches, columns, seed, max_ahead, epochs, window_blocks,
+            micro_batch_rows,
         max_bad_row_share, train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     ], {
         sources: list(py, spec.sources.iter().map(source))?,

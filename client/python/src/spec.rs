@@ -158,7 +158,8 @@ macro_rules! named {
 
 named! {
     ComputeDtype = "COMPUTE_DTYPE_", Criterion = "CRITERION_", EmbeddingDtype = "EMBEDDING_DTYPE_",
-    Fallback = "FALLBACK_", Fidelity = "FIDELITY_", Intent = "INTENT_", Loss = "LOSS_", Policy = "POLICY_",
+    Fallback = "FALLBACK_", Fidelity = "FIDELITY_", Intent = "INTENT_", Loss = "LOSS_",
+        Policy = "POLICY_",
     RewindMode = "REWIND_MODE_", TensorDtype = "TENSOR_DTYPE_",
 }
 

@@ -263,7 +263,11 @@ mod tests {
                 false,
             ),
             (Status::unknown("no cause on this side"), "INTERNAL", false),
-            (Status::unauthenticated("a proxy's rule"), "INTERNAL", false),
+            (
+                Status::unauthenticated("a proxy's rule"),
+                "UNAUTHENTICATED",
+                false,
+            ),
         ];
         for (status, name, passes) in cases {
             let error = Error::from(status);

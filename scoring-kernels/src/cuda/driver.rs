@@ -37,7 +37,8 @@ functions! {
         stream_create = b"cuStreamCreate\0"(*mut *mut c_void, c_uint);
         stream_destroy = b"cuStreamDestroy_v2\0"(*mut c_void);
         stream_wait = b"cuStreamSynchronize\0"(*mut c_void);
-        launch = b"cuLaunchKernel\0"(*mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void,
+        launch = b"cuLaunchKernel\0"(*mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint,
+            c_uint, *mut c_void,
             *mut *mut c_void, *mut *mut c_void);
     }
 }

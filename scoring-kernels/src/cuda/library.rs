@@ -45,7 +45,8 @@ pub(super) fn missing(
 
 /// A struct of C functions that return a status, filled from a library, which stays loaded.
 macro_rules! functions {
-    ($(#[$doc:meta])* $name:ident($what:literal, $remedy:literal) { $($field:ident = $symbol:literal($($arg:ty),*);)+ }) => {
+    ($(#[$doc:meta])* $name:ident($what:literal,
+        $remedy:literal) { $($field:ident = $symbol:literal($($arg:ty),*);)+ }) => {
         $(#[$doc])*
         pub(super) struct $name {
             $(pub $field: unsafe extern "C" fn($($arg),*) -> std::ffi::c_int,)+

@@ -16,7 +16,8 @@ functions! {
         version = b"nvrtcVersion\0"(*mut c_int, *mut c_int);
         supported_count = b"nvrtcGetNumSupportedArchs\0"(*mut c_int);
         supported = b"nvrtcGetSupportedArchs\0"(*mut c_int);
-        create = b"nvrtcCreateProgram\0"(*mut *mut c_void, *const c_char, *const c_char, c_int, *const c_void,
+        create = b"nvrtcCreateProgram\0"(*mut *mut c_void, *const c_char, *const c_char, c_int,
+            *const c_void,
             *const c_void);
         compile = b"nvrtcCompileProgram\0"(*mut c_void, c_int, *const *const c_char);
         destroy = b"nvrtcDestroyProgram\0"(*mut *mut c_void);

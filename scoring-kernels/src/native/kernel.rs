@@ -90,7 +90,8 @@ for_each_isa! {
 
 for_each_isa! {
     /// For each lane, m = the largest scale x dot over rows, and the sum of exp(scale x dot - m).
-    exp_sums(dots: &[f32], scale: f64, largest: &mut [f64; WIDEST], sums: &mut [f64; WIDEST]), exp_sums_body
+    exp_sums(dots: &[f32], scale: f64, largest: &mut [f64; WIDEST], sums: &mut [f64; WIDEST]),
+        exp_sums_body
 }
 
 #[inline(always)]
@@ -158,7 +159,8 @@ fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32]
 /// 2^z for z <= 0, to 1e-7 of its value; 1e-38 where z is less than -126.
 #[inline(always)]
 fn exp2_of_negative<V: Vector>(z: V) -> V {
-    const ROUND: f32 = 12_582_912.0; // 1.5 x 2^23: adding it rounds to an integer, which then sits in the low bits.
+    // 1.5 x 2^23: adding it rounds to an integer, which then sits in the low bits.
+    const ROUND: f32 = 12_582_912.0;
     let z = z.max(V::splat(-126.0));
     let shifted = z.add(V::splat(ROUND));
     let r = z.sub(shifted.sub(V::splat(ROUND)));
@@ -264,7 +266,8 @@ fn exp_sums_body<V: Vector>(
 /// ln(1 + u) for u >= 0, within 1e-12 of 1 + its value, from operations that become vector code.
 #[inline(always)]
 fn ln_1p(u: f64) -> f64 {
-    const INTEGER: f64 = 4_503_599_627_370_496.0; // 2^52: an integer below it sits in the low bits of their sum.
+    // 2^52: an integer below it sits in the low bits of their sum.
+    const INTEGER: f64 = 4_503_599_627_370_496.0;
     let bits = (1.0 + u).to_bits();
     // Where the mantissa is above the square root of 2, the exponent is one more.
     let exponent = (bits + (2f64.to_bits() - std::f64::consts::SQRT_2.to_bits())) >> 52;

@@ -126,7 +126,8 @@ impl Vector for Portable {
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_vector {
     (
-        $name:ident($inner:ident), $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $max:ident,
+        $name:ident($inner:ident), $lanes:literal, $splat:ident, $load:ident, $store:ident,
+            $add:ident, $sub:ident, $max:ident,
         $fma:ident, $to_int:ident, $from_int:ident, $shift:ident, $add_int:ident
     ) => {
         #[derive(Clone, Copy)]

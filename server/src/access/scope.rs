@@ -141,6 +141,10 @@ mod tests {
                 s(Scope::Worker),
             ),
             (
+                "/superbatch.v1.SelectionService/AnnouncePush",
+                s(Scope::Push),
+            ),
+            (
                 "/superbatch.v1.SelectionService/AppendPhases",
                 s(Scope::Open),
             ),

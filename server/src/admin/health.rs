@@ -22,7 +22,8 @@ pub struct HealthArgs {
     #[arg(long, value_name = "NAME", default_value = "readiness")]
     service: String,
     /// How long to wait for the answer
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "5s",
+        value_parser = humantime::parse_duration)]
     timeout: Duration,
     /// Certificate authority that verifies an https:// address. Comes before `tls.ca` of the
     /// settings

@@ -11,8 +11,8 @@ use std::fmt::Write;
 /// Indexes data sets and writes the manifest, which a run of the same sources then finds.
 #[derive(Debug, Clone, clap::Args)]
 pub struct IndexArgs {
-    /// URIs of Parquet files or tars, of folders of them, of a .txt file that lists URIs, or patterns
-    /// such as s3://bucket/{00000..00041}.tar; several URIs joined by :: are one source
+    /// URIs of Parquet files or tars, of folders of them, of a .txt file that lists URIs, or
+    /// patterns such as s3://bucket/{00000..00041}.tar; several URIs joined by :: are one source
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
     /// The column that holds the images, where the layout does not tell; of tars endings: 'jpg;png'

@@ -25,7 +25,8 @@ pub struct ReceiptsArgs {
     #[arg(long, requires = "step")]
     generation: Option<u32>,
     /// How many steps to list
-    #[arg(long, value_name = "N", default_value = "20", conflicts_with = "step", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value = "20", conflicts_with = "step",
+        value_parser = at_least_one)]
     last: NonZeroUsize,
     #[command(flatten)]
     pub settings: ConfigArgs,

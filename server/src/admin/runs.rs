@@ -73,7 +73,9 @@ async fn look(location: &Location, id: &str) -> Result<Option<Value>> {
         "scanned": last.map(|_| totals.candidates_scanned),
         "selected": last.map(|_| totals.examples_selected),
         "sub_batch": phase.map(|phase| phase.sub_batch_size),
-        "policy": phase.map(|phase| phase.policy().as_str_name().trim_start_matches("POLICY_").to_lowercase()),
+        "policy": phase.map(|phase| {
+            phase.policy().as_str_name().trim_start_matches("POLICY_").to_lowercase()
+        }),
         "failure": facts.failure,
     })))
 }

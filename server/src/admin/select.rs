@@ -33,7 +33,8 @@ Examples:
   # In Python: arrays of float32, [B, d]
   safetensors.numpy.save_file(
       {'learner_img': a, 'learner_txt': b, 'reference_img': c, 'reference_txt': d}, 'b.safetensors',
-      metadata={'learner_scale': '10', 'learner_bias': '-10', 'reference_scale': '10', 'reference_bias': '-10'})
+      metadata={'learner_scale': '10', 'learner_bias': '-10',
+                'reference_scale': '10', 'reference_bias': '-10'})
   # Then
   superbatch select --embeddings b.safetensors --sub-batch-size 128 --seed 1
   superbatch select --embeddings b.safetensors --policy independent --backend cuda")]

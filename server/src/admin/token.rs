@@ -151,7 +151,8 @@ fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
         runs: args.runs.clone(),
         expires: until.transpose()?,
     };
-    let detail = json!({"token": entry.name, "scopes": entry.scopes, "runs": entry.runs, "expires": entry.expires});
+    let detail = json!({"token": entry.name, "scopes": entry.scopes, "runs": entry.runs,
+        "expires": entry.expires});
     tokens.tokens.push(entry);
     let written = tokens.write(&path);
     audit.note(
@@ -180,7 +181,8 @@ fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
     if args.json {
         let line = |entry: &Entry| {
             let shown = json!({
-                "name": entry.name, "scopes": entry.scopes, "runs": entry.runs, "expires": entry.expires,
+                "name": entry.name, "scopes": entry.scopes, "runs": entry.runs,
+                    "expires": entry.expires,
                 "expired": entry.is_expired(now),
             });
             format!("{shown}\n")

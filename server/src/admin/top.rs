@@ -38,7 +38,8 @@ pub struct TopArgs {
     )]
     metrics: String,
     /// Time between two looks; rates are those of the time between
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "2s",
+        value_parser = humantime::parse_duration)]
     every: Duration,
     /// Print one view and end
     #[arg(long)]

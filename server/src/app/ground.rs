@@ -79,7 +79,8 @@ impl Ground {
         if !listen.ip().is_loopback() && config.allow_insecure {
             let has_tokens = config.auth.tokens_file.is_some();
             let has_tls = certificates.is_some();
-            tracing::warn!(%address, has_tls, has_tokens, "allow_insecure: others may reach this port");
+            tracing::warn!(%address, has_tls, has_tokens, "allow_insecure: others may reach this \
+            port");
         }
         Ok(Self {
             config,

@@ -85,7 +85,8 @@ async fn accept(
         let Ok(permit) = room.clone().try_acquire_owned() else {
             metrics::connections_refused("limit").increment(1);
             let most = bounds.most;
-            tracing::debug!(%address, most, "closed a connection: there are as many as are allowed");
+            tracing::debug!(%address, most, "closed a connection: there are as many as are \
+            allowed");
             continue;
         };
         // Without it a call waits for the last bytes of the one before it; the connection works

@@ -41,6 +41,8 @@ use tonic::server::NamedService;
 /// The chosen rows of one slice may take so many times the memory for batches that wait: such a
 /// step is served, and nothing is kept beside it.
 const ROWS_OF_BUDGET: u64 = 8;
+/// What the chosen rows of one slice may take in any case, in bytes.
+const ROWS_BYTES: u64 = 2 << 30;
 /// How long a call waits for a first worker.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -66,7 +68,10 @@ fn pool(ground: &Ground) -> Result<Pool> {
     };
     let replies = Replies {
         silence_max: Duration::from_secs_f64(settings.worker_silence_seconds),
-        rows_bytes_max: settings.ready_bytes_max.saturating_mul(ROWS_OF_BUDGET),
+        rows_bytes_max: settings
+            .ready_bytes_max
+            .saturating_mul(ROWS_OF_BUDGET)
+            .max(ROWS_BYTES),
     };
     let lease = Duration::from_secs_f64(settings.lease_seconds);
     Ok(Pool::new(lease, WORKER_PATIENCE, home)

@@ -118,7 +118,8 @@ impl Config {
             .find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
         if let Some((field, address, missing, _)) = nowhere {
             let message = format!(
-                "{field} is {address}, at which nobody can reach this process from elsewhere; set {missing} to the URI that \
+                "{field} is {address}, at which nobody can reach this process from elsewhere; set \
+                {missing} to the URI that \
                  others use, such as http://host:{}",
                 address.port()
             );

@@ -148,14 +148,19 @@ fn wanted(schema: &Value) -> String {
 const PREFACE: &str = "\
 # Configuration
 
-One YAML file (`superbatch serve --config FILE`); `superbatch check-config --defaults` prints one with all defaults, and
+One YAML file (`superbatch serve --config FILE`); `superbatch check-config --defaults` prints one
+with all defaults, and
 `superbatch check-config --config FILE` checks yours. Unknown keys are refused.
 
-Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its dots as two underscores,
-so that `SUPERBATCH_COORDINATOR__LEASE_SECONDS=30` sets `coordinator.lease_seconds`. A variable holds what the file would
-have after the key, so a list is written in brackets, `SUPERBATCH_STORAGE__ALLOW_URIS='[s3://data, s3://models]'`, and
+Environment variables come before the file: `SUPERBATCH_` and the setting's path in capitals, its
+dots as two underscores,
+so that `SUPERBATCH_COORDINATOR__LEASE_SECONDS=30` sets `coordinator.lease_seconds`. A variable
+holds what the file would
+have after the key, so a list is written in brackets, `SUPERBATCH_STORAGE__ALLOW_URIS='[s3://data,
+s3://models]'`, and
 replaces the file's. Of a mapping, each entry may have a variable of its own:
-`SUPERBATCH_STORAGE__OPTIONS__AWS_REGION=eu-west-1`. Text is taken as it is; where `null` is allowed, empty text means it.
+`SUPERBATCH_STORAGE__OPTIONS__AWS_REGION=eu-west-1`. Text is taken as it is; where `null` is
+allowed, empty text means it.
 
 Generated from `server/src/config` by `make docs`.
 

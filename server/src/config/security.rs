@@ -55,7 +55,8 @@ impl TlsConfig {
             }
         }
         if self.client_ca.is_some() && !self.is_on() {
-            let message = "tls.client_ca asks clients for certificates, which needs TLS; set tls.cert and tls.key";
+            let message = "tls.client_ca asks clients for certificates, which needs TLS; set \
+            tls.cert and tls.key";
             return Err(Error::invalid("tls.cert", message));
         }
         Ok(())

@@ -95,7 +95,8 @@ fn one(uri: &str, part: &str) -> Result<(String, Keys)> {
         return Err(bad(uri, &what));
     }
     if is_query(part) {
-        let what = "it ends in a query, such as a version of an object, which is not read; write a ? \
+        let what = "it ends in a query, such as a version of an object, which is not read; write \
+        a ? \
                     that belongs to a name as %3F";
         return Err(bad(uri, what));
     }
@@ -147,7 +148,8 @@ fn is_query(uri: &str) -> bool {
 
 fn bad(uri: &str, what: &str) -> Error {
     let message = format!(
-        "cannot use the source '{uri}': {what} (patterns are {{00000..00041}}, {{a,b}}, *, ?, [0-9] \
+        "cannot use the source '{uri}': {what} (patterns are {{00000..00041}}, {{a,b}}, *, ?, \
+        [0-9] \
          and **; several URIs are joined by ::)"
     );
     Error::invalid("sources", message).with("uri", uri)

@@ -35,7 +35,8 @@ impl Worker {
     /// # Errors
     /// `DeviceUnavailable`, always.
     pub fn new(_config: &WorkerConfig, _stores: Stores, _state: Location) -> Result<Self> {
-        let message = "this build has no LibTorch, so it cannot score: set coordinator.workers_embedded to false, and run \
+        let message = "this build has no LibTorch, so it cannot score: set \
+        coordinator.workers_embedded to false, and run \
                        `superbatch worker` from a build with LibTorch beside it";
         Err(Error::new(Reason::DeviceUnavailable, message))
     }

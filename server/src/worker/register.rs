@@ -68,7 +68,8 @@ pub async fn keep_registered(
                 }
                 Err(error) => {
                     if failures == 0 {
-                        tracing::warn!(coordinator = %coordinator.uri, error = error.chain(), "cannot register; trying on");
+                        tracing::warn!(coordinator = %coordinator.uri, error = error.chain(),
+                            "cannot register; trying on");
                     }
                     failures += 1;
                     backoff(failures, rng.random())

@@ -24,7 +24,8 @@ impl Metrics {
     fn sum(&self, name: &str) -> f64 {
         let of = |key: &str| key.split('{').next() == Some(name);
         let found = self.0.iter().filter(|(key, _)| of(key));
-        found.map(|(_, value)| value).sum()
+        // The sum of nothing is -0.
+        found.map(|(_, value)| value).sum::<f64>() + 0.0
     }
 
     /// Values of `name` by the value of its only label.

@@ -59,7 +59,8 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
         build: json!(build),
         plan_version: json!(plan_version),
         dataset_manifest: json!(dataset_manifest),
-        scanned: scanned.iter().map(|span| object!(SourceSpan, span, [source, epoch, start, count])).collect(),
+        scanned: scanned.iter().map(|span| object!(SourceSpan, span, [source, epoch, start,
+            count])).collect(),
         holes: json!(holes),
         batch_score: json!(batch_score),
         mean_score_chosen: json!(mean_score_chosen),
@@ -97,7 +98,9 @@ pub fn receipt(receipt: &Receipt) -> Value {
             score: json!(score),
             weight: json!(weight),
             fidelity: json!(super::json::fidelity_name(*fidelity)),
-            content_hash: json!(content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+            content_hash: json!(
+                content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
+            ),
             own_score: json!(own_score),
             learner_loss: json!(learner_loss),
             reference_loss: json!(reference_loss),

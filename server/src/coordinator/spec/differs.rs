@@ -158,8 +158,10 @@ macro_rules! messages {
 
 messages! {
     RunSpec {
-        sources, learner, reference, phases, loss, lag, push_every_steps, micro_batches, columns, fallback, seed, max_ahead,
-        epochs, window_blocks, embedding_dtype, micro_batch_rows, max_bad_row_share, fork_of, compute_dtype,
+        sources, learner, reference, phases, loss, lag, push_every_steps, micro_batches, columns,
+            fallback, seed, max_ahead,
+        epochs, window_blocks, embedding_dtype, micro_batch_rows, max_bad_row_share, fork_of,
+            compute_dtype,
         train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     }
     Source { uri, weight, image_column, caption_column }
@@ -172,7 +174,8 @@ messages! {
     Approximation { by }
     MultiResolution { share, whole_step }
     Tuning {
-        temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least, neg_clip_loss_keep, duplicates_above,
+        temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least,
+            neg_clip_loss_keep, duplicates_above,
     }
     Lag { bound }
     Fork { run_id, step }

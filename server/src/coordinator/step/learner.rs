@@ -216,7 +216,8 @@ fn missing(step: u64, due: Due, weights: String, why: Why, limits: Limits, fate:
         (Why::NobodyPushes, None) => (
             Reason::WeightsMissing,
             format!(
-                "are not there, every rank has waited for {} s, and none has a push on its way{failed}",
+                "are not there, every rank has waited for {} s, and none has a push on its \
+                way{failed}",
                 limits.grace.as_secs_f64()
             ),
         ),
@@ -235,7 +236,8 @@ fn missing(step: u64, due: Due, weights: String, why: Why, limits: Limits, fate:
 fn needs_the_step_before(step: u64, due: Due) -> String {
     match due_step(due).and_then(|due| u64::try_from(due).ok()) {
         Some(due) if due + 1 == step => format!(
-            "; a loop that fetches step {step} before it has trained on step {due} (as accelerate and \
+            "; a loop that fetches step {step} before it has trained on step {due} (as accelerate \
+            and \
              Lightning do) needs a lag of one step more, such as exact(1)"
         ),
         _ => String::new(),

@@ -83,8 +83,10 @@ impl Maker<'_> {
         });
         let message = format!(
             "of {candidates} candidates {holes} cannot be used{first}, so fewer than \
-             sub_batch_size = {} are left; rewind the run to this step (reselect) and append a phase \
-             from it with a larger super_batch_size than sub_batch_size, or mend the data and open a \
+             sub_batch_size = {} are left; rewind the run to this step (reselect) and append a \
+             phase \
+             from it with a larger super_batch_size than sub_batch_size, or mend the data and \
+             open a \
              new run (skipped rows are counted in superbatch_skipped_total)",
             decided.phase.sub_batch_size
         );

@@ -1,6 +1,9 @@
 //! Makes one snapshot of a push's parts: a safetensors file whose bytes depend on the weights
 //! alone.
-use super::staging::{Part, Staged, refused};
+use super::{
+    part::Part,
+    staging::{Staged, refused},
+};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensorError, View, tensor::Metadata};

@@ -69,7 +69,8 @@ async fn newest_summary(run: &Location) -> Result<Summary> {
     let bytes = run.get(&newest).await?;
     Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
         let uri = run.uri_of(&newest);
-        tracing::warn!(uri, %error, "a summary of pushes is damaged; the pushes are read one by one");
+        tracing::warn!(uri, %error, "a summary of pushes is damaged; the pushes are read one by \
+        one");
         Summary::default()
     }))
 }

@@ -79,9 +79,12 @@ impl Member {
         tokio::select! {
             biased;
             () = self.superseded.cancelled() => {
-                Err(Error::new(Reason::PushConflict, "a newer stream of the same rank and push took over"))
+                Err(Error::new(Reason::PushConflict,
+                    "a newer stream of the same rank and push took over"))
             }
-            found = answer.wait_for(Option::is_some) => match found.ok().and_then(|answer| answer.clone()) {
+            found = answer.wait_for(Option::is_some) => match found.ok().and_then(
+                |answer| answer.clone(),
+            ) {
                 Some(Ok(version)) => Ok(version),
                 Some(Err(status)) => Err(from_status(status, Reason::Internal)),
                 None => Err(Error::internal("the push was given up")),

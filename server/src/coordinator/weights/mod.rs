@@ -13,6 +13,7 @@ mod lag;
 pub mod member;
 mod missing;
 mod names;
+mod part;
 mod publish;
 mod snapshots;
 mod staging;

@@ -1,5 +1,5 @@
 //! The parts of one push, in memory: what may be staged, and when it is whole. No I/O.
-use super::{ModelShape, names};
+use super::{ModelShape, names, part::Part};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use safetensors::Dtype;
@@ -15,33 +15,6 @@ const PARTS_MAX: usize = 1 << 20;
 const PARTS_OF_TENSOR_MAX: usize = 1 << 12;
 /// Bytes of a tensor's name.
 const NAME_BYTES_MAX: usize = 1 << 10;
-
-/// A block of one tensor: elements start .. start + extent in each dimension, C order, little
-/// endian.
-#[derive(Debug)]
-pub struct Part {
-    pub dtype: Dtype,
-    pub start: Vec<u64>,
-    pub extent: Vec<u64>,
-    /// Empty until it has arrived.
-    pub bytes: Vec<u8>,
-}
-
-impl Part {
-    pub fn elements(&self) -> u64 {
-        self.extent.iter().product()
-    }
-
-    fn overlaps(&self, other: &Self) -> bool {
-        let both_have_elements = self.elements() > 0 && other.elements() > 0;
-        let mut dimensions = self
-            .start
-            .iter()
-            .zip(&self.extent)
-            .zip(other.start.iter().zip(&other.extent));
-        both_have_elements && dimensions.all(|((a, n), (b, m))| a < &(b + m) && b < &(a + n))
-    }
-}
 
 /// Where a part is on its way.
 #[derive(Debug)]

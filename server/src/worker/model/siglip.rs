@@ -43,23 +43,7 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         Naming::Transformers,
     );
     to.layer_norm("vision_model.post_layernorm", d);
-    let head = "vision_model.head";
-    to.add(format!("{head}.probe"), &[1, 1, d], Init::xavier(d, d));
-    to.add(
-        format!("{head}.attention.in_proj_weight"),
-        &[3 * d, d],
-        Init::xavier(d, 3 * d),
-    );
-    to.add(
-        format!("{head}.attention.in_proj_bias"),
-        &[3 * d],
-        Init::Constant(0.0),
-    );
-    to.linear(&format!("{head}.attention.out_proj"), d, d, Init::lecun(d));
-    to.layer_norm(&format!("{head}.layernorm"), d);
-    let inner = vision.tower.intermediate_size;
-    to.linear(&format!("{head}.mlp.fc1"), d, inner, Init::xavier(d, inner));
-    to.linear(&format!("{head}.mlp.fc2"), inner, d, Init::xavier(d, inner));
+    pooling_parameters(&mut to, &vision.tower);
 
     let d = text.tower.hidden_size;
     let embeddings = "text_model.embeddings";
@@ -89,6 +73,28 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
     );
     to.add("logit_bias", &[1], Init::Constant(0.0));
     to
+}
+
+/// The head that pools patches by attention.
+fn pooling_parameters(to: &mut Parameters, tower: &Tower) {
+    let d = tower.hidden_size;
+    let head = "vision_model.head";
+    to.add(format!("{head}.probe"), &[1, 1, d], Init::xavier(d, d));
+    to.add(
+        format!("{head}.attention.in_proj_weight"),
+        &[3 * d, d],
+        Init::xavier(d, 3 * d),
+    );
+    to.add(
+        format!("{head}.attention.in_proj_bias"),
+        &[3 * d],
+        Init::Constant(0.0),
+    );
+    to.linear(&format!("{head}.attention.out_proj"), d, d, Init::lecun(d));
+    to.layer_norm(&format!("{head}.layernorm"), d);
+    let inner = tower.intermediate_size;
+    to.linear(&format!("{head}.mlp.fc1"), d, inner, Init::xavier(d, inner));
+    to.linear(&format!("{head}.mlp.fc2"), inner, d, Init::xavier(d, inner));
 }
 
 fn block_init(tower: &Tower) -> BlockInit {

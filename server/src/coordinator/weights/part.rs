@@ -1,0 +1,30 @@
+//! One part of a push: a block of a tensor.
+use safetensors::Dtype;
+
+/// A block of one tensor: elements start .. start + extent in each dimension, C order, little
+/// endian.
+#[derive(Debug)]
+pub struct Part {
+    pub dtype: Dtype,
+    pub start: Vec<u64>,
+    pub extent: Vec<u64>,
+    /// Empty until it has arrived.
+    pub bytes: Vec<u8>,
+}
+
+impl Part {
+    pub fn elements(&self) -> u64 {
+        self.extent.iter().product()
+    }
+
+    /// Whether both hold the same element.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let both_have_elements = self.elements() > 0 && other.elements() > 0;
+        let mut dimensions = self
+            .start
+            .iter()
+            .zip(&self.extent)
+            .zip(other.start.iter().zip(&other.extent));
+        both_have_elements && dimensions.all(|((a, n), (b, m))| a < &(b + m) && b < &(a + n))
+    }
+}
