@@ -15,6 +15,8 @@ KERNELS := scoring-kernels/python/python
 KERNELS_EXTENSION := $(KERNELS)/superbatch_kernels/_kernels.abi3.so
 
 export HF_HUB_OFFLINE := 1
+# Nested futures of a build that is hardly optimised pass the 2 MiB that test threads have by default.
+export RUST_MIN_STACK := 16777216
 # Documentation tests run from a folder of their own, where the binaries' relative path to LibTorch leads nowhere.
 export LD_LIBRARY_PATH := $(CURDIR)/$(VENV)/torch/lib:$(LD_LIBRARY_PATH)
 export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)

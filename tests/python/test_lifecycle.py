@@ -192,7 +192,9 @@ def test_a_log_tells_of_a_process_from_its_state_to_its_end(tmp_path):
         for process in (worker, coordinator):
             process.stop()
     for process, expected in [
-            (worker, ["state opened", "registered", "draining", "left the coordinator", "stopped"]),
+            # A worker leaves while it drains: which of the two it says first is not fixed.
+            (worker, ["state opened", "registered", "draining", "stopped"]),
+            (worker, ["state opened", "registered", "left the coordinator", "stopped"]),
             (coordinator, ["state opened", "worker registered", "worker left", "draining", "stopped"])]:
         text = process.log.read_text()
         places = [text.find(line) for line in expected]

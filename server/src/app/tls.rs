@@ -5,7 +5,10 @@ use crate::{
     config::TlsConfig,
     error::{Error, Result},
 };
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use superbatch_transport::{Dialer, Trust, certificates, pinned, private_key, roots};
 use tokio_rustls::rustls::{ServerConfig, server::WebPkiClientVerifier};
 
@@ -25,7 +28,7 @@ pub fn listening(config: &TlsConfig) -> Result<Certificates> {
     Reloading::start("certificates", files, build).map(Some)
 }
 
-fn build(cert: &PathBuf, key: &PathBuf, client_ca: Option<&PathBuf>) -> Result<ServerConfig> {
+fn build(cert: &Path, key: &Path, client_ca: Option<&PathBuf>) -> Result<ServerConfig> {
     let unusable = |field: &'static str| {
         move |e: superbatch_transport::Error| Error::invalid(field, e.to_string()).because(e)
     };

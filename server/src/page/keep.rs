@@ -5,9 +5,12 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
+/// A counter of uses, and each value with the use that was its last.
+type Used<K, V> = (u64, HashMap<K, (u64, V)>);
+
 pub(super) struct Keep<K, V> {
     most: usize,
-    kept: Mutex<(u64, HashMap<K, (u64, V)>)>,
+    kept: Mutex<Used<K, V>>,
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> Keep<K, V> {
@@ -41,7 +44,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Keep<K, V> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, (u64, HashMap<K, (u64, V)>)> {
+    fn lock(&self) -> MutexGuard<'_, Used<K, V>> {
         self.kept.lock().expect("no panic while held")
     }
 }

@@ -125,7 +125,8 @@ mod tests {
         };
         let phases = [phase(0, 20), phase(5, 32)];
         let total = plan.steps_total(&phases).unwrap();
-        let mut expected: BTreeMap<(u32, u32, u32, u32), (Candidate, Vec<u64>)> = BTreeMap::new();
+        type Row = (u32, u32, u32, u32);
+        let mut expected: BTreeMap<Row, (Candidate, Vec<u64>)> = BTreeMap::new();
         for step in 0..total {
             for c in plan.step(&phases, step).unwrap().candidates {
                 let key = (c.source, c.shard, c.block, c.row);

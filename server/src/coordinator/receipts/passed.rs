@@ -60,8 +60,8 @@ mod tests {
             id: format!("a \"{n}\"#7"),
             row: u64::MAX - u64::from(n),
             own_score: f32::from_bits(0x3dcc_cccd + n * 7919),
-            learner_loss: (n % 2 == 0).then_some(1.0 / 3.0),
-            sampled: n % 3 == 0,
+            learner_loss: n.is_multiple_of(2).then_some(1.0 / 3.0),
+            sampled: n.is_multiple_of(3),
             ..Default::default()
         };
         let rows: Vec<PassedRow> = (0..500).map(row).collect();

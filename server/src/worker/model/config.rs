@@ -108,6 +108,8 @@ pub struct ModelConfig {
     pub embedding_dim: usize,
     /// log of the logit scale where weights are initialised at random.
     pub logit_scale_init: f64,
+    /// The logit bias where weights are initialised at random; `None` where the model may have none.
+    pub logit_bias_init: Option<f64>,
 }
 
 impl ModelConfig {
@@ -181,6 +183,7 @@ impl ModelConfig {
             text: text_config,
             embedding_dim,
             logit_scale_init: 0.0,
+            logit_bias_init: None,
         })
     }
 
@@ -207,6 +210,7 @@ impl ModelConfig {
             text: text.text_tower(&of_text, 49_408, 77)?,
             embedding_dim: root.size("projection_dim", 512)?,
             logit_scale_init: root.number("logit_scale_init_value", 2.6592)?,
+            logit_bias_init: None,
         })
     }
 

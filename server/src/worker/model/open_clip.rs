@@ -46,7 +46,11 @@ pub fn parameters(config: &ModelConfig, form: &OpenClipForm) -> Parameters {
     let logits: &[usize] = if form.logits_are_vectors { &[1] } else { &[] };
     let scale = Init::Constant(config.logit_scale_init as f32);
     to.add("logit_scale", logits, scale);
-    to.add_optional("logit_bias", logits);
+    match config.logit_bias_init {
+        Some(bias) => to.add("logit_bias", logits, Init::Constant(bias as f32)),
+        // A trainer may learn one all the same (`open_clip_train --siglip`).
+        None => to.add_optional("logit_bias", logits),
+    }
     to
 }
 

@@ -152,7 +152,7 @@ const MODEL: [&str; 9] = [
 /// `ModelInvalid` naming the `field` that is missing, malformed or not supported.
 pub fn parse(json: &[u8]) -> Result<ModelConfig> {
     let value: Value = serde_json::from_slice(json).map_err(|e| {
-        super::fields::invalid_in(FILE, &format!("{FILE} is no valid JSON"), "").because(e)
+        super::fields::invalid_in(FILE, format!("{FILE} is no valid JSON"), "").because(e)
     })?;
     let model = Fields::root_of(FILE, &value)?.section("model_cfg")?;
     known(&model, &[&MODEL])?;
@@ -174,6 +174,10 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
         text: text_config,
         embedding_dim,
         logit_scale_init: model.number("init_logit_scale", (1.0_f64 / 0.07).ln())?,
+        logit_bias_init: match model.get("init_logit_bias") {
+            None | Some(Value::Null) => None,
+            Some(_) => Some(model.number("init_logit_bias", 0.0)?),
+        },
     })
 }
 

@@ -35,7 +35,7 @@ pub fn trunk(name: &str) -> Option<VisionConfig> {
     );
     (1..=image_size)
         .contains(&patch_size)
-        .then(|| VisionConfig {
+        .then_some(VisionConfig {
             tower: Tower {
                 hidden_size: width,
                 intermediate_size: (width as f64 * mlp_ratio) as usize,

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use superbatch_proto::v1::Reason;
 
 const JSON: &[u8] = br#"{"caption": "of json", "n": 7, "gone": null}"#;
-const BIG: [u8; 3 << 20] = [0; 3 << 20];
+static BIG: [u8; 3 << 20] = [0; 3 << 20];
 
 fn members() -> Vec<(&'static str, &'static [u8])> {
     vec![
