@@ -6,6 +6,7 @@ folder for the reference (`reference.py`).
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -150,7 +151,9 @@ def fit(trainer: Trainer, batches: Iterable[Batch], evaluation: Evaluation, labe
     settings, first = trainer.settings, trainer.rank == 0
     scanned, flops, begun = 0, 0.0, time.monotonic()
     stage = Stage(label, settings.steps, "step", silent=not first)
-    with (folder / "curve.jsonl").open("w", buffering=1) as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+    # Each rank opens files of its own: a second open for writing would cut off what the first has written.
+    curve_path = folder / "curve.jsonl" if first else Path(os.devnull)
+    with curve_path.open("w", buffering=1) as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
 
         def evaluate(done: int, loss: float) -> str:
             at_1, at_5 = evaluation.recalls(trainer.average.mean)
