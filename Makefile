@@ -75,10 +75,13 @@ docs: build ## Regenerates docs/metrics.md and docs/configuration.md
 
 check: $(READY) ## Formatting and lints
 	cargo fmt --all --check
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
 	cargo clippy --workspace --all-targets -- -D warnings
 
-fmt: ## Formats the Rust code
+fmt: $(READY) ## Formats the code
 	cargo fmt --all
+	$(VENV)/bin/ruff format .
 
 bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machine's matrix product, as ratios of one run
 	cargo bench -p superbatch-kernels --no-default-features --bench peers

@@ -1,9 +1,11 @@
-"""Keeps what is derived in the Helm chart: its README's table of values, and its copies of the rules and the dashboard.
+"""Keeps what is derived in the Helm chart: its README's table of values, and its copies of the
+rules and the dashboard.
 
     python scripts/chart.py           writes them
     python scripts/chart.py --check   names those that are stale, and exits with 1
 
-A value is documented by a comment that begins with `# --` above it; a mapping so documented stands for all that is in it.
+A value is documented by a comment that begins with `# --` above it; a mapping so documented stands
+for all that is in it.
 """
 
 import argparse
@@ -67,7 +69,9 @@ def leaves(values, path: str = ""):
 
 def undocumented(values: dict, known: list[Value]) -> list[str]:
     paths = {value.path for value in known}
-    above = [[path[: match.start()] for match in re.finditer(r"\.|$", path)] for path in leaves(values)]
+    above = [
+        [path[: match.start()] for match in re.finditer(r"\.|$", path)] for path in leaves(values)
+    ]
     return [prefixes[-1] for prefixes in above if not paths.intersection(prefixes)]
 
 
@@ -94,13 +98,19 @@ def wanted() -> dict[Path, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    stale = [path for path, text in wanted().items() if not path.exists() or path.read_text() != text]
+    stale = [
+        path for path, text in wanted().items() if not path.exists() or path.read_text() != text
+    ]
     for path in stale:
         if check:
-            print(f"{path.relative_to(ROOT)} is stale: run `python scripts/chart.py`", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} is stale: run `python scripts/chart.py`", file=sys.stderr
+            )
         else:
             path.write_text(wanted()[path])
     return 1 if check and stale else 0

@@ -1,9 +1,10 @@
-"""Makes what compose.yaml needs to be safe, once: an authority, a certificate of all its services, and tokens.
+"""Makes what compose.yaml needs to be safe, once: an authority, a certificate of all its services,
+and tokens.
 
     python -m demo.secrets FOLDER
 
-`tokens` is what the coordinator reads, hashes alone; `trainer`, `worker` and `admin` hold the tokens themselves. What is there already is
-kept.
+`tokens` is what the coordinator reads, hashes alone; `trainer`, `worker` and `admin` hold the
+tokens themselves. What is there already is kept.
 """
 
 import datetime
@@ -35,26 +36,48 @@ def named(name: str) -> x509.Name:
 
 def builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    return (x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named(issuer)).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + VALID))
+    return (
+        x509.CertificateBuilder()
+        .subject_name(named(subject))
+        .issuer_name(named(issuer))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + VALID)
+    )
 
 
 def certificates(folder: Path) -> None:
-    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    root = (builder("superbatch-compose", "superbatch-compose", authority)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(authority, hashes.SHA256()))
+    authority, key = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
+    root = (
+        builder("superbatch-compose", "superbatch-compose", authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(authority, hashes.SHA256())
+    )
     others = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    leaf = (builder("superbatch", "superbatch-compose", key)
-            .add_extension(x509.SubjectAlternativeName([*map(x509.DNSName, NAMES), *others]), critical=False)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                           critical=False)
-            .sign(authority, hashes.SHA256()))
+    leaf = (
+        builder("superbatch", "superbatch-compose", key)
+        .add_extension(
+            x509.SubjectAlternativeName([*map(x509.DNSName, NAMES), *others]), critical=False
+        )
+        .add_extension(
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            ),
+            critical=False,
+        )
+        .sign(authority, hashes.SHA256())
+    )
     pem = serialization.Encoding.PEM
     write(folder / "ca.crt", root.public_bytes(pem), 0o644)
     write(folder / "tls.crt", leaf.public_bytes(pem), 0o644)
-    write(folder / "tls.key", key.private_bytes(
-        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    write(
+        folder / "tls.key",
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
 
 
 def tokens(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Trains a small SigLIP through the service of compose.yaml: data and models go into its object storage, batches come from the service,
-weights go back after every step.
+"""Trains a small SigLIP through the service of compose.yaml: data and models go into its object
+storage, batches come from the service, weights go back after every step.
 
     docker compose --file docker/compose.yaml run --rm trainer
 """
@@ -21,7 +21,9 @@ BUCKET = os.environ.get("SUPERBATCH_DEMO_BUCKET", "superbatch")
 
 
 def upload(folder: Path) -> None:
-    """Puts the folder into the bucket. The store's address and keys come from the environment, as AWS's tools take them."""
+    """Puts the folder into the bucket. The store's address and keys come from the environment, as
+    AWS's tools take them.
+    """
     client = boto3.client("s3")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -36,7 +38,9 @@ def loss(model: torch.nn.Module, pixels: torch.Tensor, tokens: torch.Tensor) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--run", default=f"compose-{int(time.time())}")
     arguments = parser.parse_args()
@@ -54,15 +58,24 @@ def train(learner: Path, steps: int, run_id: str) -> None:
     options = {"ca": os.environ.get("SUPERBATCH_CA"), "token": token and Path(token).read_text()}
     uri = os.environ.get("SUPERBATCH_URI", "http://127.0.0.1:50051")
     client = superbatch.connect(uri, **{name: value for name, value in options.items() if value})
-    run = client.open_run(superbatch.RunSpec(
-        run_id=run_id,
-        sources=[f"s3://{BUCKET}/demo/data/pool"],
-        learner=superbatch.Learner(
-            model_uri=f"s3://{BUCKET}/demo/models/learner",
-            snapshot_uri=f"s3://{BUCKET}/demo/models/learner/model.safetensors"),
-        reference=f"s3://{BUCKET}/demo/models/reference",
-        phases=[superbatch.Phase(policy="joint", super_batch_size=320, sub_batch_size=64, n_chunks=4)],
-        loss="sigmoid", micro_batch_rows=32))
+    run = client.open_run(
+        superbatch.RunSpec(
+            run_id=run_id,
+            sources=[f"s3://{BUCKET}/demo/data/pool"],
+            learner=superbatch.Learner(
+                model_uri=f"s3://{BUCKET}/demo/models/learner",
+                snapshot_uri=f"s3://{BUCKET}/demo/models/learner/model.safetensors",
+            ),
+            reference=f"s3://{BUCKET}/demo/models/reference",
+            phases=[
+                superbatch.Phase(
+                    policy="joint", super_batch_size=320, sub_batch_size=64, n_chunks=4
+                )
+            ],
+            loss="sigmoid",
+            micro_batch_rows=32,
+        )
+    )
     model, transform = load(learner), Transform(learner)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     waited = 0.0
@@ -73,15 +86,23 @@ def train(learner: Path, steps: int, run_id: str) -> None:
         waited += time.monotonic() - begun
         optimizer.zero_grad()
         value = loss(
-            model, transform.images(batch["image"].to_pylist()), transform.captions(batch["caption"].to_pylist()))
+            model,
+            transform.images(batch["image"].to_pylist()),
+            transform.captions(batch["caption"].to_pylist()),
+        )
         value.backward()
         optimizer.step()
         run.push_weights(model.state_dict(), step=step, rank=0)
         if step % 10 == 0:
-            print(f"step {step}: loss {value.item():.3f}, waited {waited:.1f} s in all, {batch.receipt.mode}", flush=True)
+            print(
+                f"step {step}: loss {value.item():.3f}, waited {waited:.1f} s in all, {batch.receipt.mode}",
+                flush=True,
+            )
     run.flush()
     run.close()
-    print(f"{steps} steps of run {run_id}: `superbatch receipts {run_id}` tells why each batch was chosen")
+    print(
+        f"{steps} steps of run {run_id}: `superbatch receipts {run_id}` tells why each batch was chosen"
+    )
 
 
 if __name__ == "__main__":

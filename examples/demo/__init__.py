@@ -1,1 +1,3 @@
-"""The demo: one small SigLIP, trained three times through Superbatch, on data that is mostly wrong. See docs/demo.md."""
+"""The demo: one small SigLIP, trained three times through Superbatch, on data that is mostly wrong.
+See docs/demo.md.
+"""

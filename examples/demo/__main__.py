@@ -1,4 +1,6 @@
-"""`make demo`: data, reference, then one training run through Superbatch for each arm and seed, then what came out."""
+"""`make demo`: data, reference, then one training run through Superbatch for each arm and seed,
+then what came out.
+"""
 
 import argparse
 import json
@@ -20,16 +22,35 @@ CREDITS = "Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("DEMO_OUT") or "target/demo"),
-                        help="where results go (DEMO_OUT; default target/demo)")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("DEMO_CACHE") or "target/demo-cache"),
-                        help="downloads, data and the reference, kept between runs (DEMO_CACHE; default target/demo-cache)")
-    parser.add_argument("--seeds", default=os.environ.get("SEEDS"),
-                        help="comma-separated (SEEDS; default 0,1,2; with --quick 0)")
-    parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"),
-                        help="one seed, and arms that select stop sooner (QUICK=1)")
-    parser.add_argument("--flat", action="store_true", default=os.environ.get("POOL", "") == "flat",
-                        help="a pool in which every concept has the same share, instead of the long tail (POOL=flat)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("DEMO_OUT") or "target/demo"),
+        help="where results go (DEMO_OUT; default target/demo)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(os.environ.get("DEMO_CACHE") or "target/demo-cache"),
+        help="downloads, data and the reference, kept between runs (DEMO_CACHE; default target/demo-cache)",
+    )
+    parser.add_argument(
+        "--seeds",
+        default=os.environ.get("SEEDS"),
+        help="comma-separated (SEEDS; default 0,1,2; with --quick 0)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        default=os.environ.get("QUICK", "") not in ("", "0"),
+        help="one seed, and arms that select stop sooner (QUICK=1)",
+    )
+    parser.add_argument(
+        "--flat",
+        action="store_true",
+        default=os.environ.get("POOL", "") == "flat",
+        help="a pool in which every concept has the same share, instead of the long tail (POOL=flat)",
+    )
     parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
     parser.add_argument("--data-only", action="store_true", help="build the data set and stop")
     return parser.parse_args()
@@ -38,6 +59,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     from .data.packages import DemoError
+
     try:
         run_demo(args)
     except DemoError as error:
@@ -54,6 +76,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
     from . import settings as presets
     from .data.build import build_dataset
+
     begun = time.monotonic()
     cache, out = args.cache.resolve(), args.out.resolve()
     cache.mkdir(parents=True, exist_ok=True)
@@ -82,18 +105,31 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
     from .train import KEPT
 
     reference = train_reference(cache, dataset, preset.reference)
-    print("while an arm trains: its batches, and why they were chosen, are at http://127.0.0.1:9465 (docs/page.md)", flush=True)
+    print(
+        "while an arm trains: its batches, and why they were chosen, are at http://127.0.0.1:9465 (docs/page.md)",
+        flush=True,
+    )
     results = []
     for seed in preset.seeds:
         for selection in ARMS.values():
             folder = out / f"{selection.name}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            arm = Arm(selection, seed, preset.of(selection), dataset, reference, reference, folder, reference / KEPT)
+            arm = Arm(
+                selection,
+                seed,
+                preset.of(selection),
+                dataset,
+                reference,
+                reference,
+                folder,
+                reference / KEPT,
+            )
             with serve(folder) as address:
                 run_arm(arm, address)
             results.append(read_arm(selection.name, seed, folder))
-            # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch receipts`.
+            # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch
+            # receipts`.
             shutil.rmtree(folder / "state" / "runs" / arm.run_id / "snapshots", ignore_errors=True)
     return results
 
@@ -101,6 +137,7 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
 def report(results: list, dataset: Path, out: Path) -> None:
     from .pictures import draw_curves, draw_sheets
     from .report import Pool, table, write_results
+
     pool = Pool(dataset / "pool")
     written = write_results(results, pool, out)
     text = table(written)
@@ -110,12 +147,16 @@ def report(results: list, dataset: Path, out: Path) -> None:
     joint = next(result for result in results if result.policy == "joint")
     sheets = draw_sheets(joint, pool, out, CREDITS)
     about = json.loads((dataset / "dataset.json").read_text())["rows"]
-    print(f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor clean set has")
+    print(
+        f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor clean set has"
+    )
     for path in (out / "results.json", out / "demo.png", *sheets):
         print(f"  {path}")
     joint_state = (out / f"joint-{joint.seed}" / "state").as_uri()
     print(f"every step of it: superbatch page --state {joint_state}")
-    print(f"why a batch was chosen: superbatch receipts demo-joint-{joint.seed} --step 100 --state {joint_state}")
+    print(
+        f"why a batch was chosen: superbatch receipts demo-joint-{joint.seed} --step 100 --state {joint_state}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The model that the demo trains: a small `transformers.SiglipModel` and its Hugging Face folder.
 
-The folder (config.json, preprocessor_config.json, tokenizer.json, model.safetensors) is all that the service needs to know.
+The folder (config.json, preprocessor_config.json, tokenizer.json, model.safetensors) is all that
+the service needs to know.
 """
 
 import io
@@ -13,29 +14,61 @@ import numpy
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import SiglipConfig, SiglipModel
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
-# Small enough for two slow cores, 0.4 million parameters. Small patches matter more than large pictures: with 8 x 8 ones a
-# reference did not carry over from the vendors it was trained on to another.
+# Small enough for two slow cores, 0.4 million parameters. Small patches matter more than large
+# pictures: with 8 x 8 ones a reference did not carry over from the vendors it was trained on to
+# another.
 SHAPE = {
-    "image_size": 16, "patch_size": 4, "width": 64, "vision_layers": 2, "text_layers": 1, "heads": 4, "mlp": 256,
-    "text_length": 12, "vocab_size": 4096,
+    "image_size": 16,
+    "patch_size": 4,
+    "width": 64,
+    "vision_layers": 2,
+    "text_layers": 1,
+    "heads": 4,
+    "mlp": 256,
+    "text_length": 12,
+    "vocab_size": 4096,
 }
-# SigLIP starts at a bias of -10, for batches of thousands. At this size, about -log(sub_batch_size) is where a model that
-# knows nothing would end up.
+# SigLIP starts at a bias of -10, for batches of thousands. At this size, about -log(sub_batch_size)
+# is where a model that knows nothing would end up.
 LOGIT_SCALE, LOGIT_BIAS = 10.0, -5.0
 
 
 def config(shape: dict, vocab_size: int) -> SiglipConfig:
-    common = {"hidden_size": shape["width"], "intermediate_size": shape["mlp"], "num_attention_heads": shape["heads"],
-              "attention_dropout": 0.0}
-    text = {**common, "num_hidden_layers": shape["text_layers"], "vocab_size": vocab_size, "projection_size": shape["width"],
-            "max_position_embeddings": shape["text_length"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    vision = {**common, "num_hidden_layers": shape["vision_layers"], "image_size": shape["image_size"],
-              "patch_size": shape["patch_size"]}
+    common = {
+        "hidden_size": shape["width"],
+        "intermediate_size": shape["mlp"],
+        "num_attention_heads": shape["heads"],
+        "attention_dropout": 0.0,
+    }
+    text = {
+        **common,
+        "num_hidden_layers": shape["text_layers"],
+        "vocab_size": vocab_size,
+        "projection_size": shape["width"],
+        "max_position_embeddings": shape["text_length"],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    vision = {
+        **common,
+        "num_hidden_layers": shape["vision_layers"],
+        "image_size": shape["image_size"],
+        "patch_size": shape["patch_size"],
+    }
     return SiglipConfig(text_config=text, vision_config=vision)
 
 
@@ -46,9 +79,15 @@ def train_tokenizer(captions: Iterable[str], shape: dict) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=shape["vocab_size"], special_tokens=[PAD, EOS, UNKNOWN], show_progress=False, limit_alphabet=200)
+        vocab_size=shape["vocab_size"],
+        special_tokens=[PAD, EOS, UNKNOWN],
+        show_progress=False,
+        limit_alphabet=200,
+    )
     tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, 1)]
+    )
     tokenizer.enable_truncation(shape["text_length"])
     tokenizer.enable_padding(length=shape["text_length"], pad_id=0, pad_token=PAD)
     return tokenizer
@@ -57,9 +96,16 @@ def train_tokenizer(captions: Iterable[str], shape: dict) -> Tokenizer:
 def preprocessor(shape: dict) -> dict:
     side = shape["image_size"]
     return {
-        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": side, "width": side},
-        "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True,
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
     }
 
 
@@ -81,7 +127,11 @@ def write_folder(folder: Path, captions: Sequence[str], seed: int, shape: dict =
 
 
 def save_weights(model: SiglipModel, path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        path,
+        {"format": "pt"},
+    )
 
 
 def load(folder: Path, weights: Path | None = None) -> SiglipModel:
@@ -116,9 +166,15 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def embed(model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and text embeddings of length one, (n, d) each. Pictures of another size get a resampled position grid."""
-    image = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=resized(model, pixels))
+def embed(
+    model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and text embeddings of length one, (n, d) each. Pictures of another size get a
+    resampled position grid.
+    """
+    image = model.get_image_features(
+        pixel_values=pixels, interpolate_pos_encoding=resized(model, pixels)
+    )
     text = model.get_text_features(input_ids=ids)
     return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
 

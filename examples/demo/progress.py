@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 
 class Stage:
-    """One stage of the demo. On a terminal it is a bar of `total` units; elsewhere it is one line when it ends."""
+    """One stage of the demo. On a terminal it is a bar of `total` units; elsewhere it is one line
+    when it ends.
+    """
 
     def __init__(self, desc: str, total: int, unit: str, silent: bool = False):
         self.desc, self.unit, self.silent, self.done, self.note = desc, unit, silent, 0, ""
@@ -30,7 +32,11 @@ class Stage:
         elif not self.silent:
             spent = time.monotonic() - self.begun
             ending = f"; {self.note}" if self.note else ""
-            print(f"{self.desc}: {self.done:,} {self.unit}s in {spent:.0f} s{ending}", file=sys.stderr, flush=True)
+            print(
+                f"{self.desc}: {self.done:,} {self.unit}s in {spent:.0f} s{ending}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def progress(things: Iterable[Any], total: int, desc: str, unit: str) -> Iterator[Any]:

@@ -1,7 +1,9 @@
-"""The reference: the same architecture, trained on the small clean set without the service. Its early weights start the arms.
+"""The reference: the same architecture, trained on the small clean set without the service. Its
+early weights start the arms.
 
-This is data-quality bootstrapping as in JEST++ (Evans et al. 2024, section 4): a model of a small curated set says what is
-worth learning in a large uncurated one. Trained once and kept, by what it was made of.
+This is data-quality bootstrapping as in JEST++ (Evans et al. 2024, section 4): a model of a small
+curated set says what is worth learning in a large uncurated one. Trained once and kept, by what it
+was made of.
 """
 
 import hashlib
@@ -27,21 +29,30 @@ SEED = 7
 JUNK = 2000
 
 
-def shuffled_batches(folder: Path, transform: Transform, settings: Settings, rank: int, seed: int) -> Iterator[Batch]:
-    """Epoch after epoch of a folder in an order of its own; each rank takes its slice of each batch."""
+def shuffled_batches(
+    folder: Path, transform: Transform, settings: Settings, rank: int, seed: int
+) -> Iterator[Batch]:
+    """Epoch after epoch of a folder in an order of its own; each rank takes its slice of each
+    batch.
+    """
     table = pyarrow.parquet.read_table(folder, columns=["png", "caption"])
-    pixels, tokens = transform.images(table["png"].to_pylist()), transform.captions(table["caption"].to_pylist())
+    pixels, tokens = (
+        transform.images(table["png"].to_pylist()),
+        transform.captions(table["caption"].to_pylist()),
+    )
     size, local = settings.sub_batch_size, settings.sub_batch_size // settings.world_size
     rng, order, step = random.Random(seed), [], 0
     while True:
         while len(order) < size:
             order += rng.sample(range(len(pixels)), len(pixels))
-        chosen, order = order[:size][rank * local:(rank + 1) * local], order[size:]
+        chosen, order = order[:size][rank * local : (rank + 1) * local], order[size:]
         yield Batch(step, pixels[chosen], tokens[chosen])
         step += 1
 
 
-def rank_main(rank: int, dataset: Path, model_folder: Path, folder: Path, settings: Settings) -> None:
+def rank_main(
+    rank: int, dataset: Path, model_folder: Path, folder: Path, settings: Settings
+) -> None:
     start_rank(rank, settings.world_size, folder / "rendezvous")
     trainer = Trainer(model_folder, settings, rank)
     evaluation = Evaluation(dataset / "eval", trainer.transform)
@@ -52,14 +63,24 @@ def rank_main(rank: int, dataset: Path, model_folder: Path, folder: Path, settin
 
 
 def start_folder(cache: Path, dataset: Path) -> Path:
-    """A model folder with random weights. Its words are those of the clean set and of junk: the same for every pool."""
-    captions = pyarrow.parquet.read_table(dataset / "clean", columns=["caption"])["caption"].to_pylist()
+    """A model folder with random weights. Its words are those of the clean set and of junk: the
+    same for every pool.
+    """
+    captions = pyarrow.parquet.read_table(dataset / "clean", columns=["caption"])[
+        "caption"
+    ].to_pylist()
     rng = random.Random(SEED)
-    return write_folder(cache / "reference-start", captions + [junk(rng) for _ in range(JUNK)], SEED)
+    return write_folder(
+        cache / "reference-start", captions + [junk(rng) for _ in range(JUNK)], SEED
+    )
 
 
-def train_reference(cache: Path, dataset: Path, settings: Settings, start: Path | None = None) -> Path:
-    """A model folder with the reference's weights, and those of step `keep_at` beside them in KEPT."""
+def train_reference(
+    cache: Path, dataset: Path, settings: Settings, start: Path | None = None
+) -> Path:
+    """A model folder with the reference's weights, and those of step `keep_at` beside them in
+    KEPT.
+    """
     clean = json.loads((dataset / "dataset.json").read_text())["clean"]
     recipe = json.dumps([VERSION, SEED, clean, SHAPE, asdict(settings)], sort_keys=True)
     folder = cache / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
@@ -72,6 +93,8 @@ def train_reference(cache: Path, dataset: Path, settings: Settings, start: Path 
     partial.mkdir(parents=True)
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
         shutil.copy(start / name, partial / name)
-    torch.multiprocessing.spawn(rank_main, (dataset, start, partial, settings), nprocs=settings.world_size)
+    torch.multiprocessing.spawn(
+        rank_main, (dataset, start, partial, settings), nprocs=settings.world_size
+    )
     partial.rename(folder)
     return folder

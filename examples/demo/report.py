@@ -12,7 +12,8 @@ from .data.captions import MISMATCHED
 from .settings import ARMS
 from .train import Point, read_curve
 
-# How many stretches an arm is cut into to say what share of mismatched captions it trained on, and when.
+# How many stretches an arm is cut into to say what share of mismatched captions it trained on, and
+# when.
 STRETCHES = 20
 
 
@@ -27,27 +28,37 @@ class ArmResult:
 
     def series(self) -> dict[str, list]:
         return {
-            "steps": [point.step for point in self.points], "accuracy": [point.accuracy for point in self.points],
-            "scanned": [point.scanned for point in self.points], "flops": [point.flops for point in self.points],
-            "seconds": [point.seconds for point in self.points], "seed": self.seed,
+            "steps": [point.step for point in self.points],
+            "accuracy": [point.accuracy for point in self.points],
+            "scanned": [point.scanned for point in self.points],
+            "flops": [point.flops for point in self.points],
+            "seconds": [point.seconds for point in self.points],
+            "seed": self.seed,
             "recall_at_1": [point.recall_at_1 for point in self.points],
         }
 
     def stretches(self) -> list[tuple[int, list[str]]]:
         """(step at the middle, ids chosen) of equal stretches of the arm."""
         size = max(1, len(self.chosen) // STRETCHES)
-        return [(start + size // 2, sum(self.chosen[start:start + size], []))
-                for start in range(0, len(self.chosen) - size + 1, size)]
+        return [
+            (start + size // 2, sum(self.chosen[start : start + size], []))
+            for start in range(0, len(self.chosen) - size + 1, size)
+        ]
 
     def cost_to_reach(self, accuracy: float) -> dict[str, float] | None:
-        """Steps, FLOPs and seconds at which the curve first gets there, between evaluations by the straight line."""
+        """Steps, FLOPs and seconds at which the curve first gets there, between evaluations by the
+        straight line.
+        """
         series = self.series()
         for i, reached in enumerate(series["accuracy"]):
             if reached >= accuracy:
                 before = max(0, i - 1)
                 rise = reached - series["accuracy"][before]
                 share = (accuracy - series["accuracy"][before]) / rise if rise else 0.0
-                return {axis: between(series[axis][before], series[axis][i], share) for axis in ("steps", "flops", "seconds")}
+                return {
+                    axis: between(series[axis][before], series[axis][i], share)
+                    for axis in ("steps", "flops", "seconds")
+                }
         return None
 
 
@@ -56,13 +67,18 @@ def between(low: float, high: float, share: float) -> float:
 
 
 def read_arm(policy: str, seed: int, folder: Path) -> ArmResult:
-    ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("ids-*.jsonl"))]
+    ranks = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("ids-*.jsonl"))
+    ]
     chosen = [[row for rank in step for row in rank] for step in zip(*ranks, strict=True)]
     return ArmResult(policy, seed, read_curve(folder), chosen)
 
 
 class Pool:
-    """What the demo knows of the pool's rows, by the id that a receipt gives them: `<shard>#<row>`."""
+    """What the demo knows of the pool's rows, by the id that a receipt gives them:
+    `<shard>#<row>`.
+    """
 
     def __init__(self, folder: Path):
         self.rows: dict[str, dict] = {}
@@ -75,24 +91,34 @@ class Pool:
 
 
 def speedups(arms: dict[str, ArmResult]) -> tuple[dict, dict]:
-    """(what each arm needed to reach uniform's final accuracy, how many times less than uniform); None: never got there.
+    """(what each arm needed to reach uniform's final accuracy, how many times less than uniform);
+    None: never got there.
 
-    Every arm is taken at the first time that it got there, uniform too: its end may lie below what it had before.
+    Every arm is taken at the first time that it got there, uniform too: its end may lie below what
+    it had before.
     """
     goal = arms["uniform"].points[-1].accuracy
     need = {policy: arm.cost_to_reach(goal) for policy, arm in arms.items()}
     own = need["uniform"]
-    times = {policy: {axis: own[axis] / cost[axis] if cost and cost[axis] else None for axis in own}
-             for policy, cost in need.items()}
+    times = {
+        policy: {axis: own[axis] / cost[axis] if cost and cost[axis] else None for axis in own}
+        for policy, cost in need.items()
+    }
     return need, times
 
 
 def mismatched(arm: ArmResult, pool: Pool) -> dict:
-    """The share of mismatched captions among all that the arm trained on, and by stretch of the run."""
+    """The share of mismatched captions among all that the arm trained on, and by stretch of the
+    run.
+    """
     stretches = arm.stretches()
-    return {"mismatched_share": pool.mismatched_share(sum(arm.chosen, [])),
-            "mismatched_by_step": {"steps": [step for step, _ in stretches],
-                                   "share": [pool.mismatched_share(ids) for _, ids in stretches]}}
+    return {
+        "mismatched_share": pool.mismatched_share(sum(arm.chosen, [])),
+        "mismatched_by_step": {
+            "steps": [step for step, _ in stretches],
+            "share": [pool.mismatched_share(ids) for _, ids in stretches],
+        },
+    }
 
 
 def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
@@ -102,9 +128,15 @@ def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
         arms = {result.policy: result for result in results if result.seed == seed}
         need, times = speedups(arms)
         series = {policy: {**arm.series(), **mismatched(arm, pool)} for policy, arm in arms.items()}
-        by_seed.append({"seed": seed, "arms": series, "speedup": times, "needed_for_uniform_final": need})
+        by_seed.append(
+            {"seed": seed, "arms": series, "speedup": times, "needed_for_uniform_final": need}
+        )
     first = {key: by_seed[0][key] for key in ("arms", "speedup", "needed_for_uniform_final")}
-    whole = {**first, "mismatched_share_of_pool": pool.mismatched_share(list(pool.rows)), "seeds": by_seed}
+    whole = {
+        **first,
+        "mismatched_share_of_pool": pool.mismatched_share(list(pool.rows)),
+        "seeds": by_seed,
+    }
     (out / "results.json").write_text(json.dumps(whole, indent=1))
     return whole
 
@@ -142,8 +174,10 @@ def over_seeds(results: dict) -> list[str]:
 
 
 WORDS = (("steps", "steps"), ("flops", "FLOPs"), ("seconds", "seconds"))
-HEADER = (f"{'arm':<12} {'R@5':>7} {'R@1':>7} {'mismatched':>11} {'scanned':>9} {'TFLOP':>8} {'seconds':>8}"
-          f"  | to uniform's end: {'steps':>6} {'TFLOP':>8} {'seconds':>8}")
+HEADER = (
+    f"{'arm':<12} {'R@5':>7} {'R@1':>7} {'mismatched':>11} {'scanned':>9} {'TFLOP':>8} {'seconds':>8}"
+    f"  | to uniform's end: {'steps':>6} {'TFLOP':>8} {'seconds':>8}"
+)
 
 
 def table(results: dict) -> str:
@@ -152,21 +186,34 @@ def table(results: dict) -> str:
     for seed in results["seeds"]:
         arms, need = seed["arms"], seed["needed_for_uniform_final"]
         goal = arms["uniform"]["accuracy"][-1]
-        lines += [f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at R@5 = {goal:.1%}",
-                  HEADER]
+        lines += [
+            f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at R@5 = {goal:.1%}",
+            HEADER,
+        ]
         lines += [row(policy, arms[policy], need[policy]) for policy in ARMS if policy in arms]
-        lines += ["", *(sentence(policy, seed) for policy in ARMS if policy != "uniform" and policy in arms), ""]
+        lines += [
+            "",
+            *(sentence(policy, seed) for policy in ARMS if policy != "uniform" and policy in arms),
+            "",
+        ]
     lines += over_seeds(results)
-    lines.append("mismatched: rows trained on whose caption is another picture's or junk. In the pool they are "
-                 f"{results['mismatched_share_of_pool']:.0%}; only the demo knows which, never the selector.")
+    lines.append(
+        "mismatched: rows trained on whose caption is another picture's or junk. In the pool they are "
+        f"{results['mismatched_share_of_pool']:.0%}; only the demo knows which, never the selector."
+    )
     return "\n".join(lines)
 
 
 def row(policy: str, arm: dict, need: dict | None) -> str:
-    reached = (f"{need['steps']:>24.0f} {need['flops'] / 1e12:>8.2f} {need['seconds']:>8.0f}" if need
-               else f"{'not reached':>24}")
-    return (f"{policy:<12} {arm['accuracy'][-1]:>7.1%} {arm['recall_at_1'][-1]:>7.1%} {arm['mismatched_share']:>11.0%} "
-            f"{arm['scanned'][-1]:>9} {arm['flops'][-1] / 1e12:>8.2f} {arm['seconds'][-1]:>8.0f}  | {reached}")
+    reached = (
+        f"{need['steps']:>24.0f} {need['flops'] / 1e12:>8.2f} {need['seconds']:>8.0f}"
+        if need
+        else f"{'not reached':>24}"
+    )
+    return (
+        f"{policy:<12} {arm['accuracy'][-1]:>7.1%} {arm['recall_at_1'][-1]:>7.1%} {arm['mismatched_share']:>11.0%} "
+        f"{arm['scanned'][-1]:>9} {arm['flops'][-1] / 1e12:>8.2f} {arm['seconds'][-1]:>8.0f}  | {reached}"
+    )
 
 
 def sentence(policy: str, seed: dict) -> str:

@@ -1,4 +1,6 @@
-"""Everything that the demo knows about Superbatch: starting the server, opening a run, reading batches, pushing weights."""
+"""Everything that the demo knows about Superbatch: starting the server, opening a run, reading
+batches, pushing weights.
+"""
 
 import json
 import os
@@ -19,16 +21,22 @@ from .model import Transform
 from .settings import Selection, Settings
 from .train import Batch, Trainer, fit, start_rank
 
-BINARY = Path(os.environ.get("SUPERBATCH_BINARY") or Path(__file__).parents[2] / "target" / "debug" / "superbatch")
+BINARY = Path(
+    os.environ.get("SUPERBATCH_BINARY")
+    or Path(__file__).parents[2] / "target" / "debug" / "superbatch"
+)
 STOP_SECONDS = 40
-# The trainer has the same cores. LibTorch's OpenMP threads spin while they wait for each other: that takes the trainer's
-# time, and with every core busy a step was seen to cost three times as much.
+# The trainer has the same cores. LibTorch's OpenMP threads spin while they wait for each other:
+# that takes the trainer's time, and with every core busy a step was seen to cost three times as
+# much.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run through the service. Arms of a seed differ in who selects, and in nothing else."""
+    """One training run through the service. Arms of a seed differ in who selects, and in nothing
+    else.
+    """
 
     selection: Selection
     seed: int
@@ -59,24 +67,52 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],
         learner=superbatch.Learner(
-            model_uri=arm.learner.as_uri(), snapshot_uri=arm.weights.as_uri()),
+            model_uri=arm.learner.as_uri(), snapshot_uri=arm.weights.as_uri()
+        ),
         reference=arm.reference.as_uri(),
-        phases=[superbatch.Phase(
-            policy=arm.selection.policy, super_batch_size=settings.super_batch_size,
-            sub_batch_size=settings.sub_batch_size, n_chunks=settings.n_chunks, **dict(arm.selection.phase))],
+        phases=[
+            superbatch.Phase(
+                policy=arm.selection.policy,
+                super_batch_size=settings.super_batch_size,
+                sub_batch_size=settings.sub_batch_size,
+                n_chunks=settings.n_chunks,
+                **dict(arm.selection.phase),
+            )
+        ],
         loss="sigmoid",
         seed=arm.seed,
         micro_batch_rows=128,
     )
 
 
-def service_batches(run: superbatch.Run, rank: int, settings: Settings, transform: Transform) -> Iterator[Batch]:
+def service_batches(
+    run: superbatch.Run, rank: int, settings: Settings, transform: Transform
+) -> Iterator[Batch]:
     """This rank's slices, step by step, fetched ahead by the client."""
-    for batch in run.batches(rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps):
+    for batch in run.batches(
+        rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps
+    ):
         cost = batch.receipt.cost
-        flops = sum((cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.discarded_flops, cost.train_flops))
-        images, captions, ids = (batch[column].to_pylist() for column in ("image", "caption", "_superbatch_id"))
-        yield Batch(batch.step, transform.images(images), transform.captions(captions), ids, cost.candidates_scanned, flops)
+        flops = sum(
+            (
+                cost.reference_flops,
+                cost.learner_flops,
+                cost.selection_flops,
+                cost.discarded_flops,
+                cost.train_flops,
+            )
+        )
+        images, captions, ids = (
+            batch[column].to_pylist() for column in ("image", "caption", "_superbatch_id")
+        )
+        yield Batch(
+            batch.step,
+            transform.images(images),
+            transform.captions(captions),
+            ids,
+            cost.candidates_scanned,
+            flops,
+        )
 
 
 def rank_main(rank: int, arm: Arm, address: str) -> None:
@@ -90,7 +126,14 @@ def rank_main(rank: int, arm: Arm, address: str) -> None:
         if arm.selection.looks_at_weights:
             run.push_weights(trainer.model.state_dict(), step=step, rank=rank)
 
-    fit(trainer, service_batches(run, rank, arm.settings, trainer.transform), evaluation, arm.label, arm.folder, push)
+    fit(
+        trainer,
+        service_batches(run, rank, arm.settings, trainer.transform),
+        evaluation,
+        arm.label,
+        arm.folder,
+        push,
+    )
     run.flush()
 
 
@@ -98,27 +141,42 @@ def run_arm(arm: Arm, address: str) -> None:
     """All ranks of the arm, as processes of their own."""
     try:
         torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=arm.settings.world_size)
-    except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
-        raise DemoError(f"{arm.label} failed; the server's log is {arm.folder / 'server.log'}\n{error}") from None
+    except (
+        torch.multiprocessing.ProcessExitedException,
+        torch.multiprocessing.ProcessRaisedException,
+    ) as error:
+        raise DemoError(
+            f"{arm.label} failed; the server's log is {arm.folder / 'server.log'}\n{error}"
+        ) from None
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """`superbatch serve` on its embedded defaults, with state of its own under `folder`; gives its address."""
+    """`superbatch serve` on its embedded defaults, with state of its own under `folder`; gives its
+    address.
+    """
     if not BINARY.exists():
         raise DemoError(f"{BINARY} is missing: run `make build` (or `make demo`, which does).")
     shutil.rmtree(folder / "state", ignore_errors=True)
     config, log = folder / "superbatch.yaml", folder / "server.log"
-    config.write_text(json.dumps({
-        "listen": "127.0.0.1:0", "metrics_listen": None, "state": (folder / "state").as_uri()}, indent=2))
+    config.write_text(
+        json.dumps(
+            {"listen": "127.0.0.1:0", "metrics_listen": None, "state": (folder / "state").as_uri()},
+            indent=2,
+        )
+    )
     with log.open("w") as err:
         command = [BINARY, "serve", "--config", config]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | ENVIRONMENT)
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=err, text=True, env=os.environ | ENVIRONMENT
+        )
         try:
             # The server says where it listens once it does; a server that fails closes the pipe.
             address = re.search(r"http://\S+", server.stdout.readline())
             if address is None:
-                raise DemoError(f"superbatch serve did not come up; the end of {log}:\n{log.read_text()[-2000:]}")
+                raise DemoError(
+                    f"superbatch serve did not come up; the end of {log}:\n{log.read_text()[-2000:]}"
+                )
             yield address.group()
         finally:
             stop(server)

@@ -1,4 +1,6 @@
-"""What the demo compares and at which sizes. How they were chosen, and what else was tried, is in docs/study.md."""
+"""What the demo compares and at which sizes. How they were chosen, and what else was tried, is in
+docs/study.md.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +11,9 @@ from .data.build import PoolRecipe
 
 @dataclass(frozen=True)
 class Selection:
-    """One arm: who chooses the batch. `phase` goes into the run's phase beside the sizes that all arms share."""
+    """One arm: who chooses the batch. `phase` goes into the run's phase beside the sizes that all
+    arms share.
+    """
 
     name: str
     policy: str
@@ -21,11 +25,14 @@ class Selection:
         return self.policy != "uniform"
 
 
-ARMS = {arm.name: arm for arm in (
-    Selection("uniform", "uniform", "#7a7a7a"),
-    Selection("joint", "joint", "#1668b8"),
-    Selection("independent", "independent", "#d98300"),
-)}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Selection("uniform", "uniform", "#7a7a7a"),
+        Selection("joint", "joint", "#1668b8"),
+        Selection("independent", "independent", "#d98300"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -41,23 +48,32 @@ class Settings:
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
-    # Share of the steps, at the end, over which the learning rate falls to nothing. Arms have none, so that a point of a
-    # curve does not depend on how much longer the arm goes on.
+    # Share of the steps, at the end, over which the learning rate falls to nothing. Arms have none,
+    # so that a point of a curve does not depend on how much longer the arm goes on.
     cooldown: float = 0.0
-    # Mean age, as a share of the steps so far, of the averaged weights that are evaluated. 0: the last weights alone.
+    # Mean age, as a share of the steps so far, of the averaged weights that are evaluated. 0: the
+    # last weights alone.
     average_over: float = 0.0
-    # Whether pictures are moved, turned and recoloured at random. For the reference, which sees few pictures many times.
+    # Whether pictures are moved, turned and recoloured at random. For the reference, which sees few
+    # pictures many times.
     augment: bool = False
-    # After how many steps the weights are kept: the reference's early weights are where all arms begin.
+    # After how many steps the weights are kept: the reference's early weights are where all arms
+    # begin.
     keep_at: int | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        left = 1.0 if not self.cooldown else min(1.0, (self.steps - step) / (self.steps * self.cooldown))
+        left = (
+            1.0
+            if not self.cooldown
+            else min(1.0, (self.steps - step) / (self.steps * self.cooldown))
+        )
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * left
 
     def shortened(self, share: float) -> "Settings":
         """The same for that share of the steps, up to a whole evaluation."""
-        return replace(self, steps=math.ceil(self.steps * share / self.evaluate_every) * self.evaluate_every)
+        return replace(
+            self, steps=math.ceil(self.steps * share / self.evaluate_every) * self.evaluate_every
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,8 @@ class Preset:
     reference: Settings
     arms: Settings
     seeds: tuple[int, ...]
-    # Share of uniform's steps after which arms that select stop: they have shown by then what they can.
+    # Share of uniform's steps after which arms that select stop: they have shown by then what they
+    # can.
     selecting: float
 
     def of(self, selection: Selection) -> Settings:
@@ -77,7 +94,11 @@ class Preset:
 
 FULL = Preset(
     pool=PoolRecipe(rows=24_000),
-    reference=Settings(steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150),
+    reference=Settings(
+        steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150
+    ),
     arms=Settings(steps=600, evaluate_every=20, average_over=0.125),
-    seeds=(0, 1, 2), selecting=0.5)
+    seeds=(0, 1, 2),
+    selecting=0.5,
+)
 QUICK = replace(FULL, seeds=(0,), selecting=0.25)

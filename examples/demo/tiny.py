@@ -1,4 +1,6 @@
-"""A data set and models small enough for tests: coloured shapes with names; SigLIP and CLIP of a few thousand weights."""
+"""A data set and models small enough for tests: coloured shapes with names; SigLIP and CLIP of a
+few thousand weights.
+"""
 
 import json
 import random
@@ -18,8 +20,15 @@ COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "cyan",
 SHAPES = ("circle", "square", "triangle", "bar", "cross")
 SIDE = 16
 SHAPE = {
-    "image_size": SIDE, "patch_size": 8, "width": 16, "vision_layers": 1, "text_layers": 1, "heads": 2, "mlp": 32,
-    "text_length": 8, "vocab_size": 160,
+    "image_size": SIDE,
+    "patch_size": 8,
+    "width": 16,
+    "vision_layers": 1,
+    "text_layers": 1,
+    "heads": 2,
+    "mlp": 32,
+    "text_length": 8,
+    "vocab_size": 160,
 }
 
 
@@ -46,23 +55,54 @@ def captions() -> list[str]:
     return [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
-def write_dataset(folder: Path, rows: int = 1024, mismatched_share: float = 0.5, seed: int = 0, shards: int = 2,
-                  row_group_rows: int = 64) -> Path:
-    """`folder` with Parquet shards of `key`, `png`, `caption`, `kind` (clean or shuffled) and `split` (test)."""
+def write_dataset(
+    folder: Path,
+    rows: int = 1024,
+    mismatched_share: float = 0.5,
+    seed: int = 0,
+    shards: int = 2,
+    row_group_rows: int = 64,
+) -> Path:
+    """`folder` with Parquet shards of `key`, `png`, `caption`, `kind` (clean or shuffled) and
+    `split` (test).
+    """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index in range(rows):
         colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
-        own, kind = f"a {colour} {shape}", "shuffled" if rng.random() < mismatched_share else "clean"
-        caption = own if kind == "clean" else rng.choice([other for other in captions() if other != own])
-        records.append({"key": f"{index:09d}", "png": draw(colour, shape, rng), "caption": caption, "kind": kind,
-                        "split": "test"})
-    schema = pyarrow.schema([
-        ("key", "string"), ("png", "binary"), ("caption", "string"), ("kind", "string"), ("split", "string")])
+        own, kind = (
+            f"a {colour} {shape}",
+            "shuffled" if rng.random() < mismatched_share else "clean",
+        )
+        caption = (
+            own if kind == "clean" else rng.choice([other for other in captions() if other != own])
+        )
+        records.append(
+            {
+                "key": f"{index:09d}",
+                "png": draw(colour, shape, rng),
+                "caption": caption,
+                "kind": kind,
+                "split": "test",
+            }
+        )
+    schema = pyarrow.schema(
+        [
+            ("key", "string"),
+            ("png", "binary"),
+            ("caption", "string"),
+            ("kind", "string"),
+            ("split", "string"),
+        ]
+    )
     for shard in range(shards):
-        part = pyarrow.Table.from_pylist(records[shard * rows // shards:(shard + 1) * rows // shards], schema)
-        pyarrow.parquet.write_table(part, folder / f"{shard:05d}.parquet", row_group_size=row_group_rows)
+        part = pyarrow.Table.from_pylist(
+            records[shard * rows // shards : (shard + 1) * rows // shards], schema
+        )
+        pyarrow.parquet.write_table(
+            part, folder / f"{shard:05d}.parquet", row_group_size=row_group_rows
+        )
     return folder
 
 
@@ -71,29 +111,61 @@ def write_siglip(folder: Path, seed: int = 0) -> Path:
 
 
 def write_clip(folder: Path, seed: int = 0, texts: Sequence[str] | None = None) -> Path:
-    """CLIP pools the text at its end token, so its tokenizer begins and ends captions and its config says where."""
+    """CLIP pools the text at its end token, so its tokenizer begins and ends captions and its
+    config says where.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts or captions(), SHAPE)
     tokenizer.save(str(folder / "tokenizer.json"))
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = {**common, "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": SHAPE["text_length"],
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    common = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    text = {
+        **common,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": SHAPE["text_length"],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
     torch.manual_seed(seed)
-    model = CLIPModel(CLIPConfig(
-        text_config=text, vision_config={**common, "image_size": SIDE, "patch_size": 8}, projection_dim=16))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            vision_config={**common, "image_size": SIDE, "patch_size": 8},
+            projection_dim=16,
+        )
+    )
     model.config.architectures = ["CLIPModel"]
     (folder / "config.json").write_text(model.config.to_json_string())
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "do_convert_rgb": True}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": SIDE},
+                "resample": 3,
+                "do_center_crop": True,
+                "crop_size": {"height": SIDE, "width": SIDE},
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "do_convert_rgb": True,
+            }
+        )
+    )
     save_weights(model, folder / "model.safetensors")
     return folder
 
 
 if __name__ == "__main__":
     import sys
+
     out = Path(sys.argv[1])
     write_dataset(out / "pool")
     write_dataset(out / "clean", rows=256, mismatched_share=0.0, seed=1)

@@ -1,7 +1,8 @@
-"""A plain PyTorch trainer: data-parallel ranks over gloo, the SigLIP loss over the whole batch, AdamW.
+"""A plain PyTorch trainer: data-parallel ranks over gloo, the SigLIP loss over the whole batch,
+AdamW.
 
-Nothing in it selects data. It takes batches from whatever it is given: Superbatch for the arms (`service.py`), a shuffled
-folder for the reference (`reference.py`).
+Nothing in it selects data. It takes batches from whatever it is given: Superbatch for the arms
+(`service.py`), a shuffled folder for the reference (`reference.py`).
 """
 
 import copy
@@ -28,7 +29,8 @@ KEPT = "early.safetensors"
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step: pixels (n, 3, height, width) and token ids as the model takes them.
+    """One rank's part of a step: pixels (n, 3, height, width) and token ids as the model takes
+    them.
 
     `scanned` and `flops` are the whole step's, as its receipt accounts for them.
     """
@@ -43,7 +45,9 @@ class Batch:
 
 @dataclass
 class Point:
-    """One evaluation. Sums run from the start of the arm; `seconds` is wall clock, evaluations included."""
+    """One evaluation. Sums run from the start of the arm; `seconds` is wall clock, evaluations
+    included.
+    """
 
     step: int
     accuracy: float
@@ -54,10 +58,14 @@ class Point:
     seconds: float
 
 
-def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, rank: int) -> torch.Tensor:
-    """This rank's images, all ranks' captions: mean over its rows of the summed sigmoid losses (Zhai et al. 2023, eq. 1).
+def siglip_loss(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """This rank's images, all ranks' captions: mean over its rows of the summed sigmoid losses
+    (Zhai et al. 2023, eq. 1).
 
-    Averaged over ranks, as DistributedDataParallel does with gradients, it is the loss of the whole batch.
+    Averaged over ranks, as DistributedDataParallel does with gradients, it is the loss of the whole
+    batch.
     """
     texts = torch.cat(all_gather(text))
     rows = torch.arange(len(image))
@@ -68,16 +76,27 @@ def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bi
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Moves, turns, scales and recolours pictures (n, 3, height, width) in -1 .. 1, each on its own."""
+    """Moves, turns, scales and recolours pictures (n, 3, height, width) in -1 .. 1, each on its
+    own.
+    """
     n = len(pixels)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
-    scale, angle, right, down = uniform(0.85, 1.5), uniform(-0.25, 0.25), uniform(-0.25, 0.25), uniform(-0.25, 0.25)
-    turned = torch.stack([
-        torch.stack([scale * angle.cos(), -scale * angle.sin(), right], dim=1),
-        torch.stack([scale * angle.sin(), scale * angle.cos(), down], dim=1)], dim=1)
+    scale, angle, right, down = (
+        uniform(0.85, 1.5),
+        uniform(-0.25, 0.25),
+        uniform(-0.25, 0.25),
+        uniform(-0.25, 0.25),
+    )
+    turned = torch.stack(
+        [
+            torch.stack([scale * angle.cos(), -scale * angle.sin(), right], dim=1),
+            torch.stack([scale * angle.sin(), scale * angle.cos(), down], dim=1),
+        ],
+        dim=1,
+    )
     grid = torch.nn.functional.affine_grid(turned, list(pixels.shape), align_corners=False)
     # Beyond the edge there are zeros: made white, as the ground of the drawings is.
     moved = torch.nn.functional.grid_sample(pixels - 1, grid, align_corners=False) + 1
@@ -89,8 +108,8 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 class AveragedModel:
     """The mean of the weights over about the last `share` of the steps so far: what is evaluated.
 
-    It does what a falling learning rate would do, without knowing how long the run will be (Karras et al. 2024, section 3:
-    the weight of step s in the mean of t steps grows as a power of s / t).
+    It does what a falling learning rate would do, without knowing how long the run will be (Karras
+    et al. 2024, section 3: the weight of step s in the mean of t steps grows as a power of s / t).
     """
 
     def __init__(self, model: torch.nn.Module, share: float):
@@ -110,14 +129,21 @@ def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
     temperature = [model.logit_scale, model.logit_bias]
     towers = [p for p in model.parameters() if all(p is not other for other in temperature)]
     return torch.optim.AdamW(
-        [{"params": towers, "weight_decay": settings.weight_decay}, {"params": temperature, "weight_decay": 0.0}],
-        lr=settings.learning_rate, betas=(0.9, 0.98))
+        [
+            {"params": towers, "weight_decay": settings.weight_decay},
+            {"params": temperature, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+    )
 
 
 class Trainer:
     """One rank's model and optimizer."""
 
-    def __init__(self, model_folder: Path, settings: Settings, rank: int, weights: Path | None = None):
+    def __init__(
+        self, model_folder: Path, settings: Settings, rank: int, weights: Path | None = None
+    ):
         self.settings, self.rank = settings, rank
         self.transform = Transform(model_folder)
         self.chance = torch.Generator().manual_seed(rank)
@@ -131,7 +157,13 @@ class Trainer:
             group["lr"] = self.settings.learning_rate_at(batch.step)
         pixels = augment(batch.pixels, self.chance) if self.settings.augment else batch.pixels
         out = self.parallel(input_ids=batch.tokens, pixel_values=pixels)
-        loss = siglip_loss(out.image_embeds, out.text_embeds, self.model.logit_scale, self.model.logit_bias, self.rank)
+        loss = siglip_loss(
+            out.image_embeds,
+            out.text_embeds,
+            self.model.logit_scale,
+            self.model.logit_bias,
+            self.rank,
+        )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -142,18 +174,32 @@ class Trainer:
 
 def start_rank(rank: int, world_size: int, rendezvous: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
+    )
 
 
-def fit(trainer: Trainer, batches: Iterable[Batch], evaluation: Evaluation, label: str, folder: Path,
-        after_step: Callable[[int], None] = lambda step: None) -> None:
-    """Trains until `settings.steps`. Rank 0 evaluates and appends `Point`s to `curve.jsonl`; each rank keeps its ids."""
+def fit(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    evaluation: Evaluation,
+    label: str,
+    folder: Path,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Trains until `settings.steps`. Rank 0 evaluates and appends `Point`s to `curve.jsonl`; each
+    rank keeps its ids.
+    """
     settings, first = trainer.settings, trainer.rank == 0
     scanned, flops, begun = 0, 0.0, time.monotonic()
     stage = Stage(label, settings.steps, "step", silent=not first)
-    # Each rank opens files of its own: a second open for writing would cut off what the first has written.
+    # Each rank opens files of its own: a second open for writing would cut off what the first has
+    # written.
     curve_path = folder / "curve.jsonl" if first else Path(os.devnull)
-    with curve_path.open("w", buffering=1) as curve, (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids:
+    with (
+        curve_path.open("w", buffering=1) as curve,
+        (folder / f"ids-{trainer.rank}.jsonl").open("w") as ids,
+    ):
 
         def evaluate(done: int, loss: float) -> str:
             at_1, at_5 = evaluation.recalls(trainer.average.mean)

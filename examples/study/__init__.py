@@ -1,1 +1,3 @@
-"""The study behind the demo's settings: arms trained in one process, without the service. See docs/study.md."""
+"""The study behind the demo's settings: arms trained in one process, without the service. See
+docs/study.md.
+"""

@@ -31,14 +31,25 @@ EXPERIMENTS = {
     "zipf-1.3": Experiment(replace(LONG_TAIL, zipf=1.3), MEDIUM, (UNIFORM, INDEPENDENT, JOINT)),
     # The learning rate of uniform and of joint, read on `val`.
     "rates": Experiment(LONG_TAIL, SHORT, (UNIFORM, JOINT)),
-    "chunks": Experiment(LONG_TAIL, SHORT, (
-        Arm("joint-4", "joint", {"n_chunks": 4}), Arm("joint-8", "joint", {"n_chunks": 8}))),
+    "chunks": Experiment(
+        LONG_TAIL,
+        SHORT,
+        (Arm("joint-4", "joint", {"n_chunks": 4}), Arm("joint-8", "joint", {"n_chunks": 8})),
+    ),
     "ratio-0.5": Experiment(LONG_TAIL, replace(SHORT, super_batch_size=256), (JOINT,)),
     "ratio-0.9": Experiment(LONG_TAIL, replace(SHORT, super_batch_size=1280), (JOINT,)),
-    "sub-batch-256": Experiment(LONG_TAIL, replace(SHORT, super_batch_size=1280, sub_batch_size=256),
-                                (UNIFORM, INDEPENDENT, JOINT)),
-    "distinct": Experiment(LONG_TAIL, SHORT, (
-        Arm("joint-distinct", "joint", {"n_chunks": 16, "duplicates_above": 0.95}),
-        Arm("independent-distinct", "independent", {"duplicates_above": 0.95}))),
+    "sub-batch-256": Experiment(
+        LONG_TAIL,
+        replace(SHORT, super_batch_size=1280, sub_batch_size=256),
+        (UNIFORM, INDEPENDENT, JOINT),
+    ),
+    "distinct": Experiment(
+        LONG_TAIL,
+        SHORT,
+        (
+            Arm("joint-distinct", "joint", {"n_chunks": 16, "duplicates_above": 0.95}),
+            Arm("independent-distinct", "independent", {"duplicates_above": 0.95}),
+        ),
+    ),
 }
 RATES = (1e-3, 2e-3, 4e-3)

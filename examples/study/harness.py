@@ -1,7 +1,9 @@
-"""One arm in one process: the demo's model, loss and optimizer, batches chosen by `superbatch_kernels`.
+"""One arm in one process: the demo's model, loss and optimizer, batches chosen by
+`superbatch_kernels`.
 
-It differs from the demo in what the service does around the choice: no sockets, no decoding, one rank, and the reference's
-embeddings of the whole pool are made before the first step. The lag is the service's default.
+It differs from the demo in what the service does around the choice: no sockets, no decoding, one
+rank, and the reference's embeddings of the whole pool are made before the first step. The lag is
+the service's default.
 """
 
 import time
@@ -35,8 +37,8 @@ class Arm:
     select: dict = field(default_factory=dict)
     # Share of the pool with the best CLIPScore of the reference, taken once before the first step.
     best: float = 1.0
-    # The learner scores candidates at half resolution, and half of the rows are trained so. The reference, which looks at
-    # a row once, sees it whole.
+    # The learner scores candidates at half resolution, and half of the rows are trained so. The
+    # reference, which looks at a row once, sees it whole.
     low: bool = False
 
 
@@ -44,7 +46,11 @@ class Order:
     """Rows of a pool in an order that is shuffled anew each epoch."""
 
     def __init__(self, count: int, seed: int):
-        self.chance, self.count, self.left = torch.Generator().manual_seed(seed), count, torch.zeros(0, dtype=torch.long)
+        self.chance, self.count, self.left = (
+            torch.Generator().manual_seed(seed),
+            count,
+            torch.zeros(0, dtype=torch.long),
+        )
 
     def take(self, size: int) -> torch.Tensor:
         if len(self.left) < size:
@@ -53,9 +59,13 @@ class Order:
         return taken
 
 
-def scored(model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scored(
+    model: SiglipModel, pixels: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        parts = [embed(model, pixels[i:i + ROWS], ids[i:i + ROWS]) for i in range(0, len(ids), ROWS)]
+        parts = [
+            embed(model, pixels[i : i + ROWS], ids[i : i + ROWS]) for i in range(0, len(ids), ROWS)
+        ]
     return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
 
 
@@ -65,7 +75,9 @@ def scale_of(model: SiglipModel) -> tuple[float, float]:
 
 def loss_of(image: torch.Tensor, text: torch.Tensor, model: SiglipModel) -> torch.Tensor:
     logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
-    return -torch.nn.functional.logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(image)
+    return -torch.nn.functional.logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(
+        image
+    )
 
 
 class References:
@@ -77,7 +89,13 @@ class References:
         self.scale, self.bias = scale_of(model)
 
     def best(self, share: float) -> torch.Tensor:
-        return (self.image * self.text).sum(dim=1).topk(int(len(self.image) * share)).indices.sort().values
+        return (
+            (self.image * self.text)
+            .sum(dim=1)
+            .topk(int(len(self.image) * share))
+            .indices.sort()
+            .values
+        )
 
     def of(self, rows: torch.Tensor) -> Model:
         return Model(self.image[rows], self.text[rows], self.scale, self.bias)
@@ -85,9 +103,11 @@ class References:
 
 def forward_flops(model: SiglipModel, side: int) -> tuple[float, float]:
     """Operations of one picture and of one caption through their towers."""
+
     def tower(about, tokens: int) -> float:
         layer = 2 * (4 * about.hidden_size**2 + 2 * about.hidden_size * about.intermediate_size)
         return about.num_hidden_layers * (tokens * layer + 4 * tokens**2 * about.hidden_size)
+
     vision, text = model.config.vision_config, model.config.text_config
     patches = (side // vision.patch_size) ** 2
     entry = patches * (6 * vision.patch_size**2 * vision.hidden_size + 4 * vision.hidden_size**2)
@@ -112,16 +132,20 @@ class Costs:
 
 def half_low(rows: torch.Tensor) -> torch.Tensor:
     """Half of the places of a batch, by a hash of the row."""
-    return torch.argsort((rows * 2654435761) % 2**32)[:len(rows) // 2]
+    return torch.argsort((rows * 2654435761) % 2**32)[: len(rows) // 2]
 
 
-def embed_mixed(model: SiglipModel, pool: Rows, rows: torch.Tensor, low: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_mixed(
+    model: SiglipModel, pool: Rows, rows: torch.Tensor, low: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not low:
         return embed(model, pool.pixels[rows], pool.ids[rows])
     small = half_low(rows)
     large = torch.ones(len(rows), dtype=torch.bool).index_fill(0, small, False).nonzero()[:, 0]
-    parts = [embed(model, pool.low[rows[small]], pool.ids[rows[small]]),
-             embed(model, pool.pixels[rows[large]], pool.ids[rows[large]])]
+    parts = [
+        embed(model, pool.low[rows[small]], pool.ids[rows[small]]),
+        embed(model, pool.pixels[rows[large]], pool.ids[rows[large]]),
+    ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -137,7 +161,10 @@ class Run:
         if arm.best < 1:
             self.pool = self.pool.only(self.references.best(arm.best))
         self.order = Order(len(self.pool), seed)
-        self.optimizer, self.average = optimizer(self.model, settings), AveragedModel(self.model, settings.average_over)
+        self.optimizer, self.average = (
+            optimizer(self.model, settings),
+            AveragedModel(self.model, settings.average_over),
+        )
         self.past: list[dict] = []
         self.chosen: list[torch.Tensor] = []
         self.spent = Counter()
@@ -146,12 +173,26 @@ class Run:
         if self.arm.policy == "uniform":
             return self.order.take(self.settings.sub_batch_size)
         rows = self.order.take(self.settings.super_batch_size)
-        self.past = [*self.past[1 - LAG:], {name: value.clone() for name, value in self.model.state_dict().items()}]
+        self.past = [
+            *self.past[1 - LAG :],
+            {name: value.clone() for name, value in self.model.state_dict().items()},
+        ]
         self.scorer.load_state_dict(self.past[0])
-        image, text = scored(self.scorer, self.pool.low[rows] if self.arm.low else self.pool.pixels[rows], self.pool.ids[rows])
-        drawn = select(learner=Model(image, text, *scale_of(self.scorer)), reference=self.references.of(rows),
-                       policy=self.arm.policy, sub_batch_size=self.settings.sub_batch_size, seed=self.seed, step=step,
-                       threads=1, **self.arm.select)
+        image, text = scored(
+            self.scorer,
+            self.pool.low[rows] if self.arm.low else self.pool.pixels[rows],
+            self.pool.ids[rows],
+        )
+        drawn = select(
+            learner=Model(image, text, *scale_of(self.scorer)),
+            reference=self.references.of(rows),
+            policy=self.arm.policy,
+            sub_batch_size=self.settings.sub_batch_size,
+            seed=self.seed,
+            step=step,
+            threads=1,
+            **self.arm.select,
+        )
         return rows[torch.as_tensor(numpy.asarray(drawn.indices).astype(numpy.int64))]
 
     def train(self, step: int, rows: torch.Tensor) -> float:
@@ -166,19 +207,32 @@ class Run:
         return loss.item()
 
     def point(self, step: int, loss: float) -> dict:
-        recent = torch.cat(self.chosen[-self.settings.evaluate_every:]) if self.chosen else torch.zeros(0, dtype=torch.long)
+        recent = (
+            torch.cat(self.chosen[-self.settings.evaluate_every :])
+            if self.chosen
+            else torch.zeros(0, dtype=torch.long)
+        )
         last = self.chosen[-1].tolist() if self.chosen else []
-        found = {split: in_galleries(*scored(self.average.mean, rows.pixels, rows.ids)) for split, rows in self.tests.items()}
+        found = {
+            split: in_galleries(*scored(self.average.mean, rows.pixels, rows.ids))
+            for split, rows in self.tests.items()
+        }
         return {
-            "step": step, "loss": loss, **found, "scale": scale_of(self.model),
+            "step": step,
+            "loss": loss,
+            **found,
+            "scale": scale_of(self.model),
             "wrong": self.pool.wrong[recent].float().mean().item(),
             # Rows of the last batch whose concept is in it already.
             "repeats": 1 - len({self.pool.concept[row] for row in last}) / max(1, len(last)),
-            "flops": self.costs.once + step * self.costs.step, "seconds": self.spent["choose"] + self.spent["train"],
+            "flops": self.costs.once + step * self.costs.step,
+            "seconds": self.spent["choose"] + self.spent["train"],
         }
 
     def run(self, say: Callable[[dict], None] = lambda point: None) -> list[dict]:
-        """The curve. `seconds` are those of this process's processor, without evaluations and the reference's pass."""
+        """The curve. `seconds` are those of this process's processor, without evaluations and the
+        reference's pass.
+        """
         curve = [self.point(0, 0.0)]
         say(curve[0])
         for step in range(self.settings.steps):

@@ -1,4 +1,6 @@
-"""The demo's data and reference as tensors: what an arm in one process needs, decoded once and kept."""
+"""The demo's data and reference as tensors: what an arm in one process needs, decoded once and
+kept.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,9 @@ class World:
         self.tests = {split: self.rows("eval", split) for split in ("val", "test")}
 
     @classmethod
-    def of(cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1) -> "World":
+    def of(
+        cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1
+    ) -> "World":
         dataset = build_dataset(cache, recipe, processes)
         return cls(dataset, train_reference(cache, dataset, reference))
 
@@ -57,9 +61,19 @@ class World:
         kept = self.folder / f"{self.dataset.name}-{name}-{split}.pt"
         if not kept.exists():
             columns = ["png", "caption", "kind", "concept"]
-            table = pyarrow.parquet.read_table(self.dataset / name, columns=columns, filters=[("split", "==", split)])
+            table = pyarrow.parquet.read_table(
+                self.dataset / name, columns=columns, filters=[("split", "==", split)]
+            )
             images, texts, kinds, concepts = (table[column].to_pylist() for column in columns)
             wrong = torch.tensor([kind in MISMATCHED for kind in kinds])
-            torch.save([self.transform.images(images), self.half.images(images), self.transform.captions(texts), wrong,
-                        concepts], kept)
+            torch.save(
+                [
+                    self.transform.images(images),
+                    self.half.images(images),
+                    self.transform.captions(texts),
+                    wrong,
+                    concepts,
+                ],
+                kept,
+            )
         return Rows(*torch.load(kept))

@@ -1,8 +1,8 @@
 """Pillow's part of benches/pillow.rs.
 
-    pillow.py write FOLDER                        writes the images, prints their names
-    pillow.py version FOLDER                      prints Pillow's version and what it decodes JPEG with
-    pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize
+pillow.py write FOLDER                        writes the images, prints their names
+pillow.py version FOLDER                      prints Pillow's version and what it decodes JPEG with
+pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize
 """
 
 import io
@@ -18,7 +18,9 @@ SIZES = [(256, 256), (640, 480), (1600, 1200)]
 
 
 def photograph(width, height):
-    """A photograph's stand-in: smooth areas, edges and mild noise, so that it compresses like one."""
+    """A photograph's stand-in: smooth areas, edges and mild noise, so that it compresses like
+    one.
+    """
     rng = np.random.default_rng(width)
     small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)

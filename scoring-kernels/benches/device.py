@@ -1,10 +1,12 @@
 """What joint selection on a CUDA device is measured against, asked by benches/device.rs.
 
-    device.py gemm                                      seconds per 10^12 operations of an f16 product with f32 sums
-    device.py selection LOSS B SUB_BATCH DIM N_CHUNKS   seconds of matrix-free selection, then of its compiled form
+    device.py gemm                                      seconds per 10^12 operations of an f16
+    product with f32 sums device.py selection LOSS B SUB_BATCH DIM N_CHUNKS   seconds of matrix-free
+    selection, then of its compiled form
 
 The embeddings are random and lie in the device's memory: what is drawn does not change the time.
 """
+
 import sys
 import time
 
@@ -56,7 +58,9 @@ def matrix_free(models, reduce, loss, chunks):
                     if loss == "sigmoid":
                         pairs = pairs + sign * terms
                     else:
-                        logs[slot] = terms if logs[slot] is None else torch.logaddexp(logs[slot], terms)
+                        logs[slot] = (
+                            terms if logs[slot] is None else torch.logaddexp(logs[slot], terms)
+                        )
                     slot += 1
             if loss == "softmax":
                 pairs = 0.5 * (logs[0] + logs[1] - logs[2] - logs[3])
@@ -66,7 +70,9 @@ def matrix_free(models, reduce, loss, chunks):
 
 
 def selection(loss, count, sub_batch, dim, n_chunks):
-    unit = lambda: torch.nn.functional.normalize(torch.randn(count, dim, device="cuda"), dim=1).half()
+    unit = lambda: torch.nn.functional.normalize(
+        torch.randn(count, dim, device="cuda"), dim=1
+    ).half()
     models = [(unit(), unit(), scale, -10.0) for scale in (24.0, 30.0)]
     chunks = [sub_batch // n_chunks + (k < sub_batch % n_chunks) for k in range(n_chunks)]
     reduce = softplus_sums if loss == "sigmoid" else log_sums

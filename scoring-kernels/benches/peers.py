@@ -1,12 +1,14 @@
 """The peers that joint selection is measured against, asked line by line by benches/peers.rs.
 
-    peers.py serve FILE THREADS    answers `printed`, `blas`, `sigmoid`, `softmax`, `gemm` with: seconds, processor
+    peers.py serve FILE THREADS    answers `printed`, `blas`, `sigmoid`, `softmax`, `gemm` with:
+    seconds, processor
                                    seconds, then the draw in order
     peers.py plot FILE PICTURE     draws the growth that benches/peers.rs wrote
 
-FILE holds `learner_img`, `learner_txt`, `reference_img`, `reference_txt` (float32, [B, d]), `noise` ([n_chunks, B]) and, as
-metadata, both models' scale and bias and the sub-batch size `b`.
+FILE holds `learner_img`, `learner_txt`, `reference_img`, `reference_txt` (float32, [B, d]), `noise`
+([n_chunks, B]) and, as metadata, both models' scale and bias and the sub-batch size `b`.
 """
+
 import os
 import sys
 import time
@@ -17,10 +19,11 @@ def chunk_sizes(b, n_chunks):
 
 
 def dense_numpy(world, printed):
-    """Algorithm 1 of arXiv 2406.17711: both B x B matrices of pair losses in float32, then chunk after chunk.
+    """Algorithm 1 of arXiv 2406.17711: both B x B matrices of pair losses in float32, then chunk
+    after chunk.
 
-    `printed` multiplies the whole matrix by a mask and sums, as the paper prints it; otherwise BLAS's matrix-vector product
-    does the same.
+    `printed` multiplies the whole matrix by a mask and sums, as the paper prints it; otherwise
+    BLAS's matrix-vector product does the same.
     """
     import numpy as np
 
@@ -59,7 +62,7 @@ def matrix_free_torch(world, loss):
         own.append(torch.nn.functional.softplus(-logits) if loss == "sigmoid" else -logits)
     score, pairs, logs = own[0] - own[1], 0, [None] * 4
     left = torch.ones(len(score), dtype=torch.bool)
-    chosen = []
+    chosen, index = [], torch.empty(0, dtype=torch.long)
     for k, size in enumerate(chunk_sizes(world["b"], len(noise))):
         if chosen:
             slot = 0
@@ -89,7 +92,9 @@ def measured(work):
 
 
 def gemm_times(n=2048):
-    """Seconds and processor seconds per 10^12 operations of a square float32 product, by the better of both peers' BLAS."""
+    """Seconds and processor seconds per 10^12 operations of a square float32 product, by the better
+    of both peers' BLAS.
+    """
     import torch
 
     a = torch.randn(n, n)
@@ -111,10 +116,16 @@ def serve(path, threads):
     with safe_open(path, "pt") as file:
         words = file.metadata()
         model = lambda name: (
-            file.get_tensor(f"{name}_img"), file.get_tensor(f"{name}_txt"),
-            float(words[f"{name}_scale"]), float(words[f"{name}_bias"]),
+            file.get_tensor(f"{name}_img"),
+            file.get_tensor(f"{name}_txt"),
+            float(words[f"{name}_scale"]),
+            float(words[f"{name}_bias"]),
         )
-        world = {"models": [model("learner"), model("reference")], "noise": file.get_tensor("noise"), "b": int(words["b"])}
+        world = {
+            "models": [model("learner"), model("reference")],
+            "noise": file.get_tensor("noise"),
+            "b": int(words["b"]),
+        }
     print("ready", flush=True)
     for line in sys.stdin:
         question = line.strip()

@@ -1,4 +1,6 @@
-"""A real Kubernetes control plane on this machine: etcd, an API server and the controllers. No nodes, so pods stay Pending."""
+"""A real Kubernetes control plane on this machine: etcd, an API server and the controllers. No
+nodes, so pods stay Pending.
+"""
 
 import json
 import os
@@ -44,32 +46,71 @@ class ControlPlane(ExitStack):
         tokens = folder / "tokens.csv"
         tokens.write_text(f'{self.token},admin,1,"{ADMIN}"\n')
         self.kubeconfig = self.write_kubeconfig()
-        self.start("etcd", [
-            f"--data-dir={folder / 'etcd'}", f"--listen-client-urls={etcd}", f"--advertise-client-urls={etcd}",
-            f"--listen-peer-urls=http://127.0.0.1:{peer}", "--log-level=error"])
-        self.start("kube-apiserver", [
-            f"--etcd-servers={etcd}", f"--secure-port={self.port}", "--bind-address=127.0.0.1",
-            f"--cert-dir={folder / 'certificates'}", f"--service-account-key-file={public}",
-            f"--service-account-signing-key-file={key}", "--service-account-issuer=https://kubernetes.default.svc",
-            f"--token-auth-file={tokens}", "--authorization-mode=RBAC", "--service-cluster-ip-range=10.96.0.0/24"])
+        self.start(
+            "etcd",
+            [
+                f"--data-dir={folder / 'etcd'}",
+                f"--listen-client-urls={etcd}",
+                f"--advertise-client-urls={etcd}",
+                f"--listen-peer-urls=http://127.0.0.1:{peer}",
+                "--log-level=error",
+            ],
+        )
+        self.start(
+            "kube-apiserver",
+            [
+                f"--etcd-servers={etcd}",
+                f"--secure-port={self.port}",
+                "--bind-address=127.0.0.1",
+                f"--cert-dir={folder / 'certificates'}",
+                f"--service-account-key-file={public}",
+                f"--service-account-signing-key-file={key}",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                f"--token-auth-file={tokens}",
+                "--authorization-mode=RBAC",
+                "--service-cluster-ip-range=10.96.0.0/24",
+            ],
+        )
         self.wait("the API server", lambda: self.get("/readyz") == "ok")
-        self.start("kube-controller-manager", [
-            f"--kubeconfig={self.kubeconfig}", f"--service-account-private-key-file={key}", "--leader-elect=false",
-            "--bind-address=127.0.0.1", f"--secure-port={managing}", f"--cert-dir={folder / 'certificates'}"])
+        self.start(
+            "kube-controller-manager",
+            [
+                f"--kubeconfig={self.kubeconfig}",
+                f"--service-account-private-key-file={key}",
+                "--leader-elect=false",
+                "--bind-address=127.0.0.1",
+                f"--secure-port={managing}",
+                f"--cert-dir={folder / 'certificates'}",
+            ],
+        )
 
     def write_kubeconfig(self) -> Path:
         path = self.folder / "kubeconfig"
-        path.write_text(yaml.safe_dump({
-            "apiVersion": "v1", "kind": "Config", "current-context": "here",
-            "clusters": [{"name": "here", "cluster": {"server": self.address, "insecure-skip-tls-verify": True}}],
-            "users": [{"name": "admin", "user": {"token": self.token}}],
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "admin"}}]}))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "here",
+                    "clusters": [
+                        {
+                            "name": "here",
+                            "cluster": {"server": self.address, "insecure-skip-tls-verify": True},
+                        }
+                    ],
+                    "users": [{"name": "admin", "user": {"token": self.token}}],
+                    "contexts": [{"name": "here", "context": {"cluster": "here", "user": "admin"}}],
+                }
+            )
+        )
         path.chmod(0o600)
         return path
 
     def start(self, name: str, arguments: list[str]) -> None:
         log = self.enter_context((self.folder / f"{name}.log").open("w"))
-        process = subprocess.Popen([tool(name), *arguments], stdout=log, stderr=log, cwd=self.folder)
+        process = subprocess.Popen(
+            [tool(name), *arguments], stdout=log, stderr=log, cwd=self.folder
+        )
         self.callback(self.end, process)
 
     @staticmethod
@@ -91,15 +132,20 @@ class ControlPlane(ExitStack):
     def ask(self, method: str, path: str, body: dict | None = None) -> str | None:
         """The answer's text, or None where there is no such thing or no server yet."""
         request = urllib.request.Request(
-            self.address + path, method=method, data=body and json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"})
+            self.address + path,
+            method=method,
+            data=body and json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"},
+        )
         context = ssl._create_unverified_context()
         try:
             return urllib.request.urlopen(request, timeout=30, context=context).read().decode()
         except urllib.error.HTTPError as error:
             if error.code in (404, 500, 503):
                 return None
-            raise AssertionError(f"{method} {path}: {error.code} {error.read().decode()}") from error
+            raise AssertionError(
+                f"{method} {path}: {error.code} {error.read().decode()}"
+            ) from error
         except (urllib.error.URLError, ConnectionError):
             return None
 
@@ -121,7 +167,9 @@ class ControlPlane(ExitStack):
 
         def established(name: str) -> bool:
             conditions = (self.find(f"{root}/{name}") or {}).get("status", {}).get("conditions", [])
-            return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
+            return any(
+                one["type"] == "Established" and one["status"] == "True" for one in conditions
+            )
 
         for name in names:
             self.wait(name, lambda name=name: established(name))
@@ -129,8 +177,15 @@ class ControlPlane(ExitStack):
     def helm(self, *arguments: str | Path) -> str:
         """Runs helm against it. Warnings of the API server fail the call."""
         done = subprocess.run(
-            [tool("helm"), *(str(argument) for argument in arguments)], capture_output=True, text=True,
-            env={**os.environ, "KUBECONFIG": str(self.kubeconfig), "HELM_CACHE_HOME": str(self.folder / "helm")})
+            [tool("helm"), *(str(argument) for argument in arguments)],
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "KUBECONFIG": str(self.kubeconfig),
+                "HELM_CACHE_HOME": str(self.folder / "helm"),
+            },
+        )
         assert done.returncode == 0, done.stderr
         assert "warn" not in done.stderr.lower() and "\nW" not in "\n" + done.stderr, done.stderr
         return done.stdout

@@ -1,9 +1,11 @@
-"""Writes tests/deploy/schemas: what kubeconform holds the chart's objects against, without a network.
+"""Writes tests/deploy/schemas: what kubeconform holds the chart's objects against, without a
+network.
 
     tests/deploy/tools.sh control-plane && python tests/deploy/schemas.py
 
-They are the API server's own, of Kubernetes and of the custom resources' definitions, without descriptions, and closed: a field that
-is not known does not fit. Run it after a version in tools.sh changed.
+They are the API server's own, of Kubernetes and of the custom resources' definitions, without
+descriptions, and closed: a field that is not known does not fit. Run it after a version in tools.sh
+changed.
 """
 
 import json
@@ -30,7 +32,9 @@ WITHOUT = {"description", "default", "example"}
 
 
 def closed(schema, known: dict):
-    """The schema without words, its references resolved within one file, and closed to other fields."""
+    """The schema without words, its references resolved within one file, and closed to other
+    fields.
+    """
     if isinstance(schema, list):
         return [closed(each, known) for each in schema]
     if not isinstance(schema, dict):
@@ -64,14 +68,20 @@ def referred(schema) -> set[str]:
         return set().union(*(referred(each) for each in schema)) if schema else set()
     if not isinstance(schema, dict):
         return set()
-    own = {schema["$ref"].removeprefix("#/definitions/")} if isinstance(schema.get("$ref"), str) else set()
+    own = (
+        {schema["$ref"].removeprefix("#/definitions/")}
+        if isinstance(schema.get("$ref"), str)
+        else set()
+    )
     return own.union(*(referred(value) for value in schema.values()))
 
 
 def standalone(kind: str, known: dict) -> dict:
     name = next(
-        name for name, schema in known.items()
-        if any(each["kind"] == kind for each in schema.get("x-kubernetes-group-version-kind", [])))
+        name
+        for name, schema in known.items()
+        if any(each["kind"] == kind for each in schema.get("x-kubernetes-group-version-kind", []))
+    )
     root = closed(known[name], known)
     definitions, waiting = {}, referred(root)
     while waiting:
@@ -88,7 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ControlPlane(Path(folder)) as plane:
         plane.define(sorted((BUILT.parent / "crds").glob("*.yaml")))
         for path, kinds in KINDS.items():
-            plane.wait(path, lambda path=path, kinds=kinds: has_all(plane.find(f"/openapi/v3/{path}"), kinds))
+            plane.wait(
+                path,
+                lambda path=path, kinds=kinds: has_all(plane.find(f"/openapi/v3/{path}"), kinds),
+            )
             known = plane.find(f"/openapi/v3/{path}")["components"]["schemas"]
             _, *group, version = path.split("/")
             suffix = "-".join([part.split(".")[0] for part in group] + [version])
@@ -99,7 +112,11 @@ def main() -> None:
 
 def has_all(page: dict | None, kinds: list[str]) -> bool:
     schemas = (page or {}).get("components", {}).get("schemas", {}).values()
-    told = {each["kind"] for schema in schemas for each in schema.get("x-kubernetes-group-version-kind", [])}
+    told = {
+        each["kind"]
+        for schema in schemas
+        for each in schema.get("x-kubernetes-group-version-kind", [])
+    }
     return set(kinds) <= told
 
 

@@ -1,4 +1,6 @@
-"""The Helm chart, as far as no cluster is needed: lint, schemas, unit tests, and whether the server takes its settings."""
+"""The Helm chart, as far as no cluster is needed: lint, schemas, unit tests, and whether the server
+takes its settings.
+"""
 
 import subprocess
 import sys
@@ -11,9 +13,17 @@ SCHEMAS = Path(__file__).parent / "schemas"
 MINIMAL = CHART / "tests" / "minimal.yaml"
 #: Everything at once that does not exclude each other.
 FULL = [
-    "--set", "metrics.serviceMonitor.enabled=true", "--set", "metrics.podMonitor.enabled=true",
-    "--set", "metrics.prometheusRule.enabled=true", "--set", "metrics.dashboard.enabled=true",
-    "--set", "tests.source=s3://data/small"]
+    "--set",
+    "metrics.serviceMonitor.enabled=true",
+    "--set",
+    "metrics.podMonitor.enabled=true",
+    "--set",
+    "metrics.prometheusRule.enabled=true",
+    "--set",
+    "metrics.dashboard.enabled=true",
+    "--set",
+    "tests.source=s3://data/small",
+]
 
 
 def options(values: Path) -> list[str | Path]:
@@ -25,14 +35,25 @@ def test_the_chart_lints(values: Path):
     call(tool("helm"), "lint", "--strict", CHART, "--kube-version", KUBERNETES, *options(values))
 
 
-@pytest.mark.parametrize("extra", [[], ["--set", "worker.hpa.enabled=true,worker.keda.enabled=false"]], ids=["", "hpa"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--set", "worker.hpa.enabled=true,worker.keda.enabled=false"]], ids=["", "hpa"]
+)
 @pytest.mark.parametrize("values", [MINIMAL, *VALUES], ids=lambda path: path.stem)
 def test_every_object_fits_its_schema(values: Path, extra: list[str]):
     if extra and values.stem == "one-node":
         extra = ["--set", "state.persistence.storageClass=fast"]
     manifest = call(
-        tool("helm"), "template", "superbatch", CHART, "--namespace", "ml", "--kube-version", KUBERNETES,
-        *options(values), *extra)
+        tool("helm"),
+        "template",
+        "superbatch",
+        CHART,
+        "--namespace",
+        "ml",
+        "--kube-version",
+        KUBERNETES,
+        *options(values),
+        *extra,
+    )
     location = f"{SCHEMAS}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
     call(tool("kubeconform"), "-strict", "-schema-location", location, "-summary", text=manifest)
 
@@ -40,8 +61,16 @@ def test_every_object_fits_its_schema(values: Path, extra: list[str]):
 def test_a_misspelt_field_does_not_fit():
     """The schemas would say nothing if they were open."""
     manifest = call(
-        tool("helm"), "template", "superbatch", CHART, "--kube-version", KUBERNETES, *options(MINIMAL),
-        "--set", "securityContext.runAsNonRoott=true")
+        tool("helm"),
+        "template",
+        "superbatch",
+        CHART,
+        "--kube-version",
+        KUBERNETES,
+        *options(MINIMAL),
+        "--set",
+        "securityContext.runAsNonRoott=true",
+    )
     location = f"{SCHEMAS}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
     with pytest.raises(AssertionError, match="runAsNonRoott"):
         call(tool("kubeconform"), "-strict", "-schema-location", location, text=manifest)
@@ -60,7 +89,10 @@ def test_what_is_derived_is_not_stale():
 def test_pods_start_anew_exactly_when_their_role_changes():
     def checksums(*extra: str) -> list[str]:
         objects = template(*options(MINIMAL), *extra)
-        pods = [find(objects, "Deployment", f"superbatch-{role}")["spec"]["template"] for role in ("coordinator", "worker")]
+        pods = [
+            find(objects, "Deployment", f"superbatch-{role}")["spec"]["template"]
+            for role in ("coordinator", "worker")
+        ]
         return [pod["metadata"]["annotations"]["checksum/config"] for pod in pods]
 
     before = checksums()
@@ -81,6 +113,9 @@ def test_the_server_takes_the_settings(values: Path, role: str, tmp_path: Path):
     path.write_text(settings[f"{role}.yaml"])
     address = "https://10.0.0.7:50052"
     done = subprocess.run(
-        [BINARY, "check-config", "--config", path], capture_output=True, text=True,
-        env={"SUPERBATCH_WORKER_ROLE__ADVERTISE_ADDRESS": address} if role == "worker" else {})
+        [BINARY, "check-config", "--config", path],
+        capture_output=True,
+        text=True,
+        env={"SUPERBATCH_WORKER_ROLE__ADVERTISE_ADDRESS": address} if role == "worker" else {},
+    )
     assert done.returncode == 0, done.stderr

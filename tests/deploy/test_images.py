@@ -1,4 +1,6 @@
-"""What images are built from: the Dockerfile is clean, and compose.yaml fits it and the server's settings."""
+"""What images are built from: the Dockerfile is clean, and compose.yaml fits it and the server's
+settings.
+"""
 
 import re
 import shutil
@@ -26,7 +28,9 @@ def test_the_dockerfile_is_clean():
 
 
 def test_compose_builds_targets_that_there_are():
-    built = {service["build"]["target"] for service in COMPOSE["services"].values() if "build" in service}
+    built = {
+        service["build"]["target"] for service in COMPOSE["services"].values() if "build" in service
+    }
     assert built <= targets()
     assert {"coordinator", "worker-cpu", "worker-cuda", "trainer-demo"} <= targets()
 
@@ -59,6 +63,10 @@ def test_what_compose_mounts_is_there():
 def test_the_servers_of_compose_take_their_settings():
     for name in ("coordinator", "worker-1", "worker-2"):
         done = subprocess.run(
-            [BINARY, "check-config"], env=COMPOSE["services"][name]["environment"], capture_output=True, text=True,
-            cwd=Path("/"))
+            [BINARY, "check-config"],
+            env=COMPOSE["services"][name]["environment"],
+            capture_output=True,
+            text=True,
+            cwd=Path("/"),
+        )
         assert done.returncode == 0, f"{name}: {done.stderr}"

@@ -1,4 +1,6 @@
-"""Rules, alerts and the dashboard: they parse, they fire, they are explained, and they ask for what the service measures."""
+"""Rules, alerts and the dashboard: they parse, they fire, they are explained, and they ask for what
+the service measures.
+"""
 
 import json
 import re
@@ -12,16 +14,23 @@ MEASURED = set(re.findall(r"`(superbatch_\w+)`", (ROOT / "docs" / "metrics.md").
 
 
 def rules() -> list[dict]:
-    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    return [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    ]
 
 
 def panels() -> list[dict]:
-    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    return [
+        panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"
+    ]
 
 
 def asked(query: str) -> set[str]:
     """The service's metrics that a query reads."""
-    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"(?<![:\w])superbatch_\w+", query)}
+    return {
+        re.sub(r"_(bucket|sum|count)$", "", name)
+        for name in re.findall(r"(?<![:\w])superbatch_\w+", query)
+    }
 
 
 def test_rules_are_sound():
@@ -41,7 +50,9 @@ def test_every_alert_is_tried_both_ways():
 
 
 def test_every_alert_has_its_page_in_the_runbook():
-    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(
+        r"^## (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE
+    )
     alerts = [rule for rule in rules() if "alert" in rule]
     assert [rule["alert"] for rule in alerts] == headings
     for rule in alerts:
@@ -63,13 +74,19 @@ def test_panels_do_not_overlap_and_say_what_they_show():
     for panel in panels():
         assert panel["description"], panel["title"]
         at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
         assert at["x"] + at["w"] <= 24 and not taken & cells, panel["title"]
         taken |= cells
 
 
 def test_the_dashboard_fits_grafanas_schema():
-    """The schema is made of the types of @grafana/schema 11.6.0 by ts-json-schema-generator, without descriptions."""
+    """The schema is made of the types of @grafana/schema 11.6.0 by ts-json-schema-generator,
+    without descriptions.
+    """
     schema = json.loads((Path(__file__).parent / "schemas" / "dashboard-grafana.json").read_text())
     validator = jsonschema.Draft7Validator(schema)
     dashboard = json.loads(DASHBOARD.read_text())

@@ -1,9 +1,11 @@
-"""What the service's two large data paths cost beside other ways to move the same bytes, as ratios of one run.
+"""What the service's two large data paths cost beside other ways to move the same bytes, as ratios
+of one run.
 
     make bench-service
 
-`Rows` go from Parquet to a trainer, through reading, checking, hashing and two gRPC streams; `weights` go from a trainer to durable
-snapshots. Processor time is of all processes that take part. Every figure is the best of several taken in turns.
+`Rows` go from Parquet to a trainer, through reading, checking, hashing and two gRPC streams;
+`weights` go from a trainer to durable snapshots. Processor time is of all processes that take part.
+Every figure is the best of several taken in turns.
 """
 
 import io
@@ -39,17 +41,31 @@ LARGE = {**tiny.SHAPE, "width": 768, "heads": 12, "mlp": 3072, "vision_layers": 
 
 
 def write_rows(folder: Path) -> None:
-    """Images whose bytes are many and whose pixels are few: moving them is what is measured, not decoding."""
+    """Images whose bytes are many and whose pixels are few: moving them is what is measured, not
+    decoding.
+    """
     small = io.BytesIO()
     Image.new("RGB", (16, 16), "gray").save(small, "JPEG")
     small, rng = small.getvalue(), numpy.random.default_rng(0)
     comment = b"\xff\xfe" + (IMAGE_BYTES + 2).to_bytes(2, "big")
     folder.mkdir()
     for shard in range(4):
-        images = [small[:2] + comment + rng.bytes(IMAGE_BYTES) + small[2:] for _ in range(ROWS // 4)]
-        table = pyarrow.table({"jpg": pyarrow.array(images, "binary"), "caption": [f"a picture {k}" for k in range(ROWS // 4)]})
+        images = [
+            small[:2] + comment + rng.bytes(IMAGE_BYTES) + small[2:] for _ in range(ROWS // 4)
+        ]
+        table = pyarrow.table(
+            {
+                "jpg": pyarrow.array(images, "binary"),
+                "caption": [f"a picture {k}" for k in range(ROWS // 4)],
+            }
+        )
         pyarrow.parquet.write_table(
-            table, folder / f"{shard:05d}.parquet", row_group_size=ROW_GROUP, compression="none", use_dictionary=False)
+            table,
+            folder / f"{shard:05d}.parquet",
+            row_group_size=ROW_GROUP,
+            compression="none",
+            use_dictionary=False,
+        )
 
 
 def processor_seconds(*processes: int) -> float:
@@ -76,14 +92,20 @@ class Timed:
 
 
 def show(title: str, ours: Timed, peers: list[Timed]) -> None:
-    print(f"\n{title}\n{'':44}{'MB/s':>8}{'s/GB':>8}{'processor s/GB':>16}{'time, ours = 1':>16}{'processor':>11}")
+    print(
+        f"\n{title}\n{'':44}{'MB/s':>8}{'s/GB':>8}{'processor s/GB':>16}{'time, ours = 1':>16}{'processor':>11}"
+    )
     for row in (ours, *peers):
-        print(f"{row.name:44}{1e3 / row.seconds:8.0f}{row.seconds:8.2f}{row.processor:16.2f}"
-              f"{row.seconds / ours.seconds:16.2f}{row.processor / ours.processor:11.2f}")
+        print(
+            f"{row.name:44}{1e3 / row.seconds:8.0f}{row.seconds:8.2f}{row.processor:16.2f}"
+            f"{row.seconds / ours.seconds:16.2f}{row.processor / ours.processor:11.2f}"
+        )
 
 
 def read_by_arrow(folder: Path) -> Iterator[pyarrow.Table]:
-    """The limit: the same row groups, read and put into an order, by the process that wants them."""
+    """The limit: the same row groups, read and put into an order, by the process that wants
+    them.
+    """
     while True:
         for shard in sorted(folder.iterdir()):
             file = pyarrow.parquet.ParquetFile(shard)
@@ -93,7 +115,9 @@ def read_by_arrow(folder: Path) -> Iterator[pyarrow.Table]:
 
 
 class ParquetRows(torch.utils.data.IterableDataset):
-    """What a trainer's own loader does: batches of image bytes and captions from a worker process."""
+    """What a trainer's own loader does: batches of image bytes and captions from a worker
+    process.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,9 +138,20 @@ def stream_server(folder: str, address: "multiprocessing.Queue[str]") -> None:
     def take(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         return str(sum(map(len, requests))).encode()
 
-    server = grpc.server(futures.ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", 2 * PART)])
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("plain", {
-        "send": grpc.unary_stream_rpc_method_handler(send), "take": grpc.stream_unary_rpc_method_handler(take)})])
+    server = grpc.server(
+        futures.ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", 2 * PART)]
+    )
+    server.add_generic_rpc_handlers(
+        [
+            grpc.method_handlers_generic_handler(
+                "plain",
+                {
+                    "send": grpc.unary_stream_rpc_method_handler(send),
+                    "take": grpc.stream_unary_rpc_method_handler(take),
+                },
+            )
+        ]
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     address.put(f"127.0.0.1:{port}")
@@ -130,7 +165,9 @@ def plain_grpc() -> Iterator[tuple[grpc.Channel, int]]:
     server = context.Process(target=stream_server, args=("", address), daemon=True)
     server.start()
     try:
-        with grpc.insecure_channel(address.get(), options=[("grpc.max_receive_message_length", 2 * PART)]) as channel:
+        with grpc.insecure_channel(
+            address.get(), options=[("grpc.max_receive_message_length", 2 * PART)]
+        ) as channel:
             yield channel, server.pid
     finally:
         server.kill()
@@ -141,7 +178,8 @@ def bench_rows(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: int
     write_rows(data)
     phase = superbatch.Phase(policy="uniform", super_batch_size=BATCH, sub_batch_size=BATCH)
     run = superbatch.connect(cluster.address).open_run(
-        superbatch.RunSpec(run_id="rows", sources=[data.as_uri()], phases=[phase]))
+        superbatch.RunSpec(run_id="rows", sources=[data.as_uri()], phases=[phase])
+    )
     batches, tables = iter(run.batches(rank=0, world_size=1, start_step=0)), read_by_arrow(data)
     loader = torch.utils.data.DataLoader(ParquetRows(data), batch_size=None, num_workers=1)
     loaded = iter(loader)
@@ -161,8 +199,10 @@ def bench_rows(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: int
 
     ours = Timed("superbatch, uniform")
     arrow, torch_loader, plain_stream = (
-        Timed("pyarrow in the trainer's own thread"), Timed("torch DataLoader over the same files, 1 worker"),
-        Timed("a plain gRPC stream from memory (grpcio)"))
+        Timed("pyarrow in the trainer's own thread"),
+        Timed("torch DataLoader over the same files, 1 worker"),
+        Timed("a plain gRPC stream from memory (grpcio)"),
+    )
     next(batches), next(loaded)
     server = cluster.coordinator.process.pid
     (worker,) = (process.pid for process in loaded._workers)
@@ -171,7 +211,11 @@ def bench_rows(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: int
         arrow.take(repeated(lambda: next(tables)))
         torch_loader.take(repeated(lambda: next(loaded)), worker)
         plain_stream.take(streamed, plain)
-    show(f"Rows: {BATCH} of {IMAGE_BYTES // 1000} kB a step, one rank", ours, [arrow, torch_loader, plain_stream])
+    show(
+        f"Rows: {BATCH} of {IMAGE_BYTES // 1000} kB a step, one rank",
+        ours,
+        [arrow, torch_loader, plain_stream],
+    )
 
 
 def bench_weights(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: int) -> None:
@@ -179,9 +223,15 @@ def bench_weights(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: 
     weights = safetensors.torch.load_file(model / "model.safetensors")
     size = sum(tensor.nbytes for tensor in weights.values())
     phases = [superbatch.Phase(policy="joint", super_batch_size=BATCH, sub_batch_size=BATCH // 4)]
-    run = superbatch.connect(cluster.address).open_run(superbatch.RunSpec(
-        run_id="weights", sources=[(folder / "rows").as_uri()], reference=model.as_uri(), phases=phases,
-        learner=superbatch.Learner(model_uri=model.as_uri(), first_push=True)))
+    run = superbatch.connect(cluster.address).open_run(
+        superbatch.RunSpec(
+            run_id="weights",
+            sources=[(folder / "rows").as_uri()],
+            reference=model.as_uri(),
+            phases=phases,
+            learner=superbatch.Learner(model_uri=model.as_uri(), first_push=True),
+        )
+    )
     pushes = iter(range(-1, 1 << 30))
 
     def pushed() -> int:
@@ -207,8 +257,10 @@ def bench_weights(folder: Path, cluster: Cluster, channel: grpc.Channel, plain: 
 
     ours = Timed("superbatch, durable and verified")
     file, pickle, plain_stream = (
-        Timed("safetensors.torch.save_file and fsync"), Timed("torch.save and fsync"),
-        Timed("a plain gRPC stream to memory (grpcio)"))
+        Timed("safetensors.torch.save_file and fsync"),
+        Timed("torch.save and fsync"),
+        Timed("a plain gRPC stream to memory (grpcio)"),
+    )
     server = cluster.coordinator.process.pid
     for _ in range(ROUNDS):
         ours.take(pushed, server)

@@ -27,9 +27,15 @@ class Service(NamedTuple):
         return superbatch.RunSpec(run_id=run_id, **settings)
 
     def waiting_spec(self, run_id: str) -> superbatch.RunSpec:
-        """A run whose first step waits until the trainer has pushed its initial weights, as step -1."""
+        """A run whose first step waits until the trainer has pushed its initial weights, as step
+        -1.
+        """
         learner = superbatch.Learner(model_uri=(self.inputs / "learner").as_uri(), first_push=True)
-        phases = [superbatch.Phase(policy="independent", criterion="hard", super_batch_size=32, sub_batch_size=8)]
+        phases = [
+            superbatch.Phase(
+                policy="independent", criterion="hard", super_batch_size=32, sub_batch_size=8
+            )
+        ]
         return self.spec(run_id, learner=learner, phases=phases, micro_batch_rows=16)
 
     def open(self, spec: superbatch.RunSpec) -> superbatch.Run:

@@ -1,4 +1,6 @@
-"""Real `superbatch` processes for tests: a coordinator and workers, each with its own config, on ports that the system chooses."""
+"""Real `superbatch` processes for tests: a coordinator and workers, each with its own config, on
+ports that the system chooses.
+"""
 
 import json
 import os
@@ -9,24 +11,35 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic, sleep
 
-BINARY = Path(os.environ.get("SUPERBATCH_BINARY") or Path(__file__).parents[2] / "target" / "debug" / "superbatch")
+BINARY = Path(
+    os.environ.get("SUPERBATCH_BINARY")
+    or Path(__file__).parents[2] / "target" / "debug" / "superbatch"
+)
 DEADLINE_SECONDS = 60
 
 
 class Process:
     """One server. Its log is shown when it does not come up, and lies in `folder` otherwise."""
 
-    def __init__(self, folder: Path, name: str, command: str, config: dict, environment: dict | None = None):
+    def __init__(
+        self, folder: Path, name: str, command: str, config: dict, environment: dict | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         path, self.log = folder / f"{name}.yaml", folder / f"{name}.log"
         path.write_text(json.dumps(config))
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [BINARY, command, "--config", path], stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, **(environment or {})})
+                [BINARY, command, "--config", path],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
         self.address = self.said()
         self.metrics_address = self.said()
-        self.page_address = self.said() if command == "serve" and config.get("page_listen") else None
+        self.page_address = (
+            self.said() if command == "serve" and config.get("page_listen") else None
+        )
 
     def said(self) -> str:
         line = self.process.stdout.readline()
@@ -39,7 +52,11 @@ class Process:
         text = urllib.request.urlopen(self.metrics_address, timeout=10).read().decode()
         lines = [line for line in text.splitlines() if re.match(rf"{name}(\{{.*\}})? ", line)]
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if all(label in line for label in wanted)
+        )
 
     def wait_for(self, what: str, reached, **labels: str) -> None:
         """Waits until `reached` holds of metric `what`."""
@@ -68,7 +85,13 @@ class Process:
 class Cluster(ExitStack):
     """A coordinator on `state`, with its embedded worker or with `workers` of their own."""
 
-    def __init__(self, folder: Path, workers: int = 0, state: str | None = None, environment: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        workers: int = 0,
+        state: str | None = None,
+        environment: dict | None = None,
+    ):
         super().__init__()
         self.folder, self.embedded, self.environment = folder, workers == 0, environment
         self.state = state or (folder / "state").as_uri()
@@ -78,17 +101,38 @@ class Cluster(ExitStack):
             self.coordinator.wait_for("superbatch_workers", lambda count: count == workers)
 
     def start_coordinator(self, name: str = "coordinator") -> Process:
-        self.coordinator = Process(self.folder, name, "serve", {
-            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "page_listen": "127.0.0.1:0", "state": self.state,
-            "coordinator": {"workers_embedded": self.embedded}}, self.environment)
+        self.coordinator = Process(
+            self.folder,
+            name,
+            "serve",
+            {
+                "listen": "127.0.0.1:0",
+                "metrics_listen": "127.0.0.1:0",
+                "page_listen": "127.0.0.1:0",
+                "state": self.state,
+                "coordinator": {"workers_embedded": self.embedded},
+            },
+            self.environment,
+        )
         self.callback(self.coordinator.stop)
         return self.coordinator
 
     def start_worker(self, name: str) -> Process:
-        worker = Process(self.folder, name, "worker", {
-            "state": self.state, "worker": {"threads": 1},
-            "worker_role": {"coordinator": self.coordinator.address, "listen": "127.0.0.1:0",
-                            "metrics_listen": "127.0.0.1:0"}}, self.environment)
+        worker = Process(
+            self.folder,
+            name,
+            "worker",
+            {
+                "state": self.state,
+                "worker": {"threads": 1},
+                "worker_role": {
+                    "coordinator": self.coordinator.address,
+                    "listen": "127.0.0.1:0",
+                    "metrics_listen": "127.0.0.1:0",
+                },
+            },
+            self.environment,
+        )
         self.callback(worker.stop)
         return worker
 

@@ -10,7 +10,9 @@ PIECE_BYTES = 1 << 14
 
 
 class Way:
-    """Passes on what both ends send. Once `limit` bytes of one connection have gone up, it holds the rest until `open`."""
+    """Passes on what both ends send. Once `limit` bytes of one connection have gone up, it holds
+    the rest until `open`.
+    """
 
     def __init__(self, server: str, limit: int) -> None:
         target = urlsplit(server)

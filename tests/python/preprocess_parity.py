@@ -1,6 +1,8 @@
-"""Writes images, and what Pillow and transformers make of them, for server/tests/preprocess_parity.rs.
+"""Writes images, and what Pillow and transformers make of them, for
+server/tests/preprocess_parity.rs.
 
-Usage: preprocess_parity.py FOLDER. The folder gets `cases.json`, the image files, and the expected arrays as raw bytes.
+Usage: preprocess_parity.py FOLDER. The folder gets `cases.json`, the image files, and the expected
+arrays as raw bytes.
 """
 
 import io
@@ -10,15 +12,27 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 PROCESSORS = {
     "siglip": SiglipImageProcessor(size={"height": 24, "width": 24}),
     "siglip_bilinear": SiglipImageProcessor(size={"height": 40, "width": 28}, resample=2),
     "clip": CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24),
-    "clip_odd": CLIPImageProcessor(size={"shortest_edge": 37}, crop_size={"height": 24, "width": 31}),
-    "clip_padded": CLIPImageProcessor(size={"shortest_edge": 15}, crop_size={"height": 24, "width": 20}, resample=2),
+    "clip_odd": CLIPImageProcessor(
+        size={"shortest_edge": 37}, crop_size={"height": 24, "width": 31}
+    ),
+    "clip_padded": CLIPImageProcessor(
+        size={"shortest_edge": 15}, crop_size={"height": 24, "width": 20}, resample=2
+    ),
 }
 SIZES = [(1, 1), (7, 300), (300, 7), (16, 16), (33, 25), (64, 48), (131, 97), (3, 3), (1, 40)]
 CAPTIONS = [
@@ -37,7 +51,9 @@ CAPTIONS = [
 def smooth(rng, width, height):
     """A photograph's stand-in: gradients, a disc and mild noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    planes = [np.sin(x / (5 + 3 * c) + c) * 60 + np.cos(y / (7 + 2 * c)) * 60 + 128 for c in range(3)]
+    planes = [
+        np.sin(x / (5 + 3 * c) + c) * 60 + np.cos(y / (7 + 2 * c)) * 60 + 128 for c in range(3)
+    ]
     disc = ((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 3) ** 2)[..., None]
     image = np.stack(planes, -1) * np.where(disc, 0.6, 1.0) + rng.normal(0, 4, (height, width, 3))
     return image.clip(0, 255).astype(np.uint8)
@@ -73,9 +89,16 @@ def png16(array):
     height, width, channels = array.shape
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    chunk = lambda tag, data: struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+    chunk = lambda tag, data: (
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+    )
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def lossless(rng, width, height):
@@ -91,7 +114,10 @@ def lossless(rng, width, height):
     yield "png-la", encoded(Image.merge("LA", [grey, rgba.getchannel("A")]), "PNG")
     yield "png-grey", encoded(grey, "PNG")
     yield "png-grey-transparent", encoded(grey, "PNG", transparency=int(np.array(grey)[0, 0]))
-    yield "png-rgb-transparent", encoded(image, "PNG", transparency=tuple(int(v) for v in np.array(image)[0, 0]))
+    yield (
+        "png-rgb-transparent",
+        encoded(image, "PNG", transparency=tuple(int(v) for v in np.array(image)[0, 0])),
+    )
     yield "png-bilevel", encoded(grey.convert("1"), "PNG")
     yield "png-palette", encoded(image.quantize(13), "PNG")
     palette = image.quantize(7)
@@ -109,23 +135,38 @@ def lossy_webp(rng, width, height):
     yield "webp-q80", encoded(image, "WEBP", quality=80)
     yield "webp-q30-noise", encoded(Image.fromarray(noise(rng, width, height)), "WEBP", quality=30)
     other = Image.fromarray(edges(rng, width, height))
-    yield "webp-animation-q80", encoded(image, "WEBP", quality=80, save_all=True, append_images=[other])
+    yield (
+        "webp-animation-q80",
+        encoded(image, "WEBP", quality=80, save_all=True, append_images=[other]),
+    )
     image.putalpha(Image.fromarray(alpha_of(rng, width, height)))
     yield "webp-rgba-q80", encoded(image, "WEBP", quality=80)
-    yield "webp-rgba-animation", encoded(image, "WEBP", lossless=True, save_all=True, append_images=[other])
+    yield (
+        "webp-rgba-animation",
+        encoded(image, "WEBP", lossless=True, save_all=True, append_images=[other]),
+    )
 
 
 def jpegs(rng, width, height):
     image = Image.fromarray(smooth(rng, width, height))
     for quality in (30, 75, 95):
         for subsampling in (0, 1, 2):
-            yield f"jpeg-q{quality}-s{subsampling}", encoded(image, "JPEG", quality=quality, subsampling=subsampling)
+            yield (
+                f"jpeg-q{quality}-s{subsampling}",
+                encoded(image, "JPEG", quality=quality, subsampling=subsampling),
+            )
     yield "jpeg-progressive", encoded(image, "JPEG", progressive=True, quality=85)
     yield "jpeg-grey", encoded(image.convert("L"), "JPEG")
     yield "jpeg-cmyk", encoded(image.convert("CMYK"), "JPEG", quality=90)
-    yield "jpeg-noise", encoded(Image.fromarray(noise(rng, width, height)), "JPEG", quality=90, subsampling=0)
+    yield (
+        "jpeg-noise",
+        encoded(Image.fromarray(noise(rng, width, height)), "JPEG", quality=90, subsampling=0),
+    )
     for tag in range(1, 9):
-        yield f"jpeg-exif{tag}", encoded(image, "JPEG", quality=90, subsampling=0, exif=orientation(tag))
+        yield (
+            f"jpeg-exif{tag}",
+            encoded(image, "JPEG", quality=90, subsampling=0, exif=orientation(tag)),
+        )
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="3"/></x:xmpmeta>'
     yield "jpeg-xmp", encoded(image, "JPEG", quality=90, subsampling=0, xmp=xmp)
 
@@ -149,9 +190,13 @@ def on_white(data):
 
 def processed(processor, rgb, **options):
     # The channel order is stated: for an image of 1 or 3 rows transformers would guess wrong.
-    return processor(rgb, input_data_format="channels_last", data_format="channels_last", return_tensors="np", **options)[
-        "pixel_values"
-    ][0]
+    return processor(
+        rgb,
+        input_data_format="channels_last",
+        data_format="channels_last",
+        return_tensors="np",
+        **options,
+    )["pixel_values"][0]
 
 
 def write_images(folder, rng):
@@ -167,7 +212,9 @@ def write_images(folder, rng):
                     pixels = processed(processor, rgb, do_rescale=False, do_normalize=False)
                     assert pixels.dtype == np.uint8, pixels.dtype
                     (folder / f"{name}.{key}").write_bytes(pixels.tobytes())
-                cases.append({"name": name, "group": group, "width": rgb.width, "height": rgb.height})
+                cases.append(
+                    {"name": name, "group": group, "width": rgb.width, "height": rgb.height}
+                )
     return cases
 
 
@@ -176,7 +223,9 @@ def write_processors(folder, rng):
     (folder / "normalised.png").write_bytes(encoded(rgb, "PNG"))
     for key, processor in PROCESSORS.items():
         processor.save_pretrained(folder / key)
-        (folder / f"normalised.{key}").write_bytes(processed(processor, rgb).astype("<f4").tobytes())
+        (folder / f"normalised.{key}").write_bytes(
+            processed(processor, rgb).astype("<f4").tobytes()
+        )
     return list(PROCESSORS)
 
 
@@ -187,11 +236,15 @@ def write_tokenizer(folder):
     bpe.decoder = decoders.ByteLevel()
     special = ["<unk>", "<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(CAPTIONS + ["the quick brown fox jumps over the lazy dog"] * 9, trainer)
     ends = [(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     length = 16
     ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=length)["input_ids"]

@@ -1,4 +1,6 @@
-"""What was spent is the same wherever it is told: in receipts, by GetRun, by the commands, and in the metrics."""
+"""What was spent is the same wherever it is told: in receipts, by GetRun, by the commands, and in
+the metrics.
+"""
 
 import json
 import subprocess
@@ -19,9 +21,16 @@ ROWS, BAD_EVERY = 576, 9
 @pytest.fixture(scope="module")
 def data(inputs, tmp_path_factory) -> str:
     """Six super-batches of 96 rows. Of every nine pictures one is none."""
-    table = pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in sorted((inputs / "pool").iterdir())])[:ROWS]
-    images = [image if row % BAD_EVERY else b"no picture" for row, image in enumerate(table["png"].to_pylist())]
-    table = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+    table = pyarrow.concat_tables(
+        [pyarrow.parquet.read_table(path) for path in sorted((inputs / "pool").iterdir())]
+    )[:ROWS]
+    images = [
+        image if row % BAD_EVERY else b"no picture"
+        for row, image in enumerate(table["png"].to_pylist())
+    ]
+    table = table.set_column(
+        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
+    )
     folder = tmp_path_factory.mktemp("data")
     pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=64)
     return folder.as_uri()
@@ -29,10 +38,14 @@ def data(inputs, tmp_path_factory) -> str:
 
 def finite(inputs: Path, data: str, run_id: str, phases: list, **changes) -> superbatch.RunSpec:
     """A run with an end: when its last step is served, nothing is under way."""
-    return spec(inputs, run_id, sources=[data], phases=phases, epochs=1, max_bad_row_share=0.5, **changes)
+    return spec(
+        inputs, run_id, sources=[data], phases=phases, epochs=1, max_bad_row_share=0.5, **changes
+    )
 
 
-def train(client, asked: superbatch.RunSpec, inputs: Path, pushes: bool = True) -> tuple[superbatch.Run, list]:
+def train(
+    client, asked: superbatch.RunSpec, inputs: Path, pushes: bool = True
+) -> tuple[superbatch.Run, list]:
     """All steps of a run, and their receipts."""
     run = client.open_run(asked)
     steps = run.dataset.steps_total
@@ -55,7 +68,10 @@ def told(cluster: Cluster, run: superbatch.Run) -> dict[str, float]:
     assert info.candidates_scanned == known["candidates_scanned"]
     listed = printed(cluster, "runs", "--json")
     (listed,) = [line for line in listed if line["run"] == run.run_id]
-    assert (listed["scanned"], listed["selected"]) == (known["candidates_scanned"], known["examples_selected"])
+    assert (listed["scanned"], listed["selected"]) == (
+        known["candidates_scanned"],
+        known["examples_selected"],
+    )
     newest = printed(cluster, "receipts", run.run_id, "--json")[-1]["summary"]["run_totals"]
     assert {name: newest[name] for name in COUNTS + FLOPS} == pytest.approx(known)
     return known
@@ -63,12 +79,19 @@ def told(cluster: Cluster, run: superbatch.Run) -> dict[str, float]:
 
 def printed(cluster: Cluster, *arguments: str) -> list[dict]:
     ended = subprocess.run(
-        [BINARY, *arguments, "--state", cluster.state], capture_output=True, text=True, timeout=60, check=True)
+        [BINARY, *arguments, "--state", cluster.state],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def measured(cluster: Cluster) -> dict[str, float]:
-    """The metrics of a service with an embedded worker. What models computed, used or not, is counted there together."""
+    """The metrics of a service with an embedded worker. What models computed, used or not, is
+    counted there together.
+    """
     metric = cluster.coordinator.metric
     stages = ("reference", "learner", "selection", "discarded")
     flops = {stage: metric("superbatch_flops_total", stage=stage) for stage in stages}
@@ -89,7 +112,9 @@ def all_agree(cluster: Cluster, run: superbatch.Run, receipts: list) -> dict[str
     counted = measured(cluster)
     models = sum(account[name] for name in ("reference_flops", "learner_flops", "discarded_flops"))
     # Counters go up by whole numbers.
-    assert counted == {name: pytest.approx({**account, "model_flops": models}[name], abs=100) for name in counted}
+    assert counted == {
+        name: pytest.approx({**account, "model_flops": models}[name], abs=100) for name in counted
+    }
     assert {name: counted[name] for name in COUNTS} == {name: account[name] for name in COUNTS}
     assert account["bad_rows"] == sum(len(receipt.bad_rows) for receipt in receipts)
     assert account["examples_selected"] == sum(len(receipt.chosen) for receipt in receipts)
@@ -107,14 +132,23 @@ def test_uniform_is_charged_what_it_reads(inputs, data, tmp_path):
         for receipt in receipts:
             assert receipt.summary.cost.candidates_scanned == 24 + len(receipt.bad_rows)
         assert 0 < account["bad_rows"] < ROWS / BAD_EVERY, "only bad rows that were drawn are read"
-        assert {name: account[name] for name in FLOPS} == {**dict.fromkeys(FLOPS, 0), "train_flops": 6 * 24 * 1e6}
+        assert {name: account[name] for name in FLOPS} == {
+            **dict.fromkeys(FLOPS, 0),
+            "train_flops": 6 * 24 * 1e6,
+        }
         assert cluster.coordinator.metric("superbatch_steps_committed_total", mode="normal") == 6
 
 
 def test_scoring_is_charged_in_full(inputs, data, tmp_path):
-    phases = [phase(policy="uniform", n_chunks=1), phase(policy="independent", n_chunks=1, from_step=2), phase(from_step=4)]
+    phases = [
+        phase(policy="uniform", n_chunks=1),
+        phase(policy="independent", n_chunks=1, from_step=2),
+        phase(from_step=4),
+    ]
     with Cluster(tmp_path) as cluster:
-        run, receipts = train(superbatch.connect(cluster.address), finite(inputs, data, "scored", phases), inputs)
+        run, receipts = train(
+            superbatch.connect(cluster.address), finite(inputs, data, "scored", phases), inputs
+        )
         account = all_agree(cluster, run, receipts)
         uniform, scored = receipts[:2], receipts[2:]
         assert spent(uniform)["reference_flops"] == spent(uniform)["learner_flops"] == 0
@@ -123,31 +157,50 @@ def test_scoring_is_charged_in_full(inputs, data, tmp_path):
         # A training step is priced at three forward passes; a candidate's scoring is one.
         learner = scored[0].summary.cost.learner_flops / 96
         assert account["train_flops"] == pytest.approx(6 * 24 * 3 * learner)
-        # Each block's reference embeddings are computed once, whole, and found again by every later step.
+        # Each block's reference embeddings are computed once, whole, and found again by every later
+        # step.
         reference = account["reference_flops"] / learner
         assert reference == pytest.approx(ROWS), "both models are of one shape"
         assert account["discarded_flops"] == 0
         accounts = run.get_run().accounts
         seconds = [receipt.summary.cost.seconds for receipt in receipts]
-        for stage in ("plan", "fetch", "decode", "embed_reference", "embed_learner", "select", "total", "wait_weights"):
-            assert accounts.seconds[stage] == pytest.approx(sum(step[stage] for step in seconds)), stage
+        for stage in (
+            "plan",
+            "fetch",
+            "decode",
+            "embed_reference",
+            "embed_learner",
+            "select",
+            "total",
+            "wait_weights",
+        ):
+            assert accounts.seconds[stage] == pytest.approx(sum(step[stage] for step in seconds)), (
+                stage
+            )
 
 
 def test_three_workers_are_charged_what_one_is(inputs, data, tmp_path):
     accounts = []
     for workers in (1, 3):
         with Cluster(tmp_path / str(workers), workers=workers) as cluster:
-            # 36 candidates a slice, 64 rows a block: slices of one step share blocks, and so do steps that are under way together.
+            # 36 candidates a slice, 64 rows a block: slices of one step share blocks, and so do
+            # steps that are under way together.
             asked = finite(inputs, data, "shared", [phase()], micro_batch_rows=4)
             run, receipts = train(superbatch.connect(cluster.address), asked, inputs)
             accounts.append(told(cluster, run))
             assert accounts[-1] == pytest.approx(spent(receipts))
-            assert cluster.coordinator.metric("superbatch_optimal_workers") >= 1, "the trainer's pace is known"
-            assert accounts[-1]["bad_rows"] == cluster.coordinator.metric("superbatch_skipped_total")
+            assert cluster.coordinator.metric("superbatch_optimal_workers") >= 1, (
+                "the trainer's pace is known"
+            )
+            assert accounts[-1]["bad_rows"] == cluster.coordinator.metric(
+                "superbatch_skipped_total"
+            )
     assert accounts[0] == accounts[1]
 
 
-def test_a_step_that_fell_back_to_uniform_pays_for_the_scores_that_it_could_not_use(inputs, data, tmp_path):
+def test_a_step_that_fell_back_to_uniform_pays_for_the_scores_that_it_could_not_use(
+    inputs, data, tmp_path
+):
     learner = superbatch.Learner(model_uri=(inputs / "learner").as_uri(), first_push=True)
     with Cluster(tmp_path) as cluster:
         asked = finite(inputs, data, "fallen", [phase()], learner=learner, fallback="uniform")

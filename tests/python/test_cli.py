@@ -23,7 +23,9 @@ USAGE = 2
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-    return subprocess.run([BINARY, *map(str, arguments)], text=True, timeout=DEADLINE_SECONDS, **settings)
+    return subprocess.run(
+        [BINARY, *map(str, arguments)], text=True, timeout=DEADLINE_SECONDS, **settings
+    )
 
 
 def prints(*arguments) -> str:
@@ -50,7 +52,8 @@ def state(service, undisturbed) -> str:
     return service.state
 
 
-# ------------------------------------------------------------------------------------------------------------ help
+# ------------------------------------------------------------------------------------------------------------
+# help
 
 
 def test_help_teaches(tmp_path):
@@ -62,9 +65,13 @@ def test_help_teaches(tmp_path):
         text = prints(command, "--help")
         options = re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", text, re.M)
         # A selection from a file has neither a service nor a state.
-        assert {"--help"} | ({"--config", "--state"} if command != "select" else set()) <= set(options), command
+        assert {"--help"} | ({"--config", "--state"} if command != "select" else set()) <= set(
+            options
+        ), command
         # Every option says what it is for, beside it or below.
-        assert all(re.search(rf"{option}(?: <[^>]*>)?\s+[A-Z]", text) for option in options), command
+        assert all(re.search(rf"{option}(?: <[^>]*>)?\s+[A-Z]", text) for option in options), (
+            command
+        )
 
 
 def test_a_command_line_that_is_none_is_told_from_a_failure():
@@ -75,7 +82,8 @@ def test_a_command_line_that_is_none_is_told_from_a_failure():
     assert "Usage: " in fails(code=USAGE)
 
 
-# ---------------------------------------------------------------------------------------------------------- config
+# ----------------------------------------------------------------------------------------------------------
+# config
 
 
 def written(folder: Path, text: str) -> Path:
@@ -87,22 +95,37 @@ def written(folder: Path, text: str) -> Path:
 def test_a_good_config_is_printed_with_all_defaults_and_is_one_itself(tmp_path):
     path = written(tmp_path, "coordinator: {lease_seconds: 7}\nstate: s3://bucket/prefix\n")
     shown = prints("check-config", "--config", path)
-    assert shown.startswith("# ok\n") and "lease_seconds: 7.0\n" in shown and "grace_seconds: 30.0\n" in shown
+    assert (
+        shown.startswith("# ok\n")
+        and "lease_seconds: 7.0\n" in shown
+        and "grace_seconds: 30.0\n" in shown
+    )
     assert prints("check-config", "--config", written(tmp_path, shown)) == shown
-    assert "\nstate: memory:///x\n" in prints("check-config", "--config", path, "--state", "memory:///x")
+    assert "\nstate: memory:///x\n" in prints(
+        "check-config", "--config", path, "--state", "memory:///x"
+    )
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("coordinator: {leese_seconds: 3}", ["coordinator.leese_seconds", "did you mean coordinator.lease_seconds"]),
-    ("coordinator: {max_runs: many}", ["coordinator.max_runs", '"many"']),
-    ("coordinator: {lease_seconds: 0}", ["coordinator.lease_seconds", "above 0"]),
-    ("worker: {device: quantum}", ["worker.device", "cuda"]),
-    ("state: [1]", ["state"]),
-    ("state: http://foo/bar", ["state", "'http://foo/bar'", "use file, s3, gs, az or memory"]),
-    ("listen: localhost:50171", ["listen", '"localhost:50171"', "an IP address and port such as 127.0.0.1:50051"]),
-    ("- 1", ["mapping"]),
-    ("a: [1\n", ["not YAML", "line"]),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "coordinator: {leese_seconds: 3}",
+            ["coordinator.leese_seconds", "did you mean coordinator.lease_seconds"],
+        ),
+        ("coordinator: {max_runs: many}", ["coordinator.max_runs", '"many"']),
+        ("coordinator: {lease_seconds: 0}", ["coordinator.lease_seconds", "above 0"]),
+        ("worker: {device: quantum}", ["worker.device", "cuda"]),
+        ("state: [1]", ["state"]),
+        ("state: http://foo/bar", ["state", "'http://foo/bar'", "use file, s3, gs, az or memory"]),
+        (
+            "listen: localhost:50171",
+            ["listen", '"localhost:50171"', "an IP address and port such as 127.0.0.1:50051"],
+        ),
+        ("- 1", ["mapping"]),
+        ("a: [1\n", ["not YAML", "line"]),
+    ],
+)
 def test_a_bad_config_is_refused_by_file_and_field(tmp_path, text, says):
     path = written(tmp_path, text)
     said = fails("check-config", "--config", path)
@@ -116,19 +139,24 @@ def test_a_config_that_is_not_there_and_a_misspelt_variable(tmp_path):
     assert str(tmp_path / "none.yaml") in fails("check-config", "--config", tmp_path / "none.yaml")
     ended = run("check-config", env={**os.environ, "SUPERBATCH_COORDINATOR__MAX_RUN": "1"})
     assert ended.returncode == 1
-    assert "SUPERBATCH_COORDINATOR__MAX_RUN" in ended.stderr and "coordinator.max_runs" in ended.stderr
+    assert (
+        "SUPERBATCH_COORDINATOR__MAX_RUN" in ended.stderr and "coordinator.max_runs" in ended.stderr
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- start
+# -----------------------------------------------------------------------------------------------------------
+# start
 
 
 def test_ports_in_use_and_hosts_beyond_this_machine_end_a_start(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = "127.0.0.1:{}".format(taken.getsockname()[1])
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         for config, field in [
-                ({"listen": address}, "listen"), ({"listen": "127.0.0.1:0", "metrics_listen": address}, "metrics_listen")]:
+            ({"listen": address}, "listen"),
+            ({"listen": "127.0.0.1:0", "metrics_listen": address}, "metrics_listen"),
+        ]:
             path = written(tmp_path, json.dumps({"state": tmp_path.as_uri(), **config}))
             said = fails("serve", "--config", path)
             assert f"cannot listen on {address}" in said and f"`{field}`" in said
@@ -136,7 +164,9 @@ def test_ports_in_use_and_hosts_beyond_this_machine_end_a_start(tmp_path):
         said = fails("worker", "--config", written(tmp_path, json.dumps(config)))
         assert f"cannot listen on {address}" in said and "`worker_role.listen`" in said
     for command in ("serve", "worker"):
-        assert "allow_insecure" in fails(command, "--listen", "0.0.0.0:0", "--state", tmp_path.as_uri())
+        assert "allow_insecure" in fails(
+            command, "--listen", "0.0.0.0:0", "--state", tmp_path.as_uri()
+        )
     path = written(tmp_path, '{"listen": "0.0.0.0:0", "allow_insecure": true}')
     assert "storage.allow_uris" in fails("serve", "--config", path, "--state", tmp_path.as_uri())
 
@@ -150,10 +180,13 @@ def test_states_that_cannot_be(tmp_path):
     assert "what://x" in fails("runs", "--state", "what://x")
     assert "as in file:///state" in fails("runs", "--state", "file://state")
     for command in ("serve", "worker"):
-        assert "give an IP address and port" in fails(command, "--listen", "localhost:0", code=USAGE)
+        assert "give an IP address and port" in fails(
+            command, "--listen", "localhost:0", code=USAGE
+        )
 
 
-# ------------------------------------------------------------------------------------------------- index, runs, receipts
+# -------------------------------------------------------------------------------------------------
+# index, runs, receipts
 
 
 def test_index_says_what_it_found_and_a_run_finds_it(inputs, service):
@@ -163,7 +196,13 @@ def test_index_says_what_it_found_and_a_run_finds_it(inputs, service):
     assert f"dataset manifest {found['digest']}" in text and "2 shards, 12 blocks, 768 rows" in text
     assert "image in 'png', caption in 'caption'" in text
     assert (found["rows"], found["sources"][0]["uri"]) == (768, source)
-    assert {column["name"] for column in found["sources"][0]["columns"]} == {"key", "png", "caption", "kind", "split"}
+    assert {column["name"] for column in found["sources"][0]["columns"]} == {
+        "key",
+        "png",
+        "caption",
+        "kind",
+        "split",
+    }
     run = superbatch.connect(service.address).open_run(spec(inputs, "indexed"))
     assert run.dataset.dataset_manifest == found["digest"]
 
@@ -179,38 +218,72 @@ def test_index_refuses_what_is_no_data(inputs, tmp_path):
 def test_runs_are_listed_for_people_and_programs(state, tmp_path):
     assert prints("runs", "--state", tmp_path.as_uri()) == f"no runs in {tmp_path.as_uri()}\n"
     assert prints("runs", "--state", tmp_path.as_uri(), "--json") == ""
-    known = {run["run"]: run for run in map(json.loads, prints("runs", "--state", state, "--json").splitlines())}
+    known = {
+        run["run"]: run
+        for run in map(json.loads, prints("runs", "--state", state, "--json").splitlines())
+    }
     run = known["undisturbed"]
     wanted = {"state": "open", "generation": 0, "policy": "joint", "sub_batch": 24, "failure": None}
     assert {name: run[name] for name in wanted} == wanted
     steps = run["last_step"] + 1
     assert steps >= STEPS and (run["scanned"], run["selected"]) == (steps * 96, steps * 24)
     head, *lines = prints("runs", "--state", state).splitlines()
-    assert head.split() == ["run", "state", "generation", "last_step", "scanned", "selected", "sub_batch", "policy"]
+    assert head.split() == [
+        "run",
+        "state",
+        "generation",
+        "last_step",
+        "scanned",
+        "selected",
+        "sub_batch",
+        "policy",
+    ]
     (line,) = [line.split() for line in lines if line.startswith("undisturbed ")]
-    assert line[1:] == ["open", "0", str(steps - 1), str(steps * 96), str(steps * 24), "24", "joint"]
+    assert line[1:] == [
+        "open",
+        "0",
+        str(steps - 1),
+        str(steps * 96),
+        str(steps * 24),
+        "24",
+        "joint",
+    ]
 
 
 def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
     chosen = undisturbed[1]
-    shown = [json.loads(line) for line in prints("receipts", "undisturbed", "--state", state, "--json").splitlines()]
+    shown = [
+        json.loads(line)
+        for line in prints("receipts", "undisturbed", "--state", state, "--json").splitlines()
+    ]
     assert [receipt["summary"]["step"] for receipt in shown[:STEPS]] == list(range(STEPS))
-    assert [[(row["id"], row["score"], row["position"]) for row in receipt["chosen"]] for receipt in shown[:STEPS]] == chosen
-    (one,) = map(json.loads, prints("receipts", "undisturbed", "--step", 2, "--state", state, "--json").splitlines())
+    assert [
+        [(row["id"], row["score"], row["position"]) for row in receipt["chosen"]]
+        for receipt in shown[:STEPS]
+    ] == chosen
+    (one,) = map(
+        json.loads,
+        prints("receipts", "undisturbed", "--step", 2, "--state", state, "--json").splitlines(),
+    )
     assert one == shown[2]
 
     head, *lines = prints("receipts", "undisturbed", "--state", state, "--last", 2).splitlines()
     assert head.split()[:4] == ["step", "gen", "policy", "mode"] and len(lines) == 2
     assert [int(line.split()[0]) for line in lines] == [len(shown) - 2, len(shown) - 1]
     in_full = prints("receipts", "undisturbed", "--step", 2, "--state", state)
-    assert "undisturbed step 2 generation 0" in in_full and "joint learnability sigmoid, 3 chunks, seed 5" in in_full
+    assert (
+        "undisturbed step 2 generation 0" in in_full
+        and "joint learnability sigmoid, 3 chunks, seed 5" in in_full
+    )
     assert "96 of super_batch_size 96, 0 holes" in in_full
     (scores,) = [line for line in in_full.splitlines() if line.startswith("scores")]
     number = r"-?\d+\.\d{5}"
     assert re.fullmatch(
         rf"scores +sub-batch {number} \(mean conditional score, of a uniform draw {number} expected\), "
         rf"chosen {number} and candidates {number} "
-        r"\(mean unconditional scores\)", scores)
+        r"\(mean unconditional scores\)",
+        scores,
+    )
     drawn = [line.split() for line in in_full.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     assert [row[-1] for row in drawn] == [row[0] for row in chosen[2]]
 
@@ -219,21 +292,42 @@ def test_receipts_that_are_not_there(state, tmp_path):
     said = fails("receipts", "nobody", "--state", state)
     assert f"no run 'nobody' in the state {state}; `superbatch runs`" in said and "--state" in said
     said = fails("receipts", "nobody", "--state", tmp_path.as_uri())
-    assert f"no run 'nobody' in the state {tmp_path.as_uri()}, where nothing is; name" in said and "--state" in said
+    assert (
+        f"no run 'nobody' in the state {tmp_path.as_uri()}, where nothing is; name" in said
+        and "--state" in said
+    )
     (tmp_path / "datasets").mkdir()
-    assert "which holds no runs" in fails("receipts", "nobody", "--step", 1, "--state", tmp_path.as_uri())
+    assert "which holds no runs" in fails(
+        "receipts", "nobody", "--step", 1, "--state", tmp_path.as_uri()
+    )
     assert "at least 1" in fails("receipts", "nobody", "--last", 0, "--state", state, code=USAGE)
-    assert "step 999 of run 'undisturbed'" in fails("receipts", "undisturbed", "--step", 999, "--state", state)
-    assert "--step" in fails("receipts", "undisturbed", "--generation", 0, "--state", state, code=USAGE)
+    assert "step 999 of run 'undisturbed'" in fails(
+        "receipts", "undisturbed", "--step", 999, "--state", state
+    )
+    assert "--step" in fails(
+        "receipts", "undisturbed", "--generation", 0, "--state", state, code=USAGE
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- select
+# ----------------------------------------------------------------------------------------------------------
+# select
 
 
-@pytest.mark.parametrize("path", [
-    CASE, *(GOLDEN / f"{name}.safetensors" for name in (
-        "joint-sigmoid-hard-B256-b51-N16", "joint-softmax-learnability-B64-b16-N4", "independent-softmax-easy-B64-b16-N4"))],
-    ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        CASE,
+        *(
+            GOLDEN / f"{name}.safetensors"
+            for name in (
+                "joint-sigmoid-hard-B256-b51-N16",
+                "joint-softmax-learnability-B64-b16-N4",
+                "independent-softmax-easy-B64-b16-N4",
+            )
+        ),
+    ],
+    ids=lambda path: path.stem,
+)
 def test_select_draws_what_the_oracle_says_on_every_backend(path):
     with safe_open(path, "np") as file:
         expected, metadata = file.get_tensor("expected").tolist(), file.metadata()
@@ -247,7 +341,11 @@ def test_select_draws_what_the_oracle_says_on_every_backend(path):
 
 
 def test_select_takes_flags_before_the_file_and_says_what_is_wrong(tmp_path):
-    drawn = json.loads(prints("select", "--embeddings", CASE, "--sub-batch-size", 7, "--n-chunks", 3, "--threads", 1))
+    drawn = json.loads(
+        prints(
+            "select", "--embeddings", CASE, "--sub-batch-size", 7, "--n-chunks", 3, "--threads", 1
+        )
+    )
     assert drawn["chunks"] == [3, 2, 2] and len(set(drawn["indices"])) == 7
     assert "100" in fails("select", "--embeddings", CASE, "--sub-batch-size", 100)
     assert str(tmp_path / "none") in fails("select", "--embeddings", tmp_path / "none")
@@ -255,7 +353,9 @@ def test_select_takes_flags_before_the_file_and_says_what_is_wrong(tmp_path):
     assert "not a safetensors file" in fails("select", "--embeddings", tmp_path / "text")
     assert "joint" in fails("select", "--embeddings", CASE, "--policy", "best", code=USAGE)
     said = fails("select", "--embeddings", CASE, "--temperature", 2)
-    assert "temperature belongs to policy independent, and the policy is joint; leave it out" in said
+    assert (
+        "temperature belongs to policy independent, and the policy is joint; leave it out" in said
+    )
 
 
 def test_select_warns_of_rows_that_are_not_normalised(tmp_path):
@@ -267,16 +367,27 @@ def test_select_warns_of_rows_that_are_not_normalised(tmp_path):
     ended = run("select", "--embeddings", tmp_path / "long.safetensors")
     assert (ended.returncode, len(json.loads(ended.stdout)["indices"])) == (0, 16)
     (said,) = ended.stderr.splitlines()
-    assert said.startswith("superbatch: warning: learner text: rows are not L2-normalised (median norm 3.000, candidate "), said
+    assert said.startswith(
+        "superbatch: warning: learner text: rows are not L2-normalised (median norm 3.000, candidate "
+    ), said
 
 
-# ----------------------------------------------------------------------------------------------------------- pipes
+# -----------------------------------------------------------------------------------------------------------
+# pipes
 
 
-@pytest.mark.parametrize("arguments", [
-    ("--help",), ("check-config", "--state"), ("runs", "--state"), ("receipts", "undisturbed", "--json", "--state"),
-    ("receipts", "undisturbed", "--step", "0", "--state"), ("select", "--embeddings", str(CASE))],
-    ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("check-config", "--state"),
+        ("runs", "--state"),
+        ("receipts", "undisturbed", "--json", "--state"),
+        ("receipts", "undisturbed", "--step", "0", "--state"),
+        ("select", "--embeddings", str(CASE)),
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_a_reader_that_has_gone_ends_a_command_in_silence(state, arguments):
     """As in `superbatch receipts RUN | head -1`."""
     reader, writer = os.pipe()
@@ -288,13 +399,25 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(state, arguments):
     assert ended.stderr == ""
 
 
-# -------------------------------------------------------------------------------------------------------- policies
+# --------------------------------------------------------------------------------------------------------
+# policies
 
 
 def test_select_draws_by_every_policy_and_leaves_out_what_it_is_told_to():
     select = lambda *flags: json.loads(prints("select", "--embeddings", CASE, "--seed", 1, *flags))  # noqa: E731
-    size = {policy: len(set(select("--policy", policy)["indices"])) for policy in (
-        "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional", "k_center")}
+    size = {
+        policy: len(set(select("--policy", policy)["indices"]))
+        for policy in (
+            "uniform",
+            "independent",
+            "joint",
+            "joint_top_k",
+            "top_k",
+            "rank",
+            "proportional",
+            "k_center",
+        )
+    }
     assert set(size.values()) == {16}
     assert "weights" not in select("--policy", "rank")
     weights = select("--policy", "proportional", "--weight-exponent", 1)["weights"]
@@ -303,4 +426,6 @@ def test_select_draws_by_every_policy_and_leaves_out_what_it_is_told_to():
     assert sorted(cold) == sorted(select("--policy", "top_k")["indices"])
     thinned = select("--policy", "top_k", "--clip-score-at-least", 0.05)
     assert 0 < thinned["left_out"] <= 48
-    assert "temperature" in fails("select", "--embeddings", CASE, "--policy", "independent", "--temperature", 0)
+    assert "temperature" in fails(
+        "select", "--embeddings", CASE, "--policy", "independent", "--temperature", 0
+    )

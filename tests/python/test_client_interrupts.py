@@ -30,7 +30,9 @@ def watched(batches) -> Watched:
 
 def test_a_batch_that_came_before_its_wait_was_cancelled_is_not_lost(service):  # noqa: F811
     async def main() -> list[int]:
-        batches = service.open(service.spec("cancelled")).batches(rank=0, world_size=1, start_step=0, end_step=2)
+        batches = service.open(service.spec("cancelled")).batches(
+            rank=0, world_size=1, start_step=0, end_step=2
+        )
         call = watched(batches)
         waiting = asyncio.ensure_future(anext(batches))
         await asyncio.sleep(0)
@@ -45,7 +47,9 @@ def test_a_batch_that_came_before_its_wait_was_cancelled_is_not_lost(service):  
 
 
 def test_a_batch_that_came_together_with_a_signal_is_not_lost(service):  # noqa: F811
-    batches = service.open(service.spec("signalled")).batches(rank=0, world_size=1, start_step=0, end_step=2)
+    batches = service.open(service.spec("signalled")).batches(
+        rank=0, world_size=1, start_step=0, end_step=2
+    )
     native = watched(batches)
     call = native.next()
     assert native.done.wait(60)
@@ -56,7 +60,9 @@ def test_a_batch_that_came_together_with_a_signal_is_not_lost(service):  # noqa:
 
 
 def test_a_call_that_nobody_waits_for_any_more_is_not_lost(service):  # noqa: F811
-    batches = service.open(service.spec("dropped")).batches(rank=0, world_size=1, start_step=0, end_step=2)
+    batches = service.open(service.spec("dropped")).batches(
+        rank=0, world_size=1, start_step=0, end_step=2
+    )
     native = watched(batches)
     call = native.next()
     assert native.done.wait(60)

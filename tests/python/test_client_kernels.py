@@ -13,7 +13,9 @@ def test_the_client_has_the_kernels_under_its_own_name():
 
 
 def run(script: str) -> str:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_client_does_not_load_the_kernels():

@@ -1,4 +1,6 @@
-"""`SelectedBatches` in real loaders of torch, against the real binary: order, cursors, and where a further loop begins."""
+"""`SelectedBatches` in real loaders of torch, against the real binary: order, cursors, and where a
+further loop begins.
+"""
 
 import pickle
 from dataclasses import replace
@@ -23,7 +25,9 @@ def step_of(batch: superbatch.Batch) -> int:
 
 def selected(service: Service, run_id: str, transform=step_of, **changes) -> SelectedBatches:  # noqa: F811
     settings = {"rank": 0, "world_size": 1, "start_step": 0, "end_step": STEPS, **changes}
-    return SelectedBatches(service.address, service.spec(run_id, max_ahead=4), transform=transform, **settings)
+    return SelectedBatches(
+        service.address, service.spec(run_id, max_ahead=4), transform=transform, **settings
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -40,11 +44,15 @@ def test_a_loader_yields_the_steps_in_order_with_what_was_chosen(service, worker
 def test_a_loader_of_ones_own_does_too(service, workers):  # noqa: F811
     dataset = selected(service, f"own-{workers}")
     factor = {"prefetch_factor": 1} if workers else {}
-    assert list(DataLoader(dataset, batch_size=None, num_workers=workers, **factor)) == list(range(STEPS))
+    assert list(DataLoader(dataset, batch_size=None, num_workers=workers, **factor)) == list(
+        range(STEPS)
+    )
 
 
 def test_workers_can_be_spawned(service):  # noqa: F811
-    loader = selected(service, "spawned", end_step=3).loader(num_workers=2, multiprocessing_context="spawn")
+    loader = selected(service, "spawned", end_step=3).loader(
+        num_workers=2, multiprocessing_context="spawn"
+    )
     assert list(loader) == [0, 1, 2]
 
 
@@ -77,7 +85,14 @@ def trained_with(batch: superbatch.Batch) -> tuple[int, str, int]:
 def test_a_trainer_pushes_beside_its_loader(service, workers):  # noqa: F811
     spec = replace(service.waiting_spec(f"pushes-{workers}"), max_ahead=4)
     dataset = SelectedBatches(
-        service.address, spec, rank=0, world_size=1, start_step=0, end_step=STEPS, transform=trained_with)
+        service.address,
+        spec,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        end_step=STEPS,
+        transform=trained_with,
+    )
     run, seen = service.open(spec), []
     run.push_weights(service.weights(), step=-1)
     for step, mode, learner in dataset.loader(num_workers=workers):
@@ -92,9 +107,14 @@ def test_a_loader_of_ones_own_with_workers_is_not_replayed_in_silence(service): 
     dataset = selected(service, "replayed")
     loader = DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=1)
     assert list(islice(loader, 2)) == [0, 1]
-    with pytest.raises(superbatch.Error, match="start_step: .* set it to the step after the last one") as caught:
+    with pytest.raises(
+        superbatch.Error, match="start_step: .* set it to the step after the last one"
+    ) as caught:
         next(iter(loader))
-    assert (caught.value.reason, caught.value.metadata) == ("INVALID_ARGUMENT", {"field": "start_step"})
+    assert (caught.value.reason, caught.value.metadata) == (
+        "INVALID_ARGUMENT",
+        {"field": "start_step"},
+    )
     assert pickle.loads(pickle.dumps(caught.value)).reason == "INVALID_ARGUMENT"
     dataset.start_step = 2
     assert list(loader) == [2, 3, 4, 5, 6]
@@ -102,17 +122,23 @@ def test_a_loader_of_ones_own_with_workers_is_not_replayed_in_silence(service): 
 
 def test_workers_that_live_on_are_refused(service):  # noqa: F811
     dataset = selected(service, "persistent")
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=1, persistent_workers=True)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, prefetch_factor=1, persistent_workers=True
+    )
     assert list(loader) == list(range(STEPS))
     dataset.start_step = 0
     with pytest.raises(superbatch.Error, match="persistent_workers"):
         next(iter(loader))
-    with pytest.raises(superbatch.Error, match="persistent_workers: leave it out: workers begin anew"):
+    with pytest.raises(
+        superbatch.Error, match="persistent_workers: leave it out: workers begin anew"
+    ):
         dataset.loader(num_workers=1, persistent_workers=True)
 
 
 def test_options_that_say_what_a_loader_does_anyway_are_taken(service):  # noqa: F811
-    loader = selected(service, "anyway", end_step=2).loader(batch_size=None, persistent_workers=False, in_order=True)
+    loader = selected(service, "anyway", end_step=2).loader(
+        batch_size=None, persistent_workers=False, in_order=True
+    )
     assert list(loader) == [0, 1]
     with pytest.raises(superbatch.Error, match="batch_size: leave it out"):
         loader.dataset.loader(batch_size=8)
@@ -126,13 +152,22 @@ def test_a_loader_that_would_make_batches_of_batches_is_refused(service, workers
             next(iter(DataLoader(dataset, batch_size=batch_size, num_workers=workers)))
         assert caught.value.reason == "INVALID_ARGUMENT"
     # Whoever puts batches together in a way of their own may mean it.
-    assert list(DataLoader(dataset, batch_size=2, num_workers=workers, prefetch_factor=1 if workers else None,
-                           collate_fn=list)) == [[0, 1]]
+    assert list(
+        DataLoader(
+            dataset,
+            batch_size=2,
+            num_workers=workers,
+            prefetch_factor=1 if workers else None,
+            collate_fn=list,
+        )
+    ) == [[0, 1]]
 
 
 def test_a_collator_that_is_handed_whole_batches_is_warned_of(service):  # noqa: F811
     dataset = selected(service, "collated", end_step=2)
-    with pytest.warns(UserWarning, match="lists of whole batches to its collate_fn: give DataLoader"):
+    with pytest.warns(
+        UserWarning, match="lists of whole batches to its collate_fn: give DataLoader"
+    ):
         assert list(DataLoader(dataset, batch_size=1, collate_fn=list)) == [[0], [1]]
 
 

@@ -29,12 +29,16 @@ def test_scores_that_no_policy_made_are_none(service):  # noqa: F811
     assert [uniform.receipt[name] for name in scores] == [None, None, None]
     model = (service.inputs / "learner").as_uri()
     k_center = superbatch.Phase(policy="k_center", super_batch_size=32, sub_batch_size=8)
-    run = service.open(service.spec("no-loss", phases=[k_center], reference=model, micro_batch_rows=16))
+    run = service.open(
+        service.spec("no-loss", phases=[k_center], reference=model, micro_batch_rows=16)
+    )
     run.select(0, rank=0, world_size=1)
     assert [run.receipt(0).summary[name] for name in scores] == [None, None, None]
     run = service.open(service.waiting_spec("scores"))
     run.push_weights(service.weights(), step=-1)
-    assert all(isinstance(run.select(0, rank=0, world_size=1).receipt[name], float) for name in scores)
+    assert all(
+        isinstance(run.select(0, rank=0, world_size=1).receipt[name], float) for name in scores
+    )
 
 
 def trained(service: Service, run_id: str) -> superbatch.RunSpec:  # noqa: F811
@@ -63,7 +67,9 @@ def test_weights_that_are_not_those_published_are_told_once(service):  # noqa: F
     run = service.open(spec)
     first = run.get_run().learner
     run.push_weights(other(service.weights()), step=1)
-    with pytest.warns(UserWarning, match=r'pushed as step 1 .* run.rewind\(1, mode="reselect"\)') as told:
+    with pytest.warns(
+        UserWarning, match=r'pushed as step 1 .* run.rewind\(1, mode="reselect"\)'
+    ) as told:
         version = run.flush()
     assert version.digest == first.digest
     assert [warning.filename for warning in told] == [__file__]

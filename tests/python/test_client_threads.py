@@ -49,7 +49,8 @@ def test_a_thread_advances_while_weights_are_copied(service, eager_threads):  # 
     advancing.start()
     try:
         add = partial(slot.add, "w", "f32", [16 << 20], [0], [16 << 20], data)
-        # All three run without a Python frame in between, where the interpreter might let the other thread run.
+        # All three run without a Python frame in between, where the interpreter might let the other
+        # thread run.
         before, _, after = map(operator.call, [ticks.__reduce__, add, ticks.__reduce__])
     finally:
         stop.set()

@@ -1,4 +1,6 @@
-"""What can be done while `next` waits for a step: await other things, give up after a time, press Ctrl-C."""
+"""What can be done while `next` waits for a step: await other things, give up after a time, press
+Ctrl-C.
+"""
 
 import asyncio
 import os
@@ -100,7 +102,9 @@ def test_a_service_that_stands_still_is_given_up_in_time(service, tmp_path):  # 
         run = superbatch.connect(stopped.address, retry_seconds=5).open_run(service.spec("stopped"))
         stopped.coordinator.process.send_signal(signal.SIGSTOP)
         try:
-            with pytest.raises(superbatch.Unavailable, match="gave up after 1 attempt in") as caught:
+            with pytest.raises(
+                superbatch.Unavailable, match="gave up after 1 attempt in"
+            ) as caught:
                 run.select(0, rank=0, world_size=1)
         finally:
             stopped.coordinator.process.send_signal(signal.SIGCONT)

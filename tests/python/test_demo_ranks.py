@@ -22,7 +22,14 @@ def dataset(tmp_path_factory) -> Path:
 
 
 def settings(world_size: int) -> Settings:
-    return Settings(steps=3, evaluate_every=3, sub_batch_size=16, world_size=world_size, warmup_steps=1, keep_at=2)
+    return Settings(
+        steps=3,
+        evaluate_every=3,
+        sub_batch_size=16,
+        world_size=world_size,
+        warmup_steps=1,
+        keep_at=2,
+    )
 
 
 def test_two_ranks_are_one(dataset, tmp_path):
@@ -30,12 +37,15 @@ def test_two_ranks_are_one(dataset, tmp_path):
     two = reference.train_reference(tmp_path, dataset, settings(2), start)
     one = reference.train_reference(tmp_path, dataset, settings(1), start)
     assert one != two
-    weights, others, begun = (load_file(folder / "model.safetensors") for folder in (one, two, start))
+    weights, others, begun = (
+        load_file(folder / "model.safetensors") for folder in (one, two, start)
+    )
     # Keys' biases have no gradient but rounding, which AdamW blows up to whole steps.
     names = [name for name in weights if "k_proj.bias" not in name and "in_proj_bias" not in name]
 
     def distance(left: dict, right: dict) -> float:
         return torch.stack([(left[name] - right[name]).norm() for name in names]).norm().item()
+
     assert distance(weights, others) < 0.02 * distance(weights, begun)
     assert read_curve(two)[-1].loss > 0 and [point.step for point in read_curve(two)] == [0, 3]
     early = load_file(two / KEPT)
@@ -48,5 +58,6 @@ def test_a_reference_is_kept_by_what_it_was_made_of(dataset, tmp_path, monkeypat
 
     def trained_again(*_, **__):
         raise AssertionError("the reference was trained again")
+
     monkeypatch.setattr(torch.multiprocessing, "spawn", trained_again)
     assert reference.train_reference(tmp_path, dataset, settings(1), start) == first

@@ -1,4 +1,6 @@
-"""The demo's trainer on two real ranks against the real binary, on tiny data: what `make demo` does, in seconds."""
+"""The demo's trainer on two real ranks against the real binary, on tiny data: what `make demo`
+does, in seconds.
+"""
 
 from pathlib import Path
 
@@ -10,7 +12,14 @@ from examples.demo.data.packages import DemoError
 from examples.demo.settings import ARMS, Settings
 
 STEPS = 8
-SETTINGS = Settings(steps=STEPS, evaluate_every=4, super_batch_size=64, sub_batch_size=16, n_chunks=2, warmup_steps=1)
+SETTINGS = Settings(
+    steps=STEPS,
+    evaluate_every=4,
+    super_batch_size=64,
+    sub_batch_size=16,
+    n_chunks=2,
+    warmup_steps=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +34,9 @@ def inputs(tmp_path_factory) -> Path:
 
 def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, list, dict]:
     """The arm's result, its receipts, and what the service knows of the run at the end."""
-    arm = service.Arm(ARMS[policy], 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder)
+    arm = service.Arm(
+        ARMS[policy], 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder
+    )
     with service.serve(folder) as address:
         service.run_arm(arm, address)
         run = superbatch.connect(address).open_run(service.run_spec(arm))
@@ -36,7 +47,8 @@ def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, li
 def test_a_two_rank_trainer_learns_from_batches_chosen_with_its_own_weights(inputs, tmp_path):
     result, receipts, known = train("joint", inputs, tmp_path)
     summaries = [receipt.summary for receipt in receipts]
-    # Lag exact(1): step s is scored with what was pushed after step s-2; before that with the initial weights.
+    # Lag exact(1): step s is scored with what was pushed after step s-2; before that with the
+    # initial weights.
     assert [summary.learner.step for summary in summaries] == [-1, -1, *range(STEPS - 2)]
     versions = [summary.learner.version for summary in summaries]
     assert versions[0] == versions[1] and all(a < b for a, b in zip(versions[1:], versions[2:]))
@@ -60,6 +72,11 @@ def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):
 
 
 def test_a_failed_arm_says_which_and_where_its_log_is(inputs, tmp_path):
-    arm = service.Arm(ARMS["joint"], 3, SETTINGS, inputs, tmp_path / "missing", inputs / "reference", tmp_path)
-    with service.serve(tmp_path) as address, pytest.raises(DemoError, match=r"joint \(seed 3\) failed.*server\.log"):
+    arm = service.Arm(
+        ARMS["joint"], 3, SETTINGS, inputs, tmp_path / "missing", inputs / "reference", tmp_path
+    )
+    with (
+        service.serve(tmp_path) as address,
+        pytest.raises(DemoError, match=r"joint \(seed 3\) failed.*server\.log"),
+    ):
         service.run_arm(arm, address)

@@ -17,7 +17,15 @@ from examples.demo.model import Transform, load, normalise
 from examples.demo.progress import Stage, progress
 from examples.demo.report import ArmResult
 from examples.demo.settings import Settings
-from examples.demo.train import AveragedModel, Batch, Point, Trainer, augment, siglip_loss, start_rank
+from examples.demo.train import (
+    AveragedModel,
+    Batch,
+    Point,
+    Trainer,
+    augment,
+    siglip_loss,
+    start_rank,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +43,16 @@ def folder(tmp_path_factory) -> Path:
 def test_model_folders_are_what_transformers_loads(folder, tmp_path):
     for path in (folder, tiny.write_clip(tmp_path / "clip")):
         model = AutoModel.from_pretrained(path)
-        pixels = AutoImageProcessor.from_pretrained(path)(Image.new("RGB", (20, 20), "red"), return_tensors="pt")
+        pixels = AutoImageProcessor.from_pretrained(path)(
+            Image.new("RGB", (20, 20), "red"), return_tensors="pt"
+        )
         ids = Transform.captions(transform_of(path), ["a red circle"])
         assert model(input_ids=ids, **pixels).logits_per_image.isfinite().all()
 
 
 def transform_of(path: Path) -> Transform:
     from tokenizers import Tokenizer
+
     transform = Transform.__new__(Transform)
     transform.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     return transform
@@ -51,7 +62,8 @@ def test_the_transform_is_the_processors(folder):
     data = tiny.draw("red", "cross", tiny.random.Random(0))
     ours = Transform(folder).images([data])
     theirs = AutoImageProcessor.from_pretrained(folder)(
-        Image.open(__import__("io").BytesIO(data)), return_tensors="pt")["pixel_values"]
+        Image.open(__import__("io").BytesIO(data)), return_tensors="pt"
+    )["pixel_values"]
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -75,7 +87,14 @@ def test_siglip_loss_is_the_papers(one_rank):
 
 
 def test_training_learns(one_rank, folder):
-    settings = Settings(steps=30, evaluate_every=30, sub_batch_size=50, world_size=1, learning_rate=5e-3, warmup_steps=1)
+    settings = Settings(
+        steps=30,
+        evaluate_every=30,
+        sub_batch_size=50,
+        world_size=1,
+        learning_rate=5e-3,
+        warmup_steps=1,
+    )
     trainer = Trainer(folder, settings, 0)
     rng = tiny.random.Random(0)
     images = [tiny.draw(colour, shape, rng) for colour in tiny.COLOURS for shape in tiny.SHAPES]
@@ -107,7 +126,9 @@ def test_normalise():
 
 
 def test_cooldown_ends_near_nothing():
-    settings = Settings(steps=100, evaluate_every=10, warmup_steps=10, cooldown=0.5, learning_rate=1.0)
+    settings = Settings(
+        steps=100, evaluate_every=10, warmup_steps=10, cooldown=0.5, learning_rate=1.0
+    )
     assert settings.learning_rate_at(0) == pytest.approx(0.1)
     assert settings.learning_rate_at(40) == 1.0
     assert settings.learning_rate_at(99) == pytest.approx(0.02)
@@ -117,14 +138,19 @@ START = 0.05
 
 
 def arm(policy: str, accuracies: list[float], cost: float) -> ArmResult:
-    points = [Point(10 * i, accuracy, accuracy / 2, 1.0, 100 * i, cost * i, cost * i)
-              for i, accuracy in enumerate([START, *accuracies])]
+    points = [
+        Point(10 * i, accuracy, accuracy / 2, 1.0, 100 * i, cost * i, cost * i)
+        for i, accuracy in enumerate([START, *accuracies])
+    ]
     return ArmResult(policy, 0, points, [["00000.parquet#0", "00000.parquet#1"]] * len(points))
 
 
 def test_speedups_are_read_off_the_curves_whichever_way_it_came_out():
-    arms = {"uniform": arm("uniform", [0.1, 0.2], 1.0), "joint": arm("joint", [0.2, 0.3], 4.0),
-            "independent": arm("independent", [0.05, 0.1], 4.0)}
+    arms = {
+        "uniform": arm("uniform", [0.1, 0.2], 1.0),
+        "joint": arm("joint", [0.2, 0.3], 4.0),
+        "independent": arm("independent", [0.05, 0.1], 4.0),
+    }
     need, times = report.speedups(arms)
     assert need["joint"] == {"steps": 10, "flops": 4.0, "seconds": 4.0}
     assert times["joint"] == {"steps": 2.0, "flops": 0.5, "seconds": 0.5}
@@ -135,9 +161,17 @@ def test_speedups_are_read_off_the_curves_whichever_way_it_came_out():
 def test_the_whole_report_is_written(tmp_path):
     dataset = tiny.write_dataset(tmp_path / "pool", rows=64, shards=1)
     pool = report.Pool(dataset)
-    results = [arm("uniform", [0.1, 0.2], 1.0), arm("independent", [0.05, 0.1], 4.0), arm("joint", [0.2, 0.3], 4.0)]
+    results = [
+        arm("uniform", [0.1, 0.2], 1.0),
+        arm("independent", [0.05, 0.1], 4.0),
+        arm("joint", [0.2, 0.3], 4.0),
+    ]
     written = report.write_results(results, pool, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [0, 10, 20]
+    assert json.loads((tmp_path / "results.json").read_text())["arms"]["joint"]["steps"] == [
+        0,
+        10,
+        20,
+    ]
     said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
     pictures.draw_curves(written, tmp_path / "demo.png", "credits")

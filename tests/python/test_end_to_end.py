@@ -34,7 +34,9 @@ def spec(inputs: Path, run_id: str, **changes) -> superbatch.RunSpec:
         "sources": [(inputs / "pool").as_uri()],
         "reference": (inputs / "reference").as_uri(),
         "learner": superbatch.Learner(
-            model_uri=(inputs / "learner").as_uri(), snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri()),
+            model_uri=(inputs / "learner").as_uri(),
+            snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri(),
+        ),
         "phases": [phase()],
         "loss": "sigmoid",
         "seed": 5,
@@ -45,12 +47,23 @@ def spec(inputs: Path, run_id: str, **changes) -> superbatch.RunSpec:
 
 
 def phase(**changes) -> superbatch.Phase:
-    return superbatch.Phase(**{"policy": "joint", "super_batch_size": 96, "sub_batch_size": 24, "n_chunks": 3, **changes})
+    return superbatch.Phase(
+        **{
+            "policy": "joint",
+            "super_batch_size": 96,
+            "sub_batch_size": 24,
+            "n_chunks": 3,
+            **changes,
+        }
+    )
 
 
 def weights(inputs: Path, step: int) -> dict:
     """What a trainer might have after `step`: the same on every call."""
-    return {name: tensor * (1 + 0.01 * (step + 1)) for name, tensor in load_file(inputs / "learner/model.safetensors").items()}
+    return {
+        name: tensor * (1 + 0.01 * (step + 1))
+        for name, tensor in load_file(inputs / "learner/model.safetensors").items()
+    }
 
 
 def train(run: superbatch.Run, inputs: Path, start: int = 0, end: int = STEPS) -> list[list[str]]:
@@ -78,8 +91,12 @@ def reason(caught) -> str:
     return str(caught.value.reason).upper()
 
 
-def test_a_step_asked_for_again_gives_the_same_rows_to_any_number_of_ranks(inputs, service, undisturbed):
-    run = superbatch.connect(service.address).open_run(spec(inputs, "undisturbed"), incarnation="again")
+def test_a_step_asked_for_again_gives_the_same_rows_to_any_number_of_ranks(
+    inputs, service, undisturbed
+):
+    run = superbatch.connect(service.address).open_run(
+        spec(inputs, "undisturbed"), incarnation="again"
+    )
     slices = [run.select(1, rank=rank, world_size=2) for rank in range(2)]
     ids = [row for batch in slices for row in batch["_superbatch_id"].to_pylist()]
     assert sorted(ids) == sorted(undisturbed[0][1]) and len(set(ids)) == 24
@@ -92,7 +109,10 @@ def test_three_workers_choose_what_one_does(inputs, tmp_path, undisturbed):
         run = superbatch.connect(cluster.address).open_run(spec(inputs, "three"))
         assert train(run, inputs) == undisturbed[0]
         assert choices(run) == undisturbed[1]
-        assert all(worker.metric("superbatch_reference_rows_computed_total") > 0 for worker in cluster.workers)
+        assert all(
+            worker.metric("superbatch_reference_rows_computed_total") > 0
+            for worker in cluster.workers
+        )
 
 
 def test_late_pushes_change_nothing(inputs, service, undisturbed):
@@ -143,16 +163,26 @@ def test_a_rewind_replays_or_selects_anew(inputs, service):
 
 
 def test_phases_change_policy_and_sizes_and_no_row_comes_twice(inputs, service):
-    phases = [phase(policy="uniform", super_batch_size=48, sub_batch_size=24, n_chunks=1), phase(from_step=2)]
+    phases = [
+        phase(policy="uniform", super_batch_size=48, sub_batch_size=24, n_chunks=1),
+        phase(from_step=2),
+    ]
     run = superbatch.connect(service.address).open_run(spec(inputs, "phases", phases=phases))
     ids = train(run, inputs)
-    assert [run.receipt(step).summary.policy for step in range(STEPS)] == ["uniform", "uniform", "joint", "joint"]
+    assert [run.receipt(step).summary.policy for step in range(STEPS)] == [
+        "uniform",
+        "uniform",
+        "joint",
+        "joint",
+    ]
     assert len(set(sum(ids, []))) == STEPS * 24
 
 
 def test_the_end_of_the_data_is_said(inputs, service):
     phases = [phase(policy="uniform", super_batch_size=256, sub_batch_size=32, n_chunks=1)]
-    run = superbatch.connect(service.address).open_run(spec(inputs, "ends", phases=phases, epochs=1))
+    run = superbatch.connect(service.address).open_run(
+        spec(inputs, "ends", phases=phases, epochs=1)
+    )
     assert [batch.step for batch in run.batches(rank=0, world_size=1, start_step=0)] == [0, 1, 2]
     with pytest.raises(superbatch.EndOfData):
         run.select(3, rank=0, world_size=1)
@@ -162,8 +192,11 @@ def test_pushes_that_cannot_serve_are_refused_by_tensor(inputs, service):
     run = superbatch.connect(service.address).open_run(spec(inputs, "refused"))
     good = load_file(inputs / "learner/model.safetensors")
     name = sorted(good)[3]
-    for bad in ({**good, name: good[name] * float("nan")}, {**good, name: good[name][..., :-1]},
-                {key: tensor for key, tensor in good.items() if key != name}):
+    for bad in (
+        {**good, name: good[name] * float("nan")},
+        {**good, name: good[name][..., :-1]},
+        {key: tensor for key, tensor in good.items() if key != name},
+    ):
         with pytest.raises(superbatch.WeightsRefused, match=name.replace(".", r"\.")):
             run.push_weights(bad, step=0)
             run.flush()
@@ -174,11 +207,19 @@ def test_an_undecodable_image_costs_its_row(inputs, service, tmp_path):
     table = pyarrow.parquet.read_table(sorted((inputs / "pool").iterdir())[0])
     images = table["png"].to_pylist()
     images[7] = b"\x89PNG\r\n\x1a\n no picture"
-    table = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+    table = table.set_column(
+        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
+    )
     (tmp_path / "bad").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "bad" / "a.parquet", row_group_size=64)
-    run = superbatch.connect(service.address).open_run(spec(
-        inputs, "holes", sources=[(tmp_path / "bad").as_uri()], phases=[phase(super_batch_size=384)]))
+    run = superbatch.connect(service.address).open_run(
+        spec(
+            inputs,
+            "holes",
+            sources=[(tmp_path / "bad").as_uri()],
+            phases=[phase(super_batch_size=384)],
+        )
+    )
     run.select(0, rank=0, world_size=1)
     listed = [(row.id, row.reason) for row in run.receipt(0).bad_rows]
     assert listed == [("a.parquet#7", listed[0][1])] and "undecodable" in str(listed[0][1]).lower()

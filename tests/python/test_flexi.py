@@ -16,8 +16,10 @@ STEPS = 4
 
 def flexi(inputs, run_id: str, **changes) -> superbatch.RunSpec:
     """A uniform warm-up of two steps at both resolutions, then approximate scoring."""
-    phases = [phase(policy="uniform", approximation=LOW, multi_resolution=HALF),
-              phase(from_step=2, fidelity="approximate", approximation=LOW, multi_resolution=HALF)]
+    phases = [
+        phase(policy="uniform", approximation=LOW, multi_resolution=HALF),
+        phase(from_step=2, fidelity="approximate", approximation=LOW, multi_resolution=HALF),
+    ]
     return spec(inputs, run_id, **{"phases": phases, **changes})
 
 
@@ -35,17 +37,38 @@ def test_half_of_each_batch_is_low_after_its_full_rows(inputs, service):
     batches = train(run, inputs)
     names = ["full"] * 6 + ["approximate"] * 6
     for batch in batches:
-        assert batch["_superbatch_fidelity"].to_pylist() == names * 2, "each micro-batch: full rows, then low ones"
-    assert [batch.receipt.fidelity for batch in batches] == ["full", "full", "approximate", "approximate"]
+        assert batch["_superbatch_fidelity"].to_pylist() == names * 2, (
+            "each micro-batch: full rows, then low ones"
+        )
+    assert [batch.receipt.fidelity for batch in batches] == [
+        "full",
+        "full",
+        "approximate",
+        "approximate",
+    ]
     assert batches[2].receipt.approximation == {"resolution": LOW.resolution}
     receipt = run.receipt(3)
     assert sum(row.fidelity == "approximate" for row in receipt.chosen) == 12
-    again = superbatch.connect(service.address).open_run(flexi(inputs, "flexi", micro_batches=2), incarnation="again")
+    again = superbatch.connect(service.address).open_run(
+        flexi(inputs, "flexi", micro_batches=2), incarnation="again"
+    )
     slices = [again.select(3, rank=rank, world_size=3) for rank in range(3)]
-    assert all(batch["_superbatch_fidelity"].to_pylist() == (["full"] * 2 + ["approximate"] * 2) * 2 for batch in slices)
-    ids = {name: fidelity for batch in slices for name, fidelity in zip(
-        batch["_superbatch_id"].to_pylist(), batch["_superbatch_fidelity"].to_pylist(), strict=True)}
-    assert ids == {row.id: row.fidelity for row in receipt.chosen}, "who is low does not depend on the world size"
+    assert all(
+        batch["_superbatch_fidelity"].to_pylist() == (["full"] * 2 + ["approximate"] * 2) * 2
+        for batch in slices
+    )
+    ids = {
+        name: fidelity
+        for batch in slices
+        for name, fidelity in zip(
+            batch["_superbatch_id"].to_pylist(),
+            batch["_superbatch_fidelity"].to_pylist(),
+            strict=True,
+        )
+    }
+    assert ids == {row.id: row.fidelity for row in receipt.chosen}, (
+        "who is low does not depend on the world size"
+    )
     assert service.coordinator.metric("superbatch_selected_approximate_total") >= 48
 
 
@@ -69,10 +92,14 @@ def test_what_is_scored_low_costs_less_and_is_accounted_by_tower(inputs, service
 
 
 def test_reference_embeddings_of_both_fidelities_are_kept_apart(inputs, tmp_path):
-    """A second run at full fidelity over the same rows chooses what it chooses without the first."""
+    """A second run at full fidelity over the same rows chooses what it chooses without the
+    first.
+    """
+
     def chosen(cluster, run_id, asked):
         run = superbatch.connect(cluster.address).open_run(asked(inputs, run_id))
         return [batch["_superbatch_id"].to_pylist() for batch in train(run, inputs)]
+
     with Cluster(tmp_path / "alone") as cluster:
         alone = chosen(cluster, "full", spec)
     with Cluster(tmp_path / "after") as cluster:
@@ -83,27 +110,70 @@ def test_reference_embeddings_of_both_fidelities_are_kept_apart(inputs, tmp_path
 
 def test_whole_steps_may_be_low(inputs, service):
     whole = superbatch.MultiResolution(whole_step=True)
-    run = superbatch.connect(service.address).open_run(spec(inputs, "whole", phases=[
-        phase(policy="uniform", super_batch_size=48, approximation=LOW, multi_resolution=whole)]))
-    kinds = [set(run.select(step, rank=0, world_size=1)["_superbatch_fidelity"].to_pylist()) for step in range(1)]
-    kinds += [set(batch["_superbatch_fidelity"].to_pylist())
-              for batch in run.batches(rank=0, world_size=1, start_step=1, end_step=16)]
+    run = superbatch.connect(service.address).open_run(
+        spec(
+            inputs,
+            "whole",
+            phases=[
+                phase(
+                    policy="uniform", super_batch_size=48, approximation=LOW, multi_resolution=whole
+                )
+            ],
+        )
+    )
+    kinds = [
+        set(run.select(step, rank=0, world_size=1)["_superbatch_fidelity"].to_pylist())
+        for step in range(1)
+    ]
+    kinds += [
+        set(batch["_superbatch_fidelity"].to_pylist())
+        for batch in run.batches(rank=0, world_size=1, start_step=1, end_step=16)
+    ]
     assert all(len(kind) == 1 for kind in kinds) and {"full"} in kinds and {"approximate"} in kinds
 
 
 def test_what_can_never_work_is_refused(inputs, service):
     low = {"fidelity": "approximate", "approximation": LOW}
-    refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "a", phases=[phase(**low)]), "never trained with")
-    refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "b", phases=[phase(fidelity="approximate")]), "resolution")
+    refused(
+        service,
+        "RUN_SPEC_IMPOSSIBLE",
+        spec(inputs, "a", phases=[phase(**low)]),
+        "never trained with",
+    )
+    refused(
+        service,
+        "RUN_SPEC_IMPOSSIBLE",
+        spec(inputs, "b", phases=[phase(fidelity="approximate")]),
+        "resolution",
+    )
     for side in (tiny.SIDE - 1, tiny.SIDE, 2 * tiny.SIDE):
-        asked = phase(policy="uniform", approximation=superbatch.Approximation(resolution=side), multi_resolution=HALF)
-        refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "c", phases=[asked]), "in patches of 8")
-    run = superbatch.connect(service.address).open_run(spec(inputs, "allowed", phases=[
-        phase(allow_untrained_fidelity=True, multi_resolution=HALF, **low)]))
+        asked = phase(
+            policy="uniform",
+            approximation=superbatch.Approximation(resolution=side),
+            multi_resolution=HALF,
+        )
+        refused(
+            service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "c", phases=[asked]), "in patches of 8"
+        )
+    run = superbatch.connect(service.address).open_run(
+        spec(
+            inputs,
+            "allowed",
+            phases=[phase(allow_untrained_fidelity=True, multi_resolution=HALF, **low)],
+        )
+    )
     with pytest.raises(superbatch.Error) as caught:
         run.select(0, rank=0, world_size=8)
     assert reason(caught) == "WORLD_SIZE_INVALID" and "12 approximate" in str(caught.value)
     assert len(run.select(0, rank=0, world_size=4)) == 6
     with pytest.raises(superbatch.Error) as caught:
-        run.append_phases([phase(from_step=9, approximation=superbatch.Approximation(resolution=12), multi_resolution=HALF)])
+        run.append_phases(
+            [
+                phase(
+                    from_step=9,
+                    approximation=superbatch.Approximation(resolution=12),
+                    multi_resolution=HALF,
+                )
+            ]
+        )
     assert reason(caught) == "RUN_SPEC_IMPOSSIBLE"

@@ -1,4 +1,6 @@
-"""Any gRPC client can talk to the service: plain grpcio, with descriptors that the server itself tells."""
+"""Any gRPC client can talk to the service: plain grpcio, with descriptors that the server itself
+tells.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +10,9 @@ import pytest
 from cluster import DEADLINE_SECONDS, Cluster
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
 from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
 from test_end_to_end import inputs, service  # noqa: F401
 
 SELECTION = "superbatch.v1.SelectionService"
@@ -19,7 +23,9 @@ SERVICES = {SELECTION, COORDINATOR, HEALTH, *REFLECTION}
 
 
 class Plain:
-    """Calls by name, as grpcurl does: descriptors by reflection, messages and stubs made of them."""
+    """Calls by name, as grpcurl does: descriptors by reflection, messages and stubs made of
+    them.
+    """
 
     def __init__(self, address: str):
         self.channel = grpc.insecure_channel(address.removeprefix("http://"))
@@ -37,12 +43,17 @@ class Plain:
         call = self.channel.stream_stream(
             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString)
-        (answer,) = call(iter([reflection_pb2.ServerReflectionRequest(**asked)]), timeout=DEADLINE_SECONDS)
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        (answer,) = call(
+            iter([reflection_pb2.ServerReflectionRequest(**asked)]), timeout=DEADLINE_SECONDS
+        )
         return answer
 
     def services(self) -> set[str]:
-        return {found.name for found in self.reflect(list_services="").list_services_response.service}
+        return {
+            found.name for found in self.reflect(list_services="").list_services_response.service
+        }
 
     def learn(self, **asked: str) -> None:
         """Takes the file that was asked for into the pool, after all that it imports."""
@@ -69,32 +80,60 @@ class Plain:
     def call(self, service: str, method: str, /, request=None, **fields):
         """One call. `request`: what is sent where it is no single message of `fields`."""
         found = self.service(service).FindMethodByName(method)
-        ask, answer = (message_factory.GetMessageClass(kind) for kind in (found.input_type, found.output_type))
-        kind = "_".join("stream" if many else "unary" for many in (found.client_streaming, found.server_streaming))
+        ask, answer = (
+            message_factory.GetMessageClass(kind) for kind in (found.input_type, found.output_type)
+        )
+        kind = "_".join(
+            "stream" if many else "unary"
+            for many in (found.client_streaming, found.server_streaming)
+        )
         call = getattr(self.channel, kind)(
-            f"/{service}/{method}", request_serializer=ask.SerializeToString, response_deserializer=answer.FromString)
+            f"/{service}/{method}",
+            request_serializer=ask.SerializeToString,
+            response_deserializer=answer.FromString,
+        )
         return call(request or ask(**fields), timeout=DEADLINE_SECONDS)
 
 
 def rpc_status():
-    """The class of google.rpc.ErrorInfo and of the google.rpc.Status around it, by their published numbers."""
+    """The class of google.rpc.ErrorInfo and of the google.rpc.Status around it, by their published
+    numbers.
+    """
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
-        name="status_for_tests.proto", package="google.rpc", syntax="proto3", dependency=["google/protobuf/any.proto"])
+        name="status_for_tests.proto",
+        package="google.rpc",
+        syntax="proto3",
+        dependency=["google/protobuf/any.proto"],
+    )
     status, info = file.message_type.add(name="Status"), file.message_type.add(name="ErrorInfo")
     for message, number, name, kind in [
-            (status, 1, "code", field.TYPE_INT32), (status, 2, "message", field.TYPE_STRING),
-            (info, 1, "reason", field.TYPE_STRING), (info, 2, "domain", field.TYPE_STRING)]:
+        (status, 1, "code", field.TYPE_INT32),
+        (status, 2, "message", field.TYPE_STRING),
+        (info, 1, "reason", field.TYPE_STRING),
+        (info, 2, "domain", field.TYPE_STRING),
+    ]:
         message.field.add(name=name, number=number, type=kind, label=field.LABEL_OPTIONAL)
     status.field.add(
-        name="details", number=3, type=field.TYPE_MESSAGE, label=field.LABEL_REPEATED, type_name=".google.protobuf.Any")
+        name="details",
+        number=3,
+        type=field.TYPE_MESSAGE,
+        label=field.LABEL_REPEATED,
+        type_name=".google.protobuf.Any",
+    )
     entry = info.nested_type.add(name="MetadataEntry")
     entry.options.map_entry = True
     for number, name in enumerate(("key", "value"), 1):
-        entry.field.add(name=name, number=number, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+        entry.field.add(
+            name=name, number=number, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL
+        )
     info.field.add(
-        name="metadata", number=3, type=field.TYPE_MESSAGE, label=field.LABEL_REPEATED,
-        type_name=".google.rpc.ErrorInfo.MetadataEntry")
+        name="metadata",
+        number=3,
+        type=field.TYPE_MESSAGE,
+        label=field.LABEL_REPEATED,
+        type_name=".google.rpc.ErrorInfo.MetadataEntry",
+    )
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(any_pb2.DESCRIPTOR.serialized_pb)
     pool.Add(file)
@@ -107,10 +146,14 @@ STATUS, ERROR_INFO = rpc_status()
 
 def error_info(error: grpc.RpcError):
     """The ErrorInfo among an error's details."""
-    (packed,) = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
+    (packed,) = [
+        value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"
+    ]
     status = STATUS.FromString(packed)
     assert (status.code, status.message) == (error.code().value[0], error.details())
-    (detail,) = [detail for detail in status.details if detail.type_url.endswith("/google.rpc.ErrorInfo")]
+    (detail,) = [
+        detail for detail in status.details if detail.type_url.endswith("/google.rpc.ErrorInfo")
+    ]
     return ERROR_INFO.FromString(detail.value)
 
 
@@ -139,7 +182,16 @@ def test_reflection_tells_enough_to_call(plain):
     assert list(plain.call(SELECTION, "ListRuns").runs) == []
     file = plain.files["superbatch/v1/selection.proto"]
     methods = {method.name for found in file.service for method in found.method}
-    assert methods >= {"OpenRun", "GetRun", "ListRuns", "CloseRun", "Rewind", "SelectBatch", "PushWeights", "GetReceipt"}
+    assert methods >= {
+        "OpenRun",
+        "GetRun",
+        "ListRuns",
+        "CloseRun",
+        "Rewind",
+        "SelectBatch",
+        "PushWeights",
+        "GetReceipt",
+    }
 
 
 def test_older_clients_find_reflection_under_its_older_name(service):
@@ -157,20 +209,60 @@ def test_a_run_is_opened_and_served_without_our_client(plain, inputs):
     spec = plain.message("superbatch.v1.RunSpec", sources=[source], phases=[phase])
     opened = plain.call(SELECTION, "OpenRun", run_id="plain", spec=spec)
     assert (opened.dataset_rows, opened.next_step, opened.spec.max_ahead) == (768, 0, 2)
-    messages = list(plain.call(SELECTION, "SelectBatch", run_id="plain", step=0, rank=1, world_size=2))
-    assert [messages[0].WhichOneof("message"), messages[-1].WhichOneof("message")] == ["header", "trailer"]
+    messages = list(
+        plain.call(SELECTION, "SelectBatch", run_id="plain", step=0, rank=1, world_size=2)
+    )
+    assert [messages[0].WhichOneof("message"), messages[-1].WhichOneof("message")] == [
+        "header",
+        "trailer",
+    ]
     assert messages[0].header.rows == messages[-1].trailer.rows == 12
-    assert messages[0].header.stream_bytes == sum(len(message.arrow_ipc) for message in messages[1:-1])
+    assert messages[0].header.stream_bytes == sum(
+        len(message.arrow_ipc) for message in messages[1:-1]
+    )
     assert [run.run_id for run in plain.call(SELECTION, "ListRuns").runs] == ["plain"]
 
 
-@pytest.mark.parametrize(("method", "fields", "code", "reason", "metadata"), [
-    ("GetRun", {"run_id": "nobody"}, grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND", {"run_id": "nobody"}),
-    ("GetRun", {"run_id": "../state"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", {"field": "run_id"}),
-    ("OpenRun", {"run_id": "empty"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", {"field": "spec"}),
-    ("SelectBatch", {"run_id": "nobody"}, grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND", {"run_id": "nobody"}),
-    ("Rewind", {"run_id": "nobody"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", {"field": "mode"}),
-])
+@pytest.mark.parametrize(
+    ("method", "fields", "code", "reason", "metadata"),
+    [
+        (
+            "GetRun",
+            {"run_id": "nobody"},
+            grpc.StatusCode.NOT_FOUND,
+            "RUN_NOT_FOUND",
+            {"run_id": "nobody"},
+        ),
+        (
+            "GetRun",
+            {"run_id": "../state"},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
+            {"field": "run_id"},
+        ),
+        (
+            "OpenRun",
+            {"run_id": "empty"},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
+            {"field": "spec"},
+        ),
+        (
+            "SelectBatch",
+            {"run_id": "nobody"},
+            grpc.StatusCode.NOT_FOUND,
+            "RUN_NOT_FOUND",
+            {"run_id": "nobody"},
+        ),
+        (
+            "Rewind",
+            {"run_id": "nobody"},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
+            {"field": "mode"},
+        ),
+    ],
+)
 def test_errors_carry_their_reason_for_programs(plain, method, fields, code, reason, metadata):
     with pytest.raises(grpc.RpcError) as caught:
         answer = plain.call(SELECTION, method, **fields)
@@ -185,14 +277,22 @@ def test_a_service_that_is_told_to_stop_says_so_and_lets_its_callers_go(inputs, 
     with Cluster(tmp_path) as cluster, Plain(cluster.address) as plain:
         watch = plain.call(HEALTH, "Watch", service=SELECTION)
         assert next(watch).status == 1, "SERVING"
-        learner = plain.message("superbatch.v1.LearnerSpec", model_uri=(inputs / "learner").as_uri(), first_push=True)
-        phase = plain.message("superbatch.v1.Phase", policy=3, criterion=2, super_batch_size=48, sub_batch_size=24)
+        learner = plain.message(
+            "superbatch.v1.LearnerSpec", model_uri=(inputs / "learner").as_uri(), first_push=True
+        )
+        phase = plain.message(
+            "superbatch.v1.Phase", policy=3, criterion=2, super_batch_size=48, sub_batch_size=24
+        )
         source = plain.message("superbatch.v1.Source", uri=(inputs / "pool").as_uri())
-        spec = plain.message("superbatch.v1.RunSpec", sources=[source], learner=learner, phases=[phase])
+        spec = plain.message(
+            "superbatch.v1.RunSpec", sources=[source], learner=learner, phases=[phase]
+        )
         plain.call(SELECTION, "OpenRun", run_id="stops", spec=spec)
         # It waits for the first push, which never comes; PREFETCH, so no deadline runs.
         waiting = plain.call(SELECTION, "SelectBatch", run_id="stops", world_size=1, intent=1)
-        cluster.coordinator.wait_for("superbatch_stage_duration_seconds_count", lambda count: count > 0)
+        cluster.coordinator.wait_for(
+            "superbatch_stage_duration_seconds_count", lambda count: count > 0
+        )
         cluster.coordinator.process.send_signal(signal.SIGTERM)
         assert next(watch).status == 2, "NOT_SERVING"
         with pytest.raises(grpc.RpcError) as caught:

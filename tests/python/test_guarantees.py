@@ -8,9 +8,20 @@ FOLDERS = ("server/src", "client/rust", "scoring-kernels/src", "storage/src", "t
 
 
 def test_every_test_that_a_guarantee_names_exists():
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".rs", ".py")]
-    known = set(re.findall(r"(?:fn|def) (?:test_)?(\w+)\(", "\n".join(path.read_text() for path in files)))
-    rows = [line for line in (ROOT / "docs/guarantees.md").read_text().splitlines() if line.startswith("| ")][1:]
+    files = [
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".rs", ".py")
+    ]
+    known = set(
+        re.findall(r"(?:fn|def) (?:test_)?(\w+)\(", "\n".join(path.read_text() for path in files))
+    )
+    rows = [
+        line
+        for line in (ROOT / "docs/guarantees.md").read_text().splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert len(rows) > 20
     for row in rows:
         named = re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])

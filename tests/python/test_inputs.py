@@ -1,4 +1,6 @@
-"""Data sets as people have them: odd names, failed downloads, neighbours that are no data. Every served row is compared with pyarrow."""
+"""Data sets as people have them: odd names, failed downloads, neighbours that are no data. Every
+served row is compared with pyarrow.
+"""
 
 import os
 from pathlib import Path
@@ -12,7 +14,13 @@ from test_end_to_end import inputs, phase, reason, service, spec  # noqa: F401
 from test_s3 import BUCKET, command, credentials, remote, store  # noqa: F401
 from test_tar import index
 
-NAMES = ("train 0", "lang=zh%3AHans/0", "é你~#%?[x]/a+b&c=d;e,f", "(1) 'quoted' {0}", "_split=0/part-0")
+NAMES = (
+    "train 0",
+    "lang=zh%3AHans/0",
+    "é你~#%?[x]/a+b&c=d;e,f",
+    "(1) 'quoted' {0}",
+    "_split=0/part-0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +29,9 @@ def table(inputs) -> pyarrow.Table:  # noqa: F811
 
 
 def uniform(**changes) -> superbatch.Phase:
-    return phase(policy="uniform", n_chunks=1, **{"super_batch_size": 32, "sub_batch_size": 32, **changes})
+    return phase(
+        policy="uniform", n_chunks=1, **{"super_batch_size": 32, "sub_batch_size": 32, **changes}
+    )
 
 
 def serves(run: superbatch.Run, shards: dict[str, pyarrow.Table], steps: int) -> None:
@@ -58,7 +68,8 @@ def odd(inputs, table) -> tuple[Path, dict]:  # noqa: F811
 def test_names_with_any_sign_are_read_from_files(inputs, service, odd):  # noqa: F811
     folder, shards = odd
     run = superbatch.connect(service.address).open_run(
-        spec(inputs, "odd", sources=[folder.as_uri()], phases=[uniform()], epochs=1))
+        spec(inputs, "odd", sources=[folder.as_uri()], phases=[uniform()], epochs=1)
+    )
     serves(run, shards, len(NAMES))
 
 
@@ -67,7 +78,14 @@ def test_names_with_any_sign_are_read_from_s3(inputs, store, odd, tmp_path):  # 
     for path in folder.rglob("*.parquet"):
         store.client.upload_file(str(path), BUCKET, f"odd/{path.relative_to(folder).as_posix()}")
     with Cluster(tmp_path, environment=credentials(store.port)) as cluster:
-        asked = remote("odd", sources=[f"s3://{BUCKET}/odd"], phases=[uniform()], epochs=1, reference=None, learner=None)
+        asked = remote(
+            "odd",
+            sources=[f"s3://{BUCKET}/odd"],
+            phases=[uniform()],
+            epochs=1,
+            reference=None,
+            learner=None,
+        )
         serves(superbatch.connect(cluster.address).open_run(asked), shards, len(NAMES))
 
 
@@ -77,10 +95,20 @@ def test_a_key_that_no_path_can_name_is_told_at_once(store, table, tmp_path):  #
     for folder, key in (("double", "a//b.parquet"), ("dots", "../b.parquet")):
         for name in ("a.parquet", key):
             store.client.upload_file(str(tmp_path / "a.parquet"), BUCKET, f"{folder}/{name}")
-        ended = command(store.port, "index", f"s3://{BUCKET}/{folder}", "--state", (tmp_path / "state").as_uri())
-        assert ended.returncode != 0 and key in ended.stderr and "cannot list" in ended.stderr, ended.stderr
+        ended = command(
+            store.port, "index", f"s3://{BUCKET}/{folder}", "--state", (tmp_path / "state").as_uri()
+        )
+        assert ended.returncode != 0 and key in ended.stderr and "cannot list" in ended.stderr, (
+            ended.stderr
+        )
         # What is named one by one is read all the same.
-        ended = command(store.port, "index", f"s3://{BUCKET}/{folder}/a.parquet", "--state", (tmp_path / "state").as_uri())
+        ended = command(
+            store.port,
+            "index",
+            f"s3://{BUCKET}/{folder}/a.parquet",
+            "--state",
+            (tmp_path / "state").as_uri(),
+        )
         assert ended.returncode == 0, ended.stderr
 
 
@@ -89,7 +117,14 @@ def test_one_file_is_read_by_its_uri(inputs, service, odd, name):  # noqa: F811
     folder, shards = odd
     path = folder / f"{name}.parquet"
     run = superbatch.connect(service.address).open_run(
-        spec(inputs, f"one-{NAMES.index(name)}", sources=[path.as_uri()], phases=[uniform()], epochs=1))
+        spec(
+            inputs,
+            f"one-{NAMES.index(name)}",
+            sources=[path.as_uri()],
+            phases=[uniform()],
+            epochs=1,
+        )
+    )
     serves(run, {path.name: shards[f"{name}.parquet"]}, 1)
 
 
@@ -127,8 +162,13 @@ def test_neighbours_that_no_uri_can_name_are_left_out(table, tmp_path):
 def test_failed_downloads_are_no_bad_rows(inputs, service, table, tmp_path):  # noqa: F811
     """As img2dataset's Parquet writer leaves them: rows with a status and without an image."""
     failed = [row % 4 == 0 for row in range(table.num_rows)]
-    images = [None if gone else image for gone, image in zip(failed, table["png"].to_pylist(), strict=True)]
-    part = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+    images = [
+        None if gone else image
+        for gone, image in zip(failed, table["png"].to_pylist(), strict=True)
+    ]
+    part = table.set_column(
+        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
+    )
     status = pyarrow.array(["failed_to_download" if gone else "success" for gone in failed])
     part = part.append_column("status", status)
     (tmp_path / "pool").mkdir()
@@ -137,8 +177,15 @@ def test_failed_downloads_are_no_bad_rows(inputs, service, table, tmp_path):  # 
     ended = index(tmp_path / "state", source)
     assert '"without_image":192' in ended.stdout, ended.stderr
     steps = 12
-    asked = spec(inputs, "img2dataset", sources=[source], epochs=2, max_ahead=1, max_bad_row_share=0.01,
-                 phases=[uniform(super_batch_size=128, sub_batch_size=64)])
+    asked = spec(
+        inputs,
+        "img2dataset",
+        sources=[source],
+        epochs=2,
+        max_ahead=1,
+        max_bad_row_share=0.01,
+        phases=[uniform(super_batch_size=128, sub_batch_size=64)],
+    )
     run = superbatch.connect(service.address).open_run(asked)
     serves(run, {"00000.parquet": table}, steps)
     receipts = [run.receipt(step) for step in range(steps)]
@@ -153,12 +200,20 @@ def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, servic
     def asked(run_id: str, folder: Path) -> superbatch.RunSpec:
         pyarrow.parquet.write_table(table, folder / "0.parquet", row_group_size=64)
         return spec(inputs, run_id, sources=[folder.as_uri()], max_ahead=1, phases=[uniform()])
+
     clean.mkdir()
     run = client.open_run(asked("whole", clean))
-    ids = [run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist() for step in range(2)]
+    ids = [
+        run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist() for step in range(2)
+    ]
     rotten = int(ids[1][0].rsplit("#", 1)[1])
-    images = [b"no picture" if row == rotten else image for row, image in enumerate(table["png"].to_pylist())]
-    table = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+    images = [
+        b"no picture" if row == rotten else image
+        for row, image in enumerate(table["png"].to_pylist())
+    ]
+    table = table.set_column(
+        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
+    )
     (tmp_path / "rotten").mkdir()
     short = asked("short", tmp_path / "rotten")
     run = client.open_run(short)

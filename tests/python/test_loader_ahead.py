@@ -1,6 +1,7 @@
-"""Trainers that fetch batches ahead, by a connection of its own, while they push weights by another: no step that waits for
-a push which was called for is taken for stalled, however late the push arrives. `stall_grace_seconds=0` leaves no room for
-luck."""
+"""Trainers that fetch batches ahead, by a connection of its own, while they push weights by
+another: no step that waits for a push which was called for is taken for stalled, however late the
+push arrives. `stall_grace_seconds=0` leaves no room for luck.
+"""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,9 @@ def scored_spec(service: Service, run_id: str, **changes) -> superbatch.RunSpec:
 
 
 def one_ahead(batches: Iterable) -> Iterator:
-    """As accelerate and Lightning iterate: the next batch is fetched before this one is trained on."""
+    """As accelerate and Lightning iterate: the next batch is fetched before this one is trained
+    on.
+    """
     batches = iter(batches)
     held = next(batches)
     for following in batches:
@@ -40,13 +43,24 @@ def one_ahead(batches: Iterable) -> Iterator:
 
 
 def selected(service: Service, spec: superbatch.RunSpec, rank=0, world_size=1, **changes):  # noqa: F811
-    settings = {"rank": rank, "world_size": world_size, "start_step": 0, "end_step": STEPS, "need_after": 0.0, **changes}
+    settings = {
+        "rank": rank,
+        "world_size": world_size,
+        "start_step": 0,
+        "end_step": STEPS,
+        "need_after": 0.0,
+        **changes,
+    }
     return SelectedBatches(service.address, spec, transform=step_and_mode, **settings)
 
 
-def train(service: Service, spec: superbatch.RunSpec, loop, workers=0, rank=0, world_size=1) -> list:  # noqa: F811
+def train(
+    service: Service, spec: superbatch.RunSpec, loop, workers=0, rank=0, world_size=1
+) -> list:  # noqa: F811
     run, seen = service.open(spec), []
-    for step, mode, learner in loop(selected(service, spec, rank, world_size).loader(num_workers=workers)):
+    for step, mode, learner in loop(
+        selected(service, spec, rank, world_size).loader(num_workers=workers)
+    ):
         seen.append((step, mode, learner))
         if rank == 0:
             run.push_weights(service.weights(), step=step)
@@ -55,7 +69,9 @@ def train(service: Service, spec: superbatch.RunSpec, loop, workers=0, rank=0, w
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("lag", [superbatch.exact(1), superbatch.at_most(1)], ids=["exact", "at_most"])
+@pytest.mark.parametrize(
+    "lag", [superbatch.exact(1), superbatch.at_most(1)], ids=["exact", "at_most"]
+)
 def test_a_loop_that_fetches_one_batch_ahead_is_not_stalled(service, lag, workers):  # noqa: F811
     kind = "exact" if lag.exact is not None else "at-most"
     spec = scored_spec(service, f"ahead-{workers}-{kind}", lag=lag)
@@ -66,7 +82,9 @@ def test_a_loop_that_fetches_one_batch_ahead_is_not_stalled(service, lag, worker
 
 def test_workers_that_ask_while_the_trainer_holds_the_step_before_are_not_stalled(service):  # noqa: F811
     seen = train(service, scored_spec(service, "exact-0", lag=superbatch.exact(0)), iter, workers=2)
-    assert [(step, learner) for step, _, learner in seen] == [(step, step - 1) for step in range(STEPS)]
+    assert [(step, learner) for step, _, learner in seen] == [
+        (step, step - 1) for step in range(STEPS)
+    ]
 
 
 def test_two_ranks_of_which_one_pushes_are_not_stalled(service):  # noqa: F811
@@ -78,7 +96,9 @@ def test_two_ranks_of_which_one_pushes_are_not_stalled(service):  # noqa: F811
     assert [learner for _, _, learner in first] == [-1, -1, *range(STEPS - 2)]
 
 
-def next_in_thread(service: Service, spec: superbatch.RunSpec, step: int, threads: ThreadPoolExecutor):  # noqa: F811
+def next_in_thread(
+    service: Service, spec: superbatch.RunSpec, step: int, threads: ThreadPoolExecutor
+):  # noqa: F811
     """A step that another connection waits for."""
     waiting, begun = {}, threading.Event()
 
@@ -148,7 +168,9 @@ def test_a_loop_that_can_never_push_in_time_is_told_which_lag_it_needs(service):
     with pytest.raises(superbatch.Error) as caught:
         train(service, spec, one_ahead)
     assert caught.value.reason == "WEIGHTS_MISSING"
-    assert "before it has trained on step 0" in str(caught.value) and "exact(1)" in str(caught.value)
+    assert "before it has trained on step 0" in str(caught.value) and "exact(1)" in str(
+        caught.value
+    )
 
 
 def test_a_fallback_of_a_stall_applies_after_the_grace(service):  # noqa: F811

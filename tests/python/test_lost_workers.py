@@ -1,7 +1,9 @@
-"""Workers that die or leave in the middle of a slice: nothing but time is lost, and what was thrown away is accounted.
+"""Workers that die or leave in the middle of a slice: nothing but time is lost, and what was thrown
+away is accounted.
 
-A stopped worker (SIGSTOP) surely has its slice open; then it is killed. No weights are pushed: every step is scored with the
-initial ones as soon as a rank stands still for it, which is how a step that is embedded by the reference is held and let go.
+A stopped worker (SIGSTOP) surely has its slice open; then it is killed. No weights are pushed:
+every step is scored with the initial ones as soon as a rank stands still for it, which is how a
+step that is embedded by the reference is held and let go.
 """
 
 import signal
@@ -24,13 +26,24 @@ SLICE_ROWS = 32
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
     """Data whose blocks are as large as a slice of three."""
-    return tiny.write_dataset(tmp_path_factory.mktemp("blocks") / "pool", rows=768, row_group_rows=SLICE_ROWS)
+    return tiny.write_dataset(
+        tmp_path_factory.mktemp("blocks") / "pool", rows=768, row_group_rows=SLICE_ROWS
+    )
 
 
 def asked(inputs, pool: Path, run_id: str) -> superbatch.RunSpec:
-    """Blocks are scanned one after the other: every slice is one that nobody has embedded yet. One step is made ahead."""
-    return spec(inputs, run_id, sources=[pool.as_uri()], phases=[phase(super_batch_size=3 * SLICE_ROWS)], window_blocks=1,
-                max_ahead=2, fallback="serve_flagged")
+    """Blocks are scanned one after the other: every slice is one that nobody has embedded yet. One
+    step is made ahead.
+    """
+    return spec(
+        inputs,
+        run_id,
+        sources=[pool.as_uri()],
+        phases=[phase(super_batch_size=3 * SLICE_ROWS)],
+        window_blocks=1,
+        max_ahead=2,
+        fallback="serve_flagged",
+    )
 
 
 def select(run: superbatch.Run, step: int) -> list[str]:
@@ -70,7 +83,9 @@ def slices(workers: list[Process], stage: str, count: int) -> None:
 
 
 def hold_step_two(run: superbatch.Run, cluster: Cluster) -> None:
-    """Decides steps 0 and 1. Step 2 is read and embedded by the reference on every worker, and no rank needs it yet."""
+    """Decides steps 0 and 1. Step 2 is read and embedded by the reference on every worker, and no
+    rank needs it yet.
+    """
     for step in range(2):
         select(run, step)
     slices(cluster.workers, "embed_reference", 3)
@@ -78,13 +93,17 @@ def hold_step_two(run: superbatch.Run, cluster: Cluster) -> None:
 
 
 def goes_on_as(undisturbed, run: superbatch.Run, cluster: Cluster) -> list:
-    """All steps are those of the undisturbed run, and what they cost is the same in receipts, run and metrics. The costs."""
+    """All steps are those of the undisturbed run, and what they cost is the same in receipts, run
+    and metrics. The costs.
+    """
     assert [select(run, step) for step in range(STEPS)] == undisturbed[0]
     assert choices(run) == undisturbed[1]
     run.close()
     spent, accounts = costs(run), run.get_run().accounts
     for kind in ("reference", "learner", "selection", "discarded"):
-        assert accounts[f"{kind}_flops"] == pytest.approx(sum(cost[f"{kind}_flops"] for cost in spent)), kind
+        assert accounts[f"{kind}_flops"] == pytest.approx(
+            sum(cost[f"{kind}_flops"] for cost in spent)
+        ), kind
     counted = cluster.coordinator.metric("superbatch_flops_total", stage="discarded")
     assert counted == pytest.approx(accounts.discarded_flops, abs=1)
     return spent
@@ -93,7 +112,9 @@ def goes_on_as(undisturbed, run: superbatch.Run, cluster: Cluster) -> list:
 def scored_once(spent: list, undisturbed) -> None:
     """Nothing that had come was had again, so nothing was thrown away."""
     for kind in ("reference_flops", "learner_flops"):
-        assert [cost[kind] for cost in spent] == pytest.approx([cost[kind] for cost in undisturbed[2]]), kind
+        assert [cost[kind] for cost in spent] == pytest.approx(
+            [cost[kind] for cost in undisturbed[2]]
+        ), kind
     assert [cost.discarded_flops for cost in spent] == [0] * STEPS
 
 
@@ -131,7 +152,9 @@ def test_a_worker_killed_while_the_learner_embeds(inputs, pool, cluster, threads
     scored_once(goes_on_as(undisturbed, run, cluster), undisturbed)
 
 
-def test_a_worker_killed_after_it_embedded_costs_a_read_and_no_score(inputs, pool, cluster, threads, undisturbed):
+def test_a_worker_killed_after_it_embedded_costs_a_read_and_no_score(
+    inputs, pool, cluster, threads, undisturbed
+):
     run = superbatch.connect(cluster.address).open_run(asked(inputs, pool, "unsent"))
     hold_step_two(run, cluster)
     slow, victim, other = cluster.workers
@@ -143,14 +166,22 @@ def test_a_worker_killed_after_it_embedded_costs_a_read_and_no_score(inputs, poo
     victim.kill()
     slow.process.send_signal(signal.SIGCONT)
     assert waiting.result(DEADLINE_SECONDS) == undisturbed[0][2]
-    again = slow.metric(STAGES, stage="embed_learner") + other.metric(STAGES, stage="embed_learner") - 6
-    assert cluster.coordinator.metric(RESCORED) == again, "counts what was scored again, not what was read again"
+    again = (
+        slow.metric(STAGES, stage="embed_learner") + other.metric(STAGES, stage="embed_learner") - 6
+    )
+    assert cluster.coordinator.metric(RESCORED) == again, (
+        "counts what was scored again, not what was read again"
+    )
     scored_once(goes_on_as(undisturbed, run, cluster), undisturbed)
 
 
 def test_a_worker_told_to_stop_hands_over_what_it_holds(inputs, pool, tmp_path, undisturbed):
-    """A slice that waits for weights may wait for longer than any grace period: it is let go, and scored elsewhere."""
-    with Cluster(tmp_path, workers=3, environment={"SUPERBATCH_COORDINATOR__GRACE_SECONDS": "600"}) as cluster:
+    """A slice that waits for weights may wait for longer than any grace period: it is let go, and
+    scored elsewhere.
+    """
+    with Cluster(
+        tmp_path, workers=3, environment={"SUPERBATCH_COORDINATOR__GRACE_SECONDS": "600"}
+    ) as cluster:
         run = superbatch.connect(cluster.address).open_run(asked(inputs, pool, "left"))
         hold_step_two(run, cluster)
         leaving = cluster.workers[0].process

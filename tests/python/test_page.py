@@ -1,4 +1,6 @@
-"""The run page in a real browser, against real runs: one that goes on, one that was closed, and one whose service was killed."""
+"""The run page in a real browser, against real runs: one that goes on, one that was closed, and one
+whose service was killed.
+"""
 
 import json
 import re
@@ -21,7 +23,14 @@ from examples.demo import tiny
 ROWS, STEPS = 288, 6
 UNTIL = 2
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 BROWSER_MISSING = "no Chromium: the run page was NOT looked at in a browser (apt-get install chromium; pip install playwright)"
 
 
@@ -31,10 +40,19 @@ def inputs(tmp_path_factory) -> Path:
     tiny.write_dataset(folder / "pool", rows=ROWS)
     for shard in (folder / "pool").glob("*.parquet"):
         table = pyarrow.parquet.read_table(shard)
-        captions = [f"{HOSTILE} {n}" if n % 7 == 3 else text for n, text in enumerate(table["caption"].to_pylist())]
-        images = [None if n % 97 == 5 else image for n, image in enumerate(table["png"].to_pylist())]
-        table = table.set_column(table.schema.get_field_index("caption"), "caption", pyarrow.array(captions))
-        table = table.set_column(table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary()))
+        captions = [
+            f"{HOSTILE} {n}" if n % 7 == 3 else text
+            for n, text in enumerate(table["caption"].to_pylist())
+        ]
+        images = [
+            None if n % 97 == 5 else image for n, image in enumerate(table["png"].to_pylist())
+        ]
+        table = table.set_column(
+            table.schema.get_field_index("caption"), "caption", pyarrow.array(captions)
+        )
+        table = table.set_column(
+            table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
+        )
         pyarrow.parquet.write_table(table, shard, row_group_size=64)
     tiny.write_siglip(folder / "learner", seed=0)
     tiny.write_siglip(folder / "reference", seed=1)
@@ -54,16 +72,33 @@ def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatc
     """A run of a uniform phase and one of `policy`, which pushes after each step."""
     phases = [
         superbatch.Phase(policy="uniform", super_batch_size=96, sub_batch_size=24),
-        superbatch.Phase(from_step=UNTIL, policy=policy, super_batch_size=96, sub_batch_size=24, n_chunks=3),
+        superbatch.Phase(
+            from_step=UNTIL, policy=policy, super_batch_size=96, sub_batch_size=24, n_chunks=3
+        ),
     ]
     learner = superbatch.Learner(
-        model_uri=(inputs / "learner").as_uri(), snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri())
-    run = client.open_run(superbatch.RunSpec(
-        run_id=run_id, sources=[(inputs / "pool").as_uri()], reference=(inputs / "reference").as_uri(), learner=learner,
-        phases=phases, loss="sigmoid", seed=5, micro_batch_rows=16, epochs=2))
+        model_uri=(inputs / "learner").as_uri(),
+        snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri(),
+    )
+    run = client.open_run(
+        superbatch.RunSpec(
+            run_id=run_id,
+            sources=[(inputs / "pool").as_uri()],
+            reference=(inputs / "reference").as_uri(),
+            learner=learner,
+            phases=phases,
+            loss="sigmoid",
+            seed=5,
+            micro_batch_rows=16,
+            epochs=2,
+        )
+    )
     weights = load_file(inputs / "learner/model.safetensors")
     for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
-        run.push_weights({name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()}, step=batch.step)
+        run.push_weights(
+            {name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()},
+            step=batch.step,
+        )
     run.flush()
     return run
 
@@ -93,7 +128,10 @@ def test_a_receipt_tells_what_the_page_shows(service):
     assert len(passed) == 24 and not {row.id for row in passed} & {row.id for row in receipt.chosen}
     best = [row.own_score for row in passed if not row.sampled]
     assert best == sorted(best, reverse=True) and len(best) == 12
-    assert receipt.summary.uniform_score is not None and receipt.summary.uniform_score != receipt.summary.batch_score
+    assert (
+        receipt.summary.uniform_score is not None
+        and receipt.summary.uniform_score != receipt.summary.batch_score
+    )
     # A step that was committed ahead of its call tells of no wait.
     assert any(run.receipt(step).summary.trainer_wait_seconds for step in range(STEPS))
     uniform = run.receipt(0)
@@ -105,9 +143,13 @@ def test_the_json_is_what_receipts_say(service):
     base = service.coordinator.page_address
     listed = {run["run"]: run for run in get(base, "/api/runs")["runs"]}
     assert {name: (run["state"], run["newest"]) for name, run in listed.items()} == {
-        "first": ("open", STEPS - 1), "second": ("closed", STEPS - 1)}
+        "first": ("open", STEPS - 1),
+        "second": ("closed", STEPS - 1),
+    }
     facts = get(base, "/api/runs/first")
-    assert [phase["policy"] for phase in facts["phases"]] == ["uniform", "joint"] and facts["totals"]["train_flops"] > 0
+    assert [phase["policy"] for phase in facts["phases"]] == ["uniform", "joint"] and facts[
+        "totals"
+    ]["train_flops"] > 0
     line = get(base, "/api/runs/first/timeline")
     receipts = [service.first.receipt(step).summary for step in range(STEPS)]
     assert line["step"] == list(range(STEPS)) and line["stride"] == 1
@@ -128,7 +170,9 @@ def test_an_example_is_found_in_every_step_that_it_was_a_candidate_of(service):
         for key, score in zip(step["chosen"]["key"], step["chosen"]["score"]):
             found[key] = (number, score)
     for key, (number, score) in list(found.items())[::7]:
-        times = {time["step"]: time for time in get(base, f"/api/runs/first/examples/{key}")["times"]}
+        times = {
+            time["step"]: time for time in get(base, f"/api/runs/first/examples/{key}")["times"]
+        }
         assert times[number]["outcome"] == "chosen" and times[number]["score"] == score
     mix = get(base, "/api/runs/first/mix")
     assert mix["chosen"] == 24 * (STEPS - UNTIL) and mix["scanned"] == 96 * (STEPS - UNTIL)
@@ -158,7 +202,11 @@ def test_a_page_of_its_own_shows_a_state_and_changes_nothing(service, tmp_path):
     state = tmp_path / "state"
     shutil.copytree(service.folder / "state", state)
     before = sorted(path for path in state.rglob("*"))
-    process = subprocess.Popen([BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         base = re.search(r"http://\S+", process.stdout.readline()).group()
         assert {run["run"] for run in get(base, "/api/runs")["runs"]} == {"first", "second"}
@@ -185,11 +233,20 @@ def browser():
 @pytest.fixture
 def page(browser, service):
     """A tab that fails the test on any error of its scripts, or anything that the policy blocks."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=service.coordinator.page_address)
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, base_url=service.coordinator.page_address
+    )
     tab, errors = context.new_page(), []
     tab.set_default_timeout(30_000)
     tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" and "404" not in message.text else None)
+    tab.on(
+        "console",
+        lambda message: (
+            errors.append(message.text)
+            if message.type == "error" and "404" not in message.text
+            else None
+        ),
+    )
     yield tab
     context.close()
     assert not errors, errors
@@ -220,10 +277,17 @@ def test_a_step_shows_the_chosen_beside_those_passed_over(page):
     chosen, passed = page.locator(".side.chosen li"), page.locator(".side.passed li")
     chosen.first.wait_for()
     assert (chosen.count(), passed.count()) == (24, 24)
-    page.wait_for_function("() => [...document.querySelectorAll('.rows .caption')].every(c => c.textContent.trim())")
-    page.wait_for_function("() => [...document.querySelectorAll('.side.chosen img')].filter(i => i.naturalWidth > 0).length > 5")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.rows .caption')].every(c => c.textContent.trim())"
+    )
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.side.chosen img')].filter(i => i.naturalWidth > 0).length > 5"
+    )
     page.get_by_label("Sort by").select_option("score")
-    scores = [float(text.replace("−", "-")) for text in page.locator(".side.chosen .score b").all_text_contents()]
+    scores = [
+        float(text.replace("−", "-"))
+        for text in page.locator(".side.chosen .score b").all_text_contents()
+    ]
     assert scores == sorted(scores, reverse=True)
     page.get_by_label("Chunk").select_option("1")
     assert chosen.count() == 8
@@ -231,7 +295,9 @@ def test_a_step_shows_the_chosen_beside_those_passed_over(page):
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("/")
     page.keyboard.type("circle")
-    page.wait_for_function("() => [...document.querySelectorAll('.side.chosen .caption')].every(c => c.textContent.includes('circle'))")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.side.chosen .caption')].every(c => c.textContent.includes('circle'))"
+    )
     assert 0 < chosen.count() < 24
     page.keyboard.press("Escape")
     page.keyboard.press("ArrowRight")
@@ -244,7 +310,10 @@ def test_a_hostile_caption_stays_text(page):
     page.locator(".row", has_text="onerror").first.click()
     page.locator("dialog p.caption", has_text="<script>").wait_for()
     assert page.title() == "first · Superbatch"
-    assert page.locator("main script, dialog script, main img[src='x'], dialog img[src='x']").count() == 0
+    assert (
+        page.locator("main script, dialog script, main img[src='x'], dialog img[src='x']").count()
+        == 0
+    )
     page.get_by_role("link", name="Each time it was a candidate").click()
     page.get_by_role("heading", name="Each time it was a candidate").wait_for()
     assert page.title() == "first · Superbatch"
@@ -252,7 +321,14 @@ def test_a_hostile_caption_stays_text(page):
 
 def test_every_view_fits_a_phone_and_both_themes(page):
     page.set_viewport_size({"width": 390, "height": 844})
-    for address in ("", "runs/first", f"runs/first/steps/{UNTIL}", "runs/first/mix", "runs/first/examples/0.0.0", "compare/first/second"):
+    for address in (
+        "",
+        "runs/first",
+        f"runs/first/steps/{UNTIL}",
+        "runs/first/mix",
+        "runs/first/examples/0.0.0",
+        "compare/first/second",
+    ):
         page.goto(f"/#/{address}")
         page.locator("main h1").first.wait_for()
         page.wait_for_load_state("networkidle")

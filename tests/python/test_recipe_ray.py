@@ -5,8 +5,11 @@ stopped.
 import pytest
 from recipe import Recipes, recipes, script  # noqa: F401  (a fixture)
 
-# Ray starts a cluster of its own, which takes minutes on two busy cores, so `make setup` leaves it out.
-pytest.importorskip("ray", reason="SKIPPED the Ray recipe: .venv/bin/pip install ray==2.60.0 to run it")
+# Ray starts a cluster of its own, which takes minutes on two busy cores, so `make setup` leaves it
+# out.
+pytest.importorskip(
+    "ray", reason="SKIPPED the Ray recipe: .venv/bin/pip install ray==2.60.0 to run it"
+)
 
 
 def test_two_actors_train(recipes, tmp_path):  # noqa: F811

@@ -23,20 +23,31 @@ def refused(service, wanted: str, asked: superbatch.RunSpec, says: str = "") -> 
 def test_runs_that_can_never_be_met(inputs, service, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(service, "DATASET_EMPTY", spec(inputs, "a", sources=[(tmp_path / "empty").as_uri()]))
-    refused(service, "DATASET_TOO_SMALL", spec(inputs, "b", phases=[phase(super_batch_size=4096)]), "768")
+    refused(
+        service,
+        "DATASET_TOO_SMALL",
+        spec(inputs, "b", phases=[phase(super_batch_size=4096)]),
+        "768",
+    )
     refused(service, "COLUMN_NOT_FOUND", spec(inputs, "c", columns=["colour"]), "kind")
     refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "d", phases=[phase(sub_batch_size=97)]))
     other = tmp_path / "other"
     other.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), other / "n.parquet")
-    refused(service, "COLUMN_NOT_FOUND", spec(inputs, "e", sources=[(inputs / "pool").as_uri(), other.as_uri()]))
+    refused(
+        service,
+        "COLUMN_NOT_FOUND",
+        spec(inputs, "e", sources=[(inputs / "pool").as_uri(), other.as_uri()]),
+    )
 
 
 def test_models_that_cannot_serve(inputs, service, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(inputs / "reference", folder)
     (folder / "tokenizer.json").unlink()
-    refused(service, "MODEL_INVALID", spec(inputs, "f", reference=folder.as_uri()), "tokenizer.json")
+    refused(
+        service, "MODEL_INVALID", spec(inputs, "f", reference=folder.as_uri()), "tokenizer.json"
+    )
     shutil.copytree(tiny.write_siglip(tmp_path / "big"), tmp_path / "odd")
     config = (tmp_path / "odd" / "config.json").read_text()
     vocabulary = f'"vocab_size": {__import__("json").loads(config)["text_config"]["vocab_size"]}'
@@ -51,7 +62,12 @@ def test_learners_whose_weights_are_not_there(inputs, service, tmp_path):
     shutil.copytree(inputs / "learner", bare)
     (bare / "model.safetensors").unlink()
     gone, folder = f"{learner}/nope.safetensors", bare.as_uri()
-    for model, snapshot in [(learner, gone), (learner, folder), (folder, folder), (folder, f"{folder}/model.safetensors")]:
+    for model, snapshot in [
+        (learner, gone),
+        (learner, folder),
+        (folder, folder),
+        (folder, f"{folder}/model.safetensors"),
+    ]:
         asked = superbatch.Learner(model_uri=model, snapshot_uri=snapshot)
         refused(service, "MODEL_INVALID", spec(inputs, "gone", learner=asked), snapshot)
 
@@ -70,6 +86,7 @@ def test_requests_that_do_not_fit(inputs, service):
         with pytest.raises(superbatch.Error) as caught:
             run.select(step, rank=rank, world_size=world_size)
         return reason(caught)
+
     assert select(0, 0, 5) == "WORLD_SIZE_INVALID"
     assert select(0, 2, 2) == "RANK_OUT_OF_RANGE"
     assert select(50, 0, 1) == "STEP_BEYOND_AHEAD"
@@ -83,7 +100,12 @@ def test_requests_that_do_not_fit(inputs, service):
 
 
 def test_what_is_not_built_says_so(inputs, service):
-    refused(service, "UNIMPLEMENTED", spec(inputs, "h", fork_of=superbatch.Fork(run_id="other", step=1)), "fork_of")
+    refused(
+        service,
+        "UNIMPLEMENTED",
+        spec(inputs, "h", fork_of=superbatch.Fork(run_id="other", step=1)),
+        "fork_of",
+    )
 
 
 def fails(*arguments: str) -> str:

@@ -37,7 +37,12 @@ def test_a_trainer_that_resumes_repeats_the_pushes_that_were_lost(service):  # n
     with way_to(service.address, limit=1 << 15) as way:
         command = [sys.executable, "-c", TRAINER, service.address, service.inputs, way.address]
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_environment())
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=python_environment(),
+        )
         try:
             assert child.stdout.readline() == "pushed\n"
             assert way.holds.wait(60)

@@ -1,4 +1,6 @@
-"""Data, models and state on S3, through the real binary against a real S3 server: races, takeovers, and stores that fail."""
+"""Data, models and state on S3, through the real binary against a real S3 server: races, takeovers,
+and stores that fail.
+"""
 
 import json
 import os
@@ -36,8 +38,11 @@ class Store:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True)
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         said = []
         for line in self.process.stderr:
             said.append(line)
@@ -49,8 +54,12 @@ class Store:
         # Its access log would fill the pipe.
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
         self.client = boto3.client(
-            "s3", endpoint_url=f"http://127.0.0.1:{self.port}", region_name="us-east-1", aws_access_key_id="test",
-            aws_secret_access_key="test")
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{self.port}",
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
         self.client.create_bucket(Bucket=BUCKET)
 
     def upload(self, folder: Path) -> None:
@@ -68,16 +77,25 @@ class Store:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Stands before a store and passes requests on, without the headers `dropped`. What it does to PUTs whose path matches:
+    """Stands before a store and passes requests on, without the headers `dropped`. What it does to
+    PUTs whose path matches:
 
     hold: waits for `release` before it passes them on. hold_answer: waits after that.
-    lose: the first of each path is passed on and its answer lost: the connection ends, or (`lose_by="500"`) an error comes.
+    lose: the first of each path is passed on and its answer lost: the connection ends, or
+    (`lose_by="500"`) an error comes.
     """
 
     daemon_threads = True
 
-    def __init__(self, port: int, dropped: tuple[str, ...] = (), hold: str | None = None, hold_answer: str | None = None,
-                 lose: str | None = None, lose_by: str = "end"):
+    def __init__(
+        self,
+        port: int,
+        dropped: tuple[str, ...] = (),
+        hold: str | None = None,
+        hold_answer: str | None = None,
+        lose: str | None = None,
+        lose_by: str = "end",
+    ):
         self.store_port, self.dropped, self.lose_by = port, dropped, lose_by
         self.hold, self.hold_answer, self.lose = hold, hold_answer, lose
         self.held, self.release, self.lost = threading.Event(), threading.Event(), set()
@@ -111,7 +129,9 @@ class PassOn(BaseHTTPRequestHandler):
         if self.concerns(proxy.hold):
             proxy.wait()
         upstream = HTTPConnection("127.0.0.1", proxy.store_port)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in proxy.dropped}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in proxy.dropped
+        }
         upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         content = answer.read()
@@ -138,7 +158,9 @@ class PassOn(BaseHTTPRequestHandler):
     def answer(self, answer: HTTPResponse, content: bytes) -> None:
         self.send_response(answer.status)
         # A HEAD's length is the object's; nothing follows it.
-        length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+        length = (
+            answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+        )
         for name, value in answer.getheaders():
             if name.lower() not in ("connection", "content-length", "transfer-encoding"):
                 self.send_header(name, value)
@@ -168,6 +190,7 @@ def proxy(store):
     def make(**settings) -> Proxy:
         made.append(Proxy(store.port, **settings))
         return made[-1]
+
     yield make
     for one in made:
         one.stop()
@@ -175,22 +198,41 @@ def proxy(store):
 
 def credentials(port: int) -> dict[str, str]:
     """How a deployment tells processes where S3 is and who they are."""
-    return {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true"}
+    return {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
 
 
 def remote(run_id: str, **changes) -> superbatch.RunSpec:
     """The local tests' run, with everything that it reads in the bucket."""
     learner = f"s3://{BUCKET}/learner"
-    return spec(Path("/"), run_id, **{
-        "sources": [f"s3://{BUCKET}/pool"], "reference": f"s3://{BUCKET}/reference",
-        "learner": superbatch.Learner(model_uri=learner, snapshot_uri=f"{learner}/model.safetensors"), **changes})
+    return spec(
+        Path("/"),
+        run_id,
+        **{
+            "sources": [f"s3://{BUCKET}/pool"],
+            "reference": f"s3://{BUCKET}/reference",
+            "learner": superbatch.Learner(
+                model_uri=learner, snapshot_uri=f"{learner}/model.safetensors"
+            ),
+            **changes,
+        },
+    )
 
 
 def command(port: int, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **credentials(port)}
     return subprocess.run(
-        [BINARY, *arguments], capture_output=True, text=True, timeout=DEADLINE_SECONDS, env=environment)
+        [BINARY, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        env=environment,
+    )
 
 
 def receipts_by_command(port: int, run: str, state: str) -> list[dict]:
@@ -200,9 +242,18 @@ def receipts_by_command(port: int, run: str, state: str) -> list[dict]:
 
 
 def coordinator(folder: Path, name: str, port: int, state: str, **settings) -> Process:
-    return Process(folder, name, "serve", {
-        "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state,
-        "coordinator": settings}, credentials(port))
+    return Process(
+        folder,
+        name,
+        "serve",
+        {
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "127.0.0.1:0",
+            "state": state,
+            "coordinator": settings,
+        },
+        credentials(port),
+    )
 
 
 def answer(ask) -> tuple[str, str | None] | None:
@@ -222,12 +273,15 @@ def test_data_models_and_state_on_s3_give_what_files_give(inputs, store, tmp_pat
         assert choices(run) == undisturbed[1]
         assert cluster.coordinator.metric("superbatch_object_store_requests_total") > 0
     keys = store.keys("state-of-two/runs/remote/receipts/")
-    assert {f"state-of-two/runs/remote/receipts/0/{step}/0.parquet" for step in range(STEPS)} <= set(keys)
+    assert {
+        f"state-of-two/runs/remote/receipts/0/{step}/0.parquet" for step in range(STEPS)
+    } <= set(keys)
     assert not store.keys("state-of-two/probe/")
     # What was prepared ahead may have been committed, too.
     shown = receipts_by_command(store.port, "remote", state)[:STEPS]
     assert [[row["id"] for row in receipt["chosen"]] for receipt in shown] == [
-        [row[0] for row in step] for step in undisturbed[1]]
+        [row[0] for row in step] for step in undisturbed[1]
+    ]
     assert [receipt["summary"]["learner"]["step"] for receipt in shown] == [-1, -1, 0, 1]
 
 
@@ -240,6 +294,7 @@ def test_of_two_coordinators_one_owns_a_run_until_it_dies(inputs, store, tmp_pat
             return superbatch.connect(rival.address).open_run(remote("raced"))
         except superbatch.Error as error:
             return error
+
     try:
         with ThreadPoolExecutor() as threads:
             opened = list(threads.map(open_run, rivals))
@@ -260,12 +315,16 @@ def test_of_two_coordinators_one_owns_a_run_until_it_dies(inputs, store, tmp_pat
         run = superbatch.connect(heir.address).open_run(remote("raced"))
         assert run.next_step >= 2
         assert [run.receipt(step) for step in range(2)] == known
-        assert [run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist() for step in range(2)] == first
+        assert [
+            run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist()
+            for step in range(2)
+        ] == first
         assert first + train(run, inputs, start=2) == undisturbed[0]
         assert choices(run) == undisturbed[1]
         shown = receipts_by_command(store.port, "raced", state)
         assert [[row["id"] for row in receipt["chosen"]] for receipt in shown[:2]] == [
-            [row.id for row in receipt.chosen] for receipt in known]
+            [row.id for row in receipt.chosen] for receipt in known
+        ]
 
         rivals.append(coordinator(tmp_path, "late", store.port, state))
         late = open_run(rivals[-1])
@@ -276,9 +335,12 @@ def test_of_two_coordinators_one_owns_a_run_until_it_dies(inputs, store, tmp_pat
             rival.stop()
 
 
-def test_of_two_writers_of_one_receipt_the_first_wins_and_both_serve_its(inputs, store, tmp_path, proxy):
-    """The slow writer owned the run when it began to commit; meanwhile another coordinator took the run over, because nobody
-    answers at the address that the slow one advertises."""
+def test_of_two_writers_of_one_receipt_the_first_wins_and_both_serve_its(
+    inputs, store, tmp_path, proxy
+):
+    """The slow writer owned the run when it began to commit; meanwhile another coordinator took the
+    run over, because nobody answers at the address that the slow one advertises.
+    """
     state = f"s3://{BUCKET}/state-of-writers"
     before = proxy(hold=r"runs/written/receipts/0/0/")
     slow = coordinator(tmp_path, "slow", before.port, state, advertise_address="http://127.0.0.1:1")
@@ -303,7 +365,9 @@ def test_of_two_writers_of_one_receipt_the_first_wins_and_both_serve_its(inputs,
             "open a generation": lambda: late.rewind(0, mode="reselect"),
             "close": late.close,
         }
-        assert {what: answer(ask) for what, ask in asked.items()} == dict.fromkeys(asked, ("NOT_OWNER", fast.address))
+        assert {what: answer(ask) for what, ask in asked.items()} == dict.fromkeys(
+            asked, ("NOT_OWNER", fast.address)
+        )
         assert run.get_run().summary.generation == 0
     finally:
         slow.stop()
@@ -326,7 +390,9 @@ def test_unreachable_storage_is_said_with_what_and_where(inputs, tmp_path):
         with pytest.raises(superbatch.Unavailable) as caught:
             client.open_run(spec(inputs, "data", sources=[f"s3://{BUCKET}/pool"]))
         assert reason(caught) == "STORAGE_UNREACHABLE"
-        assert f"s3://{BUCKET}/pool" in str(caught.value) and "Connection refused" in str(caught.value)
+        assert f"s3://{BUCKET}/pool" in str(caught.value) and "Connection refused" in str(
+            caught.value
+        )
         # Nothing of it stays: the same run opens once its data can be read.
         assert len(client.open_run(spec(inputs, "data")).select(0, rank=0, world_size=1)) == 24
 
@@ -336,9 +402,15 @@ def test_unreachable_state_ends_a_start_with_what_and_where():
     assert ended.returncode != 0 and not ended.stdout
     said = [line for line in ended.stderr.splitlines() if line.startswith("superbatch: ")]
     assert len(said) == 1 and f"s3://{BUCKET}/state" in said[0]
-    assert said[0].count("Connection refused") == 1 and said[0].count("127.0.0.1:1/") == 1, "said once"
-    told = [line for line in ended.stderr.splitlines() if "WARN" in line and "object storage" in line]
-    assert len(told) == 1 and f"http://127.0.0.1:1/{BUCKET}/state" in told[0], "and while it is tried again"
+    assert said[0].count("Connection refused") == 1 and said[0].count("127.0.0.1:1/") == 1, (
+        "said once"
+    )
+    told = [
+        line for line in ended.stderr.splitlines() if "WARN" in line and "object storage" in line
+    ]
+    assert len(told) == 1 and f"http://127.0.0.1:1/{BUCKET}/state" in told[0], (
+        "and while it is tried again"
+    )
 
 
 def test_a_bucket_that_is_not_there_fails_at_once_and_by_name(inputs, store, tmp_path):
@@ -347,6 +419,11 @@ def test_a_bucket_that_is_not_there_fails_at_once_and_by_name(inputs, store, tmp
         with pytest.raises(superbatch.Error, match="there is no bucket 'nobucket99'") as caught:
             client.open_run(spec(inputs, "nowhere", sources=["s3://nobucket99/data"]))
         assert not isinstance(caught.value, superbatch.Unavailable), "it is not tried again"
-        assert (reason(caught), caught.value.metadata["bucket"]) == ("INVALID_ARGUMENT", "nobucket99")
-    ended = command(store.port, "serve", "--listen", "127.0.0.1:0", "--state", "s3://nobucket99/state")
+        assert (reason(caught), caught.value.metadata["bucket"]) == (
+            "INVALID_ARGUMENT",
+            "nobucket99",
+        )
+    ended = command(
+        store.port, "serve", "--listen", "127.0.0.1:0", "--state", "s3://nobucket99/state"
+    )
     assert ended.returncode != 0 and "there is no bucket 'nobucket99'" in ended.stderr

@@ -1,4 +1,6 @@
-"""The coordinator killed at every write of its state, and writes whose outcome stays unknown: no step is decided twice."""
+"""The coordinator killed at every write of its state, and writes whose outcome stays unknown: no
+step is decided twice.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,15 +10,30 @@ from cluster import DEADLINE_SECONDS
 from test_end_to_end import STEPS, choices, inputs, service, spec, train, undisturbed  # noqa: F401
 from test_s3 import BUCKET, coordinator, proxy, remote, store  # noqa: F401
 
-# Of a run's life: what it is, who owns it, a snapshot, its publication, and a step that was scored with it.
+# Of a run's life: what it is, who owns it, a snapshot, its publication, and a step that was scored
+# with it.
 WRITES = ("run.json", "owner/1", "snapshots/", "pushes/0/0", "receipts/0/2/")
 
 
-@pytest.mark.parametrize(("write", "moment"), [
-    ("run.json", "hold_answer"), ("owner/1", "hold"), ("owner/1", "hold_answer"), ("snapshots/", "hold"),
-    ("pushes/0/0", "hold"), ("pushes/0/0", "hold_answer"), ("receipts/0/2/", "hold"), ("receipts/0/2/", "hold_answer")])
-def test_a_coordinator_killed_while_it_writes(inputs, store, proxy, tmp_path, undisturbed, write, moment):
-    """Before its write arrived, or after that and before it knew. The write that was on its way arrives late."""
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    [
+        ("run.json", "hold_answer"),
+        ("owner/1", "hold"),
+        ("owner/1", "hold_answer"),
+        ("snapshots/", "hold"),
+        ("pushes/0/0", "hold"),
+        ("pushes/0/0", "hold_answer"),
+        ("receipts/0/2/", "hold"),
+        ("receipts/0/2/", "hold_answer"),
+    ],
+)
+def test_a_coordinator_killed_while_it_writes(
+    inputs, store, proxy, tmp_path, undisturbed, write, moment
+):
+    """Before its write arrived, or after that and before it knew. The write that was on its way
+    arrives late.
+    """
     state = f"s3://{BUCKET}/{tmp_path.name}"
     between = proxy(**{moment: f"/runs/killed/{write}"})
     first = coordinator(tmp_path, "first", between.port, state)
@@ -29,7 +46,9 @@ def test_a_coordinator_killed_while_it_writes(inputs, store, proxy, tmp_path, un
             assert isinstance(training.exception(DEADLINE_SECONDS), superbatch.Unavailable)
         second = coordinator(tmp_path, "second", store.port, state)
         try:
-            run = superbatch.connect(second.address).open_run(remote("killed"), incarnation="second")
+            run = superbatch.connect(second.address).open_run(
+                remote("killed"), incarnation="second"
+            )
             assert train(run, inputs) == undisturbed[0]
             assert choices(run) == undisturbed[1]
             known = [run.receipt(step) for step in range(STEPS)]
@@ -44,8 +63,12 @@ def test_a_coordinator_killed_while_it_writes(inputs, store, proxy, tmp_path, un
 
 
 @pytest.mark.parametrize("lose_by", ["end", "500"])
-def test_writes_whose_answers_are_lost_are_known_for_our_own(inputs, store, proxy, tmp_path, undisturbed, lose_by):
-    """Every object is written once under the eyes of a coordinator that does not learn of it, and tries again."""
+def test_writes_whose_answers_are_lost_are_known_for_our_own(
+    inputs, store, proxy, tmp_path, undisturbed, lose_by
+):
+    """Every object is written once under the eyes of a coordinator that does not learn of it, and
+    tries again.
+    """
     state = f"s3://{BUCKET}/state-lost-by-{lose_by}"
     losing = proxy(lose=f"/state-lost-by-{lose_by}/", lose_by=lose_by)
     only = coordinator(tmp_path, "only", losing.port, state)
@@ -57,4 +80,6 @@ def test_writes_whose_answers_are_lost_are_known_for_our_own(inputs, store, prox
     finally:
         only.stop()
     for write in WRITES:
-        assert any(f"/runs/lost/{write}" in path for path in losing.lost), f"nothing was lost of {write}"
+        assert any(f"/runs/lost/{write}" in path for path in losing.lost), (
+            f"nothing was lost of {write}"
+        )

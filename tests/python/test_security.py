@@ -24,19 +24,65 @@ class Authority:
     """A certificate authority in a folder, as docs/security.md makes one."""
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.ca, self.key = folder, folder / f"{name}-ca.pem", folder / f"{name}-ca.key"
-        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", 2,
-                "-subj", f"/CN={name} authority", "-keyout", self.key, "-out", self.ca)
+        self.folder, self.ca, self.key = (
+            folder,
+            folder / f"{name}-ca.pem",
+            folder / f"{name}-ca.key",
+        )
+        openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            2,
+            "-subj",
+            f"/CN={name} authority",
+            "-keyout",
+            self.key,
+            "-out",
+            self.ca,
+        )
 
     def sign(self, name: str, extensions: str = EXTENSIONS) -> tuple[str, str]:
         """A certificate and its key."""
         cert, key, request = (self.folder / f"{name}.{ending}" for ending in ("pem", "key", "csr"))
         extra = self.folder / f"{name}.ext"
         extra.write_text(extensions)
-        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}",
-                "-keyout", key, "-out", request)
-        openssl("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self.key, "-CAcreateserial", "-days", 2,
-                "-extfile", extra, "-out", cert)
+        openssl(
+            "req",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            key,
+            "-out",
+            request,
+        )
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            request,
+            "-CA",
+            self.ca,
+            "-CAkey",
+            self.key,
+            "-CAcreateserial",
+            "-days",
+            2,
+            "-extfile",
+            extra,
+            "-out",
+            cert,
+        )
         return str(cert), str(key)
 
 
@@ -51,7 +97,9 @@ def authority(folder) -> Authority:
 
 
 def command(*arguments: object) -> str:
-    return subprocess.run([BINARY, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [BINARY, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def new_token(file: Path, name: str, *arguments: str) -> str:
@@ -62,7 +110,11 @@ class Secured:
     """A coordinator and a worker that speak TLS to each other, with tokens."""
 
     def __init__(self, stack: ExitStack, folder: Path, authority: Authority, **tls: str):
-        self.folder, self.tokens, self.audit = folder, folder / "tokens.yaml", folder / "audit.jsonl"
+        self.folder, self.tokens, self.audit = (
+            folder,
+            folder / "tokens.yaml",
+            folder / "audit.jsonl",
+        )
         self.ca, (self.cert, self.key) = str(authority.ca), authority.sign("server")
         self.secrets = {
             "trainer": new_token(self.tokens, "trainer", "--runs", "team-a-*"),
@@ -75,18 +127,47 @@ class Secured:
         state = (folder / "state").as_uri()
         # The worker's certificate is for another name than its address.
         worker_cert, worker_key = authority.sign("worker", "subjectAltName=DNS:worker.test")
-        self.coordinator = Process(folder, "coordinator", "serve", {
-            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "health_listen": "127.0.0.1:0", "page_listen": None,
-            "state": state,
-            "tls": {"cert": self.cert, "key": self.key, "ca": self.ca, "worker_name": "worker.test", **tls},
-            "auth": {"tokens_file": str(self.tokens), "metrics": True}, "audit": {"file": str(self.audit)},
-            "coordinator": {"workers_embedded": False}, "log": {"filter": "debug"}})
+        self.coordinator = Process(
+            folder,
+            "coordinator",
+            "serve",
+            {
+                "listen": "127.0.0.1:0",
+                "metrics_listen": "127.0.0.1:0",
+                "health_listen": "127.0.0.1:0",
+                "page_listen": None,
+                "state": state,
+                "tls": {
+                    "cert": self.cert,
+                    "key": self.key,
+                    "ca": self.ca,
+                    "worker_name": "worker.test",
+                    **tls,
+                },
+                "auth": {"tokens_file": str(self.tokens), "metrics": True},
+                "audit": {"file": str(self.audit)},
+                "coordinator": {"workers_embedded": False},
+                "log": {"filter": "debug"},
+            },
+        )
         stack.callback(self.coordinator.stop)
-        self.worker = Process(folder, "worker", "worker", {
-            "state": state, "worker": {"threads": 1}, "tls": {"cert": worker_cert, "key": worker_key, "ca": self.ca, **tls},
-            "log": {"filter": "debug"},
-            "worker_role": {"coordinator": self.coordinator.address, "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0",
-                            "token_file": str(folder / "worker.token")}})
+        self.worker = Process(
+            folder,
+            "worker",
+            "worker",
+            {
+                "state": state,
+                "worker": {"threads": 1},
+                "tls": {"cert": worker_cert, "key": worker_key, "ca": self.ca, **tls},
+                "log": {"filter": "debug"},
+                "worker_role": {
+                    "coordinator": self.coordinator.address,
+                    "listen": "127.0.0.1:0",
+                    "metrics_listen": "127.0.0.1:0",
+                    "token_file": str(folder / "worker.token"),
+                },
+            },
+        )
         stack.callback(self.worker.stop)
 
     @property
@@ -95,7 +176,9 @@ class Secured:
 
     def connect(self, token: str | None = "trainer", **options) -> superbatch.Client:
         token = self.secrets.get(token, token)
-        return superbatch.connect(self.address, **{"ca": self.ca, "token": token, "retry_attempts": 2, **options})
+        return superbatch.connect(
+            self.address, **{"ca": self.ca, "token": token, "retry_attempts": 2, **options}
+        )
 
     def metrics(self, token: str | None) -> str:
         headers = {"Authorization": f"Bearer {self.secrets[token]}"} if token else {}
@@ -126,7 +209,8 @@ def wait_until(reached) -> None:
         sleep(0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- a whole run
+# -----------------------------------------------------------------------------------------------------------
+# a whole run
 
 
 def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
@@ -135,9 +219,15 @@ def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
     assert [len(ids) for ids in train(run, inputs)] == [24] * 4
     run.rewind(2, mode="replay")
     run.close()
-    told = [(line["what"], line["outcome"], line["who"]) for line in service.audited() if line["run"] == "team-a-1"]
-    assert told[0] == ("open", "accepted", "trainer") and told[-2:] == [("rewind", "accepted", "trainer"),
-                                                                        ("close", "accepted", "trainer")]
+    told = [
+        (line["what"], line["outcome"], line["who"])
+        for line in service.audited()
+        if line["run"] == "team-a-1"
+    ]
+    assert told[0] == ("open", "accepted", "trainer") and told[-2:] == [
+        ("rewind", "accepted", "trainer"),
+        ("close", "accepted", "trainer"),
+    ]
     assert ("push", "accepted", "trainer") in told
     # The same by the environment and by a file, as a trainer's other processes would.
     (tmp_path / "token").write_text(service.secrets["trainer"])
@@ -149,21 +239,38 @@ def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
 def in_python(code: str, argument: str, environment: dict) -> str:
     import os
     import sys
-    ended = subprocess.run([sys.executable, "-c", code, argument], env={**os.environ, **environment}, check=True,
-                           capture_output=True, text=True)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, argument],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return ended.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# -----------------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_each_call_needs_its_scope(inputs, service):
-    asked = spec(inputs, "team-a-2", phases=[phase(policy="uniform", n_chunks=1)], reference=None, learner=None)
+    asked = spec(
+        inputs,
+        "team-a-2",
+        phases=[phase(policy="uniform", n_chunks=1)],
+        reference=None,
+        learner=None,
+    )
     for token in (None, "sbt_" + "0" * 64, "brief"):
         error = refused(service, token, lambda client: client.open_run(asked))
         assert error.reason == "UNAUTHENTICATED" and error.metadata["scope"] == "open"
     error = refused(service, "reader", lambda client: client.open_run(asked))
-    assert error.reason == "PERMISSION_DENIED" and error.metadata["scope"] == "open" and "`open`" in str(error)
+    assert (
+        error.reason == "PERMISSION_DENIED"
+        and error.metadata["scope"] == "open"
+        and "`open`" in str(error)
+    )
     for token in ("worker", "reader"):
         error = refused(service, token, lambda client: client.close_run("team-a-2"))
         assert error.reason == "PERMISSION_DENIED" and error.metadata["scope"] == "open"
@@ -177,9 +284,18 @@ def test_each_call_needs_its_scope(inputs, service):
 
 
 def test_a_token_is_for_its_runs_and_says_nothing_of_others(inputs, service):
-    asked = spec(inputs, "team-b-1", phases=[phase(policy="uniform", n_chunks=1)], reference=None, learner=None)
+    asked = spec(
+        inputs,
+        "team-b-1",
+        phases=[phase(policy="uniform", n_chunks=1)],
+        reference=None,
+        learner=None,
+    )
     service.connect("admin").open_run(asked)
-    said = {refused(service, "trainer", lambda client, id=id: client.get_run(id)).reason for id in ("team-b-1", "team-b-none")}
+    said = {
+        refused(service, "trainer", lambda client, id=id: client.get_run(id)).reason
+        for id in ("team-b-1", "team-b-none")
+    }
     assert said == {"PERMISSION_DENIED"}
     error = refused(service, "trainer", lambda client: client.open_run(asked))
     assert error.metadata["run_id"] == "team-b-1"
@@ -205,9 +321,23 @@ def test_old_tls_is_not_spoken(service):
     host = service.address.removeprefix("https://")
 
     def handshake(version: str) -> bool:
-        ended = subprocess.run(["openssl", "s_client", version, "-cipher", "DEFAULT:@SECLEVEL=0", "-alpn", "h2", "-connect", host],
-                               input=b"", capture_output=True)
+        ended = subprocess.run(
+            [
+                "openssl",
+                "s_client",
+                version,
+                "-cipher",
+                "DEFAULT:@SECLEVEL=0",
+                "-alpn",
+                "h2",
+                "-connect",
+                host,
+            ],
+            input=b"",
+            capture_output=True,
+        )
         return b"Cipher is (NONE)" not in ended.stdout and b"New, " in ended.stdout
+
     assert handshake("-tls1_2") and handshake("-tls1_3")
     assert not handshake("-tls1_1") and not handshake("-tls1")
 
@@ -222,9 +352,12 @@ def test_metrics_may_need_a_token(service):
 
 def test_a_worker_answers_nobody_but_its_coordinator(service):
     import grpc
+
     host = service.worker.address.removeprefix("https://")
     trust = grpc.ssl_channel_credentials(Path(service.ca).read_bytes())
-    with grpc.secure_channel(host, trust, [("grpc.ssl_target_name_override", "worker.test")]) as channel:
+    with grpc.secure_channel(
+        host, trust, [("grpc.ssl_target_name_override", "worker.test")]
+    ) as channel:
         prepare = channel.unary_unary("/superbatch.v1.WorkerService/PrepareModel")
         for metadata in ([], [("authorization", f"Bearer {service.secrets['admin']}")]):
             with pytest.raises(grpc.RpcError) as caught:
@@ -232,7 +365,8 @@ def test_a_worker_answers_nobody_but_its_coordinator(service):
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-# ----------------------------------------------------------------------------------------------------------- changes
+# -----------------------------------------------------------------------------------------------------------
+# changes
 
 
 def test_tokens_are_made_and_revoked_under_a_running_service(service):
@@ -245,13 +379,18 @@ def test_tokens_are_made_and_revoked_under_a_running_service(service):
             assert error.reason in ("UNAUTHENTICATED", "OVERLOADED")
             return False
         return True
+
     wait_until(may)
     command("token", "revoke", "late", "--file", service.tokens)
     wait_until(lambda: not may())
     # What cannot be read changes nothing.
     kept = service.tokens.read_text()
     service.tokens.write_text("no tokens")
-    wait_until(lambda: 'superbatch_reloads_total{what="tokens",outcome="error"}' in service.metrics("admin"))
+    wait_until(
+        lambda: (
+            'superbatch_reloads_total{what="tokens",outcome="error"}' in service.metrics("admin")
+        )
+    )
     assert service.connect("trainer").list_runs() is not None
     service.tokens.write_text(kept)
 
@@ -263,12 +402,21 @@ def test_a_renewed_certificate_is_shown_without_a_restart(folder, authority):
     def install(of: Authority, name: str) -> None:
         for made, kept in zip(of.sign(name), ("cert.pem", "key.pem")):
             (place / kept).write_bytes(Path(made).read_bytes())
+
     install(authority, "first")
     with ExitStack() as stack:
-        process = Process(place, "renewed", "serve", {
-            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "page_listen": None,
-            "state": (place / "state").as_uri(),
-            "tls": {"cert": str(place / "cert.pem"), "key": str(place / "key.pem")}})
+        process = Process(
+            place,
+            "renewed",
+            "serve",
+            {
+                "listen": "127.0.0.1:0",
+                "metrics_listen": "127.0.0.1:0",
+                "page_listen": None,
+                "state": (place / "state").as_uri(),
+                "tls": {"cert": str(place / "cert.pem"), "key": str(place / "key.pem")},
+            },
+        )
         stack.callback(process.stop)
         client = superbatch.connect(process.address, ca=str(authority.ca))
         install(new, "second")
@@ -279,6 +427,7 @@ def test_a_renewed_certificate_is_shown_without_a_restart(folder, authority):
             except superbatch.Unavailable:
                 return False
             return True
+
         wait_until(known)
         assert client.list_runs() == [], "connections that are open go on"
 
@@ -290,7 +439,9 @@ def test_clients_show_certificates_where_they_are_asked_to(folder, authority, in
         service = Secured(stack, place, authority, client_ca=str(authority.ca))
         with pytest.raises(superbatch.Unavailable, match="(?i)certificate ?required"):
             service.connect()
-        stranger = Authority(place, "stranger").sign("stranger-client", "extendedKeyUsage=clientAuth")
+        stranger = Authority(place, "stranger").sign(
+            "stranger-client", "extendedKeyUsage=clientAuth"
+        )
         with pytest.raises(superbatch.Unavailable):
             service.connect(cert=stranger[0], key=stranger[1])
         cert, key = authority.sign("client", "extendedKeyUsage=clientAuth")
@@ -298,15 +449,22 @@ def test_clients_show_certificates_where_they_are_asked_to(folder, authority, in
         assert len(run.select(0, rank=0, world_size=1)) == 24, "coordinator and worker show theirs"
 
 
-# ----------------------------------------------------------------------------------------------------------- silence
+# -----------------------------------------------------------------------------------------------------------
+# silence
 
 
 def test_secrets_are_nowhere(service):
     settings = service.folder / "coordinator.yaml"
     shown = [
-        command("check-config", "--config", settings), command("token", "list", "--config", settings),
-        command("token", "list", "--json", "--config", settings), service.metrics("admin"), service.audit.read_text(),
-        service.tokens.read_text(), service.coordinator.log.read_text(), service.worker.log.read_text()]
+        command("check-config", "--config", settings),
+        command("token", "list", "--config", settings),
+        command("token", "list", "--json", "--config", settings),
+        service.metrics("admin"),
+        service.audit.read_text(),
+        service.tokens.read_text(),
+        service.coordinator.log.read_text(),
+        service.worker.log.read_text(),
+    ]
     assert all(len(text) > 100 for text in shown)
     for name, secret in service.secrets.items():
         for text in shown:
@@ -315,14 +473,19 @@ def test_secrets_are_nowhere(service):
 
 
 def test_probes_ask_a_port_of_their_own(service, folder):
-    line = next(line for line in service.coordinator.log.read_text().splitlines() if "health_listen" in line)
+    line = next(
+        line for line in service.coordinator.log.read_text().splitlines() if "health_listen" in line
+    )
     address = line.split("address=")[1].split()[0]
     assert command("health", "--address", f"http://{address}") == "serving\n"
     for name in ("liveness", "superbatch.v1.SelectionService"):
         assert command("health", "--address", f"http://{address}", "--service", name) == "serving\n"
-    ended = subprocess.run([BINARY, "health", "--address", "http://127.0.0.1:1"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [BINARY, "health", "--address", "http://127.0.0.1:1"], capture_output=True, text=True
+    )
     assert ended.returncode == 1 and "nothing answers" in ended.stderr
     import grpc
+
     with grpc.insecure_channel(address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/superbatch.v1.SelectionService/ListRuns")(b"", timeout=30)
@@ -335,18 +498,23 @@ def test_noise_and_silence_do_not_stop_the_service(service):
     import socket
 
     import grpc
+
     noise = random.Random(1)
     host, port = service.address.removeprefix("https://").split(":")
     pages = service.coordinator.metrics_address.removeprefix("http://").split("/")[0].split(":")
     before = resident(service)
     with ExitStack() as stack:
+
         def open_to(address: tuple[str, int], said: bytes) -> None:
             connection = stack.enter_context(socket.create_connection(address))
             if said:
                 connection.sendall(said)
+
         for _ in range(300):
             open_to((host, int(port)), b"")
-            open_to((host, int(port)), os.urandom(64) if noise.random() < 0.5 else b"PRI * HTTP/2.0\r\n")
+            open_to(
+                (host, int(port)), os.urandom(64) if noise.random() < 0.5 else b"PRI * HTTP/2.0\r\n"
+            )
         for _ in range(20):
             open_to((pages[0], int(pages[1])), b"GET /metrics HTTP/1.1\r\nx-slow: ")
         trust = grpc.ssl_channel_credentials(Path(service.ca).read_bytes())
@@ -357,9 +525,14 @@ def test_noise_and_silence_do_not_stop_the_service(service):
                 for length in (1, 7, 100, 5000):
                     with pytest.raises(grpc.RpcError) as caught:
                         call(noise.randbytes(length), metadata=metadata, timeout=30)
-                    assert caught.value.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+                    assert caught.value.code() not in (
+                        grpc.StatusCode.UNAVAILABLE,
+                        grpc.StatusCode.DEADLINE_EXCEEDED,
+                    )
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary("/superbatch.v1.SelectionService/GetRun")(bytes(9 << 20), metadata=metadata, timeout=60)
+                channel.unary_unary("/superbatch.v1.SelectionService/GetRun")(
+                    bytes(9 << 20), metadata=metadata, timeout=60
+                )
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert service.connect("reader").list_runs() is not None
         assert resident(service) - before < 200 << 20
@@ -367,5 +540,9 @@ def test_noise_and_silence_do_not_stop_the_service(service):
 
 
 def resident(service: Secured) -> float:
-    line = next(line for line in service.metrics("admin").splitlines() if line.startswith("process_resident_memory_bytes "))
+    line = next(
+        line
+        for line in service.metrics("admin").splitlines()
+        if line.startswith("process_resident_memory_bytes ")
+    )
     return float(line.split()[1])

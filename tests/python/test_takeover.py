@@ -1,4 +1,6 @@
-"""A run whose owner does not serve goes to the next coordinator, whatever answers in the owner's place."""
+"""A run whose owner does not serve goes to the next coordinator, whatever answers in the owner's
+place.
+"""
 
 import signal
 import socket
@@ -17,9 +19,20 @@ def serve(tmp_path):
     started = []
 
     def start() -> Process:
-        started.append(Process(tmp_path, f"coordinator-{len(started)}", "serve", {
-            "listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": (tmp_path / "state").as_uri()}))
+        started.append(
+            Process(
+                tmp_path,
+                f"coordinator-{len(started)}",
+                "serve",
+                {
+                    "listen": "127.0.0.1:0",
+                    "metrics_listen": "127.0.0.1:0",
+                    "state": (tmp_path / "state").as_uri(),
+                },
+            )
+        )
         return started[-1]
+
     yield start
     for coordinator in started:
         coordinator.process.send_signal(signal.SIGCONT)

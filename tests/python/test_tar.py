@@ -1,4 +1,6 @@
-"""WebDataset tars, written with Python's tarfile and read in place by the real binary, from files and from S3."""
+"""WebDataset tars, written with Python's tarfile and read in place by the real binary, from files
+and from S3.
+"""
 
 import io
 import json
@@ -37,16 +39,22 @@ def write_shard(path: Path, records: list[dict], key, form: int) -> None:
 
 @pytest.fixture(scope="module")
 def tars(inputs) -> Path:  # noqa: F811
-    """Three shards in three formats; keys repeat between the first two, and are long in the third."""
+    """Three shards in three formats; keys repeat between the first two, and are long in the
+    third.
+    """
     folder = inputs / "tars"
     folder.mkdir()
     records = pyarrow.parquet.read_table(inputs / "pool").to_pylist()
     keys = (lambda n: f"{n:09d}", lambda n: f"{n:09d}", lambda n: f"{'süb ' * 40}/{n:09d}")
     for number, (key, form) in enumerate(zip(keys, reversed(FORMATS), strict=True)):
         form = tarfile.PAX_FORMAT if number == 2 else form
-        write_shard(folder / f"{number:05d}.tar", records[number * 256:(number + 1) * 256], key, form)
+        write_shard(
+            folder / f"{number:05d}.tar", records[number * 256 : (number + 1) * 256], key, form
+        )
     # Beside the first shard lies what img2dataset leaves there.
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["000000000"], "status": ["success"]}), folder / "00000.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"key": ["000000000"], "status": ["success"]}), folder / "00000.parquet"
+    )
     (folder / "00000_stats.json").write_text("{}")
     return folder
 
@@ -61,7 +69,13 @@ def rows(folder: Path) -> dict[str, tuple]:
         for row, key in enumerate(keys):
             meta = json.loads(contents[f"{key}.json"])
             caption = contents[f"{key}.txt"].decode()
-            found[f"{path.name}#{row}"] = (contents[f"{key}.png"], caption, key, meta["kind"], str(meta["number"]))
+            found[f"{path.name}#{row}"] = (
+                contents[f"{key}.png"],
+                caption,
+                key,
+                meta["kind"],
+                str(meta["number"]),
+            )
     return found
 
 
@@ -77,8 +91,13 @@ def served(run: superbatch.Run, steps: int = STEPS) -> dict[str, tuple]:
 
 @pytest.fixture(scope="module")
 def settings(tars) -> dict:
-    return {"sources": [tars.as_uri()], "columns": COLUMNS, "lag": superbatch.at_most(8), "max_ahead": 1,
-            "phases": [phase(policy="uniform", super_batch_size=192, sub_batch_size=192, n_chunks=1)]}
+    return {
+        "sources": [tars.as_uri()],
+        "columns": COLUMNS,
+        "lag": superbatch.at_most(8),
+        "max_ahead": 1,
+        "phases": [phase(policy="uniform", super_batch_size=192, sub_batch_size=192, n_chunks=1)],
+    }
 
 
 def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, service, settings):  # noqa: F811
@@ -90,7 +109,9 @@ def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, 
         run.select(STEPS, rank=0, world_size=1)
 
 
-def test_joint_selection_reads_tars_from_s3_as_from_files(inputs, tars, service, store, settings, tmp_path):  # noqa: F811
+def test_joint_selection_reads_tars_from_s3_as_from_files(
+    inputs, tars, service, store, settings, tmp_path
+):  # noqa: F811
     changes = {**settings, "phases": [phase()]}
     local = superbatch.connect(service.address).open_run(spec(inputs, "joint-tars", **changes))
     expected = served(local)
@@ -128,26 +149,41 @@ def test_a_tar_that_changed_is_refused_by_name(inputs, tars, settings, tmp_path)
 
 
 def index(state: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([BINARY, "index", *arguments, "--state", state.as_uri(), "--json"], capture_output=True, text=True,
-                          timeout=DEADLINE_SECONDS)
+    return subprocess.run(
+        [BINARY, "index", *arguments, "--state", state.as_uri(), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_members_lie_where_tarfile_says(tmp_path, form):
-    """Names of every length and alphabet, links, folders and members of no sample, in each format that tarfile writes."""
+    """Names of every length and alphabet, links, folders and members of no sample, in each format
+    that tarfile writes.
+    """
     rng, data = random.Random(form), tmp_path / "data"
     data.mkdir()
     with tarfile.open(data / "0.tar", "w", format=form) as archive:
         for number in range(300):
             letters = "abc-_ 012" if form == tarfile.USTAR_FORMAT else "aé你-_ %#?012"
             depth = rng.randint(0, 3)
-            folders = "/".join("".join(rng.choices(letters, k=rng.randint(1, 40))).strip() + "x" for _ in range(depth))
+            folders = "/".join(
+                "".join(rng.choices(letters, k=rng.randint(1, 40))).strip() + "x"
+                for _ in range(depth)
+            )
             name = f"{folders}/{number}" if folders else str(number)
             for field in rng.sample(["jpg", "txt", "json", "Seg.PNG", "cls"], k=rng.randint(1, 5)):
-                add(archive, f"{name}.{field}", rng.randbytes(rng.choice([0, 1, 511, 512, 513, 4000])))
+                add(
+                    archive,
+                    f"{name}.{field}",
+                    rng.randbytes(rng.choice([0, 1, 511, 512, 513, 4000])),
+                )
             if number % 7 == 0:
                 extra = tarfile.TarInfo(f"folder{number}")
-                extra.type = rng.choice([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+                extra.type = rng.choice(
+                    [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
+                )
                 extra.linkname = "0.jpg" if extra.type in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
                 archive.addfile(extra)
                 add(archive, f"{name}-folder/.hidden.jpg", b"x")
@@ -165,7 +201,14 @@ def test_members_lie_where_tarfile_says(tmp_path, form):
             folder, _, name = member.name.rpartition("/")
             key, dot, field = name.partition(".")
             if member.isfile() and key and dot:
-                expected.append((f"{folder}/{key}" if folder else key, field.lower(), member.offset_data, member.size))
+                expected.append(
+                    (
+                        f"{folder}/{key}" if folder else key,
+                        field.lower(),
+                        member.offset_data,
+                        member.size,
+                    )
+                )
     assert found == expected
 
 

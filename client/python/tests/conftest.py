@@ -1,4 +1,6 @@
-"""The extension must be built: `maturin develop`, or its library beside the package (see the README)."""
+"""The extension must be built: `maturin develop`, or its library beside the package (see the
+README).
+"""
 
 import signal
 import socket
@@ -6,7 +8,8 @@ import socket
 import pytest
 import superbatch
 
-# Where the runner was started in the background, SIGINT is ignored in it and in all processes that it starts; tests send it.
+# Where the runner was started in the background, SIGINT is ignored in it and in all processes that
+# it starts; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -14,12 +17,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def spec():
     return superbatch.RunSpec(
         run_id="demo",
-        sources=["file:///data/{00000..00003}.parquet", superbatch.Source(uri="s3://b/p", weight=2.0)],
+        sources=[
+            "file:///data/{00000..00003}.parquet",
+            superbatch.Source(uri="s3://b/p", weight=2.0),
+        ],
         learner=superbatch.Learner(model_uri="file:///models/learner", random_seed=0),
         reference="file:///models/reference",
         phases=[
             superbatch.Phase(policy="uniform", super_batch_size=64, sub_batch_size=64),
-            superbatch.Phase(from_step=10, policy="joint", super_batch_size=320, sub_batch_size=64, n_chunks=4),
+            superbatch.Phase(
+                from_step=10, policy="joint", super_batch_size=320, sub_batch_size=64, n_chunks=4
+            ),
         ],
         loss="sigmoid",
         lag=superbatch.exact(1),

@@ -26,7 +26,11 @@ A_PHASE = superbatch.Phase(policy="uniform", super_batch_size=8, sub_batch_size=
 @pytest.mark.parametrize(
     ("change", "field", "said"),
     [
-        ({"lag": 1}, "lag", "cannot be 1; give superbatch.exact(n) or superbatch.at_most(n), such as superbatch.exact(1)"),
+        (
+            {"lag": 1},
+            "lag",
+            "cannot be 1; give superbatch.exact(n) or superbatch.at_most(n), such as superbatch.exact(1)",
+        ),
         ({"lag": "fresh"}, "lag", "superbatch.exact(1)"),
         ({"phases": A_PHASE}, "phases", "cannot be a Phase; give a list"),
         ({"phases": [A_PHASE, "joint"]}, "phases[1]", "superbatch.Phase(policy="),
@@ -50,7 +54,9 @@ def test_what_is_no_part_of_a_spec_is_refused_by_name(spec, change, field, said)
 
 def test_an_absolute_path_is_its_uri(spec):
     learner = superbatch.Learner(model_uri=Path("/models/a b"))
-    given = replace(spec, sources=[Path("/data/{0..3}/*.parquet")], learner=learner, reference=Path("/models/r"))
+    given = replace(
+        spec, sources=[Path("/data/{0..3}/*.parquet")], learner=learner, reference=Path("/models/r")
+    )
     plain = given.to_dict()
     assert plain["sources"] == [{"uri": "file:///data/{0..3}/*.parquet"}]
     assert plain["learner"] == {"model_uri": "file:///models/a%20b"}
@@ -91,5 +97,9 @@ def test_a_run_is_opened_by_a_spec_and_named_by_a_string(silent, spec):
 
 def test_weights_are_a_state_dict():
     assert "cannot be a Sequential; give what it holds: model.state_dict()" in refused(
-        "state_dict", _weights.blocks, torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(9))), 0)
+        "state_dict",
+        _weights.blocks,
+        torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(9))),
+        0,
+    )
     assert "model.state_dict()" in refused("state_dict", _weights.blocks, [torch.ones(1)], 0)

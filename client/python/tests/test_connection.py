@@ -48,7 +48,9 @@ def test_a_server_that_is_no_superbatch_is_told_without_trying_again():
             superbatch.connect(f"http://127.0.0.1:{port}").list_runs()
     finally:
         server.stop(None)
-    assert caught.value.reason == "UNIMPLEMENTED" and not isinstance(caught.value, superbatch.Unavailable)
+    assert caught.value.reason == "UNIMPLEMENTED" and not isinstance(
+        caught.value, superbatch.Unavailable
+    )
     assert asked == ["/superbatch.v1.SelectionService/ListRuns"]
 
 
@@ -123,7 +125,9 @@ def test_asyncio_hears_of_errors(silent, spec):
     assert caught.value.reason == "INVALID_ARGUMENT"
 
 
-def test_a_forked_child_makes_its_own_connection_and_does_not_hang_on_the_parents(silent, free_port):
+def test_a_forked_child_makes_its_own_connection_and_does_not_hang_on_the_parents(
+    silent, free_port
+):
     client = superbatch.connect(address(silent))
     child = os.fork()
     if child == 0:
@@ -145,7 +149,9 @@ def test_a_forked_child_makes_its_own_connection_and_does_not_hang_on_the_parent
 def test_a_loader_connects_where_it_iterates(free_port, silent, spec, workers):
     # The client's threads run already when the worker is forked.
     superbatch.connect(address(silent))
-    dataset = SelectedBatches(f"http://127.0.0.1:{free_port}", spec, rank=0, world_size=1, start_step=0)
+    dataset = SelectedBatches(
+        f"http://127.0.0.1:{free_port}", spec, rank=0, world_size=1, start_step=0
+    )
     dataset = pickle.loads(pickle.dumps(dataset))
     with pytest.raises(superbatch.Unavailable):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=workers)))

@@ -61,17 +61,25 @@ def test_the_stubs_say_what_the_extension_has():
             assert parameters(node) == list(inspect.signature(real).parameters)
             continue
         methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        assert {item.name for item in methods} == {name for name in dir(real) if not name.startswith("_")}
+        assert {item.name for item in methods} == {
+            name for name in dir(real) if not name.startswith("_")
+        }
         for item in methods:
             if not item.decorator_list:
-                assert parameters(item) == list(inspect.signature(getattr(real, item.name)).parameters), item.name
+                assert parameters(item) == list(
+                    inspect.signature(getattr(real, item.name)).parameters
+                ), item.name
 
 
 def test_everything_public_says_what_it_is():
     things = {name: getattr(superbatch, name) for name in superbatch.__all__}
-    things |= {f"torch.{name}": thing for name, thing in vars(superbatch.torch).items() if own(name, thing)}
+    things |= {
+        f"torch.{name}": thing for name, thing in vars(superbatch.torch).items() if own(name, thing)
+    }
     for name, thing in list(things.items()):
-        things |= {f"{name}.{item}": member for item, member in vars(thing).items() if own(item, member)}
+        things |= {
+            f"{name}.{item}": member for item, member in vars(thing).items() if own(item, member)
+        }
     assert "Run.push_weights" in things and "torch.SelectedBatches.loader" in things
     assert [name for name, thing in things.items() if not inspect.getdoc(thing)] == []
 
@@ -80,7 +88,9 @@ def own(name: str, thing: object) -> bool:
     """Whether it is a class, a method or a property of the package."""
     if isinstance(thing, property):
         thing = thing.fget
-    return not name.startswith("_") and callable(thing) and thing.__module__.startswith("superbatch")
+    return (
+        not name.startswith("_") and callable(thing) and thing.__module__.startswith("superbatch")
+    )
 
 
 def test_a_stub_calls_a_property_what_is_one():

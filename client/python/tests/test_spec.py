@@ -6,7 +6,16 @@ import pytest
 import superbatch
 from superbatch import _superbatch
 
-POLICIES = ("uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional", "k_center")
+POLICIES = (
+    "uniform",
+    "independent",
+    "joint",
+    "joint_top_k",
+    "top_k",
+    "rank",
+    "proportional",
+    "k_center",
+)
 
 
 def refused(spec: dict) -> superbatch.Error:
@@ -33,8 +42,12 @@ def test_every_field_of_the_protocol_can_be_given(spec):
     full = replace(
         spec,
         reference=superbatch.Reference(model_uri="file:///r", logit_bias=-10.0),
-        learner=superbatch.Learner(model_uri="file:///l", first_push=True, logit_bias=-9.5,
-                                   trained_fidelities=[superbatch.Approximation(resolution=8)]),
+        learner=superbatch.Learner(
+            model_uri="file:///l",
+            first_push=True,
+            logit_bias=-9.5,
+            trained_fidelities=[superbatch.Approximation(resolution=8)],
+        ),
         lag=superbatch.at_most(2),
         push_every_steps=2,
         micro_batches=2,
@@ -49,12 +62,25 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         compute_dtype="bf16",
         train_flops_per_example=1e9,
         need_deadline_seconds=5.0,
-        phases=[superbatch.Phase(
-            policy=policy, super_batch_size=64, sub_batch_size=16, from_step=step, criterion="hard", n_chunks=4, gain=1.0,
-            fidelity="approximate", approximation=superbatch.Approximation(resolution=16), allow_untrained_fidelity=True,
-            multi_resolution=superbatch.MultiResolution(share=0.25, whole_step=False),
-            tuning=superbatch.Tuning(**{field.name: 0.5 for field in fields(superbatch.Tuning)}))
-            for step, policy in enumerate(POLICIES)],
+        phases=[
+            superbatch.Phase(
+                policy=policy,
+                super_batch_size=64,
+                sub_batch_size=16,
+                from_step=step,
+                criterion="hard",
+                n_chunks=4,
+                gain=1.0,
+                fidelity="approximate",
+                approximation=superbatch.Approximation(resolution=16),
+                allow_untrained_fidelity=True,
+                multi_resolution=superbatch.MultiResolution(share=0.25, whole_step=False),
+                tuning=superbatch.Tuning(
+                    **{field.name: 0.5 for field in fields(superbatch.Tuning)}
+                ),
+            )
+            for step, policy in enumerate(POLICIES)
+        ],
     )
     assert None not in full.to_dict().values()
     assert len(full.to_dict()["phases"][0]["tuning"]) == 7
@@ -71,8 +97,16 @@ def test_every_field_of_the_protocol_can_be_given(spec):
         ({"phases": [{"policy": "best"}]}, "phases[0].policy", ", ".join(POLICIES)),
         ({"phases": [{"tuning": {"heat": 1}}]}, "phases[0].tuning.heat", "temperature, pressure"),
         ({"phases": [{"tuning": {"pressure": "high"}}]}, "phases[0].tuning.pressure", ""),
-        ({"phases": [{"approximation": {"size": 1}}]}, "phases[0].approximation.size", "resolution"),
-        ({"phases": [{"multi_resolution": {"share": 0}}]}, "phases[0].multi_resolution.share", "leave it out"),
+        (
+            {"phases": [{"approximation": {"size": 1}}]},
+            "phases[0].approximation.size",
+            "resolution",
+        ),
+        (
+            {"phases": [{"multi_resolution": {"share": 0}}]},
+            "phases[0].multi_resolution.share",
+            "leave it out",
+        ),
         ({"phases": [{"policy": "joint", "size": 1}]}, "phases[0].size", "super_batch_size"),
         ({"phases": [{}, {"sub_batch_size": -1}]}, "phases[1].sub_batch_size", ""),
         ({"learner": {"model_uri": 3}}, "learner.model_uri", ""),
@@ -91,4 +125,6 @@ def test_what_is_unknown_is_refused_with_what_is_valid(change, field, valid):
 
 
 def test_a_first_push_that_is_off_is_no_choice():
-    _superbatch.check_spec({"learner": {"model_uri": "m", "first_push": False, "snapshot_uri": "s"}})
+    _superbatch.check_spec(
+        {"learner": {"model_uri": "m", "first_push": False, "snapshot_uri": "s"}}
+    )

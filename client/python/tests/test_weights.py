@@ -47,13 +47,20 @@ def test_floats_are_pushed_and_the_rest_is_not():
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16])
 def test_a_cast_is_to_nearest(dtype):
-    kind, _, _, extent, data = pushed({"w": torch.tensor([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8])}, dtype)["w"]
+    kind, _, _, extent, data = pushed(
+        {"w": torch.tensor([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8])}, dtype
+    )["w"]
     assert (kind, extent, data.hex()) == ("bf16", [3], "803f803f823f")
 
 
 def test_the_scale_and_the_bias_of_the_logits_are_not_rounded():
     scale = torch.tensor(100.0).log()
-    state = {"logit_scale": scale, "logit_bias": torch.tensor([-10.3]), "w": torch.ones(2), "half": scale.half()}
+    state = {
+        "logit_scale": scale,
+        "logit_bias": torch.tensor([-10.3]),
+        "w": torch.ones(2),
+        "half": scale.half(),
+    }
     parts = pushed(state, "bf16")
     assert [parts[name][0] for name in state] == ["f32", "f32", "bf16", "f16"]
     assert parts["logit_scale"][4] == scale.numpy().tobytes()
@@ -76,21 +83,28 @@ def test_wrappers_leave_no_trace_in_names():
     assert _weights.clean("module._orig_mod.text.weight") == "text.weight"
     # A moving average of what is trained in parallel.
     assert _weights.clean("module.module.text.weight") == "text.weight"
-    assert _weights.clean("text.layers.0._checkpoint_wrapped_module.weight") == "text.layers.0.weight"
+    assert (
+        _weights.clean("text.layers.0._checkpoint_wrapped_module.weight") == "text.layers.0.weight"
+    )
     assert _weights.clean("text.module.weight") == "text.module.weight"
 
 
 def test_whole_tensors_are_rank_zeros():
     state = {"a": torch.ones(1), "b": torch.ones(2)}
-    assert [len(part) if isinstance(part, list) else part for part in _weights.blocks(state, rank=0)] == [2, 2]
+    assert [
+        len(part) if isinstance(part, list) else part for part in _weights.blocks(state, rank=0)
+    ] == [2, 2]
     assert _weights.blocks(state, rank=1) == ([], 2)
 
 
-@pytest.mark.parametrize(("tensor", "said"), [
-    (torch.ones(2, device="meta"), "tensor w: it is on the meta device"),
-    (torch.eye(2).to_sparse(), "tensor w: it is sparse; push tensor.to_dense()"),
-    (torch.eye(2).to_sparse_csr(), "tensor w: it is sparse"),
-])
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.ones(2, device="meta"), "tensor w: it is on the meta device"),
+        (torch.eye(2).to_sparse(), "tensor w: it is sparse; push tensor.to_dense()"),
+        (torch.eye(2).to_sparse_csr(), "tensor w: it is sparse"),
+    ],
+)
 def test_tensors_without_values_of_their_own_are_refused_by_name(tensor, said):
     with pytest.raises(superbatch.Error, match=said) as caught:
         _weights.blocks({"module.w": tensor}, rank=0)

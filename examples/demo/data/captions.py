@@ -1,6 +1,7 @@
 """Captions as a crawl would bring them: true, of another picture, cut short, or junk.
 
-`kind` says which, and only the demo ever reads it: the selector sees picture and caption, nothing else.
+`kind` says which, and only the demo ever reads it: the selector sees picture and caption, nothing
+else.
 """
 
 import random
@@ -8,7 +9,8 @@ from collections.abc import Callable
 
 from .pictures import Picture
 
-# Of the wrong captions, those that belong to another picture (the others are junk); of the right ones, those cut short.
+# Of the wrong captions, those that belong to another picture (the others are junk); of the right
+# ones, those cut short.
 SHUFFLED, TRUNCATED = 0.75, 0.19
 MISMATCHED = ("shuffled", "junk")
 
@@ -42,17 +44,38 @@ def shuffled(picture: Picture, another: Callable[[], Picture], rng: random.Rando
 
 def junk(rng: random.Random) -> str:
     number = rng.randrange(10_000)
-    return rng.choice([
-        f"img_{number:04d}.png", f"dsc{number:05d}", "untitled", "image", f"picture {number}", "click to enlarge",
-        f"hash(0x{rng.randrange(16**8):08x})", f"copy of layer {number % 50}", f"icon-{number}@2x", "download",
-        f"https://example.com/i/{rng.randrange(16**6):06x}", "no description", "thumbnail", f"{number} x {number // 2}",
-    ])
+    return rng.choice(
+        [
+            f"img_{number:04d}.png",
+            f"dsc{number:05d}",
+            "untitled",
+            "image",
+            f"picture {number}",
+            "click to enlarge",
+            f"hash(0x{rng.randrange(16**8):08x})",
+            f"copy of layer {number % 50}",
+            f"icon-{number}@2x",
+            "download",
+            f"https://example.com/i/{rng.randrange(16**6):06x}",
+            "no description",
+            "thumbnail",
+            f"{number} x {number // 2}",
+        ]
+    )
 
 
-def draw(picture: Picture, another: Callable[[], Picture], wrong: float, rng: random.Random) -> tuple[str, str]:
-    """(kind, caption) of one pool row. `another` gives any row's picture, as often as the pool has it."""
+def draw(
+    picture: Picture, another: Callable[[], Picture], wrong: float, rng: random.Random
+) -> tuple[str, str]:
+    """(kind, caption) of one pool row. `another` gives any row's picture, as often as the pool has
+    it.
+    """
     if rng.random() < wrong:
-        return ("shuffled", shuffled(picture, another, rng)) if rng.random() < SHUFFLED else ("junk", junk(rng))
+        return (
+            ("shuffled", shuffled(picture, another, rng))
+            if rng.random() < SHUFFLED
+            else ("junk", junk(rng))
+        )
     if rng.random() < TRUNCATED:
         return "truncated", truncated(picture, rng)
     return "clean", true_caption(picture, rng)

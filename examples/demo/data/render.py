@@ -25,8 +25,15 @@ PARALLEL_FROM = 256
 
 def render(data: bytes, is_svg: bool) -> Image.Image:
     if is_svg:
-        data = bytes(resvg_py.svg_to_bytes(
-            svg_string=data.decode(), width=SIZE, height=SIZE, background="white", skip_system_fonts=True))
+        data = bytes(
+            resvg_py.svg_to_bytes(
+                svg_string=data.decode(),
+                width=SIZE,
+                height=SIZE,
+                background="white",
+                skip_system_fonts=True,
+            )
+        )
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     picture.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
     ground = Image.new("RGB", (SIZE, SIZE), "white")
@@ -40,7 +47,10 @@ def near_duplicate(picture: Image.Image, rng: random.Random) -> Image.Image:
     size = rng.randint(44, SIZE)
     ground = Image.new("RGB", (SIZE, SIZE), tint)
     spare = SIZE - size
-    ground.paste(picture.resize((size, size), Image.Resampling.BILINEAR), (rng.randint(0, spare), rng.randint(0, spare)))
+    ground.paste(
+        picture.resize((size, size), Image.Resampling.BILINEAR),
+        (rng.randint(0, spare), rng.randint(0, spare)),
+    )
     ground = ImageEnhance.Brightness(ground).enhance(rng.uniform(0.75, 1.15))
     squeezed = io.BytesIO()
     ground.save(squeezed, "JPEG", quality=rng.randint(35, 85))
@@ -70,7 +80,9 @@ def duplicate_job(job: tuple[bytes | None, str | None]) -> bytes | None:
 
 
 class Drawings:
-    """Every picture as PNG bytes, drawn once and kept in the cache: data sets of any recipe begin with them."""
+    """Every picture as PNG bytes, drawn once and kept in the cache: data sets of any recipe begin
+    with them.
+    """
 
     def __init__(self, drawn: dict[tuple[str, str], bytes | None]):
         self.drawn = drawn
@@ -90,19 +102,30 @@ class Drawings:
         missing = {key: p for p in pictures if (key := (p.source, p.path)) not in drawn}
         if missing:
             jobs = [(picture.data, picture.is_svg) for picture in missing.values()]
-            drawn |= dict(zip(missing, in_parallel(render_job, jobs, processes, "draw pictures"), strict=True))
-            table = pyarrow.table({"source": [source for source, _ in drawn], "path": [name for _, name in drawn],
-                                   "png": list(drawn.values())})
+            drawn |= dict(
+                zip(missing, in_parallel(render_job, jobs, processes, "draw pictures"), strict=True)
+            )
+            table = pyarrow.table(
+                {
+                    "source": [source for source, _ in drawn],
+                    "path": [name for _, name in drawn],
+                    "png": list(drawn.values()),
+                }
+            )
             pyarrow.parquet.write_table(table, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
         return cls(drawn)
 
 
-def duplicate_all(jobs: Sequence[tuple[bytes | None, str | None]], processes: int, label: str) -> list[bytes | None]:
+def duplicate_all(
+    jobs: Sequence[tuple[bytes | None, str | None]], processes: int, label: str
+) -> list[bytes | None]:
     """`duplicate_job` of each, in order; no process is started for what is only passed on."""
     todo = [i for i, (_, seed) in enumerate(jobs) if seed is not None]
     images = [data for data, _ in jobs]
-    for i, image in zip(todo, in_parallel(duplicate_job, [jobs[i] for i in todo], processes, label), strict=True):
+    for i, image in zip(
+        todo, in_parallel(duplicate_job, [jobs[i] for i in todo], processes, label), strict=True
+    ):
         images[i] = image
     return images
 
@@ -112,4 +135,8 @@ def in_parallel(job: Callable, jobs: Sequence, processes: int, label: str) -> li
     if processes <= 1 or len(jobs) < PARALLEL_FROM:
         return list(progress(map(job, jobs), total=len(jobs), desc=label, unit="picture"))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return list(progress(pool.imap(job, jobs, chunksize=64), total=len(jobs), desc=label, unit="picture"))
+        return list(
+            progress(
+                pool.imap(job, jobs, chunksize=64), total=len(jobs), desc=label, unit="picture"
+            )
+        )

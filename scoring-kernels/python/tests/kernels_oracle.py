@@ -1,4 +1,6 @@
-"""Selection written to be read: dense float64 matrices and no care for speed, from the formulas of docs/policies.md."""
+"""Selection written to be read: dense float64 matrices and no care for speed, from the formulas of
+docs/policies.md.
+"""
 
 from dataclasses import dataclass
 
@@ -9,12 +11,17 @@ CHUNKED = ("joint", "joint_top_k", "k_center")
 
 
 def world(seed, count=96, dims=(24, 32), scales=(24.0, 20.0), dtype=np.float32):
-    """A learner that mixes things up and a reference that does not: two models of `count` candidates."""
+    """A learner that mixes things up and a reference that does not: two models of `count`
+    candidates.
+    """
     dice = np.random.default_rng(seed)
 
     def towers(dim, blur):
         image = dice.standard_normal((count, dim))
-        return [unit(image).astype(dtype), unit(image + blur * dice.standard_normal((count, dim))).astype(dtype)]
+        return [
+            unit(image).astype(dtype),
+            unit(image + blur * dice.standard_normal((count, dim))).astype(dtype),
+        ]
 
     learner, reference = towers(dims[0], 1.5), towers(dims[1], 1.2)
     return Model(*learner, scales[0], -10.0), Model(*reference, scales[1], -12.0)
@@ -25,13 +32,20 @@ def unit(rows):
 
 
 def philox(counter, key):
-    """Philox4x32-10 (Salmon et al. 2011) of counters `[4]` and keys `[2]` of 32 bits, each maybe an array, in uint64."""
+    """Philox4x32-10 (Salmon et al. 2011) of counters `[4]` and keys `[2]` of 32 bits, each maybe an
+    array, in uint64.
+    """
     low = np.uint64(0xFFFFFFFF)
     counter, key = [np.uint64(word) for word in counter], [np.uint64(word) for word in key]
     for _ in range(10):
         a, b = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
         high = np.uint64(32)
-        counter = [(b >> high) ^ counter[1] ^ key[0], b & low, (a >> high) ^ counter[3] ^ key[1], a & low]
+        counter = [
+            (b >> high) ^ counter[1] ^ key[0],
+            b & low,
+            (a >> high) ^ counter[3] ^ key[1],
+            a & low,
+        ]
         key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
     return counter
 
@@ -39,7 +53,10 @@ def philox(counter, key):
 def gumbel(seed, generation, step, draws, keys):
     """The seeded noise, `[draws, B]`."""
     halves = lambda value: (value & 0xFFFFFFFF, value >> 32)
-    low, high = np.asarray(keys, np.uint64) & np.uint64(0xFFFFFFFF), np.asarray(keys, np.uint64) >> np.uint64(32)
+    low, high = (
+        np.asarray(keys, np.uint64) & np.uint64(0xFFFFFFFF),
+        np.asarray(keys, np.uint64) >> np.uint64(32),
+    )
     rows = []
     for chunk in range(draws):
         stream = philox([*halves(step), generation, chunk], halves(seed))
@@ -60,9 +77,17 @@ class Draw:
 
 class Oracle:
     def __init__(self, learner, reference, loss="sigmoid", criterion="learnability", gain=1.0):
-        models = {"learnability": [(1, learner), (-1, reference)], "hard": [(1, learner)], "easy": [(-1, reference)]}
+        models = {
+            "learnability": [(1, learner), (-1, reference)],
+            "hard": [(1, learner)],
+            "easy": [(-1, reference)],
+        }
         self.models = [(sign, self.logits(model, loss)) for sign, model in models[criterion]]
-        self.loss, self.gain, self.images = loss, gain if loss == "softmax" else 1.0, np.float64(reference.image)
+        self.loss, self.gain, self.images = (
+            loss,
+            gain if loss == "softmax" else 1.0,
+            np.float64(reference.image),
+        )
 
     @staticmethod
     def logits(model, loss):
@@ -80,7 +105,10 @@ class Oracle:
             return np.logaddexp(0, -own) + pairs[drawn].sum(0) + pairs[:, drawn].sum(1)
         if len(drawn) == 0:
             return -own
-        return 0.5 * (np.logaddexp.reduce(logits[drawn], 0) + np.logaddexp.reduce(logits[:, drawn], 1)) - own
+        return (
+            0.5 * (np.logaddexp.reduce(logits[drawn], 0) + np.logaddexp.reduce(logits[:, drawn], 1))
+            - own
+        )
 
     def batch_score(self, chosen):
         total = 0.0
@@ -88,12 +116,16 @@ class Oracle:
             inner = logits[np.ix_(chosen, chosen)]
             if self.loss == "sigmoid":
                 off = ~np.eye(len(chosen), dtype=bool)
-                total += sign * (np.logaddexp(0, -np.diag(inner)).sum() + np.logaddexp(0, inner[off]).sum())
+                total += sign * (
+                    np.logaddexp(0, -np.diag(inner)).sum() + np.logaddexp(0, inner[off]).sum()
+                )
             else:
                 total += sign * self.losses(inner, np.arange(len(chosen))).sum()
         return total / len(chosen)
 
-    def draw(self, policy, b, noise, n_chunks=16, temperature=1.0, pressure=100.0, priority_exponent=0.6):
+    def draw(
+        self, policy, b, noise, n_chunks=16, temperature=1.0, pressure=100.0, priority_exponent=0.6
+    ):
         parts = min(n_chunks, b) if policy in CHUNKED else 1
         sizes = [b // parts + (k < b % parts) for k in range(parts)]
         own, drawn, scores, margin = self.scores([]), [], [], np.inf
@@ -101,7 +133,9 @@ class Oracle:
             if policy == "uniform":
                 given = np.zeros(len(own))
             elif policy == "k_center":
-                given = 1 - (self.images @ self.images[drawn].T).max(1) if drawn else np.zeros(len(own))
+                given = (
+                    1 - (self.images @ self.images[drawn].T).max(1) if drawn else np.zeros(len(own))
+                )
             else:
                 given = self.scores(drawn) if policy in CHUNKED else own
             rank = np.argsort(np.argsort(-own, kind="stable"), kind="stable")
@@ -124,4 +158,6 @@ class Oracle:
 
 def chunks_of(selection):
     """What each chunk drew: inside a chunk, scores within rounding may change places."""
-    return [sorted(chunk) for chunk in np.split(selection.indices, np.cumsum(selection.chunks)[:-1])]
+    return [
+        sorted(chunk) for chunk in np.split(selection.indices, np.cumsum(selection.chunks)[:-1])
+    ]

@@ -23,12 +23,18 @@ def test_words_and_defaults_are_the_kernels():
 
 def test_the_clients_extra_is_this_version():
     client = tomllib.loads((ROOT / "client/python/pyproject.toml").read_text())
-    assert client["project"]["optional-dependencies"]["kernels"] == [f"superbatch-kernels=={superbatch_kernels.__version__}"]
+    assert client["project"]["optional-dependencies"]["kernels"] == [
+        f"superbatch-kernels=={superbatch_kernels.__version__}"
+    ]
 
 
 def test_the_stub_says_what_the_extension_has():
     stub = ast.parse(Path(superbatch_kernels.__file__).with_name("_kernels.pyi").read_text())
-    functions = {node.name: [argument.arg for argument in node.args.args] for node in stub.body if hasattr(node, "args")}
+    functions = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in stub.body
+        if hasattr(node, "args")
+    }
     public = {name for name in dir(_kernels) if not name.startswith("_")}
     assert set(functions) == public
     for name, parameters in functions.items():
@@ -36,10 +42,14 @@ def test_the_stub_says_what_the_extension_has():
 
 
 def test_every_argument_is_explained():
-    named = set(re.findall(r"^ {8}(\w+): ", inspect.getdoc(select).replace("\n    ", "\n        "), re.M))
+    named = set(
+        re.findall(r"^ {8}(\w+): ", inspect.getdoc(select).replace("\n    ", "\n        "), re.M)
+    )
     assert set(inspect.signature(select).parameters) <= named
     body = ast.parse(inspect.getsource(Selection)).body[0].body
-    pairs = [(field, text) for field, text in zip(body, body[1:]) if isinstance(field, ast.AnnAssign)]
+    pairs = [
+        (field, text) for field, text in zip(body, body[1:]) if isinstance(field, ast.AnnAssign)
+    ]
     explained = [field.target.id for field, text in pairs if isinstance(text, ast.Expr)]
     assert explained == [field.name for field in dataclasses.fields(Selection)]
 

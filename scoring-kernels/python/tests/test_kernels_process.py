@@ -49,7 +49,8 @@ def test_other_threads_run_during_a_selection(no_forced_switches, monkeypatch):
     while not (was_inside or done):
         begun.wait()
         begun.clear()
-        # We have the GIL: the worker let go of it inside the kernels, or (NumPy does for a moment) outside of them.
+        # We have the GIL: the worker let go of it inside the kernels, or (NumPy does for a moment)
+        # outside of them.
         was_inside = inside
     done = True
     worker.join()
@@ -62,7 +63,9 @@ def test_threads_may_select_at_once():
     draws = []
 
     def work(threads):
-        draws.extend(select(*models, sub_batch_size=24, threads=threads).indices.tolist() for _ in range(20))
+        draws.extend(
+            select(*models, sub_batch_size=24, threads=threads).indices.tolist() for _ in range(20)
+        )
 
     workers = [threading.Thread(target=work, args=(threads,)) for threads in (None, 1, 2)]
     [worker.start() for worker in workers]
@@ -78,7 +81,9 @@ def test_a_forked_process_selects_with_threads_of_its_own():
     models = world(3)
     ours = select(*models, sub_batch_size=24).indices.tolist()
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=select_and_send, args=(models, there))
+    child = multiprocessing.get_context("fork").Process(
+        target=select_and_send, args=(models, there)
+    )
     child.start()
     answered = here.poll(60)
     child.kill()
@@ -90,4 +95,8 @@ def test_neither_libtorch_nor_the_client_is_loaded():
     script = "import superbatch_kernels, sys; print(open('/proc/self/maps').read()); print(sorted(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "_kernels.abi3.so" in run.stdout
-    assert not [word for word in ("libtorch", "libc10", "libcuda", "'torch'", "'superbatch'") if word in run.stdout]
+    assert not [
+        word
+        for word in ("libtorch", "libc10", "libcuda", "'torch'", "'superbatch'")
+        if word in run.stdout
+    ]

@@ -1,4 +1,6 @@
-"""Writes model folders with random weights, inputs, and what transformers and open_clip make of them: model_parity.py OUT."""
+"""Writes model folders with random weights, inputs, and what transformers and open_clip make of
+them: model_parity.py OUT.
+"""
 
 import json
 import sys
@@ -37,7 +39,9 @@ def siglip(vision, text):
 
 
 def clip(vision, text, projection_dim):
-    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection_dim))
+    return CLIPModel(
+        CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection_dim)
+    )
 
 
 def models():
@@ -51,11 +55,14 @@ def models():
         None,
         "1GB",
     )
-    # Another text width; 50 pixels do not divide into patches of 16; layer_norm_eps and activation are not the defaults.
+    # Another text width; 50 pixels do not divide into patches of 16; layer_norm_eps and activation
+    # are not the defaults.
     yield (
         "siglip-96",
         siglip(
-            tower(96, 100, 3, 3, image_size=50, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-3),
+            tower(
+                96, 100, 3, 3, image_size=50, patch_size=16, hidden_act="gelu", layer_norm_eps=1e-3
+            ),
             tower(40, 80, 3, 5, vocab_size=64, max_position_embeddings=9, projection_size=96),
         ),
         None,
@@ -75,7 +82,16 @@ def models():
         "clip-gelu-sharded",
         clip(
             tower(48, 96, 3, 3, image_size=30, patch_size=10, hidden_act="gelu"),
-            tower(64, 100, 2, 2, vocab_size=50, max_position_embeddings=14, hidden_act="gelu", eos_token_id=EOS_RIGHT),
+            tower(
+                64,
+                100,
+                2,
+                2,
+                vocab_size=50,
+                max_position_embeddings=14,
+                hidden_act="gelu",
+                eos_token_id=EOS_RIGHT,
+            ),
             projection_dim=56,
         ),
         EOS_RIGHT,
@@ -86,36 +102,97 @@ def models():
 def open_clip_models():
     """Name, class, and the `model_cfg` of `open_clip_config.json`."""
     text = {"context_length": 11, "vocab_size": 70, "width": 32, "heads": 4, "layers": 2}
-    yield "open_clip-vit", CLIP, {
-        "embed_dim": 24, "quick_gelu": True, "text_cfg": text,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}}
+    yield (
+        "open_clip-vit",
+        CLIP,
+        {
+            "embed_dim": 24,
+            "quick_gelu": True,
+            "text_cfg": text,
+            "vision_cfg": {
+                "image_size": 32,
+                "layers": 2,
+                "width": 48,
+                "head_width": 12,
+                "patch_size": 8,
+            },
+        },
+    )
     # Every other way that its own towers may take.
-    yield "open_clip-custom", CustomTextCLIP, {
-        "embed_dim": 20, "init_logit_bias": -9, "custom_text": True,
-        "vision_cfg": {"image_size": 50, "layers": 2, "width": 48, "head_width": 24, "patch_size": 16, "mlp_ratio": 3.0,
-                       "pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
-        "text_cfg": {**text, "no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_kwargs": {"eps": 1e-3},
-                     "act_kwargs": {"approximate": "tanh"}}}
+    yield (
+        "open_clip-custom",
+        CustomTextCLIP,
+        {
+            "embed_dim": 20,
+            "init_logit_bias": -9,
+            "custom_text": True,
+            "vision_cfg": {
+                "image_size": 50,
+                "layers": 2,
+                "width": 48,
+                "head_width": 24,
+                "patch_size": 16,
+                "mlp_ratio": 3.0,
+                "pool_type": "avg",
+                "no_ln_pre": True,
+                "final_ln_after_pool": True,
+            },
+            "text_cfg": {
+                **text,
+                "no_causal_mask": True,
+                "pool_type": "last",
+                "proj_bias": True,
+                "norm_kwargs": {"eps": 1e-3},
+                "act_kwargs": {"approximate": "tanh"},
+            },
+        },
+    )
     # The image tower of ViT-B-16-SigLIP at its full size.
-    yield "open_clip-siglip", CustomTextCLIP, {
-        "embed_dim": 768, "init_logit_bias": -10, "custom_text": True,
-        "vision_cfg": {"image_size": 224, "timm_model_name": "vit_base_patch16_siglip_224", "timm_model_pretrained": False,
-                       "timm_pool": "map", "timm_proj": "none"},
-        "text_cfg": {**text, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "no_causal_mask": True, "proj_bias": True,
-                     "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}}
+    yield (
+        "open_clip-siglip",
+        CustomTextCLIP,
+        {
+            "embed_dim": 768,
+            "init_logit_bias": -10,
+            "custom_text": True,
+            "vision_cfg": {
+                "image_size": 224,
+                "timm_model_name": "vit_base_patch16_siglip_224",
+                "timm_model_pretrained": False,
+                "timm_pool": "map",
+                "timm_proj": "none",
+            },
+            "text_cfg": {
+                **text,
+                "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+                "no_causal_mask": True,
+                "proj_bias": True,
+                "pool_type": "last",
+                "norm_kwargs": {"eps": 1e-6},
+            },
+        },
+    )
 
 
 def any_size(model, pixels):
-    """Images of any size: by timm's `dynamic_img_size`, and for open_clip's own tower by the grid that timm makes."""
+    """Images of any size: by timm's `dynamic_img_size`, and for open_clip's own tower by the grid
+    that timm makes.
+    """
     visual = model.visual
     if hasattr(visual, "trunk"):
         import timm
-        trunk = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, dynamic_img_size=True).eval()
+
+        trunk = timm.create_model(
+            "vit_base_patch16_siglip_224", num_classes=0, dynamic_img_size=True
+        ).eval()
         trunk.load_state_dict(visual.trunk.state_dict())
         return trunk(pixels)
     old, new = visual.grid_size[0], pixels.shape[-1] // visual.patch_size[0]
     from timm.layers import resample_abs_pos_embed
-    grid = resample_abs_pos_embed(visual.positional_embedding[None], new_size=[new, new], old_size=[old, old])[0]
+
+    grid = resample_abs_pos_embed(
+        visual.positional_embedding[None], new_size=[new, new], old_size=[old, old]
+    )[0]
     return torch.func.functional_call(visual, {"positional_embedding": grid}, (pixels,))
 
 
@@ -125,10 +202,19 @@ def write_open_clip(folder, model, config):
     size, patch = vision["image_size"], vision.get("patch_size", 16)
     low = (size // patch + 1) // 2 * patch
     mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
-    (folder / "open_clip_config.json").write_text(json.dumps({
-        "model_cfg": config, "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": config,
+                "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
+            }
+        )
+    )
     (folder / "tokenizer.json").write_text("{}")
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     rows = ROWS if size < 100 else 2
 
     def unit(x):
@@ -136,21 +222,34 @@ def write_open_clip(folder, model, config):
 
     def values(pixels):
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-    pixels, low_pixels = (torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8) for side in (size, low))
+
+    pixels, low_pixels = (
+        torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8) for side in (size, low)
+    )
     ids = torch.randint(1, text["vocab_size"] - 1, (rows, text["context_length"]))
     for row in range(rows):
         ids[row, 3 + row] = text["vocab_size"] - 1
-        ids[row, 4 + row:] = 0
+        ids[row, 4 + row :] = 0
     image, words = unit(model.encode_image(values(pixels))), unit(model.encode_text(ids))
     torch.testing.assert_close(unit(any_size(model, values(pixels))), image)
     for x in (image, words):
-        assert (x @ x.T - 2 * torch.eye(rows)).max() < 0.998, f"{folder.name}: rows are too alike to prove anything"
+        assert (x @ x.T - 2 * torch.eye(rows)).max() < 0.998, (
+            f"{folder.name}: rows are too alike to prove anything"
+        )
     bias = -3.5 if model.logit_bias is not None else 0.0
-    save_file({
-        "pixels": pixels, "ids": ids, "image": image, "text": words, "low_pixels": low_pixels,
-        "low_image": unit(any_size(model, values(low_pixels))),
-        "normalisation": torch.cat([torch.tensor([1 / 255]), mean, std]),
-        "logits": torch.tensor([model.logit_scale.exp().item(), bias])}, folder / "expected.safetensors")
+    save_file(
+        {
+            "pixels": pixels,
+            "ids": ids,
+            "image": image,
+            "text": words,
+            "low_pixels": low_pixels,
+            "low_image": unit(any_size(model, values(low_pixels))),
+            "normalisation": torch.cat([torch.tensor([1 / 255]), mean, std]),
+            "logits": torch.tensor([model.logit_scale.exp().item(), bias]),
+        },
+        folder / "expected.safetensors",
+    )
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     (folder / "state_dict.json").write_text(json.dumps(names))
 
@@ -204,7 +303,8 @@ def write(folder, model, eos, shard):
     low_pixels = torch.randint(0, 256, (ROWS, low, low, 3), dtype=torch.uint8)
     values = (low_pixels.float() * processor.rescale_factor - mean) / std
     low_image = model.get_image_features(
-        pixel_values=values.permute(0, 3, 1, 2).contiguous(), interpolate_pos_encoding=True)
+        pixel_values=values.permute(0, 3, 1, 2).contiguous(), interpolate_pos_encoding=True
+    )
     save_file(
         dict(
             low_pixels=low_pixels,
@@ -214,7 +314,9 @@ def write(folder, model, eos, shard):
             image=image.contiguous(),
             text=text.contiguous(),
             normalisation=torch.cat([torch.tensor([processor.rescale_factor]), mean, std]),
-            logits=torch.tensor([model.logit_scale.exp().item(), -3.5 if hasattr(model, "logit_bias") else 0.0]),
+            logits=torch.tensor(
+                [model.logit_scale.exp().item(), -3.5 if hasattr(model, "logit_bias") else 0.0]
+            ),
         ),
         folder / "expected.safetensors",
     )

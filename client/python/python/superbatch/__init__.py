@@ -1,4 +1,5 @@
-"""Superbatch: batches chosen for your learner, from your own data, by a service beside your trainer.
+"""Superbatch: batches chosen for your learner, from your own data, by a service beside your
+trainer.
 
     import superbatch
 
@@ -9,8 +10,9 @@
         ...
         run.push_weights(model.state_dict(), step=batch.step, rank=rank)
 
-`superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`. `superbatch.kernels` selects
-in your own loop, without a service, where the package superbatch-kernels is installed.
+`superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`.
+`superbatch.kernels` selects in your own loop, without a service, where the package
+superbatch-kernels is installed.
 """
 
 from typing import Any
@@ -61,8 +63,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`superbatch.torch` and `superbatch.kernels` without an import of their own; loaded when they are first named."""
+    """`superbatch.torch` and `superbatch.kernels` without an import of their own; loaded when they
+    are first named.
+    """
     if name in ("kernels", "torch"):
         import importlib
+
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,6 @@
-"""Checks of arguments: a wrong one is refused by name, with what was given and what to give instead."""
+"""Checks of arguments: a wrong one is refused by name, with what was given and what to give
+instead.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def wrong(name: str, value: Any, instead: str) -> Error:
 
 
 def whole(name: str, value: Any, *, least: int = 0, bits: int = 64) -> int:
-    """A whole number, of Python or of NumPy, from `least` to what the protocol's field of so many bits holds."""
+    """A whole number, of Python or of NumPy, from `least` to what the protocol's field of so many
+    bits holds.
+    """
     try:
         number = operator.index(value)
     except TypeError:
@@ -75,7 +79,11 @@ def file_uri(name: str, path: os.PathLike) -> str:
     """The URI of an absolute path. Patterns in it stay patterns."""
     path = Path(os.fsdecode(path))
     if not path.is_absolute():
-        raise wrong(name, path, "give an absolute path (the service may run in another folder), or a URI as a string")
+        raise wrong(
+            name,
+            path,
+            "give an absolute path (the service may run in another folder), or a URI as a string",
+        )
     uri = path.as_uri()
     for mark in "{}*":
         uri = uri.replace(quote(mark), mark)

@@ -1,6 +1,7 @@
 """Connections, runs and batches.
 
-Calls block with the GIL released, and Ctrl-C ends them at once. Those with an async twin can be awaited too.
+Calls block with the GIL released, and Ctrl-C ends them at once. Those with an async twin can be
+awaited too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from ._spec import Phase, RunSpec, check_phases, plain
 
 
 async def awaited(call: _superbatch.Call) -> Any:
-    """Waits for a call in asyncio. Whatever ends the wait early, such as a time-out, cancels the call."""
+    """Waits for a call in asyncio. Whatever ends the wait early, such as a time-out, cancels the
+    call.
+    """
     loop = asyncio.get_running_loop()
     done = loop.create_future()
 
@@ -55,23 +58,29 @@ def connect(
     server_name: str | None = None,
     allow_insecure: bool = False,
 ) -> Client:
-    """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as `Unavailable`.
+    """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as
+    `Unavailable`.
 
-    Where the service asks for them, such as at "https://superbatch.example:50051" (docs/security.md):
+    Where the service asks for them, such as at "https://superbatch.example:50051"
+    (docs/security.md):
 
-    ca: PEM file of the authority of the service's certificate. By default those that the system trusts.
+    ca: PEM file of the authority of the service's certificate. By default those that the system
+    trusts.
     cert, key: PEM files of this client's own certificate and key.
     token: what the operator gave you, or `token_file`, which holds it and may change.
     server_name: the name in the service's certificate, where it is not the host of `uri`.
-    allow_insecure: sends the token to another machine without TLS, where everybody between can read it.
+    allow_insecure: sends the token to another machine without TLS, where everybody between can read
+    it.
 
-    What is not given is taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY, SUPERBATCH_TOKEN,
-    SUPERBATCH_TOKEN_FILE, SUPERBATCH_SERVER_NAME.
+    What is not given is taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY,
+    SUPERBATCH_TOKEN, SUPERBATCH_TOKEN_FILE, SUPERBATCH_SERVER_NAME.
 
     timeout: seconds for one attempt to connect.
-    retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once connected. A service that
-        falls silent is asked for a sign of life after `retry_seconds`, but at least 5 and at most 20, and has as long to
-        give it; calls to it end within that of `retry_seconds`. One that gives it may take as long as it needs to answer.
+    retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once
+    connected. A service that
+        falls silent is asked for a sign of life after `retry_seconds`, but at least 5 and at most
+        20, and has as long to give it; calls to it end within that of `retry_seconds`. One that
+        gives it may take as long as it needs to answer.
     """
     text("uri", uri, "write it as http://HOST:PORT or https://HOST:PORT")
     attempts = whole("retry_attempts", retry_attempts, bits=32)
@@ -99,8 +108,9 @@ class Client:
     def open_run(self, spec: RunSpec, *, incarnation: str = "") -> Run:
         """Opens a run, or joins it: the same id with the same spec is the same run.
 
-        incarnation: names this start of the trainer, the same on all ranks (`superbatch.torch.incarnation()` makes
-        one). Needed where a restarted trainer may come with another world size.
+        incarnation: names this start of the trainer, the same on all ranks
+        (`superbatch.torch.incarnation()` makes one). Needed where a restarted trainer may come with
+        another world size.
         """
         return Run(self._opening(spec, incarnation).wait())
 
@@ -119,9 +129,11 @@ class Client:
         return record(self._client.get_run(text("run_id", run_id, RUN_ID)).wait())
 
     def close_run(self, run_id: str) -> None:
-        """Ends a run for all ranks, without joining it: no further steps or pushes. Its receipts stay.
+        """Ends a run for all ranks, without joining it: no further steps or pushes. Its receipts
+        stay.
 
-        Close runs that are finished: until then the service holds steps ready for them, and lists them as open.
+        Close runs that are finished: until then the service holds steps ready for them, and lists
+        them as open.
         """
         self._client.close_run(text("run_id", run_id, RUN_ID)).wait()
 
@@ -133,15 +145,23 @@ class Client:
 class Batch:
     """One rank's slice of a step's sub-batch.
 
-    `batch["image"]` (as stored) and `batch["caption"]` are pyarrow arrays, as are the extra columns asked for and
-    `_superbatch_id`, `_superbatch_position`, `_superbatch_score`, `_superbatch_fidelity`, `_superbatch_weight`.
+    `batch["image"]` (as stored) and `batch["caption"]` are pyarrow arrays, as are the extra columns
+    asked for and `_superbatch_id`, `_superbatch_position`, `_superbatch_score`,
+    `_superbatch_fidelity`, `_superbatch_weight`.
     """
 
-    def __init__(self, record_batch: pyarrow.RecordBatch, receipt: dict, step: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        record_batch: pyarrow.RecordBatch,
+        receipt: dict,
+        step: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.record_batch = record_batch
-        #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen, cost, ... The scores
-        #: (batch_score, mean_score_chosen, mean_score_candidates) are None where no loss was read: policies "uniform" and
-        #: "k_center", and steps degraded to uniform.
+        #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen,
+        #: cost, ... The scores (batch_score, mean_score_chosen, mean_score_candidates) are None
+        #: where no loss was read: policies "uniform" and "k_center", and steps degraded to uniform.
         self.receipt: Record = record(receipt)
         self.step = step
         self.rank = rank
@@ -161,7 +181,9 @@ class Batch:
         try:
             return self.record_batch.column(column)
         except KeyError:
-            raise KeyError(f"there is no column {column!r}; there are {', '.join(self.column_names)}") from None
+            raise KeyError(
+                f"there is no column {column!r}; there are {', '.join(self.column_names)}"
+            ) from None
 
     def __len__(self) -> int:
         return self.record_batch.num_rows
@@ -171,10 +193,11 @@ class Batch:
 
 
 class Batches(Iterator[Batch], AsyncIterator[Batch]):
-    """Batches in the order of their steps, asked for ahead of time. Iterate with `for` or with `async for`.
+    """Batches in the order of their steps, asked for ahead of time. Iterate with `for` or with
+    `async for`.
 
-    Asking for a step says that all earlier ones are trained on. An exception loses nothing, nor does a wait that is cut
-    short (Ctrl-C, `asyncio.wait_for`): the next call yields the same step.
+    Asking for a step says that all earlier ones are trained on. An exception loses nothing, nor
+    does a wait that is cut short (Ctrl-C, `asyncio.wait_for`): the next call yields the same step.
     """
 
     def __init__(self, batches: _superbatch.Batches) -> None:
@@ -206,8 +229,9 @@ def placed(rank: Any, world_size: Any) -> tuple[int, int]:
 class Run:
     """An open run.
 
-    As a context manager it flushes pushes at the end, and no more: the run stays open, for other ranks and for a trainer
-    that comes back. When it is finished, `close` it, or `Client.close_run` by its id.
+    As a context manager it flushes pushes at the end, and no more: the run stays open, for other
+    ranks and for a trainer that comes back. When it is finished, `close` it, or `Client.close_run`
+    by its id.
     """
 
     def __init__(self, run: _superbatch.Run) -> None:
@@ -233,7 +257,9 @@ class Run:
 
     @property
     def next_step(self) -> int:
-        """When the run was opened, the step after the last committed one: where to go on without a checkpoint."""
+        """When the run was opened, the step after the last committed one: where to go on without a
+        checkpoint.
+        """
         return self._run.next_step
 
     def batches(
@@ -248,13 +274,17 @@ class Run:
         read_ahead: int = 0,
         need_after: float = 0.0,
     ) -> Batches:
-        """The steps from `start_step` on, until the data or `end_step` (not included) ends. For `for` and `async for`.
+        """The steps from `start_step` on, until the data or `end_step` (not included) ends. For
+        `for` and `async for`.
 
         start_step: the step after your checkpoint's.
-        stride: only every so many steps, where several processes share them out, such as a loader's workers.
-        prefetch: batches asked for beyond the one being trained on; cut to what the run's `max_ahead` allows.
+        stride: only every so many steps, where several processes share them out, such as a loader's
+        workers.
+        prefetch: batches asked for beyond the one being trained on; cut to what the run's
+        `max_ahead` allows.
         read_ahead: steps that whoever iterates holds before they are trained on.
-        need_after: seconds of waiting after which the service is told that the trainer stands still.
+        need_after: seconds of waiting after which the service is told that the trainer stands
+        still.
         """
         self._rank, world_size = placed(rank, world_size)
         made = self._run.batches(
@@ -270,10 +300,14 @@ class Run:
         return Batches(made)
 
     def select(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
-        """One step, any that is committed or not too far ahead. intent: "need", or "prefetch" (no deadline runs)."""
+        """One step, any that is committed or not too far ahead. intent: "need", or "prefetch" (no
+        deadline runs).
+        """
         return Batch(*self._selecting(step, rank, world_size, intent).wait())
 
-    async def select_async(self, step: int, *, rank: int, world_size: int, intent: str = "need") -> Batch:
+    async def select_async(
+        self, step: int, *, rank: int, world_size: int, intent: str = "need"
+    ) -> Batch:
         """`select`, in asyncio."""
         return Batch(*await awaited(self._selecting(step, rank, world_size, intent)))
 
@@ -282,26 +316,35 @@ class Run:
         return self._run.select(whole("step", step), *placed(rank, world_size), intent)
 
     def push_weights(
-        self, state_dict: Mapping[str, Any], *, step: int, rank: int | None = None, dtype: Any = None
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        step: int,
+        rank: int | None = None,
+        dtype: Any = None,
     ) -> None:
-        """Copies the weights that `step` left behind (-1: the initial ones) and uploads them in the background.
+        """Copies the weights that `step` left behind (-1: the initial ones) and uploads them in the
+        background.
 
-        When it returns, the optimizer may overwrite them. At most one push waits beside the one being uploaded; beyond
-        that the call blocks. An upload that failed is told by the next call, or by `flush`. Flush before the process ends:
-        what is not uploaded then is lost.
+        When it returns, the optimizer may overwrite them. At most one push waits beside the one
+        being uploaded; beyond that the call blocks. An upload that failed is told by the next call,
+        or by `flush`. Flush before the process ends: what is not uploaded then is lost.
 
-        A step's weights are published once. A trainer that goes back to a checkpoint and repeats steps pushes them again,
-        and what is published stays; if it pushes other weights, they change nothing, and a warning names the first such
-        step (where one rank pushes whole tensors, as `push_weights` does outside of FSDP). To train on from other weights,
+        A step's weights are published once. A trainer that goes back to a checkpoint and repeats
+        steps pushes them again, and what is published stays; if it pushes other weights, they
+        change nothing, and a warning names the first such step (where one rank pushes whole
+        tensors, as `push_weights` does outside of FSDP). To train on from other weights,
         go back first: `run.rewind(step, mode="reselect")`.
 
-        Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of DTensors (FSDP 2). Entries
-        that are not floating point are left out, and the prefixes of DistributedDataParallel and torch.compile are
-        taken off the names.
+        Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of
+        DTensors (FSDP 2). Entries that are not floating point are left out, and the prefixes of
+        DistributedDataParallel and torch.compile are taken off the names.
 
-        dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other float types become f32.
-        Tensors of one element, such as the scale and the bias of the logits, are never cast.
-        rank: where not given, the one that batches were asked for with, else `torch.distributed`'s, else 0.
+        dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other
+        float types become f32. Tensors of one element, such as the scale and the bias of the
+        logits, are never cast.
+        rank: where not given, the one that batches were asked for with, else `torch.distributed`'s,
+        else 0.
         """
         if rank is None:
             rank = _weights.own_rank() if self._rank is None else self._rank
@@ -320,9 +363,11 @@ class Run:
         rank: int = 0,
         dtype: Any = None,
     ) -> None:
-        """Pushes this rank's blocks of the weights, for other kinds of sharding; else as `push_weights`.
+        """Pushes this rank's blocks of the weights, for other kinds of sharding; else as
+        `push_weights`.
 
-        parts: tuples (name, tensor, global_shape, start): the tensor is the block at `start` of the whole.
+        parts: tuples (name, tensor, global_shape, start): the tensor is the block at `start` of the
+        whole.
         expected_parts: blocks of the whole push, over all ranks.
         push_id: the same on all ranks; it follows from generation and step where not given.
         """
@@ -339,25 +384,29 @@ class Run:
         push_id: str | None,
         expected_parts: int,
     ) -> None:
-        # The service hears of the push first, whichever process asks for the next step. Room before copies: no more
-        # copies exist than can wait.
+        # The service hears of the push first, whichever process asks for the next step. Room before
+        # copies: no more copies exist than can wait.
         slot = self._run.reserve_push(step, rank).wait()
         self._warn_of_dropped(stacklevel=4)
         _weights.add(slot, blocks, dtype)
         slot.submit(push_id, expected_parts)
 
     def missing_pushes(self, start_step: int) -> list[int]:
-        """Steps whose pushes were on their way when the trainer ended, and which steps from `start_step` on wait for.
+        """Steps whose pushes were on their way when the trainer ended, and which steps from
+        `start_step` on wait for.
 
-        A trainer that resumes at `start_step`, the step after its checkpoint's, pushes the checkpoint's weights as each of
-        them, before it asks for a batch. Under `exact(1)` two may be missing, of which the older has the weights of a step
-        before the checkpoint: the checkpoint's are the nearest that are left, and receipts show by the digest of
-        `learner` that both are the same.
+        A trainer that resumes at `start_step`, the step after its checkpoint's, pushes the
+        checkpoint's weights as each of them, before it asks for a batch. Under `exact(1)` two may
+        be missing, of which the older has the weights of a step
+        before the checkpoint: the checkpoint's are the nearest that are left, and receipts show by
+        the digest of `learner` that both are the same.
         """
         return self._run.missing_pushes(whole("start_step", start_step)).wait()
 
     def flush(self) -> Record | None:
-        """Waits until every push is published. Returns the newest version, or None if this process pushed nothing."""
+        """Waits until every push is published. Returns the newest version, or None if this process
+        pushed nothing.
+        """
         version = record(self._run.flush().wait())
         self._warn_of_dropped(stacklevel=3)
         return version
@@ -369,7 +418,9 @@ class Run:
         return version
 
     def _warn_of_dropped(self, stacklevel: int) -> None:
-        """Warns, once, of weights that were pushed for a step and are not those that are published."""
+        """Warns, once, of weights that were pushed for a step and are not those that are
+        published.
+        """
         step = self._run.dropped_push
         if step is None or self._warned:
             return
@@ -385,7 +436,9 @@ class Run:
         )
 
     def close(self) -> None:
-        """Flushes, and ends the run for all ranks: no further steps or pushes. Its receipts stay."""
+        """Flushes, and ends the run for all ranks: no further steps or pushes. Its receipts
+        stay.
+        """
         self.flush()
         self._run.close_run().wait()
 
@@ -394,12 +447,16 @@ class Run:
         return record(self._run.get_run().wait())
 
     def receipt(self, step: int, *, generation: int | None = None) -> Record:
-        """Why the step's rows were chosen: `summary`, and `chosen`, `bad_rows` and `passed_over` row by row."""
+        """Why the step's rows were chosen: `summary`, and `chosen`, `bad_rows` and `passed_over`
+        row by row.
+        """
         generation = None if generation is None else whole("generation", generation, bits=32)
         return record(self._run.receipt(whole("step", step), generation).wait())
 
     def rewind(self, to_step: int, *, mode: str) -> int:
-        """Goes back to a step in a new generation: "replay" serves the old choices, "reselect" chooses anew."""
+        """Goes back to a step in a new generation: "replay" serves the old choices, "reselect"
+        chooses anew.
+        """
         text("mode", mode, 'give "replay" or "reselect"')
         return self._run.rewind(whole("to_step", to_step), mode).wait()
 

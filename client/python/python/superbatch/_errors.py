@@ -8,17 +8,23 @@ from collections.abc import Mapping
 class Error(Exception):
     """A call that failed.
 
-    `reason` is a name for programs: one of the protocol's closed set, such as "WORLD_SIZE_INVALID" or
-    "COLUMN_NOT_FOUND", or of the client's own: "UNAVAILABLE" (no answer), "BATCH_CORRUPT", "INVALID_ARGUMENT",
-    "CANCELLED". What others answered, such as a proxy, has the nearest of them: "UNIMPLEMENTED", "MESSAGE_TOO_LARGE",
-    "OVERLOADED", else "INTERNAL". `metadata` holds the values that a program may want, such as `field`, `column` or
-    `tensor`. Faults that pass were tried again before they are raised; the rest can never pass unchanged.
+    `reason` is a name for programs: one of the protocol's closed set, such as "WORLD_SIZE_INVALID"
+    or "COLUMN_NOT_FOUND", or of the client's own: "UNAVAILABLE" (no answer), "BATCH_CORRUPT",
+    "INVALID_ARGUMENT", "CANCELLED". What others answered, such as a proxy, has the nearest of them:
+    "UNIMPLEMENTED", "MESSAGE_TOO_LARGE", "OVERLOADED", else "INTERNAL". `metadata` holds the values
+    that a program may want, such as `field`, `column` or `tensor`. Faults that pass were tried
+    again before they are raised; the rest can never pass unchanged.
     """
 
     reason: str = "INTERNAL"
     metadata: Mapping[str, str] = {}
 
-    def __init__(self, message: str = "", reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.reason = reason or type(self).reason
         self.metadata = dict(type(self).metadata if metadata is None else metadata)
@@ -34,19 +40,25 @@ class Unavailable(Error):
 
 
 class EndOfData(Error):
-    """The step lies beyond the last epoch. Iterating over batches ends there instead of raising this."""
+    """The step lies beyond the last epoch. Iterating over batches ends there instead of raising
+    this.
+    """
 
     reason = "END_OF_DATA"
 
 
 class NeedDeadline(Error):
-    """The step could not be served in time, for want of weights for example. The same step may be asked for again."""
+    """The step could not be served in time, for want of weights for example. The same step may be
+    asked for again.
+    """
 
     reason = "NEED_DEADLINE"
 
 
 class WeightsRefused(Error):
-    """A push failed verification, and the old weights serve on; `metadata["tensor"]` names the first bad tensor."""
+    """A push failed verification, and the old weights serve on; `metadata["tensor"]` names the
+    first bad tensor.
+    """
 
     reason = "WEIGHTS_REFUSED"
 

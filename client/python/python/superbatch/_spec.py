@@ -1,4 +1,6 @@
-"""What a run is. Fields that are None take the service's default, which `Run.spec` shows filled in."""
+"""What a run is. Fields that are None take the service's default, which `Run.spec` shows filled
+in.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from ._arguments import file_uri, items, text, wrong
 class Source:
     """Where candidates come from.
 
-    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3:// or memory:///; an
+    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3://
+    or memory:///; an
         absolute `Path` is its file:/// URI.
-    weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the source out.
+    weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the
+    source out.
     image_column, caption_column: found by the layout (img2dataset, Hugging Face) where not given.
     """
 
@@ -30,7 +34,8 @@ class Source:
 class Approximation:
     """How the image tower is made cheaper; one of:
 
-    resolution: smaller images in patches of the same size. The side in pixels: a multiple of the patch, below the model's
+    resolution: smaller images in patches of the same size. The side in pixels: a multiple of the
+    patch, below the model's
         own image size.
     """
 
@@ -39,10 +44,12 @@ class Approximation:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiResolution:
-    """A part of each sub-batch is to be trained at the phase's approximation. `_superbatch_fidelity` says which rows.
+    """A part of each sub-batch is to be trained at the phase's approximation.
+    `_superbatch_fidelity` says which rows.
 
     share: of the sub-batch (default 0.5).
-    whole_step: all rows of a step alike, that share of the steps: for trainers with one size a batch.
+    whole_step: all rows of a step alike, that share of the steps: for trainers with one size a
+    batch.
     """
 
     share: float | None = None
@@ -54,8 +61,8 @@ class Learner:
     """The model that is being trained.
 
     model_uri: a Hugging Face model folder (config, preprocessor, tokenizer).
-    Where its first weights come from, one of: random_seed (made by the service), snapshot_uri (a safetensors file), or
-    first_push=True (the trainer pushes them as step -1).
+    Where its first weights come from, one of: random_seed (made by the service), snapshot_uri (a
+    safetensors file), or first_push=True (the trainer pushes them as step -1).
     logit_bias: for the sigmoid loss with a model that has none.
     trained_fidelities: approximations that its first weights have been trained with.
     """
@@ -78,15 +85,20 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The numbers that only some policies read, and the rules that leave candidates out before any policy draws.
+    """The numbers that only some policies read, and the rules that leave candidates out before any
+    policy draws.
 
-    temperature: of "independent"; divides the scores (default 1; towards 0 it is "top_k", towards infinity "uniform").
+    temperature: of "independent"; divides the scores (default 1; towards 0 it is "top_k", towards
+    infinity "uniform").
     pressure: of "rank"; how many times as likely the first is as the last (default 100).
-    priority_exponent, weight_exponent: of "proportional"; alpha and beta of Schaul et al. 2015 (default 0.6 and 0.4).
-    The rules go with every policy, apply in this order, and are judged by the reference:
-    clip_score_at_least: pairs of a lower CLIPScore, 2.5 x max(cosine of image and text, 0), are left out.
+    priority_exponent, weight_exponent: of "proportional"; alpha and beta of Schaul et al. 2015
+    (default 0.6 and 0.4). The rules go with every policy, apply in this order, and are judged by
+    the reference:
+    clip_score_at_least: pairs of a lower CLIPScore, 2.5 x max(cosine of image and text, 0), are
+    left out.
     neg_clip_loss_keep: this share is kept, the pairs of the largest negCLIPLoss.
-    duplicates_above: of images whose cosine is above this, all but one are left out; 0.95 is a cautious start.
+    duplicates_above: of images whose cosine is above this, all but one are left out; 0.95 is a
+    cautious start.
     """
 
     temperature: float | None = None
@@ -102,15 +114,21 @@ class Tuning:
 class Phase:
     """How batches are chosen from `from_step` on.
 
-    policy: "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional" or "k_center", in any case.
-    super_batch_size: candidates scanned for a step; rows that do not fill a last one sit the epoch out.
+    policy: "uniform", "independent", "joint", "joint_top_k", "top_k", "rank", "proportional" or
+    "k_center", in any case.
+    super_batch_size: candidates scanned for a step; rows that do not fill a last one sit the epoch
+    out.
     sub_batch_size: rows chosen and served, over all ranks.
     criterion: "learnability" (default), "hard" or "easy".
-    n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax scores (default 1).
-    fidelity: what candidates are scored at, "full" (default) or "approximate" (Flexi-JEST), as `approximation` says.
+    n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax
+    scores (default 1).
+    fidelity: what candidates are scored at, "full" (default) or "approximate" (Flexi-JEST), as
+    `approximation` says.
     approximation: what approximate means in this phase, `Approximation(resolution=...)`.
-    multi_resolution: a part of the sub-batch is to be trained at the approximation, `MultiResolution()` for half of it.
-    allow_untrained_fidelity: score at an approximation that the learner was never trained with, though its ranking may then
+    multi_resolution: a part of the sub-batch is to be trained at the approximation,
+    `MultiResolution()` for half of it.
+    allow_untrained_fidelity: score at an approximation that the learner was never trained with,
+    though its ranking may then
         be noise.
     tuning: numbers of single policies, and what is left out before the draw.
     """
@@ -138,7 +156,9 @@ class Lag:
 
 
 def exact(steps: int) -> Lag:
-    """Step s is scored with the last weights pushed at or before step s-1-steps, whatever the timing: reproducible."""
+    """Step s is scored with the last weights pushed at or before step s-1-steps, whatever the
+    timing: reproducible.
+    """
     return Lag(exact=steps)
 
 
@@ -149,8 +169,9 @@ def at_most(steps: int) -> Lag:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Start as a copy of another run's history: steps before `step` are that run's. Not built yet: open_run answers
-    UNIMPLEMENTED; `Run.rewind` goes back within a run."""
+    """Start as a copy of another run's history: steps before `step` are that run's. Not built yet:
+    open_run answers UNIMPLEMENTED; `Run.rewind` goes back within a run.
+    """
 
     run_id: str
     step: int
@@ -158,37 +179,45 @@ class Fork:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything a run is. All ranks open the same id with the same spec, which is fixed for the run's life; only phases
-    can be added, by `Run.append_phases`.
+    """Everything a run is. All ranks open the same id with the same spec, which is fixed for the
+    run's life; only phases can be added, by `Run.append_phases`.
 
     run_id: letters, digits, '-', '_' and '.', at most 128.
     sources: at least one; a plain string or absolute path is the uri of a source.
     phases: the schedule by rising from_step; the first starts at 0.
     learner: needed unless every phase is uniform, "k_center" or scores with the reference alone.
-    reference: needed unless every phase is uniform or "hard", and by whatever `Tuning` leaves out; a plain string is its
+    reference: needed unless every phase is uniform or "hard", and by whatever `Tuning` leaves out;
+    a plain string is its
         model_uri, as is an absolute path.
     loss: "sigmoid" (default) or "softmax".
     lag: `exact(1)` by default.
     push_every_steps: a push is due after every so many steps (default 1).
     micro_batches: each rank's slice is cut into so many equal micro-batches (default 1).
     columns: extra columns to deliver beside image and caption.
-    fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or "reference_only". "wait" is
-        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING after
-        `stall_grace_seconds` if every rank waits and no push is on its way. To ask again is to wait again.
-    max_ahead: steps beyond the last consumed one that may be asked for (default 2). More than the steps that a DataLoader's
+    fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or
+    "reference_only". "wait" is
+        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING
+        after `stall_grace_seconds` if every rank waits and no push is on its way. To ask again is
+        to wait again.
+    max_ahead: steps beyond the last consumed one that may be asked for (default 2). More than the
+    steps that a DataLoader's
         workers hold ready (num_workers times prefetch_factor).
-    epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last super-batch are not scanned in it:
-        of 900 rows at super_batch_size 320, epochs=1 scans 640 in 2 steps. `Run.dataset.tail_rows_per_epoch` counts them.
+    epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last
+    super-batch are not scanned in it:
+        of 900 rows at super_batch_size 320, epochs=1 scans 640 in 2 steps.
+        `Run.dataset.tail_rows_per_epoch` counts them.
     window_blocks: blocks whose rows are shuffled together (default 16).
     embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
     micro_batch_rows: candidates per forward pass (default 64).
     max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
     fork_of: another run's history to start from. Not built yet: open_run answers UNIMPLEMENTED.
     train_flops_per_example: what a training step costs, where known.
-    need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies (default 60).
-    stall_grace_seconds: the run is stalled when every rank stands still for a step whose weights are missing, and no rank
-        has called `push_weights` for them. The fallback applies when the stall has lasted for so long (default 5; 0 is
-        at once).
+    need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies
+    (default 60).
+    stall_grace_seconds: the run is stalled when every rank stands still for a step whose weights
+    are missing, and no rank
+        has called `push_weights` for them. The fallback applies when the stall has lasted for so
+        long (default 5; 0 is at once).
     """
 
     run_id: str
@@ -216,18 +245,24 @@ class RunSpec:
     stall_grace_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain values, with the protocol's field names; without `run_id`, and without what is None."""
+        """The spec as plain values, with the protocol's field names; without `run_id`, and without
+        what is None.
+        """
         check_kinds(self)
         spec = plain(self)
         del spec["run_id"]
-        spec["sources"] = [{"uri": source} if isinstance(source, str) else source for source in spec["sources"]]
+        spec["sources"] = [
+            {"uri": source} if isinstance(source, str) else source for source in spec["sources"]
+        ]
         if isinstance(spec.get("reference"), str):
             spec["reference"] = {"model_uri": spec["reference"]}
         return spec
 
 
 def check_kinds(spec: RunSpec) -> None:
-    """Refuses what is no part of a spec. A dict with the protocol's field names stands for any part."""
+    """Refuses what is no part of a spec. A dict with the protocol's field names stands for any
+    part.
+    """
     text("run_id", spec.run_id, "give a string")
     sources = "give a URI, an absolute path or superbatch.Source(uri=...)"
     for i, source in enumerate(items("sources", spec.sources)):
@@ -235,7 +270,12 @@ def check_kinds(spec: RunSpec) -> None:
     check_phases(spec.phases)
     items("columns", spec.columns)
     expect("learner", spec.learner, Learner, "give superbatch.Learner(model_uri=...)")
-    expect("reference", spec.reference, (Reference, str, os.PathLike), "give a URI or superbatch.Reference(model_uri=...)")
+    expect(
+        "reference",
+        spec.reference,
+        (Reference, str, os.PathLike),
+        "give a URI or superbatch.Reference(model_uri=...)",
+    )
     expect("fork_of", spec.fork_of, Fork, "give superbatch.Fork(run_id=..., step=...)")
     steps = max(spec.lag, 0) if isinstance(spec.lag, int) else 1
     lags = f"give superbatch.exact(n) or superbatch.at_most(n), such as superbatch.exact({steps:d})"
@@ -244,7 +284,12 @@ def check_kinds(spec: RunSpec) -> None:
 
 def check_phases(phases: Any) -> None:
     for i, phase in enumerate(items("phases", phases)):
-        expect(f"phases[{i}]", phase, Phase, "give superbatch.Phase(policy=..., super_batch_size=..., sub_batch_size=...)")
+        expect(
+            f"phases[{i}]",
+            phase,
+            Phase,
+            "give superbatch.Phase(policy=..., super_batch_size=..., sub_batch_size=...)",
+        )
         if isinstance(phase, Phase):
             expect(f"phases[{i}].tuning", phase.tuning, Tuning, "give superbatch.Tuning(...)")
             approximations = "give superbatch.Approximation(resolution=...)"
@@ -259,10 +304,14 @@ def expect(name: str, value: Any, kinds: Any, instead: str) -> None:
 
 
 def plain(value: Any, name: str = "") -> Any:
-    """Dataclasses as dicts without their None fields, sequences as lists, paths as URIs. `name` is where the value is."""
+    """Dataclasses as dicts without their None fields, sequences as lists, paths as URIs. `name` is
+    where the value is.
+    """
     if is_dataclass(value):
         pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
-        return {key: plain(item, f"{name}.{key}".lstrip(".")) for key, item in pairs if item is not None}
+        return {
+            key: plain(item, f"{name}.{key}".lstrip(".")) for key, item in pairs if item is not None
+        }
     if isinstance(value, os.PathLike):
         return file_uri(name, value)
     if isinstance(value, Mapping):

@@ -1,4 +1,6 @@
-"""Tensors of a trainer as the parts of a push. Nothing here imports torch before a torch tensor is handed in."""
+"""Tensors of a trainer as the parts of a push. Nothing here imports torch before a torch tensor is
+handed in.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,17 @@ class Block(NamedTuple):
 def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
     """What this rank has to push of a state dict, and how many blocks all ranks push together.
 
-    Whole tensors are rank 0's. Of a DTensor each rank pushes its own shard; of replicas, the first in the mesh does.
-    Entries that are not floating point, such as position ids, are no weights.
+    Whole tensors are rank 0's. Of a DTensor each rank pushes its own shard; of replicas, the first
+    in the mesh does. Entries that are not floating point, such as position ids, are no weights.
     """
     if callable(getattr(state_dict, "state_dict", None)):
         raise wrong("state_dict", state_dict, "give what it holds: model.state_dict()")
     if not callable(getattr(state_dict, "items", None)):
-        raise wrong("state_dict", state_dict, "give a mapping of names to tensors, such as model.state_dict()")
+        raise wrong(
+            "state_dict",
+            state_dict,
+            "give a mapping of names to tensors, such as model.state_dict()",
+        )
     mine: list[Block] = []
     total = 0
     for name, tensor in state_dict.items():
@@ -48,14 +54,17 @@ def blocks(state_dict: Mapping[str, Any], rank: int) -> tuple[list[Block], int]:
         if rank == 0:
             shape = tuple(tensor.shape)
             mine.append(Block(name, tensor, shape, (0,) * len(shape)))
-    # Where rank 0 gathers a full state dict (FSDP 2 with full_state_dict and cpu_offload), the others get an empty one.
+    # Where rank 0 gathers a full state dict (FSDP 2 with full_state_dict and cpu_offload), the
+    # others get an empty one.
     if total == 0 and (rank == 0 or state_dict):
         raise invalid("state_dict", "it has no floating-point tensors")
     return mine, total
 
 
 def clean(name: str) -> str:
-    """The name without what DistributedDataParallel, torch.compile, activation checkpointing and EMA put around modules."""
+    """The name without what DistributedDataParallel, torch.compile, activation checkpointing and
+    EMA put around modules.
+    """
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     # Several of them may lie around each other.
@@ -74,19 +83,24 @@ def check_values(name: str, tensor: Any) -> None:
     """Refuses, by name, what has no values that could be copied as they lie."""
     if getattr(tensor, "is_meta", False):
         raise invalid(
-            "state_dict", f"tensor {name}: it is on the meta device and has no values; load the weights first"
+            "state_dict",
+            f"tensor {name}: it is on the meta device and has no values; load the weights first",
         )
     if type(tensor).__name__ == "ShardedTensor":
         raise invalid(
             "state_dict",
             f"tensor {name}: a ShardedTensor of FSDP 1; take StateDictType.FULL_STATE_DICT, or FSDP 2 (fully_shard)",
         )
-    if getattr(tensor, "is_sparse", False) or str(getattr(tensor, "layout", "")).startswith("torch.sparse"):
+    if getattr(tensor, "is_sparse", False) or str(getattr(tensor, "layout", "")).startswith(
+        "torch.sparse"
+    ):
         raise invalid("state_dict", f"tensor {name}: it is sparse; push tensor.to_dense()")
 
 
 def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
-    """This rank's block of a DTensor (None: it has none), and the number of blocks over all ranks."""
+    """This rank's block of a DTensor (None: it has none), and the number of blocks over all
+    ranks.
+    """
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     place = mesh.get_coordinate()
     start, extent, count, held = [0] * len(shape), list(shape), 1, place is not None
@@ -97,7 +111,10 @@ def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
             continue
         dim = getattr(placement, "dim", None)
         if type(placement).__name__ != "Shard" or dim in cut:
-            raise invalid("state_dict", f"tensor {name}: cannot tell its blocks from {placement}; use push_parts")
+            raise invalid(
+                "state_dict",
+                f"tensor {name}: cannot tell its blocks from {placement}; use push_parts",
+            )
         cut.add(dim)
         # As torch.chunk cuts: equal blocks, the last ones shorter or empty.
         step = max(1, -(-shape[dim] // mesh.size(axis)))
@@ -118,7 +135,8 @@ def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
 def add(slot: Any, items: Iterable[Block], dtype: Any) -> None:
     """Copies blocks into a push, cast to `dtype`."""
     for name, tensor, global_shape, start in items:
-        # The scale and the bias of the logits: exp() of a scale in bf16 is off by up to a percent, and all logits with it.
+        # The scale and the bias of the logits: exp() of a scale in bf16 is off by up to a percent,
+        # and all logits with it.
         cast = math.prod(global_shape) != 1
         kind, extent, data = buffer(name, tensor, dtype, cast)
         slot.add(name, kind, list(global_shape), list(start), extent, data)
@@ -144,14 +162,18 @@ def numpy_buffer(name: str, array: Any, dtype: Any, cast: bool) -> tuple[str, li
     kinds = {numpy.dtype(numpy.float32): "f32", numpy.dtype(numpy.float16): "f16"}
     kind = kind_of(dtype, kinds, cast) or kinds.get(array.dtype, "f32")
     if kind == "bf16":
-        raise invalid("dtype", f"tensor {name}: a NumPy array cannot be cast to bf16; hand in a torch tensor")
+        raise invalid(
+            "dtype", f"tensor {name}: a NumPy array cannot be cast to bf16; hand in a torch tensor"
+        )
     wanted = {kind: known for known, kind in kinds.items()}[kind].newbyteorder("<")
     flat = numpy.ascontiguousarray(array, dtype=wanted).reshape(-1)
     return kind, list(array.shape), flat.view(numpy.uint8)
 
 
 def kind_of(dtype: Any, kinds: Mapping[Any, str], cast: bool) -> str | None:
-    """"f32", "f16" or "bf16" for such a string or the library's own dtype; None for None, and where nothing is cast."""
+    """ "f32", "f16" or "bf16" for such a string or the library's own dtype; None for None, and
+    where nothing is cast.
+    """
     if dtype is None:
         return None
     kind = dtype if isinstance(dtype, str) else kinds.get(dtype)

@@ -1,11 +1,13 @@
-"""Joint selection in your own loop, without a service: the package `superbatch_kernels` under this name.
+"""Joint selection in your own loop, without a service: the package `superbatch_kernels` under this
+name.
 
     from superbatch.kernels import Model, select
 
-    drawn = select(learner=Model(images, texts, scale, bias), reference=..., sub_batch_size=1024, step=step)
+    drawn = select(learner=Model(images, texts, scale, bias), reference=..., sub_batch_size=1024,
+    step=step)
 
-It is a distribution of its own, so that a trainer that uses the service carries no selection code. `help(select)` explains
-every argument; docs/kernels-python.md has a training loop.
+It is a distribution of its own, so that a trainer that uses the service carries no selection code.
+`help(select)` explains every argument; docs/kernels-python.md has a training loop.
 """
 
 try:

@@ -1,4 +1,6 @@
-"""Other people's arrays as NumPy sees them: the same memory, never a copy. Errors name the argument and say what to do."""
+"""Other people's arrays as NumPy sees them: the same memory, never a copy. Errors name the argument
+and say what to do.
+"""
 
 import sys
 import warnings
@@ -15,12 +17,14 @@ ROWS_LOOKED_AT = 32
 def embeddings(name: str, given: Any) -> NDArray[Any]:
     """A tower, `[B, d]`.
 
-    Raises TypeError or ValueError where it is not float32 or float16, not in CPU memory, not two-dimensional or not
-    C-contiguous.
+    Raises TypeError or ValueError where it is not float32 or float16, not in CPU memory, not
+    two-dimensional or not C-contiguous.
     """
     array = shared(name, given)
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name} has the shape {array.shape}: [candidates, dim] is needed, neither of them 0")
+        raise ValueError(
+            f"{name} has the shape {array.shape}: [candidates, dim] is needed, neither of them 0"
+        )
     if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
         raise TypeError(
             f"{name} is {array.dtype}: float32 or float16 in this machine's byte order is needed; "
@@ -32,7 +36,9 @@ def embeddings(name: str, given: Any) -> NDArray[Any]:
             f"they lie: pass numpy.ascontiguousarray({name}) (torch: .contiguous()), which copies"
         )
     if not array.flags.aligned:
-        raise ValueError(f"{name} starts at an address that is no multiple of {array.itemsize}: pass {name}.copy()")
+        raise ValueError(
+            f"{name} starts at an address that is no multiple of {array.itemsize}: pass {name}.copy()"
+        )
     return array
 
 
@@ -52,25 +58,35 @@ def shared(name: str, given: Any) -> NDArray[Any]:
     if hasattr(given, "__dlpack__"):
         device, _ = given.__dlpack_device__()
         if device not in (CPU, PINNED):
-            raise ValueError(f"{name} is not in CPU memory (DLPack device {device}): copy it to the CPU first")
+            raise ValueError(
+                f"{name} is not in CPU memory (DLPack device {device}): copy it to the CPU first"
+            )
         return np.from_dlpack(given)
     try:
         return np.asarray(memoryview(given))
     except TypeError:
         kind = type(given).__name__
-        raise TypeError(f"{name} is a {kind}: a NumPy array or a CPU torch tensor of [candidates, dim] is needed") from None
+        raise TypeError(
+            f"{name} is a {kind}: a NumPy array or a CPU torch tensor of [candidates, dim] is needed"
+        ) from None
 
 
 def _refuse_masked(name: str, given: Any) -> None:
     if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, and masks are not read: pass {name}.data, and masked rows as holes")
+        raise TypeError(
+            f"{name} is a masked array, and masks are not read: pass {name}.data, and masked rows as holes"
+        )
 
 
 def _of_torch(name: str, tensor: Any) -> NDArray[Any]:
     if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is a torch tensor on {tensor.device}, and CPU memory is read: pass {name}.cpu()")
+        raise ValueError(
+            f"{name} is a torch tensor on {tensor.device}, and CPU memory is read: pass {name}.cpu()"
+        )
     if str(tensor.layout) != "torch.strided":
-        raise ValueError(f"{name} is a torch tensor of layout {tensor.layout}: pass {name}.to_dense()")
+        raise ValueError(
+            f"{name} is a torch tensor of layout {tensor.layout}: pass {name}.to_dense()"
+        )
     return tensor.detach().numpy()
 
 
@@ -103,7 +119,9 @@ def holes(given: Any, count: int) -> NDArray[np.uint32]:
     array = np.asarray(() if given is None else given)
     if array.dtype == np.bool_:
         if array.shape != (count,):
-            raise ValueError(f"holes is a mask of shape {array.shape}: one of shape ({count},) is needed")
+            raise ValueError(
+                f"holes is a mask of shape {array.shape}: one of shape ({count},) is needed"
+            )
         array = np.flatnonzero(array)
     array = _whole_numbers("holes", array)
     if array.size and (array.min() < 0 or array.max() >= count):
@@ -135,11 +153,15 @@ def noise(given: Any) -> NDArray[np.float32]:
     if array.dtype.kind != "f":
         raise TypeError(f"noise is {array.dtype}: float32 is needed")
     if array.ndim != 2:
-        raise ValueError(f"noise has the shape {array.shape}: [draws or more, candidates] is needed, a row for every chunk")
+        raise ValueError(
+            f"noise has the shape {array.shape}: [draws or more, candidates] is needed, a row for every chunk"
+        )
     return np.ascontiguousarray(array, np.float32)
 
 
 def _whole_numbers(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 1 or array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} is {array.dtype} of shape {array.shape}: one-dimensional integers are needed")
+        raise TypeError(
+            f"{name} is {array.dtype} of shape {array.shape}: one-dimensional integers are needed"
+        )
     return array

@@ -2,8 +2,9 @@
 
 `SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
 tokenizes for it, `by_fidelity` and
-`two_resolutions` train a batch at two sizes, `gather` lets a loss span all ranks, `Pushes` and `state_dict` hand weights back.
-`superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
+`two_resolutions` train a batch at two sizes, `gather` lets a loss span all ranks, `Pushes` and
+`state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning`
+hold callbacks for those trainers.
 """
 
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches

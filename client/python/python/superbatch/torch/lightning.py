@@ -1,10 +1,10 @@
 """For `lightning` and `pytorch_lightning`: whichever of the two is imported.
 
-    from superbatch.torch.lightning import PushWeights
+from superbatch.torch.lightning import PushWeights
 
-    dataset = SelectedBatches(uri, spec, rank=0, world_size=1, start_step=0, transform=...)
-    trainer = Trainer(callbacks=[PushWeights(dataset, prefix="model.")], ...)
-    trainer.fit(module, dataset.loader())
+dataset = SelectedBatches(uri, spec, rank=0, world_size=1, start_step=0, transform=...)
+trainer = Trainer(callbacks=[PushWeights(dataset, prefix="model.")], ...)
+trainer.fit(module, dataset.loader())
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ class SelectedBatches(IterableDataset):
         return self._run[1]
 
     def _connected(self) -> Run:
-        return connect(self.uri, **self.connection).open_run(self.spec, incarnation=self.incarnation)
+        return connect(self.uri, **self.connection).open_run(
+            self.spec, incarnation=self.incarnation
+        )
 
     def loader(
         self, *, num_workers: int = 0, pushes: Pushes | None = None, **options: Any

@@ -17,47 +17,66 @@ ModelCall = torch.nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
 
 def by_fidelity(batch: Batch) -> tuple[Batch, Batch]:
-    """The rows that are to be trained at full fidelity, and those at the phase's approximation, each in the order served."""
+    """The rows that are to be trained at full fidelity, and those at the phase's approximation,
+    each in the order served.
+    """
     fidelities = batch["_superbatch_fidelity"].to_pylist()
 
     def rows(low: bool) -> Batch:
-        places = [place for place, fidelity in enumerate(fidelities) if (fidelity == "approximate") == low]
-        return Batch(batch.record_batch.take(places), batch.receipt, batch.step, batch.rank, batch.world_size)
+        places = [
+            place for place, fidelity in enumerate(fidelities) if (fidelity == "approximate") == low
+        ]
+        return Batch(
+            batch.record_batch.take(places), batch.receipt, batch.step, batch.rank, batch.world_size
+        )
 
     return rows(False), rows(True)
 
 
 def two_resolutions(model_call: ModelCall, batch: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The image embeddings of a batch in two sizes, one after the other, for one loss over all of them.
+    """The image embeddings of a batch in two sizes, one after the other, for one loss over all of
+    them.
 
-    model_call: the model, of transformers (SigLIP, CLIP) or open_clip; or what embeds pixels of any size.
-    batch: the pixels of the full rows and those of the low ones, `[rows, 3, side, side]` each. One without rows is left out.
+    model_call: the model, of transformers (SigLIP, CLIP) or open_clip; or what embeds pixels of any
+    size.
+    batch: the pixels of the full rows and those of the low ones, `[rows, 3, side, side]` each. One
+    without rows is left out.
     """
     call = image_call(model_call)
     return torch.cat([call(pixels) for pixels in batch if len(pixels)])
 
 
 class TwoResolutions(torch.nn.Module):
-    """A model whose one forward embeds images of two sizes and all captions: what DDP, FSDP and torch.compile wrap.
+    """A model whose one forward embeds images of two sizes and all captions: what DDP, FSDP and
+    torch.compile wrap.
 
-    Its forward takes the pixels of full and of low rows and the captions of all (full rows first), and gives image
-    embeddings, text embeddings (neither normalised), logit_scale (its exponential) and logit_bias (None without one).
-    Push `model.state_dict()` of the model inside.
+    Its forward takes the pixels of full and of low rows and the captions of all (full rows first),
+    and gives image embeddings, text embeddings (neither normalised), logit_scale (its exponential)
+    and logit_bias (None without one). Push `model.state_dict()` of the model inside.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, full: torch.Tensor, low: torch.Tensor, text: Any) -> tuple[Any, Any, Any, Any]:
+    def forward(
+        self, full: torch.Tensor, low: torch.Tensor, text: Any
+    ) -> tuple[Any, Any, Any, Any]:
         images = two_resolutions(self.model, (full, low))
-        return images, text_of(self.model, text), self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+        return (
+            images,
+            text_of(self.model, text),
+            self.model.logit_scale.exp(),
+            getattr(self.model, "logit_bias", None),
+        )
 
 
 def image_call(model: ModelCall) -> Callable[[torch.Tensor], torch.Tensor]:
     """What embeds pixels of any size with a model."""
     if hasattr(model, "get_image_features"):
-        return lambda pixels: tensor_of(model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True))
+        return lambda pixels: tensor_of(
+            model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
+        )
     if hasattr(model, "visual"):
         return open_clip_images(model)
     if isinstance(model, torch.nn.Module) and not callable(getattr(model, "encode_image", None)):
@@ -67,13 +86,18 @@ def image_call(model: ModelCall) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def open_clip_images(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Images of any size by open_clip's towers, whose own take one. The grid is resampled as timm does it."""
+    """Images of any size by open_clip's towers, whose own take one. The grid is resampled as timm
+    does it.
+    """
     visual = model.visual
     if hasattr(visual, "trunk"):
         any_size(visual.trunk)
         return model.encode_image
     if not hasattr(visual, "positional_embedding") or not hasattr(visual, "patch_size"):
-        raise invalid("model_call", f"{type(visual).__name__} is no image tower that takes two sizes; a ViT does")
+        raise invalid(
+            "model_call",
+            f"{type(visual).__name__} is no image tower that takes two sizes; a ViT does",
+        )
 
     def call(pixels: torch.Tensor) -> torch.Tensor:
         positions = visual.positional_embedding
@@ -82,17 +106,28 @@ def open_clip_images(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
             return visual(pixels)
         resampled = F.interpolate(
             positions[1:].float().reshape(1, own, own, -1).permute(0, 3, 1, 2),
-            size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+            size=(grid, grid),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        )
         resampled = resampled.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
-        return functional_call(visual, {"positional_embedding": torch.cat([positions[:1], resampled])}, (pixels,))
+        return functional_call(
+            visual, {"positional_embedding": torch.cat([positions[:1], resampled])}, (pixels,)
+        )
 
     return call
 
 
 def any_size(trunk: Any) -> None:
-    """Makes a ViT of timm what `dynamic_img_size=True` makes it at creation. Its tensors stay as they are."""
+    """Makes a ViT of timm what `dynamic_img_size=True` makes it at creation. Its tensors stay as
+    they are.
+    """
     if getattr(trunk, "dynamic_img_size", None) is None or not hasattr(trunk, "patch_embed"):
-        raise invalid("model_call", f"timm's {type(trunk).__name__} takes images of one size; a VisionTransformer takes any")
+        raise invalid(
+            "model_call",
+            f"timm's {type(trunk).__name__} takes images of one size; a VisionTransformer takes any",
+        )
     if not trunk.dynamic_img_size:
         trunk.dynamic_img_size = True
         trunk.patch_embed.strict_img_size = False

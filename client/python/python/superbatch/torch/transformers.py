@@ -1,14 +1,14 @@
 """For `transformers.Trainer`.
 
-    from superbatch.torch.transformers import PushWeights
+from superbatch.torch.transformers import PushWeights
 
-    class SelectedTrainer(Trainer):
-        def get_train_dataloader(self):
-            return self.train_dataset.loader(num_workers=self.args.dataloader_num_workers)
+class SelectedTrainer(Trainer):
+    def get_train_dataloader(self):
+        return self.train_dataset.loader(num_workers=self.args.dataloader_num_workers)
 
-    dataset = SelectedBatches(uri, spec, rank=rank, world_size=world_size, start_step=0, ...)
-    trainer = SelectedTrainer(model, args, train_dataset=dataset, callbacks=[PushWeights(dataset)])
-    trainer.train(resume_from_checkpoint=...)
+dataset = SelectedBatches(uri, spec, rank=rank, world_size=world_size, start_step=0, ...)
+trainer = SelectedTrainer(model, args, train_dataset=dataset, callbacks=[PushWeights(dataset)])
+trainer.train(resume_from_checkpoint=...)
 """
 
 from __future__ import annotations
