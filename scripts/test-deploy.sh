@@ -19,8 +19,13 @@ skip() {
 }
 
 if command -v go >/dev/null; then
-  "$tools" chart
-  [ "$how" != all ] || "$tools" control-plane
+  if [ "$how" = all ]; then
+    "$tools" chart
+    "$tools" control-plane
+  elif ! "$tools" chart; then
+    # A machine with Go and without its module proxy can still test the rest.
+    skip "the build of the chart's tools" "it failed, as printed above"
+  fi
 fi
 if has helm && has helm-unittest && has kubeconform; then
   tests+=(tests/deploy/test_chart.py)
