@@ -42,22 +42,54 @@ fn sources(folder: &str) -> Vec<(String, String)> {
     found
 }
 
+/// Where the crates are that users get.
+const CRATES: [&str; 8] = [
+    "proto",
+    "transport",
+    "scoring-kernels",
+    "scoring-kernels/python",
+    "images",
+    "server",
+    "client/rust",
+    "client/python",
+];
+
 fn production() -> Vec<(String, String)> {
-    let folders = [
-        "proto",
-        "transport",
-        "scoring-kernels",
-        "scoring-kernels/python",
-        "images",
-        "server",
-        "client/rust",
-        "client/python",
-    ];
-    folders
+    CRATES
         .into_iter()
         .flat_map(|folder| sources(&format!("{folder}/src")))
-        .filter(|(name, _)| !name.ends_with("tests.rs"))
+        .filter(|(name, _)| !is_test(name))
         .collect()
+}
+
+/// Whether a module of the sources holds tests alone: `tests.rs`, or a file in a folder `tests`.
+fn is_test(name: &str) -> bool {
+    name.ends_with("/tests.rs") || name.contains("/tests/")
+}
+
+#[test]
+fn modules_of_tests_are_told_by_their_name() {
+    let mut unclear = Vec::new();
+    for folder in CRATES {
+        for (name, text) in sources(&format!("{folder}/src")) {
+            let lines: Vec<&str> = text.lines().collect();
+            for pair in lines.windows(2) {
+                let module = pair[1]
+                    .trim_start_matches("pub(crate) ")
+                    .trim_start_matches("pub ");
+                let only_tests = pair[0] == "#[cfg(test)]" && module.starts_with("mod ");
+                let clear = ["mod tests;", "mod tests {", "mod fixtures;"].contains(&module);
+                if only_tests && !clear {
+                    unclear.push(format!("{name}: {module}"));
+                }
+            }
+        }
+    }
+    assert!(
+        unclear.is_empty(),
+        "call these `tests`, or put them into a folder `tests`:\n{}",
+        unclear.join("\n")
+    );
 }
 
 /// The text without the tests at its end.
@@ -145,7 +177,7 @@ fn no_stage_of_a_step_imports_a_later_one() {
             );
             continue;
         };
-        if name.ends_with("tests.rs") {
+        if is_test(&name) {
             continue;
         }
         // Nested braces are flattened, so that `coordinator::{a::x, b::y}` names both a and b.
@@ -300,7 +332,7 @@ fn nobody_reaches_beyond_their_layer() {
     let mut reached = Vec::new();
     for (folder, forbidden, allowed) in rules {
         for (name, text) in sources(folder) {
-            if name.ends_with("tests.rs") || allowed.iter().any(|place| name.starts_with(place)) {
+            if is_test(&name) || allowed.iter().any(|place| name.starts_with(place)) {
                 continue;
             }
             let code = without_tests(&text)

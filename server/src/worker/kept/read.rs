@@ -319,6 +319,4 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
 }
 
 #[cfg(test)]
-mod tar_tests;
-#[cfg(test)]
 pub mod tests;

@@ -21,6 +21,8 @@ use std::{
 };
 use superbatch_proto::v1::{BadRowReason, Reason};
 
+mod tar;
+
 /// Counts the gets, and their bytes, of the store it wraps.
 #[derive(Debug)]
 struct Counting(Arc<dyn ObjectStore>, Arc<[AtomicU64; 2]>);

@@ -1,4 +1,4 @@
-use super::{tests::counted, *};
+use super::{super::*, counted};
 use crate::{
     dataset::{SourceRequest, fixtures::*, index, tar_fixtures::tar},
     worker::inputs::row::Row,
