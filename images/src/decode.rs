@@ -2,45 +2,23 @@
 //!
 //! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha
 //! channel onto a white RGB canvas.
-use crate::{jpeg::jpeg, png};
+use crate::{
+    image::{Decoded, Error, ImageLimits, check, undecodable},
+    jpeg::jpeg,
+    png,
+};
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
     codecs::{png::PngDecoder, webp::WebPDecoder},
     metadata::Orientation,
 };
 use std::{
-    fmt::Display,
     io::Cursor,
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-/// Why there are no pixels: a fault of the file.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    #[error("{0}")]
-    TooLarge(String),
-    #[error("{0}")]
-    Undecodable(String),
-}
-
-/// How large an image may be; checked before memory is taken for its pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ImageLimits {
-    /// Width times height.
-    pub pixels_max: u64,
-    /// As stored.
-    pub bytes_max: u64,
-}
-
 /// Room for a PNG's text, profile and row buffers beside its pixels.
 const CHUNK_BYTES: u64 = 16 << 20;
-
-/// An image before its orientation is applied.
-pub(crate) struct Decoded {
-    pub image: DynamicImage,
-    pub exif: Option<Vec<u8>>,
-    pub xmp: Option<Vec<u8>>,
-}
 
 /// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame,
 /// colour profiles are not applied, CMYK is taken as Adobe writes it (inverted), and grey of 16
@@ -114,20 +92,6 @@ fn decode_scaled(
     decoded.image = DynamicImage::ImageRgb8(on_white(decoded.image));
     decoded.image.apply_orientation(orientation);
     Ok(decoded.image.into_rgb8())
-}
-
-pub(crate) fn undecodable(cause: impl Display) -> Error {
-    Error::Undecodable(cause.to_string())
-}
-
-pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
-    if width * height > limits.pixels_max {
-        return Err(Error::TooLarge(format!(
-            "{width}x{height} pixels, the limit is {}",
-            limits.pixels_max
-        )));
-    }
-    Ok(())
 }
 
 fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, Error> {

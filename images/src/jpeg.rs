@@ -1,6 +1,6 @@
 //! JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow decodes with: the same pixels
 //! to the last bit.
-use crate::decode::{Decoded, Error, ImageLimits, check, undecodable};
+use crate::image::{Decoded, Error, ImageLimits, check, undecodable};
 use image::{DynamicImage, RgbImage};
 use mozjpeg::{ColorSpace, Decompress, Marker};
 use std::panic::{AssertUnwindSafe, catch_unwind};

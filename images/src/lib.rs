@@ -15,12 +15,14 @@
 //! assert_eq!(resize(&pixels, &rows, &columns), [[36; 3], [219; 3]].concat());
 //! ```
 mod decode;
+mod image;
 mod jpeg;
 mod png;
 mod resize;
 mod thumbnail;
 
-pub use decode::{Error, ImageLimits, decode, decode_at_least};
-pub use image::RgbImage;
+pub use ::image::RgbImage;
+pub use decode::{decode, decode_at_least};
+pub use image::{Error, ImageLimits};
 pub use resize::{Axis, Filter, Taps, resize};
 pub use thumbnail::thumbnail;

@@ -1,5 +1,5 @@
 //! What Pillow checks of a PNG and the decoder does not, and where a PNG may say how it is turned.
-use crate::decode::{Error, undecodable};
+use crate::image::{Error, undecodable};
 use flate2::{Crc, Decompress, FlushDecompress, Status};
 
 /// Largest text or colour profile that Pillow unpacks.

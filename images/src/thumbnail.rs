@@ -1,6 +1,7 @@
 //! Small pictures of images, for people to look at.
 use crate::{
-    decode::{Error, ImageLimits, decode, undecodable},
+    decode::decode,
+    image::{Error, ImageLimits, undecodable},
     resize::{Axis, Filter, Taps, resize},
 };
 use mozjpeg::{ColorSpace, Compress};

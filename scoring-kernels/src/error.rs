@@ -1,7 +1,7 @@
 //! What can be wrong with a selection's inputs.
 use crate::{
-    cuda::CudaError,
-    types::{Criterion, LeftOut},
+    cuda::error::CudaError,
+    types::{Criterion, LeftOut, UnknownWord},
 };
 
 /// Why a selection was refused. Nothing is drawn when one of these is returned.
@@ -40,12 +40,8 @@ pub enum Error {
         must: &'static str,
     },
     /// A word that names no policy, loss, criterion or backend.
-    #[error("{word:?} is no {what}: use one of {valid}")]
-    UnknownWord {
-        what: &'static str,
-        word: String,
-        valid: &'static str,
-    },
+    #[error(transparent)]
+    UnknownWord(#[from] UnknownWord),
     /// The criterion compares with a model whose embeddings were not given.
     #[error("the {criterion} criterion needs the {model}'s embeddings, and there are none")]
     ModelMissing {

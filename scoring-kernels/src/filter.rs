@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     native::{Others, clip_losses},
-    problem::check_model,
+    problem::{Problem, check_model},
     types::{Candidates, LeftOut, ModelEmbeddings, Rows, Tuning},
 };
 use rayon::prelude::*;
@@ -63,6 +63,23 @@ pub(crate) fn filter(
         filtered.left_out.duplicates_above = filtered.leave_out_duplicates(&model, above as f32);
     }
     Ok(filtered)
+}
+
+impl Problem<'_> {
+    /// Offers only what was kept.
+    pub(crate) fn leave_out(&mut self, filtered: &Filtered) -> Result<()> {
+        let (sub_batch_size, holes) = (self.chunks.iter().sum(), self.count - self.offered.len());
+        self.offered.clone_from(&filtered.kept);
+        if sub_batch_size <= self.offered.len() {
+            return Ok(());
+        }
+        Err(Error::TooManyLeftOut {
+            sub_batch_size,
+            candidates: self.count,
+            holes,
+            left_out: filtered.left_out,
+        })
+    }
 }
 
 impl Filtered {

@@ -163,5 +163,5 @@ pub use error::{Error, Result};
 pub use noise::Noise;
 pub use types::{
     Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings,
-    Tuning,
+    Tuning, UnknownWord,
 };

@@ -1,7 +1,6 @@
 //! A selection whose inputs were checked, in the form that every engine works on.
 use crate::{
     error::{Error, Result},
-    filter::Filtered,
     noise::Noise,
     types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
 };
@@ -110,21 +109,6 @@ impl<'a> Problem<'a> {
             chunks: Vec::new(),
             spread: None,
         }
-    }
-
-    /// Offers only what was kept.
-    pub(crate) fn leave_out(&mut self, filtered: &Filtered) -> Result<()> {
-        let (sub_batch_size, holes) = (self.chunks.iter().sum(), self.count - self.offered.len());
-        self.offered.clone_from(&filtered.kept);
-        if sub_batch_size <= self.offered.len() {
-            return Ok(());
-        }
-        Err(Error::TooManyLeftOut {
-            sub_batch_size,
-            candidates: self.count,
-            holes,
-            left_out: filtered.left_out,
-        })
     }
 }
 

@@ -1,7 +1,18 @@
 //! What goes into a selection and what comes out.
-use crate::error::{Error, Result};
 use half::{f16, slice::HalfFloatSliceExt};
 use std::{fmt, str::FromStr};
+
+/// A word that names no policy, loss or criterion.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{word:?} is no {what}: use one of {valid}")]
+pub struct UnknownWord {
+    /// What the word should have named.
+    pub what: &'static str,
+    /// As it was given.
+    pub word: String,
+    /// All words that there are.
+    pub valid: &'static str,
+}
 
 /// Defines an enum of words: `as_str`, `Display`, `FromStr`.
 macro_rules! words {
@@ -27,14 +38,13 @@ macro_rules! words {
         }
 
         impl FromStr for $name {
-            type Err = Error;
+            type Err = UnknownWord;
 
             /// In any case, as in a run.
-            fn from_str(word: &str) -> Result<Self> {
+            fn from_str(word: &str) -> Result<Self, UnknownWord> {
                 match word.to_ascii_lowercase().as_str() {
                     $($word => Ok(Self::$variant),)+
-                    _ => Err(Error::UnknownWord { what: $what, word: word.to_owned(),
-                        valid: $valid }),
+                    _ => Err(UnknownWord { what: $what, word: word.to_owned(), valid: $valid }),
                 }
             }
         }

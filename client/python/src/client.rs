@@ -1,29 +1,8 @@
 //! The connection, as Python sees it.
-use crate::{call::Call, errors, run::Run, show, spec};
-use pyo3::{exceptions::PyRuntimeError, prelude::*, types::PyDict};
+use crate::{call::Call, errors, process::Process, run::Run, show, spec};
+use pyo3::{prelude::*, types::PyDict};
 use std::{path::PathBuf, time::Duration};
 use superbatch_client::{self as client, ConnectConfig, Credentials, Retry};
-
-/// Threads and sockets do not survive a fork: what was made in another process is refused instead
-/// of hanging.
-#[derive(Clone, Copy)]
-pub struct Process(u32);
-
-impl Process {
-    pub fn this() -> Self {
-        Self(std::process::id())
-    }
-
-    pub fn check(self) -> PyResult<()> {
-        if self.0 == std::process::id() {
-            return Ok(());
-        }
-        let hint = "connect after the fork (superbatch.torch.SelectedBatches does so by itself)";
-        Err(PyRuntimeError::new_err(format!(
-            "this connection was made in another process: {hint}"
-        )))
-    }
-}
 
 /// A connection to a service.
 #[pyclass(frozen, module = "superbatch._superbatch")]

@@ -7,6 +7,7 @@
 mod call;
 mod client;
 mod errors;
+mod process;
 mod run;
 mod show;
 mod spec;

@@ -21,28 +21,19 @@
 //! is checked against its row count and BLAKE3, faults that pass are retried within bounds
 //! ([`Retry`]), the next steps are asked for ahead, and weights are cut into parts with checksums.
 //! Dropping a future or a stream cancels its calls.
-mod announce;
-mod assemble;
 mod batches;
 mod client;
 mod credentials;
 mod error;
-mod fetch;
-mod part;
 mod push;
-mod pusher;
 mod retry;
 mod run;
-mod snapshot;
 
-pub use assemble::Batch;
-pub use batches::{Batches, BatchesConfig};
+pub use batches::{Batch, Batches, BatchesConfig};
 pub use client::{Client, ConnectConfig};
 pub use credentials::Credentials;
 pub use error::{Error, Result};
-pub use part::Part;
-pub use push::Push;
-pub use pusher::{Pusher, Slot};
+pub use push::{Part, Push, Pusher, Slot};
 pub use retry::Retry;
 pub use run::Run;
 pub use superbatch_proto::{Failure, v1};

@@ -1,9 +1,8 @@
 //! One open run: its batches, receipts, weights and life.
 use crate::{
     Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
-    announce::Pushes,
-    fetch::{Cursor, Fetch, Urgency},
-    push,
+    batches::fetch::{Cursor, Fetch, Urgency},
+    push::{self, announce::Pushes},
 };
 use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
 use std::sync::{

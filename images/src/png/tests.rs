@@ -1,4 +1,7 @@
-use crate::decode::{Error, ImageLimits, decode};
+use crate::{
+    decode::decode,
+    image::{Error, ImageLimits},
+};
 use flate2::{Crc, write::ZlibEncoder};
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 use std::io::Write;

@@ -1,6 +1,5 @@
 //! A device with its kernels.
 use super::{
-    check,
     driver::Driver,
     error::{CudaError, Result},
     library::{CudaLibraries, missing, open},
@@ -153,12 +152,10 @@ impl Found {
 }
 
 impl Device {
-    /// Finds the device, compiles the kernels for it and checks them. A device that is refused
-    /// keeps nothing.
+    /// Finds the device and compiles the kernels for it. What they compute is not checked yet. A
+    /// device that is refused keeps nothing.
     pub(super) fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
-        let device = Found::new(libraries, ordinal)?.device()?;
-        check::run(&device)?;
-        Ok(device)
+        Found::new(libraries, ordinal)?.device()
     }
 
     fn loaded(mut self, image: &[u8]) -> Result<Self> {

@@ -1,6 +1,6 @@
 //! The CUDA driver's functions, and what its errors mean.
 use super::{
-    error::{CudaError, Result},
+    error::{CudaError, OUT_OF_MEMORY, Result},
     library::functions,
 };
 use std::{
@@ -8,7 +8,6 @@ use std::{
     ptr::null,
 };
 
-pub(super) const OUT_OF_MEMORY: c_int = 2;
 const UNAVAILABLE: c_int = 46;
 const NO_DEVICE: c_int = 100;
 

@@ -1,5 +1,8 @@
 //! Why a CUDA device cannot be used.
-use super::driver::OUT_OF_MEMORY;
+use std::ffi::c_int;
+
+/// CUDA_ERROR_OUT_OF_MEMORY of cuda.h.
+pub(super) const OUT_OF_MEMORY: c_int = 2;
 
 /// What keeps our own kernels from running. Nothing is drawn then; LibTorch's form of the
 /// computation may still work.

@@ -6,7 +6,7 @@ mod check;
 mod device;
 mod driver;
 mod engine;
-mod error;
+pub(crate) mod error;
 mod job;
 mod library;
 mod memory;
@@ -51,7 +51,9 @@ impl CudaDevice {
         {
             return Ok(*known);
         }
-        let device = Self(Box::leak(Box::new(Device::open(libraries, ordinal)?)));
+        let device = Device::open(libraries, ordinal)?;
+        check::run(&device)?;
+        let device = Self(Box::leak(Box::new(device)));
         open.push((libraries.clone(), device));
         Ok(device)
     }

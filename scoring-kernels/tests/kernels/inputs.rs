@@ -1,7 +1,7 @@
 //! Inputs that are refused, each by name, and models that may be absent.
 use crate::support::{World, backends, settings};
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, Error, Loss, Noise, Policy, Rows, Settings,
+    Backend, Candidates, Criterion, Error, Loss, Noise, Policy, Rows, Settings, UnknownWord,
 };
 
 fn world() -> World {
@@ -86,7 +86,7 @@ fn settings_out_of_range_are_named() {
     }
     assert!(matches!(
         "jest".parse::<Policy>(),
-        Err(Error::UnknownWord { what: "policy", .. })
+        Err(UnknownWord { what: "policy", .. })
     ));
     assert_eq!("softmax".parse::<Loss>().expect("a loss"), Loss::Softmax);
     assert_eq!(

@@ -1,5 +1,15 @@
-//! Streams weights to the service.
-use crate::{Error, Part, Result, Run, announce::Announced, retry, snapshot};
+//! Weights on their way to the service: parts, their announcement, one push as a stream, and the
+//! queue in the background.
+pub(crate) mod announce;
+mod digest;
+mod part;
+mod pusher;
+
+pub use part::Part;
+pub use pusher::{Pusher, Slot};
+
+use crate::{Error, Result, Run, retry};
+use announce::Announced;
 use bytes::Bytes;
 use superbatch_proto::{
     PART_BYTES,
@@ -89,7 +99,7 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
     let version = retry::call(&run.client, attempt).await?;
     announced.published();
     if compared && !version.digest.is_empty() {
-        let digest = tokio::task::spawn_blocking(move || snapshot::digest(&parts))
+        let digest = tokio::task::spawn_blocking(move || digest::digest(&parts))
             .await
             .map_err(|_| Error::Stopped)?;
         if digest.is_some_and(|digest| digest != version.digest) {

@@ -1,5 +1,6 @@
 //! Uploads weights in the background, in order, with a bounded queue.
-use crate::{Error, Push, Result, Run, announce::Announced, push};
+use super::{Push, announce::Announced};
+use crate::{Error, Result, Run};
 use std::sync::{Arc, Mutex, PoisonError};
 use superbatch_proto::v1::WeightsVersion;
 use tokio::{
@@ -113,7 +114,7 @@ async fn upload(run: Run, mut jobs: mpsc::Receiver<Job>, failed: Arc<Mutex<Optio
     let mut newest = None;
     while let Some(job) = jobs.recv().await {
         match job {
-            Job::Push { push, announced } => match push::push(&run, push, announced).await {
+            Job::Push { push, announced } => match super::push(&run, push, announced).await {
                 Ok(version) => newest = Some(version),
                 // The first error is the one to tell: those after it are often its consequence.
                 Err(error) => drop(

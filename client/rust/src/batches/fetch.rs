@@ -1,5 +1,6 @@
 //! One rank's slice of one step, fetched through broken streams and rising urgency.
-use crate::{Batch, Error, Result, Run, assemble::Assembly, retry::Attempts};
+use super::assemble::{Assembly, Batch};
+use crate::{Error, Result, Run, retry::Attempts};
 use std::{
     future::pending,
     sync::{

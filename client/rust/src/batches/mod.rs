@@ -1,8 +1,11 @@
 //! A stream of batches that is asked for ahead of time.
-use crate::{
-    Batch, Error, Result, Run,
-    fetch::{Cursor, Fetch, Urgency},
-};
+mod assemble;
+pub(crate) mod fetch;
+
+pub use assemble::Batch;
+
+use crate::{Error, Result, Run};
+use fetch::{Cursor, Fetch, Urgency};
 use futures::{Stream, ready};
 use std::{
     collections::VecDeque,

@@ -1,0 +1,43 @@
+//! An image between its file and its pixels: how large it may be, what can be wrong with it, what a
+//! decoder makes of it.
+use image::DynamicImage;
+use std::fmt::Display;
+
+/// Why there are no pixels: a fault of the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    TooLarge(String),
+    #[error("{0}")]
+    Undecodable(String),
+}
+
+/// How large an image may be; checked before memory is taken for its pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Width times height.
+    pub pixels_max: u64,
+    /// As stored.
+    pub bytes_max: u64,
+}
+
+/// An image before its orientation is applied.
+pub(crate) struct Decoded {
+    pub image: DynamicImage,
+    pub exif: Option<Vec<u8>>,
+    pub xmp: Option<Vec<u8>>,
+}
+
+pub(crate) fn undecodable(cause: impl Display) -> Error {
+    Error::Undecodable(cause.to_string())
+}
+
+pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
+    if width * height > limits.pixels_max {
+        return Err(Error::TooLarge(format!(
+            "{width}x{height} pixels, the limit is {}",
+            limits.pixels_max
+        )));
+    }
+    Ok(())
+}
