@@ -9,7 +9,7 @@ import superbatch
 import torch
 from superbatch import _weights
 from superbatch._arguments import file_uri, whole
-from superbatch._client import placed
+from superbatch._run import placed
 
 
 def refused(field: str, call, *arguments, **keywords) -> str:

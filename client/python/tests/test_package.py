@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 import superbatch
 from superbatch import _superbatch
-from superbatch._client import record
+from superbatch._record import record
 
 
 def a_batch():

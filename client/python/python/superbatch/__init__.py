@@ -17,9 +17,19 @@ superbatch-kernels is installed.
 
 from typing import Any
 
-from ._client import Batch, Batches, Client, Run, connect
-from ._errors import EndOfData, Error, NeedDeadline, Unavailable, WeightsRefused
+from ._batches import Batch, Batches
+from ._client import Client, connect
+from ._errors import (
+    EndOfData,
+    Error,
+    InvalidArgument,
+    NeedDeadline,
+    Unavailable,
+    WeightsRefused,
+    WorkerFailed,
+)
 from ._record import Record
+from ._run import Run
 from ._spec import (
     Approximation,
     Fork,
@@ -43,6 +53,7 @@ __all__ = [
     "EndOfData",
     "Error",
     "Fork",
+    "InvalidArgument",
     "Lag",
     "Learner",
     "MultiResolution",
@@ -56,6 +67,7 @@ __all__ = [
     "Tuning",
     "Unavailable",
     "WeightsRefused",
+    "WorkerFailed",
     "at_most",
     "connect",
     "exact",

@@ -63,6 +63,24 @@ class WeightsRefused(Error):
     reason = "WEIGHTS_REFUSED"
 
 
+class InvalidArgument(Error):
+    """An argument that can never be right, or not together with others; `metadata["field"]` names
+    it.
+    """
+
+    reason = "INVALID_ARGUMENT"
+
+
+class WorkerFailed(Error):
+    """A call failed in a worker of a `DataLoader` that is not made by `SelectedBatches.loader`.
+
+    torch hands over an error's class and its text alone, so `metadata` is empty. A failure whose
+    reason has no class becomes this; its text names the reason.
+    """
+
+    reason = "WORKER_FAILED"
+
+
 _CLASSES = {
     "UNAVAILABLE": Unavailable,
     "NO_WORKERS": Unavailable,
@@ -72,6 +90,7 @@ _CLASSES = {
     "END_OF_DATA": EndOfData,
     "NEED_DEADLINE": NeedDeadline,
     "WEIGHTS_REFUSED": WeightsRefused,
+    "INVALID_ARGUMENT": InvalidArgument,
 }
 
 
@@ -82,4 +101,9 @@ def from_reason(reason: str, message: str, metadata: Mapping[str, str]) -> Error
 
 def invalid(field: str, message: str) -> Error:
     """An argument that the client itself refuses."""
-    return Error(f"{field}: {message}", "INVALID_ARGUMENT", {"field": field})
+    return InvalidArgument(f"{field}: {message}", metadata={"field": field})
+
+
+def for_worker(error: Error) -> Error:
+    """The error, for a worker to raise whose loader keeps the class and the text alone."""
+    return WorkerFailed(f"{error.reason}: {error}") if type(error) is Error else error

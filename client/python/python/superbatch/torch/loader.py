@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copyreg
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .._arguments import whole
-from .._client import Batch, Run, connect
-from .._errors import EndOfData, Error, invalid
+from .._batches import Batch
+from .._client import connect
+from .._errors import EndOfData, Error, for_worker, invalid
+from .._run import Run
 from .._spec import RunSpec
 from .pushes import Pushes
 
@@ -50,10 +51,12 @@ class SelectedBatches(IterableDataset):
     Workers share out the steps, and the loader puts them in order again. Push weights from the
     trainer's own process.
 
-    Also fits into a `DataLoader(dataset, batch_size=None)` of your own (without `batch_size=None`,
-    torch would make batches of batches, which is refused where it can be seen). With workers give
-    it the same `prefetch_factor`, and set `start_step` before every further loop: workers run
-    ahead, and cannot know which batches the trainer took.
+    Also fits into a `DataLoader(dataset, batch_size=None)` of your own. Without `batch_size=None`
+    torch makes batches of batches: its default collation raises `superbatch.InvalidArgument` if
+    there is no transform, and adds a dimension to what a transform returns. With workers give it
+    the same `prefetch_factor`, and set `start_step` before every further loop: workers run ahead,
+    and cannot know which batches the trainer took. Errors of workers keep their class then, not
+    their metadata (`superbatch.WorkerFailed`).
     """
 
     def __init__(
@@ -150,20 +153,6 @@ class SelectedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        asking = sys._getframe(1).f_locals
-        if asking.get("auto_collation") is True and asking.get("collate_fn") is not default_collate:
-            message = (
-                "the loader hands lists of whole batches to its collate_fn: give "
-                "DataLoader(dataset, batch_size=None) unless that is meant"
-            )
-            warnings.warn(message, stacklevel=2)
-        if makes_batches(asking):
-            error = invalid(
-                "batch_size",
-                "the loader would make batches of batches, with a dimension more: give "
-                "DataLoader(dataset, batch_size=None), or make it by SelectedBatches.loader",
-            )
-            raise error if worker is None else told(error)
         if worker is None:
             return self._own_steps()
         return self._shared_steps(worker.id, worker.num_workers)
@@ -209,7 +198,7 @@ class SelectedBatches(IterableDataset):
                 yield item
         except Error as error:
             if not self._tells_errors:
-                raise told(error) from error
+                raise for_worker(error) from error
             yield _Failure(error)
 
     def _check_loop(self, worker: int, workers: int) -> None:
@@ -259,35 +248,17 @@ def rows_chosen(spec: RunSpec, first: int, end: int) -> int:
     )
 
 
-def makes_batches(asking: Mapping[str, Any]) -> bool:
-    """Whether a loader with a `batch_size` iterates, by the local variables of what does.
-
-    torch says so nowhere else. Where they have other names than in torch's own fetcher, it is not
-    noticed.
-    """
-    return asking.get("auto_collation") is True and asking.get("collate_fn") is default_collate
-
-
-class _Kind(type):
-    """Classes of errors that know a reason: of a worker's exception torch keeps the class alone."""
-
-
-def kind(base: type[Error], reason: str, metadata: Mapping[str, str]) -> type[Error]:
-    """A class of errors that all have this reason."""
-    return _Kind(
-        base.__name__,
-        (base,),
-        {"__module__": base.__module__, "reason": reason, "metadata": metadata},
+def refuse_batches_of_batches(batches: list[Batch], **_: Any) -> Any:
+    """What torch's default collation makes of a list of `Batch`: an error."""
+    raise invalid(
+        "batch_size",
+        "the loader would make batches of batches, with a dimension more: give "
+        "DataLoader(dataset, batch_size=None), or make it by SelectedBatches.loader",
     )
 
 
-# Workers hand over the class pickled, and it has no name to be found under.
-copyreg.pickle(_Kind, lambda made: (kind, (made.__base__, made.reason, made.metadata)))
-
-
-def told(error: Error) -> Error:
-    """The error, for a worker to raise: with its reason in the class."""
-    return kind(type(error), error.reason, error.metadata)(str(error))
+# torch's way to teach its default collation a type.
+default_collate_fn_map[Batch] = refuse_batches_of_batches
 
 
 class _Failure(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import _weights
-from .._client import Run
 from .._errors import invalid
+from .._run import Run
 
 
 def state_dict(model: Any, *, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from .._client import Batch
+from .._batches import Batch
 from .._errors import invalid
 
 #: A model, or what embeds pixels `[rows, 3, side, side]` of any side.

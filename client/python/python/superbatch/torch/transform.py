@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from .._arguments import whole
-from .._client import Batch
+from .._batches import Batch
 from .._errors import invalid
 
 #: More threads than this wait for each other: the pool feeds one rank's slice.
