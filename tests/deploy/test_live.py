@@ -20,8 +20,8 @@ from tools import CHART, DASHBOARD, ROOT, RULES, call, tool
 
 sys.path.append(str(ROOT / "tests" / "python"))
 from cluster import Cluster, Process  # noqa: E402
+from s3_store import BUCKET, Store  # noqa: E402
 from test_end_to_end import phase, spec, weights  # noqa: E402
-from test_s3 import BUCKET, Store  # noqa: E402
 
 from examples.demo import tiny  # noqa: E402
 

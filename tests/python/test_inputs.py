@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import superbatch
 from cluster import Cluster
+from s3_store import BUCKET, command, credentials, remote, store  # noqa: F401
 from test_end_to_end import inputs, phase, reason, service, spec  # noqa: F401
-from test_s3 import BUCKET, command, credentials, remote, store  # noqa: F401
 from test_tar import index
 
 NAMES = (

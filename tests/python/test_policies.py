@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 import superbatch
 from cluster import BINARY, Cluster
+from refusal import refused
 from superbatch import Tuning
 from test_end_to_end import inputs, phase, service, spec  # noqa: F401
-from test_more_refusals import refused
 
 POLICIES = {
     "uniform": None,

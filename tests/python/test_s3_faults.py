@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import superbatch
 from cluster import DEADLINE_SECONDS
+from s3_store import BUCKET, coordinator, proxy, remote, store  # noqa: F401
 from test_end_to_end import STEPS, choices, inputs, service, spec, train, undisturbed  # noqa: F401
-from test_s3 import BUCKET, coordinator, proxy, remote, store  # noqa: F401
 
 # Of a run's life: what it is, who owns it, a snapshot, its publication, and a step that was scored
 # with it.

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS, Cluster
+from s3_store import BUCKET, credentials, remote, store  # noqa: F401
 from test_end_to_end import inputs, phase, reason, service, spec  # noqa: F401
-from test_s3 import BUCKET, credentials, remote, store  # noqa: F401
 
 STEPS = 4
 COLUMNS = ["__key__", "json[kind]", "json[number]"]
