@@ -19,7 +19,7 @@ pub fn is_run_id(id: &str) -> bool {
 /// data sets repeat, this does not.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowId<'a> {
-    /// Which source; shown only where a run has several.
+    /// Which source; shown only if a run has several.
     pub source: Option<u32>,
     pub shard: &'a str,
     pub row: u64,

@@ -154,7 +154,7 @@ fn best(backend: Backend, candidates: &Candidates<'_>, settings: &Settings) -> (
         .expect("at least one round")
 }
 
-/// What benches/device.py answers, or nothing where no Python was named.
+/// What benches/device.py answers, or nothing if no Python was named.
 fn peers(question: &[&str]) -> Vec<f64> {
     let Some(python) = std::env::var_os("SUPERBATCH_PYTHON") else {
         return Vec::new();

@@ -41,7 +41,7 @@ fn main() {
     }
 }
 
-/// Seconds, and processor seconds of all threads: where others use the machine too, these are what
+/// Seconds, and processor seconds of all threads: if others use the machine too, these are what
 /// can be compared.
 #[derive(Clone, Copy)]
 struct Times {

@@ -63,7 +63,7 @@ impl Backend {
         Ok(selection)
     }
 
-    /// What computes losses, where they are asked for.
+    /// What computes losses, if they are asked for.
     fn engine<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Engine + 'a>>> {
         if problem.models.is_empty() {
             return Ok(None);

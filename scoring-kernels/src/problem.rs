@@ -251,7 +251,7 @@ fn models<'a>(
                     cosines,
                 });
             }
-            // These draws need no scores; they report them where they can.
+            // These draws need no scores; they report them if they can.
             None if !settings.policy.is_scored() => return Ok(Vec::new()),
             None => {
                 return Err(Error::ModelMissing {

@@ -137,7 +137,7 @@ impl Rows<'_> {
     }
 
     /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in
-    /// `buffer` only where they must.
+    /// `buffer` only if they must.
     pub(crate) fn read<'b>(
         &'b self,
         index: usize,
@@ -193,7 +193,7 @@ pub struct ModelEmbeddings<'a> {
 }
 
 impl ModelEmbeddings<'_> {
-    /// Cosine of a candidate's image and text, in f64; not finite where a value of either row is
+    /// Cosine of a candidate's image and text, in f64; not finite if a value of either row is
     /// not.
     pub fn own_cosine(&self, index: u32) -> f64 {
         const STRETCH: usize = 128;
@@ -347,7 +347,7 @@ pub struct Selection {
     pub left_out: LeftOut,
     /// Mean conditional score per example of the whole sub-batch, which joint selection tries to
     /// make large: the criterion's difference of the batch losses that a trainer would see on it.
-    /// No gain, so that runs compare. Absent where the uniform policy was given no embeddings.
+    /// No gain, so that runs compare. Absent if the uniform policy was given no embeddings.
     pub batch_score: Option<f64>,
     /// Mean unconditional score of the chosen; absent as `batch_score` is.
     pub mean_score_chosen: Option<f64>,

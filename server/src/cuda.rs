@@ -8,7 +8,7 @@ fn known() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Our own kernels, or LibTorch's form where they cannot be used: tried, and said, once a device.
+/// Our own kernels, or LibTorch's form if they cannot be used: tried, and said, once a device.
 /// Memory that is not free now may be later, so that is tried again.
 pub fn backend(device: tch::Device) -> Backend {
     let tch::Device::Cuda(ordinal) = device else {
@@ -35,9 +35,9 @@ pub fn backend(device: tch::Device) -> Backend {
     }
 }
 
-/// What draws where `failed` gave up with `error`: LibTorch's form, which can use memory that
+/// What draws if `failed` gave up with `error`: LibTorch's form, which can use memory that
 /// LibTorch holds in reserve. After any other failure our kernels are not used on that device
-/// again. Nothing where it is not one of ours.
+/// again. Nothing if it is not one of ours.
 pub fn instead(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
     let superbatch_kernels::Error::Cuda(cause) = error else {
         return None;

@@ -57,7 +57,7 @@ Examples:
     CheckConfig(CheckArgs),
     /// Index a data set ahead of its run: reads the files' footers and writes a dataset manifest.
     ///
-    /// A run indexes its sources by itself when it is opened; do it ahead where that takes long, or
+    /// A run indexes its sources by itself when it is opened; do it ahead if that takes long, or
     /// to see what is found.
     #[command(after_long_help = "\
 Examples:
@@ -109,10 +109,10 @@ Examples:
   superbatch token list --file tokens.yaml
   superbatch token revoke trainer --file tokens.yaml")]
     Token(admin::token::TokenArgs),
-    /// Try what a service with these settings needs, and say what to do where something is wrong.
+    /// Try what a service with these settings needs, and say what to do if something is wrong.
     ///
     /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data
-    /// and models by URI. Exits with 1 where a check fails.
+    /// and models by URI. Exits with 1 if a check fails.
     #[command(after_long_help = "\
 Examples:
   superbatch doctor --config superbatch.yaml

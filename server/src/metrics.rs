@@ -73,7 +73,7 @@ declare! {
         SECONDS;
     /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`,
     /// `select`, `commit`; once a rank: `send`. Once a slice on its worker: `fetch`, `decode`,
-    /// `embed_reference`, `embed_learner`; `decode` once more where images had to be decoded again
+    /// `embed_reference`, `embed_learner`; `decode` once more if images had to be decoded again
     /// for the learner.
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
@@ -156,7 +156,7 @@ declare! {
     /// Open connections of gRPC.
     gauge connections() on Both = "superbatch_connections", Count;
     /// Files that changed and were read again (`tokens`, `certificates`), by outcome: `ok`, or
-    /// `error` where what was read before serves on.
+    /// `error` if what was read before serves on.
     counter reloads(what, outcome) on Both = "superbatch_reloads_total", Count;
     /// Lines of the audit log that could not be written.
     counter audit_lost() on Both = "superbatch_audit_lost_total", Count;
@@ -336,7 +336,7 @@ pub fn install() -> PrometheusHandle {
                     kept.run_upkeep();
                 }
             };
-            // Where nobody scrapes, samples of histograms would pile up for the life of the
+            // If nobody scrapes, samples of histograms would pile up for the life of the
             // process.
             let thread = std::thread::Builder::new()
                 .name("metrics".into())

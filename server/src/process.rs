@@ -1,4 +1,4 @@
-//! What the operating system says of this process, for `/metrics`. Nothing, where it has no
+//! What the operating system says of this process, for `/metrics`. Nothing, if it has no
 //! `/proc`.
 use crate::metrics;
 use std::{

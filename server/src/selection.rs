@@ -94,11 +94,11 @@ impl Embedded {
     }
 }
 
-/// Draws a sub-batch as `begin` says. A model is absent where nothing asks it.
+/// Draws a sub-batch as `begin` says. A model is absent if nothing asks it.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field; `TooManyBadRows` where fewer than the sub-batch survive,
-/// `TooFewCandidates` where they would but for what was left out; `Overloaded` where the device's
+/// `InvalidArgument` naming the field; `TooManyBadRows` if fewer than the sub-batch survive,
+/// `TooFewCandidates` if they would but for what was left out; `Overloaded` if the device's
 /// memory is not enough; `DeviceUnavailable`.
 pub fn draw(
     backend: Backend,
@@ -154,7 +154,7 @@ pub fn response(selection: Selection) -> SelectResponse {
     }
 }
 
-/// The policy that draws; `None` where none is set.
+/// The policy that draws; `None` if none is set.
 pub fn policy(policy: v1::Policy) -> Option<Policy> {
     Some(match policy {
         v1::Policy::Unspecified => return None,

@@ -16,10 +16,13 @@ use tonic::{
 /// A channel whose calls carry a token.
 pub type Authorized = InterceptedService<Channel, Bearer>;
 
-/// How long a file is believed before it is read again.
+/// How old the token read from a file may be before the file is read again. Short, since an
+/// operator who replaces a token expects clients to follow; not zero, since every call would read
+/// the disk.
 const READ_AGAIN: Duration = Duration::from_secs(5);
 
-/// Puts `authorization: Bearer …` on calls, or nothing. Cloned freely; it never shows the token.
+/// Adds `authorization: Bearer …` to calls, or nothing if it holds no token. Cheap to clone; its
+/// `Debug` form hides the token.
 #[derive(Clone, Default)]
 pub struct Bearer(Option<Arc<Source>>);
 
@@ -30,15 +33,15 @@ struct Source {
 
 impl Bearer {
     /// # Errors
-    /// Where it cannot be sent: it is empty, or holds other than visible ASCII.
+    /// If it cannot be sent: it is empty, or holds other than visible ASCII.
     pub fn new(token: &str) -> Result<Self, Error> {
         Self::of(None, header(token, "the token")?)
     }
 
-    /// The token in a file, which may change.
+    /// Reads the token from a file, and reads it again while the file may have changed.
     ///
     /// # Errors
-    /// As [`Bearer::new`], and where the file cannot be read.
+    /// As [`Bearer::new`], and if the file cannot be read.
     pub fn file(path: PathBuf) -> Result<Self, Error> {
         let read = read(&path)?;
         Self::of(Some(path), read)
@@ -58,10 +61,14 @@ impl Source {
             .as_ref()
             .filter(|_| known.1.elapsed() > READ_AGAIN)
         {
+            // The time is set before the read, so that a file that cannot be read is tried once
+            // every [`READ_AGAIN`] and not by every call: each call waits for this lock.
             known.1 = Instant::now();
             match read(path) {
                 Ok(header) => known.0 = header,
-                // The one that is known may still hold; where it does not, the service says so.
+                // The token read before may still be valid: an operator may be replacing the file
+                // at this moment. If it is not valid any more, the service answers UNAUTHENTICATED,
+                // which says more than a failure here.
                 Err(error) => tracing::warn!(%error, "cannot read the token again"),
             }
         }
@@ -91,7 +98,7 @@ fn header(token: &str, what: &str) -> Result<MetadataValue<Ascii>, Error> {
             format!("{what} cannot be one: it is empty, or holds spaces or other letters");
         Error::Unusable(message)
     })?;
-    // So that nobody prints it, and that it is not kept in compression tables.
+    // A sensitive header is not printed with the request, and HPACK does not keep it in its tables.
     header.set_sensitive(true);
     Ok(header)
 }

@@ -18,7 +18,7 @@ use tower::Service;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const HTTPS_PORT: u16 = 443;
 
-/// Opens connections as one [`Trust`] says. Cloned freely.
+/// Opens connections by the certificates and keys of one [`Trust`]. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Dialer(Arc<Trust>);
 
@@ -27,7 +27,8 @@ impl Dialer {
         Self(Arc::new(trust))
     }
 
-    /// The same, verifying others by `name`, whatever their address.
+    /// Returns a dialer that expects `name` in the other side's certificate, whatever the address
+    /// is.
     #[must_use]
     pub fn named(&self, name: &str) -> Self {
         Self::new(Trust {
@@ -36,7 +37,7 @@ impl Dialer {
         })
     }
 
-    /// Reads the files once, so that what is wrong with them is known at once.
+    /// Reads the files once, so that a fault in them is reported before the first connection.
     ///
     /// # Errors
     /// Those of [`Trust::config`].
@@ -44,11 +45,11 @@ impl Dialer {
         self.0.config().map(drop)
     }
 
-    /// Connects to `uri`, with TLS where that is `https://`; `tune` sets what else the connection
+    /// Connects to `uri`, with TLS if that is `https://`; `tune` sets what else the connection
     /// needs.
     ///
     /// # Errors
-    /// Where it is no URI, nobody answers, or TLS is refused.
+    /// If `uri` is no URI, no process answers there, or the TLS handshake fails.
     pub async fn connect(
         &self,
         uri: &str,
@@ -62,10 +63,10 @@ impl Dialer {
         }
     }
 
-    /// As [`Dialer::connect`], at the first call.
+    /// As [`Dialer::connect`], but the connection is made by the first call.
     ///
     /// # Errors
-    /// Where it is no URI.
+    /// If `uri` is no URI.
     pub fn connect_lazy(
         &self,
         uri: &str,
@@ -79,14 +80,17 @@ impl Dialer {
         })
     }
 
-    /// What the transport is told, and what makes the connection where that is not the transport:
-    /// it refuses `https://` without a TLS of its own, whose files it would never read again.
+    /// Returns the endpoint for tonic and, for `https://`, the connector that opens the connection.
     fn target(&self, uri: &str) -> Result<(Endpoint, Option<Tls>), transport::Error> {
         let endpoint = Endpoint::from_shared(uri.to_owned())?;
         let origin = endpoint.uri().clone();
         if origin.scheme_str() != Some("https") {
             return Ok((endpoint, None));
         }
+        // tonic's own TLS reads certificates once, when the endpoint is built: after a rotation
+        // every reconnect would show the old certificate. [`Tls`] reads the files at each
+        // connection instead. tonic refuses an `https://` endpoint without its own TLS, so the
+        // endpoint pretends to be plain and carries the true address as its origin.
         let endpoint = Endpoint::from_static("http://tls").origin(origin.clone());
         let tls = Tls {
             trust: self.0.clone(),
@@ -123,6 +127,7 @@ impl Tls {
         let unusable = |e: Error| io::Error::new(io::ErrorKind::InvalidInput, e);
         let connector = TlsConnector::from(Arc::new(self.trust.config().map_err(unusable)?));
         let host = self.to.host().unwrap_or_default();
+        // An IPv6 host comes in brackets, which neither a certificate nor a socket address has.
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let name = self.trust.server_name.as_deref().unwrap_or(host).to_owned();
         let server = ServerName::try_from(name.clone()).map_err(|_| {
@@ -132,12 +137,16 @@ impl Tls {
         })?;
         let port = self.to.port_u16().unwrap_or(HTTPS_PORT);
         let stream = TcpStream::connect((host, port)).await?;
+        // As tonic sets it for plain connections. Without it, Nagle's algorithm holds back the
+        // small frames that end a message.
         stream.set_nodelay(true)?;
         let handshake = connector.connect(server, stream);
         let refused = |e: io::Error| {
             let text = format!("the TLS handshake with {} failed: {e}", self.to);
             io::Error::new(io::ErrorKind::InvalidData, text)
         };
+        // Not every caller sets a time-out for connecting. A peer that accepts the connection and
+        // then says nothing would hold the call for ever.
         match tokio::time::timeout(HANDSHAKE, handshake).await {
             Ok(stream) => stream.map_err(refused),
             Err(_) => Err(refused(io::ErrorKind::TimedOut.into())),

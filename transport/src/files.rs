@@ -10,7 +10,7 @@ use tokio_rustls::rustls::{
     version::{TLS12, TLS13},
 };
 
-/// What makes TLS unusable on this side.
+/// Why TLS cannot be used on this side.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot read {}: {source}", path.display())]
@@ -26,16 +26,16 @@ pub enum Error {
     Unusable(String),
 }
 
-/// Whom this side trusts, and what it shows of itself. Paths are PEM files.
+/// The authorities that this side trusts and the certificate that it shows. Paths are PEM files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Trust {
-    /// Certificates of the authorities that others' certificates come from. `None`: those of the
-    /// system.
+    /// Certificates of the authorities that may sign the other side's certificate. `None`: the
+    /// system's authorities.
     pub ca: Option<PathBuf>,
-    /// This side's own certificate chain and key, for those who ask for one.
+    /// This side's own certificate chain and key, for servers that ask for one (mTLS).
     pub cert: Option<PathBuf>,
     pub key: Option<PathBuf>,
-    /// The name that others' certificates hold, where it is not the host of their address.
+    /// The name expected in the other side's certificate, if it is not the host of the address.
     pub server_name: Option<String>,
 }
 
@@ -43,7 +43,7 @@ impl Trust {
     /// Reads the files.
     ///
     /// # Errors
-    /// What is missing or no PEM, with its path.
+    /// If a file is missing or no PEM; the error names its path.
     pub fn config(&self) -> Result<ClientConfig, Error> {
         let builder = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)
@@ -70,13 +70,13 @@ impl Trust {
     }
 }
 
-/// No older ones.
+/// TLS 1.0 and 1.1 have known weaknesses (RFC 8996), and every peer of this service can do better.
 static VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
 
-/// TLS 1.2 and 1.3, for a server.
+/// Begins a server's settings with TLS 1.2 and 1.3 only.
 ///
 /// # Errors
-/// Where the provider knows neither.
+/// If the cryptography provider supports neither.
 pub fn pinned() -> Result<rustls::ConfigBuilder<rustls::ServerConfig, rustls::WantsVerifier>, Error>
 {
     rustls::ServerConfig::builder_with_provider(provider())
@@ -87,12 +87,14 @@ pub fn pinned() -> Result<rustls::ConfigBuilder<rustls::ServerConfig, rustls::Wa
         })
 }
 
-/// Whose ciphers are used. Named here, since another one is in the program, too.
+/// The provider of all cryptography. rustls takes a process-wide default only if exactly one
+/// provider is linked; if a dependency links a second one, the default becomes an error at run
+/// time.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// What goes wrong with a certificate and its key, such as that they do not belong together.
+/// The error for a certificate and a key that cannot be used together.
 fn pair(cert: &Path, key: &Path, source: rustls::Error) -> Error {
     Error::Refused {
         what: format!("cannot use {} with {}", cert.display(), key.display()),
@@ -100,7 +102,7 @@ fn pair(cert: &Path, key: &Path, source: rustls::Error) -> Error {
     }
 }
 
-/// A chain, the own certificate first.
+/// Reads a certificate chain, this side's own certificate first.
 ///
 /// # Errors
 /// With the path.
@@ -125,7 +127,7 @@ pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     })
 }
 
-/// Certificates to trust.
+/// Reads the certificates of the authorities to trust.
 ///
 /// # Errors
 /// With the path.
@@ -142,7 +144,8 @@ pub fn roots(path: &Path) -> Result<RootCertStore, Error> {
 
 fn system_roots() -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
-    // Those that cannot be parsed are left out, as other programs do.
+    // System stores hold old certificates that rustls cannot parse. One of them must not make every
+    // connection fail, so they are left out, as other programs do.
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
         let message = "this system trusts no certificate authority; give a CA file";

@@ -1,7 +1,7 @@
 //! The extension module under the Python package `superbatch_kernels`: memory of Python arrays in,
 //! the sub-batch out.
 //!
-//! What users call, and what they are told where an argument is wrong, is Python's, in
+//! What users call, and what they are told if an argument is wrong, is Python's, in
 //! `python/superbatch_kernels`. Here an argument is only held to what memory safety needs.
 mod arrays;
 mod pool;

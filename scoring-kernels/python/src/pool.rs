@@ -16,7 +16,7 @@ struct Pool {
     pool: Arc<ThreadPool>,
 }
 
-/// So many threads, or one a core; those of the call before where they fit.
+/// So many threads, or one a core; those of the call before if they fit.
 ///
 /// Called with the GIL held, as `os.fork` is: no other thread can hold the lock in a process that
 /// forks.

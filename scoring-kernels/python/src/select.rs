@@ -52,7 +52,7 @@ pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
 
 /// Selects from the candidates whose embeddings are finite; the others are appended to the holes.
 ///
-/// Nothing is looked at twice where all are finite: the kernels find a bad row before they draw,
+/// Nothing is looked at twice if all are finite: the kernels find a bad row before they draw,
 /// and only then are all rows searched.
 fn survivors(
     candidates: &Candidates<'_>,

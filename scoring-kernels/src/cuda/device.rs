@@ -104,7 +104,7 @@ impl Found {
         if major < 8 {
             return Err(CudaError::TooOld { name, major, minor });
         }
-        // Two slabs at a time where three do not fit.
+        // Two slabs at a time if three do not fit.
         let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES {
             3
         } else {

@@ -83,7 +83,7 @@ impl Nvrtc {
         }
     }
 
-    /// The kernels for a capability, with so many slabs in shared memory: machine code where NVRTC
+    /// The kernels for a capability, with so many slabs in shared memory: machine code if NVRTC
     /// knows it, else PTX of the next older one, which the driver translates.
     pub(super) fn kernels(&self, capability: u32, stages: u32) -> Result<Vec<u8>> {
         let known = self.architectures();

@@ -66,7 +66,7 @@ macro_rules! for_each_isa {
             }
             match isa {
                 Isa::Portable => $body::<Portable>($($arg),*),
-                // SAFETY: `Isa` names these only where the processor has them.
+                // SAFETY: `Isa` names these only if the processor has them.
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => unsafe { avx2($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
@@ -156,7 +156,7 @@ fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32]
     }
 }
 
-/// 2^z for z <= 0, to 1e-7 of its value; 1e-38 where z is less than -126.
+/// 2^z for z <= 0, to 1e-7 of its value; 1e-38 if z is less than -126.
 #[inline(always)]
 fn exp2_of_negative<V: Vector>(z: V) -> V {
     // 1.5 x 2^23: adding it rounds to an integer, which then sits in the low bits.
@@ -269,7 +269,7 @@ fn ln_1p(u: f64) -> f64 {
     // 2^52: an integer below it sits in the low bits of their sum.
     const INTEGER: f64 = 4_503_599_627_370_496.0;
     let bits = (1.0 + u).to_bits();
-    // Where the mantissa is above the square root of 2, the exponent is one more.
+    // If the mantissa is above the square root of 2, the exponent is one more.
     let exponent = (bits + (2f64.to_bits() - std::f64::consts::SQRT_2.to_bits())) >> 52;
     let mantissa = f64::from_bits(bits - ((exponent - 1023) << 52));
     let exponent = f64::from_bits(exponent | INTEGER.to_bits()) - INTEGER - 1023.0;

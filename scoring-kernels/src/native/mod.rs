@@ -36,7 +36,7 @@ pub(crate) struct NativeEngine<'a> {
     running: Vec<Running>,
     /// The slot of every candidate left, by index.
     slots: Vec<u32>,
-    /// By direction, the candidates' side in panels `[panel][dim][lane]`, where there is room.
+    /// By direction, the candidates' side in panels `[panel][dim][lane]`, if there is room.
     kept: Vec<Buffer>,
     flops: f64,
 }
@@ -165,7 +165,7 @@ impl<'a> NativeEngine<'a> {
         2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64
     }
 
-    /// [`Self::add`] where panels are kept. The slots in `changed` hold other candidates than their
+    /// [`Self::add`] if panels are kept. The slots in `changed` hold other candidates than their
     /// lanes do.
     fn add_kept(
         &self,
@@ -245,7 +245,7 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
     }
 }
 
-/// The softmax losses of `offered` in a batch of `context` and, where it is not in it, the
+/// The softmax losses of `offered` in a batch of `context` and, if it is not in it, the
 /// candidate itself.
 pub(crate) fn clip_losses(
     model: &ModelEmbeddings<'_>,

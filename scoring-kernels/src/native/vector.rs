@@ -49,7 +49,7 @@ pub(super) trait Vector: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn max(self, other: Self) -> Self;
-    /// self x factor + term, rounded once where the instruction set can.
+    /// self x factor + term, rounded once if the instruction set can.
     fn mul_add(self, factor: Self, term: Self) -> Self;
     /// self x 2^n, where `shifted` is 1.5 x 2^23 + n: n sits in its lowest bits, and is added to
     /// the exponent.
@@ -59,7 +59,7 @@ pub(super) trait Vector: Copy {
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; 4]);
 
-/// Where a processor does not fuse, `mul_add` is a slow call.
+/// If a processor does not fuse, `mul_add` is a slow call.
 const FUSES: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
 impl Portable {
@@ -133,7 +133,7 @@ macro_rules! x86_vector {
         #[derive(Clone, Copy)]
         pub(super) struct $name(std::arch::x86_64::$inner);
 
-        // SAFETY of every call below: `Isa` names the instruction set only where the processor has
+        // SAFETY of every call below: `Isa` names the instruction set only if the processor has
         // it, and the methods are reached through it alone. Loads and stores do not leave the
         // slices, whose lengths are checked.
         impl Vector for $name {

@@ -65,7 +65,7 @@ fn the_kernels_give_the_scores_of_float64() {
     }
 }
 
-/// Compares a selection with the oracle's scores, images and texts as f16 where `halved` says so.
+/// Compares a selection with the oracle's scores, images and texts as f16 if `halved` says so.
 fn compare(device: CudaDevice, world: &World, halved: [bool; 2], settings: &Settings) {
     let world = &world.rounded(halved);
     let models = [&world.learner, &world.reference];

@@ -26,7 +26,7 @@ pub enum Fault {
 }
 
 /// NVRTC where `pip install torch` puts it. `make test` names the Python, and then it must be
-/// there; else its absence is said. Where there is a GPU (`named_device`) the tests run on it, and
+/// there; else its absence is said. If there is a GPU (`named_device`) the tests run on it, and
 /// the emulation, which needs a C++ compiler, is left out.
 fn nvrtc() -> Option<PathBuf> {
     if named_device().is_some() {

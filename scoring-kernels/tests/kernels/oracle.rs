@@ -170,7 +170,7 @@ impl Oracle {
     }
 }
 
-/// 1 - the cosine of x's image with the nearest of those before; 0 where there are none.
+/// 1 - the cosine of x's image with the nearest of those before; 0 if there are none.
 pub fn distance(model: &Model, x: usize, before: &[u32]) -> f64 {
     let image = |i: usize| &model.image[i * model.dim..][..model.dim];
     let cosine = |&y: &u32| -> f64 {

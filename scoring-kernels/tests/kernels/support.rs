@@ -234,7 +234,7 @@ pub fn settings(
     }
 }
 
-/// The GPU of this machine, where `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its
+/// The GPU of this machine, if `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its
 /// kernels must be usable.
 pub fn named_device() -> Option<CudaDevice> {
     let named =

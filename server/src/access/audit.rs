@@ -46,7 +46,7 @@ impl Audit {
     /// Appends to the file at `path`.
     ///
     /// # Errors
-    /// `InvalidArgument` where it cannot be opened.
+    /// `InvalidArgument` if it cannot be opened.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path else {
             return Ok(Self::default());

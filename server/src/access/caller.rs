@@ -19,7 +19,7 @@ impl Caller {
     /// The caller of a request.
     ///
     /// # Errors
-    /// `Internal` where no layer looked at it: a mistake in wiring must not let anyone in.
+    /// `Internal` if no layer looked at it: a mistake in wiring must not let anyone in.
     pub fn of<T>(request: &Request<T>) -> Result<Self> {
         let found = request.extensions().get::<Self>().cloned();
         found.ok_or_else(|| Error::internal("a call came past the check of its token"))
@@ -31,7 +31,7 @@ impl Caller {
     }
 
     /// # Errors
-    /// `PermissionDenied` where its token is not for this run, whether or not there is one.
+    /// `PermissionDenied` if its token is not for this run, whether or not there is one.
     pub fn check_run(&self, run_id: &str) -> Result<()> {
         if self.sees(run_id) {
             return Ok(());

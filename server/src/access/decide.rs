@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use std::time::SystemTime;
 use superbatch_proto::v1::Reason;
 
-/// The entry of the token that a call shows, `None` where it needs none.
+/// The entry of the token that a call shows, `None` if it needs none.
 ///
 /// # Errors
 /// `Unauthenticated` without a valid token, `PermissionDenied` with one of other scopes. Both name

@@ -10,7 +10,7 @@ use std::{
 /// wait.
 const FAILURES_MAX: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(60);
-/// Addresses that are remembered. Where there are more, the oldest are forgotten.
+/// Addresses that are remembered. If there are more, the oldest are forgotten.
 const ADDRESSES_MAX: usize = 4096;
 
 /// What a failure is answered with.

@@ -48,7 +48,7 @@ enum Rule {
 }
 
 impl Access {
-    /// Everybody who reaches the port may do everything: on loopback, and where the operator allows
+    /// Everybody who reaches the port may do everything: on loopback, and if the operator allows
     /// it.
     pub fn everybody(audit: Audit) -> Self {
         Self::by(Rule::Everybody, audit)

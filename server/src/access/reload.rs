@@ -67,7 +67,7 @@ impl<T: Send + Sync + 'static> Reloading<T> {
         now.clone()
     }
 
-    /// Reads the files again where one has changed.
+    /// Reads the files again if one has changed.
     fn refresh(&self) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let found = look(&self.source.files);
@@ -95,7 +95,7 @@ impl<T: Send + Sync + 'static> Reloading<T> {
     }
 }
 
-/// A digest of each file, `None` where it cannot be read. They are small.
+/// A digest of each file, `None` if it cannot be read. They are small.
 fn look(files: &[PathBuf]) -> Seen {
     let digest = |path: &PathBuf| Some(blake3::hash(&std::fs::read(path).ok()?));
     files.iter().map(digest).collect()

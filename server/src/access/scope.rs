@@ -15,7 +15,7 @@ pub enum Scope {
     Push,
     /// Look at runs and receipts.
     Read,
-    /// All of the above, and `/metrics` where that asks for a token.
+    /// All of the above, and `/metrics` if that asks for a token.
     Admin,
     /// Register as a worker, and nothing else.
     Worker,

@@ -1,4 +1,4 @@
-//! `superbatch doctor`: tries what a service will need, and says what to do where something is
+//! `superbatch doctor`: tries what a service will need, and says what to do if something is
 //! wrong.
 use super::ConfigArgs;
 use crate::{
@@ -38,7 +38,7 @@ pub struct DoctorArgs {
 type Check = (String, Result<String>);
 
 /// # Errors
-/// `InvalidArgument` where a check failed; all of them are printed.
+/// `InvalidArgument` if a check failed; all of them are printed.
 pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
     let mut checks: Vec<Check> = ports(config);
     checks.push(("certificates".into(), certificates(config)));

@@ -11,7 +11,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// Exits with 0 where the process serves. For containers without a shell.
+/// Exits with 0 if the process serves. For containers without a shell.
 #[derive(Args)]
 pub struct HealthArgs {
     /// Where to ask, such as http://127.0.0.1:50053. Without it: `health_listen` of the settings,
@@ -35,7 +35,7 @@ pub struct HealthArgs {
 }
 
 /// # Errors
-/// `ShuttingDown` where it answers that it does not serve, and what kept it from answering.
+/// `ShuttingDown` if it answers that it does not serve, and what kept it from answering.
 pub async fn run(args: &HealthArgs) -> Result<String> {
     let config = match (&args.config, &args.address) {
         // A probe of a given address needs no settings that hold.

@@ -15,10 +15,10 @@ pub struct IndexArgs {
     /// patterns such as s3://bucket/{00000..00041}.tar; several URIs joined by :: are one source
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
-    /// The column that holds the images, where the layout does not tell; of tars endings: 'jpg;png'
+    /// The column that holds the images, if the layout does not tell; of tars endings: 'jpg;png'
     #[arg(long, value_name = "COLUMN")]
     pub image_column: Option<String>,
-    /// The column that holds the captions, where the layout does not tell; of tars an ending, or
+    /// The column that holds the captions, if the layout does not tell; of tars an ending, or
     /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,

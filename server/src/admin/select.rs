@@ -44,7 +44,7 @@ pub struct SelectArgs {
     pub embeddings: PathBuf,
     /// How examples are drawn: joint (chunk by chunk, each given what was drawn before),
     /// independent (one draw from each candidate's own score), uniform (from noise alone; needs no
-    /// embeddings where there is noise), joint_top_k, top_k, rank, proportional or k_center
+    /// embeddings if there is noise), joint_top_k, top_k, rank, proportional or k_center
     /// [default: joint]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<Policy>,
@@ -71,7 +71,7 @@ pub struct SelectArgs {
     pub gain: Option<f64>,
     #[command(flatten)]
     pub tuning: TuningArgs,
-    /// Seeds the noise where FILE holds no tensor `noise` (standard Gumbel, float32, one row of B a
+    /// Seeds the noise if FILE holds no tensor `noise` (standard Gumbel, float32, one row of B a
     /// draw) or too few rows of it [default: 0]
     #[arg(long, value_name = "SEED")]
     pub seed: Option<u64>,
@@ -117,7 +117,7 @@ pub enum BackendChoice {
     Native,
     /// LibTorch on the CPU
     Torch,
-    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form where they
+    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form if they
     /// cannot be used
     Cuda,
 }
@@ -127,10 +127,10 @@ struct Printed<'a> {
     indices: &'a [u32],
     chunks: &'a [u32],
     batch_score: Option<f64>,
-    /// Importance weights, where the policy has them.
+    /// Importance weights, if the policy has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<&'a [f64]>,
-    /// Candidates that were left out, where it was asked for.
+    /// Candidates that were left out, if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     left_out: Option<usize>,
     seconds: Seconds,
@@ -147,7 +147,7 @@ struct Seconds {
 /// # Errors
 ///
 /// `InvalidArgument` names the `field` (and `tensor`) that is missing or of the wrong shape;
-/// `BiasMissing` where the sigmoid loss lacks a bias; `DeviceUnavailable` where there is no such
+/// `BiasMissing` if the sigmoid loss lacks a bias; `DeviceUnavailable` if there is no such
 /// backend.
 pub fn run(args: &SelectArgs) -> Result<String> {
     let begun = Instant::now();
@@ -243,7 +243,7 @@ struct SuperBatch {
     reference: Option<Model>,
     settings: Settings,
     tuning: Tuning,
-    /// `[rows, B]`, where there is one with rows enough.
+    /// `[rows, B]`, if there is one with rows enough.
     noise: Option<Vec<f32>>,
     seed: u64,
 }

@@ -84,7 +84,7 @@ struct RevokeArgs {
 /// What is to print.
 ///
 /// # Errors
-/// `InvalidArgument` where the file cannot be used, or the name does not fit.
+/// `InvalidArgument` if the file cannot be used, or the name does not fit.
 pub fn run(args: &TokenArgs) -> Result<String> {
     match &args.command {
         Command::New(args) => new(args, SystemTime::now()),

@@ -60,7 +60,7 @@ struct Look {
 }
 
 /// # Errors
-/// `NoWorkers` where the service or its metrics do not answer, and what the service refuses.
+/// `NoWorkers` if the service or its metrics do not answer, and what the service refuses.
 pub async fn run(args: &TopArgs) -> Result<String> {
     let dialer = Dialer::new(Trust {
         ca: args.ca.clone(),

@@ -29,7 +29,7 @@ const PREFACE_BYTES: usize = 24;
 /// The wait after a failure to accept, such as too many open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// The TLS settings that new connections get; `None` where they are plain.
+/// The TLS settings that new connections get; `None` if they are plain.
 pub type Certificates = Option<Arc<Reloading<Arc<ServerConfig>>>>;
 
 /// What connections may take.

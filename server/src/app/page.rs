@@ -59,7 +59,7 @@ impl RunPage {
     /// another's.
     ///
     /// # Errors
-    /// `InvalidArgument` where the state cannot be opened, the port is taken, or `page_listen` is
+    /// `InvalidArgument` if the state cannot be opened, the port is taken, or `page_listen` is
     /// null.
     pub async fn build(config: &Config) -> Result<Self> {
         metrics::install();

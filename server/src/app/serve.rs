@@ -247,7 +247,7 @@ fn selector(
     })
 }
 
-/// Who may call: holders of tokens, or everybody where none are set.
+/// Who may call: holders of tokens, or everybody if none are set.
 fn access(ground: &Ground) -> Result<Access> {
     let audit = ground.audit.clone();
     let Some(path) = ground.config.auth.tokens_file.clone() else {

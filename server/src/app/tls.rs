@@ -12,11 +12,11 @@ use std::{
 use superbatch_transport::{Dialer, Trust, certificates, pinned, private_key, roots};
 use tokio_rustls::rustls::{ServerConfig, server::WebPkiClientVerifier};
 
-/// What connections to this process are offered; read again when a file changes. `None` where no
+/// What connections to this process are offered; read again when a file changes. `None` if no
 /// certificate is set.
 ///
 /// # Errors
-/// `InvalidArgument` where a file cannot be used.
+/// `InvalidArgument` if a file cannot be used.
 pub fn listening(config: &TlsConfig) -> Result<Certificates> {
     let (Some(cert), Some(key)) = (config.cert.clone(), config.key.clone()) else {
         return Ok(None);
@@ -59,7 +59,7 @@ fn build(cert: &Path, key: &Path, client_ca: Option<&PathBuf>) -> Result<ServerC
 /// How this process connects to others.
 ///
 /// # Errors
-/// `InvalidArgument` where a file that is set cannot be used.
+/// `InvalidArgument` if a file that is set cannot be used.
 pub fn towards(config: &TlsConfig) -> Result<Dialer> {
     let shown = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or(other.clone());
     let dialer = Dialer::new(Trust {

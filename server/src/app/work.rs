@@ -114,7 +114,7 @@ impl Work {
         let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
         let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
-        // Where it never left there is nothing to tell.
+        // If it never left there is nothing to tell.
         ended.await.unwrap_or(Ok(()))
     }
 

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path};
 const PREFIX: &str = "SUPERBATCH_";
 /// Variables that object stores' own tools read: credentials, regions, endpoints.
 const CREDENTIALS: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
-/// A variable without `__` is refused for its name only where it is this close to one of ours:
+/// A variable without `__` is refused for its name only if it is this close to one of ours:
 /// Kubernetes sets `SUPERBATCH_PORT` and the like for a service named superbatch.
 const TYPO_EDITS_MAX: usize = 2;
 
@@ -24,7 +24,7 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 }
 
 impl Config {
-    /// The configuration of a YAML file (the defaults where there is none), with the variables of
+    /// The configuration of a YAML file (the defaults if there is none), with the variables of
     /// `environment` before it: `SUPERBATCH_COORDINATOR__LEASE_SECONDS` is
     /// `coordinator.lease_seconds`. It is validated.
     ///

@@ -104,7 +104,7 @@ pub struct CoordinatorConfig {
     /// Whether a worker runs in the same process.
     pub workers_embedded: bool,
     /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device),
-    /// `cuda` (a worker with a CUDA device), or `auto`: `cuda` where the embedded worker has one,
+    /// `cuda` (a worker with a CUDA device), or `auto`: `cuda` if the embedded worker has one,
     /// else `native`.
     pub selector_device: String,
     /// Threads of selection on the coordinator's CPU. 0 is one for each core.
@@ -112,7 +112,7 @@ pub struct CoordinatorConfig {
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
     /// How long a step that is needed waits for weights before its run's fallback applies, in
-    /// seconds, where the run does not say.
+    /// seconds, if the run does not say.
     pub need_deadline_seconds: f64,
     /// How long a worker counts as alive after it was last heard of, in seconds.
     pub lease_seconds: f64,

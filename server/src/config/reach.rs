@@ -6,7 +6,7 @@ use superbatch_proto::v1::Reason;
 use url::Url;
 
 impl Config {
-    /// Nobody gets in: beyond loopback only with TLS and tokens, or where the operator said so, and
+    /// Nobody gets in: beyond loopback only with TLS and tokens, or if the operator said so, and
     /// then to listed data alone.
     pub(super) fn validate_reach(&self) -> Result<()> {
         self.tls.validate()?;

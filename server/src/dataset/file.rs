@@ -91,7 +91,7 @@ impl ShardFile {
     /// The footer and the schema.
     ///
     /// # Errors
-    /// `InvalidArgument` where it is no Parquet file; `DatasetChanged`, `StorageUnreachable`.
+    /// `InvalidArgument` if it is no Parquet file; `DatasetChanged`, `StorageUnreachable`.
     pub async fn footer(&self) -> Result<ArrowReaderMetadata> {
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = FOOTER_BYTES.min(self.size);
@@ -138,7 +138,7 @@ impl ShardFile {
     /// Where a column of a row group lies.
     ///
     /// # Errors
-    /// `InvalidArgument` where that is outside the file.
+    /// `InvalidArgument` if that is outside the file.
     pub fn column(&self, column: &ColumnChunkMetaData) -> Result<Range<u64>> {
         let start = column
             .dictionary_page_offset()

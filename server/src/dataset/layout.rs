@@ -17,10 +17,10 @@ const CAPTION_NAMES: [&str; 3] = ["caption", "text", "txt"];
 
 /// Finds the columns of `schema`, the first shard's. What the request names wins; then, of images,
 /// the `Image` feature in the `huggingface` metadata, and what is named as the layouts name it. A
-/// column so named decides, also where its type is wrong: another one is never guessed.
+/// column so named decides, also if its type is wrong: another one is never guessed.
 ///
 /// # Errors
-/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` where a column has another
+/// `ColumnNotFound` listing the columns there are; `SchemaMismatch` if a column has another
 /// type.
 pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layout> {
     let image = match &request.image_column {
@@ -53,7 +53,7 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
         caption_column: caption.name().clone(),
         format: Format::Parquet,
     };
-    // Older writers do not mark text as such: bytes are read as UTF-8 where they are asked for.
+    // Older writers do not mark text as such: bytes are read as UTF-8 if they are asked for.
     let is_asked_for = request.caption_column.is_some() && is_binary(caption.data_type());
     if !is_asked_for && is_binary(caption.data_type()) {
         let (name, kind) = (caption.name(), caption.data_type());

@@ -128,7 +128,7 @@ impl Manifest {
     /// Reads the manifest named `digest`.
     ///
     /// # Errors
-    /// `StorageUnreachable`; `Internal` where its bytes do not have that digest.
+    /// `StorageUnreachable`; `Internal` if its bytes do not have that digest.
     pub async fn load(state: &Location, digest: &str) -> Result<Self> {
         let bytes = state.get(&key(digest)).await?;
         // Hundreds of megabytes of JSON at billions of rows.

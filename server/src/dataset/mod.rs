@@ -40,7 +40,7 @@ pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
     hash
 }
 
-/// A count with its noun, in the plural where it is not one.
+/// A count with its noun, in the plural if it is not one.
 pub(crate) fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

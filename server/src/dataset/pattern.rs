@@ -39,7 +39,7 @@ pub fn parts(uri: &str) -> impl Iterator<Item = &str> {
     uri.split("::").map(str::trim)
 }
 
-/// Takes the URIs of the source `uri` apart; a plain one is a file where it ends in `.parquet` or
+/// Takes the URIs of the source `uri` apart; a plain one is a file if it ends in `.parquet` or
 /// `.tar`, else a folder.
 ///
 /// # Errors
@@ -320,7 +320,7 @@ enum Token {
     Sign(char),
 }
 
-/// `None` where a set is not closed.
+/// `None` if a set is not closed.
 fn tokens(glob: &str) -> Option<Vec<Token>> {
     let (mut signs, mut tokens) = (glob.chars().peekable(), Vec::new());
     while let Some(sign) = signs.next() {

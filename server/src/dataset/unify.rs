@@ -9,7 +9,7 @@ pub(super) fn plain(data_type: &DataType) -> &DataType {
     }
 }
 
-/// A type that holds the values of both; `None` where there is none.
+/// A type that holds the values of both; `None` if there is none.
 pub(super) fn unify(a: &DataType, b: &DataType) -> Option<DataType> {
     use DataType as T;
     let text = |t: &T| matches!(t, T::Utf8 | T::LargeUtf8 | T::Utf8View);

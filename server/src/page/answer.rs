@@ -60,7 +60,7 @@ fn json_response(status: StatusCode, value: &Value) -> Response {
 /// A number of the address' query, such as `?from=7`.
 ///
 /// # Errors
-/// `InvalidArgument` where it is no number.
+/// `InvalidArgument` if it is no number.
 pub(super) fn number(query: Option<&str>, name: &str) -> Result<Option<u64>, Error> {
     let Some(text) = text(query, name) else {
         return Ok(None);

@@ -76,7 +76,7 @@ pub(super) async fn example(
     })))
 }
 
-/// A row by its id: `00000.parquet#17`, or `1:00000.parquet#17` where a run has several sources.
+/// A row by its id: `00000.parquet#17`, or `1:00000.parquet#17` if a run has several sources.
 fn named(manifest: &Manifest, id: &str) -> Result<Place> {
     let unknown = || {
         Error::invalid(
@@ -107,7 +107,7 @@ fn named(manifest: &Manifest, id: &str) -> Result<Place> {
     })
 }
 
-/// What came of it in a step; `None` where the step is not committed.
+/// What came of it in a step; `None` if the step is not committed.
 async fn time(
     page: &Page,
     known: &Known,

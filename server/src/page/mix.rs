@@ -138,7 +138,7 @@ fn sum<'a>(counts: impl Iterator<Item = &'a [u64; 2]>) -> [u64; 2] {
     counts.fold([0; 2], |[a, b], [x, y]| [a + x, b + y])
 }
 
-/// The share among the chosen over the share among the scanned; `None` where nothing was scanned.
+/// The share among the chosen over the share among the scanned; `None` if nothing was scanned.
 fn lift([scanned, chosen]: [u64; 2], [all_scanned, all_chosen]: [u64; 2]) -> Option<f64> {
     (scanned > 0 && all_chosen > 0)
         .then(|| chosen as f64 / all_chosen as f64 * all_scanned as f64 / scanned as f64)

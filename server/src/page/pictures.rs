@@ -95,7 +95,7 @@ pub(super) async fn captions(
     Ok(Json(json!({ "captions": found })))
 }
 
-/// `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 where the row has no picture that
+/// `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 if the row has no picture that
 /// can be decoded.
 pub(super) async fn picture(
     State(page): State<Arc<Page>>,

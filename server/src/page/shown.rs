@@ -17,7 +17,7 @@ pub(super) fn lag(spec: &RunSpec) -> String {
     }
 }
 
-/// A score, where there is one.
+/// A score, if there is one.
 pub(super) fn scored(summary: &ReceiptSummary, score: f64) -> Value {
     if has_scores(summary) {
         json!(score)

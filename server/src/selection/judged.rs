@@ -32,7 +32,7 @@ pub struct Passed {
     pub sampled: bool,
 }
 
-/// Judges the candidates of a draw. `None` where it is not drawn by scores, or lacks what they are
+/// Judges the candidates of a draw. `None` if it is not drawn by scores, or lacks what they are
 /// made of.
 pub fn judge(
     begin: &SelectBegin,

@@ -1,4 +1,4 @@
-//! From a URI and options to the store's client.
+//! Builds a store's client from a URI and options.
 use super::{StorageConfig, guard::Guarded, retried::Noticing};
 use crate::error::{Error, Result};
 use object_store::{
@@ -13,16 +13,19 @@ use object_store::{
 use std::sync::Arc;
 use url::{Position, Url};
 
-/// A client's builder for `url`, with those of the options that it knows.
+/// A client's builder for `url`, with the options that this store's client knows.
 macro_rules! configured {
     ($builder:ty, $url:expr, $config:expr, $connector:expr) => {{
         let config = $config;
-        // What comes later holds.
+        // The builder keeps the last value of a key, so the operator's options replace the
+        // environment's.
         let options = config.environment.iter().chain(&config.options);
         let builder = <$builder>::new()
             .with_url($url)
             .with_http_connector($connector);
         options.fold(builder, |builder, (name, value)| {
+            // An option of another store is no error: one configuration serves `s3://` data and
+            // `gs://` state. `StorageConfig::validate` has refused the names that no store knows.
             match name.to_ascii_lowercase().parse() {
                 Ok(key) => builder.with_config(key, value),
                 Err(_) => builder,
@@ -31,10 +34,10 @@ macro_rules! configured {
     }};
 }
 
-/// The client of a store; nothing is contacted yet.
+/// Makes the client of a store. No connection is opened yet.
 ///
 /// # Errors
-/// `InvalidArgument`, with the `field` of an option where that is the cause.
+/// `InvalidArgument`, with `field` if an option is the cause.
 pub(super) fn connect(
     scheme: &ObjectStoreScheme,
     url: &Url,
@@ -43,7 +46,9 @@ pub(super) fn connect(
     use ObjectStoreScheme as S;
     let unusable = |e: object_store::Error| unusable(url).because(e);
     Ok(match scheme {
-        // State on a local disk survives a power cut.
+        // A receipt counts as committed once `put` returns, and its batch is then sent. Without
+        // fsync a power cut could lose the receipt of a batch that a trainer has already trained
+        // on.
         S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
         S::Memory => Arc::new(InMemory::new()),
         S::AmazonS3 => {
@@ -121,7 +126,8 @@ fn check_plain_http(endpoint: Option<&str>, allowed: Option<String>, option: &st
     Err(Error::invalid(&field, message))
 }
 
-/// As the clients read it.
+/// The spellings that `object_store` reads as true. The check for plain HTTP must agree with the
+/// client, else it would refuse what the client allows, or the reverse.
 fn is_true(value: &str) -> bool {
     ["1", "true", "on", "yes", "y"]
         .iter()

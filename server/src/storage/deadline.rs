@@ -15,10 +15,10 @@ use object_store::{
 };
 use std::{fmt, ops::Range, sync::Arc, time::Duration};
 
-/// How long a store may keep its silence.
+/// How long a store may be silent.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadlines {
-    /// Until it answers, whatever its client tries meanwhile.
+    /// Until a request is answered, with all retries of the store's client.
     answer: Duration,
     /// Between two pieces of an object that is read.
     stall: Duration,
@@ -33,7 +33,7 @@ impl Deadlines {
         }
     }
 
-    /// Puts them around a store.
+    /// Wraps a store so that its requests end by these deadlines.
     pub fn around(self, store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
         Arc::new(Deadlined {
             store,
@@ -55,7 +55,7 @@ impl Deadlines {
     }
 }
 
-/// The error that a silent store is given up with.
+/// The error for a store that was silent for too long.
 fn silent(what: &str, after: Duration) -> Error {
     let cause = std::io::Error::new(
         std::io::ErrorKind::TimedOut,
@@ -67,8 +67,9 @@ fn silent(what: &str, after: Duration) -> Error {
     }
 }
 
-/// The same items, and an error where one does not come within `each`. The request was counted when
-/// it was answered.
+/// Passes the items on, and ends with an error if one does not come within `each`. The deadline is
+/// for each item and not for the whole: a large object may take long while bytes keep coming.
+/// `metered` counted the request when it was answered, so nothing is counted here.
 fn watched<T: Send + 'static>(
     items: BoxStream<'static, Result<T>>,
     what: &'static str,
@@ -78,6 +79,8 @@ fn watched<T: Send + 'static>(
         let mut items = items?;
         match tokio::time::timeout(each, items.next()).await {
             Ok(item) => Some((item?, Some(items))),
+            // The stream is dropped with its connection: the next poll of the same stream could
+            // only hang again.
             Err(_) => Some((Err(silent(what, each)), None)),
         }
     };
@@ -139,8 +142,9 @@ impl ObjectStore for Deadlined {
         let (attributes, extensions) = (result.attributes.clone(), result.extensions.clone());
         let (body, each) = match result.payload {
             GetResultPayload::Stream(body) => (body, self.deadlines.stall),
-            // In one piece, since a file's own stream is made of very small ones; that takes its
-            // time.
+            // `object_store` streams a local file in pieces of 8 KiB, each through the blocking
+            // pool. One read is many times as fast. It comes as one piece, so the longer deadline
+            // applies.
             file => {
                 result.payload = file;
                 (stream::once(result.bytes()).boxed(), self.deadlines.answer)

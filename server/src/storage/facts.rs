@@ -1,11 +1,12 @@
-//! Facts: objects that are created once and never changed. Object storage settles every race.
+//! Facts: objects that are created once and never changed. Two coordinators that decide the same
+//! thing race by creating the same key; object storage lets one of them win.
 use super::Location;
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use object_store::PutMode;
 use superbatch_proto::v1::Reason;
 
-/// Unknown outcomes (time-outs, S3's 409) of a create that are read back and tried again.
+/// Attempts of a create whose outcome is unknown (time-outs, S3's 409).
 const ATTEMPTS_MAX: u32 = 5;
 
 /// Who created the fact.
@@ -16,8 +17,8 @@ pub enum Created {
     Theirs(Bytes),
 }
 
-/// A fresh writer's nonce, 32 hex digits. It makes two writers' facts differ, so that a writer
-/// knows its own.
+/// Returns a new writer's nonce, 32 hex digits. Two writers' facts differ by it, so a writer
+/// recognises its own.
 pub fn nonce() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
@@ -28,7 +29,7 @@ impl Location {
     /// ours.
     ///
     /// # Errors
-    /// `StorageUnreachable` where it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown
+    /// `StorageUnreachable` if it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown
     /// outcomes.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created> {
         let path = self.path(key);
@@ -42,12 +43,18 @@ impl Location {
                 Ok(_) => return Ok(Created::Ours),
                 Err(cause) => cause,
             };
+            // Every error is ambiguous, "already exists" included. A store's client repeats a
+            // request whose answer was lost; if the first one had created the object, the second is
+            // answered "already exists" although the object is ours. So the answer is not trusted:
+            // the object is read back and its bytes decide. Without this a coordinator would take
+            // its own receipt for a rival's and give its run up.
             match self.find(key).await {
                 Ok(Some(found)) if found == bytes => return Ok(Created::Ours),
                 Ok(Some(found)) => return Ok(Created::Theirs(found)),
                 Ok(None) if attempt < ATTEMPTS_MAX => attempt += 1,
-                // The store's client has tried again already, for minutes. Where the object was
-                // created in spite of it all, whoever asks next finds it.
+                // The store's client has retried for minutes, so more attempts would only hold the
+                // caller's locks longer. If the create took effect in spite of the error, the next
+                // call for this fact finds the object, and its bytes still say whose it is.
                 Ok(None) | Err(_) => return Err(self.error("create", key, cause)),
             }
         }
@@ -57,9 +64,9 @@ impl Location {
 /// The object that holds a state's id.
 const IDENTITY: &str = "identity";
 
-/// Opens a state: refuses a store that overwrites on a conditional create, as some do silently,
-/// since state on it would be lost in a race. Gives the state's id, the same for all who use it:
-/// whoever comes first makes it.
+/// Opens a state and returns its id. The first process creates the id; all later ones read it.
+/// Refuses a store that overwrites an object on a conditional create, as some stores silently do:
+/// two coordinators could then both believe that they own a run.
 ///
 /// # Errors
 /// `StorageUnsafe`, or `StorageUnreachable`, naming the setting.
@@ -70,11 +77,15 @@ pub async fn probe(state: &Location) -> Result<String> {
             state.uri()
         ))
     };
-    // A read comes first: where nothing can be reached it is said after one request.
+    // A read comes first, so that an unreachable store is reported after the retries of one request
+    // and not of several.
     let known = state.find(IDENTITY).await.map_err(unusable)?;
     let key = format!("probe/{}", nonce());
     let (first, second) = (Bytes::from("first"), Bytes::from("second"));
     state.create(&key, first).await.map_err(unusable)?;
+    // A key of its own for every probe, since objects of an earlier probe would make any store look
+    // safe. Documentation is no help here: compatible stores accept `If-None-Match: *` and ignore
+    // it.
     let safe = matches!(state.create(&key, second).await?, Created::Theirs(_));
     state.delete(&key).await.map_err(unusable)?;
     if !safe {

@@ -1,5 +1,5 @@
-//! What a web server of data may not lead this process to: addresses of cloud providers' instance
-//! metadata, which give credentials away, and redirects out of the allow-list.
+//! Keeps a web server of data from leading this process to other places: to cloud providers'
+//! instance metadata, which hands out credentials, or by a redirect out of the allow-list.
 use super::below;
 use object_store::{
     ClientConfigKey as Key, ClientOptions, Result,
@@ -17,9 +17,9 @@ use std::{
 };
 use url::{Host, Url};
 
-/// Redirects that follow each other.
+/// Most redirects that are followed for one request.
 const REDIRECTS_MAX: usize = 5;
-/// Names of instance metadata.
+/// Host names under which clouds serve instance metadata.
 const NAMES: [&str; 4] = [
     "metadata.google.internal",
     "metadata.goog",
@@ -35,7 +35,7 @@ const ADDRESSES: [IpAddr; 4] = [
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
 ];
 
-/// Whether a URI names instance metadata.
+/// Returns whether a URI's host is instance metadata.
 pub(super) fn is_metadata(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => {
@@ -49,6 +49,7 @@ pub(super) fn is_metadata(url: &Url) -> bool {
 }
 
 fn is_metadata_address(address: IpAddr) -> bool {
+    // `::ffff:169.254.169.254` reaches the same server as the IPv4 address in it.
     let plain = address.to_canonical();
     let is_link_local = match plain {
         IpAddr::V4(address) => address.is_link_local(),
@@ -57,9 +58,9 @@ fn is_metadata_address(address: IpAddr) -> bool {
     is_link_local || ADDRESSES.contains(&plain)
 }
 
-/// Why a redirect to `url` is not followed.
+/// Returns why a redirect to `url` is not followed, or `None` if it may be.
 fn refusal(url: &Url, allow: &[String]) -> Option<String> {
-    // What stands behind the path may hold a signature.
+    // The query may hold a signature, which must not get into logs and error messages.
     let shown = &url[..url::Position::AfterPath];
     if is_metadata(url) {
         return Some(format!(
@@ -101,6 +102,9 @@ impl HttpConnector for Guarded {
             given.unwrap_or(Duration::from_secs(otherwise))
         };
         let allows = |key: Key| options.get_config_value(&key).as_deref() == Some("true");
+        // `object_store`'s own connector follows redirects to any host, so this one replaces it. It
+        // must set by hand what that connector would set from the options: time-outs, proxy, plain
+        // HTTP.
         let mut client = reqwest::Client::builder()
             .redirect(Policy::custom(redirected))
             .dns_resolver(Arc::new(Resolver))
@@ -121,7 +125,9 @@ fn generic(source: reqwest::Error) -> object_store::Error {
     }
 }
 
-/// Looks names up, and leaves out addresses of instance metadata.
+/// Resolves names and leaves out addresses of instance metadata. The check of the URI's text is not
+/// enough: a name that an attacker owns may resolve to 169.254.169.254, and may do so only after
+/// the check (DNS rebinding). Here the addresses are filtered that the connection will use.
 struct Resolver;
 
 impl Resolve for Resolver {

@@ -1,13 +1,13 @@
-//! Names in a local folder. `object_store` ends a listing at the first entry that it cannot name,
-//! and people's folders hold such entries.
+//! Lists the files of a local folder. `object_store` ends a listing with an error at the first
+//! entry that it cannot name, and real data folders hold such entries.
 use crate::error::{Error, Result};
 use object_store::path::Path;
 use std::{fs, io, path::PathBuf};
 
-/// Entries that a warning names.
+/// Most entries that one warning names.
 const NAMED_MAX: usize = 3;
 
-/// All files below `folder`, relative to it; none where it is no folder. Links are followed.
+/// Returns all files below `folder`, relative to it; none if it is no folder. Links are followed.
 ///
 /// # Errors
 /// `InvalidArgument` naming what cannot be read.
@@ -43,9 +43,12 @@ pub(super) async fn names(folder: Path, uri: &str) -> Result<Vec<String>> {
 
 type Walked = (Vec<String>, Vec<PathBuf>);
 
-/// Names, and the entries that have none: those in other encodings or with signs of control, and
-/// links that lead back to where they lie.
+/// Names, and the entries that cannot be named: those in other encodings or with control
+/// characters, and links to a folder that contains them.
 fn walk(root: PathBuf) -> Result<Walked, (PathBuf, io::Error)> {
+    // Each folder on the stack carries the real paths of the folders above it. A link to one of
+    // them would be walked without end. A set of all visited folders would be wrong: two links to
+    // one folder are two prefixes of data, and both are wanted.
     let (mut names, mut foreign) = (Vec::new(), Vec::new());
     let mut folders = match fs::canonicalize(&root) {
         Ok(real) if real.is_dir() => vec![(root, String::new(), vec![real])],
@@ -63,7 +66,8 @@ fn walk(root: PathBuf) -> Result<Walked, (PathBuf, io::Error)> {
                 "" => last.to_owned(),
                 name => format!("{name}/{last}"),
             };
-            // A link that leads nowhere is no entry.
+            // A link whose target is missing is left out. So is a file that was deleted since the
+            // folder was read, but without a warning.
             let Ok(meta) = fs::metadata(&path) else {
                 let is_link = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink());
                 foreign.extend(is_link.then_some(path));
@@ -88,7 +92,8 @@ fn walk(root: PathBuf) -> Result<Walked, (PathBuf, io::Error)> {
     Ok((names, foreign))
 }
 
-/// The store takes a name that ends in # and a number for a file that is not finished.
+/// Returns whether `object_store` can name a file. It uses names that end in # and a number for
+/// uploads that are not finished, and hides them.
 fn can_be_named(name: &str) -> bool {
     let unfinished = name.split_once('#').is_some_and(|(_, number)| {
         !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use url::Url;
 
-/// Largest object that is written by one request, and the parts of a larger one; so many are on
-/// their way at once, since one connection to S3 is slower than the line.
+/// Largest object that is written by one request, and the size of the parts of a larger one.
+/// Several parts are under way at once, since one connection to S3 is slower than the network line.
 const PART_BYTES: usize = 64 << 20;
 const PARTS_AT_ONCE: usize = 4;
-/// Local files that are looked up at once.
+/// Local files whose metadata is read at the same time.
 const LOOKS_AT_ONCE: usize = 32;
 
 /// A prefix (or one object) in object storage. Keys are relative to it; `""` is the location
@@ -40,7 +40,7 @@ impl Location {
         &self.store
     }
 
-    /// The URI that it was opened by, without a trailing slash.
+    /// The URI that this location was opened by, without a trailing slash.
     pub fn uri(&self) -> &str {
         &self.uri
     }
@@ -70,14 +70,15 @@ impl Location {
     /// Reads an object whole.
     ///
     /// # Errors
-    /// `StorageUnreachable`, also where the object does not exist; [`Location::find`] tells the two
-    /// apart.
+    /// `StorageUnreachable`, also if the object does not exist; [`Location::find`] distinguishes
+    /// the two.
     pub async fn get(&self, key: &str) -> Result<Bytes> {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
         read.await.map_err(|e| self.error("read", key, e))
     }
 
-    /// Reads an object whole, `None` where there is none.
+    /// Reads an object whole; `None` if there is none. A missing bucket is an error, since "there
+    /// is no such fact" would be the wrong conclusion from a wrong URI.
     pub async fn find(&self, key: &str) -> Result<Option<Bytes>> {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
         match read.await {
@@ -91,8 +92,8 @@ impl Location {
         }
     }
 
-    /// Up to `bytes` of an object's end, and its whole size; `None` where there is none. A store
-    /// that cannot read from the end gives all of it.
+    /// Reads up to `bytes` of an object's end, and returns them with the object's size; `None` if
+    /// there is none. If a store cannot read from the end, the whole object is read.
     pub async fn end(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>> {
         let options = GetOptions {
             range: Some(GetRange::Suffix(bytes)),
@@ -118,7 +119,7 @@ impl Location {
         }
     }
 
-    /// What an object is, `None` where there is none.
+    /// Returns an object's metadata; `None` if there is no object.
     pub async fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
         match self.store.head(&self.path(key)).await {
             Ok(meta) => Ok(Some(meta)),
@@ -127,7 +128,7 @@ impl Location {
         }
     }
 
-    /// All objects below `key`, in no particular order, with keys relative to this location.
+    /// Lists all objects below `key`, in no particular order, with keys relative to this location.
     pub async fn list(&self, key: &str) -> Result<Vec<(String, ObjectMeta)>> {
         let prefix = self.path(key);
         let metas: Vec<ObjectMeta> = self
@@ -147,8 +148,9 @@ impl Location {
         Ok(metas.into_iter().filter_map(relative).collect())
     }
 
-    /// As [`Location::list`], for folders of other people's: of local ones, entries that no key can
-    /// name (signs of control, other encodings, loops of links) are left out with a warning.
+    /// As [`Location::list`], for folders that this service did not write. In local ones, entries
+    /// that no key can name (control characters, other encodings, loops of links) are left out with
+    /// a warning.
     ///
     /// # Errors
     /// `InvalidArgument` for a folder that cannot be read; those of the store.
@@ -171,7 +173,7 @@ impl Location {
             .await
     }
 
-    /// Names of the folders right below `key`, sorted.
+    /// Returns the names of the folders directly below `key`, sorted.
     pub async fn folders(&self, key: &str) -> Result<Vec<String>> {
         let listed = self.store.list_with_delimiter(Some(&self.path(key))).await;
         let listed = listed.map_err(|e| self.error("list", key, e))?;
@@ -184,8 +186,9 @@ impl Location {
         Ok(names)
     }
 
-    /// Writes an object, replacing what was there. Only for content-addressed objects, where that
-    /// changes nothing. A large one goes in parts: S3 takes no more than 5 GB at once.
+    /// Writes an object, replacing what was there. Only for content-addressed objects: whoever
+    /// writes one again writes the same bytes. A large object is written in parts, since S3 takes
+    /// no more than 5 GB by one request.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
         self.put_pieces(key, bytes.into()).await
     }
@@ -209,7 +212,8 @@ impl Location {
         let mut write = WriteMultipart::new_with_chunk_size(upload, part_bytes);
         for piece in pieces.into_iter().flat_map(|bytes| cut(bytes, part_bytes)) {
             if let Err(cause) = write.wait_for_capacity(PARTS_AT_ONCE).await {
-                // The cause tells more than a failure to clean up.
+                // `abort` may fail too. Its error is dropped, since the first one says what
+                // happened.
                 drop(write.abort().await);
                 return Err(cause);
             }
@@ -225,8 +229,8 @@ impl Location {
             .map_err(|e| self.error("delete", key, e))
     }
 
-    /// "cannot `verb` `uri`", with its cause: `StorageUnreachable`, which may pass, or
-    /// `InvalidArgument` where there is no such bucket, which will not.
+    /// The error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`, which
+    /// callers retry, or `InvalidArgument` for a missing bucket, which no retry creates.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         if is_bucket_missing(&chain(&cause)) {
@@ -254,14 +258,16 @@ impl Location {
     }
 }
 
-/// Pieces that fill no more than one part each.
+/// Cuts `bytes` into pieces of at most `size`.
 fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
     (0..bytes.len())
         .step_by(size)
         .map(move |at| bytes.slice(at..bytes.len().min(at + size)))
 }
 
-/// Whether a store's answer says so, as S3, Google Cloud Storage and Azure word it.
+/// Returns whether a store's answer says that the bucket is missing, in the words of S3, Google
+/// Cloud Storage and Azure. `object_store` reports a missing bucket and a missing object by the
+/// same variant, so only the text distinguishes them.
 fn is_bucket_missing(answer: &str) -> bool {
     [
         "NoSuchBucket",

@@ -1,4 +1,4 @@
-//! Counts what passes through an object store.
+//! Counts the requests to an object store and the bytes read.
 use crate::metrics;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -13,8 +13,8 @@ use object_store::{
 };
 use std::{fmt, ops::Range, sync::Arc};
 
-/// Puts a meter around a store: `Stores::wrapped(config, Arc::new(metered))`. Retries that the
-/// store's client makes by itself are not seen, only how a request ended.
+/// Wraps a store in a meter: `Stores::wrapped(config, Arc::new(metered))`. It counts how each
+/// request ended, not the retries that the store's client makes by itself.
 pub fn metered(store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
     Arc::new(Metered(store))
 }
@@ -42,7 +42,7 @@ fn outcome(error: &Error) -> &'static str {
     match error {
         Error::NotFound { .. } => "not_found",
         Error::AlreadyExists { .. } | Error::Precondition { .. } => "exists",
-        // object_store keeps the HTTP status in the text alone.
+        // `object_store` keeps the HTTP status only in the error's text.
         Error::Generic { source, .. } => {
             let text = source.to_string();
             let throttled = ["429 Too Many", "503 Service", "SlowDown"]
@@ -75,6 +75,8 @@ fn count_list<T: Send + 'static>(
 }
 
 #[async_trait]
+// The trait's default methods call other methods of the same trait. A wrapper that relied on them
+// would count `get_ranges` as many gets, or bypass what the inner store overrides.
 #[deny(clippy::missing_trait_methods)]
 impl ObjectStore for Metered {
     async fn put_opts(

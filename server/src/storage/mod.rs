@@ -27,17 +27,17 @@ use std::{
 use superbatch_proto::v1::Reason;
 use url::Url;
 
-/// Which storage may be touched, and how it is reached.
+/// Which storage may be used, and how it is reached.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {
-    /// URI prefixes that requests may name for data and models. Everything is allowed on loopback
-    /// where this is empty.
+    /// URI prefixes that requests may name for data and models. If this is empty, everything is
+    /// allowed on loopback.
     pub allow_uris: Vec<String>,
     /// Options of the object store client, such as `aws_endpoint`, `aws_region` or
     /// `aws_allow_http`. Credentials are found the standard way (environment, web identity,
     /// instance metadata); what is given here comes before them. `timeout` is how long one attempt
-    /// of a request may take (30 s where it is not given), and `connect_timeout` its connection (5
+    /// of a request may take (30 s if it is not given), and `connect_timeout` its connection (5
     /// s).
     #[serde(deserialize_with = "options::plain_values")]
     pub options: BTreeMap<String, String>,
@@ -49,7 +49,7 @@ pub struct StorageConfig {
     /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local
     /// file is read in one piece, for which the answer's timeout holds.
     pub stall_timeout_seconds: f64,
-    /// The environment's credentials and the like; never printed.
+    /// Options from the environment, credentials among them; never printed.
     #[serde(skip)]
     pub environment: BTreeMap<String, String>,
 }
@@ -63,7 +63,8 @@ impl StorageConfig {
         options::check(self.options.keys())
     }
 
-    /// Takes the values of keys, tokens and the like out, for who prints it.
+    /// Replaces the values of keys, tokens and passwords by "(hidden)", before the settings are
+    /// printed.
     pub fn hide_secrets(&mut self) {
         let secrets = self
             .options
@@ -85,11 +86,11 @@ impl Default for StorageConfig {
     }
 }
 
-/// Puts another store around each one that is opened: how faults are injected and requests are
-/// counted.
+/// Wraps each store that is opened. Requests are counted, and faults injected in tests, by such a
+/// wrapper.
 pub type Wrap = Arc<dyn Fn(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> + Send + Sync>;
 
-/// Opens URIs. Cloned freely; one client per bucket is kept, and `memory:` is one store per
+/// Opens URIs. Cheap to clone. One client per bucket is kept, and `memory:` is one store per
 /// `Stores`.
 #[derive(Clone)]
 pub struct Stores(Arc<Inner>);
@@ -108,7 +109,7 @@ impl fmt::Debug for Stores {
     }
 }
 
-/// No object store has keys as long.
+/// Longest URI, in bytes. No object store has keys of this length.
 const URI_BYTES_MAX: usize = 1 << 13;
 
 impl Stores {
@@ -129,20 +130,20 @@ impl Stores {
         }))
     }
 
-    /// Opens a URI from a request: refused with `UriNotAllowed` unless it lies under the
-    /// allow-list.
+    /// Opens a URI from a request. Refuses it with `UriNotAllowed` unless the allow-list holds it.
     pub fn open_allowed(&self, uri: &str) -> Result<Location> {
         self.allow(uri)?;
         self.open(uri)
     }
 
-    /// Whether a request may name `uri`, which may be a pattern.
+    /// Checks that a request may name `uri`, which may be a pattern.
     ///
     /// # Errors
     /// `UriNotAllowed`.
     pub fn allow(&self, uri: &str) -> Result<()> {
         let allow = &self.0.config.allow_uris;
-        // What a pattern begins is no name yet: "data*" matches "database", too.
+        // Only whole folders before the first wildcard are known: "data*" also matches "database".
+        // So the folder that holds the wildcard must be allowed, not the text before it.
         let plain = match uri.find(['{', '*', '?', '[']) {
             Some(at) => uri[..at].rsplit_once('/').map_or("", |(folder, _)| folder),
             None => uri,
@@ -160,8 +161,8 @@ impl Stores {
         Ok(())
     }
 
-    /// Opens a URI that another process names: one below the operator's own `state`, or one that
-    /// the allow-list holds.
+    /// Opens a URI that another process names in a call. It must lie below the operator's own
+    /// `state` or be on the allow-list.
     ///
     /// # Errors
     /// As [`Stores::open_allowed`].
@@ -172,11 +173,11 @@ impl Stores {
         }
     }
 
-    /// Opens a URI of the operator's own: `file:///…`, `s3://bucket/…`, `memory:///…`,
+    /// Opens a URI from the operator's own settings: `file:///…`, `s3://bucket/…`, `memory:///…`,
     /// `http(s)://…`.
     ///
     /// # Errors
-    /// `InvalidArgument` where it is no such URI; nothing is contacted yet.
+    /// `InvalidArgument` if it is no such URI. No connection is opened yet.
     pub fn open(&self, uri: &str) -> Result<Location> {
         if uri.len() > URI_BYTES_MAX {
             let message = format!(
@@ -198,7 +199,8 @@ impl Stores {
                     .wrap
                     .as_ref()
                     .map_or(store.clone(), |wrap| wrap(store));
-                // Outermost: whatever is silent inside, callers learn of it.
+                // The deadline is the outermost layer, so that it also ends a request that hangs
+                // inside another wrapper.
                 let store = Deadlines::new(&self.0.config).around(store);
                 open.insert(key, store.clone());
                 store
@@ -208,10 +210,11 @@ impl Stores {
     }
 }
 
-/// Whether a URI's store can take state: one that is written, not only read. Nothing is contacted.
+/// Checks that a URI's store can hold state, which must be written and not only read. No connection
+/// is opened.
 ///
 /// # Errors
-/// `InvalidArgument`, saying which can.
+/// `InvalidArgument`, naming the stores that can.
 pub fn can_hold_state(uri: &str) -> Result<()> {
     match taken_apart(uri)? {
         (_, Scheme::Http, _) => {
@@ -266,23 +269,25 @@ fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
     }
 }
 
-/// Whether a URI leads out of the folder that it seems to be in, or would once a URL parser has
-/// read it.
+/// Returns whether a URI leads out of the folder that its text shows, perhaps only after a URL
+/// parser has read it: parsers drop tabs and line ends, take `\` for `/`, and decode `%2e%2e` to
+/// `..`. The allow-list is compared with the text, so these must be refused before.
 fn climbs(uri: &str) -> bool {
     uri.to_ascii_lowercase().contains("%2e")
         || uri.contains(['\\', '\t', '\n', '\r'])
         || uri.split('/').any(|segment| segment == "..")
 }
 
-/// Whether `uri` is `prefix` or lies below it, by whole path segments.
+/// Returns whether `uri` is `prefix` or lies below it, by whole path segments: `s3://data` does not
+/// allow `s3://database`.
 fn below(uri: &str, prefix: &str) -> bool {
     let prefix = prefix.trim_end_matches('/');
     uri.strip_prefix(prefix)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// `base` and `key` as one object path. A key is a name as it is stored, never an encoded one;
-/// signs that no path takes are encoded, so that nothing lies there.
+/// Joins `base` and `key` to one object path. A key is a name as it is stored, never an encoded
+/// one. Characters that no path can hold are encoded, which gives a path at which no object lies.
 pub(crate) fn join(base: &Path, key: &str) -> Path {
     let whole = match (base.as_ref(), key) {
         (base, "") => base.to_owned(),

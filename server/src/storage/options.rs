@@ -1,4 +1,4 @@
-//! Options of object stores' clients: what may be written, and how.
+//! The options of object stores' clients: which names and values an operator may write.
 use crate::error::{Error, Result};
 use object_store::{
     ClientConfigKey, aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey,
@@ -6,7 +6,7 @@ use object_store::{
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, HashSet};
 
-/// Options that are likely to be meant where one is unknown.
+/// Options that an unknown one is compared with, to suggest what was meant.
 const USUAL: [&str; 32] = [
     "aws_access_key_id",
     "aws_secret_access_key",
@@ -68,7 +68,7 @@ pub(super) fn plain_values<'de, D: Deserializer<'de>>(
         .collect())
 }
 
-/// Refuses an option that no store knows: a client ignores it without a word.
+/// Refuses an option that no store knows. A client would ignore it silently.
 ///
 /// # Errors
 /// `InvalidArgument`, with the `field` and the option that was probably meant (`known`).
@@ -91,7 +91,8 @@ fn is_known(name: &str) -> bool {
         || name.parse::<ClientConfigKey>().is_ok()
 }
 
-/// The usual option that shares most pairs of letters with `name`, in relation to their lengths.
+/// Returns the usual option that shares most pairs of letters with `name`, relative to their
+/// lengths.
 fn nearest(name: &str) -> &'static str {
     let pairs = |text: &str| {
         text.as_bytes()
@@ -110,7 +111,7 @@ fn nearest(name: &str) -> &'static str {
     near.expect("the list is not empty")
 }
 
-/// Whether an option's value gives access.
+/// Returns whether an option's value is a secret.
 pub(super) fn is_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     [

@@ -1,4 +1,5 @@
-//! Says in the log that a store does not answer well, while its client tries again.
+//! Logs failed requests that a store's client will retry. The client is silent about them, so a run
+//! that stands still for minutes would look as if nothing happened.
 use crate::error::chain;
 use async_trait::async_trait;
 use object_store::{
@@ -14,10 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Least time between two warnings about the same kind of request.
+/// Least time between two warnings about the same HTTP method. A throttled store refuses hundreds
+/// of requests a second.
 const EACH: Duration = Duration::from_secs(10);
 
-/// Makes clients that notice.
+/// Makes HTTP clients that log failed requests.
 #[derive(Debug)]
 pub(super) struct Noticing(Box<dyn HttpConnector>);
 
@@ -28,7 +30,7 @@ impl Default for Noticing {
 }
 
 impl Noticing {
-    /// Of those that `connector` makes.
+    /// Wraps the clients that `connector` makes.
     pub fn over(connector: impl HttpConnector) -> Self {
         Self(Box::new(connector))
     }
@@ -63,7 +65,7 @@ impl HttpService for Noticed {
             Err(error) => chain(error),
         };
         if self.said.is_due(&method, Instant::now()) {
-            // Without the query, which may hold a signature.
+            // The query is left out: it may hold a signature.
             let (scheme, host) = (
                 uri.scheme_str().unwrap_or_default(),
                 uri.authority().map_or("", |a| a.as_str()),
@@ -80,12 +82,12 @@ impl HttpService for Noticed {
     }
 }
 
-/// When something was last said, by the kind of request.
+/// When each kind of request was last logged.
 #[derive(Debug, Default)]
 struct Said(Mutex<HashMap<String, Instant>>);
 
 impl Said {
-    /// Whether to say something `now`; if so, it is noted.
+    /// Returns whether to log at `now`, and if so notes the time.
     fn is_due(&self, kind: &str, now: Instant) -> bool {
         let mut said = self.0.lock().expect("no panic while held");
         let due = said

@@ -1,7 +1,7 @@
-//! What stands for the worker in a build without LibTorch: a coordinator alone. It offers the
-//! worker's own interface, so that nothing else has to know; only making one fails.
+//! The worker of a build without LibTorch, which can only be a coordinator. It has the worker's
+//! interface, so that `app` needs no second form; only [`Worker::new`] fails.
 mod config;
-/// Of what a worker keeps, the part that the run page reads blocks by.
+/// The part of the worker's `kept` with which the run page reads blocks.
 #[allow(dead_code, reason = "the rest of it is the worker's")]
 mod kept {
     mod cache;
@@ -27,7 +27,7 @@ use superbatch_proto::v1::{
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 
-/// A worker that there is none of.
+/// A worker that cannot exist: the type has no values.
 #[derive(Clone)]
 pub enum Worker {}
 
@@ -58,7 +58,7 @@ impl Worker {
     }
 }
 
-/// What a worker tells of itself.
+/// What a worker reports about itself.
 pub struct WorkerInfo {
     pub device: String,
 }

@@ -1,16 +1,17 @@
-//! What an operator may set of a worker.
+//! The worker's settings.
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A reference and a learner: fewer would push each other off the device.
+/// A reference and a learner. With room for one only, they would push each other off the device at
+/// every micro-batch.
 const MODELS_MIN: usize = 2;
 
 /// A scoring worker: its device, and how much memory each part may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerConfig {
-    /// Where models run: `auto` (the first CUDA device where there is one), `cpu`, `cuda`, or
+    /// Where models run: `auto` (the first CUDA device if there is one), `cpu`, `cuda`, or
     /// `cuda:N`.
     pub device: String,
     /// Threads that decode images, and that models on a CPU use. 0 is one for each core.
@@ -21,18 +22,18 @@ pub struct WorkerConfig {
     /// Memory for blocks as they were read, in bytes: super-batches that follow each other share
     /// blocks.
     pub block_cache_bytes: usize,
-    /// Memory for the rows of slices that wait to be chosen, in bytes. Where it is full the newest
+    /// Memory for the rows of slices that wait to be chosen, in bytes. If it is full the newest
     /// step's rows are dropped, and the chosen ones are read again.
     pub row_bytes_max: usize,
-    /// Memory for decoded images that wait for the learner, in bytes. Where it is full the newest
+    /// Memory for decoded images that wait for the learner, in bytes. If it is full the newest
     /// step's are dropped, and decoded again.
     pub decoded_bytes_max: usize,
     /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
     pub reference_cache_bytes: usize,
-    /// Largest image, in pixels; a larger one makes its row unusable. The same on all workers of a
-    /// run, or which rows are left out depends on who reads them.
+    /// Largest image, in pixels; a larger one makes its row unusable. Set it alike on all workers
+    /// of a run, else which rows are left out depends on the worker that reads them.
     pub image_pixels_max: u64,
-    /// Largest encoded image, in bytes; a larger one makes its row unusable. The same on all
+    /// Largest encoded image, in bytes; a larger one makes its row unusable. Set it alike on all
     /// workers of a run.
     pub image_bytes_max: u64,
     /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A
@@ -64,7 +65,7 @@ impl Default for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// Refuses what cannot work.
+    /// Refuses settings that cannot work.
     ///
     /// # Errors
     /// `InvalidArgument`, naming the field.
@@ -105,7 +106,7 @@ impl WorkerConfig {
         Ok(())
     }
 
-    /// Threads in force on a machine of `cores`.
+    /// Returns the number of threads on a machine of `cores`.
     pub fn threads_on(&self, cores: usize) -> usize {
         if self.threads == 0 {
             cores.max(1)
@@ -114,7 +115,7 @@ impl WorkerConfig {
         }
     }
 
-    /// Slots in force with that many threads.
+    /// Returns the number of slots with that many threads.
     pub fn slots_on(&self, threads: usize) -> usize {
         if self.slots == 0 {
             (threads / 16).max(2)

@@ -1,4 +1,4 @@
-//! What the calls of one worker share.
+//! The parts that all calls of one worker share.
 use super::{
     config::WorkerConfig,
     device::Device,
@@ -17,7 +17,7 @@ use superbatch_proto::v1::Reason;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-/// Manifests kept: one a run.
+/// Manifests kept in memory: one for each run.
 const MANIFESTS_MAX: usize = 16;
 
 pub struct Engine {
@@ -29,9 +29,9 @@ pub struct Engine {
     pub models: Models,
     pub sidecar: Sidecar,
     pub pool: Pool,
-    /// Rows that wait to be chosen.
+    /// Rows of slices whose chosen rows are not asked for yet.
     pub raw: Retained<Arc<RecordBatch>>,
-    /// Rows that wait for the learner.
+    /// Decoded rows that wait for the learner.
     pub ready: Retained<Arc<Prepared>>,
     /// Ends calls that wait for their coordinator.
     pub stopping: CancellationToken,
@@ -69,14 +69,15 @@ impl Engine {
         })
     }
 
-    /// A slot: held while rows are read, decoded or embedded, and never while a coordinator is
-    /// waited for, or steps would hold slots for each other.
+    /// Waits for a slot. A slot is held while rows are read, decoded or embedded, and never while
+    /// the call waits for its coordinator. A step ahead waits for weights that the trainer pushes
+    /// only after it has the step before. If the step ahead held all slots meanwhile, the step
+    /// before could not be scored and both would wait for ever.
     pub async fn slot(&self) -> Result<SemaphorePermit<'_>> {
         self.slots.acquire().await.map_err(|_| shutting_down())
     }
 
-    /// Lets go of calls that wait, for a slot or for their coordinator. Those that hold a slot go
-    /// on.
+    /// Ends the calls that wait for a slot or for their coordinator. Calls that hold a slot go on.
     pub fn stop(&self) {
         self.stopping.cancel();
         self.slots.close();
@@ -88,7 +89,8 @@ impl Engine {
     }
 }
 
-/// What a coordinator takes for a lost worker: it goes elsewhere, with all that it has already.
+/// The error by which a coordinator moves a slice to another worker. It keeps what it has received
+/// of the slice.
 pub fn shutting_down() -> Error {
     Error::new(
         Reason::ShuttingDown,

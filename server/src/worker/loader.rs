@@ -1,4 +1,5 @@
-//! Models by reference: folders and snapshots fetched and loaded once, whoever asks.
+//! Loads models: each folder and snapshot is fetched, verified and loaded once, for all calls that
+//! name it.
 use super::{
     device::{Device, Embedded, LoadModel, MicroBatch, Weights},
     inputs::model_inputs::Inputs,
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use superbatch_proto::v1::{ModelRef, Reason};
 use tokio::sync::Mutex;
 
-/// Folders and descriptions kept; they are small. Weights are bounded by the device.
+/// Folders and descriptions kept. They are small; the weights are bounded by the device.
 const KEPT_MAX: usize = 64;
 
 /// A model on the device.
@@ -24,11 +25,10 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
-    /// The same weights, as they are used at a fidelity: what rows are made into, and what a row
-    /// costs.
+    /// Returns the same weights with the inputs and the cost of a fidelity.
     ///
     /// # Errors
-    /// `ModelInvalid` where the model cannot be run so.
+    /// `ModelInvalid` if the model cannot be run at that fidelity.
     pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Result<Arc<Self>> {
         if fidelity == Fidelity::Full {
             return Ok(self);
@@ -62,7 +62,7 @@ struct ModelId {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum WeightsId {
-    /// The folder's own, with their digest where it is known.
+    /// The folder's own weights, with their digest if it is known.
     Folder {
         digest: String,
     },
@@ -73,10 +73,10 @@ enum WeightsId {
     Random(u64),
 }
 
-/// The models that calls name.
+/// Models by `ModelRef`: fetched, verified and loaded once, then shared by all calls.
 pub(super) struct Models {
     stores: Stores,
-    /// Where pushed weights are.
+    /// The state, which holds pushed weights.
     state: Location,
     device: Device,
     folders: Cache<String, Arc<Folder>>,
@@ -97,7 +97,7 @@ impl Models {
         }
     }
 
-    /// How a model wants its rows; its weights are not touched.
+    /// Returns how rows become a model's inputs, without reading its weights.
     ///
     /// # Errors
     /// `ModelInvalid` naming the file, `StorageUnreachable`.
@@ -105,8 +105,8 @@ impl Models {
         Ok(self.folder(&model.model_uri).await?.inputs.clone())
     }
 
-    /// The model on the device, its weights verified: names, shapes, dtypes, finite values, and a
-    /// canary batch.
+    /// Returns the model on the device. Its weights are verified: names, shapes, dtypes, finite
+    /// values, and a canary batch.
     ///
     /// # Errors
     /// `WeightsRefused` naming the first bad tensor or the digest, `ModelInvalid`,
@@ -115,8 +115,8 @@ impl Models {
         self.load_by_id(&ModelId::of(model, &self.device)?).await
     }
 
-    /// As [`Models::load`]; where no digest says what the folder is to hold, it is read again, for
-    /// it may have been written since it was read last.
+    /// As [`Models::load`]. If no digest says what the folder must hold, the folder is read again:
+    /// it may have been written since the last read.
     pub async fn load_anew(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
         let id = ModelId::of(model, &self.device)?;
         if !id.weights.is_pinned() {
@@ -126,10 +126,10 @@ impl Models {
         self.load_by_id(&id).await
     }
 
-    /// Loads a model again that has left the device for others.
+    /// Loads a model again that has left the device.
     ///
     /// # Errors
-    /// As [`Models::load`], and `ModelInvalid` where its folder holds another model now.
+    /// As [`Models::load`], and `ModelInvalid` if its folder holds another model now.
     pub async fn reload(&self, model: &Loaded) -> Result<()> {
         self.loaded.remove(&model.id);
         let again = self.load_by_id(&model.id).await?;
@@ -143,15 +143,16 @@ impl Models {
         ))
     }
 
-    /// Embeds with a model that others push off the device faster than it can be used: it is loaded
-    /// for this micro-batch alone. One at a time, because each holds the weights in memory.
+    /// Embeds with a model that others push off the device before it can be used: loads it for this
+    /// micro-batch alone. One call at a time does this, because each holds the weights in host
+    /// memory.
     ///
     /// # Errors
     /// As [`Models::reload`] and [`Device::embed`].
     pub async fn embed_reloading(&self, model: &Loaded, batch: MicroBatch) -> Result<Embedded> {
         let _turn = self.reloading.lock().await;
         let folder = self.folder(&model.id.folder).await?;
-        // It was embedded with before: no canary is needed.
+        // The same weights passed the canary when the call first loaded them.
         let load = LoadModel {
             canary: false,
             ..self.request(&folder, &model.id).await?
@@ -175,7 +176,9 @@ impl Models {
             if digest.is_empty() || *digest == loaded.info.weights_digest {
                 return Ok(loaded);
             }
-            // What was kept of the folder may be older than the run.
+            // The cached folder may be older than the run: the operator may have replaced it and
+            // then opened a run with the new digest. So it is read once more before the mismatch is
+            // an error.
             self.folders.remove(&id.folder);
             let again = self.make(id).await?;
             let found = &again.info.weights_digest;
@@ -208,7 +211,8 @@ impl Models {
         })
     }
 
-    /// A call is no more trusted than a trainer: what it names must be allowed here, too.
+    /// Opens a URI that a call names. The coordinator has checked it, but a worker cannot know who
+    /// is at the other end, so the worker's own allow-list is applied too.
     fn open(&self, uri: &str) -> Result<Location> {
         self.stores.open_named(uri, &self.state)
     }
@@ -265,7 +269,7 @@ impl ModelId {
 }
 
 impl WeightsId {
-    /// Whether it says which weights it means.
+    /// Returns whether it names the weights by digest.
     fn is_pinned(&self) -> bool {
         match self {
             Self::Folder { digest } | Self::Snapshot { digest, .. } => !digest.is_empty(),
@@ -273,7 +277,7 @@ impl WeightsId {
         }
     }
 
-    /// Whether the snapshot that was loaded is the one that was named.
+    /// Checks that the loaded snapshot has the digest that the call named.
     fn check(&self, info: &ModelInfo) -> Result<()> {
         let Self::Snapshot { uri, digest } = self else {
             return Ok(());

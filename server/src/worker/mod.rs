@@ -1,5 +1,5 @@
-//! The scoring worker: reads blocks, decodes, embeds with the reference and the learner, and hands
-//! out chosen rows.
+//! The scoring worker: reads blocks, decodes rows, embeds them with the reference and the learner,
+//! and sends the chosen rows.
 mod calls;
 mod config;
 pub mod device;

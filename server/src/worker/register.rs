@@ -1,5 +1,4 @@
-//! Reporting for duty: a worker tells its coordinator that it is there, again and again, and when
-//! it goes.
+//! Keeps a worker registered with its coordinator, and reports when the worker leaves.
 use crate::error::{Error, Result, from_status};
 use rand::Rng;
 use std::{future::Future, pin::pin, time::Duration};
@@ -21,15 +20,16 @@ pub struct Superior {
     pub channel: Authorized,
 }
 
-/// Keeps a worker registered until `shutdown`: at once, and then at every third of the lease; where
-/// the coordinator cannot be reached, with exponential backoff and full jitter drawn from `rng`. At
-/// the end it says that the worker is leaving, and so it does as soon as the worker is not well;
-/// once it is again, it registers anew.
+/// Keeps a worker registered until `shutdown`. It registers at once and then at every third of the
+/// lease, so that two lost calls do not cost the lease. If the coordinator cannot be reached, it
+/// retries with exponential backoff and full jitter drawn from `rng`. At the end it reports that
+/// the worker leaves. It does the same as soon as the worker is not well, and registers again once
+/// the worker is well.
 ///
-/// `worker` is what to tell: address, incarnation, device, build and state.
+/// `worker` is what is registered: address, incarnation, device, build and state.
 ///
 /// # Errors
-/// `InvalidArgument` where the coordinator refuses the worker for good, as it does one of another
+/// `InvalidArgument` if the coordinator refuses the worker for good, as it does one of another
 /// state.
 pub async fn keep_registered(
     coordinator: Superior,
@@ -103,7 +103,7 @@ async fn leave(client: &mut CoordinatorServiceClient<Authorized>, worker: &Regis
     }
 }
 
-/// One call; the lease it grants.
+/// Makes one call. Returns the lease that the coordinator grants.
 async fn register(
     client: &mut CoordinatorServiceClient<Authorized>,
     worker: &RegisterRequest,
@@ -122,7 +122,8 @@ async fn register(
         .ok_or_else(|| Error::internal(format!("the coordinator granted a lease of {lease} s")))
 }
 
-/// The wait after the `failures`-th failure in a row; `chance` in [0, 1) spreads workers apart.
+/// Returns the wait after the `failures`-th failure in a row. `chance` in [0, 1) spreads workers
+/// apart: all of them lose a restarted coordinator at the same moment.
 fn backoff(failures: u32, chance: f64) -> Duration {
     let (first, most) = BACKOFF;
     let ceiling = first

@@ -27,11 +27,11 @@ use superbatch_proto::{
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 
-/// A scoring worker. It keeps nothing that a call cannot bring back.
+/// A scoring worker. Calls restore everything that it keeps, so it may be lost at any time.
 #[derive(Clone)]
 pub struct Worker(Arc<Engine>);
 
-/// What a worker tells of itself.
+/// What a worker reports about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerInfo {
     pub device: String,
@@ -57,6 +57,8 @@ impl Worker {
             }),
         ];
         for (name, limit, held) in budgets {
+            // Weak: the meters live as long as the process and must not keep a stopped worker's
+            // memory.
             let engine = Arc::downgrade(&engine);
             process::budget(name, limit as u64, move || {
                 engine.upgrade().map(|engine| held(&engine) as u64)
@@ -79,13 +81,12 @@ impl Worker {
         }
     }
 
-    /// Whether its device does its work; `false` while that is hung and all that is asked of it
-    /// fails.
+    /// Whether the device works; `false` while it is hung and every call fails.
     pub fn is_well(&self) -> watch::Receiver<bool> {
         self.0.device.is_well()
     }
 
-    /// Lets go of calls that wait, so that the process may end; the coordinator takes them to other
+    /// Ends the calls that wait, so that the process may end. The coordinator moves them to other
     /// workers.
     pub fn stop(&self) {
         self.0.stop();

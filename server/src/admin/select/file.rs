@@ -153,7 +153,7 @@ impl<'a> File<'a> {
         self.tensors.tensor(name).map_err(|_| missing())
     }
 
-    /// A model's embeddings and logit; none where they are optional and the file has no tensor of
+    /// A model's embeddings and logit; none if they are optional and the file has no tensor of
     /// the model.
     pub fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
         let (image_name, text_name) = (format!("{name}_img"), format!("{name}_txt"));

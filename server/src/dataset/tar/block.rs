@@ -32,7 +32,7 @@ pub struct TarBlock {
 
 impl TarBlock {
     /// # Errors
-    /// `DatasetChanged` where the block has not as many rows as when it was indexed.
+    /// `DatasetChanged` if the block has not as many rows as when it was indexed.
     pub fn new(
         survey: Arc<Survey>,
         layout: &Layout,
@@ -79,10 +79,10 @@ impl TarBlock {
         bytes.filter(|range| !range.is_empty()).collect()
     }
 
-    /// The image, the caption, then the extra columns, all as bytes; null where a sample lacks one.
+    /// The image, the caption, then the extra columns, all as bytes; null if a sample lacks one.
     ///
     /// # Errors
-    /// Where a column has more bytes than an array holds.
+    /// If a column has more bytes than an array holds.
     pub fn decode(&self, bytes: &Ranges) -> Result<RecordBatch, ArrowError> {
         let images = self
             .samples()
@@ -142,8 +142,8 @@ fn value<'s>(
     Ok(found.map(Cow::Owned))
 }
 
-/// An entry of a JSON object: a text as it is, anything else as JSON. `None` where it is null or
-/// absent, or where the member is no JSON object.
+/// An entry of a JSON object: a text as it is, anything else as JSON. `None` if it is null or
+/// absent, or if the member is no JSON object.
 fn entry(content: &[u8], name: &str) -> Option<String> {
     let mut object: Value = serde_json::from_slice(content).ok()?;
     match object.get_mut(name)?.take() {

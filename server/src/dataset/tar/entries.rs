@@ -77,7 +77,7 @@ impl fmt::Display for Refused {
 pub(super) struct Walk {
     at: u64,
     size: u64,
-    /// Where the headers of the coming member begin, where some were passed already.
+    /// Where the headers of the coming member begin, if some were passed already.
     header: Option<u64>,
     name: Option<Vec<u8>>,
     length: Option<u64>,

@@ -81,7 +81,7 @@ pub(super) fn is_row(layout: &Layout, sample: &Sample) -> bool {
         && caption.is_some_and(|member| i32::try_from(member.length).is_ok())
 }
 
-/// The type that a column is delivered in, where the source has it.
+/// The type that a column is delivered in, if the source has it.
 pub(in crate::dataset) fn member_type<'a>(
     column: &str,
     mut fields: impl Iterator<Item = &'a str>,

@@ -6,7 +6,7 @@ use super::{
 use crate::{dataset::file::ShardFile, error::Result};
 use bytes::Bytes;
 
-/// Bytes of one read: few where headers lie far apart, more while they follow each other.
+/// Bytes of one read: few if headers lie far apart, more while they follow each other.
 const READ_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=8 << 20;
 /// A gap between headers that is cheaper to read than to leave out.
 const GAP_BYTES: u64 = 1 << 20;
@@ -33,7 +33,7 @@ impl Survey {
 /// Reads all headers of a shard.
 ///
 /// # Errors
-/// `InvalidArgument` where it is no tar, compressed or sparse; those of reading.
+/// `InvalidArgument` if it is no tar, compressed or sparse; those of reading.
 pub(super) async fn survey(file: &ShardFile) -> Result<Survey> {
     let mut walk = Walk::new(0, file.size());
     let mut grouping = Grouping::default();

@@ -5,10 +5,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-/// Messages under way to one caller; the work stops where the caller does not read.
+/// Messages that wait for one caller to read them. Each holds up to 1 MiB, and a full channel stops
+/// the work of this call, so a slow caller costs a bounded amount of memory.
 const UNDER_WAY_MAX: usize = 4;
 
-/// Where the messages of one call go.
+/// The sending half of one call's answer.
 pub struct Answers<T>(mpsc::Sender<Result<T, Status>>);
 
 /// A streamed answer.
@@ -23,9 +24,9 @@ impl<T> Answers<T> {
     }
 }
 
-/// Starts `work` as a task of its own, so that a caller that reads slowly holds nothing up but its
-/// own call, and drops it, with all that it holds, as soon as the caller has gone. Its error ends
-/// the stream.
+/// Starts `work` as a task of its own, so that a caller that reads slowly delays only its own call.
+/// The task is dropped, with all that it holds, as soon as the caller has gone. An error of `work`
+/// ends the stream.
 pub fn answer_with<T: Send + 'static>(
     work: impl FnOnce(Answers<T>) -> BoxFuture<'static, Result<()>>,
 ) -> AnswerStream<T> {
@@ -33,11 +34,13 @@ pub fn answer_with<T: Send + 'static>(
     let work = work(Answers(sender.clone()));
     tokio::spawn(async move {
         tokio::select! {
-            // First, or a cancelled call would be logged as a failure every other time.
+            // `biased` polls this branch first. A cancelled call also makes `work` fail (its sends
+            // find no receiver), and a random choice would log every second cancellation as a
+            // failure of this worker.
             biased;
             () = sender.closed() => {}
             done = work => if let Err(error) = done {
-                // Nobody to tell where the caller has gone.
+                // If the caller has gone, the error has no reader and is dropped.
                 drop(sender.send(Err(error.into())).await);
             }
         }

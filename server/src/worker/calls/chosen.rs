@@ -1,4 +1,4 @@
-//! Hands out the rows that were chosen of a slice.
+//! Sends the chosen rows of a slice.
 use super::{
     answers::Answers,
     messages::{answer, arrow_ipc},
@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{ChosenRows, Reason, RowsDone, ScoreResponse, score_response::Message};
 
 impl Scoring<'_> {
-    /// The rows of a block: kept, or else read again.
+    /// Returns the rows of a block: the kept ones, or else the block read again.
     pub async fn rows(&self, block: usize) -> Result<Rows> {
         match self.blocks[block].raw.as_ref().and_then(Kept::get) {
             Some(kept) => Ok(Rows::Candidates(kept)),
@@ -28,7 +28,7 @@ impl Scoring<'_> {
         }
     }
 
-    /// Sends the chosen rows, in the order asked.
+    /// Sends the chosen rows, in the order of the request.
     pub async fn chosen(&self, chosen: ChosenRows, answers: &Answers<ScoreResponse>) -> Result<()> {
         if chosen.candidates.len() > self.slice.candidates {
             let message = format!(
@@ -38,6 +38,8 @@ impl Scoring<'_> {
             );
             return Err(Error::invalid("candidates", message));
         }
+        // All candidates are checked before the first read: an index from the wire must not reach
+        // the slices below, and a hole has no bytes to send.
         for candidate in &chosen.candidates {
             let candidate = *candidate as usize;
             if candidate >= self.slice.candidates || self.faults.contains_key(&candidate) {
@@ -61,6 +63,9 @@ impl Scoring<'_> {
             .map(|(block, places)| self.chosen_of(block, places, chosen).boxed())
             .collect();
         let mut reads = stream::iter(reads).buffered(AHEAD);
+        // The draw's order is not the blocks' order. Each block is read once and its rows are put
+        // at their places in the request; `each` then refuses an empty place, which would shift
+        // every later row to another candidate.
         let mut rows: Vec<Option<Row>> = vec![None; chosen.len()];
         let mut rows_read_again = 0;
         while let Some((found, was_read_again)) = reads.try_next().await? {
@@ -70,6 +75,8 @@ impl Scoring<'_> {
                 .for_each(|(place, row)| rows[place] = Some(row));
         }
         let rows: Vec<Row> = each(rows)?;
+        // The row had image and caption when it was embedded. A shard that was replaced in the
+        // meantime must not be served under the receipt of the old one.
         if let Some(n) = rows
             .iter()
             .position(|row| row.image().is_none() || row.caption().is_none())
@@ -115,7 +122,9 @@ impl Scoring<'_> {
                 false,
             ));
         };
-        // Only what is wanted stays in memory.
+        // A block may be hundreds of megabytes of which a few rows are chosen. Copying them lets
+        // the block go; a slice of it would keep the whole block in memory until the last row is
+        // sent.
         let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
         let batch = Arc::new(
             self.engine

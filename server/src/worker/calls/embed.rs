@@ -1,4 +1,4 @@
-//! Embeddings of consecutive rows, made in micro-batches of one fixed shape.
+//! Embeds consecutive rows in micro-batches of one fixed shape.
 use crate::{
     error::{Error, Result},
     worker::{
@@ -12,15 +12,16 @@ use crate::{
 use std::ops::Range;
 use superbatch_proto::v1::{EmbeddingDtype, Reason};
 
-/// How rows are put through a model: the shape fixes what is computed for a row, down to the last
-/// bit.
+/// How rows are put through a model. Kernels choose their order of summation by the shape of the
+/// batch, so a row's embedding depends on that shape, to the last bit. With one shape for all
+/// micro-batches it depends on the row alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     pub micro_batch_rows: usize,
     pub dtype: EmbeddingDtype,
 }
 
-/// What one micro-batch gave beside its embeddings.
+/// What a micro-batch returns besides its embeddings.
 pub struct Embedded {
     pub seconds: f64,
     /// Rows, within the micro-batch, whose embedding is not finite.
@@ -28,7 +29,8 @@ pub struct Embedded {
 }
 
 impl Shape {
-    /// `rows` rows as the ranges of its micro-batches; the last is padded when it is computed.
+    /// Returns the micro-batches of `rows` rows as ranges. The last one is padded when it is
+    /// computed.
     pub fn micro_batches(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let step = self.micro_batch_rows;
         (0..rows)
@@ -36,7 +38,7 @@ impl Shape {
             .map(move |first| first..(first + step).min(rows))
     }
 
-    /// Rows that are computed for `rows`, padding included.
+    /// Returns how many rows are computed for `rows`, padding included: these cost FLOPs.
     pub fn padded(&self, rows: usize) -> usize {
         rows.div_ceil(self.micro_batch_rows) * self.micro_batch_rows
     }
@@ -52,6 +54,8 @@ impl Shape {
         first: usize,
     ) -> Result<Embedded> {
         let embedded = self.compute(engine, model, rows).await?;
+        // Padding and unusable rows are black images with no tokens. Some models give NaN for
+        // those; they must not be reported as faults of the data.
         let is_used = |row: &usize| rows.get(*row).is_some_and(Result::is_ok);
         let not_finite: Vec<usize> = embedded
             .not_finite
@@ -73,8 +77,7 @@ impl Shape {
         })
     }
 
-    /// Where the model has left the device it is loaded again; where others push it off once more
-    /// before its turn comes, it is loaded for this micro-batch alone.
+    /// Embeds one micro-batch, and loads the model again if it has left the device.
     async fn compute(
         &self,
         engine: &Engine,
@@ -85,6 +88,11 @@ impl Shape {
             done.as_ref()
                 .is_err_and(|e: &Error| e.reason() == Reason::WeightsMissing)
         };
+        // Between loading a model and using it other calls may load theirs, and the device keeps
+        // only `models_max`. One reload is enough in most cases. With more models in use than fit,
+        // calls could push each other's models off without end and none would embed anything. So
+        // the third attempt loads and embeds as one job of the device, which no other call can
+        // interrupt.
         let mut done = engine.device.embed(self.assemble(model, rows)).await;
         if is_missing(&done) {
             engine.models.reload(model).await?;
@@ -103,7 +111,7 @@ impl Shape {
         done
     }
 
-    /// Rows that cannot be used, and those that pad, are black and without tokens.
+    /// Puts rows side by side. Unusable rows and padding are black images without tokens.
     fn assemble(&self, model: &Loaded, rows: &[PreparedRow]) -> MicroBatch {
         let (pixel_bytes, length) = (model.info.image_size.pow(2) * 3, model.info.text_length);
         let mut pixels = vec![0; self.micro_batch_rows * pixel_bytes];

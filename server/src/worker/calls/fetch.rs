@@ -1,4 +1,4 @@
-//! Rows read again, for a step that is served from its receipt.
+//! Reads rows again, for a step that is served from its receipt.
 use super::{
     answers::Answers,
     rows::{RowWriter, send_rows},
@@ -16,10 +16,10 @@ use superbatch_proto::v1::{
     FetchRowsRequest, FetchRowsResponse, Reason, RowsDone, fetch_rows_response::Message,
 };
 
-/// Serves one `FetchRows` call: the rows in the order asked.
+/// Serves one `FetchRows` call: sends the rows in the order of the request.
 ///
 /// # Errors
-/// `RowChanged` where a row lacks image or caption, and those of reading.
+/// `RowChanged` if a row lacks image or caption, and those of reading.
 pub async fn fetch_rows(
     engine: &Engine,
     request: FetchRowsRequest,
@@ -55,7 +55,8 @@ pub async fn fetch_rows(
         .await
 }
 
-/// The rows in the order asked. Each block is read once, however its rows are scattered.
+/// Reads the rows in the order of the request. A receipt lists rows in the order drawn, so the rows
+/// of one block are scattered over the request; they are grouped so that each block is read once.
 async fn read(engine: &Engine, slice: &Slice) -> Result<Vec<Row>> {
     let mut by_block: BTreeMap<_, Vec<&SliceBlock>> = BTreeMap::new();
     for part in slice.blocks.iter().filter(|part| !part.rows.is_empty()) {
@@ -78,7 +79,7 @@ async fn read(engine: &Engine, slice: &Slice) -> Result<Vec<Row>> {
     each(rows)
 }
 
-/// The rows of `parts`, which lie in one block, with their places.
+/// Reads the rows of `parts`, which lie in one block, and returns them with their places.
 async fn read_block(
     engine: &Engine,
     slice: &Slice,
@@ -92,7 +93,7 @@ async fn read_block(
         .iter()
         .flat_map(|part| part.rows.iter().copied())
         .collect();
-    // Only what is wanted stays in memory.
+    // The rows are copied, so that the rest of the block does not stay in memory.
     let batch = Arc::new(engine.pool.run(move |_| pick(&whole, wanted)).await??);
     let places = parts
         .iter()

@@ -15,6 +15,9 @@ pub async fn next(
     requests: &mut (impl Stream<Item = Result<ScoreRequest, Status>> + Unpin),
 ) -> Result<Option<score_request::Message>> {
     let request = tokio::select! {
+        // The next message may be minutes away: the coordinator waits for weights. A worker that
+        // shuts down must not wait for it. A message that is there already is taken first, so that
+        // a slice that was nearly done is finished.
         biased;
         request = requests.try_next() => request,
         () = engine.stopping.cancelled() => return Err(shutting_down()),

@@ -1,5 +1,4 @@
-//! Chosen rows on their way out: an Arrow IPC stream of the data columns and each row's content
-//! hash.
+//! Encodes chosen rows: an Arrow IPC stream of the data columns and each row's content hash.
 use super::answers::Answers;
 use crate::{
     batches::{row_bytes, row_ranges},
@@ -35,7 +34,7 @@ impl RowWriter {
         Ok(Self { encoder, schema })
     }
 
-    /// Appends rows as one record batch; none of them may lack image or caption.
+    /// Appends rows as one record batch. All of them must have image and caption.
     pub fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
         let hashes = rows.iter().map(|row| {
             row.image()
@@ -52,13 +51,13 @@ impl RowWriter {
         self.encoder.encode(&batch).map_err(encoding)
     }
 
-    /// The end of the stream.
+    /// Returns the end of the stream.
     pub fn finish(self) -> Result<Vec<Bytes>> {
         self.encoder.finish().map_err(encoding)
     }
 }
 
-/// Encodes rows on the pool and sends the bytes, each part wrapped as `wrap` says.
+/// Encodes rows on the pool and sends the bytes, each part wrapped by `wrap`.
 pub async fn send_rows<T>(
     mut writer: RowWriter,
     rows: &[Row],
@@ -73,6 +72,8 @@ pub async fn send_rows<T>(
         .map_err(encoding)?;
     for range in row_ranges(&sizes) {
         let batch = rows[range].to_vec();
+        // Encoding copies and hashes megabytes of images. On an async thread it would delay every
+        // other call of the worker.
         let (back, parts) = pool
             .run(move |_| writer.push(&batch).map(|parts| (writer, parts)))
             .await??;
@@ -84,7 +85,8 @@ pub async fn send_rows<T>(
     Ok(writer)
 }
 
-/// Rows of several batches as one, in order: copied, unless they follow each other in one batch.
+/// Joins rows of several batches to one batch, in order. Copies them, unless they follow each other
+/// in one batch.
 fn gather(rows: &[Row]) -> Result<RecordBatch> {
     if let Some(first) = rows.first().filter(|first| follow_each_other(first, rows)) {
         return Ok(first.batch.slice(first.row, rows.len()));
@@ -92,7 +94,8 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {
-        // Rows come in runs of one batch, or draw from few.
+        // Searched from the end, since neighbouring rows mostly come from the same batch. There are
+        // few batches, so a map would cost more.
         let found = batches
             .iter()
             .rposition(|batch| std::ptr::eq(*batch, &*row.batch));

@@ -1,4 +1,4 @@
-//! One slice, from its first message to its chosen rows.
+//! Serves one slice, from its first message to its chosen rows.
 use super::{
     answers::Answers,
     embed::Shape,
@@ -34,13 +34,14 @@ use superbatch_proto::v1::{
 };
 use tonic::Status;
 
-/// Largest micro-batch that a call may ask for, in rows.
+/// Largest micro-batch of a call, in rows. The number comes off the wire and sizes a buffer of
+/// pixels, so it is bounded before it is used.
 const MICRO_BATCH_ROWS_MAX: u32 = 4096;
 
 /// Serves one `Score` call.
 ///
 /// # Errors
-/// Those of reading, of models, and `InvalidArgument` where messages do not come in the order of
+/// Those of reading, of models, and `InvalidArgument` if messages do not come in the order of
 /// the protocol.
 pub async fn score(
     engine: &Engine,
@@ -85,9 +86,9 @@ pub struct Scoring<'a> {
     pub slice: Slice,
     task: Task,
     pub blocks: Vec<Surveyed>,
-    /// By candidate. Those whose reference embedding is not finite are among them.
+    /// Faults by candidate. Candidates whose reference embedding is not finite are among them.
     pub faults: HashMap<usize, RowFault>,
-    /// By candidate: taken as the learner reaches it.
+    /// Decoded rows by candidate. A row is taken out when the learner reaches it.
     ready: Mutex<Vec<Option<Kept<Arc<Prepared>>>>>,
 }
 
@@ -140,7 +141,8 @@ impl<'a> Scoring<'a> {
         })
     }
 
-    /// Reads, decodes, and embeds with the reference: the holes, then its embeddings.
+    /// Reads, decodes and embeds with the reference. Returns the holes, then the reference's
+    /// embeddings.
     async fn survey(&mut self) -> Result<Vec<Message>> {
         let slot = self.engine.slot().await?;
         self.blocks = survey(self.engine, &self.slice, &self.task).await?;
@@ -167,7 +169,8 @@ impl<'a> Scoring<'a> {
         Ok(messages)
     }
 
-    /// Holes by rising candidate. Embeddings that are not finite are told with the embeddings.
+    /// Returns the holes by rising candidate. Candidates whose embedding is not finite are left out
+    /// here: they are reported with the embeddings.
     fn holes(&self, spent: &Spent) -> Holes {
         let mut holes: Vec<Hole> = Vec::new();
         for (candidate, RowFault { reason, detail }) in &self.faults {
@@ -197,7 +200,8 @@ impl<'a> Scoring<'a> {
                 continue;
             };
             for (candidate, row) in (block.first..).zip(block.reference_rows()) {
-                // A row that only the learner cannot use is a hole, too.
+                // A row that the reference can use but the learner cannot is a hole for both. It
+                // stays zero here: no score could compare the two models on it.
                 if !self.faults.contains_key(&candidate) {
                     embeddings.copy_row(
                         candidate - rows.start,
@@ -235,7 +239,7 @@ impl<'a> Scoring<'a> {
         }));
     }
 
-    /// The learner's embeddings of all candidates.
+    /// Returns the learner's embeddings of all candidates.
     async fn learner(&mut self, go: LearnerGo) -> Result<Vec<Message>> {
         let model = go
             .learner
@@ -273,7 +277,8 @@ impl<'a> Scoring<'a> {
         drop(micro_batches);
         drop(slot);
         metrics::stage_duration("embed_learner").record(seconds);
-        // Most images are kept from the first time.
+        // Most images are kept from the survey. Recording zeros for them would hide the steps whose
+        // images were decoded twice.
         if decode_seconds > 0.0 {
             metrics::stage_duration("decode").record(decode_seconds);
         }
@@ -293,7 +298,7 @@ impl<'a> Scoring<'a> {
         Ok(messages)
     }
 
-    /// The rows of one micro-batch, ready for the learner: those that were kept, and the others
+    /// Returns the rows of one micro-batch, ready for the learner: the kept ones, and the others
     /// decoded again.
     async fn micro_batch(
         &self,
@@ -324,6 +329,9 @@ impl<'a> Scoring<'a> {
             false => self.engine.pool.prepare(again, inputs.clone()).await?,
         };
         for (n, row) in missing.into_iter().zip(decoded) {
+            // This row was decodable in the survey, and its hole would have been reported then. The
+            // coordinator has closed its list of holes by now, so a new one cannot be reported: the
+            // data changed under the run.
             if let Err(fault) = &row {
                 return Err(self.changed(range.start + n, &fault.detail));
             }

@@ -65,8 +65,8 @@ pub async fn select(
     let (learner, reference) = (whole(learner, count)?, whole(reference, count)?);
     let (device, threads) = (engine.device.name().to_owned(), engine.threads as u32);
     let started = Instant::now();
-    // Who compares nothing is drawn by the CPU alone, and must not keep the device from its
-    // forwards.
+    // A uniform draw compares no candidates and needs no device. It must not wait behind forward
+    // passes, nor delay them.
     let on_device = policy != Policy::Uniform && device.starts_with("cuda");
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
     let selection = match on_device {
@@ -123,7 +123,8 @@ impl Received {
         };
         let (count, dtype) = (self.begin.positions.len(), self.begin.embedding_dtype());
         let (rows, dim) = (part.rows as usize, part.dim as usize);
-        // What is told, not what is there, must not decide how much memory is taken.
+        // Memory grows with the bytes that have arrived, not with the counts that the message
+        // claims: a small message could otherwise reserve gigabytes.
         let empty = || Values::with_capacity(dtype, 0);
         let model = model.get_or_insert_with(|| Embedded {
             image: empty(),
@@ -132,6 +133,8 @@ impl Received {
         });
         let known = model.image.len() / model.dim.max(1);
         let width = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
+        // `rows` and `dim` come off the wire. Saturating, since an overflow could wrap to the
+        // length of the bytes that came.
         let bytes = rows.saturating_mul(dim).saturating_mul(width);
         let in_order = part.first as usize == known && known + rows <= count && dim == model.dim;
         if !in_order || dim == 0 || part.image.len() != bytes || part.text.len() != bytes {

@@ -1,4 +1,4 @@
-//! A slice: the candidates of a super-batch that one call is about, block by block, and how their
+//! A slice: the candidates of a super-batch that one call scores, block by block, and how their
 //! rows are read.
 use crate::{
     dataset::{Block, Manifest},
@@ -16,8 +16,10 @@ pub struct Slice {
     pub columns: Vec<String>,
     pub blocks: Vec<SliceBlock>,
     pub candidates: usize,
-    /// The rows whose reference embeddings it gives: from the first of its candidates whose block
-    /// begins in it to the last row of its last block that any slice wants.
+    /// The rows whose reference embeddings this slice returns: from its first candidate whose block
+    /// begins in this slice to the last row of its last block that any slice wants. A block that
+    /// two slices share is embedded by the first of them only, else its reference forward would be
+    /// paid twice.
     pub reference_rows: Range<usize>,
 }
 
@@ -28,11 +30,11 @@ pub struct SliceBlock {
     pub block: u32,
     /// Row numbers within the block, in the order of the candidates.
     pub rows: Vec<u32>,
-    /// Rows that are candidates of other slices, and whose reference embeddings this one gives.
+    /// Candidates of other slices whose reference embeddings this slice returns.
     pub reference_more: Vec<u32>,
-    /// The candidate that `rows[0]` is.
+    /// The candidate number of `rows[0]`.
     pub first: usize,
-    /// All rows of the block.
+    /// How many rows the block has.
     pub block_rows: usize,
     /// Number in its shard of the block's first row.
     pub first_row: u64,
@@ -47,7 +49,7 @@ pub enum Rows {
 
 impl Slice {
     /// # Errors
-    /// `InvalidArgument` where a block or row does not exist, `ColumnNotFound`, and those of
+    /// `InvalidArgument` if a block or row does not exist, `ColumnNotFound`, and those of
     /// reading the manifest.
     pub async fn open(
         engine: &Engine,
@@ -83,10 +85,11 @@ impl Slice {
         })
     }
 
-    /// Shares its first and last block with other slices, as `ScoreBegin` says.
+    /// Sets which reference embeddings this slice returns of the blocks that it shares with other
+    /// slices.
     ///
     /// # Errors
-    /// `InvalidArgument` where a block would be shared out, or a row does not exist.
+    /// `InvalidArgument` if a block would be shared out, or a row does not exist.
     pub fn share(&mut self, from: usize, more: Vec<u32>) -> Result<()> {
         let begins = |block: &SliceBlock| block.first == from;
         if from > self.candidates || (from < self.candidates && !self.blocks.iter().any(begins)) {
@@ -114,12 +117,12 @@ impl Slice {
         Ok(())
     }
 
-    /// Whether this slice gives the reference embeddings of `block`.
+    /// Returns whether this slice returns the reference embeddings of `block`.
     pub fn gives_reference(&self, block: &SliceBlock) -> bool {
         block.first >= self.reference_rows.start
     }
 
-    /// Reads one of its blocks whole, in the data schema.
+    /// Reads a block whole, in the data schema.
     pub async fn read(&self, engine: &Engine, block: &SliceBlock) -> Result<Arc<RecordBatch>> {
         engine
             .reader
@@ -133,13 +136,13 @@ impl Slice {
             .await
     }
 
-    /// The number of the block that `candidate` lies in.
+    /// Returns the index of the block that holds `candidate`.
     pub fn block_of(&self, candidate: usize) -> usize {
         self.blocks
             .partition_point(|block| block.first + block.rows.len() <= candidate)
     }
 
-    /// The id of a candidate's row, as receipts have it.
+    /// Returns the id of a candidate's row, as receipts write it.
     pub fn id(&self, candidate: usize) -> String {
         let block = &self.blocks[self.block_of(candidate)];
         let source = &self.manifest.sources[block.source as usize];
@@ -150,11 +153,11 @@ impl Slice {
     }
 }
 
-/// The rows that a call has named so far. Each may be named once, so that no call is about more
-/// rows than the data set has, and few bytes of a request cannot ask for much work.
+/// The rows that a call has named so far. Each row may be named once. Otherwise a request of a few
+/// kilobytes could name one row a million times and ask for a million decodes.
 #[derive(Default)]
 struct Named {
-    /// By block, one bit a row.
+    /// By block, one bit for each row.
     rows: HashMap<(u32, u32, u32), Vec<u64>>,
     count: usize,
 }
@@ -232,12 +235,13 @@ impl SliceBlock {
         })
     }
 
-    /// The rows of which the reference is asked: its candidates, then those of other slices.
+    /// Returns the rows that the reference embeds: this slice's candidates, then those of other
+    /// slices.
     pub fn reference_rows(&self) -> impl Iterator<Item = u32> {
         self.rows.iter().chain(&self.reference_more).copied()
     }
 
-    /// The `n`-th candidate of this block.
+    /// Returns the `n`-th candidate of this block.
     pub fn row(&self, rows: &Rows, n: usize) -> Row {
         match rows {
             Rows::Whole(batch) => Row {
@@ -252,10 +256,11 @@ impl SliceBlock {
     }
 }
 
-/// What is at each place, in order.
+/// Returns the value at each place, in order.
 ///
 /// # Errors
-/// `Internal` for an empty place: without it all later rows would stand for others.
+/// `Internal` for an empty place. If it were skipped, each later row would count as another
+/// candidate.
 pub fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
     let count = places.len();
     let missing = |n| move || Error::internal(format!("row {n} of {count} was not read"));
@@ -265,8 +270,9 @@ pub fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
         .collect()
 }
 
-/// Some rows of a batch: copied, unless they follow each other and are half of it or more. The rest
-/// stays in memory then.
+/// Returns some rows of a batch. They are copied, unless they follow each other and are at least
+/// half of the batch: then they stay a view of it, which holds the rest in memory but copies
+/// nothing.
 pub fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
     let first = rows.first().copied().unwrap_or_default();
     if 2 * rows.len() >= batch.num_rows()

@@ -1,5 +1,5 @@
-//! The first pass over a slice's blocks: rows are read and decoded, bad ones found, and the
-//! reference's embeddings had.
+//! The first pass over a slice's blocks: reads and decodes rows, finds bad ones, and gets the
+//! reference's embeddings.
 use super::{
     embed::Shape,
     slice::{Rows, Slice, SliceBlock, pick},
@@ -30,40 +30,40 @@ use std::{collections::HashMap, sync::Arc};
 use superbatch_proto::v1::BadRowReason;
 use tokio::time::Instant;
 
-/// Blocks of a slice, and micro-batches of a block, that are under way at the same time: one is
-/// used, the next are on their way.
+/// Blocks of a slice, and micro-batches of a block, that are under way at the same time: while one
+/// is embedded, the next is decoded and a third is read. More would only hold more memory.
 pub const AHEAD: usize = 3;
 
 /// What to do with each block.
 pub struct Task {
     pub step: u64,
     pub shape: Shape,
-    /// What both models embed at.
+    /// The fidelity at which both models embed.
     pub fidelity: Fidelity,
     pub reference: Option<Arc<Loaded>>,
-    /// How the learner wants its rows, or what to check them with.
+    /// How rows are prepared for the learner, or only checked.
     pub inputs: Option<Arc<Inputs>>,
-    /// Whether a learner follows, for which rows are kept ready.
+    /// Whether the learner will embed the same rows, so that they are kept decoded.
     pub keep_ready: bool,
 }
 
-/// What the pass found in one block.
+/// The result of the pass over one block.
 #[derive(Default)]
 pub struct Surveyed {
     /// (n-th candidate of the block, fault). Rows of other slices are numbered after the
     /// candidates.
     pub faults: Vec<(usize, RowFault)>,
     pub reference: Option<Arc<BlockEmbeddings>>,
-    /// The candidates' rows, where there was room.
+    /// The candidates' rows, if there was room.
     pub raw: Option<Kept<Arc<RecordBatch>>>,
-    /// Whether the block was read at all.
+    /// Whether the block was read. A block whose reference embeddings are stored need not be.
     pub was_read: bool,
-    /// By candidate of the block: ready for the learner, where there was room.
+    /// Decoded rows by candidate of the block, if there was room.
     pub ready: Vec<Option<Kept<Arc<Prepared>>>>,
     pub spent: Spent,
 }
 
-/// What the pass cost.
+/// The cost of the pass.
 #[derive(Default, Clone, Copy)]
 pub struct Spent {
     pub fetch_seconds: f64,
@@ -73,10 +73,10 @@ pub struct Spent {
     pub rows_embedded: usize,
 }
 
-/// Blocks in order, each surveyed.
+/// Surveys the blocks, in order.
 pub async fn survey(engine: &Engine, slice: &Slice, task: &Task) -> Result<Vec<Surveyed>> {
-    // Boxed and collected, here and below, because the compiler cannot tell that such futures are
-    // Send otherwise.
+    // Boxed and collected, here and below: the compiler cannot prove otherwise that these futures
+    // are Send.
     let blocks: Vec<_> = slice
         .blocks
         .iter()
@@ -93,7 +93,7 @@ struct Pass<'a> {
     task: &'a Task,
     whole: Option<Arc<RecordBatch>>,
     found: Surveyed,
-    /// Candidates of which nothing is left to find out or to do.
+    /// Candidates that need no decoding any more.
     settled: Vec<bool>,
 }
 
@@ -153,7 +153,7 @@ impl<'a> Pass<'a> {
         Ok(whole)
     }
 
-    /// The reference's embeddings of the whole block, so that what is stored serves every slice.
+    /// Gets the reference's embeddings of the whole block.
     async fn reference(&mut self, model: &Arc<Loaded>) -> Result<()> {
         let Self {
             engine,
@@ -162,6 +162,9 @@ impl<'a> Pass<'a> {
             task,
             ..
         } = *self;
+        // All rows of the block are embedded, not only this slice's candidates. The stored object
+        // must be the same whichever slice, run or worker makes it: it is created once and never
+        // changed, and the next run wants other rows of the same block.
         let shape = sidecar::Shape {
             rows: block.block_rows,
             dim: model.info.embedding_dim,
@@ -213,6 +216,8 @@ impl<'a> Pass<'a> {
             task,
             ..
         } = *self;
+        // If reference and learner prepare rows alike, an image decoded for the reference is kept
+        // for the learner. Decoding it a second time would cost about 4 ms of a core.
         let shares = task.keep_ready
             && task
                 .inputs
@@ -272,8 +277,8 @@ impl<'a> Pass<'a> {
         Ok(BlockEmbeddings { embeddings, faults })
     }
 
-    /// Decodes the candidates that nothing is known of, and, as far as there is room, those that
-    /// the learner will want.
+    /// Decodes the candidates that may have faults not known yet, and those that the learner will
+    /// want, as far as there is room.
     async fn candidates(&mut self, inputs: &Arc<Inputs>) -> Result<()> {
         let Self {
             engine,
@@ -310,6 +315,9 @@ impl<'a> Pass<'a> {
                 .iter()
                 .zip(&rows)
                 .any(|(n, row)| row.is_ok() && self.found.ready[*n].is_none());
+            // The faults are known from the reference's pass and the memory for decoded images is
+            // full: more decoding now would be thrown away and done again for the learner. If the
+            // faults are not known, the pass goes on, since the holes must be complete.
             if faults_known && no_room {
                 break;
             }
@@ -317,8 +325,8 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// Finds candidates of which an extra column holds no text. What is known of a block's rows by
-    /// other runs says nothing of columns that they do not deliver.
+    /// Finds candidates with an extra column whose text is not UTF-8. The sidecar's faults do not
+    /// tell: another run may have stored them, which does not deliver this column.
     fn check_columns(&mut self, whole: &RecordBatch) {
         for (n, row) in self.block.rows.iter().enumerate() {
             let Some(column) = captions::invalid_column(whole, *row as usize) else {
@@ -334,7 +342,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// A candidate is decoded: it is kept for the learner where there is room.
+    /// Notes that a candidate is decoded, and keeps it for the learner if there is room.
     fn settle(&mut self, n: usize, prepared: &PreparedRow) {
         self.settled[n] = true;
         if let (true, Ok(prepared)) = (self.task.keep_ready, prepared) {

@@ -1,4 +1,4 @@
-//! Choosing the device, and loading CUDA's half of LibTorch where one is asked for.
+//! Chooses the device, and loads CUDA's half of LibTorch if the device is a GPU.
 //!
 //! The binary links libtorch_cpu and libc10 alone, so that it starts anywhere. LibTorch looks for
 //! its CUDA backend once, at the first question about CUDA: the library must be in the process
@@ -13,17 +13,19 @@ use superbatch_proto::v1::Reason;
 use tch::{Cuda, Device, Kind, Tensor};
 
 const LIBRARY: &str = "libtorch_cuda.so";
-/// There where NVIDIA's driver is.
+/// Exists if NVIDIA's driver is loaded.
 const DRIVER: &str = "/dev/nvidiactl";
 
 /// Opens `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
-/// `DeviceUnavailable` where a CUDA device is asked for that is not there; `InvalidArgument` for
+/// `DeviceUnavailable` if a CUDA device is asked for that is not there; `InvalidArgument` for
 /// another word.
 pub fn open(choice: &str) -> Result<Device> {
     match choice {
         "cpu" => Ok(Device::Cpu),
+        // Loading libtorch_cuda takes more than a second and 300 MB. A machine without a driver is
+        // told apart by a file, so that a CPU worker does not pay for it.
         "auto" if !Path::new(DRIVER).exists() => Ok(Device::Cpu),
         "auto" => cuda(0).or_else(|error| {
             tracing::warn!(
@@ -86,7 +88,8 @@ fn cuda(index: usize) -> Result<Device> {
     Ok(device)
 }
 
-/// Loads the library for good, from beside libtorch_cpu or from where the dynamic linker looks.
+/// Loads the library for the life of the process, from beside libtorch_cpu or from the dynamic
+/// linker's paths.
 fn load() -> std::result::Result<(), String> {
     let path = beside_libtorch()
         .map(|folder| folder.join(LIBRARY))
@@ -96,13 +99,16 @@ fn load() -> std::result::Result<(), String> {
     // libtorch_cpu.
     let library =
         unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())?;
-    // Its kernels are registered now: it must never be unloaded.
+    // libtorch_cpu now holds pointers to its kernels, so unloading would leave them dangling.
     std::mem::forget(library);
     Ok(())
 }
 
-/// The folder of the libtorch_cpu that this process runs with.
+/// Returns the folder of the libtorch_cpu in this process.
 fn beside_libtorch() -> Option<PathBuf> {
+    // The two libraries must be of the same build. The dynamic linker's search may find another
+    // LibTorch than the one that this process runs with, so the folder is read from the process's
+    // own memory map.
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps
         .lines()

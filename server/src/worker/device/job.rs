@@ -1,4 +1,4 @@
-//! What the device is asked to do, and what it answers.
+//! The device's requests and answers.
 use super::blocking;
 use crate::{
     error::Result,
@@ -16,12 +16,12 @@ pub struct Source {
     pub folder: Arc<ModelFolder>,
     pub snapshot: Snapshot,
     pub weights_digest: String,
-    /// What errors call the weights, and the reason they carry.
+    /// The name and the reason of errors about the weights.
     pub name: String,
     pub reason: Reason,
 }
 
-/// Where a model's weights come from.
+/// The origin of a model's weights.
 #[derive(Debug, Clone)]
 pub enum Weights {
     /// One safetensors file.
@@ -44,11 +44,11 @@ pub struct MicroBatch {
     pub normalisation: Normalisation,
     /// `[rows, text_length]`.
     pub ids: Vec<i64>,
-    /// What embeddings are rounded to; f16 where unspecified.
+    /// What embeddings are rounded to; f16 if unspecified.
     pub dtype: EmbeddingDtype,
 }
 
-/// L2-normalised embeddings `[rows, dim]`, rounded to the dtype asked for, little endian.
+/// L2-normalised embeddings `[rows, dim]`, rounded to the request's dtype, little endian.
 #[derive(Debug)]
 pub struct Embedded {
     pub image: Bytes,
@@ -66,12 +66,12 @@ pub struct LoadModel {
     pub folder: Arc<ModelFolder>,
     pub weights: Weights,
     pub compute: Compute,
-    /// Embed a canary batch and insist on finite embeddings.
+    /// Embed a canary batch, and refuse the model if an embedding is not finite.
     pub canary: bool,
 }
 
 impl LoadModel {
-    /// The weights' digest, where it is known without reading them.
+    /// Returns the weights' digest, if it is known without reading them.
     pub async fn weights_digest(&self) -> Result<Option<String>> {
         Ok(match &self.weights {
             Weights::Safetensors(file) => {
@@ -83,7 +83,7 @@ impl LoadModel {
         })
     }
 
-    /// The reason that bad weights carry, and what errors call them.
+    /// Returns the reason and the name for errors about these weights.
     pub fn blamed(&self) -> (Reason, String) {
         let uri = &self.folder.uri;
         match &self.weights {
@@ -93,7 +93,7 @@ impl LoadModel {
         }
     }
 
-    /// The weights, read or drawn, and checked.
+    /// Reads or draws the weights, and checks them.
     pub async fn read(self, known: Option<String>) -> Result<Source> {
         let (reason, name) = self.blamed();
         let Self {
@@ -112,13 +112,14 @@ impl LoadModel {
         let snapshot = blocking(move || of.verify(files))
             .await?
             .map_err(|refusal| refusal.into_error(reason, &name))?;
-        // A folder may hold others than when its digest was taken: what counts is what was read
-        // now.
+        // The folder's weights may have been replaced since its digest was taken. The digest of the
+        // bytes just read is the true one; a stale one would put the wrong model into receipts and
+        // the sidecar.
         let weights_digest = known
             .filter(|_| !is_folder)
             .unwrap_or_else(|| snapshot.digest().to_owned());
         if is_folder {
-            // Set already where two callers loaded at once; the first to finish is as right.
+            // Fails if another caller has loaded the folder at the same time and set it first.
             let _ = folder.weights_digest.set(weights_digest.clone());
         }
         Ok(Source {

@@ -1,11 +1,11 @@
 //! The device: one OS thread that owns it and every model on it.
 //!
-//! Work reaches the thread through a bounded queue, one reply channel each. Work whose caller is
-//! gone is skipped before it costs anything. Gradients are off for the whole thread.
+//! Work reaches the thread through a bounded queue; each piece has a reply channel. Work whose
+//! caller has gone is skipped. Gradients are off for the whole thread.
 //!
-//! A thread cannot be ended from outside. Where work never ends the device is hung: callers learn
-//! it at the deadline, those who come later at once, and it is well again should the work end after
-//! all.
+//! A thread cannot be ended from outside. If a piece of work does not end, the device is hung:
+//! waiting callers get an error at the deadline, and later callers at once. The device is well
+//! again if the work ends after all.
 mod cuda;
 mod job;
 mod resident;
@@ -24,24 +24,27 @@ use std::{
 use superbatch_proto::v1::{ComputeDtype, Reason};
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Work that may wait for the device: one item runs, one is ready to follow.
+/// Work that may wait for the device: one piece runs, one is ready to follow. Callers beyond that
+/// wait at the queue, where they can still be cancelled; a longer queue would hold the pixels of
+/// every waiting micro-batch in memory.
 const QUEUE: usize = 1;
-/// Models kept on a device unless said otherwise: a reference, two states of a learner, and one
+/// Default number of models on a device: a reference, two states of a learner, and one that is
 /// being verified.
 pub const MODELS_MAX: usize = 4;
 
-/// How long one piece of work may take unless said otherwise.
+/// Default limit for one piece of work.
 const DEADLINE: Duration = Duration::from_secs(600);
 
 type Job = Box<dyn FnOnce(&mut Models) + Send>;
 
-/// What the device is at.
+/// The state of the device's thread.
 #[derive(Debug, Clone, Copy, Default)]
 struct Status {
-    /// Counts what it has begun.
+    /// Counts the pieces of work begun. A deadline that was started for one job must not declare
+    /// the next one hung.
     job: u64,
     is_busy: bool,
-    /// The job has taken longer than it may.
+    /// Whether the job has exceeded its deadline.
     is_hung: bool,
 }
 
@@ -49,7 +52,7 @@ struct Status {
 #[derive(Debug)]
 struct Watch {
     status: watch::Sender<Status>,
-    /// Told inside of `status`'s changes, so that both agree.
+    /// Changed only inside of `status`'s closures, under its lock, so that both agree.
     is_well: watch::Sender<bool>,
 }
 
@@ -105,13 +108,13 @@ impl Device {
         })
     }
 
-    /// The same device, whose work is given up after `deadline`.
+    /// Returns the same device with another deadline for its work.
     #[must_use]
     pub fn with_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    /// Whether it does its work; `false` while it is hung.
+    /// Whether the device works; `false` while it is hung.
     pub fn is_well(&self) -> watch::Receiver<bool> {
         self.watch.is_well.subscribe()
     }
@@ -121,17 +124,17 @@ impl Device {
         &self.name
     }
 
-    /// The arithmetic for a request: bf16 on CUDA and f32 on a CPU where it says nothing.
+    /// Returns the arithmetic for a request. Unspecified is bf16 on CUDA and f32 on a CPU.
     pub fn compute(&self, wanted: ComputeDtype) -> Compute {
         Compute::choose(wanted, self.name.starts_with("cuda"))
     }
 
-    /// Has a model on the device and tells what it is. Weights that are there already are not read,
+    /// Loads a model onto the device and describes it. Weights that are there already are not read,
     /// checked or copied again.
     ///
     /// # Errors
     /// `WeightsRefused` (for a folder's own weights `ModelInvalid`) naming the first bad `tensor`;
-    /// what [`ModelFolder::weights`] says; `Overloaded` where it does not fit the device.
+    /// what [`ModelFolder::weights`] says; `Overloaded` if it does not fit the device.
     pub async fn load(&self, request: LoadModel) -> Result<ModelInfo> {
         let known = request.weights_digest().await?;
         let (compute, canary) = (request.compute, request.canary);
@@ -153,8 +156,8 @@ impl Device {
             .await
     }
 
-    /// Loads a model and embeds a micro-batch with it in one go, so that no other model can push it
-    /// off in between.
+    /// Loads a model and embeds a micro-batch as one piece of work, so that no other model can push
+    /// it off in between.
     ///
     /// # Errors
     /// As [`Device::load`] and [`Device::embed`]; `WeightsMissing` means that the weights are not
@@ -173,8 +176,8 @@ impl Device {
     /// Embeds a micro-batch.
     ///
     /// # Errors
-    /// `WeightsMissing` where the model has left the device: load it again. `ModelInvalid` or
-    /// `TokenizerMismatch` where pixels or ids do not fit the model; `Overloaded` where the
+    /// `WeightsMissing` if the model has left the device: load it again. `ModelInvalid` or
+    /// `TokenizerMismatch` if pixels or ids do not fit the model; `Overloaded` if the
     /// device's memory is not enough.
     pub async fn embed(&self, batch: MicroBatch) -> Result<Embedded> {
         self.submit(move |models| models.embed(&batch)).await
@@ -183,7 +186,7 @@ impl Device {
     /// Runs `work` on the device's thread, without gradients.
     ///
     /// # Errors
-    /// `Internal` where it panics.
+    /// `Internal` if it panics.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(tch::Device) -> T + Send + 'static,
@@ -197,12 +200,17 @@ impl Device {
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let job = move |models: &mut Models| {
+            // The caller dropped its future while the job was queued: its step was cancelled or its
+            // deadline passed. Running the job would make live callers wait for a result that no
+            // one reads.
             if reply.is_closed() {
                 return;
             }
+            // A panic in LibTorch's bindings would end the thread, and with it every model and
+            // every later call of this worker.
             let outcome = catch_unwind(AssertUnwindSafe(|| work(models)))
                 .unwrap_or_else(|panic| Err(panicked(&*panic)));
-            // The caller may have gone meanwhile; nobody else wants the answer.
+            // Fails if the caller has gone in the meantime.
             let _ = reply.send(outcome);
         };
         let done = async {
@@ -211,12 +219,15 @@ impl Device {
         };
         tokio::select! {
             biased;
+            // The queue is full while the device is hung, so the send would wait as long as the
+            // hung job. Watching from the caller's side ends both waits, and needs no thread that
+            // supervises the thread.
             () = self.hangs() => Err(self.hung()),
             done = done => done,
         }
     }
 
-    /// Ends when some work takes longer than the deadline, at once where it did already.
+    /// Ends when the current work exceeds the deadline, and at once if it has done so already.
     async fn hangs(&self) {
         let mut status = self.watch.status.subscribe();
         loop {
@@ -229,6 +240,9 @@ impl Device {
                 return;
             }
             tokio::select! {
+                // A change of `status` restarts the loop, and with it the sleep for the next job. A
+                // caller that arrives in the middle of a job sleeps for a whole deadline too,
+                // although the job began earlier: a job may be declared hung late, never early.
                 changed = status.changed() => if changed.is_err() { std::future::pending().await },
                 () = tokio::time::sleep(self.deadline), if is_busy => self.watch.hung(job),
             }
@@ -273,7 +287,7 @@ impl Watch {
         });
     }
 
-    /// Marks the device as hung, if it still does that job.
+    /// Marks the device as hung, if it is still at that job.
     fn hung(&self, job: u64) {
         self.status.send_if_modified(|status| {
             let hangs = status.is_busy && status.job == job && !status.is_hung;
@@ -306,7 +320,7 @@ fn serve(
     }
 }
 
-/// CPU work off the async threads.
+/// Runs CPU work off the async threads: verifying a snapshot hashes gigabytes.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await

@@ -1,4 +1,4 @@
-//! The models on a device, and what is asked of them. Everything here runs on the device's thread.
+//! The models on a device. Everything here runs on the device's thread.
 use super::job::{Embedded, MicroBatch, Source};
 use crate::{
     error::{Error, Result},
@@ -29,7 +29,7 @@ impl Models {
         self.device
     }
 
-    /// The model of that key where it is here, which makes it the most recently used.
+    /// Returns the model of that key if it is on the device, and makes it the most recently used.
     fn touch(&mut self, key: &ModelKey) -> Option<&(Encoder, ModelInfo)> {
         let at = self.loaded.iter().position(|(_, info)| info.key == *key)?;
         let model = self.loaded.remove(at);
@@ -75,7 +75,9 @@ impl Models {
             check(&encoder, reason, &name)?;
         }
         let info = encoder.info(digest, weights_digest, folder.file_digests());
-        // Only now: weights that are refused cost no model its place.
+        // The new model takes its place only now, after its checks: refused weights must not push a
+        // good model off. The price is that one model more than `models_max` is on the device for a
+        // moment.
         self.loaded.push((encoder, info.clone()));
         while self.loaded.len() > self.models_max {
             self.loaded.remove(0);
@@ -111,6 +113,8 @@ impl Models {
                     Kind::Half
                 };
                 bytes(
+                    // Values that are not finite become zero and the row is reported. A NaN that
+                    // reached the selection would poison every score that compares with this row.
                     &x.f_masked_fill(&finite.f_logical_not()?, 0.0)?
                         .f_to_kind(kind)?,
                 )
@@ -145,8 +149,9 @@ fn check(encoder: &Encoder, reason: Reason, source: &str) -> Result<()> {
     verdict.map_err(|refusal| refusal.into_error(reason, source))
 }
 
-/// Refuses what would read past a buffer or, on CUDA, break the device for good (an id without an
-/// embedding).
+/// Refuses a batch that would read past a buffer. On CUDA an id without an embedding trips a
+/// device-side assertion, after which the CUDA context is unusable until the process restarts; so
+/// ids are compared here, for every batch.
 fn fits(config: &ModelConfig, batch: &MicroBatch) -> Result<()> {
     let (size, length, vocab) = (
         batch.side,
@@ -190,7 +195,7 @@ fn fits(config: &ModelConfig, batch: &MicroBatch) -> Result<()> {
     }
 }
 
-/// A tensor's elements, row-major, little endian.
+/// Copies a tensor's elements: row-major, little endian.
 fn bytes(x: &Tensor) -> Result<Bytes, TchError> {
     let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
     let count = x.numel();
@@ -200,6 +205,7 @@ fn bytes(x: &Tensor) -> Result<Bytes, TchError> {
 }
 
 fn failed(what: &str, cause: TchError) -> Error {
+    // LibTorch has no error code for this; its C++ exception reaches us as text.
     if cause.to_string().contains("out of memory") {
         let message = format!(
             "{what}: the device's memory is not enough; lower micro_batch_rows, or keep fewer \

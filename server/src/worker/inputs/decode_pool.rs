@@ -1,4 +1,6 @@
-//! Decoding on a bounded pool of threads, given up where the caller has gone.
+//! Decodes on a bounded pool of threads, and gives up if the caller has gone. A pool of its own,
+//! since decoding occupies threads for seconds: on tokio's threads it would delay gRPC, and on its
+//! blocking pool there would be up to 512 decoders for a few cores.
 use super::{
     model_inputs::Inputs,
     preprocess::{ImageLimits, RowFault},
@@ -35,7 +37,7 @@ impl Pool {
         self.limits
     }
 
-    /// Decodes, resizes and tokenises rows, in order, and says how many seconds that took.
+    /// Decodes, resizes and tokenises rows, in order. Returns them with the seconds that it took.
     pub async fn prepare(
         &self,
         rows: Vec<Row>,
@@ -46,6 +48,9 @@ impl Pool {
         let prepared = self
             .run(move |gone| {
                 let one = |row: &Row| {
+                    // Checked for each row, since a group is many seconds of work: after a rewind
+                    // or a lost connection the pool must be free for live calls at once. The row's
+                    // fault is never seen, because its caller has gone.
                     if gone() {
                         Err(abandoned())
                     } else {
@@ -58,7 +63,8 @@ impl Pool {
         Ok((prepared, started.elapsed().as_secs_f64()))
     }
 
-    /// Runs `work` on the pool. It may ask whether its caller has gone, and then return anything.
+    /// Runs `work` on the pool. `work` may check whether its caller has gone, and may then return
+    /// anything.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send + 'static,
@@ -68,7 +74,8 @@ impl Pool {
             if answer.is_closed() {
                 return;
             }
-            // A panic would end the process; the caller learns of it because nobody answers.
+            // rayon aborts the process if a spawned closure panics. After a caught panic `answer`
+            // is dropped unsent, which the caller sees as an error.
             if let Ok(done) = catch_unwind(AssertUnwindSafe(|| work(&|| answer.is_closed()))) {
                 drop(answer.send(done));
             }
@@ -79,8 +86,8 @@ impl Pool {
     }
 }
 
-/// Decoders are other people's code and see anybody's bytes: where one panics, the image is at
-/// fault.
+/// Prepares a row, and treats a panic as a fault of its image. Decoders are foreign code that reads
+/// untrusted bytes: a panic may cost the row, never the process.
 fn prepare_safely(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
     catch_unwind(AssertUnwindSafe(|| prepare(row, inputs, limits))).unwrap_or_else(|_| {
         Err(RowFault::new(

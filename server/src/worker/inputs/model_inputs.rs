@@ -1,4 +1,4 @@
-//! How one model wants its images and captions.
+//! How images and captions become one model's inputs.
 use super::{
     padding,
     preprocess::{ImageLimits, Normalisation, Preprocess, RowFault, decode},
@@ -16,17 +16,17 @@ use crate::{
 use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 
-/// How a model wants its rows.
+/// How rows become a model's inputs.
 pub struct Inputs {
-    /// `None` only checks rows: images are decoded, captions have to be there.
+    /// `None` only checks rows: images must decode, and captions must exist.
     reading: Option<(Preprocess, Arc<Tokenizer>)>,
-    /// Of preprocessing and tokenizer: rows that are ready for one model are ready for another of
-    /// the same digest.
+    /// Digest of preprocessing and tokenizer. Rows prepared for one model serve every model of the
+    /// same digest.
     pub digest: [u8; 32],
 }
 
 impl Inputs {
-    /// For checking rows without a model.
+    /// Returns inputs that check rows without a model.
     pub fn check() -> Self {
         Self {
             reading: None,
@@ -68,7 +68,7 @@ impl Inputs {
         }
     }
 
-    /// The same rows at a fidelity. What only checks rows is left as it is.
+    /// Returns the same inputs at a fidelity. Inputs that only check rows stay as they are.
     #[must_use]
     pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Arc<Self> {
         match (&self.reading, fidelity) {
@@ -79,7 +79,7 @@ impl Inputs {
         }
     }
 
-    /// One row's pixels and token ids; none where rows are only checked.
+    /// Returns one row's pixels and token ids; none if rows are only checked.
     pub fn prepare(
         &self,
         image: &[u8],
@@ -93,7 +93,8 @@ impl Inputs {
                 ids: Vec::new(),
             });
         };
-        // The cheap part first: a row without a usable caption need not be decoded.
+        // The tokenizer runs first, since it is cheap: a row without a usable caption need not be
+        // decoded.
         let ids = tokenizer.encode(caption)?;
         Ok(Prepared {
             pixels: preprocess.pixels(image, limits)?,
@@ -101,7 +102,7 @@ impl Inputs {
         })
     }
 
-    /// What the device does to pixels; nothing where rows are only checked.
+    /// Returns the normalisation that the device applies; none if rows are only checked.
     pub fn normalisation(&self) -> Normalisation {
         let none = Normalisation {
             rescale: 1.0,

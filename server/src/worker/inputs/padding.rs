@@ -1,11 +1,11 @@
-//! What a tokenizer pads captions with. Models that pool the last token depend on it, and their
-//! configurations often do not say it: then transformers' default for the class is another id than
-//! the tokenizer's.
+//! Finds the id with which a tokenizer pads captions. Models that pool the last token depend on it,
+//! and their configurations often leave it out. transformers then takes the default of the
+//! configuration's class, which differs from the tokenizer's id.
 use serde_json::Value;
 
-/// The id that the tokenizer itself names: in `tokenizer.json`, or by its token in
-/// `tokenizer_config.json`. Where neither does, a token that is called `<pad>`, if `by_name` says
-/// so.
+/// Returns the padding id that the tokenizer's files name: in `tokenizer.json`, or by its token in
+/// `tokenizer_config.json`. If neither names one and `by_name` is set, returns the id of the token
+/// `<pad>`.
 pub fn declared(tokenizer: &[u8], config: Option<&[u8]>, by_name: bool) -> Option<i64> {
     let tokenizer: Value = serde_json::from_slice(tokenizer).ok()?;
     if let Some(id) = tokenizer.pointer("/padding/pad_id").and_then(Value::as_i64) {

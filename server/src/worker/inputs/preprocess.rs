@@ -1,5 +1,6 @@
-//! From stored image to model input, as a model folder's `preprocessor_config.json` says: the slow
-//! image processors of `transformers` for SigLIP and CLIP, given RGB images with the channels last.
+//! Turns stored images into model input, by a model folder's `preprocessor_config.json`. Matches
+//! the slow image processors of `transformers` for SigLIP and CLIP, given RGB images with the
+//! channels last.
 mod config;
 
 use crate::error::Result;
@@ -10,7 +11,8 @@ use superbatch_images::{Axis, Filter, Taps, decode_at_least, resize};
 pub use superbatch_images::{ImageLimits, decode};
 use superbatch_proto::v1::BadRowReason;
 
-/// Raised when the same configuration gives other pixels: part of the digest.
+/// Raise it when the same configuration gives other pixels. It is part of the digest, so stored
+/// embeddings of older pixels are not mixed with new ones.
 const VERSION: u32 = 3;
 
 /// Why a row cannot be used: a fault of its content, which costs this row only.
@@ -46,13 +48,15 @@ pub struct Preprocess {
     target: Target,
     /// Pillow's number of the filter: 2 bilinear, 3 bicubic.
     resample: u8,
-    /// Height and width cut from the middle, black where the image is smaller.
+    /// Height and width cut from the middle. A smaller image gets a black border.
     crop: Option<(u32, u32)>,
     normalisation: Normalisation,
-    /// JPEG files are decoded at half their size where that is enough.
+    /// Whether JPEG files are decoded at half their size when that is large enough. Left out of the
+    /// digest's JSON while false, so that digests of earlier versions stay valid.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     halves_jpeg: bool,
-    /// A crop begins at half of the spare pixels, rounded to even as torchvision does, not down.
+    /// Whether a crop begins at half of the spare pixels rounded to even, as in torchvision,
+    /// instead of rounded down, as in transformers. One pixel of shift changes every embedding.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     crop_rounds: bool,
 }
@@ -74,8 +78,8 @@ pub struct Normalisation {
 }
 
 impl Preprocess {
-    /// Reads a configuration of `SiglipImageProcessor` or `CLIPImageProcessor`. What it leaves out
-    /// has that processor's default.
+    /// Reads a configuration of `SiglipImageProcessor` or `CLIPImageProcessor`. A missing field has
+    /// that processor's default.
     ///
     /// # Errors
     /// `ModelInvalid` naming the field: another processor, another filter, or settings that give no
@@ -84,8 +88,8 @@ impl Preprocess {
         Self::of(preprocessor_config_json, None)
     }
 
-    /// As [`Preprocess::parse`]; where the configuration names no processor, it is that of CLIP or
-    /// SigLIP as `is_clip` says of the model.
+    /// As [`Preprocess::parse`]. If the configuration names no processor, `is_clip` says whether it
+    /// is CLIP's or SigLIP's.
     ///
     /// # Errors
     /// As [`Preprocess::parse`].
@@ -134,9 +138,9 @@ impl Preprocess {
         })
     }
 
-    /// The same for a model that takes images of `side` pixels. From half the size down, JPEG files
-    /// are decoded at half their size by a smaller inverse DCT: a quarter of the work, and pixels
-    /// that are Pillow's only nearly.
+    /// Returns the same preprocessing for images of `side` pixels. From half the size down, JPEG
+    /// files are decoded at half their size by a smaller inverse DCT: a quarter of the work, and
+    /// pixels that are Pillow's only nearly.
     #[must_use]
     pub fn at(&self, side: u32) -> Self {
         let (height, width) = self.size();
@@ -157,12 +161,12 @@ impl Preprocess {
         }
     }
 
-    /// BLAKE3 of everything that decides the pixels and their normalisation.
+    /// Returns BLAKE3 of everything that decides the pixels and their normalisation.
     pub fn digest(&self) -> [u8; 32] {
         *blake3::hash(&serde_json::to_vec(self).expect("plain data encodes")).as_bytes()
     }
 
-    /// Height and width of what [`Preprocess::pixels`] gives.
+    /// Returns height and width of the result of [`Preprocess::pixels`].
     pub fn size(&self) -> (u32, u32) {
         match (self.crop, self.target) {
             (Some(size), _) => size,
@@ -175,11 +179,11 @@ impl Preprocess {
         self.normalisation
     }
 
-    /// The image decoded and resized: RGB, `height * width * 3` bytes by row, pixel and channel.
+    /// Decodes and resizes an image to RGB: `height * width * 3` bytes by row, pixel and channel.
     ///
     /// # Errors
-    /// Those of [`decode`]; `ImageTooLarge` where a shape so long needs more than `pixels_max` on
-    /// its way.
+    /// Those of [`decode`]; `ImageTooLarge` if resizing needs an intermediate image of more than
+    /// `pixels_max`.
     pub fn pixels(&self, image: &[u8], limits: &ImageLimits) -> Result<Vec<u8>, RowFault> {
         let image = match self.halves_jpeg {
             true => decode_at_least(image, limits, self.shorter())?,
@@ -196,6 +200,9 @@ impl Preprocess {
             Filter::Bicubic
         };
         let (rows, columns) = (Taps::new(filter, &rows), Taps::new(filter, &columns));
+        // The resize goes by columns and then by rows. An image of 1 x 50,000,000 pixels passes
+        // `pixels_max`, but once it is 224 columns wide, and not yet reduced in height, it would be
+        // 224 times as large. So this size is bounded too, before it is allocated.
         let (source, between) = (image.as_raw().len() / 3, columns.len() * rows.span().len());
         if between as u64 > limits.pixels_max.max(source as u64) {
             let (width, height) = image.dimensions();
@@ -215,8 +222,8 @@ impl Preprocess {
         Ok(canvas)
     }
 
-    /// What the shorter side of an image must have at least, so that no image is enlarged for being
-    /// decoded smaller.
+    /// Returns the least length of an image's shorter side. Below it an image that was decoded at
+    /// half its size would have to be enlarged.
     fn shorter(&self) -> u32 {
         match self.target {
             Target::Exact(height, width) => height.max(width),
@@ -240,14 +247,15 @@ impl Preprocess {
     }
 }
 
-/// What a centre crop of `output` keeps of an axis, and where that begins in the output: where the
-/// image is smaller, the spare black is split with the larger half first.
+/// Returns what a centre crop of `output` keeps of an axis, and where that begins in the output. If
+/// the image is smaller, the black border is split with the larger half first.
 fn cropped(source: u32, resized: u64, output: u32, rounds: bool) -> (Axis, usize) {
     let output = u64::from(output);
     match resized.checked_sub(output) {
         Some(spare) => {
             let half = spare / 2;
-            // Of two neighbours as near, the even one.
+            // Half of an odd number lies between two pixels: take the even one, as Python's `round`
+            // does.
             let first = half + u64::from(rounds && spare % 2 == 1 && half % 2 == 1);
             let kept = first..first + output;
             (

@@ -31,20 +31,20 @@ impl Prepared {
 }
 
 impl Row {
-    /// The encoded image, `None` where it is null.
+    /// Returns the encoded image; `None` if it is null.
     pub fn image(&self) -> Option<&[u8]> {
         let column = self.batch.column_by_name("image")?.as_binary_opt::<i32>()?;
         column.is_valid(self.row).then(|| column.value(self.row))
     }
 
-    /// The caption, `None` where it is null or no text.
+    /// Returns the caption; `None` if it is null or not UTF-8.
     pub fn caption(&self) -> Option<&str> {
         let column = self.captions()?;
         column.is_valid(self.row).then(|| column.value(self.row))
     }
 
-    /// Whether the caption is null because it is no text. Known in a block as it was read, not in
-    /// rows copied out of it.
+    /// Returns whether the caption is null because it is not UTF-8. Only a block as it was read
+    /// tells; rows copied out of it have lost the mark.
     pub fn caption_is_invalid(&self) -> bool {
         self.captions()
             .is_some_and(|captions| captions::is_invalid(captions, self.row))

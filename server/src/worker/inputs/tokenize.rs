@@ -1,4 +1,4 @@
-//! Captions as token ids, by the model folder's `tokenizer.json`.
+//! Turns captions into token ids, by the model folder's `tokenizer.json`.
 //!
 //! That file is followed to the letter, its normalizer included. The slow SigLIP tokenizer of
 //! `transformers` also removes punctuation and lowercases in Python; a `tokenizer.json` that should
@@ -15,7 +15,8 @@ use tokenizers::{
 };
 
 const FILE: &str = "tokenizer.json";
-/// Bytes of a caption that are tokenized.
+/// Bytes of a caption that are tokenized. Tokenizers take time and memory that grow with the whole
+/// text, and a caption may be megabytes of scraped HTML; no model takes so many tokens.
 const CAPTION_BYTES_MAX: usize = 64 << 10;
 
 /// What the model's text tower expects.
@@ -26,15 +27,15 @@ pub struct TextShape {
     pub pad_id: i64,
     /// Rows of the model's token embedding.
     pub vocab_size: usize,
-    /// The token at which the tower pools, where it looks for one.
+    /// How the tower finds the token at which it pools.
     pub end: End,
     pub clean: Clean,
 }
 
-/// Where a tower finds the end of a caption.
+/// How a tower finds the end of a caption.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// It does not look.
+    /// It does not look for the end.
     Anywhere,
     Id(i64),
     /// The largest id of the caption.
@@ -51,12 +52,11 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer and sets its truncation and padding to `text`, whatever the file says of
-    /// them.
+    /// Reads a tokenizer, and replaces the file's truncation and padding by those of `text`.
     ///
     /// # Errors
-    /// `TokenizerMismatch` where it is no tokenizer, has ids that the model has not, or does not
-    /// end captions with `eos_id`.
+    /// `TokenizerMismatch` if it is no tokenizer, has ids that the model lacks, or does not end
+    /// captions with `eos_id`.
     pub fn parse(tokenizer_json: &[u8], text: &TextShape) -> Result<Self> {
         let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer_json)
             .map_err(|e| mismatch("it cannot be read".to_owned()).because(e))?;
@@ -88,7 +88,8 @@ impl Tokenizer {
             pad_token,
             ..Default::default()
         }));
-        // The library subtracts these from the length unchecked.
+        // The library subtracts the number of special tokens from the length without a check for
+        // underflow.
         if inner
             .get_post_processor()
             .map_or(0, |post| post.added_tokens(false))
@@ -121,7 +122,8 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Encodes an empty caption and one that is cut, to find at once what would fail every row.
+    /// Encodes an empty caption and one that is cut. A fault that every caption would meet is then
+    /// an error at opening, instead of a data set of holes.
     fn probe(&self, text: &TextShape) -> Result<()> {
         for caption in ["", &"a b ".repeat(text.length)] {
             let ids = self
@@ -141,7 +143,7 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Whether the last id before the padding is larger than all before it.
+    /// Returns whether the last id before the padding is larger than all ids before it.
     fn ends_with_largest(&self, caption: &str) -> bool {
         let mut inner = self.inner.clone();
         inner.with_padding(None);
@@ -154,12 +156,13 @@ impl Tokenizer {
         }
     }
 
-    /// BLAKE3 of the file, the length and the padding.
+    /// Returns BLAKE3 of the file, the length and the padding.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }
 
-    /// Exactly `length` ids: cut on the right with the special tokens kept, or padded on the right.
+    /// Returns exactly `length` ids: cut on the right with the special tokens kept, or padded on
+    /// the right.
     ///
     /// # Errors
     /// `CaptionInvalid`.
@@ -182,7 +185,7 @@ impl Tokenizer {
     }
 }
 
-/// A caption as open_clip hands it to its tokenizer.
+/// Cleans a caption as open_clip does before it tokenizes.
 fn clean(caption: &str, how: Clean) -> Cow<'_, str> {
     let spaced = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     Cow::Owned(match how {
@@ -200,7 +203,7 @@ fn clean(caption: &str, how: Clean) -> Cow<'_, str> {
     })
 }
 
-/// As much of a caption as is tokenized: far more than any model takes, and it ends with a word.
+/// Returns the part of a caption that is tokenized. It ends with a whole word, if there is a space.
 fn beginning(caption: &str) -> &str {
     let read = &caption[..caption.floor_char_boundary(CAPTION_BYTES_MAX)];
     match read.rfind(char::is_whitespace) {

@@ -1,4 +1,4 @@
-//! A cache that makes each value once: callers who want the same value at the same time share the
+//! A cache that makes each value once: callers that want the same value at the same time share the
 //! work.
 use crate::error::Result;
 use std::{
@@ -9,9 +9,9 @@ use std::{
 };
 use tokio::sync::OnceCell;
 
-/// Values by key, bounded by the sum of their weights; those used longest ago go first. A value
-/// that is being made, or whose cell is held by a caller, is shared whatever the bound: with `max`
-/// 0 nothing stays, and work is still not done twice at once.
+/// Values by key, bounded by the sum of their weights. The least recently used values leave first.
+/// A value that is being made is shared whatever the bound is: with `max` 0 no value stays, but
+/// concurrent callers still share the work.
 pub struct Cache<K, V> {
     max: usize,
     weigh: fn(&V) -> usize,
@@ -32,7 +32,8 @@ struct Entry<V> {
 }
 
 impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
-    /// At most `max` in all, each weighing what `weigh` says (at least 1).
+    /// Makes a cache for values of at most `max` in all. A value weighs `weigh(value)`, and at
+    /// least 1.
     pub fn new(max: usize, weigh: fn(&V) -> usize) -> Self {
         Self {
             max,
@@ -45,24 +46,28 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
         }
     }
 
-    /// The value of `key`, made by `make` unless it is there or another caller is making it. `make`
-    /// is only polled where it is needed; where its caller goes away, another who waits makes the
-    /// value with its own.
+    /// Returns the value of `key`. It is made by `make` unless it is cached or another caller is
+    /// making it. If the caller that makes it is cancelled, the next waiting caller makes it with
+    /// its own `make`. An error is returned to the caller that made it and is not cached.
     pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>>) -> Result<V> {
         let cell = self.cell(key);
         let made = cell.get_or_try_init(|| make).await.cloned();
+        // `settle` removes cells that no caller holds, and it counts the strong references. This
+        // caller's own reference must be gone by then, or its failed cell would stay for ever. A
+        // weak one still identifies the cell.
         let weak = Arc::downgrade(&cell);
         drop(cell);
         self.settle(key, &weak, made.as_ref().ok());
         made
     }
 
-    /// The weight of what is kept now.
+    /// Returns the weight of all kept values.
     pub fn used(&self) -> usize {
         self.state.lock().expect("no panic while held").used
     }
 
-    /// Forgets `key`, for whoever comes next.
+    /// Removes `key`: the next caller makes its value again. A caller that is making the value now
+    /// still gets it, but it is not kept, see `settle`.
     pub fn remove(&self, key: &K) {
         let mut state = self.state.lock().expect("no panic while held");
         if let Some(entry) = state.entries.remove(key) {
@@ -84,18 +89,23 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
         entry.cell.clone()
     }
 
-    /// Weighs a new value, and drops what no longer fits and cells that nobody fills any more.
+    /// Weighs a new value. Removes values that no longer fit, and empty cells that no caller fills
+    /// any more.
     fn settle(&self, key: &K, cell: &Weak<OnceCell<V>>, value: Option<&V>) {
         let mut state = self.state.lock().expect("no panic while held");
         let State { used, entries, .. } = &mut *state;
         if let (Some(value), Some(entry)) = (value, entries.get_mut(key))
-            // Another cell where the key was forgotten meanwhile.
+            // `remove` may have dropped this caller's cell while the value was made, and another
+            // caller may have put a new cell under the key. Weighing that one by this value would
+            // count a weight that no value has.
             && entry.weight == 0
             && Arc::as_ptr(&entry.cell) == cell.as_ptr()
         {
             entry.weight = (self.weigh)(value).max(1);
             *used += entry.weight;
         }
+        // A cell without a weight is in use while a caller holds it. If its maker failed or was
+        // cancelled and no other caller waits, nothing would ever fill or remove it.
         entries.retain(|_, entry| entry.weight > 0 || Arc::strong_count(&entry.cell) > 1);
         while *used > self.max {
             let made = entries.iter().filter(|(_, entry)| entry.weight > 0);

@@ -1,5 +1,5 @@
-//! Captions, and other texts, that are stored as text and are none: each costs its row, not its
-//! block.
+//! Reads text columns whose bytes may not be UTF-8. Arrow refuses a whole block for one such text;
+//! here it costs its row only.
 use arrow::{
     array::{Array, ArrayRef, AsArray, BinaryArray, RecordBatch, StringArray},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
@@ -15,10 +15,11 @@ use parquet::{
 };
 use std::sync::Arc;
 
-/// What stands behind the null of a caption that is no text. A null caption has no bytes.
+/// The bytes behind the null of a caption that is not UTF-8. A caption that is null in the file has
+/// no bytes, so the length distinguishes the two without another column.
 const MARK: &str = "\u{FFFD}";
 
-/// A footer by which `columns` are read as bytes, and everything else as before.
+/// Returns a footer by which `columns` are read as bytes, and everything else as before.
 pub fn as_bytes(
     footer: &ArrowReaderMetadata,
     columns: &[&str],
@@ -75,7 +76,8 @@ pub fn as_bytes(
     )
 }
 
-/// Captions of bytes: those that are no text become null, with a mark that [`is_invalid`] finds.
+/// Turns bytes into captions. Those that are not UTF-8 become null, with a mark that [`is_invalid`]
+/// finds.
 pub fn from_bytes(bytes: &BinaryArray) -> Result<ArrayRef, ArrowError> {
     let (mut text, mut lengths, mut valid) = (String::new(), Vec::new(), Vec::new());
     for value in bytes {
@@ -98,12 +100,12 @@ pub fn from_bytes(bytes: &BinaryArray) -> Result<ArrayRef, ArrowError> {
     )?))
 }
 
-/// Whether a caption is null because it is no text.
+/// Returns whether a caption is null because it is not UTF-8.
 pub fn is_invalid(captions: &StringArray, row: usize) -> bool {
     captions.is_null(row) && captions.value_length(row) > 0
 }
 
-/// The extra column of which `row` has a text that is none.
+/// Returns the extra column whose text in `row` is not UTF-8.
 pub fn invalid_column(batch: &RecordBatch, row: usize) -> Option<&str> {
     const FIXED: usize = 2;
     let fields = batch.schema_ref().fields().iter().zip(batch.columns());

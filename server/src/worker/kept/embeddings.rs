@@ -36,15 +36,15 @@ impl Embeddings {
         self.image.len() + self.text.len()
     }
 
-    /// Makes row `to` what row `row` of `from` is.
+    /// Copies row `row` of `from` to row `to`.
     pub fn copy_row(&mut self, to: usize, from: &Self, row: usize) {
         let (to, from_range) = (self.range(to..to + 1), from.range(row..row + 1));
         self.image[to.clone()].copy_from_slice(&from.image[from_range.clone()]);
         self.text[to].copy_from_slice(&from.text[from_range]);
     }
 
-    /// Cut into messages of at most [`PART_BYTES`] (or one row), in order; the first row is
-    /// candidate `from`.
+    /// Cuts the embeddings into messages of at most [`PART_BYTES`] (or one row), in order. The
+    /// first row is candidate `from`.
     pub fn parts(self, tower: Tower, from: usize) -> impl Iterator<Item = EmbeddingPart> {
         let rows = self.rows();
         let rows_max = (PART_BYTES / (2 * self.row_bytes())).max(1);

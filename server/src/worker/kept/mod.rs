@@ -1,4 +1,4 @@
-//! What a worker keeps: blocks, captions, embeddings.
+//! What a worker reads and keeps in memory: blocks, captions, embeddings.
 pub mod cache;
 pub mod captions;
 pub mod embeddings;

@@ -1,5 +1,5 @@
-//! Reading blocks: one row group's needed columns, by ranges, checked against the manifest and kept
-//! while there is room.
+//! Reads blocks: the needed columns of one row group, by byte ranges, checked against the manifest
+//! and kept while there is room.
 use super::{cache::Cache, captions};
 use crate::{
     dataset::{
@@ -23,22 +23,23 @@ use parquet::arrow::{
 };
 use std::{fmt, sync::Arc};
 
-/// Room for parsed footers, and as much for indexes of tars: each block of a shard needs its
-/// shard's.
+/// Memory for parsed footers, and as much again for indexes of tars. Every block of a shard needs
+/// its shard's footer or index, and a footer of a wide file takes megabytes.
 const FOOTERS_BYTES: usize = 64 << 20;
 
-/// Reads whole blocks. Concurrent reads of one block are one read; what was read last is kept, up
-/// to a number of bytes.
+/// Reads whole blocks. Concurrent reads of one block share one read. The blocks used last are kept,
+/// up to a number of bytes.
 pub struct BlockReader {
     stores: Stores,
     blocks: Cache<BlockKey, Arc<RecordBatch>>,
     footers: Cache<ShardKey, ArrowReaderMetadata>,
     surveys: Cache<ShardKey, Arc<Survey>>,
-    /// Where indexes of tars lie.
+    /// The state, which holds the indexes of tars.
     state: Option<Location>,
 }
 
-/// A shard in one state: root, path, size, ETag.
+/// A shard in one state: root, path, size, ETag. A replaced shard has another key, so nothing
+/// cached of the old one is served for it.
 type ShardKey = (String, String, u64, Option<String>);
 /// Shard, block, then the columns: image, caption, extra ones.
 type BlockKey = (ShardKey, u32, Vec<String>);
@@ -52,7 +53,7 @@ impl fmt::Debug for BlockReader {
 }
 
 impl BlockReader {
-    /// Keeps up to `cache_bytes` of blocks; 0 keeps none.
+    /// Makes a reader that keeps up to `cache_bytes` of blocks; 0 keeps none.
     pub fn new(stores: Stores, cache_bytes: usize) -> Self {
         let blocks = Cache::new(cache_bytes, |batch: &Arc<RecordBatch>| {
             batch.get_array_memory_size()
@@ -69,7 +70,7 @@ impl BlockReader {
         }
     }
 
-    /// Finds the indexes of tars in `state`, and keeps new ones there.
+    /// Reads the indexes of tars from `state`, and writes new ones there.
     #[must_use]
     pub fn keeping(self, state: Location) -> Self {
         Self {
@@ -78,17 +79,17 @@ impl BlockReader {
         }
     }
 
-    /// Bytes of blocks that are kept in memory now.
+    /// Returns the bytes of blocks in memory.
     pub fn cached_bytes(&self) -> usize {
         self.blocks.used()
     }
 
-    /// The whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and caption
-    /// may be null.
+    /// Reads a whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and
+    /// caption may be null.
     ///
     /// # Errors
-    /// `DatasetChanged` where the shard is not the object that was indexed; `InvalidArgument`
-    /// naming the shard where it is and cannot be decoded; `StorageUnreachable`, after the store's
+    /// `DatasetChanged` if the shard is not the object that was indexed; `InvalidArgument`
+    /// naming the shard if it is and cannot be decoded; `StorageUnreachable`, after the store's
     /// own retries; those of [`Manifest::data_schema`].
     pub async fn read(
         &self,
@@ -189,7 +190,7 @@ impl BlockReader {
     }
 }
 
-/// Decodes a block away from the threads that wait for storage.
+/// Decodes a block off the async threads.
 async fn decoded(
     file: &ShardFile,
     block: usize,
@@ -203,7 +204,7 @@ async fn decoded(
         .map_err(|cause| file.undecodable(block, cause))
 }
 
-/// What is wanted of a block.
+/// The columns and types to read of a block.
 struct Wanted {
     layout: Layout,
     columns: Vec<String>,
@@ -223,7 +224,10 @@ impl Wanted {
             Ok(batch) => return self.assemble(&batch),
             Err(cause) => cause,
         };
-        // One text that is not UTF-8 fails the whole block; read as bytes it costs its row only.
+        // Arrow's reader checks text columns as a whole, so one text that is not UTF-8 fails the
+        // block. The second pass reads them as bytes, so that the bad text costs its row only. It
+        // runs only after a failure, because it copies every text once more. Its own error is
+        // dropped for the first one, which names the true cause.
         let fields = self.schema.fields().iter().skip(2).zip(&self.columns);
         let texts = fields.filter(|(field, _)| *field.data_type() == DataType::Utf8);
         let texts = texts.map(|(_, column)| column.as_str());
@@ -249,7 +253,8 @@ impl Wanted {
         concat_batches(&schema, &batches)
     }
 
-    /// Of a struct image only its bytes, of everything else the whole column.
+    /// Returns the leaves to read: only the bytes of an image struct, and the whole of all other
+    /// columns.
     fn projection(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
         let schema = footer.parquet_schema();
         let layout = &self.layout;
@@ -266,7 +271,7 @@ impl Wanted {
         )
     }
 
-    /// The batch under the delivered names and types.
+    /// Returns the batch with the delivered names and types.
     fn assemble(&self, batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
         let layout = &self.layout;
         let column = |name: &str| {
@@ -301,7 +306,8 @@ impl Wanted {
     }
 }
 
-/// The `bytes` of an image struct, null where the struct is.
+/// Returns the `bytes` of an image struct. A null struct may have bytes in its child, so its nulls
+/// are applied.
 fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     let missing = || ArrowError::SchemaError("the image is no struct with `bytes`".to_owned());
     let image = image

@@ -1,14 +1,16 @@
-//! A memory budget for things that can be had again: where it is full, the newest step's go first.
+//! A memory budget for things that can be made again. If it is full, the newest step's things are
+//! dropped first.
 use std::{
     collections::BTreeMap,
     ops::Bound::{Excluded, Unbounded},
     sync::{Arc, Mutex},
 };
 
-/// Things kept within a number of bytes, for as long as their [`Kept`] lives.
+/// Things kept within a number of bytes, each for as long as its [`Kept`] lives.
 ///
-/// The oldest step is served next, so it keeps its things: room is made by dropping those of newer
-/// steps.
+/// The oldest step is served next, so its things are worth most: a trainer waits for them. Room is
+/// made only by dropping things of newer steps. Dropping the least recently used ones would do the
+/// opposite: steps ahead are read later and would push out the step that is due.
 pub struct Retained<T>(Arc<Inner<T>>);
 
 struct Inner<T> {
@@ -19,11 +21,13 @@ struct Inner<T> {
 struct State<T> {
     bytes: usize,
     next: u64,
-    /// By (step, number).
+    /// By (step, number). The order of the keys is the order in which things are dropped, from the
+    /// end.
     things: BTreeMap<(u64, u64), (usize, T)>,
 }
 
-/// A claim on a thing that may have been dropped meanwhile.
+/// A handle to a thing, which may have been dropped in the meantime. Dropping the handle frees the
+/// thing.
 pub struct Kept<T> {
     key: (u64, u64),
     inner: Arc<Inner<T>>,
@@ -39,8 +43,8 @@ impl<T: Clone> Retained<T> {
         Self(Arc::new(Inner { bytes_max, state }))
     }
 
-    /// Keeps `thing` of `bytes`, dropping things of steps after `step` where that makes room for
-    /// it. `None` where there is none.
+    /// Keeps `thing` of `bytes`, and drops things of steps after `step` if that makes room for it.
+    /// Returns `None` if there is no room.
     pub fn keep(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
         let mut state = self.0.state.lock().expect("no panic while held");
         let newer = || {
@@ -51,11 +55,15 @@ impl<T: Clone> Retained<T> {
                 .sum::<usize>()
         };
         let over = |used: usize| used + bytes > self.0.bytes_max;
-        // The sum over newer steps is only taken where the budget is full.
+        // The sum over newer steps walks the map, so it is taken only if the budget is full. If
+        // even dropping all of them would not make room, nothing is dropped: those things would be
+        // lost for no gain.
         if over(state.bytes) && over(state.bytes - newer()) {
             return None;
         }
         while over(state.bytes) {
+            // The last key is of a newer step: the test above has shown that newer steps hold
+            // enough.
             let (_, (dropped, _)) = state.things.pop_last()?;
             state.bytes -= dropped;
         }
@@ -76,7 +84,7 @@ impl<T: Clone> Retained<T> {
 }
 
 impl<T: Clone> Kept<T> {
-    /// The thing, `None` where it was dropped for lack of room.
+    /// Returns the thing; `None` if it was dropped for lack of room.
     pub fn get(&self) -> Option<T> {
         let state = self.inner.state.lock().expect("no panic while held");
         state.things.get(&self.key).map(|(_, thing)| thing.clone())
@@ -86,6 +94,7 @@ impl<T: Clone> Kept<T> {
 impl<T> Drop for Kept<T> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock().expect("no panic while held");
+        // It may be gone already; its bytes were subtracted then and must not be subtracted twice.
         if let Some((bytes, _)) = state.things.remove(&self.key) {
             state.bytes -= bytes;
         }

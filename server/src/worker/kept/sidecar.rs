@@ -1,4 +1,5 @@
-//! Reference embeddings, kept: one immutable object for a block, shared by all runs and workers.
+//! Stored reference embeddings: one immutable object for each block, shared by all runs and
+//! workers.
 use super::{cache::Cache, embeddings::Embeddings};
 use crate::{
     error::{Error, Result},
@@ -15,7 +16,8 @@ use superbatch_proto::v1::{BadRowReason, EmbeddingDtype};
 
 const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
 
-/// What the embeddings of a block depend on.
+/// Everything that the embeddings of a block depend on. A field that is missing here would let one
+/// run read numbers that were computed otherwise.
 #[derive(Debug, Clone)]
 pub struct BlockKey<'a> {
     pub manifest: &'a str,
@@ -28,7 +30,7 @@ pub struct BlockKey<'a> {
     pub fidelity: Fidelity,
     pub dtype: EmbeddingDtype,
     pub compute: Compute,
-    /// Images beyond them are faults, which are stored with the embeddings.
+    /// Images beyond these limits are faults, and faults are stored with the embeddings.
     pub limits: ImageLimits,
 }
 
@@ -63,15 +65,15 @@ struct Hole {
     detail: String,
 }
 
-/// Reference embeddings in object storage, below `reference/` of the state, with those used last in
-/// memory.
+/// Reference embeddings in object storage, below `reference/` of the state. The ones used last are
+/// kept in memory.
 pub struct Sidecar {
     state: Location,
     cache: Cache<String, Arc<BlockEmbeddings>>,
 }
 
 impl BlockKey<'_> {
-    /// The object's key in the state.
+    /// Returns the object's key in the state.
     pub fn object(&self) -> String {
         let mut hash = blake3::Hasher::new();
         let place = [self.source, self.shard, self.block]
@@ -95,6 +97,8 @@ impl BlockKey<'_> {
             names.as_bytes(),
             &limits,
         ];
+        // Each field is preceded by its length. Without it ("ab", "c") and ("a", "bc") would have
+        // the same hash.
         for field in fields {
             hash.update(&(field.len() as u64).to_le_bytes())
                 .update(field);
@@ -104,7 +108,7 @@ impl BlockKey<'_> {
 }
 
 impl Sidecar {
-    /// Keeps up to `cache_bytes` in memory beside what is stored.
+    /// Makes a sidecar that keeps up to `cache_bytes` in memory.
     pub fn new(state: Location, cache_bytes: usize) -> Self {
         Self {
             state,
@@ -112,18 +116,18 @@ impl Sidecar {
         }
     }
 
-    /// Bytes of embeddings that are kept in memory now.
+    /// Returns the bytes of embeddings in memory.
     pub fn cached_bytes(&self) -> usize {
         self.cache.used()
     }
 
-    /// The embeddings of a block: from memory, from the store, or by `compute`, which is then
-    /// stored. Whoever stored first wins, so that all see the same numbers. A damaged object is
-    /// computed again and replaced.
+    /// Returns the embeddings of a block: from memory, from the store, or from `compute`, whose
+    /// result is stored. If two workers compute a block at once, the first to store it wins and
+    /// both use its numbers. A damaged object is computed again and replaced.
     ///
     /// # Errors
-    /// Of reading, and of `compute`. A failure to store is logged only: the next one computes it
-    /// again.
+    /// Those of reading and of `compute`. A failure to store is only logged: the embeddings are
+    /// right, and a later call computes and stores them again.
     pub async fn get(
         &self,
         key: &str,
@@ -159,6 +163,10 @@ impl Sidecar {
     ) -> Result<BlockEmbeddings> {
         let encoded = move || (encode(&block, shape.dtype), block);
         let (bytes, block) = blocking(encoded).await?;
+        // Another worker may have stored this block in the meantime. Devices differ in the last
+        // bits, so its numbers replace ours: all slices, and a step that is computed again after a
+        // crash, must see the same ones. A damaged object is the exception: a create would only
+        // find it again, so it is overwritten.
         let stored = match replace {
             true => self.state.put(key, bytes).await.map(|()| Created::Ours),
             false => self.state.create(key, bytes).await,
@@ -179,15 +187,15 @@ impl Sidecar {
     }
 }
 
-/// Hashing and copying megabytes off the async threads.
+/// Hashes and copies megabytes off the async threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let panicked =
         |e| Error::internal("reading or writing reference embeddings panicked").because(e);
     tokio::task::spawn_blocking(work).await.map_err(panicked)
 }
 
-/// Magic, length of the header (u32 le), header (JSON), image embeddings, text embeddings, BLAKE3
-/// of all that.
+/// Encodes a block: magic, length of the header (u32 le), header (JSON), image embeddings, text
+/// embeddings, BLAKE3 of all that.
 fn encode(block: &BlockEmbeddings, dtype: EmbeddingDtype) -> Bytes {
     let holes = block.faults.iter().map(|(row, fault)| Hole {
         row: *row,
@@ -215,7 +223,7 @@ fn encode(block: &BlockEmbeddings, dtype: EmbeddingDtype) -> Bytes {
     out.freeze()
 }
 
-/// `None` where anything about it is not as [`encode`] writes it for that shape.
+/// Decodes a block; `None` if anything differs from what [`encode`] writes for that shape.
 fn decode(bytes: &[u8], shape: Shape) -> Option<BlockEmbeddings> {
     let (body, checksum) = bytes.split_last_chunk::<{ blake3::OUT_LEN }>()?;
     if blake3::hash(body) != blake3::Hash::from_bytes(*checksum) {
@@ -226,6 +234,8 @@ fn decode(bytes: &[u8], shape: Shape) -> Option<BlockEmbeddings> {
     let (header, data) = body.split_at_checked(u32::from_le_bytes(*length) as usize)?;
     let header: Header = serde_json::from_slice(header).ok()?;
     let dtype = EmbeddingDtype::from_str_name(&header.dtype)?;
+    // The size comes from `shape`, which the caller knows, and not from the header: a damaged
+    // header must not decide how much memory is taken.
     let mut embeddings = Embeddings::zeros(shape.rows, shape.dim, shape.dtype);
     let half = embeddings.image.len();
     if (Shape {

@@ -13,8 +13,8 @@ use super::{
 };
 use tch::{Kind, Tensor};
 
-/// `eos_token_id` of configurations written before transformers knew the right one; it means "the
-/// largest id".
+/// The wrong `eos_token_id` in configurations of early versions of transformers. It means "the
+/// largest id of the caption".
 pub const LEGACY_EOS: i64 = 2;
 
 /// Names and shapes of `transformers.CLIPModel`, with its initial distributions.
@@ -84,7 +84,7 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         &[],
         Init::Constant(config.logit_scale_init as f32),
     );
-    // Where it was trained with the sigmoid loss.
+    // A model that was trained with the sigmoid loss has a bias.
     to.add_optional("logit_bias", &[]);
     to
 }
@@ -174,8 +174,8 @@ impl Towers for Clip {
         self.image_projection.forward(&self.post_norm.forward(&x)?)
     }
 
-    /// Pools the first end-of-text token; where there is none, the first token, as transformers
-    /// does.
+    /// Pools the first end-of-text token. If there is none, argmax of zeros gives the first token,
+    /// as in transformers.
     fn text(&self, ids: &Tensor) -> Torch {
         let x = self.text.forward(self.words.forward(ids)?)?;
         let last = if self.eos_token_id == LEGACY_EOS {

@@ -1,4 +1,4 @@
-//! CLIP's tokenizer from the files that older folders have: `vocab.json` and `merges.txt`.
+//! Makes CLIP's tokenizer from `vocab.json` and `merges.txt`, the files of older folders.
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
@@ -8,7 +8,7 @@ const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
-/// The `tokenizer.json` that transformers makes of them.
+/// Returns the `tokenizer.json` that transformers would write for these files.
 ///
 /// # Errors
 /// `ModelInvalid` naming the file that is no vocabulary or no list of merges.

@@ -1,4 +1,4 @@
-//! `config.json` of a model folder, with transformers' defaults for the keys that it leaves out.
+//! Reads `config.json` of a model folder. A missing key has transformers' default.
 use super::{
     clip,
     fields::{Fields, invalid},
@@ -36,7 +36,7 @@ pub enum Compute {
 }
 
 impl Compute {
-    /// What a request asks for: bf16 on CUDA and f32 on a CPU where it says nothing.
+    /// Returns the arithmetic of a request: if unspecified, bf16 on CUDA and f32 on a CPU.
     pub fn choose(wanted: ComputeDtype, cuda: bool) -> Self {
         match wanted {
             ComputeDtype::F32 => Self::F32,
@@ -46,7 +46,7 @@ impl Compute {
         }
     }
 
-    /// As the protocol names it.
+    /// Returns the protocol's name for it.
     pub fn dtype(self) -> ComputeDtype {
         match self {
             Self::F32 => ComputeDtype::F32,
@@ -82,8 +82,8 @@ pub struct VisionConfig {
 }
 
 impl VisionConfig {
-    /// Patches along one side; pixels that fill no patch are left out, as a strided convolution
-    /// does.
+    /// Returns the number of patches along one side. Pixels that fill no patch are left out, as a
+    /// strided convolution does.
     pub fn grid(&self) -> usize {
         self.image_size / self.patch_size
     }
@@ -93,22 +93,22 @@ impl VisionConfig {
 pub struct TextConfig {
     pub tower: Tower,
     pub vocab_size: usize,
-    /// Ids in a caption, always.
+    /// Ids in a caption; every caption is cut or padded to it.
     pub max_position_embeddings: usize,
     pub eos_token_id: i64,
     pub pad_token_id: i64,
 }
 
-/// Everything about a dual encoder but its weights.
+/// Everything about a dual encoder except its weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     pub family: Family,
     pub vision: VisionConfig,
     pub text: TextConfig,
     pub embedding_dim: usize,
-    /// log of the logit scale where weights are initialised at random.
+    /// log of the logit scale if weights are initialised at random.
     pub logit_scale_init: f64,
-    /// The logit bias where weights are initialised at random; `None` where the model may have none.
+    /// The logit bias if weights are initialised at random; `None` if the model may have none.
     pub logit_bias_init: Option<f64>,
 }
 
@@ -138,8 +138,9 @@ impl ModelConfig {
                 &root.section("text_config")?,
             ),
             false => {
-                // Written by old versions; where they are, they replace the sections whole,
-                // defaults included.
+                // Old versions of transformers wrote `*_config_dict`. transformers lets it replace
+                // the section as a whole, so a key that is missing in it takes the default, not the
+                // section's value.
                 let section =
                     |old, new| root.section(if root.get(old).is_some() { old } else { new });
                 let vision = section("vision_config_dict", "vision_config")?;
@@ -222,7 +223,7 @@ impl ModelConfig {
         }
     }
 
-    /// Every tensor of the model by its name in transformers' `state_dict`.
+    /// Returns every tensor of the model by its name in the library's `state_dict`.
     pub fn parameters(&self) -> Parameters {
         match self.family {
             Family::Siglip => siglip::parameters(self),

@@ -1,4 +1,4 @@
-//! A loaded model: pixels and ids in, L2-normalised embeddings out.
+//! A loaded model: turns pixels and ids into L2-normalised embeddings.
 use super::{
     clip::Clip,
     config::{Compute, Family, ModelConfig},
@@ -15,9 +15,9 @@ use tch::{Device, Kind, TchError, Tensor};
 
 /// The two halves of a dual encoder, before normalisation.
 pub trait Towers: Send {
-    /// Normalised pixels `[n, height, width, 3]` as `[n, embedding_dim]`.
+    /// Embeds normalised pixels `[n, height, width, 3]` as `[n, embedding_dim]`.
     fn image(&self, pixels: &Tensor) -> Torch;
-    /// Ids `[n, length]` as `[n, embedding_dim]`.
+    /// Embeds ids `[n, length]` as `[n, embedding_dim]`.
     fn text(&self, ids: &Tensor) -> Torch;
 }
 
@@ -29,7 +29,7 @@ pub struct ModelKey {
     pub compute: Compute,
 }
 
-/// What a model is.
+/// The description of a loaded model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {
     pub key: ModelKey,
@@ -51,11 +51,11 @@ pub struct ModelInfo {
     pub image_tower: ImageTower,
     /// Names and shapes of the tensors that a push has.
     pub tensors: Vec<(String, Vec<u64>)>,
-    /// Those of them that a push may do without.
+    /// Names of the tensors that a push may leave out.
     pub optional_tensors: Vec<String>,
     /// BLAKE3 of the weights, in hex; of the seed for the service's own initial weights.
     pub weights_digest: String,
-    /// BLAKE3 of each file of its folder but the weights, in hex.
+    /// BLAKE3 of each file of its folder except the weights, in hex.
     pub files: BTreeMap<String, String>,
 }
 
@@ -69,7 +69,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Puts checked weights on `device`, cast once to what is computed in.
+    /// Puts checked weights on `device`, cast once to the dtype of the arithmetic.
     pub fn load(
         config: &ModelConfig,
         snapshot: &Snapshot,
@@ -193,8 +193,8 @@ impl Encoder {
         unit(&self.towers.text(&ids)?)
     }
 
-    /// Embeds two made-up rows and insists on finite numbers: weights can be finite, and overflow
-    /// in use.
+    /// Embeds two made-up rows and checks that the embeddings are finite: finite weights can still
+    /// overflow in a forward pass.
     pub fn canary(&self) -> Torch<Result<(), Refusal>> {
         const ROWS: usize = 2;
         let (size, text) = (self.config.vision.image_size, &self.config.text);
@@ -211,7 +211,8 @@ impl Encoder {
         };
         let finite =
             |x: Tensor| Ok::<_, TchError>(x.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
-        // Selection multiplies in f32.
+        // Selection multiplies by the scale in f32. exp() of a scale that is finite in f64 may be
+        // infinite there.
         if !(self.logit_scale as f32).is_finite() {
             return Ok(Err(Refusal::of(
                 "logit_scale",
@@ -231,7 +232,8 @@ impl Encoder {
     }
 }
 
-/// Divided by its length, in f32. A row of zeros becomes NaN, and a hole.
+/// Divides each row by its length, in f32. A row of zeros becomes NaN, which the device reports as
+/// not finite, so the row becomes a hole.
 fn unit(x: &Tensor) -> Torch {
     let x = x.f_to_kind(Kind::Float)?;
     let length = x.f_norm_scalaropt_dim(2, [-1], true)?;

@@ -1,9 +1,9 @@
-//! How much of the image tower is run.
+//! Fidelities: how much of the image tower is computed.
 use super::{config::VisionConfig, flops};
 use crate::error::{Error, Result};
 use superbatch_proto::v1::{self, Approximation, Reason, approximation::By};
 
-/// What images are embedded at.
+/// The fidelity at which images are embedded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Fidelity {
     #[default]
@@ -13,7 +13,7 @@ pub enum Fidelity {
 }
 
 impl Fidelity {
-    /// What a request asks for; full where it says nothing.
+    /// Returns the fidelity of a request; full if it names no approximation.
     ///
     /// # Errors
     /// `Unimplemented` for an approximation that this version does not know.
@@ -28,7 +28,8 @@ impl Fidelity {
         }
     }
 
-    /// Names it in the keys of reference embeddings; of full, as ever.
+    /// Returns the name in the keys of reference embeddings. The name of full must not change:
+    /// embeddings stored by earlier versions have it.
     pub fn name(self) -> String {
         let of = |fidelity: v1::Fidelity| fidelity.as_str_name();
         match self {
@@ -39,10 +40,10 @@ impl Fidelity {
         }
     }
 
-    /// The side of an image in pixels.
+    /// Returns the side of an image in pixels.
     ///
     /// # Errors
-    /// `ModelInvalid` where the model cannot be run so.
+    /// `ModelInvalid` if the model cannot be run at this fidelity.
     pub fn side(self, tower: &flops::ImageTower) -> Result<usize> {
         let Self::Resolution(side) = self else {
             return Ok(tower.image_size);
@@ -59,7 +60,7 @@ impl Fidelity {
     }
 }
 
-/// Whether a model takes images of that side.
+/// Returns whether a model takes images of that side.
 pub fn takes(config: &VisionConfig, side: usize) -> bool {
     side == config.image_size || fits(side, config.image_size, config.patch_size)
 }

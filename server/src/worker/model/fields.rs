@@ -5,16 +5,15 @@ use serde_json::{Map, Value};
 use superbatch_proto::v1::Reason;
 
 const CONFIG: &str = "config.json";
-/// The largest size, count or id that is believed; it keeps products of a few of them far from
-/// overflow.
+/// The largest size, count or id that is accepted. Products of two of them stay far from overflow.
 const NUMBER_MAX: u64 = 1 << 24;
 
-/// `ModelInvalid`, of a field of config.json where one is to blame.
+/// The error `ModelInvalid`, with the field of config.json if one is at fault.
 pub fn invalid(message: impl Into<String>, field: &str) -> Error {
     invalid_in(CONFIG, message, field)
 }
 
-/// `ModelInvalid`, of a field of another file.
+/// The error `ModelInvalid`, with the field of another file.
 pub fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error {
     let error = Error::new(Reason::ModelInvalid, message).with("file", file);
     if field.is_empty() {
@@ -24,7 +23,7 @@ pub fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error 
     }
 }
 
-/// One object of config.json; a key that is absent or null takes its default.
+/// One object of config.json. A key that is absent or null takes its default.
 pub struct Fields<'a> {
     file: &'static str,
     path: &'static str,
@@ -49,7 +48,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// An object inside this one; empty where it is absent.
+    /// Returns an object inside this one; empty if it is absent.
     pub fn section(&self, key: &'static str) -> Result<Self> {
         let map = match self.get(key) {
             None => None,
@@ -81,7 +80,7 @@ impl<'a> Fields<'a> {
         invalid_in(file, format!("{field} in {file}: {problem}"), &field)
     }
 
-    /// The keys that are there.
+    /// Returns the keys of the object.
     pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         self.map
             .into_iter()

@@ -1,12 +1,13 @@
-//! What a forward pass costs: 2 FLOPs a multiply-add of every matrix product, attention included (a
-//! causal mask saves nothing here), and nothing for what is linear in the activations.
+//! The cost of a forward pass: 2 FLOPs for each multiply-add of every matrix product, attention
+//! included (a causal mask saves nothing here). Operations that are linear in the activations count
+//! as nothing.
 use super::{
     config::{Family, ModelConfig, Tower},
     open_clip_config::VisionForm,
 };
 
-/// What an image tower takes, and what one image of n patches costs:
-/// `constant + per_patch * n + per_patch_pair * n²` FLOPs.
+/// The sizes that an image tower takes, and the cost of one image of n patches: `constant +
+/// per_patch * n + per_patch_pair * n²` FLOPs.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct ImageTower {
     /// Side in pixels at full fidelity.

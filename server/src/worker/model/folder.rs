@@ -1,4 +1,4 @@
-//! A model folder in object storage, of Hugging Face or open_clip.
+//! Reads a model folder of Hugging Face or open_clip in object storage.
 use super::{
     clip_vocabulary,
     config::{Family, ModelConfig},
@@ -29,29 +29,28 @@ const JSON_BYTES_MAX: u64 = 128 << 20;
 /// One file of weights.
 const WEIGHTS_BYTES_MAX: u64 = 64 << 30;
 
-/// A folder's small files; its weights are read when they are asked for.
+/// A folder's small files. Its weights are read by [`ModelFolder::weights`].
 #[derive(Debug)]
 pub struct ModelFolder {
     pub uri: String,
     pub config: ModelConfig,
     pub config_json: Bytes,
-    /// Of open_clip: the configuration itself, which has it inside.
+    /// For open_clip, the configuration itself, which contains the preprocessing.
     pub preprocessor_json: Bytes,
     pub tokenizer_json: Bytes,
-    /// Says what captions are padded with, where there is one. Not part of the model's digest; what
-    /// follows from it is part of the digest of its inputs.
+    /// Names the padding token, if the file exists. It is not part of the model's digest; the
+    /// padding id is part of the digest of the model's inputs.
     pub tokenizer_config_json: Option<Bytes>,
     location: Location,
-    /// Known once the weights have been read; spares reading them again to find out that they are
-    /// loaded.
+    /// The digest of the weights, once they have been read. With it a later load finds the model on
+    /// the device without reading gigabytes again.
     pub(crate) weights_digest: OnceCell<String>,
 }
 
 impl ModelFolder {
     /// Reads `config.json`, `preprocessor_config.json` and `tokenizer.json`, or open_clip's
-    /// `open_clip_config.json` and
-    /// `tokenizer.json`. Where both configurations are there, `model.safetensors` says that the
-    /// first is meant.
+    /// `open_clip_config.json` and `tokenizer.json`. If both configurations exist, the folder is
+    /// Hugging Face's if it has `model.safetensors`.
     ///
     /// # Errors
     /// `ModelInvalid` naming the `file` that is missing or the `field` that is not supported;
@@ -114,8 +113,8 @@ impl ModelFolder {
         Ok(files)
     }
 
-    /// BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex: names the model in
-    /// receipts.
+    /// Returns BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex. It names
+    /// the model in receipts.
     pub fn digest(&self, weights_digest: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         for (_, file) in self.small_files() {
@@ -128,7 +127,7 @@ impl ModelFolder {
             .to_string()
     }
 
-    /// BLAKE3 of each file but the weights, in hex.
+    /// Returns BLAKE3 of each file except the weights, in hex.
     pub fn file_digests(&self) -> BTreeMap<String, String> {
         self.small_files()
             .into_iter()
@@ -150,8 +149,8 @@ impl ModelFolder {
         }
     }
 
-    /// Reads weights' headers and checks them against the model. CPU work of a second or so a
-    /// gigabyte.
+    /// Reads weights' headers and checks them against the model. It takes about a second of CPU for
+    /// each gigabyte.
     pub(crate) fn verify(&self, files: Vec<Bytes>) -> Result<Snapshot, Refusal> {
         let snapshot = Snapshot::parse(files)?;
         snapshot.check(&self.config.parameters())?;
@@ -159,8 +158,8 @@ impl ModelFolder {
     }
 }
 
-/// `preprocessor_config.json`, or what transformers 5 writes: `processor_config.json` with it
-/// inside.
+/// Reads `preprocessor_config.json`, or the same object inside `processor_config.json`, which
+/// transformers 5 writes.
 async fn preprocessor_config(location: &Location) -> Result<Bytes> {
     if let Some(file) = find(location, PREPROCESSOR, JSON_BYTES_MAX).await? {
         return Ok(file);
@@ -180,7 +179,7 @@ async fn preprocessor_config(location: &Location) -> Result<Bytes> {
     }
 }
 
-/// The configuration, and whether it is open_clip's.
+/// Reads the configuration. Returns it, and whether it is open_clip's.
 async fn configuration(location: &Location) -> Result<(Bytes, bool)> {
     let (own, open_clip) = tokio::try_join!(
         find(location, CONFIG, JSON_BYTES_MAX),
@@ -197,7 +196,7 @@ async fn configuration(location: &Location) -> Result<(Bytes, bool)> {
     }
 }
 
-/// `tokenizer.json`, or what CLIP's `vocab.json` and `merges.txt` make of it.
+/// Reads `tokenizer.json`, or makes it from CLIP's `vocab.json` and `merges.txt`.
 async fn tokenizer(location: &Location, family: Family) -> Result<Bytes> {
     if let Some(file) = find(location, TOKENIZER, JSON_BYTES_MAX).await? {
         return Ok(file);
@@ -231,7 +230,7 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files that an index of shards names, each once, in order of name.
+/// Returns the files that an index of shards names, each once, in order of name.
 fn shards(index: &[u8]) -> Result<BTreeSet<String>> {
     let invalid =
         |message: String| Error::new(Reason::ModelInvalid, message).with("file", WEIGHTS_INDEX);
@@ -240,6 +239,8 @@ fn shards(index: &[u8]) -> Result<BTreeSet<String>> {
     let shards: BTreeSet<String> = index.weight_map.into_values().collect();
     match shards
         .iter()
+        // The index comes from the folder, not from the operator. A name with a slash could lead to
+        // files outside the folder and so past the allow-list.
         .find(|shard| shard.contains(['/', '\\']) || !shard.ends_with(".safetensors"))
     {
         Some(shard) => Err(invalid(format!(
@@ -262,7 +263,7 @@ fn missing(location: &Location, file: &str, more: &str) -> Error {
         .with("uri", location.uri())
 }
 
-/// Reads a file whole once its size is known to be acceptable; `None` where there is none.
+/// Reads a whole file, after a check of its size; `None` if there is no file.
 async fn find(location: &Location, file: &str, bytes_max: u64) -> Result<Option<Bytes>> {
     let found = match location.store().get(&location.path(file)).await {
         Ok(found) => found,

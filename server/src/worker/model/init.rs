@@ -13,15 +13,15 @@ use bytes::Bytes;
 use safetensors::Dtype;
 use std::f64::consts::TAU;
 
-/// Changes whenever the numbers drawn for a seed do.
+/// Change it whenever the numbers drawn for a seed change: the weights' digest is made from it.
 const VERSION: &str = "superbatch initial weights 1";
 
-/// Names the weights of `seed` (of any model) without drawing them, in hex.
+/// Returns the digest of the weights of `seed` (of any model) in hex, without drawing them.
 pub fn digest(seed: u64) -> String {
     keyed(seed, "").finalize().to_hex().to_string()
 }
 
-/// All tensors in f32, as a safetensors file.
+/// Draws all tensors in f32, as a safetensors file.
 pub fn random(parameters: &Parameters, seed: u64) -> Result<Bytes> {
     let data: Vec<(&str, &[usize], Vec<u8>)> = parameters
         .iter()

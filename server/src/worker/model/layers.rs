@@ -9,11 +9,12 @@ use tch::{TchError, Tensor};
 
 pub type Torch<T = Tensor> = std::result::Result<T, TchError>;
 
-/// A model's tensors on the device, in the arithmetic that it computes in.
+/// A model's tensors on the device, in the dtype of its arithmetic.
 pub struct Tensors(pub HashMap<String, Tensor>);
 
 impl Tensors {
-    /// The tensor of that name; a check against [`Parameters`] comes before, so it is there.
+    /// Returns the tensor of that name. Weights are checked against [`Parameters`] before, so it
+    /// exists.
     pub fn get(&self, name: &str) -> Torch {
         let missing = || TchError::Torch(format!("tensor '{name}' was never loaded"));
         self.0
@@ -58,7 +59,8 @@ impl Linear {
         })
     }
 
-    /// Several layers with the same input as one, their outputs one after the other.
+    /// Joins several layers of the same input to one layer, with their outputs one after the other:
+    /// one matrix product instead of three.
     pub(super) fn fused(tensors: &Tensors, at: &[String]) -> Torch<Self> {
         let all = |end: &str| -> Torch {
             let parts = at
@@ -186,7 +188,7 @@ impl Block {
     }
 }
 
-/// How the weights of a transformer's layers start out.
+/// The initial distributions of a transformer's layers.
 pub struct BlockInit {
     pub qkv: Init,
     pub out: Init,
@@ -293,8 +295,8 @@ impl TextEmbedding {
     }
 }
 
-/// Attention pooling: a learnt probe asks all tokens. `torch.nn.MultiheadAttention` with a packed
-/// projection inside.
+/// Attention pooling: a learnt probe attends to all tokens. `torch.nn.MultiheadAttention` with a
+/// packed projection inside.
 pub struct PoolingHead {
     /// The probe's query `[1, h, 1, d/h]`; it is the same for every row.
     query: Tensor,

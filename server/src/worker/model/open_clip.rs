@@ -15,8 +15,8 @@ use super::{
 };
 use tch::{Kind, Tensor};
 
-/// Names and shapes of open_clip's `CLIP` and `CustomTextCLIP`. A logit bias may be there or not:
-/// only the trainer's loss says which.
+/// Names and shapes of open_clip's `CLIP` and `CustomTextCLIP`. The logit bias is optional, since
+/// only the trainer's loss decides whether there is one.
 pub fn parameters(config: &ModelConfig, form: &OpenClipForm) -> Parameters {
     let mut to = Parameters::default();
     image_parameters(&mut to, config, form);
@@ -48,7 +48,8 @@ pub fn parameters(config: &ModelConfig, form: &OpenClipForm) -> Parameters {
     to.add("logit_scale", logits, scale);
     match config.logit_bias_init {
         Some(bias) => to.add("logit_bias", logits, Init::Constant(bias as f32)),
-        // A trainer may learn one all the same (`open_clip_train --siglip`).
+        // A trainer may learn a bias even if the configuration has none (`open_clip_train
+        // --siglip`).
         None => to.add_optional("logit_bias", logits),
     }
     to
@@ -182,7 +183,7 @@ impl Towers for OpenClip {
     }
 }
 
-/// Of `[n, t, d]` the token of each row at `place` `[n, 1]`.
+/// Returns each row's token at `place` `[n, 1]`, from `[n, t, d]`.
 fn at(x: &Tensor, place: &Tensor) -> Torch {
     let (n, _, d) = x.size3()?;
     let place = place.f_unsqueeze(-1)?.f_expand([n, 1, d], false)?;
@@ -238,7 +239,8 @@ impl Vit {
         };
         let x = self.layers.forward(x)?;
         let pooled = match (self.average, self.norm_after_pool) {
-            // A norm knows its token alone, so of one token it may come before or after.
+            // A layer norm reads one token only, so for a single token it may come before or after
+            // pooling.
             (false, _) => self.post_norm.forward(&x.f_select(1, 0)?)?,
             (true, true) => self.post_norm.forward(&mean(&x)?)?,
             (true, false) => mean(&self.post_norm.forward(&x)?)?,
@@ -247,7 +249,7 @@ impl Vit {
     }
 }
 
-/// Of all patches; the first token is the class.
+/// Returns the mean of all patches. The first token is the class token and is left out.
 fn mean(x: &Tensor) -> Torch {
     let patches = x.size3()?.1 - 1;
     x.f_narrow(1, 1, patches)?

@@ -1,4 +1,4 @@
-//! `open_clip_config.json`, as open_clip 3 publishes it beside its weights.
+//! Reads `open_clip_config.json`, as open_clip 3 publishes it beside its weights.
 use super::{
     config::{Activation, Family, ModelConfig, TextConfig, Tower, VisionConfig},
     fields::Fields,
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 pub const FILE: &str = "open_clip_config.json";
 
-/// How open_clip's towers are put together.
+/// The architecture of open_clip's towers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpenClipForm {
     pub vision: VisionForm,
@@ -40,9 +40,9 @@ pub enum VisionForm {
 pub enum TextPool {
     First,
     Last,
-    /// Where the largest id is.
+    /// The token of the largest id.
     Argmax,
-    /// Where that id is first.
+    /// The first token of that id.
     Eos(i64),
 }
 
@@ -55,20 +55,20 @@ pub enum TextProjection {
     Linear,
 }
 
-/// What is done to a caption before it is tokenised.
+/// How a caption is cleaned before it is tokenised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clean {
-    /// What the tokenizer's own normalizer does.
+    /// Nothing beyond the tokenizer's own normalizer.
     Nothing,
-    /// White space to single spaces.
+    /// Runs of white space become single spaces.
     Whitespace,
-    /// Also lower case.
+    /// Also lower-cased.
     Lower,
-    /// Also without punctuation, underscores as spaces.
+    /// Also without punctuation; underscores become spaces.
     Canonicalize,
 }
 
-/// Keys of a tower that change nothing in what a checkpoint computes.
+/// Keys of a tower that do not change what a checkpoint computes.
 const PASSED_OVER: [&str; 9] = [
     "patch_dropout",
     "output_tokens",
@@ -80,7 +80,7 @@ const PASSED_OVER: [&str; 9] = [
     "attn_pooler_queries",
     "attn_pooler_heads",
 ];
-/// Keys of a tower that must be as they are by default, and what they would make of it.
+/// Keys of a tower that must have their default value, and what another value would mean.
 const NOT_SUPPORTED: [(&str, &str); 13] = [
     ("ls_init_value", "layer scale"),
     ("attentional_pool", "CoCa's attentional pooling"),
@@ -181,7 +181,8 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
     })
 }
 
-/// Refuses keys that are not known, and values that make another model.
+/// Refuses unknown keys, and values of architectures that are not supported. Ignoring an unknown
+/// key would embed with another model than the one that was trained, without an error.
 fn known(fields: &Fields, sets: &[&[&str]]) -> Result<()> {
     for key in fields.keys() {
         let unsupported = NOT_SUPPORTED.iter().find(|(name, _)| *name == key);

@@ -1,7 +1,7 @@
-//! The tensors that a model consists of: names, shapes and how they start out.
+//! The tensors of a model: names, shapes and initial distributions.
 use std::collections::BTreeMap;
 
-/// How a tensor is initialised where no weights are given.
+/// How a tensor is initialised if no weights are given.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
     Constant(f32),
@@ -27,7 +27,7 @@ impl Init {
 pub struct Parameter {
     pub shape: Vec<usize>,
     pub init: Init,
-    /// Weights may do without it; such ones are never initialised.
+    /// Whether weights may leave it out. An optional tensor is never initialised.
     pub optional: bool,
 }
 
@@ -47,7 +47,7 @@ impl Parameters {
         );
     }
 
-    /// A tensor that weights may have or not.
+    /// Adds a tensor that weights may leave out.
     pub fn add_optional(&mut self, name: impl Into<String>, shape: &[usize]) {
         self.0.insert(
             name.into(),

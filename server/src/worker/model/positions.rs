@@ -1,5 +1,5 @@
-//! Position embeddings of an image tower: a grid that is resampled for images of other sizes, as
-//! the library does that the model was trained with.
+//! Position embeddings of an image tower: a grid that is resampled for images of other sizes. Each
+//! library resamples in its own way, and a model must be scored in the way it is trained.
 use super::layers::Torch;
 use std::{cell::RefCell, collections::HashMap};
 use tch::{Kind, TchError, Tensor};
@@ -8,7 +8,7 @@ use tch::{Kind, TchError, Tensor};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resize {
     pub filter: Filter,
-    /// Whether the filter is widened where the grid shrinks.
+    /// Whether the filter is widened when the grid shrinks.
     pub antialias: bool,
 }
 
@@ -46,7 +46,7 @@ impl Resize {
     }
 }
 
-/// `[prefix + n², d]`: those of prefix tokens (a class token), then a grid of n by n.
+/// `[prefix + n², d]`: the embeddings of prefix tokens (a class token), then a grid of n by n.
 pub struct Positions {
     all: Tensor,
     prefix: i64,
@@ -67,7 +67,7 @@ impl Positions {
         }
     }
 
-    /// For a grid of `side` by `side` patches, `[prefix + side², d]`.
+    /// Returns the embeddings of a grid of `side` by `side` patches, `[prefix + side², d]`.
     pub fn at(&self, side: i64) -> Torch {
         if side == self.side {
             return Ok(self.all.shallow_clone());
@@ -82,7 +82,8 @@ impl Positions {
         Ok(made)
     }
 
-    /// In f32, whatever the model computes in.
+    /// Resamples in f32, whatever arithmetic the model uses: LibTorch's filters lack some dtypes,
+    /// and bf16 would round twice.
     fn resample(&self, side: i64) -> Torch {
         let (rows, d) = self.all.size2()?;
         if rows != self.prefix + self.side * self.side {

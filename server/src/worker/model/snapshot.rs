@@ -9,8 +9,7 @@ use std::{
 };
 use superbatch_proto::v1::Reason;
 
-/// One set of weights, not yet on a device. Holds the files' bytes and where each tensor lies in
-/// them.
+/// One set of weights, not yet on a device: the files' bytes, and the place of each tensor in them.
 #[derive(Debug)]
 pub struct Snapshot {
     files: Vec<Bytes>,
@@ -34,11 +33,11 @@ pub struct Stored<'a> {
     pub bytes: &'a [u8],
 }
 
-/// What is wrong with weights. It becomes `WeightsRefused` for a push and `ModelInvalid` for a
-/// model folder.
+/// Why weights are refused. It becomes `WeightsRefused` for a push and `ModelInvalid` for a model
+/// folder.
 #[derive(Debug)]
 pub struct Refusal {
-    /// The first bad tensor, where one is to blame.
+    /// The first bad tensor, if one is at fault.
     pub tensor: Option<String>,
     pub message: String,
     cause: Option<SafeTensorError>,
@@ -61,7 +60,7 @@ impl Refusal {
         }
     }
 
-    /// As an error about the weights at `source`.
+    /// Returns an error about the weights at `source`.
     pub fn into_error(self, reason: Reason, source: &str) -> Error {
         let mut error = Error::new(reason, format!("weights of {source}: {}", self.message));
         if let Some(tensor) = &self.tensor {
@@ -105,7 +104,7 @@ impl Snapshot {
         })
     }
 
-    /// BLAKE3 of the file in hex; of the shards' BLAKE3s in order where there are several.
+    /// BLAKE3 of the file in hex; of the shards' BLAKE3s in order if there are several.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -262,7 +261,7 @@ fn digest(files: &[Bytes]) -> String {
 /// order.
 ///
 /// # Errors
-/// `Internal` where bytes do not fit their shape and dtype.
+/// `Internal` if bytes do not fit their shape and dtype.
 pub fn write<'a>(
     tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], &'a [u8])>,
 ) -> Result<Bytes> {

@@ -14,7 +14,7 @@ use tch::Tensor;
 /// Where a trunk's tensors are in open_clip's state dict.
 const AT: &str = "visual.trunk";
 
-/// The sizes of a trunk by its name, such as `vit_base_patch16_siglip_224`; `None` where it is not
+/// The sizes of a trunk by its name, such as `vit_base_patch16_siglip_224`; `None` if it is not
 /// known. What follows a dot names weights.
 pub fn trunk(name: &str) -> Option<VisionConfig> {
     let name = name.split('.').next()?;
