@@ -1,4 +1,4 @@
-//! Images as Pillow shows them: decoded, turned as their EXIF says, on white, in 8-bit RGB.
+//! Decodes images as Pillow does: turned by their EXIF orientation, on white, in 8-bit RGB.
 //!
 //! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha
 //! channel onto a white RGB canvas.
@@ -30,8 +30,8 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
     decode_scaled(bytes, limits, None)
 }
 
-/// As [`decode`], but a JPEG file comes at half its size where its shorter side then still has
-/// `shorter` pixels: by an inverse DCT of half the size, which is not what Pillow makes of it.
+/// As [`decode`], but a JPEG file is decoded at half its size if its shorter side then still has
+/// `shorter` pixels. That uses an inverse DCT of half the size, whose pixels differ from Pillow's.
 ///
 /// # Errors
 /// Those of [`decode`].
@@ -55,7 +55,8 @@ fn decode_scaled(
             limits.bytes_max
         )));
     }
-    // The decoders mean not to panic. One that does costs a row, not the worker.
+    // Decoders should not panic, but they read untrusted bytes. A panic costs the row and not the
+    // worker.
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
         [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits, shorter),
         [0x89, b'P', b'N', b'G', ..] => {
@@ -105,8 +106,8 @@ fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decode
     Ok(Decoded { image, exif, xmp })
 }
 
-/// By libwebp, as Pillow does. The `image` crate reads the first frame of an animation, and what is
-/// said about an image.
+/// Decodes by libwebp, as Pillow does. The `image` crate reads the first frame of an animation, and
+/// the metadata.
 fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     let broken = || undecodable("libwebp cannot decode it: it is cut off or damaged");
     let features = webp::BitstreamFeatures::new(bytes).ok_or_else(broken)?;
@@ -135,8 +136,9 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     })
 }
 
-/// The EXIF tag, or where there is none the XMP property: Pillow's order. EXIF that is none, and a
-/// tag that is no number, count as there.
+/// Returns the orientation by the EXIF tag or, if there is none, by the XMP property, in Pillow's
+/// order. Malformed EXIF, and a tag that is no number, count as present: Pillow then does not look
+/// at XMP, and turning the image would train and score on different pixels.
 fn orientation(decoded: &Decoded) -> Orientation {
     let exif = decoded.exif.as_deref().and_then(|data| {
         let data = data.strip_prefix(b"Exif\0\0").unwrap_or(data).to_vec();
@@ -168,7 +170,7 @@ fn xmp_orientation(xmp: &[u8]) -> Option<u32> {
     value.chars().next()?.to_digit(10)
 }
 
-/// 8-bit RGB over white.
+/// Puts an image on white, in 8-bit RGB.
 fn on_white(image: DynamicImage) -> RgbImage {
     let (width, height) = (image.width(), image.height());
     let high = |v: u16| (v >> 8) as u8;
@@ -183,8 +185,8 @@ fn on_white(image: DynamicImage) -> RgbImage {
             .pixels()
             .flat_map(|p| blend([p[0], p[1], p[2]], p[3]))
             .collect(),
-        // Pillow keeps 16 bits of grey and clips them on the way to RGB; of all other kinds it
-        // reads the high bytes.
+        // Pillow keeps 16 bits of grey and clips them on conversion to RGB. Of all other 16-bit
+        // kinds it reads the high bytes only.
         DynamicImage::ImageLuma16(image) => image
             .as_raw()
             .iter()
@@ -204,7 +206,7 @@ fn on_white(image: DynamicImage) -> RgbImage {
     RgbImage::from_raw(width, height, pixels).expect("three bytes were made of each pixel")
 }
 
-/// A pixel over white, rounded as Pillow's paste does.
+/// Puts a pixel over white, rounded as in Pillow's paste: an exact division by 255 in integers.
 fn blend(pixel: [u8; 3], alpha: u8) -> [u8; 3] {
     pixel.map(|value| {
         let sum = u32::from(value) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 128;

@@ -6,18 +6,18 @@ use mozjpeg::{ColorSpace, Decompress, Marker};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const EXIF: &[u8] = b"Exif\0\0";
-/// In eighths of the image's size.
+/// Half of the image's size, in eighths.
 const HALF: u8 = 4;
 const XMP: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
 
 /// # Errors
-/// `TooLarge`, or `Undecodable` with what libjpeg says.
+/// `TooLarge`, or `Undecodable` with libjpeg's message.
 pub(crate) fn jpeg(
     bytes: &[u8],
     limits: &ImageLimits,
     shorter: Option<u32>,
 ) -> Result<Decoded, Error> {
-    // libjpeg leaves by unwinding, with its message.
+    // libjpeg reports a fatal error by unwinding, with its message.
     let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits, shorter)));
     decoded.unwrap_or_else(|cause| {
         let said = cause
@@ -35,7 +35,9 @@ fn read(bytes: &[u8], limits: &ImageLimits, shorter: Option<u32>) -> Result<Deco
         .map_err(undecodable)?;
     let (width, height) = decoder.size();
     check(width as u64, height as u64, limits)?;
-    // libjpeg fills what is missing with grey; Pillow refuses a file without its end, and so do we.
+    // libjpeg fills the missing part of a cut file with grey and reports only a warning. Pillow
+    // refuses a file without its end marker. Without this check a row that the trainer cannot
+    // decode would be scored and perhaps chosen.
     let scan = scan_start(bytes).unwrap_or(bytes.len());
     if !bytes[scan..]
         .windows(2)
@@ -71,7 +73,7 @@ fn read(bytes: &[u8], limits: &ImageLimits, shorter: Option<u32>) -> Result<Deco
     })
 }
 
-/// Width and height, which may have been scaled, and the pixels.
+/// Reads the pixels. Returns them with their width and height, which may have been scaled.
 fn scanlines(
     decoder: Decompress<&[u8]>,
     colours: ColorSpace,
@@ -83,7 +85,7 @@ fn scanlines(
     Ok((size, pixels))
 }
 
-/// The application's segments, joined, without their names.
+/// Returns the segments of an application, joined, without their names.
 fn application(decoder: &Decompress<&[u8]>, name: &[u8]) -> Option<Vec<u8>> {
     let segments: Vec<&[u8]> = decoder
         .markers()
@@ -92,7 +94,8 @@ fn application(decoder: &Decompress<&[u8]>, name: &[u8]) -> Option<Vec<u8>> {
     (!segments.is_empty()).then(|| segments.concat())
 }
 
-/// RGB of a pixel as Adobe stores it: what is called ink is its absence. Rounded as Pillow does.
+/// Returns the RGB of a CMYK pixel as Adobe stores it, inverted: 255 is no ink. Rounded as in
+/// Pillow.
 fn inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     [cyan, magenta, yellow].map(|light| {
         let product = u32::from(255 - light) * u32::from(black) + 128;
@@ -100,8 +103,8 @@ fn inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     })
 }
 
-/// Where the first scan's data begin: segments before it may hold thumbnails with markers of their
-/// own.
+/// Returns where the first scan's data begin. Segments before it may hold thumbnails with end
+/// markers of their own.
 fn scan_start(bytes: &[u8]) -> Option<usize> {
     let mut at = 2;
     loop {

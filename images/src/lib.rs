@@ -1,9 +1,9 @@
-//! Images as Pillow shows them, to the last bit: what a model is trained on in Python, it is scored
-//! on here.
+//! Decodes and resizes images as Pillow does, to the last bit, so that a model is scored on the
+//! same pixels that it is trained on in Python.
 //!
-//! [`decode`] gives 8-bit RGB of a JPEG, PNG or WebP file, turned as its EXIF says, on white;
-//! [`resize`] is Pillow's antialiased bilinear and bicubic, of a part of the output where only that
-//! is wanted.
+//! [`decode`] gives 8-bit RGB of a JPEG, PNG or WebP file, turned by its EXIF orientation, on
+//! white. [`resize`] is Pillow's antialiased bilinear and bicubic resize. It can compute only a
+//! part of the output, such as a crop.
 //!
 //! ```
 //! use superbatch_images::{Axis, Filter, Taps, resize};

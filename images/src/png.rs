@@ -7,11 +7,11 @@ const TEXT_BYTES_MAX: u64 = 1 << 20;
 const SIGNATURE_BYTES: usize = 8;
 const RAW_PROFILE: &[u8] = b"Raw profile type exif";
 
-/// Looks at a PNG's chunks, and returns its EXIF: of the last `eXIf`, or else of ImageMagick's raw
-/// profile.
+/// Checks a PNG's chunks, and returns its EXIF: from the last `eXIf`, or else from ImageMagick's
+/// raw profile.
 ///
 /// # Errors
-/// [`Error::Undecodable`] where Pillow refuses the file: a chunk before the pixels with a wrong
+/// [`Error::Undecodable`] if Pillow refuses the file: a chunk before the pixels with a wrong
 /// checksum, a text or profile above 1 MiB, pixels with a wrong checksum.
 pub(crate) fn look(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     let (mut exif, mut raw, mut pixels) = (None, None, None::<Pixels>);
@@ -46,7 +46,8 @@ struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    /// `None` at the end, also where the file is cut off: the decoder tells.
+    /// Returns the next chunk; `None` at the end, also of a file that is cut off, which the decoder
+    /// reports.
     fn next(rest: &mut &'a [u8]) -> Option<Self> {
         let (length, after) = rest.split_first_chunk::<4>()?;
         let (kind, after) = after.split_first_chunk::<4>()?;
@@ -67,8 +68,8 @@ impl<'a> Chunk<'a> {
         sum.sum().to_be_bytes() == self.checksum
     }
 
-    /// The text under the raw profile's key, `None` for any other key. What is packed is unpacked
-    /// whatever its key, since Pillow minds its size.
+    /// Returns the text under the raw profile's key, `None` for any other key. A packed text is
+    /// unpacked whatever its key, since Pillow refuses a file for its size.
     fn text(&self) -> Result<Option<Vec<u8>>, Error> {
         let Some((key, after)) = split_at_nul(self.data) else {
             return Ok(None);
@@ -101,7 +102,7 @@ fn split_at_nul(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&bytes[..at], &bytes[at + 1..]))
 }
 
-/// What a text or profile unpacks to; nothing where it is damaged, which Pillow lets pass.
+/// Unpacks a text or profile. A damaged one gives no bytes, since Pillow ignores it.
 fn unpacked(packed: &[u8]) -> Result<Vec<u8>, Error> {
     let mut text = Vec::with_capacity(TEXT_BYTES_MAX as usize + 1);
     let status = Decompress::new(true).decompress_vec(packed, &mut text, FlushDecompress::Finish);
@@ -129,10 +130,11 @@ fn from_raw_profile(text: &[u8]) -> Option<Vec<u8>> {
     )
 }
 
-/// The packed pixels, unpacked to see whether they are what was packed.
+/// The packed pixels, unpacked only to verify their checksum.
 struct Pixels {
     packed: Decompress,
-    /// Bytes that the picture has; what follows is not looked at.
+    /// Bytes of the picture. Pillow stops reading here, so later bytes, a wrong checksum among
+    /// them, are no error.
     expected: u64,
     done: bool,
 }
@@ -154,7 +156,7 @@ impl Pixels {
                 .packed
                 .decompress(data, &mut room, FlushDecompress::None)
             {
-                // Beyond the picture nothing is looked at.
+                // The picture is complete; the rest is not read.
                 _ if self.packed.total_out() > self.expected => self.done = true,
                 Err(_) => return Err(undecodable("its pixels are damaged: a wrong checksum")),
                 Ok(Status::StreamEnd) => self.done = true,
@@ -170,7 +172,8 @@ impl Pixels {
     }
 }
 
-/// The size of the unpacked pixels: rows of each pass, each with its filter's byte.
+/// Returns the size of the unpacked pixels: the rows of each pass, each with the byte of its
+/// filter.
 fn expected_bytes(bytes: &[u8]) -> Option<u64> {
     const PASSES: [(u64, u64, u64, u64); 7] = [
         (0, 0, 8, 8),

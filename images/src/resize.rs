@@ -1,16 +1,18 @@
 //! Pillow's antialiased resize of 8-bit RGB, to the last bit: weights in steps of 2⁻²², first along
-//! the rows, then along the columns, each rounded to 8 bits (which shows where bicubic overshoots).
+//! the rows, then along the columns. Each pass is rounded to 8 bits, as in Pillow, which clips
+//! where bicubic overshoots; one pass in floats would be more exact and differ from the trainer's
+//! pixels.
 use std::ops::Range;
 
-/// How far a weight is from its value, in bits: what 32 leave beside 8 of the pixel and 2 for
-/// overshoot.
+/// Bits of a weight's fraction. A sum must fit 32 bits: 8 for the pixel and 2 for sign and
+/// overshoot leave 22.
 const PRECISION: u32 = 22;
 const ONE: i32 = 1 << PRECISION;
 const HALF: i32 = ONE / 2;
-/// Rows that are resized along their length at once, one to a lane.
+/// Rows that are resized along their length at the same time, one in each lane.
 const LANES: usize = 8;
 
-/// How far a source pixel reaches; widened when shrinking.
+/// The resampling filter. It is widened when shrinking, so that every source pixel counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filter {
     Bilinear,
@@ -25,7 +27,7 @@ impl Filter {
         }
     }
 
-    /// The weight at a distance in source pixels. Bicubic is Keys's with a = -1/2.
+    /// Returns the weight at a distance in source pixels. Bicubic is Keys's with a = -1/2.
     fn at(self, distance: f64) -> f64 {
         let x = distance.abs();
         match self {
@@ -37,7 +39,7 @@ impl Filter {
     }
 }
 
-/// One axis: `source` pixels become `resized`, of which `kept` are wanted.
+/// One axis: `source` pixels become `resized` pixels, of which `kept` are computed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Axis {
     pub source: u32,
@@ -45,7 +47,7 @@ pub struct Axis {
     pub kept: Range<u64>,
 }
 
-/// Which source pixels make each output pixel, and with what weights.
+/// The source pixels of each output pixel, and their weights.
 #[derive(Debug, Clone)]
 pub struct Taps {
     source: usize,
@@ -55,7 +57,7 @@ pub struct Taps {
 }
 
 impl Taps {
-    /// The taps of the pixels that are kept, each as in a resize of the whole axis.
+    /// Computes the taps of the kept pixels, each as in a resize of the whole axis.
     pub fn new(filter: Filter, axis: &Axis) -> Self {
         let mut taps = Self {
             source: axis.source as usize,
@@ -75,12 +77,14 @@ impl Taps {
         taps
     }
 
-    /// Appends one output's weights; gives its first source pixel.
+    /// Appends one output's weights. Returns its first source pixel.
     fn push(&mut self, filter: Filter, axis: &Axis, output: u64) -> usize {
         let scale = f64::from(axis.source) / axis.resized as f64;
         let wide = scale.max(1.0);
         let (centre, reach) = ((output as f64 + 0.5) * scale, filter.support() * wide);
-        // `as` truncates towards zero and clamps at zero.
+        // `as u32` truncates and clamps at zero, which equals Pillow's cast to int and its clamp.
+        // The order of these operations in doubles is Pillow's: another one moves a border by a
+        // pixel.
         let first = (centre - reach + 0.5) as u32;
         let end = ((centre + reach + 0.5) as u32).min(axis.source);
         let narrow = 1.0 / wide;
@@ -94,7 +98,7 @@ impl Taps {
         first as usize
     }
 
-    /// Source pixels that are looked at.
+    /// Returns the range of source pixels that are read.
     pub fn span(&self) -> Range<usize> {
         let first = self
             .outputs
@@ -111,7 +115,7 @@ impl Taps {
         first..end.max(first)
     }
 
-    /// Pixels that come out.
+    /// Returns the number of output pixels.
     pub fn len(&self) -> usize {
         self.outputs.len()
     }
@@ -127,20 +131,20 @@ impl Taps {
     }
 }
 
-/// Resizes an RGB image, given row by row, to `rows.len() * columns.len()` pixels. Takes on its way
-/// 96 bytes a source column, and 3 bytes for each of `columns.len()` pixels of the source rows that
-/// are looked at ([`Taps::span`]).
+/// Resizes an RGB image, given row by row, to `rows.len() * columns.len()` pixels. It needs 96
+/// bytes for each source column, and 3 bytes for each of `columns.len()` pixels of the source rows
+/// that are read ([`Taps::span`]).
 pub fn resize(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
     debug_assert_eq!(pixels.len(), rows.source * columns.source * 3);
     #[cfg(target_arch = "x86_64")]
     if std::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor was just asked.
+        // SAFETY: the processor has AVX2, as was just detected.
         return unsafe { resize_avx2(pixels, rows, columns) };
     }
     both(pixels, rows, columns)
 }
 
-/// The same code for wider registers: integers, so the result is the same.
+/// The same code, compiled for wider registers. It computes in integers, so the result is the same.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn resize_avx2(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
@@ -162,6 +166,9 @@ fn both(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
 fn across(pixels: &[u8], columns: &Taps) -> Vec<u8> {
     let (width, line, span) = (columns.source, columns.len() * 3, columns.span());
     let mut wide = vec![0; pixels.len() / (width * 3) * line];
+    // All rows use the same weights, so eight rows are transposed into lanes and each weight is one
+    // multiplication of a vector. Within a row the weights change from pixel to pixel and three
+    // channels fill no vector, so the compiler could not vectorise along it.
     let mut strip = vec![[0i32; 3 * LANES]; span.len()];
     for (rows, outputs) in pixels
         .chunks(width * 3 * LANES)

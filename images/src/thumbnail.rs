@@ -1,4 +1,4 @@
-//! Small pictures of images, for people to look at.
+//! Small pictures of images, to show to people.
 use crate::{
     decode::decode,
     image::{Error, ImageLimits, undecodable},
@@ -9,8 +9,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const QUALITY: f32 = 82.0;
 
-/// A JPEG of an image, decoded and encoded anew, whose longer side is at most `side` pixels (at
-/// least 1). A smaller image keeps its size.
+/// Returns an image decoded and encoded again as a JPEG, whose longer side is at most `side` pixels
+/// (at least 1). A smaller image keeps its size.
 ///
 /// # Errors
 /// Those of [`decode`].
@@ -32,12 +32,13 @@ pub fn thumbnail(bytes: &[u8], limits: &ImageLimits, side: u32) -> Result<Vec<u8
         &taps(image.height(), height),
         &taps(image.width(), width),
     );
-    // libjpeg leaves by unwinding.
+    // libjpeg reports a fatal error by unwinding.
     let encoded = catch_unwind(AssertUnwindSafe(|| encode(&pixels, width, height)));
     encoded.unwrap_or_else(|_| Err(undecodable("its thumbnail cannot be encoded")))
 }
 
-/// The largest size inside `side` x `side` with the same proportions, no larger than the image.
+/// Returns the largest size inside `side` x `side` with the same proportions, not larger than the
+/// image.
 fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
     let longer = width.max(height).max(1);
     if longer <= side {

@@ -7,8 +7,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 /// `ErrorInfo.domain` of every error of this service.
 pub const DOMAIN: &str = "superbatch";
 
-/// A failed call: a closed reason for programs, a message for people, and the values that a program
-/// may want.
+/// A failed call: a closed reason for programs, a message for people, and values for programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub reason: Reason,
@@ -43,7 +42,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// The reason's name on the wire: without its prefix.
+/// Returns the reason's name on the wire, without its prefix.
 pub fn name(reason: Reason) -> &'static str {
     reason.as_str_name().trim_start_matches("REASON_")
 }
@@ -75,12 +74,12 @@ fn code(reason: Reason) -> Code {
 
 /// Bytes of a message on the wire, and of all values of its metadata. Both travel in HTTP/2
 /// headers, encoded to up to three times their size and the message twice: beyond 16 KiB peers
-/// break the connection, and nobody sees the cause.
+/// break the connection, and the caller never sees the cause.
 const MESSAGE_BYTES_MAX: usize = 2048;
 const METADATA_BYTES_MAX: usize = 1536;
 
-/// `text` in at most `bytes_max` bytes: its beginning, which says what was wrong and where, and its
-/// end, which says the cause or what to do.
+/// Shortens `text` to at most `bytes_max` bytes. Keeps its beginning, which says what was wrong and
+/// where, and its end, which says the cause or what to do.
 fn shortened(text: &str, bytes_max: usize) -> String {
     if text.len() <= bytes_max {
         return text.to_owned();
@@ -92,7 +91,7 @@ fn shortened(text: &str, bytes_max: usize) -> String {
     format!("{}{}{}", &text[..begin], note(end - begin), &text[end..])
 }
 
-/// Values of metadata, each in its share of the room. Most are short.
+/// Shortens the values of metadata, each to an equal share of the room.
 fn shortened_values(metadata: HashMap<String, String>) -> HashMap<String, String> {
     let whole: usize = metadata
         .iter()
@@ -111,7 +110,7 @@ fn shortened_values(metadata: HashMap<String, String>) -> HashMap<String, String
         .collect()
 }
 
-/// Where every error becomes a status, so that none is too long to arrive.
+/// Every error becomes a status here, so that none is too long to arrive.
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
         let message = shortened(&failure.message, MESSAGE_BYTES_MAX);
@@ -121,7 +120,8 @@ impl From<Failure> for Status {
     }
 }
 
-/// Items of a list for a message: as many as a person reads, and how many more there are.
+/// Joins the items of a list for a message: as many as a person reads, and the number of the
+/// others.
 pub fn some_of<T: AsRef<str>>(items: &[T]) -> String {
     const NAMED_MAX: usize = 24;
     const NAME_BYTES_MAX: usize = 80;

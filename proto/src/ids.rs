@@ -4,8 +4,8 @@ use std::fmt;
 /// Longest run id, in bytes.
 pub const RUN_ID_BYTES_MAX: usize = 128;
 
-/// Whether `id` may name a run: letters, digits, `-`, `_` and `.`, not starting with a dot, at most
-/// [`RUN_ID_BYTES_MAX`] bytes. Run ids become object keys.
+/// Returns whether `id` may name a run: letters, digits, `-`, `_` and `.`, not starting with a dot,
+/// at most [`RUN_ID_BYTES_MAX`] bytes. Run ids become object keys.
 pub fn is_run_id(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= RUN_ID_BYTES_MAX
@@ -16,10 +16,10 @@ pub fn is_run_id(id: &str) -> bool {
 }
 
 /// The id of a row: its shard's path below the source, and its number in the shard. Keys inside
-/// data sets repeat, this does not.
+/// data sets repeat; this id does not.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowId<'a> {
-    /// Which source; shown only if a run has several.
+    /// The number of the source; shown only if a run has several.
     pub source: Option<u32>,
     pub shard: &'a str,
     pub row: u64,

@@ -16,16 +16,18 @@ pub mod v1 {
         include_bytes!(concat!(env!("OUT_DIR"), "/superbatch.binpb"));
 }
 
-/// Largest message either side accepts, in bytes. Payloads are cut into parts of [`PART_BYTES`],
-/// far below it.
+/// Largest message that either side accepts, in bytes. Payloads are cut into parts of
+/// [`PART_BYTES`], far below it.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// Most candidates of a super-batch.
+/// Most candidates of a super-batch. Counts off the wire are compared with it before they size
+/// memory.
 pub const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 /// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
 pub const PART_BYTES: usize = 1 << 20;
-/// Bytes of a stream that may be on their way before the receiver has taken them: several parts, so
-/// that a long line stays full. Of all streams of a connection: [`CONNECTION_WINDOW_BYTES`].
+/// Bytes of a stream that may be under way before the receiver has taken them. With HTTP/2's
+/// default of 64 KiB a stream could carry only 64 KiB for each round trip; several parts keep a
+/// long line full. The limit of all streams of a connection is [`CONNECTION_WINDOW_BYTES`].
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Largest HTTP/2 frame that a server takes: a part goes in few.
+/// Largest HTTP/2 frame that a server accepts, so that a part needs few frames.
 pub const FRAME_BYTES_MAX: u32 = 1 << 20;

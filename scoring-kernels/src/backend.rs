@@ -1,4 +1,4 @@
-//! Where scores are computed.
+//! The backends that compute scores.
 use crate::{
     cuda::CudaDevice,
     engine::{self, Engine, Spread},
@@ -10,8 +10,8 @@ use crate::{
     types::{Candidates, Selection, Settings, Tuning},
 };
 
-/// What computes the scores. All backends are handed the same noise and draw the same examples, up
-/// to rounding.
+/// Where the scores are computed. All backends get the same noise and draw the same examples, up to
+/// rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Backend {
     /// Plain Rust on the rayon pool that the caller runs in. The draw does not depend on the number
@@ -41,7 +41,7 @@ impl Backend {
         self.select_tuned(candidates, settings, &Tuning::default(), noise)
     }
 
-    /// [`Self::select`] with other than the default [`Tuning`].
+    /// As [`Self::select`], with a [`Tuning`].
     ///
     /// # Errors
     ///
@@ -53,6 +53,8 @@ impl Backend {
         tuning: &Tuning,
         noise: &Noise<'_>,
     ) -> Result<Selection> {
+        // The rules of `tuning` run first and on the CPU for every backend, so that the candidates
+        // offered to the draw do not depend on the device.
         let mut problem = Problem::new(candidates, settings, tuning, noise)?;
         let filtered = filter::filter(candidates, tuning, &problem.offered)?;
         problem.leave_out(&filtered)?;
@@ -63,7 +65,7 @@ impl Backend {
         Ok(selection)
     }
 
-    /// What computes losses, if they are asked for.
+    /// Returns the engine that computes losses, if the criterion or the report needs them.
     fn engine<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Engine + 'a>>> {
         if problem.models.is_empty() {
             return Ok(None);
@@ -76,7 +78,7 @@ impl Backend {
         }))
     }
 
-    /// What computes distances, under k-center.
+    /// Returns the engine that computes distances, under k-center.
     fn spread<'a>(&self, problem: &'a Problem<'a>) -> Result<Option<Box<dyn Spread + 'a>>> {
         let Some(embeddings) = &problem.spread else {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! The loop of joint selection, and the seam between it and whatever computes the scores.
+//! The loop of joint selection, and the interface to the engines that compute the scores.
 use crate::{
     error::{Error, Result},
     law,
@@ -10,24 +10,24 @@ use rayon::prelude::*;
 
 /// Running conditional scores of one selection, on some device.
 pub(crate) trait Engine {
-    /// The score of every candidate given all that was absorbed, by index, `[B]`, with gain.
-    /// Unspecified for holes and for what was absorbed.
+    /// Returns the score of every candidate given all absorbed examples, by index, `[B]`, with
+    /// gain. It is unspecified for holes and for absorbed examples.
     fn scores(&mut self) -> Result<Vec<f64>>;
 
-    /// Adds what a drawn chunk means to every candidate left: c new rows and c new columns of each
+    /// Adds a drawn chunk's terms to every candidate left: c new rows and c new columns of each
     /// model's pair matrix.
     fn absorb(&mut self, chunk: &[u32]) -> Result<()>;
 
-    /// What the running scores lack for a batch score, without gain. Sigmoid: the sum of the pair
-    /// terms among `chosen`, the diagonal left out. Softmax: the sum of the batch losses of
-    /// `chosen` as one batch.
+    /// Returns what the running scores lack for a batch score, without gain. Sigmoid: the sum of
+    /// the pair terms among `chosen`, the diagonal left out. Softmax: the sum of the batch losses
+    /// of `chosen` as one batch.
     fn inner(&mut self, chosen: &[u32]) -> Result<f64>;
 
     /// Floating-point operations spent so far.
     fn flops(&self) -> f64;
 }
 
-/// K-center: how near candidates' images are to those of all that was chosen, on some device.
+/// K-center: how near candidates' images are to the images of all chosen examples, on some device.
 pub(crate) trait Spread {
     /// Adds a chunk to the chosen. Returns, for each candidate `left`, the largest cosine of its
     /// image with one of theirs.
@@ -40,8 +40,8 @@ struct Drawn {
     score: f64,
 }
 
-/// Draws the sub-batch (Algorithm 1, and what the other policies make of it). Without an engine
-/// there are no losses, and what depends on them is absent.
+/// Draws the sub-batch (Algorithm 1, and the other policies as variants of it). Without an engine
+/// there are no losses, and the fields that depend on them are absent.
 pub(crate) fn run(
     problem: &Problem<'_>,
     mut engine: Option<Box<dyn Engine + '_>>,
@@ -58,6 +58,8 @@ pub(crate) fn run(
     let mut drawn: Vec<Drawn> = Vec::with_capacity(problem.chunks.iter().sum());
     for (k, &size) in problem.chunks.iter().enumerate() {
         if k > 0 {
+            // A chunk is absorbed only when another one follows it: the terms of the last chunk
+            // would be computed for candidates that are never drawn.
             let last = indices(&drawn[drawn.len() - problem.chunks[k - 1]..]);
             if let (Some(spread), Some(embeddings)) = (&mut spread, &problem.spread) {
                 let nearest = spread.absorb(&last, &left)?;
@@ -103,8 +105,9 @@ pub(crate) fn run(
     Ok(selection)
 }
 
-/// Takes the `size` candidates of largest logit + noise out of `left`, largest first, ties to the
-/// lower index.
+/// Takes the `size` candidates of largest logit + noise out of `left`, largest first; ties go to
+/// the lower index. With Gumbel noise this is a draw without replacement with p ~ exp(logit),
+/// without an exponential that could overflow.
 fn draw(
     left: &mut Vec<u32>,
     logits: &[f64],
@@ -117,10 +120,13 @@ fn draw(
         (logits[index as usize] + noise, index)
     };
     let mut perturbed: Vec<(f64, u32)> = left.par_iter().with_min_len(2048).map(perturb).collect();
+    // NaN would not fail by itself. `total_cmp` orders it above infinity, so the broken candidate
+    // would be drawn first, at every step.
     if let Some((_, row)) = perturbed.iter().find(|(value, _)| !value.is_finite()) {
         return Err(Error::ScoreNotFinite { row: *row as usize });
     }
     let order = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    // Only the chosen are sorted: B may be millions and a chunk has thousands.
     if size < perturbed.len() {
         perturbed.select_nth_unstable_by(size, order);
         perturbed.truncate(size);
@@ -140,11 +146,11 @@ fn draw(
         .collect())
 }
 
-/// Mean conditional score per example of the sub-batch, without gain.
+/// Returns the mean conditional score per example of the sub-batch, without gain.
 ///
 /// Sigmoid: the conditional scores of joint selection hold every pair of two chunks exactly once,
-/// in both directions; what they lack are the pairs inside each chunk. Other policies' scores hold
-/// no pairs at all. Softmax: the denominators must hold the whole sub-batch, so the losses are
+/// in both directions; what they lack are the pairs inside each chunk. Scores of other policies
+/// contain no pairs. Softmax: the denominators must hold the whole sub-batch, so the losses are
 /// computed anew.
 fn batch_score(
     problem: &Problem<'_>,

@@ -1,4 +1,4 @@
-//! What can be wrong with a selection's inputs.
+//! The errors of a selection's inputs.
 use crate::{
     cuda::error::CudaError,
     types::{Criterion, LeftOut, UnknownWord},
@@ -7,7 +7,7 @@ use crate::{
 /// Why a selection was refused. Nothing is drawn when one of these is returned.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// More is asked for than there are candidates that are not holes.
+    /// The sub-batch is larger than the number of candidates that are not holes.
     #[error(
         "cannot draw a sub-batch of {sub_batch_size}: of {candidates} candidates {holes} are \
         holes; ask for fewer or offer more"
@@ -17,7 +17,7 @@ pub enum Error {
         candidates: usize,
         holes: usize,
     },
-    /// There would be enough candidates, had [`Tuning`](crate::Tuning) not left so many out.
+    /// There were enough candidates before [`Tuning`](crate::Tuning) left some out.
     #[error(
         "cannot draw a sub-batch of {sub_batch_size}: of {candidates} candidates {holes} are \
         holes, and {} were left out \
@@ -75,7 +75,7 @@ pub enum Error {
     /// absurd.
     #[error("the score of candidate {row} is not finite: are the embeddings L2-normalised?")]
     ScoreNotFinite { row: usize },
-    /// A hole that is no candidate.
+    /// The index of a hole is not the index of a candidate.
     #[error("hole {hole} is out of range: there are {candidates} candidates")]
     HoleOutOfRange { hole: usize, candidates: usize },
     /// A given noise array, or the keys of seeded noise, of the wrong length.

@@ -1,5 +1,5 @@
-//! What is left out before a policy draws: near-duplicates, and pairs whose text does not fit the
-//! image.
+//! The rules that leave candidates out before a policy draws: near-duplicates, and pairs whose text
+//! does not fit the image.
 use crate::{
     error::{Error, Result},
     native::{Others, clip_losses},
@@ -8,24 +8,26 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Candidates that one cell of near ones is meant to hold: duplicates are looked for inside cells.
+/// Aimed number of candidates of one cell. Duplicates are searched inside cells only, so the cost
+/// is B times this number instead of B².
 const CELL: usize = 1_024;
-/// Most candidates of the batch that stands for all in a CLIP loss.
+/// Most candidates of the sample batch by which a CLIP loss is normalised.
 const CONTEXT: usize = 4_096;
-/// How often centres are moved to the mean of their cell.
+/// How often candidates are assigned to centres. The centres move to the mean of their cell in
+/// between. More rounds improve the cells little and cost as much each.
 const ROUNDS: usize = 2;
 
-/// What the rules made of the candidates offered.
+/// The result of the rules.
 pub(crate) struct Filtered {
-    /// Rising.
+    /// In rising order.
     pub kept: Vec<u32>,
     pub left_out: LeftOut,
     /// Floating-point operations spent on dot products.
     pub flops: f64,
 }
 
-/// Applies the rules of `tuning` to `offered`. Judged by the reference, which does not change, else
-/// by the learner.
+/// Applies the rules of `tuning` to `offered`. The reference judges, since it does not change
+/// during a run; without one, the learner does.
 pub(crate) fn filter(
     candidates: &Candidates<'_>,
     tuning: &Tuning,
@@ -83,10 +85,10 @@ impl Problem<'_> {
 }
 
 impl Filtered {
-    /// Keeps a share, those of the largest negCLIPLoss (Wang et al. 2024): the cosine of image and
-    /// text less what the softmax loss normalises it by. Their random batches are here up to
-    /// [`CONTEXT`] of the candidates, evenly spaced: candidates come in random order. Returns how
-    /// many are left out.
+    /// Keeps a share of the candidates, those of the largest negCLIPLoss (Wang et al. 2024): the
+    /// cosine of image and text minus the softmax loss's normaliser. The paper normalises over
+    /// random batches. Here up to [`CONTEXT`] evenly spaced candidates serve as one, since
+    /// candidates come in random order. Returns how many are left out.
     fn keep_best(&mut self, model: &ModelEmbeddings<'_>, cosines: Vec<f64>, share: f64) -> usize {
         let count = self.kept.len();
         let keep = ((share * count as f64).ceil() as usize).clamp(count.min(1), count);
@@ -102,10 +104,10 @@ impl Filtered {
         count - keep
     }
 
-    /// SemDeDup's rule (Abbas et al. 2023) on image embeddings: candidates are cut into cells of
-    /// near ones by k-means; in a cell, from the farthest from its centre on, one whose cosine with
-    /// one already kept is above `above` is left out. Pairs across two cells are not seen. Returns
-    /// how many are left out.
+    /// Applies SemDeDup's rule (Abbas et al. 2023) to image embeddings. K-means divides the
+    /// candidates into cells. In each cell, beginning with the candidate farthest from the centre,
+    /// a candidate is left out if its cosine with a kept one is above `above`. Pairs across two
+    /// cells are not compared. Returns how many are left out.
     fn leave_out_duplicates(&mut self, model: &ModelEmbeddings<'_>, above: f32) -> usize {
         let count = self.kept.len();
         let cells = cells(model, &self.kept);
@@ -127,13 +129,17 @@ impl Filtered {
     }
 }
 
-/// Which of a cell's members are kept, taken in order.
+/// Returns which of a cell's members are kept, decided in order.
 fn kept(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
     let others = Others::new(&model.image, model.dim, members);
     let mut scratch = others.scratch();
     let mut kept: Vec<bool> = Vec::with_capacity(members.len());
     for group in members.chunks(64) {
         let start = kept.len();
+        // Whether a member is kept depends on the members before it, which would forbid comparing
+        // many at once. So a group of 64 is compared with all members in one pass. Comparisons with
+        // earlier groups are settled at once; those inside the group are noted as bits and settled
+        // in order after the pass.
         let (mut near_kept, mut near_in_group) = ([false; 64], [0u64; 64]);
         others.visit(&model.image, group, &mut scratch, |lane, other, cosine| {
             let near = cosine > above && other < start + lane;
@@ -153,7 +159,8 @@ fn kept(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
     kept
 }
 
-/// Cells of near candidates, each as (cosine with the centre, candidate), the farthest first.
+/// Returns cells of near candidates, each as (cosine with the centre, candidate), the farthest
+/// first.
 fn cells(model: &ModelEmbeddings<'_>, offered: &[u32]) -> Vec<Vec<(f32, u32)>> {
     let (dim, count) = (model.dim, offered.len().div_ceil(CELL));
     let (mut centres, mut buffer) = (vec![0f32; count * dim], vec![0f32; dim]);
@@ -194,7 +201,7 @@ fn cells(model: &ModelEmbeddings<'_>, offered: &[u32]) -> Vec<Vec<(f32, u32)>> {
     cells
 }
 
-/// For each candidate offered, (cosine, which centre) of the nearest centre.
+/// Returns, for each offered candidate, the nearest centre as (cosine, index).
 fn nearest_centres(
     model: &ModelEmbeddings<'_>,
     offered: &[u32],

@@ -1,27 +1,27 @@
-//! By which law each policy draws, given the scores.
+//! The probability law of each policy, given the scores.
 use crate::{problem::Problem, types::Policy};
 use std::borrow::Cow;
 
-/// What keeps a priority from being 0, as in Schaul et al. 2015.
+/// Added to each priority, so that none is 0, as in Schaul et al. 2015.
 const LEAST_PRIORITY: f64 = 1e-6;
 
 impl Policy {
-    /// Whether the sub-batch is drawn in `n_chunks` chunks, and not at once.
+    /// Returns whether the sub-batch is drawn in `n_chunks` chunks instead of at once.
     pub fn goes_by_chunks(self) -> bool {
         matches!(self, Self::Joint | Self::JointTopK | Self::KCenter)
     }
 
-    /// Whether a chunk's scores depend on the criterion's losses given the chunks before.
+    /// Returns whether a chunk's scores depend on the chunks before.
     pub(crate) fn is_conditional(self) -> bool {
         matches!(self, Self::Joint | Self::JointTopK)
     }
 
-    /// Whether the draw depends on the criterion at all.
+    /// Returns whether the draw depends on the criterion.
     pub fn is_scored(self) -> bool {
         !matches!(self, Self::Uniform | Self::KCenter)
     }
 
-    /// Whether a chunk is drawn at random; else its largest scores are taken.
+    /// Returns whether a chunk is drawn at random. Otherwise the largest scores are taken.
     pub fn is_noisy(self, chunk: usize) -> bool {
         match self {
             Self::Uniform | Self::Independent | Self::Joint | Self::Rank | Self::Proportional => {
@@ -33,7 +33,7 @@ impl Policy {
     }
 }
 
-/// ln of unnormalised probabilities, by index, of all that are offered.
+/// Returns the logarithms of unnormalised probabilities, by index, of all offered candidates.
 pub(crate) fn logits<'a>(problem: &Problem<'_>, scores: &'a [f64]) -> Cow<'a, [f64]> {
     let tuning = &problem.tuning;
     match problem.policy {
@@ -69,13 +69,14 @@ pub(crate) fn logits<'a>(problem: &Problem<'_>, scores: &'a [f64]) -> Cow<'a, [f
     }
 }
 
-/// Importance weights of the chosen, the largest 1: (N p)^-beta with p the chance of being drawn
-/// first.
+/// Returns the importance weights of the chosen, the largest 1: (N p)^-beta with p the probability
+/// of being drawn first.
 pub(crate) fn weights(problem: &Problem<'_>, own: &[f64], chosen: &[u32]) -> Vec<f64> {
     if problem.policy != Policy::Proportional {
         return vec![1.0; chosen.len()];
     }
-    // N and the sum of all priorities cancel against the largest.
+    // Dividing by the largest weight cancels N and the sum of all priorities, so neither is
+    // computed.
     let logits = logits(problem, own);
     let least = chosen
         .iter()

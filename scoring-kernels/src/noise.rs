@@ -5,7 +5,7 @@
 //! conditional scores are spread over hundreds).
 use crate::error::{Error, Result};
 
-/// Where the noise of a selection comes from.
+/// The source of a selection's noise.
 #[derive(Clone, Copy, Debug)]
 pub enum Noise<'a> {
     /// [`gumbel`] of these numbers, the chunk's and each candidate's key.
@@ -13,8 +13,9 @@ pub enum Noise<'a> {
         seed: u64,
         generation: u32,
         step: u64,
-        /// One key a candidate (its position in the epoch's order): permuting candidates with their
-        /// keys permutes the draw.
+        /// One key for each candidate: its position in the epoch's order. The noise belongs to the
+        /// example and not to its place in the array, so permuting candidates with their keys
+        /// permutes the draw.
         keys: &'a [u64],
     },
     /// Standard Gumbel noise, row-major `[draws or more, B]`: row k serves chunk k.
@@ -43,7 +44,7 @@ impl Noise<'_> {
         }
     }
 
-    /// The noise of one chunk, by candidate index.
+    /// Returns the noise of one chunk, by candidate index.
     pub(crate) fn chunk(&self, chunk: usize, candidates: usize) -> ChunkNoise<'_> {
         match self {
             Self::Seeded {
@@ -79,7 +80,7 @@ pub fn gumbel(seed: u64, generation: u32, step: u64, chunk: u32, position: u64) 
     Stream::new(seed, generation, step, chunk).gumbel(position)
 }
 
-/// All noise of one chunk: the numbers that [`gumbel`] gives, with what does not depend on the
+/// All noise of one chunk: the numbers of [`gumbel`], with the part that does not depend on the
 /// position computed once.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream([u32; 4]);
@@ -98,7 +99,8 @@ impl Stream {
         let Self([k0, k1, c2, c3]) = *self;
         let block = philox([low, high, c2, c3], [k0, k1]);
         let bits = (u64::from(block[1]) << 32 | u64::from(block[0])) >> 12;
-        // The middle of one of 2^52 equal parts of (0, 1): never 0 or 1, and exact.
+        // The middle of one of 2^52 equal parts of (0, 1). It is exact in f64, and never 0 or 1,
+        // where the logarithms below would be infinite.
         let uniform = (bits as f64 + 0.5) * (1.0 / (1u64 << 52) as f64);
         -ln(-ln(uniform))
     }
@@ -130,8 +132,9 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// Natural logarithm of a positive normal number, from +, -, x and / alone: the platform's `ln`
-/// differs in the last bit between C libraries.
+/// Natural logarithm of a positive normal number, from +, -, x and / only. The platform's `ln`
+/// differs in the last bit between C libraries, so two machines would draw different batches from
+/// the same seed. IEEE 754 fixes the result of these four.
 fn ln(x: f64) -> f64 {
     let bits = x.to_bits();
     let mut exponent = (bits >> 52) as f64 - 1023.0;

@@ -1,4 +1,4 @@
-//! A selection whose inputs were checked, in the form that every engine works on.
+//! A selection with checked inputs, in the form that every engine uses.
 use crate::{
     error::{Error, Result},
     noise::Noise,
@@ -24,11 +24,11 @@ pub(crate) struct Problem<'a> {
     pub loss: Loss,
     /// 1 for the sigmoid loss: scaling its scores undoes the method.
     pub gain: f64,
-    /// All candidates that are not holes, rising.
+    /// All candidates that are neither holes nor left out, rising.
     pub offered: Vec<u32>,
-    /// How many each draw takes.
+    /// The number of examples of each draw.
     pub chunks: Vec<usize>,
-    /// K-center: whose images are to be spread out.
+    /// K-center: the model whose image embeddings are spread out.
     pub spread: Option<ModelEmbeddings<'a>>,
 }
 
@@ -88,7 +88,7 @@ impl<'a> Problem<'a> {
         })
     }
 
-    /// The softmax loss of one model alone.
+    /// Makes the problem of one model's softmax loss.
     pub(crate) fn of_one(
         embeddings: ModelEmbeddings<'a>,
         cosines: Vec<f64>,
@@ -124,7 +124,7 @@ fn enough(sub_batch_size: usize, candidates: usize, offered: &[u32]) -> Result<(
     })
 }
 
-/// b in n parts: the first `b % n` get one more; never an empty part.
+/// Divides b into n parts: the first `b % n` get one more; no part is empty.
 pub(crate) fn chunk_sizes(sub_batch_size: usize, n_chunks: usize) -> Vec<usize> {
     let parts = n_chunks.min(sub_batch_size);
     (0..parts)
@@ -251,7 +251,7 @@ fn models<'a>(
                     cosines,
                 });
             }
-            // These draws need no scores; they report them if they can.
+            // These draws need no scores. They report scores if all embeddings are given.
             None if !settings.policy.is_scored() => return Ok(Vec::new()),
             None => {
                 return Err(Error::ModelMissing {
@@ -264,7 +264,7 @@ fn models<'a>(
     Ok(models)
 }
 
-/// Checks a model's embeddings of what is offered, and returns every candidate's own cosine; 0 for
+/// Checks a model's embeddings of the offered candidates. Returns their own cosines by index; 0 for
 /// the others.
 pub(crate) fn check_model(
     model: &'static str,
@@ -272,7 +272,8 @@ pub(crate) fn check_model(
     count: usize,
     offered: &[u32],
 ) -> Result<Vec<f64>> {
-    // A scale of 0 or below is most often a logarithm that nobody exponentiated.
+    // A scale of 0 or below is mostly a logit scale before exp(). Selection with it would run and
+    // mean nothing.
     above(
         "scale",
         embeddings.scale,
@@ -305,8 +306,8 @@ pub(crate) fn check_model(
         .with_min_len(64)
         .map(|&index| embeddings.own_cosine(index))
         .collect();
-    // Every value of both rows is a factor of a term, so one look at the sums finds what is not
-    // finite.
+    // Every value of both rows is a factor of a term of this sum, so a sum that is finite proves
+    // all of them finite. The rows are searched only if it is not.
     if let Some(&row) = offered
         .iter()
         .zip(&own)

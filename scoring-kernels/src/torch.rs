@@ -7,10 +7,12 @@ use crate::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Logits computed at a time: 16 MiB as f32.
+/// Logits computed at a time: 16 MiB as f32. The whole matrix of a large super-batch fits no
+/// device.
 const TILE_VALUES: usize = 1 << 22;
 
-/// One model's embeddings on the device, f32 `[B, dim]`: products of f16 would be rounded to f16.
+/// One model's embeddings on the device, f32 `[B, dim]`. LibTorch would round products of f16
+/// matrices to f16.
 struct DeviceModel {
     sign: f64,
     image: Tensor,
@@ -25,8 +27,8 @@ pub(crate) struct TorchEngine<'a> {
     models: Vec<DeviceModel>,
     /// Unconditional scores without gain, f64 `[B]`.
     own: Tensor,
-    /// What was absorbed adds to them, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a
-    /// log-sum-exp a model and direction.
+    /// The terms with absorbed examples, f64 `[B]` each. Sigmoid: one signed sum. Softmax: a
+    /// log-sum-exp for each model and direction.
     running: Vec<Tensor>,
     flops: f64,
 }
@@ -56,7 +58,7 @@ impl<'a> TorchEngine<'a> {
         Ok(engine)
     }
 
-    /// Signed losses of the candidates' own pairs, f64; of all, or of those in `index`.
+    /// Returns the signed losses of the candidates' own pairs, f64: of all, or of those in `index`.
     fn own_scores(&self, index: Option<&Tensor>) -> Result<Tensor> {
         self.sum_over_models(index, |model, logits| match self.problem.loss {
             Loss::Sigmoid => Ok(logits.f_neg()?.f_softplus()?),
@@ -90,8 +92,8 @@ impl<'a> TorchEngine<'a> {
         Ok(total)
     }
 
-    /// For each row of `ours`, f64: the sum of softplus(logit), or the log-sum-exp of the logits,
-    /// against all of `theirs`.
+    /// Returns for each row of `ours`, in f64, the sum of softplus(logit) or the log-sum-exp of the
+    /// logits against all of `theirs`.
     fn reduce(&mut self, ours: &Tensor, theirs: &Tensor, scale: f64, bias: f64) -> Result<Tensor> {
         let (rows, dim) = ours.size2()?;
         let columns = theirs.size2()?.0;
@@ -171,7 +173,7 @@ impl<'a> TorchEngine<'a> {
         Ok(())
     }
 
-    /// Own scores plus half of each model's two log-sum-exps.
+    /// Returns own scores plus half of each model's two log-sum-exps.
     fn softmax_scores(&self, own: &Tensor, running: &[Tensor]) -> Result<Tensor> {
         let mut scores = own.f_alias()?;
         for (logits, (m, _)) in running.iter().zip(slots(self.models.len())) {
@@ -220,8 +222,8 @@ impl Engine for TorchEngine<'_> {
                 .f_sum(Kind::Double)?
                 .f_double_value(&[])?);
         }
-        // One direction sees every ordered pair once, and each example's own pair as if it were a
-        // negative.
+        // One direction covers every ordered pair (i, j) once; both would count each twice. It also
+        // covers (i, i), as if that were a negative, so those terms are subtracted first.
         let mut total = self
             .sum_over_models(Some(&index), |_, logits| Ok(logits.f_softplus()?))?
             .f_neg()?;
@@ -246,7 +248,7 @@ fn slots(models: usize) -> impl Iterator<Item = (usize, usize)> {
 pub(crate) struct TorchSpread {
     /// f32 `[B, dim]`.
     images: Tensor,
-    /// By candidate, the cosine with the nearest of the chosen, f32 `[B]`.
+    /// For each candidate, the cosine with the nearest chosen example, f32 `[B]`.
     nearest: Tensor,
 }
 

@@ -23,7 +23,7 @@ macro_rules! words {
         pub enum $name { $($(#[$vdoc])* $variant,)+ }
 
         impl $name {
-            /// All of them, in the order of the documentation.
+            /// All values, in the order of the documentation.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
             pub fn as_str(self) -> &'static str {
@@ -55,7 +55,7 @@ words! {
     /// How examples are drawn.
     Policy, "policy",
     "uniform, independent, joint, joint_top_k, top_k, rank, proportional, k_center" {
-        /// From noise alone: every candidate is as likely as any other.
+        /// From noise only: all candidates are equally likely.
         Uniform = "uniform",
         /// One draw from the unconditional scores, p ~ exp(score / temperature).
         Independent = "independent",
@@ -80,7 +80,7 @@ words! {
 }
 
 words! {
-    /// The contrastive loss that scores are differences of.
+    /// The contrastive loss from which scores are made.
     Loss, "loss", "sigmoid, softmax" {
         /// SigLIP's: a sum over pairs, each judged alone. Needs the models' biases.
         #[default]
@@ -91,7 +91,7 @@ words! {
 }
 
 words! {
-    /// Which losses make a score.
+    /// The losses from which a score is made.
     Criterion, "criterion", "learnability, hard, easy" {
         /// Learner loss - reference loss: not yet learned, and learnable.
         #[default]
@@ -104,12 +104,12 @@ words! {
 }
 
 impl Criterion {
-    /// Whether the learner's embeddings are needed.
+    /// Returns whether the learner's embeddings are needed.
     pub fn needs_learner(self) -> bool {
         self != Self::Easy
     }
 
-    /// Whether the reference's embeddings are needed.
+    /// Returns whether the reference's embeddings are needed.
     pub fn needs_reference(self) -> bool {
         self != Self::Hard
     }
@@ -136,8 +136,8 @@ impl Rows<'_> {
         self.len() == 0
     }
 
-    /// Values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32. They lie in
-    /// `buffer` only if they must.
+    /// Returns values `start..start + buffer.len()` of row `index` of rows of `dim`, as f32.
+    /// `buffer` is used only if the values must be converted.
     pub(crate) fn read<'b>(
         &'b self,
         index: usize,
@@ -158,7 +158,7 @@ impl Rows<'_> {
 
     pub(crate) fn row_is_finite(&self, index: usize, dim: usize) -> bool {
         let range = index * dim..(index + 1) * dim;
-        // A maximum over bit patterns vectorises; an early exit would not.
+        // The compiler vectorises a maximum over bit patterns, but not a loop with an early exit.
         match self {
             Self::F32(values) => {
                 let worst = values[range]
@@ -193,8 +193,8 @@ pub struct ModelEmbeddings<'a> {
 }
 
 impl ModelEmbeddings<'_> {
-    /// Cosine of a candidate's image and text, in f64; not finite if a value of either row is
-    /// not.
+    /// Returns the cosine of a candidate's image and text, in f64. It is not finite if a value of
+    /// either row is not finite.
     pub fn own_cosine(&self, index: u32) -> f64 {
         const STRETCH: usize = 128;
         let (mut image, mut text, mut lanes) = ([0f32; STRETCH], [0f32; STRETCH], [0f64; 8]);
@@ -235,7 +235,7 @@ pub struct Settings {
     pub policy: Policy,
     pub loss: Loss,
     pub criterion: Criterion,
-    /// b: exactly so many are drawn.
+    /// b: exactly this number is drawn.
     pub sub_batch_size: usize,
     /// Draws of the policies that go chunk by chunk. The first `b % n_chunks` draw one more; more
     /// chunks than b means b chunks of one.
@@ -259,7 +259,8 @@ impl Default for Settings {
     }
 }
 
-/// What only some policies read, and what may leave candidates out before any of them.
+/// The numbers that only some policies read, and the rules that leave candidates out before any
+/// policy draws.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tuning {
     /// Independent: divides the scores. Towards 0 it is `top_k`, towards infinity `uniform`.
@@ -270,17 +271,18 @@ pub struct Tuning {
     pub priority_exponent: f64,
     /// Proportional: beta. 1 corrects the whole bias of the draw, 0 nothing.
     pub weight_exponent: f64,
-    /// Of images whose cosine is above this all but one are left out.
+    /// Of images whose cosine is above this, all but one are left out.
     pub duplicates_above: Option<f64>,
     /// Candidates whose CLIPScore (2.5 x cosine of image and text, at least 0) is below this are
     /// left out.
     pub clip_score_at_least: Option<f64>,
-    /// Of the candidates this share is kept, those of the largest negCLIPLoss; at least one.
+    /// The share of the candidates that is kept, those of the largest negCLIPLoss; at least one
+    /// candidate.
     pub neg_clip_loss_keep: Option<f64>,
 }
 
 impl Default for Tuning {
-    /// Temperature 1, pressure 100, alpha 0.6, beta 0.4, nobody left out.
+    /// Temperature 1, pressure 100, alpha 0.6, beta 0.4, no candidate left out.
     fn default() -> Self {
         Self {
             temperature: 1.0,
@@ -295,7 +297,8 @@ impl Default for Tuning {
 }
 
 impl Tuning {
-    /// The numbers that a single policy reads, each with it; all others ignore them.
+    /// The numbers that only one policy reads, each with its policy; all other policies ignore
+    /// them.
     pub const READERS: [(&'static str, Policy); 4] = [
         ("temperature", Policy::Independent),
         ("pressure", Policy::Rank),
@@ -336,12 +339,13 @@ pub struct Selection {
     /// The b chosen candidates in the order drawn: chunk by chunk, in a chunk by falling perturbed
     /// score.
     pub indices: Vec<u32>,
-    /// How many each chunk drew; sums to b.
+    /// The number of examples of each chunk; the sum is b.
     pub chunks: Vec<u32>,
-    /// The conditional score each was drawn with, without noise, with gain. Uniform: 0. K-center:
-    /// the distance (1 - cosine) from the nearest of the chunks before.
+    /// The conditional score with which each was drawn, without noise, with gain. Uniform: 0.
+    /// K-center: the distance (1 - cosine) from the nearest of the chunks before.
     pub scores: Vec<f64>,
-    /// Importance weights, the largest 1: those of the proportional policy; under all others 1.
+    /// Importance weights, the largest 1. Only the proportional policy has them; under all other
+    /// policies they are 1.
     pub weights: Vec<f64>,
     /// Candidates that [`Tuning`] left out.
     pub left_out: LeftOut,

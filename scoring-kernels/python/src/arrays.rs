@@ -9,7 +9,7 @@ use pyo3::{
 use std::{ffi::CStr, slice};
 use superbatch_kernels::Rows;
 
-/// A half-precision value as Python's `struct` knows it.
+/// A half-precision value, Python's `struct` format `e`.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Half(f16);
@@ -23,7 +23,8 @@ unsafe impl Element for Half {
     }
 }
 
-/// The memory of one tower, `[B, dim]`, held for as long as this lives.
+/// The memory of one tower, `[B, dim]`. Python keeps it alive and fixed in place while this value
+/// lives.
 pub enum Tower {
     F32(PyBuffer<f32>),
     F16(PyBuffer<Half>),
@@ -43,7 +44,7 @@ impl FromPyObject<'_, '_> for Tower {
 }
 
 impl Tower {
-    /// Its values, row by row.
+    /// Returns the values, row by row.
     pub fn rows(&self) -> PyResult<Rows<'_>> {
         Ok(match self {
             Self::F32(buffer) => Rows::F32(values(buffer)?),
@@ -55,7 +56,7 @@ impl Tower {
         })
     }
 
-    /// The length of a row.
+    /// Returns the length of a row.
     pub fn dim(&self) -> usize {
         let shape = match self {
             Self::F32(buffer) => buffer.shape(),
@@ -65,7 +66,7 @@ impl Tower {
     }
 }
 
-/// All values of an array that lies in memory in one piece, row by row.
+/// Returns all values of a C-contiguous array, row by row.
 pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
     if !buffer.is_c_contiguous() {
         return Err(PyValueError::new_err("an array is not C-contiguous"));
@@ -75,12 +76,12 @@ pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
     }
     // SAFETY: the memory holds so many values of T (PyO3 checked format, size and alignment), in
     // one piece, for as long as the buffer lives. Any bits are a valid T. As with every library
-    // that computes without the GIL, nobody may write there meanwhile; Python code that does gets a
-    // draw from whatever was read.
+    // that computes without the GIL, Python code must not write there in the meantime; if it does,
+    // the draw is from the values that were read.
     Ok(unsafe { slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
 }
 
-/// Numbers as the writable memory of a new NumPy array.
+/// Copies numbers to the writable memory of a new NumPy array.
 pub fn memory<'py, T: Copy, const N: usize>(
     py: Python<'py>,
     numbers: &[T],

@@ -1,8 +1,8 @@
 //! The extension module under the Python package `superbatch_kernels`: memory of Python arrays in,
 //! the sub-batch out.
 //!
-//! What users call, and what they are told if an argument is wrong, is Python's, in
-//! `python/superbatch_kernels`. Here an argument is only held to what memory safety needs.
+//! The functions for users, and their messages about wrong arguments, are in Python, in
+//! `python/superbatch_kernels`. Here an argument is checked only as far as memory safety needs.
 mod arrays;
 mod pool;
 mod request;

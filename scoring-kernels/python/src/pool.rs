@@ -6,8 +6,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// The threads of the last selection. Not rayon's global pool: a forked process (a DataLoader's
-/// worker) would inherit that without its threads, and wait for them for ever.
+/// The thread pool of the last selection. It is not rayon's global pool: a forked process (a
+/// DataLoader's worker) would inherit that pool without its threads, and wait for them for ever.
 static LAST: Mutex<Option<Pool>> = Mutex::new(None);
 
 struct Pool {
@@ -16,7 +16,8 @@ struct Pool {
     pool: Arc<ThreadPool>,
 }
 
-/// So many threads, or one a core; those of the call before if they fit.
+/// Returns a pool of so many threads, or of one for each core. The pool of the last call is used
+/// again if it fits.
 ///
 /// Called with the GIL held, as `os.fork` is: no other thread can hold the lock in a process that
 /// forks.
@@ -41,7 +42,8 @@ pub fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>
         threads,
         pool: pool.clone(),
     });
-    // A parent's threads are not ours to end.
+    // After a fork, this pool's threads exist only in the parent, and its locks are as they were at
+    // the fork. Dropping the pool would signal those threads through these locks, and might hang.
     if let Some(before) = before.filter(|before| before.process != process) {
         mem::forget(before);
     }

@@ -1,4 +1,4 @@
-//! A selection as Python asks for it.
+//! The arguments of a selection, as Python passes them.
 use crate::arrays::{Tower, values};
 use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
 use superbatch_kernels::{Error, ModelEmbeddings, Noise, Settings, Tuning};
@@ -29,9 +29,9 @@ pub struct Request {
     learner: Option<Model>,
     reference: Option<Model>,
     holes: PyBuffer<u32>,
-    /// One a candidate.
+    /// One key for each candidate.
     keys: PyBuffer<u64>,
-    /// `[draws or more, B]`; in its place, the seeded noise.
+    /// `[draws or more, B]`; if absent, the seeded noise.
     noise: Option<PyBuffer<f32>>,
     seed: u64,
     generation: u32,

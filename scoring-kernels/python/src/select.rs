@@ -27,7 +27,8 @@ pub struct Drawn<'py> {
     flops: f64,
 }
 
-/// Draws a sub-batch as `request` says. Other Python threads run meanwhile.
+/// Draws a sub-batch by `request`. The GIL is released, so other Python threads run in the
+/// meantime.
 #[pyfunction]
 pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
     let (settings, tuning, noise) = (request.settings()?, request.tuning(), request.noise()?);
@@ -52,8 +53,8 @@ pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
 
 /// Selects from the candidates whose embeddings are finite; the others are appended to the holes.
 ///
-/// Nothing is looked at twice if all are finite: the kernels find a bad row before they draw,
-/// and only then are all rows searched.
+/// If all rows are finite, each is read once: the kernels find a bad row before they draw, and only
+/// then are all rows searched.
 fn survivors(
     candidates: &Candidates<'_>,
     holes: &mut Vec<u32>,
@@ -126,7 +127,7 @@ fn not_finite<'a>(
     (0..count).filter(is_bad).map(|row| row as u32)
 }
 
-/// What the kernels refuse, as `ValueError`.
+/// Turns the kernels' refusal into a `ValueError`.
 fn exception(error: &Error, not_finite: usize) -> PyErr {
     let more = match error {
         Error::ModelMissing { model, .. } => {
@@ -159,7 +160,7 @@ fn drawn<'py>(py: Python<'py>, selection: &Selection, not_finite: &[u32]) -> PyR
     })
 }
 
-/// The kernels' words: policies, losses, criteria.
+/// Returns the names of the kernels' policies, losses and criteria.
 #[pyfunction]
 pub fn words() -> [Vec<&'static str>; 3] {
     [
@@ -169,7 +170,7 @@ pub fn words() -> [Vec<&'static str>; 3] {
     ]
 }
 
-/// The kernels' defaults, by argument.
+/// Returns the kernels' defaults, by argument.
 #[pyfunction]
 pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let Settings {
@@ -197,7 +198,7 @@ pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(defaults)
 }
 
-/// The arguments that a single policy reads, each with it.
+/// Returns the arguments that only one policy reads, each with its policy.
 #[pyfunction]
 pub fn readers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let readers = PyDict::new(py);

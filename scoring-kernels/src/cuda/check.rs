@@ -1,4 +1,6 @@
-//! What a device must pass before it selects: a built-in case, against the CPU.
+//! The check that a device must pass before it selects: a built-in case, compared with the CPU. A
+//! driver, a compiler or a GPU that computes something slightly else would draw other batches
+//! without an error.
 use super::{
     device::Device,
     engine::CudaEngine,
@@ -19,11 +21,12 @@ use half::f16;
 const COUNT: usize = 301;
 const DIMS: [usize; 2] = [72, 200];
 const CHUNKS: [usize; 2] = [143, 5];
-/// Twice what a backend may differ from the exact score by.
+/// Absolute and relative tolerance. Twice what a backend may differ from the exact score by, since
+/// both sides of the comparison may differ.
 const TOLERANCE: [f64; 2] = [1e-3, 2e-6];
 
-/// Four towers of unit rows. Texts resemble their images, and images each other, so that logits are
-/// large and small.
+/// Makes four towers of unit rows. Texts resemble their images, and images each other, so that
+/// logits are both large and small.
 fn towers() -> [Vec<f32>; 4] {
     std::array::from_fn(|tower| {
         let dim = DIMS[tower / 2];
@@ -43,7 +46,7 @@ fn towers() -> [Vec<f32>; 4] {
     })
 }
 
-/// Both losses, both types.
+/// Checks both losses with both types.
 pub(super) fn run(device: &Device) -> Result<()> {
     let wide = towers();
     let narrow = wide.each_ref().map(|rows| {
@@ -63,7 +66,7 @@ pub(super) fn run(device: &Device) -> Result<()> {
     compare_spread(device, Rows::F32(&wide[2]))
 }
 
-/// K-center's cosines.
+/// Checks k-center's cosines.
 fn compare_spread(device: &Device, rows: Rows<'_>) -> Result<()> {
     let embeddings = ModelEmbeddings {
         image: rows,
@@ -96,7 +99,7 @@ fn compare_spread(device: &Device, rows: Rows<'_>) -> Result<()> {
 }
 
 fn differs(device: &Device, what: String, found: f64, expected: f64) -> Result<()> {
-    // NaN fits nothing.
+    // Written so that NaN fails: every comparison with it is false.
     let fits = (found - expected).abs() <= TOLERANCE[0] + TOLERANCE[1] * expected.abs();
     let wrong = CudaError::WrongResult {
         device: device.name.clone(),
@@ -180,7 +183,7 @@ fn compare(
     Ok(())
 }
 
-/// What the device's engine may say.
+/// Unwraps the answer of the device's engine, which fails only with CUDA's errors.
 fn own<T>(answer: crate::error::Result<T>) -> Result<T> {
     answer.map_err(|error| match error {
         Error::Cuda(error) => error,

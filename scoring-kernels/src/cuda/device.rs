@@ -1,4 +1,4 @@
-//! A device with its kernels.
+//! A CUDA device with its loaded kernels.
 use super::{
     driver::Driver,
     error::{CudaError, Result},
@@ -33,7 +33,7 @@ struct Kernels {
     split: Kernel,
 }
 
-/// What is known of a device before anything runs on it.
+/// A device's properties, found before anything runs on it.
 struct Found {
     driver: Driver,
     handle: c_int,
@@ -44,16 +44,16 @@ struct Found {
 }
 
 /// A context of a device in which the kernels are loaded. Nothing else of the process runs in it,
-/// and it ends with this. A kernel that goes astray makes its whole context unusable; LibTorch has
-/// another. (NVIDIA promises less: after such a fault it is only sure that a new process can use
-/// the device.)
+/// and it ends with this value. A kernel that accesses wrong memory makes its whole context
+/// unusable; LibTorch uses another context, so it may go on. (NVIDIA promises less: after such a
+/// fault only a new process is certain to be able to use the device.)
 pub(super) struct Device {
     driver: Driver,
     pub ordinal: u32,
     pub name: String,
     context: *mut c_void,
     kernels: Option<Kernels>,
-    /// Of a block of the kernels that go tile by tile.
+    /// Shared memory of a block of the tiled kernels.
     pub tile_bytes: usize,
 }
 
@@ -104,7 +104,8 @@ impl Found {
         if major < 8 {
             return Err(CudaError::TooOld { name, major, minor });
         }
-        // Two slabs at a time if three do not fit.
+        // Three stages hide the latency of copies from global memory best. Consumer GPUs have less
+        // shared memory in a block; two stages fit there.
         let stages = if attribute(SHARED_BYTES_MOST)? as usize >= 3 * STAGE_BYTES + SUMS_BYTES {
             3
         } else {
@@ -122,7 +123,7 @@ impl Found {
         })
     }
 
-    /// A context of our own with the kernels in it.
+    /// Makes a context with the kernels in it.
     fn device(self) -> Result<Device> {
         let Self {
             driver,
@@ -136,7 +137,8 @@ impl Found {
         driver.check("cuCtxCreate", unsafe {
             (driver.create_context)(&mut context, 0, handle)
         })?;
-        // It was made current.
+        // cuCtxCreate makes the new context current in this thread, where LibTorch expects its own.
+        // So it is popped at once.
         let code = unsafe { (driver.pop_context)(&mut popped) };
         let device = Device {
             driver,
@@ -160,7 +162,7 @@ impl Device {
 
     fn loaded(mut self, image: &[u8]) -> Result<Self> {
         let mut module = null_mut();
-        // PTX is a string.
+        // The driver reads PTX as a C string; the zero at the end does not disturb machine code.
         let ended: Vec<u8> = image.iter().copied().chain([0]).collect();
         self.call("cuModuleLoadData", |driver| unsafe {
             (driver.module_load)(&mut module, ended.as_ptr().cast())
@@ -200,7 +202,7 @@ impl Device {
             .expect("loaded when the device was opened")
     }
 
-    /// The kernel that adds a chunk's terms, under the softmax loss or the sigmoid loss.
+    /// Returns the kernel that adds a chunk's terms, under the softmax loss or the sigmoid loss.
     pub(super) fn sums(&self, softmax: bool) -> Kernel {
         if softmax {
             self.kernels().exponential_sums
@@ -209,7 +211,7 @@ impl Device {
         }
     }
 
-    /// The kernel that keeps each row's largest logit.
+    /// Returns the kernel that keeps each row's largest logit.
     pub(super) fn largest(&self) -> Kernel {
         self.kernels().largest
     }
@@ -250,7 +252,8 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // What fails here has failed before, where it was said.
+        // An error here has no reader: whatever broke the context was reported by the call that
+        // broke it.
         unsafe { (self.driver.destroy_context)(self.context) };
     }
 }

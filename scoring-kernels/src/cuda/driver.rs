@@ -1,4 +1,4 @@
-//! The CUDA driver's functions, and what its errors mean.
+//! The CUDA driver's functions and its errors.
 use super::{
     error::{CudaError, OUT_OF_MEMORY, Result},
     library::functions,

@@ -1,4 +1,4 @@
-//! Scores on a CUDA device, by our own kernels.
+//! Scores on a CUDA device, by this crate's kernels.
 use super::{
     device::Device,
     error::{CudaError, Result as CudaResult},
@@ -22,7 +22,7 @@ struct Towers<'d> {
     text: Buffer<'d, u16>,
 }
 
-/// What was absorbed, by slot and candidate: see `Job` of kernels.cu.
+/// The terms with all absorbed examples, by slot and candidate: see `Job` of kernels.cu.
 struct Running<'d> {
     largest: Buffer<'d, f64>,
     sums: Buffer<'d, f64>,
@@ -36,9 +36,10 @@ pub(crate) struct CudaEngine<'a> {
     left: Vec<u32>,
     absorbed: bool,
     flops: f64,
-    /// Every model's images against texts, then every model's texts against images.
+    /// Each model's images against texts, then each model's texts against images. This order lets a
+    /// sigmoid batch score use the first half alone, see `inner`.
     slots: [Slot; SLOTS],
-    // Memory is given back before the stream.
+    // Fields are dropped in this order: memory is freed before the stream that works on it.
     running: Running<'a>,
     /// Sums for a batch score.
     inner: Running<'a>,
@@ -55,6 +56,9 @@ impl<'a> CudaEngine<'a> {
         let Needed { inputs, above } =
             needed(count, problem.models.iter().map(|model| model.embeddings));
         let free = device.free_bytes()?;
+        // Checked up front, so that a selection which cannot fit fails with both numbers before it
+        // has taken memory that LibTorch's models may need. Another process may still take the
+        // memory in between; the allocation then fails by itself.
         if inputs + above > free {
             return Err(CudaError::Memory {
                 needed: inputs + above,
@@ -173,7 +177,7 @@ impl<'a> CudaEngine<'a> {
         Ok(2.0 * rows.len() as f64 * columns.len() as f64 * dims as f64)
     }
 
-    /// What running sums add to the scores of `rows`, in their order.
+    /// Returns what running sums add to the scores of `rows`, in their order.
     fn added(&self, running: &Running<'_>, rows: &[u32], slots: usize) -> CudaResult<Vec<f64>> {
         if rows.is_empty() {
             return Ok(Vec::new());
@@ -198,7 +202,7 @@ impl<'a> CudaEngine<'a> {
         self.stream.download(&self.out, rows.len())
     }
 
-    /// Models times directions.
+    /// Returns the number of models times directions.
     fn all_slots(&self) -> usize {
         2 * self.problem.models.len()
     }
@@ -234,8 +238,9 @@ impl Engine for CudaEngine<'_> {
         if sigmoid && chosen.len() == 1 {
             return Ok(0.0);
         }
-        // Sigmoid: one direction sees every ordered pair once, and each example's own pair as if it
-        // were a negative.
+        // Under the sigmoid loss one direction covers every ordered pair (i, j) once; both
+        // directions would count each twice. It also covers (i, i), as if that were a negative.
+        // `own_as_negative` is subtracted for it below.
         let slots = if sigmoid {
             self.problem.models.len()
         } else {
@@ -276,6 +281,9 @@ fn upload<'d>(
 fn slot(model: &SignedModel<'_>, count: usize, towers: &Towers<'_>) -> Slot {
     let embeddings = &model.embeddings;
     let stride = embeddings.dim.next_multiple_of(DEPTH);
+    // The processor has a fast 2^x and no fast e^x, so logits are kept in units of ln 2. The factor
+    // is split into two f32: one alone has a relative error of up to 2^-25, the same in every term,
+    // which a sum over thousands of terms does not average out.
     let scale = embeddings.scale * std::f64::consts::LOG2_E;
     let high = scale as f32;
     Slot {

@@ -4,11 +4,11 @@ use std::ffi::c_int;
 /// CUDA_ERROR_OUT_OF_MEMORY of cuda.h.
 pub(super) const OUT_OF_MEMORY: c_int = 2;
 
-/// What keeps our own kernels from running. Nothing is drawn then; LibTorch's form of the
-/// computation may still work.
+/// Why the kernels cannot run. Nothing is drawn then; LibTorch's form of the computation may still
+/// work.
 #[derive(Debug, thiserror::Error)]
 pub enum CudaError {
-    /// A library is not there, or is not what its name says.
+    /// A library is missing, or is not what its name says.
     #[error("cannot load {library}: {detail}; {remedy}")]
     Library {
         library: &'static str,
@@ -18,7 +18,7 @@ pub enum CudaError {
     /// The machine has fewer devices.
     #[error("there is no CUDA device {ordinal}: this machine has {count}")]
     NoDevice { ordinal: u32, count: u32 },
-    /// A device without what the kernels are made of.
+    /// A device without the instructions that the kernels need.
     #[error(
         "{name} has compute capability {major}.{minor}: our kernels need 8.0 or more, use \
         LibTorch there"
@@ -45,7 +45,7 @@ pub enum CudaError {
         select on the CPU"
     )]
     Memory { needed: usize, free: usize },
-    /// The device computes something else than the CPU.
+    /// The device's result differs from the CPU's.
     #[error(
         "the kernels failed their check on {device}: {what} is {found}, on the CPU {expected}; do \
         not use them there"
@@ -59,7 +59,7 @@ pub enum CudaError {
 }
 
 impl CudaError {
-    /// Whether the device's memory was not enough. It may be at another time.
+    /// Returns whether the device's memory was not enough. It may be enough at another time.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(
             self,

@@ -1,8 +1,9 @@
-//! What the kernels that go tile by tile are told.
+//! The parameters of the tiled kernels. The layout of both structs is that of kernels.cu: change
+//! them together.
 
-/// Candidates of a block.
+/// Candidates (rows) of one block of threads.
 pub(super) const TILE: usize = 128;
-/// Models times directions, at most.
+/// Most models times directions.
 pub(super) const SLOTS: usize = 4;
 
 /// `Slot` of kernels.cu.

@@ -1,13 +1,14 @@
-// Joint selection on a CUDA device: what a drawn chunk adds to every candidate left, tile by tile,
-// with nothing of a tile but its sums written to memory.
+// Joint selection on a CUDA device: the terms that a drawn chunk adds to every candidate left, tile
+// by tile. Only a tile's sums are written to memory: at 163,840 candidates the matrix itself would
+// be 100 GiB a model.
 //
 // A block of 8 warps has 128 candidates (rows) and one model in one direction. It goes through the
 // drawn examples (columns) 128 at a time: a tile of dot products is made by the tensor cores in
 // registers, turned into losses there and summed over its columns. Sums are taken in a fixed order
 // by one block alone, so that the same inputs give the same bits.
 
-// Candidates and drawn examples of a tile, and values of a row that come to shared memory at a
-// time.
+// Candidates and drawn examples of a tile, and values of a row that are copied to shared memory at
+// a time.
 #define TILE 128
 #define DEPTH 64
 #define THREADS 256
@@ -62,13 +63,15 @@ __device__ __forceinline__ Term term(const Slot& slot, u32 left) {
     return {0, 0, 1.0f};
 }
 
-// Where 16 bytes of a slab's row lie: eight rows' equal parts are in different banks.
+// Returns the place of 16 bytes of a slab's row. The exclusive or puts the same part of eight
+// consecutive rows into different banks: without it `ldmatrix` would read all eight from the same
+// banks, one after the other.
 __device__ __forceinline__ u32 place(u32 row, u32 part) {
     return row * (DEPTH * sizeof(f16)) + ((part ^ (row & 7)) << 4);
 }
 
-// Which slab the copies are at: in memory the tiles of columns, the terms, and the slabs of a row
-// follow each other.
+// The slab that is copied or used next. The order is: tiles of columns, within a tile its terms,
+// within a term the slabs of a row.
 struct Cursor {
     u32 column, terms_left, slab;
 
@@ -84,7 +87,7 @@ struct Cursor {
         column += TILE;
     }
 
-    // Whether this is a tile's last slab.
+    // Returns whether this is a tile's last slab.
     __device__ __forceinline__ bool ends_tile(const Slot& slot) const {
         return terms_left == 0 && (slab + 1) * DEPTH == slot.stride;
     }
@@ -106,7 +109,8 @@ struct Shared {
 };
 
 // Copies a slab of rows and one of columns; every thread takes one part of every 32nd row of each.
-// What is beyond the last row or column is a copy of it, and is never added to anything.
+// Places beyond the last row or column get a copy of it, so that no address is out of range. Their
+// results are masked (`valid`) or not stored.
 struct Copier {
     const f16* ours[TILE / 32];
     u32 theirs[TILE / 32];
@@ -256,7 +260,7 @@ __device__ __forceinline__ void keep_largest(const float (&z)[2 * PRODUCTS], flo
     if (threadIdx.x % 4 == 0) *largest = fmaxf(*largest, most);
 }
 
-// What becomes of a row's logits.
+// The reduction of a row's logits.
 enum Form { SOFTPLUS, EXPONENTIALS, LARGEST };
 
 // Adds the warp's part of a finished tile to its rows' sums. `column` is the warp's first of all.
@@ -280,8 +284,9 @@ __device__ __forceinline__ void reduce(
     }
 }
 
-// Adds what a block found for its row `threadIdx.x` to what was known of the candidate, the warps'
-// parts in order.
+// Adds a block's sums of its row `threadIdx.x` to the candidate's running sums, the warps' parts in
+// a fixed order. Atomic additions from several blocks would be faster to write, but their order,
+// and so the last bits of a score and perhaps the draw, would change from run to run.
 template <Form FORM> __device__ __forceinline__ void keep(const Job& job, const Shared& from, u32 first_row) {
     u32 row = threadIdx.x;
     if (row >= TILE || first_row + row >= job.row_count) return;
@@ -329,8 +334,9 @@ template <Form FORM> __device__ __forceinline__ void pairs(const Job& job) {
     products.clear();
     for (u32 stage = 0; at.column < job.column_count; stage = (stage + 1) % STAGES) {
         wait_for_copies<STAGES - 2>();
-        // The slab has come for all threads; and all are done with the one before, whose place is
-        // taken next.
+        // After this barrier the slab is there for all threads (each thread waits only for its own
+        // copies), and all threads are done with the slab before, whose place the next copy
+        // overwrites.
         __syncthreads();
         copier.copy(job, slot, copied, shared, (stage + STAGES - 1) % STAGES);
         copied.advance(slot, terms);
@@ -360,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) largest_logits(const __
     pairs<LARGEST>(job);
 }
 
-// What was added to the scores of the candidates in `rows`, by their place there.
+// Writes what was added to the scores of the candidates in `rows`, by their place there.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     added(const __grid_constant__ Job job, u32 softmax, double* out) {
     u32 k = blockIdx.x * THREADS + threadIdx.x;

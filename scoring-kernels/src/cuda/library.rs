@@ -1,4 +1,4 @@
-//! Functions of libraries that are found at run time.
+//! Loads functions of libraries that are found at run time.
 use super::error::{CudaError, Result};
 use libloading::Library;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ pub struct CudaLibraries {
 }
 
 impl Default for CudaLibraries {
-    /// The names that the system's loader knows, and the library through which LibTorch finds its
-    /// NVRTC.
+    /// The names that the system's loader resolves, and the library through which LibTorch finds
+    /// its NVRTC.
     fn default() -> Self {
         let nvrtc = ["libnvrtc.so.13", "libnvrtc.so.12", "libcaffe2_nvrtc.so"]
             .map(PathBuf::from)
@@ -55,7 +55,7 @@ macro_rules! functions {
         impl $name {
             pub(super) fn of(library: libloading::Library) -> super::error::Result<Self> {
                 // Never unloaded: the driver and the compiler keep threads, thread-local state and
-                // exit handlers, which would run code that is gone.
+                // exit handlers, which would jump into unmapped code.
                 let library = std::mem::ManuallyDrop::new(library);
                 let missing = |error| super::library::missing($what, &error, $remedy);
                 Ok(Self {

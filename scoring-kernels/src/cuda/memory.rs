@@ -1,7 +1,7 @@
-//! What a selection takes of a device's memory.
+//! The device memory that a selection needs.
 use crate::types::{ModelEmbeddings, Rows};
 
-/// Values of a row that the kernels take at a time: rows are filled up to a multiple with zeros.
+/// Values of a row that the kernels read at a time. Rows are padded to a multiple of it with zeros.
 pub(super) const DEPTH: usize = 64;
 /// Most bytes of f32 values that wait on the device to become halves.
 pub(super) const STAGING_BYTES: usize = 64 << 20;
@@ -11,11 +11,12 @@ pub(super) const STAGING_BYTES: usize = 64 << 20;
 pub(super) struct Needed {
     /// The embeddings as they were given.
     pub inputs: usize,
-    /// All else: what fills rows up, running sums, lists and buffers.
+    /// Everything else: padding of rows, running sums, lists and buffers.
     pub above: usize,
 }
 
-/// Halves that a value of these towers becomes: an f32 is the sum of two.
+/// Returns the number of halves for each value of these towers. An f32 becomes the sum of two,
+/// since tensor cores multiply halves.
 pub(super) fn planes(towers: &[Rows<'_>]) -> usize {
     if towers.iter().all(|rows| matches!(rows, Rows::F16(_))) {
         1
@@ -24,7 +25,7 @@ pub(super) fn planes(towers: &[Rows<'_>]) -> usize {
     }
 }
 
-/// What `count` candidates seen by these models need.
+/// Returns the memory for `count` candidates with these models' embeddings.
 pub(super) fn needed<'a>(
     count: usize,
     models: impl Iterator<Item = ModelEmbeddings<'a>>,
@@ -49,7 +50,7 @@ pub(super) fn needed<'a>(
     }
 }
 
-/// What k-center needs of `count` candidates seen by this model.
+/// Returns the memory of k-center for `count` candidates with this model's embeddings.
 pub(super) fn needed_to_spread(count: usize, model: &ModelEmbeddings<'_>) -> Needed {
     let (inputs, staging) = given(count, model.dim, &model.image);
     let kept = tower_bytes(count, model.dim, planes(&[model.image]));
@@ -65,7 +66,8 @@ fn tower_bytes(count: usize, dim: usize, planes: usize) -> usize {
     planes * count * dim.next_multiple_of(DEPTH) * size_of::<u16>()
 }
 
-/// Bytes of a tower as it was given, and of what waits to become halves.
+/// Returns the bytes of a tower as it was given, and of the buffer for values that are split into
+/// halves.
 fn given(count: usize, dim: usize, rows: &Rows<'_>) -> (usize, usize) {
     match rows {
         Rows::F16(_) => (count * dim * 2, 0),

@@ -1,5 +1,5 @@
-//! Scores on a CUDA device, by kernels of our own: NVRTC compiles `kernels.cu` for the device when
-//! it is opened.
+//! Scores on a CUDA device, by this crate's kernels: NVRTC compiles `kernels.cu` for the device
+//! when it is opened.
 //!
 //! Both libraries are found at run time, so that one binary runs with and without them.
 mod check;
@@ -34,14 +34,15 @@ pub struct CudaDevice(&'static Device);
 static OPEN: Mutex<Vec<(CudaLibraries, CudaDevice)>> = Mutex::new(Vec::new());
 
 impl CudaDevice {
-    /// Opens a device: compiles the kernels, and compares what they compute of a built-in case with
-    /// the CPU. A device that is open is just returned.
+    /// Opens a device: compiles the kernels, and compares their results of a built-in case with the
+    /// CPU's. A device that is open already is returned.
     ///
     /// # Errors
     ///
-    /// Why our kernels cannot be used here. LibTorch's form of the computation may still work.
+    /// Why the kernels cannot be used on this device. LibTorch's form of the computation may still
+    /// work.
     pub fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self, CudaError> {
-        // What was half done by a thread that panicked is not in the list.
+        // A poisoned lock is harmless: a device enters the list only when it is complete.
         let mut open = OPEN
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -58,12 +59,12 @@ impl CudaDevice {
         Ok(device)
     }
 
-    /// The device's number, as the driver counts.
+    /// Returns the driver's number of the device.
     pub fn ordinal(&self) -> u32 {
         self.0.ordinal
     }
 
-    /// What the driver calls it.
+    /// Returns the driver's name of the device.
     pub fn name(&self) -> &'static str {
         &self.0.name
     }

@@ -56,7 +56,9 @@ impl Nvrtc {
             .parent()
             .filter(|folder| known && !folder.as_os_str().is_empty())
         {
-            // NVRTC looks for its other half by name alone, which finds it once it is loaded.
+            // NVRTC opens its builtins library by name only, at the first compilation, and pip's
+            // folders are not on the loader's path. Once the library is loaded, that name resolves
+            // to it.
             if let Ok(builtins) =
                 open(&folder.join(format!("libnvrtc-builtins.so.{major}.{minor}")))
             {
@@ -66,7 +68,7 @@ impl Nvrtc {
         Ok(nvrtc)
     }
 
-    /// Architectures that it compiles for, as 10 x major + minor.
+    /// Returns the architectures that it compiles for, as 10 x major + minor.
     pub(super) fn architectures(&self) -> Vec<c_int> {
         let mut count = 0;
         // SAFETY: the count is written, then as many numbers.
@@ -83,8 +85,9 @@ impl Nvrtc {
         }
     }
 
-    /// The kernels for a capability, with so many slabs in shared memory: machine code if NVRTC
-    /// knows it, else PTX of the next older one, which the driver translates.
+    /// Compiles the kernels for a capability, with so many slabs in shared memory. The result is
+    /// machine code if NVRTC knows the capability, else PTX of the next older one, which the driver
+    /// translates.
     pub(super) fn kernels(&self, capability: u32, stages: u32) -> Result<Vec<u8>> {
         let known = self.architectures();
         let architecture = match known
@@ -106,8 +109,8 @@ impl Nvrtc {
         self.compile(&architecture, stages).map(|(image, _)| image)
     }
 
-    /// Machine code or PTX, and what the compiler said: of machine code, which registers and memory
-    /// each kernel takes.
+    /// Returns machine code or PTX, and the compiler's log. For machine code the log lists the
+    /// registers and memory of each kernel.
     pub(super) fn compile(&self, architecture: &str, stages: u32) -> Result<(Vec<u8>, String)> {
         let failed = |log: String| CudaError::Compile {
             architecture: architecture.to_owned(),
@@ -169,7 +172,8 @@ impl Nvrtc {
 }
 
 impl Program<'_> {
-    /// What one of the functions that tell a size and then write as many bytes has to say.
+    /// Calls a pair of functions of which the first returns a size and the second writes as many
+    /// bytes.
     fn read(
         &self,
         size: unsafe extern "C" fn(*mut c_void, *mut usize) -> c_int,

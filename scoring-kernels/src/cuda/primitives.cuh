@@ -1,5 +1,5 @@
-// What the kernels ask of the processor, one instruction a function. An emulation on the CPU has
-// functions of the same names and of the documented meaning in their place; see the PTX ISA's
+// The processor's instructions that the kernels use, one in each function. An emulation on the CPU
+// has functions of the same names and of the documented meaning in their place; see the PTX ISA's
 // chapters on mma, ldmatrix, cp.async and ex2.
 #pragma once
 
@@ -45,7 +45,7 @@ template <int N> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 2^x, to 2^-22 of its value; 0 for what is far below 0.
+// 2^x, to 2^-22 of its value; 0 for x far below 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -8,8 +8,8 @@ use crate::types::Rows;
 use half::slice::HalfFloatSliceExt;
 use std::ffi::c_void;
 
-/// Copies a tower to the device: `[planes, B, stride]` halves, with zeros where rows are filled up
-/// and in a second plane that f16 values have no use for.
+/// Copies a tower to the device: `[planes, B, stride]` halves. Padding is zero, and so is the
+/// second plane of f16 values, which do not need it.
 pub(super) fn upload_rows<'d>(
     stream: &Stream<'d>,
     rows: &Rows<'_>,
@@ -29,7 +29,8 @@ pub(super) fn upload_rows<'d>(
     Ok(buffer)
 }
 
-/// Makes two halves of every value, a stretch of rows at a time.
+/// Splits every value into two halves, a stretch of rows at a time, so that the f32 values never
+/// need more than a small buffer on the device.
 fn split(
     stream: &Stream<'_>,
     values: &[f32],

@@ -1,4 +1,4 @@
-//! K-center on a CUDA device, by our own kernels.
+//! K-center on a CUDA device, by this crate's kernels.
 use super::{
     device::Device,
     error::{CudaError, Result as CudaResult},
@@ -12,11 +12,11 @@ use crate::{engine::Spread, error::Result, types::ModelEmbeddings};
 pub(crate) struct CudaSpread<'a> {
     count: usize,
     slot: Slot,
-    // Memory is given back before the stream.
+    // Fields are dropped in this order: memory is freed before the stream that works on it.
     rows: Buffer<'a, u32>,
     columns: Buffer<'a, u32>,
-    /// By candidate, the cosine with the nearest of the chosen, and whether there is one: see `Job`
-    /// of kernels.cu.
+    /// For each candidate, the cosine with the nearest chosen example, and whether there is one:
+    /// see `Job` of kernels.cu.
     nearest: Buffer<'a, f64>,
     known: Buffer<'a, f64>,
     _images: Buffer<'a, u16>,
@@ -46,7 +46,7 @@ impl<'a> CudaSpread<'a> {
         } else {
             0
         };
-        // Logits that are the cosines.
+        // With a scale of 1 and no bias the kernels' logits are the cosines.
         let slot = Slot {
             ours: images.address,
             theirs: images.address,

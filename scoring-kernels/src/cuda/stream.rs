@@ -1,4 +1,4 @@
-//! Memory of a device, and work on it.
+//! A device's memory, and the queue of work on it.
 use super::{
     device::{Device, Kernel},
     driver::Copy2D,
@@ -18,7 +18,7 @@ const STREAM_NON_BLOCKING: c_uint = 1;
 const HOST: c_uint = 1;
 const DEVICE: c_uint = 2;
 
-/// What is done one after the other.
+/// A queue of work that the device does in order.
 pub(super) struct Stream<'d> {
     pub device: &'d Device,
     handle: *mut c_void,
@@ -41,7 +41,7 @@ impl<'d> Stream<'d> {
         Ok(Self { device, handle })
     }
 
-    /// Waits for all that was begun.
+    /// Waits until all queued work is done.
     pub(super) fn wait(&self) -> Result<()> {
         self.device.call("cuStreamSynchronize", |driver| unsafe {
             (driver.stream_wait)(self.handle)
@@ -68,7 +68,8 @@ impl<'d> Stream<'d> {
         })
     }
 
-    /// Writes `values` to the start of a buffer. They must stay as they are until `wait`.
+    /// Writes `values` to the start of a buffer. The copy is asynchronous: the values must not
+    /// change or be freed before `wait`.
     pub(super) fn upload<T>(&self, to: &Buffer<'_, T>, values: &[T]) -> Result<()> {
         assert!(values.len() <= to.len, "more values than the buffer holds");
         self.device.call("cuMemcpyHtoDAsync", |driver| unsafe {
@@ -122,7 +123,7 @@ impl<'d> Stream<'d> {
         })
     }
 
-    /// The first values of a buffer, after all that was begun.
+    /// Returns the first values of a buffer, after all queued work.
     pub(super) fn download(&self, from: &Buffer<'_, f64>, len: usize) -> Result<Vec<f64>> {
         assert!(len <= from.len, "more values than the buffer holds");
         let mut values = vec![0f64; len];
@@ -169,7 +170,7 @@ impl<'d> Stream<'d> {
         })
     }
 
-    /// Blocks of a kernel that has a thread for each of `items`.
+    /// Returns the number of blocks of a kernel with one thread for each of `items`.
     pub(super) fn blocks(items: usize) -> usize {
         items.div_ceil(THREADS)
     }
@@ -177,7 +178,8 @@ impl<'d> Stream<'d> {
 
 impl Drop for Stream<'_> {
     fn drop(&mut self) {
-        // What fails here has failed before, where it was said.
+        // Errors here have no reader: whatever broke the stream was reported by the call that broke
+        // it.
         let _ = self.wait();
         let _ = self.device.call("cuStreamDestroy", |driver| unsafe {
             (driver.stream_destroy)(self.handle)

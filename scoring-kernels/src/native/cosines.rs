@@ -1,4 +1,4 @@
-//! Cosines of many pairs on the CPU, for what needs them one by one: k-center and near-duplicates.
+//! Cosines of many pairs on the CPU, one by one, for k-center and near-duplicates.
 use super::{
     kernel::{self, BLOCK, WIDEST},
     pack::{self, Blocks, Buffer},
@@ -11,13 +11,13 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Buffers of [`Others::visit`], one set a thread.
+/// Buffers of [`Others::visit`], one set for each thread.
 pub(crate) struct Scratch {
     panel: Buffer,
     dots: Buffer,
 }
 
-/// The rows that others are compared with.
+/// The rows with which other rows are compared.
 pub(crate) struct Others {
     isa: Isa,
     dim: usize,
@@ -41,8 +41,8 @@ impl Others {
         }
     }
 
-    /// Calls `see(which of indices, which of the others, dot product)` for every pair, the others
-    /// in order for each.
+    /// Calls `see(place in indices, place in the others, dot product)` for every pair. For each
+    /// index the others come in order.
     pub(crate) fn visit(
         &self,
         rows: &Rows<'_>,
@@ -74,7 +74,7 @@ impl Others {
 pub(crate) struct NativeSpread<'a> {
     images: Rows<'a>,
     dim: usize,
-    /// By candidate, the cosine with the nearest of the chosen.
+    /// For each candidate, the cosine with the nearest chosen example.
     nearest: Vec<f32>,
 }
 

@@ -1,27 +1,28 @@
 //! The inner loops: dot products of a panel of candidates with a block of drawn examples, and their
 //! reduction.
 //!
-//! A lane is a candidate. Each lane's numbers are added in the order of the drawn examples, so what
-//! a candidate gets depends neither on its lane nor on its panel. Every loop is written once and
+//! A lane is a candidate. Each lane's numbers are added in the order of the drawn examples, so a
+//! candidate's sums depend neither on its lane nor on its panel. Every loop is written once and
 //! compiled for three instruction sets.
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Isa, Portable, Vector};
 use crate::problem::chunk_sizes;
 
-/// Most drawn examples of a block: a product of as many numbers of at most 2 fits an f32, and a
-/// block's dot products with a panel fit the L1 cache.
+/// Most drawn examples of a block. The sum of softplus takes one logarithm of a product of as many
+/// factors of at most 2, and 2^120 is still below the largest f32. A block's dot products with a
+/// panel (15 KiB) also fit the L1 cache.
 pub(super) const BLOCK: usize = 120;
 /// Most candidates of a panel.
 pub(super) const WIDEST: usize = 32;
-/// Terms of a dot product added up in one register before they are flushed: keeps a panel's part in
-/// the L1 cache, and rounding small.
+/// Terms of a dot product that are summed in registers before they are added to memory. The panel's
+/// part then stays in the L1 cache, and sums of 128 terms lose less to rounding than one long sum.
 const DEPTH: usize = 128;
 /// A logit whose exponential is 0.
 const NOTHING: f32 = -1e30;
 
 impl Isa {
-    /// Candidates of a panel: two vectors.
+    /// Returns the candidates of a panel: two vectors.
     pub(super) fn width(self) -> usize {
         match self {
             Self::Portable => 2 * Portable::LANES,
@@ -32,7 +33,9 @@ impl Isa {
         }
     }
 
-    /// Most drawn examples of a group, whose sums with a panel are held in registers.
+    /// Returns the most drawn examples of a group, whose sums with a panel are held in registers.
+    /// Two vectors of sums for each row must fit beside the operands: 12 rows take 24 of AVX-512's
+    /// 32 registers, 6 rows 12 of AVX2's 16.
     fn height(self) -> usize {
         match self {
             Self::Portable => 4,
@@ -43,7 +46,8 @@ impl Isa {
         }
     }
 
-    /// How a block of `rows` drawn examples is cut into groups.
+    /// Cuts a block of `rows` drawn examples into groups of nearly equal height. A full group and a
+    /// remainder of one would waste most of the second pass over the panel.
     pub(super) fn groups(self, rows: usize) -> Vec<usize> {
         chunk_sizes(rows, rows.div_ceil(self.height()))
     }
@@ -159,7 +163,7 @@ fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32]
 /// 2^z for z <= 0, to 1e-7 of its value; 1e-38 if z is less than -126.
 #[inline(always)]
 fn exp2_of_negative<V: Vector>(z: V) -> V {
-    // 1.5 x 2^23: adding it rounds to an integer, which then sits in the low bits.
+    // 1.5 x 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
     let z = z.max(V::splat(-126.0));
     let shifted = z.add(V::splat(ROUND));
@@ -179,14 +183,16 @@ fn exp2_of_negative<V: Vector>(z: V) -> V {
     p.scale_by(shifted)
 }
 
-/// A factor in f64 as two f32: their sum is right to 2^-48.
+/// Splits a factor in f64 into two f32, whose sum is exact to 2^-48.
 fn split(value: f64) -> (f32, f32) {
     let high = value as f32;
     (high, (value - f64::from(high)) as f32)
 }
 
 /// softplus(x) = max(x, 0) + ln(1 + exp(-|x|)), with logits in units of ln 2. The logarithms of a
-/// lane are one logarithm of a product, of which 1 less is kept: small factors are not lost.
+/// lane are taken as one logarithm of a product, since a logarithm costs as much as many products.
+/// The loop keeps the product minus 1: for well separated pairs exp(-|x|) is below 1e-7, and 1 + it
+/// would round to 1.
 #[inline(always)]
 fn softplus_sums_body<V: Vector>(dots: &[f32], scale: f64, bias: f64, sums: &mut [f64; WIDEST]) {
     let (high, low) = split(scale * std::f64::consts::LOG2_E);
@@ -200,7 +206,8 @@ fn softplus_sums_body<V: Vector>(dots: &[f32], scale: f64, bias: f64, sums: &mut
     let (mut products, mut positives) = ([0f32; WIDEST], [0f64; WIDEST]);
     for lane in [0, V::LANES] {
         let mut product = zero;
-        // Few positives are added up in f32, many in f64.
+        // Eight positives are summed in f32 and those sums in f64. One f32 sum over a block would
+        // lose digits when a logit of hundreds meets many small ones.
         for rows in dots.chunks(8 * width) {
             let mut positive = zero;
             for dots in rows.chunks_exact(width) {
@@ -263,10 +270,11 @@ fn exp_sums_body<V: Vector>(
     }
 }
 
-/// ln(1 + u) for u >= 0, within 1e-12 of 1 + its value, from operations that become vector code.
+/// ln(1 + u) for u >= 0, within 1e-12 of 1 + its value. The standard library's function is a call
+/// for each lane; this one consists of operations that the compiler vectorises.
 #[inline(always)]
 fn ln_1p(u: f64) -> f64 {
-    // 2^52: an integer below it sits in the low bits of their sum.
+    // 2^52: an integer below it is in the low bits of their sum.
     const INTEGER: f64 = 4_503_599_627_370_496.0;
     let bits = (1.0 + u).to_bits();
     // If the mantissa is above the square root of 2, the exponent is one more.

@@ -1,8 +1,8 @@
 //! Scores on the CPU, in plain Rust, on the caller's rayon pool.
 //!
-//! Candidates lie in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn
-//! examples in a fixed order, whichever slot it is in and whichever thread has it: the draw does
-//! not depend on the number of threads.
+//! Candidates are in slots, [`TILE`] of them to a task. A candidate's sums are taken over the drawn
+//! examples in a fixed order, whatever its slot and thread are, so the draw does not depend on the
+//! number of threads.
 mod cosines;
 mod kernel;
 mod pack;
@@ -25,8 +25,8 @@ pub(crate) use cosines::{NativeSpread, Others};
 
 /// Candidates of a task: a multiple of every panel's width.
 const TILE: usize = 64;
-/// Most bytes of panels that are kept from chunk to chunk. Beyond it chunks are so large that
-/// packing costs nothing beside them.
+/// Most bytes of panels that are kept from chunk to chunk. For larger super-batches the chunks are
+/// larger too, and packing costs little compared with their products.
 const KEPT_BYTES: usize = 256 << 20;
 
 pub(crate) struct NativeEngine<'a> {
@@ -36,12 +36,14 @@ pub(crate) struct NativeEngine<'a> {
     running: Vec<Running>,
     /// The slot of every candidate left, by index.
     slots: Vec<u32>,
-    /// By direction, the candidates' side in panels `[panel][dim][lane]`, if there is room.
+    /// For each direction, the candidates' rows in panels `[panel][dim][lane]`, if they fit
+    /// [`KEPT_BYTES`].
     kept: Vec<Buffer>,
     flops: f64,
 }
 
-/// Whose rows are the candidate's and whose the drawn example's: (image, text) or (text, image).
+/// Which tower's rows are the candidate's and which the drawn example's: (image, text) or (text,
+/// image).
 #[derive(Clone, Copy)]
 struct Direction<'a> {
     model: &'a SignedModel<'a>,
@@ -103,7 +105,7 @@ impl<'a> NativeEngine<'a> {
         engine
     }
 
-    /// All candidates' rows of one direction in panels.
+    /// Packs all candidates' rows of one direction into panels.
     fn panels(&self, direction: &Direction<'_>) -> Buffer {
         let (dim, width) = (direction.model.embeddings.dim, self.isa.width());
         let mut panels = Buffer::zeros(self.running.len().next_multiple_of(TILE) * dim);
@@ -123,8 +125,8 @@ impl<'a> NativeEngine<'a> {
         panels
     }
 
-    /// Removes a drawn chunk: each leaves its slot to the candidate in the last. Returns the slots
-    /// that changed hands, rising.
+    /// Removes a drawn chunk: the candidate of the last slot moves into each freed slot. Returns
+    /// the slots that got another candidate, rising.
     fn remove(&mut self, chunk: &[u32]) -> Vec<usize> {
         let mut changed = Vec::with_capacity(chunk.len());
         for &index in chunk {
@@ -135,6 +137,9 @@ impl<'a> NativeEngine<'a> {
                 changed.push(slot);
             }
         }
+        // A slot that was filled early may lie beyond the end by now, or be filled twice. Only
+        // slots that hold a candidate at the end are packed again; a slot left out here would be
+        // scored with the embedding of the candidate before it.
         changed.retain(|&slot| slot < self.running.len());
         changed.sort_unstable();
         changed.dedup();
@@ -165,8 +170,8 @@ impl<'a> NativeEngine<'a> {
         2.0 * running.len() as f64 * chunk.len() as f64 * dim as f64
     }
 
-    /// [`Self::add`] if panels are kept. The slots in `changed` hold other candidates than their
-    /// lanes do.
+    /// As [`Self::add`], with kept panels. The lanes of the slots in `changed` still hold another
+    /// candidate's row and are packed again.
     fn add_kept(
         &self,
         (running, kept): (&mut [Running], &mut [f32]),
@@ -183,7 +188,8 @@ impl<'a> NativeEngine<'a> {
         tiles.for_each_init(
             || Buffer::zeros(BLOCK * WIDEST),
             |dots, (t, (tile, panels))| {
-                // Here, and not before, so that a panel comes to the cache once.
+                // Lanes are packed here and not in a pass before, so that a panel is loaded into
+                // the cache once.
                 let place = |slot| changed.partition_point(|&changed| changed < slot);
                 for slot in &changed[place(t * TILE)..place((t + 1) * TILE)] {
                     let slot = slot % TILE;
@@ -245,8 +251,8 @@ fn reduce(isa: Isa, loss: Loss, rows: &mut [Running], dots: &[f32], direction: &
     }
 }
 
-/// The softmax losses of `offered` in a batch of `context` and, if it is not in it, the
-/// candidate itself.
+/// Returns the softmax loss of each offered candidate in a batch of `context` and, if it is not in
+/// `context`, itself.
 pub(crate) fn clip_losses(
     model: &ModelEmbeddings<'_>,
     cosines: Vec<f64>,
@@ -273,7 +279,7 @@ pub(crate) fn clip_losses(
     running.iter().map(|row| row.score(&problem)).collect()
 }
 
-/// Unconditional scores of candidates, without gain, in their order.
+/// Returns the unconditional scores of candidates, without gain, in their order.
 pub(crate) fn own_scores(problem: &Problem<'_>, indices: &[u32]) -> Vec<f64> {
     all_start(problem, indices)
         .into_iter()
@@ -281,7 +287,7 @@ pub(crate) fn own_scores(problem: &Problem<'_>, indices: &[u32]) -> Vec<f64> {
         .collect()
 }
 
-/// What a candidate's own pair would add to a sigmoid score if it were a negative.
+/// Returns what a candidate's own pair would add to a sigmoid score if it were a negative.
 pub(crate) fn own_as_negative(problem: &Problem<'_>, index: u32) -> f64 {
     problem
         .models
@@ -339,8 +345,8 @@ impl Engine for NativeEngine<'_> {
             }
             return Ok(running.iter().map(|row| row.score(self.problem)).sum());
         }
-        // One direction sees every ordered pair once, and each example's own pair as if it were a
-        // negative.
+        // One direction covers every ordered pair (i, j) once; both would count each twice. It also
+        // covers (i, i), as if that were a negative, which is subtracted below.
         for direction in directions(self.problem).filter(|direction| direction.slot[1] == 0) {
             self.flops += self.add(&mut running, chosen, &direction);
         }

@@ -1,22 +1,23 @@
-//! Embeddings in the order in which the inner loops read them.
+//! Puts embeddings into the order in which the inner loops read them.
 use super::{kernel::BLOCK, vector::Isa};
 use crate::types::Rows;
 use rayon::prelude::*;
 
-/// Values of a row copied at a time: what they become of all rows of a panel stays in the L1 cache.
+/// Values of a row that are copied at a time. Writing a lane touches one value of every cache line;
+/// with stretches of 128, the lines of all lanes stay in the L1 cache until they are full.
 const STRETCH: usize = 128;
 /// Values of a cache line.
 const LINE: usize = 16;
 
-/// f32 that begin at a cache line, so that no vector straddles two.
+/// f32 values that begin at a cache line, so that no vector straddles two lines.
 pub(super) struct Buffer {
     values: Vec<f32>,
     first: usize,
 }
 
 impl Buffer {
-    /// The system's zeros: memory that is nobody's yet is touched by the thread that writes it
-    /// first.
+    /// Allocates zeroed memory. The system maps a page at its first write, so on a machine with
+    /// several memory nodes it lies near the thread that fills it.
     pub(super) fn zeros(len: usize) -> Self {
         let values = vec![0f32; len + LINE];
         let first = values
@@ -36,7 +37,8 @@ impl Buffer {
     }
 }
 
-/// Writes rows as one panel `[dim][width]`; lanes without a row keep what they hold.
+/// Writes rows as one panel `[dim][width]`. Lanes without a row keep their values, which are never
+/// read out.
 pub(super) fn panel(
     rows: &Rows<'_>,
     dim: usize,
@@ -123,7 +125,7 @@ impl Blocks {
         }
     }
 
-    /// (values, heights of groups) of every block.
+    /// Returns (values, heights of groups) of every block.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&[f32], &[usize])> {
         let mut rest = self.values.as_slice();
         self.groups.iter().map(move |groups| {

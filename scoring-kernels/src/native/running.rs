@@ -1,4 +1,4 @@
-//! What is kept of a candidate: its own pair, and its terms with all that was absorbed.
+//! The running score of a candidate: its own pair, and its terms with all absorbed examples.
 use crate::{
     problem::{Problem, SignedModel},
     types::Loss,
@@ -10,13 +10,15 @@ pub(super) struct Running {
     pub index: u32,
     /// Unconditional score, without gain.
     pub own: f64,
-    /// Sigmoid: signed sum of the pair terms with all that was absorbed.
+    /// Sigmoid: signed sum of the pair terms with all absorbed examples.
     pub pairs: f64,
-    /// Softmax: logits against all that was absorbed, by model and direction (own image, own text).
+    /// Softmax: logits against all absorbed examples, by model and direction (own image, own text).
     pub logits: [[LogSumExp; 2]; 2],
 }
 
-/// ln of a sum of exponentials, as the largest exponent and a sum scaled by it.
+/// The logarithm of a sum of exponentials, kept as the largest exponent and a sum scaled by it.
+/// Logits may be hundreds, whose exponentials overflow. Scaled by the largest, every term is at
+/// most 1, and terms of later chunks can still be added.
 #[derive(Clone, Copy, Default)]
 pub(super) struct LogSumExp {
     largest: f64,
@@ -37,7 +39,7 @@ impl LogSumExp {
         }
     }
 
-    /// 0 while nothing was added: the first chunk has no denominators.
+    /// Returns the logarithm; 0 while nothing was added, since the first chunk has no denominators.
     fn value(&self) -> f64 {
         if self.sum == 0.0 {
             0.0
@@ -48,7 +50,7 @@ impl LogSumExp {
 }
 
 impl Running {
-    /// Conditional score without gain.
+    /// Returns the conditional score without gain.
     pub(super) fn score(&self, problem: &Problem<'_>) -> f64 {
         match problem.loss {
             Loss::Sigmoid => self.own + self.pairs,
@@ -64,7 +66,7 @@ impl Running {
     }
 }
 
-/// A candidate of which nothing but its own pair is known.
+/// Returns a candidate with its own pair only.
 pub(super) fn start(problem: &Problem<'_>, index: u32) -> Running {
     let loss = |model: &SignedModel<'_>| match problem.loss {
         Loss::Sigmoid => softplus(-own_logit(model, index)),
@@ -83,7 +85,7 @@ pub(super) fn start(problem: &Problem<'_>, index: u32) -> Running {
     }
 }
 
-/// A candidate's own logit, in f64.
+/// Returns a candidate's own logit, in f64.
 pub(super) fn own_logit(model: &SignedModel<'_>, index: u32) -> f64 {
     model.embeddings.scale * model.cosines[index as usize] + model.embeddings.bias
 }

@@ -7,7 +7,7 @@
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Isa {
-    /// What every processor that we are built for has.
+    /// The instructions of the compilation target.
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -16,7 +16,7 @@ pub(super) enum Isa {
 }
 
 impl Isa {
-    /// All that this processor has, the best last.
+    /// Returns the instruction sets of this processor, the best last.
     pub(super) fn all() -> Vec<Self> {
         #[allow(unused_mut)]
         let mut all = vec![Self::Portable];
@@ -59,7 +59,8 @@ pub(super) trait Vector: Copy {
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; 4]);
 
-/// If a processor does not fuse, `mul_add` is a slow call.
+/// Whether the target has a fused multiply-add. Without it, `mul_add` is a call of a slow function
+/// that emulates it.
 const FUSES: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
 
 impl Portable {

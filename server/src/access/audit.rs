@@ -1,4 +1,5 @@
-//! The audit log: one JSON object a line of who did what to which run, and how it ended.
+//! The audit log: for each act one line of JSON that says who did what to which run, and how it
+//! ended.
 use super::Peer;
 use crate::{
     error::{Error, Result},
@@ -18,12 +19,12 @@ use std::{
     time::SystemTime,
 };
 
-/// Lines that wait to be written. What does not fit is counted and lost: a full disk must not stop
-/// training.
+/// Lines that wait to be written. If the queue is full, a line is counted and lost: a slow or full
+/// disk must not stop training.
 const WAITING_MAX: usize = 4096;
 
-/// Writes to a file, or nowhere. Cloned freely; when the last one is dropped, all lines are
-/// written.
+/// Writes to a file, or discards if none is set. Cheap to clone. When the last clone is dropped,
+/// all waiting lines are written.
 #[derive(Clone, Default)]
 pub struct Audit(Option<Arc<Writer>>);
 
@@ -58,6 +59,8 @@ impl Audit {
             let message = format!("cannot write the audit log to {}", path.display());
             Error::invalid("audit.file", message).because(e)
         })?;
+        // A thread of its own, since callers are async tasks and a write may block for as long as
+        // the disk does.
         let (lines, written) = sync_channel(WAITING_MAX);
         let thread = std::thread::Builder::new()
             .name("audit".into())
@@ -69,7 +72,7 @@ impl Audit {
         }))))
     }
 
-    /// Notes what `who` (a token's name) did, from where, to which run, and how it ended.
+    /// Notes what `who` (a token's name) did from which address to which run, and how it ended.
     pub fn note<T>(
         &self,
         what: &'static str,
@@ -94,10 +97,10 @@ impl Audit {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // The thread ends when it has written what there is.
+        // Without a sender the thread writes the waiting lines and ends.
         drop(self.lines.take());
         let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
-        // One that panicked has said so.
+        // A thread that panicked has logged it.
         drop(thread.map(JoinHandle::join));
     }
 }

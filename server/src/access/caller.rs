@@ -1,4 +1,4 @@
-//! Who a call comes from, once its token was looked at.
+//! The caller of a call, after the check of its token.
 use super::{Peer, audit::Audit, tokens::Entry};
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -6,32 +6,34 @@ use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use tonic::Request;
 
-/// What the layer leaves in a call's extensions.
+/// The caller, which the layer puts into a call's extensions.
 #[derive(Debug, Clone, Default)]
 pub struct Caller {
     pub(super) peer: Peer,
-    /// `None`: no tokens are asked for.
+    /// `None` if the process requires no tokens.
     pub(super) token: Option<Arc<Entry>>,
     pub(super) audit: Audit,
 }
 
 impl Caller {
-    /// The caller of a request.
+    /// Returns the caller of a request.
     ///
     /// # Errors
-    /// `Internal` if no layer looked at it: a mistake in wiring must not let anyone in.
+    /// `Internal` if the layer was not in front of the service. A mistake in wiring must refuse
+    /// calls, not admit them.
     pub fn of<T>(request: &Request<T>) -> Result<Self> {
         let found = request.extensions().get::<Self>().cloned();
         found.ok_or_else(|| Error::internal("a call came past the check of its token"))
     }
 
-    /// Whether its token is for this run.
+    /// Returns whether the caller's token is for this run.
     pub fn sees(&self, run_id: &str) -> bool {
         self.token.as_ref().is_none_or(|entry| entry.is_for(run_id))
     }
 
     /// # Errors
-    /// `PermissionDenied` if its token is not for this run, whether or not there is one.
+    /// `PermissionDenied` if the token is not for this run, whether or not the run exists: the
+    /// answer must not tell which runs there are.
     pub fn check_run(&self, run_id: &str) -> Result<()> {
         if self.sees(run_id) {
             return Ok(());
@@ -44,7 +46,7 @@ impl Caller {
         Err(error)
     }
 
-    /// Writes into the audit log what was done and how it ended.
+    /// Writes an act and its outcome into the audit log.
     pub fn note<T>(&self, what: &'static str, run_id: &str, outcome: &Result<T>, detail: Value) {
         let who = self.token.as_ref().map(|entry| entry.name.as_str());
         self.audit

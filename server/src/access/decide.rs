@@ -1,4 +1,4 @@
-//! Whether a token may do what a call needs.
+//! Decides whether a token may do what a call needs.
 use super::{
     scope::{Need, Scope},
     tokens::{Entry, Tokens},
@@ -7,11 +7,11 @@ use crate::error::{Error, Result};
 use std::time::SystemTime;
 use superbatch_proto::v1::Reason;
 
-/// The entry of the token that a call shows, `None` if it needs none.
+/// Returns the entry of the token that a call shows; `None` if the call needs no token.
 ///
 /// # Errors
 /// `Unauthenticated` without a valid token, `PermissionDenied` with one of other scopes. Both name
-/// the scope that is missing and nothing that exists.
+/// the missing scope, and no run or token that exists.
 pub fn decide<'a>(
     tokens: &'a Tokens,
     shown: Option<&str>,
@@ -22,7 +22,8 @@ pub fn decide<'a>(
         Need::Nothing => return Ok(None),
         Need::Token => None,
         Need::Scope(scope) => Some(scope),
-        // Nobody else than the worker's own coordinator, which is not here.
+        // Only a worker serves such calls, to its own coordinator, and this process is no worker:
+        // so the widest scope is required.
         Need::Coordinator => Some(Scope::Admin),
     };
     let wanted = scope.map_or(String::new(), |scope| format!(" with scope `{scope}`"));
@@ -38,7 +39,8 @@ pub fn decide<'a>(
         )
     };
     let shown = shown.ok_or_else(|| unknown("no token was sent"))?;
-    // Whether it was known once is nobody's business.
+    // An expired token gets the same answer as an unknown one. Another answer would confirm to an
+    // attacker that a leaked token was real.
     let entry = tokens.find(shown).filter(|entry| !entry.is_expired(now));
     let entry =
         entry.ok_or_else(|| unknown("the token is not valid (unknown, revoked or expired)"))?;
@@ -53,7 +55,7 @@ pub fn decide<'a>(
     }
 }
 
-/// The token in a header `authorization: Bearer …`.
+/// Returns the token of a header `authorization: Bearer …`.
 pub fn bearer(header: &str) -> Option<&str> {
     let (scheme, token) = header.trim().split_once(' ')?;
     let token = token.trim();

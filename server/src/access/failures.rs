@@ -1,4 +1,4 @@
-//! How often calls from one address may fail for their token.
+//! Limits how often calls from one address may fail for their token.
 use std::{
     collections::HashMap,
     net::IpAddr,
@@ -6,19 +6,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Failures from one address within [`WINDOW`] that are each told why; further ones are told to
-/// wait.
+/// Failures from one address within [`WINDOW`] that are answered with their cause. Later ones are
+/// answered with "wait", which limits guessing and the audit log's growth.
 const FAILURES_MAX: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(60);
-/// Addresses that are remembered. If there are more, the oldest are forgotten.
+/// Addresses that are remembered. Beyond them the oldest is forgotten, so that many addresses (an
+/// IPv6 network) cannot fill the memory.
 const ADDRESSES_MAX: usize = 4096;
 
-/// What a failure is answered with.
+/// The answer to a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Say why.
+    /// Answer with the cause.
     Told,
-    /// Say to wait. `first`: it is the first one in this window.
+    /// Answer "wait". `first` marks the first one in this window, which alone is logged.
     Limited { first: bool },
 }
 
@@ -26,7 +27,7 @@ pub enum Verdict {
 pub struct Failures(Mutex<HashMap<IpAddr, (u32, Instant)>>);
 
 impl Failures {
-    /// Notes a failure that came from `address` at `now`.
+    /// Notes a failure of `address` at `now`.
     pub fn note(&self, address: IpAddr, now: Instant) -> Verdict {
         let mut known = self.0.lock().expect("no panic while held");
         if known.len() >= ADDRESSES_MAX && !known.contains_key(&address) {

@@ -1,5 +1,5 @@
-//! The layer before all services: looks at each call's token, and refuses it before its message is
-//! read.
+//! The layer in front of all services: checks each call's token, and refuses a call before its
+//! message is read.
 use super::{
     Caller, Peer,
     audit::Audit,
@@ -29,7 +29,7 @@ use tonic::{
 };
 use tower::{Layer, Service};
 
-/// Who may call a process. Cloned freely.
+/// Who may call a process. Cheap to clone.
 #[derive(Clone)]
 pub struct Access(Arc<Inner>);
 
@@ -40,16 +40,15 @@ struct Inner {
 }
 
 enum Rule {
-    /// Everybody who reaches the port.
+    /// Every caller that reaches the port.
     Everybody,
     Tokens(Arc<Reloading<Tokens>>),
-    /// Who holds the secret with this hash.
+    /// The holder of the secret with this hash.
     Holder(String),
 }
 
 impl Access {
-    /// Everybody who reaches the port may do everything: on loopback, and if the operator allows
-    /// it.
+    /// Admits every call. Used on loopback, and elsewhere if the operator allows it.
     pub fn everybody(audit: Audit) -> Self {
         Self::by(Rule::Everybody, audit)
     }
@@ -58,7 +57,7 @@ impl Access {
         Self::by(Rule::Tokens(tokens), audit)
     }
 
-    /// Only who was told `secret`: a worker's own coordinator.
+    /// Admits the holder of `secret` only: a worker's own coordinator.
     pub fn holder(secret: &str) -> Self {
         Self::by(Rule::Holder(hash(secret)), Audit::default())
     }
@@ -75,7 +74,7 @@ impl Access {
         AccessLayer(self.clone())
     }
 
-    /// The caller of `path`, by the header `authorization`.
+    /// Returns the caller, by the header `authorization`.
     ///
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`; `Overloaded` after many of them from one address.
@@ -99,7 +98,7 @@ impl Access {
         decided.map_err(|error| self.refused(error, peer))
     }
 
-    /// Counts a refusal, and limits what one address hears.
+    /// Counts a refusal, and replaces its message if the address has had too many.
     fn refused(&self, error: Error, peer: Peer) -> Error {
         let reason = superbatch_proto::reason_name(error.reason());
         metrics::access_refused(reason).increment(1);
@@ -128,7 +127,8 @@ impl Access {
 
 fn holds(known: &str, shown: Option<&str>, need: Need) -> Result<()> {
     let is_known = |shown: &str| bool::from(hash(shown).as_bytes().ct_eq(known.as_bytes()));
-    // Reflection (`Token`) tells the protocol, which is public: a worker knows no trainer's token.
+    // Reflection (`Token`) reveals the protocol only, which is public. A worker has no file of
+    // tokens to check it by.
     if matches!(need, Need::Nothing | Need::Token) || shown.is_some_and(is_known) {
         return Ok(());
     }
@@ -151,7 +151,7 @@ impl<S> Layer<S> for AccessLayer {
     }
 }
 
-/// A service that is only called by whom [`Access`] admits.
+/// A service behind a check of each call by [`Access`].
 #[derive(Clone)]
 pub struct Checked<S> {
     access: Access,
@@ -177,7 +177,8 @@ where
         let need = needed(request.uri().path());
         match self.access.admit(need, header, peer.unwrap_or_default()) {
             Ok(caller) => {
-                // Nobody behind this needs it, and so nobody can tell of it.
+                // The services do not need the token. Without it in the headers, no log or error
+                // behind this layer can leak it.
                 request.headers_mut().remove(AUTHORIZATION);
                 request.extensions_mut().insert(caller);
                 Either::Left(self.inner.call(request))

@@ -1,8 +1,8 @@
-//! Who may do what: tokens and their scopes, the layer that asks for them, and the audit log.
+//! Access control: tokens and their scopes, the layer that checks them, and the audit log.
 //!
-//! A call passes [`layer`] first: [`scope`] says what its method needs, [`decide`] whether its
-//! token holds that. What the call then is about (its run) is known only once its message is read,
-//! so that the service asks its [`Caller`].
+//! A call passes [`layer`] first: [`scope`] says what its method needs, and [`decide`] whether its
+//! token has it. The run of the call is known only after its message is read, so the service checks
+//! the run by its [`Caller`].
 pub mod audit;
 mod caller;
 mod decide;
@@ -19,7 +19,7 @@ pub use self::{
 };
 use std::net::SocketAddr;
 
-/// Who is at the other end of a connection.
+/// The other end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Peer {
     pub address: Option<SocketAddr>,

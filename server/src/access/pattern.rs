@@ -1,6 +1,8 @@
-//! Patterns of run ids: `*` stands for any letters.
+//! Patterns of run ids: `*` stands for any text.
 
-/// Whether `id` fits `pattern`. Linear in both, whatever the pattern.
+/// Returns whether `id` fits `pattern`. It never backtracks: the first match of each middle part is
+/// as good as any later one, since only the last part must be at the end. So a pattern of many
+/// stars cannot make a call slow.
 pub fn fits(pattern: &str, id: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = id.strip_prefix(parts.next().unwrap_or_default()) else {

@@ -1,4 +1,4 @@
-//! What is read from files that change while the process runs: tokens, certificates.
+//! Values read from files that change while the process runs: tokens, certificates.
 use crate::{error::Result, metrics};
 use std::{
     path::PathBuf,
@@ -6,13 +6,13 @@ use std::{
     time::Duration,
 };
 
-/// How often the files are looked at.
+/// How often the files are compared. A revoked token ends within this time.
 const EACH: Duration = Duration::from_secs(1);
 
 type Seen = Vec<Option<blake3::Hash>>;
 
-/// The newest good content of some files. What they hold that cannot be used changes nothing, and
-/// is said in the log.
+/// The newest usable content of some files. Content that cannot be used is logged, and the content
+/// before it stays in force.
 pub struct Reloading<T> {
     now: RwLock<Arc<T>>,
     seen: Mutex<Seen>,
@@ -26,8 +26,8 @@ struct Source<T> {
 }
 
 impl<T: Send + Sync + 'static> Reloading<T> {
-    /// Reads the files by `build`, and again whenever one of them changes, for as long as somebody
-    /// holds the result.
+    /// Reads the files by `build`, and again whenever one of them changes, for as long as the
+    /// result is held.
     ///
     /// # Errors
     /// Those of `build`, the first time.
@@ -56,7 +56,9 @@ impl<T: Send + Sync + 'static> Reloading<T> {
     }
 
     fn read(source: Source<T>) -> Result<Self> {
-        // Before they are read: what changes meanwhile is read once more.
+        // The digests are taken before `build` reads the files. If a file changes in between, the
+        // digest is of the old content, so the next comparison reads the file again. In the other
+        // order the change would never be seen.
         let seen = Mutex::new(look(&source.files));
         let now = RwLock::new(Arc::new((source.build)()?));
         Ok(Self { now, seen, source })
@@ -95,7 +97,9 @@ impl<T: Send + Sync + 'static> Reloading<T> {
     }
 }
 
-/// A digest of each file, `None` if it cannot be read. They are small.
+/// Returns a digest of each file; `None` if it cannot be read. Modification times do not serve
+/// here: Kubernetes replaces a mounted secret by switching a link, and a copy may keep the old
+/// time. The files are small.
 fn look(files: &[PathBuf]) -> Seen {
     let digest = |path: &PathBuf| Some(blake3::hash(&std::fs::read(path).ok()?));
     files.iter().map(digest).collect()

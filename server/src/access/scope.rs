@@ -1,9 +1,9 @@
-//! What each method of the protocol needs.
+//! The scope that each method of the protocol needs.
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What a token allows, on the runs that it is for.
+/// What a token allows, on the runs of its patterns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
@@ -33,7 +33,9 @@ impl Scope {
         }
     }
 
-    /// Whether who holds `self` may do what needs `other`.
+    /// Returns whether a token of scope `self` may do what needs `other`. `admin` does not cover
+    /// `worker`: a registered worker gets model URIs and its numbers go into receipts, so that
+    /// power is given only explicitly.
     pub fn covers(self, other: Self) -> bool {
         self == other || (self == Self::Admin && other != Self::Worker)
     }
@@ -48,17 +50,17 @@ impl fmt::Display for Scope {
 /// What a call has to show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// Nothing: it says no more than whether the process serves.
+    /// No token: the call tells only whether the process serves.
     Nothing,
-    /// A token that is valid, with any scope.
+    /// A valid token of any scope.
     Token,
     Scope(Scope),
-    /// That it comes from the coordinator which the worker registered with.
+    /// The secret of the coordinator with which the worker registered.
     Coordinator,
 }
 
-/// What a call of `path` (`/package.Service/Method`) needs. What is not listed needs the widest
-/// scope.
+/// Returns what a call of `path` (`/package.Service/Method`) needs. A method that is not listed
+/// needs the widest scope, so that a new method is closed until someone decides otherwise.
 pub fn needed(path: &str) -> Need {
     let (service, method) = path
         .trim_start_matches('/')

@@ -1,4 +1,4 @@
-//! Tokens: random secrets, of which the file holds only hashes.
+//! Tokens: random secrets. The file of tokens holds only their hashes.
 use super::{pattern::fits, scope::Scope};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -7,9 +7,10 @@ use std::{fmt::Write, path::Path, time::SystemTime};
 use subtle::ConstantTimeEq;
 use superbatch_proto::ids::is_run_id;
 
-/// What every token that is made here begins with, so that scanners of source code find it.
+/// The prefix of every token, by which secret scanners recognise tokens in source code.
 const PREFIX: &str = "sbt_";
-/// Random bytes of a token, and digits of its hash.
+/// Random bytes of a token, and digits of its hash. 256 random bits cannot be guessed, so a plain
+/// SHA-256 is enough; the slow hashes that passwords need would delay every call.
 const SECRET_BYTES: usize = 32;
 const HASH_DIGITS: usize = 64;
 
@@ -25,15 +26,15 @@ pub struct Tokens {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// Who it is for: what logs and the audit log call its holder.
+    /// The holder's name in logs and the audit log.
     pub name: String,
     /// SHA-256 of the token's text, in hexadecimal digits.
     pub sha256: String,
     pub scopes: Vec<Scope>,
-    /// Patterns of the runs that it is for; `*` stands for any letters.
+    /// Patterns of the runs that the token is for; `*` stands for any text.
     #[serde(default = "all_runs")]
     pub runs: Vec<String>,
-    /// When it stops to be valid, such as 2027-01-31T00:00:00Z. Nothing: never.
+    /// When it expires, such as 2027-01-31T00:00:00Z. Absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<String>,
 }
@@ -51,7 +52,7 @@ impl Entry {
         self.runs.iter().any(|pattern| fits(pattern, run_id))
     }
 
-    /// Whether its time is over. One whose time cannot be read is.
+    /// Returns whether the token has expired. An unreadable time counts as expired.
     pub fn is_expired(&self, now: SystemTime) -> bool {
         let until = |text: &String| humantime::parse_rfc3339_weak(text).ok();
         self.expires
@@ -74,7 +75,7 @@ impl Tokens {
     pub fn parse(text: &str) -> Result<Self> {
         let read: Option<Self> = serde_yaml_ng::from_str(text).map_err(|e| {
             let message = "this is no file of tokens; `superbatch token new` writes one";
-            // Its place alone: its text might quote what stands there.
+            // Only the line number: the parser's message might quote the file, hashes included.
             let place = e.location().map_or(0, |at| at.line());
             Error::invalid("auth.tokens_file", format!("{message} (line {place})"))
         })?;
@@ -115,7 +116,8 @@ impl Tokens {
         Ok(())
     }
 
-    /// The entry of a token. Each is compared, in a time that does not depend on what is in it.
+    /// Returns the entry of a token. Every entry is compared, each in constant time, so that the
+    /// time of an answer reveals nothing about the known hashes.
     pub fn find(&self, token: &str) -> Option<&Entry> {
         let hash = hash(token);
         let mut found = None;
@@ -128,7 +130,8 @@ impl Tokens {
         found
     }
 
-    /// Writes the file at once and whole; only its owner may read it.
+    /// Writes the file atomically (a new file, then a rename), readable by its owner only. A
+    /// process that reloads tokens must never see half a file.
     ///
     /// # Errors
     /// `InvalidArgument`, naming the file.
@@ -148,7 +151,7 @@ impl Tokens {
             })
             .and_then(|()| std::fs::rename(&beside, path));
         written.map_err(|e| {
-            // What is left of it is of no use, and may not be there.
+            // Removes the half-written file, if there is one.
             drop(std::fs::remove_file(&beside));
             let message = format!("cannot write the tokens to {}", path.display());
             Error::invalid("auth.tokens_file", message).because(e)
@@ -156,7 +159,7 @@ impl Tokens {
     }
 }
 
-/// A new token.
+/// Makes a new token.
 pub fn fresh() -> String {
     let secret: [u8; SECRET_BYTES] = rand::random();
     format!("{PREFIX}{}", hex(&secret))

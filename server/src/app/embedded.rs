@@ -11,7 +11,7 @@ use tokio::{
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
-/// Bytes in flight in either direction.
+/// Bytes in flight in either direction: one part of a stream.
 const PIPE_BYTES: usize = 1 << 20;
 
 /// Serves `worker` in the background for as long as the channel is used.
@@ -28,6 +28,9 @@ pub fn connect(worker: Worker) -> Channel {
             tracing::error!(error = %error, "the embedded worker stopped");
         }
     });
+    // The service is called over gRPC although it is in the same process. So the embedded worker
+    // and a remote one run the same code, limits and deadlines included, and a test of one is a
+    // test of both.
     let connector = tower::service_fn(move |_: Uri| {
         let accept = accept.clone();
         async move {
@@ -45,8 +48,8 @@ pub fn connect(worker: Worker) -> Channel {
         .connect_with_connector_lazy(connector)
 }
 
-/// Takes the embedded worker out of the pool while its device is hung, as a worker of its own
-/// process leaves.
+/// Removes the embedded worker from the pool while its device is hung, as a worker process does by
+/// leaving.
 pub async fn keep_while_well(
     pool: Arc<Pool>,
     mut is_well: watch::Receiver<bool>,

@@ -1,4 +1,4 @@
-//! What both kinds of process stand on: settings, storage and sockets.
+//! The parts that both kinds of process need: settings, storage and sockets.
 use super::{
     Shutdown, health, http,
     listen::{self, Bounds, Certificates, Socket},
@@ -20,14 +20,14 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic_health::pb::health_server::{Health, HealthServer};
 
-/// Where a process listens, and the section of the config that says so.
+/// Where a process listens, and the section of the config with these settings.
 pub struct Sockets {
     pub section: &'static str,
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
 }
 
-/// What both kinds of process stand on.
+/// The parts that both kinds of process need.
 pub struct Ground {
     pub config: Config,
     pub stores: Stores,
@@ -51,7 +51,7 @@ impl Ground {
         } = sockets;
         config.validate()?;
         ignore_file_size_limit();
-        // Before anything is counted.
+        // Installed first: a metric that is counted before the recorder exists is lost.
         metrics::install();
         let stores = Stores::wrapped(config.storage.clone(), wrap);
         let state = stores.open(&config.state_uri()?)?;
@@ -96,15 +96,15 @@ impl Ground {
         })
     }
 
-    /// Where others reach the port, as a URI.
+    /// Returns the URI of the port for other processes.
     pub fn uri(&self) -> String {
         let is_tls = self.certificates.is_some();
         let scheme = if is_tls { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
     }
 
-    /// Opens the ports: the connections of the main one, and the others, which are served until
-    /// what stands for them is dropped.
+    /// Opens the ports. Returns the connections of the main port, and the tasks that serve the
+    /// other ports until they are dropped.
     pub fn listen<H: Health>(
         self,
         shutdown: &Shutdown,
@@ -123,12 +123,13 @@ impl Ground {
     }
 }
 
-/// Lets a write beyond the limit on a file's size (`ulimit -f`) fail, so that it is reported; by
-/// itself the signal ends the process without a word.
+/// Makes a write beyond the limit on a file's size (`ulimit -f`) fail with an error. By default the
+/// kernel sends SIGXFSZ, which ends the process without a message.
 fn ignore_file_size_limit() {
     /// SIGXFSZ, on Linux and macOS.
     const FILE_SIZE: i32 = 25;
-    // Once it is listened to it does nothing else, for the life of the process.
+    // tokio's handler replaces the default action for the life of the process, also after this
+    // stream is dropped.
     if let Err(error) = signal(SignalKind::from_raw(FILE_SIZE)) {
         tracing::warn!(%error, "cannot ignore SIGXFSZ");
     }

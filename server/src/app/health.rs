@@ -1,5 +1,5 @@
 //! `grpc.health.v1.Health` on a plain port of its own, for probes that know neither TLS nor tokens.
-//! It says whether this process serves, and nothing else.
+//! It tells whether this process serves, and nothing else.
 use super::{
     listen::{self, Bounds},
     transport,
@@ -13,9 +13,9 @@ use tonic_health::{
     server::HealthReporter,
 };
 
-/// As long as the process lives.
+/// The service name that reports SERVING as long as the process lives.
 pub const LIVENESS: &str = "liveness";
-/// As long as it takes calls.
+/// The service name that reports SERVING as long as the process takes calls.
 pub const READINESS: &str = "readiness";
 /// Probes need few connections.
 const CONNECTIONS_MAX: usize = 64;
@@ -48,7 +48,7 @@ impl Port {
     }
 }
 
-/// Says that the process lives, and that it is ready.
+/// Reports that the process lives and is ready.
 pub async fn begin(health: &HealthReporter, services: &[&str]) {
     for name in services.iter().copied().chain([LIVENESS, READINESS]) {
         health

@@ -29,7 +29,7 @@ use tokio::{
 
 /// See [`Http::head`].
 const HEAD: Duration = Duration::from_secs(30);
-/// Connections at a time; further ones are closed. Who scrapes and who probes needs a few.
+/// Connections at a time; further ones are closed. Scrapers and probes need a few.
 const CONNECTIONS_MAX: usize = 64;
 /// Largest head of a request, in bytes.
 const HEAD_BYTES_MAX: usize = 16 << 10;
@@ -61,9 +61,9 @@ impl Http {
         self.address
     }
 
-    /// Serves for as long as it is polled. From `shutdown` on `/readyz` says 503, so that nobody
-    /// sends new calls; calls that are under way are still to be seen. `/metrics` answers whom
-    /// `access` admits.
+    /// Serves for as long as it is polled. From `shutdown` on `/readyz` answers 503, so that load
+    /// balancers send no new calls, while `/metrics` still shows the calls that are under way.
+    /// `/metrics` answers callers that `access` admits.
     pub async fn run(self, shutdown: Shutdown, access: Access) {
         let handle = metrics::install();
         let scraped = move |Extension(peer): Extension<Peer>, headers: HeaderMap| {

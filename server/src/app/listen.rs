@@ -1,5 +1,5 @@
-//! From a listener to the connections that the services see: TLS, limits on how many there are and
-//! how long they may say nothing.
+//! Turns a listener into the connections that the services see: TLS, a limit on their number, and a
+//! limit on how long a new one may be silent.
 use crate::{
     access::{Peer, reload::Reloading},
     metrics,
@@ -24,20 +24,21 @@ use tonic::transport::server::Connected;
 
 /// See [`Bounds::greeting`].
 const GREETING: Duration = Duration::from_secs(10);
-/// What an HTTP/2 connection begins with.
+/// Length of the client preface, with which every HTTP/2 connection begins (RFC 9113, 3.4).
 const PREFACE_BYTES: usize = 24;
 /// The wait after a failure to accept, such as too many open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// The TLS settings that new connections get; `None` if they are plain.
+/// The TLS settings of new connections; `None` if they are plain.
 pub type Certificates = Option<Arc<Reloading<Arc<ServerConfig>>>>;
 
-/// What connections may take.
+/// Limits on connections.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// Connections at a time: further ones are closed.
     pub most: usize,
-    /// How long a TLS handshake may take, and then the first bytes of HTTP/2.
+    /// How long a TLS handshake may take, and then the first bytes of HTTP/2. Without it a caller
+    /// that opens connections and sends nothing would hold all of `most`.
     pub greeting: Duration,
 }
 
@@ -70,7 +71,7 @@ async fn accept(
     let room = Arc::new(Semaphore::new(bounds.most));
     loop {
         let connection = tokio::select! {
-            // The server stops.
+            // The receiver is gone: the server stops.
             () = accepted.closed() => return,
             connection = listener.accept() => connection,
         };
@@ -89,13 +90,15 @@ async fn accept(
             allowed");
             continue;
         };
-        // Without it a call waits for the last bytes of the one before it; the connection works
-        // either way.
+        // With Nagle's algorithm a small message waits for the acknowledgement of the one before
+        // it. If the option cannot be set, the connection works all the same.
         drop(stream.set_nodelay(true));
+        // The handshake runs in a task of its own: a slow client must not hold up the clients
+        // behind it.
         let (certificates, accepted) = (certificates.clone(), accepted.clone());
         tokio::spawn(async move {
             match greet(stream, certificates, bounds.greeting).await {
-                // The server may have stopped meanwhile.
+                // Sending fails if the server has stopped in the meantime.
                 Ok(io) => {
                     let socket = Socket::new(io, address, permit, bounds.greeting);
                     drop(accepted.send(Ok(socket)).await);
@@ -124,11 +127,11 @@ enum Io {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// One connection. It counts for as long as it lives.
+/// One connection. It holds its permit for as long as it lives.
 pub struct Socket {
     io: Io,
     address: SocketAddr,
-    /// Until the first bytes are there.
+    /// Bytes received and the deadline, until the HTTP/2 preface is complete.
     greeting: Option<(usize, Pin<Box<Sleep>>)>,
     _room: OwnedSemaphorePermit,
     _open: Open,
@@ -184,6 +187,9 @@ impl AsyncRead for Socket {
             Io::Plain(io) => Pin::new(io).poll_read(context, into),
             Io::Tls(io) => Pin::new(io).poll_read(context, into),
         };
+        // tonic's own time-outs begin when HTTP/2 does. So the deadline for the first bytes is kept
+        // here, in the only place that sees them, and is dropped with the 24th byte: a long call
+        // may be silent.
         let Some((said, deadline)) = &mut this.greeting else {
             return read;
         };

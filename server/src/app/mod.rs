@@ -1,6 +1,6 @@
 //! The processes: a coordinator with its embedded worker (`superbatch serve`), and a worker
-//! (`superbatch worker`). Wiring is here and nowhere else; every part gets its config and what it
-//! stands on.
+//! (`superbatch worker`). All wiring is here: every part gets its config and the parts that it
+//! needs.
 mod embedded;
 mod ground;
 mod health;
@@ -10,7 +10,7 @@ mod page;
 mod serve;
 mod tls;
 mod transport;
-// Without LibTorch there is no worker, and what follows its making is never reached.
+// Without LibTorch no worker can be made, so the code after it is unreachable.
 #[cfg_attr(not(feature = "torch"), allow(unused_variables))]
 mod work;
 
@@ -19,10 +19,10 @@ pub use self::{page::RunPage, serve::Serve, work::Work};
 use crate::{config::TlsConfig, error::Result, metrics};
 use futures::future::{BoxFuture, Shared};
 
-/// A future that ends when the process should.
+/// A future that ends when the process should end.
 type Shutdown = Shared<BoxFuture<'static, ()>>;
 
-/// Whether the files of these settings can be used.
+/// Checks that the files of these settings can be used.
 ///
 /// # Errors
 /// `InvalidArgument`, naming the file.

@@ -1,4 +1,4 @@
-//! The run page: beside a coordinator, or by itself on a state (`superbatch page`).
+//! The run page: beside a coordinator, or as a process of its own on a state (`superbatch page`).
 use super::bind;
 use crate::{
     config::Config,
@@ -14,10 +14,10 @@ use async_trait::async_trait;
 use std::{net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
 
-/// Memory for blocks of data that were read for their pictures and captions.
+/// Memory for blocks of data that were read to show pictures and captions.
 const BLOCKS_BYTES: usize = 128 << 20;
 
-/// Reads what rows look like, as a worker reads them.
+/// Reads blocks of data with the worker's reader.
 struct DataBlocks(BlockReader);
 
 #[async_trait]
@@ -33,7 +33,7 @@ impl Blocks for DataBlocks {
     }
 }
 
-/// A page, bound and ready to run.
+/// The run page, bound and ready to run.
 pub struct RunPage {
     page: Arc<Page>,
     listener: TcpListener,
@@ -55,8 +55,8 @@ impl RunPage {
         })
     }
 
-    /// A page of its own on the config's state, which it only reads: the service may be down, or
-    /// another's.
+    /// Makes a page on the config's state, which it only reads. The service of that state need not
+    /// run.
     ///
     /// # Errors
     /// `InvalidArgument` if the state cannot be opened, the port is taken, or `page_listen` is

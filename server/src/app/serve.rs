@@ -38,12 +38,13 @@ use superbatch_proto::{
 };
 use tonic::server::NamedService;
 
-/// The chosen rows of one slice may take so many times the memory for batches that wait: such a
-/// step is served, and nothing is kept beside it.
+/// How many times `ready_bytes_max` the chosen rows of one slice may take. A step of that size is
+/// still served, but no other batch is kept in memory beside it.
 const ROWS_OF_BUDGET: u64 = 8;
-/// What the chosen rows of one slice may take in any case, in bytes.
+/// The bytes that the chosen rows of one slice may always take. A limit is needed because a worker
+/// sends them: a faulty worker could otherwise stream rows until the coordinator's memory is full.
 const ROWS_BYTES: u64 = 2 << 30;
-/// How long a call waits for a first worker.
+/// How long a call waits for the first worker to register.
 const WORKER_PATIENCE: Duration = Duration::from_secs(30);
 
 const SERVED: [&str; 2] = [
@@ -59,7 +60,7 @@ pub struct Serve {
     access: Access,
 }
 
-/// The workers that this process may use: none yet.
+/// Makes the pool of workers, which is empty at first.
 fn pool(ground: &Ground) -> Result<Pool> {
     let settings = &ground.config.coordinator;
     let home = Home {
@@ -83,8 +84,8 @@ impl Serve {
     /// Opens the state, binds the sockets and starts the embedded worker's device.
     ///
     /// # Errors
-    /// Whatever makes the config unusable: a port in use, a store that is unreachable or
-    /// overwrites, a device that is not there.
+    /// Every cause that makes the config unusable: a port in use, a store that is unreachable or
+    /// overwrites, a missing device.
     pub async fn build(config: Config) -> Result<Self> {
         Self::build_on(config, Arc::new(metered)).await
     }
@@ -139,17 +140,17 @@ impl Serve {
         })
     }
 
-    /// Where the run page is served, if it is.
+    /// Returns the address of the run page, if it is served.
     pub fn page_address(&self) -> Option<SocketAddr> {
         self.page.as_ref().map(RunPage::address)
     }
 
-    /// Where trainers connect.
+    /// Returns the address for trainers.
     pub fn address(&self) -> SocketAddr {
         self.ground.address
     }
 
-    /// [`Serve::address`] as a URI.
+    /// Returns [`Serve::address`] as a URI.
     pub fn uri(&self) -> String {
         self.ground.uri()
     }
@@ -199,7 +200,8 @@ impl Serve {
     }
 }
 
-/// The run page beside a coordinator. Nothing that trainers need fails by it.
+/// Opens the run page beside a coordinator. If it cannot be opened, that is logged: training must
+/// not fail because of the page.
 async fn page_of(ground: &Ground) -> Option<RunPage> {
     let listen = ground.config.page_listen?;
     let bound = RunPage::bind(&ground.stores, ground.state.clone(), listen).await;
@@ -208,7 +210,7 @@ async fn page_of(ground: &Ground) -> Option<RunPage> {
         .ok()
 }
 
-/// Starts the worker in this process; its device.
+/// Starts the worker in this process, and returns its device.
 fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
     metrics::begin(Process::Worker);
     let worker = Worker::new(
@@ -224,7 +226,7 @@ fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
     Ok(device)
 }
 
-/// What chooses.
+/// Makes the selector.
 fn selector(
     settings: &CoordinatorConfig,
     pool: &Arc<Pool>,
@@ -247,7 +249,7 @@ fn selector(
     })
 }
 
-/// Who may call: holders of tokens, or everybody if none are set.
+/// Returns who may call: holders of tokens, or every caller if no tokens are set.
 fn access(ground: &Ground) -> Result<Access> {
     let audit = ground.audit.clone();
     let Some(path) = ground.config.auth.tokens_file.clone() else {

@@ -1,4 +1,4 @@
-//! The TLS of this process' own port, and towards others.
+//! TLS of this process's own port, and of its connections to others.
 use super::listen::Certificates;
 use crate::{
     access::reload::Reloading,
@@ -12,8 +12,8 @@ use std::{
 use superbatch_transport::{Dialer, Trust, certificates, pinned, private_key, roots};
 use tokio_rustls::rustls::{ServerConfig, server::WebPkiClientVerifier};
 
-/// What connections to this process are offered; read again when a file changes. `None` if no
-/// certificate is set.
+/// Returns the TLS settings of connections to this process. They are read again when a file
+/// changes. `None` if no certificate is set.
 ///
 /// # Errors
 /// `InvalidArgument` if a file cannot be used.
@@ -56,7 +56,7 @@ fn build(cert: &Path, key: &Path, client_ca: Option<&PathBuf>) -> Result<ServerC
     Ok(config)
 }
 
-/// How this process connects to others.
+/// Returns the dialer for connections to other processes.
 ///
 /// # Errors
 /// `InvalidArgument` if a file that is set cannot be used.
@@ -75,8 +75,8 @@ pub fn towards(config: &TlsConfig) -> Result<Dialer> {
     Ok(dialer)
 }
 
-/// [`towards`], for workers: all may be verified by one name, since they are reached by addresses
-/// that no certificate foresees.
+/// As [`towards`], for workers. All of them may be verified by one name: they are reached by
+/// addresses of pods, which no certificate can list.
 ///
 /// # Errors
 /// As [`towards`].

@@ -1,4 +1,4 @@
-//! What is between a socket and the services: limits, reflection, health, and the order of a
+//! The layers between a socket and the services: limits, reflection, health, and the order of a
 //! shutdown.
 use super::{Shutdown, health::READINESS};
 use crate::{
@@ -20,14 +20,14 @@ use tower::{
     util::MapResponseLayer,
 };
 
-/// Services of every process.
+/// The services of every process.
 const OF_ALL: [&str; 3] = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
 ];
 
-/// Not serving while the device is hung.
+/// Reports NOT_SERVING while the device is hung.
 pub async fn tell_health(
     mut is_well: watch::Receiver<bool>,
     health: HealthReporter,
@@ -44,16 +44,17 @@ pub async fn tell_health(
     }
 }
 
-/// How many calls one connection may have under way, and how large a call's head may be.
+/// Calls that one connection may have under way, and the largest head of a call.
 const STREAMS_MAX: u32 = 1024;
 const HEAD_BYTES_MAX: u32 = 16 << 10;
-/// After a silence of this length a peer is asked for a sign of life; one that gives none in as
-/// long is let go.
+/// After a silence of this length the peer is pinged, and after another one without an answer the
+/// connection is closed. A host that loses power closes no connection: without pings its calls
+/// would keep their memory and permits for hours.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
 type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
-/// Limits, and who may call.
+/// Returns a server with the limits and the check of tokens.
 pub fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLayer>>> {
     let server = bounded(STREAMS_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -63,7 +64,7 @@ pub fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLay
     server.layer(mended).layer(access.layer())
 }
 
-/// As [`builder`], for a port that answers probes alone.
+/// Returns a server for a port that answers probes only.
 pub fn probes() -> Server {
     bounded(16)
 }
@@ -76,8 +77,9 @@ fn bounded(streams_max: u32) -> Server {
         .max_concurrent_streams(streams_max)
 }
 
-/// Gives the transport's refusal of a message over its limit a reason: it comes as OUT_OF_RANGE
-/// without any, which is the code of the end of the data.
+/// Gives the transport's refusal of a too large message a reason. It comes as OUT_OF_RANGE without
+/// details, and that code is END_OF_DATA to a trainer, which would end its training as if it had
+/// succeeded.
 fn too_large(response: Response<Body>) -> Response<Body> {
     match Status::from_header_map(response.headers()) {
         Some(status) if status.code() == Code::OutOfRange && status.details().is_empty() => {
@@ -88,8 +90,8 @@ fn too_large(response: Response<Body>) -> Response<Body> {
     }
 }
 
-/// Reflection on `services` and those of every process, under its name of today and the one that
-/// older clients know.
+/// Returns reflection for `services` and those of every process, in the versions v1 and v1alpha:
+/// older clients know only the latter.
 pub fn reflection(services: &[&str]) -> Result<Routes> {
     let descriptors = || {
         let builder = tonic_reflection::server::Builder::configure()
@@ -108,8 +110,8 @@ pub fn reflection(services: &[&str]) -> Result<Routes> {
     Ok(Routes::new(v1).add_service(v1alpha))
 }
 
-/// The order of a shutdown: NOT_SERVING first, then let go of what waits, then stop accepting. The
-/// receiver tells when it began.
+/// Runs a shutdown in order: report NOT_SERVING, end the calls that wait, then stop accepting. The
+/// receiver gets a message when it begins.
 pub fn drain(
     shutdown: Shutdown,
     mut health: HealthReporter,
@@ -120,16 +122,17 @@ pub fn drain(
     let drained = async move {
         shutdown.await;
         tracing::info!("draining");
-        // The empty name is the whole server's.
+        // The empty name stands for the whole server.
         for name in services.iter().copied().chain(["", READINESS]) {
             health
                 .set_service_status(name, tonic_health::ServingStatus::NotServing)
                 .await;
         }
-        // A receiver that is gone needs no telling.
+        // Fails if the receiver is gone, which then needs no message.
         let _ = began.send(());
         let_go.await;
-        // Else clients that watch the health would hold the process for the whole grace period.
+        // A health watch is a call that never ends by itself. Clearing the status ends it;
+        // otherwise each watching client would hold the process for the whole grace period.
         for name in services.iter().copied().chain([""]) {
             health.clear_service_status(name).await;
         }

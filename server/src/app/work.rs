@@ -58,12 +58,12 @@ impl Work {
         Ok(Self { ground, worker })
     }
 
-    /// Where the coordinator connects.
+    /// Returns the address for the coordinator.
     pub fn address(&self) -> SocketAddr {
         self.ground.address
     }
 
-    /// [`Work::address`] as a URI.
+    /// Returns [`Work::address`] as a URI.
     pub fn uri(&self) -> String {
         self.ground.uri()
     }
@@ -75,7 +75,7 @@ impl Work {
     /// Scores until `shutdown`: stays registered, then leaves and drains.
     ///
     /// # Errors
-    /// What the coordinator refuses the worker for: it ends then, as it does at `shutdown`.
+    /// The coordinator's refusal of the worker. The worker then ends as it does at `shutdown`.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let refused = Arc::new(Notify::new());
         let until = refused.clone();
@@ -88,7 +88,8 @@ impl Work {
         let shutdown: Shutdown = shutdown.boxed().shared();
         let (health, health_service) = tonic_health::server::health_reporter();
         health::begin(&health, &WORKED).await;
-        // Nobody but the coordinator is told it.
+        // Sent to the coordinator only, at registration. It is new at each start, so an old
+        // coordinator or a copied log cannot call this worker.
         let secret = fresh();
         let (keeping, well) = (
             self.keep_registered(&secret, shutdown.clone())?,
@@ -106,7 +107,8 @@ impl Work {
         let (incoming, _beside) = self.ground.listen(&shutdown, beside);
         let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
         let leave = async move {
-            // It has told the coordinator that it goes; a task that panicked has told its log.
+            // Registration has reported that the worker leaves. If its task panicked, the panic was
+            // logged.
             let _ = tell.send(registered.await.unwrap_or(Ok(())));
             told.abort();
             worker.stop();
@@ -114,7 +116,7 @@ impl Work {
         let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
         let served = router.serve_with_incoming_shutdown(incoming, drained);
         within(served, stopping, grace).await?;
-        // If it never left there is nothing to tell.
+        // If the worker did not leave by itself, there is no refusal to return.
         ended.await.unwrap_or(Ok(()))
     }
 

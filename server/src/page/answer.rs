@@ -1,4 +1,4 @@
-//! Answers in JSON, failures among them.
+//! Answers in JSON, also for failures.
 use crate::{error::Error, metrics};
 use axum::{
     http::{StatusCode, header},
@@ -7,12 +7,12 @@ use axum::{
 use serde_json::{Value, json};
 use superbatch_proto::v1::Reason;
 
-/// What a handler gives.
+/// The result of a handler.
 pub(super) type Answer = Result<Json, Failed>;
 
 pub(super) struct Json(pub Value);
 
-/// A failure, told to the reader.
+/// A failure that the reader sees.
 pub(super) struct Failed(Error);
 
 impl From<Error> for Failed {
@@ -57,10 +57,10 @@ fn json_response(status: StatusCode, value: &Value) -> Response {
     (status, headers, value.to_string()).into_response()
 }
 
-/// A number of the address' query, such as `?from=7`.
+/// Returns a number of the query, such as `?from=7`.
 ///
 /// # Errors
-/// `InvalidArgument` if it is no number.
+/// `InvalidArgument` if the value is no number.
 pub(super) fn number(query: Option<&str>, name: &str) -> Result<Option<u64>, Error> {
     let Some(text) = text(query, name) else {
         return Ok(None);
@@ -71,7 +71,7 @@ pub(super) fn number(query: Option<&str>, name: &str) -> Result<Option<u64>, Err
         .map_err(|_| Error::invalid(name, format!("{name} is '{text}'; give a whole number")))
 }
 
-/// A value of the address' query.
+/// Returns a value of the query.
 pub(super) fn text(query: Option<&str>, name: &str) -> Option<String> {
     let mut pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
     pairs.find_map(|(key, value)| (key == name).then(|| value.into_owned()))

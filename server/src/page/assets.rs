@@ -1,4 +1,5 @@
-//! The page's own files, embedded as they lie in `web/`: no build step, and nothing from elsewhere.
+//! The page's files, embedded from `web/` without a build step. The page loads nothing from other
+//! hosts.
 use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, Uri, header},
@@ -40,7 +41,7 @@ static ASSETS: &[Asset] = &assets! {
     "step.js": "text/javascript; charset=utf-8",
 };
 
-/// Serves one of the files, or says that it has not changed.
+/// Serves one of the files, or answers that it has not changed.
 pub(super) async fn asset(uri: Uri, headers: HeaderMap) -> Response {
     let path = if uri.path() == "/" {
         "/index.html"
@@ -50,7 +51,7 @@ pub(super) async fn asset(uri: Uri, headers: HeaderMap) -> Response {
     let Some(asset) = ASSETS.iter().find(|asset| asset.path == path) else {
         return (StatusCode::NOT_FOUND, "there is no such page").into_response();
     };
-    // Another build has other files under the same names, so a browser asks each time.
+    // Another build serves other files under the same names, so a browser must ask each time.
     let tag = format!("\"{}\"", &blake3::hash(asset.bytes).to_hex()[..16]);
     let caching = [
         (header::ETAG, tag.clone()),

@@ -1,4 +1,4 @@
-//! One example: each time it was a candidate, and what came of it.
+//! One example: every step in which it was a candidate, with the outcome.
 use super::{
     Known, Page,
     answer::{Answer, Json},
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, Receipt, ReceiptSummary};
 
-/// Times that are shown, the newest.
+/// Most steps that are shown, the newest ones.
 const TIMES: usize = 64;
 const AT_ONCE: usize = 8;
 
@@ -76,7 +76,7 @@ pub(super) async fn example(
     })))
 }
 
-/// A row by its id: `00000.parquet#17`, or `1:00000.parquet#17` if a run has several sources.
+/// Finds a row by its id: `00000.parquet#17`, or `1:00000.parquet#17` if a run has several sources.
 fn named(manifest: &Manifest, id: &str) -> Result<Place> {
     let unknown = || {
         Error::invalid(
@@ -107,7 +107,7 @@ fn named(manifest: &Manifest, id: &str) -> Result<Place> {
     })
 }
 
-/// What came of it in a step; `None` if the step is not committed.
+/// Returns a row's outcome in a step; `None` if the step is not committed.
 async fn time(
     page: &Page,
     known: &Known,

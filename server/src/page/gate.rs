@@ -1,4 +1,4 @@
-//! Who is let in, and the headers of every answer.
+//! Admission of requests, and the headers of every answer.
 use axum::{
     extract::{Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, uri::Authority},
@@ -7,12 +7,13 @@ use axum::{
 };
 use std::{net::IpAddr, sync::Arc};
 
-/// Scripts, styles and pictures of this address alone; nothing inline.
+/// Allows scripts, styles and pictures of this address only, and nothing inline. Captions are text
+/// from the internet: if one ever got into the page as markup, the browser would still not run it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
 
-/// Decides on every request.
+/// Decides about every request.
 #[derive(Debug, Clone)]
 pub struct Gate {
     /// Whether the page listens on this machine only.
@@ -26,10 +27,11 @@ impl Gate {
         }
     }
 
-    /// The one place where a request is let in or not. A token of scope `read` belongs here.
+    /// Admits or refuses a request. This is the only place that does.
     ///
-    /// On loopback the name that the browser was given must be this machine's: a page elsewhere can
-    /// have its own name lead here, and would then read what is served.
+    /// On loopback the host name in the request must be this machine's. An attacker's web page can
+    /// point its own host name at 127.0.0.1 (DNS rebinding); the browser then takes this server for
+    /// the attacker's own and lets the page read its answers.
     fn admit(
         &self,
         method: &Method,
@@ -59,7 +61,7 @@ fn is_this_machine(host: &str) -> bool {
         || bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Lets a request in, and guards the answer.
+/// Admits a request, and adds the protective headers to the answer.
 pub(super) async fn pass(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let admitted = gate.admit(request.method(), request.uri(), request.headers());
     let mut response = match admitted {

@@ -1,11 +1,11 @@
-//! Values that are read once, up to a number of them; those used longest ago go first.
+//! A cache of up to a number of values. The least recently used ones leave first.
 use std::{
     collections::HashMap,
     hash::Hash,
     sync::{Mutex, MutexGuard},
 };
 
-/// A counter of uses, and each value with the use that was its last.
+/// A counter of uses, and each value with the number of its last use.
 type Used<K, V> = (u64, HashMap<K, (u64, V)>);
 
 pub(super) struct Keep<K, V> {

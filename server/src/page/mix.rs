@@ -1,4 +1,4 @@
-//! Of what sources and shards the scanned and the chosen are made.
+//! The shares of sources and shards among the scanned and among the chosen rows.
 use super::{
     Known, Page,
     answer::{Answer, Json},
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{Phase, Receipt};
 
-/// Steps whose receipts are read.
+/// Most steps whose receipts are read, spread evenly over the run.
 const STEPS: u64 = 48;
 const AT_ONCE: usize = 4;
-/// Shards that are listed: those of the highest and of the lowest lift.
+/// Most shards that are listed: half of the highest lift, half of the lowest.
 const SHARDS: usize = 120;
 
 /// Rows scanned and rows chosen.
@@ -110,7 +110,7 @@ fn counted(
     }))
 }
 
-/// Rows of each shard that a step scanned and chose.
+/// Counts the rows of each shard that a step scanned and chose.
 fn count_step(plan: &Plan, phases: &[Phase], step: u64, receipt: &Receipt) -> Result<Counts> {
     let mut counts = Counts::new();
     for candidate in plan.step(phases, step)?.candidates {
@@ -138,7 +138,8 @@ fn sum<'a>(counts: impl Iterator<Item = &'a [u64; 2]>) -> [u64; 2] {
     counts.fold([0; 2], |[a, b], [x, y]| [a + x, b + y])
 }
 
-/// The share among the chosen over the share among the scanned; `None` if nothing was scanned.
+/// Returns the share among the chosen divided by the share among the scanned; `None` if nothing was
+/// scanned.
 fn lift([scanned, chosen]: [u64; 2], [all_scanned, all_chosen]: [u64; 2]) -> Option<f64> {
     (scanned > 0 && all_chosen > 0)
         .then(|| chosen as f64 / all_chosen as f64 * all_scanned as f64 / scanned as f64)

@@ -1,8 +1,8 @@
-//! The run page: what researchers look at. Reads receipts and facts from the state, as any process
-//! may, and writes nothing; it has its own bounded share of reads and of threads, so that no step
-//! waits for a reader.
+//! The run page, for researchers. It reads receipts and facts from the state, as any process may,
+//! and writes nothing. Its reads are bounded by semaphores of its own, so that no step waits for a
+//! reader of the page.
 //!
-//! [`Page::router`] is the table of contents. `web/` holds the page itself, which is embedded.
+//! [`Page::router`] lists all addresses. `web/` holds the files of the page.
 mod answer;
 mod assets;
 mod example;
@@ -34,15 +34,16 @@ use superbatch_proto::{
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
 
-/// Reads from storage at once, over all readers.
+/// Reads from storage at the same time, over all readers.
 const READS: usize = 8;
-/// Blocks of data in hand at once: each may be large.
+/// Blocks of data in memory at the same time; each may be hundreds of megabytes.
 const BLOCKS: usize = 2;
-/// Summaries that are kept: a timeline needs some hundreds, about 1 KiB each.
+/// Summaries that are kept. A timeline needs some hundreds, of about 1 KiB each.
 const SUMMARIES: usize = 8_192;
-/// Manifests that are kept: they may be large.
+/// Manifests that are kept; they may be large.
 const MANIFESTS: usize = 2;
-/// How old facts of a run may be: many readers ask as often as one.
+/// How old a run's facts may be. With this bound, many readers cost as many reads of storage as
+/// one.
 const FACTS_LAST: Duration = Duration::from_secs(1);
 
 /// Reads a block of a data set: image and caption are its first two columns.
@@ -57,19 +58,19 @@ pub trait Blocks: Send + Sync {
     ) -> Result<Arc<RecordBatch>>;
 }
 
-/// One page on one state.
+/// The run page on one state.
 pub struct Page {
     state: Location,
     blocks: Box<dyn Blocks>,
     reads: Semaphore,
     block_reads: Semaphore,
-    /// By run, step and generation. `None` is not kept: the step may be committed later.
+    /// By run, step and generation. A missing receipt is not kept: the step may be committed later.
     summaries: Keep<(String, u64, u32), Arc<ReceiptSummary>>,
     manifests: Keep<String, Arc<Manifest>>,
     runs: Keep<String, (Instant, Arc<Known>)>,
 }
 
-/// A run as it was found.
+/// A run's facts at the time of a read.
 pub struct Known {
     pub id: String,
     pub facts: run::RunFacts,
@@ -91,7 +92,7 @@ impl Page {
         }
     }
 
-    /// Every address of the page.
+    /// Returns the routes of all addresses of the page.
     pub fn router(self: Arc<Self>, gate: Gate) -> Router {
         let api = Router::new()
             .route("/about", get(runs::about))
@@ -118,7 +119,7 @@ impl Page {
         }
     }
 
-    /// A run's facts and its newest step, at most a second old.
+    /// Returns a run's facts and its newest step, at most a second old.
     ///
     /// # Errors
     /// `RunNotFound`; those of storage.
@@ -155,7 +156,7 @@ impl Page {
         Ok(known)
     }
 
-    /// What holds for a step, without its rows.
+    /// Returns a step's receipt in force, without its rows.
     async fn summary(&self, known: &Known, step: u64) -> Result<Option<Arc<ReceiptSummary>>> {
         for generation in known.generations(step) {
             let key = (known.id.clone(), step, generation);
@@ -191,7 +192,7 @@ impl Page {
 }
 
 impl Known {
-    /// Generations whose receipt would hold for a step, best first.
+    /// Returns the generations whose receipt would be in force for a step, best first.
     pub fn generations(&self, step: u64) -> Vec<u32> {
         self.facts
             .chain

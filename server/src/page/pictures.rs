@@ -1,5 +1,6 @@
-//! What a row looks like: its picture, small and encoded anew, and its caption. Both are somebody
-//! else's, and not trusted.
+//! Shows a row: its picture and its caption. Neither is trusted. So the picture is decoded, reduced
+//! and encoded again: the browser never gets the stored bytes, whose format the data set's author
+//! chose.
 use super::{
     Known, Page,
     answer::{Answer, Failed, Json, number, text},
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use superbatch_images::{ImageLimits, thumbnail};
 use superbatch_proto::v1::ChosenRow;
 
-/// Captions that one call may ask for.
+/// Most captions of one call.
 const CAPTIONS: usize = 64;
 /// Characters of a caption that are sent.
 const CAPTION_CHARS: usize = 2_000;
@@ -30,7 +31,7 @@ const LIMITS: ImageLimits = ImageLimits {
     bytes_max: 64 << 20,
 };
 
-/// A row of a run's data: where it lies.
+/// The place of a row in a run's data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
     pub source: u32,
@@ -38,7 +39,7 @@ pub(super) struct Place {
     pub row: u64,
 }
 
-/// `0.1.17` of [`super::steps::key`].
+/// Parses a key such as `0.1.17`, the form of [`super::steps::key`].
 pub(super) fn place(key: &str) -> Result<Place> {
     let parsed = || {
         let mut parts = key.split('.');
@@ -119,7 +120,7 @@ pub(super) async fn picture(
         .await
         .map_err(|e| Error::internal("a thumbnail panicked").because(e))?;
     Ok(match drawn {
-        // A row's content never changes under a run.
+        // Receipts pin a row's content, so it never changes within a run.
         Some(jpeg) => (
             [
                 (header::CONTENT_TYPE, "image/jpeg"),
@@ -136,7 +137,7 @@ pub(super) async fn picture(
     })
 }
 
-/// The block that holds a row, and the row's number in it.
+/// Reads the block that holds a row. Returns it with the row's number in it.
 async fn block(page: &Page, known: &Known, place: Place) -> Result<(Arc<RecordBatch>, usize)> {
     let manifest = page.manifest(&known.facts.run.manifest).await?;
     let Place { source, shard, row } = place;

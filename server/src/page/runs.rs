@@ -1,4 +1,4 @@
-//! All runs of the state, and one of them.
+//! The list of all runs of the state, and one run.
 use super::{
     Known, Page,
     answer::{Answer, Json},
@@ -20,7 +20,7 @@ use std::{
 };
 use superbatch_proto::v1::{Phase, Reason};
 
-/// Runs that are listed, by name from the last; each costs a few reads.
+/// Most runs that are listed, by name from the last. Each costs a few reads of storage.
 const LISTED: usize = 200;
 const AT_ONCE: usize = 8;
 
@@ -47,7 +47,7 @@ pub(super) async fn list(State(page): State<Arc<Page>>) -> Answer {
     Ok(Json(json!({ "runs": runs, "more": more })))
 }
 
-/// `None` for a folder that holds no run.
+/// Reads one run for the list; `None` for a folder that holds no run.
 async fn look(page: &Page, id: &str) -> Result<Option<Value>> {
     let known = match page.known(id).await {
         Err(error) if error.reason() == Reason::RunNotFound => return Ok(None),

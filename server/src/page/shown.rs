@@ -1,14 +1,14 @@
-//! Numbers and names as the page's JSON has them.
+//! Numbers and names in the form of the page's JSON.
 use crate::coordinator::receipts::parquet::has_scores;
 use serde_json::{Value, json};
 use superbatch_proto::v1::{Accounts, ReceiptSummary, RunSpec, lag};
 
-/// `POLICY_JOINT` without its prefix, in lower case.
+/// Returns a name such as `POLICY_JOINT` without its prefix, in lower case.
 pub(super) fn word(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase()
 }
 
-/// The lag that a run allows, in words.
+/// Returns a run's lag in words.
 pub(super) fn lag(spec: &RunSpec) -> String {
     match spec.lag.and_then(|lag| lag.bound) {
         Some(lag::Bound::AtMost(steps)) => format!("at most {steps}"),
@@ -17,7 +17,7 @@ pub(super) fn lag(spec: &RunSpec) -> String {
     }
 }
 
-/// A score, if there is one.
+/// Returns a score, or null if the step was not scored.
 pub(super) fn scored(summary: &ReceiptSummary, score: f64) -> Value {
     if has_scores(summary) {
         json!(score)
@@ -26,7 +26,7 @@ pub(super) fn scored(summary: &ReceiptSummary, score: f64) -> Value {
     }
 }
 
-/// All that selection spent, what came to nothing included.
+/// Returns all FLOPs of selection, with scoring that was thrown away.
 pub(super) fn selection_flops(accounts: &Accounts) -> f64 {
     accounts.reference_flops
         + accounts.learner_flops

@@ -1,4 +1,4 @@
-//! One step: its receipt, as columns for the page or whole.
+//! One step's receipt, as columns for the page or as a whole.
 use super::{
     Known, Page,
     answer::{Answer, Failed, Json, number},
@@ -19,10 +19,11 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, PassedRow, Receipt};
 
-/// Chosen rows of one answer. The receipt has them all.
+/// Most chosen rows of one answer. The receipt has all of them.
 const ROWS: usize = 4_096;
 
-/// `GET /api/runs/{run}/steps/{step}`, with `?generation=N` of another than the newest generation.
+/// `GET /api/runs/{run}/steps/{step}`, with `?generation=N` for a generation that is not the
+/// newest.
 pub(super) async fn step(
     State(page): State<Arc<Page>>,
     Path((id, step)): Path<(String, String)>,
@@ -77,7 +78,7 @@ async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<
         .ok_or_else(|| known.not_committed(step))
 }
 
-/// The receipt of the first generation that has one.
+/// Returns the receipt of the first generation that has one.
 pub(super) async fn at(
     page: &Page,
     known: &Known,
@@ -93,7 +94,7 @@ pub(super) async fn at(
     Ok(None)
 }
 
-/// A row's name in the page's addresses: source, shard and row.
+/// Returns a row's name in the page's addresses: source, shard and row.
 pub(super) fn key(source: u32, shard: u32, row: u64) -> String {
     format!("{source}.{shard}.{row}")
 }

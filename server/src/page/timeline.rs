@@ -1,5 +1,4 @@
-//! A run over its steps: every so many of them, so that a hundred thousand steps are a few hundred
-//! points.
+//! A run over its steps, sampled: a hundred thousand steps become a few hundred points.
 use super::{
     Known, Page,
     answer::{Answer, Json, number},
@@ -12,9 +11,9 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use superbatch_proto::v1::ReceiptSummary;
 
-/// Steps of a timeline at most.
+/// Most steps of a timeline.
 const POINTS: u64 = 512;
-/// Receipts that one timeline reads at once.
+/// Receipts that one timeline reads at the same time.
 const AT_ONCE: usize = 8;
 
 /// `GET /api/runs/{run}/timeline?from=N&to=N`.
@@ -36,8 +35,9 @@ pub(super) async fn timeline(
     Ok(Json(columns(&found, stride, known.newest)))
 }
 
-/// Every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and steps are
-/// its multiples, so that a run that grows shows the steps that it showed before.
+/// Returns every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and
+/// the steps are its multiples. So while a run grows, most steps that are shown next time have been
+/// read already, and points do not move.
 fn sampled(from: u64, to: u64) -> (u64, Vec<u64>) {
     if from > to {
         return (1, Vec::new());
@@ -51,7 +51,7 @@ fn sampled(from: u64, to: u64) -> (u64, Vec<u64>) {
     (stride, steps)
 }
 
-/// The summaries of those steps that are committed.
+/// Returns the summaries of the committed ones of `steps`.
 pub(super) async fn read(
     page: &Page,
     known: &Known,

@@ -82,8 +82,8 @@ impl Positions {
         Ok(made)
     }
 
-    /// Resamples in f32, whatever arithmetic the model uses: LibTorch's filters lack some dtypes,
-    /// and bf16 would round twice.
+    /// Resamples in f32, whatever arithmetic the model uses: in bf16 the filter's sums would be
+    /// rounded at each step.
     fn resample(&self, side: i64) -> Torch {
         let (rows, d) = self.all.size2()?;
         if rows != self.prefix + self.side * self.side {

@@ -152,7 +152,8 @@ fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), Stri
             );
         }
     };
-    // One element is one element, whatever its shape.
+    // A scalar may be stored as `[]` or `[1]`: libraries differ in this for the logit scale, and
+    // the bytes are the same.
     let is_one = |shape: &[usize]| shape.iter().product::<usize>() == 1 && shape.len() < 2;
     let same = is_one(&expected.shape) && is_one(found.shape);
     if expected.shape != found.shape && !same {
@@ -184,7 +185,9 @@ fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), Stri
     })
 }
 
-/// Whether the exponent (all of it in the two highest bytes) is all ones: NaN or infinity.
+/// Returns whether the exponent is all ones, which is NaN or infinity. In all three dtypes the
+/// whole exponent lies in the two highest bytes. Looking at bits is many times faster than
+/// converting gigabytes to floats.
 fn exponent_full(little_endian: &[u8], mask: u16) -> bool {
     match little_endian {
         [.., low, high] => u16::from_le_bytes([*low, *high]) & mask == mask,
@@ -192,8 +195,8 @@ fn exponent_full(little_endian: &[u8], mask: u16) -> bool {
     }
 }
 
-/// The name in transformers' `state_dict` of a stored tensor; `None` for a buffer, which says
-/// nothing about a model. Other families of names (open_clip's) are mapped here.
+/// Returns the name of a stored tensor in the library's `state_dict`; `None` for a buffer, which
+/// holds nothing learnt.
 fn canonical(stored: &str) -> Option<&str> {
     if stored.rsplit('.').next() == Some("position_ids") {
         None

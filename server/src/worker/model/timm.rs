@@ -1,4 +1,5 @@
-//! Image trunks of timm that open_clip names: ViTs with attention pooling, as SigLIP was trained.
+//! The image trunks of timm that open_clip's configurations name: ViTs with attention pooling, as
+//! in SigLIP.
 use super::{
     config::{Activation, Tower, VisionConfig},
     layers::{
@@ -14,8 +15,8 @@ use tch::Tensor;
 /// Where a trunk's tensors are in open_clip's state dict.
 const AT: &str = "visual.trunk";
 
-/// The sizes of a trunk by its name, such as `vit_base_patch16_siglip_224`; `None` if it is not
-/// known. What follows a dot names weights.
+/// Returns the sizes of a trunk by its name, such as `vit_base_patch16_siglip_224`; `None` if the
+/// name is not known. The part after a dot names weights and is ignored.
 pub fn trunk(name: &str) -> Option<VisionConfig> {
     let name = name.split('.').next()?;
     let (size, rest) = name.strip_prefix("vit_")?.split_once("_patch")?;
@@ -28,7 +29,7 @@ pub fn trunk(name: &str) -> Option<VisionConfig> {
         "giantopt" => (1536, 40, 16, 4.0),
         _ => return None,
     };
-    // timm's definitions differ in this by name, not by a rule.
+    // timm chose the activation for each model by hand, so there is no rule to derive it from.
     let is_tanh = matches!(
         (size, patch_size, image_size),
         ("base", 32, _) | ("large", _, 512) | ("so400m", 16, _) | ("giantopt", _, _)
