@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python test-deploy images wheel demo docs check fmt bench-kernels bench-service bench-images test-gpu clean
+.PHONY: help setup build test test-rust test-python test-deploy images wheel demo docs docs-site check fmt bench-kernels bench-service bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -72,6 +72,15 @@ demo: ## uniform, independent and joint selection side by side (QUICK=1; SEEDS=0
 
 docs: build ## Regenerates docs/metrics.md and docs/configuration.md
 	$(SUPERBATCH) docs docs
+
+SITE := target/site-venv
+docs-site: $(SITE)/ready ## The documentation as a site that needs no network, in target/site; fails where a link leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+
+$(SITE)/ready: docs/site/requirements.txt
+	$$(scripts/python.sh) -m venv --clear $(SITE)
+	$(SITE)/bin/pip install --quiet --disable-pip-version-check --requirement docs/site/requirements.txt
+	touch $@
 
 check: $(READY) ## Formatting and lints
 	cargo fmt --all --check

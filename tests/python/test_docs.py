@@ -1,0 +1,86 @@
+"""Links of the repository's Markdown files, and pages that are generated or held to other files."""
+
+import os
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"(?<!\\)\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
+HTML_LINK = re.compile(r"<(?:a|img)\b[^>]*\b(?:href|src)=\"([^\"]+)\"")
+
+
+def tracked(ending: str) -> list[Path]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", f"*{ending}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in found.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def prose(text: str) -> list[str]:
+    """Lines outside of fences."""
+    lines, fence = [], ""
+    for line in text.splitlines():
+        mark = re.match(r"\s*(`{3,}|~{3,})", line)
+        if fence:
+            fence = "" if line.strip() == fence else fence
+        elif mark:
+            fence = mark[1]
+        else:
+            lines.append(line)
+    return lines
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading has on a forge: lower case, blanks as hyphens, without signs."""
+    heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+    return re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    found: set[str] = set()
+    for line in prose(page.read_text()):
+        found |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", line))
+        if heading := re.match(r"#{1,6} (.*)", line):
+            name, count = slug(heading[1]), 0
+            while (name if count == 0 else f"{name}-{count}") in found:
+                count += 1
+            found.add(name if count == 0 else f"{name}-{count}")
+    return found
+
+
+def broken(page: Path) -> list[str]:
+    """What is wrong with the links of a page."""
+    faults = []
+    text = "\n".join(re.sub(r"`[^`]*`", "", line) for line in prose(page.read_text()))
+    for link in LINK.findall(text) + HTML_LINK.findall(text):
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        way, _, anchor = link.partition("#")
+        target = Path(os.path.normpath(page.parent / way)) if way else page
+        if not target.is_relative_to(ROOT) or not target.exists():
+            faults.append(f"{page.relative_to(ROOT)}: {link}: there is no such file")
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target):
+            faults.append(f"{page.relative_to(ROOT)}: {link}: the page has no such heading")
+    return faults
+
+
+def test_every_link_of_every_page_leads_somewhere():
+    pages = tracked(".md")
+    assert len(pages) > 30
+    assert [fault for page in pages for fault in broken(page)] == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_docs.ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One `A_B`\n[a](#one-a_b) [b](#two) [c](none.md) [d](https://x/none) `[e](none)`\n"
+        "```\n[f](none)\n```\n[g](page.md#three)\n"
+    )
+    assert broken(page) == [
+        "page.md: #two: the page has no such heading",
+        "page.md: none.md: there is no such file",
+        "page.md: page.md#three: the page has no such heading",
+    ]
