@@ -6,6 +6,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import superbatch
+
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<!\\)\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 HTML_LINK = re.compile(r"<(?:a|img)\b[^>]*\b(?:href|src)=\"([^\"]+)\"")
@@ -84,3 +86,29 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path, monkeypatch):
         "page.md: none.md: there is no such file",
         "page.md: page.md#three: the page has no such heading",
     ]
+
+
+def reasons() -> list[str]:
+    """Those of the protocol, in its order, without UNSPECIFIED."""
+    proto = (ROOT / "proto/superbatch/v1/errors.proto").read_text()
+    found = re.findall(r"^  REASON_(\w+) = \d+;", proto, re.MULTILINE)
+    return [name for name in found if name != "UNSPECIFIED"]
+
+
+def test_every_reason_has_an_entry_with_cause_and_remedy():
+    entries = re.split(r"^### ", (ROOT / "docs/errors.md").read_text(), flags=re.MULTILINE)[1:]
+    named = [entry.split("\n", 1)[0] for entry in entries]
+    assert len(reasons()) > 40
+    assert sorted(named) == sorted([*reasons(), "UNAVAILABLE", "BATCH_CORRUPT", "CANCELLED"])
+    for name, entry in zip(named, entries, strict=True):
+        assert "**Cause.** " in entry and "**Remedy.** " in entry, name
+
+
+def test_each_exception_names_its_entry():
+    page, known = ROOT / "docs/errors.md", anchors(ROOT / "docs/errors.md")
+    for reason in [*reasons(), "UNAVAILABLE", "BATCH_CORRUPT", "CANCELLED"]:
+        error = superbatch.Error("text", reason)
+        way, _, anchor = error.help.partition("#")
+        assert (ROOT / way, anchor in known) == (page, True), reason
+        assert error.__notes__ == [f"cause and remedy: {error.help}"]
+        assert str(error) == "text"

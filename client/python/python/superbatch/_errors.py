@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+#: The page with the cause and the remedy of each reason, in the documentation of this version.
+PAGE = "docs/errors.md"
+
 
 class Error(Exception):
     """A call that failed.
@@ -12,7 +15,8 @@ class Error(Exception):
     or "COLUMN_NOT_FOUND", or of the client's own: "UNAVAILABLE" (no answer), "BATCH_CORRUPT",
     "INVALID_ARGUMENT", "CANCELLED". What others answered, such as a proxy, has the nearest of them:
     "UNIMPLEMENTED", "MESSAGE_TOO_LARGE", "OVERLOADED", else "INTERNAL". `metadata` holds the values
-    that a program may want, such as `field`, `column` or `tensor`. Faults that pass were tried
+    that a program may want, such as `field`, `column` or `tensor`. `help` names the reason's entry
+    in the documentation, with its cause and remedy; tracebacks show it. Faults that pass were tried
     again before they are raised; the rest can never pass unchanged.
     """
 
@@ -28,6 +32,12 @@ class Error(Exception):
         super().__init__(message)
         self.reason = reason or type(self).reason
         self.metadata = dict(type(self).metadata if metadata is None else metadata)
+        self.add_note(f"cause and remedy: {self.help}")
+
+    @property
+    def help(self) -> str:
+        """Where the documentation says what to do, such as "docs/errors.md#column_not_found"."""
+        return f"{PAGE}#{self.reason.lower()}"
 
     def __reduce__(self):
         return type(self), (str(self), self.reason, self.metadata)
