@@ -70,8 +70,10 @@ demo: ## uniform, independent and joint selection side by side (QUICK=1; SEEDS=0
 	@$(MAKE) --no-print-directory build
 	$(PYTHON) -m examples.demo
 
-docs: build ## Regenerates docs/metrics.md and docs/configuration.md
+docs: build ## Regenerates the pages of docs/ that are made of code: configuration, metrics, protocol, python
 	$(SUPERBATCH) docs docs
+	$(PYTHON) docs/site/protocol_page.py
+	$(PYTHON) docs/site/python_page.py
 
 SITE := target/site-venv
 docs-site: $(SITE)/ready ## The documentation as a site that needs no network, in target/site; fails where a link leads nowhere

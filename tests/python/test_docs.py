@@ -1,11 +1,13 @@
 """Links of the repository's Markdown files, and pages that are generated or held to other files."""
 
+import importlib.util
 import os
 import re
 import subprocess
 from functools import cache
 from pathlib import Path
 
+import pytest
 import superbatch
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +114,12 @@ def test_each_exception_names_its_entry():
         assert (ROOT / way, anchor in known) == (page, True), reason
         assert error.__notes__ == [f"cause and remedy: {error.help}"]
         assert str(error) == "text"
+
+
+@pytest.mark.parametrize("name", ["protocol", "python"])
+def test_generated_pages_are_current(name):
+    path = ROOT / f"docs/site/{name}_page.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.PAGE.read_text() == made.page(), f"run {path.relative_to(ROOT)}"
