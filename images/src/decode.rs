@@ -68,7 +68,7 @@ fn decode_scaled(
             allowed.max_alloc = Some(max_alloc);
             let decoder = PngDecoder::with_limits(Cursor::new(bytes), allowed);
             let mut decoded = raster(decoder.map_err(undecodable)?, limits)?;
-            decoded.exif = png::look(bytes)?;
+            decoded.exif = png::check_and_find_exif(bytes)?;
             Ok(decoded)
         }
         [

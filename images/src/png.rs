@@ -13,14 +13,14 @@ const RAW_PROFILE: &[u8] = b"Raw profile type exif";
 /// # Errors
 /// [`Error::Undecodable`] if Pillow refuses the file: a chunk before the pixels with a wrong
 /// checksum, a text or profile above 1 MiB, pixels with a wrong checksum.
-pub(crate) fn look(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+pub(crate) fn check_and_find_exif(bytes: &[u8]) -> Result<Option<Vec<u8>>, Error> {
     let (mut exif, mut raw, mut pixels) = (None, None, None::<Pixels>);
     let mut rest = bytes.get(SIGNATURE_BYTES..).unwrap_or_default();
     while let Some(chunk) = Chunk::next(&mut rest) {
         match chunk.kind {
             b"IDAT" => pixels
                 .get_or_insert_with(|| Pixels::new(bytes))
-                .take(chunk.data)?,
+                .inflate(chunk.data)?,
             kind if pixels.is_none() && !chunk.is_sound() => {
                 let kind = String::from_utf8_lossy(kind);
                 return Err(undecodable(format!(
@@ -148,7 +148,7 @@ impl Pixels {
         }
     }
 
-    fn take(&mut self, mut data: &[u8]) -> Result<(), Error> {
+    fn inflate(&mut self, mut data: &[u8]) -> Result<(), Error> {
         let mut room = [0; 16 << 10];
         while !self.done {
             let (before, out) = (self.packed.total_in(), self.packed.total_out());

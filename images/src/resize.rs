@@ -28,7 +28,7 @@ impl Filter {
     }
 
     /// Returns the weight at a distance in source pixels. Bicubic is Keys's with a = -1/2.
-    fn at(self, distance: f64) -> f64 {
+    fn weight_at(self, distance: f64) -> f64 {
         let x = distance.abs();
         match self {
             Self::Bilinear if x < 1.0 => 1.0 - x,
@@ -88,7 +88,7 @@ impl Taps {
         let first = (centre - reach + 0.5) as u32;
         let end = ((centre + reach + 0.5) as u32).min(axis.source);
         let narrow = 1.0 / wide;
-        let weight = |pixel| filter.at((f64::from(pixel) - centre + 0.5) * narrow);
+        let weight = |pixel| filter.weight_at((f64::from(pixel) - centre + 0.5) * narrow);
         let weights = || (first..end).map(weight);
         let sum: f64 = weights().sum();
         let scaled =
@@ -141,29 +141,29 @@ pub fn resize(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
         // SAFETY: the processor has AVX2, as was just detected.
         return unsafe { resize_avx2(pixels, rows, columns) };
     }
-    both(pixels, rows, columns)
+    resize_both_ways(pixels, rows, columns)
 }
 
 /// The same code, compiled for wider registers. It computes in integers, so the result is the same.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn resize_avx2(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
-    both(pixels, rows, columns)
+    resize_both_ways(pixels, rows, columns)
 }
 
 #[inline(always)]
-fn both(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
+fn resize_both_ways(pixels: &[u8], rows: &Taps, columns: &Taps) -> Vec<u8> {
     if rows.is_empty() || columns.is_empty() {
         return Vec::new();
     }
     let (span, line) = (rows.span(), columns.source * 3);
-    let wide = across(&pixels[span.start * line..span.end * line], columns);
+    let wide = resize_rows(&pixels[span.start * line..span.end * line], columns);
     down(&wide, columns.len() * 3, span.start, rows)
 }
 
 /// Resizes each row along its length, several rows at a time.
 #[inline(always)]
-fn across(pixels: &[u8], columns: &Taps) -> Vec<u8> {
+fn resize_rows(pixels: &[u8], columns: &Taps) -> Vec<u8> {
     let (width, line, span) = (columns.source, columns.len() * 3, columns.span());
     let mut wide = vec![0; pixels.len() / (width * 3) * line];
     // All rows use the same weights, so eight rows are transposed into lanes and each weight is one
@@ -193,7 +193,7 @@ fn across(pixels: &[u8], columns: &Taps) -> Vec<u8> {
             }
             for (lane, row) in outputs.chunks_exact_mut(line).enumerate() {
                 for channel in 0..3 {
-                    row[output * 3 + channel] = rounded(sums[channel * LANES + lane]);
+                    row[output * 3 + channel] = round_to_byte(sums[channel * LANES + lane]);
                 }
             }
         }
@@ -217,13 +217,13 @@ fn down(lines: &[u8], line: usize, first_row: usize, rows: &Taps) -> Vec<u8> {
                 *sum += i32::from(*value) * weight;
             }
         }
-        small.extend(sums.iter().map(|sum| rounded(*sum)));
+        small.extend(sums.iter().map(|sum| round_to_byte(*sum)));
     }
     small
 }
 
 #[inline(always)]
-fn rounded(sum: i32) -> u8 {
+fn round_to_byte(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
@@ -280,7 +280,7 @@ mod tests {
         );
         assert_eq!(
             resize(&pixels, &rows, &columns),
-            both(&pixels, &rows, &columns)
+            resize_both_ways(&pixels, &rows, &columns)
         );
     }
 

@@ -115,7 +115,7 @@ impl Filtered {
         self.flops += 2.0 * model.dim as f64 * (pairs + ROUNDS * count * cells.len()) as f64;
         let kept_in = |cell: &Vec<(f32, u32)>| {
             let members: Vec<u32> = cell.iter().map(|(_, index)| *index).collect();
-            let kept = kept(model, &members, above);
+            let kept = without_duplicates(model, &members, above);
             members
                 .into_iter()
                 .zip(kept)
@@ -130,7 +130,7 @@ impl Filtered {
 }
 
 /// Returns which of a cell's members are kept, decided in order.
-fn kept(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
+fn without_duplicates(model: &ModelEmbeddings<'_>, members: &[u32], above: f32) -> Vec<bool> {
     let others = Others::new(&model.image, model.dim, members);
     let mut scratch = others.scratch();
     let mut kept: Vec<bool> = Vec::with_capacity(members.len());

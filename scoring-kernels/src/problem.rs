@@ -156,8 +156,8 @@ fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()
 }
 
 fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
-    above("temperature", tuning.temperature, 0.0, "finite and above 0")?;
-    above("pressure", tuning.pressure, 0.0, "finite and above 0")?;
+    check_at_least("temperature", tuning.temperature, 0.0, "finite and above 0")?;
+    check_at_least("pressure", tuning.pressure, 0.0, "finite and above 0")?;
     finite("priority_exponent", tuning.priority_exponent)?;
     finite("weight_exponent", tuning.weight_exponent)?;
     finite(
@@ -192,10 +192,10 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
 }
 
 fn finite(setting: &'static str, value: f64) -> Result<()> {
-    above(setting, value, f64::NEG_INFINITY, "finite")
+    check_at_least(setting, value, f64::NEG_INFINITY, "finite")
 }
 
-fn above(setting: &'static str, value: f64, least: f64, must: &'static str) -> Result<()> {
+fn check_at_least(setting: &'static str, value: f64, least: f64, must: &'static str) -> Result<()> {
     if value.is_finite() && value > least {
         return Ok(());
     }
@@ -274,7 +274,7 @@ pub(crate) fn check_model(
 ) -> Result<Vec<f64>> {
     // A scale of 0 or below is mostly a logit scale before exp(). Selection with it would run and
     // mean nothing.
-    above(
+    check_at_least(
         "scale",
         embeddings.scale,
         0.0,

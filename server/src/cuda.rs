@@ -3,7 +3,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use superbatch_kernels::{Backend, CudaDevice, CudaLibraries};
 
 /// What is known of each device, by its number.
-fn known() -> MutexGuard<'static, Vec<(usize, Backend)>> {
+fn lock_backends() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     static KNOWN: Mutex<Vec<(usize, Backend)>> = Mutex::new(Vec::new());
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -14,7 +14,7 @@ pub fn backend(device: tch::Device) -> Backend {
     let tch::Device::Cuda(ordinal) = device else {
         return Backend::Torch(device);
     };
-    let mut known = known();
+    let mut known = lock_backends();
     if let Some((_, backend)) = known.iter().find(|(of, _)| *of == ordinal) {
         return *backend;
     }
@@ -38,11 +38,11 @@ pub fn backend(device: tch::Device) -> Backend {
 /// What draws if `failed` gave up with `error`: LibTorch's form, which can use memory that
 /// LibTorch holds in reserve. After any other failure our kernels are not used on that device
 /// again. Nothing if it is not one of ours.
-pub fn instead(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
+pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
     let superbatch_kernels::Error::Cuda(cause) = error else {
         return None;
     };
-    let mut known = known();
+    let mut known = lock_backends();
     let (ordinal, backend) = known.iter_mut().find(|(_, backend)| *backend == failed)?;
     let torch = Backend::Torch(tch::Device::Cuda(*ordinal));
     tracing::warn!(device = *ordinal, %error, "a selection by our CUDA kernels failed: drawing by \
@@ -74,14 +74,14 @@ mod tests {
             count: 0,
         });
         assert_eq!(
-            instead(Backend::Native, &missing),
+            fallback_for(Backend::Native, &missing),
             None,
             "no device of ours"
         );
         let torch = Backend::Torch(tch::Device::Cuda(7));
-        known().push((7, torch));
+        lock_backends().push((7, torch));
         assert_eq!(
-            instead(
+            fallback_for(
                 torch,
                 &Error::TooFewCandidates {
                     sub_batch_size: 2,

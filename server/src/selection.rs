@@ -127,7 +127,7 @@ pub fn draw(
     let (settings, tuning) = (settings(begin)?, tuning(begin.tuning.as_ref()));
     let drawn = backend.select_tuned(&candidates, &settings, &tuning, &noise);
     #[cfg(feature = "torch")]
-    let drawn = drawn.or_else(|error| match cuda::instead(backend, &error) {
+    let drawn = drawn.or_else(|error| match cuda::fallback_for(backend, &error) {
         Some(other) => other.select_tuned(&candidates, &settings, &tuning, &noise),
         None => Err(error),
     });

@@ -802,7 +802,7 @@ async fn a_caller_that_goes_frees_what_it_held() {
     // Waiting holds no slot: the only one serves another call meanwhile.
     scored(&mut client, begin()).await.unwrap();
     drop(waiting);
-    worker.idle().await;
+    worker.wait_until_idle().await;
     while worker.retained_bytes() != (0, 0) {
         tokio::task::yield_now().await;
     }

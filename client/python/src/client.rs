@@ -33,7 +33,7 @@ pub fn connect(
     let config = ConnectConfig {
         connect_timeout: seconds("timeout", timeout)?,
         retry,
-        credentials: shown(credentials)?,
+        credentials: credentials_of(credentials)?,
         ..ConnectConfig::default()
     };
     let connected = async move { client::Client::connect_with(uri, config).await };
@@ -50,7 +50,7 @@ pub fn connect(
 }
 
 /// What to show and to trust, from a dict without what was not given.
-fn shown(given: &Bound<'_, PyDict>) -> PyResult<Credentials> {
+fn credentials_of(given: &Bound<'_, PyDict>) -> PyResult<Credentials> {
     let text = |key: &str| -> PyResult<Option<String>> {
         match given.get_item(key)? {
             Some(value) => Ok(Some(value.extract()?)),

@@ -42,7 +42,7 @@ impl Run {
         }
     }
 
-    fn here(&self) -> PyResult<client::Run> {
+    fn run_of_this_process(&self) -> PyResult<client::Run> {
         self.process.check()?;
         Ok(self.run.clone())
     }
@@ -113,7 +113,7 @@ impl Run {
         world_size: u32,
         intent: &str,
     ) -> PyResult<Call> {
-        let (run, intent) = (self.here()?, spec::intent(py, intent)?);
+        let (run, intent) = (self.run_of_this_process()?, spec::intent(py, intent)?);
         Call::start(
             async move { run.select(step, rank, world_size, intent).await },
             |py, batch| show::batch(py, &batch),
@@ -147,7 +147,7 @@ impl Run {
             need_after,
         };
         let batches = self
-            .here()?
+            .run_of_this_process()?
             .batches(config)
             .map_err(|error| errors::exception(py, &error))?;
         let source = Source {
@@ -193,7 +193,7 @@ impl Run {
 
     /// The call's result is a dict.
     fn get_run(&self) -> PyResult<Call> {
-        let run = self.here()?;
+        let run = self.run_of_this_process()?;
         Call::start(async move { run.get_run().await }, |py, info| {
             show::run_info(py, &info)
         })
@@ -201,7 +201,7 @@ impl Run {
 
     /// The call's result is a list of steps.
     fn missing_pushes(&self, resume_step: u64) -> PyResult<Call> {
-        let run = self.here()?;
+        let run = self.run_of_this_process()?;
         Call::start(
             async move { run.missing_pushes(resume_step).await },
             |py, steps| Ok(steps.into_pyobject(py)?.into_any().unbind()),
@@ -210,13 +210,13 @@ impl Run {
 
     /// Ends the run for all ranks.
     fn close_run(&self) -> PyResult<Call> {
-        let run = self.here()?;
+        let run = self.run_of_this_process()?;
         Call::start_unit(async move { run.close_run().await })
     }
 
     /// The call's result is the new generation.
     fn rewind(&self, py: Python<'_>, to_step: u64, mode: &str) -> PyResult<Call> {
-        let (run, mode) = (self.here()?, spec::rewind_mode(py, mode)?);
+        let (run, mode) = (self.run_of_this_process()?, spec::rewind_mode(py, mode)?);
         Call::start(
             async move { run.rewind(to_step, mode).await },
             |py, generation| Ok(generation.into_pyobject(py)?.into_any().unbind()),
@@ -225,7 +225,7 @@ impl Run {
 
     /// The call's result is the spec in force, as a dict.
     fn append_phases(&self, phases: Vec<Bound<'_, PyDict>>) -> PyResult<Call> {
-        let (run, phases) = (self.here()?, spec::phases(phases)?);
+        let (run, phases) = (self.run_of_this_process()?, spec::phases(phases)?);
         Call::start(
             async move { run.append_phases(phases).await },
             |py, spec| show::run_spec(py, &spec),
@@ -234,7 +234,7 @@ impl Run {
 
     /// The call's result is a dict.
     fn receipt(&self, step: u64, generation: Option<u32>) -> PyResult<Call> {
-        let run = self.here()?;
+        let run = self.run_of_this_process()?;
         Call::start(
             async move { run.receipt(step, generation).await },
             |py, receipt| show::receipt(py, &receipt),
@@ -329,7 +329,7 @@ impl Slot {
             .map_err(|error| errors::exception(py, &error))?;
         match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(reserved) => reserved.parts.push(part),
-            None => return Err(used()),
+            None => return Err(is_submitted_error()),
         }
         Ok(())
     }
@@ -375,6 +375,6 @@ fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
     Ok(bytes)
 }
 
-fn used() -> PyErr {
+fn is_submitted_error() -> PyErr {
     PyRuntimeError::new_err("this push was submitted already")
 }

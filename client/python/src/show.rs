@@ -30,7 +30,11 @@ pub fn list(py: Python<'_>, items: impl Iterator<Item = Shown>) -> Shown {
         .unbind())
 }
 
-fn maybe<T>(py: Python<'_>, message: Option<&T>, show: impl Fn(Python<'_>, &T) -> Shown) -> Shown {
+fn show_if_given<T>(
+    py: Python<'_>,
+    message: Option<&T>,
+    show: impl Fn(Python<'_>, &T) -> Shown,
+) -> Shown {
     message.map_or_else(|| Ok(py.None()), |message| show(py, message))
 }
 
@@ -70,10 +74,10 @@ pub fn run_info(py: Python<'_>, run: &v1::RunInfo) -> Shown {
             tail_rows_per_epoch,
         missing_pushes,
     ], {
-        summary: maybe(py, run.summary.as_ref(), run_summary)?,
-        spec: maybe(py, run.spec.as_ref(), run_spec)?,
-        accounts: maybe(py, run.accounts.as_ref(), accounts)?,
-        learner: maybe(py, run.learner.as_ref(), weights_version)?,
+        summary: show_if_given(py, run.summary.as_ref(), run_summary)?,
+        spec: show_if_given(py, run.spec.as_ref(), run_spec)?,
+        accounts: show_if_given(py, run.accounts.as_ref(), accounts)?,
+        learner: show_if_given(py, run.learner.as_ref(), weights_version)?,
     })
 }
 
@@ -83,9 +87,9 @@ fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
             selection_flops,
         discarded_flops, train_flops, probe_flops,
     ], {
-        seconds: maybe(py, spent.seconds.as_ref(), seconds)?,
-        scoring: maybe(py, spent.scoring.as_ref(), tower_flops)?,
-        training: maybe(py, spent.training.as_ref(), tower_flops)?,
+        seconds: show_if_given(py, spent.seconds.as_ref(), seconds)?,
+        scoring: show_if_given(py, spent.scoring.as_ref(), tower_flops)?,
+        training: show_if_given(py, spent.training.as_ref(), tower_flops)?,
     })
 }
 
@@ -151,14 +155,14 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         fidelity: short(summary.fidelity().as_str_name(), "FIDELITY_"),
         embedding_dtype: short(summary.embedding_dtype().as_str_name(), "EMBEDDING_DTYPE_"),
         compute_dtype: short(summary.compute_dtype().as_str_name(), "COMPUTE_DTYPE_"),
-        learner: maybe(py, summary.learner.as_ref(), weights_version)?,
+        learner: show_if_given(py, summary.learner.as_ref(), weights_version)?,
         scanned: list(py, summary.scanned.iter().map(|span| dict!(py, span, [source, epoch, start,
             count], {})))?,
-        cost: maybe(py, summary.cost.as_ref(), accounts)?,
-        tuning: maybe(py, summary.tuning.as_ref(), tuning)?,
-        left_out: maybe(py, summary.left_out.as_ref(), left_out)?,
-        approximation: maybe(py, summary.approximation.as_ref(), approximation)?,
-        multi_resolution: maybe(py, summary.multi_resolution.as_ref(), multi_resolution)?,
+        cost: show_if_given(py, summary.cost.as_ref(), accounts)?,
+        tuning: show_if_given(py, summary.tuning.as_ref(), tuning)?,
+        left_out: show_if_given(py, summary.left_out.as_ref(), left_out)?,
+        approximation: show_if_given(py, summary.approximation.as_ref(), approximation)?,
+        multi_resolution: show_if_given(py, summary.multi_resolution.as_ref(), multi_resolution)?,
         uniform_score: summary.uniform_score,
         trainer_wait_seconds: summary.trainer_wait_seconds,
     })
@@ -223,7 +227,7 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
         )
     };
     dict!(py, receipt, [], {
-        summary: maybe(py, receipt.summary.as_ref(), receipt_summary)?,
+        summary: show_if_given(py, receipt.summary.as_ref(), receipt_summary)?,
         chosen: list(py, receipt.chosen.iter().map(chosen))?,
         bad_rows: list(py, receipt.bad_rows.iter().map(bad_row))?,
         passed_over: list(py, receipt.passed_over.iter().map(passed))?,
@@ -237,9 +241,9 @@ fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
         policy: short(phase.policy().as_str_name(), "POLICY_"),
         criterion: short(phase.criterion().as_str_name(), "CRITERION_"),
         fidelity: short(phase.fidelity().as_str_name(), "FIDELITY_"),
-        tuning: maybe(py, phase.tuning.as_ref(), tuning)?,
-        approximation: maybe(py, phase.approximation.as_ref(), approximation)?,
-        multi_resolution: maybe(py, phase.multi_resolution.as_ref(), multi_resolution)?,
+        tuning: show_if_given(py, phase.tuning.as_ref(), tuning)?,
+        approximation: show_if_given(py, phase.approximation.as_ref(), approximation)?,
+        multi_resolution: show_if_given(py, phase.multi_resolution.as_ref(), multi_resolution)?,
     })
 }
 
@@ -284,14 +288,14 @@ pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
         max_bad_row_share, train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     ], {
         sources: list(py, spec.sources.iter().map(source))?,
-        learner: maybe(py, spec.learner.as_ref(), learner)?,
-        reference: maybe(py, spec.reference.as_ref(), reference)?,
+        learner: show_if_given(py, spec.learner.as_ref(), learner)?,
+        reference: show_if_given(py, spec.reference.as_ref(), reference)?,
         phases: list(py, spec.phases.iter().map(|item| phase(py, item)))?,
         loss: short(spec.loss().as_str_name(), "LOSS_"),
-        lag: maybe(py, spec.lag.as_ref(), lag)?,
+        lag: show_if_given(py, spec.lag.as_ref(), lag)?,
         fallback: short(spec.fallback().as_str_name(), "FALLBACK_"),
         embedding_dtype: short(spec.embedding_dtype().as_str_name(), "EMBEDDING_DTYPE_"),
         compute_dtype: short(spec.compute_dtype().as_str_name(), "COMPUTE_DTYPE_"),
-        fork_of: maybe(py, spec.fork_of.as_ref(), fork)?,
+        fork_of: show_if_given(py, spec.fork_of.as_ref(), fork)?,
     })
 }

@@ -24,7 +24,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         }
     }
 
-    fn at(&self, key: &str) -> String {
+    fn path_of(&self, key: &str) -> String {
         format!("{}{key}", self.path)
     }
 
@@ -43,7 +43,7 @@ impl<'a, 'py> Fields<'a, 'py> {
             Err(error) => {
                 let error: PyErr = error.into();
                 let message = format!("cannot be {}: {error}", value.repr()?);
-                Err(invalid(self.dict.py(), &self.at(key), &message))
+                Err(invalid(self.dict.py(), &self.path_of(key), &message))
             }
         }
     }
@@ -58,7 +58,7 @@ impl<'a, 'py> Fields<'a, 'py> {
 
     /// As [`Self::or_default`], for numbers of which 0 is none: given, it would become the default
     /// in silence.
-    fn but_zero<T: FromPyObjectOwned<'py> + Default + PartialEq>(
+    fn or_default_unless_zero<T: FromPyObjectOwned<'py> + Default + PartialEq>(
         &mut self,
         key: &'static str,
     ) -> PyResult<T> {
@@ -66,7 +66,7 @@ impl<'a, 'py> Fields<'a, 'py> {
             Some(zero) if zero == T::default() => {
                 let message =
                     "cannot be 0, which the protocol reads as the default; leave it out for that";
-                Err(invalid(self.dict.py(), &self.at(key), message))
+                Err(invalid(self.dict.py(), &self.path_of(key), message))
             }
             given => Ok(given.unwrap_or_default()),
         }
@@ -74,7 +74,7 @@ impl<'a, 'py> Fields<'a, 'py> {
 
     fn named<E: Named>(&mut self, key: &'static str) -> PyResult<i32> {
         match self.optional::<String>(key)? {
-            Some(value) => Ok(parse::<E>(self.dict.py(), &self.at(key), &value)?.into()),
+            Some(value) => Ok(parse::<E>(self.dict.py(), &self.path_of(key), &value)?.into()),
             None => Ok(0),
         }
     }
@@ -88,7 +88,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         let Some(dict) = self.optional::<Bound<'py, PyDict>>(key)? else {
             return Ok(None);
         };
-        let mut fields = Fields::new(&dict, format!("{}.", self.at(key)));
+        let mut fields = Fields::new(&dict, format!("{}.", self.path_of(key)));
         let value = read(&mut fields)?;
         fields.finish()?;
         Ok(Some(value))
@@ -101,7 +101,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         read: impl Fn(&mut Fields<'_, 'py>) -> PyResult<T>,
     ) -> PyResult<Vec<T>> {
         let dicts = self.or_default::<Vec<Bound<'py, PyDict>>>(key)?;
-        read_list(&dicts, &self.at(key), read)
+        read_list(&dicts, &self.path_of(key), read)
     }
 
     /// Refuses keys that nobody took.
@@ -113,7 +113,7 @@ impl<'a, 'py> Fields<'a, 'py> {
                     "there is no such key; valid ones are {}",
                     self.taken.join(", ")
                 );
-                return Err(invalid(self.dict.py(), &self.at(&key), &message));
+                return Err(invalid(self.dict.py(), &self.path_of(&key), &message));
             }
         }
         Ok(())
@@ -206,21 +206,21 @@ pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
         phases: fields.list("phases", phase)?,
         loss: fields.named::<Loss>("loss")?,
         lag: fields.nested("lag", lag)?,
-        push_every_steps: fields.but_zero("push_every_steps")?,
-        micro_batches: fields.but_zero("micro_batches")?,
+        push_every_steps: fields.or_default_unless_zero("push_every_steps")?,
+        micro_batches: fields.or_default_unless_zero("micro_batches")?,
         columns: fields.or_default("columns")?,
         fallback: fields.named::<Fallback>("fallback")?,
         seed: fields.or_default("seed")?,
-        max_ahead: fields.but_zero("max_ahead")?,
+        max_ahead: fields.or_default_unless_zero("max_ahead")?,
         epochs: fields.or_default("epochs")?,
-        window_blocks: fields.but_zero("window_blocks")?,
+        window_blocks: fields.or_default_unless_zero("window_blocks")?,
         embedding_dtype: fields.named::<EmbeddingDtype>("embedding_dtype")?,
-        micro_batch_rows: fields.but_zero("micro_batch_rows")?,
-        max_bad_row_share: fields.but_zero("max_bad_row_share")?,
+        micro_batch_rows: fields.or_default_unless_zero("micro_batch_rows")?,
+        max_bad_row_share: fields.or_default_unless_zero("max_bad_row_share")?,
         fork_of: fields.nested("fork_of", fork)?,
         compute_dtype: fields.named::<ComputeDtype>("compute_dtype")?,
         train_flops_per_example: fields.or_default("train_flops_per_example")?,
-        need_deadline_seconds: fields.but_zero("need_deadline_seconds")?,
+        need_deadline_seconds: fields.or_default_unless_zero("need_deadline_seconds")?,
         stall_grace_seconds: fields.optional("stall_grace_seconds")?,
     };
     fields.finish()?;
@@ -231,7 +231,7 @@ fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
     Ok(Source {
         uri: fields.or_default("uri")?,
         // A source without a share is left out of the list instead.
-        weight: fields.but_zero("weight")?,
+        weight: fields.or_default_unless_zero("weight")?,
         image_column: fields.or_default("image_column")?,
         caption_column: fields.or_default("caption_column")?,
     })
@@ -252,7 +252,11 @@ fn learner(fields: &mut Fields<'_, '_>) -> PyResult<LearnerSpec> {
     let initial = given.next();
     if given.next().is_some() {
         let message = "give one of random_seed, snapshot_uri and first_push";
-        return Err(invalid(fields.dict.py(), &fields.at("initial"), message));
+        return Err(invalid(
+            fields.dict.py(),
+            &fields.path_of("initial"),
+            message,
+        ));
     }
     Ok(LearnerSpec {
         model_uri,
@@ -270,7 +274,7 @@ fn approximation(fields: &mut Fields<'_, '_>) -> PyResult<Approximation> {
 
 fn multi_resolution(fields: &mut Fields<'_, '_>) -> PyResult<MultiResolution> {
     Ok(MultiResolution {
-        share: fields.but_zero("share")?,
+        share: fields.or_default_unless_zero("share")?,
         whole_step: fields.or_default("whole_step")?,
     })
 }
@@ -289,8 +293,8 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         criterion: fields.named::<Criterion>("criterion")?,
         super_batch_size: fields.or_default("super_batch_size")?,
         sub_batch_size: fields.or_default("sub_batch_size")?,
-        n_chunks: fields.but_zero("n_chunks")?,
-        gain: fields.but_zero("gain")?,
+        n_chunks: fields.or_default_unless_zero("n_chunks")?,
+        gain: fields.or_default_unless_zero("gain")?,
         fidelity: fields.named::<Fidelity>("fidelity")?,
         tuning: fields.nested("tuning", tuning)?,
         approximation: fields.nested("approximation", approximation)?,

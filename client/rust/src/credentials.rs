@@ -41,10 +41,10 @@ impl Credentials {
     /// With what is not given taken from the environment of this process.
     #[must_use]
     pub fn or_environment(self) -> Self {
-        self.or(|name| std::env::var(name).ok())
+        self.or_from_environment(|name| std::env::var(name).ok())
     }
 
-    fn or(self, variable: impl Fn(&str) -> Option<String>) -> Self {
+    fn or_from_environment(self, variable: impl Fn(&str) -> Option<String>) -> Self {
         let text = |name: &str| variable(name).filter(|value| !value.is_empty());
         let path = |name: &str| text(name).map(PathBuf::from);
         // A pair belongs together, and of the two forms of a token the one that is given counts.
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn what_is_given_comes_before_the_environment() {
-        let found = Credentials::default().or(environment);
+        let found = Credentials::default().or_from_environment(environment);
         assert_eq!(found.ca, Some("/env/CA".into()));
         assert_eq!(found.key, Some("/env/KEY".into()));
         assert_eq!(found.token.as_deref(), Some("/env/TOKEN"));
@@ -145,13 +145,13 @@ mod tests {
             token_file: Some("file".into()),
             ..Credentials::default()
         };
-        let found = given.or(environment);
+        let found = given.or_from_environment(environment);
         assert_eq!(
             found.key, None,
             "another's key does not fit this certificate"
         );
         assert_eq!((found.token, found.token_file), (None, Some("file".into())));
-        let empty = Credentials::default().or(|_| Some(String::new()));
+        let empty = Credentials::default().or_from_environment(|_| Some(String::new()));
         assert_eq!(empty, Credentials::default());
     }
 

@@ -25,7 +25,7 @@ pub enum Error {
     there?", status.code(), chain(&**status))]
     Broken { uri: String, status: Box<Status> },
     /// Something that is not Superbatch answered the call.
-    #[error("the call to the service broke ({:?}): {}{}", .0.code(), .0.message(), hint(.0))]
+    #[error("the call to the service broke ({:?}): {}{}", .0.code(), .0.message(), remedy(.0))]
     Transport(Box<Status>),
     /// A stream ended before its trailer.
     #[error("the stream of step {step} ended after {received} of {expected} bytes")]
@@ -168,7 +168,7 @@ fn nearest(status: &Status) -> Option<Reason> {
     }
 }
 
-fn hint(status: &Status) -> &'static str {
+fn remedy(status: &Status) -> &'static str {
     match nearest(status) {
         Some(Reason::Unimplemented) => "; what answered is no Superbatch, or an older one",
         Some(Reason::MessageTooLarge) => "; a limit between client and service is too small for it",

@@ -105,7 +105,7 @@ impl<'a> Attempts<'a> {
         };
         let delay = self.retry.delay(self.failures, rng);
         if self.failures >= attempts_max || self.elapsed(now) + delay > self.retry.elapsed_max {
-            return Err(self.gave_up(error, now));
+            return Err(self.give_up_error(error, now));
         }
         tracing::debug!(%error, attempt = self.failures, ?delay, "trying again");
         Ok(delay)
@@ -115,7 +115,12 @@ impl<'a> Attempts<'a> {
     ///
     /// An attempt may rightly wait long for its answer. So after one that was not answered, the
     /// service is first asked for any answer at all, in the time that is left.
-    pub async fn again(&mut self, client: &Client, error: Error, mut began: Instant) -> Result<()> {
+    pub async fn wait_before_next(
+        &mut self,
+        client: &Client,
+        error: Error,
+        mut began: Instant,
+    ) -> Result<()> {
         let mut error = client.located(error);
         loop {
             let heard = !matches!(error, Error::Broken { .. });
@@ -134,7 +139,7 @@ impl<'a> Attempts<'a> {
                         "no sign of life in {:.1} s",
                         left.as_secs_f64()
                     ));
-                    return Err(self.gave_up(client.located(silence.into()), Instant::now()));
+                    return Err(self.give_up_error(client.located(silence.into()), Instant::now()));
                 }
             };
         }
@@ -144,7 +149,7 @@ impl<'a> Attempts<'a> {
         self.first.map_or(Duration::ZERO, |first| now - first)
     }
 
-    fn gave_up(&self, last: Error, now: Instant) -> Error {
+    fn give_up_error(&self, last: Error, now: Instant) -> Error {
         Error::GaveUp {
             attempts: self.failures,
             elapsed: self.elapsed(now),
@@ -163,7 +168,7 @@ where
         let began = Instant::now();
         match attempt().await {
             Ok(value) => return Ok(value),
-            Err(error) => attempts.again(client, error, began).await?,
+            Err(error) => attempts.wait_before_next(client, error, began).await?,
         }
     }
 }

@@ -186,7 +186,7 @@ impl Run {
             .api()
             .append_phases(request)
             .await
-            .map_err(|status| self.broke(status))?
+            .map_err(|status| self.broken_stream_error(status))?
             .into_inner();
         Ok(response.spec.unwrap_or_default())
     }
@@ -204,7 +204,7 @@ impl Run {
             .api()
             .rewind(request)
             .await
-            .map_err(|status| self.broke(status))?;
+            .map_err(|status| self.broken_stream_error(status))?;
         let generation = rewound.into_inner().generation;
         self.shared.generation.store(generation, Ordering::Release);
         Ok(generation)
@@ -229,14 +229,16 @@ impl Run {
                 })
                 .await?;
             let next = page.next_row_offset;
-            let part = page.receipt.ok_or_else(|| broken("without a receipt"))?;
+            let part = page
+                .receipt
+                .ok_or_else(|| incomplete_answer("without a receipt"))?;
             whole.chosen.extend(part.chosen);
             whole.bad_rows.extend(part.bad_rows);
             whole.passed_over.extend(part.passed_over);
             whole.summary = part.summary;
             let Some(next) = next else { return Ok(whole) };
             if next <= request.row_offset {
-                return Err(broken("with a page that leads nowhere"));
+                return Err(incomplete_answer("with a page that leads nowhere"));
             }
             request.row_offset = next;
             // The run may be rewound between two pages.
@@ -244,7 +246,7 @@ impl Run {
         }
     }
 
-    fn broke(&self, status: Status) -> Error {
+    fn broken_stream_error(&self, status: Status) -> Error {
         self.client.located(status.into())
     }
 
@@ -276,6 +278,6 @@ impl Run {
     }
 }
 
-fn broken(how: &str) -> Error {
+fn incomplete_answer(how: &str) -> Error {
     Error::from(Status::internal(format!("GetReceipt answered {how}")))
 }

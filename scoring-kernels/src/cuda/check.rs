@@ -84,7 +84,7 @@ fn compare_spread(device: &Device, rows: Rows<'_>) -> Result<()> {
         let chunk: Vec<u32> = left.iter().rev().step_by(2).take(size).copied().collect();
         left.retain(|index| !chunk.contains(index));
         let (found, expected) = (
-            own(ours.absorb(&chunk, &left))?,
+            cuda_error_of(ours.absorb(&chunk, &left))?,
             cpu(native.absorb(&chunk, &left)),
         );
         for ((index, found), expected) in left.iter().zip(found).zip(expected) {
@@ -163,7 +163,7 @@ fn compare(
         let chunk: Vec<u32> = left.iter().rev().step_by(2).take(size).copied().collect();
         left.retain(|index| !chunk.contains(index));
         let (found, expected) = (
-            own(ours.inner(&chunk))? / size as f64,
+            cuda_error_of(ours.inner(&chunk))? / size as f64,
             cpu(native.inner(&chunk)) / size as f64,
         );
         differs(
@@ -172,9 +172,9 @@ fn compare(
             found,
             expected,
         )?;
-        own(ours.absorb(&chunk))?;
+        cuda_error_of(ours.absorb(&chunk))?;
         cpu(native.absorb(&chunk));
-        let (found, expected) = (own(ours.scores())?, cpu(native.scores()));
+        let (found, expected) = (cuda_error_of(ours.scores())?, cpu(native.scores()));
         for index in left.iter().map(|&index| index as usize) {
             let what = format!("the score of candidate {index} under the {loss} loss of {dtype}");
             differs(device, what, found[index], expected[index])?;
@@ -184,7 +184,7 @@ fn compare(
 }
 
 /// Unwraps the answer of the device's engine, which fails only with CUDA's errors.
-fn own<T>(answer: crate::error::Result<T>) -> Result<T> {
+fn cuda_error_of<T>(answer: crate::error::Result<T>) -> Result<T> {
     answer.map_err(|error| match error {
         Error::Cuda(error) => error,
         other => unreachable!("the engine says nothing else: {other}"),

@@ -73,7 +73,7 @@ impl Audit {
     }
 
     /// Notes what `who` (a token's name) did from which address to which run, and how it ended.
-    pub fn note<T>(
+    pub fn record<T>(
         &self,
         what: &'static str,
         who: Option<&str>,
@@ -160,7 +160,7 @@ mod tests {
         let peer = Peer {
             address: Some("10.0.0.7:4711".parse().unwrap()),
         };
-        audit.note(
+        audit.record(
             "open",
             Some("alice"),
             peer,
@@ -169,7 +169,7 @@ mod tests {
             json!(null),
         );
         let refused = Err::<(), _>(Error::new(Reason::WeightsRefused, "NaN"));
-        audit.note("push", None, peer, Some("c"), &refused, json!({"step": 3}));
+        audit.record("push", None, peer, Some("c"), &refused, json!({"step": 3}));
         drop(audit);
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<Value> = text

@@ -27,7 +27,7 @@ impl Caller {
     }
 
     /// Returns whether the caller's token is for this run.
-    pub fn sees(&self, run_id: &str) -> bool {
+    pub fn may_see(&self, run_id: &str) -> bool {
         self.token.as_ref().is_none_or(|entry| entry.is_for(run_id))
     }
 
@@ -35,21 +35,21 @@ impl Caller {
     /// `PermissionDenied` if the token is not for this run, whether or not the run exists: the
     /// answer must not tell which runs there are.
     pub fn check_run(&self, run_id: &str) -> Result<()> {
-        if self.sees(run_id) {
+        if self.may_see(run_id) {
             return Ok(());
         }
         let message = format!(
             "this token is not for run '{run_id}'; ask the operator for one whose `runs` fit it"
         );
         let error = Error::new(Reason::PermissionDenied, message).with("run_id", run_id);
-        self.note("denied", run_id, &Err::<(), _>(error.repeat()), Value::Null);
+        self.record("denied", run_id, &Err::<(), _>(error.repeat()), Value::Null);
         Err(error)
     }
 
     /// Writes an act and its outcome into the audit log.
-    pub fn note<T>(&self, what: &'static str, run_id: &str, outcome: &Result<T>, detail: Value) {
+    pub fn record<T>(&self, what: &'static str, run_id: &str, outcome: &Result<T>, detail: Value) {
         let who = self.token.as_ref().map(|entry| entry.name.as_str());
         self.audit
-            .note(what, who, self.peer, Some(run_id), outcome, detail);
+            .record(what, who, self.peer, Some(run_id), outcome, detail);
     }
 }

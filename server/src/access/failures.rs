@@ -28,7 +28,7 @@ pub struct Failures(Mutex<HashMap<IpAddr, (u32, Instant)>>);
 
 impl Failures {
     /// Notes a failure of `address` at `now`.
-    pub fn note(&self, address: IpAddr, now: Instant) -> Verdict {
+    pub fn record(&self, address: IpAddr, now: Instant) -> Verdict {
         let mut known = self.0.lock().expect("no panic while held");
         if known.len() >= ADDRESSES_MAX && !known.contains_key(&address) {
             known.retain(|_, (_, since)| now.duration_since(*since) < WINDOW);
@@ -62,19 +62,25 @@ mod tests {
         let (failures, start) = (Failures::default(), Instant::now());
         let [bad, good]: [IpAddr; 2] = [[10, 0, 0, 1].into(), [10, 0, 0, 2].into()];
         for _ in 0..FAILURES_MAX {
-            assert_eq!(failures.note(bad, start), Verdict::Told);
+            assert_eq!(failures.record(bad, start), Verdict::Told);
         }
-        assert_eq!(failures.note(bad, start), Verdict::Limited { first: true });
-        assert_eq!(failures.note(bad, start), Verdict::Limited { first: false });
-        assert_eq!(failures.note(good, start), Verdict::Told);
-        assert_eq!(failures.note(bad, start + WINDOW), Verdict::Told);
+        assert_eq!(
+            failures.record(bad, start),
+            Verdict::Limited { first: true }
+        );
+        assert_eq!(
+            failures.record(bad, start),
+            Verdict::Limited { first: false }
+        );
+        assert_eq!(failures.record(good, start), Verdict::Told);
+        assert_eq!(failures.record(bad, start + WINDOW), Verdict::Told);
     }
 
     #[test]
     fn many_addresses_take_bounded_memory() {
         let (failures, start) = (Failures::default(), Instant::now());
         for n in 0..2 * ADDRESSES_MAX as u32 {
-            failures.note(IpAddr::from(n.to_be_bytes()), start);
+            failures.record(IpAddr::from(n.to_be_bytes()), start);
         }
         assert_eq!(failures.0.lock().unwrap().len(), ADDRESSES_MAX);
     }

@@ -49,20 +49,20 @@ enum Rule {
 
 impl Access {
     /// Admits every call. Used on loopback, and elsewhere if the operator allows it.
-    pub fn everybody(audit: Audit) -> Self {
-        Self::by(Rule::Everybody, audit)
+    pub fn allow_everybody(audit: Audit) -> Self {
+        Self::with_rule(Rule::Everybody, audit)
     }
 
     pub fn tokens(tokens: Arc<Reloading<Tokens>>, audit: Audit) -> Self {
-        Self::by(Rule::Tokens(tokens), audit)
+        Self::with_rule(Rule::Tokens(tokens), audit)
     }
 
     /// Admits the holder of `secret` only: a worker's own coordinator.
-    pub fn holder(secret: &str) -> Self {
-        Self::by(Rule::Holder(hash(secret)), Audit::default())
+    pub fn require_secret(secret: &str) -> Self {
+        Self::with_rule(Rule::Holder(hash(secret)), Audit::default())
     }
 
-    fn by(rule: Rule, audit: Audit) -> Self {
+    fn with_rule(rule: Rule, audit: Audit) -> Self {
         Self(Arc::new(Inner {
             rule,
             audit,
@@ -93,7 +93,7 @@ impl Access {
                 decide(&tokens, shown, need, SystemTime::now())
                     .map(|entry| caller(entry.cloned().map(Arc::new)))
             }
-            Rule::Holder(known) => holds(known, shown, need).map(|()| caller(None)),
+            Rule::Holder(known) => check_secret(known, shown, need).map(|()| caller(None)),
         };
         decided.map_err(|error| self.refused(error, peer))
     }
@@ -105,12 +105,12 @@ impl Access {
         let Some(address) = peer.address.map(|address| address.ip()) else {
             return error;
         };
-        match self.0.failures.note(address, Instant::now()) {
+        match self.0.failures.record(address, Instant::now()) {
             Verdict::Told => {
                 let outcome = Err::<(), _>(error.repeat());
                 self.0
                     .audit
-                    .note("denied", None, peer, None, &outcome, json!(null));
+                    .record("denied", None, peer, None, &outcome, json!(null));
                 return error;
             }
             Verdict::Limited { first: true } => {
@@ -125,7 +125,7 @@ impl Access {
     }
 }
 
-fn holds(known: &str, shown: Option<&str>, need: Need) -> Result<()> {
+fn check_secret(known: &str, shown: Option<&str>, need: Need) -> Result<()> {
     let is_known = |shown: &str| bool::from(hash(shown).as_bytes().ct_eq(known.as_bytes()));
     // Reflection (`Token`) reveals the protocol only, which is public. A worker has no file of
     // tokens to check it by.

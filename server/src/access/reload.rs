@@ -59,7 +59,7 @@ impl<T: Send + Sync + 'static> Reloading<T> {
         // The digests are taken before `build` reads the files. If a file changes in between, the
         // digest is of the old content, so the next comparison reads the file again. In the other
         // order the change would never be seen.
-        let seen = Mutex::new(look(&source.files));
+        let seen = Mutex::new(look_at_files(&source.files));
         let now = RwLock::new(Arc::new((source.build)()?));
         Ok(Self { now, seen, source })
     }
@@ -72,7 +72,7 @@ impl<T: Send + Sync + 'static> Reloading<T> {
     /// Reads the files again if one has changed.
     fn refresh(&self) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = look(&self.source.files);
+        let found = look_at_files(&self.source.files);
         if *seen == found {
             return;
         }
@@ -100,7 +100,7 @@ impl<T: Send + Sync + 'static> Reloading<T> {
 /// Returns a digest of each file; `None` if it cannot be read. Modification times do not serve
 /// here: Kubernetes replaces a mounted secret by switching a link, and a copy may keep the old
 /// time. The files are small.
-fn look(files: &[PathBuf]) -> Seen {
+fn look_at_files(files: &[PathBuf]) -> Seen {
     let digest = |path: &PathBuf| Some(blake3::hash(&std::fs::read(path).ok()?));
     files.iter().map(digest).collect()
 }

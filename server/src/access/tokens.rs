@@ -160,7 +160,7 @@ impl Tokens {
 }
 
 /// Makes a new token.
-pub fn fresh() -> String {
+pub fn new_secret() -> String {
     let secret: [u8; SECRET_BYTES] = rand::random();
     format!("{PREFIX}{}", hex(&secret))
 }
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_token_is_found_by_its_hash_alone() {
-        let (first, second) = (fresh(), fresh());
+        let (first, second) = (new_secret(), new_secret());
         assert!(first != second && first.len() == PREFIX.len() + 2 * SECRET_BYTES);
         let tokens = Tokens {
             tokens: vec![entry("a", &first), entry("b", &second)],

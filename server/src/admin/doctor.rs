@@ -59,11 +59,11 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
     for uri in &args.model {
         checks.push((format!("model {uri}"), model(&stores, uri).await));
     }
-    told(&checks)
+    report(&checks)
 }
 
 /// Lines for people; failures last, as an error.
-fn told(checks: &[Check]) -> Result<String> {
+fn report(checks: &[Check]) -> Result<String> {
     let line = |(what, outcome): &Check| match outcome {
         Ok(found) => format!("ok    {what}: {found}\n"),
         Err(error) => format!("FAIL  {what}: {}\n", error.chain()),

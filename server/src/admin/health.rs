@@ -42,7 +42,7 @@ pub async fn run(args: &HealthArgs) -> Result<String> {
         (None, Some(_)) => Config::default(),
         _ => Config::load(args.config.as_deref(), config::environment())?,
     };
-    let address = args.address.clone().unwrap_or_else(|| own(&config));
+    let address = args.address.clone().unwrap_or_else(|| own_address(&config));
     let dialer = Dialer::new(Trust {
         ca: args.ca.clone().or(config.tls.ca),
         cert: config.tls.client_cert.or(config.tls.cert),
@@ -80,7 +80,7 @@ pub async fn run(args: &HealthArgs) -> Result<String> {
 }
 
 /// Where the process of these settings answers on this machine.
-fn own(config: &Config) -> String {
+fn own_address(config: &Config) -> String {
     let (scheme, mut address) = match config.health_listen {
         Some(address) => ("http", address),
         None if config.tls.is_on() => ("https", config.listen),
@@ -102,12 +102,12 @@ mod tests {
     #[test]
     fn the_own_address_is_one_that_can_be_reached() {
         let mut config = Config::default();
-        assert_eq!(own(&config), "http://127.0.0.1:50051");
+        assert_eq!(own_address(&config), "http://127.0.0.1:50051");
         config.tls.cert = Some("cert.pem".into());
-        assert_eq!(own(&config), "https://127.0.0.1:50051");
+        assert_eq!(own_address(&config), "https://127.0.0.1:50051");
         config.health_listen = Some("0.0.0.0:50053".parse().unwrap());
-        assert_eq!(own(&config), "http://127.0.0.1:50053");
+        assert_eq!(own_address(&config), "http://127.0.0.1:50053");
         config.health_listen = Some("[::]:50053".parse().unwrap());
-        assert_eq!(own(&config), "http://[::1]:50053");
+        assert_eq!(own_address(&config), "http://[::1]:50053");
     }
 }

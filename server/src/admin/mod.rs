@@ -199,16 +199,16 @@ pub fn announce(what: &str, uri: &str, metrics: Option<SocketAddr>) {
     if let Some(metrics) = metrics {
         lines.push_str(&format!("superbatch metrics on http://{metrics}/metrics\n"));
     }
-    say(&lines);
+    print_lines(&lines);
 }
 
 /// Says where the run page is.
 pub fn announce_page(address: SocketAddr) {
-    say(&format!("superbatch run page on http://{address}\n"));
+    print_lines(&format!("superbatch run page on http://{address}\n"));
 }
 
 /// A process that nobody listens to serves all the same.
-fn say(lines: &str) {
+fn print_lines(lines: &str) {
     if let Err(error) = print(lines) {
         tracing::warn!(error = %error, "cannot write to standard output");
     }

@@ -4,7 +4,7 @@ use crate::{
     config::Config,
     coordinator::{
         facts::run,
-        runs::{open::settled, registry::stored_state},
+        runs::{open::summary_of_stopped, registry::stored_state},
     },
     error::Result,
     storage::Location,
@@ -26,7 +26,7 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     let mut runs = Vec::new();
     for id in state.folders("runs").await? {
-        if let Some(run) = look(&state.below(&format!("runs/{id}")), &id).await? {
+        if let Some(run) = describe_run(&state.below(&format!("runs/{id}")), &id).await? {
             runs.push(run);
         }
     }
@@ -59,11 +59,11 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     Ok(table(&rows))
 }
 
-async fn look(location: &Location, id: &str) -> Result<Option<Value>> {
+async fn describe_run(location: &Location, id: &str) -> Result<Option<Value>> {
     let Some(facts) = run::load(location).await? else {
         return Ok(None);
     };
-    let (last, totals) = settled(location, &facts.chain, facts.spec.max_ahead).await?;
+    let (last, totals) = summary_of_stopped(location, &facts.chain, facts.spec.max_ahead).await?;
     let phase = facts.spec.phases.last();
     Ok(Some(json!({
         "run": id,

@@ -5,7 +5,7 @@ use crate::{
         Peer,
         audit::Audit,
         scope::Scope,
-        tokens::{Entry, Tokens, fresh, hash},
+        tokens::{Entry, Tokens, hash, new_secret},
     },
     config::{self, Config},
     error::{Error, Result},
@@ -111,7 +111,7 @@ impl FileArgs {
 }
 
 /// The tokens of a file that need not be there yet.
-fn known(path: &Path) -> Result<Tokens> {
+fn read_tokens(path: &Path) -> Result<Tokens> {
     if path.exists() {
         Tokens::read(path)
     } else {
@@ -121,7 +121,7 @@ fn known(path: &Path) -> Result<Tokens> {
 
 fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
     let (path, audit) = args.file.find()?;
-    let mut tokens = known(&path)?;
+    let mut tokens = read_tokens(&path)?;
     if !is_run_id(&args.name) {
         let message = format!(
             "{:?} cannot name a token: use letters, digits, '-', '_' and '.'",
@@ -143,7 +143,7 @@ fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
         })?;
         Ok::<_, Error>(humantime::format_rfc3339_seconds(until).to_string())
     });
-    let token = fresh();
+    let token = new_secret();
     let entry = Entry {
         name: args.name.clone(),
         sha256: hash(&token),
@@ -155,7 +155,7 @@ fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
         "expires": entry.expires});
     tokens.tokens.push(entry);
     let written = tokens.write(&path);
-    audit.note(
+    audit.record(
         "token new",
         operator(),
         Peer::default(),
@@ -224,7 +224,7 @@ fn revoke(args: &RevokeArgs) -> Result<String> {
     }
     let written = tokens.write(&path);
     let detail = json!({"token": args.name});
-    audit.note(
+    audit.record(
         "token revoke",
         operator(),
         Peer::default(),

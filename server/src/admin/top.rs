@@ -77,11 +77,11 @@ pub async fn run(args: &TopArgs) -> Result<String> {
         Error::invalid("address", message).because(e)
     })?;
     let mut client = SelectionServiceClient::new(Authorized::new(channel, bearer));
-    let mut before = look(&mut client, &args.metrics).await?;
+    let mut before = ask_service(&mut client, &args.metrics).await?;
     let clears = std::io::stdout().is_terminal();
     loop {
         tokio::time::sleep(args.every).await;
-        let now = look(&mut client, &args.metrics).await?;
+        let now = ask_service(&mut client, &args.metrics).await?;
         let seconds = now.at.duration_since(before.at).as_secs_f64();
         let was = (before.runs.as_slice(), &before.metrics);
         let text = view(was, (now.runs.as_slice(), &now.metrics), seconds);
@@ -96,7 +96,10 @@ pub async fn run(args: &TopArgs) -> Result<String> {
     }
 }
 
-async fn look(client: &mut SelectionServiceClient<Authorized>, metrics: &str) -> Result<Look> {
+async fn ask_service(
+    client: &mut SelectionServiceClient<Authorized>,
+    metrics: &str,
+) -> Result<Look> {
     let answer = tokio::time::timeout(PATIENCE, client.list_runs(ListRunsRequest {}));
     let answer = answer
         .await

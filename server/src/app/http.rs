@@ -179,7 +179,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_that_stops_is_seen_until_its_end() {
-        let (address, stop) = start(Access::everybody(Audit::default())).await;
+        let (address, stop) = start(Access::allow_everybody(Audit::default())).await;
         for (path, expected) in [("/metrics", "200"), ("/livez", "200"), ("/readyz", "200")] {
             assert_eq!(get(address, path, "").await, expected, "{path}");
         }
@@ -191,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn metrics_may_need_a_token_and_probes_do_not() {
-        let (address, _stop) = start(Access::holder("secret")).await;
+        let (address, _stop) = start(Access::require_secret("secret")).await;
         let good = "Authorization: Bearer secret\r\n";
         let bad = "Authorization: Bearer guess\r\n";
         assert_eq!(get(address, "/metrics", "").await, "401");
@@ -202,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_head_that_does_not_end_is_not_waited_for() {
-        let everybody = Access::everybody(Audit::default());
+        let everybody = Access::allow_everybody(Audit::default());
         let (address, _stop) = start_with(everybody, Duration::from_millis(20)).await;
         let mut slow = TcpStream::connect(address).await.unwrap();
         slow.write_all(b"GET /metrics HTTP/1.1\r\nx-slow: ")

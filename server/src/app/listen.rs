@@ -97,7 +97,7 @@ async fn accept(
         // behind it.
         let (certificates, accepted) = (certificates.clone(), accepted.clone());
         tokio::spawn(async move {
-            match greet(stream, certificates, bounds.greeting).await {
+            match accept_tls(stream, certificates, bounds.greeting).await {
                 // Sending fails if the server has stopped in the meantime.
                 Ok(io) => {
                     let socket = Socket::new(io, address, permit, bounds.greeting);
@@ -112,7 +112,11 @@ async fn accept(
     }
 }
 
-async fn greet(stream: TcpStream, certificates: Certificates, within: Duration) -> io::Result<Io> {
+async fn accept_tls(
+    stream: TcpStream,
+    certificates: Certificates,
+    within: Duration,
+) -> io::Result<Io> {
     let Some(certificates) = certificates else {
         return Ok(Io::Plain(stream));
     };

@@ -28,7 +28,7 @@ type Shutdown = Shared<BoxFuture<'static, ()>>;
 /// `InvalidArgument`, naming the file.
 pub fn check_tls(config: &TlsConfig) -> Result<()> {
     tls::listening(config)?;
-    tls::towards(config).map(drop)
+    tls::dialer_towards_processes(config).map(drop)
 }
 
 fn tell_build(device: &str) {

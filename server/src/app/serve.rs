@@ -5,7 +5,7 @@ use super::{
     health, http,
     page::RunPage,
     tell_build, tls,
-    transport::{builder, drain, reflection, within},
+    transport::{builder, drain, drain_within, reflection},
 };
 use crate::{
     access::{Access, audit::Audit, reload::Reloading, tokens::Tokens},
@@ -114,7 +114,7 @@ impl Serve {
         let identity = Identity {
             address: advertised.unwrap_or_else(|| ground.uri()),
             instance: nonce(),
-            dialer: tls::towards(&ground.config.tls)?,
+            dialer: tls::dialer_towards_processes(&ground.config.tls)?,
         };
         let ready = Budget::new(settings.ready_bytes_max);
         let held = Arc::downgrade(&ready);
@@ -182,7 +182,7 @@ impl Serve {
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let for_metrics = match self.ground.config.auth.metrics {
             true => self.access.clone(),
-            false => Access::everybody(Audit::default()),
+            false => Access::allow_everybody(Audit::default()),
         };
         let beside = (health_service, for_metrics);
         let (incoming, mut beside) = self.ground.listen(&shutdown, beside);
@@ -196,7 +196,7 @@ impl Serve {
         };
         let (drained, stopping) = drain(shutdown, health, &SERVED, let_go);
         let served = router.serve_with_incoming_shutdown(incoming, drained);
-        within(served, stopping, grace).await
+        drain_within(served, stopping, grace).await
     }
 }
 
@@ -253,7 +253,7 @@ fn selector(
 fn access(ground: &Ground) -> Result<Access> {
     let audit = ground.audit.clone();
     let Some(path) = ground.config.auth.tokens_file.clone() else {
-        return Ok(Access::everybody(audit));
+        return Ok(Access::allow_everybody(audit));
     };
     let files = vec![path.clone()];
     let tokens = Reloading::start("tokens", files, move || Tokens::read(&path))?;

@@ -60,7 +60,7 @@ fn build(cert: &Path, key: &Path, client_ca: Option<&PathBuf>) -> Result<ServerC
 ///
 /// # Errors
 /// `InvalidArgument` if a file that is set cannot be used.
-pub fn towards(config: &TlsConfig) -> Result<Dialer> {
+pub fn dialer_towards_processes(config: &TlsConfig) -> Result<Dialer> {
     let shown = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or(other.clone());
     let dialer = Dialer::new(Trust {
         ca: config.ca.clone(),
@@ -81,7 +81,7 @@ pub fn towards(config: &TlsConfig) -> Result<Dialer> {
 /// # Errors
 /// As [`towards`].
 pub fn towards_workers(config: &TlsConfig) -> Result<Dialer> {
-    let dialer = towards(config)?;
+    let dialer = dialer_towards_processes(config)?;
     Ok(match &config.worker_name {
         Some(name) => dialer.named(name),
         None => dialer,

@@ -140,7 +140,7 @@ pub fn drain(
     (drained, stopping)
 }
 
-pub async fn within(
+pub async fn drain_within(
     served: impl Future<Output = Result<(), tonic::transport::Error>>,
     stopping: oneshot::Receiver<()>,
     grace: Duration,

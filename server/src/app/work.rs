@@ -3,10 +3,10 @@ use super::{
     Shutdown,
     ground::{Ground, Sockets},
     health, tell_build, tls,
-    transport::{builder, drain, reflection, tell_health, within},
+    transport::{builder, drain, drain_within, reflection, tell_health},
 };
 use crate::{
-    access::{Access, audit::Audit, tokens::fresh},
+    access::{Access, audit::Audit, tokens::new_secret},
     config::{Config, WorkerRoleConfig},
     error::{Error, Result},
     metrics::{self, Process},
@@ -90,7 +90,7 @@ impl Work {
         health::begin(&health, &WORKED).await;
         // Sent to the coordinator only, at registration. It is new at each start, so an old
         // coordinator or a copied log cannot call this worker.
-        let secret = fresh();
+        let secret = new_secret();
         let (keeping, well) = (
             self.keep_registered(&secret, shutdown.clone())?,
             self.worker.is_well(),
@@ -98,12 +98,12 @@ impl Work {
         let registered =
             tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
         let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
-        let router = builder(&Access::holder(&secret))
+        let router = builder(&Access::require_secret(&secret))
             .add_routes(reflection(&WORKED)?)
             .add_service(health_service.clone())
             .add_service(self.worker.service());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let beside = (health_service, Access::everybody(Audit::default()));
+        let beside = (health_service, Access::allow_everybody(Audit::default()));
         let (incoming, _beside) = self.ground.listen(&shutdown, beside);
         let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());
         let leave = async move {
@@ -115,7 +115,7 @@ impl Work {
         };
         let (drained, stopping) = drain(shutdown, health, &WORKED, leave);
         let served = router.serve_with_incoming_shutdown(incoming, drained);
-        within(served, stopping, grace).await?;
+        drain_within(served, stopping, grace).await?;
         // If the worker did not leave by itself, there is no refusal to return.
         ended.await.unwrap_or(Ok(()))
     }
@@ -144,7 +144,7 @@ impl Work {
                 .map_err(|e| Error::invalid("worker_role.token_file", e.to_string()))?,
             None => Bearer::default(),
         };
-        let dialer = tls::towards(&ground.config.tls)?;
+        let dialer = tls::dialer_towards_processes(&ground.config.tls)?;
         let channel = dialer.connect_lazy(&role.coordinator, |endpoint| endpoint);
         let channel = channel.map_err(|e| {
             let message = format!(

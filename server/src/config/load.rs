@@ -54,7 +54,7 @@ impl Config {
         }
         let mut config: Self = serde_json::from_value(tree.clone()).map_err(|e| {
             let other = || Error::invalid("config", "the configuration cannot be read").because(e);
-            of_file(culprit("", &tree, &fields).unwrap_or_else(other))
+            of_file(find_faulty_field("", &tree, &fields).unwrap_or_else(other))
         })?;
         config.storage.environment = credentials;
         config.validate().map_err(of_file)?;
@@ -178,14 +178,14 @@ fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
 /// Finds the one value that cannot be read by trying each by itself, since serde's error does not
 /// say where it was, and says what is wanted in the words of the reference page, since serde's are
 /// those of Rust.
-fn culprit(section: &str, tree: &Value, fields: &[Field]) -> Option<Error> {
+fn find_faulty_field(section: &str, tree: &Value, fields: &[Field]) -> Option<Error> {
     tree.as_object()?.iter().find_map(|(key, value)| {
         let path = below(section, key);
         let alone = path.rsplit('.').fold(value.clone(), |value, key| {
             Value::Object(Map::from_iter([(key.to_owned(), value)]))
         });
         let cause = serde_json::from_value::<Config>(alone).err()?;
-        let inner = culprit(&path, value, fields);
+        let inner = find_faulty_field(&path, value, fields);
         Some(
             inner.unwrap_or_else(|| match fields.iter().find(|field| field.path == path) {
                 Some(field) => Error::invalid(

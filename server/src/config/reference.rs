@@ -38,11 +38,11 @@ pub(super) fn fields() -> Vec<Field> {
     let schema = settings.into_generator().into_root_schema_for::<Config>();
     let defaults = serde_json::to_value(Config::default()).unwrap_or_default();
     let mut fields = Vec::new();
-    walk("", schema.as_value(), &defaults, &mut fields);
+    collect_fields("", schema.as_value(), &defaults, &mut fields);
     fields
 }
 
-fn walk(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>) {
+fn collect_fields(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>) {
     let Some(properties) = schema["properties"].as_object() else {
         return;
     };
@@ -65,7 +65,7 @@ fn walk(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>
         let wanted = if key.ends_with("listen") {
             ADDRESS.to_owned()
         } else {
-            wanted(schema)
+            describe_values(schema)
         };
         let wanted = if type_name.ends_with(" or null") {
             wanted + ", or null"
@@ -81,7 +81,7 @@ fn walk(section: &str, schema: &Value, defaults: &Value, fields: &mut Vec<Field>
             meaning,
         });
         if kind == Kind::Section {
-            walk(&path, schema, &defaults[key], fields);
+            collect_fields(&path, schema, &defaults[key], fields);
         }
     }
 }
@@ -121,7 +121,7 @@ fn describe(schema: &Value) -> (Kind, String) {
 }
 
 /// What values fit a setting.
-fn wanted(schema: &Value) -> String {
+fn describe_values(schema: &Value) -> String {
     if let Some(choices) = schema["enum"].as_array() {
         let choices: Vec<&str> = choices.iter().filter_map(Value::as_str).collect();
         return format!("one of {}", choices.join(", "));

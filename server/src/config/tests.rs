@@ -11,7 +11,7 @@ fn load(yaml: &str, environment: &[(&str, &str)]) -> Result<Config> {
 }
 
 /// The field that is to blame, and the known one that is near.
-fn blamed(result: Result<Config>) -> (String, Option<String>) {
+fn refusal_and_field(result: Result<Config>) -> (String, Option<String>) {
     let error = result.unwrap_err();
     (
         error.value("field").unwrap().to_owned(),
@@ -71,7 +71,7 @@ fn a_misspelt_key_is_refused_and_the_known_one_named() {
     ];
     for (yaml, field, known) in cases {
         assert_eq!(
-            blamed(load(yaml, &[])),
+            refusal_and_field(load(yaml, &[])),
             (field.into(), Some(known.into())),
             "{yaml}"
         );
@@ -115,7 +115,7 @@ fn a_value_of_another_type_is_blamed_on_its_field() {
         ),
         ("- 1", ""),
     ] {
-        assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
+        assert_eq!(refusal_and_field(load(yaml, &[])).0, field, "{yaml}");
     }
 }
 
@@ -230,7 +230,10 @@ fn the_environment_comes_before_the_file() {
         ("PATH", "/bin"),
     ];
     let config = load("state: ./x\ncoordinator: {max_runs: 3, max_ruins: 2}", &[]);
-    assert_eq!(blamed(config).1.as_deref(), Some("coordinator.max_runs"));
+    assert_eq!(
+        refusal_and_field(config).1.as_deref(),
+        Some("coordinator.max_runs")
+    );
     let config = load(
         "state: ./x\ncoordinator: {max_runs: 3, lease_seconds: 4}",
         &variables,
@@ -268,13 +271,13 @@ fn a_misspelt_variable_is_refused() {
         ),
     ] {
         assert_eq!(
-            blamed(load("", &[(name, "1")])).1.as_deref(),
+            refusal_and_field(load("", &[(name, "1")])).1.as_deref(),
             Some(known),
             "{name}"
         );
     }
     assert_eq!(
-        blamed(load("", &[("SUPERBATCH_COORDINATOR", "{}")])).0,
+        refusal_and_field(load("", &[("SUPERBATCH_COORDINATOR", "{}")])).0,
         "coordinator"
     );
 }
@@ -308,7 +311,7 @@ fn nobody_gets_in_unless_the_operator_says_so() {
             "storage.allow_uris",
         ),
     ] {
-        assert_eq!(blamed(load(yaml, &[])).0, field, "{yaml}");
+        assert_eq!(refusal_and_field(load(yaml, &[])).0, field, "{yaml}");
     }
     let open = "allow_insecure: true, storage: {allow_uris: [s3://b/data]}";
     assert!(load(&format!("{{listen: 10.0.0.1:1, {open}}}"), &[]).is_ok());
@@ -331,7 +334,7 @@ fn others_are_told_an_address_that_they_can_reach() {
         ),
     ] {
         assert_eq!(
-            blamed(load(&format!("{{{yaml}, {open}}}"), &[])).0,
+            refusal_and_field(load(&format!("{{{yaml}, {open}}}"), &[])).0,
             field,
             "{yaml}"
         );
@@ -344,7 +347,7 @@ fn others_are_told_an_address_that_they_can_reach() {
         let (section, key) = field.split_once('.').unwrap();
         for uri in ["superbatch-0:1", "10.0.0.1", "s3://bucket/x", ""] {
             assert_eq!(
-                blamed(load(&format!("{section}: {{{key}: '{uri}'}}"), &[])).0,
+                refusal_and_field(load(&format!("{section}: {{{key}: '{uri}'}}"), &[])).0,
                 field,
                 "{uri}"
             );

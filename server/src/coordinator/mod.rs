@@ -20,8 +20,8 @@ pub mod workers;
 use crate::error::Error;
 use superbatch_proto::v1::Reason;
 
-/// A step or run that somebody let go of: it was rewound or closed, or the service stops.
-fn gone() -> Error {
+/// The error of a step or run that was let go: it was rewound or closed, or the service stops.
+fn released() -> Error {
     Error::new(
         Reason::ShuttingDown,
         "the step was let go: its run was rewound or closed, or the service stops; ask again",

@@ -4,7 +4,7 @@ use super::{
     runs::{registry::Coordinator, run::Run},
     serve::{output, ready::Ready, share},
     trainer::ranks::check_incarnation,
-    weights::member::begun,
+    weights::member::read_start,
 };
 use crate::{
     access::Caller,
@@ -64,7 +64,7 @@ impl SelectionService for Selection {
         let run_id = request.run_id.clone();
         caller.check_run(&run_id)?;
         let opened = self.0.open_run(request).await;
-        caller.note("open", &run_id, &opened, Value::Null);
+        caller.record("open", &run_id, &opened, Value::Null);
         Ok(Response::new(opened?))
     }
 
@@ -85,7 +85,7 @@ impl SelectionService for Selection {
     ) -> Result<Response<ListRunsResponse>, Status> {
         let caller = Caller::of(&request)?;
         let mut runs = self.0.list().await?;
-        runs.retain(|run| caller.sees(&run.run_id));
+        runs.retain(|run| caller.may_see(&run.run_id));
         Ok(Response::new(ListRunsResponse { runs }))
     }
 
@@ -98,7 +98,7 @@ impl SelectionService for Selection {
         let coordinator = self.0.clone();
         let run = coordinator.run(&request.run_id).await?;
         let closed = whole(async move { coordinator.written(&run, run.close().await) }).await;
-        caller.note("close", &request.run_id, &closed, Value::Null);
+        caller.record("close", &request.run_id, &closed, Value::Null);
         closed?;
         Ok(Response::new(CloseRunResponse {}))
     }
@@ -115,7 +115,7 @@ impl SelectionService for Selection {
         let detail = json!({"phases": phases.len()});
         let spec =
             whole(async move { coordinator.written(&run, run.append_phases(phases).await) }).await;
-        caller.note("append phases", &run_id, &spec, detail);
+        caller.record("append phases", &run_id, &spec, detail);
         let spec = spec?;
         Ok(Response::new(AppendPhasesResponse {
             spec: Some((*spec).clone()),
@@ -141,7 +141,7 @@ impl SelectionService for Selection {
         let rewound =
             whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) }).await;
         let detail = json!({"to_step": to_step, "mode": mode.as_str_name()});
-        caller.note("rewind", &request.run_id, &rewound, detail);
+        caller.record("rewind", &request.run_id, &rewound, detail);
         let generation = rewound?;
         Ok(Response::new(RewindResponse { generation }))
     }
@@ -165,11 +165,11 @@ impl SelectionService for Selection {
         request: Request<Streaming<PushWeightsRequest>>,
     ) -> Result<Response<PushWeightsResponse>, Status> {
         let (caller, mut stream) = (Caller::of(&request)?, request.into_inner());
-        let start = begun(&mut stream, self.0.deps.limits.push_deadline).await?;
+        let start = read_start(&mut stream, self.0.deps.limits.push_deadline).await?;
         caller.check_run(&start.run_id)?;
         let (run_id, detail) = (start.run_id.clone(), json!({"step": start.step}));
         let published = push(&self.0, start, stream).await;
-        caller.note("push", &run_id, &published, detail);
+        caller.record("push", &run_id, &published, detail);
         let published = published?;
         Ok(Response::new(PushWeightsResponse {
             published: Some(published),
@@ -270,7 +270,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let ready = coordinator.noted(&run, run.select(request, need).await)?;
     if need {
         metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
-        run.waits.note(asked.elapsed());
+        run.waits.record(asked.elapsed());
     }
     let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
     // Copies and hashes all that the rank gets.

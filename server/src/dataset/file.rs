@@ -185,7 +185,7 @@ impl ShardFile {
         };
         match read.await {
             Ok((meta, bytes)) => {
-                self.same(&meta)?;
+                self.check_unchanged_file(&meta)?;
                 let whole = bytes.len() as u64 == range.end - range.start;
                 if whole {
                     Ok(bytes)
@@ -197,14 +197,14 @@ impl ShardFile {
             // A range beyond the end of an object that shrank looks like any other failure.
             Err(cause) => match self.location.head("").await {
                 Ok(Some(meta)) => self
-                    .same(&meta)
+                    .check_unchanged_file(&meta)
                     .and(Err(self.location.error("read", "", cause))),
                 _ => Err(self.location.error("read", "", cause)),
             },
         }
     }
 
-    fn same(&self, meta: &ObjectMeta) -> Result<()> {
+    fn check_unchanged_file(&self, meta: &ObjectMeta) -> Result<()> {
         if meta.size != self.size {
             return Err(self.changed(&format!("it has {} bytes, not {}", meta.size, self.size)));
         }

@@ -132,7 +132,7 @@ async fn itself(root: &Location, folder: &str) -> Result<Option<ObjectMeta>> {
     }
 }
 
-pub(super) fn nothing(at: &str, source: &str) -> Error {
+pub(super) fn nothing_found(at: &str, source: &str) -> Error {
     let message = format!(
         "there is nothing at {at}; give the URI of a Parquet file or a tar, or of a folder that \
          holds some"
@@ -151,7 +151,7 @@ async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(Str
             }
             let all = root.list_files(&key).await?;
             match all.is_empty() {
-                true => Err(nothing(&root.uri_of(&key), uri)),
+                true => Err(nothing_found(&root.uri_of(&key), uri)),
                 false => wanted(all, &key, &Keys::Folder, &root, uri),
             }
         }
@@ -173,7 +173,7 @@ fn wanted(
 ) -> Result<Vec<(String, ObjectMeta)>> {
     let at = root.uri_of(folder);
     if all.is_empty() && matches!(keys, Keys::Folder) {
-        return Err(nothing(&at, uri));
+        return Err(nothing_found(&at, uri));
     }
     let relative = |path: &str| path[folder.len()..].trim_start_matches('/').to_owned();
     let mut others: Vec<String> = all.iter().map(|(path, _)| relative(path)).collect();

@@ -87,7 +87,7 @@ async fn index_source(
 async fn listed(stores: &Stores, uri: &str) -> Result<Vec<String>> {
     let list = stores.open(uri)?;
     let meta = list.head("").await?;
-    let size = meta.ok_or_else(|| find::nothing(uri, uri))?.size;
+    let size = meta.ok_or_else(|| find::nothing_found(uri, uri))?.size;
     if size > LIST_BYTES_MAX {
         let message = format!("{uri} is no list of URIs: it has {size} bytes");
         return Err(Error::invalid("sources", message).with("uri", uri));

@@ -162,7 +162,7 @@ fn named<'a>(schema: &'a Schema, request: &SourceRequest, name: &str) -> Result<
 
 /// `ColumnNotFound`: the layout does not tell; the columns that `could` be it are listed with their
 /// types.
-fn untold(
+fn ambiguous_column(
     schema: &Schema,
     request: &SourceRequest,
     what: &str,
@@ -200,18 +200,18 @@ fn find_image<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Fie
         .filter_map(|name| schema.field_with_name(name).ok())
         .collect();
     let is_struct = |field: &&Field| is_image_struct(field.data_type());
-    let found = only(features.iter().copied())
+    let found = only_one(features.iter().copied())
         .or_else(|| features.into_iter().find(|field| field.name() == IMAGE))
         // A mask beside the picture is bytes under a name of img2dataset's.
-        .or_else(|| only(known.iter().copied().filter(is_struct)))
-        .or_else(|| only(known.iter().copied().filter(fits)));
+        .or_else(|| only_one(known.iter().copied().filter(is_struct)))
+        .or_else(|| only_one(known.iter().copied().filter(fits)));
     match found {
         Some(field) => Ok(field),
         // The one that is named so has another type, which is said next.
         None if known.len() == 1 => Ok(known[0]),
-        None if known.is_empty() => only(fields().filter(is_struct))
-            .ok_or_else(|| untold(schema, request, "image", |_| true)),
-        None => Err(untold(schema, request, "image", |_| true)),
+        None if known.is_empty() => only_one(fields().filter(is_struct))
+            .ok_or_else(|| ambiguous_column(schema, request, "image", |_| true)),
+        None => Err(ambiguous_column(schema, request, "image", |_| true)),
     }
 }
 
@@ -219,11 +219,11 @@ fn find_caption<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a F
     let known = CAPTION_NAMES
         .iter()
         .find_map(|name| schema.field_with_name(name).ok());
-    known.ok_or_else(|| untold(schema, request, "caption", is_text))
+    known.ok_or_else(|| ambiguous_column(schema, request, "caption", is_text))
 }
 
 /// The element of an iterator that has just one.
-fn only<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
+fn only_one<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
     let first = items.next()?;
     items.next().is_none().then_some(first)
 }

@@ -32,7 +32,7 @@ pub(super) async fn example(
     State(page): State<Arc<Page>>,
     Path((id, row)): Path<(String, String)>,
 ) -> Answer {
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let manifest = page.manifest(&known.facts.run.manifest).await?;
     let Place { source, shard, row } = if row.contains('#') {
         named(&manifest, &row)?

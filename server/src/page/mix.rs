@@ -26,7 +26,7 @@ type Counts = BTreeMap<(u32, u32), [u64; 2]>;
 
 /// `GET /api/runs/{run}/mix`.
 pub(super) async fn mix(State(page): State<Arc<Page>>, Path(id): Path<String>) -> Answer {
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let manifest = page.manifest(&known.facts.run.manifest).await?;
     let newest = known.newest.map_or(0, |newest| newest + 1);
     let stride = newest.div_ceil(STEPS).max(1);
@@ -90,11 +90,11 @@ fn counted(
     }
     let named = by_source(&all, sources).into_iter().zip(&manifest.sources);
     let sources: Vec<Value> = named
-        .map(|(counts, source)| shown(&source.uri, counts, total))
+        .map(|(counts, source)| show_share(&source.uri, counts, total))
         .collect();
     let shards: Vec<Value> = shards
         .iter()
-        .map(|(name, counts)| shown(name, *counts, total))
+        .map(|(name, counts)| show_share(name, *counts, total))
         .collect();
     let never = all.values().filter(|[_, chosen]| *chosen == 0).count();
     Ok(json!({
@@ -163,7 +163,7 @@ fn name(manifest: &Manifest, (source, shard): (u32, u32)) -> String {
     }
 }
 
-fn shown(name: &str, counts: [u64; 2], total: [u64; 2]) -> Value {
+fn show_share(name: &str, counts: [u64; 2], total: [u64; 2]) -> Value {
     let share = |n: usize| counts[n] as f64 / total[n].max(1) as f64;
     json!({
         "name": name,

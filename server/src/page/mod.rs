@@ -123,7 +123,7 @@ impl Page {
     ///
     /// # Errors
     /// `RunNotFound`; those of storage.
-    async fn known(&self, id: &str) -> Result<Arc<Known>> {
+    async fn find_or_load(&self, id: &str) -> Result<Arc<Known>> {
         let key = id.to_owned();
         if let Some((_, known)) = self
             .runs

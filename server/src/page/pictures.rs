@@ -64,7 +64,7 @@ pub(super) async fn captions(
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let rows = text(query.as_deref(), "rows").unwrap_or_default();
     let keys: Vec<&str> = rows.split(',').filter(|key| !key.is_empty()).collect();
     if keys.len() > CAPTIONS {
@@ -106,7 +106,7 @@ pub(super) async fn picture(
     let side = number(query.as_deref(), "size")?
         .unwrap_or(128)
         .clamp(*SIDES.start(), *SIDES.end()) as u32;
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let (batch, row) = block(&page, &known, place(&key)?).await?;
     let _permit = page.permit(&page.block_reads).await?;
     let drawn = tokio::task::spawn_blocking(move || {

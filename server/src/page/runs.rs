@@ -39,7 +39,7 @@ pub(super) async fn list(State(page): State<Arc<Page>>) -> Answer {
         .iter()
         .rev()
         .take(LISTED)
-        .map(|id| look(&page, id))
+        .map(|id| describe_run(&page, id))
         .collect();
     let found: Vec<_> = stream::iter(looks).buffered(AT_ONCE).try_collect().await?;
     let mut runs: Vec<Value> = found.into_iter().flatten().collect();
@@ -48,8 +48,8 @@ pub(super) async fn list(State(page): State<Arc<Page>>) -> Answer {
 }
 
 /// Reads one run for the list; `None` for a folder that holds no run.
-async fn look(page: &Page, id: &str) -> Result<Option<Value>> {
-    let known = match page.known(id).await {
+async fn describe_run(page: &Page, id: &str) -> Result<Option<Value>> {
+    let known = match page.find_or_load(id).await {
         Err(error) if error.reason() == Reason::RunNotFound => return Ok(None),
         known => known?,
     };
@@ -71,7 +71,7 @@ async fn look(page: &Page, id: &str) -> Result<Option<Value>> {
 
 /// `GET /api/runs/{run}`.
 pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -> Answer {
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let manifest = page.manifest(&known.facts.run.manifest).await?;
     let summary = match known.newest {
         Some(step) => page.summary(&known, step).await?,

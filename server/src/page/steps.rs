@@ -65,7 +65,7 @@ async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<
     let step: u64 = step
         .parse()
         .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
-    let known = page.known(id).await?;
+    let known = page.find_or_load(id).await?;
     let generations = match number(query, "generation")? {
         Some(asked) => known
             .facts

@@ -22,7 +22,7 @@ pub(super) async fn timeline(
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    let known = page.known(&id).await?;
+    let known = page.find_or_load(&id).await?;
     let from = number(query.as_deref(), "from")?.unwrap_or(0);
     let newest = known.newest.unwrap_or(0);
     let to = number(query.as_deref(), "to")?.map_or(newest, |to| to.min(newest));

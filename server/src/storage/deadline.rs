@@ -50,13 +50,13 @@ impl Deadlines {
             .await
             .unwrap_or_else(|_| {
                 metrics::object_store_requests(operation, "error").increment(1);
-                Err(silent("no answer", self.answer))
+                Err(no_answer_error("no answer", self.answer))
             })
     }
 }
 
 /// The error for a store that was silent for too long.
-fn silent(what: &str, after: Duration) -> Error {
+fn no_answer_error(what: &str, after: Duration) -> Error {
     let cause = std::io::Error::new(
         std::io::ErrorKind::TimedOut,
         format!("{what} for {} s", after.as_secs_f64()),
@@ -70,7 +70,7 @@ fn silent(what: &str, after: Duration) -> Error {
 /// Passes the items on, and ends with an error if one does not come within `each`. The deadline is
 /// for each item and not for the whole: a large object may take long while bytes keep coming.
 /// `metered` counted the request when it was answered, so nothing is counted here.
-fn watched<T: Send + 'static>(
+fn with_deadline_each<T: Send + 'static>(
     items: BoxStream<'static, Result<T>>,
     what: &'static str,
     each: Duration,
@@ -81,7 +81,7 @@ fn watched<T: Send + 'static>(
             Ok(item) => Some((item?, Some(items))),
             // The stream is dropped with its connection: the next poll of the same stream could
             // only hang again.
-            Err(_) => Some((Err(silent(what, each)), None)),
+            Err(_) => Some((Err(no_answer_error(what, each)), None)),
         }
     };
     stream::unfold(Some(items), next).boxed()
@@ -150,7 +150,7 @@ impl ObjectStore for Deadlined {
                 (stream::once(result.bytes()).boxed(), self.deadlines.answer)
             }
         };
-        let payload = GetResultPayload::Stream(watched(body, "nothing was read", each));
+        let payload = GetResultPayload::Stream(with_deadline_each(body, "nothing was read", each));
         Ok(GetResult {
             payload,
             meta,
@@ -170,7 +170,7 @@ impl ObjectStore for Deadlined {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        watched(
+        with_deadline_each(
             self.store.delete_stream(locations),
             "no answer",
             self.deadlines.answer,
@@ -178,7 +178,7 @@ impl ObjectStore for Deadlined {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        watched(self.store.list(prefix), "no answer", self.deadlines.answer)
+        with_deadline_each(self.store.list(prefix), "no answer", self.deadlines.answer)
     }
 
     fn list_with_offset(
@@ -186,7 +186,7 @@ impl ObjectStore for Deadlined {
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
-        watched(
+        with_deadline_each(
             self.store.list_with_offset(prefix, offset),
             "no answer",
             self.deadlines.answer,

@@ -149,7 +149,7 @@ impl Stores {
             None => uri,
         };
         let is_metadata = || Url::parse(uri).is_ok_and(|url| guard::is_metadata(&url));
-        if climbs(uri)
+        if leaves_folder(uri)
             || is_metadata()
             || !(allow.is_empty() || allow.iter().any(|p| below(plain, p)))
         {
@@ -167,7 +167,7 @@ impl Stores {
     /// # Errors
     /// As [`Stores::open_allowed`].
     pub fn open_named(&self, uri: &str, state: &Location) -> Result<Location> {
-        match !climbs(uri) && below(uri, state.uri()) {
+        match !leaves_folder(uri) && below(uri, state.uri()) {
             true => self.open(uri),
             false => self.open_allowed(uri),
         }
@@ -186,7 +186,7 @@ impl Stores {
             );
             return Err(Error::invalid("uri", message));
         }
-        let (url, scheme, path) = taken_apart(uri)?;
+        let (url, scheme, path) = parse_uri(uri)?;
         let key = format!("{}://{}", url.scheme(), url.authority());
         let mut open = self.0.open.lock().expect("no panic while held");
         let store = match open.get(&key) {
@@ -216,7 +216,7 @@ impl Stores {
 /// # Errors
 /// `InvalidArgument`, naming the stores that can.
 pub fn can_hold_state(uri: &str) -> Result<()> {
-    match taken_apart(uri)? {
+    match parse_uri(uri)? {
         (_, Scheme::Http, _) => {
             let message = format!(
                 "'{uri}' names a web server, which is only read; use file, s3, gs, az or memory"
@@ -231,7 +231,7 @@ fn unusable(uri: &str, message: String) -> Error {
     Error::invalid("uri", message).with("uri", uri)
 }
 
-fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
+fn parse_uri(uri: &str) -> Result<(Url, Scheme, Path)> {
     if let Some(at) = uri.find(['#', '?']) {
         let (sign, code) = match &uri[at..=at] {
             "#" => ("#", "%23"),
@@ -272,7 +272,7 @@ fn taken_apart(uri: &str) -> Result<(Url, Scheme, Path)> {
 /// Returns whether a URI leads out of the folder that its text shows, perhaps only after a URL
 /// parser has read it: parsers drop tabs and line ends, take `\` for `/`, and decode `%2e%2e` to
 /// `..`. The allow-list is compared with the text, so these must be refused before.
-fn climbs(uri: &str) -> bool {
+fn leaves_folder(uri: &str) -> bool {
     uri.to_ascii_lowercase().contains("%2e")
         || uri.contains(['\\', '\t', '\n', '\r'])
         || uri.split('/').any(|segment| segment == "..")

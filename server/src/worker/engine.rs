@@ -84,7 +84,7 @@ impl Engine {
     }
 
     /// Waits until no slice holds a slot.
-    pub async fn idle(&self) {
+    pub async fn wait_until_idle(&self) {
         drop(self.slots.acquire_many(self.slots_total as u32).await);
     }
 }

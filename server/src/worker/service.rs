@@ -93,8 +93,8 @@ impl Worker {
     }
 
     /// Waits until no slice is being read, decoded or embedded.
-    pub async fn idle(&self) {
-        self.0.idle().await;
+    pub async fn wait_until_idle(&self) {
+        self.0.wait_until_idle().await;
     }
 
     /// Bytes of rows, and of decoded images, that are kept for calls under way.

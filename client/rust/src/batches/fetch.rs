@@ -59,7 +59,7 @@ impl Urgency {
     }
 
     /// Resolves when the intent has risen to NEED; never for a fixed one.
-    async fn risen(&mut self) {
+    async fn wait_until_risen(&mut self) {
         let Self::Rising { wanted, patience } = self else {
             return pending().await;
         };
@@ -74,12 +74,12 @@ impl Urgency {
     }
 
     /// Whether nobody waits for the step yet, so that a failure is no news.
-    fn defers(&self) -> bool {
+    fn is_ahead_of_need(&self) -> bool {
         matches!(self, Self::Rising { wanted, .. } if wanted.borrow().is_none())
     }
 
     /// Resolves when somebody waits for the step.
-    async fn wanted(&mut self) {
+    async fn wait_until_wanted(&mut self) {
         let Self::Rising { wanted, .. } = self else {
             return;
         };
@@ -118,14 +118,15 @@ impl Fetch {
             if assembly.received() > before {
                 attempts.progressed();
             }
-            match attempts.again(&client, error, began).await {
+            match attempts.wait_before_next(&client, error, began).await {
                 Ok(()) => {}
                 Err(error)
-                    if self.urgency.defers() && error.reason() != Some(Reason::EndOfData) =>
+                    if self.urgency.is_ahead_of_need()
+                        && error.reason() != Some(Reason::EndOfData) =>
                 {
                     tracing::debug!(%error, step = self.step, "not prefetched; asking again when \
                     it is wanted");
-                    self.urgency.wanted().await;
+                    self.urgency.wait_until_wanted().await;
                     attempts = Attempts::of(&client);
                 }
                 Err(error) => return Err(error),
@@ -161,7 +162,7 @@ impl Fetch {
         let mut first = std::pin::pin!(first);
         tokio::select! {
             answer = &mut first => return answer,
-            () = self.urgency.risen() => {}
+            () = self.urgency.wait_until_risen() => {}
         }
         // The first stays open until the second is heard, so that the step is never unwanted in
         // between.

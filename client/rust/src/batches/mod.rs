@@ -126,7 +126,7 @@ impl Batches {
 
     /// Starts the fetches that are missing, so that `next` and `prefetch` steps after it are under
     /// way.
-    fn top_up(&mut self) {
+    fn start_fetches(&mut self) {
         while self.ahead.len() as u64 <= self.config.prefetch {
             let step = self.next + self.ahead.len() as u64 * self.config.stride;
             if self.config.end_step.is_some_and(|end| step >= end) {
@@ -170,7 +170,7 @@ impl Stream for Batches {
         }
         this.cursor
             .set(this.next as i64 - 1 - this.config.read_ahead as i64);
-        this.top_up();
+        this.start_fetches();
         let Some(front) = this.ahead.front_mut() else {
             this.ended = true;
             return Poll::Ready(None);

@@ -46,7 +46,7 @@ impl Pushes {
             .is_some_and(|(of, newest)| of == generation && newest >= step)
     }
 
-    fn coming(&self) -> Vec<(Named, u32)> {
+    fn on_their_way_now(&self) -> Vec<(Named, u32)> {
         self.lock().on_their_way.clone()
     }
 
@@ -71,7 +71,13 @@ impl Run {
             published: Some(published),
         };
         let (heard, hearing) = oneshot::channel();
-        tokio::spawn(tell(self.clone(), push, rank, heard, ended));
+        tokio::spawn(announce_and_withdraw(
+            self.clone(),
+            push,
+            rank,
+            heard,
+            ended,
+        ));
         // Nobody hears of it where the service does not answer.
         drop(timeout(HEARD_WITHIN, hearing).await);
         announced
@@ -79,7 +85,7 @@ impl Run {
 
     /// Says once more what is on its way: a service that was started anew has forgotten it.
     pub(crate) async fn announce_again(&self) {
-        for (push, rank) in self.pushes().coming() {
+        for (push, rank) in self.pushes().on_their_way_now() {
             let request = self.announcement(push, rank);
             if let Err(error) = self.client.api().announce_push(request).await {
                 tracing::debug!(%error, "the service does not hear of a push");
@@ -101,7 +107,7 @@ impl Run {
 }
 
 /// Announces a push to the service, and withdraws it if it comes to nothing.
-async fn tell(
+async fn announce_and_withdraw(
     run: Run,
     push: Named,
     rank: u32,

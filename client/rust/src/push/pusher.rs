@@ -59,7 +59,7 @@ impl Pusher {
     ///
     /// Fails with the error of an earlier push, if that was not told yet.
     pub async fn reserve(&self, step: i64, rank: u32) -> Result<Slot> {
-        self.tell()?;
+        self.check_failed()?;
         let announced = self.run.announce_push(step, rank).await;
         let permit = self
             .queue
@@ -67,7 +67,7 @@ impl Pusher {
             .reserve_owned()
             .await
             .map_err(|_| Error::Stopped)?;
-        self.tell()?;
+        self.check_failed()?;
         Ok(Slot { announced, permit })
     }
 
@@ -87,11 +87,11 @@ impl Pusher {
             .await
             .map_err(|_| Error::Stopped)?;
         let version = version.await.map_err(|_| Error::Stopped)?;
-        self.tell()?;
+        self.check_failed()?;
         Ok(version)
     }
 
-    fn tell(&self) -> Result<()> {
+    fn check_failed(&self) -> Result<()> {
         match self
             .failed
             .lock()

@@ -46,15 +46,15 @@ impl Permutation {
 
     /// The value at place `i`, for i < n.
     pub fn forward(&self, i: u64) -> u64 {
-        self.walk(i, |x| self.encrypt(x))
+        self.cycle_walk(i, |x| self.encrypt(x))
     }
 
     /// The place of `value`, for value < n.
     pub fn inverse(&self, value: u64) -> u64 {
-        self.walk(value, |x| self.decrypt(x))
+        self.cycle_walk(value, |x| self.decrypt(x))
     }
 
-    fn walk(&self, start: u64, step: impl Fn(u64) -> u64) -> u64 {
+    fn cycle_walk(&self, start: u64, step: impl Fn(u64) -> u64) -> u64 {
         debug_assert!(start < self.n, "{start} is not below {}", self.n);
         let mut x = step(start);
         // Ends: `step` is a bijection, so the cycle leads back to `start`, which is below n.

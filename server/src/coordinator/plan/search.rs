@@ -19,7 +19,7 @@ impl Plan {
         newest: u64,
     ) -> Result<(Vec<u64>, Option<u64>)> {
         let source = row.source as usize;
-        let (at_newest, share) = self.stands(phases, source, newest)?;
+        let (at_newest, share) = self.cursor_and_share(phases, source, newest)?;
         // Every epoch has at least one step, so that the next two end before this one.
         let beyond = newest + 2 * (self.rows[source] / share.max(1)) + 2;
         let first = (at_newest.epoch + 1).saturating_sub(EPOCHS_MAX);
@@ -54,20 +54,25 @@ impl Plan {
         let (mut low, mut high) = (0, beyond);
         while low < high {
             let middle = low + (high - low).div_ceil(2);
-            let (begins, _) = self.stands(phases, source, middle)?;
+            let (begins, _) = self.cursor_and_share(phases, source, middle)?;
             match (begins.epoch, begins.place) <= place {
                 true => low = middle,
                 false => high = middle - 1,
             }
         }
-        let (begins, share) = self.stands(phases, source, low)?;
+        let (begins, share) = self.cursor_and_share(phases, source, low)?;
         let inside =
             begins.epoch == place.0 && (begins.place..begins.place + share).contains(&place.1);
         Ok(inside.then_some(low))
     }
 
     /// Where a source stands at the beginning of a step, and how many rows the step takes of it.
-    fn stands(&self, phases: &[Phase], source: usize, step: u64) -> Result<(Cursor, u64)> {
+    fn cursor_and_share(
+        &self,
+        phases: &[Phase],
+        source: usize,
+        step: u64,
+    ) -> Result<(Cursor, u64)> {
         let (cursors, shares) = self.cursors(phases, step)?;
         let share = shares[source];
         Ok((cursors[source].settle(self.rows[source], share), share))

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     coordinator::{
         facts::{chain::Rewound, run},
-        gone,
+        released,
         spec::{Asked, append_phases, phase_at},
         weights::{Due, due},
     },
@@ -136,7 +136,7 @@ impl Run {
 
     /// Lets go of everything that waits: the process ends, or another coordinator has the run.
     pub fn stop(&self) {
-        self.state().end_all(&gone());
+        self.state().end_all(&released());
     }
 
     /// # Errors
@@ -151,7 +151,7 @@ impl Run {
     }
 
     /// Lets go of batches that nobody has asked for in a long time.
-    pub fn tidy(&self) {
+    pub fn drop_spare_batches(&self) {
         self.state()
             .cells
             .retain(|_, cell| !is_spare(cell.is_wanted(), cell.idle_for()));

@@ -33,7 +33,7 @@ impl Drop for Called {
 }
 
 /// The run that has been idle longest, of (id, since when it has been idle).
-pub fn sleepiest<'a>(
+pub fn longest_idle<'a>(
     runs: impl Iterator<Item = (&'a String, Option<Instant>)>,
 ) -> Option<&'a String> {
     runs.filter_map(|(id, since)| Some((since?, id)))
@@ -52,7 +52,7 @@ mod tests {
         let after = |seconds| Some(now + Duration::from_secs(seconds));
         let first = |idle: &[Option<Instant>]| {
             let ids: Vec<String> = (0..idle.len()).map(|n| n.to_string()).collect();
-            sleepiest(ids.iter().zip(idle.iter().copied())).cloned()
+            longest_idle(ids.iter().zip(idle.iter().copied())).cloned()
         };
         assert_eq!(
             first(&[after(3), after(1), None, after(2)]).as_deref(),

@@ -265,7 +265,7 @@ pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option
 
 /// What a stopped run has behind it: the last step before which all are committed, and what steps
 /// up to there scanned and selected. Steps beyond, which are committed out of order, are not in it.
-pub async fn settled(
+pub async fn summary_of_stopped(
     location: &Location,
     chain: &Chain,
     max_ahead: u32,

@@ -1,6 +1,6 @@
 //! All runs of this coordinator: opened by OpenRun, and found again in the state after a restart.
 use super::{
-    lease::{Called, sleepiest},
+    lease::{Called, longest_idle},
     open::{self, Opening},
     parts::Deps,
     run::{Run, run_state},
@@ -67,8 +67,8 @@ impl Coordinator {
             .spec
             .ok_or_else(|| Error::invalid("spec", "OpenRun needs a spec"))?;
         let asked = self.complete(asked)?;
-        let _alone = self.alone(&request.run_id).await;
-        let run = match self.known(&request.run_id).await? {
+        let _alone = self.lock_run(&request.run_id).await;
+        let run = match self.find_or_load(&request.run_id).await? {
             Some(run) => run,
             None => {
                 self.check_room()?;
@@ -105,8 +105,8 @@ impl Coordinator {
         if let Some(run) = self.called(id) {
             return Ok(run);
         }
-        let _alone = self.alone(id).await;
-        self.known(id).await?.ok_or_else(|| {
+        let _alone = self.lock_run(id).await;
+        self.find_or_load(id).await?.ok_or_else(|| {
             Error::new(
                 Reason::RunNotFound,
                 format!("there is no run '{id}'; open it first"),
@@ -138,11 +138,11 @@ impl Coordinator {
     pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
         match answer {
             Err(error) if error.reason() == Reason::NotOwner => {
-                self.let_go(run);
+                self.release(run);
                 // We own it again, by another object: the caller may come back to us.
                 let ours = error.value("owner") == Some(&self.identity.address);
                 Err(if ours {
-                    crate::coordinator::gone()
+                    crate::coordinator::released()
                 } else {
                     error
                 })
@@ -162,7 +162,7 @@ impl Coordinator {
             )
         };
         if answer.as_ref().is_err_and(unknown) {
-            self.let_go(run);
+            self.release(run);
         }
         self.noted(run, answer)
     }
@@ -182,7 +182,7 @@ impl Coordinator {
     }
 
     async fn summary(&self, id: String) -> Result<Option<RunSummary>> {
-        if let Some(run) = self.here(&id) {
+        if let Some(run) = self.find_in_memory(&id) {
             return Ok(Some(run.summary()));
         }
         let location = self.location(&id);
@@ -198,7 +198,7 @@ impl Coordinator {
         }))
     }
 
-    async fn known(&self, id: &str) -> Result<Option<Called>> {
+    async fn find_or_load(&self, id: &str) -> Result<Option<Called>> {
         if let Some(run) = self.called(id) {
             return Ok(Some(run));
         }
@@ -225,11 +225,11 @@ impl Coordinator {
         self.runs.lock().expect("no panic while held")
     }
 
-    fn here(&self, id: &str) -> Option<Arc<Run>> {
+    fn find_in_memory(&self, id: &str) -> Option<Arc<Run>> {
         self.lock().get(id).cloned()
     }
 
-    /// As [`Coordinator::here`], in the hands of a call.
+    /// As [`Coordinator::find_in_memory`], in the hands of a call.
     fn called(&self, id: &str) -> Option<Called> {
         // Under the lock, or the run might be put to sleep in between.
         self.lock().get(id).cloned().map(Called::new)
@@ -255,7 +255,7 @@ impl Coordinator {
         Ok(run)
     }
 
-    fn let_go(&self, run: &Run) {
+    fn release(&self, run: &Run) {
         let mut runs = self.lock();
         // Another one may have been loaded meanwhile.
         if runs
@@ -289,7 +289,7 @@ impl Coordinator {
         if open().count() < most {
             return Ok(None);
         }
-        sleepiest(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
+        longest_idle(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
             let message = format!(
                 "{most} runs are open and at work, so that none can be put to sleep; close one, \
                 or raise coordinator.max_runs"
@@ -298,7 +298,7 @@ impl Coordinator {
         })
     }
 
-    async fn alone(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {
+    async fn lock_run(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {
         let lock = {
             let mut opening = self.opening.lock().expect("no panic while held");
             opening.retain(|_, lock| Arc::strong_count(lock) > 1);

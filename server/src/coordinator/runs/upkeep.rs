@@ -12,7 +12,10 @@ pub async fn upkeep(coordinator: Arc<Coordinator>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        coordinator.open_runs().iter().for_each(|run| run.tidy());
-        coordinator.deps.sizing.tell(Instant::now());
+        coordinator
+            .open_runs()
+            .iter()
+            .for_each(|run| run.drop_spare_batches());
+        coordinator.deps.sizing.set_gauge(Instant::now());
     }
 }

@@ -283,7 +283,7 @@ impl Slice {
             receive,
             replies,
         };
-        live.begun(self, job).await?;
+        live.receive_holes(self, job).await?;
         if let Some(model) = learner {
             live.learner(self, job, model).await?;
         }

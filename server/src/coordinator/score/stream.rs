@@ -39,7 +39,7 @@ fn unexpected(wanted: &str, got: &Message) -> Error {
 }
 
 impl Live {
-    pub async fn begun(&mut self, slice: &mut Slice, job: &Job) -> Result<()> {
+    pub async fn receive_holes(&mut self, slice: &mut Slice, job: &Job) -> Result<()> {
         match self.next("its rows").await? {
             Message::Holes(holes) => {
                 let found = checked_holes(holes.holes, slice.candidates())?;

@@ -31,7 +31,7 @@ impl Asked {
     }
 
     /// Whether nobody is asked: such a draw is from noise alone.
-    pub fn nobody(self) -> bool {
+    pub fn asks_no_model(self) -> bool {
         !self.learner && !self.reference
     }
 }

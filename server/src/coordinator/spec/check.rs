@@ -123,15 +123,15 @@ pub(super) fn too_many_phases(count: usize) -> Error {
 
 fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
     let at = |field| format!("phases[{i}].{field}");
-    known::<Policy>(&at("policy"), phase.policy)?;
-    known::<Criterion>(&at("criterion"), phase.criterion)?;
-    known::<Fidelity>(&at("fidelity"), phase.fidelity)?;
-    within(
+    check_enum::<Policy>(&at("policy"), phase.policy)?;
+    check_enum::<Criterion>(&at("criterion"), phase.criterion)?;
+    check_enum::<Fidelity>(&at("fidelity"), phase.fidelity)?;
+    check_range(
         &at("super_batch_size"),
         phase.super_batch_size,
         SUPER_BATCH_SIZE_MAX,
     )?;
-    within(
+    check_range(
         &at("sub_batch_size"),
         phase.sub_batch_size,
         phase.super_batch_size,
@@ -172,11 +172,11 @@ fn needs(spec: &RunSpec) -> Result<()> {
         };
         return Err(impossible(missing, format!("phase {i} {why}; name one")));
     }
-    degraded(spec)
+    check_fallback(spec)
 }
 
 /// What a run falls back to must be possible, too.
-fn degraded(spec: &RunSpec) -> Result<()> {
+fn check_fallback(spec: &RunSpec) -> Result<()> {
     if spec.fallback() != Fallback::ReferenceOnly {
         return Ok(());
     }
@@ -245,19 +245,19 @@ fn columns(columns: &[String]) -> Result<()> {
 }
 
 fn bounds(spec: &RunSpec) -> Result<()> {
-    known::<Loss>("loss", spec.loss)?;
-    known::<Fallback>("fallback", spec.fallback)?;
-    known::<EmbeddingDtype>("embedding_dtype", spec.embedding_dtype)?;
+    check_enum::<Loss>("loss", spec.loss)?;
+    check_enum::<Fallback>("fallback", spec.fallback)?;
+    check_enum::<EmbeddingDtype>("embedding_dtype", spec.embedding_dtype)?;
     if spec.compute_dtype != 0 {
-        known::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;
+        check_enum::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;
     }
-    within("window_blocks", spec.window_blocks, WINDOW_BLOCKS_MAX)?;
-    within(
+    check_range("window_blocks", spec.window_blocks, WINDOW_BLOCKS_MAX)?;
+    check_range(
         "micro_batch_rows",
         spec.micro_batch_rows,
         MICRO_BATCH_ROWS_MAX,
     )?;
-    within("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
+    check_range("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
     positive("need_deadline_seconds", spec.need_deadline_seconds)?;
     at_most_years("need_deadline_seconds", spec.need_deadline_seconds)?;
     let grace = spec.stall_grace_seconds.unwrap_or(0.0);
@@ -293,7 +293,7 @@ fn at_most_years(field: &str, seconds: f64) -> Result<()> {
 }
 
 /// A value of the enum `E`, and not its zero.
-fn known<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
+fn check_enum<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
     if value != 0 && E::try_from(value).is_ok() {
         return Ok(());
     }
@@ -347,7 +347,7 @@ fn positive(field: &str, value: f64) -> Result<()> {
     ))
 }
 
-fn within<T: PartialOrd + Display + From<u8>>(field: &str, value: T, most: T) -> Result<()> {
+fn check_range<T: PartialOrd + Display + From<u8>>(field: &str, value: T, most: T) -> Result<()> {
     if value >= T::from(1) && value <= most {
         return Ok(());
     }

@@ -65,7 +65,7 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
         }
         _ => {}
     }
-    if phase.fidelity() == Fidelity::Approximate && Asked::by(phase).nobody() {
+    if phase.fidelity() == Fidelity::Approximate && Asked::by(phase).asks_no_model() {
         let message = "this phase scores nobody; leave fidelity out (multi_resolution goes \
                        without)";
         return Err(impossible(&format!("{at}.fidelity"), message));

@@ -51,7 +51,7 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
             );
             return Err(impossible(&field, message));
         }
-        if !from.reaches(value) || value > to || !value.is_finite() {
+        if !from.is_met_by(value) || value > to || !value.is_finite() {
             return Err(impossible(
                 &field,
                 format!("{field} is {value}; it must be {}", range(from, to)),
@@ -92,7 +92,7 @@ enum Least {
 }
 
 impl Least {
-    fn reaches(self, value: f64) -> bool {
+    fn is_met_by(self, value: f64) -> bool {
         match self {
             Self::Above(least) => value > least,
             Self::From(least) => value >= least,

@@ -2,7 +2,7 @@
 use super::decide::decide;
 use crate::{
     coordinator::{
-        gone,
+        released,
         runs::{
             run::{Run, TOLD_EVERY},
             state::State,
@@ -43,7 +43,7 @@ impl Run {
             held: request.held_steps,
         };
         match self.admit(&asking, request).await {
-            Ok(waiting) => self.told(&asking, waiting).await,
+            Ok(waiting) => self.wait_and_log(&asking, waiting).await,
             Err(refusal) => {
                 // A new owner may know better.
                 self.owner.check().await?;
@@ -61,21 +61,21 @@ impl Run {
     }
 
     /// Waits for the step, and says so in the log now and then: training never stalls in silence.
-    async fn told(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
+    async fn wait_and_log(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
         let begun = Instant::now();
         // Ranks go in step: one tells the trainer's pace.
         let sizing = Some(&self.deps.sizing).filter(|_| asking.rank == 0);
         if let Some((sizing, step)) = sizing.zip(asking.claims_consumed()) {
             sizing.consumed(&self.id, step, begun);
         }
-        let ready = self.told_until(asking, waiting, begun).await;
+        let ready = self.wait_until_ready(asking, waiting, begun).await;
         if let Some(sizing) = sizing.filter(|_| asking.need) {
-            sizing.waited(&self.id, begun.elapsed());
+            sizing.record_wait(&self.id, begun.elapsed());
         }
         ready
     }
 
-    async fn told_until(
+    async fn wait_until_ready(
         &self,
         asking: &Asking,
         waiting: Waiting,
@@ -123,12 +123,14 @@ impl Run {
         let bounds = state.bounds(spec.max_ahead);
         if state.members.admit(asking, bounds)? {
             self.weights
-                .announced_by(&asking.incarnation, |other| state.members.knows(other));
+                .forget_announced_by_earlier(&asking.incarnation, |other| {
+                    state.members.knows(other)
+                });
             let error = state.members.taken_over();
             state.cells.values().for_each(|cell| cell.take_over(&error));
         }
         self.prepare(&mut state, &spec, asking.step);
-        let cell = state.cells.get(&asking.step).ok_or_else(gone)?;
+        let cell = state.cells.get(&asking.step).ok_or_else(released)?;
         Ok(cell.wait(asking, request.pushing_through))
     }
 

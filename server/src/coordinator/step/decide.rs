@@ -20,7 +20,7 @@ use tokio::time::Instant;
 pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) -> Result<Ready> {
     if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
         run.found_committed(generation, &receipt);
-        return recall(run, receipt).await;
+        return fetch_chosen_again(run, receipt).await;
     }
     let begun = Instant::now();
     let spec = run.spec();
@@ -34,7 +34,7 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
         super_batch: &super_batch,
         reporter,
     };
-    let rows = match Asked::by(&phase).nobody() {
+    let rows = match Asked::by(&phase).asks_no_model() {
         true => maker.uniform(&mut decided).await?,
         false => maker.scored(&mut decided).await?,
     };
@@ -48,7 +48,7 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
         lag_steps(&spec),
     );
     if !ours {
-        return recall(run, receipt).await;
+        return fetch_chosen_again(run, receipt).await;
     }
     decided.spent.settle();
     Ok(run.deps.ready.hold(receipt, rows.data))
@@ -58,7 +58,7 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
 ///
 /// # Errors
 /// `RowChanged` names the first row whose content differs.
-async fn recall(run: &Run, receipt: Receipt) -> Result<Ready> {
+async fn fetch_chosen_again(run: &Run, receipt: Receipt) -> Result<Ready> {
     let located: Result<Vec<_>> = receipt
         .chosen
         .iter()

@@ -101,7 +101,7 @@ impl Decided {
         }
     }
 
-    pub fn waited(&mut self, waited: Duration) {
+    pub fn record_wait(&mut self, waited: Duration) {
         self.cost_seconds().wait_weights = waited.as_secs_f64();
         metrics::stage_duration("wait_weights").record(waited.as_secs_f64());
     }
@@ -145,7 +145,7 @@ impl Decided {
 
     /// Notes what was spent on lost workers, and calls the reference's share thrown away where a
     /// degraded step did not use it.
-    pub fn discarded(&mut self, flops: f64) {
+    pub fn record_discarded(&mut self, flops: f64) {
         self.spent.add(flops);
         self.cost.discarded_flops += flops;
         if self.mode == Mode::Uniform && !leaves_out(self.phase.tuning.as_ref()) {

@@ -59,10 +59,14 @@ impl Maker<'_> {
             });
             match verdict {
                 Verdict::Wait => {}
-                Verdict::TellRanks(why) => {
-                    self.reporter
-                        .tell(missing(step, due, self.awaited(due), why, limits, fate))
-                }
+                Verdict::TellRanks(why) => self.reporter.fail_waiting(missing(
+                    step,
+                    due,
+                    self.awaited(due),
+                    why,
+                    limits,
+                    fate,
+                )),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
             let patience = patience(&wanted, due_step(due)).filter(|_| !told);
@@ -72,7 +76,7 @@ impl Maker<'_> {
                 self.log_wait(step, due, begun);
                 continue;
             }
-            let _parked = self.reporter.park();
+            let _parked = self.reporter.begin_waiting_for_trainer();
             let given_up = limits
                 .next_verdict(&wanted, Instant::now())
                 .filter(|_| verdict == Verdict::Wait);
@@ -83,7 +87,7 @@ impl Maker<'_> {
                 changed = demand.changed() => changed,
                 () = alarm => Ok(()),
             };
-            changed.map_err(|_| crate::coordinator::gone())?;
+            changed.map_err(|_| crate::coordinator::released())?;
         }
     }
 

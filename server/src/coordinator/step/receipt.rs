@@ -45,13 +45,13 @@ pub fn receipt(
         summary: Some(summary(run, spec, super_batch, decided)),
         chosen: chosen(spec.seed, super_batch, decided, rows, id),
         bad_rows: decided.holes.iter().map(bad_row).collect(),
-        passed_over: passed(run, super_batch, decided, id),
+        passed_over: sample_passed_over(run, super_batch, decided, id),
     })
 }
 
 /// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay
 /// small.
-fn passed(
+fn sample_passed_over(
     run: &Run,
     super_batch: &SuperBatch,
     decided: &Decided,

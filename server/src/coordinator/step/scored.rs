@@ -25,7 +25,7 @@ impl Maker<'_> {
             false => Learner::NotAsked,
             true => self.await_weights(decided.step).await?,
         };
-        decided.waited(waiting.elapsed());
+        decided.record_wait(waiting.elapsed());
         let learner = match learner {
             Learner::Version(published, mode) => {
                 decided.mode = mode;
@@ -55,7 +55,7 @@ impl Maker<'_> {
         }
         decided.drawn = self.draw(decided, learner, reference).await?;
         let rows = scoring.rows(&decided.drawn.indices).await?;
-        decided.discarded(scoring.discarded_flops());
+        decided.record_discarded(scoring.discarded_flops());
         Ok(rows)
     }
 }

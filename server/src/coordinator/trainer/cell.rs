@@ -55,13 +55,13 @@ impl Reporter {
     }
 
     /// Ends the calls that stand still for this step with `error`; the step goes on.
-    pub fn tell(&self, error: Error) {
+    pub fn fail_waiting(&self, error: Error) {
         self.demand.send_modify(Demand::leave_all);
-        tell(&self.progress, error);
+        fail_waiting(&self.progress, error);
     }
 
     /// The step waits for the trainer, until what is returned is dropped.
-    pub fn park(&self) -> Parked {
+    pub fn begin_waiting_for_trainer(&self) -> Parked {
         self.parked.store(true, Ordering::SeqCst);
         Parked(self.parked.clone())
     }
@@ -131,8 +131,8 @@ impl Cell {
     /// with `error`.
     pub fn take_over(&self, error: &Error) {
         self.demand
-            .send_modify(|demand| *demand = demand.begun_anew());
-        tell(&self.progress, error.repeat());
+            .send_modify(|demand| *demand = demand.for_new_start());
+        fail_waiting(&self.progress, error.repeat());
     }
 
     /// Ends the step with `error` for all who wait.
@@ -180,7 +180,7 @@ impl Drop for Cell {
     fn drop(&mut self) {
         self.task.abort();
         // Whoever still waits learns it at once.
-        fail(&self.progress, crate::coordinator::gone);
+        fail(&self.progress, crate::coordinator::released);
     }
 }
 
@@ -194,7 +194,7 @@ fn fail(progress: &watch::Sender<Progress>, error: impl FnOnce() -> Error) {
     });
 }
 
-fn tell(progress: &watch::Sender<Progress>, error: Error) {
+fn fail_waiting(progress: &watch::Sender<Progress>, error: Error) {
     progress.send_modify(|progress| {
         if let Progress::Working { told, message } = progress {
             *told += 1;
@@ -228,9 +228,9 @@ impl Waiting {
                 Progress::Failed(error) => Err(error.repeat()),
                 Progress::Working { message, .. } => Err(message
                     .as_ref()
-                    .map_or_else(crate::coordinator::gone, |e| e.repeat())),
+                    .map_or_else(crate::coordinator::released, |e| e.repeat())),
             },
-            Err(_) => Err(crate::coordinator::gone()),
+            Err(_) => Err(crate::coordinator::released()),
         }
     }
 }

@@ -65,7 +65,7 @@ impl Demand {
     }
 
     /// What is left of it for another start of the trainer. Calls are never numbered twice.
-    pub fn begun_anew(&self) -> Self {
+    pub fn for_new_start(&self) -> Self {
         Self {
             calls: self.calls,
             ..Self::default()

@@ -110,7 +110,7 @@ impl Members {
             .position(|known| *known == asking.incarnation)
         {
             Some(place) if place + 1 < self.incarnations.len() => {
-                return Err(self.straggler(asking));
+                return Err(self.straggler_error(asking));
             }
             known => known.is_none(),
         };
@@ -157,7 +157,7 @@ impl Members {
         Ok(new)
     }
 
-    fn straggler(&self, asking: &Asking) -> Error {
+    fn straggler_error(&self, asking: &Asking) -> Error {
         conflict(
             asking,
             format!("incarnation '{}': {}", asking.incarnation, self.replaced()),

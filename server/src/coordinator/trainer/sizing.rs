@@ -73,36 +73,36 @@ struct Pace {
 impl Sizing {
     /// A step of `run` was decided.
     pub fn decided(&self, run: &str, work: Work, lag_steps: u32) {
-        self.changed(run, |pace| pace.decided(work, lag_steps));
+        self.change_pace(run, |pace| pace.decided(work, lag_steps));
     }
 
     /// Rank 0 says `now` that it has consumed `step`.
     pub fn consumed(&self, run: &str, step: u64, now: Instant) {
-        self.changed(run, |pace| pace.consumed(step, now));
+        self.change_pace(run, |pace| pace.consumed(step, now));
     }
 
     /// Rank 0 has stood still.
-    pub fn waited(&self, run: &str, waited: Duration) {
-        self.changed(run, |pace| pace.waited += waited);
+    pub fn record_wait(&self, run: &str, waited: Duration) {
+        self.change_pace(run, |pace| pace.waited += waited);
     }
 
     /// The run is not here any more.
     pub fn forget(&self, run: &str) {
-        self.paces().remove(run);
-        self.tell(Instant::now());
+        self.lock_paces().remove(run);
+        self.set_gauge(Instant::now());
     }
 
     /// Tells `now` how many workers there should be.
-    pub fn tell(&self, now: Instant) {
-        metrics::optimal_workers().set(workers(self.paces().values(), now));
+    pub fn set_gauge(&self, now: Instant) {
+        metrics::optimal_workers().set(workers(self.lock_paces().values(), now));
     }
 
-    fn changed(&self, run: &str, change: impl FnOnce(&mut Pace)) {
-        change(self.paces().entry(run.to_owned()).or_default());
-        self.tell(Instant::now());
+    fn change_pace(&self, run: &str, change: impl FnOnce(&mut Pace)) {
+        change(self.lock_paces().entry(run.to_owned()).or_default());
+        self.set_gauge(Instant::now());
     }
 
-    fn paces(&self) -> MutexGuard<'_, HashMap<String, Pace>> {
+    fn lock_paces(&self) -> MutexGuard<'_, HashMap<String, Pace>> {
         self.0.lock().expect("no panic while held")
     }
 }

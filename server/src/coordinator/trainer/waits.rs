@@ -10,7 +10,7 @@ pub struct Waits(AtomicU64);
 
 impl Waits {
     /// A rank stood still for so long.
-    pub fn note(&self, waited: Duration) {
+    pub fn record(&self, waited: Duration) {
         // 0 stands for no wait at all.
         let micros = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1);
         self.0.fetch_max(micros, Ordering::Relaxed);
@@ -32,10 +32,10 @@ mod tests {
         let waits = Waits::default();
         assert_eq!(waits.take(), None);
         for millis in [20, 70, 10] {
-            waits.note(Duration::from_millis(millis));
+            waits.record(Duration::from_millis(millis));
         }
         assert_eq!((waits.take(), waits.take()), (Some(0.07), None));
-        waits.note(Duration::ZERO);
+        waits.record(Duration::ZERO);
         assert_eq!(waits.take(), Some(1e-6), "it was asked for, and was there");
     }
 }

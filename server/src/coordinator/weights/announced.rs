@@ -87,7 +87,11 @@ impl Weights {
     }
 
     /// Another start of the trainer took over: what the earlier ones announced will not come.
-    pub fn announced_by(&self, incarnation: &str, is_earlier: impl Fn(&str) -> bool) {
+    pub fn forget_announced_by_earlier(
+        &self,
+        incarnation: &str,
+        is_earlier: impl Fn(&str) -> bool,
+    ) {
         self.0.traffic.send_if_modified(|traffic| {
             let old = traffic.announced.clone();
             traffic

@@ -65,17 +65,17 @@ impl Book {
     /// generations pushed a step, the latest counts.
     pub fn find(&self, due: Due, chain: &[Began]) -> Option<Published> {
         match due {
-            Due::Initial => self.freshest(-1, -1, chain),
+            Due::Initial => self.newest_within(-1, -1, chain),
             Due::Exactly(step) => i64::try_from(step)
                 .ok()
-                .and_then(|step| self.freshest(step, step, chain)),
-            Due::Within { oldest, newest } => self.freshest(oldest, newest, chain),
+                .and_then(|step| self.newest_within(step, step, chain)),
+            Due::Within { oldest, newest } => self.newest_within(oldest, newest, chain),
         }
     }
 
     /// The freshest version from before `step`, however old: what a stale step is served with.
     pub fn last_before(&self, step: u64, chain: &[Began]) -> Option<Published> {
-        self.freshest(-1, i64::try_from(step).unwrap_or(i64::MAX) - 1, chain)
+        self.newest_within(-1, i64::try_from(step).unwrap_or(i64::MAX) - 1, chain)
     }
 
     /// The newest publication, by version number. The initial learner where nothing was pushed.
@@ -88,7 +88,7 @@ impl Book {
         pushed.or(self.initial.as_ref()).cloned()
     }
 
-    fn freshest(&self, oldest: i64, newest: i64, chain: &[Began]) -> Option<Published> {
+    fn newest_within(&self, oldest: i64, newest: i64, chain: &[Began]) -> Option<Published> {
         if oldest > newest {
             return None;
         }
@@ -111,7 +111,7 @@ impl Book {
 
     /// Whether the push of `step` was published and its snapshot is no longer kept.
     pub fn is_forgotten(&self, step: i64, chain: &[Began]) -> bool {
-        self.freshest(step, step, chain).is_none()
+        self.newest_within(step, step, chain).is_none()
             && self
                 .entries
                 .range((step, 0)..=(step, u32::MAX))

@@ -37,7 +37,7 @@ pub enum Fault {
 }
 
 /// Why the transport ended a stream.
-fn cut_off(status: Status) -> Fault {
+fn fault_of_transport(status: Status) -> Fault {
     let error = from_status(status, Reason::InvalidArgument);
     match error.reason() {
         Reason::MessageTooLarge => Fault::Refused(error),
@@ -52,7 +52,7 @@ fn cut_off(status: Status) -> Fault {
 ///
 /// # Errors
 /// `InvalidArgument` where another one comes first, or nothing within `silence`.
-pub async fn begun<S>(messages: &mut S, silence: Duration) -> Result<PushStart>
+pub async fn read_start<S>(messages: &mut S, silence: Duration) -> Result<PushStart>
 where
     S: Stream<Item = Result<PushWeightsRequest, Status>> + Unpin,
 {
@@ -74,7 +74,7 @@ where
 
 impl Member {
     /// The push's answer, or that a newer stream of this rank took over.
-    pub async fn answered(&self) -> Result<WeightsVersion> {
+    pub async fn wait_for_answer(&self) -> Result<WeightsVersion> {
         let mut answer = self.answer.clone();
         tokio::select! {
             biased;
@@ -103,7 +103,7 @@ impl Member {
             let next = timeout(silence, messages.next()).await;
             let next =
                 next.map_err(|_| broken(format!("the stream was silent for {silence:?}")))?;
-            let message = match next.transpose().map_err(cut_off)? {
+            let message = match next.transpose().map_err(fault_of_transport)? {
                 Some(message) => message.message,
                 None if open.as_ref().is_none_or(Receiving::may_end) => return Ok(()),
                 None => return Err(broken("the stream ended inside of a part".into())),
@@ -117,7 +117,7 @@ impl Member {
         match message {
             Some(Message::Part(header)) => {
                 if let Some(part) = open.take() {
-                    self.staged(|staged| staged.arrived(part))?;
+                    self.staged(|staged| staged.add_received(part))?;
                 }
                 *open = Some(self.staged(|staged| staged.reserve(self.stream, header))?);
             }
@@ -137,7 +137,7 @@ impl Member {
             None => return Err(Error::invalid("message", "an empty message in a push")),
         }
         match open.take_if(|part| part.is_full()) {
-            Some(part) => self.staged(|staged| staged.arrived(part)),
+            Some(part) => self.staged(|staged| staged.add_received(part)),
             None => Ok(()),
         }
     }
@@ -217,7 +217,7 @@ impl Drop for Member {
         metrics::weight_push_failures("BROKEN").increment(1);
         if push.streams.is_empty() {
             staging.pushes.remove(&self.at);
-            self.inner.tell(&staging, None);
+            self.inner.publish_traffic(&staging, None);
         }
     }
 }

@@ -30,7 +30,7 @@ pub fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<Str
 }
 
 /// Says in the log, once a process, that names are taken without their prefixes.
-pub fn tell_once(pushed: &str, taken: &str) {
+pub fn log_prefixes_once(pushed: &str, taken: &str) {
     static TOLD: Once = Once::new();
     TOLD.call_once(|| {
         tracing::info!(
@@ -42,7 +42,7 @@ pub fn tell_once(pushed: &str, taken: &str) {
 }
 
 /// What a name that is none of the learner's may have meant; empty where nothing is near.
-pub fn hint(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String {
+pub fn similar_names(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String {
     if let Some(library) = library(name, tensors) {
         return format!("; {library}");
     }
@@ -131,7 +131,7 @@ mod tests {
             "text_model.encoder.layers.0.self_attn.q_proj.weight",
             "vision_model.embeddings.class_embedding",
         ]);
-        let hint = |name| hint(name, &own);
+        let hint = |name| similar_names(name, &own);
         assert!(
             hint("encoder.layers.0.self_attn.q_proj.weight").contains("it has 'text_model.encoder")
         );
@@ -140,6 +140,8 @@ mod tests {
         assert!(hint("base_model.model.lora_A.weight").contains("PEFT"));
         assert_eq!(hint("optimizer.state"), "", "nothing is near");
         let open_clip = tensors(&["visual.proj"]);
-        assert!(super::hint("vision_model.head.probe", &open_clip).contains("transformers"));
+        assert!(
+            super::similar_names("vision_model.head.probe", &open_clip).contains("transformers")
+        );
     }
 }

@@ -148,7 +148,7 @@ impl Staged {
     /// and one element is one element.
     fn as_the_learner(&self, mut header: PartHeader) -> PartHeader {
         if let Some(name) = names::unwrapped(&header.name, &self.shape.tensors) {
-            names::tell_once(&header.name, &name);
+            names::log_prefixes_once(&header.name, &name);
             header.name = name;
         }
         let own = self.shape.tensors.get(&header.name);
@@ -178,7 +178,7 @@ impl Staged {
             ..
         } = &header;
         let Some(shape) = self.shape.tensors.get(name) else {
-            let near = names::hint(name, &self.shape.tensors);
+            let near = names::similar_names(name, &self.shape.tensors);
             return Err(refused(
                 name,
                 format!("{name} is no tensor of the learner, whose model folder names them{near}"),
@@ -240,7 +240,7 @@ impl Staged {
     ///
     /// # Errors
     /// `WeightsRefused`, naming its tensor, where bytes are missing or the checksum is another.
-    pub fn arrived(&mut self, receiving: Receiving) -> Result<()> {
+    pub fn add_received(&mut self, receiving: Receiving) -> Result<()> {
         let Receiving {
             slot,
             tensor,

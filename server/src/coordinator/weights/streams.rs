@@ -100,12 +100,12 @@ impl Weights {
                 );
                 return Ok(version);
             }
-            Joined::Waiting(member) => return member.answered().await,
+            Joined::Waiting(member) => return member.wait_for_answer().await,
             Joined::Sending(member) => member,
         };
         let sent = tokio::select! {
             biased;
-            answer = member.answered() => return answer,
+            answer = member.wait_for_answer() => return answer,
             sent = member.receive(messages) => sent,
         };
         match sent {
@@ -113,11 +113,11 @@ impl Weights {
             Err(Fault::Broken(e)) => return Err(e),
             Err(Fault::Refused(e)) => member.refuse(|_| e),
         }
-        if let Ok(answer) = timeout(self.0.spec.push_deadline, member.answered()).await {
+        if let Ok(answer) = timeout(self.0.spec.push_deadline, member.wait_for_answer()).await {
             return answer;
         }
         member.refuse(Staged::incomplete);
-        member.answered().await
+        member.wait_for_answer().await
     }
 
     async fn join(&self, start: &PushStart) -> Result<Joined> {
@@ -150,7 +150,7 @@ impl Weights {
             .or_insert_with(|| Push::new(start, shape, self.0.spec.push_bytes_max));
         let superseded = push.join(stream, start)?;
         let (answer, whole) = (push.answer.subscribe(), push.staged.is_none());
-        self.0.tell(&staging, None);
+        self.0.publish_traffic(&staging, None);
         let member = Member {
             inner: self.0.clone(),
             at,
@@ -173,7 +173,7 @@ impl Inner {
 
     /// Tells of all that is staged now, and of a push that has just ended: in one change, so that
     /// no step sees neither.
-    pub fn tell(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
+    pub fn publish_traffic(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
         let staged: BTreeSet<At> = staging.pushes.keys().copied().collect();
         self.traffic.send_if_modified(|traffic| {
             let old = traffic.clone();
@@ -288,7 +288,7 @@ impl Inner {
         let Some(push) = staging.pushes.remove(&at) else {
             return;
         };
-        self.tell(staging, Some((at, &answer)));
+        self.publish_traffic(staging, Some((at, &answer)));
         push.answer.send_replace(Some(answer.map_err(Status::from)));
     }
 }

@@ -112,7 +112,7 @@ impl Walk {
             if range.end > self.size {
                 let all = 0..self.size;
                 let small = part(start, bytes, &all);
-                return small.map_or(Ok(Next::Need(all)), |bytes| Err(what_else(bytes)));
+                return small.map_or(Ok(Next::Need(all)), |bytes| Err(refuse_other_format(bytes)));
             }
             let Some(record) = part(start, bytes, &range) else {
                 return Ok(Next::Need(range));
@@ -123,7 +123,7 @@ impl Walk {
             let header = Header::from_byte_slice(record);
             if !is_sound(header, record) {
                 return match self.at {
-                    0 => Err(what_else(record)),
+                    0 => Err(refuse_other_format(record)),
                     _ => Ok(Next::End(End::Damaged(begin))),
                 };
             }
@@ -241,7 +241,7 @@ fn is_sound(header: &Header, record: &[u8]) -> bool {
 }
 
 /// What a file is that does not begin with a tar header.
-fn what_else(record: &[u8]) -> Refused {
+fn refuse_other_format(record: &[u8]) -> Refused {
     let known: [(&[u8], &str); 4] = [
         (b"\x1f\x8b", "gzip"),
         (b"BZh", "bzip2"),

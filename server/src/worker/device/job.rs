@@ -84,7 +84,7 @@ impl LoadModel {
     }
 
     /// Returns the reason and the name for errors about these weights.
-    pub fn blamed(&self) -> (Reason, String) {
+    pub fn reason_and_name(&self) -> (Reason, String) {
         let uri = &self.folder.uri;
         match &self.weights {
             Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {uri}")),
@@ -95,7 +95,7 @@ impl LoadModel {
 
     /// Reads or draws the weights, and checks them.
     pub async fn read(self, known: Option<String>) -> Result<Source> {
-        let (reason, name) = self.blamed();
+        let (reason, name) = self.reason_and_name();
         let Self {
             folder, weights, ..
         } = self;

@@ -143,7 +143,7 @@ impl Device {
                 digest: request.folder.digest(digest),
                 compute,
             };
-            let (reason, source) = request.blamed();
+            let (reason, source) = request.reason_and_name();
             let found = self
                 .submit(move |models| models.find(&key, canary, reason, &source))
                 .await?;
@@ -222,13 +222,13 @@ impl Device {
             // The queue is full while the device is hung, so the send would wait as long as the
             // hung job. Watching from the caller's side ends both waits, and needs no thread that
             // supervises the thread.
-            () = self.hangs() => Err(self.hung()),
+            () = self.wait_until_hung() => Err(self.hung()),
             done = done => done,
         }
     }
 
     /// Ends when the current work exceeds the deadline, and at once if it has done so already.
-    async fn hangs(&self) {
+    async fn wait_until_hung(&self) {
         let mut status = self.watch.status.subscribe();
         loop {
             let Status {
@@ -263,7 +263,7 @@ impl Device {
 }
 
 impl Watch {
-    fn begun(&self) {
+    fn mark_begun(&self) {
         self.status.send_modify(|status| {
             *status = Status {
                 job: status.job + 1,
@@ -314,7 +314,7 @@ fn serve(
     let _no_grad = tch::no_grad_guard();
     let mut models = Models::new(device, models_max);
     while let Some(job) = queue.blocking_recv() {
-        watch.begun();
+        watch.mark_begun();
         job(&mut models);
         watch.ended();
     }

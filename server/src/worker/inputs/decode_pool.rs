@@ -52,7 +52,7 @@ impl Pool {
                     // or a lost connection the pool must be free for live calls at once. The row's
                     // fault is never seen, because its caller has gone.
                     if gone() {
-                        Err(abandoned())
+                        Err(abandoned_fault())
                     } else {
                         prepare_safely(row, &inputs, &limits)
                     }
@@ -110,6 +110,6 @@ fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
     inputs.prepare(image, caption, limits).map(Arc::new)
 }
 
-fn abandoned() -> RowFault {
+fn abandoned_fault() -> RowFault {
     RowFault::new(BadRowReason::Unspecified, "the caller has gone")
 }

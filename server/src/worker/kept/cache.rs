@@ -57,7 +57,7 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
         // weak one still identifies the cell.
         let weak = Arc::downgrade(&cell);
         drop(cell);
-        self.settle(key, &weak, made.as_ref().ok());
+        self.keep_or_remove(key, &weak, made.as_ref().ok());
         made
     }
 
@@ -91,7 +91,7 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
 
     /// Weighs a new value. Removes values that no longer fit, and empty cells that no caller fills
     /// any more.
-    fn settle(&self, key: &K, cell: &Weak<OnceCell<V>>, value: Option<&V>) {
+    fn keep_or_remove(&self, key: &K, cell: &Weak<OnceCell<V>>, value: Option<&V>) {
         let mut state = self.state.lock().expect("no panic while held");
         let State { used, entries, .. } = &mut *state;
         if let (Some(value), Some(entry)) = (value, entries.get_mut(key))

@@ -145,7 +145,7 @@ fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
 }
 
 /// `[n, t, parts * d]` as `parts` tensors of `[n, h, t, d/h]`.
-fn heads(x: &Tensor, parts: i64, heads: i64) -> Torch<Vec<Tensor>> {
+fn split_heads(x: &Tensor, parts: i64, heads: i64) -> Torch<Vec<Tensor>> {
     let (n, t, width) = x.size3()?;
     let x = x
         .f_reshape([n, t, parts, heads, width / parts / heads])?
@@ -178,7 +178,7 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, causal: bool) -> Torch {
-        let qkv = heads(&self.qkv.forward(&self.norm1.forward(x)?)?, 3, self.heads)?;
+        let qkv = split_heads(&self.qkv.forward(&self.norm1.forward(x)?)?, 3, self.heads)?;
         let x = x.f_add(
             &self
                 .out
@@ -352,7 +352,7 @@ impl PoolingHead {
 
     /// `[n, t, d]` as `[n, d]`.
     pub fn forward(&self, x: &Tensor) -> Torch {
-        let kv = heads(&self.kv.forward(x)?, 2, self.heads)?;
+        let kv = split_heads(&self.kv.forward(x)?, 2, self.heads)?;
         let query = self.query.f_expand([x.size3()?.0, -1, -1, -1], false)?;
         let pooled = self
             .out

@@ -169,10 +169,10 @@ impl Towers for OpenClip {
         let x = match self.pool {
             TextPool::First => x.f_select(1, 0)?,
             TextPool::Last => x.f_select(1, -1)?,
-            TextPool::Argmax => at(&x, &ids.f_argmax(1, true)?)?,
+            TextPool::Argmax => row_at(&x, &ids.f_argmax(1, true)?)?,
             TextPool::Eos(eos) => {
                 let is_eos = ids.f_eq(eos)?.f_to_kind(Kind::Int)?;
-                at(&x, &is_eos.f_argmax(1, true)?)?
+                row_at(&x, &is_eos.f_argmax(1, true)?)?
             }
         };
         let x = self.final_norm.forward(&x)?;
@@ -184,7 +184,7 @@ impl Towers for OpenClip {
 }
 
 /// Returns each row's token at `place` `[n, 1]`, from `[n, t, d]`.
-fn at(x: &Tensor, place: &Tensor) -> Torch {
+fn row_at(x: &Tensor, place: &Tensor) -> Torch {
     let (n, _, d) = x.size3()?;
     let place = place.f_unsqueeze(-1)?.f_expand([n, 1, d], false)?;
     x.f_gather(1, &place, false)?.f_select(1, 0)

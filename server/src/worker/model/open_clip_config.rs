@@ -155,10 +155,10 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
         super::fields::invalid_in(FILE, format!("{FILE} is no valid JSON"), "").because(e)
     })?;
     let model = Fields::root_of(FILE, &value)?.section("model_cfg")?;
-    known(&model, &[&MODEL])?;
+    check_known_keys(&model, &[&MODEL])?;
     let (vision, text) = (model.section("vision_cfg")?, model.section("text_cfg")?);
-    known(&vision, &[&VISION, &PASSED_OVER])?;
-    known(&text, &[&TEXT, &PASSED_OVER])?;
+    check_known_keys(&vision, &[&VISION, &PASSED_OVER])?;
+    check_known_keys(&text, &[&TEXT, &PASSED_OVER])?;
     let quick = model.flag("quick_gelu", false)?;
     let embedding_dim = model.size("embed_dim", 512)?;
     let (vision_config, form) = self::vision(&vision, quick, embedding_dim)?;
@@ -183,7 +183,7 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
 
 /// Refuses unknown keys, and values of architectures that are not supported. Ignoring an unknown
 /// key would embed with another model than the one that was trained, without an error.
-fn known(fields: &Fields, sets: &[&[&str]]) -> Result<()> {
+fn check_known_keys(fields: &Fields, sets: &[&[&str]]) -> Result<()> {
     for key in fields.keys() {
         let unsupported = NOT_SUPPORTED.iter().find(|(name, _)| *name == key);
         if let Some((_, what)) = unsupported {
