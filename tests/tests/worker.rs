@@ -402,6 +402,49 @@ async fn a_block_is_shared_whole_or_refused() {
     }
 }
 
+/// A call names few bytes and costs much, where they are repeated or kept.
+#[tokio::test]
+async fn what_a_call_names_is_bounded() {
+    let rig = Rig::good(40).await;
+    let mut client = rig.client().await;
+    let (long, rows): (String, Vec<u32>) = ("x".repeat(10_000), (0..8).collect());
+    let cases: [(&str, fn(&mut ScoreBegin, String)); 10] = [
+        ("dataset_manifest", |b, long| b.dataset_manifest = long),
+        ("columns", |b, _| b.columns = vec!["n".into(); 1025]),
+        ("micro_batch_rows", |b, _| b.micro_batch_rows = 4097),
+        ("blocks", |b, _| b.blocks[0].rows.push(0)),
+        ("blocks", |b, _| b.blocks.push(b.blocks[0].clone())),
+        ("blocks", |b, _| b.blocks[0].block = 77),
+        ("reference_more", |b, _| b.reference_more = vec![9; 2]),
+        ("reference_more", |b, _| b.reference_more = vec![0]),
+        ("model_uri", |b, long| {
+            b.reference.as_mut().unwrap().model_uri = long
+        }),
+        ("snapshot_digest", |b, long| {
+            b.reference.as_mut().unwrap().snapshot_digest = long
+        }),
+    ];
+    for (field, beyond) in cases {
+        let mut begin = rig.begin(&rows);
+        beyond(&mut begin, long.clone());
+        let mut call = Call::begin(&mut client, begin).await.unwrap();
+        let failure = call.holes().await.unwrap_err();
+        assert_eq!(
+            (failure.reason, failure.metadata["field"].as_str()),
+            (Reason::InvalidArgument, field)
+        );
+    }
+    let snapshot = ModelRef {
+        snapshot_uri: long,
+        random_seed: None,
+        ..model("memory:///model", 0)
+    };
+    let failure = prepared(&mut client, snapshot).await.unwrap_err();
+    assert_eq!(failure.metadata["field"], "snapshot_uri");
+    let failure = fetch(&mut client, &rig, &[3, 3]).await.unwrap_err();
+    assert_eq!(failure.metadata["field"], "blocks");
+}
+
 #[tokio::test]
 async fn reference_embeddings_are_computed_once_and_mended_where_damaged() {
     let rig = Rig::good(40).await;

@@ -133,6 +133,35 @@ async fn candidates_beyond_one_message_come_in_several() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn candidates_without_end_are_refused() {
+    // Small keys take a byte each, so a message holds more of them than a super-batch may.
+    let many = |field: &str| {
+        let mut begin = begin();
+        match field {
+            "positions" => begin.positions = vec![1; (1 << 22) + 1],
+            _ => begin.holes = vec![1; (1 << 22) + 1],
+        }
+        begin
+    };
+    for field in ["positions", "holes"] {
+        let failure = select(vec![Message::Begin(many(field))]).await.unwrap_err();
+        let failure = Failure::try_from(failure).unwrap();
+        assert_eq!(
+            (failure.reason, failure.metadata["field"].as_str()),
+            (Reason::InvalidArgument, field)
+        );
+    }
+    let wide = EmbeddingPart {
+        tower: Tower::Reference.into(),
+        dim: 1 << 15,
+        ..Default::default()
+    };
+    let messages = vec![Message::Begin(begin()), Message::Embedding(wide)];
+    let failure = Failure::try_from(select(messages).await.unwrap_err()).unwrap();
+    assert_eq!(failure.metadata["field"], "dim");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn candidates_after_an_embedding_and_missing_ones_are_refused() {
     let first = Message::Begin(SelectBegin {
         positions: positions(4),

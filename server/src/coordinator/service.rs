@@ -185,7 +185,7 @@ impl SelectionService for Selection {
         check_incarnation(&request.incarnation)?;
         let run = self.0.run(&request.run_id).await?;
         self.0
-            .noted(&run, run.check_push(request.generation).await)?;
+            .noted(&run, run.check_push(request.generation, request.step).await)?;
         run.weights.announce(run.generation(), &request)?;
         Ok(Response::new(AnnouncePushResponse {}))
     }
@@ -212,7 +212,7 @@ async fn push(
     stream: Streaming<PushWeightsRequest>,
 ) -> Result<WeightsVersion> {
     let run = coordinator.run(&start.run_id).await?;
-    coordinator.noted(&run, run.check_push(start.generation).await)?;
+    coordinator.noted(&run, run.check_push(start.generation, start.step).await)?;
     let published = run.weights.push(run.generation(), start, stream).await?;
     // Where the run changed hands meanwhile, its new owner learns of the push when it is sent there
     // again.

@@ -1,9 +1,15 @@
 //! Source URIs as people write them: a file, a folder, `{00000..00041}` ranges, `{a,b}` lists, `*`,
 //! `?`, `[…]`, `**`, and several of these joined by `::`.
-use crate::error::{Error, Result};
+mod globs;
 
-/// Files that one pattern's braces may name.
-const EXPANSION_MAX: usize = 1_000_000;
+use crate::{
+    bounds::{EXPANSION_BYTES_MAX, EXPANSION_MAX, GLOBS_MAX},
+    error::{Error, Result},
+};
+
+pub(super) use globs::matches;
+use globs::tokens;
+
 /// What tells a plain URI's file from a folder.
 pub(super) const SHARD_ENDINGS: [&str; 2] = [".parquet", ".tar"];
 
@@ -39,15 +45,41 @@ pub fn parts(uri: &str) -> impl Iterator<Item = &str> {
     uri.split("::").map(str::trim)
 }
 
-/// Takes the URIs of the source `uri` apart; a plain one is a file if it ends in `.parquet` or
+impl Keys {
+    /// How many names or globs they are.
+    fn count(&self) -> usize {
+        match self {
+            Self::Folder => 1,
+            Self::Exact(keys) | Self::Globs(keys) => keys.len(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Folder => 0,
+            Self::Exact(keys) | Self::Globs(keys) => keys.iter().map(String::len).sum(),
+        }
+    }
+}
+
+/// Takes the URIs of the source `uri` apart; a plain one is a file where it ends in `.parquet` or
 /// `.tar`, else a folder.
 ///
 /// # Errors
 /// `InvalidArgument` for what is no pattern, names far too many files, or lies in two stores.
 pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Result<Pattern> {
+    let (mut names, mut bytes) = (0, 0);
     let parts = parts
-        .map(|part| one(uri, part))
+        .map(|part| {
+            let (root, keys) = one(uri, part)?;
+            (names, bytes) = (names + keys.count(), bytes + keys.bytes());
+            match names > EXPANSION_MAX || bytes > EXPANSION_BYTES_MAX {
+                true => Err(too_many(uri)),
+                false => Ok((root, keys)),
+            }
+        })
         .collect::<Result<Vec<_>>>()?;
+    check_globs(uri, &parts)?;
     let mut root_uri = parts
         .first()
         .map(|(root, _)| root.clone())
@@ -68,6 +100,27 @@ pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Resu
     };
     let parts = parts.into_iter().map(part).collect::<Result<Vec<_>>>()?;
     Ok(Pattern { root_uri, parts })
+}
+
+fn too_many(uri: &str) -> Error {
+    bad(
+        uri,
+        "it names over a million files, or names too long for so many",
+    )
+}
+
+/// Each glob is compared with every file of its folder.
+fn check_globs(uri: &str, parts: &[(String, Keys)]) -> Result<()> {
+    let globs = parts
+        .iter()
+        .filter(|(_, keys)| matches!(keys, Keys::Globs(_)));
+    match globs.map(|(_, keys)| keys.count()).sum::<usize>() > GLOBS_MAX {
+        true => Err(bad(
+            uri,
+            &format!("it makes over {GLOBS_MAX} patterns with *, ? or []; write fewer braces"),
+        )),
+        false => Ok(()),
+    }
 }
 
 /// The folder above, within one store.
@@ -220,8 +273,10 @@ fn glob(uri: &str, text: &str) -> Result<String> {
 fn expand(uri: &str, text: &str, out: &mut Vec<String>) -> Result<()> {
     let Some(open) = text.find('{') else {
         out.push(text.to_owned());
-        return if out.len() > EXPANSION_MAX {
-            Err(bad(uri, "it names over a million files"))
+        // Names of one pattern are about as long as each other.
+        let bytes = out.len() * text.len();
+        return if out.len() > EXPANSION_MAX || bytes > EXPANSION_BYTES_MAX {
+            Err(too_many(uri))
         } else {
             Ok(())
         };
@@ -289,94 +344,6 @@ fn alternatives(body: &str) -> Vec<&str> {
     }
     found.push(&body[from..]);
     found
-}
-
-/// Whether `path` is matched by `glob`: `*` stands for any characters but `/`, `?` for one, `[…]`
-/// for one of a set, and `**` for any number of folders.
-pub(super) fn matches(glob: &str, path: &str) -> bool {
-    let globs: Vec<&str> = glob.split('/').collect();
-    let paths: Vec<&str> = path.split('/').collect();
-    segments_match(&globs, &paths)
-}
-
-fn segments_match(globs: &[&str], paths: &[&str]) -> bool {
-    match (globs.split_first(), paths.split_first()) {
-        (None, None) => true,
-        // At the end, every file below.
-        (Some((&"**", [])), _) => !paths.is_empty(),
-        (Some((&"**", rest)), _) => (0..=paths.len()).any(|n| segments_match(rest, &paths[n..])),
-        (Some((glob, globs)), Some((path, paths))) => {
-            segment_matches(glob, path) && segments_match(globs, paths)
-        }
-        _ => false,
-    }
-}
-
-/// A piece of a glob within one segment.
-enum Token {
-    Any,
-    One,
-    Set { not: bool, of: Vec<(char, char)> },
-    Sign(char),
-}
-
-/// `None` if a set is not closed.
-fn tokens(glob: &str) -> Option<Vec<Token>> {
-    let (mut signs, mut tokens) = (glob.chars().peekable(), Vec::new());
-    while let Some(sign) = signs.next() {
-        tokens.push(match sign {
-            '*' => Token::Any,
-            '?' => Token::One,
-            '[' => {
-                let not = signs.next_if(|sign| matches!(sign, '!' | '^')).is_some();
-                let mut of: Vec<(char, char)> = Vec::new();
-                loop {
-                    let low = signs.next()?;
-                    if low == ']' && !of.is_empty() {
-                        break;
-                    }
-                    let mut ahead = signs.clone();
-                    let high = (ahead.next() == Some('-')).then(|| ahead.next()).flatten();
-                    match high.filter(|high| *high != ']') {
-                        Some(high) => {
-                            signs = ahead;
-                            of.push((low, high));
-                        }
-                        None => of.push((low, low)),
-                    }
-                }
-                Token::Set { not, of }
-            }
-            sign => Token::Sign(sign),
-        });
-    }
-    Some(tokens)
-}
-
-fn segment_matches(glob: &str, segment: &str) -> bool {
-    let Some(tokens) = tokens(glob) else {
-        return false;
-    };
-    let signs: Vec<char> = segment.chars().collect();
-    // After each token, the places in the segment that it may have come to.
-    let mut reached = vec![false; signs.len() + 1];
-    reached[0] = true;
-    for token in &tokens {
-        let fits = |sign: char| match token {
-            Token::Any | Token::One => true,
-            Token::Set { not, of } => *not != of.iter().any(|(a, b)| (*a..=*b).contains(&sign)),
-            Token::Sign(wanted) => *wanted == sign,
-        };
-        let mut next = vec![false; reached.len()];
-        for at in 0..reached.len() {
-            next[at] = match token {
-                Token::Any => reached[at] || (at > 0 && next[at - 1]),
-                _ => at > 0 && reached[at - 1] && fits(signs[at - 1]),
-            };
-        }
-        reached = next;
-    }
-    reached[signs.len()]
 }
 
 #[cfg(test)]

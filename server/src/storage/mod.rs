@@ -10,7 +10,10 @@ mod options;
 mod retried;
 
 use self::deadline::Deadlines;
-use crate::error::{Error, Result};
+use crate::{
+    bounds::URI_BYTES_MAX,
+    error::{Error, Result},
+};
 pub use facts::Created;
 pub use facts::nonce;
 pub use facts::probe;
@@ -108,9 +111,6 @@ impl fmt::Debug for Stores {
             .finish_non_exhaustive()
     }
 }
-
-/// Longest URI, in bytes. No object store has keys of this length.
-const URI_BYTES_MAX: usize = 1 << 13;
 
 impl Stores {
     pub fn new(config: StorageConfig) -> Self {

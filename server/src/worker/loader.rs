@@ -7,6 +7,7 @@ use super::{
     model::{Compute, Fidelity, ModelFolder, ModelInfo},
 };
 use crate::{
+    bounds::{LABEL_BYTES_MAX, URI_BYTES_MAX, check_bytes},
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -243,6 +244,9 @@ impl ModelId {
                 "the model's folder is not named",
             ));
         }
+        check_bytes("model_uri", &model.model_uri, URI_BYTES_MAX)?;
+        check_bytes("snapshot_uri", &model.snapshot_uri, URI_BYTES_MAX)?;
+        check_bytes("snapshot_digest", &model.snapshot_digest, LABEL_BYTES_MAX)?;
         let weights = match (model.random_seed, model.snapshot_uri.as_str()) {
             (None, "") => WeightsId::Folder {
                 digest: model.snapshot_digest.clone(),

@@ -9,12 +9,13 @@ use crate::{
         facts::{chain::Rewound, run},
         released,
         spec::{Asked, append_phases, phase_at},
+        trainer::ranks::last_allowed,
         weights::{Due, due},
     },
     error::{Error, Result},
 };
 use std::{sync::Arc, time::Duration};
-use superbatch_proto::v1::{Phase, RewindMode, RunSpec};
+use superbatch_proto::v1::{Phase, Reason, RewindMode, RunSpec};
 
 impl Run {
     /// Goes back: opens the next generation.
@@ -140,14 +141,17 @@ impl Run {
     }
 
     /// # Errors
-    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`.
-    pub async fn check_push(&self, generation: u32) -> Result<()> {
-        {
+    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`; `StepBeyondAhead` for a push of a
+    /// step that no trainer can have trained.
+    pub async fn check_push(&self, generation: u32, step: i64) -> Result<()> {
+        let reachable = {
             let state = self.state();
             state.check_open()?;
             state.check_generation(generation)?;
-        }
-        self.owner.check().await
+            last_allowed(state.committed.newest(), self.spec().max_ahead)
+        };
+        self.owner.check().await?;
+        check_reachable(step, reachable)
     }
 
     /// Lets go of batches that nobody has asked for in a long time.
@@ -192,6 +196,24 @@ impl Run {
     }
 }
 
+/// A version of a step far beyond would stand for all steps up to it: they would be scored with
+/// weights that they cannot have.
+///
+/// # Errors
+/// `StepBeyondAhead`.
+fn check_reachable(step: i64, newest_allowed: u64) -> Result<()> {
+    if u64::try_from(step).is_ok_and(|step| step > newest_allowed) {
+        let message = format!(
+            "a push of step {step} cannot be: no trainer has got past step {newest_allowed}; \
+            push with the step that was trained"
+        );
+        return Err(Error::new(Reason::StepBeyondAhead, message)
+            .with("step", step)
+            .with("newest_allowed", newest_allowed));
+    }
+    Ok(())
+}
+
 /// Whether a batch in hand may go; its rows can be read again.
 fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
     !is_wanted && idle_for >= IDLE_MAX
@@ -217,6 +239,18 @@ mod tests {
         assert!(is_spare(false, IDLE_MAX));
         assert!(!is_spare(false, just_before));
         assert!(!is_spare(true, IDLE_MAX), "somebody waits for it");
+    }
+
+    #[test]
+    fn a_push_is_of_a_step_that_can_have_been_trained() {
+        for step in [-1, 0, 7] {
+            check_reachable(step, 7).unwrap();
+        }
+        for step in [8, i64::MAX] {
+            let error = check_reachable(step, 7).unwrap_err();
+            assert_eq!(error.reason(), Reason::StepBeyondAhead);
+            assert_eq!(error.value("newest_allowed"), Some("7"));
+        }
     }
 
     #[test]

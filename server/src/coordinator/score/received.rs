@@ -2,7 +2,8 @@
 //! and nothing is believed complete before every row was counted.
 use super::slice::Embeddings;
 use crate::{
-    coordinator::workers::replies::{EMBEDDING_DIM_MAX, check_done, unsound},
+    bounds::EMBEDDING_DIM_MAX,
+    coordinator::workers::replies::{check_done, unsound},
     error::Result,
 };
 use std::ops::Range;

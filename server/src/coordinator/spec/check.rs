@@ -1,6 +1,12 @@
 //! What no run can meet.
 use super::{Asked, fidelity, impossible, tuning, word};
-use crate::error::{Error, Result};
+use crate::{
+    bounds::{
+        COLUMNS_MAX, FIDELITIES_MAX, MAX_AHEAD_MAX, MICRO_BATCH_ROWS_MAX, NAME_BYTES_MAX,
+        PHASES_MAX, SECONDS_MAX, SOURCES_MAX, WINDOW_BLOCKS_MAX,
+    },
+    error::{Error, Result},
+};
 use std::{collections::HashSet, fmt::Display};
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
@@ -11,18 +17,6 @@ use superbatch_proto::{
     },
 };
 
-/// Sources are 16 bits of a noise key.
-const SOURCES_MAX: usize = 1 << 16;
-const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
-const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
-/// About 30 years.
-const SECONDS_MAX: f64 = 1e9;
-const MAX_AHEAD_MAX: u32 = 1 << 10;
-/// Phases of a run, those that are appended among them.
-pub(super) const PHASES_MAX: usize = 1 << 12;
-const COLUMNS_MAX: usize = 1 << 10;
-/// URIs and names of columns, in bytes. The longest key of an object store has 1,024.
-const NAME_BYTES_MAX: usize = 1 << 12;
 /// Columns that every batch has, and the prefix of the service's own.
 const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
 const PREFIX_TAKEN: &str = "_superbatch_";
@@ -75,6 +69,13 @@ fn models(spec: &RunSpec) -> Result<()> {
 fn learner(learner: &LearnerSpec) -> Result<()> {
     named("learner.model_uri", &learner.model_uri)?;
     finite("learner.logit_bias", learner.logit_bias.unwrap_or(0.0))?;
+    if learner.trained_fidelities.len() > FIDELITIES_MAX {
+        let message = format!(
+            "{} trained_fidelities; at most {FIDELITIES_MAX}",
+            learner.trained_fidelities.len()
+        );
+        return Err(impossible("learner.trained_fidelities", message));
+    }
     match &learner.initial {
         None | Some(Initial::FirstPush(false)) => {
             let message =

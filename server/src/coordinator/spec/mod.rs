@@ -118,7 +118,7 @@ pub fn append_phases(
     last_started: Option<u64>,
 ) -> Result<RunSpec> {
     // Each is compared with all: so many at most.
-    if phases.len() > check::PHASES_MAX {
+    if phases.len() > crate::bounds::PHASES_MAX {
         return Err(check::too_many_phases(phases.len()));
     }
     for mut phase in phases {

@@ -664,6 +664,18 @@ fn a_step_belongs_to_the_last_phase_that_began() {
 }
 
 #[test]
+fn phases_without_end_are_refused_before_they_are_compared() {
+    let base = complete(spec(), 60.0).unwrap();
+    let many = |count: u64| (0..count).map(|n| phase(20 + n, Policy::Uniform)).collect();
+    for count in [100_000, crate::bounds::PHASES_MAX as u64] {
+        let error = append_phases(base.clone(), many(count), None).unwrap_err();
+        assert_eq!(error.value("field"), Some("phases"), "{count}: {error}");
+    }
+    let most = crate::bounds::PHASES_MAX as u64 - 2;
+    append_phases(base, many(most), None).unwrap();
+}
+
+#[test]
 fn phases_are_added_only_beyond_what_is_decided() {
     let base = complete(spec(), 60.0).unwrap();
     let more = vec![phase(20, Policy::Uniform)];

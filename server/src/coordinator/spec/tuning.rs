@@ -6,6 +6,11 @@ use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
 
 /// CLIPScore of an image and a text of the same embedding.
 const CLIP_SCORE_MAX: f64 = 2.5;
+/// Beyond these, scores and chances overflow in the arithmetic of the draw, and each step fails.
+/// Long before, the draw is the one of top_k or of uniform.
+const RATIO_MIN: f64 = 1e-9;
+const RATIO_MAX: f64 = 1e9;
+const EXPONENT_MAX: f64 = 100.0;
 
 /// Whether a rule of `tuning` leaves candidates out.
 pub fn leaves_out(tuning: Option<&Tuning>) -> bool {
@@ -124,22 +129,22 @@ fn numbers(tuning: &Tuning) -> [Number; 7] {
             "temperature",
             temperature,
             Some(Policy::Independent),
-            Above(0.0),
-            f64::INFINITY,
+            From(RATIO_MIN),
+            RATIO_MAX,
         ),
         number(
             "pressure",
             pressure,
             Some(Policy::Rank),
-            Above(0.0),
-            f64::INFINITY,
+            From(RATIO_MIN),
+            RATIO_MAX,
         ),
         number(
             "priority_exponent",
             priority_exponent,
             Some(Policy::Proportional),
             From(0.0),
-            f64::INFINITY,
+            EXPONENT_MAX,
         ),
         number(
             "weight_exponent",

@@ -1,6 +1,9 @@
 //! Who may ask for which step: incarnations, world sizes, cursors. Pure: a function of the requests
 //! so far.
-use crate::error::{Error, Result};
+use crate::{
+    bounds::{LABEL_BYTES_MAX, check_bytes},
+    error::{Error, Result},
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use superbatch_proto::v1::Reason;
 
@@ -35,20 +38,12 @@ impl Asking {
     }
 }
 
-/// Bytes of the id of one start of a trainer. They are kept for the run's life.
-const INCARNATION_BYTES_MAX: usize = 256;
-
+/// Checks the id of one start of a trainer, which is kept for the run's life.
+///
 /// # Errors
 /// `InvalidArgument` for an id that is too long.
 pub fn check_incarnation(incarnation: &str) -> Result<()> {
-    if incarnation.len() <= INCARNATION_BYTES_MAX {
-        return Ok(());
-    }
-    let message = format!(
-        "the incarnation has {} bytes; give at most {INCARNATION_BYTES_MAX}",
-        incarnation.len()
-    );
-    Err(Error::invalid("incarnation", message))
+    check_bytes("incarnation", incarnation, LABEL_BYTES_MAX)
 }
 
 /// What a rank is held to when it asks.

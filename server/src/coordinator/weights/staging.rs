@@ -1,6 +1,9 @@
 //! The parts of one push, in memory: what may be staged, and when it is whole. No I/O.
 use super::{ModelShape, names, part::Part};
-use crate::error::{Error, Result};
+use crate::{
+    bounds::{PARTS_MAX, PARTS_OF_TENSOR_MAX, TENSOR_NAME_BYTES_MAX, check_bytes},
+    error::{Error, Result},
+};
 use bytes::Bytes;
 use safetensors::Dtype;
 use std::{
@@ -8,13 +11,6 @@ use std::{
     sync::Arc,
 };
 use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
-
-/// Parts of one push, over all ranks.
-const PARTS_MAX: usize = 1 << 20;
-/// Parts of one tensor: each new one is compared with all. So many ranks share a tensor at most.
-const PARTS_OF_TENSOR_MAX: usize = 1 << 12;
-/// Bytes of a tensor's name.
-const NAME_BYTES_MAX: usize = 1 << 10;
 
 /// Where a part is on its way.
 #[derive(Debug)]
@@ -78,6 +74,7 @@ impl Staged {
     /// where it overlaps another part, `MessageTooLarge` beyond the bytes of a push. All name the
     /// tensor.
     pub fn reserve(&mut self, stream: u64, header: PartHeader) -> Result<Receiving> {
+        check_bytes("name", &header.name, TENSOR_NAME_BYTES_MAX)?;
         let header = self.as_the_learner(header);
         let name = header.name.clone();
         if self.expected > 0 && self.slots.len() >= self.expected as usize {
@@ -90,15 +87,12 @@ impl Staged {
             ));
         }
         let parts = self.tensors.get(&name).map_or(0, BTreeMap::len);
-        if self.slots.len() >= PARTS_MAX
-            || parts >= PARTS_OF_TENSOR_MAX
-            || name.len() > NAME_BYTES_MAX
-        {
+        if self.slots.len() >= PARTS_MAX || parts >= PARTS_OF_TENSOR_MAX {
             let message = format!(
-                "a push has at most {PARTS_MAX} parts, {PARTS_OF_TENSOR_MAX} of one tensor, whose \
-                name has at most {NAME_BYTES_MAX} bytes"
+                "{name} is one part too many: a push has at most {PARTS_MAX} parts, and \
+                {PARTS_OF_TENSOR_MAX} of one tensor"
             );
-            return Err(Error::invalid("part", message));
+            return Err(Error::invalid("part", message).with("tensor", name));
         }
         let slot = self.next_slot;
         let mut receiving = Receiving {

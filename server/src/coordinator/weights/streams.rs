@@ -8,7 +8,10 @@ use super::{
     publish::conflict,
     staging::Staged,
 };
-use crate::error::{Error, Result};
+use crate::{
+    bounds::{LABEL_BYTES_MAX, PARTS_MAX, check_bytes, check_count},
+    error::{Error, Result},
+};
 use futures::Stream;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -216,7 +219,8 @@ impl Inner {
                 "push_id is empty; give one id to all ranks' streams of a push",
             ));
         }
-        Ok(())
+        check_bytes("push_id", &start.push_id, LABEL_BYTES_MAX)?;
+        check_count("expected_parts", start.expected_parts as usize, PARTS_MAX)
     }
 
     /// Whether a push of `step` may come in generation `asked`, while the run is at `current`.

@@ -517,6 +517,74 @@ async fn what_may_not_be_pushed_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn ids_and_parts_of_a_push_are_bounded_before_they_are_kept() {
+    let weights = Bench::new().open().await;
+    let many = PushStart {
+        expected_parts: 1 << 21,
+        ..start(3, "p")
+    };
+    for (start, field) in [
+        (start(3, &"p".repeat(257)), "push_id"),
+        (many, "expected_parts"),
+    ] {
+        let error = push(&weights, start, whole(1.0)).await.unwrap_err();
+        assert_eq!(error.value("field"), Some(field));
+    }
+}
+
+/// A model of one tensor.
+fn staged(rows: u64) -> staging::Staged {
+    let shape = ModelShape {
+        tensors: [("t".to_owned(), vec![rows])].into(),
+        optional: Default::default(),
+        logit_scale: 1.0,
+        logit_bias: None,
+    };
+    staging::Staged::new(Arc::new(shape), 0, 1 << 30)
+}
+
+fn one_part(start: u64, extent: u64) -> PartHeader {
+    PartHeader {
+        name: "t".into(),
+        dtype: TensorDtype::F32.into(),
+        global_shape: vec![1 << 20],
+        start: vec![start],
+        extent: vec![extent],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn parts_of_a_push_are_bounded() {
+    let mut staged = staged(1 << 20);
+    let named = PartHeader {
+        name: "t".repeat(2000),
+        ..one_part(0, 1)
+    };
+    let error = staged.reserve(0, named).err().unwrap();
+    assert_eq!(error.value("field"), Some("name"));
+    let most = crate::bounds::PARTS_OF_TENSOR_MAX as u64;
+    (0..most).for_each(|n| drop(staged.reserve(0, one_part(n, 1)).unwrap()));
+    let error = staged.reserve(0, one_part(most, 1)).err().unwrap();
+    assert_eq!(
+        (error.value("field"), error.value("tensor")),
+        (Some("part"), Some("t"))
+    );
+}
+
+/// A rank whose shard is empty sends parts of no extent. They hold nothing, but each is a slot.
+#[test]
+fn parts_of_no_extent_are_bounded_and_compared_with_few() {
+    let mut staged = staged(1 << 20);
+    let most = crate::bounds::PARTS_MAX as u64;
+    (0..most).for_each(|_| drop(staged.reserve(0, one_part(0, 0)).unwrap()));
+    let error = staged.reserve(0, one_part(0, 0)).err().unwrap();
+    assert_eq!(error.value("field"), Some("part"));
+    staged.drop_stream(0);
+    staged.reserve(1, one_part(0, 1 << 20)).unwrap();
+}
+
+#[tokio::test]
 async fn a_repeated_push_answers_the_same_and_another_is_a_conflict() {
     let bench = Bench::new();
     let weights = bench.open().await;

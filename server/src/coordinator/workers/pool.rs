@@ -2,6 +2,7 @@
 //! embedded one while its device is well.
 use super::{replies::Replies, worker::Worker};
 use crate::{
+    bounds::{LABEL_BYTES_MAX, TOKEN_BYTES_MAX, URI_BYTES_MAX, WORKERS_MAX, check_bytes},
     coordinator::workers::failover::Unable,
     error::{Error, Result},
     metrics,
@@ -122,6 +123,7 @@ impl Pool {
             }
             return Ok(());
         }
+        check_registration(request)?;
         self.check_state(request)?;
         let lease_until = Some(now + self.lease);
         let mut members = self.members.lock().expect("no panic while held");
@@ -131,6 +133,13 @@ impl Pool {
         {
             member.lease_until = lease_until;
             return Ok(());
+        }
+        if members.len() >= WORKERS_MAX && !members.contains_key(&request.address) {
+            let message = format!(
+                "{WORKERS_MAX} workers are registered, as many as one coordinator has; register \
+                again when one has left"
+            );
+            return Err(Error::new(Reason::Overloaded, message));
         }
         drop(members);
         let channel = self.connect(request)?;
@@ -289,6 +298,22 @@ impl Pool {
         metrics::workers().set(members.len() as f64);
         removed
     }
+}
+
+/// What is registered is kept while its lease lasts, and quoted in messages.
+fn check_registration(request: &RegisterRequest) -> Result<()> {
+    let texts = [
+        ("address", &request.address, URI_BYTES_MAX),
+        ("incarnation", &request.incarnation, LABEL_BYTES_MAX),
+        ("device", &request.device, LABEL_BYTES_MAX),
+        ("build", &request.build, LABEL_BYTES_MAX),
+        ("state_id", &request.state_id, LABEL_BYTES_MAX),
+        ("state_uri", &request.state_uri, URI_BYTES_MAX),
+        ("token", &request.token, TOKEN_BYTES_MAX),
+    ];
+    texts
+        .into_iter()
+        .try_for_each(|(field, text, most)| check_bytes(field, text, most))
 }
 
 /// A connection that finds out where the other end is gone: a host that vanishes sends no farewell,

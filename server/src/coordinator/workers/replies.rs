@@ -4,21 +4,22 @@
 //! checked before it is used, and no wait for one is without an end. A worker that breaks a rule is
 //! named, and another one does its work.
 use super::worker::Worker;
-use crate::error::{Error, Result};
-use std::{collections::HashSet, time::Duration};
+use crate::{
+    bounds::{
+        DETAIL_CHARS_MAX, EMBEDDING_DIM_MAX, FILES_MAX, LABEL_BYTES_MAX, TENSOR_DIMENSIONS_MAX,
+        TENSOR_NAME_BYTES_MAX, TENSORS_MAX,
+    },
+    error::{Error, Result},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 use superbatch_proto::v1::{
-    EmbedDone, Hole, Policy, PrepareModelResponse, Reason, SelectBegin, SelectResponse,
+    EmbedDone, Hole, ImageTower, Policy, PrepareModelResponse, Reason, SelectBegin, SelectResponse,
+    TensorInfo,
 };
 use tokio::time::timeout;
-
-/// The largest embedding. Published encoders have 512 to 4,096 numbers.
-pub const EMBEDDING_DIM_MAX: u32 = 1 << 14;
-/// Tensors of a model.
-const TENSORS_MAX: usize = 1 << 16;
-/// Dimensions of a tensor.
-const TENSOR_DIMENSIONS_MAX: usize = 16;
-/// Characters of what is said about one bad row.
-const DETAIL_CHARS_MAX: usize = 512;
 
 /// Bounds on a worker's answers that the operator sets.
 #[derive(Debug, Clone, Copy)]
@@ -96,8 +97,52 @@ fn finite(name: &str, value: f64) -> Result<()> {
     Err(unsound(format_args!("{name} = {value}")))
 }
 
+/// Checks a text that is kept or written down.
+fn label(name: &str, text: &str) -> Result<()> {
+    if text.len() <= LABEL_BYTES_MAX {
+        return Ok(());
+    }
+    let bytes = text.len();
+    Err(unsound(format_args!(
+        "{name} of {bytes} bytes; at most {LABEL_BYTES_MAX}"
+    )))
+}
+
+/// Checks the digests of a model folder's files.
+fn files(files: &HashMap<String, String>) -> Result<()> {
+    if files.len() > FILES_MAX {
+        let count = files.len();
+        return Err(unsound(format_args!(
+            "files of {count} names; at most {FILES_MAX}"
+        )));
+    }
+    files
+        .iter()
+        .flat_map(|(name, digest)| [name, digest])
+        .try_for_each(|text| label("files", text))
+}
+
+/// What a tower costs decides what steps are charged. It is written down with the run, and a
+/// number that is none would make that unreadable.
+fn check_tower(tower: &ImageTower) -> Result<()> {
+    number("image_tower.constant", tower.constant)?;
+    number("image_tower.per_patch", tower.per_patch)?;
+    number("image_tower.per_patch_pair", tower.per_patch_pair)
+}
+
 /// Checks what a worker says of a model.
 pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
+    let labels = [
+        ("digest", &model.digest),
+        ("model_type", &model.model_type),
+        ("device", &model.device),
+        ("weights_digest", &model.weights_digest),
+    ];
+    labels
+        .into_iter()
+        .try_for_each(|(name, text)| label(name, text))?;
+    files(&model.files)?;
+    model.image_tower.as_ref().map_or(Ok(()), check_tower)?;
     number("image_flops", model.image_flops)?;
     number("text_flops", model.text_flops)?;
     finite("logit_scale", model.logit_scale)?;
@@ -118,9 +163,11 @@ pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
         let elements = shape.iter().try_fold(1u64, |all, n| all.checked_mul(*n));
         shape.len() <= TENSOR_DIMENSIONS_MAX && elements.is_some_and(|n| n < 1 << 48)
     };
-    match model.tensors.iter().find(|tensor| !sound(&tensor.shape)) {
+    let sound =
+        |tensor: &TensorInfo| tensor.name.len() <= TENSOR_NAME_BYTES_MAX && sound(&tensor.shape);
+    match model.tensors.iter().find(|tensor| !sound(tensor)) {
         Some(tensor) => Err(unsound(format_args!(
-            "a tensor of an impossible shape: {:.100}",
+            "a tensor of an impossible name or shape: {:.100}",
             tensor.name
         ))),
         None => Ok(()),
@@ -132,8 +179,12 @@ pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
 pub fn check_done(done: &EmbedDone, candidates: usize) -> Result<()> {
     number("seconds", done.seconds)?;
     number("flops", done.flops)?;
+    number("text_flops", done.text_flops)?;
     finite("logit_scale", done.logit_scale)?;
     finite("logit_bias", done.logit_bias.unwrap_or(0.0))?;
+    label("model_digest", &done.model_digest)?;
+    label("device", &done.device)?;
+    files(&done.files)?;
     match done.not_finite.iter().find(|c| **c as usize >= candidates) {
         Some(candidate) => Err(unsound(format_args!(
             "an embedding of candidate {candidate}, and its slice has {candidates}"
@@ -189,6 +240,7 @@ pub fn check_selected(begin: &SelectBegin, selected: &SelectResponse) -> Result<
             "a selection whose chunks are larger than its super-batch",
         ));
     }
+    label("device", &selected.device)?;
     number("seconds", selected.seconds)?;
     number("flops", selected.flops)?;
     finite("batch_score", selected.batch_score)?;
@@ -201,7 +253,6 @@ pub fn check_selected(begin: &SelectBegin, selected: &SelectResponse) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use superbatch_proto::v1::TensorInfo;
 
     fn model() -> PrepareModelResponse {
         PrepareModelResponse {
@@ -240,6 +291,17 @@ mod tests {
             };
             assert!(check_done(&done, 1).is_err());
         }
+    }
+
+    #[test]
+    fn rows_of_a_slice_are_bounded() {
+        let replies = Replies {
+            rows_bytes_max: 100,
+            ..Default::default()
+        };
+        replies.check_rows_bytes(100).unwrap();
+        let error = replies.check_rows_bytes(101).unwrap_err();
+        assert_eq!(error.reason(), Reason::MessageTooLarge);
     }
 
     #[test]

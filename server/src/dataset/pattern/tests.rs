@@ -108,6 +108,12 @@ fn what_cannot_be_used_is_refused() {
         ("s3://b/{2..1}", "backwards"),
         ("s3://b/{a..z}", "no range"),
         ("s3://b/{0..9999999}", "a million"),
+        ("s3://b/{0..999999}::s3://b/x{0..999999}", "a million"),
+        (
+            &format!("s3://b/{}{{0..999999}}", "x".repeat(4000)),
+            "too long for so many",
+        ),
+        ("s3://b/{0..5000}*", "over 4096 patterns"),
         ("{0..1}", "no folder"),
         ("s3://b/[0.tar", "%5B"),
         ("s3://b/a**/x.tar", "between slashes"),
@@ -138,6 +144,14 @@ fn globs_match_as_in_fsspec() {
         ("x/**/a.tar", "y/a.tar", false),
         ("x/**", "x/y/z", true),
         ("x/**", "x", false),
+        ("**", "x", true),
+        ("**/**", "x", true),
+        // Tried one by one, this would take longer than the sun lasts.
+        (
+            &format!("{}y", "**/".repeat(1000)),
+            &"x/".repeat(1000),
+            false,
+        ),
         ("?.tar", "é.tar", true),
         ("?.tar", "ab.tar", false),
         ("[0-2a].tar", "1.tar", true),

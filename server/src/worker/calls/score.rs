@@ -7,6 +7,7 @@ use super::{
     survey::{AHEAD, Spent, Surveyed, Task, survey},
 };
 use crate::{
+    bounds::MICRO_BATCH_ROWS_MAX,
     error::{Error, Result},
     metrics,
     worker::{
@@ -33,10 +34,6 @@ use superbatch_proto::v1::{
     ScoreResponse, Tower, score_request, score_response::Message,
 };
 use tonic::Status;
-
-/// Largest micro-batch of a call, in rows. The number comes off the wire and sizes a buffer of
-/// pixels, so it is bounded before it is used.
-const MICRO_BATCH_ROWS_MAX: u32 = 4096;
 
 /// Serves one `Score` call.
 ///

@@ -1,5 +1,6 @@
 //! Selection on this worker's device.
 use crate::{
+    bounds::{EMBEDDING_DIM_MAX, check_count},
     cuda,
     error::{Error, Result, from_status},
     selection::{Embedded, Values, draw, response, settings},
@@ -39,6 +40,7 @@ pub async fn select(
         ));
     };
     let policy = settings(&begin)?.policy;
+    check_candidates(&begin)?;
     let mut received = Received {
         begin,
         learner: None,
@@ -86,6 +88,15 @@ pub async fn select(
     })
 }
 
+fn check_candidates(begin: &SelectBegin) -> Result<()> {
+    check_count(
+        "positions",
+        begin.positions.len(),
+        SUPER_BATCH_SIZE_MAX as usize,
+    )?;
+    check_count("holes", begin.holes.len(), SUPER_BATCH_SIZE_MAX as usize)
+}
+
 /// Candidates and embeddings as they come in.
 struct Received {
     begin: SelectBegin,
@@ -103,14 +114,7 @@ impl Received {
         }
         self.begin.positions.extend(part.positions);
         self.begin.holes.extend(part.holes);
-        let most = self.begin.positions.len().max(self.begin.holes.len());
-        if most > SUPER_BATCH_SIZE_MAX as usize {
-            return Err(Error::invalid(
-                "candidates",
-                format!("a selection has at most {SUPER_BATCH_SIZE_MAX} candidates"),
-            ));
-        }
-        Ok(())
+        check_candidates(&self.begin)
     }
 
     fn append(&mut self, part: EmbeddingPart) -> Result<()> {
@@ -136,6 +140,10 @@ impl Received {
         // `rows` and `dim` come off the wire. Saturating, since an overflow could wrap to the
         // length of the bytes that came.
         let bytes = rows.saturating_mul(dim).saturating_mul(width);
+        if dim > EMBEDDING_DIM_MAX as usize {
+            let message = format!("dim is {dim}; an embedding has at most {EMBEDDING_DIM_MAX}");
+            return Err(Error::invalid("dim", message));
+        }
         let in_order = part.first as usize == known && known + rows <= count && dim == model.dim;
         if !in_order || dim == 0 || part.image.len() != bytes || part.text.len() != bytes {
             let message = format!(

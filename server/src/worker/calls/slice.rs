@@ -1,6 +1,7 @@
 //! A slice: the candidates of a super-batch that one call scores, block by block, and how their
 //! rows are read.
 use crate::{
+    bounds::{COLUMNS_MAX, LABEL_BYTES_MAX, check_bytes, check_count},
     dataset::{Block, Manifest},
     error::{Error, Result},
     worker::{engine::Engine, inputs::row::Row},
@@ -57,6 +58,8 @@ impl Slice {
         blocks: Vec<BlockRows>,
         columns: Vec<String>,
     ) -> Result<Self> {
+        check_bytes("dataset_manifest", manifest, LABEL_BYTES_MAX)?;
+        check_count("columns", columns.len(), COLUMNS_MAX)?;
         let manifest_digest = manifest.to_owned();
         let load = async {
             Ok(Arc::new(
@@ -100,10 +103,7 @@ impl Slice {
         }
         self.reference_rows = from..self.candidates + more.len();
         match self.blocks.last_mut() {
-            Some(last)
-                if from < self.candidates
-                    && more.iter().all(|row| (*row as usize) < last.block_rows) =>
-            {
+            Some(last) if from < self.candidates && last.are_others(&more) => {
                 last.reference_more = more;
             }
             _ if more.is_empty() => {}
@@ -198,6 +198,16 @@ impl Named {
 }
 
 impl SliceBlock {
+    /// Whether these are rows of the block, each named once and none of its candidates.
+    fn are_others(&self, more: &[u32]) -> bool {
+        let mut free = vec![true; self.block_rows];
+        let mut take = |row: &u32| free.get_mut(*row as usize).is_some_and(std::mem::take);
+        self.rows.iter().for_each(|row| {
+            take(row);
+        });
+        more.iter().all(take)
+    }
+
     fn place(manifest: &Manifest, rows: BlockRows, first: usize) -> Result<Self> {
         let BlockRows {
             source,
