@@ -99,6 +99,9 @@ pub async fn dataset(
         weight: 1.0,
         image_column: None,
         caption_column: None,
+        predicate: None,
+        allow: None,
+        id_column: None,
     };
     let manifest: Manifest = index(stores, None, &[source]).await.expect("a data set");
     manifest.save(state).await.expect("writing to memory")

@@ -277,8 +277,11 @@ fn lag(py: Python<'_>, lag: &v1::Lag) -> Shown {
 }
 
 pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
-    let source =
-        |source: &v1::Source| dict!(py, source, [uri, weight, image_column, caption_column], {});
+    let source = |source: &v1::Source| {
+        dict!(py, source, [uri, weight, image_column, caption_column, allow, id_column], {
+            where: &source.r#where,
+        })
+    };
     let reference =
         |_: Python<'_>, model: &v1::ReferenceSpec| dict!(py, model, [model_uri, logit_bias], {});
     let fork = |_: Python<'_>, fork: &v1::Fork| dict!(py, fork, [run_id, step], {});

@@ -22,6 +22,16 @@ pub struct IndexArgs {
     /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,
+    /// Rows that are candidates: "similarity > 0.3 and language = 'en'". Columns of Parquet files,
+    /// or entries of the json of a tar's samples
+    #[arg(long = "where", value_name = "PREDICATE")]
+    pub predicate: Option<String>,
+    /// The ids of the rows that are candidates: a .npy file of uids, as DataComp's, or Parquet files
+    #[arg(long, value_name = "URI")]
+    pub allow: Option<String>,
+    /// The column that holds the ids [default: uid]
+    #[arg(long, value_name = "COLUMN")]
+    pub id_column: Option<String>,
     #[command(flatten)]
     pub settings: ConfigArgs,
     /// Print one JSON object instead of text
@@ -39,6 +49,9 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
         weight: 1.0,
         image_column: args.image_column.clone(),
         caption_column: args.caption_column.clone(),
+        predicate: args.predicate.clone(),
+        allow: args.allow.clone(),
+        id_column: args.id_column.clone(),
     };
     let requests: Vec<SourceRequest> = args.sources.iter().map(request).collect();
     let manifest = dataset::index(stores, Some(state), &requests).await?;
@@ -54,6 +67,9 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
             "rows": source.rows(),
             "left_out": sum(source, |shard| shard.left_out),
             "without_image": sum(source, |shard| shard.without_image),
+            "outside": sum(source, |shard| shard.outside),
+            "not_downloaded": sum(source, |shard| shard.not_downloaded),
+            "kept_by": source.kept_by,
             "flaws": flaws(source).collect::<Vec<_>>(),
             "image_column": source.layout.image_column,
             "caption_column": source.layout.caption_column,
@@ -104,21 +120,33 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         "  image in '{}', caption in '{}'",
         source.layout.image_column, source.layout.caption_column
     )?;
-    match sum(source, |shard| shard.left_out) {
-        0 => {}
-        count => writeln!(
-            text,
-            "  {} without image or caption left out",
-            counted(count as usize, "sample")
-        )?,
-    }
-    match sum(source, |shard| shard.without_image) {
-        0 => {}
-        count => writeln!(
-            text,
-            "  {} without an image, which cannot be chosen",
-            counted(count as usize, "row")
-        )?,
+    let counts: [(fn(&Shard) -> u64, &str, &str); 4] = [
+        (
+            |shard| shard.left_out,
+            "sample",
+            "without image or caption left out",
+        ),
+        (
+            |shard| shard.not_downloaded,
+            "row",
+            "that could not be downloaded left out",
+        ),
+        (
+            |shard| shard.outside,
+            "row",
+            "outside where and allow left out",
+        ),
+        (
+            |shard| shard.without_image,
+            "row",
+            "without an image, which cannot be chosen",
+        ),
+    ];
+    for (count, noun, what) in counts {
+        match sum(source, count) {
+            0 => {}
+            count => writeln!(text, "  {} {what}", counted(count as usize, noun))?,
+        }
     }
     for flaw in flaws(source) {
         writeln!(text, "  only the beginning is read of {flaw}")?;
@@ -150,6 +178,9 @@ mod tests {
             sources: vec!["memory:///data".into()],
             image_column: None,
             caption_column: None,
+            predicate: None,
+            allow: None,
+            id_column: None,
             settings: ConfigArgs::default(),
             json: false,
         };

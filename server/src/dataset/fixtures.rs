@@ -19,6 +19,9 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
         weight: 1.0,
         image_column: None,
         caption_column: None,
+        predicate: None,
+        allow: None,
+        id_column: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Indexing: which files a source has, and of each file the blocks.
 use super::{
+    filter::Filter,
     find::{self, Found},
     manifest::{Format, Manifest, SourceManifest},
     pattern, row_groups, tar,
@@ -21,6 +22,12 @@ pub struct SourceRequest {
     pub weight: f64,
     pub image_column: Option<String>,
     pub caption_column: Option<String>,
+    /// Rows of which this is not true are no candidates.
+    pub predicate: Option<String>,
+    /// Rows whose id is not listed at this URI are no candidates.
+    pub allow: Option<String>,
+    /// The column that holds the ids.
+    pub id_column: Option<String>,
 }
 
 /// Indexes all sources: lists their files, reads every footer or header, finds image and caption.
@@ -77,9 +84,10 @@ async fn index_source(
         format,
     } = find::find(stores, state, pattern, &request.uri).await?;
     let root = stores.open(&root_uri)?;
+    let filter = Filter::open(stores, request).await?;
     match format {
-        Format::Parquet => row_groups::index_shards(request, &root, root_uri, files).await,
-        Format::Tar => tar::index_shards(request, state, &root, root_uri, files).await,
+        Format::Parquet => row_groups::index_shards(request, &filter, &root, root_uri, files).await,
+        Format::Tar => tar::index_shards(request, &filter, state, &root, root_uri, files).await,
     }
 }
 

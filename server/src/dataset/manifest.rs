@@ -1,4 +1,5 @@
 //! The dataset manifest: what was indexed, under its own digest.
+use super::mask::Mask;
 use crate::{
     error::{Error, Result},
     storage::Location,
@@ -11,11 +12,43 @@ use superbatch_proto::v1::Reason;
 /// other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
+    /// Rows that may be candidates.
     pub rows: u32,
     /// First row's number in its shard.
     pub first_row: u64,
     /// Where the block's bytes lie in the shard: [start, end).
     pub bytes: (u64, u64),
+    /// Which of the stored rows those are, where some are left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<Mask>,
+}
+
+impl Block {
+    /// Rows that are stored, of a block that has candidates.
+    pub fn stored_rows(&self) -> u32 {
+        self.mask.as_ref().map_or(self.rows, Mask::stored)
+    }
+
+    /// The number in the shard of the block's `row`-th row.
+    pub fn row_in_shard(&self, row: u32) -> u64 {
+        let stored = self.mask.as_ref().map_or(row, |mask| mask.stored_row(row));
+        self.first_row + u64::from(stored)
+    }
+
+    /// The number among the block's rows of a row of the shard; `None` where it is none of them.
+    pub fn row_of(&self, in_shard: u64) -> Option<u32> {
+        let stored = u32::try_from(in_shard.checked_sub(self.first_row)?).ok()?;
+        match &self.mask {
+            Some(mask) => mask.kept_row(stored),
+            None => (stored < self.rows).then_some(stored),
+        }
+    }
+
+    /// Keeps these of its rows.
+    pub(super) fn keep(&mut self, kept: &[bool]) {
+        self.rows = kept.iter().filter(|kept| **kept).count() as u32;
+        self.mask = Mask::new(kept);
+    }
 }
 
 /// One file, as it was when it was indexed.
@@ -33,6 +66,12 @@ pub struct Shard {
     /// downloads that failed. They are candidates that cannot be chosen.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub without_image: u64,
+    /// Rows that the source's `where` or `allow` leaves out: they are no candidates.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub outside: u64,
+    /// Rows that img2dataset could not download, by their `status`: they are no candidates.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub not_downloaded: u64,
     /// What is wrong with a tar of which only the beginning is read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flaw: Option<String>,
@@ -50,6 +89,30 @@ pub struct SourceManifest {
     /// All columns of the files, by name.
     pub columns: Vec<Column>,
     pub shards: Vec<Shard>,
+    /// The predicate and the list of ids that rows were kept by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_by: Option<KeptBy>,
+}
+
+/// What leaves rows of a source out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptBy {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicate: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<AllowedIds>,
+}
+
+/// A list of ids, as it was when the source was indexed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllowedIds {
+    pub uri: String,
+    /// The column of the data whose values are looked up.
+    pub id_column: String,
+    /// Different ids in it.
+    pub ids: u64,
+    /// BLAKE3 of the sorted ids, in hex.
+    pub digest: String,
 }
 
 /// One column of a source's files.

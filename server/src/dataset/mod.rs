@@ -1,10 +1,12 @@
 //! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by
 //! indexing.
 mod file;
+mod filter;
 mod find;
 mod index;
 mod layout;
 mod manifest;
+mod mask;
 mod pattern;
 mod row_groups;
 mod schema;
@@ -13,15 +15,18 @@ mod unify;
 
 pub use file::Ranges;
 pub use file::ShardFile;
+pub(crate) use filter::{parse as parse_predicate, told as what_is_wrong};
 pub use index::SourceRequest;
 pub use index::index;
 pub use manifest::Block;
 pub use manifest::Column;
 pub use manifest::Format;
+pub use manifest::KeptBy;
 pub use manifest::Layout;
 pub use manifest::Manifest;
 pub use manifest::Shard;
 pub use manifest::SourceManifest;
+pub use mask::Mask;
 pub use pattern::parts;
 pub use tar::Survey;
 pub use tar::TarBlock;

@@ -3,6 +3,7 @@
 use super::{
     SourceRequest, counted,
     file::{self, ShardFile},
+    filter::Filter,
     layout,
     manifest::{Block, Column, Layout, Shard, SourceManifest},
     unify,
@@ -37,6 +38,7 @@ const FILES_AT_ONCE: usize = 16;
 /// `ColumnNotFound`, `SchemaMismatch`, `DatasetEmpty`, and those of reading a footer.
 pub(super) async fn index_shards(
     request: &SourceRequest,
+    filter: &Filter,
     root: &Location,
     root_uri: String,
     files: Vec<(String, ObjectMeta)>,
@@ -46,7 +48,8 @@ pub(super) async fn index_shards(
         let file = ShardFile::new(root.below(&path), meta.size, etag.clone());
         async move {
             let footer = file.footer().await?;
-            let blocks = blocks(&file, &footer)?;
+            let mut blocks = blocks(&file, &footer)?;
+            let left_out = filter.keep_rows(&file, &footer, &mut blocks).await?;
             let shard = Shard {
                 path,
                 size: meta.size,
@@ -54,6 +57,8 @@ pub(super) async fn index_shards(
                 blocks,
                 left_out: 0,
                 without_image: 0,
+                outside: left_out.outside,
+                not_downloaded: left_out.not_downloaded,
                 flaw: None,
             };
             Ok::<_, Error>((file, footer, shard))
@@ -65,7 +70,7 @@ pub(super) async fn index_shards(
         source.add(request, &file, footer.schema(), shard)?;
         source.look_at(&file, footer.metadata().row_groups())?;
     }
-    source.finish(request, root_uri)
+    source.finish(request, filter, root_uri)
 }
 
 /// A source while its shards come in, in the order of their paths.
@@ -162,7 +167,11 @@ impl Building {
                 .unwrap_or_default();
         }
         if let Some(shard) = self.shards.last_mut() {
-            shard.without_image = without_image;
+            // Which of them are left out anyway is known of failed downloads alone.
+            shard.without_image = match shard.outside {
+                0 => without_image.saturating_sub(shard.not_downloaded),
+                _ => 0,
+            };
         }
         let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
         if let Some(rows) = largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.told) {
@@ -178,7 +187,12 @@ impl Building {
         Ok(())
     }
 
-    fn finish(self, request: &SourceRequest, root_uri: String) -> Result<SourceManifest> {
+    fn finish(
+        self,
+        request: &SourceRequest,
+        filter: &Filter,
+        root_uri: String,
+    ) -> Result<SourceManifest> {
         let rows = self
             .shards
             .iter()
@@ -197,12 +211,15 @@ impl Building {
                     .map(|(column, _)| column)
                     .collect(),
                 shards: self.shards,
+                kept_by: filter.kept_by(),
             }),
             _ => {
+                let outside = self.shards.iter().map(|shard| shard.outside).sum();
                 let message = format!(
-                    "{} has no rows in its {}",
+                    "{} has no rows in its {}{}",
                     request.uri,
-                    counted(self.shards.len(), "file")
+                    counted(self.shards.len(), "file"),
+                    filter.note(outside)
                 );
                 Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
             }
@@ -241,6 +258,7 @@ fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> 
             rows,
             first_row,
             bytes: (start, end),
+            mask: None,
         };
         first_row += u64::from(rows);
         Ok(block)

@@ -22,12 +22,20 @@ class Source:
     weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the
     source out.
     image_column, caption_column: found by the layout (img2dataset, Hugging Face) where not given.
+    where: rows that are candidates, "similarity > 0.3 and language = 'en'". Columns, or of a tar
+    entries of the `json` member. Rows outside are never candidates.
+    allow: the ids of the rows that are candidates, a `.npy` file of uids (DataComp's) or Parquet
+    files.
+    id_column: the column that holds the ids (default "uid").
     """
 
     uri: str | os.PathLike
     weight: float | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    where: str | None = None
+    allow: str | os.PathLike | None = None
+    id_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

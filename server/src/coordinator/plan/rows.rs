@@ -9,7 +9,7 @@ use superbatch_proto::{ids::RowId, v1::ChosenRow};
 /// A candidate's id, and its row's number in the shard. The candidate is one of `manifest`'s.
 pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
     let shard = &manifest.sources[candidate.source as usize].shards[candidate.shard as usize];
-    let row = shard.blocks[candidate.block as usize].first_row + u64::from(candidate.row);
+    let row = shard.blocks[candidate.block as usize].row_in_shard(candidate.row);
     let source = (manifest.sources.len() > 1).then_some(candidate.source);
     (
         RowId {
@@ -44,10 +44,7 @@ pub fn locate(manifest: &Manifest, chosen: &ChosenRow) -> Result<Candidate> {
         let block = blocks
             .partition_point(|block| block.first_row <= *row)
             .checked_sub(1)?;
-        let in_block = row - blocks[block].first_row;
-        let row = u32::try_from(in_block)
-            .ok()
-            .filter(|in_block| *in_block < blocks[block].rows)?;
+        let row = blocks[block].row_of(*row)?;
         Some(Candidate {
             source: *source,
             shard: *shard,

@@ -90,6 +90,7 @@ mod tests {
             rows,
             first_row: u64::from(b * rows),
             bytes: (0, 1),
+            mask: None,
         };
         let shard = |s: u32| Shard {
             path: format!("{s}.parquet"),
@@ -98,6 +99,8 @@ mod tests {
             blocks: (0..blocks).map(block).collect(),
             left_out: 0,
             without_image: 0,
+            outside: 0,
+            not_downloaded: 0,
             flaw: None,
         };
         SourceManifest {
@@ -112,6 +115,7 @@ mod tests {
             },
             columns: vec![],
             shards: (0..shards).map(shard).collect(),
+            kept_by: None,
         }
     }
 

@@ -119,11 +119,17 @@ impl Opening<'_> {
         let mut sources = Vec::new();
         for source in &spec.sources {
             dataset::parts(&source.uri).try_for_each(|uri| stores.allow(uri))?;
+            if !source.allow.is_empty() {
+                dataset::parts(&source.allow).try_for_each(|uri| stores.allow(uri))?;
+            }
             sources.push(SourceRequest {
                 uri: source.uri.clone(),
                 weight: source.weight,
                 image_column: named(&source.image_column),
                 caption_column: named(&source.caption_column),
+                predicate: named(&source.r#where),
+                allow: named(&source.allow),
+                id_column: named(&source.id_column),
             });
         }
         index(stores, Some(&self.coordinator.state), &sources)

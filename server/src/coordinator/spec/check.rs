@@ -5,6 +5,7 @@ use crate::{
         COLUMNS_MAX, FIDELITIES_MAX, MAX_AHEAD_MAX, MICRO_BATCH_ROWS_MAX, NAME_BYTES_MAX,
         PHASES_MAX, SECONDS_MAX, SOURCES_MAX, WINDOW_BLOCKS_MAX,
     },
+    dataset::{parse_predicate, what_is_wrong},
     error::{Error, Result},
 };
 use std::{collections::HashSet, fmt::Display};
@@ -13,7 +14,7 @@ use superbatch_proto::{
     ids::is_run_id,
     v1::{
         ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase,
-        Policy, RunSpec, lag::Bound, learner_spec::Initial,
+        Policy, RunSpec, Source, lag::Bound, learner_spec::Initial,
     },
 };
 
@@ -42,17 +43,30 @@ fn sources(spec: &RunSpec) -> Result<()> {
         return Err(impossible("sources", message));
     }
     for (i, source) in spec.sources.iter().enumerate() {
-        let at = |field| format!("sources[{i}].{field}");
+        let at = |field: &str| format!("sources[{i}].{field}");
         named(&at("uri"), &source.uri)?;
         positive(&at("weight"), source.weight)?;
         short(&at("image_column"), &source.image_column)?;
         short(&at("caption_column"), &source.caption_column)?;
+        kept_by(&at, source)?;
         if !source.image_column.is_empty() && source.image_column == source.caption_column {
             let message = format!("'{}' cannot be both image and caption", source.image_column);
             return Err(impossible(&at("caption_column"), message));
         }
     }
     Ok(())
+}
+
+/// What leaves rows of a source out.
+fn kept_by(at: &impl Fn(&str) -> String, source: &Source) -> Result<()> {
+    short(&at("where"), &source.r#where)?;
+    short(&at("allow"), &source.allow)?;
+    short(&at("id_column"), &source.id_column)?;
+    if source.r#where.is_empty() {
+        return Ok(());
+    }
+    let told = |fault| impossible(&at("where"), what_is_wrong(&source.r#where, &fault));
+    parse_predicate(&source.r#where).map(|_| ()).map_err(told)
 }
 
 fn models(spec: &RunSpec) -> Result<()> {

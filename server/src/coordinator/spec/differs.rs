@@ -148,7 +148,7 @@ macro_rules! messages {
             fn differs(&self, other: &Self) -> Option<Difference> {
                 let $type { $($field),* } = self;
                 $(if let Some(rest) = $field.differs(&other.$field) {
-                    return Some(rest.below(stringify!($field)));
+                    return Some(rest.below(stringify!($field).trim_start_matches("r#")));
                 })*
                 None
             }
@@ -164,7 +164,7 @@ messages! {
             compute_dtype,
         train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     }
-    Source { uri, weight, image_column, caption_column }
+    Source { uri, weight, image_column, caption_column, r#where, allow, id_column }
     LearnerSpec { model_uri, initial, logit_bias, trained_fidelities }
     ReferenceSpec { model_uri, logit_bias }
     Phase {

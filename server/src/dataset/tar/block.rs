@@ -1,7 +1,7 @@
 //! A block of a tar: the members that are wanted of its samples, as columns of bytes.
 use super::{
     layout::{self, Place},
-    samples::{Member, Sample},
+    samples::{Member, Sample, rows_of},
     survey::Survey,
 };
 use crate::{
@@ -41,13 +41,15 @@ impl TarBlock {
         file: &ShardFile,
     ) -> Result<Self> {
         let samples = &survey.samples;
-        let before = |at: u64| samples.partition_point(|sample| sample.start < at);
-        let numbers = before(block.bytes.0)..before(block.bytes.1);
-        let rows: Vec<_> = numbers
+        let mut rows: Vec<_> = rows_of(samples, block)
             .filter(|n| layout::is_row(layout, &samples[*n]))
             .collect();
-        if rows.len() != block.rows as usize {
+        if rows.len() != block.stored_rows() as usize {
             return Err(file.changed("its members are others"));
+        }
+        if let Some(mask) = &block.mask {
+            let mut kept = mask.rows();
+            rows.retain(|_| kept.next() == Some(true));
         }
         let caption = std::iter::once(&layout.caption_column);
         let mut names: Vec<String> = Vec::new();

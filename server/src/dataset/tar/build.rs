@@ -3,20 +3,22 @@ use super::{
     entries::End,
     kept::survey_kept,
     layout::{self, KEY},
-    samples::Sample,
+    samples::{Member, Sample, rows_of},
     survey::Survey,
 };
 use crate::{
     dataset::{
         SourceRequest, counted,
         file::{self, ShardFile},
+        filter::{Filter, Known},
         manifest::{Block, Column, Layout, Shard, SourceManifest},
     },
     error::{Error, Result},
     storage::Location,
 };
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, stream::FuturesOrdered};
 use object_store::ObjectMeta;
+use parquet::file::reader::ChunkReader;
 use std::collections::BTreeSet;
 use superbatch_proto::v1::Reason;
 
@@ -32,6 +34,7 @@ const TARS_AT_ONCE: usize = 16;
 /// `ColumnNotFound`, `DatasetEmpty`, and those of walking a tar.
 pub(in crate::dataset) async fn index_shards(
     request: &SourceRequest,
+    filter: &Filter,
     state: Option<&Location>,
     root: &Location,
     root_uri: String,
@@ -47,13 +50,23 @@ pub(in crate::dataset) async fn index_shards(
     });
     let mut looks = futures::stream::iter(looks).buffered(TARS_AT_ONCE);
     let mut source = Building::default();
+    let mut looked = FuturesOrdered::new();
     while let Some((path, file, survey)) = looks.try_next().await? {
         if source.layout.is_none() && !survey.samples.is_empty() {
             source.layout = Some(layout::discover(request, &file, &survey).await?);
         }
-        source.add(path, &file, &survey);
+        let layout = source.layout.clone();
+        looked.push_back(keep(filter, layout, path, file, survey));
+        if looked.len() == TARS_AT_ONCE
+            && let Some(next) = looked.try_next().await?
+        {
+            source.add(next);
+        }
     }
-    source.finish(request, root_uri)
+    while let Some(next) = looked.try_next().await? {
+        source.add(next);
+    }
+    source.finish(request, filter, root_uri)
 }
 
 /// A source while its shards come in, in the order of their paths.
@@ -65,15 +78,20 @@ struct Building {
 }
 
 impl Building {
-    fn add(&mut self, path: String, file: &ShardFile, survey: &Survey) {
+    fn add(&mut self, looked: Looked) {
+        let Looked {
+            path,
+            file,
+            survey,
+            blocks,
+            outside,
+        } = looked;
         let members = survey.samples.iter().flat_map(|sample| &sample.members);
         for member in members {
             if !self.fields.contains(&member.field) {
                 self.fields.insert(member.field.clone());
             }
         }
-        let layout = self.layout.as_ref();
-        let blocks = layout.map_or_else(Vec::new, |layout| blocks(&survey.samples, layout));
         let rows: u64 = blocks.iter().map(|block| u64::from(block.rows)).sum();
         let flaw = match survey.end {
             End::Whole => None,
@@ -88,13 +106,20 @@ impl Building {
             size: file.size(),
             etag: file.etag().map(str::to_owned),
             blocks,
-            left_out: survey.samples.len() as u64 - rows,
+            left_out: survey.samples.len() as u64 - rows - outside,
             without_image: 0,
+            outside,
+            not_downloaded: 0,
             flaw,
         });
     }
 
-    fn finish(self, request: &SourceRequest, root_uri: String) -> Result<SourceManifest> {
+    fn finish(
+        self,
+        request: &SourceRequest,
+        filter: &Filter,
+        root_uri: String,
+    ) -> Result<SourceManifest> {
         let column = |name: &str| Column {
             name: name.to_owned(),
             data_type: layout::type_of(name).to_string(),
@@ -102,7 +127,9 @@ impl Building {
         };
         let names = std::iter::once(KEY).chain(self.fields.iter().map(String::as_str));
         let columns = names.map(column).collect();
-        let rows = self.shards.iter().flat_map(|shard| &shard.blocks).count();
+        let blocks = self.shards.iter().flat_map(|shard| &shard.blocks);
+        let rows: u64 = blocks.map(|block| u64::from(block.rows)).sum();
+        let outside = self.shards.iter().map(|shard| shard.outside).sum();
         match self.layout {
             Some(layout) if rows > 0 => Ok(SourceManifest {
                 uri: request.uri.clone(),
@@ -111,17 +138,91 @@ impl Building {
                 layout,
                 columns,
                 shards: self.shards,
+                kept_by: filter.kept_by(),
             }),
             _ => {
                 let message = format!(
-                    "{} has no sample with an image and a caption in its {}",
+                    "{} has no sample with an image and a caption in its {}{}",
                     request.uri,
-                    counted(self.shards.len(), "tar")
+                    counted(self.shards.len(), "tar"),
+                    filter.note(outside)
                 );
                 Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
             }
         }
     }
+}
+
+/// A shard that was walked, and what of it is kept.
+struct Looked {
+    path: String,
+    file: ShardFile,
+    survey: Survey,
+    blocks: Vec<Block>,
+    /// Rows that are left out.
+    outside: u64,
+}
+
+async fn keep(
+    filter: &Filter,
+    layout: Option<Layout>,
+    path: String,
+    file: ShardFile,
+    survey: Survey,
+) -> Result<Looked> {
+    let (mut blocks, mut outside) = (Vec::new(), 0);
+    if let Some(layout) = layout {
+        blocks = self::blocks(&survey.samples, &layout);
+        if filter.asks() {
+            outside = keep_rows(filter, &layout, &file, &survey, &mut blocks).await?;
+        }
+    }
+    Ok(Looked {
+        path,
+        file,
+        survey,
+        blocks,
+        outside,
+    })
+}
+
+/// Takes the rows that `filter` leaves out from the blocks of a tar, and returns how many they are.
+async fn keep_rows(
+    filter: &Filter,
+    layout: &Layout,
+    file: &ShardFile,
+    survey: &Survey,
+    blocks: &mut [Block],
+) -> Result<u64> {
+    let mut outside = 0;
+    for block in blocks {
+        let samples = &survey.samples[rows_of(&survey.samples, block)];
+        let rows: Vec<_> = samples
+            .iter()
+            .filter(|s| layout::is_row(layout, s))
+            .collect();
+        let range = |member: &Member| member.offset..member.offset + member.length;
+        let ranges: Vec<_> = rows.iter().filter_map(|s| json_of(s).map(range)).collect();
+        let bytes = file.ranges(&ranges).await?;
+        let known = rows.iter().map(|sample| {
+            let content = json_of(sample).map(|m| bytes.get_bytes(m.offset, m.length as usize));
+            let content = content.transpose().map_err(|cause| {
+                Error::internal("a member lies outside what was read").because(cause)
+            })?;
+            let json = content.and_then(|content| serde_json::from_slice(&content).ok());
+            let key = sample.key.as_str();
+            Ok(Known { key, json })
+        });
+        let known = known.collect::<Result<Vec<_>>>()?;
+        let kept = filter.keep_samples(file, &known)?;
+        block.keep(&kept);
+        outside += kept.iter().filter(|kept| !**kept).count() as u64;
+    }
+    Ok(outside)
+}
+
+fn json_of(sample: &Sample) -> Option<&Member> {
+    sample.member("json").filter(|json| json.length > 0)
 }
 
 /// Cuts the samples that are rows into blocks.
@@ -147,6 +248,7 @@ fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
                     rows: 1,
                     first_row,
                     bytes: (sample.start, sample.end),
+                    mask: None,
                 });
                 members = sample.members.len();
             }
@@ -159,7 +261,7 @@ fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::{manifest::Format, tar::samples::Member};
+    use crate::dataset::manifest::Format;
 
     fn sample(start: u64, fields: &[&str], length: u64) -> Sample {
         let member = |field: &&str| Member {

@@ -1,5 +1,7 @@
 //! Members grouped into samples, as webdataset and open_clip do it.
 use super::entries::Entry;
+use crate::dataset::manifest::Block;
+use std::ops::Range;
 
 /// One member of a sample: `jpg` of `0001.jpg`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +27,12 @@ impl Sample {
     pub fn member(&self, field: &str) -> Option<&Member> {
         self.members.iter().find(|member| member.field == field)
     }
+}
+
+/// The numbers of the samples that lie in a block.
+pub(super) fn rows_of(samples: &[Sample], block: &Block) -> Range<usize> {
+    let before = |at: u64| samples.partition_point(|sample| sample.start < at);
+    before(block.bytes.0)..before(block.bytes.1)
 }
 
 /// Key and field of a member's name; `None` for what belongs to no sample: names without a dot,

@@ -37,8 +37,6 @@ pub struct SliceBlock {
     pub first: usize,
     /// How many rows the block has.
     pub block_rows: usize,
-    /// Number in its shard of the block's first row.
-    pub first_row: u64,
 }
 
 /// Rows of a block in memory: all of them, or only its candidates.
@@ -145,9 +143,10 @@ impl Slice {
     /// Returns the id of a candidate's row, as receipts write it.
     pub fn id(&self, candidate: usize) -> String {
         let block = &self.blocks[self.block_of(candidate)];
-        let source = &self.manifest.sources[block.source as usize];
-        let row = block.first_row + u64::from(block.rows[candidate - block.first]);
-        let shard = &source.shards[block.shard as usize].path;
+        let shard = &self.manifest.sources[block.source as usize].shards[block.shard as usize];
+        let row = block.rows[candidate - block.first];
+        let row = shard.blocks[block.block as usize].row_in_shard(row);
+        let shard = &shard.path;
         let source = (self.manifest.sources.len() > 1).then_some(block.source);
         superbatch_proto::ids::RowId { source, shard, row }.to_string()
     }
@@ -232,7 +231,7 @@ impl SliceBlock {
             );
             return Err(Error::invalid("blocks", message));
         }
-        let (block_rows, first_row) = (found.rows as usize, found.first_row);
+        let block_rows = found.rows as usize;
         Ok(Self {
             source,
             shard,
@@ -241,7 +240,6 @@ impl SliceBlock {
             reference_more: Vec::new(),
             first,
             block_rows,
-            first_row,
         })
     }
 
@@ -307,7 +305,6 @@ mod tests {
             reference_more: Vec::new(),
             first: 0,
             block_rows: 100,
-            first_row: 0,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::{cache::Cache, captions};
 use crate::{
     dataset::{
-        Format, Layout, Manifest, Ranges, Shard, ShardFile, SourceManifest, Survey, TarBlock,
+        Format, Layout, Manifest, Mask, Ranges, Shard, ShardFile, SourceManifest, Survey, TarBlock,
         survey_kept,
     },
     error::{Error, Result},
@@ -11,7 +11,8 @@ use crate::{
 };
 use arrow::{
     array::{
-        Array, ArrayRef, AsArray, RecordBatch, RecordBatchOptions, RecordBatchReader, StructArray,
+        Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, RecordBatchReader,
+        StructArray,
     },
     compute::{cast, concat_batches},
     datatypes::{DataType, FieldRef, SchemaRef},
@@ -19,7 +20,7 @@ use arrow::{
 };
 use parquet::arrow::{
     ProjectionMask,
-    arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder},
+    arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
 };
 use std::{fmt, sync::Arc};
 
@@ -41,8 +42,8 @@ pub struct BlockReader {
 /// A shard in one state: root, path, size, ETag. A replaced shard has another key, so nothing
 /// cached of the old one is served for it.
 type ShardKey = (String, String, u64, Option<String>);
-/// Shard, block, then the columns: image, caption, extra ones.
-type BlockKey = (ShardKey, u32, Vec<String>);
+/// Shard, block, then the columns: image, caption, extra ones; then which rows.
+type BlockKey = (ShardKey, u32, Vec<String>, Option<Mask>);
 
 impl fmt::Debug for BlockReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -106,7 +107,7 @@ impl BlockReader {
         };
         let source = manifest.sources.get(source as usize).ok_or_else(none)?;
         let shard = source.shards.get(shard as usize).ok_or_else(none)?;
-        let rows = shard.blocks.get(block as usize).ok_or_else(none)?.rows as usize;
+        let indexed = shard.blocks.get(block as usize).ok_or_else(none)?;
         let shard_key = (
             source.root_uri.clone(),
             shard.path.clone(),
@@ -118,13 +119,15 @@ impl BlockReader {
             source.layout.caption_column.clone(),
         ];
         names.extend_from_slice(columns);
-        let key = (shard_key.clone(), block, names);
+        let key = (shard_key.clone(), block, names, indexed.mask.clone());
         let wanted = Wanted {
             layout: source.layout.clone(),
             columns: columns.to_vec(),
             schema: manifest.data_schema(columns)?,
             block: block as usize,
-            rows,
+            rows: indexed.rows as usize,
+            stored_rows: indexed.stored_rows(),
+            mask: indexed.mask.clone(),
         };
         self.blocks
             .get(&key, self.fetch(source, shard, &shard_key, wanted))
@@ -156,7 +159,7 @@ impl BlockReader {
         let groups = footer.metadata().row_groups();
         let Some(group) = groups
             .get(wanted.block)
-            .filter(|g| g.num_rows() as usize == wanted.rows)
+            .filter(|g| g.num_rows() == i64::from(wanted.stored_rows))
         else {
             return Err(file.changed("its row groups are others"));
         };
@@ -211,6 +214,9 @@ struct Wanted {
     schema: SchemaRef,
     block: usize,
     rows: usize,
+    /// Rows of the block in the file, of which `mask` keeps some.
+    stored_rows: u32,
+    mask: Option<Mask>,
 }
 
 impl Wanted {
@@ -243,11 +249,16 @@ impl Wanted {
         footer: ArrowReaderMetadata,
         mask: &ProjectionMask,
     ) -> Result<RecordBatch, ArrowError> {
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
+        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
             .with_row_groups(vec![self.block])
             .with_batch_size(self.rows.max(1))
-            .with_projection(mask.clone())
-            .build()?;
+            .with_projection(mask.clone());
+        if let Some(kept) = &self.mask {
+            let kept: Vec<bool> = kept.rows().collect();
+            let kept = RowSelection::from_filters(&[BooleanArray::from(kept)]);
+            builder = builder.with_row_selection(kept);
+        }
+        let reader = builder.build()?;
         let schema = reader.schema();
         let batches = reader.collect::<Result<Vec<_>, _>>()?;
         concat_batches(&schema, &batches)
@@ -317,10 +328,7 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     let bytes = image.column_by_name("bytes").ok_or_else(missing)?;
     match image.nulls() {
         None => Ok(bytes.clone()),
-        Some(nulls) => arrow::compute::nullif(
-            bytes,
-            &arrow::array::BooleanArray::new(!nulls.inner(), None),
-        ),
+        Some(nulls) => arrow::compute::nullif(bytes, &BooleanArray::new(!nulls.inner(), None)),
     }
 }
 

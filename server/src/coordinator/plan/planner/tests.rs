@@ -14,6 +14,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
                 rows: *rows,
                 first_row,
                 bytes: (0, 1),
+                mask: None,
             };
             first_row += u64::from(*rows);
             block
@@ -25,6 +26,8 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
             blocks: blocks.collect(),
             left_out: 0,
             without_image: 0,
+            outside: 0,
+            not_downloaded: 0,
             flaw: None,
         }
     };
@@ -40,6 +43,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         },
         columns: vec![],
         shards: shards.iter().enumerate().map(shard).collect(),
+        kept_by: None,
     }
 }
 

@@ -546,3 +546,38 @@ async fn a_dictionary_at_byte_0_is_none() {
     let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
     assert_eq!(captions(&whole), [Some("a"), Some("b")]);
 }
+
+/// Row groups that their statistics rule out, or take whole, are not read by indexing; of the
+/// others the rows that are kept are read.
+#[tokio::test]
+async fn rows_outside_a_predicate_are_not_there() {
+    for (text, gets, rows) in [
+        ("uid < 4", 1, &[0, 1, 2, 3][..]),
+        ("uid > 100 or uid < 5", 2, &[0, 1, 2, 3, 4]),
+        ("caption in ('caption 5', 'caption 9')", 2, &[5, 9]),
+    ] {
+        let (stores, counts) = counted();
+        put(&stores, &[("0.parquet", parquet(&img2dataset(0..10), 4))]).await;
+        let asked = crate::dataset::SourceRequest {
+            predicate: Some(text.to_owned()),
+            ..request("memory:///data")
+        };
+        let manifest = crate::dataset::index(&stores, None, &[asked])
+            .await
+            .unwrap();
+        assert_eq!(counts[0].load(Ordering::Relaxed), gets, "{text}");
+        let reader = BlockReader::new(stores, 1 << 20);
+        let mut found = Vec::new();
+        for (_, block, indexed) in manifest.sources[0].blocks() {
+            if indexed.rows > 0 {
+                let batch = reader
+                    .read(&manifest, 0, 0, block, &["uid".into()])
+                    .await
+                    .unwrap();
+                assert_eq!(batch.num_rows(), indexed.rows as usize);
+                found.extend_from_slice(batch["uid"].as_primitive::<Int64Type>().values());
+            }
+        }
+        assert_eq!(found, rows, "{text}");
+    }
+}

@@ -1,6 +1,11 @@
 use super::{super::*, counted};
 use crate::{
-    dataset::{SourceRequest, fixtures::*, index, tar_fixtures::tar},
+    dataset::{
+        SourceRequest,
+        fixtures::*,
+        index,
+        tar_fixtures::{self, tar},
+    },
     worker::inputs::row::Row,
 };
 use std::sync::atomic::Ordering;
@@ -144,4 +149,23 @@ async fn a_changed_tar_is_refused() {
         assert_eq!(error.value("shard"), Some("memory:///data/0.tar"));
         assert!(error.to_string().contains(how), "{error}");
     }
+}
+
+#[tokio::test]
+async fn samples_outside_a_predicate_are_not_there() {
+    let stores = stores();
+    put(&stores, &[("0.tar", tar_fixtures::img2dataset(0..9))]).await;
+    let asked = SourceRequest {
+        predicate: Some("n in (2, 7, 8)".into()),
+        ..request("memory:///data")
+    };
+    let manifest = index(&stores, None, &[asked]).await.unwrap();
+    let batch = BlockReader::new(stores, 0)
+        .read(&manifest, 0, 0, 0, &[])
+        .await
+        .unwrap();
+    assert_eq!(
+        texts(&batch, "caption"),
+        ["caption 2", "caption 7", "caption 8"].map(Some)
+    );
 }

@@ -1,0 +1,246 @@
+//! Which rows of a Parquet file are kept. Row groups that their statistics decide are not read.
+use super::{
+    Columns, Filter, LeftOut,
+    bounds::{Bounds, Outcomes, outcomes},
+    columns,
+    expression::{Expression, Literal, Name, Operator},
+    values::{Kind, bound, values},
+};
+use crate::{
+    dataset::{file::ShardFile, layout, manifest::Block},
+    error::Result,
+};
+use arrow::array::Array;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, statistics::StatisticsConverter};
+use std::collections::BTreeSet;
+
+/// Columns by which img2dataset's own files are known, and what a download that went well has.
+const STATUS: &str = "status";
+const ERROR: &str = "error_message";
+const SUCCESS: &str = "success";
+
+/// What statistics tell of one column in each row group.
+struct Known {
+    low: Vec<Option<Literal>>,
+    high: Vec<Option<Literal>>,
+    nulls: Vec<Option<u64>>,
+}
+
+impl Filter {
+    /// Takes the rows that are not kept out of `blocks`, which are the file's row groups.
+    ///
+    /// # Errors
+    /// `ColumnNotFound`, `SchemaMismatch` where a column's type is not what it is compared with;
+    /// those of reading.
+    pub async fn keep_rows(
+        &self,
+        file: &ShardFile,
+        footer: &ArrowReaderMetadata,
+        blocks: &mut [Block],
+    ) -> Result<LeftOut> {
+        let status = status(footer);
+        if self.is_empty() && status.is_none() {
+            return Ok(LeftOut::default());
+        }
+        let expression = self.bound(file, footer)?;
+        let mut names: BTreeSet<&str> = status.iter().map(|_| STATUS).collect();
+        names.extend(self.allow.iter().map(|allow| allow.column.as_str()));
+        let compared = expression.iter().flat_map(Expression::columns);
+        names.extend(compared.map(|(name, _)| name.name.as_str()));
+        let names: Vec<&str> = names.into_iter().collect();
+        let looks = self.undecided(footer, expression.as_ref(), status.as_ref(), blocks);
+        let undecided: Vec<usize> = (0..blocks.len())
+            .filter(|n| looks[*n] == Look::Read)
+            .collect();
+        let mut columns = match undecided.is_empty() {
+            true => Columns::new(),
+            false => read(file, footer, &undecided, &names).await?,
+        };
+        let mut left_out = LeftOut::default();
+        for (n, block) in blocks.iter_mut().enumerate() {
+            let rows = block.rows as usize;
+            let (downloaded, kept) = match looks[n] {
+                Look::All => continue,
+                Look::None => (vec![true; rows], vec![false; rows]),
+                Look::Read => {
+                    let mut these = Columns::new();
+                    for (name, values) in &mut columns {
+                        let rest = values.split_off(rows.min(values.len()));
+                        these.insert(name.clone(), std::mem::replace(values, rest));
+                    }
+                    let value = |row: usize| these.get(STATUS)?.get(row)?.as_ref();
+                    let went_well = |row: usize| match &status {
+                        Some(status) => status.outcome(&|_| value(row)) == Some(true),
+                        None => true,
+                    };
+                    let downloaded: Vec<bool> = (0..rows).map(went_well).collect();
+                    (downloaded, self.kept(expression.as_ref(), &these, rows))
+                }
+            };
+            let both: Vec<bool> = downloaded
+                .iter()
+                .zip(&kept)
+                .map(|(a, b)| *a && *b)
+                .collect();
+            let failed = downloaded.iter().filter(|well| !**well).count() as u64;
+            block.keep(&both);
+            left_out.not_downloaded += failed;
+            left_out.outside += rows as u64 - u64::from(block.rows) - failed;
+        }
+        Ok(left_out)
+    }
+
+    /// The predicate for the types of this file; the list's column is checked as well.
+    fn bound(&self, file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Option<Expression>> {
+        let schema = footer.schema();
+        let (uri, fields) = (file.uri(), schema.fields());
+        let kind = |column: &str, at: String| {
+            let Ok(field) = schema.field_with_name(column) else {
+                let message = format!("{uri} has no column '{column}'{at}");
+                let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
+                return Err(layout::not_found(message, column, &names));
+            };
+            Kind::of(field.data_type()).ok_or_else(|| {
+                let message = format!(
+                    "column '{column}' of {uri} is {}{at}, and only numbers, texts and truth \
+                     values are compared",
+                    field.data_type()
+                );
+                layout::mismatch(message, uri, column)
+            })
+        };
+        if let Some(allow) = &self.allow {
+            kind(
+                &allow.column,
+                ", which allow looks up (id_column names another)".to_owned(),
+            )?;
+        }
+        let Some((_, expression)) = &self.predicate else {
+            return Ok(None);
+        };
+        let wrong = |name: &Name, literal: &Literal| {
+            let found = schema.field_with_name(&name.name);
+            let found = found.map_or_else(|_| String::new(), |f| f.data_type().to_string());
+            let Name { name, at } = name;
+            let message = format!(
+                "where: column '{name}' (at character {at}) of {uri} is {found}, and is compared \
+                 with {literal}"
+            );
+            layout::mismatch(message, uri, name)
+        };
+        let at = |name: &Name| format!(" (where, at character {})", name.at);
+        bound(expression, |name| kind(&name.name, at(name)), wrong).map(Some)
+    }
+
+    /// What is to be done with each row group.
+    fn undecided(
+        &self,
+        footer: &ArrowReaderMetadata,
+        expression: Option<&Expression>,
+        status: Option<&Expression>,
+        blocks: &[Block],
+    ) -> Vec<Look> {
+        let all = [expression, status];
+        let columns = all.into_iter().flatten().flat_map(Expression::columns);
+        let known: Vec<_> = columns
+            .map(|(name, _)| (name.name.as_str(), known(footer, &name.name)))
+            .collect();
+        let look = |(n, block): (usize, &Block)| {
+            let bounds = |name: &str| {
+                let (_, known) = known.iter().find(|(column, _)| *column == name)?;
+                let known = known.as_ref()?;
+                Some(Bounds {
+                    low: known.low.get(n)?.clone(),
+                    high: known.high.get(n)?.clone(),
+                    nulls: *known.nulls.get(n)?,
+                    rows: u64::from(block.rows),
+                })
+            };
+            let asked = |expression: Option<&Expression>| match expression {
+                Some(expression) => outcomes(expression, &bounds),
+                None => Outcomes::TRUE,
+            };
+            let (inside, status) = (asked(expression), asked(status));
+            match () {
+                () if !status.always() => Look::Read,
+                () if inside.never() => Look::None,
+                () if inside.always() && self.allow.is_none() => Look::All,
+                () => Look::Read,
+            }
+        };
+        blocks.iter().enumerate().map(look).collect()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    All,
+    None,
+    Read,
+}
+
+/// Of img2dataset's files: what a row's status has to be.
+fn status(footer: &ArrowReaderMetadata) -> Option<Expression> {
+    let is_text = |name: &str| {
+        let field = footer.schema().field_with_name(name).ok();
+        field.is_some_and(|field| Kind::of(field.data_type()) == Some(Kind::Text))
+    };
+    let has_error = footer.schema().field_with_name(ERROR).is_ok();
+    (is_text(STATUS) && has_error).then(|| {
+        let name = Name {
+            name: STATUS.to_owned(),
+            at: 0,
+        };
+        Expression::Compare(name, Operator::Equal, Literal::Text(SUCCESS.to_owned()))
+    })
+}
+
+async fn read(
+    file: &ShardFile,
+    footer: &ArrowReaderMetadata,
+    groups: &[usize],
+    names: &[&str],
+) -> Result<Columns> {
+    let batches = columns::read(file, footer, groups, names).await?;
+    let first = groups.first().copied().unwrap_or_default();
+    let mut columns = Columns::new();
+    for batch in batches {
+        for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
+            let values = values(array).map_err(|cause| file.undecodable(first, cause))?;
+            columns
+                .entry(field.name().clone())
+                .or_default()
+                .extend(values);
+        }
+    }
+    Ok(columns)
+}
+
+/// `None` where the file has no statistics that can be trusted.
+fn known(footer: &ArrowReaderMetadata, column: &str) -> Option<Known> {
+    let (schema, groups) = (footer.schema(), footer.metadata().row_groups());
+    let converter = StatisticsConverter::try_new(column, schema, footer.parquet_schema()).ok()?;
+    let converter = converter.with_missing_null_counts_as_zero(false);
+    let is_text = Kind::of(schema.field_with_name(column).ok()?.data_type()) == Some(Kind::Text);
+    let leaf = converter.parquet_column_index()?;
+    // Old writers compared the bytes of texts with their signs.
+    let deprecated = groups.iter().any(|group| {
+        let statistics = group.column(leaf).statistics();
+        statistics.is_some_and(|statistics| statistics.is_min_max_deprecated())
+    });
+    let nulls = converter.row_group_null_counts(groups).ok()?;
+    let bounds = |array: parquet::errors::Result<arrow::array::ArrayRef>| {
+        let none = vec![None; groups.len()];
+        match array {
+            Ok(array) if !(is_text && deprecated) => values(&array).unwrap_or(none),
+            _ => none,
+        }
+    };
+    Some(Known {
+        low: bounds(converter.row_group_mins(groups)),
+        high: bounds(converter.row_group_maxes(groups)),
+        nulls: (0..nulls.len())
+            .map(|n| nulls.is_valid(n).then(|| nulls.value(n)))
+            .collect(),
+    })
+}
