@@ -72,8 +72,9 @@ declare! {
     histogram select_duration() on Coordinator = "superbatch_select_duration_seconds", Seconds,
         SECONDS;
     /// Seconds spent in one stage. Once a step on the coordinator: `plan`, `wait_weights`,
-    /// `select`, `commit`; once a rank: `send`. Once a slice on its worker: `fetch`, `decode`,
-    /// `embed_reference`, `embed_learner`; `decode` once more if images had to be decoded again
+    /// `select`, `commit`, and `probe` if one is due; once a rank: `send`. Once a slice on its
+    /// worker: `fetch`, `decode`, `embed_reference`, `embed_learner`; `decode` once more if images
+    /// had to be decoded again
     /// for the learner.
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
@@ -132,6 +133,18 @@ declare! {
     /// second. Joint selection need not: its goal is the score of the whole batch,
     /// `superbatch_batch_score`.
     histogram mean_score(of) on Coordinator = "superbatch_mean_score", Count, SCORES;
+    /// Fidelity probes that were due, by outcome: `ok`, in a committed step; `failed`, as the log
+    /// says, while the step went on.
+    counter probes(outcome) on Coordinator = "superbatch_probes_total", Count;
+    /// Spearman's rank correlation of candidates' own scores at full fidelity and at the phase's
+    /// approximation, as the newest probe of any run found it.
+    gauge probe_rank_correlation() on Coordinator = "superbatch_probe_rank_correlation", Count;
+    /// The share of the draws at both fidelities that is the same, by the newest probe of any run.
+    gauge probe_overlap() on Coordinator = "superbatch_probe_overlap", Count;
+    /// Of the batch score that a draw at full fidelity has beyond a uniform draw's, the share that
+    /// the draw at the approximation keeps, by the newest probe of any run: 1 is all of it, 0 is
+    /// none, below 0 is worse than a uniform draw.
+    gauge probe_kept_gain() on Coordinator = "superbatch_probe_kept_gain", Count;
     /// Rows whose reference embeddings were found in the sidecar.
     counter reference_rows_cached() on Worker = "superbatch_reference_rows_cached_total", Count;
     /// Rows whose reference embeddings were computed.
@@ -234,6 +247,9 @@ pub fn begin(process: Process) {
     ["normal", "stale", "uniform", "reference_only"]
         .into_iter()
         .for_each(|mode| steps_committed(mode).increment(0));
+    ["ok", "failed"]
+        .into_iter()
+        .for_each(|outcome| probes(outcome).increment(0));
     let rules = [
         "clip_score_at_least",
         "neg_clip_loss_keep",

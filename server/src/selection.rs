@@ -1,6 +1,7 @@
 //! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a
 //! worker.
 pub mod judged;
+pub mod probed;
 
 #[cfg(feature = "torch")]
 use crate::cuda;

@@ -1,9 +1,11 @@
 """Approximate scoring and training at two resolutions, by the real binary."""
 
-import pyarrow.parquet
+import dataclasses
+import subprocess
+
 import pytest
 import superbatch
-from cluster import Cluster
+from cluster import BINARY, Cluster
 from test_end_to_end import inputs, phase, reason, service, spec, weights  # noqa: F401
 from test_refusals import refused
 
@@ -177,3 +179,67 @@ def test_what_can_never_work_is_refused(inputs, service):
             ]
         )
     assert reason(caught) == "RUN_SPEC_IMPOSSIBLE"
+
+
+def test_a_probe_compares_both_fidelities_and_changes_nothing(inputs, tmp_path):
+    """Every second step, half of the candidates are embedded at full fidelity, too."""
+    probe = superbatch.FidelityProbe(every_steps=2, rows=48)
+    phases = [
+        phase(policy="uniform", approximation=LOW, multi_resolution=HALF),
+        phase(from_step=1, fidelity="approximate", approximation=LOW, probe=probe),
+    ]
+    with Cluster(tmp_path) as cluster:
+        client = superbatch.connect(cluster.address)
+        run = client.open_run(spec(inputs, "probed", phases=phases, micro_batch_rows=16))
+        assert run.spec.phases[1].probe == {"every_steps": 2, "rows": 48}
+        batches = train(run, inputs, end=5)
+        summaries = [run.receipt(step).summary for step in range(5)]
+        found = summaries[3].probe
+        assert [summary.probe is None for summary in summaries] == [True, False, True, False, True]
+        assert (found.rows, found.draw) == (48, 12)
+        assert -1 <= found.rank_correlation <= 1 and 0 <= found.overlap <= 1
+        assert found.score_full > found.score_uniform, "joint selection draws what scores high"
+        cost = summaries[3].cost
+        # Two models, 48 rows, at full fidelity; none of it is in the other fields.
+        pair = cost.train_flops / (3 * 24)
+        assert cost.probe_flops == pytest.approx(2 * 48 * pair, rel=1e-6)
+        assert cost.scoring.image_full == 0
+        assert summaries[2].cost.probe_flops == 0
+        metric = cluster.coordinator.metric
+        assert metric("superbatch_probes_total", outcome="ok") == 2
+        assert metric("superbatch_probes_total", outcome="failed") == 0
+        last = superbatch_probe(metric)
+        assert last == pytest.approx((found.rank_correlation, found.overlap))
+        totals = run.get_run().accounts
+        models = totals.reference_flops + totals.learner_flops + totals.probe_flops
+        counted = [metric("superbatch_flops_total", stage=s) for s in ("reference", "learner")]
+        assert sum(counted) == pytest.approx(models + totals.discarded_flops, rel=1e-6)
+        assert metric("superbatch_flops_total", stage="selection") == pytest.approx(
+            totals.selection_flops, abs=100
+        )
+        printed = subprocess.run(
+            [BINARY, "receipts", "probed", "--step", "3", "--state", cluster.state],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "of 48 rows at both fidelities" in printed
+        quiet = [phases[0], dataclasses.replace(phases[1], probe=None)]
+        without = client.open_run(spec(inputs, "without", phases=quiet, micro_batch_rows=16))
+        ids = [batch["_superbatch_id"].to_pylist() for batch in train(without, inputs, end=5)]
+        assert ids == [batch["_superbatch_id"].to_pylist() for batch in batches]
+
+
+def superbatch_probe(metric) -> tuple[float, float]:
+    """What the gauges say of the newest probe."""
+    return metric("superbatch_probe_rank_correlation"), metric("superbatch_probe_overlap")
+
+
+def test_a_probe_that_can_tell_nothing_is_refused(inputs, service):
+    probe = superbatch.FidelityProbe(every_steps=0)
+    asked = phase(approximation=LOW, multi_resolution=HALF, probe=probe)
+    refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "p", phases=[asked]), "every_steps")
+    few = dataclasses.replace(asked, probe=superbatch.FidelityProbe(every_steps=5, rows=4))
+    refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "q", phases=[few]), "fewer than 2")
+    bare = phase(probe=superbatch.FidelityProbe(every_steps=5))
+    refused(service, "RUN_SPEC_IMPOSSIBLE", spec(inputs, "r", phases=[bare]), "approximation")

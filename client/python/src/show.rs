@@ -111,6 +111,28 @@ fn multi_resolution(py: Python<'_>, asked: &v1::MultiResolution) -> Shown {
     dict!(py, asked, [share, whole_step], {})
 }
 
+fn probe(py: Python<'_>, asked: &v1::FidelityProbe) -> Shown {
+    dict!(py, asked, [every_steps, rows], {})
+}
+
+fn probe_result(py: Python<'_>, found: &v1::ProbeResult) -> Shown {
+    dict!(
+        py,
+        found,
+        [
+            rows,
+            draw,
+            rank_correlation,
+            overlap,
+            score_full,
+            score_approximate,
+            score_uniform,
+            seconds,
+        ],
+        {}
+    )
+}
+
 fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
     dict!(
         py,
@@ -165,6 +187,7 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         multi_resolution: show_if_given(py, summary.multi_resolution.as_ref(), multi_resolution)?,
         uniform_score: summary.uniform_score,
         trainer_wait_seconds: summary.trainer_wait_seconds,
+        probe: show_if_given(py, summary.probe.as_ref(), probe_result)?,
     })
 }
 
@@ -244,6 +267,7 @@ fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
         tuning: show_if_given(py, phase.tuning.as_ref(), tuning)?,
         approximation: show_if_given(py, phase.approximation.as_ref(), approximation)?,
         multi_resolution: show_if_given(py, phase.multi_resolution.as_ref(), multi_resolution)?,
+        probe: show_if_given(py, phase.probe.as_ref(), probe)?,
     })
 }
 

@@ -2,9 +2,9 @@
 use crate::errors::invalid;
 use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
-    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Intent, Lag,
-    LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RewindMode, RunSpec, Source,
-    TensorDtype, Tuning, approximation::By, lag, learner_spec,
+    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
+    Fork, Intent, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec,
+    RewindMode, RunSpec, Source, TensorDtype, Tuning, approximation::By, lag, learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -282,6 +282,13 @@ fn multi_resolution(fields: &mut Fields<'_, '_>) -> PyResult<MultiResolution> {
     })
 }
 
+fn probe(fields: &mut Fields<'_, '_>) -> PyResult<FidelityProbe> {
+    Ok(FidelityProbe {
+        every_steps: fields.or_default("every_steps")?,
+        rows: fields.but_zero("rows")?,
+    })
+}
+
 fn reference(fields: &mut Fields<'_, '_>) -> PyResult<ReferenceSpec> {
     Ok(ReferenceSpec {
         model_uri: fields.or_default("model_uri")?,
@@ -303,6 +310,7 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         approximation: fields.nested("approximation", approximation)?,
         multi_resolution: fields.nested("multi_resolution", multi_resolution)?,
         allow_untrained_fidelity: fields.or_default("allow_untrained_fidelity")?,
+        probe: fields.nested("probe", probe)?,
     })
 }
 

@@ -7,6 +7,7 @@ use crate::{
         receipts::{json, parquet::has_scores, store::Receipts},
     },
     error::{Error, Result},
+    selection::probed::kept_gain,
     storage::Location,
 };
 use clap::Args;
@@ -263,6 +264,7 @@ fn head(s: &ReceiptSummary) -> String {
         ),
         ("fidelity", fidelity(s)),
         ("scores", scores(s)),
+        ("probe", probe(s)),
         (
             "cost",
             format!(
@@ -327,6 +329,26 @@ fn fidelity(s: &ReceiptSummary) -> String {
         text.push_str(&format!("; {} of the {of} trained so", asked.share));
     }
     text
+}
+
+/// What the other fidelity would have chosen, where that was asked.
+fn probe(s: &ReceiptSummary) -> String {
+    let Some(found) = &s.probe else {
+        return "none at this step".to_owned();
+    };
+    let kept = kept_gain(found).map_or("none to be kept".to_owned(), |kept| format!("{kept:.2}"));
+    format!(
+        "of {} rows at both fidelities: rank correlation {:.3}, overlap {:.3} of draws of {} ({:.3} \
+         at random), kept gain {kept} (batch scores {:.5} full, {:.5} approximate, {:.5} uniform)",
+        found.rows,
+        found.rank_correlation,
+        found.overlap,
+        found.draw,
+        f64::from(found.draw) / f64::from(found.rows.max(1)),
+        found.score_full,
+        found.score_approximate,
+        found.score_uniform
+    )
 }
 
 fn scores(s: &ReceiptSummary) -> String {

@@ -220,7 +220,7 @@ impl Ord for Total {
 
 impl Embedded {
     /// These rows alone, in this order.
-    fn picked(&self, rows: &[usize]) -> Self {
+    pub fn picked(&self, rows: &[usize]) -> Self {
         Self {
             image: self.image.picked(rows, self.dim),
             text: self.text.picked(rows, self.dim),

@@ -32,6 +32,7 @@ from ._record import Record
 from ._run import Run
 from ._spec import (
     Approximation,
+    FidelityProbe,
     Fork,
     Lag,
     Learner,
@@ -52,6 +53,7 @@ __all__ = [
     "Client",
     "EndOfData",
     "Error",
+    "FidelityProbe",
     "Fork",
     "InvalidArgument",
     "Lag",

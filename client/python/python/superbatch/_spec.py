@@ -65,6 +65,19 @@ class MultiResolution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FidelityProbe:
+    """Now and then, some candidates of a step are scored at full fidelity and at the phase's
+    approximation: the receipt's `probe` says how far their ranks and draws agree.
+
+    every_steps: from the phase's first step on.
+    rows: candidates that are compared (default 1024).
+    """
+
+    every_steps: int
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
     """The model that is being trained.
 
@@ -139,6 +152,7 @@ class Phase:
     though its ranking may then
         be noise.
     tuning: numbers of single policies, and what is left out before the draw.
+    probe: now and then, compare what the two fidelities choose, `FidelityProbe(every_steps=...)`.
     """
 
     policy: str
@@ -153,6 +167,7 @@ class Phase:
     approximation: Approximation | None = None
     multi_resolution: MultiResolution | None = None
     allow_untrained_fidelity: bool | None = None
+    probe: FidelityProbe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +319,8 @@ def check_phases(phases: Any) -> None:
             expect(f"phases[{i}].approximation", phase.approximation, Approximation, approximations)
             shares = "give superbatch.MultiResolution() or superbatch.MultiResolution(share=...)"
             expect(f"phases[{i}].multi_resolution", phase.multi_resolution, MultiResolution, shares)
+            probes = "give superbatch.FidelityProbe(every_steps=...)"
+            expect(f"phases[{i}].probe", phase.probe, FidelityProbe, probes)
 
 
 def expect(name: str, value: Any, kinds: Any, instead: str) -> None:

@@ -1,6 +1,6 @@
 //! What steps cost, added up and counted.
 use super::parquet::has_scores;
-use crate::metrics;
+use crate::{metrics, selection::probed::kept_gain};
 use std::collections::HashMap;
 use superbatch_proto::v1::{
     Accounts, BadRowReason, ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary, StageSeconds,
@@ -83,6 +83,14 @@ pub fn count(receipt: &Receipt, begun: Instant) {
         metrics::batch_score().record(summary.batch_score);
         metrics::mean_score("chosen").record(summary.mean_score_chosen);
         metrics::mean_score("candidates").record(summary.mean_score_candidates);
+    }
+    if let Some(found) = &summary.probe {
+        metrics::probes("ok").increment(1);
+        metrics::probe_rank_correlation().set(found.rank_correlation);
+        metrics::probe_overlap().set(found.overlap);
+        if let Some(kept) = kept_gain(found) {
+            metrics::probe_kept_gain().set(kept);
+        }
     }
     if let Some(left_out) = &summary.left_out {
         metrics::left_out("clip_score_at_least").increment(left_out.clip_score_at_least.into());

@@ -2,8 +2,8 @@
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
     Accounts, Approximation, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion,
-    EmbeddingDtype, Fidelity, LeftOut, Loss, Mode, MultiResolution, PassedRow, Policy, Receipt,
-    ReceiptSummary, SourceSpan, StageSeconds, TowerFlops, Tuning, WeightsVersion,
+    EmbeddingDtype, Fidelity, LeftOut, Loss, Mode, MultiResolution, PassedRow, Policy, ProbeResult,
+    Receipt, ReceiptSummary, SourceSpan, StageSeconds, TowerFlops, Tuning, WeightsVersion,
     approximation::By,
 };
 
@@ -82,6 +82,7 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
         })),
         uniform_score: json!(uniform_score),
         trainer_wait_seconds: json!(trainer_wait_seconds),
+        probe: json!(probe.as_ref().map(self::probe)),
     })
 }
 
@@ -187,6 +188,23 @@ pub fn accounts(accounts: &Accounts) -> Value {
 
 fn towers(flops: &TowerFlops) -> Value {
     object!(TowerFlops, flops, [image_full, image_approximate, text])
+}
+
+fn probe(found: &ProbeResult) -> Value {
+    object!(
+        ProbeResult,
+        found,
+        [
+            rows,
+            draw,
+            rank_correlation,
+            overlap,
+            score_full,
+            score_approximate,
+            score_uniform,
+            seconds
+        ]
+    )
 }
 
 /// What `approximate` meant.

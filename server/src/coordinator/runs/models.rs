@@ -109,7 +109,8 @@ pub fn check_approximations(
         let Some(By::Resolution(side)) = phase.approximation.and_then(|given| given.by) else {
             continue;
         };
-        let asks_reference = scores_at(phase).is_some() && Asked::by(phase).reference;
+        let scores = scores_at(phase).is_some() || phase.probe.is_some();
+        let asks_reference = scores && Asked::by(phase).reference;
         let asked = [
             ("learner", learner),
             ("reference", reference.filter(|_| asks_reference)),

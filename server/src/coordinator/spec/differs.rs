@@ -2,9 +2,9 @@
 use super::word;
 use std::fmt::Debug;
 use superbatch_proto::v1::{
-    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, Fork, Lag,
-    LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec, Source, Tuning,
-    approximation, lag, learner_spec,
+    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
+    Fork, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec, Source,
+    Tuning, approximation, lag, learner_spec,
 };
 
 /// Longest text of a value, in characters.
@@ -169,10 +169,11 @@ messages! {
     ReferenceSpec { model_uri, logit_bias }
     Phase {
         from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity,
-        tuning, approximation, multi_resolution, allow_untrained_fidelity,
+        tuning, approximation, multi_resolution, allow_untrained_fidelity, probe,
     }
     Approximation { by }
     MultiResolution { share, whole_step }
+    FidelityProbe { every_steps, rows }
     Tuning {
         temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least,
             neg_clip_loss_keep, duplicates_above,

@@ -1,6 +1,6 @@
 //! Fidelities of a schedule: what can never work, and how many rows are trained low.
 use super::{Asked, impossible};
-use crate::error::Result;
+use crate::{error::Result, selection::is_scored};
 use superbatch_proto::v1::{
     Approximation, Fidelity, MultiResolution, Phase, RunSpec, approximation::By,
 };
@@ -24,6 +24,9 @@ pub fn low_rows(multi_resolution: Option<&MultiResolution>, rows: usize) -> usiz
     }
 }
 
+/// Candidates that a probe compares, unless the phase says otherwise.
+const PROBE_ROWS: u32 = 1024;
+
 /// Fills in what the protocol leaves open.
 pub(super) fn complete(phase: &mut Phase) {
     if let Some(asked) = &mut phase.multi_resolution
@@ -31,6 +34,22 @@ pub(super) fn complete(phase: &mut Phase) {
     {
         asked.share = SHARE;
     }
+    if let Some(probe) = &mut phase.probe
+        && probe.rows == 0
+    {
+        probe.rows = PROBE_ROWS;
+    }
+}
+
+/// What the phase's probe scores at beside the phase itself, where one is due at `step`; `None`
+/// within is full fidelity.
+pub fn probes_at(phase: &Phase, step: u64) -> Option<Option<Approximation>> {
+    let every = u64::from(phase.probe.as_ref()?.every_steps).max(1);
+    let is_due = (step - phase.from_step.min(step)).is_multiple_of(every);
+    is_due.then(|| match scores_at(phase) {
+        Some(_) => None,
+        None => phase.approximation,
+    })
 }
 
 /// Refuses what can never work in one phase. `at` is its path.
@@ -38,6 +57,7 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
     let needed = match (phase.fidelity(), &phase.multi_resolution) {
         (Fidelity::Approximate, _) => Some("fidelity approximate"),
         (_, Some(_)) => Some("multi_resolution"),
+        _ if phase.probe.is_some() => Some("probe"),
         _ => None,
     };
     let known = phase.approximation.and_then(|given| given.by);
@@ -52,8 +72,7 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
         }
         (None, Some(_)) => {
             let message = "an approximation that is neither scored nor trained with; set fidelity \
-                           to approximate, or \
-                           multi_resolution";
+                           to approximate, multi_resolution or probe";
             return Err(impossible(&field, message));
         }
         (_, Some(By::Resolution(0))) => {
@@ -70,10 +89,36 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
                        without)";
         return Err(impossible(&format!("{at}.fidelity"), message));
     }
+    probe(at, phase)?;
     match &phase.multi_resolution {
         Some(asked) => shares(at, asked, phase.sub_batch_size, micro_batches),
         None => Ok(()),
     }
+}
+
+fn probe(at: &str, phase: &Phase) -> Result<()> {
+    let Some(probe) = &phase.probe else {
+        return Ok(());
+    };
+    if probe.every_steps == 0 {
+        let message = "a probe needs the number of steps between two of them; set every_steps";
+        return Err(impossible(&format!("{at}.probe.every_steps"), message));
+    }
+    // A draw of one row says nothing.
+    let (rows, of) = (u64::from(probe.rows), u64::from(phase.super_batch_size));
+    if rows.min(of) * u64::from(phase.sub_batch_size) < 2 * of {
+        let message = format!(
+            "of {rows} rows a draw would have fewer than 2; compare at least {}",
+            (2 * of).div_ceil(u64::from(phase.sub_batch_size).max(1))
+        );
+        return Err(impossible(&format!("{at}.probe.rows"), message));
+    }
+    if !is_scored(phase.policy()) {
+        let message = "this phase draws by no scores, so that there is nothing to compare; leave \
+                       the probe out";
+        return Err(impossible(&format!("{at}.probe"), message));
+    }
+    Ok(())
 }
 
 fn shares(at: &str, asked: &MultiResolution, rows: u32, micro_batches: u32) -> Result<()> {

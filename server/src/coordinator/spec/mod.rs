@@ -11,6 +11,7 @@ pub use asked::Asked;
 pub use differs::Difference;
 pub use differs::first_difference;
 pub use fidelity::low_rows;
+pub use fidelity::probes_at;
 pub use fidelity::scores_at;
 use superbatch_proto::v1::{
     Criterion, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,

@@ -13,7 +13,8 @@ use crate::{
 };
 use std::{collections::BTreeMap, time::Duration};
 use superbatch_proto::v1::{
-    Accounts, BadRowReason, Hole, Mode, Phase, SelectResponse, StageSeconds, WeightsVersion,
+    Accounts, BadRowReason, Hole, Mode, Phase, ProbeResult, SelectResponse, StageSeconds,
+    WeightsVersion,
 };
 
 /// Version of this program, as receipts name it.
@@ -38,6 +39,8 @@ pub struct Decided {
     pub cost: Accounts,
     /// What is known of each candidate, where the step is drawn by scores.
     pub judged: Option<Judged>,
+    /// What the fidelity probe found, where one was due.
+    pub probe: Option<ProbeResult>,
     /// Workers that shared the candidates.
     workers: usize,
 }
@@ -62,6 +65,7 @@ impl Decided {
                 ..Default::default()
             },
             judged: None,
+            probe: None,
             workers: 0,
         }
     }
@@ -131,6 +135,12 @@ impl Decided {
             version.digest = fact.map_or_else(String::new, |f| f.weights_digest.clone());
         }
         self.learner = Some(version);
+    }
+
+    /// Scoring that the fidelity probe alone needed.
+    pub fn probe_spent(&mut self, flops: f64) {
+        self.spent.add(flops);
+        self.cost.probe_flops += flops;
     }
 
     fn scored_by(&mut self, scored: &Scored) {

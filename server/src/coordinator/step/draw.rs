@@ -25,25 +25,11 @@ impl Maker<'_> {
         learner: Option<Scored>,
         reference: Option<Scored>,
     ) -> Result<SelectResponse> {
-        let mut begin = select_begin(self.spec, decided, self.super_batch);
-        let asked = Asked::by_draw(begin.policy(), begin.criterion(), begin.tuning.as_ref());
+        let (begin, asked) = self.asking(decided, learner.as_ref(), reference.as_ref())?;
         let (learner, reference) = (
             learner.filter(|_| asked.learner),
             reference.filter(|_| asked.reference),
         );
-        if let Some(scored) = &learner {
-            let given = self.spec.learner.as_ref().and_then(|l| l.logit_bias);
-            (begin.learner_scale, begin.learner_bias) =
-                (scored.scale, self.bias(scored, given, "learner")?);
-        }
-        if let Some(scored) = &reference {
-            begin.reference_scale = scored.scale;
-            // Embeddings tell what is left out, and distances, whatever the loss.
-            if asked.reference_losses {
-                let given = self.spec.reference.as_ref().and_then(|r| r.logit_bias);
-                begin.reference_bias = self.bias(scored, given, "reference")?;
-            }
-        }
         decided.scales = [
             begin.learner_scale,
             begin.learner_bias,
@@ -64,6 +50,31 @@ impl Maker<'_> {
         metrics::stage_duration("select").record(drawn.seconds);
         metrics::flops("selection").increment(drawn.flops as u64);
         Ok(drawn)
+    }
+
+    /// What the selector is asked, and of which models.
+    pub fn asking(
+        &self,
+        decided: &Decided,
+        learner: Option<&Scored>,
+        reference: Option<&Scored>,
+    ) -> Result<(SelectBegin, Asked)> {
+        let mut begin = select_begin(self.spec, decided, self.super_batch);
+        let asked = Asked::by_draw(begin.policy(), begin.criterion(), begin.tuning.as_ref());
+        if let Some(scored) = learner.filter(|_| asked.learner) {
+            let given = self.spec.learner.as_ref().and_then(|l| l.logit_bias);
+            (begin.learner_scale, begin.learner_bias) =
+                (scored.scale, self.bias(scored, given, "learner")?);
+        }
+        if let Some(scored) = reference.filter(|_| asked.reference) {
+            begin.reference_scale = scored.scale;
+            // Embeddings tell what is left out, and distances, whatever the loss.
+            if asked.reference_losses {
+                let given = self.spec.reference.as_ref().and_then(|r| r.logit_bias);
+                begin.reference_bias = self.bias(scored, given, "reference")?;
+            }
+        }
+        Ok((begin, asked))
     }
 
     fn bias(&self, scored: &Scored, given: Option<f64>, which: &str) -> Result<f64> {

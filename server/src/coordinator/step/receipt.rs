@@ -203,6 +203,7 @@ pub fn summary(
             .as_ref()
             .and_then(|judged| judged.uniform_score),
         trainer_wait_seconds: run.waits.take(),
+        probe: decided.probe,
     }
 }
 
@@ -224,7 +225,7 @@ pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decid
     // A row without an image is what a failed download leaves, and not rotten.
     let bad = |hole: &&Hole| hole.reason() != BadRowReason::ImageNull;
     cost.bad_rows = decided.holes.iter().filter(bad).count() as u64;
-    cost.selection_flops = drawn.flops;
+    cost.selection_flops += drawn.flops;
     cost.train_flops = training.image_full + training.image_approximate + training.text;
     cost.training = Some(training);
     cost.seconds.get_or_insert_default().select = drawn.seconds;

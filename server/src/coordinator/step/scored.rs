@@ -40,7 +40,7 @@ impl Maker<'_> {
                 let is_pushed = published.version.version > 0;
                 models::check_unchanged(run.learner.as_ref(), &scored, is_pushed, "learner")?;
                 decided.embedded_learner(&published, &scored, run.learner.as_ref());
-                Some(scored)
+                Some((model, scored))
             }
             Learner::Degraded(mode) => {
                 decided.mode = mode;
@@ -48,11 +48,14 @@ impl Maker<'_> {
             }
             Learner::NotAsked => None,
         };
+        let (model, learner) = learner.unzip();
         decided.add_holes(scoring.holes(), &[&reference, &learner]);
         let holes = decided.holes.len();
         if size - holes < phase.sub_batch_size as usize {
             return Err(self.too_few(decided));
         }
+        let embedded = model.as_ref().zip(learner.as_ref());
+        self.probe(decided, embedded, reference.as_ref()).await;
         decided.drawn = self.draw(decided, learner, reference).await?;
         let rows = scoring.rows(&decided.drawn.indices).await?;
         decided.record_discarded(scoring.discarded_flops());

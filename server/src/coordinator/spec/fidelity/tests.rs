@@ -1,7 +1,7 @@
 use super::*;
 use crate::coordinator::spec::complete;
 use superbatch_proto::v1::{
-    LearnerSpec, Policy, Reason, ReferenceSpec, Source, learner_spec::Initial,
+    FidelityProbe, LearnerSpec, Policy, Reason, ReferenceSpec, Source, learner_spec::Initial,
 };
 
 fn resolution(side: u32) -> Option<Approximation> {
@@ -125,4 +125,50 @@ fn what_can_never_work_is_named() {
     for (field, change) in cases {
         assert_eq!(refused(change), field);
     }
+}
+
+#[test]
+fn a_probe_is_due_every_so_many_steps_of_its_phase_at_the_other_fidelity() {
+    let mut asked = spec();
+    let probe = FidelityProbe {
+        every_steps: 4,
+        rows: 0,
+    };
+    asked.phases[1].probe = Some(probe);
+    let phase = complete(asked, 60.0).unwrap().phases[1];
+    assert_eq!(phase.probe.unwrap().rows, 1024);
+    assert_eq!(
+        probes_at(&phase, 10),
+        Some(None),
+        "full, beside approximate"
+    );
+    assert_eq!(probes_at(&phase, 12), None);
+    assert_eq!(probes_at(&phase, 14), Some(None));
+    let full = Phase {
+        fidelity: Fidelity::Full.into(),
+        ..phase
+    };
+    assert_eq!(probes_at(&full, 14), Some(resolution(16)));
+    assert_eq!(probes_at(&spec().phases[1], 10), None);
+}
+
+#[test]
+fn probes_that_can_tell_nothing_are_refused() {
+    let probe = |every_steps, rows| Some(FidelityProbe { every_steps, rows });
+    let field = refused(|spec| spec.phases[1].probe = probe(0, 0));
+    assert_eq!(field, "phases[1].probe.every_steps");
+    let field = refused(|spec| spec.phases[1].probe = probe(5, 7));
+    assert_eq!(field, "phases[1].probe.rows", "a draw of one row");
+    let field = refused(|spec| spec.phases[0].probe = probe(5, 64));
+    assert_eq!(field, "phases[0].probe", "uniform");
+    let field = refused(|spec| {
+        spec.phases[1] = Phase {
+            approximation: None,
+            multi_resolution: None,
+            fidelity: Fidelity::Full.into(),
+            probe: probe(5, 64),
+            ..spec.phases[1]
+        }
+    });
+    assert_eq!(field, "phases[1].approximation");
 }
