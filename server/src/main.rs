@@ -66,6 +66,16 @@ Examples:
   superbatch index 's3://bucket/laion/{00000..00041}.parquet' --state s3://bucket/superbatch
   superbatch index file:///data/train --image-column photo --caption-column alt_text")]
     Index(admin::index::IndexArgs),
+    /// What the service reads in a model folder, or why it refuses it.
+    ///
+    /// Family, towers, preprocessing, tokenizer, weights (names, shapes, finite numbers, a canary
+    /// batch), memory, and what a pair costs at full and at smaller resolutions.
+    #[command(after_long_help = "\
+Examples:
+  superbatch inspect /models/learner
+  # For programs
+  superbatch inspect s3://bucket/models/siglip --json | jq .fidelities")]
+    Inspect(admin::inspect::InspectArgs),
     /// List the runs in the state, with how far each has come.
     ///
     /// Reads the state directly, so it works while the service is down.
@@ -171,6 +181,9 @@ fn run(command: Command) -> Result<String> {
         Command::Index(args) => with_runtime(args.settings.load()?, async |config| {
             let (stores, state) = admin::open_state(&config)?;
             admin::index::run(&stores, &state, &args).await
+        }),
+        Command::Inspect(args) => with_runtime(args.settings.load()?, async |config| {
+            admin::inspect::run(&config, &args).await
         }),
         Command::Runs(args) => with_runtime(args.settings.load()?, async |config| {
             admin::runs::run(&config, &args).await

@@ -1,17 +1,23 @@
 """The commands as people and scripts use them: what they print, where, and how they end."""
 
 import json
+import math
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import superbatch
 from commands import CASE, USAGE, fails, prints, run
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_end_to_end import STEPS, inputs, service, spec, undisturbed  # noqa: F401
 
-COMMANDS = ("serve", "worker", "check-config", "index", "runs", "receipts", "select")
+from examples.demo import tiny
+
+COMMANDS = ("serve", "worker", "check-config", "index", "inspect", "runs", "receipts", "select")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,50 @@ def test_help_teaches(tmp_path):
         assert all(re.search(rf"{option}(?: <[^>]*>)?\s+[A-Z]", text) for option in options), (
             command
         )
+
+
+def test_a_model_folder_is_inspected(inputs, tmp_path):
+    folder = inputs / "learner"
+    text = prints("inspect", folder)
+    for said in (
+        "siglip, embeddings of 16 numbers",
+        "16 x 16 pixels in patches of 8; 1 layers of width 16, 2 heads, MLP 32",
+        "padded ('<pad>', id 0) to 8",
+        "finite, and so are embeddings on cpu",
+        "scale 10.0",
+    ):
+        assert said in text, text
+    found = json.loads(prints("inspect", folder.as_uri(), "--json"))
+    with safe_open(folder / "model.safetensors", "np") as file:
+        names = list(file.keys())
+        count = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    assert found["weights"]["tensors"] == len(names)
+    assert found["weights"]["parameters"] == count
+    assert [side["resolution"] for side in found["fidelities"]] == [16, 8]
+    assert found["fidelities"][0]["of_full"] == 1 > found["fidelities"][1]["of_full"]
+    clip = json.loads(prints("inspect", tiny.write_clip(tmp_path / "clip"), "--json"))
+    assert clip["family"] == "clip" and clip["weights"]["logit_bias"] is None
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    assert "a learner with first_push" in prints("inspect", tmp_path / "clip")
+
+
+def test_a_model_folder_that_is_refused_says_why(inputs, tmp_path):
+    assert "has no config.json" in fails("inspect", tmp_path)
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "learner", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["image_size"] = 24
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "make them agree" in fails("inspect", folder)
+    config["model_type"] = "coca"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "model_type 'coca' is not supported" in fails("inspect", folder)
+    shutil.copy(inputs / "learner" / "config.json", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_bias"] = weights["logit_bias"] * float("nan")
+    save_file(weights, folder / "model.safetensors")
+    said = fails("inspect", folder)
+    assert "logit_bias" in said and "finite" in said
 
 
 def test_a_command_line_that_is_none_is_told_from_a_failure():

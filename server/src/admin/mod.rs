@@ -4,6 +4,8 @@ pub mod docs;
 pub mod doctor;
 pub mod health;
 pub mod index;
+#[cfg(feature = "torch")]
+pub mod inspect;
 pub mod receipts;
 pub mod runs;
 pub mod select;

@@ -102,7 +102,21 @@ impl Inputs {
         })
     }
 
-    /// Returns the normalisation that the device applies; none if rows are only checked.
+    /// How pixels are made, for people.
+    pub fn pixels_of(&self) -> String {
+        self.reading
+            .as_ref()
+            .map_or_else(String::new, |(preprocess, _)| preprocess.described())
+    }
+
+    /// How captions become ids, for people.
+    pub fn tokens_of(&self) -> String {
+        self.reading
+            .as_ref()
+            .map_or_else(String::new, |(_, tokenizer)| tokenizer.described())
+    }
+
+    /// What the device does to pixels; nothing where rows are only checked.
     pub fn normalisation(&self) -> Normalisation {
         let none = Normalisation {
             rescale: 1.0,

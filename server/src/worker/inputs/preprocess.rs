@@ -78,8 +78,26 @@ pub struct Normalisation {
 }
 
 impl Preprocess {
-    /// Reads a configuration of `SiglipImageProcessor` or `CLIPImageProcessor`. A missing field has
-    /// that processor's default.
+    /// What it does, for people.
+    pub fn described(&self) -> String {
+        let filter = if self.resample == 2 {
+            "bilinear"
+        } else {
+            "bicubic"
+        };
+        let resized = match self.target {
+            Target::Exact(height, width) => format!("{height} x {width}"),
+            Target::ShortestEdge(side) => format!("a shorter edge of {side}"),
+        };
+        let crop = self.crop.map_or_else(String::new, |(height, width)| {
+            format!(", middle {height} x {width} cut out")
+        });
+        let Normalisation { mean, std, .. } = self.normalisation;
+        format!("resized ({filter}) to {resized}{crop}; mean {mean:?}, deviation {std:?}")
+    }
+
+    /// Reads a configuration of `SiglipImageProcessor` or `CLIPImageProcessor`. What it leaves out
+    /// has that processor's default.
     ///
     /// # Errors
     /// `ModelInvalid` naming the field: another processor, another filter, or settings that give no

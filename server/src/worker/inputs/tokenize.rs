@@ -156,7 +156,28 @@ impl Tokenizer {
         }
     }
 
-    /// Returns BLAKE3 of the file, the length and the padding.
+    /// What it does, for people.
+    pub fn described(&self) -> String {
+        let pad = self
+            .inner
+            .get_padding()
+            .map_or_else(String::new, |padding| {
+                format!(" ('{}', id {})", padding.pad_token, padding.pad_id)
+            });
+        let clean = match self.clean {
+            Clean::Nothing => "",
+            Clean::Whitespace => "white space made single, ",
+            Clean::Lower => "white space made single, lower case, ",
+            Clean::Canonicalize => "no punctuation, lower case, ",
+        };
+        format!(
+            "{FILE}, {} entries; captions {clean}cut or padded{pad} to {}",
+            self.inner.get_vocab_size(true),
+            self.length
+        )
+    }
+
+    /// BLAKE3 of the file, the length and the padding.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }

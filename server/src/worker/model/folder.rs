@@ -85,15 +85,32 @@ impl ModelFolder {
         })
     }
 
+    /// Whether there are any weights: a learner whose trainer pushes them first needs none.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`.
+    pub async fn has_weights(&self) -> Result<bool> {
+        for name in self.weights_names().iter().chain(&[WEIGHTS_INDEX]) {
+            if self.location.head(name).await?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn weights_names(&self) -> &'static [&'static str] {
+        match self.config.family {
+            Family::OpenClip(_) => &[OPEN_CLIP_WEIGHTS, WEIGHTS],
+            _ => &[WEIGHTS],
+        }
+    }
+
     /// Reads `model.safetensors`, or all shards that `model.safetensors.index.json` names.
     ///
     /// # Errors
     /// `ModelInvalid` naming the `file`; `StorageUnreachable`.
     pub async fn weights(&self) -> Result<Vec<Bytes>> {
-        let names: &[&str] = match self.config.family {
-            Family::OpenClip(_) => &[OPEN_CLIP_WEIGHTS, WEIGHTS],
-            _ => &[WEIGHTS],
-        };
+        let names = self.weights_names();
         for name in names {
             if let Some(file) = find(&self.location, name, WEIGHTS_BYTES_MAX).await? {
                 return Ok(vec![file]);

@@ -1,0 +1,288 @@
+//! `superbatch inspect`: what the service reads in a model folder, or why it refuses it.
+use super::{ConfigArgs, table::table};
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    storage::Stores,
+    worker::{
+        device::{Device, LoadModel, Weights},
+        inputs::model_inputs::Inputs,
+        model::{Compute, ModelConfig, ModelFolder, ModelInfo, config::Tower, flops},
+    },
+};
+use clap::Args;
+use serde_json::json;
+use std::sync::Arc;
+use url::Url;
+
+/// Sides that are shown beside the model's own, as shares of it: those that people score at.
+const SHARES: [(usize, usize); 3] = [(3, 4), (1, 2), (1, 4)];
+
+/// Reads the folder as a worker does, and writes nothing.
+#[derive(Args)]
+pub struct InspectArgs {
+    /// A model's folder: a URI such as s3://bucket/models/siglip, or a path
+    model: String,
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was read.
+struct Found {
+    folder: Arc<ModelFolder>,
+    inputs: Inputs,
+    /// Absent where the folder has no weights.
+    loaded: Option<ModelInfo>,
+    device: String,
+}
+
+/// # Errors
+/// Those that opening a run with the folder would have.
+pub async fn run(config: &Config, args: &InspectArgs) -> Result<String> {
+    let uri = uri_of(&args.model)?;
+    let stores = Stores::new(config.storage.clone());
+    let folder = Arc::new(ModelFolder::fetch(&stores.open(&uri)?).await?);
+    let inputs = Inputs::of(&folder)?;
+    let device = Device::start(&config.worker.device, config.worker.threads)?;
+    let loaded = match folder.has_weights().await? {
+        true => Some(load(&device, &folder).await?),
+        false => None,
+    };
+    let found = Found {
+        folder,
+        inputs,
+        loaded,
+        device: device.name().to_owned(),
+    };
+    Ok(match args.json {
+        true => format!("{}\n", found.json()),
+        false => found.text(),
+    })
+}
+
+async fn load(device: &Device, folder: &Arc<ModelFolder>) -> Result<ModelInfo> {
+    let request = LoadModel {
+        folder: folder.clone(),
+        weights: Weights::Folder,
+        compute: Compute::F32,
+        canary: true,
+    };
+    device.load(request).await
+}
+
+/// What people type: a URI, or a path.
+fn uri_of(model: &str) -> Result<String> {
+    if model.contains("://") {
+        return Ok(model.to_owned());
+    }
+    let unusable = || Error::invalid("model", format!("{model:?} is neither a URI nor a path"));
+    let path = std::path::absolute(model).map_err(|e| unusable().because(e))?;
+    Ok(Url::from_file_path(path).map_err(|()| unusable())?.into())
+}
+
+/// One size that the image tower can be run at.
+struct Side {
+    pixels: usize,
+    patches: usize,
+    image: f64,
+    /// Both towers, of the cost at full fidelity.
+    share: f64,
+}
+
+impl Found {
+    fn config(&self) -> &ModelConfig {
+        &self.folder.config
+    }
+
+    /// The model's own side first, then smaller ones.
+    fn sides(&self) -> Vec<Side> {
+        let (tower, text) = (
+            flops::ImageTower::of(self.config()),
+            flops::text(self.config()),
+        );
+        let own = tower.image_size;
+        let full = flops::image(self.config());
+        let smaller = SHARES.map(|(of, whole)| own * of / whole / tower.patch_size);
+        let mut sides: Vec<usize> = smaller.map(|grid| grid * tower.patch_size).to_vec();
+        sides.retain(|side| *side > 0 && *side < own);
+        sides.dedup();
+        let side = |pixels: usize| {
+            let image = if pixels == own {
+                full
+            } else {
+                tower.flops(pixels)
+            };
+            Side {
+                pixels,
+                patches: (pixels / tower.patch_size).pow(2),
+                image,
+                share: (image + text) / (full + text),
+            }
+        };
+        std::iter::once(own).chain(sides).map(side).collect()
+    }
+
+    fn parameters(&self) -> u64 {
+        let tensors = self.loaded.iter().flat_map(|info| &info.tensors);
+        tensors
+            .map(|(_, shape)| shape.iter().product::<u64>())
+            .sum()
+    }
+
+    fn text(&self) -> String {
+        let config = self.config();
+        let (vision, text) = (&config.vision, &config.text);
+        let mut lines = vec![
+            ("model", self.folder.uri.clone()),
+            (
+                "family",
+                format!(
+                    "{}, embeddings of {} numbers",
+                    config.model_type(),
+                    config.embedding_dim
+                ),
+            ),
+            (
+                "image",
+                format!(
+                    "{0} x {0} pixels in patches of {1}; {2}",
+                    vision.image_size,
+                    vision.patch_size,
+                    shape(&vision.tower)
+                ),
+            ),
+            ("pixels", self.inputs.pixels_of()),
+            (
+                "text",
+                format!(
+                    "{} tokens of {}; {}",
+                    text.max_position_embeddings,
+                    text.vocab_size,
+                    shape(&text.tower)
+                ),
+            ),
+            ("tokens", self.inputs.tokens_of()),
+        ];
+        lines.extend(self.weights());
+        let mut told: String = lines
+            .iter()
+            .map(|(name, value)| format!("{name:<10}{value}\n"))
+            .collect();
+        told.push_str("\nFLOPs of one pair, forward, by the side that a phase may score at\n");
+        told.push_str(&self.costs());
+        told
+    }
+
+    fn weights(&self) -> Vec<(&'static str, String)> {
+        let Some(info) = &self.loaded else {
+            let none =
+                "none: a learner with first_push or random_seed needs none, a reference does";
+            return vec![("weights", none.to_owned())];
+        };
+        let (count, bias) = (self.parameters(), info.logit_bias);
+        let bias = bias.map_or("none (give one for the sigmoid loss)".to_owned(), |bias| {
+            bias.to_string()
+        });
+        let gib = |bytes: u64| (count * bytes) as f64 / f64::from(1 << 30);
+        vec![
+            (
+                "weights",
+                format!(
+                    "{:.1} million numbers in {} tensors, digest {}; finite, and so are embeddings \
+                     on {}",
+                    count as f64 / 1e6,
+                    info.tensors.len(),
+                    info.weights_digest,
+                    self.device
+                ),
+            ),
+            (
+                "loss",
+                format!("scale {} (exp applied), bias {bias}", info.logit_scale),
+            ),
+            (
+                "memory",
+                format!("{:.3} GiB of weights in f32, {:.3} in bf16", gib(4), gib(2)),
+            ),
+        ]
+    }
+
+    fn costs(&self) -> String {
+        let head = "side patches image text pair of_full";
+        let mut rows: Vec<Vec<String>> = vec![head.split(' ').map(str::to_owned).collect()];
+        let text = flops::text(self.config());
+        rows.extend(self.sides().iter().map(|side| {
+            vec![
+                side.pixels.to_string(),
+                side.patches.to_string(),
+                format!("{:.3e}", side.image),
+                format!("{text:.3e}"),
+                format!("{:.3e}", side.image + text),
+                format!("{:.3}", side.share),
+            ]
+        }));
+        table(&rows)
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let config = self.config();
+        let side = |side: &Side| {
+            json!({
+                "resolution": side.pixels,
+                "patches": side.patches,
+                "image_flops": side.image,
+                "of_full": side.share,
+            })
+        };
+        let info = self.loaded.as_ref();
+        json!({
+            "uri": self.folder.uri,
+            "family": config.model_type(),
+            "embedding_dim": config.embedding_dim,
+            "image": {
+                "size": config.vision.image_size,
+                "patch_size": config.vision.patch_size,
+                "tower": tower_json(&config.vision.tower),
+                "preprocessing": self.inputs.pixels_of(),
+            },
+            "text": {
+                "length": config.text.max_position_embeddings,
+                "vocab_size": config.text.vocab_size,
+                "tower": tower_json(&config.text.tower),
+                "tokenizer": self.inputs.tokens_of(),
+                "flops": flops::text(config),
+            },
+            "fidelities": self.sides().iter().map(side).collect::<Vec<_>>(),
+            "weights": info.map(|info| json!({
+                "digest": info.weights_digest,
+                "parameters": self.parameters(),
+                "tensors": info.tensors.len(),
+                "logit_scale": info.logit_scale,
+                "logit_bias": info.logit_bias,
+            })),
+            "files": self.folder.file_digests(),
+        })
+    }
+}
+
+fn shape(tower: &Tower) -> String {
+    format!(
+        "{} layers of width {}, {} heads, MLP {}",
+        tower.num_hidden_layers,
+        tower.hidden_size,
+        tower.num_attention_heads,
+        tower.intermediate_size
+    )
+}
+
+fn tower_json(tower: &Tower) -> serde_json::Value {
+    json!({
+        "layers": tower.num_hidden_layers,
+        "width": tower.hidden_size,
+        "heads": tower.num_attention_heads,
+        "mlp": tower.intermediate_size,
+    })
+}
