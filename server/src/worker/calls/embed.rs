@@ -24,6 +24,8 @@ pub struct Shape {
 /// What a micro-batch returns besides its embeddings.
 pub struct Embedded {
     pub seconds: f64,
+    /// Operations of its captions, padding included.
+    pub text_flops: f64,
     /// Rows, within the micro-batch, whose embedding is not finite.
     pub not_finite: Vec<usize>,
 }
@@ -73,6 +75,8 @@ impl Shape {
         }
         Ok(Embedded {
             seconds: embedded.seconds,
+            text_flops: self.micro_batch_rows as f64
+                * model.info.text_tower.flops(embedded.text_length),
             not_finite,
         })
     }

@@ -214,7 +214,8 @@ impl<'a> Scoring<'a> {
             };
         }
         metrics::stage_duration("embed_reference").record(spent.embed_seconds);
-        let (flops, text_flops) = flops(model, spent.rows_embedded);
+        let text_flops = spent.text_flops;
+        let flops = spent.rows_embedded as f64 * model.info.image_flops + text_flops;
         metrics::flops("reference").increment(flops as u64);
         let is_not_finite = |(candidate, fault): (&usize, &RowFault)| {
             (fault.reason == BadRowReason::EmbeddingNotFinite).then_some(*candidate as u32)
@@ -258,6 +259,7 @@ impl<'a> Scoring<'a> {
         let mut embeddings =
             Embeddings::zeros(self.slice.candidates, model.info.embedding_dim, shape.dtype);
         let (mut not_finite, mut seconds, mut decode_seconds) = (Vec::new(), 0.0, 0.0);
+        let mut text_flops = 0.0;
         let this = &*self;
         let micro_batches = shape.micro_batches(self.slice.candidates);
         let micro_batches =
@@ -268,6 +270,7 @@ impl<'a> Scoring<'a> {
                 .embed(this.engine, &model, &rows, &mut embeddings, first)
                 .await?;
             seconds += done.seconds;
+            text_flops += done.text_flops;
             decode_seconds += decoded_in;
             not_finite.extend(done.not_finite.iter().map(|row| (first + row) as u32));
         }
@@ -279,7 +282,8 @@ impl<'a> Scoring<'a> {
         if decode_seconds > 0.0 {
             metrics::stage_duration("decode").record(decode_seconds);
         }
-        let (flops, text_flops) = flops(&model, shape.padded(self.slice.candidates));
+        let rows = shape.padded(self.slice.candidates) as f64;
+        let flops = rows * model.info.image_flops + text_flops;
         metrics::flops("learner").increment(flops as u64);
         let mut messages: Vec<Message> = embeddings
             .parts(Tower::Learner, 0)
@@ -358,13 +362,4 @@ impl<'a> Scoring<'a> {
             ..Default::default()
         }
     }
-}
-
-/// Floating-point operations of that many rows' forward pass: all, and those of captions.
-fn flops(model: &Loaded, rows: usize) -> (f64, f64) {
-    let (rows, info) = (rows as f64, &model.info);
-    (
-        rows * (info.image_flops + info.text_flops),
-        rows * info.text_flops,
-    )
 }

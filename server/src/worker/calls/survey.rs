@@ -71,6 +71,8 @@ pub struct Spent {
     pub embed_seconds: f64,
     /// Rows that the reference embedded, padding included.
     pub rows_embedded: usize,
+    /// Operations of their captions.
+    pub text_flops: f64,
 }
 
 /// Surveys the blocks, in order.
@@ -272,6 +274,7 @@ impl<'a> Pass<'a> {
             );
             self.found.spent.embed_seconds += done.seconds;
             self.found.spent.rows_embedded += task.shape.micro_batch_rows;
+            self.found.spent.text_flops += done.text_flops;
         }
         faults.sort_unstable_by_key(|(row, _)| *row);
         Ok(BlockEmbeddings { embeddings, faults })
@@ -368,6 +371,7 @@ impl std::iter::Sum for Spent {
             decode_seconds: a.decode_seconds + b.decode_seconds,
             embed_seconds: a.embed_seconds + b.embed_seconds,
             rows_embedded: a.rows_embedded + b.rows_embedded,
+            text_flops: a.text_flops + b.text_flops,
         })
     }
 }

@@ -54,6 +54,8 @@ pub struct Embedded {
     pub image: Bytes,
     pub text: Bytes,
     pub dim: usize,
+    /// Tokens of each caption that were embedded, padding included.
+    pub text_length: usize,
     /// On the device's thread, transfers included.
     pub seconds: f64,
     /// Rows whose image or text embedding is NaN or infinite; they are zero in both.

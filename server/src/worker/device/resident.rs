@@ -136,6 +136,7 @@ impl Models {
             image,
             text,
             dim,
+            text_length: encoder.text_seen(&batch.ids),
             seconds: start.elapsed().as_secs_f64(),
             not_finite,
         })

@@ -42,6 +42,32 @@ impl ImageTower {
     }
 }
 
+/// What a caption of t tokens costs: `constant + per_token * t + per_token_pair * t²` FLOPs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TextTower {
+    constant: f64,
+    per_token: f64,
+    per_token_pair: f64,
+}
+
+impl TextTower {
+    pub fn of(config: &ModelConfig) -> Self {
+        let [none, one, two] = [0.0, 1.0, 2.0].map(|tokens| text_of(config, tokens));
+        let per_token_pair = (two - 2.0 * one + none) / 2.0;
+        Self {
+            constant: none,
+            per_token: one - none - per_token_pair,
+            per_token_pair,
+        }
+    }
+
+    /// FLOPs to embed one caption of so many tokens.
+    pub fn flops(&self, tokens: usize) -> f64 {
+        let tokens = tokens as f64;
+        self.constant + self.per_token * tokens + self.per_token_pair * tokens * tokens
+    }
+}
+
 /// FLOPs to embed one image at full fidelity.
 pub fn image(config: &ModelConfig) -> f64 {
     image_of(config, (config.vision.grid() as f64).powi(2))
@@ -67,11 +93,15 @@ fn image_of(config: &ModelConfig, patches: f64) -> f64 {
     2.0 * (embed + rest)
 }
 
-/// FLOPs to embed one caption.
+/// FLOPs to embed one caption of the model's whole length.
 pub fn text(config: &ModelConfig) -> f64 {
+    text_of(config, config.text.max_position_embeddings as f64)
+}
+
+fn text_of(config: &ModelConfig, tokens: f64) -> f64 {
     let tower = &config.text.tower;
     let projection = (tower.hidden_size * config.embedding_dim) as f64;
-    2.0 * (layers(tower, config.text.max_position_embeddings as f64) + projection)
+    2.0 * (layers(tower, tokens) + projection)
 }
 
 /// Multiply-adds of all layers over `t` tokens: four projections, scores and their weighted sum,
@@ -127,6 +157,8 @@ mod tests {
                         "text_config": {{{small}}}}}"#
                 ))
             };
+            let whole = TextTower::of(&of(32)).flops(of(32).text.max_position_embeddings);
+            assert!((whole / text(&of(32)) - 1.0).abs() < 1e-12, "{family}");
             let tower = ImageTower::of(&of(32));
             for side in [4, 16, 32] {
                 let (found, wanted) = (tower.flops(side), image(&of(side)));

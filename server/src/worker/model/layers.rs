@@ -289,9 +289,10 @@ impl TextEmbedding {
         })
     }
 
-    /// `ids` `[n, t]` as `[n, t, d]`.
+    /// `ids` `[n, t]` as `[n, t, d]`; t may be less than the model's length.
     pub fn forward(&self, ids: &Tensor) -> Torch {
-        Tensor::f_embedding(&self.tokens, ids, -1, false, false)?.f_add(&self.positions)
+        let positions = self.positions.f_narrow(0, 0, ids.size2()?.1)?;
+        Tensor::f_embedding(&self.tokens, ids, -1, false, false)?.f_add(&positions)
     }
 }
 

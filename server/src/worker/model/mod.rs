@@ -1,5 +1,6 @@
 //! Dual encoders rebuilt in LibTorch from Hugging Face model folders, with the same tensor names,
 //! so that a trainer's `model.state_dict()` is what it pushes.
+mod captions;
 pub mod clip;
 mod clip_vocabulary;
 pub mod config;
