@@ -133,7 +133,7 @@ fn too_large(uri: &str) -> Error {
 async fn npy(stores: &Stores, uri: &str) -> Result<Ids> {
     let location = stores.open(uri)?;
     let meta = location.head("").await?;
-    let size = meta.ok_or_else(|| find::nothing(uri, uri))?.size;
+    let size = meta.ok_or_else(|| find::nothing_found(uri, uri))?.size;
     if size > BYTES_MAX {
         return Err(too_large(uri));
     }
