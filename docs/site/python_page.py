@@ -10,9 +10,9 @@ PAGE = ROOT / "docs/python.md"
 PACKAGE = ROOT / "client/python/python/superbatch"
 HEAD = """# Python API
 
-The package `superbatch`, for Python 3.11 to 3.13. [Recipes](recipes/README.md) show it in each
-trainer. Every failed call raises `superbatch.Error`; [errors](errors.md) has the cause and remedy
-of each reason.
+The package `superbatch`, for Python 3.11 to 3.13. [The tutorial](tutorial.md) and the
+[recipes](recipes/README.md) show it at work. Every failed call raises `superbatch.Error`;
+[errors](errors.md) has the cause and remedy of each reason.
 
 Generated from the docstrings by `make docs`.
 """

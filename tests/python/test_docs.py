@@ -6,6 +6,7 @@ import re
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import superbatch
@@ -116,10 +117,33 @@ def test_each_exception_names_its_entry():
         assert str(error) == "text"
 
 
-@pytest.mark.parametrize("name", ["protocol", "python"])
-def test_generated_pages_are_current(name):
-    path = ROOT / f"docs/site/{name}_page.py"
+def script(name: str) -> ModuleType:
+    """A script of docs/site."""
+    path = ROOT / f"docs/site/{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    assert made.PAGE.read_text() == made.page(), f"run {path.relative_to(ROOT)}"
+    return made
+
+
+@pytest.mark.parametrize("name", ["protocol_page", "python_page"])
+def test_generated_pages_are_current(name):
+    made = script(name)
+    assert made.PAGE.read_text() == made.page(), f"run docs/site/{name}.py"
+
+
+def test_the_pictures_of_selection_show_what_the_page_says():
+    pictures = script("pictures")
+    world, text = pictures.World(), (ROOT / "docs/selection.md").read_text()
+    uniform, independent, joint = (
+        world.drawn(policy).batch_score for policy in ("uniform", "independent", "joint")
+    )
+    told = f"Uniform scores {uniform:.1f}, independent {independent:.1f}, joint {joint:.1f}."
+    assert told in text
+    # Conditional scores add up to the kernels' own: what the bars show is what was drawn from.
+    matrix, drawn = world.learnability(), world.drawn("joint")
+    size, before = pictures.SUB_BATCH_SIZE // pictures.N_CHUNKS, drawn.indices
+    for place, (index, score) in enumerate(zip(drawn.indices, drawn.scores, strict=True)):
+        given = before[: place // size * size]
+        shown = matrix[index, index] + matrix[given, index].sum() + matrix[index, given].sum()
+        assert shown == pytest.approx(score, abs=1e-3)
