@@ -13,8 +13,8 @@ from pathlib import Path
 import superbatch
 import torch
 from accelerate import Accelerator
-from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast, SiglipModel
+from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation, sigmoid_loss
+from transformers import SiglipModel
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -61,29 +61,6 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     )
 
 
-def transform(folder: Path) -> ImageText:
-    processor = AutoImageProcessor.from_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    length = SiglipModel.config_class.from_pretrained(folder).text_config.max_position_embeddings
-    return ImageText(
-        lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],
-        lambda captions: torch.tensor(
-            [found.ids[:length] for found in tokenizer.backend_tokenizer.encode_batch(captions)]
-        ),
-        names=("pixel_values", "input_ids"),
-    )
-
-
-def siglip_loss(out, model: SiglipModel, rank: int) -> torch.Tensor:
-    """This rank's images against all ranks' captions: joint selection counts on all pairs."""
-    texts = gather(out.text_embeds)
-    logits = out.image_embeds @ texts.T * model.logit_scale.exp() + model.logit_bias
-    rows = torch.arange(len(logits), device=logits.device)
-    labels = torch.full_like(logits, -1.0)
-    labels[rows, rank * len(logits) + rows] = 1.0
-    return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(logits)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     accelerator = Accelerator()
@@ -102,14 +79,18 @@ def main(argv: list[str] | None = None) -> None:
         world_size=world_size,
         start_step=start_step,
         end_step=args.steps,
-        transform=transform(args.learner),
+        transform=ImageText.of_folder(args.learner, names=("pixel_values", "input_ids")),
         incarnation=incarnation(),
     )
     pushes = Pushes(dataset.open_run(), model, rank=rank)
     pushes.before(start_step)
     for step, batch in enumerate(dataset.loader(num_workers=args.workers), start_step):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        loss = siglip_loss(model(**batch), accelerator.unwrap_model(model), rank)
+        # Over all ranks' rows: joint selection counts on all pairs.
+        out, learner = model(**batch), accelerator.unwrap_model(model)
+        loss = sigmoid_loss(
+            out.image_embeds, out.text_embeds, learner.logit_scale.exp(), learner.logit_bias
+        )
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()

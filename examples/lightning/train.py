@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from superbatch.torch import ImageText, SelectedBatches
 from superbatch.torch.lightning import PushWeights
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast, SiglipModel
+from transformers import SiglipModel
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,20 +67,6 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     )
 
 
-def transform(folder: Path) -> ImageText:
-    processor = AutoImageProcessor.from_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    length = SiglipModel.config_class.from_pretrained(folder).text_config.max_position_embeddings
-    return ImageText(
-        lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],
-        lambda captions: torch.tensor(
-            [found.ids[:length] for found in tokenizer.backend_tokenizer.encode_batch(captions)]
-        ),
-        names=("pixel_values", "input_ids"),
-        extra={"return_loss": True},
-    )
-
-
 class Siglip(lightning.LightningModule):
     def __init__(self, folder: Path, lr: float):
         super().__init__()
@@ -104,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         world_size=1,
         start_step=0,
         epoch_steps=args.epoch_steps,
-        transform=transform(args.learner),
+        transform=ImageText.of_folder(
+            args.learner, names=("pixel_values", "input_ids"), extra={"return_loss": True}
+        ),
     )
     trainer = lightning.Trainer(
         accelerator="auto",

@@ -15,12 +15,10 @@ import superbatch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
-from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
-from tokenizers import Tokenizer
+from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation, sigmoid_loss
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import v2
 from transformers import SiglipModel
 
 
@@ -75,23 +73,10 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
 
 
 def transform(folder: Path) -> ImageText:
-    """(2) From the stored bytes to tensors, here as the folder's preprocessor_config.json has
-    it.
+    """(2) From the stored bytes to tensors, here as the learner's folder has it. `ImageText(image,
+    text)` takes any other transform and tokenizer, such as one that augments.
     """
-    side = SiglipModel.config_class.from_pretrained(folder).vision_config.image_size
-    image = v2.Compose(
-        [
-            v2.Resize((side, side), v2.InterpolationMode.BILINEAR),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return ImageText(
-        image,
-        lambda captions: torch.tensor([found.ids for found in tokenizer.encode_batch(captions)]),
-    )
+    return ImageText.of_folder(folder)
 
 
 class Learner(torch.nn.Module):
@@ -101,17 +86,12 @@ class Learner(torch.nn.Module):
         super().__init__()
         self.model = SiglipModel.from_pretrained(folder).train()
 
-    def forward(self, images: torch.Tensor, ids: torch.Tensor, rank: int) -> torch.Tensor:
-        """This rank's images against all ranks' captions (Zhai et al. 2023): joint selection counts
-        on all pairs.
-        """
-        out = self.model(pixel_values=images, input_ids=ids)
-        texts = gather(out.text_embeds)
-        logits = out.image_embeds @ texts.T * self.model.logit_scale.exp() + self.model.logit_bias
-        rows = torch.arange(len(images), device=images.device)
-        labels = torch.full_like(logits, -1.0)
-        labels[rows, rank * len(images) + rows] = 1.0
-        return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(images)
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Over all ranks' rows: joint selection counts on all pairs."""
+        out, model = self.model(pixel_values=images, input_ids=ids), self.model
+        return sigmoid_loss(
+            out.image_embeds, out.text_embeds, model.logit_scale.exp(), model.logit_bias
+        )
 
 
 def wrapped(learner: Learner, args: argparse.Namespace) -> torch.nn.Module:
@@ -168,7 +148,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
     pushes = Pushes(run, model, prefix="model.", rank=rank)
     pushes.before(start_step)
     for step, (images, ids) in enumerate(dataset.loader(num_workers=args.workers), start_step):
-        loss = model(images, ids, rank)
+        loss = model(images, ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,9 +10,7 @@ import superbatch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
-from superbatch.torch import ImageText, Pushes, SelectedBatches, gather, incarnation
-from tokenizers import Tokenizer
-from torchvision.transforms import v2
+from superbatch.torch import ImageText, Pushes, SelectedBatches, incarnation, sigmoid_loss
 from transformers import SiglipModel
 
 
@@ -31,33 +29,6 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
             )
         ],
     )
-
-
-def transform(folder: Path) -> ImageText:
-    side = SiglipModel.config_class.from_pretrained(folder).vision_config.image_size
-    image = v2.Compose(
-        [
-            v2.Resize((side, side), v2.InterpolationMode.BILINEAR),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return ImageText(
-        image,
-        lambda captions: torch.tensor([found.ids for found in tokenizer.encode_batch(captions)]),
-    )
-
-
-def siglip_loss(out, model: SiglipModel, rank: int) -> torch.Tensor:
-    """This rank's images against all ranks' captions: joint selection counts on all pairs."""
-    texts = gather(out.text_embeds)
-    logits = out.image_embeds @ texts.T * model.logit_scale.exp() + model.logit_bias
-    rows = torch.arange(len(logits), device=logits.device)
-    labels = torch.full_like(logits, -1.0)
-    labels[rows, rank * len(logits) + rows] = 1.0
-    return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(logits)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -84,14 +55,17 @@ def train(args: argparse.Namespace) -> None:
         world_size=world_size,
         start_step=start_step,
         end_step=args.steps,
-        transform=transform(Path(args.learner)),
+        transform=ImageText.of_folder(args.learner),
         incarnation=incarnation(),
     )
     pushes = Pushes(dataset.open_run(), model, rank=rank)
     pushes.before(start_step)
     for step, (images, ids) in enumerate(dataset.loader(), start_step):
         out = model(pixel_values=images.to(device), input_ids=ids.to(device))
-        loss = siglip_loss(out, learner, rank)
+        # Over all ranks' rows: joint selection counts on all pairs.
+        loss = sigmoid_loss(
+            out.image_embeds, out.text_embeds, learner.logit_scale.exp(), learner.logit_bias
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

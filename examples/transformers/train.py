@@ -10,13 +10,10 @@ import os
 from pathlib import Path
 
 import superbatch
-import torch
 import torch.distributed as dist
-from superbatch.torch import ImageText, SelectedBatches, gather
+from superbatch.torch import ImageText, SelectedBatches, sigmoid_loss
 from superbatch.torch.transformers import PushWeights
 from transformers import (
-    AutoImageProcessor,
-    PreTrainedTokenizerFast,
     SiglipModel,
     Trainer,
     TrainingArguments,
@@ -72,19 +69,6 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
     )
 
 
-def transform(folder: Path) -> ImageText:
-    processor = AutoImageProcessor.from_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    length = SiglipModel.config_class.from_pretrained(folder).text_config.max_position_embeddings
-    return ImageText(
-        lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],
-        lambda captions: torch.tensor(
-            [found.ids[:length] for found in tokenizer.backend_tokenizer.encode_batch(captions)]
-        ),
-        names=("pixel_values", "input_ids"),
-    )
-
-
 class SelectedTrainer(Trainer):
     """`Trainer` on a data set that is served in batches."""
 
@@ -96,13 +80,10 @@ class SelectedTrainer(Trainer):
         """SigLIP's loss over all ranks' captions: joint selection counts on all pairs, a rank's own
         are too few.
         """
-        out, rank = model(**inputs), self.train_dataset.rank
-        texts = gather(out.text_embeds)
-        logits = out.image_embeds @ texts.T * self.model.logit_scale.exp() + self.model.logit_bias
-        rows = torch.arange(len(logits), device=logits.device)
-        labels = torch.full_like(logits, -1.0)
-        labels[rows, rank * len(logits) + rows] = 1.0
-        loss = -torch.nn.functional.logsigmoid(labels * logits).sum() / len(logits)
+        out, learner = model(**inputs), self.model
+        loss = sigmoid_loss(
+            out.image_embeds, out.text_embeds, learner.logit_scale.exp(), learner.logit_bias
+        )
         return (loss, out) if return_outputs else loss
 
 
@@ -129,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         world_size=world_size,
         start_step=0,
         epoch_steps=args.epoch_steps,
-        transform=transform(args.learner),
+        transform=ImageText.of_folder(args.learner, names=("pixel_values", "input_ids")),
     )
     trainer = SelectedTrainer(
         SiglipModel.from_pretrained(args.learner),

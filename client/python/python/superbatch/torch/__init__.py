@@ -2,12 +2,13 @@
 
 `SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
 tokenizes for it, `by_fidelity` and
-`two_resolutions` train a batch at two sizes, `gather` lets a loss span all ranks, `Pushes` and
-`state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning`
+`two_resolutions` train a batch at two sizes, `sigmoid_loss` and `softmax_loss` span all ranks (and
+`gather` lets one of your own do so), `Pushes` and `state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning`
 hold callbacks for those trainers.
 """
 
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches
+from .losses import sigmoid_loss, softmax_loss
 from .pushes import Pushes, state_dict
 from .ranks import gather, incarnation
 from .resolutions import TwoResolutions, by_fidelity, two_resolutions
@@ -23,6 +24,8 @@ __all__ = [
     "by_fidelity",
     "gather",
     "incarnation",
+    "sigmoid_loss",
+    "softmax_loss",
     "state_dict",
     "two_resolutions",
 ]

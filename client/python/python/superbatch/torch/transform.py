@@ -64,6 +64,19 @@ class ImageText:
         self.threads = None if threads is None else whole("threads", threads, least=1)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str], **options: Any) -> ImageText:
+        """The transform of a model's folder of transformers, the same as the service's: images by
+        its preprocessor_config.json, captions by its tokenizer.json, cut and padded to the model's
+        length.
+
+        options: as of `ImageText` itself, such as `names=("pixel_values", "input_ids")`, by which
+            the batches are what its `forward` takes.
+        """
+        from .folders import Pixels, TokenIds
+
+        return cls(Pixels(folder), TokenIds(folder), **options)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
 

@@ -1,0 +1,79 @@
+"""`superbatch.torch` with models of transformers: what their folders say of pixels and captions, and
+their losses.
+"""
+
+import json
+import pickle
+
+import numpy
+import pytest
+import superbatch
+import torch
+from PIL import Image
+from superbatch.torch import ImageText, sigmoid_loss, softmax_loss
+from superbatch.torch.folders import TokenIds
+from transformers import AutoImageProcessor, CLIPModel, SiglipModel
+
+from examples.demo import tiny
+
+CAPTIONS = ["a red circle", "a blue bar", "a green cross"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_siglip(tmp_path_factory.mktemp("models") / "siglip", seed=0)
+
+
+def pictures() -> list[Image.Image]:
+    dice = numpy.random.default_rng(0)
+    return [Image.fromarray(dice.integers(0, 256, (20, 30, 3), numpy.uint8)) for _ in CAPTIONS]
+
+
+def inputs(folder) -> dict[str, torch.Tensor]:
+    transform = pickle.loads(pickle.dumps(ImageText.of_folder(folder)))
+    return {
+        "pixel_values": torch.stack([transform.image(picture) for picture in pictures()]),
+        "input_ids": transform.text(CAPTIONS),
+    }
+
+
+def test_pixels_are_the_processors(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    expected = processor(pictures(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(inputs(folder)["pixel_values"], expected)
+
+
+def test_captions_are_cut_and_padded_to_the_models_length(folder, tmp_path):
+    length = json.loads((folder / "config.json").read_text())["text_config"][
+        "max_position_embeddings"
+    ]
+    ids = TokenIds(folder)(["a red circle", "a red circle " * 20])
+    assert ids.shape == (2, length)
+    # A tokenizer that does not pad by itself is told to, with the token that its folder names.
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    pad = told["padding"]["pad_token"] if told["padding"] else "<pad>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**told, "padding": None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": pad}}))
+    assert torch.equal(TokenIds(tmp_path)(["a red circle", "a red circle " * 20]), ids)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(superbatch.Error, match="folder: .*tokenizer.json is not there"):
+        TokenIds(tmp_path)
+
+
+def test_the_losses_are_those_of_transformers(folder, tmp_path):
+    model = SiglipModel.from_pretrained(folder)
+    out = model(**inputs(folder), return_loss=True)
+    loss = sigmoid_loss(
+        out.image_embeds, out.text_embeds, model.logit_scale.exp(), model.logit_bias
+    )
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+    clip_folder = tiny.write_clip(tmp_path / "clip", seed=2)
+    clip = CLIPModel.from_pretrained(clip_folder)
+    out = clip(**inputs(clip_folder), return_loss=True)
+    loss = softmax_loss(out.image_embeds, out.text_embeds, clip.logit_scale.exp())
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
