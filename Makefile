@@ -43,7 +43,7 @@ build: $(READY) ## The superbatch binary, and the Python client and kernels into
 	printf '%s\n' $(CURDIR)/client/python/python $(CURDIR)/$(KERNELS) \
 	  > $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/superbatch.pth
 
-test: build test-rust test-python ## All tests, from nothing
+test: build test-rust test-python docs-site ## All tests, from nothing
 	scripts/test-deploy.sh
 
 test-rust: $(READY)

@@ -147,3 +147,14 @@ def test_the_pictures_of_selection_show_what_the_page_says():
         given = before[: place // size * size]
         shown = matrix[index, index] + matrix[given, index].sum() + matrix[index, given].sum()
         assert shown == pytest.approx(score, abs=1e-3)
+
+
+def test_every_page_is_in_the_sites_menu():
+    menu = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    named = set(re.findall(r"[\w./-]+\.md", menu))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in tracked(".md") if is_page(page)}
+    assert named == pages | {"index.md", "contributing.md", "changelog.md"}
+
+
+def is_page(page: Path) -> bool:
+    return page.is_relative_to(ROOT / "docs")
