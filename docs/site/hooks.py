@@ -20,6 +20,8 @@ LANGUAGES = {
     ".py": "python", ".rs": "rust", ".proto": "protobuf", ".toml": "toml", ".yaml": "yaml",
     ".yml": "yaml", ".sh": "bash", ".sbatch": "bash", ".json": "json", ".html": "html",
 }  # fmt: skip
+#: Pages of source files are found by links, and would bury the others in a search.
+NO_SEARCH = "---\nsearch:\n  exclude: true\n---\n\n"
 PICTURES = (".png", ".jpg", ".svg")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -98,7 +100,8 @@ def on_files(files, config):
         places[page] = path if path in known else f"{path}/index.md"
         markdown = (ROOT / path).read_text() if path.endswith(".md") else listing(path, known)
         if page != path.removeprefix("docs/"):
-            files.append(File.generated(config, page, content=markdown))
+            head = NO_SEARCH if page.startswith("source/") else ""
+            files.append(File.generated(config, page, content=head + markdown))
         waiting |= targets(markdown, places[page])
     config.extra["places"] = places
     return files
