@@ -75,7 +75,7 @@ impl Cluster {
     /// Stops everything.
     ///
     /// # Panics
-    /// Where the script was not played out: the test would prove nothing.
+    /// If the script was not played out: the test would prove nothing.
     pub async fn stop(mut self) {
         self.stop_parts().await;
         let left = self.script.left();

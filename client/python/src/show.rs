@@ -152,7 +152,7 @@ fn seconds(py: Python<'_>, stages: &v1::StageSeconds) -> Shown {
     )
 }
 
-/// Whether the step was drawn by scores; where not, the protocol's zeros stand for none.
+/// Whether the step was drawn by scores; if not, the protocol's zeros stand for none.
 fn has_scores(summary: &v1::ReceiptSummary) -> bool {
     let reads_no_loss = matches!(summary.policy(), v1::Policy::Uniform | v1::Policy::KCenter);
     !reads_no_loss && summary.mode() != v1::Mode::Uniform

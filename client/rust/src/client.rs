@@ -203,7 +203,7 @@ impl Client {
         }
     }
 
-    /// The error, with the service's address where there was no answer.
+    /// The error, with the service's address if there was no answer.
     pub(crate) fn located(&self, error: Error) -> Error {
         match error {
             Error::Transport(status) if error::is_unanswered(&status) => Error::Broken {

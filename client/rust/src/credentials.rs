@@ -12,10 +12,10 @@ pub struct Credentials {
     /// PEM file of the authorities that the service's certificate comes from; else those of the
     /// system.
     pub ca: Option<PathBuf>,
-    /// PEM files of this client's own certificate and key, where the service asks for one (mTLS).
+    /// PEM files of this client's own certificate and key, if the service asks for one (mTLS).
     pub cert: Option<PathBuf>,
     pub key: Option<PathBuf>,
-    /// The name in the service's certificate, where it is not the host of its address.
+    /// The name in the service's certificate, if it is not the host of its address.
     pub server_name: Option<String>,
     pub token: Option<String>,
     /// A file that holds the token; it may change while the client lives.

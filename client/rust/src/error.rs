@@ -57,7 +57,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The service's reason. Where it gave none, that which comes nearest to the gRPC status;
+    /// The service's reason. If it gave none, that which comes nearest to the gRPC status;
     /// `None` if there was no answer.
     pub fn reason(&self) -> Option<Reason> {
         match self {
@@ -68,7 +68,7 @@ impl Error {
         }
     }
 
-    /// The service's failure, where it gave one: reason, message and metadata.
+    /// The service's failure, if it gave one: reason, message and metadata.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
             Self::Refused(failure) => Some(failure),
@@ -77,7 +77,7 @@ impl Error {
         }
     }
 
-    /// A name for programs: that of [`Error::reason`] without its prefix, or, where there is none,
+    /// A name for programs: that of [`Error::reason`] without its prefix, or, if there is none,
     /// `UNAVAILABLE` (no answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
     pub fn reason_name(&self) -> &'static str {
         match self {

@@ -211,7 +211,7 @@ impl Run {
     }
 
     /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the
-    /// run's current one where absent.
+    /// run's current one if absent.
     pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
         let mut request = v1::GetReceiptRequest {
             run_id: self.run_id().to_owned(),

@@ -214,7 +214,7 @@ async fn push(
     let run = coordinator.run(&start.run_id).await?;
     coordinator.noted(&run, run.check_push(start.generation, start.step).await)?;
     let published = run.weights.push(run.generation(), start, stream).await?;
-    // Where the run changed hands meanwhile, its new owner learns of the push when it is sent there
+    // If the run changed hands meanwhile, its new owner learns of the push when it is sent there
     // again.
     coordinator.noted(&run, run.owner.check().await)?;
     Ok(published)

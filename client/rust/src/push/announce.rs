@@ -126,7 +126,7 @@ async fn announce_and_withdraw(
                 async move { Ok(api.announce_push(request).await?) }
             };
             if let Err(error) = retry::call(client, attempt).await {
-                // Where the push cannot come either, its own error tells.
+                // If the push cannot come either, its own error tells.
                 tracing::debug!(%error, "the service does not hear of a push");
             }
         }

@@ -2,7 +2,7 @@
 use bytes::Bytes;
 use superbatch_proto::v1::{PartHeader, TensorDtype};
 
-/// BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None` where
+/// BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None` if
 /// that cannot be told from here: a tensor comes in several parts, or a name is one that JSON
 /// escapes. Hashes all weights.
 pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {

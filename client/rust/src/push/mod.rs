@@ -25,7 +25,7 @@ pub struct Push {
     /// The step just trained; -1 for initial weights.
     pub step: i64,
     pub parts: Vec<Part>,
-    /// The same for all ranks of one push. Where absent, it follows from (generation, step).
+    /// The same for all ranks of one push. If absent, it follows from (generation, step).
     pub push_id: Option<String>,
     /// Parts of the whole push, over all ranks. 0: these are all.
     pub expected_parts: u32,
@@ -45,10 +45,10 @@ impl Push {
     }
 }
 
-/// Pushes, again from the start where the stream breaks: a repeated push id is published once.
+/// Pushes, again from the start if the stream breaks: a repeated push id is published once.
 ///
 /// A push of a step that is published already changes nothing, and is answered with what is
-/// published. Where that is told to be other weights than these (whole pushes only), the run
+/// published. If that is told to be other weights than these (whole pushes only), the run
 /// remembers it.
 ///
 /// The generation is that in which the push was announced, which is not the run's any more if it

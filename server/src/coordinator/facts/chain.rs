@@ -1,23 +1,23 @@
-//! Generations: which trajectory's choice holds for a step. Pure.
+//! Generations: which generation's choice is in force for a step. Pure.
 use serde::{Deserialize, Serialize};
 
-/// Where a generation of the run began: at `step`, by a rewind (or at 0).
+/// The step at which a generation of the run began, by a rewind (or at 0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Began {
     pub generation: u32,
     pub step: u64,
 }
 
-/// A rewind: from `to_step` on, `generation` decides.
+/// A rewind: steps from `to_step` on are of `generation`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rewound {
     pub generation: u32,
     pub to_step: u64,
-    /// Older choices are served again where there are any.
+    /// Whether older choices are served again, if there are any.
     pub replay: bool,
 }
 
-/// All rewinds of a run, by generation; generation 0 is the first trajectory and has none.
+/// All rewinds of a run, by generation. Generation 0 is the first trajectory and has no rewind.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Chain(Vec<Rewound>);
 
@@ -31,12 +31,12 @@ impl Chain {
         self.0.push(rewound);
     }
 
-    /// The newest generation.
+    /// Returns the newest generation.
     pub fn current(&self) -> u32 {
         self.0.last().map_or(0, |r| r.generation)
     }
 
-    /// Where each generation began, oldest first: generation 0 at step 0.
+    /// Returns where each generation began, oldest first: generation 0 at step 0.
     pub fn began(&self) -> Vec<Began> {
         let rewinds = self.0.iter().map(|r| Began {
             generation: r.generation,
@@ -50,9 +50,13 @@ impl Chain {
         .collect()
     }
 
-    /// Generations whose receipt for `step` would hold in `generation`, best first: its own, and
-    /// older ones that a rewind kept (steps before it) or replays.
+    /// Returns the generations whose receipt for `step` would be in force in `generation`, best
+    /// first: its own, then older ones that a rewind kept (steps before it) or replays.
     pub fn candidates(&self, step: u64, generation: u32) -> Vec<u32> {
+        // The walk goes back through the rewinds and ends at the first one that discards this step.
+        // Going on past it would bring back a choice that the trainer has asked to forget. Example:
+        // generation 1 rewound to step 10 with reselect. Step 9 is still of generation 0; step 10
+        // is of generation 1 alone, although generation 0 has a receipt for it.
         let mut found = vec![generation];
         for rewound in self
             .0

@@ -1,5 +1,6 @@
-//! Starts of the trainer, in the order in which their first ranks came: facts at
-//! `incarnations/{n}.json`.
+//! Starts of the trainer, in the order in which their first ranks arrived: facts at
+//! `incarnations/{n}.json`. They are durable because the last one is the trainer that runs now:
+//! after a restart of the coordinator a late rank of an older start must still be refused.
 use crate::{
     error::{Error, Result},
     storage::{Created, Location, nonce},
@@ -38,7 +39,7 @@ impl Incarnations {
         self.known.lock().await.clone()
     }
 
-    /// Makes `incarnation` the newest one, unless it is known.
+    /// Adds `incarnation` as the newest one, unless it is known.
     pub async fn add(&self, incarnation: &str) -> Result<()> {
         let mut known = self.known.lock().await;
         while !known.iter().any(|one| one == incarnation) {
@@ -47,6 +48,9 @@ impl Incarnations {
                 nonce: nonce(),
             };
             let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
+            // The lock orders the calls of this process. Another coordinator that took the run over
+            // may create the same number; its incarnation then comes first, and the loop tries the
+            // next number. So the order is the same for every process that reads the facts.
             let found = match self.run.create(&key(known.len()), bytes.into()).await? {
                 Created::Ours => incarnation.to_owned(),
                 Created::Theirs(bytes) => decode(&self.run, known.len(), &bytes)?,

@@ -1,4 +1,4 @@
-//! What is known of a run for good: facts in object storage, and what they say together.
+//! The durable knowledge about a run: facts in object storage, and what follows from them.
 pub mod chain;
 pub mod incarnations;
 pub mod owner;

@@ -1,4 +1,5 @@
-//! Who owns a run: `owner/{epoch}`, by conditional create. Object storage decides every race.
+//! The owner of a run: `owner/{epoch}.json`, by conditional create. Two coordinators that claim the
+//! same epoch create the same key, and object storage lets one of them win.
 use crate::{
     error::{Error, Result},
     storage::{Created, Location, nonce},
@@ -11,13 +12,14 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-/// How long the address of a former owner may take to answer before it counts as gone.
+/// How long a former owner may take to answer before it counts as dead. Short, since trainers wait
+/// for the takeover; a live coordinator answers its health check in milliseconds.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct OwnerFact {
     address: String,
-    /// Of the coordinator process.
+    /// Id of the coordinator process.
     instance: String,
     nonce: String,
 }
@@ -25,15 +27,15 @@ struct OwnerFact {
 /// This process as an owner of runs.
 #[derive(Debug, Clone)]
 pub struct Identity {
-    /// Where trainers reach it: http://host:port.
+    /// The address for trainers: http://host:port.
     pub address: String,
-    /// New at every start.
+    /// Id of the process, new at every start.
     pub instance: String,
-    /// How other coordinators are reached.
+    /// Connects to other coordinators.
     pub dialer: Dialer,
 }
 
-/// Ownership of one run, from one epoch on.
+/// Ownership of one run, since one epoch.
 #[derive(Debug)]
 pub struct Ownership {
     run: Location,
@@ -47,6 +49,11 @@ impl Ownership {
     /// `NotOwner` with the owner's address.
     pub async fn claim(run: &Location, identity: &Identity) -> Result<Self> {
         loop {
+            // A live owner is not displaced, else two coordinators would take the run from each
+            // other at every call. An owner of this very address cannot be alive: this process
+            // listens there, so it is our own predecessor. A wrong guess (an owner that is only
+            // slow) does no harm to the receipts, which are created conditionally; it costs the
+            // work in progress.
             let newest = newest(run).await?;
             if let Some((_, owner)) = &newest
                 && owner.instance != identity.instance
@@ -62,6 +69,8 @@ impl Ownership {
                 nonce: nonce(),
             };
             let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
+            // If another coordinator wins this epoch, the loop reads again, and asks the winner
+            // whether it is alive.
             if run.create(&key(epoch), bytes.into()).await? == Created::Ours {
                 return Ok(Self {
                     run: run.clone(),
@@ -71,11 +80,15 @@ impl Ownership {
         }
     }
 
-    /// Checks that nobody took the run over since.
+    /// Checks that no other coordinator has taken the run over.
     ///
     /// # Errors
     /// `NotOwner` with the new owner's address.
     pub async fn check(&self) -> Result<()> {
+        // One GET of the next epoch's key, since each commit makes this check: a list of all epochs
+        // would cost several times as much. The answer may be stale by the time it is used. It need
+        // not be exact: what decides is the conditional create of the receipt. The check only stops
+        // a former owner from working on.
         match self.run.find(&key(self.epoch + 1)).await? {
             None => Ok(()),
             Some(_) => {
@@ -104,8 +117,9 @@ async fn newest(run: &Location) -> Result<Option<(u64, OwnerFact)>> {
     Ok(Some((newest, fact)))
 }
 
-/// Whether a coordinator serves at `address`: others may listen there by now, and one that hangs
-/// still takes connections.
+/// Returns whether a coordinator serves at `address`. An open port proves nothing: another program
+/// may listen there by now, and a process that hangs still accepts connections. So a health check
+/// must be answered.
 async fn answers(dialer: &Dialer, address: &str) -> bool {
     let asked = async {
         let mut health = HealthClient::new(dialer.connect(address, |e| e).await.ok()?);

@@ -1,4 +1,4 @@
-//! What a run is, in object storage: facts below `runs/R/`, each created once.
+//! The definition of a run in object storage: facts below `runs/R/`, each created once.
 use super::chain::{Chain, Rewound};
 use crate::{
     coordinator::spec::{complete_grace, complete_phase},
@@ -12,10 +12,10 @@ use superbatch_proto::v1::{
     Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
 };
 
-/// A model, as the run was opened with it.
+/// A model as it was when the run was opened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelFact {
-    /// Over config, preprocessing, tokenizer and weights, in hex.
+    /// Digest over config, preprocessing, tokenizer and weights, in hex.
     pub digest: String,
     /// BLAKE3 of the weights, in hex.
     pub weights_digest: String,
@@ -23,21 +23,22 @@ pub struct ModelFact {
     pub logit_bias: Option<f64>,
     /// Operations of one forward pass of one pair.
     pub pair_flops: f64,
-    /// Of its caption. 0 in runs that older builds opened.
+    /// The caption's part of `pair_flops`. 0 in runs that older builds opened.
     #[serde(default)]
     pub text_flops: f64,
-    /// What approximations it takes. Unknown in runs that older builds opened.
+    /// The sizes that decide which approximations it takes. Unknown in runs that older builds
+    /// opened.
     #[serde(default)]
     pub image_tower: Option<ImageTowerFact>,
     pub tensors: BTreeMap<String, Vec<u64>>,
-    /// Those of them that weights may do without.
+    /// Names of the tensors that weights may leave out.
     #[serde(default)]
     pub optional_tensors: BTreeSet<String>,
-    /// BLAKE3 of each file of its folder but the weights, in hex. Empty in runs that older builds
-    /// opened.
+    /// BLAKE3 of each file of its folder except the weights, in hex. Empty in runs that older
+    /// builds opened.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
-    /// Numbers of an embedding; 0 in runs that older builds opened.
+    /// Length of an embedding; 0 in runs that older builds opened.
     #[serde(default)]
     dim: u32,
 }
@@ -53,7 +54,7 @@ pub struct ImageTowerFact {
 }
 
 impl ImageTowerFact {
-    /// Operations to embed one image of that side.
+    /// Returns the operations to embed one image of that side.
     pub fn flops(&self, side: u32) -> f64 {
         let patches = f64::from(side / self.patch_size.max(1)).powi(2);
         self.constant + self.per_patch * patches + self.per_patch_pair * patches * patches
@@ -73,7 +74,8 @@ impl From<ImageTower> for ImageTowerFact {
 }
 
 impl ModelFact {
-    /// Operations of one forward pass of the image tower, at an approximation or in full.
+    /// Returns the operations of one forward pass of the image tower, at an approximation or at
+    /// full fidelity.
     pub fn image_flops(&self, approximation: Option<&Approximation>) -> f64 {
         let full = self.pair_flops - self.text_flops;
         let by = approximation.and_then(|approximation| approximation.by);
@@ -83,7 +85,7 @@ impl ModelFact {
         }
     }
 
-    /// Of a run without that model.
+    /// Returns the fact of a run without that model.
     pub fn none() -> Self {
         Self {
             digest: String::new(),
@@ -100,7 +102,7 @@ impl ModelFact {
         }
     }
 
-    /// Numbers of an embedding, where the run knows them.
+    /// Returns the length of an embedding, if the run knows it.
     pub fn embedding_dim(&self) -> Option<u32> {
         (self.dim > 0).then_some(self.dim)
     }
@@ -133,7 +135,7 @@ impl From<PrepareModelResponse> for ModelFact {
     }
 }
 
-/// `run.json`: what OpenRun fixed.
+/// `run.json`: what OpenRun fixed for the run's life.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunFact {
     /// The completed spec, as protobuf in hex, without appended phases.
@@ -160,7 +162,8 @@ impl RunFact {
         }
     }
 
-    /// With the defaults of this version, where the one that opened the run knew fewer.
+    /// Returns the spec. Fields that the build which opened the run did not know have this build's
+    /// defaults.
     pub fn spec(&self) -> Result<RunSpec> {
         let mut spec: RunSpec =
             from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))?;
@@ -189,11 +192,11 @@ pub struct EndFact {
     nonce: String,
 }
 
-/// All facts of a run but its receipts and weights.
+/// All facts of a run except its receipts and weights.
 #[derive(Debug, Clone)]
 pub struct RunFacts {
     pub run: RunFact,
-    /// The spec with all phases appended since.
+    /// The spec with all appended phases.
     pub spec: RunSpec,
     pub appended: u32,
     pub chain: Chain,
@@ -201,7 +204,7 @@ pub struct RunFacts {
     pub failure: Option<String>,
 }
 
-/// Creates `run.json`; another writer's wins.
+/// Creates `run.json`. If another writer was first, returns that writer's fact.
 pub async fn create_run(location: &Location, fact: RunFact) -> Result<RunFact> {
     match location.create("run.json", encode(&fact)).await? {
         Created::Ours => Ok(fact),
@@ -209,7 +212,7 @@ pub async fn create_run(location: &Location, fact: RunFact) -> Result<RunFact> {
     }
 }
 
-/// Reads a run's facts; `None` where there is no such run.
+/// Reads a run's facts; `None` if there is no such run.
 pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     let Some(bytes) = location.find("run.json").await? else {
         return Ok(None);
@@ -251,7 +254,7 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
 /// Appends phases as the `number`-th addition.
 ///
 /// # Errors
-/// `RunSpecConflict` where another call was first.
+/// `RunSpecConflict` if another call was first.
 pub async fn append_phases(location: &Location, number: u32, phases: &[Phase]) -> Result<()> {
     let phases = phases
         .iter()
@@ -277,7 +280,7 @@ pub async fn append_phases(location: &Location, number: u32, phases: &[Phase]) -
 /// Opens a generation.
 ///
 /// # Errors
-/// `GenerationStale` where another rewind was first.
+/// `GenerationStale` if another rewind was first.
 pub async fn create_generation(location: &Location, rewound: &Rewound) -> Result<()> {
     let bytes = encode(&RewoundFact {
         rewound: rewound.clone(),

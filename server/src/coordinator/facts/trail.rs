@@ -1,7 +1,9 @@
-//! Which steps of the current trajectory are committed. Pure.
+//! The committed steps of the current trajectory. Pure.
 use std::collections::BTreeSet;
 
 /// The committed steps: all below `next`, and those beyond it that were committed out of order.
+/// Steps are decided ahead at the same time, so a later one may be committed first. One number and
+/// a small set stand for millions of steps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Trail {
     next: u64,
@@ -29,12 +31,12 @@ impl Trail {
         step < self.next || self.beyond.contains(&step)
     }
 
-    /// The first step that is not committed.
+    /// Returns the first step that is not committed.
     pub fn next(&self) -> u64 {
         self.next
     }
 
-    /// The newest committed step.
+    /// Returns the newest committed step.
     pub fn newest(&self) -> Option<u64> {
         self.beyond
             .last()
@@ -42,7 +44,7 @@ impl Trail {
             .or_else(|| self.next.checked_sub(1))
     }
 
-    /// Takes back all steps from `to_step` on.
+    /// Removes all steps from `to_step` on.
     pub fn rewind(&mut self, to_step: u64) {
         self.next = self.next.min(to_step);
         self.beyond.split_off(&to_step);

@@ -60,7 +60,7 @@ impl EpochOrder {
         &self.blocks
     }
 
-    /// Looks places up; cheapest where they rise.
+    /// Looks places up; cheapest if they rise.
     pub fn rows(&self, seed: u64) -> Rows<'_> {
         Rows {
             order: self,
@@ -69,7 +69,7 @@ impl EpochOrder {
         }
     }
 
-    /// The place of a row in the epoch's order; `None` where the source has no such row.
+    /// The place of a row in the epoch's order; `None` if the source has no such row.
     pub fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
         let number = self
             .blocks

@@ -12,7 +12,7 @@ const HALF_BITS_MIN: u32 = 3;
 /// A pseudo-random permutation of 0..n.
 ///
 /// A balanced Feistel network over the next power of four; values that fall outside 0..n walk on
-/// along their cycle, fewer than four steps on average where n > 16 (Black and Rogaway 2002,
+/// along their cycle, fewer than four steps on average if n > 16 (Black and Rogaway 2002,
 /// "Ciphers with arbitrary finite domains").
 #[derive(Debug, Clone)]
 pub struct Permutation {
@@ -128,7 +128,7 @@ mod tests {
         );
     }
 
-    /// Each value is as likely at each place as at any other, also where the network is small.
+    /// Each value is as likely at each place as at any other, also if the network is small.
     #[test]
     fn places_and_values_are_independent() {
         let (n, keys) = (5_u64, 5_000_u64);

@@ -43,7 +43,7 @@ impl Plan {
     /// `epochs` is the number of passes, 0 without end.
     ///
     /// # Errors
-    /// `DatasetEmpty` where a source has no rows; `InvalidArgument` for a window of no blocks.
+    /// `DatasetEmpty` if a source has no rows; `InvalidArgument` for a window of no blocks.
     pub fn new(
         manifest: Arc<Manifest>,
         seed: u64,
@@ -89,8 +89,8 @@ impl Plan {
     /// appended.
     ///
     /// # Errors
-    /// `DatasetTooSmall` where a source has fewer rows than its share of a super-batch;
-    /// `RunSpecImpossible` where its weight gives it no row at all.
+    /// `DatasetTooSmall` if a source has fewer rows than its share of a super-batch;
+    /// `RunSpecImpossible` if its weight gives it no row at all.
     pub fn check(&self, phases: &[Phase]) -> Result<()> {
         phases
             .iter()

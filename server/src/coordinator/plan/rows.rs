@@ -25,7 +25,7 @@ pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
 /// The candidate that a receipt's row was.
 ///
 /// # Errors
-/// `Internal` where the manifest has no such row: it is not the receipt's.
+/// `Internal` if the manifest has no such row: it is not the receipt's.
 pub fn locate(manifest: &Manifest, chosen: &ChosenRow) -> Result<Candidate> {
     let ChosenRow {
         source,

@@ -16,7 +16,7 @@ impl Cursor {
             .unwrap_or(0)
     }
 
-    /// After `steps` steps of `share` rows each. Needs 0 < share <= rows where the steps leave the
+    /// After `steps` steps of `share` rows each. Needs 0 < share <= rows if the steps leave the
     /// epoch.
     pub fn advance(self, rows: u64, share: u64, steps: u64) -> Self {
         let fits = self.fits(rows, share);
@@ -62,7 +62,7 @@ impl Cursor {
     }
 }
 
-/// Each phase's (super_batch_size, first step, step after its last or `None` where it is the last
+/// Each phase's (super_batch_size, first step, step after its last or `None` if it is the last
 /// phase).
 pub(super) fn spans(phases: &[Phase]) -> impl Iterator<Item = (u32, u64, Option<u64>)> {
     phases.iter().enumerate().map(|(i, phase)| {

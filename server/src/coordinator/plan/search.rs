@@ -42,7 +42,7 @@ impl Plan {
         Ok((steps, next))
     }
 
-    /// The step that scans a place of an epoch; `None` where no step does.
+    /// The step that scans a place of an epoch; `None` if no step does.
     fn step_at(
         &self,
         phases: &[Phase],

@@ -233,7 +233,7 @@ fn seconds(seconds: &StageSeconds) -> Value {
     )
 }
 
-/// A fidelity's name in receipts and batches: `full`, `approximate`; the number where it is not
+/// A fidelity's name in receipts and batches: `full`, `approximate`; the number if it is not
 /// known.
 pub fn fidelity_name(fidelity: i32) -> String {
     Fidelity::try_from(fidelity).map_or_else(

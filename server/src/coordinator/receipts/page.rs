@@ -14,7 +14,7 @@ const ROW_OVERHEAD_BYTES: usize = 5;
 /// at least one.
 ///
 /// # Errors
-/// `InvalidArgument` where the receipt ends before `row_offset`.
+/// `InvalidArgument` if the receipt ends before `row_offset`.
 pub fn page(receipt: Receipt, row_offset: u64, rows_max: u64) -> Result<GetReceiptResponse> {
     let Receipt {
         summary,

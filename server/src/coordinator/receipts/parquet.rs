@@ -74,7 +74,7 @@ pub fn encode(receipt: &Receipt) -> Result<Bytes> {
 /// Reads what [`encode`] wrote.
 ///
 /// # Errors
-/// `Internal` where the bytes are no receipt.
+/// `Internal` if the bytes are no receipt.
 pub fn decode(bytes: Bytes) -> Result<Receipt> {
     from_parquet(bytes).map_err(|e| {
         Error::internal("a receipt is damaged or of another version of Superbatch").because(e)
@@ -181,7 +181,7 @@ fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
     Ok(receipt)
 }
 
-/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` where it does
+/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` if it does
 /// not lie in there whole.
 pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
     let mut reader = ParquetMetaDataReader::new();

@@ -31,7 +31,7 @@ pub(super) fn encode(rows: &[PassedRow]) -> String {
     serde_json::to_string(&columns).expect("plain data encodes")
 }
 
-/// `None` where the text is not what [`encode`] wrote.
+/// `None` if the text is not what [`encode`] wrote.
 pub(super) fn decode(text: &str) -> Option<Vec<PassedRow>> {
     let columns: Columns = serde_json::from_str(text).ok()?;
     let row = |(n, id): (usize, &String)| {

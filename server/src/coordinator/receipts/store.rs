@@ -52,7 +52,7 @@ impl Receipts {
             Created::Ours => Ok(Committed::Ours),
             Created::Theirs(bytes) => {
                 let theirs = parquet::decode(bytes)?;
-                // The same facts may have other bytes where another build of ours wrote them.
+                // The same facts may have other bytes if another build of ours wrote them.
                 let nonce = theirs.summary.as_ref().map(|theirs| &theirs.writer_nonce);
                 Ok(if nonce == Some(&summary.writer_nonce) {
                     Committed::Ours

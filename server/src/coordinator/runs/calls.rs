@@ -1,4 +1,4 @@
-//! Counts the calls that hold a run in memory.
+//! Counts the calls of a run, which hold it in memory.
 use std::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
@@ -9,7 +9,7 @@ pub struct Calls(Mutex<Count>);
 #[derive(Debug)]
 pub struct Count {
     pub under_way: u64,
-    /// When the last one began or ended.
+    /// When a call last began or ended.
     pub changed: Instant,
 }
 
@@ -23,7 +23,7 @@ impl Default for Calls {
 }
 
 impl Calls {
-    /// Since when no call has been under way; `None` while one is.
+    /// Returns since when no call has been under way; `None` while one is.
     pub fn idle_since(&self) -> Option<Instant> {
         let count = self.count();
         (count.under_way == 0).then_some(count.changed)

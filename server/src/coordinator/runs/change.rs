@@ -1,4 +1,4 @@
-//! What is done to a run on purpose: rewind, more phases, close.
+//! Changes of a run on request: rewind, more phases, close.
 use super::{
     models,
     run::{IDLE_MAX, Run},
@@ -18,12 +18,12 @@ use std::{sync::Arc, time::Duration};
 use superbatch_proto::v1::{Phase, Reason, RewindMode, RunSpec};
 
 impl Run {
-    /// Goes back: opens the next generation.
+    /// Rewinds the run: opens the next generation.
     ///
     /// # Errors
-    /// `InvalidArgument` for a step that was not reached; `WeightsMissing` where the step would be
-    /// chosen anew with weights that are no longer kept; `NotOwner`; `GenerationStale` where
-    /// another rewind was first.
+    /// `InvalidArgument` for a step that was not reached; `WeightsMissing` if the step would be
+    /// chosen anew with weights that were deleted; `NotOwner`; `GenerationStale` if another rewind
+    /// was first.
     pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
         let _alone = self.committing.lock().await;
         let (old, next) = {
@@ -60,7 +60,8 @@ impl Run {
         Ok(old + 1)
     }
 
-    /// A trainer that went back cannot push again what is older than its checkpoint.
+    /// Checks that the weights for `to_step` are kept. A trainer that goes back cannot push them
+    /// again, since they are older than its checkpoint.
     fn check_weights_kept(&self, to_step: u64) -> Result<()> {
         let spec = self.spec();
         let phase = phase_at(&spec.phases, to_step);
@@ -77,11 +78,11 @@ impl Run {
         }
     }
 
-    /// Adds phases for steps that have not begun.
+    /// Adds phases for steps that are not started yet.
     ///
     /// # Errors
     /// `RunSpecImpossible` for phases that come too late or can never be met; `NotOwner`;
-    /// `RunSpecConflict` where another addition was first.
+    /// `RunSpecConflict` if another addition was first.
     pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
         let _alone = self.committing.lock().await;
         self.owner.check().await?;
@@ -89,6 +90,8 @@ impl Run {
         let known = self.spec().phases.len();
         let written = run::append_phases(&self.location, number, &spec.phases[known..]).await;
         let mut state = self.state();
+        // Cleared before `written?`, also after a failure: otherwise the steps of these phases
+        // could never start.
         state.appending_from = None;
         written?;
         state.appended += 1;
@@ -97,8 +100,8 @@ impl Run {
         Ok(spec)
     }
 
-    /// The longer spec, and the addition's number. Steps of the new phases cannot begin until it is
-    /// written.
+    /// Returns the longer spec and the addition's number. From here on, steps of the new phases
+    /// cannot start until the phases are written.
     fn begin_append(&self, phases: Vec<Phase>) -> Result<(RunSpec, u32)> {
         let mut state = self.state();
         state.check_open()?;
@@ -135,7 +138,7 @@ impl Run {
         Ok(())
     }
 
-    /// Lets go of everything that waits: the process ends, or another coordinator has the run.
+    /// Ends all waiting calls: the process ends, or another coordinator owns the run.
     pub fn stop(&self) {
         self.state().end_all(&released());
     }
@@ -154,15 +157,15 @@ impl Run {
         check_reachable(step, reachable)
     }
 
-    /// Lets go of batches that nobody has asked for in a long time.
+    /// Drops batches for which no rank has asked in a long time.
     pub fn drop_spare_batches(&self) {
         self.state()
             .cells
             .retain(|_, cell| !is_spare(cell.is_wanted(), cell.idle_for()));
     }
 
-    /// Deletes snapshots that no uncommitted step needs, but the newest ones that the operator has
-    /// kept.
+    /// Deletes snapshots that no uncommitted step needs, except the newest ones, which the operator
+    /// wants to keep.
     pub async fn forget_weights(&self) -> Result<()> {
         let kept = self.deps.limits.snapshots_kept;
         let oldest = || oldest_needed(self.next_step(), &self.spec());
@@ -170,7 +173,9 @@ impl Run {
             return Ok(());
         }
         let (oldest, retired) = {
-            // No rewind meanwhile, which may need them; and no commit waits for the store.
+            // The lock keeps a rewind out, which may need these versions again: once they are
+            // retired in the book, it sees that they are gone. It is released before the store
+            // deletes them, so that no commit waits for that.
             let _alone = self.committing.lock().await;
             let oldest = oldest();
             (oldest, self.weights.retire_before(oldest, kept))
@@ -187,8 +192,8 @@ impl Run {
     }
 
     /// # Errors
-    /// `BiasMissing` where a phase of `spec` scores by the sigmoid loss and a model has no bias;
-    /// `RunSpecImpossible` where a model cannot be run at a phase's approximation.
+    /// `BiasMissing` if a phase of `spec` scores by the sigmoid loss and a model has no bias;
+    /// `RunSpecImpossible` if a model cannot be run at a phase's approximation.
     pub fn check_models(&self, spec: &RunSpec) -> Result<()> {
         let (reference, learner) = (self.reference.as_ref(), self.learner.as_ref());
         models::check_biases(spec, reference, learner)?;
@@ -219,7 +224,7 @@ fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
     !is_wanted && idle_for >= IDLE_MAX
 }
 
-/// The oldest push that `next` or a later step may be scored with.
+/// Returns the oldest push that `next` or a later step may be scored with.
 fn oldest_needed(next: u64, spec: &RunSpec) -> i64 {
     match due(next, &spec.lag.unwrap_or_default(), spec.push_every_steps) {
         Due::Initial => -1,

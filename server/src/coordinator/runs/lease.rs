@@ -1,11 +1,11 @@
-//! Calls of a run that are under way, and which run is put to sleep where there are too many: it
-//! leaves memory, its durable state stays, and the next call that names it loads it again, as after
-//! a restart.
+//! Calls of a run that are under way, and the choice of the run to put to sleep if there are too
+//! many. A sleeping run leaves memory; its durable state stays, and the next call that names it
+//! loads it again, as after a restart.
 use super::run::Run;
 use std::{ops::Deref, sync::Arc};
 use tokio::time::Instant;
 
-/// A run in the hands of a call: it is not put to sleep meanwhile.
+/// A run that a call uses. It is not put to sleep while this value lives.
 pub struct Called(Arc<Run>);
 
 impl Called {
@@ -32,7 +32,7 @@ impl Drop for Called {
     }
 }
 
-/// The run that has been idle longest, of (id, since when it has been idle).
+/// Returns the run that has been idle longest, of (id, since when it has been idle).
 pub fn longest_idle<'a>(
     runs: impl Iterator<Item = (&'a String, Option<Instant>)>,
 ) -> Option<&'a String> {

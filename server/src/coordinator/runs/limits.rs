@@ -1,22 +1,22 @@
-//! What the operator allows runs to ask for.
+//! The operator's limits on runs.
 use crate::error::{Error, Result};
 use std::time::Duration;
 use superbatch_proto::v1::{Reason, RunSpec};
 
-/// Bounds and defaults that the operator sets.
+/// The operator's bounds and defaults.
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub super_batch_size_max: u32,
     pub sub_batch_size_max: u32,
     pub push_bytes_max: u64,
     pub push_deadline: Duration,
-    /// Open runs at a time.
+    /// Most open runs at a time.
     pub runs_max: usize,
-    /// For runs that do not say.
+    /// The default for runs that give none.
     pub need_deadline_seconds: f64,
-    /// Newest snapshots of each run that are kept beside those that uncommitted steps need.
+    /// Newest snapshots of each run that are kept besides those that uncommitted steps need.
     pub snapshots_kept: u64,
-    /// Candidates passed over that a receipt names at most.
+    /// Most candidates passed over that a receipt lists.
     pub passed_over_max: u32,
 }
 

@@ -1,4 +1,5 @@
-//! The models of a run, as workers are asked for them, and the worker's word on a pushed snapshot.
+//! The models of a run as `ModelRef`s for workers, and the checks of what workers report about
+//! them.
 pub use super::verifier::shape;
 use crate::{
     coordinator::{
@@ -14,7 +15,7 @@ use superbatch_proto::v1::{
     learner_spec::Initial,
 };
 
-/// The reference of a run.
+/// Returns the reference of a run.
 pub fn reference_ref(
     spec: &RunSpec,
     reference: &ReferenceSpec,
@@ -29,13 +30,13 @@ pub fn reference_ref(
     }
 }
 
-/// The learner of a run before any push: version 0.
+/// Returns the learner of a run before any push: version 0.
 pub fn initial_ref(spec: &RunSpec, learner: &LearnerSpec, fact: Option<&ModelFact>) -> ModelRef {
     let (snapshot_uri, random_seed) = match &learner.initial {
         Some(Initial::SnapshotUri(uri)) if *uri != learner.model_uri => (uri.clone(), None),
         Some(Initial::SnapshotUri(_)) => (String::new(), None),
         Some(Initial::RandomSeed(seed)) => (String::new(), Some(*seed)),
-        // Only its shape is asked for: the weights come with the first push.
+        // Only its shape is needed: the weights come with the first push.
         Some(Initial::FirstPush(_)) | None => (String::new(), Some(0)),
     };
     ModelRef {
@@ -49,7 +50,7 @@ pub fn initial_ref(spec: &RunSpec, learner: &LearnerSpec, fact: Option<&ModelFac
     }
 }
 
-/// The learner with a published version of its weights.
+/// Returns the learner with a published version of its weights.
 pub fn published_ref(
     spec: &RunSpec,
     learner: &LearnerSpec,
@@ -83,8 +84,7 @@ pub fn check_biases(
     }
     let any = |asks: fn(Asked) -> bool| spec.phases.iter().any(|phase| asks(Asked::by(phase)));
     let asks_learner = any(|asked| asked.learner);
-    // A phase that asks the learner alone asks the reference where it may have to do without the
-    // learner.
+    // A phase that needs only the learner also needs the reference if it may fall back to it.
     let degrades = asks_learner && spec.fallback() == Fallback::ReferenceOnly;
     let asks_reference = any(|asked| asked.reference_losses) || degrades;
     if let (Some(fact), Some(asked)) = (reference.filter(|_| asks_reference), &spec.reference) {
@@ -158,8 +158,8 @@ pub fn check_unchanged(
     let what = match other {
         Some(file) => file,
         None if is_pushed || fact.digest == scored.digest => return Ok(()),
-        // What the folder's other files were is not known of a run that was opened before they were
-        // noted.
+        // Runs of older builds did not record the folder's files one by one, so the changed one is
+        // unknown.
         None if fact.files.is_empty() => "a file",
         None => "the weights file",
     };

@@ -1,5 +1,5 @@
-//! Opening a run: everything is looked at once, so that what can never work is refused before the
-//! first step.
+//! Opens a run. Everything is checked now, so that a run that can never work is refused before its
+//! first step and not in the middle of the night.
 use super::{
     models,
     parts::Parts,
@@ -35,14 +35,14 @@ use superbatch_proto::v1::{
     learner_spec::Initial,
 };
 
-/// A run on its way to being open.
+/// A run that is being opened.
 pub struct Opening<'a> {
     pub coordinator: &'a Coordinator,
     pub id: &'a str,
 }
 
 impl Opening<'_> {
-    /// Opens a run that nobody knows yet.
+    /// Opens a run that does not exist yet.
     pub async fn open_new(&self, spec: &RunSpec) -> Result<Arc<Run>> {
         if spec.fork_of.is_some() {
             let message = "fork_of is in the protocol and not built yet; rewind the run instead";
@@ -58,6 +58,9 @@ impl Opening<'_> {
         models::check_approximations(&spec, reference.as_ref(), learner.as_ref())?;
         let digest = manifest.save(&self.coordinator.state).await?;
         let location = self.coordinator.location(self.id);
+        // The create may lose to another coordinator that opens the same id. So its result is not
+        // used: the facts are read back, and whoever was first, both coordinators go on with the
+        // same run.
         run::create_run(&location, RunFact::new(&spec, digest, reference, learner)).await?;
         let facts = run::load(&location)
             .await?
@@ -65,9 +68,11 @@ impl Opening<'_> {
         self.load(facts).await
     }
 
-    /// Makes a run of what the state holds of it.
+    /// Loads a run from its facts in the state.
     pub async fn load(&self, facts: RunFacts) -> Result<Arc<Run>> {
         let (coordinator, location) = (self.coordinator, self.coordinator.location(self.id));
+        // The ownership is claimed before the receipts are listed. In the other order a former
+        // owner could commit a step after the list was read, and this process would not know of it.
         let owner = Ownership::claim(&location, &coordinator.identity).await?;
         let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
         let spec = facts.spec;
@@ -137,8 +142,8 @@ impl Opening<'_> {
             .await
     }
 
-    /// Has workers load the models. What the spec leaves to the device is fixed by what the first
-    /// of them computes in: all workers must do the same.
+    /// Has workers load the models. If the spec leaves the arithmetic open, that of the first
+    /// worker is fixed for the run: all workers must compute alike.
     async fn models(&self, spec: &mut RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
         let stores = &self.coordinator.stores;
         let mut reference = None;
@@ -154,7 +159,7 @@ impl Opening<'_> {
             stores.open_allowed(&asked.model_uri)?;
             if let Some(Initial::SnapshotUri(uri)) = &asked.initial {
                 let snapshot = stores.open_allowed(uri)?;
-                // The model folder itself stands for the weights that it holds.
+                // The model folder's own URI means the weights in it.
                 if *uri != asked.model_uri && snapshot.head("").await?.is_none() {
                     return Err(no_snapshot(uri));
                 }
@@ -223,7 +228,7 @@ impl Opening<'_> {
     }
 }
 
-/// A snapshot that is not there will not come by asking again.
+/// The error for a missing snapshot. It is not `StorageUnreachable`, which clients retry.
 fn no_snapshot(uri: &str) -> Error {
     let message = format!(
         "the learner's snapshot {uri} is not there, or is no file; name a safetensors file, or \
@@ -239,7 +244,7 @@ fn named(column: &str) -> Option<String> {
     (!column.is_empty()).then(|| column.to_owned())
 }
 
-/// What OpenRun answers.
+/// Returns the answer of OpenRun.
 pub fn response(run: &Run) -> Result<OpenRunResponse> {
     let spec = run.spec();
     Ok(OpenRunResponse {
@@ -253,7 +258,7 @@ pub fn response(run: &Run) -> Result<OpenRunResponse> {
     })
 }
 
-/// The committed steps of the trajectory that `chain` describes.
+/// Returns the committed steps of the trajectory that `chain` describes.
 fn of_trajectory<'a>(listed: &'a [(u64, u32)], chain: &'a Chain) -> impl Iterator<Item = u64> + 'a {
     let holds = |(step, generation): &&(u64, u32)| {
         chain
@@ -263,14 +268,14 @@ fn of_trajectory<'a>(listed: &'a [(u64, u32)], chain: &'a Chain) -> impl Iterato
     listed.iter().filter(holds).map(|(step, _)| *step)
 }
 
-/// The newest committed step of the trajectory that `chain` describes.
+/// Returns the newest committed step of the trajectory that `chain` describes.
 pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
     let listed = Receipts::new(location.clone()).committed().await?;
     Ok(of_trajectory(&listed, chain).max())
 }
 
-/// What a stopped run has behind it: the last step before which all are committed, and what steps
-/// up to there scanned and selected. Steps beyond, which are committed out of order, are not in it.
+/// Returns the progress of a stopped run: the last step up to which all are committed, and the
+/// accounts up to there. Later steps, committed out of order, are not counted.
 pub async fn summary_of_stopped(
     location: &Location,
     chain: &Chain,

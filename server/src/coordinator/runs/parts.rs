@@ -1,4 +1,4 @@
-//! What a run is built from.
+//! The parts from which a run is built.
 use super::limits::Limits;
 use crate::{
     coordinator::{
@@ -17,7 +17,7 @@ use crate::{
 use arrow::datatypes::SchemaRef;
 use std::sync::Arc;
 
-/// What a run uses of its coordinator.
+/// The parts of the coordinator that a run uses.
 #[derive(Clone)]
 pub struct Deps {
     pub pool: Arc<Pool>,

@@ -1,4 +1,4 @@
-//! All runs of this coordinator: opened by OpenRun, and found again in the state after a restart.
+//! All runs of this coordinator: opened by OpenRun, and loaded from the state after a restart.
 use super::{
     lease::{Called, longest_idle},
     open::{self, Opening},
@@ -30,14 +30,16 @@ use superbatch_proto::{
     v1::{ComputeDtype, OpenRunRequest, OpenRunResponse, Reason, RunSpec, RunState, RunSummary},
 };
 
-/// What a coordinator is made of.
+/// A coordinator: its parts and its runs.
 pub struct Coordinator {
     pub deps: Deps,
     pub stores: Stores,
     pub state: Location,
     pub identity: Identity,
     runs: Mutex<HashMap<String, Arc<Run>>>,
-    /// A run is opened or loaded once at a time; others do not wait for it.
+    /// A lock for each run that is being opened or loaded. Ranks call at the same moment, and two
+    /// loads of one run would each claim its ownership; a lock for all runs would make the calls of
+    /// others wait for a slow one.
     opening: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     stopping: AtomicBool,
 }
@@ -85,8 +87,8 @@ impl Coordinator {
         open::response(&run)
     }
 
-    /// A spec with its defaults. What is over the protocol's bound is over the operator's, which is
-    /// the one that applies.
+    /// Completes a spec with its defaults. A size over the protocol's bound is over the operator's
+    /// limit too; the error names the latter, which the operator can change.
     fn complete(&self, asked: RunSpec) -> Result<RunSpec> {
         let limits = &self.deps.limits;
         let over = limits.check(&asked);
@@ -96,7 +98,7 @@ impl Coordinator {
         })
     }
 
-    /// The run `id`, loaded from the state where this process does not know it yet.
+    /// Returns the run `id`. Loads it from the state if this process does not know it yet.
     ///
     /// # Errors
     /// `RunNotFound`; `NotOwner` with the owner's address.
@@ -115,7 +117,7 @@ impl Coordinator {
         })
     }
 
-    /// Runs in the state, in the order of their ids.
+    /// Lists the runs in the state, in the order of their ids.
     pub async fn list(&self) -> Result<Vec<RunSummary>> {
         let mut summaries = Vec::new();
         for id in self.state.folders("runs").await? {
@@ -124,22 +126,24 @@ impl Coordinator {
         Ok(summaries)
     }
 
-    /// Lets go of all runs: the process ends. No other is opened from now on.
+    /// Stops all runs, since the process ends. No run is opened from now on.
     pub async fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         let runs: Vec<_> = self.lock().drain().map(|(_, run)| run).collect();
-        // All ranks are told before the first push is waited for.
+        // All ranks get their answer before the first push is waited for: publishing may take
+        // minutes.
         runs.iter().for_each(|run| run.stop());
         join_all(runs.iter().map(|run| run.weights.drain())).await;
     }
 
-    /// Passes on what a run answered. One that another coordinator owns is let go, so that the next
-    /// call looks again.
+    /// Passes on a run's answer. A run that another coordinator owns is removed from memory, so
+    /// that the next call reads the state again.
     pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
         match answer {
             Err(error) if error.reason() == Reason::NotOwner => {
                 self.release(run);
-                // We own it again, by another object: the caller may come back to us.
+                // The new owner is this process, which has loaded the run again: the caller may ask
+                // here again.
                 let ours = error.value("owner") == Some(&self.identity.address);
                 Err(if ours {
                     crate::coordinator::released()
@@ -151,8 +155,9 @@ impl Coordinator {
         }
     }
 
-    /// As [`Coordinator::noted`], of a call that writes a fact. Where it is not known whether the
-    /// fact is there, the run is let go: the next call reads what is.
+    /// As [`Coordinator::noted`], for a call that writes a fact. If the outcome is unknown, the run
+    /// is removed from memory: its state may lack a fact that exists, and only reading the state
+    /// again tells.
     pub fn written<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
         use Reason::{GenerationStale, RunSpecConflict, StorageUnreachable};
         let unknown = |e: &Error| {
@@ -167,7 +172,7 @@ impl Coordinator {
         self.noted(run, answer)
     }
 
-    /// The runs that are open here. Those that ended are let go.
+    /// Returns the runs that are open here. Removes those that ended from memory.
     pub fn open_runs(&self) -> Vec<Arc<Run>> {
         let mut runs = self.lock();
         runs.retain(|_, run| {
@@ -229,13 +234,13 @@ impl Coordinator {
         self.lock().get(id).cloned()
     }
 
-    /// As [`Coordinator::find_in_memory`], in the hands of a call.
+    /// As [`Coordinator::here`], for a call to use.
     fn called(&self, id: &str) -> Option<Called> {
-        // Under the lock, or the run might be put to sleep in between.
+        // Counted under the lock; otherwise the run could be put to sleep between the two.
         self.lock().get(id).cloned().map(Called::new)
     }
 
-    /// Keeps a run in memory; where there are too many, another one is put to sleep.
+    /// Keeps a run in memory. If there are too many, another one is put to sleep.
     fn insert(&self, run: Arc<Run>) -> Result<Called> {
         let mut runs = self.lock();
         let sleeps = if run.is_open() {
@@ -257,7 +262,8 @@ impl Coordinator {
 
     fn release(&self, run: &Run) {
         let mut runs = self.lock();
-        // Another one may have been loaded meanwhile.
+        // The run may have been loaded again in the meantime. Only this very object is removed: its
+        // successor is sound.
         if runs
             .get(&run.id)
             .is_some_and(|known| std::ptr::eq(known.as_ref(), run))
@@ -273,10 +279,10 @@ impl Coordinator {
         self.room(&self.lock()).map(drop)
     }
 
-    /// The run that another one takes the place of, where none is free.
+    /// Returns the run whose place another one takes, if no place is free.
     ///
     /// # Errors
-    /// `Overloaded` where all are busy; `ShuttingDown`.
+    /// `Overloaded` if all are busy; `ShuttingDown`.
     fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::new(
@@ -310,12 +316,12 @@ impl Coordinator {
 
 fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     let mut known = (*run.spec()).clone();
-    // Phases that were appended since are no difference.
+    // Phases that were appended later are no difference.
     known
         .phases
         .truncate(asked.phases.len().max(run.opened_phases));
     if asked.compute_dtype() == ComputeDtype::Unspecified {
-        // The device of the one that opened the run has decided.
+        // The device was decided when the run was opened.
         known.compute_dtype = asked.compute_dtype;
     }
     let Some(Difference {

@@ -21,7 +21,7 @@ use std::{
 use superbatch_proto::v1::{Receipt, RunInfo, RunSpec, RunSummary};
 use tokio::time::Instant;
 
-/// A batch that nobody has asked for in so long is let go; its rows can be read again.
+/// A batch for which no rank has asked in this time is dropped; its rows can be read again.
 pub const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
 /// How often the log says that a rank still waits.
 pub const TOLD_EVERY: Duration = Duration::from_secs(30);
@@ -31,11 +31,12 @@ pub struct Run {
     parts: Parts,
     pub spec: RwLock<Arc<RunSpec>>,
     state: Mutex<State>,
-    /// One commit at a time: totals are in the order of commits.
+    /// Held by commits, one at a time, since totals are in the order of commits; and by changes of
+    /// the run.
     pub committing: tokio::sync::Mutex<()>,
-    /// Spent on decisions that came to nothing.
+    /// FLOPs of decisions that came to nothing.
     pub wasted: Wasted,
-    /// Blocks whose reference embeddings are there or under way.
+    /// Blocks whose reference embeddings are stored or being computed.
     pub claims: Claims,
     pub calls: Calls,
     pub waits: Waits,
@@ -77,13 +78,13 @@ impl Run {
         self.state().chain.current()
     }
 
-    /// Where the generations began, and the newest one.
+    /// Returns where the generations began, and the newest one.
     pub fn began(&self) -> (Vec<Began>, u32) {
         let state = self.state();
         (state.chain.began(), state.chain.current())
     }
 
-    /// The first step that is not committed.
+    /// Returns the first step that is not committed.
     pub fn next_step(&self) -> u64 {
         self.state().committed.next()
     }
@@ -92,8 +93,8 @@ impl Run {
         self.state().check_open().is_ok()
     }
 
-    /// Since when the run could be put to sleep; `None` while a call, a push or work on a step is
-    /// under way.
+    /// Returns since when the run could be put to sleep; `None` while a call, a push or work on a
+    /// step is under way.
     pub fn idle_since(&self) -> Option<Instant> {
         let since = self.calls.idle_since()?;
         let works =
@@ -101,8 +102,8 @@ impl Run {
         (!works).then_some(since)
     }
 
-    /// The receipt that holds for `step` in the trajectory of `generation`; the newest one where
-    /// absent.
+    /// Returns the receipt in force for `step` in the trajectory of `generation`, or of the newest
+    /// generation if it is `None`.
     pub async fn find_receipt(
         &self,
         step: u64,
@@ -135,7 +136,7 @@ impl Run {
         }
     }
 
-    /// The pushes that a trainer which goes on at `resume` has to repeat.
+    /// Returns the pushes that a trainer which goes on at `resume` must repeat.
     fn missing_pushes(&self, resume: u64, spec: &RunSpec) -> Vec<i64> {
         let (began, book) = (self.began().0, self.weights.book());
         let committed = self.state().committed.clone();
@@ -150,7 +151,8 @@ impl Run {
         )
     }
 
-    /// `resume`: the step at which a trainer goes on, the run's next one where absent.
+    /// Describes the run. `resume` is the step at which a trainer goes on; if absent, the run's
+    /// next step.
     pub fn info(&self, resume: Option<u64>) -> RunInfo {
         let spec = self.spec();
         let missing_pushes = self.missing_pushes(resume.unwrap_or(self.next_step()), &spec);
@@ -162,7 +164,8 @@ impl Run {
             .map(|published| published.version);
         let state = self.state();
         RunInfo {
-            // Of the same moment as the accounts.
+            // Read under the same lock as the accounts. Otherwise a commit between the two would
+            // show the accounts of one step more than the last step.
             summary: Some(self.summary_of(&state)),
             dataset_manifest: self.manifest_digest.clone(),
             candidates_scanned: state.totals.candidates_scanned,

@@ -1,4 +1,4 @@
-//! What changes while a run is open.
+//! The part of a run that changes while it is open.
 use crate::{
     coordinator::{
         facts::{chain::Chain, trail::Trail},
@@ -12,12 +12,12 @@ use crate::{
 use std::collections::BTreeMap;
 use superbatch_proto::v1::{Accounts, Reason, RunState};
 
-/// Behind one lock, which nobody holds while waiting.
+/// The state behind one lock. The lock is never held over an `await`: all ranks of a run take it.
 pub struct State {
     pub chain: Chain,
-    /// Additions of phases so far.
+    /// Number of additions of phases so far.
     pub appended: u32,
-    /// Steps from here on are not started: their phases are being written.
+    /// Steps from this one on are not started, because their phases are being written.
     pub appending_from: Option<u64>,
     pub closed: bool,
     pub failure: Option<String>,
@@ -64,7 +64,7 @@ impl State {
         Err(stale(asked, current))
     }
 
-    /// Ends all steps with `error` for those who wait.
+    /// Ends all steps with `error` for waiting calls.
     pub fn end_all(&mut self, error: &Error) {
         for (_, cell) in std::mem::take(&mut self.cells) {
             cell.end(error);
@@ -80,7 +80,7 @@ pub fn run_state(failed: bool, closed: bool) -> RunState {
     }
 }
 
-/// What all calls of a failed run are told, the one that it failed in among them.
+/// Returns the error for all calls of a failed run, including the call in which it failed.
 pub fn failed(why: &str) -> Error {
     Error::new(Reason::RunFailed, format!("the run failed: {why}"))
 }

@@ -1,4 +1,4 @@
-//! Has a worker check pushed weights before they are published.
+//! Verifies pushed weights on a worker before they are published.
 use crate::{
     coordinator::{
         facts::run::ModelFact,

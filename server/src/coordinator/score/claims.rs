@@ -1,5 +1,5 @@
-//! Blocks whose reference embeddings are being made: one slice makes them, whichever steps and
-//! workers want them.
+//! Claims on blocks whose reference embeddings are being computed, so that one slice computes them
+//! although several steps and workers need them.
 use crate::coordinator::plan::candidate::Candidate;
 use std::{
     collections::HashMap,
@@ -11,31 +11,35 @@ use tokio::sync::watch;
 /// Source, shard, block.
 type Block = (u32, u32, u32);
 
-/// The blocks of a run that have reference embeddings, or are about to: some tens of bytes for each
-/// block that was read.
+/// The blocks of a run that have reference embeddings or soon will: some tens of bytes for each
+/// block.
 #[derive(Debug, Clone, Default)]
 pub struct Claims(Arc<Mutex<HashMap<Block, State>>>);
 
 #[derive(Debug)]
 enum State {
-    /// Ends when its claim does.
+    /// The channel closes when the claim ends.
     UnderWay(watch::Receiver<()>),
     Made,
 }
 
-/// What one slice is to make. Dropped before it is [`Claim::made`], its blocks are free again.
+/// The blocks that one slice is to compute. If it is dropped before [`Claim::made`], its blocks are
+/// free again.
 #[derive(Debug)]
 pub struct Claim {
     claims: Claims,
     mine: Vec<Block>,
     earlier: Vec<watch::Receiver<()>>,
-    /// Dropped last: whoever waits then finds the blocks in their new state.
+    /// Dropped after `Claim`'s own `drop` has run, as fields are. So the waiting slices wake only
+    /// when the blocks have their new state; otherwise they could find the old state and wait for a
+    /// claim that is gone.
     _open: watch::Sender<()>,
 }
 
 impl Claims {
-    /// Claims the blocks of `candidates` (canonical order) that nobody has claimed. Only earlier
-    /// claims are waited for, so that no two wait for each other.
+    /// Claims the blocks of `candidates` (canonical order) that are not claimed yet. All of them
+    /// are claimed under one lock and only earlier claims are waited for, so two claims can never
+    /// wait for each other.
     pub fn claim(&self, candidates: &[Candidate]) -> Claim {
         let (open, ends) = watch::channel(());
         let (mut mine, mut earlier) = (Vec::new(), Vec::new());
@@ -69,8 +73,8 @@ impl Claims {
 
 impl Claim {
     /// Waits until earlier claims on its blocks have ended, for at most `patience`: a worker that
-    /// hangs must not hold up the steps of others. Where a claim came to nothing, or takes longer,
-    /// its blocks are not claimed anew: at worst two slices make them.
+    /// hangs must not hold up other steps. If a claim failed or takes longer, its blocks are not
+    /// claimed again: at worst two slices compute them, and the sidecar keeps the first result.
     pub async fn wait(&mut self, patience: Duration) {
         let ended = async {
             for mut earlier in self.earlier.drain(..) {
@@ -80,7 +84,7 @@ impl Claim {
         let _ = tokio::time::timeout(patience, ended).await;
     }
 
-    /// Its blocks are in the sidecar.
+    /// Notes that the claimed blocks are in the sidecar.
     pub fn made(mut self) {
         let mine = std::mem::take(&mut self.mine);
         self.claims

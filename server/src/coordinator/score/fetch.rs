@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use superbatch_proto::v1::{BlockRows, FetchRowsRequest, Reason, fetch_rows_response};
 
-/// Reads rows anew on any worker, as an Arrow IPC stream in the order of `blocks`.
+/// Reads rows again on any worker, as an Arrow IPC stream in the order of `blocks`.
 pub async fn fetch_rows(
     pool: &Pool,
     manifest: &str,

@@ -1,5 +1,5 @@
-//! Embeddings of one slice, as they come in. Nothing is allocated by a size that was not checked,
-//! and nothing is believed complete before every row was counted.
+//! Embeddings of one slice as they arrive. No memory is sized by an unchecked number, and a slice
+//! counts as complete only after every row was counted.
 use super::slice::Embeddings;
 use crate::{
     bounds::EMBEDDING_DIM_MAX,
@@ -9,13 +9,13 @@ use crate::{
 use std::ops::Range;
 use superbatch_proto::v1::{EmbedDone, EmbeddingDtype, EmbeddingPart};
 
-/// Embeddings of some rows of a slice that are due from a worker.
+/// Embeddings of some rows of a slice that a worker must send.
 pub struct Received {
-    /// Numbered within the slice.
+    /// The rows, numbered within the slice.
     rows: Range<usize>,
     /// Bytes of one number.
     element: usize,
-    /// What the model's embeddings have; `None` where the run does not know it.
+    /// Length of the model's embeddings; `None` if the run does not know it.
     dim: Option<u32>,
     found: Embeddings,
     seen: Vec<bool>,
@@ -33,7 +33,7 @@ impl Received {
         }
     }
 
-    /// Puts a part where it belongs.
+    /// Copies a part to its place.
     ///
     /// # Errors
     /// `Internal` for a part of other rows, of rows that came before, or out of shape.
@@ -66,6 +66,8 @@ impl Received {
         }
         self.seen[places.clone()].fill(true);
         let bytes = places.start * row_bytes..places.end * row_bytes;
+        // Memory is taken when the first sound part arrives, by the number of rows that this
+        // coordinator chose and a length that was checked.
         if self.found.image.is_empty() {
             let all = self.rows.len() * row_bytes;
             (self.found.dim, self.found.image, self.found.text) =
@@ -76,12 +78,12 @@ impl Received {
         Ok(())
     }
 
-    /// The embeddings, at their end. `may_be_empty` tells of a candidate of the slice whether it
-    /// has none.
+    /// Returns the complete embeddings. `may_be_empty` returns whether a candidate of the slice has
+    /// no embedding.
     ///
     /// # Errors
-    /// `Internal`, naming the first row that is missing: the rest of the slice would be scored as
-    /// if it looked like nothing.
+    /// `Internal`, naming the first missing row. Without this check missing rows would stay zero
+    /// and be scored as if they resembled nothing, and nobody would notice.
     pub fn finish(
         mut self,
         done: EmbedDone,
@@ -109,6 +111,8 @@ impl Received {
                 && !done.not_finite.contains(&candidate)
                 && !may_be_empty(candidate)
         };
+        // A real embedding has length one. Zeros for a row that is no hole mean that the worker
+        // sent the frame but not the content.
         if let Some(row) = (0..self.rows.len()).find(empty) {
             let candidate = self.rows.start + row;
             return Err(unsound(format_args!(

@@ -3,7 +3,7 @@ use crate::{coordinator::score::table::Table, error::Result, selection::Embedded
 use std::collections::BTreeMap;
 use superbatch_proto::v1::ComputeDtype;
 
-/// One model's word on all candidates.
+/// One model's embeddings of all candidates.
 #[derive(Debug)]
 pub struct Scored {
     /// L2-normalised, in the run's dtype; zero for holes.
@@ -11,19 +11,20 @@ pub struct Scored {
     pub scale: f64,
     pub bias: Option<f64>,
     pub digest: String,
-    /// BLAKE3 of the model's files but the weights, in hex.
+    /// BLAKE3 of the model's files except the weights, in hex.
     pub files: BTreeMap<String, String>,
     pub compute_dtype: ComputeDtype,
     pub device: String,
     pub flops: f64,
-    /// Of `flops`, the captions'.
+    /// The captions' part of `flops`.
     pub text_flops: f64,
     pub seconds: f64,
     /// Candidates whose embeddings are not finite.
     pub not_finite: Vec<u32>,
 }
 
-/// Chosen rows in the order drawn: at least the output's data columns, and each row's content hash.
+/// Chosen rows in the order of the draw: at least the output's data columns, and each row's content
+/// hash.
 #[derive(Debug, Clone)]
 pub struct Rows {
     pub data: Table,
@@ -38,7 +39,7 @@ impl Rows {
     }
 }
 
-/// A file that is not the same in both, of those that both know.
+/// Returns a file whose digests differ, of those that both sides know.
 pub fn other_file<'a>(
     a: &'a BTreeMap<String, String>,
     b: &BTreeMap<String, String>,

@@ -22,10 +22,11 @@ use superbatch_proto::v1::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Workers that may be lost under one slice before the step fails.
+/// Workers that one slice may lose before the step fails. Without a bound a slice whose content
+/// crashes workers would take down all of them, one after the other.
 pub const ATTEMPTS_MAX: usize = 5;
 
-/// What all slices of a step have in common.
+/// The settings that all slices of a step share.
 #[derive(Debug, Clone)]
 pub struct Job {
     pub run_id: String,
@@ -34,21 +35,20 @@ pub struct Job {
     pub manifest_digest: String,
     pub micro_batch_rows: u32,
     pub reference: Option<ModelRef>,
-    /// The learner's folder, where its embeddings will be asked for.
+    /// The learner's folder, if its embeddings will be needed.
     pub learner_model: Option<ModelRef>,
-    /// Numbers of an embedding, where the run knows them.
+    /// Length of an embedding, if the run knows it.
     pub reference_dim: Option<u32>,
     pub learner_dim: Option<u32>,
     pub embedding_dtype: EmbeddingDtype,
     pub columns: Vec<String>,
-    /// Read and check rows, embed nothing.
+    /// Whether rows are only read and checked, and nothing is embedded.
     pub check_only: bool,
-    /// What both models score at; `None` is full fidelity.
+    /// The fidelity of both models; `None` is full.
     pub approximation: Option<Approximation>,
 }
 
-/// Embeddings of one model for a slice, as they came: [rows, dim], little endian in the job's
-/// dtype.
+/// Embeddings of one model for a slice: [rows, dim], little endian in the job's dtype.
 #[derive(Debug, Default)]
 pub struct Embeddings {
     pub image: Vec<u8>,
@@ -57,26 +57,26 @@ pub struct Embeddings {
     pub done: EmbedDone,
 }
 
-/// A slice in progress. What it has received stays when its worker is lost.
+/// A slice in progress. If its worker is lost, everything received so far stays.
 pub struct Slice {
-    /// Its candidates in the super-batch.
+    /// The slice's candidates in the super-batch.
     pub range: Range<usize>,
-    /// The candidates whose reference embeddings it gives: those of whole blocks. See
+    /// The candidates whose reference embeddings it returns: those of whole blocks. See
     /// [`cut::whole_blocks`].
     pub reference_range: Range<usize>,
     blocks: Vec<BlockRows>,
     /// Rows of its last block that are candidates of the next slices.
     reference_more: Vec<u32>,
     pub holes: Vec<Hole>,
-    /// Candidates whose reference embeddings are not finite, in whichever attempt.
+    /// Candidates whose reference embeddings are not finite, over all attempts.
     pub not_finite: HashSet<u32>,
     pub fetch_seconds: f64,
     pub decode_seconds: f64,
     /// Floating-point operations of attempts that were lost.
     pub discarded_flops: f64,
     pub reference: Option<Embeddings>,
-    /// The reference's embeddings were taken: a worker that has to begin again need not make them
-    /// again.
+    /// Whether the reference's embeddings were taken. A worker that begins again then need not
+    /// compute them.
     has_reference: bool,
     pub learner: Option<Embeddings>,
     number: usize,
@@ -90,8 +90,8 @@ impl Slice {
         range: Range<usize>,
         reference_range: Range<usize>,
     ) -> Self {
-        // A slice that lies inside one block gives none of the reference's embeddings, and nothing
-        // of the block's rest.
+        // A slice that lies inside one block, whose beginning is in another slice, returns no
+        // reference embeddings, also not of the block's other rows.
         let more = if reference_range.is_empty() {
             0..0
         } else {
@@ -127,17 +127,18 @@ impl Slice {
         self.learner.take()
     }
 
-    /// Has the slice read, decoded and embedded by the reference, on another worker where one is
-    /// lost.
+    /// Has the slice read, decoded and embedded by the reference. If the worker is lost, another
+    /// one takes over.
     ///
     /// # Errors
-    /// What workers say of data and models, see [`Unable`]; `NoWorkers` after [`ATTEMPTS_MAX`] lost
-    /// workers.
+    /// Workers' errors about data and models, see [`Unable`]; `NoWorkers` after [`ATTEMPTS_MAX`]
+    /// lost workers.
     pub async fn begin(&mut self, pool: &Pool, job: &Job) -> Result<()> {
         self.attempt(pool, job, None, Unable::default()).await
     }
 
-    /// Has the slice embedded by the learner `model`; begins again where the worker is lost.
+    /// Has the slice embedded by the learner `model`. Begins again on another worker if the worker
+    /// is lost.
     pub async fn embed_learner(&mut self, pool: &Pool, job: &Job, model: &ModelRef) -> Result<()> {
         let mut unable = Unable::default();
         if let Some(mut live) = self.live.take() {
@@ -152,13 +153,15 @@ impl Slice {
         self.attempt(pool, job, Some(model), unable).await
     }
 
-    /// The chosen rows (numbers within the slice, in the order wanted) as an Arrow IPC stream.
+    /// Returns the chosen rows (numbers within the slice, in the requested order) as an Arrow IPC
+    /// stream.
     pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
         let mut unable = Unable::default();
         if let Some(mut live) = self.live.take() {
             match live.rows(chosen).await {
                 Ok(bytes) => return Ok(bytes),
-                // What it embedded is here already: only the rows have to be read again.
+                // The embeddings have arrived and the draw is made. Only the rows are read again,
+                // on any worker: a broken stream must never cost a second scoring.
                 Err(error) if is_lost(&error) => pool.lost(&live.worker),
                 Err(error) => unable.note(&live.worker, error)?,
             }
@@ -186,7 +189,8 @@ impl Slice {
         .await
     }
 
-    /// Holes of an attempt. Those that the reference found stay where it is not asked again.
+    /// Takes the holes of an attempt. If the reference does not embed again, the holes that it
+    /// found before stay: this attempt could not find them.
     pub fn take_holes(&mut self, mut found: Vec<Hole>) {
         if self.has_reference {
             let known: HashSet<u32> = found.iter().map(|hole| hole.candidate).collect();
@@ -199,12 +203,13 @@ impl Slice {
         self.holes = found;
     }
 
-    /// Its candidates, and those of other slices whose reference embeddings it gives.
+    /// Returns the number of its candidates, and of those of other slices whose reference
+    /// embeddings it returns.
     pub fn candidates(&self) -> usize {
         self.range.len() + self.reference_more.len()
     }
 
-    /// Candidates that have no embedding.
+    /// Returns the candidates that have no embedding.
     pub fn without_embedding(&self) -> HashSet<u32> {
         let holes = self.holes.iter().map(|hole| hole.candidate);
         holes.chain(self.not_finite.iter().copied()).collect()
@@ -223,6 +228,9 @@ impl Slice {
     ) -> Result<()> {
         for attempt in 0..ATTEMPTS_MAX {
             let workers = pool.wait_live().await?;
+            // Slices of one step go to different workers, and successive steps begin at different
+            // ones: with fewer slices than workers the first workers would otherwise do all the
+            // work.
             let turn = self.number + attempt + job.step as usize;
             let worker = unable.other(workers, turn)?;
             match self.attempt_on(pool.replies(), &worker, job, learner).await {
@@ -290,8 +298,8 @@ impl Slice {
         Ok(live)
     }
 
-    /// Notes a worker that is lost or unable; passes on an error that another worker would make,
-    /// too.
+    /// Notes a worker that is lost or unable. Returns the error if another worker would fail the
+    /// same way.
     fn give_up(
         &mut self,
         pool: &Pool,
@@ -314,6 +322,8 @@ impl Slice {
             unable.note(worker, error)?;
         }
         crate::metrics::slices_rescored().increment(1);
+        // The next attempt computes both models' embeddings again. What this one has spent was
+        // real, so it is reported as discarded.
         let thrown = [self.reference.take(), self.learner.take()];
         self.discarded_flops += thrown.iter().flatten().map(|e| e.done.flops).sum::<f64>();
         Ok(())

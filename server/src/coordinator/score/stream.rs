@@ -1,4 +1,4 @@
-//! The stream to the worker that holds a slice: what is sent, what must come back.
+//! The stream to the worker of a slice: what is sent, and what must come back, in which order.
 use super::{
     received::Received,
     slice::{Embeddings, Job, Slice},
@@ -109,6 +109,8 @@ impl Live {
         loop {
             match self.next("embeddings").await? {
                 Message::Embedding(part) if part.tower == tower as i32 => received.place(&part)?,
+                // The end is taken only of the tower that is due. Completeness is then judged here,
+                // by the rows that arrived, and not by the worker's word.
                 Message::Done(done) if done.tower == tower as i32 => {
                     let has_none = slice.without_embedding();
                     return received.finish(done, slice.candidates(), |c| has_none.contains(&c));
@@ -140,7 +142,8 @@ impl Live {
     }
 }
 
-/// Seconds that a worker says it took, for the accounts.
+/// Returns a worker's reported seconds for the accounts. A wrong number must not spoil a sum, and
+/// is no reason to lose a slice.
 fn seconds(said: f64) -> f64 {
     if said.is_finite() { said.max(0.0) } else { 0.0 }
 }

@@ -1,4 +1,4 @@
-//! A super-batch under way: its slices on the workers, stage by stage.
+//! A super-batch on its way through the workers: its slices, stage by stage.
 use super::{
     claims::{Claim, Claims},
     scored::{Rows, Scored, other_file},
@@ -21,10 +21,11 @@ use superbatch_proto::v1::{EmbeddingDtype, Hole, ModelRef, Reason};
 /// Column of the workers' rows that holds their content hash.
 pub const CONTENT_HASH: &str = "_superbatch_content_hash";
 
-/// How long a slice waits for a block that another one makes, before it makes it, too.
+/// How long a slice waits for a block that another slice computes, before it computes the block
+/// itself.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Candidates of one step on their way through the workers.
+/// The candidates of one step on their way through the workers.
 pub struct Scoring {
     pool: Arc<Pool>,
     job: Job,
@@ -34,11 +35,11 @@ pub struct Scoring {
 
 impl Scoring {
     /// Reads, decodes and (unless `check_only`) embeds `candidates` with the reference, shared
-    /// among all workers there are. A block whose reference embeddings another step is making is
-    /// waited for.
+    /// among all live workers. Waits for a block whose reference embeddings another step is
+    /// computing.
     ///
     /// # Errors
-    /// As the workers say; `NoWorkers`.
+    /// The workers' errors; `NoWorkers`.
     pub async fn begin(
         pool: Arc<Pool>,
         claims: &Claims,
@@ -79,7 +80,7 @@ impl Scoring {
         })
     }
 
-    /// Rows that cannot be used, by candidate number.
+    /// Returns the rows that cannot be used, by candidate number.
     pub fn holes(&self) -> Vec<Hole> {
         let at = |slice: &Slice, hole: &Hole| Hole {
             candidate: hole.candidate + slice.range.start as u32,
@@ -91,23 +92,23 @@ impl Scoring {
             .collect()
     }
 
-    /// Slices that the candidates are shared among.
+    /// Returns the number of slices.
     pub fn slices(&self) -> usize {
         self.slices.len()
     }
 
-    /// (fetch, decode) seconds of the slowest slice.
+    /// Returns the (fetch, decode) seconds of the slowest slice.
     pub fn read_seconds(&self) -> (f64, f64) {
         let slowest = |of: fn(&Slice) -> f64| self.slices.iter().map(of).fold(0.0, f64::max);
         (slowest(|s| s.fetch_seconds), slowest(|s| s.decode_seconds))
     }
 
-    /// Operations that were spent on workers which were lost.
+    /// Returns the FLOPs spent on workers that were lost.
     pub fn discarded_flops(&self) -> f64 {
         self.slices.iter().map(|s| s.discarded_flops).sum()
     }
 
-    /// The reference's embeddings, where it was asked. To be called once.
+    /// Takes the reference's embeddings, if it embeds. To be called once.
     pub fn reference(&mut self) -> Result<Option<Scored>> {
         self.gather(Slice::take_reference)
     }
@@ -125,7 +126,7 @@ impl Scoring {
             .ok_or_else(|| Error::internal("the learner's embeddings are missing"))
     }
 
-    /// The bytes of the chosen candidates, in the order given.
+    /// Returns the rows of the chosen candidates, in the given order.
     pub async fn rows(&mut self, chosen: &[u32]) -> Result<Rows> {
         let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
         let mut place = vec![0u32; chosen.len()];
@@ -136,7 +137,8 @@ impl Scoring {
                 .enumerate()
                 .filter(|(_, c)| slice.range.contains(&(**c as usize)));
             let mut inside: Vec<_> = inside.collect();
-            // In the order in which they are stored, they need not be copied to be sent.
+            // In the order of storage neighbouring rows can be sent as one piece of a block,
+            // without a copy. `place` restores the order of the draw afterwards.
             inside.sort_unstable_by_key(|(_, candidate)| **candidate);
             let mut local = Vec::new();
             for (drawn, candidate) in inside {
@@ -158,7 +160,8 @@ impl Scoring {
             .iter()
             .map(|(_, local)| local.len())
             .filter(|rows| *rows > 0);
-        // Else the rows of all later slices would stand for others.
+        // A slice with one row too few or too many would shift the rows of all later slices: every
+        // one of them would be served under another row's id and score.
         let mut tables = streams.into_iter().zip(due).map(|(parts, due)| {
             let table = Table::from_stream(parts)?;
             match table.rows() == due {
@@ -173,7 +176,7 @@ impl Scoring {
         hashed(all.reordered(&place))
     }
 
-    /// Joins what the slices hold, and frees it there.
+    /// Joins the slices' embeddings, and frees them there.
     fn gather(
         &mut self,
         take: impl Fn(&mut Slice) -> Option<Embeddings>,
@@ -185,6 +188,10 @@ impl Scoring {
             let all =
                 all.get_or_insert_with(|| empty(&part, self.job.embedding_dtype, self.candidates));
             let files: BTreeMap<String, String> = part.done.files.clone().into_iter().collect();
+            // Workers load models by themselves, at different times. If a folder was replaced in
+            // between, half of the super-batch would be scored by another model. Scores of two
+            // models cannot be compared, and the draw would prefer one half of the data for no
+            // reason.
             if let Some(file) = other_file(&all.files, &files) {
                 return Err(changed(file));
             }
@@ -202,7 +209,7 @@ impl Scoring {
                 .extend(part.done.not_finite.iter().map(|c| c + start));
         }
         match all {
-            // Of some slice they are missing.
+            // Some slice has no embeddings.
             Some(all) if all.embedded.image.len() != self.candidates * all.embedded.dim => {
                 Err(differs())
             }
@@ -252,11 +259,11 @@ fn differs() -> Error {
     Error::internal("workers answered with different models or arithmetic for one step")
 }
 
-/// Reads the content hashes beside rows that workers sent. The column stays; what is served does
-/// not name it.
+/// Reads the content hashes from the rows that workers sent. The column stays in the table; the
+/// output schema does not name it.
 ///
 /// # Errors
-/// `Internal` where it is missing.
+/// `Internal` if the column is missing.
 pub fn hashed(data: Table) -> Result<Rows> {
     let all: Vec<usize> = (0..data.rows()).collect();
     let column = data.column(CONTENT_HASH, &all)?;

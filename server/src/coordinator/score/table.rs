@@ -1,8 +1,8 @@
-//! Chosen rows in memory, as they came: in many record batches, and in an order of their own.
+//! Chosen rows in memory, as they arrived: in many record batches, with an order of their own.
 //!
-//! They are never put together as a whole. Arrow's `Binary` counts bytes in 32 bits, so that no one
-//! array may hold all images of a large sub-batch; only what goes into one record batch of the
-//! output is gathered.
+//! They are never joined to one array. Arrow's `Binary` counts bytes in 32 bits, so one array
+//! cannot hold all images of a large sub-batch. Only the rows of one record batch of the output are
+//! gathered.
 use crate::{
     batches::row_bytes,
     error::{Error, Result},
@@ -23,7 +23,7 @@ use std::collections::HashMap;
 pub struct Table {
     schema: SchemaRef,
     batches: Vec<RecordBatch>,
-    /// Of each row: its batch, and its row there.
+    /// For each row, its batch and its row there.
     places: Vec<(usize, usize)>,
     bytes: usize,
 }
@@ -38,10 +38,11 @@ impl Table {
         }
     }
 
-    /// Reads a whole Arrow IPC stream, in parts cut anywhere; its rows in their order.
+    /// Reads a whole Arrow IPC stream, which may be cut into parts anywhere, with its rows in
+    /// order.
     ///
     /// # Errors
-    /// `Internal` where the parts are no complete stream.
+    /// `Internal` if the parts are no complete stream.
     pub fn from_stream(parts: impl IntoIterator<Item = Bytes>) -> Result<Self> {
         let read = || {
             let (mut decoder, mut held) = (StreamDecoder::new(), 0);
@@ -62,7 +63,7 @@ impl Table {
         read().map_err(broken)
     }
 
-    /// All rows of `batches`, which hold `bytes` of memory.
+    /// Makes a table of all rows of `batches`, which hold `bytes` of memory.
     fn new(schema: SchemaRef, batches: Vec<RecordBatch>, bytes: usize) -> Self {
         let rows = batches
             .iter()
@@ -80,16 +81,16 @@ impl Table {
         self.places.len()
     }
 
-    /// Memory that its batches hold. What streams were read from is held by all rows together,
-    /// whichever are left.
+    /// Returns the memory that its batches hold. The batches share the memory of the streams they
+    /// were read from, so it stays until the last row is dropped.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Adds the rows of `other` at the end.
+    /// Appends the rows of `other`.
     ///
     /// # Errors
-    /// `Internal` where its schema is another.
+    /// `Internal` if the schemas differ.
     pub fn append(&mut self, other: Self) -> Result<()> {
         if other.schema.fields() != self.schema.fields() {
             return Err(Error::internal(
@@ -108,7 +109,7 @@ impl Table {
         Ok(())
     }
 
-    /// The same rows, in the order of `rows`, each of which is below [`Table::rows`].
+    /// Returns the rows in the order of `rows`, each of which is below [`Table::rows`].
     #[must_use]
     pub fn reordered(self, rows: &[u32]) -> Self {
         Self {
@@ -117,15 +118,15 @@ impl Table {
         }
     }
 
-    /// A column of some rows, as one array. Its bytes are a function of the values alone.
+    /// Returns a column of some rows as one array. Its bytes depend on the values only.
     ///
     /// # Errors
-    /// `Internal` where there is no such column, or more in it than one array can hold: ask for
-    /// fewer rows.
+    /// `Internal` if there is no such column, or if one array cannot hold its values: ask for fewer
+    /// rows.
     pub fn column(&self, name: &str, rows: &[usize]) -> Result<ArrayRef> {
         let at = self.schema.index_of(name).map_err(broken)?;
-        // Only the batches that are asked for: a step has thousands, a record batch of the output
-        // has rows of a few.
+        // Only the batches of these rows are passed on: a step has thousands of batches, and a
+        // record batch of the output has rows of a few.
         let mut numbers = HashMap::new();
         let mut arrays: Vec<&dyn Array> = Vec::new();
         let mut places = Vec::with_capacity(rows.len());
@@ -143,8 +144,10 @@ impl Table {
             ));
         }
         let gathered = interleave(&arrays, &places).map_err(broken)?;
-        // Interleaving leaves traces of the arrays that the values came from: whether others there
-        // are null.
+        // Interleaving keeps a validity buffer if any source array has nulls, even if none of these
+        // rows is null. Such traces are removed, since a client may resume a stream at a byte
+        // offset on another coordinator, where the rows arrived in other batches: the bytes must be
+        // the same there.
         if gathered.null_count() == 0 && !gathered.data_type().is_nested() {
             let traceless = gathered
                 .into_data()
@@ -162,7 +165,7 @@ impl Table {
         .map_err(broken)
     }
 
-    /// Bytes of a row's values.
+    /// Returns the bytes of a row's values.
     pub fn row_bytes(&self, row: usize) -> Result<usize> {
         let (batch, row) = self.places[row];
         row_bytes(&self.batches[batch], row).map_err(broken)

@@ -1,4 +1,4 @@
-//! Selection on this process's processor.
+//! Selection on the CPU of this process.
 use super::Selector;
 use crate::{
     coordinator::score::scored::Scored,
@@ -17,7 +17,7 @@ pub struct LocalSelector {
 }
 
 impl LocalSelector {
-    /// `threads` 0 means one a core.
+    /// Makes a selector with `threads` threads; 0 means one for each core.
     pub fn new(threads: usize) -> Result<Self> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)

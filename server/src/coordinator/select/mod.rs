@@ -1,5 +1,5 @@
-//! Who draws the sub-batch: this process, or a worker's device. One trait, so that a coordinator
-//! needs neither GPU nor LibTorch.
+//! The selectors that draw the sub-batch: this process, or a worker's device. Both are behind one
+//! trait, so that a coordinator needs neither GPU nor LibTorch.
 pub mod local;
 pub mod remote;
 use super::score::scored::Scored;
@@ -10,15 +10,15 @@ use superbatch_proto::{
     v1::{SelectBegin, SelectResponse},
 };
 
-/// Workers that may be lost under one selection before the step fails.
+/// Workers that one selection may lose before the step fails.
 const ATTEMPTS_MAX: usize = 5;
-/// Candidates that one message names: a position takes up to 10 bytes and a hole up to 5.
+/// Most candidates of one message: a position takes up to 10 bytes and a hole up to 5.
 const PART_CANDIDATES: usize = PART_BYTES / 16;
 
 /// Draws one sub-batch from embeddings of all candidates.
 #[async_trait]
 pub trait Selector: Send + Sync {
-    /// `begin` says how; a model is absent where nothing asks it.
+    /// Draws by `begin`. A model is absent if the policy does not need it.
     async fn select(
         &self,
         begin: SelectBegin,

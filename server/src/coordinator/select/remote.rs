@@ -22,16 +22,18 @@ use superbatch_proto::{
     },
 };
 
-/// Has a worker select on its device.
+/// Selects on a worker's device.
 pub struct WorkerSelector {
     pub pool: Arc<Pool>,
-    /// For draws from noise alone: they ask no device, and name every candidate in their answer.
+    /// For uniform draws: they need no device, and their answer lists every candidate, too many for
+    /// one message.
     pub local: LocalSelector,
-    /// What the name of the worker's device begins with; any device's where empty.
+    /// Prefix of the device's name of the workers to use; empty for any device.
     pub device: &'static str,
 }
 
-/// A `SelectBegin` with as many candidates as one message should hold, then the rest of them.
+/// Returns a `SelectBegin` with as many candidates as one message should hold, then messages with
+/// the rest.
 pub fn candidates(mut begin: SelectBegin) -> Vec<Message> {
     let (positions, holes) = (
         std::mem::take(&mut begin.positions),
@@ -105,7 +107,8 @@ impl Selector for WorkerSelector {
         let (mut attempts, mut unable) = (0, Unable::default());
         loop {
             let worker = self.pool.other_on(self.device, &mut unable).await?;
-            // The bytes in them are shared, not copied.
+            // The clone shares the bytes of the embeddings, so keeping the requests for another
+            // attempt costs little.
             match self.select_on(&worker, requests.clone(), &asked).await {
                 Ok(selected) => return Ok(selected),
                 Err(error) if is_lost(&error) && attempts + 1 < ATTEMPTS_MAX => {

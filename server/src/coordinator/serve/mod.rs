@@ -1,4 +1,4 @@
-//! Stage 4, serve: chosen rows become each rank's Arrow stream.
+//! Stage 4, serve: makes each rank's Arrow stream of the chosen rows.
 pub mod output;
 pub mod ready;
 pub mod share;

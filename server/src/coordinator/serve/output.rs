@@ -1,4 +1,4 @@
-//! What a rank is sent: the Arrow IPC stream of its rows.
+//! Encodes the Arrow IPC stream of a rank's rows.
 use crate::coordinator::score::table::Table;
 use crate::{
     batches::row_ranges,
@@ -15,20 +15,20 @@ use bytes::Bytes;
 use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, Receipt};
 
-/// The schema as the bytes of an empty stream.
+/// Returns the schema as the bytes of an empty stream.
 pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
     write(schema, []).map(|parts| parts.concat().into())
 }
 
-/// The stream of the rows at `indices` of the draw order, in the order of `indices`, in parts.
+/// Returns the stream of the rows at `indices` of the draw order, in the order of `indices`, in
+/// parts.
 ///
 /// `rows` are all chosen rows in draw order, with at least the data columns of `schema`; the
-/// `_superbatch_*` columns are filled from the receipt. The bytes are a function of the contents
-/// alone, however `rows` was put together, so a client may resume a stream that another coordinator
-/// began.
+/// `_superbatch_*` columns are filled from the receipt. The bytes depend on the contents only, and
+/// not on how `rows` was assembled. So a client may resume a stream that another coordinator began.
 ///
 /// # Errors
-/// `Internal` where rows, receipt and schema do not fit each other.
+/// `Internal` if rows, receipt and schema do not fit each other.
 pub fn rank_stream(
     schema: &SchemaRef,
     rows: &Table,
@@ -58,7 +58,8 @@ fn cannot(cause: ArrowError) -> Error {
     Error::internal("cannot encode a batch").because(cause)
 }
 
-/// Each batch is made when those before it are encoded, and is what its parts are.
+/// Encodes batches one by one. A batch is made only after the one before it is encoded, so that the
+/// gathered copies of two batches are never in memory together.
 fn write(
     schema: &Schema,
     batches: impl IntoIterator<Item = Result<RecordBatch>>,
@@ -90,7 +91,7 @@ fn batch(
     RecordBatch::try_new(schema.clone(), columns).map_err(cannot)
 }
 
-/// A column that the receipt fills.
+/// Returns a column that the receipt fills.
 fn own_column(name: &str, receipt: &Receipt, indices: &[usize]) -> Option<ArrayRef> {
     let rows = || indices.iter().map(|index| &receipt.chosen[*index]);
     let floats =

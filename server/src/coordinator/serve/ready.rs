@@ -1,4 +1,4 @@
-//! Chosen batches that wait for their trainer, and the memory that they take together.
+//! Chosen batches that wait for their trainer, and the memory that they use together.
 use crate::coordinator::score::table::Table;
 use crate::metrics;
 use std::sync::{
@@ -7,16 +7,17 @@ use std::sync::{
 };
 use superbatch_proto::v1::Receipt;
 
-/// A step whose receipt is durable and whose chosen bytes are in hand.
+/// A step whose receipt is durable and whose chosen rows are in memory. Both must be true before
+/// the first byte is sent: a batch without a receipt could not be served again after a crash.
 #[derive(Debug)]
 pub struct Ready {
     pub receipt: Receipt,
-    /// Data columns of the chosen rows, in the order drawn.
+    /// Data columns of the chosen rows, in the order of the draw.
     pub rows: Table,
     _held: Held,
 }
 
-/// Bytes of all batches in hand, over all runs.
+/// Bytes of all batches in memory, over all runs.
 #[derive(Debug)]
 pub struct Budget {
     bytes: AtomicU64,
@@ -37,7 +38,8 @@ impl Budget {
         })
     }
 
-    /// Counts a batch until it is dropped. It is never refused: its ranks wait for it.
+    /// Counts a batch until it is dropped. A batch is never refused, even over the budget: its
+    /// ranks wait for it. Room is made by dropping others, see `make_room` of the run.
     pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: Table) -> Ready {
         let bytes = rows.bytes() as u64;
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -52,12 +54,13 @@ impl Budget {
         }
     }
 
-    /// Bytes of all batches in hand.
+    /// Returns the bytes of all batches in memory.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether batches that nobody waits for should be let go; their rows can be read again.
+    /// Returns whether batches without waiting ranks should be dropped; their rows can be read
+    /// again.
     pub fn is_exceeded(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) > self.bytes_max
     }

@@ -1,4 +1,4 @@
-//! Which of the drawn rows each rank gets.
+//! Divides the drawn rows among the ranks.
 use crate::{
     coordinator::plan::order::Permutation,
     error::{Error, Result},
@@ -7,13 +7,15 @@ use superbatch_proto::v1::{ChosenRow, Fidelity, Reason};
 
 const PURPOSE: &str = "superbatch ranks v1";
 
-/// The part of a step's sub-batch that `rank` of `world_size` gets, as indices into the draw order.
+/// Returns the part of a step's sub-batch for `rank` of `world_size`, as indices into the draw
+/// order.
 ///
 /// `groups` are the rows of which every rank and micro-batch gets the same number: all rows, or the
 /// full ones and then those that are trained low. One seeded shuffle of each group is cut into
 /// `world_size * micro_batches` equal parts: in draw order, rank 0 would get the easy early chunks.
-/// A micro-batch is its part of each group in a row. The shuffle does not know the world size, so
-/// where there is one group the slices of any two world sizes put together are the same sequence.
+/// A micro-batch consists of its part of each group, one after the other. The shuffle does not
+/// depend on the world size. So with one group, the joined slices are the same sequence for every
+/// world size.
 ///
 /// # Errors
 /// As [`check`].
@@ -44,7 +46,7 @@ pub fn slice(
     Ok(rows)
 }
 
-/// Whether groups of these sizes can be cut for so many ranks and micro-batches.
+/// Checks that groups of these sizes can be cut for so many ranks and micro-batches.
 ///
 /// # Errors
 /// `WorldSizeInvalid` unless `world_size * micro_batches` divides each; `RankOutOfRange`.
@@ -79,7 +81,8 @@ pub fn check(sizes: &[usize], world_size: u32, micro_batches: u32, rank: u32) ->
     Ok(())
 }
 
-/// The groups of a receipt's rows: where some are trained low and some not, the full ones first.
+/// Returns the groups of a receipt's rows: the full ones, then those that are trained low. Empty
+/// groups are left out.
 pub fn groups(chosen: &[ChosenRow]) -> Vec<Vec<usize>> {
     let is_low = |row: &usize| chosen[*row].fidelity() == Fidelity::Approximate;
     let (low, full): (Vec<usize>, Vec<usize>) = (0..chosen.len()).partition(is_low);

@@ -26,7 +26,7 @@ pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
     Some(Difference { field, values })
 }
 
-/// The protocol's name of a value where the field holds names.
+/// The protocol's name of a value if the field holds names.
 fn named(field: &str, value: String) -> String {
     let Ok(number) = value.parse::<i32>() else {
         return value;
@@ -58,7 +58,7 @@ fn shortened(value: &str) -> String {
 }
 
 trait Differs {
-    /// The field below this value, empty where it is the value itself.
+    /// The field below this value, empty if it is the value itself.
     fn differs(&self, other: &Self) -> Option<Difference>;
 }
 
@@ -70,7 +70,7 @@ fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
     }
 }
 
-/// Where one of the two has nothing.
+/// If one of the two has nothing.
 fn one_of<T: Debug>(a: Option<&T>, b: Option<&T>) -> Difference {
     let text = |value: Option<&T>| {
         value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"))

@@ -15,7 +15,7 @@ pub fn scores_at(phase: &Phase) -> Option<Approximation> {
         .filter(|_| phase.fidelity() == Fidelity::Approximate)
 }
 
-/// How many rows of a step of `rows` are trained low where rows of one step differ; 0 where all are
+/// How many rows of a step of `rows` are trained low if rows of one step differ; 0 if all are
 /// alike.
 pub fn low_rows(multi_resolution: Option<&MultiResolution>, rows: usize) -> usize {
     match multi_resolution {

@@ -21,12 +21,12 @@ pub use tuning::leaves_out;
 /// The spec with the defaults that the protocol documents; `need_deadline_seconds` is the
 /// operator's.
 ///
-/// `compute_dtype` stays unspecified where it was: the workers' device decides when the run is
+/// `compute_dtype` stays unspecified if it was: the workers' device decides when the run is
 /// opened. So does `train_flops_per_example`.
 ///
 /// # Errors
-/// `RunSpecImpossible` where no run can meet it, with the path of the cause in `field`;
-/// `Unimplemented` where a later version can.
+/// `RunSpecImpossible` if no run can meet it, with the path of the cause in `field`;
+/// `Unimplemented` if a later version can.
 pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec> {
     for source in &mut spec.sources {
         fill(&mut source.weight, 1.0);
@@ -79,7 +79,7 @@ pub fn complete_phase(phase: &mut Phase) {
     fidelity::complete(phase);
 }
 
-/// Seconds that a stall lasts before it is acted on, where the run does not say: enough for an
+/// Seconds that a stall lasts before it is acted on, if the run does not say: enough for an
 /// announcement that comes by another connection, few enough for a trainer that never pushes.
 const STALL_GRACE_SECONDS: f64 = 5.0;
 
@@ -111,8 +111,8 @@ pub fn phase_at(phases: &[Phase], step: u64) -> &Phase {
 /// be repeated.
 ///
 /// # Errors
-/// `RunSpecImpossible` where a phase begins at or before `last_started`, the last step that is
-/// committed or begun, or where the result is no spec.
+/// `RunSpecImpossible` if a phase begins at or before `last_started`, the last step that is
+/// committed or begun, or if the result is no spec.
 pub fn append_phases(
     mut spec: RunSpec,
     phases: Vec<Phase>,

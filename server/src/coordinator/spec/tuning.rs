@@ -84,7 +84,7 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
 struct Number {
     name: &'static str,
     value: Option<f64>,
-    /// The only policy that reads it; all where `None`.
+    /// The only policy that reads it; all if `None`.
     reader: Option<Policy>,
     from: Least,
     to: f64,

@@ -1,4 +1,4 @@
-//! Admits ranks to their step, starts its task and those of the steps ahead.
+//! Admits ranks to their step. Starts the step's task and the tasks of the steps ahead.
 use super::decide::decide;
 use crate::{
     coordinator::{
@@ -22,7 +22,7 @@ use superbatch_proto::v1::{Reason, RunSpec, SelectBatchRequest};
 use tokio::time::Instant;
 
 impl Run {
-    /// The step's sub-batch, decided now or before. Steps ahead are started, too.
+    /// Returns the step's sub-batch, decided now or before. Starts steps ahead too.
     pub async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
         check_incarnation(&request.incarnation)?;
         let (spec, step) = (self.spec(), request.step);
@@ -45,7 +45,10 @@ impl Run {
         match self.admit(&asking, request).await {
             Ok(waiting) => self.wait_and_log(&asking, waiting).await,
             Err(refusal) => {
-                // A new owner may know better.
+                // The refusal rests on this process's memory of the run. If another coordinator has
+                // taken the run over, that memory is stale and the rank must go to the new owner,
+                // whose address NOT_OWNER holds. The check reads storage, so it is made for
+                // refusals only and not for each request.
                 self.owner.check().await?;
                 Err(refusal)
             }
@@ -54,16 +57,19 @@ impl Run {
 
     async fn admit(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<Waiting> {
         if self.is_new(asking, request)? {
-            // Durable first, so that stragglers of the one before are refused after a restart, too.
+            // The new incarnation is durable before it is admitted, so that late ranks of the old
+            // one are refused after a restart of the coordinator too. The write waits for storage,
+            // so no lock is held. `admitted` checks everything again: in the meantime another rank
+            // may have brought the same incarnation, or a newer one, and a rewind may have come.
             self.incarnations.add(&asking.incarnation).await?;
         }
         self.admitted(asking, request)
     }
 
-    /// Waits for the step, and says so in the log now and then: training never stalls in silence.
+    /// Waits for the step, and logs the wait now and then: training must not stall in silence.
     async fn wait_and_log(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
         let begun = Instant::now();
-        // Ranks go in step: one tells the trainer's pace.
+        // All ranks go at the same pace, so rank 0 stands for the trainer.
         let sizing = Some(&self.deps.sizing).filter(|_| asking.rank == 0);
         if let Some((sizing, step)) = sizing.zip(asking.claims_consumed()) {
             sizing.consumed(&self.id, step, begun);
@@ -101,7 +107,8 @@ impl Run {
         }
     }
 
-    /// Whether the rank is of a start of the trainer that nobody knows yet, and may come.
+    /// Returns whether the rank belongs to a start of the trainer that is not known yet and may be
+    /// admitted.
     fn is_new(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<bool> {
         let max_ahead = self.spec().max_ahead;
         let state = self.state();
@@ -134,8 +141,12 @@ impl Run {
         Ok(cell.wait(asking, request.pushing_through))
     }
 
-    /// Starts `step` and what may be prepared after it; lets go of what is consumed.
+    /// Starts `step` and the steps that may be prepared after it. Drops the cells of consumed
+    /// steps.
     fn prepare(&self, state: &mut State, spec: &RunSpec, step: u64) {
+        // A cell whose step all ranks have consumed is dropped, except the requested one (a rank
+        // may ask for an old step) and those at which a call still waits: dropping a cell ends its
+        // calls.
         let consumed = state.members.consumed_by_all();
         state.cells.retain(|at, cell| {
             consumed.is_none_or(|done| *at > done) || *at == step || cell.is_wanted()
@@ -143,6 +154,8 @@ impl Run {
         if state.cells.get(&step).is_none_or(Cell::is_failed) {
             self.start(state, step);
         }
+        // Only a request at the frontier starts steps ahead. A late rank that asks for an old step
+        // is served, but must not make the service prepare the steps after it a second time.
         let frontier = state.members.frontier();
         if frontier.is_none_or(|done| step > done) {
             let last = last_allowed(frontier, spec.max_ahead).max(step);
@@ -151,8 +164,9 @@ impl Run {
                 .steps_total(&spec.phases)
                 .map_or(last, |total| last.min(total.saturating_sub(1)));
             for ahead in step + 1..=end {
-                // One that failed is begun again when it is asked for, and one that found no room
-                // is not read again and again.
+                // A step ahead that failed keeps its cell: it is started again when a rank asks for
+                // it, and not at each request. A committed step is not read ahead while the memory
+                // is full: `make_room` would drop it at once, and each request would read it again.
                 let no_room = self.deps.ready.is_exceeded() && state.committed.contains(ahead);
                 if !state.cells.contains_key(&ahead) && !no_room {
                     self.start(state, ahead);
@@ -162,9 +176,10 @@ impl Run {
         self.make_room(state, step);
     }
 
-    /// Lets go of batches in hand while there are too many bytes of them: first those that some
-    /// rank is past, then those that are furthest ahead. They are read again when they are asked
-    /// for.
+    /// Drops ready batches while they exceed the memory budget: first those that some rank is past,
+    /// then those furthest ahead, which are needed last. A dropped batch is read again when a rank
+    /// asks for it: its receipt is durable. The requested step and batches with waiting ranks stay,
+    /// even over the budget, since those ranks could not go on.
     fn make_room(&self, state: &mut State, step: u64) {
         let past = state.members.frontier();
         while self.deps.ready.is_exceeded() {
@@ -184,13 +199,18 @@ impl Run {
     }
 
     fn start(&self, state: &mut State, step: u64) {
+        // While phases are being written, steps from the first new phase on must not begin: they
+        // would be decided by the old phases and be committed under a spec that says otherwise.
         if state.appending_from.is_some_and(|from| step >= from) {
             return;
         }
         let (me, generation) = (self.me.clone(), state.chain.current());
         let cell = Cell::start(move |reporter| async move {
+            // A weak reference: the run owns its cells, so a strong one in their tasks would keep a
+            // closed run alive for ever.
             let Some(run) = me.upgrade() else { return };
-            // A panic must fail its step, not leave ranks waiting for ever.
+            // A panic must fail its step. Otherwise the cell would stay "working" and its ranks
+            // would wait for ever.
             let result = AssertUnwindSafe(decide(&run, generation, step, &reporter))
                 .catch_unwind()
                 .await;
@@ -198,7 +218,7 @@ impl Run {
                 Err(Error::internal("deciding the step panicked; see the log"))
             });
             match &result {
-                // How every run with epochs ends.
+                // Every run with epochs ends this way, so it is no warning.
                 Err(error) if error.reason() == Reason::EndOfData => {
                     tracing::debug!(
                         run = run.id,
@@ -213,6 +233,7 @@ impl Run {
                 Ok(_) => {}
             }
             reporter.finish(result);
+            // After the ranks have their batch: deleting waits for storage.
             if let Err(error) = run.forget_weights().await {
                 tracing::warn!(
                     run = run.id,

@@ -14,10 +14,12 @@ use std::time::Duration;
 use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Reason, Receipt};
 use tokio::time::Instant;
 
-/// Bad rows are not judged before so many candidates were scanned.
+/// The share of bad rows is computed of at least so many candidates: two bad rows among the first
+/// ten say nothing about the data.
 const JUDGED_FROM: u64 = 1_000;
-/// Pauses before a receipt is written again to a store that could not be reached: a scored step is
-/// worth some patience.
+/// Pauses before a receipt is written again to a store that could not be reached. A scored step has
+/// cost minutes of GPU time, so it is worth some patience. Writing again is safe: the receipt has
+/// its writer's nonce, so an earlier attempt that did succeed is recognised as ours.
 const PAUSES: [Duration; 3] = [
     Duration::from_secs(1),
     Duration::from_secs(4),
@@ -25,13 +27,17 @@ const PAUSES: [Duration; 3] = [
 ];
 
 impl Run {
-    /// Makes a decision durable, unless another one already is. Returns the receipt that holds, and
+    /// Makes a decision durable, unless another one is already. Returns the receipt in force, and
     /// whether it is ours.
     ///
     /// # Errors
-    /// `NotOwner`; `RunFailed` where the run fails by it; `RunClosed` and `GenerationStale` where
-    /// it ended meanwhile; `StorageUnreachable`.
+    /// `NotOwner`; `RunFailed` if the run fails by this step's bad rows; `RunClosed` and
+    /// `GenerationStale` if the run was closed or rewound in the meantime; `StorageUnreachable`.
     pub async fn commit(&self, mut receipt: Receipt) -> Result<(Receipt, bool)> {
+        // One commit at a time. Each receipt holds the run's totals up to and including itself, so
+        // it must know the totals of the one before. Two commits at once would start from the same
+        // totals, and the cost of one of them would be lost from the accounts. The lock also keeps
+        // out a rewind, which changes the generation.
         let _alone = self.committing.lock().await;
         let begun = Instant::now();
         let summary = receipt
@@ -42,14 +48,17 @@ impl Run {
         self.check_current(generation)?;
         self.owner.check().await?;
         let cost = summary.cost.get_or_insert_default();
-        // What steps that came to nothing have spent is charged to the next one that is committed.
+        // FLOPs of decisions that were thrown away are charged to the next committed step. `wasted`
+        // is a guard: unless it is settled below, dropping it puts the FLOPs back, so a commit that
+        // fails does not lose them.
         let mut wasted = self.wasted.take();
         cost.discarded_flops += wasted.flops();
         let mut totals = accounts::add(&self.state().totals, cost);
         self.judge(step, &totals, &receipt.bad_rows).await?;
         summary.run_totals = Some(totals);
         let committed = self.create_receipt(&receipt).await?;
-        // In time for the next receipt: this one's own creation is not in it.
+        // This receipt cannot contain the time of its own creation. The sum is part of the next
+        // receipt's totals.
         totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
         let mut state = self.state();
         if state.chain.current() != generation {
@@ -81,8 +90,8 @@ impl Run {
         }
     }
 
-    /// Notes a step that is committed already: before this process knew the run, by another
-    /// coordinator, or by an attempt whose outcome was not known.
+    /// Notes a step that is committed already: before this process loaded the run, by another
+    /// coordinator, or by an attempt whose outcome was unknown.
     pub fn found_committed(&self, generation: u32, receipt: &Receipt) {
         let Some(summary) = &receipt.summary else {
             return;
@@ -92,6 +101,8 @@ impl Run {
             return;
         }
         state.committed.insert(summary.step);
+        // Receipts are found in any order, and each holds the totals at its own commit. The one
+        // that has scanned most is the latest commit.
         let newer =
             |totals: &&Accounts| totals.candidates_scanned > state.totals.candidates_scanned;
         if let Some(totals) = summary.run_totals.as_ref().filter(newer) {
@@ -127,7 +138,7 @@ impl Run {
         self.receipts.commit(receipt).await
     }
 
-    /// Fails the run when too large a share of what was scanned is bad.
+    /// Fails the run if too large a share of the scanned candidates is bad.
     async fn judge(&self, step: u64, totals: &Accounts, bad_rows: &[BadRow]) -> Result<()> {
         let share = self.spec().max_bad_row_share;
         if totals.bad_rows as f64 <= share * totals.candidates_scanned.max(JUDGED_FROM) as f64 {
@@ -151,7 +162,8 @@ impl Run {
         tracing::warn!(run = self.id, step, why, "run failed");
         let mut state = self.state();
         state.failure = Some(why.clone());
-        // The step that is judged ends itself, with the cause.
+        // This code runs in the task of the judged step. Ending its own cell here would abort the
+        // task before it could report the cause, so the cell is taken out first and put back.
         let own = state.cells.remove(&step);
         let failed = failed(&why);
         state.end_all(&failed);

@@ -1,4 +1,4 @@
-//! The life of one step: plan → score → select → commit. Serving is the caller's.
+//! The life of one step: plan → score → select → commit. The caller serves it.
 
 use super::{decided::Decided, maker::Maker, receipt::receipt};
 use crate::{
@@ -16,8 +16,11 @@ use crate::{
 use superbatch_proto::v1::{Reason, Receipt, RunSpec, lag};
 use tokio::time::Instant;
 
-/// Decides `step` in the run's newest generation, or recalls what was decided before.
+/// Decides `step` in the run's newest generation, or recalls its earlier decision.
 pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) -> Result<Ready> {
+    // Storage is asked first, and not the memory of committed steps: a receipt may exist that this
+    // process does not know, of another coordinator or of an attempt whose outcome was unknown.
+    // Scoring the step again would cost minutes and then find the same receipt.
     if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
         run.found_committed(generation, &receipt);
         return fetch_chosen_again(run, receipt).await;
@@ -47,6 +50,8 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
         decided.work(committing.elapsed()),
         lag_steps(&spec),
     );
+    // Another coordinator committed this step first. Its choice is in force, so its rows are read;
+    // the FLOPs spent here stay unsettled and count as discarded.
     if !ours {
         return fetch_chosen_again(run, receipt).await;
     }
@@ -54,7 +59,7 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     Ok(run.deps.ready.hold(receipt, rows.data))
 }
 
-/// Reads the rows of a committed step again and checks that they are what its receipt recorded.
+/// Reads the rows of a committed step again, and checks that they are the rows of its receipt.
 ///
 /// # Errors
 /// `RowChanged` names the first row whose content differs.
@@ -89,7 +94,7 @@ async fn fetch_chosen_again(run: &Run, receipt: Receipt) -> Result<Ready> {
     Ok(run.deps.ready.hold(receipt, rows.data))
 }
 
-/// Steps that the weights may lag behind.
+/// Returns the number of steps that the weights may lag behind.
 fn lag_steps(spec: &RunSpec) -> u32 {
     match spec.lag.and_then(|lag| lag.bound) {
         Some(lag::Bound::Exact(steps) | lag::Bound::AtMost(steps)) => steps,

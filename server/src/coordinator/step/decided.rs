@@ -1,4 +1,4 @@
-//! What a step was decided on, gathered while it is decided, and the receipt that comes of it.
+//! The facts of a step's decision, gathered while it is made, for its receipt.
 use crate::{
     coordinator::{
         facts::run::ModelFact,
@@ -17,10 +17,10 @@ use superbatch_proto::v1::{
     WeightsVersion,
 };
 
-/// Version of this program, as receipts name it.
+/// Version of this program, as written into receipts.
 pub const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
 
-/// Everything that a step's receipt will say, as far as it is known.
+/// Everything that a step's receipt will hold, as far as it is known.
 pub struct Decided {
     pub generation: u32,
     pub step: u64,
@@ -34,10 +34,10 @@ pub struct Decided {
     pub device: String,
     /// Learner scale and bias, reference scale and bias, as selection used them.
     pub scales: [f64; 4],
-    /// All operations so far, until a receipt has them.
+    /// All FLOPs so far. If the step comes to nothing, they are charged to a later one.
     pub spent: Spent,
     pub cost: Accounts,
-    /// What is known of each candidate, where the step is drawn by scores.
+    /// Each candidate's own score and losses, if the step is drawn by scores.
     pub judged: Option<Judged>,
     /// What the fidelity probe found, where one was due.
     pub probe: Option<ProbeResult>,
@@ -87,7 +87,7 @@ impl Decided {
         seconds.decode += decode;
     }
 
-    /// What it took, with its commit.
+    /// Returns the time that the step took, with its commit.
     pub fn work(&self, committed: Duration) -> Work {
         let StageSeconds {
             plan,
@@ -153,8 +153,8 @@ impl Decided {
         by_tower.text += scored.text_flops;
     }
 
-    /// Notes what was spent on lost workers, and calls the reference's share thrown away where a
-    /// degraded step did not use it.
+    /// Notes FLOPs spent on lost workers. If a degraded step did not use the reference's
+    /// embeddings, their cost is moved to the discarded FLOPs.
     pub fn record_discarded(&mut self, flops: f64) {
         self.spent.add(flops);
         self.cost.discarded_flops += flops;
@@ -164,15 +164,16 @@ impl Decided {
         }
     }
 
-    /// Rows with faults of content, and rows whose embeddings are not finite.
+    /// Adds the holes: rows with faults of content, and rows whose embeddings are not finite.
     pub fn add_holes(
         &mut self,
         content: impl IntoIterator<Item = Hole>,
         towers: &[&Option<Scored>],
     ) {
         let mut holes: BTreeMap<u32, Hole> = BTreeMap::new();
-        // The slices that share a block may both tell of a row; the one in which the block begins
-        // comes first.
+        // Two slices that share a block may both report a row. The first report wins, which is that
+        // of the slice in which the block begins: so the receipt does not depend on which worker
+        // was faster.
         for hole in content {
             holes.entry(hole.candidate).or_insert(hole);
         }
@@ -198,7 +199,7 @@ impl Decided {
         self.holes.extend(holes.into_values());
     }
 
-    /// The draw of a uniform step: these candidates, by noise alone.
+    /// Sets the draw of a uniform step: these candidates, by noise only.
     pub fn drawn_uniformly(&mut self, indices: Vec<u32>) {
         let count = indices.len();
         self.drawn = SelectResponse {

@@ -1,4 +1,4 @@
-//! How a step's sub-batch is drawn once its candidates are scored.
+//! Draws a step's sub-batch once its candidates are scored.
 use super::{decided::Decided, maker::Maker};
 use crate::{
     coordinator::{
@@ -85,10 +85,10 @@ impl Maker<'_> {
     }
 }
 
-/// What is asked, and what the candidates are by themselves.
+/// The request to the selector, and the candidates' own scores.
 type Asking = (SelectBegin, Option<Scored>, Option<Scored>, Option<Judged>);
 
-/// Judges the candidates beside the runtime's threads.
+/// Judges the candidates off the async threads.
 async fn judged(
     begin: SelectBegin,
     learner: Option<Scored>,
@@ -104,7 +104,8 @@ async fn judged(
     done.map_err(|e| Error::internal("judging the candidates panicked").because(e))
 }
 
-/// How the step is drawn: as its phase says, or as the mode that it was degraded to.
+/// Returns the request to the selector: by the step's phase, or by the mode to which the step was
+/// degraded.
 pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch) -> SelectBegin {
     let Phase {
         policy,
@@ -120,7 +121,9 @@ pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch)
         Mode::ReferenceOnly => (policy, Criterion::Easy as i32),
         _ => (policy, criterion),
     };
-    // Who reads no loss is handed no learner, and by this criterion nothing can then be scored.
+    // A policy that reads no loss gets no learner's embeddings, but it may get the reference's, for
+    // the rules that leave candidates out. Under `easy` the selector would then report scores of
+    // the reference alone. Learnability needs both models, so nothing is reported.
     let criterion = match is_scored(Policy::try_from(policy).unwrap_or_default()) {
         true => criterion,
         false => Criterion::Learnability as i32,

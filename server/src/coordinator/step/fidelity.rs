@@ -1,12 +1,13 @@
-//! Which of the chosen rows are to be trained at the phase's approximation.
+//! Decides which of the chosen rows are trained at the phase's approximation.
 use crate::coordinator::spec::low_rows;
 use superbatch_proto::v1::{Fidelity, MultiResolution};
 
 const PURPOSE: &str = "superbatch fidelity of rows v1";
 
-/// The fidelity of each chosen row, by its source and position. As many rows of a step are low as
-/// the share says, those of the lowest hashes: a row that comes again in another epoch, has another
-/// position there and is decided anew.
+/// Returns the fidelity of each chosen row, by its source and position. The rows of the lowest
+/// hashes are low, as many as the share says: ranks need equal numbers, which an independent draw
+/// for each row would not give. A row has another position in another epoch, so it is decided anew
+/// there.
 pub fn fidelities(
     seed: u64,
     step: u64,
@@ -43,7 +44,7 @@ fn hash(keys: &[u64]) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Of all hashes, those below this one.
+/// Returns the share of all hashes that are below this one.
 fn share_of(hash: u64) -> f64 {
     hash as f64 / u64::MAX as f64
 }

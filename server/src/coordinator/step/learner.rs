@@ -1,4 +1,4 @@
-//! The weights that a step is scored with, or what the fallback puts in their place.
+//! Waits for the weights with which a step is scored, or applies the fallback.
 use super::maker::Maker;
 use crate::{
     coordinator::{
@@ -12,7 +12,7 @@ use std::{collections::BTreeSet, time::Duration};
 use superbatch_proto::v1::{Fallback, Mode, Reason, RunSpec};
 use tokio::time::Instant;
 
-/// Weights for a step, or the way it is decided without.
+/// The weights for a step, or the way in which it is decided without weights.
 pub enum Learner {
     NotAsked,
     Version(Published, Mode),
@@ -20,8 +20,9 @@ pub enum Learner {
 }
 
 impl Maker<'_> {
-    /// The weights that the lag asks for, or what the fallback puts in their place. Waits without
-    /// holding a worker's slot.
+    /// Returns the weights that the lag requires, or the fallback. The wait holds no slot of a
+    /// worker: the trainer may push these weights only after it has an earlier step, which needs
+    /// the slot.
     pub async fn await_weights(&self, step: u64) -> Result<Learner> {
         let run = self.run;
         let due = due(
@@ -37,8 +38,15 @@ impl Maker<'_> {
         let limits = Limits::of(self.spec);
         let (begun, mut told) = (Instant::now(), false);
         loop {
+            // Each turn of the loop reads everything anew, since any of it may have changed: a push
+            // was announced, published or refused, a rank came or went, or the run was rewound.
+            // `borrow_and_update` marks a value as seen before it is judged. A change after that
+            // wakes the `select!` below, so no change is missed between the verdict and the wait.
             let (began, current) = run.began();
-            // Traffic first: a push leaves it only after it has entered the book.
+            // The traffic is read before the book. A push enters the book before it leaves the
+            // traffic, so in this order it is seen in at least one of them. In the other order a
+            // push that is published in between would be in neither, and the run would count as
+            // stalled at the very moment its weights arrive.
             let (coming, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
                 return Ok(Learner::Version(published, Mode::Normal));
@@ -51,7 +59,7 @@ impl Maker<'_> {
                 stalled_for: wanted.stalled_since.map(|since| since.elapsed()),
                 grace: limits.grace,
                 due: due_step(due),
-                // Initial weights are one push, too.
+                // Initial weights are a single push too, so no other one serves.
                 exact: !matches!(due, Due::Within { .. }),
                 coming: &coming,
                 refused: fate.refused.is_some(),
@@ -77,6 +85,9 @@ impl Maker<'_> {
                 continue;
             }
             let _parked = self.reporter.begin_waiting_for_trainer();
+            // Only time can end a wait when nothing changes: the moment when the deadline or the
+            // grace period ends. If ranks were told already, they have left and there is nothing to
+            // wake for.
             let given_up = limits
                 .next_verdict(&wanted, Instant::now())
                 .filter(|_| verdict == Verdict::Wait);
@@ -97,7 +108,7 @@ impl Maker<'_> {
         tracing::warn!(run, step, seconds, waits_for, "a step waits for weights");
     }
 
-    /// What is waited for.
+    /// Returns a description of the awaited weights.
     fn awaited(&self, due: Due) -> String {
         let newest = self
             .run
@@ -112,7 +123,8 @@ impl Maker<'_> {
     fn fall_back(&self, step: u64) -> Learner {
         match self.spec.fallback() {
             Fallback::ServeFlagged => {
-                // The run's state and the book are never held at once, in whatever order.
+                // The run's state and the book are never locked at the same time, so that their
+                // order cannot cause a deadlock.
                 let began = self.run.began().0;
                 let newest = self.run.weights.book().borrow().last_before(step, &began);
                 newest.map_or(Learner::Degraded(Mode::Uniform), |published| {
@@ -149,7 +161,7 @@ impl Limits {
         }
     }
 
-    /// When time alone may next change the verdict.
+    /// Returns when the passing of time alone may next change the verdict.
     fn next_verdict(&self, demand: &Demand, now: Instant) -> Option<Instant> {
         let ends = [
             demand.since.map(|since| since + self.deadline),
@@ -159,14 +171,14 @@ impl Limits {
     }
 }
 
-/// What became of the push that is due.
+/// The outcome of the push that is due.
 struct Fate {
     refused: Option<String>,
-    /// It failed for a cause that passes.
+    /// Why it failed, if the cause may pass: the client sends the push again.
     failed: Option<String>,
 }
 
-/// Steps of the generation's pushes that are on their way, and what became of the due one.
+/// Returns the steps of the generation's pushes that are under way, and the outcome of the due one.
 fn pushes(traffic: &Traffic, generation: u32, due: Due) -> (BTreeSet<i64>, Fate) {
     let staged = traffic.staging.iter().filter(|(g, _)| *g == generation);
     let announced = traffic.announced.steps(generation);
@@ -189,7 +201,7 @@ fn due_step(due: Due) -> Option<i64> {
     }
 }
 
-/// What is waited for; `newest` is the step of the newest push that is here.
+/// Describes the awaited weights. `newest` is the step of the newest published push.
 fn awaited(due: Due, newest: Option<i64>) -> String {
     match (due, newest) {
         (Due::Initial, Some(newest @ 0..)) => {
@@ -235,8 +247,8 @@ fn missing(step: u64, due: Due, weights: String, why: Why, limits: Limits, fate:
     Error::new(reason, message).with("step", step)
 }
 
-/// A loop that fetches a batch before it has trained on the one before cannot have pushed what the
-/// next step is scored with, where the lag allows no step between.
+/// Returns advice for a lag of 0. A loop that fetches a batch before it has trained on the previous
+/// one cannot push what the next step needs: each side waits for the other.
 fn needs_the_step_before(step: u64, due: Due) -> String {
     match due_step(due).and_then(|due| u64::try_from(due).ok()) {
         Some(due) if due + 1 == step => format!(

@@ -1,4 +1,4 @@
-//! Decides one step: what all policies share.
+//! The part of a step's decision that all policies share.
 use super::decided::Decided;
 use crate::{
     coordinator::{
@@ -70,7 +70,7 @@ impl Maker<'_> {
         .await
     }
 
-    /// Fewer candidates can be used than are wanted.
+    /// The error for a step with fewer usable candidates than `sub_batch_size`.
     pub fn too_few(&self, decided: &Decided) -> Error {
         let (candidates, holes) = (self.super_batch.candidates.len(), decided.holes.len());
         let first = decided.holes.iter().min_by_key(|hole| hole.candidate);

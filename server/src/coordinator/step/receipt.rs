@@ -1,4 +1,4 @@
-//! Makes a step's receipt from what was decided.
+//! Makes a step's receipt from its decision.
 use super::{
     decided::{BUILD, Decided},
     fidelity::fidelities,
@@ -24,7 +24,7 @@ use superbatch_proto::v1::{
     ReceiptSummary, RunSpec, TowerFlops,
 };
 
-/// The receipt of a decided step; its totals are filled when it is committed.
+/// Returns the receipt of a decided step. Its totals are filled in by the commit.
 pub fn receipt(
     run: &Run,
     spec: &RunSpec,
@@ -49,8 +49,8 @@ pub fn receipt(
     })
 }
 
-/// Some of the candidates that were not chosen: fewer than the chosen ones, so that receipts stay
-/// small.
+/// Returns some of the candidates that were not chosen, not more than the chosen ones, so that
+/// receipts stay small.
 fn sample_passed_over(
     run: &Run,
     super_batch: &SuperBatch,
@@ -130,7 +130,7 @@ pub fn chosen(
     places.map(row).collect()
 }
 
-/// What each chosen row is to be trained at.
+/// Returns the fidelity at which each chosen row is trained.
 fn trained_at(seed: u64, super_batch: &SuperBatch, decided: &Decided) -> Vec<Fidelity> {
     let place = |candidate: &u32| {
         let c = &super_batch.candidates[*candidate as usize];
@@ -222,7 +222,8 @@ pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decid
     let mut cost = decided.cost;
     cost.candidates_scanned = decided.candidates_scanned as u64;
     cost.examples_selected = drawn.indices.len() as u64;
-    // A row without an image is what a failed download leaves, and not rotten.
+    // A failed download leaves a row without an image. That is normal in web data, so it does not
+    // count towards `max_bad_row_share`.
     let bad = |hole: &&Hole| hole.reason() != BadRowReason::ImageNull;
     cost.bad_rows = decided.holes.iter().filter(bad).count() as u64;
     cost.selection_flops += drawn.flops;
@@ -232,8 +233,9 @@ pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decid
     cost
 }
 
-/// Three forward passes an example, by tower and fidelity. Where the trainer says what an example
-/// costs at full fidelity (`given` above 0), all is scaled to it.
+/// Returns the training cost: three forward passes for each example, by tower and fidelity. If the
+/// spec gives the cost of an example at full fidelity (`given` above 0), everything is scaled to
+/// it.
 fn training(
     given: f64,
     learner: Option<&ModelFact>,

@@ -1,4 +1,4 @@
-//! Draws by the scores of models.
+//! Draws by scores of models.
 use super::{decided::Decided, learner::Learner, maker::Maker};
 use crate::{
     coordinator::{runs::models, score::scored::Rows, spec::Asked},
@@ -7,7 +7,7 @@ use crate::{
 use tokio::time::Instant;
 
 impl Maker<'_> {
-    /// Has the models that the phase asks look at all candidates, and selects.
+    /// Has all candidates embedded by the models that the phase needs, and selects.
     pub async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
         let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
         let mut scoring = self
@@ -20,6 +20,9 @@ impl Maker<'_> {
             models::check_unchanged(run.reference.as_ref(), scored, false, "reference")?;
             decided.embedded_reference(scored);
         }
+        // The reference's embeddings are complete before the step waits for weights. So while the
+        // trainer works on the step before, everything that does not depend on its weights is done
+        // ahead.
         let waiting = Instant::now();
         let learner = match Asked::by(&phase).learner {
             false => Learner::NotAsked,
@@ -51,6 +54,8 @@ impl Maker<'_> {
         let (model, learner) = learner.unzip();
         decided.add_holes(scoring.holes(), &[&reference, &learner]);
         let holes = decided.holes.len();
+        // Checked before the draw, since the selector would only say that it has too few
+        // candidates, and not which rows are bad and why.
         if size - holes < phase.sub_batch_size as usize {
             return Err(self.too_few(decided));
         }

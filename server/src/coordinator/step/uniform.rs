@@ -8,10 +8,13 @@ use std::collections::BTreeSet;
 use superbatch_proto::v1::{Hole, SelectBegin};
 
 impl Maker<'_> {
-    /// Uniform: draws from noise alone and reads only what it draws; a bad row is replaced by the
-    /// next one drawn.
+    /// Draws from noise only, and reads only the rows that it draws. A bad row is replaced by the
+    /// next row of the draw.
     pub async fn uniform(&self, decided: &mut Decided) -> Result<Rows> {
         let wanted = decided.phase.sub_batch_size as usize;
+        // The whole super-batch is put into one random order, of which the first usable rows are
+        // taken. Drawing exactly b rows and replacing bad ones by a second draw would give the same
+        // law, but depend on how many rows were read at a time.
         let all = SelectBegin {
             sub_batch_size: self.super_batch.candidates.len() as u32,
             ..select_begin(self.spec, decided, self.super_batch)
@@ -31,6 +34,8 @@ impl Maker<'_> {
             if numbers.is_empty() {
                 return Err(self.too_few(decided));
             }
+            // In the order of storage, so that rows of one block are read together. The rank's
+            // shuffle comes later, so the order here does not reach the trainer.
             numbers.sort_unstable();
             let candidates: Vec<_> = numbers
                 .iter()

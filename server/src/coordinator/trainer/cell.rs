@@ -1,4 +1,5 @@
-//! One step: a cell that ranks wait at, and what they get when it is ready.
+//! A cell: one step for which ranks wait, and its result. The step's task reports through one watch
+//! channel and sees the waiting ranks through another. Neither side holds a lock while it waits.
 use super::{
     patience::{Demand, Need},
     ranks::Asking,
@@ -16,10 +17,12 @@ use std::{
 };
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
 
-/// How far a step is.
+/// The progress of a step.
 #[derive(Debug, Clone)]
 pub enum Progress {
-    /// Under way. `told` counts the messages to waiting ranks; `message` is the newest.
+    /// Under way. `told` counts the errors sent to waiting ranks; `message` is the newest. The
+    /// count is needed because the state outlives the calls: a call that arrives later, or asks
+    /// again, must wait for a new error and not end with the old one.
     Working {
         told: u64,
         message: Option<Arc<Error>>,
@@ -28,7 +31,7 @@ pub enum Progress {
     Failed(Arc<Error>),
 }
 
-/// The task's end of a cell: reports progress, sees who waits.
+/// The task's side of a cell: reports progress, and sees which ranks wait.
 #[derive(Debug, Clone)]
 pub struct Reporter {
     progress: watch::Sender<Progress>,
@@ -36,7 +39,8 @@ pub struct Reporter {
     parked: Arc<AtomicBool>,
 }
 
-/// While it lives, the step waits for the trainer and uses nobody's time.
+/// While this value lives, the step waits for the trainer and does no work. A run with only such
+/// steps may be put to sleep.
 pub struct Parked(Arc<AtomicBool>);
 
 impl Drop for Parked {
@@ -54,13 +58,16 @@ impl Reporter {
         self.progress.send_replace(end);
     }
 
-    /// Ends the calls that stand still for this step with `error`; the step goes on.
+    /// Ends the calls that need this step with `error`; the step goes on.
     pub fn fail_waiting(&self, error: Error) {
+        // The calls are taken out of the demand before they are told. They drop their own entries
+        // only when their tasks run, some time later. Until then the step's task would still see a
+        // stall, and would tell the same ranks again in a busy loop.
         self.demand.send_modify(Demand::leave_all);
         fail_waiting(&self.progress, error);
     }
 
-    /// The step waits for the trainer, until what is returned is dropped.
+    /// Marks the step as waiting for the trainer, until the returned value is dropped.
     pub fn begin_waiting_for_trainer(&self) -> Parked {
         self.parked.store(true, Ordering::SeqCst);
         Parked(self.parked.clone())
@@ -71,7 +78,7 @@ impl Reporter {
     }
 }
 
-/// Where ranks wait for a step. Dropping the cell ends its task.
+/// A step for which ranks wait. Dropping the cell aborts its task.
 #[derive(Debug)]
 pub struct Cell {
     progress: watch::Sender<Progress>,
@@ -116,38 +123,40 @@ impl Cell {
         matches!(*self.progress.borrow(), Progress::Ready(_))
     }
 
-    /// Whether the step is being decided, and waits for nothing that only the trainer can give.
+    /// Returns whether the step is being decided and does not wait for the trainer.
     pub fn is_at_work(&self) -> bool {
         matches!(*self.progress.borrow(), Progress::Working { .. })
             && !self.parked.load(Ordering::SeqCst)
     }
 
-    /// How long nobody has asked for the step.
+    /// Returns the time since a rank last asked for the step.
     pub fn idle_for(&self) -> Duration {
         self.demand.borrow().asked.unwrap_or(self.begun).elapsed()
     }
 
-    /// Forgets what an earlier start of the trainer wanted; its calls that still stand here end
-    /// with `error`.
+    /// Forgets the demand of an earlier start of the trainer. Its calls that still wait end with
+    /// `error`.
     pub fn take_over(&self, error: &Error) {
         self.demand
             .send_modify(|demand| *demand = demand.for_new_start());
         fail_waiting(&self.progress, error.repeat());
     }
 
-    /// Ends the step with `error` for all who wait.
+    /// Ends the step with `error` for all waiting calls.
     pub fn end(&self, error: &Error) {
         self.task.abort();
         fail(&self.progress, || error.repeat());
     }
 
-    /// Whether some call waits here.
+    /// Returns whether a call waits here.
     pub fn is_wanted(&self) -> bool {
         self.progress.receiver_count() > 0
     }
 
-    /// Joins the ranks that wait.
+    /// Adds a call to the waiting ranks.
     pub fn wait(&self, asking: &Asking, pushing_through: Option<i64>) -> Waiting {
+        // Subscribed before `told` is read: an error that comes in between has a higher count and
+        // ends this call, as it should.
         let progress = self.progress.subscribe();
         let told = match *progress.borrow() {
             Progress::Working { told, .. } => told,
@@ -158,6 +167,8 @@ impl Cell {
             let (rank, now) = (asking.rank, Instant::now());
             demand.world_size = asking.world_size;
             demand.asked = Some(now);
+            // The rank's last word counts. A rank that no longer mentions its push has given it up,
+            // and must not keep others waiting for it.
             match pushing_through {
                 Some(step) => drop(demand.pushing.insert(rank, step)),
                 None => drop(demand.pushing.remove(&rank)),
@@ -179,13 +190,15 @@ impl Cell {
 impl Drop for Cell {
     fn drop(&mut self) {
         self.task.abort();
-        // Whoever still waits learns it at once.
+        // The waiting calls end at once, instead of at their deadlines.
         fail(&self.progress, crate::coordinator::released);
     }
 }
 
 fn fail(progress: &watch::Sender<Progress>, error: impl FnOnce() -> Error) {
     progress.send_if_modified(|progress| {
+        // A finished step keeps its result: ranks that have not been polled yet still read it,
+        // although the cell is dropped.
         let working = matches!(progress, Progress::Working { .. });
         if working {
             *progress = Progress::Failed(Arc::new(error()));
@@ -203,20 +216,20 @@ fn fail_waiting(progress: &watch::Sender<Progress>, error: Error) {
     });
 }
 
-/// One call that waits. Dropping it withdraws the rank's need.
+/// One waiting call. Dropping it withdraws the rank's need, also if the connection breaks.
 pub struct Waiting {
     progress: watch::Receiver<Progress>,
     told: u64,
     demand: watch::Sender<Demand>,
-    /// Its number in the step's demand, where it needs the step.
+    /// The call's number in the step's demand, if it needs the step.
     call: Option<u64>,
 }
 
 impl Waiting {
-    /// Until the step is ready, failed, or the ranks are told that it cannot come.
+    /// Waits until the step is ready or failed, or until the ranks are told that it cannot come.
     pub async fn ready(mut self) -> Result<Arc<Ready>> {
         let seen = self.told;
-        // Deadlines run only for those that need the step.
+        // Deadlines apply only to calls that need the step: a prefetch waits on.
         let needing = self.call.is_some();
         let done = |progress: &Progress| match progress {
             Progress::Working { told, .. } => needing && *told > seen,

@@ -1,4 +1,4 @@
-//! The trainer's side of a run: its ranks, what they wait for, and its pace.
+//! The trainer's side of a run: its ranks, the steps for which they wait, and its pace.
 pub mod cell;
 pub mod patience;
 pub mod ranks;

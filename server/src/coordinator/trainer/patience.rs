@@ -1,4 +1,4 @@
-//! What to do about a step whose weights are not there: wait on, give up, or fall back. Pure.
+//! Decides about a step whose weights are missing: wait on, tell the ranks, or fall back. Pure.
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
@@ -6,22 +6,23 @@ use std::{
 use superbatch_proto::v1::Fallback;
 use tokio::time::Instant;
 
-/// Who waits for a step.
+/// The ranks that wait for a step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Demand {
-    /// Calls that need it, by number.
+    /// The calls that need it, by number. Calls and not ranks: a rank whose connection broke asks
+    /// again, and the end of the old call must not remove the new one.
     needing: BTreeMap<u64, Need>,
-    /// Calls that needed the step so far.
+    /// The number of calls so far that needed the step.
     calls: u64,
     pub world_size: u32,
-    /// The newest step whose push each rank says it has begun, by its last word: one that came to
-    /// nothing is taken back.
+    /// The newest step whose push each rank says it has begun, by its last request. A push that
+    /// came to nothing is withdrawn by the next request.
     pub pushing: BTreeMap<u32, i64>,
-    /// When the first of the calls that need the step came.
+    /// When the first of the calls that need the step arrived.
     pub since: Option<Instant>,
-    /// When the last rank came to stand still for the step, while all do.
+    /// Since when all ranks stand still for the step; `None` while not all do.
     pub stalled_since: Option<Instant>,
-    /// When the step was last asked for.
+    /// When a rank last asked for the step.
     pub asked: Option<Instant>,
 }
 
@@ -29,8 +30,8 @@ pub struct Demand {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
     pub rank: u32,
-    /// The rank has trained on all batches before this one. One that holds a batch may train on it,
-    /// and push, while a loader asks for the next.
+    /// Whether the rank has trained on all batches before this one. A rank that still holds a batch
+    /// may train on it and push, while its loader asks for the next one.
     pub stands_still: bool,
 }
 
@@ -46,7 +47,7 @@ impl Demand {
         self.calls
     }
 
-    /// Takes a call back. Returns whether it was there.
+    /// Removes a call. Returns whether it was present.
     pub fn leave(&mut self, call: u64) -> bool {
         let was = self.needing.remove(&call).is_some();
         if self.needing.is_empty() {
@@ -58,13 +59,14 @@ impl Demand {
         was
     }
 
-    /// Takes all calls back.
+    /// Removes all calls.
     pub fn leave_all(&mut self) {
         self.needing.clear();
         (self.since, self.stalled_since) = (None, None);
     }
 
-    /// What is left of it for another start of the trainer. Calls are never numbered twice.
+    /// Returns the demand for another start of the trainer. The count of calls goes on: a late drop
+    /// of an old call must not remove a new one of the same number.
     pub fn for_new_start(&self) -> Self {
         Self {
             calls: self.calls,
@@ -73,40 +75,42 @@ impl Demand {
     }
 
     fn all_stand_still(&self) -> bool {
+        // Distinct ranks are counted and not calls: two calls of one rank must not pass for two
+        // ranks, else a stall would be declared while the other rank is still training.
         let still = self.needing.values().filter(|need| need.stands_still);
         let ranks: BTreeSet<u32> = still.map(|need| need.rank).collect();
         self.world_size > 0 && ranks.len() >= self.world_size as usize
     }
 }
 
-/// What is known at one moment.
+/// Everything that the decision depends on, at one moment.
 #[derive(Debug, Clone)]
 pub struct Moment<'a> {
     pub demand: &'a Demand,
-    /// How long some call has needed the step; `None` while none does.
+    /// How long some call has needed the step; `None` while no call does.
     pub needed_for: Option<Duration>,
     pub deadline: Duration,
     /// How long all ranks have stood still for the step; `None` while not all do.
     pub stalled_for: Option<Duration>,
-    /// How long they must have, before that is called a stall: an announcement of a push may be on
-    /// its way by another connection.
+    /// How long they must have stood still to count as stalled: the announcement of a push may
+    /// still be under way on another connection.
     pub grace: Duration,
     /// The step whose push is due; `None` for initial weights.
     pub due: Option<i64>,
-    /// No other push will do than that of the due step.
+    /// Whether only the push of the due step serves.
     pub exact: bool,
-    /// Steps whose pushes were announced, or have reached us in part.
+    /// Steps whose pushes were announced, or have arrived in part.
     pub coming: &'a BTreeSet<i64>,
-    /// Whether the due push came and was refused. That a rank announced it is no hope then.
+    /// Whether the due push arrived and was refused. An announcement of it then counts for nothing.
     pub refused: bool,
     pub fallback: Fallback,
 }
 
-/// What to do, and why.
+/// The decision, with its reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Wait,
-    /// Tell the ranks that the weights are missing, and go on waiting.
+    /// Tell the ranks that the weights are missing, and wait on.
     TellRanks(Why),
     FallBack(Why),
 }
@@ -114,19 +118,18 @@ pub enum Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Why {
     Deadline,
-    /// Every rank has stood still for the grace period and no push is on its way: waiting cannot
+    /// Every rank has stood still for the grace period and no push is under way, so waiting cannot
     /// help.
     NobodyPushes,
 }
 
-/// A wait for weights that is longer is worth a line in the log: where the trainer stands still or
-/// has pushed nothing yet.
+/// A longer wait for weights is logged, if the trainer stands still or has pushed nothing yet.
 const TOLD_AFTER: Duration = Duration::from_secs(15);
-/// Where the trainer is busy: one step of it may take so long.
+/// The same, if the trainer is busy: one of its steps may take this long.
 const TOLD_AFTER_BUSY: Duration = Duration::from_secs(60);
 
-/// How long a step may wait for the push `due` (`None`: for initial weights) before the log says
-/// so. `None` where nobody has asked for the step.
+/// Returns how long a step may wait for the push `due` (`None`: initial weights) before the wait is
+/// logged. `None` if no rank has asked for the step.
 pub fn patience(demand: &Demand, due: Option<i64>) -> Option<Duration> {
     demand.asked?;
     let stands_still = demand.since.is_some() || due.is_none_or(|step| step < 0);
@@ -137,19 +140,21 @@ pub fn patience(demand: &Demand, due: Option<i64>) -> Option<Duration> {
     })
 }
 
-/// Decides. If all ranks have stood still for the grace period and no push is on its way, the step
-/// does not wait for its deadline; else the deadline runs while some rank needs the step.
+/// Decides. If all ranks have stood still for the grace period and no push is under way, the step
+/// does not wait for its deadline. Otherwise the deadline runs while some rank needs the step.
 pub fn verdict(moment: &Moment) -> Verdict {
     let Some(needed_for) = moment.needed_for else {
         return Verdict::Wait;
     };
+    // With `at_most` any later push serves as well, so a newer one that is under way is a reason to
+    // wait. With `exact` it is not: a later push does not decide this step.
     let due = moment.due.unwrap_or(-1);
     let coming = moment
         .coming
         .range(due..)
         .next()
         .is_some_and(|step| !moment.exact || *step == due);
-    // Of several that would do, the oldest may be refused and a later one still come.
+    // If several pushes serve, the oldest may be refused and a later one may still come.
     let hopeless = |step: i64| moment.refused && (moment.exact || step == due);
     let said = moment
         .demand

@@ -7,26 +7,28 @@ use crate::{
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use superbatch_proto::v1::Reason;
 
-/// What a rank says of itself when it asks for a step.
+/// The fields by which a rank describes itself when it asks for a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asking {
     pub step: u64,
     pub rank: u32,
     pub world_size: u32,
     pub incarnation: String,
-    /// The rank cannot go on without the step. All steps before this one are consumed, but those
-    /// that it holds.
+    /// The rank cannot go on without the step. It has consumed all steps before this one, except
+    /// those that it holds.
     pub need: bool,
     pub consumed_through: Option<u64>,
-    /// Batches of the steps before this one that the rank may have and not have trained on.
+    /// Batches of the steps just before this one on which the rank may not have trained yet.
     pub held: u32,
 }
 
 impl Asking {
-    /// The newest step that this rank has consumed, by its own word, or because it stands still for
-    /// the next.
+    /// Returns the newest step that this rank has consumed: by its own claim, or because it stands
+    /// still for the next step.
     pub fn claims_consumed(&self) -> Option<u64> {
-        // A rank cannot have consumed the step that it asks for, nor those that it holds.
+        // A rank cannot have consumed the step that it asks for, nor the steps that it holds. A
+        // claim beyond that is cut down: it would let a faulty trainer drop batches that it still
+        // needs.
         let before = self
             .step
             .checked_sub(1)
@@ -46,7 +48,7 @@ pub fn check_incarnation(incarnation: &str) -> Result<()> {
     check_bytes("incarnation", incarnation, LABEL_BYTES_MAX)
 }
 
-/// What a rank is held to when it asks.
+/// The limits within which a rank may ask.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// The newest committed step.
@@ -57,12 +59,12 @@ pub struct Bounds {
 /// The ranks of one run, in its current generation.
 #[derive(Debug, Default)]
 pub struct Members {
-    /// In order of appearance; the last one is the trainer that runs now.
+    /// All starts of the trainer in order of appearance. The last one runs now.
     incarnations: Vec<String>,
-    /// What had been committed when the trainer that runs now came: it may resume anywhere up to
+    /// The newest committed step when the current trainer started. It may resume anywhere up to
     /// there.
     floor: Option<u64>,
-    /// World sizes of steps that have been asked for.
+    /// World sizes of the steps that were asked for, fixed by the first request of each.
     pinned: BTreeMap<u64, u32>,
     /// The newest step that each rank has consumed.
     consumed: HashMap<u32, u64>,
@@ -70,8 +72,8 @@ pub struct Members {
 }
 
 impl Members {
-    /// Of a run that was committed through `floor` before this process knew it, by trainers that
-    /// named `incarnations`.
+    /// Returns the ranks of a run that was committed through `floor` before this process loaded it,
+    /// by the trainers `incarnations`.
     pub fn new(incarnations: Vec<String>, floor: Option<u64>) -> Self {
         Self {
             incarnations,
@@ -84,7 +86,7 @@ impl Members {
         self.incarnations.iter().any(|known| known == incarnation)
     }
 
-    /// Whether a new start of the trainer would be let in, before it is made known.
+    /// Checks that a new start of the trainer would be admitted, before it is made durable.
     ///
     /// # Errors
     /// `StepBeyondAhead`.
@@ -92,12 +94,12 @@ impl Members {
         check_ahead(asking.step, (bounds.committed, COMMITTED), bounds.max_ahead)
     }
 
-    /// Admits a request, or says why not. Returns whether a new start of the trainer took over with
+    /// Admits a request or refuses it. Returns whether a new start of the trainer takes over with
     /// it.
     ///
     /// # Errors
-    /// `WorldSizeConflict` for a straggler of an earlier incarnation, or a world size that differs
-    /// from the one the step was opened with; `StepBeyondAhead`.
+    /// `WorldSizeConflict` for a late rank of an earlier incarnation, or if the world size differs
+    /// from that of the step's first request; `StepBeyondAhead`.
     pub fn admit(&mut self, asking: &Asking, bounds: Bounds) -> Result<bool> {
         let new = match self
             .incarnations
@@ -109,9 +111,13 @@ impl Members {
             }
             known => known.is_none(),
         };
-        // Nobody consumes what is not committed.
+        // A rank cannot have consumed a step that is not committed. Without this bound, one wrong
+        // claim would move the window of steps ahead to any place.
         let claims = asking.claims_consumed();
         let claimed = claims.min(bounds.committed);
+        // The window of `max_ahead` steps begins after the newest of: the step at which the current
+        // trainer may resume, the step that some rank has consumed, and this rank's own claim. A
+        // new trainer has consumed nothing yet, so everything committed is open to it.
         let base = match new {
             true => (bounds.committed, COMMITTED),
             false => {
@@ -133,6 +139,8 @@ impl Members {
         check_ahead(asking.step, base, bounds.max_ahead)?;
         if new {
             self.incarnations.push(asking.incarnation.clone());
+            // A new trainer may have another world size, and it may go back behind what the old one
+            // has consumed.
             self.pinned.clear();
             self.consumed.clear();
             self.floor = bounds.committed;
@@ -159,7 +167,8 @@ impl Members {
         )
     }
 
-    /// What calls of an earlier incarnation are told, which still wait when the newest one comes.
+    /// Returns the error for calls of an earlier incarnation that still wait when a new one
+    /// arrives.
     pub fn taken_over(&self) -> Error {
         Error::new(Reason::WorldSizeConflict, self.replaced())
     }
@@ -182,12 +191,12 @@ impl Members {
         }
     }
 
-    /// The newest step that some rank has consumed.
+    /// Returns the newest step that some rank has consumed.
     pub fn frontier(&self) -> Option<u64> {
         self.consumed.values().copied().max()
     }
 
-    /// The newest step that all ranks have consumed: the delivered cursor.
+    /// Returns the newest step that all ranks have consumed: the delivered cursor.
     pub fn consumed_by_all(&self) -> Option<u64> {
         let all: BTreeSet<u32> = self
             .consumed
@@ -206,8 +215,8 @@ impl Members {
             .flatten()
     }
 
-    /// Forgets cursors and pins: a rewind took the run to `to_step`. Incarnations stay known, so
-    /// stragglers stay refused.
+    /// Forgets cursors and world sizes after a rewind to `to_step`. Incarnations stay known, so
+    /// late ranks of old ones stay refused.
     pub fn rewound(&mut self, to_step: u64) {
         self.pinned.clear();
         self.consumed.clear();
@@ -215,13 +224,12 @@ impl Members {
     }
 }
 
-/// What the step is, beyond which only `max_ahead` more may be asked for.
+/// Descriptions of the step beyond which only `max_ahead` more may be asked for.
 const COMMITTED: &str = "is the newest committed step, and nobody can have consumed more";
 const CONSUMED: &str = "is the newest step that a rank has consumed";
 const RESUMED: &str = "was the newest step when this trainer began or the run was taken back";
 
-/// Whether `step` may be asked for: at most `max_ahead` beyond `from`, of which it is said what it
-/// is.
+/// Checks that `step` is at most `max_ahead` beyond `from`, which comes with its description.
 ///
 /// # Errors
 /// `StepBeyondAhead`.
@@ -243,7 +251,7 @@ fn check_ahead(step: u64, from: (Option<u64>, &str), max_ahead: u32) -> Result<(
         .with("newest_allowed", newest_allowed))
 }
 
-/// The newest step that may be asked for and prepared.
+/// Returns the newest step that may be asked for and prepared.
 pub fn last_allowed(consumed: Option<u64>, max_ahead: u32) -> u64 {
     consumed
         .map_or(0, |s| s.saturating_add(1))

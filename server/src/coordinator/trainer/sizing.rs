@@ -1,4 +1,4 @@
-//! How many workers there should be: with which number trainers would not wait for their batches.
+//! Estimates how many workers there should be, so that trainers do not wait for their batches.
 use crate::metrics;
 use std::{
     collections::HashMap,
@@ -10,38 +10,39 @@ use tokio::time::Instant;
 /// Share of the newest observation in a running mean: the last ten steps or so count.
 const NEWEST: f64 = 0.2;
 
-/// A trainer counts once so many of its steps were seen: probes by hand have no pace.
+/// A trainer counts once so many of its steps were seen: a few calls by hand have no pace.
 const STEPS_SEEN_MIN: u64 = 3;
 
-/// A trainer that has not been heard of for so many of its steps, and for so long, does not count:
-/// it may be gone.
+/// A trainer that has been silent for so many of its steps, and for so many seconds, does not
+/// count: it may have ended.
 const STEPS_UNHEARD: f64 = 10.0;
 const SECONDS_UNHEARD: f64 = 300.0;
 
-/// What deciding one step took, in seconds.
+/// The time to decide one step, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Work {
     /// Workers that shared its slices.
     pub workers: f64,
-    /// Of the slowest slice: reading, decoding, and both models' forward passes.
+    /// The slowest slice's time: reading, decoding, and both models' forward passes.
     pub scored: f64,
-    /// The part of it that can only begin when the weights are there: the learner's forward pass.
+    /// The part of `scored` that can begin only when the weights are there: the learner's forward
+    /// pass.
     pub learner: f64,
-    /// What more workers do not make faster: planning, selection, the commit.
+    /// The time that more workers do not shorten: planning, selection, the commit.
     pub rest: f64,
 }
 
 /// Workers (not a whole number) with which a trainer that takes `step_seconds` for a step, and
 /// allows weights to lag `lag_steps` behind, would find each batch ready.
 ///
-/// Two things must hold. Scoring must keep up: one step's slices, shared among the workers, take no
-/// longer than the trainer's step, whatever is done ahead. And it must be in time: the learner's
-/// pass, selection and commit fit between the push that the step waits for and the step itself,
-/// which are `lag_steps` apart. Where no number of workers achieves the second (lag 0, or selection
-/// alone takes longer), only the first counts.
+/// Two conditions must hold. Scoring must keep up: one step's slices, shared among the workers,
+/// take no longer than the trainer's step, however much is done ahead. And it must be in time: the
+/// learner's pass, selection and commit fit between the push that the step waits for and the step
+/// itself, which are `lag_steps` apart. If no number of workers fulfils the second one (lag 0, or
+/// selection alone takes longer), only the first one counts.
 ///
-/// Stages of a slice are taken to follow one another, and slices to shrink as workers are added.
-/// Both ask for rather more workers than for too few.
+/// The estimate assumes that the stages of a slice follow one another and that slices shrink as
+/// workers are added. Both assumptions err towards too many workers.
 pub fn optimal_workers(work: &Work, step_seconds: f64, lag_steps: u32) -> f64 {
     let keeps_up = work.workers * work.scored / step_seconds;
     let room = f64::from(lag_steps) * step_seconds - work.rest;
@@ -52,47 +53,48 @@ pub fn optimal_workers(work: &Work, step_seconds: f64, lag_steps: u32) -> f64 {
     }
 }
 
-/// Feeds `superbatch_optimal_workers` with what is measured of all open runs.
+/// Sets `superbatch_optimal_workers` from measurements of all open runs.
 #[derive(Debug, Default)]
 pub struct Sizing(Mutex<HashMap<String, Pace>>);
 
-/// What is known of one run.
+/// The measurements of one run.
 #[derive(Debug, Default)]
 struct Pace {
     work: Option<Work>,
     step_seconds: Option<f64>,
-    /// Steps that `step_seconds` was seen over.
+    /// The number of steps over which `step_seconds` was measured.
     steps_seen: u64,
     lag_steps: u32,
-    /// The newest step that rank 0 had consumed, and when it said so first.
+    /// The newest step that rank 0 has consumed, and when it first said so.
     consumed: Option<(u64, Instant)>,
-    /// For how long it has stood still since.
+    /// How long it has stood still since then. This time is subtracted: the trainer's own pace is
+    /// wanted, and not the pace at which it gets batches.
     waited: Duration,
 }
 
 impl Sizing {
-    /// A step of `run` was decided.
+    /// Notes that a step of `run` was decided.
     pub fn decided(&self, run: &str, work: Work, lag_steps: u32) {
         self.change_pace(run, |pace| pace.decided(work, lag_steps));
     }
 
-    /// Rank 0 says `now` that it has consumed `step`.
+    /// Notes that rank 0 has consumed `step`, at `now`.
     pub fn consumed(&self, run: &str, step: u64, now: Instant) {
         self.change_pace(run, |pace| pace.consumed(step, now));
     }
 
-    /// Rank 0 has stood still.
+    /// Notes that rank 0 has stood still.
     pub fn record_wait(&self, run: &str, waited: Duration) {
         self.change_pace(run, |pace| pace.waited += waited);
     }
 
-    /// The run is not here any more.
+    /// Forgets a run that has left this process.
     pub fn forget(&self, run: &str) {
         self.lock_paces().remove(run);
         self.set_gauge(Instant::now());
     }
 
-    /// Tells `now` how many workers there should be.
+    /// Sets the metric, as of `now`.
     pub fn set_gauge(&self, now: Instant) {
         metrics::optimal_workers().set(workers(self.lock_paces().values(), now));
     }
@@ -110,7 +112,7 @@ impl Sizing {
 impl Pace {
     fn decided(&mut self, new: Work, lag_steps: u32) {
         self.lag_steps = lag_steps;
-        // Work for one worker, since their number may change between two steps.
+        // Normalised to one worker, since the number of workers may change between two steps.
         let mean = |of: fn(&Work) -> f64| mean(self.work.as_ref().map(of), of(&new));
         let (scored, learner) = (
             mean(|w| w.workers * w.scored),
@@ -136,7 +138,8 @@ impl Pace {
                 self.steps_seen = self.steps_seen.saturating_add(step - before);
             }
         }
-        // A trainer that went back begins anew.
+        // A step below the last one means that the trainer went back; its pace is measured from
+        // here.
         (self.consumed, self.waited) = (Some((step, now)), Duration::ZERO);
     }
 
@@ -159,7 +162,7 @@ fn mean(before: Option<f64>, new: f64) -> f64 {
     before.map_or(new, |before| before + NEWEST * (new - before))
 }
 
-/// The workers of all runs whose trainers are there, together, as a whole number.
+/// Returns the sum over all runs with a live trainer, as a whole number.
 fn workers<'a>(paces: impl Iterator<Item = &'a Pace>, now: Instant) -> f64 {
     paces
         .filter_map(|pace| pace.workers(now))

@@ -1,22 +1,22 @@
-//! How long the trainer stood still, for receipts.
+//! The time for which the trainer stood still, for receipts.
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
-/// The longest wait since it was last taken.
+/// The longest wait since the last call of [`Waits::take`].
 #[derive(Debug, Default)]
 pub struct Waits(AtomicU64);
 
 impl Waits {
-    /// A rank stood still for so long.
+    /// Notes that a rank stood still for so long.
     pub fn record(&self, waited: Duration) {
-        // 0 stands for no wait at all.
+        // 0 means that no wait was noted.
         let micros = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).max(1);
         self.0.fetch_max(micros, Ordering::Relaxed);
     }
 
-    /// The longest one noted, in seconds; `None` where none was.
+    /// Returns the longest noted wait in seconds; `None` if there was none. Starts anew.
     pub fn take(&self) -> Option<f64> {
         let micros = self.0.swap(0, Ordering::Relaxed);
         (micros > 0).then(|| Duration::from_micros(micros).as_secs_f64())

@@ -1,18 +1,19 @@
-//! Pushes that ranks say are coming, before anything of them arrives.
+//! Announcements of pushes, before any part of them arrives.
 use super::Weights;
 use crate::error::Result;
 use std::collections::BTreeMap;
 use superbatch_proto::v1::AnnouncePushRequest;
 
-/// Announcements that one run keeps. A trainer has one or two a rank; beyond this the oldest steps'
-/// are let go, and their steps wait for the deadline instead of a push.
+/// Announcements that one run keeps. A trainer has one or two for each rank. Beyond this number
+/// those of the oldest steps are dropped; their steps then wait for their deadlines and not for a
+/// push.
 const KEPT_MAX: usize = 1 << 14;
 
-/// Announcements by (generation, step) of the push and by rank, each with the start of the trainer
-/// that made it.
+/// Announcements by (generation, step) of the push and by rank, each with the incarnation of the
+/// trainer that made it.
 ///
-/// An announcement is only hope: a step that hopes for a push which never comes ends by its
-/// deadline.
+/// An announcement promises nothing. If the push never comes, the steps that wait for it end by
+/// their deadlines.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Announced {
     by: BTreeMap<(u32, i64), BTreeMap<u32, String>>,
@@ -20,7 +21,7 @@ pub struct Announced {
 }
 
 impl Announced {
-    /// Steps of a generation whose pushes were announced.
+    /// Returns the steps of a generation whose pushes were announced.
     pub fn steps(&self, generation: u32) -> impl Iterator<Item = i64> + '_ {
         let of_generation = (generation, i64::MIN)..=(generation, i64::MAX);
         self.by.range(of_generation).map(|((_, step), _)| *step)
@@ -63,7 +64,7 @@ impl Announced {
 }
 
 impl Weights {
-    /// Notes that a rank has called for a push, or takes that back. `generation` is the run's
+    /// Notes the announcement of a push by a rank, or its withdrawal. `generation` is the run's
     /// current one.
     ///
     /// # Errors
@@ -74,7 +75,10 @@ impl Weights {
         let at = (request.generation, request.step);
         self.0.traffic.send_if_modified(|traffic| {
             let old = traffic.announced.clone();
-            // Under the lock of the traffic: a push enters the book before it leaves the traffic.
+            // Looked up under the lock of the traffic, since a push enters the book before it
+            // leaves the traffic. An announcement that arrives late, by another connection, is
+            // ignored then; otherwise it would stay for ever and make steps wait for a push that is
+            // done.
             let published = self.0.book.borrow().at(at.1, at.0).is_some();
             match request.withdrawn {
                 true => traffic.announced.withdraw(request),

@@ -1,5 +1,5 @@
-//! Makes one snapshot of a push's parts: a safetensors file whose bytes depend on the weights
-//! alone.
+//! Joins a push's parts to one snapshot: a safetensors file whose bytes depend on the weights only,
+//! and not on how ranks cut them. So equal weights have equal digests.
 use super::{
     part::Part,
     staging::{Staged, refused},
@@ -19,8 +19,8 @@ pub struct Snapshot {
     pub digest: String,
 }
 
-/// Joins the parts, tensors by name. Whole tensors are not copied. Heavy work (it reads all
-/// weights): keep it off the async threads.
+/// Joins the parts by tensor. Whole tensors are not copied. It reads all weights, so it must run
+/// off the async threads.
 ///
 /// # Errors
 /// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or
@@ -37,7 +37,8 @@ pub fn assemble(staged: Staged) -> Result<Snapshot> {
             parts.iter().map(Part::elements).sum::<u64>(),
             shape.iter().product::<u64>(),
         );
-        // Parts lie inside and do not overlap, so counting elements decides.
+        // Every part was checked when it was staged: it lies inside the tensor and overlaps no
+        // other. So the tensor is covered exactly if the numbers of elements add up.
         if have != all || parts.is_empty() {
             return Err(refused(
                 name,
@@ -71,7 +72,8 @@ pub fn assemble(staged: Staged) -> Result<Snapshot> {
     })
 }
 
-/// The file's header, then the tensors in the order in which it places them.
+/// Returns the file's header, then the tensors in the header's order. The pieces are never joined:
+/// a copy of all weights would double the memory of a push.
 fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorError> {
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut header = safetensors::serialize(
@@ -80,7 +82,7 @@ fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorErr
             .map(|(name, tensor)| (*name, Described(tensor))),
         Some(format),
     )?;
-    // It made room for the tensors.
+    // `serialize` reserved memory for the tensors' data, of which it got none.
     header.shrink_to_fit();
     let placed: Metadata = serde_json::from_slice(&header[size_of::<u64>()..])
         .map_err(SafeTensorError::InvalidHeaderDeserialization)?;
@@ -94,11 +96,11 @@ fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorErr
 
 struct Tensor {
     shape: Vec<usize>,
-    /// At least one.
+    /// At least one part.
     parts: Vec<Part>,
 }
 
-/// A tensor as the header tells of it, without its data.
+/// A tensor as the header describes it, without its data.
 struct Described<'a>(&'a Tensor);
 
 impl View for Described<'_> {
@@ -128,7 +130,7 @@ impl Tensor {
         self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
     }
 
-    /// Its parts put together.
+    /// Joins its parts.
     fn into_data(mut self) -> Bytes {
         if self.parts.len() == 1 {
             return self.parts.remove(0).bytes.into();
@@ -150,7 +152,8 @@ fn place(out: &mut [u8], shape: &[usize], part: &Part) {
     for d in (1..shape.len()).rev() {
         strides[d - 1] = strides[d] * shape[d];
     }
-    // All dimensions after `outer` are whole, so that a run spans `outer` and them.
+    // All dimensions after `outer` are covered completely, so a contiguous run spans `outer` and
+    // all of them.
     let outer = (0..shape.len())
         .rev()
         .find(|&d| extent[d] != shape[d])
@@ -174,7 +177,7 @@ fn place(out: &mut [u8], shape: &[usize], part: &Part) {
     }
 }
 
-/// The first value that is not finite: all bits of its exponent are set.
+/// Returns the first value that is not finite: all bits of its exponent are set.
 fn not_finite(part: &Part) -> Option<f32> {
     let halves = |exponent: u16| {
         part.bytes

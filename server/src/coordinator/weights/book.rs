@@ -1,5 +1,5 @@
-//! The published weights of a run, over all its generations, and which of them a step may use. No
-//! I/O.
+//! The published weights of a run over all its generations, and the choice of the weights for a
+//! step. No I/O.
 use super::lag::Due;
 use crate::coordinator::facts::chain::Began;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ pub struct Published {
     pub version: WeightsVersion,
     /// The safetensors file, for workers.
     pub snapshot_uri: String,
-    /// Factor on cosines (exp applied) that these weights hold.
+    /// The logit scale of these weights, exp applied.
     pub logit_scale: f64,
     pub logit_bias: Option<f64>,
 }
@@ -23,14 +23,14 @@ struct Entry {
     snapshot: Snapshot,
 }
 
-/// What is known of a version's weights.
+/// The state of a version's weights file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Snapshot {
-    /// They are at this key.
+    /// The file is at this key.
     Kept(String),
-    /// They were deleted, because no step needs them any more.
+    /// The file was deleted, because no step needs it any more.
     Retired,
-    /// They were not there when the run was opened.
+    /// The file was missing when the run was opened.
     Missing,
 }
 
@@ -57,12 +57,12 @@ pub struct Book {
 }
 
 impl Book {
-    /// The version that `due` asks for, among the generations of `chain`. `None` where it is not
-    /// published (yet), or its snapshot was forgotten.
+    /// Returns the version that `due` requires, among the generations of `chain`. `None` if it is
+    /// not published (yet), or its snapshot was deleted.
     ///
-    /// A push of step q in generation g counts only where no later generation of the chain begins
-    /// at or before q: a rewind to step t takes back the pushes of step t and later. Where several
-    /// generations pushed a step, the latest counts.
+    /// A push of step q in generation g counts only if no later generation of the chain begins at
+    /// or before q: a rewind to step t discards the pushes of step t and later. If several
+    /// generations pushed a step, the latest one counts.
     pub fn find(&self, due: Due, chain: &[Began]) -> Option<Published> {
         match due {
             Due::Initial => self.newest_within(-1, -1, chain),
@@ -73,12 +73,12 @@ impl Book {
         }
     }
 
-    /// The freshest version from before `step`, however old: what a stale step is served with.
+    /// Returns the newest version from before `step`, however old. A stale step is scored with it.
     pub fn last_before(&self, step: u64, chain: &[Began]) -> Option<Published> {
         self.newest_within(-1, i64::try_from(step).unwrap_or(i64::MAX) - 1, chain)
     }
 
-    /// The newest publication, by version number. The initial learner where nothing was pushed.
+    /// Returns the newest publication by version number; the initial learner if nothing was pushed.
     pub fn newest(&self) -> Option<Published> {
         let pushed = self
             .entries
@@ -109,7 +109,7 @@ impl Book {
             .cloned()
     }
 
-    /// Whether the push of `step` was published and its snapshot is no longer kept.
+    /// Returns whether the push of `step` was published but its snapshot is no longer kept.
     pub fn is_forgotten(&self, step: i64, chain: &[Began]) -> bool {
         self.newest_within(step, step, chain).is_none()
             && self
@@ -119,8 +119,8 @@ impl Book {
                 .is_some()
     }
 
-    /// What was published for exactly this step of this generation: the id of its push, and where
-    /// its weights are.
+    /// Returns the publication for exactly this step of this generation: the id of its push, the
+    /// version, and the state of its weights.
     pub fn at(&self, step: i64, generation: u32) -> Option<(&str, &Published, &Snapshot)> {
         self.entries
             .get(&(step, generation))
@@ -148,7 +148,7 @@ impl Book {
         self.initial = Some(initial);
     }
 
-    /// Retires all versions from before `oldest_step`, but never the newest `kept` (at least one).
+    /// Retires all versions from before `oldest_step`, except the newest `kept` (at least one).
     /// Returns the keys of snapshots that no other version needs.
     pub fn forget_before(&mut self, oldest_step: i64, kept: u64) -> Vec<String> {
         let last_version = self.last_version;
@@ -161,18 +161,21 @@ impl Book {
                 retired.insert(key);
             }
         }
+        // Several versions may share one file: a trainer that resumes pushes its checkpoint's
+        // weights for several steps. The file goes with the last of them.
         retired.retain(|key| !self.holds(key));
         retired.into_iter().collect()
     }
 
-    /// Whether [`Book::forget_before`] would forget anything.
+    /// Returns whether [`Book::forget_before`] would retire anything. Steps end all the time and
+    /// mostly there is nothing to delete, so this is asked first, without the lock of commits.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
         self.entries
             .values()
             .any(|entry| entry.is_old(oldest_step, kept, self.last_version))
     }
 
-    /// Whether the snapshot at `key` is still needed.
+    /// Returns whether the snapshot at `key` is still needed.
     pub fn holds(&self, key: &str) -> bool {
         self.entries
             .values()

@@ -1,7 +1,8 @@
-//! All publications of a run, read when it is opened.
+//! Reads all publications of a run when it is opened.
 //!
-//! Each is a fact of its own, and a long run has thousands. So every so often they are written down
-//! together. A summary only saves reading: what it lacks is read one by one.
+//! Each publication is a fact of its own, and a long run has thousands of them. So now and then a
+//! summary of all facts is written. It only saves reads: the facts stay the truth, and those that
+//! the newest summary lacks are read one by one.
 use super::publish::{Fact, PUSHES};
 use crate::{
     error::{Error, Result},
@@ -11,7 +12,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Summaries, below the run.
+/// Folder of the summaries, below the run.
 const SUMMARIES: &str = "push-summaries";
 
 /// Facts that are read one by one before they are summarised.
@@ -25,10 +26,10 @@ struct Summary {
     facts: Vec<Fact>,
 }
 
-/// All publications, in no particular order. Writes a summary where many were read one by one.
+/// Returns all publications, in no particular order. Writes a summary if many were read one by one.
 ///
 /// # Errors
-/// `StorageUnreachable`; `Internal` where a fact cannot be read.
+/// `StorageUnreachable`; `Internal` if a fact cannot be read.
 pub async fn read(run: &Location) -> Result<Vec<Fact>> {
     let summary = newest_summary(run).await?;
     let mut known: BTreeMap<String, Fact> = summary
@@ -75,9 +76,10 @@ async fn newest_summary(run: &Location) -> Result<Summary> {
     }))
 }
 
-/// Best effort: without a summary the facts are still there.
+/// Writes a summary. A failure is only logged: the facts are complete without it.
 async fn summarise(run: &Location, facts: &[Fact]) {
-    // Names sort by the number of facts; two writers of the same number wrote the same facts.
+    // Names sort by the number of facts, so the last name is the most complete summary. Facts are
+    // never deleted, so two summaries of the same number hold the same facts.
     let key = format!("{SUMMARIES}/{:012}.json", facts.len());
     #[derive(Serialize)]
     struct Borrowed<'a> {

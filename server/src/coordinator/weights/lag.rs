@@ -1,23 +1,23 @@
-//! Which weights a step is scored with: pure arithmetic on step numbers.
+//! The weights for a step: pure arithmetic on step numbers.
 use superbatch_proto::v1::{Lag, lag::Bound};
 
-/// The weights that a step asks for, by the step after which they were pushed.
+/// The weights that a step requires, by the step after which they were pushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Due {
     /// The initial learner: no push is due that early.
     Initial,
     /// The push after this step and no other, whatever the timing.
     Exactly(u64),
-    /// The freshest push of a step in `oldest..=newest`; -1 stands for the initial learner.
+    /// The newest push of a step in `oldest..=newest`; -1 stands for the initial learner.
     Within { oldest: i64, newest: i64 },
 }
 
-/// The weights for scoring step `step` when a push comes after every `push_every_steps` steps
+/// Returns the weights for scoring `step` if a push comes after every `push_every_steps` steps
 /// (after p-1, 2p-1, …; 0 is read as 1).
 ///
-/// `exact(n)` is the newest such step at or before step-1-n. `at_most(n)` is whatever is freshest
-/// before the step, at most n steps older than step-1; there the cadence is no rule. An absent lag
-/// is `exact(1)`.
+/// `exact(n)` requires the newest such push at or before step-1-n. `at_most(n)` accepts the newest
+/// push before the step, at most n steps older than step-1; pushes need not keep the cadence there.
+/// An absent lag is `exact(1)`.
 pub fn due(step: u64, lag: &Lag, push_every_steps: u32) -> Due {
     let behind = |n: u32| i64::try_from(step).unwrap_or(i64::MAX) - 1 - i64::from(n);
     match lag.bound.unwrap_or(Bound::Exact(1)) {
@@ -32,12 +32,12 @@ pub fn due(step: u64, lag: &Lag, push_every_steps: u32) -> Due {
     }
 }
 
-/// Whether a push is expected after `step`.
+/// Returns whether a push is expected after `step`.
 pub fn on_cadence(step: u64, push_every_steps: u32) -> bool {
     step % u64::from(push_every_steps.max(1)) == u64::from(push_every_steps.max(1)) - 1
 }
 
-/// The first step at or after `step` after which a push is expected.
+/// Returns the first step at or after `step` after which a push is expected.
 pub fn next_push(step: u64, push_every_steps: u32) -> u64 {
     let every = u64::from(push_every_steps.max(1));
     (step / every)
@@ -45,7 +45,7 @@ pub fn next_push(step: u64, push_every_steps: u32) -> u64 {
         .saturating_add(every - 1)
 }
 
-/// The newest step at or before `limit` after which a push is expected.
+/// Returns the newest step at or before `limit` after which a push is expected.
 fn newest_push(limit: i64, push_every_steps: u32) -> Option<u64> {
     let every = u64::from(push_every_steps.max(1));
     let steps = u64::try_from(limit).ok()? + 1;

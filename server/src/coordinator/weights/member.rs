@@ -1,4 +1,4 @@
-//! One rank's stream of a push: its parts are staged as they come.
+//! One rank's stream of a push: its parts are staged as they arrive.
 use super::{
     Inner,
     publish::Whole,
@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::Instrument;
 
-/// One stream's membership in a push. Dropped early, it takes the stream's parts back.
+/// One stream's membership in a push. If it is dropped early (the connection broke), the stream's
+/// parts are removed from the staging area.
 pub struct Member {
     pub inner: Arc<Inner>,
     pub at: At,
@@ -30,13 +31,13 @@ pub struct Member {
 
 /// Why a stream ended too early.
 pub enum Fault {
-    /// It alone broke, and may come again.
+    /// Only this stream broke. The client may send it again.
     Broken(Error),
-    /// What it sent makes the whole push void.
+    /// Its content makes the whole push invalid.
     Refused(Error),
 }
 
-/// Why the transport ended a stream.
+/// Returns the fault for a stream that the transport ended.
 fn fault_of_transport(status: Status) -> Fault {
     let error = from_status(status, Reason::InvalidArgument);
     match error.reason() {
@@ -48,10 +49,10 @@ fn fault_of_transport(status: Status) -> Fault {
     }
 }
 
-/// The start of a push, its first message.
+/// Reads the first message of a push, its start.
 ///
 /// # Errors
-/// `InvalidArgument` where another one comes first, or nothing within `silence`.
+/// `InvalidArgument` if another message comes first, or none within `silence`.
 pub async fn read_start<S>(messages: &mut S, silence: Duration) -> Result<PushStart>
 where
     S: Stream<Item = Result<PushWeightsRequest, Status>> + Unpin,
@@ -73,7 +74,7 @@ where
 }
 
 impl Member {
-    /// The push's answer, or that a newer stream of this rank took over.
+    /// Waits for the push's answer, or for a newer stream of this rank that takes over.
     pub async fn wait_for_answer(&self) -> Result<WeightsVersion> {
         let mut answer = self.answer.clone();
         tokio::select! {
@@ -112,7 +113,7 @@ impl Member {
         }
     }
 
-    /// Takes one message. `open` is the part whose bytes are awaited.
+    /// Handles one message. `open` is the part whose bytes are awaited.
     fn take(&self, open: &mut Option<Receiving>, message: Option<Message>) -> Result<()> {
         match message {
             Some(Message::Part(header)) => {
@@ -157,8 +158,7 @@ impl Member {
         }
     }
 
-    /// This stream has sent all it has. The last one to do so has the push published, by a task
-    /// that outlives it.
+    /// Notes that this stream has sent everything. The last stream to end starts the publication.
     pub fn end(&self) {
         let mut staging = self.inner.lock();
         let Some(push) = staging.pushes.get_mut(&self.at) else {
@@ -181,13 +181,18 @@ impl Member {
             started: push.started,
         };
         let span = tracing::info_span!("push", run = inner.spec.run_id);
+        // A task of its own, which the stream does not own. Publishing takes minutes, and the
+        // client may break off in between: the push must then be published all the same, since
+        // other ranks were told that their parts arrived. The client asks again with the same
+        // push_id and gets the version.
         self.inner.tasks.spawn(async move {
             let answer = inner.publish(whole).instrument(span).await;
             inner.answer(&mut inner.lock(), (generation, step), answer);
         });
     }
 
-    /// Refuses the whole push, unless it is being published or this stream is no longer of it.
+    /// Refuses the whole push, unless it is being published already or this stream no longer
+    /// belongs to it.
     pub fn refuse(&self, why: impl FnOnce(&Staged) -> Error) {
         let mut staging = self.inner.lock();
         let push = staging

@@ -1,14 +1,15 @@
-//! Which pushes a trainer that resumes has to repeat. Pure.
+//! Finds the pushes that a trainer must repeat when it resumes. Pure.
 use super::{Due, due};
 use std::collections::BTreeSet;
 use superbatch_proto::v1::Lag;
 
-/// Steps that are looked at: with a lag beyond it a trainer hears of the first missing pushes only.
+/// Most steps that are examined. With a larger lag a trainer learns of the first missing pushes
+/// only.
 const STEPS_MAX: u64 = 1 << 12;
 
-/// The pushes that steps from `resume` on are scored with, which are not there, and which a trainer
-/// that goes on at `resume` has behind it. `is_scored` tells of a step whether it is still to be
-/// decided with the learner's weights, `is_there` whether weights are published that will do.
+/// Returns the pushes that steps from `resume` on need, that are not published, and that a trainer
+/// which goes on at `resume` will not make by itself. `is_scored` returns whether a step is still
+/// to be decided with the learner's weights, `is_there` whether suitable weights are published.
 pub fn missing(
     resume: u64,
     lag: &Lag,
@@ -25,7 +26,7 @@ pub fn missing(
             Due::Within { newest, .. } => newest,
         };
         if i64::try_from(resume).is_ok_and(|resume| push >= resume) {
-            // This one and all later ones it makes as it trains.
+            // The trainer makes this push and all later ones as it trains.
             break;
         }
         if is_scored(step) && !is_there(due) {

@@ -1,10 +1,11 @@
-//! Learner weights: parts from one or several ranks are staged, verified, published, and found
-//! again by the lag.
+//! Learner weights: parts from one or several ranks are staged, verified and published, and later
+//! found by the lag.
 //!
 //! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put
 //! at `snapshots/{blake3}.{nonce}.safetensors`, loaded by a worker ([`Verifier`]), and published by
-//! creating the fact `pushes/{generation}/{step}.json`. Until that fact exists nothing is seen of
-//! it, and the old version serves on.
+//! creating the fact `pushes/{generation}/{step}.json`. Until that fact exists the push is
+//! invisible, and the old version stays in use. A crash at any point before leaves only a file that
+//! no version names.
 mod announced;
 mod assemble;
 mod book;
@@ -45,32 +46,33 @@ use superbatch_proto::v1::{Lag, Reason};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::task::TaskTracker;
 
-/// What the learner's weights look like.
+/// The names and shapes of the learner's weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelShape {
-    /// Shapes by name: what a push must hold, no more and no less.
+    /// Shapes by name. A push must have exactly these tensors.
     pub tensors: BTreeMap<String, Vec<u64>>,
-    /// Those of them that it may do without.
+    /// Names of the tensors that a push may leave out.
     pub optional: BTreeSet<String>,
-    /// Factor on cosines, exp applied.
+    /// The logit scale, exp applied.
     pub logit_scale: f64,
     pub logit_bias: Option<f64>,
 }
 
-/// Loads weights for real, on a worker.
+/// Verifies weights by loading them on a worker.
 #[async_trait]
 pub trait Verifier: Send + Sync {
     /// Loads a snapshot and runs a canary batch. `digest` is the BLAKE3 of the file, in hex.
     ///
     /// # Errors
-    /// `WeightsRefused`, with `tensor` where one is to blame; others where no worker can say.
+    /// `WeightsRefused`, with `tensor` if one is at fault; other reasons if no worker could load
+    /// them.
     async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape>;
 
-    /// The shape of the learner, from its model folder alone.
+    /// Returns the shape of the learner, from its model folder.
     async fn shape(&self) -> Result<ModelShape>;
 }
 
-/// What a run's spec and the config say about its weights.
+/// The settings of a run's weights, from its spec and the config.
 #[derive(Debug, Clone)]
 pub struct RunWeights {
     /// For the log.
@@ -79,7 +81,7 @@ pub struct RunWeights {
     pub push_every_steps: u32,
     /// Whether the trainer pushes its initial weights, as step -1.
     pub first_push: bool,
-    /// The initial learner (version 0, step -1) where the trainer does not push it.
+    /// The initial learner (version 0, step -1), unless the trainer pushes it.
     pub initial: Option<Published>,
     /// Largest push, in bytes: it is held in memory until it is whole.
     pub push_bytes_max: u64,
@@ -90,18 +92,19 @@ pub struct RunWeights {
 /// Pushes that are not published, by (generation, step).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Called for by a rank, and neither published nor refused.
+    /// Announced by a rank, and neither published nor refused.
     pub announced: Announced,
-    /// Staging or being verified. A push leaves this set only after it has entered the [`Book`] or
-    /// `refused`.
+    /// Being staged or verified. A push leaves this set only after it has entered the [`Book`] or
+    /// `refused`: a step that waits for it must always see it in one of them, else it would take
+    /// the run for stalled.
     pub staging: BTreeSet<(u32, i64)>,
-    /// Why each was refused, until it is sent again.
+    /// Why each push was refused, until it is sent again.
     pub refused: BTreeMap<(u32, i64), String>,
-    /// Why each failed last, for a cause that passes: the trainer sends it again.
+    /// Why each push failed last, for a cause that may pass: the client sends it again.
     pub failed: BTreeMap<(u32, i64), String>,
 }
 
-/// The weights of one run. Cloned freely.
+/// The weights of one run. Cheap to clone.
 #[derive(Clone)]
 pub struct Weights(Arc<Inner>);
 
@@ -114,18 +117,19 @@ pub struct Inner {
     book: watch::Sender<Book>,
     staging: Mutex<streams::Staging>,
     traffic: watch::Sender<Traffic>,
-    /// One upload and check at a time.
+    /// Held during an upload and its check, one at a time.
     verifying: tokio::sync::Mutex<()>,
-    /// One announcement at a time.
+    /// Held while a version is made public, one at a time. It is a lock of its own, so that nothing
+    /// waits here for an upload.
     publishing: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
 }
 
 impl Weights {
-    /// Opens the weights of the run at `run`, with all versions published so far.
+    /// Opens the weights of the run at `run`, with all published versions.
     ///
     /// # Errors
-    /// `StorageUnreachable`; `Internal` where a fact cannot be read.
+    /// `StorageUnreachable`; `Internal` if a fact cannot be read.
     pub async fn open(
         run: Location,
         spec: RunWeights,
@@ -136,7 +140,9 @@ impl Weights {
             book.set_initial(initial);
         }
         let facts = history::read(&run).await?;
-        // After the facts: the weights of a version are there before its fact is.
+        // The files are listed after the facts were read, since a version's file exists before its
+        // fact. In the other order a version that is published in between would look as if its file
+        // were lost.
         let listed = snapshots::Listed::read(&run).await?;
         for fact in facts {
             let (key, snapshot) = match listed.find(&fact) {
@@ -166,27 +172,27 @@ impl Weights {
         Ok(weights)
     }
 
-    /// The published versions, as they are now and as they become.
+    /// Returns the published versions, now and as they change.
     pub fn book(&self) -> watch::Receiver<Book> {
         self.0.book.subscribe()
     }
 
-    /// The pushes that are not in the [`Book`], as they are now and as they become.
+    /// Returns the pushes that are not in the [`Book`], now and as they change.
     pub fn traffic(&self) -> watch::Receiver<Traffic> {
         self.0.traffic.subscribe()
     }
 
-    /// Whether a push is on its way.
+    /// Returns whether a push is under way.
     pub fn is_receiving(&self) -> bool {
         !self.0.traffic.borrow().staging.is_empty()
     }
 
-    /// Whether [`Weights::retire_before`] would retire anything.
+    /// Returns whether [`Weights::retire_before`] would retire anything.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
         self.0.book.borrow().has_before(oldest_step, kept)
     }
 
-    /// Retires versions from before `oldest_step` but the newest `kept`: no step is scored with
+    /// Retires versions from before `oldest_step`, except the newest `kept`: no step is scored with
     /// them from now on. Returns the keys of their snapshots, for [`Weights::delete`].
     pub fn retire_before(&self, oldest_step: i64, kept: u64) -> Vec<String> {
         let mut keys = Vec::new();
@@ -197,11 +203,13 @@ impl Weights {
         keys
     }
 
-    /// Deletes snapshots that this book has retired, and nothing else: another owner of the run may
-    /// have published more. The facts of all versions stay.
+    /// Deletes the snapshots that this book has retired, by their keys, and nothing else. Deleting
+    /// by a rule ("all but the newest") would be wrong: another coordinator may own the run by now
+    /// and have published versions that this book does not know. The facts of all versions stay.
     ///
     /// # Errors
-    /// `StorageUnreachable`. What stays behind is deleted after the run is opened again.
+    /// `StorageUnreachable`. Files that stay behind are deleted when the run is opened the next
+    /// time.
     pub async fn delete(&self, keys: &[String]) -> Result<()> {
         for key in keys {
             self.0.run.delete(key).await?;
@@ -209,7 +217,7 @@ impl Weights {
         Ok(())
     }
 
-    /// Checks that the weights pushed after `step` can still be scored with.
+    /// Checks that the weights pushed after `step` are still kept.
     ///
     /// # Errors
     /// `WeightsMissing`.
@@ -226,7 +234,7 @@ impl Weights {
         Err(Error::new(Reason::WeightsMissing, message).with("step", step))
     }
 
-    /// Waits for the publications that are under way; call it when no new push can come.
+    /// Waits for the publications that are under way. To be called when no new push can arrive.
     pub async fn drain(&self) {
         self.0.tasks.close();
         self.0.tasks.wait().await;
@@ -243,7 +251,7 @@ impl Inner {
 }
 
 fn gauge_newest(book: &Book) {
-    // A run without pushes says nothing of the one that pushed last.
+    // A run without pushes must not reset the gauge, which shows the run that pushed last.
     if let Some(newest) = book.newest() {
         metrics::learner_version().set(newest.version.version as f64);
     }
@@ -253,7 +261,7 @@ fn count_failure(reason: Reason) {
     metrics::weight_push_failures(reason.as_str_name().trim_start_matches("REASON_")).increment(1);
 }
 
-/// Whether a fault passes: the trainer sends the push again.
+/// Returns whether the cause of a fault may pass: the client then sends the push again.
 fn passes(error: &Error) -> bool {
     use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
     matches!(

@@ -1,17 +1,18 @@
-//! Names of pushed tensors: what wrappers put before them, and what a wrong one may have meant.
+//! Names of pushed tensors: removes the prefixes of wrappers, and suggests what a wrong name may
+//! have meant.
 use std::{collections::BTreeMap, sync::Once};
 
-/// Parts of a name that wrappers of a model add, wherever they stand.
+/// Parts of a name that wrappers of a model add, at any place.
 const WRAPPERS: [&str; 4] = [
     "module",
     "_orig_mod",
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 ];
-/// What a module around the model (Lightning's, `TwoResolutions`) calls it.
+/// The prefix of a module around the model (Lightning's, `TwoResolutions`).
 const OUTER: &str = "model.";
 
-/// The learner's name of a tensor that comes with the prefixes of DDP, `torch.compile`, FSDP or
+/// Returns the learner's name of a tensor that has the prefixes of DDP, `torch.compile`, FSDP or
 /// activation checkpointing.
 pub fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<String> {
     if tensors.contains_key(name) {
@@ -29,7 +30,7 @@ pub fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<Str
         .find(|name| tensors.contains_key(name))
 }
 
-/// Says in the log, once a process, that names are taken without their prefixes.
+/// Logs, once in each process, that names are taken without their prefixes.
 pub fn log_prefixes_once(pushed: &str, taken: &str) {
     static TOLD: Once = Once::new();
     TOLD.call_once(|| {
@@ -41,7 +42,7 @@ pub fn log_prefixes_once(pushed: &str, taken: &str) {
     });
 }
 
-/// What a name that is none of the learner's may have meant; empty where nothing is near.
+/// Returns a hint about a name that the learner does not have; empty if no name is near.
 pub fn similar_names(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String {
     if let Some(library) = library(name, tensors) {
         return format!("; {library}");
@@ -54,12 +55,13 @@ pub fn similar_names(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String
             .count()
     };
     let nearest = tensors.keys().max_by_key(|own| alike(own));
-    // As much as the last two parts of the name, such as `.q_proj.weight`.
+    // The common ending must be half of the name, such as `.q_proj.weight`. A shorter one, such as
+    // `.weight`, is shared by all tensors.
     let near = nearest.filter(|own| 2 * alike(own) >= name.len().min(own.len()) && alike(own) >= 4);
     near.map_or_else(String::new, |near| format!("; it has '{near}'"))
 }
 
-/// Whose names these are, where they are not the learner's.
+/// Returns which library's names these are, if not the learner's.
 fn library(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<&'static str> {
     let is_open_clip = |name: &str| {
         name.starts_with("visual.")

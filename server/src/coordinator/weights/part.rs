@@ -17,7 +17,7 @@ impl Part {
         self.extent.iter().product()
     }
 
-    /// Whether both hold the same element.
+    /// Returns whether both contain a common element.
     pub fn overlaps(&self, other: &Self) -> bool {
         let both_have_elements = self.elements() > 0 && other.elements() > 0;
         let mut dimensions = self

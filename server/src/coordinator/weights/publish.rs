@@ -1,4 +1,4 @@
-//! From staged parts to a published version.
+//! Publishes staged parts as a version.
 use super::{
     Inner, ModelShape, Published, assemble::assemble, book::Snapshot, gauge_newest, history,
     snapshots, staging::Staged,
@@ -16,10 +16,10 @@ use std::panic::AssertUnwindSafe;
 use superbatch_proto::v1::{Reason, WeightsVersion};
 use tokio::time::Instant;
 
-/// Published facts, below the run.
+/// Folder of the published facts, below the run.
 pub const PUSHES: &str = "pushes";
 
-/// A publication, as it is stored. It holds no URI, so that state may move.
+/// A publication as it is stored. It holds keys and no URI, so that the state can be moved.
 #[derive(Serialize, Deserialize)]
 pub struct Fact {
     pub nonce: String,
@@ -28,7 +28,7 @@ pub struct Fact {
     pub generation: u32,
     pub step: i64,
     pub digest: String,
-    /// The weights file, below the run. Empty: that of an earlier version of this program.
+    /// Key of the weights file, below the run. Empty in facts of earlier versions of this program.
     #[serde(default)]
     pub snapshot: String,
     pub logit_scale: f64,
@@ -52,7 +52,7 @@ impl Fact {
         }
     }
 
-    /// The version, whose weights are at `snapshot`.
+    /// Returns the version, whose weights are at `snapshot`.
     pub fn published(&self, run: &Location, snapshot: &str) -> Published {
         let (version, step, generation, digest) = (
             self.version,
@@ -74,7 +74,7 @@ impl Fact {
     }
 }
 
-/// A push that is whole.
+/// A push whose parts are all here.
 pub struct Whole {
     pub generation: u32,
     pub step: i64,
@@ -84,7 +84,8 @@ pub struct Whole {
 }
 
 impl Inner {
-    /// Publishes a whole push; never panics, so that its streams always get an answer.
+    /// Publishes a whole push. A panic inside becomes an error, so that its streams always get an
+    /// answer.
     pub async fn publish(&self, whole: Whole) -> Result<WeightsVersion> {
         let (started, step) = (whole.started, whole.step);
         let publishing = AssertUnwindSafe(self.try_publish(whole))
@@ -98,7 +99,7 @@ impl Inner {
             .is_multiple_of(history::SUMMARISED_FROM as u64)
         {
             let run = self.run.clone();
-            // Reading them all writes them down together.
+            // `read` writes a summary as a side effect, once enough facts are not in one.
             self.tasks
                 .spawn(async move { drop(history::read(&run).await) });
         }
@@ -126,7 +127,9 @@ impl Inner {
         let shape = self
             .verified(&key, &snapshot.digest, snapshot.pieces)
             .await?;
-        // For the announcement alone: versions are numbered in the order of their facts.
+        // Held only while the fact is created: two pushes must not take the same version number,
+        // and numbers must rise in the order of the facts. The upload and the check are done by
+        // now, so a commit that looks for weights to delete never waits for them.
         let _alone = self.publishing.lock().await;
         let fact = Fact {
             nonce: nonce(),
@@ -142,9 +145,9 @@ impl Inner {
         self.announce(fact).await
     }
 
-    /// Uploads the weights and has them checked.
+    /// Uploads the weights and has a worker check them.
     async fn verified(&self, key: &str, digest: &str, pieces: Vec<Bytes>) -> Result<ModelShape> {
-        // One at a time: a worker has room for one more model than it serves.
+        // One at a time: a worker has room on its device for one model more than it serves with.
         let _alone = self.verifying.lock().await;
         self.run
             .put_pieces(key, PutPayload::from_iter(pieces))
@@ -156,8 +159,8 @@ impl Inner {
         verified
     }
 
-    /// Deletes an upload that belongs to no version. Best effort: what stays behind is found when
-    /// the run is opened again.
+    /// Deletes an upload that belongs to no version. A failure is only logged: the file is found
+    /// when the run is opened the next time.
     async fn discard(&self, key: &str) {
         if let Err(error) = self.run.delete(key).await {
             tracing::debug!(
@@ -168,11 +171,11 @@ impl Inner {
         }
     }
 
-    /// Creates the fact that makes a snapshot a version. Where the push was published before, its
-    /// snapshot is put back if it is lost.
+    /// Creates the fact that makes a snapshot a version. If the push was published before and its
+    /// snapshot is lost, this upload replaces it.
     ///
     /// # Errors
-    /// `PushConflict` where another push of this step was first.
+    /// `PushConflict` if another push of this step was first.
     async fn announce(&self, fact: Fact) -> Result<WeightsVersion> {
         let (ours, digest) = (fact.snapshot.clone(), fact.digest.clone());
         let key = fact.key();
@@ -186,6 +189,9 @@ impl Inner {
                     self.discard(&ours).await;
                     return Err(conflict(fact.step, &theirs.push_id));
                 }
+                // The same push was published before, perhaps by another coordinator. Its fact is
+                // in force; this upload is a copy. The copy is kept only if the first file is lost
+                // and the bytes are the same.
                 let known = theirs.snapshot_key();
                 let snapshot = match self.run.head(&known).await?.is_some() {
                     true => Snapshot::Kept(known),
@@ -211,7 +217,7 @@ impl Inner {
     }
 }
 
-/// Another push of the step exists.
+/// The error if another push of the step exists.
 pub fn conflict(step: i64, push_id: &str) -> Error {
     let message = format!(
         "step {step} has another push, {push_id:?}; push each step once, under one push_id for \

@@ -1,8 +1,9 @@
-//! Where weights files lie, which of them belong to a version, and which may be deleted.
+//! The files of weights: their keys, the versions to which they belong, and which may be deleted.
 //!
-//! Every upload gets a name of its own, although its content is named by its digest. So nothing
-//! that one owner of the run deletes can be what another has published, even if both hold the same
-//! weights: an owner that was paused and replaced deletes at most its own uploads.
+//! Every upload gets a key of its own, although the digest alone would name its content. With
+//! shared keys, a coordinator that was paused, lost the run, and then went on to delete an old
+//! version could delete the file that the new owner has just published with the same weights. With
+//! keys of their own it can delete only its own uploads.
 use super::{Book, publish::Fact};
 use crate::{
     error::Result,
@@ -13,30 +14,31 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Weights files, below the run.
+/// Folder of the weights files, below the run.
 const SNAPSHOTS: &str = "snapshots";
 
-/// A file that belongs to no version for so long is of a push that was never published. A younger
-/// one may be on its way, in a process that has lost the run and does not know it.
+/// A file of this age that belongs to no version is left from a push that was never published. A
+/// younger one may belong to a push that is being verified at this moment, perhaps by another
+/// coordinator.
 const ORPHANED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// A name for one more upload of these weights.
+/// Returns a key for one more upload of these weights.
 pub fn new_key(digest: &str) -> String {
     format!("{SNAPSHOTS}/{digest}.{}.safetensors", nonce())
 }
 
-/// The name that earlier versions gave to all uploads of these weights.
+/// Returns the key that earlier versions of this program gave to all uploads of these weights.
 pub fn shared_key(digest: &str) -> String {
     format!("{SNAPSHOTS}/{digest}.safetensors")
 }
 
-/// The digest of the weights at a key.
+/// Returns the digest in a key.
 pub fn digest_of(key: &str) -> Option<&str> {
     let name = key.strip_prefix(SNAPSHOTS)?.strip_prefix('/')?;
     name.strip_suffix(".safetensors")?.split('.').next()
 }
 
-/// The weights files of a run, and when each was written (seconds since 1970).
+/// The weights files of a run, with the time of writing (seconds since 1970).
 #[derive(Debug, Default)]
 pub struct Listed(BTreeMap<String, i64>);
 
@@ -52,7 +54,7 @@ impl Listed {
         ))
     }
 
-    /// Where the weights of a version are: at its own key, or at that of another upload of the same
+    /// Returns the key of a version's weights: its own, or that of another upload of the same
     /// bytes.
     pub fn find(&self, fact: &Fact) -> Option<String> {
         let own = fact.snapshot_key();
@@ -63,7 +65,7 @@ impl Listed {
         self.0.keys().find(same).cloned()
     }
 
-    /// Files of pushes that were never published.
+    /// Returns the files of pushes that were never published.
     pub fn orphans(&self, book: &Book, now: SystemTime) -> Vec<String> {
         let now = now
             .duration_since(SystemTime::UNIX_EPOCH)

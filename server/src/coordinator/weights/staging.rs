@@ -1,4 +1,4 @@
-//! The parts of one push, in memory: what may be staged, and when it is whole. No I/O.
+//! The parts of one push in memory: which parts may be staged, and when the push is whole. No I/O.
 use super::{ModelShape, names, part::Part};
 use crate::{
     bounds::{PARTS_MAX, PARTS_OF_TENSOR_MAX, TENSOR_NAME_BYTES_MAX, check_bytes},
@@ -16,7 +16,7 @@ use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
 #[derive(Debug)]
 struct Slot {
     stream: u64,
-    /// Its tensor; `None` where the part is dropped because it is a buffer and no weight.
+    /// The part's tensor; `None` if the part is thrown away because it is a buffer and no weight.
     tensor: Option<String>,
     done: bool,
 }
@@ -26,7 +26,7 @@ struct Slot {
 pub struct Staged {
     shape: Arc<ModelShape>,
     bytes_max: u64,
-    /// Parts of the whole push; 0 where its one stream says by its end that it is whole.
+    /// Parts of the whole push; 0 if the end of its single stream says that it is whole.
     expected: u32,
     bytes: u64,
     slots: HashMap<u64, Slot>,
@@ -34,11 +34,11 @@ pub struct Staged {
     tensors: BTreeMap<String, BTreeMap<u64, Part>>,
 }
 
-/// A part whose bytes are coming in.
+/// A part whose bytes are arriving.
 pub struct Receiving {
     slot: u64,
     tensor: String,
-    /// `None`: as many as come, and they are thrown away.
+    /// `None`: any number of bytes, which are thrown away.
     bytes_due: Option<usize>,
     bytes: Vec<u8>,
     hasher: blake3::Hasher,
@@ -67,12 +67,11 @@ impl Staged {
         self.expected
     }
 
-    /// Makes room for a part that `stream` announces.
+    /// Reserves a place for a part that `stream` announces.
     ///
     /// # Errors
-    /// `WeightsRefused` where it cannot be a block of such a tensor of the learner, `PushConflict`
-    /// where it overlaps another part, `MessageTooLarge` beyond the bytes of a push. All name the
-    /// tensor.
+    /// `WeightsRefused` if the learner has no tensor of which it is a block, `PushConflict` if it
+    /// overlaps another part, `MessageTooLarge` beyond the bytes of a push. All name the tensor.
     pub fn reserve(&mut self, stream: u64, header: PartHeader) -> Result<Receiving> {
         check_bytes("name", &header.name, TENSOR_NAME_BYTES_MAX)?;
         let header = self.as_the_learner(header);
@@ -115,11 +114,14 @@ impl Staged {
                 );
                 return Err(Error::new(Reason::MessageTooLarge, message).with("tensor", name));
             }
+            // Counted when the header arrives, before any byte of the part: parts of several
+            // streams arrive at the same time, and each alone may fit.
             self.bytes = bytes;
             receiving.bytes_due =
                 Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
-            // A rank whose shard is empty sends a part all the same. It holds nothing to keep, and
-            // would only be compared with all others.
+            // Under FSDP a rank whose shard is empty sends a part all the same. It is counted for
+            // `expected_parts` but not kept: with thousands of ranks, comparing empty parts would
+            // be most of the work.
             let parts = self.tensors.entry(name.clone()).or_default();
             if part.elements() > 0 || parts.is_empty() {
                 parts.insert(slot, part);
@@ -138,8 +140,8 @@ impl Staged {
         Ok(receiving)
     }
 
-    /// The part with the learner's name and shape of its tensor: without the prefixes of wrappers,
-    /// and one element is one element.
+    /// Returns the part with the learner's name and shape of its tensor: without the prefixes of
+    /// wrappers, and with the learner's form of a scalar (`[]` or `[1]`).
     fn as_the_learner(&self, mut header: PartHeader) -> PartHeader {
         if let Some(name) = names::unwrapped(&header.name, &self.shape.tensors) {
             names::log_prefixes_once(&header.name, &name);
@@ -157,7 +159,8 @@ impl Staged {
         header
     }
 
-    /// Position ids are constants that some versions of transformers keep in the state dict.
+    /// Returns whether a tensor is a buffer. Position ids are constants that some versions of
+    /// transformers keep in the state dict.
     fn is_buffer(&self, name: &str) -> bool {
         let last = name.rsplit('.').next();
         last == Some("position_ids") && !self.shape.tensors.contains_key(name)
@@ -230,10 +233,10 @@ impl Staged {
         Ok(part)
     }
 
-    /// Keeps a part that has arrived.
+    /// Keeps a part that has arrived completely.
     ///
     /// # Errors
-    /// `WeightsRefused`, naming its tensor, where bytes are missing or the checksum is another.
+    /// `WeightsRefused`, naming its tensor, if bytes are missing or the checksum differs.
     pub fn add_received(&mut self, receiving: Receiving) -> Result<()> {
         let Receiving {
             slot,
@@ -260,7 +263,7 @@ impl Staged {
                 ));
             }
         }
-        // A slot that is gone was taken back with its stream.
+        // A missing slot was removed together with its stream.
         let Some(found) = self.slots.get_mut(&slot) else {
             return Ok(());
         };
@@ -275,7 +278,7 @@ impl Staged {
         Ok(())
     }
 
-    /// Takes back all parts of a stream that broke.
+    /// Removes all parts of a stream that broke.
     pub fn drop_stream(&mut self, stream: u64) {
         let gone: Vec<u64> = self
             .slots
@@ -294,7 +297,7 @@ impl Staged {
         }
     }
 
-    /// Whether all parts are here, given that no stream is still sending.
+    /// Returns whether all parts have arrived, given that no stream is still sending.
     pub fn is_whole(&self) -> bool {
         self.expected == 0 || self.arrived_parts() == self.expected as usize
     }
@@ -303,8 +306,8 @@ impl Staged {
         self.slots.values().filter(|slot| slot.done).count()
     }
 
-    /// Why a push that did not become whole in time is refused: how many parts are missing, and the
-    /// first tensor.
+    /// Returns the refusal of a push that did not become whole in time: the number of missing
+    /// parts, and the first tensor.
     pub fn incomplete(&self) -> Error {
         let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
         let first = self.shape.tensors.iter().find(|(name, shape)| {
@@ -333,7 +336,7 @@ impl Staged {
         )
     }
 
-    /// The learner's tensors, and the parts of each.
+    /// Returns the learner's tensors and the parts of each.
     pub fn into_parts(self) -> (Arc<ModelShape>, BTreeMap<String, Vec<Part>>) {
         let parts = self
             .tensors
@@ -344,7 +347,7 @@ impl Staged {
 }
 
 impl Receiving {
-    /// Takes the next bytes of the part.
+    /// Appends the next bytes of the part.
     pub fn take(&mut self, data: &[u8]) -> Result<()> {
         let Some(due) = self.bytes_due else {
             return Ok(());
@@ -364,12 +367,12 @@ impl Receiving {
         Ok(())
     }
 
-    /// Whether it has all its bytes. A buffer that is thrown away never has.
+    /// Returns whether it has all its bytes. A buffer that is thrown away is never full.
     pub fn is_full(&self) -> bool {
         self.bytes_due == Some(self.bytes.len())
     }
 
-    /// Whether it may end here.
+    /// Returns whether the part may end here.
     pub fn may_end(&self) -> bool {
         self.bytes_due.is_none_or(|due| due == self.bytes.len())
     }

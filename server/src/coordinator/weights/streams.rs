@@ -1,4 +1,5 @@
-//! The streams of a push: who may join it, what they send, and the one answer that all of them get.
+//! The streams of a push: which may join it, what they send, and the one answer that all of them
+//! get.
 use super::{
     Inner, ModelShape, Weights,
     book::Snapshot,
@@ -25,18 +26,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Pushes of one run that may be staged at the same time; each may take `push_bytes_max` of memory.
+/// Most pushes of one run that are staged at the same time; each may take `push_bytes_max` of
+/// memory.
 const PUSHES_AT_ONCE_MAX: usize = 4;
 
-/// Refusals that are remembered.
+/// Most refusals that are remembered.
 const REFUSALS_KEPT: usize = 64;
 
 pub type At = (u32, i64);
-/// `None` while there is none. A `Status`, because errors cannot be copied and every stream gets
-/// its own.
+/// The answer of a push; `None` until there is one. It holds a `Status` since errors cannot be
+/// cloned and every stream gets the answer.
 pub type Answer = Option<Result<WeightsVersion, Status>>;
 
-/// The pushes of a run that are on their way, by generation and step.
+/// The pushes of a run that are under way, by generation and step.
 #[derive(Default)]
 pub struct Staging {
     pub pushes: BTreeMap<At, Push>,
@@ -45,7 +47,7 @@ pub struct Staging {
 
 pub struct Push {
     pub id: String,
-    /// `None` once it is whole and being published.
+    /// `None` once the push is whole and is being published.
     pub staged: Option<Staged>,
     pub streams: BTreeMap<u64, Rank>,
     pub started: Instant,
@@ -61,7 +63,7 @@ pub struct Rank {
 enum Joined {
     Published(WeightsVersion),
     Sending(Member),
-    /// The push is whole already.
+    /// The push is whole already, and only its answer is awaited.
     Waiting(Member),
 }
 
@@ -69,14 +71,14 @@ impl Weights {
     /// Takes one stream of a push (its messages after the start), and answers when the whole push
     /// is published or refused. `generation` is the run's current one.
     ///
-    /// Dropping the future, or an error in `messages`, takes this stream's parts back; it may be
-    /// sent again under the same `push_id`. A push that is published already answers the same
-    /// again.
+    /// Dropping the future, or an error in `messages`, removes this stream's parts. The stream may
+    /// be sent again under the same `push_id`. A push that is published already gets the same
+    /// answer again.
     ///
     /// # Errors
     /// `GenerationStale`, `PushOffCadence`, `PushConflict`, `Overloaded`, `Unimplemented`,
     /// `InvalidArgument` for what cannot be pushed; `WeightsRefused` and `MessageTooLarge`, naming
-    /// the first bad tensor; and what the verifier or storage says.
+    /// the first bad tensor; and the errors of the verifier and of storage.
     pub async fn push<S>(
         &self,
         generation: u32,
@@ -93,7 +95,8 @@ impl Weights {
         let member = match joined.inspect_err(|e| count_failure(e.reason()))? {
             Joined::Published(version) => {
                 let (run, step) = (&self.0.spec.run_id, start.step);
-                // What it sends is not read, so whether it is the same is for the client to see.
+                // The parts are not read, so the client compares the digest with what it would have
+                // sent.
                 tracing::info!(
                     run,
                     step,
@@ -107,6 +110,9 @@ impl Weights {
             Joined::Sending(member) => member,
         };
         let sent = tokio::select! {
+            // The answer may come while this stream still sends: another stream's bad tensor has
+            // refused the push, or a newer stream of this rank took over. Reading on would only
+            // take memory.
             biased;
             answer = member.wait_for_answer() => return answer,
             sent = member.receive(messages) => sent,
@@ -133,8 +139,9 @@ impl Weights {
         let shape = self.0.shape().await?;
         let at = (start.generation, start.step);
         let mut staging = self.0.lock();
-        // Once more: it may have been published meanwhile. It leaves the staging area only after it
-        // has entered the book.
+        // Checked again under the lock, since the push may have been published while the shape was
+        // awaited. A push leaves the staging area only after it has entered the book, so it is
+        // found in one of them; without this check it would be staged and published a second time.
         if let Some(version) = self.0.published(start)?.filter(|_| !lost) {
             return Ok(Joined::Published(version));
         }
@@ -174,8 +181,8 @@ impl Inner {
         self.staging.lock().expect("no panic while held")
     }
 
-    /// Tells of all that is staged now, and of a push that has just ended: in one change, so that
-    /// no step sees neither.
+    /// Updates the traffic: all staged pushes, and a push that has just ended, in one change. In
+    /// two changes a waiting step could see the push in neither set for a moment, and fall back.
     pub fn publish_traffic(&self, staging: &Staging, ended: Option<(At, &Result<WeightsVersion>)>) {
         let staged: BTreeSet<At> = staging.pushes.keys().copied().collect();
         self.traffic.send_if_modified(|traffic| {
@@ -195,7 +202,7 @@ impl Inner {
                 }
                 None => {}
             }
-            // Only the steps that are being decided are looked up.
+            // Only steps that are being decided look these up, so old entries can go.
             for told in [&mut traffic.refused, &mut traffic.failed] {
                 while told.len() > REFUSALS_KEPT {
                     told.pop_first();
@@ -206,7 +213,7 @@ impl Inner {
         });
     }
 
-    /// Whether such a push may come at all.
+    /// Checks that such a push may come at all.
     fn admit(&self, generation: u32, start: &PushStart) -> Result<()> {
         self.check_due(generation, start.generation, start.step)?;
         if start.base_version.is_some() {
@@ -223,7 +230,7 @@ impl Inner {
         check_count("expected_parts", start.expected_parts as usize, PARTS_MAX)
     }
 
-    /// Whether a push of `step` may come in generation `asked`, while the run is at `current`.
+    /// Checks that a push of `step` may come in generation `asked`, while the run is at `current`.
     pub(super) fn check_due(&self, current: u32, asked: u32, step: i64) -> Result<()> {
         if asked != current {
             let message = format!("the run is at generation {current}, and the push is of {asked}");
@@ -260,8 +267,8 @@ impl Inner {
         }
     }
 
-    /// Whether a push was published and its weights are gone, although no step has been past them:
-    /// then they are taken once more, and put back.
+    /// Returns whether a push was published but its file is lost, although steps may still need it.
+    /// The push is then accepted once more, to restore the file.
     async fn is_lost(&self, start: &PushStart) -> bool {
         let snapshot = self
             .book
@@ -270,13 +277,13 @@ impl Inner {
             .map(|(_, _, snapshot)| snapshot.clone());
         match snapshot {
             Some(Snapshot::Missing) => true,
-            // A store that cannot be reached says nothing.
+            // If the store cannot be reached, the file does not count as lost.
             Some(Snapshot::Kept(key)) => self.run.head(&key).await.is_ok_and(|meta| meta.is_none()),
             Some(Snapshot::Retired) | None => false,
         }
     }
 
-    /// Gives all streams of a push their answer, and forgets the push.
+    /// Gives all streams of a push their answer, and removes the push.
     pub fn answer(&self, staging: &mut Staging, at: At, answer: Result<WeightsVersion>) {
         if let Err(e) = &answer {
             count_failure(e.reason());
@@ -308,8 +315,9 @@ impl Push {
         }
     }
 
-    /// Adds a stream. An older one of the same rank is taken for broken: its client would not send
-    /// the rank twice at once.
+    /// Adds a stream. An older stream of the same rank counts as broken: a client sends a rank once
+    /// at a time. Its connection may be dead without a sign, and its parts would overlap the new
+    /// ones.
     fn join(&mut self, stream: u64, start: &PushStart) -> Result<CancellationToken> {
         if self.id != start.push_id {
             return Err(conflict(start.step, &self.id));

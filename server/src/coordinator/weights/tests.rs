@@ -263,7 +263,7 @@ async fn ranks_push_their_shards_and_get_one_answer() {
         expected_parts: 6,
         ..start(0, "p")
     };
-    // The third rank's shard of `a.weight` is empty, as FSDP leaves it where rows run out.
+    // The third rank's shard of `a.weight` is empty, as FSDP leaves it if rows run out.
     let shards = [
         [a_rows(2, 2), scale(1.0)].concat(),
         [a_rows(0, 1), b([1.0; 3])].concat(),

@@ -1,31 +1,33 @@
-//! Workers that fail for a reason that may be theirs alone: a mount, a credential or a network that
-//! others have.
+//! Workers that fail for a reason that may be theirs alone: a missing mount, credential or network
+//! that other workers have.
 use super::worker::Worker;
 use crate::error::{Error, Result};
 use superbatch_proto::v1::Reason;
 
-/// Workers that have to say the same before it is believed, where there are more.
+/// Workers that must fail before the error is believed, if there are more workers. One worker may
+/// have a broken mount, two may share a broken host. Asking all of a hundred workers would make
+/// each error of the data take minutes.
 const ENOUGH: usize = 3;
 
-/// Who was asked for one piece of work in vain.
+/// The workers that could not do one piece of work.
 #[derive(Debug, Default)]
 pub struct Unable {
     workers: Vec<Worker>,
     said: Option<Error>,
-    /// The log knows.
+    /// Whether the error was logged.
     told: bool,
 }
 
 impl Unable {
-    /// Notes that `worker` could not do it.
+    /// Notes that `worker` could not do the work.
     ///
     /// # Errors
-    /// `error` itself where no other worker would do better: it is no such reason, or enough
-    /// workers have said so.
+    /// `error` itself if no other worker would do better: its reason is not the worker's own, or
+    /// enough workers have failed.
     pub fn note(&mut self, worker: &Worker, error: Error) -> Result<()> {
         let may_be_its_own = matches!(
             error.reason(),
-            // Its own settings: no endpoint, no region, another store's bucket.
+            // Caused by the worker's own settings: no endpoint, no region, another store's bucket.
             Reason::InvalidArgument
                 | Reason::StorageUnreachable
                 | Reason::DatasetChanged
@@ -40,11 +42,11 @@ impl Unable {
         Ok(())
     }
 
-    /// The worker of `live` whose turn it is, among those that have not been asked in vain. `live`
-    /// is not empty.
+    /// Returns the worker of `live` whose turn it is, among those that have not failed. `live` is
+    /// not empty.
     ///
     /// # Errors
-    /// What the last one said, where there is no other.
+    /// The last worker's error, if there is no other worker.
     pub fn other(&mut self, mut live: Vec<Worker>, turn: usize) -> Result<Worker> {
         live.retain(|worker| !self.workers.iter().any(|asked| asked.is(worker)));
         if live.is_empty() {
@@ -68,7 +70,8 @@ impl Unable {
     }
 }
 
-/// Whether another worker may do better: this one is gone or going, or its device is.
+/// Returns whether the worker itself is lost: it is gone, shutting down, or its device fails.
+/// Another worker may then do better.
 pub fn is_lost(error: &Error) -> bool {
     matches!(
         error.reason(),

@@ -1,4 +1,4 @@
-//! Scoring workers: who is there, and who takes over where one cannot.
+//! Scoring workers: which are live, and which one takes over if one fails.
 pub mod failover;
 pub mod pool;
 pub mod prepare;

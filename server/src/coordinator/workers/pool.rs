@@ -1,5 +1,5 @@
-//! The workers that this coordinator may use: registered ones while their lease lasts, and the
-//! embedded one while its device is well.
+//! The workers that this coordinator may use: registered workers while their lease lasts, and the
+//! embedded worker while its device is well.
 use super::{replies::Replies, worker::Worker};
 use crate::{
     bounds::{LABEL_BYTES_MAX, TOKEN_BYTES_MAX, URI_BYTES_MAX, WORKERS_MAX, check_bytes},
@@ -30,11 +30,11 @@ const EMBEDDED: &str = "embedded";
 
 struct Member {
     worker: Worker,
-    /// `None`: embedded, lives as long as we do.
+    /// `None` for the embedded worker, which lives as long as this process.
     lease_until: Option<Instant>,
 }
 
-/// The state that workers have to share.
+/// The state that all workers must share.
 #[derive(Debug, Clone, Default)]
 pub struct Home {
     /// See [`crate::storage::probe`].
@@ -45,14 +45,14 @@ pub struct Home {
 /// Workers by address.
 pub struct Pool {
     home: Home,
-    /// How registered workers are reached.
+    /// Connects to registered workers.
     dialer: Dialer,
     lease: Duration,
-    /// How long a call waits for a first worker before it fails.
+    /// How long a call waits for the first worker before it fails.
     patience: Duration,
     replies: Replies,
     members: Mutex<BTreeMap<String, Member>>,
-    /// Counts changes, so that waiters look again.
+    /// Counts additions, so that waiting calls look again.
     changed: watch::Sender<u64>,
     turn: AtomicUsize,
 }
@@ -72,7 +72,7 @@ impl Pool {
         }
     }
 
-    /// Sets what workers may answer.
+    /// Sets the bounds on workers' answers.
     #[must_use]
     pub fn with_replies(self, replies: Replies) -> Self {
         Self { replies, ..self }
@@ -82,7 +82,7 @@ impl Pool {
         self.replies
     }
 
-    /// Reaches registered workers as `dialer` says.
+    /// Connects to registered workers by `dialer`.
     #[must_use]
     pub fn dialing(mut self, dialer: Dialer) -> Self {
         self.dialer = dialer;
@@ -93,7 +93,7 @@ impl Pool {
         self.lease
     }
 
-    /// Adds the worker that lives in this process.
+    /// Adds the worker of this process.
     pub fn embed(&self, channel: Channel, device: &str) {
         let worker = Worker {
             address: EMBEDDED.to_owned(),
@@ -107,15 +107,15 @@ impl Pool {
         });
     }
 
-    /// Lets the worker that lives in this process go, until it is embedded again.
+    /// Removes the worker of this process, until it is embedded again.
     pub fn let_embedded_go(&self) {
         self.remove(EMBEDDED);
     }
 
-    /// Takes a registration that came `now`: adds the worker, renews its lease, or lets it go.
+    /// Handles a registration at `now`: adds the worker, renews its lease, or removes it.
     ///
     /// # Errors
-    /// `InvalidArgument` where its address is no URI, or its state is another one than ours.
+    /// `InvalidArgument` if its address is no URI, or its state is not this coordinator's.
     pub fn register(&self, request: &RegisterRequest, now: Instant) -> Result<()> {
         if request.leaving {
             if self.remove(&request.address) {
@@ -161,7 +161,8 @@ impl Pool {
         Ok(())
     }
 
-    /// A connection to a worker, made at its first call.
+    /// Makes a connection to a worker, which opens at its first call. Registration must not wait
+    /// for it: a worker that cannot be reached would hold up its own next registration.
     fn connect(&self, request: &RegisterRequest) -> Result<Authorized> {
         let bearer = match request.token.as_str() {
             "" => Bearer::default(),
@@ -197,9 +198,12 @@ impl Pool {
             .with("ours", ours))
     }
 
-    /// Drops a worker whose connection broke; it comes back by its next registration.
+    /// Removes a worker whose connection broke. It comes back by its next registration.
     pub fn lost(&self, worker: &Worker) {
         let mut members = self.members.lock().expect("no panic while held");
+        // Several calls report the same loss, some of them late. By then the worker may have been
+        // restarted at the same address and registered again: only the process that was lost is
+        // removed. The embedded worker is never removed here, since nothing would bring it back.
         let same =
             |m: &Member| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
         if members.get(&worker.address).is_some_and(same) {
@@ -209,7 +213,7 @@ impl Pool {
         }
     }
 
-    /// All workers with a lease `now`, in the order of their addresses.
+    /// Returns all workers with a lease at `now`, in the order of their addresses.
     pub fn live(&self, now: Instant) -> Vec<Worker> {
         let mut members = self.members.lock().expect("no panic while held");
         members.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
@@ -217,30 +221,30 @@ impl Pool {
         members.values().map(|m| m.worker.clone()).collect()
     }
 
-    /// All live workers, once there is one.
+    /// Returns all live workers, and waits until there is one.
     ///
     /// # Errors
-    /// `NoWorkers` when none came within the pool's patience.
+    /// `NoWorkers` if none registered within the pool's patience.
     pub async fn wait_live(&self) -> Result<Vec<Worker>> {
         self.wait_on("").await
     }
 
-    /// One live worker, each in its turn.
+    /// Returns one live worker, in turn.
     pub async fn one(&self) -> Result<Worker> {
         self.one_on("").await
     }
 
-    /// One live worker whose device's name begins with `device`, each in its turn.
+    /// Returns one live worker whose device's name begins with `device`, in turn.
     pub async fn one_on(&self, device: &str) -> Result<Worker> {
         let live = self.wait_on(device).await?;
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         Ok(live[turn % live.len()].clone())
     }
 
-    /// One live worker, each in its turn, that has not been asked in vain.
+    /// Returns one live worker, in turn, that has not failed at this work.
     ///
     /// # Errors
-    /// `NoWorkers`, or what the last one said where there is no other.
+    /// `NoWorkers`, or the last worker's error if there is no other worker.
     pub async fn other(&self, unable: &mut Unable) -> Result<Worker> {
         self.other_on("", unable).await
     }
@@ -252,6 +256,8 @@ impl Pool {
     }
 
     async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
+        // Subscribed before the first look, so that a worker that registers between the look and
+        // the wait is not missed.
         let mut changed = self.changed.subscribe();
         let found = async {
             loop {
@@ -291,7 +297,7 @@ impl Pool {
         self.changed.send_modify(|n| *n += 1);
     }
 
-    /// Whether it was there.
+    /// Removes a worker. Returns whether it was present.
     fn remove(&self, address: &str) -> bool {
         let mut members = self.members.lock().expect("no panic while held");
         let removed = members.remove(address).is_some();

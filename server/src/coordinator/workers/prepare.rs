@@ -6,7 +6,7 @@ use crate::{
 };
 use superbatch_proto::v1::{ModelRef, PrepareModelRequest, PrepareModelResponse, Reason};
 
-/// Asks a worker to load a model and say what it is; another where one is lost.
+/// Has a worker load a model and describe it. If the worker is lost, another one takes over.
 pub async fn prepare(pool: &Pool, model: ModelRef, canary: bool) -> Result<PrepareModelResponse> {
     let (mut attempts, mut unable) = (0, Unable::default());
     loop {

@@ -1,8 +1,8 @@
-//! What a worker may answer, and how long it may take.
+//! Bounds on workers' answers and on their time.
 //!
-//! Workers are other processes, perhaps of another build: what sizes memory or decides a step is
-//! checked before it is used, and no wait for one is without an end. A worker that breaks a rule is
-//! named, and another one does its work.
+//! Workers are other processes, perhaps of another build. Every number that sizes memory or decides
+//! a step is checked before it is used, and every wait for a worker ends. The error names a worker
+//! that breaks a rule, and another worker does its work.
 use super::worker::Worker;
 use crate::{
     bounds::{
@@ -24,9 +24,9 @@ use tokio::time::timeout;
 /// Bounds on a worker's answers that the operator sets.
 #[derive(Debug, Clone, Copy)]
 pub struct Replies {
-    /// How long a worker may say nothing.
+    /// How long a worker may be silent.
     pub silence_max: Duration,
-    /// Bytes of one slice's chosen rows.
+    /// Most bytes of one slice's chosen rows.
     pub rows_bytes_max: u64,
 }
 
@@ -43,7 +43,7 @@ impl Replies {
     /// Waits for `answer`.
     ///
     /// # Errors
-    /// `NoWorkers`, naming the worker and `what` is waited for: it is taken for lost.
+    /// `NoWorkers`, naming the worker and `what` was awaited. The worker then counts as lost.
     pub async fn within<T>(
         &self,
         worker: &Worker,
@@ -61,7 +61,7 @@ impl Replies {
         })
     }
 
-    /// Checks how many bytes of rows have come.
+    /// Checks the number of bytes of rows received so far.
     ///
     /// # Errors
     /// `MessageTooLarge`.
@@ -78,7 +78,7 @@ impl Replies {
     }
 }
 
-/// An answer that no sound worker gives. Another worker may do better.
+/// The error for an answer that breaks the protocol. Another worker may do better.
 pub fn unsound(what: impl std::fmt::Display) -> Error {
     Error::internal(format!("a worker sent {what}"))
 }
@@ -174,8 +174,8 @@ pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
     }
 }
 
-/// Checks the end of embeddings of a slice of `candidates`, those of other slices that it embeds
-/// among them.
+/// Checks the end of a slice's embeddings. `candidates` counts also those of other slices that it
+/// embeds.
 pub fn check_done(done: &EmbedDone, candidates: usize) -> Result<()> {
     number("seconds", done.seconds)?;
     number("flops", done.flops)?;
@@ -193,7 +193,7 @@ pub fn check_done(done: &EmbedDone, candidates: usize) -> Result<()> {
     }
 }
 
-/// The holes of a slice of `candidates`, each once and with no more than a sentence about it.
+/// Checks the holes of a slice of `candidates`. Returns each hole once, with a short detail.
 pub fn checked_holes(mut holes: Vec<Hole>, candidates: usize) -> Result<Vec<Hole>> {
     let mut known = HashSet::new();
     if let Some(hole) = holes.iter().find(|h| h.candidate as usize >= candidates) {
@@ -211,15 +211,18 @@ pub fn checked_holes(mut holes: Vec<Hole>, candidates: usize) -> Result<Vec<Hole
     Ok(holes)
 }
 
-/// Checks a selection that was asked for by `begin`.
+/// Checks the answer to the selection request `begin`.
 pub fn check_selected(begin: &SelectBegin, selected: &SelectResponse) -> Result<()> {
     let (candidates, wanted) = (begin.positions.len(), begin.sub_batch_size as usize);
     let (drawn, holes) = (selected.indices.len(), &begin.holes);
-    // A draw from noise alone may go on past what is wanted: what cannot be read is passed over.
+    // A uniform draw may return more than it needs, because rows that cannot be read are skipped.
     let enough = match begin.policy() {
         Policy::Uniform => drawn >= wanted,
         _ => drawn == wanted,
     };
+    // The answer decides which rows are trained on, so it is checked in full: every index exists,
+    // is no hole, and comes once. A faulty worker could otherwise serve one row a thousand times,
+    // under a receipt that looks right.
     let mut free = vec![true; candidates];
     let mut take = |index: &u32| free.get_mut(*index as usize).is_some_and(std::mem::take);
     for hole in holes {

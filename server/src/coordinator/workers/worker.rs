@@ -1,19 +1,19 @@
-//! One scoring worker, as its coordinator sees it.
+//! One scoring worker, from its coordinator's side.
 use superbatch_proto::{MESSAGE_BYTES_MAX, v1::worker_service_client::WorkerServiceClient};
 use superbatch_transport::Authorized;
 
-/// A connection to one worker. Cloned freely.
+/// A connection to one worker. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Worker {
     pub address: String,
-    /// Of the worker's process: another one may come to the same address.
+    /// Id of the worker's process: another process may take over the same address.
     pub incarnation: String,
     pub device: String,
     pub channel: Authorized,
 }
 
 impl Worker {
-    /// Whether it is the same process.
+    /// Returns whether both are the same process.
     pub fn is(&self, other: &Self) -> bool {
         (&self.address, &self.incarnation) == (&other.address, &other.incarnation)
     }
