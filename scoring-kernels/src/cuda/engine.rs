@@ -51,14 +51,13 @@ pub(crate) struct CudaEngine<'a> {
 }
 
 impl<'a> CudaEngine<'a> {
+    /// The needed memory is checked up front, so that a selection which cannot fit fails with both
+    /// numbers before it has taken memory that LibTorch's models may need.
     pub(super) fn new(problem: &'a Problem<'a>, device: &'a Device) -> CudaResult<Self> {
         let count = problem.count;
         let Needed { inputs, above } =
             needed(count, problem.models.iter().map(|model| model.embeddings));
         let free = device.free_bytes()?;
-        // Checked up front, so that a selection which cannot fit fails with both numbers before it
-        // has taken memory that LibTorch's models may need. Another process may still take the
-        // memory in between; the allocation then fails by itself.
         if inputs + above > free {
             return Err(CudaError::Memory {
                 needed: inputs + above,

@@ -23,6 +23,16 @@ impl Maker<'_> {
     /// Returns the weights that the lag requires, or the fallback. The wait holds no slot of a
     /// worker: the trainer may push these weights only after it has an earlier step, which needs
     /// the slot.
+    ///
+    /// Each turn of the loop reads everything anew, since any of it may have changed: a push was
+    /// announced, published or refused, a rank came or went, or the run was rewound.
+    /// `borrow_and_update` marks a value as seen before it is judged, so a change after that wakes
+    /// the `select!`, and none is missed between the verdict and the wait.
+    ///
+    /// The traffic is read before the book. A push enters the book before it leaves the traffic, so
+    /// in this order it is seen in at least one of them. In the other order a push that is
+    /// published in between would be in neither, and the run would count as stalled at the very
+    /// moment its weights arrive.
     pub async fn await_weights(&self, step: u64) -> Result<Learner> {
         let run = self.run;
         let due = due(
@@ -38,15 +48,8 @@ impl Maker<'_> {
         let limits = Limits::of(self.spec);
         let (begun, mut told) = (Instant::now(), false);
         loop {
-            // Each turn of the loop reads everything anew, since any of it may have changed: a push
-            // was announced, published or refused, a rank came or went, or the run was rewound.
-            // `borrow_and_update` marks a value as seen before it is judged. A change after that
-            // wakes the `select!` below, so no change is missed between the verdict and the wait.
             let (began, current) = run.began();
-            // The traffic is read before the book. A push enters the book before it leaves the
-            // traffic, so in this order it is seen in at least one of them. In the other order a
-            // push that is published in between would be in neither, and the run would count as
-            // stalled at the very moment its weights arrive.
+            // The traffic is read before the book, see above.
             let (coming, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
                 return Ok(Learner::Version(published, Mode::Normal));
@@ -85,9 +88,6 @@ impl Maker<'_> {
                 continue;
             }
             let _parked = self.reporter.begin_waiting_for_trainer();
-            // Only time can end a wait when nothing changes: the moment when the deadline or the
-            // grace period ends. If ranks were told already, they have left and there is nothing to
-            // wake for.
             let given_up = limits
                 .next_verdict(&wanted, Instant::now())
                 .filter(|_| verdict == Verdict::Wait);

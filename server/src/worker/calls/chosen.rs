@@ -38,8 +38,7 @@ impl Scoring<'_> {
             );
             return Err(Error::invalid("candidates", message));
         }
-        // All candidates are checked before the first read: an index from the wire must not reach
-        // the slices below, and a hole has no bytes to send.
+        // All indices off the wire are checked before the first read.
         for candidate in &chosen.candidates {
             let candidate = *candidate as usize;
             if candidate >= self.slice.candidates || self.faults.contains_key(&candidate) {
@@ -63,9 +62,8 @@ impl Scoring<'_> {
             .map(|(block, places)| self.chosen_of(block, places, chosen).boxed())
             .collect();
         let mut reads = stream::iter(reads).buffered(AHEAD);
-        // The draw's order is not the blocks' order. Each block is read once and its rows are put
-        // at their places in the request; `each` then refuses an empty place, which would shift
-        // every later row to another candidate.
+        // Rows arrive by block and are put at their places; `each` refuses an empty place, which
+        // would shift every later row to another candidate.
         let mut rows: Vec<Option<Row>> = vec![None; chosen.len()];
         let mut rows_read_again = 0;
         while let Some((found, was_read_again)) = reads.try_next().await? {
