@@ -1,7 +1,7 @@
 //! Decodes images as Pillow does: turned by their EXIF orientation, on white, in 8-bit RGB.
 //!
-//! What this equals, to the last bit, is `ImageOps.exif_transpose`, then a paste through the alpha
-//! channel onto a white RGB canvas.
+//! The result equals, to the last bit, `ImageOps.exif_transpose` followed by a paste through the
+//! alpha channel onto a white RGB canvas.
 use crate::{
     image::{Decoded, Error, ImageLimits, check, undecodable},
     jpeg::jpeg,
@@ -17,12 +17,12 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-/// Room for a PNG's text, profile and row buffers beside its pixels.
+/// Memory for a PNG's text, profile and row buffers, besides its pixels.
 const CHUNK_BYTES: u64 = 16 << 20;
 
-/// Decodes a JPEG, PNG or WebP file, told by its first bytes. An animation gives its first frame,
-/// colour profiles are not applied, CMYK is taken as Adobe writes it (inverted), and grey of 16
-/// bits is clipped at 255: all as Pillow does.
+/// Decodes a JPEG, PNG or WebP file, recognised by its first bytes. As in Pillow, an animation
+/// gives its first frame, colour profiles are not applied, CMYK is read as Adobe writes it
+/// (inverted), and grey of 16 bits is clipped at 255.
 ///
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.

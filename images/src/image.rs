@@ -1,9 +1,8 @@
-//! An image between its file and its pixels: how large it may be, what can be wrong with it, what a
-//! decoder makes of it.
+//! An image between its file and its pixels: its limits, its errors, and a decoder's result.
 use image::DynamicImage;
 use std::fmt::Display;
 
-/// Why there are no pixels: a fault of the file.
+/// Why a file gives no pixels.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("{0}")]
@@ -12,7 +11,7 @@ pub enum Error {
     Undecodable(String),
 }
 
-/// How large an image may be; checked before memory is taken for its pixels.
+/// The largest image, checked before memory is taken for its pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageLimits {
     /// Width times height.

@@ -1,4 +1,4 @@
-//! The connection to a service, and what can be asked without a run.
+//! The connection to a service, and the calls that need no open run.
 use crate::{Credentials, Error, Result, Retry, Run, error, retry};
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
@@ -7,23 +7,24 @@ use tonic::{Response, Status, transport::Endpoint};
 
 pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Authorized>;
 
-/// How to connect.
+/// Settings of a connection.
 #[derive(Debug, Clone)]
 pub struct ConnectConfig {
-    /// For one attempt to connect, at start and whenever the connection was lost.
+    /// Limit for one attempt to connect, at the start and after each loss of the connection.
     pub connect_timeout: Duration,
-    /// How faults that pass are met, once connected.
+    /// How often calls are retried, once connected.
     pub retry: Retry,
-    /// Silence after which the service is asked for a sign of life, and how long that may take: a
-    /// service that stands still is noticed after twice this. Shortened to `retry.elapsed_max`, but
-    /// not below 5 s.
+    /// Silence after which the service is pinged, and how long its answer may take. So a service
+    /// that hangs is noticed after twice this time. Shortened to `retry.elapsed_max`, but not below
+    /// 5 s.
     pub keep_alive: Duration,
-    /// What this client shows and trusts. What is not given is taken from the environment.
+    /// The client's certificates and token. Fields that are not given are taken from the
+    /// environment.
     pub credentials: Credentials,
 }
 
-/// The shortest that [`ConnectConfig::keep_alive`] is shortened to: on a slow line a sign of life
-/// waits behind an upload.
+/// The lower bound of [`ConnectConfig::keep_alive`]: on a slow line the answer to a ping waits
+/// behind an upload, and a shorter limit would break sound connections.
 const KEEP_ALIVE_SHORTENED_MIN: Duration = Duration::from_secs(5);
 
 impl Default for ConnectConfig {
@@ -53,12 +54,12 @@ pub struct Client {
     pub(crate) link: Arc<Link>,
 }
 
-/// What is fixed about a connection.
+/// The fixed properties of a connection.
 #[derive(Debug)]
 pub(crate) struct Link {
     uri: String,
     pub retry: Retry,
-    /// How long a service is silent at most before a call to it breaks.
+    /// Longest silence of the service before a call to it breaks.
     pub silence_max: Duration,
 }
 
@@ -70,7 +71,7 @@ impl Client {
         Self::connect_with(uri, ConnectConfig::default()).await
     }
 
-    /// [`Client::connect`], with settings.
+    /// As [`Client::connect`], with settings.
     pub async fn connect_with(uri: impl AsRef<str>, config: ConnectConfig) -> Result<Self> {
         let uri = uri.as_ref();
         let (dialer, bearer) = config.credentials.clone().or_environment().open(uri)?;
@@ -94,7 +95,9 @@ impl Client {
             }),
         };
         if uri.starts_with("https:") {
-            // Under TLS 1.3 a service refuses a client's certificate after that has connected.
+            // Under TLS 1.3 a client has finished its handshake before the service checks its
+            // certificate. So a refused certificate shows only at the first call, which is made
+            // here.
             client.answers().await?;
         }
         Ok(client)
@@ -122,12 +125,12 @@ impl Client {
         Run::new(self.clone(), run_id, opened)
     }
 
-    /// Everything known about a run, without joining it.
+    /// Returns everything known about a run, without joining it.
     pub async fn get_run(&self, run_id: impl Into<String>) -> Result<v1::RunInfo> {
         self.get_run_resumed(run_id.into(), None).await
     }
 
-    /// [`Client::get_run`], for a trainer that goes on at `resume_step`.
+    /// As [`Client::get_run`], for a trainer that goes on at `resume_step`.
     pub(crate) async fn get_run_resumed(
         &self,
         run_id: String,
@@ -147,7 +150,7 @@ impl Client {
             .ok_or_else(|| Error::from(Status::internal("GetRun answered without a run")))
     }
 
-    /// All runs that the service knows.
+    /// Lists all runs that the service knows.
     pub async fn list_runs(&self) -> Result<Vec<v1::RunSummary>> {
         let response = self
             .call(v1::ListRunsRequest {}, |mut api, request| async move {
@@ -157,8 +160,8 @@ impl Client {
         Ok(response.runs)
     }
 
-    /// Ends a run, for all ranks: no further steps or pushes. Its receipts stay. A run that is
-    /// closed already stays so.
+    /// Ends a run for all ranks: no further steps or pushes. Its receipts stay. Closing a closed
+    /// run changes nothing.
     pub async fn close_run(&self, run_id: impl Into<String>) -> Result<()> {
         let request = v1::CloseRunRequest {
             run_id: run_id.into(),
@@ -174,7 +177,7 @@ impl Client {
         self.api.clone()
     }
 
-    /// A unary call that may be repeated.
+    /// Makes a unary call that may be repeated.
     pub(crate) async fn call<Q: Clone, A, F>(
         &self,
         request: Q,
@@ -190,7 +193,8 @@ impl Client {
         retry::call(self, attempt).await
     }
 
-    /// Whether the service says anything at all, be it a refusal: no run has this id.
+    /// Checks that the service answers at all. Any answer will do, also a refusal: no run has the
+    /// empty id.
     pub(crate) async fn answers(&self) -> Result<()> {
         match self
             .api()
@@ -203,7 +207,7 @@ impl Client {
         }
     }
 
-    /// The error, with the service's address if there was no answer.
+    /// Returns the error, with the service's address if there was no answer.
     pub(crate) fn located(&self, error: Error) -> Error {
         match error {
             Error::Transport(status) if error::is_unanswered(&status) => Error::Broken {
@@ -216,12 +220,12 @@ impl Client {
 }
 
 fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
-    // It holds letters, a slash, digits and dots alone.
+    // The name consists of letters, a slash, digits and dots, so it is always a valid header.
     let named = endpoint
         .clone()
         .user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
         .unwrap_or(endpoint);
-    // Pings find a peer that vanished while a call waits for its answer.
+    // Pings detect a peer that vanished while a call waits for its answer.
     named
         .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)

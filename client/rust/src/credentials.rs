@@ -1,16 +1,16 @@
-//! What a client shows and trusts. The only place of the client that reads the environment.
+//! The client's certificates and token. Only this module of the client reads the environment.
 use crate::{Error, Result};
 use std::{fmt, path::PathBuf};
 use superbatch_transport::{Bearer, Dialer, Trust};
 use tonic::transport::Uri;
 
-/// TLS files and the token. What is not given is taken from the environment: `SUPERBATCH_CA`,
-/// `SUPERBATCH_CERT`, `SUPERBATCH_KEY`, `SUPERBATCH_SERVER_NAME`, `SUPERBATCH_TOKEN`,
-/// `SUPERBATCH_TOKEN_FILE`.
+/// TLS files and the token. Fields that are not given are taken from the environment:
+/// `SUPERBATCH_CA`, `SUPERBATCH_CERT`, `SUPERBATCH_KEY`, `SUPERBATCH_SERVER_NAME`,
+/// `SUPERBATCH_TOKEN`, `SUPERBATCH_TOKEN_FILE`.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Credentials {
-    /// PEM file of the authorities that the service's certificate comes from; else those of the
-    /// system.
+    /// PEM file of the authorities that may sign the service's certificate. If absent, the
+    /// system's.
     pub ca: Option<PathBuf>,
     /// PEM files of this client's own certificate and key, if the service asks for one (mTLS).
     pub cert: Option<PathBuf>,
@@ -18,10 +18,10 @@ pub struct Credentials {
     /// The name in the service's certificate, if it is not the host of its address.
     pub server_name: Option<String>,
     pub token: Option<String>,
-    /// A file that holds the token; it may change while the client lives.
+    /// A file with the token, which may change while the client runs.
     pub token_file: Option<PathBuf>,
-    /// Whether the token may be sent without TLS to another machine, where everybody between can
-    /// read it.
+    /// Whether the token may be sent without TLS to another machine, so that every host on the way
+    /// can read it.
     pub allow_insecure: bool,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// With what is not given taken from the environment of this process.
+    /// Fills in the fields that are not given from the environment of this process.
     #[must_use]
     pub fn or_environment(self) -> Self {
         self.or_from_environment(|name| std::env::var(name).ok())
@@ -47,7 +47,8 @@ impl Credentials {
     fn or_from_environment(self, variable: impl Fn(&str) -> Option<String>) -> Self {
         let text = |name: &str| variable(name).filter(|value| !value.is_empty());
         let path = |name: &str| text(name).map(PathBuf::from);
-        // A pair belongs together, and of the two forms of a token the one that is given counts.
+        // A certificate and its key are taken from one source only: half a pair from each would
+        // never fit. Likewise a given token in either form excludes both variables.
         let (has_cert, has_token) = (
             self.cert.is_some() || self.key.is_some(),
             self.token.is_some() || self.token_file.is_some(),
@@ -68,7 +69,7 @@ impl Credentials {
         }
     }
 
-    /// How to reach `uri`, and what calls carry.
+    /// Returns the dialer for `uri` and the token for its calls.
     ///
     /// # Errors
     /// [`Error::Invalid`], naming the argument.

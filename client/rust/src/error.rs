@@ -1,4 +1,4 @@
-//! Why a call of the client failed, and whether trying again can help.
+//! Why a call of the client failed, and whether a retry can help.
 use std::{collections::HashMap, error::Error as _, time::Duration};
 use superbatch_proto::{Failure, reason_name as name, v1::Reason};
 use tonic::{Code, Status};
@@ -8,7 +8,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a call failed, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The service refused or failed the call, and says why.
+    /// The service refused or failed the call, with its reason.
     #[error("{0}")]
     Refused(Box<Failure>),
     /// The service could not be reached at all.
@@ -34,7 +34,7 @@ pub enum Error {
         received: u64,
         expected: u64,
     },
-    /// What arrived is not what was sent, or not what the protocol says.
+    /// The received data are not what was sent, or break the protocol.
     #[error("the batch of step {step} arrived damaged: {what}")]
     Corrupt { step: u64, what: String },
     /// An argument that the client itself refuses.
@@ -43,7 +43,7 @@ pub enum Error {
         field: &'static str,
         message: String,
     },
-    /// Retries were used up, so long after the service last gave a good sign.
+    /// Retries were used up, `elapsed` after the service last answered well.
     #[error("gave up after {attempts} attempt{} in {:.1} s: \
     {last}", plural(*attempts), elapsed.as_secs_f64())]
     GaveUp {
@@ -57,8 +57,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The service's reason. If it gave none, that which comes nearest to the gRPC status;
-    /// `None` if there was no answer.
+    /// Returns the service's reason. If it gave none, the reason nearest to the gRPC status; `None`
+    /// if there was no answer.
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Refused(failure) => Some(failure.reason),
@@ -68,7 +68,7 @@ impl Error {
         }
     }
 
-    /// The service's failure, if it gave one: reason, message and metadata.
+    /// Returns the service's failure, if it gave one: reason, message and metadata.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
             Self::Refused(failure) => Some(failure),
@@ -77,8 +77,8 @@ impl Error {
         }
     }
 
-    /// A name for programs: that of [`Error::reason`] without its prefix, or, if there is none,
-    /// `UNAVAILABLE` (no answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
+    /// Returns a name for programs: that of [`Error::reason`] without its prefix. If there is no
+    /// reason, `UNAVAILABLE` (no answer), `BATCH_CORRUPT`, `INVALID_ARGUMENT` or `CANCELLED`.
     pub fn reason_name(&self) -> &'static str {
         match self {
             Self::Refused(failure) => name(failure.reason),
@@ -91,7 +91,7 @@ impl Error {
         }
     }
 
-    /// Values for programs, such as `field`, `column` or `tensor`.
+    /// Returns values for programs, such as `field`, `column` or `tensor`.
     pub fn metadata(&self) -> HashMap<String, String> {
         match (self.failure(), self) {
             (Some(failure), _) => failure.metadata.clone(),
@@ -102,7 +102,7 @@ impl Error {
         }
     }
 
-    /// Whether the same call may succeed later, unchanged. The one place where that is decided.
+    /// Returns whether the same call may succeed later, unchanged. Only this function decides that.
     pub fn is_retryable(&self) -> bool {
         use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
         let passes = |reason| {
@@ -122,9 +122,9 @@ impl Error {
         }
     }
 
-    /// Whether the call broke because nothing at all was heard from the service.
+    /// Returns whether the call broke because the service was silent.
     pub(crate) fn is_silence(&self) -> bool {
-        // hyper keeps the type of this cause to itself.
+        // hyper's type of this cause is private, so its text decides.
         matches!(self, Self::Broken { status, .. } if chain(&**status).contains("keep-alive timed \
         out"))
     }
@@ -146,19 +146,18 @@ impl From<Status> for Error {
     }
 }
 
-/// The reason nearest to a status that carries none; `None` for those of a broken or unanswered
-/// call.
+/// Returns the reason nearest to a status without one; `None` for a broken or unanswered call.
 fn nearest(status: &Status) -> Option<Reason> {
     match status.code() {
         Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => None,
-        // These two are also what a broken connection turns into; then the status has a cause on
-        // this side.
+        // tonic turns a broken connection into these codes too. The status then has a source on
+        // this side, which an answer from the wire never has.
         Code::Unknown | Code::Internal if status.source().is_some() => None,
         Code::Unimplemented => Some(Reason::Unimplemented),
         Code::Unauthenticated => Some(Reason::Unauthenticated),
         Code::PermissionDenied => Some(Reason::PermissionDenied),
-        // Some gRPC libraries refuse long messages with the one, some with the other, which also
-        // stands for rates.
+        // gRPC libraries refuse a long message with OUT_OF_RANGE or with RESOURCE_EXHAUSTED.
+        // Proxies also use the latter for rate limits, so its text decides.
         Code::OutOfRange => Some(Reason::MessageTooLarge),
         Code::ResourceExhausted if status.message().contains("larger than max") => {
             Some(Reason::MessageTooLarge)
@@ -176,7 +175,7 @@ fn remedy(status: &Status) -> &'static str {
     }
 }
 
-/// Whether a status stands for a call that nobody answered.
+/// Returns whether a status stands for a call without an answer.
 pub(crate) fn is_unanswered(status: &Status) -> bool {
     nearest(status).is_none()
 }
@@ -185,9 +184,9 @@ fn plural(count: u32) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
-/// What went wrong and its causes, each said once.
+/// Joins an error's text with its causes, each once.
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    // A status shows its code and its details as well.
+    // A status's own text has its code and details too, so only its message is used.
     let mut text = error
         .downcast_ref::<Status>()
         .map_or_else(|| error.to_string(), |status| status.message().to_owned());

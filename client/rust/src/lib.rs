@@ -17,10 +17,10 @@
 //! # }
 //! ```
 //!
-//! What it takes care of: streams that break are resumed at the byte where they broke, every batch
-//! is checked against its row count and BLAKE3, faults that pass are retried within bounds
-//! ([`Retry`]), the next steps are asked for ahead, and weights are cut into parts with checksums.
-//! Dropping a future or a stream cancels its calls.
+//! The client resumes broken streams at the byte where they broke, checks every batch against its
+//! row count and BLAKE3, retries transient faults within bounds ([`Retry`]), requests the next
+//! steps ahead, and cuts weights into parts with checksums. Dropping a future or a stream cancels
+//! its calls.
 mod batches;
 mod client;
 mod credentials;

@@ -1,22 +1,22 @@
-//! How often and how long a call is tried again.
+//! Retries of calls: how often and how long.
 use crate::{Client, Error, Result};
 use rand::Rng;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
-/// Bounds on trying again. They count failures in a row: a stream that moved on before it broke
-/// starts afresh.
+/// Bounds on retries. They count failures in a row: a stream that made progress before it broke
+/// begins anew.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retry {
-    /// Attempts in all; 1 never tries again.
+    /// Attempts in all; 1 means no retry.
     pub attempts_max: u32,
-    /// Time from the first failure after which no further attempt begins. A service that fell
-    /// silent failed when it was last heard, which is noticed after at most twice
-    /// [`crate::ConnectConfig::keep_alive`]. After a call that was not answered, a further attempt
-    /// begins when the service answers at all, and then may wait as long as the answer takes.
+    /// Time from the first failure after which no further attempt begins. A silent service counts
+    /// as failed since its last answer, which is noticed after at most twice
+    /// [`crate::ConnectConfig::keep_alive`]. After a call without an answer, the next attempt
+    /// begins once the service answers at all; it may then wait as long as the answer takes.
     pub elapsed_max: Duration,
-    /// Longest delay after the first failure. It doubles with each further one.
+    /// Longest delay after the first failure. It doubles with each further failure.
     pub backoff_first: Duration,
     pub backoff_max: Duration,
 }
@@ -32,12 +32,13 @@ impl Default for Retry {
     }
 }
 
-/// A batch that arrives damaged this often is damaged at its source.
+/// A batch that arrives damaged this often is damaged at its source, so more attempts would not
+/// help.
 const CORRUPT_ATTEMPTS_MAX: u32 = 3;
 
 impl Retry {
-    /// The delay after the `failures`-th failure in a row (from 1): exponential, with half of it
-    /// left to chance, so that ranks that failed together do not come back together.
+    /// Returns the delay after the `failures`-th failure in a row (from 1). It grows exponentially
+    /// and half of it is random, so that ranks that failed together do not retry together.
     pub fn delay(&self, failures: u32, rng: &mut impl Rng) -> Duration {
         let doublings = failures.saturating_sub(1).min(31);
         let longest = self
@@ -70,12 +71,12 @@ impl<'a> Attempts<'a> {
         Self::new(&client.link.retry, client.link.silence_max)
     }
 
-    /// Something was achieved: what failed before no longer counts.
+    /// Notes progress: earlier failures no longer count.
     pub fn progressed(&mut self) {
         (self.failures, self.first) = (0, None);
     }
 
-    /// How long to wait before trying again, or the error to end with. The attempt ran from `began`
+    /// Returns the wait before the next attempt, or the final error. The attempt ran from `began`
     /// to `now`.
     fn failed(
         &mut self,
@@ -89,8 +90,8 @@ impl<'a> Attempts<'a> {
         } else {
             Duration::ZERO
         };
-        // A connection that held for so long was not silent: the time before it does not count. The
-        // attempts still do.
+        // An attempt that lasted this long had a live connection, since pings would have ended it
+        // earlier. So the time before it does not count. The number of attempts still does.
         if now - began > 2 * self.silence_max {
             self.first = None;
         }
@@ -111,7 +112,7 @@ impl<'a> Attempts<'a> {
         Ok(delay)
     }
 
-    /// Waits until it is time for the next attempt, or ends with the error.
+    /// Waits until the next attempt may begin, or returns the final error.
     ///
     /// An attempt may rightly wait long for its answer. So after one that was not answered, the
     /// service is first asked for any answer at all, in the time that is left.
@@ -158,7 +159,7 @@ impl<'a> Attempts<'a> {
     }
 }
 
-/// Calls until it succeeds, fails for good, or the bounds are reached.
+/// Calls until `attempt` succeeds, fails for good, or reaches the bounds.
 pub(crate) async fn call<T, F>(client: &Client, mut attempt: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<T>>,

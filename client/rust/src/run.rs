@@ -1,4 +1,4 @@
-//! One open run: its batches, receipts, weights and life.
+//! One open run: its batches, receipts, weights and changes.
 use crate::{
     Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
     batches::fetch::{Cursor, Fetch, Urgency},
@@ -12,7 +12,7 @@ use std::sync::{
 use superbatch_proto::v1;
 use tonic::Status;
 
-/// A run that was opened. Cheap to clone; clones share the generation.
+/// An open run. Cheap to clone; clones share the generation.
 #[derive(Debug, Clone)]
 pub struct Run {
     pub(crate) client: Client,
@@ -56,8 +56,8 @@ impl Run {
     }
 
     /// Names this start of the trainer, by an id that all its ranks share. After a restart, ranks
-    /// with a new id take over together the steps that the old ones had opened, whatever the world
-    /// size; stragglers of the old are refused.
+    /// with a new id take over the steps that the old ranks had opened, whatever the world size.
+    /// Late ranks of the old start are refused.
     #[must_use]
     pub fn with_incarnation(self, incarnation: impl Into<Arc<str>>) -> Self {
         Self {
@@ -70,36 +70,36 @@ impl Run {
         &self.shared.run_id
     }
 
-    /// The spec in force, defaults filled.
+    /// Returns the spec in force, with defaults filled in.
     pub fn spec(&self) -> v1::RunSpec {
         self.shared.opened.spec.clone().unwrap_or_default()
     }
 
-    /// The schema of every batch.
+    /// Returns the schema of every batch.
     pub fn schema(&self) -> &SchemaRef {
         &self.shared.schema
     }
 
-    /// What the service answered when the run was opened.
+    /// Returns the service's answer when the run was opened.
     pub fn opened(&self) -> &v1::OpenRunResponse {
         &self.shared.opened
     }
 
-    /// When the run was opened, the step after the last committed one: where a trainer without a
-    /// checkpoint goes on.
+    /// Returns the first step that was not committed when the run was opened. A trainer without a
+    /// checkpoint goes on there.
     pub fn next_step(&self) -> u64 {
         self.shared.opened.next_step
     }
 
-    /// The trajectory that this handle asks for and pushes to.
+    /// Returns the generation that this handle requests and pushes to.
     pub fn generation(&self) -> u32 {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// This rank's slice of the step's sub-batch.
+    /// Returns this rank's slice of the step's sub-batch.
     ///
-    /// Under [`v1::Intent::Need`] the service's deadline runs; under `Prefetch` the call waits as
-    /// long as it takes.
+    /// Under [`v1::Intent::Need`] the service's deadline applies; under `Prefetch` the call waits
+    /// as long as it takes.
     pub async fn select(
         &self,
         step: u64,
@@ -121,18 +121,17 @@ impl Run {
         .await
     }
 
-    /// The steps from `config.start_step` on, each asked for ahead of time.
+    /// Returns the steps from `config.start_step` on, each requested ahead of time.
     pub fn batches(&self, config: BatchesConfig) -> Result<Batches> {
         Batches::new(self.clone(), config)
     }
 
-    /// Pushes the weights that `step` left behind (-1: the initial ones), whole, and waits until
-    /// they are published.
+    /// Pushes all weights after `step` (-1: the initial ones), and waits until they are published.
     ///
-    /// Its push id follows from (generation, step), so that a trainer which resumes from a
-    /// checkpoint and repeats a step is answered with what was published, and several ranks of one
-    /// push agree without talking. So other weights for a step that is published change nothing
-    /// ([`Run::dropped_push`]): to retrain from it, [`Run::rewind`] to it first.
+    /// The push id is made from (generation, step). So several ranks of one push agree without
+    /// communication, and a trainer that resumes and repeats a step gets the published version.
+    /// Other weights for a published step change nothing ([`Run::dropped_push`]): to retrain from
+    /// it, [`Run::rewind`] to it first.
     pub async fn push_weights(&self, step: i64, parts: Vec<Part>) -> Result<v1::WeightsVersion> {
         self.push(Push::whole(step, parts)).await
     }
@@ -144,11 +143,10 @@ impl Run {
         push::push(self, push, announced).await
     }
 
-    /// The first step for which this process pushed other weights than those that are published,
-    /// and stay.
+    /// Returns the first step for which this process pushed other weights than the published ones,
+    /// which stay in force.
     ///
-    /// Known of whole pushes only: of one rank's parts, what the other ranks pushed is not known
-    /// here.
+    /// This is known for whole pushes only: one rank does not know the other ranks' parts.
     pub fn dropped_push(&self) -> Option<i64> {
         self.shared.dropped.get().copied()
     }
@@ -157,9 +155,9 @@ impl Run {
         self.client.get_run(self.run_id()).await
     }
 
-    /// The pushes that a trainer which goes on at `resume_step` has to repeat, with its
-    /// checkpoint's weights: they were on their way when the trainer before it ended, and steps
-    /// wait for them.
+    /// Returns the pushes that a trainer which goes on at `resume_step` must repeat with its
+    /// checkpoint's weights. They were under way when the earlier trainer ended, and steps wait for
+    /// them.
     pub async fn missing_pushes(&self, resume_step: u64) -> Result<Vec<i64>> {
         let run_id = self.run_id().to_owned();
         let run = self
@@ -169,13 +167,12 @@ impl Run {
         Ok(run.missing_pushes)
     }
 
-    /// Ends the run, for all ranks: no further steps or pushes. Its receipts stay.
+    /// Ends the run for all ranks: no further steps or pushes. Its receipts stay.
     pub async fn close_run(&self) -> Result<()> {
         self.client.close_run(self.run_id()).await
     }
 
-    /// Adds phases for steps that are not committed yet, and returns the spec in force. Not
-    /// repeated on faults.
+    /// Adds phases for steps that are not committed yet. Returns the spec in force. Not retried.
     pub async fn append_phases(&self, phases: Vec<v1::Phase>) -> Result<v1::RunSpec> {
         let request = v1::AppendPhasesRequest {
             run_id: self.run_id().to_owned(),
@@ -191,8 +188,8 @@ impl Run {
         Ok(response.spec.unwrap_or_default())
     }
 
-    /// Goes back to `to_step` in a new generation, which this handle and its clones follow; other
-    /// ranks open the run again. Not repeated on faults, because each call opens a generation.
+    /// Goes back to `to_step` in a new generation. This handle and its clones follow; other ranks
+    /// open the run again. Not retried, because each call opens a generation.
     pub async fn rewind(&self, to_step: u64, mode: v1::RewindMode) -> Result<u32> {
         let request = v1::RewindRequest {
             run_id: self.run_id().to_owned(),
@@ -210,8 +207,8 @@ impl Run {
         Ok(generation)
     }
 
-    /// Why a step's batch was chosen, row by row, in however many pages it comes. `generation`: the
-    /// run's current one if absent.
+    /// Returns a step's receipt: why its batch was chosen, row by row. Joins all pages.
+    /// `generation` is the run's current one if absent.
     pub async fn receipt(&self, step: u64, generation: Option<u32>) -> Result<v1::Receipt> {
         let mut request = v1::GetReceiptRequest {
             run_id: self.run_id().to_owned(),
@@ -241,7 +238,7 @@ impl Run {
                 return Err(incomplete_answer("with a page that leads nowhere"));
             }
             request.row_offset = next;
-            // The run may be rewound between two pages.
+            // Pins the generation, since the run may be rewound between two pages.
             request.generation = whole.summary.as_ref().map(|summary| summary.generation);
         }
     }
@@ -262,7 +259,7 @@ impl Run {
         self.shared.pushes.has_published(generation, step)
     }
 
-    /// Remembers that the weights pushed for `step` are not those that are published.
+    /// Remembers that the weights pushed for `step` are not the published ones.
     pub(crate) fn drop_push(&self, step: i64) {
         if self.shared.dropped.set(step).is_ok() {
             tracing::warn!(

@@ -20,7 +20,7 @@ pub mod workers;
 use crate::error::Error;
 use superbatch_proto::v1::Reason;
 
-/// The error of a step or run that was let go: it was rewound or closed, or the service stops.
+/// The error of a step or run that was dropped: it was rewound or closed, or the service stops.
 fn released() -> Error {
     Error::new(
         Reason::ShuttingDown,

@@ -1,4 +1,4 @@
-//! The gRPC surface of the coordinator: a few lines a method.
+//! The gRPC methods of the coordinator, a few lines each.
 use super::{
     receipts::page::page,
     runs::{registry::Coordinator, run::Run},
@@ -214,14 +214,15 @@ async fn push(
     let run = coordinator.run(&start.run_id).await?;
     coordinator.noted(&run, run.check_push(start.generation, start.step).await)?;
     let published = run.weights.push(run.generation(), start, stream).await?;
-    // If the run changed hands meanwhile, its new owner learns of the push when it is sent there
-    // again.
+    // If another coordinator has taken the run over in the meantime, it does not know of this push.
+    // NOT_OWNER makes the client push there again, where the fact is found.
     coordinator.noted(&run, run.owner.check().await)?;
     Ok(published)
 }
 
-/// Runs to its end even if the caller goes away: what is durable and what is in memory must not
-/// part.
+/// Runs `work` to its end, even if the caller goes away. tonic drops a call's future when the
+/// connection breaks; between the write of a fact and the change of the memory, that would leave
+/// the two different.
 async fn whole<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
@@ -249,7 +250,7 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
             .with("step", request.step)
             .with("generation", generation)
     })?;
-    // The one that was asked for; `chosen_in_generation` stays.
+    // The generation of the request; `chosen_in_generation` stays.
     receipt.summary.get_or_insert_default().generation = generation;
     Ok(receipt)
 }
@@ -257,7 +258,7 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
 /// One rank's slice, ready to be sent.
 struct Batch {
     header: BatchHeader,
-    /// What is left of the stream.
+    /// The rest of the stream, from the offset on.
     parts: Vec<Bytes>,
     trailer: BatchTrailer,
 }
@@ -273,7 +274,7 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
         run.waits.record(asked.elapsed());
     }
     let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
-    // Copies and hashes all that the rank gets.
+    // Copies and hashes all bytes of the rank's slice, off the async threads.
     let encoded = tokio::task::spawn_blocking(move || {
         let (parts, mut hasher) = (rank_parts(&of, &asked_for, &batch)?, blake3::Hasher::new());
         for part in &parts {
@@ -356,11 +357,12 @@ impl Batch {
     }
 }
 
-/// Counts how a SelectBatch call ended; a call that is dropped was cancelled.
+/// Counts how a SelectBatch call ended. Counting happens on drop, since a cancelled call is dropped
+/// without another sign.
 struct Outcome {
     begun: Instant,
     what: &'static str,
-    /// When its first byte went out.
+    /// When sending began.
     sending: Option<Instant>,
 }
 

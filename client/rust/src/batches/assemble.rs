@@ -1,4 +1,4 @@
-//! Puts a batch together again from the messages of one or several streams.
+//! Assembles a batch from the messages of one or several streams.
 use crate::{Error, Result};
 use arrow::{
     array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError,
@@ -19,10 +19,12 @@ pub struct Batch {
     pub world_size: u32,
 }
 
-/// Bytes reserved at most on the word of a header.
+/// Most bytes that are reserved because a header announces them. A wrong header must not take all
+/// memory; a larger batch grows as its bytes arrive.
 const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
-/// What has arrived of a batch so far. It outlives broken streams.
+/// The part of a batch that has arrived. It outlives broken streams, so that a batch of gigabytes
+/// is not sent again from the start.
 pub(crate) struct Assembly {
     step: u64,
     header: Option<BatchHeader>,
@@ -40,12 +42,12 @@ impl Assembly {
         }
     }
 
-    /// Bytes in hand: the offset to resume at.
+    /// Returns the bytes received so far: the offset at which to resume.
     pub fn received(&self) -> u64 {
         self.bytes.len() as u64
     }
 
-    /// A stream begins. If it is of another batch than the one in hand, what is in hand is thrown
+    /// Begins a stream. If it is of another batch than the bytes received so far, these are thrown
     /// away.
     pub fn begin(&mut self, header: BatchHeader) -> Result<()> {
         if header.offset != self.received() {
@@ -57,6 +59,9 @@ impl Assembly {
             return Err(self.corrupt(what));
         }
         if let Some(known) = &self.header {
+            // A rewind in between may have chosen other rows for this step. The streams would then
+            // have the same offsets and different content, and a batch joined of both would decode
+            // with luck and be wrong. The receipt names the choice, so it must be the same.
             let same = known.stream_bytes == header.stream_bytes && known.receipt == header.receipt;
             if !same && self.received() > 0 {
                 return Err(self
@@ -83,7 +88,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// The stream is complete: checks it against its trailer and decodes it.
+    /// Checks a complete stream against its trailer, and decodes it.
     pub fn finish(&mut self, trailer: &BatchTrailer) -> Result<Batch> {
         if self.received() != self.expected() {
             return Err(self.incomplete());
@@ -116,7 +121,7 @@ impl Assembly {
         })
     }
 
-    /// The stream ended without a trailer.
+    /// The error for a stream that ended without a trailer.
     pub fn incomplete(&self) -> Error {
         Error::Incomplete {
             step: self.step,
@@ -125,7 +130,8 @@ impl Assembly {
         }
     }
 
-    /// What is in hand cannot be trusted: the next attempt begins at byte 0.
+    /// Throws away the bytes received so far, which cannot be trusted. The next attempt begins at
+    /// byte 0.
     pub fn corrupt(&mut self, what: String) -> Error {
         *self = Self::new(self.step);
         Error::Corrupt {

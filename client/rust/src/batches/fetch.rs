@@ -1,4 +1,4 @@
-//! One rank's slice of one step, fetched through broken streams and rising urgency.
+//! Fetches one rank's slice of one step, across broken streams and with rising urgency.
 use super::assemble::{Assembly, Batch};
 use crate::{Error, Result, Run, retry::Attempts};
 use std::{
@@ -16,7 +16,7 @@ use superbatch_proto::v1::{
 use tokio::{sync::watch, time::Instant};
 use tonic::Streaming;
 
-/// The last step that the trainer is done with, shared by the fetches of one stream of batches.
+/// The last step that the trainer has consumed, shared by the fetches of one stream of batches.
 #[derive(Debug, Clone)]
 pub(crate) struct Cursor(Arc<AtomicI64>);
 
@@ -36,11 +36,11 @@ impl Cursor {
     }
 }
 
-/// Whether the trainer stands still for this step.
+/// How urgently the trainer needs a step.
 #[derive(Debug, Clone)]
 pub(crate) enum Urgency {
     Fixed(Intent),
-    /// PREFETCH until somebody has waited since `wanted` for `patience`, then NEED.
+    /// PREFETCH until a consumer has waited since `wanted` for `patience`, then NEED.
     Rising {
         wanted: watch::Receiver<Option<Instant>>,
         patience: Duration,
@@ -73,12 +73,12 @@ impl Urgency {
         }
     }
 
-    /// Whether nobody waits for the step yet, so that a failure is no news.
+    /// Returns whether no consumer waits for the step yet, so that a failure may be kept back.
     fn is_ahead_of_need(&self) -> bool {
         matches!(self, Self::Rising { wanted, .. } if wanted.borrow().is_none())
     }
 
-    /// Resolves when somebody waits for the step.
+    /// Resolves when a consumer waits for the step.
     async fn wait_until_wanted(&mut self) {
         let Self::Rising { wanted, .. } = self else {
             return;
@@ -98,7 +98,7 @@ pub(crate) struct Fetch {
     pub rank: u32,
     pub world_size: u32,
     pub cursor: Cursor,
-    /// Batches of the steps before that the trainer may not have trained on.
+    /// Batches of the steps before on which the trainer may not have trained yet.
     pub held: u32,
     pub urgency: Urgency,
 }
@@ -115,6 +115,8 @@ impl Fetch {
                 Ok(batch) => return Ok(batch),
                 Err(error) => error,
             };
+            // A stream that moved on before it broke does not use up attempts: a long batch over a
+            // bad line breaks many times and still arrives.
             if assembly.received() > before {
                 attempts.progressed();
             }
@@ -127,6 +129,9 @@ impl Fetch {
                     tracing::debug!(%error, step = self.step, "not prefetched; asking again when \
                     it is wanted");
                     self.urgency.wait_until_wanted().await;
+                    // A prefetch may use up all attempts while no consumer waits, for example
+                    // during a restart of the service. That error would be stale when it is read,
+                    // so the step is asked for again, with fresh attempts, once it is wanted.
                     attempts = Attempts::of(&client);
                 }
                 Err(error) => return Err(error),
@@ -150,9 +155,9 @@ impl Fetch {
         Err(assembly.incomplete())
     }
 
-    /// Asks, and returns with the header. If the need arises while a PREFETCH is not answered yet,
-    /// the step is asked for again as a NEED beside it (the service shares the work), and whichever
-    /// answers first is read.
+    /// Asks for the step and returns with the header. If the step becomes needed while a PREFETCH
+    /// is not answered yet, a second request with NEED is sent beside it, and the first answer is
+    /// read. The service shares the work of both.
     async fn open(&mut self, offset: u64) -> Result<(BatchHeader, Stream)> {
         let intent = self.urgency.intent();
         let first = begin(self.request(intent, offset), self.run.clone());
@@ -164,8 +169,8 @@ impl Fetch {
             answer = &mut first => return answer,
             () = self.urgency.wait_until_risen() => {}
         }
-        // The first stays open until the second is heard, so that the step is never unwanted in
-        // between.
+        // The first request stays open until the second is answered. If it were cancelled before,
+        // no call would want the step for a moment, and the service might drop its work.
         tokio::select! {
             Ok(answer) = &mut first => Ok(answer),
             answer = begin(self.request(Intent::Need, offset), self.run.clone()) => answer,

@@ -1,4 +1,4 @@
-//! A stream of batches that is asked for ahead of time.
+//! A stream of batches that are requested ahead of time.
 mod assemble;
 pub(crate) mod fetch;
 
@@ -17,26 +17,26 @@ use std::{
 use superbatch_proto::v1::Reason;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 
-/// Which steps to stream, to whom, and how far ahead.
+/// The steps of a stream, its rank, and how far ahead it requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchesConfig {
     pub rank: u32,
     pub world_size: u32,
     /// The first step. A trainer that resumes from a checkpoint names the step after it.
     pub start_step: u64,
-    /// Where to end: this step is not asked for. Without it the stream ends with the data.
+    /// The step at which to end; it is not requested. If absent, the stream ends with the data.
     pub end_step: Option<u64>,
-    /// Steps from one batch to the next: 1, or the number of streams that share out the steps among
-    /// them, such as the workers of a data loader.
+    /// Steps from one batch to the next: 1, or the number of streams that share the steps, such as
+    /// the workers of a data loader.
     pub stride: u64,
-    /// Batches of this stream asked for beyond the one that the trainer has; cut to what the run's
-    /// `max_ahead` allows.
+    /// Batches of this stream that are requested beyond the one that the trainer has; limited by
+    /// the run's `max_ahead`.
     pub prefetch: u64,
     /// Steps that the consumer takes before it trains on them, such as those in the queue of a data
     /// loader. They do not count as consumed.
     pub read_ahead: u64,
-    /// How long the consumer waits for a step before the service is told that the trainer stands
-    /// still. Zero unless the consumer is itself ahead of the trainer.
+    /// How long the consumer waits for a step before the service learns that the trainer stands
+    /// still. Zero, unless the consumer itself runs ahead of the trainer.
     pub need_after: Duration,
 }
 
@@ -57,9 +57,9 @@ impl Default for BatchesConfig {
 
 /// A stream of batches, in the order of their steps. It ends with the data or at `end_step`.
 ///
-/// Asking for a step says that all earlier ones are consumed. After an error the stream goes on
-/// with the same step, so the caller decides whether to ask again. Dropping it cancels what is
-/// under way; dropping a `next()` loses nothing.
+/// A request for a step says that all earlier ones are consumed. After an error the stream goes on
+/// with the same step, so the caller decides whether to ask again. Dropping the stream cancels the
+/// requests under way; dropping a `next()` loses nothing.
 pub struct Batches {
     run: Run,
     config: BatchesConfig,
@@ -124,8 +124,7 @@ impl Batches {
         self.next
     }
 
-    /// Starts the fetches that are missing, so that `next` and `prefetch` steps after it are under
-    /// way.
+    /// Starts missing fetches, so that `next` and `prefetch` steps after it are under way.
     fn start_fetches(&mut self) {
         while self.ahead.len() as u64 <= self.config.prefetch {
             let step = self.next + self.ahead.len() as u64 * self.config.stride;
@@ -133,6 +132,8 @@ impl Batches {
                 break;
             }
             let (wanted, receiver) = watch::channel(None);
+            // The consumer waits for this one already, so its first request says NEED at once
+            // (after `need_after`).
             if self.ahead.is_empty() {
                 wanted.send_replace(Some(Instant::now()));
             }

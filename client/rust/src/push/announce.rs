@@ -1,4 +1,4 @@
-//! Which weights the service may expect of this process.
+//! Announces to the service the weights that this process will push.
 use crate::{Run, retry};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -7,8 +7,10 @@ use std::{
 use superbatch_proto::v1::AnnouncePushRequest;
 use tokio::{sync::oneshot, time::timeout};
 
-/// How long a push waits until the service has heard of it, so that no request of this trainer for
-/// the next step overtakes the news. An unreachable service hears of it later.
+/// How long a push waits for the service to acknowledge its announcement. Otherwise a request for
+/// the next step, perhaps by another process's connection, could arrive before the announcement,
+/// and the service would take the run for stalled. An unreachable service gets the announcement
+/// later.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
 
 /// A push by generation and step.
@@ -20,15 +22,15 @@ pub(crate) struct Pushes(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    /// Called for, queued or under way, with the rank. Several ranks of one process may push the
-    /// same step.
+    /// Pushes that were called for, queued or are under way, with the rank. Several ranks of one
+    /// process may push the same step.
     on_their_way: Vec<(Named, u32)>,
-    /// The newest one that is published.
+    /// The newest published push.
     published: Option<Named>,
 }
 
 impl Pushes {
-    /// The newest step of a generation whose weights were begun, queued or published.
+    /// Returns the newest step of a generation whose push was begun, queued or published.
     pub fn newest(&self, generation: u32) -> Option<i64> {
         let known = self.lock();
         let coming = known.on_their_way.iter().map(|(push, _)| push);
@@ -39,7 +41,7 @@ impl Pushes {
             .max()
     }
 
-    /// Whether a push of this step or of a later one was published by this process already.
+    /// Returns whether this process has published a push of this step or of a later one.
     pub fn has_published(&self, generation: u32, step: i64) -> bool {
         self.lock()
             .published
@@ -56,9 +58,9 @@ impl Pushes {
 }
 
 impl Run {
-    /// Says that the weights of `step` are on their way: to the service, for whichever connection
-    /// asks for a step that waits for them, and in later requests of this run. Until the push is
-    /// published, or what is returned is dropped.
+    /// Announces the push of `step`: to the service, which then counts it for requests of every
+    /// connection, and in later requests of this run. The announcement holds until the push is
+    /// published or the returned value is dropped.
     pub(crate) async fn announce_push(&self, step: i64, rank: u32) -> Announced {
         let push = (self.generation(), step);
         let (published, ended) = oneshot::channel();
@@ -83,7 +85,8 @@ impl Run {
         announced
     }
 
-    /// Says once more what is on its way: a service that was started anew has forgotten it.
+    /// Announces all pushes under way once more: a service that has restarted has lost the
+    /// announcements, which it keeps in memory only.
     pub(crate) async fn announce_again(&self) {
         for (push, rank) in self.pushes().on_their_way_now() {
             let request = self.announcement(push, rank);
@@ -126,21 +129,21 @@ async fn announce_and_withdraw(
                 async move { Ok(api.announce_push(request).await?) }
             };
             if let Err(error) = retry::call(client, attempt).await {
-                // If the push cannot come either, its own error tells.
+                // If the push fails too, its own error reports that.
                 tracing::debug!(%error, "the service does not hear of a push");
             }
         }
     };
     say(false).await;
-    // The caller may have gone on.
+    // Fails if the caller no longer waits.
     let _ = heard.send(());
     if published.await.is_err() {
         say(true).await;
     }
 }
 
-/// An announced push. Dropping it takes the announcement back, unless the push was published:
-/// nobody should wait for weights that were refused, given up or abandoned.
+/// An announced push. Dropping it withdraws the announcement, unless the push was published: no
+/// step should wait for weights that were refused or abandoned.
 pub(crate) struct Announced {
     pushes: Arc<Pushes>,
     push: Named,
@@ -157,7 +160,7 @@ impl Announced {
         let mut known = self.pushes.lock();
         known.published = known.published.max(Some(self.push));
         drop(known);
-        // Without a runtime nobody is there to hear it.
+        // Fails if the runtime has shut down, and the task with it.
         let _ = self.published.take().map(|published| published.send(()));
     }
 }

@@ -1,10 +1,10 @@
-//! What the service makes of a whole push, to tell whether that is what it has published.
+//! Computes the digest that the service gives a whole push, to compare it with the published one.
 use bytes::Bytes;
 use superbatch_proto::v1::{PartHeader, TensorDtype};
 
-/// BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None` if
-/// that cannot be told from here: a tensor comes in several parts, or a name is one that JSON
-/// escapes. Hashes all weights.
+/// Returns BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None`
+/// if it cannot be computed here: a tensor has several parts, or JSON escapes a name. It hashes all
+/// weights.
 pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {
     let tensors = in_order(parts)?;
     let header = header(&tensors);
@@ -18,7 +18,7 @@ pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {
     Some(hasher.finalize().to_hex().to_string())
 }
 
-/// Tensors as safetensors writes them: by falling alignment of the dtype, then by name.
+/// Sorts tensors in the order of safetensors: by falling alignment of the dtype, then by name.
 fn in_order(parts: &[(PartHeader, Bytes)]) -> Option<Vec<&(PartHeader, Bytes)>> {
     let place = |header: &PartHeader| dtype(header).map(|(place, _)| place);
     let simple = |name: &str| {
@@ -36,7 +36,7 @@ fn in_order(parts: &[(PartHeader, Bytes)]) -> Option<Vec<&(PartHeader, Bytes)>> 
     (tensors.iter().all(known) && names.len() == parts.len()).then_some(tensors)
 }
 
-/// The place of a dtype among all, and its name.
+/// Returns the rank of a dtype in that order, and its name.
 fn dtype(header: &PartHeader) -> Option<(u8, &'static str)> {
     match header.dtype() {
         TensorDtype::F32 => Some((0, "F32")),
@@ -46,7 +46,7 @@ fn dtype(header: &PartHeader) -> Option<(u8, &'static str)> {
     }
 }
 
-/// The JSON ahead of the data, padded to 8 bytes.
+/// Returns the JSON before the data, padded to 8 bytes.
 fn header(tensors: &[&(PartHeader, Bytes)]) -> String {
     let mut text = r#"{"__metadata__":{"format":"pt"}"#.to_owned();
     let mut start = 0;

@@ -1,5 +1,5 @@
-//! Weights on their way to the service: parts, their announcement, one push as a stream, and the
-//! queue in the background.
+//! Pushes of weights: their parts, their announcement, one push as a stream, and the queue in the
+//! background.
 pub(crate) mod announce;
 mod digest;
 mod part;
@@ -25,7 +25,7 @@ pub struct Push {
     /// The step just trained; -1 for initial weights.
     pub step: i64,
     pub parts: Vec<Part>,
-    /// The same for all ranks of one push. If absent, it follows from (generation, step).
+    /// The same for all ranks of one push. If absent, it is made from (generation, step).
     pub push_id: Option<String>,
     /// Parts of the whole push, over all ranks. 0: these are all.
     pub expected_parts: u32,
@@ -33,7 +33,7 @@ pub struct Push {
 }
 
 impl Push {
-    /// A push that brings everything.
+    /// Makes a push that contains all parts.
     pub fn whole(step: i64, parts: Vec<Part>) -> Self {
         Self {
             step,
@@ -45,14 +45,13 @@ impl Push {
     }
 }
 
-/// Pushes, again from the start if the stream breaks: a repeated push id is published once.
+/// Pushes weights, again from the start if the stream breaks. A repeated push id is published once.
 ///
-/// A push of a step that is published already changes nothing, and is answered with what is
-/// published. If that is told to be other weights than these (whole pushes only), the run
-/// remembers it.
+/// A push of a step that is published already changes nothing; the answer is the published version.
+/// If its digest is not that of these weights (whole pushes only), the run remembers it.
 ///
-/// The generation is that in which the push was announced, which is not the run's any more if it
-/// was rewound since.
+/// The generation is that of the announcement. If the run was rewound since, it is not the current
+/// one, and the service refuses the push.
 pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<WeightsVersion> {
     let generation = announced.generation();
     let start = PushStart {
@@ -66,7 +65,8 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
         base_version: None,
         rank: push.rank,
     };
-    // A step that was not committed when the run was opened cannot have had weights before.
+    // A step that was not committed when the run was opened cannot have had weights before, so the
+    // costly comparison of digests is needed only for repeated steps.
     let step = push.step;
     let repeated = step < i64::try_from(run.next_step()).unwrap_or(i64::MAX)
         || run.has_published(generation, step);
@@ -109,8 +109,8 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
     Ok(version)
 }
 
-/// The messages of a push: its start, then each part's header and its bytes in messages of at most
-/// [`PART_BYTES`].
+/// Returns the messages of a push: its start, then each part's header and its bytes in messages of
+/// at most [`PART_BYTES`].
 fn messages(
     start: PushStart,
     parts: Vec<(PartHeader, Bytes)>,

@@ -1,4 +1,4 @@
-//! Blocks of tensors, as they are pushed.
+//! Blocks of tensors to push.
 use crate::{Error, Result};
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -17,7 +17,7 @@ pub struct Part {
 }
 
 impl Part {
-    /// A whole tensor.
+    /// Makes a part of a whole tensor.
     pub fn whole(
         name: impl Into<String>,
         dtype: TensorDtype,
@@ -27,7 +27,7 @@ impl Part {
         Self::block(name, dtype, shape, &vec![0; shape.len()], shape, data)
     }
 
-    /// A block of a tensor of shape `global_shape`, such as one FSDP rank's shard of it.
+    /// Makes a block of a tensor of shape `global_shape`, such as one FSDP rank's shard.
     pub fn block(
         name: impl Into<String>,
         dtype: TensorDtype,
@@ -74,7 +74,7 @@ impl Part {
         })
     }
 
-    /// A whole tensor of f32.
+    /// Makes a part of a whole tensor of f32.
     pub fn f32(name: impl Into<String>, shape: &[u64], values: &[f32]) -> Result<Self> {
         let data: Vec<u8> = values
             .iter()
@@ -83,7 +83,7 @@ impl Part {
         Self::whole(name, TensorDtype::F32, shape, data)
     }
 
-    /// The same part, rounded to another dtype (to nearest, ties to even).
+    /// Returns the part rounded to another dtype (to nearest, ties to even).
     pub fn cast(self, dtype: TensorDtype) -> Result<Self> {
         if dtype == self.dtype {
             return Ok(self);
@@ -128,7 +128,7 @@ impl Part {
         &self.data
     }
 
-    /// What goes ahead of the bytes on the wire. Hashes them.
+    /// Returns the header that precedes the bytes on the wire. It hashes the bytes.
     pub(crate) fn header(&self) -> PartHeader {
         PartHeader {
             name: self.name.clone(),

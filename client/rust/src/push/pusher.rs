@@ -8,11 +8,11 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Uploads pushes one after the other while the trainer goes on. None is dropped, because an exact
-/// lag needs every one: when the queue is full, [`Pusher::push`] waits.
+/// Uploads pushes one after the other while the trainer goes on. No push is dropped, because an
+/// exact lag needs each of them: if the queue is full, [`Pusher::push`] waits.
 ///
 /// A push that fails does not stop later ones. Its error is returned by the next call, once.
-/// Dropping the pusher abandons what is not uploaded yet: flush first.
+/// Dropping the pusher abandons pushes that are not uploaded yet: flush first.
 pub struct Pusher {
     run: Run,
     queue: mpsc::Sender<Job>,
@@ -25,14 +25,15 @@ enum Job {
     Flush(oneshot::Sender<Option<WeightsVersion>>),
 }
 
-/// Room for one push in the queue. The service expects the push until the slot is dropped unused.
+/// A place for one push in the queue. The service expects the push until the slot is dropped
+/// unused.
 pub struct Slot {
     announced: Announced,
     permit: mpsc::OwnedPermit<Job>,
 }
 
 impl Slot {
-    /// Queues the push, which is of the step and the rank that the slot was reserved for.
+    /// Queues the push, which must be of the step and the rank of the reservation.
     pub fn push(self, push: Push) {
         let announced = self.announced;
         self.permit.send(Job::Push { push, announced });
@@ -40,8 +41,8 @@ impl Slot {
 }
 
 impl Pusher {
-    /// Starts uploading on the current runtime. `queued_max` (at least 1) pushes wait beside the
-    /// one that is under way.
+    /// Starts uploading on the current runtime. At most `queued_max` (at least 1) pushes wait
+    /// besides the one that is under way.
     pub fn start(run: &Run, queued_max: usize) -> Self {
         let (queue, jobs) = mpsc::channel(queued_max.max(1));
         let failed = Arc::new(Mutex::new(None));
@@ -54,10 +55,10 @@ impl Pusher {
         }
     }
 
-    /// Tells the service that `rank` pushes the weights of `step`, and waits for room. Take it
-    /// before copying weights, so that no more copies exist than can wait.
+    /// Announces that `rank` pushes the weights of `step`, and waits for a place in the queue.
+    /// Reserve before copying the weights, so that no more copies exist than the queue holds.
     ///
-    /// Fails with the error of an earlier push, if that was not told yet.
+    /// Fails with the error of an earlier push, if that was not returned yet.
     pub async fn reserve(&self, step: i64, rank: u32) -> Result<Slot> {
         self.check_failed()?;
         let announced = self.run.announce_push(step, rank).await;
@@ -78,7 +79,7 @@ impl Pusher {
         Ok(())
     }
 
-    /// Waits until everything queued so far is published. Returns the newest version published by
+    /// Waits until all pushes queued so far are published. Returns the newest version published by
     /// this pusher.
     pub async fn flush(&self) -> Result<Option<WeightsVersion>> {
         let (done, version) = oneshot::channel();
@@ -116,7 +117,7 @@ async fn upload(run: Run, mut jobs: mpsc::Receiver<Job>, failed: Arc<Mutex<Optio
         match job {
             Job::Push { push, announced } => match super::push(&run, push, announced).await {
                 Ok(version) => newest = Some(version),
-                // The first error is the one to tell: those after it are often its consequence.
+                // The first error is kept: later ones are often its consequence.
                 Err(error) => drop(
                     failed
                         .lock()
@@ -124,7 +125,7 @@ async fn upload(run: Run, mut jobs: mpsc::Receiver<Job>, failed: Arc<Mutex<Optio
                         .get_or_insert(error),
                 ),
             },
-            // Whoever asked may have gone away.
+            // Fails if the caller of `flush` has gone.
             Job::Flush(done) => drop(done.send(newest.clone())),
         }
     }

@@ -11,8 +11,8 @@ pub struct Candidate {
     pub block: u32,
     /// The row's number in the block.
     pub row: u32,
-    /// Epoch times the source's rows, plus the place in the epoch's order: unique in a source over
-    /// all epochs.
+    /// Epoch times the source's rows, plus the place in the epoch's order. It is unique in a source
+    /// over all epochs.
     pub position: u64,
 }
 
@@ -25,7 +25,8 @@ pub struct SuperBatch {
     pub spans: Vec<SourceSpan>,
 }
 
-/// Keys of the candidates' noise: unique over the sources of a super-batch.
+/// Returns the keys of the candidates' noise, unique over the sources of a super-batch. The source
+/// takes the upper 16 bits and the position the lower 48, see `POSITIONS_MAX`.
 pub fn noise_keys(candidates: &[Candidate]) -> Vec<u64> {
     candidates
         .iter()

@@ -4,8 +4,8 @@ use std::ops::Range;
 use superbatch_proto::v1::BlockRows;
 
 /// Cuts a super-batch of `candidates` into at most `workers` even slices, at multiples of
-/// `micro_batch_rows`, so that what is computed for a row does not depend on how many workers there
-/// are. No slice is empty.
+/// `micro_batch_rows`. So each row is in the same micro-batch, and its embedding is the same, for
+/// any number of workers. No slice is empty.
 pub fn slices(candidates: usize, workers: usize, micro_batch_rows: usize) -> Vec<Range<usize>> {
     let micro_batch_rows = micro_batch_rows.max(1);
     let micro_batches = candidates.div_ceil(micro_batch_rows);
@@ -17,9 +17,9 @@ pub fn slices(candidates: usize, workers: usize, micro_batch_rows: usize) -> Vec
         .collect()
 }
 
-/// For each slice the candidates whose blocks begin in it, so that a block that is cut belongs to
-/// one slice whole. They follow each other without gaps, as the slices do; a slice that lies inside
-/// one block has none.
+/// Returns for each slice the candidates whose blocks begin in it, so that a block that is cut
+/// belongs to one slice as a whole. The ranges follow each other without gaps, as the slices do. A
+/// slice that lies inside one block has none.
 pub fn whole_blocks(candidates: &[Candidate], slices: &[Range<usize>]) -> Vec<Range<usize>> {
     let block = |at: usize| {
         (
@@ -40,8 +40,8 @@ pub fn whole_blocks(candidates: &[Candidate], slices: &[Range<usize>]) -> Vec<Ra
         .collect()
 }
 
-/// Candidates as the wire names them: one entry for each run of rows in the same block, in the same
-/// order.
+/// Returns candidates in the form of the protocol: one entry for each run of rows in the same
+/// block, in the same order.
 pub fn block_rows(candidates: &[Candidate]) -> Vec<BlockRows> {
     candidates
         .chunk_by(|a, b| (a.source, a.shard, a.block) == (b.source, b.shard, b.block))

@@ -2,11 +2,12 @@
 use super::order::Permutation;
 use crate::dataset::Block;
 
-// Part of PLAN_VERSION.
+// These texts key the permutations: changing one reshuffles every run, so they are part of
+// PLAN_VERSION.
 const BLOCKS: &str = "superbatch plan v1 blocks";
 const ROWS: &str = "superbatch plan v1 rows";
 
-/// Blocks in the epoch's order and where each begins; 16 bytes a block.
+/// Blocks in the epoch's order and their first places; 16 bytes for each block.
 #[derive(Debug)]
 pub(super) struct EpochOrder {
     source: u32,
@@ -55,12 +56,13 @@ impl EpochOrder {
         }
     }
 
-    /// (shard, block in the shard), in the epoch's order.
+    /// Returns the blocks as (shard, block in the shard), in the epoch's order.
     pub fn blocks(&self) -> &[(u32, u32)] {
         &self.blocks
     }
 
-    /// Looks places up; cheapest if they rise.
+    /// Returns a cursor that looks places up. Rising places are cheapest, since a window's
+    /// permutation is kept.
     pub fn rows(&self, seed: u64) -> Rows<'_> {
         Rows {
             order: self,
@@ -69,7 +71,7 @@ impl EpochOrder {
         }
     }
 
-    /// The place of a row in the epoch's order; `None` if the source has no such row.
+    /// Returns the place of a row in the epoch's order; `None` if the source has no such row.
     pub fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
         let number = self
             .blocks
@@ -118,8 +120,8 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// The number in the epoch's order of the block at `place`, and the row in the block. `place`
-    /// is below the source's rows.
+    /// Returns the block at `place`, by its number in the epoch's order, and the row in the block.
+    /// `place` is below the source's rows.
     pub fn at(&mut self, place: u64) -> (usize, u32) {
         let (order, seed) = (self.order, self.seed);
         let window = match self.window.take() {

@@ -1,4 +1,4 @@
-//! Stage 1, plan: which positions of the data a step scans. Pure.
+//! Stage 1, plan: the positions of the data that a step scans. Pure.
 pub mod candidate;
 pub mod cut;
 pub mod epoch;

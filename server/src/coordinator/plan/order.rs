@@ -1,19 +1,19 @@
-//! Keyed permutations of 0..n without a list: any place of an order is computed from (key, place)
-//! alone.
+//! Keyed permutations of 0..n without a list: any place of an order is computed from (key, place).
+//! A list of a billion rows would be 8 GB for each epoch in use.
 
-/// Rounds of the network. Four make a good cipher's permutation indistinguishable (Luby and Rackoff
-/// 1988); small domains and a cheap round function ask for more.
+/// Rounds of the network. Four are enough with a perfect round function (Luby and Rackoff 1988);
+/// small domains and a cheap round function need more.
 const ROUNDS: usize = 8;
 
-/// Half-width of the smallest domain, in bits: networks over fewer values reach few of the possible
-/// orders.
+/// Half-width of the smallest domain, in bits. Networks over fewer values reach only few of the
+/// possible orders.
 const HALF_BITS_MIN: u32 = 3;
 
 /// A pseudo-random permutation of 0..n.
 ///
-/// A balanced Feistel network over the next power of four; values that fall outside 0..n walk on
-/// along their cycle, fewer than four steps on average if n > 16 (Black and Rogaway 2002,
-/// "Ciphers with arbitrary finite domains").
+/// A balanced Feistel network over the next power of four. A value that falls outside 0..n is
+/// encrypted again until it falls inside, fewer than four times on average if n > 16 (Black and
+/// Rogaway 2002, "Ciphers with arbitrary finite domains").
 #[derive(Debug, Clone)]
 pub struct Permutation {
     n: u64,
@@ -22,8 +22,8 @@ pub struct Permutation {
 }
 
 impl Permutation {
-    /// The order of 0..n that belongs to `key`. `purpose` keeps uses apart that share their
-    /// numbers; it is part of the plan's version. n is at most 2^62.
+    /// Makes the order of 0..n for `key`. `purpose` separates uses with the same key; it is part of
+    /// the plan's version. n is at most 2^62.
     pub fn new(purpose: &str, key: &[u64], n: u64) -> Self {
         debug_assert!(n <= 1 << 62, "{n} is no row count");
         let mut hasher = blake3::Hasher::new_derive_key(purpose);
@@ -44,12 +44,12 @@ impl Permutation {
         }
     }
 
-    /// The value at place `i`, for i < n.
+    /// Returns the value at place `i`, for i < n.
     pub fn forward(&self, i: u64) -> u64 {
         self.cycle_walk(i, |x| self.encrypt(x))
     }
 
-    /// The place of `value`, for value < n.
+    /// Returns the place of `value`, for value < n.
     pub fn inverse(&self, value: u64) -> u64 {
         self.cycle_walk(value, |x| self.decrypt(x))
     }
@@ -57,7 +57,8 @@ impl Permutation {
     fn cycle_walk(&self, start: u64, step: impl Fn(u64) -> u64) -> u64 {
         debug_assert!(start < self.n, "{start} is not below {}", self.n);
         let mut x = step(start);
-        // Ends: `step` is a bijection, so the cycle leads back to `start`, which is below n.
+        // The loop ends: `step` is a bijection, so the cycle leads back to `start`, which is below
+        // n.
         while x >= self.n {
             x = step(x);
         }

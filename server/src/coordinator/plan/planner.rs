@@ -1,4 +1,4 @@
-//! Which rows are the candidates of a step: a pure function of (manifest, seed, phases, step).
+//! The candidates of a step: a pure function of (manifest, seed, phases, step).
 
 pub use super::rows::{locate, row_id};
 use super::{
@@ -13,20 +13,20 @@ use crate::{
 use std::sync::{Arc, Mutex};
 use superbatch_proto::v1::{Phase, Reason, SourceSpan};
 
-/// Names the order of candidates. It goes into receipts and must change with anything that would
-/// reshuffle a run.
+/// The version of the order of candidates. It is written into receipts. Raise it with any change
+/// that would reshuffle a run: a resumed run must never see rows twice or miss them without a sign.
 pub const PLAN_VERSION: u32 = 1;
 
-/// Positions of a source over all epochs: noise is keyed by source and position in one 64-bit
-/// number.
+/// Most positions of a source over all epochs: the keys of noise hold source and position in one
+/// 64-bit number.
 const POSITIONS_MAX: u64 = 1 << 48;
 
 /// The order in which a run goes through its data.
 ///
 /// In each epoch of a source a keyed permutation orders the blocks; rows are permuted inside
 /// windows of `window_blocks` consecutive blocks of that order. A super-batch takes a fixed share
-/// from each source, and within a source the next places of the epoch; what is left of an epoch
-/// when the share no longer fits sits the epoch out.
+/// from each source: the next places of the source's epoch. The rows at the end of an epoch that do
+/// not fill a share sit the epoch out.
 #[derive(Debug)]
 pub struct Plan {
     manifest: Arc<Manifest>,
@@ -40,7 +40,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// `epochs` is the number of passes, 0 without end.
+    /// Makes a plan. `epochs` is the number of passes; 0 means without end.
     ///
     /// # Errors
     /// `DatasetEmpty` if a source has no rows; `InvalidArgument` for a window of no blocks.
@@ -85,8 +85,8 @@ impl Plan {
         &self.manifest
     }
 
-    /// Whether every phase can be filled from the sources. To be asked at open and when phases are
-    /// appended.
+    /// Checks that every phase can be filled from the sources. To be called at open and when phases
+    /// are appended.
     ///
     /// # Errors
     /// `DatasetTooSmall` if a source has fewer rows than its share of a super-batch;
@@ -97,7 +97,8 @@ impl Plan {
             .try_for_each(|phase| self.shares(phase.super_batch_size).map(drop))
     }
 
-    /// The candidates of `step`, in O(phases + candidates + blocks of an epoch not seen lately).
+    /// Returns the candidates of `step`, in O(phases + candidates + blocks of an epoch that is not
+    /// in memory).
     ///
     /// # Errors
     /// `EndOfData` from the step on in which the first source would begin epoch `epochs`; those of
@@ -132,7 +133,7 @@ impl Plan {
         Ok(SuperBatch { candidates, spans })
     }
 
-    /// How many steps there are until the end of the data; `None` without end.
+    /// Returns the number of steps until the end of the data; `None` if there is no end.
     pub fn steps_total(&self, phases: &[Phase]) -> Option<u64> {
         let epochs = (self.epochs > 0).then_some(u64::from(self.epochs))?;
         let mut cursors = vec![Cursor::default(); self.rows.len()];
@@ -156,8 +157,8 @@ impl Plan {
         None
     }
 
-    /// Rows of all sources that sit an epoch out because they do not fill a share, with the
-    /// super-batches of the last phase.
+    /// Returns the rows of all sources that sit an epoch out because they do not fill a share, for
+    /// the super-batches of the last phase.
     pub fn tail_rows(&self, phases: &[Phase]) -> u64 {
         let Some(phase) = phases.last() else { return 0 };
         let shares = shares(&self.weights(), phase.super_batch_size);
@@ -168,7 +169,7 @@ impl Plan {
             .sum()
     }
 
-    /// Passes through `source`: as declared, and as many as there are positions for.
+    /// Returns the passes through `source`: as declared, but not more than there are positions for.
     pub(super) fn epochs_of(&self, source: usize) -> u64 {
         let most = POSITIONS_MAX / self.rows[source];
         if self.epochs > 0 {
@@ -186,7 +187,7 @@ impl Plan {
             .collect()
     }
 
-    /// Each source's share of a super-batch, known to fit.
+    /// Returns each source's share of a super-batch, after a check that it fits.
     fn shares(&self, super_batch_size: u32) -> Result<Vec<u64>> {
         let shares = shares(&self.weights(), super_batch_size);
         for (source, (rows, share)) in self.rows.iter().zip(&shares).enumerate() {
@@ -216,7 +217,7 @@ impl Plan {
         Ok(shares)
     }
 
-    /// Where each source stands before `step`, and its share of that step.
+    /// Returns the cursor of each source before `step`, and its share of that step.
     pub(super) fn cursors(&self, phases: &[Phase], step: u64) -> Result<(Vec<Cursor>, Vec<u64>)> {
         let mut cursors = vec![Cursor::default(); self.rows.len()];
         for (super_batch_size, from, to) in spans(phases) {
@@ -245,7 +246,9 @@ impl Plan {
         let order = self.order(span.source, span.epoch);
         let first = span.epoch * self.rows[span.source as usize];
         let mut rows = order.rows(self.seed);
-        // Of each block of the epoch: when it first appeared in this span, from 1.
+        // For each block of the epoch, the order of its first appearance in this span, from 1. Rows
+        // of one block become neighbours, so that a slice reads each block once; sorting by
+        // appearance keeps the result independent of the blocks' numbers.
         let mut appearance = vec![0_u64; order.blocks().len()];
         let mut appeared = 0;
         let mut placed = Vec::with_capacity(span.count as usize);
@@ -270,7 +273,8 @@ impl Plan {
     }
 
     pub(super) fn order(&self, source: u32, epoch: u64) -> Arc<EpochOrder> {
-        // Steps in flight are close together, so an epoch and its successor are in use at a time.
+        // Steps under way are close together, so only an epoch and its successor are in use at the
+        // same time.
         let keep = 2 * self.rows.len();
         let mut orders = self.orders.lock().expect("no panic while held");
         let order = match orders

@@ -1,4 +1,4 @@
-//! Between candidates and the rows that receipts name.
+//! Converts between candidates and the rows in receipts.
 use super::candidate::Candidate;
 use crate::{
     dataset::Manifest,
@@ -6,7 +6,8 @@ use crate::{
 };
 use superbatch_proto::{ids::RowId, v1::ChosenRow};
 
-/// A candidate's id, and its row's number in the shard. The candidate is one of `manifest`'s.
+/// Returns a candidate's id, and its row's number in the shard. The candidate must be one of
+/// `manifest`.
 pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
     let shard = &manifest.sources[candidate.source as usize].shards[candidate.shard as usize];
     let row = shard.blocks[candidate.block as usize].row_in_shard(candidate.row);
@@ -22,10 +23,10 @@ pub fn row_id(manifest: &Manifest, candidate: &Candidate) -> (String, u64) {
     )
 }
 
-/// The candidate that a receipt's row was.
+/// Returns the candidate of a receipt's row.
 ///
 /// # Errors
-/// `Internal` if the manifest has no such row: it is not the receipt's.
+/// `Internal` if the manifest has no such row, so it is not the receipt's manifest.
 pub fn locate(manifest: &Manifest, chosen: &ChosenRow) -> Result<Candidate> {
     let ChosenRow {
         source,

@@ -1,4 +1,5 @@
-//! Where a source stands before a step, by arithmetic alone.
+//! The cursor of a source before a step, by arithmetic. Replaying all earlier steps would make a
+//! resume at step one million slow.
 use superbatch_proto::v1::Phase;
 
 /// The next place of a source that is not scanned yet.
@@ -9,15 +10,15 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// Steps that the rest of this epoch serves.
+    /// Returns the steps that the rest of this epoch serves.
     fn fits(self, rows: u64, share: u64) -> u64 {
         rows.saturating_sub(self.place)
             .checked_div(share)
             .unwrap_or(0)
     }
 
-    /// After `steps` steps of `share` rows each. Needs 0 < share <= rows if the steps leave the
-    /// epoch.
+    /// Returns the cursor after `steps` steps of `share` rows each. Requires 0 < share <= rows if
+    /// the steps leave the epoch.
     pub fn advance(self, rows: u64, share: u64, steps: u64) -> Self {
         let fits = self.fits(rows, share);
         if steps <= fits {
@@ -27,7 +28,8 @@ impl Cursor {
             };
         }
         let per_epoch = (rows / share.max(1)).max(1);
-        // Counted from the last step, so that an epoch that is just used up is not left yet.
+        // Counted from the last step, so that the cursor stays at the end of an epoch that is just
+        // used up. The next phase may have a smaller share that still fits there.
         let last = steps - fits - 1;
         Self {
             epoch: self
@@ -38,8 +40,8 @@ impl Cursor {
         }
     }
 
-    /// Where the next step begins: in the next epoch once the rest of this one is shorter than a
-    /// share.
+    /// Returns where the next step begins: in the next epoch if the rest of this one is shorter
+    /// than a share.
     pub fn settle(self, rows: u64, share: u64) -> Self {
         if self.fits(rows, share) > 0 {
             self
@@ -51,7 +53,7 @@ impl Cursor {
         }
     }
 
-    /// Steps of `share` rows before epoch `epochs` would begin.
+    /// Returns the steps of `share` rows before epoch `epochs` would begin.
     pub fn left(self, rows: u64, share: u64, epochs: u64) -> u64 {
         if self.epoch >= epochs {
             return 0;
@@ -62,8 +64,8 @@ impl Cursor {
     }
 }
 
-/// Each phase's (super_batch_size, first step, step after its last or `None` if it is the last
-/// phase).
+/// Returns each phase's (super_batch_size, first step, step after its last). The last phase has
+/// `None` as its end.
 pub(super) fn spans(phases: &[Phase]) -> impl Iterator<Item = (u32, u64, Option<u64>)> {
     phases.iter().enumerate().map(|(i, phase)| {
         (
@@ -76,8 +78,8 @@ pub(super) fn spans(phases: &[Phase]) -> impl Iterator<Item = (u32, u64, Option<
     })
 }
 
-/// Cuts `super_batch_size` by weight; the rows that rounding leaves over go to the largest
-/// remainders, then to the first source.
+/// Divides `super_batch_size` by weight. Rows left over by rounding go to the largest remainders;
+/// equal ones in the order of the sources.
 pub(super) fn shares(weights: &[f64], super_batch_size: u32) -> Vec<u64> {
     let total: f64 = weights.iter().sum();
     let exact: Vec<f64> = weights

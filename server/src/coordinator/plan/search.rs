@@ -1,14 +1,14 @@
-//! The other way round: the steps in which a row is a candidate.
+//! The reverse search: the steps in which a row is a candidate.
 use super::{candidate::Candidate, planner::Plan, schedule::Cursor};
 use crate::error::Result;
 use superbatch_proto::v1::Phase;
 
-/// Epochs that are looked through, the newest.
+/// Most epochs that are searched, the newest ones.
 const EPOCHS_MAX: u64 = 256;
 
 impl Plan {
-    /// The steps up to `newest` in which a row is a candidate, rising, and the first one after.
-    /// `row.position` is not read. A row that sits an epoch out is in none of its steps.
+    /// Returns the steps up to `newest` in which a row is a candidate, rising, and the first step
+    /// after. `row.position` is not read. A row that sits an epoch out is in none of its steps.
     ///
     /// # Errors
     /// Those of [`Plan::check`].
@@ -20,7 +20,7 @@ impl Plan {
     ) -> Result<(Vec<u64>, Option<u64>)> {
         let source = row.source as usize;
         let (at_newest, share) = self.cursor_and_share(phases, source, newest)?;
-        // Every epoch has at least one step, so that the next two end before this one.
+        // Every epoch has at least one step, so the next two epochs end before this step.
         let beyond = newest + 2 * (self.rows[source] / share.max(1)) + 2;
         let first = (at_newest.epoch + 1).saturating_sub(EPOCHS_MAX);
         let last = (at_newest.epoch + 1).min(self.epochs_of(source) - 1);
@@ -42,7 +42,7 @@ impl Plan {
         Ok((steps, next))
     }
 
-    /// The step that scans a place of an epoch; `None` if no step does.
+    /// Returns the step that scans a place of an epoch; `None` if no step does.
     fn step_at(
         &self,
         phases: &[Phase],
@@ -50,7 +50,7 @@ impl Plan {
         place: (u64, u64),
         beyond: u64,
     ) -> Result<Option<u64>> {
-        // The last step that begins at or before the place.
+        // Binary search for the last step that begins at or before the place.
         let (mut low, mut high) = (0, beyond);
         while low < high {
             let middle = low + (high - low).div_ceil(2);

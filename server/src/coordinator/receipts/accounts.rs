@@ -1,4 +1,4 @@
-//! What steps cost, added up and counted.
+//! Sums of steps' costs, and the metrics of commits.
 use super::parquet::has_scores;
 use crate::{metrics, selection::probed::kept_gain};
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use superbatch_proto::v1::{
 };
 use tokio::time::Instant;
 
-/// `a` and `b` together.
+/// Returns the sum of `a` and `b`.
 pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
     let (x, y) = (a.seconds.unwrap_or_default(), b.seconds.unwrap_or_default());
     Accounts {
@@ -48,7 +48,7 @@ fn towers(a: Option<TowerFlops>, b: Option<TowerFlops>) -> Option<TowerFlops> {
     })
 }
 
-/// How a step was decided.
+/// Returns the mode in which a step was decided.
 pub fn mode(receipt: &Receipt) -> &'static str {
     match receipt.summary.as_ref().map(ReceiptSummary::mode) {
         Some(Mode::Stale) => "stale",
@@ -58,13 +58,13 @@ pub fn mode(receipt: &Receipt) -> &'static str {
     }
 }
 
-/// Words that name the first bad row of a step.
+/// Returns a text that names the first bad row of a step.
 pub fn first_bad(id: &str, reason: BadRowReason, detail: &str) -> String {
     let reason = reason.as_str_name().trim_start_matches("BAD_ROW_REASON_");
     format!(", the first of this step {id} ({reason}: {detail})")
 }
 
-/// Feeds the metrics with a receipt that was committed just now; `begun` is when its commit began.
+/// Updates the metrics by a receipt that was committed just now. `begun` is when its commit began.
 pub fn count(receipt: &Receipt, begun: Instant) {
     let Some(summary) = &receipt.summary else {
         return;
@@ -106,13 +106,14 @@ pub fn count(receipt: &Receipt, begun: Instant) {
     }
 }
 
-/// Labels of sources: bounded, whatever runs there are.
+/// Labels of sources. The set is fixed, since every label value is a time series that lives as long
+/// as the process.
 const SOURCES: [&str; 32] = [
     "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16",
     "17", "18", "19", "20", "21", "22", "23", "24", "25", "26", "27", "28", "29", "30", "31",
 ];
 
-/// Rows scanned and chosen of each source that was scanned, under its label.
+/// Returns the scanned and chosen rows of each scanned source, with its label.
 fn by_source(receipt: &Receipt, summary: &ReceiptSummary) -> Vec<(&'static str, u64, u64)> {
     let mut chosen = HashMap::new();
     for row in &receipt.chosen {

@@ -1,4 +1,4 @@
-//! Summaries for people, as JSON: field names of the protocol, enums by their names in lower case.
+//! Receipts as JSON for people: the protocol's field names, enums by their names in lower case.
 use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
     Accounts, Approximation, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion,
@@ -7,7 +7,8 @@ use superbatch_proto::v1::{
     approximation::By,
 };
 
-/// Names every field, so that a new one cannot be forgotten.
+/// Destructures the message with all its fields, so that the compiler reports a forgotten new
+/// field.
 macro_rules! object {
     ($type:ident, $value:expr, { $($field:ident: $json:expr),* $(,)? }) => {{
         let $type { $($field),* } = $value;
@@ -18,7 +19,7 @@ macro_rules! object {
     };
 }
 
-/// `POLICY_JOINT` without its prefix, in lower case.
+/// Returns a name such as `POLICY_JOINT` without its prefix, in lower case.
 pub(super) fn word(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase()
 }
@@ -86,7 +87,7 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
     })
 }
 
-/// A whole receipt.
+/// Returns a whole receipt as JSON.
 pub fn receipt(receipt: &Receipt) -> Value {
     let chosen = |row: &ChosenRow| {
         object!(ChosenRow, row, {
@@ -144,7 +145,7 @@ pub fn bad_rows(rows: &[BadRow]) -> Value {
     rows.iter().map(one).collect()
 }
 
-/// The numbers that are set.
+/// Returns the numbers that are set.
 pub fn tuning(tuning: &Tuning) -> Value {
     let all = object!(
         Tuning,
@@ -233,8 +234,8 @@ fn seconds(seconds: &StageSeconds) -> Value {
     )
 }
 
-/// A fidelity's name in receipts and batches: `full`, `approximate`; the number if it is not
-/// known.
+/// Returns a fidelity's name in receipts and batches: `full` or `approximate`; the number if it is
+/// not known.
 pub fn fidelity_name(fidelity: i32) -> String {
     Fidelity::try_from(fidelity).map_or_else(
         |_| fidelity.to_string(),

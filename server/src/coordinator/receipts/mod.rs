@@ -1,4 +1,4 @@
-//! Receipts: what each step chose and why, as Parquet files in the state.
+//! Receipts: each step's choice and its reasons, as Parquet files in the state.
 pub mod accounts;
 pub mod json;
 pub mod page;

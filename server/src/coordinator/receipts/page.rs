@@ -1,17 +1,17 @@
-//! A receipt in pages that fit into messages.
+//! Cuts a receipt into pages that fit into messages.
 use crate::error::{Error, Result};
 use prost::Message;
 use superbatch_proto::v1::{BadRow, ChosenRow, GetReceiptResponse, PassedRow, Receipt};
 
-/// Rows of a page, in bytes as they travel: well below what any gRPC client takes by default, which
-/// is 4 MiB.
+/// Largest page, in bytes on the wire. gRPC clients accept 4 MiB by default, and a client written
+/// in another language has no reason to change that.
 const PAGE_BYTES_MAX: usize = 3 << 20;
-/// What a row costs in its message beside itself: a tag and a length of up to four bytes.
+/// Bytes of a row in its message besides itself: a tag and a length of up to four bytes.
 const ROW_OVERHEAD_BYTES: usize = 5;
 
-/// The page of `receipt` that begins with row `row_offset`; the chosen rows are counted first, then
-/// the bad ones, then those passed over. It holds at most `rows_max` rows (0: as many as fit), and
-/// at least one.
+/// Returns the page of `receipt` that begins with row `row_offset`. The chosen rows are counted
+/// first, then the bad ones, then those passed over. A page has at most `rows_max` rows (0: as many
+/// as fit) and at least one.
 ///
 /// # Errors
 /// `InvalidArgument` if the receipt ends before `row_offset`.
@@ -52,8 +52,8 @@ pub fn page(receipt: Receipt, row_offset: u64, rows_max: u64) -> Result<GetRecei
     })
 }
 
-/// The part of one list of rows that a page holds: `skip` and `take` are of all lists that follow,
-/// and become those of the next.
+/// Returns the part of one list of rows that belongs to a page. `skip` and `take` count over all
+/// lists, and are reduced by this one.
 fn cut<T>(rows: Vec<T>, skip: &mut usize, take: &mut usize) -> Vec<T> {
     let skipped = rows.len().min(*skip);
     let taken: Vec<T> = rows.into_iter().skip(skipped).take(*take).collect();
@@ -62,7 +62,8 @@ fn cut<T>(rows: Vec<T>, skip: &mut usize, take: &mut usize) -> Vec<T> {
     taken
 }
 
-/// How many rows of these sizes fit.
+/// Returns how many rows of these sizes fit. The first always counts as fitting: a page of none
+/// would never get past it.
 fn fit(sizes: impl Iterator<Item = usize>, rows_max: u64) -> usize {
     let most = if rows_max == 0 {
         usize::MAX

@@ -1,8 +1,9 @@
-//! A receipt as a Parquet file: chosen rows as its rows in draw order, the rest in the file's
-//! metadata.
+//! A receipt as a Parquet file: the chosen rows are its rows in draw order, the rest is in the
+//! file's metadata.
 //!
-//! Any Parquet reader gets the rows, and the summary and the bad rows as JSON; beside them lie the
-//! exact protobuf bytes in hex, from which [`decode`] restores what [`encode`] was given.
+//! Any Parquet reader can read the rows, and the summary and the bad rows as JSON. The metadata
+//! also have the exact protobuf bytes in hex, from which [`decode`] restores the receipt without
+//! loss: JSON has no NaN and would lose fields of a newer version.
 
 use super::{
     json::{self, fidelity_name},
@@ -39,7 +40,7 @@ const PASSED_OVER: &str = "superbatch.passed_over";
 const BAD_ROWS: &str = "superbatch.bad_rows";
 const BAD_ROWS_PROTOBUF: &str = "superbatch.bad_rows.protobuf";
 
-/// The columns, in the order of the fields of `ChosenRow`.
+/// Returns the columns, in the order of the fields of `ChosenRow`.
 fn schema() -> Schema {
     let column = |name: &str, data_type| Field::new(name, data_type, false);
     Schema::new(vec![
@@ -59,7 +60,7 @@ fn schema() -> Schema {
     ])
 }
 
-/// Whether the step was drawn by scores; a uniform or k-center draw has none.
+/// Returns whether the step was drawn by scores; a uniform or k-center draw has none.
 pub fn has_scores(summary: &ReceiptSummary) -> bool {
     summary.mode() != Mode::Uniform && is_scored(summary.policy())
 }
@@ -71,7 +72,7 @@ pub fn encode(receipt: &Receipt) -> Result<Bytes> {
         .map_err(|e| Error::internal("cannot encode a receipt").because(e))
 }
 
-/// Reads what [`encode`] wrote.
+/// Reads a receipt that [`encode`] wrote.
 ///
 /// # Errors
 /// `Internal` if the bytes are no receipt.
@@ -181,8 +182,8 @@ fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
     Ok(receipt)
 }
 
-/// The summary of a receipt's file of `size` bytes, of which `end` is the end. `None` if it does
-/// not lie in there whole.
+/// Returns the summary of a receipt's file of `size` bytes, of which `end` is the end. `None` if
+/// `end` does not hold all metadata.
 pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
     let mut reader = ParquetMetaDataReader::new();
     reader.try_parse_sized(end, size).ok()?;
@@ -190,7 +191,7 @@ pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
     message(value(&metadata, SUMMARY_PROTOBUF)?, SUMMARY_PROTOBUF).ok()
 }
 
-/// What the file's metadata hold under a key.
+/// Returns the value of a key in the file's metadata.
 fn value<'a>(metadata: &'a ParquetMetaData, key: &str) -> Option<&'a str> {
     let entries = metadata.file_metadata().key_value_metadata()?;
     entries
@@ -218,7 +219,7 @@ fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), Parqu
     let score = column::<Float64Array>(batch, "score")?;
     let weight = column::<Float64Array>(batch, "weight")?;
     let content_hash = column::<BinaryArray>(batch, "content_hash")?;
-    // Receipts of earlier versions lack them.
+    // Receipts of earlier versions lack these columns.
     let [own_score, learner_loss, reference_loss] = ["own_score", "learner_loss", "reference_loss"]
         .map(|name| {
             let found = batch.column_by_name(name)?;

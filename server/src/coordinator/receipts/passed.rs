@@ -1,4 +1,4 @@
-//! The rows that were passed over, as a receipt's file holds them: columns, in JSON.
+//! Encodes the rows that were passed over for a receipt's file: columns in JSON.
 use serde::{Deserialize, Serialize};
 use superbatch_proto::v1::PassedRow;
 
@@ -31,7 +31,7 @@ pub(super) fn encode(rows: &[PassedRow]) -> String {
     serde_json::to_string(&columns).expect("plain data encodes")
 }
 
-/// `None` if the text is not what [`encode`] wrote.
+/// Decodes rows; `None` if the text is not of [`encode`].
 pub(super) fn decode(text: &str) -> Option<Vec<PassedRow>> {
     let columns: Columns = serde_json::from_str(text).ok()?;
     let row = |(n, id): (usize, &String)| {

@@ -7,16 +7,17 @@ use crate::{
 };
 use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
-/// Steps in one folder, so that the newest is found without listing a whole run.
+/// Steps in one folder, so that the newest step is found without listing a whole run.
 const FOLDER_STEPS: u64 = 1000;
-/// Read of a file's end for its summary: most of them lie in so much.
+/// Bytes of a file's end that are read for its summary. Most summaries fit; a larger one costs a
+/// second read.
 const SUMMARY_BYTES: u64 = 64 << 10;
 
-/// What came of a commit.
+/// The outcome of a commit.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Committed {
     Ours,
-    /// Another writer was first. Its receipt is the step's, and is to be served.
+    /// Another writer was first. Its receipt is in force and is served.
     Theirs(Box<Receipt>),
 }
 
@@ -32,11 +33,11 @@ impl Receipts {
     }
 
     /// Commits a step: creates its receipt unless there is one. Committing the same receipt again
-    /// is ours again.
+    /// returns `Ours` again.
     ///
     /// # Errors
-    /// `StorageUnreachable`; `Internal` for a receipt without its writer's nonce, by which a writer
-    /// knows its own.
+    /// `StorageUnreachable`; `Internal` for a receipt without a writer's nonce, by which a writer
+    /// recognises its own.
     pub async fn commit(&self, receipt: &Receipt) -> Result<Committed> {
         let Some(summary) = receipt
             .summary
@@ -52,7 +53,9 @@ impl Receipts {
             Created::Ours => Ok(Committed::Ours),
             Created::Theirs(bytes) => {
                 let theirs = parquet::decode(bytes)?;
-                // The same facts may have other bytes if another build of ours wrote them.
+                // Compared by nonce and not by bytes: the retried receipt may differ in bytes from
+                // the one that was written (another compression library, another field), and yet be
+                // ours.
                 let nonce = theirs.summary.as_ref().map(|theirs| &theirs.writer_nonce);
                 Ok(if nonce == Some(&summary.writer_nonce) {
                     Committed::Ours
@@ -63,7 +66,7 @@ impl Receipts {
         }
     }
 
-    /// The receipt of a step in one generation.
+    /// Returns the receipt of a step in one generation.
     pub async fn find(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
         self.run
             .find(&key(step, generation))
@@ -72,7 +75,7 @@ impl Receipts {
             .transpose()
     }
 
-    /// What [`Self::find`] finds, without its rows: reads the end of the file only.
+    /// As [`Self::find`], without the rows: reads only the end of the file.
     pub async fn summary(&self, step: u64, generation: u32) -> Result<Option<ReceiptSummary>> {
         let key = key(step, generation);
         let Some((end, size)) = self.run.end(&key, SUMMARY_BYTES).await? else {
@@ -87,8 +90,8 @@ impl Receipts {
             .and_then(|receipt| receipt.summary))
     }
 
-    /// The newest committed step of the trajectory that `chain` describes. Lists the newest folders
-    /// only.
+    /// Returns the newest committed step of the trajectory that `chain` describes. Lists only the
+    /// newest folders.
     pub async fn newest(&self, chain: &Chain) -> Result<Option<u64>> {
         let folders = self.run.folders("receipts").await?;
         let mut numbers: Vec<u64> = folders
@@ -110,7 +113,7 @@ impl Receipts {
         Ok(None)
     }
 
-    /// All committed (step, generation), rising. Lists the whole run.
+    /// Returns all committed (step, generation), rising. Lists the whole run.
     pub async fn committed(&self) -> Result<Vec<(u64, u32)>> {
         self.list("receipts").await
     }
@@ -122,8 +125,9 @@ impl Receipts {
         Ok(steps)
     }
 
-    /// The run's totals, of all its committed receipts `listed`: those of the newest commit, which
-    /// has the largest. Commits may be out of order by `max_ahead`.
+    /// Returns the run's totals from its committed receipts `listed`: those of the last commit,
+    /// which are the largest. The last commit need not be the last step: commits may be out of
+    /// order by `max_ahead`, so that many receipts are read.
     pub async fn totals(&self, mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Result<Accounts> {
         listed.sort_by_key(|(step, generation)| (*generation, *step));
         let mut largest = Accounts::default();
@@ -147,7 +151,7 @@ fn key(step: u64, generation: u32) -> String {
     format!("{}/{generation}.parquet", folder_of_step(step))
 }
 
-/// (step, generation) of a receipt's key; `None` for anything else that lies there.
+/// Returns the (step, generation) of a receipt's key; `None` for any other object there.
 fn parse(found: &str) -> Option<(u64, u32)> {
     let (step, generation) = found.strip_suffix(".parquet")?.rsplit_once('/')?;
     let (_, step) = step.rsplit_once('/')?;

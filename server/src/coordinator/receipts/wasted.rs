@@ -1,12 +1,14 @@
-//! Operations of decisions that came to nothing: failed, rewound, or decided by another coordinator
-//! first. They are charged to the next step that is committed.
+//! FLOPs of decisions that came to nothing: they failed, were rewound, or another coordinator
+//! decided first. They are charged to the next committed step, so that the accounts show what was
+//! really spent.
 use std::sync::{Arc, Mutex};
 
-/// Floating-point operations that no committed step has been charged with yet.
+/// FLOPs that are not charged to a committed step yet.
 #[derive(Debug, Clone, Default)]
 pub struct Wasted(Arc<Mutex<f64>>);
 
-/// Operations whose use is not certain. Dropped before they are settled, they are wasted.
+/// FLOPs whose use is not certain. A guard: if it is dropped before [`Spent::settle`] (by an error,
+/// a panic or a cancelled task), they count as wasted.
 #[derive(Debug)]
 pub struct Spent {
     wasted: Wasted,
@@ -14,7 +16,7 @@ pub struct Spent {
 }
 
 impl Wasted {
-    /// Nothing spent yet.
+    /// Returns a guard with nothing spent yet.
     pub fn spend(&self) -> Spent {
         Spent {
             wasted: self.clone(),
@@ -22,7 +24,7 @@ impl Wasted {
         }
     }
 
-    /// All that was wasted so far, to be charged.
+    /// Takes all FLOPs wasted so far, to charge them.
     pub fn take(&self) -> Spent {
         let flops = std::mem::take(&mut *self.0.lock().expect("no panic while held"));
         Spent {
@@ -41,7 +43,7 @@ impl Spent {
         self.flops
     }
 
-    /// They are in a committed receipt.
+    /// Notes that they are in a committed receipt.
     pub fn settle(&mut self) {
         self.flops = 0.0;
     }

@@ -1,21 +1,22 @@
-//! Which models a phase asks, and for what.
+//! The models that a phase needs, and for what.
 use super::tuning::leaves_out;
 use crate::selection::is_scored;
 use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
 
-/// The models that a draw asks.
+/// The models that a draw needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Asked {
     /// The learner, for its losses.
     pub learner: bool,
     /// The reference, for its losses.
     pub reference_losses: bool,
-    /// The reference at all: its embeddings also tell what is left out, and distances.
+    /// The reference for any purpose: the rules that leave candidates out, and distances, need its
+    /// embeddings too.
     pub reference: bool,
 }
 
 impl Asked {
-    /// By a phase that is not degraded.
+    /// Returns the models of a phase that is not degraded.
     pub fn by(phase: &Phase) -> Self {
         Self::by_draw(phase.policy(), phase.criterion(), phase.tuning.as_ref())
     }
@@ -30,7 +31,7 @@ impl Asked {
         }
     }
 
-    /// Whether nobody is asked: such a draw is from noise alone.
+    /// Returns whether no model is needed: such a draw is from noise only.
     pub fn asks_no_model(self) -> bool {
         !self.learner && !self.reference
     }

@@ -1,4 +1,4 @@
-//! What no run can meet.
+//! Refuses specs that no run can meet.
 use super::{Asked, fidelity, impossible, tuning, word};
 use crate::{
     bounds::{
@@ -22,7 +22,7 @@ use superbatch_proto::{
 const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
 const PREFIX_TAKEN: &str = "_superbatch_";
 
-/// Refuses a spec, defaults filled, that can never be met.
+/// Refuses a spec, with defaults filled in, that can never be met.
 pub(super) fn check(spec: &RunSpec) -> Result<()> {
     sources(spec)?;
     models(spec)?;
@@ -190,7 +190,8 @@ fn needs(spec: &RunSpec) -> Result<()> {
     check_fallback(spec)
 }
 
-/// What a run falls back to must be possible, too.
+/// Checks that the fallback is possible too: it applies when something else goes wrong, and must
+/// not fail then.
 fn check_fallback(spec: &RunSpec) -> Result<()> {
     if spec.fallback() != Fallback::ReferenceOnly {
         return Ok(());
@@ -219,8 +220,8 @@ fn check_fallback(spec: &RunSpec) -> Result<()> {
 }
 
 /// `exact(n)` can always be met: the newest push that is old enough, or the initial weights.
-/// `at_most(n)` needs pushes that come often enough, for just before the next one the newest
-/// weights are push_every_steps - 1 steps old.
+/// `at_most(n)` needs pushes often enough: just before a push the newest weights are
+/// push_every_steps - 1 steps old.
 fn weights(spec: &RunSpec) -> Result<()> {
     let oldest = spec.push_every_steps - 1;
     match spec.lag.and_then(|lag| lag.bound) {
@@ -307,7 +308,7 @@ fn at_most_years(field: &str, seconds: f64) -> Result<()> {
     Err(impossible(field, message))
 }
 
-/// A value of the enum `E`, and not its zero.
+/// Checks that a value is one of the enum `E` and not its zero.
 fn check_enum<E: TryFrom<i32>>(field: &str, value: i32) -> Result<()> {
     if value != 0 && E::try_from(value).is_ok() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Where two specs part: for people who open a known run with another spec.
+//! Finds the first difference of two specs, for people who open a known run with another spec.
 use super::word;
 use std::fmt::Debug;
 use superbatch_proto::v1::{
@@ -15,18 +15,18 @@ const VALUE_CHARS_MAX: usize = 200;
 pub struct Difference {
     /// Such as `phases[1].sub_batch_size`.
     pub field: String,
-    /// What the two specs say, for people.
+    /// The two specs' values, for people.
     pub values: [String; 2],
 }
 
-/// The first field, in the protocol's order, in which two completed specs differ.
+/// Returns the first field, in the protocol's order, in which two completed specs differ.
 pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
     let Difference { field, values } = a.differs(b)?;
     let values = values.map(|value| shortened(&named(&field, value)));
     Some(Difference { field, values })
 }
 
-/// The protocol's name of a value if the field holds names.
+/// Returns the protocol's name of a value, if the field is an enum.
 fn named(field: &str, value: String) -> String {
     let Ok(number) = value.parse::<i32>() else {
         return value;
@@ -58,11 +58,12 @@ fn shortened(value: &str) -> String {
 }
 
 trait Differs {
-    /// The field below this value, empty if it is the value itself.
+    /// Returns the first difference below this value. Its field is empty if the value itself
+    /// differs.
     fn differs(&self, other: &Self) -> Option<Difference>;
 }
 
-/// These values themselves.
+/// The difference of two values.
 fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
     Difference {
         field: String::new(),
@@ -70,7 +71,7 @@ fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
     }
 }
 
-/// If one of the two has nothing.
+/// The difference if one of the two is absent.
 fn one_of<T: Debug>(a: Option<&T>, b: Option<&T>) -> Difference {
     let text = |value: Option<&T>| {
         value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"))
@@ -141,7 +142,8 @@ fn join(path: String, rest: &str) -> String {
     }
 }
 
-/// Names every field, so that a new one cannot be forgotten.
+/// Destructures each message with all its fields, so that the compiler reports a forgotten new
+/// field.
 macro_rules! messages {
     ($($type:ident { $($field:ident),* $(,)? })*) => {
         $(impl Differs for $type {

@@ -1,21 +1,21 @@
-//! Fidelities of a schedule: what can never work, and how many rows are trained low.
+//! Fidelities of a schedule: refuses what can never work, and counts the rows that are trained low.
 use super::{Asked, impossible};
 use crate::{error::Result, selection::is_scored};
 use superbatch_proto::v1::{
     Approximation, Fidelity, MultiResolution, Phase, RunSpec, approximation::By,
 };
 
-/// Of a sub-batch trained at two resolutions, unless the phase says otherwise.
+/// Default share of a sub-batch that is trained at the approximation.
 const SHARE: f64 = 0.5;
 
-/// What a phase scores at; `None` is full fidelity.
+/// Returns the approximation at which a phase scores; `None` is full fidelity.
 pub fn scores_at(phase: &Phase) -> Option<Approximation> {
     phase
         .approximation
         .filter(|_| phase.fidelity() == Fidelity::Approximate)
 }
 
-/// How many rows of a step of `rows` are trained low if rows of one step differ; 0 if all are
+/// Returns how many of a step's `rows` are trained low, if rows of one step differ; 0 if all are
 /// alike.
 pub fn low_rows(multi_resolution: Option<&MultiResolution>, rows: usize) -> usize {
     match multi_resolution {
@@ -52,7 +52,7 @@ pub fn probes_at(phase: &Phase, step: u64) -> Option<Option<Approximation>> {
     })
 }
 
-/// Refuses what can never work in one phase. `at` is its path.
+/// Refuses fidelities that can never work in one phase. `at` is its path.
 pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
     let needed = match (phase.fidelity(), &phase.multi_resolution) {
         (Fidelity::Approximate, _) => Some("fidelity approximate"),

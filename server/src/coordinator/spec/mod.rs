@@ -1,5 +1,5 @@
-//! The run spec: defaults filled, what can never be met refused at open, and the schedule of
-//! phases.
+//! The run spec: fills in defaults, refuses at open what can never be met, and knows the schedule
+//! of phases.
 mod asked;
 mod check;
 mod differs;
@@ -18,15 +18,15 @@ use superbatch_proto::v1::{
 };
 pub use tuning::leaves_out;
 
-/// The spec with the defaults that the protocol documents; `need_deadline_seconds` is the
-/// operator's.
+/// Returns the spec with the defaults that the protocol documents. `need_deadline_seconds` is the
+/// operator's default.
 ///
-/// `compute_dtype` stays unspecified if it was: the workers' device decides when the run is
-/// opened. So does `train_flops_per_example`.
+/// An unspecified `compute_dtype` stays so: the workers' device decides when the run is opened.
+/// `train_flops_per_example` stays as it is too.
 ///
 /// # Errors
 /// `RunSpecImpossible` if no run can meet it, with the path of the cause in `field`;
-/// `Unimplemented` if a later version can.
+/// `Unimplemented` if only a later version can.
 pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec> {
     for source in &mut spec.sources {
         fill(&mut source.weight, 1.0);
@@ -52,7 +52,7 @@ pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec
     Ok(spec)
 }
 
-/// Examples that a trainer which consumed all steps through `consumed` has got.
+/// Returns the examples of all steps through `consumed`.
 pub fn delivered(spec: &RunSpec, consumed: Option<u64>) -> u64 {
     let Some(consumed) = consumed else { return 0 };
     let ends = spec
@@ -69,7 +69,7 @@ pub fn delivered(spec: &RunSpec, consumed: Option<u64>) -> u64 {
     spec.phases.iter().zip(ends).map(steps).sum()
 }
 
-/// A phase with its defaults; also one that an earlier version completed.
+/// Fills in a phase's defaults, also those that an earlier version did not know.
 pub fn complete_phase(phase: &mut Phase) {
     fill(&mut phase.criterion, Criterion::Learnability.into());
     fill(&mut phase.n_chunks, 16);
@@ -79,16 +79,17 @@ pub fn complete_phase(phase: &mut Phase) {
     fidelity::complete(phase);
 }
 
-/// Seconds that a stall lasts before it is acted on, if the run does not say: enough for an
-/// announcement that comes by another connection, few enough for a trainer that never pushes.
+/// Default seconds of a stall before it counts. Long enough for an announcement by another
+/// connection to arrive; short enough for a trainer that never pushes.
 const STALL_GRACE_SECONDS: f64 = 5.0;
 
-/// The grace period with its default; also of a run that an earlier version opened.
+/// Fills in the default of the grace period, also of a run that an earlier version opened.
 pub fn complete_grace(spec: &mut RunSpec) {
     spec.stall_grace_seconds = Some(stall_grace_seconds(spec));
 }
 
-/// How long every rank must stand still without a push on its way before the run is stalled.
+/// Returns how long every rank must stand still, without a push under way, before the run is
+/// stalled.
 pub fn stall_grace_seconds(spec: &RunSpec) -> f64 {
     spec.stall_grace_seconds.unwrap_or(STALL_GRACE_SECONDS)
 }
@@ -99,7 +100,7 @@ fn fill<T: Default + PartialEq>(value: &mut T, default: T) {
     }
 }
 
-/// The phase that `step` belongs to. `phases` are a completed spec's: not empty, rising from step
+/// Returns the phase of `step`. `phases` are those of a completed spec: not empty, rising from step
 /// 0.
 pub fn phase_at(phases: &[Phase], step: u64) -> &Phase {
     &phases[phases
@@ -107,18 +108,18 @@ pub fn phase_at(phases: &[Phase], step: u64) -> &Phase {
         .saturating_sub(1)]
 }
 
-/// A completed spec with more phases. Those that it has already are passed over, so that a call may
-/// be repeated.
+/// Returns a completed spec with more phases. Phases that it has already are skipped, so that a
+/// call may be repeated.
 ///
 /// # Errors
 /// `RunSpecImpossible` if a phase begins at or before `last_started`, the last step that is
-/// committed or begun, or if the result is no spec.
+/// committed or started, or if the result is no valid spec.
 pub fn append_phases(
     mut spec: RunSpec,
     phases: Vec<Phase>,
     last_started: Option<u64>,
 ) -> Result<RunSpec> {
-    // Each is compared with all: so many at most.
+    // Each new phase is compared with all others, so their number is bounded first.
     if phases.len() > crate::bounds::PHASES_MAX {
         return Err(check::too_many_phases(phases.len()));
     }
@@ -143,7 +144,7 @@ pub fn append_phases(
     Ok(spec)
 }
 
-/// A name of the protocol as people write it: `joint` for `POLICY_JOINT`.
+/// Returns a name of the protocol as people write it: `joint` for `POLICY_JOINT`.
 fn word(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase()
 }

@@ -1,10 +1,10 @@
-//! The numbers of single policies and the rules that leave candidates out: their defaults, and what
-//! can never work.
+//! The numbers of single policies and the rules that leave candidates out: fills in defaults, and
+//! refuses what can never work.
 use super::{impossible, word};
 use crate::{error::Result, selection};
 use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
 
-/// CLIPScore of an image and a text of the same embedding.
+/// The CLIPScore of an image and a text with the same embedding.
 const CLIP_SCORE_MAX: f64 = 2.5;
 /// Beyond these, scores and chances overflow in the arithmetic of the draw, and each step fails.
 /// Long before, the draw is the one of top_k or of uniform.
@@ -12,7 +12,7 @@ const RATIO_MIN: f64 = 1e-9;
 const RATIO_MAX: f64 = 1e9;
 const EXPONENT_MAX: f64 = 100.0;
 
-/// Whether a rule of `tuning` leaves candidates out.
+/// Returns whether a rule of `tuning` leaves candidates out.
 pub fn leaves_out(tuning: Option<&Tuning>) -> bool {
     selection::tuning(tuning).leaves_out()
 }
@@ -84,7 +84,7 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
 struct Number {
     name: &'static str,
     value: Option<f64>,
-    /// The only policy that reads it; all if `None`.
+    /// The only policy that reads it; `None` for all policies.
     reader: Option<Policy>,
     from: Least,
     to: f64,
@@ -105,7 +105,7 @@ impl Least {
     }
 }
 
-/// Names every field, so that a new one cannot be forgotten.
+/// Destructures `Tuning` with all its fields, so that the compiler reports a forgotten new field.
 fn numbers(tuning: &Tuning) -> [Number; 7] {
     use Least::{Above, From};
     let Tuning {
