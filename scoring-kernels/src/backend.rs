@@ -55,7 +55,25 @@ impl Backend {
     ) -> Result<Selection> {
         // The rules of `tuning` run first and on the CPU for every backend, so that the candidates
         // offered to the draw do not depend on the device.
-        let mut problem = Problem::new(candidates, settings, tuning, noise)?;
+        self.select_with_terms(candidates, settings, tuning, None, noise)
+    }
+
+    /// [`Self::select_tuned`] with a term for each candidate that is added to its score, `[B]`, after
+    /// gain: another model's score, or a column of the data. Without embeddings of either model the
+    /// terms are the scores.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::select`].
+    pub fn select_with_terms(
+        &self,
+        candidates: &Candidates<'_>,
+        settings: &Settings,
+        tuning: &Tuning,
+        terms: Option<&[f64]>,
+        noise: &Noise<'_>,
+    ) -> Result<Selection> {
+        let mut problem = Problem::new(candidates, settings, tuning, terms, noise)?;
         let filtered = filter::filter(candidates, tuning, &problem.offered)?;
         problem.leave_out(&filtered)?;
         let (engine, spread) = (self.engine(&problem)?, self.spread(&problem)?);

@@ -48,7 +48,10 @@ pub(crate) fn run(
     mut spread: Option<Box<dyn Spread + '_>>,
     noise: &Noise<'_>,
 ) -> Result<Selection> {
-    let own = engine.as_mut().map(|engine| engine.scores()).transpose()?;
+    let own = match engine.as_mut() {
+        Some(engine) => Some(with_terms(problem, engine.scores()?)),
+        None => problem.terms.map(<[f64]>::to_vec),
+    };
     let mut scores = match &own {
         Some(own) if problem.policy.is_scored() => own.clone(),
         _ => vec![0.0; problem.count],
@@ -69,7 +72,7 @@ pub(crate) fn run(
                 spread_flops += 2.0 * left.len() as f64 * last.len() as f64 * embeddings.dim as f64;
             } else if let Some(engine) = engine.as_mut() {
                 engine.absorb(&last)?;
-                scores = engine.scores()?;
+                scores = with_terms(problem, engine.scores()?);
             }
         }
         let noise = problem
@@ -96,13 +99,25 @@ pub(crate) fn run(
         mean_score_candidates: None,
         flops: spread_flops,
     };
-    if let (Some(mut engine), Some(own)) = (engine, own) {
-        selection.batch_score = Some(batch_score(problem, engine.as_mut(), &selection, &own)?);
+    if let Some(own) = own {
         selection.mean_score_chosen = Some(mean(&own, &selection.indices));
         selection.mean_score_candidates = Some(mean(&own, &problem.offered));
-        selection.flops += engine.flops();
+        selection.batch_score = selection.mean_score_chosen;
+        if let Some(mut engine) = engine {
+            selection.batch_score = Some(batch_score(problem, engine.as_mut(), &selection, &own)?);
+            selection.flops += engine.flops();
+        }
     }
     Ok(selection)
+}
+
+fn with_terms(problem: &Problem<'_>, mut scores: Vec<f64>) -> Vec<f64> {
+    let terms = problem.terms.into_iter().flatten();
+    scores
+        .iter_mut()
+        .zip(terms)
+        .for_each(|(score, term)| *score += term);
+    scores
 }
 
 /// Takes the `size` candidates of largest logit + noise out of `left`, largest first; ties go to
@@ -160,7 +175,10 @@ fn batch_score(
 ) -> Result<f64> {
     let chosen = selection.indices.as_slice();
     let total = match problem.loss {
-        Loss::Softmax => engine.inner(chosen)?,
+        Loss::Softmax => {
+            let terms = |terms: &[f64]| chosen.iter().map(|&n| terms[n as usize]).sum::<f64>();
+            engine.inner(chosen)? + problem.terms.map_or(0.0, terms)
+        }
         Loss::Sigmoid if problem.policy.is_conditional() => {
             let (mut total, mut rest) = (selection.scores.iter().sum::<f64>(), chosen);
             for &size in &problem.chunks {

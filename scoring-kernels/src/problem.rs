@@ -30,6 +30,8 @@ pub(crate) struct Problem<'a> {
     pub chunks: Vec<usize>,
     /// K-center: the model whose image embeddings are spread out.
     pub spread: Option<ModelEmbeddings<'a>>,
+    /// By candidate: added to its score.
+    pub terms: Option<&'a [f64]>,
 }
 
 impl<'a> Problem<'a> {
@@ -37,6 +39,7 @@ impl<'a> Problem<'a> {
         candidates: &Candidates<'a>,
         settings: &Settings,
         tuning: &Tuning,
+        terms: Option<&'a [f64]>,
         noise: &Noise<'_>,
     ) -> Result<Self> {
         check_settings(candidates, settings)?;
@@ -51,7 +54,12 @@ impl<'a> Problem<'a> {
             .filter(|&chunk| settings.policy.is_noisy(chunk))
             .count();
         noise.check(draws, candidates.count)?;
-        let models = models(candidates, settings, &offered)?;
+        let bare = candidates.learner.is_none() && candidates.reference.is_none();
+        let models = match terms {
+            Some(_) if bare => Vec::new(),
+            _ => models(candidates, settings, &offered)?,
+        };
+        check_terms(terms, candidates.count, &offered)?;
         let spread = match settings.policy {
             Policy::KCenter => {
                 let chosen = candidates.reference.or(candidates.learner);
@@ -85,6 +93,7 @@ impl<'a> Problem<'a> {
             offered,
             chunks,
             spread,
+            terms,
         })
     }
 
@@ -108,6 +117,7 @@ impl<'a> Problem<'a> {
             offered,
             chunks: Vec::new(),
             spread: None,
+            terms: None,
         }
     }
 }
@@ -189,6 +199,26 @@ fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
         });
     }
     Ok(())
+}
+
+fn check_terms(terms: Option<&[f64]>, count: usize, offered: &[u32]) -> Result<()> {
+    let Some(terms) = terms else { return Ok(()) };
+    let bad = |value: String, must| {
+        let setting = "terms";
+        Err(Error::SettingInvalid {
+            setting,
+            value,
+            must,
+        })
+    };
+    if terms.len() != count {
+        return bad(format!("{} numbers", terms.len()), "one number a candidate");
+    }
+    let not_finite = offered
+        .iter()
+        .map(|&index| terms[index as usize])
+        .find(|term| !term.is_finite());
+    not_finite.map_or(Ok(()), |term| bad(term.to_string(), "finite"))
 }
 
 fn finite(setting: &'static str, value: f64) -> Result<()> {

@@ -94,7 +94,7 @@ declare! {
     /// Rows that could not be used, by reason. A step that is decided again counts its rows again.
     counter skipped(reason) on Coordinator = "superbatch_skipped_total", Count;
     /// Candidates that a rule of a phase's tuning left out of a committed step, by rule:
-    /// `clip_score_at_least`, `neg_clip_loss_keep`, `duplicates_above`.
+    /// `clip_score_at_least`, `neg_clip_loss_keep`, `duplicates_above`, `score_columns`.
     counter left_out(rule) on Coordinator = "superbatch_left_out_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) on Coordinator = "superbatch_steps_committed_total", Count;
@@ -254,6 +254,7 @@ pub fn begin(process: Process) {
         "clip_score_at_least",
         "neg_clip_loss_keep",
         "duplicates_above",
+        "score_columns",
     ];
     rules
         .into_iter()

@@ -126,10 +126,11 @@ pub fn draw(
         keys: &begin.positions,
     };
     let (settings, tuning) = (settings(begin)?, tuning(begin.tuning.as_ref()));
-    let drawn = backend.select_tuned(&candidates, &settings, &tuning, &noise);
+    let terms = (!begin.terms.is_empty()).then_some(begin.terms.as_slice());
+    let drawn = backend.select_with_terms(&candidates, &settings, &tuning, terms, &noise);
     #[cfg(feature = "torch")]
     let drawn = drawn.or_else(|error| match cuda::fallback_for(backend, &error) {
-        Some(other) => other.select_tuned(&candidates, &settings, &tuning, &noise),
+        Some(other) => other.select_with_terms(&candidates, &settings, &tuning, terms, &noise),
         None => Err(error),
     });
     drawn.map_err(refusal)
@@ -150,6 +151,7 @@ pub fn response(selection: Selection) -> SelectResponse {
             clip_score_at_least: selection.left_out.clip_score_at_least as u32,
             neg_clip_loss_keep: selection.left_out.neg_clip_loss_keep as u32,
             duplicates_above: selection.left_out.duplicates_above as u32,
+            score_columns: 0,
         }),
         ..Default::default()
     }
@@ -201,7 +203,8 @@ pub fn settings(begin: &SelectBegin) -> Result<Settings> {
             v1::Loss::Unspecified => return Err(unset("loss")),
         },
         criterion: match begin.criterion() {
-            v1::Criterion::Learnability => Criterion::Learnability,
+            // No model is handed over then: the terms are the scores.
+            v1::Criterion::Learnability | v1::Criterion::Column => Criterion::Learnability,
             v1::Criterion::Hard => Criterion::Hard,
             v1::Criterion::Easy => Criterion::Easy,
             v1::Criterion::Unspecified => return Err(unset("criterion")),

@@ -102,6 +102,7 @@ pub async fn dataset(
         predicate: None,
         allow: None,
         id_column: None,
+        scores: None,
     };
     let manifest: Manifest = index(stores, None, &[source]).await.expect("a data set");
     manifest.save(state).await.expect("writing to memory")

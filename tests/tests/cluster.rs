@@ -301,7 +301,7 @@ async fn no_step_of_a_phase_begins_while_the_phase_is_being_written() {
         from_step: 1,
         super_batch_size: 96,
         sub_batch_size: 24,
-        ..uniform(&cluster).phases[0]
+        ..uniform(&cluster).phases[0].clone()
     };
     let appending = tokio::spawn({
         let run = run.clone();

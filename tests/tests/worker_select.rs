@@ -104,6 +104,7 @@ async fn candidates_beyond_one_message_come_in_several() {
     let last = count - 1;
     let all = positions(count);
     let parts = all.chunks(STEP).skip(1).map(|part| CandidatesPart {
+        terms: Vec::new(),
         positions: part.to_vec(),
         holes: Vec::new(),
     });
@@ -168,6 +169,7 @@ async fn candidates_after_an_embedding_and_missing_ones_are_refused() {
         ..begin()
     });
     let more = Message::Candidates(CandidatesPart {
+        terms: Vec::new(),
         positions: positions(4),
         holes: Vec::new(),
     });

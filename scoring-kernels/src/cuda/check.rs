@@ -152,8 +152,8 @@ fn compare(
         gain: 1.5,
     };
     let noise = crate::noise::Noise::Given(&[]);
-    let problem =
-        Problem::new(&candidates, &settings, &Tuning::default(), &noise).expect("a valid case");
+    let problem = Problem::new(&candidates, &settings, &Tuning::default(), None, &noise)
+        .expect("a valid case");
     let (mut ours, mut native) = (
         CudaEngine::new(&problem, device)?,
         NativeEngine::new(&problem),

@@ -10,3 +10,4 @@ mod oracle;
 mod policies;
 mod properties;
 mod support;
+mod terms;

@@ -52,6 +52,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
         predicate: args.predicate.clone(),
         allow: args.allow.clone(),
         id_column: args.id_column.clone(),
+        scores: None,
     };
     let requests: Vec<SourceRequest> = args.sources.iter().map(request).collect();
     let manifest = dataset::index(stores, Some(state), &requests).await?;
@@ -104,6 +105,8 @@ fn text(digest: &str, manifest: &Manifest) -> String {
     text
 }
 
+type Count = fn(&Shard) -> u64;
+
 fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
     writeln!(text, "\n{}", source.uri)?;
     let (shards, blocks) = (
@@ -120,7 +123,7 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         "  image in '{}', caption in '{}'",
         source.layout.image_column, source.layout.caption_column
     )?;
-    let counts: [(fn(&Shard) -> u64, &str, &str); 4] = [
+    let counts: [(Count, &str, &str); 4] = [
         (
             |shard| shard.left_out,
             "sample",

@@ -375,12 +375,13 @@ fn tuning(s: &ReceiptSummary) -> String {
         clip_score_at_least,
         neg_clip_loss_keep,
         duplicates_above,
+        score_columns,
     }) = s.left_out
     {
         text.push_str(&format!(
             "; left out {} (CLIPScore {clip_score_at_least}, negCLIPLoss {neg_clip_loss_keep}, \
-            duplicates {duplicates_above})",
-            clip_score_at_least + neg_clip_loss_keep + duplicates_above
+            duplicates {duplicates_above}, score columns {score_columns})",
+            clip_score_at_least + neg_clip_loss_keep + duplicates_above + score_columns
         ));
     }
     text

@@ -36,6 +36,13 @@ enum How {
 }
 use How::{Bound, Free, Tested};
 
+fn column(name: &str) -> superbatch_proto::v1::ScoreColumn {
+    superbatch_proto::v1::ScoreColumn {
+        name: name.to_owned(),
+        ..Default::default()
+    }
+}
+
 const ENUM: &str = "an enum: what it does not know is refused or means its zero";
 const FLAG: &str = "a flag";
 const KEY: &str = "a number that is compared, hashed or quoted, and counts nothing";
@@ -185,7 +192,7 @@ const FIELDS: &[(&str, How)] = &[
     (
         "RunSpec.phases",
         Bound("phases", || {
-            refused(|s| s.phases = vec![s.phases[0]; PHASES_MAX + 1])
+            refused(|s| s.phases = vec![s.phases[0].clone(); PHASES_MAX + 1])
         }),
     ),
     ("RunSpec.loss", Free(ENUM)),
@@ -280,6 +287,30 @@ const FIELDS: &[(&str, How)] = &[
         }),
     ),
     (
+        "Source.where",
+        Bound("sources[0].where", || {
+            refused(|s| s.sources[0].r#where = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
+        "Source.allow",
+        Bound("sources[0].allow", || {
+            refused(|s| s.sources[0].allow = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
+        "Source.id_column",
+        Bound("sources[0].id_column", || {
+            refused(|s| s.sources[0].id_column = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
+        "Source.scores",
+        Bound("sources[0].scores", || {
+            refused(|s| s.sources[0].scores = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
         "LearnerSpec.model_uri",
         Bound("learner.model_uri", || {
             refused(|s| s.learner.get_or_insert_default().model_uri = long(NAME_BYTES_MAX))
@@ -359,6 +390,22 @@ const FIELDS: &[(&str, How)] = &[
     ("Phase.approximation", How::Message),
     ("Phase.multi_resolution", How::Message),
     ("Phase.allow_untrained_fidelity", Free(FLAG)),
+    (
+        "Phase.score_columns",
+        Bound("phases[0].score_columns", || {
+            refused(|s| s.phases[0].score_columns = vec![Default::default(); 65])
+        }),
+    ),
+    (
+        "ScoreColumn.name",
+        Bound("phases[0].score_columns[0].name", || {
+            refused(|s| s.phases[0].score_columns = vec![column(&long(NAME_BYTES_MAX))])
+        }),
+    ),
+    ("ScoreColumn.weight", Free(NUMBER)),
+    ("ScoreColumn.at_least", Free(NUMBER)),
+    ("ScoreColumn.at_most", Free(NUMBER)),
+    ("ScoreColumn.missing", Free(NUMBER)),
     (
         "Approximation.resolution",
         Free("below the model's image size, or the model cannot be run at it"),
@@ -703,6 +750,10 @@ const FIELDS: &[(&str, How)] = &[
         "CandidatesPart.holes",
         Tested("candidates_without_end_are_refused"),
     ),
+    (
+        "CandidatesPart.terms",
+        Tested("candidates_without_end_are_refused"),
+    ),
     ("SelectBegin.policy", Free(ENUM)),
     ("SelectBegin.criterion", Free(ENUM)),
     ("SelectBegin.loss", Free(ENUM)),
@@ -732,6 +783,10 @@ const FIELDS: &[(&str, How)] = &[
     ("SelectBegin.reference_bias", Free(NUMBER)),
     ("SelectBegin.embedding_dtype", Free(ENUM)),
     ("SelectBegin.tuning", How::Message),
+    (
+        "SelectBegin.terms",
+        Tested("candidates_without_end_are_refused"),
+    ),
     // What a worker answers.
     (
         "PrepareModelResponse.digest",

@@ -22,6 +22,7 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
         predicate: None,
         allow: None,
         id_column: None,
+        scores: None,
     }
 }
 

@@ -1,8 +1,8 @@
 //! Indexing: which files a source has, and of each file the blocks.
 use super::{
-    filter::Filter,
+    filter::{self, Filter},
     find::{self, Found},
-    manifest::{Format, Manifest, SourceManifest},
+    manifest::{Format, Manifest, ScoreFiles, SourceManifest},
     pattern, row_groups, tar,
 };
 use crate::{
@@ -28,6 +28,8 @@ pub struct SourceRequest {
     pub allow: Option<String>,
     /// The column that holds the ids.
     pub id_column: Option<String>,
+    /// Parquet files of ids and numbers, in which score columns are looked up.
+    pub scores: Option<String>,
 }
 
 /// Indexes all sources: lists their files, reads every footer or header, finds image and caption.
@@ -85,10 +87,19 @@ async fn index_source(
     } = find::find(stores, state, pattern, &request.uri).await?;
     let root = stores.open(&root_uri)?;
     let filter = Filter::open(stores, request).await?;
-    match format {
+    let mut source = match format {
         Format::Parquet => row_groups::index_shards(request, &filter, &root, root_uri, files).await,
         Format::Tar => tar::index_shards(request, &filter, state, &root, root_uri, files).await,
+    }?;
+    if let Some(uri) = &request.scores {
+        let id_column = request.id_column.as_deref().unwrap_or(filter::ID_COLUMN);
+        source.scores = Some(ScoreFiles {
+            uri: uri.clone(),
+            id_column: id_column.to_owned(),
+            digest: filter::ids::find(stores, uri).await?.digest,
+        });
     }
+    Ok(source)
 }
 
 /// The URIs in a text file, one a line; those without a scheme lie beside the file.

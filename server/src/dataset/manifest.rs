@@ -92,6 +92,18 @@ pub struct SourceManifest {
     /// The predicate and the list of ids that rows were kept by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_by: Option<KeptBy>,
+    /// Files of ids and numbers in which score columns are looked up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scores: Option<ScoreFiles>,
+}
+
+/// Parquet files beside a source, as they were when it was indexed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScoreFiles {
+    pub uri: String,
+    pub id_column: String,
+    /// BLAKE3 of their names, sizes and ETags, in hex.
+    pub digest: String,
 }
 
 /// What leaves rows of a source out.

@@ -10,6 +10,7 @@ mod mask;
 mod pattern;
 mod row_groups;
 mod schema;
+mod scores;
 mod tar;
 mod unify;
 
@@ -28,6 +29,7 @@ pub use manifest::Shard;
 pub use manifest::SourceManifest;
 pub use mask::Mask;
 pub use pattern::parts;
+pub use scores::Scores;
 pub use tar::Survey;
 pub use tar::TarBlock;
 pub use tar::survey_kept;

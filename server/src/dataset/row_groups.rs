@@ -212,6 +212,7 @@ impl Building {
                     .collect(),
                 shards: self.shards,
                 kept_by: filter.kept_by(),
+                scores: None,
             }),
             _ => {
                 let outside = self.shards.iter().map(|shard| shard.outside).sum();

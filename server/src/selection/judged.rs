@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use superbatch_kernels::{
     Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Settings,
 };
-use superbatch_proto::v1::SelectBegin;
+use superbatch_proto::v1::{self, SelectBegin};
 
 /// Candidates whose pairs stand for all, where a uniform draw's score is estimated.
 const SAMPLE: usize = 256;
@@ -65,7 +65,25 @@ pub fn judge(
         (Criterion::Easy, [_, Some(reference)]) => Some(-gain * reference[n]),
         _ => None,
     };
-    let own: Vec<f64> = (0..count).map(score).collect::<Option<_>>()?;
+    let of_columns = (begin.criterion() == v1::Criterion::Column).then_some(0.0);
+    let bare: Vec<f64> = (0..count)
+        .map(|n| of_columns.or_else(|| score(n)))
+        .collect::<Option<_>>()?;
+    let mut own = bare.clone();
+    own.iter_mut()
+        .zip(&begin.terms)
+        .for_each(|(own, term)| *own += term);
+    for hole in &begin.holes {
+        if let Some(own) = own.get_mut(*hole as usize) {
+            *own = f64::NAN;
+        }
+    }
+    let offered: Vec<usize> = (0..count).filter(|n| own[*n].is_finite()).collect();
+    let terms = offered
+        .iter()
+        .filter_map(|n| begin.terms.get(*n))
+        .sum::<f64>();
+    let mean_term = terms / offered.len().max(1) as f64;
     let dims: usize = models.iter().flatten().map(|model| model.dim).sum();
     let mut judged = Judged {
         own,
@@ -74,8 +92,10 @@ pub fn judge(
         flops: 2.0 * (count * dims) as f64,
     };
     let embedded = [learner, reference];
-    if let Some((score, flops)) = uniform_score(&settings, &judged.own, gain, embedded, models) {
-        judged.uniform_score = Some(score);
+    if of_columns.is_some() {
+        judged.uniform_score = Some(mean_term);
+    } else if let Some((score, flops)) = uniform_score(&settings, &bare, gain, embedded, models) {
+        judged.uniform_score = Some(score + mean_term);
         judged.flops += flops;
     }
     Some(judged)

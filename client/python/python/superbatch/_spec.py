@@ -27,6 +27,8 @@ class Source:
     allow: the ids of the rows that are candidates, a `.npy` file of uids (DataComp's) or Parquet
     files.
     id_column: the column that holds the ids (default "uid").
+    scores: Parquet files of ids and numbers, in which `Phase.score_columns` are looked up by
+    `id_column` (default: the data's own columns).
     """
 
     uri: str | os.PathLike
@@ -36,6 +38,7 @@ class Source:
     where: str | None = None
     allow: str | os.PathLike | None = None
     id_column: str | None = None
+    scores: str | os.PathLike | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,24 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreColumn:
+    """A numeric column of the data: part of every score, or a rule that leaves candidates out.
+
+    name: the column, or the entry of the `json` of a tar's samples.
+    weight: weight x value is added to a candidate's score (default 1, or nothing where at_least or
+    at_most is given).
+    at_least, at_most: candidates of other values are left out.
+    missing: stands for a null or NaN; without it such candidates are left out.
+    """
+
+    name: str
+    weight: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    missing: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """How batches are chosen from `from_step` on.
 
@@ -140,7 +161,7 @@ class Phase:
     super_batch_size: candidates scanned for a step; rows that do not fill a last one sit the epoch
     out.
     sub_batch_size: rows chosen and served, over all ranks.
-    criterion: "learnability" (default), "hard" or "easy".
+    criterion: "learnability" (default), "hard", "easy", or "column": the sum of score_columns alone.
     n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax
     scores (default 1).
     fidelity: what candidates are scored at, "full" (default) or "approximate" (Flexi-JEST), as
@@ -153,6 +174,7 @@ class Phase:
         be noise.
     tuning: numbers of single policies, and what is left out before the draw.
     probe: now and then, compare what the two fidelities choose, `FidelityProbe(every_steps=...)`.
+    score_columns: numeric columns of the data, as the criterion, as terms of it, or as rules.
     """
 
     policy: str
@@ -168,6 +190,7 @@ class Phase:
     multi_resolution: MultiResolution | None = None
     allow_untrained_fidelity: bool | None = None
     probe: FidelityProbe | None = None
+    score_columns: Sequence[ScoreColumn] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +338,11 @@ def check_phases(phases: Any) -> None:
         )
         if isinstance(phase, Phase):
             expect(f"phases[{i}].tuning", phase.tuning, Tuning, "give superbatch.Tuning(...)")
+            columns = "give superbatch.ScoreColumn(name=...)"
+            for n, column in enumerate(
+                items(f"phases[{i}].score_columns", phase.score_columns or ())
+            ):
+                expect(f"phases[{i}].score_columns[{n}]", column, ScoreColumn, columns)
             approximations = "give superbatch.Approximation(resolution=...)"
             expect(f"phases[{i}].approximation", phase.approximation, Approximation, approximations)
             shares = "give superbatch.MultiResolution() or superbatch.MultiResolution(share=...)"

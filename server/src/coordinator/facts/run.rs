@@ -430,7 +430,7 @@ mod tests {
         };
         let known = RunFact::new(
             &RunSpec {
-                phases: vec![phase],
+                phases: vec![phase.clone()],
                 ..Default::default()
             },
             "m".into(),

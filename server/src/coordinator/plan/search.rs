@@ -116,6 +116,7 @@ mod tests {
             columns: vec![],
             shards: (0..shards).map(shard).collect(),
             kept_by: None,
+            scores: None,
         }
     }
 

@@ -96,6 +96,7 @@ pub fn count(receipt: &Receipt, begun: Instant) {
         metrics::left_out("clip_score_at_least").increment(left_out.clip_score_at_least.into());
         metrics::left_out("neg_clip_loss_keep").increment(left_out.neg_clip_loss_keep.into());
         metrics::left_out("duplicates_above").increment(left_out.duplicates_above.into());
+        metrics::left_out("score_columns").increment(left_out.score_columns.into());
     }
     if let Some(cost) = &summary.cost {
         metrics::candidates().increment(cost.candidates_scanned);

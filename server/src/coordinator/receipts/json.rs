@@ -3,8 +3,8 @@ use serde_json::{Map, Value, json};
 use superbatch_proto::v1::{
     Accounts, Approximation, BadRow, BadRowReason, ChosenRow, ComputeDtype, Criterion,
     EmbeddingDtype, Fidelity, LeftOut, Loss, Mode, MultiResolution, PassedRow, Policy, ProbeResult,
-    Receipt, ReceiptSummary, SourceSpan, StageSeconds, TowerFlops, Tuning, WeightsVersion,
-    approximation::By,
+    Receipt, ReceiptSummary, ScoreColumn, SourceSpan, StageSeconds, TowerFlops, Tuning,
+    WeightsVersion, approximation::By,
 };
 
 /// Destructures the message with all its fields, so that the compiler reports a forgotten new
@@ -75,7 +75,9 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
         run_totals: json!(run_totals.as_ref().map(accounts)),
         tuning: json!(tuning.as_ref().map(self::tuning)),
         left_out: json!(left_out.as_ref().map(|left_out| {
-            object!(LeftOut, left_out, [clip_score_at_least, neg_clip_loss_keep, duplicates_above])
+            object!(LeftOut, left_out, [
+                clip_score_at_least, neg_clip_loss_keep, duplicates_above, score_columns
+            ])
         })),
         approximation: json!(approximation.as_ref().map(self::approximation)),
         multi_resolution: json!(multi_resolution.as_ref().map(|asked| {
@@ -84,6 +86,7 @@ pub fn summary(summary: &ReceiptSummary) -> Value {
         uniform_score: json!(uniform_score),
         trainer_wait_seconds: json!(trainer_wait_seconds),
         probe: json!(probe.as_ref().map(self::probe)),
+        score_columns: score_columns.iter().map(score_column).collect(),
     })
 }
 
@@ -106,6 +109,7 @@ pub fn receipt(receipt: &Receipt) -> Value {
             own_score: json!(own_score),
             learner_loss: json!(learner_loss),
             reference_loss: json!(reference_loss),
+            column_values: json!(column_values),
         })
     };
     let passed = |row: &PassedRow| {
@@ -121,7 +125,8 @@ pub fn receipt(receipt: &Receipt) -> Value {
                 own_score,
                 learner_loss,
                 reference_loss,
-                sampled
+                sampled,
+                column_values
             ]
         )
     };
@@ -164,6 +169,14 @@ pub fn tuning(tuning: &Tuning) -> Value {
     all.into_iter()
         .filter(|(_, number)| !number.is_null())
         .collect()
+}
+
+fn score_column(column: &ScoreColumn) -> Value {
+    object!(
+        ScoreColumn,
+        column,
+        [name, weight, at_least, at_most, missing]
+    )
 }
 
 fn version(version: &WeightsVersion) -> Value {

@@ -15,10 +15,10 @@ use crate::{
 };
 use arrow::{
     array::{
-        Array, ArrayRef, BinaryArray, Float64Array, RecordBatch, StringArray, UInt32Array,
-        UInt64Array,
+        Array, ArrayRef, AsArray, BinaryArray, Float64Array, ListArray, RecordBatch, StringArray,
+        UInt32Array, UInt64Array,
     },
-    datatypes::{DataType, Field, Schema},
+    datatypes::{DataType, Field, Float64Type, Schema},
 };
 use bytes::Bytes;
 use parquet::{
@@ -34,6 +34,7 @@ use prost::Message;
 use std::{fmt::Write, sync::Arc};
 use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
 
+const COLUMN_VALUES: &str = "column_values";
 const SUMMARY: &str = "superbatch.summary";
 const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
 const PASSED_OVER: &str = "superbatch.passed_over";
@@ -57,6 +58,11 @@ fn schema() -> Schema {
         Field::new("own_score", DataType::Float64, true),
         Field::new("learner_loss", DataType::Float64, true),
         Field::new("reference_loss", DataType::Float64, true),
+        Field::new(
+            COLUMN_VALUES,
+            DataType::new_list(DataType::Float64, true),
+            true,
+        ),
     ])
 }
 
@@ -162,6 +168,12 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
         maybe(|row| row.own_score),
         maybe(|row| row.learner_loss),
         maybe(|row| row.reference_loss),
+        Arc::new(ListArray::from_iter_primitive::<Float64Type, _, _>(
+            chosen.iter().map(|row| {
+                let values = row.column_values.iter().copied().map(Some);
+                (!row.column_values.is_empty()).then(|| values.collect::<Vec<_>>())
+            }),
+        )),
     ]
 }
 
@@ -230,6 +242,13 @@ fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), Parqu
             .filter(|column| column.is_valid(i))
             .map(|column| column.value(i))
     };
+    let column_values = batch.column_by_name(COLUMN_VALUES);
+    let column_values = column_values.and_then(|found| found.as_list_opt::<i32>());
+    let values_of = |i: usize| {
+        let lists = column_values.filter(|lists| lists.is_valid(i))?;
+        let values = lists.value(i);
+        Some(values.as_primitive_opt::<Float64Type>()?.values().to_vec())
+    };
     for i in 0..batch.num_rows() {
         into.push(ChosenRow {
             id: id.value(i).to_owned(),
@@ -245,6 +264,7 @@ fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), Parqu
             own_score: maybe(own_score, i),
             learner_loss: maybe(learner_loss, i),
             reference_loss: maybe(reference_loss, i),
+            column_values: values_of(i).unwrap_or_default(),
         });
     }
     Ok(())

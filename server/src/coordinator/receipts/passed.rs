@@ -13,6 +13,8 @@ struct Columns {
     learner_loss: Vec<Option<f32>>,
     reference_loss: Vec<Option<f32>>,
     sampled: Vec<bool>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    column_values: Vec<Vec<f64>>,
 }
 
 pub(super) fn encode(rows: &[PassedRow]) -> String {
@@ -27,6 +29,9 @@ pub(super) fn encode(rows: &[PassedRow]) -> String {
         columns.learner_loss.push(row.learner_loss);
         columns.reference_loss.push(row.reference_loss);
         columns.sampled.push(row.sampled);
+        if !row.column_values.is_empty() {
+            columns.column_values.push(row.column_values.clone());
+        }
     }
     serde_json::to_string(&columns).expect("plain data encodes")
 }
@@ -45,6 +50,7 @@ pub(super) fn decode(text: &str) -> Option<Vec<PassedRow>> {
             learner_loss: *columns.learner_loss.get(n)?,
             reference_loss: *columns.reference_loss.get(n)?,
             sampled: *columns.sampled.get(n)?,
+            column_values: columns.column_values.get(n).cloned().unwrap_or_default(),
         })
     };
     columns.id.iter().enumerate().map(row).collect()

@@ -24,12 +24,15 @@ use crate::{
         weights::{Published, RunWeights, Weights},
         workers::prepare::prepare,
     },
-    dataset::{self, Manifest, SourceRequest, index},
+    dataset::{self, Manifest, Scores, SourceRequest, index},
     error::{Error, Result},
     storage::Location,
 };
 use futures::FutureExt;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 use superbatch_proto::v1::{
     Accounts, ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion,
     learner_spec::Initial,
@@ -52,6 +55,7 @@ impl Opening<'_> {
         let manifest = Arc::new(self.index(spec).await?);
         manifest.output_schema(&spec.columns)?;
         self.plan(spec, &manifest)?;
+        self.scores(spec, &manifest).await?;
         let mut spec = spec.clone();
         let (reference, learner) = self.models(&mut spec).await?;
         models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
@@ -107,6 +111,7 @@ impl Opening<'_> {
             receipts,
             owner,
             incarnations,
+            scores: Scores::new(coordinator.stores.clone(), coordinator.state.clone()),
             opened_phases,
             location,
         };
@@ -124,8 +129,9 @@ impl Opening<'_> {
         let mut sources = Vec::new();
         for source in &spec.sources {
             dataset::parts(&source.uri).try_for_each(|uri| stores.allow(uri))?;
-            if !source.allow.is_empty() {
-                dataset::parts(&source.allow).try_for_each(|uri| stores.allow(uri))?;
+            for beside in [&source.allow, &source.scores] {
+                let parts = dataset::parts(beside).filter(|uri| !uri.is_empty());
+                parts.into_iter().try_for_each(|uri| stores.allow(uri))?;
             }
             sources.push(SourceRequest {
                 uri: source.uri.clone(),
@@ -135,6 +141,7 @@ impl Opening<'_> {
                 predicate: named(&source.r#where),
                 allow: named(&source.allow),
                 id_column: named(&source.id_column),
+                scores: named(&source.scores),
             });
         }
         index(stores, Some(&self.coordinator.state), &sources)
@@ -142,8 +149,24 @@ impl Opening<'_> {
             .await
     }
 
-    /// Has workers load the models. If the spec leaves the arithmetic open, that of the first
-    /// worker is fixed for the run: all workers must compute alike.
+    /// Reads the score columns of each source's first shard: what is no column of numbers is told
+    /// before the first step.
+    async fn scores(&self, spec: &RunSpec, manifest: &Manifest) -> Result<()> {
+        let coordinator = self.coordinator;
+        let scores = Scores::new(coordinator.stores.clone(), coordinator.state.clone());
+        let asked = spec.phases.iter().flat_map(|phase| &phase.score_columns);
+        let names: BTreeSet<&str> = asked.map(|column| column.name.as_str()).collect();
+        for source in &manifest.sources {
+            let first = source.shards.iter().find(|shard| !shard.blocks.is_empty());
+            for (name, shard) in names.iter().filter_map(|name| Some((name, first?))) {
+                scores.of_shard(source, shard, name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has workers load the models. What the spec leaves to the device is fixed by what the first
+    /// of them computes in: all workers must do the same.
     async fn models(&self, spec: &mut RunSpec) -> Result<(Option<ModelFact>, Option<ModelFact>)> {
         let stores = &self.coordinator.stores;
         let mut reference = None;

@@ -11,7 +11,7 @@ use crate::{
         weights::Weights,
         workers::pool::Pool,
     },
-    dataset::Manifest,
+    dataset::{Manifest, Scores},
     storage::Location,
 };
 use arrow::datatypes::SchemaRef;
@@ -42,6 +42,8 @@ pub struct Parts {
     pub receipts: Receipts,
     pub owner: Ownership,
     pub incarnations: Incarnations,
+    /// Score columns of the data.
+    pub scores: Scores,
     /// Phases that the run was opened with; the others were appended.
     pub opened_phases: usize,
 }

@@ -12,8 +12,8 @@ use superbatch_proto::{
 
 /// Workers that one selection may lose before the step fails.
 const ATTEMPTS_MAX: usize = 5;
-/// Most candidates of one message: a position takes up to 10 bytes and a hole up to 5.
-const PART_CANDIDATES: usize = PART_BYTES / 16;
+/// Candidates that one message names: a position takes up to 10 bytes, a hole up to 5 and a term 8.
+const PART_CANDIDATES: usize = PART_BYTES / 32;
 
 /// Draws one sub-batch from embeddings of all candidates.
 #[async_trait]

@@ -35,24 +35,27 @@ pub struct WorkerSelector {
 /// Returns a `SelectBegin` with as many candidates as one message should hold, then messages with
 /// the rest.
 pub fn candidates(mut begin: SelectBegin) -> Vec<Message> {
-    let (positions, holes) = (
+    let (positions, holes, terms) = (
         std::mem::take(&mut begin.positions),
         std::mem::take(&mut begin.holes),
+        std::mem::take(&mut begin.terms),
     );
-    let (mut positions, mut holes) = (
+    let (mut positions, mut holes, mut terms) = (
         positions.chunks(PART_CANDIDATES),
         holes.chunks(PART_CANDIDATES),
+        terms.chunks(PART_CANDIDATES),
     );
-    let mut next = || match (positions.next(), holes.next()) {
-        (None, None) => None,
-        (positions, holes) => Some((
-            positions.unwrap_or_default().to_vec(),
-            holes.unwrap_or_default().to_vec(),
-        )),
+    let mut next = || match (positions.next(), holes.next(), terms.next()) {
+        (None, None, None) => None,
+        (positions, holes, terms) => Some(CandidatesPart {
+            positions: positions.unwrap_or_default().to_vec(),
+            holes: holes.unwrap_or_default().to_vec(),
+            terms: terms.unwrap_or_default().to_vec(),
+        }),
     };
-    (begin.positions, begin.holes) = next().unwrap_or_default();
-    let rest =
-        std::iter::from_fn(next).map(|(positions, holes)| CandidatesPart { positions, holes });
+    let first = next().unwrap_or_default();
+    (begin.positions, begin.holes, begin.terms) = (first.positions, first.holes, first.terms);
+    let rest = std::iter::from_fn(next);
     [Message::Begin(begin)]
         .into_iter()
         .chain(rest.map(Message::Candidates))
@@ -155,6 +158,7 @@ mod tests {
         SelectBegin {
             positions,
             holes: (0..count).collect(),
+            terms: (0..count).map(f64::from).collect(),
             step: 7,
             ..Default::default()
         }
@@ -185,6 +189,7 @@ mod tests {
                     Some(Message::Candidates(part)) if number > 0 => {
                         joined.positions.extend(part.positions);
                         joined.holes.extend(part.holes);
+                        joined.terms.extend(part.terms);
                     }
                     other => panic!("message {number} is {other:?}"),
                 }

@@ -23,15 +23,15 @@ impl Asked {
 
     pub fn by_draw(policy: Policy, criterion: Criterion, tuning: Option<&Tuning>) -> Self {
         let scored = is_scored(policy);
-        let reference_losses = scored && criterion != Criterion::Hard;
+        let reference_losses = scored && !matches!(criterion, Criterion::Hard | Criterion::Column);
         Self {
-            learner: scored && criterion != Criterion::Easy,
+            learner: scored && !matches!(criterion, Criterion::Easy | Criterion::Column),
             reference_losses,
             reference: reference_losses || policy == Policy::KCenter || leaves_out(tuning),
         }
     }
 
-    /// Returns whether no model is needed: such a draw is from noise only.
+    /// Whether nobody is asked: such a draw is from noise alone, or by score columns.
     pub fn asks_no_model(self) -> bool {
         !self.learner && !self.reference
     }

@@ -1,5 +1,5 @@
-//! Refuses specs that no run can meet.
-use super::{Asked, fidelity, impossible, tuning, word};
+//! What no run can meet.
+use super::{Asked, columns, fidelity, impossible, tuning, word};
 use crate::{
     bounds::{
         COLUMNS_MAX, FIDELITIES_MAX, MAX_AHEAD_MAX, MICRO_BATCH_ROWS_MAX, NAME_BYTES_MAX,
@@ -30,7 +30,7 @@ pub(super) fn check(spec: &RunSpec) -> Result<()> {
     needs(spec)?;
     fidelity::trained(spec)?;
     weights(spec)?;
-    columns(&spec.columns)?;
+    delivered(&spec.columns)?;
     bounds(spec)
 }
 
@@ -62,6 +62,7 @@ fn kept_by(at: &impl Fn(&str) -> String, source: &Source) -> Result<()> {
     short(&at("where"), &source.r#where)?;
     short(&at("allow"), &source.allow)?;
     short(&at("id_column"), &source.id_column)?;
+    short(&at("scores"), &source.scores)?;
     if source.r#where.is_empty() {
         return Ok(());
     }
@@ -160,6 +161,7 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
         return Err(impossible(&at("sub_batch_size"), message));
     }
     fidelity::check(&format!("phases[{i}]"), phase, micro_batches)?;
+    columns::check(&format!("phases[{i}]"), phase)?;
     tuning::check(&format!("phases[{i}]"), phase)
 }
 
@@ -238,7 +240,7 @@ fn weights(spec: &RunSpec) -> Result<()> {
     }
 }
 
-fn columns(columns: &[String]) -> Result<()> {
+fn delivered(columns: &[String]) -> Result<()> {
     if columns.len() > COLUMNS_MAX {
         let message = format!("{} columns; at most {COLUMNS_MAX}", columns.len());
         return Err(impossible("columns", message));

@@ -3,8 +3,8 @@ use super::word;
 use std::fmt::Debug;
 use superbatch_proto::v1::{
     Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
-    Fork, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec, Source,
-    Tuning, approximation, lag, learner_spec,
+    Fork, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec,
+    ScoreColumn, Source, Tuning, approximation, lag, learner_spec,
 };
 
 /// Longest text of a value, in characters.
@@ -166,13 +166,14 @@ messages! {
             compute_dtype,
         train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
     }
-    Source { uri, weight, image_column, caption_column, r#where, allow, id_column }
+    Source { uri, weight, image_column, caption_column, r#where, allow, id_column, scores }
     LearnerSpec { model_uri, initial, logit_bias, trained_fidelities }
     ReferenceSpec { model_uri, logit_bias }
     Phase {
         from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity,
-        tuning, approximation, multi_resolution, allow_untrained_fidelity, probe,
+        tuning, approximation, multi_resolution, allow_untrained_fidelity, probe, score_columns,
     }
+    ScoreColumn { name, weight, at_least, at_most, missing }
     Approximation { by }
     MultiResolution { share, whole_step }
     FidelityProbe { every_steps, rows }

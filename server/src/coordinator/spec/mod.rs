@@ -2,6 +2,7 @@
 //! of phases.
 mod asked;
 mod check;
+mod columns;
 mod differs;
 mod fidelity;
 mod tuning;
@@ -75,6 +76,7 @@ pub fn complete_phase(phase: &mut Phase) {
     fill(&mut phase.n_chunks, 16);
     fill(&mut phase.gain, 1.0);
     fill(&mut phase.fidelity, Fidelity::Full.into());
+    columns::complete(phase);
     tuning::complete(phase);
     fidelity::complete(phase);
 }

@@ -38,7 +38,7 @@ fn spec() -> RunSpec {
 fn the_documented_defaults_are_filled_and_stay() {
     let full = complete(spec(), 60.0).unwrap();
     assert_eq!(full.sources[0].weight, 1.0);
-    let phase = full.phases[1];
+    let phase = full.phases[1].clone();
     assert_eq!(
         (phase.criterion(), phase.fidelity()),
         (Criterion::Learnability, Fidelity::Full)

@@ -27,9 +27,9 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     }
     let begun = Instant::now();
     let spec = run.spec();
-    let phase = *phase_at(&spec.phases, step);
+    let phase = phase_at(&spec.phases, step);
     let super_batch = run.plan.step(&spec.phases, step)?;
-    let mut decided = Decided::new(generation, step, phase, run.wasted.spend());
+    let mut decided = Decided::new(generation, step, phase.clone(), run.wasted.spend());
     decided.planned(begun.elapsed());
     let maker = Maker {
         run,
@@ -37,8 +37,9 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
         super_batch: &super_batch,
         reporter,
     };
-    let rows = match Asked::by(&phase).asks_no_model() {
-        true => maker.uniform(&mut decided).await?,
+    decided.columns = maker.columns(&phase.score_columns).await?;
+    let rows = match Asked::by(phase).asks_no_model() {
+        true => maker.unasked(&mut decided).await?,
         false => maker.scored(&mut decided).await?,
     };
     decided.cost_seconds().total = begun.elapsed().as_secs_f64();

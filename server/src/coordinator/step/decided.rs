@@ -1,4 +1,5 @@
-//! The facts of a step's decision, gathered while it is made, for its receipt.
+//! What a step was decided on, gathered while it is decided, and the receipt that comes of it.
+use super::columns::Columns;
 use crate::{
     coordinator::{
         facts::run::ModelFact,
@@ -11,7 +12,10 @@ use crate::{
     metrics,
     selection::judged::Judged,
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 use superbatch_proto::v1::{
     Accounts, BadRowReason, Hole, Mode, Phase, ProbeResult, SelectResponse, StageSeconds,
     WeightsVersion,
@@ -41,6 +45,8 @@ pub struct Decided {
     pub judged: Option<Judged>,
     /// What the fidelity probe found, where one was due.
     pub probe: Option<ProbeResult>,
+    /// The phase's score columns.
+    pub columns: Columns,
     /// Workers that shared the candidates.
     workers: usize,
 }
@@ -66,6 +72,7 @@ impl Decided {
             },
             judged: None,
             probe: None,
+            columns: Columns::default(),
             workers: 0,
         }
     }
@@ -199,17 +206,42 @@ impl Decided {
         self.holes.extend(holes.into_values());
     }
 
-    /// Sets the draw of a uniform step: these candidates, by noise only.
-    pub fn drawn_uniformly(&mut self, indices: Vec<u32>) {
+    /// The draw of a step that asks no model: these candidates of an order of all.
+    pub fn drawn_of(&mut self, order: &SelectResponse, indices: Vec<u32>) {
         let count = indices.len();
+        let numbered = order.indices.iter().zip(0_usize..);
+        let places: HashMap<u32, usize> = numbered.map(|(index, n)| (*index, n)).collect();
+        let of = |all: &[f64]| -> Vec<f64> {
+            let place = |index| places.get(index).and_then(|place| all.get(*place));
+            indices
+                .iter()
+                .map(|index| place(index).copied().unwrap_or_default())
+                .collect()
+        };
+        let (scores, weights) = (of(&order.scores), of(&order.weights));
+        // They are relative to the largest of those that are served.
+        let largest = weights.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+        let mean = scores.iter().sum::<f64>() / count.max(1) as f64;
         self.drawn = SelectResponse {
             indices,
             chunks: vec![count as u32],
-            scores: vec![0.0; count],
-            weights: vec![1.0; count],
+            scores,
+            weights: weights.iter().map(|weight| weight / largest).collect(),
+            batch_score: mean,
+            mean_score_chosen: mean,
+            mean_score_candidates: order.mean_score_candidates,
             device: "cpu".to_owned(),
             ..Default::default()
         };
+    }
+
+    /// Candidates that may not be chosen: holes, and what the columns leave out. Rising.
+    pub fn unusable(&self) -> Vec<u32> {
+        let mut all = self.hole_numbers();
+        all.extend_from_slice(&self.columns.left_out);
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     pub fn hole_numbers(&self) -> Vec<u32> {

@@ -45,6 +45,8 @@ impl Maker<'_> {
             .select(begin, learner, reference)
             .await;
         let mut drawn = drawn.map_err(|error| error.about(format!("step {}", decided.step)))?;
+        drawn.left_out.get_or_insert_default().score_columns =
+            decided.columns.left_out.len() as u32;
         drawn.flops += decided.judged.as_ref().map_or(0.0, |judged| judged.flops);
         decided.spent.add(drawn.flops);
         metrics::stage_duration("select").record(drawn.seconds);
@@ -115,7 +117,8 @@ pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch)
         gain,
         tuning,
         ..
-    } = decided.phase;
+    } = &decided.phase;
+    let (policy, criterion, sub_batch_size) = (*policy, *criterion, *sub_batch_size);
     let (policy, criterion) = match decided.mode {
         Mode::Uniform => (Policy::Uniform as i32, criterion),
         Mode::ReferenceOnly => (policy, Criterion::Easy as i32),
@@ -128,20 +131,23 @@ pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch)
         true => criterion,
         false => Criterion::Learnability as i32,
     };
+    let terms = decided.columns.terms.clone();
+    let terms = terms.filter(|_| is_scored(Policy::try_from(policy).unwrap_or_default()));
     SelectBegin {
         policy,
         criterion,
         loss: spec.loss,
         sub_batch_size,
-        n_chunks,
-        gain,
+        n_chunks: *n_chunks,
+        gain: *gain,
         seed: spec.seed,
         generation: decided.generation,
         step: decided.step,
         positions: noise_keys(&super_batch.candidates),
-        holes: decided.hole_numbers(),
+        holes: decided.unusable(),
         embedding_dtype: spec.embedding_dtype,
-        tuning,
+        tuning: *tuning,
+        terms: terms.unwrap_or_default(),
         ..Default::default()
     }
 }

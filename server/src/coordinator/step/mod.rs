@@ -10,8 +10,9 @@
 //!
 //! The caller serves the batch (`serve`).
 pub mod admission;
+pub mod columns;
 pub mod commit;
-pub mod decide;
+mod decide;
 pub mod decided;
 pub mod draw;
 pub mod fidelity;

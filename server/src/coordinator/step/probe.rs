@@ -59,8 +59,11 @@ impl Maker<'_> {
         learner: Option<(&ModelRef, &Scored)>,
         reference: Option<&Scored>,
     ) -> Result<ProbeResult> {
-        let (begin, asked) = self.asking(decided, learner.map(|(_, scored)| scored), reference)?;
+        let (mut begin, asked) =
+            self.asking(decided, learner.map(|(_, scored)| scored), reference)?;
         let rows = sample(&begin, &decided.phase, decided.step);
+        let terms = rows.iter().filter_map(|row| begin.terms.get(*row));
+        begin.terms = terms.copied().collect();
         let all = &self.super_batch.candidates;
         let candidates: Vec<Candidate> = rows.iter().map(|row| all[*row]).collect();
         let of_learner = learner.filter(|_| asked.learner);

@@ -81,6 +81,7 @@ fn sample_passed_over(
             learner_loss: loss(0),
             reference_loss: loss(1),
             sampled: passed.sampled,
+            column_values: values_of(decided, candidate),
         }
     };
     passed_over(&judged.own, drawn, most)
@@ -125,12 +126,18 @@ pub fn chosen(
             own_score: judged.map(|judged| judged.own[*candidate as usize]),
             learner_loss: loss(0, *candidate),
             reference_loss: loss(1, *candidate),
+            column_values: values_of(decided, *candidate as usize),
         }
     };
     places.map(row).collect()
 }
 
-/// Returns the fidelity at which each chosen row is trained.
+fn values_of(decided: &Decided, candidate: usize) -> Vec<f64> {
+    let columns = decided.columns.values.iter();
+    columns.map(|values| values[candidate]).collect()
+}
+
+/// What each chosen row is to be trained at.
 fn trained_at(seed: u64, super_batch: &SuperBatch, decided: &Decided) -> Vec<Fidelity> {
     let place = |candidate: &u32| {
         let c = &super_batch.candidates[*candidate as usize];
@@ -195,7 +202,9 @@ pub fn summary(
         compute_dtype: spec.compute_dtype,
         run_totals: None,
         tuning: phase.tuning,
-        left_out: drawn.left_out.filter(|_| leaves_out(phase.tuning.as_ref())),
+        left_out: drawn
+            .left_out
+            .filter(|_| leaves_out(phase.tuning.as_ref()) || !phase.score_columns.is_empty()),
         approximation: phase.approximation,
         multi_resolution: phase.multi_resolution,
         uniform_score: decided
@@ -204,6 +213,7 @@ pub fn summary(
             .and_then(|judged| judged.uniform_score),
         trainer_wait_seconds: run.waits.take(),
         probe: decided.probe,
+        score_columns: phase.score_columns.clone(),
     }
 }
 

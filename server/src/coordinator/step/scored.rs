@@ -9,7 +9,11 @@ use tokio::time::Instant;
 impl Maker<'_> {
     /// Has all candidates embedded by the models that the phase needs, and selects.
     pub async fn scored(&self, decided: &mut Decided) -> Result<Rows> {
-        let (run, phase, size) = (self.run, decided.phase, self.super_batch.candidates.len());
+        let (run, phase, size) = (
+            self.run,
+            decided.phase.clone(),
+            self.super_batch.candidates.len(),
+        );
         let mut scoring = self
             .begin(self.job(decided, false), &self.super_batch.candidates)
             .await?;
@@ -53,12 +57,7 @@ impl Maker<'_> {
         };
         let (model, learner) = learner.unzip();
         decided.add_holes(scoring.holes(), &[&reference, &learner]);
-        let holes = decided.holes.len();
-        // Checked before the draw, since the selector would only say that it has too few
-        // candidates, and not which rows are bad and why.
-        if size - holes < phase.sub_batch_size as usize {
-            return Err(self.too_few(decided));
-        }
+        self.enough(decided)?;
         let embedded = model.as_ref().zip(learner.as_ref());
         self.probe(decided, embedded, reference.as_ref()).await;
         decided.drawn = self.draw(decided, learner, reference).await?;

@@ -1,34 +1,26 @@
-//! Uniform draws.
+//! Draws that ask no model: from noise alone, or by score columns.
 use super::{decided::Decided, draw::select_begin, maker::Maker};
 use crate::{
     coordinator::score::scored::Rows,
     error::{Error, Result},
+    selection::judged::judge,
 };
 use std::collections::BTreeSet;
-use superbatch_proto::v1::{Hole, SelectBegin};
+use superbatch_proto::v1::Hole;
 
 impl Maker<'_> {
-    /// Draws from noise only, and reads only the rows that it draws. A bad row is replaced by the
-    /// next row of the draw.
-    pub async fn uniform(&self, decided: &mut Decided) -> Result<Rows> {
+    /// Draws an order of all candidates and reads only what is served: a bad row is replaced by the
+    /// next one drawn.
+    pub async fn unasked(&self, decided: &mut Decided) -> Result<Rows> {
         let wanted = decided.phase.sub_batch_size as usize;
-        // The whole super-batch is put into one random order, of which the first usable rows are
-        // taken. Drawing exactly b rows and replacing bad ones by a second draw would give the same
-        // law, but depend on how many rows were read at a time.
-        let all = SelectBegin {
-            sub_batch_size: self.super_batch.candidates.len() as u32,
-            ..select_begin(self.spec, decided, self.super_batch)
-        };
-        let order = self
-            .run
-            .deps
-            .selector
-            .select(all, None, None)
-            .await?
-            .indices;
+        self.enough(decided)?;
+        let mut all = select_begin(self.spec, decided, self.super_batch);
+        all.sub_batch_size = (self.super_batch.candidates.len() - all.holes.len()) as u32;
+        decided.judged = judge(&all, None, None);
+        let order = self.run.deps.selector.select(all, None, None).await?;
         let mut good: Option<Rows> = None;
         let mut drawn: Vec<u32> = Vec::with_capacity(wanted);
-        let mut next = order.into_iter();
+        let mut next = order.indices.iter().copied();
         while drawn.len() < wanted {
             let mut numbers: Vec<u32> = next.by_ref().take(wanted - drawn.len()).collect();
             if numbers.is_empty() {
@@ -64,7 +56,9 @@ impl Maker<'_> {
                 }
             }
         }
-        decided.drawn_uniformly(drawn);
+        decided.drawn_of(&order, drawn);
+        decided.drawn.left_out.get_or_insert_default().score_columns =
+            decided.columns.left_out.len() as u32;
         good.ok_or_else(|| Error::internal("a sub-batch of no rows"))
     }
 }

@@ -61,7 +61,7 @@ impl Ids {
 }
 
 /// A text by its hash, a number by its digits' hash.
-fn hashed(value: &Literal) -> u128 {
+pub(in crate::dataset) fn hashed(value: &Literal) -> u128 {
     let text = match value {
         Literal::Text(text) => Cow::Borrowed(text.as_str()),
         other => Cow::Owned(other.to_string()),
@@ -80,37 +80,127 @@ pub(super) async fn read(stores: &Stores, uri: &str, column: &str) -> Result<Ids
     if uri.ends_with(".npy") {
         return npy(stores, uri).await;
     }
-    let found = find::find(stores, None, pattern::parse(uri, pattern::parts(uri))?, uri).await?;
-    let root = stores.open(&found.root_uri)?;
     let mut ids = Vec::new();
-    for (path, meta) in found.files {
-        let file = ShardFile::new(root.below(&path), meta.size, file::etag(&root, &meta));
-        let footer = file.footer().await?;
-        let fields = footer.schema().fields();
-        let only = fields.first().filter(|_| fields.len() == 1);
-        let named = footer.schema().field_with_name(column).ok();
-        let Some(field) = named.or(only.map(AsRef::as_ref)) else {
-            let message = format!("the list of ids {} has no column '{column}'", file.uri());
-            let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
-            return Err(layout::not_found(message, column, &names));
-        };
-        if !matches!(Kind::of(field.data_type()), Some(Kind::Text | Kind::Int)) {
-            let (name, kind) = (field.name(), field.data_type());
-            let message = format!("'{name}' of {} is {kind}, no text or number", file.uri());
-            return Err(layout::mismatch(message, uri, name));
-        }
-        let name = field.name().clone();
-        let groups: Vec<usize> = (0..footer.metadata().num_row_groups()).collect();
-        let read = columns::read(&file, &footer, &groups, &[&name]).await?;
-        for batch in read {
-            let values = values(batch.column(0)).map_err(|e| file.undecodable(0, e))?;
-            ids.extend(values.iter().flatten().map(hashed));
-        }
+    let found = find(stores, uri).await?;
+    for file in &found.files {
+        ids.extend(
+            numbered(file, column, None)
+                .await?
+                .into_iter()
+                .map(|(id, _)| id),
+        );
         if ids.len() as u64 * 16 > BYTES_MAX {
             return Err(too_large(uri));
         }
     }
     not_empty(Ids::new(ids, false), uri)
+}
+
+/// Parquet files of ids.
+pub(in crate::dataset) struct Found {
+    pub files: Vec<ShardFile>,
+    /// BLAKE3 of their names, sizes and ETags, in hex.
+    pub digest: String,
+}
+
+/// # Errors
+/// Those of listing.
+pub(in crate::dataset) async fn find(stores: &Stores, uri: &str) -> Result<Found> {
+    let pattern = pattern::parse(uri, pattern::parts(uri))?;
+    let found = find::find(stores, None, pattern, uri).await?;
+    let root = stores.open(&found.root_uri)?;
+    let (mut files, mut hasher) = (Vec::new(), blake3::Hasher::new());
+    for (path, meta) in found.files {
+        let etag = file::etag(&root, &meta);
+        let size = meta.size.to_string();
+        for part in [path.as_str(), &size, etag.as_deref().unwrap_or_default()] {
+            hasher.update(part.as_bytes()).update(&[0]);
+        }
+        files.push(ShardFile::new(root.below(&path), meta.size, etag));
+    }
+    let digest = hasher.finalize().to_hex().to_string();
+    Ok(Found { files, digest })
+}
+
+/// The ids of a file, each with its value of the column `value`, which is NaN where it is null.
+///
+/// # Errors
+/// `ColumnNotFound`, `SchemaMismatch`; those of reading.
+pub(in crate::dataset) async fn numbered(
+    file: &ShardFile,
+    column: &str,
+    value: Option<&str>,
+) -> Result<Vec<(u128, f64)>> {
+    let footer = file.footer().await?;
+    let fields = footer.schema().fields();
+    let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
+    // A tar's key is a column beside it.
+    let column = match column {
+        "__key__" if !names.contains(&column) => "key",
+        column if names.len() == 1 && value.is_none() => names.first().unwrap_or(&column),
+        column => column,
+    };
+    let fits = |name: &str, kinds: &[Kind]| {
+        let Ok(field) = footer.schema().field_with_name(name) else {
+            let message = format!("{} has no column '{name}'", file.uri());
+            return Err(layout::not_found(message, name, &names));
+        };
+        match Kind::of(field.data_type()) {
+            Some(kind) if kinds.contains(&kind) => Ok(()),
+            _ => {
+                let kind = field.data_type();
+                let message = format!("column '{name}' of {} is {kind}", file.uri());
+                let wanted = if name == column {
+                    "text or whole number"
+                } else {
+                    "number"
+                };
+                let message = format!("{message}, no {wanted}");
+                Err(layout::mismatch(message, file.uri(), name))
+            }
+        }
+    };
+    fits(column, &[Kind::Text, Kind::Int])?;
+    if let Some(value) = value {
+        fits(value, &NUMBERS)?;
+    }
+    let groups: Vec<usize> = (0..footer.metadata().num_row_groups()).collect();
+    let wanted: Vec<&str> = [Some(column), value].into_iter().flatten().collect();
+    let mut found = Vec::new();
+    for batch in columns::read(file, &footer, &groups, &wanted).await? {
+        let of = |name: &str| match batch.column_by_name(name) {
+            Some(array) => values(array).map_err(|e| file.undecodable(0, e)),
+            None => Ok(Vec::new()),
+        };
+        let (ids, numbers) = (of(column)?, value.map(of).transpose()?.unwrap_or_default());
+        for (row, id) in ids.iter().enumerate() {
+            let number = numbers
+                .get(row)
+                .and_then(Option::as_ref)
+                .map_or(f64::NAN, number);
+            found.extend(id.iter().map(|id| (hashed(id), number)));
+        }
+    }
+    Ok(found)
+}
+
+/// Kinds of columns that hold numbers.
+pub(in crate::dataset) const NUMBERS: [Kind; 5] = [
+    Kind::Int,
+    Kind::Float(true),
+    Kind::Float(false),
+    Kind::Bool,
+    Kind::Null,
+];
+
+/// A value as a number; a text is none.
+pub(in crate::dataset) fn number(value: &Literal) -> f64 {
+    match value {
+        Literal::Int(whole) => *whole as f64,
+        Literal::Float(real) => *real,
+        Literal::Bool(truth) => f64::from(u8::from(*truth)),
+        Literal::Text(_) => f64::NAN,
+    }
 }
 
 fn not_empty(ids: Ids, uri: &str) -> Result<Ids> {

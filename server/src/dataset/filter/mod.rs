@@ -1,15 +1,15 @@
 //! Rows that are no candidates: what a source's `where` and `allow` leave out, and downloads that
 //! img2dataset notes as failed. They are found once, by indexing, and counted in the manifest.
 mod bounds;
-mod columns;
-mod expression;
-mod ids;
+pub(super) mod columns;
+pub(super) mod expression;
+pub(super) mod ids;
 mod parse;
 mod row_groups;
 mod samples;
 #[cfg(test)]
 mod tests;
-mod values;
+pub(super) mod values;
 mod words;
 
 use super::{
@@ -23,12 +23,12 @@ use crate::{
 use expression::{Expression, Literal};
 use ids::Ids;
 pub(crate) use parse::parse;
-pub(super) use samples::Known;
+pub(super) use samples::{Entries, KEY};
 use std::collections::HashMap;
 pub(crate) use words::Fault;
 
 /// The column whose values are looked up in a list of ids, where the source names none.
-const ID_COLUMN: &str = "uid";
+pub(super) const ID_COLUMN: &str = "uid";
 
 /// What a source leaves out.
 pub(super) struct Filter {

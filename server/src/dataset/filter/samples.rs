@@ -6,20 +6,98 @@ use super::{
 };
 use crate::{
     dataset::{file::ShardFile, layout},
-    error::Result,
+    error::{Error, Result},
 };
 use serde_json::Value;
 
-/// What is known of a sample: its key, and its `json` member.
-pub(in crate::dataset) struct Known<'a> {
-    pub key: &'a str,
-    pub json: Option<Value>,
+/// The column of a sample's key.
+pub(in crate::dataset) const KEY: &str = "__key__";
+
+/// What the samples of a shard have under some names.
+#[derive(Debug)]
+pub(in crate::dataset) struct Entries {
+    /// As they are asked for: `similarity` or `json[similarity]`.
+    names: Vec<String>,
+    keys: Vec<String>,
+    /// By name, then by sample; `None` where it is null or absent.
+    values: Vec<Vec<Option<Literal>>>,
+    /// Which of the names some sample has, also as a null.
+    found: Vec<bool>,
+    /// All names of the first sample, for people.
+    there: Vec<String>,
+}
+
+impl Entries {
+    pub fn new(names: &[&str]) -> Self {
+        Self {
+            names: names.iter().map(|name| (*name).to_owned()).collect(),
+            keys: Vec::new(),
+            values: vec![Vec::new(); names.len()],
+            found: vec![false; names.len()],
+            there: Vec::new(),
+        }
+    }
+
+    /// Adds a sample.
+    pub fn push(&mut self, key: &str, json: Option<&Value>) {
+        self.keys.push(key.to_owned());
+        let object = json.and_then(Value::as_object);
+        if let Some(object) = object.filter(|_| self.there.is_empty()) {
+            self.there = object.keys().cloned().collect();
+        }
+        for (n, name) in self.names.iter().enumerate() {
+            let (is_there, value) = match entry(name) {
+                KEY => (true, Some(Literal::Text(key.to_owned()))),
+                entry => {
+                    let value = object.and_then(|object| object.get(entry));
+                    (value.is_some(), value.and_then(literal))
+                }
+            };
+            self.found[n] |= is_there;
+            self.values[n].push(value);
+        }
+    }
+
+    /// The values under a name, of all samples.
+    ///
+    /// # Errors
+    /// `ColumnNotFound` where no sample has it; `at` says what asks for it.
+    pub fn column(&self, file: &ShardFile, name: &str, at: &str) -> Result<&[Option<Literal>]> {
+        let n = self.names.iter().position(|known| known == name);
+        let n = n.ok_or_else(|| Error::internal(format!("'{name}' was not read")))?;
+        if self.found[n] || self.keys.is_empty() {
+            return Ok(&self.values[n]);
+        }
+        let there: Vec<&str> = self.there.iter().map(String::as_str).collect();
+        let name = entry(name);
+        let message = format!("no json of {} has an entry '{name}'{at}", file.uri());
+        Err(layout::not_found(message, name, &there))
+    }
+
+    /// The key of a sample.
+    pub fn key(&self, sample: usize) -> &str {
+        &self.keys[sample]
+    }
+}
+
+/// `similarity` of `json[similarity]`.
+fn entry(name: &str) -> &str {
+    let inner = name.strip_prefix("json[");
+    inner
+        .and_then(|rest| rest.strip_suffix(']'))
+        .unwrap_or(name)
 }
 
 impl Filter {
-    /// Whether a tar's `json` members have to be read.
-    pub fn asks(&self) -> bool {
-        !self.is_empty()
+    /// What is asked of the samples; empty where all are kept.
+    pub fn entries(&self) -> Vec<&str> {
+        let compared = self.predicate.iter().flat_map(|(_, e)| e.columns());
+        let names = compared.map(|(name, _)| name.name.as_str());
+        let ids = self.allow.iter().map(|allow| allow.column.as_str());
+        let mut names: Vec<&str> = names.chain(ids).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 
     /// Which of the samples are kept.
@@ -27,35 +105,24 @@ impl Filter {
     /// # Errors
     /// `ColumnNotFound` where no sample has an entry; `SchemaMismatch` where one has another type
     /// than it is compared with.
-    pub fn keep_samples(&self, file: &ShardFile, samples: &[Known<'_>]) -> Result<Vec<bool>> {
+    pub fn keep_samples(&self, file: &ShardFile, entries: &Entries) -> Result<Vec<bool>> {
         let expression = self.predicate.as_ref().map(|(_, expression)| expression);
-        let compared = expression.iter().flat_map(|e| e.columns());
         let mut columns = Columns::new();
-        for (name, literals) in compared {
+        for (name, literals) in expression.iter().flat_map(|e| e.columns()) {
             let at = format!(" (where, at character {})", name.at);
-            let values = column(file, samples, &name.name, &at)?;
-            check(file, samples, name, literals, &values)?;
-            columns.insert(name.name.clone(), values);
+            let values = entries.column(file, &name.name, &at)?;
+            check(file, entries, name, literals, values)?;
+            columns.insert(name.name.clone(), values.to_vec());
         }
         if let Some(allow) = &self.allow {
             let at = ", which allow looks up (id_column names another)";
-            let values = column(file, samples, &allow.column, at)?;
-            columns.insert(allow.column.clone(), values);
+            let values = entries.column(file, &allow.column, at)?;
+            columns.insert(allow.column.clone(), values.to_vec());
         }
-        let is_real = |name: &str| {
-            let values = columns.get(name).into_iter().flatten().flatten();
-            values
-                .into_iter()
-                .any(|value| matches!(value, Literal::Float(_)))
-        };
+        let values = |name: &str| columns.get(name).into_iter().flatten().flatten();
+        let is_real = |name: &str| values(name).any(|value| matches!(value, Literal::Float(_)));
         let kind = |name: &Name| {
-            let first = columns
-                .get(&name.name)
-                .into_iter()
-                .flatten()
-                .flatten()
-                .next();
-            Ok(match first {
+            Ok(match values(&name.name).next() {
                 None => Kind::Null,
                 Some(Literal::Text(_)) => Kind::Text,
                 Some(Literal::Bool(_)) => Kind::Bool,
@@ -65,37 +132,8 @@ impl Filter {
         };
         let wrong = |name: &Name, literal: &Literal| mismatch(file, name, literal, "another type");
         let bound = expression.map(|e| bound(e, kind, wrong)).transpose()?;
-        Ok(self.kept(bound.as_ref(), &columns, samples.len()))
+        Ok(self.kept(bound.as_ref(), &columns, entries.keys.len()))
     }
-}
-
-/// The values of an entry. Its name may be written as `json[name]`.
-fn column(
-    file: &ShardFile,
-    samples: &[Known<'_>],
-    name: &str,
-    at: &str,
-) -> Result<Vec<Option<Literal>>> {
-    let entry = name
-        .strip_prefix("json[")
-        .and_then(|rest| rest.strip_suffix(']'));
-    let entry = entry.unwrap_or(name);
-    let value = |sample: &Known<'_>| match entry {
-        "__key__" => Some(Literal::Text(sample.key.to_owned())),
-        _ => literal(sample.json.as_ref()?.get(entry)?),
-    };
-    let has = |sample: &Known<'_>| {
-        let json = sample.json.as_ref();
-        entry == "__key__" || json.is_some_and(|json| json.get(entry).is_some())
-    };
-    if !samples.is_empty() && !samples.iter().any(has) {
-        let objects = samples.iter().filter_map(|s| s.json.as_ref()?.as_object());
-        let names = objects.map(|object| object.keys().map(String::as_str).collect::<Vec<_>>());
-        let names = names.into_iter().next().unwrap_or_default();
-        let message = format!("no json of {} has an entry '{entry}'{at}", file.uri());
-        return Err(layout::not_found(message, entry, &names));
-    }
-    Ok(samples.iter().map(value).collect())
 }
 
 fn literal(value: &Value) -> Option<Literal> {
@@ -115,7 +153,7 @@ fn literal(value: &Value) -> Option<Literal> {
 /// Whether all values are of the kind that they are compared with.
 fn check(
     file: &ShardFile,
-    samples: &[Known<'_>],
+    entries: &Entries,
     name: &Name,
     literals: &[Literal],
     values: &[Option<Literal>],
@@ -123,10 +161,10 @@ fn check(
     let Some(literal) = literals.first() else {
         return Ok(());
     };
-    for (sample, value) in samples.iter().zip(values) {
+    for (sample, value) in values.iter().enumerate() {
         let Some(value) = value else { continue };
         if rank(value) != rank(literal) {
-            let found = format!("{value} in sample {}", sample.key);
+            let found = format!("{value} in sample {}", entries.key(sample));
             return Err(mismatch(file, name, literal, &found));
         }
     }
@@ -141,7 +179,7 @@ fn rank(value: &Literal) -> u8 {
     }
 }
 
-fn mismatch(file: &ShardFile, name: &Name, literal: &Literal, found: &str) -> crate::error::Error {
+fn mismatch(file: &ShardFile, name: &Name, literal: &Literal, found: &str) -> Error {
     let Name { name, at } = name;
     let message = format!(
         "where: '{name}' (at character {at}) of {} is {found}, and is compared with {literal}",

@@ -8,7 +8,7 @@ use arrow::{
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::dataset) enum Kind {
     Int,
     /// `true` for numbers of 32 bits and less: what they are compared with is rounded as they are.
     Float(bool),
@@ -76,7 +76,7 @@ pub(super) fn bound<E>(
 }
 
 /// The values of a column that has a [`Kind`]; `None` where they are null.
-pub(super) fn values(array: &ArrayRef) -> Result<Vec<Option<Literal>>, ArrowError> {
+pub(in crate::dataset) fn values(array: &ArrayRef) -> Result<Vec<Option<Literal>>, ArrowError> {
     let kind = Kind::of(array.data_type()).ok_or_else(|| {
         ArrowError::CastError(format!("a {} cannot be compared", array.data_type()))
     })?;

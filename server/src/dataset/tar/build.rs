@@ -1,16 +1,17 @@
 //! From tars to a source of the manifest: blocks of samples that follow each other.
 use super::{
     entries::End,
+    json,
     kept::survey_kept,
     layout::{self, KEY},
-    samples::{Member, Sample, rows_of},
+    samples::Sample,
     survey::Survey,
 };
 use crate::{
     dataset::{
         SourceRequest, counted,
         file::{self, ShardFile},
-        filter::{Filter, Known},
+        filter::Filter,
         manifest::{Block, Column, Layout, Shard, SourceManifest},
     },
     error::{Error, Result},
@@ -18,7 +19,6 @@ use crate::{
 };
 use futures::{StreamExt, TryStreamExt, stream::FuturesOrdered};
 use object_store::ObjectMeta;
-use parquet::file::reader::ChunkReader;
 use std::collections::BTreeSet;
 use superbatch_proto::v1::Reason;
 
@@ -139,6 +139,7 @@ impl Building {
                 columns,
                 shards: self.shards,
                 kept_by: filter.kept_by(),
+                scores: None,
             }),
             _ => {
                 let message = format!(
@@ -173,7 +174,7 @@ async fn keep(
     let (mut blocks, mut outside) = (Vec::new(), 0);
     if let Some(layout) = layout {
         blocks = self::blocks(&survey.samples, &layout);
-        if filter.asks() {
+        if !filter.entries().is_empty() {
             outside = keep_rows(filter, &layout, &file, &survey, &mut blocks).await?;
         }
     }
@@ -194,39 +195,20 @@ async fn keep_rows(
     survey: &Survey,
     blocks: &mut [Block],
 ) -> Result<u64> {
-    let mut outside = 0;
+    let entries = json::entries(file, survey, layout, &filter.entries()).await?;
+    let kept = filter.keep_samples(file, &entries)?;
+    let (mut rest, mut outside) = (kept.as_slice(), 0);
     for block in blocks {
-        let samples = &survey.samples[rows_of(&survey.samples, block)];
-        let rows: Vec<_> = samples
-            .iter()
-            .filter(|s| layout::is_row(layout, s))
-            .collect();
-        let range = |member: &Member| member.offset..member.offset + member.length;
-        let ranges: Vec<_> = rows.iter().filter_map(|s| json_of(s).map(range)).collect();
-        let bytes = file.ranges(&ranges).await?;
-        let known = rows.iter().map(|sample| {
-            let content = json_of(sample).map(|m| bytes.get_bytes(m.offset, m.length as usize));
-            let content = content.transpose().map_err(|cause| {
-                Error::internal("a member lies outside what was read").because(cause)
-            })?;
-            let json = content.and_then(|content| serde_json::from_slice(&content).ok());
-            let key = sample.key.as_str();
-            Ok(Known { key, json })
-        });
-        let known = known.collect::<Result<Vec<_>>>()?;
-        let kept = filter.keep_samples(file, &known)?;
-        block.keep(&kept);
-        outside += kept.iter().filter(|kept| !**kept).count() as u64;
+        let (these, after) = rest.split_at(block.rows as usize);
+        rest = after;
+        block.keep(these);
+        outside += these.len() as u64 - u64::from(block.rows);
     }
     Ok(outside)
 }
 
-fn json_of(sample: &Sample) -> Option<&Member> {
-    sample.member("json").filter(|json| json.length > 0)
-}
-
 /// Cuts the samples that are rows into blocks.
-fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
+pub(super) fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     let (mut first_row, mut members) = (0, 0);
     for sample in samples
@@ -261,7 +243,7 @@ fn blocks(samples: &[Sample], layout: &Layout) -> Vec<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::manifest::Format;
+    use crate::dataset::{manifest::Format, tar::samples::Member};
 
     fn sample(start: u64, fields: &[&str], length: u64) -> Sample {
         let member = |field: &&str| Member {

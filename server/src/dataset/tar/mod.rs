@@ -6,6 +6,7 @@ mod build;
 mod entries;
 #[cfg(test)]
 pub(crate) mod fixtures;
+mod json;
 mod kept;
 mod layout;
 mod samples;
@@ -15,6 +16,7 @@ mod tests;
 
 pub use block::TarBlock;
 pub(super) use build::index_shards;
+pub(super) use json::entries;
 pub use kept::survey_kept;
 pub(super) use layout::member_type;
 pub use survey::Survey;

@@ -94,6 +94,7 @@ fn check_candidates(begin: &SelectBegin) -> Result<()> {
         begin.positions.len(),
         SUPER_BATCH_SIZE_MAX as usize,
     )?;
+    check_count("terms", begin.terms.len(), SUPER_BATCH_SIZE_MAX as usize)?;
     check_count("holes", begin.holes.len(), SUPER_BATCH_SIZE_MAX as usize)
 }
 
@@ -114,6 +115,7 @@ impl Received {
         }
         self.begin.positions.extend(part.positions);
         self.begin.holes.extend(part.holes);
+        self.begin.terms.extend(part.terms);
         check_candidates(&self.begin)
     }
 

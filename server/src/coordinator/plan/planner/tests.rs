@@ -44,6 +44,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         columns: vec![],
         shards: shards.iter().enumerate().map(shard).collect(),
         kept_by: None,
+        scores: None,
     }
 }
 

@@ -195,6 +195,7 @@ fn row() -> impl Strategy<Value = ChosenRow> {
                 own_score: judged[0],
                 learner_loss: judged[1],
                 reference_loss: judged[2],
+                column_values: judged.into_iter().flatten().collect(),
             }
         },
     )

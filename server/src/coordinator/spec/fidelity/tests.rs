@@ -135,7 +135,7 @@ fn a_probe_is_due_every_so_many_steps_of_its_phase_at_the_other_fidelity() {
         rows: 0,
     };
     asked.phases[1].probe = Some(probe);
-    let phase = complete(asked, 60.0).unwrap().phases[1];
+    let phase = complete(asked, 60.0).unwrap().phases[1].clone();
     assert_eq!(phase.probe.unwrap().rows, 1024);
     assert_eq!(
         probes_at(&phase, 10),
@@ -167,7 +167,7 @@ fn probes_that_can_tell_nothing_are_refused() {
             multi_resolution: None,
             fidelity: Fidelity::Full.into(),
             probe: probe(5, 64),
-            ..spec.phases[1]
+            ..spec.phases[1].clone()
         }
     });
     assert_eq!(field, "phases[1].approximation");

@@ -1,0 +1,294 @@
+//! Numeric columns as scores of rows. The values of a shard are read once and kept in the state.
+use super::{
+    file::ShardFile,
+    filter::{
+        columns,
+        expression::Literal,
+        ids::{self, NUMBERS, number},
+        values::{Kind, values},
+    },
+    layout,
+    manifest::{Format, Shard, SourceManifest},
+    tar,
+};
+use crate::{
+    error::{Error, Result},
+    storage::{Location, Stores},
+};
+use bytes::Bytes;
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::OnceCell;
+
+/// Part of the key: what other versions wrote is not read.
+const VERSION: &str = "1";
+/// Values of shards that are kept in memory, in all.
+const VALUES_MAX: usize = 8 << 20;
+
+/// Ids, sorted, with their values.
+type Joined = Arc<Vec<(u128, f64)>>;
+/// URI, column of ids, column of values.
+type JoinKey = [String; 3];
+/// A shard's values with their key, newest last.
+type Recent = VecDeque<(String, Arc<Vec<f64>>)>;
+
+/// Reads the score columns of a run.
+pub struct Scores {
+    stores: Stores,
+    state: Location,
+    joined: Mutex<HashMap<JoinKey, Arc<OnceCell<Joined>>>>,
+    recent: Mutex<Recent>,
+}
+
+impl Scores {
+    pub fn new(stores: Stores, state: Location) -> Self {
+        Self {
+            stores,
+            state,
+            joined: Mutex::default(),
+            recent: Mutex::default(),
+        }
+    }
+
+    /// The value of each row that is stored in a shard, by its number in it; NaN where there is
+    /// none.
+    ///
+    /// # Errors
+    /// `ColumnNotFound`, `SchemaMismatch` where it holds no numbers, `DatasetChanged`; those of
+    /// reading.
+    pub async fn of_shard(
+        &self,
+        source: &SourceManifest,
+        shard: &Shard,
+        column: &str,
+    ) -> Result<Arc<Vec<f64>>> {
+        let location = self.stores.open(&source.root_uri)?.below(&shard.path);
+        let file = ShardFile::new(location, shard.size, shard.etag.clone());
+        let key = key(source, &file, column);
+        if let Some(known) = self.known(&key) {
+            return Ok(known);
+        }
+        // What a store gives no ETag is read again by each process.
+        let kept = file.etag().map(|_| format!("score-columns/{key}"));
+        let mut found = None;
+        if let Some(kept) = &kept {
+            found = self
+                .state
+                .find(kept)
+                .await?
+                .and_then(|bytes| decoded(&bytes));
+        }
+        let values = match found {
+            Some(values) => values,
+            None => {
+                let values = self.read(source, &file, column).await?;
+                if let Some(kept) = &kept {
+                    self.state.put(kept, encoded(&values)).await?;
+                }
+                values
+            }
+        };
+        let values = Arc::new(values);
+        self.note(key, values.clone());
+        Ok(values)
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, key: &str) -> Option<Arc<Vec<f64>>> {
+        let mut recent = self.recent();
+        let at = recent.iter().position(|(known, _)| known == key)?;
+        let entry = recent.remove(at)?;
+        let values = entry.1.clone();
+        recent.push_back(entry);
+        Some(values)
+    }
+
+    fn note(&self, key: String, values: Arc<Vec<f64>>) {
+        let mut recent = self.recent();
+        recent.push_back((key, values));
+        let held = |recent: &Recent| recent.iter().map(|(_, v)| v.len().max(1)).sum::<usize>();
+        while recent.len() > 1 && held(&recent) > VALUES_MAX {
+            recent.pop_front();
+        }
+    }
+
+    async fn read(
+        &self,
+        source: &SourceManifest,
+        file: &ShardFile,
+        column: &str,
+    ) -> Result<Vec<f64>> {
+        let Some(scores) = &source.scores else {
+            let values = self.column(source, file, column, true).await?;
+            return Ok(numbers(&values));
+        };
+        let ids = self.column(source, file, &scores.id_column, false).await?;
+        let joined = self.joined(source, column).await?;
+        let value = |id: &Option<Literal>| {
+            let id = ids::hashed(id.as_ref()?);
+            let at = joined.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+            Some(joined[at].1)
+        };
+        Ok(ids.iter().map(|id| value(id).unwrap_or(f64::NAN)).collect())
+    }
+
+    /// A column of the shard itself.
+    async fn column(
+        &self,
+        source: &SourceManifest,
+        file: &ShardFile,
+        column: &str,
+        is_number: bool,
+    ) -> Result<Vec<Option<Literal>>> {
+        if source.layout.format == Format::Tar {
+            let survey = tar::survey_kept(Some(&self.state), file).await?;
+            let entries = tar::entries(file, &survey, &source.layout, &[column]).await?;
+            let values = entries.column(file, column, "")?.to_vec();
+            let text = values
+                .iter()
+                .flatten()
+                .find(|v| matches!(v, Literal::Text(_)));
+            return match text.filter(|_| is_number) {
+                Some(text) => Err(no_number(file, column, &text.to_string())),
+                None => Ok(values),
+            };
+        }
+        let footer = file.footer().await?;
+        let schema = footer.schema();
+        let Ok(field) = schema.field_with_name(column) else {
+            let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+            let message = format!("{} has no column '{column}'", file.uri());
+            return Err(layout::not_found(message, column, &names));
+        };
+        let kind = Kind::of(field.data_type());
+        let fits = match is_number {
+            true => kind.is_some_and(|kind| NUMBERS.contains(&kind)),
+            false => matches!(kind, Some(Kind::Text | Kind::Int | Kind::Null)),
+        };
+        if !fits {
+            return Err(no_number(file, column, &field.data_type().to_string()));
+        }
+        let groups: Vec<usize> = (0..footer.metadata().num_row_groups()).collect();
+        let mut all = Vec::new();
+        for batch in columns::read(file, &footer, &groups, &[column]).await? {
+            all.extend(values(batch.column(0)).map_err(|e| file.undecodable(0, e))?);
+        }
+        Ok(all)
+    }
+
+    /// A column of the Parquet files beside the source, by id.
+    async fn joined(&self, source: &SourceManifest, column: &str) -> Result<Joined> {
+        let Some(scores) = &source.scores else {
+            return Err(Error::internal("a source without files of scores"));
+        };
+        let key = [&scores.uri, &scores.id_column, column].map(ToString::to_string);
+        let cell = {
+            let mut joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner);
+            joined.entry(key).or_default().clone()
+        };
+        let make = || async {
+            let found = ids::find(&self.stores, &scores.uri).await?;
+            if found.digest != scores.digest {
+                let message = format!(
+                    "{} is not what it was when the run was opened; put the files back, or open \
+                     another run",
+                    scores.uri
+                );
+                let changed = superbatch_proto::v1::Reason::DatasetChanged;
+                return Err(Error::new(changed, message).with("shard", &scores.uri));
+            }
+            let mut all = Vec::new();
+            for file in &found.files {
+                all.extend(ids::numbered(file, &scores.id_column, Some(column)).await?);
+            }
+            all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+            let rows = all.len();
+            all.dedup_by(|a, b| a.0 == b.0 && a.1.to_bits() == b.1.to_bits());
+            let ids = all.chunk_by(|a, b| a.0 == b.0).count();
+            if ids != all.len() {
+                let message = format!(
+                    "{} has several values of '{column}' for one id: {rows} rows, {ids} ids",
+                    scores.uri
+                );
+                return Err(Error::invalid("sources.scores", message).with("uri", &scores.uri));
+            }
+            Ok(Arc::new(all))
+        };
+        cell.get_or_try_init(make).await.cloned()
+    }
+}
+
+fn no_number(file: &ShardFile, column: &str, found: &str) -> Error {
+    let message = format!("column '{column}' of {} is {found}, no number", file.uri());
+    layout::mismatch(message, file.uri(), column)
+}
+
+fn numbers(values: &[Option<Literal>]) -> Vec<f64> {
+    let value = |value: &Option<Literal>| value.as_ref().map_or(f64::NAN, number);
+    values.iter().map(value).collect()
+}
+
+/// What the values of a shard depend on.
+fn key(source: &SourceManifest, file: &ShardFile, column: &str) -> String {
+    let scores = source.scores.as_ref();
+    let layout = match source.layout.format {
+        Format::Parquet => String::new(),
+        // They decide which samples are rows.
+        Format::Tar => {
+            let layout = &source.layout;
+            [layout.image_column.as_str(), &layout.caption_column].join("\0")
+        }
+    };
+    let size = file.size().to_string();
+    let parts = [
+        VERSION,
+        file.uri(),
+        &size,
+        file.etag().unwrap_or_default(),
+        &layout,
+        column,
+        scores.map_or("", |scores| &scores.id_column),
+        scores.map_or("", |scores| &scores.digest),
+    ];
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher
+            .update(&(part.len() as u64).to_le_bytes())
+            .update(part.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Little-endian values, then BLAKE3 of them.
+fn encoded(values: &[f64]) -> Bytes {
+    let mut bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    let hash = blake3::hash(&bytes);
+    bytes.extend_from_slice(hash.as_bytes());
+    bytes.into()
+}
+
+/// `None` where the bytes are damaged: they are read from the data again.
+fn decoded(bytes: &[u8]) -> Option<Vec<f64>> {
+    let (values, hash) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
+    if blake3::hash(values).as_bytes() != hash {
+        return None;
+    }
+    let chunks = values.as_chunks::<8>().0;
+    Some(
+        chunks
+            .iter()
+            .map(|value| f64::from_le_bytes(*value))
+            .collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests;
