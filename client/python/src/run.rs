@@ -1,7 +1,7 @@
 //! A run, its batches and its pushes, as Python sees them.
 use crate::{
     call::{self, Call},
-    client::Process,
+    process::Process,
     errors, show, spec,
 };
 use arrow::pyarrow::ToPyArrow;
@@ -346,7 +346,7 @@ impl Slot {
             step,
             rank,
             parts,
-        } = state.ok_or_else(used)?;
+        } = state.ok_or_else(is_submitted_error)?;
         slot.push(Push {
             step,
             parts,

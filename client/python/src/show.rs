@@ -188,6 +188,7 @@ fn receipt_summary(py: Python<'_>, summary: &v1::ReceiptSummary) -> Shown {
         uniform_score: summary.uniform_score,
         trainer_wait_seconds: summary.trainer_wait_seconds,
         probe: show_if_given(py, summary.probe.as_ref(), probe_result)?,
+        score_columns: list(py, summary.score_columns.iter().map(|c| score_column(py, c)))?,
     })
 }
 
@@ -212,7 +213,12 @@ fn left_out(py: Python<'_>, counts: &v1::LeftOut) -> Shown {
     dict!(
         py,
         counts,
-        [clip_score_at_least, neg_clip_loss_keep, duplicates_above],
+        [
+            clip_score_at_least,
+            neg_clip_loss_keep,
+            duplicates_above,
+            score_columns
+        ],
         {}
     )
 }
@@ -221,7 +227,7 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
     let chosen = |row: &v1::ChosenRow| {
         dict!(py, row, [
             id, source, shard, row, position, chunk, score, weight, own_score, learner_loss,
-                reference_loss,
+                reference_loss, column_values,
         ], {
             fidelity: short(row.fidelity().as_str_name(), "FIDELITY_"),
             content_hash: PyBytes::new(py, &row.content_hash),
@@ -245,6 +251,7 @@ pub fn receipt(py: Python<'_>, receipt: &v1::Receipt) -> Shown {
                 learner_loss,
                 reference_loss,
                 sampled,
+                column_values,
             ],
             {}
         )
@@ -268,7 +275,12 @@ fn phase(py: Python<'_>, phase: &v1::Phase) -> Shown {
         approximation: show_if_given(py, phase.approximation.as_ref(), approximation)?,
         multi_resolution: show_if_given(py, phase.multi_resolution.as_ref(), multi_resolution)?,
         probe: show_if_given(py, phase.probe.as_ref(), probe)?,
+        score_columns: list(py, phase.score_columns.iter().map(|c| score_column(py, c)))?,
     })
+}
+
+fn score_column(py: Python<'_>, column: &v1::ScoreColumn) -> Shown {
+    dict!(py, column, [name, weight, at_least, at_most, missing], {})
 }
 
 fn learner(py: Python<'_>, learner: &v1::LearnerSpec) -> Shown {
@@ -302,7 +314,7 @@ fn lag(py: Python<'_>, lag: &v1::Lag) -> Shown {
 
 pub fn run_spec(py: Python<'_>, spec: &v1::RunSpec) -> Shown {
     let source = |source: &v1::Source| {
-        dict!(py, source, [uri, weight, image_column, caption_column, allow, id_column], {
+        dict!(py, source, [uri, weight, image_column, caption_column, allow, id_column, scores], {
             where: &source.r#where,
         })
     };

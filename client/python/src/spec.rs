@@ -4,7 +4,8 @@ use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
     Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
     Fork, Intent, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec,
-    RewindMode, RunSpec, Source, TensorDtype, Tuning, approximation::By, lag, learner_spec,
+    RewindMode, RunSpec, ScoreColumn, Source, TensorDtype, Tuning, approximation::By, lag,
+    learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -237,6 +238,7 @@ fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
         r#where: fields.or_default("where")?,
         allow: fields.or_default("allow")?,
         id_column: fields.or_default("id_column")?,
+        scores: fields.or_default("scores")?,
     })
 }
 
@@ -285,7 +287,7 @@ fn multi_resolution(fields: &mut Fields<'_, '_>) -> PyResult<MultiResolution> {
 fn probe(fields: &mut Fields<'_, '_>) -> PyResult<FidelityProbe> {
     Ok(FidelityProbe {
         every_steps: fields.or_default("every_steps")?,
-        rows: fields.but_zero("rows")?,
+        rows: fields.or_default_unless_zero("rows")?,
     })
 }
 
@@ -311,6 +313,17 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         multi_resolution: fields.nested("multi_resolution", multi_resolution)?,
         allow_untrained_fidelity: fields.or_default("allow_untrained_fidelity")?,
         probe: fields.nested("probe", probe)?,
+        score_columns: fields.list("score_columns", score_column)?,
+    })
+}
+
+fn score_column(fields: &mut Fields<'_, '_>) -> PyResult<ScoreColumn> {
+    Ok(ScoreColumn {
+        name: fields.or_default("name")?,
+        weight: fields.optional("weight")?,
+        at_least: fields.optional("at_least")?,
+        at_most: fields.optional("at_most")?,
+        missing: fields.optional("missing")?,
     })
 }
 

@@ -1,7 +1,7 @@
 //! The arguments of a selection, as Python passes them.
 use crate::arrays::{Tower, values};
 use pyo3::{buffer::PyBuffer, exceptions::PyValueError, prelude::*};
-use superbatch_kernels::{Error, ModelEmbeddings, Noise, Settings, Tuning};
+use superbatch_kernels::{ModelEmbeddings, Noise, Settings, Tuning, UnknownWord};
 
 /// Image and text embeddings, scale and bias.
 #[derive(FromPyObject)]
@@ -86,7 +86,7 @@ impl Request {
     }
 
     pub fn settings(&self) -> PyResult<Settings> {
-        let unknown = |error: Error| PyValueError::new_err(error.to_string());
+        let unknown = |error: UnknownWord| PyValueError::new_err(error.to_string());
         Ok(Settings {
             policy: self.policy.parse().map_err(unknown)?,
             loss: self.loss.parse().map_err(unknown)?,
