@@ -9,7 +9,7 @@ from chaos.compare import Slice
 from chaos.verdict import run
 
 #: Under it, every kind of event and storm and every number of ranks comes within 20 kills.
-SEED = 3661
+SEED = 2827
 
 
 def test_kills_pauses_and_storms_change_no_batch_and_no_receipt(tmp_path):

@@ -289,6 +289,7 @@ class Chaos(ExitStack):
         if owner.process is None:
             return
         heir = next(one for one in self.coordinators if one is not owner)
+        self.wait(f"{heir.name} listens", heir.listens)
         self.say(f"pause {owner.name}; its run goes to {heir.name}")
         owner.pause()
         first = self.coordinators.index(heir)

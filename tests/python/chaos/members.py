@@ -77,6 +77,13 @@ class Member:
             self.process.send_signal(signal.SIGCONT)
         self.paused = False
 
+    def listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
+
     def attend(self) -> None:
         """Starts it if it should run and does not."""
         if self.process is not None and (code := self.process.poll()) is not None:

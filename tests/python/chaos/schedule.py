@@ -15,7 +15,7 @@ KINDS = {
     "lose_pushes": 4,
     "takeover": 5,
     "pause": 9,
-    "storm": 12,
+    "storm": 16,
 }
 KILLS = ("kill_coordinator", "kill_both_coordinators", "kill_worker", "kill_trainer", "kill_rank")
 STORMS = ("refuse", "reset", "lose", "slow", "truncate")
@@ -64,13 +64,13 @@ def rounds(seed: int) -> Iterator[Round]:
     """Without end."""
     rng = random.Random(seed)
     while True:
-        events = tuple(event(rng) for _ in range(rng.choice((1, 2, 2, 3))))
+        events = tuple(event(rng) for _ in range(rng.choice((1, 2, 3, 3))))
         yield Round(events, rest=rng.choice((0.0, rng.uniform(0.0, 1.0))))
 
 
 def event(rng: random.Random) -> Event:
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-    longest = {"pause": 5.0, "storm": 2.0, "takeover": 1.0}.get(kind, 1.5)
+    longest = {"pause": 5.0, "storm": 3.0, "takeover": 1.0}.get(kind, 1.5)
     return Event(
         kind=kind,
         after=rng.choice((0.0, rng.uniform(0.0, 0.4))),
