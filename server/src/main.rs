@@ -95,6 +95,17 @@ Examples:
   # For programs
   superbatch receipts my-run --last 1000 --json | jq .summary.batch_score")]
     Receipts(admin::receipts::ReceiptsArgs),
+    /// Check that a run's state is whole, and delete what nothing needs.
+    ///
+    /// Reads the state directly, so it works while the service is down and while it runs.
+    #[command(after_long_help = "\
+Examples:
+  # Every receipt, push and weights file of a run; exits with 1 where something is wrong
+  superbatch state check my-run --state s3://bucket/superbatch
+  # What gc would delete, then delete it
+  superbatch state gc my-run --dry-run
+  superbatch state gc my-run")]
+    State(admin::state::StateArgs),
     /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
     ///
     /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run,
@@ -190,6 +201,9 @@ fn run(command: Command) -> Result<String> {
         }),
         Command::Receipts(args) => with_runtime(args.settings.load()?, async |config| {
             admin::receipts::run(&config, &args).await
+        }),
+        Command::State(args) => with_runtime(args.settings().load()?, async |config| {
+            admin::state::run(&config, &args).await
         }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
         Command::Token(args) => admin::token::run(&args),

@@ -9,6 +9,7 @@ pub mod inspect;
 pub mod receipts;
 pub mod runs;
 pub mod select;
+pub mod state;
 mod table;
 pub mod token;
 pub mod top;

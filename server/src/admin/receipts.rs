@@ -102,7 +102,7 @@ async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Resul
 }
 
 /// Most often the state is not the service's: it is named, and what is in it.
-async fn unknown(state: &Location, run: &str) -> Result<Error> {
+pub async fn unknown(state: &Location, run: &str) -> Result<Error> {
     let what = match (
         state.folders("").await?.is_empty(),
         state.folders("runs").await?.is_empty(),

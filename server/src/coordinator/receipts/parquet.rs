@@ -303,4 +303,4 @@ fn from_hex(hex: &str) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Folder of the summaries, below the run.
-const SUMMARIES: &str = "push-summaries";
+pub const SUMMARIES: &str = "push-summaries";
 
 /// Facts that are read one by one before they are summarised.
 pub const SUMMARISED_FROM: usize = 256;
@@ -37,25 +37,29 @@ pub async fn read(run: &Location) -> Result<Vec<Fact>> {
         .into_iter()
         .map(|fact| (fact.key(), fact))
         .collect();
-    let listed = run.list(PUSHES).await?;
-    let unread = listed
-        .into_iter()
-        .map(|(key, _)| key)
-        .filter(|key| !known.contains_key(key));
-    let unread: Vec<String> = unread.collect();
+    let unread = read_new(run, |key| !known.contains_key(key)).await?;
     let count = unread.len();
-    let mut facts = stream::iter(unread)
-        .map(|key| read_fact(run, key))
-        .buffer_unordered(READS_AT_ONCE);
-    while let Some(fact) = facts.try_next().await? {
-        known.insert(fact.key(), fact);
-    }
-    drop(facts);
+    known.extend(unread.into_iter().map(|fact| (fact.key(), fact)));
     let facts: Vec<Fact> = known.into_values().collect();
     if count >= SUMMARISED_FROM {
         summarise(run, &facts).await;
     }
     Ok(facts)
+}
+
+/// All publications, each from its own fact.
+///
+/// # Errors
+/// As [`read`].
+pub async fn read_each(run: &Location) -> Result<Vec<Fact>> {
+    read_new(run, |_| true).await
+}
+
+async fn read_new(run: &Location, is_new: impl Fn(&String) -> bool) -> Result<Vec<Fact>> {
+    let listed = run.list(PUSHES).await?.into_iter().map(|(key, _)| key);
+    let unread: Vec<String> = listed.filter(is_new).collect();
+    let facts = stream::iter(unread).map(|key| read_fact(run, key));
+    facts.buffer_unordered(READS_AT_ONCE).try_collect().await
 }
 
 async fn read_fact(run: &Location, key: String) -> Result<Fact> {

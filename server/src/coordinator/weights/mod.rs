@@ -18,6 +18,7 @@ mod part;
 mod publish;
 mod snapshots;
 mod staging;
+pub mod stored;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,8 @@ pub use lag::Due;
 pub use lag::due;
 pub use lag::on_cadence;
 pub use missing::missing;
+pub use publish::Fact;
+pub use snapshots::digest_of;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},

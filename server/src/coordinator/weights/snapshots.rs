@@ -54,6 +54,11 @@ impl Listed {
         ))
     }
 
+    /// Returns their keys, rising.
+    pub fn keys(&self) -> impl Iterator<Item = &String> {
+        self.0.keys()
+    }
+
     /// Returns the key of a version's weights: its own, or that of another upload of the same
     /// bytes.
     pub fn find(&self, fact: &Fact) -> Option<String> {

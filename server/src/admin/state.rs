@@ -1,0 +1,130 @@
+//! `superbatch state`: what a run has left behind, seen from outside.
+mod check;
+
+use super::{ConfigArgs, open_state, receipts::unknown};
+use crate::{
+    config::Config,
+    coordinator::{
+        facts::run::{self, RunFacts},
+        weights::stored::Stored,
+    },
+    error::{Error, Result},
+    storage::Location,
+};
+use clap::{Args, Subcommand};
+use std::time::SystemTime;
+use superbatch_proto::v1::Reason;
+
+/// Problems that are listed.
+const LISTED_MAX: usize = 100;
+
+#[derive(Args)]
+pub struct StateArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Read every receipt, push and weights file of a run, and verify what they say of each other
+    ///
+    /// Weights must have the digest that names them, the data set's manifest likewise. Receipts
+    /// must be whole, without a gap between the first and the last step, and name weights that were
+    /// published. Exits with 1 where something is wrong.
+    Check(OfRun),
+    /// Delete what nothing needs any more
+    ///
+    /// Weights that were uploaded and not published within a day, summaries of pushes that newer
+    /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, and so
+    /// do reference embeddings, which runs share.
+    Gc(GcArgs),
+}
+
+#[derive(Args)]
+struct OfRun {
+    /// Id of the run, as `superbatch runs` lists it
+    run: String,
+    #[command(flatten)]
+    settings: ConfigArgs,
+}
+
+#[derive(Args)]
+struct GcArgs {
+    #[command(flatten)]
+    of: OfRun,
+    /// Say what would be deleted, and delete nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl StateArgs {
+    pub fn settings(&self) -> &ConfigArgs {
+        match &self.command {
+            Command::Check(of) => &of.settings,
+            Command::Gc(args) => &args.of.settings,
+        }
+    }
+}
+
+/// # Errors
+/// `RunNotFound`; `InvalidArgument` where a check found something wrong, with all of it.
+pub async fn run(config: &Config, args: &StateArgs) -> Result<String> {
+    let (_, state) = open_state(config)?;
+    match &args.command {
+        Command::Check(of) => {
+            let (location, facts) = load(&state, &of.run).await?;
+            told(check::check(&state, &location, &of.run, &facts).await?)
+        }
+        Command::Gc(args) => {
+            let (location, facts) = load(&state, &args.of.run).await?;
+            gc(&location, &facts, args.dry_run).await
+        }
+    }
+}
+
+async fn load(state: &Location, id: &str) -> Result<(Location, RunFacts)> {
+    let location = state.below(&format!("runs/{id}"));
+    match run::load(&location).await? {
+        Some(facts) => Ok((location, facts)),
+        None => Err(unknown(state, id).await?),
+    }
+}
+
+fn told(found: check::Found) -> Result<String> {
+    let check::Found {
+        receipts,
+        pushes,
+        weights,
+        problems,
+    } = found;
+    let looked_at = format!("{receipts} receipts, {pushes} pushes, {weights} weights files");
+    if problems.is_empty() {
+        return Ok(format!("ok: {looked_at}\n"));
+    }
+    let beyond = problems.len().saturating_sub(LISTED_MAX);
+    let mut lines: Vec<String> = problems.into_iter().take(LISTED_MAX).collect();
+    if beyond > 0 {
+        lines.push(format!("and {beyond} more"));
+    }
+    let message = format!("of {looked_at}:\n{}", lines.join("\n"));
+    Err(Error::new(Reason::InvalidArgument, message))
+}
+
+async fn gc(run: &Location, facts: &RunFacts, dry_run: bool) -> Result<String> {
+    let stored = Stored::read(run).await?;
+    let keys = stored.unneeded(run, facts.closed, SystemTime::now());
+    let mut bytes = 0;
+    for key in &keys {
+        bytes += run.head(key).await?.map_or(0, |meta| meta.size);
+        if !dry_run {
+            run.delete(key).await?;
+        }
+    }
+    let verb = if dry_run { "would delete" } else { "deleted" };
+    let mut text: String = keys
+        .iter()
+        .map(|key| format!("{}\n", run.uri_of(key)))
+        .collect();
+    text.push_str(&format!("{verb} {} objects, {bytes} bytes\n", keys.len()));
+    Ok(text)
+}
