@@ -1,0 +1,92 @@
+"""`superbatch state`: what a run left behind is whole, or it is said what is not; and what nothing
+needs goes.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import superbatch
+from cluster import BINARY, DEADLINE_SECONDS, Cluster
+from test_end_to_end import inputs, spec, train, weights  # noqa: F401
+
+#: More than may be decided ahead, so that a step that is gone is a gap.
+STEPS = 8
+
+
+def state(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [BINARY, "state", *arguments, "--state", (folder / "state").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+
+
+@pytest.fixture
+def run(inputs, tmp_path) -> superbatch.Run:  # noqa: F811
+    """A run of a few steps, on a service that runs."""
+    with Cluster(tmp_path) as cluster:
+        run = superbatch.connect(cluster.address).open_run(spec(inputs, "looked-at"))
+        train(run, inputs, end=STEPS)
+        yield run
+
+
+def files(folder: Path, below: str) -> list[Path]:
+    found = (folder / "state" / "runs" / "looked-at" / below).rglob("*")
+    return sorted(path for path in found if path.is_file())
+
+
+def checked(folder: Path) -> tuple[int, str]:
+    ended = state(folder, "check", "looked-at")
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def test_a_whole_state_is_said_to_be_whole_and_damage_is_named(run, tmp_path):
+    code, said = checked(tmp_path)
+    assert code == 0 and said.startswith("ok: ") and f"{STEPS} pushes" in said, said
+    receipt, snapshot = files(tmp_path, "receipts/0/1")[0], files(tmp_path, "snapshots")[0]
+    whole = {path: path.read_bytes() for path in (receipt, snapshot)}
+    for path, damaged in [
+        (receipt, whole[receipt][:-9]),
+        (snapshot, whole[snapshot][:-1] + bytes([whole[snapshot][-1] ^ 1])),
+    ]:
+        path.write_bytes(damaged)
+        code, said = checked(tmp_path)
+        assert code == 1 and path.name in said, said
+        path.write_bytes(whole[path])
+    receipt.unlink()
+    code, said = checked(tmp_path)
+    assert code == 1 and "step 1 has no receipt" in said, said
+    receipt.write_bytes(whole[receipt])
+    push = files(tmp_path, "pushes")[0]
+    push.unlink()
+    code, said = checked(tmp_path)
+    assert code == 1 and "the weights that it names were not published" in said, said
+
+
+def test_gc_leaves_an_open_run_what_it_needs_and_a_closed_one_its_last_weights(
+    run,
+    inputs,
+    tmp_path,
+):
+    before = files(tmp_path, "")
+    assert state(tmp_path, "gc", "looked-at").stdout == "deleted 0 objects, 0 bytes\n"
+    assert files(tmp_path, "") == before
+    run.push_weights(weights(inputs, STEPS), step=STEPS)
+    run.close()
+    snapshots = files(tmp_path, "snapshots")
+    said = state(tmp_path, "gc", "looked-at", "--dry-run").stdout
+    assert f"would delete {len(snapshots) - 1} objects" in said
+    assert files(tmp_path, "snapshots") == snapshots
+    said = state(tmp_path, "gc", "looked-at").stdout
+    assert f"deleted {len(snapshots) - 1} objects" in said
+    left = files(tmp_path, "snapshots")
+    assert [path.name.split(".")[0] for path in left] == [run.get_run().learner.digest]
+    assert checked(tmp_path)[0] == 0
+    assert len(run.receipt(STEPS - 1).chosen) == 24
+
+
+def test_a_run_that_is_not_there_is_said(tmp_path):
+    ended = state(tmp_path, "check", "nowhere")
+    assert ended.returncode == 1 and "there is no run 'nowhere'" in ended.stderr
