@@ -16,11 +16,12 @@ The package `superbatch`, for Python 3.11 to 3.13. [The tutorial](tutorial.md) a
 
 Generated from the docstrings by `make docs`.
 """
+CLIENT = ("client", "run", "batches", "spec", "record", "errors")
 TORCH = ("loader", "transform", "losses", "pushes", "ranks", "resolutions")
 #: What each section documents: a module, the files that define its names, and the names, or the
 #: file whose `__all__` has them.
 SECTIONS = [
-    ("superbatch", ["_client.py", "_spec.py", "_record.py", "_errors.py"], "__init__.py"),
+    ("superbatch", [f"_{name}.py" for name in CLIENT], "__init__.py"),
     ("superbatch.torch", [f"torch/{name}.py" for name in TORCH], "torch/__init__.py"),
     ("superbatch.torch.transformers", ["torch/transformers.py"], ["PushWeights"]),
     ("superbatch.torch.lightning", ["torch/lightning.py"], ["PushWeights"]),
@@ -142,9 +143,17 @@ def page() -> str:
             about, wanted = wanted, exported(wanted)
         # Its first paragraph: examples follow it.
         lines += [f"## {module}\n", (ast.get_docstring(tree(about)) or "").split("\n\n")[0] + "\n"]
-        for node in (node for name in names for node in tree(name).body):
-            if isinstance(node, Definition) and node.name in wanted:
-                lines += described(node, module)
+        found = {
+            node.name: node
+            for name in names
+            for node in tree(name).body
+            if isinstance(node, Definition) and node.name in wanted
+        }
+        # Constants have no definition of a kind that is described.
+        if lost := {name for name in wanted if not name.isupper()} - set(found):
+            raise SystemExit(f"{module}: no file of SECTIONS defines {', '.join(sorted(lost))}")
+        for node in found.values():
+            lines += described(node, module)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
