@@ -14,7 +14,14 @@ from cluster import BINARY, Cluster
 from test_end_to_end import inputs, phase, spec, weights  # noqa: F401
 
 COUNTS = ("candidates_scanned", "examples_selected", "bad_rows")
-FLOPS = ("reference_flops", "learner_flops", "selection_flops", "discarded_flops", "train_flops")
+FLOPS = (
+    "reference_flops",
+    "learner_flops",
+    "selection_flops",
+    "discarded_flops",
+    "train_flops",
+    "uniform_flops",
+)
 ROWS, BAD_EVERY = 576, 9
 
 
@@ -135,6 +142,7 @@ def test_uniform_is_charged_what_it_reads(inputs, data, tmp_path):
         assert {name: account[name] for name in FLOPS} == {
             **dict.fromkeys(FLOPS, 0),
             "train_flops": 6 * 24 * 1e6,
+            "uniform_flops": 6 * 24 * 1e6,
         }
         assert cluster.coordinator.metric("superbatch_steps_committed_total", mode="normal") == 6
 

@@ -91,6 +91,20 @@ def test_what_is_scored_low_costs_less_and_is_accounted_by_tower(inputs, service
     assert 0 < low_cost.training.image_approximate < 0.5 * low_cost.training.image_full
     assert low_cost.train_flops < 0.9 * full_cost.train_flops
     assert full_cost.training.image_approximate == 0
+    # A uniform step of the same sub-batch is what both prices are relative to.
+    assert low_cost.uniform_flops == full_cost.uniform_flops == full_cost.train_flops
+    spent = [
+        sum(cost[f"{what}_flops"] for what in ("reference", "learner", "selection", "train"))
+        for cost in (low_cost, full_cost)
+    ]
+    assert spent[0] / low_cost.uniform_flops < spent[1] / full_cost.uniform_flops
+    printed = subprocess.run(
+        [BINARY, "receipts", "accounts", "--step", "3", "--state", service.state],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"price     {spent[0] / low_cost.uniform_flops:.3f} of a uniform step" in printed
 
 
 def test_reference_embeddings_of_both_fidelities_are_kept_apart(inputs, tmp_path):

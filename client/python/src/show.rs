@@ -85,7 +85,7 @@ fn accounts(py: Python<'_>, spent: &v1::Accounts) -> Shown {
     dict!(py, spent, [
         candidates_scanned, examples_selected, bad_rows, reference_flops, learner_flops,
             selection_flops,
-        discarded_flops, train_flops, probe_flops,
+        discarded_flops, train_flops, probe_flops, uniform_flops,
     ], {
         seconds: show_if_given(py, spent.seconds.as_ref(), seconds)?,
         scoring: show_if_given(py, spent.scoring.as_ref(), tower_flops)?,

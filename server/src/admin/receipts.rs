@@ -4,7 +4,7 @@ use crate::{
     config::Config,
     coordinator::{
         facts::{chain::Chain, run},
-        receipts::{json, parquet::has_scores, store::Receipts},
+        receipts::{accounts, json, parquet::has_scores, store::Receipts},
     },
     error::{Error, Result},
     selection::probed::kept_gain,
@@ -12,7 +12,9 @@ use crate::{
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
-use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary, StageSeconds};
+use superbatch_proto::v1::{
+    Accounts, LeftOut, Reason, Receipt, ReceiptSummary, StageSeconds, TowerFlops,
+};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -272,6 +274,9 @@ fn head(s: &ReceiptSummary) -> String {
                 cost.reference_flops, cost.learner_flops, cost.selection_flops, cost.train_flops
             ),
         ),
+        ("scoring", towers(cost.scoring.as_ref())),
+        ("training", towers(cost.training.as_ref())),
+        ("price", price_of(&cost)),
         ("seconds", stages(&seconds)),
         (
             "on",
@@ -287,6 +292,35 @@ fn head(s: &ReceiptSummary) -> String {
         .collect();
     text.push('\n');
     text
+}
+
+/// FLOPs by tower and fidelity.
+fn towers(flops: Option<&TowerFlops>) -> String {
+    let TowerFlops {
+        image_full,
+        image_approximate,
+        text,
+    } = flops.copied().unwrap_or_default();
+    format!(
+        "{image_full:.3e} FLOPs image, {image_approximate:.3e} image approximate, {text:.3e} text"
+    )
+}
+
+/// What the step cost beside a uniform one, in FLOPs, and what of it is what.
+fn price_of(cost: &Accounts) -> String {
+    let Some(price) = accounts::price(cost) else {
+        return "not known".to_owned();
+    };
+    let share = |flops: f64| flops / cost.uniform_flops;
+    format!(
+        "{price:.3} of a uniform step: training {:.3}, scoring {:.3}, selection {:.3}, probe {:.3}, \
+         thrown away {:.3}",
+        share(cost.train_flops),
+        share(cost.reference_flops + cost.learner_flops),
+        share(cost.selection_flops),
+        share(cost.probe_flops),
+        share(cost.discarded_flops)
+    )
 }
 
 /// Where the step's time went, by stage.

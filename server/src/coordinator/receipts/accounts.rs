@@ -34,7 +34,16 @@ pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
         scoring: towers(a.scoring, b.scoring),
         training: towers(a.training, b.training),
         probe_flops: a.probe_flops + b.probe_flops,
+        uniform_flops: a.uniform_flops + b.uniform_flops,
     }
+}
+
+/// All that was spent, of what a uniform step on as many examples costs; `None` where that is not
+/// known (receipts of earlier versions, and trainers without a learner).
+pub fn price(cost: &Accounts) -> Option<f64> {
+    let scoring = cost.reference_flops + cost.learner_flops + cost.selection_flops;
+    let all = scoring + cost.discarded_flops + cost.probe_flops + cost.train_flops;
+    (cost.uniform_flops > 0.0).then(|| all / cost.uniform_flops)
 }
 
 fn towers(a: Option<TowerFlops>, b: Option<TowerFlops>) -> Option<TowerFlops> {
@@ -135,6 +144,23 @@ fn by_source(receipt: &Receipt, summary: &ReceiptSummary) -> Vec<(&'static str, 
 mod tests {
     use super::*;
     use superbatch_proto::v1::{ChosenRow, SourceSpan};
+
+    #[test]
+    fn a_steps_price_counts_all_that_was_spent() {
+        let cost = Accounts {
+            reference_flops: 1.0,
+            learner_flops: 2.0,
+            selection_flops: 0.5,
+            discarded_flops: 0.25,
+            probe_flops: 0.25,
+            train_flops: 2.0,
+            uniform_flops: 4.0,
+            ..Accounts::default()
+        };
+        assert_eq!(price(&cost), Some(1.5));
+        assert_eq!(price(&add(&cost, &cost)), Some(1.5));
+        assert_eq!(price(&Accounts::default()), None);
+    }
 
     #[test]
     fn rows_are_counted_by_source_with_bounded_labels() {

@@ -197,6 +197,7 @@ pub fn accounts(accounts: &Accounts) -> Value {
         scoring: json!(scoring.as_ref().map(towers)),
         training: json!(training.as_ref().map(towers)),
         probe_flops: json!(probe_flops),
+        uniform_flops: json!(uniform_flops),
     })
 }
 

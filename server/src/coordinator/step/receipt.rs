@@ -223,12 +223,11 @@ pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decid
     let is_low = |fidelity: &&Fidelity| **fidelity == Fidelity::Approximate;
     let low = fidelities.iter().filter(is_low).count();
     let approximation = decided.phase.approximation.as_ref();
-    let training = training(
-        spec.train_flops_per_example,
-        run.learner.as_ref(),
-        approximation,
-        [fidelities.len() - low, low],
-    );
+    let price = |rows: [usize; 2]| {
+        let given = spec.train_flops_per_example;
+        training(given, run.learner.as_ref(), approximation, rows)
+    };
+    let training = price([fidelities.len() - low, low]);
     let mut cost = decided.cost;
     cost.candidates_scanned = decided.candidates_scanned as u64;
     cost.examples_selected = drawn.indices.len() as u64;
@@ -237,15 +236,19 @@ pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decid
     let bad = |hole: &&Hole| hole.reason() != BadRowReason::ImageNull;
     cost.bad_rows = decided.holes.iter().filter(bad).count() as u64;
     cost.selection_flops += drawn.flops;
-    cost.train_flops = training.image_full + training.image_approximate + training.text;
+    cost.train_flops = total(&training);
+    cost.uniform_flops = total(&price([fidelities.len(), 0]));
     cost.training = Some(training);
     cost.seconds.get_or_insert_default().select = drawn.seconds;
     cost
 }
 
-/// Returns the training cost: three forward passes for each example, by tower and fidelity. If the
-/// spec gives the cost of an example at full fidelity (`given` above 0), everything is scaled to
-/// it.
+fn total(flops: &TowerFlops) -> f64 {
+    flops.image_full + flops.image_approximate + flops.text
+}
+
+/// Three forward passes an example, by tower and fidelity. Where the trainer says what an example
+/// costs at full fidelity (`given` above 0), all is scaled to it.
 fn training(
     given: f64,
     learner: Option<&ModelFact>,
