@@ -66,6 +66,17 @@ Examples:
   superbatch index 's3://bucket/laion/{00000..00041}.parquet' --state s3://bucket/superbatch
   superbatch index file:///data/train --image-column photo --caption-column alt_text")]
     Index(admin::index::IndexArgs),
+    /// Embed data sets ahead of their runs, and write the embeddings for others.
+    ///
+    /// Goes on where it was left; `superbatch serve` need not run.
+    #[command(after_long_help = "\
+Examples:
+  # A run of this data and this reference on the same state then embeds nothing with the reference
+  superbatch embed --model /models/reference --sources file:///data/pool --state s3://bucket/superbatch
+  # For runs that score at 128 pixels, and as Parquet files
+  superbatch embed --model /models/reference --sources file:///data/pool --resolution 128 \\
+      --out embeddings")]
+    Embed(admin::embed::EmbedArgs),
     /// What the service reads in a model folder, or why it refuses it.
     ///
     /// Family, towers, preprocessing, tokenizer, weights (names, shapes, finite numbers, a canary
@@ -192,6 +203,9 @@ fn run(command: Command) -> Result<String> {
         Command::Index(args) => with_runtime(args.settings.load()?, async |config| {
             let (stores, state) = admin::open_state(&config)?;
             admin::index::run(&stores, &state, &args).await
+        }),
+        Command::Embed(args) => with_runtime(args.settings.load()?, async |config| {
+            admin::embed::run(&config, &args).await
         }),
         Command::Inspect(args) => with_runtime(args.settings.load()?, async |config| {
             admin::inspect::run(&config, &args).await

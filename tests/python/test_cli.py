@@ -17,7 +17,17 @@ from test_end_to_end import STEPS, inputs, service, spec, undisturbed  # noqa: F
 
 from examples.demo import tiny
 
-COMMANDS = ("serve", "worker", "check-config", "index", "inspect", "runs", "receipts", "select")
+COMMANDS = (
+    "serve",
+    "worker",
+    "check-config",
+    "index",
+    "embed",
+    "inspect",
+    "runs",
+    "receipts",
+    "select",
+)
 
 
 @pytest.fixture(scope="module")

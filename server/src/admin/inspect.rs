@@ -74,7 +74,7 @@ async fn load(device: &Device, folder: &Arc<ModelFolder>) -> Result<ModelInfo> {
 }
 
 /// What people type: a URI, or a path.
-fn uri_of(model: &str) -> Result<String> {
+pub(super) fn uri_of(model: &str) -> Result<String> {
     if model.contains("://") {
         return Ok(model.to_owned());
     }

@@ -2,6 +2,8 @@
 pub mod docs;
 #[cfg(feature = "torch")]
 pub mod doctor;
+#[cfg(feature = "torch")]
+pub mod embed;
 pub mod health;
 pub mod index;
 #[cfg(feature = "torch")]

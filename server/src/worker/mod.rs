@@ -11,6 +11,7 @@ pub mod model;
 mod register;
 mod service;
 
+pub use calls::ahead::{Asked, EmbeddedBlock, Embedder};
 pub use calls::rows::CONTENT_HASH_COLUMN;
 pub use config::WorkerConfig;
 pub use kept::read::BlockReader;

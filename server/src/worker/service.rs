@@ -1,6 +1,7 @@
 //! The worker's gRPC service: each method in a few lines.
 use super::{
     calls::{
+        ahead::{Asked, Embedder},
         answers::{AnswerStream, Answers, answer_with},
         fetch::fetch_rows,
         score::score,
@@ -100,6 +101,14 @@ impl Worker {
     /// Bytes of rows, and of decoded images, that are kept for calls under way.
     pub fn retained_bytes(&self) -> (usize, usize) {
         (self.0.raw.bytes(), self.0.ready.bytes())
+    }
+
+    /// Embeds blocks ahead of any run, as scoring would.
+    ///
+    /// # Errors
+    /// As [`Embedder::open`].
+    pub async fn embedder(&self, asked: Asked) -> Result<Embedder<'_>> {
+        Embedder::open(&self.0, asked).await
     }
 
     async fn prepare(&self, request: PrepareModelRequest) -> Result<PrepareModelResponse> {

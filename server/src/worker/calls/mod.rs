@@ -1,4 +1,5 @@
 //! One module for each call of the worker plane, and what they share.
+pub mod ahead;
 pub mod answers;
 pub mod chosen;
 pub mod embed;

@@ -1,0 +1,268 @@
+//! `superbatch embed`: a model's embeddings of whole data sets, kept for runs and written for
+//! others.
+mod written;
+
+use self::written::{About, Out};
+use super::{ConfigArgs, inspect::uri_of, open_state};
+use crate::{
+    config::Config,
+    dataset::{self, Manifest, SourceRequest, counted},
+    error::{Error, Result},
+    worker::{Asked, Embedder, Worker},
+};
+use clap::{Args, ValueEnum};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use serde_json::json;
+use std::time::{Duration, Instant};
+use superbatch_proto::v1::{
+    Approximation, BlockRows, ComputeDtype, EmbeddingDtype, ModelRef, approximation::By,
+};
+
+/// Blocks under way together: one is embedded, the next are read.
+const AHEAD: usize = 3;
+/// Between two lines that tell how far it is.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// Fills the state's reference embeddings, which every run of the same sources and reference then
+/// finds. What is kept already is not made again: after an interruption, start it anew.
+#[derive(Args)]
+pub struct EmbedArgs {
+    /// A model's folder with weights: a URI or a path; a run's `reference`
+    #[arg(long, value_name = "URI")]
+    model: String,
+    /// URIs as the run names them, in its order; may be given several times
+    #[arg(long = "sources", value_name = "URI", required = true, num_args = 1..)]
+    sources: Vec<String>,
+    /// A folder to write the embeddings to as well, one Parquet file a shard: a URI or a path
+    #[arg(long, value_name = "URI")]
+    out: Option<String>,
+    /// The column that holds the images, where the layout does not tell
+    #[arg(long, value_name = "COLUMN")]
+    image_column: Option<String>,
+    /// The column that holds the captions, where the layout does not tell
+    #[arg(long, value_name = "COLUMN")]
+    caption_column: Option<String>,
+    /// Side of the images in pixels, of runs that score at that approximation [default: the
+    /// model's]
+    #[arg(long, value_name = "PIXELS")]
+    resolution: Option<u32>,
+    /// What embeddings are rounded to; a run's embedding_dtype
+    #[arg(long, value_enum, default_value = "f16")]
+    embedding_dtype: Width,
+    /// Arithmetic of the model; a run's compute_dtype [default: bf16 on CUDA, f32 on a CPU]
+    #[arg(long, value_enum)]
+    compute_dtype: Option<Arithmetic>,
+    /// Rows that go through the model together
+    #[arg(long, value_name = "N", default_value = "64",
+        value_parser = clap::value_parser!(u32).range(1..=4096))]
+    micro_batch_rows: u32,
+    #[command(flatten)]
+    pub settings: ConfigArgs,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Width {
+    F16,
+    F32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Arithmetic {
+    F32,
+    Bf16,
+}
+
+/// What was done.
+#[derive(Default)]
+struct Done {
+    blocks: usize,
+    /// Of them, those that were kept already.
+    kept: usize,
+    rows: u64,
+    faults: u64,
+    flops: f64,
+    files: usize,
+    /// Files that were there already.
+    files_kept: usize,
+}
+
+/// # Errors
+/// Those of indexing, of loading the model, of reading and of writing.
+pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
+    let (stores, state) = open_state(config)?;
+    let requests = args.sources.iter().map(|uri| SourceRequest {
+        uri: uri.clone(),
+        weight: 1.0,
+        image_column: args.image_column.clone(),
+        caption_column: args.caption_column.clone(),
+    });
+    let requests: Vec<SourceRequest> = requests.collect();
+    let manifest = dataset::index(&stores, Some(&state), &requests).await?;
+    let asked = asked(args, manifest.save(&state).await?)?;
+    let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
+    let embedder = worker.embedder(asked.clone()).await?;
+    let about = About {
+        manifest: asked.manifest.clone(),
+        model: embedder.digest().to_owned(),
+        resolution: args.resolution,
+        dtype: asked.dtype.as_str_name().to_owned(),
+    };
+    let out = match &args.out {
+        Some(out) => Some(Out::open(stores.open(&uri_of(out)?)?, &about).await?),
+        None => None,
+    };
+    let done = embed(&manifest, &embedder, asked.dtype, out.as_ref()).await?;
+    Ok(match args.json {
+        true => format!("{}\n", done.json(&about)),
+        false => done.text(&about, state.uri(), args.out.as_deref()),
+    })
+}
+
+fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
+    Ok(Asked {
+        manifest,
+        model: ModelRef {
+            model_uri: uri_of(&args.model)?,
+            compute_dtype: match args.compute_dtype {
+                None => ComputeDtype::Unspecified,
+                Some(Arithmetic::F32) => ComputeDtype::F32,
+                Some(Arithmetic::Bf16) => ComputeDtype::Bf16,
+            }
+            .into(),
+            ..Default::default()
+        },
+        approximation: args.resolution.map(|side| Approximation {
+            by: Some(By::Resolution(side)),
+        }),
+        dtype: match args.embedding_dtype {
+            Width::F16 => EmbeddingDtype::F16,
+            Width::F32 => EmbeddingDtype::F32,
+        },
+        micro_batch_rows: args.micro_batch_rows as usize,
+    })
+}
+
+/// Shard by shard, so that a file is written once its last block is there.
+async fn embed(
+    manifest: &Manifest,
+    embedder: &Embedder<'_>,
+    dtype: EmbeddingDtype,
+    out: Option<&Out>,
+) -> Result<Done> {
+    let (mut done, total) = (Done::default(), manifest.rows());
+    let mut progress = Progress::begin(total);
+    for (number, source) in (0u32..).zip(&manifest.sources) {
+        for (shard_number, shard) in (0u32..).zip(&source.shards) {
+            let several = manifest.sources.len() > 1;
+            let mut writer = match out {
+                Some(out) => {
+                    out.shard(several.then_some(number), &shard.path, dtype)
+                        .await?
+                }
+                None => None,
+            };
+            done.files_kept += usize::from(out.is_some() && writer.is_none());
+            let blocks = (0u32..).zip(&shard.blocks).map(|(block, about)| {
+                let rows = BlockRows {
+                    source: number,
+                    shard: shard_number,
+                    block,
+                    rows: (0..about.rows).collect(),
+                };
+                async move { Ok::<_, Error>((about, embedder.block(rows).await?)) }.boxed()
+            });
+            let mut blocks = stream::iter(blocks.collect::<Vec<_>>()).buffered(AHEAD);
+            while let Some((about, embedded)) = blocks.try_next().await? {
+                done.blocks += 1;
+                done.kept += usize::from(embedded.flops == 0.0);
+                done.rows += u64::from(about.rows);
+                done.faults += embedded.faults.len() as u64;
+                done.flops += embedded.flops;
+                progress.at(done.rows);
+                if let Some(writer) = &mut writer {
+                    writer.push(about.first_row, about.rows, embedded)?;
+                }
+            }
+            if let Some(writer) = writer {
+                writer.finish().await?;
+                done.files += 1;
+            }
+        }
+    }
+    Ok(done)
+}
+
+/// Says on standard error how far it is, now and then.
+struct Progress {
+    total: u64,
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn begin(total: u64) -> Self {
+        let now = Instant::now();
+        Self {
+            total,
+            begun: now,
+            told: now,
+        }
+    }
+
+    fn at(&mut self, rows: u64) {
+        if self.told.elapsed() < PROGRESS {
+            return;
+        }
+        self.told = Instant::now();
+        let rate = rows as f64 / self.begun.elapsed().as_secs_f64();
+        let left = self.total.saturating_sub(rows) as f64 / rate.max(f64::MIN_POSITIVE);
+        tracing::info!(
+            rows,
+            of = self.total,
+            rows_a_second = rate.round(),
+            seconds_left = left.round(),
+            "embedding"
+        );
+    }
+}
+
+impl Done {
+    fn text(&self, about: &About, state: &str, out: Option<&str>) -> String {
+        let mut text = format!(
+            "{} in {}, {} of them kept already; {} rows cannot be used; {:.3e} FLOPs\n\
+             reference embeddings of model {} for manifest {} are in {state}\n",
+            counted(self.rows as usize, "row"),
+            counted(self.blocks, "block"),
+            self.kept,
+            self.faults,
+            self.flops,
+            about.model,
+            about.manifest,
+        );
+        if let Some(out) = out {
+            text.push_str(&format!(
+                "{} written to {out}, {} were there already\n",
+                counted(self.files, "file"),
+                self.files_kept
+            ));
+        }
+        text
+    }
+
+    fn json(&self, about: &About) -> serde_json::Value {
+        json!({
+            "manifest": about.manifest,
+            "model": about.model,
+            "blocks": self.blocks,
+            "blocks_kept": self.kept,
+            "rows": self.rows,
+            "faults": self.faults,
+            "flops": self.flops,
+            "files": self.files,
+            "files_kept": self.files_kept,
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Reference embeddings ahead of any run: a block's, by the pass that scoring makes.
+use super::{
+    embed::Shape,
+    slice::Slice,
+    survey::{Task, survey},
+};
+use crate::{
+    error::{Error, Result},
+    worker::{engine::Engine, inputs::preprocess::RowFault, loader::Loaded, model::Fidelity},
+};
+use std::sync::Arc;
+use superbatch_proto::v1::{Approximation, BlockRows, EmbeddingDtype, ModelRef};
+
+/// What the embeddings depend on beside the rows; a run finds those that were made with its own.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// Of the dataset manifest, which is in the state.
+    pub manifest: String,
+    pub model: ModelRef,
+    pub approximation: Option<Approximation>,
+    pub dtype: EmbeddingDtype,
+    /// How many rows go through the model together.
+    pub micro_batch_rows: usize,
+}
+
+/// A model that blocks are embedded with.
+pub struct Embedder<'a> {
+    engine: &'a Engine,
+    asked: Asked,
+    fidelity: Fidelity,
+    model: Arc<Loaded>,
+}
+
+/// One block's embeddings, `[rows, dim]` each, little endian; rows that cannot be used are zero.
+pub struct EmbeddedBlock {
+    pub image: Vec<u8>,
+    pub text: Vec<u8>,
+    pub dim: usize,
+    /// By rising row.
+    pub faults: Vec<(u32, RowFault)>,
+    /// Spent here and now; none where the block was kept.
+    pub flops: f64,
+}
+
+impl<'a> Embedder<'a> {
+    /// # Errors
+    /// Those of loading a model; `ModelInvalid` where it cannot be run at the fidelity.
+    pub(in crate::worker) async fn open(engine: &'a Engine, asked: Asked) -> Result<Self> {
+        let fidelity = Fidelity::of(asked.approximation.as_ref())?;
+        let model = engine.models.load(&asked.model).await?.at(fidelity)?;
+        Ok(Self {
+            engine,
+            asked,
+            fidelity,
+            model,
+        })
+    }
+
+    /// Names the model as receipts do: BLAKE3 over its folder's files.
+    pub fn digest(&self) -> &str {
+        &self.model.info.digest
+    }
+
+    /// The embeddings of a whole block: those that are kept, or made and then kept.
+    ///
+    /// # Errors
+    /// Those of reading, and of the device.
+    pub async fn block(&self, block: BlockRows) -> Result<EmbeddedBlock> {
+        let (manifest, micro_batch_rows) = (&self.asked.manifest, self.asked.micro_batch_rows);
+        let slice = Slice::open(self.engine, manifest, vec![block], Vec::new()).await?;
+        let task = Task {
+            step: 0,
+            shape: Shape {
+                micro_batch_rows,
+                dtype: self.asked.dtype,
+            },
+            fidelity: self.fidelity,
+            reference: Some(self.model.clone()),
+            inputs: None,
+            keep_ready: false,
+        };
+        let slot = self.engine.slot().await?;
+        let surveyed = survey(self.engine, &slice, &task).await?.pop();
+        drop(slot);
+        let found = surveyed.and_then(|found| Some((found.reference?, found.spent)));
+        let Some((kept, spent)) = found else {
+            return Err(Error::internal(
+                "a block was surveyed without its reference",
+            ));
+        };
+        Ok(EmbeddedBlock {
+            image: kept.embeddings.image.clone(),
+            text: kept.embeddings.text.clone(),
+            dim: kept.embeddings.dim,
+            faults: kept.faults.clone(),
+            flops: spent.rows_embedded as f64 * self.model.info.image_flops + spent.text_flops,
+        })
+    }
+}
