@@ -98,6 +98,11 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         weight: 1.0,
         image_column: args.image_column.clone(),
         caption_column: args.caption_column.clone(),
+        // Whole blocks are embedded, whichever of their rows a run leaves out.
+        predicate: None,
+        allow: None,
+        id_column: None,
+        scores: None,
     });
     let requests: Vec<SourceRequest> = requests.collect();
     let manifest = dataset::index(&stores, Some(&state), &requests).await?;
