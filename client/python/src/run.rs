@@ -1,8 +1,9 @@
 //! A run, its batches and its pushes, as Python sees them.
 use crate::{
     call::{self, Call},
+    errors,
     process::Process,
-    errors, show, spec,
+    show, spec,
 };
 use arrow::pyarrow::ToPyArrow;
 use futures::StreamExt;
