@@ -1,4 +1,4 @@
-"""Accuracy on the vendor that nobody trained on: which of about GALLERY names belongs to this
+"""Accuracy on the vendor held out of training: which of about GALLERY names belongs to this
 picture?
 
 The test pictures fall into galleries of about that size by a fixed draw: chance is 5 in GALLERY.

@@ -1,4 +1,4 @@
-"""Progress for whoever watches: bars on a terminal, one line a stage where the log is a file."""
+"""Shows progress: bars on a terminal, or one line a stage if the log is a file."""
 
 import sys
 import time
@@ -40,7 +40,7 @@ class Stage:
 
 
 def progress(things: Iterable[Any], total: int, desc: str, unit: str) -> Iterator[Any]:
-    """The things, with a `Stage` that counts them; none where there is nothing to do."""
+    """The things, with a `Stage` that counts them; none if there is nothing to do."""
     stage = Stage(desc, total, unit, silent=total == 0)
     for thing in things:
         yield thing

@@ -154,7 +154,7 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def over_seeds(results: dict) -> list[str]:
-    """Each arm's mean over seeds, with its interval; nothing where there is one seed."""
+    """Each arm's mean over seeds, with its interval; nothing if there is one seed."""
     seeds, lines = results["seeds"], []
     if len(seeds) < 2:
         return lines

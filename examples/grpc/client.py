@@ -250,7 +250,7 @@ def train(client: Client, spec, weights: dict, start_step: int, steps: int) -> N
     opened = client.open(spec)
     print(f"{opened.dataset_rows} rows; the service has chosen up to step {opened.next_step - 1}")
     # The initial weights, or once more the checkpoint's: the crash may have come before they were
-    # pushed. Where they are published, this changes nothing.
+    # pushed. If they are published already, this changes nothing.
     client.push(weights, step=start_step - 1)
     for step in range(start_step, steps):
         summary, rows = client.select(step)

@@ -62,7 +62,7 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
                 n_chunks=4,
             )
         ],
-        # Lightning holds one batch more than it trains on where it does not know an epoch's length.
+        # Lightning holds one batch more than it trains on if it does not know an epoch's length.
         max_ahead=3 + args.workers,
     )
 

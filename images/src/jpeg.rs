@@ -1,5 +1,5 @@
-//! JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow decodes with: the same pixels
-//! to the last bit.
+//! Decodes JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow uses too: the same
+//! pixels to the last bit.
 use crate::image::{Decoded, Error, ImageLimits, check, undecodable};
 use image::{DynamicImage, RgbImage};
 use mozjpeg::{ColorSpace, Decompress, Marker};

@@ -1,4 +1,4 @@
-//! What Pillow checks of a PNG and the decoder does not, and where a PNG may say how it is turned.
+//! The checks of a PNG that Pillow makes and the decoder does not, and the search for its EXIF.
 use crate::image::{Error, undecodable};
 use flate2::{Crc, Decompress, FlushDecompress, Status};
 

@@ -1,4 +1,4 @@
-//! What goes into a selection and what comes out.
+//! The inputs and the result of a selection.
 use half::{f16, slice::HalfFloatSliceExt};
 use std::{fmt, str::FromStr};
 
@@ -40,7 +40,7 @@ macro_rules! words {
         impl FromStr for $name {
             type Err = UnknownWord;
 
-            /// In any case, as in a run.
+            /// Parses a word in upper or lower case, as a run's spec does.
             fn from_str(word: &str) -> Result<Self, UnknownWord> {
                 match word.to_ascii_lowercase().as_str() {
                     $($word => Ok(Self::$variant),)+

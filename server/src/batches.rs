@@ -1,4 +1,5 @@
-//! How rows are cut into record batches, wherever they are sent.
+//! Cuts rows into record batches. Coordinator and worker share it, so that a stream's cuts depend
+//! on the rows only.
 use arrow::{
     array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array},
     compute::take,
@@ -10,10 +11,10 @@ use std::ops::Range;
 /// Bytes of rows in a record batch, unless a single row is larger.
 const BATCH_BYTES_MAX: usize = 4 << 20;
 
-/// Bytes of a row's values, all columns.
+/// Returns the bytes of a row's values over all columns.
 ///
 /// # Errors
-/// Those of Arrow for a nested column that it cannot take a row of.
+/// Arrow's, for a nested column of which it cannot take a row.
 pub fn row_bytes(batch: &RecordBatch, row: usize) -> Result<usize, ArrowError> {
     batch
         .columns()
@@ -31,7 +32,8 @@ fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
         DataType::Boolean => Ok(1),
         other => match other.primitive_width() {
             Some(width) => Ok(width),
-            // Nested: the row alone, its children compacted.
+            // A nested value's size is measured on a copy of the row: its children are shared with
+            // other rows.
             None => take(column, &UInt32Array::from(vec![row as u32]), None)?
                 .to_data()
                 .get_slice_memory_size(),

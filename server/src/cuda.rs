@@ -1,15 +1,15 @@
-//! Which form of selection runs on a CUDA device.
+//! Chooses the implementation of selection on a CUDA device.
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use superbatch_kernels::{Backend, CudaDevice, CudaLibraries};
 
-/// What is known of each device, by its number.
+/// The chosen backend of each device, by its number.
 fn lock_backends() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     static KNOWN: Mutex<Vec<(usize, Backend)>> = Mutex::new(Vec::new());
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Our own kernels, or LibTorch's form if they cannot be used: tried, and said, once a device.
-/// Memory that is not free now may be later, so that is tried again.
+/// Returns Superbatch's own kernels, or LibTorch's form if they cannot be used. They are tried, and
+/// a failure is logged, once for each device. A lack of memory is tried again, since it may pass.
 pub fn backend(device: tch::Device) -> Backend {
     let tch::Device::Cuda(ordinal) = device else {
         return Backend::Torch(device);
@@ -35,9 +35,10 @@ pub fn backend(device: tch::Device) -> Backend {
     }
 }
 
-/// What draws if `failed` gave up with `error`: LibTorch's form, which can use memory that
-/// LibTorch holds in reserve. After any other failure our kernels are not used on that device
-/// again. Nothing if it is not one of ours.
+/// Returns the backend that draws after `failed` gave up with `error`: LibTorch's form, which can
+/// use memory that LibTorch holds in reserve. After any other failure than a lack of memory,
+/// Superbatch's kernels are not used on that device again. `None` if `failed` is no CUDA backend of
+/// ours.
 pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
     let superbatch_kernels::Error::Cuda(cause) = error else {
         return None;
@@ -53,7 +54,7 @@ pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Optio
     Some(torch)
 }
 
-/// Whether a selection failed for want of the device's memory.
+/// Returns whether a selection failed for lack of the device's memory.
 pub fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
     match error {
         superbatch_kernels::Error::Cuda(error) => error.is_out_of_memory(),

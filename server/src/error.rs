@@ -1,5 +1,4 @@
-//! The server's one error type: a closed [`Reason`] for programs, a message for people, and its
-//! cause.
+//! The server's error type: a closed [`Reason`] for programs, a message for people, and its cause.
 use std::{error::Error as StdError, fmt};
 use superbatch_proto::{Failure, v1::Reason};
 use tonic::{Code, Status};
@@ -10,8 +9,9 @@ type Cause = Box<dyn StdError + Send + Sync>;
 
 /// What failed, where, and what to do about it.
 ///
-/// Build it where the fault is known: `Error::new(Reason::ColumnNotFound, "…").with("column",
-/// name).because(source)`. Whoever stops an error logs it; nobody else does.
+/// Make it where the fault is known: `Error::new(Reason::ColumnNotFound, "…").with("column",
+/// name).because(source)`. Only code that ends an error's way up logs it; otherwise one fault would
+/// be logged at every level.
 #[derive(Debug)]
 pub struct Error {
     failure: Box<Failure>,
@@ -26,12 +26,12 @@ impl Error {
         }
     }
 
-    /// A broken invariant or a failure that no user can mend.
+    /// Makes an error for a broken invariant or a failure that no user can correct.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Reason::Internal, message)
     }
 
-    /// A request field that is missing or malformed.
+    /// Makes an error for a request field that is missing or malformed.
     pub fn invalid(field: &str, message: impl Into<String>) -> Self {
         Self::new(Reason::InvalidArgument, message).with("field", field)
     }
@@ -51,14 +51,15 @@ impl Error {
         self
     }
 
-    /// Says first what it is about.
+    /// Puts the subject before the message.
     #[must_use]
     pub fn about(mut self, what: impl fmt::Display) -> Self {
         self.failure.message = format!("{what}: {}", self.failure.message);
         self
     }
 
-    /// The same failure for another waiter; causes become part of the message.
+    /// Returns the same failure for another waiting call. Causes, which cannot be cloned, become
+    /// part of the message.
     #[must_use]
     pub fn repeat(&self) -> Self {
         let failure = Failure {
@@ -75,19 +76,20 @@ impl Error {
         self.failure.reason
     }
 
-    /// A value added by [`Error::with`].
+    /// Returns a value that [`Error::with`] added.
     pub fn value(&self, key: &str) -> Option<&str> {
         self.failure.metadata.get(key).map(String::as_str)
     }
 
-    /// The message and all its causes in one line. Causes that another one quotes are not said
-    /// again.
+    /// Returns the message and all its causes in one line. A cause that another one quotes is not
+    /// repeated.
     pub fn chain(&self) -> String {
         chain(self)
     }
 }
 
-/// An error and all its causes in one line. Causes that another one quotes are not said again.
+/// Returns an error and all its causes in one line. A cause that another one quotes is not
+/// repeated.
 pub fn chain(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -102,8 +104,8 @@ pub fn chain(error: &dyn StdError) -> String {
     text
 }
 
-/// What the transport says. A status' own text is a dump of all its causes, each of which quotes
-/// the next.
+/// A status of the transport. The text of a status is a dump of all its causes, each of which
+/// quotes the next, so it is formatted here.
 #[derive(Debug)]
 struct Foreign(Status);
 
@@ -145,12 +147,14 @@ impl From<Failure> for Error {
     }
 }
 
-/// Our own failures pass through from another process of ours; anything else becomes `otherwise`.
+/// Turns a status into an error. Failures of another Superbatch process keep their reason; any
+/// other status gets the reason `otherwise`.
 pub fn from_status(status: Status, otherwise: Reason) -> Error {
     match Failure::try_from(status) {
         Ok(failure) => failure.into(),
         Err(foreign) => {
-            // What the transport says of a message over its limit; to send it again would not help.
+            // The transport's code for a message over its limit. Sending it again would not help,
+            // so it must not become a transient reason.
             let too_large = foreign.0.code() == Code::OutOfRange;
             let foreign = Foreign(foreign.0);
             Error::new(

@@ -1,4 +1,4 @@
-//! Arrow IPC streams on their way out, in parts that share the memory of the arrays.
+//! Encodes Arrow IPC streams in parts that share the memory of the arrays.
 use arrow::{
     array::RecordBatch, buffer::Buffer, datatypes::Schema, error::ArrowError,
     ipc::writer::StreamEncoder,
@@ -6,13 +6,14 @@ use arrow::{
 use bytes::Bytes;
 use superbatch_proto::PART_BYTES;
 
-/// Buffers from this size on are parts of their own, and are not copied.
+/// Buffers from this size on become parts of their own without a copy. Smaller ones are joined: a
+/// message of a few bytes costs as much as the copy.
 const SHARED_BYTES_MIN: usize = 64 << 10;
 
 /// Encodes record batches as an Arrow IPC stream.
 pub struct Encoder(StreamEncoder);
 
-/// Memory of an array, as [`Bytes`] want it.
+/// The memory of an array as the owner of [`Bytes`].
 struct Owned(Buffer);
 
 impl AsRef<[u8]> for Owned {
@@ -23,29 +24,29 @@ impl AsRef<[u8]> for Owned {
 
 impl Encoder {
     /// # Errors
-    /// Those of Arrow for a schema that no stream may have.
+    /// Arrow's, for a schema that cannot be in a stream.
     pub fn new(schema: &Schema) -> Result<Self, ArrowError> {
         StreamEncoder::try_new(schema).map(Self)
     }
 
-    /// What the stream goes on with, in parts of at most [`PART_BYTES`].
+    /// Encodes a batch. Returns the next bytes of the stream, in parts of at most [`PART_BYTES`].
     ///
     /// # Errors
-    /// Those of Arrow for a batch of another schema.
+    /// Arrow's, for a batch of another schema.
     pub fn encode(&mut self, batch: &RecordBatch) -> Result<Vec<Bytes>, ArrowError> {
         self.0.encode(batch).map(parts)
     }
 
-    /// The end of the stream.
+    /// Returns the end of the stream.
     ///
     /// # Errors
-    /// Those of Arrow for a schema that cannot be encoded.
+    /// Arrow's, for a schema that cannot be encoded.
     pub fn finish(self) -> Result<Vec<Bytes>, ArrowError> {
         self.0.finish().map(parts)
     }
 }
 
-/// Joins what is small, and cuts what is large.
+/// Joins small buffers, and cuts large ones.
 fn parts(buffers: Vec<Buffer>) -> Vec<Bytes> {
     let (mut parts, mut joined) = (Vec::new(), Vec::new());
     for buffer in buffers {
@@ -68,7 +69,7 @@ fn cut(bytes: Bytes, parts: &mut Vec<Bytes>) {
     );
 }
 
-/// What is left of a stream from a byte on.
+/// Returns the rest of a stream from a byte on.
 pub fn from_offset(parts: Vec<Bytes>, mut offset: u64) -> impl Iterator<Item = Bytes> {
     parts.into_iter().filter_map(move |part| {
         let skipped = offset.min(part.len() as u64);

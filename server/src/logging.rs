@@ -1,5 +1,4 @@
-//! What is logged: the operator's filter, with a limit on libraries that would drown everything
-//! else.
+//! The filter of logs: the operator's, with a limit on libraries whose logs would drown all others.
 
 /// Libraries that log each frame, token or poll below `info`.
 const NOISY: [&str; 9] = [
@@ -14,7 +13,7 @@ const NOISY: [&str; 9] = [
     "want",
 ];
 
-/// `filter` with [`NOISY`] libraries held at `info`, unless it names them itself.
+/// Returns `filter` with [`NOISY`] libraries held at `info`, unless it names them itself.
 pub fn capped(filter: &str) -> String {
     let directives = || filter.split(',').map(str::trim);
     let is_verbose = |level: &str| {

@@ -13,7 +13,7 @@ use superbatch_server::{
 ///
 /// Start with `superbatch serve`: it needs no file, no GPU and no other service. Then point a
 /// trainer at it: superbatch.connect("http://127.0.0.1:50051") in Python. `superbatch receipts RUN`
-/// tells why each batch was chosen.
+/// shows why each batch was chosen.
 #[derive(Parser)]
 #[command(name = "superbatch", version, propagate_version = true)]
 struct Cli {
@@ -25,8 +25,9 @@ struct Cli {
 enum Command {
     /// Serve trainers: coordinator and, by default, a scoring worker in one process.
     ///
-    /// Prints its address once it is ready. Ctrl-C or SIGTERM lets calls finish and stops; what was
-    /// chosen, pushed and committed is in the state, and a new start goes on from there.
+    /// Prints its address once it is ready. On Ctrl-C or SIGTERM it lets calls finish and stops.
+    /// Everything that was chosen, pushed and committed is in the state, and a new start continues
+    /// from there.
     #[command(after_long_help = "\
 Examples:
   # Everything on this machine, state in ./superbatch-state
@@ -40,8 +41,8 @@ Examples:
     /// Add a scoring worker to a coordinator, on this machine or another.
     ///
     /// It needs the coordinator's state and data at the same URIs: object storage, or a folder that
-    /// both mount. Super-batches are shared among all workers; what is chosen does not depend on
-    /// how many there are. Ctrl-C or SIGTERM lets slices finish.
+    /// both mount. Super-batches are shared among all workers; the choice does not depend on their
+    /// number. On Ctrl-C or SIGTERM it lets slices finish.
     #[command(after_long_help = "\
 Examples:
   # A second worker on the coordinator's machine
@@ -52,13 +53,13 @@ Examples:
     Worker(WorkerArgs),
     /// Check settings, and print them with all defaults filled in.
     ///
-    /// Says `# ok` and exits with 0, or names the first setting that cannot work and exits with 1.
-    /// Nothing is contacted.
+    /// Prints `# ok` and exits with 0, or names the first setting that cannot work and exits with
+    /// 1. It opens no connection.
     CheckConfig(CheckArgs),
     /// Index a data set ahead of its run: reads the files' footers and writes a dataset manifest.
     ///
-    /// A run indexes its sources by itself when it is opened; do it ahead if that takes long, or
-    /// to see what is found.
+    /// A run indexes its sources by itself when it is opened. Index ahead if that takes long, or to
+    /// see what is found.
     #[command(after_long_help = "\
 Examples:
   superbatch index file:///data/laion
@@ -119,8 +120,8 @@ Examples:
     State(admin::state::StateArgs),
     /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
     ///
-    /// `superbatch serve` serves it, too. This one needs no service: it reads the state of any run,
-    /// finished or crashed, and writes nothing. Prints its address once it is ready.
+    /// `superbatch serve` serves it too. This command needs no service: it reads the state of any
+    /// run, finished or crashed, and writes nothing. Prints its address once it is ready.
     #[command(after_long_help = "\
 Examples:
   # The state in ./superbatch-state
@@ -141,7 +142,8 @@ Examples:
   superbatch token list --file tokens.yaml
   superbatch token revoke trainer --file tokens.yaml")]
     Token(admin::token::TokenArgs),
-    /// Try what a service with these settings needs, and say what to do if something is wrong.
+    /// Try everything that a service with these settings needs, and say what to do if something is
+    /// wrong.
     ///
     /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data
     /// and models by URI. Exits with 1 if a check fails.
@@ -173,7 +175,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What the command has to print when it ends.
+/// Runs the command. Returns the text to print at its end.
 fn run(command: Command) -> Result<String> {
     match command {
         Command::Serve(args) => with_runtime(args.load()?, async |config| {
@@ -230,7 +232,7 @@ fn run(command: Command) -> Result<String> {
     }
 }
 
-/// Runs what needs a runtime and no settings.
+/// Runs work that needs a runtime but no settings.
 fn plain(work: impl Future<Output = Result<String>>) -> Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -246,8 +248,8 @@ fn with_runtime(
     admin::start_logging(&config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        // In a build without optimisation the nested futures of one slice pass the default of 2
-        // MiB.
+        // In a build without optimisation the nested futures of one slice need more stack than the
+        // default of 2 MiB.
         .thread_stack_size(8 << 20)
         .build();
     let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;

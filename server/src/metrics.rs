@@ -5,20 +5,20 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{sync::OnceLock, time::Duration};
 use superbatch_proto::v1::{BadRowReason, Reason};
 
-/// What a metric is, as the generated reference and the exporter's descriptions need it.
+/// The declaration of a metric, for the generated reference and the exporter's descriptions.
 pub struct Declared {
     pub name: &'static str,
     pub kind: &'static str,
     pub unit: Unit,
     pub labels: &'static [&'static str],
-    /// Which process serves it.
+    /// The process that serves it.
     pub process: Process,
     pub help: &'static str,
     /// Upper bounds of a histogram's buckets.
     pub bounds: Option<&'static [f64]>,
 }
 
-/// Where something is measured. A coordinator with an embedded worker is both in one process.
+/// The process that measures. A coordinator with an embedded worker is both in one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Process {
     Coordinator,
@@ -83,7 +83,7 @@ declare! {
     counter candidates() on Coordinator = "superbatch_candidates_total", Count;
     /// Examples selected.
     counter selected() on Coordinator = "superbatch_selected_total", Count;
-    /// Of the examples selected, those that are to be trained at their phase's approximation.
+    /// Selected examples that are to be trained at their phase's approximation.
     counter selected_approximate() on Coordinator = "superbatch_selected_approximate_total", Count;
     /// Candidates scanned, by the number of their source in its run. Sources of several runs share
     /// numbers; those from 32 on share `more`.
@@ -98,10 +98,10 @@ declare! {
     counter left_out(rule) on Coordinator = "superbatch_left_out_total", Count;
     /// Steps committed, by mode: `normal`, `stale`, `uniform`, `reference_only`.
     counter steps_committed(mode) on Coordinator = "superbatch_steps_committed_total", Count;
-    /// Steps that are chosen and wait for their trainer.
+    /// Committed steps whose rows wait in memory for their trainer.
     gauge ready_batches() on Coordinator = "superbatch_ready_batches", Count;
-    /// Runs that this coordinator owns and has in memory. Of more than `coordinator.max_runs`, the
-    /// one that has been idle longest is put to sleep.
+    /// Runs that this coordinator owns and has in memory. If there are more than
+    /// `coordinator.max_runs`, the run that has been idle longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
     /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `failed`.
     counter page_requests(outcome) on Coordinator = "superbatch_page_requests_total", Count;
@@ -124,13 +124,13 @@ declare! {
         outcome) on Both = "superbatch_object_store_requests_total", Count;
     /// Bytes read from object stores.
     counter object_store_bytes_read() on Both = "superbatch_object_store_bytes_read_total", Bytes;
-    /// Object store requests that were told to slow down.
+    /// Object store requests that were refused with "slow down".
     counter object_store_throttled() on Both = "superbatch_object_store_throttled_total", Count;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() on Coordinator = "superbatch_batch_score", Count, SCORES;
-    /// Mean score of the examples of each step, each by its own pair alone: of the `chosen` ones,
-    /// and of all `candidates`. The policies that draw by these scores hold the first above the
-    /// second. Joint selection need not: its goal is the score of the whole batch,
+    /// Mean score of the examples of each step, each by its own pair only: of the `chosen` ones,
+    /// and of all `candidates`. Policies that draw by these scores keep the first above the second.
+    /// Joint selection need not: its goal is the score of the whole batch,
     /// `superbatch_batch_score`.
     histogram mean_score(of) on Coordinator = "superbatch_mean_score", Count, SCORES;
     /// Fidelity probes that were due, by outcome: `ok`, in a committed step; `failed`, as the log
@@ -151,11 +151,11 @@ declare! {
     counter reference_rows_computed() on Worker = "superbatch_reference_rows_computed_total", Count;
     /// Scoring workers that hold a lease.
     gauge workers() on Coordinator = "superbatch_workers", Count;
-    /// Workers with which the trainers of all open runs would not wait for their batches, as far as
-    /// more workers help: estimated from what stages take and from the trainers' own time for a
-    /// step. 0 while no trainer has been seen to take a few steps.
+    /// Estimated number of workers with which the trainers of all open runs would not wait for
+    /// their batches, as far as more workers help. Estimated from the time of the stages and the
+    /// trainers' own time for a step. 0 until a trainer has taken a few steps.
     gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
-    /// Slices that went to another worker because theirs was lost or could not read them.
+    /// Slices that went to another worker because the first one was lost or could not read them.
     counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;
     /// Floating-point operations spent on scoring, by stage: `reference`, `learner`, `selection`. A
     /// slice that is scored again counts again. Stage `discarded` is the part of them whose result
@@ -163,13 +163,13 @@ declare! {
     counter flops(stage) on Both = "superbatch_flops_total", Count;
     /// Calls refused for their token, by reason: `UNAUTHENTICATED`, `PERMISSION_DENIED`.
     counter access_refused(reason) on Both = "superbatch_access_refused_total", Count;
-    /// Connections closed before their first call, by reason: `limit` (as many as are allowed are
-    /// open), `handshake` (TLS), `silent` (nothing was said in time).
+    /// Connections closed before their first call, by reason: `limit` (too many are open),
+    /// `handshake` (TLS), `silent` (nothing arrived in time).
     counter connections_refused(reason) on Both = "superbatch_connections_refused_total", Count;
     /// Open connections of gRPC.
     gauge connections() on Both = "superbatch_connections", Count;
     /// Files that changed and were read again (`tokens`, `certificates`), by outcome: `ok`, or
-    /// `error` if what was read before serves on.
+    /// `error` if the earlier content stays in force.
     counter reloads(what, outcome) on Both = "superbatch_reloads_total", Count;
     /// Lines of the audit log that could not be written.
     counter audit_lost() on Both = "superbatch_audit_lost_total", Count;
@@ -218,8 +218,9 @@ pub fn describe() {
     }
 }
 
-/// Lets counters that `process` serves begin at 0, as far as their labels are known, so that a rate
-/// sees the first event, too.
+/// Makes the counters of `process` begin at 0, as far as their labels are known. A series that
+/// first appears with the value 1 has no increase to Prometheus, so a rate would miss the first
+/// event.
 pub fn begin(process: Process) {
     let is_served = |metric: &&Declared| [process, Process::Both].contains(&metric.process);
     for metric in ALL
@@ -269,7 +270,7 @@ pub fn begin(process: Process) {
     });
 }
 
-/// What pushes usually fail of.
+/// The usual reasons of failed pushes.
 const PUSH_FAILURES: &[Reason] = &[
     Reason::InvalidArgument,
     Reason::MessageTooLarge,
@@ -284,7 +285,7 @@ const PUSH_FAILURES: &[Reason] = &[
     Reason::Internal,
 ];
 
-/// The reference page `docs/metrics.md`.
+/// Returns the reference page `docs/metrics.md`.
 pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\nServed at `/metrics` in the Prometheus text format. Generated from \
@@ -320,15 +321,15 @@ const SECONDS: &[f64] = &[
 const STEPS: &[f64] = &[
     0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0,
 ];
-/// Upper bounds of scores, on both sides of nothing to learn.
+/// Upper bounds of scores, on both sides of 0, which means nothing to learn.
 const SCORES: &[f64] = &[
     -256.0, -64.0, -16.0, -4.0, -1.0, -0.25, 0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0,
 ];
 
-/// How often histograms are folded.
+/// How often histograms are compacted.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Installs the recorder, once a process, and gives what renders it.
+/// Installs the recorder, once in each process. Returns the handle that renders it.
 pub fn install() -> PrometheusHandle {
     static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
     INSTALLED
@@ -353,8 +354,8 @@ pub fn install() -> PrometheusHandle {
                     kept.run_upkeep();
                 }
             };
-            // If nobody scrapes, samples of histograms would pile up for the life of the
-            // process.
+            // The recorder keeps the samples of histograms until they are scraped or compacted.
+            // Without this thread an unscraped process would grow until it is killed.
             let thread = std::thread::Builder::new()
                 .name("metrics".into())
                 .spawn(upkeep);

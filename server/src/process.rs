@@ -1,5 +1,4 @@
-//! What the operating system says of this process, for `/metrics`. Nothing, if it has no
-//! `/proc`.
+//! The operating system's figures of this process, for `/metrics`. None if there is no `/proc`.
 use crate::metrics;
 use std::{
     fs,
@@ -12,7 +11,7 @@ use std::{
 const TICKS: f64 = 100.0;
 const KIB: f64 = 1024.0;
 
-/// A budget of memory, and how to ask for what is held of it. `None`: it is gone.
+/// A budget of memory, with a function that returns the bytes held; `None` if its owner is gone.
 struct Budget {
     name: &'static str,
     held: Box<dyn Fn() -> Option<u64> + Send>,
@@ -20,7 +19,7 @@ struct Budget {
 
 static BUDGETS: Mutex<Vec<Budget>> = Mutex::new(Vec::new());
 
-/// Shows a budget of `limit` bytes in the metrics, for as long as `held` knows it.
+/// Shows a budget of `limit` bytes in the metrics, for as long as `held` returns a value.
 pub fn budget(name: &'static str, limit: u64, held: impl Fn() -> Option<u64> + Send + 'static) {
     metrics::budget_limit(name).set(limit as f64);
     let held = Box::new(held);
@@ -37,7 +36,7 @@ fn observe_budgets() {
     });
 }
 
-/// Sets the gauges to what holds now.
+/// Sets the gauges to the current values.
 pub fn observe() {
     observe_budgets();
     metrics::process_start().set(started());
@@ -68,7 +67,7 @@ pub fn observe() {
     }
 }
 
-/// When this was first asked, in seconds since 1970.
+/// Returns the time of the first call, in seconds since 1970.
 fn started() -> f64 {
     static STARTED: OnceLock<f64> = OnceLock::new();
     *STARTED.get_or_init(|| {
@@ -77,8 +76,8 @@ fn started() -> f64 {
     })
 }
 
-/// User and system time, from the line of `/proc/self/stat`. The program's name in it may hold
-/// spaces and brackets.
+/// Returns user and system time from the line of `/proc/self/stat`. The program's name in it may
+/// contain spaces and brackets, so fields are counted from the last bracket.
 fn cpu_seconds(stat: &str) -> Option<f64> {
     let (_, after) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = after.split_whitespace().collect();
@@ -87,7 +86,7 @@ fn cpu_seconds(stat: &str) -> Option<f64> {
     Some((ticks(11)? + ticks(12)?) / TICKS)
 }
 
-/// The first number after a line's name.
+/// Returns the first number after a line's name.
 fn field(text: &str, name: &str) -> Option<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()

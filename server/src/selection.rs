@@ -1,5 +1,4 @@
-//! One selection as the wire describes it, for whoever draws it: the coordinator itself, or a
-//! worker.
+//! One selection as the protocol describes it. Coordinator and worker draw with this code.
 pub mod judged;
 pub mod probed;
 
@@ -14,7 +13,7 @@ use superbatch_kernels::{
 };
 use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResponse};
 
-/// Embeddings as they travel, in the dtype that they were rounded to: f16 or f32, row-major.
+/// Embeddings in the dtype to which they were rounded: f16 or f32, row-major.
 #[derive(Debug, Clone)]
 pub enum Values {
     F16(Vec<f16>),
@@ -29,7 +28,7 @@ impl Values {
         }
     }
 
-    /// Appends little-endian values; a rest shorter than one value is dropped.
+    /// Appends little-endian values. A rest shorter than one value is dropped.
     pub fn append(&mut self, bytes: &[u8]) {
         match self {
             Self::F16(values) => values.extend(
@@ -60,7 +59,7 @@ impl Values {
         }
     }
 
-    /// Little-endian bytes of a range of values.
+    /// Returns the little-endian bytes of a range of values.
     pub fn bytes(&self, range: Range<usize>) -> bytes::Bytes {
         match self {
             Self::F16(values) => values[range]
@@ -95,12 +94,12 @@ impl Embedded {
     }
 }
 
-/// Draws a sub-batch as `begin` says. A model is absent if nothing asks it.
+/// Draws a sub-batch by `begin`. A model is absent if the policy does not need it.
 ///
 /// # Errors
-/// `InvalidArgument` naming the field; `TooManyBadRows` if fewer than the sub-batch survive,
-/// `TooFewCandidates` if they would but for what was left out; `Overloaded` if the device's
-/// memory is not enough; `DeviceUnavailable`.
+/// `InvalidArgument` naming the field; `TooManyBadRows` if holes leave fewer candidates than the
+/// sub-batch; `TooFewCandidates` if the rules of tuning do; `Overloaded` if the device's memory is
+/// not enough; `DeviceUnavailable`.
 pub fn draw(
     backend: Backend,
     begin: &SelectBegin,
@@ -136,7 +135,7 @@ pub fn draw(
     drawn.map_err(refusal)
 }
 
-/// The answer to a `Select` call; `seconds`, `device` and `threads` are the caller's to fill.
+/// Returns the answer to a `Select` call. The caller fills in `seconds`, `device` and `threads`.
 pub fn response(selection: Selection) -> SelectResponse {
     SelectResponse {
         indices: selection.indices,
@@ -157,7 +156,7 @@ pub fn response(selection: Selection) -> SelectResponse {
     }
 }
 
-/// The policy that draws; `None` if none is set.
+/// Returns the kernels' policy; `None` if none is set.
 pub fn policy(policy: v1::Policy) -> Option<Policy> {
     Some(match policy {
         v1::Policy::Unspecified => return None,
@@ -172,12 +171,12 @@ pub fn policy(policy: v1::Policy) -> Option<Policy> {
     })
 }
 
-/// Whether a policy draws by scores; the steps of the others have none.
+/// Returns whether a policy draws by scores; steps of other policies have none.
 pub fn is_scored(policy: v1::Policy) -> bool {
     self::policy(policy).is_some_and(Policy::is_scored)
 }
 
-/// What `tuning` says, defaults filled.
+/// Returns the kernels' tuning, with defaults filled in.
 pub fn tuning(tuning: Option<&v1::Tuning>) -> Tuning {
     let (given, default) = (tuning.copied().unwrap_or_default(), Tuning::default());
     Tuning {

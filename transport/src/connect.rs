@@ -147,6 +147,8 @@ impl Tls {
         };
         // Not every caller sets a time-out for connecting. A peer that accepts the connection and
         // then says nothing would hold the call for ever.
+        // `connect_timeout` of the endpoint ends with the TCP connection. A peer that accepts and
+        // then says nothing would hold the call for ever.
         match tokio::time::timeout(HANDSHAKE, handshake).await {
             Ok(stream) => stream.map_err(refused),
             Err(_) => Err(refused(io::ErrorKind::TimedOut.into())),

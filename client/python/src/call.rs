@@ -48,7 +48,8 @@ enum State {
         callbacks: Vec<Py<PyAny>>,
     },
     Done(Option<Outcome>),
-    /// Nobody will take the result: what the call has made, or still makes, is dropped at once.
+    /// The caller will not take the result: what the call has made, or still makes, is dropped at
+    /// once.
     Cancelled,
 }
 
@@ -79,7 +80,7 @@ impl Shared {
         if callbacks.is_empty() {
             return;
         }
-        // Without an interpreter there is nobody left to tell.
+        // The interpreter is shutting down, so no Python code is left that waits for the result.
         Python::try_attach(|py| {
             for callback in callbacks {
                 if let Err(error) = callback.call0(py) {

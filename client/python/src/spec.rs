@@ -105,7 +105,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         read_list(&dicts, &self.path_of(key), read)
     }
 
-    /// Refuses keys that nobody took.
+    /// Refuses keys that no field has taken.
     fn finish(&self) -> PyResult<()> {
         for key in self.dict.keys() {
             let key: String = key.extract()?;

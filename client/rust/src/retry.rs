@@ -114,8 +114,9 @@ impl<'a> Attempts<'a> {
 
     /// Waits until the next attempt may begin, or returns the final error.
     ///
-    /// An attempt may rightly wait long for its answer. So after one that was not answered, the
-    /// service is first asked for any answer at all, in the time that is left.
+    /// An attempt may rightly wait long for its answer: a step may take minutes. So its own
+    /// duration cannot be limited. Instead, after an attempt without an answer, the service is
+    /// first asked for any answer at all, in the time that is left.
     pub async fn wait_before_next(
         &mut self,
         client: &Client,

@@ -64,7 +64,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def render_job(job: tuple[bytes, bool]) -> bytes | None:
-    """PNG bytes of one picture (data, is_svg), or None where it cannot be drawn."""
+    """PNG bytes of one picture (data, is_svg), or None if it cannot be drawn."""
     try:
         return png(render(*job))
     except (ValueError, OSError):

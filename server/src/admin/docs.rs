@@ -1,4 +1,4 @@
-//! `superbatch docs`: the reference pages that are generated from declarations.
+//! `superbatch docs`: writes the reference pages, which are generated from declarations.
 use crate::{
     config,
     error::{Error, Result},
@@ -13,7 +13,7 @@ pub struct DocsArgs {
     folder: PathBuf,
 }
 
-/// The generated pages, by file name.
+/// Returns the generated pages by file name.
 pub fn pages() -> [(&'static str, String); 2] {
     [
         ("metrics.md", metrics::reference()),

@@ -1,5 +1,5 @@
-//! `superbatch doctor`: tries what a service will need, and says what to do if something is
-//! wrong.
+//! `superbatch doctor`: tries everything that a service will need, and says what to do if something
+//! is wrong.
 use super::ConfigArgs;
 use crate::{
     access::tokens::Tokens,
@@ -17,10 +17,11 @@ use std::{
 };
 use superbatch_proto::v1::Reason;
 
-/// Stores refuse requests of a clock that is 15 minutes off.
+/// How far the clock may be off. Stores refuse signed requests of a clock that is 15 minutes off,
+/// so this warns long before.
 const CLOCK_OFF_MAX: Duration = Duration::from_secs(60);
 
-/// Starts nothing that stays, and leaves in the state what a service leaves at its start.
+/// Starts nothing that keeps running. Leaves in the state only what a service writes at its start.
 #[derive(Args)]
 pub struct DoctorArgs {
     #[command(flatten)]
@@ -34,7 +35,7 @@ pub struct DoctorArgs {
     model: Vec<String>,
 }
 
-/// What was tried, and what came of it.
+/// The name of a check, and its result.
 type Check = (String, Result<String>);
 
 /// # Errors
@@ -62,7 +63,7 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
     report(&checks)
 }
 
-/// Lines for people; failures last, as an error.
+/// Returns the results as lines for people; failures come last, as an error.
 fn report(checks: &[Check]) -> Result<String> {
     let line = |(what, outcome): &Check| match outcome {
         Ok(found) => format!("ok    {what}: {found}\n"),
@@ -80,7 +81,7 @@ fn report(checks: &[Check]) -> Result<String> {
     Err(Error::new(Reason::InvalidArgument, message.trim_end()))
 }
 
-/// Whether each port can be listened on: nobody else does.
+/// Checks that each port is free.
 fn ports(config: &Config) -> Vec<Check> {
     let listens = [
         ("listen", Some(config.listen)),
@@ -127,7 +128,7 @@ fn tokens(config: &Config, now: SystemTime) -> Result<String> {
     Ok(format!("{}, {expired} of them expired", tokens.len()))
 }
 
-/// Whether the store can hold state: it creates a key once and no more.
+/// Checks that the store can hold state: a conditional create must fail for an existing key.
 async fn conditional_create(state: &Location) -> Result<String> {
     let begun = Instant::now();
     probe(state).await?;
@@ -135,7 +136,7 @@ async fn conditional_create(state: &Location) -> Result<String> {
     Ok(format!("{} creates each key once ({took} ms)", state.uri()))
 }
 
-/// How far this machine's clock is from the store's.
+/// Compares this machine's clock with the store's.
 async fn clock(state: &Location) -> Result<String> {
     let key = format!("doctor-{}", nonce());
     state.put(&key, Bytes::from_static(b"clock")).await?;

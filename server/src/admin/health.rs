@@ -18,7 +18,7 @@ pub struct HealthArgs {
     /// or else `listen`
     #[arg(long, value_name = "URI")]
     address: Option<String>,
-    /// What to ask for: liveness, readiness, or a gRPC service's name
+    /// What to check: liveness, readiness, or a gRPC service's name
     #[arg(long, value_name = "NAME", default_value = "readiness")]
     service: String,
     /// How long to wait for the answer
@@ -35,10 +35,10 @@ pub struct HealthArgs {
 }
 
 /// # Errors
-/// `ShuttingDown` if it answers that it does not serve, and what kept it from answering.
+/// `ShuttingDown` if the process answers that it does not serve; the cause if it does not answer.
 pub async fn run(args: &HealthArgs) -> Result<String> {
     let config = match (&args.config, &args.address) {
-        // A probe of a given address needs no settings that hold.
+        // A probe of a given address must work even if the settings are invalid.
         (None, Some(_)) => Config::default(),
         _ => Config::load(args.config.as_deref(), config::environment())?,
     };
@@ -79,7 +79,7 @@ pub async fn run(args: &HealthArgs) -> Result<String> {
     Err(Error::new(Reason::ShuttingDown, message))
 }
 
-/// Where the process of these settings answers on this machine.
+/// Returns the address at which the process of these settings answers on this machine.
 fn own_address(config: &Config) -> String {
     let (scheme, mut address) = match config.health_listen {
         Some(address) => ("http", address),

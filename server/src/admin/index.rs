@@ -39,7 +39,7 @@ pub struct IndexArgs {
     pub json: bool,
 }
 
-/// Indexes, saves, and says what was found.
+/// Indexes, saves the manifest, and describes what was found.
 ///
 /// # Errors
 /// As [`dataset::index`], and `StorageUnreachable` for the state.
@@ -88,7 +88,7 @@ fn sum(source: &SourceManifest, of: impl Fn(&Shard) -> u64) -> u64 {
     source.shards.iter().map(of).sum()
 }
 
-/// What is wrong with shards of which only the beginning is read.
+/// Returns the flaws of shards of which only the beginning is read.
 fn flaws(source: &SourceManifest) -> impl Iterator<Item = String> {
     let flaw = |shard: &Shard| Some(format!("{}: {}", shard.path, shard.flaw.as_ref()?));
     source.shards.iter().filter_map(flaw)

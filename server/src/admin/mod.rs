@@ -1,4 +1,4 @@
-//! Operator commands, and what all commands share.
+//! Operator commands, and the options that all commands share.
 pub mod docs;
 #[cfg(feature = "torch")]
 pub mod doctor;
@@ -31,7 +31,7 @@ use std::{
 };
 use tracing_subscriber::EnvFilter;
 
-/// Where settings come from, for every command that has any.
+/// The sources of settings, for every command that has settings.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConfigArgs {
     /// YAML file of settings (docs/configuration.md lists them; `superbatch check-config
@@ -100,7 +100,7 @@ pub struct CheckArgs {
 }
 
 impl ConfigArgs {
-    /// The config: file, then environment, then these options.
+    /// Returns the config: from the file, then the environment, then these options.
     ///
     /// # Errors
     /// `InvalidArgument`, with the `field`.
@@ -165,7 +165,7 @@ impl WorkerArgs {
     }
 }
 
-/// The config with all defaults filled in, as YAML, without secrets.
+/// Returns the config with all defaults filled in, as YAML, without secrets.
 pub fn check_config(args: &CheckArgs) -> Result<String> {
     if args.defaults {
         return Ok(config::commented_yaml());
@@ -197,8 +197,8 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
     Ok(())
 }
 
-/// Says on standard output where this process is reached, for people and for scripts that wait for
-/// it.
+/// Prints this process's address to standard output, for people and for scripts that wait for the
+/// line.
 pub fn announce(what: &str, uri: &str, metrics: Option<SocketAddr>) {
     let mut lines = format!("superbatch {what} on {uri}\n");
     if let Some(metrics) = metrics {
@@ -207,12 +207,13 @@ pub fn announce(what: &str, uri: &str, metrics: Option<SocketAddr>) {
     print_lines(&lines);
 }
 
-/// Says where the run page is.
+/// Prints the address of the run page.
 pub fn announce_page(address: SocketAddr) {
     print_lines(&format!("superbatch run page on http://{address}\n"));
 }
 
-/// A process that nobody listens to serves all the same.
+/// Prints lines. A failure is ignored: a service whose standard output is closed must serve all the
+/// same.
 fn print_lines(lines: &str) {
     if let Err(error) = print(lines) {
         tracing::warn!(error = %error, "cannot write to standard output");
@@ -242,13 +243,13 @@ pub async fn terminated() {
     }
 }
 
-/// A count from the command line.
+/// Parses a count from the command line.
 fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
     text.parse()
         .map_err(|_| "give a whole number, at least 1".to_owned())
 }
 
-/// The state that the config names.
+/// Opens the state that the config names.
 pub fn open_state(config: &Config) -> Result<(Stores, Location)> {
     let stores = Stores::new(config.storage.clone());
     let state = stores.open(&config.state_uri()?)?;

@@ -1,4 +1,4 @@
-//! `superbatch receipts`: why a batch was chosen.
+//! `superbatch receipts`: shows why a batch was chosen.
 use super::{ConfigArgs, at_least_one, open_state, table::table};
 use crate::{
     config::Config,
@@ -349,7 +349,7 @@ fn drawn_by(s: &ReceiptSummary) -> String {
     )
 }
 
-/// What candidates were scored at, and how many rows are trained how.
+/// Returns the fidelity of the scores, and how many rows are trained at which fidelity.
 fn fidelity(s: &ReceiptSummary) -> String {
     let mut text = format!("scored {}", json::fidelity_name(s.fidelity));
     if let Some(approximation) = &s.approximation {
@@ -399,7 +399,7 @@ fn scores(s: &ReceiptSummary) -> String {
     )
 }
 
-/// What was set, and how many candidates it left out.
+/// Returns the tuning, and how many candidates its rules left out.
 fn tuning(s: &ReceiptSummary) -> String {
     let Some(tuning) = &s.tuning else {
         return "none".to_owned();

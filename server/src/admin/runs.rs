@@ -1,4 +1,4 @@
-//! `superbatch runs`: what runs the state holds.
+//! `superbatch runs`: lists the runs in the state.
 use super::{ConfigArgs, open_state, table::table};
 use crate::{
     config::Config,

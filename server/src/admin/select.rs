@@ -19,10 +19,10 @@ use superbatch_proto::v1::Reason;
 /// FILE holds a super-batch of B candidates as float32 or float16 tensors `learner_img`,
 /// `learner_txt`, `reference_img` and `reference_txt`, each `[B, d]` with L2-normalised rows (the
 /// two models may differ in d), and the models' logits as metadata: `learner_scale`,
-/// `learner_bias`, `reference_scale`, `reference_bias`, where logit = scale x cosine + bias. What a
-/// flag does not say is taken from the metadata of its name (`b` for the sub-batch size), else from
-/// the default given below. Rows that are not normalised are warned of. A flag that another policy
-/// reads is refused, and metadata that it reads is ignored.
+/// `learner_bias`, `reference_scale`, `reference_bias`, where logit = scale x cosine + bias. A
+/// setting without a flag is taken from the metadata of its name (`b` for the sub-batch size), else
+/// from the default given below. Rows that are not normalised cause a warning. A flag that only
+/// another policy reads is refused; such metadata is ignored.
 ///
 /// Prints {"indices": [...], "chunks": [sizes], "batch_score": x, "seconds": {"load": .., "select":
 /// ..}}: the chosen candidates in the order drawn, how many each chunk drew, and the mean
@@ -43,9 +43,9 @@ pub struct SelectArgs {
     #[arg(long, value_name = "FILE")]
     pub embeddings: PathBuf,
     /// How examples are drawn: joint (chunk by chunk, each given what was drawn before),
-    /// independent (one draw from each candidate's own score), uniform (from noise alone; needs no
-    /// embeddings if there is noise), joint_top_k, top_k, rank, proportional or k_center
-    /// [default: joint]
+    /// independent (one draw from each candidate's own score), uniform (from noise only; needs no
+    /// embeddings if there is noise), joint_top_k, top_k, rank, proportional or k_center [default:
+    /// joint]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<Policy>,
     /// The loss that the models were trained with: sigmoid (SigLIP; needs both biases) or softmax
@@ -83,7 +83,7 @@ pub struct SelectArgs {
     pub threads: Option<NonZeroUsize>,
 }
 
-/// What only some policies read, and who is left out before any of them.
+/// The numbers that only some policies read, and the rules that leave candidates out.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct TuningArgs {
     /// Independent: divides the scores; towards 0 it is top_k, towards infinity uniform [default:
@@ -117,7 +117,7 @@ pub enum BackendChoice {
     Native,
     /// LibTorch on the CPU
     Torch,
-    /// Our own kernels on the first CUDA device that LibTorch finds, or LibTorch's form if they
+    /// Superbatch's own kernels on the first CUDA device that LibTorch finds, or LibTorch if they
     /// cannot be used
     Cuda,
 }
@@ -130,7 +130,7 @@ struct Printed<'a> {
     /// Importance weights, if the policy has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<&'a [f64]>,
-    /// Candidates that were left out, if it was asked for.
+    /// Candidates that were left out, if a rule is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     left_out: Option<usize>,
     seconds: Seconds,
@@ -142,7 +142,7 @@ struct Seconds {
     select: f64,
 }
 
-/// Selects as `args` and the file's metadata say, and returns the line of JSON to print.
+/// Selects by `args` and the file's metadata. Returns the line of JSON to print.
 ///
 /// # Errors
 ///
@@ -215,7 +215,8 @@ fn backend(args: &SelectArgs) -> Result<Backend> {
     }
 }
 
-/// We link LibTorch without CUDA; its CUDA library registers itself when it is loaded.
+/// Returns the CUDA device. The binary links LibTorch without CUDA; the CUDA library registers
+/// itself when it is loaded.
 #[cfg(feature = "torch")]
 fn cuda() -> Result<tch::Device> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -225,7 +226,7 @@ fn cuda() -> Result<tch::Device> {
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     let library = library
         .map_err(|error| unavailable("cannot load LibTorch's CUDA library").because(error))?;
-    // Kernels stay registered for the life of the process.
+    // Its kernels are registered with libtorch_cpu, so it must stay loaded.
     std::mem::forget(library);
     if tch::Cuda::is_available() {
         Ok(tch::Device::Cuda(0))
@@ -243,7 +244,7 @@ struct SuperBatch {
     reference: Option<Model>,
     settings: Settings,
     tuning: Tuning,
-    /// `[rows, B]`, if there is one with rows enough.
+    /// `[rows, B]`, if the file has one with enough rows.
     noise: Option<Vec<f32>>,
     seed: u64,
 }
@@ -264,7 +265,8 @@ impl SuperBatch {
         } else {
             None
         };
-        // Wherever there is a reference, it tells distances and what is left out.
+        // The reference is read if the file has it, even if the criterion does not need it:
+        // k-center and the rules use its embeddings.
         let reference = match criterion.needs_reference() {
             true => file.model("reference", loss, optional)?,
             false if policy == Policy::KCenter || tuning.leaves_out() => {
@@ -317,7 +319,7 @@ impl SuperBatch {
         })
     }
 
-    /// What is suspicious, though a draw can be made of it.
+    /// Returns warnings about inputs that are suspicious but can be drawn from.
     fn warnings(&self) -> Vec<String> {
         let models = [("learner", &self.learner), ("reference", &self.reference)];
         models

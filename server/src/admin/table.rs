@@ -1,7 +1,7 @@
-//! Columns for people.
+//! Tables for people.
 
-/// Rows as aligned text, the first one being the head. Numbers (by their look) are set to the
-/// right.
+/// Formats rows as aligned text; the first row is the head. Texts that look like numbers are
+/// aligned to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| {

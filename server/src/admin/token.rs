@@ -26,8 +26,7 @@ pub struct TokenArgs {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a token and print it; the file keeps its hash alone, so this is the only time that it
-    /// is seen
+    /// Make a token and print it. The file keeps only its hash, so the token is shown this once
     New(NewArgs),
     /// List the tokens of the file
     List(ListArgs),
@@ -35,7 +34,7 @@ enum Command {
     Revoke(RevokeArgs),
 }
 
-/// Which file.
+/// The file of tokens.
 #[derive(Args)]
 struct FileArgs {
     /// The file of tokens. Comes before `auth.tokens_file` of the settings
@@ -48,13 +47,13 @@ struct FileArgs {
 
 #[derive(Args)]
 struct NewArgs {
-    /// Whom it is for: what logs and the audit log call its holder
+    /// The holder's name in logs and the audit log
     name: String,
     /// What it allows. open: open, change and close runs; select: take batches; push: push weights;
     /// read: look at runs and receipts; admin: all of these; worker: register as a worker
     #[arg(long, value_delimiter = ',', default_value = "open,select,push,read")]
     scopes: Vec<Scope>,
-    /// Runs that it is for; `*` stands for any letters. May be given several times
+    /// Runs that it is for; `*` stands for any text. May be given several times
     #[arg(long, value_name = "PATTERN", default_value = "*")]
     runs: Vec<String>,
     /// How long it is valid, such as 90d or 12h. Without it, until it is revoked
@@ -81,7 +80,7 @@ struct RevokeArgs {
     file: FileArgs,
 }
 
-/// What is to print.
+/// Runs the command. Returns the text to print.
 ///
 /// # Errors
 /// `InvalidArgument` if the file cannot be used, or the name does not fit.
@@ -96,7 +95,7 @@ pub fn run(args: &TokenArgs) -> Result<String> {
 impl FileArgs {
     fn find(&self) -> Result<(PathBuf, Audit)> {
         let config = match (&self.config, &self.file) {
-            // A file of its own needs no settings that hold.
+            // With a file given, the command must work even if the settings are invalid.
             (None, Some(_)) => Config::default(),
             _ => Config::load(self.config.as_deref(), config::environment())?,
         };
@@ -110,7 +109,7 @@ impl FileArgs {
     }
 }
 
-/// The tokens of a file that need not be there yet.
+/// Reads the tokens of a file, which need not exist yet.
 fn read_tokens(path: &Path) -> Result<Tokens> {
     if path.exists() {
         Tokens::read(path)
@@ -236,7 +235,7 @@ fn revoke(args: &RevokeArgs) -> Result<String> {
     Ok(format!("revoked {}\n", args.name))
 }
 
-/// Whoever sits at this machine.
+/// Returns the name of this machine's user, for the audit log.
 fn operator() -> Option<&'static str> {
     Some("operator")
 }

@@ -1,4 +1,4 @@
-//! `superbatch top`: what a live service does, in a terminal.
+//! `superbatch top`: watches a live service in a terminal.
 mod page;
 
 use self::page::{Metrics, view};
@@ -52,7 +52,7 @@ pub struct TopArgs {
     token_file: Option<PathBuf>,
 }
 
-/// What was seen at one time.
+/// The values seen at one time.
 struct Look {
     at: Instant,
     runs: Vec<RunSummary>,
@@ -60,7 +60,7 @@ struct Look {
 }
 
 /// # Errors
-/// `NoWorkers` if the service or its metrics do not answer, and what the service refuses.
+/// `NoWorkers` if the service or its metrics do not answer; the service's refusals.
 pub async fn run(args: &TopArgs) -> Result<String> {
     let dialer = Dialer::new(Trust {
         ca: args.ca.clone(),
@@ -88,7 +88,7 @@ pub async fn run(args: &TopArgs) -> Result<String> {
         if args.once {
             return Ok(text);
         }
-        // Clears the screen and goes to its top.
+        // Clears the screen and moves to its top.
         let start = if clears { "\u{1b}[2J\u{1b}[H" } else { "" };
         super::print(&format!("{start}{text}"))
             .map_err(|e| Error::internal("cannot write to standard output").because(e))?;
@@ -117,7 +117,7 @@ async fn ask_service(
     })
 }
 
-/// A page over plain HTTP.
+/// Reads a page over plain HTTP.
 async fn get(uri: &str) -> Result<String> {
     let malformed = || Error::invalid("metrics", format!("{uri} is no http://host:port/metrics"));
     let parsed: Uri = uri.parse().map_err(|_| malformed())?;

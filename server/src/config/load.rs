@@ -1,5 +1,5 @@
-//! From a file and the environment to a [`Config`]. A misspelt key is refused, with the one that
-//! was probably meant.
+//! Reads a [`Config`] from a file and the environment. A misspelt key is refused, and the error
+//! names the key that was probably meant.
 use super::{
     Config,
     reference::{Field, Kind, fields},
@@ -8,25 +8,26 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, path::Path};
 
-/// What every variable of ours begins with.
+/// The prefix of every variable of this program.
 const PREFIX: &str = "SUPERBATCH_";
-/// Variables that object stores' own tools read: credentials, regions, endpoints.
+/// Prefixes of the variables that object stores' own tools read: credentials, regions, endpoints.
 const CREDENTIALS: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
-/// A variable without `__` is refused for its name only if it is this close to one of ours:
-/// Kubernetes sets `SUPERBATCH_PORT` and the like for a service named superbatch.
+/// An unknown variable without `__` is refused only if its name is this close to a known one.
+/// Others are ignored: Kubernetes sets `SUPERBATCH_PORT` and the like for a service named
+/// superbatch, and a refusal would keep the pod from starting.
 const TYPO_EDITS_MAX: usize = 2;
 
-/// The environment of this process, for [`Config::load`]. Variables that are not Unicode are left
-/// out.
+/// Returns the environment of this process, for [`Config::load`]. Variables that are not Unicode
+/// are left out.
 pub fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
 impl Config {
-    /// The configuration of a YAML file (the defaults if there is none), with the variables of
-    /// `environment` before it: `SUPERBATCH_COORDINATOR__LEASE_SECONDS` is
-    /// `coordinator.lease_seconds`. It is validated.
+    /// Reads and validates the configuration of a YAML file (the defaults if there is none).
+    /// Variables of `environment` come before it: `SUPERBATCH_COORDINATOR__LEASE_SECONDS` is
+    /// `coordinator.lease_seconds`.
     ///
     /// # Errors
     /// `InvalidArgument`, with the `field`.
@@ -108,7 +109,7 @@ fn check_section(section: &str, tree: &mut Value, fields: &[Field]) -> Result<()
     Ok(())
 }
 
-/// Sets what the variable `name` stands for.
+/// Sets the value of the variable `name`.
 fn set(tree: &mut Value, name: &str, path: &str, text: String, fields: &[Field]) -> Result<()> {
     let (section, key) = path.rsplit_once('.').unwrap_or(("", path));
     let (field, is_entry) = match fields.iter().find(|field| field.path == path) {
@@ -159,8 +160,8 @@ fn set(tree: &mut Value, name: &str, path: &str, text: String, fields: &[Field])
 
 fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
     let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
-    // The last word decides, so that a key in the wrong section is found; among equals, the nearest
-    // section.
+    // The last part of the key decides first, so that a key in a wrong section is recognised; then
+    // the nearest section.
     let near = fields.iter().min_by_key(|field| {
         (
             edits(&last(&field.path), &last(path)),
@@ -175,9 +176,9 @@ fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
     .with("known", near)
 }
 
-/// Finds the one value that cannot be read by trying each by itself, since serde's error does not
-/// say where it was, and says what is wanted in the words of the reference page, since serde's are
-/// those of Rust.
+/// Finds the value that cannot be read, by trying each by itself: serde's error does not say where
+/// it was. The error names the expected value in the words of the reference page, since serde's
+/// message names Rust types.
 fn find_faulty_field(section: &str, tree: &Value, fields: &[Field]) -> Option<Error> {
     tree.as_object()?.iter().find_map(|(key, value)| {
         let path = below(section, key);
@@ -200,7 +201,7 @@ fn find_faulty_field(section: &str, tree: &Value, fields: &[Field]) -> Option<Er
     })
 }
 
-/// Levenshtein distance.
+/// Returns the Levenshtein distance.
 fn edits(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

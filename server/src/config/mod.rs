@@ -1,6 +1,6 @@
 //! The server's whole configuration: one YAML file, with environment variables before it. Only this
 //! module reads the environment. Every field's comment is its text in `docs/configuration.md`, and
-//! `Default` its only default.
+//! `Default` is the only place of its default.
 mod load;
 mod reach;
 mod reference;
@@ -24,10 +24,10 @@ use std::{
 };
 use url::Url;
 
-/// What an address to listen on looks like.
+/// The form of an address to listen on.
 const ADDRESS: &str = "an IP address and port such as 127.0.0.1:50051";
 
-/// Everything that an operator may set.
+/// Everything that an operator can set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -46,11 +46,11 @@ pub struct Config {
     /// Connections to `listen` (`worker_role.listen` of a worker) at a time. Further ones are
     /// closed.
     pub connections_max: u32,
-    /// Whether anyone who can reach the ports may use them. Without it, listening beyond this
-    /// machine needs `tls.cert` and, for a coordinator, `auth.tokens_file`; leave it to networks
-    /// that you trust whole.
+    /// Whether every host that can reach the ports may use them. Without it, listening beyond this
+    /// machine needs `tls.cert` and, for a coordinator, `auth.tokens_file`. Set it only on networks
+    /// that you trust completely.
     pub allow_insecure: bool,
-    /// Where all state lives (runs, receipts, weights, reference embeddings): a URI such as
+    /// Where all state is kept (runs, receipts, weights, reference embeddings): a URI such as
     /// `s3://bucket/prefix`, or a path.
     pub state: String,
     /// Object storage.
@@ -65,7 +65,7 @@ pub struct Config {
     pub tls: TlsConfig,
     /// Who may call.
     pub auth: AuthConfig,
-    /// What was done, and by whom.
+    /// The log of changes and refused calls.
     pub audit: AuditConfig,
     /// Logs, on standard error.
     pub log: LogConfig,
@@ -101,42 +101,42 @@ pub struct CoordinatorConfig {
     /// `http://superbatch-0.superbatch:50051`. `null` is made of `listen`, which must then be an
     /// address that others can reach, not `0.0.0.0`.
     pub advertise_address: Option<String>,
-    /// Whether a worker runs in the same process.
+    /// Whether a worker runs in the coordinator's process.
     pub workers_embedded: bool,
-    /// What selection runs on: `native` (the coordinator's CPU), `worker` (any worker's device),
-    /// `cuda` (a worker with a CUDA device), or `auto`: `cuda` if the embedded worker has one,
-    /// else `native`.
+    /// The device of selection: `native` (the coordinator's CPU), `worker` (any worker's device),
+    /// `cuda` (a worker with a CUDA device), or `auto`: `cuda` if the embedded worker has one, else
+    /// `native`.
     pub selector_device: String,
     /// Threads of selection on the coordinator's CPU. 0 is one for each core.
     pub selector_threads: u32,
     /// How long calls may finish at shutdown, in seconds.
     pub grace_seconds: f64,
-    /// How long a step that is needed waits for weights before its run's fallback applies, in
-    /// seconds, if the run does not say.
+    /// How long a needed step waits for weights before its run's fallback applies, in seconds. The
+    /// default for runs that give none.
     pub need_deadline_seconds: f64,
-    /// How long a worker counts as alive after it was last heard of, in seconds.
+    /// How long a worker counts as alive after its last registration, in seconds.
     pub lease_seconds: f64,
-    /// How long a worker that is alive may say nothing while a slice, a model or a selection is
-    /// awaited from it, in seconds. Then it is taken for lost, and another one does its work. It
-    /// must exceed the time that a worker takes for the largest slice.
+    /// How long a live worker may be silent while a slice, a model or a selection is awaited from
+    /// it, in seconds. After that it counts as lost, and another worker does its work. It must
+    /// exceed the time that a worker needs for the largest slice.
     pub worker_silence_seconds: f64,
-    /// Largest push of weights, in bytes. A push is held in memory until it is whole, and once more
-    /// while it is joined.
+    /// Largest push of weights, in bytes. A push is held in memory until it is whole, and a second
+    /// time while it is joined.
     pub push_bytes_max: u64,
     /// How long a rank that has sent its part of a push waits for the others, and how long a push
     /// may be silent, in seconds.
     pub push_deadline_seconds: f64,
-    /// Memory for chosen batches that wait for their trainer, in bytes. What does not fit is read
-    /// again when it is asked for.
+    /// Memory for chosen batches that wait for their trainer, in bytes. A batch that does not fit
+    /// is read again when a rank asks for it.
     pub ready_bytes_max: u64,
-    /// Open runs that this coordinator has in memory at most. For one more, the run that has been
-    /// idle longest is put to sleep until somebody asks for it.
+    /// Most open runs in this coordinator's memory. For one more, the run that has been idle
+    /// longest is put to sleep until the next call for it.
     pub max_runs: u32,
-    /// Newest snapshots of pushed weights that are kept of each run, beside those that its next
-    /// steps are scored with. A rewind that chooses anew needs the weights of its time.
+    /// Newest snapshots of pushed weights that are kept of each run, besides those with which its
+    /// next steps are scored. A rewind that chooses anew needs the weights of its step.
     pub snapshots_kept: u32,
-    /// Candidates passed over that a step's receipt names at most, never more than were chosen:
-    /// those of the best own scores, and a sample of the others. 0 names none.
+    /// Most candidates passed over that a step's receipt lists, never more than were chosen: those
+    /// of the best own scores, and a sample of the others. 0 lists none.
     pub passed_over_max: u32,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
@@ -202,7 +202,7 @@ impl Default for WorkerRoleConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// How lines are written.
+    /// The format of log lines.
     pub format: LogFormat,
     /// What is logged: a level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module as
     /// in `info,superbatch_server::coordinator=debug`.
@@ -225,7 +225,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// An address from the command line. A host's name is none: it may have several.
+/// Parses an address from the command line. A host name is refused: it may have several addresses.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| format!("give {ADDRESS}"))
 }
@@ -235,7 +235,7 @@ fn loopback(port: u16) -> SocketAddr {
 }
 
 impl Config {
-    /// Refuses what cannot work or is not safe.
+    /// Refuses settings that cannot work or are not safe.
     ///
     /// # Errors
     /// `InvalidArgument`, with the `field`; `UriNotAllowed` for an empty allow-list off loopback.
@@ -293,7 +293,8 @@ impl Config {
         Err(Error::invalid("coordinator.selector_device", message))
     }
 
-    /// The URI of the state; a path becomes a `file:` URI, relative to the working directory.
+    /// Returns the URI of the state. A path becomes a `file:` URI, relative to the working
+    /// directory.
     pub fn state_uri(&self) -> Result<String> {
         if self.state.contains("://") {
             return Ok(self.state.clone());

@@ -1,4 +1,4 @@
-//! Who may reach a process, and how it may be reached.
+//! Checks of how a process may be reached from other machines.
 use super::Config;
 use crate::error::{Error, Result};
 use std::net::SocketAddr;
@@ -6,8 +6,8 @@ use superbatch_proto::v1::Reason;
 use url::Url;
 
 impl Config {
-    /// Nobody gets in: beyond loopback only with TLS and tokens, or if the operator said so, and
-    /// then to listed data alone.
+    /// Checks that a process is safe to reach: beyond loopback it needs TLS and tokens, unless the
+    /// operator has set `allow_insecure`, and an allow-list of data.
     pub(super) fn validate_reach(&self) -> Result<()> {
         self.tls.validate()?;
         let role = self.worker_role.listen;
@@ -18,7 +18,8 @@ impl Config {
             ("listen", self.listen, "tls.cert", has_tls),
             ("listen", self.listen, "auth.tokens_file", has_tokens),
             ("worker_role.listen", role, "tls.cert", has_tls),
-            // Plain, and no more than figures: for who has secured the rest.
+            // The metrics port is plain and shows only figures. It may be reachable if the other
+            // ports are secured.
             (
                 "metrics_listen",
                 shown(self.metrics_listen),
@@ -31,7 +32,7 @@ impl Config {
                 "tls.cert",
                 has_tls,
             ),
-            // It knows neither yet.
+            // The run page has neither TLS nor tokens.
             (
                 "page_listen",
                 shown(self.page_listen),
@@ -67,12 +68,13 @@ impl Config {
         Ok(())
     }
 
-    /// Whether others than this machine reach a coordinator of these settings.
+    /// Returns whether other machines can reach a coordinator of these settings.
     pub fn is_reachable(&self) -> bool {
         !self.listen.ip().is_loopback()
     }
 
-    /// Addresses that others are told have to be ones.
+    /// Checks that advertised addresses can be reached at all: `0.0.0.0` means "every address here"
+    /// to this machine and nothing to others.
     pub(super) fn validate_advertised(&self) -> Result<()> {
         let role = &self.worker_role;
         let uris = [

@@ -1,10 +1,10 @@
 //! The settings as a page and as a commented file, from the schema that serde and the comments
-//! give.
+//! define.
 use super::{ADDRESS, Config};
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
-/// What a setting holds, as far as reading it needs to know.
+/// The kind of a setting's value, as far as reading needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Settings of its own.
@@ -25,13 +25,14 @@ pub(super) struct Field {
     pub kind: Kind,
     /// The type, for people.
     type_name: String,
-    /// What to give, for people who gave something else.
+    /// The expected value, for error messages.
     pub wanted: String,
     default: Value,
     meaning: String,
 }
 
-/// All settings and sections, those of a section together and after it, settings before sections.
+/// Returns all settings and sections. The fields of a section are together and after it, settings
+/// before sections.
 pub(super) fn fields() -> Vec<Field> {
     let settings =
         SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
@@ -120,7 +121,7 @@ fn describe(schema: &Value) -> (Kind, String) {
     (kind, names.join(" or "))
 }
 
-/// What values fit a setting.
+/// Returns a description of the values that fit a setting.
 fn describe_values(schema: &Value) -> String {
     if let Some(choices) = schema["enum"].as_array() {
         let choices: Vec<&str> = choices.iter().filter_map(Value::as_str).collect();
@@ -144,7 +145,7 @@ fn describe_values(schema: &Value) -> String {
     wanted.to_owned()
 }
 
-/// What the page begins with.
+/// The beginning of the page.
 const PREFACE: &str = "\
 # Configuration
 
@@ -168,7 +169,7 @@ Generated from `server/src/config` by `make docs`.
 |---|---|---|---|
 ";
 
-/// The page `docs/configuration.md`.
+/// Returns the page `docs/configuration.md`.
 pub fn reference() -> String {
     let mut page = String::from(PREFACE);
     for field in fields().iter().filter(|field| field.kind != Kind::Section) {
@@ -187,7 +188,7 @@ pub fn reference() -> String {
     page
 }
 
-/// A configuration file with all defaults, each under its comment.
+/// Returns a configuration file with all defaults, each under its comment.
 pub fn commented_yaml() -> String {
     let mut file = String::from(
         "# Superbatch's configuration. Everything here is the default; leave out what you do not \

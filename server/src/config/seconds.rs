@@ -1,4 +1,4 @@
-//! Durations that an operator sets.
+//! Checks of the durations that an operator sets.
 use super::Config;
 use crate::error::{Error, Result};
 

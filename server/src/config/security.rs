@@ -5,28 +5,27 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Certificates and keys: paths of PEM files, which are read again when they change. TLS 1.2 is the
-/// oldest that is spoken.
+/// oldest version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TlsConfig {
-    /// Certificate chain that this process shows where it listens. With it, `listen`
-    /// (`worker_role.listen` of a worker) speaks TLS and nothing else.
+    /// Certificate chain that this process shows to callers. With it, `listen`
+    /// (`worker_role.listen` of a worker) accepts TLS only.
     pub cert: Option<PathBuf>,
     /// Key of `tls.cert`.
     pub key: Option<PathBuf>,
-    /// Certificate authorities of clients. With it, who connects has to show a certificate of one
-    /// of them (mTLS).
+    /// Certificate authorities of clients. With it, every client must show a certificate of one of
+    /// them (mTLS).
     pub client_ca: Option<PathBuf>,
-    /// Certificate authorities of the coordinators and workers that this process connects to.
-    /// `null` is those of the system.
+    /// Certificate authorities of the coordinators and workers to which this process connects.
+    /// `null` means those of the system.
     pub ca: Option<PathBuf>,
-    /// Certificate chain that this process shows where it connects and is asked for one. `null` is
+    /// Certificate chain that this process shows to servers that ask for one. `null` means
     /// `tls.cert`.
     pub client_cert: Option<PathBuf>,
-    /// Key of `tls.client_cert`. `null` is `tls.key`.
+    /// Key of `tls.client_cert`. `null` means `tls.key`.
     pub client_key: Option<PathBuf>,
-    /// Name that workers' certificates hold. `null` is the host of each worker's address, which a
-    /// certificate must then hold.
+    /// Name in the certificates of all workers. `null` means the host of each worker's address.
     pub worker_name: Option<String>,
 }
 
@@ -36,7 +35,7 @@ impl TlsConfig {
     }
 
     /// # Errors
-    /// `InvalidArgument` for halves of pairs.
+    /// `InvalidArgument` for a certificate without its key, or the reverse.
     pub fn validate(&self) -> Result<()> {
         let pairs = [
             ("tls.cert", &self.cert, "tls.key", &self.key),
@@ -70,7 +69,7 @@ pub struct AuthConfig {
     /// File of hashed tokens, which `superbatch token` writes and which is read again when it
     /// changes. With it, every call to a coordinator needs a token.
     pub tokens_file: Option<PathBuf>,
-    /// Whether `/metrics` needs a token of scope `admin`, too. `/livez` and `/readyz` need none.
+    /// Whether `/metrics` needs a token of scope `admin` too. `/livez` and `/readyz` need none.
     pub metrics: bool,
 }
 
@@ -78,7 +77,7 @@ pub struct AuthConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuditConfig {
-    /// File that opened, changed and closed runs, pushes, refused calls and changed tokens are
-    /// appended to. `null` keeps no such log.
+    /// File to which opened, changed and closed runs, pushes, refused calls and changed tokens are
+    /// appended. `null` means no such log.
     pub file: Option<PathBuf>,
 }

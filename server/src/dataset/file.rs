@@ -1,5 +1,5 @@
-//! One file in object storage, read by ranges and held to the size and ETag that it was
-//! listed with.
+//! One file in object storage, read by ranges. Every read is checked against the size and ETag with
+//! which the file was listed.
 use crate::{
     error::{Error, Result},
     storage::Location,
@@ -19,13 +19,15 @@ use parquet::{
 use std::{ops::Range, sync::Arc};
 use superbatch_proto::v1::Reason;
 
-/// Read at once from a file's end: most footers fit, and cost one request.
+/// Bytes read at once from a file's end. Most footers fit, and then cost one request instead of
+/// two.
 const FOOTER_BYTES: u64 = 64 << 10;
-/// How a Parquet file ends whose footer is encrypted.
+/// The end of a Parquet file with an encrypted footer.
 const ENCRYPTED: &[u8] = b"PARE";
-/// Ranges closer than this are read by one request.
+/// Ranges closer than this are read by one request: on object storage a request costs as much time
+/// as a megabyte of data.
 const GAP_BYTES: u64 = 1 << 20;
-/// Requests at once for one block.
+/// Requests for one block at the same time.
 const RANGES_AT_ONCE: usize = 8;
 
 /// A file at `location`, of `size` bytes.
@@ -36,8 +38,8 @@ pub struct ShardFile {
     etag: Option<String>,
 }
 
-/// The ETag of an object below `root`, as compared: listings and reads of one store quote it
-/// differently.
+/// Returns the ETag of an object below `root` in the form that is compared: listings and reads of
+/// one store quote it differently.
 pub(super) fn etag(root: &Location, meta: &ObjectMeta) -> Option<String> {
     let tag = meta
         .e_tag
@@ -58,8 +60,9 @@ fn is_local(location: &Location) -> bool {
     location.uri().starts_with("file:")
 }
 
-/// A local file's ETag is inode, modification time and size. The inode is another on every disk
-/// that the file is copied to.
+/// Removes the inode from a local file's ETag, which consists of inode, modification time and size.
+/// Workers on other machines may read a copy of the file on their own disk, where the inode
+/// differs.
 fn without_inode(tag: &str) -> &str {
     match tag.split_once('-') {
         Some((_, rest)) if rest.contains('-') => rest,
@@ -88,14 +91,14 @@ impl ShardFile {
         self.etag.as_deref()
     }
 
-    /// The footer and the schema.
+    /// Reads the footer and the schema.
     ///
     /// # Errors
     /// `InvalidArgument` if it is no Parquet file; `DatasetChanged`, `StorageUnreachable`.
     pub async fn footer(&self) -> Result<ArrowReaderMetadata> {
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = FOOTER_BYTES.min(self.size);
-        // The footer's length is known once its last 8 bytes are: at most one more read.
+        // The last 8 bytes tell the footer's length, so at most one more read is needed.
         for _ in 0..2 {
             let tail = if wanted == 0 {
                 Bytes::new()
@@ -119,7 +122,7 @@ impl ShardFile {
             .map_err(|e| self.no_parquet(e))
     }
 
-    /// `InvalidArgument`: what is wrong with a file that is not read.
+    /// The error `InvalidArgument` for a file that is not read.
     pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
         let message = format!("{} {why}", self.uri());
         Error::invalid("sources", message).with("shard", self.uri())
@@ -135,10 +138,10 @@ impl ShardFile {
             .because(cause)
     }
 
-    /// Where a column of a row group lies.
+    /// Returns the byte range of a column of a row group.
     ///
     /// # Errors
-    /// `InvalidArgument` if that is outside the file.
+    /// `InvalidArgument` if the range is outside the file.
     pub fn column(&self, column: &ColumnChunkMetaData) -> Result<Range<u64>> {
         let start = column
             .dictionary_page_offset()
@@ -155,7 +158,7 @@ impl ShardFile {
         }
     }
 
-    /// These byte ranges, several requests at once.
+    /// Reads byte ranges, by several requests at the same time.
     pub async fn ranges(&self, ranges: &[Range<u64>]) -> Result<Ranges> {
         let fetches = merge(ranges).into_iter().map(|range| async move {
             let bytes = self.fetch(range.clone()).await?;
@@ -171,7 +174,8 @@ impl ShardFile {
         })
     }
 
-    /// Reads a range and checks that it comes from the object that was listed.
+    /// Reads a range, and checks that it comes from the listed object. A shard that was replaced in
+    /// between would give bytes that may decode, as rows that were never indexed.
     pub(super) async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
         let options = GetOptions {
             range: Some(GetRange::Bounded(range.clone())),
@@ -194,7 +198,8 @@ impl ShardFile {
                 }
             }
             Err(object_store::Error::NotFound { .. }) => Err(self.changed("it is gone")),
-            // A range beyond the end of an object that shrank looks like any other failure.
+            // A range beyond the end of an object that shrank fails like any other request, so the
+            // object's size is looked up to tell the two apart.
             Err(cause) => match self.location.head("").await {
                 Ok(Some(meta)) => self
                     .check_unchanged_file(&meta)
@@ -220,7 +225,7 @@ impl ShardFile {
         }
     }
 
-    /// `InvalidArgument`: this is the object that was indexed, and a block of it cannot be
+    /// The error `InvalidArgument`: this is the indexed object, but a block of it cannot be
     /// decoded.
     pub fn undecodable(&self, block: usize, cause: ArrowError) -> Error {
         let uri = self.uri();
@@ -234,7 +239,7 @@ impl ShardFile {
             .because(cause)
     }
 
-    /// `DatasetChanged`: this is not the object that was indexed.
+    /// The error `DatasetChanged`: this is not the indexed object.
     pub fn changed(&self, how: &str) -> Error {
         let message = format!(
             "{} is not the file that was indexed: {how}; put the indexed file back, or start a \
@@ -245,7 +250,8 @@ impl ShardFile {
     }
 }
 
-/// parquet-mr 1.8 says that the dictionary of a column without one lies at byte 0.
+/// Removes false dictionary offsets: parquet-mr 1.8 writes byte 0 for a column without a
+/// dictionary, and the reader would then look for one at the start of the file.
 fn without_false_dictionaries(metadata: ParquetMetaData) -> Result<ParquetMetaData, ParquetError> {
     let is_false = |column: &ColumnChunkMetaData| column.dictionary_page_offset() == Some(0);
     let groups = metadata.row_groups();
@@ -276,7 +282,7 @@ fn without_false_dictionaries(metadata: ParquetMetaData) -> Result<ParquetMetaDa
     Ok(metadata.into_builder().set_row_groups(mended).build())
 }
 
-/// Sorted, with what is close together joined.
+/// Sorts ranges, and joins those that are close together.
 fn merge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut sorted = ranges.to_vec();
     sorted.sort_by_key(|range| range.start);
@@ -290,7 +296,7 @@ fn merge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     merged
 }
 
-/// Parts of a file, in memory; the Parquet reader takes it for the file. Clones share the bytes.
+/// Parts of a file in memory, which the Parquet reader uses as the file. Clones share the bytes.
 #[derive(Clone)]
 pub struct Ranges {
     size: u64,
@@ -298,7 +304,7 @@ pub struct Ranges {
 }
 
 impl Ranges {
-    /// What is here from `start` on.
+    /// Returns the bytes in memory from `start` on.
     fn from(&self, start: u64) -> Result<Bytes, ParquetError> {
         let holds =
             |(first, bytes): &&(u64, Bytes)| (*first..first + bytes.len() as u64).contains(&start);

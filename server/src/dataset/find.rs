@@ -1,4 +1,4 @@
-//! The files of a source: named, listed or matched.
+//! Finds the files of a source: named, listed or matched.
 use super::{
     counted,
     manifest::Format,
@@ -12,9 +12,9 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 use superbatch_proto::v1::Reason;
 
-/// Files that are looked up at once.
+/// Files that are looked up at the same time.
 const FILES_AT_ONCE: usize = 16;
-/// Endings of tars that are not read.
+/// Endings of compressed tars, which are not read: a member inside cannot be read by range.
 const COMPRESSED: [&str; 5] = [".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"];
 
 /// The shards of a source, in the order of their paths below the root.
@@ -25,10 +25,10 @@ pub(super) struct Found {
     pub format: Format,
 }
 
-/// The files that `pattern` names. What lies in `state` is no data.
+/// Finds the files that `pattern` names. Files in `state` are no data.
 ///
 /// # Errors
-/// `DatasetEmpty` naming what is there instead; `InvalidArgument` for files of two formats.
+/// `DatasetEmpty` naming the files there; `InvalidArgument` for files of two formats.
 pub(super) async fn find(
     stores: &Stores,
     state: Option<&Location>,
@@ -51,7 +51,7 @@ pub(super) async fn find(
             && keys == Keys::Folder
             && let Some(meta) = itself(&root, &folder).await?
         {
-            // What looked like a folder's URI is a file's.
+            // The URI looked like a folder's, but a file is there.
             if !folder.is_empty() {
                 files.push((folder, meta));
                 continue;
@@ -110,7 +110,7 @@ fn joined(folder: &str, key: &str) -> String {
     }
 }
 
-/// The path of `uri` below `root`, as names.
+/// Returns the path of `uri` below `root`.
 fn below(uri: &str, root: &str) -> Option<String> {
     let rest = uri.strip_prefix(root.trim_end_matches('/'))?;
     let rest = rest.strip_prefix('/')?.trim_matches('/');
@@ -124,7 +124,7 @@ fn is_in(path: &str, folder: &str) -> bool {
         .is_some_and(|rest| rest.starts_with('/'))
 }
 
-/// What lies at `folder` itself.
+/// Returns the object at `folder` itself.
 async fn itself(root: &Location, folder: &str) -> Result<Option<ObjectMeta>> {
     match root.path(folder).as_ref() {
         "" => Ok(None),
@@ -140,8 +140,8 @@ pub(super) fn nothing_found(at: &str, source: &str) -> Error {
     Error::new(Reason::DatasetEmpty, message).with("source", source)
 }
 
-/// Files that are named one by one. One that is a folder stands for the shards in it: Spark and
-/// pandas call folders `pool.parquet`.
+/// Finds files that are named one by one. A name that is a folder stands for the shards in it:
+/// Spark and pandas write folders named `pool.parquet`.
 async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(String, ObjectMeta)>> {
     let looks = keys.into_iter().map(|key| {
         let root = root.clone();
@@ -163,7 +163,7 @@ async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(Str
     Ok(found.into_iter().flatten().collect())
 }
 
-/// Of all files below `folder`, those that `keys` want.
+/// Returns the files below `folder` that match `keys`.
 fn wanted(
     all: Vec<(String, ObjectMeta)>,
     folder: &str,
@@ -186,7 +186,8 @@ fn wanted(
         .filter(|(path, _)| fits(&relative(path)))
         .collect();
     let ends = |path: &str, ending: &str| path.ends_with(ending);
-    // img2dataset writes a Parquet file without images, and statistics, beside each tar.
+    // img2dataset writes a Parquet file of metadata, and statistics, beside each tar. They have no
+    // images, so in such a folder only the tars are shards.
     let found = [".tar", ".parquet"]
         .into_iter()
         .find(|e| files.iter().any(|(p, _)| ends(p, e)));
@@ -202,16 +203,15 @@ fn wanted(
     Ok(files)
 }
 
-/// Writers leave `_metadata`, `_SUCCESS` and dot files beside their shards. `_lang=de` is a folder
-/// of rows.
+/// Returns whether a file is hidden. Writers leave `_metadata`, `_SUCCESS` and dot files beside
+/// their shards; `_lang=de` is a folder of rows (a Hive partition).
 fn is_hidden(path: &str) -> bool {
     let hidden =
         |name: &str| name.starts_with('.') || (name.starts_with('_') && !name.contains('='));
     path.split('/').any(hidden)
 }
 
-/// There are objects, but none of them is wanted: the first few are named, so that a wrong folder
-/// is recognised.
+/// The error if no object matches. It names the first few, so that a wrong folder is recognised.
 fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error {
     const NAMED_MAX: usize = 3;
     let first = others.iter().take(NAMED_MAX).map(String::as_str);

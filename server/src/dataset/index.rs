@@ -1,4 +1,4 @@
-//! Indexing: which files a source has, and of each file the blocks.
+//! Indexes sources: their files, and the blocks of each file.
 use super::{
     filter::{self, Filter},
     find::{self, Found},
@@ -10,7 +10,7 @@ use crate::{
     storage::{Location, Stores},
 };
 
-/// Bytes of a file that lists URIs.
+/// Largest file that lists URIs, in bytes.
 const LIST_BYTES_MAX: u64 = 64 << 20;
 
 /// One source to index. An empty column name in a request is `None` here.
@@ -32,9 +32,9 @@ pub struct SourceRequest {
     pub scores: Option<String>,
 }
 
-/// Indexes all sources: lists their files, reads every footer or header, finds image and caption.
-/// What is found in tars is kept in `state`. The caller has checked the URIs against the
-/// allow-list; those that a file lists are checked here.
+/// Indexes all sources: lists their files, reads every footer or header, and finds image and
+/// caption. Indexes of tars are kept in `state`. The caller has checked the URIs against the
+/// allow-list; URIs that a file lists are checked here.
 ///
 /// # Errors
 /// `DatasetEmpty` (also for what does not exist), `ColumnNotFound`, `SchemaMismatch`,
@@ -102,7 +102,8 @@ async fn index_source(
     Ok(source)
 }
 
-/// The URIs in a text file, one a line; those without a scheme lie beside the file.
+/// Returns the URIs in a text file, one in each line. URIs without a scheme are relative to the
+/// file's folder.
 async fn listed(stores: &Stores, uri: &str) -> Result<Vec<String>> {
     let list = stores.open(uri)?;
     let meta = list.head("").await?;

@@ -1,5 +1,5 @@
-//! Where a source keeps image and caption: as img2dataset or Hugging Face datasets write them, or
-//! as the run says.
+//! Finds image and caption in a source: in the layouts of img2dataset and Hugging Face datasets, or
+//! by the run's names.
 use super::{
     SourceRequest,
     manifest::{Format, Layout},
@@ -15,9 +15,10 @@ const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "image"];
 const IMAGE: &str = "image";
 const CAPTION_NAMES: [&str; 3] = ["caption", "text", "txt"];
 
-/// Finds the columns of `schema`, the first shard's. What the request names wins; then, of images,
-/// the `Image` feature in the `huggingface` metadata, and what is named as the layouts name it. A
-/// column so named decides, also if its type is wrong: another one is never guessed.
+/// Finds the columns in `schema`, the first shard's. Names in the request come first; then, for
+/// images, the `Image` feature in the `huggingface` metadata; then the layouts' own names. A column
+/// with such a name decides even if its type is wrong: guessing another one could train on masks or
+/// thumbnails without a sign.
 ///
 /// # Errors
 /// `ColumnNotFound` listing the columns there are; `SchemaMismatch` if a column has another
@@ -53,7 +54,8 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
         caption_column: caption.name().clone(),
         format: Format::Parquet,
     };
-    // Older writers do not mark text as such: bytes are read as UTF-8 if they are asked for.
+    // Older writers do not mark text as such. Bytes are read as UTF-8 only if the request names the
+    // column.
     let is_asked_for = request.caption_column.is_some() && is_binary(caption.data_type());
     if !is_asked_for && is_binary(caption.data_type()) {
         let (name, kind) = (caption.name(), caption.data_type());
@@ -69,7 +71,7 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
     Ok(layout)
 }
 
-/// Whether a further shard has image and caption where `layout` says.
+/// Checks that a further shard has image and caption in the columns of `layout`.
 ///
 /// # Errors
 /// `SchemaMismatch` naming source, shard and column.
@@ -130,7 +132,7 @@ pub(super) fn mismatch(message: String, source: &str, column: &str) -> Error {
         .with("column", column)
 }
 
-/// `ColumnNotFound`, listing what there is.
+/// The error `ColumnNotFound`, listing the available columns.
 pub(super) fn not_found(message: String, column: &str, available: &[&str]) -> Error {
     let available = superbatch_proto::some_of(available);
     Error::new(
@@ -160,8 +162,8 @@ fn named<'a>(schema: &'a Schema, request: &SourceRequest, name: &str) -> Result<
     schema.field_with_name(name).map_err(missing)
 }
 
-/// `ColumnNotFound`: the layout does not tell; the columns that `could` be it are listed with their
-/// types.
+/// The error `ColumnNotFound` if the layout does not decide. It lists the possible columns with
+/// their types.
 fn ambiguous_column(
     schema: &Schema,
     request: &SourceRequest,
@@ -202,12 +204,13 @@ fn find_image<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Fie
     let is_struct = |field: &&Field| is_image_struct(field.data_type());
     let found = only_one(features.iter().copied())
         .or_else(|| features.into_iter().find(|field| field.name() == IMAGE))
-        // A mask beside the picture is bytes under a name of img2dataset's.
+        // A mask beside the picture may have bytes under one of img2dataset's names, so a struct is
+        // preferred.
         .or_else(|| only_one(known.iter().copied().filter(is_struct)))
         .or_else(|| only_one(known.iter().copied().filter(fits)));
     match found {
         Some(field) => Ok(field),
-        // The one that is named so has another type, which is said next.
+        // The column of that name has a wrong type, which the next check reports.
         None if known.len() == 1 => Ok(known[0]),
         None if known.is_empty() => only_one(fields().filter(is_struct))
             .ok_or_else(|| ambiguous_column(schema, request, "image", |_| true)),
@@ -222,13 +225,13 @@ fn find_caption<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a F
     known.ok_or_else(|| ambiguous_column(schema, request, "caption", is_text))
 }
 
-/// The element of an iterator that has just one.
+/// Returns the element of an iterator that has exactly one.
 fn only_one<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
     let first = items.next()?;
     items.next().is_none().then_some(first)
 }
 
-/// Columns that the `datasets` library wrote as its `Image` feature.
+/// Returns the columns that the `datasets` library wrote as its `Image` feature.
 fn hugging_face_images(schema: &Schema) -> Vec<String> {
     let parsed = schema
         .metadata()
@@ -251,7 +254,7 @@ fn is_binary(data_type: &DataType) -> bool {
     )
 }
 
-/// Text, categories of text, or nothing but nulls.
+/// Returns whether a type is text, categories of text, or null.
 fn is_text(data_type: &DataType) -> bool {
     match data_type {
         DataType::Dictionary(_, values) => is_text(values),
@@ -260,7 +263,8 @@ fn is_text(data_type: &DataType) -> bool {
     }
 }
 
-/// A path of an image, or the struct in which `datasets` keeps one beside the bytes.
+/// Returns whether a column holds paths of images, or the struct in which `datasets` keeps a path
+/// beside the bytes.
 fn holds_paths(data_type: &DataType) -> bool {
     let is_path = |field: &FieldRef| field.name() == "path" && is_text(field.data_type());
     match data_type {

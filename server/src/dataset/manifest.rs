@@ -1,4 +1,4 @@
-//! The dataset manifest: what was indexed, under its own digest.
+//! The dataset manifest: the result of indexing, named by its own digest.
 use super::mask::Mask;
 use crate::{
     error::{Error, Result},
@@ -8,15 +8,14 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use superbatch_proto::v1::Reason;
 
-/// A run of rows that is read at once: a Parquet row group, or samples of a tar that follow each
-/// other.
+/// Consecutive rows that are read together: a Parquet row group, or consecutive samples of a tar.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
     /// Rows that may be candidates.
     pub rows: u32,
-    /// First row's number in its shard.
+    /// Number of the first row in its shard.
     pub first_row: u64,
-    /// Where the block's bytes lie in the shard: [start, end).
+    /// The block's bytes in the shard: [start, end).
     pub bytes: (u64, u64),
     /// Which of the stored rows those are, where some are left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -51,19 +50,19 @@ impl Block {
     }
 }
 
-/// One file, as it was when it was indexed.
+/// One file as it was when it was indexed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
-    /// Path below the source's `root_uri`: part of every row's id.
+    /// Path below the source's `root_uri`. It is part of every row's id.
     pub path: String,
     pub size: u64,
     pub etag: Option<String>,
     pub blocks: Vec<Block>,
-    /// Samples of a tar that lack image or caption: they are no rows.
+    /// Samples of a tar that lack image or caption. They are no rows.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out: u64,
-    /// Rows whose image is null, as far as a Parquet file's statistics tell: img2dataset keeps
-    /// downloads that failed. They are candidates that cannot be chosen.
+    /// Rows whose image is null, by a Parquet file's statistics: img2dataset keeps rows of failed
+    /// downloads. They are candidates that cannot be chosen.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub without_image: u64,
     /// Rows that the source's `where` or `allow` leaves out: they are no candidates.
@@ -77,10 +76,10 @@ pub struct Shard {
     pub flaw: Option<String>,
 }
 
-/// One source: its shards in the order of their paths, and where image and caption are.
+/// One source: its shards in the order of their paths, and the columns of image and caption.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceManifest {
-    /// As the run named it.
+    /// The URI in the run's spec.
     pub uri: String,
     /// The location that shard paths are relative to.
     pub root_uri: String,
@@ -131,7 +130,7 @@ pub struct AllowedIds {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Column {
     pub name: String,
-    /// As Arrow's `DataType` prints and parses it: `Int64`, `List(Float32)`.
+    /// In the text form of Arrow's `DataType`: `Int64`, `List(Float32)`.
     pub data_type: String,
     /// The first shard that lacks it or has it with another type: such a column cannot be
     /// delivered.
@@ -184,7 +183,7 @@ impl Manifest {
         self.sources.iter().map(SourceManifest::rows).sum()
     }
 
-    /// BLAKE3 of its encoding, in hex.
+    /// Returns BLAKE3 of its encoding, in hex.
     pub fn digest(&self) -> String {
         blake3::hash(&self.encode()).to_hex().to_string()
     }
@@ -193,7 +192,7 @@ impl Manifest {
         serde_json::to_vec(self).expect("plain data encodes").into()
     }
 
-    /// Writes it under its digest and returns that.
+    /// Writes the manifest under its digest, and returns the digest.
     pub async fn save(&self, state: &Location) -> Result<String> {
         let digest = self.digest();
         state.create(&key(&digest), self.encode()).await?;
@@ -206,7 +205,7 @@ impl Manifest {
     /// `StorageUnreachable`; `Internal` if its bytes do not have that digest.
     pub async fn load(state: &Location, digest: &str) -> Result<Self> {
         let bytes = state.get(&key(digest)).await?;
-        // Hundreds of megabytes of JSON at billions of rows.
+        // Parsed off the async threads: at billions of rows it is hundreds of megabytes of JSON.
         let read = move || {
             (
                 blake3::hash(&bytes).to_hex(),
@@ -239,8 +238,8 @@ impl SourceManifest {
             .sum()
     }
 
-    /// (shard number, block number in the shard, block), in the order of the manifest. A block's
-    /// place in this order is its number in the source.
+    /// Returns (shard number, block number in the shard, block), in the order of the manifest. A
+    /// block's place in this order is its number in the source.
     pub fn blocks(&self) -> impl Iterator<Item = (u32, u32, &Block)> {
         self.shards.iter().enumerate().flat_map(|(s, shard)| {
             shard

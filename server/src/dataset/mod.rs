@@ -1,5 +1,5 @@
-//! Data sets as the service sees them: an immutable manifest of shards and blocks, written once by
-//! indexing.
+//! Data sets: an immutable manifest of shards and blocks, written once by indexing, and the readers
+//! of their files.
 mod file;
 mod filter;
 mod find;
@@ -34,8 +34,8 @@ pub use tar::Survey;
 pub use tar::TarBlock;
 pub use tar::survey_kept;
 
-/// What a row's receipt records of its content: the first 16 bytes of BLAKE3 over the image's
-/// length (u64, little endian), the image as stored, and the caption's UTF-8.
+/// Returns the hash of a row's content in its receipt: the first 16 bytes of BLAKE3 over the
+/// image's length (u64, little endian), the image as stored, and the caption's UTF-8.
 pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
     hasher
@@ -47,7 +47,7 @@ pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {
     hash
 }
 
-/// A count with its noun, in the plural if it is not one.
+/// Formats a count with its noun, in the plural unless it is one.
 pub(crate) fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }

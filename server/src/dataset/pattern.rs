@@ -1,5 +1,5 @@
-//! Source URIs as people write them: a file, a folder, `{00000..00041}` ranges, `{a,b}` lists, `*`,
-//! `?`, `[…]`, `**`, and several of these joined by `::`.
+//! Parses source URIs as people write them: a file, a folder, `{00000..00041}` ranges, `{a,b}`
+//! lists, `*`, `?`, `[…]`, `**`, and several of these joined by `::`.
 mod globs;
 
 use crate::{
@@ -10,10 +10,10 @@ use crate::{
 pub(super) use globs::matches;
 use globs::tokens;
 
-/// What tells a plain URI's file from a folder.
+/// The endings by which a plain URI is a file and not a folder.
 pub(super) const SHARD_ENDINGS: [&str; 2] = [".parquet", ".tar"];
 
-/// A source URI taken apart: one folder, and what is wanted below it.
+/// A parsed source URI: one root folder, and the files wanted below it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Pattern {
     /// The folder that shard paths are relative to.
@@ -29,18 +29,18 @@ pub(super) struct Part {
     pub keys: Keys,
 }
 
-/// What is wanted below a part's folder.
+/// The files wanted below a part's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Keys {
     /// Every shard.
     Folder,
-    /// These files; each has to exist.
+    /// These files, each of which must exist.
     Exact(Vec<String>),
-    /// Whatever matches one of these.
+    /// All files that match one of these.
     Globs(Vec<String>),
 }
 
-/// The URIs of a source: what is joined by `::`.
+/// Returns the URIs of a source, which are joined by `::`.
 pub fn parts(uri: &str) -> impl Iterator<Item = &str> {
     uri.split("::").map(str::trim)
 }
@@ -62,7 +62,7 @@ impl Keys {
     }
 }
 
-/// Takes the URIs of the source `uri` apart; a plain one is a file where it ends in `.parquet` or
+/// Takes the URIs of the source `uri` apart; a plain one is a file if it ends in `.parquet` or
 /// `.tar`, else a folder.
 ///
 /// # Errors
@@ -123,7 +123,7 @@ fn check_globs(uri: &str, parts: &[(String, Keys)]) -> Result<()> {
     }
 }
 
-/// The folder above, within one store.
+/// Returns the parent folder, within one store.
 fn parent(uri: &str) -> Option<String> {
     let (parent, _) = uri.trim_end_matches('/').rsplit_once('/')?;
     match parent {
@@ -140,7 +140,7 @@ fn is_below(uri: &str, root: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// Folder and keys of one URI.
+/// Returns the folder and keys of one URI.
 fn one(uri: &str, part: &str) -> Result<(String, Keys)> {
     if let Some(at) = part.find('#') {
         let meant = part[at..].replace('#', "%23");
@@ -186,7 +186,7 @@ fn sorted(mut keys: Vec<String>) -> Vec<String> {
     keys
 }
 
-/// Whether what follows the last `?` looks like `name=value`.
+/// Returns whether the text after the last `?` looks like `name=value`.
 fn is_query(uri: &str) -> bool {
     let tail = uri.rsplit_once('?').map(|(_, tail)| tail);
     let name = tail
@@ -208,7 +208,7 @@ fn bad(uri: &str, what: &str) -> Error {
     Error::invalid("sources", message).with("uri", uri)
 }
 
-/// The name that a URI's path means.
+/// Decodes the path of a URI.
 pub(super) fn decoded(uri: &str, text: &str) -> Result<String> {
     let bytes = percent_decoded(text);
     let name = String::from_utf8(bytes).map_err(|_| bad(uri, "its % signs encode no UTF-8"))?;
@@ -242,7 +242,7 @@ fn percent_decoded(text: &str) -> Vec<u8> {
     out
 }
 
-/// A glob over names: encoded signs stand for themselves.
+/// Makes a glob over names. Encoded characters stand for themselves and not for wildcards.
 fn glob(uri: &str, text: &str) -> Result<String> {
     let mut escaped = text.to_owned();
     for (sign, code) in [("[", "%5b"), ("*", "%2a"), ("?", "%3f")] {
@@ -314,7 +314,7 @@ fn expand(uri: &str, text: &str, out: &mut Vec<String>) -> Result<()> {
         .try_for_each(|n| one(&format!("{n:0width$}")))
 }
 
-/// Where the brace that `text` begins with is closed.
+/// Returns where the brace at the beginning of `text` is closed.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0;
     for (at, sign) in text.char_indices() {
@@ -328,7 +328,7 @@ fn closing(text: &str) -> Option<usize> {
     None
 }
 
-/// What the commas of a brace's body separate, but for those of inner braces.
+/// Splits a brace's body at its commas, but not at commas inside inner braces.
 fn alternatives(body: &str) -> Vec<&str> {
     let (mut depth, mut from, mut found) = (0, 0, Vec::new());
     for (at, sign) in body.char_indices() {

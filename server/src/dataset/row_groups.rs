@@ -1,5 +1,4 @@
-//! From Parquet files to a source of the manifest: blocks are row groups, read from the footers
-//! alone.
+//! Indexes Parquet files as a source of the manifest. Blocks are row groups; only footers are read.
 use super::{
     SourceRequest, counted,
     file::{self, ShardFile},
@@ -25,14 +24,15 @@ use parquet::{
 use std::collections::BTreeMap;
 use superbatch_proto::v1::Reason;
 
-/// Bytes of one column of a row group: an Arrow array's offsets are 32-bit.
+/// Most bytes of one column of a row group: an Arrow array's offsets have 32 bits.
 const COLUMN_BYTES_MAX: i64 = i32::MAX as i64;
-/// More rows than this in a group are told of: a model embeds a group whole.
+/// Row groups of more rows cause a warning: the reference embeds a group as a whole, even if a step
+/// wants only a few of its rows.
 const GROUP_ROWS_LARGE: i64 = 10_000;
-/// Files that are looked at at once.
+/// Files that are read at the same time.
 const FILES_AT_ONCE: usize = 16;
 
-/// The source whose shards are `files` below `root`.
+/// Indexes the source whose shards are `files` below `root`.
 ///
 /// # Errors
 /// `ColumnNotFound`, `SchemaMismatch`, `DatasetEmpty`, and those of reading a footer.
@@ -73,14 +73,14 @@ pub(super) async fn index_shards(
     source.finish(request, filter, root_uri)
 }
 
-/// A source while its shards come in, in the order of their paths.
+/// A source under construction. Its shards are added in the order of their paths.
 #[derive(Default)]
 struct Building {
     layout: Option<Layout>,
-    /// With the type that all shards so far can be read as.
+    /// Columns, each with the type to which all shards so far can be cast.
     columns: BTreeMap<String, (Column, DataType)>,
     shards: Vec<Shard>,
-    /// Whether large row groups were told of.
+    /// Whether large row groups were logged.
     told: bool,
 }
 
@@ -127,8 +127,8 @@ impl Building {
         Ok(())
     }
 
-    /// Refuses a shard with a row group of more images or captions than one Arrow array holds, and
-    /// counts the rows that have no image.
+    /// Refuses a shard with a row group whose images or captions exceed one Arrow array. Counts the
+    /// rows without an image.
     fn look_at(&mut self, file: &ShardFile, groups: &[RowGroupMetaData]) -> Result<()> {
         let Some(layout) = &self.layout else {
             return Ok(());
@@ -228,7 +228,7 @@ impl Building {
     }
 }
 
-/// The blocks of a file: its row groups.
+/// Returns the blocks of a file: its row groups.
 fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> {
     let mut first_row = 0;
     let block = |group: &RowGroupMetaData| {

@@ -1,5 +1,5 @@
-//! What a run delivers: the data columns of its sources under fixed names, and the columns that
-//! selection adds.
+//! The schema of a run's batches: the data columns of its sources under fixed names, and the
+//! columns that selection adds.
 use super::{
     Format, Manifest, SourceManifest,
     layout::{mismatch, not_found},
@@ -13,8 +13,8 @@ use std::{collections::HashSet, sync::Arc};
 const OWN: &str = "_superbatch_";
 
 impl Manifest {
-    /// `image: binary`, `caption: utf8`, then `columns` in their order with the type that all
-    /// sources share. Every field may be null.
+    /// Returns `image: binary`, `caption: utf8`, then `columns` in their order with the type that
+    /// all sources share. Every field may be null.
     ///
     /// # Errors
     /// `ColumnNotFound` listing the columns there are; `SchemaMismatch` naming source and column;
@@ -23,8 +23,8 @@ impl Manifest {
         Ok(Arc::new(Schema::new(self.data_fields(columns)?)))
     }
 
-    /// [`Manifest::data_schema`], then `_superbatch_id: utf8`, `_superbatch_position: uint64`,
-    /// `_superbatch_score: float64`, `_superbatch_fidelity: utf8` and `_superbatch_weight:
+    /// Returns [`Manifest::data_schema`], then `_superbatch_id: utf8`, `_superbatch_position:
+    /// uint64`, `_superbatch_score: float64`, `_superbatch_fidelity: utf8` and `_superbatch_weight:
     /// float64`, which are never null.
     ///
     /// # Errors
@@ -62,7 +62,7 @@ impl Manifest {
         Ok(fields)
     }
 
-    /// The one type that `column` has in all shards of all sources.
+    /// Returns the type of `column` in all shards of all sources.
     fn column_type(&self, column: &str) -> Result<DataType> {
         let mut found: Option<DataType> = None;
         for source in &self.sources {

@@ -1,7 +1,7 @@
-//! One type for a column that shards write differently, as pyarrow unifies them.
+//! Finds one type for a column that shards write differently, as pyarrow does.
 use arrow::datatypes::DataType;
 
-/// The type in which a column is delivered: categories as what they are categories of.
+/// Returns the type in which a column is delivered: categories become their values' type.
 pub(super) fn plain(data_type: &DataType) -> &DataType {
     match data_type {
         DataType::Dictionary(_, values) => values,
@@ -9,7 +9,7 @@ pub(super) fn plain(data_type: &DataType) -> &DataType {
     }
 }
 
-/// A type that holds the values of both; `None` if there is none.
+/// Returns a type that can hold the values of both; `None` if there is none.
 pub(super) fn unify(a: &DataType, b: &DataType) -> Option<DataType> {
     use DataType as T;
     let text = |t: &T| matches!(t, T::Utf8 | T::LargeUtf8 | T::Utf8View);

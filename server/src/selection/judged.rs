@@ -1,6 +1,6 @@
-//! What a step's receipt says beside the draw: each candidate's own losses, what a uniform draw
-//! would have scored, and who is named of those passed over. In O(candidates x dim): little beside
-//! any scoring.
+//! The parts of a receipt besides the draw: each candidate's own losses, the expected score of a
+//! uniform draw, and the candidates passed over that are listed. It costs O(candidates x dim),
+//! little compared with scoring.
 use super::{Embedded, Values, is_scored, settings};
 use std::cmp::Reverse;
 use superbatch_kernels::{
@@ -8,15 +8,16 @@ use superbatch_kernels::{
 };
 use superbatch_proto::v1::{self, SelectBegin};
 
-/// Candidates whose pairs stand for all, where a uniform draw's score is estimated.
+/// Candidates whose pairs represent all pairs, to estimate a uniform draw's score. All pairs of a
+/// super-batch would cost as much as the dense matrix.
 const SAMPLE: usize = 256;
 
-/// All candidates by their own pairs.
+/// All candidates, judged by their own pairs.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Judged {
     /// Unconditional score with gain; not finite for holes.
     pub own: Vec<f64>,
-    /// Learner's and reference's loss of each candidate's own pair, of the models that were asked.
+    /// Learner's and reference's loss of each candidate's own pair, for the models that are used.
     pub losses: [Option<Vec<f64>>; 2],
     /// Expected batch score of a uniform draw of the same size.
     pub uniform_score: Option<f64>,
@@ -28,12 +29,12 @@ pub struct Judged {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passed {
     pub candidate: u32,
-    /// Stands for the others; else named for its own score.
+    /// Whether it is of the sample; otherwise it is listed for its own score.
     pub sampled: bool,
 }
 
-/// Judges the candidates of a draw. `None` if it is not drawn by scores, or lacks what they are
-/// made of.
+/// Judges the candidates of a draw. `None` if the draw has no scores, or if the embeddings for them
+/// are missing.
 pub fn judge(
     begin: &SelectBegin,
     learner: Option<&Embedded>,
@@ -101,7 +102,8 @@ pub fn judge(
     Some(judged)
 }
 
-/// Losses of the candidates' own pairs; softmax: without denominators. NaN for holes.
+/// Returns the losses of the candidates' own pairs, NaN for holes. Under softmax without the
+/// denominators.
 fn own_losses(model: &ModelEmbeddings<'_>, loss: Loss, count: usize, holes: &[u32]) -> Vec<f64> {
     let mut losses = vec![f64::NAN; count];
     let mut is_hole = vec![false; count];
@@ -124,9 +126,9 @@ fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
-/// The mean own score of all, and for each example as many pair terms as a batch has, each the mean
-/// of a sample's. Softmax: a sample's denominators, grown to the batch's size. With the operations
-/// that took.
+/// Estimates a uniform draw's score: the mean own score of all candidates plus, for each example,
+/// as many pair terms as a batch has, each the mean over a sample. Under softmax, the denominators
+/// of a sample, scaled to the batch's size. Returns it with the FLOPs spent.
 fn uniform_score(
     settings: &Settings,
     own: &[f64],
@@ -190,8 +192,8 @@ fn uniform_score(
     Some((mean_own + of_batch, drawn.flops))
 }
 
-/// Names up to `most` of the candidates that were not drawn: first the half of the best own scores,
-/// best first, then others evenly spaced over the rest, in their order.
+/// Returns up to `most` of the candidates that were not drawn: the first half are those of the best
+/// own scores, best first; the others are evenly spaced over the rest, in their order.
 pub fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
     let mut is_drawn = vec![false; own.len()];
     for index in drawn {
@@ -220,7 +222,7 @@ pub fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
     named.chain(sampled).collect()
 }
 
-/// A number by its total order.
+/// A number with a total order.
 #[derive(PartialEq)]
 struct Total(f64);
 
@@ -239,7 +241,7 @@ impl Ord for Total {
 }
 
 impl Embedded {
-    /// These rows alone, in this order.
+    /// Returns only these rows, in this order.
     pub fn picked(&self, rows: &[usize]) -> Self {
         Self {
             image: self.image.picked(rows, self.dim),

@@ -11,7 +11,7 @@ trainer.
         run.push_weights(model.state_dict(), step=batch.step, rank=rank)
 
 `superbatch.torch` has an `IterableDataset` for trainers that are built around a `DataLoader`.
-`superbatch.kernels` selects in your own loop, without a service, where the package
+`superbatch.kernels` selects in your own loop, without a service, if the package
 superbatch-kernels is installed.
 """
 

@@ -30,7 +30,7 @@ class Batch:
         self.record_batch = record_batch
         #: How the step was decided: policy, mode, lag_steps, learner.version, mean_score_chosen,
         #: cost, ... The scores (batch_score, mean_score_chosen, mean_score_candidates) are None
-        #: where no loss was read: policies "uniform" and "k_center", and steps degraded to uniform.
+        #: if no loss was read: policies "uniform" and "k_center", and steps degraded to uniform.
         self.receipt: Record = record(receipt)
         self.step = step
         self.rank = rank

@@ -30,21 +30,21 @@ def connect(
     server_name: str | None = None,
     allow_insecure: bool = False,
 ) -> Client:
-    """Connects to a service, such as "http://127.0.0.1:50051". An absent one is told at once, as
-    `Unavailable`.
+    """Connects to a service, such as "http://127.0.0.1:50051". If there is none, it raises
+    `Unavailable` at once.
 
-    Where the service asks for them, such as at "https://superbatch.example:50051"
+    If the service requires them, such as at "https://superbatch.example:50051"
     (docs/security.md):
 
     ca: PEM file of the authority of the service's certificate. By default those that the system
     trusts.
     cert, key: PEM files of this client's own certificate and key.
     token: what the operator gave you, or `token_file`, which holds it and may change.
-    server_name: the name in the service's certificate, where it is not the host of `uri`.
-    allow_insecure: sends the token to another machine without TLS, where everybody between can read
-    it.
+    server_name: the name in the service's certificate, if it is not the host of `uri`.
+    allow_insecure: sends the token to another machine without TLS, so that all networks between can
+    read it.
 
-    What is not given is taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY,
+    Missing values are taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY,
     SUPERBATCH_TOKEN, SUPERBATCH_TOKEN_FILE, SUPERBATCH_SERVER_NAME.
 
     timeout: seconds for one attempt to connect.

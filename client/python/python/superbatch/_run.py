@@ -46,7 +46,7 @@ class Run:
 
     @property
     def generation(self) -> int:
-        """The trajectory that is asked for and pushed to: 0 until the first rewind."""
+        """The trajectory of this run's requests and pushes: 0 until the first rewind."""
         return self._run.generation
 
     @property
@@ -72,13 +72,13 @@ class Run:
         `for` and `async for`.
 
         start_step: the step after your checkpoint's.
-        stride: only every so many steps, where several processes share them out, such as a loader's
+        stride: only every so many steps, if several processes share them, such as a loader's
         workers.
         prefetch: batches asked for beyond the one being trained on; cut to what the run's
         `max_ahead` allows.
-        read_ahead: steps that whoever iterates holds before they are trained on.
-        need_after: seconds of waiting after which the service is told that the trainer stands
-        still.
+        read_ahead: steps that the consumer holds before it trains on them.
+        need_after: seconds of waiting after which the client reports to the service that the
+        trainer stands still.
         """
         self._rank, world_size = placed(rank, world_size)
         made = self._run.batches(
@@ -121,11 +121,11 @@ class Run:
         background.
 
         When it returns, the optimizer may overwrite them. At most one push waits beside the one
-        being uploaded; beyond that the call blocks. An upload that failed is told by the next call,
-        or by `flush`. Flush before the process ends: what is not uploaded then is lost.
+        being uploaded; beyond that the call blocks. The next call, or `flush`,
+        raises the error of a failed upload. Flush before the process ends: the rest is lost.
 
         A step's weights are published once. A trainer that goes back to a checkpoint and repeats
-        steps pushes them again, and what is published stays; if it pushes other weights, they
+        steps pushes them again, and the published ones stay; if it pushes other weights, they
         change nothing, and a warning names the first such step (where one rank pushes whole
         tensors, as `push_weights` does outside of FSDP). To train on from other weights,
         go back first: `run.rewind(step, mode="reselect")`.

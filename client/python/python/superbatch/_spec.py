@@ -242,10 +242,10 @@ class RunSpec:
     columns: extra columns to deliver beside image and caption.
     fallback: when weights do not come in time: "wait" (default), "serve_flagged", "uniform" or
     "reference_only". "wait" is
-        not for ever: ranks are told NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING
+        not for ever: ranks get NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING
         after `stall_grace_seconds` if every rank waits and no push is on its way. To ask again is
         to wait again.
-    max_ahead: steps beyond the last consumed one that may be asked for (default 2). More than the
+    max_ahead: how many steps beyond the last consumed one ranks may request (default 2). More than the
     steps that a DataLoader's
         workers hold ready (num_workers times prefetch_factor).
     epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last

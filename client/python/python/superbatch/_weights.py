@@ -172,7 +172,7 @@ def numpy_buffer(name: str, array: Any, dtype: Any, cast: bool) -> tuple[str, li
 
 def kind_of(dtype: Any, kinds: Mapping[Any, str], cast: bool) -> str | None:
     """ "f32", "f16" or "bf16" for such a string or the library's own dtype; None for None, and
-    where nothing is cast.
+    if nothing is cast.
     """
     if dtype is None:
         return None

@@ -80,7 +80,8 @@ impl Run {
             heard,
             ended,
         ));
-        // Nobody hears of it where the service does not answer.
+        // If the service does not answer in time, the push goes on: the announcement is only a
+        // hint, and the task withdraws it later.
         drop(timeout(HEARD_WITHIN, hearing).await);
         announced
     }

@@ -17,7 +17,7 @@ ROWS_LOOKED_AT = 32
 def embeddings(name: str, given: Any) -> NDArray[Any]:
     """A tower, `[B, d]`.
 
-    Raises TypeError or ValueError where it is not float32 or float16, not in CPU memory, not
+    Raises TypeError or ValueError if it is not float32 or float16, not in CPU memory, not
     two-dimensional or not C-contiguous.
     """
     array = shared(name, given)

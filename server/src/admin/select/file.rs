@@ -37,7 +37,7 @@ impl Model {
         }
     }
 
-    /// One of each tower whose rows are not normalised.
+    /// Returns one warning for each tower whose rows are not normalised.
     pub fn warnings(&self, name: &str) -> Vec<String> {
         let towers = [("image", &self.image), ("text", &self.text)];
         towers
@@ -58,7 +58,7 @@ impl Values {
     }
 }
 
-/// A file that was read, and how its settings are found.
+/// A file of embeddings, with its settings.
 pub struct File<'a> {
     path: &'a Path,
     tensors: SafeTensors<'a>,
@@ -78,7 +78,7 @@ impl<'a> File<'a> {
         })
     }
 
-    /// The flag, else the metadata, else the default.
+    /// Returns the flag's value, else the metadata's, else the default.
     pub fn setting<T: FromStr<Err: Display>>(
         &self,
         flag: Option<T>,
@@ -91,7 +91,7 @@ impl<'a> File<'a> {
         Ok(self.metadata_value(key)?.unwrap_or(default))
     }
 
-    /// The numbers that `policy` reads, and the rules that go with every policy.
+    /// Returns the numbers that `policy` reads, and the rules, which go with every policy.
     pub fn tuning(&self, args: &TuningArgs, policy: Policy) -> Result<Tuning> {
         let otherwise = Tuning::default();
         let number = |flag: Option<f64>, key: &str, default: f64| {
@@ -153,8 +153,8 @@ impl<'a> File<'a> {
         self.tensors.tensor(name).map_err(|_| missing())
     }
 
-    /// A model's embeddings and logit; none if they are optional and the file has no tensor of
-    /// the model.
+    /// Returns a model's embeddings and logit; `None` if they are optional and the file has no
+    /// tensor of the model.
     pub fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
         let (image_name, text_name) = (format!("{name}_img"), format!("{name}_txt"));
         let has = |name: &str| self.tensors.tensor(name).is_ok();
@@ -201,7 +201,7 @@ impl<'a> File<'a> {
         }))
     }
 
-    /// Given noise and the number of candidates that it is for.
+    /// Returns the file's noise and its number of candidates.
     pub fn noise(&self) -> Result<Option<(Vec<f32>, usize)>> {
         let Ok(view) = self.tensors.tensor("noise") else {
             return Ok(None);
@@ -220,7 +220,7 @@ fn how_to_write(key: &str) -> String {
     )
 }
 
-/// A tensor's values and shape.
+/// Returns a tensor's values and shape.
 fn values(name: &str, view: &TensorView<'_>) -> Result<(Values, [usize; 2])> {
     let shape = <[usize; 2]>::try_from(view.shape());
     let shape = shape

@@ -1,13 +1,13 @@
-//! Rows that nobody normalised: their logits are not scale x cosine + bias, and a selection from
-//! them means little.
+//! Warns of rows that are not normalised. Their logits are not scale x cosine + bias, so a
+//! selection from them means little.
 use half::f16;
 use superbatch_kernels::Rows;
 
 /// How far the median norm may be from 1.
 const SLACK: f64 = 0.05;
 
-/// What to say of a tower whose rows are not L2-normalised, with the row that is farthest off. Rows
-/// that are not finite are for the kernels to refuse.
+/// Returns the warning about a tower whose rows are not L2-normalised, with the row that is
+/// farthest off. Rows that are not finite are left to the kernels, which refuse them.
 pub fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
     let mut norms: Vec<(usize, f64)> = match rows {
         Rows::F32(values) => norms(values, dim, |value: f32| value.into()),
@@ -29,7 +29,7 @@ pub fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
     ))
 }
 
-/// By row, its number and norm.
+/// Returns each row's number and norm.
 fn norms<T: Copy>(values: &[T], dim: usize, real: impl Fn(T) -> f64) -> Vec<(usize, f64)> {
     let norm = |row: &[T]| {
         row.iter()

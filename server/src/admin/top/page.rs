@@ -1,12 +1,12 @@
-//! From two looks at a service to a page of text. Pure.
+//! Makes a page of text from two looks at a service. Pure.
 use crate::{admin::table::table, metrics::names};
 use std::collections::{BTreeMap, HashMap};
 use superbatch_proto::v1::{RunState, RunSummary};
 
-/// Letters of the longest bar.
+/// Characters of the longest bar.
 const BAR: f64 = 40.0;
 
-/// The samples of a page in the Prometheus text format, by their name and labels as written.
+/// The samples of a page in the Prometheus text format, by name and labels as written.
 #[derive(Debug, Default)]
 pub struct Metrics(HashMap<String, f64>);
 
@@ -20,15 +20,15 @@ impl Metrics {
         Self(samples.filter_map(sample).collect())
     }
 
-    /// The sum over all series of `name`, which all have `suffix` after their family's name.
+    /// Returns the sum over all series of `name`.
     fn sum(&self, name: &str) -> f64 {
         let of = |key: &str| key.split('{').next() == Some(name);
         let found = self.0.iter().filter(|(key, _)| of(key));
-        // The sum of nothing is -0.
+        // The sum of no floats is -0, which would be printed with its sign.
         found.map(|(_, value)| value).sum::<f64>() + 0.0
     }
 
-    /// Values of `name` by the value of its only label.
+    /// Returns the values of `name` by the value of its only label.
     fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, f64> {
         let start = format!("{name}{{{label}=\"");
         let value = |(key, value): (&String, &f64)| {
@@ -39,7 +39,7 @@ impl Metrics {
     }
 }
 
-/// What to show of `now`, with rates since `was`.
+/// Returns the page for `now`, with rates since `was`.
 pub fn view(
     was: (&[RunSummary], &Metrics),
     now: (&[RunSummary], &Metrics),
@@ -76,7 +76,7 @@ fn runs(was: &[RunSummary], now: &[RunSummary], seconds: f64) -> String {
         .collect();
     for run in now {
         let before = known.get(run.run_id.as_str()).copied().flatten();
-        // The first step of a run is its number 0.
+        // Steps are counted from 0, so a run whose last step is n has n + 1 steps.
         let steps = |step: Option<u64>| step.map_or(0.0, |step| step as f64 + 1.0);
         let rate = (steps(run.last_committed_step) - steps(before)).max(0.0) / seconds;
         let state = RunState::try_from(run.state).map_or("", |state| state.as_str_name());
@@ -92,7 +92,7 @@ fn runs(was: &[RunSummary], now: &[RunSummary], seconds: f64) -> String {
     table(&rows)
 }
 
-/// Seconds that each stage took in a second, as bars.
+/// Returns the seconds that each stage took in a second, as bars.
 fn stages(was: &Metrics, now: &Metrics, seconds: f64) -> String {
     let name = names::STAGE_SECONDS;
     let (before, after) = (was.by_label(name, "stage"), now.by_label(name, "stage"));

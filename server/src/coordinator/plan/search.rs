@@ -66,7 +66,8 @@ impl Plan {
         Ok(inside.then_some(low))
     }
 
-    /// Where a source stands at the beginning of a step, and how many rows the step takes of it.
+    /// Returns the cursor of a source at the beginning of a step, and the rows that the step takes
+    /// of it.
     fn cursor_and_share(
         &self,
         phases: &[Phase],

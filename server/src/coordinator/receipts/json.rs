@@ -222,7 +222,7 @@ fn probe(found: &ProbeResult) -> Value {
     )
 }
 
-/// What `approximate` meant.
+/// Returns the meaning of `approximate` in the step.
 pub fn approximation(approximation: &Approximation) -> Value {
     match approximation.by {
         Some(By::Resolution(side)) => json!({"resolution": side}),

@@ -219,7 +219,7 @@ fn check_reachable(step: i64, newest_allowed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Whether a batch in hand may go; its rows can be read again.
+/// Returns whether a ready batch may be dropped; its rows can be read again.
 fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
     !is_wanted && idle_for >= IDLE_MAX
 }

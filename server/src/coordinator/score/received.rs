@@ -83,7 +83,7 @@ impl Received {
     ///
     /// # Errors
     /// `Internal`, naming the first missing row. Without this check missing rows would stay zero
-    /// and be scored as if they resembled nothing, and nobody would notice.
+    /// and be scored as if they resembled nothing, and no error would show it.
     pub fn finish(
         mut self,
         done: EmbedDone,

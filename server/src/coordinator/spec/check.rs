@@ -18,7 +18,7 @@ use superbatch_proto::{
     },
 };
 
-/// Columns that every batch has, and the prefix of the service's own.
+/// Columns that every batch has, and the prefix of the service's own columns.
 const COLUMNS_TAKEN: [&str; 2] = ["image", "caption"];
 const PREFIX_TAKEN: &str = "_superbatch_";
 

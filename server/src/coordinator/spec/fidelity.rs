@@ -27,7 +27,7 @@ pub fn low_rows(multi_resolution: Option<&MultiResolution>, rows: usize) -> usiz
 /// Candidates that a probe compares, unless the phase says otherwise.
 const PROBE_ROWS: u32 = 1024;
 
-/// Fills in what the protocol leaves open.
+/// Fills in defaults.
 pub(super) fn complete(phase: &mut Phase) {
     if let Some(asked) = &mut phase.multi_resolution
         && asked.share == 0.0

@@ -133,6 +133,9 @@ impl Run {
                 .forget_announced_by_earlier(&asking.incarnation, |other| {
                     state.members.knows(other)
                 });
+            // Calls of the old trainer may still wait in the cells. They end now. If they stayed,
+            // their needs would count towards a stall of the new trainer, and its deadlines would
+            // have begun in the past.
             let error = state.members.taken_over();
             state.cells.values().for_each(|cell| cell.take_over(&error));
         }

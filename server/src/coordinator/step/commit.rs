@@ -61,6 +61,9 @@ impl Run {
         // receipt's totals.
         totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
         let mut state = self.state();
+        // A rewind takes the same lock, but another coordinator's does not: the run may have been
+        // taken over and rewound while the receipt was written. The receipt then exists under the
+        // old generation, where `Chain` decides whether it is in force.
         if state.chain.current() != generation {
             return Err(stale(generation, state.chain.current()));
         }

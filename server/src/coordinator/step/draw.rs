@@ -70,7 +70,8 @@ impl Maker<'_> {
         }
         if let Some(scored) = reference.filter(|_| asked.reference) {
             begin.reference_scale = scored.scale;
-            // Embeddings tell what is left out, and distances, whatever the loss.
+            // The rules that leave candidates out, and distances, need embeddings but no bias. So a
+            // bias is required only if the reference's losses are read.
             if asked.reference_losses {
                 let given = self.spec.reference.as_ref().and_then(|r| r.logit_bias);
                 begin.reference_bias = self.bias(scored, given, "reference")?;

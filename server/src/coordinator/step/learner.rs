@@ -49,7 +49,6 @@ impl Maker<'_> {
         let (begun, mut told) = (Instant::now(), false);
         loop {
             let (began, current) = run.began();
-            // The traffic is read before the book, see above.
             let (coming, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
                 return Ok(Learner::Version(published, Mode::Normal));
@@ -88,6 +87,9 @@ impl Maker<'_> {
                 continue;
             }
             let _parked = self.reporter.begin_waiting_for_trainer();
+            // Only time can end a wait when nothing changes: the moment when the deadline or the
+            // grace period ends. If ranks were told already, they have left and there is nothing to
+            // wake for.
             let given_up = limits
                 .next_verdict(&wanted, Instant::now())
                 .filter(|_| verdict == Verdict::Wait);

@@ -1,5 +1,5 @@
-//! Who may ask for which step: incarnations, world sizes, cursors. Pure: a function of the requests
-//! so far.
+//! Decides which rank may ask for which step: incarnations, world sizes, cursors. Pure: a function
+//! of the requests so far.
 use crate::{
     bounds::{LABEL_BYTES_MAX, check_bytes},
     error::{Error, Result},

@@ -90,7 +90,8 @@ impl Weights {
         Ok(())
     }
 
-    /// Another start of the trainer took over: what the earlier ones announced will not come.
+    /// Removes the announcements of earlier starts of the trainer, since their pushes will not
+    /// come.
     pub fn forget_announced_by_earlier(
         &self,
         incarnation: &str,

@@ -12,7 +12,7 @@ use std::{
 };
 use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
 
-/// Where a part is on its way.
+/// A place for a part that was announced by its header.
 #[derive(Debug)]
 struct Slot {
     stream: u64,

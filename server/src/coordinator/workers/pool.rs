@@ -322,8 +322,8 @@ fn check_registration(request: &RegisterRequest) -> Result<()> {
         .try_for_each(|(field, text, most)| check_bytes(field, text, most))
 }
 
-/// A connection that finds out where the other end is gone: a host that vanishes sends no farewell,
-/// and streams would hang.
+/// Sets up connections so that they notice a peer that is gone. A host that loses power closes no
+/// connection; without pings its streams would hang.
 fn tuned(endpoint: Endpoint) -> Endpoint {
     endpoint
         .connect_timeout(Duration::from_secs(5))

@@ -21,7 +21,7 @@ use superbatch_proto::v1::{
 };
 use tokio::time::timeout;
 
-/// Bounds on a worker's answers that the operator sets.
+/// The operator's bounds on a worker's answers.
 #[derive(Debug, Clone, Copy)]
 pub struct Replies {
     /// How long a worker may be silent.
@@ -130,7 +130,7 @@ fn check_tower(tower: &ImageTower) -> Result<()> {
     number("image_tower.per_patch_pair", tower.per_patch_pair)
 }
 
-/// Checks what a worker says of a model.
+/// Checks a worker's description of a model.
 pub fn check_model(model: &PrepareModelResponse) -> Result<()> {
     let labels = [
         ("digest", &model.digest),

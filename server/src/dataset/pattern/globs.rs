@@ -37,7 +37,7 @@ pub enum Token {
     Sign(char),
 }
 
-/// `None` where a set is not closed.
+/// `None` if a set is not closed.
 pub fn tokens(glob: &str) -> Option<Vec<Token>> {
     let (mut signs, mut tokens) = (glob.chars().peekable(), Vec::new());
     while let Some(sign) = signs.next() {

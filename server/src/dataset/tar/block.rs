@@ -1,4 +1,4 @@
-//! A block of a tar: the members that are wanted of its samples, as columns of bytes.
+//! A block of a tar: the wanted members of its samples, as columns of bytes.
 use super::{
     layout::{self, Place},
     samples::{Member, Sample, rows_of},
@@ -21,7 +21,7 @@ use parquet::{errors::ParquetError, file::reader::ChunkReader};
 use serde_json::Value;
 use std::{borrow::Cow, ops::Range, sync::Arc};
 
-/// The rows of one block, and which of their members are read.
+/// The rows of one block, and the members that are read.
 pub struct TarBlock {
     survey: Arc<Survey>,
     /// Numbers of the samples that are rows.
@@ -32,7 +32,7 @@ pub struct TarBlock {
 
 impl TarBlock {
     /// # Errors
-    /// `DatasetChanged` if the block has not as many rows as when it was indexed.
+    /// `DatasetChanged` if the block's number of rows differs from the index.
     pub fn new(
         survey: Arc<Survey>,
         layout: &Layout,
@@ -70,7 +70,7 @@ impl TarBlock {
         self.rows.iter().map(|n| &self.survey.samples[*n])
     }
 
-    /// Where what is wanted lies.
+    /// Returns the byte ranges of the wanted members.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         let members = self.samples().flat_map(|sample| {
             let columns = self.columns.iter();
@@ -81,10 +81,11 @@ impl TarBlock {
         bytes.filter(|range| !range.is_empty()).collect()
     }
 
-    /// The image, the caption, then the extra columns, all as bytes; null if a sample lacks one.
+    /// Returns the image, the caption, then the extra columns, all as bytes; null if a sample lacks
+    /// one.
     ///
     /// # Errors
-    /// If a column has more bytes than an array holds.
+    /// If a column has more bytes than one array can hold.
     pub fn decode(&self, bytes: &Ranges) -> Result<RecordBatch, ArrowError> {
         let images = self
             .samples()
@@ -144,8 +145,8 @@ fn value<'s>(
     Ok(found.map(Cow::Owned))
 }
 
-/// An entry of a JSON object: a text as it is, anything else as JSON. `None` if it is null or
-/// absent, or if the member is no JSON object.
+/// Returns an entry of a JSON object: a text as it is, any other value as JSON. `None` if it is
+/// null or absent, or if the member is no JSON object.
 fn entry(content: &[u8], name: &str) -> Option<String> {
     let mut object: Value = serde_json::from_slice(content).ok()?;
     match object.get_mut(name)?.take() {

@@ -1,4 +1,4 @@
-//! From tars to a source of the manifest: blocks of samples that follow each other.
+//! Indexes tars as a source of the manifest. Blocks are consecutive samples.
 use super::{
     entries::End,
     json,
@@ -22,13 +22,13 @@ use object_store::ObjectMeta;
 use std::collections::BTreeSet;
 use superbatch_proto::v1::Reason;
 
-/// A block ends with the sample that would bring it above either.
+/// Limits of a block. A sample that would exceed either begins the next block.
 const BLOCK_MEMBERS_MAX: usize = 1024;
 const BLOCK_BYTES_MAX: u64 = 64 << 20;
-/// Tars that are walked at once.
+/// Tars that are walked at the same time.
 const TARS_AT_ONCE: usize = 16;
 
-/// The source whose shards are `files` below `root`.
+/// Indexes the source whose shards are `files` below `root`.
 ///
 /// # Errors
 /// `ColumnNotFound`, `DatasetEmpty`, and those of walking a tar.
@@ -69,7 +69,7 @@ pub(in crate::dataset) async fn index_shards(
     source.finish(request, filter, root_uri)
 }
 
-/// A source while its shards come in, in the order of their paths.
+/// A source under construction. Its shards are added in the order of their paths.
 #[derive(Default)]
 struct Building {
     layout: Option<Layout>,

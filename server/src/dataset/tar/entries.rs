@@ -1,4 +1,4 @@
-//! The members of a tar: ustar, GNU and PAX headers, read from whatever part of the file is in
+//! Walks the members of a tar: ustar, GNU and PAX headers, from the parts of the file that are in
 //! memory.
 use std::{fmt, ops::Range};
 use tar::{Header, PaxExtensions};
@@ -11,15 +11,15 @@ const EXTENSION_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub name: String,
-    /// Where its first header begins.
+    /// Offset of its first header.
     pub header: u64,
-    /// Where its content begins.
+    /// Offset of its content.
     pub offset: u64,
     pub length: u64,
 }
 
 impl Entry {
-    /// Where the next header begins.
+    /// Returns the offset of the next header.
     pub fn end(&self) -> u64 {
         padded(self.offset.saturating_add(self.length))
     }
@@ -28,24 +28,24 @@ impl Entry {
 /// How a tar ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum End {
-    /// With its marker, or right behind a member.
+    /// With its end marker, or directly after a member.
     Whole,
-    /// In the middle of the member or header that begins there.
+    /// In the middle of the member or header at this offset.
     Cut(u64),
-    /// What begins there is no header.
+    /// With bytes at this offset that are no header.
     Damaged(u64),
 }
 
-/// What comes next.
+/// The result of one step of the walk.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Entry(Entry),
     End(End),
-    /// These bytes of the file have to be in memory first.
+    /// These bytes of the file must be read into memory first.
     Need(Range<u64>),
 }
 
-/// Why a file is not read at all.
+/// Why a file is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Refused {
     NoTar,
@@ -72,12 +72,12 @@ impl fmt::Display for Refused {
     }
 }
 
-/// A place in a tar of `size` bytes, and what its last extension headers said.
+/// A place in a tar of `size` bytes, and the values of the extension headers just before it.
 #[derive(Debug)]
 pub(super) struct Walk {
     at: u64,
     size: u64,
-    /// Where the headers of the coming member begin, if some were passed already.
+    /// Offset of the first extension header of the next member, if one was passed already.
     header: Option<u64>,
     name: Option<Vec<u8>>,
     length: Option<u64>,
@@ -85,7 +85,7 @@ pub(super) struct Walk {
 }
 
 impl Walk {
-    /// From the header at `at`.
+    /// Starts a walk at the header at `at`.
     pub fn new(at: u64, size: u64) -> Self {
         Self {
             at,
@@ -97,7 +97,7 @@ impl Walk {
         }
     }
 
-    /// The next regular member. `bytes` are those of the file from `start` on.
+    /// Returns the next regular member. `bytes` are those of the file from `start` on.
     pub fn next(&mut self, start: u64, bytes: &[u8]) -> Result<Next, Refused> {
         loop {
             let begin = self.header.unwrap_or(self.at);
@@ -142,7 +142,7 @@ impl Walk {
         }
     }
 
-    /// Takes a header that tells of the next one.
+    /// Handles an extension header, which describes the next header.
     fn extension(&mut self, kind: u8, length: u64, start: u64, bytes: &[u8]) -> Option<Next> {
         let begin = self.header.unwrap_or(self.at);
         let from = self.at + RECORD;
@@ -161,7 +161,7 @@ impl Walk {
             b'x' | b'X' if self.pax(text).is_none() => {
                 return Some(Next::End(End::Damaged(begin)));
             }
-            // Names of links, and headers for the whole archive: nothing that a row needs.
+            // Names of links, and headers for the whole archive, are not needed for rows.
             _ => {}
         }
         self.header = Some(begin);
@@ -182,7 +182,7 @@ impl Walk {
         Some(())
     }
 
-    /// Takes the header of a member, and passes its content.
+    /// Handles the header of a member, and skips its content.
     fn member(&mut self, kind: u8, header: &Header, length: u64) -> Result<Option<Next>, Refused> {
         let begin = self.header.take().unwrap_or(self.at);
         let name = self.name.take();
@@ -227,7 +227,8 @@ fn until_nul(text: &[u8]) -> &[u8] {
     text.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
-/// Whether the header's checksum is right. Old writers summed signed bytes.
+/// Returns whether the header's checksum is right. Old writers summed signed bytes, so both sums
+/// are accepted.
 fn is_sound(header: &Header, record: &[u8]) -> bool {
     const CHECKSUM: Range<usize> = 148..156;
     let Ok(said) = header.cksum() else {
@@ -240,7 +241,8 @@ fn is_sound(header: &Header, record: &[u8]) -> bool {
     said == unsigned || i64::from(said) == i64::from(signed)
 }
 
-/// What a file is that does not begin with a tar header.
+/// Returns the refusal of a file that does not begin with a tar header, naming its real format if
+/// it is recognised.
 fn refuse_other_format(record: &[u8]) -> Refused {
     let known: [(&[u8], &str); 4] = [
         (b"\x1f\x8b", "gzip"),

@@ -1,6 +1,8 @@
-//! Surveys of tars, kept in the state: a shard of the same size and ETag is walked once.
+//! Keeps surveys of tars in the state: a shard of the same size and ETag is walked only once,
+//! although every worker needs its survey.
 //!
-//! Each is a Parquet file of one row a member: sample, key, field, offset and length.
+//! Each survey is a Parquet file with one row for each member: sample, key, field, offset and
+//! length.
 use super::{
     entries::End,
     samples::{Member, Sample},
@@ -25,12 +27,12 @@ use parquet::{
 };
 use std::sync::Arc;
 
-/// Part of the key: what older versions wrote is not read.
+/// Part of the key, so that surveys of older versions are not read.
 const VERSION: &str = "1";
 const END: &str = "superbatch.tar.end";
 
-/// The survey of `file`: the state's, or else a new one, which is kept. What a store gives no ETag
-/// is not kept.
+/// Returns the survey of `file`: the kept one, or a new one, which is then kept. Without an ETag a
+/// replaced file could not be recognised, so nothing is kept then.
 ///
 /// # Errors
 /// Those of [`survey`] and of the state.

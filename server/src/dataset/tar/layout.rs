@@ -1,4 +1,4 @@
-//! Which members of a sample are its image, its caption and its extra columns.
+//! Finds a sample's image, caption and extra columns among its members.
 use super::{
     samples::{Member, Sample},
     survey::Survey,
@@ -16,9 +16,10 @@ use arrow::datatypes::DataType;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// As open_clip takes them: the first of these that a sample has.
+/// Fields of the image, in open_clip's order: the first one that a sample has.
 const IMAGES: &str = "jpg;png;jpeg;webp";
-/// In order. What img2dataset and open_clip write is `txt`; its JSON repeats it as `caption`.
+/// Fields of the caption, in order. img2dataset and open_clip write `txt`; the JSON repeats it as
+/// `caption`.
 const CAPTIONS: [&str; 2] = ["txt", "json[caption]"];
 /// The column of a sample's key.
 pub(super) const KEY: &str = "__key__";
@@ -67,21 +68,21 @@ impl<'a> Place<'a> {
     }
 }
 
-/// The image of a sample: the first of the layout's fields that it has.
+/// Returns the image of a sample: the first of the layout's fields that it has.
 pub(super) fn image<'s>(layout: &Layout, sample: &'s Sample) -> Option<&'s Member> {
     let mut fields = layout.image_column.split(';');
     let found = fields.find_map(|field| sample.member(field));
     found.filter(|member| i32::try_from(member.length).is_ok())
 }
 
-/// Whether a sample is a row: as in open_clip, it has an image and a caption.
+/// Returns whether a sample is a row: as in open_clip, it must have an image and a caption.
 pub(super) fn is_row(layout: &Layout, sample: &Sample) -> bool {
     let caption = Place::of(&layout.caption_column).member(sample);
     image(layout, sample).is_some()
         && caption.is_some_and(|member| i32::try_from(member.length).is_ok())
 }
 
-/// The type that a column is delivered in, if the source has it.
+/// Returns the type in which a column is delivered, if the source has it.
 pub(in crate::dataset) fn member_type<'a>(
     column: &str,
     mut fields: impl Iterator<Item = &'a str>,
@@ -101,7 +102,7 @@ pub(super) fn type_of(field: &str) -> DataType {
     }
 }
 
-/// Finds image and caption in the first shard that has samples. What the request names wins.
+/// Finds image and caption in the first shard that has samples. Names in the request come first.
 ///
 /// # Errors
 /// `ColumnNotFound` listing the fields there are; those of reading a member.
@@ -149,7 +150,7 @@ pub(super) async fn discover(
     })
 }
 
-/// Whether the first JSON of a shard has a text under `caption`.
+/// Returns whether the first JSON of a shard has a text under `caption`.
 async fn json_has_caption(file: &ShardFile, survey: &Survey) -> Result<bool> {
     let Some(member) = survey
         .samples

@@ -1,4 +1,4 @@
-//! Members grouped into samples, as webdataset and open_clip do it.
+//! Groups members into samples, as webdataset and open_clip do.
 use super::entries::Entry;
 use crate::dataset::manifest::Block;
 use std::ops::Range;
@@ -6,16 +6,17 @@ use std::ops::Range;
 /// One member of a sample: `jpg` of `0001.jpg`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Member {
-    /// All behind the first dot of the file's name, in lower case.
+    /// Everything after the first dot of the file's name, in lower case.
     pub field: String,
     pub offset: u64,
     pub length: u64,
 }
 
-/// Members that follow each other under one key.
+/// Consecutive members with one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Sample {
-    /// Path and name up to the first dot of the name. Neither unique in a data set nor in a shard.
+    /// Path and name up to the first dot of the name. It is unique neither in a data set nor in a
+    /// shard.
     pub key: String,
     /// Where its first header begins, and where the next sample's may.
     pub start: u64,
@@ -35,8 +36,8 @@ pub(super) fn rows_of(samples: &[Sample], block: &Block) -> Range<usize> {
     before(block.bytes.0)..before(block.bytes.1)
 }
 
-/// Key and field of a member's name; `None` for what belongs to no sample: names without a dot,
-/// hidden files, and `__name__` at the top.
+/// Returns the key and field of a member's name; `None` for members of no sample: names without a
+/// dot, hidden files, and `__name__` at the top.
 fn split(name: &str) -> Option<(&str, String)> {
     let file = name.rfind('/').map_or(0, |slash| slash + 1);
     let dot = file + name[file..].find('.')?;
@@ -49,8 +50,8 @@ fn split(name: &str) -> Option<(&str, String)> {
 pub(super) struct Grouping(Option<Sample>);
 
 impl Grouping {
-    /// Takes the next member; returns the sample that it ends. A sample ends where the key changes
-    /// or a field repeats.
+    /// Adds the next member. Returns the sample that it ends: a sample ends if the key changes or a
+    /// field repeats.
     pub fn push(&mut self, entry: &Entry) -> Option<Sample> {
         let (key, field) = split(&entry.name)?;
         let (end, length) = (entry.end(), entry.length);
@@ -74,7 +75,7 @@ impl Grouping {
         self.0.replace(next)
     }
 
-    /// The last sample.
+    /// Returns the last sample.
     pub fn finish(self) -> Option<Sample> {
         self.0
     }

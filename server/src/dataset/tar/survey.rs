@@ -1,4 +1,4 @@
-//! What lies where in one tar, found from its headers alone.
+//! Surveys one tar: finds its samples by reading headers only.
 use super::{
     entries::{End, Next, Walk},
     samples::{Grouping, Sample},
@@ -6,9 +6,10 @@ use super::{
 use crate::{dataset::file::ShardFile, error::Result};
 use bytes::Bytes;
 
-/// Bytes of one read: few if headers lie far apart, more while they follow each other.
+/// Bytes of one read: few if headers are far apart, more while they are close together. So neither
+/// a tar of large images nor one of tiny files needs many requests or many bytes.
 const READ_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=8 << 20;
-/// A gap between headers that is cheaper to read than to leave out.
+/// A gap between headers that is cheaper to read than to skip by another request.
 const GAP_BYTES: u64 = 1 << 20;
 
 /// The samples of a shard in their order, and how the file ends.
@@ -19,7 +20,7 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// About what it takes in memory.
+    /// Returns its approximate size in memory.
     pub fn bytes(&self) -> usize {
         let member = |m: &super::samples::Member| size_of_val(m) + m.field.capacity();
         let sample = |sample: &Sample| {

@@ -243,6 +243,10 @@ impl Device {
                 // A change of `status` restarts the loop, and with it the sleep for the next job. A
                 // caller that arrives in the middle of a job sleeps for a whole deadline too,
                 // although the job began earlier: a job may be declared hung late, never early.
+                // The sleep starts when this caller sees a job begin, which may be later than its
+                // true start. So a job may run for up to twice the deadline before it counts as
+                // hung, and never less than once. A change of `status` restarts the loop, and with
+                // it the sleep for the next job.
                 changed = status.changed() => if changed.is_err() { std::future::pending().await },
                 () = tokio::time::sleep(self.deadline), if is_busy => self.watch.hung(job),
             }

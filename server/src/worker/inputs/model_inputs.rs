@@ -116,7 +116,7 @@ impl Inputs {
             .map_or_else(String::new, |(_, tokenizer)| tokenizer.described())
     }
 
-    /// What the device does to pixels; nothing where rows are only checked.
+    /// What the device does to pixels; nothing if rows are only checked.
     pub fn normalisation(&self) -> Normalisation {
         let none = Normalisation {
             rescale: 1.0,

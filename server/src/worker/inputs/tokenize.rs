@@ -177,7 +177,7 @@ impl Tokenizer {
         )
     }
 
-    /// BLAKE3 of the file, the length and the padding.
+    /// Returns BLAKE3 of the file, the length and the padding.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }

@@ -203,8 +203,8 @@ impl Encoder {
         captions::seen(&self.config, ids, self.config.text.max_position_embeddings)
     }
 
-    /// Embeds two made-up rows and insists on finite numbers: weights can be finite, and overflow
-    /// in use.
+    /// Embeds two made-up rows and checks that the embeddings are finite: finite weights can still
+    /// overflow in a forward pass.
     pub fn canary(&self) -> Torch<Result<(), Refusal>> {
         const ROWS: usize = 2;
         let (size, text) = (self.config.vision.image_size, &self.config.text);

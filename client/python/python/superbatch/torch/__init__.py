@@ -1,6 +1,6 @@
 """What trainers in PyTorch repeat.
 
-`SelectedBatches` stands where a data set and its `DataLoader` stood, `ImageText` decodes and
+`SelectedBatches` replaces a data set and its `DataLoader`, `ImageText` decodes and
 tokenizes for it, `by_fidelity` and
 `two_resolutions` train a batch at two sizes, `sigmoid_loss` and `softmax_loss` span all ranks (and
 `gather` lets one of your own do so), `Pushes` and `state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning`

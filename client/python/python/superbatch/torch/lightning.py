@@ -32,7 +32,7 @@ class PushWeights(Callback):
 
     dataset: what the trainer trains on. Checkpoints hold the step to go on with, and set the data
         set's `start_step`.
-    prefix: of the learner within the LightningModule, such as "model." where it is `self.model`.
+    prefix: of the learner within the LightningModule, such as "model." if it is `self.model`.
     model: whose weights are pushed, such as a moving average; by default the LightningModule.
     dtype: as in `Run.push_weights`.
 

@@ -32,8 +32,8 @@ class SelectedBatches(IterableDataset):
 
     uri, spec, rank, world_size, end_step, incarnation, prefetch: as in `connect`, `open_run` and
         `batches`.
-    start_step: the step after your checkpoint's. It moves on with what is iterated: a second loop
-        goes on where the first was left.
+    start_step: the step after your checkpoint's. It advances with the iteration: a second loop
+        goes on after the last step of the first.
     epoch_steps: loops end at every multiple of it, so that an epoch of the trainer is so many
         steps, also where a loop begins within one. It is the length of the data set and of its
         loader. Without it a loop ends with the data.
@@ -42,7 +42,7 @@ class SelectedBatches(IterableDataset):
         it the loader yields the `Batch`.
     prefetch_factor: steps that each worker of the loader holds ready. The run's `max_ahead` must be
         larger than `num_workers * prefetch_factor`.
-    need_after: seconds of waiting after which the service is told that the trainer stands still, so
+    need_after: seconds of waiting after which the client reports a trainer that stands still, so
         that the run's fallback may apply; by default 0 without workers, else `WORKER_NEED_AFTER`.
     connection: further arguments of `connect`, such as `{"ca": "ca.pem"}`. Give a token by the
         environment or `token_file`: what is pickled with the data set may be kept somewhere.

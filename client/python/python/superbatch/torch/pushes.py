@@ -63,9 +63,9 @@ class Pushes:
         """Call it before the first batch; further calls do nothing. Pushes what `start_step` begins
         with.
 
-        At step 0 these are the initial weights, where the run waits for them (`first_push=True`).
+        At step 0 these are the initial weights, if the run waits for them (`first_push=True`).
         Later they are the checkpoint's, as each push that was on its way when the trainer ended
-        (`Run.missing_pushes`): under `exact(1)` there may be two. Where none was, this changes
+        (`Run.missing_pushes`): under `exact(1)` there may be two. If none was, this changes
         nothing.
         """
         if self._begun:
