@@ -12,7 +12,7 @@ use crate::{
     config::{Config, CoordinatorConfig},
     coordinator::{
         facts::owner::Identity,
-        runs::{limits::Limits, parts::Deps, registry::Coordinator, upkeep::upkeep},
+        runs::{deps::Deps, limits::Limits, registry::Coordinator, upkeep::upkeep},
         select::{Selector, local::LocalSelector, remote::WorkerSelector},
         serve::ready::Budget,
         service::{Selection, WorkerPlane},

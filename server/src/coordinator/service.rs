@@ -75,7 +75,7 @@ impl SelectionService for Selection {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let run = self.0.run(&request.get_ref().run_id).await?;
         Ok(Response::new(GetRunResponse {
-            run: Some(run.info(request.get_ref().resume_step)),
+            run: Some(run.run().info(request.get_ref().resume_step)),
         }))
     }
 
@@ -95,9 +95,8 @@ impl SelectionService for Selection {
     ) -> Result<Response<CloseRunResponse>, Status> {
         let (caller, request) = (Caller::of(&request)?, request.into_inner());
         caller.check_run(&request.run_id)?;
-        let coordinator = self.0.clone();
-        let run = coordinator.run(&request.run_id).await?;
-        let closed = whole(async move { coordinator.written(&run, run.close().await) }).await;
+        let run = self.0.run(&request.run_id).await?;
+        let closed = whole(async move { run.close().await }).await;
         caller.record("close", &request.run_id, &closed, Value::Null);
         closed?;
         Ok(Response::new(CloseRunResponse {}))
@@ -108,13 +107,12 @@ impl SelectionService for Selection {
         request: Request<AppendPhasesRequest>,
     ) -> Result<Response<AppendPhasesResponse>, Status> {
         let (caller, request) = (Caller::of(&request)?, request.into_inner());
-        let (coordinator, run_id) = (self.0.clone(), request.run_id);
+        let run_id = request.run_id;
         caller.check_run(&run_id)?;
-        let run = coordinator.run(&run_id).await?;
+        let run = self.0.run(&run_id).await?;
         let phases = request.phases;
         let detail = json!({"phases": phases.len()});
-        let spec =
-            whole(async move { coordinator.written(&run, run.append_phases(phases).await) }).await;
+        let spec = whole(async move { run.append_phases(phases).await }).await;
         caller.record("append phases", &run_id, &spec, detail);
         let spec = spec?;
         Ok(Response::new(AppendPhasesResponse {
@@ -128,7 +126,6 @@ impl SelectionService for Selection {
     ) -> Result<Response<RewindResponse>, Status> {
         let (caller, request) = (Caller::of(&request)?, request.into_inner());
         caller.check_run(&request.run_id)?;
-        let coordinator = self.0.clone();
         let (to_step, mode) = (request.to_step, request.mode());
         if mode == RewindMode::Unspecified {
             return Err(Error::invalid(
@@ -137,9 +134,8 @@ impl SelectionService for Selection {
             )
             .into());
         }
-        let run = coordinator.run(&request.run_id).await?;
-        let rewound =
-            whole(async move { coordinator.written(&run, run.rewind(to_step, mode).await) }).await;
+        let run = self.0.run(&request.run_id).await?;
+        let rewound = whole(async move { run.rewind(to_step, mode).await }).await;
         let detail = json!({"to_step": to_step, "mode": mode.as_str_name()});
         caller.record("rewind", &request.run_id, &rewound, detail);
         let generation = rewound?;
@@ -184,9 +180,7 @@ impl SelectionService for Selection {
         let request = request.into_inner();
         check_incarnation(&request.incarnation)?;
         let run = self.0.run(&request.run_id).await?;
-        self.0
-            .noted(&run, run.check_push(request.generation, request.step).await)?;
-        run.weights.announce(run.generation(), &request)?;
+        run.announce_push(&request).await?;
         Ok(Response::new(AnnouncePushResponse {}))
     }
 
@@ -197,7 +191,7 @@ impl SelectionService for Selection {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.get_ref();
         let run = self.0.run(&request.run_id).await?;
-        let receipt = receipt(&run, request).await?;
+        let receipt = receipt(run.run(), request).await?;
         Ok(Response::new(page(
             receipt,
             request.row_offset,
@@ -212,12 +206,7 @@ async fn push(
     stream: Streaming<PushWeightsRequest>,
 ) -> Result<WeightsVersion> {
     let run = coordinator.run(&start.run_id).await?;
-    coordinator.noted(&run, run.check_push(start.generation, start.step).await)?;
-    let published = run.weights.push(run.generation(), start, stream).await?;
-    // If another coordinator has taken the run over in the meantime, it does not know of this push.
-    // NOT_OWNER makes the client push there again, where the fact is found.
-    coordinator.noted(&run, run.owner.check().await)?;
-    Ok(published)
+    run.push(start, stream).await
 }
 
 /// Runs `work` to its end, even if the caller goes away. tonic drops a call's future when the
@@ -268,12 +257,12 @@ async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Resul
     let run = coordinator.run(&request.run_id).await?;
     let asked = Instant::now();
     let need = request.intent() != Intent::Prefetch;
-    let ready = coordinator.noted(&run, run.select(request, need).await)?;
+    let ready = run.select(request, need).await?;
     if need {
         metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
-        run.waits.record(asked.elapsed());
+        run.run().waits.record(asked.elapsed());
     }
-    let (of, asked_for, batch) = (run.clone(), request.clone(), ready.clone());
+    let (of, asked_for, batch) = (run.run().clone(), request.clone(), ready.clone());
     // Copies and hashes all bytes of the rank's slice, off the async threads.
     let encoded = tokio::task::spawn_blocking(move || {
         let (parts, mut hasher) = (rank_parts(&of, &asked_for, &batch)?, blake3::Hasher::new());

@@ -24,7 +24,7 @@ impl Run {
     /// `InvalidArgument` for a step that was not reached; `WeightsMissing` if the step would be
     /// chosen anew with weights that were deleted; `NotOwner`; `GenerationStale` if another rewind
     /// was first.
-    pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
+    pub(super) async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
         let _alone = self.committing.lock().await;
         let (old, next) = {
             let state = self.state();
@@ -83,7 +83,7 @@ impl Run {
     /// # Errors
     /// `RunSpecImpossible` for phases that come too late or can never be met; `NotOwner`;
     /// `RunSpecConflict` if another addition was first.
-    pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
+    pub(super) async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
         let _alone = self.committing.lock().await;
         self.owner.check().await?;
         let (spec, number) = self.begin_append(phases)?;
@@ -125,7 +125,7 @@ impl Run {
 
     /// # Errors
     /// `NotOwner`; `StorageUnreachable`.
-    pub async fn close(&self) -> Result<()> {
+    pub(super) async fn close(&self) -> Result<()> {
         self.owner.check().await?;
         run::close(&self.location).await?;
         let mut state = self.state();
@@ -146,7 +146,7 @@ impl Run {
     /// # Errors
     /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`; `StepBeyondAhead` for a push of a
     /// step that no trainer can have trained.
-    pub async fn check_push(&self, generation: u32, step: i64) -> Result<()> {
+    pub(super) async fn check_push(&self, generation: u32, step: i64) -> Result<()> {
         let reachable = {
             let state = self.state();
             state.check_open()?;

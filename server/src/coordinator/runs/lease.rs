@@ -1,63 +1,125 @@
-//! Calls of a run that are under way, and the choice of the run to put to sleep if there are too
-//! many. A sleeping run leaves memory; its durable state stays, and the next call that names it
-//! loads it again, as after a restart.
-use super::run::Run;
-use std::{ops::Deref, sync::Arc};
+//! A run in the hands of a call: what a call may do to a run, and what its answer says of the run.
+use super::{open_runs::OpenRuns, run::Run};
+use crate::{
+    coordinator::released,
+    error::{Error, Result},
+};
+use futures::Stream;
+use std::sync::Arc;
+use superbatch_proto::v1::{
+    AnnouncePushRequest, Phase, PushStart, PushWeightsRequest, Reason, RewindMode, RunSpec,
+    WeightsVersion,
+};
 use tokio::time::Instant;
+use tonic::Status;
 
-/// A run that a call uses. It is not put to sleep while this value lives.
-pub struct Called(Arc<Run>);
+/// A run that is not put to sleep while this lives.
+///
+/// Whatever may find out that another coordinator owns the run is a method of the lease, because
+/// then the run has to leave memory: a call that forgot it would be answered from memory for ever.
+pub struct Lease {
+    run: Arc<Run>,
+    open: Arc<OpenRuns>,
+}
 
-impl Called {
-    pub fn new(run: Arc<Run>) -> Self {
+impl Lease {
+    pub fn new(run: Arc<Run>, open: Arc<OpenRuns>) -> Self {
         let mut count = run.calls.count();
         (count.under_way, count.changed) = (count.under_way + 1, Instant::now());
         drop(count);
-        Self(run)
+        Self { run, open }
     }
-}
 
-impl Deref for Called {
-    type Target = Arc<Run>;
-
-    fn deref(&self) -> &Arc<Run> {
-        &self.0
+    /// The run, for what no other coordinator can change.
+    pub fn run(&self) -> &Arc<Run> {
+        &self.run
     }
-}
 
-impl Drop for Called {
-    fn drop(&mut self) {
-        let mut count = self.0.calls.count();
-        (count.under_way, count.changed) = (count.under_way - 1, Instant::now());
+    /// # Errors
+    /// Those of [`Run::rewind`].
+    pub async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
+        let answer = self.run.rewind(to_step, mode).await;
+        self.after_write(answer)
     }
-}
 
-/// Returns the run that has been idle longest, of (id, since when it has been idle).
-pub fn longest_idle<'a>(
-    runs: impl Iterator<Item = (&'a String, Option<Instant>)>,
-) -> Option<&'a String> {
-    runs.filter_map(|(id, since)| Some((since?, id)))
-        .min()
-        .map(|(_, id)| id)
-}
+    /// # Errors
+    /// Those of [`Run::append_phases`].
+    pub async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
+        let answer = self.run.append_phases(phases).await;
+        self.after_write(answer)
+    }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
+    /// # Errors
+    /// Those of [`Run::close`].
+    pub async fn close(&self) -> Result<()> {
+        let answer = self.run.close().await;
+        self.after_write(answer)
+    }
 
-    #[test]
-    fn the_least_recently_used_run_sleeps_and_a_busy_one_never() {
-        let now = Instant::now();
-        let after = |seconds| Some(now + Duration::from_secs(seconds));
-        let first = |idle: &[Option<Instant>]| {
-            let ids: Vec<String> = (0..idle.len()).map(|n| n.to_string()).collect();
-            longest_idle(ids.iter().zip(idle.iter().copied())).cloned()
+    /// Takes a rank's stream of weights, until the push is published.
+    ///
+    /// # Errors
+    /// Those of [`Run::check_push`] and of the weights.
+    pub async fn push<S>(&self, start: PushStart, stream: S) -> Result<WeightsVersion>
+    where
+        S: Stream<Item = Result<PushWeightsRequest, Status>> + Unpin + Send + 'static,
+    {
+        let run = &self.run;
+        self.after(run.check_push(start.generation, start.step).await)?;
+        let published = run.weights.push(run.generation(), start, stream).await?;
+        // If another coordinator has taken the run over in the meantime, it does not know of this
+        // push. NOT_OWNER makes the client push there again, where the fact is found.
+        self.after(run.owner.check().await)?;
+        Ok(published)
+    }
+
+    /// A rank will push, or will not after all.
+    ///
+    /// # Errors
+    /// Those of [`Run::check_push`].
+    pub async fn announce_push(&self, request: &AnnouncePushRequest) -> Result<()> {
+        let checked = self.run.check_push(request.generation, request.step).await;
+        self.after(checked)?;
+        self.run.weights.announce(self.run.generation(), request)
+    }
+
+    /// Passes on what the run answered. If another coordinator owns it, it is let go, so that the
+    /// next call looks again.
+    pub fn after<T>(&self, answer: Result<T>) -> Result<T> {
+        match answer {
+            Err(error) if error.reason() == Reason::NotOwner => {
+                self.open.release(&self.run);
+                // The new owner is this process, which has loaded the run again: the caller may
+                // ask here again.
+                let ours = error
+                    .value("owner")
+                    .is_some_and(|by| self.open.is_own_address(by));
+                Err(if ours { released() } else { error })
+            }
+            answer => answer,
+        }
+    }
+
+    /// As [`Lease::after`], of a call that writes a fact. If it is not known whether the fact is
+    /// there, the run is let go: the next call reads what is.
+    fn after_write<T>(&self, answer: Result<T>) -> Result<T> {
+        use Reason::{GenerationStale, RunSpecConflict, StorageUnreachable};
+        let unknown = |e: &Error| {
+            matches!(
+                e.reason(),
+                GenerationStale | RunSpecConflict | StorageUnreachable
+            )
         };
-        assert_eq!(
-            first(&[after(3), after(1), None, after(2)]).as_deref(),
-            Some("1")
-        );
-        assert_eq!(first(&[None, None]), None);
+        if answer.as_ref().is_err_and(unknown) {
+            self.open.release(&self.run);
+        }
+        self.after(answer)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut count = self.run.calls.count();
+        (count.under_way, count.changed) = (count.under_way - 1, Instant::now());
     }
 }

@@ -1,8 +1,8 @@
 //! Opens a run. Everything is checked now, so that a run that can never work is refused before its
 //! first step and not in the middle of the night.
 use super::{
+    calls::Calls,
     models,
-    parts::Parts,
     registry::Coordinator,
     run::{Run, State},
     verifier,
@@ -18,9 +18,10 @@ use crate::{
             trail::Trail,
         },
         plan::planner::Plan,
-        receipts::store::Receipts,
+        receipts::{store::Receipts, wasted::Wasted},
+        score::claims::Claims,
         serve::output,
-        trainer::ranks::Members,
+        trainer::{ranks::Members, waits::Waits},
         weights::{Published, RunWeights, Weights},
         workers::prepare::prepare,
     },
@@ -31,7 +32,7 @@ use crate::{
 use futures::FutureExt;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, Mutex, RwLock},
 };
 use superbatch_proto::v1::{
     Accounts, ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion,
@@ -96,14 +97,17 @@ impl Opening<'_> {
             failure: facts.failure,
             cells: BTreeMap::new(),
         };
-        let parts = Parts {
+        let output_schema = manifest.output_schema(&spec.columns)?;
+        let plan = self.plan(&spec, &manifest)?;
+        let weights = self
+            .weights(&spec, facts.run.learner.as_ref(), &location)
+            .await?;
+        Ok(Arc::new_cyclic(|me| Run {
             id: self.id.to_owned(),
             deps: coordinator.deps.clone(),
-            output_schema: manifest.output_schema(&spec.columns)?,
-            plan: self.plan(&spec, &manifest)?,
-            weights: self
-                .weights(&spec, facts.run.learner.as_ref(), &location)
-                .await?,
+            output_schema,
+            plan,
+            weights,
             manifest,
             manifest_digest: facts.run.manifest,
             reference: facts.run.reference,
@@ -114,8 +118,15 @@ impl Opening<'_> {
             scores: Scores::new(coordinator.stores.clone(), coordinator.state.clone()),
             opened_phases,
             location,
-        };
-        Ok(Run::new(parts, spec, state))
+            spec: RwLock::new(Arc::new(spec)),
+            state: Mutex::new(state),
+            committing: tokio::sync::Mutex::default(),
+            wasted: Wasted::default(),
+            claims: Claims::default(),
+            calls: Calls::default(),
+            waits: Waits::default(),
+            me: me.clone(),
+        }))
     }
 
     fn plan(&self, spec: &RunSpec, manifest: &Arc<Manifest>) -> Result<Plan> {

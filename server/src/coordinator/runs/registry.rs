@@ -1,8 +1,9 @@
 //! All runs of this coordinator: opened by OpenRun, and loaded from the state after a restart.
 use super::{
-    lease::{Called, longest_idle},
+    deps::Deps,
+    lease::Lease,
     open::{self, Opening},
-    parts::Deps,
+    open_runs::OpenRuns,
     run::{Run, run_state},
 };
 use crate::{
@@ -14,16 +15,12 @@ use crate::{
         spec::{self, Difference},
     },
     error::{Error, Result},
-    metrics,
     storage::{Location, Stores},
 };
 use futures::{FutureExt, future::join_all};
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 use superbatch_proto::{
     ids::{RUN_ID_BYTES_MAX, is_run_id},
@@ -36,25 +33,23 @@ pub struct Coordinator {
     pub stores: Stores,
     pub state: Location,
     pub identity: Identity,
-    runs: Mutex<HashMap<String, Arc<Run>>>,
+    pub open: Arc<OpenRuns>,
     /// A lock for each run that is being opened or loaded. Ranks call at the same moment, and two
     /// loads of one run would each claim its ownership; a lock for all runs would make the calls of
     /// others wait for a slow one.
     opening: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    stopping: AtomicBool,
 }
 
 impl Coordinator {
     pub fn new(deps: Deps, stores: Stores, state: Location, identity: Identity) -> Arc<Self> {
-        let (runs, opening) = (Mutex::default(), Mutex::default());
+        let open = OpenRuns::new(deps.limits.runs_max, identity.address.clone());
         Arc::new(Self {
             deps,
             stores,
             state,
             identity,
-            runs,
-            opening,
-            stopping: AtomicBool::new(false),
+            open,
+            opening: Mutex::default(),
         })
     }
 
@@ -73,18 +68,18 @@ impl Coordinator {
         let run = match self.find_or_load(&request.run_id).await? {
             Some(run) => run,
             None => {
-                self.check_room()?;
+                self.open.check_room()?;
                 let opening = Opening {
                     coordinator: self,
                     id: &request.run_id,
                 };
-                let run = self.insert(opening.open_new(&asked).boxed().await?)?;
-                tracing::info!(run = run.id, "run opened");
+                let run = self.open.insert(opening.open_new(&asked).boxed().await?)?;
+                tracing::info!(run = run.run().id, "run opened");
                 run
             }
         };
-        conflict(&run, &asked)?;
-        open::response(&run)
+        conflict(run.run(), &asked)?;
+        open::response(run.run())
     }
 
     /// Completes a spec with its defaults. A size over the protocol's bound is over the operator's
@@ -102,9 +97,9 @@ impl Coordinator {
     ///
     /// # Errors
     /// `RunNotFound`; `NotOwner` with the owner's address.
-    pub async fn run(&self, id: &str) -> Result<Called> {
+    pub async fn run(&self, id: &str) -> Result<Lease> {
         check_id(id)?;
-        if let Some(run) = self.called(id) {
+        if let Some(run) = self.open.lease(id) {
             return Ok(run);
         }
         let _alone = self.lock_run(id).await;
@@ -128,66 +123,15 @@ impl Coordinator {
 
     /// Stops all runs, since the process ends. No run is opened from now on.
     pub async fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
-        let runs: Vec<_> = self.lock().drain().map(|(_, run)| run).collect();
+        let runs = self.open.close();
         // All ranks get their answer before the first push is waited for: publishing may take
         // minutes.
         runs.iter().for_each(|run| run.stop());
         join_all(runs.iter().map(|run| run.weights.drain())).await;
     }
 
-    /// Passes on a run's answer. A run that another coordinator owns is removed from memory, so
-    /// that the next call reads the state again.
-    pub fn noted<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
-        match answer {
-            Err(error) if error.reason() == Reason::NotOwner => {
-                self.release(run);
-                // The new owner is this process, which has loaded the run again: the caller may ask
-                // here again.
-                let ours = error.value("owner") == Some(&self.identity.address);
-                Err(if ours {
-                    crate::coordinator::released()
-                } else {
-                    error
-                })
-            }
-            answer => answer,
-        }
-    }
-
-    /// As [`Coordinator::noted`], for a call that writes a fact. If the outcome is unknown, the run
-    /// is removed from memory: its state may lack a fact that exists, and only reading the state
-    /// again tells.
-    pub fn written<T>(&self, run: &Run, answer: Result<T>) -> Result<T> {
-        use Reason::{GenerationStale, RunSpecConflict, StorageUnreachable};
-        let unknown = |e: &Error| {
-            matches!(
-                e.reason(),
-                GenerationStale | RunSpecConflict | StorageUnreachable
-            )
-        };
-        if answer.as_ref().is_err_and(unknown) {
-            self.release(run);
-        }
-        self.noted(run, answer)
-    }
-
-    /// Returns the runs that are open here. Removes those that ended from memory.
-    pub fn open_runs(&self) -> Vec<Arc<Run>> {
-        let mut runs = self.lock();
-        runs.retain(|_, run| {
-            let open = run.is_open();
-            if !open {
-                run.stop();
-            }
-            open
-        });
-        metrics::open_runs().set(runs.len() as f64);
-        runs.values().cloned().collect()
-    }
-
     async fn summary(&self, id: String) -> Result<Option<RunSummary>> {
-        if let Some(run) = self.find_in_memory(&id) {
+        if let Some(run) = self.open.find(&id) {
             return Ok(Some(run.summary()));
         }
         let location = self.location(&id);
@@ -203,8 +147,8 @@ impl Coordinator {
         }))
     }
 
-    async fn find_or_load(&self, id: &str) -> Result<Option<Called>> {
-        if let Some(run) = self.called(id) {
+    async fn find_or_load(&self, id: &str) -> Result<Option<Lease>> {
+        if let Some(run) = self.open.lease(id) {
             return Ok(Some(run));
         }
         let Some(facts) = run::load(&self.location(id)).await? else {
@@ -217,91 +161,13 @@ impl Coordinator {
         .load(facts)
         .boxed()
         .await?;
-        let run = self.insert(run)?;
+        let run = self.open.insert(run)?;
         tracing::info!(run = id, "run loaded");
         Ok(Some(run))
     }
 
     pub fn location(&self, id: &str) -> Location {
         self.state.below(&format!("runs/{id}"))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Run>>> {
-        self.runs.lock().expect("no panic while held")
-    }
-
-    fn find_in_memory(&self, id: &str) -> Option<Arc<Run>> {
-        self.lock().get(id).cloned()
-    }
-
-    /// As [`Coordinator::here`], for a call to use.
-    fn called(&self, id: &str) -> Option<Called> {
-        // Counted under the lock; otherwise the run could be put to sleep between the two.
-        self.lock().get(id).cloned().map(Called::new)
-    }
-
-    /// Keeps a run in memory. If there are too many, another one is put to sleep.
-    fn insert(&self, run: Arc<Run>) -> Result<Called> {
-        let mut runs = self.lock();
-        let sleeps = if run.is_open() {
-            self.room(&runs)?
-        } else {
-            None
-        };
-        let slept = sleeps.and_then(|id| runs.remove(&id));
-        runs.insert(run.id.clone(), run.clone());
-        metrics::open_runs().set(runs.len() as f64);
-        let run = Called::new(run);
-        drop(runs);
-        if let Some(slept) = slept {
-            slept.stop();
-            tracing::info!(run = slept.id, "run put to sleep");
-        }
-        Ok(run)
-    }
-
-    fn release(&self, run: &Run) {
-        let mut runs = self.lock();
-        // The run may have been loaded again in the meantime. Only this very object is removed: its
-        // successor is sound.
-        if runs
-            .get(&run.id)
-            .is_some_and(|known| std::ptr::eq(known.as_ref(), run))
-        {
-            runs.remove(&run.id);
-            metrics::open_runs().set(runs.len() as f64);
-        }
-        drop(runs);
-        run.stop();
-    }
-
-    fn check_room(&self) -> Result<()> {
-        self.room(&self.lock()).map(drop)
-    }
-
-    /// Returns the run whose place another one takes, if no place is free.
-    ///
-    /// # Errors
-    /// `Overloaded` if all are busy; `ShuttingDown`.
-    fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
-        if self.stopping.load(Ordering::SeqCst) {
-            return Err(Error::new(
-                Reason::ShuttingDown,
-                "the service stops; ask again in a while",
-            ));
-        }
-        let most = self.deps.limits.runs_max;
-        let open = || runs.iter().filter(|(_, run)| run.is_open());
-        if open().count() < most {
-            return Ok(None);
-        }
-        longest_idle(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
-            let message = format!(
-                "{most} runs are open and at work, so that none can be put to sleep; close one, \
-                or raise coordinator.max_runs"
-            );
-            Error::new(Reason::Overloaded, message)
-        })
     }
 
     async fn lock_run(&self, id: &str) -> tokio::sync::OwnedMutexGuard<()> {

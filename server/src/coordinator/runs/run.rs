@@ -1,20 +1,23 @@
 //! One open run: its steps, ranks, weights and cursors.
 
 pub use super::state::{State, run_state};
-use super::{calls::Calls, parts::Parts};
+use super::{calls::Calls, deps::Deps};
 use crate::{
     coordinator::{
-        facts::chain::Began,
-        receipts::wasted::Wasted,
+        facts::{chain::Began, incarnations::Incarnations, owner::Ownership, run::ModelFact},
+        plan::planner::Plan,
+        receipts::{store::Receipts, wasted::Wasted},
         score::claims::Claims,
         spec::{Asked, delivered, phase_at},
         trainer::{cell::Cell, waits::Waits},
-        weights::missing,
+        weights::{Weights, missing},
     },
+    dataset::{Manifest, Scores},
     error::Result,
+    storage::Location,
 };
+use arrow::datatypes::SchemaRef;
 use std::{
-    ops::Deref,
     sync::{Arc, Mutex, MutexGuard, RwLock, Weak},
     time::Duration,
 };
@@ -28,9 +31,25 @@ pub const TOLD_EVERY: Duration = Duration::from_secs(30);
 
 /// A run that this coordinator owns.
 pub struct Run {
-    parts: Parts,
+    pub id: String,
+    pub deps: Deps,
+    pub location: Location,
+    pub manifest: Arc<Manifest>,
+    pub manifest_digest: String,
+    pub output_schema: SchemaRef,
+    pub plan: Plan,
+    pub reference: Option<ModelFact>,
+    pub learner: Option<ModelFact>,
+    pub weights: Weights,
+    pub receipts: Receipts,
+    pub owner: Ownership,
+    pub incarnations: Incarnations,
+    /// Score columns of the data.
+    pub scores: Scores,
+    /// Phases that the run was opened with; the others were appended.
+    pub opened_phases: usize,
     pub spec: RwLock<Arc<RunSpec>>,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     /// Held by commits, one at a time, since totals are in the order of commits; and by changes of
     /// the run.
     pub committing: tokio::sync::Mutex<()>,
@@ -43,29 +62,7 @@ pub struct Run {
     pub me: Weak<Run>,
 }
 
-impl Deref for Run {
-    type Target = Parts;
-
-    fn deref(&self) -> &Parts {
-        &self.parts
-    }
-}
-
 impl Run {
-    pub fn new(parts: Parts, spec: RunSpec, state: State) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self {
-            parts,
-            spec: RwLock::new(Arc::new(spec)),
-            state: Mutex::new(state),
-            committing: tokio::sync::Mutex::default(),
-            wasted: Wasted::default(),
-            claims: Claims::default(),
-            calls: Calls::default(),
-            waits: Waits::default(),
-            me: me.clone(),
-        })
-    }
-
     pub fn spec(&self) -> Arc<RunSpec> {
         self.spec.read().expect("no panic while held").clone()
     }
@@ -183,6 +180,6 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        self.parts.deps.sizing.forget(&self.parts.id);
+        self.deps.sizing.forget(&self.id);
     }
 }

@@ -13,7 +13,8 @@ pub async fn upkeep(coordinator: Arc<Coordinator>) {
     loop {
         ticks.tick().await;
         coordinator
-            .open_runs()
+            .open
+            .all_open()
             .iter()
             .for_each(|run| run.drop_spare_batches());
         coordinator.deps.sizing.set_gauge(Instant::now());

@@ -4,6 +4,7 @@ use crate::{
     coordinator::{
         released,
         runs::{
+            lease::Lease,
             run::{Run, TOLD_EVERY},
             state::State,
         },
@@ -21,9 +22,15 @@ use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc};
 use superbatch_proto::v1::{Reason, RunSpec, SelectBatchRequest};
 use tokio::time::Instant;
 
-impl Run {
+impl Lease {
     /// Returns the step's sub-batch, decided now or before. Starts steps ahead too.
     pub async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
+        self.after(self.run().select(request, need).await)
+    }
+}
+
+impl Run {
+    async fn select(&self, request: &SelectBatchRequest, need: bool) -> Result<Arc<Ready>> {
         check_incarnation(&request.incarnation)?;
         let (spec, step) = (self.spec(), request.step);
         let phase = phase_at(&spec.phases, step);

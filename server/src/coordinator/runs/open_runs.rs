@@ -1,0 +1,172 @@
+//! The runs that this process holds in memory, at most so many.
+use super::{lease::Lease, run::Run};
+use crate::{
+    error::{Error, Result},
+    metrics,
+};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use superbatch_proto::v1::Reason;
+use tokio::time::Instant;
+
+/// Runs by id. Where there are too many, one is put to sleep: it leaves memory, its durable state
+/// stays, and the next call that names it loads it again, as after a restart.
+pub struct OpenRuns {
+    runs: Mutex<HashMap<String, Arc<Run>>>,
+    runs_max: usize,
+    /// Where trainers reach this process.
+    address: String,
+    stopping: AtomicBool,
+}
+
+impl OpenRuns {
+    pub fn new(runs_max: usize, address: String) -> Arc<Self> {
+        Arc::new(Self {
+            runs: Mutex::default(),
+            runs_max,
+            address,
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    pub fn find(&self, id: &str) -> Option<Arc<Run>> {
+        self.lock().get(id).cloned()
+    }
+
+    /// As [`OpenRuns::find`], in the hands of a call.
+    pub fn lease(self: &Arc<Self>, id: &str) -> Option<Lease> {
+        // Counted under the lock; otherwise the run could be put to sleep between the two.
+        let runs = self.lock();
+        Some(Lease::new(runs.get(id)?.clone(), self.clone()))
+    }
+
+    /// Keeps a run in memory; where there are too many, another one is put to sleep.
+    ///
+    /// # Errors
+    /// `Overloaded` where all are busy; `ShuttingDown`.
+    pub fn insert(self: &Arc<Self>, run: Arc<Run>) -> Result<Lease> {
+        let mut runs = self.lock();
+        let sleeps = if run.is_open() {
+            self.room(&runs)?
+        } else {
+            None
+        };
+        let slept = sleeps.and_then(|id| runs.remove(&id));
+        runs.insert(run.id.clone(), run.clone());
+        metrics::open_runs().set(runs.len() as f64);
+        let lease = Lease::new(run, self.clone());
+        drop(runs);
+        if let Some(slept) = slept {
+            slept.stop();
+            tracing::info!(run = slept.id, "run put to sleep");
+        }
+        Ok(lease)
+    }
+
+    /// Lets go of a run: another coordinator owns it, or it has to be read anew.
+    pub fn release(&self, run: &Run) {
+        let mut runs = self.lock();
+        // The run may have been loaded again in the meantime. Only this very object is removed: its
+        // successor is sound.
+        if runs
+            .get(&run.id)
+            .is_some_and(|known| std::ptr::eq(known.as_ref(), run))
+        {
+            runs.remove(&run.id);
+            metrics::open_runs().set(runs.len() as f64);
+        }
+        drop(runs);
+        run.stop();
+    }
+
+    /// Those that are open. Those that ended are let go.
+    pub fn all_open(&self) -> Vec<Arc<Run>> {
+        let mut runs = self.lock();
+        runs.retain(|_, run| {
+            let open = run.is_open();
+            if !open {
+                run.stop();
+            }
+            open
+        });
+        metrics::open_runs().set(runs.len() as f64);
+        runs.values().cloned().collect()
+    }
+
+    /// Takes all of them out, and lets no other in from now on.
+    pub fn close(&self) -> Vec<Arc<Run>> {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.lock().drain().map(|(_, run)| run).collect()
+    }
+
+    /// # Errors
+    /// Those of [`OpenRuns::insert`].
+    pub fn check_room(&self) -> Result<()> {
+        self.room(&self.lock()).map(drop)
+    }
+
+    pub fn is_own_address(&self, address: &str) -> bool {
+        self.address == address
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Run>>> {
+        self.runs.lock().expect("no panic while held")
+    }
+
+    /// The run that another one takes the place of, where none is free.
+    fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(Error::new(
+                Reason::ShuttingDown,
+                "the service stops; ask again in a while",
+            ));
+        }
+        let most = self.runs_max;
+        let open = || runs.iter().filter(|(_, run)| run.is_open());
+        if open().count() < most {
+            return Ok(None);
+        }
+        longest_idle(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
+            let message = format!(
+                "{most} runs are open and at work, so that none can be put to sleep; close one, \
+                or raise coordinator.max_runs"
+            );
+            Error::new(Reason::Overloaded, message)
+        })
+    }
+}
+
+/// The run that has been idle longest, of (id, since when it has been idle).
+fn longest_idle<'a>(
+    runs: impl Iterator<Item = (&'a String, Option<Instant>)>,
+) -> Option<&'a String> {
+    runs.filter_map(|(id, since)| Some((since?, id)))
+        .min()
+        .map(|(_, id)| id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_least_recently_used_run_sleeps_and_a_busy_one_never() {
+        let now = Instant::now();
+        let after = |seconds| Some(now + Duration::from_secs(seconds));
+        let first = |idle: &[Option<Instant>]| {
+            let ids: Vec<String> = (0..idle.len()).map(|n| n.to_string()).collect();
+            longest_idle(ids.iter().zip(idle.iter().copied())).cloned()
+        };
+        assert_eq!(
+            first(&[after(3), after(1), None, after(2)]).as_deref(),
+            Some("1")
+        );
+        assert_eq!(first(&[None, None]), None);
+    }
+}
