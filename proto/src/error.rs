@@ -17,6 +17,16 @@ pub struct Failure {
     pub metadata: HashMap<String, String>,
 }
 
+impl Reason {
+    /// Returns whether the same call may succeed later, unchanged.
+    pub fn is_transient(self) -> bool {
+        matches!(
+            self,
+            Self::NoWorkers | Self::Overloaded | Self::ShuttingDown | Self::StorageUnreachable
+        )
+    }
+}
+
 impl Failure {
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self {

@@ -3,6 +3,7 @@
 //! The comments in `superbatch/v1/*.proto` are the API's documentation.
 mod error;
 pub mod ids;
+pub mod reflect;
 
 pub use error::{DOMAIN, Failure, ParseFailure, name as reason_name, some_of};
 

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
 use superbatch_transport::Authorized;
 use tonic::{Response, Status, transport::Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Authorized>;
 
@@ -51,6 +52,7 @@ impl ConnectConfig {
 #[derive(Debug, Clone)]
 pub struct Client {
     api: Api,
+    health: HealthClient<Authorized>,
     pub(crate) link: Arc<Link>,
 }
 
@@ -82,12 +84,15 @@ impl Client {
                 uri: uri.to_owned(),
                 source,
             })?;
-        let api = Api::new(Authorized::new(channel, bearer))
+        let authorized = Authorized::new(channel, bearer);
+        let health = HealthClient::new(authorized.clone());
+        let api = Api::new(authorized)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let silence_max = 2 * config.keep_alive();
         let client = Self {
             api,
+            health,
             link: Arc::new(Link {
                 uri: uri.to_owned(),
                 retry: config.retry,
@@ -193,12 +198,12 @@ impl Client {
         retry::call(self, attempt).await
     }
 
-    /// Checks that the service answers at all. Any answer will do, also a refusal: no run has the
-    /// empty id.
+    /// Checks that the service answers at all. Any answer will do, also a refusal.
     pub(crate) async fn answers(&self) -> Result<()> {
         match self
-            .api()
-            .get_run(v1::GetRunRequest::default())
+            .health
+            .clone()
+            .check(HealthCheckRequest::default())
             .await
             .map_err(|status| self.located(status.into()))
         {

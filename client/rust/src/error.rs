@@ -102,18 +102,11 @@ impl Error {
         }
     }
 
-    /// Returns whether the same call may succeed later, unchanged. Only this function decides that.
+    /// Returns whether the same call may succeed later, unchanged.
     pub fn is_retryable(&self) -> bool {
-        use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
-        let passes = |reason| {
-            matches!(
-                reason,
-                NoWorkers | Overloaded | ShuttingDown | StorageUnreachable
-            )
-        };
         match self {
-            Self::Refused(failure) => passes(failure.reason),
-            Self::Transport(status) => nearest(status).is_none_or(passes),
+            Self::Refused(failure) => failure.reason.is_transient(),
+            Self::Transport(status) => nearest(status).is_none_or(Reason::is_transient),
             Self::Connect { .. }
             | Self::Broken { .. }
             | Self::Incomplete { .. }

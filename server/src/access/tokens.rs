@@ -3,7 +3,7 @@ use super::{pattern::fits, scope::Scope};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::{fmt::Write, path::Path, time::SystemTime};
+use std::{path::Path, time::SystemTime};
 use subtle::ConstantTimeEq;
 use superbatch_proto::ids::is_run_id;
 
@@ -162,19 +162,11 @@ impl Tokens {
 /// Makes a new token.
 pub fn new_secret() -> String {
     let secret: [u8; SECRET_BYTES] = rand::random();
-    format!("{PREFIX}{}", hex(&secret))
+    format!("{PREFIX}{}", hex::encode(secret))
 }
 
 pub fn hash(token: &str) -> String {
-    hex(&Sha256::digest(token.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    hex::encode(Sha256::digest(token.as_bytes()))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use super::{
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, path::Path};
+use strsim::levenshtein;
 
 /// The prefix of every variable of this program.
 const PREFIX: &str = "SUPERBATCH_";
@@ -53,9 +54,10 @@ impl Config {
             let path = name_in_file.to_lowercase().replace("__", ".");
             set(&mut tree, &name, &path, value, &fields)?;
         }
-        let mut config: Self = serde_json::from_value(tree.clone()).map_err(|e| {
-            let other = || Error::invalid("config", "the configuration cannot be read").because(e);
-            of_file(find_faulty_field("", &tree, &fields).unwrap_or_else(other))
+        let mut config: Self = serde_path_to_error::deserialize(&tree).map_err(|e| {
+            let path = e.path().to_string();
+            let path = setting_of(&path, &fields);
+            of_file(wrong_value(path, e.into_inner(), &tree, &fields))
         })?;
         config.storage.environment = credentials;
         config.validate().map_err(of_file)?;
@@ -124,7 +126,7 @@ fn set(tree: &mut Value, name: &str, path: &str, text: String, fields: &[Field])
             None => {
                 let near = fields
                     .iter()
-                    .any(|f| !f.path.contains('.') && edits(&f.path, path) <= TYPO_EDITS_MAX);
+                    .any(|f| !f.path.contains('.') && levenshtein(&f.path, path) <= TYPO_EDITS_MAX);
                 return if near && path.len() > TYPO_EDITS_MAX * 2 {
                     Err(unknown(name, path, fields))
                 } else {
@@ -164,8 +166,8 @@ fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
     // the nearest section.
     let near = fields.iter().min_by_key(|field| {
         (
-            edits(&last(&field.path), &last(path)),
-            edits(&field.path, path),
+            levenshtein(&last(&field.path), &last(path)),
+            levenshtein(&field.path, path),
         )
     });
     let near = near.map_or("", |field| &field.path);
@@ -176,42 +178,29 @@ fn unknown(name: &str, path: &str, fields: &[Field]) -> Error {
     .with("known", near)
 }
 
-/// Finds the value that cannot be read, by trying each by itself: serde's error does not say where
-/// it was. The error names the expected value in the words of the reference page, since serde's
-/// message names Rust types.
-fn find_faulty_field(section: &str, tree: &Value, fields: &[Field]) -> Option<Error> {
-    tree.as_object()?.iter().find_map(|(key, value)| {
-        let path = below(section, key);
-        let alone = path.rsplit('.').fold(value.clone(), |value, key| {
-            Value::Object(Map::from_iter([(key.to_owned(), value)]))
-        });
-        let cause = serde_json::from_value::<Config>(alone).err()?;
-        let inner = find_faulty_field(&path, value, fields);
-        Some(
-            inner.unwrap_or_else(|| match fields.iter().find(|field| field.path == path) {
-                Some(field) => Error::invalid(
-                    &path,
-                    format!("{path} cannot be {value}; give {}", field.wanted),
-                ),
-                // An entry of a free mapping.
-                None => Error::invalid(&path, format!("{path} cannot be {value}; give text"))
-                    .because(cause),
-            }),
-        )
-    })
+/// Says what the value at `path` should be in the words of the reference page, since serde's are
+/// those of Rust.
+fn wrong_value(path: &str, cause: serde_json::Error, tree: &Value, fields: &[Field]) -> Error {
+    let mut value = tree;
+    for key in path.split('.') {
+        value = value.get(key).unwrap_or(&Value::Null);
+    }
+    match fields.iter().find(|field| field.path == path) {
+        Some(field) => Error::invalid(
+            path,
+            format!("{path} cannot be {value}; give {}", field.wanted),
+        ),
+        // An entry of a free mapping.
+        None => Error::invalid(path, format!("{path} cannot be {value}; give text")).because(cause),
+    }
 }
 
-/// Returns the Levenshtein distance.
-fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
+/// The setting in which a value is wrong: an item of a list is not a setting by itself.
+fn setting_of<'a>(path: &'a str, fields: &[Field]) -> &'a str {
+    let list = path.split('[').next().unwrap_or(path);
+    if fields.iter().any(|field| field.path == list) {
+        list
+    } else {
+        path
     }
-    row[b.len()]
 }

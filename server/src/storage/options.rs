@@ -4,7 +4,7 @@ use object_store::{
     ClientConfigKey, aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey,
 };
 use serde::{Deserialize, Deserializer};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 /// Options that an unknown one is compared with, to suggest what was meant.
 const USUAL: [&str; 32] = [
@@ -91,20 +91,9 @@ fn is_known(name: &str) -> bool {
         || name.parse::<ClientConfigKey>().is_ok()
 }
 
-/// Returns the usual option that shares most pairs of letters with `name`, relative to their
-/// lengths.
+/// Returns the usual option that is nearest to `name`, by pairs of letters that both have.
 fn nearest(name: &str) -> &'static str {
-    let pairs = |text: &str| {
-        text.as_bytes()
-            .windows(2)
-            .map(<[u8]>::to_vec)
-            .collect::<HashSet<_>>()
-    };
-    let wanted = pairs(name);
-    let likeness = |option: &&str| {
-        let has = pairs(option);
-        2.0 * has.intersection(&wanted).count() as f64 / (has.len() + wanted.len()).max(1) as f64
-    };
+    let likeness = |option: &&str| strsim::sorensen_dice(option, name);
     let near = USUAL
         .into_iter()
         .max_by(|a, b| likeness(a).total_cmp(&likeness(b)));

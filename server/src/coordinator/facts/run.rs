@@ -5,11 +5,15 @@ use crate::{
     error::{Error, Result},
     storage::{Created, Location, nonce},
 };
-use prost::Message;
+use prost::{Message, Name};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use superbatch_proto::v1::{
-    Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
+use superbatch_proto::{
+    reflect,
+    v1::{
+        Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
+    },
 };
 
 /// A model as it was when the run was opened.
@@ -138,8 +142,8 @@ impl From<PrepareModelResponse> for ModelFact {
 /// `run.json`: what OpenRun fixed for the run's life.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunFact {
-    /// The completed spec, as protobuf in hex, without appended phases.
-    spec: String,
+    /// The completed spec as JSON, without appended phases.
+    spec: Value,
     pub manifest: String,
     pub reference: Option<ModelFact>,
     pub learner: Option<ModelFact>,
@@ -154,7 +158,7 @@ impl RunFact {
         learner: Option<ModelFact>,
     ) -> Self {
         Self {
-            spec: hex(&spec.encode_to_vec()),
+            spec: reflect::to_json(spec),
             manifest,
             reference,
             learner,
@@ -165,8 +169,7 @@ impl RunFact {
     /// Returns the spec. Fields that the build which opened the run did not know have this build's
     /// defaults.
     pub fn spec(&self) -> Result<RunSpec> {
-        let mut spec: RunSpec =
-            from_hex(&self.spec).ok_or_else(|| Error::internal("a run's spec is damaged"))?;
+        let mut spec: RunSpec = read(&self.spec, "a run's spec")?;
         spec.phases.iter_mut().for_each(complete_phase);
         complete_grace(&mut spec);
         Ok(spec)
@@ -175,7 +178,7 @@ impl RunFact {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct AppendedPhases {
-    phases: Vec<String>,
+    phases: Vec<Value>,
     nonce: String,
 }
 
@@ -223,10 +226,9 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     while let Some(more) =
         find::<AppendedPhases>(location, &format!("phases/{appended}.json")).await?
     {
-        let phase = |text: &String| {
-            from_hex::<Phase>(text).ok_or_else(|| Error::internal("an appended phase is damaged"))
-        };
-        let mut phases = more.phases.iter().map(phase).collect::<Result<Vec<_>>>()?;
+        let phases = more.phases.iter();
+        let phases = phases.map(|phase| read::<Phase>(phase, "an appended phase"));
+        let mut phases = phases.collect::<Result<Vec<_>>>()?;
         phases.iter_mut().for_each(complete_phase);
         spec.phases.extend(phases);
         appended += 1;
@@ -256,10 +258,7 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
 /// # Errors
 /// `RunSpecConflict` if another call was first.
 pub async fn append_phases(location: &Location, number: u32, phases: &[Phase]) -> Result<()> {
-    let phases = phases
-        .iter()
-        .map(|phase| hex(&phase.encode_to_vec()))
-        .collect();
+    let phases = phases.iter().map(reflect::to_json).collect();
     let bytes = encode(&AppendedPhases {
         phases,
         nonce: nonce(),
@@ -350,14 +349,19 @@ fn decode<T: DeserializeOwned>(location: &Location, key: &str, bytes: &[u8]) -> 
     })
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn from_hex<M: Message + Default>(text: &str) -> Option<M> {
-    let byte = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
-    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(byte).collect();
-    M::decode(bytes?.as_slice()).ok()
+/// A message of its JSON. Older builds kept it as protobuf in hex.
+fn read<M: Message + Name + Default>(kept: &Value, what: &str) -> Result<M> {
+    let message =
+        match kept {
+            Value::String(text) => {
+                let bytes = hex::decode(text).ok();
+                bytes.and_then(|bytes| M::decode(bytes.as_slice()).ok())
+            }
+            kept => Some(reflect::from_json(kept.clone()).map_err(|e| {
+                Error::internal(format!("{what} is not of this version")).because(e)
+            })?),
+        };
+    message.ok_or_else(|| Error::internal(format!("{what} is damaged")))
 }
 
 #[cfg(test)]
@@ -420,6 +424,47 @@ mod tests {
             (found.chain.current(), found.closed, found.failure),
             (1, true, None)
         );
+    }
+
+    #[tokio::test]
+    async fn a_state_that_an_older_build_wrote_is_read() {
+        let location = Stores::new(StorageConfig::default())
+            .open("memory:///runs/old")
+            .unwrap();
+        let phase = |from_step| Phase {
+            from_step,
+            policy: Policy::Joint.into(),
+            sub_batch_size: 4,
+            ..Default::default()
+        };
+        let spec = RunSpec {
+            seed: u64::MAX,
+            phases: vec![phase(0)],
+            ..Default::default()
+        };
+        let mut run = serde_json::to_value(RunFact::new(&spec, "m".into(), None, None)).unwrap();
+        assert_eq!(
+            run["spec"]["phases"][0]["policy"], "POLICY_JOINT",
+            "people can read it"
+        );
+        let new = serde_json::from_value::<RunFact>(run.clone()).unwrap();
+        run["spec"] = hex::encode(spec.encode_to_vec()).into();
+        let old = serde_json::from_value::<RunFact>(run.clone()).unwrap();
+        assert_eq!(old.spec().unwrap(), new.spec().unwrap());
+        location.create("run.json", encode(&run)).await.unwrap();
+        let appended = AppendedPhases {
+            phases: vec![hex::encode(phase(9).encode_to_vec()).into()],
+            nonce: nonce(),
+        };
+        let bytes = encode(&appended);
+        location.create("phases/0.json", bytes).await.unwrap();
+        append_phases(&location, 1, &[phase(12)]).await.unwrap();
+        let found = load(&location).await.unwrap().unwrap();
+        let begins: Vec<u64> = found.spec.phases.iter().map(|p| p.from_step).collect();
+        assert_eq!((found.spec.seed, begins), (u64::MAX, vec![0, 9, 12]));
+        run["spec"] = "0g".into();
+        let damaged = serde_json::from_value::<RunFact>(run).unwrap();
+        assert!(damaged.spec().unwrap_err().to_string().contains("damaged"));
     }
 
     #[test]

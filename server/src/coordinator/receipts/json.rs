@@ -103,9 +103,7 @@ pub fn receipt(receipt: &Receipt) -> Value {
             score: json!(score),
             weight: json!(weight),
             fidelity: json!(super::json::fidelity_name(*fidelity)),
-            content_hash: json!(
-                content_hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
-            ),
+            content_hash: json!(hex::encode(content_hash)),
             own_score: json!(own_score),
             learner_loss: json!(learner_loss),
             reference_loss: json!(reference_loss),

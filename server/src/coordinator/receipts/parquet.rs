@@ -31,7 +31,7 @@ use parquet::{
     },
 };
 use prost::Message;
-use std::{fmt::Write, sync::Arc};
+use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
 
 const COLUMN_VALUES: &str = "column_values";
@@ -106,7 +106,10 @@ fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
     };
     let mut metadata = vec![
         KeyValue::new(BAD_ROWS.into(), json::bad_rows(bad_rows).to_string()),
-        KeyValue::new(BAD_ROWS_PROTOBUF.into(), to_hex(&bad_only.encode_to_vec())),
+        KeyValue::new(
+            BAD_ROWS_PROTOBUF.into(),
+            hex::encode(bad_only.encode_to_vec()),
+        ),
     ];
     if !passed_over.is_empty() {
         metadata.push(KeyValue::new(
@@ -121,7 +124,7 @@ fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
         ));
         metadata.push(KeyValue::new(
             SUMMARY_PROTOBUF.into(),
-            to_hex(&summary.encode_to_vec()),
+            hex::encode(summary.encode_to_vec()),
         ));
     }
     let properties = WriterProperties::builder()
@@ -214,7 +217,7 @@ fn value<'a>(metadata: &'a ParquetMetaData, key: &str) -> Option<&'a str> {
 }
 
 fn message<M: Message + Default>(hex: &str, key: &str) -> Result<M, ParquetError> {
-    let bytes = from_hex(hex).ok_or_else(|| damaged(key))?;
+    let bytes = hex::decode(hex).ok().ok_or_else(|| damaged(key))?;
     M::decode(bytes.as_slice()).map_err(|e| ParquetError::External(Box::new(e)))
 }
 
@@ -284,22 +287,6 @@ fn column<'a, A: Array + 'static>(
 
 fn damaged(what: &str) -> ParquetError {
     ParquetError::General(format!("'{what}' is missing or malformed"))
-}
-
-fn to_hex(bytes: &[u8]) -> String {
-    let mut hex = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        write!(hex, "{byte:02x}").expect("a string takes everything");
-    }
-    hex
-}
-
-fn from_hex(hex: &str) -> Option<Vec<u8>> {
-    let digit = |c: u8| char::from(c).to_digit(16);
-    let byte = |pair: &[u8]| Some((digit(pair[0])? << 4 | digit(pair[1])?) as u8);
-    hex.len()
-        .is_multiple_of(2)
-        .then(|| hex.as_bytes().chunks(2).map(byte).collect())?
 }
 
 #[cfg(test)]

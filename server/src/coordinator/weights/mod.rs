@@ -263,12 +263,3 @@ fn gauge_newest(book: &Book) {
 fn count_failure(reason: Reason) {
     metrics::weight_push_failures(reason.as_str_name().trim_start_matches("REASON_")).increment(1);
 }
-
-/// Returns whether the cause of a fault may pass: the client then sends the push again.
-fn passes(error: &Error) -> bool {
-    use Reason::{NoWorkers, Overloaded, ShuttingDown, StorageUnreachable};
-    matches!(
-        error.reason(),
-        NoWorkers | Overloaded | ShuttingDown | StorageUnreachable
-    )
-}

@@ -5,7 +5,6 @@ use super::{
     book::Snapshot,
     count_failure, lag,
     member::{Fault, Member},
-    passes,
     publish::conflict,
     staging::Staged,
 };
@@ -189,7 +188,7 @@ impl Inner {
             let old = traffic.clone();
             traffic.refused.retain(|at, _| !staged.contains(at));
             match ended {
-                Some((at, Err(error))) if passes(error) => {
+                Some((at, Err(error))) if error.reason().is_transient() => {
                     drop(traffic.failed.insert(at, error.chain()))
                 }
                 Some((at, Err(error))) => {
