@@ -73,7 +73,8 @@ Examples:
     #[command(after_long_help = "\
 Examples:
   # A run of this data and this reference on the same state then embeds nothing with the reference
-  superbatch embed --model /models/reference --sources file:///data/pool --state s3://bucket/superbatch
+  superbatch embed --model /models/reference --sources file:///data/pool \\
+      --state s3://bucket/superbatch
   # For runs that score at 128 pixels, and as Parquet files
   superbatch embed --model /models/reference --sources file:///data/pool --resolution 128 \\
       --out embeddings")]

@@ -31,7 +31,7 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "URI")]
     model: String,
     /// URIs as the run names them, in its order; may be given several times
-    #[arg(long = "sources", value_name = "URI", required = true, num_args = 1..)]
+    #[arg(long = "sources", value_name = "URI", required = true)]
     sources: Vec<String>,
     /// A folder to write the embeddings to as well, one Parquet file a shard: a URI or a path
     #[arg(long, value_name = "URI")]

@@ -1,20 +1,20 @@
 //! `superbatch receipts`: shows why a batch was chosen.
+mod costs;
+
+use self::costs::{price_of, probe, stages, towers};
 use super::{ConfigArgs, at_least_one, open_state, table::table};
 use crate::{
     config::Config,
     coordinator::{
         facts::{chain::Chain, run},
-        receipts::{accounts, json, parquet::has_scores, store::Receipts},
+        receipts::{json, parquet::has_scores, store::Receipts},
     },
     error::{Error, Result},
-    selection::probed::kept_gain,
     storage::Location,
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
-use superbatch_proto::v1::{
-    Accounts, LeftOut, Reason, Receipt, ReceiptSummary, StageSeconds, TowerFlops,
-};
+use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary};
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -294,50 +294,6 @@ fn head(s: &ReceiptSummary) -> String {
     text
 }
 
-/// FLOPs by tower and fidelity.
-fn towers(flops: Option<&TowerFlops>) -> String {
-    let TowerFlops {
-        image_full,
-        image_approximate,
-        text,
-    } = flops.copied().unwrap_or_default();
-    format!(
-        "{image_full:.3e} FLOPs image, {image_approximate:.3e} image approximate, {text:.3e} text"
-    )
-}
-
-/// What the step cost beside a uniform one, in FLOPs, and what of it is what.
-fn price_of(cost: &Accounts) -> String {
-    let Some(price) = accounts::price(cost) else {
-        return "not known".to_owned();
-    };
-    let share = |flops: f64| flops / cost.uniform_flops;
-    format!(
-        "{price:.3} of a uniform step: training {:.3}, scoring {:.3}, selection {:.3}, probe {:.3}, \
-         thrown away {:.3}",
-        share(cost.train_flops),
-        share(cost.reference_flops + cost.learner_flops),
-        share(cost.selection_flops),
-        share(cost.probe_flops),
-        share(cost.discarded_flops)
-    )
-}
-
-/// Where the step's time went, by stage.
-fn stages(seconds: &StageSeconds) -> String {
-    format!(
-        "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, \
-         select {:.3}",
-        seconds.total,
-        seconds.fetch,
-        seconds.decode,
-        seconds.embed_reference,
-        seconds.embed_learner,
-        seconds.wait_weights,
-        seconds.select
-    )
-}
-
 fn drawn_by(s: &ReceiptSummary) -> String {
     format!(
         "{} {} {}, {} chunks, seed {}",
@@ -363,26 +319,6 @@ fn fidelity(s: &ReceiptSummary) -> String {
         text.push_str(&format!("; {} of the {of} trained so", asked.share));
     }
     text
-}
-
-/// What the other fidelity would have chosen, where that was asked.
-fn probe(s: &ReceiptSummary) -> String {
-    let Some(found) = &s.probe else {
-        return "none at this step".to_owned();
-    };
-    let kept = kept_gain(found).map_or("none to be kept".to_owned(), |kept| format!("{kept:.2}"));
-    format!(
-        "of {} rows at both fidelities: rank correlation {:.3}, overlap {:.3} of draws of {} ({:.3} \
-         at random), kept gain {kept} (batch scores {:.5} full, {:.5} approximate, {:.5} uniform)",
-        found.rows,
-        found.rank_correlation,
-        found.overlap,
-        found.draw,
-        f64::from(found.draw) / f64::from(found.rows.max(1)),
-        found.score_full,
-        found.score_approximate,
-        found.score_uniform
-    )
 }
 
 fn scores(s: &ReceiptSummary) -> String {
