@@ -71,7 +71,7 @@ wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the ser
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
 
-demo: ## uniform, independent and joint selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; DEMO_OUT=folder)
+demo: ## uniform, joint, approximate (flexi) and independent selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm
 	@$(MAKE) --no-print-directory build
 	$(PYTHON) -m examples.demo

@@ -4,6 +4,7 @@ The folder (config.json, preprocessor_config.json, tokenizer.json, model.safeten
 the service needs to know.
 """
 
+import copy
 import io
 import json
 import math
@@ -149,6 +150,12 @@ class Transform:
         self.size = (about["size"]["width"], about["size"]["height"])
         self.resample = Image.Resampling(about["resample"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def at(self, side: int) -> "Transform":
+        """The same for pictures of another side."""
+        other = copy.copy(self)
+        other.size = (side, side)
+        return other
 
     def image(self, data: bytes) -> numpy.ndarray:
         picture = Image.open(io.BytesIO(data)).convert("RGB")

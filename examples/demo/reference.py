@@ -23,7 +23,7 @@ from .model import SHAPE, Transform, save_weights, write_folder
 from .settings import Settings
 from .train import Batch, Trainer, fit, start_rank
 
-VERSION = 2
+VERSION = 3
 SEED = 7
 # How many junk captions the tokenizer learns from.
 JUNK = 2000
@@ -33,20 +33,26 @@ def shuffled_batches(
     folder: Path, transform: Transform, settings: Settings, rank: int, seed: int
 ) -> Iterator[Batch]:
     """Epoch after epoch of a folder in an order of its own; each rank takes its slice of each
-    batch.
+    batch. With a low side, half as many further rows come at that side.
     """
     table = pyarrow.parquet.read_table(folder, columns=["png", "caption"])
-    pixels, tokens = (
-        transform.images(table["png"].to_pylist()),
-        transform.captions(table["caption"].to_pylist()),
-    )
-    size, local = settings.sub_batch_size, settings.sub_batch_size // settings.world_size
+    images = table["png"].to_pylist()
+    pixels, tokens = transform.images(images), transform.captions(table["caption"].to_pylist())
+    low = settings.low_side
+    small = None if low is None else transform.at(low).images(images)
+    full = settings.sub_batch_size // settings.world_size
+    local = full if small is None else full + full // 2
+    size = local * settings.world_size
     rng, order, step = random.Random(seed), [], 0
     while True:
         while len(order) < size:
             order += rng.sample(range(len(pixels)), len(pixels))
         chosen, order = order[:size][rank * local : (rank + 1) * local], order[size:]
-        yield Batch(step, pixels[chosen], tokens[chosen])
+        if small is None:
+            yield Batch(step, pixels[chosen], tokens[chosen])
+        else:
+            large, low = pixels[chosen[:full]], small[chosen[full:]]
+            yield Batch(step, large, tokens[chosen], small=low)
         step += 1
 
 

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet
@@ -15,6 +15,8 @@ from .train import Point, read_curve
 # How many stretches an arm is cut into to say what share of mismatched captions it trained on, and
 # when.
 STRETCHES = 20
+# The file of an arm's probes.
+PROBES = "probes.json"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class ArmResult:
     seed: int
     points: list[Point]
     chosen: list[list[str]]
+    # What the fidelity probes of an arm that scores small pictures found.
+    probes: list[dict] = field(default_factory=list)
 
     def series(self) -> dict[str, list]:
         return {
@@ -35,6 +39,7 @@ class ArmResult:
             "seconds": [point.seconds for point in self.points],
             "seed": self.seed,
             "recall_at_1": [point.recall_at_1 for point in self.points],
+            "probes": self.probes,
         }
 
     def stretches(self) -> list[tuple[int, list[str]]]:
@@ -72,7 +77,9 @@ def read_arm(policy: str, seed: int, folder: Path) -> ArmResult:
         for path in sorted(folder.glob("ids-*.jsonl"))
     ]
     chosen = [[row for rank in step for row in rank] for step in zip(*ranks, strict=True)]
-    return ArmResult(policy, seed, read_curve(folder), chosen)
+    probes = folder / PROBES
+    found = json.loads(probes.read_text()) if probes.exists() else []
+    return ArmResult(policy, seed, read_curve(folder), chosen, found)
 
 
 class Pool:
@@ -194,6 +201,7 @@ def table(results: dict) -> str:
         lines += [
             "",
             *(sentence(policy, seed) for policy in ARMS if policy != "uniform" and policy in arms),
+            *(probed(policy, arm["probes"]) for policy, arm in arms.items() if arm["probes"]),
             "",
         ]
     lines += over_seeds(results)
@@ -224,6 +232,17 @@ def sentence(policy: str, seed: dict) -> str:
         return f"{policy}: did not reach uniform's final accuracy. Selection lost here."
     said = [f"{against_uniform(times[axis])} {word}" for axis, word in WORDS]
     return f"{policy}: reached uniform's final accuracy with {', '.join(said)}."
+
+
+def probed(policy: str, probes: Sequence[dict]) -> str:
+    """What small pictures cost in choice, over the arm's probes."""
+    mean = {name: statistics.fmean(probe[name] for probe in probes) for name in probes[0]}
+    gain = mean["score_full"] - mean["score_uniform"]
+    kept = (mean["score_approximate"] - mean["score_uniform"]) / gain if gain > 0 else 0.0
+    return (
+        f"{policy}: of {len(probes)} probes, rank correlation of small and full pictures' scores "
+        f"{mean['rank_correlation']:.2f}, {mean['overlap']:.0%} of the draw the same, {kept:.0%} of the gain kept."
+    )
 
 
 def against_uniform(times: float) -> str:

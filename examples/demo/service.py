@@ -18,6 +18,7 @@ import torch
 from .data.packages import DemoError
 from .evaluate import Evaluation
 from .model import Transform
+from .report import PROBES
 from .settings import Selection, Settings
 from .train import Batch, Trainer, fit, start_rank
 
@@ -26,6 +27,9 @@ BINARY = Path(
     or Path(__file__).parents[2] / "target" / "debug" / "superbatch"
 )
 STOP_SECONDS = 40
+# How often, and on how many candidates, an arm that scores small pictures compares what it would
+# have chosen at full size. It is on the arm's bill.
+PROBE_STEPS, PROBE_ROWS = 40, 256
 # The trainer has the same cores. LibTorch's OpenMP threads spin while they wait for each other:
 # that takes the trainer's time, and with every core busy a step was seen to cost three times as
 # much.
@@ -61,13 +65,28 @@ class Arm:
         return f"{self.selection.name} (seed {self.seed})"
 
 
+def fidelity(selection: Selection) -> dict:
+    """What an arm that scores and trains small pictures adds to its phase."""
+    if selection.low_side is None:
+        return {}
+    return {
+        "fidelity": "approximate",
+        "approximation": superbatch.Approximation(resolution=selection.low_side),
+        "multi_resolution": superbatch.MultiResolution(),
+        "probe": superbatch.FidelityProbe(every_steps=PROBE_STEPS, rows=PROBE_ROWS),
+    }
+
+
 def run_spec(arm: Arm) -> superbatch.RunSpec:
-    settings = arm.settings
+    settings, low = arm.settings, fidelity(arm.selection)
     return superbatch.RunSpec(
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],
         learner=superbatch.Learner(
-            model_uri=arm.learner.as_uri(), snapshot_uri=arm.weights.as_uri()
+            model_uri=arm.learner.as_uri(),
+            snapshot_uri=arm.weights.as_uri(),
+            # What all arms begin with was trained so, as the reference was.
+            trained_fidelities=[low["approximation"]] if low else None,
         ),
         reference=arm.reference.as_uri(),
         phases=[
@@ -77,6 +96,7 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
                 sub_batch_size=settings.sub_batch_size,
                 n_chunks=settings.n_chunks,
                 **dict(arm.selection.phase),
+                **low,
             )
         ],
         loss="sigmoid",
@@ -86,9 +106,10 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
 
 
 def service_batches(
-    run: superbatch.Run, rank: int, settings: Settings, transform: Transform
+    run: superbatch.Run, rank: int, arm: Arm, transform: Transform
 ) -> Iterator[Batch]:
     """This rank's slices, step by step, fetched ahead by the client."""
+    settings, low = arm.settings, arm.selection.low_side
     for batch in run.batches(
         rank=rank, world_size=settings.world_size, start_step=0, end_step=settings.steps
     ):
@@ -99,19 +120,24 @@ def service_batches(
                 cost.learner_flops,
                 cost.selection_flops,
                 cost.discarded_flops,
+                cost.probe_flops,
                 cost.train_flops,
             )
         )
-        images, captions, ids = (
-            batch[column].to_pylist() for column in ("image", "caption", "_superbatch_id")
+        images, captions, ids, fidelities = (
+            batch[column].to_pylist()
+            for column in ("image", "caption", "_superbatch_id", "_superbatch_fidelity")
         )
+        # Each rank gets its full rows first.
+        full = fidelities.count("full")
         yield Batch(
             batch.step,
-            transform.images(images),
+            transform.images(images[:full]),
             transform.captions(captions),
             ids,
             cost.candidates_scanned,
             flops,
+            transform.at(low).images(images[full:]) if low else None,
         )
 
 
@@ -128,13 +154,23 @@ def rank_main(rank: int, arm: Arm, address: str) -> None:
 
     fit(
         trainer,
-        service_batches(run, rank, arm.settings, trainer.transform),
+        service_batches(run, rank, arm, trainer.transform),
         evaluation,
         arm.label,
         arm.folder,
         push,
     )
     run.flush()
+    if rank == 0 and arm.selection.low_side:
+        write_probes(run, arm)
+
+
+def write_probes(run: superbatch.Run, arm: Arm) -> None:
+    """What each probe found, with its step."""
+    steps = range(0, arm.settings.steps, PROBE_STEPS)
+    probes = [(step, run.receipt(step).summary.probe) for step in steps]
+    found = [{"step": step, **probe} for step, probe in probes if probe]
+    (arm.folder / PROBES).write_text(json.dumps(found))
 
 
 def run_arm(arm: Arm, address: str) -> None:

@@ -19,17 +19,24 @@ class Selection:
     policy: str
     colour: str
     phase: tuple[tuple[str, Any], ...] = ()
+    # The side in pixels at which candidates are scored and half of the batch is trained
+    # (Flexi-JEST); None: all of it at the model's own.
+    low_side: int | None = None
 
     @property
     def looks_at_weights(self) -> bool:
         return self.policy != "uniform"
 
 
+# Three quarters of the model's side: nine patches in place of sixteen. Half of it leaves four.
+LOW_SIDE = 12
+
 ARMS = {
     arm.name: arm
     for arm in (
         Selection("uniform", "uniform", "#7a7a7a"),
         Selection("joint", "joint", "#1668b8"),
+        Selection("flexi", "joint", "#2f9e44", low_side=LOW_SIDE),
         Selection("independent", "independent", "#d98300"),
     )
 }
@@ -57,6 +64,9 @@ class Settings:
     # Whether pictures are moved, turned and recoloured at random. For the reference, which sees few
     # pictures many times.
     augment: bool = False
+    # The reference's: the side in pixels of further rows, half as many, that each batch has; None:
+    # all rows are of the model's own side.
+    low_side: int | None = None
     # After how many steps the weights are kept: the reference's early weights are where all arms
     # begin.
     keep_at: int | None = None
@@ -95,7 +105,14 @@ class Preset:
 FULL = Preset(
     pool=PoolRecipe(rows=24_000),
     reference=Settings(
-        steps=1500, evaluate_every=250, learning_rate=3e-3, cooldown=0.6, augment=True, keep_at=150
+        steps=1500,
+        evaluate_every=250,
+        learning_rate=3e-3,
+        cooldown=0.6,
+        augment=True,
+        keep_at=75,
+        # It has to know small pictures to score them, and so has what all arms begin with.
+        low_side=LOW_SIDE,
     ),
     arms=Settings(steps=600, evaluate_every=20, average_over=0.125),
     seeds=(0, 1, 2),

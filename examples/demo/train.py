@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from superbatch.torch import TwoResolutions
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +31,7 @@ KEPT = "early.safetensors"
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a step: pixels (n, 3, height, width) and token ids as the model takes
-    them.
+    them. `small` holds further rows' pixels, of a smaller side; `tokens` and `ids` have them last.
 
     `scanned` and `flops` are the whole step's, as its receipt accounts for them.
     """
@@ -41,6 +42,7 @@ class Batch:
     ids: list[str] = field(default_factory=list)
     scanned: int = 0
     flops: float = 0.0
+    small: torch.Tensor | None = None
 
 
 @dataclass
@@ -149,17 +151,21 @@ class Trainer:
         self.chance = torch.Generator().manual_seed(rank)
         self.model = load(model_folder, weights).train()
         self.average = AveragedModel(self.model, settings.average_over)
-        self.parallel = DistributedDataParallel(self.model)
+        # One forward for both sizes, so that the gradients are those of one loss.
+        self.parallel = DistributedDataParallel(TwoResolutions(self.model))
         self.optimizer = optimizer(self.model, settings)
 
     def step(self, batch: Batch) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(batch.step)
-        pixels = augment(batch.pixels, self.chance) if self.settings.augment else batch.pixels
-        out = self.parallel(input_ids=batch.tokens, pixel_values=pixels)
+        small = batch.pixels[:0] if batch.small is None else batch.small
+        pixels = [batch.pixels, small]
+        if self.settings.augment:
+            pixels = [augment(part, self.chance) if len(part) else part for part in pixels]
+        image, text, _, _ = self.parallel(*pixels, batch.tokens)
         loss = siglip_loss(
-            out.image_embeds,
-            out.text_embeds,
+            torch.nn.functional.normalize(image, dim=-1),
+            torch.nn.functional.normalize(text, dim=-1),
             self.model.logit_scale,
             self.model.logit_bias,
             self.rank,

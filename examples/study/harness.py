@@ -37,8 +37,7 @@ class Arm:
     select: dict = field(default_factory=dict)
     # Share of the pool with the best CLIPScore of the reference, taken once before the first step.
     best: float = 1.0
-    # The learner scores candidates at half resolution, and half of the rows are trained so. The
-    # reference, which looks at a row once, sees it whole.
+    # Learner and reference score candidates at the low side, and half of the rows are trained so.
     low: bool = False
 
 
@@ -83,9 +82,9 @@ def loss_of(image: torch.Tensor, text: torch.Tensor, model: SiglipModel) -> torc
 class References:
     """The reference's embeddings of a pool."""
 
-    def __init__(self, world: World, pool: Rows):
+    def __init__(self, world: World, pool: Rows, low: bool):
         model = world.reference()
-        self.image, self.text = scored(model, pool.pixels, pool.ids)
+        self.image, self.text = scored(model, pool.low if low else pool.pixels, pool.ids)
         self.scale, self.bias = scale_of(model)
 
     def best(self, share: float) -> torch.Tensor:
@@ -117,9 +116,9 @@ def forward_flops(model: SiglipModel, side: int) -> tuple[float, float]:
 class Costs:
     """FLOPs of one step and of what comes before the first, as the service accounts for them."""
 
-    def __init__(self, model: SiglipModel, arm: Arm, settings: Settings, pool: int):
-        side = model.config.vision_config.image_size
-        (picture, caption), (small, _) = forward_flops(model, side), forward_flops(model, side // 2)
+    def __init__(self, model: SiglipModel, arm: Arm, settings: Settings, pool: Rows):
+        sides = pool.pixels.shape[-1], pool.low.shape[-1]
+        (picture, caption), (small, _) = (forward_flops(model, side) for side in sides)
         trained = (picture + small) / 2 if arm.low else picture
         self.step, self.once = 3 * settings.sub_batch_size * (trained + caption), 0.0
         looked = (small if arm.low else picture) + caption
@@ -127,7 +126,7 @@ class Costs:
             width = model.config.vision_config.hidden_size
             self.step += settings.super_batch_size * (looked + 8 * settings.sub_batch_size * width)
         if arm.policy != "uniform" or arm.best < 1:
-            self.once = pool * (picture + caption)
+            self.once = len(pool) * looked
 
 
 def half_low(rows: torch.Tensor) -> torch.Tensor:
@@ -156,8 +155,8 @@ class Run:
         self.arm, self.settings, self.seed, self.tests = arm, settings, seed, world.tests
         self.model, self.scorer = world.learner(), world.learner().eval()
         self.pool = world.pool
-        self.costs = Costs(self.model, arm, settings, len(self.pool))
-        self.references = References(world, self.pool) if self.costs.once else None
+        self.costs = Costs(self.model, arm, settings, self.pool)
+        self.references = References(world, self.pool, arm.low) if self.costs.once else None
         if arm.best < 1:
             self.pool = self.pool.only(self.references.best(arm.best))
         self.order = Order(len(self.pool), seed)

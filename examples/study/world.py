@@ -18,7 +18,7 @@ from examples.demo.train import KEPT
 
 @dataclass
 class Rows:
-    """Pixels (n, 3, side, side), half as fine pixels, token ids, and what only the study knows."""
+    """Pixels (n, 3, side, side), pixels of the low side, token ids, and what only the study knows."""
 
     pixels: torch.Tensor
     low: torch.Tensor
@@ -37,10 +37,10 @@ class Rows:
 class World:
     """One pool, the test splits, the reference, and the weights that every arm begins with."""
 
-    def __init__(self, dataset: Path, folder: Path):
+    def __init__(self, dataset: Path, folder: Path, low_side: int):
         self.dataset, self.folder = dataset, folder
-        self.transform, self.half = Transform(folder), Transform(folder)
-        self.half.size = tuple(side // 2 for side in self.transform.size)
+        self.transform = Transform(folder)
+        self.small = self.transform.at(low_side)
         self.pool = self.rows("pool")
         self.tests = {split: self.rows("eval", split) for split in ("val", "test")}
 
@@ -49,7 +49,7 @@ class World:
         cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1
     ) -> "World":
         dataset = build_dataset(cache, recipe, processes)
-        return cls(dataset, train_reference(cache, dataset, reference))
+        return cls(dataset, train_reference(cache, dataset, reference), reference.low_side)
 
     def reference(self):
         return load(self.folder).eval()
@@ -58,7 +58,8 @@ class World:
         return load(self.folder, self.folder / KEPT).train()
 
     def rows(self, name: str, split: str = "train") -> Rows:
-        kept = self.folder / f"{self.dataset.name}-{name}-{split}.pt"
+        low = self.small.size[0]
+        kept = self.folder / f"{self.dataset.name}-{name}-{split}-{low}.pt"
         if not kept.exists():
             columns = ["png", "caption", "kind", "concept"]
             table = pyarrow.parquet.read_table(
@@ -69,7 +70,7 @@ class World:
             torch.save(
                 [
                     self.transform.images(images),
-                    self.half.images(images),
+                    self.small.images(images),
                     self.transform.captions(texts),
                     wrong,
                     concepts,

@@ -2,6 +2,7 @@
 does, in seconds.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,11 @@ def inputs(tmp_path_factory) -> Path:
 
 def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, list, dict]:
     """The arm's result, its receipts, and what the service knows of the run at the end."""
+    selection = ARMS[policy]
+    if selection.low_side:
+        selection = replace(selection, low_side=tiny.SIDE // 2)
     arm = service.Arm(
-        ARMS[policy], 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder
+        selection, 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder
     )
     with service.serve(folder) as address:
         service.run_arm(arm, address)
@@ -59,6 +63,24 @@ def test_a_two_rank_trainer_learns_from_batches_chosen_with_its_own_weights(inpu
     assert result.points[-1].scanned == STEPS * SETTINGS.super_batch_size
     assert result.points[-1].flops > 0
     assert known.candidates_scanned >= STEPS * SETTINGS.super_batch_size
+
+
+def test_flexi_scores_small_pictures_and_trains_half_of_the_batch_so(inputs, tmp_path):
+    result, receipts, known = train("flexi", inputs, tmp_path)
+    for receipt, chosen in zip(receipts, result.chosen, strict=True):
+        assert receipt.summary.fidelity == "approximate"
+        assert sorted(row.id for row in receipt.chosen) == sorted(chosen)
+        fidelities = [row.fidelity for row in receipt.chosen]
+        assert fidelities.count("approximate") == SETTINGS.sub_batch_size // 2
+    accounts = known.accounts
+    assert accounts.scoring.image_full == 0 < accounts.scoring.image_approximate
+    assert 0 < accounts.training.image_approximate < accounts.training.image_full
+    assert [point.step for point in result.points] == [0, 4, 8]
+    (probe,) = result.probes
+    assert probe["step"] == 0 and probe["rows"] == SETTINGS.super_batch_size
+    assert accounts.probe_flops > 0
+    loss = [point.loss for point in result.points[1:]]
+    assert all(0 < value < 20 for value in loss)
 
 
 def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):

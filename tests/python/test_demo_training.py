@@ -105,6 +105,23 @@ def test_training_learns(one_rank, folder):
     assert not torch.equal(before.logit_bias, trainer.model.logit_bias)
 
 
+def test_a_batch_in_two_sizes_has_one_loss(one_rank, folder):
+    """Of the same pictures in one size: whichever part of the batch they are in."""
+    settings = Settings(
+        steps=1, evaluate_every=1, sub_batch_size=8, world_size=1, learning_rate=1e-3
+    )
+    images = [tiny.draw("red", "cross", tiny.random.Random(n)) for n in range(8)]
+    transform = Transform(folder)
+    pixels, small = transform.images(images), transform.at(8).images(images[4:])
+    tokens = transform.captions(tiny.captions()[:8])
+    assert small.shape == (4, 3, 8, 8)
+    whole = Trainer(folder, settings, 0).step(Batch(0, pixels, tokens))
+    split = Trainer(folder, settings, 0).step(Batch(0, pixels[:4], tokens, small=pixels[4:]))
+    assert split == pytest.approx(whole, rel=1e-5)
+    mixed = Trainer(folder, settings, 0).step(Batch(0, pixels[:4], tokens, small=small))
+    assert mixed != pytest.approx(whole, rel=1e-5)
+
+
 def test_augmenting_keeps_white_ground_and_bounds():
     chance = torch.Generator().manual_seed(0)
     pixels = torch.rand(8, 3, 24, 24, generator=chance) * 2 - 1
