@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic, sleep
 
-from test_s3 import BUCKET, Store, credentials, remote
+from s3_store import BUCKET, Store, credentials, remote
 
 from . import schedule
 from .members import Member, coordinator
@@ -273,12 +273,12 @@ class Chaos(ExitStack):
 
     def lose_pushes(self, event: Event) -> None:
         """A crash of trainer and coordinator with two pushes on their way."""
-        self.weather.refused_writes = re.compile(rf"/runs/{RUN}/snapshots/")
+        self.weather.refused = re.compile(rf"^PUT .*/runs/{RUN}/snapshots/")
         self.wait("two pushes on their way", self.has_lost_two)
         self.say("kill the trainer and the owner, with two pushes on their way")
         self.trainer.kill()
         self.owner().kill(event.seconds)
-        self.weather.refused_writes = None
+        self.weather.refused = None
         self.replace_trainer(event.start)
 
     def takeover(self, event: Event) -> None:

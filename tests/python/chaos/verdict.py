@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
-from test_s3 import BUCKET, credentials
+from s3_store import BUCKET, credentials
 
 from examples.demo import tiny
 

@@ -28,8 +28,8 @@ class Weather(ThreadingHTTPServer):
         self.store_port = port
         self.lock = threading.Lock()
         self.storm: tuple[str, float, random.Random] | None = None
-        #: Writes of paths that match are refused, whatever the storm.
-        self.refused_writes: re.Pattern | None = None
+        #: Requests that match, as "PUT /path", are refused, whatever the storm.
+        self.refused: re.Pattern | None = None
         #: What was done to requests so far.
         self.done: Counter = Counter()
         super().__init__(("127.0.0.1", 0), Request)
@@ -50,9 +50,9 @@ class Weather(ThreadingHTTPServer):
     def fault(self, command: str, path: str) -> str | None:
         """What to do to this request."""
         with self.lock:
-            refused = self.refused_writes
+            refused = self.refused
             fault = None
-            if command == "PUT" and refused and refused.search(path):
+            if refused and refused.search(f"{command} {path}"):
                 fault = "refuse"
             elif self.storm:
                 kind, share, rng = self.storm
