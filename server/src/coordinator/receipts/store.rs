@@ -68,11 +68,9 @@ impl Receipts {
 
     /// Returns the receipt of a step in one generation.
     pub async fn find(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
-        self.run
-            .find(&key(step, generation))
-            .await?
-            .map(parquet::decode)
-            .transpose()
+        let key = key(step, generation);
+        let found = self.run.find(&key).await?.map(parquet::decode).transpose();
+        found.map_err(|error| error.about(self.run.uri_of(&key)))
     }
 
     /// As [`Self::find`], without the rows: reads only the end of the file.
