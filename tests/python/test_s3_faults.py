@@ -2,10 +2,13 @@
 step is decided twice.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic, sleep
 
 import pytest
 import superbatch
+from chaos.weather import Weather
 from cluster import DEADLINE_SECONDS
 from s3_store import BUCKET, coordinator, proxy, remote, store  # noqa: F401
 from test_end_to_end import STEPS, choices, inputs, service, spec, train, undisturbed  # noqa: F401
@@ -83,3 +86,32 @@ def test_writes_whose_answers_are_lost_are_known_for_our_own(
         assert any(f"/runs/lost/{write}" in path for path in losing.lost), (
             f"nothing was lost of {write}"
         )
+
+
+def test_old_snapshots_go_though_storage_refuses_to_delete_for_a_while(
+    inputs, store, tmp_path, undisturbed
+):
+    """A batch that is consumed is dropped while the snapshots that its step made old are still
+    being deleted.
+    """
+    state = "state-of-deletes"
+    weather = Weather(store.port)
+    only = coordinator(tmp_path, "only", weather.port, f"s3://{BUCKET}/{state}", snapshots_kept=1)
+    try:
+        # One by one, or several by one request.
+        weather.refused = re.compile(r"^DELETE .*/snapshots/|^POST .*\?delete")
+        run = superbatch.connect(only.address).open_run(remote("deleting"))
+        steps = 3 * STEPS
+        assert train(run, inputs, end=steps)[:STEPS] == undisturbed[0]
+        assert weather.done["refuse"] > 0
+        assert len(store.keys(f"{state}/runs/deleting/snapshots/")) >= steps
+        weather.refused = None
+        train(run, inputs, start=steps, end=steps + 2)
+        until = monotonic() + DEADLINE_SECONDS
+        # The steps prepared ahead need two, and a third may be on its way out.
+        while len(left := store.keys(f"{state}/runs/deleting/snapshots/")) > 3:
+            assert monotonic() < until, left
+            sleep(0.02)
+    finally:
+        only.stop()
+        weather.stop()

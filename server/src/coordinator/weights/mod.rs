@@ -120,6 +120,9 @@ pub struct Inner {
     book: watch::Sender<Book>,
     staging: Mutex<streams::Staging>,
     traffic: watch::Sender<Traffic>,
+    /// Keys of snapshots that are retired and not deleted yet: deleting may fail, and it ends when
+    /// the call that does it is dropped.
+    retired: watch::Sender<BTreeSet<String>>,
     /// Held during an upload and its check, one at a time.
     verifying: tokio::sync::Mutex<()>,
     /// Held while a version is made public, one at a time. It is a lock of its own, so that nothing
@@ -164,6 +167,7 @@ impl Weights {
             book: watch::Sender::new(book),
             staging: Mutex::default(),
             traffic: watch::Sender::default(),
+            retired: watch::Sender::default(),
             verifying: tokio::sync::Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
             tasks: TaskTracker::new(),
@@ -190,20 +194,22 @@ impl Weights {
         !self.0.traffic.borrow().staging.is_empty()
     }
 
-    /// Returns whether [`Weights::retire_before`] would retire anything.
+    /// Returns whether [`Weights::retire_before`] would return anything.
     pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
-        self.0.book.borrow().has_before(oldest_step, kept)
+        !self.0.retired.borrow().is_empty() || self.0.book.borrow().has_before(oldest_step, kept)
     }
 
     /// Retires versions from before `oldest_step`, except the newest `kept`: no step is scored with
-    /// them from now on. Returns the keys of their snapshots, for [`Weights::delete`].
+    /// them from now on. Returns the keys of their snapshots, for [`Weights::delete`], and of those
+    /// that were retired before and are not deleted yet.
     pub fn retire_before(&self, oldest_step: i64, kept: u64) -> Vec<String> {
         let mut keys = Vec::new();
         self.0.book.send_if_modified(|book| {
             keys = book.forget_before(oldest_step, kept);
             !keys.is_empty()
         });
-        keys
+        self.0.retired.send_modify(|retired| retired.extend(keys));
+        self.0.retired.borrow().iter().cloned().collect()
     }
 
     /// Deletes the snapshots that this book has retired, by their keys, and nothing else. Deleting
@@ -211,11 +217,19 @@ impl Weights {
     /// and have published versions that this book does not know. The facts of all versions stay.
     ///
     /// # Errors
-    /// `StorageUnreachable`. Files that stay behind are deleted when the run is opened the next
-    /// time.
+    /// `StorageUnreachable`. Files that stay behind are deleted with the next ones.
     pub async fn delete(&self, keys: &[String]) -> Result<()> {
         for key in keys {
-            self.0.run.delete(key).await?;
+            if let Err(error) = self.0.run.delete(key).await {
+                // Another call may have deleted it, or one that was dropped before it knew.
+                let is_gone = matches!(self.0.run.head(key).await, Ok(None));
+                if !is_gone {
+                    return Err(error);
+                }
+            }
+            self.0
+                .retired
+                .send_modify(|retired| _ = retired.remove(key));
         }
         Ok(())
     }

@@ -846,6 +846,29 @@ async fn forgotten_snapshots_are_deleted_and_stay_forgotten() {
 }
 
 #[tokio::test]
+async fn snapshots_whose_deletion_was_dropped_go_with_the_next() {
+    let bench = Bench::new();
+    let weights = bench.open().await;
+    for step in 0..4 {
+        push(&weights, start(step, "p"), whole(step as f32))
+            .await
+            .unwrap();
+    }
+    let dropped = weights.retire_before(1, 1);
+    assert_eq!((dropped.len(), bench.snapshots().await), (1, 4));
+    assert!(weights.has_before(1, 1), "one is left");
+    let run = bench.stores.open("memory:///state/runs/r").unwrap();
+    run.delete(&dropped[0]).await.unwrap();
+    assert_eq!(
+        forget(&weights, 2).await,
+        2,
+        "that it is gone is no failure"
+    );
+    assert_eq!(bench.snapshots().await, 2);
+    assert!(!weights.has_before(2, 1));
+}
+
+#[tokio::test]
 async fn a_former_owner_deletes_nothing_of_the_new_ones() {
     let bench = Bench::new();
     let former = bench.open().await;
