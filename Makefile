@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python test-deploy chaos images wheel demo docs docs-site check fmt bench-kernels bench-service bench-images test-gpu clean
+.PHONY: help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -56,10 +56,13 @@ test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, da
 	scripts/test-deploy.sh all
 
 # CHAOS_OUT=folder: where logs and inputs go instead of a new temporary folder.
-export KILLS SECONDS SEED CHAOS_OUT
+export KILLS SECONDS SEED CHAOS_OUT STEPS
 
 chaos: build ## Kills, pauses and storage faults at random, compared with an undisturbed run (KILLS=200; SECONDS=3600; SEED=n)
 	PYTHONPATH=.:tests/python $(PYTHON) -m chaos
+
+soak: build ## A long run at small scale: memory, descriptors, state and latency as it goes (STEPS=10000)
+	PYTHONPATH=.:tests/python $(PYTHON) tests/python/soak.py
 
 images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
 	scripts/images.sh
