@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-images test-gpu clean
+.PHONY: help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-tars bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -109,6 +109,10 @@ bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machin
 bench-service: build ## Serving rows and taking weights against other ways to move the same bytes, as ratios of one run
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_service.py
+
+bench-tars: build ## Rows of tars, shuffled and by range, against webdataset in sequence, as a ratio of one run (SHARDS=4)
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
+	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_tars.py
 
 bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
 	cargo bench -p superbatch-images --bench pillow

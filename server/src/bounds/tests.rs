@@ -51,7 +51,8 @@ const BYTES: &str = "no more than a message holds";
 
 /// Messages that only a coordinator or a client of the public plane makes and that no process of
 /// the service reads.
-const SENT: [&str; 27] = [
+const SENT: [&str; 28] = [
+    "ProbeResult",
     "Accounts",
     "AnnouncePushResponse",
     "AppendPhasesResponse",
@@ -390,6 +391,15 @@ const FIELDS: &[(&str, How)] = &[
     ("Phase.approximation", How::Message),
     ("Phase.multi_resolution", How::Message),
     ("Phase.allow_untrained_fidelity", Free(FLAG)),
+    ("Phase.probe", How::Message),
+    (
+        "FidelityProbe.every_steps",
+        Free("steps are counted by it, and nothing is sized"),
+    ),
+    (
+        "FidelityProbe.rows",
+        Free("no more than the super-batch's candidates are compared"),
+    ),
     (
         "Phase.score_columns",
         Bound("phases[0].score_columns", || {

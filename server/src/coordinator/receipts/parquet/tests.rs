@@ -137,7 +137,7 @@ assert summary["policy"] == "joint" and summary["step"] == 3, summary
 assert summary["learner"] == {"version": 2, "step": 7, "generation": 1, "digest": "ab"}
 assert summary["cost"]["seconds"]["total"] == 0.25
 assert summary["tuning"] == {"duplicates_above": 0.95}, summary
-assert summary["left_out"] == {"clip_score_at_least": 0, "neg_clip_loss_keep": 0, "duplicates_above": 5}
+assert summary["left_out"] == {"clip_score_at_least": 0, "neg_clip_loss_keep": 0, "duplicates_above": 5, "score_columns": 0}
 [bad] = json.loads(meta[b"superbatch.bad_rows"])
 passed = json.loads(meta[b"superbatch.passed_over"])
 assert passed["id"] == ["00000.parquet#5"] and passed["own_score"] == [0.1] and passed["reference_loss"] == [None]
