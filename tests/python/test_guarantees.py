@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("server/src", "client/rust", "scoring-kernels/src", "storage/src", "tests")
+FOLDERS = ("server/src", "client/rust", "scoring-kernels", "tests")
 
 
 def test_every_test_that_a_guarantee_names_exists():
