@@ -67,6 +67,8 @@ def run(folder: Path, seed: int, kills: int | None, seconds: float | None) -> Ve
         for trainer in chaos.trainers:
             trainer.kill()
         faults += [line for member in chaos.members for line in member.faults()]
+        # Of those that were replaced before a wait looked at them, too.
+        faults += [line for one in chaos.trainers for line in one.faults(is_current=False)]
         batches = [line for one in chaos.trainers for lines in one.lines("batch") for line in lines]
         if batches:
             faults += judged(chaos, batches)
