@@ -42,6 +42,19 @@ pub struct EmbedArgs {
     /// The column that holds the captions, where the layout does not tell
     #[arg(long, value_name = "COLUMN")]
     caption_column: Option<String>,
+    /// The source's `where`, if the run has one: embeddings are kept by the manifest, which holds
+    /// the rows that it leaves
+    #[arg(long = "where", value_name = "PREDICATE")]
+    predicate: Option<String>,
+    /// The source's `allow`, if the run has one
+    #[arg(long, value_name = "URI")]
+    allow: Option<String>,
+    /// The source's `id_column`, if the run has one
+    #[arg(long, value_name = "COLUMN")]
+    id_column: Option<String>,
+    /// The source's `scores`, if the run has one
+    #[arg(long, value_name = "URI")]
+    scores: Option<String>,
     /// Side of the images in pixels, of runs that score at that approximation [default: the
     /// model's]
     #[arg(long, value_name = "PIXELS")]
@@ -98,11 +111,10 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         weight: 1.0,
         image_column: args.image_column.clone(),
         caption_column: args.caption_column.clone(),
-        // Whole blocks are embedded, whichever of their rows a run leaves out.
-        predicate: None,
-        allow: None,
-        id_column: None,
-        scores: None,
+        predicate: args.predicate.clone(),
+        allow: args.allow.clone(),
+        id_column: args.id_column.clone(),
+        scores: args.scores.clone(),
     });
     let requests: Vec<SourceRequest> = requests.collect();
     let manifest = dataset::index(&stores, Some(&state), &requests).await?;
