@@ -131,7 +131,8 @@ impl OpenRuns {
         if open().count() < most {
             return Ok(None);
         }
-        longest_idle(open().map(|(id, run)| (id, run.idle_since()))).cloned().map(Some).ok_or_else(|| {
+        let idlest = longest_idle(open().map(|(id, run)| (id, run.idle_since())));
+        idlest.cloned().map(Some).ok_or_else(|| {
             let message = format!(
                 "{most} runs are open and at work, so that none can be put to sleep; close one, \
                 or raise coordinator.max_runs"

@@ -81,7 +81,8 @@ impl Member {
             biased;
             () = self.superseded.cancelled() => {
                 Err(Error::new(Reason::PushConflict,
-                    "a newer stream of the same rank and push took over"))
+                    "a newer stream of this rank, or of a trainer that cuts its weights otherwise, \
+                    took this push over"))
             }
             found = answer.wait_for(Option::is_some) => match found.ok().and_then(
                 |answer| answer.clone(),

@@ -63,6 +63,15 @@ impl Staged {
         }
     }
 
+    /// Throws all parts away, for a push that is cut into `expected` other ones. Slots are numbered
+    /// on, so that a part of before that arrives late finds none.
+    pub fn begin_again(&mut self, expected: u32) {
+        self.expected = expected;
+        self.bytes = 0;
+        self.slots.clear();
+        self.tensors.clear();
+    }
+
     pub fn expected(&self) -> u32 {
         self.expected
     }

@@ -322,12 +322,14 @@ impl Push {
             return Err(conflict(start.step, &self.id));
         }
         if let Some(staged) = &mut self.staged {
+            // A trainer that came back with another world size cuts its weights into other parts,
+            // while ranks of the one before may still hold streams. Those can never make the push
+            // whole: a rank of theirs is gone. So the newest cut is taken, and they are told.
             if staged.expected() != start.expected_parts {
-                let message = format!(
-                    "expected_parts is {} in another stream of this push",
-                    staged.expected()
-                );
-                return Err(Error::invalid("expected_parts", message));
+                staged.begin_again(start.expected_parts);
+                for old in std::mem::take(&mut self.streams).into_values() {
+                    old.superseded.cancel();
+                }
             }
             if start.expected_parts == 0
                 && self.streams.values().any(|other| other.rank != start.rank)

@@ -696,6 +696,34 @@ async fn a_rank_that_comes_again_before_its_old_stream_is_seen_to_break_takes_ov
 }
 
 #[tokio::test]
+async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
+    let weights = Bench::new().open().await;
+    let sharded = |rank| PushStart {
+        rank,
+        expected_parts: 7,
+        ..start(0, "p")
+    };
+    let mut lingering = Vec::new();
+    for rank in [1, 2] {
+        let (sender, receiver) = mpsc::unbounded();
+        let mut old = Box::pin(weights.push(0, sharded(rank), receiver));
+        if rank == 1 {
+            for message in a_rows(0, 4) {
+                sender.unbounded_send(Ok(message)).unwrap();
+            }
+        }
+        assert!((&mut old).now_or_never().is_none());
+        lingering.push((sender, old));
+    }
+    let new = push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    assert_eq!(new.version, 1);
+    for (sender, old) in lingering {
+        assert_eq!(refusal(old.await).0, Reason::PushConflict);
+        drop(sender);
+    }
+}
+
+#[tokio::test]
 async fn two_pushes_at_once_and_two_of_one_step() {
     let weights = Bench::new().open().await;
     let waiting = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>());
