@@ -98,6 +98,7 @@ check: $(READY) ## Formatting and lints
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo check -p superbatch-server --no-default-features --target-dir target/without-torch
 
 fmt: $(READY) ## Formats the code
 	cargo fmt --all

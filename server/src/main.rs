@@ -78,6 +78,7 @@ Examples:
   # For runs that score at 128 pixels, and as Parquet files
   superbatch embed --model /models/reference --sources file:///data/pool --resolution 128 \\
       --out embeddings")]
+    #[cfg(feature = "torch")]
     Embed(admin::embed::EmbedArgs),
     /// What the service reads in a model folder, or why it refuses it.
     ///
@@ -88,6 +89,7 @@ Examples:
   superbatch inspect /models/learner
   # For programs
   superbatch inspect s3://bucket/models/siglip --json | jq .fidelities")]
+    #[cfg(feature = "torch")]
     Inspect(admin::inspect::InspectArgs),
     /// List the runs in the state, with how far each has come.
     ///
@@ -152,6 +154,7 @@ Examples:
 Examples:
   superbatch doctor --config superbatch.yaml
   superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data --model s3://bucket/models/siglip")]
+    #[cfg(feature = "torch")]
     Doctor(admin::doctor::DoctorArgs),
     /// Watch a live service: runs, steps a second, waits, where time goes, workers.
     Top(admin::top::TopArgs),
@@ -207,9 +210,11 @@ fn run(command: Command) -> Result<String> {
             let (stores, state) = admin::open_state(&config)?;
             admin::index::run(&stores, &state, &args).await
         }),
+        #[cfg(feature = "torch")]
         Command::Embed(args) => with_runtime(args.settings.load()?, async |config| {
             admin::embed::run(&config, &args).await
         }),
+        #[cfg(feature = "torch")]
         Command::Inspect(args) => with_runtime(args.settings.load()?, async |config| {
             admin::inspect::run(&config, &args).await
         }),
@@ -224,6 +229,7 @@ fn run(command: Command) -> Result<String> {
         }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
         Command::Token(args) => admin::token::run(&args),
+        #[cfg(feature = "torch")]
         Command::Doctor(args) => with_runtime(args.settings.load()?, async |config| {
             admin::doctor::run(&config, &args).await
         }),
