@@ -55,6 +55,12 @@ Examples:
     ///
     /// Prints `# ok` and exits with 0, or names the first setting that cannot work and exits with
     /// 1. It opens no connection.
+    #[command(after_long_help = "\
+Examples:
+  # Every setting with its default
+  superbatch check-config --defaults > superbatch.yaml
+  # What a service with this file would run with
+  superbatch check-config --config superbatch.yaml")]
     CheckConfig(CheckArgs),
     /// Index a data set ahead of its run: reads the files' footers and writes a dataset manifest.
     ///
@@ -94,6 +100,11 @@ Examples:
     /// List the runs in the state, with how far each has come.
     ///
     /// Reads the state directly, so it works while the service is down.
+    #[command(after_long_help = "\
+Examples:
+  superbatch runs
+  # For programs, from object storage
+  superbatch runs --state s3://bucket/superbatch --json | jq .")]
     Runs(admin::runs::RunsArgs),
     /// Why was this batch chosen? Show receipts of a run.
     ///
@@ -157,8 +168,20 @@ Examples:
     #[cfg(feature = "torch")]
     Doctor(admin::doctor::DoctorArgs),
     /// Watch a live service: runs, steps a second, waits, where time goes, workers.
+    #[command(after_long_help = "\
+Examples:
+  superbatch top
+  # A service on another machine, and its metrics
+  superbatch top --address https://superbatch.example:50051 --token-file token \\
+      --metrics http://superbatch.example:9464/metrics
+  # One view, for a log
+  superbatch top --once")]
     Top(admin::top::TopArgs),
     /// Ask a service whether it serves: a probe for containers without a shell.
+    #[command(after_long_help = "\
+Examples:
+  superbatch health --config superbatch.yaml
+  superbatch health --address http://127.0.0.1:50053 --service liveness")]
     Health(admin::health::HealthArgs),
     /// Write the generated reference pages into a folder.
     #[command(hide = true)]

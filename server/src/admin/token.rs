@@ -27,10 +27,19 @@ pub struct TokenArgs {
 #[derive(Subcommand)]
 enum Command {
     /// Make a token and print it. The file keeps only its hash, so the token is shown this once
+    #[command(after_long_help = "\
+Examples:
+  superbatch token new trainer --file tokens.yaml --runs 'team-a-*' --expires 90d")]
     New(NewArgs),
     /// List the tokens of the file
+    #[command(after_long_help = "\
+Examples:
+  superbatch token list --file tokens.yaml")]
     List(ListArgs),
     /// Take a token out of the file; services that read the file refuse it a second later
+    #[command(after_long_help = "\
+Examples:
+  superbatch token revoke trainer --file tokens.yaml")]
     Revoke(RevokeArgs),
 }
 
