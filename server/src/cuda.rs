@@ -58,14 +58,38 @@ pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Optio
 pub fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
     match error {
         superbatch_kernels::Error::Cuda(error) => error.is_out_of_memory(),
-        superbatch_kernels::Error::Torch(error) => error.to_string().contains("out of memory"),
+        superbatch_kernels::Error::Torch(error) => torch_lacks_memory(error),
         _ => false,
     }
+}
+
+/// Whether LibTorch failed for want of memory. It has no kind for it, so its words decide: those of
+/// CUDA's allocator and of the processor's. A test has the library say them.
+pub fn torch_lacks_memory(error: &tch::TchError) -> bool {
+    let said = error.to_string();
+    ["out of memory", "can't allocate memory"]
+        .iter()
+        .any(|words| said.contains(words))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A petabyte: no machine has it.
+    #[test]
+    fn torch_says_that_memory_is_short_as_we_expect() {
+        let mut devices = vec![tch::Device::Cpu];
+        devices.extend(tch::Cuda::is_available().then_some(tch::Device::Cuda(0)));
+        for device in devices {
+            let asked = tch::Tensor::f_zeros([1 << 48], (tch::Kind::Float, device));
+            let error = asked.unwrap_err();
+            assert!(torch_lacks_memory(&error), "{error}");
+        }
+        let other = tch::Tensor::f_zeros([-1], (tch::Kind::Float, tch::Device::Cpu));
+        assert!(!torch_lacks_memory(&other.unwrap_err()));
+    }
+
     use superbatch_kernels::{CudaError, Error};
 
     #[test]

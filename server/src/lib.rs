@@ -6,6 +6,7 @@ pub mod access;
 pub mod admin;
 pub mod app;
 mod batches;
+mod blocking;
 mod bounds;
 pub mod config;
 pub mod coordinator;

@@ -2,7 +2,7 @@
 //! its storage.
 #![allow(clippy::unwrap_used)]
 use arrow::array::AsArray;
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 use superbatch_client::{
     Client, ConnectConfig, Part, Retry, Run,
     v1::{
@@ -13,7 +13,7 @@ use superbatch_client::{
 use superbatch_server::{
     app::Work,
     config::Config,
-    storage::{StorageConfig, Stores},
+    storage::{Budget, StorageConfig, Stores},
 };
 use superbatch_tests::{
     cluster::Cluster,
@@ -226,7 +226,7 @@ async fn a_receipt_that_could_not_be_written_is_written_again() {
         operation: Operation::Create,
         path: "receipts/",
         how: How::Fails,
-        times: 7,
+        times: 3,
     }]);
     let cluster = Cluster::start(0, script).await;
     let run = cluster
@@ -236,6 +236,83 @@ async fn a_receipt_that_could_not_be_written_is_written_again() {
     let first = ids(&run, 0).await;
     assert_eq!(first.len(), 16);
     assert_eq!(ids(&run, 0).await, first);
+    cluster.stop().await;
+}
+
+/// However many layers try again, a commit asks the store as often as one call may.
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_of_all_layers_come_from_one_budget() {
+    let script = Script::new([Fault {
+        operation: Operation::Create,
+        path: "facts/k",
+        how: How::Fails,
+        times: 1000,
+    }]);
+    let stores = Stores::wrapped(StorageConfig::default(), script.wrap());
+    let state = stores.open("memory:///state").unwrap();
+    let (long, short) = (Duration::from_secs(300), Duration::from_millis(1));
+    let mut asked = 0;
+    for (whole, attempts) in [(long, 8), (Duration::ZERO, 1)] {
+        let budget = Budget::of(whole, short);
+        let created = state.create_within("facts/k", "x".into(), budget).await;
+        assert_eq!(created.unwrap_err().reason(), Reason::StorageUnreachable);
+        asked += attempts;
+        assert_eq!(1000 - script.left()[0].times, asked);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_is_tried_again_holds_no_other_up() {
+    let script = Script::new([Fault {
+        operation: Operation::Create,
+        path: "receipts/0/0/",
+        how: How::Fails,
+        times: 4,
+    }]);
+    let cluster = Cluster::start(0, script).await;
+    let run = cluster
+        .open_run("patient", uniform(&cluster))
+        .await
+        .unwrap();
+    let mut first = std::pin::pin!(ids(&run, 0));
+    tokio::select! {
+        biased;
+        _ = &mut first => panic!("step 0 cannot be committed yet"),
+        next = ids(&run, 1) => assert_eq!(next.len(), 16),
+    }
+    assert_eq!(first.await.len(), 16);
+    assert!(cluster.is_played_out());
+    cluster.stop().await;
+}
+
+/// The worker that checks a push is held up; the run commits on, and deletes what it retired.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_is_being_verified_holds_no_commit_up() {
+    let go = Arc::new(Notify::new());
+    let script = once(Operation::Read, "snapshots/", How::Waits(go.clone()));
+    let cluster =
+        Cluster::start_with(0, script, |config| config.coordinator.snapshots_kept = 0).await;
+    let spec = RunSpec {
+        lag: Some(Lag {
+            bound: Some(lag::Bound::AtMost(1000)),
+        }),
+        ..uniform(&cluster)
+    };
+    let run = cluster.open_run("verifies", spec).await.unwrap();
+    ids(&run, 0).await;
+    let push = tokio::spawn({
+        let (run, weights) = (run.clone(), weights(&cluster, -1.0));
+        async move { run.push_weights(0, weights).await }
+    });
+    while !cluster.is_played_out() {
+        tokio::task::yield_now().await;
+    }
+    for step in 1..4 {
+        assert_eq!(ids(&run, step).await.len(), 16);
+    }
+    assert!(!push.is_finished(), "it is still being verified");
+    go.notify_one();
+    assert_eq!(push.await.unwrap().unwrap().step, 0);
     cluster.stop().await;
 }
 

@@ -190,13 +190,9 @@ impl SelectionService for Selection {
     ) -> Result<Response<GetReceiptResponse>, Status> {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.get_ref();
-        let run = self.0.run(&request.run_id).await?;
-        let receipt = receipt(run.run(), request).await?;
-        Ok(Response::new(page(
-            receipt,
-            request.row_offset,
-            request.max_rows,
-        )?))
+        let receipt = receipt(&self.0, request).await?;
+        let page = page(receipt, request.row_offset, request.max_rows)?;
+        Ok(Response::new(page))
     }
 }
 
@@ -206,6 +202,7 @@ async fn push(
     stream: Streaming<PushWeightsRequest>,
 ) -> Result<WeightsVersion> {
     let run = coordinator.run(&start.run_id).await?;
+    run.run().calls.train();
     run.push(start, stream).await
 }
 
@@ -220,8 +217,11 @@ async fn whole<T: Send + 'static>(
         .map_err(|e| Error::internal("the call panicked").because(e))?
 }
 
-async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
-    let newest = run.generation();
+/// Returns the receipt that is asked for. A run that is not in memory is not loaded for it: its
+/// receipts are in the state, and reading them must put no trainer's run to sleep.
+async fn receipt(coordinator: &Coordinator, request: &GetReceiptRequest) -> Result<Receipt> {
+    let (chain, receipts) = coordinator.history(&request.run_id).await?;
+    let newest = chain.current();
     let generation = request.generation.unwrap_or(newest);
     if generation > newest {
         return Err(Error::invalid(
@@ -229,11 +229,11 @@ async fn receipt(run: &Run, request: &GetReceiptRequest) -> Result<Receipt> {
             format!("the run's newest generation is {newest}, not {generation}"),
         ));
     }
-    let found = run.find_receipt(request.step, Some(generation)).await?;
+    let found = receipts.find_of(&chain, request.step, generation).await?;
     let mut receipt = found.ok_or_else(|| {
         let message = format!(
             "step {} of run '{}' is not committed in generation {generation} (yet)",
-            request.step, run.id
+            request.step, request.run_id
         );
         Error::new(Reason::StepNotCommitted, message)
             .with("step", request.step)
@@ -255,6 +255,7 @@ struct Batch {
 async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Result<Batch> {
     check_delivery(request)?;
     let run = coordinator.run(&request.run_id).await?;
+    run.run().calls.train();
     let asked = Instant::now();
     let need = request.intent() != Intent::Prefetch;
     let ready = run.select(request, need).await?;

@@ -6,6 +6,7 @@ use super::{
     pattern, row_groups, tar,
 };
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -79,7 +80,10 @@ async fn index_source(
             false => uris.push(part.to_owned()),
         }
     }
-    let pattern = pattern::parse(&request.uri, uris.iter().map(String::as_str))?;
+    let uri = request.uri.clone();
+    // A pattern may name a million files.
+    let parse = move || pattern::parse(&uri, uris.iter().map(String::as_str));
+    let pattern = blocking("taking a source's URIs apart", parse).await?;
     let Found {
         root_uri,
         files,

@@ -1,13 +1,10 @@
 //! Facts: objects that are created once and never changed. Two coordinators that decide the same
 //! thing race by creating the same key; object storage lets one of them win.
-use super::Location;
+use super::{Budget, Location};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use object_store::PutMode;
 use superbatch_proto::v1::Reason;
-
-/// Attempts of a create whose outcome is unknown (time-outs, S3's 409).
-const ATTEMPTS_MAX: u32 = 5;
 
 /// Who created the fact.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,36 +26,65 @@ impl Location {
     /// ours.
     ///
     /// # Errors
-    /// `StorageUnreachable` if it cannot be read back either, or after [`ATTEMPTS_MAX`] unknown
-    /// outcomes.
+    /// `StorageUnreachable` if the [`Budget`] of one call is spent.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Created> {
-        let path = self.path(key);
-        let mut attempt = 1;
+        self.create_within(key, bytes, Budget::default()).await
+    }
+
+    /// As [`Location::create`], within what is left of a call's budget.
+    pub async fn create_within(
+        &self,
+        key: &str,
+        bytes: Bytes,
+        mut budget: Budget,
+    ) -> Result<Created> {
         loop {
-            let cause = match self
-                .store()
-                .put_opts(&path, bytes.clone().into(), PutMode::Create.into())
-                .await
-            {
-                Ok(_) => return Ok(Created::Ours),
-                Err(cause) => cause,
-            };
-            // Every error is ambiguous, "already exists" included. A store's client repeats a
-            // request whose answer was lost; if the first one had created the object, the second is
-            // answered "already exists" although the object is ours. So the answer is not trusted:
-            // the object is read back and its bytes decide. Without this a coordinator would take
-            // its own receipt for a rival's and give its run up.
-            match self.find(key).await {
-                Ok(Some(found)) if found == bytes => return Ok(Created::Ours),
-                Ok(Some(found)) => return Ok(Created::Theirs(found)),
-                Ok(None) if attempt < ATTEMPTS_MAX => attempt += 1,
-                // The store's client has retried for minutes, so more attempts would only hold the
-                // caller's locks longer. If the create took effect in spite of the error, the next
-                // call for this fact finds the object, and its bytes still say whose it is.
-                Ok(None) | Err(_) => return Err(self.error("create", key, cause)),
+            match self.create_once(key, bytes.clone(), &budget).await {
+                Err(error) if !is_passing(&error) || !budget.pause().await => return Err(error),
+                Err(_) => {}
+                created => return created,
             }
         }
     }
+
+    /// Makes one attempt of [`Location::create`]. The caller decides whether there is another, and
+    /// may let go of its locks before.
+    ///
+    /// # Errors
+    /// `StorageUnreachable` if it is not known whether the object is there.
+    pub async fn create_once(&self, key: &str, bytes: Bytes, budget: &Budget) -> Result<Created> {
+        let path = self.path(key);
+        let create = PutMode::Create.into();
+        let put = self.store().put_opts(&path, bytes.clone().into(), create);
+        let cause = match budget.request(put).await {
+            Some(Ok(_)) => return Ok(Created::Ours),
+            Some(Err(cause)) => Some(cause),
+            None => None,
+        };
+        let unknown = |cause: Option<object_store::Error>| match cause {
+            Some(cause) => self.error("create", key, cause),
+            None => {
+                let uri = self.uri_of(key);
+                let message = format!("cannot create {uri}: the store does not answer");
+                Error::new(Reason::StorageUnreachable, message).with("uri", uri)
+            }
+        };
+        // Every error is ambiguous, "already exists" included. A store's client repeats a request
+        // whose answer was lost; if the first one had created the object, the second is answered
+        // "already exists" although the object is ours. So the answer is not trusted: the object is
+        // read back and its bytes decide. Without this a coordinator would take its own receipt for
+        // a rival's and give its run up.
+        match budget.request(self.find(key)).await {
+            Some(Ok(Some(found))) if found == bytes => Ok(Created::Ours),
+            Some(Ok(Some(found))) => Ok(Created::Theirs(found)),
+            _ => Err(unknown(cause)),
+        }
+    }
+}
+
+/// Returns whether a store that failed so may do better.
+pub fn is_passing(error: &Error) -> bool {
+    error.reason() == Reason::StorageUnreachable
 }
 
 /// The object that holds a state's id.
@@ -112,6 +138,12 @@ pub async fn probe(state: &Location) -> Result<String> {
     Ok(String::from_utf8_lossy(&id).into_owned())
 }
 
+/// Returns whether a state that was opened is not there any more: it was deleted under the service.
+/// A store that does not answer says nothing.
+pub async fn is_gone(state: &Location) -> bool {
+    matches!(state.find(IDENTITY).await, Ok(None))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,6 +156,9 @@ mod tests {
         let id = probe(&a).await.unwrap();
         assert_eq!(probe(&a).await.unwrap(), id);
         assert_ne!(probe(&b).await.unwrap(), id);
+        assert!(!is_gone(&a).await);
+        a.delete(IDENTITY).await.unwrap();
+        assert!(is_gone(&a).await && !is_gone(&b).await);
     }
 
     #[tokio::test]

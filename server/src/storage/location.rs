@@ -2,7 +2,7 @@
 use super::{join, local};
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
     path::Path,
@@ -74,6 +74,37 @@ impl Location {
     /// the two.
     pub async fn get(&self, key: &str) -> Result<Bytes> {
         let read = async { self.store.get(&self.path(key)).await?.bytes().await };
+        read.await.map_err(|e| self.error("read", key, e))
+    }
+
+    /// As [`Location::get`], of a large object: over several streams at once, since one connection
+    /// to an object store is slower than the line.
+    ///
+    /// # Errors
+    /// As [`Location::get`].
+    pub async fn get_large(&self, key: &str) -> Result<Bytes> {
+        self.get_in_parts(key, PART_BYTES as u64).await
+    }
+
+    async fn get_in_parts(&self, key: &str, part_bytes: u64) -> Result<Bytes> {
+        let (store, path) = (&self.store, self.path(key));
+        let read = async {
+            let size = store.head(&path).await?.size;
+            if size <= part_bytes {
+                return store.get(&path).await?.bytes().await;
+            }
+            let parts = (0..size).step_by(usize::try_from(part_bytes).unwrap_or(usize::MAX));
+            let parts = parts.map(|at| at..size.min(at + part_bytes));
+            let reads: Vec<_> = parts
+                .map(|part| store.get_range(&path, part).boxed())
+                .collect();
+            let mut reads = futures::stream::iter(reads).buffered(PARTS_AT_ONCE);
+            let mut whole = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
+            while let Some(part) = reads.try_next().await? {
+                whole.extend_from_slice(&part);
+            }
+            Ok(whole.into())
+        };
         read.await.map_err(|e| self.error("read", key, e))
     }
 
@@ -283,6 +314,74 @@ mod tests {
     use super::*;
     use crate::storage::{StorageConfig, Stores};
 
+    /// Answers every request with one status and body, as a store without that bucket does.
+    async fn store_that_says(
+        status: &'static str,
+        head: &'static str,
+        body: &'static str,
+    ) -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut request = vec![0; 1 << 16];
+                let read = socket.read(&mut request).await;
+                assert!(read.is_ok());
+                let length = body.len();
+                let answer = format!(
+                    "HTTP/1.1 {status}\r\n{head}content-length: {length}\r\n\
+                     connection: close\r\n\r\n{body}"
+                );
+                assert!(socket.write_all(answer.as_bytes()).await.is_ok());
+            }
+        });
+        format!("http://{address}")
+    }
+
+    /// What object stores say of a bucket that is missing, as their real client passes it on.
+    #[tokio::test]
+    async fn a_missing_bucket_is_told_from_a_missing_object() {
+        let s3 = "<Error><Code>NoSuchBucket</Code><Message>The specified bucket does not exist\
+                  </Message></Error>";
+        let azure = "<Error><Code>ContainerNotFound</Code><Message>The specified container does \
+                     not exist.</Message></Error>";
+        let azure_head = "x-ms-error-code: ContainerNotFound\r\n";
+        let cases = [
+            ("s3://nothing/k", "aws_endpoint", "", s3),
+            ("azure://nothing/k", "azure_endpoint", azure_head, azure),
+        ];
+        for (uri, endpoint, head, body) in cases {
+            let at = store_that_says("404 Not Found", head, body).await;
+            let options = [
+                (endpoint, at.as_str()),
+                ("aws_allow_http", "true"),
+                ("azure_allow_http", "true"),
+                ("aws_region", "us-east-1"),
+                ("aws_access_key_id", "a"),
+                ("aws_secret_access_key", "b"),
+                ("azure_storage_account_name", "a"),
+                ("azure_storage_account_key", "YQ=="),
+            ];
+            let kind = &endpoint[..3];
+            let options = options.iter().filter(|(name, _)| name.starts_with(kind));
+            let config = StorageConfig {
+                options: options
+                    .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()))
+                    .collect(),
+                ..Default::default()
+            };
+            let location = Stores::new(config).open(uri).unwrap();
+            let error = location.find("").await.unwrap_err();
+            assert_eq!(
+                error.value("bucket"),
+                Some("nothing"),
+                "{uri}: {}",
+                error.chain()
+            );
+        }
+    }
+
     #[tokio::test]
     async fn an_object_in_parts_is_the_same_object() {
         let state = Stores::new(StorageConfig::default())
@@ -296,6 +395,8 @@ mod tests {
                 PutPayload::from_iter([bytes.slice(..7), bytes.slice(7..400), bytes.slice(400..)]);
             state.put_in_parts(&key, pieces, part_bytes).await.unwrap();
             assert_eq!(state.get(&key).await.unwrap(), bytes);
+            let read = state.get_in_parts(&key, part_bytes as u64).await;
+            assert_eq!(read.unwrap(), bytes);
         }
     }
 }

@@ -1,4 +1,5 @@
 //! Object storage: opening URIs, keys below them, and facts that are written once.
+mod budget;
 mod connect;
 mod deadline;
 mod facts;
@@ -14,7 +15,10 @@ use crate::{
     bounds::URI_BYTES_MAX,
     error::{Error, Result},
 };
+pub use budget::Budget;
 pub use facts::Created;
+pub use facts::is_gone;
+pub use facts::is_passing;
 pub use facts::nonce;
 pub use facts::probe;
 pub use location::Location;

@@ -43,6 +43,9 @@ pub struct WorkerConfig {
     /// is loaded, a selection. After that the device counts as hung, and its slices go to other
     /// workers until it is well again.
     pub device_deadline_seconds: u64,
+    /// How long the decoding of one row may take, in seconds. After that the row counts as one that
+    /// cannot be used. The same on all workers of a run.
+    pub decode_deadline_seconds: u64,
 }
 
 impl Default for WorkerConfig {
@@ -60,6 +63,7 @@ impl Default for WorkerConfig {
             image_bytes_max: 64 << 20,
             models_max: 4,
             device_deadline_seconds: 600,
+            decode_deadline_seconds: 120,
         }
     }
 }
@@ -76,6 +80,10 @@ impl WorkerConfig {
             (
                 "worker.device_deadline_seconds",
                 self.device_deadline_seconds,
+            ),
+            (
+                "worker.decode_deadline_seconds",
+                self.decode_deadline_seconds,
             ),
         ];
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {

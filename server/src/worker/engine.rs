@@ -60,7 +60,8 @@ impl Engine {
             models: Models::new(stores, state.clone(), device.clone()),
             state,
             device,
-            pool: Pool::new(threads, limits)?,
+            pool: Pool::new(threads, limits)?
+                .with_deadline(Duration::from_secs(config.decode_deadline_seconds)),
             raw: Retained::new(config.row_bytes_max),
             ready: Retained::new(config.decoded_bytes_max),
             stopping: CancellationToken::new(),

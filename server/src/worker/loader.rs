@@ -231,7 +231,9 @@ impl Models {
         Ok(match id {
             WeightsId::Folder { .. } => Weights::Folder,
             WeightsId::Random(seed) => Weights::Random(*seed),
-            WeightsId::Snapshot { uri, .. } => Weights::Safetensors(self.open(uri)?.get("").await?),
+            WeightsId::Snapshot { uri, .. } => {
+                Weights::Safetensors(self.open(uri)?.get_large("").await?)
+            }
         })
     }
 }

@@ -50,6 +50,16 @@ impl Chain {
         .collect()
     }
 
+    /// Returns the step before which `generation`'s trajectory is still the newest one's: the least
+    /// that a rewind with reselect has gone back to since.
+    pub fn kept_of(&self, generation: u32) -> u64 {
+        let since = self
+            .0
+            .iter()
+            .filter(|r| r.generation > generation && !r.replay);
+        since.map(|r| r.to_step).min().unwrap_or(u64::MAX)
+    }
+
     /// Returns the generations whose receipt for `step` would be in force in `generation`, best
     /// first: its own, then older ones that a rewind kept (steps before it) or replays.
     pub fn candidates(&self, step: u64, generation: u32) -> Vec<u32> {
@@ -84,6 +94,12 @@ mod tests {
             replay: *replay,
         };
         Chain::new(rewinds.iter().enumerate().map(with_number).collect())
+    }
+
+    #[test]
+    fn a_rewind_keeps_what_lies_before_it() {
+        let chain = chain(&[(9, false), (2, true), (5, false)]);
+        assert_eq!([0, 1, 2, 3].map(|g| chain.kept_of(g)), [5, 5, 5, u64::MAX]);
     }
 
     #[test]

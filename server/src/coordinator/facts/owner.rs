@@ -24,6 +24,16 @@ struct OwnerFact {
     nonce: String,
 }
 
+impl OwnerFact {
+    fn unknown() -> Self {
+        Self {
+            address: "unknown".to_owned(),
+            instance: String::new(),
+            nonce: String::new(),
+        }
+    }
+}
+
 /// This process as an owner of runs.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -60,7 +70,7 @@ impl Ownership {
                 && owner.address != identity.address
                 && answers(&identity.dialer, &owner.address).await
             {
-                return Err(not_owner(&owner.address));
+                return Err(not_owner(owner));
             }
             let epoch = newest.map_or(1, |(epoch, _)| epoch + 1);
             let fact = OwnerFact {
@@ -92,8 +102,8 @@ impl Ownership {
         match self.run.find(&key(self.epoch + 1)).await? {
             None => Ok(()),
             Some(_) => {
-                let owner = newest(&self.run).await?.map(|(_, owner)| owner.address);
-                Err(not_owner(owner.as_deref().unwrap_or("unknown")))
+                let owner = newest(&self.run).await?.map(|(_, owner)| owner);
+                Err(not_owner(&owner.unwrap_or_else(OwnerFact::unknown)))
             }
         }
     }
@@ -140,12 +150,21 @@ fn key(epoch: u64) -> String {
     format!("owner/{epoch}.json")
 }
 
-fn not_owner(address: &str) -> Error {
-    Error::new(
-        Reason::NotOwner,
-        format!("the run is owned by the coordinator at {address}; ask there"),
-    )
-    .with("owner", address)
+fn not_owner(owner: &OwnerFact) -> Error {
+    let address = &owner.address;
+    let message = format!("the run is owned by the coordinator at {address}; ask there");
+    Error::new(Reason::NotOwner, message)
+        .with("owner", address)
+        .with("instance", &owner.instance)
+}
+
+/// Whether another process took a run over under our own address: two that live at once take it
+/// from each other without end, since neither can tell callers of another place to ask.
+///
+/// `error` is what [`Ownership::check`] said.
+pub fn is_twin(error: &Error, us: &Identity) -> bool {
+    let instance = error.value("instance");
+    error.value("owner") == Some(&us.address) && instance.is_some_and(|other| other != us.instance)
 }
 
 #[cfg(test)]
@@ -206,9 +225,18 @@ mod tests {
         Ownership::claim(&run, &identity("http://127.0.0.1:1", "a"))
             .await
             .unwrap();
-        let second = Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
-            .await
-            .unwrap();
+        let (at, us) = ("http://127.0.0.1:1", identity("http://127.0.0.1:1", "b"));
+        let second = Ownership::claim(&run, &us).await.unwrap();
         second.check().await.unwrap();
+        // One that lives on beside us, at the same address.
+        let twin = Ownership::claim(&run, &identity(at, "c")).await.unwrap();
+        twin.check().await.unwrap();
+        let error = second.check().await.unwrap_err();
+        assert!(is_twin(&error, &us), "{error}");
+        Ownership::claim(&run, &us).await.unwrap();
+        assert!(
+            !is_twin(&second.check().await.unwrap_err(), &us),
+            "it is us again"
+        );
     }
 }

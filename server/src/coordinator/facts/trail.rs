@@ -12,10 +12,13 @@ pub struct Trail {
 
 impl Trail {
     pub fn new(steps: impl IntoIterator<Item = u64>) -> Self {
-        let mut trail = Self {
-            next: 0,
-            beyond: steps.into_iter().collect(),
-        };
+        Self::beyond(0, steps)
+    }
+
+    /// Of a run in which all steps before `next` are committed, and these.
+    pub fn beyond(next: u64, steps: impl IntoIterator<Item = u64>) -> Self {
+        let beyond = steps.into_iter().filter(|step| *step >= next).collect();
+        let mut trail = Self { next, beyond };
         trail.settle();
         trail
     }

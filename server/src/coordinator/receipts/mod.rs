@@ -5,4 +5,5 @@ pub mod page;
 pub mod parquet;
 mod passed;
 pub mod store;
+mod summaries;
 pub mod wasted;

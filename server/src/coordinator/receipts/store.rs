@@ -1,14 +1,19 @@
 //! A run's receipts in object storage: one fact for each step and generation.
-use super::parquet;
+use super::{parquet, summaries};
 use crate::{
-    coordinator::facts::chain::Chain,
+    blocking::blocking,
+    coordinator::facts::{chain::Chain, trail::Trail},
     error::{Error, Result},
-    storage::{Created, Location},
+    storage::{Budget, Created, Location},
 };
+use bytes::Bytes;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
 /// Steps in one folder, so that the newest step is found without listing a whole run.
 const FOLDER_STEPS: u64 = 1000;
+/// Folders that are listed at the same time.
+const LISTS_AT_ONCE: usize = 8;
 /// Bytes of a file's end that are read for its summary. Most summaries fit; a larger one costs a
 /// second read.
 const SUMMARY_BYTES: u64 = 64 << 10;
@@ -32,13 +37,13 @@ impl Receipts {
         Self { run }
     }
 
-    /// Commits a step: creates its receipt unless there is one. Committing the same receipt again
-    /// returns `Ours` again.
+    /// Commits a step: creates its receipt unless there is one, by one attempt. Committing the same
+    /// receipt again returns `Ours` again.
     ///
     /// # Errors
     /// `StorageUnreachable`; `Internal` for a receipt without a writer's nonce, by which a writer
     /// recognises its own.
-    pub async fn commit(&self, receipt: &Receipt) -> Result<Committed> {
+    pub async fn commit(&self, receipt: &Receipt, budget: &Budget) -> Result<Committed> {
         let Some(summary) = receipt
             .summary
             .as_ref()
@@ -49,10 +54,11 @@ impl Receipts {
             ));
         };
         let key = key(summary.step, summary.generation);
-        match self.run.create(&key, parquet::encode(receipt)?).await? {
+        let bytes = encoded(receipt.clone()).await?;
+        match self.run.create_once(&key, bytes, budget).await? {
             Created::Ours => Ok(Committed::Ours),
             Created::Theirs(bytes) => {
-                let theirs = parquet::decode(bytes)?;
+                let theirs = decoded(bytes).await?;
                 // Compared by nonce and not by bytes: the retried receipt may differ in bytes from
                 // the one that was written (another compression library, another field), and yet be
                 // ours.
@@ -69,8 +75,27 @@ impl Receipts {
     /// Returns the receipt of a step in one generation.
     pub async fn find(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
         let key = key(step, generation);
-        let found = self.run.find(&key).await?.map(parquet::decode).transpose();
-        found.map_err(|error| error.about(self.run.uri_of(&key)))
+        let Some(bytes) = self.run.find(&key).await? else {
+            return Ok(None);
+        };
+        let receipt = decoded(bytes).await;
+        let named = receipt.map_err(|e| e.about(self.run.uri_of(&key)).with("file", &key));
+        named.map(Some)
+    }
+
+    /// Returns the receipt that holds for a step in the trajectory of a generation.
+    pub async fn find_of(
+        &self,
+        chain: &Chain,
+        step: u64,
+        generation: u32,
+    ) -> Result<Option<Receipt>> {
+        for generation in chain.candidates(step, generation) {
+            if let Some(receipt) = self.find(step, generation).await? {
+                return Ok(Some(receipt));
+            }
+        }
+        Ok(None)
     }
 
     /// As [`Self::find`], without the rows: reads only the end of the file.
@@ -91,24 +116,67 @@ impl Receipts {
     /// Returns the newest committed step of the trajectory that `chain` describes. Lists only the
     /// newest folders.
     pub async fn newest(&self, chain: &Chain) -> Result<Option<u64>> {
-        let folders = self.run.folders("receipts").await?;
-        let mut numbers: Vec<u64> = folders
-            .iter()
-            .filter_map(|name| name.parse().ok())
-            .collect();
-        numbers.sort_unstable();
-        for number in numbers.into_iter().rev() {
+        for number in self.folders().await?.into_iter().rev() {
             let holds = |(step, generation): &(u64, u32)| {
                 chain
                     .candidates(*step, chain.current())
                     .contains(generation)
             };
-            let found = self.list(&format!("receipts/{number}")).await?;
+            let found = self.list(&folder(number)).await?;
             if let Some((step, _)) = found.into_iter().rev().find(holds) {
                 return Ok(Some(step));
             }
         }
         Ok(None)
+    }
+
+    /// Returns the committed steps of the trajectory that `chain` describes, and the totals of the
+    /// run. Steps that a summary covers are not listed.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`; `Internal` if a receipt cannot be read.
+    pub async fn opened(&self, chain: &Chain, max_ahead: u32) -> Result<(Trail, Accounts)> {
+        let known = summaries::known(&self.run, chain).await?;
+        // With the receipts of the newest commits, whose totals are the run's.
+        let from = known.saturating_sub(1 + u64::from(max_ahead)) / FOLDER_STEPS;
+        let numbers = self.folders().await?;
+        let lists = numbers.into_iter().filter(|number| *number >= from);
+        let lists = lists.map(|number| async move { self.list(&folder(number)).await });
+        let lists: Vec<_> = lists.map(FutureExt::boxed).collect();
+        let lists = stream::iter(lists).buffered(LISTS_AT_ONCE);
+        let listed: Vec<(u64, u32)> = lists.try_concat().await?;
+        let holds = |(step, generation): &&(u64, u32)| {
+            let holding = chain.candidates(*step, chain.current());
+            holding.contains(generation)
+        };
+        let trail = Trail::beyond(known, listed.iter().filter(holds).map(|(step, _)| *step));
+        if trail.next() >= known + 2 * FOLDER_STEPS {
+            self.summarise(trail.next(), chain.current()).await;
+        }
+        let totals = self.totals(listed, max_ahead as usize).await?;
+        Ok((trail, totals))
+    }
+
+    /// Notes how far the run is committed if a commit took it from `before` to `next`, once for
+    /// each folder.
+    pub fn summarise_after(&self, before: u64, next: u64, generation: u32) {
+        if before / FOLDER_STEPS != next / FOLDER_STEPS {
+            let receipts = self.clone();
+            tokio::spawn(async move { receipts.summarise(next, generation).await });
+        }
+    }
+
+    async fn summarise(&self, next: u64, generation: u32) {
+        summaries::write(&self.run, next, generation).await;
+    }
+
+    /// Returns the numbers of the folders that hold receipts, rising.
+    async fn folders(&self) -> Result<Vec<u64>> {
+        let folders = self.run.folders("receipts").await?;
+        let numbers = folders.iter().filter_map(|name| name.parse().ok());
+        let mut numbers: Vec<u64> = numbers.collect();
+        numbers.sort_unstable();
+        Ok(numbers)
     }
 
     /// Returns all committed (step, generation), rising. Lists the whole run.
@@ -141,8 +209,21 @@ impl Receipts {
     }
 }
 
+/// Parquet of a hundred thousand rows takes long enough to hold up every call of the process.
+async fn encoded(receipt: Receipt) -> Result<Bytes> {
+    blocking("writing a receipt", move || parquet::encode(&receipt)).await
+}
+
+async fn decoded(bytes: Bytes) -> Result<Receipt> {
+    blocking("reading a receipt", move || parquet::decode(bytes)).await
+}
+
+fn folder(number: u64) -> String {
+    format!("receipts/{number}")
+}
+
 fn folder_of_step(step: u64) -> String {
-    format!("receipts/{}/{step}", step / FOLDER_STEPS)
+    format!("{}/{step}", folder(step / FOLDER_STEPS))
 }
 
 fn key(step: u64, generation: u32) -> String {
@@ -185,10 +266,16 @@ mod tests {
         on_each_store(|receipts, run| async move {
             let (a, b) = (sample(1234, 2, "a"), sample(1234, 2, "b"));
             assert_eq!(receipts.find(1234, 2).await.unwrap(), None);
-            assert_eq!(receipts.commit(&a).await.unwrap(), Committed::Ours);
-            assert_eq!(receipts.commit(&a).await.unwrap(), Committed::Ours);
             assert_eq!(
-                receipts.commit(&b).await.unwrap(),
+                receipts.commit(&a, &Budget::default()).await.unwrap(),
+                Committed::Ours
+            );
+            assert_eq!(
+                receipts.commit(&a, &Budget::default()).await.unwrap(),
+                Committed::Ours
+            );
+            assert_eq!(
+                receipts.commit(&b, &Budget::default()).await.unwrap(),
                 Committed::Theirs(Box::new(a.clone()))
             );
             assert_eq!(receipts.find(1234, 2).await.unwrap(), Some(a));
@@ -200,7 +287,10 @@ mod tests {
                 "the documented key"
             );
             assert!(
-                receipts.commit(&sample(1, 0, "")).await.is_err(),
+                receipts
+                    .commit(&sample(1, 0, ""), &Budget::default())
+                    .await
+                    .is_err(),
                 "no nonce"
             );
         })
@@ -217,7 +307,7 @@ mod tests {
                     .run_totals
                     .get_or_insert_default()
                     .candidates_scanned = scanned;
-                receipts.commit(&receipt).await.unwrap();
+                receipts.commit(&receipt, &Budget::default()).await.unwrap();
             }
             let listed = receipts.committed().await.unwrap();
             let totals = receipts.totals(listed, 2).await.unwrap();
@@ -230,6 +320,44 @@ mod tests {
         .await;
     }
 
+    /// What a summary knows is not looked at again: there it may even be gone.
+    #[tokio::test]
+    async fn a_run_is_opened_from_a_summary_of_what_is_behind_it() {
+        on_each_store(|receipts, run| async move {
+            for step in (0..2).chain(999..1003) {
+                let mut receipt = sample(step, 0, "a");
+                let summary = receipt.summary.get_or_insert_default();
+                let totals = summary.run_totals.get_or_insert_default();
+                totals.candidates_scanned = step + 1;
+                let committed = receipts.commit(&receipt, &Budget::default()).await;
+                committed.unwrap();
+            }
+            let chain = Chain::default();
+            let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
+            assert_eq!((trail.next(), trail.newest()), (2, Some(1002)));
+            assert_eq!(totals.candidates_scanned, 1003);
+            receipts.summarise(1002, 0).await;
+            let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
+            assert_eq!((trail.next(), trail.newest()), (1003, Some(1002)));
+            assert_eq!(totals.candidates_scanned, 1003);
+            // Old state has none, and a rewind takes steps back.
+            let rewound = |to_step, replay| {
+                let generation = 1;
+                Chain::new(vec![Rewound {
+                    generation,
+                    to_step,
+                    replay,
+                }])
+            };
+            for (chain, next) in [(rewound(1, false), 1), (rewound(1, true), 1003)] {
+                let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
+                assert_eq!((trail.next(), totals.candidates_scanned), (next, 1003));
+            }
+            assert_eq!(run.list("trail-summaries").await.unwrap().len(), 1);
+        })
+        .await;
+    }
+
     #[tokio::test]
     async fn of_two_writers_at_once_exactly_one_wins() {
         on_each_store(|receipts, _| async move {
@@ -238,8 +366,12 @@ mod tests {
                 let (first, second) = (receipts.clone(), receipts.clone());
                 let (a2, b2) = (a.clone(), b.clone());
                 let race = (
-                    tokio::spawn(async move { first.commit(&a2).await.unwrap() }),
-                    tokio::spawn(async move { second.commit(&b2).await.unwrap() }),
+                    tokio::spawn(
+                        async move { first.commit(&a2, &Budget::default()).await.unwrap() },
+                    ),
+                    tokio::spawn(
+                        async move { second.commit(&b2, &Budget::default()).await.unwrap() },
+                    ),
                 );
                 let outcome = (race.0.await.unwrap(), race.1.await.unwrap());
                 let winner = receipts.find(step, 0).await.unwrap().unwrap();
@@ -269,7 +401,7 @@ mod tests {
                 (12, 2),
             ] {
                 receipts
-                    .commit(&sample(step, generation, "n"))
+                    .commit(&sample(step, generation, "n"), &Budget::default())
                     .await
                     .unwrap();
             }

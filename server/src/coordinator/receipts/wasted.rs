@@ -16,6 +16,11 @@ pub struct Spent {
 }
 
 impl Wasted {
+    /// Returns whether a run uses it, or there is something to charge.
+    pub fn is_wanted(&self) -> bool {
+        Arc::strong_count(&self.0) > 1 || *self.0.lock().expect("no panic while held") != 0.0
+    }
+
     /// Returns a guard with nothing spent yet.
     pub fn spend(&self) -> Spent {
         Spent {
@@ -75,5 +80,9 @@ mod tests {
         charged.settle();
         drop(charged);
         assert_eq!(wasted.take().flops(), 0.0);
+        assert!(!wasted.is_wanted());
+        let of_a_step = wasted.clone();
+        assert!(wasted.is_wanted());
+        drop(of_a_step);
     }
 }

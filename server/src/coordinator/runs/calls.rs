@@ -11,6 +11,8 @@ pub struct Count {
     pub under_way: u64,
     /// When a call last began or ended.
     pub changed: Instant,
+    /// When a trainer asked or pushed last; never, in a run that people look at.
+    trained: Option<Instant>,
 }
 
 impl Default for Calls {
@@ -18,6 +20,7 @@ impl Default for Calls {
         Self(Mutex::new(Count {
             under_way: 0,
             changed: Instant::now(),
+            trained: None,
         }))
     }
 }
@@ -27,6 +30,16 @@ impl Calls {
     pub fn idle_since(&self) -> Option<Instant> {
         let count = self.count();
         (count.under_way == 0).then_some(count.changed)
+    }
+
+    /// Notes a call of a trainer.
+    pub fn train(&self) {
+        self.count().trained = Some(Instant::now());
+    }
+
+    /// When a trainer called last.
+    pub fn trained(&self) -> Option<Instant> {
+        self.count().trained
     }
 
     pub fn count(&self) -> MutexGuard<'_, Count> {

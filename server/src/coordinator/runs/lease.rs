@@ -89,6 +89,7 @@ impl Lease {
         match answer {
             Err(error) if error.reason() == Reason::NotOwner => {
                 self.open.release(&self.run);
+                self.open.report_twin(&self.run, &error);
                 // The new owner is this process, which has loaded the run again: the caller may
                 // ask here again.
                 let ours = error

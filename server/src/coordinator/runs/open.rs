@@ -15,10 +15,9 @@ use crate::{
             incarnations::Incarnations,
             owner::Ownership,
             run::{self, ModelFact, RunFact, RunFacts},
-            trail::Trail,
         },
         plan::planner::Plan,
-        receipts::{store::Receipts, wasted::Wasted},
+        receipts::store::Receipts,
         score::claims::Claims,
         serve::output,
         trainer::{ranks::Members, waits::Waits},
@@ -82,12 +81,11 @@ impl Opening<'_> {
         let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
         let spec = facts.spec;
         let receipts = Receipts::new(location.clone());
-        let listed = receipts.committed().await?;
-        let committed = Trail::new(of_trajectory(&listed, &facts.chain));
+        let (committed, totals) = receipts.opened(&facts.chain, spec.max_ahead).await?;
         let incarnations = Incarnations::load(&location).await?;
         let opened_phases = facts.run.spec()?.phases.len();
         let state = State {
-            totals: receipts.totals(listed, spec.max_ahead as usize).await?,
+            totals,
             members: Members::new(incarnations.known().await, committed.newest()),
             committed,
             chain: facts.chain,
@@ -121,7 +119,7 @@ impl Opening<'_> {
             spec: RwLock::new(Arc::new(spec)),
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::default(),
-            wasted: Wasted::default(),
+            wasted: coordinator.wasted_of(self.id),
             claims: Claims::default(),
             calls: Calls::default(),
             waits: Waits::default(),
@@ -255,6 +253,7 @@ impl Opening<'_> {
                 .map(|asked| models::initial_ref(spec, asked, None))
                 .unwrap_or_default(),
             shape: verifier::shape(learner.unwrap_or(&ModelFact::none())),
+            scores: verifier::Scores::of(spec),
         };
         Weights::open(location.clone(), settings, Arc::new(verifier))
             .boxed()
@@ -292,22 +291,6 @@ pub fn response(run: &Run) -> Result<OpenRunResponse> {
     })
 }
 
-/// Returns the committed steps of the trajectory that `chain` describes.
-fn of_trajectory<'a>(listed: &'a [(u64, u32)], chain: &'a Chain) -> impl Iterator<Item = u64> + 'a {
-    let holds = |(step, generation): &&(u64, u32)| {
-        chain
-            .candidates(*step, chain.current())
-            .contains(generation)
-    };
-    listed.iter().filter(holds).map(|(step, _)| *step)
-}
-
-/// Returns the newest committed step of the trajectory that `chain` describes.
-pub async fn last_committed(location: &Location, chain: &Chain) -> Result<Option<u64>> {
-    let listed = Receipts::new(location.clone()).committed().await?;
-    Ok(of_trajectory(&listed, chain).max())
-}
-
 /// Returns the progress of a stopped run: the last step up to which all are committed, and the
 /// accounts up to there. Later steps, committed out of order, are not counted.
 pub async fn summary_of_stopped(
@@ -316,9 +299,7 @@ pub async fn summary_of_stopped(
     max_ahead: u32,
 ) -> Result<(Option<u64>, Accounts)> {
     let receipts = Receipts::new(location.clone());
-    let listed = receipts.committed().await?;
-    let trail = Trail::new(of_trajectory(&listed, chain));
-    let mut all = receipts.totals(listed, max_ahead as usize).await?;
+    let (trail, mut all) = receipts.opened(chain, max_ahead).await?;
     for step in (trail.next()..=trail.newest().unwrap_or(0)).filter(|step| trail.contains(*step)) {
         for generation in chain.candidates(step, chain.current()) {
             let Some(receipt) = receipts.find(step, generation).await? else {

@@ -1,6 +1,7 @@
 //! The runs that this process holds in memory, at most so many.
 use super::{lease::Lease, run::Run};
 use crate::{
+    coordinator::facts::owner::{Identity, is_twin},
     error::{Error, Result},
     metrics,
 };
@@ -19,17 +20,17 @@ use tokio::time::Instant;
 pub struct OpenRuns {
     runs: Mutex<HashMap<String, Arc<Run>>>,
     runs_max: usize,
-    /// Where trainers reach this process.
-    address: String,
+    /// This process, as an owner of runs.
+    identity: Identity,
     stopping: AtomicBool,
 }
 
 impl OpenRuns {
-    pub fn new(runs_max: usize, address: String) -> Arc<Self> {
+    pub fn new(runs_max: usize, identity: Identity) -> Arc<Self> {
         Arc::new(Self {
             runs: Mutex::default(),
             runs_max,
-            address,
+            identity,
             stopping: AtomicBool::new(false),
         })
     }
@@ -84,6 +85,13 @@ impl OpenRuns {
         run.stop();
     }
 
+    /// Lets go of all runs: the next call of each reads what the state holds.
+    pub fn release_all(&self) {
+        let runs: Vec<_> = self.lock().drain().map(|(_, run)| run).collect();
+        runs.iter().for_each(|run| run.stop());
+        metrics::open_runs().set(0.0);
+    }
+
     /// Those that are open. Those that ended are let go.
     pub fn all_open(&self) -> Vec<Arc<Run>> {
         let mut runs = self.lock();
@@ -111,7 +119,20 @@ impl OpenRuns {
     }
 
     pub fn is_own_address(&self, address: &str) -> bool {
-        self.address == address
+        self.identity.address == address
+    }
+
+    /// Logs that another process took `run` over under this one's address, if `error` says so.
+    pub fn report_twin(&self, run: &Run, error: &Error) {
+        if is_twin(error, &self.identity) {
+            tracing::error!(
+                run = run.id,
+                address = self.identity.address,
+                "another coordinator took the run over under this one's address; unless this \
+                process was about to end, two advertise the same address: give each its own \
+                coordinator.advertise_address"
+            );
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Run>>> {
@@ -131,8 +152,9 @@ impl OpenRuns {
         if open().count() < most {
             return Ok(None);
         }
-        let idlest = longest_idle(open().map(|(id, run)| (id, run.idle_since())));
-        idlest.cloned().map(Some).ok_or_else(|| {
+        let idle = open().map(|(id, run)| (id, run.calls.trained(), run.idle_since()));
+        let sleeps = sleepiest(idle).cloned().map(Some);
+        sleeps.ok_or_else(|| {
             let message = format!(
                 "{most} runs are open and at work, so that none can be put to sleep; close one, \
                 or raise coordinator.max_runs"
@@ -142,13 +164,15 @@ impl OpenRuns {
     }
 }
 
-/// The run that has been idle longest, of (id, since when it has been idle).
-fn longest_idle<'a>(
-    runs: impl Iterator<Item = (&'a String, Option<Instant>)>,
+/// Returns the run to put to sleep, of (id, when a trainer called last, since when it has been
+/// idle): those that people only look at go before those that train. Otherwise a client that polls
+/// more runs than fit would put the one to sleep whose trainer is between two steps.
+fn sleepiest<'a>(
+    runs: impl Iterator<Item = (&'a String, Option<Instant>, Option<Instant>)>,
 ) -> Option<&'a String> {
-    runs.filter_map(|(id, since)| Some((since?, id)))
+    runs.filter_map(|(id, trained, since)| Some((trained, since?, id)))
         .min()
-        .map(|(_, id)| id)
+        .map(|(_, _, id)| id)
 }
 
 #[cfg(test)]
@@ -162,12 +186,28 @@ mod tests {
         let after = |seconds| Some(now + Duration::from_secs(seconds));
         let first = |idle: &[Option<Instant>]| {
             let ids: Vec<String> = (0..idle.len()).map(|n| n.to_string()).collect();
-            longest_idle(ids.iter().zip(idle.iter().copied())).cloned()
+            let runs = ids.iter().zip(idle.iter().copied());
+            sleepiest(runs.map(|(id, since)| (id, None, since))).cloned()
         };
         assert_eq!(
             first(&[after(3), after(1), None, after(2)]).as_deref(),
             Some("1")
         );
         assert_eq!(first(&[None, None]), None);
+    }
+
+    #[test]
+    fn a_run_that_is_only_looked_at_sleeps_before_one_that_trains() {
+        let now = Instant::now();
+        let after = |seconds| Some(now + Duration::from_secs(seconds));
+        let [trains, polled, older] = ["trains", "polled", "older"].map(str::to_owned);
+        let runs = [
+            (&trains, after(1), after(1)),
+            (&polled, None, after(9)),
+            (&older, after(0), after(2)),
+        ];
+        assert_eq!(sleepiest(runs.into_iter()), Some(&polled));
+        let two = runs.into_iter().filter(|(id, ..)| **id != polled);
+        assert_eq!(sleepiest(two), Some(&older));
     }
 }

@@ -9,9 +9,11 @@ use super::{
 use crate::{
     coordinator::{
         facts::{
+            chain::Chain,
             owner::Identity,
             run::{self, RunFacts},
         },
+        receipts::{store::Receipts, wasted::Wasted},
         spec::{self, Difference},
     },
     error::{Error, Result},
@@ -38,11 +40,14 @@ pub struct Coordinator {
     /// loads of one run would each claim its ownership; a lock for all runs would make the calls of
     /// others wait for a slow one.
     opening: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Of runs that sleep, too: what a step cost that came to nothing is charged when its run
+    /// wakes.
+    wasted: Mutex<HashMap<String, Wasted>>,
 }
 
 impl Coordinator {
     pub fn new(deps: Deps, stores: Stores, state: Location, identity: Identity) -> Arc<Self> {
-        let open = OpenRuns::new(deps.limits.runs_max, identity.address.clone());
+        let open = OpenRuns::new(deps.limits.runs_max, identity.clone());
         Arc::new(Self {
             deps,
             stores,
@@ -50,6 +55,7 @@ impl Coordinator {
             identity,
             open,
             opening: Mutex::default(),
+            wasted: Mutex::default(),
         })
     }
 
@@ -103,13 +109,23 @@ impl Coordinator {
             return Ok(run);
         }
         let _alone = self.lock_run(id).await;
-        self.find_or_load(id).await?.ok_or_else(|| {
-            Error::new(
-                Reason::RunNotFound,
-                format!("there is no run '{id}'; open it first"),
-            )
-            .with("run_id", id)
-        })
+        self.find_or_load(id).await?.ok_or_else(|| not_found(id))
+    }
+
+    /// Returns the generations of the run `id` and its receipts, read from the state if this
+    /// process does not have the run in memory.
+    ///
+    /// # Errors
+    /// `RunNotFound`.
+    pub async fn history(&self, id: &str) -> Result<(Chain, Receipts)> {
+        check_id(id)?;
+        if let Some(run) = self.open.find(id) {
+            let chain = run.state().chain.clone();
+            return Ok((chain, run.receipts.clone()));
+        }
+        let location = self.location(id);
+        let facts = run::load(&location).await?.ok_or_else(|| not_found(id))?;
+        Ok((facts.chain, Receipts::new(location)))
     }
 
     /// Lists the runs in the state, in the order of their ids.
@@ -138,7 +154,7 @@ impl Coordinator {
         let Some(facts) = run::load(&location).await? else {
             return Ok(None);
         };
-        let last_committed_step = open::last_committed(&location, &facts.chain).await?;
+        let last_committed_step = Receipts::new(location).newest(&facts.chain).await?;
         Ok(Some(RunSummary {
             run_id: id,
             state: stored_state(&facts) as i32,
@@ -164,6 +180,13 @@ impl Coordinator {
         let run = self.open.insert(run)?;
         tracing::info!(run = id, "run loaded");
         Ok(Some(run))
+    }
+
+    /// What the run spent on decisions that came to nothing, before it slept, too.
+    pub fn wasted_of(&self, id: &str) -> Wasted {
+        let mut all = self.wasted.lock().expect("no panic while held");
+        all.retain(|_, wasted| wasted.is_wanted());
+        all.entry(id.to_owned()).or_default().clone()
     }
 
     pub fn location(&self, id: &str) -> Location {
@@ -205,6 +228,11 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     );
     let error = Error::new(Reason::RunSpecConflict, message).with("field", field);
     Err(error.with("known", known).with("given", given))
+}
+
+fn not_found(id: &str) -> Error {
+    let message = format!("there is no run '{id}'; open it first");
+    Error::new(Reason::RunNotFound, message).with("run_id", id)
 }
 
 fn check_id(id: &str) -> Result<()> {

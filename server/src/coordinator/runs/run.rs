@@ -106,18 +106,9 @@ impl Run {
         step: u64,
         generation: Option<u32>,
     ) -> Result<Option<Receipt>> {
-        let generations = {
-            let state = self.state();
-            state
-                .chain
-                .candidates(step, generation.unwrap_or(state.chain.current()))
-        };
-        for generation in generations {
-            if let Some(receipt) = self.receipts.find(step, generation).await? {
-                return Ok(Some(receipt));
-            }
-        }
-        Ok(None)
+        let chain = self.state().chain.clone();
+        let generation = generation.unwrap_or(chain.current());
+        self.receipts.find_of(&chain, step, generation).await
     }
 
     pub fn summary(&self) -> RunSummary {

@@ -1,17 +1,27 @@
 //! The coordinator's periodic work.
 use super::registry::Coordinator;
+use crate::storage::is_gone;
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 const EVERY: Duration = Duration::from_secs(30);
 
-/// Removes runs that ended and batches whose trainer has gone from memory, and updates the estimate
-/// of workers. Runs until it is dropped.
+/// Removes runs that ended and batches whose trainer has gone from memory, and all runs if the
+/// state was deleted: what is in memory alone must not be served. Updates the estimate of workers.
+/// Runs until it is dropped.
 pub async fn upkeep(coordinator: Arc<Coordinator>) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        if is_gone(&coordinator.state).await {
+            tracing::error!(
+                state = coordinator.state.uri(),
+                "the state is gone: its runs, receipts and weights were deleted while the service \
+                runs; put it back, or stop the service and start with an empty state"
+            );
+            coordinator.open.release_all();
+        }
         coordinator
             .open
             .all_open()

@@ -1,8 +1,7 @@
 //! Fetches chosen rows from any worker.
-use super::slice::ATTEMPTS_MAX;
 use crate::{
     coordinator::workers::{
-        failover::{Unable, is_lost},
+        failover::Failover,
         pool::Pool,
         replies::{Replies, unsound},
         worker::Worker,
@@ -20,7 +19,8 @@ pub async fn fetch_rows(
     blocks: Vec<BlockRows>,
     columns: &[String],
 ) -> Result<Vec<Bytes>> {
-    fetch_rows_from_others(pool, manifest, blocks, columns, Unable::default()).await
+    let failover = Failover::new(pool);
+    fetch_rows_from_others(pool, manifest, blocks, columns, failover).await
 }
 
 pub async fn fetch_rows_from_others(
@@ -28,22 +28,17 @@ pub async fn fetch_rows_from_others(
     manifest: &str,
     blocks: Vec<BlockRows>,
     columns: &[String],
-    mut unable: Unable,
+    mut failover: Failover<'_>,
 ) -> Result<Vec<Bytes>> {
     let request = FetchRowsRequest {
         dataset_manifest: manifest.to_owned(),
         blocks,
         columns: columns.to_vec(),
     };
-    let mut attempt = 0;
     loop {
-        let worker = pool.other(&mut unable).await?;
+        let worker = failover.worker().await?;
         match fetch_rows_from(pool.replies(), &worker, request.clone()).await {
-            Err(error) if is_lost(&error) && attempt + 1 < ATTEMPTS_MAX => {
-                pool.lost(&worker);
-                attempt += 1;
-            }
-            Err(error) => unable.note(&worker, error)?,
+            Err(error) => failover.failed(&worker, error)?,
             Ok(parts) => return Ok(parts),
         }
     }

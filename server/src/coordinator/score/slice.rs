@@ -4,12 +4,7 @@ use super::{fetch::fetch_rows_from_others, stream::Live};
 use crate::{
     coordinator::{
         plan::{candidate::Candidate, cut},
-        workers::{
-            failover::{Unable, is_lost},
-            pool::Pool,
-            replies::Replies,
-            worker::Worker,
-        },
+        workers::{failover::Failover, pool::Pool, replies::Replies, worker::Worker},
     },
     error::{Error, Result, from_status},
 };
@@ -21,10 +16,6 @@ use superbatch_proto::v1::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-
-/// Workers that one slice may lose before the step fails. Without a bound a slice whose content
-/// crashes workers would take down all of them, one after the other.
-pub const ATTEMPTS_MAX: usize = 5;
 
 /// The settings that all slices of a step share.
 #[derive(Debug, Clone)]
@@ -131,39 +122,38 @@ impl Slice {
     /// one takes over.
     ///
     /// # Errors
-    /// Workers' errors about data and models, see [`Unable`]; `NoWorkers` after [`ATTEMPTS_MAX`]
-    /// lost workers.
+    /// Workers' errors about data and models, and `NoWorkers`, see [`Failover`].
     pub async fn begin(&mut self, pool: &Pool, job: &Job) -> Result<()> {
-        self.attempt(pool, job, None, Unable::default()).await
+        let failover = self.failover(pool, job);
+        self.attempt(pool, job, None, failover).await
     }
 
     /// Has the slice embedded by the learner `model`. Begins again on another worker if the worker
     /// is lost.
     pub async fn embed_learner(&mut self, pool: &Pool, job: &Job, model: &ModelRef) -> Result<()> {
-        let mut unable = Unable::default();
+        let mut failover = self.failover(pool, job);
         if let Some(mut live) = self.live.take() {
             match live.learner(self, job, model).await {
                 Ok(()) => {
                     self.live = Some(live);
                     return Ok(());
                 }
-                Err(error) => self.give_up(pool, job, &live.worker, error, &mut unable)?,
+                Err(error) => self.give_up(&live.worker, error, &mut failover)?,
             }
         }
-        self.attempt(pool, job, Some(model), unable).await
+        self.attempt(pool, job, Some(model), failover).await
     }
 
     /// Returns the chosen rows (numbers within the slice, in the requested order) as an Arrow IPC
     /// stream.
     pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
-        let mut unable = Unable::default();
+        let mut failover = Failover::new(pool);
         if let Some(mut live) = self.live.take() {
             match live.rows(chosen).await {
                 Ok(bytes) => return Ok(bytes),
                 // The embeddings have arrived and the draw is made. Only the rows are read again,
                 // on any worker: a broken stream must never cost a second scoring.
-                Err(error) if is_lost(&error) => pool.lost(&live.worker),
-                Err(error) => unable.note(&live.worker, error)?,
+                Err(error) => failover.failed(&live.worker, error)?,
             }
         }
         let flat: Vec<(usize, u32)> = self
@@ -184,7 +174,7 @@ impl Slice {
             &job.manifest_digest,
             blocks.collect(),
             &job.columns,
-            unable,
+            failover,
         )
         .await
     }
@@ -219,33 +209,29 @@ impl Slice {
         !self.has_reference && !self.reference_range.is_empty()
     }
 
+    /// Slices of one step go to different workers, and successive steps begin at different ones:
+    /// with fewer slices than workers the first workers would otherwise do all the work.
+    fn failover<'a>(&self, pool: &'a Pool, job: &Job) -> Failover<'a> {
+        Failover::new(pool).from_turn(self.number + job.step as usize)
+    }
+
     async fn attempt(
         &mut self,
         pool: &Pool,
         job: &Job,
         learner: Option<&ModelRef>,
-        mut unable: Unable,
+        mut failover: Failover<'_>,
     ) -> Result<()> {
-        for attempt in 0..ATTEMPTS_MAX {
-            let workers = pool.wait_live().await?;
-            // Slices of one step go to different workers, and successive steps begin at different
-            // ones: with fewer slices than workers the first workers would otherwise do all the
-            // work.
-            let turn = self.number + attempt + job.step as usize;
-            let worker = unable.other(workers, turn)?;
+        loop {
+            let worker = failover.worker().await?;
             match self.attempt_on(pool.replies(), &worker, job, learner).await {
                 Ok(live) => {
                     self.live = Some(live);
                     return Ok(());
                 }
-                Err(error) if attempt + 1 == ATTEMPTS_MAX => return Err(error),
-                Err(error) => self.give_up(pool, job, &worker, error, &mut unable)?,
+                Err(error) => self.give_up(&worker, error, &mut failover)?,
             }
         }
-        Err(Error::new(
-            Reason::NoWorkers,
-            "all scoring workers were lost",
-        ))
     }
 
     async fn attempt_on(
@@ -302,25 +288,11 @@ impl Slice {
     /// same way.
     fn give_up(
         &mut self,
-        pool: &Pool,
-        job: &Job,
         worker: &Worker,
         error: Error,
-        unable: &mut Unable,
+        failover: &mut Failover<'_>,
     ) -> Result<()> {
-        if is_lost(&error) {
-            let (run, step, worker_at) = (&job.run_id, job.step, &worker.address);
-            tracing::warn!(
-                run,
-                step,
-                worker = worker_at,
-                error = error.chain(),
-                "slice goes to another worker"
-            );
-            pool.lost(worker);
-        } else {
-            unable.note(worker, error)?;
-        }
+        failover.failed(worker, error)?;
         crate::metrics::slices_rescored().increment(1);
         // The next attempt computes both models' embeddings again. What this one has spent was
         // real, so it is reported as discarded.

@@ -6,6 +6,7 @@ use super::{
     table::Table,
 };
 use crate::{
+    blocking::blocking,
     coordinator::{
         plan::{candidate::Candidate, cut},
         workers::{pool::Pool, replies::unsound},
@@ -14,6 +15,7 @@ use crate::{
     selection::{Embedded, Values},
 };
 use arrow::array::{Array, AsArray};
+use bytes::Bytes;
 use futures::future::try_join_all;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use superbatch_proto::v1::{EmbeddingDtype, Hole, ModelRef, Reason};
@@ -160,20 +162,8 @@ impl Scoring {
             .iter()
             .map(|(_, local)| local.len())
             .filter(|rows| *rows > 0);
-        // A slice with one row too few or too many would shift the rows of all later slices: every
-        // one of them would be served under another row's id and score.
-        let mut tables = streams.into_iter().zip(due).map(|(parts, due)| {
-            let table = Table::from_stream(parts)?;
-            match table.rows() == due {
-                true => Ok(table),
-                false => Err(unsound(format_args!("{} of {due} rows", table.rows()))),
-            }
-        });
-        let mut all = tables
-            .next()
-            .ok_or_else(|| Error::internal("no rows were chosen"))??;
-        tables.try_for_each(|table| all.append(table?))?;
-        hashed(all.reordered(&place))
+        let (streams, due): (Vec<_>, Vec<_>) = (streams, due.collect());
+        blocking("joining rows", move || joined(streams, due, &place)).await
     }
 
     /// Joins the slices' embeddings, and frees them there.
@@ -257,6 +247,24 @@ fn changed(file: &str) -> Error {
 
 fn differs() -> Error {
     Error::internal("workers answered with different models or arithmetic for one step")
+}
+
+/// Joins the rows of all slices, `due` of each, in the order of `place`.
+fn joined(streams: Vec<Vec<Bytes>>, due: Vec<usize>, place: &[u32]) -> Result<Rows> {
+    let mut tables = streams.into_iter().zip(due).map(|(parts, due)| {
+        let table = Table::from_stream(parts)?;
+        match table.rows() == due {
+            true => Ok(table),
+            // A slice with one row too few or too many would shift the rows of all later slices:
+            // every one of them would be served under another row's id and score.
+            false => Err(unsound(format_args!("{} of {due} rows", table.rows()))),
+        }
+    });
+    let mut all = tables
+        .next()
+        .ok_or_else(|| Error::internal("no rows were chosen"))??;
+    tables.try_for_each(|table| all.append(table?))?;
+    hashed(all.reordered(place))
 }
 
 /// Reads the content hashes from the rows that workers sent. The column stays in the table; the

@@ -10,8 +10,6 @@ use superbatch_proto::{
     v1::{SelectBegin, SelectResponse},
 };
 
-/// Workers that one selection may lose before the step fails.
-const ATTEMPTS_MAX: usize = 5;
 /// Candidates that one message names: a position takes up to 10 bytes, a hole up to 5 and a term 8.
 const PART_CANDIDATES: usize = PART_BYTES / 32;
 

@@ -1,14 +1,9 @@
 //! Selection on a worker's device.
-use super::{ATTEMPTS_MAX, PART_CANDIDATES, Selector, local::LocalSelector};
+use super::{PART_CANDIDATES, Selector, local::LocalSelector};
 use crate::{
     coordinator::{
         score::scored::Scored,
-        workers::{
-            failover::{Unable, is_lost},
-            pool::Pool,
-            replies::check_selected,
-            worker::Worker,
-        },
+        workers::{failover::Failover, pool::Pool, replies::check_selected, worker::Worker},
     },
     error::{Result, from_status},
 };
@@ -107,18 +102,14 @@ impl Selector for WorkerSelector {
             .into_iter()
             .map(|m| SelectRequest { message: Some(m) })
             .collect();
-        let (mut attempts, mut unable) = (0, Unable::default());
+        let mut failover = Failover::new(&self.pool).on(self.device);
         loop {
-            let worker = self.pool.other_on(self.device, &mut unable).await?;
+            let worker = failover.worker().await?;
             // The clone shares the bytes of the embeddings, so keeping the requests for another
             // attempt costs little.
             match self.select_on(&worker, requests.clone(), &asked).await {
                 Ok(selected) => return Ok(selected),
-                Err(error) if is_lost(&error) && attempts + 1 < ATTEMPTS_MAX => {
-                    self.pool.lost(&worker);
-                    attempts += 1;
-                }
-                Err(error) => unable.note(&worker, error)?,
+                Err(error) => failover.failed(&worker, error)?,
             }
         }
     }
@@ -149,8 +140,17 @@ impl WorkerSelector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::{
+        score::fetch::fetch_rows,
+        workers::{pool::Home, prepare::prepare, replies::Replies},
+    };
     use prost::Message as _;
-    use superbatch_proto::SUPER_BATCH_SIZE_MAX;
+    use std::time::Duration;
+    use superbatch_proto::{
+        SUPER_BATCH_SIZE_MAX,
+        v1::{ComputeDtype, EmbeddingDtype, ModelRef, RegisterRequest},
+    };
+    use tokio::net::TcpListener;
 
     /// Candidates whose keys take the most bytes, every one a hole.
     fn begin(count: u32) -> SelectBegin {
@@ -195,6 +195,78 @@ mod tests {
                 }
             }
             assert!(joined == whole, "{count} candidates");
+        }
+    }
+
+    /// Returns a pool whose one worker accepts connections and never answers.
+    async fn silent_worker() -> (Pool, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            let mut taken = Vec::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                taken.push(socket);
+            }
+        });
+        let patience = Duration::from_millis(1);
+        let pool = Pool::new(Duration::from_secs(60), patience, Home::default());
+        let replies = Replies {
+            silence_max: Duration::from_millis(50),
+            ..Default::default()
+        };
+        let pool = pool.with_replies(replies);
+        let request = RegisterRequest {
+            address: address.clone(),
+            ..Default::default()
+        };
+        pool.register(&request, std::time::Instant::now()).unwrap();
+        (pool, address)
+    }
+
+    #[tokio::test]
+    async fn no_call_waits_for_a_silent_worker_without_end() {
+        let (pool, at) = silent_worker().await;
+        let prepared = prepare(&pool, ModelRef::default(), true).await;
+        let said = [(prepared.unwrap_err(), at, "a model")];
+        let (pool, at) = silent_worker().await;
+        let fetched = fetch_rows(&pool, "m", Vec::new(), &[]).await;
+        let said = said
+            .into_iter()
+            .chain([(fetched.unwrap_err(), at, "that it reads rows")]);
+        let (pool, at) = silent_worker().await;
+        let selector = WorkerSelector {
+            pool: Arc::new(pool),
+            local: LocalSelector::new(1).unwrap(),
+            device: "",
+        };
+        let values = || crate::selection::Values::with_capacity(EmbeddingDtype::F32, 0);
+        let scored = Scored {
+            embedded: crate::selection::Embedded {
+                image: values(),
+                text: values(),
+                dim: 1,
+            },
+            scale: 1.0,
+            bias: None,
+            digest: String::new(),
+            files: Default::default(),
+            compute_dtype: ComputeDtype::F32,
+            device: String::new(),
+            flops: 0.0,
+            text_flops: 0.0,
+            seconds: 0.0,
+            not_finite: Vec::new(),
+        };
+        let selected = selector.select(begin(1), Some(scored), None).await;
+        let said = said.chain([(selected.unwrap_err(), at, "a selection")]);
+        for (error, at, what) in said {
+            assert_eq!(error.reason(), Reason::NoWorkers);
+            let told = error.chain();
+            assert!(
+                told.contains(&at) && told.contains(&format!("while {what}")),
+                "{told}"
+            );
+            assert!(told.contains("worker_silence_seconds"), "{told}");
         }
     }
 

@@ -8,55 +8,84 @@ use crate::{
             state::{failed, stale},
         },
     },
-    error::{Error, Result},
+    error::Result,
+    storage::{Budget, is_passing},
 };
-use std::time::Duration;
-use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Reason, Receipt};
+use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Receipt};
 use tokio::time::Instant;
 
 /// The share of bad rows is computed of at least so many candidates: two bad rows among the first
 /// ten say nothing about the data.
 const JUDGED_FROM: u64 = 1_000;
-/// Pauses before a receipt is written again to a store that could not be reached. A scored step has
-/// cost minutes of GPU time, so it is worth some patience. Writing again is safe: the receipt has
-/// its writer's nonce, so an earlier attempt that did succeed is recognised as ours.
-const PAUSES: [Duration; 3] = [
-    Duration::from_secs(1),
-    Duration::from_secs(4),
-    Duration::from_secs(16),
-];
 
 impl Run {
     /// Makes a decision durable, unless another one is already. Returns the receipt in force, and
     /// whether it is ours.
     ///
+    /// A store that fails is asked again within one [`Budget`]. The lock on commits is let go
+    /// between attempts: other steps of the run do not wait for this one. Writing again is safe:
+    /// the receipt has its writer's nonce, so an earlier attempt that did succeed is recognised as
+    /// ours.
+    ///
     /// # Errors
     /// `NotOwner`; `RunFailed` if the run fails by this step's bad rows; `RunClosed` and
     /// `GenerationStale` if the run was closed or rewound in the meantime; `StorageUnreachable`.
     pub async fn commit(&self, mut receipt: Receipt) -> Result<(Receipt, bool)> {
+        let begun = Instant::now();
+        // FLOPs of decisions that were thrown away are charged to the next committed step. `wasted`
+        // is a guard: unless it is settled below, dropping it puts the FLOPs back, so a commit that
+        // fails does not lose them.
+        let mut wasted = self.wasted.take();
+        let cost = receipt
+            .summary
+            .get_or_insert_default()
+            .cost
+            .get_or_insert_default();
+        cost.discarded_flops += wasted.flops();
+        let mut budget = Budget::default();
+        let (receipt, ours) = loop {
+            match self.try_commit(&mut receipt, begun, &budget).await {
+                Err(error) if is_passing(&error) && budget.pause().await => {
+                    tracing::warn!(
+                        run = self.id,
+                        error = error.chain(),
+                        "the receipt is written again"
+                    );
+                }
+                Err(error) => return Err(error),
+                Ok(Some(theirs)) => break (theirs, false),
+                Ok(None) => break (receipt, true),
+            }
+        };
+        if ours {
+            wasted.settle();
+            self.tell_committed(&receipt, begun);
+        }
+        Ok((receipt, ours))
+    }
+
+    /// Makes one attempt to commit. Returns the receipt of another writer that was first. Totals
+    /// are in the order of commits, so each attempt adds to those that it finds.
+    async fn try_commit(
+        &self,
+        receipt: &mut Receipt,
+        begun: Instant,
+        budget: &Budget,
+    ) -> Result<Option<Receipt>> {
         // One commit at a time. Each receipt holds the run's totals up to and including itself, so
         // it must know the totals of the one before. Two commits at once would start from the same
         // totals, and the cost of one of them would be lost from the accounts. The lock also keeps
         // out a rewind, which changes the generation.
         let _alone = self.committing.lock().await;
-        let begun = Instant::now();
-        let summary = receipt
-            .summary
-            .as_mut()
-            .ok_or_else(|| Error::internal("a receipt has no summary"))?;
+        let summary = receipt.summary.get_or_insert_default();
         let (step, generation) = (summary.step, summary.generation);
         self.check_current(generation)?;
         self.owner.check().await?;
         let cost = summary.cost.get_or_insert_default();
-        // FLOPs of decisions that were thrown away are charged to the next committed step. `wasted`
-        // is a guard: unless it is settled below, dropping it puts the FLOPs back, so a commit that
-        // fails does not lose them.
-        let mut wasted = self.wasted.take();
-        cost.discarded_flops += wasted.flops();
         let mut totals = accounts::add(&self.state().totals, cost);
         self.judge(step, &totals, &receipt.bad_rows).await?;
-        summary.run_totals = Some(totals);
-        let committed = self.create_receipt(&receipt).await?;
+        receipt.summary.get_or_insert_default().run_totals = Some(totals);
+        let committed = self.receipts.commit(receipt, budget).await?;
         // This receipt cannot contain the time of its own creation. The sum is part of the next
         // receipt's totals.
         totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
@@ -67,30 +96,36 @@ impl Run {
         if state.chain.current() != generation {
             return Err(stale(generation, state.chain.current()));
         }
+        let before = state.committed.next();
         state.committed.insert(step);
+        self.receipts
+            .summarise_after(before, state.committed.next(), generation);
         match committed {
             Committed::Theirs(theirs) => {
                 drop(state);
                 self.found_committed(generation, &theirs);
-                Ok((*theirs, false))
+                Ok(Some(*theirs))
             }
             Committed::Ours => {
                 state.totals = totals;
-                drop(state);
-                wasted.settle();
-                accounts::count(&receipt, begun);
-                let (mode, seconds) = (accounts::mode(&receipt), begun.elapsed().as_secs_f64());
-                tracing::debug!(
-                    run = self.id,
-                    step,
-                    generation,
-                    mode,
-                    commit_seconds = seconds,
-                    "step committed"
-                );
-                Ok((receipt, true))
+                Ok(None)
             }
         }
+    }
+
+    fn tell_committed(&self, receipt: &Receipt, begun: Instant) {
+        accounts::count(receipt, begun);
+        let summary = receipt.summary.as_ref();
+        let (step, generation) = summary.map_or((0, 0), |s| (s.step, s.generation));
+        let (mode, seconds) = (accounts::mode(receipt), begun.elapsed().as_secs_f64());
+        tracing::debug!(
+            run = self.id,
+            step,
+            generation,
+            mode,
+            commit_seconds = seconds,
+            "step committed"
+        );
     }
 
     /// Notes a step that is committed already: before this process loaded the run, by another
@@ -122,23 +157,6 @@ impl Run {
         } else {
             Err(stale(generation, current))
         }
-    }
-
-    async fn create_receipt(&self, receipt: &Receipt) -> Result<Committed> {
-        for pause in PAUSES {
-            match self.receipts.commit(receipt).await {
-                Err(error) if error.reason() == Reason::StorageUnreachable => {
-                    tracing::warn!(
-                        run = self.id,
-                        error = error.chain(),
-                        "the receipt is written again"
-                    );
-                    tokio::time::sleep(pause).await;
-                }
-                done => return done,
-            }
-        }
-        self.receipts.commit(receipt).await
     }
 
     /// Fails the run if too large a share of the scanned candidates is bad.

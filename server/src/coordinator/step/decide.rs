@@ -2,8 +2,9 @@
 
 use super::{decided::Decided, maker::Maker, receipt::receipt};
 use crate::{
+    blocking::blocking,
     coordinator::{
-        plan::{cut, planner},
+        plan::{candidate::SuperBatch, cut, planner},
         runs::run::Run,
         score::table::Table,
         score::{fetch::fetch_rows, super_batch},
@@ -13,6 +14,7 @@ use crate::{
     },
     error::{Error, Result},
 };
+use std::sync::Arc;
 use superbatch_proto::v1::{Reason, Receipt, RunSpec, lag};
 use tokio::time::Instant;
 
@@ -28,7 +30,7 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     let begun = Instant::now();
     let spec = run.spec();
     let phase = phase_at(&spec.phases, step);
-    let super_batch = run.plan.step(&spec.phases, step)?;
+    let super_batch = planned(run, &spec, step).await?;
     let mut decided = Decided::new(generation, step, phase.clone(), run.wasted.spend());
     decided.planned(begun.elapsed());
     let maker = Maker {
@@ -60,6 +62,14 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     Ok(run.deps.ready.hold(receipt, rows.data))
 }
 
+/// Plans the step's candidates. Ordering the rows of large blocks takes long enough to hold up
+/// every call of the process.
+async fn planned(run: &Run, spec: &Arc<RunSpec>, step: u64) -> Result<SuperBatch> {
+    let gone = || Error::internal("a run was let go while it planned a step");
+    let (run, spec) = (run.me.upgrade().ok_or_else(gone)?, spec.clone());
+    blocking("planning a step", move || run.plan.step(&spec.phases, step)).await
+}
+
 /// Reads the rows of a committed step again, and checks that they are the rows of its receipt.
 ///
 /// # Errors
@@ -78,7 +88,8 @@ async fn fetch_chosen_again(run: &Run, receipt: Receipt) -> Result<Ready> {
         &run.spec().columns,
     )
     .await?;
-    let rows = super_batch::hashed(Table::from_stream(parts)?)?;
+    let join = move || super_batch::hashed(Table::from_stream(parts)?);
+    let rows = blocking("joining rows", join).await?;
     let changed = receipt
         .chosen
         .iter()

@@ -517,6 +517,15 @@ async fn what_may_not_be_pushed_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn a_push_that_begins_with_silence_is_ended_by_name() {
+    let mut silence = stream::pending::<Result<PushWeightsRequest, Status>>();
+    let begun = member::read_start(&mut silence, Duration::from_millis(10)).await;
+    let error = begun.unwrap_err();
+    assert_eq!(error.value("field"), Some("start"));
+    assert!(error.to_string().contains("silence, for 0.01 s"), "{error}");
+}
+
+#[tokio::test]
 async fn ids_and_parts_of_a_push_are_bounded_before_they_are_kept() {
     let weights = Bench::new().open().await;
     let many = PushStart {

@@ -1,6 +1,6 @@
 //! Workers that fail for a reason that may be theirs alone: a missing mount, credential or network
 //! that other workers have.
-use super::worker::Worker;
+use super::{pool::Pool, worker::Worker};
 use crate::error::{Error, Result};
 use superbatch_proto::v1::Reason;
 
@@ -8,10 +8,13 @@ use superbatch_proto::v1::Reason;
 /// have a broken mount, two may share a broken host. Asking all of a hundred workers would make
 /// each error of the data take minutes.
 const ENOUGH: usize = 3;
+/// Workers that one piece of work may lose before it fails. Without a bound, work whose content
+/// crashes workers would take down all of them, one after the other.
+const LOST_MAX: usize = 5;
 
 /// The workers that could not do one piece of work.
 #[derive(Debug, Default)]
-pub struct Unable {
+struct Unable {
     workers: Vec<Worker>,
     said: Option<Error>,
     /// Whether the error was logged.
@@ -24,7 +27,7 @@ impl Unable {
     /// # Errors
     /// `error` itself if no other worker would do better: its reason is not the worker's own, or
     /// enough workers have failed.
-    pub fn note(&mut self, worker: &Worker, error: Error) -> Result<()> {
+    fn note(&mut self, worker: &Worker, error: Error) -> Result<()> {
         let may_be_its_own = matches!(
             error.reason(),
             // Caused by the worker's own settings: no endpoint, no region, another store's bucket.
@@ -47,7 +50,7 @@ impl Unable {
     ///
     /// # Errors
     /// The last worker's error, if there is no other worker.
-    pub fn other(&mut self, mut live: Vec<Worker>, turn: usize) -> Result<Worker> {
+    fn other(&mut self, mut live: Vec<Worker>, turn: usize) -> Result<Worker> {
         live.retain(|worker| !self.workers.iter().any(|asked| asked.is(worker)));
         if live.is_empty() {
             return Err(self
@@ -70,9 +73,96 @@ impl Unable {
     }
 }
 
+/// One piece of work, until a worker has done it: who was lost under it, who was unable, and whose
+/// turn it is.
+pub struct Failover<'a> {
+    pool: &'a Pool,
+    /// What the name of the worker's device begins with.
+    device: &'a str,
+    /// The first worker's place among those that live; each in its turn if absent.
+    first: Option<usize>,
+    asked: usize,
+    unable: Unable,
+    lost: usize,
+    /// Why the last one was lost.
+    last: Option<Error>,
+}
+
+impl<'a> Failover<'a> {
+    pub fn new(pool: &'a Pool) -> Self {
+        Self {
+            pool,
+            device: "",
+            first: None,
+            asked: 0,
+            unable: Unable::default(),
+            lost: 0,
+            last: None,
+        }
+    }
+
+    /// Only workers on such a device.
+    #[must_use]
+    pub fn on(self, device: &'a str) -> Self {
+        Self { device, ..self }
+    }
+
+    /// Begins with the worker of that turn, so that the pieces of one step are spread.
+    #[must_use]
+    pub fn from_turn(self, turn: usize) -> Self {
+        Self {
+            first: Some(turn),
+            ..self
+        }
+    }
+
+    /// Returns the worker whose turn it is.
+    ///
+    /// # Errors
+    /// `NoWorkers` if there is none, because of the one that was lost; the last worker's error if
+    /// all have failed.
+    pub async fn worker(&mut self) -> Result<Worker> {
+        let live = match self.pool.wait_on(self.device).await {
+            Ok(live) => live,
+            Err(none) => {
+                return Err(match self.last.take() {
+                    Some(lost) => none.because(lost),
+                    None => none,
+                });
+            }
+        };
+        let turn = self.first.unwrap_or_else(|| self.pool.next_turn());
+        let turn = turn.wrapping_add(self.asked);
+        self.asked += usize::from(self.first.is_some());
+        self.unable.other(live, turn)
+    }
+
+    /// Notes that `worker` did not do it.
+    ///
+    /// # Errors
+    /// `error` itself if another one would not do better, or enough were lost.
+    pub fn failed(&mut self, worker: &Worker, error: Error) -> Result<()> {
+        if !is_lost(&error) {
+            return self.unable.note(worker, error);
+        }
+        self.pool.lost(worker);
+        self.lost += 1;
+        if self.lost >= LOST_MAX {
+            return Err(error);
+        }
+        tracing::warn!(
+            worker = worker.address,
+            error = error.chain(),
+            "a worker is lost; another one does its work"
+        );
+        self.last = Some(error);
+        Ok(())
+    }
+}
+
 /// Returns whether the worker itself is lost: it is gone, shutting down, or its device fails.
 /// Another worker may then do better.
-pub fn is_lost(error: &Error) -> bool {
+fn is_lost(error: &Error) -> bool {
     matches!(
         error.reason(),
         Reason::NoWorkers | Reason::ShuttingDown | Reason::DeviceUnavailable
@@ -82,7 +172,7 @@ pub fn is_lost(error: &Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::coordinator::workers::pool::{Home, Pool};
+    use crate::coordinator::workers::pool::Home;
     use std::time::{Duration, Instant};
     use superbatch_proto::v1::RegisterRequest;
 

@@ -3,7 +3,6 @@
 use super::{replies::Replies, worker::Worker};
 use crate::{
     bounds::{LABEL_BYTES_MAX, TOKEN_BYTES_MAX, URI_BYTES_MAX, WORKERS_MAX, check_bytes},
-    coordinator::workers::failover::Unable,
     error::{Error, Result},
     metrics,
 };
@@ -237,25 +236,20 @@ impl Pool {
     /// Returns one live worker whose device's name begins with `device`, in turn.
     pub async fn one_on(&self, device: &str) -> Result<Worker> {
         let live = self.wait_on(device).await?;
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let turn = self.next_turn();
         Ok(live[turn % live.len()].clone())
     }
 
-    /// Returns one live worker, in turn, that has not failed at this work.
+    /// Whose turn it is, of any number of workers.
+    pub fn next_turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Returns all live workers whose device's name begins with `device`, once there is one.
     ///
     /// # Errors
-    /// `NoWorkers`, or the last worker's error if there is no other worker.
-    pub async fn other(&self, unable: &mut Unable) -> Result<Worker> {
-        self.other_on("", unable).await
-    }
-
-    /// As [`Pool::other`], among those whose device's name begins with `device`.
-    pub async fn other_on(&self, device: &str, unable: &mut Unable) -> Result<Worker> {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        unable.other(self.wait_on(device).await?, turn)
-    }
-
-    async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
+    /// `NoWorkers` when none came within the pool's patience.
+    pub async fn wait_on(&self, device: &str) -> Result<Vec<Worker>> {
         // Subscribed before the first look, so that a worker that registers between the look and
         // the wait is not missed.
         let mut changed = self.changed.subscribe();

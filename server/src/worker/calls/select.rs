@@ -4,10 +4,13 @@ use crate::{
     cuda,
     error::{Error, Result, from_status},
     selection::{Embedded, Values, draw, response, settings},
-    worker::engine::Engine,
+    worker::engine::{Engine, shutting_down},
 };
 use futures::{Stream, TryStreamExt};
-use std::pin::pin;
+use std::{
+    pin::{Pin, pin},
+    time::Duration,
+};
 use superbatch_kernels::{Backend, Policy};
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
@@ -16,8 +19,11 @@ use superbatch_proto::{
         SelectResponse, Tower, select_request::Message,
     },
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tonic::Status;
+
+/// How long a caller may be silent before all of its selection has come.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
 
 /// Serves one `Select` call: a `SelectBegin`, the rest of the candidates, then the models'
 /// embeddings of all candidates, in order.
@@ -29,10 +35,8 @@ pub async fn select(
     requests: impl Stream<Item = Result<SelectRequest, Status>>,
 ) -> Result<SelectResponse> {
     let mut requests = pin!(requests.map_err(|status| from_status(status, Reason::Internal)));
-    let first = requests
-        .try_next()
-        .await?
-        .and_then(|request| request.message);
+    let first = next(engine, requests.as_mut()).await?;
+    let first = first.and_then(|request| request.message);
     let Some(Message::Begin(begin)) = first else {
         return Err(Error::invalid(
             "message",
@@ -46,7 +50,7 @@ pub async fn select(
         learner: None,
         reference: None,
     };
-    while let Some(request) = requests.try_next().await? {
+    while let Some(request) = next(engine, requests.as_mut()).await? {
         match request.message {
             Some(Message::Candidates(part)) => received.add(part)?,
             Some(Message::Embedding(part)) => received.append(part)?,
@@ -86,6 +90,24 @@ pub async fn select(
         threads,
         ..response(selection)
     })
+}
+
+/// The next message. All of a selection is at hand when it is asked for, so a caller that falls
+/// silent is gone: what it sent is let go.
+async fn next(
+    engine: &Engine,
+    mut requests: Pin<&mut impl Stream<Item = Result<SelectRequest>>>,
+) -> Result<Option<SelectRequest>> {
+    let next = tokio::select! {
+        biased;
+        next = timeout(SILENCE_MAX, requests.try_next()) => next,
+        () = engine.stopping.cancelled() => return Err(shutting_down()),
+    };
+    next.map_err(|_| {
+        let seconds = SILENCE_MAX.as_secs();
+        let message = format!("a Select call was silent for {seconds} s; ask again");
+        Error::invalid("stream", message)
+    })?
 }
 
 fn check_candidates(begin: &SelectBegin) -> Result<()> {

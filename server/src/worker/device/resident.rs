@@ -206,8 +206,7 @@ fn bytes(x: &Tensor) -> Result<Bytes, TchError> {
 }
 
 fn failed(what: &str, cause: TchError) -> Error {
-    // LibTorch has no error code for this; its C++ exception reaches us as text.
-    if cause.to_string().contains("out of memory") {
+    if crate::cuda::torch_lacks_memory(&cause) {
         let message = format!(
             "{what}: the device's memory is not enough; lower micro_batch_rows, or keep fewer \
             models"
