@@ -18,7 +18,18 @@ from s3_store import (  # noqa: F401
     remote,
     store,
 )
-from test_end_to_end import STEPS, choices, inputs, phase, reason, spec, train, undisturbed, weights  # noqa: F401
+from test_end_to_end import (  # noqa: F401
+    STEPS,
+    choices,
+    inputs,
+    phase,
+    reason,
+    service,
+    spec,
+    train,
+    undisturbed,
+    weights,
+)
 
 
 def test_data_models_and_state_on_s3_give_what_files_give(inputs, store, tmp_path, undisturbed):
