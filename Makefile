@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-tars bench-images test-gpu clean
+.PHONY: bench help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-tars bench-images test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -103,6 +103,9 @@ check: $(READY) ## Formatting and lints
 fmt: $(READY) ## Formats the code
 	cargo fmt --all
 	$(VENV)/bin/ruff format .
+
+bench: build ## All benchmarks; one table of ratios in target/bench.tsv, beside that of docs/bench.tsv
+	$(PYTHON) scripts/bench.py
 
 bench-kernels: $(READY) ## Joint selection against NumPy, PyTorch and the machine's matrix product, as ratios of one run
 	cargo bench -p superbatch-kernels --no-default-features --bench peers

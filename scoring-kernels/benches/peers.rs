@@ -308,8 +308,15 @@ fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, ge
             "{loss}, native: {:.3} s ({:.2} processor seconds), {rate:.1} GFLOP/s{share}",
             ours.wall, ours.busy
         );
+        if measured {
+            ratio(
+                &format!("{loss}: rate of the f32 matrix product"),
+                work * gemm.busy / ours.busy,
+            );
+        }
         for (who, name) in called {
             if let Some(theirs) = best.get(&(loss, who)) {
+                ratio(&format!("{loss}: speed of {name}"), theirs.busy / ours.busy);
                 let agreement = agreement(&drawn[&(loss, "native")], &drawn[&(loss, who)]);
                 println!(
                     "{loss}, {name}: {:.3} s, {}; {agreement}",
@@ -325,6 +332,11 @@ fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, ge
         softmax.wall / sigmoid.wall,
         softmax.busy / sigmoid.busy
     );
+}
+
+/// A line that `make bench` gathers: by processor time, higher is better.
+fn ratio(of: &str, value: f64) {
+    println!("ratio\tselection, {of}\t{value:.3}");
 }
 
 fn seeded(keys: &[u64]) -> Noise<'_> {

@@ -95,6 +95,11 @@ def show(title: str, ours: Timed, peers: list[Timed]) -> None:
     print(
         f"\n{title}\n{'':44}{'MB/s':>8}{'s/GB':>8}{'processor s/GB':>16}{'time, ours = 1':>16}{'processor':>11}"
     )
+    for peer in peers:
+        # A line that `make bench` gathers.
+        print(
+            f"ratio\t{title.split(':')[0]}: speed of {peer.name}\t{peer.seconds / ours.seconds:.3f}"
+        )
     for row in (ours, *peers):
         print(
             f"{row.name:44}{1e3 / row.seconds:8.0f}{row.seconds:8.2f}{row.processor:16.2f}"
