@@ -142,22 +142,21 @@ def test_options_that_say_what_a_loader_does_anyway_are_taken(service):  # noqa:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_that_would_make_batches_of_batches_is_refused(service, workers):  # noqa: F811
-    dataset = selected(service, f"nested-{workers}", transform=None, end_step=2)
     for batch_size in (1, 4):
+        run = f"nested-{workers}-{batch_size}"
+        dataset = selected(service, run, transform=None, end_step=2)
         with pytest.raises(superbatch.InvalidArgument, match="batch_size=None") as caught:
             next(iter(DataLoader(dataset, batch_size=batch_size, num_workers=workers)))
         assert caught.value.reason == "INVALID_ARGUMENT"
     # A `collate_fn` may mean it.
-    dataset.transform, dataset.start_step = step_of, 0
-    assert list(
-        DataLoader(
-            dataset,
-            batch_size=2,
-            num_workers=workers,
-            prefetch_factor=1 if workers else None,
-            collate_fn=list,
-        )
-    ) == [[0, 1]]
+    meant = DataLoader(
+        selected(service, f"nested-{workers}", end_step=2),
+        batch_size=2,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,
+        collate_fn=list,
+    )
+    assert list(meant) == [[0, 1]]
 
 
 def fails_once(batch: superbatch.Batch) -> int:

@@ -19,7 +19,8 @@ def test_every_test_that_a_guarantee_names_exists():
     )
     rows = [
         line
-        for line in (ROOT / "docs/guarantees.md").read_text().splitlines()
+        # The sections after the table of promises have tables of figures.
+        for line in (ROOT / "docs/guarantees.md").read_text().split("\n## Chaos")[0].splitlines()
         if line.startswith("| ")
     ][1:]
     assert len(rows) > 20
