@@ -72,7 +72,8 @@ def test_gc_leaves_an_open_run_what_it_needs_and_a_closed_one_its_last_weights(
 ):
     before = files(tmp_path, "")
     assert state(tmp_path, "gc", "looked-at").stdout == "deleted 0 objects, 0 bytes\n"
-    assert files(tmp_path, "") == before
+    # Steps ahead may be decided meanwhile, which adds files.
+    assert set(before) <= set(files(tmp_path, ""))
     run.push_weights(weights(inputs, STEPS), step=STEPS)
     run.close()
     snapshots = files(tmp_path, "snapshots")
