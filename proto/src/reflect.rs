@@ -155,6 +155,20 @@ mod tests {
     }
 
     #[test]
+    fn numbers_come_back_from_text_to_the_last_bit() {
+        for n in 1..5000 {
+            let gain = f64::from(n).sqrt().recip();
+            let phase = Phase {
+                gain,
+                ..Phase::default()
+            };
+            let text = to_json(&phase).to_string();
+            let read = serde_json::from_str(&text).unwrap();
+            assert_eq!(from_json::<Phase>(read).unwrap().gain, gain, "{text}");
+        }
+    }
+
+    #[test]
     fn plain_json_names_everything_and_shortens_enums() {
         let row = ChosenRow {
             content_hash: vec![1, 0xab].into(),
