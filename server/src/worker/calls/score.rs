@@ -170,7 +170,7 @@ impl<'a> Scoring<'a> {
     /// here: they are reported with the embeddings.
     fn holes(&self, spent: &Spent) -> Holes {
         let mut holes: Vec<Hole> = Vec::new();
-        for (candidate, RowFault { reason, detail }) in &self.faults {
+        for (candidate, RowFault { reason, detail, .. }) in &self.faults {
             if *reason != BadRowReason::EmbeddingNotFinite {
                 holes.push(Hole {
                     candidate: *candidate as u32,

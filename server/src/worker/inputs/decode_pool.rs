@@ -216,7 +216,7 @@ fn taken(place: &OnceLock<PreparedRow>) -> Result<PreparedRow> {
 }
 
 fn endless(deadline: Duration) -> RowFault {
-    RowFault::new(
+    RowFault::passing(
         BadRowReason::ImageUndecodable,
         format!(
             "decoding did not end within {} s (worker.decode_deadline_seconds)",

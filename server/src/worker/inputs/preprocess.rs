@@ -20,6 +20,9 @@ const VERSION: u32 = 3;
 pub struct RowFault {
     pub reason: BadRowReason,
     pub detail: String,
+    /// Whether it may be gone at another time: it is of this process, not of the row's content, so
+    /// it is never stored.
+    pub is_passing: bool,
 }
 
 impl RowFault {
@@ -27,6 +30,15 @@ impl RowFault {
         Self {
             reason,
             detail: detail.into(),
+            is_passing: false,
+        }
+    }
+
+    /// Makes a fault that may be gone at another time.
+    pub fn passing(reason: BadRowReason, detail: impl Into<String>) -> Self {
+        Self {
+            is_passing: true,
+            ..Self::new(reason, detail)
         }
     }
 }

@@ -149,6 +149,11 @@ impl Sidecar {
                 );
             }
             let block = compute.await?;
+            // A row that was given up by its deadline may be a good one: a busy or a paused machine
+            // is slow, too. Stored, it would be missing for all runs and for ever.
+            if block.faults.iter().any(|(_, fault)| fault.is_passing) {
+                return Ok(Arc::new(block));
+            }
             Ok(Arc::new(self.store(key, shape, block, damaged).await?))
         };
         self.cache.get(&key.to_owned(), make).await
@@ -252,10 +257,7 @@ fn decode(bytes: &[u8], shape: Shape) -> Option<BlockEmbeddings> {
     let fault = |hole: Hole| {
         Some((
             hole.row,
-            RowFault {
-                reason: BadRowReason::from_str_name(&hole.reason)?,
-                detail: hole.detail,
-            },
+            RowFault::new(BadRowReason::from_str_name(&hole.reason)?, hole.detail),
         ))
     };
     let faults = header.holes.into_iter().map(fault).collect::<Option<_>>()?;
@@ -277,10 +279,7 @@ mod tests {
         let mut embeddings = Embeddings::zeros(SHAPE.rows, SHAPE.dim, SHAPE.dtype);
         embeddings.image.fill(fill);
         embeddings.text.fill(fill + 1);
-        let fault = RowFault {
-            reason: BadRowReason::ImageNull,
-            detail: "the image is null".into(),
-        };
+        let fault = RowFault::new(BadRowReason::ImageNull, "the image is null");
         BlockEmbeddings {
             embeddings,
             faults: vec![(1, fault)],
@@ -315,6 +314,23 @@ mod tests {
                 .unwrap(),
             block(1)
         );
+    }
+
+    #[tokio::test]
+    async fn a_fault_that_passes_is_not_stored() {
+        let (state, sidecar) = sidecar();
+        let slow = || {
+            let mut slow = block(1);
+            let fault = RowFault::passing(BadRowReason::ImageUndecodable, "decoding did not end");
+            slow.faults.push((2, fault));
+            slow
+        };
+        let found = sidecar
+            .get("reference/a", SHAPE, async { Ok(slow()) })
+            .await
+            .unwrap();
+        assert_eq!(*found, slow());
+        assert!(state.find("reference/a").await.unwrap().is_none());
     }
 
     #[tokio::test]
