@@ -1,7 +1,7 @@
 //! What approximate scoring chooses beside full fidelity: the same candidates, embedded at both.
 use super::{Embedded, draw, judged::judge, settings};
 use crate::error::{Error, Result};
-use superbatch_kernels::{Backend, Candidates, Noise, Policy, Settings};
+use superbatch_kernels::{Backend, Candidates, Noise, Policy, Settings, Tuning};
 use superbatch_proto::v1::{ProbeResult, SelectBegin};
 
 /// Learner's and reference's embeddings at one fidelity, where the criterion asks the model.
@@ -92,7 +92,15 @@ fn score_of(
         step: 0,
         keys: &keys,
     };
-    let drawn = Backend::Native.select(&candidates, &all, &noise);
+    // A uniform draw's score holds the terms, too: without them here the gains would be of two
+    // measures.
+    let terms: Vec<f64> = rows
+        .iter()
+        .filter_map(|row| begin.terms.get(*row).copied())
+        .collect();
+    let terms = (!terms.is_empty()).then_some(terms.as_slice());
+    let drawn =
+        Backend::Native.select_with_terms(&candidates, &all, &Tuning::default(), terms, &noise);
     let drawn = drawn.map_err(super::refusal)?;
     let score = drawn
         .batch_score
