@@ -36,14 +36,6 @@ pub fn weigh(asked: &[ScoreColumn], mut values: Vec<Vec<f64>>) -> Columns {
         let low_enough = column.at_most.is_none_or(|most| value <= most);
         value.is_finite() && high_enough && low_enough
     };
-    let is_out = |n: &u32| {
-        let n = *n as usize;
-        !asked
-            .iter()
-            .zip(&values)
-            .all(|(column, values)| fits(column, values[n]))
-    };
-    let left_out: Vec<u32> = (0..candidates as u32).filter(is_out).collect();
     let weighted = asked
         .iter()
         .zip(&values)
@@ -58,6 +50,16 @@ pub fn weigh(asked: &[ScoreColumn], mut values: Vec<Vec<f64>>) -> Columns {
             .sum()
     };
     let terms = (!weighted.is_empty()).then(|| (0..candidates).map(term).collect());
+    let is_out = |n: &u32| {
+        let n = *n as usize;
+        // A weight times a value may overflow although both are finite.
+        let is_finite = terms
+            .as_ref()
+            .is_none_or(|terms: &Vec<f64>| terms[n].is_finite());
+        let mut columns = asked.iter().zip(&values);
+        !is_finite || !columns.all(|(column, values)| fits(column, values[n]))
+    };
+    let left_out: Vec<u32> = (0..candidates as u32).filter(is_out).collect();
     Columns {
         values,
         terms,
@@ -157,6 +159,12 @@ mod tests {
         assert_eq!(found.terms.as_deref(), Some(&[1.5, 3.75][..]));
         assert_eq!((found.values, found.left_out), (values, vec![]));
         assert_eq!(weigh(&[column(None)], vec![vec![1.0]]).terms, None);
+    }
+
+    #[test]
+    fn a_term_that_overflows_leaves_its_row_out() {
+        let found = weigh(&[column(Some(1e200))], vec![vec![1.0, 1e200, -1e200]]);
+        assert_eq!(found.left_out, [1, 2]);
     }
 
     #[test]
