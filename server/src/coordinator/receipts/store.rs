@@ -151,7 +151,8 @@ impl Receipts {
         };
         let trail = Trail::beyond(known, listed.iter().filter(holds).map(|(step, _)| *step));
         if trail.next() >= known + 2 * FOLDER_STEPS {
-            self.summarise(trail.next(), chain.current()).await;
+            let (receipts, next, generation) = (self.clone(), trail.next(), chain.current());
+            tokio::spawn(async move { receipts.summarise(next, generation).await });
         }
         let totals = self.totals(listed, max_ahead as usize).await?;
         Ok((trail, totals))
