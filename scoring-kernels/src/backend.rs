@@ -53,8 +53,6 @@ impl Backend {
         tuning: &Tuning,
         noise: &Noise<'_>,
     ) -> Result<Selection> {
-        // The rules of `tuning` run first and on the CPU for every backend, so that the candidates
-        // offered to the draw do not depend on the device.
         self.select_with_terms(candidates, settings, tuning, None, noise)
     }
 
@@ -74,6 +72,8 @@ impl Backend {
         noise: &Noise<'_>,
     ) -> Result<Selection> {
         let mut problem = Problem::new(candidates, settings, tuning, terms, noise)?;
+        // The rules of `tuning` run first and on the CPU for every backend, so that the candidates
+        // offered to the draw do not depend on the device.
         let filtered = filter::filter(candidates, tuning, &problem.offered)?;
         problem.leave_out(&filtered)?;
         let (engine, spread) = (self.engine(&problem)?, self.spread(&problem)?);

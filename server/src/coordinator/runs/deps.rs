@@ -1,4 +1,4 @@
-//! The parts of the coordinator that a run uses.
+//! What runs share.
 use super::limits::Limits;
 use crate::coordinator::{
     select::Selector, serve::ready::Budget, trainer::sizing::Sizing, workers::pool::Pool,

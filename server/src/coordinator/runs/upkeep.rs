@@ -5,6 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 const EVERY: Duration = Duration::from_secs(30);
+/// Looks in a row that find no state before it counts as deleted. A network file system may show
+/// nothing for a moment, and letting all runs go ends their trainers.
+const LOOKS: u32 = 2;
 
 /// Removes runs that ended and batches whose trainer has gone from memory, and all runs if the
 /// state was deleted: what is in memory alone must not be served. Updates the estimate of workers.
@@ -12,9 +15,15 @@ const EVERY: Duration = Duration::from_secs(30);
 pub async fn upkeep(coordinator: Arc<Coordinator>) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut missing = 0;
     loop {
         ticks.tick().await;
-        if is_gone(&coordinator.state).await {
+        missing = if is_gone(&coordinator.state).await {
+            missing + 1
+        } else {
+            0
+        };
+        if missing >= LOOKS {
             tracing::error!(
                 state = coordinator.state.uri(),
                 "the state is gone: its runs, receipts and weights were deleted while the service \
