@@ -408,7 +408,8 @@ async fn what_a_call_names_is_bounded() {
     let rig = Rig::good(40).await;
     let mut client = rig.client().await;
     let (long, rows): (String, Vec<u32>) = ("x".repeat(10_000), (0..8).collect());
-    let cases: [(&str, fn(&mut ScoreBegin, String)); 10] = [
+    type Change = fn(&mut ScoreBegin, String);
+    let cases: [(&str, Change); 10] = [
         ("dataset_manifest", |b, long| b.dataset_manifest = long),
         ("columns", |b, _| b.columns = vec!["n".into(); 1025]),
         ("micro_batch_rows", |b, _| b.micro_batch_rows = 4097),

@@ -150,7 +150,7 @@ fn is_published(used: &WeightsVersion, versions: &BTreeMap<u64, &Fact>) -> bool 
     let same = |fact: &&Fact| {
         (fact.step, fact.generation, &fact.digest) == (used.step, used.generation, &used.digest)
     };
-    used.version == 0 || versions.get(&used.version).is_some_and(|fact| same(fact))
+    used.version == 0 || versions.get(&used.version).is_some_and(same)
 }
 
 /// Published weights that the next step is scored with and that are not there.

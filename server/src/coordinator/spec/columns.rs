@@ -131,9 +131,9 @@ mod tests {
         };
         use {Criterion as C, Policy as P};
         for good in [
-            phase(P::TopK, C::Column, &[named.clone()]),
-            phase(P::Joint, C::Learnability, &[named.clone()]),
-            phase(P::Uniform, C::Learnability, &[rule.clone()]),
+            phase(P::TopK, C::Column, std::slice::from_ref(&named)),
+            phase(P::Joint, C::Learnability, std::slice::from_ref(&named)),
+            phase(P::Uniform, C::Learnability, std::slice::from_ref(&rule)),
             phase(P::KCenter, C::Column, &[]),
         ] {
             check("p", &good).unwrap();
@@ -141,12 +141,15 @@ mod tests {
         for (phase, field) in [
             (phase(P::TopK, C::Column, &[]), "p.score_columns"),
             (
-                phase(P::TopK, C::Column, &[rule.clone()]),
+                phase(P::TopK, C::Column, std::slice::from_ref(&rule)),
                 "p.score_columns",
             ),
-            (phase(P::Joint, C::Column, &[named.clone()]), "p.policy"),
             (
-                phase(P::Uniform, C::Hard, &[named.clone()]),
+                phase(P::Joint, C::Column, std::slice::from_ref(&named)),
+                "p.policy",
+            ),
+            (
+                phase(P::Uniform, C::Hard, std::slice::from_ref(&named)),
                 "p.score_columns",
             ),
             (

@@ -6,7 +6,7 @@
 //! 4. [`learner`] waits for the step's weights; [`draw`] calls the selector.
 //! 5. [`fidelity`] decides which rows are trained at the phase's approximation.
 //! 6. [`decided`] gathers the facts, [`receipt`] makes a receipt of them, [`commit`] makes it
-//! durable.
+//!    durable.
 //!
 //! The caller serves the batch (`serve`).
 pub mod admission;
