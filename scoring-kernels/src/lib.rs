@@ -53,7 +53,13 @@
 //!
 //! let axis = |axes: [usize; 4]| axes.map(|axis| [0, 1, 2, 3].map(|k| if k == axis { 1f32 } else { 0.0 })).concat();
 //! let (confused, clear) = (axis([0, 0, 1, 2]), axis([0, 1, 2, 3]));
-//! let model = |rows| ModelEmbeddings { image: Rows::F32(rows), text: Rows::F32(rows), dim: 4, scale: 10.0, bias: -5.0 };
+//! let model = |rows| ModelEmbeddings {
+//!     image: Rows::F32(rows),
+//!     text: Rows::F32(rows),
+//!     dim: 4,
+//!     scale: 10.0,
+//!     bias: -5.0,
+//! };
 //! let candidates =
 //!     Candidates { count: 4, learner: Some(model(&confused)), reference: Some(model(&clear)), holes: &[] };
 //! let settings = Settings { policy: Policy::JointTopK, sub_batch_size: 2, n_chunks: 2, ..Settings::default() };
@@ -99,7 +105,8 @@
 //! Under the softmax loss (CLIP's) the pair terms are the two denominators:
 //!
 //! ```text
-//! loss[x | T] = -l[x, x] + ½ (ln Σₖ∈T exp l[x, k] + ln Σₖ∈T exp l[k, x]),   score = gain · criterion(losses)
+//! loss[x | T] = -l[x, x] + ½ (ln Σₖ∈T exp l[x, k] + ln Σₖ∈T exp l[k, x])
+//! score = gain · criterion(losses)
 //! ```
 //!
 //! A loss without pair terms (classification, language modelling) has nothing joint: there, joint

@@ -31,7 +31,10 @@ CHROMIUM = next(
     ),
     None,
 )
-BROWSER_MISSING = "no Chromium: the run page was NOT looked at in a browser (apt-get install chromium; pip install playwright)"
+BROWSER_MISSING = (
+    "no Chromium: the run page was NOT looked at in a browser "
+    "(apt-get install chromium; pip install playwright)"
+)
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,10 @@ pub fn tokenizer() -> Value {
         .map(|(id, word)| ((*word).to_owned(), json!(id)))
         .collect();
     let added = special.iter().enumerate().map(|(id, word)| {
-        json!({"id": id, "content": word, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
+        json!({
+            "id": id, "content": word, "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false,
+        })
     });
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Vec<_>>(),

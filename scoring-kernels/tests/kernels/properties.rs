@@ -39,7 +39,9 @@ prop_compose! {
         (holes, fill) in (0.0..0.5f64, 0.0..1.0f64),
         n_chunks in 1usize..40,
     ) -> Case {
-        let holes: Vec<u32> = Dice::new(seed).shuffled(count)[..(holes * count as f64) as usize].iter().map(|&x| x as u32).collect();
+        let shuffled = Dice::new(seed).shuffled(count);
+        let holes = &shuffled[..(holes * count as f64) as usize];
+        let holes: Vec<u32> = holes.iter().map(|&x| x as u32).collect();
         let b = 1 + (fill * (count - holes.len() - 1) as f64).round() as usize;
         let policy = Policy::ALL[words.0];
         // Proportional refuses easy scores.
@@ -93,12 +95,20 @@ proptest! {
         let order = Dice::new(!case.seed).shuffled(case.count);
         let mut place = vec![0u32; case.count];
         order.iter().enumerate().for_each(|(to, &from)| place[from] = to as u32);
-        let mut moved = World { learner: world.learner.permuted(&order), reference: world.reference.permuted(&order), ..world.clone() };
+        let mut moved = World {
+            learner: world.learner.permuted(&order),
+            reference: world.reference.permuted(&order),
+            ..world.clone()
+        };
         moved.holes.iter_mut().for_each(|hole| *hole = place[*hole as usize]);
         let keys: Vec<u64> = (0..case.count as u64).map(|key| key * 3 + (1 << 48)).collect();
         let moved_keys: Vec<u64> = order.iter().map(|&from| keys[from]).collect();
         let seeded = |keys| Noise::Seeded { seed: case.seed, generation: 2, step: 41, keys };
-        let draw = |world: &World, keys| Backend::Native.select(&world.candidates(), &case.settings, &seeded(keys)).expect("valid");
+        let draw = |world: &World, keys| {
+            let noise = seeded(keys);
+            let drawn = Backend::Native.select(&world.candidates(), &case.settings, &noise);
+            drawn.expect("valid")
+        };
         let ours = draw(&world, &keys);
         prop_assert_eq!(&ours, &draw(&world, &keys));
         let there: Vec<u32> = ours.indices.iter().map(|&x| place[x as usize]).collect();
@@ -126,7 +136,11 @@ proptest! {
             spoilt.reference.text[hole * case.dims[1]..][..case.dims[1]].fill(f32::INFINITY);
         }
         for backend in backends() {
-            let draw = |world: &World| backend.select(&world.candidates(), &case.settings, &world.given()).expect("valid");
+            let draw = |world: &World| {
+                let noise = world.given();
+                let drawn = backend.select(&world.candidates(), &case.settings, &noise);
+                drawn.expect("valid")
+            };
             prop_assert_eq!(draw(&world), draw(&spoilt));
         }
     }

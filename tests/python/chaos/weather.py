@@ -130,6 +130,7 @@ class Request(BaseHTTPRequestHandler):
         step = max(1, -(-len(content) // SLOW_PIECES))
         for start in range(0, max(1, len(content)), step):
             self.wfile.flush()
+            # The fault itself: a store that answers slowly. Nothing waits for a state here.
             time.sleep(self.server.drawn() * SLOW_SECONDS)
             self.wfile.write(content[start : start + step])
 

@@ -32,8 +32,8 @@ def embeddings(name: str, given: Any) -> NDArray[Any]:
         )
     if not array.flags.c_contiguous:
         raise ValueError(
-            f"{name} of shape {array.shape} is not C-contiguous (strides of {array.strides} bytes), and rows are read where "
-            f"they lie: pass numpy.ascontiguousarray({name}) (torch: .contiguous()), which copies"
+            f"{name} of shape {array.shape} is not C-contiguous (strides of {array.strides} "
+            f"bytes), and rows are read where they lie: pass numpy.ascontiguousarray({name}) (torch: .contiguous()), which copies"
         )
     if not array.flags.aligned:
         raise ValueError(
@@ -46,8 +46,8 @@ def shared(name: str, given: Any) -> NDArray[Any]:
     """`given` as a NumPy array over the same memory."""
     if "bfloat16" in str(getattr(given, "dtype", "")):
         raise TypeError(
-            f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100, float16's of the same size next to "
-            f"none: normalise in float32 and pass that or float16 (torch: .float() or .half())"
+            f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100, "
+            f"float16's of the same size next to none: normalise in float32 and pass that or float16 (torch: .float() or .half())"
         )
     _refuse_masked(name, given)
     torch = sys.modules.get("torch")
@@ -140,8 +140,8 @@ def keys(given: Any) -> NDArray[np.uint64]:
     shared_keys = np.unique(rising[1:][rising[1:] == rising[:-1]])
     if shared_keys.size:
         warnings.warn(
-            f"keys: several candidates have the key {shared_keys[0]} ({shared_keys.size} such keys), and with it the same "
-            "noise; give each its own",
+            f"keys: several candidates have the key {shared_keys[0]} "
+            f"({shared_keys.size} such keys), and with it the same noise; give each its own",
             stacklevel=3,
         )
     return np.ascontiguousarray(array, np.uint64)

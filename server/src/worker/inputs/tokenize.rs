@@ -259,8 +259,11 @@ mod tests {
     /// Words a, b, c between <s> and </s>.
     fn json(post_processor: &str) -> String {
         format!(
-            r#"{{"version": "1.0", "truncation": {{"direction": "Left", "max_length": 2, "strategy": "LongestFirst", "stride": 0}},
-            "padding": null, "added_tokens": [], "normalizer": {{"type": "Lowercase"}}, "pre_tokenizer": {{"type": "Whitespace"}},
+            r#"{{"version": "1.0", 
+            "truncation": {{"direction": "Left", "max_length": 2, "strategy": "LongestFirst",
+            "stride": 0}},
+            "padding": null, "added_tokens": [], "normalizer": {{"type": "Lowercase"}},
+            "pre_tokenizer": {{"type": "Whitespace"}},
             "post_processor": {post_processor}, "decoder": null, "model": {{"type": "WordLevel",
             "unk_token": "<pad>",
             "vocab": {{"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}}}}}}"#

@@ -357,7 +357,11 @@ fn a_receipts_row_leads_back_to_its_candidate() {
 
 proptest! {
     #[test]
-    fn arithmetic_agrees_with_walking(rows in 1_u64..60, sizes in prop::collection::vec((1_u64..60, 1_u64..12), 1..5), epochs in 0_u32..4) {
+    fn arithmetic_agrees_with_walking(
+        rows in 1_u64..60,
+        sizes in prop::collection::vec((1_u64..60, 1_u64..12), 1..5),
+        epochs in 0_u32..4,
+    ) {
         let plan = plan(vec![source("a", 1.0, &[&[rows as u32]])], 1, epochs, 16);
         let (mut from, mut each, mut list) = (0, vec![], vec![]);
         for (size, length) in sizes {
@@ -393,7 +397,11 @@ proptest! {
     }
 
     #[test]
-    fn slices_cover_everything_at_micro_batch_cuts(candidates in 0_usize..5000, workers in 0_usize..40, micro in 1_usize..200) {
+    fn slices_cover_everything_at_micro_batch_cuts(
+        candidates in 0_usize..5000,
+        workers in 0_usize..40,
+        micro in 1_usize..200,
+    ) {
         let slices = slices(candidates, workers, micro);
         prop_assert!(slices.len() <= workers.max(1));
         let mut next = 0;
@@ -409,7 +417,10 @@ proptest! {
     }
 
     #[test]
-    fn each_block_belongs_to_the_slice_in_which_it_begins(blocks in prop::collection::vec(1_usize..40, 1..30), workers in 1_usize..8) {
+    fn each_block_belongs_to_the_slice_in_which_it_begins(
+        blocks in prop::collection::vec(1_usize..40, 1..30),
+        workers in 1_usize..8,
+    ) {
         let block = |(block, rows): (usize, &usize)| {
             let candidate = Candidate { source: 0, shard: 0, block: block as u32, row: 0, position: 0 };
             vec![candidate; *rows]
