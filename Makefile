@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: bench help setup build test test-rust test-python test-deploy chaos soak images wheel demo docs docs-site check fmt bench-kernels bench-service bench-tars bench-images test-gpu clean
+.PHONY: bench help setup build test test-rust test-python test-deploy chaos soak load images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-open bench-step test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -56,13 +56,18 @@ test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, da
 	scripts/test-deploy.sh all
 
 # CHAOS_OUT=folder: where logs and inputs go instead of a new temporary folder.
-export KILLS SECONDS SEED CHAOS_OUT STEPS
+export KILLS SECONDS SEED CHAOS_OUT STEPS RUNS RANKS RATE
 
 chaos: build ## Kills, pauses and storage faults at random, compared with an undisturbed run (KILLS=200; SECONDS=3600; SEED=n)
 	PYTHONPATH=.:tests/python $(PYTHON) -m chaos
 
 soak: build ## A long run at small scale: memory, descriptors, state and latency as it goes (STEPS=10000)
 	PYTHONPATH=.:tests/python $(PYTHON) tests/python/soak.py
+
+load: build ## Many ranks that ask for ready steps: p50, p99, requests a second, memory (RUNS=64; RANKS=16; RATE=200; SECONDS=20)
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
+	cargo build --release -p superbatch-client --example load
+	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/load.py
 
 images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
 	scripts/images.sh
@@ -93,12 +98,13 @@ $(SITE)/ready: docs/site/requirements.txt
 	$(SITE)/bin/pip install --quiet --disable-pip-version-check --requirement docs/site/requirements.txt
 	touch $@
 
-check: $(READY) ## Formatting and lints
+check: $(READY) ## Formatting, lints and, if cargo-deny is there, dependencies
 	cargo fmt --all --check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo check -p superbatch-server --no-default-features --target-dir target/without-torch
+	scripts/deny.sh
 
 fmt: $(READY) ## Formats the code
 	cargo fmt --all
@@ -114,12 +120,26 @@ bench-service: build ## Serving rows and taking weights against other ways to mo
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_service.py
 
+bench-direct: build ## The coordinator's bytes and processor time a step, with rows through it and from the workers
+	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
+	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_direct.py
+
 bench-tars: build ## Rows of tars, shuffled and by range, against webdataset in sequence, as a ratio of one run (SHARDS=4)
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_tars.py
 
+bench-embed: $(READY) ## Pairs a second of one worker's device on the CPU against PyTorch eager and torch.compile, as ratios of one run
+	cargo build --release -p superbatch-server --example bench_embed
+	HF_HUB_OFFLINE=1 LD_LIBRARY_PATH=.venv/torch/lib PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_embed.py $(ARGS)
+
 bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
 	cargo bench -p superbatch-images --bench pillow
+
+bench-open: $(READY) ## Opening a long run by its summaries against reading every fact, as a ratio of one run (STEPS=1000000; PUSHES=10000)
+	cargo run --release -p superbatch-server --no-default-features --example open_run -- $(or $(STEPS),1000000) $(or $(PUSHES),10000)
+
+bench-step: $(READY) ## A step's own costs beside its selection, a receipt beside one write, a manifest of a million shards
+	cargo bench -p superbatch-server --no-default-features --bench step
 
 test-gpu: ## Conformance, parity and end-to-end tests on a CUDA device, from binaries built here or before
 	scripts/test-gpu.sh

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs/bench.tsv"
 OUT = ROOT / "target/bench.tsv"
-BENCHES = ("kernels", "images", "service", "tars")
+BENCHES = ("kernels", "images", "step", "open", "service", "tars")
 MOVED = 0.1
 
 

@@ -19,6 +19,7 @@ skip() {
 }
 
 if command -v go >/dev/null; then
+  "$tools" http2 || skip "the build of h2spec" "it failed, as printed above"
   if [ "$how" = all ]; then
     "$tools" chart
     "$tools" control-plane
@@ -46,6 +47,11 @@ if has promtool && has prometheus; then
   tests+=(tests/deploy/test_live.py)
 else
   skip "the dashboard on a live service" "prometheus is missing: apt-get install prometheus (Debian)"
+fi
+if has h2spec; then
+  tests+=(tests/deploy/test_http2.py)
+else
+  skip "HTTP/2 as its specification has it" "h2spec is built where Go is (https://go.dev)"
 fi
 tests+=(tests/deploy/test_images.py)
 

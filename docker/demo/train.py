@@ -95,13 +95,15 @@ def train(learner: Path, steps: int, run_id: str) -> None:
         run.push_weights(model.state_dict(), step=step, rank=0)
         if step % 10 == 0:
             print(
-                f"step {step}: loss {value.item():.3f}, waited {waited:.1f} s in all, {batch.receipt.mode}",
+                f"step {step}: loss {value.item():.3f}, waited {waited:.1f} s in all, "
+                f"{batch.receipt.mode}",
                 flush=True,
             )
     run.flush()
     run.close()
     print(
-        f"{steps} steps of run {run_id}: `superbatch receipts {run_id}` tells why each batch was chosen"
+        f"{steps} steps of run {run_id}: `superbatch receipts {run_id}` tells why each batch was "
+        "chosen"
     )
 
 

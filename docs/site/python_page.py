@@ -17,7 +17,7 @@ The package `superbatch`, for Python 3.11 to 3.13. [The tutorial](tutorial.md) a
 Generated from the docstrings by `make docs`.
 """
 CLIENT = ("client", "run", "batches", "spec", "record", "errors")
-TORCH = ("loader", "transform", "losses", "pushes", "ranks", "resolutions")
+TORCH = ("loader", "transform", "losses", "pushes", "ranks", "resolutions", "exported")
 #: What each section documents: a module, the files that define its names, and the names, or the
 #: file whose `__all__` has them.
 SECTIONS = [
@@ -26,6 +26,7 @@ SECTIONS = [
     ("superbatch.torch.transformers", ["torch/transformers.py"], ["PushWeights"]),
     ("superbatch.torch.lightning", ["torch/lightning.py"], ["PushWeights"]),
     ("superbatch.open_clip", ["open_clip.py"], ["export", "write_tokenizer"]),
+    ("superbatch.siglip", ["siglip.py"], ["write_tokenizer"]),
 ]
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 FIELD = re.compile(r"^([a-z_]+(?:, [a-z_]+)*): ", re.MULTILINE)

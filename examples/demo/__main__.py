@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-CREDITS = "Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), Noto (Apache-2.0), Twemoji (CC-BY-4.0)"
+CREDITS = (
+    "Drawings, not photographs: OpenMoji (CC-BY-SA-4.0), Fluent Emoji (MIT), "
+    "Noto (Apache-2.0), Twemoji (CC-BY-4.0)"
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +35,8 @@ def arguments() -> argparse.Namespace:
         "--cache",
         type=Path,
         default=Path(os.environ.get("DEMO_CACHE") or "target/demo-cache"),
-        help="downloads, data and the reference, kept between runs (DEMO_CACHE; default target/demo-cache)",
+        help="downloads, data and the reference, kept between runs (DEMO_CACHE; default "
+        "target/demo-cache)",
     )
     parser.add_argument(
         "--seeds",
@@ -49,7 +53,8 @@ def arguments() -> argparse.Namespace:
         "--flat",
         action="store_true",
         default=os.environ.get("POOL", "") == "flat",
-        help="a pool in which every concept has the same share, instead of the long tail (POOL=flat)",
+        help="a pool in which every concept has the same share, instead of the long tail "
+        "(POOL=flat)",
     )
     parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
     parser.add_argument("--data-only", action="store_true", help="build the data set and stop")
@@ -106,7 +111,8 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
 
     reference = train_reference(cache, dataset, preset.reference)
     print(
-        "while an arm trains: its batches, and why they were chosen, are at http://127.0.0.1:9465 (docs/page.md)",
+        "while an arm trains: its batches, and why they were chosen, are at "
+        "http://127.0.0.1:9465 (docs/page.md)",
         flush=True,
     )
     results = []
@@ -127,10 +133,9 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
             )
             with serve(folder) as address:
                 run_arm(arm, address)
+            # Its state stays, for `superbatch receipts`, and with the newest weights for
+            # `superbatch replay`.
             results.append(read_arm(selection.name, seed, folder))
-            # The weights of every step, a gigabyte an arm. The receipts stay, for `superbatch
-            # receipts`.
-            shutil.rmtree(folder / "state" / "runs" / arm.run_id / "snapshots", ignore_errors=True)
     return results
 
 
@@ -148,14 +153,19 @@ def report(results: list, dataset: Path, out: Path) -> None:
     sheets = draw_sheets(joint, pool, out, CREDITS)
     about = json.loads((dataset / "dataset.json").read_text())["rows"]
     print(
-        f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor clean set has"
+        f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor "
+        "clean set has"
     )
     for path in (out / "results.json", out / "demo.png", *sheets):
         print(f"  {path}")
     joint_state = (out / f"joint-{joint.seed}" / "state").as_uri()
     print(f"every step of it: superbatch page --state {joint_state}")
+    last = joint.points[-1].step - 1
+    asked = f"demo-joint-{joint.seed} --step {last}"
+    print(f"why a batch was chosen: superbatch receipts {asked} --state {joint_state}")
     print(
-        f"why a batch was chosen: superbatch receipts demo-joint-{joint.seed} --step 100 --state {joint_state}"
+        f"and by another policy: superbatch replay {asked} --policy independent --state "
+        f"{joint_state}"
     )
 
 

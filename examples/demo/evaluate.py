@@ -28,17 +28,28 @@ class Evaluation:
 
     def recalls(self, model: SiglipModel) -> tuple[float, float]:
         """Image-to-text recall at 1 and at 5 among the names of a gallery, averaged over the
-        split's galleries.
+        split's galleries. Where there are ranks, all of them call it, and each embeds its share.
         """
+        distributed = torch.distributed.is_initialized()
+        rank, world_size = (
+            (torch.distributed.get_rank(), torch.distributed.get_world_size())
+            if distributed
+            else (0, 1)
+        )
+        # Shares of one size, which gathering needs: the last ones begin again from the first row.
+        share = -(-len(self.ids) // world_size)
+        mine = torch.arange(rank * share, (rank + 1) * share) % len(self.ids)
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            parts = [
-                embed(model, self.pixels[i : i + ROWS], self.ids[i : i + ROWS])
-                for i in range(0, len(self.ids), ROWS)
-            ]
+            parts = [embed(model, self.pixels[rows], self.ids[rows]) for rows in mine.split(ROWS)]
         model.train(was_training)
-        image, text = (torch.cat(side) for side in zip(*parts, strict=True))
+        both = torch.cat([torch.stack(part) for part in parts], dim=1)
+        shares = [both]
+        if distributed:
+            shares = [torch.empty_like(both) for _ in range(world_size)]
+            torch.distributed.all_gather(shares, both.contiguous())
+        image, text = torch.cat(shares, dim=1)[:, : len(self.ids)]
         return in_galleries(image, text)
 
 

@@ -32,8 +32,10 @@ class Stage:
         elif not self.silent:
             spent = time.monotonic() - self.begun
             ending = f"; {self.note}" if self.note else ""
+            # Of megabytes there is no plural.
+            unit = f"{self.unit}s" if self.unit.islower() else self.unit
             print(
-                f"{self.desc}: {self.done:,} {self.unit}s in {spent:.0f} s{ending}",
+                f"{self.desc}: {self.done:,} {unit} in {spent:.0f} s{ending}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -15,13 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet
-import torch
 
 from .data.captions import junk
 from .evaluate import Evaluation
 from .model import SHAPE, Transform, save_weights, write_folder
 from .settings import Settings
-from .train import Batch, Trainer, fit, start_rank
+from .train import Batch, Trainer, fit, run_ranks, start_rank
 
 VERSION = 3
 SEED = 7
@@ -99,8 +98,6 @@ def train_reference(
     partial.mkdir(parents=True)
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
         shutil.copy(start / name, partial / name)
-    torch.multiprocessing.spawn(
-        rank_main, (dataset, start, partial, settings), nprocs=settings.world_size
-    )
+    run_ranks(rank_main, (dataset, start, partial, settings), settings.world_size)
     partial.rename(folder)
     return folder

@@ -182,7 +182,8 @@ def over_seeds(results: dict) -> list[str]:
 
 WORDS = (("steps", "steps"), ("flops", "FLOPs"), ("seconds", "seconds"))
 HEADER = (
-    f"{'arm':<12} {'R@5':>7} {'R@1':>7} {'mismatched':>11} {'scanned':>9} {'TFLOP':>8} {'seconds':>8}"
+    f"{'arm':<12} {'R@5':>7} {'R@1':>7} {'mismatched':>11} {'scanned':>9} {'TFLOP':>8} "
+    f"{'seconds':>8}"
     f"  | to uniform's end: {'steps':>6} {'TFLOP':>8} {'seconds':>8}"
 )
 
@@ -194,7 +195,8 @@ def table(results: dict) -> str:
         arms, need = seed["arms"], seed["needed_for_uniform_final"]
         goal = arms["uniform"]["accuracy"][-1]
         lines += [
-            f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at R@5 = {goal:.1%}",
+            f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at "
+            f"R@5 = {goal:.1%}",
             HEADER,
         ]
         lines += [row(policy, arms[policy], need[policy]) for policy in ARMS if policy in arms]
@@ -206,7 +208,8 @@ def table(results: dict) -> str:
         ]
     lines += over_seeds(results)
     lines.append(
-        "mismatched: rows trained on whose caption is another picture's or junk. In the pool they are "
+        "mismatched: rows trained on whose caption is another picture's or junk. In the pool they "
+        "are "
         f"{results['mismatched_share_of_pool']:.0%}; only the demo knows which, never the selector."
     )
     return "\n".join(lines)
@@ -219,8 +222,10 @@ def row(policy: str, arm: dict, need: dict | None) -> str:
         else f"{'not reached':>24}"
     )
     return (
-        f"{policy:<12} {arm['accuracy'][-1]:>7.1%} {arm['recall_at_1'][-1]:>7.1%} {arm['mismatched_share']:>11.0%} "
-        f"{arm['scanned'][-1]:>9} {arm['flops'][-1] / 1e12:>8.2f} {arm['seconds'][-1]:>8.0f}  | {reached}"
+        f"{policy:<12} {arm['accuracy'][-1]:>7.1%} {arm['recall_at_1'][-1]:>7.1%} "
+        f"{arm['mismatched_share']:>11.0%} "
+        f"{arm['scanned'][-1]:>9} {arm['flops'][-1] / 1e12:>8.2f} {arm['seconds'][-1]:>8.0f}  | "
+        f"{reached}"
     )
 
 
@@ -241,7 +246,8 @@ def probed(policy: str, probes: Sequence[dict]) -> str:
     kept = (mean["score_approximate"] - mean["score_uniform"]) / gain if gain > 0 else 0.0
     return (
         f"{policy}: of {len(probes)} probes, rank correlation of small and full pictures' scores "
-        f"{mean['rank_correlation']:.2f}, {mean['overlap']:.0%} of the draw the same, {kept:.0%} of the gain kept."
+        f"{mean['rank_correlation']:.2f}, {mean['overlap']:.0%} of the draw the same, {kept:.0%} "
+        "of the gain kept."
     )
 
 

@@ -20,7 +20,7 @@ from .evaluate import Evaluation
 from .model import Transform
 from .report import PROBES
 from .settings import Selection, Settings
-from .train import Batch, Trainer, fit, start_rank
+from .train import Batch, Trainer, fit, run_ranks, start_rank
 
 BINARY = Path(
     os.environ.get("SUPERBATCH_BINARY")
@@ -176,7 +176,7 @@ def write_probes(run: superbatch.Run, arm: Arm) -> None:
 def run_arm(arm: Arm, address: str) -> None:
     """All ranks of the arm, as processes of their own."""
     try:
-        torch.multiprocessing.spawn(rank_main, (arm, address), nprocs=arm.settings.world_size)
+        run_ranks(rank_main, (arm, address), arm.settings.world_size)
     except (
         torch.multiprocessing.ProcessExitedException,
         torch.multiprocessing.ProcessRaisedException,
@@ -211,7 +211,8 @@ def serve(folder: Path) -> Iterator[str]:
             address = re.search(r"http://\S+", server.stdout.readline())
             if address is None:
                 raise DemoError(
-                    f"superbatch serve did not come up; the end of {log}:\n{log.read_text()[-2000:]}"
+                    "superbatch serve did not come up; the end of "
+                    f"{log}:\n{log.read_text()[-2000:]}"
                 )
             yield address.group()
         finally:

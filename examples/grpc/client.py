@@ -1,4 +1,4 @@
-"""A client made of the protocol alone: plain grpcio, generated stubs, pyarrow and BLAKE3.
+"""A client made of the protocol alone: plain grpcio, generated stubs, pyarrow and XXH3.
 
     python examples/grpc/client.py --pool file:///data/pool --learner models/learner \\
         --reference models/reference
@@ -17,10 +17,10 @@ from pathlib import Path
 import grpc
 import grpc_tools
 import pyarrow
-from blake3 import blake3
 from google.protobuf import any_pb2
 from grpc_tools import protoc
 from safetensors.numpy import load_file
+from xxhash import xxh3_128
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
 MESSAGE_BYTES = 1 << 20
@@ -125,6 +125,11 @@ class Client:
         self.generation = opened.generation
         return opened
 
+    def missing_pushes(self, start_step: int) -> list[int]:
+        """Pushes that a crash lost and that steps from `start_step` on wait for."""
+        request = self.pb.GetRunRequest(run_id=self.run_id, resume_step=start_step)
+        return list(patiently(lambda: self.service.GetRun(request)).run.missing_pushes)
+
     def select(self, step: int):
         """The receipt's summary and the rows of a step. A stream that breaks goes on at the byte
         where it broke.
@@ -153,7 +158,7 @@ class Client:
                     got.extend(message.arrow_ipc)
                 else:
                     trailer = message.trailer
-            if trailer is None or blake3(got).digest() != trailer.blake3:
+            if trailer is None or xxh3_128(got).digest() != trailer.xxh3:
                 got.clear()
                 raise RuntimeError(f"step {step}: the batch arrived damaged or cut short")
 
@@ -190,7 +195,7 @@ class Client:
                     global_shape=shape,
                     start=[0] * len(shape),
                     extent=shape,
-                    blake3=blake3(data).digest(),
+                    xxh3=xxh3_128(data).digest(),
                 )
             )
             for at in range(0, len(data), MESSAGE_BYTES):
@@ -249,9 +254,11 @@ def train(client: Client, spec, weights: dict, start_step: int, steps: int) -> N
     """Where a trainer would be."""
     opened = client.open(spec)
     print(f"{opened.dataset_rows} rows; the service has chosen up to step {opened.next_step - 1}")
-    # The initial weights, or once more the checkpoint's: the crash may have come before they were
-    # pushed. If they are published already, this changes nothing.
-    client.push(weights, step=start_step - 1)
+    # The initial weights, or once more the checkpoint's. A crash may have lost the newest pushes:
+    # two may have been on their way, since a step is scored one step ahead. If a push is published
+    # already, its repetition changes nothing.
+    for step in sorted({*client.missing_pushes(start_step), start_step - 1}):
+        client.push(weights, step=step)
     for step in range(start_step, steps):
         summary, rows = client.select(step)
         # A trainer trains here, on rows["image"] and rows["caption"].

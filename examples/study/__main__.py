@@ -71,7 +71,8 @@ def train(args: argparse.Namespace, world: World, arm, settings, seed: int) -> N
     def say(point: dict) -> None:
         found = " ".join(f"{split} {100 * point[split][1]:.1f}" for split in ("val", "test"))
         print(
-            f"{path.stem} step {point['step']} R@5 {found} wrong {point['wrong']:.2f} repeats {point['repeats']:.2f} "
+            f"{path.stem} step {point['step']} R@5 {found} wrong {point['wrong']:.2f} repeats "
+            f"{point['repeats']:.2f} "
             f"scale {point['scale'][0]:.1f} {point['seconds']:.0f} s",
             flush=True,
         )

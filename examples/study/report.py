@@ -60,7 +60,8 @@ def rows(arms: dict[str, dict[int, list[dict]]]) -> list[str]:
     mean.
     """
     lines = [
-        "| arm | seeds | R@5, val | R@5, test | wrong | repeats | fewer steps | fewer FLOPs | fewer seconds |",
+        "| arm | seeds | R@5, val | R@5, test | wrong | repeats | fewer steps | fewer FLOPs | "
+        "fewer seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in arms.items():

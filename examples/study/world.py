@@ -18,7 +18,9 @@ from examples.demo.train import KEPT
 
 @dataclass
 class Rows:
-    """Pixels (n, 3, side, side), pixels of the low side, token ids, and what only the study knows."""
+    """Pixels (n, 3, side, side), pixels of the low side, token ids, and what only the study
+    knows.
+    """
 
     pixels: torch.Tensor
     low: torch.Tensor

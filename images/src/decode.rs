@@ -9,7 +9,9 @@ use crate::{
 };
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
-    codecs::{png::PngDecoder, webp::WebPDecoder},
+    codecs::{
+        bmp::BmpDecoder, gif::GifDecoder, png::PngDecoder, tiff::TiffDecoder, webp::WebPDecoder,
+    },
     metadata::Orientation,
 };
 use std::{
@@ -20,9 +22,9 @@ use std::{
 /// Memory for a PNG's text, profile and row buffers, besides its pixels.
 const CHUNK_BYTES: u64 = 16 << 20;
 
-/// Decodes a JPEG, PNG or WebP file, recognised by its first bytes. As in Pillow, an animation
-/// gives its first frame, colour profiles are not applied, CMYK is read as Adobe writes it
-/// (inverted), and grey of 16 bits is clipped at 255.
+/// Decodes a JPEG, PNG, WebP, GIF, BMP or TIFF file, recognised by its first bytes. As in Pillow,
+/// an animation gives its first frame, colour profiles are not applied, CMYK is read as Adobe
+/// writes it (inverted), and grey of 16 bits is clipped at 255.
 ///
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.
@@ -60,17 +62,20 @@ fn decode_scaled(
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
         [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits, shorter),
         [0x89, b'P', b'N', b'G', ..] => {
-            let max_alloc = limits
-                .pixels_max
-                .saturating_mul(8)
-                .saturating_add(CHUNK_BYTES);
-            let mut allowed = Limits::no_limits();
-            allowed.max_alloc = Some(max_alloc);
-            let decoder = PngDecoder::with_limits(Cursor::new(bytes), allowed);
+            let decoder = PngDecoder::with_limits(Cursor::new(bytes), memory(limits));
             let mut decoded = raster(decoder.map_err(undecodable)?, limits)?;
             decoded.exif = png::check_and_find_exif(bytes)?;
             Ok(decoded)
         }
+        [b'G', b'I', b'F', b'8', ..] => raster(
+            GifDecoder::new(Cursor::new(bytes)).map_err(undecodable)?,
+            limits,
+        ),
+        [b'B', b'M', ..] => raster(
+            BmpDecoder::new(Cursor::new(bytes)).map_err(undecodable)?,
+            limits,
+        ),
+        [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => tiff(bytes, limits),
         [
             b'R',
             b'I',
@@ -86,7 +91,10 @@ fn decode_scaled(
             b'P',
             ..,
         ] => webp(bytes, limits),
-        _ => Err(undecodable("neither JPEG nor PNG nor WebP")),
+        _ => Err(undecodable(format!(
+            "it is no JPEG, PNG, WebP, GIF, BMP or TIFF{}",
+            named(bytes)
+        ))),
     }));
     let mut decoded = decoded.unwrap_or_else(|_| Err(undecodable("the decoder panicked")))?;
     let orientation = orientation(&decoded);
@@ -95,9 +103,48 @@ fn decode_scaled(
     Ok(decoded.image.into_rgb8())
 }
 
+/// Returns the memory that a decoder may take.
+fn memory(limits: &ImageLimits) -> Limits {
+    let pixels = limits.pixels_max.saturating_mul(8);
+    let mut allowed = Limits::no_limits();
+    allowed.max_alloc = Some(pixels.saturating_add(CHUNK_BYTES));
+    allowed
+}
+
+/// Names a format that people have and that is not decoded.
+fn named(bytes: &[u8]) -> &'static str {
+    match bytes.get(4..12) {
+        Some([b'f', b't', b'y', b'p', b'a', b'v', b'i', b'f' | b's']) => ", but AVIF",
+        Some([b'f', b't', b'y', b'p', b'h' | b'm', ..]) => ", but HEIF",
+        _ if bytes.starts_with(&[0xFF, 0x0A]) => ", but JPEG XL",
+        Some([b'J', b'X', b'L', b' ', ..]) => ", but JPEG XL",
+        Some([b'j', b'P', b' ', b' ', ..]) => ", but JPEG 2000",
+        _ if bytes.starts_with(b"<svg") || bytes.starts_with(b"<?xml") => ", but SVG",
+        _ if bytes.starts_with(b"<!DOCTYPE") || bytes.starts_with(b"<html") => ", but HTML",
+        _ => "",
+    }
+}
+
+/// Decodes the first page. As Pillow opens it, it is turned by its own tag.
+fn tiff(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
+    let mut decoder = TiffDecoder::new(Cursor::new(bytes)).map_err(undecodable)?;
+    let turned = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut decoded = raster(decoder, limits)?;
+    if matches!(
+        decoded.image,
+        DynamicImage::ImageRgb32F(_) | DynamicImage::ImageRgba32F(_)
+    ) {
+        return Err(undecodable("a TIFF of floating-point numbers"));
+    }
+    decoded.image.apply_orientation(turned);
+    (decoded.exif, decoded.xmp) = (None, None);
+    Ok(decoded)
+}
+
 fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, Error> {
     let (width, height) = decoder.dimensions();
     check(width.into(), height.into(), limits)?;
+    decoder.set_limits(memory(limits)).map_err(undecodable)?;
     let (exif, xmp) = (
         decoder.exif_metadata().ok().flatten(),
         decoder.xmp_metadata().ok().flatten(),
@@ -113,15 +160,22 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     let features = webp::BitstreamFeatures::new(bytes).ok_or_else(broken)?;
     let described = WebPDecoder::new(Cursor::new(bytes)).map_err(undecodable);
     if features.has_animation() {
-        return raster(described?, limits);
+        // The first frame may be there although the file is cut off, and Pillow refuses such a
+        // file.
+        return if is_whole_riff(bytes) {
+            raster(described?, limits)
+        } else {
+            Err(broken())
+        };
     }
     let (width, height) = (features.width(), features.height());
     check(width.into(), height.into(), limits)?;
     let stored = webp::Decoder::new(bytes).decode().ok_or_else(broken)?;
     let pixels = stored.to_vec();
-    let image = match features.has_alpha() {
-        true => RgbaImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgba8),
-        false => RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8),
+    let image = if features.has_alpha() {
+        RgbaImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgba8)
+    } else {
+        RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
     };
     let (exif, xmp) = described.map_or((None, None), |mut described| {
         (
@@ -134,6 +188,13 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
         exif,
         xmp,
     })
+}
+
+/// Returns whether a file is as long as its RIFF header says.
+fn is_whole_riff(bytes: &[u8]) -> bool {
+    let stated = bytes.get(4..8).and_then(|size| size.try_into().ok());
+    let stated = stated.map_or(u64::MAX, |size| u64::from(u32::from_le_bytes(size)) + 8);
+    bytes.len() as u64 >= stated
 }
 
 /// Returns the orientation by the EXIF tag or, if there is none, by the XMP property, in Pillow's
@@ -294,6 +355,46 @@ mod tests {
                 matches!(decode(&whole[..cut], &ROOMY), Err(Error::Undecodable(_))),
                 "{cut}"
             );
+        }
+    }
+
+    #[test]
+    fn other_formats_are_held_to_the_limits_and_must_be_whole() {
+        use image::ImageFormat;
+        let image = DynamicImage::ImageRgb8(RgbImage::from_pixel(40, 40, image::Rgb([7; 3])));
+        let tight = ImageLimits {
+            pixels_max: 40 * 40 - 1,
+            ..ROOMY
+        };
+        for format in [ImageFormat::Gif, ImageFormat::Bmp, ImageFormat::Tiff] {
+            let mut whole = Cursor::new(Vec::new());
+            image.write_to(&mut whole, format).unwrap();
+            let whole = whole.into_inner();
+            let pixels = decode(&whole, &ROOMY).unwrap();
+            assert_eq!(pixels.as_raw()[..], [7; 40 * 40 * 3], "{format:?}");
+            assert!(matches!(decode(&whole, &tight), Err(Error::TooLarge(_))));
+            let cut = decode(&whole[..whole.len() / 2], &ROOMY);
+            assert!(matches!(cut, Err(Error::Undecodable(_))), "{format:?}");
+        }
+    }
+
+    #[test]
+    fn an_animation_that_was_cut_off_is_a_fault() {
+        let riff = |stated: u32| [&b"RIFF"[..], &stated.to_le_bytes(), b"WEBPVP8X"].concat();
+        assert!(is_whole_riff(&riff(8)) && is_whole_riff(&riff(7)));
+        assert!(!is_whole_riff(&riff(9)) && !is_whole_riff(b"RIFF"));
+    }
+
+    #[test]
+    fn a_format_that_is_not_decoded_is_named() {
+        for (bytes, name) in [
+            (&b"\0\0\0\x1cftypavif\0\0"[..], "AVIF"),
+            (b"\0\0\0\x1cftypheic\0\0", "HEIF"),
+            (b"\xFF\x0A\0\0", "JPEG XL"),
+            (b"<html><body>", "HTML"),
+        ] {
+            let fault = decode(bytes, &ROOMY).unwrap_err().to_string();
+            assert!(fault.ends_with(&format!("but {name}")), "{fault}");
         }
     }
 

@@ -115,7 +115,7 @@ fn unpacked(packed: &[u8]) -> Result<Vec<u8>, Error> {
     }
 }
 
-/// ImageMagick's profile: an empty line, a name, a length, then hexadecimal digits.
+/// Reads ImageMagick's profile: an empty line, a name, a length, then hexadecimal digits.
 fn from_raw_profile(text: &[u8]) -> Option<Vec<u8>> {
     const HEAD_LINES: usize = 3;
     let lines = text.split(|byte| *byte == b'\n').skip(HEAD_LINES);

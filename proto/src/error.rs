@@ -65,7 +65,7 @@ fn code(reason: Reason) -> Code {
         | TokenizerMismatch | WeightsRefused | BiasMissing => Code::InvalidArgument,
         MessageTooLarge => Code::ResourceExhausted,
         Unimplemented => Code::Unimplemented,
-        RunNotFound | StepNotCommitted => Code::NotFound,
+        RunNotFound | StepNotCommitted | RowsNotKept => Code::NotFound,
         RunSpecConflict | PushConflict => Code::AlreadyExists,
         RunClosed | NotOwner | RunFailed | WorldSizeConflict | GenerationStale
         | StepBeyondAhead | WeightsMissing | PushOffCadence | StorageUnsafe | TooFewCandidates => {
@@ -74,7 +74,7 @@ fn code(reason: Reason) -> Code {
         EndOfData => Code::OutOfRange,
         NeedDeadline => Code::DeadlineExceeded,
         RowChanged | DatasetChanged | TooManyBadRows => Code::DataLoss,
-        UriNotAllowed | PermissionDenied => Code::PermissionDenied,
+        UriNotAllowed | PermissionDenied | TicketRefused => Code::PermissionDenied,
         Unauthenticated => Code::Unauthenticated,
         StorageUnreachable | NoWorkers | ShuttingDown | DeviceUnavailable => Code::Unavailable,
         Overloaded => Code::ResourceExhausted,

@@ -1,14 +1,17 @@
 //! The wire protocol of Superbatch: messages, services, ids and the closed set of error reasons.
 //!
 //! The comments in `superbatch/v1/*.proto` are the API's documentation.
+mod checksum;
+pub mod columns;
 mod error;
 pub mod ids;
 pub mod reflect;
 
+pub use checksum::Checksum;
 pub use error::{DOMAIN, Failure, ParseFailure, name as reason_name, some_of};
 
 /// Generated messages, clients and servers of `superbatch.v1`.
-#[allow(clippy::all, clippy::unwrap_used, missing_docs)]
+#[allow(clippy::all, clippy::too_many_lines, clippy::unwrap_used, missing_docs)]
 pub mod v1 {
     tonic::include_proto!("superbatch.v1");
 
@@ -16,6 +19,14 @@ pub mod v1 {
     pub const FILE_DESCRIPTOR_SET: &[u8] =
         include_bytes!(concat!(env!("OUT_DIR"), "/superbatch.binpb"));
 }
+
+/// Key in the metadata of an error: how long the service has tried again before it gave up. A
+/// client counts that time as its own, so that the patience of the two does not multiply.
+pub const RETRIED_SECONDS: &str = "retried_seconds";
+/// Keys in the metadata of NOT_OWNER: the address of the coordinator that owns the run, and which
+/// of the processes at that address it is.
+pub const OWNER: &str = "owner";
+pub const INSTANCE: &str = "instance";
 
 /// Largest message that either side accepts, in bytes. Payloads are cut into parts of
 /// [`PART_BYTES`], far below it.

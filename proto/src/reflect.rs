@@ -1,9 +1,10 @@
 //! Messages by the names of their fields, for code that treats all fields alike.
 use crate::v1::FILE_DESCRIPTOR_SET;
 use prost::{Message, Name};
-use prost_reflect::{
-    DescriptorPool, DeserializeOptions, DynamicMessage, EnumDescriptor, FieldDescriptor, Kind,
-    ReflectMessage, SerializeOptions, Value,
+use prost_reflect::{DescriptorPool, DeserializeOptions, SerializeOptions};
+pub use prost_reflect::{
+    DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MessageDescriptor, OneofDescriptor,
+    ReflectMessage, Value,
 };
 use std::sync::LazyLock;
 
@@ -11,7 +12,7 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     DescriptorPool::decode(FILE_DESCRIPTOR_SET).expect("the protocol describes itself")
 });
 
-/// A message whose fields can be walked.
+/// Returns a message whose fields can be walked.
 pub fn dynamic<M: Message + Name>(message: &M) -> DynamicMessage {
     let mut dynamic = empty::<M>();
     dynamic
@@ -28,35 +29,81 @@ fn empty<M: Name>() -> DynamicMessage {
     )
 }
 
-/// Fields in the protocol's order, each with its value: `None` where it has presence and is not
-/// set. Of a `oneof` only what is set.
-pub fn fields(message: &DynamicMessage) -> impl Iterator<Item = (FieldDescriptor, Option<Value>)> {
-    let mut fields: Vec<FieldDescriptor> = message.descriptor().fields().collect();
+/// Returns the fields of a message in the protocol's order.
+pub fn in_order(of: &MessageDescriptor) -> Vec<FieldDescriptor> {
+    let mut fields: Vec<FieldDescriptor> = of.fields().collect();
     fields.sort_by_key(FieldDescriptor::number);
-    fields.into_iter().filter_map(|field| {
-        let is_set = !field.supports_presence() || message.has_field(&field);
-        let is_choice = field
-            .containing_oneof()
-            .is_some_and(|oneof| !oneof.is_synthetic());
-        if is_choice && !is_set {
-            return None;
-        }
-        let value = is_set.then(|| message.get_field(&field).into_owned());
-        Some((field, value))
-    })
+    fields
 }
 
-/// `POLICY_JOINT` as `joint`. `None` for a number that this version has no name for.
+/// Returns the `oneof` that a field is a choice of.
+pub fn choice_of(field: &FieldDescriptor) -> Option<OneofDescriptor> {
+    field
+        .containing_oneof()
+        .filter(|oneof| !oneof.is_synthetic())
+}
+
+/// Returns a field's value; `None` if the field has presence and is not set.
+pub fn given(message: &DynamicMessage, field: &FieldDescriptor) -> Option<Value> {
+    let is_set = !field.supports_presence() || message.has_field(field);
+    is_set.then(|| message.get_field(field).into_owned())
+}
+
+/// Returns the fields in the protocol's order, each with its value: `None` if it has presence
+/// and is not set. Of a `oneof` only what is set.
+pub fn fields(message: &DynamicMessage) -> impl Iterator<Item = (FieldDescriptor, Option<Value>)> {
+    in_order(&message.descriptor())
+        .into_iter()
+        .filter_map(|field| {
+            let value = given(message, &field);
+            (value.is_some() || choice_of(&field).is_none()).then_some((field, value))
+        })
+}
+
+/// Returns `POLICY_JOINT` as `joint`. `None` for a number that this version has no name for.
 pub fn word(of: &EnumDescriptor, number: i32) -> Option<String> {
     let value = of.get_value(number)?;
-    // All values of an enum begin with its name.
-    let zero = of.default_value();
-    let prefix = zero.name().trim_end_matches("UNSPECIFIED");
-    Some(value.name().trim_start_matches(prefix).to_lowercase())
+    Some(without_prefix(value.name(), of.default_value().name()))
 }
 
-/// The message as JSON for people: field names of the protocol, enums as [`word`]s, bytes in hex,
-/// null for what is not set.
+/// Removes the enum's name: all values of an enum begin with its name, as its zero does:
+/// `POLICY_UNSPECIFIED`.
+fn without_prefix(name: &str, zero: &str) -> String {
+    let prefix = zero.trim_end_matches("UNSPECIFIED");
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+/// A value of an enum as people write it.
+pub trait Word {
+    /// Returns `joint` for `POLICY_JOINT`.
+    fn word(self) -> String;
+}
+
+macro_rules! words {
+    ($($of:ident),* $(,)?) => {
+        $(impl Word for crate::v1::$of {
+            fn word(self) -> String {
+                without_prefix(self.as_str_name(), Self::default().as_str_name())
+            }
+        })*
+    };
+}
+
+words!(
+    BadRowReason,
+    Criterion,
+    Delivery,
+    Fidelity,
+    Loss,
+    Mode,
+    Policy,
+    Reason,
+    RunState,
+    WeightsState,
+);
+
+/// Returns the message as JSON for people: field names of the protocol, enums as [`word`]s, bytes
+/// in hex, null for what is not set.
 pub fn to_plain_json<M: Message + Name>(message: &M) -> serde_json::Value {
     plain_message(&dynamic(message))
 }
@@ -69,7 +116,8 @@ fn plain_message(message: &DynamicMessage) -> serde_json::Value {
     serde_json::Value::Object(fields(message).map(plain).collect())
 }
 
-fn plain(field: &FieldDescriptor, value: &Value) -> serde_json::Value {
+/// Returns one value as [`to_plain_json`] writes it.
+pub fn plain(field: &FieldDescriptor, value: &Value) -> serde_json::Value {
     match value {
         Value::Bool(value) => (*value).into(),
         Value::I32(value) => (*value).into(),
@@ -98,7 +146,8 @@ fn plain(field: &FieldDescriptor, value: &Value) -> serde_json::Value {
     }
 }
 
-/// The message as protobuf's own JSON, for keeping: fields that hold their default are left out.
+/// Returns the message as protobuf's own JSON, for keeping: fields that hold their default are left
+/// out.
 pub fn to_json<M: Message + Name>(message: &M) -> serde_json::Value {
     let options = SerializeOptions::new()
         .use_proto_field_name(true)
@@ -108,7 +157,7 @@ pub fn to_json<M: Message + Name>(message: &M) -> serde_json::Value {
         .expect("a message is plain data")
 }
 
-/// A message of its JSON, as [`to_json`] writes it.
+/// Reads a message from its JSON, as [`to_json`] writes it.
 ///
 /// # Errors
 /// What is wrong, with the field that this version does not know.
@@ -179,5 +228,6 @@ mod tests {
         assert_eq!(plain["fidelity"], json!("unspecified"));
         assert_eq!(plain["own_score"], json!(null), "it is optional");
         assert_eq!(to_plain_json(&Approximation::default()), json!({}));
+        assert_eq!(Policy::JointTopK.word(), "joint_top_k");
     }
 }

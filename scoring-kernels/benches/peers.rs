@@ -295,13 +295,14 @@ fn report(best: &By<Times>, drawn: &By<Vec<u32>>, flops: &HashMap<&str, f64>, ge
     for loss in Loss::ALL.iter().map(|loss| loss.as_str()) {
         let (ours, work) = (best[&(loss, "native")], flops[loss] / 1e12);
         let share = |gemm: f64, ours: f64| 100.0 * work * gemm / ours;
-        let share = match measured {
-            true => format!(
+        let share = if measured {
+            format!(
                 ", {:.0} % of GEMM ({:.0} %)",
                 share(gemm.wall, ours.wall),
                 share(gemm.busy, ours.busy)
-            ),
-            false => String::new(),
+            )
+        } else {
+            String::new()
         };
         let rate = 1e3 * work / ours.wall;
         println!(

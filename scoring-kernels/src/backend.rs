@@ -56,9 +56,9 @@ impl Backend {
         self.select_with_terms(candidates, settings, tuning, None, noise)
     }
 
-    /// [`Self::select_tuned`] with a term for each candidate that is added to its score, `[B]`, after
-    /// gain: another model's score, or a column of the data. Without embeddings of either model the
-    /// terms are the scores.
+    /// [`Self::select_tuned`] with a term for each candidate that is added to its score, `[B]`,
+    /// after gain: another model's score, or a column of the data. Without embeddings of either
+    /// model the terms are the scores.
     ///
     /// # Errors
     ///

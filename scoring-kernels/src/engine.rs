@@ -23,7 +23,7 @@ pub(crate) trait Engine {
     /// of `chosen` as one batch.
     fn inner(&mut self, chosen: &[u32]) -> Result<f64>;
 
-    /// Floating-point operations spent so far.
+    /// Returns the floating-point operations spent so far.
     fn flops(&self) -> f64;
 }
 

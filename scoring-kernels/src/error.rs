@@ -1,11 +1,12 @@
 //! The errors of a selection's inputs.
 use crate::{
     cuda::error::CudaError,
-    types::{Criterion, LeftOut, UnknownWord},
+    types::{Criterion, LeftOut, Policy, UnknownWord},
 };
 
 /// Why a selection was refused. Nothing is drawn when one of these is returned.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each message says what its fields are")]
 pub enum Error {
     /// The sub-batch is larger than the number of candidates that are not holes.
     #[error(
@@ -38,6 +39,13 @@ pub enum Error {
         setting: &'static str,
         value: String,
         must: &'static str,
+    },
+    /// A number that was given, and that the policy does not read.
+    #[error("{setting} belongs to policy {reader}, and the policy is {policy}; leave it out")]
+    NumberUnread {
+        setting: &'static str,
+        reader: Policy,
+        policy: Policy,
     },
     /// A word that names no policy, loss, criterion or backend.
     #[error(transparent)]
@@ -97,4 +105,5 @@ pub enum Error {
     Torch(#[from] tch::TchError),
 }
 
+/// The result of a selection.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -12,7 +12,7 @@ impl Policy {
     }
 
     /// Returns whether a chunk's scores depend on the chunks before.
-    pub(crate) fn is_conditional(self) -> bool {
+    pub fn is_conditional(self) -> bool {
         matches!(self, Self::Joint | Self::JointTopK)
     }
 

@@ -23,9 +23,9 @@
 //! A *criterion* makes scores of losses:
 //!
 //! ```text
-//! learnability   s = pair_learner - pair_reference      not yet learned, and learnable
-//! hard           s = pair_learner                       also likes noise
-//! easy           s = -pair_reference                    likes clean examples, whatever is known already
+//! learnability   s = pair_learner - pair_reference   not yet learned, and learnable
+//! hard           s = pair_learner                    also likes noise
+//! easy           s = -pair_reference                 likes clean examples, known already or not
 //! ```
 //!
 //! and a sub-batch's score per example, [`Selection::batch_score`], is `Σ s[i, j] / b` over all its
@@ -51,7 +51,8 @@
 //! ```
 //! use superbatch_kernels::{Backend, Candidates, ModelEmbeddings, Noise, Policy, Rows, Settings};
 //!
-//! let axis = |axes: [usize; 4]| axes.map(|axis| [0, 1, 2, 3].map(|k| if k == axis { 1f32 } else { 0.0 })).concat();
+//! let unit = |axis: usize| [0, 1, 2, 3].map(|k| if k == axis { 1f32 } else { 0.0 });
+//! let axis = |axes: [usize; 4]| axes.map(unit).concat();
 //! let (confused, clear) = (axis([0, 0, 1, 2]), axis([0, 1, 2, 3]));
 //! let model = |rows| ModelEmbeddings {
 //!     image: Rows::F32(rows),
@@ -60,9 +61,14 @@
 //!     scale: 10.0,
 //!     bias: -5.0,
 //! };
-//! let candidates =
-//!     Candidates { count: 4, learner: Some(model(&confused)), reference: Some(model(&clear)), holes: &[] };
-//! let settings = Settings { policy: Policy::JointTopK, sub_batch_size: 2, n_chunks: 2, ..Settings::default() };
+//! let candidates = Candidates {
+//!     count: 4,
+//!     learner: Some(model(&confused)),
+//!     reference: Some(model(&clear)),
+//!     holes: &[],
+//! };
+//! let policy = Policy::JointTopK;
+//! let settings = Settings { policy, sub_batch_size: 2, n_chunks: 2, ..Settings::default() };
 //! let selection = Backend::Native.select(&candidates, &settings, &Noise::Given(&[]))?;
 //! assert_eq!(selection.indices, [0, 1]);
 //! assert!(selection.scores[0].abs() < 1e-5 && (selection.scores[1] - 10.0).abs() < 1e-5);
@@ -91,7 +97,8 @@
 //!     scale: 118.0,
 //!     bias: -12.9,
 //! };
-//! let candidates = Candidates { count, learner: Some(learner), reference: Some(reference), holes: &[] };
+//! let (learner, reference) = (Some(learner), Some(reference));
+//! let candidates = Candidates { count, learner, reference, holes: &[] };
 //! let settings = Settings { sub_batch_size: 4_096, ..Settings::default() };
 //! let keys: Vec<u64> = (0..count as u64).collect();
 //! let noise = Noise::Seeded { seed: 1, generation: 0, step: 0, keys: &keys };
@@ -151,6 +158,7 @@
 //!   small terms are not lost. A candidate's sums are taken in the order of the drawn examples,
 //!   whatever the number of threads. Conditional scores stay within 5·10⁻⁴ + 10⁻⁶ of their value of
 //!   those in float64.
+#![warn(missing_docs)]
 mod backend;
 mod cuda;
 mod engine;
@@ -160,6 +168,7 @@ mod law;
 mod native;
 pub mod noise;
 mod problem;
+mod rules;
 #[cfg(feature = "torch")]
 mod torch;
 mod types;
@@ -168,6 +177,7 @@ pub use backend::Backend;
 pub use cuda::{CudaDevice, CudaError, CudaLibraries};
 pub use error::{Error, Result};
 pub use noise::Noise;
+pub use rules::{Needs, Number};
 pub use types::{
     Candidates, Criterion, LeftOut, Loss, ModelEmbeddings, Policy, Rows, Selection, Settings,
     Tuning, UnknownWord,

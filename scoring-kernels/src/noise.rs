@@ -10,8 +10,11 @@ use crate::error::{Error, Result};
 pub enum Noise<'a> {
     /// [`gumbel`] of these numbers, the chunk's and each candidate's key.
     Seeded {
+        /// The run's.
         seed: u64,
+        /// A rewound run draws anew in each generation.
         generation: u32,
+        /// The step for which is drawn.
         step: u64,
         /// One key for each candidate: its position in the epoch's order. The noise belongs to the
         /// example and not to its place in the array, so permuting candidates with their keys
@@ -74,8 +77,8 @@ impl ChunkNoise<'_> {
     }
 }
 
-/// Standard Gumbel noise as a pure function of its place: the same number on every machine, thread
-/// and backend.
+/// Returns standard Gumbel noise as a pure function of its place: the same number on every machine,
+/// thread and backend.
 pub fn gumbel(seed: u64, generation: u32, step: u64, chunk: u32, position: u64) -> f64 {
     Stream::new(seed, generation, step, chunk).gumbel(position)
 }
@@ -86,6 +89,7 @@ pub fn gumbel(seed: u64, generation: u32, step: u64, chunk: u32, position: u64) 
 pub struct Stream([u32; 4]);
 
 impl Stream {
+    /// Returns the noise of one chunk of a step.
     pub fn new(seed: u64, generation: u32, step: u64, chunk: u32) -> Self {
         let [step_low, step_high] = halves(step);
         Self(philox(
@@ -94,6 +98,7 @@ impl Stream {
         ))
     }
 
+    /// Returns [`gumbel`] of the chunk at `position`.
     pub fn gumbel(&self, position: u64) -> f64 {
         let [low, high] = halves(position);
         let Self([k0, k1, c2, c3]) = *self;
@@ -110,8 +115,8 @@ fn halves(value: u64) -> [u32; 2] {
     [value as u32, (value >> 32) as u32]
 }
 
-/// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a counter and
-/// a key to 128 random bits.
+/// Applies Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a
+/// counter and a key to 128 random bits.
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {
@@ -132,9 +137,9 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// Natural logarithm of a positive normal number, from +, -, x and / only. The platform's `ln`
-/// differs in the last bit between C libraries, so two machines would draw different batches from
-/// the same seed. IEEE 754 fixes the result of these four.
+/// Returns the natural logarithm of a positive normal number, from +, -, x and / only. The
+/// platform's `ln` differs in the last bit between C libraries, so two machines would draw
+/// different batches from the same seed. IEEE 754 fixes the result of these four.
 fn ln(x: f64) -> f64 {
     let bits = x.to_bits();
     let mut exponent = (bits >> 52) as f64 - 1023.0;

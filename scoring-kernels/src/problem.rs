@@ -2,7 +2,7 @@
 use crate::{
     error::{Error, Result},
     noise::Noise,
-    types::{Candidates, Criterion, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
+    types::{Candidates, Loss, ModelEmbeddings, Policy, Rows, Settings, Tuning},
 };
 use rayon::prelude::*;
 
@@ -43,17 +43,16 @@ impl<'a> Problem<'a> {
         noise: &Noise<'_>,
     ) -> Result<Self> {
         check_settings(candidates, settings)?;
-        check_tuning(settings, tuning)?;
+        tuning.check()?;
+        settings.policy.check_criterion(settings.criterion)?;
         let offered = offered(candidates)?;
         enough(settings.sub_batch_size, candidates.count, &offered)?;
-        let chunks = match settings.policy.goes_by_chunks() {
-            true => chunk_sizes(settings.sub_batch_size, settings.n_chunks),
-            false => vec![settings.sub_batch_size],
+        let chunks = if settings.policy.goes_by_chunks() {
+            chunk_sizes(settings.sub_batch_size, settings.n_chunks)
+        } else {
+            vec![settings.sub_batch_size]
         };
-        let draws = (0..chunks.len())
-            .filter(|&chunk| settings.policy.is_noisy(chunk))
-            .count();
-        noise.check(draws, candidates.count)?;
+        noise.check(settings.noisy_draws(), candidates.count)?;
         let bare = candidates.learner.is_none() && candidates.reference.is_none();
         let models = match terms {
             Some(_) if bare => Vec::new(),
@@ -163,42 +162,6 @@ fn check_settings(candidates: &Candidates<'_>, settings: &Settings) -> Result<()
         });
     }
     finite("gain", settings.gain)
-}
-
-fn check_tuning(settings: &Settings, tuning: &Tuning) -> Result<()> {
-    check_at_least("temperature", tuning.temperature, 0.0, "finite and above 0")?;
-    check_at_least("pressure", tuning.pressure, 0.0, "finite and above 0")?;
-    finite("priority_exponent", tuning.priority_exponent)?;
-    finite("weight_exponent", tuning.weight_exponent)?;
-    finite(
-        "duplicates_above",
-        tuning.duplicates_above.unwrap_or_default(),
-    )?;
-    finite(
-        "clip_score_at_least",
-        tuning.clip_score_at_least.unwrap_or_default(),
-    )?;
-    if tuning
-        .neg_clip_loss_keep
-        .is_some_and(|share| !(share > 0.0 && share <= 1.0))
-    {
-        let value = tuning.neg_clip_loss_keep.unwrap_or_default().to_string();
-        return Err(Error::SettingInvalid {
-            setting: "neg_clip_loss_keep",
-            value,
-            must: "above 0 and at most 1",
-        });
-    }
-    if settings.policy == Policy::Proportional && settings.criterion == Criterion::Easy {
-        let must =
-            "hard or learnability under the proportional policy: easy scores are never positive";
-        return Err(Error::SettingInvalid {
-            setting: "criterion",
-            value: settings.criterion.to_string(),
-            must,
-        });
-    }
-    Ok(())
 }
 
 fn check_terms(terms: Option<&[f64]>, count: usize, offered: &[u32]) -> Result<()> {

@@ -239,7 +239,7 @@ impl Engine for TorchEngine<'_> {
     }
 }
 
-/// (model, direction), in the order of `TorchEngine::running`.
+/// Returns (model, direction), in the order of `TorchEngine::running`.
 fn slots(models: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..models).flat_map(|m| [(m, 0), (m, 1)])
 }
@@ -295,7 +295,7 @@ fn indices(rows: &[u32], device: Device) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&rows)?.f_to_device(device)?)
 }
 
-/// f32 `[B, dim]` on the device.
+/// Returns f32 `[B, dim]` on the device.
 fn tower(rows: &Rows<'_>, dim: usize, device: Device) -> Result<Tensor> {
     let values = match rows {
         Rows::F32(values) => Tensor::f_from_slice(values)?,

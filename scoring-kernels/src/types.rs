@@ -26,6 +26,7 @@ macro_rules! words {
             /// All values, in the order of the documentation.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
+            /// Returns the word that names this value.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
@@ -119,12 +120,14 @@ impl Criterion {
 /// scale of 100.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
+    /// Of 32 bits.
     F32(&'a [f32]),
+    /// Of 16 bits; converted to 32 before use.
     F16(&'a [f16]),
 }
 
 impl Rows<'_> {
-    /// Number of values (not of rows).
+    /// Returns the number of values (not of rows).
     pub fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),
@@ -132,6 +135,7 @@ impl Rows<'_> {
         }
     }
 
+    /// Returns whether there is no value.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -232,8 +236,11 @@ pub struct Candidates<'a> {
 /// What to draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
+    /// How examples are drawn.
     pub policy: Policy,
+    /// The loss that a candidate is scored by.
     pub loss: Loss,
+    /// What makes an example worth drawing.
     pub criterion: Criterion,
     /// b: exactly this number is drawn.
     pub sub_batch_size: usize,
@@ -297,17 +304,8 @@ impl Default for Tuning {
 }
 
 impl Tuning {
-    /// The numbers that only one policy reads, each with its policy; all other policies ignore
-    /// them.
-    pub const READERS: [(&'static str, Policy); 4] = [
-        ("temperature", Policy::Independent),
-        ("pressure", Policy::Rank),
-        ("priority_exponent", Policy::Proportional),
-        ("weight_exponent", Policy::Proportional),
-    ];
-
-    /// Whether a rule leaves candidates out. Such rules read embeddings, also under a policy that
-    /// needs none.
+    /// Returns whether a rule leaves candidates out. Such rules read embeddings, also under a
+    /// policy that needs none.
     pub fn leaves_out(&self) -> bool {
         [
             self.duplicates_above,
@@ -322,12 +320,16 @@ impl Tuning {
 /// How many candidates each rule of [`Tuning`] left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
+    /// Left out by [`Tuning::clip_score_at_least`].
     pub clip_score_at_least: usize,
+    /// Left out by [`Tuning::neg_clip_loss_keep`].
     pub neg_clip_loss_keep: usize,
+    /// Left out by [`Tuning::duplicates_above`].
     pub duplicates_above: usize,
 }
 
 impl LeftOut {
+    /// Returns how many all rules left out.
     pub fn total(&self) -> usize {
         self.clip_score_at_least + self.neg_clip_loss_keep + self.duplicates_above
     }

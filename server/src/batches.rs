@@ -8,14 +8,18 @@ use arrow::{
 };
 use std::ops::Range;
 
-/// Bytes of rows in a record batch, unless a single row is larger.
-const BATCH_BYTES_MAX: usize = 4 << 20;
+/// Bytes of rows in a record batch between a worker and the coordinator, unless a single row is
+/// larger.
+pub(crate) const SENT_BATCH_BYTES_MAX: usize = 4 << 20;
+/// Bytes of rows in one record batch of a rank's stream. Most ranks' rows fit, so that the client
+/// takes their memory as it came and has nothing to put together.
+pub(crate) const RANK_BATCH_BYTES_MAX: usize = 64 << 20;
 
 /// Returns the bytes of a row's values over all columns.
 ///
 /// # Errors
 /// Arrow's, for a nested column of which it cannot take a row.
-pub fn row_bytes(batch: &RecordBatch, row: usize) -> Result<usize, ArrowError> {
+pub(crate) fn row_bytes(batch: &RecordBatch, row: usize) -> Result<usize, ArrowError> {
     batch
         .columns()
         .iter()
@@ -41,11 +45,11 @@ fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
     }
 }
 
-/// Cuts rows of these sizes into runs of at most [`BATCH_BYTES_MAX`], or of one row.
-pub fn row_ranges(sizes: &[usize]) -> Vec<Range<usize>> {
+/// Cuts rows of these sizes into runs of at most `bytes_max`, or of one row.
+pub(crate) fn row_ranges(sizes: &[usize], bytes_max: usize) -> Vec<Range<usize>> {
     let (mut cuts, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
     for (row, size) in sizes.iter().enumerate() {
-        if row > start && bytes.saturating_add(*size) > BATCH_BYTES_MAX {
+        if row > start && bytes.saturating_add(*size) > bytes_max {
             cuts.push(start..row);
             (start, bytes) = (row, 0);
         }
@@ -90,12 +94,13 @@ mod tests {
     proptest! {
         #[test]
         fn cuts_cover_all_rows(sizes in prop::collection::vec(0_usize..6 << 20, 0..60)) {
-            let cuts = row_ranges(&sizes);
+            let cuts = row_ranges(&sizes, SENT_BATCH_BYTES_MAX);
             let mut next = 0;
             for range in cuts {
                 prop_assert_eq!(range.start, next);
                 next = range.end;
-                prop_assert!(range.len() == 1 || sizes[range].iter().sum::<usize>() <= BATCH_BYTES_MAX);
+                let bytes: usize = sizes[range.clone()].iter().sum();
+                prop_assert!(range.len() == 1 || bytes <= SENT_BATCH_BYTES_MAX);
             }
             prop_assert_eq!(next, sizes.len());
         }

@@ -6,60 +6,68 @@
 use crate::error::{Error, Result};
 
 /// Sources are 16 bits of a noise key.
-pub const SOURCES_MAX: usize = 1 << 16;
+pub(crate) const SOURCES_MAX: usize = 1 << 16;
 /// Blocks whose rows are shuffled together.
-pub const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
+pub(crate) const WINDOW_BLOCKS_MAX: u32 = 1 << 16;
 /// Rows of one forward pass.
-pub const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
+pub(crate) const MICRO_BATCH_ROWS_MAX: u32 = 1 << 12;
 /// About 30 years.
-pub const SECONDS_MAX: f64 = 1e9;
+pub(crate) const SECONDS_MAX: f64 = 1e9;
 /// Steps that are prepared ahead.
-pub const MAX_AHEAD_MAX: u32 = 1 << 10;
+pub(crate) const MAX_AHEAD_MAX: u32 = 1 << 10;
 /// Phases of a run, those that are appended among them.
-pub const PHASES_MAX: usize = 1 << 12;
+pub(crate) const PHASES_MAX: usize = 1 << 12;
 /// Approximations that a learner was trained with: each phase is compared with all of them.
-pub const FIDELITIES_MAX: usize = 1 << 6;
+pub(crate) const FIDELITIES_MAX: usize = 1 << 6;
 /// Extra columns of a run or a call.
-pub const COLUMNS_MAX: usize = 1 << 10;
+pub(crate) const COLUMNS_MAX: usize = 1 << 10;
 /// URIs of a spec and names of columns, in bytes. The longest key of an object store has 1,024.
-pub const NAME_BYTES_MAX: usize = 1 << 12;
+pub(crate) const NAME_BYTES_MAX: usize = 1 << 12;
 /// URIs that are opened, in bytes.
-pub const URI_BYTES_MAX: usize = 1 << 13;
+pub(crate) const URI_BYTES_MAX: usize = 1 << 13;
 /// Names of processes, devices, builds, pushes and digests, in bytes.
-pub const LABEL_BYTES_MAX: usize = 256;
+pub(crate) const LABEL_BYTES_MAX: usize = 256;
 /// Files that the patterns of one source may name, and the bytes of their names.
-pub const EXPANSION_MAX: usize = 1_000_000;
-pub const EXPANSION_BYTES_MAX: usize = 256 << 20;
+pub(crate) const EXPANSION_MAX: usize = 1_000_000;
+pub(crate) const EXPANSION_BYTES_MAX: usize = 256 << 20;
 /// Globs of one source: each is compared with every file of its folder.
-pub const GLOBS_MAX: usize = 1 << 12;
+pub(crate) const GLOBS_MAX: usize = 1 << 12;
 
 /// Parts of one push, over all ranks.
-pub const PARTS_MAX: usize = 1 << 20;
+pub(crate) const PARTS_MAX: usize = 1 << 20;
 /// Parts of one tensor: each new one is compared with all. So many ranks share a tensor at most.
-pub const PARTS_OF_TENSOR_MAX: usize = 1 << 12;
+pub(crate) const PARTS_OF_TENSOR_MAX: usize = 1 << 12;
 /// Bytes of a tensor's name.
-pub const TENSOR_NAME_BYTES_MAX: usize = 1 << 10;
+pub(crate) const TENSOR_NAME_BYTES_MAX: usize = 1 << 10;
 
 /// Workers of one coordinator.
-pub const WORKERS_MAX: usize = 1 << 12;
+pub(crate) const WORKERS_MAX: usize = 1 << 12;
 /// A worker's token, in bytes.
-pub const TOKEN_BYTES_MAX: usize = 1 << 12;
+pub(crate) const TOKEN_BYTES_MAX: usize = 1 << 12;
 /// The largest embedding. Published encoders have 512 to 4,096 numbers.
-pub const EMBEDDING_DIM_MAX: u32 = 1 << 14;
+pub(crate) const EMBEDDING_DIM_MAX: u32 = 1 << 14;
 /// Tensors of a model.
-pub const TENSORS_MAX: usize = 1 << 16;
+pub(crate) const TENSORS_MAX: usize = 1 << 16;
+/// Tensors whose digests are in one answer: with their names, no more than a message holds.
+pub(crate) const TENSORS_AT_ONCE_MAX: usize = 1 << 11;
+/// Losses in one report.
+pub(crate) const LOSSES_MAX: usize = 1 << 17;
+/// Versions of weights in one list.
+pub(crate) const VERSIONS_MAX: usize = 10_000;
 /// Dimensions of a tensor.
-pub const TENSOR_DIMENSIONS_MAX: usize = 16;
+pub(crate) const TENSOR_DIMENSIONS_MAX: usize = 16;
 /// Files of a model folder, without its weights.
-pub const FILES_MAX: usize = 1 << 8;
+pub(crate) const FILES_MAX: usize = 1 << 8;
+/// Calls that one connection may have under way.
+pub(crate) const CALLS_MAX: u32 = 1 << 10;
 /// Characters of what is said about one bad row.
-pub const DETAIL_CHARS_MAX: usize = 512;
+pub(crate) const DETAIL_CHARS_MAX: usize = 512;
 
 /// Checks the length of a text.
 ///
 /// # Errors
 /// `InvalidArgument`, with the `field`.
-pub fn check_bytes(field: &str, text: &str, most: usize) -> Result<()> {
+pub(crate) fn check_bytes(field: &str, text: &str, most: usize) -> Result<()> {
     if text.len() <= most {
         return Ok(());
     }
@@ -71,7 +79,7 @@ pub fn check_bytes(field: &str, text: &str, most: usize) -> Result<()> {
 ///
 /// # Errors
 /// `InvalidArgument`, with the `field`.
-pub fn check_count(field: &str, count: usize, most: usize) -> Result<()> {
+pub(crate) fn check_count(field: &str, count: usize, most: usize) -> Result<()> {
     if count <= most {
         return Ok(());
     }

@@ -2,7 +2,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use superbatch_kernels::{Backend, CudaDevice, CudaLibraries};
 
-/// The chosen backend of each device, by its number.
+/// Locks the chosen backend of each device, by its number.
 fn lock_backends() -> MutexGuard<'static, Vec<(usize, Backend)>> {
     static KNOWN: Mutex<Vec<(usize, Backend)>> = Mutex::new(Vec::new());
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -10,7 +10,7 @@ fn lock_backends() -> MutexGuard<'static, Vec<(usize, Backend)>> {
 
 /// Returns Superbatch's own kernels, or LibTorch's form if they cannot be used. They are tried, and
 /// a failure is logged, once for each device. A lack of memory is tried again, since it may pass.
-pub fn backend(device: tch::Device) -> Backend {
+pub(crate) fn backend(device: tch::Device) -> Backend {
     let tch::Device::Cuda(ordinal) = device else {
         return Backend::Torch(device);
     };
@@ -39,7 +39,7 @@ pub fn backend(device: tch::Device) -> Backend {
 /// use memory that LibTorch holds in reserve. After any other failure than a lack of memory,
 /// Superbatch's kernels are not used on that device again. `None` if `failed` is no CUDA backend of
 /// ours.
-pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
+pub(crate) fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Option<Backend> {
     let superbatch_kernels::Error::Cuda(cause) = error else {
         return None;
     };
@@ -55,7 +55,7 @@ pub fn fallback_for(failed: Backend, error: &superbatch_kernels::Error) -> Optio
 }
 
 /// Returns whether a selection failed for lack of the device's memory.
-pub fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
+pub(crate) fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
     match error {
         superbatch_kernels::Error::Cuda(error) => error.is_out_of_memory(),
         superbatch_kernels::Error::Torch(error) => torch_lacks_memory(error),
@@ -63,9 +63,9 @@ pub fn is_out_of_memory(error: &superbatch_kernels::Error) -> bool {
     }
 }
 
-/// Whether LibTorch failed for want of memory. It has no kind for it, so its words decide: those of
-/// CUDA's allocator and of the processor's. A test has the library say them.
-pub fn torch_lacks_memory(error: &tch::TchError) -> bool {
+/// Returns whether LibTorch failed for want of memory. It has no kind for it, so its words decide:
+/// those of CUDA's allocator and of the processor's. A test has the library say them.
+pub(crate) fn torch_lacks_memory(error: &tch::TchError) -> bool {
     let said = error.to_string();
     ["out of memory", "can't allocate memory"]
         .iter()

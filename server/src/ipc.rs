@@ -11,7 +11,7 @@ use superbatch_proto::PART_BYTES;
 const SHARED_BYTES_MIN: usize = 64 << 10;
 
 /// Encodes record batches as an Arrow IPC stream.
-pub struct Encoder(StreamEncoder);
+pub(crate) struct Encoder(StreamEncoder);
 
 /// The memory of an array as the owner of [`Bytes`].
 struct Owned(Buffer);
@@ -25,7 +25,7 @@ impl AsRef<[u8]> for Owned {
 impl Encoder {
     /// # Errors
     /// Arrow's, for a schema that cannot be in a stream.
-    pub fn new(schema: &Schema) -> Result<Self, ArrowError> {
+    pub(crate) fn new(schema: &Schema) -> Result<Self, ArrowError> {
         StreamEncoder::try_new(schema).map(Self)
     }
 
@@ -33,7 +33,7 @@ impl Encoder {
     ///
     /// # Errors
     /// Arrow's, for a batch of another schema.
-    pub fn encode(&mut self, batch: &RecordBatch) -> Result<Vec<Bytes>, ArrowError> {
+    pub(crate) fn encode(&mut self, batch: &RecordBatch) -> Result<Vec<Bytes>, ArrowError> {
         self.0.encode(batch).map(parts)
     }
 
@@ -41,7 +41,7 @@ impl Encoder {
     ///
     /// # Errors
     /// Arrow's, for a schema that cannot be encoded.
-    pub fn finish(self) -> Result<Vec<Bytes>, ArrowError> {
+    pub(crate) fn finish(self) -> Result<Vec<Bytes>, ArrowError> {
         self.0.finish().map(parts)
     }
 }
@@ -70,7 +70,7 @@ fn cut(bytes: Bytes, parts: &mut Vec<Bytes>) {
 }
 
 /// Returns the rest of a stream from a byte on.
-pub fn from_offset(parts: Vec<Bytes>, mut offset: u64) -> impl Iterator<Item = Bytes> {
+pub(crate) fn from_offset(parts: Vec<Bytes>, mut offset: u64) -> impl Iterator<Item = Bytes> {
     parts.into_iter().filter_map(move |part| {
         let skipped = offset.min(part.len() as u64);
         offset -= skipped;

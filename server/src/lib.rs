@@ -2,9 +2,14 @@
 //!
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process.
 //! Only [`app`] names both.
+#![cfg_attr(test, allow(clippy::too_many_lines))]
 pub mod access;
 pub mod admin;
 pub mod app;
+#[cfg_attr(
+    not(feature = "torch"),
+    allow(dead_code, reason = "workers use the rest of it")
+)]
 mod batches;
 mod blocking;
 mod bounds;
@@ -14,13 +19,21 @@ pub mod coordinator;
 mod cuda;
 pub mod dataset;
 pub mod error;
+pub mod fidelity;
 mod ipc;
 pub mod logging;
 pub mod metrics;
 pub mod page;
 pub mod process;
-mod selection;
+pub mod pushed;
+pub mod selection;
 pub mod storage;
+#[cfg_attr(
+    not(feature = "torch"),
+    allow(dead_code, reason = "workers use the rest of it")
+)]
+mod ticket;
+pub mod traces;
 #[cfg(feature = "torch")]
 pub mod worker;
 #[cfg(not(feature = "torch"))]

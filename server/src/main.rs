@@ -1,9 +1,10 @@
 //! The `superbatch` binary: a table of contents.
 use clap::{Parser, Subcommand};
 use std::{process::ExitCode, time::Duration};
+use superbatch_proto::reason_name;
 use superbatch_server::{
     admin::{self, CheckArgs, PageArgs, ServeArgs, WorkerArgs},
-    app::{RunPage, Serve, Work},
+    app::{RunPage, Serve, Work, replayer, start_traces},
     config::Config,
     error::{Error, Result},
 };
@@ -121,6 +122,23 @@ Examples:
   # For programs
   superbatch receipts my-run --last 1000 --json | jq .summary.batch_score")]
     Receipts(admin::receipts::ReceiptsArgs),
+    /// What would another policy have drawn? Draw a step of the past again, offline.
+    ///
+    /// Prints the redrawn rows beside those that were chosen: how many are the same, and the batch
+    /// scores of both by one criterion, with a uniform draw's. Without options it draws as the step
+    /// was drawn, and finds the same rows. It reads the state, so it works while the service is
+    /// down; the learner's embeddings are made again from the step's weights, which a service keeps
+    /// for the newest versions of a run (`coordinator.snapshots_kept`).
+    #[command(after_long_help = "\
+Examples:
+  # The step's own settings: the same rows, if data, models and arithmetic are what they were
+  superbatch replay my-run --step 100
+  # An ablation of one step
+  superbatch replay my-run --step 100 --policy independent
+  superbatch replay my-run --step 100 --filter-ratio 0.9 --n-chunks 4 --duplicates-above 0.95
+  # For programs
+  superbatch replay my-run --step 100 --policy uniform --json | jq .measured")]
+    Replay(admin::replay::ReplayArgs),
     /// Check that a run's state is whole, and delete what nothing needs.
     ///
     /// Reads the state directly, so it works while the service is down and while it runs.
@@ -132,10 +150,19 @@ Examples:
   superbatch state gc my-run --dry-run
   superbatch state gc my-run")]
     State(admin::state::StateArgs),
+    /// List the published weights of a run, and go back to an older version.
+    #[command(after_long_help = "\
+Examples:
+  superbatch weights my-run list
+  # The trainer pushed bad weights: the next steps are scored with version 41
+  superbatch weights my-run rollback 41 --address https://superbatch:50051 --ca ca.pem \\
+      --token-file admin.token")]
+    Weights(admin::weights::WeightsArgs),
     /// Serve the run page: every run in the state, its steps, and what was chosen and passed over.
     ///
     /// `superbatch serve` serves it too. This command needs no service: it reads the state of any
-    /// run, finished or crashed, and writes nothing. Prints its address once it is ready.
+    /// run, finished or crashed, and changes none. It also draws steps again under another policy,
+    /// as `superbatch replay` does. Prints its address once it is ready.
     #[command(after_long_help = "\
 Examples:
   # The state in ./superbatch-state
@@ -164,7 +191,8 @@ Examples:
     #[command(after_long_help = "\
 Examples:
   superbatch doctor --config superbatch.yaml
-  superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data --model s3://bucket/models/siglip")]
+  superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data \\
+    --model s3://bucket/models/siglip")]
     #[cfg(feature = "torch")]
     Doctor(admin::doctor::DoctorArgs),
     /// Watch a live service: runs, steps a second, waits, where time goes, workers.
@@ -197,6 +225,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("superbatch: {}", error.chain());
+            let entry = reason_name(error.reason()).to_lowercase();
+            eprintln!("  causes and remedies: docs/errors.md#{entry}");
             ExitCode::FAILURE
         }
     }
@@ -205,23 +235,20 @@ fn main() -> ExitCode {
 /// Runs the command. Returns the text to print at its end.
 fn run(command: Command) -> Result<String> {
     match command {
-        Command::Serve(args) => with_runtime(args.load()?, async |config| {
+        Command::Serve(args) => traced("superbatch-coordinator", args.load()?, async |config| {
             let serve = Serve::build(config).await?;
             admin::announce("serving", &serve.uri(), serve.metrics_address());
-            serve
-                .page_address()
-                .into_iter()
-                .for_each(admin::announce_page);
+            serve.page_uri().into_iter().for_each(admin::announce_page);
             serve.run(admin::terminated()).await.map(|()| String::new())
         }),
-        Command::Worker(args) => with_runtime(args.load()?, async |config| {
+        Command::Worker(args) => traced("superbatch-worker", args.load()?, async |config| {
             let work = Work::build(config).await?;
             admin::announce("working", &work.uri(), work.metrics_address());
             work.run(admin::terminated()).await.map(|()| String::new())
         }),
         Command::Page(args) => with_runtime(args.load()?, async |config| {
             let page = RunPage::build(&config).await?;
-            admin::announce_page(page.address());
+            admin::announce_page(page.uri());
             tokio::select! {
                 () = page.run() => {}
                 () = admin::terminated() => {}
@@ -247,6 +274,11 @@ fn run(command: Command) -> Result<String> {
         Command::Receipts(args) => with_runtime(args.settings.load()?, async |config| {
             admin::receipts::run(&config, &args).await
         }),
+        Command::Replay(args) => with_runtime(args.settings.load()?, async |config| {
+            let (stores, state) = admin::open_state(&config)?;
+            let replayer = replayer(&config, &stores, &state)?;
+            admin::replay::run(&state, &replayer, &args).await
+        }),
         Command::State(args) => with_runtime(args.settings().load()?, async |config| {
             admin::state::run(&config, &args).await
         }),
@@ -256,6 +288,7 @@ fn run(command: Command) -> Result<String> {
         Command::Doctor(args) => with_runtime(args.settings.load()?, async |config| {
             admin::doctor::run(&config, &args).await
         }),
+        Command::Weights(args) => plain(admin::weights::run(&args)),
         Command::Top(args) => plain(admin::top::run(&args)),
         Command::Health(args) => plain(admin::health::run(&args)),
         Command::Docs(args) => admin::docs::run(&args),
@@ -275,7 +308,23 @@ fn with_runtime(
     config: Config,
     work: impl AsyncFnOnce(Config) -> Result<String>,
 ) -> Result<String> {
-    admin::start_logging(&config.log)?;
+    on_runtime(None, config, work)
+}
+
+/// As [`with_runtime`], for a service whose part in steps is traced under the name `process`.
+fn traced(
+    process: &'static str,
+    config: Config,
+    work: impl AsyncFnOnce(Config) -> Result<String>,
+) -> Result<String> {
+    on_runtime(Some(process), config, work)
+}
+
+fn on_runtime(
+    traced: Option<&'static str>,
+    config: Config,
+    work: impl AsyncFnOnce(Config) -> Result<String>,
+) -> Result<String> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // In a build without optimisation the nested futures of one slice need more stack than the
@@ -283,7 +332,14 @@ fn with_runtime(
         .thread_stack_size(8 << 20)
         .build();
     let runtime = runtime.map_err(|e| Error::internal("cannot start the runtime").because(e))?;
+    let traces = traced.map(|process| runtime.block_on(async { start_traces(&config, process) }));
+    let traces = traces.transpose()?.flatten();
+    admin::start_logging(&config.log, traces.as_ref())?;
     let done = runtime.block_on(work(config));
+    // The last spans are sent by the runtime.
+    if let Some(traces) = traces {
+        traces.stop();
+    }
     runtime.shutdown_timeout(Duration::from_secs(2));
     done
 }

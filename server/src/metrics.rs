@@ -79,6 +79,17 @@ declare! {
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
     histogram trainer_wait() on Coordinator = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
+    /// Bytes of batches that this coordinator streamed, by delivery: `coordinator`, `direct` (only
+    /// what the service adds to the rows), `locators`.
+    counter sent_bytes(delivery) on Coordinator = "superbatch_sent_bytes_total", Bytes;
+    /// Batches of runs with direct delivery that the coordinator streamed whole, by cause: `asked`
+    /// (a rank asked for it, mostly since a worker had failed it), `not_held` (the workers had no
+    /// room for the rows), `no_address` (a worker has no address for trainers).
+    counter direct_fallbacks(cause) on Coordinator = "superbatch_direct_fallbacks_total", Count;
+    /// Bytes of rows that this worker streamed to trainers.
+    counter direct_bytes() on Worker = "superbatch_direct_bytes_total", Bytes;
+    /// Tickets that trainers showed, by outcome: `ok`, or the error's reason.
+    counter tickets(outcome) on Worker = "superbatch_tickets_total", Count;
     /// Candidates scanned.
     counter candidates() on Coordinator = "superbatch_candidates_total", Count;
     /// Examples selected.
@@ -103,7 +114,8 @@ declare! {
     /// Runs that this coordinator owns and has in memory. If there are more than
     /// `coordinator.max_runs`, the run that has been idle longest is put to sleep.
     gauge open_runs() on Coordinator = "superbatch_open_runs", Count;
-    /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `failed`.
+    /// Requests to the run page's JSON, by outcome: `ok`, `not_found`, `invalid`, `refused`
+    /// for its token, `failed`.
     counter page_requests(outcome) on Coordinator = "superbatch_page_requests_total", Count;
     /// The newest published weights version, of the run that published last.
     gauge learner_version() on Coordinator = "superbatch_learner_version", Count;
@@ -118,6 +130,12 @@ declare! {
     /// Pushes refused or broken off, by reason.
     counter weight_push_failures(reason) on Coordinator = "superbatch_weight_push_failures_total",
         Count;
+    /// Shards of which most rows cannot be used, each counted once a run and process.
+    counter rotten_shards() on Coordinator = "superbatch_rotten_shards_total", Count;
+    /// Losses of examples that trainers reported.
+    counter losses_reported() on Coordinator = "superbatch_losses_reported_total", Count;
+    /// Times that weights were rolled back by hand.
+    counter weights_rolled_back() on Coordinator = "superbatch_weights_rolled_back_total", Count;
     /// Object store requests, by operation and outcome (`ok`, `not_found`, `exists`, `throttled`,
     /// `error`).
     counter object_store_requests(operation,
@@ -173,6 +191,9 @@ declare! {
     counter reloads(what, outcome) on Both = "superbatch_reloads_total", Count;
     /// Lines of the audit log that could not be written.
     counter audit_lost() on Both = "superbatch_audit_lost_total", Count;
+    /// Spans of traced steps, by outcome: `exported` to the collector, `failed` (the collector did
+    /// not take them), `queue_full` (dropped, since too many waited for the collector).
+    counter trace_spans(outcome) on Both = "superbatch_trace_spans_total", Count;
     /// Bytes held of each budget of memory: `ready` (chosen batches) on the coordinator; `blocks`,
     /// `rows`, `images` and `embeddings` on a worker.
     gauge budget(budget) on Both = "superbatch_budget_bytes", Bytes;
@@ -242,7 +263,7 @@ pub fn begin(process: Process) {
     ["ok", "cancelled"]
         .into_iter()
         .for_each(|outcome| select_requests(outcome).increment(0));
-    ["ok", "not_found", "invalid", "failed"]
+    ["ok", "not_found", "invalid", "refused", "failed"]
         .into_iter()
         .for_each(|outcome| page_requests(outcome).increment(0));
     ["normal", "stale", "uniform", "reference_only"]
@@ -265,6 +286,9 @@ pub fn begin(process: Process) {
         skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0)
     });
     weight_push_failures("BROKEN").increment(0);
+    weights_rolled_back().increment(0);
+    losses_reported().increment(0);
+    rotten_shards().increment(0);
     PUSH_FAILURES.iter().for_each(|reason| {
         weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0)
     });

@@ -1,6 +1,6 @@
 //! One selection as the protocol describes it. Coordinator and worker draw with this code.
 pub mod judged;
-pub mod probed;
+pub(crate) mod probed;
 
 #[cfg(feature = "torch")]
 use crate::cuda;
@@ -52,6 +52,10 @@ impl Values {
         self.rows().len()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     pub fn rows(&self) -> Rows<'_> {
         match self {
             Self::F16(values) => Rows::F16(values),
@@ -100,7 +104,7 @@ impl Embedded {
 /// `InvalidArgument` naming the field; `TooManyBadRows` if holes leave fewer candidates than the
 /// sub-batch; `TooFewCandidates` if the rules of tuning do; `Overloaded` if the device's memory is
 /// not enough; `DeviceUnavailable`.
-pub fn draw(
+pub(crate) fn draw(
     backend: Backend,
     begin: &SelectBegin,
     learner: Option<&Embedded>,
@@ -136,7 +140,7 @@ pub fn draw(
 }
 
 /// Returns the answer to a `Select` call. The caller fills in `seconds`, `device` and `threads`.
-pub fn response(selection: Selection) -> SelectResponse {
+pub(crate) fn response(selection: Selection) -> SelectResponse {
     SelectResponse {
         indices: selection.indices,
         chunks: selection.chunks,
@@ -157,7 +161,7 @@ pub fn response(selection: Selection) -> SelectResponse {
 }
 
 /// Returns the kernels' policy; `None` if none is set.
-pub fn policy(policy: v1::Policy) -> Option<Policy> {
+pub(crate) fn policy(policy: v1::Policy) -> Option<Policy> {
     Some(match policy {
         v1::Policy::Unspecified => return None,
         v1::Policy::Uniform => Policy::Uniform,
@@ -171,13 +175,24 @@ pub fn policy(policy: v1::Policy) -> Option<Policy> {
     })
 }
 
+/// Returns the kernels' criterion; `None` for a column, which reads no model's losses. An
+/// unspecified one is learnability, the default.
+pub(crate) fn criterion(criterion: v1::Criterion) -> Option<Criterion> {
+    match criterion {
+        v1::Criterion::Unspecified | v1::Criterion::Learnability => Some(Criterion::Learnability),
+        v1::Criterion::Hard => Some(Criterion::Hard),
+        v1::Criterion::Easy => Some(Criterion::Easy),
+        v1::Criterion::Column => None,
+    }
+}
+
 /// Returns whether a policy draws by scores; steps of other policies have none.
-pub fn is_scored(policy: v1::Policy) -> bool {
+pub(crate) fn is_scored(policy: v1::Policy) -> bool {
     self::policy(policy).is_some_and(Policy::is_scored)
 }
 
 /// Returns the kernels' tuning, with defaults filled in.
-pub fn tuning(tuning: Option<&v1::Tuning>) -> Tuning {
+pub(crate) fn tuning(tuning: Option<&v1::Tuning>) -> Tuning {
     let (given, default) = (tuning.copied().unwrap_or_default(), Tuning::default());
     Tuning {
         temperature: given.temperature.unwrap_or(default.temperature),
@@ -192,7 +207,7 @@ pub fn tuning(tuning: Option<&v1::Tuning>) -> Tuning {
 
 /// # Errors
 /// `InvalidArgument` naming the field that is not set.
-pub fn settings(begin: &SelectBegin) -> Result<Settings> {
+pub(crate) fn settings(begin: &SelectBegin) -> Result<Settings> {
     let unset = |field| Error::invalid(field, format!("SelectBegin.{field} is not set"));
     Ok(Settings {
         policy: policy(begin.policy()).ok_or_else(|| unset("policy"))?,
@@ -202,11 +217,9 @@ pub fn settings(begin: &SelectBegin) -> Result<Settings> {
             v1::Loss::Unspecified => return Err(unset("loss")),
         },
         criterion: match begin.criterion() {
-            // No model is handed over then: the terms are the scores.
-            v1::Criterion::Learnability | v1::Criterion::Column => Criterion::Learnability,
-            v1::Criterion::Hard => Criterion::Hard,
-            v1::Criterion::Easy => Criterion::Easy,
             v1::Criterion::Unspecified => return Err(unset("criterion")),
+            // No model is handed over for a column: the terms are the scores.
+            given => criterion(given).unwrap_or_default(),
         },
         sub_batch_size: begin.sub_batch_size as usize,
         n_chunks: begin.n_chunks as usize,

@@ -1,17 +1,17 @@
 //! The models against transformers and open_clip themselves, on random weights: the same embeddings
 //! from the same folders.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::too_many_lines, clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use superbatch_proto::v1::EmbeddingDtype;
+use superbatch_proto::v1::{EmbeddingDtype, approximation::By};
+use superbatch_server::fidelity::Fidelity;
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::device::{Device, Embedded, LoadModel, MicroBatch, Weights};
-use superbatch_server::worker::inputs::preprocess::Normalisation;
-use superbatch_server::worker::model::{Compute, ModelFolder};
+use superbatch_server::worker::model::{Compute, ModelFolder, Normalisation};
 
 const FOLDERS: [&str; 7] = [
     "siglip-64",
@@ -60,6 +60,8 @@ struct Expected {
     pixels: Vec<u8>,
     /// Images of fewer patches: their side, pixels and embeddings.
     low: (usize, Vec<u8>, Vec<f32>),
+    /// Of the full pixels, at other approximations.
+    others: Vec<(Fidelity, Vec<f32>)>,
     ids: Vec<i64>,
     image: Vec<f32>,
     text: Vec<f32>,
@@ -83,6 +85,11 @@ impl Expected {
                 data("low_pixels"),
                 floats(&data("low_image")),
             ),
+            others: file
+                .tensors()
+                .iter()
+                .filter_map(|(name, of)| Some((fidelity(name)?, floats(of.data()))))
+                .collect(),
             ids: data("ids")
                 .chunks_exact(8)
                 .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
@@ -101,6 +108,18 @@ impl Expected {
             .unwrap(),
         }
     }
+}
+
+/// Of a tensor's name such as `patch=16`.
+fn fidelity(name: &str) -> Option<Fidelity> {
+    let (field, value) = name.split_once('=')?;
+    let by = match field {
+        "patch" => By::Patch(value.parse().unwrap()),
+        "patch_dropout" => By::PatchDropout(value.parse().unwrap()),
+        "layers" => By::Layers(value.parse().unwrap()),
+        _ => panic!("{name}"),
+    };
+    Some(by.into())
 }
 
 /// The smallest cosine and the largest difference of an element, over all rows.
@@ -160,8 +179,8 @@ async fn embeddings_are_those_of_the_models_library() {
 
             let batch = MicroBatch {
                 model: info.key.clone(),
-                rows: expected.ids.len() / info.text_length,
-                side: info.image_size,
+                fidelity: Fidelity::Full,
+                keys: (0..(expected.ids.len() / info.text_length) as u64).collect(),
                 pixels: expected.pixels.clone(),
                 normalisation: expected.normalisation,
                 ids: expected.ids.clone(),
@@ -179,16 +198,30 @@ async fn embeddings_are_those_of_the_models_library() {
             let (side, pixels, low) = &expected.low;
             assert!(*side < info.image_size);
             let smaller = MicroBatch {
-                side: *side,
+                fidelity: Fidelity::Resolution(*side as u32),
                 pixels: pixels.clone(),
-                ..batch
+                ..batch.clone()
             };
             let small = device.embed(smaller).await.unwrap();
-            for (tower, found, expected) in [
-                ("image", image, &expected.image),
-                ("small image", small.image, low),
-                ("text", text, &expected.text),
-            ] {
+            let mut all = vec![
+                ("image".to_owned(), image, &expected.image),
+                ("small image".to_owned(), small.image, low),
+                ("text".to_owned(), text, &expected.text),
+            ];
+            assert_eq!(
+                expected.others.len(),
+                4,
+                "{name}: each approximation, and one twice"
+            );
+            for (fidelity, expected) in &expected.others {
+                let batch = MicroBatch {
+                    fidelity: *fidelity,
+                    ..batch.clone()
+                };
+                let found = device.embed(batch).await.unwrap();
+                all.push((fidelity.to_string(), found.image, expected));
+            }
+            for (tower, found, expected) in all {
                 let (cosine, difference) = compare(&floats(&found), expected, dim);
                 println!(
                     "{name} {tower} {compute:?}: cosine {cosine:.7}, difference {difference:.1e}"

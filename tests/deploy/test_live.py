@@ -96,10 +96,13 @@ def live(tmp_path_factory) -> Iterator[Prometheus]:
             prometheus.wait_for(
                 "superbatch_steps_committed_total == 0 and on () (count(up == 1) == 3)"
             )
+            probed = phase(
+                tuning=superbatch.Tuning(duplicates_above=0.999),
+                approximation=superbatch.Approximation(resolution=tiny.SIDE // 2),
+                probe=superbatch.FidelityProbe(every_steps=2, rows=48),
+            )
             run = superbatch.connect(cluster.address).open_run(
-                spec(
-                    folder, "live", phases=[phase(tuning=superbatch.Tuning(duplicates_above=0.999))]
-                )
+                spec(folder, "live", phases=[probed])
             )
             for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=6):
                 run.push_weights(weights(folder, batch.step), step=batch.step)

@@ -2,6 +2,7 @@
 # Builds the tools that `make test-deploy` uses, once, from Go modules, into a cache outside the repository.
 #   tests/deploy/tools.sh chart           helm, helm-unittest, kubeconform
 #   tests/deploy/tools.sh control-plane   etcd, kube-apiserver, kube-controller-manager, and custom resources' definitions
+#   tests/deploy/tools.sh http2           h2spec
 #   tests/deploy/tools.sh where           prints the folder of the binaries
 # Each tool is built at the version below; one that is there already is left alone. The chart's tools take about 3 minutes of one
 # core, the control plane about 10.
@@ -11,6 +12,7 @@ HELM=v3.22.0
 UNITTEST=v1.1.2
 YAML_JSONPATH="github.com/vmware-labs/yaml-jsonpath=github.com/helm-unittest/yaml-jsonpath@v0.4.0" # the one that its module asks for
 KUBECONFORM=v0.8.0
+H2SPEC=v2.2.1+incompatible
 KUBERNETES=v1.34.4
 ETCD=v3.6.16
 KEDA=v2.21.0
@@ -141,13 +143,14 @@ case $what in
       "$UNITTEST" "$YAML_JSONPATH"
     module kubeconform github.com/yannh/kubeconform/cmd/kubeconform "$KUBECONFORM"
     ;;
+  http2) module h2spec github.com/summerwind/h2spec/cmd/h2spec "$H2SPEC" ;;
   control-plane)
     crds
     etcd
     kubernetes
     ;;
   *)
-    echo "usage: $0 chart|control-plane|where" >&2
+    echo "usage: $0 chart|http2|control-plane|where" >&2
     exit 2
     ;;
 esac

@@ -147,6 +147,29 @@ def lossy_webp(rng, width, height):
     )
 
 
+def others(rng, width, height):
+    """GIF, BMP and TIFF, of which the first frame or page counts."""
+    image = Image.fromarray(smooth(rng, width, height))
+    other = Image.fromarray(edges(rng, width, height))
+    grey, palette = image.convert("L"), image.quantize(13)
+    rgba = image.copy()
+    rgba.putalpha(Image.fromarray(alpha_of(rng, width, height)))
+    yield "gif-palette", encoded(palette, "GIF")
+    yield "gif-grey", encoded(grey, "GIF")
+    yield "gif-transparent", encoded(palette, "GIF", transparency=3)
+    yield "gif-animation", encoded(image, "GIF", save_all=True, append_images=[other])
+    yield "bmp-rgb", encoded(image, "BMP")
+    yield "bmp-grey", encoded(grey, "BMP")
+    yield "bmp-palette", encoded(palette, "BMP")
+    yield "bmp-bilevel", encoded(grey.convert("1"), "BMP")
+    yield "tiff-rgb", encoded(image, "TIFF")
+    yield "tiff-grey", encoded(grey, "TIFF")
+    yield "tiff-rgba", encoded(rgba, "TIFF")
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        yield f"tiff-{compression}", encoded(image, "TIFF", compression=compression)
+    yield "tiff-turned", encoded(image, "TIFF", tiffinfo={0x0112: 6})
+
+
 def jpegs(rng, width, height):
     image = Image.fromarray(smooth(rng, width, height))
     for quality in (30, 75, 95):
@@ -202,7 +225,13 @@ def processed(processor, rgb, **options):
 def write_images(folder, rng):
     cases = []
     for width, height in SIZES:
-        for group, make in (("lossless", lossless), ("webp", lossy_webp), ("jpeg", jpegs)):
+        groups = (
+            ("lossless", lossless),
+            ("webp", lossy_webp),
+            ("jpeg", jpegs),
+            ("lossless", others),
+        )
+        for group, make in groups:
             for name, data in make(rng, width, height):
                 name = f"{name}-{width}x{height}"
                 rgb = on_white(data)

@@ -1,4 +1,6 @@
-"""A real S3 server (moto), a proxy before it whose faults are scripted, and processes that use it."""
+"""A real S3 server (moto), a proxy before it whose faults are scripted, and processes that use
+it.
+"""
 
 import json
 import os

@@ -134,7 +134,7 @@ class Secured:
                 "listen": "127.0.0.1:0",
                 "metrics_listen": "127.0.0.1:0",
                 "health_listen": "127.0.0.1:0",
-                "page_listen": None,
+                "page_listen": "127.0.0.1:0",
                 "state": state,
                 "tls": {
                     "cert": self.cert,

@@ -20,7 +20,8 @@ from examples.demo import tiny
 
 #: Lines of the table.
 WINDOWS = 10
-#: What memory and descriptors may grow by from the second window, when caches are warm, to the last.
+#: What memory and descriptors may grow by from the second window, when caches are warm, to the
+#: last.
 GROWTH_MAX = 1.25
 #: Snapshots of weights that a run keeps (`coordinator.snapshots_kept`) and some on their way.
 SNAPSHOTS_MAX = 32 + 8

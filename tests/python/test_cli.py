@@ -71,8 +71,11 @@ def test_a_model_folder_is_inspected(inputs, tmp_path):
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     assert found["weights"]["tensors"] == len(names)
     assert found["weights"]["parameters"] == count
-    assert [side["resolution"] for side in found["fidelities"]] == [16, 8]
-    assert found["fidelities"][0]["of_full"] == 1 > found["fidelities"][1]["of_full"]
+    names = [one["fidelity"] for one in found["fidelities"]]
+    assert names == ["full", "resolution=8", "patch=16", "patch_dropout=0.5", "patch_dropout=0.75"]
+    costs = [one["of_full"] for one in found["fidelities"]]
+    assert costs[0] == 1 > max(costs[1:])
+    assert found["image"]["resizes"]["kernel"] == "bilinear without antialiasing"
     clip = json.loads(prints("inspect", tiny.write_clip(tmp_path / "clip"), "--json"))
     assert clip["family"] == "clip" and clip["weights"]["logit_bias"] is None
     (tmp_path / "clip" / "model.safetensors").unlink()
@@ -291,7 +294,8 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
     (scores,) = [line for line in in_full.splitlines() if line.startswith("scores")]
     number = r"-?\d+\.\d{5}"
     assert re.fullmatch(
-        rf"scores +sub-batch {number} \(mean conditional score, of a uniform draw {number} expected\), "
+        rf"scores +sub-batch {number} \(mean conditional score, of a uniform draw {number} "
+        r"expected\), "
         rf"chosen {number} and candidates {number} "
         r"\(mean unconditional scores\)",
         scores,

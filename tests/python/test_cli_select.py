@@ -64,12 +64,13 @@ def test_select_warns_of_rows_that_are_not_normalised(tmp_path):
     assert (ended.returncode, len(json.loads(ended.stdout)["indices"])) == (0, 16)
     (said,) = ended.stderr.splitlines()
     assert said.startswith(
-        "superbatch: warning: learner text: rows are not L2-normalised (median norm 3.000, candidate "
+        "superbatch: warning: learner text: rows are not L2-normalised (median norm 3.000, "
+        "candidate "
     ), said
 
 
 def test_select_draws_by_every_policy_and_leaves_out_what_it_is_told_to():
-    select = lambda *flags: json.loads(prints("select", "--embeddings", CASE, "--seed", 1, *flags))  # noqa: E731
+    select = lambda *flags: json.loads(prints("select", "--embeddings", CASE, "--seed", 1, *flags))
     size = {
         policy: len(set(select("--policy", policy)["indices"]))
         for policy in (

@@ -23,7 +23,7 @@ def step_of(batch: superbatch.Batch) -> int:
     return batch.step
 
 
-def selected(service: Service, run_id: str, transform=step_of, **changes) -> SelectedBatches:  # noqa: F811
+def selected(service: Service, run_id: str, transform=step_of, **changes) -> SelectedBatches:
     settings = {"rank": 0, "world_size": 1, "start_step": 0, "end_step": STEPS, **changes}
     return SelectedBatches(
         service.address, service.spec(run_id, max_ahead=4), transform=transform, **settings

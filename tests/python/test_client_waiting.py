@@ -86,7 +86,7 @@ def test_batches_can_be_iterated_in_asyncio_beside_other_work(service):  # noqa:
     assert asyncio.run(main()) == [0, 1]
 
 
-def test_a_wait_with_a_time_limit_gives_up_and_the_next_one_yields_the_same_step(service):  # noqa: F811
+def test_a_wait_with_a_time_limit_gives_up_and_the_next_one_yields_the_same_step(service):
     async def main() -> list[int]:
         run, batches = waiting_batches(service, "limited")
         with pytest.raises(TimeoutError):

@@ -16,7 +16,7 @@ from examples.demo.train import KEPT, read_curve
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     tiny.write_dataset(folder / "clean", rows=64, mismatched_share=0.0, shards=1)
-    tiny.write_dataset(folder / "eval", rows=32, mismatched_share=0.0, shards=1, seed=1)
+    tiny.write_dataset(folder / "eval", rows=33, mismatched_share=0.0, shards=1, seed=1)
     (folder / "dataset.json").write_text('{"clean": "tiny"}')
     return folder
 
@@ -48,6 +48,9 @@ def test_two_ranks_are_one(dataset, tmp_path):
 
     assert distance(weights, others) < 0.02 * distance(weights, begun)
     assert read_curve(two)[-1].loss > 0 and [point.step for point in read_curve(two)] == [0, 3]
+    # Each rank embeds its share of the test, and together they judge as one.
+    judged = [(curve[0].accuracy, curve[0].recall_at_1) for curve in map(read_curve, (one, two))]
+    assert judged[0] == judged[1] != (0.0, 0.0)
     early = load_file(two / KEPT)
     assert 0 < distance(early, begun) and 0 < distance(early, others)
 
@@ -59,5 +62,5 @@ def test_a_reference_is_kept_by_what_it_was_made_of(dataset, tmp_path, monkeypat
     def trained_again(*_, **__):
         raise AssertionError("the reference was trained again")
 
-    monkeypatch.setattr(torch.multiprocessing, "spawn", trained_again)
+    monkeypatch.setattr(reference, "run_ranks", trained_again)
     assert reference.train_reference(tmp_path, dataset, settings(1), start) == first

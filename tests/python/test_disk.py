@@ -18,6 +18,8 @@ from test_end_to_end import (  # noqa: F401
     train,
 )
 
+#: libfiu, which makes calls of the C library fail on command.
+FAULTS = next(Path("/usr/lib").glob("**/fiu/fiu_run_preload.so"), None)
 STEPS = 24
 FULL = "No space left on device"
 READ_ONLY = "Read-only file system"
@@ -80,3 +82,31 @@ def test_a_full_disk_and_a_read_only_one_hold_a_run_and_change_nothing(inputs, d
         assert choices(run, STEPS) == chosen
     unfinished = [path for path in disk.folder.rglob("*") if "#" in path.name]
     assert not unfinished
+
+
+def test_a_disk_that_cannot_flush_holds_a_run_and_changes_nothing(inputs, tmp_path):
+    """Until fsync succeeds nothing counts as written: a power cut could still take it back."""
+    if FAULTS is None:
+        pytest.skip("NOT TESTED: errors of fsync (apt-get install fiu-utils)")
+    pipes = str(tmp_path / "faults")
+    preload = f"{FAULTS} {FAULTS.with_name('fiu_posix_preload.so')}"
+    environment = {"LD_PRELOAD": preload, "FIU_CTRL_FIFO": pipes}
+    asked = spec(inputs, "held")
+    with Cluster(tmp_path / "well") as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked)
+        ids, chosen = train(run, inputs, end=STEPS), choices(run, STEPS)
+
+    def command(cluster: Cluster, *what: str) -> None:
+        process = cluster.coordinator.process.pid
+        subprocess.run(["fiu-ctrl", "-f", pipes, *what, str(process)], check=True)
+
+    with Cluster(tmp_path / "ill", environment=environment) as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked)
+        first = train(run, inputs, end=STEPS // 2)
+        command(cluster, "-c", "enable name=posix/io/sync/fsync,failinfo=5")
+        with ThreadPoolExecutor() as threads:
+            training = threads.submit(train, run, inputs, start=STEPS // 2, end=STEPS)
+            wait_for(cluster, "Input/output error")
+            command(cluster, "-c", "disable name=posix/io/sync/fsync")
+            assert first + training.result(DEADLINE_SECONDS) == ids
+        assert choices(run, STEPS) == chosen

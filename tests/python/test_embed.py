@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -59,6 +60,22 @@ def test_a_run_finds_what_was_embedded_ahead(inputs, data, tmp_path):
         assert receipts[0].summary.dataset_manifest == made["manifest"]
 
 
+def test_a_run_finds_it_whatever_it_weighs_its_sources_by(inputs, data, tmp_path):
+    """Weights decide how often rows take their turn, and not what their embeddings are."""
+    paths = sorted(data.iterdir())
+    with Cluster(tmp_path) as cluster:
+        more = ("--sources", paths[1].as_uri())
+        made = embeds(cluster.state, inputs / "reference", paths[0], *more)
+        asked = finite(inputs, data.as_uri(), "weighted", [phase()])
+        weighted = zip(paths, (1.0, 3.0), strict=True)
+        sources = [superbatch.Source(uri=path.as_uri(), weight=w) for path, w in weighted]
+        asked = replace(asked, sources=sources)
+        run, receipts = train(superbatch.connect(cluster.address), asked, inputs)
+        assert receipts and run.get_run().accounts.reference_flops == 0
+        assert cluster.coordinator.metric("superbatch_reference_rows_computed_total") == 0
+        assert receipts[0].summary.dataset_manifest != made["manifest"]
+
+
 def test_it_goes_on_where_it_was_left(inputs, data, tmp_path):
     state = (tmp_path / "state").as_uri()
     first = embeds(state, inputs / "reference", data)
@@ -101,8 +118,18 @@ def test_files_hold_what_the_models_library_computes(inputs, data, tmp_path):
 def test_a_folder_holds_embeddings_of_one_thing(inputs, data, tmp_path):
     state, out = (tmp_path / "state").as_uri(), tmp_path / "out"
     embeds(state, inputs / "reference", data, "--out", out)
-    command = [BINARY, "embed", "--model", inputs / "learner", "--sources", data.as_uri()]
-    ended = subprocess.run(
-        [*map(str, command), "--state", state, "--out", str(out)], capture_output=True, text=True
-    )
-    assert ended.returncode == 1 and "give another folder" in ended.stderr
+    for model, *more in (
+        ("learner",),
+        ("reference", "--patch", "16"),
+        ("reference", "--patch-dropout", "0.5"),
+        ("reference", "--compute-dtype", "bf16"),
+    ):
+        command = [BINARY, "embed", "--model", inputs / model, "--sources", data.as_uri(), *more]
+        ended = subprocess.run(
+            [*map(str, command), "--state", state, "--out", str(out)],
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 1 and "give another folder" in ended.stderr
+        what = more[0][2:].replace("-", "_") if more else "model"
+        assert f"of {what if 'dtype' in what or what == 'model' else 'fidelity'} " in ended.stderr

@@ -4,6 +4,7 @@ tells.
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from test_end_to_end import inputs, service  # noqa: F401
 SELECTION = "superbatch.v1.SelectionService"
 HEALTH = "grpc.health.v1.Health"
 COORDINATOR, WORKER = "superbatch.v1.CoordinatorService", "superbatch.v1.WorkerService"
+DELIVERY = "superbatch.v1.DeliveryService"
 REFLECTION = {f"grpc.reflection.{version}.ServerReflection" for version in ("v1", "v1alpha")}
 SERVICES = {SELECTION, COORDINATOR, HEALTH, *REFLECTION}
 
@@ -173,7 +175,7 @@ def test_health_is_told_by_the_standard_service(plain):
 
 def test_a_worker_tells_of_its_own_services(tmp_path):
     with Cluster(tmp_path, workers=1) as cluster, Plain(cluster.workers[0].address) as worker:
-        assert worker.services() == {WORKER, HEALTH, *REFLECTION}
+        assert worker.services() == {WORKER, DELIVERY, HEALTH, *REFLECTION}
         assert worker.call(HEALTH, "Check", service=WORKER).status == 1, "SERVING"
 
 
@@ -301,3 +303,26 @@ def test_a_service_that_is_told_to_stop_says_so_and_lets_its_callers_go(inputs, 
         assert error_info(caught.value).reason == "SHUTTING_DOWN"
         watch.cancel()
         assert cluster.coordinator.process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_grpcio_says_too_large_in_the_words_that_the_rust_client_knows():
+    """gRPC's C core has no code of its own for a message over its limit: proxies use the same one
+    for rate limits, so the client goes by the text.
+    """
+    echo = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
+    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 100)])
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("test.Echo", {"Echo": echo}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/test.Echo/Echo")
+            assert call(b"x", timeout=DEADLINE_SECONDS) == b"x"
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"x" * 200, timeout=DEADLINE_SECONDS)
+    finally:
+        server.stop(None)
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in refused.value.details()

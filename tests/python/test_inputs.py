@@ -194,7 +194,7 @@ def test_failed_downloads_are_no_bad_rows(inputs, service, table, tmp_path):  # 
     assert run.get_run().accounts.bad_rows == 0
 
 
-def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, service, table, tmp_path):  # noqa: F811
+def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, service, table, tmp_path):
     client, clean = superbatch.connect(service.address), tmp_path / "clean"
 
     def asked(run_id: str, folder: Path) -> superbatch.RunSpec:

@@ -245,7 +245,7 @@ def test_a_worker_of_another_state_ends_and_says_why(tmp_path):
             timeout=DEADLINE_SECONDS,
         )
         assert ended.returncode == 1
-        said = ended.stderr.splitlines()[-1]
+        said = ended.stderr.splitlines()[-2]
         assert (
             said.startswith("superbatch: ")
             and elsewhere in said

@@ -42,7 +42,7 @@ def one_ahead(batches: Iterable) -> Iterator:
     yield held
 
 
-def selected(service: Service, spec: superbatch.RunSpec, rank=0, world_size=1, **changes):  # noqa: F811
+def selected(service: Service, spec: superbatch.RunSpec, rank=0, world_size=1, **changes):
     settings = {
         "rank": rank,
         "world_size": world_size,
@@ -80,7 +80,7 @@ def test_a_loop_that_fetches_one_batch_ahead_is_not_stalled(service, lag, worker
     assert {mode for _, mode, _ in seen} == {"normal"}
 
 
-def test_workers_that_ask_while_the_trainer_holds_the_step_before_are_not_stalled(service):  # noqa: F811
+def test_workers_that_ask_while_the_trainer_holds_the_step_before_are_not_stalled(service):
     seen = train(service, scored_spec(service, "exact-0", lag=superbatch.exact(0)), iter, workers=2)
     assert [(step, learner) for step, _, learner in seen] == [
         (step, step - 1) for step in range(STEPS)
@@ -137,7 +137,7 @@ def test_a_push_that_is_called_and_not_begun_is_waited_for(service):  # noqa: F8
         fetched = next_in_thread(service, spec, 2, threads)
         blocks, _ = _weights.blocks(service.weights(), 0)
         _weights.add(slot, blocks, None)
-        slot.submit(None, 0)
+        slot.submit(None, 0, None)
         assert fetched.result(60).receipt.learner.step == 0
 
 

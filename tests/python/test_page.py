@@ -2,120 +2,16 @@
 whose service was killed.
 """
 
-import json
 import re
 import shutil
 import subprocess
-import urllib.error
 import urllib.request
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
+import pages
 import pytest
-import superbatch
-from cluster import BINARY, Cluster
-from safetensors.torch import load_file
-
-from examples.demo import tiny
-
-# Two epochs, with which the run is over: no step is chosen ahead.
-ROWS, STEPS = 288, 6
-UNTIL = 2
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-CHROMIUM = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (found := shutil.which(name))
-    ),
-    None,
-)
-BROWSER_MISSING = (
-    "no Chromium: the run page was NOT looked at in a browser "
-    "(apt-get install chromium; pip install playwright)"
-)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_dataset(folder / "pool", rows=ROWS)
-    for shard in (folder / "pool").glob("*.parquet"):
-        table = pyarrow.parquet.read_table(shard)
-        captions = [
-            f"{HOSTILE} {n}" if n % 7 == 3 else text
-            for n, text in enumerate(table["caption"].to_pylist())
-        ]
-        images = [
-            None if n % 97 == 5 else image for n, image in enumerate(table["png"].to_pylist())
-        ]
-        table = table.set_column(
-            table.schema.get_field_index("caption"), "caption", pyarrow.array(captions)
-        )
-        table = table.set_column(
-            table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
-        )
-        pyarrow.parquet.write_table(table, shard, row_group_size=64)
-    tiny.write_siglip(folder / "learner", seed=0)
-    tiny.write_siglip(folder / "reference", seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory, inputs):
-    with Cluster(tmp_path_factory.mktemp("service")) as cluster:
-        client = superbatch.connect(cluster.address)
-        cluster.first = train(client, inputs, "first")
-        train(client, inputs, "second", policy="independent").close()
-        yield cluster
-
-
-def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatch.Run:
-    """A run of a uniform phase and one of `policy`, which pushes after each step."""
-    phases = [
-        superbatch.Phase(policy="uniform", super_batch_size=96, sub_batch_size=24),
-        superbatch.Phase(
-            from_step=UNTIL, policy=policy, super_batch_size=96, sub_batch_size=24, n_chunks=3
-        ),
-    ]
-    learner = superbatch.Learner(
-        model_uri=(inputs / "learner").as_uri(),
-        snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri(),
-    )
-    run = client.open_run(
-        superbatch.RunSpec(
-            run_id=run_id,
-            sources=[(inputs / "pool").as_uri()],
-            reference=(inputs / "reference").as_uri(),
-            learner=learner,
-            phases=phases,
-            loss="sigmoid",
-            seed=5,
-            micro_batch_rows=16,
-            epochs=2,
-        )
-    )
-    weights = load_file(inputs / "learner/model.safetensors")
-    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
-        run.push_weights(
-            {name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()},
-            step=batch.step,
-        )
-    run.flush()
-    return run
-
-
-def get(base: str, path: str, **headers: str) -> dict:
-    request = urllib.request.Request(base + path, headers=headers)
-    return json.loads(urllib.request.urlopen(request, timeout=30).read())
-
-
-def refused(base: str, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(base + path, headers=headers, method=method)
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=30)
-    return caught.value.code, caught.value.read().decode()
+from cluster import BINARY
+from pages import STEPS, UNTIL, browser, get, inputs, page, refused, service  # noqa: F401
 
 
 def test_a_receipt_tells_what_the_page_shows(service):
@@ -221,40 +117,6 @@ def test_a_page_of_its_own_shows_a_state_and_changes_nothing(service, tmp_path):
     assert sorted(path for path in state.rglob("*")) == before
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason=BROWSER_MISSING)
-    if CHROMIUM is None:
-        pytest.skip(BROWSER_MISSING)
-    with playwright.sync_playwright() as driver:
-        # Its own sandbox needs rights that containers lack.
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser, service):
-    """A tab that fails the test on any error of its scripts, or anything that the policy blocks."""
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 900}, base_url=service.coordinator.page_address
-    )
-    tab, errors = context.new_page(), []
-    tab.set_default_timeout(30_000)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on(
-        "console",
-        lambda message: (
-            errors.append(message.text)
-            if message.type == "error" and "404" not in message.text
-            else None
-        ),
-    )
-    yield tab
-    context.close()
-    assert not errors, errors
-
-
 def test_a_run_is_shown_from_the_list_to_its_steps(page):
     page.goto("/")
     page.get_by_role("link", name="first").click()
@@ -267,7 +129,8 @@ def test_a_run_is_shown_from_the_list_to_its_steps(page):
         const canvas = document.querySelector(".chart.tall canvas");
         const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
         let blue = 0;
-        for (let n = 0; n < pixels.length; n += 4) blue += pixels[n + 2] > 200 && pixels[n] < 90 && pixels[n + 3] > 200;
+        for (let n = 0; n < pixels.length; n += 4)
+            blue += pixels[n + 2] > 200 && pixels[n] < 90 && pixels[n + 3] > 200;
         return blue;
     }""")
     assert drawn > 50
@@ -284,7 +147,8 @@ def test_a_step_shows_the_chosen_beside_those_passed_over(page):
         "() => [...document.querySelectorAll('.rows .caption')].every(c => c.textContent.trim())"
     )
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.side.chosen img')].filter(i => i.naturalWidth > 0).length > 5"
+        "() => [...document.querySelectorAll('.side.chosen img')]"
+        ".filter(i => i.naturalWidth > 0).length > 5"
     )
     page.get_by_label("Sort by").select_option("score")
     scores = [
@@ -299,7 +163,8 @@ def test_a_step_shows_the_chosen_beside_those_passed_over(page):
     page.keyboard.press("/")
     page.keyboard.type("circle")
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.side.chosen .caption')].every(c => c.textContent.includes('circle'))"
+        "() => [...document.querySelectorAll('.side.chosen .caption')]"
+        ".every(c => c.textContent.includes('circle'))"
     )
     assert 0 < chosen.count() < 24
     page.keyboard.press("Escape")

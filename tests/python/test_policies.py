@@ -149,7 +149,7 @@ def test_importance_weights_are_those_of_the_priorities(inputs, service):
     assert max(weights) == 1 > min(weights)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is left out
 
 
@@ -250,7 +250,7 @@ def test_a_step_that_is_degraded_to_uniform_leaves_out_the_same(inputs, service,
     assert receipt.summary.cost.discarded_flops == 0, "the reference's word was used"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is refused
 
 

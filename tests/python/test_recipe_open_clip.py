@@ -1,10 +1,12 @@
 """examples/open_clip: the released trainer, with one and two ranks, by epochs, and resumed."""
 
+import os
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from commands import run
 from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
 from superbatch.open_clip import built_in, export
 
@@ -44,6 +46,23 @@ def test_the_tokenizer_that_is_written_is_open_clips_own():
     assert [found.ids for found in written.encode_batch(captions)] == own(captions).tolist()
 
 
+def test_doctor_reads_a_folder_as_a_worker_does(tmp_path):
+    folder = write_folder(tmp_path / "model", 0, siglip=True)
+    asked = ("doctor", "--state", (tmp_path / "state").as_uri(), "--model", folder.as_uri())
+    anywhere = {
+        f"SUPERBATCH_{name}": "127.0.0.1:0" for name in ("LISTEN", "METRICS_LISTEN", "PAGE_LISTEN")
+    }
+    ended = run(*asked, env={**os.environ, **anywhere})
+    assert ended.returncode == 0, ended.stderr
+    assert (
+        f"ok    model {folder.as_uri()}: its files can be read, and it has weights" in ended.stdout
+    )
+    (folder / "tokenizer.json").unlink()
+    ended = run(*asked, env={**os.environ, **anywhere})
+    assert ended.returncode == 1 and "tokenizer.json" in ended.stderr
+    assert "docs/errors.md#invalid_argument" in ended.stderr
+
+
 @pytest.fixture(scope="module", params=["sigmoid", "softmax"])
 def folders(request, tmp_path_factory) -> tuple[str, Path]:
     folder, siglip = tmp_path_factory.mktemp(request.param), request.param == "sigmoid"
@@ -52,7 +71,7 @@ def folders(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, folder
 
 
-def arguments(recipes: Recipes, folders, name: str, logs: Path, ranks: int = 1, **more):  # noqa: F811
+def arguments(recipes: Recipes, folders, name: str, logs: Path, ranks: int = 1, **more):
     loss, folder = folders
     given = {
         "service": recipes.address,

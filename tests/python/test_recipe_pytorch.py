@@ -6,7 +6,7 @@ import pytest
 from recipe import Recipes, module, recipes, script  # noqa: F401  (a fixture)
 
 
-def test_a_resumed_trainer_chooses_what_an_uninterrupted_one_does(recipes, tmp_path, capsys):  # noqa: F811
+def test_a_resumed_trainer_chooses_what_an_uninterrupted_one_does(recipes, tmp_path, capsys):
     train = module("pytorch")
     train.main(recipes.arguments("plain", steps=4, checkpoints=tmp_path / "whole"))
     recipes.assert_trained("plain", 4)

@@ -55,7 +55,7 @@ def slurm(tmp_path):
     }
 
 
-def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, tmp_path):  # noqa: F811
+def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, tmp_path):
     import socket
 
     with socket.socket() as free:

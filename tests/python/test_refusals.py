@@ -99,15 +99,6 @@ def test_requests_that_do_not_fit(inputs, service):
     assert select(0, 0, 2) == "GENERATION_STALE"
 
 
-def test_what_is_not_built_says_so(inputs, service):
-    refused(
-        service,
-        "UNIMPLEMENTED",
-        spec(inputs, "h", fork_of=superbatch.Fork(run_id="other", step=1)),
-        "fork_of",
-    )
-
-
 def fails(*arguments: str) -> str:
     ended = subprocess.run([BINARY, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0

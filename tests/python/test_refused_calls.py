@@ -136,40 +136,6 @@ def failed(call) -> grpc.RpcError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    ("delivery", "feature"), [(2, "DELIVERY_LOCATORS"), (3, "DELIVERY_WORKER_DIRECT")]
-)
-def test_deliveries_that_are_not_built_are_named(inputs, service, plain, delivery, feature):
-    superbatch.connect(service.address).open_run(spec(inputs, "delivery"))
-    error = failed(
-        lambda: plain.call(
-            SELECTION, "SelectBatch", run_id="delivery", world_size=1, delivery=delivery
-        )
-    )
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED and feature in error.details()
-    info = error_info(error)
-    assert (info.reason, info.metadata["feature"]) == ("UNIMPLEMENTED", feature)
-
-
-def test_forks_and_pushes_of_changed_tensors_alone_are_not_built_and_named(inputs, service, plain):
-    fork = superbatch.Fork(run_id="other", step=3)
-    refused(
-        opening(service, spec(inputs, "fork", fork_of=fork)),
-        "UNIMPLEMENTED",
-        "fork_of",
-        feature="fork_of",
-    )
-    superbatch.connect(service.address).open_run(spec(inputs, "partial"))
-    start = plain.message(
-        "superbatch.v1.PushStart", run_id="partial", step=0, push_id="p", base_version=0
-    )
-    request = plain.message("superbatch.v1.PushWeightsRequest", start=start)
-    error = failed(lambda: [plain.call(SELECTION, "PushWeights", iter([request]))])
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
-    info = error_info(error)
-    assert (info.reason, info.metadata["feature"]) == ("UNIMPLEMENTED", "base_version")
-
-
 def test_a_message_over_the_limit_is_refused_with_its_reason(inputs, service, plain):
     superbatch.connect(service.address).open_run(spec(inputs, "large"))
     error = failed(lambda: [plain.call(SELECTION, "GetRun", run_id="x" * (MESSAGE_BYTES_MAX + 1))])

@@ -1,4 +1,6 @@
-"""Numeric columns of the data as criterion, as a term, and as a rule, beside a direct computation."""
+"""Numeric columns of the data as criterion, as a term, and as a rule, beside a direct
+computation.
+"""
 
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def pool(inputs, table) -> tuple[Path, numpy.ndarray]:  # noqa: F811
     return folder, scores
 
 
-def scanned(client: superbatch.Client, inputs: Path, source, run_id: str) -> list[list[int]]:  # noqa: F811
+def scanned(client: superbatch.Client, inputs: Path, source, run_id: str) -> list[list[int]]:
     """The candidates of each step, as a uniform run of the same data that takes all tells them."""
     whole = phase(policy="uniform", super_batch_size=96, sub_batch_size=96, n_chunks=1)
     run = client.open_run(spec(inputs, run_id, sources=[source], phases=[whole], **ASKED))
@@ -124,7 +126,9 @@ def test_a_term_is_added_to_learnability(inputs, service, pool, tmp_path):  # no
 
 
 def test_scores_may_lie_beside_tars(inputs, service, tars, tmp_path):  # noqa: F811
-    """As img2dataset's Parquet beside each tar: by key. Keys repeat between the first two shards."""
+    """As img2dataset's Parquet beside each tar: by key. Keys repeat between the first two
+    shards.
+    """
     source = superbatch.Source(
         uri=tars / "00000.tar", scores=tmp_path / "scores.parquet", id_column="__key__"
     )

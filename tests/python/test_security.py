@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import superbatch
-from secured import authority, command, folder, in_python, new_token, refused, service, wait_until  # noqa: F401
+from secured import authority, command, folder, in_python, new_token, refused, service, wait_until
 from test_end_to_end import inputs, phase, reason, spec, train  # noqa: F401
 
 
@@ -29,7 +29,10 @@ def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
     assert ("push", "accepted", "trainer") in told
     # The same by the environment and by a file, as a trainer's other processes would.
     (tmp_path / "token").write_text(service.secrets["trainer"])
-    names = "import superbatch, sys; print([run.run_id for run in superbatch.connect(sys.argv[1]).list_runs()])"
+    names = (
+        "import superbatch, sys; print([run.run_id for run in "
+        "superbatch.connect(sys.argv[1]).list_runs()])"
+    )
     environment = {"SUPERBATCH_CA": service.ca, "SUPERBATCH_TOKEN_FILE": str(tmp_path / "token")}
     assert "team-a-1" in in_python(names, service.address, environment)
 

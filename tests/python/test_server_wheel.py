@@ -42,7 +42,10 @@ def test_it_is_installed_and_runs(tmp_path):
     assert "127.0.0.1:50051" in said.stdout
 
     # Without torch it says what is missing.
-    code = "import sys; sys.modules['torch'] = None; import superbatch_server; superbatch_server.main()"
+    code = (
+        "import sys; sys.modules['torch'] = None; import superbatch_server; "
+        "superbatch_server.main()"
+    )
     said = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={**environment, "PYTHONPATH": str(tmp_path / "installed")},

@@ -33,8 +33,9 @@ def run(inputs, tmp_path) -> superbatch.Run:  # noqa: F811
 
 
 def files(folder: Path, below: str) -> list[Path]:
+    """Files of the run. A name with `#` is an object that is being written, as by a step ahead."""
     found = (folder / "state" / "runs" / "looked-at" / below).rglob("*")
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if "#" not in path.name and path.is_file())
 
 
 def checked(folder: Path) -> tuple[int, str]:

@@ -100,7 +100,7 @@ def settings(tars) -> dict:
     }
 
 
-def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, service, settings):  # noqa: F811
+def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, service, settings):
     run = superbatch.connect(service.address).open_run(spec(inputs, "tars", epochs=1, **settings))
     expected = rows(tars)
     assert len(expected) == 768

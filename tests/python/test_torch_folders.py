@@ -1,5 +1,5 @@
-"""`superbatch.torch` with models of transformers: what their folders say of pixels and captions, and
-their losses.
+"""`superbatch.torch` with models of transformers: what their folders say of pixels and captions,
+and their losses.
 """
 
 import json

@@ -99,7 +99,7 @@ def test_an_epoch_of_rows_that_where_and_allow_keep(inputs, service, pool, tmp_p
     assert f'"outside":{ROWS - len(cases["both"][1])}' in ended.stdout, ended.stderr
 
 
-def test_joint_selection_and_receipts_name_rows_as_they_are_stored(inputs, service, pool, table):  # noqa: F811
+def test_joint_selection_and_receipts_name_rows_as_they_are_stored(inputs, service, pool, table):
     folder, full = pool
     source = superbatch.Source(uri=folder, where="similarity between 0.2 and 0.7")
     asked = spec(inputs, "kept-joint", sources=[source], lag=superbatch.at_most(8), max_ahead=1)

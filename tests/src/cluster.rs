@@ -72,6 +72,24 @@ impl Cluster {
         self.start_coordinator(true).await;
     }
 
+    /// Stops the `n`-th worker, from 0.
+    pub async fn stop_worker(&mut self, n: usize) {
+        let (stop, running) = self.parts.remove(1 + n);
+        // One that has ended needs no message; its failure shows below.
+        let _ = stop.send(());
+        running.await.expect("no panic");
+    }
+
+    /// Stops the coordinator and all workers, and starts as many workers anew on the same state.
+    pub async fn restart_with_workers(&mut self) {
+        let workers = self.parts.len() - 1;
+        self.stop_parts().await;
+        self.start_coordinator(false).await;
+        for _ in 0..workers {
+            self.start_worker().await;
+        }
+    }
+
     /// Stops everything.
     ///
     /// # Panics

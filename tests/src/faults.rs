@@ -21,6 +21,8 @@ use tokio::sync::Notify;
 pub enum Operation {
     /// Conditional creation: facts, receipts.
     Create,
+    /// Writing what has a name of its own: snapshots, reference embeddings.
+    Write,
     /// Reading whole or in ranges.
     Read,
 }
@@ -28,6 +30,8 @@ pub enum Operation {
 /// How a request fails.
 #[derive(Debug, Clone)]
 pub enum How {
+    /// It goes well: a request before the one that fails.
+    Passes,
     /// Nothing happens, and the store says so.
     Fails,
     /// It happens, and the answer is lost.
@@ -100,7 +104,7 @@ impl Script {
 
     async fn act<T>(how: Option<How>, request: impl Future<Output = Result<T>>) -> Result<T> {
         match how {
-            None => request.await,
+            None | Some(How::Passes) => request.await,
             Some(How::Fails) => Err(scripted()),
             Some(How::Silent | How::Stalls) => std::future::pending().await,
             Some(How::AnswerLost) => request.await.and(Err(scripted())),
@@ -141,11 +145,12 @@ impl ObjectStore for Faulty {
     ) -> Result<PutResult> {
         let creates = options.mode == PutMode::Create;
         let request = self.store.put_opts(at, payload, options);
-        if creates {
-            self.script.play(Operation::Create, at, request).await
+        let operation = if creates {
+            Operation::Create
         } else {
-            request.await
-        }
+            Operation::Write
+        };
+        self.script.play(operation, at, request).await
     }
 
     async fn put_multipart_opts(

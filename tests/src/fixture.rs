@@ -13,7 +13,7 @@ use superbatch_proto::v1::{
     ModelRef, PrepareModelRequest, worker_service_client::WorkerServiceClient,
 };
 use superbatch_server::{
-    dataset::{Manifest, SourceRequest, index},
+    dataset::{SourceRequest, index},
     storage::{Location, StorageConfig, Stores},
     worker::{Worker, WorkerConfig},
 };
@@ -99,12 +99,14 @@ pub async fn dataset(
         weight: 1.0,
         image_column: None,
         caption_column: None,
+        caption_seed: None,
         predicate: None,
         allow: None,
         id_column: None,
         scores: None,
     };
-    let manifest: Manifest = index(stores, None, &[source]).await.expect("a data set");
+    let manifest = index(stores, None, &[source]).await.expect("a data set");
+    let manifest = Arc::new(manifest);
     manifest.save(state).await.expect("writing to memory")
 }
 
@@ -112,7 +114,8 @@ pub async fn dataset(
 /// none). `mean` changes its preprocessing.
 pub async fn model_folder(folder: &Location, mean: f64) {
     let tower = json!({
-        "hidden_size": EMBEDDING_DIM, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "hidden_size": EMBEDDING_DIM, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2,
     });
     let with = |more: Value| {
         let mut config = tower.clone();
@@ -126,7 +129,8 @@ pub async fn model_folder(folder: &Location, mean: f64) {
         "model_type": "siglip",
         "vision_config": with(json!({"image_size": IMAGE_SIZE, "patch_size": 8})),
         "text_config": with(json!({
-            "vocab_size": 16, "max_position_embeddings": TEXT_LENGTH, "pad_token_id": 1, "eos_token_id": 1,
+            "vocab_size": 16, "max_position_embeddings": TEXT_LENGTH,
+            "pad_token_id": 1, "eos_token_id": 1,
         })),
     });
     let preprocessor = json!({
@@ -234,12 +238,19 @@ pub fn tokenizer() -> Value {
         })
     });
     json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"},
+        "decoder": null,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}},
+            ],
             "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
         },
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},

@@ -1,18 +1,23 @@
 //! A whole service in one process: the same choices whatever the workers, and scripted faults of
 //! its storage.
 #![allow(clippy::unwrap_used)]
-use arrow::array::AsArray;
+use arrow::{
+    array::{ArrayRef, AsArray, BinaryArray, StringArray},
+    record_batch::RecordBatch,
+};
+use parquet::arrow::ArrowWriter;
 use std::{path::Path, sync::Arc, time::Duration};
 use superbatch_client::{
     Client, ConnectConfig, Part, Retry, Run,
     v1::{
-        Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunSpec, TensorDtype,
-        lag,
+        Criterion, Fallback, Intent, Lag, Phase, Policy, Reason, RewindMode, RunInfo, RunSpec,
+        TensorDtype, lag,
     },
 };
 use superbatch_server::{
     app::Work,
     config::Config,
+    coordinator::facts::{chain::Rewound, run::create_generation},
     storage::{Budget, StorageConfig, Stores},
 };
 use superbatch_tests::{
@@ -53,6 +58,17 @@ fn once(operation: Operation, path: &'static str, how: How) -> Script {
         how,
         times: 1,
     }])
+}
+
+/// A client that asks once.
+fn impatient() -> ConnectConfig {
+    ConnectConfig {
+        retry: Retry {
+            attempts_max: 1,
+            ..Retry::default()
+        },
+        ..ConnectConfig::default()
+    }
 }
 
 /// What a run of all its data chose, and what that cost: operations of the reference and the
@@ -252,7 +268,7 @@ async fn attempts_of_all_layers_come_from_one_budget() {
     let state = stores.open("memory:///state").unwrap();
     let (long, short) = (Duration::from_secs(300), Duration::from_millis(1));
     let mut asked = 0;
-    for (whole, attempts) in [(long, 8), (Duration::ZERO, 1)] {
+    for (whole, attempts) in [(long, Budget::ATTEMPTS_MAX), (Duration::ZERO, 1)] {
         let budget = Budget::of(whole, short);
         let created = state.create_within("facts/k", "x".into(), budget).await;
         assert_eq!(created.unwrap_err().reason(), Reason::StorageUnreachable);
@@ -285,11 +301,87 @@ async fn a_commit_that_is_tried_again_holds_no_other_up() {
     cluster.stop().await;
 }
 
+/// Step 0 is written, but neither the answer nor the read after it arrives, so its commit pauses;
+/// meanwhile step 1 commits. No cost is lost from the totals, and what is told of a step is what
+/// its receipt holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn totals_hold_a_receipt_whose_writing_was_in_doubt() {
+    let go = Arc::new(Notify::new());
+    let fault = |operation, path, how| Fault {
+        operation,
+        path,
+        how,
+        times: 1,
+    };
+    let script = Script::new([
+        fault(Operation::Create, "receipts/0/0/", How::AnswerLost),
+        // The look for an earlier decision, and then the one after the create.
+        fault(Operation::Read, "receipts/0/0/", How::Passes),
+        fault(Operation::Read, "receipts/0/0/", How::Fails),
+        fault(Operation::Read, "receipts/0/1/", How::Waits(go.clone())),
+    ]);
+    let cluster = Cluster::start(0, script.clone()).await;
+    let spec = RunSpec {
+        max_ahead: 2,
+        ..uniform(&cluster)
+    };
+    let run = cluster.open_run("in-doubt", spec).await.unwrap();
+    let first = tokio::spawn({
+        let run = run.clone();
+        async move { ids(&run, 0).await }
+    });
+    while !script.left().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    go.notify_one();
+    assert_eq!(ids(&run, 1).await.len(), 16);
+    assert_eq!(first.await.unwrap().len(), 16);
+    let mut totals = Vec::new();
+    for step in [0, 1] {
+        let receipt = run.receipt(step, None).await.unwrap();
+        let summary = receipt.summary.unwrap();
+        totals.push(summary.run_totals.unwrap().examples_selected);
+    }
+    totals.sort_unstable();
+    assert_eq!(totals, [16, 32], "each holds those before it");
+    let accounts = run.get_run().await.unwrap().accounts.unwrap();
+    assert_eq!(accounts.examples_selected % 16, 0);
+    assert!(accounts.examples_selected >= 32, "{accounts:?}");
+    cluster.stop().await;
+}
+
+/// Another coordinator takes the run over and rewinds it. The one before has the run in memory, and
+/// answers for the receipts from the state.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_former_owner_answers_with_receipts_that_are_in_force() {
+    let cluster = Cluster::start(0, Script::default()).await;
+    let run = cluster
+        .open_run("rewound", uniform(&cluster))
+        .await
+        .unwrap();
+    ids(&run, 0).await;
+    let state = Stores::new(StorageConfig::default())
+        .open(&cluster.uri("state/runs/rewound"))
+        .unwrap();
+    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
+    state.create("owner/2.json", owner.into()).await.unwrap();
+    let rewound = Rewound {
+        generation: 1,
+        to_step: 0,
+        replay: false,
+    };
+    create_generation(&state, &rewound).await.unwrap();
+    let newest = run.receipt(0, None).await.unwrap_err();
+    assert_eq!(newest.reason(), Some(Reason::StepNotCommitted), "{newest}");
+    assert_eq!(run.receipt(0, Some(0)).await.unwrap().chosen.len(), 16);
+    cluster.stop().await;
+}
+
 /// The worker that checks a push is held up; the run commits on, and deletes what it retired.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_that_is_being_verified_holds_no_commit_up() {
     let go = Arc::new(Notify::new());
-    let script = once(Operation::Read, "snapshots/", How::Waits(go.clone()));
+    let script = once(Operation::Write, "snapshots/", How::Waits(go.clone()));
     let cluster =
         Cluster::start_with(0, script, |config| config.coordinator.snapshots_kept = 0).await;
     let spec = RunSpec {
@@ -310,7 +402,7 @@ async fn a_push_that_is_being_verified_holds_no_commit_up() {
     for step in 1..4 {
         assert_eq!(ids(&run, step).await.len(), 16);
     }
-    assert!(!push.is_finished(), "it is still being verified");
+    assert!(!push.is_finished(), "it is still being uploaded");
     go.notify_one();
     assert_eq!(push.await.unwrap().unwrap().step, 0);
     cluster.stop().await;
@@ -494,6 +586,60 @@ async fn a_read_that_stalls_costs_nothing_but_time() {
     cluster.stop().await;
 }
 
+/// Columns of images, of captions, and of 248 more texts with long names.
+fn wide_parquet() -> Vec<u8> {
+    let images: ArrayRef = Arc::new(BinaryArray::from_iter_values([b"x"]));
+    let texts: ArrayRef = Arc::new(StringArray::from_iter_values(["x"]));
+    let others: Vec<String> = (0..248).map(|n| format!("{n:0>200}")).collect();
+    let names = ["caption"]
+        .into_iter()
+        .chain(others.iter().map(String::as_str));
+    let columns = names.map(|name| (name, texts.clone()));
+    let batch = RecordBatch::try_from_iter([("image", images)].into_iter().chain(columns)).unwrap();
+    let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.into_inner().unwrap()
+}
+
+/// An error travels in HTTP headers, which have a limit: a longer one would break the connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_wide_data_set_reaches_the_caller() {
+    let cluster = Cluster::start(0, Script::default()).await;
+    let data = cluster.uri("wide/0.parquet");
+    let stores = Stores::new(StorageConfig::default());
+    let file = stores.open(&data).unwrap();
+    file.put("", wide_parquet().into()).await.unwrap();
+    let client = Client::connect_with(cluster.address(), impatient()).await;
+    let client = client.unwrap();
+    type Change = fn(&mut RunSpec);
+    let cases: [(Change, Reason, &str); 3] = [
+        (
+            |spec| spec.sources[0].caption_column = "captoin".into(),
+            Reason::ColumnNotFound,
+            "captoin",
+        ),
+        (
+            |spec| spec.columns = vec!["captoin".into()],
+            Reason::ColumnNotFound,
+            "captoin",
+        ),
+        (
+            |spec| spec.sources[0].uri = format!("file:///{}", "a".repeat(10_000)),
+            Reason::RunSpecImpossible,
+            "sources[0].uri",
+        ),
+    ];
+    for (change, reason, named) in cases {
+        let mut spec = uniform(&cluster);
+        spec.sources[0].uri.clone_from(&data);
+        change(&mut spec);
+        let error = client.open_run("wide", spec).await.unwrap_err();
+        assert_eq!(error.reason(), Some(reason), "{error}");
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_file_changed_under_a_run_is_refused_by_name() {
     let mut cluster = Cluster::start(0, Script::default()).await;
@@ -565,18 +711,10 @@ async fn an_idle_run_makes_room_for_another_and_a_busy_one_does_not() {
     while !cluster.is_played_out() {
         tokio::task::yield_now().await;
     }
-    let retry = Retry {
-        attempts_max: 1,
-        ..Retry::default()
-    };
-    let impatient = ConnectConfig {
-        retry,
-        ..ConnectConfig::default()
-    };
-    let impatient = Client::connect_with(cluster.address(), impatient)
+    let client = Client::connect_with(cluster.address(), impatient())
         .await
         .unwrap();
-    let refused = impatient
+    let refused = client
         .open_run("third", uniform(&cluster))
         .await
         .unwrap_err();
@@ -604,6 +742,106 @@ fn weights(cluster: &Cluster, bias: f32) -> Vec<Part> {
         }
     };
     tensors.iter().map(part).collect()
+}
+
+/// How often a run was loaded: each load claims it.
+async fn claims(cluster: &Cluster, run: &str) -> usize {
+    let owner = cluster.uri(&format!("state/runs/{run}/owner"));
+    let stores = Stores::new(StorageConfig::default());
+    let facts = stores.open(&owner).unwrap().list("").await.unwrap();
+    facts.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn looking_at_other_runs_leaves_a_trainers_run_in_memory() {
+    let script = Script::default();
+    let cluster = Cluster::start_with(0, script, |config| config.coordinator.max_runs = 1).await;
+    let looked_at = cluster.open_run("asleep", cluster.spec()).await.unwrap();
+    ids(&looked_at, 0).await;
+    looked_at
+        .push_weights(0, weights(&cluster, 0.25))
+        .await
+        .unwrap();
+    // All steps that can be decided are committed: step 3 waits for a push.
+    ids(&looked_at, 1).await;
+    ids(&looked_at, 2).await;
+    let awake = looked_at.get_run().await.unwrap();
+    let listed = looked_at.weights(0).await.unwrap();
+    let digests = looked_at.weights_digests(None).await.unwrap();
+    assert!(awake.learner.is_some() && listed.len() == 1 && !digests.1.is_empty());
+    let trained = cluster
+        .open_run("trained", uniform(&cluster))
+        .await
+        .unwrap();
+    for step in 0..4 {
+        ids(&trained, step).await;
+        let mut asleep = looked_at.get_run().await.unwrap();
+        // A receipt cannot hold how long its own commit took, so that is known in memory alone.
+        let took = |info: &RunInfo| info.accounts.unwrap().seconds.unwrap();
+        let commit = took(&awake).commit;
+        let seconds = asleep.accounts.as_mut().unwrap().seconds.as_mut();
+        seconds.unwrap().commit = commit;
+        // The service knows what a trainer has consumed only while its run is in memory.
+        let known = RunInfo {
+            consumed_through: None,
+            examples_delivered: 0,
+            ..awake.clone()
+        };
+        assert_eq!(asleep, known);
+        assert_eq!(looked_at.weights(0).await.unwrap(), listed);
+        assert_eq!(looked_at.weights_digests(None).await.unwrap(), digests);
+        assert_eq!(looked_at.missing_pushes(3).await.unwrap(), [1, 2]);
+        assert_eq!(looked_at.receipt(1, None).await.unwrap().chosen.len(), 16);
+    }
+    assert_eq!(claims(&cluster, "trained").await, 1, "it stayed in memory");
+    assert_eq!(claims(&cluster, "asleep").await, 1, "it slept on");
+    let client = Client::connect(cluster.address()).await.unwrap();
+    let missing = client.get_run("never-opened").await.unwrap_err();
+    assert_eq!(missing.reason(), Some(Reason::RunNotFound));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_run_wasted_before_it_slept_is_charged_when_it_wakes() {
+    let script = Script::default();
+    let cluster = Cluster::start_with(0, script, |config| config.coordinator.max_runs = 1).await;
+    let spec = RunSpec {
+        stall_grace_seconds: Some(0.0),
+        // Each step has blocks of its own, whose reference embeddings no other step has paid.
+        window_blocks: 1,
+        max_ahead: 1,
+        ..cluster.spec()
+    };
+    let client = Client::connect_with(cluster.address(), impatient()).await;
+    let run = client.unwrap().open_run("sleeps", spec).await.unwrap();
+    ids(&run, 0).await;
+    ids(&run, 1).await;
+    let spent = run.get_run().await.unwrap().accounts.unwrap();
+    assert_eq!(spent.discarded_flops, 0.0);
+    // The reference has embedded its candidates when it turns out that no push is on its way.
+    let stalled = run.select(2, 0, 1, Intent::Need).await.unwrap_err();
+    assert_eq!(stalled.reason(), Some(Reason::WeightsMissing), "{stalled}");
+    let other = cluster.open_run("other", uniform(&cluster)).await.unwrap();
+    ids(&other, 0).await;
+    let mut discarded = 0.0;
+    for step in 2..8 {
+        let push = i64::try_from(step).unwrap() - 2;
+        run.push_weights(push, weights(&cluster, 0.25))
+            .await
+            .unwrap();
+        ids(&run, step).await;
+        let spent = run.get_run().await.unwrap().accounts.unwrap();
+        discarded = spent.discarded_flops;
+        if discarded > 0.0 {
+            break;
+        }
+    }
+    assert_eq!(
+        discarded,
+        spent.reference_flops / 2.0,
+        "a step's candidates"
+    );
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,12 +1,16 @@
 //! The scoring worker behind its real protocol, on a loopback socket.
 #![allow(clippy::unwrap_used)]
 use arrow::{
-    array::AsArray, compute::concat_batches, datatypes::Int64Type, ipc::reader::StreamReader,
+    array::{ArrowPrimitiveType, AsArray},
+    compute::concat_batches,
+    datatypes::{Float16Type, Int64Type},
+    ipc::reader::StreamReader,
     record_batch::RecordBatch,
 };
 use std::{collections::BTreeMap, io::Cursor, ops::Range};
 use superbatch_proto::{
     Failure,
+    columns::CONTENT_HASH,
     v1::{
         BadRowReason, BlockRows, ChosenRows, ComputeDtype, EmbedDone, EmbeddingDtype,
         FetchRowsRequest, Hole, LearnerGo, ModelRef, PrepareModelRequest, PrepareModelResponse,
@@ -16,9 +20,9 @@ use superbatch_proto::{
 };
 use superbatch_server::{
     dataset::content_hash,
-    storage::{Location, Stores},
+    storage::{Location, StorageConfig, Stores},
     worker::{
-        CONTENT_HASH_COLUMN, Worker, WorkerConfig,
+        Worker, WorkerConfig,
         model::{ModelFolder, init},
     },
 };
@@ -44,7 +48,11 @@ struct Rig {
 
 impl Rig {
     async fn new(rows: Vec<Row>) -> Self {
-        let (stores, state) = fixture::storage();
+        Self::on(fixture::storage().0, rows).await
+    }
+
+    async fn on(stores: Stores, rows: Vec<Row>) -> Self {
+        let state = stores.open("memory:///state").unwrap();
         let manifest = fixture::dataset(&stores, &state, DATA, &rows, BLOCK_ROWS).await;
         for (folder, mean) in [("memory:///model", 0.5), ("memory:///other", 0.25)] {
             fixture::model_folder(&stores.open(folder).unwrap(), mean).await;
@@ -81,6 +89,17 @@ impl Rig {
             embedding_dtype: EmbeddingDtype::F16.into(),
             columns: vec!["n".into()],
             ..Default::default()
+        }
+    }
+}
+
+impl Rig {
+    fn rows_request(&self, rows: &[u32]) -> FetchRowsRequest {
+        FetchRowsRequest {
+            dataset_manifest: self.manifest.clone(),
+            blocks: blocks(rows),
+            columns: vec!["n".into()],
+            ..FetchRowsRequest::default()
         }
     }
 }
@@ -240,6 +259,7 @@ impl Call {
     async fn chosen(&mut self, candidates: &[u32]) -> Result<(RecordBatch, RowsDone), Failure> {
         let chosen = ChosenRows {
             candidates: candidates.to_vec(),
+            form: 0,
         };
         Self::send_to(&self.requests, score_request::Message::Chosen(chosen)).await;
         let mut bytes = Vec::new();
@@ -447,6 +467,63 @@ async fn what_a_call_names_is_bounded() {
 }
 
 #[tokio::test]
+async fn what_a_call_for_rows_names_is_bounded() {
+    let rig = Rig::good(40).await;
+    let mut client = rig.client().await;
+    type Change = fn(&mut FetchRowsRequest, String);
+    let cases: [(&str, Change); 6] = [
+        ("run_id", |r, long| r.run_id = long),
+        ("dataset_manifest", |r, long| r.dataset_manifest = long),
+        ("columns", |r, _| r.columns = vec!["n".into(); 1025]),
+        ("blocks", |r, _| r.blocks[0].block = 77),
+        ("blocks", |r, _| r.blocks[0].rows.push(77)),
+        ("blocks", |r, _| r.blocks.push(r.blocks[0].clone())),
+    ];
+    for (field, beyond) in cases {
+        let mut request = rig.rows_request(&[3, 5]);
+        beyond(&mut request, "x".repeat(10_000));
+        let failure = fetch_asked(&mut client, request).await.unwrap_err();
+        assert_eq!(
+            (failure.reason, failure.metadata["field"].as_str()),
+            (Reason::InvalidArgument, field)
+        );
+    }
+}
+
+/// The coordinator has checked what a call names, but a worker cannot know who calls it.
+#[tokio::test]
+async fn a_worker_opens_only_what_its_operator_allows() {
+    let allowed = StorageConfig {
+        allow_uris: vec!["memory:///data".into(), "memory:///model".into()],
+        ..StorageConfig::default()
+    };
+    let rig = Rig::on(Stores::new(allowed), (0..40).map(Row::good).collect()).await;
+    let mut client = rig.client().await;
+    let refused = |failure: Failure| {
+        assert_eq!(failure.reason, Reason::UriNotAllowed, "{failure}");
+        failure.metadata["uri"].clone()
+    };
+    prepared(&mut client, model("memory:///model", 0))
+        .await
+        .unwrap();
+    let failure = prepared(&mut client, model("memory:///other", 0)).await;
+    assert_eq!(refused(failure.unwrap_err()), "memory:///other");
+    let snapshot = ModelRef {
+        snapshot_uri: "memory:///other/config.json".into(),
+        random_seed: None,
+        ..model("memory:///model", 0)
+    };
+    let failure = prepared(&mut client, snapshot.clone()).await.unwrap_err();
+    assert_eq!(refused(failure), snapshot.snapshot_uri);
+    let begin = ScoreBegin {
+        reference: Some(model("memory:///other", 1)),
+        ..rig.begin(&mixed(40))
+    };
+    let failure = scored(&mut client, begin).await.unwrap_err();
+    assert_eq!(refused(failure), "memory:///other");
+}
+
+#[tokio::test]
 async fn reference_embeddings_are_computed_once_and_mended_where_damaged() {
     let rig = Rig::good(40).await;
     let begin = || rig.begin(&mixed(40));
@@ -465,6 +542,54 @@ async fn reference_embeddings_are_computed_once_and_mended_where_damaged() {
     assert!(third.done.flops > 0.0 && third.done.rows_cached < 40);
     assert_eq!((&third.image, &third.text), (&first.image, &first.text));
     assert_eq!(rig.state.get(&stored[0].0).await.unwrap(), good);
+}
+
+type Half = <Float16Type as ArrowPrimitiveType>::Native;
+
+#[tokio::test]
+async fn few_rows_of_a_block_are_taken_from_what_is_kept_or_embedded_alone() {
+    let rig = Rig::good(40).await;
+    let few = [37, 3, 1, 20, 21];
+    let sparse = async || {
+        let begin = ScoreBegin {
+            learner_model: None,
+            reference_sparse: true,
+            ..rig.begin(&few)
+        };
+        let mut call = Call::begin(&mut rig.client().await, begin).await.unwrap();
+        assert_eq!(call.holes().await.unwrap(), []);
+        call.embedded(Tower::Reference).await.unwrap()
+    };
+    let alone = sparse().await;
+    assert_eq!(alone.done.rows_cached, 0);
+    assert!(rig.state.list("reference").await.unwrap().is_empty());
+    let whole = rig.begin(&mixed(40));
+    let (_, all, _) = scored(&mut rig.client().await, whole).await.unwrap();
+    assert!(0.0 < alone.done.flops && alone.done.flops < all.done.flops);
+    // From what is kept: the same bytes, at no cost.
+    let kept = sparse().await;
+    assert_eq!((kept.done.flops, kept.done.rows_cached), (0.0, 5));
+    let order = mixed(40);
+    let row_bytes = 2 * EMBEDDING_DIM;
+    let of = |all: &[u8], row: u32| {
+        let at = order.iter().position(|one| *one == row).unwrap() * row_bytes;
+        all[at..at + row_bytes].to_vec()
+    };
+    let expected = |all: &[u8]| few.iter().flat_map(|row| of(all, *row)).collect::<Vec<_>>();
+    assert_eq!(kept.image, expected(&all.image));
+    assert_eq!(kept.text, expected(&all.text));
+    // Alone they are the same up to rounding, and each in its place.
+    let values = |bytes: &[u8]| -> Vec<f32> {
+        let halves = bytes.chunks_exact(2);
+        halves
+            .map(|half| Half::from_le_bytes([half[0], half[1]]).to_f32())
+            .collect()
+    };
+    for (alone, kept) in [(&alone.image, &kept.image), (&alone.text, &kept.text)] {
+        let pairs = values(alone).into_iter().zip(values(kept));
+        assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 2e-3));
+        assert!(pairs.clone().any(|(a, _)| a.abs() > 0.1));
+    }
 }
 
 #[tokio::test]
@@ -531,7 +656,7 @@ fn numbers(rig: &Rig, table: &RecordBatch) -> Vec<i64> {
         table["image"].as_binary::<i32>(),
         table["caption"].as_string::<i32>(),
     );
-    let hashes = table[CONTENT_HASH_COLUMN].as_fixed_size_binary();
+    let hashes = table[CONTENT_HASH].as_fixed_size_binary();
     for (at, n) in numbers.iter().enumerate() {
         let row = &rig.rows[*n as usize];
         let (image, caption) = (row.image.as_ref().unwrap(), row.caption.as_ref().unwrap());
@@ -579,12 +704,14 @@ async fn fetch(
     rig: &Rig,
     rows: &[u32],
 ) -> Result<RecordBatch, Failure> {
-    let columns = vec!["n".into()];
-    let request = FetchRowsRequest {
-        dataset_manifest: rig.manifest.clone(),
-        blocks: blocks(rows),
-        columns,
-    };
+    fetch_asked(client, rig.rows_request(rows)).await
+}
+
+async fn fetch_asked(
+    client: &mut WorkerServiceClient<Channel>,
+    request: FetchRowsRequest,
+) -> Result<RecordBatch, Failure> {
+    let rows: usize = request.blocks.iter().map(|block| block.rows.len()).sum();
     let failed = |status| Failure::try_from(status).unwrap();
     let mut stream = client
         .fetch_rows(request)
@@ -600,8 +727,9 @@ async fn fetch(
             .and_then(|response| response.message)
         {
             Some(fetch_rows_response::Message::ArrowIpc(part)) => bytes.extend_from_slice(&part),
+            Some(fetch_rows_response::Message::Kept(kept)) => panic!("{kept:?}"),
             Some(fetch_rows_response::Message::Done(done)) => {
-                assert_eq!(done.rows as usize, rows.len());
+                assert_eq!(done.rows as usize, rows);
                 return Ok(table(bytes));
             }
             None => panic!("the stream ended without RowsDone"),

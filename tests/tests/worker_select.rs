@@ -1,7 +1,7 @@
 //! Selection on a worker, behind its real protocol on a loopback socket.
 #![allow(clippy::unwrap_used)]
 use superbatch_proto::{
-    Failure, MESSAGE_BYTES_MAX,
+    Failure, MESSAGE_BYTES_MAX, SUPER_BATCH_SIZE_MAX,
     v1::{
         CandidatesPart, Criterion, EmbeddingDtype, EmbeddingPart, Loss, Policy, Reason,
         SelectBegin, SelectRequest, SelectResponse, Tower, select_request::Message,
@@ -135,17 +135,54 @@ async fn candidates_beyond_one_message_come_in_several() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn candidates_without_end_are_refused() {
-    // Small keys take a byte each, so a message holds more of them than a super-batch may.
-    let many = |field: &str| {
+    // Small keys take a byte each, so a message holds more of them than a super-batch may. Terms
+    // take eight, so they come in several.
+    let most = SUPER_BATCH_SIZE_MAX as usize;
+    let with = |change: fn(&mut SelectBegin, usize), count| {
         let mut begin = begin();
-        match field {
-            "positions" => begin.positions = vec![1; (1 << 22) + 1],
-            _ => begin.holes = vec![1; (1 << 22) + 1],
-        }
-        begin
+        change(&mut begin, count);
+        Message::Begin(begin)
     };
-    for field in ["positions", "holes"] {
-        let failure = select(vec![Message::Begin(many(field))]).await.unwrap_err();
+    let positions: fn(&mut SelectBegin, usize) = |begin, count| begin.positions = vec![1; count];
+    let holes: fn(&mut SelectBegin, usize) = |begin, count| begin.holes = vec![1; count];
+    let one_more = |change: fn(&mut CandidatesPart)| {
+        let mut part = CandidatesPart::default();
+        change(&mut part);
+        Message::Candidates(part)
+    };
+    let terms = || {
+        Message::Candidates(CandidatesPart {
+            terms: vec![0.5; STEP],
+            ..Default::default()
+        })
+    };
+    let begin_with_terms = with(|begin, count| begin.terms = vec![0.5; count], STEP);
+    let all_terms = std::iter::repeat_with(terms).take(most / STEP - 1);
+    let cases: [(&str, Vec<Message>); 5] = [
+        ("positions", vec![with(positions, most + 1)]),
+        ("holes", vec![with(holes, most + 1)]),
+        (
+            "positions",
+            vec![
+                with(positions, most),
+                one_more(|part| part.positions = vec![1]),
+            ],
+        ),
+        (
+            "holes",
+            vec![with(holes, most), one_more(|part| part.holes = vec![1])],
+        ),
+        (
+            "terms",
+            [begin_with_terms]
+                .into_iter()
+                .chain(all_terms)
+                .chain([one_more(|part| part.terms = vec![0.5])])
+                .collect(),
+        ),
+    ];
+    for (field, messages) in cases {
+        let failure = select(messages).await.unwrap_err();
         let failure = Failure::try_from(failure).unwrap();
         assert_eq!(
             (failure.reason, failure.metadata["field"].as_str()),

@@ -1,5 +1,8 @@
 //! Connections to `http://` and `https://` addresses.
-use crate::files::{Error, Trust};
+use crate::{
+    fault::{LastFault, Noted},
+    files::{Error, Trust},
+};
 use hyper_util::rt::TokioIo;
 use std::{
     future::Future,
@@ -20,11 +23,17 @@ const HTTPS_PORT: u16 = 443;
 
 /// Opens connections by the certificates and keys of one [`Trust`]. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Dialer(Arc<Trust>);
+pub struct Dialer {
+    trust: Arc<Trust>,
+    fault: LastFault,
+}
 
 impl Dialer {
     pub fn new(trust: Trust) -> Self {
-        Self(Arc::new(trust))
+        Self {
+            trust: Arc::new(trust),
+            fault: LastFault::default(),
+        }
     }
 
     /// Returns a dialer that expects `name` in the other side's certificate, whatever the address
@@ -33,8 +42,29 @@ impl Dialer {
     pub fn named(&self, name: &str) -> Self {
         Self::new(Trust {
             server_name: Some(name.to_owned()),
-            ..(*self.0).clone()
+            ..(*self.trust).clone()
         })
+    }
+
+    /// Returns a dialer that expects the host of the address in the other side's certificate.
+    #[must_use]
+    pub fn unnamed(&self) -> Self {
+        Self::new(Trust {
+            server_name: None,
+            ..(*self.trust).clone()
+        })
+    }
+
+    /// Returns the name that is expected in the other side's certificate, if it is not the host of
+    /// the address.
+    pub fn server_name(&self) -> Option<&str> {
+        self.trust.server_name.as_deref()
+    }
+
+    /// Returns why reading from a TLS connection of this dialer failed last, such as the alert of a
+    /// service that refused its certificate. `None` if none failed.
+    pub fn last_fault(&self) -> Option<String> {
+        self.fault.get()
     }
 
     /// Reads the files once, so that a fault in them is reported before the first connection.
@@ -42,7 +72,7 @@ impl Dialer {
     /// # Errors
     /// Those of [`Trust::config`].
     pub fn check(&self) -> Result<(), Error> {
-        self.0.config().map(drop)
+        self.trust.config().map(drop)
     }
 
     /// Connects to `uri`, with TLS if that is `https://`; `tune` sets what else the connection
@@ -93,7 +123,7 @@ impl Dialer {
         // endpoint pretends to be plain and carries the true address as its origin.
         let endpoint = Endpoint::from_static("http://tls").origin(origin.clone());
         let tls = Tls {
-            trust: self.0.clone(),
+            dialer: self.clone(),
             to: origin,
         };
         Ok((endpoint, Some(tls)))
@@ -103,12 +133,12 @@ impl Dialer {
 /// Makes TLS connections to one address.
 #[derive(Clone)]
 struct Tls {
-    trust: Arc<Trust>,
+    dialer: Dialer,
     to: Uri,
 }
 
 impl Service<Uri> for Tls {
-    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Response = TokioIo<Noted<TlsStream<TcpStream>>>;
     type Error = io::Error;
     type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
 
@@ -118,18 +148,22 @@ impl Service<Uri> for Tls {
 
     fn call(&mut self, _: Uri) -> Self::Future {
         let this = self.clone();
-        Box::pin(async move { this.open().await.map(TokioIo::new) })
+        Box::pin(async move {
+            let stream = this.open().await?;
+            Ok(TokioIo::new(Noted::new(stream, this.dialer.fault.clone())))
+        })
     }
 }
 
 impl Tls {
     async fn open(&self) -> io::Result<TlsStream<TcpStream>> {
+        let trust = &self.dialer.trust;
         let unusable = |e: Error| io::Error::new(io::ErrorKind::InvalidInput, e);
-        let connector = TlsConnector::from(Arc::new(self.trust.config().map_err(unusable)?));
+        let connector = TlsConnector::from(Arc::new(trust.config().map_err(unusable)?));
         let host = self.to.host().unwrap_or_default();
         // An IPv6 host comes in brackets, which neither a certificate nor a socket address has.
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        let name = self.trust.server_name.as_deref().unwrap_or(host).to_owned();
+        let name = trust.server_name.as_deref().unwrap_or(host).to_owned();
         let server = ServerName::try_from(name.clone()).map_err(|_| {
             unusable(Error::Unusable(format!(
                 "{name:?} is no name that a certificate can hold"

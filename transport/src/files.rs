@@ -87,14 +87,14 @@ pub fn pinned() -> Result<rustls::ConfigBuilder<rustls::ServerConfig, rustls::Wa
         })
 }
 
-/// The provider of all cryptography. rustls takes a process-wide default only if exactly one
-/// provider is linked; if a dependency links a second one, the default becomes an error at run
+/// Returns the provider of all cryptography. rustls takes a process-wide default only if exactly
+/// one provider is linked; if a dependency links a second one, the default becomes an error at run
 /// time.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// The error for a certificate and a key that cannot be used together.
+/// Returns the error for a certificate and a key that cannot be used together.
 fn pair(cert: &Path, key: &Path, source: rustls::Error) -> Error {
     Error::Refused {
         what: format!("cannot use {} with {}", cert.display(), key.display()),

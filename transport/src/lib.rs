@@ -5,6 +5,7 @@
 //! so that a renewed certificate needs no restart.
 mod bearer;
 mod connect;
+mod fault;
 mod files;
 
 pub use bearer::{Authorized, Bearer};

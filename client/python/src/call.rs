@@ -17,8 +17,8 @@ const SIGNAL_SLICE: Duration = Duration::from_millis(50);
 /// parent's is left alone.
 static RUNTIME: Mutex<Option<(u32, Arc<Runtime>)>> = Mutex::new(None);
 
-/// The runtime of this process, made on first use.
-pub fn runtime() -> PyResult<Arc<Runtime>> {
+/// Returns the runtime of this process, made on first use.
+pub(crate) fn runtime() -> PyResult<Arc<Runtime>> {
     let mut known = RUNTIME.lock().unwrap_or_else(PoisonError::into_inner);
     let pid = std::process::id();
     if let Some((owner, runtime)) = &*known
@@ -97,7 +97,7 @@ impl Shared {
         self.done.notify_all();
     }
 
-    /// Whether it is done or cancelled, after a wait of at most `longest`.
+    /// Returns whether it is done or cancelled, after a wait of at most `longest`.
     fn wait(&self, longest: Duration) -> bool {
         let running = |state: &mut State| matches!(state, State::Running { .. });
         let waited = self.done.wait_timeout_while(self.lock(), longest, running);
@@ -139,7 +139,7 @@ impl Call {
         Ok(Self { shared, task })
     }
 
-    /// [`Call::start`] for calls whose result says nothing.
+    /// Does [`Call::start`] for calls whose result says nothing.
     pub fn start_unit(
         call: impl Future<Output = Result<(), Error>> + Send + 'static,
     ) -> PyResult<Self> {
@@ -172,7 +172,7 @@ impl Call {
         }
     }
 
-    /// The result of a call that is done. It can be taken once.
+    /// Returns the result of a call that is done. It can be taken once.
     fn result(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let outcome = match &mut *self.shared.lock() {
             State::Done(outcome) => outcome.take(),

@@ -11,9 +11,9 @@ pub struct Client {
     process: Process,
 }
 
-/// Connects; the call's result is a `Client`.
+/// Connects. Returns a `Client`.
 #[pyfunction]
-pub fn connect(
+pub(crate) fn connect(
     py: Python<'_>,
     uri: String,
     timeout: f64,
@@ -49,7 +49,7 @@ pub fn connect(
     })
 }
 
-/// What to show and to trust, from a dict without what was not given.
+/// Returns what to show and to trust, from a dict without what was not given.
 fn credentials_of(given: &Bound<'_, PyDict>) -> PyResult<Credentials> {
     let text = |key: &str| -> PyResult<Option<String>> {
         match given.get_item(key)? {
@@ -72,7 +72,7 @@ fn credentials_of(given: &Bound<'_, PyDict>) -> PyResult<Credentials> {
 /// Refuses a run spec, given as a dict, that has unknown keys or values; knows nothing of the
 /// service's own checks.
 #[pyfunction]
-pub fn check_spec(spec: &Bound<'_, PyDict>) -> PyResult<()> {
+pub(crate) fn check_spec(spec: &Bound<'_, PyDict>) -> PyResult<()> {
     spec::run_spec(spec).map(|_| ())
 }
 
@@ -96,7 +96,7 @@ impl Client {
         Call::start(opened, |py, run| Ok(Py::new(py, Run::new(run))?.into_any()))
     }
 
-    /// The call's result is a dict.
+    /// Returns a dict.
     fn get_run(&self, run_id: String) -> PyResult<Call> {
         self.process.check()?;
         let client = self.client.clone();
@@ -112,7 +112,7 @@ impl Client {
         Call::start_unit(async move { client.close_run(run_id).await })
     }
 
-    /// The call's result is a list of dicts.
+    /// Returns a list of dicts.
     fn list_runs(&self) -> PyResult<Call> {
         self.process.check()?;
         let client = self.client.clone();

@@ -3,14 +3,14 @@ use pyo3::prelude::*;
 use std::collections::HashMap;
 use superbatch_client::Error;
 
-/// The exception for an error of the client.
-pub fn exception(py: Python<'_>, error: &Error) -> PyErr {
+/// Returns the exception for an error of the client.
+pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let message = error.to_string();
     raise(py, error.reason_name(), &message, error.metadata())
 }
 
-/// An argument that is refused before anything is sent.
-pub fn invalid(py: Python<'_>, field: &str, message: &str) -> PyErr {
+/// Returns the error for an argument that is refused before anything is sent.
+pub(crate) fn invalid(py: Python<'_>, field: &str, message: &str) -> PyErr {
     let metadata = HashMap::from([("field".to_owned(), field.to_owned())]);
     raise(
         py,

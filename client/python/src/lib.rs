@@ -10,7 +10,9 @@ mod errors;
 mod process;
 mod run;
 mod show;
+mod slot;
 mod spec;
+mod weights;
 
 /// The extension module.
 #[pyo3::pymodule]
@@ -19,6 +21,8 @@ mod _superbatch {
     use crate::{
         call::Call,
         client::{Client, check_spec, connect},
-        run::{Batches, Run, Slot},
+        run::{Batches, Run},
+        slot::Slot,
+        weights::blake3_of,
     };
 }

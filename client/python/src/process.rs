@@ -4,14 +4,14 @@ use pyo3::{exceptions::PyRuntimeError, prelude::*};
 /// Threads and sockets do not survive a fork: what was made in another process is refused instead
 /// of hanging.
 #[derive(Clone, Copy)]
-pub struct Process(u32);
+pub(crate) struct Process(u32);
 
 impl Process {
-    pub fn this() -> Self {
+    pub(crate) fn this() -> Self {
         Self(std::process::id())
     }
 
-    pub fn check(self) -> PyResult<()> {
+    pub(crate) fn check(self) -> PyResult<()> {
         if self.0 == std::process::id() {
             return Ok(());
         }

@@ -3,28 +3,22 @@ use crate::{
     call::{self, Call},
     errors,
     process::Process,
-    show, spec,
+    show,
+    slot::{Reserved, Slot},
+    spec, weights,
 };
 use arrow::pyarrow::ToPyArrow;
 use futures::StreamExt;
-use pyo3::{
-    buffer::PyBuffer,
-    exceptions::PyRuntimeError,
-    prelude::*,
-    types::{PyDict, PyMemoryView, PySlice},
-};
+use pyo3::{prelude::*, types::PyDict};
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use superbatch_client::{self as client, Batch, BatchesConfig, Part, Push, Pusher};
+use superbatch_client::{self as client, Batch, BatchesConfig, Pusher};
 use tokio::sync::OwnedMutexGuard;
 
 /// Pushes that wait beside the one under way. Each is a copy of the weights.
 const QUEUED_MAX: usize = 1;
-
-/// Bytes copied with the GIL held: a millisecond's worth.
-const COPIED_BYTES: usize = 4 << 20;
 
 /// An open run.
 #[pyclass(frozen, module = "superbatch._superbatch")]
@@ -48,7 +42,7 @@ impl Run {
         Ok(self.run.clone())
     }
 
-    /// The uploader, which starts with the first push.
+    /// Returns the uploader, which starts with the first push.
     fn pusher(&self) -> PyResult<Arc<Pusher>> {
         self.process.check()?;
         let mut pusher = self.pusher.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,32 +74,34 @@ impl Run {
         self.run.next_step()
     }
 
-    /// The first step for which other weights were pushed than those that are published, or None.
+    /// Returns the first step for which other weights were pushed than those that are published, or
+    /// None.
     #[getter]
     fn dropped_push(&self) -> Option<i64> {
         self.run.dropped_push()
     }
 
-    /// Dataset manifest digest, rows of the data set, and steps until its end (0: without end), as
-    /// a dict.
+    /// Returns the dataset manifest's digest, rows of the data set, and steps until its end (0:
+    /// without end), as a dict.
     #[getter]
     fn dataset(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         show::dataset(py, self.run.opened())
     }
 
-    /// The spec in force, defaults filled, as a dict.
+    /// Returns the spec in force, defaults filled, as a dict.
     #[getter]
     fn spec(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         show::run_spec(py, &self.run.spec())
     }
 
-    /// The schema of every batch, as a `pyarrow.Schema`.
+    /// Returns the schema of every batch, as a `pyarrow.Schema`.
     #[getter]
     fn schema(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         Ok(self.run.schema().to_pyarrow(py)?.unbind())
     }
 
-    /// One step; the call's result is a tuple (record batch, receipt, step, rank, world size).
+    /// Asks for one step; the call's result is a tuple (record batch, receipt, step, rank, world
+    /// size).
     fn select(
         &self,
         py: Python<'_>,
@@ -121,7 +117,7 @@ impl Run {
         )
     }
 
-    /// Every `stride`-th step from `start_step` on.
+    /// Returns an iterator over every `stride`-th step from `start_step` on.
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn batches(
         &self,
@@ -166,17 +162,43 @@ impl Run {
         let pusher = self.pusher()?;
         let reserving = async move {
             let slot = pusher.reserve(step, rank).await?;
-            Ok(Reserved {
-                slot,
-                step,
-                rank,
-                parts: Vec::new(),
-            })
+            Ok(Reserved::new(slot, step, rank))
         };
         Call::start(reserving, |py, reserved| {
-            let state = Mutex::new(Some(reserved));
-            Ok(Py::new(py, Slot { state })?.into_any())
+            Ok(Py::new(py, Slot::of(reserved))?.into_any())
         })
+    }
+
+    /// Has the service read a file of weights; the call's result is the version, as a dict.
+    fn push_uri(
+        &self,
+        py: Python<'_>,
+        uri: String,
+        step: i64,
+        blake3: Option<&str>,
+    ) -> PyResult<Call> {
+        weights::push_uri(py, self.run_of_this_process()?, uri, step, blake3)
+    }
+
+    /// Returns a list of dicts, the newest version first.
+    fn weights(&self, newest: u32) -> PyResult<Call> {
+        weights::list(self.run_of_this_process()?, newest)
+    }
+
+    /// Returns a version and a list of digests, as dicts.
+    fn weights_digests(&self, version: Option<u64>) -> PyResult<Call> {
+        weights::digests(self.run_of_this_process()?, version)
+    }
+
+    /// Returns the version that serves, as a dict.
+    fn roll_back_weights(&self, version: u64) -> PyResult<Call> {
+        weights::roll_back(self.run_of_this_process()?, version)
+    }
+
+    /// Reports losses of a step's examples.
+    fn report_losses(&self, step: u64, ids: Vec<String>, losses: Vec<f32>) -> PyResult<Call> {
+        let run = self.run_of_this_process()?;
+        Call::start_unit(async move { run.report_losses(step, ids, losses).await })
     }
 
     /// Waits until all pushes are published; the call's result is the newest version as a dict, or
@@ -192,7 +214,7 @@ impl Run {
         )
     }
 
-    /// The call's result is a dict.
+    /// Returns a dict.
     fn get_run(&self) -> PyResult<Call> {
         let run = self.run_of_this_process()?;
         Call::start(async move { run.get_run().await }, |py, info| {
@@ -200,7 +222,7 @@ impl Run {
         })
     }
 
-    /// The call's result is a list of steps.
+    /// Returns a list of steps.
     fn missing_pushes(&self, resume_step: u64) -> PyResult<Call> {
         let run = self.run_of_this_process()?;
         Call::start(
@@ -215,7 +237,7 @@ impl Run {
         Call::start_unit(async move { run.close_run().await })
     }
 
-    /// The call's result is the new generation.
+    /// Returns the new generation.
     fn rewind(&self, py: Python<'_>, to_step: u64, mode: &str) -> PyResult<Call> {
         let (run, mode) = (self.run_of_this_process()?, spec::rewind_mode(py, mode)?);
         Call::start(
@@ -224,7 +246,7 @@ impl Run {
         )
     }
 
-    /// The call's result is the spec in force, as a dict.
+    /// Returns the spec in force, as a dict.
     fn append_phases(&self, phases: Vec<Bound<'_, PyDict>>) -> PyResult<Call> {
         let (run, phases) = (self.run_of_this_process()?, spec::phases(phases)?);
         Call::start(
@@ -233,7 +255,7 @@ impl Run {
         )
     }
 
-    /// The call's result is a dict.
+    /// Returns a dict.
     fn receipt(&self, step: u64, generation: Option<u32>) -> PyResult<Call> {
         let run = self.run_of_this_process()?;
         Call::start(
@@ -272,9 +294,9 @@ impl Drop for Handover {
 
 #[pymethods]
 impl Batches {
-    /// The next step; the call's result is as that of `Run.select`, or None at the end. A call that
-    /// is cancelled, or whose result is never taken, loses nothing: the next one yields the same
-    /// step.
+    /// Returns the next step; the call's result is as that of `Run.select`, or None at the end. A
+    /// call that is cancelled, or whose result is never taken, loses nothing: the next one yields
+    /// the same step.
     fn next(&self) -> PyResult<Call> {
         self.process.check()?;
         let source = self.source.clone();
@@ -295,87 +317,4 @@ impl Batches {
             Ok(shown)
         })
     }
-}
-
-/// Room for one push, which is filled part by part.
-#[pyclass(frozen, module = "superbatch._superbatch")]
-pub struct Slot {
-    state: Mutex<Option<Reserved>>,
-}
-
-/// What a push is made of.
-struct Reserved {
-    slot: client::Slot,
-    step: i64,
-    rank: u32,
-    parts: Vec<Part>,
-}
-
-#[pymethods]
-impl Slot {
-    /// Copies a block of a tensor: `data` is a buffer of bytes in one dimension, little endian.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
-    fn add(
-        &self,
-        py: Python<'_>,
-        name: String,
-        dtype: &str,
-        global_shape: Vec<u64>,
-        start: Vec<u64>,
-        extent: Vec<u64>,
-        data: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        let dtype = spec::tensor_dtype(py, dtype)?;
-        let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
-            .map_err(|error| errors::exception(py, &error))?;
-        match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(reserved) => reserved.parts.push(part),
-            None => return Err(is_submitted_error()),
-        }
-        Ok(())
-    }
-
-    /// Queues the push, and returns without waiting for it. Nothing more can be added.
-    fn submit(&self, push_id: Option<String>, expected_parts: u32) -> PyResult<()> {
-        let state = self
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Reserved {
-            slot,
-            step,
-            rank,
-            parts,
-        } = state.ok_or_else(is_submitted_error)?;
-        slot.push(Push {
-            step,
-            parts,
-            push_id,
-            expected_parts,
-            rank,
-        });
-        Ok(())
-    }
-}
-
-/// A copy of a buffer of bytes. Weights are gigabytes, so other threads of Python run between its
-/// pieces.
-fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    let py = data.py();
-    let view = PyMemoryView::from(data)?;
-    let mut bytes = vec![0; view.len()?];
-    let mut start = 0;
-    for piece in bytes.chunks_mut(COPIED_BYTES) {
-        let end = start + piece.len();
-        let part = view.get_item(PySlice::new(py, start as isize, end as isize, 1))?;
-        PyBuffer::<u8>::get(&part)?.copy_to_slice(py, piece)?;
-        start = end;
-        py.detach(|| ());
-    }
-    Ok(bytes)
-}
-
-fn is_submitted_error() -> PyErr {
-    PyRuntimeError::new_err("this push was submitted already")
 }

@@ -2,10 +2,10 @@
 use crate::errors::invalid;
 use pyo3::{prelude::*, types::PyDict};
 use superbatch_client::v1::{
-    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
-    Fork, Intent, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec,
-    RewindMode, RunSpec, ScoreColumn, Source, TensorDtype, Tuning, approximation::By, lag,
-    learner_spec,
+    Approximation, ComputeDtype, Criterion, Delivery, EmbeddingDtype, Fallback, Fidelity,
+    FidelityProbe, Fork, Intent, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy,
+    ReferenceSpec, RewindMode, RunSpec, ScoreColumn, Source, TensorDtype, Tuning,
+    approximation::By, lag, learner_spec,
 };
 
 /// The keys of one dict, taken one after the other.
@@ -29,7 +29,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         format!("{}{key}", self.path)
     }
 
-    /// A value, unless it is absent or None.
+    /// Returns a value; `None` if it is absent or None.
     fn raw(&mut self, key: &'static str) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.taken.push(key);
         Ok(self.dict.get_item(key)?.filter(|value| !value.is_none()))
@@ -49,7 +49,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         }
     }
 
-    /// A value, or the protocol's zero, which stands for the service's default.
+    /// Returns a value, or the protocol's zero, which stands for the service's default.
     fn or_default<T: FromPyObjectOwned<'py> + Default>(
         &mut self,
         key: &'static str,
@@ -80,7 +80,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         }
     }
 
-    /// A dict inside this one.
+    /// Returns a dict inside this one.
     fn nested<T>(
         &mut self,
         key: &'static str,
@@ -95,7 +95,7 @@ impl<'a, 'py> Fields<'a, 'py> {
         Ok(Some(value))
     }
 
-    /// A list of dicts inside this one.
+    /// Returns a list of dicts inside this one.
     fn list<T>(
         &mut self,
         key: &'static str,
@@ -158,10 +158,17 @@ macro_rules! named {
 }
 
 named! {
-    ComputeDtype = "COMPUTE_DTYPE_", Criterion = "CRITERION_", EmbeddingDtype = "EMBEDDING_DTYPE_",
-    Fallback = "FALLBACK_", Fidelity = "FIDELITY_", Intent = "INTENT_", Loss = "LOSS_",
-        Policy = "POLICY_",
-    RewindMode = "REWIND_MODE_", TensorDtype = "TENSOR_DTYPE_",
+    ComputeDtype = "COMPUTE_DTYPE_",
+    Criterion = "CRITERION_",
+    Delivery = "DELIVERY_",
+    EmbeddingDtype = "EMBEDDING_DTYPE_",
+    Fallback = "FALLBACK_",
+    Fidelity = "FIDELITY_",
+    Intent = "INTENT_",
+    Loss = "LOSS_",
+    Policy = "POLICY_",
+    RewindMode = "REWIND_MODE_",
+    TensorDtype = "TENSOR_DTYPE_",
 }
 
 fn parse<E: Named>(py: Python<'_>, field: &str, value: &str) -> PyResult<E> {
@@ -181,24 +188,24 @@ fn parse<E: Named>(py: Python<'_>, field: &str, value: &str) -> PyResult<E> {
         })
 }
 
-pub fn intent(py: Python<'_>, value: &str) -> PyResult<Intent> {
+pub(crate) fn intent(py: Python<'_>, value: &str) -> PyResult<Intent> {
     parse(py, "intent", value)
 }
 
-pub fn rewind_mode(py: Python<'_>, value: &str) -> PyResult<RewindMode> {
+pub(crate) fn rewind_mode(py: Python<'_>, value: &str) -> PyResult<RewindMode> {
     parse(py, "mode", value)
 }
 
-pub fn tensor_dtype(py: Python<'_>, value: &str) -> PyResult<TensorDtype> {
+pub(crate) fn tensor_dtype(py: Python<'_>, value: &str) -> PyResult<TensorDtype> {
     parse(py, "dtype", value)
 }
 
-pub fn phases(dicts: Vec<Bound<'_, PyDict>>) -> PyResult<Vec<Phase>> {
+pub(crate) fn phases(dicts: Vec<Bound<'_, PyDict>>) -> PyResult<Vec<Phase>> {
     read_list(&dicts, "phases", phase)
 }
 
-/// A run spec from a dict with the protocol's field names.
-pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
+/// Makes a run spec of a dict with the protocol's field names.
+pub(crate) fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
     let mut fields = Fields::new(dict, "");
     let spec = RunSpec {
         sources: fields.list("sources", source)?,
@@ -223,6 +230,7 @@ pub fn run_spec(dict: &Bound<'_, PyDict>) -> PyResult<RunSpec> {
         train_flops_per_example: fields.or_default("train_flops_per_example")?,
         need_deadline_seconds: fields.or_default_unless_zero("need_deadline_seconds")?,
         stall_grace_seconds: fields.optional("stall_grace_seconds")?,
+        delivery: fields.named::<Delivery>("delivery")?,
     };
     fields.finish()?;
     Ok(spec)
@@ -239,6 +247,7 @@ fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
         allow: fields.or_default("allow")?,
         id_column: fields.or_default("id_column")?,
         scores: fields.or_default("scores")?,
+        caption_seed: fields.optional("caption_seed")?,
     })
 }
 
@@ -272,9 +281,23 @@ fn learner(fields: &mut Fields<'_, '_>) -> PyResult<LearnerSpec> {
 }
 
 fn approximation(fields: &mut Fields<'_, '_>) -> PyResult<Approximation> {
-    Ok(Approximation {
-        by: fields.optional("resolution")?.map(By::Resolution),
-    })
+    let given = [
+        fields.optional("resolution")?.map(By::Resolution),
+        fields.optional("patch")?.map(By::Patch),
+        fields.optional("patch_dropout")?.map(By::PatchDropout),
+        fields.optional("layers")?.map(By::Layers),
+    ];
+    let mut given = given.into_iter().flatten();
+    let by = given.next();
+    if given.next().is_some() {
+        let message = "an approximation is one of resolution, patch, patch_dropout and layers";
+        return Err(invalid(
+            fields.dict.py(),
+            &fields.path_of("resolution"),
+            message,
+        ));
+    }
+    Ok(Approximation { by })
 }
 
 fn multi_resolution(fields: &mut Fields<'_, '_>) -> PyResult<MultiResolution> {
@@ -314,6 +337,7 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         allow_untrained_fidelity: fields.or_default("allow_untrained_fidelity")?,
         probe: fields.nested("probe", probe)?,
         score_columns: fields.list("score_columns", score_column)?,
+        reference_step: fields.optional("reference_step")?,
     })
 }
 

@@ -29,7 +29,8 @@ A_PHASE = superbatch.Phase(policy="uniform", super_batch_size=8, sub_batch_size=
         (
             {"lag": 1},
             "lag",
-            "cannot be 1; give superbatch.exact(n) or superbatch.at_most(n), such as superbatch.exact(1)",
+            "cannot be 1; give superbatch.exact(n) or superbatch.at_most(n), such as "
+            "superbatch.exact(1)",
         ),
         ({"lag": "fresh"}, "lag", "superbatch.exact(1)"),
         ({"phases": A_PHASE}, "phases", "cannot be a Phase; give a list"),

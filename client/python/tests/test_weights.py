@@ -174,3 +174,17 @@ def test_a_tensor_cut_twice_in_one_dimension_is_refused_by_name():
     tensor = Sharded(torch.ones(8), [Shard(0), Shard(0)], [2, 2], (0, 0))
     with pytest.raises(superbatch.Error, match="tensor w: .*push_parts"):
         _weights.blocks({"w": tensor}, rank=0)
+
+
+# BLAKE3 of the bytes 0 to 250 over and over, as in its test vectors. The last takes three pieces.
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    [
+        (0, "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+        (102_400, "bc3e3d41a1146b069abffad3c0d44860cf664390afce4d9661f7902e7943e085"),
+        ((9 << 20) + 1, "d9f250915a87453cde78f95b91746cb2dafb69970b397186538a379b42648071"),
+    ],
+)
+def test_a_digest_is_blake3_of_all_pieces(size, digest):
+    data = numpy.resize(numpy.arange(251, dtype=numpy.uint8), size)
+    assert _weights._superbatch.blake3_of(data).hex() == digest

@@ -1,6 +1,12 @@
 //! The connection to a service, and the calls that need no open run.
-use crate::{Credentials, Error, Result, Retry, Run, error, retry};
-use std::{sync::Arc, time::Duration};
+use crate::{Credentials, Error, Result, Retry, Run, error, retry, workers::Workers};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
 use superbatch_transport::Authorized;
 use tonic::{Response, Status, transport::Endpoint};
@@ -27,6 +33,9 @@ pub struct ConnectConfig {
 /// The lower bound of [`ConnectConfig::keep_alive`]: on a slow line the answer to a ping waits
 /// behind an upload, and a shorter limit would break sound connections.
 const KEEP_ALIVE_SHORTENED_MIN: Duration = Duration::from_secs(5);
+
+/// The longest wait for a connection to a worker: the coordinator has its rows too.
+const WORKER_CONNECT_MAX: Duration = Duration::from_secs(3);
 
 impl Default for ConnectConfig {
     fn default() -> Self {
@@ -63,6 +72,7 @@ pub(crate) struct Link {
     pub retry: Retry,
     /// Longest silence of the service before a call to it breaks.
     pub silence_max: Duration,
+    pub workers: Workers,
 }
 
 impl Client {
@@ -77,6 +87,15 @@ impl Client {
     pub async fn connect_with(uri: impl AsRef<str>, config: ConnectConfig) -> Result<Self> {
         let uri = uri.as_ref();
         let (dialer, bearer) = config.credentials.clone().or_environment().open(uri)?;
+        let for_workers = config.clone();
+        let workers = Workers::new(
+            dialer.clone(),
+            config.credentials.allows_plain_workers(uri),
+            Box::new(move |endpoint| {
+                let connect_timeout = for_workers.connect_timeout.min(WORKER_CONNECT_MAX);
+                tuned(endpoint, &for_workers).connect_timeout(connect_timeout)
+            }),
+        );
         let channel = dialer
             .connect(uri, |endpoint| tuned(endpoint, &config))
             .await
@@ -97,13 +116,15 @@ impl Client {
                 uri: uri.to_owned(),
                 retry: config.retry,
                 silence_max,
+                workers,
             }),
         };
         if uri.starts_with("https:") {
             // Under TLS 1.3 a client has finished its handshake before the service checks its
             // certificate. So a refused certificate shows only at the first call, which is made
             // here.
-            client.answers().await?;
+            let answers = client.answers().await;
+            answers.map_err(|error| error.because_of(dialer.last_fault()))?;
         }
         Ok(client)
     }
@@ -163,6 +184,14 @@ impl Client {
             })
             .await?;
         Ok(response.runs)
+    }
+
+    /// Returns how many batches of runs with direct delivery came from workers, and how many from
+    /// the coordinator because a worker had failed.
+    pub fn direct_batches(&self) -> (u64, u64) {
+        let workers = &self.link.workers;
+        let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+        (count(&workers.direct), count(&workers.fallbacks))
     }
 
     /// Ends a run for all ranks: no further steps or pushes. Its receipts stay. Closing a closed

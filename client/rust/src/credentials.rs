@@ -14,9 +14,11 @@ pub struct Credentials {
     pub ca: Option<PathBuf>,
     /// PEM files of this client's own certificate and key, if the service asks for one (mTLS).
     pub cert: Option<PathBuf>,
+    /// The key of `cert`.
     pub key: Option<PathBuf>,
     /// The name in the service's certificate, if it is not the host of its address.
     pub server_name: Option<String>,
+    /// The bearer token itself.
     pub token: Option<String>,
     /// A file with the token, which may change while the client runs.
     pub token_file: Option<PathBuf>,
@@ -111,6 +113,18 @@ impl Credentials {
         }
         Ok((dialer, bearer))
     }
+
+    /// Returns whether workers of the service at `uri` may send rows without TLS from other
+    /// machines. A plain service on this machine may stand behind a process that ends TLS for it,
+    /// so it does not tell that the network is trusted.
+    pub(crate) fn allows_plain_workers(&self, uri: &str) -> bool {
+        let parsed: Option<Uri> = uri.parse().ok();
+        let is_plain_elsewhere = parsed.is_some_and(|uri| {
+            uri.scheme_str() == Some("http")
+                && uri.host().is_some_and(|host| !is_this_machine(host))
+        });
+        self.allow_insecure || is_plain_elsewhere
+    }
 }
 
 fn malformed(uri: &str) -> Error {
@@ -118,7 +132,7 @@ fn malformed(uri: &str) -> Error {
     Error::invalid("uri", format!("cannot connect to {uri:?}: {hint}"))
 }
 
-fn is_this_machine(host: &str) -> bool {
+pub(crate) fn is_this_machine(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost"
         || address
@@ -154,6 +168,27 @@ mod tests {
         assert_eq!((found.token, found.token_file), (None, Some("file".into())));
         let empty = Credentials::default().or_from_environment(|_| Some(String::new()));
         assert_eq!(empty, Credentials::default());
+    }
+
+    #[test]
+    fn plain_workers_are_trusted_as_the_coordinator_is() {
+        let credentials = Credentials::default();
+        for (uri, expected) in [
+            ("http://10.0.0.1:1", true),
+            ("https://10.0.0.1:1", false),
+            ("http://127.0.0.1:1", false),
+            ("http://localhost:1", false),
+            ("http://[::1]:1", false),
+            ("HTTPS://10.0.0.1:1", false),
+            ("", false),
+        ] {
+            assert_eq!(credentials.allows_plain_workers(uri), expected, "{uri}");
+            let trusting = Credentials {
+                allow_insecure: true,
+                ..Credentials::default()
+            };
+            assert!(trusting.allows_plain_workers(uri), "{uri}");
+        }
     }
 
     #[test]

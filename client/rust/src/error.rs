@@ -1,12 +1,14 @@
 //! Why a call of the client failed, and whether a retry can help.
 use std::{collections::HashMap, error::Error as _, time::Duration};
-use superbatch_proto::{Failure, reason_name as name, v1::Reason};
+use superbatch_proto::{Failure, RETRIED_SECONDS, reason_name as name, v1::Reason};
 use tonic::{Code, Status};
 
+/// The result of a call of the client.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a call failed, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each message says what its fields are")]
 pub enum Error {
     /// The service refused or failed the call, with its reason.
     #[error("{0}")]
@@ -57,6 +59,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// Returns the error with what broke the connection, if the error does not say that already.
+    pub(crate) fn because_of(self, fault: Option<String>) -> Self {
+        match (self, fault) {
+            (Self::Broken { uri, status }, Some(fault)) if !chain(&*status).contains(&fault) => {
+                let text = format!("{}: {fault}", chain(&*status));
+                let status = Box::new(Status::new(status.code(), text));
+                Self::Broken { uri, status }
+            }
+            (error, _) => error,
+        }
+    }
+
     /// Returns the service's reason. If it gave none, the reason nearest to the gRPC status; `None`
     /// if there was no answer.
     pub fn reason(&self) -> Option<Reason> {
@@ -113,6 +127,17 @@ impl Error {
             | Self::Corrupt { .. } => true,
             Self::Invalid { .. } | Self::GaveUp { .. } | Self::Stopped => false,
         }
+    }
+
+    /// Returns how long the service has tried again before it gave this answer.
+    pub(crate) fn retried(&self) -> Duration {
+        let seconds = match self {
+            Self::Refused(failure) => failure.metadata.get(RETRIED_SECONDS),
+            _ => None,
+        };
+        let seconds = seconds.and_then(|seconds| seconds.parse().ok());
+        let retried = seconds.map(Duration::try_from_secs_f64);
+        retried.and_then(Result::ok).unwrap_or_default()
     }
 
     /// Returns whether the call broke because the service was silent.
@@ -283,5 +308,31 @@ mod tests {
         assert_eq!(error.reason(), Some(Reason::NoWorkers));
         assert_eq!(error.reason_name(), "NO_WORKERS");
         assert_eq!(error.metadata()["run"], "r");
+    }
+
+    /// hyper's words, from hyper: a peer that accepts a connection and says nothing.
+    #[tokio::test]
+    async fn a_peer_that_answers_no_ping_is_known_as_silent() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        // The task's result holds the connection open.
+        let accepted = tokio::spawn(async move { listener.accept().await });
+        let each = Duration::from_millis(10);
+        let channel = tonic::transport::Endpoint::from_shared(uri.clone())
+            .unwrap()
+            .http2_keep_alive_interval(each)
+            .keep_alive_timeout(each)
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+        let status = health.check(tonic_health::pb::HealthCheckRequest::default());
+        let status = status.await.unwrap_err();
+        assert!(is_unanswered(&status), "{status:?}");
+        let error = Error::Broken {
+            uri,
+            status: Box::new(status),
+        };
+        assert!(error.is_silence(), "{error:?}");
+        drop(accepted.await.unwrap());
     }
 }

@@ -8,9 +8,11 @@
 //! use superbatch_client::{BatchesConfig, Client, Part};
 //!
 //! let run = Client::connect("http://127.0.0.1:50051").await?.open_run("my-run", spec).await?;
-//! let mut batches = run.batches(BatchesConfig { start_step: run.next_step(), ..BatchesConfig::default() })?;
+//! let from = BatchesConfig { start_step: run.next_step(), ..BatchesConfig::default() };
+//! let mut batches = run.batches(from)?;
 //! while let Some(batch) = batches.next().await {
-//!     let batch = batch?; // batch.record_batch: image, caption, …; batch.receipt says why these rows
+//!     // batch.record_batch: image, caption, …; batch.receipt says why these rows.
+//!     let batch = batch?;
 //!     run.push_weights(batch.step as i64, vec![Part::f32("w", &[2], &[0.5, 1.0])?]).await?;
 //! }
 //! # Ok(())
@@ -18,9 +20,10 @@
 //! ```
 //!
 //! The client resumes broken streams at the byte where they broke, checks every batch against its
-//! row count and BLAKE3, retries transient faults within bounds ([`Retry`]), requests the next
+//! row count and XXH3-128, retries transient faults within bounds ([`Retry`]), requests the next
 //! steps ahead, and cuts weights into parts with checksums. Dropping a future or a stream cancels
 //! its calls.
+#![warn(missing_docs)]
 mod batches;
 mod client;
 mod credentials;
@@ -28,12 +31,14 @@ mod error;
 mod push;
 mod retry;
 mod run;
+mod weights;
+mod workers;
 
 pub use batches::{Batch, Batches, BatchesConfig};
 pub use client::{Client, ConnectConfig};
 pub use credentials::Credentials;
 pub use error::{Error, Result};
-pub use push::{Part, Push, Pusher, Slot};
+pub use push::{Part, Push, Pusher, Slot, StoredFile};
 pub use retry::Retry;
 pub use run::Run;
 pub use superbatch_proto::{Failure, v1};

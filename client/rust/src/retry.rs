@@ -18,6 +18,7 @@ pub struct Retry {
     pub elapsed_max: Duration,
     /// Longest delay after the first failure. It doubles with each further failure.
     pub backoff_first: Duration,
+    /// Longest delay between two attempts.
     pub backoff_max: Duration,
 }
 
@@ -58,7 +59,7 @@ pub(crate) struct Attempts<'a> {
 }
 
 impl<'a> Attempts<'a> {
-    pub fn new(retry: &'a Retry, silence_max: Duration) -> Self {
+    pub(crate) fn new(retry: &'a Retry, silence_max: Duration) -> Self {
         Self {
             retry,
             silence_max,
@@ -67,12 +68,12 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    pub fn of(client: &'a Client) -> Self {
+    pub(crate) fn of(client: &'a Client) -> Self {
         Self::new(&client.link.retry, client.link.silence_max)
     }
 
     /// Notes progress: earlier failures no longer count.
-    pub fn progressed(&mut self) {
+    pub(crate) fn progressed(&mut self) {
         (self.failures, self.first) = (0, None);
     }
 
@@ -95,7 +96,10 @@ impl<'a> Attempts<'a> {
         if now - began > 2 * self.silence_max {
             self.first = None;
         }
-        self.first.get_or_insert(now - silent);
+        // The service has tried again by itself before it answered. That is part of this call's
+        // patience: if each of its answers after minutes began a new one, they would multiply.
+        let retried = error.retried().min(now - began);
+        self.first.get_or_insert(now - silent.max(retried));
         self.failures += 1;
         if !error.is_retryable() {
             return Err(error);
@@ -117,7 +121,7 @@ impl<'a> Attempts<'a> {
     /// An attempt may rightly wait long for its answer: a step may take minutes. So its own
     /// duration cannot be limited. Instead, after an attempt without an answer, the service is
     /// first asked for any answer at all, in the time that is left.
-    pub async fn wait_before_next(
+    pub(crate) async fn wait_before_next(
         &mut self,
         client: &Client,
         error: Error,
@@ -179,6 +183,7 @@ where
 mod tests {
     use super::*;
     use rand::{SeedableRng, rngs::StdRng};
+    use superbatch_proto::{Failure, RETRIED_SECONDS, v1::Reason};
     use tonic::Status;
 
     #[test]
@@ -233,6 +238,37 @@ mod tests {
         attempts.progressed();
         assert!(attempts.failed(broken(), start, late, &mut rng).is_ok());
     }
+
+    #[test]
+    fn what_the_service_tried_again_is_part_of_the_patience() {
+        let retry = Retry {
+            elapsed_max: Duration::from_secs(120),
+            ..Retry::default()
+        };
+        let mut rng = StdRng::seed_from_u64(7);
+        let start = Instant::now();
+        let failed_after = |seconds: u64, retried: &str| {
+            let failure = Failure::new(Reason::StorageUnreachable, "no answer");
+            let error = Error::Refused(Box::new(failure.with(RETRIED_SECONDS, retried)));
+            let mut attempts = Attempts::new(&retry, Duration::from_secs(20));
+            let now = start + Duration::from_secs(seconds);
+            attempts.failed(error, start, now, &mut rng.clone())
+        };
+        assert!(matches!(
+            failed_after(170, "170.0"),
+            Err(Error::GaveUp { attempts: 1, .. })
+        ));
+        // The step took long, and the store failed at its end only.
+        assert!(failed_after(600, "30.0").is_ok());
+        // What is no number, or longer than the call, says nothing more.
+        for nonsense in ["-1", "nan", "1e300", "x"] {
+            assert!(failed_after(1, nonsense).is_ok(), "{nonsense}");
+        }
+        let mut attempts = Attempts::new(&retry, Duration::from_secs(20));
+        let plain = Error::from(Status::unavailable("x"));
+        assert!(attempts.failed(plain, start, start, &mut rng).is_ok());
+    }
+
     #[test]
     fn time_counts_from_when_the_service_was_last_heard() {
         let retry = Retry {

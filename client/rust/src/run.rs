@@ -2,6 +2,7 @@
 use crate::{
     Batch, Batches, BatchesConfig, Client, Error, Part, Push, Result,
     batches::fetch::{Cursor, Fetch, Urgency},
+    client::Api,
     push::{self, announce::Pushes},
 };
 use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
@@ -66,6 +67,7 @@ impl Run {
         }
     }
 
+    /// Returns the name under which the run was opened.
     pub fn run_id(&self) -> &str {
         &self.shared.run_id
     }
@@ -96,7 +98,7 @@ impl Run {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns this rank's slice of the step's sub-batch.
+    /// Returns this rank's share of the step's sub-batch.
     ///
     /// Under [`v1::Intent::Need`] the service's deadline applies; under `Prefetch` the call waits
     /// as long as it takes.
@@ -116,6 +118,7 @@ impl Run {
             cursor: Cursor::default(),
             held: 0,
             urgency,
+            delivery: self.spec().delivery(),
         }
         .batch()
         .await
@@ -151,6 +154,10 @@ impl Run {
         self.shared.dropped.get().copied()
     }
 
+    /// Returns what the service knows of the run.
+    ///
+    /// # Errors
+    /// As the service refuses it, or if the service cannot be reached.
     pub async fn get_run(&self) -> Result<v1::RunInfo> {
         self.client.get_run(self.run_id()).await
     }
@@ -241,6 +248,21 @@ impl Run {
             // Pins the generation, since the run may be rewound between two pages.
             request.generation = whole.summary.as_ref().map(|summary| summary.generation);
         }
+    }
+
+    /// Reports the trainer's own losses of examples of `step`, by their `_superbatch_id`. They are
+    /// the score column `_superbatch_loss` of steps that are decided later. Reporting again what
+    /// was reported changes nothing.
+    pub async fn report_losses(&self, step: u64, ids: Vec<String>, losses: Vec<f32>) -> Result<()> {
+        let request = v1::ReportLossesRequest {
+            run_id: self.run_id().to_owned(),
+            generation: self.generation(),
+            step,
+            ids,
+            losses,
+        };
+        let call = |mut api: Api, request| async move { api.report_losses(request).await };
+        self.client.call(request, call).await.map(drop)
     }
 
     fn broken_stream_error(&self, status: Status) -> Error {

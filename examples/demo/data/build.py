@@ -263,7 +263,8 @@ def write_shards(records: list[dict], folder: Path) -> None:
 
 def credits() -> str:
     lines = [
-        "Pictures in these shards, by source. They were built on this machine from npm packages; do not pass them on",
+        "Pictures in these shards, by source. They were built on this machine from npm packages; "
+        "do not pass them on",
         "without reading the licences (OpenMoji is share-alike, Twemoji asks for attribution).",
         "",
     ]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +89,17 @@ def fetch(cache: Path) -> dict[str, Path]:
     ]
     if missing and shutil.which("npm") is None:
         raise DemoError(
-            "npm is missing: the demo's pictures come from npm packages. Install it (Debian: apt-get install npm) and run "
-            "`make demo` again."
+            "npm is missing: the demo's pictures come from npm packages. Install it (Debian: "
+            "apt-get install npm) and run `make demo` again."
         )
     total = sum(p.megabytes for p in missing)
     stage = Stage("fetch packages", round(total), "MB", silent=not missing)
-    for package in missing:
-        download(package, cache)
-        stage.update(round(package.megabytes), package.name)
+    # Together: a registry takes longer to answer than the bytes take to come.
+    with ThreadPoolExecutor(max_workers=len(PACKAGES)) as pool:
+        coming = {pool.submit(download, package, cache): package for package in missing}
+        for done in as_completed(coming):
+            done.result()
+            stage.update(round(coming[done].megabytes))
     stage.close()
     return {source: cache / package.archive for source, package in PACKAGES.items()}
 
@@ -114,7 +118,8 @@ def download(package: Package, cache: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise DemoError(
-            f"`npm pack {wanted}` failed; is the registry reachable? npm said:\n{done.stderr.strip()}"
+            f"`npm pack {wanted}` failed; is the registry reachable? npm "
+            f"said:\n{done.stderr.strip()}"
         )
     found = sha256(cache / package.archive)
     if found != package.sha256:

@@ -9,14 +9,14 @@ use superbatch_kernels::{Candidates, ModelEmbeddings, Rows};
 const CLUSTER: usize = 128;
 
 /// Both models' towers (learner's image and text, reference's image and text), `[B, dim]` each.
-pub struct World<T> {
+pub(crate) struct World<T> {
     pub count: usize,
     pub dim: usize,
     pub towers: [Vec<T>; 4],
 }
 
-pub const SCALES: [f64; 2] = [24.0, 30.0];
-pub const BIAS: f64 = -10.0;
+pub(crate) const SCALES: [f64; 2] = [24.0, 30.0];
+pub(crate) const BIAS: f64 = -10.0;
 
 /// A value of about unit variance for a place.
 fn noise(stream: u64, row: usize, column: usize) -> f32 {
@@ -71,7 +71,7 @@ fn tower<T: Send>(
 }
 
 impl World<f32> {
-    pub fn f32(count: usize, dim: usize) -> Self {
+    pub(crate) fn f32(count: usize, dim: usize) -> Self {
         Self {
             count,
             dim,
@@ -79,7 +79,7 @@ impl World<f32> {
         }
     }
 
-    pub fn candidates(&self) -> Candidates<'_> {
+    pub(crate) fn candidates(&self) -> Candidates<'_> {
         candidates(
             self.count,
             self.dim,
@@ -89,7 +89,7 @@ impl World<f32> {
 }
 
 impl World<f16> {
-    pub fn f16(count: usize, dim: usize) -> Self {
+    pub(crate) fn f16(count: usize, dim: usize) -> Self {
         Self {
             count,
             dim,
@@ -97,7 +97,7 @@ impl World<f16> {
         }
     }
 
-    pub fn candidates(&self) -> Candidates<'_> {
+    pub(crate) fn candidates(&self) -> Candidates<'_> {
         candidates(
             self.count,
             self.dim,

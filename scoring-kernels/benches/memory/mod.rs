@@ -35,12 +35,12 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 /// Sets the peak to what is held now, and returns that, in MiB.
-pub fn reset_peak() -> f64 {
+pub(crate) fn reset_peak() -> f64 {
     PEAK.store(HELD.load(Relaxed), Relaxed);
     peak()
 }
 
 /// The most that was held at once since then, in MiB.
-pub fn peak() -> f64 {
+pub(crate) fn peak() -> f64 {
     PEAK.load(Relaxed) as f64 / f64::from(1 << 20)
 }

@@ -12,7 +12,7 @@ use superbatch_kernels::Rows;
 /// A half-precision value, Python's `struct` format `e`.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub struct Half(f16);
+pub(crate) struct Half(f16);
 
 // SAFETY: every pattern of 16 bits is a half-precision number; size and alignment are checked by
 // PyO3.
@@ -25,7 +25,7 @@ unsafe impl Element for Half {
 
 /// The memory of one tower, `[B, dim]`. Python keeps it alive and fixed in place while this value
 /// lives.
-pub enum Tower {
+pub(crate) enum Tower {
     F32(PyBuffer<f32>),
     F16(PyBuffer<Half>),
 }
@@ -45,7 +45,7 @@ impl FromPyObject<'_, '_> for Tower {
 
 impl Tower {
     /// Returns the values, row by row.
-    pub fn rows(&self) -> PyResult<Rows<'_>> {
+    pub(crate) fn rows(&self) -> PyResult<Rows<'_>> {
         Ok(match self {
             Self::F32(buffer) => Rows::F32(values(buffer)?),
             Self::F16(buffer) => {
@@ -57,7 +57,7 @@ impl Tower {
     }
 
     /// Returns the length of a row.
-    pub fn dim(&self) -> usize {
+    pub(crate) fn dim(&self) -> usize {
         let shape = match self {
             Self::F32(buffer) => buffer.shape(),
             Self::F16(buffer) => buffer.shape(),
@@ -67,7 +67,7 @@ impl Tower {
 }
 
 /// Returns all values of a C-contiguous array, row by row.
-pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
+pub(crate) fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
     if !buffer.is_c_contiguous() {
         return Err(PyValueError::new_err("an array is not C-contiguous"));
     }
@@ -82,7 +82,7 @@ pub fn values<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
 }
 
 /// Copies numbers to the writable memory of a new NumPy array.
-pub fn memory<'py, T: Copy, const N: usize>(
+pub(crate) fn memory<'py, T: Copy, const N: usize>(
     py: Python<'py>,
     numbers: &[T],
     bytes_of: impl Fn(T) -> [u8; N],

@@ -21,7 +21,7 @@ struct Pool {
 ///
 /// Called with the GIL held, as `os.fork` is: no other thread can hold the lock in a process that
 /// forks.
-pub fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
+pub(crate) fn pool(_py: Python<'_>, threads: Option<usize>) -> PyResult<Arc<ThreadPool>> {
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     let process = process::id();
     if let Some(found) = last

@@ -5,7 +5,7 @@ use superbatch_kernels::{ModelEmbeddings, Noise, Settings, Tuning, UnknownWord};
 
 /// Image and text embeddings, scale and bias.
 #[derive(FromPyObject)]
-pub struct Model(Tower, Tower, f64, f64);
+pub(crate) struct Model(Tower, Tower, f64, f64);
 
 impl Model {
     fn view(&self) -> PyResult<ModelEmbeddings<'_>> {
@@ -23,7 +23,7 @@ impl Model {
 /// The items of the dict that `superbatch_kernels.select` makes of its arguments.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
-pub struct Request {
+pub(crate) struct Request {
     /// B.
     pub count: usize,
     learner: Option<Model>,
@@ -53,19 +53,19 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn learner(&self) -> PyResult<Option<ModelEmbeddings<'_>>> {
+    pub(crate) fn learner(&self) -> PyResult<Option<ModelEmbeddings<'_>>> {
         self.learner.as_ref().map(Model::view).transpose()
     }
 
-    pub fn reference(&self) -> PyResult<Option<ModelEmbeddings<'_>>> {
+    pub(crate) fn reference(&self) -> PyResult<Option<ModelEmbeddings<'_>>> {
         self.reference.as_ref().map(Model::view).transpose()
     }
 
-    pub fn holes(&self) -> PyResult<Vec<u32>> {
+    pub(crate) fn holes(&self) -> PyResult<Vec<u32>> {
         values(&self.holes).map(<[u32]>::to_vec)
     }
 
-    pub fn noise(&self) -> PyResult<Noise<'_>> {
+    pub(crate) fn noise(&self) -> PyResult<Noise<'_>> {
         Ok(match &self.noise {
             Some(given) => Noise::Given(values(given)?),
             None => {
@@ -85,7 +85,7 @@ impl Request {
         })
     }
 
-    pub fn settings(&self) -> PyResult<Settings> {
+    pub(crate) fn settings(&self) -> PyResult<Settings> {
         let unknown = |error: UnknownWord| PyValueError::new_err(error.to_string());
         Ok(Settings {
             policy: self.policy.parse().map_err(unknown)?,
@@ -97,7 +97,7 @@ impl Request {
         })
     }
 
-    pub fn tuning(&self) -> Tuning {
+    pub(crate) fn tuning(&self) -> Tuning {
         Tuning {
             temperature: self.temperature,
             pressure: self.pressure,

@@ -8,13 +8,13 @@ use pyo3::{
 };
 use std::iter;
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, Error, Loss, ModelEmbeddings, Noise, Policy, Rows, Selection,
-    Settings, Tuning,
+    Backend, Candidates, Criterion, Error, Loss, ModelEmbeddings, Noise, Number, Policy, Rows,
+    Selection, Settings, Tuning,
 };
 
 /// Arrays as the memory of new NumPy arrays: int64 and float64.
 #[derive(IntoPyObject)]
-pub struct Drawn<'py> {
+pub(crate) struct Drawn<'py> {
     indices: Bound<'py, PyByteArray>,
     chunks: Bound<'py, PyByteArray>,
     scores: Bound<'py, PyByteArray>,
@@ -30,7 +30,7 @@ pub struct Drawn<'py> {
 /// Draws a sub-batch by `request`. The GIL is released, so other Python threads run in the
 /// meantime.
 #[pyfunction]
-pub fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
+pub(crate) fn select(py: Python<'_>, request: Request) -> PyResult<Drawn<'_>> {
     let (settings, tuning, noise) = (request.settings()?, request.tuning(), request.noise()?);
     let (learner, reference, given) = (request.learner()?, request.reference()?, request.holes()?);
     let pool = pool(py, request.threads)?;
@@ -162,7 +162,7 @@ fn drawn<'py>(py: Python<'py>, selection: &Selection, not_finite: &[u32]) -> PyR
 
 /// Returns the names of the kernels' policies, losses and criteria.
 #[pyfunction]
-pub fn words() -> [Vec<&'static str>; 3] {
+pub(crate) fn words() -> [Vec<&'static str>; 3] {
     [
         Policy::ALL.iter().map(|word| word.as_str()).collect(),
         Loss::ALL.iter().map(|word| word.as_str()).collect(),
@@ -172,7 +172,7 @@ pub fn words() -> [Vec<&'static str>; 3] {
 
 /// Returns the kernels' defaults, by argument.
 #[pyfunction]
-pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let Settings {
         policy,
         loss,
@@ -200,10 +200,12 @@ pub fn defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 
 /// Returns the arguments that only one policy reads, each with its policy.
 #[pyfunction]
-pub fn readers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn readers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let readers = PyDict::new(py);
-    Tuning::READERS
-        .iter()
-        .try_for_each(|(name, policy)| readers.set_item(name, policy.as_str()))?;
+    for number in Number::ALL {
+        if let Some(policy) = number.reader {
+            readers.set_item(number.name, policy.as_str())?;
+        }
+    }
     Ok(readers)
 }

@@ -254,7 +254,7 @@ def test_embeddings_that_cannot_be_read_are_refused(image, kind, says):
         (
             {"policy": "independent", "temperature": 0.0},
             ValueError,
-            "temperature is 0: it must be finite and above 0",
+            "temperature is 0: it must be at least 1e-9 and at most 1e9",
         ),
         (
             {"temperature": 2.0},

@@ -92,7 +92,10 @@ def test_a_forked_process_selects_with_threads_of_its_own():
 
 
 def test_neither_libtorch_nor_the_client_is_loaded():
-    script = "import superbatch_kernels, sys; print(open('/proc/self/maps').read()); print(sorted(sys.modules))"
+    script = (
+        "import superbatch_kernels, sys; print(open('/proc/self/maps').read()); "
+        "print(sorted(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "_kernels.abi3.so" in run.stdout
     assert not [

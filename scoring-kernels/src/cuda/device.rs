@@ -34,7 +34,7 @@ struct Kernels {
 }
 
 /// A device's properties, found before anything runs on it.
-struct Found {
+struct FoundDevice {
     driver: Driver,
     handle: c_int,
     ordinal: u32,
@@ -64,7 +64,7 @@ unsafe impl Sync for Device {}
 
 // SAFETY of all calls of the driver: every pointer is to a value of the header's type that outlives
 // the call.
-impl Found {
+impl FoundDevice {
     fn new(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
         let remedy = "install NVIDIA's driver, or select on the CPU";
         let library =
@@ -157,7 +157,7 @@ impl Device {
     /// Finds the device and compiles the kernels for it. What they compute is not checked yet. A
     /// device that is refused keeps nothing.
     pub(super) fn open(libraries: &CudaLibraries, ordinal: u32) -> Result<Self> {
-        Found::new(libraries, ordinal)?.device()
+        FoundDevice::new(libraries, ordinal)?.device()
     }
 
     fn loaded(mut self, image: &[u8]) -> Result<Self> {

@@ -71,12 +71,13 @@ impl Driver {
         let mut name = null();
         // SAFETY: a string that lives as long as the library is written, or nothing.
         let known = unsafe { (self.error_name)(code, &mut name) } == 0 && !name.is_null();
-        let name = match known {
+        let name = if known {
             // SAFETY: as above.
-            true => unsafe { CStr::from_ptr(name) }
+            unsafe { CStr::from_ptr(name) }
                 .to_string_lossy()
-                .into_owned(),
-            false => "an unknown error".to_owned(),
+                .into_owned()
+        } else {
+            "an unknown error".to_owned()
         };
         let remedy = match code {
             OUT_OF_MEMORY => "free memory on the device, or select on the CPU",

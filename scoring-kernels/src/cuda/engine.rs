@@ -248,9 +248,12 @@ impl Engine for CudaEngine<'_> {
         self.stream.clear(&self.inner.sums)?;
         self.flops += self.add(&self.inner, chosen, chosen, slots)?;
         let added = self.added(&self.inner, chosen, slots)?;
-        let of = |(&index, added): (&u32, f64)| match sigmoid {
-            true => added - own_as_negative(self.problem, index),
-            false => self.own[index as usize] + added,
+        let of = |(&index, added): (&u32, f64)| {
+            if sigmoid {
+                added - own_as_negative(self.problem, index)
+            } else {
+                self.own[index as usize] + added
+            }
         };
         Ok(chosen.iter().zip(added).map(of).sum())
     }

@@ -7,6 +7,7 @@ pub(super) const OUT_OF_MEMORY: c_int = 2;
 /// Why the kernels cannot run. Nothing is drawn then; LibTorch's form of the computation may still
 /// work.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each message says what its fields are")]
 pub enum CudaError {
     /// A library is missing, or is not what its name says.
     #[error("cannot load {library}: {detail}; {remedy}")]

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 /// resolves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaLibraries {
+    /// The driver, `libcuda`.
     pub driver: PathBuf,
     /// NVRTC; the first that can be loaded is used.
     pub nvrtc: Vec<PathBuf>,
 }
 
 impl Default for CudaLibraries {
-    /// The names that the system's loader resolves, and the library through which LibTorch finds
-    /// its NVRTC.
+    /// Returns the names that the system's loader resolves, and the library through which LibTorch
+    /// finds its NVRTC.
     fn default() -> Self {
         let nvrtc = ["libnvrtc.so.13", "libnvrtc.so.12", "libcaffe2_nvrtc.so"]
             .map(PathBuf::from)

@@ -133,7 +133,7 @@ fn dots_body<V: Vector>(
     }
 }
 
-/// H rows times a panel over a shared depth, written to `out` (`first`) or added to it.
+/// Multiplies H rows by a panel over a shared depth, written to `out` (`first`) or added to it.
 #[inline(always)]
 fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32], first: bool) {
     let mut sums = [[V::splat(0.0); 2]; H];
@@ -160,7 +160,7 @@ fn group<V: Vector, const H: usize>(rows: &[f32], panel: &[f32], out: &mut [f32]
     }
 }
 
-/// 2^z for z <= 0, to 1e-7 of its value; 1e-38 if z is less than -126.
+/// Returns 2^z for z <= 0, to 1e-7 of its value; 1e-38 if z is less than -126.
 #[inline(always)]
 fn exp2_of_negative<V: Vector>(z: V) -> V {
     // 1.5 x 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
@@ -230,7 +230,7 @@ fn softplus_sums_body<V: Vector>(dots: &[f32], scale: f64, bias: f64, sums: &mut
     }
 }
 
-/// -|z|
+/// Returns -|z|.
 #[inline(always)]
 fn negative<V: Vector>(z: V) -> V {
     let zero = V::splat(0.0);

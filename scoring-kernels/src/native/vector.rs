@@ -42,14 +42,14 @@ pub(super) trait Vector: Copy {
     const LANES: usize;
 
     fn splat(value: f32) -> Self;
-    /// The first `LANES` of `values`.
+    /// Returns the first `LANES` of `values`.
     fn load(values: &[f32]) -> Self;
-    /// To the first `LANES` of `values`.
+    /// Writes to the first `LANES` of `values`.
     fn store(self, values: &mut [f32]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn max(self, other: Self) -> Self;
-    /// self x factor + term, rounded once if the instruction set can.
+    /// Returns self x factor + term, rounded once if the instruction set can.
     fn mul_add(self, factor: Self, term: Self) -> Self;
     /// self x 2^n, where `shifted` is 1.5 x 2^23 + n: n sits in its lowest bits, and is added to
     /// the exponent.

@@ -15,7 +15,7 @@ use superbatch_kernels::{CudaDevice, CudaLibraries};
 
 /// What the emulated driver does wrong (`Fault` of driver.cpp).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Fault {
+pub(crate) enum Fault {
     NoDevice = 1,
     OldDevice,
     Memory,
@@ -101,7 +101,7 @@ fn driver(stages: u32) -> &'static Path {
 }
 
 /// A device that does everything right.
-pub fn device(stages: u32) -> Option<CudaDevice> {
+pub(crate) fn device(stages: u32) -> Option<CudaDevice> {
     let nvrtc = vec![nvrtc()?];
     let libraries = CudaLibraries {
         driver: driver(stages).to_owned(),
@@ -111,13 +111,13 @@ pub fn device(stages: u32) -> Option<CudaDevice> {
 }
 
 /// A driver of its own, with memory and faults that no other test sees.
-pub struct Alone {
+pub(crate) struct Alone {
     pub libraries: CudaLibraries,
     library: Library,
 }
 
 impl Alone {
-    pub fn new(name: &str) -> Option<Self> {
+    pub(crate) fn new(name: &str) -> Option<Self> {
         let nvrtc = vec![nvrtc()?];
         let path = Path::new(env!("CARGO_TARGET_TMPDIR"))
             .join(format!("cuda-{name}-{}.so", std::process::id()));
@@ -133,7 +133,7 @@ impl Alone {
         })
     }
 
-    pub fn with(fault: Fault) -> Option<Self> {
+    pub(crate) fn with(fault: Fault) -> Option<Self> {
         let alone = Self::new(&format!("{fault:?}"))?;
         // SAFETY: the function's type in driver.cpp.
         unsafe {
@@ -146,7 +146,7 @@ impl Alone {
 
     /// Bytes taken now, the most since this was asked last, and contexts that are current, and that
     /// there are.
-    pub fn used(&self) -> (usize, usize, [c_int; 2]) {
+    pub(crate) fn used(&self) -> (usize, usize, [c_int; 2]) {
         let (mut now, mut most, mut current, mut alive) = (0, 0, 0, 0);
         // SAFETY: the function's type in driver.cpp.
         unsafe {

@@ -65,9 +65,8 @@ fn settings_out_of_range_are_named() {
         ),
     ];
     for (settings, name) in bad {
-        assert!(
-            matches!(refused(&world(), &settings), Error::SettingInvalid { setting, .. } if setting == name)
-        );
+        let error = refused(&world(), &settings);
+        assert!(matches!(error, Error::SettingInvalid { setting, .. } if setting == name));
     }
     // A scale of -1 is a logarithm that nobody exponentiated.
     for scale in [f64::INFINITY, 0.0, -1.0] {

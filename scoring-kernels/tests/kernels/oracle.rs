@@ -4,14 +4,14 @@ use superbatch_kernels::{Criterion, Loss, Policy, Settings, Tuning};
 
 type Matrix = Vec<Vec<f64>>;
 
-pub struct Oracle {
+pub(crate) struct Oracle {
     signs: Vec<f64>,
     logits: Vec<Matrix>,
     settings: Settings,
     pub tuning: Tuning,
 }
 
-pub struct Draw {
+pub(crate) struct Draw {
     pub indices: Vec<u32>,
     pub chunks: Vec<u32>,
     pub batch_score: f64,
@@ -20,7 +20,7 @@ pub struct Draw {
 }
 
 impl Oracle {
-    pub fn new(world: &World, settings: &Settings) -> Self {
+    pub(crate) fn new(world: &World, settings: &Settings) -> Self {
         let models: &[(f64, &Model)] = match settings.criterion {
             Criterion::Learnability => &[(1.0, &world.learner), (-1.0, &world.reference)],
             Criterion::Hard => &[(1.0, &world.learner)],
@@ -39,7 +39,7 @@ impl Oracle {
     }
 
     /// Score of candidate x given the drawn ones, with gain.
-    pub fn score(&self, x: usize, drawn: &[u32]) -> f64 {
+    pub(crate) fn score(&self, x: usize, drawn: &[u32]) -> f64 {
         let gain = if self.settings.loss == Loss::Softmax {
             self.settings.gain
         } else {
@@ -80,7 +80,7 @@ impl Oracle {
     }
 
     /// Mean loss of the sub-batch as one batch, by the criterion.
-    pub fn batch_score(&self, chosen: &[u32]) -> f64 {
+    pub(crate) fn batch_score(&self, chosen: &[u32]) -> f64 {
         let total = self.combine(|logits| match self.settings.loss {
             Loss::Softmax => chosen
                 .iter()
@@ -98,7 +98,7 @@ impl Oracle {
         total / chosen.len() as f64
     }
 
-    pub fn goes_by_chunks(&self) -> bool {
+    pub(crate) fn goes_by_chunks(&self) -> bool {
         matches!(
             self.settings.policy,
             Policy::Joint | Policy::JointTopK | Policy::KCenter
@@ -106,7 +106,7 @@ impl Oracle {
     }
 
     /// ln of the unnormalised chance of x, given what the chunks before drew.
-    pub fn logit(&self, world: &World, x: usize, before: &[u32]) -> f64 {
+    pub(crate) fn logit(&self, world: &World, x: usize, before: &[u32]) -> f64 {
         let offered = || (0..world.count).filter(|y| !world.holes.contains(&(*y as u32)));
         let own = |y: usize| self.score(y, &[]);
         match self.settings.policy {
@@ -125,7 +125,7 @@ impl Oracle {
         }
     }
 
-    pub fn draw(&self, world: &World) -> Draw {
+    pub(crate) fn draw(&self, world: &World) -> Draw {
         let b = self.settings.sub_batch_size;
         let parts = if self.goes_by_chunks() {
             self.settings.n_chunks.min(b)
@@ -171,7 +171,7 @@ impl Oracle {
 }
 
 /// 1 - the cosine of x's image with the nearest of those before; 0 if there are none.
-pub fn distance(model: &Model, x: usize, before: &[u32]) -> f64 {
+pub(crate) fn distance(model: &Model, x: usize, before: &[u32]) -> f64 {
     let image = |i: usize| &model.image[i * model.dim..][..model.dim];
     let cosine = |&y: &u32| -> f64 {
         image(x)

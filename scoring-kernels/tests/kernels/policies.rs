@@ -217,7 +217,8 @@ fn of_near_duplicates_one_is_left() {
         Backend::Native.select_tuned(&world.candidates(), &settings, &tuning, &world.given());
     assert!(matches!(
         refused,
-        Err(Error::TooManyLeftOut { sub_batch_size: 61, candidates: 90, holes: 0, left_out }) if left_out.total() == 30
+        Err(Error::TooManyLeftOut { sub_batch_size: 61, candidates: 90, holes: 0, left_out })
+            if left_out.total() == 30
     ));
 }
 

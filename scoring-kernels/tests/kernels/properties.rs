@@ -45,7 +45,10 @@ prop_compose! {
         let b = 1 + (fill * (count - holes.len() - 1) as f64).round() as usize;
         let policy = Policy::ALL[words.0];
         // Proportional refuses easy scores.
-        let criterion = if policy == Policy::Proportional { Criterion::Hard } else { Criterion::ALL[words.2] };
+        let criterion = match policy {
+            Policy::Proportional => Criterion::Hard,
+            _ => Criterion::ALL[words.2],
+        };
         let settings = settings(policy, Loss::ALL[words.1], criterion, b, n_chunks);
         Case { seed, count, dims, scale, bias, holes, settings }
     }
@@ -58,12 +61,14 @@ proptest! {
     fn exactly_b_of_the_offered_are_chosen_once_each(case in cases()) {
         let world = case.world();
         for backend in backends() {
-            let ours = backend.select(&world.candidates(), &case.settings, &world.given()).expect("valid");
+            let ours = backend.select(&world.candidates(), &case.settings, &world.given());
+            let ours = ours.expect("valid");
             let mut chosen = ours.indices.clone();
             chosen.sort_unstable();
             chosen.dedup();
             prop_assert_eq!(chosen.len(), case.settings.sub_batch_size);
-            prop_assert!(chosen.iter().all(|x| (*x as usize) < case.count && !case.holes.contains(x)));
+            let offered = |x: &u32| (*x as usize) < case.count && !case.holes.contains(x);
+            prop_assert!(chosen.iter().all(offered));
             prop_assert_eq!(ours.chunks.iter().sum::<u32>() as usize, chosen.len());
             prop_assert_eq!((ours.scores.len(), ours.weights.len()), (chosen.len(), chosen.len()));
             let [most, least] = [ours.chunks[0], ours.chunks[ours.chunks.len() - 1]];
@@ -77,7 +82,8 @@ proptest! {
         let world = case.world();
         let oracle = Oracle::new(&world, &settings);
         for backend in backends() {
-            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
+            let ours = backend.select(&world.candidates(), &settings, &world.given());
+            let ours = ours.expect("valid");
             let mut start = 0;
             for size in ours.chunks.iter().map(|size| *size as usize) {
                 for k in start..start + size {
@@ -119,8 +125,10 @@ proptest! {
     fn the_number_of_threads_changes_nothing(case in cases()) {
         let world = case.world();
         let draw = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            pool.install(|| Backend::Native.select(&world.candidates(), &case.settings, &world.given()).expect("valid"))
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let select =
+                || Backend::Native.select(&world.candidates(), &case.settings, &world.given());
+            pool.expect("threads").install(select).expect("valid")
         };
         let one = draw(1);
         prop_assert_eq!(&one, &draw(2));
@@ -153,7 +161,8 @@ proptest! {
         world.noise = gumbels(&mut Dice::new(1), case.count * settings.n_chunks);
         let mut batch_scores = Vec::new();
         for backend in backends() {
-            let ours = backend.select(&world.candidates(), &settings, &world.given()).expect("valid");
+            let ours = backend.select(&world.candidates(), &settings, &world.given());
+            let ours = ours.expect("valid");
             let all: Vec<Vec<u32>> = vec![(0..case.count as u32).collect()];
             prop_assert_eq!(chunk_sets(&ours.indices, &[case.count as u32]), all);
             batch_scores.push(ours.batch_score.expect("given embeddings"));

@@ -7,26 +7,26 @@ use superbatch_kernels::{
 };
 
 /// A counter-based generator, so that every test sees the same data everywhere.
-pub struct Dice {
+pub(crate) struct Dice {
     key: [u32; 2],
     count: u32,
 }
 
 impl Dice {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             key: [seed as u32, (seed >> 32) as u32],
             count: 0,
         }
     }
 
-    pub fn uniform(&mut self) -> f64 {
+    pub(crate) fn uniform(&mut self) -> f64 {
         self.count += 1;
         let block = noise::philox([self.count, 0, 0, 0xD1CE], self.key);
         (f64::from(block[0]) + 0.5) / 4_294_967_296.0
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.uniform() * n as f64) as usize
     }
 
@@ -38,7 +38,7 @@ impl Dice {
         unit((0..dim).map(|_| self.normal()).collect())
     }
 
-    pub fn shuffled(&mut self, n: usize) -> Vec<usize> {
+    pub(crate) fn shuffled(&mut self, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
         (1..n).rev().for_each(|k| order.swap(k, self.below(k + 1)));
         order
@@ -53,7 +53,7 @@ fn unit(mut row: Vec<f64>) -> Vec<f64> {
 
 /// One model's embeddings, owned.
 #[derive(Clone)]
-pub struct Model {
+pub(crate) struct Model {
     pub image: Vec<f32>,
     pub text: Vec<f32>,
     pub dim: usize,
@@ -62,7 +62,7 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn view(&self) -> ModelEmbeddings<'_> {
+    pub(crate) fn view(&self) -> ModelEmbeddings<'_> {
         let (image, text) = (Rows::F32(&self.image), Rows::F32(&self.text));
         ModelEmbeddings {
             image,
@@ -74,7 +74,7 @@ impl Model {
     }
 
     /// Row i of the result is row `order[i]`.
-    pub fn permuted(&self, order: &[usize]) -> Self {
+    pub(crate) fn permuted(&self, order: &[usize]) -> Self {
         let permute = |rows: &[f32]| {
             order
                 .iter()
@@ -91,7 +91,7 @@ impl Model {
 
 /// A super-batch with its noise.
 #[derive(Clone)]
-pub struct World {
+pub(crate) struct World {
     pub count: usize,
     pub learner: Model,
     pub reference: Model,
@@ -103,7 +103,7 @@ pub struct World {
 impl World {
     /// Clustered captions, three in ten of them mismatched, seen by a sharp reference and a
     /// blurred, narrower learner: without clusters joint and independent draws coincide.
-    pub fn new(
+    pub(crate) fn new(
         seed: u64,
         count: usize,
         dims: [usize; 2],
@@ -161,7 +161,7 @@ impl World {
     }
 
     /// With images, and texts, rounded to f16.
-    pub fn rounded(&self, [image, text]: [bool; 2]) -> Self {
+    pub(crate) fn rounded(&self, [image, text]: [bool; 2]) -> Self {
         let tower = |rounds: bool, rows: &[f32]| -> Vec<f32> {
             if rounds {
                 halves(rows).into_iter().map(f32::from).collect()
@@ -181,7 +181,7 @@ impl World {
         }
     }
 
-    pub fn candidates(&self) -> Candidates<'_> {
+    pub(crate) fn candidates(&self) -> Candidates<'_> {
         let (learner, reference) = (Some(self.learner.view()), Some(self.reference.view()));
         Candidates {
             count: self.count,
@@ -191,16 +191,16 @@ impl World {
         }
     }
 
-    pub fn given(&self) -> Noise<'_> {
+    pub(crate) fn given(&self) -> Noise<'_> {
         Noise::Given(&self.noise)
     }
 }
 
-pub fn halves(rows: &[f32]) -> Vec<f16> {
+pub(crate) fn halves(rows: &[f32]) -> Vec<f16> {
     rows.iter().map(|value| f16::from_f32(*value)).collect()
 }
 
-pub fn gumbels(dice: &mut Dice, n: usize) -> Vec<f32> {
+pub(crate) fn gumbels(dice: &mut Dice, n: usize) -> Vec<f32> {
     (0..n)
         .map(|_| -(-dice.uniform().ln()).ln() as f32)
         .collect()
@@ -217,7 +217,7 @@ fn blur(dice: &mut Dice, row: &[f64], noise: f64, dim: usize) -> Vec<f64> {
     )
 }
 
-pub fn settings(
+pub(crate) fn settings(
     policy: Policy,
     loss: Loss,
     criterion: Criterion,
@@ -236,7 +236,7 @@ pub fn settings(
 
 /// The GPU of this machine, if `SUPERBATCH_TEST_DEVICE=cuda` says that it has one: then its
 /// kernels must be usable.
-pub fn named_device() -> Option<CudaDevice> {
+pub(crate) fn named_device() -> Option<CudaDevice> {
     let named =
         std::env::var("SUPERBATCH_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"));
     let open = || {
@@ -247,7 +247,7 @@ pub fn named_device() -> Option<CudaDevice> {
 }
 
 /// The backends of this machine.
-pub fn backends() -> Vec<Backend> {
+pub(crate) fn backends() -> Vec<Backend> {
     let mut all = vec![Backend::Native];
     all.extend(named_device().map(Backend::Cuda));
     #[cfg(feature = "torch")]
@@ -261,7 +261,7 @@ pub fn backends() -> Vec<Backend> {
 }
 
 /// [`backends`], and the emulated CUDA device, which is slow.
-pub fn backends_and_emulated() -> Vec<Backend> {
+pub(crate) fn backends_and_emulated() -> Vec<Backend> {
     backends()
         .into_iter()
         .chain(emulation::device(3).map(Backend::Cuda))
@@ -269,7 +269,7 @@ pub fn backends_and_emulated() -> Vec<Backend> {
 }
 
 /// The chosen of each chunk, sorted: rounding may turn the order inside a chunk.
-pub fn chunk_sets(indices: &[u32], chunks: &[u32]) -> Vec<Vec<u32>> {
+pub(crate) fn chunk_sets(indices: &[u32], chunks: &[u32]) -> Vec<Vec<u32>> {
     let mut rest = indices;
     let take = |&size: &u32| {
         let (chunk, after) = rest.split_at(size as usize);
@@ -282,7 +282,7 @@ pub fn chunk_sets(indices: &[u32], chunks: &[u32]) -> Vec<Vec<u32>> {
 }
 
 /// The promise on scores: within 5e-4 plus a millionth of the float64 value.
-pub fn assert_close(ours: f64, exact: f64, what: &str) {
+pub(crate) fn assert_close(ours: f64, exact: f64, what: &str) {
     assert!(
         (ours - exact).abs() <= 5e-4 + 1e-6 * exact.abs(),
         "{what}: {ours} against {exact}"

@@ -33,7 +33,7 @@ impl Caller {
 
     /// # Errors
     /// `PermissionDenied` if the token is not for this run, whether or not the run exists: the
-    /// answer must not tell which runs there are.
+    /// answer must not reveal which runs exist.
     pub fn check_run(&self, run_id: &str) -> Result<()> {
         if self.may_see(run_id) {
             return Ok(());

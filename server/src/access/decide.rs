@@ -12,7 +12,7 @@ use superbatch_proto::v1::Reason;
 /// # Errors
 /// `Unauthenticated` without a valid token, `PermissionDenied` with one of other scopes. Both name
 /// the missing scope, and no run or token that exists.
-pub fn decide<'a>(
+pub(super) fn decide<'a>(
     tokens: &'a Tokens,
     shown: Option<&str>,
     need: Need,
@@ -56,7 +56,7 @@ pub fn decide<'a>(
 }
 
 /// Returns the token of a header `authorization: Bearer …`.
-pub fn bearer(header: &str) -> Option<&str> {
+pub(super) fn bearer(header: &str) -> Option<&str> {
     let (scheme, token) = header.trim().split_once(' ')?;
     let token = token.trim();
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)

@@ -16,7 +16,7 @@ const ADDRESSES_MAX: usize = 4096;
 
 /// The answer to a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub(super) enum Verdict {
     /// Answer with the cause.
     Told,
     /// Answer "wait". `first` marks the first one in this window, which alone is logged.
@@ -24,11 +24,11 @@ pub enum Verdict {
 }
 
 #[derive(Debug, Default)]
-pub struct Failures(Mutex<HashMap<IpAddr, (u32, Instant)>>);
+pub(super) struct Failures(Mutex<HashMap<IpAddr, (u32, Instant)>>);
 
 impl Failures {
     /// Notes a failure of `address` at `now`.
-    pub fn record(&self, address: IpAddr, now: Instant) -> Verdict {
+    pub(super) fn record(&self, address: IpAddr, now: Instant) -> Verdict {
         let mut known = self.0.lock().expect("no panic while held");
         if known.len() >= ADDRESSES_MAX && !known.contains_key(&address) {
             known.retain(|_, (_, since)| now.duration_since(*since) < WINDOW);

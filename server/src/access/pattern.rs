@@ -3,7 +3,7 @@
 /// Returns whether `id` fits `pattern`. It never backtracks: the first match of each middle part is
 /// as good as any later one, since only the last part must be at the end. So a pattern of many
 /// stars cannot make a call slow.
-pub fn fits(pattern: &str, id: &str) -> bool {
+pub(super) fn fits(pattern: &str, id: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = id.strip_prefix(parts.next().unwrap_or_default()) else {
         return false;

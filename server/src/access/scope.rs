@@ -50,7 +50,7 @@ impl fmt::Display for Scope {
 /// What a call has to show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// No token: the call tells only whether the process serves.
+    /// No token: the call says only whether the process serves.
     Nothing,
     /// A valid token of any scope.
     Token,
@@ -70,12 +70,17 @@ pub fn needed(path: &str) -> Need {
         ("grpc.health.v1.Health", _) => Need::Nothing,
         (service, _) if service.starts_with("grpc.reflection.") => Need::Token,
         ("superbatch.v1.WorkerService", _) => Need::Coordinator,
+        // The service itself checks the ticket of each call.
+        ("superbatch.v1.DeliveryService", "FetchTicket") => Need::Nothing,
         ("superbatch.v1.CoordinatorService", "Register") => Need::Scope(Scope::Worker),
         ("superbatch.v1.SelectionService", method) => Need::Scope(match method {
             "OpenRun" | "AppendPhases" | "Rewind" | "CloseRun" => Scope::Open,
             "SelectBatch" => Scope::Select,
-            "PushWeights" | "AnnouncePush" => Scope::Push,
-            "GetRun" | "ListRuns" | "GetReceipt" => Scope::Read,
+            "PushWeights" | "AnnouncePush" | "ReportLosses" => Scope::Push,
+            "GetRun" | "ListRuns" | "GetReceipt" | "ListWeights" => Scope::Read,
+            // It reads a whole version, and a trainer needs it.
+            "GetWeightsDigests" => Scope::Push,
+            "RollBackWeights" => Scope::Admin,
             _ => Scope::Admin,
         }),
         _ => Need::Scope(Scope::Admin),
@@ -142,6 +147,7 @@ mod tests {
                 "/superbatch.v1.CoordinatorService/Register",
                 s(Scope::Worker),
             ),
+            ("/superbatch.v1.DeliveryService/FetchTicket", Need::Nothing),
             (
                 "/superbatch.v1.SelectionService/AnnouncePush",
                 s(Scope::Push),
@@ -153,13 +159,29 @@ mod tests {
             ("/superbatch.v1.SelectionService/CloseRun", s(Scope::Open)),
             ("/superbatch.v1.SelectionService/GetReceipt", s(Scope::Read)),
             ("/superbatch.v1.SelectionService/GetRun", s(Scope::Read)),
+            (
+                "/superbatch.v1.SelectionService/GetWeightsDigests",
+                s(Scope::Push),
+            ),
             ("/superbatch.v1.SelectionService/ListRuns", s(Scope::Read)),
+            (
+                "/superbatch.v1.SelectionService/ListWeights",
+                s(Scope::Read),
+            ),
             ("/superbatch.v1.SelectionService/OpenRun", s(Scope::Open)),
             (
                 "/superbatch.v1.SelectionService/PushWeights",
                 s(Scope::Push),
             ),
+            (
+                "/superbatch.v1.SelectionService/ReportLosses",
+                s(Scope::Push),
+            ),
             ("/superbatch.v1.SelectionService/Rewind", s(Scope::Open)),
+            (
+                "/superbatch.v1.SelectionService/RollBackWeights",
+                s(Scope::Admin),
+            ),
             (
                 "/superbatch.v1.SelectionService/SelectBatch",
                 s(Scope::Select),

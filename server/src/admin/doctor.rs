@@ -7,12 +7,13 @@ use crate::{
     config::Config,
     error::{Error, Result},
     storage::{Location, Stores, nonce, probe},
-    worker::Worker,
+    worker::{Worker, inputs::model_inputs::Inputs, model::ModelFolder},
 };
 use bytes::Bytes;
 use clap::Args;
 use std::{
     net::{SocketAddr, TcpListener},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 use superbatch_proto::v1::Reason;
@@ -58,7 +59,7 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
         checks.push((format!("source {uri}"), source(&stores, uri).await));
     }
     for uri in &args.model {
-        checks.push((format!("model {uri}"), model(&stores, uri).await));
+        checks.push((format!("model {uri}"), model(config, &stores, uri).await));
     }
     report(&checks)
 }
@@ -188,15 +189,17 @@ async fn source(stores: &Stores, uri: &str) -> Result<String> {
     Ok(format!("{} objects, {gib:.3} GiB", objects.len()))
 }
 
-async fn model(stores: &Stores, uri: &str) -> Result<String> {
-    let config = stores.open_allowed(uri)?.find("config.json").await?;
-    match config {
-        Some(_) => Ok("config.json is there".into()),
-        None => {
-            let message = format!("{uri} has no config.json; give a model's folder");
-            Err(Error::new(Reason::ModelInvalid, message).with("file", "config.json"))
-        }
-    }
+async fn model(config: &Config, stores: &Stores, uri: &str) -> Result<String> {
+    let (location, modules) = (stores.open_allowed(uri)?, &config.worker.exported_modules);
+    let folder = Arc::new(ModelFolder::fetch_allowing(&location, modules).await?);
+    Inputs::of(&folder)?;
+    Ok(if folder.has_weights().await? {
+        "its files can be read, and it has weights (`superbatch inspect` checks them)".into()
+    } else {
+        "its files can be read; it has no weights, so that only a learner with first_push can be \
+         of it"
+            .into()
+    })
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use crate::{
 use clap::{Args, ValueEnum};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use superbatch_proto::v1::{
     Approximation, BlockRows, ComputeDtype, EmbeddingDtype, ModelRef, approximation::By,
 };
@@ -30,7 +33,7 @@ pub struct EmbedArgs {
     /// A model's folder with weights: a URI or a path; a run's `reference`
     #[arg(long, value_name = "URI")]
     model: String,
-    /// URIs as the run names them, in its order; may be given several times
+    /// URIs as the run names them, with or without its weights; may be given several times
     #[arg(long = "sources", value_name = "URI", required = true)]
     sources: Vec<String>,
     /// A folder to write the embeddings to as well, one Parquet file a shard: a URI or a path
@@ -42,8 +45,10 @@ pub struct EmbedArgs {
     /// The column that holds the captions, where the layout does not tell
     #[arg(long, value_name = "COLUMN")]
     caption_column: Option<String>,
-    /// The source's `where`, if the run has one: embeddings are kept by the manifest, which holds
-    /// the rows that it leaves
+    /// The source's `caption_seed`, if the run has one
+    #[arg(long, value_name = "SEED")]
+    caption_seed: Option<u64>,
+    /// The source's `where`, if the run has one: embeddings are kept by the rows that it leaves
     #[arg(long = "where", value_name = "PREDICATE")]
     predicate: Option<String>,
     /// The source's `allow`, if the run has one
@@ -59,6 +64,15 @@ pub struct EmbedArgs {
     /// model's]
     #[arg(long, value_name = "PIXELS")]
     resolution: Option<u32>,
+    /// Side of a patch in pixels, of runs that score at that approximation
+    #[arg(long, value_name = "PIXELS", conflicts_with = "resolution")]
+    patch: Option<u32>,
+    /// Share of the patches that is left out, of runs that score at that approximation
+    #[arg(long, value_name = "SHARE", conflicts_with_all = ["resolution", "patch"])]
+    patch_dropout: Option<f64>,
+    /// Layers of the image tower, of runs that score at that approximation
+    #[arg(long, value_name = "N", conflicts_with_all = ["resolution", "patch", "patch_dropout"])]
+    layers: Option<u32>,
     /// What embeddings are rounded to; a run's embedding_dtype
     #[arg(long, value_enum, default_value = "f16")]
     embedding_dtype: Width,
@@ -111,13 +125,14 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         weight: 1.0,
         image_column: args.image_column.clone(),
         caption_column: args.caption_column.clone(),
+        caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),
         allow: args.allow.clone(),
         id_column: args.id_column.clone(),
         scores: args.scores.clone(),
     });
     let requests: Vec<SourceRequest> = requests.collect();
-    let manifest = dataset::index(&stores, Some(&state), &requests).await?;
+    let manifest = Arc::new(dataset::index(&stores, Some(&state), &requests).await?);
     let asked = asked(args, manifest.save(&state).await?)?;
     let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
     let embedder = worker.embedder(asked.clone()).await?;
@@ -126,19 +141,26 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         model: embedder.digest().to_owned(),
         resolution: args.resolution,
         dtype: asked.dtype.as_str_name().to_owned(),
+        fidelity: Some(embedder.fidelity()),
+        compute_dtype: Some(embedder.compute_dtype().to_owned()),
     };
     let out = match &args.out {
         Some(out) => Some(Out::open(stores.open(&uri_of(out)?)?, &about).await?),
         None => None,
     };
     let done = embed(&manifest, &embedder, asked.dtype, out.as_ref()).await?;
-    Ok(match args.json {
-        true => format!("{}\n", done.json(&about)),
-        false => done.text(&about, state.uri(), args.out.as_deref()),
+    Ok(if args.json {
+        format!("{}\n", done.json(&about))
+    } else {
+        done.text(&about, state.uri(), args.out.as_deref())
     })
 }
 
 fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
+    let by = args.resolution.map(By::Resolution);
+    let by = by.or(args.patch.map(By::Patch));
+    let by = by.or(args.patch_dropout.map(By::PatchDropout));
+    let by = by.or(args.layers.map(By::Layers));
     Ok(Asked {
         manifest,
         model: ModelRef {
@@ -151,9 +173,7 @@ fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
             .into(),
             ..Default::default()
         },
-        approximation: args.resolution.map(|side| Approximation {
-            by: Some(By::Resolution(side)),
-        }),
+        approximation: by.map(|by| Approximation { by: Some(by) }),
         dtype: match args.embedding_dtype {
             Width::F16 => EmbeddingDtype::F16,
             Width::F32 => EmbeddingDtype::F32,
@@ -162,7 +182,7 @@ fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
     })
 }
 
-/// Shard by shard, so that a file is written once its last block is there.
+/// Embeds shard by shard, so that a file is written once its last block is there.
 async fn embed(
     manifest: &Manifest,
     embedder: &Embedder<'_>,
@@ -194,13 +214,14 @@ async fn embed(
             let mut blocks = stream::iter(blocks.collect::<Vec<_>>()).buffered(AHEAD);
             while let Some((about, embedded)) = blocks.try_next().await? {
                 done.blocks += 1;
-                done.kept += usize::from(embedded.flops == 0.0);
+                done.kept += usize::from(embedded.was_kept);
                 done.rows += u64::from(about.rows);
                 done.faults += embedded.faults.len() as u64;
                 done.flops += embedded.flops;
                 progress.at(done.rows);
                 if let Some(writer) = &mut writer {
-                    writer.push(about.first_row, about.rows, embedded)?;
+                    let (first_row, rows) = (about.first_row, about.rows);
+                    writer.push(first_row, rows, embedded).await?;
                 }
             }
             if let Some(writer) = writer {

@@ -6,7 +6,7 @@ use crate::{
     storage::{Location, Stores},
 };
 use serde_json::json;
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
 /// Indexes data sets and writes the manifest, which a run of the same sources then finds.
 #[derive(Debug, Clone, clap::Args)]
@@ -22,11 +22,15 @@ pub struct IndexArgs {
     /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,
+    /// By which one caption is drawn of each row that has a list of them [default: 0]
+    #[arg(long, value_name = "SEED")]
+    pub caption_seed: Option<u64>,
     /// Rows that are candidates: "similarity > 0.3 and language = 'en'". Columns of Parquet files,
     /// or entries of the json of a tar's samples
     #[arg(long = "where", value_name = "PREDICATE")]
     pub predicate: Option<String>,
-    /// The ids of the rows that are candidates: a .npy file of uids, as DataComp's, or Parquet files
+    /// The ids of the rows that are candidates: a .npy file of uids, as DataComp's, or Parquet
+    /// files
     #[arg(long, value_name = "URI")]
     pub allow: Option<String>,
     /// The column that holds the ids [default: uid]
@@ -49,13 +53,14 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
         weight: 1.0,
         image_column: args.image_column.clone(),
         caption_column: args.caption_column.clone(),
+        caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),
         allow: args.allow.clone(),
         id_column: args.id_column.clone(),
         scores: None,
     };
     let requests: Vec<SourceRequest> = args.sources.iter().map(request).collect();
-    let manifest = dataset::index(stores, Some(state), &requests).await?;
+    let manifest = Arc::new(dataset::index(stores, Some(state), &requests).await?);
     let digest = manifest.save(state).await?;
     if !args.json {
         return Ok(text(&digest, &manifest));
@@ -74,6 +79,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
             "flaws": flaws(source).collect::<Vec<_>>(),
             "image_column": source.layout.image_column,
             "caption_column": source.layout.caption_column,
+            "caption_seed": source.layout.caption_seed,
             "columns": source.columns,
         })
     });
@@ -123,6 +129,12 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         "  image in '{}', caption in '{}'",
         source.layout.image_column, source.layout.caption_column
     )?;
+    if let Some(seed) = source.layout.caption_seed {
+        writeln!(
+            text,
+            "  of each list of captions one, drawn by the seed {seed}"
+        )?;
+    }
     let counts: [(Count, &str, &str); 4] = [
         (
             |shard| shard.left_out,
@@ -181,6 +193,7 @@ mod tests {
             sources: vec!["memory:///data".into()],
             image_column: None,
             caption_column: None,
+            caption_seed: None,
             predicate: None,
             allow: None,
             id_column: None,

@@ -3,6 +3,7 @@ use super::{ConfigArgs, table::table};
 use crate::{
     config::Config,
     error::{Error, Result},
+    fidelity::Fidelity,
     storage::Stores,
     worker::{
         device::{Device, LoadModel, Weights},
@@ -15,8 +16,14 @@ use serde_json::json;
 use std::sync::Arc;
 use url::Url;
 
-/// Sides that are shown beside the model's own, as shares of it: those that people score at.
-const SHARES: [(usize, usize); 3] = [(3, 4), (1, 2), (1, 4)];
+/// Sides and depths that are shown beside the model's own, as shares of them: those that people
+/// score at.
+const SHARES: [(u32, u32); 3] = [(3, 4), (1, 2), (1, 4)];
+
+/// Larger patches that are shown.
+const PATCHES: usize = 2;
+/// Shares of the patches to leave out that are shown.
+const DROPPED: [f64; 2] = [0.5, 0.75];
 
 /// Reads the folder as a worker does, and writes nothing.
 #[derive(Args)]
@@ -31,7 +38,7 @@ pub struct InspectArgs {
 }
 
 /// What was read.
-struct Found {
+struct Inspected {
     folder: Arc<ModelFolder>,
     inputs: Inputs,
     /// Absent where the folder has no weights.
@@ -44,22 +51,26 @@ struct Found {
 pub async fn run(config: &Config, args: &InspectArgs) -> Result<String> {
     let uri = uri_of(&args.model)?;
     let stores = Stores::new(config.storage.clone());
-    let folder = Arc::new(ModelFolder::fetch(&stores.open(&uri)?).await?);
+    let folder =
+        ModelFolder::fetch_allowing(&stores.open(&uri)?, &config.worker.exported_modules).await?;
+    let folder = Arc::new(folder);
     let inputs = Inputs::of(&folder)?;
     let device = Device::start(&config.worker.device, config.worker.threads)?;
-    let loaded = match folder.has_weights().await? {
-        true => Some(load(&device, &folder).await?),
-        false => None,
+    let loaded = if folder.has_weights().await? {
+        Some(load(&device, &folder).await?)
+    } else {
+        None
     };
-    let found = Found {
+    let found = Inspected {
         folder,
         inputs,
         loaded,
         device: device.name().to_owned(),
     };
-    Ok(match args.json {
-        true => format!("{}\n", found.json()),
-        false => found.text(),
+    Ok(if args.json {
+        format!("{}\n", found.json())
+    } else {
+        found.text()
     })
 }
 
@@ -73,7 +84,7 @@ async fn load(device: &Device, folder: &Arc<ModelFolder>) -> Result<ModelInfo> {
     device.load(request).await
 }
 
-/// What people type: a URI, or a path.
+/// Returns the URI of what people type: a URI, or a path.
 pub(super) fn uri_of(model: &str) -> Result<String> {
     if model.contains("://") {
         return Ok(model.to_owned());
@@ -83,46 +94,47 @@ pub(super) fn uri_of(model: &str) -> Result<String> {
     Ok(Url::from_file_path(path).map_err(|()| unusable())?.into())
 }
 
-/// One size that the image tower can be run at.
-struct Side {
-    pixels: usize,
+/// One fidelity that the image tower can be run at.
+struct Choice {
+    fidelity: Fidelity,
     patches: usize,
     image: f64,
     /// Both towers, of the cost at full fidelity.
     share: f64,
 }
 
-impl Found {
+impl Inspected {
     fn config(&self) -> &ModelConfig {
         &self.folder.config
     }
 
-    /// The model's own side first, then smaller ones.
-    fn sides(&self) -> Vec<Side> {
-        let (tower, text) = (
-            flops::ImageTower::of(self.config()),
-            flops::text(self.config()),
-        );
-        let own = tower.image_size;
-        let full = flops::image(self.config());
-        let smaller = SHARES.map(|(of, whole)| own * of / whole / tower.patch_size);
-        let mut sides: Vec<usize> = smaller.map(|grid| grid * tower.patch_size).to_vec();
-        sides.retain(|side| *side > 0 && *side < own);
-        sides.dedup();
-        let side = |pixels: usize| {
-            let image = if pixels == own {
-                full
-            } else {
-                tower.flops(pixels)
-            };
-            Side {
-                pixels,
-                patches: (pixels / tower.patch_size).pow(2),
+    /// Returns full fidelity, then approximations of each kind that the tower can be run at.
+    fn choices(&self) -> Vec<Choice> {
+        let tower = flops::image_tower(self.config());
+        let text = flops::text(self.config());
+        let full = tower.flops(Fidelity::Full);
+        let (own, patch, layers) = (tower.image_size, tower.patch_size, tower.layers);
+        let sides = SHARES.map(|(of, whole)| own * of / whole / patch.max(1) * patch);
+        let patch = patch.max(1);
+        let larger = (patch + 1..=own).filter(|side| own.is_multiple_of(*side));
+        let depths = SHARES.map(|(of, whole)| layers * of / whole);
+        let mut all = vec![Fidelity::Full];
+        all.extend(sides.map(Fidelity::Resolution));
+        all.extend(larger.take(PATCHES).map(Fidelity::Patch));
+        all.extend(DROPPED.map(Fidelity::PatchDropout));
+        all.extend(depths.map(Fidelity::Layers));
+        all.retain(|fidelity| tower.refuses(*fidelity).is_none());
+        all.dedup();
+        let choice = |fidelity| {
+            let image = tower.flops(fidelity);
+            Choice {
+                fidelity,
+                patches: tower.patches(fidelity),
                 image,
                 share: (image + text) / (full + text),
             }
         };
-        std::iter::once(own).chain(sides).map(side).collect()
+        all.into_iter().map(choice).collect()
     }
 
     fn parameters(&self) -> u64 {
@@ -135,6 +147,10 @@ impl Found {
     fn text(&self) -> String {
         let config = self.config();
         let (vision, text) = (&config.vision, &config.text);
+        let patches = match vision.patch_size {
+            0 => String::new(),
+            patch => format!(" in patches of {patch}"),
+        };
         let mut lines = vec![
             ("model", self.folder.uri.clone()),
             (
@@ -148,13 +164,20 @@ impl Found {
             (
                 "image",
                 format!(
-                    "{0} x {0} pixels in patches of {1}; {2}",
+                    "{0} x {0} pixels{1}; {2}",
                     vision.image_size,
-                    vision.patch_size,
+                    patches,
                     shape(&vision.tower)
                 ),
             ),
             ("pixels", self.inputs.pixels_of()),
+            (
+                "resizing",
+                format!(
+                    "positions {}, kernel {}",
+                    config.resizes.positions, config.resizes.kernel
+                ),
+            ),
             (
                 "text",
                 format!(
@@ -171,7 +194,7 @@ impl Found {
             .iter()
             .map(|(name, value)| format!("{name:<10}{value}\n"))
             .collect();
-        told.push_str("\nFLOPs of one pair, forward, by the side that a phase may score at\n");
+        told.push_str("\nFLOPs of one pair, forward, by the fidelity that a phase may score at\n");
         told.push_str(&self.costs());
         told
     }
@@ -211,17 +234,17 @@ impl Found {
     }
 
     fn costs(&self) -> String {
-        let head = "side patches image text pair of_full";
+        let head = "fidelity patches image text pair of_full";
         let mut rows: Vec<Vec<String>> = vec![head.split(' ').map(str::to_owned).collect()];
         let text = flops::text(self.config());
-        rows.extend(self.sides().iter().map(|side| {
+        rows.extend(self.choices().iter().map(|choice| {
             vec![
-                side.pixels.to_string(),
-                side.patches.to_string(),
-                format!("{:.3e}", side.image),
+                choice.fidelity.to_string(),
+                choice.patches.to_string(),
+                format!("{:.3e}", choice.image),
                 format!("{text:.3e}"),
-                format!("{:.3e}", side.image + text),
-                format!("{:.3}", side.share),
+                format!("{:.3e}", choice.image + text),
+                format!("{:.3}", choice.share),
             ]
         }));
         table(&rows)
@@ -229,12 +252,12 @@ impl Found {
 
     fn json(&self) -> serde_json::Value {
         let config = self.config();
-        let side = |side: &Side| {
+        let choice = |choice: &Choice| {
             json!({
-                "resolution": side.pixels,
-                "patches": side.patches,
-                "image_flops": side.image,
-                "of_full": side.share,
+                "fidelity": choice.fidelity.to_string(),
+                "patches": choice.patches,
+                "image_flops": choice.image,
+                "of_full": choice.share,
             })
         };
         let info = self.loaded.as_ref();
@@ -247,6 +270,10 @@ impl Found {
                 "patch_size": config.vision.patch_size,
                 "tower": tower_json(&config.vision.tower),
                 "preprocessing": self.inputs.pixels_of(),
+                "resizes": {
+                    "positions": config.resizes.positions.to_string(),
+                    "kernel": config.resizes.kernel.to_string(),
+                },
             },
             "text": {
                 "length": config.text.max_position_embeddings,
@@ -255,7 +282,7 @@ impl Found {
                 "tokenizer": self.inputs.tokens_of(),
                 "flops": flops::text(config),
             },
-            "fidelities": self.sides().iter().map(side).collect::<Vec<_>>(),
+            "fidelities": self.choices().iter().map(choice).collect::<Vec<_>>(),
             "weights": info.map(|info| json!({
                 "digest": info.weights_digest,
                 "parameters": self.parameters(),
@@ -269,6 +296,9 @@ impl Found {
 }
 
 fn shape(tower: &Tower) -> String {
+    if tower.num_hidden_layers == 0 {
+        return "by an exported module".to_owned();
+    }
     format!(
         "{} layers of width {}, {} heads, MLP {}",
         tower.num_hidden_layers,

@@ -9,18 +9,22 @@ pub mod index;
 #[cfg(feature = "torch")]
 pub mod inspect;
 pub mod receipts;
+pub mod replay;
 pub mod runs;
 pub mod select;
+mod service;
 pub mod state;
 mod table;
 pub mod token;
 pub mod top;
+pub mod weights;
 
 use crate::{
     config::{self, Config, LogConfig, LogFormat},
     error::{Error, Result},
     logging,
     storage::{Location, Stores},
+    traces::{self, Traces},
 };
 use clap::Args;
 use std::{
@@ -29,7 +33,7 @@ use std::{
     num::NonZeroUsize,
     path::PathBuf,
 };
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// The sources of settings, for every command that has settings.
 #[derive(Debug, Clone, Default, Args)]
@@ -177,8 +181,11 @@ pub fn check_config(args: &CheckArgs) -> Result<String> {
     Ok(format!("# ok\n{yaml}"))
 }
 
-/// Starts logging to standard error.
-pub fn start_logging(config: &LogConfig) -> Result<()> {
+/// Starts logging to standard error, and `traces` if there are any.
+///
+/// # Errors
+/// `InvalidArgument` if the filter cannot be read.
+pub fn start_logging(config: &LogConfig, traces: Option<&Traces>) -> Result<()> {
     let filter = EnvFilter::try_new(logging::capped(&config.filter)).map_err(|e| {
         Error::invalid(
             "log.filter",
@@ -186,14 +193,22 @@ pub fn start_logging(config: &LogConfig) -> Result<()> {
         )
         .because(e)
     })?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    // Without traces no layer wants their spans, and none is made.
+    let untraced = format!("{}=off", traces::TARGET).parse();
+    let filter = filter.add_directive(untraced.expect("a directive"));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match config.format {
-        LogFormat::Json => builder.json().init(),
-        LogFormat::Text => builder.init(),
-    }
+    let lines = match config.format {
+        LogFormat::Json => lines.json().boxed(),
+        LogFormat::Text => lines.boxed(),
+    };
+    let lines = lines.with_filter(filter).boxed();
+    let layers: Vec<_> = [lines]
+        .into_iter()
+        .chain(traces.map(Traces::layer))
+        .collect();
+    tracing_subscriber::registry().with(layers).init();
     Ok(())
 }
 
@@ -208,8 +223,8 @@ pub fn announce(what: &str, uri: &str, metrics: Option<SocketAddr>) {
 }
 
 /// Prints the address of the run page.
-pub fn announce_page(address: SocketAddr) {
-    print_lines(&format!("superbatch run page on http://{address}\n"));
+pub fn announce_page(uri: String) {
+    print_lines(&format!("superbatch run page on {uri}\n"));
 }
 
 /// Prints lines. A failure is ignored: a service whose standard output is closed must serve all the

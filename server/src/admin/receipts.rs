@@ -8,12 +8,14 @@ use crate::{
     coordinator::{
         facts::{chain::Chain, run},
         receipts::{json, parquet::has_scores, store::Receipts},
+        runs::fork,
     },
     error::{Error, Result},
     storage::Location,
 };
 use clap::Args;
 use std::{collections::BTreeSet, num::NonZeroUsize};
+use superbatch_proto::reflect::Word;
 use superbatch_proto::v1::{LeftOut, Reason, Receipt, ReceiptSummary};
 
 /// Reads the state directly, so it works while the service is down.
@@ -41,12 +43,13 @@ pub struct ReceiptsArgs {
 pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     let location = state.below(&format!("runs/{}", args.run));
-    let Some(run::RunFacts { chain, .. }) = run::load(&location).await? else {
+    let Some(facts) = run::load(&location).await? else {
         return Err(unknown(&state, &args.run).await?);
     };
+    let receipts = fork::receipts(&state, &args.run, &facts).await?;
     let found = match args.step {
-        Some(step) => vec![one(&location, &chain, args, step).await?],
-        None => newest(&location, &chain, args.last).await?,
+        Some(step) => vec![one(&receipts, &facts.chain, args, step).await?],
+        None => newest(&receipts, &facts, args.last).await?,
     };
     if args.json {
         return Ok(found
@@ -61,29 +64,29 @@ pub async fn run(config: &Config, args: &ReceiptsArgs) -> Result<String> {
 }
 
 async fn one(
-    location: &Location,
+    receipts: &Receipts,
     chain: &Chain,
     args: &ReceiptsArgs,
     step: u64,
 ) -> Result<Receipt> {
-    let receipts = Receipts::new(location.clone());
     let asked = args.generation.unwrap_or(chain.current());
-    for generation in chain.candidates(step, asked) {
-        if let Some(receipt) = receipts.find(step, generation).await? {
-            return Ok(receipt);
-        }
+    if let Some(receipt) = receipts.find_of(chain, step, asked).await? {
+        return Ok(receipt);
     }
     let message = format!(
         "step {step} of run '{}' is not committed in generation {asked}; `superbatch runs` tells \
-        its last step and its newest \
-         generation",
+         its last step and its newest generation",
         args.run
     );
     Err(Error::new(Reason::StepNotCommitted, message))
 }
 
-async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Result<Vec<Receipt>> {
-    let receipts = Receipts::new(location.clone());
+async fn newest(
+    receipts: &Receipts,
+    facts: &run::RunFacts,
+    last: NonZeroUsize,
+) -> Result<Vec<Receipt>> {
+    let chain = &facts.chain;
     let committed = receipts.committed().await?;
     let steps: BTreeSet<u64> = committed.iter().map(|(step, _)| *step).collect();
     let mut found = Vec::new();
@@ -99,11 +102,18 @@ async fn newest(location: &Location, chain: &Chain, last: NonZeroUsize) -> Resul
             break;
         }
     }
+    // Of a fork, the steps before its own, which the other run has.
+    let fork = facts.run.fork.as_ref();
+    let forked_at = fork.map_or(0, |fork| fork.step.min(chain.kept_of(0)));
+    let missing = (last.get() - found.len()) as u64;
+    for step in (forked_at.saturating_sub(missing)..forked_at).rev() {
+        found.extend(receipts.find(step, 0).await?);
+    }
     found.reverse();
     Ok(found)
 }
 
-/// Most often the state is not the service's: it is named, and what is in it.
+/// Names the state and its runs: the usual cause is a state other than the service's.
 pub async fn unknown(state: &Location, run: &str) -> Result<Error> {
     let what = match (
         state.folders("").await?.is_empty(),
@@ -144,8 +154,8 @@ fn list(receipts: &[Receipt]) -> String {
         rows.push(vec![
             s.step.to_string(),
             s.generation.to_string(),
-            word(s.policy().as_str_name(), "POLICY_"),
-            word(s.mode().as_str_name(), "MODE_"),
+            s.policy().word(),
+            s.mode().word(),
             s.learner
                 .as_ref()
                 .map_or("-".to_owned(), |v| v.version.to_string()),
@@ -176,9 +186,7 @@ fn in_full(receipt: &Receipt) -> String {
     }
     if !receipt.bad_rows.is_empty() {
         text.push_str("\nrows that could not be used\n");
-        let reason = |row: &superbatch_proto::v1::BadRow| {
-            word(row.reason().as_str_name(), "BAD_ROW_REASON_")
-        };
+        let reason = |row: &superbatch_proto::v1::BadRow| row.reason().word();
         let bad = receipt
             .bad_rows
             .iter()
@@ -242,7 +250,7 @@ fn head(s: &ReceiptSummary) -> String {
         ),
         ("drawn by", drawn_by(s)),
         ("tuning", tuning(s)),
-        ("mode", word(s.mode().as_str_name(), "MODE_")),
+        ("mode", s.mode().word()),
         (
             "learner",
             format!(
@@ -297,9 +305,9 @@ fn head(s: &ReceiptSummary) -> String {
 fn drawn_by(s: &ReceiptSummary) -> String {
     format!(
         "{} {} {}, {} chunks, seed {}",
-        word(s.policy().as_str_name(), "POLICY_"),
-        word(s.criterion().as_str_name(), "CRITERION_"),
-        word(s.loss().as_str_name(), "LOSS_"),
+        s.policy().word(),
+        s.criterion().word(),
+        s.loss().word(),
         s.n_chunks,
         s.seed
     )
@@ -355,8 +363,4 @@ fn tuning(s: &ReceiptSummary) -> String {
         ));
     }
     text
-}
-
-fn word(name: &str, prefix: &str) -> String {
-    name.trim_start_matches(prefix).to_lowercase()
 }

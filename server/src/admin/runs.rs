@@ -4,13 +4,14 @@ use crate::{
     config::Config,
     coordinator::{
         facts::run,
-        runs::{open::summary_of_stopped, registry::stored_state},
+        runs::{fork, progress::progress, registry::stored_state},
     },
     error::Result,
     storage::Location,
 };
 use clap::Args;
 use serde_json::{Value, json};
+use superbatch_proto::reflect::Word;
 
 /// Reads the state directly, so it works while the service is down.
 #[derive(Args)]
@@ -26,7 +27,7 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     let mut runs = Vec::new();
     for id in state.folders("runs").await? {
-        if let Some(run) = describe_run(&state.below(&format!("runs/{id}")), &id).await? {
+        if let Some(run) = describe_run(&state, &id).await? {
             runs.push(run);
         }
     }
@@ -59,22 +60,25 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     Ok(table(&rows))
 }
 
-async fn describe_run(location: &Location, id: &str) -> Result<Option<Value>> {
-    let Some(facts) = run::load(location).await? else {
+async fn describe_run(state: &Location, id: &str) -> Result<Option<Value>> {
+    let location = state.below(&format!("runs/{id}"));
+    let Some(facts) = run::load(&location).await? else {
         return Ok(None);
     };
-    let (last, totals) = summary_of_stopped(location, &facts.chain, facts.spec.max_ahead).await?;
+    let receipts = fork::receipts(state, id, &facts).await?;
+    let progress = progress(&receipts, &facts.chain, facts.spec.max_ahead).await?;
+    let last = progress.last_step;
     let phase = facts.spec.phases.last();
     Ok(Some(json!({
         "run": id,
-        "state": stored_state(&facts).as_str_name().trim_start_matches("RUN_STATE_").to_lowercase(),
+        "state": stored_state(&facts).word(),
         "generation": facts.chain.current(),
         "last_step": last,
-        "scanned": last.map(|_| totals.candidates_scanned),
-        "selected": last.map(|_| totals.examples_selected),
+        "scanned": last.map(|_| progress.candidates_scanned),
+        "selected": last.map(|_| progress.examples_selected),
         "sub_batch": phase.map(|phase| phase.sub_batch_size),
         "policy": phase.map(|phase| {
-            phase.policy().as_str_name().trim_start_matches("POLICY_").to_lowercase()
+            phase.policy().word()
         }),
         "failure": facts.failure,
     })))

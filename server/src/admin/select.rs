@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use serde::Serialize;
 use std::{num::NonZeroUsize, path::PathBuf, time::Instant};
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, Loss, Noise, Policy, Selection, Settings, Tuning,
+    Backend, Candidates, Criterion, Loss, Needs, Noise, Policy, Selection, Settings, Tuning,
 };
 use superbatch_proto::v1::Reason;
 
@@ -152,9 +152,9 @@ struct Seconds {
 pub fn run(args: &SelectArgs) -> Result<String> {
     let begun = Instant::now();
     let backend = backend(args)?;
-    let pool =
+    let threads =
         rayon::ThreadPoolBuilder::new().num_threads(args.threads.map_or(0, NonZeroUsize::get));
-    let pool = pool
+    let threads = threads
         .build()
         .map_err(|error| Error::internal("cannot start threads").because(error))?;
     let super_batch = SuperBatch::read(args)?;
@@ -165,7 +165,7 @@ pub fn run(args: &SelectArgs) -> Result<String> {
     let load = begun.elapsed().as_secs_f64();
 
     let begun = Instant::now();
-    let selection = pool.install(|| super_batch.select(&backend))?;
+    let selection = threads.install(|| super_batch.select(&backend))?;
     let seconds = Seconds {
         load,
         select: begun.elapsed().as_secs_f64(),
@@ -259,20 +259,18 @@ impl SuperBatch {
         let policy = file.setting(args.policy, "policy", Policy::default())?;
         let loss = file.setting(args.loss, "loss", Loss::default())?;
         let tuning = file.tuning(&args.tuning, policy)?;
-        let optional = !policy.is_scored();
+        // A model that the criterion compares with is read if the file has it, even if this policy
+        // draws without scores: the scores are reported.
+        let needs = Needs::of(policy, Some(criterion), &tuning);
         let learner = if criterion.needs_learner() {
-            file.model("learner", loss, optional)?
+            file.model("learner", loss, !needs.learner)?
         } else {
             None
         };
-        // The reference is read if the file has it, even if the criterion does not need it:
-        // k-center and the rules use its embeddings.
-        let reference = match criterion.needs_reference() {
-            true => file.model("reference", loss, optional)?,
-            false if policy == Policy::KCenter || tuning.leaves_out() => {
-                file.model("reference", loss, true)?
-            }
-            false => None,
+        let reference = if criterion.needs_reference() || needs.reference {
+            file.model("reference", loss, !needs.reference_losses)?
+        } else {
+            None
         };
         let noise = file.noise()?;
         let models = [&learner, &reference]
@@ -299,13 +297,8 @@ impl SuperBatch {
             n_chunks: file.setting(args.n_chunks, "n_chunks", 16)?,
             gain: file.setting(args.gain, "gain", 1.0)?,
         };
-        let draws = if policy == Policy::Joint {
-            settings.n_chunks.min(settings.sub_batch_size)
-        } else {
-            1
-        };
         let noise = noise
-            .filter(|(values, _)| values.len() >= draws * count)
+            .filter(|(values, _)| values.len() >= settings.noisy_draws() * count)
             .map(|(values, _)| values);
         let seed = file.setting(args.seed, "seed", 0)?;
         Ok(Self {

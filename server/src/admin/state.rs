@@ -15,9 +15,6 @@ use clap::{Args, Subcommand};
 use std::time::SystemTime;
 use superbatch_proto::v1::Reason;
 
-/// Problems that are listed.
-const LISTED_MAX: usize = 100;
-
 #[derive(Args)]
 pub struct StateArgs {
     #[command(subcommand)]
@@ -29,8 +26,8 @@ enum Command {
     /// Read every receipt, push and weights file of a run, and verify what they say of each other
     ///
     /// Weights must have the digest that names them, the data set's manifest likewise. Receipts
-    /// must be whole, without a gap between the first and the last step, and name weights that were
-    /// published. Exits with 1 where something is wrong.
+    /// must be whole, without a gap between the first and the last step that was ever committed,
+    /// and name weights that were published. Exits with 1 if something is wrong.
     Check(OfRun),
     /// Delete what nothing needs any more
     ///
@@ -67,13 +64,13 @@ impl StateArgs {
 }
 
 /// # Errors
-/// `RunNotFound`; `InvalidArgument` where a check found something wrong, with all of it.
+/// `RunNotFound`; `InvalidArgument` if a check found something wrong, with all of it.
 pub async fn run(config: &Config, args: &StateArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     match &args.command {
         Command::Check(of) => {
             let (location, facts) = load(&state, &of.run).await?;
-            told(check::check(&state, &location, &of.run, &facts).await?)
+            report_or_fail(check::check(&state, &location, &of.run, &facts).await?)
         }
         Command::Gc(args) => {
             let (location, facts) = load(&state, &args.of.run).await?;
@@ -90,19 +87,19 @@ async fn load(state: &Location, id: &str) -> Result<(Location, RunFacts)> {
     }
 }
 
-fn told(found: check::Found) -> Result<String> {
-    let check::Found {
+fn report_or_fail(found: check::CheckResult) -> Result<String> {
+    let check::CheckResult {
         receipts,
         pushes,
         weights,
         problems,
     } = found;
     let looked_at = format!("{receipts} receipts, {pushes} pushes, {weights} weights files");
-    if problems.is_empty() {
+    if problems.count == 0 {
         return Ok(format!("ok: {looked_at}\n"));
     }
-    let beyond = problems.len().saturating_sub(LISTED_MAX);
-    let mut lines: Vec<String> = problems.into_iter().take(LISTED_MAX).collect();
+    let mut lines: Vec<String> = problems.first.into_iter().collect();
+    let beyond = problems.count - lines.len();
     if beyond > 0 {
         lines.push(format!("and {beyond} more"));
     }
@@ -112,7 +109,7 @@ fn told(found: check::Found) -> Result<String> {
 
 async fn gc(run: &Location, facts: &RunFacts, dry_run: bool) -> Result<String> {
     let stored = Stored::read(run).await?;
-    let keys = stored.unneeded(run, facts.closed, SystemTime::now());
+    let keys = stored.unneeded(facts.closed, SystemTime::now());
     let mut bytes = 0;
     for key in &keys {
         bytes += run.head(key).await?.map_or(0, |meta| meta.size);

@@ -2,7 +2,7 @@
 
 /// Formats rows as aligned text; the first row is the head. Texts that look like numbers are
 /// aligned to the right.
-pub fn table(rows: &[Vec<String>]) -> String {
+pub(super) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| {
         rows.iter()

@@ -207,9 +207,10 @@ fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
     ];
     rows.extend(tokens.tokens.iter().map(|entry| {
         let expires = entry.expires.clone().unwrap_or_else(|| "never".into());
-        let expires = match entry.is_expired(now) {
-            true => format!("{expires} (expired)"),
-            false => expires,
+        let expires = if entry.is_expired(now) {
+            format!("{expires} (expired)")
+        } else {
+            expires
         };
         vec![
             entry.name.clone(),

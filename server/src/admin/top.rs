@@ -2,17 +2,15 @@
 mod page;
 
 use self::page::{Metrics, view};
-use crate::error::{Error, Result, from_status};
+use super::service::{Client, answered, client};
+use crate::error::{Error, Result};
 use clap::Args;
 use std::{
     io::IsTerminal,
     path::PathBuf,
     time::{Duration, Instant},
 };
-use superbatch_proto::v1::{
-    ListRunsRequest, Reason, RunSummary, selection_service_client::SelectionServiceClient,
-};
-use superbatch_transport::{Authorized, Bearer, Dialer, Trust};
+use superbatch_proto::v1::{ListRunsRequest, Reason, RunSummary};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -37,7 +35,7 @@ pub struct TopArgs {
         default_value = "http://127.0.0.1:9464/metrics"
     )]
     metrics: String,
-    /// Time between two looks; rates are those of the time between
+    /// Refresh interval; rates are those of one interval
     #[arg(long, value_name = "TIME", default_value = "2s",
         value_parser = humantime::parse_duration)]
     every: Duration,
@@ -62,21 +60,8 @@ struct Look {
 /// # Errors
 /// `NoWorkers` if the service or its metrics do not answer; the service's refusals.
 pub async fn run(args: &TopArgs) -> Result<String> {
-    let dialer = Dialer::new(Trust {
-        ca: args.ca.clone(),
-        ..Trust::default()
-    });
-    let bearer = match &args.token_file {
-        Some(path) => Bearer::file(path.clone()),
-        None => Ok(Bearer::default()),
-    };
-    let bearer = bearer.map_err(|e| Error::invalid("token_file", e.to_string()))?;
-    let channel = dialer.connect_lazy(&args.address, |endpoint| endpoint);
-    let channel = channel.map_err(|e| {
-        let message = format!("{} is no http://host:port", args.address);
-        Error::invalid("address", message).because(e)
-    })?;
-    let mut client = SelectionServiceClient::new(Authorized::new(channel, bearer));
+    let (ca, token_file) = (args.ca.as_deref(), args.token_file.as_deref());
+    let mut client = client(&args.address, ca, token_file)?;
     let mut before = ask_service(&mut client, &args.metrics).await?;
     let clears = std::io::stdout().is_terminal();
     loop {
@@ -96,23 +81,13 @@ pub async fn run(args: &TopArgs) -> Result<String> {
     }
 }
 
-async fn ask_service(
-    client: &mut SelectionServiceClient<Authorized>,
-    metrics: &str,
-) -> Result<Look> {
-    let answer = tokio::time::timeout(PATIENCE, client.list_runs(ListRunsRequest {}));
-    let answer = answer
-        .await
-        .map_err(|_| Error::new(Reason::NoWorkers, "the service does not answer"))?;
-    let runs = answer
-        .map_err(|status| from_status(status, Reason::NoWorkers))?
-        .into_inner()
-        .runs;
+async fn ask_service(client: &mut Client, metrics: &str) -> Result<Look> {
+    let listed = answered(PATIENCE, client.list_runs(ListRunsRequest {})).await?;
     let page = tokio::time::timeout(PATIENCE, get(metrics)).await;
     let page = page.map_err(|_| Error::new(Reason::NoWorkers, "the metrics do not answer"))??;
     Ok(Look {
         at: Instant::now(),
-        runs,
+        runs: listed.runs,
         metrics: Metrics::parse(&page),
     })
 }

@@ -1,9 +1,24 @@
-//! The worker inside the coordinator's process: the same service on the same wire, over memory
-//! instead of a socket.
-use crate::{coordinator::workers::pool::Pool, worker::Worker};
+//! The worker inside the coordinator's process: the same service, over memory instead of a socket.
+use crate::{
+    coordinator::workers::{
+        pool::Pool,
+        worker::{Answers, Embedded, InProcess},
+    },
+    error::Result,
+    pushed::Pushed,
+    traces::stage,
+    worker::Worker,
+};
+use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use std::{io, sync::Arc};
-use superbatch_proto::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES};
+use superbatch_proto::{
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    v1::{
+        FetchRowsRequest, FetchRowsResponse, ModelRef, PrepareModelResponse, ScoreRequest,
+        ScoreResponse,
+    },
+};
 use tokio::{
     io::DuplexStream,
     sync::{mpsc, watch},
@@ -14,8 +29,34 @@ use tonic::transport::{Channel, Endpoint, Server, Uri};
 /// Bytes in flight in either direction: one part of a stream.
 const PIPE_BYTES: usize = 1 << 20;
 
-/// Serves `worker` in the background for as long as the channel is used.
-pub fn connect(worker: Worker) -> Channel {
+impl InProcess for Worker {
+    fn score(&self, requests: Answers<ScoreRequest>) -> Answers<ScoreResponse> {
+        stage!("score").in_scope(|| Box::pin(self.answer_score(requests)))
+    }
+
+    fn fetch_rows(&self, request: FetchRowsRequest) -> Answers<FetchRowsResponse> {
+        stage!("fetch_rows").in_scope(|| Box::pin(self.answer_fetch_rows(request)))
+    }
+
+    fn prepare_pushed(
+        &self,
+        model: ModelRef,
+        pushed: Pushed,
+    ) -> BoxFuture<'_, Result<PrepareModelResponse>> {
+        Box::pin(self.prepare_pushed(model, pushed))
+    }
+}
+
+/// Makes `worker` one of this process: rows and embeddings are handed over, other calls go through
+/// a channel that is served in the background for as long as it is used.
+pub(super) fn connect(worker: Worker) -> Embedded {
+    Embedded {
+        channel: channel_to(&worker),
+        calls: Arc::new(worker),
+    }
+}
+
+fn channel_to(worker: &Worker) -> Channel {
     let (accept, incoming) = mpsc::channel::<DuplexStream>(1);
     let mut server = Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -28,9 +69,8 @@ pub fn connect(worker: Worker) -> Channel {
             tracing::error!(error = %error, "the embedded worker stopped");
         }
     });
-    // The service is called over gRPC although it is in the same process. So the embedded worker
-    // and a remote one run the same code, limits and deadlines included, and a test of one is a
-    // test of both.
+    // Calls with little to carry go over gRPC although the service is in the same process. So the
+    // embedded worker and a remote one run the same code, limits and deadlines included.
     let connector = tower::service_fn(move |_: Uri| {
         let accept = accept.clone();
         async move {
@@ -50,16 +90,17 @@ pub fn connect(worker: Worker) -> Channel {
 
 /// Removes the embedded worker from the pool while its device is hung, as a worker process does by
 /// leaving.
-pub async fn keep_while_well(
+pub(super) async fn keep_while_well(
     pool: Arc<Pool>,
     mut is_well: watch::Receiver<bool>,
-    channel: Channel,
+    embedded: Embedded,
     device: String,
 ) {
     while is_well.changed().await.is_ok() {
-        match *is_well.borrow_and_update() {
-            true => pool.embed(channel.clone(), &device),
-            false => pool.let_embedded_go(),
+        if *is_well.borrow_and_update() {
+            pool.embed(embedded.clone(), &device)
+        } else {
+            pool.let_embedded_go()
         }
     }
 }
@@ -68,8 +109,30 @@ pub async fn keep_while_well(
 mod tests {
     use super::*;
     use crate::coordinator::workers::pool::Home;
+    use futures::{future, stream};
     use std::time::Duration;
     use superbatch_proto::v1::Reason;
+
+    /// A worker that is asked for nothing.
+    struct Idle;
+
+    impl InProcess for Idle {
+        fn score(&self, _requests: Answers<ScoreRequest>) -> Answers<ScoreResponse> {
+            Box::pin(stream::empty())
+        }
+
+        fn fetch_rows(&self, _request: FetchRowsRequest) -> Answers<FetchRowsResponse> {
+            Box::pin(stream::empty())
+        }
+
+        fn prepare_pushed(
+            &self,
+            _model: ModelRef,
+            _pushed: Pushed,
+        ) -> BoxFuture<'_, Result<PrepareModelResponse>> {
+            Box::pin(future::pending())
+        }
+    }
 
     #[tokio::test]
     async fn a_hung_device_leaves_the_pool_and_comes_back() {
@@ -78,14 +141,17 @@ mod tests {
             Duration::ZERO,
             Home::default(),
         ));
-        let channel = Endpoint::from_static("http://embedded").connect_lazy();
-        pool.embed(channel.clone(), "cuda:0");
+        let embedded = Embedded {
+            channel: Endpoint::from_static("http://embedded").connect_lazy(),
+            calls: Arc::new(Idle),
+        };
+        pool.embed(embedded.clone(), "cuda:0");
         for is_well in [false, true] {
             let (tell, told) = watch::channel(!is_well);
             tell.send_replace(is_well);
             // What was told before is heard still.
             drop(tell);
-            keep_while_well(pool.clone(), told, channel.clone(), "cuda:0".to_owned()).await;
+            keep_while_well(pool.clone(), told, embedded.clone(), "cuda:0".to_owned()).await;
             assert_eq!(
                 pool.one_on("cuda").await.map_err(|e| e.reason()).err(),
                 (!is_well).then_some(Reason::NoWorkers)

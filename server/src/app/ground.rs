@@ -21,14 +21,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 /// Where a process listens, and the section of the config with these settings.
-pub struct Sockets {
+pub(super) struct Sockets {
     pub section: &'static str,
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
 }
 
 /// The parts that both kinds of process need.
-pub struct Ground {
+pub(super) struct Ground {
     pub config: Config,
     pub stores: Stores,
     pub state: Location,
@@ -43,7 +43,7 @@ pub struct Ground {
 }
 
 impl Ground {
-    pub async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
+    pub(super) async fn build(config: Config, sockets: Sockets, wrap: Wrap) -> Result<Self> {
         let Sockets {
             section,
             listen,
@@ -74,7 +74,7 @@ impl Ground {
         if let Some(port) = &health {
             tracing::info!(address = %port.address(), "health_listen");
         }
-        let certificates = tls::listening(&config.tls)?;
+        let certificates = tls::listening(&config.tls, &[b"h2"])?;
         let audit = Audit::open(config.audit.file.as_deref())?;
         if !listen.ip().is_loopback() && config.allow_insecure {
             let has_tokens = config.auth.tokens_file.is_some();
@@ -97,7 +97,7 @@ impl Ground {
     }
 
     /// Returns the URI of the port for other processes.
-    pub fn uri(&self) -> String {
+    pub(super) fn uri(&self) -> String {
         let is_tls = self.certificates.is_some();
         let scheme = if is_tls { "https" } else { "http" };
         format!("{scheme}://{}", self.address)
@@ -105,7 +105,7 @@ impl Ground {
 
     /// Opens the ports. Returns the connections of the main port, and the tasks that serve the
     /// other ports until they are dropped.
-    pub fn listen<H: Health>(
+    pub(super) fn listen<H: Health>(
         self,
         shutdown: &Shutdown,
         (health, for_metrics): (HealthServer<H>, Access),
@@ -135,7 +135,7 @@ fn ignore_file_size_limit() {
     }
 }
 
-pub async fn bind(address: SocketAddr, field: &str) -> Result<TcpListener> {
+pub(super) async fn bind(address: SocketAddr, field: &str) -> Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|e| {
         let message = format!(
             "cannot listen on {address}; stop what uses that port, or set `{field}` to another"

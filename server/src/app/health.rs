@@ -1,5 +1,5 @@
 //! `grpc.health.v1.Health` on a plain port of its own, for probes that know neither TLS nor tokens.
-//! It tells whether this process serves, and nothing else.
+//! It says whether this process serves, and nothing else.
 use super::{
     listen::{self, Bounds},
     transport,
@@ -14,19 +14,19 @@ use tonic_health::{
 };
 
 /// The service name that reports SERVING as long as the process lives.
-pub const LIVENESS: &str = "liveness";
+pub(super) const LIVENESS: &str = "liveness";
 /// The service name that reports SERVING as long as the process takes calls.
-pub const READINESS: &str = "readiness";
+pub(super) const READINESS: &str = "readiness";
 /// Probes need few connections.
 const CONNECTIONS_MAX: usize = 64;
 
-pub struct Port {
+pub(super) struct Port {
     listener: TcpListener,
     address: SocketAddr,
 }
 
 impl Port {
-    pub async fn bind(address: SocketAddr) -> Result<Self> {
+    pub(super) async fn bind(address: SocketAddr) -> Result<Self> {
         let listener = super::bind(address, "health_listen").await?;
         let address = listener
             .local_addr()
@@ -34,12 +34,12 @@ impl Port {
         Ok(Self { listener, address })
     }
 
-    pub fn address(&self) -> SocketAddr {
+    pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Serves for as long as it is polled, also while the process drains.
-    pub async fn run(self, health: HealthServer<impl Health>) {
+    pub(super) async fn run(self, health: HealthServer<impl Health>) {
         let incoming = listen::incoming(self.listener, None, Bounds::of(CONNECTIONS_MAX));
         let server = transport::probes().add_service(health);
         if let Err(error) = server.serve_with_incoming(incoming).await {
@@ -48,8 +48,8 @@ impl Port {
     }
 }
 
-/// Reports that the process lives and is ready.
-pub async fn begin(health: &HealthReporter, services: &[&str]) {
+/// Reports that the process serves.
+pub(super) async fn begin(health: &HealthReporter, services: &[&str]) {
     for name in services.iter().copied().chain([LIVENESS, READINESS]) {
         health
             .set_service_status(name, ServingStatus::Serving)

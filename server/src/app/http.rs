@@ -23,12 +23,13 @@ use hyper_util::{
 use std::{future, net::SocketAddr, sync::Arc, time::Duration};
 use superbatch_proto::v1::Reason;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
     sync::Semaphore,
 };
 
 /// See [`Http::head`].
-const HEAD: Duration = Duration::from_secs(30);
+pub(super) const HEAD: Duration = Duration::from_secs(30);
 /// Connections at a time; further ones are closed. Scrapers and probes need a few.
 const CONNECTIONS_MAX: usize = 64;
 /// Largest head of a request, in bytes.
@@ -36,7 +37,7 @@ const HEAD_BYTES_MAX: usize = 16 << 10;
 /// The wait after a failure to accept, such as too many open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-pub struct Http {
+pub(super) struct Http {
     listener: TcpListener,
     address: SocketAddr,
     /// How long a request's head may take, and the wait for the next one on a connection.
@@ -44,8 +45,8 @@ pub struct Http {
 }
 
 impl Http {
-    /// `field` is the setting that holds the address.
-    pub async fn bind(address: SocketAddr, field: &str) -> Result<Self> {
+    /// Binds the port. `field` is the setting that holds the address.
+    pub(super) async fn bind(address: SocketAddr, field: &str) -> Result<Self> {
         let listener = bind(address, field).await?;
         let address = listener
             .local_addr()
@@ -57,14 +58,14 @@ impl Http {
         })
     }
 
-    pub fn address(&self) -> SocketAddr {
+    pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Serves for as long as it is polled. From `shutdown` on `/readyz` answers 503, so that load
     /// balancers send no new calls, while `/metrics` still shows the calls that are under way.
     /// `/metrics` answers callers that `access` admits.
-    pub async fn run(self, shutdown: Shutdown, access: Access) {
+    pub(super) async fn run(self, shutdown: Shutdown, access: Access) {
         let handle = metrics::install();
         let scraped = move |Extension(peer): Extension<Peer>, headers: HeaderMap| {
             let answer = match admitted(&access, peer, &headers) {
@@ -107,7 +108,12 @@ impl Http {
     }
 }
 
-async fn serve(stream: TcpStream, router: Router, head: Duration) {
+/// Serves HTTP/1.1 on one connection. `head` is how long a request's head may take, and the wait
+/// for the next one.
+pub(super) async fn serve<S>(stream: S, router: Router, head: Duration)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(head)
@@ -115,7 +121,7 @@ async fn serve(stream: TcpStream, router: Router, head: Duration) {
     let service = TowerToHyperService::new(router);
     let served = http.serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
-        tracing::debug!(%error, "a connection for metrics ended early");
+        tracing::debug!(%error, "an HTTP connection ended early");
     }
 }
 
@@ -147,6 +153,7 @@ mod tests {
     use crate::access::audit::Audit;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
         sync::oneshot,
     };
 

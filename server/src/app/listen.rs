@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::{Sleep, sleep, timeout},
@@ -26,15 +26,18 @@ use tonic::transport::server::Connected;
 const GREETING: Duration = Duration::from_secs(10);
 /// Length of the client preface, with which every HTTP/2 connection begins (RFC 9113, 3.4).
 const PREFACE_BYTES: usize = 24;
+/// How long, and for how many bytes, a connection whose handshake failed is still read.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 64 << 10;
 /// The wait after a failure to accept, such as too many open files.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// The TLS settings of new connections; `None` if they are plain.
-pub type Certificates = Option<Arc<Reloading<Arc<ServerConfig>>>>;
+pub(super) type Certificates = Option<Arc<Reloading<Arc<ServerConfig>>>>;
 
 /// Limits on connections.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
+pub(super) struct Bounds {
     /// Connections at a time: further ones are closed.
     pub most: usize,
     /// How long a TLS handshake may take, and then the first bytes of HTTP/2. Without it a caller
@@ -43,7 +46,7 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    pub fn of(most: usize) -> Self {
+    pub(super) fn of(most: usize) -> Self {
         Self {
             most,
             greeting: GREETING,
@@ -52,7 +55,7 @@ impl Bounds {
 }
 
 /// Connections that are ready for HTTP/2.
-pub fn incoming(
+pub(super) fn incoming(
     listener: TcpListener,
     certificates: Certificates,
     bounds: Bounds,
@@ -91,7 +94,7 @@ async fn accept(
             continue;
         };
         // With Nagle's algorithm a small message waits for the acknowledgement of the one before
-        // it. If the option cannot be set, the connection works all the same.
+        // it. If the option cannot be set, the connection still works.
         drop(stream.set_nodelay(true));
         // The handshake runs in a task of its own: a slow client must not hold up the clients
         // behind it.
@@ -121,9 +124,25 @@ async fn accept_tls(
         return Ok(Io::Plain(stream));
     };
     let acceptor = TlsAcceptor::from((*certificates.get()).clone());
-    let stream = timeout(within, acceptor.accept(stream)).await;
-    let stream = stream.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    Ok(Io::Tls(Box::new(stream)))
+    let handshake = acceptor.accept(stream).into_fallible();
+    match timeout(within, handshake).await {
+        Ok(Ok(stream)) => Ok(Io::Tls(Box::new(stream))),
+        Ok(Err((error, stream))) => {
+            linger(stream).await;
+            Err(error)
+        }
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Ends a connection whose handshake failed so that the client can read why. In TLS 1.3 a client
+/// sends its first request before the server has looked at its certificate. If the socket were
+/// closed with these bytes unread, the kernel would reset the connection, and the client could
+/// lose the alert that names the reason.
+async fn linger(mut stream: TcpStream) {
+    drop(stream.shutdown().await);
+    let mut unread = stream.take(LINGER_BYTES);
+    drop(timeout(LINGER, tokio::io::copy(&mut unread, &mut tokio::io::sink())).await);
 }
 
 enum Io {
@@ -132,7 +151,7 @@ enum Io {
 }
 
 /// One connection. It holds its permit for as long as it lives.
-pub struct Socket {
+pub(super) struct Socket {
     io: Io,
     address: SocketAddr,
     /// Bytes received and the deadline, until the HTTP/2 preface is complete.
@@ -169,13 +188,20 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// Returns the other end.
+    pub(super) fn peer(&self) -> Peer {
+        Peer {
+            address: Some(self.address),
+        }
+    }
+}
+
 impl Connected for Socket {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer {
-            address: Some(self.address),
-        }
+        self.peer()
     }
 }
 
@@ -258,7 +284,6 @@ impl AsyncWrite for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncReadExt;
     use tokio_stream::StreamExt;
 
     async fn listening(bounds: Bounds) -> (SocketAddr, ReceiverStream<io::Result<Socket>>) {
@@ -268,7 +293,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_says_nothing_is_let_go() {
+    async fn silent_connections_are_closed() {
         let (address, mut incoming) = listening(Bounds {
             most: 4,
             greeting: Duration::from_millis(20),

@@ -7,6 +7,7 @@ mod health;
 mod http;
 mod listen;
 mod page;
+mod replay;
 mod serve;
 mod tls;
 mod transport;
@@ -15,8 +16,13 @@ mod transport;
 mod work;
 
 use self::ground::bind;
-pub use self::{page::RunPage, serve::Serve, work::Work};
-use crate::{config::TlsConfig, error::Result, metrics};
+pub use self::{page::RunPage, replay::replayer, serve::Serve, work::Work};
+use crate::{
+    config::{Config, TlsConfig},
+    error::{Error, Result},
+    metrics,
+    traces::{self, Traces},
+};
 use futures::future::{BoxFuture, Shared};
 
 /// A future that ends when the process should end.
@@ -27,8 +33,30 @@ type Shutdown = Shared<BoxFuture<'static, ()>>;
 /// # Errors
 /// `InvalidArgument`, naming the file.
 pub fn check_tls(config: &TlsConfig) -> Result<()> {
-    tls::listening(config)?;
+    tls::listening(config, &[b"h2"])?;
     tls::dialer_towards_processes(config).map(drop)
+}
+
+/// Starts exporting traces of the service `process`; `None` if no collector is set. No connection
+/// is made before the first trace. To be called on a runtime.
+///
+/// # Errors
+/// `InvalidArgument`, with the field.
+pub fn start_traces(config: &Config, process: &'static str) -> Result<Option<Traces>> {
+    let Some(collector) = &config.traces.otlp_endpoint else {
+        return Ok(None);
+    };
+    let dialer = tls::dialer_towards_processes(&config.tls)?;
+    let channel = dialer.connect_lazy(collector, |endpoint| {
+        endpoint
+            .connect_timeout(traces::EXPORT_MAX)
+            .timeout(traces::EXPORT_MAX)
+    });
+    let channel = channel.map_err(|e| {
+        let message = format!("traces.otlp_endpoint is {collector:?}, which is no URI");
+        Error::invalid("traces.otlp_endpoint", message).because(e)
+    })?;
+    Traces::start(channel, config.traces.sample_ratio, process).map(Some)
 }
 
 fn tell_build(device: &str) {

@@ -1,19 +1,30 @@
 //! The run page: beside a coordinator, or as a process of its own on a state (`superbatch page`).
-use super::bind;
+use super::{
+    bind,
+    http::{HEAD, serve},
+    listen::{Bounds, Certificates, incoming},
+    replay::PageReplays,
+    tls,
+};
 use crate::{
+    access::{Access, audit::Audit, reload::Reloading, tokens::Tokens},
     config::Config,
     dataset::Manifest,
     error::{Error, Result},
     metrics,
-    page::{Blocks, Gate, Page},
+    page::{Blocks, Gate, Page, Replays},
     storage::{Location, Stores, Wrap, metered},
     worker::BlockReader,
 };
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
+use axum::Extension;
 use std::{net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
 
+/// Connections of readers at a time; a browser holds some six.
+const CONNECTIONS_MAX: usize = 256;
 /// Memory for blocks of data that were read to show pictures and captions.
 const BLOCKS_BYTES: usize = 128 << 20;
 
@@ -33,25 +44,64 @@ impl Blocks for DataBlocks {
     }
 }
 
-/// The run page, bound and ready to run.
+/// Returns who may call: holders of tokens, or every caller if no tokens are set.
+pub(super) fn access(config: &Config, audit: Audit) -> Result<Access> {
+    let Some(path) = config.auth.tokens_file.clone() else {
+        return Ok(Access::allow_everybody(audit));
+    };
+    let files = vec![path.clone()];
+    let tokens = Reloading::start("tokens", files, move || Tokens::read(&path))?;
+    Ok(Access::tokens(tokens, audit))
+}
+
+/// The run page, bound and not yet serving.
 pub struct RunPage {
     page: Arc<Page>,
     listener: TcpListener,
     address: SocketAddr,
+    certificates: Certificates,
+    access: Access,
 }
 
 impl RunPage {
-    pub(super) async fn bind(stores: &Stores, state: Location, listen: SocketAddr) -> Result<Self> {
+    /// Binds a page. `access` is who may look; `can_replay` says whether it computes steps again,
+    /// by the settings of a worker.
+    pub(super) async fn bind(
+        config: &Config,
+        stores: &Stores,
+        state: Location,
+        access: Access,
+        can_replay: bool,
+    ) -> Result<Self> {
+        let none = || {
+            Error::invalid(
+                "page_listen",
+                "page_listen is null; give an address such as 127.0.0.1:9465",
+            )
+        };
+        let listen = config.page_listen.ok_or_else(none)?;
         let listener = bind(listen, "page_listen").await?;
         let address = listener
             .local_addr()
             .map_err(|e| Error::internal("a bound socket has no address").because(e))?;
         let blocks = DataBlocks(BlockReader::new(stores.clone(), BLOCKS_BYTES));
-        let page = Arc::new(Page::new(state, Box::new(blocks)));
+        let replays = can_replay.then(|| -> Arc<dyn Replays> {
+            let (stores, state) = (stores.clone(), state.clone());
+            Arc::new(PageReplays::new(config.clone(), stores, state))
+        });
+        let page = Arc::new(Page::new(state, Box::new(blocks), replays));
+        // On this machine the page stays plain, for tunnels: its address has no certificate.
+        let certificates = if address.ip().is_loopback() {
+            None
+        } else {
+            tls::listening(&config.tls, &[b"http/1.1"])?
+        };
         Ok(Self {
             page,
             listener,
             address,
+            certificates,
+            access,
         })
     }
 
@@ -66,23 +116,27 @@ impl RunPage {
         let wrap: Wrap = Arc::new(metered);
         let stores = Stores::wrapped(config.storage.clone(), wrap);
         let state = stores.open(&config.state_uri()?)?;
-        let none = || {
-            Error::invalid(
-                "page_listen",
-                "page_listen is null; give an address such as 127.0.0.1:9465",
-            )
-        };
-        Self::bind(&stores, state, config.page_listen.ok_or_else(none)?).await
+        let access = access(config, Audit::default())?;
+        Self::bind(config, &stores, state, access, true).await
     }
 
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn uri(&self) -> String {
+        let scheme = if self.certificates.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        format!("{scheme}://{}", self.address)
     }
 
     /// Serves for as long as it is polled.
     pub async fn run(self) {
-        self.page
-            .serve(self.listener, Gate::new(self.address.ip()))
-            .await;
+        let router = self.page.router(Gate::new(self.address.ip(), self.access));
+        let bounds = Bounds::of(CONNECTIONS_MAX);
+        let mut connections = incoming(self.listener, self.certificates, bounds);
+        while let Some(Ok(connection)) = connections.next().await {
+            let router = router.clone().layer(Extension(connection.peer()));
+            tokio::spawn(serve(connection, router, HEAD));
+        }
     }
 }

@@ -3,12 +3,12 @@ use super::{
     Shutdown, embedded,
     ground::{Ground, Sockets},
     health, http,
-    page::RunPage,
+    page::{RunPage, access},
     tell_build, tls,
     transport::{builder, drain, drain_within, reflection},
 };
 use crate::{
-    access::{Access, audit::Audit, reload::Reloading, tokens::Tokens},
+    access::{Access, audit::Audit},
     config::{Config, CoordinatorConfig},
     coordinator::{
         facts::owner::Identity,
@@ -52,7 +52,7 @@ const SERVED: [&str; 2] = [
     CoordinatorServiceServer::<WorkerPlane>::NAME,
 ];
 
-/// A coordinator, bound and ready to run.
+/// A coordinator, bound and not yet serving.
 pub struct Serve {
     ground: Ground,
     page: Option<RunPage>,
@@ -104,9 +104,10 @@ impl Serve {
         let settings = &ground.config.coordinator;
         let pool = Arc::new(pool(&ground)?);
         metrics::begin(Process::Coordinator);
-        let device = match settings.workers_embedded {
-            true => embed(&ground, &pool)?,
-            false => "cpu".to_owned(),
+        let device = if settings.workers_embedded {
+            embed(&ground, &pool)?
+        } else {
+            "cpu".to_owned()
         };
         let selector = selector(settings, &pool, &device)?;
         tell_build(&device);
@@ -129,9 +130,9 @@ impl Serve {
             sizing: Arc::default(),
         };
         let (stores, state) = (ground.stores.clone(), ground.state.clone());
-        let page = page_of(&ground).await;
+        let access = access(&ground.config, ground.audit.clone())?;
+        let page = page_of(&ground, &access).await;
         let coordinator = Coordinator::new(deps, stores, state, identity);
-        let access = access(&ground)?;
         Ok(Self {
             ground,
             page,
@@ -140,9 +141,9 @@ impl Serve {
         })
     }
 
-    /// Returns the address of the run page, if it is served.
-    pub fn page_address(&self) -> Option<SocketAddr> {
-        self.page.as_ref().map(RunPage::address)
+    /// Returns the URI of the run page, if it is served.
+    pub fn page_uri(&self) -> Option<String> {
+        self.page.as_ref().map(RunPage::uri)
     }
 
     /// Returns the address for trainers.
@@ -180,9 +181,10 @@ impl Serve {
             .add_service(selection);
         let coordinator = self.coordinator;
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
-        let for_metrics = match self.ground.config.auth.metrics {
-            true => self.access.clone(),
-            false => Access::allow_everybody(Audit::default()),
+        let for_metrics = if self.ground.config.auth.metrics {
+            self.access.clone()
+        } else {
+            Access::allow_everybody(Audit::default())
         };
         let beside = (health_service, for_metrics);
         let (incoming, mut beside) = self.ground.listen(&shutdown, beside);
@@ -202,9 +204,10 @@ impl Serve {
 
 /// Opens the run page beside a coordinator. If it cannot be opened, that is logged: training must
 /// not fail because of the page.
-async fn page_of(ground: &Ground) -> Option<RunPage> {
-    let listen = ground.config.page_listen?;
-    let bound = RunPage::bind(&ground.stores, ground.state.clone(), listen).await;
+async fn page_of(ground: &Ground, access: &Access) -> Option<RunPage> {
+    ground.config.page_listen?;
+    let (state, access) = (ground.state.clone(), access.clone());
+    let bound = RunPage::bind(&ground.config, &ground.stores, state, access, false).await;
     bound
         .inspect_err(|error| tracing::warn!(error = error.chain(), "there is no run page"))
         .ok()
@@ -219,9 +222,9 @@ fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
         ground.state.clone(),
     )?;
     let device = worker.info().device;
-    let (well, channel) = (worker.is_well(), embedded::connect(worker));
-    pool.embed(channel.clone(), &device);
-    let kept = embedded::keep_while_well(pool.clone(), well, channel, device.clone());
+    let (well, embedded) = (worker.is_well(), embedded::connect(worker));
+    pool.embed(embedded.clone(), &device);
+    let kept = embedded::keep_while_well(pool.clone(), well, embedded, device.clone());
     tokio::spawn(kept);
     Ok(device)
 }
@@ -249,17 +252,6 @@ fn selector(
     })
 }
 
-/// Returns who may call: holders of tokens, or every caller if no tokens are set.
-fn access(ground: &Ground) -> Result<Access> {
-    let audit = ground.audit.clone();
-    let Some(path) = ground.config.auth.tokens_file.clone() else {
-        return Ok(Access::allow_everybody(audit));
-    };
-    let files = vec![path.clone()];
-    let tokens = Reloading::start("tokens", files, move || Tokens::read(&path))?;
-    Ok(Access::tokens(tokens, audit))
-}
-
 fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
     Arc::new(Limits {
         super_batch_size_max: settings.super_batch_size_max,
@@ -270,5 +262,6 @@ fn limits(settings: &CoordinatorConfig) -> Arc<Limits> {
         need_deadline_seconds: settings.need_deadline_seconds,
         snapshots_kept: settings.snapshots_kept.into(),
         passed_over_max: settings.passed_over_max,
+        ticket_life: Duration::from_secs_f64(settings.ticket_seconds),
     })
 }

@@ -15,15 +15,24 @@ use tokio_rustls::rustls::{ServerConfig, server::WebPkiClientVerifier};
 /// Returns the TLS settings of connections to this process. They are read again when a file
 /// changes. `None` if no certificate is set.
 ///
+/// `protocols` are those that callers may choose from (ALPN): `h2` of gRPC, `http/1.1` of browsers.
+///
 /// # Errors
 /// `InvalidArgument` if a file cannot be used.
-pub fn listening(config: &TlsConfig) -> Result<Certificates> {
+pub(super) fn listening(
+    config: &TlsConfig,
+    protocols: &'static [&'static [u8]],
+) -> Result<Certificates> {
     let (Some(cert), Some(key)) = (config.cert.clone(), config.key.clone()) else {
         return Ok(None);
     };
     let client_ca = config.client_ca.clone();
     let files = [Some(cert.clone()), Some(key.clone()), client_ca.clone()];
-    let build = move || build(&cert, &key, client_ca.as_ref()).map(Arc::new);
+    let build = move || -> Result<Arc<ServerConfig>> {
+        let mut built = build(&cert, &key, client_ca.as_ref())?;
+        built.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(built))
+    };
     let files = files.into_iter().flatten().collect();
     Reloading::start("certificates", files, build).map(Some)
 }
@@ -48,19 +57,17 @@ fn build(cert: &Path, key: &Path, client_ca: Option<&PathBuf>) -> Result<ServerC
     };
     let chain = certificates(cert).map_err(unusable("tls.cert"))?;
     let secret = private_key(key).map_err(unusable("tls.key"))?;
-    let mut config = builder.with_single_cert(chain, secret).map_err(|e| {
+    builder.with_single_cert(chain, secret).map_err(|e| {
         let message = format!("cannot use {} with {}", cert.display(), key.display());
         Error::invalid("tls.cert", message).because(e)
-    })?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+    })
 }
 
 /// Returns the dialer for connections to other processes.
 ///
 /// # Errors
 /// `InvalidArgument` if a file that is set cannot be used.
-pub fn dialer_towards_processes(config: &TlsConfig) -> Result<Dialer> {
+pub(super) fn dialer_towards_processes(config: &TlsConfig) -> Result<Dialer> {
     let shown = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or(other.clone());
     let dialer = Dialer::new(Trust {
         ca: config.ca.clone(),
@@ -80,7 +87,7 @@ pub fn dialer_towards_processes(config: &TlsConfig) -> Result<Dialer> {
 ///
 /// # Errors
 /// As [`towards`].
-pub fn towards_workers(config: &TlsConfig) -> Result<Dialer> {
+pub(super) fn towards_workers(config: &TlsConfig) -> Result<Dialer> {
     let dialer = dialer_towards_processes(config)?;
     Ok(match &config.worker_name {
         Some(name) => dialer.named(name),

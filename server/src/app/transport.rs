@@ -3,6 +3,7 @@
 use super::{Shutdown, health::READINESS};
 use crate::{
     access::{Access, AccessLayer},
+    bounds::CALLS_MAX,
     error::{Error, Result},
 };
 use std::{future::Future, time::Duration};
@@ -28,15 +29,16 @@ const OF_ALL: [&str; 3] = [
 ];
 
 /// Reports NOT_SERVING while the device is hung.
-pub async fn tell_health(
+pub(super) async fn tell_health(
     mut is_well: watch::Receiver<bool>,
     health: HealthReporter,
     services: &[&str],
 ) {
     while is_well.changed().await.is_ok() {
-        let serving = match *is_well.borrow_and_update() {
-            true => tonic_health::ServingStatus::Serving,
-            false => tonic_health::ServingStatus::NotServing,
+        let serving = if *is_well.borrow_and_update() {
+            tonic_health::ServingStatus::Serving
+        } else {
+            tonic_health::ServingStatus::NotServing
         };
         for name in services.iter().copied().chain(["", READINESS]) {
             health.set_service_status(name, serving).await;
@@ -44,8 +46,7 @@ pub async fn tell_health(
     }
 }
 
-/// Calls that one connection may have under way, and the largest head of a call.
-const STREAMS_MAX: u32 = 1024;
+/// The largest head of a call.
 const HEAD_BYTES_MAX: u32 = 16 << 10;
 /// After a silence of this length the peer is pinged, and after another one without an answer the
 /// connection is closed. A host that loses power closes no connection: without pings its calls
@@ -55,8 +56,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 /// Returns a server with the limits and the check of tokens.
-pub fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLayer>>> {
-    let server = bounded(STREAMS_MAX)
+pub(super) fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLayer>>> {
+    let server = bounded(CALLS_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX);
@@ -65,7 +66,7 @@ pub fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLay
 }
 
 /// Returns a server for a port that answers probes only.
-pub fn probes() -> Server {
+pub(super) fn probes() -> Server {
     bounded(16)
 }
 
@@ -92,7 +93,7 @@ fn too_large(response: Response<Body>) -> Response<Body> {
 
 /// Returns reflection for `services` and those of every process, in the versions v1 and v1alpha:
 /// older clients know only the latter.
-pub fn reflection(services: &[&str]) -> Result<Routes> {
+pub(super) fn reflection(services: &[&str]) -> Result<Routes> {
     let descriptors = || {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -112,7 +113,7 @@ pub fn reflection(services: &[&str]) -> Result<Routes> {
 
 /// Runs a shutdown in order: report NOT_SERVING, end the calls that wait, then stop accepting. The
 /// receiver gets a message when it begins.
-pub fn drain(
+pub(super) fn drain(
     shutdown: Shutdown,
     mut health: HealthReporter,
     services: &'static [&'static str],
@@ -140,7 +141,7 @@ pub fn drain(
     (drained, stopping)
 }
 
-pub async fn drain_within(
+pub(super) async fn drain_within(
     served: impl Future<Output = Result<(), tonic::transport::Error>>,
     stopping: oneshot::Receiver<()>,
     grace: Duration,

@@ -14,14 +14,19 @@ use crate::{
     worker::{Superior, Worker, keep_registered},
 };
 use futures::future::FutureExt;
-use rand::SeedableRng;
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
-use superbatch_proto::v1::{RegisterRequest, worker_service_server::WorkerServiceServer};
+use superbatch_proto::v1::{
+    RegisterRequest, delivery_service_server::DeliveryServiceServer,
+    worker_service_server::WorkerServiceServer,
+};
 use superbatch_transport::{Authorized, Bearer};
 use tokio::sync::{Notify, oneshot};
 use tonic::server::NamedService;
 
-const WORKED: [&str; 1] = [WorkerServiceServer::<Worker>::NAME];
+const WORKED: [&str; 2] = [
+    WorkerServiceServer::<Worker>::NAME,
+    DeliveryServiceServer::<Worker>::NAME,
+];
 
 /// A scoring worker, bound and ready to run.
 pub struct Work {
@@ -101,7 +106,8 @@ impl Work {
         let router = builder(&Access::require_secret(&secret))
             .add_routes(reflection(&WORKED)?)
             .add_service(health_service.clone())
-            .add_service(self.worker.service());
+            .add_service(self.worker.service())
+            .add_service(self.worker.delivery());
         let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
         let beside = (health_service, Access::allow_everybody(Audit::default()));
         let (incoming, _beside) = self.ground.listen(&shutdown, beside);
@@ -138,6 +144,7 @@ impl Work {
             state_id: ground.state_id.clone(),
             state_uri: ground.state.uri().to_owned(),
             token: secret.to_owned(),
+            ticket_key: self.worker.ticket_key(),
         };
         let bearer = match &role.token_file {
             Some(path) => Bearer::file(path.clone())
@@ -157,12 +164,10 @@ impl Work {
             uri: role.coordinator.clone(),
             channel: Authorized::new(channel, bearer),
         };
-        let rng = rand::rngs::StdRng::from_os_rng();
         Ok(keep_registered(
             coordinator,
             registration,
             self.worker.is_well(),
-            rng,
             shutdown,
         ))
     }

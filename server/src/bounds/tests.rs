@@ -2,6 +2,7 @@ use super::*;
 use crate::coordinator::{
     spec,
     trainer::ranks::check_incarnation,
+    weights::by_uri::check as check_push,
     workers::{
         pool::{Home, Pool},
         replies::{check_done, check_model, check_selected, checked_holes},
@@ -17,9 +18,10 @@ use std::{
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
     v1::{
-        Approximation, EmbedDone, FILE_DESCRIPTOR_SET, Hole, ImageTower, LearnerSpec, Phase,
-        Policy, PrepareModelResponse, Reason, ReferenceSpec, RegisterRequest, RunSpec, SelectBegin,
-        SelectResponse, Source, TensorInfo, Tuning, approximation::By, learner_spec::Initial,
+        Approximation, EmbedDone, FILE_DESCRIPTOR_SET, Hole, ImageTower, LearnerSpec,
+        MultiResolution, Phase, Policy, PrepareModelResponse, PushStart, Reason, ReferenceSpec,
+        RegisterRequest, RunSpec, SelectBegin, SelectResponse, Source, TensorInfo, Tuning,
+        approximation::By, learner_spec::Initial,
     },
 };
 
@@ -47,11 +49,18 @@ const ENUM: &str = "an enum: what it does not know is refused or means its zero"
 const FLAG: &str = "a flag";
 const KEY: &str = "a number that is compared, hashed or quoted, and counts nothing";
 const NUMBER: &str = "arithmetic alone; that it is finite is checked";
+const SIGNED: &str = "read only after the coordinator's signature was verified";
 const BYTES: &str = "no more than a message holds";
 
 /// Messages that only a coordinator or a client of the public plane makes and that no process of
 /// the service reads.
-const SENT: [&str; 28] = [
+const SENT: [&str; 36] = [
+    "ReportLossesResponse",
+    "GetWeightsDigestsResponse",
+    "KeptWeights",
+    "ListWeightsResponse",
+    "RollBackWeightsResponse",
+    "TensorDigest",
     "ProbeResult",
     "Accounts",
     "AnnouncePushResponse",
@@ -70,12 +79,14 @@ const SENT: [&str; 28] = [
     "PushWeightsResponse",
     "Receipt",
     "ReceiptSummary",
-    "RegisterResponse",
     "RewindResponse",
     "RunInfo",
     "RunSummary",
     "SelectBatchResponse",
     "SourceSpan",
+    "Ticket",
+    "TicketDone",
+    "FetchTicketResponse",
     "StageSeconds",
     "TowerFlops",
     "WeightsVersion",
@@ -123,6 +134,16 @@ fn refused(change: impl Fn(&mut RunSpec)) -> Result<()> {
 
 fn tuned(phase: usize, change: impl Fn(&mut Tuning)) -> Result<()> {
     refused(|spec| change(spec.phases[phase].tuning.get_or_insert_default()))
+}
+
+fn by_uri(change: impl Fn(&mut PushStart)) -> Result<()> {
+    let mut start = PushStart {
+        snapshot_uri: "memory:///w.safetensors".into(),
+        ..Default::default()
+    };
+    check_push(&start)?;
+    change(&mut start);
+    check_push(&start)
 }
 
 fn registered(change: impl Fn(&mut RegisterRequest)) -> Result<()> {
@@ -263,6 +284,7 @@ const FIELDS: &[(&str, How)] = &[
             refused(|s| s.stall_grace_seconds = Some(2.0 * SECONDS_MAX))
         }),
     ),
+    ("RunSpec.delivery", Free(ENUM)),
     (
         "Source.uri",
         Bound("sources[0].uri", || {
@@ -287,6 +309,7 @@ const FIELDS: &[(&str, How)] = &[
             refused(|s| s.sources[0].caption_column = long(NAME_BYTES_MAX))
         }),
     ),
+    ("Source.caption_seed", Free(KEY)),
     (
         "Source.where",
         Bound("sources[0].where", || {
@@ -391,6 +414,12 @@ const FIELDS: &[(&str, How)] = &[
     ("Phase.approximation", How::Message),
     ("Phase.multi_resolution", How::Message),
     ("Phase.allow_untrained_fidelity", Free(FLAG)),
+    (
+        "Phase.reference_step",
+        Bound("phases[0].reference_step", || {
+            refused(|s| s.phases[0].reference_step = Some(u64::MAX))
+        }),
+    ),
     ("Phase.probe", How::Message),
     (
         "FidelityProbe.every_steps",
@@ -419,6 +448,25 @@ const FIELDS: &[(&str, How)] = &[
     (
         "Approximation.resolution",
         Free("below the model's image size, or the model cannot be run at it"),
+    ),
+    (
+        "Approximation.patch",
+        Free("up to the model's image size, or the model cannot be run at it"),
+    ),
+    (
+        "Approximation.patch_dropout",
+        Bound("phases[0].approximation.patch_dropout", || {
+            refused(|s| {
+                s.phases[0].approximation = Some(Approximation {
+                    by: Some(By::PatchDropout(1e308)),
+                });
+                s.phases[0].multi_resolution = Some(MultiResolution::default());
+            })
+        }),
+    ),
+    (
+        "Approximation.layers",
+        Free("below the model's layers, or the model cannot be run at it"),
     ),
     (
         "MultiResolution.share",
@@ -598,8 +646,57 @@ const FIELDS: &[(&str, How)] = &[
         "PushStart.expected_parts",
         Tested("ids_and_parts_of_a_push_are_bounded_before_they_are_kept"),
     ),
-    ("PushStart.base_version", Free("not built yet, and refused")),
+    ("PushStart.base_version", Free(KEY)),
     ("PushStart.rank", Free(KEY)),
+    (
+        "PushStart.incarnation",
+        Bound("incarnation", || check_incarnation(&long(LABEL_BYTES_MAX))),
+    ),
+    (
+        "PushStart.snapshot_uri",
+        Bound("snapshot_uri", || {
+            by_uri(|start| start.snapshot_uri = long(URI_BYTES_MAX))
+        }),
+    ),
+    (
+        "PushStart.snapshot_blake3",
+        Bound("snapshot_blake3", || {
+            by_uri(|start| start.snapshot_blake3 = vec![0; 33].into())
+        }),
+    ),
+    (
+        "ReportLossesRequest.run_id",
+        Tested("run_ids_are_safe_object_keys"),
+    ),
+    ("ReportLossesRequest.generation", Free(KEY)),
+    ("ReportLossesRequest.step", Free(KEY)),
+    (
+        "ReportLossesRequest.ids",
+        Tested("a_report_has_one_finite_loss_of_each_example"),
+    ),
+    (
+        "ReportLossesRequest.losses",
+        Tested("a_report_has_one_finite_loss_of_each_example"),
+    ),
+    (
+        "ListWeightsRequest.run_id",
+        Tested("run_ids_are_safe_object_keys"),
+    ),
+    ("ListWeightsRequest.newest", Free("cut to VERSIONS_MAX")),
+    (
+        "GetWeightsDigestsRequest.run_id",
+        Tested("run_ids_are_safe_object_keys"),
+    ),
+    ("GetWeightsDigestsRequest.version", Free(KEY)),
+    (
+        "GetWeightsDigestsRequest.tensor_offset",
+        Free("beyond the tensors there are none; cut to them"),
+    ),
+    (
+        "RollBackWeightsRequest.run_id",
+        Tested("run_ids_are_safe_object_keys"),
+    ),
+    ("RollBackWeightsRequest.version", Free(KEY)),
     ("PartHeader.name", Tested("parts_of_a_push_are_bounded")),
     ("PartHeader.dtype", Free(ENUM)),
     (
@@ -614,7 +711,7 @@ const FIELDS: &[(&str, How)] = &[
         "PartHeader.extent",
         Free("as start; its bytes count against push_bytes_max"),
     ),
-    ("PartHeader.blake3", Free("compared")),
+    ("PartHeader.xxh3", Free("compared")),
     (
         "AnnouncePushRequest.run_id",
         Tested("run_ids_are_safe_object_keys"),
@@ -732,22 +829,65 @@ const FIELDS: &[(&str, How)] = &[
         Tested("what_a_call_names_is_bounded"),
     ),
     ("ScoreBegin.approximation", How::Message),
+    ("ScoreBegin.reference_sparse", Free(FLAG)),
     ("LearnerGo.learner", How::Message),
     (
         "ChosenRows.candidates",
         Free("at most as many as the slice has, each one of them"),
     ),
+    ("ChosenRows.form", Free(ENUM)),
+    ("FetchRowsRequest.form", Free(ENUM)),
+    (
+        "FetchRowsRequest.run_id",
+        Tested("what_a_call_for_rows_names_is_bounded"),
+    ),
+    ("FetchRowsRequest.generation", Free(KEY)),
+    ("FetchRowsRequest.step", Free(KEY)),
+    ("ScoreResponse.kept", How::Message),
+    ("FetchRowsResponse.kept", How::Message),
+    ("KeptRows.id", Free(KEY)),
+    (
+        "KeptRows.content_hashes",
+        Tested("an_answer_of_another_size_is_unsound"),
+    ),
+    (
+        "KeptRows.bytes",
+        Tested("rows_beyond_the_bound_are_not_kept"),
+    ),
+    ("FetchTicketRequest.ticket", Free(BYTES)),
+    (
+        "FetchTicketRequest.resume_offset",
+        Free("compared with the stream's bytes"),
+    ),
+    ("TicketClaims.run_id", Free(SIGNED)),
+    ("TicketClaims.generation", Free(SIGNED)),
+    ("TicketClaims.step", Free(SIGNED)),
+    ("TicketClaims.rank", Free(SIGNED)),
+    ("TicketClaims.world_size", Free(SIGNED)),
+    ("TicketClaims.kept", Free(SIGNED)),
+    ("TicketClaims.rows", Free(SIGNED)),
+    ("TicketClaims.expires_unix_ms", Free(SIGNED)),
+    (
+        "RegisterRequest.ticket_key",
+        Bound("ticket_key", || {
+            registered(|r| r.ticket_key = vec![0; 33].into())
+        }),
+    ),
     (
         "FetchRowsRequest.dataset_manifest",
-        Tested("what_a_call_names_is_bounded"),
+        Tested("what_a_call_for_rows_names_is_bounded"),
     ),
     (
         "FetchRowsRequest.blocks",
-        Tested("what_a_call_names_is_bounded"),
+        Tested("what_a_call_for_rows_names_is_bounded"),
     ),
     (
         "FetchRowsRequest.columns",
-        Tested("what_a_call_names_is_bounded"),
+        Tested("what_a_call_for_rows_names_is_bounded"),
+    ),
+    (
+        "RegisterResponse.lease_seconds",
+        Tested("a_lease_of_any_length_is_renewed"),
     ),
     ("SelectRequest.begin", How::Message),
     ("SelectRequest.embedding", How::Message),
@@ -866,8 +1006,11 @@ const FIELDS: &[(&str, How)] = &[
         "ImageTower.image_size",
         Free("compared with an approximation"),
     ),
-    ("ImageTower.patch_size", Free("a divisor, 1 where it is 0")),
-    ("ImageTower.layers", Free("not read")),
+    (
+        "ImageTower.patch_size",
+        Free("a divisor; 0 is an exported module"),
+    ),
+    ("ImageTower.layers", Free("compared with an approximation")),
     (
         "ImageTower.constant",
         Bound("image_tower.constant", || {
@@ -878,6 +1021,30 @@ const FIELDS: &[(&str, How)] = &[
         "ImageTower.per_patch",
         Bound("image_tower.per_patch", || {
             towered(|t| t.per_patch = f64::INFINITY)
+        }),
+    ),
+    (
+        "ImageTower.layer_constant",
+        Bound("image_tower.layer_constant", || {
+            towered(|t| t.layer_constant = f64::NAN)
+        }),
+    ),
+    (
+        "ImageTower.layer_per_patch",
+        Bound("image_tower.layer_per_patch", || {
+            towered(|t| t.layer_per_patch = f64::NAN)
+        }),
+    ),
+    (
+        "ImageTower.layer_per_patch_pair",
+        Bound("image_tower.layer_per_patch_pair", || {
+            towered(|t| t.layer_per_patch_pair = f64::NAN)
+        }),
+    ),
+    (
+        "ImageTower.per_pixel",
+        Bound("image_tower.per_pixel", || {
+            towered(|t| t.per_pixel = f64::NAN)
         }),
     ),
     (

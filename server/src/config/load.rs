@@ -195,7 +195,7 @@ fn wrong_value(path: &str, cause: serde_json::Error, tree: &Value, fields: &[Fie
     }
 }
 
-/// The setting in which a value is wrong: an item of a list is not a setting by itself.
+/// Returns the setting in which a value is wrong: an item of a list is not a setting by itself.
 fn setting_of<'a>(path: &'a str, fields: &[Field]) -> &'a str {
     let list = path.split('[').next().unwrap_or(path);
     if fields.iter().any(|field| field.path == list) {

@@ -8,6 +8,7 @@ mod seconds;
 mod security;
 #[cfg(test)]
 mod tests;
+mod traces;
 
 use crate::{
     error::{Error, Result},
@@ -22,6 +23,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
+pub use traces::TracesConfig;
 use url::Url;
 
 /// The form of an address to listen on.
@@ -41,7 +43,8 @@ pub struct Config {
     /// services `liveness`, `readiness` and those of the process. `null` serves it with the other
     /// services only.
     pub health_listen: Option<SocketAddr>,
-    /// Address and port of the run page (docs/page.md), over plain HTTP. `null` serves none.
+    /// Address and port of the run page (docs/page.md). If `auth.tokens_file` is set, readers need
+    /// a token with scope `read`; off loopback it uses `tls`. `null` serves none.
     pub page_listen: Option<SocketAddr>,
     /// Connections to `listen` (`worker_role.listen` of a worker) at a time. Further ones are
     /// closed.
@@ -67,6 +70,8 @@ pub struct Config {
     pub auth: AuthConfig,
     /// The log of changes and refused calls.
     pub audit: AuditConfig,
+    /// Traces of steps for an OpenTelemetry collector.
+    pub traces: TracesConfig,
     /// Logs, on standard error.
     pub log: LogConfig,
 }
@@ -88,6 +93,7 @@ impl Default for Config {
             tls: TlsConfig::default(),
             auth: AuthConfig::default(),
             audit: AuditConfig::default(),
+            traces: TracesConfig::default(),
             log: LogConfig::default(),
         }
     }
@@ -130,7 +136,8 @@ pub struct CoordinatorConfig {
     /// is read again when a rank asks for it.
     pub ready_bytes_max: u64,
     /// Most open runs in this coordinator's memory. For one more, the run that has been idle
-    /// longest is put to sleep until the next call for it.
+    /// longest is put to sleep until the next call of a trainer; calls that only read it leave it
+    /// asleep.
     pub max_runs: u32,
     /// Newest snapshots of pushed weights that are kept of each run, besides those with which its
     /// next steps are scored. A rewind that chooses anew needs the weights of its step.
@@ -138,6 +145,9 @@ pub struct CoordinatorConfig {
     /// Most candidates passed over that a step's receipt lists, never more than were chosen: those
     /// of the best own scores, and a sample of the others. 0 lists none.
     pub passed_over_max: u32,
+    /// How long a ticket for rows on a worker holds (runs with `delivery` direct), in seconds. The
+    /// clocks of coordinator and workers must differ by less.
+    pub ticket_seconds: f64,
     /// Largest super-batch that a run may ask for, in rows.
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
@@ -161,6 +171,7 @@ impl Default for CoordinatorConfig {
             max_runs: 64,
             snapshots_kept: 32,
             passed_over_max: 256,
+            ticket_seconds: 60.0,
             super_batch_size_max: 1 << 20,
             sub_batch_size_max: 1 << 17,
         }
@@ -249,6 +260,7 @@ impl Config {
             )
         })?;
         self.storage.validate()?;
+        self.traces.validate()?;
         let c = &self.coordinator;
         seconds::check(self)?;
         #[cfg(feature = "torch")]

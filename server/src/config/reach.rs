@@ -32,12 +32,12 @@ impl Config {
                 "tls.cert",
                 has_tls,
             ),
-            // The run page has neither TLS nor tokens.
+            ("page_listen", shown(self.page_listen), "tls.cert", has_tls),
             (
                 "page_listen",
                 shown(self.page_listen),
-                "allow_insecure",
-                false,
+                "auth.tokens_file",
+                has_tokens,
             ),
         ];
         let lacking = needs
@@ -120,9 +120,8 @@ impl Config {
             .find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
         if let Some((field, address, missing, _)) = nowhere {
             let message = format!(
-                "{field} is {address}, at which nobody can reach this process from elsewhere; set \
-                {missing} to the URI that \
-                 others use, such as http://host:{}",
+                "{field} is {address}, which other machines cannot reach; set {missing} to the \
+                URI that others use, such as http://host:{}",
                 address.port()
             );
             return Err(Error::invalid(missing, message));

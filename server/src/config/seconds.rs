@@ -7,11 +7,12 @@ const SECONDS_MAX: f64 = 1e9;
 
 /// # Errors
 /// `InvalidArgument`, with the `field` that is no duration.
-pub fn check(config: &Config) -> Result<()> {
+pub(super) fn check(config: &Config) -> Result<()> {
     let (c, storage) = (&config.coordinator, &config.storage);
     let seconds = [
         ("coordinator.grace_seconds", c.grace_seconds),
         ("coordinator.need_deadline_seconds", c.need_deadline_seconds),
+        ("coordinator.ticket_seconds", c.ticket_seconds),
         ("coordinator.lease_seconds", c.lease_seconds),
         (
             "coordinator.worker_silence_seconds",

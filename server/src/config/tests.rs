@@ -283,7 +283,7 @@ fn a_misspelt_variable_is_refused() {
 }
 
 #[test]
-fn nobody_gets_in_unless_the_operator_says_so() {
+fn listening_beyond_loopback_needs_tls_and_tokens() {
     for (yaml, field) in [
         ("listen: 0.0.0.0:50051", "listen"),
         ("listen: '[::]:50051'", "listen"),

@@ -1,32 +1,36 @@
 //! The gRPC methods of the coordinator, a few lines each.
+mod receipts;
+mod weights;
+
 use super::{
     receipts::page::page,
-    runs::{registry::Coordinator, run::Run},
-    serve::{output, ready::Ready, share},
+    runs::registry::Coordinator,
+    step::batch::{Batch, batch},
     trainer::ranks::check_incarnation,
     weights::member::read_start,
 };
 use crate::{
     access::Caller,
     error::{Error, Result},
-    ipc, metrics,
+    metrics,
 };
-use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use serde_json::{Value, json};
 use std::{pin::Pin, sync::Arc};
 use superbatch_proto::v1::{
     AnnouncePushRequest, AnnouncePushResponse, AppendPhasesRequest, AppendPhasesResponse,
-    BatchHeader, BatchTrailer, CloseRunRequest, CloseRunResponse, Delivery, GetReceiptRequest,
-    GetReceiptResponse, GetRunRequest, GetRunResponse, Intent, ListRunsRequest, ListRunsResponse,
-    OpenRunRequest, OpenRunResponse, PushStart, PushWeightsRequest, PushWeightsResponse, Reason,
-    Receipt, RegisterRequest, RegisterResponse, RewindMode, RewindRequest, RewindResponse,
-    SelectBatchRequest, SelectBatchResponse, WeightsVersion,
+    CloseRunRequest, CloseRunResponse, GetReceiptRequest, GetReceiptResponse, GetRunRequest,
+    GetRunResponse, GetWeightsDigestsRequest, GetWeightsDigestsResponse, ListRunsRequest,
+    ListRunsResponse, ListWeightsRequest, ListWeightsResponse, OpenRunRequest, OpenRunResponse,
+    PushWeightsRequest, PushWeightsResponse, RegisterRequest, RegisterResponse,
+    ReportLossesRequest, ReportLossesResponse, RewindMode, RewindRequest, RewindResponse,
+    RollBackWeightsRequest, RollBackWeightsResponse, SelectBatchRequest, SelectBatchResponse,
     coordinator_service_server::CoordinatorService, select_batch_response::Message,
     selection_service_server::SelectionService,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Span;
 
 /// Serves trainers and operators.
 #[derive(Clone)]
@@ -63,6 +67,9 @@ impl SelectionService for Selection {
         let (caller, request) = (Caller::of(&request)?, request.into_inner());
         let run_id = request.run_id.clone();
         caller.check_run(&run_id)?;
+        let fork = request.spec.as_ref().and_then(|spec| spec.fork_of.as_ref());
+        // Its receipts would be readable by the fork.
+        fork.map_or(Ok(()), |fork| caller.check_run(&fork.run_id))?;
         let opened = self.0.open_run(request).await;
         caller.record("open", &run_id, &opened, Value::Null);
         Ok(Response::new(opened?))
@@ -73,10 +80,9 @@ impl SelectionService for Selection {
         request: Request<GetRunRequest>,
     ) -> Result<Response<GetRunResponse>, Status> {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
-        let run = self.0.run(&request.get_ref().run_id).await?;
-        Ok(Response::new(GetRunResponse {
-            run: Some(run.run().info(request.get_ref().resume_step)),
-        }))
+        let request = request.get_ref();
+        let info = self.0.info(&request.run_id, request.resume_step).await?;
+        Ok(Response::new(GetRunResponse { run: Some(info) }))
     }
 
     async fn list_runs(
@@ -151,9 +157,7 @@ impl SelectionService for Selection {
         let batch = batch(&self.0, request.get_ref())
             .await
             .inspect_err(|error| outcome.failed(error))?;
-        Ok(Response::new(Box::pin(
-            batch.into_messages(outcome).map(Ok),
-        )))
+        Ok(Response::new(Box::pin(messages(batch, outcome).map(Ok))))
     }
 
     async fn push_weights(
@@ -163,8 +167,9 @@ impl SelectionService for Selection {
         let (caller, mut stream) = (Caller::of(&request)?, request.into_inner());
         let start = read_start(&mut stream, self.0.deps.limits.push_deadline).await?;
         caller.check_run(&start.run_id)?;
+        check_incarnation(&start.incarnation)?;
         let (run_id, detail) = (start.run_id.clone(), json!({"step": start.step}));
-        let published = push(&self.0, start, stream).await;
+        let published = weights::push(&self.0, start, stream).await;
         caller.record("push", &run_id, &published, detail);
         let published = published?;
         Ok(Response::new(PushWeightsResponse {
@@ -184,26 +189,59 @@ impl SelectionService for Selection {
         Ok(Response::new(AnnouncePushResponse {}))
     }
 
+    async fn list_weights(
+        &self,
+        request: Request<ListWeightsRequest>,
+    ) -> Result<Response<ListWeightsResponse>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
+        let listed = weights::list(&self.0, request.get_ref()).await?;
+        Ok(Response::new(listed))
+    }
+
+    async fn get_weights_digests(
+        &self,
+        request: Request<GetWeightsDigestsRequest>,
+    ) -> Result<Response<GetWeightsDigestsResponse>, Status> {
+        Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
+        let digests = self.0.weights_digests(request.get_ref()).await?;
+        Ok(Response::new(digests))
+    }
+
+    async fn roll_back_weights(
+        &self,
+        request: Request<RollBackWeightsRequest>,
+    ) -> Result<Response<RollBackWeightsResponse>, Status> {
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        caller.check_run(&request.run_id)?;
+        let run = self.0.run(&request.run_id).await?;
+        let version = request.version;
+        let rolled_back = whole(async move { run.roll_back_weights(version).await }).await;
+        let detail = json!({"version": version});
+        caller.record("roll back weights", &request.run_id, &rolled_back, detail);
+        Ok(Response::new(weights::rolled_back(rolled_back?)))
+    }
+
+    async fn report_losses(
+        &self,
+        request: Request<ReportLossesRequest>,
+    ) -> Result<Response<ReportLossesResponse>, Status> {
+        let (caller, request) = (Caller::of(&request)?, request.into_inner());
+        caller.check_run(&request.run_id)?;
+        let run = self.0.run(&request.run_id).await?;
+        whole(async move { run.report_losses(&request).await }).await?;
+        Ok(Response::new(ReportLossesResponse {}))
+    }
+
     async fn get_receipt(
         &self,
         request: Request<GetReceiptRequest>,
     ) -> Result<Response<GetReceiptResponse>, Status> {
         Caller::of(&request)?.check_run(&request.get_ref().run_id)?;
         let request = request.get_ref();
-        let receipt = receipt(&self.0, request).await?;
+        let receipt = receipts::of(&self.0, request).await?;
         let page = page(receipt, request.row_offset, request.max_rows)?;
         Ok(Response::new(page))
     }
-}
-
-async fn push(
-    coordinator: &Coordinator,
-    start: PushStart,
-    stream: Streaming<PushWeightsRequest>,
-) -> Result<WeightsVersion> {
-    let run = coordinator.run(&start.run_id).await?;
-    run.run().calls.train();
-    run.push(start, stream).await
 }
 
 /// Runs `work` to its end, even if the caller goes away. tonic drops a call's future when the
@@ -217,134 +255,17 @@ async fn whole<T: Send + 'static>(
         .map_err(|e| Error::internal("the call panicked").because(e))?
 }
 
-/// Returns the receipt that is asked for. A run that is not in memory is not loaded for it: its
-/// receipts are in the state, and reading them must put no trainer's run to sleep.
-async fn receipt(coordinator: &Coordinator, request: &GetReceiptRequest) -> Result<Receipt> {
-    let (chain, receipts) = coordinator.history(&request.run_id).await?;
-    let newest = chain.current();
-    let generation = request.generation.unwrap_or(newest);
-    if generation > newest {
-        return Err(Error::invalid(
-            "generation",
-            format!("the run's newest generation is {newest}, not {generation}"),
-        ));
-    }
-    let found = receipts.find_of(&chain, request.step, generation).await?;
-    let mut receipt = found.ok_or_else(|| {
-        let message = format!(
-            "step {} of run '{}' is not committed in generation {generation} (yet)",
-            request.step, request.run_id
-        );
-        Error::new(Reason::StepNotCommitted, message)
-            .with("step", request.step)
-            .with("generation", generation)
-    })?;
-    // The generation of the request; `chosen_in_generation` stays.
-    receipt.summary.get_or_insert_default().generation = generation;
-    Ok(receipt)
-}
-
-/// One rank's slice, ready to be sent.
-struct Batch {
-    header: BatchHeader,
-    /// The rest of the stream, from the offset on.
-    parts: Vec<Bytes>,
-    trailer: BatchTrailer,
-}
-
-async fn batch(coordinator: &Coordinator, request: &SelectBatchRequest) -> Result<Batch> {
-    check_delivery(request)?;
-    let run = coordinator.run(&request.run_id).await?;
-    run.run().calls.train();
-    let asked = Instant::now();
-    let need = request.intent() != Intent::Prefetch;
-    let ready = run.select(request, need).await?;
-    if need {
-        metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
-        run.run().waits.record(asked.elapsed());
-    }
-    let (of, asked_for, batch) = (run.run().clone(), request.clone(), ready.clone());
-    // Copies and hashes all bytes of the rank's slice, off the async threads.
-    let encoded = tokio::task::spawn_blocking(move || {
-        let (parts, mut hasher) = (rank_parts(&of, &asked_for, &batch)?, blake3::Hasher::new());
-        for part in &parts {
-            hasher.update(part);
-        }
-        Ok::<_, Error>((parts, hasher.finalize().as_bytes().to_vec()))
+fn messages(batch: Batch, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
+    outcome.sending(batch.span);
+    let parts = batch.parts.into_iter().map(Message::ArrowIpc);
+    let first = std::iter::once(Message::Header(batch.header));
+    let last = std::iter::once_with(move || {
+        outcome.sent();
+        Message::Trailer(batch.trailer)
     });
-    let (parts, hash) = encoded
-        .await
-        .map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
-    let stream_bytes = parts.iter().map(|part| part.len() as u64).sum();
-    if request.resume_offset > stream_bytes {
-        let message = format!(
-            "resume_offset {} is beyond the stream's {stream_bytes} bytes",
-            request.resume_offset
-        );
-        return Err(Error::invalid("resume_offset", message));
-    }
-    let summary = ready.receipt.summary.clone().unwrap_or_default();
-    let rows = summary.sub_batch_size / request.world_size;
-    let receipt = superbatch_proto::v1::ReceiptSummary {
-        generation: request.generation,
-        run_totals: None,
-        ..summary
-    };
-    Ok(Batch {
-        header: BatchHeader {
-            receipt: Some(receipt),
-            rank: request.rank,
-            world_size: request.world_size,
-            rows,
-            stream_bytes,
-            offset: request.resume_offset,
-        },
-        trailer: BatchTrailer {
-            rows,
-            blake3: hash.into(),
-        },
-        parts: ipc::from_offset(parts, request.resume_offset).collect(),
+    stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse {
+        message: Some(message),
     })
-}
-
-fn rank_parts(run: &Run, request: &SelectBatchRequest, ready: &Ready) -> Result<Vec<Bytes>> {
-    let spec = run.spec();
-    let groups = share::groups(&ready.receipt.chosen);
-    let (rank, world) = (request.rank, request.world_size);
-    let indices = share::slice(
-        spec.seed,
-        request.step,
-        &groups,
-        world,
-        spec.micro_batches,
-        rank,
-    )?;
-    output::rank_stream(&run.output_schema, &ready.rows, &ready.receipt, &indices)
-}
-
-fn check_delivery(request: &SelectBatchRequest) -> Result<()> {
-    let feature = match request.delivery() {
-        Delivery::Unspecified | Delivery::Bytes => return Ok(()),
-        Delivery::Locators => "DELIVERY_LOCATORS",
-        Delivery::WorkerDirect => "DELIVERY_WORKER_DIRECT",
-    };
-    let message = format!("{feature} is in the protocol and not built yet; ask for DELIVERY_BYTES");
-    Err(Error::new(Reason::Unimplemented, message).with("feature", feature))
-}
-
-impl Batch {
-    fn into_messages(self, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
-        outcome.sending();
-        let parts = self.parts.into_iter().map(Message::ArrowIpc);
-        let first = std::iter::once(Message::Header(self.header));
-        let last = std::iter::once_with(move || {
-            outcome.sent();
-            Message::Trailer(self.trailer)
-        });
-        stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse {
-            message: Some(message),
-        })
-    }
 }
 
 /// Counts how a SelectBatch call ended. Counting happens on drop, since a cancelled call is dropped
@@ -354,6 +275,8 @@ struct Outcome {
     what: &'static str,
     /// When sending began.
     sending: Option<Instant>,
+    /// The span of serving the batch, which ends with the call.
+    span: Span,
 }
 
 impl Outcome {
@@ -362,6 +285,7 @@ impl Outcome {
             begun: Instant::now(),
             what: "cancelled",
             sending: None,
+            span: Span::none(),
         }
     }
 
@@ -369,8 +293,9 @@ impl Outcome {
         self.what = superbatch_proto::reason_name(error.reason());
     }
 
-    fn sending(&mut self) {
+    fn sending(&mut self, span: Span) {
         self.sending = Some(Instant::now());
+        self.span = span;
     }
 
     fn sent(&mut self) {

@@ -98,7 +98,7 @@ impl ShardFile {
     pub async fn footer(&self) -> Result<ArrowReaderMetadata> {
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = FOOTER_BYTES.min(self.size);
-        // The last 8 bytes tell the footer's length, so at most one more read is needed.
+        // The last 8 bytes hold the footer's length, so at most one more read is needed.
         for _ in 0..2 {
             let tail = if wanted == 0 {
                 Bytes::new()
@@ -122,7 +122,7 @@ impl ShardFile {
             .map_err(|e| self.no_parquet(e))
     }
 
-    /// The error `InvalidArgument` for a file that is not read.
+    /// Returns the error `InvalidArgument` for a file that is not read.
     pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
         let message = format!("{} {why}", self.uri());
         Error::invalid("sources", message).with("shard", self.uri())
@@ -225,7 +225,7 @@ impl ShardFile {
         }
     }
 
-    /// The error `InvalidArgument`: this is the indexed object, but a block of it cannot be
+    /// Returns the error `InvalidArgument`: this is the indexed object, but a block of it cannot be
     /// decoded.
     pub fn undecodable(&self, block: usize, cause: ArrowError) -> Error {
         let uri = self.uri();
@@ -239,7 +239,7 @@ impl ShardFile {
             .because(cause)
     }
 
-    /// The error `DatasetChanged`: this is not the indexed object.
+    /// Returns the error `DatasetChanged`: this is not the indexed object.
     pub fn changed(&self, how: &str) -> Error {
         let message = format!(
             "{} is not the file that was indexed: {how}; put the indexed file back, or start a \
@@ -263,13 +263,16 @@ fn without_false_dictionaries(metadata: ParquetMetaData) -> Result<ParquetMetaDa
         return Ok(metadata);
     }
     let mended = groups.iter().map(|group| {
-        let columns = group.columns().iter().map(|column| match is_false(column) {
-            true => column
-                .clone()
-                .into_builder()
-                .set_dictionary_page_offset(None)
-                .build(),
-            false => Ok(column.clone()),
+        let columns = group.columns().iter().map(|column| {
+            if is_false(column) {
+                column
+                    .clone()
+                    .into_builder()
+                    .set_dictionary_page_offset(None)
+                    .build()
+            } else {
+                Ok(column.clone())
+            }
         });
         let columns = columns.collect::<Result<_, ParquetError>>()?;
         group

@@ -14,12 +14,14 @@ use superbatch_proto::v1::Reason;
 
 /// Files that are looked up at the same time.
 const FILES_AT_ONCE: usize = 16;
+/// Endings of shards, tars first: img2dataset writes Parquet files of metadata beside its tars.
+const ENDINGS: [&str; 2] = [".tar", ".parquet"];
 /// Endings of compressed tars, which are not read: a member inside cannot be read by range.
 const COMPRESSED: [&str; 5] = [".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"];
 
 /// The shards of a source, in the order of their paths below the root.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct FoundFiles {
     pub root_uri: String,
     pub files: Vec<(String, ObjectMeta)>,
     pub format: Format,
@@ -34,7 +36,7 @@ pub(super) async fn find(
     state: Option<&Location>,
     pattern: Pattern,
     uri: &str,
-) -> Result<Found> {
+) -> Result<FoundFiles> {
     let Pattern { root_uri, parts } = pattern;
     let root = stores.open(&root_uri)?;
     let own = state.and_then(|state| below(state.uri(), &root_uri));
@@ -62,7 +64,7 @@ pub(super) async fn find(
                 .unwrap_or_default();
             let file = pattern::decoded(uri, file)?;
             let format = format_of(&file);
-            return Ok(Found {
+            return Ok(FoundFiles {
                 root_uri: above.to_owned(),
                 files: vec![(file, meta)],
                 format,
@@ -83,7 +85,7 @@ pub(super) async fn find(
         );
         return Err(Error::invalid("sources", message).with("uri", uri));
     }
-    Ok(Found {
+    Ok(FoundFiles {
         root_uri,
         files,
         format,
@@ -96,6 +98,10 @@ fn format_of(path: &str) -> Format {
     } else {
         Format::Parquet
     }
+}
+
+fn is_shard(path: &str) -> bool {
+    ENDINGS.iter().any(|ending| path.ends_with(ending)) || is_compressed(path)
 }
 
 fn is_compressed(path: &str) -> bool {
@@ -149,10 +155,16 @@ async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(Str
             if let Some(meta) = root.head(&key).await? {
                 return Ok::<_, Error>(vec![(key, meta)]);
             }
-            let all = root.list_files(&key).await?;
-            match all.is_empty() {
-                true => Err(nothing_found(&root.uri_of(&key), uri)),
-                false => wanted(all, &key, &Keys::Folder, &root, uri),
+            // A web server that lacks a file would be blamed for listing no folders.
+            let all = if root.is_web() && is_shard(&key) {
+                Vec::new()
+            } else {
+                root.list_files(&key).await?
+            };
+            if all.is_empty() {
+                Err(nothing_found(&root.uri_of(&key), uri))
+            } else {
+                wanted(all, &key, &Keys::Folder, &root, uri)
             }
         }
     });
@@ -188,7 +200,7 @@ fn wanted(
     let ends = |path: &str, ending: &str| path.ends_with(ending);
     // img2dataset writes a Parquet file of metadata, and statistics, beside each tar. They have no
     // images, so in such a folder only the tars are shards.
-    let found = [".tar", ".parquet"]
+    let found = ENDINGS
         .into_iter()
         .find(|e| files.iter().any(|(p, _)| ends(p, e)));
     match (found, keys) {
@@ -211,7 +223,8 @@ fn is_hidden(path: &str) -> bool {
     path.split('/').any(hidden)
 }
 
-/// The error if no object matches. It names the first few, so that a wrong folder is recognised.
+/// Returns the error if no object matches. It names the first few, so that a wrong folder is
+/// recognised.
 fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error {
     const NAMED_MAX: usize = 3;
     let first = others.iter().take(NAMED_MAX).map(String::as_str);
@@ -221,17 +234,19 @@ fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error
     } else {
         ""
     };
-    let what = match is_pattern {
-        true => format!("nothing at {at} matches {source}"),
-        false => format!("no file at {at} ends in {}", SHARD_ENDINGS.join(" or ")),
+    let what = if is_pattern {
+        format!("nothing at {at} matches {source}")
+    } else {
+        format!("no file at {at} ends in {}", SHARD_ENDINGS.join(" or "))
     };
     let verb = if others.len() == 1 { "is" } else { "are" };
-    let there = match others.is_empty() {
-        true => "there is nothing else".to_owned(),
-        false => format!(
+    let there = if others.is_empty() {
+        "there is nothing else".to_owned()
+    } else {
+        format!(
             "there {verb} {}: {first}{more}",
             counted(others.len(), "other file")
-        ),
+        )
     };
     Error::new(Reason::DatasetEmpty, format!("{what}; {there}")).with("source", source)
 }

@@ -2,7 +2,10 @@
 use super::{Manifest, SourceRequest, index};
 use crate::storage::{StorageConfig, Stores};
 use arrow::{
-    array::{Array, ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray},
+    array::{
+        Array, ArrayRef, BinaryArray, Int64Array, ListBuilder, RecordBatch, StringArray,
+        StringBuilder, StructArray,
+    },
     datatypes::{DataType, Field, Schema},
 };
 use bytes::Bytes;
@@ -19,6 +22,7 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
         weight: 1.0,
         image_column: None,
         caption_column: None,
+        caption_seed: None,
         predicate: None,
         allow: None,
         id_column: None,
@@ -26,7 +30,7 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
     }
 }
 
-/// The file's bytes, with row groups of at most `block_rows` rows.
+/// Returns the file's bytes, with row groups of at most `block_rows` rows.
 pub(crate) fn parquet(batch: &RecordBatch, block_rows: usize) -> Bytes {
     let properties = WriterProperties::builder()
         .set_max_row_group_row_count(Some(block_rows))
@@ -68,6 +72,15 @@ pub(crate) fn img2dataset(rows: std::ops::Range<u32>) -> RecordBatch {
     ])
 }
 
+/// Makes a column of several captions a row.
+pub(crate) fn several(rows: &[Option<&[Option<&str>]>]) -> ArrayRef {
+    let mut lists = ListBuilder::new(StringBuilder::new());
+    for row in rows {
+        lists.append_option(row.map(|captions| captions.iter().copied()));
+    }
+    Arc::new(lists.finish())
+}
+
 /// As Hugging Face datasets writes it: the feature types are in the schema's metadata.
 pub(crate) fn hugging_face(rows: std::ops::Range<u32>) -> RecordBatch {
     let bytes: ArrayRef = Arc::new(BinaryArray::from_iter(
@@ -83,7 +96,8 @@ pub(crate) fn hugging_face(rows: std::ops::Range<u32>) -> RecordBatch {
     let text = StringArray::from_iter_values(rows.clone().map(|row| format!("caption {row}")));
     let thumb = photo.clone();
     let uid = Int64Array::from_iter_values(rows.map(i64::from));
-    let features = r#"{"info": {"features": {"uid": {"dtype": "int64", "_type": "Value"}, "photo": {"_type": "Image"},
+    let features = r#"{"info": {"features": {
+        "uid": {"dtype": "int64", "_type": "Value"}, "photo": {"_type": "Image"},
         "text": {"dtype": "string", "_type": "Value"}, "thumb": {"bytes": {}, "path": {}}}}}"#;
     let schema = Schema::new(vec![
         Field::new("uid", DataType::Int64, true),

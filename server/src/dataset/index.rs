@@ -1,7 +1,7 @@
 //! Indexes sources: their files, and the blocks of each file.
 use super::{
     filter::{self, Filter},
-    find::{self, Found},
+    find::{self, FoundFiles},
     manifest::{Format, Manifest, ScoreFiles, SourceManifest},
     pattern, row_groups, tar,
 };
@@ -23,6 +23,8 @@ pub struct SourceRequest {
     pub weight: f64,
     pub image_column: Option<String>,
     pub caption_column: Option<String>,
+    /// By which one of several captions is drawn; 0 if the rows have several and none is given.
+    pub caption_seed: Option<u64>,
     /// Rows of which this is not true are no candidates.
     pub predicate: Option<String>,
     /// Rows whose id is not listed at this URI are no candidates.
@@ -75,16 +77,17 @@ async fn index_source(
     }
     let mut uris = Vec::new();
     for part in pattern::parts(&request.uri) {
-        match part.ends_with(".txt") {
-            true => uris.extend(listed(stores, part).await?),
-            false => uris.push(part.to_owned()),
+        if part.ends_with(".txt") {
+            uris.extend(listed(stores, part).await?)
+        } else {
+            uris.push(part.to_owned())
         }
     }
     let uri = request.uri.clone();
     // A pattern may name a million files.
     let parse = move || pattern::parse(&uri, uris.iter().map(String::as_str));
     let pattern = blocking("taking a source's URIs apart", parse).await?;
-    let Found {
+    let FoundFiles {
         root_uri,
         files,
         format,
@@ -122,9 +125,10 @@ async fn listed(stores: &Stores, uri: &str) -> Result<Vec<String>> {
     let (folder, _) = uri.rsplit_once('/').unwrap_or_default();
     let mut uris = Vec::new();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let named = match line.contains("://") {
-            true => line.to_owned(),
-            false => format!("{folder}/{line}"),
+        let named = if line.contains("://") {
+            line.to_owned()
+        } else {
+            format!("{folder}/{line}")
         };
         stores.allow(&named)?;
         uris.push(named);

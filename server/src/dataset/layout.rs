@@ -13,7 +13,8 @@ use superbatch_proto::v1::Reason;
 /// column.
 const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "image"];
 const IMAGE: &str = "image";
-const CAPTION_NAMES: [&str; 3] = ["caption", "text", "txt"];
+const CAPTION_KIND: &str = "a string or a list of strings";
+const CAPTION_NAMES: [&str; 4] = ["caption", "text", "txt", "captions"];
 
 /// Finds the columns in `schema`, the first shard's. Names in the request come first; then, for
 /// images, the `Image` feature in the `huggingface` metadata; then the layouts' own names. A column
@@ -48,17 +49,20 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
             return Err(mismatch(message, &request.uri, name));
         }
     }
+    let has_lists = listed(caption.data_type()).is_some() && is_caption(caption.data_type());
     let layout = Layout {
         image_column: image.name().clone(),
         image_in_struct: matches!(image.data_type(), DataType::Struct(_)),
         caption_column: caption.name().clone(),
+        caption_seed: request.caption_seed.or(has_lists.then_some(0)),
         format: Format::Parquet,
     };
     // Older writers do not mark text as such. Bytes are read as UTF-8 only if the request names the
     // column.
-    let is_asked_for = request.caption_column.is_some() && is_binary(caption.data_type());
-    if !is_asked_for && is_binary(caption.data_type()) {
-        let (name, kind) = (caption.name(), caption.data_type());
+    let kind = caption.data_type();
+    let is_bytes = is_binary(listed(kind).unwrap_or(kind));
+    if request.caption_column.is_none() && is_bytes {
+        let name = caption.name();
         let message = format!(
             "column '{name}' of {} is {kind}, not a string; name it with caption_column (as a flag \
              --caption-column) to read it as UTF-8",
@@ -102,21 +106,30 @@ fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str)
         (&layout.image_column, true),
         (&layout.caption_column, false),
     ] {
-        let kind = if is_image { image_kind } else { "a string" };
-        let fits = |t: &DataType| match is_image {
-            true => image_fits(t),
-            false => is_text(t) || is_binary(t),
+        let kind = if is_image { image_kind } else { CAPTION_KIND };
+        let fits = |t: &DataType| {
+            if is_image {
+                image_fits(t)
+            } else {
+                is_caption(t) && (layout.caption_seed.is_some() || listed(t).is_none())
+            }
         };
         let what = match schema.field_with_name(column) {
             Ok(field) if fits(field.data_type()) => continue,
             Ok(field) => {
-                let is_path = is_image && holds_paths(field.data_type());
-                let paths = if is_path {
-                    " (images by path are not read)"
+                let found = field.data_type();
+                let (kind, why) = if is_image && holds_paths(found) {
+                    (kind, " (images by path are not read)")
+                } else if !is_image && is_caption(found) {
+                    // Only a further shard: the first one's lists give the layout a seed.
+                    (
+                        "a string",
+                        " (with caption_seed, one of each list is drawn)",
+                    )
                 } else {
-                    ""
+                    (kind, "")
                 };
-                format!("is {}, not {kind}{paths}", field.data_type())
+                format!("is {found}, not {kind}{why}")
             }
             Err(_) => "is not there".to_owned(),
         };
@@ -132,7 +145,7 @@ pub(super) fn mismatch(message: String, source: &str, column: &str) -> Error {
         .with("column", column)
 }
 
-/// The error `ColumnNotFound`, listing the available columns.
+/// Returns the error `ColumnNotFound`, listing the available columns.
 pub(super) fn not_found(message: String, column: &str, available: &[&str]) -> Error {
     let available = superbatch_proto::some_of(available);
     Error::new(
@@ -175,7 +188,7 @@ fn ambiguous_column(
         .iter()
         .filter(|field| could(field.data_type()));
     let typed = fields.map(|field| format!("'{}' is {}", field.name(), field.data_type()));
-    let typed = typed.collect::<Vec<_>>().join(", ");
+    let typed = superbatch_proto::some_of(&typed.collect::<Vec<_>>());
     let typed = if typed.is_empty() {
         typed
     } else {
@@ -222,7 +235,7 @@ fn find_caption<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a F
     let known = CAPTION_NAMES
         .iter()
         .find_map(|name| schema.field_with_name(name).ok());
-    known.ok_or_else(|| ambiguous_column(schema, request, "caption", is_text))
+    known.ok_or_else(|| ambiguous_column(schema, request, "caption", could_be_caption))
 }
 
 /// Returns the element of an iterator that has exactly one.
@@ -261,6 +274,25 @@ fn is_text(data_type: &DataType) -> bool {
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View | DataType::Null => true,
         _ => false,
     }
+}
+
+/// Returns the type of a list's parts; `None` for what is no list.
+fn listed(data_type: &DataType) -> Option<&DataType> {
+    match data_type {
+        DataType::List(part) | DataType::LargeList(part) | DataType::FixedSizeList(part, _) => {
+            Some(part.data_type())
+        }
+        _ => None,
+    }
+}
+
+/// Returns whether a column's values are captions, or lists of them. Bytes may be texts.
+fn is_caption(data_type: &DataType) -> bool {
+    could_be_caption(data_type) || is_binary(listed(data_type).unwrap_or(data_type))
+}
+
+fn could_be_caption(data_type: &DataType) -> bool {
+    is_text(listed(data_type).unwrap_or(data_type))
 }
 
 /// Returns whether a column holds paths of images, or the struct in which `datasets` keeps a path

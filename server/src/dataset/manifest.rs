@@ -1,11 +1,13 @@
 //! The dataset manifest: the result of indexing, named by its own digest.
 use super::mask::Mask;
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
     storage::Location,
 };
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 
 /// Consecutive rows that are read together: a Parquet row group, or consecutive samples of a tar.
@@ -23,18 +25,19 @@ pub struct Block {
 }
 
 impl Block {
-    /// Rows that are stored, of a block that has candidates.
+    /// Returns the rows that are stored, of a block that has candidates.
     pub fn stored_rows(&self) -> u32 {
         self.mask.as_ref().map_or(self.rows, Mask::stored)
     }
 
-    /// The number in the shard of the block's `row`-th row.
+    /// Returns the number in the shard of the block's `row`-th row.
     pub fn row_in_shard(&self, row: u32) -> u64 {
         let stored = self.mask.as_ref().map_or(row, |mask| mask.stored_row(row));
         self.first_row + u64::from(stored)
     }
 
-    /// The number among the block's rows of a row of the shard; `None` where it is none of them.
+    /// Returns the number among the block's rows of a row of the shard; `None` if it is none of
+    /// them.
     pub fn row_of(&self, in_shard: u64) -> Option<u32> {
         let stored = u32::try_from(in_shard.checked_sub(self.first_row)?).ok()?;
         match &self.mask {
@@ -96,6 +99,30 @@ pub struct SourceManifest {
     pub scores: Option<ScoreFiles>,
 }
 
+impl SourceManifest {
+    /// Returns BLAKE3, in hex, of all that its rows' images and captions depend on. Its weight,
+    /// which only decides how often they take their turn, is left out, and so is the manifest's
+    /// order of sources: what was computed of the rows serves all runs that read them.
+    pub fn rows_digest(&self) -> String {
+        #[derive(Serialize)]
+        struct Rows<'a> {
+            root_uri: &'a str,
+            layout: &'a Layout,
+            shards: &'a [Shard],
+            kept_by: &'a Option<KeptBy>,
+        }
+        let rows = Rows {
+            root_uri: &self.root_uri,
+            layout: &self.layout,
+            shards: &self.shards,
+            kept_by: &self.kept_by,
+        };
+        let mut hasher = blake3::Hasher::new();
+        serde_json::to_writer(&mut hasher, &rows).expect("plain data encodes");
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
 /// Parquet files beside a source, as they were when it was indexed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScoreFiles {
@@ -140,14 +167,66 @@ pub struct Column {
 /// How to find image and caption in a shard's columns, or in a sample's members: `jpg;png`,
 /// `json[caption]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "LayoutForm", into = "LayoutForm")]
 pub struct Layout {
     pub image_column: String,
     /// The image is the `bytes` field of a struct column (Hugging Face); otherwise the column is
     /// binary.
     pub image_in_struct: bool,
     pub caption_column: String,
-    #[serde(default, skip_serializing_if = "Format::is_parquet")]
+    /// By which one caption of a row's list is drawn. `None`: a row has one caption.
+    pub caption_seed: Option<u64>,
     pub format: Format,
+}
+
+/// A layout as the manifest has it.
+#[derive(Serialize, Deserialize)]
+struct LayoutForm {
+    image_column: String,
+    image_in_struct: bool,
+    caption_column: CaptionForm,
+    #[serde(default, skip_serializing_if = "Format::is_parquet")]
+    format: Format,
+}
+
+/// Builds that know nothing of lists expect a string. They refuse a manifest with a list; a field
+/// of its own for the seed they would ignore, and take the list's JSON for the caption.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum CaptionForm {
+    One(String),
+    OneOf { list: String, seed: u64 },
+}
+
+impl From<LayoutForm> for Layout {
+    fn from(form: LayoutForm) -> Self {
+        let (caption_column, caption_seed) = match form.caption_column {
+            CaptionForm::One(column) => (column, None),
+            CaptionForm::OneOf { list, seed } => (list, Some(seed)),
+        };
+        Self {
+            image_column: form.image_column,
+            image_in_struct: form.image_in_struct,
+            caption_column,
+            caption_seed,
+            format: form.format,
+        }
+    }
+}
+
+impl From<Layout> for LayoutForm {
+    fn from(layout: Layout) -> Self {
+        let list = layout.caption_column;
+        Self {
+            image_column: layout.image_column,
+            image_in_struct: layout.image_in_struct,
+            caption_column: match layout.caption_seed {
+                Some(seed) => CaptionForm::OneOf { list, seed },
+                None => CaptionForm::One(list),
+            },
+            format: layout.format,
+        }
+    }
 }
 
 /// How the files of a source are written.
@@ -183,19 +262,26 @@ impl Manifest {
         self.sources.iter().map(SourceManifest::rows).sum()
     }
 
-    /// Returns BLAKE3 of its encoding, in hex.
+    /// Returns BLAKE3 of its JSON, in hex: its name in the state.
     pub fn digest(&self) -> String {
-        blake3::hash(&self.encode()).to_hex().to_string()
+        self.encode().1
     }
 
-    fn encode(&self) -> Bytes {
-        serde_json::to_vec(self).expect("plain data encodes").into()
+    /// Returns its JSON, and BLAKE3 of it, in hex.
+    fn encode(&self) -> (Bytes, String) {
+        let encoded: Bytes = serde_json::to_vec(self).expect("plain data encodes").into();
+        let digest = blake3::hash(&encoded).to_hex().to_string();
+        (encoded, digest)
     }
 
     /// Writes the manifest under its digest, and returns the digest.
-    pub async fn save(&self, state: &Location) -> Result<String> {
-        let digest = self.digest();
-        state.create(&key(&digest), self.encode()).await?;
+    pub async fn save(self: &Arc<Self>, state: &Location) -> Result<String> {
+        // Encoded once, and off the async threads: at billions of rows it is hundreds of megabytes
+        // of JSON.
+        let manifest = self.clone();
+        let encode = move || Ok(manifest.encode());
+        let (encoded, digest) = blocking("encoding a manifest", encode).await?;
+        state.create(&key(&digest), encoded).await?;
         Ok(digest)
     }
 
@@ -207,14 +293,10 @@ impl Manifest {
         let bytes = state.get(&key(digest)).await?;
         // Parsed off the async threads: at billions of rows it is hundreds of megabytes of JSON.
         let read = move || {
-            (
-                blake3::hash(&bytes).to_hex(),
-                serde_json::from_slice(&bytes),
-            )
+            let found = blake3::hash(&bytes).to_hex();
+            Ok((found, serde_json::from_slice(&bytes)))
         };
-        let panicked =
-            |e| Error::internal(format!("reading manifest {digest} panicked")).because(e);
-        let (found, manifest) = tokio::task::spawn_blocking(read).await.map_err(panicked)?;
+        let (found, manifest) = blocking("reading a manifest", read).await?;
         if found.as_str() != digest {
             let message = format!(
                 "{} is damaged; remove it and index the data again",

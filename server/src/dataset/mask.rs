@@ -11,7 +11,7 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// `None` where all rows are kept, or none.
+    /// Returns `None` if all rows are kept, or none.
     pub fn new(kept: &[bool]) -> Option<Self> {
         let of = u32::try_from(kept.len()).ok()?;
         let mut bits = vec![0; kept.len().div_ceil(8)];
@@ -22,17 +22,17 @@ impl Mask {
         (1..of).contains(&mask.count()).then_some(mask)
     }
 
-    /// Rows of the block as it is stored.
+    /// Returns the number of rows of the block as it is stored.
     pub fn stored(&self) -> u32 {
         self.of
     }
 
-    /// Rows that are kept.
+    /// Returns the number of rows that are kept.
     pub fn count(&self) -> u32 {
         self.bits.iter().map(|byte| byte.count_ones()).sum()
     }
 
-    /// Whether each of the stored rows is kept, in their order.
+    /// Returns whether each of the stored rows is kept, in their order.
     pub fn rows(&self) -> impl Iterator<Item = bool> {
         (0..self.of).map(|row| self.keeps(row))
     }
@@ -41,22 +41,23 @@ impl Mask {
         self.bits[stored as usize / 8] & 1 << (stored % 8) != 0
     }
 
-    /// The number among all stored rows of the `n`-th that is kept. n is below [`Mask::count`].
+    /// Returns the number among all stored rows of the `n`-th that is kept. n is below
+    /// [`Mask::count`].
     pub fn stored_row(&self, n: u32) -> u32 {
         let mut left = n;
         for (byte, bits) in (0_u32..).zip(&self.bits) {
-            let here = bits.count_ones();
-            if left < here {
+            let kept_in_word = bits.count_ones();
+            if left < kept_in_word {
                 let bit = (0..8).filter(|bit| bits & 1 << bit != 0).nth(left as usize);
                 return byte * 8 + bit.unwrap_or_default();
             }
-            left -= here;
+            left -= kept_in_word;
         }
         debug_assert!(false, "{n} is not below {}", self.count());
         n
     }
 
-    /// Where among the kept rows a stored one is; `None` where it is left out.
+    /// Returns where among the kept rows a stored one is; `None` if it is left out.
     pub fn kept_row(&self, stored: u32) -> Option<u32> {
         if stored >= self.of || !self.keeps(stored) {
             return None;
@@ -95,13 +96,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn kept_and_stored_rows_are_told_from_each_other(kept in prop::collection::vec(any::<bool>(), 0..70)) {
-            let expected: Vec<u32> = (0..).zip(&kept).filter(|(_, k)| **k).map(|(n, _)| n).collect();
+        fn kept_and_stored_rows_are_told_from_each_other(
+            kept in prop::collection::vec(any::<bool>(), 0..70),
+        ) {
+            let numbered = (0..).zip(&kept);
+            let expected: Vec<u32> = numbered.filter(|(_, k)| **k).map(|(n, _)| n).collect();
             let Some(mask) = Mask::new(&kept) else {
                 prop_assert!(expected.is_empty() || expected.len() == kept.len());
                 return Ok(());
             };
-            prop_assert_eq!((mask.stored() as usize, mask.count() as usize), (kept.len(), expected.len()));
+            prop_assert_eq!(mask.stored() as usize, kept.len());
+            prop_assert_eq!(mask.count() as usize, expected.len());
             prop_assert!(mask.rows().eq(kept.iter().copied()));
             let stored: Vec<u32> = (0..mask.count()).map(|n| mask.stored_row(n)).collect();
             prop_assert_eq!(&stored, &expected);

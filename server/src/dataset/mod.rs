@@ -16,7 +16,7 @@ mod unify;
 
 pub use file::Ranges;
 pub use file::ShardFile;
-pub(crate) use filter::{parse as parse_predicate, told as what_is_wrong};
+pub(crate) use filter::{describe_fault, parse as parse_predicate};
 pub use index::SourceRequest;
 pub use index::index;
 pub use manifest::Block;

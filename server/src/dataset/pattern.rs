@@ -46,7 +46,7 @@ pub fn parts(uri: &str) -> impl Iterator<Item = &str> {
 }
 
 impl Keys {
-    /// How many names or globs they are.
+    /// Returns how many names or globs they are.
     fn count(&self) -> usize {
         match self {
             Self::Folder => 1,
@@ -73,9 +73,10 @@ pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Resu
         .map(|part| {
             let (root, keys) = one(uri, part)?;
             (names, bytes) = (names + keys.count(), bytes + keys.bytes());
-            match names > EXPANSION_MAX || bytes > EXPANSION_BYTES_MAX {
-                true => Err(too_many(uri)),
-                false => Ok((root, keys)),
+            if names > EXPANSION_MAX || bytes > EXPANSION_BYTES_MAX {
+                Err(too_many(uri))
+            } else {
+                Ok((root, keys))
             }
         })
         .collect::<Result<Vec<_>>>()?;
@@ -109,17 +110,18 @@ fn too_many(uri: &str) -> Error {
     )
 }
 
-/// Each glob is compared with every file of its folder.
+/// Checks how many globs there are: each is compared with every file of its folder.
 fn check_globs(uri: &str, parts: &[(String, Keys)]) -> Result<()> {
     let globs = parts
         .iter()
         .filter(|(_, keys)| matches!(keys, Keys::Globs(_)));
-    match globs.map(|(_, keys)| keys.count()).sum::<usize>() > GLOBS_MAX {
-        true => Err(bad(
+    if globs.map(|(_, keys)| keys.count()).sum::<usize>() > GLOBS_MAX {
+        Err(bad(
             uri,
             &format!("it makes over {GLOBS_MAX} patterns with *, ? or []; write fewer braces"),
-        )),
-        false => Ok(()),
+        ))
+    } else {
+        Ok(())
     }
 }
 
@@ -260,12 +262,13 @@ fn glob(uri: &str, text: &str) -> Result<String> {
             "** stands for whole folders; write it between slashes",
         ));
     }
-    match glob.split('/').all(|segment| tokens(segment).is_some()) {
-        true => Ok(glob),
-        false => Err(bad(
+    if glob.split('/').all(|segment| tokens(segment).is_some()) {
+        Ok(glob)
+    } else {
+        Err(bad(
             uri,
             "a [ is not closed; one that belongs to a name is written %5B",
-        )),
+        ))
     }
 }
 

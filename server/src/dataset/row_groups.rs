@@ -220,7 +220,7 @@ impl Building {
                     "{} has no rows in its {}{}",
                     request.uri,
                     counted(self.shards.len(), "file"),
-                    filter.note(outside)
+                    filter.left_out_hint(outside)
                 );
                 Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
             }

@@ -8,9 +8,7 @@ use super::{
 use crate::error::{Error, Result};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use std::{collections::HashSet, sync::Arc};
-
-/// Prefix of the columns that selection adds.
-const OWN: &str = "_superbatch_";
+use superbatch_proto::columns as own;
 
 impl Manifest {
     /// Returns `image: binary`, `caption: utf8`, then `columns` in their order with the type that
@@ -32,13 +30,13 @@ impl Manifest {
     pub fn output_schema(&self, columns: &[String]) -> Result<SchemaRef> {
         let mut fields = self.data_fields(columns)?;
         for (name, data_type) in [
-            ("id", DataType::Utf8),
-            ("position", DataType::UInt64),
-            ("score", DataType::Float64),
-            ("fidelity", DataType::Utf8),
-            ("weight", DataType::Float64),
+            (own::ID, DataType::Utf8),
+            (own::POSITION, DataType::UInt64),
+            (own::SCORE, DataType::Float64),
+            (own::FIDELITY, DataType::Utf8),
+            (own::WEIGHT, DataType::Float64),
         ] {
-            fields.push(Field::new(format!("{OWN}{name}"), data_type, false));
+            fields.push(Field::new(name, data_type, false));
         }
         Ok(Arc::new(Schema::new(fields)))
     }
@@ -50,7 +48,7 @@ impl Manifest {
         ];
         let mut taken = HashSet::from(["image", "caption"]);
         for column in columns {
-            if column.starts_with(OWN) || !taken.insert(column) {
+            if column.starts_with(own::OWN) || !taken.insert(column) {
                 let message = format!(
                     "the extra column '{column}' has the name of another column of the output; \
                     leave it out"

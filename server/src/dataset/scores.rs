@@ -17,7 +17,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::OnceCell;
@@ -27,18 +27,28 @@ const VERSION: &str = "1";
 /// Values of shards that are kept in memory, in all.
 const VALUES_MAX: usize = 8 << 20;
 
+/// Rows of the joins that are kept in memory, in all, and of one join at most: 3 GB. A join is
+/// needed for the shards that are scored for the first time only, so the one that was used longest
+/// ago goes.
+const JOINED_MAX: usize = 1 << 27;
+
+/// An id's hash, most significant byte first. Bytes and not a number: a pair of u128 and f64 takes
+/// 32 bytes, of which 8 are padding.
+type Id = [u8; 16];
 /// Ids, sorted, with their values.
-type Joined = Arc<Vec<(u128, f64)>>;
+type Joined = Arc<Vec<(Id, f64)>>;
 /// URI, column of ids, column of values.
 type JoinKey = [String; 3];
 /// A shard's values with their key, newest last.
 type Recent = VecDeque<(String, Arc<Vec<f64>>)>;
+/// Joins, the one used last at the end.
+type Joins = VecDeque<(JoinKey, Arc<OnceCell<Joined>>)>;
 
 /// Reads the score columns of a run.
 pub struct Scores {
     stores: Stores,
     state: Location,
-    joined: Mutex<HashMap<JoinKey, Arc<OnceCell<Joined>>>>,
+    joined: Mutex<Joins>,
     recent: Mutex<Recent>,
 }
 
@@ -52,11 +62,11 @@ impl Scores {
         }
     }
 
-    /// The value of each row that is stored in a shard, by its number in it; NaN where there is
-    /// none.
+    /// Returns the value of each row that is stored in a shard, by its number in it; NaN where
+    /// there is none.
     ///
     /// # Errors
-    /// `ColumnNotFound`, `SchemaMismatch` where it holds no numbers, `DatasetChanged`; those of
+    /// `ColumnNotFound`, `SchemaMismatch` if it holds no numbers, `DatasetChanged`; those of
     /// reading.
     pub async fn of_shard(
         &self,
@@ -91,7 +101,7 @@ impl Scores {
             }
         };
         let values = Arc::new(values);
-        self.note(key, values.clone());
+        self.cache(key, values.clone());
         Ok(values)
     }
 
@@ -108,7 +118,7 @@ impl Scores {
         Some(values)
     }
 
-    fn note(&self, key: String, values: Arc<Vec<f64>>) {
+    fn cache(&self, key: String, values: Arc<Vec<f64>>) {
         let mut recent = self.recent();
         recent.push_back((key, values));
         let held = |recent: &Recent| recent.iter().map(|(_, v)| v.len().max(1)).sum::<usize>();
@@ -130,14 +140,14 @@ impl Scores {
         let ids = self.column(source, file, &scores.id_column, false).await?;
         let joined = self.joined(source, column).await?;
         let value = |id: &Option<Literal>| {
-            let id = ids::hashed(id.as_ref()?);
+            let id = ids::hashed(id.as_ref()?).to_be_bytes();
             let at = joined.binary_search_by_key(&id, |(id, _)| *id).ok()?;
             Some(joined[at].1)
         };
         Ok(ids.iter().map(|id| value(id).unwrap_or(f64::NAN)).collect())
     }
 
-    /// A column of the shard itself.
+    /// Reads a column of the shard itself.
     async fn column(
         &self,
         source: &SourceManifest,
@@ -166,9 +176,10 @@ impl Scores {
             return Err(layout::not_found(message, column, &names));
         };
         let kind = Kind::of(field.data_type());
-        let fits = match is_number {
-            true => kind.is_some_and(|kind| NUMBERS.contains(&kind)),
-            false => matches!(kind, Some(Kind::Text | Kind::Int | Kind::Null)),
+        let fits = if is_number {
+            kind.is_some_and(|kind| NUMBERS.contains(&kind))
+        } else {
+            matches!(kind, Some(Kind::Text | Kind::Int | Kind::Null))
         };
         if !fits {
             return Err(no_number(file, column, &field.data_type().to_string()));
@@ -181,16 +192,13 @@ impl Scores {
         Ok(all)
     }
 
-    /// A column of the Parquet files beside the source, by id.
+    /// Reads a column of the Parquet files beside the source, by id.
     async fn joined(&self, source: &SourceManifest, column: &str) -> Result<Joined> {
         let Some(scores) = &source.scores else {
             return Err(Error::internal("a source without files of scores"));
         };
         let key = [&scores.uri, &scores.id_column, column].map(ToString::to_string);
-        let cell = {
-            let mut joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner);
-            joined.entry(key).or_default().clone()
-        };
+        let cell = used(&mut self.joins(), key);
         let make = || async {
             let found = ids::find(&self.stores, &scores.uri).await?;
             if found.digest != scores.digest {
@@ -204,7 +212,13 @@ impl Scores {
             }
             let mut all = Vec::new();
             for file in &found.files {
-                all.extend(ids::numbered(file, &scores.id_column, Some(column)).await?);
+                let before = all.len();
+                let check = |rows| check_rows(before.saturating_add(rows), JOINED_MAX, &scores.uri);
+                let more = ids::numbered(file, &scores.id_column, Some(column), check).await?;
+                let more = more
+                    .into_iter()
+                    .map(|(id, value)| (id.to_be_bytes(), value));
+                all.extend(more);
             }
             all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
             let rows = all.len();
@@ -219,8 +233,44 @@ impl Scores {
             }
             Ok(Arc::new(all))
         };
-        cell.get_or_try_init(make).await.cloned()
+        let joined = cell.get_or_try_init(make).await.cloned();
+        forget_oldest(&mut self.joins(), JOINED_MAX);
+        joined
     }
+
+    fn joins(&self) -> MutexGuard<'_, Joins> {
+        self.joined.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns the place of a join, now the one used last.
+fn used(joins: &mut Joins, key: JoinKey) -> Arc<OnceCell<Joined>> {
+    let known = joins.iter().position(|(known, _)| *known == key);
+    let join = known.and_then(|at| joins.remove(at));
+    let join = join.unwrap_or_else(|| (key, Arc::default()));
+    joins.push_back(join.clone());
+    join.1
+}
+
+/// Forgets joins until those that are left have `most` rows together, or only the last is left.
+fn forget_oldest(joins: &mut Joins, most: usize) {
+    let rows = |(_, cell): &(JoinKey, Arc<OnceCell<Joined>>)| cell.get().map_or(0, |j| j.len());
+    while joins.len() > 1 && joins.iter().map(rows).sum::<usize>() > most {
+        joins.pop_front();
+    }
+}
+
+/// Checks the number of rows before they are kept, so that files of any size cannot fill the
+/// memory.
+fn check_rows(rows: usize, most: usize, uri: &str) -> Result<()> {
+    if rows <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "{uri} holds more than {most} rows, and a source's scores are joined in memory; give the \
+        scores as a column of the data, or cut the source and its scores into several"
+    );
+    Err(Error::invalid("sources.scores", message).with("uri", uri))
 }
 
 fn no_number(file: &ShardFile, column: &str, found: &str) -> Error {
@@ -233,7 +283,7 @@ fn numbers(values: &[Option<Literal>]) -> Vec<f64> {
     values.iter().map(value).collect()
 }
 
-/// What the values of a shard depend on.
+/// Returns what the values of a shard depend on.
 fn key(source: &SourceManifest, file: &ShardFile, column: &str) -> String {
     let scores = source.scores.as_ref();
     let layout = match source.layout.format {
@@ -264,7 +314,7 @@ fn key(source: &SourceManifest, file: &ShardFile, column: &str) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Little-endian values, then BLAKE3 of them.
+/// Returns little-endian values, then BLAKE3 of them.
 fn encoded(values: &[f64]) -> Bytes {
     let mut bytes: Vec<u8> = values
         .iter()
@@ -275,7 +325,7 @@ fn encoded(values: &[f64]) -> Bytes {
     bytes.into()
 }
 
-/// `None` where the bytes are damaged: they are read from the data again.
+/// Returns `None` if the bytes are damaged: they are read from the data again.
 fn decoded(bytes: &[u8]) -> Option<Vec<f64>> {
     let (values, hash) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
     if blake3::hash(values).as_bytes() != hash {

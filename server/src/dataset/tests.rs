@@ -1,5 +1,5 @@
 use super::{fixtures::*, *};
-use crate::error::Error;
+use crate::{blocking::tests::needs_a_thread, error::Error};
 use arrow::{
     array::{
         ArrayRef, Int32Array, Int64Array, LargeBinaryArray, LargeStringArray, RecordBatch,
@@ -135,7 +135,7 @@ async fn what_the_request_names_wins() {
     assert!(
         error
             .to_string()
-            .ends_with("is Int64, not a string; name another"),
+            .ends_with("is Int64, not a string or a list of strings; name another"),
         "there are no other shards: {error}"
     );
 
@@ -352,14 +352,45 @@ async fn columns_that_cannot_be_told_are_asked_for() {
 }
 
 #[tokio::test]
+async fn an_error_of_many_columns_names_some() {
+    let words: ArrayRef = Arc::new(StringArray::from_iter_values(["x"]));
+    let image: ArrayRef = Arc::new(LargeBinaryArray::from_iter([Some("a")]));
+    let names: Vec<String> = (0..249).map(|n| format!("{n:0>200}")).collect();
+    let texts = names.iter().map(|name| (name.as_str(), words.clone()));
+    let wide = batch([("jpg", image)].into_iter().chain(texts).collect());
+    let error = failure(indexed(&stores(), &[("0.parquet", parquet(&wide, 1))]).await);
+    assert_eq!(error.reason(), Reason::ColumnNotFound);
+    let message = error.to_string();
+    assert!(message.len() < 8_000, "{} bytes", message.len());
+    assert!(message.contains("… and 225 more)"), "the texts: {message}");
+    assert!(
+        message.ends_with("… and 226 more"),
+        "all columns: {message}"
+    );
+}
+
+#[tokio::test]
 async fn a_manifest_survives_its_storage() {
     let stores = stores();
     let manifest = indexed(&stores, &[("0.parquet", parquet(&hugging_face(0..3), 2))])
         .await
+        .map(Arc::new)
         .unwrap();
     let state = stores.open("memory:///state").unwrap();
     let digest = manifest.save(&state).await.unwrap();
-    assert_eq!(Manifest::load(&state, &digest).await.unwrap(), manifest);
+    assert_eq!(Manifest::load(&state, &digest).await.unwrap(), *manifest);
+}
+
+#[test]
+fn a_manifest_is_encoded_off_the_threads_of_calls() {
+    let manifest = Arc::new(Manifest {
+        version: Manifest::VERSION,
+        sources: Vec::new(),
+    });
+    let state = stores().open("memory:///state").unwrap();
+    let digest = needs_a_thread(manifest.save(&state)).unwrap();
+    let loaded = needs_a_thread(Manifest::load(&state, &digest)).unwrap();
+    assert_eq!(loaded, *manifest);
 }
 
 #[test]
@@ -398,6 +429,7 @@ async fn a_column_that_is_named_as_the_layouts_name_it_decides() {
         _,
         _,
     >([Some([Some(1)])]));
+    let texts = several(&[Some(&[Some("a"), None])]);
     let text: ArrayRef = Arc::new(StringArray::from_iter_values(["a"]));
     let bytes: ArrayRef = Arc::new(BinaryArray::from_iter([Some("i")]));
     let category: DictionaryArray<arrow::datatypes::Int32Type> = ["a"].into_iter().collect();
@@ -406,7 +438,15 @@ async fn a_column_that_is_named_as_the_layouts_name_it_decides() {
     for (columns, expected) in [
         (
             vec![("jpg", &bytes), ("caption", &list), ("filename", &text)],
-            Err("'caption' of"),
+            Err("is List(Int64), not a string or a list of strings"),
+        ),
+        (
+            vec![("jpg", &bytes), ("captions", &texts), ("filename", &text)],
+            Ok("jpg, captions"),
+        ),
+        (
+            vec![("jpg", &bytes), ("alt", &texts)],
+            Err("('alt' is List(Utf8))"),
         ),
         (
             vec![("image", &photo), ("file_name", &text)],
@@ -461,6 +501,67 @@ async fn a_column_that_is_named_as_the_layouts_name_it_decides() {
             (found, expected) => panic!("{expected:?}: {found:?}"),
         }
     }
+}
+
+#[test]
+fn an_older_build_cannot_read_a_layout_with_lists_of_captions() {
+    #[derive(serde::Deserialize)]
+    struct Older {
+        caption_column: String,
+    }
+    let one = Layout {
+        image_column: "jpg".into(),
+        image_in_struct: false,
+        caption_column: "caption".into(),
+        caption_seed: None,
+        format: Format::Parquet,
+    };
+    let json = serde_json::to_string(&one).unwrap();
+    let as_ever = r#"{"image_column":"jpg","image_in_struct":false,"caption_column":"caption"}"#;
+    assert_eq!(json, as_ever, "names of manifests depend on it");
+    let older: Older = serde_json::from_str(&json).unwrap();
+    assert_eq!(older.caption_column, one.caption_column);
+    let drawn = Layout {
+        caption_seed: Some(7),
+        ..one
+    };
+    let json = serde_json::to_string(&drawn).unwrap();
+    assert!(serde_json::from_str::<Older>(&json).is_err());
+    assert_eq!(serde_json::from_str::<Layout>(&json).unwrap(), drawn);
+}
+
+#[tokio::test]
+async fn lists_of_captions_give_the_layout_a_seed() {
+    let texts = several(&[Some(&[Some("a"), Some("b")])]);
+    let with = |column: ArrayRef| {
+        let image: ArrayRef = Arc::new(arrow::array::BinaryArray::from_iter([Some("i")]));
+        parquet(&batch(vec![("jpg", image), ("caption", column)]), 1)
+    };
+    let (lists, one) = (
+        with(texts),
+        with(Arc::new(StringArray::from_iter_values(["a"]))),
+    );
+    let asked = |caption_seed| SourceRequest {
+        caption_seed,
+        ..request("memory:///data")
+    };
+    let stores = stores();
+    let files = [("0.parquet", lists.clone()), ("1.parquet", one.clone())];
+    put(&stores, &files).await;
+    let mut digests = Vec::new();
+    for (given, expected) in [(None, 0), (Some(0), 0), (Some(7), 7)] {
+        let manifest = index(&stores, None, &[asked(given)]).await.unwrap();
+        assert_eq!(manifest.sources[0].layout.caption_seed, Some(expected));
+        digests.push(manifest.sources[0].rows_digest());
+    }
+    assert!(digests[0] == digests[1] && digests[1] != digests[2]);
+    // A first shard without lists gives none: the second is refused, unless the run names one.
+    put(&stores, &[("0.parquet", one), ("1.parquet", lists)]).await;
+    let error = index(&stores, None, &[asked(None)]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::SchemaMismatch);
+    assert_eq!(error.value("shard"), Some("memory:///data/1.parquet"));
+    assert!(error.to_string().contains("with caption_seed"), "{error}");
+    assert!(index(&stores, None, &[asked(Some(1))]).await.is_ok());
 }
 
 #[tokio::test]
@@ -561,4 +662,28 @@ async fn sources_are_found_however_they_are_named() {
         .unwrap();
     let error = failure(index(&strict, None, &[request("memory:///data/far.txt")]).await);
     assert_eq!(error.reason(), Reason::UriNotAllowed);
+}
+
+#[tokio::test]
+async fn rows_are_named_alike_whatever_a_run_weighs_them_by() {
+    let stores = stores();
+    put(&stores, &[("0.parquet", parquet(&img2dataset(0..10), 4))]).await;
+    let digest = async |change: fn(&mut SourceRequest)| {
+        let mut asked = request("memory:///data");
+        change(&mut asked);
+        let manifest = index(&stores, None, &[asked]).await.unwrap();
+        (manifest.digest(), manifest.sources[0].rows_digest())
+    };
+    let (manifest, rows) = digest(|_| {}).await;
+    let (weighted, same) = digest(|asked| asked.weight = 3.0).await;
+    assert!(weighted != manifest && same == rows);
+    let others = [
+        digest(|asked| asked.predicate = Some("uid > 6".into()))
+            .await
+            .1,
+        digest(|asked| asked.caption_column = Some("url".into()))
+            .await
+            .1,
+    ];
+    assert!(others.iter().all(|other| *other != rows) && others[0] != others[1]);
 }

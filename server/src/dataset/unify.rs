@@ -9,7 +9,7 @@ pub(super) fn plain(data_type: &DataType) -> &DataType {
     }
 }
 
-/// Returns a type that can hold the values of both; `None` if there is none.
+/// Returns a type that can hold the values of both; `None` if no type can.
 pub(super) fn unify(a: &DataType, b: &DataType) -> Option<DataType> {
     use DataType as T;
     let text = |t: &T| matches!(t, T::Utf8 | T::LargeUtf8 | T::Utf8View);

@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
-use superbatch_proto::v1::Reason;
+use superbatch_proto::{reflect::Word, v1::Reason};
 
 /// The result of a handler.
 pub(super) type Answer = Result<Json, Failed>;
@@ -32,8 +32,16 @@ impl IntoResponse for Failed {
     fn into_response(self) -> Response {
         let reason = self.0.reason();
         let (status, outcome) = match reason {
-            Reason::RunNotFound | Reason::StepNotCommitted => (StatusCode::NOT_FOUND, "not_found"),
-            Reason::InvalidArgument => (StatusCode::BAD_REQUEST, "invalid"),
+            Reason::RunNotFound | Reason::StepNotCommitted | Reason::WeightsMissing => {
+                (StatusCode::NOT_FOUND, "not_found")
+            }
+            Reason::InvalidArgument | Reason::RunSpecImpossible => {
+                (StatusCode::BAD_REQUEST, "invalid")
+            }
+            Reason::Unimplemented => (StatusCode::NOT_IMPLEMENTED, "invalid"),
+            Reason::Unauthenticated => (StatusCode::UNAUTHORIZED, "refused"),
+            Reason::PermissionDenied => (StatusCode::FORBIDDEN, "refused"),
+            Reason::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "refused"),
             Reason::StorageUnreachable => (StatusCode::BAD_GATEWAY, "failed"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
         };
@@ -41,11 +49,10 @@ impl IntoResponse for Failed {
         if outcome == "failed" {
             tracing::warn!(error = self.0.chain(), "the run page could not answer");
         }
-        let name = reason
-            .as_str_name()
-            .trim_start_matches("REASON_")
-            .to_lowercase();
-        json_response(status, &json!({ "error": self.0.chain(), "reason": name }))
+        json_response(
+            status,
+            &json!({ "error": self.0.chain(), "reason": reason.word() }),
+        )
     }
 }
 

@@ -3,7 +3,6 @@ use super::{
     Known, Page,
     answer::{Answer, Json},
     pictures::{Place, place},
-    shown::word,
     steps::{at, key},
 };
 use crate::{
@@ -21,13 +20,16 @@ use axum::extract::{Path, State};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use superbatch_proto::v1::{ChosenRow, Receipt, ReceiptSummary};
+use superbatch_proto::{
+    reflect::Word,
+    v1::{ChosenRow, Receipt, ReceiptSummary},
+};
 
 /// Most steps that are shown, the newest ones.
 const TIMES: usize = 64;
 const AT_ONCE: usize = 8;
 
-/// `GET /api/runs/{run}/examples/{row}`: a row by its id, or as `0.0.17`.
+/// Answers `GET /api/runs/{run}/examples/{row}`: a row by its id, or as `0.0.17`.
 pub(super) async fn example(
     State(page): State<Arc<Page>>,
     Path((id, row)): Path<(String, String)>,
@@ -141,7 +143,7 @@ fn outcome(receipt: &Receipt, summary: &ReceiptSummary, wanted: &ChosenRow, id: 
     let mut time = json!({
         "step": summary.step,
         "outcome": "passed_over",
-        "mode": word(summary.mode().as_str_name(), "MODE_"),
+        "mode": summary.mode().word(),
         "version": summary.learner.as_ref().map(|learner| learner.version),
         "chunk": Value::Null, "score": Value::Null, "own": Value::Null,
         "learner_loss": Value::Null, "reference_loss": Value::Null,
@@ -158,7 +160,7 @@ fn outcome(receipt: &Receipt, summary: &ReceiptSummary, wanted: &ChosenRow, id: 
         time["learner_loss"] = json!(row.learner_loss);
         time["reference_loss"] = json!(row.reference_loss);
     } else if let Some(row) = bad {
-        time["outcome"] = json!(word(row.reason().as_str_name(), "BAD_ROW_REASON_"));
+        time["outcome"] = json!(row.reason().word());
     } else if let Some(row) = passed {
         time["own"] = json!(row.own_score);
         time["learner_loss"] = json!(row.learner_loss);

@@ -14,14 +14,14 @@ pub(super) struct Keep<K, V> {
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> Keep<K, V> {
-    pub fn new(most: usize) -> Self {
+    pub(super) fn new(most: usize) -> Self {
         Self {
             most,
             kept: Mutex::default(),
         }
     }
 
-    pub fn get(&self, key: &K) -> Option<V> {
+    pub(super) fn get(&self, key: &K) -> Option<V> {
         let mut kept = self.lock();
         let (clock, values) = &mut *kept;
         let (used, value) = values.get_mut(key)?;
@@ -30,7 +30,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Keep<K, V> {
         Some(value.clone())
     }
 
-    pub fn put(&self, key: K, value: V) {
+    pub(super) fn put(&self, key: K, value: V) {
         let mut kept = self.lock();
         let (clock, values) = &mut *kept;
         *clock += 1;

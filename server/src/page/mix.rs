@@ -24,7 +24,7 @@ const SHARDS: usize = 120;
 /// Rows scanned and rows chosen.
 type Counts = BTreeMap<(u32, u32), [u64; 2]>;
 
-/// `GET /api/runs/{run}/mix`.
+/// Answers `GET /api/runs/{run}/mix`.
 pub(super) async fn mix(State(page): State<Arc<Page>>, Path(id): Path<String>) -> Answer {
     let known = page.find_or_load(&id).await?;
     let manifest = page.manifest(&known.facts.run.manifest).await?;

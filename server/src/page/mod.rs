@@ -10,15 +10,18 @@ mod gate;
 mod keep;
 mod mix;
 mod pictures;
+mod replay;
 mod runs;
 mod shown;
 mod steps;
 mod timeline;
+mod turns;
 
 pub use gate::Gate;
+pub use replay::Replays;
 
 use crate::{
-    coordinator::{facts::run, receipts::store::Receipts},
+    coordinator::{facts::run, receipts::store::Receipts, runs::fork},
     dataset::Manifest,
     error::{Error, Result},
     storage::Location,
@@ -27,12 +30,14 @@ use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use axum::{Router, middleware, routing::get};
 use keep::Keep;
+use serde_json::Value;
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{
     ids::is_run_id,
     v1::{Reason, ReceiptSummary},
 };
-use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+use tokio::{sync::Semaphore, time::Instant};
+use turns::Turns;
 
 /// Reads from storage at the same time, over all readers.
 const READS: usize = 8;
@@ -42,6 +47,8 @@ const BLOCKS: usize = 2;
 const SUMMARIES: usize = 8_192;
 /// Manifests that are kept; they may be large.
 const MANIFESTS: usize = 2;
+/// Scores of pairs that are kept; those of a step take up to 1 MiB.
+const REPLAYED: usize = 16;
 /// How old a run's facts may be. With this bound, many readers cost as many reads of storage as
 /// one.
 const FACTS_LAST: Duration = Duration::from_secs(1);
@@ -62,12 +69,17 @@ pub trait Blocks: Send + Sync {
 pub struct Page {
     state: Location,
     blocks: Box<dyn Blocks>,
+    /// Absent beside a service.
+    replays: Option<Arc<dyn Replays>>,
+    turns: Turns,
     reads: Semaphore,
     block_reads: Semaphore,
     /// By run, step and generation. A missing receipt is not kept: the step may be committed later.
     summaries: Keep<(String, u64, u32), Arc<ReceiptSummary>>,
     manifests: Keep<String, Arc<Manifest>>,
     runs: Keep<String, (Instant, Arc<Known>)>,
+    /// Scores of pairs, by run, step and the generation that decided it.
+    replayed: Keep<(String, u64, u32), Arc<Value>>,
 }
 
 /// A run's facts at the time of a read.
@@ -80,43 +92,49 @@ pub struct Known {
 }
 
 impl Page {
-    pub fn new(state: Location, blocks: Box<dyn Blocks>) -> Self {
+    /// Makes a page on `state`. It replays steps if it is given the means.
+    pub fn new(
+        state: Location,
+        blocks: Box<dyn Blocks>,
+        replays: Option<Arc<dyn Replays>>,
+    ) -> Self {
         Self {
             state,
             blocks,
+            replays,
+            turns: Turns::default(),
             reads: Semaphore::new(READS),
             block_reads: Semaphore::new(BLOCKS),
             summaries: Keep::new(SUMMARIES),
             manifests: Keep::new(MANIFESTS),
             runs: Keep::new(1024),
+            replayed: Keep::new(REPLAYED),
         }
     }
 
     /// Returns the routes of all addresses of the page.
     pub fn router(self: Arc<Self>, gate: Gate) -> Router {
-        let api = Router::new()
-            .route("/about", get(runs::about))
-            .route("/runs", get(runs::list))
+        let of_one_run = Router::new()
             .route("/runs/{run}", get(runs::one))
             .route("/runs/{run}/timeline", get(timeline::timeline))
             .route("/runs/{run}/steps/{step}", get(steps::step))
             .route("/runs/{run}/steps/{step}/receipt", get(steps::receipt))
+            .route("/runs/{run}/steps/{step}/pairs", get(replay::pairs))
+            .route("/runs/{run}/steps/{step}/redraw", get(replay::redraw))
             .route("/runs/{run}/examples/{row}", get(example::example))
             .route("/runs/{run}/mix", get(mix::mix))
             .route("/runs/{run}/captions", get(pictures::captions))
             .route("/runs/{run}/pictures/{row}", get(pictures::picture))
+            .route_layer(middleware::from_fn(gate::check_run));
+        let api = Router::new()
+            .route("/about", get(runs::about))
+            .route("/runs", get(runs::list))
+            .merge(of_one_run)
             .with_state(self);
         Router::new()
             .nest("/api", api)
             .fallback(assets::asset)
             .layer(middleware::from_fn_with_state(Arc::new(gate), gate::pass))
-    }
-
-    /// Serves for as long as it is polled.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, gate: Gate) {
-        if let Err(error) = axum::serve(listener, self.router(gate)).await {
-            tracing::error!(error = %error, "serving the run page failed");
-        }
     }
 
     /// Returns a run's facts and its newest step, at most a second old.
@@ -144,7 +162,7 @@ impl Page {
         let _permit = self.permit(&self.reads).await?;
         let location = self.state.below(&format!("runs/{id}"));
         let facts = run::load(&location).await?.ok_or_else(none)?;
-        let receipts = Receipts::new(location);
+        let receipts = fork::receipts(&self.state, id, &facts).await?;
         let newest = receipts.newest(&facts.chain).await?;
         let known = Arc::new(Known {
             id: key.clone(),
@@ -158,16 +176,27 @@ impl Page {
 
     /// Returns a step's receipt in force, without its rows.
     async fn summary(&self, known: &Known, step: u64) -> Result<Option<Arc<ReceiptSummary>>> {
-        for generation in known.generations(step) {
+        let found = self.summary_of(known, step, known.generations(step));
+        Ok(found.await?.map(|(_, summary)| summary))
+    }
+
+    /// Returns the first of `generations` that has a receipt, and the receipt without its rows.
+    async fn summary_of(
+        &self,
+        known: &Known,
+        step: u64,
+        generations: Vec<u32>,
+    ) -> Result<Option<(u32, Arc<ReceiptSummary>)>> {
+        for generation in generations {
             let key = (known.id.clone(), step, generation);
             if let Some(summary) = self.summaries.get(&key) {
-                return Ok(Some(summary));
+                return Ok(Some((generation, summary)));
             }
             let _permit = self.permit(&self.reads).await?;
             if let Some(summary) = known.receipts.summary(step, generation).await? {
                 let summary = Arc::new(summary);
                 self.summaries.put(key, summary.clone());
-                return Ok(Some(summary));
+                return Ok(Some((generation, summary)));
             }
         }
         Ok(None)
@@ -192,6 +221,15 @@ impl Page {
 }
 
 impl Known {
+    /// As [`Self::generations`], in the trajectory of the generation `asked`, if one is.
+    pub fn generations_of(&self, step: u64, asked: Option<u64>) -> Vec<u32> {
+        let Some(asked) = asked else {
+            return self.generations(step);
+        };
+        let asked = u32::try_from(asked).unwrap_or(u32::MAX);
+        self.facts.chain.candidates(step, asked)
+    }
+
     /// Returns the generations whose receipt would be in force for a step, best first.
     pub fn generations(&self, step: u64) -> Vec<u32> {
         self.facts

@@ -58,7 +58,7 @@ pub(super) fn place(key: &str) -> Result<Place> {
     })
 }
 
-/// `GET /api/runs/{run}/captions?rows=0.0.17,0.0.18`.
+/// Answers `GET /api/runs/{run}/captions?rows=0.0.17,0.0.18`.
 pub(super) async fn captions(
     State(page): State<Arc<Page>>,
     Path(id): Path<String>,
@@ -96,8 +96,8 @@ pub(super) async fn captions(
     Ok(Json(json!({ "captions": found })))
 }
 
-/// `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 if the row has no picture that
-/// can be decoded.
+/// Answers `GET /api/runs/{run}/pictures/0.0.17?size=128`: a JPEG, or 404 if the row has no picture
+/// that can be decoded.
 pub(super) async fn picture(
     State(page): State<Arc<Page>>,
     Path((id, key)): Path<(String, String)>,

@@ -3,11 +3,6 @@ use crate::coordinator::receipts::parquet::has_scores;
 use serde_json::{Value, json};
 use superbatch_proto::v1::{Accounts, ReceiptSummary, RunSpec, lag};
 
-/// Returns a name such as `POLICY_JOINT` without its prefix, in lower case.
-pub(super) fn word(name: &str, prefix: &str) -> String {
-    name.trim_start_matches(prefix).to_lowercase()
-}
-
 /// Returns a run's lag in words.
 pub(super) fn lag(spec: &RunSpec) -> String {
     match spec.lag.and_then(|lag| lag.bound) {

@@ -22,8 +22,8 @@ use superbatch_proto::v1::{ChosenRow, PassedRow, Receipt};
 /// Most chosen rows of one answer. The receipt has all of them.
 const ROWS: usize = 4_096;
 
-/// `GET /api/runs/{run}/steps/{step}`, with `?generation=N` for a generation that is not the
-/// newest.
+/// Answers `GET /api/runs/{run}/steps/{step}`, with `?generation=N` for a generation that is not
+/// the newest.
 pub(super) async fn step(
     State(page): State<Arc<Page>>,
     Path((id, step)): Path<(String, String)>,
@@ -47,7 +47,7 @@ pub(super) async fn step(
     })))
 }
 
-/// `GET /api/runs/{run}/steps/{step}/receipt`: what `superbatch receipts --json` prints.
+/// Answers `GET /api/runs/{run}/steps/{step}/receipt`: what `superbatch receipts --json` prints.
 pub(super) async fn receipt(
     State(page): State<Arc<Page>>,
     Path((id, step)): Path<(String, String)>,
@@ -66,13 +66,7 @@ async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<
         .parse()
         .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
     let known = page.find_or_load(id).await?;
-    let generations = match number(query, "generation")? {
-        Some(asked) => known
-            .facts
-            .chain
-            .candidates(step, u32::try_from(asked).unwrap_or(u32::MAX)),
-        None => known.generations(step),
-    };
+    let generations = known.generations_of(step, number(query, "generation")?);
     at(page, &known, step, generations)
         .await?
         .ok_or_else(|| known.not_committed(step))

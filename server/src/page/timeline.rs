@@ -2,21 +2,21 @@
 use super::{
     Known, Page,
     answer::{Answer, Json, number},
-    shown::{scored, selection_flops, word},
+    shown::{scored, selection_flops},
 };
 use crate::error::Result;
 use axum::extract::{Path, RawQuery, State};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use superbatch_proto::v1::ReceiptSummary;
+use superbatch_proto::{reflect::Word, v1::ReceiptSummary};
 
 /// Most steps of a timeline.
 const POINTS: u64 = 512;
 /// Receipts that one timeline reads at the same time.
 const AT_ONCE: usize = 8;
 
-/// `GET /api/runs/{run}/timeline?from=N&to=N`.
+/// Answers `GET /api/runs/{run}/timeline?from=N&to=N`.
 pub(super) async fn timeline(
     State(page): State<Arc<Page>>,
     Path(id): Path<String>,
@@ -96,8 +96,8 @@ fn columns(found: &[Arc<ReceiptSummary>], stride: u64, newest: Option<u64>) -> V
         "newest": newest,
         "step": column(&|s| json!(s.step)),
         "generation": column(&|s| json!(s.generation)),
-        "policy": column(&|s| json!(word(s.policy().as_str_name(), "POLICY_"))),
-        "mode": column(&|s| json!(word(s.mode().as_str_name(), "MODE_"))),
+        "policy": column(&|s| json!(s.policy().word())),
+        "mode": column(&|s| json!(s.mode().word())),
         "version": column(&|s| json!(s.learner.as_ref().map(|learner| learner.version))),
         "lag": column(&|s| json!(s.lag_steps)),
         "scanned": column(&|s| json!(s.cost.unwrap_or_default().candidates_scanned)),

@@ -27,7 +27,7 @@ pub struct Judged {
 
 /// A candidate that was passed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Passed {
+pub(crate) struct Passed {
     pub candidate: u32,
     /// Whether it is of the sample; otherwise it is listed for its own score.
     pub sampled: bool,
@@ -41,7 +41,7 @@ pub fn judge(
     reference: Option<&Embedded>,
 ) -> Option<Judged> {
     let settings = settings(begin).ok().filter(|_| is_scored(begin.policy()))?;
-    let models = [
+    let pair = [
         learner
             .filter(|_| settings.criterion.needs_learner())
             .map(|m| m.model(begin.learner_scale, begin.learner_bias)),
@@ -50,7 +50,7 @@ pub fn judge(
             .map(|m| m.model(begin.reference_scale, begin.reference_bias)),
     ];
     let count = begin.positions.len();
-    let losses = models
+    let losses = pair
         .each_ref()
         .map(|model| model.map(|model| own_losses(&model, settings.loss, count, &begin.holes)));
     let gain = if settings.loss == Loss::Softmax {
@@ -85,7 +85,7 @@ pub fn judge(
         .filter_map(|n| begin.terms.get(*n))
         .sum::<f64>();
     let mean_term = terms / offered.len().max(1) as f64;
-    let dims: usize = models.iter().flatten().map(|model| model.dim).sum();
+    let dims: usize = pair.iter().flatten().map(|model| model.dim).sum();
     let mut judged = Judged {
         own,
         losses,
@@ -95,7 +95,7 @@ pub fn judge(
     let embedded = [learner, reference];
     if of_columns.is_some() {
         judged.uniform_score = Some(mean_term);
-    } else if let Some((score, flops)) = uniform_score(&settings, &bare, gain, embedded, models) {
+    } else if let Some((score, flops)) = uniform_score(&settings, &bare, gain, embedded, pair) {
         judged.uniform_score = Some(score + mean_term);
         judged.flops += flops;
     }
@@ -134,7 +134,7 @@ fn uniform_score(
     own: &[f64],
     gain: f64,
     embedded: [Option<&Embedded>; 2],
-    models: [Option<ModelEmbeddings<'_>>; 2],
+    pair: [Option<ModelEmbeddings<'_>>; 2],
 ) -> Option<(f64, f64)> {
     let offered: Vec<u32> = (0..own.len() as u32)
         .filter(|n| own[*n as usize].is_finite())
@@ -155,7 +155,7 @@ fn uniform_score(
             .zip(model)
             .map(|(rows, model)| (rows.clone(), model.scale, model.bias))
     };
-    let [learner, reference] = [taken(&learner, models[0]), taken(&reference, models[1])];
+    let [learner, reference] = [taken(&learner, pair[0]), taken(&reference, pair[1])];
     let candidates = Candidates {
         count: size,
         learner: learner
@@ -194,7 +194,7 @@ fn uniform_score(
 
 /// Returns up to `most` of the candidates that were not drawn: the first half are those of the best
 /// own scores, best first; the others are evenly spaced over the rest, in their order.
-pub fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
+pub(crate) fn passed_over(own: &[f64], drawn: &[u32], most: usize) -> Vec<Passed> {
     let mut is_drawn = vec![false; own.len()];
     for index in drawn {
         if let Some(marked) = is_drawn.get_mut(*index as usize) {

@@ -5,21 +5,21 @@ use superbatch_kernels::{Backend, Candidates, Noise, Policy, Settings, Tuning};
 use superbatch_proto::v1::{ProbeResult, SelectBegin};
 
 /// Learner's and reference's embeddings at one fidelity, where the criterion asks the model.
-pub type Models<'a> = [Option<&'a Embedded>; 2];
+pub(crate) type Pair<'a> = [Option<&'a Embedded>; 2];
 
 /// Compares what `begin` draws by embeddings of full fidelity and by approximate ones. `begin`
 /// names the candidates that were embedded at both, their holes at either, and the size of a draw.
 /// `seconds` is the caller's to fill. With the operations that it took.
 ///
 /// # Errors
-/// As [`draw`]; `Internal` where a model that the criterion asks is missing.
-pub fn compare(
+/// As [`draw`]; `Internal` if a model that the criterion asks is missing.
+pub(crate) fn compare(
     begin: &SelectBegin,
-    full: Models<'_>,
-    approximate: Models<'_>,
+    full: Pair<'_>,
+    approximate: Pair<'_>,
 ) -> Result<(ProbeResult, f64)> {
     let mut flops = 0.0;
-    let mut judged = |[learner, reference]: Models<'_>| {
+    let mut judged = |[learner, reference]: Pair<'_>| {
         let judged = judge(begin, learner, reference)
             .ok_or_else(|| Error::internal("a probe lacks a model that its criterion asks"))?;
         flops += judged.flops;
@@ -29,7 +29,7 @@ pub fn compare(
     let score_uniform = of_full
         .uniform_score
         .ok_or_else(|| Error::internal("a probe has too few rows for a uniform draw"))?;
-    let mut drawn = |[learner, reference]: Models<'_>| {
+    let mut drawn = |[learner, reference]: Pair<'_>| {
         let drawn = draw(Backend::Native, begin, learner, reference)?;
         flops += drawn.flops;
         Ok::<_, Error>(drawn.indices)
@@ -54,17 +54,20 @@ pub fn compare(
     Ok((result, flops))
 }
 
-/// Of what the full draw gains over a uniform one, the share that the approximate draw keeps.
-/// `None` where it gains nothing that could be kept.
-pub fn kept_gain(found: &ProbeResult) -> Option<f64> {
+/// Returns the share that the approximate draw keeps of what the full draw gains over a uniform
+/// one. `None` if that gains nothing that could be kept.
+pub(crate) fn kept_gain(found: &ProbeResult) -> Option<f64> {
     let gain = found.score_full - found.score_uniform;
     (gain > 0.0).then(|| (found.score_approximate - found.score_uniform) / gain)
 }
 
-/// The batch score of these candidates, with the operations that it took.
-fn score_of(
+/// Returns the batch score of these candidates, with the operations that it took.
+///
+/// # Errors
+/// As [`draw`].
+pub(crate) fn score_of(
     begin: &SelectBegin,
-    [learner, reference]: Models<'_>,
+    [learner, reference]: Pair<'_>,
     indices: &[u32],
 ) -> Result<(f64, f64)> {
     let rows: Vec<usize> = indices.iter().map(|index| *index as usize).collect();
@@ -108,7 +111,7 @@ fn score_of(
     Ok((score, drawn.flops))
 }
 
-/// Of the first draw, the share that the second one has, too.
+/// Returns the share of the first draw that the second one has, too.
 fn overlap(a: &[u32], b: &[u32]) -> f64 {
     let mut b = b.to_vec();
     b.sort_unstable();
@@ -116,8 +119,8 @@ fn overlap(a: &[u32], b: &[u32]) -> f64 {
     common.count() as f64 / a.len().max(1) as f64
 }
 
-/// Spearman's rank correlation over the candidates that both have a score of; 0 where either has
-/// one score only.
+/// Returns Spearman's rank correlation over the candidates that both have a score of; 0 where
+/// either has one score only.
 fn spearman(a: &[f64], b: &[f64]) -> f64 {
     let both = a.iter().zip(b).filter(|(a, b)| (*a + *b).is_finite());
     let (a, b): (Vec<f64>, Vec<f64>) = both.unzip();
@@ -135,7 +138,7 @@ fn spearman(a: &[f64], b: &[f64]) -> f64 {
     }
 }
 
-/// Each value's place by size from 0; equal values share the mean of their places.
+/// Returns each value's place by size from 0; equal values share the mean of their places.
 fn ranks(values: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_unstable_by(|a, b| values[*a].total_cmp(&values[*b]));

@@ -1,5 +1,5 @@
 //! Builds a store's client from a URI and options.
-use super::{StorageConfig, guard::Guarded, retried::Noticing};
+use super::{StorageConfig, guard::Guarded, retried::LoggingConnector};
 use crate::error::{Error, Result};
 use object_store::{
     ClientConfigKey, ObjectStore, ObjectStoreScheme,
@@ -52,7 +52,12 @@ pub(super) fn connect(
         S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
         S::Memory => Arc::new(InMemory::new()),
         S::AmazonS3 => {
-            let builder = configured!(AmazonS3Builder, url.as_str(), config, Noticing::default());
+            let builder = configured!(
+                AmazonS3Builder,
+                url.as_str(),
+                config,
+                LoggingConnector::default()
+            );
             let get = |key| builder.get_config_value(&key);
             let endpoint =
                 get(AmazonS3ConfigKey::S3Endpoint).or_else(|| get(AmazonS3ConfigKey::Endpoint));
@@ -65,7 +70,7 @@ pub(super) fn connect(
                 GoogleCloudStorageBuilder,
                 url.as_str(),
                 config,
-                Noticing::default()
+                LoggingConnector::default()
             )
             .build()
             .map_err(unusable)?,
@@ -75,7 +80,7 @@ pub(super) fn connect(
                 MicrosoftAzureBuilder,
                 url.as_str(),
                 config,
-                Noticing::default()
+                LoggingConnector::default()
             );
             let get = |key| builder.get_config_value(&key);
             let endpoint = get(AzureConfigKey::Endpoint);
@@ -86,7 +91,7 @@ pub(super) fn connect(
             Arc::new(builder.build().map_err(unusable)?)
         }
         S::Http => {
-            let guarded = Noticing::over(Guarded {
+            let guarded = LoggingConnector::over(Guarded {
                 allow: config.allow_uris.clone(),
             });
             let builder = configured!(HttpBuilder, &url[..Position::BeforePath], config, guarded);
@@ -126,8 +131,8 @@ fn check_plain_http(endpoint: Option<&str>, allowed: Option<String>, option: &st
     Err(Error::invalid(&field, message))
 }
 
-/// The spellings that `object_store` reads as true. The check for plain HTTP must agree with the
-/// client, else it would refuse what the client allows, or the reverse.
+/// Returns whether `object_store` reads `value` as true. The check for plain HTTP must agree
+/// with the client, else it would refuse what the client allows, or the reverse.
 fn is_true(value: &str) -> bool {
     ["1", "true", "on", "yes", "y"]
         .iter()

@@ -25,7 +25,7 @@ pub(super) struct Deadlines {
 }
 
 impl Deadlines {
-    pub fn new(config: &StorageConfig) -> Self {
+    pub(super) fn new(config: &StorageConfig) -> Self {
         let seconds = Duration::from_secs_f64;
         Self {
             answer: seconds(config.answer_timeout_seconds),
@@ -34,7 +34,7 @@ impl Deadlines {
     }
 
     /// Wraps a store so that its requests end by these deadlines.
-    pub fn around(self, store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
+    pub(super) fn around(self, store: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
         Arc::new(Deadlined {
             store,
             deadlines: self,
@@ -55,7 +55,7 @@ impl Deadlines {
     }
 }
 
-/// The error for a store that was silent for too long.
+/// Returns the error for a store that was silent for too long.
 fn no_answer_error(what: &str, after: Duration) -> Error {
     let cause = std::io::Error::new(
         std::io::ErrorKind::TimedOut,

@@ -1,9 +1,9 @@
 //! Facts: objects that are created once and never changed. Two coordinators that decide the same
 //! thing race by creating the same key; object storage lets one of them win.
-use super::{Budget, Location};
+use super::{Budget, Location, retried::OneAttempt};
 use crate::error::{Error, Result};
 use bytes::Bytes;
-use object_store::PutMode;
+use object_store::{GetOptions, PutMode, PutOptions};
 use superbatch_proto::v1::Reason;
 
 /// Who created the fact.
@@ -40,7 +40,8 @@ impl Location {
     ) -> Result<Created> {
         loop {
             match self.create_once(key, bytes.clone(), &budget).await {
-                Err(error) if !is_passing(&error) || !budget.pause().await => return Err(error),
+                Err(error) if !is_passing(&error) => return Err(error),
+                Err(error) if !budget.pause().await => return Err(budget.spent(error)),
                 Err(_) => {}
                 created => return created,
             }
@@ -48,13 +49,16 @@ impl Location {
     }
 
     /// Makes one attempt of [`Location::create`]. The caller decides whether there is another, and
-    /// may let go of its locks before.
+    /// may release its locks before.
     ///
     /// # Errors
     /// `StorageUnreachable` if it is not known whether the object is there.
     pub async fn create_once(&self, key: &str, bytes: Bytes, budget: &Budget) -> Result<Created> {
         let path = self.path(key);
-        let create = PutMode::Create.into();
+        let mut create = PutOptions::from(PutMode::Create);
+        create.extensions.insert(OneAttempt);
+        let mut read = GetOptions::default();
+        read.extensions.insert(OneAttempt);
         let put = self.store().put_opts(&path, bytes.clone().into(), create);
         let cause = match budget.request(put).await {
             Some(Ok(_)) => return Ok(Created::Ours),
@@ -74,7 +78,7 @@ impl Location {
         // "already exists" although the object is ours. So the answer is not trusted: the object is
         // read back and its bytes decide. Without this a coordinator would take its own receipt for
         // a rival's and give its run up.
-        match budget.request(self.find(key)).await {
+        match budget.request(self.find_by(key, read)).await {
             Some(Ok(Some(found))) if found == bytes => Ok(Created::Ours),
             Some(Ok(Some(found))) => Ok(Created::Theirs(found)),
             _ => Err(unknown(cause)),
@@ -108,11 +112,12 @@ pub async fn probe(state: &Location) -> Result<String> {
     let known = state.find(IDENTITY).await.map_err(unusable)?;
     let key = format!("probe/{}", nonce());
     let (first, second) = (Bytes::from("first"), Bytes::from("second"));
-    state.create(&key, first).await.map_err(unusable)?;
+    let create = |key, bytes| state.create_within(key, bytes, Budget::of_start());
+    create(&key, first).await.map_err(unusable)?;
     // A key of its own for every probe, since objects of an earlier probe would make any store look
     // safe. Documentation is no help here: compatible stores accept `If-None-Match: *` and ignore
     // it.
-    let safe = matches!(state.create(&key, second).await?, Created::Theirs(_));
+    let safe = matches!(create(&key, second).await?, Created::Theirs(_));
     state.delete(&key).await.map_err(unusable)?;
     if !safe {
         let message = format!(
@@ -126,11 +131,7 @@ pub async fn probe(state: &Location) -> Result<String> {
     let ours = Bytes::from(nonce());
     let id = match known {
         Some(id) => id,
-        None => match state
-            .create(IDENTITY, ours.clone())
-            .await
-            .map_err(unusable)?
-        {
+        None => match create(IDENTITY, ours.clone()).await.map_err(unusable)? {
             Created::Ours => ours,
             Created::Theirs(id) => id,
         },
@@ -138,9 +139,9 @@ pub async fn probe(state: &Location) -> Result<String> {
     Ok(String::from_utf8_lossy(&id).into_owned())
 }
 
-/// Returns whether a state that was opened is not there any more: it was deleted under the service.
-/// A store that does not answer says nothing.
-pub async fn is_gone(state: &Location) -> bool {
+/// Returns whether a state that was opened has been deleted while the service ran. `false` if the
+/// store does not answer.
+pub async fn is_deleted(state: &Location) -> bool {
     matches!(state.find(IDENTITY).await, Ok(None))
 }
 
@@ -156,9 +157,9 @@ mod tests {
         let id = probe(&a).await.unwrap();
         assert_eq!(probe(&a).await.unwrap(), id);
         assert_ne!(probe(&b).await.unwrap(), id);
-        assert!(!is_gone(&a).await);
+        assert!(!is_deleted(&a).await);
         a.delete(IDENTITY).await.unwrap();
-        assert!(is_gone(&a).await && !is_gone(&b).await);
+        assert!(is_deleted(&a).await && !is_deleted(&b).await);
     }
 
     #[tokio::test]

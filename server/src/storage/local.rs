@@ -77,12 +77,11 @@ fn walk(root: PathBuf) -> Result<Walked, (PathBuf, io::Error)> {
                 foreign.push(path);
             } else if meta.is_dir() {
                 let real = fs::canonicalize(&path).map_err(|cause| (path.clone(), cause))?;
-                match above.contains(&real) {
-                    true => foreign.push(path),
-                    false => {
-                        let above = above.iter().cloned().chain([real]).collect();
-                        folders.push((path, key, above));
-                    }
+                if above.contains(&real) {
+                    foreign.push(path)
+                } else {
+                    let above = above.iter().cloned().chain([real]).collect();
+                    folders.push((path, key, above));
                 }
             } else if meta.is_file() {
                 names.push(key);

@@ -5,16 +5,17 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
+    client::{HttpError, HttpErrorKind},
     path::Path,
 };
-use std::sync::Arc;
+use std::{error::Error as _, sync::Arc};
 use superbatch_proto::v1::Reason;
 use url::Url;
 
 /// Largest object that is written by one request, and the size of the parts of a larger one.
 /// Several parts are under way at once, since one connection to S3 is slower than the network line.
-const PART_BYTES: usize = 64 << 20;
-const PARTS_AT_ONCE: usize = 4;
+pub(super) const PART_BYTES: usize = 64 << 20;
+pub(super) const PARTS_AT_ONCE: usize = 4;
 /// Local files whose metadata is read at the same time.
 const LOOKS_AT_ONCE: usize = 32;
 
@@ -40,17 +41,17 @@ impl Location {
         &self.store
     }
 
-    /// The URI that this location was opened by, without a trailing slash.
+    /// Returns the URI that this location was opened by, without a trailing slash.
     pub fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// The object path of `key`.
+    /// Returns the object path of `key`.
     pub fn path(&self, key: &str) -> Path {
         join(&self.path, key)
     }
 
-    /// The location of `key` below this one.
+    /// Returns the location of `key` below this one.
     pub fn below(&self, key: &str) -> Self {
         Self {
             store: self.store.clone(),
@@ -108,10 +109,15 @@ impl Location {
         read.await.map_err(|e| self.error("read", key, e))
     }
 
-    /// Reads an object whole; `None` if there is none. A missing bucket is an error, since "there
-    /// is no such fact" would be the wrong conclusion from a wrong URI.
+    /// Reads an object whole; `None` if it does not exist. A missing bucket is an error, since
+    /// "there is no such fact" would be the wrong conclusion from a wrong URI.
     pub async fn find(&self, key: &str) -> Result<Option<Bytes>> {
-        let read = async { self.store.get(&self.path(key)).await?.bytes().await };
+        self.find_by(key, GetOptions::default()).await
+    }
+
+    pub(super) async fn find_by(&self, key: &str, options: GetOptions) -> Result<Option<Bytes>> {
+        let path = self.path(key);
+        let read = async { self.store.get_opts(&path, options).await?.bytes().await };
         match read.await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(object_store::Error::NotFound { source, .. })
@@ -179,6 +185,12 @@ impl Location {
         Ok(metas.into_iter().filter_map(relative).collect())
     }
 
+    /// Returns whether a web server answers. Few of those list folders.
+    pub fn is_web(&self) -> bool {
+        let mut schemes = ["http:", "https:"].iter();
+        schemes.any(|web| self.uri.starts_with(web))
+    }
+
     /// As [`Location::list`], for folders that this service did not write. In local ones, entries
     /// that no key can name (control characters, other encodings, loops of links) are left out with
     /// a warning.
@@ -186,6 +198,23 @@ impl Location {
     /// # Errors
     /// `InvalidArgument` for a folder that cannot be read; those of the store.
     pub async fn list_files(&self, key: &str) -> Result<Vec<(String, ObjectMeta)>> {
+        if self.is_web() {
+            // Few web servers list folders (WebDAV does), and one that does not will not do so
+            // later: an error that callers retry would hide that for minutes.
+            return self.list(key).await.map_err(|error| {
+                if is_transport(&error) {
+                    return error;
+                }
+                let uri = self.uri_of(key);
+                let message = format!(
+                    "this web server does not list {uri}; name its files, as in \
+                     {uri}/{{00000..00041}}.parquet"
+                );
+                Error::invalid("uri", message)
+                    .with("uri", uri)
+                    .because(error)
+            });
+        }
         if !self.uri.starts_with("file:") {
             return self.list(key).await;
         }
@@ -217,18 +246,19 @@ impl Location {
         Ok(names)
     }
 
-    /// Writes an object, replacing what was there. Only for content-addressed objects: whoever
-    /// writes one again writes the same bytes. A large object is written in parts, since S3 takes
+    /// Writes an object, replacing what was there. Only for content-addressed objects: all
+    /// writers write the same bytes. A large object is written in parts, since S3 takes
     /// no more than 5 GB by one request.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<()> {
         self.put_pieces(key, bytes.into()).await
     }
 
-    /// [`Self::put`] of an object that lies in pieces in memory.
+    /// Does [`Self::put`] for an object that lies in pieces in memory.
     pub async fn put_pieces(&self, key: &str, pieces: PutPayload) -> Result<()> {
-        let written = match pieces.content_length() <= PART_BYTES {
-            true => self.store.put(&self.path(key), pieces).await.map(drop),
-            false => self.put_in_parts(key, pieces, PART_BYTES).await,
+        let written = if pieces.content_length() <= PART_BYTES {
+            self.store.put(&self.path(key), pieces).await.map(drop)
+        } else {
+            self.put_in_parts(key, pieces, PART_BYTES).await
         };
         written.map_err(|e| self.error("write", key, e))
     }
@@ -260,8 +290,8 @@ impl Location {
             .map_err(|e| self.error("delete", key, e))
     }
 
-    /// The error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`, which
-    /// callers retry, or `InvalidArgument` for a missing bucket, which no retry creates.
+    /// Returns the error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`,
+    /// which callers retry, or `InvalidArgument` for a missing bucket, which no retry creates.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         if is_bucket_missing(&chain(&cause)) {
@@ -289,6 +319,16 @@ impl Location {
     }
 }
 
+/// Returns whether no answer came, so that a later attempt may have one.
+fn is_transport(error: &Error) -> bool {
+    let causes = std::iter::successors(error.source(), |&cause| cause.source());
+    let mut failures = causes.filter_map(|cause| cause.downcast_ref::<HttpError>());
+    failures.any(|failure| {
+        use HttpErrorKind::{Connect, Interrupted, Request, Timeout};
+        matches!(failure.kind(), Connect | Interrupted | Request | Timeout)
+    })
+}
+
 /// Cuts `bytes` into pieces of at most `size`.
 fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
     (0..bytes.len())
@@ -312,6 +352,7 @@ fn is_bucket_missing(answer: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::tests::answering::answering;
     use crate::storage::{StorageConfig, Stores};
 
     /// Answers every request with one status and body, as a store without that bucket does.
@@ -382,6 +423,25 @@ mod tests {
         }
     }
 
+    /// The real client's faults: a later attempt may be answered, a refusal stays one.
+    #[tokio::test]
+    async fn a_web_server_that_is_away_is_told_from_one_that_lists_nothing() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let away = format!("http://{}/pool", listener.local_addr().unwrap());
+        drop(listener);
+        let refuses = store_that_says("405 Method Not Allowed", "", "").await;
+        for (uri, reason) in [
+            (away, Reason::StorageUnreachable),
+            (format!("{refuses}/pool"), Reason::InvalidArgument),
+        ] {
+            let mut config = StorageConfig::default();
+            config.options.insert("allow_http".into(), "true".into());
+            let location = Stores::new(config).open(&uri).unwrap();
+            let error = location.list_files("").await.unwrap_err();
+            assert_eq!(error.reason(), reason, "{}", error.chain());
+        }
+    }
+
     #[tokio::test]
     async fn an_object_in_parts_is_the_same_object() {
         let state = Stores::new(StorageConfig::default())
@@ -398,5 +458,30 @@ mod tests {
             let read = state.get_in_parts(&key, part_bytes as u64).await;
             assert_eq!(read.unwrap(), bytes);
         }
+    }
+
+    /// Google Cloud Storage's own answers, through the client that reads them.
+    #[tokio::test]
+    async fn a_missing_bucket_of_google_is_told_from_a_missing_object() {
+        let options = [
+            ("google_base_url", "{}"),
+            ("google_skip_signature", "true"),
+            ("allow_http", "true"),
+        ];
+        let no_bucket = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>NoSuchBucket</Code>\
+            <Message>The specified bucket does not exist.</Message></Error>";
+        let (state, _) = answering("gs://b/p", &options, "404 Not Found", no_bucket).await;
+        for error in [
+            state.find("k").await.unwrap_err(),
+            state.get("k").await.unwrap_err(),
+            state.end("k", 8).await.unwrap_err(),
+        ] {
+            assert_eq!(error.reason(), Reason::InvalidArgument);
+            assert_eq!(error.value("bucket"), Some("b"));
+        }
+        let no_object = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>NoSuchKey</Code>\
+            <Message>The specified key does not exist.</Message></Error>";
+        let (state, _) = answering("gs://b/p", &options, "404 Not Found", no_object).await;
+        assert_eq!(state.find("k").await.unwrap(), None);
     }
 }

@@ -183,8 +183,15 @@ impl MultipartUpload for MeteredUpload {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Created, StorageConfig, Stores};
+    use crate::storage::{Created, StorageConfig, Stores, tests::answering::server};
     use metrics_exporter_prometheus::PrometheusBuilder;
+    use object_store::{
+        ClientOptions, RetryConfig, StaticCredentialProvider,
+        aws::AmazonS3Builder,
+        azure::MicrosoftAzureBuilder,
+        gcp::{GcpCredential, GoogleCloudStorageBuilder},
+    };
+    use std::sync::atomic::Ordering;
 
     async fn use_a_store() {
         let state = Stores::wrapped(StorageConfig::default(), Arc::new(metered))
@@ -253,19 +260,85 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_store_that_says_slow_down_is_seen() {
-        let generic = |text: &str| Error::Generic {
-            store: "S3",
-            source: text.into(),
+    /// Clients of all three clouds at `address`, which try once.
+    fn clients(address: &str) -> [Box<dyn ObjectStore>; 3] {
+        let once = RetryConfig {
+            max_retries: 0,
+            ..RetryConfig::default()
         };
-        assert_eq!(
-            outcome(&generic(
-                "Server returned non-2xx status code: 503 Service Unavailable: "
-            )),
-            "throttled"
-        );
-        assert_eq!(outcome(&generic("<Code>SlowDown</Code>")), "throttled");
-        assert_eq!(outcome(&generic("connection refused")), "error");
+        let http = ClientOptions::new().with_allow_http(true);
+        let s3 = AmazonS3Builder::new()
+            .with_endpoint(address)
+            .with_region("us-east-1")
+            .with_bucket_name("b")
+            .with_access_key_id("a")
+            .with_secret_access_key("b")
+            .with_client_options(http.clone())
+            .with_retry(once.clone());
+        let google = GoogleCloudStorageBuilder::new()
+            .with_config("google_base_url".parse().unwrap(), address)
+            .with_credentials(Arc::new(StaticCredentialProvider::new(GcpCredential {
+                bearer: "a".into(),
+            })))
+            .with_bucket_name("b")
+            .with_client_options(http.clone())
+            .with_retry(once.clone());
+        let azure = MicrosoftAzureBuilder::new()
+            .with_endpoint(address.to_owned())
+            .with_account("a")
+            .with_container_name("b")
+            .with_skip_signature(true)
+            .with_client_options(http)
+            .with_retry(once);
+        [
+            Box::new(s3.build().unwrap()),
+            Box::new(google.build().unwrap()),
+            Box::new(azure.build().unwrap()),
+        ]
+    }
+
+    /// The clients' own words, which nothing but this test keeps as they are.
+    #[tokio::test]
+    async fn a_store_that_says_slow_down_is_seen() {
+        let slow_down = "<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message>\
+            </Error>";
+        for (status, body, expected) in [
+            ("503 Slow Down", slow_down, "throttled"),
+            ("503 Service Unavailable", "", "throttled"),
+            ("429 Too Many Requests", "", "throttled"),
+            ("500 Internal Server Error", "", "error"),
+            (
+                "403 Forbidden",
+                "<Error><Code>AccessDenied</Code></Error>",
+                "error",
+            ),
+        ] {
+            let (address, asked) = server(status, body).await;
+            for store in clients(&address) {
+                let key = Path::from("k");
+                let errors = [
+                    store.get_opts(&key, GetOptions::default()).await.map(drop),
+                    store
+                        .put_opts(&key, "x".into(), PutOptions::default())
+                        .await
+                        .map(drop),
+                    store.list(None).try_next().await.map(drop),
+                ];
+                for error in errors {
+                    let error = error.unwrap_err();
+                    assert_eq!(outcome(&error), expected, "{status}: {error}");
+                }
+            }
+            assert_eq!(
+                asked.load(Ordering::Relaxed),
+                9,
+                "each request was made once"
+            );
+        }
+        // Nothing listens there.
+        for store in clients("http://127.0.0.1:1") {
+            let error = store.list(None).try_next().await.unwrap_err();
+            assert_eq!(outcome(&error), "error", "{error}");
+        }
     }
 }

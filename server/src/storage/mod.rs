@@ -1,6 +1,7 @@
 //! Object storage: opening URIs, keys below them, and facts that are written once.
 mod budget;
 mod connect;
+mod copy;
 mod deadline;
 mod facts;
 mod guard;
@@ -17,7 +18,7 @@ use crate::{
 };
 pub use budget::Budget;
 pub use facts::Created;
-pub use facts::is_gone;
+pub use facts::is_deleted;
 pub use facts::is_passing;
 pub use facts::nonce;
 pub use facts::probe;
@@ -171,9 +172,10 @@ impl Stores {
     /// # Errors
     /// As [`Stores::open_allowed`].
     pub fn open_named(&self, uri: &str, state: &Location) -> Result<Location> {
-        match !leaves_folder(uri) && below(uri, state.uri()) {
-            true => self.open(uri),
-            false => self.open_allowed(uri),
+        if !leaves_folder(uri) && below(uri, state.uri()) {
+            self.open(uri)
+        } else {
+            self.open_allowed(uri)
         }
     }
 
@@ -304,6 +306,8 @@ pub(crate) fn join(base: &Path, key: &str) -> Path {
 
 #[cfg(test)]
 mod tests {
+    pub(super) mod answering;
+
     use super::*;
 
     #[test]

@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn values_are_written_as_yaml_writes_them() {
-        let yaml = "options: {aws_allow_http: true, timeout: 30s, aws_region: '1', http2_max_frame_size: 65536}";
+        let yaml = "options: {aws_allow_http: true, timeout: 30s, aws_region: '1', \
+                    http2_max_frame_size: 65536}";
         let options = serde_yaml_ng::from_str::<StorageConfig>(yaml)
             .unwrap()
             .options;

@@ -1,12 +1,15 @@
 //! The worker of a build without LibTorch, which can only be a coordinator. It has the worker's
 //! interface, so that `app` needs no second form; only [`Worker::new`] fails.
 mod config;
-/// The part of the worker's `kept` with which the run page reads blocks.
+/// With the part of `kept` below, what the run page reads blocks with.
+#[allow(dead_code, reason = "the rest of it is the worker's")]
+mod inputs {
+    pub(super) mod captions;
+}
 #[allow(dead_code, reason = "the rest of it is the worker's")]
 mod kept {
     mod cache;
-    mod captions;
-    pub mod read;
+    pub(super) mod read;
 }
 mod register;
 
@@ -16,12 +19,15 @@ pub use register::{Superior, keep_registered};
 
 use crate::{
     error::{Error, Result},
+    pushed::Pushed,
     storage::{Location, Stores},
 };
-use futures::stream::Empty;
+use futures::stream::{Empty, Stream};
 use superbatch_proto::v1::{
-    FetchRowsRequest, FetchRowsResponse, PrepareModelRequest, PrepareModelResponse, Reason,
-    ScoreRequest, ScoreResponse, SelectRequest, SelectResponse,
+    FetchRowsRequest, FetchRowsResponse, FetchTicketRequest, FetchTicketResponse, ModelRef,
+    PrepareModelRequest, PrepareModelResponse, Reason, ScoreRequest, ScoreResponse, SelectRequest,
+    SelectResponse,
+    delivery_service_server::{DeliveryService, DeliveryServiceServer},
     worker_service_server::{WorkerService, WorkerServiceServer},
 };
 use tokio::sync::watch;
@@ -45,11 +51,38 @@ impl Worker {
         match *self {}
     }
 
+    pub fn delivery(&self) -> DeliveryServiceServer<Self> {
+        match *self {}
+    }
+
+    pub fn ticket_key(&self) -> bytes::Bytes {
+        match *self {}
+    }
+
     pub fn info(&self) -> WorkerInfo {
         match *self {}
     }
 
     pub fn is_well(&self) -> watch::Receiver<bool> {
+        match *self {}
+    }
+
+    pub fn answer_score(
+        &self,
+        _requests: impl Stream<Item = Result<ScoreRequest, Status>> + Send + 'static,
+    ) -> Nothing<ScoreResponse> {
+        match *self {}
+    }
+
+    pub fn answer_fetch_rows(&self, _request: FetchRowsRequest) -> Nothing<FetchRowsResponse> {
+        match *self {}
+    }
+
+    pub(crate) async fn prepare_pushed(
+        &self,
+        _model: ModelRef,
+        _pushed: Pushed,
+    ) -> Result<PrepareModelResponse> {
         match *self {}
     }
 
@@ -63,7 +96,8 @@ pub struct WorkerInfo {
     pub device: String,
 }
 
-type Nothing<T> = Empty<Result<T, Status>>;
+/// The stream of calls in a build without LibTorch: always empty.
+pub type Nothing<T> = Empty<Result<T, Status>>;
 
 #[tonic::async_trait]
 impl WorkerService for Worker {
@@ -95,6 +129,18 @@ impl WorkerService for Worker {
         &self,
         _request: Request<Streaming<SelectRequest>>,
     ) -> Result<Response<SelectResponse>, Status> {
+        match *self {}
+    }
+}
+
+#[tonic::async_trait]
+impl DeliveryService for Worker {
+    type FetchTicketStream = Nothing<FetchTicketResponse>;
+
+    async fn fetch_ticket(
+        &self,
+        _request: Request<FetchTicketRequest>,
+    ) -> Result<Response<Self::FetchTicketStream>, Status> {
         match *self {}
     }
 }

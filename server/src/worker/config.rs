@@ -17,7 +17,8 @@ pub struct WorkerConfig {
     /// Threads that decode images, and that models on a CPU use. 0 is one for each core.
     pub threads: usize,
     /// Slices that are read, decoded or embedded at the same time; while one waits for its
-    /// coordinator it does not count. 0 is one for every 16 threads, at least 2.
+    /// coordinator it does not count. As many calls for the rows of served steps go on beside them.
+    /// 0 is one for every 16 threads, at least 2.
     pub slots: usize,
     /// Memory for blocks as they were read, in bytes: super-batches that follow each other share
     /// blocks.
@@ -28,6 +29,11 @@ pub struct WorkerConfig {
     /// Memory for decoded images that wait for the learner, in bytes. If it is full the newest
     /// step's are dropped, and decoded again.
     pub decoded_bytes_max: usize,
+    /// Memory for chosen rows that trainers fetch from this worker (`delivery` direct), in bytes.
+    /// If it is full the newest step's are let go, and the coordinator serves them.
+    pub held_bytes_max: usize,
+    /// How long chosen rows are held for trainers at most, in seconds.
+    pub held_seconds: u64,
     /// Memory for reference embeddings, in bytes. What does not fit is read from the sidecar again.
     pub reference_cache_bytes: usize,
     /// Largest image, in pixels; a larger one makes its row unusable. Set it alike on all workers
@@ -46,6 +52,9 @@ pub struct WorkerConfig {
     /// How long the decoding of one row may take, in seconds. After that the row counts as one that
     /// cannot be used. The same on all workers of a run.
     pub decode_deadline_seconds: u64,
+    /// SHA-256, in hex, of the exported modules (`module.pt` of a model folder) that may be run.
+    /// TorchScript is code, which runs as the worker: name only what you exported yourself.
+    pub exported_modules: Vec<String>,
 }
 
 impl Default for WorkerConfig {
@@ -57,6 +66,8 @@ impl Default for WorkerConfig {
             block_cache_bytes: 512 << 20,
             row_bytes_max: 1 << 30,
             decoded_bytes_max: 1 << 30,
+            held_bytes_max: 1 << 30,
+            held_seconds: 600,
             reference_cache_bytes: 128 << 20,
             // As many as Pillow takes before it warns of a decompression bomb.
             image_pixels_max: 89_478_485,
@@ -64,6 +75,7 @@ impl Default for WorkerConfig {
             models_max: 4,
             device_deadline_seconds: 600,
             decode_deadline_seconds: 120,
+            exported_modules: Vec::new(),
         }
     }
 }
@@ -75,6 +87,7 @@ impl WorkerConfig {
     /// `InvalidArgument`, naming the field.
     pub fn validate(&self) -> Result<()> {
         let positive = [
+            ("worker.held_seconds", self.held_seconds),
             ("worker.image_pixels_max", self.image_pixels_max),
             ("worker.image_bytes_max", self.image_bytes_max),
             (
@@ -91,6 +104,16 @@ impl WorkerConfig {
                 field,
                 format!("{field} is 0; set it to 1 or more"),
             ));
+        }
+        let is_hex = |text: &String| {
+            text.len() == 64 && text.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'))
+        };
+        if let Some(other) = self.exported_modules.iter().find(|text| !is_hex(text)) {
+            let message = format!(
+                "worker.exported_modules has {other:?}; give SHA-256 in 64 lower-case hex digits, \
+                 as sha256sum module.pt prints it"
+            );
+            return Err(Error::invalid("worker.exported_modules", message));
         }
         let number = self.device.strip_prefix("cuda:");
         let is_device = number.map_or(

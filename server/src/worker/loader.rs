@@ -4,24 +4,30 @@ use super::{
     device::{Device, Embedded, LoadModel, MicroBatch, Weights},
     inputs::model_inputs::Inputs,
     kept::cache::Cache,
-    model::{Compute, Fidelity, ModelFolder, ModelInfo},
+    model::{Compute, ModelFolder, ModelInfo},
 };
 use crate::{
     bounds::{LABEL_BYTES_MAX, URI_BYTES_MAX, check_bytes},
     error::{Error, Result},
+    fidelity::Fidelity,
+    pushed::Pushed,
     storage::{Location, Stores},
 };
 use std::sync::Arc;
 use superbatch_proto::v1::{ModelRef, Reason};
 use tokio::sync::Mutex;
 
-/// Folders and descriptions kept. They are small; the weights are bounded by the device.
+/// Folders and descriptions kept; the weights are bounded by the device.
 const KEPT_MAX: usize = 64;
+/// Bytes of the files of all folders kept. An exported module is among its folder's files.
+const FOLDERS_BYTES_MAX: usize = 2 << 30;
 
 /// A model on the device.
 pub(super) struct Loaded {
     pub info: ModelInfo,
     pub inputs: Arc<Inputs>,
+    /// At which `info` and `inputs` are.
+    pub fidelity: Fidelity,
     id: ModelId,
 }
 
@@ -30,20 +36,25 @@ impl Loaded {
     ///
     /// # Errors
     /// `ModelInvalid` if the model cannot be run at that fidelity.
-    pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Result<Arc<Self>> {
+    pub(super) fn at(self: Arc<Self>, fidelity: Fidelity) -> Result<Arc<Self>> {
         if fidelity == Fidelity::Full {
             return Ok(self);
         }
-        let side = fidelity
-            .side(&self.info.image_tower)
-            .map_err(|error| error.with("uri", &self.id.folder))?;
+        let tower = &self.info.image_tower;
+        if let Some(problem) = tower.refuses(fidelity) {
+            let folder = &self.id.folder;
+            let message = format!("{folder} cannot be run at {fidelity}: it {problem}");
+            let error = Error::new(Reason::ModelInvalid, message).with("uri", folder);
+            return Err(error.with("field", fidelity.field()));
+        }
         Ok(Arc::new(Self {
             info: ModelInfo {
-                image_size: side,
-                image_flops: self.info.image_tower.flops(side),
+                image_size: tower.side(fidelity) as usize,
+                image_flops: tower.flops(fidelity),
                 ..self.info.clone()
             },
             inputs: self.inputs.clone().at(fidelity),
+            fidelity,
             id: self.id.clone(),
         }))
     }
@@ -80,18 +91,28 @@ pub(super) struct Models {
     /// The state, which holds pushed weights.
     state: Location,
     device: Device,
+    /// SHA-256 of the exported modules that may be run.
+    modules: Vec<String>,
     folders: Cache<String, Arc<Folder>>,
     loaded: Cache<ModelId, Arc<Loaded>>,
     reloading: Mutex<()>,
 }
 
 impl Models {
-    pub fn new(stores: Stores, state: Location, device: Device) -> Self {
-        let (folders, loaded) = (Cache::new(KEPT_MAX, |_| 1), Cache::new(KEPT_MAX, |_| 1));
+    pub(super) fn new(
+        stores: Stores,
+        state: Location,
+        device: Device,
+        modules: Vec<String>,
+    ) -> Self {
+        let of_folder = |folder: &Arc<Folder>| weight(folder.files.held_bytes());
+        let folders = Cache::new(FOLDERS_BYTES_MAX, of_folder);
+        let loaded = Cache::new(KEPT_MAX, |_| 1);
         Self {
             stores,
             state,
             device,
+            modules,
             folders,
             loaded,
             reloading: Mutex::new(()),
@@ -102,7 +123,7 @@ impl Models {
     ///
     /// # Errors
     /// `ModelInvalid` naming the file, `StorageUnreachable`.
-    pub async fn inputs(&self, model: &ModelRef) -> Result<Arc<Inputs>> {
+    pub(super) async fn inputs(&self, model: &ModelRef) -> Result<Arc<Inputs>> {
         Ok(self.folder(&model.model_uri).await?.inputs.clone())
     }
 
@@ -112,28 +133,39 @@ impl Models {
     /// # Errors
     /// `WeightsRefused` naming the first bad tensor or the digest, `ModelInvalid`,
     /// `StorageUnreachable`.
-    pub async fn load(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
-        self.load_by_id(&ModelId::of(model, &self.device)?).await
+    pub(super) async fn load(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
+        self.load_by_id(&ModelId::of(model, &self.device)?, None)
+            .await
+    }
+
+    /// As [`Models::load`] of a snapshot that the coordinator of this process has in memory.
+    pub(super) async fn load_pushed(
+        &self,
+        model: &ModelRef,
+        pushed: Pushed,
+    ) -> Result<Arc<Loaded>> {
+        self.load_by_id(&ModelId::of(model, &self.device)?, Some(pushed))
+            .await
     }
 
     /// As [`Models::load`]. If no digest says what the folder must hold, the folder is read again:
     /// it may have been written since the last read.
-    pub async fn load_anew(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
+    pub(super) async fn load_anew(&self, model: &ModelRef) -> Result<Arc<Loaded>> {
         let id = ModelId::of(model, &self.device)?;
         if !id.weights.is_pinned() {
             self.folders.remove(&id.folder);
             self.loaded.remove(&id);
         }
-        self.load_by_id(&id).await
+        self.load_by_id(&id, None).await
     }
 
     /// Loads a model again that has left the device.
     ///
     /// # Errors
     /// As [`Models::load`], and `ModelInvalid` if its folder holds another model now.
-    pub async fn reload(&self, model: &Loaded) -> Result<()> {
+    pub(super) async fn reload(&self, model: &Loaded) -> Result<()> {
         self.loaded.remove(&model.id);
-        let again = self.load_by_id(&model.id).await?;
+        let again = self.load_by_id(&model.id, None).await?;
         if again.info.key == model.info.key {
             return Ok(());
         }
@@ -150,13 +182,17 @@ impl Models {
     ///
     /// # Errors
     /// As [`Models::reload`] and [`Device::embed`].
-    pub async fn embed_reloading(&self, model: &Loaded, batch: MicroBatch) -> Result<Embedded> {
+    pub(super) async fn embed_reloading(
+        &self,
+        model: &Loaded,
+        batch: MicroBatch,
+    ) -> Result<Embedded> {
         let _turn = self.reloading.lock().await;
         let folder = self.folder(&model.id.folder).await?;
         // The same weights passed the canary when the call first loaded them.
         let load = LoadModel {
             canary: false,
-            ..self.request(&folder, &model.id).await?
+            ..Self::request(&folder, &model.id, self.weights(&model.id.weights).await?)
         };
         let embedded = self.device.load_and_embed(load, batch).await;
         embedded.map_err(|error| match error.reason() {
@@ -167,9 +203,9 @@ impl Models {
         })
     }
 
-    async fn load_by_id(&self, id: &ModelId) -> Result<Arc<Loaded>> {
+    async fn load_by_id(&self, id: &ModelId, pushed: Option<Pushed>) -> Result<Arc<Loaded>> {
         let make = async {
-            let loaded = self.make(id).await?;
+            let loaded = self.make(id, pushed).await?;
             let WeightsId::Folder { digest } = &id.weights else {
                 id.weights.check(&loaded.info)?;
                 return Ok(loaded);
@@ -181,7 +217,7 @@ impl Models {
             // then opened a run with the new digest. So it is read once more before the mismatch is
             // an error.
             self.folders.remove(&id.folder);
-            let again = self.make(id).await?;
+            let again = self.make(id, None).await?;
             let found = &again.info.weights_digest;
             if digest == found {
                 Ok(again)
@@ -192,24 +228,31 @@ impl Models {
         self.loaded.get(id, make).await
     }
 
-    async fn make(&self, id: &ModelId) -> Result<Arc<Loaded>> {
+    async fn make(&self, id: &ModelId, pushed: Option<Pushed>) -> Result<Arc<Loaded>> {
         let folder = self.folder(&id.folder).await?;
-        let info = self.device.load(self.request(&folder, id).await?).await?;
+        let weights = match pushed {
+            Some(pushed) => Weights::Pushed(pushed),
+            None => self.weights(&id.weights).await?,
+        };
+        let info = self
+            .device
+            .load(Self::request(&folder, id, weights))
+            .await?;
         Ok(Arc::new(Loaded {
             info,
             inputs: folder.inputs.clone(),
+            fidelity: Fidelity::Full,
             id: id.clone(),
         }))
     }
 
-    async fn request(&self, folder: &Folder, id: &ModelId) -> Result<LoadModel> {
-        let weights = self.weights(&id.weights).await?;
-        Ok(LoadModel {
+    fn request(folder: &Folder, id: &ModelId, weights: Weights) -> LoadModel {
+        LoadModel {
             folder: folder.files.clone(),
             weights,
-            compute: id.compute,
+            compute: folder.files.config.compute(id.compute),
             canary: true,
-        })
+        }
     }
 
     /// Opens a URI that a call names. The coordinator has checked it, but a worker cannot know who
@@ -220,7 +263,8 @@ impl Models {
 
     async fn folder(&self, uri: &str) -> Result<Arc<Folder>> {
         let make = async {
-            let files = Arc::new(ModelFolder::fetch(&self.open(uri)?).await?);
+            let files = ModelFolder::fetch_allowing(&self.open(uri)?, &self.modules).await?;
+            let files = Arc::new(files);
             let inputs = Arc::new(Inputs::of(&files)?);
             Ok(Arc::new(Folder { files, inputs }))
         };
@@ -309,4 +353,35 @@ fn replaced(folder: &str, found: &str, wanted: &str) -> Error {
     );
     let error = Error::new(Reason::ModelInvalid, message).with("uri", folder);
     error.with("found", found).with("expected", wanted)
+}
+
+/// Returns what a folder of so many bytes counts as: at least its share, so that there are never
+/// more than [`KEPT_MAX`], and at most all, so that the one used last stays.
+fn weight(bytes: usize) -> usize {
+    bytes.clamp(FOLDERS_BYTES_MAX / KEPT_MAX, FOLDERS_BYTES_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn folders_are_kept_by_their_bytes() {
+        let cache: Cache<usize, usize> =
+            Cache::new(FOLDERS_BYTES_MAX, |bytes: &usize| weight(*bytes));
+        let keep = async |key: usize, bytes: usize| {
+            cache.get(&key, async { Ok(bytes) }).await.unwrap();
+            cache.used()
+        };
+        for key in 0..2 * KEPT_MAX {
+            assert!(keep(key, 1000).await <= FOLDERS_BYTES_MAX);
+        }
+        assert_eq!(cache.used() / weight(0), KEPT_MAX, "small ones are counted");
+        let third = FOLDERS_BYTES_MAX / 3;
+        for key in 200..210 {
+            keep(key, third).await;
+        }
+        assert_eq!(cache.used(), 3 * third, "three modules");
+        assert_eq!(keep(300, usize::MAX).await, FOLDERS_BYTES_MAX, "one alone");
+    }
 }

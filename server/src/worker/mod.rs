@@ -12,7 +12,6 @@ mod register;
 mod service;
 
 pub use calls::ahead::{Asked, EmbeddedBlock, Embedder};
-pub use calls::rows::CONTENT_HASH_COLUMN;
 pub use config::WorkerConfig;
 pub use kept::read::BlockReader;
 pub use register::{Superior, keep_registered};

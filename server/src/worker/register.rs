@@ -1,6 +1,6 @@
 //! Keeps a worker registered with its coordinator, and reports when the worker leaves.
 use crate::error::{Error, Result, from_status};
-use rand::Rng;
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use std::{future::Future, pin::pin, time::Duration};
 use superbatch_proto::v1::{
     Reason, RegisterRequest, coordinator_service_client::CoordinatorServiceClient,
@@ -10,8 +10,11 @@ use tokio::sync::watch;
 
 /// How long a call to the coordinator may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// First and longest wait after a call that failed.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// First and longest wait after a call that failed; each is made longer by chance, up to twofold.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// The longest lease that a worker relies on. It renews a longer one as if it were this long: a
+/// coordinator that names an absurd one would never hear of the worker again.
+const LEASE_MAX: Duration = Duration::from_secs(3600);
 
 /// The coordinator to register with.
 pub struct Superior {
@@ -22,9 +25,8 @@ pub struct Superior {
 
 /// Keeps a worker registered until `shutdown`. It registers at once and then at every third of the
 /// lease, so that two lost calls do not cost the lease. If the coordinator cannot be reached, it
-/// retries with exponential backoff and full jitter drawn from `rng`. At the end it reports that
-/// the worker leaves. It does the same as soon as the worker is not well, and registers again once
-/// the worker is well.
+/// retries with exponential backoff and jitter. At the end it reports that the worker leaves. It
+/// does the same as soon as the worker is not well, and registers again once the worker is well.
 ///
 /// `worker` is what is registered: address, incarnation, device, build and state.
 ///
@@ -35,12 +37,13 @@ pub async fn keep_registered(
     coordinator: Superior,
     worker: RegisterRequest,
     mut is_well: watch::Receiver<bool>,
-    mut rng: impl Rng,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let mut client = CoordinatorServiceClient::new(coordinator.channel.clone());
     let mut shutdown = pin!(shutdown);
-    let (mut failures, mut registered) = (0, false);
+    // `None` while no call has failed since the last success.
+    let mut failing: Option<ExponentialBackoff> = None;
+    let mut registered = false;
     loop {
         let unwell = !*is_well.borrow_and_update();
         if unwell {
@@ -56,23 +59,23 @@ pub async fn keep_registered(
             () = &mut shutdown => break,
             answer = register(&mut client, &worker) => match answer {
                 Ok(lease) => {
-                    if failures > 0 || !registered {
+                    if failing.take().is_some() || !registered {
                         let what = if registered { "registered again" } else { "registered" };
                         tracing::info!(coordinator = %coordinator.uri, "{what}");
                     }
-                    (registered, failures) = (true, 0);
+                    registered = true;
                     lease / 3
                 }
                 Err(error) if error.reason() == Reason::InvalidArgument => {
                     return Err(error.about(format!("{} refuses this worker", coordinator.uri)));
                 }
                 Err(error) => {
-                    if failures == 0 {
+                    if failing.is_none() {
                         tracing::warn!(coordinator = %coordinator.uri, error = error.chain(),
                             "cannot register; trying on");
                     }
-                    failures += 1;
-                    backoff(failures, rng.random())
+                    let next = failing.get_or_insert_with(pauses).next();
+                    next.unwrap_or(PAUSES.1)
                 }
             },
         };
@@ -116,26 +119,35 @@ async fn register(
         .map_err(|status| from_status(status, Reason::NoWorkers))?
         .into_inner()
         .lease_seconds;
-    Duration::try_from_secs_f64(lease)
-        .ok()
-        .filter(|lease| !lease.is_zero())
-        .ok_or_else(|| Error::internal(format!("the coordinator granted a lease of {lease} s")))
+    granted(lease)
 }
 
-/// Returns the wait after the `failures`-th failure in a row. `chance` in [0, 1) spreads workers
-/// apart: all of them lose a restarted coordinator at the same moment.
-fn backoff(failures: u32, chance: f64) -> Duration {
-    let (first, most) = BACKOFF;
-    let ceiling = first
-        .saturating_mul(2_u32.saturating_pow(failures - 1))
-        .min(most);
-    first / 2 + ceiling.mul_f64(chance)
+/// Returns the lease of `seconds`, as far as a worker relies on it.
+///
+/// # Errors
+/// `Internal` for what is no length of time, or none at all.
+fn granted(seconds: f64) -> Result<Duration> {
+    let most = LEASE_MAX.as_secs_f64();
+    let lease = Duration::try_from_secs_f64(if seconds > most { most } else { seconds });
+    let lease = lease.ok().filter(|lease| !lease.is_zero());
+    lease.ok_or_else(|| Error::internal(format!("the coordinator granted a lease of {seconds} s")))
+}
+
+/// Returns the waits after failures in a row. They are random in part: all workers lose a restarted
+/// coordinator at the same moment, and must not come back to it at the same moment.
+fn pauses() -> ExponentialBackoff {
+    let (first, most) = PAUSES;
+    let pauses = ExponentialBuilder::default()
+        .with_min_delay(first)
+        .with_max_delay(most)
+        .without_max_times()
+        .with_jitter();
+    pauses.build()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rand::{SeedableRng, rngs::StdRng};
     use superbatch_proto::v1::{
         RegisterResponse,
         coordinator_service_server::{CoordinatorService, CoordinatorServiceServer},
@@ -150,9 +162,24 @@ mod tests {
 
     #[test]
     fn waits_grow_to_a_limit_and_are_spread() {
-        assert_eq!(backoff(1, 0.0), Duration::from_millis(50));
-        assert_eq!(backoff(3, 0.5), Duration::from_millis(250));
-        assert!(backoff(60, 0.999) < Duration::from_secs(11));
+        let (first, most) = PAUSES;
+        let waits: Vec<Duration> = pauses().take(60).collect();
+        assert_eq!(waits.len(), 60, "a worker never gives up");
+        assert!(first <= waits[0] && waits[0] <= first * 2);
+        assert!(waits[59] >= most && waits.iter().all(|wait| *wait <= most * 2));
+        let others: Vec<Duration> = pauses().take(60).collect();
+        assert_ne!(waits, others, "two workers come at different moments");
+    }
+
+    #[test]
+    fn a_lease_of_any_length_is_renewed() {
+        assert_eq!(granted(0.03).unwrap(), Duration::from_millis(30));
+        for absurd in [1e15, f64::MAX, f64::INFINITY] {
+            assert_eq!(granted(absurd).unwrap(), LEASE_MAX);
+        }
+        for nonsense in [0.0, -1.0, f64::NAN] {
+            granted(nonsense).unwrap_err();
+        }
     }
 
     /// Refuses the first call, grants short leases after that, and hands over what it was told.
@@ -207,14 +234,7 @@ mod tests {
         let (_well, is_well) = watch::channel(true);
         let worker = RegisterRequest::default();
         let never = std::future::pending();
-        let ended = keep_registered(
-            serve(Aloof).await,
-            worker,
-            is_well,
-            StdRng::seed_from_u64(1),
-            never,
-        )
-        .await;
+        let ended = keep_registered(serve(Aloof).await, worker, is_well, never).await;
         assert_eq!(ended.unwrap_err().value("field"), Some("state"));
     }
 
@@ -229,12 +249,10 @@ mod tests {
         let coordinator = serve(Forgetful(told)).await;
         let shutdown = async { drop(stopped.await) };
         let (well, is_well) = watch::channel(true);
-        let rng = StdRng::seed_from_u64(1);
         let keeping = tokio::spawn(keep_registered(
             coordinator,
             worker.clone(),
             is_well,
-            rng,
             shutdown,
         ));
         let mut calls = Vec::new();

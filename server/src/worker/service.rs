@@ -6,27 +6,35 @@ use super::{
         fetch::fetch_rows,
         score::score,
         select::select,
+        ticket::{TicketStream, fetch_ticket},
     },
     config::WorkerConfig,
     engine::Engine,
+    model::ModelInfo,
 };
 use crate::{
     error::{Error, Result},
     process,
+    pushed::Pushed,
     storage::{Location, Stores},
+    traces::{continued, stage},
 };
-use futures::FutureExt;
+use bytes::Bytes;
+use futures::{FutureExt, Stream};
 use std::sync::Arc;
 use superbatch_proto::{
     MESSAGE_BYTES_MAX,
     v1::{
-        FetchRowsRequest, FetchRowsResponse, ImageTower, PrepareModelRequest, PrepareModelResponse,
-        ScoreRequest, ScoreResponse, SelectRequest, SelectResponse, TensorInfo,
+        FetchRowsRequest, FetchRowsResponse, FetchTicketRequest, ImageTower, ModelRef,
+        PrepareModelRequest, PrepareModelResponse, ScoreRequest, ScoreResponse, SelectRequest,
+        SelectResponse, TensorInfo,
+        delivery_service_server::{DeliveryService, DeliveryServiceServer},
         worker_service_server::{WorkerService, WorkerServiceServer},
     },
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 /// A scoring worker. Calls restore everything that it keeps, so it may be lost at any time.
 #[derive(Clone)]
@@ -47,12 +55,13 @@ impl Worker {
     pub fn new(config: &WorkerConfig, stores: Stores, state: Location) -> Result<Self> {
         let engine = Arc::new(Engine::new(config, stores, state)?);
         type Held = fn(&Engine) -> usize;
-        let budgets: [(&'static str, usize, Held); 4] = [
+        let budgets: [(&'static str, usize, Held); 5] = [
             ("blocks", config.block_cache_bytes, |e| {
                 e.reader.cached_bytes()
             }),
             ("rows", config.row_bytes_max, |e| e.raw.bytes()),
             ("images", config.decoded_bytes_max, |e| e.ready.bytes()),
+            ("held", config.held_bytes_max, |e| e.held.bytes()),
             ("embeddings", config.reference_cache_bytes, |e| {
                 e.sidecar.cached_bytes()
             }),
@@ -68,11 +77,23 @@ impl Worker {
         Ok(Self(engine))
     }
 
-    /// The service, with the protocol's message limits.
+    /// Returns the service, with the protocol's message limits.
     pub fn service(&self) -> WorkerServiceServer<Self> {
         WorkerServiceServer::new(self.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Returns the service for trainers, which asks for tickets only.
+    pub fn delivery(&self) -> DeliveryServiceServer<Self> {
+        DeliveryServiceServer::new(self.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Returns the key by which the coordinator signs tickets for this worker.
+    pub fn ticket_key(&self) -> Bytes {
+        self.0.ticket_key.to_bytes()
     }
 
     pub fn info(&self) -> WorkerInfo {
@@ -82,7 +103,7 @@ impl Worker {
         }
     }
 
-    /// Whether the device works; `false` while it is hung and every call fails.
+    /// Returns whether the device works; `false` while it is hung and every call fails.
     pub fn is_well(&self) -> watch::Receiver<bool> {
         self.0.device.is_well()
     }
@@ -98,7 +119,7 @@ impl Worker {
         self.0.wait_until_idle().await;
     }
 
-    /// Bytes of rows, and of decoded images, that are kept for calls under way.
+    /// Returns the bytes of rows, and of decoded images, that are kept for calls under way.
     pub fn retained_bytes(&self) -> (usize, usize) {
         (self.0.raw.bytes(), self.0.ready.bytes())
     }
@@ -111,18 +132,51 @@ impl Worker {
         Embedder::open(&self.0, asked).await
     }
 
+    /// Serves a `Score` call, of this process or another.
+    pub fn answer_score(
+        &self,
+        requests: impl Stream<Item = Result<ScoreRequest, Status>> + Send + 'static,
+    ) -> AnswerStream<ScoreResponse> {
+        let engine = self.0.clone();
+        answer_with(|answers: Answers<_>| {
+            async move { score(&engine, requests, &answers).await }.boxed()
+        })
+    }
+
+    /// Serves a `FetchRows` call, of this process or another.
+    pub fn answer_fetch_rows(&self, request: FetchRowsRequest) -> AnswerStream<FetchRowsResponse> {
+        let engine = self.0.clone();
+        answer_with(|answers: Answers<_>| {
+            async move { fetch_rows(&engine, request, &answers).await }.boxed()
+        })
+    }
+
     async fn prepare(&self, request: PrepareModelRequest) -> Result<PrepareModelResponse> {
         let model = request
             .model
             .ok_or_else(|| Error::invalid("model", "PrepareModel names no model"))?;
-        let info = &self.0.models.load_anew(&model).await?.info;
+        let loaded = self.0.models.load_anew(&model).await?;
+        Ok(self.describe(&loaded.info))
+    }
+
+    /// As `PrepareModel`, for a snapshot that the coordinator of this process has in memory.
+    pub(crate) async fn prepare_pushed(
+        &self,
+        model: ModelRef,
+        pushed: Pushed,
+    ) -> Result<PrepareModelResponse> {
+        let loaded = self.0.models.load_pushed(&model, pushed).await?;
+        Ok(self.describe(&loaded.info))
+    }
+
+    fn describe(&self, info: &ModelInfo) -> PrepareModelResponse {
         let tensors = info.tensors.iter().map(|(name, shape)| TensorInfo {
             name: name.clone(),
             shape: shape.clone(),
             optional: info.optional_tensors.contains(name),
         });
         let tower = &info.image_tower;
-        Ok(PrepareModelResponse {
+        PrepareModelResponse {
             digest: info.digest.clone(),
             model_type: info.model_type.to_string(),
             embedding_dim: info.embedding_dim as u32,
@@ -138,14 +192,18 @@ impl Worker {
             files: info.files.clone().into_iter().collect(),
             compute_dtype: info.key.compute.dtype().into(),
             image_tower: Some(ImageTower {
-                image_size: tower.image_size as u32,
-                patch_size: tower.patch_size as u32,
-                layers: tower.layers as u32,
+                image_size: tower.image_size,
+                patch_size: tower.patch_size,
+                layers: tower.layers,
                 constant: tower.constant,
                 per_patch: tower.per_patch,
                 per_patch_pair: tower.per_patch_pair,
+                layer_constant: tower.layer_constant,
+                layer_per_patch: tower.layer_per_patch,
+                layer_per_patch_pair: tower.layer_per_patch_pair,
+                per_pixel: tower.per_pixel,
             }),
-        })
+        }
     }
 }
 
@@ -165,27 +223,39 @@ impl WorkerService for Worker {
         &self,
         request: Request<Streaming<ScoreRequest>>,
     ) -> Result<Response<Self::ScoreStream>, Status> {
-        let (engine, requests) = (self.0.clone(), request.into_inner());
-        let work =
-            |answers: Answers<_>| async move { score(&engine, requests, &answers).await }.boxed();
-        Ok(Response::new(answer_with(work)))
+        let span = continued(stage!("score"), &request);
+        let answers = span.in_scope(|| self.answer_score(request.into_inner()));
+        Ok(Response::new(answers))
     }
 
     async fn fetch_rows(
         &self,
         request: Request<FetchRowsRequest>,
     ) -> Result<Response<Self::FetchRowsStream>, Status> {
-        let (engine, request) = (self.0.clone(), request.into_inner());
-        let work = |answers: Answers<_>| {
-            async move { fetch_rows(&engine, request, &answers).await }.boxed()
-        };
-        Ok(Response::new(answer_with(work)))
+        let span = continued(stage!("fetch_rows"), &request);
+        let answers = span.in_scope(|| self.answer_fetch_rows(request.into_inner()));
+        Ok(Response::new(answers))
     }
 
     async fn select(
         &self,
         request: Request<Streaming<SelectRequest>>,
     ) -> Result<Response<SelectResponse>, Status> {
-        Ok(Response::new(select(&self.0, request.into_inner()).await?))
+        let span = continued(stage!("select_on_device"), &request);
+        let selected = select(&self.0, request.into_inner()).instrument(span);
+        Ok(Response::new(selected.await?))
+    }
+}
+
+#[tonic::async_trait]
+impl DeliveryService for Worker {
+    type FetchTicketStream = TicketStream;
+
+    async fn fetch_ticket(
+        &self,
+        request: Request<FetchTicketRequest>,
+    ) -> Result<Response<Self::FetchTicketStream>, Status> {
+        let stream = fetch_ticket(self.0.clone(), request.into_inner()).await?;
+        Ok(Response::new(stream))
     }
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from model_approximations import open_clip_approximations, transformers_approximations
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
@@ -245,6 +246,10 @@ def write_open_clip(folder, model, config):
             "text": words,
             "low_pixels": low_pixels,
             "low_image": unit(any_size(model, values(low_pixels))),
+            **{
+                name: unit(x)
+                for name, x in open_clip_approximations(model, config, values(pixels)).items()
+            },
             "normalisation": torch.cat([torch.tensor([1 / 255]), mean, std]),
             "logits": torch.tensor([model.logit_scale.exp().item(), bias]),
         },
@@ -305,8 +310,11 @@ def write(folder, model, eos, shard):
     low_image = model.get_image_features(
         pixel_values=values.permute(0, 3, 1, 2).contiguous(), interpolate_pos_encoding=True
     )
+    values = (pixels.float() * processor.rescale_factor - mean) / std
+    others = transformers_approximations(model, values.permute(0, 3, 1, 2).contiguous())
     save_file(
         dict(
+            **{name: F.normalize(x, dim=-1).contiguous() for name, x in others.items()},
             low_pixels=low_pixels,
             low_image=(low_image / low_image.norm(dim=-1, keepdim=True)).contiguous(),
             pixels=pixels,

@@ -3,7 +3,6 @@
 import random
 import re
 import threading
-import time
 from collections import Counter
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +31,7 @@ class Weather(ThreadingHTTPServer):
         self.refused: re.Pattern | None = None
         #: What was done to requests so far.
         self.done: Counter = Counter()
+        self.ended = threading.Event()
         super().__init__(("127.0.0.1", 0), Request)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -68,6 +68,7 @@ class Weather(ThreadingHTTPServer):
         """Clients are killed in the middle of their requests: that is no error here."""
 
     def stop(self) -> None:
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -130,8 +131,8 @@ class Request(BaseHTTPRequestHandler):
         step = max(1, -(-len(content) // SLOW_PIECES))
         for start in range(0, max(1, len(content)), step):
             self.wfile.flush()
-            # The fault itself: a store that answers slowly. Nothing waits for a state here.
-            time.sleep(self.server.drawn() * SLOW_SECONDS)
+            # The fault itself: a store that answers slowly, until the weather ends.
+            self.server.ended.wait(self.server.drawn() * SLOW_SECONDS)
             self.wfile.write(content[start : start + step])
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on

@@ -12,7 +12,7 @@ from ._record import Record, record
 
 
 class Batch:
-    """One rank's slice of a step's sub-batch.
+    """One rank's share of a step's sub-batch.
 
     `batch["image"]` (as stored) and `batch["caption"]` are pyarrow arrays, as are the extra columns
     asked for and `_superbatch_id`, `_superbatch_position`, `_superbatch_score`,

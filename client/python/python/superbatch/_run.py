@@ -116,6 +116,7 @@ class Run:
         step: int,
         rank: int | None = None,
         dtype: Any = None,
+        base_version: int | None = None,
     ) -> None:
         """Copies the weights that `step` left behind (-1: the initial ones) and uploads them in the
         background.
@@ -139,13 +140,17 @@ class Run:
         logits, are never cast.
         rank: where not given, the one that batches were asked for with, else `torch.distributed`'s,
         else 0.
+        base_version: push changed tensors only. Those that the state dict lacks are taken from this
+        version, such as `run.flush().version`; all ranks give the same. It is refused if the
+        version is no longer kept.
         """
         if rank is None:
             rank = _weights.own_rank() if self._rank is None else self._rank
         step, rank = whole("step", step, least=-1, bits=63), whole("rank", rank, bits=32)
         mine, total = _weights.blocks(state_dict, rank)
         if mine:
-            self._push(mine, step, rank, dtype, None, 0 if len(mine) == total else total)
+            expected_parts = 0 if len(mine) == total else total
+            self._push(mine, step, rank, dtype, None, expected_parts, base_version)
 
     def push_parts(
         self,
@@ -156,6 +161,7 @@ class Run:
         push_id: str | None = None,
         rank: int = 0,
         dtype: Any = None,
+        base_version: int | None = None,
     ) -> None:
         """Pushes this rank's blocks of the weights, for other kinds of sharding; else as
         `push_weights`.
@@ -167,7 +173,8 @@ class Run:
         """
         step, rank = whole("step", step, least=-1, bits=63), whole("rank", rank, bits=32)
         expected_parts = whole("expected_parts", expected_parts, bits=32)
-        self._push(_weights.of_parts(parts), step, rank, dtype, push_id, expected_parts)
+        blocks = _weights.of_parts(parts)
+        self._push(blocks, step, rank, dtype, push_id, expected_parts, base_version)
 
     def _push(
         self,
@@ -177,13 +184,85 @@ class Run:
         dtype: Any,
         push_id: str | None,
         expected_parts: int,
+        base_version: int | None,
     ) -> None:
+        if base_version is not None:
+            base_version = whole("base_version", base_version)
         # The service hears of the push first, whichever process asks for the next step. Room before
         # copies: no more copies exist than can wait.
         slot = self._run.reserve_push(step, rank).wait()
         self._warn_of_dropped(stacklevel=4)
         _weights.add(slot, blocks, dtype)
-        slot.submit(push_id, expected_parts)
+        slot.submit(push_id, expected_parts, base_version)
+
+    def push_uri(self, uri: str, *, step: int, blake3: str | None = None) -> Record:
+        """Has the service read the weights that `step` left behind from a safetensors file in
+        storage, such as a checkpoint that was saved there, and waits until they are published.
+
+        The file must be on the operator's allow-list. It is verified like any push.
+
+        blake3: of the file, in hex. The push is refused if the file has another.
+        """
+        text("uri", uri, 'give a URI such as "s3://bucket/step-100/model.safetensors"')
+        return record(
+            self._run.push_uri(uri, whole("step", step, least=-1, bits=63), blake3).wait()
+        )
+
+    def verify_weights(
+        self, state_dict: Mapping[str, Any], *, version: int | None = None
+    ) -> Record:
+        """Compares a state dict with weights that the service holds, tensor by tensor: by the
+        BLAKE3 of the bytes in its storage, which workers check as well when they load them.
+
+        Returns `equal`, the `version`, and the names of tensors: `differing`, `absent` from the
+        state dict, and `unknown` to the service. Values are cast to the dtype in which they were
+        pushed. DTensors have to be gathered first.
+
+        version: the newest that serves, where not given. Flush first: pushes that are under way are
+        not compared.
+        """
+        if version is not None:
+            version = whole("version", version)
+        of, digests = self._run.weights_digests(version).wait()
+        differing, absent, unknown = _weights.compare(state_dict, digests)
+        return record(
+            {
+                "equal": not (differing or absent or unknown),
+                "version": of,
+                "differing": differing,
+                "absent": absent,
+                "unknown": unknown,
+            }
+        )
+
+    def weights(self, newest: int = 100) -> list[Record]:
+        """The newest published weights, the newest first: `version`, `push_id`, `state` (kept,
+        retired, missing), and the version that they were `replaced_by` in a roll-back.
+        """
+        return record(self._run.weights(whole("newest", newest, least=1, bits=32)).wait())
+
+    def roll_back_weights(self, version: int) -> Record:
+        """Takes back all weights that were pushed after `version`. It serves in their place from
+        the next step on, until weights that are pushed from now on are due. Needs a token of scope
+        `admin`.
+
+        Steps that are decided keep their weights. Steps that are scored with the older version have
+        the mode `stale`.
+        """
+        return record(self._run.roll_back_weights(whole("version", version)).wait())
+
+    def report_losses(self, ids: Iterable[Any], losses: Iterable[Any], *, step: int) -> None:
+        """Reports your own losses of examples of a step: they are the score column
+        `_superbatch_loss` of steps that are decided later, such as those of the next epoch. Each
+        rank may report its own. When it returns, they are durable.
+
+        ids: `batch["_superbatch_id"]`, or some of it, as an Arrow array or texts.
+        losses: one finite number each: a tensor, an array or numbers. Of an example the last report
+        counts.
+        """
+        ids = ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)
+        losses = losses.tolist() if hasattr(losses, "tolist") else list(losses)
+        self._run.report_losses(whole("step", step), ids, losses).wait()
 
     def missing_pushes(self, start_step: int) -> list[int]:
         """Steps whose pushes were on their way when the trainer ended, and which steps from
@@ -222,9 +301,13 @@ class Run:
         if step < 0:
             way_out = "a trainer that starts from other weights opens a run of another id"
         else:
-            way_out = f'a trainer that goes on from other weights calls run.rewind({step}, mode="reselect") first'
+            way_out = (
+                "a trainer that goes on from other weights calls "
+                f'run.rewind({step}, mode="reselect") first'
+            )
         warnings.warn(
-            f"the weights pushed as step {step} are not those that are published as it: a step's weights are published "
+            f"the weights pushed as step {step} are not those that are published as it: a step's "
+            "weights are published "
             f"once, and what is pushed for it again changes nothing; {way_out}",
             stacklevel=stacklevel,
         )

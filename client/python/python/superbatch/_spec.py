@@ -29,6 +29,8 @@ class Source:
     id_column: the column that holds the ids (default "uid").
     scores: Parquet files of ids and numbers, in which `Phase.score_columns` are looked up by
     `id_column` (default: the data's own columns).
+    caption_seed: if the captions are lists, one of each is drawn by this seed (default 0) and the
+    list's own texts: a row has the same caption in every step, epoch and run of this seed.
     """
 
     uri: str | os.PathLike
@@ -39,6 +41,7 @@ class Source:
     allow: str | os.PathLike | None = None
     id_column: str | None = None
     scores: str | os.PathLike | None = None
+    caption_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,16 @@ class Approximation:
     resolution: smaller images in patches of the same size. The side in pixels: a multiple of the
     patch, below the model's
         own image size.
+    patch: larger patches of the same image (FlexiViT). Their side in pixels: above the model's own,
+    a divisor of its image size.
+    patch_dropout: the share of the patches that is left out (FLIP), above 0 and below 1.
+    layers: the first layers only, then the final norm and the head.
     """
 
-    resolution: int
+    resolution: int | None = None
+    patch: int | None = None
+    patch_dropout: float | None = None
+    layers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +171,14 @@ class Phase:
     super_batch_size: candidates scanned for a step; rows that do not fill a last one sit the epoch
     out.
     sub_batch_size: rows chosen and served, over all ranks.
-    criterion: "learnability" (default), "hard", "easy", or "column": the sum of score_columns alone.
+    criterion: "learnability" (default), "hard", "easy", or "column": the sum of score_columns
+    alone.
     n_chunks: draws of "joint", "joint_top_k" and "k_center" (default 16). gain: multiplies softmax
     scores (default 1).
     fidelity: what candidates are scored at, "full" (default) or "approximate" (Flexi-JEST), as
     `approximation` says.
-    approximation: what approximate means in this phase, `Approximation(resolution=...)`.
+    approximation: what approximate means in this phase, such as
+    `Approximation(resolution=...)`.
     multi_resolution: a part of the sub-batch is to be trained at the approximation,
     `MultiResolution()` for half of it.
     allow_untrained_fidelity: score at an approximation that the learner was never trained with,
@@ -175,6 +187,8 @@ class Phase:
     tuning: numbers of single policies, and what is left out before the draw.
     probe: now and then, compare what the two fidelities choose, `FidelityProbe(every_steps=...)`.
     score_columns: numeric columns of the data, as the criterion, as terms of it, or as rules.
+    reference_step: the reference of this phase is the learner itself as it was pushed after this
+    step, instead of the run's reference.
     """
 
     policy: str
@@ -191,6 +205,7 @@ class Phase:
     allow_untrained_fidelity: bool | None = None
     probe: FidelityProbe | None = None
     score_columns: Sequence[ScoreColumn] | None = None
+    reference_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +230,11 @@ def at_most(steps: int) -> Lag:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Start as a copy of another run's history: steps before `step` are that run's. Not built yet:
-    open_run answers UNIMPLEMENTED; `Run.rewind` goes back within a run.
+    """Start from another run's history: steps before `step` are that run's, with their receipts and
+    weights. The fork goes on from there in its own way; the other run is not touched.
+
+    Sources, seed, `window_blocks`, the learner and the phases before `step` must be the other
+    run's; everything else may differ. `Run.rewind` goes back within a run.
     """
 
     run_id: str
@@ -245,9 +263,8 @@ class RunSpec:
         not for ever: ranks get NEED_DEADLINE after `need_deadline_seconds`, or WEIGHTS_MISSING
         after `stall_grace_seconds` if every rank waits and no push is on its way. To ask again is
         to wait again.
-    max_ahead: how many steps beyond the last consumed one ranks may request (default 2). More than the
-    steps that a DataLoader's
-        workers hold ready (num_workers times prefetch_factor).
+    max_ahead: how many steps beyond the last consumed one ranks may request (default 2). More than
+    the steps that a DataLoader's workers hold ready (num_workers times prefetch_factor).
     epochs: passes over the data; 0 is without end. Rows that do not fill an epoch's last
     super-batch are not scanned in it:
         of 900 rows at super_batch_size 320, epochs=1 scans 640 in 2 steps.
@@ -256,7 +273,7 @@ class RunSpec:
     embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
     micro_batch_rows: candidates per forward pass (default 64).
     max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
-    fork_of: another run's history to start from. Not built yet: open_run answers UNIMPLEMENTED.
+    fork_of: another run's history to start from.
     train_flops_per_example: what a training step costs, where known.
     need_deadline_seconds: how long a waiting trainer waits for weights before `fallback` applies
     (default 60).
@@ -264,6 +281,9 @@ class RunSpec:
     are missing, and no rank
         has called `push_weights` for them. The fallback applies when the stall has lasted for so
         long (default 5; 0 is at once).
+    delivery: how ranks get their rows: "coordinator" (default) streams them; "direct" has the
+        workers that hold them stream them, on tickets of the coordinator; "locators" sends where
+        each row lies and no images, for trainers that read their rows themselves.
     """
 
     run_id: str
@@ -289,6 +309,7 @@ class RunSpec:
     train_flops_per_example: float | None = None
     need_deadline_seconds: float | None = None
     stall_grace_seconds: float | None = None
+    delivery: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, with the protocol's field names; without `run_id`, and without

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from . import _superbatch
 from ._arguments import wrong
 from ._errors import invalid
 
@@ -89,7 +90,8 @@ def check_values(name: str, tensor: Any) -> None:
     if type(tensor).__name__ == "ShardedTensor":
         raise invalid(
             "state_dict",
-            f"tensor {name}: a ShardedTensor of FSDP 1; take StateDictType.FULL_STATE_DICT, or FSDP 2 (fully_shard)",
+            f"tensor {name}: a ShardedTensor of FSDP 1; take StateDictType.FULL_STATE_DICT, or "
+            "FSDP 2 (fully_shard)",
         )
     if getattr(tensor, "is_sparse", False) or str(getattr(tensor, "layout", "")).startswith(
         "torch.sparse"
@@ -168,6 +170,41 @@ def numpy_buffer(name: str, array: Any, dtype: Any, cast: bool) -> tuple[str, li
     wanted = {kind: known for known, kind in kinds.items()}[kind].newbyteorder("<")
     flat = numpy.ascontiguousarray(array, dtype=wanted).reshape(-1)
     return kind, list(array.shape), flat.view(numpy.uint8)
+
+
+def compare(
+    state_dict: Mapping[str, Any], digests: Iterable[Mapping[str, Any]]
+) -> tuple[list[str], list[str], list[str]]:
+    """The names of tensors that differ from their digests, of those that the state dict lacks, and
+    of those that have no digest. Values are cast as those of the digests were when they were
+    pushed.
+    """
+    mine: dict[str, Any] = {}
+    for name, tensor in state_dict.items():
+        if not is_floating(tensor):
+            continue
+        check_values(name, tensor)
+        if hasattr(tensor, "placements"):
+            raise invalid(
+                "state_dict",
+                f"tensor {name}: it is sharded; gather it first, with tensor.full_tensor() on "
+                "all ranks",
+            )
+        mine[clean(name)] = tensor
+    differing, absent = [], []
+    for digest in digests:
+        # The service takes `model.` off the names of modules around the model.
+        names = [digest["name"], "model." + digest["name"]]
+        name = next((name for name in names if name in mine), None)
+        if name is None:
+            absent.append(digest["name"])
+            continue
+        _, extent, data = buffer(name, mine.pop(name), digest["dtype"], True)
+        shape = list(digest["shape"])
+        one = math.prod(shape) == math.prod(extent) == 1
+        if (extent != shape and not one) or _superbatch.blake3_of(data) != digest["blake3"]:
+            differing.append(digest["name"])
+    return differing, absent, list(mine)
 
 
 def kind_of(dtype: Any, kinds: Mapping[Any, str], cast: bool) -> str | None:

@@ -17,7 +17,8 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "superbatch.kernels needs the package superbatch-kernels: in a checkout `make wheel`, then "
-        "pip install target/wheels/superbatch_kernels-*.whl (where an index has both, pip install 'superbatch[kernels]')",
+        "pip install target/wheels/superbatch_kernels-*.whl (where an index has both, pip "
+        "install 'superbatch[kernels]')",
         name="superbatch_kernels",
     ) from error
 

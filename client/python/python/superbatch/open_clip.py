@@ -74,7 +74,10 @@ def write_tokenizer(folder: str | os.PathLike, tokenizer: Any) -> Path:
     else:
         getattr(tokenizer, "tokenizer", tokenizer).save_pretrained(folder)
     if not (folder / "tokenizer.json").exists():
-        message = "it writes no tokenizer.json; give a fast tokenizer of transformers, or save one beside the model"
+        message = (
+            "it writes no tokenizer.json; give a fast tokenizer of transformers, or save one "
+            "beside the model"
+        )
         raise invalid("tokenizer", message)
     return folder / "tokenizer.json"
 
@@ -119,7 +122,8 @@ def built_in(tokenizer: Any) -> Any:
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print(
-            "usage: python -m superbatch.open_clip FOLDER MODEL_NAME  (writes FOLDER/tokenizer.json)",
+            "usage: python -m superbatch.open_clip FOLDER MODEL_NAME  (writes "
+            "FOLDER/tokenizer.json)",
             file=sys.stderr,
         )
         return 2

@@ -4,9 +4,12 @@ use arrow::{
     array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError,
     ipc::reader::StreamDecoder,
 };
-use superbatch_proto::v1::{BatchHeader, BatchTrailer, ReceiptSummary};
+use superbatch_proto::{
+    Checksum,
+    v1::{BatchHeader, BatchTrailer, ReceiptSummary, Ticket},
+};
 
-/// One rank's slice of a step's sub-batch.
+/// One rank's share of a step's sub-batch.
 #[derive(Debug, Clone)]
 pub struct Batch {
     /// The rows, in the run's output schema: image as stored, caption, extra columns, and
@@ -14,8 +17,11 @@ pub struct Batch {
     pub record_batch: RecordBatch,
     /// How the step was decided.
     pub receipt: ReceiptSummary,
+    /// The global step, the same on all ranks.
     pub step: u64,
+    /// The rank whose share this is.
     pub rank: u32,
+    /// The number of ranks that share the step.
     pub world_size: u32,
 }
 
@@ -29,27 +35,27 @@ pub(crate) struct Assembly {
     step: u64,
     header: Option<BatchHeader>,
     bytes: Vec<u8>,
-    hasher: blake3::Hasher,
+    checksum: Checksum,
 }
 
 impl Assembly {
-    pub fn new(step: u64) -> Self {
+    pub(super) fn new(step: u64) -> Self {
         Self {
             step,
             header: None,
             bytes: Vec::new(),
-            hasher: blake3::Hasher::new(),
+            checksum: Checksum::default(),
         }
     }
 
     /// Returns the bytes received so far: the offset at which to resume.
-    pub fn received(&self) -> u64 {
+    pub(super) fn received(&self) -> u64 {
         self.bytes.len() as u64
     }
 
     /// Begins a stream. If it is of another batch than the bytes received so far, these are thrown
     /// away.
-    pub fn begin(&mut self, header: BatchHeader) -> Result<()> {
+    pub(super) fn begin(&mut self, header: BatchHeader) -> Result<()> {
         if header.offset != self.received() {
             let what = format!(
                 "asked for byte {}, was sent byte {}",
@@ -76,24 +82,25 @@ impl Assembly {
         Ok(())
     }
 
-    pub fn extend(&mut self, part: &[u8]) -> Result<()> {
+    pub(super) fn extend(&mut self, part: &[u8]) -> Result<()> {
         if self.received() + part.len() as u64 > self.expected() {
             return Err(self.corrupt(format!(
                 "more than the {} bytes that its header announced",
                 self.expected()
             )));
         }
-        self.hasher.update(part);
+        self.checksum.update(part);
         self.bytes.extend_from_slice(part);
         Ok(())
     }
 
-    /// Checks a complete stream against its trailer, and decodes it.
-    pub fn finish(&mut self, trailer: &BatchTrailer) -> Result<Batch> {
+    /// Checks a complete stream against its trailer, and decodes it. Returns the tickets for the
+    /// columns that workers have.
+    pub(super) fn finish(&mut self, trailer: &BatchTrailer) -> Result<(Batch, Vec<Ticket>)> {
         if self.received() != self.expected() {
             return Err(self.incomplete());
         }
-        if self.hasher.finalize().as_bytes()[..] != trailer.blake3[..] {
+        if self.checksum.finish()[..] != trailer.xxh3[..] {
             return Err(self.corrupt("its checksum does not match".to_owned()));
         }
         let header = self.header.take().unwrap_or_default();
@@ -112,17 +119,18 @@ impl Assembly {
         let Some(receipt) = header.receipt else {
             return Err(self.corrupt("it has no receipt".to_owned()));
         };
-        Ok(Batch {
+        let batch = Batch {
             record_batch,
             receipt,
             step: self.step,
             rank: header.rank,
             world_size: header.world_size,
-        })
+        };
+        Ok((batch, header.tickets))
     }
 
-    /// The error for a stream that ended without a trailer.
-    pub fn incomplete(&self) -> Error {
+    /// Returns the error for a stream that ended without a trailer.
+    pub(super) fn incomplete(&self) -> Error {
         Error::Incomplete {
             step: self.step,
             received: self.received(),
@@ -132,7 +140,7 @@ impl Assembly {
 
     /// Throws away the bytes received so far, which cannot be trusted. The next attempt begins at
     /// byte 0.
-    pub fn corrupt(&mut self, what: String) -> Error {
+    pub(super) fn corrupt(&mut self, what: String) -> Error {
         *self = Self::new(self.step);
         Error::Corrupt {
             step: self.step,

@@ -1,5 +1,8 @@
-//! Fetches one rank's slice of one step, across broken streams and with rising urgency.
-use super::assemble::{Assembly, Batch};
+//! Fetches one rank's share of one step, across broken streams and with rising urgency.
+use super::{
+    assemble::{Assembly, Batch},
+    direct,
+};
 use crate::{Error, Result, Run, retry::Attempts};
 use std::{
     future::pending,
@@ -10,7 +13,7 @@ use std::{
     time::Duration,
 };
 use superbatch_proto::v1::{
-    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse,
+    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse, Ticket,
     select_batch_response::Message,
 };
 use tokio::{sync::watch, time::Instant};
@@ -27,11 +30,11 @@ impl Default for Cursor {
 }
 
 impl Cursor {
-    pub fn set(&self, consumed_through: i64) {
+    pub(crate) fn set(&self, consumed_through: i64) {
         self.0.fetch_max(consumed_through, Ordering::AcqRel);
     }
 
-    pub fn get(&self) -> Option<u64> {
+    pub(crate) fn get(&self) -> Option<u64> {
         u64::try_from(self.0.load(Ordering::Acquire)).ok()
     }
 }
@@ -101,11 +104,12 @@ pub(crate) struct Fetch {
     /// Batches of the steps before on which the trainer may not have trained yet.
     pub held: u32,
     pub urgency: Urgency,
+    pub delivery: Delivery,
 }
 
 impl Fetch {
     /// Fetches, checks and decodes the batch. Broken streams are resumed where they broke.
-    pub async fn batch(mut self) -> Result<Batch> {
+    pub(crate) async fn batch(mut self) -> Result<Batch> {
         let client = self.run.client.clone();
         let mut assembly = Assembly::new(self.step);
         let mut attempts = Attempts::of(&client);
@@ -140,6 +144,30 @@ impl Fetch {
     }
 
     async fn attempt(&mut self, assembly: &mut Assembly) -> Result<Batch> {
+        let (batch, tickets) = self.stream(assembly).await?;
+        if tickets.is_empty() {
+            return Ok(batch);
+        }
+        match direct::complete(&self.run.client, batch, &tickets).await {
+            Ok(batch) => {
+                let workers = &self.run.client.link.workers;
+                workers.direct.fetch_add(1, Ordering::Relaxed);
+                Ok(batch)
+            }
+            // The coordinator serves the same rows. It is asked at once: the trainer waits.
+            Err(error) => {
+                tracing::warn!(%error, step = self.step, "a worker fails this batch; the \
+                coordinator is asked for it");
+                let workers = &self.run.client.link.workers;
+                workers.fallbacks.fetch_add(1, Ordering::Relaxed);
+                self.delivery = Delivery::Coordinator;
+                *assembly = Assembly::new(self.step);
+                self.stream(assembly).await.map(|(batch, _)| batch)
+            }
+        }
+    }
+
+    async fn stream(&mut self, assembly: &mut Assembly) -> Result<(Batch, Vec<Ticket>)> {
         let (header, mut stream) = self.open(assembly.received()).await?;
         assembly.begin(header)?;
         while let Some(response) = stream.message().await? {
@@ -187,7 +215,7 @@ impl Fetch {
             incarnation: self.run.incarnation().to_owned(),
             intent: intent.into(),
             consumed_through: self.cursor.get(),
-            delivery: Delivery::Bytes.into(),
+            delivery: self.delivery.into(),
             resume_offset,
             pushing_through: self.run.pushing_through(),
             held_steps: self.held,

@@ -1,5 +1,6 @@
 //! A stream of batches that are requested ahead of time.
 mod assemble;
+mod direct;
 pub(crate) mod fetch;
 
 pub use assemble::Batch;
@@ -20,7 +21,9 @@ use tokio::{sync::watch, task::JoinHandle, time::Instant};
 /// The steps of a stream, its rank, and how far ahead it requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchesConfig {
+    /// The rank whose shares the stream returns, below `world_size`.
     pub rank: u32,
+    /// The number of ranks that share each step.
     pub world_size: u32,
     /// The first step. A trainer that resumes from a checkpoint names the step after it.
     pub start_step: u64,
@@ -119,7 +122,7 @@ impl Batches {
         })
     }
 
-    /// The step that the stream yields next.
+    /// Returns the step that the stream yields next.
     pub fn next_step(&self) -> u64 {
         self.next
     }
@@ -152,6 +155,7 @@ impl Batches {
                 cursor: self.cursor.clone(),
                 held: u32::try_from(self.config.read_ahead).unwrap_or(u32::MAX),
                 urgency,
+                delivery: self.run.spec().delivery(),
             };
             self.ahead.push_back(Ahead {
                 wanted,

@@ -18,10 +18,10 @@ type Named = (u32, i64);
 
 /// Pushes that were begun or queued, by all handles of a run.
 #[derive(Debug, Default)]
-pub(crate) struct Pushes(Mutex<Known>);
+pub(crate) struct Pushes(Mutex<PushState>);
 
 #[derive(Debug, Default)]
-struct Known {
+struct PushState {
     /// Pushes that were called for, queued or are under way, with the rank. Several ranks of one
     /// process may push the same step.
     on_their_way: Vec<(Named, u32)>,
@@ -31,18 +31,18 @@ struct Known {
 
 impl Pushes {
     /// Returns the newest step of a generation whose push was begun, queued or published.
-    pub fn newest(&self, generation: u32) -> Option<i64> {
-        let known = self.lock();
-        let coming = known.on_their_way.iter().map(|(push, _)| push);
+    pub(crate) fn newest(&self, generation: u32) -> Option<i64> {
+        let pushes = self.lock();
+        let coming = pushes.on_their_way.iter().map(|(push, _)| push);
         coming
-            .chain(&known.published)
+            .chain(&pushes.published)
             .filter(|(of, _)| *of == generation)
             .map(|(_, step)| *step)
             .max()
     }
 
     /// Returns whether this process has published a push of this step or of a later one.
-    pub fn has_published(&self, generation: u32, step: i64) -> bool {
+    pub(crate) fn has_published(&self, generation: u32, step: i64) -> bool {
         self.lock()
             .published
             .is_some_and(|(of, newest)| of == generation && newest >= step)
@@ -52,7 +52,7 @@ impl Pushes {
         self.lock().on_their_way.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, PushState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -153,14 +153,14 @@ pub(crate) struct Announced {
 }
 
 impl Announced {
-    pub fn generation(&self) -> u32 {
+    pub(crate) fn generation(&self) -> u32 {
         self.push.0
     }
 
-    pub fn published(mut self) {
-        let mut known = self.pushes.lock();
-        known.published = known.published.max(Some(self.push));
-        drop(known);
+    pub(crate) fn published(mut self) {
+        let mut pushes = self.pushes.lock();
+        pushes.published = pushes.published.max(Some(self.push));
+        drop(pushes);
         // Fails if the runtime has shut down, and the task with it.
         let _ = self.published.take().map(|published| published.send(()));
     }
@@ -168,10 +168,10 @@ impl Announced {
 
 impl Drop for Announced {
     fn drop(&mut self) {
-        let mut known = self.pushes.lock();
+        let mut pushes = self.pushes.lock();
         let ours = (self.push, self.rank);
-        if let Some(at) = known.on_their_way.iter().position(|push| *push == ours) {
-            known.on_their_way.swap_remove(at);
+        if let Some(at) = pushes.on_their_way.iter().position(|push| *push == ours) {
+            pushes.on_their_way.swap_remove(at);
         }
     }
 }

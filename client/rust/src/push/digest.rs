@@ -85,7 +85,8 @@ mod tests {
             Part::f32("b", &[2], &[0.0, 2.0])?,
         ]);
         let text = concat!(
-            r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+            r#"{"__metadata__":{"format":"pt"},"#,
+            r#""b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
             r#""z":{"dtype":"F32","shape":[],"data_offsets":[8,12]},"#,
             r#""a":{"dtype":"F16","shape":[1,2],"data_offsets":[12,16]}}"#
         );

@@ -24,12 +24,27 @@ use tonic::Status;
 pub struct Push {
     /// The step just trained; -1 for initial weights.
     pub step: i64,
+    /// The tensors, or the parts of them that this rank holds.
     pub parts: Vec<Part>,
     /// The same for all ranks of one push. If absent, it is made from (generation, step).
     pub push_id: Option<String>,
     /// Parts of the whole push, over all ranks. 0: these are all.
     pub expected_parts: u32,
+    /// The rank that pushes.
     pub rank: u32,
+    /// Tensors of which no rank pushes a part are those of this version.
+    pub base_version: Option<u64>,
+    /// A file that lies in storage, in place of parts.
+    pub file: Option<StoredFile>,
+}
+
+/// A safetensors file that the service reads by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredFile {
+    /// It must be on the operator's allow-list.
+    pub uri: String,
+    /// BLAKE3 of the file. The push is refused if the file has another.
+    pub blake3: Option<[u8; 32]>,
 }
 
 impl Push {
@@ -41,6 +56,16 @@ impl Push {
             push_id: None,
             expected_parts: 0,
             rank: 0,
+            base_version: None,
+            file: None,
+        }
+    }
+
+    /// Makes a push of a file that lies in storage.
+    pub fn stored(step: i64, file: StoredFile) -> Self {
+        Self {
+            file: Some(file),
+            ..Self::whole(step, Vec::new())
         }
     }
 }
@@ -54,6 +79,9 @@ impl Push {
 /// one, and the service refuses the push.
 pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<WeightsVersion> {
     let generation = announced.generation();
+    // Only of whole pushes, whose bytes are all here, can the digest be told.
+    let brings_all = push.expected_parts == 0 && push.base_version.is_none() && push.file.is_none();
+    let file = push.file.as_ref();
     let start = PushStart {
         run_id: run.run_id().to_owned(),
         generation,
@@ -62,15 +90,21 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
             .push_id
             .unwrap_or_else(|| format!("g{generation}-s{}", push.step)),
         expected_parts: push.expected_parts,
-        base_version: None,
+        base_version: push.base_version,
         rank: push.rank,
+        incarnation: run.incarnation().to_owned(),
+        snapshot_uri: file.map(|file| file.uri.clone()).unwrap_or_default(),
+        snapshot_blake3: file
+            .and_then(|file| file.blake3)
+            .map(|blake3| Bytes::copy_from_slice(&blake3))
+            .unwrap_or_default(),
     };
     // A step that was not committed when the run was opened cannot have had weights before, so the
     // costly comparison of digests is needed only for repeated steps.
     let step = push.step;
     let repeated = step < i64::try_from(run.next_step()).unwrap_or(i64::MAX)
         || run.has_published(generation, step);
-    let compared = repeated && push.expected_parts == 0;
+    let compared = repeated && brings_all;
     let parts = push.parts;
     let hashed = tokio::task::spawn_blocking(move || {
         parts

@@ -2,7 +2,10 @@
 use crate::{Error, Result};
 use bytes::Bytes;
 use half::{bf16, f16};
-use superbatch_proto::v1::{PartHeader, TensorDtype};
+use superbatch_proto::{
+    Checksum,
+    v1::{PartHeader, TensorDtype},
+};
 
 /// A block of one tensor: the elements `start .. start + extent` of each dimension, little endian,
 /// in C order.
@@ -120,10 +123,12 @@ impl Part {
         })
     }
 
+    /// Returns the tensor's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
+    /// Returns the bytes of this part of the tensor.
     pub fn data(&self) -> &Bytes {
         &self.data
     }
@@ -136,12 +141,12 @@ impl Part {
             global_shape: self.global_shape.clone(),
             start: self.start.clone(),
             extent: self.extent.clone(),
-            blake3: Bytes::copy_from_slice(blake3::hash(&self.data).as_bytes()),
+            xxh3: Bytes::copy_from_slice(&Checksum::of(&self.data)),
         }
     }
 }
 
-/// Bytes of an element.
+/// Returns the bytes of an element.
 fn width(dtype: TensorDtype) -> Option<u64> {
     match dtype {
         TensorDtype::F32 => Some(4),

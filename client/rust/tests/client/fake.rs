@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 use superbatch_client::{Client, ConnectConfig, Failure, Retry, Run, v1::*};
-use superbatch_proto::MESSAGE_BYTES_MAX;
+use superbatch_proto::{Checksum, MESSAGE_BYTES_MAX};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -20,11 +20,11 @@ use tokio::{
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-pub type TestResult<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+pub(crate) type TestResult<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// What one request for a step is answered with. Steps without a script are answered whole.
 #[derive(Debug, Clone)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// So many bytes, then UNAVAILABLE.
     BreakAfter(usize),
     /// So many bytes, then an end without a trailer.
@@ -39,7 +39,7 @@ pub enum Answer {
 }
 
 #[derive(Default)]
-pub struct Fake {
+pub(crate) struct Fake {
     script: Mutex<HashMap<u64, VecDeque<Answer>>>,
     /// All requests for batches, in the order they came.
     asked: watch::Sender<Vec<SelectBatchRequest>>,
@@ -54,10 +54,10 @@ pub struct Fake {
     closed: Mutex<Vec<String>>,
 }
 
-pub const STEPS: u64 = 6;
+pub(crate) const STEPS: u64 = 6;
 
 /// The rows of a step: some MiB, so that its stream has several parts.
-pub fn rows(step: u64) -> TestResult<RecordBatch> {
+pub(crate) fn rows(step: u64) -> TestResult<RecordBatch> {
     let images: Vec<Vec<u8>> = (0..4)
         .map(|row| vec![(step as u8) ^ row; 700_000 + row as usize])
         .collect();
@@ -91,26 +91,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Fake {
-    pub fn script(&self, step: u64, answers: impl IntoIterator<Item = Answer>) {
+    pub(crate) fn script(&self, step: u64, answers: impl IntoIterator<Item = Answer>) {
         lock(&self.script).entry(step).or_default().extend(answers);
     }
 
     /// Whether every scripted answer was given.
-    pub fn script_is_spent(&self) -> bool {
+    pub(crate) fn script_is_spent(&self) -> bool {
         lock(&self.script).values().all(VecDeque::is_empty)
     }
 
-    pub fn asked(&self) -> Vec<SelectBatchRequest> {
+    pub(crate) fn asked(&self) -> Vec<SelectBatchRequest> {
         self.asked.borrow().clone()
     }
 
     /// Ids of the runs that were closed.
-    pub fn closed(&self) -> Vec<String> {
+    pub(crate) fn closed(&self) -> Vec<String> {
         lock(&self.closed).clone()
     }
 
     /// (step, rank, withdrawn) of the announcements so far, once there are so many.
-    pub async fn announced(&self, count: usize) -> TestResult<Vec<(i64, u32, bool)>> {
+    pub(crate) async fn announced(&self, count: usize) -> TestResult<Vec<(i64, u32, bool)>> {
         let mut announced = self.announced.subscribe();
         let enough = announced.wait_for(|all| all.len() >= count);
         let all = tokio::time::timeout(Duration::from_secs(20), enough).await??;
@@ -121,7 +121,7 @@ impl Fake {
     }
 
     /// Waits until a request like this has come.
-    pub async fn asked_for(&self, test: impl Fn(&SelectBatchRequest) -> bool) -> TestResult {
+    pub(crate) async fn asked_for(&self, test: impl Fn(&SelectBatchRequest) -> bool) -> TestResult {
         let seen = |all: &Vec<SelectBatchRequest>| all.iter().any(&test);
         tokio::time::timeout(
             Duration::from_secs(20),
@@ -132,7 +132,7 @@ impl Fake {
     }
 
     /// Serves on a free port.
-    pub async fn serve(self: &Arc<Self>) -> TestResult<SocketAddr> {
+    pub(crate) async fn serve(self: &Arc<Self>) -> TestResult<SocketAddr> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let service = selection_service_server::SelectionServiceServer::from_arc(self.clone());
@@ -142,13 +142,13 @@ impl Fake {
     }
 
     /// Serves on a free port, and opens a run there.
-    pub async fn open(self: &Arc<Self>, retry: Retry) -> TestResult<Run> {
+    pub(crate) async fn open(self: &Arc<Self>, retry: Retry) -> TestResult<Run> {
         open_at(self.serve().await?, retry).await
     }
 }
 
 /// Opens a run.
-pub async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
+pub(crate) async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
     open_with(
         address,
         ConnectConfig {
@@ -159,7 +159,7 @@ pub async fn open_at(address: SocketAddr, retry: Retry) -> TestResult<Run> {
     .await
 }
 
-pub async fn open_with(address: SocketAddr, config: ConnectConfig) -> TestResult<Run> {
+pub(crate) async fn open_with(address: SocketAddr, config: ConnectConfig) -> TestResult<Run> {
     Ok(Client::connect_with(format!("http://{address}"), config)
         .await?
         .open_run("run", RunSpec::default())
@@ -167,7 +167,7 @@ pub async fn open_with(address: SocketAddr, config: ConnectConfig) -> TestResult
 }
 
 /// A way to `server` whose first connection is cut after so many bytes of answers.
-pub async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> {
+pub(crate) async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
@@ -195,7 +195,7 @@ pub async fn cut_once(server: SocketAddr, bytes: u64) -> TestResult<SocketAddr> 
 
 /// What becomes of the way to a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub(crate) enum Way {
     Open,
     /// Nothing moves on it any more, as if the server's process were stopped.
     Silent,
@@ -206,7 +206,10 @@ pub enum Way {
 }
 
 /// A way to `server` that is as `way` says.
-pub async fn way_to(server: SocketAddr, mut way: watch::Receiver<Way>) -> TestResult<SocketAddr> {
+pub(crate) async fn way_to(
+    server: SocketAddr,
+    mut way: watch::Receiver<Way>,
+) -> TestResult<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
@@ -238,7 +241,7 @@ async fn carry(mut near: TcpStream, server: SocketAddr, mut way: watch::Receiver
     }
 }
 
-pub fn fast() -> Retry {
+pub(crate) fn fast() -> Retry {
     let backoff = Duration::from_millis(1);
     Retry {
         attempts_max: 4,
@@ -254,7 +257,8 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
     use select_batch_response::Message;
     let rows = rows(request.step)?;
     let mut bytes = encode(&rows, 2)?;
-    let hash = blake3::hash(&bytes);
+    let mut checksum = Checksum::default();
+    checksum.update(&bytes);
     let (offset, whole) = (request.resume_offset as usize, bytes.len());
     if let Some(Answer::Damage(at)) = scripted {
         bytes[at] ^= 1;
@@ -271,6 +275,7 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
         rows: 4,
         stream_bytes: whole as u64,
         offset: request.resume_offset,
+        tickets: Vec::new(),
     };
     let end = match scripted {
         Some(Answer::BreakAfter(n) | Answer::EndAfter(n)) => (offset + n).min(whole),
@@ -290,7 +295,7 @@ fn answer(request: &SelectBatchRequest, scripted: Option<Answer>) -> TestResult<
         Some(Answer::EndAfter(_)) => None,
         _ => Some(Ok(Message::Trailer(BatchTrailer {
             rows: 4,
-            blake3: hash.as_bytes().to_vec().into(),
+            xxh3: checksum.finish().to_vec().into(),
         }))),
     });
     let wrap = |message| SelectBatchResponse {
@@ -403,6 +408,49 @@ impl selection_service_server::SelectionService for Fake {
     ) -> Result<Response<CloseRunResponse>, Status> {
         lock(&self.closed).push(request.into_inner().run_id);
         Ok(Response::new(CloseRunResponse::default()))
+    }
+
+    async fn report_losses(
+        &self,
+        _: Request<ReportLossesRequest>,
+    ) -> Result<Response<ReportLossesResponse>, Status> {
+        Ok(Response::new(ReportLossesResponse {}))
+    }
+
+    async fn list_weights(
+        &self,
+        _: Request<ListWeightsRequest>,
+    ) -> Result<Response<ListWeightsResponse>, Status> {
+        Ok(Response::new(ListWeightsResponse::default()))
+    }
+
+    /// One tensor in each answer, of three.
+    async fn get_weights_digests(
+        &self,
+        request: Request<GetWeightsDigestsRequest>,
+    ) -> Result<Response<GetWeightsDigestsResponse>, Status> {
+        let (version, at) = (
+            request.get_ref().version.unwrap_or(7),
+            request.get_ref().tensor_offset,
+        );
+        Ok(Response::new(GetWeightsDigestsResponse {
+            version: Some(WeightsVersion {
+                version,
+                ..Default::default()
+            }),
+            tensors: vec![TensorDigest {
+                name: format!("{version}/{at}"),
+                ..Default::default()
+            }],
+            next_tensor_offset: (at < 2).then_some(at + 1),
+        }))
+    }
+
+    async fn roll_back_weights(
+        &self,
+        _: Request<RollBackWeightsRequest>,
+    ) -> Result<Response<RollBackWeightsResponse>, Status> {
+        Ok(Response::new(RollBackWeightsResponse::default()))
     }
 
     async fn append_phases(

@@ -10,6 +10,7 @@ use superbatch_client::{
     BatchesConfig, Client, Error, Part, Push, Pusher, Retry,
     v1::{Intent, Reason, RewindMode, RunSpec, TensorDtype, push_weights_request::Message},
 };
+use superbatch_proto::Checksum;
 
 const MIB: usize = 1 << 20;
 
@@ -443,7 +444,7 @@ async fn weights_are_cut_into_parts_with_checksums() -> TestResult {
         ),
         ("g1-s4", 4, 0, 1)
     );
-    assert_eq!(part.blake3[..], blake3::hash(&data).as_bytes()[..]);
+    assert_eq!(part.xxh3[..], Checksum::of(&data));
     assert_eq!(scale[..], 2.0f32.to_le_bytes());
     let pieces: Vec<&[u8]> = pieces
         .iter()
@@ -684,6 +685,16 @@ async fn other_weights_for_a_step_that_is_published_are_noticed() -> TestResult 
     run.push_weights(0, parts()).await?;
     run.push_weights(-1, parts()).await?;
     assert_eq!(run.dropped_push(), Some(0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn digests_come_in_pages_of_one_version() -> TestResult {
+    let fake = Arc::new(Fake::default());
+    let run = fake.open(fast()).await?;
+    let (version, tensors) = run.weights_digests(None).await?;
+    let names: Vec<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    assert_eq!((version.version, names), (7, vec!["7/0", "7/1", "7/2"]));
     Ok(())
 }
 

@@ -110,7 +110,7 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- printf "%s.%s.svc" (include "superbatch.roleName" (list . "worker")) .Release.Namespace -}}
 {{- end -}}
 
-{{/* A pod's grace period: the wait before SIGTERM, the server's own drain, 2 s in which its runtime ends, and 3 s to spare. (list root role) */}}
+{{/* A pod's grace period: the wait before SIGTERM, the server's own drain, 2 s in which the last traces are sent, 2 s in which its runtime ends, and 3 s to spare. (list root role) */}}
 {{- define "superbatch.gracePeriod" -}}
-{{- add (first .).Values.preStopSeconds (ceil (get (first .).Values (last .)).graceSeconds | int) 5 -}}
+{{- add (first .).Values.preStopSeconds (ceil (get (first .).Values (last .)).graceSeconds | int) 7 -}}
 {{- end -}}

@@ -33,11 +33,13 @@ def embeddings(name: str, given: Any) -> NDArray[Any]:
     if not array.flags.c_contiguous:
         raise ValueError(
             f"{name} of shape {array.shape} is not C-contiguous (strides of {array.strides} "
-            f"bytes), and rows are read where they lie: pass numpy.ascontiguousarray({name}) (torch: .contiguous()), which copies"
+            f"bytes), and rows are read where they lie: pass numpy.ascontiguousarray({name}) "
+            "(torch: .contiguous()), which copies"
         )
     if not array.flags.aligned:
         raise ValueError(
-            f"{name} starts at an address that is no multiple of {array.itemsize}: pass {name}.copy()"
+            f"{name} starts at an address that is no multiple of {array.itemsize}: pass "
+            f"{name}.copy()"
         )
     return array
 
@@ -47,7 +49,8 @@ def shared(name: str, given: Any) -> NDArray[Any]:
     if "bfloat16" in str(getattr(given, "dtype", "")):
         raise TypeError(
             f"{name} is bfloat16, whose rounding changes one draw in six at a scale of 100, "
-            f"float16's of the same size next to none: normalise in float32 and pass that or float16 (torch: .float() or .half())"
+            "float16's of the same size next to none: normalise in float32 and pass that or "
+            "float16 (torch: .float() or .half())"
         )
     _refuse_masked(name, given)
     torch = sys.modules.get("torch")
@@ -67,21 +70,24 @@ def shared(name: str, given: Any) -> NDArray[Any]:
     except TypeError:
         kind = type(given).__name__
         raise TypeError(
-            f"{name} is a {kind}: a NumPy array or a CPU torch tensor of [candidates, dim] is needed"
+            f"{name} is a {kind}: a NumPy array or a CPU torch tensor of [candidates, dim] is "
+            "needed"
         ) from None
 
 
 def _refuse_masked(name: str, given: Any) -> None:
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a masked array, and masks are not read: pass {name}.data, and masked rows as holes"
+            f"{name} is a masked array, and masks are not read: pass {name}.data, and masked rows "
+            "as holes"
         )
 
 
 def _of_torch(name: str, tensor: Any) -> NDArray[Any]:
     if tensor.device.type != "cpu":
         raise ValueError(
-            f"{name} is a torch tensor on {tensor.device}, and CPU memory is read: pass {name}.cpu()"
+            f"{name} is a torch tensor on {tensor.device}, and CPU memory is read: pass "
+            f"{name}.cpu()"
         )
     if str(tensor.layout) != "torch.strided":
         raise ValueError(
@@ -107,7 +113,8 @@ def warn_unless_normalised(name: str, rows: NDArray[Any], looked_at: NDArray[np.
     if abs(median - 1.0) > 0.05:
         worst = np.abs(norms - 1.0).argmax()
         warnings.warn(
-            f"{name}: rows are not L2-normalised (median norm {median:.3g}, candidate {looked_at[worst]} has "
+            f"{name}: rows are not L2-normalised (median norm {median:.3g}, candidate "
+            f"{looked_at[worst]} has "
             f"{norms[worst]:.3g}), so logits are not scale * cosine + bias",
             stacklevel=3,
         )
@@ -154,7 +161,8 @@ def noise(given: Any) -> NDArray[np.float32]:
         raise TypeError(f"noise is {array.dtype}: float32 is needed")
     if array.ndim != 2:
         raise ValueError(
-            f"noise has the shape {array.shape}: [draws or more, candidates] is needed, a row for every chunk"
+            f"noise has the shape {array.shape}: [draws or more, candidates] is needed, a row for "
+            "every chunk"
         )
     return np.ascontiguousarray(array, np.float32)
 

@@ -174,16 +174,19 @@ def _model(name: str, given: Any, loss: str) -> tuple[Any, Any, float, float] | 
     )
     if image.shape != text.shape:
         raise ValueError(
-            f"{name} text has the shape {text.shape} and {name} image {image.shape}: they must agree"
+            f"{name} text has the shape {text.shape} and {name} image {image.shape}: they must "
+            "agree"
         )
     if bias is None and loss == "sigmoid":
         raise ValueError(
-            f"{name} has no bias, which the sigmoid loss needs: give {name}=(image, text, scale, bias)"
+            f"{name} has no bias, which the sigmoid loss needs: give {name}=(image, text, scale, "
+            "bias)"
         )
     scale = _real(f"{name} scale", scale)
     if scale <= 0:
         raise ValueError(
-            f"{name} scale is {scale}: it must be above 0, the temperature already exponentiated (torch: logit_scale.exp())"
+            f"{name} scale is {scale}: it must be above 0, the temperature already "
+            "exponentiated (torch: logit_scale.exp())"
         )
     return image, text, scale, 0.0 if bias is None else _real(f"{name} bias", bias)
 
@@ -199,7 +202,8 @@ def _count(learner: Any, reference: Any, keys: Any, noise: Any) -> int:
     counts = {name: len(array) for name, array in arrays.items() if array is not None}
     if not counts:
         raise ValueError(
-            "there are no candidates: give learner and reference; for the uniform policy keys or noise will do"
+            "there are no candidates: give learner and reference; for the uniform policy keys or "
+            "noise will do"
         )
     if len(set(counts.values())) > 1:
         raise ValueError(f"the arguments disagree on the number of candidates: {counts}")

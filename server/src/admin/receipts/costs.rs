@@ -2,7 +2,7 @@
 use crate::{coordinator::receipts::accounts, selection::probed::kept_gain};
 use superbatch_proto::v1::{Accounts, ReceiptSummary, StageSeconds, TowerFlops};
 
-/// FLOPs by tower and fidelity.
+/// Lists FLOPs by tower and fidelity.
 pub(super) fn towers(flops: Option<&TowerFlops>) -> String {
     let TowerFlops {
         image_full,
@@ -14,15 +14,15 @@ pub(super) fn towers(flops: Option<&TowerFlops>) -> String {
     )
 }
 
-/// What the step cost beside a uniform one, in FLOPs, and what of it is what.
+/// Lists the step's FLOPs by purpose, beside a uniform step's.
 pub(super) fn price_of(cost: &Accounts) -> String {
     let Some(price) = accounts::price(cost) else {
         return "not known".to_owned();
     };
     let share = |flops: f64| flops / cost.uniform_flops;
     format!(
-        "{price:.3} of a uniform step: training {:.3}, scoring {:.3}, selection {:.3}, probe {:.3}, \
-         thrown away {:.3}",
+        "{price:.3} of a uniform step: training {:.3}, scoring {:.3}, selection {:.3}, \
+         probe {:.3}, thrown away {:.3}",
         share(cost.train_flops),
         share(cost.reference_flops + cost.learner_flops),
         share(cost.selection_flops),
@@ -31,7 +31,7 @@ pub(super) fn price_of(cost: &Accounts) -> String {
     )
 }
 
-/// Where the step's time went, by stage.
+/// Returns where the step's time went, by stage.
 pub(super) fn stages(seconds: &StageSeconds) -> String {
     format!(
         "{:.3} in all: fetch {:.3}, decode {:.3}, reference {:.3}, learner {:.3}, weights {:.3}, \
@@ -46,15 +46,16 @@ pub(super) fn stages(seconds: &StageSeconds) -> String {
     )
 }
 
-/// What the other fidelity would have chosen, where that was asked.
+/// Shows what the other fidelity would have chosen, if the step was probed.
 pub(super) fn probe(s: &ReceiptSummary) -> String {
     let Some(found) = &s.probe else {
         return "none at this step".to_owned();
     };
     let kept = kept_gain(found).map_or("none to be kept".to_owned(), |kept| format!("{kept:.2}"));
     format!(
-        "of {} rows at both fidelities: rank correlation {:.3}, overlap {:.3} of draws of {} ({:.3} \
-         at random), kept gain {kept} (batch scores {:.5} full, {:.5} approximate, {:.5} uniform)",
+        "of {} rows at both fidelities: rank correlation {:.3}, overlap {:.3} of draws of {} \
+         ({:.3} at random), kept gain {kept} (batch scores {:.5} full, {:.5} approximate, \
+         {:.5} uniform)",
         found.rows,
         found.rank_correlation,
         found.overlap,

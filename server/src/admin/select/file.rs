@@ -7,11 +7,11 @@ use safetensors::{
     tensor::{Dtype, TensorView},
 };
 use std::{collections::HashMap, fmt::Display, path::Path, str::FromStr};
-use superbatch_kernels::{Loss, ModelEmbeddings, Policy, Rows, Tuning};
+use superbatch_kernels::{Loss, ModelEmbeddings, Number, Policy, Rows, Tuning};
 use superbatch_proto::v1::Reason;
 
 /// One model's embeddings and logit.
-pub struct Model {
+pub(super) struct Model {
     image: Values,
     text: Values,
     pub count: usize,
@@ -20,13 +20,13 @@ pub struct Model {
     bias: f64,
 }
 
-pub enum Values {
+pub(super) enum Values {
     F32(Vec<f32>),
     F16(Vec<f16>),
 }
 
 impl Model {
-    pub fn view(&self) -> ModelEmbeddings<'_> {
+    pub(super) fn view(&self) -> ModelEmbeddings<'_> {
         let (image, text) = (self.image.view(), self.text.view());
         ModelEmbeddings {
             image,
@@ -38,7 +38,7 @@ impl Model {
     }
 
     /// Returns one warning for each tower whose rows are not normalised.
-    pub fn warnings(&self, name: &str) -> Vec<String> {
+    pub(super) fn warnings(&self, name: &str) -> Vec<String> {
         let towers = [("image", &self.image), ("text", &self.text)];
         towers
             .iter()
@@ -59,14 +59,14 @@ impl Values {
 }
 
 /// A file of embeddings, with its settings.
-pub struct File<'a> {
+pub(super) struct File<'a> {
     path: &'a Path,
     tensors: SafeTensors<'a>,
     metadata: HashMap<String, String>,
 }
 
 impl<'a> File<'a> {
-    pub fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+    pub(super) fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
         let broken =
             |error| invalid(format!("{} is not a safetensors file", path.display())).because(error);
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
@@ -79,7 +79,7 @@ impl<'a> File<'a> {
     }
 
     /// Returns the flag's value, else the metadata's, else the default.
-    pub fn setting<T: FromStr<Err: Display>>(
+    pub(super) fn setting<T: FromStr<Err: Display>>(
         &self,
         flag: Option<T>,
         key: &str,
@@ -92,21 +92,14 @@ impl<'a> File<'a> {
     }
 
     /// Returns the numbers that `policy` reads, and the rules, which go with every policy.
-    pub fn tuning(&self, args: &TuningArgs, policy: Policy) -> Result<Tuning> {
+    pub(super) fn tuning(&self, args: &TuningArgs, policy: Policy) -> Result<Tuning> {
         let otherwise = Tuning::default();
         let number = |flag: Option<f64>, key: &str, default: f64| {
-            let reader = Tuning::READERS
-                .iter()
-                .find(|(name, reader)| *name == key && *reader != policy);
-            match (reader, flag) {
-                (None, flag) => self.setting(flag, key, default),
-                (Some(_), None) => Ok(default),
-                (Some((_, reader)), Some(_)) => {
-                    let message = format!(
-                        "{key} belongs to policy {reader}, and the policy is {policy}; leave it out"
-                    );
-                    Err(Error::invalid(key, message))
-                }
+            let read = Number::of(key).map_or(Ok(()), |number| number.check_reader(policy));
+            match (read, flag) {
+                (Ok(()), flag) => self.setting(flag, key, default),
+                (Err(_), None) => Ok(default),
+                (Err(unread), Some(_)) => Err(Error::invalid(key, unread.to_string())),
             }
         };
         let filter =
@@ -155,7 +148,7 @@ impl<'a> File<'a> {
 
     /// Returns a model's embeddings and logit; `None` if they are optional and the file has no
     /// tensor of the model.
-    pub fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
+    pub(super) fn model(&self, name: &str, loss: Loss, optional: bool) -> Result<Option<Model>> {
         let (image_name, text_name) = (format!("{name}_img"), format!("{name}_txt"));
         let has = |name: &str| self.tensors.tensor(name).is_ok();
         if optional && !has(&image_name) && !has(&text_name) {
@@ -202,7 +195,7 @@ impl<'a> File<'a> {
     }
 
     /// Returns the file's noise and its number of candidates.
-    pub fn noise(&self) -> Result<Option<(Vec<f32>, usize)>> {
+    pub(super) fn noise(&self) -> Result<Option<(Vec<f32>, usize)>> {
         let Ok(view) = self.tensors.tensor("noise") else {
             return Ok(None);
         };

@@ -8,7 +8,7 @@ const SLACK: f64 = 0.05;
 
 /// Returns the warning about a tower whose rows are not L2-normalised, with the row that is
 /// farthest off. Rows that are not finite are left to the kernels, which refuse them.
-pub fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
+pub(super) fn warning(tower: &str, rows: Rows<'_>, dim: usize) -> Option<String> {
     let mut norms: Vec<(usize, f64)> = match rows {
         Rows::F32(values) => norms(values, dim, |value: f32| value.into()),
         Rows::F16(values) => norms(values, dim, |value: f16| value.into()),

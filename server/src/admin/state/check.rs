@@ -11,24 +11,99 @@ use crate::{
 };
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
-use superbatch_proto::v1::{Receipt, WeightsVersion};
+use superbatch_proto::v1::Receipt;
 
 /// Receipts that are read at the same time.
 const READS_AT_ONCE: usize = 16;
 
+/// Problems that are kept to be listed, the first ones in order.
+const LISTED_MAX: usize = 100;
+
 /// What was looked at, and what is wrong with it.
 #[derive(Debug, Default, PartialEq)]
-pub struct Found {
+pub(super) struct CheckResult {
     pub receipts: usize,
     pub pushes: usize,
     pub weights: usize,
-    pub problems: Vec<String>,
+    pub problems: Problems,
+}
+
+/// What is wrong. A damaged run of a million steps has a million problems: only the first ones are
+/// kept.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Problems {
+    pub first: BTreeSet<String>,
+    pub count: usize,
+}
+
+impl Problems {
+    fn push(&mut self, problem: String) {
+        self.count += 1;
+        self.first.insert(problem);
+        if self.first.len() > LISTED_MAX {
+            self.first.pop_last();
+        }
+    }
+
+    fn extend(&mut self, problems: impl IntoIterator<Item = String>) {
+        problems.into_iter().for_each(|problem| self.push(problem));
+    }
+}
+
+/// The weights that receipts name, each with the first receipt that does and their number. A run
+/// has far fewer pushes than steps, so this is what is remembered of the receipts that were read.
+#[derive(Debug, Default)]
+struct Used(BTreeMap<(u64, i64, u32, String), (String, u64)>);
+
+impl Used {
+    fn collect_used(&mut self, receipt: &Receipt, at: &str) {
+        let used = receipt.summary.as_ref().and_then(|s| s.learner.as_ref());
+        // Version 0 is the initial learner, which is no push.
+        if let Some(used) = used.filter(|used| used.version > 0) {
+            let key = (
+                used.version,
+                used.step,
+                used.generation,
+                used.digest.clone(),
+            );
+            let (_, count) = self.0.entry(key).or_insert_with(|| (at.to_owned(), 0));
+            *count += 1;
+        }
+    }
+
+    /// Problems of receipts whose weights are in no fact.
+    fn unpublished(self, facts: &[Fact]) -> impl Iterator<Item = String> {
+        let published: BTreeSet<_> = facts
+            .iter()
+            .map(|fact| {
+                (
+                    fact.version,
+                    fact.step,
+                    fact.generation,
+                    fact.digest.clone(),
+                )
+            })
+            .collect();
+        let unknown = move |(key, _): &(_, _)| !published.contains(key);
+        self.0.into_iter().filter(unknown).map(|(_, (at, count))| {
+            let others = match count - 1 {
+                0 => String::new(),
+                others => format!(" (nor those of {others} more receipts, the same)"),
+            };
+            format!("{at}: the weights that it names were not published{others}")
+        })
+    }
 }
 
 /// # Errors
 /// `StorageUnreachable`. What can be read and is wrong is a problem, no error.
-pub async fn check(state: &Location, run: &Location, id: &str, facts: &RunFacts) -> Result<Found> {
-    let mut found = Found::default();
+pub(super) async fn check(
+    state: &Location,
+    run: &Location,
+    id: &str,
+    facts: &RunFacts,
+) -> Result<CheckResult> {
+    let mut found = CheckResult::default();
     if let Err(error) = Manifest::load(state, &facts.run.manifest).await {
         found.problems.push(error.chain());
     }
@@ -36,73 +111,88 @@ pub async fn check(state: &Location, run: &Location, id: &str, facts: &RunFacts)
         found.problems.push(error.chain());
     }
     let receipts = Receipts::new(run.clone());
-    let committed = receipts.committed().await?;
-    let steps = committed.iter().filter(|(step, generation)| {
-        let holding = facts.chain.candidates(*step, facts.chain.current());
-        holding.contains(generation)
-    });
-    let trail = Trail::new(steps.map(|(step, _)| *step));
-    found.problems.extend(gap(&trail, facts.spec.max_ahead));
-    found.receipts = committed.len();
-    let mut read = stream::iter(committed)
-        .map(|(step, generation)| {
-            let receipts = &receipts;
-            async move { (step, generation, receipts.find(step, generation).await) }
-        })
-        .buffer_unordered(READS_AT_ONCE);
-    let mut whole = Vec::new();
-    while let Some((step, generation, receipt)) = read.next().await {
-        match receipt {
-            Ok(Some(receipt)) => whole.push((step, generation, receipt)),
-            Ok(None) => found
-                .problems
-                .push(format!("{} is gone", at(step, generation))),
-            Err(error) => found.problems.push(error.chain()),
+    // Before the receipts: a summary is written after all that it speaks of, and the run may go on.
+    let summarised = receipts.summarised(&facts.chain).await?;
+    // A fork's steps before its own are another run's.
+    let own = |step: u64| step.min(facts.chain.kept_of(0));
+    let from = facts.run.fork.as_ref().map_or(0, |fork| own(fork.step));
+    let (mut trail, mut used) = (Trail::beyond(from, []), Used::default());
+    // Folder by folder, so that neither the names nor the receipts of the whole run are in memory.
+    for number in receipts.folders().await? {
+        let committed = receipts.committed_in(number).await?;
+        found.receipts += committed.len();
+        for (step, generation) in &committed {
+            let holding = facts.chain.candidates(*step, facts.chain.current());
+            if holding.contains(generation) {
+                trail.insert(*step);
+            }
+        }
+        let read = stream::iter(committed).map(|at| read_one(&receipts, at));
+        let mut read = read.buffer_unordered(READS_AT_ONCE);
+        while let Some(((step, generation), receipt)) = read.next().await {
+            let at = at(step, generation);
+            match receipt {
+                Ok(Some(receipt)) => {
+                    used.collect_used(&receipt, &at);
+                    let wrong = wrong(&receipt, (step, generation), id, facts).into_iter();
+                    let told = wrong.map(|what| format!("{at}: {what}"));
+                    found.problems.extend(told);
+                }
+                Ok(None) => found.problems.push(format!("{at} is gone")),
+                Err(error) => found.problems.push(error.chain()),
+            }
         }
     }
-    drop(read);
+    found.problems.extend(gap(&trail, facts.spec.max_ahead));
+    found.problems.extend(lost(&trail, summarised));
     // After the receipts: the weights that a receipt names were published before it.
     let stored = Stored::read(run).await?;
     found.pushes = stored.facts.len();
-    let versions = stored
-        .facts
-        .iter()
-        .map(|fact| (fact.version, fact))
-        .collect();
-    for (step, generation, receipt) in &whole {
-        let wrong = wrong(receipt, (*step, *generation), id, facts, &versions);
-        let told = wrong
-            .into_iter()
-            .map(|what| format!("{}: {what}", at(*step, *generation)));
-        found.problems.extend(told);
-    }
+    found.problems.extend(used.unpublished(&stored.facts));
     found.problems.extend(lacks(&stored, &trail, facts));
     for key in stored.files() {
         found.weights += 1;
         found.problems.extend(damage(run, &key).await?);
     }
-    found.problems.sort();
     Ok(found)
+}
+
+async fn read_one(
+    receipts: &Receipts,
+    (step, generation): (u64, u32),
+) -> ((u64, u32), Result<Option<Receipt>>) {
+    ((step, generation), receipts.find(step, generation).await)
 }
 
 fn at(step: u64, generation: u32) -> String {
     format!("receipt of step {step} in generation {generation}")
 }
 
-/// A step that is not committed though later ones are, by more than may be decided out of order.
+/// Names a step that is not committed though later ones are, by more than may be decided out of
+/// order.
 fn gap(trail: &Trail, max_ahead: u32) -> Option<String> {
     let (next, newest) = (trail.next(), trail.newest()?);
     (newest > next.saturating_add(u64::from(max_ahead)))
         .then(|| format!("step {next} has no receipt, and step {newest} has one"))
 }
 
-/// What a receipt says that is not so.
+/// Names a step without a receipt, although a summary of the run says that there was one.
+fn lost(trail: &Trail, summarised: u64) -> Option<String> {
+    let next = trail.next();
+    (summarised > next).then(|| {
+        format!(
+            "step {next} has no receipt, and a summary (trail-summaries) says that all steps \
+            before {summarised} were committed: receipts were deleted"
+        )
+    })
+}
+
+/// Names what a receipt says that is not so.
 fn wrong(
     receipt: &Receipt,
     (step, generation): (u64, u32),
     id: &str,
     facts: &RunFacts,
-    versions: &BTreeMap<u64, &Fact>,
 ) -> Vec<String> {
     let Some(summary) = &receipt.summary else {
         return vec!["it has no summary".to_owned()];
@@ -133,27 +223,12 @@ fn wrong(
             "it has more or fewer rows than its sub-batch",
         ),
         (ids.len() == receipt.chosen.len(), "it has a row twice"),
-        (
-            summary
-                .learner
-                .as_ref()
-                .is_none_or(|used| is_published(used, versions)),
-            "the weights that it names were not published",
-        ),
     ];
     let failed = checks.into_iter().filter(|(holds, _)| !holds);
     failed.map(|(_, what)| what.to_owned()).collect()
 }
 
-/// Version 0 is the initial learner, which is no push.
-fn is_published(used: &WeightsVersion, versions: &BTreeMap<u64, &Fact>) -> bool {
-    let same = |fact: &&Fact| {
-        (fact.step, fact.generation, &fact.digest) == (used.step, used.generation, &used.digest)
-    };
-    used.version == 0 || versions.get(&used.version).is_some_and(same)
-}
-
-/// Published weights that the next step is scored with and that are not there.
+/// Names published weights that the next step is scored with and that are not there.
 fn lacks(stored: &Stored, trail: &Trail, facts: &RunFacts) -> Option<String> {
     let lag = facts.spec.lag.unwrap_or_default();
     let Due::Exactly(step) = due(trail.next(), &lag, facts.spec.push_every_steps) else {
@@ -170,7 +245,7 @@ fn lacks(stored: &Stored, trail: &Trail, facts: &RunFacts) -> Option<String> {
     })
 }
 
-/// Whether a weights file has other bytes than its name says.
+/// Returns whether a weights file has other bytes than its name says.
 async fn damage(run: &Location, key: &str) -> Result<Option<String>> {
     let Some(digest) = digest_of(key) else {
         return Ok(None);
@@ -214,7 +289,7 @@ mod tests {
         },
         storage::{StorageConfig, Stores},
     };
-    use superbatch_proto::v1::RunSpec;
+    use superbatch_proto::v1::{RunSpec, WeightsVersion};
 
     fn facts() -> RunFacts {
         let spec = RunSpec {
@@ -222,7 +297,7 @@ mod tests {
             ..Default::default()
         };
         RunFacts {
-            run: RunFact::new(&spec, "m".into(), None, None),
+            run: RunFact::new(&spec, "m".into(), None, None, None),
             spec,
             appended: 0,
             chain: Chain::default(),
@@ -243,11 +318,11 @@ mod tests {
 
     #[test]
     fn what_a_receipt_says_must_be_so() {
-        let of = |receipt: &Receipt| wrong(receipt, (3, 0), "run", &facts(), &BTreeMap::new());
+        let of = |receipt: &Receipt| wrong(receipt, (3, 0), "run", &facts());
         let found = |change: fn(&mut Receipt)| of(&receipt(change));
         assert_eq!(found(|_| {}), [""; 0]);
         assert_eq!(
-            wrong(&receipt(|_| {}), (4, 0), "run", &facts(), &BTreeMap::new()),
+            wrong(&receipt(|_| {}), (4, 0), "run", &facts()),
             ["it is another step's"]
         );
         assert_eq!(
@@ -258,16 +333,69 @@ mod tests {
             found(|receipt| drop(receipt.chosen.pop())),
             ["it has more or fewer rows than its sub-batch"]
         );
-        assert_eq!(
-            found(|receipt| {
-                let used = WeightsVersion {
-                    version: 1,
+    }
+
+    #[test]
+    fn weights_of_receipts_must_have_been_published() {
+        let of = |version| {
+            receipt(|receipt| {
+                receipt.summary.get_or_insert_default().learner = Some(WeightsVersion {
+                    version,
                     ..Default::default()
-                };
-                receipt.summary.get_or_insert_default().learner = Some(used);
-            }),
-            ["the weights that it names were not published"]
+                });
+            })
+        };
+        let mut used = Used::default();
+        for (version, at) in [(0, "a"), (1, "b"), (1, "c"), (2, "d")] {
+            used.collect_used(&of(version), at);
+        }
+        let told: Vec<String> = used.unpublished(&[]).collect();
+        assert_eq!(
+            told,
+            [
+                "b: the weights that it names were not published (nor those of 1 more receipts, \
+                the same)",
+                "d: the weights that it names were not published"
+            ]
         );
+    }
+
+    #[test]
+    fn a_step_that_a_summary_knows_must_have_its_receipt() {
+        assert_eq!(lost(&Trail::new(0..2000), 2000), None);
+        assert_eq!(lost(&Trail::new([]), 0), None);
+        let told = lost(&Trail::new(0..1500), 2000).unwrap();
+        assert!(
+            told.contains("step 1500") && told.contains("2000"),
+            "{told}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_run_whose_newest_receipts_were_deleted_is_told_by_its_summary() {
+        let state = Stores::new(StorageConfig::default())
+            .open("memory:///state")
+            .unwrap();
+        let run = state.below("runs/r");
+        let check = async || check(&state, &run, "r", &facts()).await.unwrap();
+        let before = check().await.problems;
+        run.put("trail-summaries/000000001000-0.json", "{}".into())
+            .await
+            .unwrap();
+        let after = check().await.problems;
+        assert_eq!(after.count, before.count + 1);
+        assert!(
+            after.first.iter().any(|p| p.contains("trail-summaries")),
+            "{after:?}"
+        );
+    }
+
+    #[test]
+    fn many_problems_are_counted_and_the_first_ones_kept() {
+        let mut problems = Problems::default();
+        problems.extend((0..250).rev().map(|n| format!("{n:03}")));
+        assert_eq!((problems.count, problems.first.len()), (250, LISTED_MAX));
+        assert_eq!(problems.first.last().unwrap(), "099");
     }
 
     #[test]

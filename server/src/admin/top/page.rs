@@ -1,17 +1,20 @@
 //! Makes a page of text from two looks at a service. Pure.
 use crate::{admin::table::table, metrics::names};
 use std::collections::{BTreeMap, HashMap};
-use superbatch_proto::v1::{RunState, RunSummary};
+use superbatch_proto::{
+    reflect::Word,
+    v1::{RunState, RunSummary},
+};
 
 /// Characters of the longest bar.
 const BAR: f64 = 40.0;
 
 /// The samples of a page in the Prometheus text format, by name and labels as written.
 #[derive(Debug, Default)]
-pub struct Metrics(HashMap<String, f64>);
+pub(super) struct Metrics(HashMap<String, f64>);
 
 impl Metrics {
-    pub fn parse(page: &str) -> Self {
+    pub(super) fn parse(page: &str) -> Self {
         let samples = page.lines().filter(|line| !line.starts_with('#'));
         let sample = |line: &str| {
             let (name, value) = line.rsplit_once(' ')?;
@@ -40,7 +43,7 @@ impl Metrics {
 }
 
 /// Returns the page for `now`, with rates since `was`.
-pub fn view(
+pub(super) fn view(
     was: (&[RunSummary], &Metrics),
     now: (&[RunSummary], &Metrics),
     seconds: f64,
@@ -50,7 +53,8 @@ pub fn view(
     let waits = grown(names::WAITS);
     let wait = grown(names::WAIT_SECONDS) / waits.max(1.0);
     let mut text = format!(
-        "workers {:.0} (optimal {:.0})   steps/s {:.2}   candidates/s {:.0}   wait a call {:.3} s   ready {:.0}\n\n",
+        "workers {:.0} (optimal {:.0})   steps/s {:.2}   candidates/s {:.0}   \
+         wait a call {:.3} s   ready {:.0}\n\n",
         now.1.sum(names::WORKERS),
         now.1.sum(names::OPTIMAL_WORKERS),
         rate(names::STEPS),
@@ -79,11 +83,11 @@ fn runs(was: &[RunSummary], now: &[RunSummary], seconds: f64) -> String {
         // Steps are counted from 0, so a run whose last step is n has n + 1 steps.
         let steps = |step: Option<u64>| step.map_or(0.0, |step| step as f64 + 1.0);
         let rate = (steps(run.last_committed_step) - steps(before)).max(0.0) / seconds;
-        let state = RunState::try_from(run.state).map_or("", |state| state.as_str_name());
+        let state = RunState::try_from(run.state).map(RunState::word);
         let step = run.last_committed_step;
         rows.push(vec![
             run.run_id.clone(),
-            state.trim_start_matches("RUN_STATE_").to_lowercase(),
+            state.unwrap_or_default(),
             run.generation.to_string(),
             step.map_or_else(|| "-".into(), |step| step.to_string()),
             format!("{rate:.2}"),

@@ -18,7 +18,7 @@ pub struct Rewound {
 }
 
 /// All rewinds of a run, by generation. Generation 0 is the first trajectory and has no rewind.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chain(Vec<Rewound>);
 
 impl Chain {

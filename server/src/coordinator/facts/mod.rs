@@ -1,5 +1,6 @@
 //! The durable knowledge about a run: facts in object storage, and what follows from them.
 pub mod chain;
+mod format;
 pub mod incarnations;
 pub mod owner;
 pub mod run;

@@ -6,7 +6,10 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
-use superbatch_proto::v1::{Reason, selection_service_server::SERVICE_NAME};
+use superbatch_proto::{
+    INSTANCE, OWNER,
+    v1::{Reason, selection_service_server::SERVICE_NAME},
+};
 use superbatch_transport::Dialer;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -59,20 +62,7 @@ impl Ownership {
     /// `NotOwner` with the owner's address.
     pub async fn claim(run: &Location, identity: &Identity) -> Result<Self> {
         loop {
-            // A live owner is not displaced, else two coordinators would take the run from each
-            // other at every call. An owner of this very address cannot be alive: this process
-            // listens there, so it is our own predecessor. A wrong guess (an owner that is only
-            // slow) does no harm to the receipts, which are created conditionally; it costs the
-            // work in progress.
-            let newest = newest(run).await?;
-            if let Some((_, owner)) = &newest
-                && owner.instance != identity.instance
-                && owner.address != identity.address
-                && answers(&identity.dialer, &owner.address).await
-            {
-                return Err(not_owner(owner));
-            }
-            let epoch = newest.map_or(1, |(epoch, _)| epoch + 1);
+            let epoch = last_epoch(run, identity).await? + 1;
             let fact = OwnerFact {
                 address: identity.address.clone(),
                 instance: identity.instance.clone(),
@@ -88,6 +78,14 @@ impl Ownership {
                 });
             }
         }
+    }
+
+    /// Checks that no other coordinator owns the run at `run` and answers. Takes nothing over.
+    ///
+    /// # Errors
+    /// `NotOwner` with the owner's address.
+    pub async fn check_free(run: &Location, identity: &Identity) -> Result<()> {
+        last_epoch(run, identity).await.map(drop)
     }
 
     /// Checks that no other coordinator has taken the run over.
@@ -107,6 +105,25 @@ impl Ownership {
             }
         }
     }
+}
+
+/// Returns the last epoch of a run that no other live coordinator owns; 0 if it had no owner yet.
+///
+/// A live owner is not displaced, else two coordinators would take the run from each other at every
+/// call. An owner of this very address cannot be alive: this process listens there, so it is our
+/// own predecessor. A wrong guess (an owner that is only slow) does no harm to the receipts, which
+/// are created conditionally; it costs the work in progress.
+async fn last_epoch(run: &Location, identity: &Identity) -> Result<u64> {
+    let Some((epoch, owner)) = newest(run).await? else {
+        return Ok(0);
+    };
+    if owner.instance != identity.instance
+        && owner.address != identity.address
+        && answers(&identity.dialer, &owner.address).await
+    {
+        return Err(not_owner(&owner));
+    }
+    Ok(epoch)
 }
 
 async fn newest(run: &Location) -> Result<Option<(u64, OwnerFact)>> {
@@ -154,8 +171,8 @@ fn not_owner(owner: &OwnerFact) -> Error {
     let address = &owner.address;
     let message = format!("the run is owned by the coordinator at {address}; ask there");
     Error::new(Reason::NotOwner, message)
-        .with("owner", address)
-        .with("instance", &owner.instance)
+        .with(OWNER, address)
+        .with(INSTANCE, &owner.instance)
 }
 
 /// Whether another process took a run over under our own address: two that live at once take it
@@ -163,8 +180,8 @@ fn not_owner(owner: &OwnerFact) -> Error {
 ///
 /// `error` is what [`Ownership::check`] said.
 pub fn is_twin(error: &Error, us: &Identity) -> bool {
-    let instance = error.value("instance");
-    error.value("owner") == Some(&us.address) && instance.is_some_and(|other| other != us.instance)
+    let instance = error.value(INSTANCE);
+    error.value(OWNER) == Some(&us.address) && instance.is_some_and(|other| other != us.instance)
 }
 
 #[cfg(test)]
@@ -201,6 +218,9 @@ mod tests {
             .await
             .unwrap();
         first.check().await.unwrap();
+        let other = identity("http://127.0.0.1:1", "b");
+        let refused = Ownership::check_free(&run, &other).await.unwrap_err();
+        assert_eq!(refused.value("owner"), Some(alive.as_str()));
         let refused = Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
             .await
             .unwrap_err();
@@ -211,9 +231,9 @@ mod tests {
         health
             .set_service_status(SERVICE_NAME, tonic_health::ServingStatus::NotServing)
             .await;
-        Ownership::claim(&run, &identity("http://127.0.0.1:1", "b"))
-            .await
-            .unwrap();
+        Ownership::check_free(&run, &other).await.unwrap();
+        first.check().await.unwrap();
+        Ownership::claim(&run, &other).await.unwrap();
         assert_eq!(first.check().await.unwrap_err().reason(), Reason::NotOwner);
     }
 

@@ -1,8 +1,12 @@
 //! The definition of a run in object storage: facts below `runs/R/`, each created once.
-use super::chain::{Chain, Rewound};
+use super::{
+    chain::{Chain, Rewound},
+    format,
+};
 use crate::{
-    coordinator::spec::{complete_grace, complete_phase},
+    coordinator::spec::{complete_later_fields, complete_phase},
     error::{Error, Result},
+    fidelity::{Fidelity, ImageTower},
     storage::{Created, Location, nonce},
 };
 use prost::{Message, Name};
@@ -11,9 +15,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::{
     reflect,
-    v1::{
-        Approximation, ImageTower, Phase, PrepareModelResponse, Reason, RunSpec, approximation::By,
-    },
+    v1::{self, Approximation, Phase, PrepareModelResponse, Reason, RunSpec},
 };
 
 /// A model as it was when the run was opened.
@@ -33,7 +35,7 @@ pub struct ModelFact {
     /// The sizes that decide which approximations it takes. Unknown in runs that older builds
     /// opened.
     #[serde(default)]
-    pub image_tower: Option<ImageTowerFact>,
+    pub image_tower: Option<ImageTower>,
     pub tensors: BTreeMap<String, Vec<u64>>,
     /// Names of the tensors that weights may leave out.
     #[serde(default)]
@@ -47,33 +49,18 @@ pub struct ModelFact {
     dim: u32,
 }
 
-/// The protocol's `ImageTower`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ImageTowerFact {
-    pub image_size: u32,
-    pub patch_size: u32,
-    constant: f64,
-    per_patch: f64,
-    per_patch_pair: f64,
-}
-
-impl ImageTowerFact {
-    /// Returns the operations to embed one image of that side.
-    pub fn flops(&self, side: u32) -> f64 {
-        let patches = f64::from(side / self.patch_size.max(1)).powi(2);
-        self.constant + self.per_patch * patches + self.per_patch_pair * patches * patches
-    }
-}
-
-impl From<ImageTower> for ImageTowerFact {
-    fn from(tower: ImageTower) -> Self {
-        Self {
-            image_size: tower.image_size,
-            patch_size: tower.patch_size,
-            constant: tower.constant,
-            per_patch: tower.per_patch,
-            per_patch_pair: tower.per_patch_pair,
-        }
+fn tower(tower: &v1::ImageTower) -> ImageTower {
+    ImageTower {
+        image_size: tower.image_size,
+        patch_size: tower.patch_size,
+        layers: tower.layers,
+        constant: tower.constant,
+        per_patch: tower.per_patch,
+        per_patch_pair: tower.per_patch_pair,
+        layer_constant: tower.layer_constant,
+        layer_per_patch: tower.layer_per_patch,
+        layer_per_patch_pair: tower.layer_per_patch_pair,
+        per_pixel: tower.per_pixel,
     }
 }
 
@@ -82,10 +69,9 @@ impl ModelFact {
     /// full fidelity.
     pub fn image_flops(&self, approximation: Option<&Approximation>) -> f64 {
         let full = self.pair_flops - self.text_flops;
-        let by = approximation.and_then(|approximation| approximation.by);
-        match (by, &self.image_tower) {
-            (Some(By::Resolution(side)), Some(tower)) => tower.flops(side),
-            _ => full,
+        match (Fidelity::of(approximation), &self.image_tower) {
+            (Ok(Fidelity::Full) | Err(_), _) | (_, None) => full,
+            (Ok(fidelity), Some(tower)) => tower.flops(fidelity),
         }
     }
 
@@ -123,7 +109,7 @@ impl From<PrepareModelResponse> for ModelFact {
             logit_bias: model.logit_bias,
             pair_flops: model.image_flops + model.text_flops,
             text_flops: model.text_flops,
-            image_tower: model.image_tower.map(ImageTowerFact::from),
+            image_tower: model.image_tower.as_ref().map(tower),
             optional_tensors: model
                 .tensors
                 .iter()
@@ -142,12 +128,31 @@ impl From<PrepareModelResponse> for ModelFact {
 /// `run.json`: what OpenRun fixed for the run's life.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RunFact {
+    #[serde(default = "format::first")]
+    format: u32,
     /// The completed spec as JSON, without appended phases.
     spec: Value,
     pub manifest: String,
     pub reference: Option<ModelFact>,
     pub learner: Option<ModelFact>,
+    /// Absent in runs that are no fork, and in those that older builds opened.
+    #[serde(default)]
+    pub fork: Option<ForkFact>,
     pub nonce: String,
+}
+
+/// Where a run leaves the one that it is a fork of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ForkFact {
+    pub run_id: String,
+    /// The first step of its own.
+    pub step: u64,
+    /// The other run's rewinds when the fork was made: later ones change nothing of its history.
+    pub chain: Chain,
+    /// The weights that it takes over, as `weights/inherit.rs` writes them. Their files are copied
+    /// before this is written. Null in runs that older builds opened.
+    #[serde(default)]
+    pub weights: Value,
 }
 
 impl RunFact {
@@ -156,12 +161,15 @@ impl RunFact {
         manifest: String,
         reference: Option<ModelFact>,
         learner: Option<ModelFact>,
+        fork: Option<ForkFact>,
     ) -> Self {
         Self {
+            format: format::FORMAT,
             spec: reflect::to_json(spec),
             manifest,
             reference,
             learner,
+            fork,
             nonce: nonce(),
         }
     }
@@ -171,7 +179,7 @@ impl RunFact {
     pub fn spec(&self) -> Result<RunSpec> {
         let mut spec: RunSpec = read(&self.spec, "a run's spec")?;
         spec.phases.iter_mut().for_each(complete_phase);
-        complete_grace(&mut spec);
+        complete_later_fields(&mut spec);
         Ok(spec)
     }
 }
@@ -220,6 +228,7 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     let Some(bytes) = location.find("run.json").await? else {
         return Ok(None);
     };
+    format::check(location, &bytes)?;
     let run: RunFact = decode(location, "run.json", &bytes)?;
     let mut spec = run.spec()?;
     let mut appended = 0;
@@ -349,7 +358,7 @@ fn decode<T: DeserializeOwned>(location: &Location, key: &str, bytes: &[u8]) -> 
     })
 }
 
-/// A message of its JSON. Older builds kept it as protobuf in hex.
+/// Reads a message from its JSON. Older builds kept it as protobuf in hex.
 fn read<M: Message + Name + Default>(kept: &Value, what: &str) -> Result<M> {
     let message =
         match kept {
@@ -384,12 +393,12 @@ mod tests {
             }],
             ..Default::default()
         };
-        let first = create_run(&location, RunFact::new(&spec, "m".into(), None, None))
+        let first = create_run(&location, RunFact::new(&spec, "m".into(), None, None, None))
             .await
             .unwrap();
         let second = create_run(
             &location,
-            RunFact::new(&RunSpec::default(), "n".into(), None, None),
+            RunFact::new(&RunSpec::default(), "n".into(), None, None, None),
         )
         .await
         .unwrap();
@@ -442,7 +451,8 @@ mod tests {
             phases: vec![phase(0)],
             ..Default::default()
         };
-        let mut run = serde_json::to_value(RunFact::new(&spec, "m".into(), None, None)).unwrap();
+        let mut run =
+            serde_json::to_value(RunFact::new(&spec, "m".into(), None, None, None)).unwrap();
         assert_eq!(
             run["spec"]["phases"][0]["policy"], "POLICY_JOINT",
             "people can read it"
@@ -479,6 +489,7 @@ mod tests {
                 ..Default::default()
             },
             "m".into(),
+            None,
             None,
             None,
         );

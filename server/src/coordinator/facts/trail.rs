@@ -1,4 +1,10 @@
 //! The committed steps of the current trajectory. Pure.
+//!
+//! Two numbers are taken for one another easily, and differ while steps are prepared ahead: the
+//! first step that is missing, and the newest that is there. A trainer resumes at the first, and
+//! weights are kept for all steps from there on. If they were counted from the newest, the weights
+//! of a step that is still being decided would be deleted under it. The bound on how far ahead a
+//! rank may ask goes by the newest: counted from the gap, one slow step would hold up the others.
 use std::collections::BTreeSet;
 
 /// The committed steps: all below `next`, and those beyond it that were committed out of order.
@@ -15,7 +21,7 @@ impl Trail {
         Self::beyond(0, steps)
     }
 
-    /// Of a run in which all steps before `next` are committed, and these.
+    /// Makes the trail of a run in which all steps before `next`, and `steps`, are committed.
     pub fn beyond(next: u64, steps: impl IntoIterator<Item = u64>) -> Self {
         let beyond = steps.into_iter().filter(|step| *step >= next).collect();
         let mut trail = Self { next, beyond };

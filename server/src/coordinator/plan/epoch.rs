@@ -21,7 +21,7 @@ pub(super) struct EpochOrder {
 }
 
 impl EpochOrder {
-    pub fn new<'a>(
+    pub(super) fn new<'a>(
         blocks: impl Iterator<Item = (u32, u32, &'a Block)>,
         seed: u64,
         source: u32,
@@ -57,13 +57,13 @@ impl EpochOrder {
     }
 
     /// Returns the blocks as (shard, block in the shard), in the epoch's order.
-    pub fn blocks(&self) -> &[(u32, u32)] {
+    pub(super) fn blocks(&self) -> &[(u32, u32)] {
         &self.blocks
     }
 
     /// Returns a cursor that looks places up. Rising places are cheapest, since a window's
     /// permutation is kept.
-    pub fn rows(&self, seed: u64) -> Rows<'_> {
+    pub(super) fn rows(&self, seed: u64) -> Rows<'_> {
         Rows {
             order: self,
             seed,
@@ -72,7 +72,7 @@ impl EpochOrder {
     }
 
     /// Returns the place of a row in the epoch's order; `None` if the source has no such row.
-    pub fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
+    pub(super) fn place_of(&self, seed: u64, shard: u32, block: u32, row: u32) -> Option<u64> {
         let number = self
             .blocks
             .iter()
@@ -122,7 +122,7 @@ pub(super) struct Rows<'a> {
 impl Rows<'_> {
     /// Returns the block at `place`, by its number in the epoch's order, and the row in the block.
     /// `place` is below the source's rows.
-    pub fn at(&mut self, place: u64) -> (usize, u32) {
+    pub(super) fn at(&mut self, place: u64) -> (usize, u32) {
         let (order, seed) = (self.order, self.seed);
         let window = match self.window.take() {
             Some(window) if (window.start..window.end).contains(&place) => window,

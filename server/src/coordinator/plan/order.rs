@@ -85,7 +85,7 @@ impl Permutation {
         (x >> self.half_bits, x & ((1 << self.half_bits) - 1))
     }
 
-    /// SplitMix64's finaliser (Steele et al. 2014) of the keyed half, its top bits.
+    /// Applies SplitMix64's finaliser (Steele et al. 2014) of the keyed half, its top bits.
     fn round(&self, half: u64, key: u64) -> u64 {
         let mut z = half.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(key);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

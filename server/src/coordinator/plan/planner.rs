@@ -160,13 +160,7 @@ impl Plan {
     /// Returns the rows of all sources that sit an epoch out because they do not fill a share, for
     /// the super-batches of the last phase.
     pub fn tail_rows(&self, phases: &[Phase]) -> u64 {
-        let Some(phase) = phases.last() else { return 0 };
-        let shares = shares(&self.weights(), phase.super_batch_size);
-        self.rows
-            .iter()
-            .zip(shares)
-            .map(|(rows, share)| rows.checked_rem(share).unwrap_or(*rows))
-            .sum()
+        tail_rows(&self.rows, &self.weights(), phases)
     }
 
     /// Returns the passes through `source`: as declared, but not more than there are positions for.
@@ -299,6 +293,16 @@ impl Plan {
         }
         order
     }
+}
+
+/// As [`Plan::tail_rows`], of sources with these rows and weights.
+pub fn tail_rows(rows: &[u64], weights: &[f64], phases: &[Phase]) -> u64 {
+    let Some(phase) = phases.last() else { return 0 };
+    let shares = shares(weights, phase.super_batch_size);
+    rows.iter()
+        .zip(shares)
+        .map(|(rows, share)| rows.checked_rem(share).unwrap_or(*rows))
+        .sum()
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ impl Cursor {
 
     /// Returns the cursor after `steps` steps of `share` rows each. Requires 0 < share <= rows if
     /// the steps leave the epoch.
-    pub fn advance(self, rows: u64, share: u64, steps: u64) -> Self {
+    pub(super) fn advance(self, rows: u64, share: u64, steps: u64) -> Self {
         let fits = self.fits(rows, share);
         if steps <= fits {
             return Self {
@@ -42,7 +42,7 @@ impl Cursor {
 
     /// Returns where the next step begins: in the next epoch if the rest of this one is shorter
     /// than a share.
-    pub fn settle(self, rows: u64, share: u64) -> Self {
+    pub(super) fn settle(self, rows: u64, share: u64) -> Self {
         if self.fits(rows, share) > 0 {
             self
         } else {
@@ -54,7 +54,7 @@ impl Cursor {
     }
 
     /// Returns the steps of `share` rows before epoch `epochs` would begin.
-    pub fn left(self, rows: u64, share: u64, epochs: u64) -> u64 {
+    pub(super) fn left(self, rows: u64, share: u64, epochs: u64) -> u64 {
         if self.epoch >= epochs {
             return 0;
         }

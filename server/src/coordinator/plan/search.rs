@@ -55,9 +55,10 @@ impl Plan {
         while low < high {
             let middle = low + (high - low).div_ceil(2);
             let (begins, _) = self.cursor_and_share(phases, source, middle)?;
-            match (begins.epoch, begins.place) <= place {
-                true => low = middle,
-                false => high = middle - 1,
+            if (begins.epoch, begins.place) <= place {
+                low = middle
+            } else {
+                high = middle - 1
             }
         }
         let (begins, share) = self.cursor_and_share(phases, source, low)?;
@@ -112,6 +113,7 @@ mod tests {
                 image_column: "image".into(),
                 image_in_struct: false,
                 caption_column: "caption".into(),
+                caption_seed: None,
                 format: Default::default(),
             },
             columns: vec![],

@@ -1,4 +1,10 @@
 //! Sums of steps' costs, and the metrics of commits.
+//!
+//! The totals of a run are in its receipts: each holds the sum up to and including itself. A
+//! counter in memory would begin anew with each process, and a counter in storage, updated beside
+//! the receipt, would be one too many or one too few after each crash between the two writes. The
+//! price is that commits of a run must go one by one, since two that start from the same sum would
+//! lose the cost of one of them.
 use super::parquet::has_scores;
 use crate::{metrics, selection::probed::kept_gain};
 use std::collections::HashMap;
@@ -7,6 +13,13 @@ use superbatch_proto::v1::{
     TowerFlops,
 };
 use tokio::time::Instant;
+
+/// Returns the totals of the last commit: they only grow.
+pub fn largest(totals: impl IntoIterator<Item = Accounts>) -> Option<Accounts> {
+    let more = |a: &Accounts, b: &Accounts| b.candidates_scanned > a.candidates_scanned;
+    let later = |a, b| if more(&a, &b) { b } else { a };
+    totals.into_iter().reduce(later)
+}
 
 /// Returns the sum of `a` and `b`.
 pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
@@ -38,8 +51,8 @@ pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
     }
 }
 
-/// All that was spent, of what a uniform step on as many examples costs; `None` where that is not
-/// known (receipts of earlier versions, and trainers without a learner).
+/// Returns the FLOPs spent, as a multiple of a uniform step's on as many examples. `None` if the
+/// latter are not known: in receipts of earlier versions, and without a learner.
 pub fn price(cost: &Accounts) -> Option<f64> {
     let scoring = cost.reference_flops + cost.learner_flops + cost.selection_flops;
     let all = scoring + cost.discarded_flops + cost.probe_flops + cost.train_flops;

@@ -32,7 +32,7 @@ use parquet::{
 };
 use prost::Message;
 use std::sync::Arc;
-use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Receipt, ReceiptSummary};
+use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Policy, Receipt, ReceiptSummary};
 
 const COLUMN_VALUES: &str = "column_values";
 const SUMMARY: &str = "superbatch.summary";
@@ -68,7 +68,12 @@ fn schema() -> Schema {
 
 /// Returns whether the step was drawn by scores; a uniform or k-center draw has none.
 pub fn has_scores(summary: &ReceiptSummary) -> bool {
-    summary.mode() != Mode::Uniform && is_scored(summary.policy())
+    draws_by_scores(summary.policy(), summary.mode())
+}
+
+/// As [`has_scores`], of a draw.
+pub fn draws_by_scores(policy: Policy, mode: Mode) -> bool {
+    mode != Mode::Uniform && is_scored(policy)
 }
 
 /// Writes a receipt as Parquet.

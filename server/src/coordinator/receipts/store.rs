@@ -1,5 +1,5 @@
 //! A run's receipts in object storage: one fact for each step and generation.
-use super::{parquet, summaries};
+use super::{accounts::largest, parquet, summaries};
 use crate::{
     blocking::blocking,
     coordinator::facts::{chain::Chain, trail::Trail},
@@ -7,7 +7,8 @@ use crate::{
     storage::{Budget, Created, Location},
 };
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use std::sync::Arc;
 use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
 /// Steps in one folder, so that the newest step is found without listing a whole run.
@@ -22,19 +23,53 @@ const SUMMARY_BYTES: u64 = 64 << 10;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Committed {
     Ours,
+    /// An earlier attempt of this writer had succeeded. What it wrote is in force: it may hold
+    /// other totals than this attempt's, since others may have committed in between.
+    OursEarlier(Box<Receipt>),
     /// Another writer was first. Its receipt is in force and is served.
     Theirs(Box<Receipt>),
 }
 
-/// The receipts below a run's location, `receipts/{step/1000}/{step}/{generation}.parquet`.
+/// The receipts below a run's location, `receipts/{step/1000}/{step}/{generation}.parquet`, and of
+/// a fork those of the run that it left.
 #[derive(Debug, Clone)]
 pub struct Receipts {
     run: Location,
+    before: Option<Arc<Before>>,
+}
+
+/// The run that a fork left.
+#[derive(Debug)]
+struct Before {
+    receipts: Receipts,
+    chain: Chain,
+    /// The fork's first step of its own.
+    step: u64,
 }
 
 impl Receipts {
     pub fn new(run: Location) -> Self {
-        Self { run }
+        Self { run, before: None }
+    }
+
+    /// Of a fork at `run`: the receipts of the run that it left, its trajectory, and the first step
+    /// that is the fork's own.
+    pub fn forked(run: Location, before: Option<(Self, Chain, u64)>) -> Self {
+        let before = before.map(|(receipts, chain, step)| {
+            Arc::new(Before {
+                receipts,
+                chain,
+                step,
+            })
+        });
+        Self { run, before }
+    }
+
+    /// Returns the run that has the receipt of `step`, if that is another one: the first generation
+    /// of a fork has the other run's steps before its own.
+    fn elsewhere(&self, step: u64, generation: u32) -> Option<&Before> {
+        let before = self.before.as_deref();
+        before.filter(|before| generation == 0 && step < before.step)
     }
 
     /// Commits a step: creates its receipt unless there is one, by one attempt. Committing the same
@@ -64,7 +99,7 @@ impl Receipts {
                 // ours.
                 let nonce = theirs.summary.as_ref().map(|theirs| &theirs.writer_nonce);
                 Ok(if nonce == Some(&summary.writer_nonce) {
-                    Committed::Ours
+                    Committed::OursEarlier(Box::new(theirs))
                 } else {
                     Committed::Theirs(Box::new(theirs))
                 })
@@ -74,6 +109,9 @@ impl Receipts {
 
     /// Returns the receipt of a step in one generation.
     pub async fn find(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
+        if let Some(before) = self.elsewhere(step, generation) {
+            return before.find(step).await;
+        }
         let key = key(step, generation);
         let Some(bytes) = self.run.find(&key).await? else {
             return Ok(None);
@@ -98,8 +136,17 @@ impl Receipts {
         Ok(None)
     }
 
+    /// Returns the step before which the trajectory that `chain` describes is another run's.
+    pub fn forked_at(&self, chain: &Chain) -> u64 {
+        let before = self.before.as_deref();
+        before.map_or(0, |before| before.step.min(chain.kept_of(0)))
+    }
+
     /// As [`Self::find`], without the rows: reads only the end of the file.
     pub async fn summary(&self, step: u64, generation: u32) -> Result<Option<ReceiptSummary>> {
+        if let Some(before) = self.elsewhere(step, generation) {
+            return before.summary(step).await;
+        }
         let key = key(step, generation);
         let Some((end, size)) = self.run.end(&key, SUMMARY_BYTES).await? else {
             return Ok(None);
@@ -127,7 +174,31 @@ impl Receipts {
                 return Ok(Some(step));
             }
         }
-        Ok(None)
+        Ok(self.forked_at(chain).checked_sub(1))
+    }
+
+    /// As [`Self::newest`], with the receipts of which one is the run's last commit, whose totals
+    /// are the run's: they are of the same moment as the newest step. See [`Self::totals`].
+    pub async fn newest_commits(
+        &self,
+        chain: &Chain,
+        max_ahead: usize,
+    ) -> Result<(Option<u64>, Vec<(u64, u32)>)> {
+        let (mut newest, mut listed) = (None, Vec::new());
+        for number in self.folders().await?.into_iter().rev() {
+            let holds = |(step, generation): &&(u64, u32)| {
+                let holding = chain.candidates(*step, chain.current());
+                holding.contains(generation)
+            };
+            let found = self.list(&folder(number)).await?;
+            newest = newest.or_else(|| found.iter().rev().find(holds).map(|(step, _)| *step));
+            listed.extend(found);
+            if newest.is_some() && listed.len() > max_ahead {
+                break;
+            }
+        }
+        let newest = newest.or(self.forked_at(chain).checked_sub(1));
+        Ok((newest, last(listed, max_ahead)))
     }
 
     /// Returns the committed steps of the trajectory that `chain` describes, and the totals of the
@@ -137,6 +208,7 @@ impl Receipts {
     /// `StorageUnreachable`; `Internal` if a receipt cannot be read.
     pub async fn opened(&self, chain: &Chain, max_ahead: u32) -> Result<(Trail, Accounts)> {
         let known = summaries::known(&self.run, chain).await?;
+        let known = known.max(self.forked_at(chain));
         // With the receipts of the newest commits, whose totals are the run's.
         let from = known.saturating_sub(1 + u64::from(max_ahead)) / FOLDER_STEPS;
         let numbers = self.folders().await?;
@@ -154,7 +226,14 @@ impl Receipts {
             let (receipts, next, generation) = (self.clone(), trail.next(), chain.current());
             tokio::spawn(async move { receipts.summarise(next, generation).await });
         }
-        let totals = self.totals(listed, max_ahead as usize).await?;
+        let mut totals = self.totals(listed, max_ahead as usize).await?;
+        if let Some(before) = self
+            .before
+            .as_deref()
+            .filter(|_| totals == Accounts::default())
+        {
+            totals = before.totals().await?;
+        }
         Ok((trail, totals))
     }
 
@@ -171,8 +250,14 @@ impl Receipts {
         summaries::write(&self.run, next, generation).await;
     }
 
+    /// Returns the step before which, by the summaries of the run, all steps are committed in the
+    /// trajectory that `chain` describes.
+    pub async fn summarised(&self, chain: &Chain) -> Result<u64> {
+        summaries::known(&self.run, chain).await
+    }
+
     /// Returns the numbers of the folders that hold receipts, rising.
-    async fn folders(&self) -> Result<Vec<u64>> {
+    pub async fn folders(&self) -> Result<Vec<u64>> {
         let folders = self.run.folders("receipts").await?;
         let numbers = folders.iter().filter_map(|name| name.parse().ok());
         let mut numbers: Vec<u64> = numbers.collect();
@@ -185,6 +270,11 @@ impl Receipts {
         self.list("receipts").await
     }
 
+    /// Returns the committed (step, generation) of one folder, rising.
+    pub async fn committed_in(&self, number: u64) -> Result<Vec<(u64, u32)>> {
+        self.list(&folder(number)).await
+    }
+
     async fn list(&self, below: &str) -> Result<Vec<(u64, u32)>> {
         let objects = self.run.list(below).await?;
         let mut steps: Vec<_> = objects.iter().filter_map(|(key, _)| parse(key)).collect();
@@ -195,18 +285,49 @@ impl Receipts {
     /// Returns the run's totals from its committed receipts `listed`: those of the last commit,
     /// which are the largest. The last commit need not be the last step: commits may be out of
     /// order by `max_ahead`, so that many receipts are read.
-    pub async fn totals(&self, mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Result<Accounts> {
-        listed.sort_by_key(|(step, generation)| (*generation, *step));
-        let mut largest = Accounts::default();
-        for (step, generation) in listed.into_iter().rev().take(max_ahead + 1) {
-            let receipt = self.find(step, generation).await?;
-            let totals = receipt.and_then(|r| r.summary).and_then(|s| s.run_totals);
-            let more = |t: &Accounts| t.candidates_scanned > largest.candidates_scanned;
-            if let Some(totals) = totals.filter(more) {
-                largest = totals;
-            }
+    pub async fn totals(&self, listed: Vec<(u64, u32)>, max_ahead: usize) -> Result<Accounts> {
+        let mut totals = Vec::new();
+        for (step, generation) in last(listed, max_ahead) {
+            let summary = self.summary(step, generation).await?;
+            totals.extend(summary.and_then(|summary| summary.run_totals));
         }
-        Ok(largest)
+        Ok(largest(totals).unwrap_or_default())
+    }
+}
+
+/// Returns those of the (step, generation) `listed` that may be of the last commit.
+fn last(mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Vec<(u64, u32)> {
+    listed.sort_by_key(|(step, generation)| (*generation, *step));
+    listed.into_iter().rev().take(max_ahead + 1).collect()
+}
+
+impl Before {
+    /// Returns what the history cost that the fork goes on from.
+    async fn totals(&self) -> Result<Accounts> {
+        let Some(last) = self.step.checked_sub(1) else {
+            return Ok(Accounts::default());
+        };
+        let summary = self.summary(last).await?;
+        Ok(summary.and_then(|s| s.run_totals).unwrap_or_default())
+    }
+
+    /// Finds a receipt. Boxed, since the other run may be a fork too.
+    fn find(&self, step: u64) -> BoxFuture<'_, Result<Option<Receipt>>> {
+        let newest = self.chain.current();
+        self.receipts.find_of(&self.chain, step, newest).boxed()
+    }
+
+    fn summary(&self, step: u64) -> BoxFuture<'_, Result<Option<ReceiptSummary>>> {
+        let generations = self.chain.candidates(step, self.chain.current());
+        let find = async move {
+            for generation in generations {
+                if let Some(found) = self.receipts.summary(step, generation).await? {
+                    return Ok(Some(found));
+                }
+            }
+            Ok::<_, Error>(None)
+        };
+        find.boxed()
     }
 }
 

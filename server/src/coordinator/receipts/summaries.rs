@@ -4,18 +4,19 @@
 //! A summary says that all steps before one were committed in the trajectory of a generation. That
 //! stays true, since receipts are never deleted; a rewind with reselect since takes steps away from
 //! the trajectory, which the chain of rewinds tells. A run without a summary, such as an older
-//! build left behind, is listed whole once. What it says is in its name: none has to be read.
+//! build left behind, is listed whole once. All its information is in its key,
+//! so summaries are listed and never read.
 use crate::{coordinator::facts::chain::Chain, error::Result, storage::Location};
 
 /// Summaries, below the run.
 const SUMMARIES: &str = "trail-summaries";
 
-/// The step before which all are committed, of the trajectory that `chain` describes, as far as
-/// summaries know.
+/// Returns the step before which all are committed, of the trajectory that `chain` describes, as
+/// far as summaries know.
 ///
 /// # Errors
 /// `StorageUnreachable`.
-pub async fn known(run: &Location, chain: &Chain) -> Result<u64> {
+pub(super) async fn known(run: &Location, chain: &Chain) -> Result<u64> {
     let listed = run.list(SUMMARIES).await?;
     let known = listed.iter().filter_map(|(key, _)| parse(key));
     Ok(known
@@ -25,7 +26,7 @@ pub async fn known(run: &Location, chain: &Chain) -> Result<u64> {
 }
 
 /// Writes a summary. Best effort: without it more receipts are listed.
-pub async fn write(run: &Location, next: u64, generation: u32) {
+pub(super) async fn write(run: &Location, next: u64, generation: u32) {
     let key = format!("{SUMMARIES}/{next:012}-{generation}.json");
     // Its name holds all, so two writers of one write the same.
     if let Err(error) = run.create(&key, "{}".into()).await {

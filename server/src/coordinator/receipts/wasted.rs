@@ -1,11 +1,27 @@
 //! FLOPs of decisions that came to nothing: they failed, were rewound, or another coordinator
 //! decided first. They are charged to the next committed step, so that the accounts show what was
 //! really spent.
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
 
 /// FLOPs that are not charged to a committed step yet.
 #[derive(Debug, Clone, Default)]
 pub struct Wasted(Arc<Mutex<f64>>);
+
+/// Those of all runs, by id: also of runs that are not in memory, which their next commit charges.
+#[derive(Debug, Default)]
+pub struct WastedByRun(Mutex<HashMap<String, Wasted>>);
+
+impl WastedByRun {
+    /// Returns those of the run `id`, including what it wasted before it left memory.
+    pub fn of(&self, id: &str) -> Wasted {
+        let mut all = self.0.lock().expect("no panic while held");
+        all.retain(|_, wasted| wasted.is_wanted());
+        all.entry(id.to_owned()).or_default().clone()
+    }
+}
 
 /// FLOPs whose use is not certain. A guard: if it is dropped before [`Spent::settle`] (by an error,
 /// a panic or a cancelled task), they count as wasted.
@@ -63,6 +79,31 @@ impl Drop for Spent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_run_wasted_outlives_its_time_in_memory() {
+        let runs = WastedByRun::default();
+        for id in ["sleeps", "frugal"] {
+            let run = runs.of(id);
+            let mut decision = run.spend();
+            decision.add(2.0);
+            if id == "frugal" {
+                decision.settle();
+            }
+        }
+        drop(runs.of("other"));
+        assert_eq!(
+            runs.0.lock().unwrap().len(),
+            2,
+            "nothing is owed by `frugal`"
+        );
+        let mut charged = runs.of("sleeps").take();
+        assert_eq!(charged.flops(), 2.0);
+        charged.settle();
+        drop(charged);
+        assert_eq!(runs.of("frugal").take().flops(), 0.0);
+        assert_eq!(runs.0.lock().unwrap().len(), 1, "all is settled");
+    }
 
     #[test]
     fn what_is_not_settled_is_charged_later() {

@@ -11,7 +11,8 @@ pub struct Count {
     pub under_way: u64,
     /// When a call last began or ended.
     pub changed: Instant,
-    /// When a trainer asked or pushed last; never, in a run that people look at.
+    /// When a trainer last asked for a step, announced a push, pushed or reported losses; `None` of
+    /// a run that people only look at.
     trained: Option<Instant>,
 }
 
@@ -37,7 +38,7 @@ impl Calls {
         self.count().trained = Some(Instant::now());
     }
 
-    /// When a trainer called last.
+    /// Returns when a trainer called last.
     pub fn trained(&self) -> Option<Instant> {
         self.count().trained
     }

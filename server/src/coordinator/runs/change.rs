@@ -8,22 +8,22 @@ use crate::{
     coordinator::{
         facts::{chain::Rewound, run},
         released,
-        spec::{Asked, append_phases, phase_at},
+        spec::{Asked, append_phases, complete_phase, phase_at, references_from},
         trainer::ranks::last_allowed,
         weights::{Due, due},
     },
     error::{Error, Result},
 };
 use std::{sync::Arc, time::Duration};
-use superbatch_proto::v1::{Phase, Reason, RewindMode, RunSpec};
+use superbatch_proto::v1::{Phase, Reason, RewindMode, RunSpec, WeightsVersion};
 
 impl Run {
     /// Rewinds the run: opens the next generation.
     ///
     /// # Errors
     /// `InvalidArgument` for a step that was not reached; `WeightsMissing` if the step would be
-    /// chosen anew with weights that were deleted; `NotOwner`; `GenerationStale` if another rewind
-    /// was first.
+    /// chosen anew with weights that were deleted, or against a reference that was rolled back;
+    /// `NotOwner`; `GenerationStale` if another rewind was first.
     pub(super) async fn rewind(&self, to_step: u64, mode: RewindMode) -> Result<u32> {
         let _alone = self.committing.lock().await;
         let (old, next) = {
@@ -47,6 +47,7 @@ impl Run {
         };
         if !rewound.replay {
             self.check_weights_kept(to_step)?;
+            self.check_past_references(to_step)?;
         }
         self.owner.check().await?;
         run::create_generation(&self.location, &rewound).await?;
@@ -78,14 +79,29 @@ impl Run {
         }
     }
 
+    /// Checks that the references of the steps from `to_step` on still serve. A phase may have been
+    /// over when its reference was rolled back, and begin again by a rewind: without its reference
+    /// its steps would be uniform.
+    fn check_past_references(&self, to_step: u64) -> Result<()> {
+        let began = self.began().0;
+        let references = references_from(&self.spec().phases, to_step).into_iter();
+        // As above: later ones are pushed again.
+        for step in references.filter(|step| step + 1 < to_step) {
+            self.weights.check_reference(step, &began, false)?;
+        }
+        Ok(())
+    }
+
     /// Adds phases for steps that are not started yet.
     ///
     /// # Errors
-    /// `RunSpecImpossible` for phases that come too late or can never be met; `NotOwner`;
-    /// `RunSpecConflict` if another addition was first.
+    /// `RunSpecImpossible` for phases that come too late or can never be met; `WeightsMissing` if
+    /// weights that are the reference of one are gone; `NotOwner`; `RunSpecConflict` if another
+    /// addition was first.
     pub(super) async fn append_phases(&self, phases: Vec<Phase>) -> Result<Arc<RunSpec>> {
         let _alone = self.committing.lock().await;
         self.owner.check().await?;
+        self.check_references(&phases)?;
         let (spec, number) = self.begin_append(phases)?;
         let known = self.spec().phases.len();
         let written = run::append_phases(&self.location, number, &spec.phases[known..]).await;
@@ -123,6 +139,41 @@ impl Run {
         Ok((spec, state.appended))
     }
 
+    /// Checks that the weights which are the reference of new phases are there, or will be pushed.
+    ///
+    /// # Errors
+    /// `WeightsMissing`.
+    fn check_references(&self, phases: &[Phase]) -> Result<()> {
+        let known = self.spec().phases.last().map(|phase| phase.from_step);
+        let new = phases.iter().filter(|phase| Some(phase.from_step) > known);
+        let mut new: Vec<Phase> = new.cloned().collect();
+        new.iter_mut().for_each(complete_phase);
+        let chain = self.state().chain.clone();
+        let (began, forked_at) = (chain.began(), self.receipts.forked_at(&chain));
+        for step in references_from(&new, 0) {
+            let is_past = step < forked_at;
+            self.weights.check_reference(step, &began, is_past)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back all versions of the weights after `version`.
+    ///
+    /// # Errors
+    /// `RunClosed`, `RunFailed`, `NotOwner`; those of [`crate::coordinator::weights::Weights`].
+    pub(super) async fn roll_back_weights(&self, version: u64) -> Result<(WeightsVersion, u64)> {
+        // The lock keeps out commits: a step that was scored with a version that is taken back
+        // commits before, or is decided anew. It keeps the version from being retired, too.
+        let _alone = self.committing.lock().await;
+        self.state().check_open()?;
+        self.owner.check().await?;
+        let references = references_from(&self.spec().phases, self.next_step());
+        let references: Vec<u64> = references.into_iter().collect();
+        self.weights
+            .roll_back(version, &self.began().0, &references)
+            .await
+    }
+
     /// # Errors
     /// `NotOwner`; `StorageUnreachable`.
     pub(super) async fn close(&self) -> Result<()> {
@@ -144,16 +195,25 @@ impl Run {
     }
 
     /// # Errors
-    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`; `StepBeyondAhead` for a push of a
-    /// step that no trainer can have trained.
-    pub(super) async fn check_push(&self, generation: u32, step: i64) -> Result<()> {
-        let reachable = {
+    /// `RunClosed`, `RunFailed`, `GenerationStale`, `NotOwner`; `WorldSizeConflict` for a start of
+    /// the trainer that another has replaced; `StepBeyondAhead` for a push of a step that no
+    /// trainer can have trained.
+    pub(super) async fn check_push(
+        &self,
+        generation: u32,
+        step: i64,
+        incarnation: &str,
+    ) -> Result<()> {
+        let (reachable, pushing) = {
             let state = self.state();
             state.check_open()?;
             state.check_generation(generation)?;
-            last_allowed(state.committed.newest(), self.spec().max_ahead)
+            let reachable = last_allowed(state.committed.newest(), self.spec().max_ahead);
+            (reachable, state.members.check_pushing(incarnation))
         };
+        // First the owner: if another coordinator has the run, this memory of its ranks is old.
         self.owner.check().await?;
+        pushing?;
         check_reachable(step, reachable)
     }
 
@@ -169,7 +229,8 @@ impl Run {
     pub async fn forget_weights(&self) -> Result<()> {
         let kept = self.deps.limits.snapshots_kept;
         let oldest = || oldest_needed(self.next_step(), &self.spec());
-        if !self.weights.has_before(oldest(), kept) {
+        let pinned = || pinned(&self.spec());
+        if !self.weights.has_before(oldest(), kept, &pinned()) {
             return Ok(());
         }
         let (oldest, retired) = {
@@ -177,8 +238,9 @@ impl Run {
             // retired in the book, it sees that they are gone. It is released before the store
             // deletes them, so that no commit waits for that.
             let _alone = self.committing.lock().await;
-            let oldest = oldest();
-            (oldest, self.weights.retire_before(oldest, kept))
+            // Both are read under the lock: phases that were added meanwhile name references.
+            let (oldest, pinned) = (oldest(), pinned());
+            (oldest, self.weights.retire_before(oldest, kept, &pinned))
         };
         self.owner.check().await?;
         self.weights.delete(&retired).await?;
@@ -201,8 +263,8 @@ impl Run {
     }
 }
 
-/// A version of a step far beyond would stand for all steps up to it: they would be scored with
-/// weights that they cannot have.
+/// Checks that a push is of a step near the run's. A version of a step far beyond would stand for
+/// all steps up to it: they would be scored with weights that they cannot have.
 ///
 /// # Errors
 /// `StepBeyondAhead`.
@@ -222,6 +284,13 @@ fn check_reachable(step: i64, newest_allowed: u64) -> Result<()> {
 /// Returns whether a ready batch may be dropped; its rows can be read again.
 fn is_spare(is_wanted: bool, idle_for: Duration) -> bool {
     !is_wanted && idle_for >= IDLE_MAX
+}
+
+/// Returns the steps whose weights are a phase's reference. They are kept as long as the run, since
+/// a rewind may lead back.
+fn pinned(spec: &RunSpec) -> Vec<i64> {
+    let own = spec.phases.iter().filter_map(|phase| phase.reference_step);
+    own.filter_map(|step| step.try_into().ok()).collect()
 }
 
 /// Returns the oldest push that `next` or a later step may be scored with.

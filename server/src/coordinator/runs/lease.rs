@@ -6,9 +6,12 @@ use crate::{
 };
 use futures::Stream;
 use std::sync::Arc;
-use superbatch_proto::v1::{
-    AnnouncePushRequest, Phase, PushStart, PushWeightsRequest, Reason, RewindMode, RunSpec,
-    WeightsVersion,
+use superbatch_proto::{
+    OWNER,
+    v1::{
+        AnnouncePushRequest, Phase, PushStart, PushWeightsRequest, Reason, ReportLossesRequest,
+        RewindMode, RunSpec, WeightsVersion,
+    },
 };
 use tokio::time::Instant;
 use tonic::Status;
@@ -30,7 +33,7 @@ impl Lease {
         Self { run, open }
     }
 
-    /// The run, for what no other coordinator can change.
+    /// Returns the run, for what no other coordinator can change.
     pub fn run(&self) -> &Arc<Run> {
         &self.run
     }
@@ -56,6 +59,21 @@ impl Lease {
         self.after_write(answer)
     }
 
+    /// # Errors
+    /// Those of [`Run::roll_back_weights`].
+    pub async fn roll_back_weights(&self, version: u64) -> Result<(WeightsVersion, u64)> {
+        let answer = self.run.roll_back_weights(version).await;
+        self.after_write(answer)
+    }
+
+    /// # Errors
+    /// Those of [`Run::report_losses`].
+    pub async fn report_losses(&self, request: &ReportLossesRequest) -> Result<()> {
+        self.run.calls.train();
+        let answer = self.run.report_losses(request).await;
+        self.after_write(answer)
+    }
+
     /// Takes a rank's stream of weights, until the push is published.
     ///
     /// # Errors
@@ -65,21 +83,26 @@ impl Lease {
         S: Stream<Item = Result<PushWeightsRequest, Status>> + Unpin + Send + 'static,
     {
         let run = &self.run;
-        self.after(run.check_push(start.generation, start.step).await)?;
-        let published = run.weights.push(run.generation(), start, stream).await?;
+        run.calls.train();
+        let checked = run.check_push(start.generation, start.step, &start.incarnation);
+        self.after(checked.await)?;
+        let (generation, known) = run.trainers();
+        let published = run.weights.push(generation, &known, start, stream).await?;
         // If another coordinator has taken the run over in the meantime, it does not know of this
         // push. NOT_OWNER makes the client push there again, where the fact is found.
         self.after(run.owner.check().await)?;
         Ok(published)
     }
 
-    /// A rank will push, or will not after all.
+    /// Announces a rank's push, or withdraws the announcement.
     ///
     /// # Errors
     /// Those of [`Run::check_push`].
     pub async fn announce_push(&self, request: &AnnouncePushRequest) -> Result<()> {
-        let checked = self.run.check_push(request.generation, request.step).await;
-        self.after(checked)?;
+        self.run.calls.train();
+        let (generation, step) = (request.generation, request.step);
+        let checked = self.run.check_push(generation, step, &request.incarnation);
+        self.after(checked.await)?;
         self.run.weights.announce(self.run.generation(), request)
     }
 
@@ -93,7 +116,7 @@ impl Lease {
                 // The new owner is this process, which has loaded the run again: the caller may
                 // ask here again.
                 let ours = error
-                    .value("owner")
+                    .value(OWNER)
                     .is_some_and(|by| self.open.is_own_address(by));
                 Err(if ours { released() } else { error })
             }

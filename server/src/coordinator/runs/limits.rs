@@ -18,6 +18,8 @@ pub struct Limits {
     pub snapshots_kept: u64,
     /// Most candidates passed over that a receipt lists.
     pub passed_over_max: u32,
+    /// How long a ticket for rows on a worker holds.
+    pub ticket_life: Duration,
 }
 
 impl Limits {

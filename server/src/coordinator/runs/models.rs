@@ -3,16 +3,16 @@
 pub use super::verifier::shape;
 use crate::{
     coordinator::{
-        facts::run::{ImageTowerFact, ModelFact},
+        facts::run::ModelFact,
         score::scored::{Scored, other_file},
         spec::{Asked, scores_at},
         weights::Published,
     },
     error::{Error, Result},
+    fidelity::Fidelity,
 };
 use superbatch_proto::v1::{
-    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, approximation::By,
-    learner_spec::Initial,
+    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, learner_spec::Initial,
 };
 
 /// Returns the reference of a run.
@@ -106,7 +106,7 @@ pub fn check_approximations(
     learner: Option<&ModelFact>,
 ) -> Result<()> {
     for (i, phase) in spec.phases.iter().enumerate() {
-        let Some(By::Resolution(side)) = phase.approximation.and_then(|given| given.by) else {
+        let Ok(fidelity) = Fidelity::of(phase.approximation.as_ref()) else {
             continue;
         };
         let scores = scores_at(phase).is_some() || phase.probe.is_some();
@@ -120,24 +120,19 @@ pub fn check_approximations(
             .filter_map(|(which, fact)| Some((which, fact?)))
         {
             let problem = match &fact.image_tower {
+                None if fidelity == Fidelity::Full => continue,
                 None => "was described by an older build; open another run".to_owned(),
-                Some(tower) if fits(tower, side) => continue,
-                Some(tower) => format!(
-                    "takes images of {0} pixels in patches of {1}; give a multiple of {1} below \
-                     {0}",
-                    tower.image_size, tower.patch_size
-                ),
+                Some(tower) => match tower.refuses(fidelity) {
+                    Some(problem) => problem,
+                    None => continue,
+                },
             };
-            let field = format!("phases[{i}].approximation.resolution");
-            let message = format!("{field} is {side}, but the {which} {problem}");
+            let field = format!("phases[{i}].approximation.{}", fidelity.field());
+            let message = format!("{field} is {}, but the {which} {problem}", fidelity.value());
             return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
         }
     }
     Ok(())
-}
-
-fn fits(tower: &ImageTowerFact, side: u32) -> bool {
-    side.is_multiple_of(tower.patch_size.max(1)) && side < tower.image_size
 }
 
 /// Checks that workers scored with the model that the run was opened with; of a learner that was
@@ -158,7 +153,7 @@ pub fn check_unchanged(
     let what = match other {
         Some(file) => file,
         None if is_pushed || fact.digest == scored.digest => return Ok(()),
-        // Runs of older builds did not record the folder's files one by one, so the changed one is
+        // Runs of older builds did not store the folder's files one by one, so the changed one is
         // unknown.
         None if fact.files.is_empty() => "a file",
         None => "the weights file",
@@ -176,7 +171,7 @@ pub fn check_unchanged(
     })
 }
 
-/// The bias for the sigmoid loss: the model's own, or the one that the spec gives.
+/// Returns the bias for the sigmoid loss: the model's own, or the one that the spec gives.
 ///
 /// # Errors
 /// `BiasMissing`.

@@ -2,8 +2,10 @@
 //! first step and not in the middle of the night.
 use super::{
     calls::Calls,
-    models,
+    fork, models,
     registry::Coordinator,
+    reported::Reported,
+    rotten::Rotten,
     run::{Run, State},
     verifier,
     verifier::WorkerVerifier,
@@ -11,13 +13,13 @@ use super::{
 use crate::{
     coordinator::{
         facts::{
-            chain::Chain,
             incarnations::Incarnations,
             owner::Ownership,
             run::{self, ModelFact, RunFact, RunFacts},
         },
+        losses::{self, Losses},
         plan::planner::Plan,
-        receipts::store::Receipts,
+        receipts::doubt::InDoubt,
         score::claims::Claims,
         serve::output,
         trainer::{ranks::Members, waits::Waits},
@@ -34,8 +36,7 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 use superbatch_proto::v1::{
-    Accounts, ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion,
-    learner_spec::Initial,
+    ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion, learner_spec::Initial,
 };
 
 /// A run that is being opened.
@@ -47,25 +48,34 @@ pub struct Opening<'a> {
 impl Opening<'_> {
     /// Opens a run that does not exist yet.
     pub async fn open_new(&self, spec: &RunSpec) -> Result<Arc<Run>> {
-        if spec.fork_of.is_some() {
-            let message = "fork_of is in the protocol and not built yet; rewind the run instead";
-            return Err(Error::new(Reason::Unimplemented, message).with("feature", "fork_of"));
-        }
         self.coordinator.deps.limits.check(spec)?;
-        let manifest = Arc::new(self.index(spec).await?);
-        manifest.output_schema(&spec.columns)?;
+        let state = &self.coordinator.state;
+        let fork = fork::point(state, self.id, spec).boxed().await?;
+        let manifest = match &fork {
+            Some(fork) => {
+                self.allow(spec)?;
+                Arc::new(Manifest::load(state, &fork.manifest).await?)
+            }
+            None => Arc::new(self.index(spec).await?),
+        };
+        output::schema(&manifest, spec)?;
         self.plan(spec, &manifest)?;
         self.scores(spec, &manifest).await?;
         let mut spec = spec.clone();
         let (reference, learner) = self.models(&mut spec).await?;
         models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
         models::check_approximations(&spec, reference.as_ref(), learner.as_ref())?;
-        let digest = manifest.save(&self.coordinator.state).await?;
+        let digest = manifest.save(state).await?;
         let location = self.coordinator.location(self.id);
+        if let Some(fork) = &fork {
+            fork.copy_files(&location).boxed().await?;
+        }
         // The create may lose to another coordinator that opens the same id. So its result is not
         // used: the facts are read back, and whoever was first, both coordinators go on with the
         // same run.
-        run::create_run(&location, RunFact::new(&spec, digest, reference, learner)).await?;
+        let fork = fork.map(|fork| fork.fact);
+        let fact = RunFact::new(&spec, digest, reference, learner, fork);
+        run::create_run(&location, fact).await?;
         let facts = run::load(&location)
             .await?
             .ok_or_else(|| Error::internal("a run vanished while it was opened"))?;
@@ -79,13 +89,17 @@ impl Opening<'_> {
         // owner could commit a step after the list was read, and this process would not know of it.
         let owner = Ownership::claim(&location, &coordinator.identity).await?;
         let manifest = Arc::new(Manifest::load(&coordinator.state, &facts.run.manifest).await?);
+        fork::take_over(&coordinator.state, &location, &facts)
+            .boxed()
+            .await?;
+        let receipts = fork::receipts(&coordinator.state, self.id, &facts).await?;
         let spec = facts.spec;
-        let receipts = Receipts::new(location.clone());
         let (committed, totals) = receipts.opened(&facts.chain, spec.max_ahead).await?;
         let incarnations = Incarnations::load(&location).await?;
         let opened_phases = facts.run.spec()?.phases.len();
         let state = State {
             totals,
+            in_doubt: InDoubt::default(),
             members: Members::new(incarnations.known().await, committed.newest()),
             committed,
             chain: facts.chain,
@@ -95,7 +109,7 @@ impl Opening<'_> {
             failure: facts.failure,
             cells: BTreeMap::new(),
         };
-        let output_schema = manifest.output_schema(&spec.columns)?;
+        let output_schema = output::schema(&manifest, &spec)?;
         let plan = self.plan(&spec, &manifest)?;
         let weights = self
             .weights(&spec, facts.run.learner.as_ref(), &location)
@@ -114,12 +128,15 @@ impl Opening<'_> {
             owner,
             incarnations,
             scores: Scores::new(coordinator.stores.clone(), coordinator.state.clone()),
+            losses: Losses::new(location.clone()),
+            reported: Reported::default(),
+            rotten: Rotten::default(),
             opened_phases,
             location,
             spec: RwLock::new(Arc::new(spec)),
             state: Mutex::new(state),
             committing: tokio::sync::Mutex::default(),
-            wasted: coordinator.wasted_of(self.id),
+            wasted: coordinator.wasted.of(self.id),
             claims: Claims::default(),
             calls: Calls::default(),
             waits: Waits::default(),
@@ -133,20 +150,33 @@ impl Opening<'_> {
         Ok(plan)
     }
 
-    async fn index(&self, spec: &RunSpec) -> Result<Manifest> {
+    /// Checks that the operator allows what the sources name.
+    ///
+    /// # Errors
+    /// `UriNotAllowed`.
+    fn allow(&self, spec: &RunSpec) -> Result<()> {
         let stores = &self.coordinator.stores;
-        let mut sources = Vec::new();
         for source in &spec.sources {
             dataset::parts(&source.uri).try_for_each(|uri| stores.allow(uri))?;
             for beside in [&source.allow, &source.scores] {
                 let parts = dataset::parts(beside).filter(|uri| !uri.is_empty());
                 parts.into_iter().try_for_each(|uri| stores.allow(uri))?;
             }
+        }
+        Ok(())
+    }
+
+    async fn index(&self, spec: &RunSpec) -> Result<Manifest> {
+        self.allow(spec)?;
+        let stores = &self.coordinator.stores;
+        let mut sources = Vec::new();
+        for source in &spec.sources {
             sources.push(SourceRequest {
                 uri: source.uri.clone(),
                 weight: source.weight,
                 image_column: named(&source.image_column),
                 caption_column: named(&source.caption_column),
+                caption_seed: source.caption_seed,
                 predicate: named(&source.r#where),
                 allow: named(&source.allow),
                 id_column: named(&source.id_column),
@@ -164,7 +194,8 @@ impl Opening<'_> {
         let coordinator = self.coordinator;
         let scores = Scores::new(coordinator.stores.clone(), coordinator.state.clone());
         let asked = spec.phases.iter().flat_map(|phase| &phase.score_columns);
-        let names: BTreeSet<&str> = asked.map(|column| column.name.as_str()).collect();
+        let names = asked.map(|column| column.name.as_str());
+        let names: BTreeSet<&str> = names.filter(|name| *name != losses::COLUMN).collect();
         for source in &manifest.sources {
             let first = source.shards.iter().find(|shard| !shard.blocks.is_empty());
             for (name, shard) in names.iter().filter_map(|name| Some((name, first?))) {
@@ -218,22 +249,6 @@ impl Opening<'_> {
         learner: Option<&ModelFact>,
         location: &Location,
     ) -> Result<Weights> {
-        let initial = match (&spec.learner, learner) {
-            (Some(asked), Some(fact)) if !matches!(asked.initial, Some(Initial::FirstPush(_))) => {
-                Some(Published {
-                    version: WeightsVersion {
-                        version: 0,
-                        step: -1,
-                        generation: 0,
-                        digest: fact.weights_digest.clone(),
-                    },
-                    snapshot_uri: String::new(),
-                    logit_scale: fact.logit_scale,
-                    logit_bias: fact.logit_bias,
-                })
-            }
-            _ => None,
-        };
         let limits = &self.coordinator.deps.limits;
         let settings = RunWeights {
             run_id: self.id.to_owned(),
@@ -241,7 +256,7 @@ impl Opening<'_> {
             push_every_steps: spec.push_every_steps,
             first_push: matches!(&spec.learner, Some(l) if matches!(l.initial,
                 Some(Initial::FirstPush(_)))),
-            initial,
+            initial: initial_weights(spec, learner),
             push_bytes_max: limits.push_bytes_max,
             push_deadline: limits.push_deadline,
         };
@@ -261,7 +276,25 @@ impl Opening<'_> {
     }
 }
 
-/// The error for a missing snapshot. It is not `StorageUnreachable`, which clients retry.
+/// Returns the weights that the learner begins with, unless the trainer pushes them.
+pub(super) fn initial_weights(spec: &RunSpec, learner: Option<&ModelFact>) -> Option<Published> {
+    let asked = spec.learner.as_ref()?;
+    let is_pushed = matches!(asked.initial, Some(Initial::FirstPush(_)));
+    let fact = learner.filter(|_| !is_pushed)?;
+    Some(Published {
+        version: WeightsVersion {
+            version: 0,
+            step: -1,
+            generation: 0,
+            digest: fact.weights_digest.clone(),
+        },
+        snapshot_uri: String::new(),
+        logit_scale: fact.logit_scale,
+        logit_bias: fact.logit_bias,
+    })
+}
+
+/// Returns the error for a missing snapshot. It is not `StorageUnreachable`, which clients retry.
 fn no_snapshot(uri: &str) -> Error {
     let message = format!(
         "the learner's snapshot {uri} is not there, or is no file; name a safetensors file, or \
@@ -289,30 +322,4 @@ pub fn response(run: &Run) -> Result<OpenRunResponse> {
         steps_total: run.plan.steps_total(&spec.phases).unwrap_or(0),
         spec: Some((*spec).clone()),
     })
-}
-
-/// Returns the progress of a stopped run: the last step up to which all are committed, and the
-/// accounts up to there. Later steps, committed out of order, are not counted.
-pub async fn summary_of_stopped(
-    location: &Location,
-    chain: &Chain,
-    max_ahead: u32,
-) -> Result<(Option<u64>, Accounts)> {
-    let receipts = Receipts::new(location.clone());
-    let (trail, mut all) = receipts.opened(chain, max_ahead).await?;
-    for step in (trail.next()..=trail.newest().unwrap_or(0)).filter(|step| trail.contains(*step)) {
-        for generation in chain.candidates(step, chain.current()) {
-            let Some(receipt) = receipts.find(step, generation).await? else {
-                continue;
-            };
-            let cost = receipt.summary.and_then(|summary| summary.cost);
-            let cost = cost.unwrap_or_default();
-            all.candidates_scanned = all
-                .candidates_scanned
-                .saturating_sub(cost.candidates_scanned);
-            all.examples_selected = all.examples_selected.saturating_sub(cost.examples_selected);
-            break;
-        }
-    }
-    Ok((trail.next().checked_sub(1), all))
 }

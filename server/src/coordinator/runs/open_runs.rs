@@ -1,4 +1,10 @@
 //! The runs that this process holds in memory, at most so many.
+//!
+//! A run that sleeps has lost nothing but time. A run that is in memory although another
+//! coordinator owns it is worse: it answers from a past that is over, and no error ever ends that.
+//! So a run leaves memory at the first sign of another owner, and each removal names the very
+//! object: while one call finds the sign, another may have loaded the run again, and removing that
+//! sound one would end the calls of its trainer.
 use super::{lease::Lease, run::Run};
 use crate::{
     coordinator::facts::owner::{Identity, is_twin},
@@ -49,7 +55,7 @@ impl OpenRuns {
     /// Keeps a run in memory; where there are too many, another one is put to sleep.
     ///
     /// # Errors
-    /// `Overloaded` where all are busy; `ShuttingDown`.
+    /// `Overloaded` if all are busy; `ShuttingDown`.
     pub fn insert(self: &Arc<Self>, run: Arc<Run>) -> Result<Lease> {
         let mut runs = self.lock();
         let sleeps = if run.is_open() {
@@ -92,7 +98,7 @@ impl OpenRuns {
         metrics::open_runs().set(0.0);
     }
 
-    /// Those that are open. Those that ended are let go.
+    /// Returns the open runs. Removes those that have ended.
     pub fn all_open(&self) -> Vec<Arc<Run>> {
         let mut runs = self.lock();
         runs.retain(|_, run| {
@@ -139,7 +145,7 @@ impl OpenRuns {
         self.runs.lock().expect("no panic while held")
     }
 
-    /// The run that another one takes the place of, where none is free.
+    /// Returns the run to evict; `None` if there is room.
     fn room(&self, runs: &HashMap<String, Arc<Run>>) -> Result<Option<String>> {
         if self.stopping.load(Ordering::SeqCst) {
             return Err(Error::new(
@@ -153,7 +159,7 @@ impl OpenRuns {
             return Ok(None);
         }
         let idle = open().map(|(id, run)| (id, run.calls.trained(), run.idle_since()));
-        let sleeps = sleepiest(idle).cloned().map(Some);
+        let sleeps = run_to_evict(idle).cloned().map(Some);
         sleeps.ok_or_else(|| {
             let message = format!(
                 "{most} runs are open and at work, so that none can be put to sleep; close one, \
@@ -167,7 +173,7 @@ impl OpenRuns {
 /// Returns the run to put to sleep, of (id, when a trainer called last, since when it has been
 /// idle): those that people only look at go before those that train. Otherwise a client that polls
 /// more runs than fit would put the one to sleep whose trainer is between two steps.
-fn sleepiest<'a>(
+fn run_to_evict<'a>(
     runs: impl Iterator<Item = (&'a String, Option<Instant>, Option<Instant>)>,
 ) -> Option<&'a String> {
     runs.filter_map(|(id, trained, since)| Some((trained, since?, id)))
@@ -187,7 +193,7 @@ mod tests {
         let first = |idle: &[Option<Instant>]| {
             let ids: Vec<String> = (0..idle.len()).map(|n| n.to_string()).collect();
             let runs = ids.iter().zip(idle.iter().copied());
-            sleepiest(runs.map(|(id, since)| (id, None, since))).cloned()
+            run_to_evict(runs.map(|(id, since)| (id, None, since))).cloned()
         };
         assert_eq!(
             first(&[after(3), after(1), None, after(2)]).as_deref(),
@@ -206,8 +212,8 @@ mod tests {
             (&polled, None, after(9)),
             (&older, after(0), after(2)),
         ];
-        assert_eq!(sleepiest(runs.into_iter()), Some(&polled));
+        assert_eq!(run_to_evict(runs.into_iter()), Some(&polled));
         let two = runs.into_iter().filter(|(id, ..)| **id != polled);
-        assert_eq!(sleepiest(two), Some(&older));
+        assert_eq!(run_to_evict(two), Some(&older));
     }
 }

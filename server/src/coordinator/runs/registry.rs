@@ -1,6 +1,8 @@
 //! All runs of this coordinator: opened by OpenRun, and loaded from the state after a restart.
 use super::{
+    asleep::Asleep,
     deps::Deps,
+    fork,
     lease::Lease,
     open::{self, Opening},
     open_runs::OpenRuns,
@@ -13,7 +15,7 @@ use crate::{
             owner::Identity,
             run::{self, RunFacts},
         },
-        receipts::{store::Receipts, wasted::Wasted},
+        receipts::{store::Receipts, wasted::WastedByRun},
         spec::{self, Difference},
     },
     error::{Error, Result},
@@ -40,9 +42,9 @@ pub struct Coordinator {
     /// loads of one run would each claim its ownership; a lock for all runs would make the calls of
     /// others wait for a slow one.
     opening: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// Of runs that sleep, too: what a step cost that came to nothing is charged when its run
-    /// wakes.
-    wasted: Mutex<HashMap<String, Wasted>>,
+    pub(super) wasted: WastedByRun,
+    /// What is asked of runs that are not in memory.
+    pub(super) asleep: Asleep,
 }
 
 impl Coordinator {
@@ -55,7 +57,8 @@ impl Coordinator {
             identity,
             open,
             opening: Mutex::default(),
-            wasted: Mutex::default(),
+            wasted: WastedByRun::default(),
+            asleep: Asleep::default(),
         })
     }
 
@@ -113,19 +116,28 @@ impl Coordinator {
     }
 
     /// Returns the generations of the run `id` and its receipts, read from the state if this
-    /// process does not have the run in memory.
+    /// process does not own the run.
     ///
     /// # Errors
-    /// `RunNotFound`.
+    /// `RunNotFound`, `StorageUnreachable`.
     pub async fn history(&self, id: &str) -> Result<(Chain, Receipts)> {
         check_id(id)?;
         if let Some(run) = self.open.find(id) {
-            let chain = run.state().chain.clone();
-            return Ok((chain, run.receipts.clone()));
+            // A former owner that still has the run in memory does not know of rewinds since, and
+            // would answer with receipts of a trajectory that is over. Facts can be read by all.
+            match run.owner.check().await {
+                Ok(()) => {
+                    let chain = run.state().chain.clone();
+                    return Ok((chain, run.receipts.clone()));
+                }
+                Err(error) if error.reason() == Reason::NotOwner => self.open.release(&run),
+                Err(error) => return Err(error),
+            }
         }
-        let location = self.location(id);
-        let facts = run::load(&location).await?.ok_or_else(|| not_found(id))?;
-        Ok((facts.chain, Receipts::new(location)))
+        let facts = run::load(&self.location(id)).await?;
+        let facts = facts.ok_or_else(|| not_found(id))?;
+        let receipts = fork::receipts(&self.state, id, &facts).await?;
+        Ok((facts.chain, receipts))
     }
 
     /// Lists the runs in the state, in the order of their ids.
@@ -150,11 +162,11 @@ impl Coordinator {
         if let Some(run) = self.open.find(&id) {
             return Ok(Some(run.summary()));
         }
-        let location = self.location(&id);
-        let Some(facts) = run::load(&location).await? else {
+        let Some(facts) = run::load(&self.location(&id)).await? else {
             return Ok(None);
         };
-        let last_committed_step = Receipts::new(location).newest(&facts.chain).await?;
+        let receipts = fork::receipts(&self.state, &id, &facts).await?;
+        let last_committed_step = receipts.newest(&facts.chain).await?;
         Ok(Some(RunSummary {
             run_id: id,
             state: stored_state(&facts) as i32,
@@ -180,13 +192,6 @@ impl Coordinator {
         let run = self.open.insert(run)?;
         tracing::info!(run = id, "run loaded");
         Ok(Some(run))
-    }
-
-    /// What the run spent on decisions that came to nothing, before it slept, too.
-    pub fn wasted_of(&self, id: &str) -> Wasted {
-        let mut all = self.wasted.lock().expect("no panic while held");
-        all.retain(|_, wasted| wasted.is_wanted());
-        all.entry(id.to_owned()).or_default().clone()
     }
 
     pub fn location(&self, id: &str) -> Location {
@@ -230,12 +235,12 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     Err(error.with("known", known).with("given", given))
 }
 
-fn not_found(id: &str) -> Error {
+pub(super) fn not_found(id: &str) -> Error {
     let message = format!("there is no run '{id}'; open it first");
     Error::new(Reason::RunNotFound, message).with("run_id", id)
 }
 
-fn check_id(id: &str) -> Result<()> {
+pub(super) fn check_id(id: &str) -> Result<()> {
     if is_run_id(id) {
         return Ok(());
     }

@@ -1,16 +1,20 @@
 //! One open run: its steps, ranks, weights and cursors.
 
 pub use super::state::{State, run_state};
-use super::{calls::Calls, deps::Deps};
+use super::{calls::Calls, deps::Deps, reported::Reported, rotten::Rotten};
 use crate::{
     coordinator::{
-        facts::{chain::Began, incarnations::Incarnations, owner::Ownership, run::ModelFact},
+        facts::{
+            chain::Began, incarnations::Incarnations, owner::Ownership, run::ModelFact,
+            trail::Trail,
+        },
+        losses::Losses,
         plan::planner::Plan,
         receipts::{store::Receipts, wasted::Wasted},
         score::claims::Claims,
         spec::{Asked, delivered, phase_at},
         trainer::{cell::Cell, waits::Waits},
-        weights::{Weights, missing},
+        weights::{Book, Weights, missing},
     },
     dataset::{Manifest, Scores},
     error::Result,
@@ -46,6 +50,12 @@ pub struct Run {
     pub incarnations: Incarnations,
     /// Score columns of the data.
     pub scores: Scores,
+    /// Shards of which most rows cannot be used.
+    pub rotten: Rotten,
+    /// Losses that the trainer reported.
+    pub losses: Losses,
+    /// The steps of which they came last.
+    pub(super) reported: Reported,
     /// Phases that the run was opened with; the others were appended.
     pub opened_phases: usize,
     pub spec: RwLock<Arc<RunSpec>>,
@@ -79,6 +89,13 @@ impl Run {
     pub fn began(&self) -> (Vec<Began>, u32) {
         let state = self.state();
         (state.chain.began(), state.chain.current())
+    }
+
+    /// Returns the newest generation, and the starts of the trainer that have asked for a step, in
+    /// their order.
+    pub(super) fn trainers(&self) -> (u32, Vec<String>) {
+        let state = self.state();
+        (state.chain.current(), state.members.known().to_vec())
     }
 
     /// Returns the first step that is not committed.
@@ -124,32 +141,14 @@ impl Run {
         }
     }
 
-    /// Returns the pushes that a trainer which goes on at `resume` must repeat.
-    fn missing_pushes(&self, resume: u64, spec: &RunSpec) -> Vec<i64> {
-        let (began, book) = (self.began().0, self.weights.book());
-        let committed = self.state().committed.clone();
-        let is_scored =
-            |step| Asked::by(phase_at(&spec.phases, step)).learner && !committed.contains(step);
-        missing(
-            resume,
-            &spec.lag.unwrap_or_default(),
-            spec.push_every_steps,
-            is_scored,
-            |due| book.borrow().find(due, &began).is_some(),
-        )
-    }
-
     /// Describes the run. `resume` is the step at which a trainer goes on; if absent, the run's
     /// next step.
     pub fn info(&self, resume: Option<u64>) -> RunInfo {
         let spec = self.spec();
-        let missing_pushes = self.missing_pushes(resume.unwrap_or(self.next_step()), &spec);
-        let learner = self
-            .weights
-            .book()
-            .borrow()
-            .newest()
-            .map(|published| published.version);
+        let (book, began) = (self.weights.book(), self.began().0);
+        let committed = self.state().committed.clone();
+        let missing_pushes = missing_pushes(&spec, &committed, &began, &book.borrow(), resume);
+        let learner = book.borrow().newest().map(|published| published.version);
         let state = self.state();
         RunInfo {
             // Read under the same lock as the accounts. Otherwise a commit between the two would
@@ -167,6 +166,26 @@ impl Run {
             missing_pushes,
         }
     }
+}
+
+/// Returns the pushes that a trainer which goes on at `resume` must repeat; at the first step that
+/// is not committed, if `resume` is absent.
+pub(super) fn missing_pushes(
+    spec: &RunSpec,
+    committed: &Trail,
+    began: &[Began],
+    book: &Book,
+    resume: Option<u64>,
+) -> Vec<i64> {
+    let is_scored =
+        |step| Asked::by(phase_at(&spec.phases, step)).learner && !committed.contains(step);
+    missing(
+        resume.unwrap_or(committed.next()),
+        &spec.lag.unwrap_or_default(),
+        spec.push_every_steps,
+        is_scored,
+        |due| book.find(due, began).is_some(),
+    )
 }
 
 impl Drop for Run {

@@ -2,6 +2,7 @@
 use crate::{
     coordinator::{
         facts::{chain::Chain, trail::Trail},
+        receipts::doubt::InDoubt,
         trainer::{
             cell::Cell,
             ranks::{Bounds, Members},
@@ -22,6 +23,8 @@ pub struct State {
     pub closed: bool,
     pub failure: Option<String>,
     pub totals: Accounts,
+    /// Receipts of which this process does not know whether they were written.
+    pub in_doubt: InDoubt,
     /// Committed steps of the current trajectory.
     pub committed: Trail,
     pub members: Members,

@@ -1,6 +1,6 @@
 //! The coordinator's periodic work.
 use super::registry::Coordinator;
-use crate::storage::is_gone;
+use crate::storage::is_deleted;
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
@@ -18,7 +18,7 @@ pub async fn upkeep(coordinator: Arc<Coordinator>) {
     let mut missing = 0;
     loop {
         ticks.tick().await;
-        missing = if is_gone(&coordinator.state).await {
+        missing = if is_deleted(&coordinator.state).await {
             missing + 1
         } else {
             0

@@ -3,9 +3,13 @@ use crate::{
     coordinator::{
         facts::run::ModelFact,
         weights::{ModelShape, Verifier},
-        workers::{pool::Pool, prepare::prepare},
+        workers::{
+            pool::Pool,
+            prepare::{prepare, prepare_pushed},
+        },
     },
     error::{Error, Result},
+    pushed::Pushed,
     selection::{Embedded, Values, draw, response},
 };
 use async_trait::async_trait;
@@ -13,7 +17,10 @@ use std::sync::Arc;
 use superbatch_kernels::Backend;
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
-    v1::{Criterion, EmbeddingDtype, Loss, ModelRef, Policy, Reason, RunSpec, SelectBegin},
+    v1::{
+        Criterion, EmbeddingDtype, Loss, ModelRef, Policy, PrepareModelResponse, Reason, RunSpec,
+        SelectBegin,
+    },
 };
 
 /// Verifies pushes by having a worker load them.
@@ -104,9 +111,10 @@ impl Scores {
             dim: 2,
         };
         let drawn = response(draw(Backend::Native, &begin, Some(&learner), None)?);
-        match drawn.batch_score.is_finite() && drawn.scores.iter().all(|score| score.is_finite()) {
-            true => Ok(()),
-            false => Err(Error::internal("its scores are not finite")),
+        if drawn.batch_score.is_finite() && drawn.scores.iter().all(|score| score.is_finite()) {
+            Ok(())
+        } else {
+            Err(Error::internal("its scores are not finite"))
         }
     }
 }
@@ -118,6 +126,25 @@ const CANARY: [[[f32; 2]; 2]; 4] = [
     [[0.0, 1.0], [0.0, -1.0]],
     [[0.6, 0.8], [0.8, 0.6]],
 ];
+
+impl WorkerVerifier {
+    /// Returns the learner with the weights of a snapshot.
+    fn snapshot(&self, uri: &str, digest: &str) -> ModelRef {
+        ModelRef {
+            snapshot_uri: uri.to_owned(),
+            snapshot_digest: digest.to_owned(),
+            random_seed: None,
+            ..self.learner.clone()
+        }
+    }
+
+    /// Returns the shape of a loaded model, once a step could be scored with it.
+    fn scored(&self, model: PrepareModelResponse) -> Result<ModelShape> {
+        let shape = shape(&model.into());
+        self.scores.check(shape.logit_scale, shape.logit_bias)?;
+        Ok(shape)
+    }
+}
 
 pub fn shape(fact: &ModelFact) -> ModelShape {
     ModelShape {
@@ -131,16 +158,18 @@ pub fn shape(fact: &ModelFact) -> ModelShape {
 #[async_trait]
 impl Verifier for WorkerVerifier {
     async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape> {
-        let model = ModelRef {
-            snapshot_uri: snapshot_uri.to_owned(),
-            snapshot_digest: digest.to_owned(),
-            random_seed: None,
-            ..self.learner.clone()
-        };
-        let model = prepare(&self.pool, model, true).await?;
-        let shape = shape(&model.into());
-        self.scores.check(shape.logit_scale, shape.logit_bias)?;
-        Ok(shape)
+        let model = self.snapshot(snapshot_uri, digest);
+        self.scored(prepare(&self.pool, model, true).await?)
+    }
+
+    async fn verify_in_memory(
+        &self,
+        snapshot_uri: &str,
+        pushed: Pushed,
+    ) -> Result<Option<ModelShape>> {
+        let model = self.snapshot(snapshot_uri, &pushed.digest);
+        let prepared = prepare_pushed(&self.pool, model, pushed).await?;
+        prepared.map(|model| self.scored(model)).transpose()
     }
 
     async fn shape(&self) -> Result<ModelShape> {

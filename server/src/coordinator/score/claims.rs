@@ -1,5 +1,10 @@
 //! Claims on blocks whose reference embeddings are being computed, so that one slice computes them
 //! although several steps and workers need them.
+//!
+//! Storage alone would settle such a race too: the first object wins, and the other worker reads
+//! it. But both would have computed. Steps that are prepared ahead begin at the same moment and
+//! share the blocks at their seams, so the loss would be the rule, and the accounts of a run would
+//! depend on how many workers it has and on their timing.
 use crate::coordinator::plan::candidate::Candidate;
 use std::{
     collections::HashMap,

@@ -1,46 +1,90 @@
 //! Fetches chosen rows from any worker.
+use super::{kept::Kept, table::Table};
 use crate::{
     coordinator::workers::{
         failover::Failover,
         pool::Pool,
         replies::{Replies, unsound},
-        worker::Worker,
+        worker::{Answers, Worker},
     },
     error::{Error, Result, from_status},
 };
-use bytes::Bytes;
 use futures::StreamExt;
-use superbatch_proto::v1::{BlockRows, FetchRowsRequest, Reason, fetch_rows_response};
+use std::any::Any;
+use superbatch_proto::v1::{FetchRowsRequest, FetchRowsResponse, Reason, fetch_rows_response};
+use tonic::Status;
 
-/// Reads rows again on any worker, as an Arrow IPC stream in the order of `blocks`.
+/// Reads rows again on the worker that `failover` names, in the order of `blocks`.
 pub async fn fetch_rows(
     pool: &Pool,
-    manifest: &str,
-    blocks: Vec<BlockRows>,
-    columns: &[String],
-) -> Result<Vec<Bytes>> {
-    let failover = Failover::new(pool);
-    fetch_rows_from_others(pool, manifest, blocks, columns, failover).await
-}
-
-pub async fn fetch_rows_from_others(
-    pool: &Pool,
-    manifest: &str,
-    blocks: Vec<BlockRows>,
-    columns: &[String],
+    request: FetchRowsRequest,
     mut failover: Failover<'_>,
-) -> Result<Vec<Bytes>> {
-    let request = FetchRowsRequest {
-        dataset_manifest: manifest.to_owned(),
-        blocks,
-        columns: columns.to_vec(),
-    };
+) -> Result<Table> {
     loop {
         let worker = failover.worker().await?;
         match fetch_rows_from(pool.replies(), &worker, request.clone()).await {
             Err(error) => failover.failed(&worker, error)?,
-            Ok(parts) => return Ok(parts),
+            Ok(table) => return Ok(table),
         }
+    }
+}
+
+/// Has rows read again and held for trainers on the worker that `failover` names. Returns `None` if
+/// it holds too many already.
+pub async fn keep_rows(
+    pool: &Pool,
+    request: FetchRowsRequest,
+    mut failover: Failover<'_>,
+) -> Result<Option<Kept>> {
+    loop {
+        let worker = failover.worker().await?;
+        let Some(held) = worker.holding.one() else {
+            return Ok(None);
+        };
+        match keep_rows_on(pool.replies(), &worker, request.clone(), held).await {
+            Err(error) => failover.failed(&worker, error)?,
+            Ok(kept) => return Ok(Some(kept)),
+        }
+    }
+}
+
+fn wanted(request: &FetchRowsRequest) -> usize {
+    request.blocks.iter().map(|block| block.rows.len()).sum()
+}
+
+fn lost(status: Status) -> Error {
+    from_status(status, Reason::NoWorkers)
+}
+
+async fn rows_of(
+    replies: &Replies,
+    worker: &Worker,
+    request: FetchRowsRequest,
+) -> Result<Answers<FetchRowsResponse>> {
+    let reads = worker.fetch_rows(request);
+    let stream = replies.within(worker, "that it reads rows", reads).await?;
+    stream.map_err(lost)
+}
+
+async fn keep_rows_on(
+    replies: Replies,
+    worker: &Worker,
+    request: FetchRowsRequest,
+    held: impl Any + Send,
+) -> Result<Kept> {
+    let wanted = wanted(&request);
+    let mut stream = rows_of(&replies, worker, request).await?;
+    let next = replies.within(worker, "that it holds rows", stream.next());
+    match next
+        .await?
+        .transpose()
+        .map_err(lost)?
+        .and_then(|r| r.message)
+    {
+        Some(fetch_rows_response::Message::Kept(kept)) => {
+            Kept::new(worker, &kept, wanted, replies, (stream, held))
+        }
+        _ => Err(unsound("something else where it was to hold rows")),
     }
 }
 
@@ -48,15 +92,9 @@ async fn fetch_rows_from(
     replies: Replies,
     worker: &Worker,
     request: FetchRowsRequest,
-) -> Result<Vec<Bytes>> {
-    let lost = |status| from_status(status, Reason::NoWorkers);
-    let wanted: usize = request.blocks.iter().map(|block| block.rows.len()).sum();
-    let mut client = worker.client();
-    let mut stream = replies
-        .within(worker, "that it reads rows", client.fetch_rows(request))
-        .await?
-        .map_err(lost)?
-        .into_inner();
+) -> Result<Table> {
+    let wanted = wanted(&request);
+    let mut stream = rows_of(&replies, worker, request).await?;
     let (mut parts, mut bytes) = (Vec::new(), 0);
     while let Some(response) = replies.within(worker, "rows", stream.next()).await? {
         match response.map_err(lost)?.message {
@@ -66,10 +104,13 @@ async fn fetch_rows_from(
                 parts.push(part);
             }
             Some(fetch_rows_response::Message::Done(done)) if done.rows as usize == wanted => {
-                return Ok(parts);
+                return Table::of_answer(parts, wanted).await;
             }
             Some(fetch_rows_response::Message::Done(done)) => {
                 return Err(unsound(format_args!("{} of {wanted} rows", done.rows)));
+            }
+            Some(fetch_rows_response::Message::Kept(_)) => {
+                return Err(unsound("a number of rows where the rows were due"));
             }
             None => {}
         }

@@ -1,6 +1,8 @@
 //! Stage 2, score: a super-batch is cut into slices, and workers embed them.
 pub mod claims;
 pub mod fetch;
+mod gather;
+pub mod kept;
 mod received;
 pub mod scored;
 pub mod slice;

@@ -1,6 +1,6 @@
 //! Embeddings of one slice as they arrive. No memory is sized by an unchecked number, and a slice
 //! counts as complete only after every row was counted.
-use super::slice::Embeddings;
+use super::slice::{Embeddings, Part};
 use crate::{
     bounds::EMBEDDING_DIM_MAX,
     coordinator::workers::replies::{check_done, unsound},
@@ -10,7 +10,7 @@ use std::ops::Range;
 use superbatch_proto::v1::{EmbedDone, EmbeddingDtype, EmbeddingPart};
 
 /// Embeddings of some rows of a slice that a worker must send.
-pub struct Received {
+pub(super) struct Received {
     /// The rows, numbered within the slice.
     rows: Range<usize>,
     /// Bytes of one number.
@@ -22,7 +22,7 @@ pub struct Received {
 }
 
 impl Received {
-    pub fn new(rows: Range<usize>, dtype: EmbeddingDtype, dim: Option<u32>) -> Self {
+    pub(super) fn new(rows: Range<usize>, dtype: EmbeddingDtype, dim: Option<u32>) -> Self {
         let element = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
         Self {
             seen: vec![false; rows.len()],
@@ -37,7 +37,7 @@ impl Received {
     ///
     /// # Errors
     /// `Internal` for a part of other rows, of rows that came before, or out of shape.
-    pub fn place(&mut self, part: &EmbeddingPart) -> Result<()> {
+    pub(super) fn place(&mut self, part: &EmbeddingPart) -> Result<()> {
         let dim = *self.dim.get_or_insert(part.dim);
         if part.dim != dim || !(1..=EMBEDDING_DIM_MAX).contains(&dim) {
             let wrong = part.dim;
@@ -65,16 +65,15 @@ impl Received {
             )));
         }
         self.seen[places.clone()].fill(true);
-        let bytes = places.start * row_bytes..places.end * row_bytes;
-        // Memory is taken when the first sound part arrives, by the number of rows that this
-        // coordinator chose and a length that was checked.
-        if self.found.image.is_empty() {
-            let all = self.rows.len() * row_bytes;
-            (self.found.dim, self.found.image, self.found.text) =
-                (dim as usize, vec![0; all], vec![0; all]);
-        }
-        self.found.image[bytes.clone()].copy_from_slice(&part.image);
-        self.found.text[bytes].copy_from_slice(&part.text);
+        self.found.dim = dim as usize;
+        // Copied to memory of their own: a part as it came may hold a larger buffer of the
+        // connection. The copies are put together later one by one, so that a whole model's
+        // embeddings are never in memory twice.
+        self.found.parts.push(Part {
+            first: places.start,
+            image: part.image.to_vec().into(),
+            text: part.text.to_vec().into(),
+        });
         Ok(())
     }
 
@@ -84,7 +83,7 @@ impl Received {
     /// # Errors
     /// `Internal`, naming the first missing row. Without this check missing rows would stay zero
     /// and be scored as if they resembled nothing, and no error would show it.
-    pub fn finish(
+    pub(super) fn finish(
         mut self,
         done: EmbedDone,
         candidates: usize,
@@ -99,22 +98,26 @@ impl Received {
                 candidate {first} is the first"
             )));
         }
-        let row_bytes = self.found.dim * self.element;
-        let is_zero = |all: &[u8], row: usize| {
-            all[row * row_bytes..(row + 1) * row_bytes]
-                .iter()
-                .all(|byte| *byte == 0)
-        };
-        let empty = |row: &usize| {
-            let candidate = (self.rows.start + row) as u32;
-            (is_zero(&self.found.image, *row) || is_zero(&self.found.text, *row))
-                && !done.not_finite.contains(&candidate)
-                && !may_be_empty(candidate)
+        self.found.parts.sort_unstable_by_key(|part| part.first);
+        let row_bytes = (self.found.dim * self.element).max(1);
+        let is_zero = |row: &[u8]| row.iter().all(|byte| *byte == 0);
+        let empty = |part: &Part| {
+            let rows = part
+                .image
+                .chunks(row_bytes)
+                .zip(part.text.chunks(row_bytes));
+            let mut numbered = (self.rows.start + part.first..).zip(rows);
+            let empty = numbered.find(|(candidate, (image, text))| {
+                let candidate = *candidate as u32;
+                (is_zero(image) || is_zero(text))
+                    && !done.not_finite.contains(&candidate)
+                    && !may_be_empty(candidate)
+            });
+            empty.map(|(candidate, _)| candidate)
         };
         // A real embedding has length one. Zeros for a row that is no hole mean that the worker
         // sent the frame but not the content.
-        if let Some(row) = (0..self.rows.len()).find(empty) {
-            let candidate = self.rows.start + row;
+        if let Some(candidate) = self.found.parts.iter().find_map(empty) {
             return Err(unsound(format_args!(
                 "zeros for an embedding of candidate {candidate}, which is no hole"
             )));
@@ -157,7 +160,8 @@ mod tests {
         received.place(&part(2, 2, 3, 1)).unwrap();
         let found = received.finish(EmbedDone::default(), 6, |_| false).unwrap();
         assert_eq!(found.dim, 3);
-        assert_eq!(found.image, [[1; 12], [2; 12]].concat());
+        let image: Vec<u8> = found.parts.iter().flat_map(|p| p.image.to_vec()).collect();
+        assert_eq!(image, [[1; 12], [2; 12]].concat());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Embeddings and rows of a whole super-batch.
-use crate::{coordinator::score::table::Table, error::Result, selection::Embedded};
+use super::kept::Data;
+use crate::{error::Result, selection::Embedded};
 use std::collections::BTreeMap;
 use superbatch_proto::v1::ComputeDtype;
 
 /// One model's embeddings of all candidates.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Scored {
     /// L2-normalised, in the run's dtype; zero for holes.
     pub embedded: Embedded,
@@ -25,9 +26,9 @@ pub struct Scored {
 
 /// Chosen rows in the order of the draw: at least the output's data columns, and each row's content
 /// hash.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Rows {
-    pub data: Table,
+    pub data: Data,
     pub hashes: Vec<Vec<u8>>,
 }
 

@@ -1,6 +1,11 @@
 //! One slice of a super-batch on one worker: the coordinator's side of a `Score` stream.
 
-use super::{fetch::fetch_rows_from_others, stream::Live};
+use super::{
+    fetch::{fetch_rows, keep_rows},
+    kept::Kept,
+    stream::Live,
+    table::Table,
+};
 use crate::{
     coordinator::{
         plan::{candidate::Candidate, cut},
@@ -8,14 +13,12 @@ use crate::{
     },
     error::{Error, Result, from_status},
 };
-use bytes::Bytes;
 use std::{collections::HashSet, ops::Range};
 use superbatch_proto::v1::{
-    Approximation, BlockRows, EmbedDone, EmbeddingDtype, Hole, ModelRef, Reason, ScoreBegin,
-    ScoreRequest, score_request,
+    Approximation, BlockRows, EmbedDone, EmbeddingDtype, FetchRowsRequest, Hole, ModelRef, Reason,
+    RowsForm, ScoreBegin, ScoreRequest, score_request,
 };
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 
 /// The settings that all slices of a step share.
 #[derive(Debug, Clone)]
@@ -26,6 +29,9 @@ pub struct Job {
     pub manifest_digest: String,
     pub micro_batch_rows: u32,
     pub reference: Option<ModelRef>,
+    /// Whether few rows of each block are wanted of the reference: its kept embeddings serve, and
+    /// no whole block is embedded.
+    pub is_sparse: bool,
     /// The learner's folder, if its embeddings will be needed.
     pub learner_model: Option<ModelRef>,
     /// Length of an embedding, if the run knows it.
@@ -35,17 +41,27 @@ pub struct Job {
     pub columns: Vec<String>,
     /// Whether rows are only read and checked, and nothing is embedded.
     pub check_only: bool,
+    /// What becomes of the chosen rows.
+    pub form: RowsForm,
     /// The fidelity of both models; `None` is full.
     pub approximation: Option<Approximation>,
 }
 
-/// Embeddings of one model for a slice: [rows, dim], little endian in the job's dtype.
+/// Embeddings of one model for a slice, in parts that follow each other.
 #[derive(Debug, Default)]
 pub struct Embeddings {
-    pub image: Vec<u8>,
-    pub text: Vec<u8>,
+    pub parts: Vec<Part>,
     pub dim: usize,
     pub done: EmbedDone,
+}
+
+/// Embeddings of some rows: [rows, dim] each, little endian in the job's dtype.
+#[derive(Debug)]
+pub struct Part {
+    /// The first of them, among those of the slice that are due.
+    pub first: usize,
+    pub image: Box<[u8]>,
+    pub text: Box<[u8]>,
 }
 
 /// A slice in progress. If its worker is lost, everything received so far stays.
@@ -144,39 +160,81 @@ impl Slice {
         self.attempt(pool, job, Some(model), failover).await
     }
 
-    /// Returns the chosen rows (numbers within the slice, in the requested order) as an Arrow IPC
-    /// stream.
-    pub async fn rows(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Vec<Bytes>> {
-        let mut failover = Failover::new(pool);
+    /// Returns the chosen rows (numbers within the slice), in the requested order.
+    pub async fn rows(
+        &mut self,
+        pool: &Pool,
+        job: &Job,
+        form: RowsForm,
+        chosen: &[u32],
+    ) -> Result<Table> {
+        let mut failover = self.failover(pool, job);
         if let Some(mut live) = self.live.take() {
-            match live.rows(chosen).await {
-                Ok(bytes) => return Ok(bytes),
+            match live.rows(chosen, form).await {
+                Ok(Some(table)) => return Ok(table),
+                // The worker is well, and may be asked again.
+                Ok(None) => {}
                 // The embeddings have arrived and the draw is made. Only the rows are read again,
                 // on any worker: a broken stream must never cost a second scoring.
                 Err(error) => failover.failed(&live.worker, error)?,
             }
         }
-        let flat: Vec<(usize, u32)> = self
+        fetch_rows(pool, self.again(job, form, chosen), failover).await
+    }
+
+    /// Returns whether the worker that has the rows can hold them for trainers.
+    pub fn serves_tickets(&self) -> bool {
+        let live = self.live.as_ref();
+        live.is_none_or(|live| live.worker.ticket_key.is_some())
+    }
+
+    /// Has the chosen rows held for trainers. Returns `None` if the worker holds too many already.
+    /// If they are not held, [`Slice::rows`] has them sent.
+    pub async fn keep(&mut self, pool: &Pool, job: &Job, chosen: &[u32]) -> Result<Option<Kept>> {
+        let mut failover = self.failover(pool, job);
+        if let Some(live) = self.live.take() {
+            let worker = live.worker.clone();
+            let Some(held) = worker.holding.one() else {
+                self.live = Some(live);
+                return Ok(None);
+            };
+            match live.keep(chosen, held).await {
+                Ok((kept, live)) => {
+                    self.live = live;
+                    return Ok(Some(kept));
+                }
+                Err(error) => failover.failed(&worker, error)?,
+            }
+        }
+        let again = self.again(job, RowsForm::Kept, chosen);
+        keep_rows(pool, again, failover).await
+    }
+
+    /// Returns the request that reads chosen rows again.
+    fn again(&self, job: &Job, form: RowsForm, chosen: &[u32]) -> FetchRowsRequest {
+        let flat: Vec<(&BlockRows, u32)> = self
             .blocks
             .iter()
-            .enumerate()
-            .flat_map(|(b, block)| block.rows.iter().map(move |row| (b, *row)))
+            .flat_map(|block| block.rows.iter().map(move |row| (block, *row)))
             .collect();
         let blocks = chosen.iter().map(|candidate| {
-            let (b, row) = flat[*candidate as usize];
+            let (block, row) = flat[*candidate as usize];
             BlockRows {
+                source: block.source,
+                shard: block.shard,
+                block: block.block,
                 rows: vec![row],
-                ..self.blocks[b].clone()
             }
         });
-        fetch_rows_from_others(
-            pool,
-            &job.manifest_digest,
-            blocks.collect(),
-            &job.columns,
-            failover,
-        )
-        .await
+        FetchRowsRequest {
+            dataset_manifest: job.manifest_digest.clone(),
+            blocks: blocks.collect(),
+            columns: job.columns.clone(),
+            form: form.into(),
+            run_id: job.run_id.clone(),
+            generation: job.generation,
+            step: job.step,
+        }
     }
 
     /// Takes the holes of an attempt. If the reference does not embed again, the holes that it
@@ -257,6 +315,7 @@ impl Slice {
                 as u32,
             reference_more: self.reference_more.clone(),
             approximation: job.approximation,
+            reference_sparse: job.is_sparse,
         };
         let (send, requests) = mpsc::channel(4);
         let request = ScoreRequest {
@@ -264,18 +323,16 @@ impl Slice {
         };
         send.try_send(request)
             .map_err(|_| Error::internal("a fresh channel is full"))?;
-        let mut client = worker.client();
-        let answer = client.score(ReceiverStream::new(requests));
         let receive = replies
-            .within(worker, "that it takes a slice", answer)
+            .within(worker, "that it takes a slice", worker.score(requests))
             .await?
-            .map_err(|status| from_status(status, Reason::NoWorkers))?
-            .into_inner();
+            .map_err(|status| from_status(status, Reason::NoWorkers))?;
         let mut live = Live {
             worker: worker.clone(),
             send,
             receive,
             replies,
+            is_full: false,
         };
         live.receive_holes(self, job).await?;
         if let Some(model) = learner {

@@ -1,30 +1,32 @@
 //! The stream to the worker of a slice: what is sent, and what must come back, in which order.
 use super::{
+    kept::Kept,
     received::Received,
     slice::{Embeddings, Job, Slice},
+    table::Table,
 };
 use crate::{
     coordinator::workers::{
         replies::{Replies, checked_holes, unsound},
-        worker::Worker,
+        worker::{Answers, Worker},
     },
     error::{Error, Result, from_status},
 };
-use bytes::Bytes;
 use futures::StreamExt;
-use std::ops::Range;
+use std::{any::Any, ops::Range};
 use superbatch_proto::v1::{
-    ChosenRows, LearnerGo, ModelRef, Reason, ScoreRequest, ScoreResponse, Tower, score_request,
-    score_response::Message,
+    ChosenRows, LearnerGo, ModelRef, Reason, RowsForm, ScoreRequest, ScoreResponse, Tower,
+    score_request, score_response::Message,
 };
 use tokio::sync::mpsc;
-use tonic::Streaming;
 
 pub struct Live {
     pub worker: Worker,
     pub send: mpsc::Sender<ScoreRequest>,
-    pub receive: Streaming<ScoreResponse>,
+    pub receive: Answers<ScoreResponse>,
     pub replies: Replies,
+    /// Whether it said that it has no room for the chosen rows.
+    pub is_full: bool,
 }
 
 fn unexpected(wanted: &str, got: &Message) -> Error {
@@ -34,6 +36,7 @@ fn unexpected(wanted: &str, got: &Message) -> Error {
         Message::Done(_) => "the end of embeddings",
         Message::ArrowIpc(_) => "rows",
         Message::RowsDone(_) => "the end of rows",
+        Message::Kept(_) => "a number of rows that it holds",
     };
     Error::internal(format!("a worker sent {got} where {wanted} were due"))
 }
@@ -74,20 +77,60 @@ impl Live {
         Ok(())
     }
 
-    pub async fn rows(&mut self, chosen: &[u32]) -> Result<Vec<Bytes>> {
-        self.send(score_request::Message::Chosen(ChosenRows {
+    async fn choose(&mut self, chosen: &[u32], form: RowsForm) -> Result<()> {
+        let chosen = ChosenRows {
             candidates: chosen.to_vec(),
-        }))
-        .await?;
+            form: form.into(),
+        };
+        self.send(score_request::Message::Chosen(chosen)).await
+    }
+
+    /// Has the worker hold the chosen rows for trainers. If it has no room for them, they may be
+    /// asked for by [`Live::rows`] of the stream that is returned.
+    pub async fn keep(
+        mut self,
+        chosen: &[u32],
+        held: impl Any + Send,
+    ) -> Result<(Kept, Option<Self>)> {
+        self.choose(chosen, RowsForm::Kept).await?;
+        match self.next("that it holds the chosen rows").await? {
+            Message::Kept(kept) => {
+                let (worker, replies, wanted) = (self.worker.clone(), self.replies, chosen.len());
+                if kept.id == 0 {
+                    let kept = Kept::new(&worker, &kept, wanted, replies, ())?;
+                    self.is_full = true;
+                    return Ok((kept, Some(self)));
+                }
+                let kept = Kept::new(&worker, &kept, wanted, replies, (self, held))?;
+                Ok((kept, None))
+            }
+            other => Err(unexpected("a number of rows that it holds", &other)),
+        }
+    }
+
+    /// Returns the chosen rows; `None` if the stream ended because the worker has no room to hold
+    /// them. Workers of older builds end it then, and nothing is wrong with them.
+    pub async fn rows(&mut self, chosen: &[u32], form: RowsForm) -> Result<Option<Table>> {
+        match self.choose(chosen, form).await {
+            Err(_) if self.is_full && self.send.is_closed() => return Ok(None),
+            chosen => chosen?,
+        }
         let (mut parts, mut bytes) = (Vec::new(), 0);
         loop {
-            match self.next("the chosen rows").await? {
+            let message = match self.next_or_end("the chosen rows").await? {
+                Some(message) => message,
+                None if self.is_full && parts.is_empty() => return Ok(None),
+                None => return Err(ended()),
+            };
+            match message {
                 Message::ArrowIpc(part) => {
                     bytes += part.len() as u64;
                     self.replies.check_rows_bytes(bytes)?;
                     parts.push(part);
                 }
-                Message::RowsDone(done) if done.rows as usize == chosen.len() => return Ok(parts),
+                Message::RowsDone(done) if done.rows as usize == chosen.len() => {
+                    return Table::of_answer(parts, chosen.len()).await.map(Some);
+                }
                 Message::RowsDone(done) => {
                     let wanted = chosen.len();
                     return Err(unsound(format_args!("{} of {wanted} rows", done.rows)));
@@ -132,18 +175,85 @@ impl Live {
     }
 
     async fn next(&mut self, what: &str) -> Result<Message> {
-        let ended = || Error::new(Reason::NoWorkers, "the worker ended its stream early");
-        let next = self.replies.within(&self.worker, what, self.receive.next());
-        let response = next.await?.ok_or_else(ended)?;
-        let response = response.map_err(|status| from_status(status, Reason::NoWorkers))?;
-        response
-            .message
-            .ok_or_else(|| Error::internal("the worker sent an empty message"))
+        self.next_or_end(what).await?.ok_or_else(ended)
     }
+
+    /// Returns the next message; `None` at the end of the stream.
+    async fn next_or_end(&mut self, what: &str) -> Result<Option<Message>> {
+        let next = self.replies.within(&self.worker, what, self.receive.next());
+        let Some(response) = next.await? else {
+            return Ok(None);
+        };
+        let response = response.map_err(|status| from_status(status, Reason::NoWorkers))?;
+        let message = response.message;
+        let message = message.ok_or_else(|| Error::internal("the worker sent an empty message"))?;
+        Ok(Some(message))
+    }
+}
+
+fn ended() -> Error {
+    Error::new(Reason::NoWorkers, "the worker ended its stream early")
 }
 
 /// Returns a worker's reported seconds for the accounts. A wrong number must not spoil a sum, and
 /// is no reason to lose a slice.
 fn seconds(said: f64) -> f64 {
     if said.is_finite() { said.max(0.0) } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{coordinator::workers::worker::tests::unreachable, ticket::TicketKey};
+    use futures::stream;
+    use superbatch_proto::v1::KeptRows;
+
+    /// A worker that sends `messages` and then ends the stream; the receiver is what it reads.
+    fn live(messages: Vec<Message>) -> (Live, mpsc::Receiver<ScoreRequest>) {
+        let answers = messages.into_iter().map(|message| {
+            Ok(ScoreResponse {
+                message: Some(message),
+            })
+        });
+        let (send, reads) = mpsc::channel(4);
+        let live = Live {
+            worker: unreachable(Some(TicketKey::random())),
+            send,
+            receive: Box::pin(stream::iter(answers.collect::<Vec<_>>())),
+            replies: Replies::default(),
+            is_full: false,
+        };
+        (live, reads)
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_ends_its_stream_for_want_of_room_is_well() {
+        let full = || {
+            Message::Kept(KeptRows {
+                id: 0,
+                content_hashes: vec![0; 16].into(),
+                bytes: 0,
+            })
+        };
+        // It reads on, or has gone already when the rows are asked for.
+        for reads_on in [true, false] {
+            let (live, reads) = live(vec![full()]);
+            let (kept, live) = live.keep(&[0], ()).await.unwrap();
+            assert!(kept.part.is_none());
+            let _reads = reads_on.then_some(reads);
+            let rows = live.unwrap().rows(&[0], RowsForm::Whole).await;
+            assert!(rows.unwrap().is_none());
+        }
+        let part = Message::ArrowIpc(vec![0; 8].into());
+        for sent in [vec![full(), part], Vec::new()] {
+            let (live, _reads) = live(sent.clone());
+            let mut live = if sent.is_empty() {
+                live
+            } else {
+                live.keep(&[0], ()).await.unwrap().1.unwrap()
+            };
+            let error = live.rows(&[0], RowsForm::Whole).await.unwrap_err();
+            assert_eq!(error.reason(), Reason::NoWorkers, "rows that break off");
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! A super-batch on its way through the workers: its slices, stage by stage.
 use super::{
     claims::{Claim, Claims},
-    scored::{Rows, Scored, other_file},
+    gather::gathered,
+    kept::{self, Data, Kept},
+    scored::{Rows, Scored},
     slice::{Embeddings, Job, Slice},
     table::Table,
 };
@@ -9,19 +11,19 @@ use crate::{
     blocking::blocking,
     coordinator::{
         plan::{candidate::Candidate, cut},
-        workers::{pool::Pool, replies::unsound},
+        workers::pool::Pool,
     },
     error::{Error, Result},
-    selection::{Embedded, Values},
+    traces::stage,
 };
 use arrow::array::{Array, AsArray};
-use bytes::Bytes;
 use futures::future::try_join_all;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
-use superbatch_proto::v1::{EmbeddingDtype, Hole, ModelRef, Reason};
-
-/// Column of the workers' rows that holds their content hash.
-pub const CONTENT_HASH: &str = "_superbatch_content_hash";
+use std::{sync::Arc, time::Duration};
+use superbatch_proto::{
+    columns::CONTENT_HASH,
+    v1::{Hole, ModelRef, RowsForm},
+};
+use tracing::Instrument;
 
 /// How long a slice waits for a block that another slice computes, before it computes the block
 /// itself.
@@ -45,10 +47,15 @@ impl Scoring {
     pub async fn begin(
         pool: Arc<Pool>,
         claims: &Claims,
-        job: Job,
+        mut job: Job,
         candidates: &[Candidate],
     ) -> Result<Self> {
-        let workers = pool.wait_live().await?.len();
+        let live = pool.wait_live().await?;
+        // A batch comes one way. The worker of this process has no address for trainers.
+        if job.form == RowsForm::Kept && live.iter().any(|w| w.ticket_key.is_none()) {
+            job.form = RowsForm::Whole;
+        }
+        let workers = live.len();
         let ranges = cut::slices(candidates.len(), workers, job.micro_batch_rows as usize);
         let asks_reference = job.reference.is_some() && !job.check_only;
         let whole = if asks_reference {
@@ -60,8 +67,9 @@ impl Scoring {
         let mut slices: Vec<Slice> = slices
             .map(|(number, (range, whole))| Slice::new(number, candidates, range, whole))
             .collect();
+        // What is embedded of a block in part is not kept, so other steps are not to wait for it.
         let embeds = |slice: &Slice| {
-            if asks_reference {
+            if asks_reference && !job.is_sparse {
                 slice.reference_range.clone()
             } else {
                 0..0
@@ -72,8 +80,11 @@ impl Scoring {
             .map(|slice| claims.claim(&candidates[embeds(slice)]))
             .collect();
         let slices_and_claims = slices.iter_mut().zip(claims);
-        try_join_all(slices_and_claims.map(|(slice, claim)| begin(slice, claim, &pool, &job)))
-            .await?;
+        let begun = slices_and_claims.map(|(slice, claim)| {
+            let span = stage!("slice", rows = slice.range.len() as i64);
+            begin(slice, claim, &pool, &job).instrument(span)
+        });
+        try_join_all(begun).await?;
         Ok(Self {
             pool,
             job,
@@ -111,25 +122,28 @@ impl Scoring {
     }
 
     /// Takes the reference's embeddings, if it embeds. To be called once.
-    pub fn reference(&mut self) -> Result<Option<Scored>> {
-        self.gather(Slice::take_reference)
+    pub async fn reference(&mut self) -> Result<Option<Scored>> {
+        self.gather(Slice::take_reference).await
     }
 
     /// Has all candidates embedded by the learner `model`.
     pub async fn learner(&mut self, model: &ModelRef) -> Result<Scored> {
         let (pool, job) = (&self.pool, &self.job);
-        try_join_all(
-            self.slices
-                .iter_mut()
-                .map(|slice| slice.embed_learner(pool, job, model)),
-        )
-        .await?;
-        self.gather(Slice::take_learner)?
+        let embedded = self.slices.iter_mut().map(|slice| {
+            let span = stage!("embed_learner", rows = slice.range.len() as i64);
+            slice.embed_learner(pool, job, model).instrument(span)
+        });
+        try_join_all(embedded).await?;
+        self.gather(Slice::take_learner)
+            .await?
             .ok_or_else(|| Error::internal("the learner's embeddings are missing"))
     }
 
     /// Returns the rows of the chosen candidates, in the given order.
-    pub async fn rows(&mut self, chosen: &[u32]) -> Result<Rows> {
+    ///
+    /// # Errors
+    /// Those of workers; `changed` of a candidate whose row is not the one that was scored.
+    pub async fn rows(&mut self, chosen: &[u32], changed: impl Fn(usize) -> Error) -> Result<Rows> {
         let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
         let mut place = vec![0u32; chosen.len()];
         let mut base = 0;
@@ -150,62 +164,87 @@ impl Scoring {
             base += local.len() as u32;
             wanted.push((number, local));
         }
+        wanted.retain(|(_, local)| !local.is_empty());
+        if self.job.form != RowsForm::Kept {
+            return self.sent(self.job.form, &wanted, place).await;
+        }
+        // A batch comes one way: if one worker serves no tickets, no other need hold its rows.
+        if !asked(&mut self.slices, &wanted).all(|(slice, _)| slice.serves_tickets()) {
+            return self.sent(RowsForm::Whole, &wanted, place).await;
+        }
         let (pool, job) = (&self.pool, &self.job);
-        let asked = self
-            .slices
-            .iter_mut()
+        let answers = asked(&mut self.slices, &wanted);
+        let answers = answers.map(|(slice, local)| slice.keep(pool, job, local));
+        let kept: Vec<Option<Kept>> = try_join_all(answers).await?;
+        let is_held = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.part.is_some());
+        if kept.iter().all(is_held) {
+            let (data, hashes) = kept::joined(kept.into_iter().flatten().collect(), &place);
+            return Ok(Rows { data, hashes });
+        }
+        // Workers that have no room have the rows at hand still; those that hold theirs let go of
+        // them and read them again.
+        let known = kept
+            .into_iter()
             .zip(&wanted)
-            .filter(|(_, (_, local))| !local.is_empty());
-        let streams =
-            try_join_all(asked.map(|(slice, (_, local))| slice.rows(pool, job, local))).await?;
-        let due = wanted
-            .iter()
-            .map(|(_, local)| local.len())
-            .filter(|rows| *rows > 0);
-        let (streams, due): (Vec<_>, Vec<_>) = (streams, due.collect());
-        blocking("joining rows", move || joined(streams, due, &place)).await
+            .flat_map(|(kept, (_, local))| {
+                let hashes = kept.map(|kept| kept.hashes.into_iter().map(Some).collect());
+                hashes.unwrap_or_else(|| vec![None; local.len()])
+            });
+        let known: Vec<Option<Vec<u8>>> = known.collect();
+        let rows = self.sent(RowsForm::Whole, &wanted, place.clone()).await?;
+        let mut pairs = place.iter().zip(&rows.hashes);
+        let differs = |(place, found): (&u32, &Vec<u8>)| {
+            let known = known[*place as usize].as_ref();
+            known.is_some_and(|known| known != found)
+        };
+        match pairs.position(differs) {
+            Some(n) => Err(changed(chosen[n] as usize)),
+            None => Ok(rows),
+        }
     }
 
-    /// Joins the slices' embeddings, and frees them there.
-    fn gather(
+    /// Has the rows of slices sent, in the order of `place`.
+    async fn sent(
+        &mut self,
+        form: RowsForm,
+        wanted: &[(usize, Vec<u32>)],
+        place: Vec<u32>,
+    ) -> Result<Rows> {
+        let (pool, job) = (&self.pool, &self.job);
+        let answers = asked(&mut self.slices, wanted);
+        let answers = answers.map(|(slice, local)| slice.rows(pool, job, form, local));
+        let tables = try_join_all(answers).await?;
+        blocking("joining rows", move || joined(tables, &place)).await
+    }
+
+    /// Joins the slices' embeddings, and frees them there. They are hundreds of megabytes in a
+    /// large super-batch, so they are joined off the async threads.
+    async fn gather(
         &mut self,
         take: impl Fn(&mut Slice) -> Option<Embeddings>,
     ) -> Result<Option<Scored>> {
-        let mut all: Option<Scored> = None;
-        for slice in &mut self.slices {
-            let (start, part) = (slice.range.start as u32, take(slice));
-            let Some(part) = part else { continue };
-            let all =
-                all.get_or_insert_with(|| empty(&part, self.job.embedding_dtype, self.candidates));
-            let files: BTreeMap<String, String> = part.done.files.clone().into_iter().collect();
-            // Workers load models by themselves, at different times. If a folder was replaced in
-            // between, half of the super-batch would be scored by another model. Scores of two
-            // models cannot be compared, and the draw would prefer one half of the data for no
-            // reason.
-            if let Some(file) = other_file(&all.files, &files) {
-                return Err(changed(file));
-            }
-            let same = part.done.model_digest == all.digest
-                && part.done.compute_dtype() == all.compute_dtype;
-            if !same || part.dim != all.embedded.dim {
-                return Err(differs());
-            }
-            all.embedded.image.append(&part.image);
-            all.embedded.text.append(&part.text);
-            all.flops += part.done.flops;
-            all.text_flops += part.done.text_flops;
-            all.seconds = all.seconds.max(part.done.seconds);
-            all.not_finite
-                .extend(part.done.not_finite.iter().map(|c| c + start));
-        }
-        match all {
-            // Some slice has no embeddings.
-            Some(all) if all.embedded.image.len() != self.candidates * all.embedded.dim => {
-                Err(differs())
-            }
-            all => Ok(all),
-        }
+        let taken = self.slices.iter_mut().filter_map(|slice| {
+            let part = take(slice)?;
+            Some((slice.range.start as u32, part))
+        });
+        let parts: Vec<(u32, Embeddings)> = taken.collect();
+        let (dtype, candidates) = (self.job.embedding_dtype, self.candidates);
+        let join = move || gathered(parts, dtype, candidates);
+        blocking("joining embeddings", join).await
     }
+}
+
+/// Returns the slices of which rows are wanted, by rising number, with these rows.
+fn asked<'a>(
+    slices: &'a mut [Slice],
+    wanted: &'a [(usize, Vec<u32>)],
+) -> impl Iterator<Item = (&'a mut Slice, &'a [u32])> {
+    let mut wanted = wanted.iter().peekable();
+    let numbered = slices.iter_mut().enumerate();
+    numbered.filter_map(move |(number, slice)| {
+        let (_, local) = wanted.next_if(|(of, _)| *of == number)?;
+        Some((slice, local.as_slice()))
+    })
 }
 
 async fn begin(slice: &mut Slice, mut claim: Claim, pool: &Pool, job: &Job) -> Result<()> {
@@ -215,55 +254,16 @@ async fn begin(slice: &mut Slice, mut claim: Claim, pool: &Pool, job: &Job) -> R
     Ok(())
 }
 
-fn empty(part: &Embeddings, dtype: EmbeddingDtype, candidates: usize) -> Scored {
-    let values = || Values::with_capacity(dtype, candidates * part.dim);
-    Scored {
-        embedded: Embedded {
-            image: values(),
-            text: values(),
-            dim: part.dim,
-        },
-        scale: part.done.logit_scale,
-        bias: part.done.logit_bias,
-        digest: part.done.model_digest.clone(),
-        files: part.done.files.clone().into_iter().collect(),
-        compute_dtype: part.done.compute_dtype(),
-        device: part.done.device.clone(),
-        flops: 0.0,
-        text_flops: 0.0,
-        seconds: 0.0,
-        not_finite: Vec::new(),
-    }
-}
-
-fn changed(file: &str) -> Error {
-    let message = format!(
-        "{file} of a model folder was changed while its run went on: some workers hold the old \
-        one, some the new; put it back \
-         and start the workers anew"
-    );
-    Error::new(Reason::ModelInvalid, message).with("file", file)
-}
-
-fn differs() -> Error {
-    Error::internal("workers answered with different models or arithmetic for one step")
-}
-
-/// Joins the rows of all slices, `due` of each, in the order of `place`.
-fn joined(streams: Vec<Vec<Bytes>>, due: Vec<usize>, place: &[u32]) -> Result<Rows> {
-    let mut tables = streams.into_iter().zip(due).map(|(parts, due)| {
-        let table = Table::from_stream(parts)?;
-        match table.rows() == due {
-            true => Ok(table),
-            // A slice with one row too few or too many would shift the rows of all later slices:
-            // every one of them would be served under another row's id and score.
-            false => Err(unsound(format_args!("{} of {due} rows", table.rows()))),
-        }
-    });
+/// Joins the rows of several slices, in the order of `place`.
+///
+/// # Errors
+/// `Internal` if there are none, or of different columns.
+pub fn joined(tables: Vec<Table>, place: &[u32]) -> Result<Rows> {
+    let mut tables = tables.into_iter();
     let mut all = tables
         .next()
-        .ok_or_else(|| Error::internal("no rows were chosen"))??;
-    tables.try_for_each(|table| all.append(table?))?;
+        .ok_or_else(|| Error::internal("no rows were chosen"))?;
+    tables.try_for_each(|table| all.append(table))?;
     hashed(all.reordered(place))
 }
 
@@ -272,14 +272,28 @@ fn joined(streams: Vec<Vec<Bytes>>, due: Vec<usize>, place: &[u32]) -> Result<Ro
 ///
 /// # Errors
 /// `Internal` if the column is missing.
-pub fn hashed(data: Table) -> Result<Rows> {
+fn hashed(data: Table) -> Result<Rows> {
+    let hashes = hashes(&data)?;
+    Ok(Rows {
+        data: Data::Here(data),
+        hashes,
+    })
+}
+
+/// As [`hashed`].
+///
+/// # Errors
+/// As [`hashed`].
+pub fn hashes(data: &Table) -> Result<Vec<Vec<u8>>> {
     let all: Vec<usize> = (0..data.rows()).collect();
     let column = data.column(CONTENT_HASH, &all)?;
     let fixed = column.as_fixed_size_binary_opt();
     let fixed =
         fixed.ok_or_else(|| Error::internal(format!("{CONTENT_HASH} is no column of hashes")))?;
-    let hashes = (0..fixed.len())
+    Ok((0..fixed.len())
         .map(|row| fixed.value(row).to_vec())
-        .collect();
-    Ok(Rows { data, hashes })
+        .collect())
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,8 @@
 //! gathered.
 use crate::{
     batches::row_bytes,
+    blocking::blocking,
+    coordinator::workers::replies::unsound,
     error::{Error, Result},
 };
 use arrow::{
@@ -61,6 +63,24 @@ impl Table {
             Ok(Self::new(schema, batches, held))
         };
         read().map_err(broken)
+    }
+
+    /// As [`Self::from_stream`], of a worker's answer, which must hold `due` rows. What the worker
+    /// sent is read while another worker can still be asked: later, the step would fail by it.
+    ///
+    /// # Errors
+    /// `Internal` for other rows than those, or none that can be read.
+    pub async fn of_answer(parts: Vec<Bytes>, due: usize) -> Result<Self> {
+        let read = move || {
+            let table = Self::from_stream(parts)?;
+            if table.rows() == due {
+                return Ok(table);
+            }
+            // A slice with one row too few or too many would shift the rows of all later slices:
+            // every one of them would be served under another row's id and score.
+            Err(unsound(format_args!("{} of {due} rows", table.rows())))
+        };
+        blocking("reading rows", read).await
     }
 
     /// Makes a table of all rows of `batches`, which hold `bytes` of memory.

@@ -19,12 +19,12 @@ pub struct LocalSelector {
 impl LocalSelector {
     /// Makes a selector with `threads` threads; 0 means one for each core.
     pub fn new(threads: usize) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
+        let built = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|n| format!("select-{n}"))
             .build();
         let pool =
-            pool.map_err(|e| Error::internal("cannot start the selection threads").because(e))?;
+            built.map_err(|e| Error::internal("cannot start the selection threads").because(e))?;
         Ok(Self {
             threads: Arc::new(pool),
         })

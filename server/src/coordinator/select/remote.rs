@@ -6,9 +6,10 @@ use crate::{
         workers::{failover::Failover, pool::Pool, replies::check_selected, worker::Worker},
     },
     error::{Result, from_status},
+    traces::carrying,
 };
 use async_trait::async_trait;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use superbatch_proto::{
     PART_BYTES,
     v1::{
@@ -57,24 +58,39 @@ pub fn candidates(mut begin: SelectBegin) -> Vec<Message> {
         .collect()
 }
 
-fn parts(tower: Tower, scored: &Scored) -> Vec<EmbeddingPart> {
+/// Both models' embeddings: the learner's, then the reference's.
+type Both = Arc<[(Tower, Option<Scored>); 2]>;
+
+/// Cuts embeddings into messages. Each is made when it is sent: of a super-batch of gigabytes no
+/// second copy is in memory.
+fn parts(both: Both) -> impl Iterator<Item = Message> + Send {
+    (0..both.len()).flat_map(move |model| {
+        let both = both.clone();
+        let (rows, step) = both[model].1.as_ref().map_or((0, 1), |scored| {
+            let dim = scored.embedded.dim.max(1);
+            let step = (PART_BYTES / (8 * dim)).max(1);
+            (scored.embedded.image.len() / dim, step)
+        });
+        (0..rows).step_by(step).filter_map(move |first| {
+            let (tower, scored) = &both[model];
+            let part = part(*tower, scored.as_ref()?, first..(first + step).min(rows));
+            Some(Message::Embedding(part))
+        })
+    })
+}
+
+fn part(tower: Tower, scored: &Scored, rows: Range<usize>) -> EmbeddingPart {
     let embedded = &scored.embedded;
     let dim = embedded.dim;
-    let rows = embedded.image.len() / dim.max(1);
-    let step = (PART_BYTES / (8 * dim.max(1))).max(1);
-    let part = |first: usize| {
-        let end = (first + step).min(rows);
-        let range = first * dim..end * dim;
-        EmbeddingPart {
-            tower: tower as i32,
-            first: first as u32,
-            rows: (end - first) as u32,
-            dim: dim as u32,
-            image: embedded.image.bytes(range.clone()),
-            text: embedded.text.bytes(range),
-        }
-    };
-    (0..rows).step_by(step).map(part).collect()
+    let range = rows.start * dim..rows.end * dim;
+    EmbeddingPart {
+        tower: tower as i32,
+        first: rows.start as u32,
+        rows: rows.len() as u32,
+        dim: dim as u32,
+        image: embedded.image.bytes(range.clone()),
+        text: embedded.text.bytes(range),
+    }
 }
 
 #[async_trait]
@@ -89,25 +105,13 @@ impl Selector for WorkerSelector {
             return self.local.select(begin, None, None).await;
         }
         let asked = begin.clone();
-        let mut messages = candidates(begin);
-        for (tower, scored) in [(Tower::Learner, &learner), (Tower::Reference, &reference)] {
-            messages.extend(
-                scored
-                    .iter()
-                    .flat_map(|s| parts(tower, s))
-                    .map(Message::Embedding),
-            );
-        }
-        let requests: Vec<_> = messages
-            .into_iter()
-            .map(|m| SelectRequest { message: Some(m) })
-            .collect();
+        let candidates = candidates(begin);
+        let both: Both = Arc::new([(Tower::Learner, learner), (Tower::Reference, reference)]);
         let mut failover = Failover::new(&self.pool).on(self.device);
         loop {
             let worker = failover.worker().await?;
-            // The clone shares the bytes of the embeddings, so keeping the requests for another
-            // attempt costs little.
-            match self.select_on(&worker, requests.clone(), &asked).await {
+            let messages = candidates.clone().into_iter().chain(parts(both.clone()));
+            match self.select_on(&worker, messages, &asked).await {
                 Ok(selected) => return Ok(selected),
                 Err(error) => failover.failed(&worker, error)?,
             }
@@ -119,11 +123,14 @@ impl WorkerSelector {
     async fn select_on(
         &self,
         worker: &Worker,
-        requests: Vec<SelectRequest>,
+        messages: impl Iterator<Item = Message> + Send + 'static,
         asked: &SelectBegin,
     ) -> Result<SelectResponse> {
         let mut client = worker.client();
-        let answer = client.select(tokio_stream::iter(requests));
+        let requests = messages.map(|message| SelectRequest {
+            message: Some(message),
+        });
+        let answer = client.select(carrying(tokio_stream::iter(requests)));
         let answer = self
             .pool
             .replies()
@@ -229,7 +236,12 @@ mod tests {
         let prepared = prepare(&pool, ModelRef::default(), true).await;
         let said = [(prepared.unwrap_err(), at, "a model")];
         let (pool, at) = silent_worker().await;
-        let fetched = fetch_rows(&pool, "m", Vec::new(), &[]).await;
+        let fetched = fetch_rows(
+            &pool,
+            superbatch_proto::v1::FetchRowsRequest::default(),
+            Failover::new(&pool),
+        )
+        .await;
         let said = said
             .into_iter()
             .chain([(fetched.unwrap_err(), at, "that it reads rows")]);

@@ -1,19 +1,30 @@
 //! Encodes the Arrow IPC stream of a rank's rows.
+use super::located;
 use crate::coordinator::score::table::Table;
 use crate::{
-    batches::row_ranges,
+    batches::{RANK_BATCH_BYTES_MAX, row_ranges},
     coordinator::receipts::json::fidelity_name,
+    dataset::Manifest,
     error::{Error, Result},
     ipc::Encoder,
 };
 use arrow::{
     array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
-    datatypes::{Schema, SchemaRef},
+    datatypes::{DataType, Field, Schema, SchemaRef},
     error::ArrowError,
 };
 use bytes::Bytes;
-use std::sync::Arc;
-use superbatch_proto::v1::{ChosenRow, Receipt};
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::{
+    columns as own,
+    v1::{ChosenRow, Delivery, Receipt, RunSpec},
+};
+
+/// Columns in which workers say where an image lies in its tar.
+const IMAGE_PLACES: [&str; 2] = [own::IMAGE_OFFSET, own::IMAGE_LENGTH];
+
+/// Bytes of a row's values in the own columns and the content hash, beside its id.
+const OWN_BYTES: usize = 64;
 
 /// Returns the schema as the bytes of an empty stream.
 pub fn schema_bytes(schema: &Schema) -> Result<Bytes> {
@@ -35,23 +46,123 @@ pub fn rank_stream(
     receipt: &Receipt,
     indices: &[usize],
 ) -> Result<Vec<Bytes>> {
+    let chosen = chosen_in_hand(rows, receipt, indices)?;
+    let sizes = row_sizes(rows, indices)?;
+    stream(schema, &sizes, |name, range| {
+        let own = own_column(name, &chosen[range.clone()]);
+        own.map_or_else(|| rows.column(name, &indices[range]), Ok)
+    })
+}
+
+/// As [`rank_stream`], of a run whose trainer reads its rows itself: `rows` have the data columns
+/// without the images, and the columns of [`located`] are made of receipt and manifest.
+///
+/// # Errors
+/// As [`rank_stream`].
+pub fn located_stream(
+    schema: &SchemaRef,
+    (rows, manifest): (&Table, &Manifest),
+    receipt: &Receipt,
+    indices: &[usize],
+) -> Result<Vec<Bytes>> {
+    let chosen = chosen_in_hand(rows, receipt, indices)?;
+    let sizes = row_sizes(rows, indices)?;
+    stream(schema, &sizes, |name, range| {
+        let chosen = &chosen[range.clone()];
+        if let Some(column) = own_column(name, chosen) {
+            return Ok(column);
+        }
+        let located = located::column(name, manifest, chosen)?;
+        located.map_or_else(|| rows.column(name, &indices[range]), Ok)
+    })
+}
+
+/// Returns what the service adds to the rows that a rank fetches from workers: the own columns of
+/// `schema`, and each row's content hash.
+///
+/// # Errors
+/// As [`rank_stream`].
+pub fn own_stream(schema: &SchemaRef, receipt: &Receipt, indices: &[usize]) -> Result<Vec<Bytes>> {
+    let chosen = chosen(receipt, indices)?;
+    let own = schema.fields().iter();
+    let own = own.filter(|field| own_column(field.name(), &[]).is_some());
+    let fields = own.cloned().chain([Arc::new(located::hash_field())]);
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let sizes: Vec<usize> = chosen.iter().map(|row| row.id.len() + OWN_BYTES).collect();
+    stream(&schema, &sizes, |name, range| {
+        let rows = &chosen[range];
+        match own_column(name, rows) {
+            Some(column) => Ok(column),
+            None => located::hash_column(rows.iter().copied()),
+        }
+    })
+}
+
+/// Returns the receipt's rows at `indices`.
+///
+/// # Errors
+/// `Internal` if it has fewer.
+fn chosen<'a>(receipt: &'a Receipt, indices: &[usize]) -> Result<Vec<&'a ChosenRow>> {
+    let row = |index: &usize| {
+        receipt.chosen.get(*index).ok_or_else(|| {
+            let count = receipt.chosen.len();
+            let message = format!("the receipt names {count} rows, and none of number {index}");
+            Error::internal(message)
+        })
+    };
+    indices.iter().map(row).collect()
+}
+
+/// As [`chosen`], of a receipt whose rows are in hand.
+///
+/// # Errors
+/// As [`chosen`], and if others than its rows are in hand.
+fn chosen_in_hand<'a>(
+    rows: &Table,
+    receipt: &'a Receipt,
+    indices: &[usize],
+) -> Result<Vec<&'a ChosenRow>> {
     let count = receipt.chosen.len();
-    if rows.rows() != count || indices.iter().any(|index| *index >= count) {
+    if rows.rows() != count {
         let message = format!(
             "the receipt names {count} rows, {} are in hand; cannot serve the step",
             rows.rows()
         );
         return Err(Error::internal(message));
     }
-    let sizes = indices
-        .iter()
-        .map(|index| rows.row_bytes(*index))
-        .collect::<Result<Vec<_>>>()?;
-    let cuts = row_ranges(&sizes);
-    let batches = cuts
-        .into_iter()
-        .map(|range| batch(schema, rows, receipt, &indices[range]));
+    chosen(receipt, indices)
+}
+
+fn row_sizes(rows: &Table, indices: &[usize]) -> Result<Vec<usize>> {
+    indices.iter().map(|index| rows.row_bytes(*index)).collect()
+}
+
+/// Encodes rows of these sizes in record batches of at most [`RANK_BATCH_BYTES_MAX`]. `column`
+/// makes a column of the rows of one batch.
+fn stream(
+    schema: &SchemaRef,
+    sizes: &[usize],
+    column: impl Fn(&str, Range<usize>) -> Result<ArrayRef>,
+) -> Result<Vec<Bytes>> {
+    let cuts = row_ranges(sizes, RANK_BATCH_BYTES_MAX).into_iter();
+    let batches = cuts.map(|range| batch(schema, |name| column(name, range.clone())));
     write(schema, batches)
+}
+
+/// Returns the schema of a run's batches.
+///
+/// # Errors
+/// Those of [`Manifest::data_schema`].
+pub fn schema(manifest: &Manifest, spec: &RunSpec) -> Result<SchemaRef> {
+    let schema = manifest.output_schema(&spec.columns)?;
+    if spec.delivery() != Delivery::Locators {
+        return Ok(schema);
+    }
+    // The image is the first column.
+    let image = IMAGE_PLACES.map(|name| Arc::new(Field::new(name, DataType::UInt64, true)));
+    let fields = schema.fields().iter().skip(1).cloned().chain(image);
+    let fields = fields.chain(located::fields().into_iter().map(Arc::new));
+    Ok(Arc::new(Schema::new(fields.collect::<Vec<_>>())))
 }
 
 fn cannot(cause: ArrowError) -> Error {
@@ -73,16 +184,8 @@ fn write(
     Ok(parts)
 }
 
-/// One record batch of the output schema.
-fn batch(
-    schema: &SchemaRef,
-    rows: &Table,
-    receipt: &Receipt,
-    indices: &[usize],
-) -> Result<RecordBatch> {
-    let column = |name: &str| {
-        own_column(name, receipt, indices).map_or_else(|| rows.column(name, indices), Ok)
-    };
+/// Returns one record batch of the output schema.
+fn batch(schema: &SchemaRef, column: impl Fn(&str) -> Result<ArrayRef>) -> Result<RecordBatch> {
     let columns = schema
         .fields()
         .iter()
@@ -92,19 +195,19 @@ fn batch(
 }
 
 /// Returns a column that the receipt fills.
-fn own_column(name: &str, receipt: &Receipt, indices: &[usize]) -> Option<ArrayRef> {
-    let rows = || indices.iter().map(|index| &receipt.chosen[*index]);
+fn own_column(name: &str, rows: &[&ChosenRow]) -> Option<ArrayRef> {
+    let each = || rows.iter().copied();
     let floats =
-        |of: fn(&ChosenRow) -> f64| Arc::new(Float64Array::from_iter_values(rows().map(of)));
+        |of: fn(&ChosenRow) -> f64| Arc::new(Float64Array::from_iter_values(each().map(of)));
     Some(match name {
-        "_superbatch_id" => Arc::new(StringArray::from_iter_values(rows().map(|row| &row.id))),
-        "_superbatch_position" => Arc::new(UInt64Array::from_iter_values(
-            rows().map(|row| row.position),
+        own::ID => Arc::new(StringArray::from_iter_values(each().map(|row| &row.id))),
+        own::POSITION => Arc::new(UInt64Array::from_iter_values(
+            each().map(|row| row.position),
         )),
-        "_superbatch_score" => floats(|row| row.score),
-        "_superbatch_weight" => floats(|row| row.weight),
-        "_superbatch_fidelity" => Arc::new(StringArray::from_iter_values(
-            rows().map(|row| fidelity_name(row.fidelity)),
+        own::SCORE => floats(|row| row.score),
+        own::WEIGHT => floats(|row| row.weight),
+        own::FIDELITY => Arc::new(StringArray::from_iter_values(
+            each().map(|row| fidelity_name(row.fidelity)),
         )),
         _ => return None,
     })

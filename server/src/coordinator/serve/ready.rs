@@ -1,20 +1,62 @@
 //! Chosen batches that wait for their trainer, and the memory that they use together.
-use crate::coordinator::score::table::Table;
-use crate::metrics;
+//!
+//! A batch is counted until its last reader lets go of it, and not until its step is over. A rank
+//! that reads slowly holds its rows long after the other ranks have moved on and the run has
+//! dropped the step. If the count ended with the step, the process would prepare new batches into
+//! memory that is not there. It is one count over all runs for the same reason: each run within its
+//! own bound, many runs together would still not fit.
+use crate::{
+    coordinator::score::{kept::Data, table::Table},
+    error::Result,
+    metrics,
+};
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
 use superbatch_proto::v1::Receipt;
+use tokio::sync::OnceCell;
 
-/// A step whose receipt is durable and whose chosen rows are in memory. Both must be true before
-/// the first byte is sent: a batch without a receipt could not be served again after a crash.
+/// A step whose receipt is durable and whose chosen rows are in memory, here or on workers. Both
+/// must be true before the first byte is sent: a batch without a receipt could not be served again
+/// after a crash.
 #[derive(Debug)]
 pub struct Ready {
     pub receipt: Receipt,
     /// Data columns of the chosen rows, in the order of the draw.
-    pub rows: Table,
-    _held: Held,
+    pub rows: Data,
+    /// Rows that were read again because a rank did not get them from a worker.
+    again: OnceCell<(Table, Held)>,
+    held: Held,
+}
+
+impl Ready {
+    /// Returns the rows, if they are in hand here.
+    pub fn table(&self) -> Option<&Table> {
+        match &self.rows {
+            Data::Here(rows) => Some(rows),
+            Data::OnWorkers(_) | Data::Nowhere => self.again.get().map(|(rows, _)| rows),
+        }
+    }
+
+    /// Returns the bytes that dropping it gives back to the budget. Rows on workers have none.
+    pub fn bytes(&self) -> u64 {
+        let again = self.again.get().map_or(0, |(_, held)| held.bytes);
+        self.held.bytes + again
+    }
+
+    /// Has the rows in hand here; `read` reads them again. Ranks that ask together share one read.
+    pub async fn fetched(&self, read: impl Future<Output = Result<Table>>) -> Result<()> {
+        if self.table().is_some() {
+            return Ok(());
+        }
+        let read = async {
+            let rows = read.await?;
+            let held = Held::new(&self.held.budget, rows.bytes() as u64, 0.0);
+            Ok((rows, held))
+        };
+        self.again.get_or_try_init(|| read).await.map(drop)
+    }
 }
 
 /// Bytes of all batches in memory, over all runs.
@@ -28,6 +70,19 @@ pub struct Budget {
 struct Held {
     budget: Arc<Budget>,
     bytes: u64,
+    batches: f64,
+}
+
+impl Held {
+    fn new(budget: &Arc<Budget>, bytes: u64, batches: f64) -> Self {
+        budget.bytes.fetch_add(bytes, Ordering::Relaxed);
+        metrics::ready_batches().increment(batches);
+        Self {
+            budget: budget.clone(),
+            bytes,
+            batches,
+        }
+    }
 }
 
 impl Budget {
@@ -40,17 +95,16 @@ impl Budget {
 
     /// Counts a batch until it is dropped. A batch is never refused, even over the budget: its
     /// ranks wait for it. Room is made by dropping others, see `make_room` of the run.
-    pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: Table) -> Ready {
-        let bytes = rows.bytes() as u64;
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        metrics::ready_batches().increment(1.0);
+    pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: Data) -> Ready {
+        let bytes = match &rows {
+            Data::Here(rows) => rows.bytes() as u64,
+            Data::OnWorkers(_) | Data::Nowhere => 0,
+        };
         Ready {
             receipt,
             rows,
-            _held: Held {
-                budget: self.clone(),
-                bytes,
-            },
+            again: OnceCell::new(),
+            held: Held::new(self, bytes, 1.0),
         }
     }
 
@@ -69,6 +123,6 @@ impl Budget {
 impl Drop for Held {
     fn drop(&mut self) {
         self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        metrics::ready_batches().decrement(1.0);
+        metrics::ready_batches().decrement(self.batches);
     }
 }

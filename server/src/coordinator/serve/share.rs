@@ -14,7 +14,7 @@ const PURPOSE: &str = "superbatch ranks v1";
 /// full ones and then those that are trained low. One seeded shuffle of each group is cut into
 /// `world_size * micro_batches` equal parts: in draw order, rank 0 would get the easy early chunks.
 /// A micro-batch consists of its part of each group, one after the other. The shuffle does not
-/// depend on the world size. So with one group, the joined slices are the same sequence for every
+/// depend on the world size. So with one group, the joined shares are the same sequence for every
 /// world size.
 ///
 /// # Errors
@@ -174,11 +174,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranks_share_everything_once(seed: u64, step: u64, world in 1_u32..9, micro in 1_u32..5, each in 1_u32..20) {
+        fn ranks_share_everything_once(
+            seed: u64,
+            step: u64,
+            world in 1_u32..9,
+            micro in 1_u32..5,
+            each in 1_u32..20,
+        ) {
             let rows = (world * micro * each) as usize;
             let union = all(seed, step, rows, world, micro);
             prop_assert_eq!(&union, &all(seed, step, rows, 1, 1), "world 1 is the concatenation \
-            of the slices");
+            of the shares");
             let mut sorted = union;
             sorted.sort_unstable();
             prop_assert!(sorted.into_iter().eq(0..rows));

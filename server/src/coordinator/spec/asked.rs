@@ -1,6 +1,6 @@
 //! The models that a phase needs, and for what.
-use super::tuning::leaves_out;
-use crate::selection::is_scored;
+use crate::selection;
+use superbatch_kernels::{self as kernels, Needs};
 use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
 
 /// The models that a draw needs.
@@ -22,16 +22,21 @@ impl Asked {
     }
 
     pub fn by_draw(policy: Policy, criterion: Criterion, tuning: Option<&Tuning>) -> Self {
-        let scored = is_scored(policy);
-        let reference_losses = scored && !matches!(criterion, Criterion::Hard | Criterion::Column);
+        // A policy that is not set draws by nothing.
+        let policy = selection::policy(policy).unwrap_or(kernels::Policy::Uniform);
+        let needs = Needs::of(
+            policy,
+            selection::criterion(criterion),
+            &selection::tuning(tuning),
+        );
         Self {
-            learner: scored && !matches!(criterion, Criterion::Easy | Criterion::Column),
-            reference_losses,
-            reference: reference_losses || policy == Policy::KCenter || leaves_out(tuning),
+            learner: needs.learner,
+            reference_losses: needs.reference_losses,
+            reference: needs.reference,
         }
     }
 
-    /// Whether nobody is asked: such a draw is from noise alone, or by score columns.
+    /// Returns whether no model is needed: such a draw is from noise alone, or by score columns.
     pub fn asks_no_model(self) -> bool {
         !self.learner && !self.reference
     }

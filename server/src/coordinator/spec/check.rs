@@ -1,20 +1,23 @@
 //! What no run can meet.
-use super::{Asked, columns, fidelity, impossible, tuning, word};
+use super::{Asked, columns, fidelity, impossible, own, tuning};
 use crate::{
     bounds::{
         COLUMNS_MAX, FIDELITIES_MAX, MAX_AHEAD_MAX, MICRO_BATCH_ROWS_MAX, NAME_BYTES_MAX,
         PHASES_MAX, SECONDS_MAX, SOURCES_MAX, WINDOW_BLOCKS_MAX,
     },
-    dataset::{parse_predicate, what_is_wrong},
+    dataset::{describe_fault, parse_predicate},
     error::{Error, Result},
+    selection,
 };
 use std::{collections::HashSet, fmt::Display};
+use superbatch_kernels as kernels;
 use superbatch_proto::{
     SUPER_BATCH_SIZE_MAX,
     ids::is_run_id,
+    reflect::Word,
     v1::{
-        ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss, Phase,
-        Policy, RunSpec, Source, lag::Bound, learner_spec::Initial,
+        ComputeDtype, Criterion, Delivery, EmbeddingDtype, Fallback, Fidelity, LearnerSpec, Loss,
+        Phase, Policy, RunSpec, Source, lag::Bound, learner_spec::Initial,
     },
 };
 
@@ -25,7 +28,7 @@ const PREFIX_TAKEN: &str = "_superbatch_";
 /// Refuses a spec, with defaults filled in, that can never be met.
 pub(super) fn check(spec: &RunSpec) -> Result<()> {
     sources(spec)?;
-    models(spec)?;
+    check_models(spec)?;
     schedule(spec)?;
     needs(spec)?;
     fidelity::trained(spec)?;
@@ -57,7 +60,7 @@ fn sources(spec: &RunSpec) -> Result<()> {
     Ok(())
 }
 
-/// What leaves rows of a source out.
+/// Checks the predicate and the list of ids of a source.
 fn kept_by(at: &impl Fn(&str) -> String, source: &Source) -> Result<()> {
     short(&at("where"), &source.r#where)?;
     short(&at("allow"), &source.allow)?;
@@ -66,11 +69,11 @@ fn kept_by(at: &impl Fn(&str) -> String, source: &Source) -> Result<()> {
     if source.r#where.is_empty() {
         return Ok(());
     }
-    let told = |fault| impossible(&at("where"), what_is_wrong(&source.r#where, &fault));
-    parse_predicate(&source.r#where).map(|_| ()).map_err(told)
+    let bad = |fault| impossible(&at("where"), describe_fault(&source.r#where, &fault));
+    parse_predicate(&source.r#where).map(|_| ()).map_err(bad)
 }
 
-fn models(spec: &RunSpec) -> Result<()> {
+fn check_models(spec: &RunSpec) -> Result<()> {
     if let Some(learner) = &spec.learner {
         self::learner(learner)?;
     }
@@ -138,7 +141,21 @@ pub(super) fn too_many_phases(count: usize) -> Error {
 }
 
 fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
-    let at = |field| format!("phases[{i}].{field}");
+    let at = format!("phases[{i}]");
+    drawn(&at, phase)?;
+    if !phase.sub_batch_size.is_multiple_of(micro_batches) {
+        let message = format!(
+            "sub_batch_size {} is not divisible by micro_batches {micro_batches}",
+            phase.sub_batch_size
+        );
+        return Err(impossible(&format!("{at}.sub_batch_size"), message));
+    }
+    fidelity::check(&at, phase, micro_batches)
+}
+
+/// Refuses settings of a draw that can never work. `of` is the path of the phase.
+pub(super) fn drawn(of: &str, phase: &Phase) -> Result<()> {
+    let at = |field| format!("{of}.{field}");
     check_enum::<Policy>(&at("policy"), phase.policy)?;
     check_enum::<Criterion>(&at("criterion"), phase.criterion)?;
     check_enum::<Fidelity>(&at("fidelity"), phase.fidelity)?;
@@ -153,43 +170,38 @@ fn phase(i: usize, phase: &Phase, micro_batches: u32) -> Result<()> {
         phase.super_batch_size,
     )?;
     positive(&at("gain"), phase.gain)?;
-    if !phase.sub_batch_size.is_multiple_of(micro_batches) {
-        let message = format!(
-            "sub_batch_size {} is not divisible by micro_batches {micro_batches}",
-            phase.sub_batch_size
-        );
-        return Err(impossible(&at("sub_batch_size"), message));
-    }
-    fidelity::check(&format!("phases[{i}]"), phase, micro_batches)?;
-    columns::check(&format!("phases[{i}]"), phase)?;
-    tuning::check(&format!("phases[{i}]"), phase)
+    columns::check(of, phase)?;
+    tuning::check(of, phase)
 }
 
 fn needs(spec: &RunSpec) -> Result<()> {
     for (i, phase) in spec.phases.iter().enumerate() {
-        let asked = Asked::by(phase);
-        let missing = match (
-            asked.learner && spec.learner.is_none(),
-            asked.reference && spec.reference.is_none(),
-        ) {
-            (true, _) => "learner",
-            (_, true) => "reference",
-            _ => continue,
-        };
-        let policy = word(phase.policy().as_str_name(), "POLICY_");
-        let criterion = word(phase.criterion().as_str_name(), "CRITERION_");
-        let why = match missing == "learner"
-            || asked.reference_losses
-            || phase.policy() == Policy::KCenter
-        {
-            true => format!("({policy}, {criterion}) scores with a {missing}"),
-            false => {
-                "leaves candidates out by what the reference makes of them (tuning)".to_owned()
-            }
-        };
-        return Err(impossible(missing, format!("phase {i} {why}; name one")));
+        own::check(i, spec, phase)?;
+        models_named(&format!("phase {i}"), spec, phase)?;
     }
     check_fallback(spec)
+}
+
+/// Checks that the run names the models that `phase` asks. `of` names the phase.
+pub(super) fn models_named(of: &str, spec: &RunSpec, phase: &Phase) -> Result<()> {
+    let asked = Asked::by(phase);
+    let missing = match (
+        asked.learner && spec.learner.is_none(),
+        asked.reference && spec.reference.is_none() && phase.reference_step.is_none(),
+    ) {
+        (true, _) => "learner",
+        (_, true) => "reference",
+        _ => return Ok(()),
+    };
+    let (policy, criterion) = (phase.policy().word(), phase.criterion().word());
+    let of_scores =
+        missing == "learner" || asked.reference_losses || phase.policy() == Policy::KCenter;
+    let why = if of_scores {
+        format!("({policy}, {criterion}) scores with a {missing}")
+    } else {
+        "leaves candidates out by what the reference makes of them (tuning)".to_owned()
+    };
+    Err(impossible(missing, format!("{of} {why}; name one")))
 }
 
 /// Checks that the fallback is possible too: it applies when something else goes wrong, and must
@@ -204,26 +216,25 @@ fn check_fallback(spec: &RunSpec) -> Result<()> {
             "fallback reference_only scores with a reference; name one, or fall back otherwise",
         ));
     }
-    match spec
-        .phases
-        .iter()
-        .position(|phase| phase.policy() == Policy::Proportional)
-    {
-        Some(i) => {
+    let draws_by_easy = |phase: &Phase| {
+        let policy = selection::policy(phase.policy()).unwrap_or_default();
+        policy.check_criterion(kernels::Criterion::Easy)
+    };
+    for (i, phase) in spec.phases.iter().enumerate() {
+        if let Err(error) = draws_by_easy(phase) {
             let message = format!(
-                "fallback reference_only draws by easy scores, which are never positive, and \
-                phase {i} (proportional) draws \
-                 by positive ones; fall back otherwise"
+                "reference_only draws by easy scores, and in phases[{i}] the {error}; fall back \
+                 otherwise"
             );
-            Err(impossible("fallback", message))
+            return Err(impossible("fallback", message));
         }
-        None => Ok(()),
     }
+    Ok(())
 }
 
-/// `exact(n)` can always be met: the newest push that is old enough, or the initial weights.
-/// `at_most(n)` needs pushes often enough: just before a push the newest weights are
-/// push_every_steps - 1 steps old.
+/// Checks the lag of the weights. `exact(n)` can always be met: the newest push that is old enough,
+/// or the initial weights. `at_most(n)` needs pushes often enough: just before a push the newest
+/// weights are push_every_steps - 1 steps old.
 fn weights(spec: &RunSpec) -> Result<()> {
     let oldest = spec.push_every_steps - 1;
     match spec.lag.and_then(|lag| lag.bound) {
@@ -265,6 +276,7 @@ fn delivered(columns: &[String]) -> Result<()> {
 fn bounds(spec: &RunSpec) -> Result<()> {
     check_enum::<Loss>("loss", spec.loss)?;
     check_enum::<Fallback>("fallback", spec.fallback)?;
+    check_enum::<Delivery>("delivery", spec.delivery)?;
     check_enum::<EmbeddingDtype>("embedding_dtype", spec.embedding_dtype)?;
     if spec.compute_dtype != 0 {
         check_enum::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;

@@ -1,13 +1,17 @@
 //! Score columns of a phase: their defaults, and what can never work.
-use super::{impossible, word};
-use crate::error::Result;
+use super::impossible;
+use crate::{error::Result, selection};
 use std::collections::HashSet;
-use superbatch_proto::v1::{Criterion, Phase, Policy, ScoreColumn};
+use superbatch_kernels as kernels;
+use superbatch_proto::{
+    reflect::Word,
+    v1::{Criterion, Phase, ScoreColumn},
+};
 
 const COLUMNS_MAX: usize = 64;
 const NAME_BYTES_MAX: usize = 1 << 12;
 
-/// A column without rules has a weight.
+/// Completes score columns: one without rules gets a weight.
 pub(super) fn complete(phase: &mut Phase) {
     for column in &mut phase.score_columns {
         if column.at_least.is_none() && column.at_most.is_none() {
@@ -32,9 +36,9 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
             return Err(impossible(&format!("{field}[{i}].name"), message));
         }
     }
-    let policy = word(phase.policy().as_str_name(), "POLICY_");
+    let policy = phase.policy().word();
     let has_weight = columns.iter().any(|column| column.weight.is_some());
-    let scored = !matches!(phase.policy(), Policy::Uniform | Policy::KCenter);
+    let scored = selection::is_scored(phase.policy());
     if has_weight && !scored {
         let message = format!(
             "policy {policy} draws by no scores, so that a weight has no effect; give at_least or \
@@ -49,7 +53,7 @@ pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
         let message = "the criterion is a column, and none has a weight; name one";
         return Err(impossible(&field, message));
     }
-    if matches!(phase.policy(), Policy::Joint | Policy::JointTopK) {
+    if selection::policy(phase.policy()).is_some_and(kernels::Policy::is_conditional) {
         let message = format!(
             "a column says nothing of pairs, so that {policy} has nothing joint to draw by; use \
              independent, top_k, rank or proportional, or add the column to learnability"
@@ -102,6 +106,7 @@ fn column(at: &str, column: &ScoreColumn) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use superbatch_proto::v1::Policy;
 
     fn phase(policy: Policy, criterion: Criterion, columns: &[ScoreColumn]) -> Phase {
         let mut phase = Phase {

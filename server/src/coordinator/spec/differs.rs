@@ -1,10 +1,9 @@
 //! Finds the first difference of two specs, for people who open a known run with another spec.
-use super::word;
-use std::fmt::Debug;
-use superbatch_proto::v1::{
-    Approximation, ComputeDtype, Criterion, EmbeddingDtype, Fallback, Fidelity, FidelityProbe,
-    Fork, Lag, LearnerSpec, Loss, MultiResolution, Phase, Policy, ReferenceSpec, RunSpec,
-    ScoreColumn, Source, Tuning, approximation, lag, learner_spec,
+use superbatch_proto::{
+    reflect::{
+        self, DynamicMessage, FieldDescriptor, Kind, OneofDescriptor, ReflectMessage, Value,
+    },
+    v1::RunSpec,
 };
 
 /// Longest text of a value, in characters.
@@ -19,35 +18,22 @@ pub struct Difference {
     pub values: [String; 2],
 }
 
-/// Returns the first field, in the protocol's order, in which two completed specs differ.
-pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
-    let Difference { field, values } = a.differs(b)?;
-    let values = values.map(|value| shortened(&named(&field, value)));
-    Some(Difference { field, values })
+impl Difference {
+    fn below(self, at: &str) -> Self {
+        let field = match self.field.chars().next() {
+            None => at.to_owned(),
+            Some('[') => format!("{at}{}", self.field),
+            Some(_) => format!("{at}.{}", self.field),
+        };
+        Self { field, ..self }
+    }
 }
 
-/// Returns the protocol's name of a value, if the field is an enum.
-fn named(field: &str, value: String) -> String {
-    let Ok(number) = value.parse::<i32>() else {
-        return value;
-    };
-    let name = match field.rsplit('.').next() {
-        Some("policy") => Policy::try_from(number).map(|v| word(v.as_str_name(), "POLICY_")),
-        Some("criterion") => {
-            Criterion::try_from(number).map(|v| word(v.as_str_name(), "CRITERION_"))
-        }
-        Some("fidelity") => Fidelity::try_from(number).map(|v| word(v.as_str_name(), "FIDELITY_")),
-        Some("loss") => Loss::try_from(number).map(|v| word(v.as_str_name(), "LOSS_")),
-        Some("fallback") => Fallback::try_from(number).map(|v| word(v.as_str_name(), "FALLBACK_")),
-        Some("embedding_dtype") => {
-            EmbeddingDtype::try_from(number).map(|v| word(v.as_str_name(), "EMBEDDING_DTYPE_"))
-        }
-        Some("compute_dtype") => {
-            ComputeDtype::try_from(number).map(|v| word(v.as_str_name(), "COMPUTE_DTYPE_"))
-        }
-        _ => return value,
-    };
-    name.unwrap_or(value)
+/// Returns the first field, in the protocol's order, in which two completed specs differ.
+pub fn first_difference(a: &RunSpec, b: &RunSpec) -> Option<Difference> {
+    let Difference { field, values } = of_messages(&reflect::dynamic(a), &reflect::dynamic(b))?;
+    let values = values.map(|value| shortened(&value));
+    Some(Difference { field, values })
 }
 
 fn shortened(value: &str) -> String {
@@ -57,130 +43,62 @@ fn shortened(value: &str) -> String {
     }
 }
 
-trait Differs {
-    /// Returns the first difference below this value. Its field is empty if the value itself
-    /// differs.
-    fn differs(&self, other: &Self) -> Option<Difference>;
-}
-
-/// The difference of two values.
-fn values(a: &dyn Debug, b: &dyn Debug) -> Difference {
-    Difference {
-        field: String::new(),
-        values: [format!("{a:?}"), format!("{b:?}")],
-    }
-}
-
-/// The difference if one of the two is absent.
-fn one_of<T: Debug>(a: Option<&T>, b: Option<&T>) -> Difference {
-    let text = |value: Option<&T>| {
-        value.map_or_else(|| "nothing".to_owned(), |value| format!("{value:?}"))
-    };
-    Difference {
-        field: String::new(),
-        values: [text(a), text(b)],
-    }
-}
-
-impl Difference {
-    fn below(self, at: impl Into<String>) -> Self {
-        Self {
-            field: join(at.into(), &self.field),
-            ..self
+/// Returns the first difference of two messages of one kind.
+fn of_messages(a: &DynamicMessage, b: &DynamicMessage) -> Option<Difference> {
+    let differs = |field: FieldDescriptor| match reflect::choice_of(&field) {
+        Some(oneof) => of_choices(&oneof, a, b),
+        None => {
+            let [a, b] = [a, b].map(|message| reflect::given(message, &field));
+            of_values(&field, a.as_ref(), b.as_ref()).map(|found| found.below(field.name()))
         }
-    }
-}
-
-macro_rules! values {
-    ($($type:ty),*) => {
-        $(impl Differs for $type {
-            fn differs(&self, other: &Self) -> Option<Difference> {
-                (self != other).then(|| values(self, other))
-            }
-        })*
     };
+    reflect::in_order(&a.descriptor())
+        .into_iter()
+        .find_map(differs)
 }
 
-values!(
-    bool,
-    i32,
-    u32,
-    u64,
-    f64,
-    String,
-    lag::Bound,
-    learner_spec::Initial,
-    approximation::By
-);
-
-impl<T: Differs + Debug> Differs for Option<T> {
-    fn differs(&self, other: &Self) -> Option<Difference> {
-        match (self, other) {
-            (Some(a), Some(b)) => a.differs(b),
-            (None, None) => None,
-            (a, b) => Some(one_of(a.as_ref(), b.as_ref())),
-        }
-    }
-}
-
-impl<T: Differs + Debug> Differs for Vec<T> {
-    fn differs(&self, other: &Self) -> Option<Difference> {
-        let common = self.len().min(other.len());
-        let at =
-            |(i, (a, b)): (usize, (&T, &T))| a.differs(b).map(|rest| rest.below(format!("[{i}]")));
-        let inside = self.iter().zip(other).enumerate().find_map(at);
-        let more = || one_of(self.get(common), other.get(common)).below(format!("[{common}]"));
-        inside.or_else(|| (self.len() != other.len()).then(more))
-    }
-}
-
-fn join(path: String, rest: &str) -> String {
-    match rest.chars().next() {
-        None => path,
-        Some('[') => path + rest,
-        Some(_) => path + "." + rest,
-    }
-}
-
-/// Destructures each message with all its fields, so that the compiler reports a forgotten new
-/// field.
-macro_rules! messages {
-    ($($type:ident { $($field:ident),* $(,)? })*) => {
-        $(impl Differs for $type {
-            fn differs(&self, other: &Self) -> Option<Difference> {
-                let $type { $($field),* } = self;
-                $(if let Some(rest) = $field.differs(&other.$field) {
-                    return Some(rest.below(stringify!($field).trim_start_matches("r#")));
-                })*
-                None
-            }
-        })*
+/// Compares a `oneof`, which is named as a whole: two choices of it have no field in common.
+fn of_choices(
+    oneof: &OneofDescriptor,
+    a: &DynamicMessage,
+    b: &DynamicMessage,
+) -> Option<Difference> {
+    let chosen = |message: &DynamicMessage| {
+        let field = oneof.fields().find(|field| message.has_field(field))?;
+        let value = reflect::given(message, &field)?;
+        Some(format!("{}({})", field.name(), text(&field, &value)))
     };
+    let [a, b] = [chosen(a), chosen(b)];
+    (a != b).then(|| Difference {
+        field: oneof.name().to_owned(),
+        values: [a, b].map(or_nothing),
+    })
 }
 
-messages! {
-    RunSpec {
-        sources, learner, reference, phases, loss, lag, push_every_steps, micro_batches, columns,
-            fallback, seed, max_ahead,
-        epochs, window_blocks, embedding_dtype, micro_batch_rows, max_bad_row_share, fork_of,
-            compute_dtype,
-        train_flops_per_example, need_deadline_seconds, stall_grace_seconds,
+/// Returns the first difference of two values of one field, with its path below that field.
+fn of_values(field: &FieldDescriptor, a: Option<&Value>, b: Option<&Value>) -> Option<Difference> {
+    match (a, b) {
+        (Some(Value::Message(a)), Some(Value::Message(b))) => of_messages(a, b),
+        (Some(Value::List(a)), Some(Value::List(b))) => (0..a.len().max(b.len())).find_map(|i| {
+            let found = of_values(field, a.get(i), b.get(i))?;
+            Some(found.below(&format!("[{i}]")))
+        }),
+        (a, b) => (a != b).then(|| Difference {
+            field: String::new(),
+            values: [a, b].map(|value| or_nothing(value.map(|value| text(field, value)))),
+        }),
     }
-    Source { uri, weight, image_column, caption_column, r#where, allow, id_column, scores }
-    LearnerSpec { model_uri, initial, logit_bias, trained_fidelities }
-    ReferenceSpec { model_uri, logit_bias }
-    Phase {
-        from_step, policy, criterion, super_batch_size, sub_batch_size, n_chunks, gain, fidelity,
-        tuning, approximation, multi_resolution, allow_untrained_fidelity, probe, score_columns,
+}
+
+fn or_nothing(value: Option<String>) -> String {
+    value.unwrap_or_else(|| "nothing".to_owned())
+}
+
+/// Returns a value as people write it: enums as words, text in quotes, messages as JSON.
+fn text(field: &FieldDescriptor, value: &Value) -> String {
+    let plain = reflect::plain(field, value);
+    match (field.kind(), plain.as_str()) {
+        (Kind::Enum(_), Some(word)) => word.to_owned(),
+        _ => plain.to_string(),
     }
-    ScoreColumn { name, weight, at_least, at_most, missing }
-    Approximation { by }
-    MultiResolution { share, whole_step }
-    FidelityProbe { every_steps, rows }
-    Tuning {
-        temperature, pressure, priority_exponent, weight_exponent, clip_score_at_least,
-            neg_clip_loss_keep, duplicates_above,
-    }
-    Lag { bound }
-    Fork { run_id, step }
 }

@@ -41,8 +41,8 @@ pub(super) fn complete(phase: &mut Phase) {
     }
 }
 
-/// What the phase's probe scores at beside the phase itself, where one is due at `step`; `None`
-/// within is full fidelity.
+/// Returns what the phase's probe scores at beside the phase itself, where one is due at `step`;
+/// `None` within is full fidelity.
 pub fn probes_at(phase: &Phase, step: u64) -> Option<Option<Approximation>> {
     let every = u64::from(phase.probe.as_ref()?.every_steps).max(1);
     let is_due = (step - phase.from_step.min(step)).is_multiple_of(every);
@@ -66,7 +66,7 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
         (Some(needed), None) => {
             let message = format!(
                 "{needed} needs an approximation; give its resolution, such as half the model's \
-                 image size"
+                 image size, or patch, patch_dropout or layers"
             );
             return Err(impossible(&field, message));
         }
@@ -75,17 +75,11 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
                            to approximate, multi_resolution or probe";
             return Err(impossible(&field, message));
         }
-        (_, Some(By::Resolution(0))) => {
-            let field = format!("{field}.resolution");
-            return Err(impossible(
-                &field,
-                format!("{field} is 0; give a side in pixels"),
-            ));
-        }
+        (_, Some(by)) => possible(&field, by)?,
         _ => {}
     }
     if phase.fidelity() == Fidelity::Approximate && Asked::by(phase).asks_no_model() {
-        let message = "this phase scores nobody; leave fidelity out (multi_resolution goes \
+        let message = "this phase scores with no model; leave fidelity out (multi_resolution goes \
                        without)";
         return Err(impossible(&format!("{at}.fidelity"), message));
     }
@@ -94,6 +88,21 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
         Some(asked) => shares(at, asked, phase.sub_batch_size, micro_batches),
         None => Ok(()),
     }
+}
+
+/// Refuses an approximation that fits no model.
+fn possible(at: &str, by: By) -> Result<()> {
+    let (name, problem) = match by {
+        By::Resolution(0) => ("resolution", "0; give a side in pixels".to_owned()),
+        By::Patch(0) => ("patch", "0; give the side of a patch in pixels".to_owned()),
+        By::Layers(0) => ("layers", "0; give at least one".to_owned()),
+        By::PatchDropout(share) if !(share > 0.0 && share < 1.0) => {
+            ("patch_dropout", format!("{share}; it lies between 0 and 1"))
+        }
+        _ => return Ok(()),
+    };
+    let field = format!("{at}.{name}");
+    Err(impossible(&field, format!("{field} is {problem}")))
 }
 
 fn probe(at: &str, phase: &Phase) -> Result<()> {

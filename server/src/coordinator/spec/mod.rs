@@ -5,6 +5,7 @@ mod check;
 mod columns;
 mod differs;
 mod fidelity;
+mod own;
 mod tuning;
 
 use crate::error::{Error, Result};
@@ -14,8 +15,10 @@ pub use differs::first_difference;
 pub use fidelity::low_rows;
 pub use fidelity::probes_at;
 pub use fidelity::scores_at;
+pub use own::references_from;
 use superbatch_proto::v1::{
-    Criterion, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
+    Criterion, Delivery, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec,
+    lag::Bound,
 };
 pub use tuning::leaves_out;
 
@@ -48,7 +51,7 @@ pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec
     fill(&mut spec.micro_batch_rows, 64);
     fill(&mut spec.max_bad_row_share, 0.1);
     fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
-    complete_grace(&mut spec);
+    complete_later_fields(&mut spec);
     check::check(&spec)?;
     Ok(spec)
 }
@@ -81,12 +84,27 @@ pub fn complete_phase(phase: &mut Phase) {
     fidelity::complete(phase);
 }
 
+/// Fills in the defaults of a past step's phase that was changed for another draw of that step, and
+/// refuses draws that can never work.
+///
+/// What else a run is refused for has no bearing on one draw: its fallback, how the learner was
+/// trained, and when a phase begins.
+///
+/// # Errors
+/// `RunSpecImpossible`, with the path of the cause in `field`.
+pub fn complete_redraw(spec: &RunSpec, phase: &mut Phase) -> Result<()> {
+    complete_phase(phase);
+    check::drawn("redraw", phase)?;
+    check::models_named("the redraw by", spec, phase)
+}
+
 /// Default seconds of a stall before it counts. Long enough for an announcement by another
 /// connection to arrive; short enough for a trainer that never pushes.
 const STALL_GRACE_SECONDS: f64 = 5.0;
 
-/// Fills in the default of the grace period, also of a run that an earlier version opened.
-pub fn complete_grace(spec: &mut RunSpec) {
+/// Fills in the defaults of fields that an earlier version, which opened the run, did not know.
+pub fn complete_later_fields(spec: &mut RunSpec) {
+    fill(&mut spec.delivery, Delivery::Coordinator.into());
     spec.stall_grace_seconds = Some(stall_grace_seconds(spec));
 }
 
@@ -146,12 +164,13 @@ pub fn append_phases(
     Ok(spec)
 }
 
-/// Returns a name of the protocol as people write it: `joint` for `POLICY_JOINT`.
-fn word(name: &str, prefix: &str) -> String {
-    name.trim_start_matches(prefix).to_lowercase()
-}
-
+/// Returns a refusal of one field. Its text begins with the field's path, so that a reader who sees
+/// the text alone knows which of many phases or sources is meant.
 fn impossible(field: &str, message: impl Into<String>) -> Error {
+    let mut message = message.into();
+    if !message.starts_with(field) {
+        message = format!("{field}: {message}");
+    }
     Error::new(Reason::RunSpecImpossible, message).with("field", field)
 }
 

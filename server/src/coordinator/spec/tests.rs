@@ -179,6 +179,7 @@ fn what_can_never_be_met_is_refused_by_field() {
             (Reason::RunSpecImpossible, Some(*field)),
             "{error}"
         );
+        assert!(error.to_string().starts_with(field), "{error}");
     }
 }
 
@@ -398,6 +399,7 @@ fn tuning_that_can_never_work_is_refused_by_field() {
             (Reason::RunSpecImpossible, Some(path.as_str())),
             "{error}"
         );
+        assert!(error.to_string().starts_with(&path), "{error}");
     }
     let kept = Tuning {
         neg_clip_loss_keep: Some(0.25),

@@ -1,16 +1,12 @@
 //! The numbers of single policies and the rules that leave candidates out: fills in defaults, and
 //! refuses what can never work.
-use super::{impossible, word};
+use super::impossible;
 use crate::{error::Result, selection};
-use superbatch_proto::v1::{Criterion, Phase, Policy, Tuning};
-
-/// The CLIPScore of an image and a text with the same embedding.
-const CLIP_SCORE_MAX: f64 = 2.5;
-/// Beyond these, scores and chances overflow in the arithmetic of the draw, and each step fails.
-/// Long before, the draw is the one of top_k or of uniform.
-const RATIO_MIN: f64 = 1e-9;
-const RATIO_MAX: f64 = 1e9;
-const EXPONENT_MAX: f64 = 100.0;
+use superbatch_kernels::{self as kernels, Number};
+use superbatch_proto::{
+    reflect::{self, Value},
+    v1::{Phase, Policy, Tuning},
+};
 
 /// Returns whether a rule of `tuning` leaves candidates out.
 pub fn leaves_out(tuning: Option<&Tuning>) -> bool {
@@ -34,151 +30,66 @@ pub(super) fn complete(phase: &mut Phase) {
 }
 
 /// Refuses tuning that can never work. `at` is the path of the phase.
+///
+/// Ranges, readers and pairs of policy and criterion are the kernels' rules, which would refuse
+/// each step of such a phase.
 pub(super) fn check(at: &str, phase: &Phase) -> Result<()> {
-    let at_field = |field: &str| format!("{at}.tuning.{field}");
+    let refused = |field: &str, error: kernels::Error| impossible(field, error.to_string());
     let given = phase.tuning.unwrap_or_default();
-    for Number {
-        name,
-        value,
-        reader,
-        from,
-        to,
-    } in numbers(&given)
-    {
-        let (Some(value), field) = (value, at_field(name)) else {
+    let policy = selection::policy(phase.policy()).unwrap_or_default();
+    for (name, value) in numbers(&given) {
+        let Some(number) = Number::of(&name) else {
             continue;
         };
-        if reader.is_some_and(|reader| reader != phase.policy()) {
-            let [reader, policy] = [reader.unwrap_or_default(), phase.policy()]
-                .map(|p| word(p.as_str_name(), "POLICY_"));
-            let message = format!(
-                "{field} belongs to policy {reader}, and the phase's is {policy}; leave it out"
-            );
-            return Err(impossible(&field, message));
-        }
-        if !from.is_met_by(value) || value > to || !value.is_finite() {
-            return Err(impossible(
-                &field,
-                format!("{field} is {value}; it must be {}", range(from, to)),
-            ));
-        }
+        number
+            .check_reader(policy)
+            .and_then(|()| number.check(value))
+            .map_err(|error| refused(&format!("{at}.tuning.{name}"), error))?;
     }
     let kept = (given.neg_clip_loss_keep.unwrap_or(1.0) * f64::from(phase.super_batch_size)).ceil();
     if kept < f64::from(phase.sub_batch_size) {
-        let field = at_field("neg_clip_loss_keep");
+        let field = format!("{at}.tuning.neg_clip_loss_keep");
         let message = format!(
             "{field} keeps {kept} of super_batch_size {}, fewer than sub_batch_size {}; keep more",
             phase.super_batch_size, phase.sub_batch_size
         );
         return Err(impossible(&field, message));
     }
-    if phase.policy() == Policy::Proportional && phase.criterion() == Criterion::Easy {
-        let message = "easy scores are never positive, and proportional draws by positive ones; \
-        use hard or learnability";
-        return Err(impossible(&format!("{at}.criterion"), message));
-    }
-    Ok(())
-}
-
-/// One field of `Tuning`.
-struct Number {
-    name: &'static str,
-    value: Option<f64>,
-    /// The only policy that reads it; `None` for all policies.
-    reader: Option<Policy>,
-    from: Least,
-    to: f64,
-}
-
-#[derive(Clone, Copy)]
-enum Least {
-    Above(f64),
-    From(f64),
-}
-
-impl Least {
-    fn is_met_by(self, value: f64) -> bool {
-        match self {
-            Self::Above(least) => value > least,
-            Self::From(least) => value >= least,
-        }
+    match selection::criterion(phase.criterion()) {
+        Some(criterion) => policy
+            .check_criterion(criterion)
+            .map_err(|error| refused(&format!("{at}.criterion"), error)),
+        None => Ok(()),
     }
 }
 
-/// Destructures `Tuning` with all its fields, so that the compiler reports a forgotten new field.
-fn numbers(tuning: &Tuning) -> [Number; 7] {
-    use Least::{Above, From};
-    let Tuning {
-        temperature,
-        pressure,
-        priority_exponent,
-        weight_exponent,
-        clip_score_at_least,
-        neg_clip_loss_keep,
-        duplicates_above,
-    } = *tuning;
-    let number = |name, value, reader, from, to| Number {
-        name,
-        value,
-        reader,
-        from,
-        to,
-    };
-    [
-        number(
-            "temperature",
-            temperature,
-            Some(Policy::Independent),
-            From(RATIO_MIN),
-            RATIO_MAX,
-        ),
-        number(
-            "pressure",
-            pressure,
-            Some(Policy::Rank),
-            From(RATIO_MIN),
-            RATIO_MAX,
-        ),
-        number(
-            "priority_exponent",
-            priority_exponent,
-            Some(Policy::Proportional),
-            From(0.0),
-            EXPONENT_MAX,
-        ),
-        number(
-            "weight_exponent",
-            weight_exponent,
-            Some(Policy::Proportional),
-            From(0.0),
-            1.0,
-        ),
-        number(
-            "clip_score_at_least",
-            clip_score_at_least,
-            None,
-            From(0.0),
-            CLIP_SCORE_MAX,
-        ),
-        number(
-            "neg_clip_loss_keep",
-            neg_clip_loss_keep,
-            None,
-            Above(0.0),
-            1.0,
-        ),
-        number("duplicates_above", duplicates_above, None, From(-1.0), 1.0),
-    ]
+/// Returns the numbers that are set, by the protocol's names, which are the kernels' too.
+fn numbers(tuning: &Tuning) -> Vec<(String, f64)> {
+    reflect::fields(&reflect::dynamic(tuning))
+        .filter_map(|(field, value)| match value {
+            Some(Value::F64(value)) => Some((field.name().to_owned(), value)),
+            _ => None,
+        })
+        .collect()
 }
 
-fn range(from: Least, to: f64) -> String {
-    let least = match from {
-        Least::Above(least) => format!("above {least}"),
-        Least::From(least) => format!("at least {least}"),
-    };
-    if to.is_finite() {
-        format!("{least} and at most {to}")
-    } else {
-        format!("finite and {least}")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protocol_and_kernels_name_the_same_numbers() {
+        let all = Tuning {
+            temperature: Some(1.0),
+            pressure: Some(1.0),
+            priority_exponent: Some(1.0),
+            weight_exponent: Some(1.0),
+            clip_score_at_least: Some(1.0),
+            neg_clip_loss_keep: Some(1.0),
+            duplicates_above: Some(1.0),
+        };
+        let names: Vec<_> = numbers(&all).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names.len(), Number::ALL.len());
+        assert!(names.iter().all(|name| Number::of(name).is_some()));
     }
 }

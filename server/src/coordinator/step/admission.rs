@@ -1,4 +1,13 @@
 //! Admits ranks to their step. Starts the step's task and the tasks of the steps ahead.
+//!
+//! Here the starts of one trainer meet: ranks of the start before may still ask while those of the
+//! next one arrive. If the newer one were only noted in memory, a restart of the coordinator would
+//! forget the order of the two, and the stragglers would take the run back. So a new start is
+//! written down before its first rank is served, and everything is checked a second time after the
+//! write: no lock is held over it, and the run may have been rewound, closed or taken by a start
+//! that is newer still. Steps ahead are started from here as well and not by a clock, because only
+//! a request tells how far the trainer is; a task that runs ahead on its own would score steps that
+//! the trainer, once it resumes elsewhere, never asks for.
 use super::decide::decide;
 use crate::{
     coordinator::{
@@ -16,11 +25,13 @@ use crate::{
         },
     },
     error::{Error, Result},
+    traces,
 };
 use futures::FutureExt;
 use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc};
 use superbatch_proto::v1::{Reason, RunSpec, SelectBatchRequest};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 impl Lease {
     /// Returns the step's sub-batch, decided now or before. Starts steps ahead too.
@@ -189,19 +200,15 @@ impl Run {
     /// Drops ready batches while they exceed the memory budget: first those that some rank is past,
     /// then those furthest ahead, which are needed last. A dropped batch is read again when a rank
     /// asks for it: its receipt is durable. The requested step and batches with waiting ranks stay,
-    /// even over the budget, since those ranks could not go on.
+    /// even over the budget, since those ranks could not go on. So do batches whose rows are on
+    /// workers: dropping them gives nothing back, and workers would let go of the rows.
     fn make_room(&self, state: &mut State, step: u64) {
         let past = state.members.frontier();
         while self.deps.ready.is_exceeded() {
             let spare =
                 |(at, cell): &(&u64, &Cell)| **at != step && cell.is_ready() && !cell.is_wanted();
-            let mut spares = state.cells.iter().filter(spare).map(|(at, _)| *at);
-            let first = spares.next();
-            let Some(at) = first
-                .filter(|at| past.is_some_and(|past| *at <= past))
-                .or(spares.next_back())
-                .or(first)
-            else {
+            let spares = state.cells.iter().filter(spare);
+            let Some(at) = dropped_first(spares.map(|(at, cell)| (*at, cell.bytes())), past) else {
                 return;
             };
             state.cells.remove(&at);
@@ -221,8 +228,10 @@ impl Run {
             let Some(run) = me.upgrade() else { return };
             // A panic must fail its step. Otherwise the cell would stay "working" and its ranks
             // would wait for ever.
+            let span = traces::step(&run.id, generation, step);
             let result = AssertUnwindSafe(decide(&run, generation, step, &reporter))
                 .catch_unwind()
+                .instrument(span.clone())
                 .await;
             let result = result.unwrap_or_else(|_| {
                 Err(Error::internal("deciding the step panicked; see the log"))
@@ -238,10 +247,12 @@ impl Run {
                     );
                 }
                 Err(error) => {
+                    traces::failed(&span, error);
                     tracing::warn!(run = run.id, step, error = error.chain(), "step failed")
                 }
                 Ok(_) => {}
             }
+            drop(span);
             reporter.finish(result);
             // After the ranks have their batch: deleting waits for storage.
             if let Err(error) = run.forget_weights().await {
@@ -253,5 +264,36 @@ impl Run {
             }
         });
         state.cells.insert(step, cell);
+    }
+}
+
+/// Returns the step that is dropped first, of steps by rising number with the bytes that they give
+/// back: one that some rank is past, else the one furthest ahead. Steps that give nothing back
+/// stay.
+fn dropped_first(
+    spares: impl DoubleEndedIterator<Item = (u64, u64)>,
+    past: Option<u64>,
+) -> Option<u64> {
+    let mut steps = spares.filter(|(_, bytes)| *bytes > 0).map(|(step, _)| step);
+    let first = steps.next();
+    first
+        .filter(|step| past.is_some_and(|past| *step <= past))
+        .or(steps.next_back())
+        .or(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_made_by_steps_that_hold_some() {
+        let dropped = |spares: &[(u64, u64)], past| dropped_first(spares.iter().copied(), past);
+        assert_eq!(dropped(&[(3, 9), (4, 9), (5, 9)], Some(3)), Some(3));
+        assert_eq!(dropped(&[(3, 9), (4, 9), (5, 9)], Some(2)), Some(5));
+        assert_eq!(dropped(&[(3, 9)], None), Some(3));
+        assert_eq!(dropped(&[(3, 0), (4, 9), (5, 0)], Some(3)), Some(4));
+        assert_eq!(dropped(&[(3, 0), (4, 9), (5, 9), (6, 0)], Some(3)), Some(5));
+        assert_eq!(dropped(&[(3, 0), (4, 0)], Some(3)), None, "rows on workers");
     }
 }

@@ -1,11 +1,18 @@
 //! Score columns of a step's candidates: what they add to scores, and whom they leave out.
 use super::{decided::Decided, maker::Maker};
 use crate::{
-    dataset::Block,
+    coordinator::{
+        losses::{self, Losses},
+        plan::candidate::Candidate,
+    },
+    dataset::{Block, Manifest, Scores},
     error::{Error, Result},
 };
 use futures::{StreamExt, TryStreamExt, stream};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 use superbatch_proto::v1::{Reason, ScoreColumn};
 
 /// Shards whose columns are read at once.
@@ -13,10 +20,10 @@ const SHARDS_AT_ONCE: usize = 16;
 
 /// The columns of a phase, by candidate.
 #[derive(Debug, Default, Clone, PartialEq)]
-pub struct Columns {
+pub(crate) struct Columns {
     /// By column, then by candidate; not finite where there is no value.
     pub values: Vec<Vec<f64>>,
-    /// The sum of weight x value; not finite for those that are left out. `None` where no column
+    /// The sum of weight x value; not finite for those that are left out. `None` if no column
     /// has a weight.
     pub terms: Option<Vec<f64>>,
     /// Candidates that a rule, or a value that is missing, leaves out; rising.
@@ -24,12 +31,12 @@ pub struct Columns {
 }
 
 /// Judges candidates by the values of `asked`.
-pub fn weigh(asked: &[ScoreColumn], mut values: Vec<Vec<f64>>) -> Columns {
+pub(crate) fn weigh(asked: &[ScoreColumn], mut values: Vec<Vec<f64>>) -> Columns {
     let candidates = values.first().map_or(0, Vec::len);
     for (column, values) in asked.iter().zip(&mut values) {
         let missing = column.missing.unwrap_or(f64::NAN);
-        let gone = values.iter_mut().filter(|value| !value.is_finite());
-        gone.for_each(|value| *value = missing);
+        let not_finite = values.iter_mut().filter(|value| !value.is_finite());
+        not_finite.for_each(|value| *value = missing);
     }
     let fits = |column: &ScoreColumn, value: f64| {
         let high_enough = column.at_least.is_none_or(|least| value >= least);
@@ -67,54 +74,84 @@ pub fn weigh(asked: &[ScoreColumn], mut values: Vec<Vec<f64>>) -> Columns {
     }
 }
 
+/// Reads the columns `asked` of `candidates`.
+///
+/// # Errors
+/// Those of [`Scores`].
+pub(crate) async fn read(
+    scores: &Scores,
+    losses: &Losses,
+    manifest: &Manifest,
+    candidates: &[Candidate],
+    asked: &[ScoreColumn],
+) -> Result<Columns> {
+    if asked.is_empty() {
+        return Ok(Columns::default());
+    }
+    let shards: BTreeSet<_> = candidates.iter().map(|c| (c.source, c.shard)).collect();
+    let read = |(source_number, shard_number): (u32, u32)| async move {
+        let source = &manifest.sources[source_number as usize];
+        let shard = &source.shards[shard_number as usize];
+        let mut columns = Vec::with_capacity(asked.len());
+        for column in asked {
+            let values = if column.name == losses::COLUMN {
+                Arc::default()
+            } else {
+                scores.of_shard(source, shard, &column.name).await?
+            };
+            columns.push(values);
+        }
+        Ok::<_, Error>(((source_number, shard_number), columns))
+    };
+    let reads: Vec<_> = shards.into_iter().map(read).collect();
+    let known: BTreeMap<_, _> = stream::iter(reads)
+        .buffered(SHARDS_AT_ONCE)
+        .try_collect()
+        .await?;
+    let mut values = vec![Vec::with_capacity(candidates.len()); asked.len()];
+    for c in candidates {
+        let shard = &manifest.sources[c.source as usize].shards[c.shard as usize];
+        let block: &Block = &shard.blocks[c.block as usize];
+        let row = block.row_in_shard(c.row) as usize;
+        let columns = &known[&(c.source, c.shard)];
+        for (values, column) in values.iter_mut().zip(columns) {
+            values.push(column.get(row).copied().unwrap_or(f64::NAN));
+        }
+    }
+    let reported = asked.iter().zip(&mut values);
+    for (_, values) in reported.filter(|(column, _)| column.name == losses::COLUMN) {
+        *values = losses_of(losses, manifest, candidates).await?;
+    }
+    Ok(weigh(asked, values))
+}
+
+/// Returns the losses of candidates that the trainer has reported so far.
+async fn losses_of(
+    losses: &Losses,
+    manifest: &Manifest,
+    candidates: &[Candidate],
+) -> Result<Vec<f64>> {
+    let example = |c: &Candidate| {
+        let shard = &manifest.sources[c.source as usize].shards[c.shard as usize];
+        let row = shard.blocks[c.block as usize].row_in_shard(c.row);
+        (c.source, c.shard, row)
+    };
+    let examples = candidates.iter().map(example).collect();
+    losses.of(examples).await
+}
+
 impl Maker<'_> {
-    /// Reads the phase's columns.
-    ///
-    /// # Errors
-    /// Those of [`crate::dataset::Scores`].
-    pub async fn columns(&self, asked: &[ScoreColumn]) -> Result<Columns> {
-        if asked.is_empty() {
-            return Ok(Columns::default());
-        }
-        let (manifest, candidates) = (&self.run.manifest, &self.super_batch.candidates);
-        let shards: BTreeSet<_> = candidates.iter().map(|c| (c.source, c.shard)).collect();
-        let read = |(source_number, shard_number): (u32, u32)| async move {
-            let source = &manifest.sources[source_number as usize];
-            let shard = &source.shards[shard_number as usize];
-            let mut columns = Vec::with_capacity(asked.len());
-            for column in asked {
-                columns.push(
-                    self.run
-                        .scores
-                        .of_shard(source, shard, &column.name)
-                        .await?,
-                );
-            }
-            Ok::<_, Error>(((source_number, shard_number), columns))
-        };
-        let reads: Vec<_> = shards.into_iter().map(read).collect();
-        let known: BTreeMap<_, _> = stream::iter(reads)
-            .buffered(SHARDS_AT_ONCE)
-            .try_collect()
-            .await?;
-        let mut values = vec![Vec::with_capacity(candidates.len()); asked.len()];
-        for c in candidates {
-            let shard = &manifest.sources[c.source as usize].shards[c.shard as usize];
-            let block: &Block = &shard.blocks[c.block as usize];
-            let row = block.row_in_shard(c.row) as usize;
-            let columns = &known[&(c.source, c.shard)];
-            for (values, column) in values.iter_mut().zip(columns) {
-                values.push(column.get(row).copied().unwrap_or(f64::NAN));
-            }
-        }
-        Ok(weigh(asked, values))
+    /// As [`read`], for this step.
+    pub(crate) async fn columns(&self, asked: &[ScoreColumn]) -> Result<Columns> {
+        let (run, candidates) = (self.run, &self.super_batch.candidates);
+        read(&run.scores, &run.losses, &run.manifest, candidates, asked).await
     }
 
     /// Checks that what is left is enough for the sub-batch.
     ///
     /// # Errors
-    /// `TooManyBadRows`, or `TooFewCandidates` where it would be enough but for the columns.
-    pub fn enough(&self, decided: &Decided) -> Result<()> {
+    /// `TooManyBadRows`, or `TooFewCandidates` if it would be enough but for the columns.
+    pub(crate) fn enough(&self, decided: &Decided) -> Result<()> {
         let (candidates, wanted) = (
             self.super_batch.candidates.len(),
             decided.phase.sub_batch_size as usize,
@@ -168,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_out_of_a_rule_or_has_no_value_is_left_out() {
+    fn rows_outside_a_rule_or_without_a_value_are_left_out() {
         let asked = [ScoreColumn {
             at_least: Some(0.25),
             at_most: Some(0.75),

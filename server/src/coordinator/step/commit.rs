@@ -8,7 +8,7 @@ use crate::{
             state::{failed, stale},
         },
     },
-    error::Result,
+    error::{Error, Result},
     storage::{Budget, is_passing},
 };
 use superbatch_proto::v1::{Accounts, BadRow, BadRowReason, Receipt};
@@ -18,11 +18,23 @@ use tokio::time::Instant;
 /// ten say nothing about the data.
 const JUDGED_FROM: u64 = 1_000;
 
+/// The result of a commit.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made once a step and taken apart at once"
+)]
+pub enum Commit {
+    /// The receipt in force, as it is stored, and whether it is ours.
+    InForce(Receipt, bool),
+    /// Weights that the step was scored with were rolled back since: it is decided anew.
+    TakenBack,
+}
+
 impl Run {
-    /// Makes a decision durable, unless another one is already. Returns the receipt in force, and
-    /// whether it is ours.
+    /// Makes a decision durable, unless another one is already. The step was scored after the first
+    /// `rollbacks` roll-backs of weights.
     ///
-    /// A store that fails is asked again within one [`Budget`]. The lock on commits is let go
+    /// A store that fails is asked again within one [`Budget`]. The lock on commits is released
     /// between attempts: other steps of the run do not wait for this one. Writing again is safe:
     /// the receipt has its writer's nonce, so an earlier attempt that did succeed is recognised as
     /// ours.
@@ -30,7 +42,7 @@ impl Run {
     /// # Errors
     /// `NotOwner`; `RunFailed` if the run fails by this step's bad rows; `RunClosed` and
     /// `GenerationStale` if the run was closed or rewound in the meantime; `StorageUnreachable`.
-    pub async fn commit(&self, mut receipt: Receipt) -> Result<(Receipt, bool)> {
+    pub async fn commit(&self, mut receipt: Receipt, rollbacks: usize) -> Result<Commit> {
         let begun = Instant::now();
         // FLOPs of decisions that were thrown away are charged to the next committed step. `wasted`
         // is a guard: unless it is settled below, dropping it puts the FLOPs back, so a commit that
@@ -42,9 +54,11 @@ impl Run {
             .cost
             .get_or_insert_default();
         cost.discarded_flops += wasted.flops();
+        let nonce = receipt.summary.get_or_insert_default().writer_nonce.clone();
         let mut budget = Budget::default();
         let (receipt, ours) = loop {
-            match self.try_commit(&mut receipt, begun, &budget).await {
+            let tried = self.try_commit(&mut receipt, rollbacks, begun, &mut budget);
+            match tried.await {
                 Err(error) if is_passing(&error) && budget.pause().await => {
                     tracing::warn!(
                         run = self.id,
@@ -52,40 +66,75 @@ impl Run {
                         "the receipt is written again"
                     );
                 }
-                Err(error) => return Err(error),
-                Ok(Some(theirs)) => break (theirs, false),
-                Ok(None) => break (receipt, true),
+                Err(error) => {
+                    self.state().in_doubt.end(&nonce, false);
+                    return Err(if is_passing(&error) {
+                        budget.spent(error)
+                    } else {
+                        error
+                    });
+                }
+                Ok(None) => {
+                    self.state().in_doubt.end(&nonce, false);
+                    return Ok(Commit::TakenBack);
+                }
+                Ok(Some(Committed::Theirs(theirs))) => break (*theirs, false),
+                Ok(Some(Committed::OursEarlier(stored))) => break (*stored, true),
+                Ok(Some(Committed::Ours)) => break (receipt, true),
             }
         };
+        self.state().in_doubt.end(&nonce, true);
         if ours {
             wasted.settle();
-            self.tell_committed(&receipt, begun);
+            self.log_committed(&receipt, begun);
         }
-        Ok((receipt, ours))
+        Ok(Commit::InForce(receipt, ours))
     }
 
-    /// Makes one attempt to commit. Returns the receipt of another writer that was first. Totals
-    /// are in the order of commits, so each attempt adds to those that it finds.
+    /// Makes one attempt to commit. Totals are in the order of commits, so each attempt adds to
+    /// those that it finds. `None` if the step must be decided anew.
     async fn try_commit(
         &self,
         receipt: &mut Receipt,
+        rollbacks: usize,
         begun: Instant,
-        budget: &Budget,
-    ) -> Result<Option<Receipt>> {
+        budget: &mut Budget,
+    ) -> Result<Option<Committed>> {
         // One commit at a time. Each receipt holds the run's totals up to and including itself, so
         // it must know the totals of the one before. Two commits at once would start from the same
         // totals, and the cost of one of them would be lost from the accounts. The lock also keeps
-        // out a rewind, which changes the generation.
-        let _alone = self.committing.lock().await;
+        // out a rewind, which changes the generation, and a roll-back of weights.
+        let _alone = budget.uncounted(self.committing.lock()).await;
         let summary = receipt.summary.get_or_insert_default();
         let (step, generation) = (summary.step, summary.generation);
+        let nonce = summary.writer_nonce.clone();
+        let scored_with = summary
+            .learner
+            .as_ref()
+            .map_or(0, |learner| learner.version);
         self.check_current(generation)?;
         self.owner.check().await?;
-        let cost = summary.cost.get_or_insert_default();
-        let mut totals = accounts::add(&self.state().totals, cost);
+        if self.weights.is_taken_back_since(rollbacks, scored_with) {
+            return Ok(None);
+        }
+        self.settle_doubts(&nonce).await?;
+        let mut totals = {
+            let state = self.state();
+            if state.in_doubt.is_counted(&nonce) {
+                state.totals
+            } else {
+                accounts::add(&state.totals, &summary.cost.unwrap_or_default())
+            }
+        };
         self.judge(step, &totals, &receipt.bad_rows).await?;
         receipt.summary.get_or_insert_default().run_totals = Some(totals);
-        let committed = self.receipts.commit(receipt, budget).await?;
+        let committed = self.receipts.commit(receipt, budget).await;
+        let unknown = |error: &Error| {
+            if is_passing(error) {
+                self.state().in_doubt.add_doubt(receipt);
+            }
+        };
+        let committed = committed.inspect_err(unknown)?;
         // This receipt cannot contain the time of its own creation. The sum is part of the next
         // receipt's totals.
         totals.seconds.get_or_insert_default().commit += begun.elapsed().as_secs_f64();
@@ -100,20 +149,36 @@ impl Run {
         state.committed.insert(step);
         self.receipts
             .summarise_after(before, state.committed.next(), generation);
-        match committed {
+        match &committed {
             Committed::Theirs(theirs) => {
                 drop(state);
-                self.found_committed(generation, &theirs);
-                Ok(Some(*theirs))
+                self.found_committed(generation, theirs);
             }
-            Committed::Ours => {
-                state.totals = totals;
-                Ok(None)
-            }
+            Committed::Ours | Committed::OursEarlier(_) => state.totals = totals,
         }
+        Ok(Some(committed))
     }
 
-    fn tell_committed(&self, receipt: &Receipt, begun: Instant) {
+    /// Finds out whether receipts of other commits, whose outcome is not known, were written, and
+    /// adds their cost to the totals. A store that does not answer leaves them in doubt, and this
+    /// commit is tried again as well.
+    async fn settle_doubts(&self, nonce: &str) -> Result<()> {
+        let doubts = self.state().in_doubt.of_others(nonce);
+        for doubt in doubts {
+            let (step, generation) = (doubt.step, doubt.generation);
+            let found = self.receipts.summary(step, generation).await?;
+            let found = found.as_ref().map(|found| found.writer_nonce.as_str());
+            let state = &mut *self.state();
+            if state.in_doubt.settle(&doubt, found, &mut state.totals)
+                && state.chain.current() == generation
+            {
+                state.committed.insert(step);
+            }
+        }
+        Ok(())
+    }
+
+    fn log_committed(&self, receipt: &Receipt, begun: Instant) {
         accounts::count(receipt, begun);
         let summary = receipt.summary.as_ref();
         let (step, generation) = summary.map_or((0, 0), |s| (s.step, s.generation));
@@ -139,6 +204,14 @@ impl Run {
             return;
         }
         state.committed.insert(summary.step);
+        let state = &mut *state;
+        // An attempt of this process, whose outcome was not known.
+        if state
+            .in_doubt
+            .settle_found(&summary.writer_nonce, &mut state.totals)
+        {
+            return;
+        }
         // Receipts are found in any order, and each holds the totals at its own commit. The one
         // that has scanned most is the latest commit.
         let newer =

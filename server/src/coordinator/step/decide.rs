@@ -1,36 +1,67 @@
 //! The life of one step: plan → score → select → commit. The caller serves it.
 
-use super::{decided::Decided, maker::Maker, receipt::receipt};
+use super::{
+    commit::Commit,
+    decided::Decided,
+    maker::Maker,
+    recall::{in_hand, recalled},
+    receipt::receipt,
+};
 use crate::{
     blocking::blocking,
     coordinator::{
-        plan::{candidate::SuperBatch, cut, planner},
+        plan::candidate::SuperBatch,
         runs::run::Run,
-        score::table::Table,
-        score::{fetch::fetch_rows, super_batch},
         serve::ready::Ready,
         spec::{Asked, phase_at},
         trainer::cell::Reporter,
     },
     error::{Error, Result},
+    traces::stage,
 };
-use std::sync::Arc;
-use superbatch_proto::v1::{Reason, Receipt, RunSpec, lag};
+use std::{collections::HashSet, sync::Arc};
+use superbatch_proto::v1::{BadRowReason, RunSpec, lag};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 /// Decides `step` in the run's newest generation, or recalls its earlier decision.
-pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) -> Result<Ready> {
+pub(super) async fn decide(
+    run: &Run,
+    generation: u32,
+    step: u64,
+    reporter: &Reporter,
+) -> Result<Ready> {
+    loop {
+        if let Some(ready) = decide_once(run, generation, step, reporter).await? {
+            return Ok(ready);
+        }
+        tracing::warn!(
+            run = run.id,
+            step,
+            "weights were rolled back while the step was scored with them; it is decided anew"
+        );
+    }
+}
+
+/// Returns `None` if the weights that the step was scored with were rolled back meanwhile.
+async fn decide_once(
+    run: &Run,
+    generation: u32,
+    step: u64,
+    reporter: &Reporter,
+) -> Result<Option<Ready>> {
     // Storage is asked first, and not the memory of committed steps: a receipt may exist that this
     // process does not know, of another coordinator or of an attempt whose outcome was unknown.
     // Scoring the step again would cost minutes and then find the same receipt.
     if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
         run.found_committed(generation, &receipt);
-        return fetch_chosen_again(run, receipt).await;
+        return recalled(run, receipt).await.map(Some);
     }
     let begun = Instant::now();
     let spec = run.spec();
     let phase = phase_at(&spec.phases, step);
-    let super_batch = planned(run, &spec, step).await?;
+    let planning = planned(run, &spec, step).instrument(stage!("plan"));
+    let super_batch = planning.await?;
     let mut decided = Decided::new(generation, step, phase.clone(), run.wasted.spend());
     decided.planned(begun.elapsed());
     let maker = Maker {
@@ -39,15 +70,21 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
         super_batch: &super_batch,
         reporter,
     };
+    let rollbacks = run.weights.rollbacks();
     decided.columns = maker.columns(&phase.score_columns).await?;
-    let rows = match Asked::by(phase).asks_no_model() {
-        true => maker.unasked(&mut decided).await?,
-        false => maker.scored(&mut decided).await?,
+    let rows = if Asked::by(phase).asks_no_model() {
+        maker.unasked(&mut decided).await?
+    } else {
+        maker.scored(&mut decided).await?
     };
+    let rows = in_hand(run, &super_batch, &decided.drawn.indices, rows).await?;
     decided.cost_seconds().total = begun.elapsed().as_secs_f64();
     let receipt = receipt(run, &spec, &super_batch, &decided, &rows)?;
     let committing = Instant::now();
-    let (receipt, ours) = run.commit(receipt).await?;
+    let committed = run.commit(receipt, rollbacks).instrument(stage!("commit"));
+    let Commit::InForce(receipt, ours) = committed.await? else {
+        return Ok(None);
+    };
     run.deps.sizing.decided(
         &run.id,
         decided.work(committing.elapsed()),
@@ -56,10 +93,33 @@ pub async fn decide(run: &Run, generation: u32, step: u64, reporter: &Reporter) 
     // Another coordinator committed this step first. Its choice is in force, so its rows are read;
     // the FLOPs spent here stay unsettled and count as discarded.
     if !ours {
-        return fetch_chosen_again(run, receipt).await;
+        return recalled(run, receipt).await.map(Some);
     }
     decided.spent.settle();
-    Ok(run.deps.ready.hold(receipt, rows.data))
+    tell_of_rotten_shards(run, &super_batch, &decided);
+    Ok(Some(run.deps.ready.hold(receipt, rows.data)))
+}
+
+/// Logs shards of which most rows cannot be used, once each.
+fn tell_of_rotten_shards(run: &Run, super_batch: &SuperBatch, decided: &Decided) {
+    // A row without an image is a download that failed, which is no fault of its shard.
+    let at_fault = decided.holes.iter();
+    let at_fault = at_fault.filter(|hole| hole.reason() != BadRowReason::ImageNull);
+    let at_fault: HashSet<u32> = at_fault.map(|hole| hole.candidate).collect();
+    let candidates = super_batch.candidates.iter().zip(0_u32..);
+    let rows = candidates.map(|(c, number)| ((c.source, c.shard), at_fault.contains(&number)));
+    for ((source, shard), seen) in run.rotten.note(rows) {
+        let found = &run.manifest.sources[source as usize];
+        let path = &found.shards[shard as usize].path;
+        tracing::warn!(
+            run = run.id,
+            source = found.root_uri,
+            shard = path,
+            bad = seen.bad,
+            of = seen.rows,
+            "most rows of a shard cannot be used; receipts list them"
+        );
+    }
 }
 
 /// Plans the step's candidates. Ordering the rows of large blocks takes long enough to hold up
@@ -68,42 +128,6 @@ async fn planned(run: &Run, spec: &Arc<RunSpec>, step: u64) -> Result<SuperBatch
     let gone = || Error::internal("a run was let go while it planned a step");
     let (run, spec) = (run.me.upgrade().ok_or_else(gone)?, spec.clone());
     blocking("planning a step", move || run.plan.step(&spec.phases, step)).await
-}
-
-/// Reads the rows of a committed step again, and checks that they are the rows of its receipt.
-///
-/// # Errors
-/// `RowChanged` names the first row whose content differs.
-async fn fetch_chosen_again(run: &Run, receipt: Receipt) -> Result<Ready> {
-    let located: Result<Vec<_>> = receipt
-        .chosen
-        .iter()
-        .map(|row| planner::locate(&run.manifest, row))
-        .collect();
-    let blocks = cut::block_rows(&located?);
-    let parts = fetch_rows(
-        &run.deps.pool,
-        &run.manifest_digest,
-        blocks,
-        &run.spec().columns,
-    )
-    .await?;
-    let join = move || super_batch::hashed(Table::from_stream(parts)?);
-    let rows = blocking("joining rows", join).await?;
-    let changed = receipt
-        .chosen
-        .iter()
-        .zip(&rows.hashes)
-        .find(|(row, hash)| row.content_hash[..] != hash[..]);
-    if let Some((row, _)) = changed {
-        let message = format!(
-            "row {} is not what it was when its step was chosen; restore the data, or rewind the \
-            run with reselect",
-            row.id
-        );
-        return Err(Error::new(Reason::RowChanged, message).with("id", &row.id));
-    }
-    Ok(run.deps.ready.hold(receipt, rows.data))
 }
 
 /// Returns the number of steps that the weights may lag behind.

@@ -22,10 +22,10 @@ use superbatch_proto::v1::{
 };
 
 /// Version of this program, as written into receipts.
-pub const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
+pub(crate) const BUILD: &str = concat!("superbatch ", env!("CARGO_PKG_VERSION"));
 
 /// Everything that a step's receipt will hold, as far as it is known.
-pub struct Decided {
+pub(crate) struct Decided {
     pub generation: u32,
     pub step: u64,
     pub phase: Phase,
@@ -38,7 +38,7 @@ pub struct Decided {
     pub device: String,
     /// Learner scale and bias, reference scale and bias, as selection used them.
     pub scales: [f64; 4],
-    /// All FLOPs so far. If the step comes to nothing, they are charged to a later one.
+    /// All FLOPs so far. If the step is discarded, they are charged to a later one.
     pub spent: Spent,
     pub cost: Accounts,
     /// Each candidate's own score and losses, if the step is drawn by scores.
@@ -52,7 +52,7 @@ pub struct Decided {
 }
 
 impl Decided {
-    pub fn new(generation: u32, step: u64, phase: Phase, spent: Spent) -> Self {
+    pub(crate) fn new(generation: u32, step: u64, phase: Phase, spent: Spent) -> Self {
         Self {
             generation,
             step,
@@ -77,16 +77,16 @@ impl Decided {
         }
     }
 
-    pub fn cost_seconds(&mut self) -> &mut StageSeconds {
+    pub(crate) fn cost_seconds(&mut self) -> &mut StageSeconds {
         self.cost.seconds.get_or_insert_default()
     }
 
-    pub fn planned(&mut self, took: Duration) {
+    pub(crate) fn planned(&mut self, took: Duration) {
         self.cost_seconds().plan = took.as_secs_f64();
         metrics::stage_duration("plan").record(took.as_secs_f64());
     }
 
-    pub fn read(&mut self, scoring: &Scoring) {
+    pub(crate) fn read(&mut self, scoring: &Scoring) {
         self.workers = self.workers.max(scoring.slices());
         let (fetch, decode) = scoring.read_seconds();
         let seconds = self.cost_seconds();
@@ -95,7 +95,7 @@ impl Decided {
     }
 
     /// Returns the time that the step took, with its commit.
-    pub fn work(&self, committed: Duration) -> Work {
+    pub(crate) fn work(&self, committed: Duration) -> Work {
         let StageSeconds {
             plan,
             fetch,
@@ -112,12 +112,12 @@ impl Decided {
         }
     }
 
-    pub fn record_wait(&mut self, waited: Duration) {
+    pub(crate) fn record_wait(&mut self, waited: Duration) {
         self.cost_seconds().wait_weights = waited.as_secs_f64();
         metrics::stage_duration("wait_weights").record(waited.as_secs_f64());
     }
 
-    pub fn embedded_reference(&mut self, scored: &Scored) {
+    pub(crate) fn embedded_reference(&mut self, scored: &Scored) {
         self.spent.add(scored.flops);
         self.cost.reference_flops += scored.flops;
         self.scored_by(scored);
@@ -126,7 +126,7 @@ impl Decided {
         self.device.clone_from(&scored.device);
     }
 
-    pub fn embedded_learner(
+    pub(crate) fn embedded_learner(
         &mut self,
         published: &Published,
         scored: &Scored,
@@ -144,8 +144,8 @@ impl Decided {
         self.learner = Some(version);
     }
 
-    /// Scoring that the fidelity probe alone needed.
-    pub fn probe_spent(&mut self, flops: f64) {
+    /// Adds scoring that the fidelity probe alone needed.
+    pub(crate) fn probe_spent(&mut self, flops: f64) {
         self.spent.add(flops);
         self.cost.probe_flops += flops;
     }
@@ -162,7 +162,7 @@ impl Decided {
 
     /// Notes FLOPs spent on lost workers. If a degraded step did not use the reference's
     /// embeddings, their cost is moved to the discarded FLOPs.
-    pub fn record_discarded(&mut self, flops: f64) {
+    pub(crate) fn record_discarded(&mut self, flops: f64) {
         self.spent.add(flops);
         self.cost.discarded_flops += flops;
         if self.mode == Mode::Uniform && !leaves_out(self.phase.tuning.as_ref()) {
@@ -172,7 +172,7 @@ impl Decided {
     }
 
     /// Adds the holes: rows with faults of content, and rows whose embeddings are not finite.
-    pub fn add_holes(
+    pub(crate) fn add_holes(
         &mut self,
         content: impl IntoIterator<Item = Hole>,
         towers: &[&Option<Scored>],
@@ -206,8 +206,8 @@ impl Decided {
         self.holes.extend(holes.into_values());
     }
 
-    /// The draw of a step that asks no model: these candidates of an order of all.
-    pub fn drawn_of(&mut self, order: &SelectResponse, indices: Vec<u32>) {
+    /// Takes the draw of a step that needs no model: these candidates of an order of all.
+    pub(crate) fn drawn_of(&mut self, order: &SelectResponse, indices: Vec<u32>) {
         let count = indices.len();
         let numbered = order.indices.iter().zip(0_usize..);
         let places: HashMap<u32, usize> = numbered.map(|(index, n)| (*index, n)).collect();
@@ -236,7 +236,7 @@ impl Decided {
     }
 
     /// Candidates that may not be chosen: holes, and what the columns leave out. Rising.
-    pub fn unusable(&self) -> Vec<u32> {
+    pub(crate) fn unusable(&self) -> Vec<u32> {
         let mut all = self.hole_numbers();
         all.extend_from_slice(&self.columns.left_out);
         all.sort_unstable();
@@ -244,7 +244,7 @@ impl Decided {
         all
     }
 
-    pub fn hole_numbers(&self) -> Vec<u32> {
+    pub(crate) fn hole_numbers(&self) -> Vec<u32> {
         self.holes.iter().map(|hole| hole.candidate).collect()
     }
 }

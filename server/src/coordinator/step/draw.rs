@@ -19,7 +19,7 @@ use superbatch_proto::v1::{
 };
 
 impl Maker<'_> {
-    pub async fn draw(
+    pub(crate) async fn draw(
         &self,
         decided: &mut Decided,
         learner: Option<Scored>,
@@ -54,37 +54,55 @@ impl Maker<'_> {
         Ok(drawn)
     }
 
-    /// What the selector is asked, and of which models.
-    pub fn asking(
+    /// As [`asking`], for this step.
+    pub(crate) fn asking(
         &self,
         decided: &Decided,
         learner: Option<&Scored>,
         reference: Option<&Scored>,
     ) -> Result<(SelectBegin, Asked)> {
-        let mut begin = select_begin(self.spec, decided, self.super_batch);
-        let asked = Asked::by_draw(begin.policy(), begin.criterion(), begin.tuning.as_ref());
-        if let Some(scored) = learner.filter(|_| asked.learner) {
-            let given = self.spec.learner.as_ref().and_then(|l| l.logit_bias);
-            (begin.learner_scale, begin.learner_bias) =
-                (scored.scale, self.bias(scored, given, "learner")?);
-        }
-        if let Some(scored) = reference.filter(|_| asked.reference) {
-            begin.reference_scale = scored.scale;
-            // The rules that leave candidates out, and distances, need embeddings but no bias. So a
-            // bias is required only if the reference's losses are read.
-            if asked.reference_losses {
-                let given = self.spec.reference.as_ref().and_then(|r| r.logit_bias);
-                begin.reference_bias = self.bias(scored, given, "reference")?;
-            }
-        }
-        Ok((begin, asked))
+        asking(self.spec, self.super_batch, decided, learner, reference)
     }
+}
 
-    fn bias(&self, scored: &Scored, given: Option<f64>, which: &str) -> Result<f64> {
-        match self.spec.loss() {
-            Loss::Sigmoid => models::sigmoid_bias(scored.bias, given, which),
-            _ => Ok(0.0),
+/// Returns what the selector is asked, and of which models.
+///
+/// # Errors
+/// `BiasMissing`.
+pub(crate) fn asking(
+    spec: &RunSpec,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+    learner: Option<&Scored>,
+    reference: Option<&Scored>,
+) -> Result<(SelectBegin, Asked)> {
+    let mut begin = select_begin(spec, decided, super_batch);
+    let asked = Asked::by_draw(begin.policy(), begin.criterion(), begin.tuning.as_ref());
+    if let Some(scored) = learner.filter(|_| asked.learner) {
+        let given = spec.learner.as_ref().and_then(|l| l.logit_bias);
+        (begin.learner_scale, begin.learner_bias) =
+            (scored.scale, bias(spec, scored, given, "learner")?);
+    }
+    if let Some(scored) = reference.filter(|_| asked.reference) {
+        begin.reference_scale = scored.scale;
+        // The rules that leave candidates out, and distances, need embeddings but no bias. So a
+        // bias is required only if the reference's losses are read.
+        if asked.reference_losses {
+            let given = if decided.phase.reference_step.is_some() {
+                spec.learner.as_ref().and_then(|l| l.logit_bias)
+            } else {
+                spec.reference.as_ref().and_then(|r| r.logit_bias)
+            };
+            begin.reference_bias = bias(spec, scored, given, "reference")?;
         }
+    }
+    Ok((begin, asked))
+}
+
+fn bias(spec: &RunSpec, scored: &Scored, given: Option<f64>, which: &str) -> Result<f64> {
+    match spec.loss() {
+        Loss::Sigmoid => models::sigmoid_bias(scored.bias, given, which),
+        _ => Ok(0.0),
     }
 }
 
@@ -109,7 +127,11 @@ async fn judged(
 
 /// Returns the request to the selector: by the step's phase, or by the mode to which the step was
 /// degraded.
-pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch) -> SelectBegin {
+pub(crate) fn select_begin(
+    spec: &RunSpec,
+    decided: &Decided,
+    super_batch: &SuperBatch,
+) -> SelectBegin {
     let Phase {
         policy,
         criterion,
@@ -128,9 +150,10 @@ pub fn select_begin(spec: &RunSpec, decided: &Decided, super_batch: &SuperBatch)
     // A policy that reads no loss gets no learner's embeddings, but it may get the reference's, for
     // the rules that leave candidates out. Under `easy` the selector would then report scores of
     // the reference alone. Learnability needs both models, so nothing is reported.
-    let criterion = match is_scored(Policy::try_from(policy).unwrap_or_default()) {
-        true => criterion,
-        false => Criterion::Learnability as i32,
+    let criterion = if is_scored(Policy::try_from(policy).unwrap_or_default()) {
+        criterion
+    } else {
+        Criterion::Learnability as i32
     };
     let terms = decided.columns.terms.clone();
     let terms = terms.filter(|_| is_scored(Policy::try_from(policy).unwrap_or_default()));

@@ -8,16 +8,17 @@ const PURPOSE: &str = "superbatch fidelity of rows v1";
 /// hashes are low, as many as the share says: ranks need equal numbers, which an independent draw
 /// for each row would not give. A row has another position in another epoch, so it is decided anew
 /// there.
-pub fn fidelities(
+pub(crate) fn fidelities(
     seed: u64,
     step: u64,
     asked: Option<&MultiResolution>,
     rows: &[(u32, u64)],
 ) -> Vec<Fidelity> {
     if let Some(asked) = asked.filter(|asked| asked.whole_step) {
-        let all = match share_of(hash(&[seed, step])) < asked.share {
-            true => Fidelity::Approximate,
-            false => Fidelity::Full,
+        let all = if share_of(hash(&[seed, step])) < asked.share {
+            Fidelity::Approximate
+        } else {
+            Fidelity::Full
         };
         return vec![all; rows.len()];
     }

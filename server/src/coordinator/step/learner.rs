@@ -13,7 +13,7 @@ use superbatch_proto::v1::{Fallback, Mode, Reason, RunSpec};
 use tokio::time::Instant;
 
 /// The weights for a step, or the way in which it is decided without weights.
-pub enum Learner {
+pub(crate) enum Learner {
     NotAsked,
     Version(Published, Mode),
     Degraded(Mode),
@@ -33,25 +33,22 @@ impl Maker<'_> {
     /// in this order it is seen in at least one of them. In the other order a push that is
     /// published in between would be in neither, and the run would count as stalled at the very
     /// moment its weights arrive.
-    pub async fn await_weights(&self, step: u64) -> Result<Learner> {
+    pub(crate) async fn await_weights(&self, step: u64) -> Result<Learner> {
         let run = self.run;
-        let due = due(
-            step,
-            &self.spec.lag.unwrap_or_default(),
-            self.spec.push_every_steps,
-        );
+        let due = self.due(step);
         let (mut book, mut traffic, mut demand) = (
             run.weights.book(),
             run.weights.traffic(),
             self.reporter.demand(),
         );
         let limits = Limits::of(self.spec);
-        let (begun, mut told) = (Instant::now(), false);
+        let (begun, mut logged) = (Instant::now(), false);
         loop {
             let (began, current) = run.began();
             let (coming, fate) = pushes(&traffic.borrow_and_update(), current, due);
             if let Some(published) = book.borrow_and_update().find(due, &began) {
-                return Ok(Learner::Version(published, Mode::Normal));
+                let mode = mode_of(due, published.version.step);
+                return Ok(Learner::Version(published, mode));
             }
             let wanted = demand.borrow_and_update().clone();
             let verdict = verdict(&Moment {
@@ -69,7 +66,7 @@ impl Maker<'_> {
             });
             match verdict {
                 Verdict::Wait => {}
-                Verdict::TellRanks(why) => self.reporter.fail_waiting(missing(
+                Verdict::FailWaiting(why) => self.reporter.fail_waiting(missing(
                     step,
                     due,
                     self.awaited(due),
@@ -79,17 +76,17 @@ impl Maker<'_> {
                 )),
                 Verdict::FallBack(_) => return Ok(self.fall_back(step)),
             }
-            let patience = patience(&wanted, due_step(due)).filter(|_| !told);
+            let patience = patience(&wanted, due_step(due)).filter(|_| !logged);
             let overdue = patience.map(|patience| begun + patience);
             if overdue.is_some_and(|at| at <= Instant::now()) {
-                told = true;
+                logged = true;
                 self.log_wait(step, due, begun);
                 continue;
             }
             let _parked = self.reporter.begin_waiting_for_trainer();
             // Only time can end a wait when nothing changes: the moment when the deadline or the
-            // grace period ends. If ranks were told already, they have left and there is nothing to
-            // wake for.
+            // grace period ends. If ranks got their error already, they have left and there is
+            // nothing to wake for.
             let given_up = limits
                 .next_verdict(&wanted, Instant::now())
                 .filter(|_| verdict == Verdict::Wait);
@@ -102,6 +99,12 @@ impl Maker<'_> {
             };
             changed.map_err(|_| crate::coordinator::released())?;
         }
+    }
+
+    /// Returns the weights that `step` must be scored with.
+    fn due(&self, step: u64) -> Due {
+        let lag = self.spec.lag.unwrap_or_default();
+        due(step, &lag, self.spec.push_every_steps)
     }
 
     fn log_wait(&self, step: u64, due: Due, begun: Instant) {
@@ -138,6 +141,16 @@ impl Maker<'_> {
             }
             _ => Learner::Degraded(Mode::Uniform),
         }
+    }
+}
+
+/// Returns the mode of a step whose due weights are there. Those that were rolled back gave way to
+/// older ones.
+fn mode_of(due: Due, step: i64) -> Mode {
+    if due_step(due).is_some_and(|oldest| step < oldest) {
+        Mode::Stale
+    } else {
+        Mode::Normal
     }
 }
 
@@ -231,7 +244,7 @@ fn missing(step: u64, due: Due, weights: String, why: Why, limits: Limits, fate:
                 limits.deadline.as_secs_f64()
             ),
         ),
-        (Why::NobodyPushes, None) => (
+        (Why::NoPushAnnounced, None) => (
             Reason::WeightsMissing,
             format!(
                 "are not there, every rank has waited for {} s, and none has a push on its \

@@ -3,22 +3,28 @@
 //! 1. [`admission`]: a rank asks; the task of its step starts, and those of steps ahead.
 //! 2. [`decide`]: recalls the receipt of a decided step, else plans, scores, selects and commits.
 //! 3. [`maker`] is shared by all policies; [`uniform`] draws without models, [`scored`] with them.
-//! 4. [`learner`] waits for the step's weights; [`draw`] calls the selector.
+//! 4. [`learner`] waits for the step's weights, [`own`] for those of a self-reference; [`draw`]
+//!    calls the selector.
 //! 5. [`fidelity`] decides which rows are trained at the phase's approximation.
-//! 6. [`decided`] gathers the facts, [`receipt`] makes a receipt of them, [`commit`] makes it
+//! 6. [`decided`] gathers what is known, [`receipt`] makes a receipt of it, [`commit`] makes it
 //!    durable.
-//!
-//! The caller serves the batch (`serve`).
-pub mod admission;
-pub mod columns;
-pub mod commit;
+//! 7. [`recall`] reads rows of a decided step again.
+//! 8. [`batch`] makes a rank's batch of its share (`serve`).
+pub(super) mod admission;
+pub(super) mod batch;
+pub(super) mod columns;
+pub(super) mod commit;
 mod decide;
-pub mod decided;
-pub mod draw;
-pub mod fidelity;
-pub mod learner;
-pub mod maker;
-pub mod probe;
-pub mod receipt;
-pub mod scored;
-pub mod uniform;
+pub(super) mod decided;
+pub(super) mod draw;
+pub(super) mod fidelity;
+pub(super) mod learner;
+pub(super) mod maker;
+mod own;
+pub(super) mod probe;
+mod recall;
+pub(super) mod receipt;
+pub(super) mod scored;
+#[cfg(test)]
+mod tests;
+pub(super) mod uniform;

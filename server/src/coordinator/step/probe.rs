@@ -1,12 +1,12 @@
 //! The fidelity probe: some candidates are embedded at the fidelity that the step is not scored at,
 //! too, so that it is known what approximate scoring costs in choice.
-use super::{decided::Decided, maker::Maker};
+use super::{decided::Decided, maker::Maker, own::Reference};
 use crate::{
     coordinator::{
         facts::run::ModelFact,
         plan::candidate::{Candidate, noise_keys},
         runs::models,
-        score::{scored::Scored, slice::Job},
+        score::{scored::Scored, slice::Job, super_batch::Scoring},
         spec::probes_at,
     },
     error::{Error, Result},
@@ -23,12 +23,12 @@ const PURPOSE: &str = "superbatch rows of a fidelity probe v1";
 
 impl Maker<'_> {
     /// Compares both fidelities where a probe is due. The step does without a probe that fails.
-    /// `learner` comes with the weights that it was embedded with.
-    pub async fn probe(
+    /// `learner` and `reference` come with the weights that they were embedded with.
+    pub(crate) async fn probe(
         &self,
         decided: &mut Decided,
         learner: Option<(&ModelRef, &Scored)>,
-        reference: Option<&Scored>,
+        reference: Option<(&Reference, &Scored)>,
     ) {
         let degraded = matches!(decided.mode, Mode::Uniform | Mode::ReferenceOnly);
         let Some(other) = probes_at(&decided.phase, decided.step).filter(|_| !degraded) else {
@@ -57,18 +57,20 @@ impl Maker<'_> {
         decided: &mut Decided,
         other: Option<Approximation>,
         learner: Option<(&ModelRef, &Scored)>,
-        reference: Option<&Scored>,
+        reference: Option<(&Reference, &Scored)>,
     ) -> Result<ProbeResult> {
-        let (mut begin, asked) =
-            self.asking(decided, learner.map(|(_, scored)| scored), reference)?;
+        let (mut begin, asked) = self.asking(
+            decided,
+            learner.map(|(_, scored)| scored),
+            reference.map(|(_, scored)| scored),
+        )?;
         let rows = sample(&begin, &decided.phase, decided.step);
         let terms = rows.iter().filter_map(|row| begin.terms.get(*row));
         begin.terms = terms.copied().collect();
         let all = &self.super_batch.candidates;
         let candidates: Vec<Candidate> = rows.iter().map(|row| all[*row]).collect();
         let of_learner = learner.filter(|_| asked.learner);
-        let of_reference = reference.zip(self.spec.reference.as_ref());
-        let of_reference = of_reference.filter(|_| asked.reference);
+        let of_reference = reference.filter(|_| asked.reference);
         let mut holes = BTreeSet::new();
         let (mut given, mut made) = ([None, None], [None, None]);
         if let Some((model, scored)) = of_learner {
@@ -77,18 +79,27 @@ impl Maker<'_> {
             given[0] = Some(scored.embedded.picked(&rows));
             made[0] = Some(at_other.await?.unsound(&mut holes));
         }
-        if let Some((scored, spec)) = of_reference {
-            let fact = self.run.reference.as_ref();
-            let model = models::reference_ref(self.spec, spec, fact);
-            let at_other = self.embedded_at(decided, other, (&model, fact), &candidates);
+        if let Some((own, scored)) = of_reference {
+            let (model, fact) = match (own, &self.spec.reference) {
+                (Reference::Own(model), _) => (model.clone(), self.run.learner.as_ref()),
+                (_, Some(spec)) => {
+                    let fact = self.run.reference.as_ref();
+                    (models::reference_ref(self.spec, spec, fact), fact)
+                }
+                _ => return Err(Error::internal("a reference that the run does not have")),
+            };
+            let at_other = self.referred_at(decided, other, (&model, fact), &candidates);
             given[1] = Some(scored.embedded.picked(&rows));
             made[1] = Some(at_other.await?.unsound(&mut holes));
         }
         let begin = smaller(begin, &decided.phase, &candidates, holes);
         let is_full = decided.phase.fidelity() != Fidelity::Approximate;
-        let work = move || match is_full {
-            true => compare(&begin, each(&given), each(&made)),
-            false => compare(&begin, each(&made), each(&given)),
+        let work = move || {
+            if is_full {
+                compare(&begin, each(&given), each(&made))
+            } else {
+                compare(&begin, each(&made), each(&given))
+            }
         };
         let done = tokio::task::spawn_blocking(work).await;
         let (found, flops) =
@@ -99,8 +110,7 @@ impl Maker<'_> {
         Ok(found)
     }
 
-    /// These candidates embedded by one model, past the kept reference embeddings: those are of
-    /// whole blocks, and here are a few rows of each.
+    /// Embeds these candidates by the learner.
     async fn embedded_at(
         &self,
         decided: &mut Decided,
@@ -122,17 +132,47 @@ impl Maker<'_> {
         };
         let mut scoring = self.begin(job, candidates).await?;
         let scored = scoring.learner(model).await;
-        let spent = scored.as_ref().map_or(0.0, |scored| scored.flops);
-        decided.probe_spent(spent + scoring.discarded_flops());
-        let mut scored = scored?;
-        let holes = scoring.holes().into_iter().map(|hole| hole.candidate);
-        scored.not_finite.extend(holes);
-        Ok(scored)
+        compared(decided, &scoring, scored)
+    }
+
+    /// Embeds these candidates by the reference, as far as its embeddings are not kept.
+    /// Few rows of each block are compared, so what is missing is embedded without the rest of its
+    /// block.
+    async fn referred_at(
+        &self,
+        decided: &mut Decided,
+        approximation: Option<Approximation>,
+        (model, fact): (&ModelRef, Option<&ModelFact>),
+        candidates: &[Candidate],
+    ) -> Result<Scored> {
+        let job = Job {
+            reference: Some(model.clone()),
+            is_sparse: true,
+            reference_dim: fact.and_then(ModelFact::embedding_dim),
+            learner_model: None,
+            approximation,
+            ..self.job(decided, false)
+        };
+        let mut scoring = self.begin(job, candidates).await?;
+        let scored = scoring.reference().await?;
+        let scored =
+            scored.ok_or_else(|| Error::internal("the reference's embeddings are missing"));
+        compared(decided, &scoring, scored)
     }
 }
 
+/// Accounts for what was embedded for the comparison. Candidates that are holes have no embedding.
+fn compared(decided: &mut Decided, scoring: &Scoring, scored: Result<Scored>) -> Result<Scored> {
+    let spent = scored.as_ref().map_or(0.0, |scored| scored.flops);
+    decided.probe_spent(spent + scoring.discarded_flops());
+    let mut scored = scored?;
+    let holes = scoring.holes().into_iter().map(|hole| hole.candidate);
+    scored.not_finite.extend(holes);
+    Ok(scored)
+}
+
 impl Scored {
-    /// The embeddings, and into `holes` the candidates that have none.
+    /// Returns the embeddings, and adds the candidates that have none to `holes`.
     fn unsound(self, holes: &mut BTreeSet<u32>) -> Embedded {
         holes.extend(self.not_finite);
         self.embedded
@@ -143,8 +183,8 @@ fn each(models: &[Option<Embedded>; 2]) -> [Option<&Embedded>; 2] {
     [models[0].as_ref(), models[1].as_ref()]
 }
 
-/// The candidates that are compared, rising: as many as the phase says, those of the lowest seeded
-/// hashes that are no holes.
+/// Returns the candidates that are compared, rising: as many as the phase says, those of the lowest
+/// seeded hashes that are no holes.
 fn sample(begin: &SelectBegin, phase: &Phase, step: u64) -> Vec<usize> {
     let wanted = phase.probe.map_or(0, |probe| probe.rows) as usize;
     let holes: BTreeSet<u32> = begin.holes.iter().copied().collect();
@@ -164,7 +204,7 @@ fn sample(begin: &SelectBegin, phase: &Phase, step: u64) -> Vec<usize> {
     rows
 }
 
-/// The step's draw on `candidates` alone, with the same share of them drawn.
+/// Returns the step's draw on `candidates` alone, with the same share of them drawn.
 fn smaller(
     begin: SelectBegin,
     phase: &Phase,

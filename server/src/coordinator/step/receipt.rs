@@ -17,6 +17,7 @@ use crate::{
     error::Result,
     selection::judged::{Passed, passed_over},
     storage::nonce,
+    traces,
 };
 use std::time::{SystemTime, UNIX_EPOCH};
 use superbatch_proto::v1::{
@@ -25,7 +26,7 @@ use superbatch_proto::v1::{
 };
 
 /// Returns the receipt of a decided step. Its totals are filled in by the commit.
-pub fn receipt(
+pub(crate) fn receipt(
     run: &Run,
     spec: &RunSpec,
     super_batch: &SuperBatch,
@@ -90,7 +91,7 @@ fn sample_passed_over(
         .collect()
 }
 
-pub fn chosen(
+pub(crate) fn chosen(
     seed: u64,
     super_batch: &SuperBatch,
     decided: &Decided,
@@ -137,7 +138,7 @@ fn values_of(decided: &Decided, candidate: usize) -> Vec<f64> {
     columns.map(|values| values[candidate]).collect()
 }
 
-/// What each chosen row is to be trained at.
+/// Returns the fidelity at which each chosen row is to be trained.
 fn trained_at(seed: u64, super_batch: &SuperBatch, decided: &Decided) -> Vec<Fidelity> {
     let place = |candidate: &u32| {
         let c = &super_batch.candidates[*candidate as usize];
@@ -148,13 +149,13 @@ fn trained_at(seed: u64, super_batch: &SuperBatch, decided: &Decided) -> Vec<Fid
     fidelities(seed, decided.step, asked, &rows)
 }
 
-pub fn summary(
+pub(crate) fn summary(
     run: &Run,
     spec: &RunSpec,
     super_batch: &SuperBatch,
     decided: &Decided,
 ) -> ReceiptSummary {
-    let (phase, drawn) = (&decided.phase, &decided.drawn);
+    let (phase, drawn, traced) = (&decided.phase, &decided.drawn, traces::ids());
     let [learner_scale, learner_bias, reference_scale, reference_bias] = decided.scales;
     ReceiptSummary {
         run_id: run.id.clone(),
@@ -214,10 +215,17 @@ pub fn summary(
         trainer_wait_seconds: run.waits.take(),
         probe: decided.probe,
         score_columns: phase.score_columns.clone(),
+        trace_id: traced.0,
+        span_id: traced.1,
     }
 }
 
-pub fn cost(run: &Run, spec: &RunSpec, super_batch: &SuperBatch, decided: &Decided) -> Accounts {
+pub(crate) fn cost(
+    run: &Run,
+    spec: &RunSpec,
+    super_batch: &SuperBatch,
+    decided: &Decided,
+) -> Accounts {
     let drawn = &decided.drawn;
     let fidelities = trained_at(spec.seed, super_batch, decided);
     let is_low = |fidelity: &&Fidelity| **fidelity == Fidelity::Approximate;

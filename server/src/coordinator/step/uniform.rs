@@ -5,13 +5,29 @@ use crate::{
     error::{Error, Result},
     selection::judged::judge,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use superbatch_proto::v1::Hole;
+
+/// Returns the candidates that such a step serves, where all its `holes` are known: each round
+/// reads as many of `order` as are missing, in the order of storage. `None` if there are fewer than
+/// `wanted`.
+pub(crate) fn served(order: &[u32], wanted: usize, holes: &HashSet<u32>) -> Option<Vec<u32>> {
+    let (mut next, mut drawn) = (order.iter().copied(), Vec::with_capacity(wanted));
+    while drawn.len() < wanted {
+        let mut numbers: Vec<u32> = next.by_ref().take(wanted - drawn.len()).collect();
+        if numbers.is_empty() {
+            return None;
+        }
+        numbers.sort_unstable();
+        drawn.extend(numbers.into_iter().filter(|number| !holes.contains(number)));
+    }
+    Some(drawn)
+}
 
 impl Maker<'_> {
     /// Draws an order of all candidates and reads only what is served: a bad row is replaced by the
     /// next one drawn.
-    pub async fn unasked(&self, decided: &mut Decided) -> Result<Rows> {
+    pub(crate) async fn unasked(&self, decided: &mut Decided) -> Result<Rows> {
         let wanted = decided.phase.sub_batch_size as usize;
         self.enough(decided)?;
         let mut all = select_begin(self.spec, decided, self.super_batch);
@@ -48,7 +64,9 @@ impl Maker<'_> {
                 .filter(|i| !holes.contains(i))
                 .collect();
             if !kept.is_empty() {
-                let rows = scoring.rows(&kept).await?;
+                let rows = scoring
+                    .rows(&kept, |c| self.changed(numbers[c] as usize))
+                    .await?;
                 drawn.extend(kept.iter().map(|k| numbers[*k as usize]));
                 match &mut good {
                     Some(good) => good.append(rows)?,
@@ -60,5 +78,23 @@ impl Maker<'_> {
         decided.drawn.left_out.get_or_insert_default().score_columns =
             decided.columns.left_out.len() as u32;
         good.ok_or_else(|| Error::internal("a sub-batch of no rows"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hole_is_replaced_by_the_next_of_the_order() {
+        let order = [5, 2, 9, 7, 1];
+        let none = HashSet::new();
+        assert_eq!(served(&order, 3, &none), Some(vec![2, 5, 9]));
+        assert_eq!(served(&order, 3, &HashSet::from([2])), Some(vec![5, 9, 7]));
+        assert_eq!(
+            served(&order, 3, &HashSet::from([2, 7])),
+            Some(vec![5, 9, 1])
+        );
+        assert_eq!(served(&order, 4, &HashSet::from([2, 7])), None);
     }
 }

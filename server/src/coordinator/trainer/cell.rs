@@ -1,5 +1,11 @@
 //! A cell: one step for which ranks wait, and its result. The step's task reports through one watch
 //! channel and sees the waiting ranks through another. Neither side holds a lock while it waits.
+//!
+//! A step belongs to its cell and not to the call that began it. Otherwise the first rank that
+//! loses its connection would throw away what all others wait for, and minutes of scoring with it.
+//! A call that ends only removes its own entry from the demand. Likewise an error for waiting calls
+//! does not end the step, since the weights that it waits for may still come; a rank that asks
+//! again finds it further on, and not at its beginning.
 use super::{
     patience::{Demand, Need},
     ranks::Asking,
@@ -20,11 +26,11 @@ use tokio::{sync::watch, task::AbortHandle, time::Instant};
 /// The progress of a step.
 #[derive(Debug, Clone)]
 pub enum Progress {
-    /// Under way. `told` counts the errors sent to waiting ranks; `message` is the newest. The
-    /// count is needed because the state outlives the calls: a call that arrives later, or asks
+    /// Under way. `errors_sent` counts the errors sent to waiting ranks; `message` is the newest.
+    /// The count is needed because the state outlives the calls: a call that arrives later, or asks
     /// again, must wait for a new error and not end with the old one.
     Working {
-        told: u64,
+        errors_sent: u64,
         message: Option<Arc<Error>>,
     },
     Ready(Arc<Ready>),
@@ -60,9 +66,9 @@ impl Reporter {
 
     /// Ends the calls that need this step with `error`; the step goes on.
     pub fn fail_waiting(&self, error: Error) {
-        // The calls are taken out of the demand before they are told. They drop their own entries
+        // Calls are removed from the demand before they get the error. They drop their own entries
         // only when their tasks run, some time later. Until then the step's task would still see a
-        // stall, and would tell the same ranks again in a busy loop.
+        // stall, and would send the same ranks another error in a busy loop.
         self.demand.send_modify(Demand::leave_all);
         fail_waiting(&self.progress, error);
     }
@@ -95,7 +101,7 @@ impl Cell {
         F: Future<Output = ()> + Send + 'static,
     {
         let progress = watch::Sender::new(Progress::Working {
-            told: 0,
+            errors_sent: 0,
             message: None,
         });
         let demand = watch::Sender::new(Demand::default());
@@ -121,6 +127,14 @@ impl Cell {
 
     pub fn is_ready(&self) -> bool {
         matches!(*self.progress.borrow(), Progress::Ready(_))
+    }
+
+    /// Returns the bytes of the process's memory that its batch takes.
+    pub fn bytes(&self) -> u64 {
+        match &*self.progress.borrow() {
+            Progress::Ready(ready) => ready.bytes(),
+            Progress::Working { .. } | Progress::Failed(_) => 0,
+        }
     }
 
     /// Returns whether the step is being decided and does not wait for the trainer.
@@ -155,11 +169,11 @@ impl Cell {
 
     /// Adds a call to the waiting ranks.
     pub fn wait(&self, asking: &Asking, pushing_through: Option<i64>) -> Waiting {
-        // Subscribed before `told` is read: an error that comes in between has a higher count and
-        // ends this call, as it should.
+        // Subscribed before `errors_sent` is read: an error that comes in between has a higher
+        // count and ends this call, as it should.
         let progress = self.progress.subscribe();
-        let told = match *progress.borrow() {
-            Progress::Working { told, .. } => told,
+        let errors_sent = match *progress.borrow() {
+            Progress::Working { errors_sent, .. } => errors_sent,
             _ => 0,
         };
         let mut call = None;
@@ -180,7 +194,7 @@ impl Cell {
         });
         Waiting {
             progress,
-            told,
+            errors_sent,
             demand: self.demand.clone(),
             call,
         }
@@ -209,8 +223,12 @@ fn fail(progress: &watch::Sender<Progress>, error: impl FnOnce() -> Error) {
 
 fn fail_waiting(progress: &watch::Sender<Progress>, error: Error) {
     progress.send_modify(|progress| {
-        if let Progress::Working { told, message } = progress {
-            *told += 1;
+        if let Progress::Working {
+            errors_sent,
+            message,
+        } = progress
+        {
+            *errors_sent += 1;
             *message = Some(Arc::new(error));
         }
     });
@@ -219,20 +237,20 @@ fn fail_waiting(progress: &watch::Sender<Progress>, error: Error) {
 /// One waiting call. Dropping it withdraws the rank's need, also if the connection breaks.
 pub struct Waiting {
     progress: watch::Receiver<Progress>,
-    told: u64,
+    errors_sent: u64,
     demand: watch::Sender<Demand>,
     /// The call's number in the step's demand, if it needs the step.
     call: Option<u64>,
 }
 
 impl Waiting {
-    /// Waits until the step is ready or failed, or until the ranks are told that it cannot come.
+    /// Waits until the step is ready or failed, or until waiting ranks get an error.
     pub async fn ready(mut self) -> Result<Arc<Ready>> {
-        let seen = self.told;
+        let seen = self.errors_sent;
         // Deadlines apply only to calls that need the step: a prefetch waits on.
         let needing = self.call.is_some();
         let done = |progress: &Progress| match progress {
-            Progress::Working { told, .. } => needing && *told > seen,
+            Progress::Working { errors_sent, .. } => needing && *errors_sent > seen,
             _ => true,
         };
         match self.progress.wait_for(done).await {

@@ -1,4 +1,14 @@
-//! Decides about a step whose weights are missing: wait on, tell the ranks, or fall back. Pure.
+//! Decides about a step whose weights are missing: wait on, fail the waiting calls, or fall back.
+//! Pure.
+//!
+//! Waiting is right as long as the push can still come, and wrong from the moment when it cannot: a
+//! trainer whose ranks all wait for the step trains nothing, so it pushes nothing, and the two
+//! would wait for each other up to the deadline. The decision therefore goes by what the trainer
+//! can do, and not by time alone: which ranks stand still, which pushes were announced, which have
+//! arrived in part. This information comes by other connections than the request for the step, and
+//! may be late; the grace period is for that. To conclude too early is the worse mistake. A
+//! fallback is written into a receipt and cannot be taken back, while a stall that is noticed late
+//! costs seconds.
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
@@ -15,8 +25,8 @@ pub struct Demand {
     /// The number of calls so far that needed the step.
     calls: u64,
     pub world_size: u32,
-    /// The newest step whose push each rank says it has begun, by its last request. A push that
-    /// came to nothing is withdrawn by the next request.
+    /// The newest step whose push each rank says it has begun, by its last request. A rank
+    /// withdraws a push that failed by its next request.
     pub pushing: BTreeMap<u32, i64>,
     /// When the first of the calls that need the step arrived.
     pub since: Option<Instant>,
@@ -110,8 +120,8 @@ pub struct Moment<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     Wait,
-    /// Tell the ranks that the weights are missing, and wait on.
-    TellRanks(Why),
+    /// Send the waiting ranks an error that names the missing weights, and wait on.
+    FailWaiting(Why),
     FallBack(Why),
 }
 
@@ -120,13 +130,13 @@ pub enum Why {
     Deadline,
     /// Every rank has stood still for the grace period and no push is under way, so waiting cannot
     /// help.
-    NobodyPushes,
+    NoPushAnnounced,
 }
 
 /// A longer wait for weights is logged, if the trainer stands still or has pushed nothing yet.
-const TOLD_AFTER: Duration = Duration::from_secs(15);
+const LOG_AFTER: Duration = Duration::from_secs(15);
 /// The same, if the trainer is busy: one of its steps may take this long.
-const TOLD_AFTER_BUSY: Duration = Duration::from_secs(60);
+const LOG_AFTER_BUSY: Duration = Duration::from_secs(60);
 
 /// Returns how long a step may wait for the push `due` (`None`: initial weights) before the wait is
 /// logged. `None` if no rank has asked for the step.
@@ -134,9 +144,9 @@ pub fn patience(demand: &Demand, due: Option<i64>) -> Option<Duration> {
     demand.asked?;
     let stands_still = demand.since.is_some() || due.is_none_or(|step| step < 0);
     Some(if stands_still {
-        TOLD_AFTER
+        LOG_AFTER
     } else {
-        TOLD_AFTER_BUSY
+        LOG_AFTER_BUSY
     })
 }
 
@@ -163,12 +173,12 @@ pub fn verdict(moment: &Moment) -> Verdict {
         .any(|step| *step >= due && !hopeless(*step));
     let stalled = moment.stalled_for.is_some_and(|long| long >= moment.grace) && !coming && !said;
     let why = match (needed_for >= moment.deadline, stalled) {
-        (_, true) => Why::NobodyPushes,
+        (_, true) => Why::NoPushAnnounced,
         (true, false) => Why::Deadline,
         (false, false) => return Verdict::Wait,
     };
     if moment.fallback == Fallback::Wait {
-        Verdict::TellRanks(why)
+        Verdict::FailWaiting(why)
     } else {
         Verdict::FallBack(why)
     }
@@ -241,7 +251,7 @@ mod tests {
         let ranks = [STILL, Need { rank: 1, ..STILL }];
         let decide = |ago: &[u64]| judge(&demand(&ranks, ago, now), &[], Fallback::Wait, now);
         assert_eq!(decide(&[50, 4]), Verdict::Wait);
-        assert_eq!(decide(&[50, 5]), Verdict::TellRanks(Why::NobodyPushes));
+        assert_eq!(decide(&[50, 5]), Verdict::FailWaiting(Why::NoPushAnnounced));
     }
 
     #[test]
@@ -256,7 +266,7 @@ mod tests {
             )
         };
         assert_eq!(decide(59), Verdict::Wait);
-        assert_eq!(decide(60), Verdict::TellRanks(Why::Deadline));
+        assert_eq!(decide(60), Verdict::FailWaiting(Why::Deadline));
     }
 
     #[test]
@@ -290,23 +300,23 @@ mod tests {
         );
         assert_eq!(
             decide(&[0], 60, None, &[], Fallback::Wait),
-            Verdict::TellRanks(Why::Deadline)
+            Verdict::FailWaiting(Why::Deadline)
         );
     }
 
     #[test]
-    fn nobody_pushing_ends_the_wait_after_the_grace() {
+    fn a_stall_without_a_push_ends_after_the_grace() {
         assert_eq!(
             decide(&[0, 1], 4, None, &[], Fallback::Uniform),
             Verdict::Wait
         );
         assert_eq!(
             decide(&[0, 1], 5, None, &[], Fallback::Uniform),
-            Verdict::FallBack(Why::NobodyPushes)
+            Verdict::FallBack(Why::NoPushAnnounced)
         );
         assert_eq!(
             decide(&[0, 1], 5, Some(6), &[6], Fallback::Uniform),
-            Verdict::FallBack(Why::NobodyPushes)
+            Verdict::FallBack(Why::NoPushAnnounced)
         );
         assert_eq!(
             decide(&[0, 1], 59, Some(7), &[], Fallback::Uniform),
@@ -323,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_tells_of_a_wait_that_somebody_has() {
+    fn waits_of_asked_steps_are_logged() {
         let asked = Demand {
             asked: Some(Instant::now()),
             ..Demand::default()
@@ -339,14 +349,14 @@ mod tests {
         );
         assert_eq!(
             patience(&asked, None),
-            Some(TOLD_AFTER),
+            Some(LOG_AFTER),
             "a loader that reads ahead stands still before the first push"
         );
         assert_eq!(
             [Some(-1), Some(3)].map(|due| patience(&asked, due)),
-            [Some(TOLD_AFTER), Some(TOLD_AFTER_BUSY)]
+            [Some(LOG_AFTER), Some(LOG_AFTER_BUSY)]
         );
-        assert_eq!(patience(&needed, Some(3)), Some(TOLD_AFTER));
+        assert_eq!(patience(&needed, Some(3)), Some(LOG_AFTER));
     }
 
     #[test]
@@ -375,11 +385,11 @@ mod tests {
         assert_eq!(decide(false, true, &[]), Verdict::Wait);
         assert_eq!(
             decide(true, true, &[]),
-            Verdict::FallBack(Why::NobodyPushes)
+            Verdict::FallBack(Why::NoPushAnnounced)
         );
         assert_eq!(
             decide(true, true, &[8]),
-            Verdict::FallBack(Why::NobodyPushes),
+            Verdict::FallBack(Why::NoPushAnnounced),
             "a later push is not the due one"
         );
         assert_eq!(

@@ -4,7 +4,7 @@ use crate::{
     bounds::{LABEL_BYTES_MAX, check_bytes},
     error::{Error, Result},
 };
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::v1::Reason;
 
 /// The fields by which a rank describes itself when it asks for a step.
@@ -57,7 +57,7 @@ pub struct Bounds {
 }
 
 /// The ranks of one run, in its current generation.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Members {
     /// All starts of the trainer in order of appearance. The last one runs now.
     incarnations: Vec<String>,
@@ -67,7 +67,7 @@ pub struct Members {
     /// World sizes of the steps that were asked for, fixed by the first request of each.
     pinned: BTreeMap<u64, u32>,
     /// The newest step that each rank has consumed.
-    consumed: HashMap<u32, u64>,
+    consumed: BTreeMap<u32, u64>,
     world_size: u32,
 }
 
@@ -82,8 +82,27 @@ impl Members {
         }
     }
 
+    /// Returns all starts of the trainer, in order of appearance.
+    pub fn known(&self) -> &[String] {
+        &self.incarnations
+    }
+
     pub fn knows(&self, incarnation: &str) -> bool {
         self.incarnations.iter().any(|known| known == incarnation)
+    }
+
+    /// Checks that an incarnation which pushes, or announces a push, is not one that another has
+    /// replaced. An unknown one may be a new start that pushes before it asks for its first step.
+    ///
+    /// # Errors
+    /// `WorldSizeConflict`.
+    pub fn check_pushing(&self, incarnation: &str) -> Result<()> {
+        match self.incarnations.last() {
+            Some(newest) if newest != incarnation && self.knows(incarnation) => {
+                Err(straggler(incarnation, &self.replaced()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Checks that a new start of the trainer would be admitted, before it is made durable.
@@ -118,23 +137,20 @@ impl Members {
         // The window of `max_ahead` steps begins after the newest of: the step at which the current
         // trainer may resume, the step that some rank has consumed, and this rank's own claim. A
         // new trainer has consumed nothing yet, so everything committed is open to it.
-        let base = match new {
-            true => (bounds.committed, COMMITTED),
-            false => {
-                let claim = (
-                    claimed,
-                    if claims > claimed {
-                        COMMITTED
-                    } else {
-                        CONSUMED
-                    },
-                );
-                let known = [(self.floor, RESUMED), (self.frontier(), CONSUMED), claim];
-                known
-                    .into_iter()
-                    .max_by_key(|(step, _)| *step)
-                    .unwrap_or(claim)
-            }
+        let base = if new {
+            (bounds.committed, COMMITTED)
+        } else {
+            let bounded_by = if claims > claimed {
+                COMMITTED
+            } else {
+                CONSUMED
+            };
+            let claim = (claimed, bounded_by);
+            let known = [(self.floor, RESUMED), (self.frontier(), CONSUMED), claim];
+            known
+                .into_iter()
+                .max_by_key(|(step, _)| *step)
+                .unwrap_or(claim)
         };
         check_ahead(asking.step, base, bounds.max_ahead)?;
         if new {
@@ -161,10 +177,9 @@ impl Members {
     }
 
     fn straggler_error(&self, asking: &Asking) -> Error {
-        conflict(
-            asking,
-            format!("incarnation '{}': {}", asking.incarnation, self.replaced()),
-        )
+        straggler(&asking.incarnation, &self.replaced())
+            .with("rank", asking.rank)
+            .with("step", asking.step)
     }
 
     /// Returns the error for calls of an earlier incarnation that still wait when a new one
@@ -258,6 +273,11 @@ pub fn last_allowed(consumed: Option<u64>, max_ahead: u32) -> u64 {
         .saturating_add(u64::from(max_ahead.max(1)) - 1)
 }
 
+fn straggler(incarnation: &str, replaced: &str) -> Error {
+    let message = format!("incarnation '{incarnation}': {replaced}");
+    Error::new(Reason::WorldSizeConflict, message)
+}
+
 fn conflict(asking: &Asking, message: String) -> Error {
     Error::new(Reason::WorldSizeConflict, message)
         .with("rank", asking.rank)
@@ -322,6 +342,20 @@ mod tests {
             "stragglers are remembered"
         );
         assert!(!after_a_restart.admit(&asking(3, 1, 4, "b"), FAR).unwrap());
+    }
+
+    #[test]
+    fn a_replaced_incarnation_pushes_no_more_and_an_unknown_one_may() {
+        let mut members = Members::default();
+        members.check_pushing("").unwrap();
+        members.admit(&asking(3, 0, 2, "a"), FAR).unwrap();
+        members.check_pushing("a").unwrap();
+        members.check_pushing("b").unwrap();
+        members.admit(&asking(3, 0, 4, "b"), FAR).unwrap();
+        members.check_pushing("b").unwrap();
+        let error = members.check_pushing("a").unwrap_err();
+        assert_eq!(error.reason(), Reason::WorldSizeConflict);
+        assert!(error.to_string().contains("anew as incarnation 'b'"));
     }
 
     #[test]

@@ -1,4 +1,10 @@
 //! Announcements of pushes, before any part of them arrives.
+//!
+//! A trainer that fetches one batch ahead asks for the next step while its push still waits in the
+//! client's queue, or is being copied. Without an announcement the service sees a trainer that
+//! stands still and sends nothing, concludes that no push will come, and falls back or fails a step
+//! whose weights arrive a second later. The announcement is one small call, made when the push is
+//! called; it counts for its run, whatever connection or process asks for the next step.
 use super::Weights;
 use crate::error::Result;
 use std::collections::BTreeMap;
@@ -42,7 +48,11 @@ impl Announced {
     fn withdraw(&mut self, request: &AnnouncePushRequest) {
         let at = (request.generation, request.step);
         if let Some(ranks) = self.by.get_mut(&at) {
-            self.count -= usize::from(ranks.remove(&request.rank).is_some());
+            // Not that of a newer start, which this one, going down, knows nothing of.
+            if ranks.get(&request.rank) == Some(&request.incarnation) {
+                ranks.remove(&request.rank);
+                self.count -= 1;
+            }
             if ranks.is_empty() {
                 self.by.remove(&at);
             }
@@ -131,6 +141,7 @@ mod tests {
             announced.add(&request(3, rank, "a"));
         }
         announced.withdraw(&request(3, 0, "a"));
+        announced.withdraw(&request(3, 1, "before"));
         assert_eq!(steps(&announced), [3]);
         announced.withdraw(&request(3, 1, "a"));
         assert!(steps(&announced).is_empty());

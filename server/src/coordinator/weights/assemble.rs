@@ -4,7 +4,10 @@ use super::{
     part::Part,
     staging::{Staged, refused},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    pushed::{self, Pushed, first_not_finite},
+};
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensorError, View, tensor::Metadata};
 use std::{
@@ -13,19 +16,13 @@ use std::{
 };
 use superbatch_proto::v1::Reason;
 
-/// A safetensors file, in pieces, and the BLAKE3 of its bytes, in hex.
-pub struct Snapshot {
-    pub pieces: Vec<Bytes>,
-    pub digest: String,
-}
-
 /// Joins the parts by tensor. Whole tensors are not copied. It reads all weights, so it must run
 /// off the async threads.
 ///
 /// # Errors
 /// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or
 /// infinity.
-pub fn assemble(staged: Staged) -> Result<Snapshot> {
+pub(super) fn assemble(staged: Staged) -> Result<Pushed> {
     let (shape, mut parts) = staged.into_parts();
     let (mut tensors, optional) = (BTreeMap::new(), &shape.optional);
     for (name, shape) in &shape.tensors {
@@ -55,7 +52,7 @@ pub fn assemble(staged: Staged) -> Result<Snapshot> {
         let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
         tensors.insert(name.as_str(), Tensor { shape, parts });
     }
-    let pieces = file(tensors).map_err(|e| {
+    let mut pushed = file(tensors).map_err(|e| {
         Error::new(
             Reason::WeightsRefused,
             "cannot write the weights as safetensors",
@@ -63,18 +60,16 @@ pub fn assemble(staged: Staged) -> Result<Snapshot> {
         .because(e)
     })?;
     let mut hasher = blake3::Hasher::new();
-    for piece in &pieces {
-        hasher.update(piece);
+    for piece in pushed.pieces() {
+        hasher.update(&piece);
     }
-    Ok(Snapshot {
-        pieces,
-        digest: hasher.finalize().to_hex().to_string(),
-    })
+    pushed.digest = hasher.finalize().to_hex().to_string();
+    Ok(pushed)
 }
 
-/// Returns the file's header, then the tensors in the header's order. The pieces are never joined:
-/// a copy of all weights would double the memory of a push.
-fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorError> {
+/// Returns the file's header, then the tensors in the header's order, and no digest yet. The pieces
+/// are never joined: a copy of all weights would double the memory of a push.
+fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Pushed, SafeTensorError> {
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut header = safetensors::serialize(
         tensors
@@ -87,11 +82,20 @@ fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Vec<Bytes>, SafeTensorErr
     let placed: Metadata = serde_json::from_slice(&header[size_of::<u64>()..])
         .map_err(SafeTensorError::InvalidHeaderDeserialization)?;
     let names = placed.offset_keys();
-    let data = names
-        .iter()
-        .filter_map(|name| tensors.remove(name.as_str()))
-        .map(Tensor::into_data);
-    Ok(std::iter::once(header.into()).chain(data).collect())
+    let data = names.into_iter().filter_map(|name| {
+        let tensor = tensors.remove(name.as_str())?;
+        Some(pushed::Tensor {
+            name,
+            dtype: tensor.dtype(),
+            shape: tensor.shape.clone(),
+            bytes: tensor.into_data(),
+        })
+    });
+    Ok(Pushed {
+        header: header.into(),
+        tensors: data.collect(),
+        digest: String::new(),
+    })
 }
 
 struct Tensor {
@@ -179,21 +183,19 @@ fn place(out: &mut [u8], shape: &[usize], part: &Part) {
 
 /// Returns the first value that is not finite: all bits of its exponent are set.
 fn not_finite(part: &Part) -> Option<f32> {
-    let halves = |exponent: u16| {
-        part.bytes
-            .chunks_exact(2)
-            .map(|b| u16::from_le_bytes([b[0], b[1]]))
-            .find(|bits| bits & exponent == exponent)
+    let (width, mask) = match part.dtype {
+        Dtype::F16 => (2, 0x7c00),
+        Dtype::BF16 => (2, 0x7f80),
+        _ => (4, 0x7f80),
     };
-    match part.dtype {
-        Dtype::F16 => halves(0x7c00).map(|bits| half::f16::from_bits(bits).to_f32()),
-        Dtype::BF16 => halves(0x7f80).map(|bits| half::bf16::from_bits(bits).to_f32()),
-        _ => part
-            .bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .find(|x| !x.is_finite()),
-    }
+    let at = first_not_finite(&part.bytes, width, mask)? * width;
+    let value = part.bytes.get(at..at + width)?;
+    Some(match (part.dtype, value) {
+        (Dtype::F16, &[low, high]) => half::f16::from_le_bytes([low, high]).to_f32(),
+        (Dtype::BF16, &[low, high]) => half::bf16::from_le_bytes([low, high]).to_f32(),
+        (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+        _ => f32::NAN,
+    })
 }
 
 #[cfg(test)]
@@ -276,7 +278,8 @@ mod tests {
             .into_iter()
             .map(|(name, tensor)| (name, Whole(tensor)));
         let expected = safetensors::serialize(whole, Some(format)).unwrap();
-        assert_eq!(file(tensors()).unwrap().concat(), expected);
+        let pieces: Vec<Bytes> = file(tensors()).unwrap().pieces().collect();
+        assert_eq!(pieces.concat(), expected);
     }
 
     #[test]

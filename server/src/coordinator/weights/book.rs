@@ -1,5 +1,14 @@
 //! The published weights of a run over all its generations, and the choice of the weights for a
 //! step. No I/O.
+//!
+//! Versions are looked up by (step, generation) and never by their order of arrival. Under `exact`
+//! a step names the push that it is scored with. A push that arrives late, for the second time or
+//! after a rewind must not shift that choice. If the newest version were taken instead, the choice
+//! would depend on how fast uploads were, and a resumed run would choose other rows than the run
+//! that it repeats.
+//!
+//! A version also outlives its file. Were its entry removed together with the weights, a step that
+//! needs them would look like one whose push is still to come, and would wait for it for ever.
 use super::lag::Due;
 use crate::coordinator::facts::chain::Began;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,12 +48,43 @@ impl Entry {
         matches!(self.snapshot, Snapshot::Kept(_))
     }
 
-    fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64) -> bool {
+    fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64, pinned: &[i64]) -> bool {
         let version = &self.published.version;
         self.is_kept()
+            && !pinned.contains(&version.step)
             && version.step < oldest_step
             && version.version <= last_version.saturating_sub(kept.max(1))
     }
+}
+
+/// Versions after `to`, up to `through`, were taken back: `to` serves in their place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RolledBack {
+    pub to: u64,
+    pub through: u64,
+}
+
+impl RolledBack {
+    fn takes_back(self, version: u64) -> bool {
+        self.to < version && version <= self.through
+    }
+}
+
+/// One version and what is left of it, for people and programs that look at the run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed {
+    pub version: WeightsVersion,
+    pub push_id: String,
+    pub snapshot: Snapshot,
+    pub in_force: u64,
+}
+
+/// Returns whether the push of a (step, generation) is of the trajectory that `chain` describes.
+fn counts((step, generation): (i64, u32), chain: &[Began]) -> bool {
+    let taken_back = |began: &Began| {
+        began.generation > generation && i64::try_from(began.step).is_ok_and(|s| s <= step)
+    };
+    chain.iter().any(|began| began.generation == generation) && !chain.iter().any(taken_back)
 }
 
 /// All published versions of a run.
@@ -54,6 +94,8 @@ pub struct Book {
     /// By (step, generation).
     entries: BTreeMap<(i64, u32), Entry>,
     last_version: u64,
+    /// In the order in which they were made.
+    rolled_back: Vec<RolledBack>,
 }
 
 impl Book {
@@ -92,21 +134,118 @@ impl Book {
         if oldest > newest {
             return None;
         }
-        let counts = |step: i64, generation: u32| {
-            chain.iter().any(|began| began.generation == generation)
-                && !chain.iter().any(|began| {
-                    began.generation > generation
-                        && i64::try_from(began.step).is_ok_and(|s| s <= step)
-                })
-        };
         let pushed = self.entries.range((oldest, 0)..=(newest, u32::MAX)).rev();
         let found = pushed
-            .filter(|(at, entry)| entry.is_kept() && counts(at.0, at.1))
-            .map(|(_, entry)| &entry.published)
-            .next();
+            .filter(|(at, _)| counts(**at, chain))
+            .find_map(|(_, entry)| self.serving(entry));
         found
             .or(self.initial.as_ref().filter(|_| oldest <= -1))
             .cloned()
+    }
+
+    /// Returns the weights that serve for an entry: its own, or those of the version that it was
+    /// rolled back to. `None` if their file is not there.
+    fn serving<'a>(&'a self, entry: &'a Entry) -> Option<&'a Published> {
+        let own = entry.published.version.version;
+        match self.in_force(own) {
+            version if version == own => entry.is_kept().then_some(&entry.published),
+            version => self.kept(version),
+        }
+    }
+
+    /// Returns the version that serves in place of `version`, after all roll-backs.
+    pub fn in_force(&self, version: u64) -> u64 {
+        self.rolled_back.iter().fold(version, |version, back| {
+            if back.takes_back(version) {
+                back.to
+            } else {
+                version
+            }
+        })
+    }
+
+    fn entry_of(&self, version: u64) -> Option<&Entry> {
+        let is_it = |entry: &&Entry| entry.published.version.version == version;
+        self.entries.values().find(is_it)
+    }
+
+    /// Returns the version of this number, if its weights are there. Number 0 is the initial
+    /// learner.
+    pub fn kept(&self, version: u64) -> Option<&Published> {
+        match self.entry_of(version) {
+            Some(entry) => entry.is_kept().then_some(&entry.published),
+            None => self.initial.as_ref().filter(|_| version == 0),
+        }
+    }
+
+    /// Returns whether a version of this number was ever published.
+    pub fn is_known(&self, version: u64) -> bool {
+        self.entry_of(version).is_some()
+    }
+
+    pub fn last_version(&self) -> u64 {
+        self.last_version
+    }
+
+    pub fn roll_back(&mut self, back: RolledBack) {
+        self.rolled_back.push(back);
+    }
+
+    pub fn rollbacks(&self) -> usize {
+        self.rolled_back.len()
+    }
+
+    /// Returns the newest versions, the newest first.
+    pub fn list(&self, newest: usize) -> Vec<Listed> {
+        let mut all: Vec<&Entry> = self.entries.values().collect();
+        all.sort_by_key(|entry| std::cmp::Reverse(entry.published.version.version));
+        let listed = all.into_iter().take(newest).map(|entry| Listed {
+            version: entry.published.version.clone(),
+            push_id: entry.push_id.clone(),
+            snapshot: entry.snapshot.clone(),
+            in_force: self.in_force(entry.published.version.version),
+        });
+        listed.collect()
+    }
+
+    /// Returns the versions that serve in place of others which may still be due, or of the newest
+    /// one. They are kept, however old.
+    fn stand_ins(&self, oldest_step: i64, pinned: &[i64]) -> BTreeSet<u64> {
+        if self.rolled_back.is_empty() {
+            return BTreeSet::new();
+        }
+        let due = self.entries.values().map(|entry| &entry.published.version);
+        let is_due = |step| step >= oldest_step || pinned.contains(&step);
+        due.filter(|version| is_due(version.step) || version.version == self.last_version)
+            .map(|version| self.in_force(version.version))
+            .collect()
+    }
+
+    /// Returns the number of the push of exactly `step`, whether or not it still serves.
+    pub fn push_of(&self, step: i64, chain: &[Began]) -> Option<u64> {
+        let of_step = self.entries.range((step, 0)..=(step, u32::MAX)).rev();
+        let mut pushed = of_step.filter(|(at, _)| counts(**at, chain));
+        pushed
+            .next()
+            .map(|(_, entry)| entry.published.version.version)
+    }
+
+    /// Returns whether a version is of the trajectory that `chain` describes. Number 0, the initial
+    /// learner, is of each.
+    pub fn is_of(&self, version: u64, chain: &[Began]) -> bool {
+        let at = self.entry_of(version).map(|entry| &entry.published.version);
+        at.map_or(version == 0, |at| counts((at.step, at.generation), chain))
+    }
+
+    /// Returns whether one of the roll-backs after the first `seen` takes `version` back.
+    pub fn is_taken_back_since(&self, seen: usize, version: u64) -> bool {
+        let later = self.rolled_back.iter().skip(seen);
+        later.into_iter().any(|back| back.takes_back(version))
+    }
+
+    /// Returns the newest roll-back.
+    pub fn last_rollback(&self) -> Option<RolledBack> {
+        self.rolled_back.last().copied()
     }
 
     /// Returns whether the push of `step` was published but its snapshot is no longer kept.
@@ -148,13 +287,15 @@ impl Book {
         self.initial = Some(initial);
     }
 
-    /// Retires all versions from before `oldest_step`, except the newest `kept` (at least one).
-    /// Returns the keys of snapshots that no other version needs.
-    pub fn forget_before(&mut self, oldest_step: i64, kept: u64) -> Vec<String> {
-        let last_version = self.last_version;
+    /// Retires all versions from before `oldest_step`, except the newest `kept` (at least one) and
+    /// those of the steps that are `pinned`. Returns the keys of snapshots that no other version
+    /// needs.
+    pub fn forget_before(&mut self, oldest_step: i64, kept: u64, pinned: &[i64]) -> Vec<String> {
+        let (last_version, stand_ins) = (self.last_version, self.stand_ins(oldest_step, pinned));
         let mut retired = BTreeSet::new();
         for entry in self.entries.values_mut() {
-            if entry.is_old(oldest_step, kept, last_version)
+            if entry.is_old(oldest_step, kept, last_version, pinned)
+                && !stand_ins.contains(&entry.published.version.version)
                 && let Snapshot::Kept(key) =
                     std::mem::replace(&mut entry.snapshot, Snapshot::Retired)
             {
@@ -169,10 +310,12 @@ impl Book {
 
     /// Returns whether [`Book::forget_before`] would retire anything. Steps end all the time and
     /// mostly there is nothing to delete, so this is asked first, without the lock of commits.
-    pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
-        self.entries
-            .values()
-            .any(|entry| entry.is_old(oldest_step, kept, self.last_version))
+    pub fn has_before(&self, oldest_step: i64, kept: u64, pinned: &[i64]) -> bool {
+        let stand_ins = self.stand_ins(oldest_step, pinned);
+        self.entries.values().any(|entry| {
+            entry.is_old(oldest_step, kept, self.last_version, pinned)
+                && !stand_ins.contains(&entry.published.version.version)
+        })
     }
 
     /// Returns whether the snapshot at `key` is still needed.
@@ -287,17 +430,17 @@ mod tests {
         let mut book = book(&[(1, 0), (3, 0), (5, 0), (7, 0)]);
         let chain = chain(&[0]);
         assert!(
-            !book.has_before(1, 1) && book.forget_before(1, 1).is_empty(),
+            !book.has_before(1, 1, &[]) && book.forget_before(1, 1, &[]).is_empty(),
             "step 1 is needed"
         );
-        assert!(book.has_before(3, 1));
-        assert_eq!(book.forget_before(3, 1), ["d1"]);
+        assert!(book.has_before(3, 1, &[]));
+        assert_eq!(book.forget_before(3, 1, &[]), ["d1"]);
         assert_eq!(
-            book.forget_before(9, 2),
+            book.forget_before(9, 2, &[]),
             ["d2"],
             "of the others the newest two are kept"
         );
-        assert!(book.forget_before(9, 2).is_empty());
+        assert!(book.forget_before(9, 2, &[]).is_empty());
         let find = |step| at(book.find(Due::Exactly(step), &chain));
         assert_eq!(
             [1, 3, 5, 7].map(find),
@@ -313,15 +456,59 @@ mod tests {
     }
 
     #[test]
+    fn what_was_rolled_back_gives_way_to_the_older_version_and_later_pushes_count() {
+        let mut book = book(&[(0, 0), (1, 0), (2, 0), (3, 0)]);
+        let chain = chain(&[0]);
+        book.roll_back(RolledBack { to: 2, through: 4 });
+        let find = |book: &Book, step| {
+            let found = book.find(Due::Exactly(step), &chain);
+            found.map(|p| p.version.version)
+        };
+        assert_eq!(
+            [0, 1, 2, 3].map(|step| find(&book, step)),
+            [1, 2, 2, 2].map(Some),
+            "versions before it are as they were"
+        );
+        let snapshot = Snapshot::Kept("d5".into());
+        book.insert("id".into(), published(5, 4, 0), snapshot);
+        assert_eq!(find(&book, 4), Some(5));
+        assert_eq!(
+            book.last_before(4, &chain).map(|p| p.version.version),
+            Some(2)
+        );
+        // Version 2 stays while a step may be scored with it, whatever else is deleted.
+        assert_eq!(book.forget_before(3, 1, &[]), ["d1", "d3"]);
+        assert!(!book.has_before(3, 1, &[]));
+        assert_eq!(find(&book, 3), Some(2));
+        assert_eq!(book.forget_before(4, 1, &[]), ["d2", "d4"]);
+        book.roll_back(RolledBack { to: 1, through: 5 });
+        assert_eq!(find(&book, 4), None, "version 1 is no longer kept");
+        assert_eq!(
+            book.list(2).iter().map(|l| l.in_force).collect::<Vec<_>>(),
+            [1, 1]
+        );
+    }
+
+    #[test]
+    fn a_lost_file_is_no_hindrance_for_a_version_that_was_rolled_back() {
+        let mut book = book(&[(0, 0)]);
+        book.insert("id".into(), published(2, 1, 0), Snapshot::Missing);
+        let chain = chain(&[0]);
+        assert_eq!(book.find(Due::Exactly(1), &chain), None);
+        book.roll_back(RolledBack { to: 1, through: 2 });
+        assert_eq!(at(book.find(Due::Exactly(1), &chain)), Some((0, 0)));
+    }
+
+    #[test]
     fn a_snapshot_that_two_versions_share_goes_with_the_second() {
         let mut book = Book::default();
         for (version, step) in (1..).zip([1, 3, 5]) {
             let snapshot = Snapshot::Kept(if step < 5 { "shared" } else { "own" }.into());
             book.insert("id".into(), published(version, step, 0), snapshot);
         }
-        assert_eq!(book.forget_before(2, 1), [""; 0]);
+        assert_eq!(book.forget_before(2, 1, &[]), [""; 0]);
         assert!(book.holds("shared"));
-        assert_eq!(book.forget_before(4, 1), ["shared"]);
+        assert_eq!(book.forget_before(4, 1, &[]), ["shared"]);
     }
 
     proptest! {
@@ -333,7 +520,8 @@ mod tests {
         ) {
             let chain = chain(&begins);
             let tried = pushes.iter().filter(|(q, g)| {
-                (oldest..=newest).contains(q) && !chain.iter().any(|b| b.generation > *g && b.step as i64 <= *q)
+                let is_later = |b: &Began| b.generation > *g && b.step as i64 <= *q;
+                (oldest..=newest).contains(q) && !chain.iter().any(is_later)
             });
             let found = book(&pushes).find(Due::Within { oldest, newest }, &chain);
             prop_assert_eq!(at(found), tried.max().copied());

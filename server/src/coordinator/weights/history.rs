@@ -13,10 +13,13 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Folder of the summaries, below the run.
-pub const SUMMARIES: &str = "push-summaries";
+pub(super) const SUMMARIES: &str = "push-summaries";
 
 /// Facts that are read one by one before they are summarised.
-pub const SUMMARISED_FROM: usize = 256;
+pub(super) const SUMMARISED_FROM: usize = 256;
+
+/// How often the summaries are listed again because the newest one had gone when it was read.
+const LISTS_MAX: usize = 4;
 
 /// Facts that are read at the same time.
 const READS_AT_ONCE: usize = 32;
@@ -30,7 +33,7 @@ struct Summary {
 ///
 /// # Errors
 /// `StorageUnreachable`; `Internal` if a fact cannot be read.
-pub async fn read(run: &Location) -> Result<Vec<Fact>> {
+pub(super) async fn read(run: &Location) -> Result<Vec<Fact>> {
     let summary = newest_summary(run).await?;
     let mut known: BTreeMap<String, Fact> = summary
         .facts
@@ -47,11 +50,11 @@ pub async fn read(run: &Location) -> Result<Vec<Fact>> {
     Ok(facts)
 }
 
-/// All publications, each from its own fact.
+/// Returns all publications, each from its own fact.
 ///
 /// # Errors
 /// As [`read`].
-pub async fn read_each(run: &Location) -> Result<Vec<Fact>> {
+pub(super) async fn read_each(run: &Location) -> Result<Vec<Fact>> {
     read_new(run, |_| true).await
 }
 
@@ -67,17 +70,34 @@ async fn read_fact(run: &Location, key: String) -> Result<Fact> {
 }
 
 async fn newest_summary(run: &Location) -> Result<Summary> {
-    let keys = run.list(SUMMARIES).await?;
-    let Some(newest) = keys.into_iter().map(|(key, _)| key).max() else {
-        return Ok(Summary::default());
+    for _ in 0..LISTS_MAX {
+        let keys = run.list(SUMMARIES).await?.into_iter().map(|(key, _)| key);
+        if let Some(summary) = newest_of(run, keys).await? {
+            return Ok(summary);
+        }
+    }
+    // The facts are complete without it.
+    Ok(Summary::default())
+}
+
+/// Returns the newest summary of those that were listed; `None` if it has gone since: `state gc`
+/// deletes those that a newer one replaces, and a coordinator may write that newer one between this
+/// process's list and its read. To take that for an unreachable store would keep the run from being
+/// opened.
+async fn newest_of(run: &Location, keys: impl Iterator<Item = String>) -> Result<Option<Summary>> {
+    let Some(newest) = keys.max() else {
+        return Ok(Some(Summary::default()));
     };
-    let bytes = run.get(&newest).await?;
-    Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+    let Some(bytes) = run.find(&newest).await? else {
+        return Ok(None);
+    };
+    let summary = serde_json::from_slice(&bytes).unwrap_or_else(|error| {
         let uri = run.uri_of(&newest);
         tracing::warn!(uri, %error, "a summary of pushes is damaged; the pushes are read one by \
         one");
         Summary::default()
-    }))
+    });
+    Ok(Some(summary))
 }
 
 /// Writes a summary. A failure is only logged: the facts are complete without it.
@@ -154,5 +174,21 @@ mod tests {
         let key = format!("{SUMMARIES}/000000000009.json");
         run.put(&key, "{".into()).await.unwrap();
         assert_eq!(read(&run).await.unwrap().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_summary_that_was_replaced_while_it_was_sought_is_no_lost_store() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        let keys = |names: &[&str]| {
+            let keys: Vec<String> = names.iter().map(|n| format!("{SUMMARIES}/{n}")).collect();
+            keys.into_iter()
+        };
+        // Listed before a coordinator wrote the second one, and `state gc` deleted the first.
+        summarise(&run, &[fact(0), fact(1)]).await;
+        let stale = newest_of(&run, keys(&["000000000001.json"])).await;
+        assert!(stale.unwrap().is_none());
+        assert_eq!(newest_summary(&run).await.unwrap().facts.len(), 2);
     }
 }

@@ -38,7 +38,7 @@ pub fn on_cadence(step: u64, push_every_steps: u32) -> bool {
 }
 
 /// Returns the first step at or after `step` after which a push is expected.
-pub fn next_push(step: u64, push_every_steps: u32) -> u64 {
+pub(super) fn next_push(step: u64, push_every_steps: u32) -> u64 {
     let every = u64::from(push_every_steps.max(1));
     (step / every)
         .saturating_mul(every)

@@ -27,6 +27,9 @@ pub struct Member {
     pub stream: u64,
     pub answer: watch::Receiver<Answer>,
     pub superseded: CancellationToken,
+    /// The file from which this process reads its parts, which have no checksums then; `None` if a
+    /// trainer sends them.
+    pub reads: Option<String>,
 }
 
 /// Why a stream ended too early.
@@ -41,7 +44,9 @@ pub enum Fault {
 fn fault_of_transport(status: Status) -> Fault {
     let error = from_status(status, Reason::InvalidArgument);
     match error.reason() {
-        Reason::MessageTooLarge => Fault::Refused(error),
+        Reason::MessageTooLarge | Reason::WeightsRefused => Fault::Refused(error),
+        // Of a push by URI: the store did not answer. The client may ask again.
+        Reason::StorageUnreachable => Fault::Broken(error),
         _ => Fault::Broken(Error::invalid(
             "stream",
             format!("the stream broke: {error}"),
@@ -81,8 +86,8 @@ impl Member {
             biased;
             () = self.superseded.cancelled() => {
                 Err(Error::new(Reason::PushConflict,
-                    "a newer stream of this rank, or of a trainer that cuts its weights otherwise, \
-                    took this push over"))
+                    "a newer stream of this rank, or a newer start of the trainer, took this push \
+                    over"))
             }
             found = answer.wait_for(Option::is_some) => match found.ok().and_then(
                 |answer| answer.clone(),
@@ -103,8 +108,7 @@ impl Member {
         let mut open: Option<Receiving> = None;
         loop {
             let next = timeout(silence, messages.next()).await;
-            let next =
-                next.map_err(|_| broken(format!("the stream was silent for {silence:?}")))?;
+            let next = next.map_err(|_| Fault::Broken(self.silent(silence)))?;
             let message = match next.transpose().map_err(fault_of_transport)? {
                 Some(message) => message.message,
                 None if open.as_ref().is_none_or(Receiving::may_end) => return Ok(()),
@@ -114,14 +118,34 @@ impl Member {
         }
     }
 
-    /// Handles one message. `open` is the part whose bytes are awaited.
+    /// Returns the error for a stream that brought nothing for so long.
+    fn silent(&self, silence: Duration) -> Error {
+        let Some(uri) = &self.reads else {
+            let message = format!("the stream was silent for {silence:?}");
+            return Error::invalid("stream", message);
+        };
+        let message = format!(
+            "the store sent nothing of {uri} for {silence:?} (coordinator.push_deadline_seconds); \
+            push it again"
+        );
+        Error::new(Reason::StorageUnreachable, message).with("uri", uri)
+    }
+
+    /// Handles one message. `open` is the part whose bytes are awaited. The bytes are copied and
+    /// hashed here, without the lock of the staging area: under it, ranks would send one after
+    /// another. Only a part's place and its end are the area's.
     fn take(&self, open: &mut Option<Receiving>, message: Option<Message>) -> Result<()> {
         match message {
             Some(Message::Part(header)) => {
                 if let Some(part) = open.take() {
                     self.staged(|staged| staged.add_received(part))?;
                 }
-                *open = Some(self.staged(|staged| staged.reserve(self.stream, header))?);
+                let part = self.staged(|staged| staged.reserve(self.stream, header))?;
+                *open = Some(if self.reads.is_some() {
+                    part.unchecked()
+                } else {
+                    part
+                });
             }
             Some(Message::Data(bytes)) => {
                 metrics::weight_push_bytes().increment(bytes.len() as u64);
@@ -178,13 +202,14 @@ impl Member {
             generation,
             step,
             push_id: push.id.clone(),
+            base: push.base,
             staged,
             started: push.started,
         };
         let span = tracing::info_span!("push", run = inner.spec.run_id);
         // A task of its own, which the stream does not own. Publishing takes minutes, and the
-        // client may break off in between: the push must then be published all the same, since
-        // other ranks were told that their parts arrived. The client asks again with the same
+        // client may break off in between: the push must then still be published, since
+        // other ranks had the answer that their parts arrived. The client asks again with the same
         // push_id and gets the version.
         self.inner.tasks.spawn(async move {
             let answer = inner.publish(whole).instrument(span).await;

@@ -2,20 +2,27 @@
 //! found by the lag.
 //!
 //! A push is staged in memory ([`staging`]), joined into one safetensors file ([`assemble`]), put
-//! at `snapshots/{blake3}.{nonce}.safetensors`, loaded by a worker ([`Verifier`]), and published by
-//! creating the fact `pushes/{generation}/{step}.json`. Until that fact exists the push is
-//! invisible, and the old version stays in use. A crash at any point before leaves only a file that
-//! no version names.
+//! at `snapshots/{blake3}.{nonce}.safetensors`, loaded by a worker ([`Verifier`]; that of the same
+//! process takes it from memory while it is uploaded), and published by creating the fact
+//! `pushes/{generation}/{step}.json`. Until that fact exists the push is invisible, and the old
+//! version stays in use. A crash at any point before leaves only a file that no version names.
+mod admission;
 mod announced;
 mod assemble;
+mod base;
 mod book;
+pub(crate) mod by_uri;
+mod file;
 mod history;
+pub mod inherit;
 mod lag;
+mod look;
 pub mod member;
 mod missing;
 mod names;
 mod part;
 mod publish;
+mod push;
 mod snapshots;
 mod staging;
 pub mod stored;
@@ -27,16 +34,19 @@ use crate::{
     coordinator::facts::chain::Began,
     error::{Error, Result},
     metrics,
+    pushed::Pushed,
     storage::Location,
 };
 pub use announced::Announced;
 use async_trait::async_trait;
 pub use book::Book;
 pub use book::Published;
-use book::Snapshot;
+pub(crate) use book::Snapshot;
+pub(crate) use file::TensorFile;
 pub use lag::Due;
 pub use lag::due;
 pub use lag::on_cadence;
+pub use look::Asleep;
 pub use missing::missing;
 pub use publish::Fact;
 pub use snapshots::digest_of;
@@ -70,6 +80,13 @@ pub trait Verifier: Send + Sync {
     /// `WeightsRefused`, with `tensor` if one is at fault; other reasons if no worker could load
     /// them.
     async fn verify(&self, snapshot_uri: &str, digest: &str) -> Result<ModelShape>;
+
+    /// As [`Verifier::verify`], without reading the snapshot: the worker of this process takes it
+    /// from memory. So its upload need not be done. `None` if this process has no worker.
+    ///
+    /// # Errors
+    /// As [`Verifier::verify`].
+    async fn verify_in_memory(&self, uri: &str, pushed: Pushed) -> Result<Option<ModelShape>>;
 
     /// Returns the shape of the learner, from its model folder.
     async fn shape(&self) -> Result<ModelShape>;
@@ -125,6 +142,8 @@ pub struct Inner {
     retired: watch::Sender<BTreeSet<String>>,
     /// Held during an upload and its check, one at a time.
     verifying: tokio::sync::Mutex<()>,
+    /// Held while the digests of a version's tensors are computed, one version at a time.
+    reading: tokio::sync::Mutex<()>,
     /// Held while a version is made public, one at a time. It is a lock of its own, so that nothing
     /// waits here for an upload.
     publishing: tokio::sync::Mutex<()>,
@@ -141,22 +160,7 @@ impl Weights {
         spec: RunWeights,
         verifier: Arc<dyn Verifier>,
     ) -> Result<Self> {
-        let mut book = Book::default();
-        if let Some(initial) = spec.initial.clone() {
-            book.set_initial(initial);
-        }
-        let facts = history::read(&run).await?;
-        // The files are listed after the facts were read, since a version's file exists before its
-        // fact. In the other order a version that is published in between would look as if its file
-        // were lost.
-        let listed = snapshots::Listed::read(&run).await?;
-        for fact in facts {
-            let (key, snapshot) = match listed.find(&fact) {
-                Some(key) => (key.clone(), Snapshot::Kept(key)),
-                None => (fact.snapshot_key(), Snapshot::Missing),
-            };
-            book.insert(fact.push_id.clone(), fact.published(&run, &key), snapshot);
-        }
+        let (book, listed) = read_book(&run, spec.initial.clone()).await?;
         let orphans = listed.orphans(&book, SystemTime::now());
         gauge_newest(&book);
         let inner = Inner {
@@ -170,6 +174,7 @@ impl Weights {
             retired: watch::Sender::default(),
             verifying: tokio::sync::Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
             tasks: TaskTracker::new(),
         };
         let weights = Self(Arc::new(inner));
@@ -195,17 +200,19 @@ impl Weights {
     }
 
     /// Returns whether [`Weights::retire_before`] would return anything.
-    pub fn has_before(&self, oldest_step: i64, kept: u64) -> bool {
-        !self.0.retired.borrow().is_empty() || self.0.book.borrow().has_before(oldest_step, kept)
+    pub fn has_before(&self, oldest_step: i64, kept: u64, pinned: &[i64]) -> bool {
+        let book = self.0.book.borrow();
+        !self.0.retired.borrow().is_empty() || book.has_before(oldest_step, kept, pinned)
     }
 
-    /// Retires versions from before `oldest_step`, except the newest `kept`: no step is scored with
-    /// them from now on. Returns the keys of their snapshots, for [`Weights::delete`], and of those
-    /// that were retired before and are not deleted yet.
-    pub fn retire_before(&self, oldest_step: i64, kept: u64) -> Vec<String> {
+    /// Retires versions from before `oldest_step`, except the newest `kept` and those of the steps
+    /// that are `pinned`: no step is scored with them from now on. Returns the keys of their
+    /// snapshots, for [`Weights::delete`], and of those that were retired before and are not
+    /// deleted yet.
+    pub fn retire_before(&self, oldest_step: i64, kept: u64, pinned: &[i64]) -> Vec<String> {
         let mut keys = Vec::new();
         self.0.book.send_if_modified(|book| {
-            keys = book.forget_before(oldest_step, kept);
+            keys = book.forget_before(oldest_step, kept, pinned);
             !keys.is_empty()
         });
         self.0.retired.send_modify(|retired| retired.extend(keys));
@@ -251,6 +258,38 @@ impl Weights {
         Err(Error::new(Reason::WeightsMissing, message).with("step", step))
     }
 
+    /// Checks that the weights pushed after `step` can be a reference: they are there and serve, or
+    /// come yet. `is_past` if no push of this step can come, since it is another run's.
+    ///
+    /// # Errors
+    /// `WeightsMissing`.
+    pub fn check_reference(&self, step: u64, chain: &[Began], is_past: bool) -> Result<()> {
+        let push = i64::try_from(step).unwrap_or(i64::MAX);
+        let book = self.0.book.borrow();
+        let problem = match book.push_of(push, chain) {
+            Some(own) if book.in_force(own) != own => "were rolled back",
+            Some(own) if book.kept(own).is_none() => "are not kept",
+            None if is_past => "are not kept",
+            _ => return Ok(()),
+        };
+        let message = format!(
+            "the weights pushed after step {step} cannot be a reference (reference_step): they \
+            {problem}; name a step whose weights are kept (`superbatch weights RUN list`), and \
+            rewind into a phase with this reference only to replay it"
+        );
+        Err(Error::new(Reason::WeightsMissing, message).with("step", step))
+    }
+
+    /// Returns the number of roll-backs so far.
+    pub fn rollbacks(&self) -> usize {
+        self.0.book.borrow().rollbacks()
+    }
+
+    /// Returns whether a version was taken back since there were `seen` roll-backs.
+    pub fn is_taken_back_since(&self, seen: usize, version: u64) -> bool {
+        self.0.book.borrow().is_taken_back_since(seen, version)
+    }
+
     /// Waits for the publications that are under way. To be called when no new push can arrive.
     pub async fn drain(&self) {
         self.0.tasks.close();
@@ -265,6 +304,40 @@ impl Inner {
             .get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
         shape.await.cloned()
     }
+}
+
+/// Reads the published versions of the run at `run`, and the list of its snapshots.
+async fn read_book(
+    run: &Location,
+    initial: Option<Published>,
+) -> Result<(Book, snapshots::Listed)> {
+    let facts = history::read(run).await?;
+    let (mut book, listed) = book_of(run, &facts).await?;
+    if let Some(initial) = initial {
+        book.set_initial(initial);
+    }
+    Ok((book, listed))
+}
+
+/// Makes the book of the publications `facts` of the run at `run`: lists the snapshots, and reads
+/// the roll-backs.
+///
+/// The snapshots are listed after the facts were read, since a version's file exists before its
+/// fact. In the other order a version that is published in between would look as if its file were
+/// lost.
+async fn book_of(run: &Location, facts: &[Fact]) -> Result<(Book, snapshots::Listed)> {
+    let mut book = Book::default();
+    let listed = snapshots::Listed::read(run).await?;
+    for fact in facts {
+        let (key, snapshot) = match listed.find(fact) {
+            Some(key) => (key.clone(), Snapshot::Kept(key)),
+            None => (fact.snapshot_key(), Snapshot::Missing),
+        };
+        book.insert(fact.push_id.clone(), fact.published(run, &key), snapshot);
+    }
+    let rollbacks = look::rollbacks(run).await?;
+    rollbacks.into_iter().for_each(|back| book.roll_back(back));
+    Ok((book, listed))
 }
 
 fn gauge_newest(book: &Book) {

@@ -14,7 +14,7 @@ const OUTER: &str = "model.";
 
 /// Returns the learner's name of a tensor that has the prefixes of DDP, `torch.compile`, FSDP or
 /// activation checkpointing.
-pub fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<String> {
+pub(super) fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<String> {
     if tensors.contains_key(name) {
         return None;
     }
@@ -31,7 +31,7 @@ pub fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<Str
 }
 
 /// Logs, once in each process, that names are taken without their prefixes.
-pub fn log_prefixes_once(pushed: &str, taken: &str) {
+pub(super) fn log_prefixes_once(pushed: &str, taken: &str) {
     static TOLD: Once = Once::new();
     TOLD.call_once(|| {
         tracing::info!(
@@ -43,7 +43,7 @@ pub fn log_prefixes_once(pushed: &str, taken: &str) {
 }
 
 /// Returns a hint about a name that the learner does not have; empty if no name is near.
-pub fn similar_names(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String {
+pub(super) fn similar_names(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> String {
     if let Some(library) = library(name, tensors) {
         return format!("; {library}");
     }
@@ -76,9 +76,9 @@ fn library(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<&'static 
         );
     }
     if is_open_clip(name) && !own_is_open_clip {
-        let told = "these are open_clip's names: give the run a folder of open_clip \
+        let hint = "these are open_clip's names: give the run a folder of open_clip \
                     (superbatch.open_clip.export writes it)";
-        return Some(told);
+        return Some(hint);
     }
     let is_transformers = name.starts_with("vision_model.") || name.starts_with("text_model.");
     if is_transformers && own_is_open_clip {

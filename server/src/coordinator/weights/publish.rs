@@ -6,9 +6,9 @@ use super::{
 use crate::{
     error::{Error, Result},
     metrics,
+    pushed::Pushed,
     storage::{Created, Location, nonce},
 };
-use bytes::Bytes;
 use futures::FutureExt;
 use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
@@ -17,10 +17,10 @@ use superbatch_proto::v1::{Reason, WeightsVersion};
 use tokio::time::Instant;
 
 /// Folder of the published facts, below the run.
-pub const PUSHES: &str = "pushes";
+pub(super) const PUSHES: &str = "pushes";
 
 /// A publication as it is stored. It holds keys and no URI, so that the state can be moved.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fact {
     pub nonce: String,
     pub push_id: String,
@@ -42,7 +42,12 @@ impl Fact {
     }
 
     pub fn key(&self) -> String {
-        format!("{PUSHES}/{}/{}.json", self.generation, self.step)
+        Self::key_of(self.generation, self.step)
+    }
+
+    /// Returns the key of the push after `step`.
+    pub(super) fn key_of(generation: u32, step: i64) -> String {
+        format!("{PUSHES}/{generation}/{step}.json")
     }
 
     pub fn snapshot_key(&self) -> String {
@@ -79,6 +84,7 @@ pub struct Whole {
     pub generation: u32,
     pub step: i64,
     pub push_id: String,
+    pub base: Option<u64>,
     pub staged: Staged,
     pub started: Instant,
 }
@@ -117,16 +123,19 @@ impl Inner {
             generation,
             step,
             push_id,
-            staged,
+            base,
+            mut staged,
             ..
         } = whole;
+        if let Some(base) = base {
+            self.fill(&mut staged, base).await?;
+        }
         let joined = tokio::task::spawn_blocking(move || assemble(staged)).await;
-        let snapshot =
+        let pushed =
             joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
-        let key = snapshots::new_key(&snapshot.digest);
-        let shape = self
-            .verified(&key, &snapshot.digest, snapshot.pieces)
-            .await?;
+        let digest = pushed.digest.clone();
+        let key = snapshots::new_key(&digest);
+        let shape = self.verified(&key, pushed).await?;
         // Held only while the fact is created: two pushes must not take the same version number,
         // and numbers must rise in the order of the facts. The upload and the check are done by
         // now, so a commit that looks for weights to delete never waits for them.
@@ -137,7 +146,7 @@ impl Inner {
             version: self.book.borrow().next_version(),
             generation,
             step,
-            digest: snapshot.digest,
+            digest,
             snapshot: key,
             logit_scale: shape.logit_scale,
             logit_bias: shape.logit_bias,
@@ -145,14 +154,24 @@ impl Inner {
         self.announce(fact).await
     }
 
-    /// Uploads the weights and has a worker check them.
-    async fn verified(&self, key: &str, digest: &str, pieces: Vec<Bytes>) -> Result<ModelShape> {
+    /// Uploads the weights and has a worker check them. Both are done when it returns.
+    async fn verified(&self, key: &str, pushed: Pushed) -> Result<ModelShape> {
         // One at a time: a worker has room on its device for one model more than it serves with.
         let _alone = self.verifying.lock().await;
-        self.run
-            .put_pieces(key, PutPayload::from_iter(pieces))
-            .await?;
-        let verified = self.verifier.verify(&self.run.uri_of(key), digest).await;
+        let (uri, digest) = (self.run.uri_of(key), pushed.digest.clone());
+        let pieces = PutPayload::from_iter(pushed.pieces());
+        // The upload waits for the disk or the network, and the check for the processor or a
+        // device. A worker in another process has to wait for the upload's end.
+        let (put, checked) = tokio::join!(
+            self.run.put_pieces(key, pieces),
+            self.verifier.verify_in_memory(&uri, pushed),
+        );
+        put?;
+        let verified = match checked {
+            Ok(Some(shape)) => Ok(shape),
+            Err(error) if !error.reason().is_transient() => Err(error),
+            Ok(None) | Err(_) => self.verifier.verify(&uri, &digest).await,
+        };
         if verified.is_err() {
             self.discard(key).await;
         }
@@ -217,8 +236,8 @@ impl Inner {
     }
 }
 
-/// The error if another push of the step exists.
-pub fn conflict(step: i64, push_id: &str) -> Error {
+/// Returns the error if another push of the step exists.
+pub(super) fn conflict(step: i64, push_id: &str) -> Error {
     let message = format!(
         "step {step} has another push, {push_id:?}; push each step once, under one push_id for \
         all ranks"

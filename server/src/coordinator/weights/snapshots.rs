@@ -23,12 +23,12 @@ const SNAPSHOTS: &str = "snapshots";
 const ORPHANED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// Returns a key for one more upload of these weights.
-pub fn new_key(digest: &str) -> String {
+pub(super) fn new_key(digest: &str) -> String {
     format!("{SNAPSHOTS}/{digest}.{}.safetensors", nonce())
 }
 
 /// Returns the key that earlier versions of this program gave to all uploads of these weights.
-pub fn shared_key(digest: &str) -> String {
+pub(super) fn shared_key(digest: &str) -> String {
     format!("{SNAPSHOTS}/{digest}.safetensors")
 }
 
@@ -40,12 +40,12 @@ pub fn digest_of(key: &str) -> Option<&str> {
 
 /// The weights files of a run, with the time of writing (seconds since 1970).
 #[derive(Debug, Default)]
-pub struct Listed(BTreeMap<String, i64>);
+pub(super) struct Listed(BTreeMap<String, i64>);
 
 impl Listed {
     /// # Errors
     /// `StorageUnreachable`.
-    pub async fn read(run: &Location) -> Result<Self> {
+    pub(super) async fn read(run: &Location) -> Result<Self> {
         let listed = run.list(SNAPSHOTS).await?.into_iter();
         Ok(Self(
             listed
@@ -55,13 +55,13 @@ impl Listed {
     }
 
     /// Returns their keys, rising.
-    pub fn keys(&self) -> impl Iterator<Item = &String> {
+    pub(super) fn keys(&self) -> impl Iterator<Item = &String> {
         self.0.keys()
     }
 
     /// Returns the key of a version's weights: its own, or that of another upload of the same
     /// bytes.
-    pub fn find(&self, fact: &Fact) -> Option<String> {
+    pub(super) fn find(&self, fact: &Fact) -> Option<String> {
         let own = fact.snapshot_key();
         if self.0.contains_key(&own) {
             return Some(own);
@@ -71,7 +71,7 @@ impl Listed {
     }
 
     /// Returns the files of pushes that were never published.
-    pub fn orphans(&self, book: &Book, now: SystemTime) -> Vec<String> {
+    pub(super) fn orphans(&self, book: &Book, now: SystemTime) -> Vec<String> {
         let now = now
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs() as i64);

@@ -10,7 +10,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
 };
-use superbatch_proto::v1::{PartHeader, Reason, TensorDtype};
+use superbatch_proto::{
+    Checksum,
+    v1::{PartHeader, Reason, TensorDtype},
+};
 
 /// A place for a part that was announced by its header.
 #[derive(Debug)]
@@ -24,14 +27,14 @@ struct Slot {
 /// The parts of one push, of all its streams.
 #[derive(Debug)]
 pub struct Staged {
-    shape: Arc<ModelShape>,
+    pub(super) shape: Arc<ModelShape>,
     bytes_max: u64,
     /// Parts of the whole push; 0 if the end of its single stream says that it is whole.
     expected: u32,
     bytes: u64,
     slots: HashMap<u64, Slot>,
     next_slot: u64,
-    tensors: BTreeMap<String, BTreeMap<u64, Part>>,
+    pub(super) tensors: BTreeMap<String, BTreeMap<u64, Part>>,
 }
 
 /// A part whose bytes are arriving.
@@ -41,11 +44,11 @@ pub struct Receiving {
     /// `None`: any number of bytes, which are thrown away.
     bytes_due: Option<usize>,
     bytes: Vec<u8>,
-    hasher: blake3::Hasher,
-    blake3: Bytes,
+    /// `None`: the part needs none.
+    checksum: Option<(Checksum, Bytes)>,
 }
 
-pub fn refused(tensor: &str, message: impl Into<String>) -> Error {
+pub(super) fn refused(tensor: &str, message: impl Into<String>) -> Error {
     Error::new(Reason::WeightsRefused, message).with("tensor", tensor)
 }
 
@@ -89,7 +92,8 @@ impl Staged {
             return Err(refused(
                 &name,
                 format!(
-                    "{name} is one part more than expected_parts ({})",
+                    "{name} is one part more than expected_parts ({}), which counts the parts of \
+                    all ranks together",
                     self.expected
                 ),
             ));
@@ -108,8 +112,7 @@ impl Staged {
             tensor: name.clone(),
             bytes_due: None,
             bytes: Vec::new(),
-            hasher: blake3::Hasher::new(),
-            blake3: header.blake3.clone(),
+            checksum: Some((Checksum::default(), header.xxh3.clone())),
         };
         let mut tensor = None;
         if !self.is_buffer(&name) {
@@ -128,7 +131,7 @@ impl Staged {
             self.bytes = bytes;
             receiving.bytes_due =
                 Some(usize::try_from(size).map_err(|e| Error::internal("part size").because(e))?);
-            // Under FSDP a rank whose shard is empty sends a part all the same. It is counted for
+            // Under FSDP a rank whose shard is empty still sends a part. It is counted for
             // `expected_parts` but not kept: with thousands of ranks, comparing empty parts would
             // be most of the work.
             let parts = self.tensors.entry(name.clone()).or_default();
@@ -252,8 +255,7 @@ impl Staged {
             tensor,
             bytes_due,
             bytes,
-            hasher,
-            blake3,
+            checksum,
         } = receiving;
         if let Some(due) = bytes_due {
             if bytes.len() != due {
@@ -265,7 +267,8 @@ impl Staged {
                     ),
                 ));
             }
-            if hasher.finalize().as_bytes()[..] != blake3[..] {
+            let differs = |(sum, xxh3): (Checksum, Bytes)| sum.finish()[..] != xxh3[..];
+            if checksum.is_some_and(differs) {
                 return Err(refused(
                     &tensor,
                     format!("a part of {tensor} does not match its checksum; push it again"),
@@ -289,13 +292,13 @@ impl Staged {
 
     /// Removes all parts of a stream that broke.
     pub fn drop_stream(&mut self, stream: u64) {
-        let gone: Vec<u64> = self
+        let dropped: Vec<u64> = self
             .slots
             .iter()
             .filter(|(_, slot)| slot.stream == stream)
             .map(|(id, _)| *id)
             .collect();
-        for id in gone {
+        for id in dropped {
             let tensor = self.slots.remove(&id).and_then(|slot| slot.tensor);
             let Some(parts) = tensor.and_then(|tensor| self.tensors.get_mut(&tensor)) else {
                 continue;
@@ -356,6 +359,12 @@ impl Staged {
 }
 
 impl Receiving {
+    /// Returns it as a part that this process reads itself: nothing on the way can change it.
+    pub fn unchecked(mut self) -> Self {
+        self.checksum = None;
+        self
+    }
+
     /// Appends the next bytes of the part.
     pub fn take(&mut self, data: &[u8]) -> Result<()> {
         let Some(due) = self.bytes_due else {
@@ -371,7 +380,9 @@ impl Receiving {
         if self.bytes.capacity() == 0 {
             self.bytes.reserve_exact(due);
         }
-        self.hasher.update(data);
+        if let Some((checksum, _)) = &mut self.checksum {
+            checksum.update(data);
+        }
         self.bytes.extend_from_slice(data);
         Ok(())
     }

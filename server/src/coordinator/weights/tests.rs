@@ -1,13 +1,19 @@
 //! Pushes against state in memory, with a verifier that reads the snapshot for real and compares it
 //! with a shape.
+mod forked;
+mod versions;
+
 use super::*;
 use crate::storage::{StorageConfig, Stores};
 use futures::{FutureExt, StreamExt, channel::mpsc, stream};
 use safetensors::SafeTensors;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use superbatch_proto::v1::{
-    PartHeader, PushStart, PushWeightsRequest, Reason, TensorDtype, WeightsVersion, lag::Bound,
-    push_weights_request::Message,
+use superbatch_proto::{
+    Checksum,
+    v1::{
+        PartHeader, PushStart, PushWeightsRequest, Reason, TensorDtype, WeightsVersion, lag::Bound,
+        push_weights_request::Message,
+    },
 };
 use tonic::Status;
 
@@ -25,6 +31,8 @@ struct ReadsBack {
     verified: AtomicUsize,
     /// While this is held for writing, it does not answer.
     held: tokio::sync::RwLock<()>,
+    /// What checking in memory comes to, if there is a worker for it.
+    in_memory: Mutex<Option<Result<(), Reason>>>,
 }
 
 #[async_trait]
@@ -53,6 +61,24 @@ impl Verifier for ReadsBack {
             )
             .with("tensor", tensor)),
             None => Ok(self.shape.clone()),
+        }
+    }
+
+    async fn verify_in_memory(
+        &self,
+        snapshot_uri: &str,
+        pushed: Pushed,
+    ) -> Result<Option<ModelShape>> {
+        let file: Vec<_> = pushed.pieces().collect();
+        assert_eq!(
+            blake3::hash(&file.concat()).to_hex().as_str(),
+            pushed.digest
+        );
+        assert!(snapshot_uri.contains(&pushed.digest));
+        match *self.in_memory.lock().unwrap() {
+            None => Ok(None),
+            Some(Ok(())) => Ok(Some(self.shape.clone())),
+            Some(Err(reason)) => Err(Error::new(reason, "said by the worker in this process")),
         }
     }
 
@@ -91,6 +117,7 @@ impl Bench {
             fails,
             verified,
             held: tokio::sync::RwLock::default(),
+            in_memory: Mutex::default(),
         });
         let spec = RunWeights {
             run_id: "r".into(),
@@ -151,7 +178,7 @@ fn part(name: &str, shape: &[u64], start: &[u64], extent: &[u64], values: &[f32]
         global_shape: shape.into(),
         start: start.into(),
         extent: extent.into(),
-        blake3: blake3::hash(&bytes).as_bytes().to_vec().into(),
+        xxh3: Checksum::of(&bytes).to_vec().into(),
     };
     // Cut at no element boundary.
     let data = bytes
@@ -186,7 +213,9 @@ fn sent(
 }
 
 async fn push(weights: &Weights, start: PushStart, messages: Messages) -> Result<WeightsVersion> {
-    weights.push(start.generation, start, sent(messages)).await
+    weights
+        .push(start.generation, &[], start, sent(messages))
+        .await
 }
 
 /// The reason and the tensor of a refusal.
@@ -300,7 +329,7 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
         let Some(Message::Part(header)) = &mut messages[0].message else {
             panic!("a header comes first")
         };
-        header.blake3 = vec![0; 32].into();
+        header.xxh3 = vec![0; 16].into();
         messages
     };
     let half = {
@@ -387,6 +416,28 @@ async fn what_is_wrong_is_refused_by_name_and_the_old_version_serves_on() {
         2,
         "the same push may be tried again"
     );
+}
+
+#[tokio::test]
+async fn a_worker_of_this_process_spares_the_snapshot_a_read() {
+    let bench = Bench::new();
+    let weights = bench.open().await;
+    let says = |said| *bench.verifier.in_memory.lock().unwrap() = said;
+    let read_back = || bench.verifier.verified.load(Ordering::SeqCst);
+    says(Some(Ok(())));
+    let first = push(&weights, start(0, "a"), whole(1.0)).await.unwrap();
+    assert_eq!(
+        (first.version, read_back(), bench.snapshots().await),
+        (1, 0, 1)
+    );
+    says(Some(Err(Reason::WeightsRefused)));
+    let second = || push(&weights, start(1, "b"), whole(2.0));
+    assert_eq!(second().await.unwrap_err().reason(), Reason::WeightsRefused);
+    assert_eq!((read_back(), bench.snapshots().await), (0, 1));
+    // If that worker is lost, another one reads what was uploaded.
+    says(Some(Err(Reason::NoWorkers)));
+    assert_eq!(second().await.unwrap().version, 2);
+    assert_eq!((read_back(), bench.snapshots().await), (1, 2));
 }
 
 #[tokio::test]
@@ -482,10 +533,10 @@ async fn what_may_not_be_pushed_is_refused_at_once() {
             Reason::PushOffCadence,
             Reason::PushOffCadence,
             Reason::InvalidArgument,
-            Reason::Unimplemented
+            Reason::WeightsMissing
         ]
     );
-    let stale = weights.push(1, start(3, "p"), sent(whole(1.0))).await;
+    let stale = weights.push(1, &[], start(3, "p"), sent(whole(1.0))).await;
     assert_eq!(refusal(stale).0, Reason::GenerationStale);
     assert_eq!(
         push(&weights, start(-1, "i"), whole(1.0))
@@ -599,7 +650,12 @@ async fn a_repeated_push_answers_the_same_and_another_is_a_conflict() {
     let weights = bench.open().await;
     let first = push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
     let again = weights
-        .push(0, start(0, "p"), stream::pending::<Result<_, Status>>())
+        .push(
+            0,
+            &[],
+            start(0, "p"),
+            stream::pending::<Result<_, Status>>(),
+        )
         .await
         .unwrap();
     assert_eq!(
@@ -652,7 +708,7 @@ async fn a_broken_stream_may_come_again() {
     // Broken off by the transport, by a quiet end inside of a part, and by the call's cancellation.
     let broken = sent(b([0.0; 3])).chain(stream::iter([Err(Status::unavailable("reset"))]));
     assert_eq!(
-        refusal(weights.push(0, of(1), broken).await).0,
+        refusal(weights.push(0, &[], of(1), broken).await).0,
         Reason::InvalidArgument
     );
     let short = b([0.0; 3])[..2].to_vec();
@@ -661,7 +717,12 @@ async fn a_broken_stream_may_come_again() {
         Reason::InvalidArgument
     );
     let hanging = sent(b([0.0; 3])).chain(stream::pending());
-    assert!(weights.push(0, of(1), hanging).now_or_never().is_none());
+    assert!(
+        weights
+            .push(0, &[], of(1), hanging)
+            .now_or_never()
+            .is_none()
+    );
     assert_eq!(
         weights
             .traffic()
@@ -682,7 +743,7 @@ async fn a_broken_stream_may_come_again() {
 async fn a_rank_that_comes_again_before_its_old_stream_is_seen_to_break_takes_over() {
     let weights = Bench::new().open().await;
     let (sender, receiver) = mpsc::unbounded();
-    let old = weights.push(0, start(0, "p"), receiver);
+    let old = weights.push(0, &[], start(0, "p"), receiver);
     tokio::pin!(old);
     for message in a_rows(0, 4) {
         sender.unbounded_send(Ok(message)).unwrap();
@@ -715,7 +776,7 @@ async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
     let mut lingering = Vec::new();
     for rank in [1, 2] {
         let (sender, receiver) = mpsc::unbounded();
-        let mut old = Box::pin(weights.push(0, sharded(rank), receiver));
+        let mut old = Box::pin(weights.push(0, &[], sharded(rank), receiver));
         if rank == 1 {
             for message in a_rows(0, 4) {
                 sender.unbounded_send(Ok(message)).unwrap();
@@ -724,7 +785,11 @@ async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
         assert!((&mut old).now_or_never().is_none());
         lingering.push((sender, old));
     }
-    let new = push(&weights, start(0, "p"), whole(1.0)).await.unwrap();
+    let anew = PushStart {
+        incarnation: "anew".into(),
+        ..start(0, "p")
+    };
+    let new = push(&weights, anew, whole(1.0)).await.unwrap();
     assert_eq!(new.version, 1);
     for (sender, old) in lingering {
         assert_eq!(refusal(old.await).0, Reason::PushConflict);
@@ -733,9 +798,108 @@ async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
 }
 
 #[tokio::test]
+async fn a_straggler_takes_no_push_back_from_the_start_that_replaced_it() {
+    let weights = Bench::new().open().await;
+    let of = |incarnation: &str, rank, expected_parts| PushStart {
+        rank,
+        expected_parts,
+        incarnation: incarnation.into(),
+        ..start(0, "p")
+    };
+    let (sender, receiver) = mpsc::unbounded();
+    let mut old = Box::pin(weights.push(0, &[], of("old", 0, 4), receiver));
+    // All of the old start's rank 0. Its parts must not be mixed with those of the new one.
+    for message in [a_rows(0, 2), a_rows(2, 2)].concat() {
+        sender.unbounded_send(Ok(message)).unwrap();
+    }
+    assert!((&mut old).now_or_never().is_none());
+    let mut new = Box::pin(push(&weights, of("new", 0, 3), a_rows(0, 4)));
+    assert!((&mut new).now_or_never().is_none());
+    assert_eq!(refusal(old.await).0, Reason::PushConflict);
+    // The old start comes again, with its own cut and with that of the new one.
+    for parts in [4, 3] {
+        let late = push(&weights, of("old", 1, parts), b([9.0; 3])).await;
+        let error = late.unwrap_err();
+        assert_eq!(error.reason(), Reason::WorldSizeConflict);
+        assert!(error.to_string().contains("straggler"), "{error}");
+    }
+    let rest = push(
+        &weights,
+        of("new", 1, 3),
+        [b([0.0; 3]), scale(1.0)].concat(),
+    );
+    let (new, rest) = tokio::join!(new, rest);
+    assert_eq!((new.unwrap().version, rest.unwrap().version), (1, 1));
+}
+
+#[tokio::test]
+async fn the_start_before_takes_no_push_back_from_one_that_has_not_asked_yet() {
+    let weights = Bench::new().open().await;
+    let of = |incarnation: &str| PushStart {
+        expected_parts: 3,
+        incarnation: incarnation.into(),
+        ..start(0, "p")
+    };
+    let known = ["old".to_owned()];
+    let push =
+        |incarnation: &str, messages| weights.push(0, &known, of(incarnation), sent(messages));
+    // It resumes, and pushes what is missing before it asks for its first step.
+    let mut resumed = Box::pin(push("resumed", a_rows(0, 4)));
+    assert!((&mut resumed).now_or_never().is_none());
+    // The queue of the start before was cut off, and sends again what it held.
+    let error = push("old", whole(9.0)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::WorldSizeConflict);
+    let other = PushStart {
+        rank: 1,
+        ..of("resumed")
+    };
+    let rest = [b([0.0; 3]), scale(1.0)].concat();
+    let rest = weights.push(0, &known, other, sent(rest));
+    let (resumed, rest) = tokio::join!(resumed, rest);
+    assert_eq!((resumed.unwrap().version, rest.unwrap().version), (1, 1));
+}
+
+#[tokio::test]
+async fn ranks_that_count_their_own_parts_only_learn_what_to_do() {
+    let weights = Bench::new().open().await;
+    let of = |rank, expected_parts| PushStart {
+        rank,
+        expected_parts,
+        ..start(0, "p")
+    };
+    let mut first = Box::pin(push(&weights, of(0, 2), a_rows(0, 4)));
+    assert!((&mut first).now_or_never().is_none());
+    let error = push(&weights, of(1, 1), b([0.0; 3])).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::PushConflict);
+    for part in [
+        "rank 1 expects 1 parts",
+        "rank 0 expects 2",
+        "all_reduce",
+        "incarnation",
+    ] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // The rank that was first goes on.
+    let (first, rest) = tokio::join!(
+        first,
+        push(&weights, of(1, 2), [b([0.0; 3]), scale(1.0)].concat())
+    );
+    assert_eq!(
+        (first.is_err(), rest.is_err()),
+        (true, true),
+        "three parts of two"
+    );
+}
+
+#[tokio::test]
 async fn two_pushes_at_once_and_two_of_one_step() {
     let weights = Bench::new().open().await;
-    let waiting = weights.push(0, start(0, "p"), stream::pending::<Result<_, Status>>());
+    let waiting = weights.push(
+        0,
+        &[],
+        start(0, "p"),
+        stream::pending::<Result<_, Status>>(),
+    );
     let mut waiting = Box::pin(waiting);
     assert!((&mut waiting).now_or_never().is_none());
     assert_eq!(
@@ -780,9 +944,23 @@ async fn ranks_that_stay_away_are_waited_for_until_the_deadline() {
     );
     assert_eq!(refusal(answer), refused("b.bias"));
     let silent = weights
-        .push(0, start(0, "p"), stream::pending::<Result<_, Status>>())
+        .push(
+            0,
+            &[],
+            start(0, "p"),
+            stream::pending::<Result<_, Status>>(),
+        )
         .await;
     assert_eq!(refusal(silent).0, Reason::InvalidArgument);
+    // Where this process reads the parts, there is no stream that a trainer could mend.
+    let by_uri = PushStart {
+        snapshot_uri: "s3://bucket/w.safetensors".into(),
+        ..start(0, "p")
+    };
+    let silent = stream::pending::<Result<_, Status>>();
+    let error = weights.push(0, &[], by_uri, silent).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::StorageUnreachable);
+    assert_eq!(error.value("uri"), Some("s3://bucket/w.safetensors"));
     assert!(weights.traffic().borrow().staging.is_empty());
 }
 
@@ -834,7 +1012,7 @@ async fn a_restart_finds_the_versions_of_all_generations() {
 
 /// Retires what is old, and deletes it.
 async fn forget(weights: &Weights, oldest_step: i64) -> usize {
-    let retired = weights.retire_before(oldest_step, 1);
+    let retired = weights.retire_before(oldest_step, 1, &[]);
     weights.delete(&retired).await.unwrap();
     retired.len()
 }
@@ -891,9 +1069,9 @@ async fn snapshots_whose_deletion_was_dropped_go_with_the_next() {
             .await
             .unwrap();
     }
-    let dropped = weights.retire_before(1, 1);
+    let dropped = weights.retire_before(1, 1, &[]);
     assert_eq!((dropped.len(), bench.snapshots().await), (1, 4));
-    assert!(weights.has_before(1, 1), "one is left");
+    assert!(weights.has_before(1, 1, &[]), "one is left");
     let run = bench.stores.open("memory:///state/runs/r").unwrap();
     run.delete(&dropped[0]).await.unwrap();
     assert_eq!(
@@ -902,7 +1080,7 @@ async fn snapshots_whose_deletion_was_dropped_go_with_the_next() {
         "that it is gone is no failure"
     );
     assert_eq!(bench.snapshots().await, 2);
-    assert!(!weights.has_before(2, 1));
+    assert!(!weights.has_before(2, 1, &[]));
 }
 
 #[tokio::test]
@@ -915,7 +1093,7 @@ async fn a_former_owner_deletes_nothing_of_the_new_ones() {
             .unwrap();
     }
     // It is stopped after it has checked that it owns the run, and another takes over.
-    let retired = former.retire_before(2, 1);
+    let retired = former.retire_before(2, 1, &[]);
     assert_eq!(retired.len(), 2);
     let new = bench.open().await;
     for step in 3..6 {

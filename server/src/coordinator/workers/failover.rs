@@ -1,5 +1,12 @@
 //! Workers that fail for a reason that may be theirs alone: a missing mount, credential or network
 //! that other workers have.
+//!
+//! One error does not tell whose fault it is. If the first one failed the step, a single worker
+//! with a broken mount would fail every step of which it gets a slice. If each error were tried on
+//! all workers, a damaged file would cost a hundred attempts before it was named, and content that
+//! crashes its worker would take down one after the other. So there are two bounds: how many
+//! workers must say the same before it is believed, and how many may be lost under one piece of
+//! work.
 use super::{pool::Pool, worker::Worker};
 use crate::error::{Error, Result};
 use superbatch_proto::v1::Reason;
@@ -35,6 +42,8 @@ impl Unable {
                 | Reason::StorageUnreachable
                 | Reason::DatasetChanged
                 | Reason::ModelInvalid
+                // Rows without end.
+                | Reason::MessageTooLarge
                 | Reason::Internal
         );
         self.workers.push(worker.clone());
@@ -101,7 +110,7 @@ impl<'a> Failover<'a> {
         }
     }
 
-    /// Only workers on such a device.
+    /// Asks only workers on such a device.
     #[must_use]
     pub fn on(self, device: &'a str) -> Self {
         Self { device, ..self }
@@ -215,7 +224,11 @@ mod tests {
     #[tokio::test]
     async fn several_workers_have_to_say_so() {
         for (workers, expected) in [(1, 1), (2, 2), (3, 3), (8, ENOUGH)] {
-            for reason in [Reason::StorageUnreachable, Reason::InvalidArgument] {
+            for reason in [
+                Reason::StorageUnreachable,
+                Reason::InvalidArgument,
+                Reason::MessageTooLarge,
+            ] {
                 assert_eq!(asked(workers, reason), (expected, reason));
             }
             assert_eq!(
@@ -223,6 +236,41 @@ mod tests {
                 1,
                 "that is nobody's own"
             );
+        }
+    }
+
+    /// Each call names a worker that is there; none may take down more of them than that.
+    #[tokio::test]
+    async fn one_piece_of_work_takes_a_few_workers_with_it_at_most() {
+        for (workers, expected) in [(2_usize, 2), (8, LOST_MAX)] {
+            let (lease, now) = (Duration::from_secs(3600), Instant::now());
+            let pool = Pool::new(lease, Duration::ZERO, Home::default());
+            for port in 1..=workers {
+                let address = format!("http://127.0.0.1:{port}");
+                let request = RegisterRequest {
+                    address,
+                    ..Default::default()
+                };
+                pool.register(&request, now).unwrap();
+            }
+            let mut failover = Failover::new(&pool);
+            let mut lost = 0;
+            let ended = loop {
+                let worker = match failover.worker().await {
+                    Ok(worker) => worker,
+                    Err(none) => break none,
+                };
+                lost += 1;
+                let gone = Error::new(Reason::NoWorkers, format!("loss {lost}"));
+                if let Err(error) = failover.failed(&worker, gone) {
+                    break error;
+                }
+            };
+            assert_eq!(lost, expected);
+            assert_eq!(ended.reason(), Reason::NoWorkers);
+            assert!(ended.chain().contains(&format!("loss {lost}")), "{ended}");
+            let left = workers - lost;
+            assert_eq!(pool.live(Instant::now()).len(), left, "others live on");
         }
     }
 }

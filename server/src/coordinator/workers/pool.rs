@@ -1,10 +1,14 @@
-//! The workers that this coordinator may use: registered workers while their lease lasts, and the
-//! embedded worker while its device is well.
-use super::{replies::Replies, worker::Worker};
+//! The workers that this coordinator may use: registered ones while their lease lasts, and the
+//! embedded one while its device is well.
+use super::{
+    replies::Replies,
+    worker::{Embedded, Holding, Worker},
+};
 use crate::{
     bounds::{LABEL_BYTES_MAX, TOKEN_BYTES_MAX, URI_BYTES_MAX, WORKERS_MAX, check_bytes},
     error::{Error, Result},
     metrics,
+    ticket::TicketKey,
 };
 use std::{
     collections::BTreeMap,
@@ -20,14 +24,14 @@ use superbatch_proto::{
 };
 use superbatch_transport::{Authorized, Bearer, Dialer};
 use tokio::sync::watch;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// The address of the worker in this process.
 const EMBEDDED: &str = "embedded";
 
-struct Member {
+struct Registered {
     worker: Worker,
     /// `None` for the embedded worker, which lives as long as this process.
     lease_until: Option<Instant>,
@@ -50,7 +54,7 @@ pub struct Pool {
     /// How long a call waits for the first worker before it fails.
     patience: Duration,
     replies: Replies,
-    members: Mutex<BTreeMap<String, Member>>,
+    registered: Mutex<BTreeMap<String, Registered>>,
     /// Counts additions, so that waiting calls look again.
     changed: watch::Sender<u64>,
     turn: AtomicUsize,
@@ -65,7 +69,7 @@ impl Pool {
             lease,
             patience,
             replies: Replies::default(),
-            members: Mutex::default(),
+            registered: Mutex::default(),
             changed,
             turn: AtomicUsize::new(0),
         }
@@ -88,19 +92,27 @@ impl Pool {
         self
     }
 
+    /// Returns the name in the workers' certificates, if it is not the host of their address.
+    pub fn server_name(&self) -> &str {
+        self.dialer.server_name().unwrap_or_default()
+    }
+
     pub fn lease(&self) -> Duration {
         self.lease
     }
 
-    /// Adds the worker of this process.
-    pub fn embed(&self, channel: Channel, device: &str) {
+    /// Adds the worker that lives in this process.
+    pub fn embed(&self, embedded: Embedded, device: &str) {
         let worker = Worker {
             address: EMBEDDED.to_owned(),
             incarnation: String::new(),
             device: device.to_owned(),
-            channel: Authorized::new(channel, Bearer::default()),
+            channel: Authorized::new(embedded.channel.clone(), Bearer::default()),
+            embedded: Some(embedded),
+            holding: Holding::default(),
+            ticket_key: None,
         };
-        self.insert(Member {
+        self.insert(Registered {
             worker,
             lease_until: None,
         });
@@ -125,35 +137,43 @@ impl Pool {
         check_registration(request)?;
         self.check_state(request)?;
         let lease_until = Some(now + self.lease);
-        let mut members = self.members.lock().expect("no panic while held");
-        if let Some(member) = members
+        let mut registered = self.registered.lock().expect("no panic while held");
+        if let Some(known) = registered
             .get_mut(&request.address)
             .filter(|m| m.worker.incarnation == request.incarnation)
         {
-            member.lease_until = lease_until;
+            known.lease_until = lease_until;
             return Ok(());
         }
-        if members.len() >= WORKERS_MAX && !members.contains_key(&request.address) {
+        if registered.len() >= WORKERS_MAX && !registered.contains_key(&request.address) {
             let message = format!(
                 "{WORKERS_MAX} workers are registered, as many as one coordinator has; register \
                 again when one has left"
             );
             return Err(Error::new(Reason::Overloaded, message));
         }
-        drop(members);
+        drop(registered);
+        let ticket_key = if request.ticket_key.is_empty() {
+            None
+        } else {
+            Some(TicketKey::from_bytes(&request.ticket_key)?)
+        };
         let channel = self.connect(request)?;
         let worker = Worker {
             address: request.address.clone(),
             incarnation: request.incarnation.clone(),
             device: request.device.clone(),
             channel,
+            embedded: None,
+            holding: Holding::default(),
+            ticket_key,
         };
         tracing::info!(
             address = request.address,
             device = request.device,
             "worker registered"
         );
-        self.insert(Member {
+        self.insert(Registered {
             worker,
             lease_until,
         });
@@ -199,25 +219,25 @@ impl Pool {
 
     /// Removes a worker whose connection broke. It comes back by its next registration.
     pub fn lost(&self, worker: &Worker) {
-        let mut members = self.members.lock().expect("no panic while held");
+        let mut registered = self.registered.lock().expect("no panic while held");
         // Several calls report the same loss, some of them late. By then the worker may have been
         // restarted at the same address and registered again: only the process that was lost is
         // removed. The embedded worker is never removed here, since nothing would bring it back.
         let same =
-            |m: &Member| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
-        if members.get(&worker.address).is_some_and(same) {
-            members.remove(&worker.address);
-            metrics::workers().set(members.len() as f64);
+            |m: &Registered| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
+        if registered.get(&worker.address).is_some_and(same) {
+            registered.remove(&worker.address);
+            metrics::workers().set(registered.len() as f64);
             tracing::warn!(address = worker.address, "worker lost");
         }
     }
 
     /// Returns all workers with a lease at `now`, in the order of their addresses.
     pub fn live(&self, now: Instant) -> Vec<Worker> {
-        let mut members = self.members.lock().expect("no panic while held");
-        members.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
-        metrics::workers().set(members.len() as f64);
-        members.values().map(|m| m.worker.clone()).collect()
+        let mut registered = self.registered.lock().expect("no panic while held");
+        registered.retain(|_, m| m.lease_until.is_none_or(|until| until > now));
+        metrics::workers().set(registered.len() as f64);
+        registered.values().map(|m| m.worker.clone()).collect()
     }
 
     /// Returns all live workers, and waits until there is one.
@@ -240,7 +260,7 @@ impl Pool {
         Ok(live[turn % live.len()].clone())
     }
 
-    /// Whose turn it is, of any number of workers.
+    /// Returns whose turn it is, of any number of workers.
     pub fn next_turn(&self) -> usize {
         self.turn.fetch_add(1, Ordering::Relaxed)
     }
@@ -283,24 +303,24 @@ impl Pool {
             })
     }
 
-    fn insert(&self, member: Member) {
-        let mut members = self.members.lock().expect("no panic while held");
-        members.insert(member.worker.address.clone(), member);
-        metrics::workers().set(members.len() as f64);
-        drop(members);
+    fn insert(&self, worker: Registered) {
+        let mut registered = self.registered.lock().expect("no panic while held");
+        registered.insert(worker.worker.address.clone(), worker);
+        metrics::workers().set(registered.len() as f64);
+        drop(registered);
         self.changed.send_modify(|n| *n += 1);
     }
 
     /// Removes a worker. Returns whether it was present.
     fn remove(&self, address: &str) -> bool {
-        let mut members = self.members.lock().expect("no panic while held");
-        let removed = members.remove(address).is_some();
-        metrics::workers().set(members.len() as f64);
+        let mut registered = self.registered.lock().expect("no panic while held");
+        let removed = registered.remove(address).is_some();
+        metrics::workers().set(registered.len() as f64);
         removed
     }
 }
 
-/// What is registered is kept while its lease lasts, and quoted in messages.
+/// Checks what a worker registers: it is kept while its lease lasts, and quoted in messages.
 fn check_registration(request: &RegisterRequest) -> Result<()> {
     let texts = [
         ("address", &request.address, URI_BYTES_MAX),

@@ -78,7 +78,7 @@ impl Replies {
     }
 }
 
-/// The error for an answer that breaks the protocol. Another worker may do better.
+/// Returns the error for an answer that breaks the protocol. Another worker may do better.
 pub fn unsound(what: impl std::fmt::Display) -> Error {
     Error::internal(format!("a worker sent {what}"))
 }
@@ -122,12 +122,21 @@ fn files(files: &HashMap<String, String>) -> Result<()> {
         .try_for_each(|text| label("files", text))
 }
 
-/// What a tower costs decides what steps are charged. It is written down with the run, and a
-/// number that is none would make that unreadable.
+/// Checks that a tower's costs are numbers: they decide what steps are charged. They are written
+/// down with the run, and a number that is none would make that unreadable.
 fn check_tower(tower: &ImageTower) -> Result<()> {
-    number("image_tower.constant", tower.constant)?;
-    number("image_tower.per_patch", tower.per_patch)?;
-    number("image_tower.per_patch_pair", tower.per_patch_pair)
+    let numbers = [
+        ("constant", tower.constant),
+        ("per_patch", tower.per_patch),
+        ("per_patch_pair", tower.per_patch_pair),
+        ("layer_constant", tower.layer_constant),
+        ("layer_per_patch", tower.layer_per_patch),
+        ("layer_per_patch_pair", tower.layer_per_patch_pair),
+        ("per_pixel", tower.per_pixel),
+    ];
+    numbers
+        .into_iter()
+        .try_for_each(|(name, value)| number(&format!("image_tower.{name}"), value))
 }
 
 /// Checks a worker's description of a model.

@@ -1,4 +1,4 @@
-//! What statistics of a row group tell of a predicate before any value is read.
+//! What statistics of a row group say of a predicate before any value is read.
 use super::expression::{Expression, Literal, Operator};
 use std::cmp::Ordering;
 
@@ -28,7 +28,7 @@ impl Outcomes {
     };
 
     /// Nothing is asked.
-    pub const TRUE: Self = Self {
+    pub(super) const TRUE: Self = Self {
         truth: true,
         falsehood: false,
         unknown: false,
@@ -51,18 +51,19 @@ impl Outcomes {
         }
     }
 
-    /// No row is wanted.
-    pub fn never(self) -> bool {
+    /// Returns whether no row is wanted.
+    pub(super) fn never(self) -> bool {
         !self.truth
     }
 
-    /// Every row is wanted.
-    pub fn always(self) -> bool {
+    /// Returns whether every row is wanted.
+    pub(super) fn always(self) -> bool {
         !self.falsehood && !self.unknown
     }
 }
 
-/// The outcomes that `expression`, bound to its columns, may have; `bounds` tells of a column.
+/// Returns the outcomes that `expression`, bound to its columns, may have; `bounds` has those of
+/// a column.
 pub(super) fn outcomes(
     expression: &Expression,
     bounds: &impl Fn(&str) -> Option<Bounds>,
@@ -123,8 +124,8 @@ impl Bounds {
     }
 }
 
-/// Whether values between a least and a largest, which compare so with the literal, may make the
-/// operator true, and false.
+/// Returns whether values between a least and a largest, which compare so with the literal, may
+/// make the operator true, and false.
 fn may_be(operator: Operator, low: Ordering, high: Ordering) -> (bool, bool) {
     match operator {
         Operator::Equal => (low.is_le() && high.is_ge(), low.is_ne() || high.is_ne()),
@@ -184,8 +185,9 @@ mod tests {
         fn no_row_is_ruled_out_wrongly(
             values in prop::collection::vec(prop::option::of(-3_i128..4), 1..6),
             text in prop::sample::select(vec![
-                "a < 1", "a <= -1", "a > 2", "a >= 0", "a = 1", "a <> 1", "a in (1, 3)", "a is null",
-                "not (a > 0 and a < 3)", "a < 0 or a > 2", "not a in (0, 1)", "a between 0 and 2",
+                "a < 1", "a <= -1", "a > 2", "a >= 0", "a = 1", "a <> 1", "a in (1, 3)",
+                "a is null", "not (a > 0 and a < 3)", "a < 0 or a > 2", "not a in (0, 1)",
+                "a between 0 and 2",
                 "a is not null and not a = 2", "not (a < 0 or a is null)",
             ]),
         ) {

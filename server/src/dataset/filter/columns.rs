@@ -15,10 +15,10 @@ use parquet::{
 /// Rows of one batch.
 const BATCH_ROWS: usize = 64 << 10;
 
-/// Whole columns of some row groups, by ranges, in the order of the groups' rows.
+/// Reads whole columns of some row groups, by ranges, in the order of the groups' rows.
 ///
 /// # Errors
-/// Those of reading, and `InvalidArgument` where the columns cannot be decoded.
+/// Those of reading, and `InvalidArgument` if the columns cannot be decoded.
 pub(in crate::dataset) async fn read(
     file: &ShardFile,
     footer: &ArrowReaderMetadata,

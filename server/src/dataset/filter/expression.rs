@@ -49,8 +49,8 @@ impl fmt::Display for Literal {
 }
 
 impl Literal {
-    /// How it compares with a value of the same kind; `None` beside a NaN.
-    pub fn compared_with(&self, value: &Self) -> Option<Ordering> {
+    /// Returns how it compares with a value of the same kind; `None` beside a NaN.
+    pub(crate) fn compared_with(&self, value: &Self) -> Option<Ordering> {
         match (value, self) {
             (Self::Int(a), Self::Int(b)) => Some(a.cmp(b)),
             (Self::Float(a), Self::Float(b)) => a.partial_cmp(b),
@@ -64,7 +64,7 @@ impl Literal {
 }
 
 impl Operator {
-    pub fn of(sign: &str) -> Option<Self> {
+    pub(crate) fn of(sign: &str) -> Option<Self> {
         Some(match sign {
             "=" | "==" => Self::Equal,
             "!=" | "<>" => Self::NotEqual,
@@ -76,8 +76,8 @@ impl Operator {
         })
     }
 
-    /// The operator that holds of `b` and `a` where this one holds of `a` and `b`.
-    pub fn turned(self) -> Self {
+    /// Returns the operator with its operands swapped.
+    pub(crate) fn turned(self) -> Self {
         match self {
             Self::Less => Self::Greater,
             Self::LessOrEqual => Self::GreaterOrEqual,
@@ -87,7 +87,7 @@ impl Operator {
         }
     }
 
-    pub fn holds(self, ordering: Ordering) -> bool {
+    pub(crate) fn holds(self, ordering: Ordering) -> bool {
         match self {
             Self::Equal => ordering.is_eq(),
             Self::NotEqual => ordering.is_ne(),
@@ -100,8 +100,8 @@ impl Operator {
 }
 
 impl Expression {
-    /// The outcome, where `value` tells a column's value: `None` for a null. `None` is unknown.
-    pub fn outcome<'v>(&self, value: &impl Fn(&str) -> Option<&'v Literal>) -> Option<bool> {
+    /// Returns the outcome; `None` is unknown. `value` returns a column's value, `None` for a null.
+    pub(crate) fn outcome<'v>(&self, value: &impl Fn(&str) -> Option<&'v Literal>) -> Option<bool> {
         let compare = |name: &Name, operator: Operator, literal: &Literal| {
             let ordering = literal.compared_with(value(&name.name)?)?;
             Some(operator.holds(ordering))
@@ -123,8 +123,8 @@ impl Expression {
         }
     }
 
-    /// All columns with the literals that they are compared with, in the order of the text.
-    pub fn columns(&self) -> Vec<(&Name, &[Literal])> {
+    /// Returns all columns with the literals that they are compared with, in the order of the text.
+    pub(crate) fn columns(&self) -> Vec<(&Name, &[Literal])> {
         match self {
             Self::And(both) | Self::Or(both) => both.iter().flat_map(Self::columns).collect(),
             Self::Not(inner) => inner.columns(),
@@ -134,8 +134,8 @@ impl Expression {
         }
     }
 
-    /// The same with each literal as `change` makes it.
-    pub fn with_literals(&self, change: &impl Fn(&str, &Literal) -> Literal) -> Self {
+    /// Returns the same with each literal as `change` makes it.
+    pub(crate) fn with_literals(&self, change: &impl Fn(&str, &Literal) -> Literal) -> Self {
         let inner = |side: &Self| side.with_literals(change);
         let both = |sides: &[Self; 2]| Box::new([inner(&sides[0]), inner(&sides[1])]);
         match self {

@@ -16,6 +16,7 @@ use std::borrow::Cow;
 
 /// 268 million ids of 16 bytes.
 const BYTES_MAX: u64 = 4 << 30;
+const IDS_MAX: u64 = BYTES_MAX / 16;
 /// How NumPy begins a file.
 const MAGIC: &[u8] = b"\x93NUMPY";
 
@@ -34,11 +35,11 @@ impl Ids {
         Self { ids, are_uids }
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.ids.len()
     }
 
-    pub fn digest(&self) -> String {
+    pub(super) fn digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for id in &self.ids {
             hasher.update(&id.to_le_bytes());
@@ -46,8 +47,8 @@ impl Ids {
         hasher.finalize().to_hex().to_string()
     }
 
-    /// Whether a value is listed. A null is not.
-    pub fn hold(&self, value: Option<&Literal>) -> bool {
+    /// Returns whether a value is listed. A null is not.
+    pub(super) fn hold(&self, value: Option<&Literal>) -> bool {
         let id = match (value, self.are_uids) {
             (None, _) => None,
             (Some(Literal::Text(text)), true) if text.len() == 32 => {
@@ -60,7 +61,7 @@ impl Ids {
     }
 }
 
-/// A text by its hash, a number by its digits' hash.
+/// Returns a text's hash, or that of a number's digits.
 pub(in crate::dataset) fn hashed(value: &Literal) -> u128 {
     let text = match value {
         Literal::Text(text) => Cow::Borrowed(text.as_str()),
@@ -71,11 +72,11 @@ pub(in crate::dataset) fn hashed(value: &Literal) -> u128 {
     u128::from_le_bytes(bytes)
 }
 
-/// The ids at `uri`: a `.npy` file, or Parquet files with the column `column`, or with one column
-/// alone.
+/// Returns the ids at `uri`: a `.npy` file, or Parquet files with the column `column`, or with one
+/// column alone.
 ///
 /// # Errors
-/// `InvalidArgument` where it is neither, or too large; `ColumnNotFound`; those of reading.
+/// `InvalidArgument` if it is neither, or too large; `ColumnNotFound`; those of reading.
 pub(super) async fn read(stores: &Stores, uri: &str, column: &str) -> Result<Ids> {
     if uri.ends_with(".npy") {
         return npy(stores, uri).await;
@@ -83,21 +84,19 @@ pub(super) async fn read(stores: &Stores, uri: &str, column: &str) -> Result<Ids
     let mut ids = Vec::new();
     let found = find(stores, uri).await?;
     for file in &found.files {
-        ids.extend(
-            numbered(file, column, None)
-                .await?
-                .into_iter()
-                .map(|(id, _)| id),
-        );
-        if ids.len() as u64 * 16 > BYTES_MAX {
-            return Err(too_large(uri));
-        }
+        let before = ids.len();
+        let check = |rows: usize| {
+            let fits = before.saturating_add(rows) as u64 <= IDS_MAX;
+            fits.then_some(()).ok_or_else(|| too_large(uri))
+        };
+        let more = numbered(file, column, None, check).await?;
+        ids.extend(more.into_iter().map(|(id, _)| id));
     }
     not_empty(Ids::new(ids, false), uri)
 }
 
 /// Parquet files of ids.
-pub(in crate::dataset) struct Found {
+pub(in crate::dataset) struct IdFiles {
     pub files: Vec<ShardFile>,
     /// BLAKE3 of their names, sizes and ETags, in hex.
     pub digest: String,
@@ -105,7 +104,7 @@ pub(in crate::dataset) struct Found {
 
 /// # Errors
 /// Those of listing.
-pub(in crate::dataset) async fn find(stores: &Stores, uri: &str) -> Result<Found> {
+pub(in crate::dataset) async fn find(stores: &Stores, uri: &str) -> Result<IdFiles> {
     let pattern = pattern::parse(uri, pattern::parts(uri))?;
     let found = find::find(stores, None, pattern, uri).await?;
     let root = stores.open(&found.root_uri)?;
@@ -119,19 +118,25 @@ pub(in crate::dataset) async fn find(stores: &Stores, uri: &str) -> Result<Found
         files.push(ShardFile::new(root.below(&path), meta.size, etag));
     }
     let digest = hasher.finalize().to_hex().to_string();
-    Ok(Found { files, digest })
+    Ok(IdFiles { files, digest })
 }
 
-/// The ids of a file, each with its value of the column `value`, which is NaN where it is null.
+/// Returns the ids of a file, each with its value of the column `value`, which is NaN if it is
+/// null. `check` is given the file's number of rows before any is read.
 ///
 /// # Errors
-/// `ColumnNotFound`, `SchemaMismatch`; those of reading.
+/// Those of `check`; `ColumnNotFound`, `SchemaMismatch`; those of reading.
 pub(in crate::dataset) async fn numbered(
     file: &ShardFile,
     column: &str,
     value: Option<&str>,
+    check: impl Fn(usize) -> Result<()>,
 ) -> Result<Vec<(u128, f64)>> {
     let footer = file.footer().await?;
+    // What is read is of the groups, whatever the file says of all of them.
+    let rows = footer.metadata().row_groups().iter();
+    let rows = rows.map(|group| usize::try_from(group.num_rows()).unwrap_or(usize::MAX));
+    check(rows.fold(0, usize::saturating_add))?;
     let fields = footer.schema().fields();
     let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
     // A tar's key is a column beside it.
@@ -193,7 +198,7 @@ pub(in crate::dataset) const NUMBERS: [Kind; 5] = [
     Kind::Null,
 ];
 
-/// A value as a number; a text is none.
+/// Returns a value as a number; a text is none.
 pub(in crate::dataset) fn number(value: &Literal) -> f64 {
     match value {
         Literal::Int(whole) => *whole as f64,
@@ -215,7 +220,7 @@ fn bad(uri: &str, what: &str) -> Error {
 }
 
 fn too_large(uri: &str) -> Error {
-    let what = format!("lists more than {} ids; split the source", BYTES_MAX / 16);
+    let what = format!("lists more than {IDS_MAX} ids; split the source");
     bad(uri, &what)
 }
 
@@ -244,7 +249,7 @@ async fn npy(stores: &Stores, uri: &str) -> Result<Ids> {
     not_empty(Ids::new(data.chunks_exact(16).map(id).collect(), true), uri)
 }
 
-/// Rows of a NumPy file, and what follows its header.
+/// Returns the number of rows of a NumPy file, and what follows its header.
 fn header(bytes: &[u8]) -> Result<(u64, &[u8]), String> {
     let no_npy = || "is no NumPy file".to_owned();
     let rest = bytes.strip_prefix(MAGIC).ok_or_else(no_npy)?;

@@ -52,8 +52,8 @@ pub(super) struct LeftOut {
 /// Values of columns, by name, row by row.
 type Columns = HashMap<String, Vec<Option<Literal>>>;
 
-/// What is wrong with a predicate, for people.
-pub(crate) fn told(text: &str, fault: &Fault) -> String {
+/// Returns what is wrong with a predicate, for people.
+pub(crate) fn describe_fault(text: &str, fault: &Fault) -> String {
     let Fault { at, what } = fault;
     format!(
         "where: \"{text}\" is no predicate: at character {at}, {what}; write comparisons such as \
@@ -66,10 +66,10 @@ impl Filter {
     ///
     /// # Errors
     /// `InvalidArgument` for what is no predicate or no list of ids; those of reading.
-    pub async fn open(stores: &Stores, request: &SourceRequest) -> Result<Self> {
+    pub(super) async fn open(stores: &Stores, request: &SourceRequest) -> Result<Self> {
         let predicate = match &request.predicate {
             Some(text) => {
-                let bad = |fault| Error::invalid("sources.where", told(text, &fault));
+                let bad = |fault| Error::invalid("sources.where", describe_fault(text, &fault));
                 Some((text.clone(), parse(text).map_err(bad)?))
             }
             None => None,
@@ -92,8 +92,8 @@ impl Filter {
         self.predicate.is_none() && self.allow.is_none()
     }
 
-    /// What the manifest says of it.
-    pub fn kept_by(&self) -> Option<KeptBy> {
+    /// Returns the filter's entry in the manifest.
+    pub(super) fn kept_by(&self) -> Option<KeptBy> {
         let allow = self.allow.as_ref().map(|allow| AllowedIds {
             uri: allow.uri.clone(),
             id_column: allow.column.clone(),
@@ -106,8 +106,8 @@ impl Filter {
         })
     }
 
-    /// How an error about a source without rows goes on.
-    pub fn note(&self, outside: u64) -> String {
+    /// Returns the end of an error about a source without rows.
+    pub(super) fn left_out_hint(&self, outside: u64) -> String {
         if outside == 0 {
             return String::new();
         }
@@ -119,7 +119,7 @@ impl Filter {
         format!(": {what} out {outside} of them")
     }
 
-    /// Which of `rows` rows are kept; `expression` is bound to the columns' kinds.
+    /// Returns which of `rows` rows are kept; `expression` is bound to the columns' kinds.
     fn kept(&self, expression: Option<&Expression>, columns: &Columns, rows: usize) -> Vec<bool> {
         let column = |name: &str| columns.get(name);
         let allowed = self

@@ -8,7 +8,7 @@ use super::{
 /// Parentheses and `not` inside each other.
 const DEPTH_MAX: usize = 32;
 
-/// The expression that `text` says.
+/// Parses `text`.
 ///
 /// # Errors
 /// What is wrong, and at which character.
@@ -71,9 +71,10 @@ impl Parser {
     }
 
     fn need_sign(&mut self, sign: &str) -> Result<(), Fault> {
-        match self.sign(sign) {
-            true => Ok(()),
-            false => Err(self.expected(&format!("'{sign}'"))),
+        if self.sign(sign) {
+            Ok(())
+        } else {
+            Err(self.expected(&format!("'{sign}'")))
         }
     }
 
@@ -121,9 +122,10 @@ impl Parser {
         let name = self.name()?;
         if self.keyword("is") {
             let negated = self.keyword("not");
-            return match self.keyword("null") {
-                true => Ok(negate(negated, Expression::IsNull(name))),
-                false => Err(self.expected("'null'")),
+            return if self.keyword("null") {
+                Ok(negate(negated, Expression::IsNull(name)))
+            } else {
+                Err(self.expected("'null'"))
             };
         }
         let negated = self.keyword("not");
@@ -140,9 +142,10 @@ impl Parser {
             let high = Expression::Compare(name, Operator::LessOrEqual, high);
             return Ok(negate(negated, Expression::And(Box::new([low, high]))));
         }
-        match negated {
-            true => Err(self.expected("'in' or 'between'")),
-            false => Ok(Expression::Compare(name, self.operator()?, self.literal()?)),
+        if negated {
+            Err(self.expected("'in' or 'between'"))
+        } else {
+            Ok(Expression::Compare(name, self.operator()?, self.literal()?))
         }
     }
 
@@ -190,9 +193,10 @@ impl Parser {
 }
 
 fn negate(negated: bool, expression: Expression) -> Expression {
-    match negated {
-        true => Expression::Not(Box::new(expression)),
-        false => expression,
+    if negated {
+        Expression::Not(Box::new(expression))
+    } else {
+        expression
     }
 }
 

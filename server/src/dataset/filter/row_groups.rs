@@ -19,8 +19,8 @@ const STATUS: &str = "status";
 const ERROR: &str = "error_message";
 const SUCCESS: &str = "success";
 
-/// What statistics tell of one column in each row group.
-struct Known {
+/// A column's statistics in each row group.
+struct ColumnStatistics {
     low: Vec<Option<Literal>>,
     high: Vec<Option<Literal>>,
     nulls: Vec<Option<u64>>,
@@ -30,9 +30,9 @@ impl Filter {
     /// Takes the rows that are not kept out of `blocks`, which are the file's row groups.
     ///
     /// # Errors
-    /// `ColumnNotFound`, `SchemaMismatch` where a column's type is not what it is compared with;
+    /// `ColumnNotFound`, `SchemaMismatch` if a column's type is not what it is compared with;
     /// those of reading.
-    pub async fn keep_rows(
+    pub(crate) async fn keep_rows(
         &self,
         file: &ShardFile,
         footer: &ArrowReaderMetadata,
@@ -52,9 +52,10 @@ impl Filter {
         let undecided: Vec<usize> = (0..blocks.len())
             .filter(|n| looks[*n] == Look::Read)
             .collect();
-        let mut columns = match undecided.is_empty() {
-            true => Columns::new(),
-            false => read(file, footer, &undecided, &names).await?,
+        let mut columns = if undecided.is_empty() {
+            Columns::new()
+        } else {
+            read(file, footer, &undecided, &names).await?
         };
         let mut left_out = LeftOut::default();
         for (n, block) in blocks.iter_mut().enumerate() {
@@ -90,7 +91,7 @@ impl Filter {
         Ok(left_out)
     }
 
-    /// The predicate for the types of this file; the list's column is checked as well.
+    /// Returns the predicate for the types of this file; the list's column is checked as well.
     fn bound(&self, file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Option<Expression>> {
         let schema = footer.schema();
         let (uri, fields) = (file.uri(), schema.fields());
@@ -132,7 +133,7 @@ impl Filter {
         bound(expression, |name| kind(&name.name, at(name)), wrong).map(Some)
     }
 
-    /// What is to be done with each row group.
+    /// Returns what is to be done with each row group.
     fn undecided(
         &self,
         footer: &ArrowReaderMetadata,
@@ -179,7 +180,7 @@ enum Look {
     Read,
 }
 
-/// Of img2dataset's files: what a row's status has to be.
+/// Returns, for img2dataset's files, what a row's status has to be.
 fn status(footer: &ArrowReaderMetadata) -> Option<Expression> {
     let is_text = |name: &str| {
         let field = footer.schema().field_with_name(name).ok();
@@ -216,8 +217,8 @@ async fn read(
     Ok(columns)
 }
 
-/// `None` where the file has no statistics that can be trusted.
-fn known(footer: &ArrowReaderMetadata, column: &str) -> Option<Known> {
+/// Returns `None` if the file has no statistics that can be trusted.
+fn known(footer: &ArrowReaderMetadata, column: &str) -> Option<ColumnStatistics> {
     let (schema, groups) = (footer.schema(), footer.metadata().row_groups());
     let converter = StatisticsConverter::try_new(column, schema, footer.parquet_schema()).ok()?;
     let converter = converter.with_missing_null_counts_as_zero(false);
@@ -236,7 +237,7 @@ fn known(footer: &ArrowReaderMetadata, column: &str) -> Option<Known> {
             _ => none,
         }
     };
-    Some(Known {
+    Some(ColumnStatistics {
         low: bounds(converter.row_group_mins(groups)),
         high: bounds(converter.row_group_maxes(groups)),
         nulls: (0..nulls.len())

@@ -19,7 +19,7 @@ pub(in crate::dataset) struct Entries {
     /// As they are asked for: `similarity` or `json[similarity]`.
     names: Vec<String>,
     keys: Vec<String>,
-    /// By name, then by sample; `None` where it is null or absent.
+    /// By name, then by sample; `None` if it is null or absent.
     values: Vec<Vec<Option<Literal>>>,
     /// Which of the names some sample has, also as a null.
     found: Vec<bool>,
@@ -28,7 +28,7 @@ pub(in crate::dataset) struct Entries {
 }
 
 impl Entries {
-    pub fn new(names: &[&str]) -> Self {
+    pub(crate) fn new(names: &[&str]) -> Self {
         Self {
             names: names.iter().map(|name| (*name).to_owned()).collect(),
             keys: Vec::new(),
@@ -39,7 +39,7 @@ impl Entries {
     }
 
     /// Adds a sample.
-    pub fn push(&mut self, key: &str, json: Option<&Value>) {
+    pub(crate) fn push(&mut self, key: &str, json: Option<&Value>) {
         self.keys.push(key.to_owned());
         let object = json.and_then(Value::as_object);
         if let Some(object) = object.filter(|_| self.there.is_empty()) {
@@ -58,11 +58,16 @@ impl Entries {
         }
     }
 
-    /// The values under a name, of all samples.
+    /// Returns the values under a name, of all samples.
     ///
     /// # Errors
-    /// `ColumnNotFound` where no sample has it; `at` says what asks for it.
-    pub fn column(&self, file: &ShardFile, name: &str, at: &str) -> Result<&[Option<Literal>]> {
+    /// `ColumnNotFound` if no sample has it; `at` says what asks for it.
+    pub(crate) fn column(
+        &self,
+        file: &ShardFile,
+        name: &str,
+        at: &str,
+    ) -> Result<&[Option<Literal>]> {
         let n = self.names.iter().position(|known| known == name);
         let n = n.ok_or_else(|| Error::internal(format!("'{name}' was not read")))?;
         if self.found[n] || self.keys.is_empty() {
@@ -74,13 +79,13 @@ impl Entries {
         Err(layout::not_found(message, name, &there))
     }
 
-    /// The key of a sample.
-    pub fn key(&self, sample: usize) -> &str {
+    /// Returns the key of a sample.
+    pub(crate) fn key(&self, sample: usize) -> &str {
         &self.keys[sample]
     }
 }
 
-/// `similarity` of `json[similarity]`.
+/// Returns `similarity` of `json[similarity]`.
 fn entry(name: &str) -> &str {
     let inner = name.strip_prefix("json[");
     inner
@@ -89,8 +94,8 @@ fn entry(name: &str) -> &str {
 }
 
 impl Filter {
-    /// What is asked of the samples; empty where all are kept.
-    pub fn entries(&self) -> Vec<&str> {
+    /// Returns the entries of samples that the filter reads; empty if it keeps all.
+    pub(crate) fn entries(&self) -> Vec<&str> {
         let compared = self.predicate.iter().flat_map(|(_, e)| e.columns());
         let names = compared.map(|(name, _)| name.name.as_str());
         let ids = self.allow.iter().map(|allow| allow.column.as_str());
@@ -100,12 +105,12 @@ impl Filter {
         names
     }
 
-    /// Which of the samples are kept.
+    /// Returns which of the samples are kept.
     ///
     /// # Errors
-    /// `ColumnNotFound` where no sample has an entry; `SchemaMismatch` where one has another type
+    /// `ColumnNotFound` if no sample has an entry; `SchemaMismatch` where one has another type
     /// than it is compared with.
-    pub fn keep_samples(&self, file: &ShardFile, entries: &Entries) -> Result<Vec<bool>> {
+    pub(crate) fn keep_samples(&self, file: &ShardFile, entries: &Entries) -> Result<Vec<bool>> {
         let expression = self.predicate.as_ref().map(|(_, expression)| expression);
         let mut columns = Columns::new();
         for (name, literals) in expression.iter().flat_map(|e| e.columns()) {
@@ -150,7 +155,7 @@ fn literal(value: &Value) -> Option<Literal> {
     }
 }
 
-/// Whether all values are of the kind that they are compared with.
+/// Checks that all values are of the kind that they are compared with.
 fn check(
     file: &ShardFile,
     entries: &Entries,

@@ -19,8 +19,8 @@ pub(in crate::dataset) enum Kind {
 }
 
 impl Kind {
-    /// `None` for types that cannot be compared: lists, structs, bytes, dates.
-    pub fn of(data_type: &DataType) -> Option<Self> {
+    /// Returns `None` for types that cannot be compared: lists, structs, bytes, dates.
+    pub(crate) fn of(data_type: &DataType) -> Option<Self> {
         Some(match data_type {
             DataType::Dictionary(_, values) => Self::of(values)?,
             t if t.is_integer() => Self::Int,
@@ -42,7 +42,7 @@ impl Kind {
         }
     }
 
-    /// A literal as it is compared with a column of this kind.
+    /// Returns a literal as it is compared with a column of this kind.
     fn rounded(self, literal: &Literal) -> Literal {
         match (self, literal) {
             (Self::Float(true), Literal::Float(real)) => Literal::Float(f64::from(*real as f32)),
@@ -52,7 +52,7 @@ impl Kind {
     }
 }
 
-/// The expression for columns of the kinds that `kind` tells.
+/// Returns the expression for columns of the kinds that `kind` returns.
 ///
 /// # Errors
 /// The first column with what it is wrongly compared with, and those of `kind`.
@@ -75,7 +75,7 @@ pub(super) fn bound<E>(
     }))
 }
 
-/// The values of a column that has a [`Kind`]; `None` where they are null.
+/// Returns the values of a column that has a [`Kind`]; `None` if they are null.
 pub(in crate::dataset) fn values(array: &ArrayRef) -> Result<Vec<Option<Literal>>, ArrowError> {
     let kind = Kind::of(array.data_type()).ok_or_else(|| {
         ArrowError::CastError(format!("a {} cannot be compared", array.data_type()))

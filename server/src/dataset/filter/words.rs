@@ -29,13 +29,13 @@ pub(crate) struct Fault {
 }
 
 impl Fault {
-    pub fn new(at: usize, what: impl Into<String>) -> Self {
+    pub(crate) fn new(at: usize, what: impl Into<String>) -> Self {
         let what = what.into();
         Self { at, what }
     }
 }
 
-/// The words of `text`, the last of which is its end.
+/// Returns the words of `text`, the last of which is its end.
 pub(super) fn words(text: &str) -> Result<Vec<Word>, Fault> {
     let mut reader = Reader {
         rest: text,
@@ -85,7 +85,7 @@ impl<'a> Reader<'a> {
         taken
     }
 
-    /// A text in quotes; two quotes stand for one.
+    /// Reads a text in quotes; two quotes stand for one.
     fn quoted(&mut self, quote: char) -> Result<String, Fault> {
         let begun = self.at;
         let mut text = String::new();
@@ -127,7 +127,7 @@ impl<'a> Reader<'a> {
             .ok_or_else(|| Fault::new(at, format!("'{text}' is no number")))
     }
 
-    /// A name such as `similarity` or `json[similarity]`, or a keyword.
+    /// Reads a name such as `similarity` or `json[similarity]`, or a keyword.
     fn name(&mut self) -> What {
         let plain = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
         let mut name = self.skip(plain).to_owned();

@@ -1,15 +1,15 @@
 //! Globs: which paths they match. Pure, and never slower than glob times path.
 
-/// Whether `path` is matched by `glob`: `*` stands for any characters but `/`, `?` for one, `[…]`
-/// for one of a set, and `**` for any number of folders.
-pub fn matches(glob: &str, path: &str) -> bool {
+/// Returns whether `path` is matched by `glob`: `*` stands for any characters but `/`, `?` for one,
+/// `[…]` for one of a set, and `**` for any number of folders.
+pub(crate) fn matches(glob: &str, path: &str) -> bool {
     let globs: Vec<&str> = glob.split('/').collect();
     let paths: Vec<&str> = path.split('/').collect();
     segments_match(&globs, &paths)
 }
 
-/// Segment by segment, not by trying what each `**` may stand for: many of them in a row would
-/// take as many attempts as there are ways to share out the folders.
+/// Compares segment by segment, not by trying what each `**` may stand for: many of them in a row
+/// would take as many attempts as there are ways to share out the folders.
 fn segments_match(globs: &[&str], paths: &[&str]) -> bool {
     // After each segment of the glob, the places in the path that it may have come to.
     let mut reached = vec![false; paths.len() + 1];
@@ -30,15 +30,15 @@ fn segments_match(globs: &[&str], paths: &[&str]) -> bool {
 }
 
 /// A piece of a glob within one segment.
-pub enum Token {
+pub(super) enum Token {
     Any,
     One,
     Set { not: bool, of: Vec<(char, char)> },
     Sign(char),
 }
 
-/// `None` if a set is not closed.
-pub fn tokens(glob: &str) -> Option<Vec<Token>> {
+/// Returns `None` if a set is not closed.
+pub(super) fn tokens(glob: &str) -> Option<Vec<Token>> {
     let (mut signs, mut tokens) = (glob.chars().peekable(), Vec::new());
     while let Some(sign) = signs.next() {
         tokens.push(match sign {

@@ -133,3 +133,57 @@ async fn files_beside_the_data_are_joined_by_id() {
     let error = of(&anew, &of_tar, "aesthetic").await.unwrap_err();
     assert!(error.to_string().contains("2 rows, 1 ids"), "{error}");
 }
+
+#[test]
+fn joins_are_bounded_and_the_one_used_longest_ago_goes() {
+    let key = |name: &str| ["uri", "id", name].map(str::to_owned);
+    let mut joins = Joins::default();
+    for (name, rows) in [("a", 3), ("b", 3), ("c", 3)] {
+        let join = Arc::new(vec![(Id::default(), 0.0); rows]);
+        used(&mut joins, key(name)).set(join).unwrap();
+    }
+    // One that is being made has no rows yet.
+    used(&mut joins, key("d"));
+    used(&mut joins, key("a"));
+    forget_oldest(&mut joins, 6);
+    let names: Vec<&str> = joins.iter().map(|(key, _)| key[2].as_str()).collect();
+    assert_eq!(names, ["c", "d", "a"]);
+    assert_eq!(used(&mut joins, key("c")).get().unwrap().len(), 3);
+    forget_oldest(&mut joins, 1);
+    assert_eq!(joins.len(), 1);
+    assert_eq!(joins[0].0, key("c"), "the last one stays");
+}
+
+#[test]
+fn scores_of_too_many_rows_are_refused_before_they_are_kept() {
+    check_rows(8, 8, "memory:///scores").unwrap();
+    let error = check_rows(9, 8, "memory:///scores").unwrap_err();
+    assert_eq!(error.value("field"), Some("sources.scores"));
+    assert!(error.to_string().contains("column of the data"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_of_too_many_rows_is_refused_by_its_footer_alone() {
+    let stores = stores();
+    let mut bytes = parquet(&img2dataset(0..9), 9).to_vec();
+    // Its rows are damaged, so that reading any of them would fail.
+    let footer = bytes.len() - 8;
+    let length = u32::from_le_bytes(bytes[footer..footer + 4].try_into().unwrap());
+    bytes[4..footer - length as usize].fill(0);
+    let size = bytes.len() as u64;
+    put(&stores, &[("0.parquet", bytes.into())]).await;
+    let location = stores.open("memory:///data/0.parquet").unwrap();
+    let file = ShardFile::new(location, size, None);
+    let read = |most| {
+        let check = move |rows| check_rows(rows, most, "memory:///scores");
+        ids::numbered(&file, "uid", None, check)
+    };
+    let error = read(8).await.unwrap_err();
+    assert_eq!(error.value("field"), Some("sources.scores"));
+    let error = read(9).await.unwrap_err();
+    assert_eq!(
+        error.value("field"),
+        Some("sources"),
+        "its rows are damaged"
+    );
+}

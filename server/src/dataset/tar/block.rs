@@ -13,7 +13,7 @@ use crate::{
     error::Result,
 };
 use arrow::{
-    array::{ArrayRef, BinaryArray, RecordBatch, RecordBatchOptions},
+    array::{ArrayRef, BinaryArray, BinaryBuilder, ListBuilder, RecordBatch, RecordBatchOptions},
     error::ArrowError,
 };
 use bytes::Bytes;
@@ -28,9 +28,14 @@ pub struct TarBlock {
     rows: Vec<usize>,
     layout: Layout,
     columns: Vec<String>,
+    /// Whether the caption is an entry that may be a list, and captions are drawn.
+    has_lists: bool,
 }
 
 impl TarBlock {
+    /// The column of the captions' lists. No member's ending has such a sign.
+    pub const CAPTIONS: &str = "\0captions";
+
     /// # Errors
     /// `DatasetChanged` if the block's number of rows differs from the index.
     pub fn new(
@@ -51,9 +56,11 @@ impl TarBlock {
             let mut kept = mask.rows();
             rows.retain(|_| kept.next() == Some(true));
         }
-        let caption = std::iter::once(&layout.caption_column);
+        let place = Place::of(&layout.caption_column);
+        let has_lists = layout.caption_seed.is_some() && matches!(place, Place::Entry(..));
+        let caption = (!has_lists).then_some(&layout.caption_column);
         let mut names: Vec<String> = Vec::new();
-        for name in caption.chain(columns) {
+        for name in caption.into_iter().chain(columns) {
             if !names.contains(name) {
                 names.push(name.clone());
             }
@@ -63,6 +70,7 @@ impl TarBlock {
             rows,
             layout: layout.clone(),
             columns: names,
+            has_lists,
         })
     }
 
@@ -73,7 +81,8 @@ impl TarBlock {
     /// Returns the byte ranges of the wanted members.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         let members = self.samples().flat_map(|sample| {
-            let columns = self.columns.iter();
+            let lists = self.has_lists.then_some(&self.layout.caption_column);
+            let columns = self.columns.iter().chain(lists);
             let columns = columns.filter_map(|column| Place::of(column).member(sample));
             columns.chain(layout::image(&self.layout, sample))
         });
@@ -81,8 +90,15 @@ impl TarBlock {
         bytes.filter(|range| !range.is_empty()).collect()
     }
 
-    /// Returns the image, the caption, then the extra columns, all as bytes; null if a sample lacks
-    /// one.
+    /// Returns the byte range of each row's image in the shard.
+    pub fn image_ranges(&self) -> Vec<Option<Range<u64>>> {
+        let image = |sample| layout::image(&self.layout, sample);
+        let range = |member: &Member| member.offset..member.offset + member.length;
+        self.samples().map(|s| image(s).map(range)).collect()
+    }
+
+    /// Returns the image, the caption (or the lists of captions), then the extra columns, all as
+    /// bytes; null if a sample lacks one.
     ///
     /// # Errors
     /// If a column has more bytes than one array can hold.
@@ -92,6 +108,11 @@ impl TarBlock {
             .map(|sample| layout::image(&self.layout, sample));
         let images = images.map(|member| member.map(|m| content(bytes, m)).transpose());
         let mut columns = vec![(self.layout.image_column.as_str(), array(images)?)];
+        if let (true, Place::Entry(field, name)) =
+            (self.has_lists, Place::of(&self.layout.caption_column))
+        {
+            columns.push((Self::CAPTIONS, self.lists(field, name, bytes)?));
+        }
         for column in &self.columns {
             let place = Place::of(column);
             let values = self.samples().map(|sample| value(place, sample, bytes));
@@ -104,6 +125,26 @@ impl TarBlock {
         let arrays = columns.into_iter().map(|(_, array)| array).collect();
         let options = RecordBatchOptions::new().with_row_count(Some(self.rows.len()));
         RecordBatch::try_new_with_options(Arc::new(schema), arrays, &options)
+    }
+}
+
+impl TarBlock {
+    /// Returns an entry of each sample's JSON as a list: its parts, or the one value.
+    fn lists(&self, field: &str, name: &str, bytes: &Ranges) -> Result<ArrayRef, ArrowError> {
+        let mut lists = ListBuilder::new(BinaryBuilder::new());
+        for sample in self.samples() {
+            let member = sample.member(field);
+            let content = member.map(|member| content(bytes, member)).transpose()?;
+            let value = content.map_or(Value::Null, |content| value_of(&content, name));
+            match value {
+                Value::Null => lists.append_null(),
+                Value::Array(parts) => {
+                    lists.append_value(parts.into_iter().map(text));
+                }
+                one => lists.append_value([text(one)]),
+            }
+        }
+        Ok(Arc::new(lists.finish()))
     }
 }
 
@@ -148,8 +189,18 @@ fn value<'s>(
 /// Returns an entry of a JSON object: a text as it is, any other value as JSON. `None` if it is
 /// null or absent, or if the member is no JSON object.
 fn entry(content: &[u8], name: &str) -> Option<String> {
-    let mut object: Value = serde_json::from_slice(content).ok()?;
-    match object.get_mut(name)?.take() {
+    text(value_of(content, name))
+}
+
+/// Returns an entry of a JSON object; null if it is absent, or if the member is no JSON object.
+pub(super) fn value_of(content: &[u8], name: &str) -> Value {
+    let object = serde_json::from_slice::<Value>(content);
+    let mut object = object.unwrap_or_default();
+    object.get_mut(name).map(Value::take).unwrap_or_default()
+}
+
+fn text(value: Value) -> Option<String> {
+    match value {
         Value::Null => None,
         Value::String(text) => Some(text),
         other => Some(other.to_string()),

@@ -146,7 +146,7 @@ impl Building {
                     "{} has no sample with an image and a caption in its {}{}",
                     request.uri,
                     counted(self.shards.len(), "tar"),
-                    filter.note(outside)
+                    filter.left_out_hint(outside)
                 );
                 Err(Error::new(Reason::DatasetEmpty, message).with("source", &request.uri))
             }
@@ -265,6 +265,7 @@ mod tests {
             image_column: "jpg;png".into(),
             image_in_struct: false,
             caption_column: "txt".into(),
+            caption_seed: None,
             format: Format::Tar,
         };
         let fields = ["jpg", "txt", "json"];

@@ -20,7 +20,7 @@ pub(super) struct Entry {
 
 impl Entry {
     /// Returns the offset of the next header.
-    pub fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         padded(self.offset.saturating_add(self.length))
     }
 }
@@ -86,7 +86,7 @@ pub(super) struct Walk {
 
 impl Walk {
     /// Starts a walk at the header at `at`.
-    pub fn new(at: u64, size: u64) -> Self {
+    pub(super) fn new(at: u64, size: u64) -> Self {
         Self {
             at,
             size,
@@ -98,7 +98,7 @@ impl Walk {
     }
 
     /// Returns the next regular member. `bytes` are those of the file from `start` on.
-    pub fn next(&mut self, start: u64, bytes: &[u8]) -> Result<Next, Refused> {
+    pub(super) fn next(&mut self, start: u64, bytes: &[u8]) -> Result<Next, Refused> {
         loop {
             let begin = self.header.unwrap_or(self.at);
             if self.at >= self.size {
@@ -114,16 +114,16 @@ impl Walk {
                 let small = part(start, bytes, &all);
                 return small.map_or(Ok(Next::Need(all)), |bytes| Err(refuse_other_format(bytes)));
             }
-            let Some(record) = part(start, bytes, &range) else {
+            let Some(block) = part(start, bytes, &range) else {
                 return Ok(Next::Need(range));
             };
-            if record.iter().all(|byte| *byte == 0) {
+            if block.iter().all(|byte| *byte == 0) {
                 return Ok(Next::End(End::Whole));
             }
-            let header = Header::from_byte_slice(record);
-            if !is_sound(header, record) {
+            let header = Header::from_byte_slice(block);
+            if !is_sound(header, block) {
                 return match self.at {
-                    0 => Err(refuse_other_format(record)),
+                    0 => Err(refuse_other_format(block)),
                     _ => Ok(Next::End(End::Damaged(begin))),
                 };
             }
@@ -170,11 +170,11 @@ impl Walk {
     }
 
     fn pax(&mut self, text: &[u8]) -> Option<()> {
-        for record in PaxExtensions::new(text) {
-            let record = record.ok()?;
-            match record.key_bytes() {
-                b"path" => self.name = Some(record.value_bytes().to_vec()),
-                b"size" => self.length = Some(record.value().ok()?.parse().ok()?),
+        for extension in PaxExtensions::new(text) {
+            let extension = extension.ok()?;
+            match extension.key_bytes() {
+                b"path" => self.name = Some(extension.value_bytes().to_vec()),
+                b"size" => self.length = Some(extension.value().ok()?.parse().ok()?),
                 key if key.starts_with(b"GNU.sparse.") => self.sparse = true,
                 _ => {}
             }

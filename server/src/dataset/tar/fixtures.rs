@@ -5,7 +5,7 @@ use tar::{Builder, EntryType, Header};
 /// A member: its name and content.
 pub(crate) type Member<'a> = (&'a str, &'a [u8]);
 
-/// A tar in GNU format, as Python's tarfile and img2dataset may write it.
+/// Returns a tar in GNU format, as Python's tarfile and img2dataset may write it.
 pub(crate) fn tar(members: &[Member<'_>]) -> Bytes {
     let mut builder = Builder::new(Vec::new());
     for (name, content) in members {

@@ -17,8 +17,8 @@ use bytes::Bytes;
 use parquet::file::reader::ChunkReader;
 use serde_json::Value;
 
-/// What the rows of a shard have under these names, block by block so that little is in memory at
-/// once.
+/// Returns what the rows of a shard have under these names, block by block so that little is in
+/// memory at once.
 ///
 /// # Errors
 /// Those of reading.
@@ -34,9 +34,10 @@ pub(in crate::dataset) async fn entries(
         let samples = &survey.samples[rows_of(&survey.samples, &block)];
         let rows = samples.iter().filter(|s| layout::is_row(layout, s));
         let rows: Vec<_> = rows.collect();
-        let contents = match needs_json {
-            true => contents(file, &block, &rows).await?,
-            false => vec![None; rows.len()],
+        let contents = if needs_json {
+            contents(file, &block, &rows).await?
+        } else {
+            vec![None; rows.len()]
         };
         for (sample, content) in rows.iter().zip(contents) {
             let json: Option<Value> = content.and_then(|c| serde_json::from_slice(&c).ok());
@@ -46,7 +47,7 @@ pub(in crate::dataset) async fn entries(
     Ok(found)
 }
 
-/// The `json` of each row of a block.
+/// Returns the `json` of each row of a block.
 async fn contents(file: &ShardFile, block: &Block, rows: &[&Sample]) -> Result<Vec<Option<Bytes>>> {
     let json = |sample: &Sample| -> Option<Member> {
         let member = sample.member("json")?;

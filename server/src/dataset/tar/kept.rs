@@ -173,7 +173,7 @@ mod tests {
             offset,
             length: 7,
         };
-        // Keys repeat, so that samples are told apart by their numbers.
+        // Keys repeat, so that samples are identified by their numbers.
         let sample = |start: u64| Sample {
             key: "0001".to_owned(),
             start,

@@ -1,5 +1,6 @@
 //! Finds a sample's image, caption and extra columns among its members.
 use super::{
+    block::value_of,
     samples::{Member, Sample},
     survey::Survey,
 };
@@ -7,7 +8,7 @@ use crate::{
     dataset::{
         SourceRequest,
         file::ShardFile,
-        layout::not_found,
+        layout::{mismatch, not_found},
         manifest::{Format, Layout},
     },
     error::Result,
@@ -49,7 +50,7 @@ pub(super) enum Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    pub fn of(column: &'a str) -> Self {
+    pub(super) fn of(column: &'a str) -> Self {
         let entry = column
             .strip_suffix(']')
             .and_then(|text| text.split_once('['));
@@ -60,7 +61,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    pub fn member(self, sample: &Sample) -> Option<&Member> {
+    pub(super) fn member(self, sample: &Sample) -> Option<&Member> {
         match self {
             Self::Key => None,
             Self::Member(field) | Self::Entry(field, _) => sample.member(field),
@@ -139,29 +140,55 @@ pub(super) async fn discover(
         Some(named) if has(named) => named.clone(),
         Some(named) => return Err(absent("caption", "caption_column", named)),
         None if has(CAPTIONS[0]) => CAPTIONS[0].to_owned(),
-        None if json_has_caption(file, survey).await? => CAPTIONS[1].to_owned(),
-        None => return Err(absent("caption", "caption_column", &CAPTIONS.join(" or "))),
+        None => CAPTIONS[1].to_owned(),
     };
+    let first = first_value(&caption_column, file, survey).await?;
+    if request.caption_column.is_none() && caption_column == CAPTIONS[1] && !is_caption(&first) {
+        return Err(absent("caption", "caption_column", &CAPTIONS.join(" or ")));
+    }
+    if first.is_array() && !is_caption(&first) {
+        let message = format!(
+            "{caption_column} of {} is a list of other values than texts; name another entry",
+            file.uri()
+        );
+        return Err(mismatch(message, &request.uri, &caption_column));
+    }
+    let has_lists = first.is_array();
     Ok(Layout {
         image_column,
         image_in_struct: false,
+        caption_seed: request.caption_seed.or(has_lists.then_some(0)),
         caption_column,
         format: Format::Tar,
     })
 }
 
-/// Returns whether the first JSON of a shard has a text under `caption`.
-async fn json_has_caption(file: &ShardFile, survey: &Survey) -> Result<bool> {
-    let Some(member) = survey
-        .samples
-        .iter()
-        .find_map(|sample| sample.member("json"))
-    else {
-        return Ok(false);
+/// How many samples without a value are passed over before an entry counts as empty.
+const LOOKS: usize = 64;
+
+/// Returns the first value other than null that a shard's JSON members have under an entry's name;
+/// null if there is none among the first [`LOOKS`], or if `column` is no entry.
+async fn first_value(column: &str, file: &ShardFile, survey: &Survey) -> Result<Value> {
+    let Place::Entry(field, name) = Place::of(column) else {
+        return Ok(Value::Null);
     };
-    let bytes = file
-        .fetch(member.offset..member.offset + member.length)
-        .await?;
-    let json: Option<Value> = serde_json::from_slice(&bytes).ok();
-    Ok(json.is_some_and(|json| json["caption"].is_string()))
+    let samples = survey.samples.iter();
+    let members = samples.filter_map(|sample| sample.member(field));
+    for member in members.take(LOOKS) {
+        let bytes = file
+            .fetch(member.offset..member.offset + member.length)
+            .await?;
+        let value = value_of(&bytes, name);
+        if !value.is_null() {
+            return Ok(value);
+        }
+    }
+    Ok(Value::Null)
+}
+
+/// Returns whether a value is a text or a list of texts.
+fn is_caption(value: &Value) -> bool {
+    let is_text = |value: &Value| value.is_string() || value.is_null();
+    let listed = value.as_array();
+    value.is_string() || listed.is_some_and(|values| values.iter().all(is_text))
 }

@@ -25,12 +25,12 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    pub fn member(&self, field: &str) -> Option<&Member> {
+    pub(super) fn member(&self, field: &str) -> Option<&Member> {
         self.members.iter().find(|member| member.field == field)
     }
 }
 
-/// The numbers of the samples that lie in a block.
+/// Returns the numbers of the samples that lie in a block.
 pub(super) fn rows_of(samples: &[Sample], block: &Block) -> Range<usize> {
     let before = |at: u64| samples.partition_point(|sample| sample.start < at);
     before(block.bytes.0)..before(block.bytes.1)
@@ -52,7 +52,7 @@ pub(super) struct Grouping(Option<Sample>);
 impl Grouping {
     /// Adds the next member. Returns the sample that it ends: a sample ends if the key changes or a
     /// field repeats.
-    pub fn push(&mut self, entry: &Entry) -> Option<Sample> {
+    pub(super) fn push(&mut self, entry: &Entry) -> Option<Sample> {
         let (key, field) = split(&entry.name)?;
         let (end, length) = (entry.end(), entry.length);
         let member = Member {
@@ -76,7 +76,7 @@ impl Grouping {
     }
 
     /// Returns the last sample.
-    pub fn finish(self) -> Option<Sample> {
+    pub(super) fn finish(self) -> Option<Sample> {
         self.0
     }
 }

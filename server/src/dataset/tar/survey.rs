@@ -47,9 +47,10 @@ pub(super) async fn survey(file: &ShardFile) -> Result<Survey> {
             Next::End(end) => break end,
             Next::Need(range) => {
                 let passed = start + bytes.len() as u64;
-                read_bytes = match range.start <= passed + GAP_BYTES {
-                    true => (read_bytes * 2).min(*READ_BYTES.end()),
-                    false => *READ_BYTES.start(),
+                read_bytes = if range.start <= passed + GAP_BYTES {
+                    (read_bytes * 2).min(*READ_BYTES.end())
+                } else {
+                    *READ_BYTES.start()
                 };
                 let to = range.end.max(range.start + read_bytes).min(file.size());
                 start = range.start;

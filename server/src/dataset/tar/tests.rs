@@ -222,6 +222,33 @@ async fn img2dataset_tars_are_indexed_beside_their_parquet_files() {
 }
 
 #[tokio::test]
+async fn lists_in_a_json_are_captions_if_they_hold_texts() {
+    let of = |json: &'static [u8]| [("a.jpg", &b"i"[..]), ("a.json", json)];
+    let named = |r: &mut SourceRequest| r.caption_column = Some("json[caption]".into());
+    let lists = of(br#"{"caption": ["a", null]}"#);
+    for how in [as_is as fn(&mut SourceRequest), named] {
+        let manifest = with(&lists, how).await.unwrap();
+        assert_eq!(manifest.sources[0].layout.caption_seed, Some(0));
+    }
+    // The first sample has no caption, which says nothing of the others.
+    let mut later = of(br#"{"caption": null}"#).to_vec();
+    later.extend([
+        ("b.jpg", &b"i"[..]),
+        ("b.json", br#"{"caption": ["a", "b"]}"#),
+    ]);
+    let manifest = with(&later, named).await.unwrap();
+    assert_eq!(manifest.sources[0].layout.caption_seed, Some(0));
+    let error = with(&of(br#"{"caption": [1, 2]}"#), named)
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), Reason::SchemaMismatch);
+    assert_eq!(error.value("column"), Some("json[caption]"));
+    let one = of(br#"{"caption": "a"}"#);
+    let manifest = with(&one, as_is).await.unwrap();
+    assert_eq!(manifest.sources[0].layout.caption_seed, None);
+}
+
+#[tokio::test]
 async fn captions_come_from_text_or_from_json_and_are_never_guessed() {
     let json = br#"{"caption": "a"}"#;
     for (members, caption) in [

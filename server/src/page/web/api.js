@@ -17,6 +17,8 @@ export const step = (id, number, generation, signal) =>
   get(`/api/runs/${path(id)}/steps/${number}${generation === undefined ? "" : `?generation=${generation}`}`, signal);
 export const captions = (id, keys, signal) => get(`/api/runs/${path(id)}/captions?rows=${keys.join(",")}`, signal);
 export const example = (id, key, signal) => get(`/api/runs/${path(id)}/examples/${path(key)}`, signal);
+export const pairs = (id, number, signal) => get(`/api/runs/${path(id)}/steps/${number}/pairs`, signal);
+export const redraw = (id, number, asked, signal) => get(`/api/runs/${path(id)}/steps/${number}/redraw?${new URLSearchParams(asked)}`, signal);
 export const mix = (id, signal) => get(`/api/runs/${path(id)}/mix`, signal);
 
 export const pictureUrl = (id, key, size) => `/api/runs/${path(id)}/pictures/${path(key)}?size=${size}`;

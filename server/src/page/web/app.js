@@ -94,7 +94,7 @@ document.getElementById("theme").addEventListener("click", switchTheme);
 
 const KEYS = [
   ["r", "list of runs"], ["t", "dark or light"], ["?", "these keys"], ["← →  or  k j", "step before, step after"],
-  ["/", "search"], ["1 … 3", "last 100 steps, last 1,000, all"], ["Esc", "close"],
+  ["/", "search"], ["p", "score the pairs of a step"], ["1 … 3", "last 100 steps, last 1,000, all"], ["Esc", "close"],
 ];
 function showKeys() {
   const rows = KEYS.map(([key, what]) => h("div.key", {}, h("kbd", {}, key), what));

@@ -2,15 +2,17 @@
 import * as api from "./api.js";
 import { Group, Lines } from "./chart.js";
 import { fill, h } from "./dom.js";
+import { redraw } from "./redraw.js";
 import { count, flops, number, percent, plural, seconds, words } from "./format.js";
 
 export async function compare(view, a, b) {
-  const { runs } = await api.runs(view.signal);
+  const [{ runs }, about] = await Promise.all([api.runs(view.signal), api.about()]);
   const others = runs.map((run) => run.run).filter((id) => id !== a);
   const pick = h("select", { "aria-label": "Other run", onchange: (event) => event.target.value && (location.hash = api.link.compare(a, event.target.value)) },
     h("option", { value: "" }, "Pick a run"), others.map((id) => h("option", { value: id, selected: id === b }, id)));
   const title = h("header.title", {}, h("div.stepper", {}, h("h1", {}, h("a", { href: api.link.run(a) }, a), h("span.dim", {}, " beside ")), pick));
-  if (!b) return fill(view.place, title, h("p.dim", {}, others.length ? "Two runs on the same data, such as two policies or two seeds." : "The state holds no other run."));
+  const again = redraw(view, a, runs.find((run) => run.run === a)?.newest ?? 0, about);
+  if (!b) return fill(view.place, title, h("p.dim", {}, others.length ? "Two runs on the same data, such as two policies or two seeds." : "The state holds no other run."), again);
   fill(view.place, title);
   const ids = [a, b];
   const [facts, lines] = await Promise.all([Promise.all(ids.map((id) => api.run(id, view.signal))), Promise.all(ids.map((id) => api.timeline(id, 0, view.signal)))]);
@@ -26,7 +28,7 @@ export async function compare(view, a, b) {
   const input = h("input", { type: "number", min: 0, max: Math.max(0, last), value: Math.max(0, last), "aria-label": "Step" });
   const look = () => one(view, ids, Number(input.value)).then((shown) => fill(place, shown), (error) => fill(place, h("div.notice", {}, error.message)));
   input.addEventListener("change", look);
-  fill(view.place, title, table(facts), h("div.charts.after", {}, charts), h("div.section-head", {}, h("h2", {}, "In one step"), h("div.stepper", {}, h("span.dim", {}, "step"), input)), place);
+  fill(view.place, title, table(facts), h("div.charts.after", {}, charts), h("div.section-head", {}, h("h2", {}, "In one step"), h("div.stepper", {}, h("span.dim", {}, "step"), input)), place, again);
   if (last >= 0) await look();
 }
 

@@ -3,6 +3,7 @@ import * as api from "./api.js";
 import { Dots } from "./chart.js";
 import { choice, command, fill, h, part } from "./dom.js";
 import { Captions } from "./captions.js";
+import { pairs } from "./pairs.js";
 import { count, mean, number, percent, plural, seconds, signed, words } from "./format.js";
 
 /** Rows that are put on the page at once. */
@@ -30,9 +31,11 @@ export async function step(view, id, asked) {
   const summary = receipt.summary;
   const head = h("header.title", {}, stepper(id, number_, run.newest ?? number_), facts(summary, receipt));
   const charts = h("div.charts.two", {}, plot(chosen, passed, open, view), chunks(chosen, summary, view));
-  fill(view.place, head, charts, table.element, bad(receipt.bad_rows), h("h2", {}, "The same elsewhere"),
+  const map = pairs(view, id, number_, about);
+  fill(view.place, head, charts, map, table.element, bad(receipt.bad_rows), h("h2", {}, "The same elsewhere"),
     h("p", {}, h("a", { href: api.receiptUrl(id, number_), download: `${id}-${number_}.json` }, "The whole receipt as JSON")),
     command("In a terminal", `superbatch receipts ${id} --step ${number_} --state ${about.state}`),
+    command("Drawn again, under another policy", `superbatch replay ${id} --step ${number_} --policy independent --state ${about.state}`),
     command("Over HTTP", `curl ${location.origin}${api.receiptUrl(id, number_)}`));
 }
 

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    worker::{engine::Engine, inputs::preprocess::RowFault, loader::Loaded, model::Fidelity},
+    fidelity::Fidelity,
+    worker::{engine::Engine, inputs::preprocess::RowFault, loader::Loaded, model::Compute},
 };
 use std::sync::Arc;
 use superbatch_proto::v1::{Approximation, BlockRows, EmbeddingDtype, ModelRef};
@@ -38,13 +39,15 @@ pub struct EmbeddedBlock {
     pub dim: usize,
     /// By rising row.
     pub faults: Vec<(u32, RowFault)>,
-    /// Spent here and now; none where the block was kept.
+    /// Whether all of it was kept already.
+    pub was_kept: bool,
+    /// Spent here and now; none if the block was kept.
     pub flops: f64,
 }
 
 impl<'a> Embedder<'a> {
     /// # Errors
-    /// Those of loading a model; `ModelInvalid` where it cannot be run at the fidelity.
+    /// Those of loading a model; `ModelInvalid` if it cannot be run at the fidelity.
     pub(in crate::worker) async fn open(engine: &'a Engine, asked: Asked) -> Result<Self> {
         let fidelity = Fidelity::of(asked.approximation.as_ref())?;
         let model = engine.models.load(&asked.model).await?.at(fidelity)?;
@@ -61,7 +64,20 @@ impl<'a> Embedder<'a> {
         &self.model.info.digest
     }
 
-    /// The embeddings of a whole block: those that are kept, or made and then kept.
+    /// Names the fidelity, as `resolution=128`; the whole model is `full`.
+    pub fn fidelity(&self) -> String {
+        self.fidelity.to_string()
+    }
+
+    /// Names the arithmetic that the device and the model have settled on.
+    pub fn compute_dtype(&self) -> &'static str {
+        match self.model.info.key.compute {
+            Compute::F32 => "f32",
+            Compute::Bf16 => "bf16",
+        }
+    }
+
+    /// Returns the embeddings of a whole block: those that are kept, or made and then kept.
     ///
     /// # Errors
     /// Those of reading, and of the device.
@@ -76,14 +92,16 @@ impl<'a> Embedder<'a> {
             },
             fidelity: self.fidelity,
             reference: Some(self.model.clone()),
+            is_sparse: false,
             inputs: None,
             keep_ready: false,
         };
         let slot = self.engine.slot().await?;
         let surveyed = survey(self.engine, &slice, &task).await?.pop();
         drop(slot);
-        let found = surveyed.and_then(|found| Some((found.reference?, found.spent)));
-        let Some((kept, spent)) = found else {
+        let found =
+            surveyed.and_then(|found| Some((found.reference?, found.spent, found.was_embedded)));
+        let Some((kept, spent, was_embedded)) = found else {
             return Err(Error::internal(
                 "a block was surveyed without its reference",
             ));
@@ -93,6 +111,7 @@ impl<'a> Embedder<'a> {
             text: kept.embeddings.text.clone(),
             dim: kept.embeddings.dim,
             faults: kept.faults.clone(),
+            was_kept: !was_embedded,
             flops: spent.rows_embedded as f64 * self.model.info.image_flops + spent.text_flops,
         })
     }

@@ -1,37 +1,64 @@
 //! The sending half of a streamed answer, and the task that fills it.
 use crate::error::{Error, Result};
 use futures::future::BoxFuture;
-use tokio::sync::mpsc;
+use std::time::Duration;
+use superbatch_proto::v1::Reason;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
+use tracing::{Instrument, Span};
 
 /// Messages that wait for one caller to read them. Each holds up to 1 MiB, and a full channel stops
 /// the work of this call, so a slow caller costs a bounded amount of memory.
 const UNDER_WAY_MAX: usize = 4;
 
 /// The sending half of one call's answer.
-pub struct Answers<T>(mpsc::Sender<Result<T, Status>>);
+pub(crate) struct Answers<T> {
+    sender: mpsc::Sender<Result<T, Status>>,
+    /// How long the caller may leave one message unread; for ever if absent.
+    unread_max: Option<Duration>,
+}
 
 /// A streamed answer.
-pub type AnswerStream<T> = ReceiverStream<Result<T, Status>>;
+pub(crate) type AnswerStream<T> = ReceiverStream<Result<T, Status>>;
 
 impl<T> Answers<T> {
-    pub async fn send(&self, message: T) -> Result<()> {
-        self.0
-            .send(Ok(message))
-            .await
-            .map_err(|_| Error::internal("the caller has gone"))
+    /// Gives up a caller that reads no message for that long.
+    #[must_use]
+    pub(crate) fn each_within(self, unread_max: Duration) -> Self {
+        Self {
+            unread_max: Some(unread_max),
+            ..self
+        }
+    }
+
+    /// # Errors
+    /// `Internal` if the caller has gone, `Overloaded` if it does not read.
+    pub(crate) async fn send(&self, message: T) -> Result<()> {
+        let sent = self.sender.send(Ok(message));
+        let sent = match self.unread_max {
+            Some(max) => timeout(max, sent).await.map_err(|_| {
+                let message = "the caller has stopped reading";
+                Error::new(Reason::Overloaded, message)
+            })?,
+            None => sent.await,
+        };
+        sent.map_err(|_| Error::internal("the caller has gone"))
     }
 }
 
 /// Starts `work` as a task of its own, so that a caller that reads slowly delays only its own call.
 /// The task is dropped, with all that it holds, as soon as the caller has gone. An error of `work`
-/// ends the stream.
-pub fn answer_with<T: Send + 'static>(
+/// ends the stream. The work belongs to the trace of its call.
+pub(crate) fn answer_with<T: Send + 'static>(
     work: impl FnOnce(Answers<T>) -> BoxFuture<'static, Result<()>>,
 ) -> AnswerStream<T> {
     let (sender, receiver) = mpsc::channel(UNDER_WAY_MAX);
-    let work = work(Answers(sender.clone()));
+    let work = work(Answers {
+        sender: sender.clone(),
+        unread_max: None,
+    });
+    let work = work.instrument(Span::current());
     tokio::spawn(async move {
         tokio::select! {
             // `biased` polls this branch first. A cancelled call also makes `work` fail (its sends
@@ -46,4 +73,31 @@ pub fn answer_with<T: Send + 'static>(
         }
     });
     ReceiverStream::new(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_caller_that_reads_nothing_is_given_up() {
+        let (told, heard) = tokio::sync::oneshot::channel();
+        let stream = answer_with(|answers: Answers<u64>| {
+            Box::pin(async move {
+                let answers = answers.each_within(Duration::from_millis(1));
+                let mut sent = 0;
+                let error = loop {
+                    match answers.send(sent).await {
+                        Ok(()) => sent += 1,
+                        Err(error) => break error,
+                    }
+                };
+                told.send((sent, error.reason())).unwrap();
+                Ok(())
+            })
+        });
+        let (sent, reason) = heard.await.unwrap();
+        assert_eq!((sent, reason), (UNDER_WAY_MAX as u64, Reason::Overloaded));
+        drop(stream);
+    }
 }

@@ -1,23 +1,34 @@
 //! Sends the chosen rows of a slice.
 use super::{
     answers::Answers,
-    messages::{answer, arrow_ipc},
-    rows::{RowWriter, send_rows},
+    messages::{answer, arrow_ipc, next},
+    rows::{Form, RowWriter, compact, compact_bytes, content_hashes, send_rows},
     score::Scoring,
     slice::{Rows, each, pick},
     survey::AHEAD,
 };
 use crate::{
     error::{Error, Result},
-    worker::{inputs::row::Row, kept::retained::Kept},
+    worker::{
+        engine::Engine,
+        inputs::row::Row,
+        kept::{
+            held::{HeldFor, Hold},
+            retained::Kept,
+        },
+    },
 };
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use std::{collections::BTreeMap, sync::Arc};
-use superbatch_proto::v1::{ChosenRows, Reason, RowsDone, ScoreResponse, score_response::Message};
+use superbatch_proto::v1::{
+    ChosenRows, KeptRows, Reason, RowsDone, RowsForm, ScoreRequest, ScoreResponse, score_request,
+    score_response::Message,
+};
+use tonic::Status;
 
 impl Scoring<'_> {
     /// Returns the rows of a block: the kept ones, or else the block read again.
-    pub async fn rows(&self, block: usize) -> Result<Rows> {
+    pub(crate) async fn rows(&self, block: usize) -> Result<Rows> {
         match self.blocks[block].raw.as_ref().and_then(Kept::get) {
             Some(kept) => Ok(Rows::Candidates(kept)),
             None => Ok(Rows::Whole(
@@ -29,7 +40,86 @@ impl Scoring<'_> {
     }
 
     /// Sends the chosen rows, in the order of the request.
-    pub async fn chosen(&self, chosen: ChosenRows, answers: &Answers<ScoreResponse>) -> Result<()> {
+    pub(crate) async fn send_chosen(
+        &self,
+        chosen: ChosenRows,
+        answers: &Answers<ScoreResponse>,
+    ) -> Result<()> {
+        let (rows, rows_read_again) = self.chosen(&chosen).await?;
+        let form = match chosen.form() {
+            RowsForm::Located => {
+                let candidates: Vec<usize> =
+                    chosen.candidates.iter().map(|c| *c as usize).collect();
+                Form::Located(self.slice.image_places(self.engine, &candidates).await?)
+            }
+            _ => Form::Whole,
+        };
+        self.send(&rows, rows_read_again, form, answers).await
+    }
+
+    async fn send(
+        &self,
+        rows: &[Row],
+        rows_read_again: usize,
+        form: Form,
+        answers: &Answers<ScoreResponse>,
+    ) -> Result<()> {
+        let schema = self.slice.manifest.data_schema(&self.slice.columns)?;
+        let writer = send_rows(
+            RowWriter::new(&schema, form)?,
+            rows,
+            &self.engine.pool,
+            answers,
+            |part| Some(arrow_ipc(part)),
+        )
+        .await?;
+        for part in writer.finish()? {
+            answers.send(arrow_ipc(part)).await?;
+        }
+        let done = RowsDone {
+            rows: rows.len() as u32,
+            rows_read_again: rows_read_again as u32,
+        };
+        answers.send(answer(Message::RowsDone(done))).await
+    }
+
+    /// Holds the chosen rows for trainers for as long as the call is open. If there is no room for
+    /// them, the rows themselves may be asked for.
+    pub(crate) async fn keep_chosen(
+        self,
+        chosen: ChosenRows,
+        requests: &mut (impl Stream<Item = Result<ScoreRequest, Status>> + Unpin),
+        answers: &Answers<ScoreResponse>,
+    ) -> Result<()> {
+        let (rows, rows_read_again) = self.chosen(&chosen).await?;
+        let engine = self.engine;
+        let (hold, kept) = hold(engine, self.held_for(), &rows).await?;
+        if let Some(hold) = hold {
+            // The candidates' rows are freed; only the chosen ones stay.
+            drop((self, rows));
+            answers.send(answer(Message::Kept(kept))).await?;
+            hold.until(&engine.stopping).await;
+            return Ok(());
+        }
+        answers.send(answer(Message::Kept(kept))).await?;
+        match next(engine, requests).await? {
+            None => Ok(()),
+            Some(score_request::Message::Chosen(whole))
+                if whole.candidates == chosen.candidates && is_whole(&whole) =>
+            {
+                self.send(&rows, rows_read_again, Form::Whole, answers)
+                    .await
+            }
+            Some(_) => {
+                let message = "after rows for which there is no room come ChosenRows of the same \
+                    candidates, whole";
+                Err(Error::invalid("message", message))
+            }
+        }
+    }
+
+    /// Returns the chosen rows, in the order of the request, and how many were read again.
+    async fn chosen(&self, chosen: &ChosenRows) -> Result<(Vec<Row>, usize)> {
         if chosen.candidates.len() > self.slice.candidates {
             let message = format!(
                 "{} candidates are chosen of {}",
@@ -81,27 +171,11 @@ impl Scoring<'_> {
         {
             return Err(self.changed(chosen[n] as usize, "image or caption is null now"));
         }
-        let schema = self.slice.manifest.data_schema(&self.slice.columns)?;
-        let writer = send_rows(
-            RowWriter::new(&schema)?,
-            &rows,
-            &self.engine.pool,
-            answers,
-            arrow_ipc,
-        )
-        .await?;
-        for part in writer.finish()? {
-            answers.send(arrow_ipc(part)).await?;
-        }
-        let done = RowsDone {
-            rows: rows.len() as u32,
-            rows_read_again: rows_read_again as u32,
-        };
-        answers.send(answer(Message::RowsDone(done))).await
+        Ok((rows, rows_read_again))
     }
 
-    /// The chosen rows of one block with their places among all that were chosen, and whether they
-    /// had to be read again.
+    /// Returns the chosen rows of one block with their places among all that were chosen, and
+    /// whether they had to be read again.
     async fn chosen_of(
         &self,
         block: usize,
@@ -124,12 +198,7 @@ impl Scoring<'_> {
         // the block go; a slice of it would keep the whole block in memory until the last row is
         // sent.
         let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
-        let batch = Arc::new(
-            self.engine
-                .pool
-                .run(move |_| pick(&whole, wanted))
-                .await??,
-        );
+        let batch = Arc::new(self.engine.pool.run(move || pick(&whole, wanted)).await??);
         let rows = places.into_iter().enumerate().map(|(row, place)| {
             (
                 place,
@@ -142,7 +211,7 @@ impl Scoring<'_> {
         Ok((rows.collect(), was_read))
     }
 
-    pub fn changed(&self, candidate: usize, detail: &str) -> Error {
+    pub(crate) fn changed(&self, candidate: usize, detail: &str) -> Error {
         let id = self.slice.id(candidate);
         Error::new(
             Reason::RowChanged,
@@ -150,4 +219,41 @@ impl Scoring<'_> {
         )
         .with("id", id)
     }
+}
+
+fn is_whole(chosen: &ChosenRows) -> bool {
+    matches!(chosen.form(), RowsForm::Unspecified | RowsForm::Whole)
+}
+
+/// Copies rows and holds them for trainers. Returns no hold if there is no room: then nothing is
+/// copied, and only the content hashes are computed.
+pub(crate) async fn hold(
+    engine: &Engine,
+    held_for: HeldFor,
+    rows: &[Row],
+) -> Result<(Option<Hold>, KeptRows)> {
+    let Some(hold) = engine.held.reserve(held_for, compact_bytes(rows)?) else {
+        return not_held(engine, rows).await;
+    };
+    let compact = compact(rows.to_vec(), &engine.pool).await?;
+    let kept = KeptRows {
+        id: hold.id,
+        content_hashes: compact.hashes.into(),
+        bytes: compact.bytes as u64,
+    };
+    if hold.fill(compact.rows, compact.bytes) {
+        return Ok((Some(hold), kept));
+    }
+    let (id, bytes) = (0, 0);
+    Ok((None, KeptRows { id, bytes, ..kept }))
+}
+
+async fn not_held(engine: &Engine, rows: &[Row]) -> Result<(Option<Hold>, KeptRows)> {
+    let rows = rows.to_vec();
+    let hashes = engine.pool.run(move || content_hashes(&rows)).await??;
+    let kept = KeptRows {
+        content_hashes: hashes.into(),
+        ..Default::default()
+    };
+    Ok((None, kept))
 }

@@ -1,4 +1,4 @@
-//! Embeds consecutive rows in micro-batches of one fixed shape.
+//! Embeds consecutive rows in micro-batches of few fixed shapes.
 use crate::{
     error::{Error, Result},
     worker::{
@@ -12,17 +12,22 @@ use crate::{
 use std::ops::Range;
 use superbatch_proto::v1::{EmbeddingDtype, Reason};
 
+/// The smallest shape of a micro-batch: what fewer rows are padded to.
+const ROWS_MIN: usize = 4;
+
 /// How rows are put through a model. Kernels choose their order of summation by the shape of the
-/// batch, so a row's embedding depends on that shape, to the last bit. With one shape for all
-/// micro-batches it depends on the row alone.
+/// batch, so a row's embedding depends on that shape, to the last bit. All micro-batches have one
+/// shape, except for the rows that are left at the end: those go in powers of two, since padding
+/// them to a whole micro-batch would cost a quarter of the work for row groups of 100 rows. Which
+/// rows are at the end depends on the block or the super-batch alone, so their shapes do, too.
 #[derive(Debug, Clone, Copy)]
-pub struct Shape {
+pub(crate) struct Shape {
     pub micro_batch_rows: usize,
     pub dtype: EmbeddingDtype,
 }
 
 /// What a micro-batch returns besides its embeddings.
-pub struct Embedded {
+pub(crate) struct Embedded {
     pub seconds: f64,
     /// Operations of its captions, padding included.
     pub text_flops: f64,
@@ -31,23 +36,40 @@ pub struct Embedded {
 }
 
 impl Shape {
-    /// Returns the micro-batches of `rows` rows as ranges. The last one is padded when it is
-    /// computed.
-    pub fn micro_batches(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        let step = self.micro_batch_rows;
-        (0..rows)
-            .step_by(step)
-            .map(move |first| first..(first + step).min(rows))
+    /// Returns the micro-batches of `rows` rows as ranges. Only the last one may be padded when it
+    /// is computed.
+    pub(crate) fn micro_batches(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let most = self.micro_batch_rows.max(1);
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let left = rows - first;
+            let size = match left {
+                0 => return None,
+                _ if left >= most => most,
+                _ if left <= ROWS_MIN => left,
+                _ => 1 << left.ilog2(),
+            };
+            let range = first..first + size;
+            first = range.end;
+            Some(range)
+        })
+    }
+
+    /// Returns how many rows are computed for one micro-batch of `rows`.
+    pub(crate) fn computed(&self, rows: usize) -> usize {
+        rows.max(ROWS_MIN).min(self.micro_batch_rows.max(rows))
     }
 
     /// Returns how many rows are computed for `rows`, padding included: these cost FLOPs.
-    pub fn padded(&self, rows: usize) -> usize {
-        rows.div_ceil(self.micro_batch_rows) * self.micro_batch_rows
+    pub(crate) fn padded(&self, rows: usize) -> usize {
+        self.micro_batches(rows)
+            .map(|range| self.computed(range.len()))
+            .sum()
     }
 
     /// Puts one micro-batch through `model` and writes its usable rows into `out` from row `first`
     /// on.
-    pub async fn embed(
+    pub(crate) async fn embed(
         &self,
         engine: &Engine,
         model: &Loaded,
@@ -75,7 +97,7 @@ impl Shape {
         }
         Ok(Embedded {
             seconds: embedded.seconds,
-            text_flops: self.micro_batch_rows as f64
+            text_flops: self.computed(rows.len()) as f64
                 * model.info.text_tower.flops(embedded.text_length),
             not_finite,
         })
@@ -118,19 +140,22 @@ impl Shape {
     /// Puts rows side by side. Unusable rows and padding are black images without tokens.
     fn assemble(&self, model: &Loaded, rows: &[PreparedRow]) -> MicroBatch {
         let (pixel_bytes, length) = (model.info.image_size.pow(2) * 3, model.info.text_length);
-        let mut pixels = vec![0; self.micro_batch_rows * pixel_bytes];
-        let mut ids = vec![0; self.micro_batch_rows * length];
+        let count = self.computed(rows.len());
+        let mut pixels = vec![0; count * pixel_bytes];
+        let mut ids = vec![0; count * length];
+        let mut keys = vec![0; count];
         for (n, row) in rows.iter().enumerate() {
             if let Ok(row) = row {
                 // Loading made sure that the folder's preprocessing and tokenizer give these sizes.
                 pixels[n * pixel_bytes..(n + 1) * pixel_bytes].copy_from_slice(&row.pixels);
                 ids[n * length..(n + 1) * length].copy_from_slice(&row.ids);
+                keys[n] = row.key;
             }
         }
         MicroBatch {
             model: model.info.key.clone(),
-            rows: self.micro_batch_rows,
-            side: model.info.image_size,
+            fidelity: model.fidelity,
+            keys,
             pixels,
             normalisation: model.inputs.normalisation(),
             ids,
@@ -144,18 +169,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn micro_batches_are_padded_to_one_shape() {
-        let shape = Shape {
-            micro_batch_rows: 4,
+    fn rows_at_the_end_go_in_powers_of_two() {
+        let shape = |micro_batch_rows| Shape {
+            micro_batch_rows,
             dtype: EmbeddingDtype::F32,
         };
-        assert_eq!(
-            shape.micro_batches(9).collect::<Vec<_>>(),
-            [0..4, 4..8, 8..9]
-        );
-        assert_eq!(
-            (shape.padded(0), shape.padded(8), shape.padded(9)),
-            (0, 8, 12)
-        );
+        let of = |most, rows| shape(most).micro_batches(rows).collect::<Vec<_>>();
+        assert_eq!(of(4, 9), [0..4, 4..8, 8..9]);
+        assert_eq!(of(64, 100), [0..64, 64..96, 96..100]);
+        assert_eq!(of(48, 45), [0..32, 32..40, 40..44, 44..45]);
+        assert!(of(64, 0).is_empty());
+        let padded = |most, rows| shape(most).padded(rows);
+        assert_eq!([padded(4, 0), padded(4, 8), padded(4, 9)], [0, 8, 12]);
+        assert_eq!((padded(2, 3), padded(1, 3)), (4, 3));
+    }
+
+    #[test]
+    fn row_groups_of_a_hundred_rows_are_hardly_padded() {
+        for most in [16, 64, 100, 256] {
+            let shape = Shape {
+                micro_batch_rows: most,
+                dtype: EmbeddingDtype::F32,
+            };
+            let rows: usize = (90..=110).sum();
+            let computed: usize = (90..=110).map(|rows| shape.padded(rows)).sum();
+            assert!(
+                (computed as f64) < 1.03 * rows as f64,
+                "{most}: {computed} of {rows}"
+            );
+            assert_eq!(shape.padded(100), 100);
+        }
     }
 }

@@ -10,7 +10,7 @@ use superbatch_proto::v1::{
 };
 use tonic::Status;
 
-pub async fn next(
+pub(crate) async fn next(
     engine: &Engine,
     requests: &mut (impl Stream<Item = Result<ScoreRequest, Status>> + Unpin),
 ) -> Result<Option<score_request::Message>> {
@@ -32,12 +32,12 @@ pub async fn next(
         .ok_or_else(|| Error::invalid("message", "a ScoreRequest without a message"))
 }
 
-pub fn answer(message: Message) -> ScoreResponse {
+pub(crate) fn answer(message: Message) -> ScoreResponse {
     ScoreResponse {
         message: Some(message),
     }
 }
 
-pub fn arrow_ipc(part: Bytes) -> ScoreResponse {
+pub(crate) fn arrow_ipc(part: Bytes) -> ScoreResponse {
     answer(Message::ArrowIpc(part))
 }

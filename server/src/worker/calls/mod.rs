@@ -1,12 +1,13 @@
 //! One module for each call of the worker plane, and what they share.
-pub mod ahead;
-pub mod answers;
-pub mod chosen;
-pub mod embed;
-pub mod fetch;
-pub mod messages;
-pub mod rows;
-pub mod score;
-pub mod select;
-pub mod slice;
-pub mod survey;
+pub(super) mod ahead;
+pub(super) mod answers;
+pub(super) mod chosen;
+pub(super) mod embed;
+pub(super) mod fetch;
+pub(super) mod messages;
+pub(super) mod rows;
+pub(super) mod score;
+pub(super) mod select;
+pub(super) mod slice;
+pub(super) mod survey;
+pub(super) mod ticket;

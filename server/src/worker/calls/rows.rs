@@ -1,85 +1,199 @@
 //! Encodes chosen rows: an Arrow IPC stream of the data columns and each row's content hash.
 use super::answers::Answers;
 use crate::{
-    batches::{row_bytes, row_ranges},
+    batches::{SENT_BATCH_BYTES_MAX, row_bytes, row_ranges},
     dataset::content_hash,
     error::{Error, Result},
     ipc::Encoder,
-    worker::inputs::{decode_pool::Pool, row::Row},
+    worker::inputs::{decode_pool::DecodePool, row::Row},
 };
 use arrow::{
-    array::{ArrayRef, FixedSizeBinaryArray},
+    array::{ArrayRef, AsArray, FixedSizeBinaryArray, UInt64Array},
     compute::interleave_record_batch,
     datatypes::{DataType, Field, Schema, SchemaRef},
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
+use superbatch_proto::columns::{CONTENT_HASH, IMAGE_LENGTH, IMAGE_OFFSET};
 
-/// The column that holds BLAKE3 of image and caption, first 16 bytes.
-pub const CONTENT_HASH_COLUMN: &str = "_superbatch_content_hash";
+const HASH_BYTES: usize = 16;
+
+/// What is sent of each row.
+pub(crate) enum Form {
+    /// The data columns and the content hash.
+    Whole,
+    /// As `Whole`, but instead of the image its bytes in the shard, of each row in order; `None` if
+    /// a reader finds it by its row number.
+    Located(Vec<Option<Range<u64>>>),
+    /// The row as it is: its content hash is its last column.
+    Hashed,
+}
 
 /// Encodes rows as an Arrow IPC stream.
-pub struct RowWriter {
+pub(crate) struct RowWriter {
     encoder: Encoder,
     schema: SchemaRef,
+    form: Form,
+    written: usize,
 }
 
 impl RowWriter {
-    pub fn new(data_schema: &SchemaRef) -> Result<Self> {
-        let hash = Field::new(CONTENT_HASH_COLUMN, DataType::FixedSizeBinary(16), false);
-        let fields = data_schema.fields().iter().cloned().chain([Arc::new(hash)]);
-        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    pub(crate) fn new(data_schema: &SchemaRef, form: Form) -> Result<Self> {
+        let schema = match &form {
+            Form::Whole | Form::Hashed => hashed_schema(data_schema),
+            Form::Located(_) => located_schema(data_schema),
+        };
         let encoder = Encoder::new(&schema).map_err(encoding)?;
-        Ok(Self { encoder, schema })
+        Ok(Self {
+            encoder,
+            schema,
+            form,
+            written: 0,
+        })
     }
 
     /// Appends rows as one record batch. All of them must have image and caption.
-    pub fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
-        let hashes = rows.iter().map(|row| {
-            row.image()
-                .zip(row.caption())
-                .map(|(image, text)| content_hash(image, text))
-        });
-        let hashes: Option<Vec<[u8; 16]>> = hashes.collect();
-        let hashes = hashes
-            .ok_or_else(|| Error::internal("a row without image or caption was to be sent"))?;
-        let hashes = FixedSizeBinaryArray::try_from_iter(hashes.into_iter()).map_err(encoding)?;
+    pub(crate) fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
         let mut columns = gather(rows)?.columns().to_vec();
-        columns.push(Arc::new(hashes) as ArrayRef);
+        match &self.form {
+            Form::Hashed => {}
+            Form::Whole => columns.push(hashes(rows)?),
+            Form::Located(places) => {
+                let places = places.get(self.written..self.written + rows.len());
+                let places = places.ok_or_else(|| Error::internal("rows without a place"))?;
+                columns.remove(0);
+                columns.extend(image_places(places));
+                columns.push(hashes(rows)?);
+            }
+        }
+        self.written += rows.len();
         let batch = RecordBatch::try_new(self.schema.clone(), columns).map_err(encoding)?;
         self.encoder.encode(&batch).map_err(encoding)
     }
 
     /// Returns the end of the stream.
-    pub fn finish(self) -> Result<Vec<Bytes>> {
+    pub(crate) fn finish(self) -> Result<Vec<Bytes>> {
         self.encoder.finish().map_err(encoding)
     }
 }
 
-/// Encodes rows on the pool and sends the bytes, each part wrapped by `wrap`.
-pub async fn send_rows<T>(
+fn hashed_schema(data: &SchemaRef) -> SchemaRef {
+    let hash = Field::new(CONTENT_HASH, DataType::FixedSizeBinary(16), false);
+    let fields = data.fields().iter().cloned().chain([Arc::new(hash)]);
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+fn located_schema(data: &SchemaRef) -> SchemaRef {
+    let number = |name| Arc::new(Field::new(name, DataType::UInt64, true));
+    let hash = Field::new(CONTENT_HASH, DataType::FixedSizeBinary(16), false);
+    let places = [IMAGE_OFFSET, IMAGE_LENGTH].map(number);
+    // The image is the first of the data columns.
+    let fields = data.fields().iter().skip(1).cloned().chain(places);
+    let fields = fields.chain([Arc::new(hash)]);
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+fn image_places(places: &[Option<Range<u64>>]) -> [ArrayRef; 2] {
+    let column = |of: fn(&Range<u64>) -> u64| {
+        let values = places.iter().map(|place| place.as_ref().map(of));
+        Arc::new(values.collect::<UInt64Array>()) as ArrayRef
+    };
+    [
+        column(|place| place.start),
+        column(|place| place.end - place.start),
+    ]
+}
+
+/// Returns the content hashes of rows.
+fn hashes(rows: &[Row]) -> Result<ArrayRef> {
+    let hashes = rows.iter().map(|row| {
+        row.image()
+            .zip(row.caption())
+            .map(|(image, text)| content_hash(image, text))
+    });
+    let hashes: Option<Vec<[u8; 16]>> = hashes.collect();
+    let hashes =
+        hashes.ok_or_else(|| Error::internal("a row without image or caption was to be sent"))?;
+    let hashes = FixedSizeBinaryArray::try_from_iter(hashes.into_iter()).map_err(encoding)?;
+    Ok(Arc::new(hashes))
+}
+
+/// Returns the content hashes of rows, 16 bytes each.
+pub(crate) fn content_hashes(rows: &[Row]) -> Result<Vec<u8>> {
+    let hashes = hashes(rows)?;
+    Ok(hashes.as_fixed_size_binary().value_data().to_vec())
+}
+
+/// Returns about how many bytes rows will take when they are copied.
+pub(crate) fn compact_bytes(rows: &[Row]) -> Result<usize> {
+    Ok(sizes(rows)?.iter().sum::<usize>() + rows.len() * HASH_BYTES)
+}
+
+/// Rows that share memory with nothing else, with their content hashes as last column.
+pub(crate) struct Compact {
+    pub rows: Vec<Row>,
+    /// 16 bytes a row.
+    pub hashes: Vec<u8>,
+    pub bytes: usize,
+}
+
+/// Copies rows out of their blocks, so that these do not stay in memory.
+pub(crate) async fn compact(rows: Vec<Row>, pool: &DecodePool) -> Result<Compact> {
+    pool.run(move || {
+        let mut all = Compact {
+            rows: Vec::with_capacity(rows.len()),
+            hashes: Vec::new(),
+            bytes: 0,
+        };
+        for range in row_ranges(&sizes(&rows)?, SENT_BATCH_BYTES_MAX) {
+            let rows = &rows[range];
+            let copied = copy(rows)?;
+            let mut columns = copied.columns().to_vec();
+            let hashes = hashes(rows)?;
+            let values = hashes.as_fixed_size_binary();
+            (0..rows.len()).for_each(|row| all.hashes.extend_from_slice(values.value(row)));
+            columns.push(hashes);
+            let batch = RecordBatch::try_new(hashed_schema(&copied.schema()), columns);
+            let batch = Arc::new(batch.map_err(encoding)?);
+            all.bytes += batch.get_array_memory_size();
+            let row = |row| Row {
+                batch: batch.clone(),
+                row,
+            };
+            all.rows.extend((0..rows.len()).map(row));
+        }
+        Ok(all)
+    })
+    .await?
+}
+
+fn sizes(rows: &[Row]) -> Result<Vec<usize>> {
+    let sizes = rows.iter().map(|row| row_bytes(&row.batch, row.row));
+    sizes.collect::<Result<_, _>>().map_err(encoding)
+}
+
+/// Encodes rows on the decode pool and sends the bytes, each part wrapped by `wrap`. Parts for
+/// which that returns nothing are not sent.
+pub(crate) async fn send_rows<T>(
     mut writer: RowWriter,
     rows: &[Row],
-    pool: &Pool,
+    pool: &DecodePool,
     answers: &Answers<T>,
-    wrap: fn(Bytes) -> T,
+    mut wrap: impl FnMut(Bytes) -> Option<T>,
 ) -> Result<RowWriter> {
-    let sizes = rows
-        .iter()
-        .map(|row| row_bytes(&row.batch, row.row))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(encoding)?;
-    for range in row_ranges(&sizes) {
+    for range in row_ranges(&sizes(rows)?, SENT_BATCH_BYTES_MAX) {
         let batch = rows[range].to_vec();
         // Encoding copies and hashes megabytes of images. On an async thread it would delay every
         // other call of the worker.
         let (back, parts) = pool
-            .run(move |_| writer.push(&batch).map(|parts| (writer, parts)))
+            .run(move || writer.push(&batch).map(|parts| (writer, parts)))
             .await??;
         writer = back;
         for part in parts {
-            answers.send(wrap(part)).await?;
+            if let Some(message) = wrap(part) {
+                answers.send(message).await?;
+            }
         }
     }
     Ok(writer)
@@ -91,6 +205,10 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
     if let Some(first) = rows.first().filter(|first| follow_each_other(first, rows)) {
         return Ok(first.batch.slice(first.row, rows.len()));
     }
+    copy(rows)
+}
+
+fn copy(rows: &[Row]) -> Result<RecordBatch> {
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {

@@ -9,7 +9,9 @@ use super::{
 use crate::{
     bounds::MICRO_BATCH_ROWS_MAX,
     error::{Error, Result},
+    fidelity::Fidelity,
     metrics,
+    traces::stage,
     worker::{
         engine::Engine,
         inputs::{
@@ -17,9 +19,8 @@ use crate::{
             preprocess::RowFault,
             row::{Prepared, PreparedRow},
         },
-        kept::{embeddings::Embeddings, retained::Kept},
+        kept::{embeddings::Embeddings, held::HeldFor, retained::Kept},
         loader::Loaded,
-        model::Fidelity,
     },
 };
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
@@ -30,17 +31,18 @@ use std::{
     sync::{Arc, Mutex},
 };
 use superbatch_proto::v1::{
-    BadRowReason, EmbedDone, EmbeddingDtype, Hole, Holes, LearnerGo, ScoreBegin, ScoreRequest,
-    ScoreResponse, Tower, score_request, score_response::Message,
+    BadRowReason, EmbedDone, EmbeddingDtype, Hole, Holes, LearnerGo, RowsForm, ScoreBegin,
+    ScoreRequest, ScoreResponse, Tower, score_request, score_response::Message,
 };
 use tonic::Status;
+use tracing::Instrument;
 
 /// Serves one `Score` call.
 ///
 /// # Errors
 /// Those of reading, of models, and `InvalidArgument` if messages do not come in the order of
 /// the protocol.
-pub async fn score(
+pub(crate) async fn score(
     engine: &Engine,
     requests: impl Stream<Item = Result<ScoreRequest, Status>>,
     answers: &Answers<ScoreResponse>,
@@ -53,7 +55,7 @@ pub async fn score(
         ));
     };
     let mut scoring = Scoring::open(engine, begin).await?;
-    for message in scoring.survey().await? {
+    for message in scoring.survey().instrument(stage!("survey")).await? {
         answers.send(answer(message)).await?;
     }
     let mut learned = false;
@@ -61,11 +63,18 @@ pub async fn score(
         match message {
             score_request::Message::Learner(go) if scoring.task.keep_ready && !learned => {
                 learned = true;
-                for message in scoring.learner(go).await? {
+                for message in scoring.learner(go).instrument(stage!("learner")).await? {
                     answers.send(answer(message)).await?;
                 }
             }
-            score_request::Message::Chosen(chosen) => return scoring.chosen(chosen, answers).await,
+            score_request::Message::Chosen(chosen) if chosen.form() == RowsForm::Kept => {
+                let kept = scoring.keep_chosen(chosen, &mut requests, answers);
+                return kept.instrument(stage!("keep_rows")).await;
+            }
+            score_request::Message::Chosen(chosen) => {
+                let sent = scoring.send_chosen(chosen, answers);
+                return sent.instrument(stage!("send_rows")).await;
+            }
             _ => {
                 return Err(Error::invalid(
                     "message",
@@ -78,9 +87,10 @@ pub async fn score(
 }
 
 /// The state of one call.
-pub struct Scoring<'a> {
+pub(crate) struct Scoring<'a> {
     pub engine: &'a Engine,
     pub slice: Slice,
+    held_for: HeldFor,
     task: Task,
     pub blocks: Vec<Surveyed>,
     /// Faults by candidate. Candidates whose reference embedding is not finite are among them.
@@ -125,17 +135,28 @@ impl<'a> Scoring<'a> {
             shape,
             fidelity,
             reference,
+            is_sparse: begin.reference_sparse,
             inputs,
             keep_ready,
         };
         Ok(Self {
             engine,
             slice,
+            held_for: HeldFor {
+                run_id: begin.run_id,
+                generation: begin.generation,
+                step: begin.step,
+            },
             task,
             blocks: Vec::new(),
             faults: HashMap::new(),
             ready: Mutex::default(),
         })
+    }
+
+    /// Returns the step for which chosen rows are held.
+    pub(crate) fn held_for(&self) -> HeldFor {
+        self.held_for.clone()
     }
 
     /// Reads, decodes and embeds with the reference. Returns the holes, then the reference's
@@ -325,9 +346,10 @@ impl<'a> Scoring<'a> {
                 again.push(block.row(rows, candidate - block.first));
             }
         }
-        let (decoded, seconds) = match again.is_empty() {
-            true => (Vec::new(), 0.0),
-            false => self.engine.pool.prepare(again, inputs.clone()).await?,
+        let (decoded, seconds) = if again.is_empty() {
+            (Vec::new(), 0.0)
+        } else {
+            self.engine.pool.prepare(again, inputs.clone()).await?
         };
         for (n, row) in missing.into_iter().zip(decoded) {
             // This row was decodable in the survey, and its hole would have been reported then. The

@@ -30,7 +30,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// `InvalidArgument` naming the field, and those of [`draw`].
-pub async fn select(
+pub(crate) async fn select(
     engine: &Engine,
     requests: impl Stream<Item = Result<SelectRequest, Status>>,
 ) -> Result<SelectResponse> {
@@ -75,14 +75,13 @@ pub async fn select(
     // passes, nor delay them.
     let on_device = policy != Policy::Uniform && device.starts_with("cuda");
     let run = move |backend| draw(backend, &begin, learner.as_ref(), reference.as_ref());
-    let selection = match on_device {
-        true => {
-            engine
-                .device
-                .run(move |device| run(cuda::backend(device)))
-                .await??
-        }
-        false => engine.pool.run(move |_| run(Backend::Native)).await??,
+    let selection = if on_device {
+        engine
+            .device
+            .run(move |device| run(cuda::backend(device)))
+            .await??
+    } else {
+        engine.pool.run(move || run(Backend::Native)).await??
     };
     Ok(SelectResponse {
         seconds: started.elapsed().as_secs_f64(),
@@ -92,8 +91,10 @@ pub async fn select(
     })
 }
 
-/// The next message. All of a selection is at hand when it is asked for, so a caller that falls
-/// silent is gone: what it sent is let go.
+/// Returns the next message. The caller has all of a selection before it asks, so one that is
+/// silent for [`SILENCE_MAX`] counts as lost, and its embeddings are freed. The request may still
+/// be right (the caller was stopped for a while), so the reason is one after which a caller tries
+/// again.
 async fn next(
     engine: &Engine,
     mut requests: Pin<&mut impl Stream<Item = Result<SelectRequest>>>,
@@ -106,7 +107,7 @@ async fn next(
     next.map_err(|_| {
         let seconds = SILENCE_MAX.as_secs();
         let message = format!("a Select call was silent for {seconds} s; ask again");
-        Error::invalid("stream", message)
+        Error::new(Reason::Overloaded, message)
     })?
 }
 

@@ -1,18 +1,24 @@
 //! A slice: the candidates of a super-batch that one call scores, block by block, and how their
 //! rows are read.
 use crate::{
+    blocking::blocking,
     bounds::{COLUMNS_MAX, LABEL_BYTES_MAX, check_bytes, check_count},
-    dataset::{Block, Manifest},
+    dataset::{Block, Manifest, SourceManifest},
     error::{Error, Result},
     worker::{engine::Engine, inputs::row::Row},
 };
 use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+    sync::Arc,
+};
 use superbatch_proto::{SUPER_BATCH_SIZE_MAX, v1::BlockRows};
 
 /// Rows of some blocks. Candidate i is the i-th row over all blocks.
-pub struct Slice {
-    pub manifest_digest: String,
+pub(crate) struct Slice {
+    /// [`SourceManifest::rows_digest`] of each source.
+    rows_digests: Arc<Vec<String>>,
     pub manifest: Arc<Manifest>,
     pub columns: Vec<String>,
     pub blocks: Vec<SliceBlock>,
@@ -25,7 +31,7 @@ pub struct Slice {
 }
 
 /// The candidates that lie in one block.
-pub struct SliceBlock {
+pub(crate) struct SliceBlock {
     pub source: u32,
     pub shard: u32,
     pub block: u32,
@@ -41,16 +47,22 @@ pub struct SliceBlock {
 
 /// Rows of a block in memory: all of them, or only its candidates.
 #[derive(Clone)]
-pub enum Rows {
+pub(crate) enum Rows {
     Whole(Arc<RecordBatch>),
     Candidates(Arc<RecordBatch>),
 }
 
 impl Slice {
+    /// Names the rows of a block's source, whatever run reads them.
+    pub(crate) fn rows_digest(&self, block: &SliceBlock) -> &str {
+        // Placing the block has checked that its source exists.
+        &self.rows_digests[block.source as usize]
+    }
+
     /// # Errors
     /// `InvalidArgument` if a block or row does not exist, `ColumnNotFound`, and those of
     /// reading the manifest.
-    pub async fn open(
+    pub(crate) async fn open(
         engine: &Engine,
         manifest: &str,
         blocks: Vec<BlockRows>,
@@ -65,6 +77,12 @@ impl Slice {
             ))
         };
         let manifest = engine.manifests.get(&manifest_digest, load).await?;
+        let of = manifest.clone();
+        let digests = async move {
+            let digests = move || of.sources.iter().map(SourceManifest::rows_digest).collect();
+            blocking("hashing a manifest", move || Ok(Arc::new(digests()))).await
+        };
+        let rows_digests = engine.rows_digests.get(&manifest_digest, digests).await?;
         manifest.data_schema(&columns)?;
         let mut candidates = 0;
         let mut placed = Vec::new();
@@ -77,7 +95,7 @@ impl Slice {
         }
         let reference_rows = 0..candidates;
         Ok(Self {
-            manifest_digest,
+            rows_digests,
             manifest,
             columns,
             blocks: placed,
@@ -91,7 +109,7 @@ impl Slice {
     ///
     /// # Errors
     /// `InvalidArgument` if a block would be shared out, or a row does not exist.
-    pub fn share(&mut self, from: usize, more: Vec<u32>) -> Result<()> {
+    pub(crate) fn share(&mut self, from: usize, more: Vec<u32>) -> Result<()> {
         let begins = |block: &SliceBlock| block.first == from;
         if from > self.candidates || (from < self.candidates && !self.blocks.iter().any(begins)) {
             return Err(Error::invalid(
@@ -116,12 +134,16 @@ impl Slice {
     }
 
     /// Returns whether this slice returns the reference embeddings of `block`.
-    pub fn gives_reference(&self, block: &SliceBlock) -> bool {
+    pub(crate) fn gives_reference(&self, block: &SliceBlock) -> bool {
         block.first >= self.reference_rows.start
     }
 
     /// Reads a block whole, in the data schema.
-    pub async fn read(&self, engine: &Engine, block: &SliceBlock) -> Result<Arc<RecordBatch>> {
+    pub(crate) async fn read(
+        &self,
+        engine: &Engine,
+        block: &SliceBlock,
+    ) -> Result<Arc<RecordBatch>> {
         engine
             .reader
             .read(
@@ -134,14 +156,44 @@ impl Slice {
             .await
     }
 
+    /// Returns where the images of some candidates lie in their shards; `None` for rows of Parquet
+    /// files, whose pages hold many.
+    pub(crate) async fn image_places(
+        &self,
+        engine: &Engine,
+        candidates: &[usize],
+    ) -> Result<Vec<Option<Range<u64>>>> {
+        let mut of_blocks = HashMap::new();
+        let mut places = Vec::with_capacity(candidates.len());
+        for candidate in candidates {
+            let number = self.block_of(*candidate);
+            let block = &self.blocks[number];
+            if let Entry::Vacant(vacant) = of_blocks.entry(number) {
+                let SliceBlock {
+                    source,
+                    shard,
+                    block: at,
+                    ..
+                } = block;
+                let found = engine
+                    .reader
+                    .image_places(&self.manifest, *source, *shard, *at);
+                vacant.insert(found.await?);
+            }
+            let row = block.rows[candidate - block.first] as usize;
+            places.push(of_blocks[&number].get(row).cloned().flatten());
+        }
+        Ok(places)
+    }
+
     /// Returns the index of the block that holds `candidate`.
-    pub fn block_of(&self, candidate: usize) -> usize {
+    pub(crate) fn block_of(&self, candidate: usize) -> usize {
         self.blocks
             .partition_point(|block| block.first + block.rows.len() <= candidate)
     }
 
     /// Returns the id of a candidate's row, as receipts write it.
-    pub fn id(&self, candidate: usize) -> String {
+    pub(crate) fn id(&self, candidate: usize) -> String {
         let block = &self.blocks[self.block_of(candidate)];
         let shard = &self.manifest.sources[block.source as usize].shards[block.shard as usize];
         let row = block.rows[candidate - block.first];
@@ -197,7 +249,7 @@ impl Named {
 }
 
 impl SliceBlock {
-    /// Whether these are rows of the block, each named once and none of its candidates.
+    /// Returns whether these are rows of the block, each named once and none of its candidates.
     fn are_others(&self, more: &[u32]) -> bool {
         let mut free = vec![true; self.block_rows];
         let mut take = |row: &u32| free.get_mut(*row as usize).is_some_and(std::mem::take);
@@ -245,12 +297,12 @@ impl SliceBlock {
 
     /// Returns the rows that the reference embeds: this slice's candidates, then those of other
     /// slices.
-    pub fn reference_rows(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn reference_rows(&self) -> impl Iterator<Item = u32> {
         self.rows.iter().chain(&self.reference_more).copied()
     }
 
     /// Returns the `n`-th candidate of this block.
-    pub fn row(&self, rows: &Rows, n: usize) -> Row {
+    pub(crate) fn row(&self, rows: &Rows, n: usize) -> Row {
         match rows {
             Rows::Whole(batch) => Row {
                 batch: batch.clone(),
@@ -269,7 +321,7 @@ impl SliceBlock {
 /// # Errors
 /// `Internal` for an empty place. If it were skipped, each later row would count as another
 /// candidate.
-pub fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
+pub(crate) fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
     let count = places.len();
     let missing = |n| move || Error::internal(format!("row {n} of {count} was not read"));
     let numbered = places.into_iter().enumerate();
@@ -281,7 +333,7 @@ pub fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
 /// Returns some rows of a batch. They are copied, unless they follow each other and are at least
 /// half of the batch: then they stay a view of it, which holds the rest in memory but copies
 /// nothing.
-pub fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
+pub(crate) fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
     let first = rows.first().copied().unwrap_or_default();
     if 2 * rows.len() >= batch.num_rows()
         && rows.iter().copied().eq(first..first + rows.len() as u32)

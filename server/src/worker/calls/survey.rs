@@ -6,22 +6,22 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fidelity::Fidelity,
     metrics,
     worker::{
         engine::Engine,
         inputs::{
+            captions,
             model_inputs::Inputs,
             preprocess::RowFault,
             row::{Prepared, PreparedRow, Row},
         },
         kept::{
-            captions,
             embeddings::Embeddings,
             retained::Kept,
             sidecar::{self, BlockEmbeddings, BlockKey},
         },
         loader::Loaded,
-        model::Fidelity,
     },
 };
 use arrow::record_batch::RecordBatch;
@@ -32,15 +32,17 @@ use tokio::time::Instant;
 
 /// Blocks of a slice, and micro-batches of a block, that are under way at the same time: while one
 /// is embedded, the next is decoded and a third is read. More would only hold more memory.
-pub const AHEAD: usize = 3;
+pub(crate) const AHEAD: usize = 3;
 
 /// What to do with each block.
-pub struct Task {
+pub(crate) struct Task {
     pub step: u64,
     pub shape: Shape,
     /// The fidelity at which both models embed.
     pub fidelity: Fidelity,
     pub reference: Option<Arc<Loaded>>,
+    /// Whether only the candidates are wanted of the reference.
+    pub is_sparse: bool,
     /// How rows are prepared for the learner, or only checked.
     pub inputs: Option<Arc<Inputs>>,
     /// Whether the learner will embed the same rows, so that they are kept decoded.
@@ -49,7 +51,7 @@ pub struct Task {
 
 /// The result of the pass over one block.
 #[derive(Default)]
-pub struct Surveyed {
+pub(crate) struct Surveyed {
     /// (n-th candidate of the block, fault). Rows of other slices are numbered after the
     /// candidates.
     pub faults: Vec<(usize, RowFault)>,
@@ -58,6 +60,9 @@ pub struct Surveyed {
     pub raw: Option<Kept<Arc<RecordBatch>>>,
     /// Whether the block was read. A block whose reference embeddings are stored need not be.
     pub was_read: bool,
+    /// Whether the reference embeddings were made, and not found. A block without a usable row
+    /// costs no operations, and is always made.
+    pub was_embedded: bool,
     /// Decoded rows by candidate of the block, if there was room.
     pub ready: Vec<Option<Kept<Arc<Prepared>>>>,
     pub spent: Spent,
@@ -65,7 +70,7 @@ pub struct Surveyed {
 
 /// The cost of the pass.
 #[derive(Default, Clone, Copy)]
-pub struct Spent {
+pub(crate) struct Spent {
     pub fetch_seconds: f64,
     pub decode_seconds: f64,
     pub embed_seconds: f64,
@@ -76,7 +81,7 @@ pub struct Spent {
 }
 
 /// Surveys the blocks, in order.
-pub async fn survey(engine: &Engine, slice: &Slice, task: &Task) -> Result<Vec<Surveyed>> {
+pub(crate) async fn survey(engine: &Engine, slice: &Slice, task: &Task) -> Result<Vec<Surveyed>> {
     // Boxed and collected, here and below: the compiler cannot prove otherwise that these futures
     // are Send.
     let blocks: Vec<_> = slice
@@ -132,11 +137,7 @@ impl<'a> Pass<'a> {
         }
         if let Some(whole) = self.whole.take() {
             let wanted = self.block.rows.clone();
-            let rows = self
-                .engine
-                .pool
-                .run(move |_| pick(&whole, wanted))
-                .await??;
+            let rows = self.engine.pool.run(move || pick(&whole, wanted)).await??;
             let bytes = rows.get_array_memory_size();
             self.found.raw = self.engine.raw.keep(self.task.step, bytes, Arc::new(rows));
         }
@@ -155,7 +156,7 @@ impl<'a> Pass<'a> {
         Ok(whole)
     }
 
-    /// Gets the reference's embeddings of the whole block.
+    /// Gets the reference's embeddings of the whole block, or at least those of the candidates.
     async fn reference(&mut self, model: &Arc<Loaded>) -> Result<()> {
         let Self {
             engine,
@@ -164,17 +165,13 @@ impl<'a> Pass<'a> {
             task,
             ..
         } = *self;
-        // All rows of the block are embedded, not only this slice's candidates. The stored object
-        // must be the same whichever slice, run or worker makes it: it is created once and never
-        // changed, and the next run wants other rows of the same block.
         let shape = sidecar::Shape {
             rows: block.block_rows,
             dim: model.info.embedding_dim,
             dtype: task.shape.dtype,
         };
         let key = BlockKey {
-            manifest: &slice.manifest_digest,
-            source: block.source,
+            rows: slice.rows_digest(block),
             shard: block.shard,
             block: block.block,
             model_digest: &model.info.digest,
@@ -184,14 +181,31 @@ impl<'a> Pass<'a> {
             compute: model.info.key.compute,
             limits: engine.pool.limits(),
         };
-        let found = engine
-            .sidecar
-            .get(&key.object(), shape, self.embed_block(model))
-            .await?;
-        let rows = block.rows.len() as u64;
+        let (sidecar, key) = (&engine.sidecar, key.object());
+        let rows = if task.is_sparse {
+            let mut rows: Vec<u32> = block.reference_rows().collect();
+            rows.sort_unstable();
+            rows
+        } else {
+            // All rows of the block are embedded, not only this slice's candidates. The stored
+            // object must be the same whichever slice, run or worker makes it: it is created once
+            // and never changed, and the next run wants other rows of the same block.
+            (0..block.block_rows as u32).collect()
+        };
+        let embedded = rows.len() as u64;
+        let kept = if task.is_sparse {
+            sidecar.find(&key, shape).await?
+        } else {
+            None
+        };
+        let found = match kept {
+            Some(kept) => kept,
+            None if task.is_sparse => Arc::new(self.embed(model, rows).await?),
+            None => sidecar.get(&key, shape, self.embed(model, rows)).await?,
+        };
         match self.found.spent.rows_embedded {
-            0 => metrics::reference_rows_cached().increment(rows),
-            _ => metrics::reference_rows_computed().increment(block.block_rows as u64),
+            0 => metrics::reference_rows_cached().increment(block.rows.len() as u64),
+            _ => metrics::reference_rows_computed().increment(embedded),
         }
         let faults: HashMap<u32, &RowFault> = found
             .faults
@@ -210,7 +224,19 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    async fn embed_block(&mut self, model: &Arc<Loaded>) -> Result<BlockEmbeddings> {
+    /// Returns the candidates that are kept for the learner as they are decoded for the reference,
+    /// by their rows. If both prepare rows alike, decoding them a second time would cost about 4 ms
+    /// of a core.
+    fn wanted(&self, model: &Loaded) -> HashMap<u32, usize> {
+        let is_alike = |inputs: &Arc<Inputs>| inputs.digest == model.inputs.digest;
+        let shares = self.task.keep_ready && self.task.inputs.as_ref().is_some_and(is_alike);
+        let rows = self.block.rows.iter().enumerate().filter(|_| shares);
+        rows.map(|(n, row)| (*row, n)).collect()
+    }
+
+    /// Embeds `rows` of the block, which rise. The others' embeddings are zero.
+    async fn embed(&mut self, model: &Arc<Loaded>, rows: Vec<u32>) -> Result<BlockEmbeddings> {
+        self.found.was_embedded = true;
         let whole = self.read().await?;
         let Self {
             engine,
@@ -218,32 +244,16 @@ impl<'a> Pass<'a> {
             task,
             ..
         } = *self;
-        // If reference and learner prepare rows alike, an image decoded for the reference is kept
-        // for the learner. Decoding it a second time would cost about 4 ms of a core.
-        let shares = task.keep_ready
-            && task
-                .inputs
-                .as_ref()
-                .is_some_and(|inputs| inputs.digest == model.inputs.digest);
-        let wanted: HashMap<u32, usize> = if shares {
-            block
-                .rows
-                .iter()
-                .enumerate()
-                .map(|(n, row)| (*row, n))
-                .collect()
-        } else {
-            HashMap::new()
-        };
-        let mut embeddings =
-            Embeddings::zeros(block.block_rows, model.info.embedding_dim, task.shape.dtype);
+        let wanted = self.wanted(model);
+        let (dim, dtype) = (model.info.embedding_dim, task.shape.dtype);
+        let mut embeddings = Embeddings::zeros(rows.len(), dim, dtype);
         let mut faults = Vec::new();
-        let micro_batches = task.shape.micro_batches(block.block_rows).map(|range| {
-            let rows = range
-                .clone()
+        let micro_batches = task.shape.micro_batches(rows.len()).map(|range| {
+            let rows = rows[range.clone()]
+                .iter()
                 .map(|row| Row {
                     batch: whole.clone(),
-                    row,
+                    row: *row as usize,
                 })
                 .collect();
             async move {
@@ -255,27 +265,26 @@ impl<'a> Pass<'a> {
             .boxed()
         });
         let mut micro_batches = stream::iter(micro_batches).buffered(AHEAD);
-        while let Some((first, (rows, seconds))) = micro_batches.try_next().await? {
+        while let Some((first, (ready, seconds))) = micro_batches.try_next().await? {
             self.found.spent.decode_seconds += seconds;
-            for (row, prepared) in (first as u32..).zip(&rows) {
-                if let Some(n) = wanted.get(&row) {
+            for (row, prepared) in rows[first..].iter().zip(&ready) {
+                if let Some(n) = wanted.get(row) {
                     self.settle(*n, prepared);
                 }
-                faults.extend(prepared.as_ref().err().map(|fault| (row, fault.clone())));
+                faults.extend(prepared.as_ref().err().map(|fault| (*row, fault.clone())));
             }
             let done = task
                 .shape
-                .embed(engine, model, &rows, &mut embeddings, first)
+                .embed(engine, model, &ready, &mut embeddings, first)
                 .await?;
-            faults.extend(
-                done.not_finite
-                    .iter()
-                    .map(|row| ((first + row) as u32, not_finite())),
-            );
+            let bad = done.not_finite.iter().map(|row| rows[first + row]);
+            faults.extend(bad.map(|row| (row, not_finite())));
             self.found.spent.embed_seconds += done.seconds;
-            self.found.spent.rows_embedded += task.shape.micro_batch_rows;
+            self.found.spent.rows_embedded += task.shape.computed(ready.len());
             self.found.spent.text_flops += done.text_flops;
         }
+        drop(micro_batches);
+        let embeddings = embeddings.spread(&rows, block.block_rows);
         faults.sort_unstable_by_key(|(row, _)| *row);
         Ok(BlockEmbeddings { embeddings, faults })
     }

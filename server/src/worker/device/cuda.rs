@@ -21,7 +21,7 @@ const DRIVER: &str = "/dev/nvidiactl";
 /// # Errors
 /// `DeviceUnavailable` if a CUDA device is asked for that is not there; `InvalidArgument` for
 /// another word.
-pub fn open(choice: &str) -> Result<Device> {
+pub(super) fn open(choice: &str) -> Result<Device> {
     match choice {
         "cpu" => Ok(Device::Cpu),
         // Loading libtorch_cuda takes more than a second and 300 MB. A machine without a driver is
@@ -45,8 +45,8 @@ pub fn open(choice: &str) -> Result<Device> {
     }
 }
 
-/// `cpu` or `cuda:N`.
-pub fn name(device: Device) -> String {
+/// Returns `cpu` or `cuda:N`.
+pub(super) fn name(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),
         _ => "cpu".to_owned(),

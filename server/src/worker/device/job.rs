@@ -2,9 +2,10 @@
 use super::blocking;
 use crate::{
     error::Result,
-    worker::{
-        inputs::preprocess::Normalisation,
-        model::{Compute, ModelFolder, ModelKey, Snapshot, init},
+    fidelity::Fidelity,
+    pushed::Pushed,
+    worker::model::{
+        Compute, ModelFolder, ModelKey, Normalisation, Snapshot, exported::no_random_weights, init,
     },
 };
 use bytes::Bytes;
@@ -26,6 +27,8 @@ pub struct Source {
 pub enum Weights {
     /// One safetensors file.
     Safetensors(Bytes),
+    /// The weights of a push, from the coordinator of this process.
+    Pushed(Pushed),
     /// The model folder's own.
     Folder,
     /// The service's own initial weights, by seed.
@@ -36,16 +39,23 @@ pub enum Weights {
 #[derive(Debug, Clone)]
 pub struct MicroBatch {
     pub model: ModelKey,
-    pub rows: usize,
-    /// Of an image, in pixels: the model's `image_size`, or less of it by whole patches.
-    pub side: usize,
-    /// RGB bytes, `[rows, side, side, 3]`.
+    pub fidelity: Fidelity,
+    /// A number for each row that is the same wherever its image is embedded; it decides which
+    /// patches are left out.
+    pub keys: Vec<u64>,
+    /// RGB bytes, `[rows, side, side, 3]`, of the fidelity's side.
     pub pixels: Vec<u8>,
     pub normalisation: Normalisation,
     /// `[rows, text_length]`.
     pub ids: Vec<i64>,
     /// What embeddings are rounded to; f16 if unspecified.
     pub dtype: EmbeddingDtype,
+}
+
+impl MicroBatch {
+    pub fn rows(&self) -> usize {
+        self.keys.len()
+    }
 }
 
 /// L2-normalised embeddings `[rows, dim]`, rounded to the request's dtype, little endian.
@@ -80,6 +90,7 @@ impl LoadModel {
                 let file = file.clone();
                 Some(blocking(move || blake3::hash(&file).to_hex().to_string()).await?)
             }
+            Weights::Pushed(pushed) => Some(pushed.digest.clone()),
             Weights::Folder => self.folder.weights_digest.get().cloned(),
             Weights::Random(seed) => Some(init::digest(*seed)),
         })
@@ -89,7 +100,9 @@ impl LoadModel {
     pub fn reason_and_name(&self) -> (Reason, String) {
         let uri = &self.folder.uri;
         match &self.weights {
-            Weights::Safetensors(_) => (Reason::WeightsRefused, format!("a snapshot for {uri}")),
+            Weights::Safetensors(_) | Weights::Pushed(_) => {
+                (Reason::WeightsRefused, format!("a snapshot for {uri}"))
+            }
             Weights::Folder => (Reason::ModelInvalid, uri.clone()),
             Weights::Random(seed) => (Reason::WeightsRefused, format!("{uri} from seed {seed}")),
         }
@@ -102,18 +115,28 @@ impl LoadModel {
             folder, weights, ..
         } = self;
         let is_folder = matches!(weights, Weights::Folder);
-        let files = match weights {
-            Weights::Safetensors(file) => vec![file],
-            Weights::Folder => folder.weights().await?,
+        let of = folder.clone();
+        let checked = match weights {
+            Weights::Pushed(pushed) => {
+                blocking(move || of.checked(Snapshot::of_pushed(pushed))).await
+            }
+            Weights::Safetensors(file) => blocking(move || of.verify(vec![file])).await,
+            Weights::Folder => {
+                let files = folder.weights().await?;
+                blocking(move || of.verify(files)).await
+            }
+            Weights::Random(_) if folder.config.exported.is_some() => {
+                return Err(no_random_weights(&folder.uri));
+            }
             Weights::Random(seed) => {
-                let folder = folder.clone();
-                vec![blocking(move || init::random(&folder.config.parameters(), seed)).await??]
+                let drawn = move || {
+                    let file = init::random(&of.config.parameters(), seed)?;
+                    Ok(of.verify(vec![file]))
+                };
+                blocking(drawn).await?
             }
         };
-        let of = folder.clone();
-        let snapshot = blocking(move || of.verify(files))
-            .await?
-            .map_err(|refusal| refusal.into_error(reason, &name))?;
+        let snapshot = checked?.map_err(|refusal| refusal.into_error(reason, &name))?;
         // The folder's weights may have been replaced since its digest was taken. The digest of the
         // bytes just read is the true one; a stale one would put the wrong model into receipts and
         // the sidecar.

@@ -11,7 +11,7 @@ mod job;
 mod resident;
 
 pub use self::job::{Embedded, LoadModel, MicroBatch, Weights};
-use self::resident::Models;
+use self::resident::Resident;
 use super::model::{Compute, ModelInfo, ModelKey};
 use crate::error::{Error, Result};
 use std::{
@@ -24,7 +24,7 @@ use std::{
 use superbatch_proto::v1::{ComputeDtype, Reason};
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Work that may wait for the device: one piece runs, one is ready to follow. Callers beyond that
+/// Work that may wait for the device: one piece runs, one is queued. Callers beyond that
 /// wait at the queue, where they can still be cancelled; a longer queue would hold the pixels of
 /// every waiting micro-batch in memory.
 const QUEUE: usize = 1;
@@ -35,7 +35,7 @@ pub const MODELS_MAX: usize = 4;
 /// Default limit for one piece of work.
 const DEADLINE: Duration = Duration::from_secs(600);
 
-type Job = Box<dyn FnOnce(&mut Models) + Send>;
+type Job = Box<dyn FnOnce(&mut Resident) + Send>;
 
 /// The state of the device's thread.
 #[derive(Debug, Clone, Copy, Default)]
@@ -114,12 +114,12 @@ impl Device {
         Self { deadline, ..self }
     }
 
-    /// Whether the device works; `false` while it is hung.
+    /// Returns whether the device works; `false` while it is hung.
     pub fn is_well(&self) -> watch::Receiver<bool> {
         self.watch.is_well.subscribe()
     }
 
-    /// `cpu` or `cuda:N`.
+    /// Returns `cpu` or `cuda:N`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -166,7 +166,7 @@ impl Device {
         let known = request.weights_digest().await?;
         let (compute, canary) = (request.compute, request.canary);
         let source = request.read(known).await?;
-        let work = move |models: &mut Models| {
+        let work = move |models: &mut Resident| {
             models.insert(source, compute, canary)?;
             models.embed(&batch)
         };
@@ -196,10 +196,10 @@ impl Device {
 
     async fn submit<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Models) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&mut Resident) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        let job = move |models: &mut Models| {
+        let job = move |models: &mut Resident| {
             // The caller dropped its future while the job was queued: its step was cancelled or its
             // deadline passed. Running the job would make live callers wait for a result that no
             // one reads.
@@ -316,10 +316,10 @@ fn serve(
         tch::set_num_threads(threads);
     }
     let _no_grad = tch::no_grad_guard();
-    let mut models = Models::new(device, models_max);
+    let mut resident = Resident::new(device, models_max);
     while let Some(job) = queue.blocking_recv() {
         watch.mark_begun();
-        job(&mut models);
+        job(&mut resident);
         watch.ended();
     }
 }

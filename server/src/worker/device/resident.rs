@@ -2,7 +2,7 @@
 use super::job::{Embedded, MicroBatch, Source};
 use crate::{
     error::{Error, Result},
-    worker::model::{Compute, Encoder, ModelConfig, ModelInfo, ModelKey, fidelity},
+    worker::model::{Compute, Encoder, ModelInfo, ModelKey},
 };
 use bytes::Bytes;
 use std::time::Instant;
@@ -10,14 +10,14 @@ use superbatch_proto::v1::{EmbeddingDtype, Reason};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// Models by key, least recently used first.
-pub struct Models {
+pub(super) struct Resident {
     device: Device,
     models_max: usize,
     loaded: Vec<(Encoder, ModelInfo)>,
 }
 
-impl Models {
-    pub fn new(device: Device, models_max: usize) -> Self {
+impl Resident {
+    pub(super) fn new(device: Device, models_max: usize) -> Self {
         Self {
             device,
             models_max: models_max.max(1),
@@ -25,7 +25,7 @@ impl Models {
         }
     }
 
-    pub fn device(&self) -> Device {
+    pub(super) fn device(&self) -> Device {
         self.device
     }
 
@@ -37,7 +37,7 @@ impl Models {
         self.loaded.last()
     }
 
-    pub fn find(
+    pub(super) fn find(
         &mut self,
         key: &ModelKey,
         canary: bool,
@@ -53,7 +53,12 @@ impl Models {
         Ok(Some(info.clone()))
     }
 
-    pub fn insert(&mut self, source: Source, compute: Compute, canary: bool) -> Result<ModelInfo> {
+    pub(super) fn insert(
+        &mut self,
+        source: Source,
+        compute: Compute,
+        canary: bool,
+    ) -> Result<ModelInfo> {
         let Source {
             folder,
             snapshot,
@@ -85,7 +90,7 @@ impl Models {
         Ok(info)
     }
 
-    pub fn embed(&mut self, batch: &MicroBatch) -> Result<Embedded> {
+    pub(super) fn embed(&mut self, batch: &MicroBatch) -> Result<Embedded> {
         let start = Instant::now();
         let Some((encoder, info)) = self.touch(&batch.model) else {
             let message = format!(
@@ -96,12 +101,16 @@ impl Models {
                 Error::new(Reason::WeightsMissing, message).with("model", &batch.model.digest)
             );
         };
-        fits(encoder.config(), batch)?;
+        fits(encoder, batch)?;
         let dim = info.embedding_dim;
         let embed = || -> Result<_, TchError> {
-            let image =
-                encoder.image(&batch.pixels, batch.rows, batch.side, &batch.normalisation)?;
-            let text = encoder.text(&batch.ids, batch.rows)?;
+            let image = encoder.image(
+                &batch.pixels,
+                &batch.keys,
+                batch.fidelity,
+                &batch.normalisation,
+            )?;
+            let text = encoder.text(&batch.ids, batch.rows())?;
             let finite = image
                 .f_isfinite()?
                 .f_all_dim(1, true)?
@@ -153,35 +162,37 @@ fn check(encoder: &Encoder, reason: Reason, source: &str) -> Result<()> {
 /// Refuses a batch that would read past a buffer. On CUDA an id without an embedding trips a
 /// device-side assertion, after which the CUDA context is unusable until the process restarts; so
 /// ids are compared here, for every batch.
-fn fits(config: &ModelConfig, batch: &MicroBatch) -> Result<()> {
-    let (size, length, vocab) = (
-        batch.side,
-        config.text.max_position_embeddings,
-        config.text.vocab_size,
-    );
-    if batch.rows == 0 {
+fn fits(encoder: &Encoder, batch: &MicroBatch) -> Result<()> {
+    let (config, tower, rows) = (encoder.config(), encoder.image_tower(), batch.rows());
+    let (length, vocab) = (config.text.max_position_embeddings, config.text.vocab_size);
+    if let Some(problem) = tower.refuses(batch.fidelity) {
+        let message = format!(
+            "the model cannot be run at {}: it {problem}",
+            batch.fidelity
+        );
+        let error = Error::new(Reason::ModelInvalid, message);
+        return Err(error.with("field", batch.fidelity.field()));
+    }
+    let size = tower.side(batch.fidelity) as usize;
+    if rows == 0 {
         return Err(Error::invalid("rows", "a micro-batch has at least one row"));
     }
-    let is_whole = batch.rows.checked_mul(size * size * 3) == Some(batch.pixels.len());
-    if !is_whole || !fidelity::takes(&config.vision, size) {
+    if rows.checked_mul(size * size * 3) != Some(batch.pixels.len()) {
         let taken = config.vision.image_size;
         let message = format!(
-            "{} bytes of pixels for {} rows of {size}x{size}; the model takes {taken}x{taken} \
-             RGB (image_size in config.json), or fewer whole patches, so its \
-             preprocessor_config.json must make that size",
-            batch.pixels.len(),
-            batch.rows
+            "{} bytes of pixels for {rows} rows of {size}x{size}; the model takes {taken}x{taken} \
+             RGB (image_size in config.json), so its preprocessor_config.json must make that size",
+            batch.pixels.len()
         );
         return Err(
             Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json")
         );
     }
     let mismatch = |message: String| Err(Error::new(Reason::TokenizerMismatch, message));
-    if batch.rows.checked_mul(length) != Some(batch.ids.len()) {
+    if rows.checked_mul(length) != Some(batch.ids.len()) {
         return mismatch(format!(
-            "{} ids for {} rows; the model takes {length} a caption",
-            batch.ids.len(),
-            batch.rows
+            "{} ids for {rows} rows; the model takes {length} a caption",
+            batch.ids.len()
         ));
     }
     match batch

@@ -1,20 +1,18 @@
 use super::*;
 use crate::{
+    fidelity::Fidelity,
     storage::{Location, StorageConfig, Stores},
-    worker::{
-        inputs::preprocess::Normalisation,
-        model::{ModelFolder, Snapshot, init, snapshot},
-    },
+    worker::model::{ModelFolder, Normalisation, Snapshot, init, snapshot},
 };
 use bytes::Bytes;
 use safetensors::Dtype;
 use superbatch_proto::v1::EmbeddingDtype;
 
 const CONFIG: &str = r#"{"model_type": "siglip",
-    "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-                      "image_size": 8, "patch_size": 4},
-    "text_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-                    "vocab_size": 11, "max_position_embeddings": 5}}"#;
+    "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                      "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+    "text_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                    "num_attention_heads": 2, "vocab_size": 11, "max_position_embeddings": 5}}"#;
 
 async fn location() -> Location {
     let location = Stores::new(StorageConfig::default())
@@ -46,8 +44,8 @@ fn request(folder: &Arc<ModelFolder>, weights: Weights) -> LoadModel {
 fn batch(model: &ModelKey, rows: usize) -> MicroBatch {
     MicroBatch {
         model: model.clone(),
-        rows,
-        side: 8,
+        fidelity: Fidelity::Full,
+        keys: (0..rows as u64).collect(),
         pixels: (0..rows * 8 * 8 * 3).map(|i| (i * 7 % 251) as u8).collect(),
         normalisation: Normalisation {
             rescale: 1.0 / 255.0,
@@ -307,6 +305,18 @@ async fn pixels_and_ids_must_fit_the_model() {
         .await,
         Reason::ModelInvalid
     );
+    for fidelity in [
+        Fidelity::Layers(9),
+        Fidelity::Patch(5),
+        Fidelity::Resolution(5),
+    ] {
+        let error = device
+            .embed(MicroBatch { fidelity, ..good() })
+            .await
+            .unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelInvalid);
+        assert_eq!(error.value("field"), Some(fidelity.field()));
+    }
     assert_eq!(
         refused(MicroBatch {
             ids: vec![0; 9],
@@ -333,7 +343,7 @@ async fn pixels_and_ids_must_fit_the_model() {
     );
     assert_eq!(
         refused(MicroBatch {
-            rows: 0,
+            keys: vec![],
             pixels: vec![],
             ids: vec![],
             ..good()

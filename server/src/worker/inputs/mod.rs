@@ -1,4 +1,5 @@
 //! From stored bytes to what a model takes: decoding, resizing, tokenizing.
+pub(super) mod captions;
 pub mod decode_pool;
 pub mod model_inputs;
 pub mod padding;

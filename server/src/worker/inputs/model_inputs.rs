@@ -1,14 +1,15 @@
 //! How images and captions become one model's inputs.
 use super::{
     padding,
-    preprocess::{ImageLimits, Normalisation, Preprocess, RowFault, decode},
+    preprocess::{ImageLimits, Preprocess, RowFault, decode},
     row::Prepared,
     tokenize::{End, TextShape, Tokenizer},
 };
 use crate::{
     error::{Error, Result},
+    fidelity::Fidelity,
     worker::model::{
-        Family, Fidelity, ModelFolder,
+        Family, ModelFolder, Normalisation,
         clip::LEGACY_EOS,
         open_clip_config::{Clean, TextPool},
     },
@@ -23,6 +24,8 @@ pub struct Inputs {
     /// Digest of preprocessing and tokenizer. Rows prepared for one model serve every model of the
     /// same digest.
     pub digest: [u8; 32],
+    /// Whether rows get a key, by which patches are left out.
+    is_keyed: bool,
 }
 
 impl Inputs {
@@ -31,6 +34,7 @@ impl Inputs {
         Self {
             reading: None,
             digest: [0; 32],
+            is_keyed: false,
         }
     }
 
@@ -38,6 +42,7 @@ impl Inputs {
         let side = folder.config.vision.image_size as u32;
         let preprocess = match folder.config.family {
             Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
+            Family::Exported => Preprocess::of(&folder.preprocessor_json, None)?,
             family => {
                 let is_clip = Some(family == Family::Clip);
                 Preprocess::of(&folder.preprocessor_json, is_clip)?
@@ -65,6 +70,7 @@ impl Inputs {
         Self {
             reading: Some((preprocess, tokenizer)),
             digest: hash.finalize().into(),
+            is_keyed: false,
         }
     }
 
@@ -73,8 +79,12 @@ impl Inputs {
     pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Arc<Self> {
         match (&self.reading, fidelity) {
             (Some((preprocess, tokenizer)), Fidelity::Resolution(side)) => {
-                Arc::new(Self::reading(preprocess.at(side as u32), tokenizer.clone()))
+                Arc::new(Self::reading(preprocess.at(side), tokenizer.clone()))
             }
+            (Some((preprocess, tokenizer)), Fidelity::PatchDropout(_)) => Arc::new(Self {
+                is_keyed: true,
+                ..Self::reading(preprocess.clone(), tokenizer.clone())
+            }),
             _ => self,
         }
     }
@@ -91,6 +101,7 @@ impl Inputs {
             return Ok(Prepared {
                 pixels: Vec::new(),
                 ids: Vec::new(),
+                key: 0,
             });
         };
         // The tokenizer runs first, since it is cheap: a row without a usable caption need not be
@@ -99,24 +110,25 @@ impl Inputs {
         Ok(Prepared {
             pixels: preprocess.pixels(image, limits)?,
             ids,
+            key: if self.is_keyed { key_of(image) } else { 0 },
         })
     }
 
-    /// How pixels are made, for people.
+    /// Describes how pixels are made, for people.
     pub fn pixels_of(&self) -> String {
         self.reading
             .as_ref()
             .map_or_else(String::new, |(preprocess, _)| preprocess.described())
     }
 
-    /// How captions become ids, for people.
+    /// Describes how captions become ids, for people.
     pub fn tokens_of(&self) -> String {
         self.reading
             .as_ref()
             .map_or_else(String::new, |(_, tokenizer)| tokenizer.described())
     }
 
-    /// What the device does to pixels; nothing if rows are only checked.
+    /// Returns what the device does to pixels; nothing if rows are only checked.
     pub fn normalisation(&self) -> Normalisation {
         let none = Normalisation {
             rescale: 1.0,
@@ -129,10 +141,23 @@ impl Inputs {
     }
 }
 
+/// Returns a hash of the image alone: learner and reference, every run and every worker must leave
+/// out the same patches of it, or kept reference embeddings would be of other patches than the
+/// learner's.
+fn key_of(image: &[u8]) -> u64 {
+    const PURPOSE: &str = "superbatch patches of an image v1";
+    let mut word = [0; 8];
+    blake3::Hasher::new_derive_key(PURPOSE)
+        .update(image)
+        .finalize_xof()
+        .fill(&mut word);
+    u64::from_le_bytes(word)
+}
+
 fn text_shape(folder: &ModelFolder) -> TextShape {
     let text = &folder.config.text;
     let (end, clean) = match folder.config.family {
-        Family::Siglip => (End::Anywhere, Clean::Nothing),
+        Family::Siglip | Family::Exported => (End::Anywhere, Clean::Nothing),
         Family::Clip if text.eos_token_id == LEGACY_EOS => (End::Largest, Clean::Nothing),
         Family::Clip => (End::Id(text.eos_token_id), Clean::Nothing),
         Family::OpenClip(form) => {

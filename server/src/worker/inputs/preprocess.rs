@@ -3,7 +3,7 @@
 //! channels last.
 mod config;
 
-use crate::error::Result;
+use crate::{error::Result, worker::model::Normalisation};
 use config::{Config, invalid};
 use serde::Serialize;
 use serde_json::Value;
@@ -81,16 +81,8 @@ enum Target {
     ShortestEdge(u32),
 }
 
-/// What the device does to the pixels: `x * rescale`, then `(x - mean) / std` by channel.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Normalisation {
-    pub rescale: f32,
-    pub mean: [f32; 3],
-    pub std: [f32; 3],
-}
-
 impl Preprocess {
-    /// What it does, for people.
+    /// Describes what it does, for people.
     pub fn described(&self) -> String {
         let filter = if self.resample == 2 {
             "bilinear"
@@ -135,9 +127,10 @@ impl Preprocess {
             ));
         }
         let target = config.target(clip)?;
-        let crop = match config.flag("do_center_crop", clip)? {
-            true => Some(config.crop()?),
-            false => None,
+        let crop = if config.flag("do_center_crop", clip)? {
+            Some(config.crop()?)
+        } else {
+            None
         };
         if let (Target::ShortestEdge(_), None) = (target, crop) {
             return Err(invalid(
@@ -196,7 +189,7 @@ impl Preprocess {
         *blake3::hash(&serde_json::to_vec(self).expect("plain data encodes")).as_bytes()
     }
 
-    /// Returns height and width of the result of [`Preprocess::pixels`].
+    /// Returns the height and width of the result of [`Preprocess::pixels`].
     pub fn size(&self) -> (u32, u32) {
         match (self.crop, self.target) {
             (Some(size), _) => size,
@@ -215,9 +208,10 @@ impl Preprocess {
     /// Those of [`decode`]; `ImageTooLarge` if resizing needs an intermediate image of more than
     /// `pixels_max`.
     pub fn pixels(&self, image: &[u8], limits: &ImageLimits) -> Result<Vec<u8>, RowFault> {
-        let image = match self.halves_jpeg {
-            true => decode_at_least(image, limits, self.shorter())?,
-            false => decode(image, limits)?,
+        let image = if self.halves_jpeg {
+            decode_at_least(image, limits, self.shorter())?
+        } else {
+            decode(image, limits)?
         };
         let (height, width) = self.size();
         let (resized_height, resized_width) = self.resized(image.height(), image.width());
@@ -261,7 +255,7 @@ impl Preprocess {
         }
     }
 
-    /// Height and width after resizing, before the crop.
+    /// Returns the height and width after resizing, before the crop.
     fn resized(&self, height: u32, width: u32) -> (u64, u64) {
         match self.target {
             Target::Exact(height, width) => (height.into(), width.into()),

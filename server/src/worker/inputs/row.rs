@@ -1,6 +1,6 @@
 //! A row as it is stored, and as a model takes it.
-use super::preprocess::RowFault;
-use crate::{error::Result, worker::kept::captions};
+use super::{captions, preprocess::RowFault};
+use crate::error::Result;
 use arrow::{
     array::{Array, AsArray, StringArray},
     record_batch::RecordBatch,
@@ -8,7 +8,7 @@ use arrow::{
 use std::sync::Arc;
 
 /// One row of a batch in the data schema.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Row {
     pub batch: Arc<RecordBatch>,
     pub row: usize,
@@ -19,6 +19,8 @@ pub struct Row {
 pub struct Prepared {
     pub pixels: Vec<u8>,
     pub ids: Vec<i64>,
+    /// A hash of the image as it is stored; 0 where nothing depends on it.
+    pub key: u64,
 }
 
 /// A row as its model takes it, or what is wrong with it.
@@ -48,6 +50,12 @@ impl Row {
     pub fn caption_is_invalid(&self) -> bool {
         self.captions()
             .is_some_and(|captions| captions::is_invalid(captions, self.row))
+    }
+
+    /// Returns whether the caption is null because its list has none, as above.
+    pub fn has_no_caption(&self) -> bool {
+        self.captions()
+            .is_some_and(|captions| captions::has_none(captions, self.row))
     }
 
     fn captions(&self) -> Option<&StringArray> {

@@ -12,7 +12,7 @@ use tokio::sync::OnceCell;
 /// Values by key, bounded by the sum of their weights. The least recently used values leave first.
 /// A value that is being made is shared whatever the bound is: with `max` 0 no value stays, but
 /// concurrent callers still share the work.
-pub struct Cache<K, V> {
+pub(crate) struct Cache<K, V> {
     max: usize,
     weigh: fn(&V) -> usize,
     state: Mutex<State<K, V>>,
@@ -34,7 +34,7 @@ struct Entry<V> {
 impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
     /// Makes a cache for values of at most `max` in all. A value weighs `weigh(value)`, and at
     /// least 1.
-    pub fn new(max: usize, weigh: fn(&V) -> usize) -> Self {
+    pub(crate) fn new(max: usize, weigh: fn(&V) -> usize) -> Self {
         Self {
             max,
             weigh,
@@ -49,7 +49,7 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
     /// Returns the value of `key`. It is made by `make` unless it is cached or another caller is
     /// making it. If the caller that makes it is cancelled, the next waiting caller makes it with
     /// its own `make`. An error is returned to the caller that made it and is not cached.
-    pub async fn get(&self, key: &K, make: impl Future<Output = Result<V>>) -> Result<V> {
+    pub(crate) async fn get(&self, key: &K, make: impl Future<Output = Result<V>>) -> Result<V> {
         let cell = self.cell(key);
         let made = cell.get_or_try_init(|| make).await.cloned();
         // `settle` removes cells that no caller holds, and it counts the strong references. This
@@ -62,13 +62,13 @@ impl<K: Clone + Eq + Hash, V: Clone> Cache<K, V> {
     }
 
     /// Returns the weight of all kept values.
-    pub fn used(&self) -> usize {
+    pub(crate) fn used(&self) -> usize {
         self.state.lock().expect("no panic while held").used
     }
 
     /// Removes `key`: the next caller makes its value again. A caller that is making the value now
     /// still gets it, but it is not kept, see `settle`.
-    pub fn remove(&self, key: &K) {
+    pub(crate) fn remove(&self, key: &K) {
         let mut state = self.state.lock().expect("no panic while held");
         if let Some(entry) = state.entries.remove(key) {
             state.used -= entry.weight;

@@ -8,7 +8,7 @@ use superbatch_proto::{
 
 /// Image and text embeddings, `[rows, dim]` each, little endian; rows that cannot be used are zero.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Embeddings {
+pub(crate) struct Embeddings {
     pub dim: usize,
     /// Bytes of one element.
     pub width: usize,
@@ -17,7 +17,7 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    pub fn zeros(rows: usize, dim: usize, dtype: EmbeddingDtype) -> Self {
+    pub(crate) fn zeros(rows: usize, dim: usize, dtype: EmbeddingDtype) -> Self {
         let width = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
         let bytes = rows * dim * width;
         Self {
@@ -28,16 +28,33 @@ impl Embeddings {
         }
     }
 
-    pub fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.image.len() / self.row_bytes()
     }
 
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.image.len() + self.text.len()
     }
 
+    /// Returns embeddings of `total` rows, of which these are `rows`; the others are zero.
+    pub(crate) fn spread(self, rows: &[u32], total: usize) -> Self {
+        if rows.len() == total {
+            return self;
+        }
+        let bytes = total * self.row_bytes();
+        let mut all = Self {
+            image: vec![0; bytes],
+            text: vec![0; bytes],
+            ..self
+        };
+        for (n, row) in rows.iter().enumerate() {
+            all.copy_row(*row as usize, &self, n);
+        }
+        all
+    }
+
     /// Copies row `row` of `from` to row `to`.
-    pub fn copy_row(&mut self, to: usize, from: &Self, row: usize) {
+    pub(crate) fn copy_row(&mut self, to: usize, from: &Self, row: usize) {
         let (to, from_range) = (self.range(to..to + 1), from.range(row..row + 1));
         self.image[to.clone()].copy_from_slice(&from.image[from_range.clone()]);
         self.text[to].copy_from_slice(&from.text[from_range]);
@@ -45,7 +62,7 @@ impl Embeddings {
 
     /// Cuts the embeddings into messages of at most [`PART_BYTES`] (or one row), in order. The
     /// first row is candidate `from`.
-    pub fn parts(self, tower: Tower, from: usize) -> impl Iterator<Item = EmbeddingPart> {
+    pub(crate) fn parts(self, tower: Tower, from: usize) -> impl Iterator<Item = EmbeddingPart> {
         let rows = self.rows();
         let rows_max = (PART_BYTES / (2 * self.row_bytes())).max(1);
         let row_bytes = self.row_bytes();
@@ -72,7 +89,7 @@ impl Embeddings {
         (self.dim * self.width).max(1)
     }
 
-    pub fn range(&self, rows: Range<usize>) -> Range<usize> {
+    pub(crate) fn range(&self, rows: Range<usize>) -> Range<usize> {
         rows.start * self.row_bytes()..rows.end * self.row_bytes()
     }
 }

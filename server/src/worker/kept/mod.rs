@@ -1,7 +1,8 @@
-//! What a worker reads and keeps in memory: blocks, captions, embeddings.
-pub mod cache;
-pub mod captions;
-pub mod embeddings;
-pub mod read;
-pub mod retained;
-pub mod sidecar;
+//! What a worker reads and keeps in memory: blocks, rows, embeddings.
+pub(super) mod cache;
+pub(super) mod embeddings;
+pub(super) mod held;
+pub(super) mod read;
+pub(super) mod retained;
+pub(super) mod sidecar;
+pub(super) mod ticket_calls;

@@ -1,6 +1,6 @@
 //! Reads blocks: the needed columns of one row group, by byte ranges, checked against the manifest
 //! and kept while there is room.
-use super::{cache::Cache, captions};
+use super::cache::Cache;
 use crate::{
     dataset::{
         Format, Layout, Manifest, Mask, Ranges, Shard, ShardFile, SourceManifest, Survey, TarBlock,
@@ -8,6 +8,7 @@ use crate::{
     },
     error::{Error, Result},
     storage::{Location, Stores},
+    worker::inputs::captions,
 };
 use arrow::{
     array::{
@@ -22,7 +23,7 @@ use parquet::arrow::{
     ProjectionMask,
     arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
 };
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Range, sync::Arc};
 
 /// Memory for parsed footers, and as much again for indexes of tars. Every block of a shard needs
 /// its shard's footer or index, and a footer of a wide file takes megabytes.
@@ -42,8 +43,9 @@ pub struct BlockReader {
 /// A shard in one state: root, path, size, ETag. A replaced shard has another key, so nothing
 /// cached of the old one is served for it.
 type ShardKey = (String, String, u64, Option<String>);
-/// Shard, block, then the columns: image, caption, extra ones; then which rows.
-type BlockKey = (ShardKey, u32, Vec<String>, Option<Mask>);
+/// Shard, block, then the columns: image, caption, extra ones; then which rows, and the seed of
+/// their captions.
+type BlockKey = (ShardKey, u32, Vec<String>, Option<Mask>, Option<u64>);
 
 impl fmt::Debug for BlockReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -108,18 +110,14 @@ impl BlockReader {
         let source = manifest.sources.get(source as usize).ok_or_else(none)?;
         let shard = source.shards.get(shard as usize).ok_or_else(none)?;
         let indexed = shard.blocks.get(block as usize).ok_or_else(none)?;
-        let shard_key = (
-            source.root_uri.clone(),
-            shard.path.clone(),
-            shard.size,
-            shard.etag.clone(),
-        );
+        let shard_key = shard_key(source, shard);
         let mut names = vec![
             source.layout.image_column.clone(),
             source.layout.caption_column.clone(),
         ];
         names.extend_from_slice(columns);
-        let key = (shard_key.clone(), block, names, indexed.mask.clone());
+        let seed = source.layout.caption_seed;
+        let key = (shard_key.clone(), block, names, indexed.mask.clone(), seed);
         let wanted = Wanted {
             layout: source.layout.clone(),
             columns: columns.to_vec(),
@@ -134,6 +132,49 @@ impl BlockReader {
             .await
     }
 
+    /// Returns where the images of a tar's block lie in their shard, row by row; of a Parquet file
+    /// nothing. Reads no more than the tar's index.
+    ///
+    /// # Errors
+    /// As [`BlockReader::read`].
+    pub async fn image_places(
+        &self,
+        manifest: &Manifest,
+        source: u32,
+        shard: u32,
+        block: u32,
+    ) -> Result<Vec<Option<Range<u64>>>> {
+        let source = manifest.sources.get(source as usize);
+        let shard = source.and_then(|source| source.shards.get(shard as usize));
+        let (Some(source), Some(shard)) = (source, shard) else {
+            return Err(Error::internal("the manifest has no such shard"));
+        };
+        let Some(indexed) = shard.blocks.get(block as usize) else {
+            return Err(Error::internal("the manifest has no such block"));
+        };
+        if source.layout.format == Format::Parquet {
+            return Ok(Vec::new());
+        }
+        let location = self.shard(source, shard)?;
+        let file = ShardFile::new(location, shard.size, shard.etag.clone());
+        let survey = self.survey(&file, &shard_key(source, shard)).await?;
+        let rows = TarBlock::new(survey, &source.layout, &[], indexed, &file)?;
+        Ok(rows.image_ranges())
+    }
+
+    /// Returns the place of a shard. The allow-list is not asked: a call names a manifest by its
+    /// digest, and not this URI. The manifest lies in the state, which only the operator and
+    /// coordinators write. What it names was allowed when it was indexed.
+    fn shard(&self, source: &SourceManifest, shard: &Shard) -> Result<Location> {
+        Ok(self.stores.open(&source.root_uri)?.below(&shard.path))
+    }
+
+    async fn survey(&self, file: &ShardFile, key: &ShardKey) -> Result<Arc<Survey>> {
+        let state = self.state.as_ref();
+        let survey = async { survey_kept(state, file).await.map(Arc::new) };
+        self.surveys.get(key, survey).await
+    }
+
     async fn fetch(
         &self,
         source: &SourceManifest,
@@ -141,7 +182,7 @@ impl BlockReader {
         key: &ShardKey,
         wanted: Wanted,
     ) -> Result<Arc<RecordBatch>> {
-        let location = self.stores.open(&source.root_uri)?.below(&shard.path);
+        let location = self.shard(source, shard)?;
         let file = ShardFile::new(location, shard.size, shard.etag.clone());
         match source.layout.format {
             Format::Parquet => self.row_group(&file, key, wanted).await,
@@ -183,14 +224,21 @@ impl BlockReader {
         key: &ShardKey,
         wanted: Wanted,
     ) -> Result<Arc<RecordBatch>> {
-        let state = self.state.as_ref();
-        let survey = async { survey_kept(state, file).await.map(Arc::new) };
-        let survey = self.surveys.get(key, survey).await?;
+        let survey = self.survey(file, key).await?;
         let (block, indexed) = (wanted.block, &shard.blocks[wanted.block]);
         let rows = TarBlock::new(survey, &wanted.layout, &wanted.columns, indexed, file)?;
         let bytes = file.ranges(&rows.ranges()).await?;
         decoded(file, block, move || wanted.assemble(&rows.decode(&bytes)?)).await
     }
+}
+
+fn shard_key(source: &SourceManifest, shard: &Shard) -> ShardKey {
+    (
+        source.root_uri.clone(),
+        shard.path.clone(),
+        shard.size,
+        shard.etag.clone(),
+    )
 }
 
 /// Decodes a block off the async threads.
@@ -293,7 +341,12 @@ impl Wanted {
         if layout.image_in_struct {
             image = bytes_of(&image)?;
         }
-        let mut arrays = vec![image, column(&layout.caption_column)?];
+        let lists = batch.column_by_name(TarBlock::CAPTIONS).cloned();
+        let mut caption = lists.map_or_else(|| column(&layout.caption_column), Ok)?;
+        if let Some(seed) = layout.caption_seed {
+            caption = captions::drawn(&caption, seed)?;
+        }
+        let mut arrays = vec![image, caption];
         for name in &self.columns {
             arrays.push(column(name)?);
         }
@@ -333,4 +386,4 @@ fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
 }
 
 #[cfg(test)]
-pub mod tests;
+pub(crate) mod tests;

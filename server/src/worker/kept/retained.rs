@@ -11,7 +11,7 @@ use std::{
 /// The oldest step is served next, so its things are worth most: a trainer waits for them. Room is
 /// made only by dropping things of newer steps. Dropping the least recently used ones would do the
 /// opposite: steps ahead are read later and would push out the step that is due.
-pub struct Retained<T>(Arc<Inner<T>>);
+pub(crate) struct Retained<T>(Arc<Inner<T>>);
 
 struct Inner<T> {
     bytes_max: usize,
@@ -28,13 +28,13 @@ struct State<T> {
 
 /// A handle to a thing, which may have been dropped in the meantime. Dropping the handle frees the
 /// thing.
-pub struct Kept<T> {
+pub(crate) struct Kept<T> {
     key: (u64, u64),
     inner: Arc<Inner<T>>,
 }
 
 impl<T: Clone> Retained<T> {
-    pub fn new(bytes_max: usize) -> Self {
+    pub(crate) fn new(bytes_max: usize) -> Self {
         let state = Mutex::new(State {
             bytes: 0,
             next: 0,
@@ -45,7 +45,7 @@ impl<T: Clone> Retained<T> {
 
     /// Keeps `thing` of `bytes`, and drops things of steps after `step` if that makes room for it.
     /// Returns `None` if there is no room.
-    pub fn keep(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
+    pub(crate) fn keep(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
         let mut state = self.0.state.lock().expect("no panic while held");
         let newer = || {
             state
@@ -77,15 +77,15 @@ impl<T: Clone> Retained<T> {
         })
     }
 
-    /// Bytes kept now.
-    pub fn bytes(&self) -> usize {
+    /// Returns the bytes that are kept now.
+    pub(crate) fn bytes(&self) -> usize {
         self.0.state.lock().expect("no panic while held").bytes
     }
 }
 
 impl<T: Clone> Kept<T> {
     /// Returns the thing; `None` if it was dropped for lack of room.
-    pub fn get(&self) -> Option<T> {
+    pub(crate) fn get(&self) -> Option<T> {
         let state = self.inner.state.lock().expect("no panic while held");
         state.things.get(&self.key).map(|(_, thing)| thing.clone())
     }

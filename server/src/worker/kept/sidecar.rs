@@ -3,10 +3,11 @@
 use super::{cache::Cache, embeddings::Embeddings};
 use crate::{
     error::{Error, Result},
+    fidelity::Fidelity,
     storage::{Created, Location},
     worker::{
         inputs::preprocess::{ImageLimits, RowFault},
-        model::{Compute, Fidelity},
+        model::Compute,
     },
 };
 use bytes::{Bytes, BytesMut};
@@ -19,9 +20,9 @@ const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
 /// Everything that the embeddings of a block depend on. A field that is missing here would let one
 /// run read numbers that were computed otherwise.
 #[derive(Debug, Clone)]
-pub struct BlockKey<'a> {
-    pub manifest: &'a str,
-    pub source: u32,
+pub(crate) struct BlockKey<'a> {
+    /// `SourceManifest::rows_digest` of the source.
+    pub rows: &'a str,
     pub shard: u32,
     pub block: u32,
     pub model_digest: &'a str,
@@ -36,7 +37,7 @@ pub struct BlockKey<'a> {
 
 /// The embeddings of all rows of a block, in its order; rows at fault are zero.
 #[derive(Debug, PartialEq)]
-pub struct BlockEmbeddings {
+pub(crate) struct BlockEmbeddings {
     pub embeddings: Embeddings,
     /// By rising row. `EmbeddingNotFinite` is among them.
     pub faults: Vec<(u32, RowFault)>,
@@ -44,7 +45,7 @@ pub struct BlockEmbeddings {
 
 /// The shape that a block's embeddings must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub(crate) struct Shape {
     pub rows: usize,
     pub dim: usize,
     pub dtype: EmbeddingDtype,
@@ -67,18 +68,16 @@ struct Hole {
 
 /// Reference embeddings in object storage, below `reference/` of the state. The ones used last are
 /// kept in memory.
-pub struct Sidecar {
+pub(crate) struct Sidecar {
     state: Location,
     cache: Cache<String, Arc<BlockEmbeddings>>,
 }
 
 impl BlockKey<'_> {
     /// Returns the object's key in the state.
-    pub fn object(&self) -> String {
+    pub(crate) fn object(&self) -> String {
         let mut hash = blake3::Hasher::new();
-        let place = [self.source, self.shard, self.block]
-            .map(u32::to_le_bytes)
-            .concat();
+        let place = [self.shard, self.block].map(u32::to_le_bytes).concat();
         let compute = if self.compute == Compute::Bf16 {
             "bf16"
         } else {
@@ -88,9 +87,9 @@ impl BlockKey<'_> {
         let limits = [self.limits.pixels_max, self.limits.bytes_max]
             .map(u64::to_le_bytes)
             .concat();
-        let (manifest, model) = (self.manifest.as_bytes(), self.model_digest.as_bytes());
+        let (rows, model) = (self.rows.as_bytes(), self.model_digest.as_bytes());
         let fields = [
-            manifest,
+            rows,
             &place,
             model,
             &self.inputs_digest,
@@ -109,7 +108,7 @@ impl BlockKey<'_> {
 
 impl Sidecar {
     /// Makes a sidecar that keeps up to `cache_bytes` in memory.
-    pub fn new(state: Location, cache_bytes: usize) -> Self {
+    pub(crate) fn new(state: Location, cache_bytes: usize) -> Self {
         Self {
             state,
             cache: Cache::new(cache_bytes, |block| block.embeddings.bytes()),
@@ -117,7 +116,7 @@ impl Sidecar {
     }
 
     /// Returns the bytes of embeddings in memory.
-    pub fn cached_bytes(&self) -> usize {
+    pub(crate) fn cached_bytes(&self) -> usize {
         self.cache.used()
     }
 
@@ -128,7 +127,7 @@ impl Sidecar {
     /// # Errors
     /// Those of reading and of `compute`. A failure to store is only logged: the embeddings are
     /// right, and a later call computes and stores them again.
-    pub async fn get(
+    pub(crate) async fn get(
         &self,
         key: &str,
         shape: Shape,
@@ -159,6 +158,33 @@ impl Sidecar {
         self.cache.get(&key.to_owned(), make).await
     }
 
+    /// Returns the embeddings of a block from memory or from the store; `None` if they are not
+    /// kept, or damaged.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub(crate) async fn find(
+        &self,
+        key: &str,
+        shape: Shape,
+    ) -> Result<Option<Arc<BlockEmbeddings>>> {
+        let mut is_kept = true;
+        let read = async {
+            let found = self.state.find(key).await?;
+            if let Some(bytes) = found
+                && let Some(block) = blocking(move || decode(&bytes, shape)).await?
+            {
+                return Ok(Arc::new(block));
+            }
+            is_kept = false;
+            Err(Error::internal("no reference embeddings are kept"))
+        };
+        match self.cache.get(&key.to_owned(), read).await {
+            Err(_) if !is_kept => Ok(None),
+            found => found.map(Some),
+        }
+    }
+
     async fn store(
         &self,
         key: &str,
@@ -172,9 +198,10 @@ impl Sidecar {
         // bits, so its numbers replace ours: all slices, and a step that is computed again after a
         // crash, must see the same ones. A damaged object is the exception: a create would only
         // find it again, so it is overwritten.
-        let stored = match replace {
-            true => self.state.put(key, bytes).await.map(|()| Created::Ours),
-            false => self.state.create(key, bytes).await,
+        let stored = if replace {
+            self.state.put(key, bytes).await.map(|()| Created::Ours)
+        } else {
+            self.state.create(key, bytes).await
         };
         Ok(match stored {
             Ok(Created::Ours) => block,
@@ -362,8 +389,7 @@ mod tests {
     #[test]
     fn every_field_of_a_key_counts() {
         let key = BlockKey {
-            manifest: "m",
-            source: 0,
+            rows: "m",
             shard: 0,
             block: 0,
             model_digest: "d",
@@ -378,11 +404,7 @@ mod tests {
         };
         let others = [
             BlockKey {
-                manifest: "n",
-                ..key.clone()
-            },
-            BlockKey {
-                source: 1,
+                rows: "n",
                 ..key.clone()
             },
             BlockKey {

@@ -9,12 +9,12 @@ use super::{
 /// preparation.
 const STEP: usize = 8;
 
-/// Of ids `[rows, length]`, how many of each row its embedding depends on.
+/// Returns, for ids `[rows, length]`, how many of each row its embedding depends on.
 ///
 /// A causal tower that pools at the end of the caption never looks at what comes after it, so the
 /// padding may be left out: up to the end of the longest caption of a micro-batch. All others see
 /// their padding, and need the whole length.
-pub fn seen(config: &ModelConfig, ids: &[i64], length: usize) -> usize {
+pub(super) fn seen(config: &ModelConfig, ids: &[i64], length: usize) -> usize {
     let Some(end) = end(config) else {
         return length;
     };
@@ -44,7 +44,7 @@ impl End {
 
 fn end(config: &ModelConfig) -> Option<End> {
     match config.family {
-        Family::Siglip => None,
+        Family::Siglip | Family::Exported => None,
         Family::Clip if config.text.eos_token_id == LEGACY_EOS => Some(End::Largest),
         Family::Clip => Some(End::Id(config.text.eos_token_id)),
         Family::OpenClip(form) if form.causal => match form.pool {

@@ -3,13 +3,10 @@
 use super::{
     config::{ModelConfig, Tower},
     encoder::Towers,
-    layers::{
-        BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding,
-        patches,
-    },
+    entry::{Entry, Names, View},
+    layers::{BlockInit, LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer},
     naming::Naming,
     parameters::{Init, Parameters},
-    positions::{Positions, Resize},
 };
 use tch::{Kind, Tensor};
 
@@ -17,7 +14,7 @@ use tch::{Kind, Tensor};
 /// largest id of the caption".
 pub const LEGACY_EOS: i64 = 2;
 
-/// Names and shapes of `transformers.CLIPModel`, with its initial distributions.
+/// Returns names and shapes of `transformers.CLIPModel`, with its initial distributions.
 pub fn parameters(config: &ModelConfig) -> Parameters {
     let mut to = Parameters::default();
     let (vision, text) = (&config.vision, &config.text);
@@ -101,11 +98,8 @@ pub fn block_init(tower: &Tower) -> BlockInit {
 }
 
 pub struct Clip {
-    patch_size: i64,
     eos_token_id: i64,
-    class: Tensor,
-    patches: Linear,
-    positions: Positions,
+    entry: Entry,
     pre_norm: LayerNorm,
     image: Transformer,
     post_norm: LayerNorm,
@@ -121,18 +115,18 @@ impl Clip {
         let (vision, text) = (&config.vision, &config.text);
         let eps = vision.tower.layer_norm_eps;
         Ok(Self {
-            patch_size: vision.patch_size as i64,
             eos_token_id: text.eos_token_id,
-            class: tensors
-                .get("vision_model.embeddings.class_embedding")?
-                .f_reshape([1, 1, -1])?,
-            patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", false)?,
-            positions: Positions::new(
-                tensors.get("vision_model.embeddings.position_embedding.weight")?,
-                1,
-                vision.grid(),
-                Resize::TRANSFORMERS,
-            ),
+            entry: Entry::load(
+                tensors,
+                &Names {
+                    kernel: "vision_model.embeddings.patch_embedding",
+                    has_bias: false,
+                    class: Some("vision_model.embeddings.class_embedding"),
+                    positions: "vision_model.embeddings.position_embedding.weight",
+                },
+                (vision.grid(), vision.patch_size),
+                config.resizes,
+            )?,
             pre_norm: LayerNorm::load(tensors, "vision_model.pre_layrnorm", eps)?,
             image: Transformer::load(
                 tensors,
@@ -162,15 +156,9 @@ impl Clip {
 }
 
 impl Towers for Clip {
-    fn image(&self, pixels: &Tensor) -> Torch {
-        let grid = pixels.size4()?.1 / self.patch_size;
-        let x = self.patches.forward(&patches(pixels, self.patch_size)?)?;
-        let class = self.class.f_expand([x.size3()?.0, -1, -1], false)?;
-        let x = Tensor::f_cat(&[class, x], 1)?.f_add(&self.positions.at(grid)?)?;
-        let x = self
-            .image
-            .forward(self.pre_norm.forward(&x)?)?
-            .f_select(1, 0)?;
+    fn image(&self, pixels: &Tensor, view: &View) -> Torch {
+        let x = self.pre_norm.forward(&self.entry.forward(pixels, view)?)?;
+        let x = self.image.first(x, view.layers)?.f_select(1, 0)?;
         self.image_projection.forward(&self.post_norm.forward(&x)?)
     }
 

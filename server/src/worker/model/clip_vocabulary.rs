@@ -12,7 +12,7 @@ const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 ///
 /// # Errors
 /// `ModelInvalid` naming the file that is no vocabulary or no list of merges.
-pub fn tokenizer(vocabulary: &[u8], merges: &[u8]) -> Result<Bytes> {
+pub(super) fn tokenizer(vocabulary: &[u8], merges: &[u8]) -> Result<Bytes> {
     let wrong = |file: &str, what: &str| {
         Error::new(Reason::ModelInvalid, format!("{file} {what}")).with("file", file)
     };
@@ -51,7 +51,8 @@ pub fn tokenizer(vocabulary: &[u8], merges: &[u8]) -> Result<Bytes> {
             {"type": "Lowercase"}]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": true},
-            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+             "use_regex": true}]},
         "post_processor": {"type": "RobertaProcessing", "sep": [END, end], "cls": [START, start],
                            "trim_offsets": false, "add_prefix_space": false},
         "decoder": null,

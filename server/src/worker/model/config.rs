@@ -1,14 +1,17 @@
 //! Reads `config.json` of a model folder. A missing key has transformers' default.
 use super::{
     clip,
+    exported::Exported,
     fields::{Fields, invalid},
     open_clip,
     open_clip_config::OpenClipForm,
     parameters::Parameters,
+    positions::Resizes,
     siglip,
 };
 use crate::error::Result;
 use serde_json::Value;
+use std::sync::Arc;
 use superbatch_proto::v1::ComputeDtype;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +19,7 @@ pub enum Family {
     Siglip,
     Clip,
     OpenClip(OpenClipForm),
+    Exported,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,10 +110,13 @@ pub struct ModelConfig {
     pub vision: VisionConfig,
     pub text: TextConfig,
     pub embedding_dim: usize,
+    pub resizes: Resizes,
     /// log of the logit scale if weights are initialised at random.
     pub logit_scale_init: f64,
     /// The logit bias if weights are initialised at random; `None` if the model may have none.
     pub logit_bias_init: Option<f64>,
+    /// The module of [`Family::Exported`].
+    pub exported: Option<Arc<Exported>>,
 }
 
 impl ModelConfig {
@@ -132,20 +139,18 @@ impl ModelConfig {
                 return Err(invalid(message, "model_type"));
             }
         };
-        match is_siglip {
-            true => Self::siglip(
+        if is_siglip {
+            Self::siglip(
                 &root.section("vision_config")?,
                 &root.section("text_config")?,
-            ),
-            false => {
-                // Old versions of transformers wrote `*_config_dict`. transformers lets it replace
-                // the section as a whole, so a key that is missing in it takes the default, not the
-                // section's value.
-                let section =
-                    |old, new| root.section(if root.get(old).is_some() { old } else { new });
-                let vision = section("vision_config_dict", "vision_config")?;
-                Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
-            }
+            )
+        } else {
+            // Old versions of transformers wrote `*_config_dict`. transformers lets it replace
+            // the section as a whole, so a key that is missing in it takes the default, not the
+            // section's value.
+            let section = |old, new| root.section(if root.get(old).is_some() { old } else { new });
+            let vision = section("vision_config_dict", "vision_config")?;
+            Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
         }
     }
 
@@ -183,8 +188,10 @@ impl ModelConfig {
             vision: vision_config,
             text: text_config,
             embedding_dim,
+            resizes: Resizes::TRANSFORMERS,
             logit_scale_init: 0.0,
             logit_bias_init: None,
+            exported: None,
         })
     }
 
@@ -210,9 +217,20 @@ impl ModelConfig {
             vision: vision.vision(&of_vision, 32)?,
             text: text.text_tower(&of_text, 49_408, 77)?,
             embedding_dim: root.size("projection_dim", 512)?,
+            resizes: Resizes::TRANSFORMERS,
             logit_scale_init: root.number("logit_scale_init_value", 2.6592)?,
             logit_bias_init: None,
+            exported: None,
         })
+    }
+
+    /// Returns the arithmetic of the model where `wanted` is asked for. An exported module keeps
+    /// that of its own code, f32.
+    pub fn compute(&self, wanted: Compute) -> Compute {
+        match self.family {
+            Family::Exported => Compute::F32,
+            _ => wanted,
+        }
     }
 
     pub fn model_type(&self) -> &'static str {
@@ -220,6 +238,7 @@ impl ModelConfig {
             Family::Siglip => "siglip",
             Family::Clip => "clip",
             Family::OpenClip(_) => "open_clip",
+            Family::Exported => "exported",
         }
     }
 
@@ -229,6 +248,10 @@ impl ModelConfig {
             Family::Siglip => siglip::parameters(self),
             Family::Clip => clip::parameters(self),
             Family::OpenClip(form) => open_clip::parameters(self, &form),
+            Family::Exported => {
+                let exported = self.exported.as_ref();
+                exported.map_or_else(Parameters::default, |of| of.parameters.clone())
+            }
         }
     }
 }

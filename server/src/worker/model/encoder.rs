@@ -3,13 +3,16 @@ use super::{
     captions,
     clip::Clip,
     config::{Compute, Family, ModelConfig},
-    flops::{self, ImageTower, TextTower},
+    entry::{View, drawn},
+    exported::Module,
+    flops::{self, TextTower},
     layers::{Tensors, Torch},
+    normalisation::Normalisation,
     open_clip::OpenClip,
     siglip::Siglip,
     snapshot::{Refusal, Snapshot, Stored},
 };
-use crate::worker::inputs::preprocess::Normalisation;
+use crate::fidelity::{Fidelity, ImageTower};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap};
 use tch::{Device, Kind, TchError, Tensor};
@@ -17,7 +20,7 @@ use tch::{Device, Kind, TchError, Tensor};
 /// The two halves of a dual encoder, before normalisation.
 pub trait Towers: Send {
     /// Embeds normalised pixels `[n, height, width, 3]` as `[n, embedding_dim]`.
-    fn image(&self, pixels: &Tensor) -> Torch;
+    fn image(&self, pixels: &Tensor, view: &View) -> Torch;
     /// Embeds ids `[n, length]` as `[n, embedding_dim]`.
     fn text(&self, ids: &Tensor) -> Torch;
 }
@@ -64,6 +67,7 @@ pub struct ModelInfo {
 pub struct Encoder {
     towers: Box<dyn Towers>,
     config: ModelConfig,
+    image_tower: ImageTower,
     compute: Compute,
     device: Device,
     logit_scale: f64,
@@ -98,6 +102,7 @@ impl Encoder {
             Family::Siglip => Box::new(Siglip::load(config, &tensors)?),
             Family::Clip => Box::new(Clip::load(config, &tensors)?),
             Family::OpenClip(form) => Box::new(OpenClip::load(config, &form, &tensors)?),
+            Family::Exported => Box::new(exported(config, &tensors, device)?),
         };
         let scalar = |name| {
             snapshot
@@ -112,6 +117,7 @@ impl Encoder {
         Ok(Self {
             towers,
             config: config.clone(),
+            image_tower: flops::image_tower(config),
             compute,
             device,
             logit_scale: scalar("logit_scale")?.unwrap_or_default().exp(),
@@ -121,6 +127,10 @@ impl Encoder {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    pub fn image_tower(&self) -> &ImageTower {
+        &self.image_tower
     }
 
     pub fn info(
@@ -146,7 +156,7 @@ impl Encoder {
             image_flops: flops::image(&self.config),
             text_flops: flops::text(&self.config),
             text_tower: TextTower::of(&self.config),
-            image_tower: ImageTower::of(&self.config),
+            image_tower: self.image_tower,
             optional_tensors: parameters
                 .iter()
                 .filter(|(_, of)| of.optional)
@@ -161,15 +171,17 @@ impl Encoder {
         }
     }
 
-    /// Embeds RGB bytes `[rows, side, side, 3]` as f32 `[rows, embedding_dim]` of length one.
+    /// Embeds RGB bytes `[rows, side, side, 3]` as f32 `[rows, embedding_dim]` of length one. The
+    /// side is that of the fidelity. A row's key decides which of its patches are left out.
     pub fn image(
         &self,
         pixels: &[u8],
-        rows: usize,
-        side: usize,
+        keys: &[u64],
+        fidelity: Fidelity,
         normalisation: &Normalisation,
     ) -> Torch {
-        let size = side as i64;
+        let rows = keys.len();
+        let size = i64::from(self.image_tower.side(fidelity));
         if rows as i64 * size * size * 3 != pixels.len() as i64 {
             return Err(TchError::Shape(format!(
                 "{} bytes are not {rows} images of {size}x{size}",
@@ -184,7 +196,34 @@ impl Encoder {
             .f_mul_scalar(f64::from(normalisation.rescale))?
             .f_sub(&channels(&normalisation.mean)?)?
             .f_div(&channels(&normalisation.std)?)?;
-        unit(&self.towers.image(&pixels.f_to_kind(self.compute.kind())?)?)
+        let pixels = pixels.f_to_kind(self.compute.kind())?;
+        unit(&self.towers.image(&pixels, &self.view(keys, fidelity)?)?)
+    }
+
+    fn view(&self, keys: &[u64], fidelity: Fidelity) -> Torch<View> {
+        let whole = View::default();
+        Ok(match fidelity {
+            Fidelity::Full | Fidelity::Resolution(_) => whole,
+            Fidelity::Patch(side) => View {
+                patch: Some(i64::from(side)),
+                ..whole
+            },
+            Fidelity::Layers(count) => View {
+                layers: Some(count as usize),
+                ..whole
+            },
+            Fidelity::PatchDropout(_) => {
+                let all = self.image_tower.patches(Fidelity::Full);
+                let kept = self.image_tower.patches(fidelity);
+                let places = Tensor::f_from_slice(&drawn(keys, all, kept))?
+                    .f_reshape([keys.len() as i64, kept as i64])?
+                    .f_to_device(self.device)?;
+                View {
+                    kept: Some(places),
+                    ..whole
+                }
+            }
+        })
     }
 
     /// Embeds ids `[rows, length]` as f32 `[rows, embedding_dim]` of length one. They must be below
@@ -198,7 +237,7 @@ impl Encoder {
         unit(&self.towers.text(&ids)?)
     }
 
-    /// How many tokens of each of these captions are embedded.
+    /// Returns how many tokens of each of these captions are embedded.
     pub fn text_seen(&self, ids: &[i64]) -> usize {
         captions::seen(&self.config, ids, self.config.text.max_position_embeddings)
     }
@@ -229,7 +268,7 @@ impl Encoder {
                 "is not finite in f32 once exp() is applied",
             )));
         }
-        let problem = if !finite(self.image(&pixels, ROWS, size, &plain)?)? {
+        let problem = if !finite(self.image(&pixels, &[0; ROWS], Fidelity::Full, &plain)?)? {
             "image"
         } else if !finite(self.text(&ids, ROWS)?)? {
             "caption"
@@ -242,6 +281,12 @@ impl Encoder {
     }
 }
 
+fn exported(config: &ModelConfig, tensors: &Tensors, device: Device) -> Torch<Module> {
+    let missing = || TchError::Torch("an exported model without its module".into());
+    let exported = config.exported.as_ref().ok_or_else(missing)?;
+    Module::load(exported, tensors, device)
+}
+
 /// Divides each row by its length, in f32. A row of zeros becomes NaN, which the device reports as
 /// not finite, so the row becomes a hole.
 fn unit(x: &Tensor) -> Torch {
@@ -252,6 +297,7 @@ fn unit(x: &Tensor) -> Torch {
 
 fn place(stored: &Stored, device: Device) -> Torch {
     let kind = match stored.dtype {
+        Dtype::F64 => Kind::Double,
         Dtype::F32 => Kind::Float,
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
@@ -266,7 +312,8 @@ mod tests {
     use super::*;
     use crate::worker::model::{init, open_clip_config};
 
-    const SMALL: &str = r#""hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4"#;
+    const SMALL: &str = r#""hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4"#;
 
     fn encoder(config: &ModelConfig) -> Encoder {
         let weights = init::random(&config.parameters(), 5).unwrap();
@@ -307,8 +354,10 @@ mod tests {
             assert!(apart < 1e-6 && seen == 16, "{eos} {pad}: {apart} of {seen}");
         }
         let json = r#"{"model_cfg": {"embed_dim": 16,
-            "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 8},
-            "text_cfg": {"context_length": 30, "vocab_size": 64, "width": 32, "heads": 4, "layers": 3}}}"#;
+            "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1,
+                "head_width": 8},
+            "text_cfg": {"context_length": 30, "vocab_size": 64, "width": 32, "heads": 4,
+                "layers": 3}}}"#;
         let config = open_clip_config::parse(json.as_bytes()).unwrap();
         let (apart, seen) = apart(&config, 63, 0);
         assert!(apart < 1e-6 && seen == 16, "{apart} of {seen}");
@@ -317,7 +366,8 @@ mod tests {
     #[test]
     fn captions_of_a_tower_that_sees_both_ways_keep_their_padding() {
         let json = format!(
-            r#"{{"model_type": "siglip", "vision_config": {{{SMALL}, "image_size": 8, "patch_size": 4}},
+            r#"{{"model_type": "siglip",
+                "vision_config": {{{SMALL}, "image_size": 8, "patch_size": 4}},
                 "text_config": {{{SMALL}, "max_position_embeddings": 30, "vocab_size": 64}}}}"#
         );
         let config = ModelConfig::parse(json.as_bytes()).unwrap();

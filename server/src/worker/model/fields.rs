@@ -8,13 +8,13 @@ const CONFIG: &str = "config.json";
 /// The largest size, count or id that is accepted. Products of two of them stay far from overflow.
 const NUMBER_MAX: u64 = 1 << 24;
 
-/// The error `ModelInvalid`, with the field of config.json if one is at fault.
-pub fn invalid(message: impl Into<String>, field: &str) -> Error {
+/// Returns the error `ModelInvalid`, with the field of config.json if one is at fault.
+pub(super) fn invalid(message: impl Into<String>, field: &str) -> Error {
     invalid_in(CONFIG, message, field)
 }
 
-/// The error `ModelInvalid`, with the field of another file.
-pub fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error {
+/// Returns the error `ModelInvalid`, with the field of another file.
+pub(super) fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error {
     let error = Error::new(Reason::ModelInvalid, message).with("file", file);
     if field.is_empty() {
         error
@@ -24,20 +24,20 @@ pub fn invalid_in(file: &str, message: impl Into<String>, field: &str) -> Error 
 }
 
 /// One object of config.json. A key that is absent or null takes its default.
-pub struct Fields<'a> {
+pub(super) struct Fields<'a> {
     file: &'static str,
     path: &'static str,
     map: Option<&'a Map<String, Value>>,
 }
 
 impl<'a> Fields<'a> {
-    /// The whole of config.json.
-    pub fn root(value: &'a Value) -> Result<Self> {
+    /// Returns the whole of config.json.
+    pub(super) fn root(value: &'a Value) -> Result<Self> {
         Self::root_of(CONFIG, value)
     }
 
-    /// The whole of a file.
-    pub fn root_of(file: &'static str, value: &'a Value) -> Result<Self> {
+    /// Returns the whole of a file.
+    pub(super) fn root_of(file: &'static str, value: &'a Value) -> Result<Self> {
         let map = value
             .as_object()
             .ok_or_else(|| invalid_in(file, format!("{file} is no JSON object"), ""))?;
@@ -49,7 +49,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Returns an object inside this one; empty if it is absent.
-    pub fn section(&self, key: &'static str) -> Result<Self> {
+    pub(super) fn section(&self, key: &'static str) -> Result<Self> {
         let map = match self.get(key) {
             None => None,
             Some(value) => Some(
@@ -65,12 +65,12 @@ impl<'a> Fields<'a> {
         })
     }
 
-    pub fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map?.get(key).filter(|value| !value.is_null())
     }
 
-    /// `ModelInvalid` about a key of this object.
-    pub fn invalid(&self, key: &str, problem: &str) -> Error {
+    /// Returns the error `ModelInvalid` about a key of this object.
+    pub(super) fn invalid(&self, key: &str, problem: &str) -> Error {
         let field = if self.path.is_empty() {
             key.to_owned()
         } else {
@@ -81,13 +81,13 @@ impl<'a> Fields<'a> {
     }
 
     /// Returns the keys of the object.
-    pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+    pub(super) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         self.map
             .into_iter()
             .flat_map(|map| map.keys().map(String::as_str))
     }
 
-    pub fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
+    pub(super) fn text(&self, key: &str, default: &'a str) -> Result<&'a str> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
@@ -96,7 +96,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.invalid(key, &format!("{value} should be a string")))
     }
 
-    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
@@ -105,7 +105,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.invalid(key, &format!("{value} should be true or false")))
     }
 
-    pub fn number(&self, key: &str, default: f64) -> Result<f64> {
+    pub(super) fn number(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
@@ -113,7 +113,7 @@ impl<'a> Fields<'a> {
         number.ok_or_else(|| self.invalid(key, &format!("{value} should be a number")))
     }
 
-    pub fn id(&self, key: &str, default: i64) -> Result<i64> {
+    pub(super) fn id(&self, key: &str, default: i64) -> Result<i64> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
@@ -122,8 +122,8 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.invalid(key, &format!("{value} should be an integer")))
     }
 
-    /// A size or count of at least one.
-    pub fn size(&self, key: &str, default: usize) -> Result<usize> {
+    /// Reads a size or count of at least one.
+    pub(super) fn size(&self, key: &str, default: usize) -> Result<usize> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
@@ -139,7 +139,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses a `model_type` that is given and not known.
-    pub fn expect_type(&self, known: &[&'static str]) -> Result<()> {
+    pub(super) fn expect_type(&self, known: &[&'static str]) -> Result<()> {
         let found = self.text("model_type", known[0])?;
         if known.contains(&found) {
             return Ok(());
@@ -186,8 +186,8 @@ impl<'a> Fields<'a> {
         Ok(tower)
     }
 
-    /// The section as an image transformer's.
-    pub fn vision(&self, defaults: &Tower, patch_size: usize) -> Result<VisionConfig> {
+    /// Returns the section as an image transformer's.
+    pub(super) fn vision(&self, defaults: &Tower, patch_size: usize) -> Result<VisionConfig> {
         if self.size("num_channels", 3)? != 3 {
             return Err(self.invalid("num_channels", "only 3 (RGB) is supported"));
         }
@@ -206,8 +206,8 @@ impl<'a> Fields<'a> {
         Ok(config)
     }
 
-    /// The section as a caption transformer's.
-    pub fn text_tower(
+    /// Returns the section as a caption transformer's.
+    pub(super) fn text_tower(
         &self,
         defaults: &Tower,
         vocab_size: usize,

@@ -5,41 +5,40 @@ use super::{
     config::{Family, ModelConfig, Tower},
     open_clip_config::VisionForm,
 };
+use crate::fidelity::ImageTower;
 
-/// The sizes that an image tower takes, and the cost of one image of n patches: `constant +
-/// per_patch * n + per_patch_pair * n²` FLOPs.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct ImageTower {
-    /// Side in pixels at full fidelity.
-    pub image_size: usize,
-    pub patch_size: usize,
-    pub layers: usize,
-    pub constant: f64,
-    pub per_patch: f64,
-    pub per_patch_pair: f64,
+/// Returns the sizes and costs of a model's image tower.
+pub fn image_tower(config: &ModelConfig) -> ImageTower {
+    let (vision, layers) = (&config.vision, config.vision.tower.num_hidden_layers);
+    if let Some(exported) = &config.exported {
+        return ImageTower {
+            image_size: vision.image_size as u32,
+            constant: exported.flops[0],
+            ..Default::default()
+        };
+    }
+    let [constant, per_patch, per_patch_pair] = parabola(|n| image_of(config, layers, n));
+    let layer = |n| image_of(config, layers, n) - image_of(config, layers - 1, n);
+    let [layer_constant, layer_per_patch, layer_per_patch_pair] = parabola(layer);
+    ImageTower {
+        image_size: vision.image_size as u32,
+        patch_size: vision.patch_size as u32,
+        layers: layers as u32,
+        constant,
+        per_patch,
+        per_patch_pair,
+        layer_constant,
+        layer_per_patch,
+        layer_per_patch_pair,
+        per_pixel: 2.0 * 3.0 * vision.tower.hidden_size as f64,
+    }
 }
 
-impl ImageTower {
-    pub fn of(config: &ModelConfig) -> Self {
-        let vision = &config.vision;
-        // A parabola is known by three of its points.
-        let [none, one, two] = [0.0, 1.0, 2.0].map(|patches| image_of(config, patches));
-        let per_patch_pair = (two - 2.0 * one + none) / 2.0;
-        Self {
-            image_size: vision.image_size,
-            patch_size: vision.patch_size,
-            layers: vision.tower.num_hidden_layers,
-            constant: none,
-            per_patch: one - none - per_patch_pair,
-            per_patch_pair,
-        }
-    }
-
-    /// FLOPs to embed one image of that side.
-    pub fn flops(&self, side: usize) -> f64 {
-        let patches = ((side / self.patch_size.max(1)) as f64).powi(2);
-        self.constant + self.per_patch * patches + self.per_patch_pair * patches * patches
-    }
+/// Returns the coefficients of a parabola, which is known by three of its points.
+fn parabola(of: impl Fn(f64) -> f64) -> [f64; 3] {
+    let [none, one, two] = [0.0, 1.0, 2.0].map(of);
+    let square = (two - 2.0 * one + none) / 2.0;
+    [none, one - none - square, square]
 }
 
 /// What a caption of t tokens costs: `constant + per_token * t + per_token_pair * t²` FLOPs.
@@ -52,29 +51,37 @@ pub struct TextTower {
 
 impl TextTower {
     pub fn of(config: &ModelConfig) -> Self {
-        let [none, one, two] = [0.0, 1.0, 2.0].map(|tokens| text_of(config, tokens));
-        let per_token_pair = (two - 2.0 * one + none) / 2.0;
+        let [constant, per_token, per_token_pair] = parabola(|tokens| text_of(config, tokens));
         Self {
-            constant: none,
-            per_token: one - none - per_token_pair,
+            constant,
+            per_token,
             per_token_pair,
         }
     }
 
-    /// FLOPs to embed one caption of so many tokens.
+    /// Returns the FLOPs to embed one caption of so many tokens.
     pub fn flops(&self, tokens: usize) -> f64 {
         let tokens = tokens as f64;
         self.constant + self.per_token * tokens + self.per_token_pair * tokens * tokens
     }
 }
 
-/// FLOPs to embed one image at full fidelity.
+/// Returns the FLOPs to embed one image at full fidelity.
 pub fn image(config: &ModelConfig) -> f64 {
-    image_of(config, (config.vision.grid() as f64).powi(2))
+    if let Some(exported) = &config.exported {
+        return exported.flops[0];
+    }
+    let depth = config.vision.tower.num_hidden_layers;
+    image_of(config, depth, (config.vision.grid() as f64).powi(2))
 }
 
-fn image_of(config: &ModelConfig, patches: f64) -> f64 {
-    let (tower, patch) = (&config.vision.tower, config.vision.patch_size as f64);
+/// Returns the FLOPs of one image of so many patches, through so many layers.
+fn image_of(config: &ModelConfig, depth: usize, patches: f64) -> f64 {
+    let tower = &Tower {
+        num_hidden_layers: depth,
+        ..config.vision.tower.clone()
+    };
+    let patch = config.vision.patch_size as f64;
     let d = tower.hidden_size as f64;
     let embed = patches * 3.0 * patch * patch * d;
     let rest = match config.family {
@@ -89,29 +96,34 @@ fn image_of(config: &ModelConfig, patches: f64) -> f64 {
                 layers(tower, patches) + pooling(tower, patches) + projection
             }
         },
+        Family::Exported => 0.0,
     };
     2.0 * (embed + rest)
 }
 
-/// FLOPs to embed one caption of the model's whole length.
+/// Returns the FLOPs to embed one caption of the model's whole length.
 pub fn text(config: &ModelConfig) -> f64 {
     text_of(config, config.text.max_position_embeddings as f64)
 }
 
 fn text_of(config: &ModelConfig, tokens: f64) -> f64 {
+    if let Some(exported) = &config.exported {
+        return exported.flops[1];
+    }
     let tower = &config.text.tower;
     let projection = (tower.hidden_size * config.embedding_dim) as f64;
     2.0 * (layers(tower, tokens) + projection)
 }
 
-/// Multiply-adds of all layers over `t` tokens: four projections, scores and their weighted sum,
-/// two MLP layers.
+/// Returns multiply-adds of all layers over `t` tokens: four projections, scores and their weighted
+/// sum, two MLP layers.
 fn layers(tower: &Tower, t: f64) -> f64 {
     let (d, inner) = (tower.hidden_size as f64, tower.intermediate_size as f64);
     tower.num_hidden_layers as f64 * (4.0 * t * d * d + 2.0 * t * t * d + 2.0 * t * d * inner)
 }
 
-/// Multiply-adds of SigLIP's pooling head: one query, keys and values of `t` tokens, one MLP.
+/// Returns multiply-adds of SigLIP's pooling head: one query, keys and values of `t` tokens, one
+/// MLP.
 fn pooling(tower: &Tower, t: f64) -> f64 {
     let (d, inner) = (tower.hidden_size as f64, tower.intermediate_size as f64);
     2.0 * d * d + 2.0 * t * d * d + 2.0 * t * d + 2.0 * d * inner
@@ -120,6 +132,7 @@ fn pooling(tower: &Tower, t: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{fidelity::Fidelity, worker::model::config::VisionConfig};
 
     fn config(json: &str) -> ModelConfig {
         ModelConfig::parse(json.as_bytes()).unwrap()
@@ -127,9 +140,11 @@ mod tests {
 
     #[test]
     fn a_small_siglip_by_hand() {
-        let small = r#"{"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2"#;
+        let small = r#"{"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1,
+            "num_attention_heads": 2"#;
         let json = format!(
-            r#"{{"model_type": "siglip", "vision_config": {small}, "image_size": 5, "patch_size": 2}},
+            r#"{{"model_type": "siglip",
+                "vision_config": {small}, "image_size": 5, "patch_size": 2}},
                 "text_config": {small}, "max_position_embeddings": 3, "vocab_size": 9}}}}"#
         );
         let config = config(&json);
@@ -159,11 +174,33 @@ mod tests {
             };
             let whole = TextTower::of(&of(32)).flops(of(32).text.max_position_embeddings);
             assert!((whole / text(&of(32)) - 1.0).abs() < 1e-12, "{family}");
-            let tower = ImageTower::of(&of(32));
+            let tower = image_tower(&of(32));
             for side in [4, 16, 32] {
-                let (found, wanted) = (tower.flops(side), image(&of(side)));
+                let found = tower.flops(Fidelity::Resolution(side as u32));
+                let wanted = image(&of(side));
                 assert!((found / wanted - 1.0).abs() < 1e-12, "{family} {side}");
             }
+            let shallow = ModelConfig {
+                vision: VisionConfig {
+                    tower: Tower {
+                        num_hidden_layers: 5,
+                        ..of(32).vision.tower
+                    },
+                    ..of(32).vision
+                },
+                ..of(32)
+            };
+            let found = tower.flops(Fidelity::Layers(5));
+            assert!((found / image(&shallow) - 1.0).abs() < 1e-12, "{family}");
+            let larger = ModelConfig {
+                vision: VisionConfig {
+                    patch_size: 8,
+                    ..of(32).vision
+                },
+                ..of(32)
+            };
+            let found = tower.flops(Fidelity::Patch(8));
+            assert!((found / image(&larger) - 1.0).abs() < 1e-12, "{family}");
         }
     }
 

@@ -2,10 +2,12 @@
 use super::{
     clip_vocabulary,
     config::{Family, ModelConfig},
-    open_clip_config,
+    exported, open_clip_config, other_forms,
+    positions::Resizes,
     snapshot::{Refusal, Snapshot},
 };
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
     storage::Location,
 };
@@ -41,6 +43,7 @@ pub struct ModelFolder {
     /// Names the padding token, if the file exists. It is not part of the model's digest; the
     /// padding id is part of the digest of the model's inputs.
     pub tokenizer_config_json: Option<Bytes>,
+    resize_json: Option<Bytes>,
     location: Location,
     /// The digest of the weights, once they have been read. With it a later load finds the model on
     /// the device without reading gigabytes again.
@@ -56,16 +59,30 @@ impl ModelFolder {
     /// `ModelInvalid` naming the `file` that is missing or the `field` that is not supported;
     /// `StorageUnreachable`.
     pub async fn fetch(location: &Location) -> Result<Self> {
-        let (config_json, is_open_clip) = configuration(location).await?;
-        let parse = match is_open_clip {
-            true => open_clip_config::parse,
-            false => ModelConfig::parse,
+        Self::fetch_allowing(location, &[]).await
+    }
+
+    /// As [`ModelFolder::fetch`], or `module.json` and the module beside it where its SHA-256 is
+    /// one of `modules`.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::fetch`].
+    pub async fn fetch_allowing(location: &Location, modules: &[String]) -> Result<Self> {
+        if let Some(problem) = other_forms::wrong_uri(location.uri()) {
+            let message = format!("{} {problem}", location.uri());
+            return Err(Error::new(Reason::ModelInvalid, message).with("uri", location.uri()));
+        }
+        let (config_json, form) = configuration(location).await?;
+        let config = match form {
+            Form::Transformers => ModelConfig::parse(&config_json),
+            Form::OpenClip => open_clip_config::parse(&config_json),
+            Form::Exported => module(location, &config_json, modules).await,
         };
-        let config = parse(&config_json).map_err(|e| e.with("uri", location.uri()))?;
+        let mut config = config.map_err(|e| e.with("uri", location.uri()))?;
         let preprocessor = async {
-            match is_open_clip {
-                true => Ok(config_json.clone()),
-                false => preprocessor_config(location).await,
+            match form {
+                Form::OpenClip => Ok(config_json.clone()),
+                _ => preprocessor_config(location).await,
             }
         };
         let (preprocessor_json, tokenizer_json, tokenizer_config_json) = tokio::try_join!(
@@ -73,6 +90,11 @@ impl ModelFolder {
             tokenizer(location, config.family),
             find(location, TOKENIZER_CONFIG, JSON_BYTES_MAX)
         )?;
+        let resize_json = find(location, Resizes::FILE, JSON_BYTES_MAX).await?;
+        if let Some(json) = &resize_json {
+            let changed = config.resizes.changed(json);
+            config.resizes = changed.map_err(|e| e.with("uri", location.uri()))?;
+        }
         Ok(Self {
             uri: location.uri().to_owned(),
             config,
@@ -80,12 +102,13 @@ impl ModelFolder {
             preprocessor_json,
             tokenizer_json,
             tokenizer_config_json,
+            resize_json,
             location: location.clone(),
             weights_digest: OnceCell::new(),
         })
     }
 
-    /// Whether there are any weights: a learner whose trainer pushes them first needs none.
+    /// Returns whether there are any weights: a learner whose trainer pushes them first needs none.
     ///
     /// # Errors
     /// `StorageUnreachable`.
@@ -117,11 +140,13 @@ impl ModelFolder {
             }
         }
         let Some(index) = find(&self.location, WEIGHTS_INDEX, JSON_BYTES_MAX).await? else {
-            return Err(missing(
-                &self.location,
-                names[0],
-                " (nor an index of shards); weights are never read from pickles",
-            ));
+            let more = if self.location.head("pytorch_model.bin").await?.is_some() {
+                "; pytorch_model.bin is a pickle, which runs code: \
+                 AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER) writes safetensors"
+            } else {
+                " (nor an index of shards); weights are never read from pickles"
+            };
+            return Err(missing(&self.location, names[0], more));
         };
         let mut files = Vec::new();
         for shard in shards(&index).map_err(|e| e.with("uri", &self.uri))? {
@@ -152,24 +177,46 @@ impl ModelFolder {
             .collect()
     }
 
+    /// Returns the bytes of all files that are held in memory; an exported module's code and
+    /// weights are among them.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let small = self.small_files().into_iter().map(|(_, file)| file);
+        small
+            .chain(&self.tokenizer_config_json)
+            .map(Bytes::len)
+            .sum()
+    }
+
     fn small_files(&self) -> Vec<(&'static str, &Bytes)> {
         let tokenizer = (TOKENIZER, &self.tokenizer_json);
-        match self.config.family {
+        let mut files = match self.config.family {
             Family::OpenClip(_) => {
                 vec![(open_clip_config::FILE, &self.config_json), tokenizer]
             }
+            Family::Exported => vec![
+                (exported::FILE, &self.config_json),
+                (PREPROCESSOR, &self.preprocessor_json),
+                tokenizer,
+            ],
             _ => vec![
                 (CONFIG, &self.config_json),
                 (PREPROCESSOR, &self.preprocessor_json),
                 tokenizer,
             ],
-        }
+        };
+        let module = self.config.exported.iter();
+        files.extend(module.map(|of| (exported::MODULE, &of.bytes)));
+        files.extend(self.resize_json.iter().map(|file| (Resizes::FILE, file)));
+        files
     }
 
-    /// Reads weights' headers and checks them against the model. It takes about a second of CPU for
-    /// each gigabyte.
+    /// Reads weights' headers and checks them against the model. It reads all bytes.
     pub(crate) fn verify(&self, files: Vec<Bytes>) -> Result<Snapshot, Refusal> {
-        let snapshot = Snapshot::parse(files)?;
+        self.checked(Snapshot::parse(files)?)
+    }
+
+    /// Checks weights against the model.
+    pub(crate) fn checked(&self, snapshot: Snapshot) -> Result<Snapshot, Refusal> {
         snapshot.check(&self.config.parameters())?;
         Ok(snapshot)
     }
@@ -196,21 +243,50 @@ async fn preprocessor_config(location: &Location) -> Result<Bytes> {
     }
 }
 
-/// Reads the configuration. Returns it, and whether it is open_clip's.
-async fn configuration(location: &Location) -> Result<(Bytes, bool)> {
-    let (own, open_clip) = tokio::try_join!(
+/// Whose folder it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Transformers,
+    OpenClip,
+    Exported,
+}
+
+/// Reads the configuration. Returns it, and whose it is.
+async fn configuration(location: &Location) -> Result<(Bytes, Form)> {
+    let (own, open_clip, exported) = tokio::try_join!(
         find(location, CONFIG, JSON_BYTES_MAX),
-        find(location, open_clip_config::FILE, JSON_BYTES_MAX)
+        find(location, open_clip_config::FILE, JSON_BYTES_MAX),
+        find(location, exported::FILE, JSON_BYTES_MAX)
     )?;
-    match (own, open_clip) {
-        (Some(own), None) => Ok((own, false)),
-        (None, Some(open_clip)) => Ok((open_clip, true)),
-        (Some(own), Some(open_clip)) => match location.head(WEIGHTS).await?.is_some() {
-            true => Ok((own, false)),
-            false => Ok((open_clip, true)),
-        },
-        (None, None) => Err(missing(location, CONFIG, " (nor open_clip_config.json)")),
+    if let Some(exported) = exported {
+        return Ok((exported, Form::Exported));
     }
+    match (own, open_clip) {
+        (Some(own), None) => Ok((own, Form::Transformers)),
+        (None, Some(open_clip)) => Ok((open_clip, Form::OpenClip)),
+        (Some(own), Some(open_clip)) => {
+            if location.head(WEIGHTS).await?.is_some() {
+                Ok((own, Form::Transformers))
+            } else {
+                Ok((open_clip, Form::OpenClip))
+            }
+        }
+        (None, None) => {
+            let more = format!(
+                " (nor open_clip_config.json){}",
+                other_forms::hint(location).await?
+            );
+            Err(missing(location, CONFIG, &more))
+        }
+    }
+}
+
+async fn module(location: &Location, json: &Bytes, modules: &[String]) -> Result<ModelConfig> {
+    exported::allowed(modules)?;
+    let bytes = need(location, exported::MODULE, WEIGHTS_BYTES_MAX).await?;
+    let (json, modules) = (json.clone(), modules.to_vec());
+    let read = move || exported::config(&json, bytes, &modules);
+    blocking("reading an exported module", read).await
 }
 
 /// Reads `tokenizer.json`, or makes it from CLIP's `vocab.json` and `merges.txt`.
@@ -231,6 +307,10 @@ async fn tokenizer(location: &Location, family: Family) -> Result<Bytes> {
             let more = "; python -m superbatch.open_clip FOLDER MODEL_NAME writes it (MODEL_NAME \
                         as open_clip names the model, \
                         such as ViT-B-16)";
+            Err(missing(location, TOKENIZER, more))
+        }
+        (Family::Siglip, ..) if location.head("spiece.model").await?.is_some() => {
+            let more = "; python -m superbatch.siglip FOLDER makes it of spiece.model";
             Err(missing(location, TOKENIZER, more))
         }
         _ => {
@@ -280,6 +360,9 @@ fn missing(location: &Location, file: &str, more: &str) -> Error {
         .with("uri", location.uri())
 }
 
+/// How the files begin that Git LFS leaves in the place of large ones.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 /// Reads a whole file, after a check of its size; `None` if there is no file.
 async fn find(location: &Location, file: &str, bytes_max: u64) -> Result<Option<Bytes>> {
     let found = match location.store().get(&location.path(file)).await {
@@ -297,11 +380,19 @@ async fn find(location: &Location, file: &str, bytes_max: u64) -> Result<Option<
             .with("file", file)
             .with("uri", location.uri()));
     }
-    found
+    let bytes = found
         .bytes()
         .await
-        .map(Some)
-        .map_err(|cause| location.error("read", file, cause))
+        .map_err(|cause| location.error("read", file, cause))?;
+    if bytes.starts_with(LFS_POINTER) {
+        let message = format!(
+            "{} is a pointer of Git LFS, not the file: run git lfs pull in the repository",
+            location.uri_of(file)
+        );
+        let error = Error::new(Reason::ModelInvalid, message).with("file", file);
+        return Err(error.with("uri", location.uri()));
+    }
+    Ok(Some(bytes))
 }
 
 #[cfg(test)]
@@ -384,6 +475,53 @@ mod tests {
             error.to_string().contains("python -m superbatch.open_clip"),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_siglip_without_tokenizer_json_says_how_to_make_it() {
+        let files = [
+            ("config.json", r#"{"model_type": "siglip"}"#),
+            ("preprocessor_config.json", "{}"),
+            ("spiece.model", "pieces"),
+        ];
+        let error = ModelFolder::fetch(&folder(&files).await).await.unwrap_err();
+        assert_eq!(error.value("file"), Some("tokenizer.json"));
+        assert!(
+            error.to_string().contains("python -m superbatch.siglip"),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn folders_that_need_something_first_say_what() {
+        let small = [
+            CONFIG,
+            ("preprocessor_config.json", "{}"),
+            ("tokenizer.json", "{}"),
+        ];
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n";
+        for (files, said) in [
+            (vec![("modules.json", "[]")], "0_CLIPModel"),
+            (vec![("adapter_config.json", "{}")], "merge_and_unload"),
+            (vec![("config.json", pointer)], "git lfs pull"),
+            (vec![("module.json", "{}")], "worker.exported_modules"),
+        ] {
+            let error = ModelFolder::fetch(&folder(&files).await).await.unwrap_err();
+            assert_eq!(error.reason(), Reason::ModelInvalid);
+            assert!(error.to_string().contains(said), "{error}");
+        }
+        for (file, said) in [
+            (("pytorch_model.bin", ""), "save_pretrained"),
+            (
+                ("model.safetensors", pointer),
+                "model.safetensors is a pointer of Git LFS",
+            ),
+        ] {
+            let files = [&small[..], &[file]].concat();
+            let folder = ModelFolder::fetch(&folder(&files).await).await.unwrap();
+            let error = folder.weights().await.unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+        }
     }
 
     #[tokio::test]

@@ -83,7 +83,7 @@ impl Stream {
         }
     }
 
-    /// Uniform in (0, 1): never 0, so that its logarithm is finite.
+    /// Returns a uniform number in (0, 1): never 0, so that its logarithm is finite.
     fn unit(&mut self) -> f64 {
         if self.used == self.block.len() {
             self.reader.fill(&mut self.block);

@@ -30,6 +30,24 @@ pub struct Linear {
 }
 
 impl Linear {
+    pub(super) fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// Returns the layer with another weight and the same bias.
+    pub(super) fn with_weight(&self, weight: Tensor) -> Self {
+        let bias = self.bias.as_ref().map(Tensor::shallow_clone);
+        Self { weight, bias }
+    }
+
+    pub(super) fn shallow_clone(&self) -> Self {
+        self.with_weight(self.weight.shallow_clone())
+    }
+
     pub fn load(tensors: &Tensors, at: &str) -> Torch<Self> {
         Ok(Self {
             weight: tensors.get(&format!("{at}.weight"))?,
@@ -44,7 +62,7 @@ impl Linear {
         })
     }
 
-    /// `x @ at`, of a matrix `[inputs, outputs]`.
+    /// Makes `x @ at`, of a matrix `[inputs, outputs]`.
     pub fn transposed(tensors: &Tensors, at: &str) -> Torch<Self> {
         Ok(Self {
             weight: tensors.get(at)?.f_transpose(0, 1)?.f_contiguous()?,
@@ -136,7 +154,7 @@ impl Mlp {
     }
 }
 
-/// softmax(q kᵀ / √(d/h)) v over `[n, h, t, d/h]`, as `[n, t, d]`.
+/// Returns softmax(q kᵀ / √(d/h)) v over `[n, h, t, d/h]`, as `[n, t, d]`.
 fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
     let out =
         Tensor::f_scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, causal, None, false)?;
@@ -144,7 +162,7 @@ fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
     out.f_transpose(1, 2)?.f_reshape([n, t, h * width])
 }
 
-/// `[n, t, parts * d]` as `parts` tensors of `[n, h, t, d/h]`.
+/// Returns `[n, t, parts * d]` as `parts` tensors of `[n, h, t, d/h]`.
 fn split_heads(x: &Tensor, parts: i64, heads: i64) -> Torch<Vec<Tensor>> {
     let (n, t, width) = x.size3()?;
     let x = x
@@ -239,8 +257,13 @@ impl Transformer {
         })
     }
 
-    pub fn forward(&self, mut x: Tensor) -> Torch {
-        for block in &self.blocks {
+    pub fn forward(&self, x: Tensor) -> Torch {
+        self.first(x, None)
+    }
+
+    /// Returns the first so many layers; `None` is all of them.
+    pub fn first(&self, mut x: Tensor, layers: Option<usize>) -> Torch {
+        for block in self.blocks.iter().take(layers.unwrap_or(usize::MAX)) {
             x = block.forward(&x, self.causal)?;
         }
         Ok(x)
@@ -262,19 +285,6 @@ pub fn patches(pixels: &Tensor, patch: i64) -> Torch {
     cut.f_reshape([n, grid * grid, 3 * patch * patch])
 }
 
-/// The patch convolution `{at}.weight` `[d, 3, patch, patch]` as a linear layer on [`patches`].
-pub fn patch_embedding(tensors: &Tensors, at: &str, bias: bool) -> Torch<Linear> {
-    let weight = tensors.get(&format!("{at}.weight"))?.f_flatten(1, -1)?;
-    Ok(Linear {
-        weight,
-        bias: if bias {
-            Some(tensors.get(&format!("{at}.bias"))?)
-        } else {
-            None
-        },
-    })
-}
-
 /// Token and position embeddings `{at}.*` of a caption.
 pub struct TextEmbedding {
     pub tokens: Tensor,
@@ -289,7 +299,7 @@ impl TextEmbedding {
         })
     }
 
-    /// `ids` `[n, t]` as `[n, t, d]`; t may be less than the model's length.
+    /// Embeds `ids` `[n, t]` as `[n, t, d]`; t may be less than the model's length.
     pub fn forward(&self, ids: &Tensor) -> Torch {
         let positions = self.positions.f_narrow(0, 0, ids.size2()?.1)?;
         Tensor::f_embedding(&self.tokens, ids, -1, false, false)?.f_add(&positions)
@@ -330,7 +340,7 @@ impl PoolingHead {
         })
     }
 
-    /// timm's `AttentionPoolLatent`.
+    /// Reads timm's `AttentionPoolLatent`.
     pub fn of_timm(tensors: &Tensors, at: &str, tower: &Tower) -> Torch<Self> {
         let count = tower.num_attention_heads as i64;
         let query = Linear::load(tensors, &format!("{at}.q"))?;
@@ -345,13 +355,13 @@ impl PoolingHead {
         })
     }
 
-    /// `[1, 1, d]` by heads.
+    /// Returns `[1, 1, d]` by heads.
     fn query(query: &Tensor, heads: i64) -> Torch {
         let d = query.size3()?.2;
         query.f_reshape([1, 1, heads, d / heads])?.f_transpose(1, 2)
     }
 
-    /// `[n, t, d]` as `[n, d]`.
+    /// Returns `[n, t, d]` as `[n, d]`.
     pub fn forward(&self, x: &Tensor) -> Torch {
         let kv = split_heads(&self.kv.forward(x)?, 2, self.heads)?;
         let query = self.query.f_expand([x.size3()?.0, -1, -1, -1], false)?;

@@ -2,21 +2,19 @@
 //! captions, with the names of its state dict.
 use super::{
     clip::block_init,
-    config::{ModelConfig, VisionConfig},
+    config::ModelConfig,
     encoder::Towers,
-    layers::{
-        LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer, patch_embedding, patches,
-    },
+    entry::{Entry, Names, View},
+    layers::{LayerNorm, Linear, Tensors, TextEmbedding, Torch, Transformer},
     naming::Naming,
     open_clip_config::{OpenClipForm, TextPool, TextProjection, VisionForm},
     parameters::{Init, Parameters},
-    positions::{Positions, Resize},
     timm::{self, Trunk},
 };
 use tch::{Kind, Tensor};
 
-/// Names and shapes of open_clip's `CLIP` and `CustomTextCLIP`. The logit bias is optional, since
-/// only the trainer's loss decides whether there is one.
+/// Returns names and shapes of open_clip's `CLIP` and `CustomTextCLIP`. The logit bias is optional,
+/// since only the trainer's loss decides whether there is one.
 pub fn parameters(config: &ModelConfig, form: &OpenClipForm) -> Parameters {
     let mut to = Parameters::default();
     image_parameters(&mut to, config, form);
@@ -119,14 +117,14 @@ impl OpenClip {
                     Some(false) => Some(Linear::without_bias(tensors, at)?),
                     None => None,
                 };
-                Image::Timm(Trunk::load(&config.vision, tensors)?, projection)
+                Image::Timm(Trunk::load(config, tensors)?, projection)
             }
             VisionForm::Vit {
                 pre_norm,
                 average,
                 norm_after_pool,
             } => {
-                let vit = Vit::load(&config.vision, tensors, pre_norm)?;
+                let vit = Vit::load(config, tensors, pre_norm)?;
                 Image::Vit(Vit {
                     average,
                     norm_after_pool,
@@ -156,11 +154,13 @@ impl OpenClip {
 }
 
 impl Towers for OpenClip {
-    fn image(&self, pixels: &Tensor) -> Torch {
+    fn image(&self, pixels: &Tensor, view: &View) -> Torch {
         match &self.image {
-            Image::Vit(vit) => vit.forward(pixels),
-            Image::Timm(trunk, None) => trunk.forward(pixels),
-            Image::Timm(trunk, Some(projection)) => projection.forward(&trunk.forward(pixels)?),
+            Image::Vit(vit) => vit.forward(pixels, view),
+            Image::Timm(trunk, None) => trunk.forward(pixels, view),
+            Image::Timm(trunk, Some(projection)) => {
+                projection.forward(&trunk.forward(pixels, view)?)
+            }
         }
     }
 
@@ -192,10 +192,7 @@ fn row_at(x: &Tensor, place: &Tensor) -> Torch {
 
 /// open_clip's own image tower.
 struct Vit {
-    patch_size: i64,
-    class: Tensor,
-    patches: Linear,
-    positions: Positions,
+    entry: Entry,
     pre_norm: Option<LayerNorm>,
     layers: Transformer,
     post_norm: LayerNorm,
@@ -205,20 +202,26 @@ struct Vit {
 }
 
 impl Vit {
-    fn load(vision: &VisionConfig, tensors: &Tensors, pre_norm: bool) -> Torch<Self> {
+    fn load(config: &ModelConfig, tensors: &Tensors, pre_norm: bool) -> Torch<Self> {
+        let vision = &config.vision;
         let (tower, eps) = (&vision.tower, vision.tower.layer_norm_eps);
         let layers = "visual.transformer.resblocks";
-        let positions = tensors.get("visual.positional_embedding")?;
         Ok(Self {
-            patch_size: vision.patch_size as i64,
-            class: tensors
-                .get("visual.class_embedding")?
-                .f_reshape([1, 1, -1])?,
-            patches: patch_embedding(tensors, "visual.conv1", false)?,
-            positions: Positions::new(positions, 1, vision.grid(), Resize::TIMM),
-            pre_norm: match pre_norm {
-                true => Some(LayerNorm::load(tensors, "visual.ln_pre", eps)?),
-                false => None,
+            entry: Entry::load(
+                tensors,
+                &Names {
+                    kernel: "visual.conv1",
+                    has_bias: false,
+                    class: Some("visual.class_embedding"),
+                    positions: "visual.positional_embedding",
+                },
+                (vision.grid(), vision.patch_size),
+                config.resizes,
+            )?,
+            pre_norm: if pre_norm {
+                Some(LayerNorm::load(tensors, "visual.ln_pre", eps)?)
+            } else {
+                None
             },
             layers: Transformer::load(tensors, layers, tower, false, Naming::OpenClip)?,
             post_norm: LayerNorm::load(tensors, "visual.ln_post", eps)?,
@@ -228,16 +231,13 @@ impl Vit {
         })
     }
 
-    fn forward(&self, pixels: &Tensor) -> Torch {
-        let grid = pixels.size4()?.1 / self.patch_size;
-        let x = self.patches.forward(&patches(pixels, self.patch_size)?)?;
-        let class = self.class.f_expand([x.size3()?.0, -1, -1], false)?;
-        let x = Tensor::f_cat(&[class, x], 1)?.f_add(&self.positions.at(grid)?)?;
+    fn forward(&self, pixels: &Tensor, view: &View) -> Torch {
+        let x = self.entry.forward(pixels, view)?;
         let x = match &self.pre_norm {
             Some(norm) => norm.forward(&x)?,
             None => x,
         };
-        let x = self.layers.forward(x)?;
+        let x = self.layers.first(x, view.layers)?;
         let pooled = match (self.average, self.norm_after_pool) {
             // A layer norm reads one token only, so for a single token it may come before or after
             // pooling.

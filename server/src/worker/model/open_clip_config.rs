@@ -2,6 +2,7 @@
 use super::{
     config::{Activation, Family, ModelConfig, TextConfig, Tower, VisionConfig},
     fields::Fields,
+    positions::Resizes,
     timm,
 };
 use crate::error::Result;
@@ -173,11 +174,16 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
         vision: vision_config,
         text: text_config,
         embedding_dim,
+        resizes: match form {
+            VisionForm::Timm { .. } => Resizes::TIMM,
+            VisionForm::Vit { .. } => Resizes::OPEN_CLIP,
+        },
         logit_scale_init: model.number("init_logit_scale", (1.0_f64 / 0.07).ln())?,
         logit_bias_init: match model.get("init_logit_bias") {
             None | Some(Value::Null) => None,
             Some(_) => Some(model.number("init_logit_bias", 0.0)?),
         },
+        exported: None,
     })
 }
 
@@ -304,7 +310,7 @@ fn timm_trunk(fields: &Fields, name: &str, dim: usize) -> Result<(VisionConfig, 
     Ok((config, VisionForm::Timm { projection }))
 }
 
-/// The text tower; what is said elsewhere of the form is left at its default.
+/// Returns the text tower; what is said elsewhere of the form is left at its default.
 fn text(fields: &Fields, quick: bool, dim: usize) -> Result<(TextConfig, OpenClipForm)> {
     let width = fields.size("width", 512)?;
     let tower = tower(fields, width, fields.size("heads", 8)?, quick)?;

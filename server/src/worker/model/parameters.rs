@@ -12,12 +12,13 @@ pub enum Init {
 }
 
 impl Init {
-    /// Normal with variance 1 / inputs (LeCun).
+    /// Makes a normal distribution with variance 1 / inputs (LeCun).
     pub fn lecun(inputs: usize) -> Self {
         Self::Normal((inputs as f64).powf(-0.5))
     }
 
-    /// Uniform with variance 2 / (inputs + outputs) (Glorot and Bengio 2010, equation 16).
+    /// Makes a uniform one with variance 2 / (inputs + outputs) (Glorot and Bengio 2010, equation
+    /// 16).
     pub fn xavier(inputs: usize, outputs: usize) -> Self {
         Self::Uniform((6.0 / (inputs + outputs) as f64).sqrt())
     }
@@ -59,7 +60,7 @@ impl Parameters {
         );
     }
 
-    /// `{at}.weight` `[outputs, inputs]` and a zero `{at}.bias`.
+    /// Adds `{at}.weight` `[outputs, inputs]` and a zero `{at}.bias`.
     pub fn linear(&mut self, at: &str, inputs: usize, outputs: usize, init: Init) {
         self.add(format!("{at}.weight"), &[outputs, inputs], init);
         self.add(format!("{at}.bias"), &[outputs], Init::Constant(0.0));

@@ -1,18 +1,20 @@
 //! Position embeddings of an image tower: a grid that is resampled for images of other sizes. Each
 //! library resamples in its own way, and a model must be scored in the way it is trained.
-use super::layers::Torch;
+use super::{fields::Fields, layers::Torch};
+use crate::error::Result;
+use serde_json::Value;
 use std::{cell::RefCell, collections::HashMap};
 use tch::{Kind, TchError, Tensor};
 
 /// How a grid is resampled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Resize {
     pub filter: Filter,
     /// Whether the filter is widened when the grid shrinks.
     pub antialias: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Filter {
     Bilinear,
     Bicubic,
@@ -24,14 +26,19 @@ impl Resize {
         filter: Filter::Bicubic,
         antialias: false,
     };
-    /// `resample_abs_pos_embed` of timm, and open_clip's.
+    /// What big_vision's FlexiViT resizes kernels with.
+    pub const FLEXIVIT: Self = Self {
+        filter: Filter::Bilinear,
+        antialias: false,
+    };
+    /// `resample_abs_pos_embed` of timm, and open_clip's; `resample_patch_embed` of timm.
     pub const TIMM: Self = Self {
         filter: Filter::Bicubic,
         antialias: true,
     };
 
-    /// `[1, d, n, n]` as `[1, d, to, to]`.
-    fn apply(self, grid: &Tensor, to: i64) -> Torch {
+    /// Returns `[r, d, n, n]` as `[r, d, to, to]`.
+    pub(super) fn apply(self, grid: &Tensor, to: i64) -> Torch {
         let size = [to, to];
         match (self.filter, self.antialias) {
             (Filter::Bilinear, false) => grid.f_upsample_bilinear2d(size, false, None, None),
@@ -43,6 +50,88 @@ impl Resize {
                 grid.f_internal_upsample_bicubic2d_aa(size, false, None, None)
             }
         }
+    }
+}
+
+/// How a model's tensors are resampled for images and patches of other sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resizes {
+    /// The grid of position embeddings.
+    pub positions: Resize,
+    /// The kernel of the patch embedding.
+    pub kernel: Resize,
+}
+
+impl Resizes {
+    /// transformers resizes no kernel, so the kernel's way is the paper's.
+    pub const TRANSFORMERS: Self = Self {
+        positions: Resize::TRANSFORMERS,
+        kernel: Resize::FLEXIVIT,
+    };
+    pub const TIMM: Self = Self {
+        positions: Resize::TIMM,
+        kernel: Resize::TIMM,
+    };
+    /// open_clip's own ViT.
+    pub const OPEN_CLIP: Self = Self {
+        positions: Resize::TIMM,
+        kernel: Resize::FLEXIVIT,
+    };
+}
+
+impl Resizes {
+    /// The file of a model folder that says how its trainer resizes, if not as its library does.
+    pub const FILE: &str = "resize.json";
+
+    /// Reads the file. What it leaves out stays as in `self`.
+    ///
+    /// # Errors
+    /// `ModelInvalid` naming the file, and the field that is not known or malformed.
+    pub fn changed(self, json: &[u8]) -> Result<Self> {
+        let value: Value = serde_json::from_slice(json).unwrap_or(Value::Null);
+        let fields = Fields::root_of(Self::FILE, &value)?;
+        const KNOWN: [&str; 4] = [
+            "position_filter",
+            "position_antialias",
+            "kernel_filter",
+            "kernel_antialias",
+        ];
+        if let Some(other) = fields.keys().find(|key| !KNOWN.contains(key)) {
+            let problem = format!("is not known, only {}", KNOWN.join(", "));
+            return Err(fields.invalid(other, &problem));
+        }
+        let filter = |key, own: Filter| match fields.text(key, own.name())? {
+            "bilinear" => Ok(Filter::Bilinear),
+            "bicubic" => Ok(Filter::Bicubic),
+            _ => Err(fields.invalid(key, "is neither bilinear nor bicubic")),
+        };
+        Ok(Self {
+            positions: Resize {
+                filter: filter("position_filter", self.positions.filter)?,
+                antialias: fields.flag("position_antialias", self.positions.antialias)?,
+            },
+            kernel: Resize {
+                filter: filter("kernel_filter", self.kernel.filter)?,
+                antialias: fields.flag("kernel_antialias", self.kernel.antialias)?,
+            },
+        })
+    }
+}
+
+impl Filter {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bilinear => "bilinear",
+            Self::Bicubic => "bicubic",
+        }
+    }
+}
+
+/// As `bicubic with antialiasing`.
+impl std::fmt::Display for Resize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let with = if self.antialias { "with" } else { "without" };
+        write!(f, "{} {with} antialiasing", self.filter.name())
     }
 }
 
@@ -105,5 +194,36 @@ impl Positions {
             .f_reshape([side * side, d])?
             .f_to_kind(self.all.f_kind()?)?;
         Tensor::f_cat(&[self.all.f_narrow(0, 0, self.prefix)?, grid], 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_says_how_a_trainer_resizes() {
+        let of = |json: &str| Resizes::TIMM.changed(json.as_bytes());
+        assert_eq!(of("{}").unwrap(), Resizes::TIMM);
+        let flexi = of(r#"{"kernel_filter": "bilinear", "kernel_antialias": false}"#).unwrap();
+        assert_eq!(
+            (flexi.kernel, flexi.positions),
+            (Resize::FLEXIVIT, Resize::TIMM)
+        );
+        for (json, field) in [
+            (r#"{"kernel_filter": "lanczos"}"#, Some("kernel_filter")),
+            (
+                r#"{"position_antialias": "no"}"#,
+                Some("position_antialias"),
+            ),
+            (r#"{"kernel": "bilinear"}"#, Some("kernel")),
+            ("bilinear", None),
+        ] {
+            let error = of(json).unwrap_err();
+            assert_eq!(
+                (error.value("file"), error.value("field")),
+                (Some("resize.json"), field)
+            );
+        }
     }
 }

@@ -3,18 +3,17 @@
 use super::{
     config::{ModelConfig, Tower},
     encoder::Towers,
+    entry::{Entry, Names, View},
     layers::{
         BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer,
-        patch_embedding, patches,
     },
     naming::Naming,
     parameters::{Init, Parameters},
-    positions::{Positions, Resize},
 };
 use tch::Tensor;
 
-/// Names and shapes of `transformers.SiglipModel`, with its initial distributions (truncated
-/// normals are plain here, and the biases of the MLPs, 1e-6 there, are zero).
+/// Returns names and shapes of `transformers.SiglipModel`, with its initial distributions
+/// (truncated normals are plain here, and the biases of the MLPs, 1e-6 there, are zero).
 pub fn parameters(config: &ModelConfig) -> Parameters {
     let mut to = Parameters::default();
     let (vision, text) = (&config.vision, &config.text);
@@ -75,7 +74,7 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
     to
 }
 
-/// The head that pools patches by attention.
+/// Adds the parameters of the head that pools patches by attention.
 fn pooling_parameters(to: &mut Parameters, tower: &Tower) {
     let d = tower.hidden_size;
     let head = "vision_model.head";
@@ -109,9 +108,7 @@ fn block_init(tower: &Tower) -> BlockInit {
 }
 
 pub struct Siglip {
-    patch_size: i64,
-    patches: Linear,
-    positions: Positions,
+    entry: Entry,
     image: Transformer,
     post_norm: LayerNorm,
     pool: PoolingHead,
@@ -125,14 +122,17 @@ impl Siglip {
     pub fn load(config: &ModelConfig, tensors: &Tensors) -> Torch<Self> {
         let (vision, text) = (&config.vision, &config.text);
         Ok(Self {
-            patch_size: vision.patch_size as i64,
-            patches: patch_embedding(tensors, "vision_model.embeddings.patch_embedding", true)?,
-            positions: Positions::new(
-                tensors.get("vision_model.embeddings.position_embedding.weight")?,
-                0,
-                vision.grid(),
-                Resize::TRANSFORMERS,
-            ),
+            entry: Entry::load(
+                tensors,
+                &Names {
+                    kernel: "vision_model.embeddings.patch_embedding",
+                    has_bias: true,
+                    class: None,
+                    positions: "vision_model.embeddings.position_embedding.weight",
+                },
+                (vision.grid(), vision.patch_size),
+                config.resizes,
+            )?,
             image: Transformer::load(
                 tensors,
                 "vision_model.encoder.layers",
@@ -165,14 +165,10 @@ impl Siglip {
 }
 
 impl Towers for Siglip {
-    fn image(&self, pixels: &Tensor) -> Torch {
-        let grid = pixels.size4()?.1 / self.patch_size;
-        let x = self
-            .patches
-            .forward(&patches(pixels, self.patch_size)?)?
-            .f_add(&self.positions.at(grid)?)?;
-        self.pool
-            .forward(&self.post_norm.forward(&self.image.forward(x)?)?)
+    fn image(&self, pixels: &Tensor, view: &View) -> Torch {
+        let x = self.entry.forward(pixels, view)?;
+        let x = self.image.first(x, view.layers)?;
+        self.pool.forward(&self.post_norm.forward(&x)?)
     }
 
     /// Pools the last token, which may be padding: that is how the model was trained.

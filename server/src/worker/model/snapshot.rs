@@ -1,20 +1,25 @@
 //! Weights as safetensors: read, checked against what the model needs, and written.
 use super::parameters::{Parameter, Parameters};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    pushed::{Pushed, first_not_finite},
+};
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorView};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
+    sync::OnceLock,
 };
-use superbatch_proto::v1::Reason;
+use superbatch_proto::{some_of, v1::Reason};
 
 /// One set of weights, not yet on a device: the files' bytes, and the place of each tensor in them.
 #[derive(Debug)]
 pub struct Snapshot {
     files: Vec<Bytes>,
     tensors: BTreeMap<String, Entry>,
-    digest: String,
+    /// Computed when it is asked for, which takes a pass over all bytes.
+    digest: OnceLock<String>,
 }
 
 #[derive(Debug)]
@@ -98,15 +103,35 @@ impl Snapshot {
             }
         }
         Ok(Self {
-            digest: digest(&files),
+            digest: OnceLock::new(),
             files,
             tensors,
         })
     }
 
-    /// BLAKE3 of the file in hex; of the shards' BLAKE3s in order if there are several.
+    /// Takes a file that is in memory already, without reading or hashing it.
+    pub fn of_pushed(pushed: Pushed) -> Self {
+        let mut snapshot = Self {
+            files: Vec::with_capacity(pushed.tensors.len()),
+            tensors: BTreeMap::new(),
+            digest: pushed.digest.into(),
+        };
+        for (file, tensor) in pushed.tensors.into_iter().enumerate() {
+            let entry = Entry {
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                file,
+                bytes: 0..tensor.bytes.len(),
+            };
+            snapshot.files.push(tensor.bytes);
+            snapshot.tensors.insert(tensor.name, entry);
+        }
+        snapshot
+    }
+
+    /// Returns BLAKE3 of the file in hex; of the shards' BLAKE3s in order if there are several.
     pub fn digest(&self) -> &str {
-        &self.digest
+        self.digest.get_or_init(|| digest(&self.files))
     }
 
     pub fn get(&self, name: &str) -> Option<Stored<'_>> {
@@ -119,10 +144,11 @@ impl Snapshot {
         })
     }
 
-    /// Checks that these are exactly the tensors of a model, in f32, f16 or bf16, and finite.
+    /// Checks that these are exactly the tensors of a model, in f64, f32, f16 or bf16, and finite.
     ///
     /// # Errors
-    /// The first bad tensor in order of name, with what was expected and what was found.
+    /// The first bad tensor in order of name, with what was expected and what was found, and how
+    /// many others are missing or of another model.
     pub fn check(&self, parameters: &Parameters) -> Result<(), Refusal> {
         let found = self.tensors.keys().map(String::as_str);
         let names: BTreeSet<&str> = parameters
@@ -132,8 +158,50 @@ impl Snapshot {
             .collect();
         names.into_iter().try_for_each(|name| {
             check(parameters.get(name), self.get(name))
-                .map_err(|problem| Refusal::of(name, problem))
+                .map_err(|problem| Refusal::of(name, problem + &self.other_names(parameters, name)))
         })
+    }
+}
+
+/// What wrappers put before names, and what takes it away.
+const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "model."];
+/// Names that an error tells beside the first.
+const TOLD: usize = 3;
+
+impl Snapshot {
+    /// Of names that do not fit, beside the first: their common prefix, or how many there are.
+    fn other_names(&self, parameters: &Parameters, first: &str) -> String {
+        let is_missing =
+            |(name, of): &(&str, &Parameter)| !of.optional && !self.tensors.contains_key(*name);
+        let missing: Vec<&str> = parameters
+            .iter()
+            .filter(is_missing)
+            .map(|(name, _)| name)
+            .collect();
+        let unknown = self.tensors.keys().map(String::as_str);
+        let unknown: Vec<&str> = unknown
+            .filter(|name| parameters.get(name).is_none())
+            .collect();
+        let all = |prefix: &str| {
+            let inner = |name: &&str| name.strip_prefix(prefix).and_then(|n| parameters.get(n));
+            !unknown.is_empty() && unknown.iter().all(|name| inner(name).is_some())
+        };
+        if let Some(prefix) = WRAPPERS.iter().find(|prefix| all(prefix)) {
+            return format!(
+                "; all names begin with '{prefix}': save the state_dict() of the model inside"
+            );
+        }
+        let mut others: Vec<&str> = missing.iter().chain(&unknown).copied().collect();
+        others.retain(|name| *name != first);
+        if others.is_empty() {
+            return String::new();
+        }
+        let (count, total) = (missing.len(), unknown.len());
+        others.truncate(TOLD);
+        format!(
+            "; in all {count} tensors are missing and {total} are not this model's, such as {}",
+            some_of(&others)
+        )
     }
 }
 
@@ -146,8 +214,8 @@ fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), Stri
         }
         (None, _) => {
             return Err(
-                "is not one of this model's; push model.state_dict() of the model that the \
-            run names"
+                "is not one of this model's; save or push model.state_dict() of the model that the \
+                 configuration describes"
                     .into(),
             );
         }
@@ -163,19 +231,15 @@ fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), Stri
         ));
     }
     let bad = match found.dtype {
-        Dtype::F32 => found
-            .bytes
-            .chunks_exact(4)
-            .position(|b| exponent_full(b, 0x7f80)),
-        Dtype::BF16 => found
-            .bytes
-            .chunks_exact(2)
-            .position(|b| exponent_full(b, 0x7f80)),
-        Dtype::F16 => found
-            .bytes
-            .chunks_exact(2)
-            .position(|b| exponent_full(b, 0x7c00)),
-        other => return Err(format!("has dtype {other:?}; expected F32, F16 or BF16")),
+        Dtype::F32 => first_not_finite(found.bytes, 4, 0x7f80),
+        Dtype::BF16 => first_not_finite(found.bytes, 2, 0x7f80),
+        Dtype::F16 => first_not_finite(found.bytes, 2, 0x7c00),
+        Dtype::F64 => first_not_finite(found.bytes, 8, 0x7ff0),
+        other => {
+            return Err(format!(
+                "has dtype {other:?}; expected F64, F32, F16 or BF16: save model.float()"
+            ));
+        }
     };
     let count: usize = found.shape.iter().product();
     bad.map_or(Ok(()), |at| {
@@ -183,16 +247,6 @@ fn check(expected: Option<&Parameter>, found: Option<Stored>) -> Result<(), Stri
             "is not finite: element {at} of {count} is NaN or infinite; expected finite values"
         ))
     })
-}
-
-/// Returns whether the exponent is all ones, which is NaN or infinity. In all three dtypes the
-/// whole exponent lies in the two highest bytes. Looking at bits is many times faster than
-/// converting gigabytes to floats.
-fn exponent_full(little_endian: &[u8], mask: u16) -> bool {
-    match little_endian {
-        [.., low, high] => u16::from_le_bytes([*low, *high]) & mask == mask,
-        _ => false,
-    }
 }
 
 /// Returns the name of a stored tensor in the library's `state_dict`; `None` for a buffer, which

@@ -1,14 +1,11 @@
 //! The image trunks of timm that open_clip's configurations name: ViTs with attention pooling, as
 //! in SigLIP.
 use super::{
-    config::{Activation, Tower, VisionConfig},
-    layers::{
-        BlockInit, LayerNorm, Linear, PoolingHead, Tensors, Torch, Transformer, patch_embedding,
-        patches,
-    },
+    config::{Activation, ModelConfig, Tower, VisionConfig},
+    entry::{Entry, Names, View},
+    layers::{BlockInit, LayerNorm, PoolingHead, Tensors, Torch, Transformer},
     naming::Naming,
     parameters::{Init, Parameters},
-    positions::{Positions, Resize},
 };
 use tch::Tensor;
 
@@ -54,7 +51,7 @@ pub fn trunk(name: &str) -> Option<VisionConfig> {
         })
 }
 
-/// Its tensors, without open_clip's projection.
+/// Adds its tensors, without open_clip's projection.
 pub fn parameters(to: &mut Parameters, vision: &VisionConfig, init: &BlockInit) {
     let (d, inner) = (vision.tower.hidden_size, vision.tower.intermediate_size);
     let patch = vision.patch_size;
@@ -87,37 +84,38 @@ pub fn parameters(to: &mut Parameters, vision: &VisionConfig, init: &BlockInit) 
 }
 
 pub struct Trunk {
-    patch_size: i64,
-    patches: Linear,
-    positions: Positions,
+    entry: Entry,
     image: Transformer,
     norm: LayerNorm,
     pool: PoolingHead,
 }
 
 impl Trunk {
-    pub fn load(vision: &VisionConfig, tensors: &Tensors) -> Torch<Self> {
-        let tower = &vision.tower;
-        let positions = tensors.get(&format!("{AT}.pos_embed"))?.f_squeeze_dim(0)?;
+    pub fn load(config: &ModelConfig, tensors: &Tensors) -> Torch<Self> {
+        let (vision, tower) = (&config.vision, &config.vision.tower);
         Ok(Self {
-            patch_size: vision.patch_size as i64,
-            patches: patch_embedding(tensors, &format!("{AT}.patch_embed.proj"), true)?,
-            positions: Positions::new(positions, 0, vision.grid(), Resize::TIMM),
+            entry: Entry::load(
+                tensors,
+                &Names {
+                    kernel: &format!("{AT}.patch_embed.proj"),
+                    has_bias: true,
+                    class: None,
+                    positions: &format!("{AT}.pos_embed"),
+                },
+                (vision.grid(), vision.patch_size),
+                config.resizes,
+            )?,
             image: Transformer::load(tensors, &format!("{AT}.blocks"), tower, false, Naming::Timm)?,
             norm: LayerNorm::load(tensors, &format!("{AT}.norm"), tower.layer_norm_eps)?,
             pool: PoolingHead::of_timm(tensors, &format!("{AT}.attn_pool"), tower)?,
         })
     }
 
-    /// Normalised pixels `[n, side, side, 3]` as `[n, d]`.
-    pub fn forward(&self, pixels: &Tensor) -> Torch {
-        let grid = pixels.size4()?.1 / self.patch_size;
-        let x = self
-            .patches
-            .forward(&patches(pixels, self.patch_size)?)?
-            .f_add(&self.positions.at(grid)?)?;
-        self.pool
-            .forward(&self.norm.forward(&self.image.forward(x)?)?)
+    /// Returns normalised pixels `[n, side, side, 3]` as `[n, d]`.
+    pub fn forward(&self, pixels: &Tensor, view: &View) -> Torch {
+        let x = self.entry.forward(pixels, view)?;
+        let x = self.image.first(x, view.layers)?;
+        self.pool.forward(&self.norm.forward(&x)?)
     }
 }
 

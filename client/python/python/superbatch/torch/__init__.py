@@ -1,12 +1,13 @@
 """What trainers in PyTorch repeat.
 
 `SelectedBatches` replaces a data set and its `DataLoader`, `ImageText` decodes and
-tokenizes for it, `by_fidelity` and
-`two_resolutions` train a batch at two sizes, `sigmoid_loss` and `softmax_loss` span all ranks (and
-`gather` lets one of your own do so), `Pushes` and `state_dict` hand weights back. `superbatch.torch.transformers` and `superbatch.torch.lightning`
-hold callbacks for those trainers.
+tokenizes for it, `by_fidelity` and `two_resolutions` train a batch at two sizes, `export_module`
+writes a folder of any dual encoder, `sigmoid_loss` and `softmax_loss` span all ranks (and `gather`
+lets one of your own do so), `Pushes` and `state_dict` hand weights back.
+`superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
 """
 
+from .exported import export_module
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches
 from .losses import sigmoid_loss, softmax_loss
 from .pushes import Pushes, state_dict
@@ -22,6 +23,7 @@ __all__ = [
     "SelectedBatches",
     "TwoResolutions",
     "by_fidelity",
+    "export_module",
     "gather",
     "incarnation",
     "sigmoid_loss",

@@ -211,7 +211,8 @@ class SelectedBatches(IterableDataset):
             )
         if self._begun[worker] == 1 + self.start_step:
             message = (
-                f"the steps from {self.start_step} on were served before, by workers that run ahead "
+                f"the steps from {self.start_step} on were served before, by workers that run "
+                "ahead "
                 "of the trainer: set it to the step after the last one trained on, or make the "
                 "loader by SelectedBatches.loader"
             )

@@ -18,8 +18,8 @@ def sigmoid_loss(
     bias: torch.Tensor | float,
     group: Any = None,
 ) -> torch.Tensor:
-    """SigLIP's loss (Zhai et al. 2023) of this rank's images with all ranks' captions, for runs with
-    `loss="sigmoid"`.
+    """SigLIP's loss (Zhai et al. 2023) of this rank's images with all ranks' captions, for runs
+    with `loss="sigmoid"`.
 
     Joint selection chooses rows for all of their pairs; a loss over a rank's own rows has
     `1 / world_size` of them. Averaged over ranks, as DistributedDataParallel does with gradients,

@@ -80,7 +80,10 @@ def image_call(model: ModelCall) -> Callable[[torch.Tensor], torch.Tensor]:
     if hasattr(model, "visual"):
         return open_clip_images(model)
     if isinstance(model, torch.nn.Module) and not callable(getattr(model, "encode_image", None)):
-        message = f"a {type(model).__name__} is neither of transformers nor of open_clip; give a function of pixels instead"
+        message = (
+            f"a {type(model).__name__} is neither of transformers nor of open_clip; give a "
+            "function of pixels instead"
+        )
         raise invalid("model_call", message)
     return getattr(model, "encode_image", model)
 
@@ -126,7 +129,8 @@ def any_size(trunk: Any) -> None:
     if getattr(trunk, "dynamic_img_size", None) is None or not hasattr(trunk, "patch_embed"):
         raise invalid(
             "model_call",
-            f"timm's {type(trunk).__name__} takes images of one size; a VisionTransformer takes any",
+            f"timm's {type(trunk).__name__} takes images of one size; a VisionTransformer takes "
+            "any",
         )
     if not trunk.dynamic_img_size:
         trunk.dynamic_img_size = True

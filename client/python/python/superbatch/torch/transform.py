@@ -15,7 +15,7 @@ from .._arguments import whole
 from .._batches import Batch
 from .._errors import invalid
 
-#: More threads than this wait for each other: the pool feeds one rank's slice.
+#: More threads than this wait for each other: the pool feeds one rank's share.
 THREADS_MAX = 8
 
 

@@ -39,6 +39,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
             image_column: "jpg".into(),
             image_in_struct: false,
             caption_column: "caption".into(),
+            caption_seed: None,
             format: Default::default(),
         },
         columns: vec![],
@@ -387,7 +388,10 @@ proptest! {
     }
 
     #[test]
-    fn shares_add_up(weights in prop::collection::vec(0.01_f64..100.0, 1..8), size in 1_u32..100_000) {
+    fn shares_add_up(
+        weights in prop::collection::vec(0.01_f64..100.0, 1..8),
+        size in 1_u32..100_000,
+    ) {
         let shares = shares(&weights, size);
         prop_assert_eq!(shares.iter().sum::<u64>(), u64::from(size));
         let total: f64 = weights.iter().sum();
@@ -422,7 +426,8 @@ proptest! {
         workers in 1_usize..8,
     ) {
         let block = |(block, rows): (usize, &usize)| {
-            let candidate = Candidate { source: 0, shard: 0, block: block as u32, row: 0, position: 0 };
+            let block = block as u32;
+            let candidate = Candidate { source: 0, shard: 0, block, row: 0, position: 0 };
             vec![candidate; *rows]
         };
         let candidates: Vec<Candidate> = blocks.iter().enumerate().flat_map(block).collect();
@@ -433,7 +438,8 @@ proptest! {
         prop_assert!(whole.windows(2).all(|two| two[0].end == two[1].start));
         for (slice, whole) in slices.iter().zip(&whole) {
             let begins = |at: &usize| *at == 0 || candidates[*at].block != candidates[at - 1].block;
-            prop_assert_eq!(slice.clone().find(begins), Some(whole.start).filter(|_| !whole.is_empty()));
+            let start = Some(whole.start).filter(|_| !whole.is_empty());
+            prop_assert_eq!(slice.clone().find(begins), start);
             prop_assert!(whole.end == candidates.len() || begins(&whole.end));
         }
     }

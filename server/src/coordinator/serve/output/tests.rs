@@ -3,7 +3,7 @@ use crate::coordinator::score::table::tests::table;
 use arrow::{
     array::{AsArray, BinaryArray, Int32Array, ListArray},
     compute::concat_batches,
-    datatypes::{DataType, Field, Int32Type},
+    datatypes::{DataType, Field, Int32Type, UInt64Type},
     ipc::reader::StreamReader,
 };
 use std::ops::Range;
@@ -75,7 +75,7 @@ fn receipt(count: usize) -> Receipt {
 }
 
 /// A rank's stream as a whole.
-fn stream(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
+fn rank(schema: &SchemaRef, rows: &Table, receipt: &Receipt, indices: &[usize]) -> Result<Bytes> {
     rank_stream(schema, rows, receipt, indices).map(|parts| parts.concat().into())
 }
 
@@ -91,7 +91,7 @@ fn read(stream: &Bytes) -> RecordBatch {
 #[test]
 fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
     let schema = output_schema();
-    let stream = stream(
+    let stream = rank(
         &schema,
         &table(vec![rows(0..10, |_| 5)]),
         &receipt(10),
@@ -123,7 +123,7 @@ fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
             .collect::<Vec<_>>(),
         [Some(7), None, None]
     );
-    let positions = batch["_superbatch_position"].as_primitive::<arrow::datatypes::UInt64Type>();
+    let positions = batch["_superbatch_position"].as_primitive::<UInt64Type>();
     assert_eq!(positions.values(), &[107, 100, 103]);
     let scores = batch["_superbatch_score"].as_primitive::<arrow::datatypes::Float64Type>();
     assert_eq!(scores.values(), &[7.0 / 3.0, 0.0, 1.0]);
@@ -133,7 +133,7 @@ fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
 fn bytes_depend_on_contents_alone() {
     let (schema, receipt, indices) = (output_schema(), receipt(10), [9, 1, 2, 4, 8]);
     let size = |i| i * 7 % 5;
-    let whole = stream(&schema, &table(vec![rows(0..10, size)]), &receipt, &indices).unwrap();
+    let whole = rank(&schema, &table(vec![rows(0..10, size)]), &receipt, &indices).unwrap();
     let joined = concat_batches(
         &rows(0..0, size).schema(),
         &[rows(0..4, size), rows(4..10, size)],
@@ -145,22 +145,18 @@ fn bytes_depend_on_contents_alone() {
     assert_eq!(reread.rows(), 10);
     let apart = table(vec![rows(0..4, size), rows(4..10, size)]);
     for other in [table(vec![joined]), table(vec![sliced]), reread, apart] {
-        assert_eq!(stream(&schema, &other, &receipt, &indices).unwrap(), whole);
+        assert_eq!(rank(&schema, &other, &receipt, &indices).unwrap(), whole);
     }
 }
 
 #[test]
-fn record_batches_hold_4_mib_or_one_row() {
+fn record_batches_hold_64_mib_or_one_row() {
     let mib = 1 << 20;
-    // Rows 0..6 of 1.5 MiB but for one of 9 MiB.
-    let rows = rows(0..6, |i| if i == 3 { 9 * mib } else { 3 * mib / 2 });
-    let stream = stream(
-        &output_schema(),
-        &table(vec![rows]),
-        &receipt(6),
-        &[0, 1, 2, 3, 4, 5],
-    )
-    .unwrap();
+    // Rows 0..6 of 24 MiB but for one of 144 MiB. All share one image's memory or the other's.
+    let (small, large) = (rows(0..1, |_| 24 * mib), rows(0..1, |_| 144 * mib));
+    let [a, b, c, d, e] = [(); 5].map(|()| small.clone());
+    let rows = table(vec![a, b, c, large, d, e]);
+    let stream = rank(&output_schema(), &rows, &receipt(6), &[0, 1, 2, 3, 4, 5]).unwrap();
     let batches = StreamReader::try_new(stream.as_ref(), None)
         .unwrap()
         .map(|batch| batch.unwrap().num_rows());
@@ -168,12 +164,33 @@ fn record_batches_hold_4_mib_or_one_row() {
 }
 
 #[test]
+fn what_the_service_adds_is_cut_alike() {
+    let mut receipt = receipt(5);
+    for row in &mut receipt.chosen {
+        row.id = "x".repeat(24 << 20);
+        row.content_hash = vec![7; 16].into();
+    }
+    let own = |indices: &[usize]| own_stream(&output_schema(), &receipt, indices);
+    let stream = Bytes::from(own(&[4, 3, 2, 1, 0]).unwrap().concat());
+    let batches = StreamReader::try_new(stream.as_ref(), None).unwrap();
+    let batches = batches.map(|batch| {
+        let batch = batch.unwrap();
+        let positions = batch["_superbatch_position"].as_primitive::<UInt64Type>();
+        positions.values().to_vec()
+    });
+    let positions: Vec<Vec<u64>> = batches.collect();
+    assert_eq!(positions, [vec![104, 103], vec![102, 101], vec![100]]);
+    let beyond = own(&[0, 5]).unwrap_err();
+    assert!(beyond.to_string().contains("none of number 5"), "{beyond}");
+}
+
+#[test]
 fn a_sub_batch_may_be_larger_than_one_array_can_be() {
-    // 400 images of 16 MiB, which share their memory: 6.25 GiB, of which 32-bit offsets reach a
+    // 160 images of 40 MiB, which share their memory: 6.25 GiB, of which 32-bit offsets reach a
     // third.
-    let image = rows(0..1, |_| 16 << 20);
-    let all = table(vec![image; 400]);
-    let stream = stream(&output_schema(), &all, &receipt(400), &[399, 0]).unwrap();
+    let image = rows(0..1, |_| 40 << 20);
+    let all = table(vec![image; 160]);
+    let stream = rank(&output_schema(), &all, &receipt(160), &[159, 0]).unwrap();
     let batches: Vec<RecordBatch> = StreamReader::try_new(stream.as_ref(), None)
         .unwrap()
         .collect::<Result<_, _>>()
@@ -181,11 +198,11 @@ fn a_sub_batch_may_be_larger_than_one_array_can_be() {
     let ids = batches
         .iter()
         .map(|batch| batch["_superbatch_id"].as_string::<i32>().value(0));
-    assert_eq!(ids.collect::<Vec<_>>(), ["0.parquet#399", "0.parquet#0"]);
+    assert_eq!(ids.collect::<Vec<_>>(), ["0.parquet#159", "0.parquet#0"]);
     assert!(
         batches
             .iter()
-            .all(|batch| batch["image"].as_binary::<i32>().value_length(0) == 16 << 20)
+            .all(|batch| batch["image"].as_binary::<i32>().value_length(0) == 40 << 20)
     );
 }
 
@@ -208,15 +225,15 @@ fn what_does_not_fit_together_is_an_error() {
     let batch = rows(0..4, |_| 1);
     let rows = table(vec![batch.clone()]);
     assert!(
-        stream(&schema, &rows, &receipt(5), &[0]).is_err(),
+        rank(&schema, &rows, &receipt(5), &[0]).is_err(),
         "a row is missing"
     );
     assert!(
-        stream(&schema, &rows, &receipt(4), &[4]).is_err(),
+        rank(&schema, &rows, &receipt(4), &[4]).is_err(),
         "no such row"
     );
     assert!(
-        stream(
+        rank(
             &schema,
             &table(vec![batch.project(&[0, 1]).unwrap()]),
             &receipt(4),
@@ -225,7 +242,7 @@ fn what_does_not_fit_together_is_an_error() {
         .is_err(),
         "a column is missing"
     );
-    let stream = stream(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
+    let stream = rank(&schema, &rows, &receipt(4), &[0, 1]).unwrap();
     assert!(
         Table::from_stream([stream.slice(..stream.len() / 2)]).is_err(),
         "cut off"

@@ -77,8 +77,8 @@ impl Config<'_> {
         self.0.get(field).filter(|value| !value.is_null())
     }
 
-    /// Whether it is CLIP's processor: by name or, without one, as `model` says, else by its
-    /// fields.
+    /// Returns whether it is CLIP's processor: by name or, without one, as `model` says, else by
+    /// its fields.
     pub(super) fn is_clip(&self, model: Option<bool>) -> Result<bool> {
         let field = if self.get("image_processor_type").is_some() {
             "image_processor_type"
@@ -172,9 +172,10 @@ impl Config<'_> {
                 std: [1.0; 3],
             });
         }
-        let (mean, std) = match clip {
-            true => CLIP_COLOURS,
-            false => ([0.5; 3], [0.5; 3]),
+        let (mean, std) = if clip {
+            CLIP_COLOURS
+        } else {
+            ([0.5; 3], [0.5; 3])
         };
         let (mean, std) = (
             self.channels("image_mean", mean)?,

@@ -38,7 +38,8 @@ fn what_is_left_out_has_the_processors_default() {
         }
     );
     let clip = parse(
-        r#"{"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 24, "resample": 2}"#,
+        r#"{"feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 24,
+            "resample": 2}"#,
     );
     assert_eq!(
         (clip.size(), clip.target, clip.resample),
@@ -108,7 +109,8 @@ fn what_cannot_be_done_is_refused_by_field() {
 #[test]
 fn a_crop_larger_than_the_image_is_black_around_it() {
     let config = parse(
-        r#"{"do_center_crop": true, "size": {"height": 2, "width": 3}, "crop_size": {"height": 5, "width": 5}}"#,
+        r#"{"do_center_crop": true, "size": {"height": 2, "width": 3},
+            "crop_size": {"height": 5, "width": 5}}"#,
     );
     let pixels = config
         .pixels(

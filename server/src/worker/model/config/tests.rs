@@ -108,8 +108,10 @@ fn what_is_not_supported_is_refused_by_field() {
 #[test]
 fn old_clip_sections_replace_the_new_ones_whole() {
     // As transformers reads the configurations that OpenAI's checkpoints came with.
-    let json = br#"{"model_type": "clip", "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12},
-        "text_config": {"hidden_size": 768, "eos_token_id": 2, "num_hidden_layers": 3}, "vision_config_dict": null,
+    let json = br#"{"model_type": "clip",
+        "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12},
+        "text_config": {"hidden_size": 768, "eos_token_id": 2, "num_hidden_layers": 3},
+        "vision_config_dict": null,
         "vision_config": {"num_hidden_layers": 5}}"#;
     let config = ModelConfig::parse(json).unwrap();
     assert_eq!(

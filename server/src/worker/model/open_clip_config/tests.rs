@@ -1,13 +1,15 @@
 use super::*;
 use superbatch_proto::v1::Reason;
 
-const SIGLIP: &str = r#"{"model_cfg": {"embed_dim": 768, "init_logit_bias": -10, "custom_text": true,
+const SIGLIP: &str = r#"{"model_cfg": {
+    "embed_dim": 768, "init_logit_bias": -10, "custom_text": true,
     "vision_cfg": {"image_size": 224, "timm_model_name": "vit_base_patch16_siglip_224",
         "timm_model_pretrained": false, "timm_pool": "map", "timm_proj": "none"},
     "text_cfg": {"context_length": 64, "vocab_size": 32000, "hf_tokenizer_name":
         "timm/ViT-B-16-SigLIP",
         "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 768, "heads": 12, "layers": 12,
-        "no_causal_mask": true, "proj_bias": true, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}}}"#;
+        "no_causal_mask": true, "proj_bias": true, "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6}}}}"#;
 
 fn form(config: &ModelConfig) -> OpenClipForm {
     match config.family {

@@ -84,6 +84,39 @@ fn shards_make_one_snapshot() {
 }
 
 #[test]
+fn names_that_do_not_fit_are_counted_or_their_wrapper_is_named() {
+    let wrapped: Vec<Row> = good()
+        .into_iter()
+        .map(|(name, dtype, shape, bytes)| {
+            let outer = ["a.weight", "b.bias", "scale"]
+                .into_iter()
+                .zip(["module.a.weight", "module.b.bias", "module.scale"])
+                .find(|(inner, _)| *inner == name)
+                .unwrap();
+            (outer.1, dtype, shape, bytes)
+        })
+        .collect();
+    let refusal = verdict(&wrapped).unwrap_err();
+    assert!(
+        refusal.message.contains("begin with 'module.'"),
+        "{}",
+        refusal.message
+    );
+    let mut other = good()[2..].to_vec();
+    other.push(("c.weight", Dtype::F32, vec![1], vec![0; 4]));
+    let refusal = verdict(&other).unwrap_err();
+    let said = "in all 2 tensors are missing and 1 are not this model's, such as b.bias, c.weight";
+    assert!(refusal.message.contains(said), "{}", refusal.message);
+    let wide: Vec<u8> = [0.5, -1e30]
+        .iter()
+        .flat_map(|x: &f64| x.to_le_bytes())
+        .collect();
+    let mut double = good();
+    double[1] = ("b.bias", Dtype::F64, vec![2], wide);
+    assert!(verdict(&double).is_ok());
+}
+
+#[test]
 fn the_first_bad_tensor_by_name_is_refused() {
     let change = |at: usize, row: Row| {
         let mut rows = good();
@@ -109,9 +142,25 @@ fn the_first_bad_tensor_by_name_is_refused() {
             "has shape [2]; expected []",
         ),
         (
-            change(1, ("b.bias", Dtype::F64, vec![2], vec![0; 16])),
+            change(1, ("b.bias", Dtype::F8_E4M3, vec![2], vec![0; 2])),
             "b.bias",
-            "has dtype F64; expected F32, F16 or BF16",
+            "has dtype F8_E4M3; expected F64, F32, F16 or BF16: save model.float()",
+        ),
+        (
+            change(
+                1,
+                (
+                    "b.bias",
+                    Dtype::F64,
+                    vec![2],
+                    [1.5, f64::NAN]
+                        .iter()
+                        .flat_map(|x| x.to_le_bytes())
+                        .collect(),
+                ),
+            ),
+            "b.bias",
+            "element 1 of 2",
         ),
         (
             change(

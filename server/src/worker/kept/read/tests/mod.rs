@@ -2,7 +2,9 @@ use super::*;
 use crate::{
     dataset::fixtures::*,
     storage::StorageConfig,
-    worker::inputs::{decode_pool::Pool, model_inputs::Inputs, preprocess::ImageLimits, row::Row},
+    worker::inputs::{
+        decode_pool::DecodePool, model_inputs::Inputs, preprocess::ImageLimits, row::Row,
+    },
 };
 use arrow::{
     array::{AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
@@ -21,6 +23,7 @@ use std::{
 };
 use superbatch_proto::v1::{BadRowReason, Reason};
 
+mod several;
 mod tar;
 
 /// Counts the gets, and their bytes, of the store it wraps.
@@ -347,12 +350,13 @@ async fn a_caption_that_is_no_text_costs_its_row() {
                 row,
             })
             .collect();
-        let pool = Pool::new(
+        let pool = DecodePool::new(
             1,
             ImageLimits {
                 pixels_max: 1,
                 bytes_max: 99,
             },
+            std::time::Duration::from_secs(120),
         )
         .unwrap();
         let (checked, _) = pool.prepare(rows, Arc::new(Inputs::check())).await.unwrap();
@@ -450,7 +454,7 @@ async fn an_extra_text_that_is_none_costs_its_row() {
     assert_eq!(captions(&whole)[1], Some("caption 1"));
     let urls: Vec<_> = whole.column(3).as_string::<i32>().iter().collect();
     assert_eq!(urls, [Some("https://x/0"), None, Some("https://x/2")]);
-    let found = (0..3).map(|row| crate::worker::kept::captions::invalid_column(&whole, row));
+    let found = (0..3).map(|row| crate::worker::inputs::captions::invalid_column(&whole, row));
     assert_eq!(found.collect::<Vec<_>>(), [None, Some("url"), None]);
 }
 

@@ -107,6 +107,43 @@ async fn captions_of_a_json_are_read() {
 }
 
 #[tokio::test]
+async fn lists_in_a_json_are_drawn_from() {
+    let stores = stores();
+    let jsons: Vec<String> = (0..8)
+        .map(|row| format!(r#"{{"caption": ["0 of {row}", null, "1 of {row}", "2 of {row}"]}}"#))
+        .chain([r#"{"caption": []}"#.into(), r#"{"caption": "one"}"#.into()])
+        .collect();
+    let names: Vec<_> = (0..10)
+        .map(|row| [format!("{row}.jpg"), format!("{row}.json")])
+        .collect();
+    let members = names.iter().zip(&jsons).flat_map(|(names, json)| {
+        [
+            (names[0].as_str(), &b"image"[..]),
+            (names[1].as_str(), json.as_bytes()),
+        ]
+    });
+    put(&stores, &[("0.tar", tar(&members.collect::<Vec<_>>()))]).await;
+    let manifest = index(&stores, None, &[request("memory:///data")])
+        .await
+        .unwrap();
+    let extra = ["json[caption]".to_owned()];
+    let reader = BlockReader::new(stores, 0);
+    let batch = reader.read(&manifest, 0, 0, 0, &extra).await.unwrap();
+    let drawn = texts(&batch, "caption");
+    for (row, caption) in drawn[..8].iter().enumerate() {
+        assert!(caption.unwrap().ends_with(&format!(" of {row}")));
+    }
+    let numbers = drawn[..8].iter().map(|text| &text.unwrap()[..1]);
+    assert!(numbers.collect::<std::collections::BTreeSet<_>>().len() > 1);
+    assert_eq!(drawn[8..], [None, Some("one")]);
+    // Asked for as a column, the list comes whole.
+    assert_eq!(
+        texts(&batch, "json[caption]")[0],
+        Some(r#"["0 of 0",null,"1 of 0","2 of 0"]"#)
+    );
+}
+
+#[tokio::test]
 async fn only_wanted_members_are_read_and_headers_only_once() {
     let (stores, counts) = counted();
     let state = stores.open("memory:///state").unwrap();

@@ -1,0 +1,149 @@
+//! Room for one push, as Python fills it.
+use crate::{errors, spec};
+use pyo3::{
+    buffer::PyBuffer,
+    exceptions::PyRuntimeError,
+    prelude::*,
+    types::{PyMemoryView, PySlice},
+};
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
+use superbatch_client::{self as client, Part, Push};
+
+/// Bytes copied with the GIL held: a millisecond's worth.
+const COPIED_BYTES: usize = 4 << 20;
+
+/// Room for one push, which is filled part by part.
+#[pyclass(frozen, module = "superbatch._superbatch")]
+pub struct Slot {
+    state: Mutex<Option<Reserved>>,
+}
+
+/// What a push is made of.
+pub(crate) struct Reserved {
+    slot: client::Slot,
+    step: i64,
+    rank: u32,
+    parts: Vec<Part>,
+}
+
+impl Reserved {
+    pub(crate) fn new(slot: client::Slot, step: i64, rank: u32) -> Self {
+        Self {
+            slot,
+            step,
+            rank,
+            parts: Vec::new(),
+        }
+    }
+}
+
+impl Slot {
+    pub(crate) fn of(reserved: Reserved) -> Self {
+        Self {
+            state: Mutex::new(Some(reserved)),
+        }
+    }
+}
+
+#[pymethods]
+impl Slot {
+    /// Copies a block of a tensor: `data` is a buffer of bytes in one dimension, little endian.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
+    fn add(
+        &self,
+        py: Python<'_>,
+        name: String,
+        dtype: &str,
+        global_shape: Vec<u64>,
+        start: Vec<u64>,
+        extent: Vec<u64>,
+        data: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let dtype = spec::tensor_dtype(py, dtype)?;
+        let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
+            .map_err(|error| errors::exception(py, &error))?;
+        match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(reserved) => reserved.parts.push(part),
+            None => return Err(is_submitted_error()),
+        }
+        Ok(())
+    }
+
+    /// Queues the push, and returns without waiting for it. Nothing more can be added.
+    fn submit(
+        &self,
+        push_id: Option<String>,
+        expected_parts: u32,
+        base_version: Option<u64>,
+    ) -> PyResult<()> {
+        let state = self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Reserved {
+            slot,
+            step,
+            rank,
+            parts,
+        } = state.ok_or_else(is_submitted_error)?;
+        slot.push(Push {
+            step,
+            parts,
+            push_id,
+            expected_parts,
+            rank,
+            base_version,
+            file: None,
+        });
+        Ok(())
+    }
+}
+
+/// Returns a copy of a buffer of bytes.
+pub(crate) fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    let mut bytes = vec![0; PyMemoryView::from(data)?.len()?];
+    by_pieces(data, |place, piece| {
+        piece.copy_to_slice(data.py(), &mut bytes[place])
+    })?;
+    Ok(bytes)
+}
+
+/// Returns BLAKE3 of a buffer of bytes.
+pub(crate) fn hashed(data: &Bound<'_, PyAny>) -> PyResult<blake3::Hash> {
+    let (py, mut hasher, mut room) = (data.py(), blake3::Hasher::new(), Vec::new());
+    by_pieces(data, |place, piece| {
+        room.resize(place.len(), 0);
+        piece.copy_to_slice(py, &mut room)?;
+        py.detach(|| {
+            hasher.update(&room);
+        });
+        Ok(())
+    })?;
+    Ok(hasher.finalize())
+}
+
+/// Hands on a buffer of bytes in pieces of [`COPIED_BYTES`], each with its place. Weights are
+/// gigabytes, so other threads of Python run between the pieces.
+fn by_pieces(
+    data: &Bound<'_, PyAny>,
+    mut take: impl FnMut(Range<usize>, PyBuffer<u8>) -> PyResult<()>,
+) -> PyResult<()> {
+    let py = data.py();
+    let view = PyMemoryView::from(data)?;
+    let len = view.len()?;
+    for start in (0..len).step_by(COPIED_BYTES) {
+        let end = len.min(start + COPIED_BYTES);
+        let piece = view.get_item(PySlice::new(py, start as isize, end as isize, 1))?;
+        take(start..end, PyBuffer::get(&piece)?)?;
+        py.detach(|| ());
+    }
+    Ok(())
+}
+
+fn is_submitted_error() -> PyErr {
+    PyRuntimeError::new_err("this push was submitted already")
+}
