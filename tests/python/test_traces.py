@@ -1,23 +1,21 @@
 """Traces of steps, as a collector receives them from real processes."""
 
+import json
 import socket
-import threading
+import subprocess
+import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import grpc
 import pytest
 import superbatch
 from cluster import Cluster, Process
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from secured import Authority
 from test_end_to_end import STEPS, choices, inputs, service, spec, train, undisturbed  # noqa: F401
 
 ENDPOINT = "SUPERBATCH_TRACES__OTLP_ENDPOINT"
 COORDINATOR, WORKER = "superbatch-coordinator", "superbatch-worker"
-ERROR = 2
 
 
 class Span(NamedTuple):
@@ -30,52 +28,32 @@ class Span(NamedTuple):
     attributes: dict
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes OTLP over gRPC, with TLS if it has a certificate."""
+class Collector:
+    """Takes OTLP over gRPC in a process of its own, with TLS if it has a certificate."""
 
-    def __init__(self, certificate: tuple[str, str] | None = None):
-        self.spans: list[Span] = []
-        self.lock = threading.Lock()
-        self.server = grpc.server(ThreadPoolExecutor(2))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self.server)
-        if certificate is None:
-            port = self.server.add_insecure_port("127.0.0.1:0")
-            self.endpoint = f"http://127.0.0.1:{port}"
-        else:
-            cert, key = (Path(file).read_bytes() for file in certificate)
-            credentials = grpc.ssl_server_credentials([(key, cert)])
-            port = self.server.add_secure_port("127.0.0.1:0", credentials)
-            self.endpoint = f"https://127.0.0.1:{port}"
+    def __init__(self, folder: Path, certificate: tuple[str, str] = ()):
+        self.file = folder / "spans.jsonl"
+        script = Path(__file__).with_name("otlp_collector.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script, self.file, *certificate],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.endpoint = self.process.stdout.readline().strip()
+        assert self.endpoint, "the collector did not come up; its error is above"
 
     def __enter__(self) -> "Collector":
-        self.server.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.stop(None).wait()
+        self.process.communicate()
+        assert self.process.returncode == 0
 
-    def Export(self, request, context):  # noqa: N802
-        found = [
-            Span(
-                values(resource.resource.attributes)["service.name"],
-                span.trace_id.hex(),
-                span.span_id.hex(),
-                span.parent_span_id.hex(),
-                span.name,
-                span.status.code,
-                values(span.attributes),
-            )
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-        with self.lock:
-            self.spans.extend(found)
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
-def values(attributes) -> dict:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in attributes}
+    @property
+    def spans(self) -> list[Span]:
+        """All that were received so far."""
+        return [Span(**json.loads(line)) for line in self.file.read_text().splitlines()]
 
 
 def of_trace(spans: list[Span], trace: str) -> dict[str, list[Span]]:
@@ -97,7 +75,7 @@ def parents(spans: list[Span]) -> Counter:
 
 
 def test_a_step_is_one_trace_across_processes(inputs, tmp_path, undisturbed):
-    with Collector() as collector:
+    with Collector(tmp_path) as collector:
         with Cluster(tmp_path, workers=2, environment={ENDPOINT: collector.endpoint}) as cluster:
             run = superbatch.connect(cluster.address).open_run(spec(inputs, "traced"))
             assert train(run, inputs) == undisturbed[0]
@@ -134,7 +112,7 @@ def test_a_step_is_one_trace_across_processes(inputs, tmp_path, undisturbed):
 
 def test_an_embedded_worker_is_traced_and_the_collector_verified(inputs, tmp_path):
     authority = Authority(tmp_path, "collector")
-    with Collector(authority.sign("collector")) as collector:
+    with Collector(tmp_path, authority.sign("collector")) as collector:
         environment = {ENDPOINT: collector.endpoint, "SUPERBATCH_TLS__CA": str(authority.ca)}
         with Cluster(tmp_path / "known", environment=environment) as cluster:
             run = superbatch.connect(cluster.address).open_run(spec(inputs, "embedded"))
@@ -144,14 +122,14 @@ def test_an_embedded_worker_is_traced_and_the_collector_verified(inputs, tmp_pat
         assert only(named["score"]).parent == only(named["slice"]).id
         assert only(named["survey"]).parent == only(named["score"]).id
         assert {span.process for span in collector.spans} == {COORDINATOR}
-        collector.spans.clear()
+        known = len(collector.spans)
         environment["SUPERBATCH_TLS__CA"] = str(Authority(tmp_path, "other").ca)
         with Cluster(tmp_path / "unknown", environment=environment) as cluster:
             run = superbatch.connect(cluster.address).open_run(spec(inputs, "embedded"))
             train(run, inputs, end=1)
             failed = cluster.coordinator
             failed.wait_for("superbatch_trace_spans_total", bool, outcome="failed")
-        assert not collector.spans
+        assert len(collector.spans) == known
         assert failed.log.read_text().count("traces cannot be exported") == 1
 
 
