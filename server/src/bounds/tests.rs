@@ -648,6 +648,8 @@ const FIELDS: &[(&str, How)] = &[
     ),
     ("PushStart.base_version", Free(KEY)),
     ("PushStart.rank", Free(KEY)),
+    ("PushStart.sender", Free(KEY)),
+    ("PushStart.attempt", Free(KEY)),
     (
         "PushStart.incarnation",
         Bound("incarnation", || check_incarnation(&long(LABEL_BYTES_MAX))),

@@ -81,24 +81,7 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
     let generation = announced.generation();
     // Only of whole pushes, whose bytes are all here, can the digest be told.
     let brings_all = push.expected_parts == 0 && push.base_version.is_none() && push.file.is_none();
-    let file = push.file.as_ref();
-    let start = PushStart {
-        run_id: run.run_id().to_owned(),
-        generation,
-        step: push.step,
-        push_id: push
-            .push_id
-            .unwrap_or_else(|| format!("g{generation}-s{}", push.step)),
-        expected_parts: push.expected_parts,
-        base_version: push.base_version,
-        rank: push.rank,
-        incarnation: run.incarnation().to_owned(),
-        snapshot_uri: file.map(|file| file.uri.clone()).unwrap_or_default(),
-        snapshot_blake3: file
-            .and_then(|file| file.blake3)
-            .map(|blake3| Bytes::copy_from_slice(&blake3))
-            .unwrap_or_default(),
-    };
+    let start = start(run, &push, generation);
     // A step that was not committed when the run was opened cannot have had weights before, so the
     // costly comparison of digests is needed only for repeated steps.
     let step = push.step;
@@ -113,12 +96,17 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
             .collect::<Vec<_>>()
     });
     let parts = hashed.await.map_err(|_| Error::Stopped)?;
-    let mut tried = false;
+    let mut tried = 0;
     let attempt = || {
-        let again = std::mem::replace(&mut tried, true);
+        let start = PushStart {
+            attempt: tried,
+            ..start.clone()
+        };
+        tried += 1;
+        let again = start.attempt > 0;
         let (mut api, stream) = (
             run.client.api(),
-            futures::stream::iter(messages(start.clone(), parts.clone())),
+            futures::stream::iter(messages(start, parts.clone())),
         );
         async move {
             if again {
@@ -141,6 +129,29 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
         }
     }
     Ok(version)
+}
+
+/// Returns the first message of a push's first stream.
+fn start(run: &Run, push: &Push, generation: u32) -> PushStart {
+    let file = push.file.as_ref();
+    let made_id = || format!("g{generation}-s{}", push.step);
+    PushStart {
+        run_id: run.run_id().to_owned(),
+        generation,
+        step: push.step,
+        push_id: push.push_id.clone().unwrap_or_else(made_id),
+        expected_parts: push.expected_parts,
+        base_version: push.base_version,
+        rank: push.rank,
+        incarnation: run.incarnation().to_owned(),
+        snapshot_uri: file.map(|file| file.uri.clone()).unwrap_or_default(),
+        snapshot_blake3: file
+            .and_then(|file| file.blake3)
+            .map(|blake3| Bytes::copy_from_slice(&blake3))
+            .unwrap_or_default(),
+        sender: rand::random(),
+        attempt: 0,
+    }
 }
 
 /// Returns the messages of a push: its start, then each part's header and its bytes in messages of

@@ -10,12 +10,11 @@ use crate::{
     metrics,
 };
 use futures::{Stream, StreamExt};
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 use superbatch_proto::v1::{
     PushStart, PushWeightsRequest, Reason, WeightsVersion, push_weights_request::Message,
 };
 use tokio::{sync::watch, time::timeout};
-use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::Instrument;
 
@@ -26,7 +25,8 @@ pub struct Member {
     pub at: At,
     pub stream: u64,
     pub answer: watch::Receiver<Answer>,
-    pub superseded: CancellationToken,
+    /// By which other stream this one was superseded, once it is.
+    pub superseded: watch::Receiver<Option<String>>,
     /// The file from which this process reads its parts, which have no checksums then; `None` if a
     /// trainer sends them.
     pub reads: Option<String>,
@@ -82,13 +82,18 @@ impl Member {
     /// Waits for the push's answer, or for a newer stream of this rank that takes over.
     pub async fn wait_for_answer(&self) -> Result<WeightsVersion> {
         let mut answer = self.answer.clone();
+        let superseded = async {
+            let mut superseded = self.superseded.clone();
+            let why = superseded.wait_for(Option::is_some).await.ok();
+            match why.and_then(|why| why.clone()) {
+                Some(why) => why,
+                // The push was answered.
+                None => pending().await,
+            }
+        };
         tokio::select! {
             biased;
-            () = self.superseded.cancelled() => {
-                Err(Error::new(Reason::PushConflict,
-                    "a newer stream of this rank, or a newer start of the trainer, took this push \
-                    over"))
-            }
+            why = superseded => Err(Error::new(Reason::PushConflict, why)),
             found = answer.wait_for(Option::is_some) => match found.ok().and_then(
                 |answer| answer.clone(),
             ) {

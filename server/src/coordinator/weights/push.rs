@@ -4,7 +4,6 @@ use crate::error::{Error, Result};
 use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{PushStart, Reason};
 use tokio::{sync::watch, time::Instant};
-use tokio_util::sync::CancellationToken;
 
 /// Most starts of the trainer that one push remembers as replaced.
 const REPLACED_KEPT: usize = 16;
@@ -29,7 +28,25 @@ pub struct Push {
 pub struct Rank {
     pub rank: u32,
     pub ended: bool,
-    pub superseded: CancellationToken,
+    /// Who sends the stream, and how often it did before.
+    sender: u64,
+    attempt: u32,
+    /// Says which other stream took this one's place.
+    superseded: watch::Sender<Option<String>>,
+}
+
+impl Rank {
+    /// Returns whether this stream was sent after the one of `start`, which arrives late. The
+    /// streams of one sender may come by two connections, and after a pause of this process both
+    /// are read at once.
+    fn was_sent_after(&self, start: &PushStart) -> bool {
+        let is_same = self.rank == start.rank && self.sender == start.sender;
+        is_same && self.attempt > start.attempt
+    }
+
+    fn supersede(self, why: &str) {
+        self.superseded.send_replace(Some(why.to_owned()));
+    }
 }
 
 impl Push {
@@ -53,6 +70,17 @@ impl Push {
         }
     }
 
+    /// Refuses a stream that was sent before one that has joined.
+    ///
+    /// # Errors
+    /// `PushConflict`.
+    pub(super) fn check_late(&self, start: &PushStart) -> Result<()> {
+        match self.streams.values().any(|rank| rank.was_sent_after(start)) {
+            true => Err(late(start)),
+            false => Ok(()),
+        }
+    }
+
     /// Adds a stream. An older stream of the same rank counts as broken: a client sends a rank once
     /// at a time. Its connection may be dead without a sign, and its parts would overlap the new
     /// ones.
@@ -63,7 +91,7 @@ impl Push {
         stream: u64,
         start: &PushStart,
         known: &[String],
-    ) -> Result<CancellationToken> {
+    ) -> Result<watch::Receiver<Option<String>>> {
         if self.id != start.push_id {
             return Err(conflict(start.step, &self.id));
         }
@@ -87,8 +115,9 @@ impl Push {
             // any step. So the newer start begins the push again.
             if is_newer || has_other_parts {
                 staged.begin_again(start.expected_parts);
+                let why = taken_over(start, &self.incarnation);
                 for old in std::mem::take(&mut self.streams).into_values() {
-                    old.superseded.cancel();
+                    old.supersede(&why);
                 }
             }
             if is_newer {
@@ -111,17 +140,19 @@ impl Push {
                 .extract_if(.., |_, other| other.rank == start.rank);
             for (stream, old) in older {
                 staged.drop_stream(stream);
-                old.superseded.cancel();
+                old.supersede(&sent_again(start));
             }
         }
-        let superseded = CancellationToken::new();
+        let (superseded, told) = watch::channel(None);
         let rank = Rank {
             rank: start.rank,
             ended: self.staged.is_none(),
-            superseded: superseded.clone(),
+            sender: start.sender,
+            attempt: start.attempt,
+            superseded,
         };
         self.streams.insert(stream, rank);
-        Ok(superseded)
+        Ok(told)
     }
 }
 
@@ -148,6 +179,36 @@ fn straggler(start: &PushStart, newest: &str) -> Error {
     Error::new(Reason::WorldSizeConflict, message)
         .with("rank", rank)
         .with("step", step)
+}
+
+fn taken_over(start: &PushStart, current: &str) -> String {
+    let (step, rank, incarnation) = (start.step, start.rank, &start.incarnation);
+    match incarnation == current {
+        true => format!(
+            "rank {rank} began the push of step {step} again, with expected_parts {}",
+            start.expected_parts
+        ),
+        false => format!(
+            "rank {rank} of the trainer's start '{incarnation}' took the push of step {step} over \
+            from incarnation '{current}'"
+        ),
+    }
+}
+
+fn sent_again(start: &PushStart) -> String {
+    format!(
+        "a newer stream of rank {} brings the push of step {}; send a rank's weights from one \
+        process only, once at a time",
+        start.rank, start.step
+    )
+}
+
+fn late(start: &PushStart) -> Error {
+    let (step, rank) = (start.step, start.rank);
+    let message = format!(
+        "rank {rank} has sent the push of step {step} again since this stream, which arrives late"
+    );
+    Error::new(Reason::PushConflict, message).with("rank", rank)
 }
 
 fn counts_differ(start: &PushStart, known: u32, other: u32) -> Error {

@@ -759,10 +759,55 @@ async fn a_rank_that_comes_again_before_its_old_stream_is_seen_to_break_takes_ov
         "one stream brings all"
     );
     let (old, new) = tokio::join!(old, push(&weights, start(0, "p"), whole(1.0)));
+    let old = old.unwrap_err();
     assert_eq!(
-        (refusal(old).0, new.unwrap().version),
+        (old.reason(), new.unwrap().version),
         (Reason::PushConflict, 1)
     );
+    let why = "a newer stream of rank 0 brings the push of step 0";
+    assert!(old.to_string().contains(why), "{old}");
+}
+
+#[tokio::test]
+async fn a_stream_that_arrives_after_the_one_sent_again_takes_nothing_over() {
+    let weights = Bench::new().open().await;
+    let of = |sender, attempt| PushStart {
+        sender,
+        attempt,
+        ..start(0, "p")
+    };
+    let (sender, receiver) = mpsc::unbounded();
+    let mut newer = Box::pin(weights.push(0, &[], of(7, 1), receiver));
+    for message in a_rows(0, 4) {
+        sender.unbounded_send(Ok(message)).unwrap();
+    }
+    assert!((&mut newer).now_or_never().is_none());
+    let late = push(&weights, of(7, 0), whole(9.0)).await.unwrap_err();
+    assert_eq!(late.reason(), Reason::PushConflict);
+    assert!(late.to_string().contains("arrives late"), "{late}");
+    for message in [b([0.0; 3]), scale(1.0)].concat() {
+        sender.unbounded_send(Ok(message)).unwrap();
+    }
+    drop(sender);
+    assert_eq!(newer.await.unwrap().version, 1);
+}
+
+#[tokio::test]
+async fn a_trainer_that_starts_again_takes_over_however_often_the_old_one_tried() {
+    let weights = Bench::new().open().await;
+    let of = |sender, attempt| PushStart {
+        sender,
+        attempt,
+        ..start(0, "p")
+    };
+    let (_sender, receiver) = mpsc::unbounded();
+    let mut old = Box::pin(weights.push(0, &[], of(7, 5), receiver));
+    assert!((&mut old).now_or_never().is_none());
+    assert_eq!(
+        push(&weights, of(8, 0), whole(1.0)).await.unwrap().version,
+        1
+    );
+    assert_eq!(refusal(old.await).0, Reason::PushConflict);
 }
 
 #[tokio::test]
@@ -792,7 +837,10 @@ async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
     let new = push(&weights, anew, whole(1.0)).await.unwrap();
     assert_eq!(new.version, 1);
     for (sender, old) in lingering {
-        assert_eq!(refusal(old.await).0, Reason::PushConflict);
+        let old = old.await.unwrap_err();
+        assert_eq!(old.reason(), Reason::PushConflict);
+        let why = "rank 0 of the trainer's start 'anew' took the push of step 0 over";
+        assert!(old.to_string().contains(why), "{old}");
         drop(sender);
     }
 }
