@@ -23,31 +23,46 @@ pub fn largest(totals: impl IntoIterator<Item = Accounts>) -> Option<Accounts> {
 
 /// Returns the sum of `a` and `b`.
 pub fn add(a: &Accounts, b: &Accounts) -> Accounts {
+    combine(a, b, |x, y| x + y, |x, y| x + y)
+}
+
+/// Returns `a` without `b`, which is a part of it.
+pub fn subtract(a: &Accounts, b: &Accounts) -> Accounts {
+    combine(a, b, u64::saturating_sub, |x, y| (x - y).max(0.0))
+}
+
+/// Combines each number of `a` with that of `b`.
+fn combine(
+    a: &Accounts,
+    b: &Accounts,
+    count: fn(u64, u64) -> u64,
+    amount: fn(f64, f64) -> f64,
+) -> Accounts {
     let (x, y) = (a.seconds.unwrap_or_default(), b.seconds.unwrap_or_default());
     Accounts {
-        candidates_scanned: a.candidates_scanned + b.candidates_scanned,
-        examples_selected: a.examples_selected + b.examples_selected,
-        bad_rows: a.bad_rows + b.bad_rows,
-        reference_flops: a.reference_flops + b.reference_flops,
-        learner_flops: a.learner_flops + b.learner_flops,
-        selection_flops: a.selection_flops + b.selection_flops,
-        discarded_flops: a.discarded_flops + b.discarded_flops,
-        train_flops: a.train_flops + b.train_flops,
+        candidates_scanned: count(a.candidates_scanned, b.candidates_scanned),
+        examples_selected: count(a.examples_selected, b.examples_selected),
+        bad_rows: count(a.bad_rows, b.bad_rows),
+        reference_flops: amount(a.reference_flops, b.reference_flops),
+        learner_flops: amount(a.learner_flops, b.learner_flops),
+        selection_flops: amount(a.selection_flops, b.selection_flops),
+        discarded_flops: amount(a.discarded_flops, b.discarded_flops),
+        train_flops: amount(a.train_flops, b.train_flops),
         seconds: Some(StageSeconds {
-            plan: x.plan + y.plan,
-            fetch: x.fetch + y.fetch,
-            decode: x.decode + y.decode,
-            embed_reference: x.embed_reference + y.embed_reference,
-            embed_learner: x.embed_learner + y.embed_learner,
-            select: x.select + y.select,
-            commit: x.commit + y.commit,
-            total: x.total + y.total,
-            wait_weights: x.wait_weights + y.wait_weights,
+            plan: amount(x.plan, y.plan),
+            fetch: amount(x.fetch, y.fetch),
+            decode: amount(x.decode, y.decode),
+            embed_reference: amount(x.embed_reference, y.embed_reference),
+            embed_learner: amount(x.embed_learner, y.embed_learner),
+            select: amount(x.select, y.select),
+            commit: amount(x.commit, y.commit),
+            total: amount(x.total, y.total),
+            wait_weights: amount(x.wait_weights, y.wait_weights),
         }),
-        scoring: towers(a.scoring, b.scoring),
-        training: towers(a.training, b.training),
-        probe_flops: a.probe_flops + b.probe_flops,
-        uniform_flops: a.uniform_flops + b.uniform_flops,
+        scoring: towers(a.scoring, b.scoring, amount),
+        training: towers(a.training, b.training, amount),
+        probe_flops: amount(a.probe_flops, b.probe_flops),
+        uniform_flops: amount(a.uniform_flops, b.uniform_flops),
     }
 }
 
@@ -59,14 +74,18 @@ pub fn price(cost: &Accounts) -> Option<f64> {
     (cost.uniform_flops > 0.0).then(|| all / cost.uniform_flops)
 }
 
-fn towers(a: Option<TowerFlops>, b: Option<TowerFlops>) -> Option<TowerFlops> {
+fn towers(
+    a: Option<TowerFlops>,
+    b: Option<TowerFlops>,
+    amount: fn(f64, f64) -> f64,
+) -> Option<TowerFlops> {
     let (Some(a), Some(b)) = (a, b) else {
         return a.or(b);
     };
     Some(TowerFlops {
-        image_full: a.image_full + b.image_full,
-        image_approximate: a.image_approximate + b.image_approximate,
-        text: a.text + b.text,
+        image_full: amount(a.image_full, b.image_full),
+        image_approximate: amount(a.image_approximate, b.image_approximate),
+        text: amount(a.text, b.text),
     })
 }
 

@@ -1,5 +1,6 @@
 //! Receipts: each step's choice and its reasons, as Parquet files in the state.
 pub mod accounts;
+pub mod before;
 pub mod doubt;
 pub mod json;
 pub mod page;

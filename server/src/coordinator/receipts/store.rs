@@ -1,5 +1,5 @@
 //! A run's receipts in object storage: one fact for each step and generation.
-use super::{accounts::largest, parquet, summaries};
+use super::{accounts::largest, before::Before, parquet, summaries};
 use crate::{
     blocking::blocking,
     coordinator::facts::{chain::Chain, trail::Trail},
@@ -7,7 +7,7 @@ use crate::{
     storage::{Budget, Created, Location},
 };
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::sync::Arc;
 use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
@@ -38,30 +38,14 @@ pub struct Receipts {
     before: Option<Arc<Before>>,
 }
 
-/// The run that a fork left.
-#[derive(Debug)]
-struct Before {
-    receipts: Receipts,
-    chain: Chain,
-    /// The fork's first step of its own.
-    step: u64,
-}
-
 impl Receipts {
     pub fn new(run: Location) -> Self {
         Self { run, before: None }
     }
 
-    /// Of a fork at `run`: the receipts of the run that it left, its trajectory, and the first step
-    /// that is the fork's own.
-    pub fn forked(run: Location, before: Option<(Self, Chain, u64)>) -> Self {
-        let before = before.map(|(receipts, chain, step)| {
-            Arc::new(Before {
-                receipts,
-                chain,
-                step,
-            })
-        });
+    /// Of a fork at `run`, with the history of the run that it left.
+    pub fn forked(run: Location, before: Option<Before>) -> Self {
+        let before = before.map(Arc::new);
         Self { run, before }
     }
 
@@ -301,36 +285,6 @@ fn last(mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Vec<(u64, u32)> {
     listed.into_iter().rev().take(max_ahead + 1).collect()
 }
 
-impl Before {
-    /// Returns what the history cost that the fork goes on from.
-    async fn totals(&self) -> Result<Accounts> {
-        let Some(last) = self.step.checked_sub(1) else {
-            return Ok(Accounts::default());
-        };
-        let summary = self.summary(last).await?;
-        Ok(summary.and_then(|s| s.run_totals).unwrap_or_default())
-    }
-
-    /// Finds a receipt. Boxed, since the other run may be a fork too.
-    fn find(&self, step: u64) -> BoxFuture<'_, Result<Option<Receipt>>> {
-        let newest = self.chain.current();
-        self.receipts.find_of(&self.chain, step, newest).boxed()
-    }
-
-    fn summary(&self, step: u64) -> BoxFuture<'_, Result<Option<ReceiptSummary>>> {
-        let generations = self.chain.candidates(step, self.chain.current());
-        let find = async move {
-            for generation in generations {
-                if let Some(found) = self.receipts.summary(step, generation).await? {
-                    return Ok(Some(found));
-                }
-            }
-            Ok::<_, Error>(None)
-        };
-        find.boxed()
-    }
-}
-
 /// Parquet of a hundred thousand rows takes long enough to hold up every call of the process.
 async fn encoded(receipt: Receipt) -> Result<Bytes> {
     blocking("writing a receipt", move || parquet::encode(&receipt)).await
@@ -364,7 +318,10 @@ fn parse(found: &str) -> Option<(u64, u32)> {
 mod tests {
     use super::*;
     use crate::{
-        coordinator::{facts::chain::Rewound, receipts::parquet::tests::sample},
+        coordinator::{
+            facts::chain::Rewound,
+            receipts::{accounts::add, parquet::tests::sample},
+        },
         storage::{StorageConfig, Stores},
     };
 
@@ -440,6 +397,43 @@ mod tests {
             );
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn a_fork_takes_over_the_cost_of_its_steps_in_whatever_order_they_were_committed() {
+        for order in [
+            [0, 1, 2, 3, 4],
+            [0, 1, 3, 2, 4],
+            [0, 1, 2, 4, 3],
+            [1, 0, 4, 3, 2],
+        ] {
+            on_each_store(|receipts, run| async move {
+                let mut totals = Accounts::default();
+                for step in order {
+                    let mut receipt = sample(step, 0, "a");
+                    let summary = receipt.summary.get_or_insert_default();
+                    let cost = Accounts {
+                        candidates_scanned: 10_u64.pow(step as u32),
+                        selection_flops: 10_f64.powi(step as i32),
+                        ..Accounts::default()
+                    };
+                    totals = add(&totals, &cost);
+                    (summary.cost, summary.run_totals) = (Some(cost), Some(totals));
+                    receipts.commit(&receipt, &Budget::default()).await.unwrap();
+                }
+                let before = Before {
+                    receipts,
+                    chain: Chain::default(),
+                    step: 3,
+                    max_ahead: 2,
+                };
+                let fork = Receipts::forked(run.below("fork"), Some(before));
+                let (_, totals) = fork.opened(&Chain::default(), 1).await.unwrap();
+                let found = (totals.candidates_scanned, totals.selection_flops);
+                assert_eq!(found, (111, 111.0), "{order:?}");
+            })
+            .await;
+        }
     }
 
     /// What a summary knows is not looked at again: there it may even be gone.

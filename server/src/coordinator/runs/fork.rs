@@ -3,7 +3,7 @@
 use crate::{
     coordinator::{
         facts::run::{self, ForkFact, RunFacts},
-        receipts::store::Receipts,
+        receipts::{before::Before, store::Receipts},
         spec::{Asked, Difference, first_difference, phase_at, references_from},
         weights::{
             Due, due,
@@ -38,14 +38,15 @@ pub async fn receipts(state: &Location, id: &str, facts: &RunFacts) -> Result<Re
     Ok(receipts_after(state, id, left(state, id, facts).await?))
 }
 
-/// Returns where the run left another one, and where that one left the next, and so on.
-async fn left(state: &Location, id: &str, facts: &RunFacts) -> Result<Vec<ForkFact>> {
+/// Returns where the run left another one, and where that one left the next, and so on. With each
+/// goes the `max_ahead` of the run that was left.
+async fn left(state: &Location, id: &str, facts: &RunFacts) -> Result<Vec<(ForkFact, u32)>> {
     let (mut forks, mut next) = (Vec::new(), facts.run.fork.clone());
     while let Some(fork) = next.take() {
         check_depth(id, forks.len() + 1)?;
         let parent = load(state, &fork.run_id).await?;
         next = parent.run.fork;
-        forks.push(fork);
+        forks.push((fork, parent.spec.max_ahead));
     }
     Ok(forks)
 }
@@ -59,11 +60,15 @@ fn check_depth(id: &str, forks: usize) -> Result<()> {
     Err(Error::new(Reason::RunSpecImpossible, message).with("field", "fork_of"))
 }
 
-fn receipts_after(state: &Location, id: &str, forks: Vec<ForkFact>) -> Receipts {
+fn receipts_after(state: &Location, id: &str, forks: Vec<(ForkFact, u32)>) -> Receipts {
     let mut before = None;
-    for fork in forks.into_iter().rev() {
-        let receipts = Receipts::forked(location(state, &fork.run_id), before.take());
-        before = Some((receipts, fork.chain, fork.step));
+    for (fork, max_ahead) in forks.into_iter().rev() {
+        before = Some(Before {
+            receipts: Receipts::forked(location(state, &fork.run_id), before.take()),
+            chain: fork.chain,
+            step: fork.step,
+            max_ahead,
+        });
     }
     Receipts::forked(location(state, id), before)
 }
