@@ -49,8 +49,9 @@ test: build test-rust test-python docs-site ## All tests, from nothing
 test-rust: $(READY)
 	cargo test $(CARGO_FLAGS) --no-fail-fast
 
+# What native libraries write is not captured: if one aborts the runner, its last words say why, and a capture would be lost.
 test-python: build
-	$(PYTHON) -m pytest tests/python client/python/tests scoring-kernels/python/tests
+	$(PYTHON) -m pytest --capture=sys tests/python client/python/tests scoring-kernels/python/tests
 
 test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, dashboard and images (builds what it needs where Go is)
 	scripts/test-deploy.sh all
