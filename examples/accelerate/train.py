@@ -63,7 +63,8 @@ def run_spec(args: argparse.Namespace) -> superbatch.RunSpec:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    accelerator = Accelerator()
+    # Else, on a machine without one, each process takes itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     rank, world_size = accelerator.process_index, accelerator.num_processes
     model = SiglipModel.from_pretrained(args.learner).train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=args.lr))

@@ -6,10 +6,10 @@
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import superbatch
+import torch
 import torch.distributed as dist
 from superbatch.torch import ImageText, SelectedBatches, sigmoid_loss
 from superbatch.torch.transformers import PushWeights
@@ -89,25 +89,27 @@ class SelectedTrainer(Trainer):
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     training = TrainingArguments(
         output_dir=str(args.output),
         learning_rate=args.lr,
         num_train_epochs=args.epochs,
         save_steps=args.save_every,
-        per_device_train_batch_size=args.sub_batch_size // world_size,
         gradient_accumulation_steps=args.accumulate,
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
         logging_steps=1,
         report_to="none",
+        # Else, on a machine without one, each process takes itself for the only one.
+        use_cpu=not torch.accelerator.is_available(),
     )
+    # For what Trainer prints: the run decides.
+    training.per_device_train_batch_size = args.sub_batch_size // training.world_size
     # Without start_step's real value: the callback reads it from Trainer's checkpoint.
     dataset = SelectedBatches(
         args.service,
         run_spec(args),
         rank=training.process_index,
-        world_size=world_size,
+        world_size=training.world_size,
         start_step=0,
         epoch_steps=args.epoch_steps,
         transform=ImageText.of_folder(args.learner, names=("pixel_values", "input_ids")),

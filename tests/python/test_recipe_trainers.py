@@ -18,6 +18,9 @@ def test_accelerate_on_two_ranks(recipes, tmp_path):  # noqa: F811
         ranks=2,
     )
     recipes.assert_trained("accelerate-ranks", 3)
+    # Each process knows that it is not the only one.
+    saved = sorted(path.name for path in tmp_path.glob("step-00000002/random_states*"))
+    assert saved == ["random_states_0.pkl", "random_states_1.pkl"]
 
 
 def test_lightning_trains_and_resumes(recipes, tmp_path):  # noqa: F811

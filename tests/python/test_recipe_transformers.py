@@ -4,7 +4,8 @@ look one batch ahead.
 
 from collections.abc import Iterator
 
-from recipe import Recipes, module, recipes, script  # noqa: F401  (a fixture)
+import pytest
+from recipe import EXAMPLES, module, recipes, script  # noqa: F401  (a fixture)
 from superbatch.torch import Pushes, SelectedBatches
 
 
@@ -39,6 +40,24 @@ def test_two_ranks_train(recipes, tmp_path):  # noqa: F811
         ranks=2,
     )
     recipes.assert_trained("hf-ranks", 3)
+    # Each process knows that it is not the only one.
+    saved = sorted(path.name for path in (tmp_path / "checkpoint-3").glob("rng_state*"))
+    assert saved == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+def test_processes_that_know_of_no_other_are_refused(recipes, tmp_path):  # noqa: F811
+    recipe = tmp_path / "one.py"
+    recipe.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(EXAMPLES / 'transformers')!r})\n"
+        "import train\n"
+        # As on a machine whose recipe does not say use_cpu.
+        "torch.accelerator.is_available = lambda: True\n"
+        "train.main()\n"
+    )
+    arguments = recipes.arguments("only", epochs=1, output=tmp_path / "out", **{"epoch-steps": 3})
+    with pytest.raises(AssertionError, match="knows of one process, and there are 2"):
+        script(str(recipe), arguments, ranks=2)
 
 
 def test_a_loader_that_accelerate_prepared_looks_one_batch_ahead(recipes, tmp_path):  # noqa: F811

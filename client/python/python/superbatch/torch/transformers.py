@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._errors import invalid
@@ -66,6 +67,7 @@ class PushWeights(TrainerCallback):
                 "epoch_steps",
                 f"it must be a multiple of gradient_accumulation_steps={steps_per_update}",
             )
+        check_ranks(args, self.dataset.world_size)
         self.dataset.start_step = state.global_step * steps_per_update
         self.pushes = Pushes(
             self.dataset.open_run(), self.model or model, rank=self.dataset.rank, dtype=self.dtype
@@ -83,3 +85,17 @@ class PushWeights(TrainerCallback):
     ) -> None:
         if self.pushes is not None:
             self.pushes.flush()
+
+
+def check_ranks(args: TrainingArguments, world_size: int) -> None:
+    """Refuses processes of which each takes itself for rank 0 of one: on a machine without an
+    accelerator they do so, although their process group knows better. All would train on the same
+    rows, and push the same weights.
+    """
+    joined = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if args.world_size == 1 and max(joined, world_size) > 1:
+        raise invalid(
+            "world_size",
+            f"TrainingArguments knows of one process, and there are {max(joined, world_size)}; "
+            "without an accelerator give it use_cpu=True",
+        )
