@@ -31,7 +31,7 @@ class Span(NamedTuple):
 class Collector:
     """Takes OTLP over gRPC in a process of its own, with TLS if it has a certificate."""
 
-    def __init__(self, folder: Path, certificate: tuple[str, str] = ()):
+    def __init__(self, folder: Path, certificate: tuple[str, ...] = ()):
         self.file = folder / "spans.jsonl"
         script = Path(__file__).with_name("otlp_collector.py")
         self.process = subprocess.Popen(

@@ -597,6 +597,21 @@ async fn a_push_that_is_sent_again_is_announced_again() -> TestResult {
     run.push_weights(0, vec![Part::f32("w", &[1], &[1.0])?])
         .await?;
     assert_eq!(fake.announced(2).await?, [(0, 0, false); 2]);
+
+    // The service tells the streams of one push apart, and pushes from one another.
+    run.push_weights(1, vec![Part::f32("w", &[1], &[1.0])?])
+        .await?;
+    let pushed = fake.pushed.lock().map_err(|_| "poisoned")?;
+    let starts = pushed
+        .iter()
+        .filter_map(|messages| match &messages[0].message {
+            Some(Message::Start(start)) => Some((start.sender, start.attempt)),
+            _ => None,
+        });
+    let [(first, 0), (again, 1), (next, 0)] = starts.collect::<Vec<_>>()[..] else {
+        return Err("two attempts and one".into());
+    };
+    assert!(first == again && first != next && first != 0);
     Ok(())
 }
 

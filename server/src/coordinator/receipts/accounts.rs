@@ -79,9 +79,11 @@ fn towers(
     b: Option<TowerFlops>,
     amount: fn(f64, f64) -> f64,
 ) -> Option<TowerFlops> {
-    let (Some(a), Some(b)) = (a, b) else {
-        return a.or(b);
-    };
+    // Totals of older builds have none.
+    let (a, b) = (
+        a.or(b.map(|_| TowerFlops::default()))?,
+        b.unwrap_or_default(),
+    );
     Some(TowerFlops {
         image_full: amount(a.image_full, b.image_full),
         image_approximate: amount(a.image_approximate, b.image_approximate),

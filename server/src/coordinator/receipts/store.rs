@@ -43,16 +43,21 @@ impl Receipts {
         Self { run, before: None }
     }
 
-    /// Of a fork at `run`, with the history of the run that it left.
+    /// Makes the receipts of a fork at `run`, with the history of the run that it left.
     pub fn forked(run: Location, before: Option<Before>) -> Self {
         let before = before.map(Arc::new);
         Self { run, before }
     }
 
+    /// Returns the history of a fork.
+    pub(super) fn before(&self) -> Option<&Before> {
+        self.before.as_deref()
+    }
+
     /// Returns the run that has the receipt of `step`, if that is another one: the first generation
     /// of a fork has the other run's steps before its own.
     fn elsewhere(&self, step: u64, generation: u32) -> Option<&Before> {
-        let before = self.before.as_deref();
+        let before = self.before();
         before.filter(|before| generation == 0 && step < before.step)
     }
 
@@ -122,7 +127,7 @@ impl Receipts {
 
     /// Returns the step before which the trajectory that `chain` describes is another run's.
     pub fn forked_at(&self, chain: &Chain) -> u64 {
-        let before = self.before.as_deref();
+        let before = self.before();
         before.map_or(0, |before| before.step.min(chain.kept_of(0)))
     }
 
@@ -211,12 +216,9 @@ impl Receipts {
             tokio::spawn(async move { receipts.summarise(next, generation).await });
         }
         let mut totals = self.totals(listed, max_ahead as usize).await?;
-        if let Some(before) = self
-            .before
-            .as_deref()
-            .filter(|_| totals == Accounts::default())
-        {
-            totals = before.totals().await?;
+        let is_new = totals == Accounts::default();
+        if let Some(before) = self.before().filter(|_| is_new) {
+            totals = before.totals(before.step).await?;
         }
         Ok((trail, totals))
     }
@@ -318,10 +320,7 @@ fn parse(found: &str) -> Option<(u64, u32)> {
 mod tests {
     use super::*;
     use crate::{
-        coordinator::{
-            facts::chain::Rewound,
-            receipts::{accounts::add, parquet::tests::sample},
-        },
+        coordinator::{facts::chain::Rewound, receipts::parquet::tests::sample},
         storage::{StorageConfig, Stores},
     };
 
@@ -397,43 +396,6 @@ mod tests {
             );
         })
         .await;
-    }
-
-    #[tokio::test]
-    async fn a_fork_takes_over_the_cost_of_its_steps_in_whatever_order_they_were_committed() {
-        for order in [
-            [0, 1, 2, 3, 4],
-            [0, 1, 3, 2, 4],
-            [0, 1, 2, 4, 3],
-            [1, 0, 4, 3, 2],
-        ] {
-            on_each_store(|receipts, run| async move {
-                let mut totals = Accounts::default();
-                for step in order {
-                    let mut receipt = sample(step, 0, "a");
-                    let summary = receipt.summary.get_or_insert_default();
-                    let cost = Accounts {
-                        candidates_scanned: 10_u64.pow(step as u32),
-                        selection_flops: 10_f64.powi(step as i32),
-                        ..Accounts::default()
-                    };
-                    totals = add(&totals, &cost);
-                    (summary.cost, summary.run_totals) = (Some(cost), Some(totals));
-                    receipts.commit(&receipt, &Budget::default()).await.unwrap();
-                }
-                let before = Before {
-                    receipts,
-                    chain: Chain::default(),
-                    step: 3,
-                    max_ahead: 2,
-                };
-                let fork = Receipts::forked(run.below("fork"), Some(before));
-                let (_, totals) = fork.opened(&Chain::default(), 1).await.unwrap();
-                let found = (totals.candidates_scanned, totals.selection_flops);
-                assert_eq!(found, (111, 111.0), "{order:?}");
-            })
-            .await;
-        }
     }
 
     /// What a summary knows is not looked at again: there it may even be gone.

@@ -16,14 +16,15 @@ pub(super) enum Joined {
     Sending(Member),
     /// The push is whole already, and only its answer is awaited.
     Waiting(Member),
+    /// The rank has sent it again since.
+    Late(Error),
 }
 
 impl Weights {
     /// Has a stream join the push that `start` names, the first one of it or a further one.
     ///
     /// # Errors
-    /// `Overloaded` if too many pushes are staged, and those of [`Push::check_late`] and
-    /// [`Push::join`].
+    /// `Overloaded` if too many pushes are staged, and those of [`Push::join`].
     pub(super) async fn join(&self, start: &PushStart, known: &[String]) -> Result<Joined> {
         let lost = match self.0.published(start)? {
             Some(version) if !self.0.is_lost(start).await => {
@@ -53,7 +54,9 @@ impl Weights {
             .pushes
             .entry(at)
             .or_insert_with(|| Push::new(start, known, shape, self.0.spec.push_bytes_max));
-        push.check_late(start)?;
+        if let Err(late) = push.check_late(start) {
+            return Ok(Joined::Late(late));
+        }
         let superseded = push.join(stream, start, known)?;
         let (answer, whole) = (push.answer.subscribe(), push.staged.is_none());
         self.0.publish_traffic(&staging, None);

@@ -25,7 +25,7 @@ pub struct Member {
     pub at: At,
     pub stream: u64,
     pub answer: watch::Receiver<Answer>,
-    /// By which other stream this one was superseded, once it is.
+    /// The text that says which stream took this one's place; `None` until one does.
     pub superseded: watch::Receiver<Option<String>>,
     /// The file from which this process reads its parts, which have no checksums then; `None` if a
     /// trainer sends them.

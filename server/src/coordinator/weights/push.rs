@@ -28,8 +28,9 @@ pub struct Push {
 pub struct Rank {
     pub rank: u32,
     pub ended: bool,
-    /// Who sends the stream, and how often it did before.
+    /// The client's number for this push. 0: not told.
     sender: u64,
+    /// How often the client has sent this push before.
     attempt: u32,
     /// Says which other stream took this one's place.
     superseded: watch::Sender<Option<String>>,
@@ -40,8 +41,9 @@ impl Rank {
     /// streams of one sender may come by two connections, and after a pause of this process both
     /// are read at once.
     fn was_sent_after(&self, start: &PushStart) -> bool {
+        let is_told = start.sender != 0;
         let is_same = self.rank == start.rank && self.sender == start.sender;
-        is_same && self.attempt > start.attempt
+        is_told && is_same && self.attempt > start.attempt
     }
 
     fn supersede(self, why: &str) {
@@ -197,8 +199,8 @@ fn taken_over(start: &PushStart, current: &str) -> String {
 
 fn sent_again(start: &PushStart) -> String {
     format!(
-        "a newer stream of rank {} brings the push of step {}; send a rank's weights from one \
-        process only, once at a time",
+        "a newer stream of rank {} brings the push of step {}; one process pushes the weights of \
+        a rank, one push at a time",
         start.rank, start.step
     )
 }

@@ -2,7 +2,7 @@
 use super::{
     Inner, Weights, admission::Joined, count_failure, member::Fault, push::Push, staging::Staged,
 };
-use crate::error::Result;
+use crate::{error::Result, metrics};
 use futures::Stream;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -69,6 +69,11 @@ impl Weights {
                 return Ok(version);
             }
             Joined::Waiting(member) => return member.wait_for_answer().await,
+            Joined::Late(error) => {
+                // No refusal that an operator has to look at: the newer stream goes on.
+                metrics::weight_push_failures("BROKEN").increment(1);
+                return Err(error);
+            }
             Joined::Sending(member) => member,
         };
         let sent = tokio::select! {

@@ -811,6 +811,21 @@ async fn a_trainer_that_starts_again_takes_over_however_often_the_old_one_tried(
 }
 
 #[tokio::test]
+async fn attempts_of_a_client_that_names_no_sender_are_not_compared() {
+    let weights = Bench::new().open().await;
+    let attempted = |attempt| PushStart {
+        attempt,
+        ..start(0, "p")
+    };
+    let (_sender, receiver) = mpsc::unbounded();
+    let mut old = Box::pin(weights.push(0, &[], attempted(5), receiver));
+    assert!((&mut old).now_or_never().is_none());
+    let new = push(&weights, attempted(0), whole(1.0)).await.unwrap();
+    assert_eq!(new.version, 1);
+    assert_eq!(refusal(old.await).0, Reason::PushConflict);
+}
+
+#[tokio::test]
 async fn a_trainer_of_another_world_size_takes_over_from_ranks_that_linger() {
     let weights = Bench::new().open().await;
     let sharded = |rank| PushStart {
