@@ -77,10 +77,10 @@ impl Push {
     /// # Errors
     /// `PushConflict`.
     pub(super) fn check_late(&self, start: &PushStart) -> Result<()> {
-        match self.streams.values().any(|rank| rank.was_sent_after(start)) {
-            true => Err(late(start)),
-            false => Ok(()),
+        if self.streams.values().any(|rank| rank.was_sent_after(start)) {
+            return Err(late(start));
         }
+        Ok(())
     }
 
     /// Adds a stream. An older stream of the same rank counts as broken: a client sends a rank once
@@ -185,16 +185,16 @@ fn straggler(start: &PushStart, newest: &str) -> Error {
 
 fn taken_over(start: &PushStart, current: &str) -> String {
     let (step, rank, incarnation) = (start.step, start.rank, &start.incarnation);
-    match incarnation == current {
-        true => format!(
+    if incarnation == current {
+        return format!(
             "rank {rank} began the push of step {step} again, with expected_parts {}",
             start.expected_parts
-        ),
-        false => format!(
-            "rank {rank} of the trainer's start '{incarnation}' took the push of step {step} over \
-            from incarnation '{current}'"
-        ),
+        );
     }
+    format!(
+        "rank {rank} of the trainer's start '{incarnation}' took the push of step {step} over from \
+        incarnation '{current}'"
+    )
 }
 
 fn sent_again(start: &PushStart) -> String {
