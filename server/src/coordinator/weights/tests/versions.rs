@@ -20,6 +20,18 @@ async fn tensors(bench: &Bench, weights: &Weights, step: u64) -> BTreeMap<String
         .collect()
 }
 
+/// Weights of steps 0 to 2, of which the first version is no longer kept.
+async fn first_forgotten(bench: &Bench) -> Weights {
+    let weights = bench.open().await;
+    for step in 0..3 {
+        push(&weights, start(step, "p"), whole(1.0 + step as f32))
+            .await
+            .unwrap();
+    }
+    assert_eq!(forget(&weights, 1).await, 1);
+    weights
+}
+
 fn on(base: u64, step: i64) -> PushStart {
     PushStart {
         base_version: Some(base),
@@ -53,13 +65,7 @@ async fn changed_tensors_are_joined_with_those_of_their_base() {
 #[tokio::test]
 async fn a_base_that_is_not_there_is_refused_by_number() {
     let bench = Bench::new();
-    let weights = bench.open().await;
-    for step in 0..3 {
-        push(&weights, start(step, "p"), whole(1.0 + step as f32))
-            .await
-            .unwrap();
-    }
-    assert_eq!(forget(&weights, 1).await, 1);
+    let weights = first_forgotten(&bench).await;
     for (base, said) in [
         (9, "there is no version 9; the newest is 3"),
         (1, "no longer kept"),
@@ -308,13 +314,7 @@ async fn no_roll_back_goes_to_another_trajectory_or_behind_a_reference() {
 #[tokio::test]
 async fn a_reference_is_there_or_comes_yet() {
     let bench = Bench::new();
-    let weights = bench.open().await;
-    for step in 0..3 {
-        push(&weights, start(step, "p"), whole(1.0 + step as f32))
-            .await
-            .unwrap();
-    }
-    assert_eq!(forget(&weights, 1).await, 1);
+    let weights = first_forgotten(&bench).await;
     for (step, is_past, may_be) in [
         (0, false, false),
         (1, true, true),
