@@ -23,11 +23,14 @@ use superbatch_proto::v1::{
     score_request, score_response,
     worker_service_server::{WorkerService, WorkerServiceServer},
 };
-use superbatch_server::coordinator::{
-    plan::candidate::{Candidate, noise_keys},
-    score::{claims::Claims, slice::Job, super_batch::Scoring},
-    select::{Selector, local::LocalSelector},
-    workers::pool::{Home, Pool},
+use superbatch_server::{
+    allocator::give_back_large_buffers,
+    coordinator::{
+        plan::candidate::{Candidate, noise_keys},
+        score::{claims::Claims, slice::Job, super_batch::Scoring},
+        select::{Selector, local::LocalSelector},
+        workers::pool::{Home, Pool},
+    },
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -201,6 +204,7 @@ fn job(asked: &Asked) -> Job {
 }
 
 async fn measure(asked: &Asked) -> Result<(), Box<dyn Error>> {
+    give_back_large_buffers();
     let pool = Pool::new(Duration::from_secs(3600), Duration::ZERO, Home::default());
     let mut children = Vec::new();
     for _ in 0..asked.workers {

@@ -5,6 +5,7 @@
 #![cfg_attr(test, allow(clippy::too_many_lines))]
 pub mod access;
 pub mod admin;
+pub mod allocator;
 pub mod app;
 #[cfg_attr(
     not(feature = "torch"),

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     access::{Access, audit::Audit},
+    allocator,
     config::{Config, CoordinatorConfig},
     coordinator::{
         facts::owner::Identity,
@@ -107,6 +108,7 @@ impl Serve {
         let device = if settings.workers_embedded {
             embed(&ground, &pool)?
         } else {
+            allocator::give_back_large_buffers();
             "cpu".to_owned()
         };
         let selector = selector(settings, &pool, &device)?;
