@@ -6,9 +6,16 @@ use crate::{
     storage::Location,
 };
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::{
+    collections::VecDeque,
+    io::{self, BufReader, Read},
+    sync::Arc,
+};
 use superbatch_proto::v1::Reason;
+
+/// Bytes of a manifest that are read at once.
+const PART_BYTES: u64 = 8 << 20;
 
 /// Consecutive rows that are read together: a Parquet row group, or consecutive samples of a tar.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +67,7 @@ pub struct Shard {
     pub path: String,
     pub size: u64,
     pub etag: Option<String>,
+    #[serde(deserialize_with = "without_spare_room")]
     pub blocks: Vec<Block>,
     /// Samples of a tar that lack image or caption. They are no rows.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -290,11 +298,15 @@ impl Manifest {
     /// # Errors
     /// `StorageUnreachable`; `Internal` if its bytes do not have that digest.
     pub async fn load(state: &Location, digest: &str) -> Result<Self> {
-        let bytes = state.get(&key(digest)).await?;
+        let parts = state.get_in_parts(&key(digest), PART_BYTES).await?;
         // Parsed off the async threads: at billions of rows it is hundreds of megabytes of JSON.
         let read = move || {
-            let found = blake3::hash(&bytes).to_hex();
-            Ok((found, serde_json::from_slice(&bytes)))
+            let mut hasher = blake3::Hasher::new();
+            for part in &parts {
+                hasher.update(part);
+            }
+            let parts = BufReader::new(Parts(parts.into()));
+            Ok((hasher.finalize().to_hex(), serde_json::from_reader(parts)))
         };
         let (found, manifest) = blocking("reading a manifest", read).await?;
         if found.as_str() != digest {
@@ -333,6 +345,53 @@ impl SourceManifest {
     }
 }
 
+/// A text in parts, each of which is freed once it is read: what is parsed takes its place, so that
+/// memory never holds both whole.
+struct Parts(VecDeque<Bytes>);
+
+impl Read for Parts {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while self.0.front().is_some_and(Bytes::is_empty) {
+            self.0.pop_front();
+        }
+        let Some(part) = self.0.front_mut() else {
+            return Ok(0);
+        };
+        let read = part.len().min(into.len());
+        into[..read].copy_from_slice(&part.split_to(read));
+        Ok(read)
+    }
+}
+
+/// Vectors grow in steps, from one element to room for four. Most shards have few blocks, so the
+/// room that is left would take most of a large manifest's memory.
+fn without_spare_room<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Block>, D::Error> {
+    let mut blocks = Vec::deserialize(from)?;
+    blocks.shrink_to_fit();
+    Ok(blocks)
+}
+
 fn key(digest: &str) -> String {
     format!("manifests/{digest}.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_in_parts_is_read_over_their_borders() {
+        let parts = ["", "[12,", "", "3", "4]", ""].map(Bytes::from);
+        let parts = Parts(parts.into());
+        let read: Vec<u32> = serde_json::from_reader(BufReader::with_capacity(2, parts)).unwrap();
+        assert_eq!(read, [12, 34]);
+    }
+
+    #[test]
+    fn a_shard_holds_no_more_room_than_its_blocks_take() {
+        let text = r#"{"path": "a", "size": 9, "etag": null,
+            "blocks": [{"rows": 3, "first_row": 0, "bytes": [0, 9]}]}"#;
+        let shard: Shard = serde_json::from_str(text).unwrap();
+        assert_eq!((shard.blocks.len(), shard.blocks.capacity()), (1, 1));
+    }
 }

@@ -2,13 +2,13 @@
 use super::{join, local};
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, TryStreamExt};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
     client::{HttpError, HttpErrorKind},
     path::Path,
 };
-use std::{error::Error as _, sync::Arc};
+use std::{error::Error as _, pin::pin, sync::Arc};
 use superbatch_proto::v1::Reason;
 use url::Url;
 
@@ -84,29 +84,49 @@ impl Location {
     /// # Errors
     /// As [`Location::get`].
     pub async fn get_large(&self, key: &str) -> Result<Bytes> {
-        self.get_in_parts(key, PART_BYTES as u64).await
-    }
-
-    async fn get_in_parts(&self, key: &str, part_bytes: u64) -> Result<Bytes> {
-        let (store, path) = (&self.store, self.path(key));
+        let part_bytes = PART_BYTES as u64;
         let read = async {
-            let size = store.head(&path).await?.size;
+            let size = self.store.head(&self.path(key)).await?.size;
             if size <= part_bytes {
-                return store.get(&path).await?.bytes().await;
+                return self.store.get(&self.path(key)).await?.bytes().await;
             }
-            let parts = (0..size).step_by(usize::try_from(part_bytes).unwrap_or(usize::MAX));
-            let parts = parts.map(|at| at..size.min(at + part_bytes));
-            let reads: Vec<_> = parts
-                .map(|part| store.get_range(&path, part).boxed())
-                .collect();
-            let mut reads = futures::stream::iter(reads).buffered(PARTS_AT_ONCE);
+            let mut parts = pin!(self.parts(key, size, part_bytes));
             let mut whole = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
-            while let Some(part) = reads.try_next().await? {
+            while let Some(part) = parts.try_next().await? {
                 whole.extend_from_slice(&part);
             }
             Ok(whole.into())
         };
         read.await.map_err(|e| self.error("read", key, e))
+    }
+
+    /// As [`Location::get_large`], in parts of at most `part_bytes` in their order, which a reader
+    /// can let go of one by one.
+    ///
+    /// # Errors
+    /// As [`Location::get`].
+    pub async fn get_in_parts(&self, key: &str, part_bytes: u64) -> Result<Vec<Bytes>> {
+        let read = async {
+            let size = self.store.head(&self.path(key)).await?.size;
+            self.parts(key, size, part_bytes).try_collect().await
+        };
+        read.await.map_err(|e| self.error("read", key, e))
+    }
+
+    fn parts(
+        &self,
+        key: &str,
+        size: u64,
+        part_bytes: u64,
+    ) -> impl Stream<Item = object_store::Result<Bytes>> {
+        let (store, path) = (self.store.clone(), self.path(key));
+        let starts = (0..size).step_by(usize::try_from(part_bytes).unwrap_or(usize::MAX));
+        let reads = starts.map(move |at| {
+            let (store, path) = (store.clone(), path.clone());
+            let part = at..size.min(at + part_bytes);
+            async move { store.get_range(&path, part).await }.boxed()
+        });
+        futures::stream::iter(reads).buffered(PARTS_AT_ONCE)
     }
 
     /// Reads an object whole; `None` if it does not exist. A missing bucket is an error, since
@@ -455,8 +475,9 @@ mod tests {
                 PutPayload::from_iter([bytes.slice(..7), bytes.slice(7..400), bytes.slice(400..)]);
             state.put_in_parts(&key, pieces, part_bytes).await.unwrap();
             assert_eq!(state.get(&key).await.unwrap(), bytes);
-            let read = state.get_in_parts(&key, part_bytes as u64).await;
-            assert_eq!(read.unwrap(), bytes);
+            let read = state.get_in_parts(&key, part_bytes as u64).await.unwrap();
+            assert_eq!(read.len(), 1000_usize.div_ceil(part_bytes));
+            assert_eq!(read.concat(), bytes);
         }
     }
 
