@@ -271,7 +271,7 @@ class RunSpec:
         `Run.dataset.tail_rows_per_epoch` counts them.
     window_blocks: blocks whose rows are shuffled together (default 16).
     embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
-    micro_batch_rows: candidates per forward pass (default 64).
+    micro_batch_rows: candidates per forward pass (default: 64 on a CPU, 256 on CUDA).
     max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
     fork_of: another run's history to start from.
     train_flops_per_example: what a training step costs, where known.

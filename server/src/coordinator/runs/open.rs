@@ -22,6 +22,7 @@ use crate::{
         receipts::doubt::InDoubt,
         score::claims::Claims,
         serve::output,
+        spec,
         trainer::{ranks::Members, waits::Waits},
         weights::{Published, RunWeights, Weights},
         workers::prepare::prepare,
@@ -232,6 +233,10 @@ impl Opening<'_> {
                     .await?,
             );
         }
+        if spec.micro_batch_rows == 0 {
+            // Without models it decides nothing; a run has a value all the same.
+            spec.micro_batch_rows = spec::micro_batch_rows_on("cpu");
+        }
         Ok((reference, learner))
     }
 
@@ -239,6 +244,9 @@ impl Opening<'_> {
         let prepared = prepare(&self.coordinator.deps.pool, model, true).await?;
         if spec.compute_dtype() == ComputeDtype::Unspecified {
             spec.compute_dtype = prepared.compute_dtype;
+        }
+        if spec.micro_batch_rows == 0 {
+            spec.micro_batch_rows = spec::micro_batch_rows_on(&prepared.device);
         }
         Ok(prepared.into())
     }

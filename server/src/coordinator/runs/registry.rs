@@ -214,9 +214,12 @@ fn conflict(run: &Run, asked: &RunSpec) -> Result<()> {
     known
         .phases
         .truncate(asked.phases.len().max(run.opened_phases));
+    // What the device decided when the run was opened.
     if asked.compute_dtype() == ComputeDtype::Unspecified {
-        // The device was decided when the run was opened.
         known.compute_dtype = asked.compute_dtype;
+    }
+    if asked.micro_batch_rows == 0 {
+        known.micro_batch_rows = 0;
     }
     let Some(Difference {
         field,

@@ -282,11 +282,13 @@ fn bounds(spec: &RunSpec) -> Result<()> {
         check_enum::<ComputeDtype>("compute_dtype", spec.compute_dtype)?;
     }
     check_range("window_blocks", spec.window_blocks, WINDOW_BLOCKS_MAX)?;
-    check_range(
-        "micro_batch_rows",
-        spec.micro_batch_rows,
-        MICRO_BATCH_ROWS_MAX,
-    )?;
+    if spec.micro_batch_rows != 0 {
+        check_range(
+            "micro_batch_rows",
+            spec.micro_batch_rows,
+            MICRO_BATCH_ROWS_MAX,
+        )?;
+    }
     check_range("max_ahead", spec.max_ahead, MAX_AHEAD_MAX)?;
     positive("need_deadline_seconds", spec.need_deadline_seconds)?;
     at_most_years("need_deadline_seconds", spec.need_deadline_seconds)?;

@@ -25,8 +25,8 @@ pub use tuning::leaves_out;
 /// Returns the spec with the defaults that the protocol documents. `need_deadline_seconds` is the
 /// operator's default.
 ///
-/// An unspecified `compute_dtype` stays so: the workers' device decides when the run is opened.
-/// `train_flops_per_example` stays as it is too.
+/// An unspecified `compute_dtype` stays so, and `micro_batch_rows` too: the workers' device decides
+/// when the run is opened ([`micro_batch_rows_on`]). `train_flops_per_example` stays as it is.
 ///
 /// # Errors
 /// `RunSpecImpossible` if no run can meet it, with the path of the cause in `field`;
@@ -48,12 +48,19 @@ pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec
     fill(&mut spec.max_ahead, 2);
     fill(&mut spec.window_blocks, 16);
     fill(&mut spec.embedding_dtype, EmbeddingDtype::F16.into());
-    fill(&mut spec.micro_batch_rows, 64);
     fill(&mut spec.max_bad_row_share, 0.1);
     fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
     complete_later_fields(&mut spec);
     check::check(&spec)?;
     Ok(spec)
+}
+
+/// Returns the default of `micro_batch_rows` on a device, such as `cpu` or `cuda:0`.
+///
+/// A forward pass of 64 pairs is too little work for a GPU of today. On a CPU more rows gain
+/// nothing, and what they hold no longer fits its caches.
+pub fn micro_batch_rows_on(device: &str) -> u32 {
+    if device.starts_with("cuda") { 256 } else { 64 }
 }
 
 /// Returns the examples of all steps through `consumed`.

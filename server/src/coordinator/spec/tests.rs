@@ -58,16 +58,16 @@ fn the_documented_defaults_are_filled_and_stay() {
         (full.push_every_steps, full.micro_batches, full.max_ahead),
         (1, 1, 2)
     );
-    assert_eq!(
-        (full.window_blocks, full.micro_batch_rows, full.epochs),
-        (16, 64, 0)
-    );
+    assert_eq!((full.window_blocks, full.epochs), (16, 0));
     assert_eq!(full.embedding_dtype(), EmbeddingDtype::F16);
     assert_eq!(
         (full.max_bad_row_share, full.need_deadline_seconds),
         (0.1, 60.0)
     );
     assert_eq!(full.compute_dtype, 0, "the device's");
+    assert_eq!(full.micro_batch_rows, 0, "the device's");
+    assert_eq!(micro_batch_rows_on("cpu"), 64);
+    assert_eq!(micro_batch_rows_on("cuda:1"), 256);
     assert_eq!(complete(full.clone(), 60.0).unwrap(), full);
     let mut exact = spec();
     exact.lag = Some(Lag {
