@@ -12,7 +12,9 @@ use strsim::levenshtein;
 /// The prefix of every variable of this program.
 const PREFIX: &str = "SUPERBATCH_";
 /// Prefixes of the variables that object stores' own tools read: credentials, regions, endpoints.
-const CREDENTIALS: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
+const CREDENTIALS: [&str; 4] = ["AWS_", "AZURE_", "GOOGLE_", "HF_"];
+/// Further ones, by which the token of the Hugging Face hub is found.
+const OF_HUB: [&str; 3] = ["HUGGING_FACE_HUB_TOKEN", "XDG_CACHE_HOME", "HOME"];
 /// An unknown variable without `__` is refused only if its name is this close to a known one.
 /// Others are ignored: Kubernetes sets `SUPERBATCH_PORT` and the like for a service named
 /// superbatch, and a refusal would keep the pod from starting.
@@ -45,7 +47,8 @@ impl Config {
         check_section("", &mut tree, &fields).map_err(of_file)?;
         let mut credentials = BTreeMap::new();
         for (name, value) in environment {
-            if CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)) {
+            let is_credential = CREDENTIALS.iter().any(|prefix| name.starts_with(prefix));
+            if is_credential || OF_HUB.contains(&name.as_str()) {
                 credentials.insert(name.to_lowercase(), value.clone());
             }
             let Some(name_in_file) = name.strip_prefix(PREFIX) else {

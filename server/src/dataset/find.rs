@@ -10,6 +10,7 @@ use crate::{
 };
 use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
+use std::collections::{BTreeSet, HashMap};
 use superbatch_proto::v1::Reason;
 
 /// Files that are looked up at the same time.
@@ -149,6 +150,7 @@ pub(super) fn nothing_found(at: &str, source: &str) -> Error {
 /// Finds files that are named one by one. A name that is a folder stands for the shards in it:
 /// Spark and pandas write folders named `pool.parquet`.
 async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(String, ObjectMeta)>> {
+    let (mut files, keys) = listed(root, keys).await?;
     let looks = keys.into_iter().map(|key| {
         let root = root.clone();
         async move {
@@ -172,7 +174,43 @@ async fn named(root: &Location, keys: Vec<String>, uri: &str) -> Result<Vec<(Str
         .buffered(FILES_AT_ONCE)
         .try_collect()
         .await?;
-    Ok(found.into_iter().flatten().collect())
+    files.extend(found.into_iter().flatten());
+    Ok(files)
+}
+
+/// Finds named files in the listings of their folders, where single looks would be too many for the
+/// hub's limits. Returns those that are there, and the other names.
+async fn listed(
+    root: &Location,
+    keys: Vec<String>,
+) -> Result<(Vec<(String, ObjectMeta)>, Vec<String>)> {
+    if !root.is_hub() || keys.len() <= FILES_AT_ONCE {
+        return Ok((Vec::new(), keys));
+    }
+    let folder = |key: &String| {
+        key.rsplit_once('/')
+            .map_or("", |(folder, _)| folder)
+            .to_owned()
+    };
+    let folders: BTreeSet<String> = keys.iter().map(folder).collect();
+    let (mut listed, mut there) = (Vec::<String>::new(), HashMap::new());
+    for folder in folders {
+        // A listing has the folders below too.
+        let is_known = |above: &String| above.is_empty() || is_in(&folder, above);
+        if !listed.iter().any(is_known) {
+            there.extend(root.list_files(&folder).await?);
+            listed.push(folder);
+        }
+    }
+    let look = |key: String| match there.remove(&key) {
+        Some(meta) => Ok((key, meta)),
+        None => Err(key),
+    };
+    let (found, others): (Vec<_>, Vec<_>) = keys.into_iter().map(look).partition(Result::is_ok);
+    Ok((
+        found.into_iter().flatten().collect(),
+        others.into_iter().filter_map(Result::err).collect(),
+    ))
 }
 
 /// Returns the files below `folder` that match `keys`.

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     blocking::blocking,
     error::{Error, Result},
-    storage::{Location, Stores},
+    storage::{Location, Pins, Stores},
 };
 
 /// Largest file that lists URIs, in bytes.
@@ -37,7 +37,9 @@ pub struct SourceRequest {
 
 /// Indexes all sources: lists their files, reads every footer or header, and finds image and
 /// caption. Indexes of tars are kept in `state`. The caller has checked the URIs against the
-/// allow-list; URIs that a file lists are checked here.
+/// allow-list; URIs that a file lists are checked here. Branches and tags of the Hugging Face hub
+/// are indexed at their commits, all of a branch at one, so that the manifest means the same files
+/// for good.
 ///
 /// # Errors
 /// `DatasetEmpty` (also for what does not exist), `ColumnNotFound`, `SchemaMismatch`,
@@ -54,8 +56,10 @@ pub async fn index(
         ));
     }
     let mut indexed = Vec::with_capacity(sources.len());
+    let mut pins = Pins::default();
     for request in sources {
-        indexed.push(index_source(stores, state, request).await?);
+        let pinned = pinned_files(stores, &mut pins, request).await?;
+        indexed.push(index_source(stores, state, &mut pins, &pinned).await?);
     }
     Ok(Manifest {
         version: Manifest::VERSION,
@@ -63,9 +67,33 @@ pub async fn index(
     })
 }
 
+/// Returns the request with its files beside the data at their commits.
+async fn pinned_files(
+    stores: &Stores,
+    pins: &mut Pins,
+    request: &SourceRequest,
+) -> Result<SourceRequest> {
+    let mut pinned = request.clone();
+    for uris in [&mut pinned.allow, &mut pinned.scores]
+        .into_iter()
+        .flatten()
+    {
+        if !uris.contains("hf://") {
+            continue;
+        }
+        let mut parts = Vec::new();
+        for part in pattern::parts(uris) {
+            parts.push(pins.pin(stores, part).await?);
+        }
+        *uris = parts.join("::");
+    }
+    Ok(pinned)
+}
+
 async fn index_source(
     stores: &Stores,
     state: Option<&Location>,
+    pins: &mut Pins,
     request: &SourceRequest,
 ) -> Result<SourceManifest> {
     if !(request.weight.is_finite() && request.weight > 0.0) {
@@ -78,10 +106,13 @@ async fn index_source(
     let mut uris = Vec::new();
     for part in pattern::parts(&request.uri) {
         if part.ends_with(".txt") {
-            uris.extend(listed(stores, part).await?)
+            uris.extend(listed(stores, pins, part).await?)
         } else {
             uris.push(part.to_owned())
         }
+    }
+    for uri in &mut uris {
+        *uri = pins.pin(stores, uri).await?;
     }
     let uri = request.uri.clone();
     // A pattern may name a million files.
@@ -111,8 +142,8 @@ async fn index_source(
 
 /// Returns the URIs in a text file, one in each line. URIs without a scheme are relative to the
 /// file's folder.
-async fn listed(stores: &Stores, uri: &str) -> Result<Vec<String>> {
-    let list = stores.open(uri)?;
+async fn listed(stores: &Stores, pins: &mut Pins, uri: &str) -> Result<Vec<String>> {
+    let list = stores.open(&pins.pin(stores, uri).await?)?;
     let meta = list.head("").await?;
     let size = meta.ok_or_else(|| find::nothing_found(uri, uri))?.size;
     if size > LIST_BYTES_MAX {

@@ -1,5 +1,5 @@
 //! Builds a store's client from a URI and options.
-use super::{StorageConfig, guard::Guarded, retried::LoggingConnector};
+use super::{StorageConfig, guard::Guarded, hub, retried::LoggingConnector, uri::Kind};
 use crate::error::{Error, Result};
 use object_store::{
     ClientConfigKey, ObjectStore, ObjectStoreScheme,
@@ -16,10 +16,7 @@ use url::{Position, Url};
 /// A client's builder for `url`, with the options that this store's client knows.
 macro_rules! configured {
     ($builder:ty, $url:expr, $config:expr, $connector:expr) => {{
-        let config = $config;
-        // The builder keeps the last value of a key, so the operator's options replace the
-        // environment's.
-        let options = config.environment.iter().chain(&config.options);
+        let options = all_options($config);
         let builder = <$builder>::new()
             .with_url($url)
             .with_http_connector($connector);
@@ -34,16 +31,26 @@ macro_rules! configured {
     }};
 }
 
+/// Returns all options. A builder keeps the last value of a key, so the operator's options come
+/// after the environment's, which they replace.
+pub(super) fn all_options(config: &StorageConfig) -> impl Iterator<Item = (&String, &String)> {
+    config.environment.iter().chain(&config.options)
+}
+
 /// Makes the client of a store. No connection is opened yet.
 ///
 /// # Errors
 /// `InvalidArgument`, with `field` if an option is the cause.
 pub(super) fn connect(
-    scheme: &ObjectStoreScheme,
+    kind: &Kind,
     url: &Url,
     config: &StorageConfig,
 ) -> Result<Arc<dyn ObjectStore>> {
     use ObjectStoreScheme as S;
+    let scheme = match kind {
+        Kind::Hub => return hub::connect(config),
+        Kind::Store(scheme) => scheme,
+    };
     let unusable = |e: object_store::Error| unusable(url).because(e);
     Ok(match scheme {
         // A receipt counts as committed once `put` returns, and its batch is then sent. Without
@@ -95,11 +102,7 @@ pub(super) fn connect(
                 allow: config.allow_uris.clone(),
             });
             let builder = configured!(HttpBuilder, &url[..Position::BeforePath], config, guarded);
-            let mut options = config.environment.iter().chain(&config.options);
-            let allowed = options
-                .find(|(name, _)| name.eq_ignore_ascii_case("allow_http"))
-                .map(|(_, v)| v.clone());
-            check_plain_http(Some(url.as_str()), allowed, "allow_http")?;
+            check_plain_http(Some(url.as_str()), allow_http(config), "allow_http")?;
             Arc::new(builder.build().map_err(unusable)?)
         }
         _ => return Err(self::unusable(url)),
@@ -110,7 +113,18 @@ fn unusable(url: &Url) -> Error {
     Error::invalid("uri", format!("cannot use '{url}'")).with("uri", url)
 }
 
-fn check_plain_http(endpoint: Option<&str>, allowed: Option<String>, option: &str) -> Result<()> {
+/// Returns the option that allows plain HTTP to web servers.
+pub(super) fn allow_http(config: &StorageConfig) -> Option<String> {
+    let mut options = all_options(config);
+    let found = options.find(|(name, _)| name.eq_ignore_ascii_case("allow_http"));
+    found.map(|(_, value)| value.clone())
+}
+
+pub(super) fn check_plain_http(
+    endpoint: Option<&str>,
+    allowed: Option<String>,
+    option: &str,
+) -> Result<()> {
     let Some(endpoint) = endpoint.filter(|endpoint| endpoint.starts_with("http://")) else {
         return Ok(());
     };
@@ -133,7 +147,7 @@ fn check_plain_http(endpoint: Option<&str>, allowed: Option<String>, option: &st
 
 /// Returns whether `object_store` reads `value` as true. The check for plain HTTP must agree
 /// with the client, else it would refuse what the client allows, or the reverse.
-fn is_true(value: &str) -> bool {
+pub(super) fn is_true(value: &str) -> bool {
     ["1", "true", "on", "yes", "y"]
         .iter()
         .any(|truth| value.eq_ignore_ascii_case(truth))

@@ -1,5 +1,6 @@
 //! Keeps a web server of data from leading this process to other places: to cloud providers'
 //! instance metadata, which hands out credentials, or by a redirect out of the allow-list.
+//! [`super::hub`] has its requests made here too.
 use super::below;
 use object_store::{
     ClientConfigKey as Key, ClientOptions, Result,
@@ -18,7 +19,7 @@ use std::{
 use url::{Host, Url};
 
 /// Most redirects that are followed for one request.
-const REDIRECTS_MAX: usize = 5;
+pub(super) const REDIRECTS_MAX: usize = 5;
 /// Host names under which clouds serve instance metadata.
 const NAMES: [&str; 4] = [
     "metadata.google.internal",
@@ -58,8 +59,9 @@ fn is_metadata_address(address: IpAddr) -> bool {
     is_link_local || ADDRESSES.contains(&plain)
 }
 
-/// Returns why a redirect to `url` is not followed, or `None` if it may be.
-fn refusal(url: &Url, allow: &[String]) -> Option<String> {
+/// Returns why a redirect to `url` is not followed, or `None` if it may be: where the allow-list
+/// has it, or `is_trusted`.
+pub(super) fn refusal(url: &Url, allow: &[String], is_trusted: bool) -> Option<String> {
     // The query may hold a signature, which must not get into logs and error messages.
     let shown = &url[..url::Position::AfterPath];
     if is_metadata(url) {
@@ -72,7 +74,8 @@ fn refusal(url: &Url, allow: &[String]) -> Option<String> {
             "it was redirected to {shown}, which is no web address"
         ));
     }
-    let is_allowed = allow.is_empty() || allow.iter().any(|prefix| below(shown, prefix));
+    let is_listed = || allow.is_empty() || allow.iter().any(|prefix| below(shown, prefix));
+    let is_allowed = is_trusted || is_listed();
     (!is_allowed).then(|| {
         format!("it was redirected to {shown}, which is not below any prefix of storage.allow_uris")
     })
@@ -91,31 +94,38 @@ impl HttpConnector for Guarded {
             if attempt.previous().len() > REDIRECTS_MAX {
                 return attempt.error("it was redirected too often");
             }
-            match refusal(attempt.url(), &allow) {
+            match refusal(attempt.url(), &allow, false) {
                 None => attempt.follow(),
                 Some(why) => attempt.error(why),
             }
         };
-        let seconds = |key: Key, otherwise: u64| {
-            let given = options.get_config_value(&key);
-            let given = given.and_then(|text| humantime::parse_duration(&text).ok());
-            given.unwrap_or(Duration::from_secs(otherwise))
-        };
-        let allows = |key: Key| options.get_config_value(&key).as_deref() == Some("true");
-        // `object_store`'s own connector follows redirects to any host, so this one replaces it. It
-        // must set by hand what that connector would set from the options: time-outs, proxy, plain
-        // HTTP.
-        let mut client = reqwest::Client::builder()
-            .redirect(Policy::custom(redirected))
-            .dns_resolver(Arc::new(Resolver))
-            .https_only(!allows(Key::AllowHttp))
-            .timeout(seconds(Key::Timeout, 30))
-            .connect_timeout(seconds(Key::ConnectTimeout, 5));
-        if let Some(proxy) = options.get_config_value(&Key::ProxyUrl) {
-            client = client.proxy(reqwest::Proxy::all(proxy).map_err(generic)?);
-        }
-        Ok(HttpClient::new(client.build().map_err(generic)?))
+        Ok(HttpClient::new(client(
+            options,
+            Policy::custom(redirected),
+        )?))
     }
+}
+
+/// Makes a client that reaches no instance metadata. `object_store`'s own connector follows
+/// redirects to any host, so this one replaces it. It must set by hand what that connector would
+/// set from the options: time-outs, proxy, plain HTTP.
+pub(super) fn client(options: &ClientOptions, redirects: Policy) -> Result<reqwest::Client> {
+    let seconds = |key: Key, otherwise: u64| {
+        let given = options.get_config_value(&key);
+        let given = given.and_then(|text| humantime::parse_duration(&text).ok());
+        given.unwrap_or(Duration::from_secs(otherwise))
+    };
+    let allows = |key: Key| options.get_config_value(&key).as_deref() == Some("true");
+    let mut client = reqwest::Client::builder()
+        .redirect(redirects)
+        .dns_resolver(Arc::new(Resolver))
+        .https_only(!allows(Key::AllowHttp))
+        .timeout(seconds(Key::Timeout, 30))
+        .connect_timeout(seconds(Key::ConnectTimeout, 5));
+    if let Some(proxy) = options.get_config_value(&Key::ProxyUrl) {
+        client = client.proxy(reqwest::Proxy::all(proxy).map_err(generic)?);
+    }
+    client.build().map_err(generic)
 }
 
 fn generic(source: reqwest::Error) -> object_store::Error {

@@ -1,5 +1,5 @@
 //! A prefix in a store, and the operations below it.
-use super::{join, local};
+use super::{hub, join, local};
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
@@ -211,6 +211,11 @@ impl Location {
         schemes.any(|web| self.uri.starts_with(web))
     }
 
+    /// Returns whether the Hugging Face hub answers. It counts requests, and limits them.
+    pub fn is_hub(&self) -> bool {
+        self.uri.starts_with("hf:")
+    }
+
     /// As [`Location::list`], for folders that this service did not write. In local ones, entries
     /// that no key can name (control characters, other encodings, loops of links) are left out with
     /// a warning.
@@ -311,7 +316,8 @@ impl Location {
     }
 
     /// Returns the error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`,
-    /// which callers retry, or `InvalidArgument` for a missing bucket, which no retry creates.
+    /// which callers retry, or `InvalidArgument` for what no retry changes: a missing bucket, or
+    /// what the hub does not give.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         if is_bucket_missing(&chain(&cause)) {
@@ -323,6 +329,10 @@ impl Location {
             return Error::invalid("uri", message)
                 .with("uri", uri)
                 .with("bucket", bucket);
+        }
+        if let Some(why) = hub::refusal(&cause) {
+            let message = format!("cannot {verb} {uri}: {why}");
+            return Error::invalid("uri", message).with("uri", uri);
         }
         if matches!(cause, object_store::Error::InvalidPath { .. }) {
             let message = format!(

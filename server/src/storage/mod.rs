@@ -5,13 +5,18 @@ mod copy;
 mod deadline;
 mod facts;
 mod guard;
+mod hub;
 mod local;
 mod location;
 mod metered;
 mod options;
 mod retried;
+mod uri;
 
-use self::deadline::Deadlines;
+use self::{
+    deadline::Deadlines,
+    uri::{below, leaves_folder, parse_uri},
+};
 use crate::{
     bounds::URI_BYTES_MAX,
     error::{Error, Result},
@@ -22,9 +27,10 @@ pub use facts::is_deleted;
 pub use facts::is_passing;
 pub use facts::nonce;
 pub use facts::probe;
+pub use hub::Pins;
 pub use location::Location;
 pub use metered::metered;
-use object_store::{ObjectStore, ObjectStoreScheme as Scheme, path::Path};
+use object_store::{ObjectStore, path::Path};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -33,6 +39,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use superbatch_proto::v1::Reason;
+pub use uri::can_hold_state;
 use url::Url;
 
 /// Which storage may be used, and how it is reached.
@@ -111,8 +118,9 @@ struct Inner {
 
 impl fmt::Debug for Stores {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the whole configuration: it has credentials.
         f.debug_struct("Stores")
-            .field("config", &self.0.config)
+            .field("allow_uris", &self.0.config.allow_uris)
             .finish_non_exhaustive()
     }
 }
@@ -180,7 +188,7 @@ impl Stores {
     }
 
     /// Opens a URI from the operator's own settings: `file:///…`, `s3://bucket/…`, `memory:///…`,
-    /// `http(s)://…`.
+    /// `http(s)://…`, `hf://datasets/…`.
     ///
     /// # Errors
     /// `InvalidArgument` if it is no such URI. No connection is opened yet.
@@ -192,14 +200,14 @@ impl Stores {
             );
             return Err(Error::invalid("uri", message));
         }
-        let (url, scheme, path) = parse_uri(uri)?;
+        let (url, kind, path) = parse_uri(uri)?;
         let key = format!("{}://{}", url.scheme(), url.authority());
         let mut open = self.0.open.lock().expect("no panic while held");
         let store = match open.get(&key) {
             Some(store) => store.clone(),
             None => {
                 self.0.config.validate()?;
-                let store = connect::connect(&scheme, &url, &self.0.config)?;
+                let store = connect::connect(&kind, &url, &self.0.config)?;
                 let store = self
                     .0
                     .wrap
@@ -214,82 +222,6 @@ impl Stores {
         };
         Ok(Location::new(store, path, uri))
     }
-}
-
-/// Checks that a URI's store can hold state, which must be written and not only read. No connection
-/// is opened.
-///
-/// # Errors
-/// `InvalidArgument`, naming the stores that can.
-pub fn can_hold_state(uri: &str) -> Result<()> {
-    match parse_uri(uri)? {
-        (_, Scheme::Http, _) => {
-            let message = format!(
-                "'{uri}' names a web server, which is only read; use file, s3, gs, az or memory"
-            );
-            Err(unusable(uri, message))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn unusable(uri: &str, message: String) -> Error {
-    Error::invalid("uri", message).with("uri", uri)
-}
-
-fn parse_uri(uri: &str) -> Result<(Url, Scheme, Path)> {
-    if let Some(at) = uri.find(['#', '?']) {
-        let (sign, code) = match &uri[at..=at] {
-            "#" => ("#", "%23"),
-            sign => (sign, "%3F"),
-        };
-        let message =
-            format!("'{uri}' has a '{sign}'; one that belongs to a name is written {code}");
-        return Err(unusable(uri, message));
-    }
-    let url = Url::parse(uri).map_err(|e| {
-        unusable(
-            uri,
-            format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name"),
-        )
-        .because(e)
-    })?;
-    if let ("file" | "memory", Some(host)) = (url.scheme(), url.host_str()) {
-        let meant = format!(
-            "{}:///{host}{}",
-            url.scheme(),
-            url.path().trim_end_matches('/')
-        );
-        let message = format!(
-            "'{uri}' names a host, {host}, and no path; write three slashes, as in {meant}"
-        );
-        return Err(unusable(uri, message));
-    }
-    match Scheme::parse(&url) {
-        Ok((scheme, path)) => Ok((url, scheme, path)),
-        Err(e) => Err(unusable(
-            uri,
-            format!("cannot use '{uri}'; use file, s3, gs, az or memory"),
-        )
-        .because(e)),
-    }
-}
-
-/// Returns whether a URI leads out of the folder that its text shows, perhaps only after a URL
-/// parser has read it: parsers drop tabs and line ends, take `\` for `/`, and decode `%2e%2e` to
-/// `..`. The allow-list is compared with the text, so these must be refused before.
-fn leaves_folder(uri: &str) -> bool {
-    uri.to_ascii_lowercase().contains("%2e")
-        || uri.contains(['\\', '\t', '\n', '\r'])
-        || uri.split('/').any(|segment| segment == "..")
-}
-
-/// Returns whether `uri` is `prefix` or lies below it, by whole path segments: `s3://data` does not
-/// allow `s3://database`.
-fn below(uri: &str, prefix: &str) -> bool {
-    let prefix = prefix.trim_end_matches('/');
-    uri.strip_prefix(prefix)
-        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Joins `base` and `key` to one object path. A key is a name as it is stored, never an encoded
