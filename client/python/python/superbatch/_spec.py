@@ -16,8 +16,8 @@ from ._arguments import file_uri, items, text, wrong
 class Source:
     """Where candidates come from.
 
-    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///, s3://
-    or memory:///; an
+    uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///,
+    s3://, hf://datasets/ or memory:///; an
         absolute `Path` is its file:/// URI.
     weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the
     source out.
