@@ -30,6 +30,8 @@ pub(crate) const LABEL_BYTES_MAX: usize = 256;
 /// Files that the patterns of one source may name, and the bytes of their names.
 pub(crate) const EXPANSION_MAX: usize = 1_000_000;
 pub(crate) const EXPANSION_BYTES_MAX: usize = 256 << 20;
+/// Braces of one URI: each is taken apart within the one before it.
+pub(crate) const BRACES_MAX: usize = 64;
 /// Globs of one source: each is compared with every file of its folder.
 pub(crate) const GLOBS_MAX: usize = 1 << 12;
 

@@ -1,13 +1,13 @@
 //! Data sets: an immutable manifest of shards and blocks, written once by indexing, and the readers
 //! of their files.
 mod file;
-mod filter;
+pub(crate) mod filter;
 mod find;
 mod index;
 mod layout;
 mod manifest;
 mod mask;
-mod pattern;
+pub(crate) mod pattern;
 mod row_groups;
 mod schema;
 mod scores;

@@ -3,11 +3,11 @@
 mod globs;
 
 use crate::{
-    bounds::{EXPANSION_BYTES_MAX, EXPANSION_MAX, GLOBS_MAX},
+    bounds::{BRACES_MAX, EXPANSION_BYTES_MAX, EXPANSION_MAX, GLOBS_MAX, URI_BYTES_MAX},
     error::{Error, Result},
 };
 
-pub(super) use globs::matches;
+pub(crate) use globs::matches;
 use globs::tokens;
 
 /// The endings by which a plain URI is a file and not a folder.
@@ -15,7 +15,7 @@ pub(super) const SHARD_ENDINGS: [&str; 2] = [".parquet", ".tar"];
 
 /// A parsed source URI: one root folder, and the files wanted below it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Pattern {
+pub(crate) struct Pattern {
     /// The folder that shard paths are relative to.
     pub root_uri: String,
     pub parts: Vec<Part>,
@@ -23,7 +23,7 @@ pub(super) struct Pattern {
 
 /// One of the URIs of a source.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(crate) struct Part {
     /// Below the root: `""` or a path.
     pub folder: String,
     pub keys: Keys,
@@ -31,7 +31,7 @@ pub(super) struct Part {
 
 /// The files wanted below a part's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Keys {
+pub(crate) enum Keys {
     /// Every shard.
     Folder,
     /// These files, each of which must exist.
@@ -67,7 +67,7 @@ impl Keys {
 ///
 /// # Errors
 /// `InvalidArgument` for what is no pattern, names far too many files, or lies in two stores.
-pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Result<Pattern> {
+pub(crate) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Result<Pattern> {
     let (mut names, mut bytes) = (0, 0);
     let parts = parts
         .map(|part| {
@@ -95,8 +95,10 @@ pub(super) fn parse<'a>(uri: &str, parts: impl Iterator<Item = &'a str>) -> Resu
             })?;
         }
     }
+    // Roots may end in a slash or not.
+    let above = root_uri.trim_end_matches('/').len();
     let part = |(root, keys): (String, Keys)| {
-        let folder = decoded(uri, root[root_uri.len()..].trim_matches('/'))?;
+        let folder = decoded(uri, root[above..].trim_matches('/'))?;
         Ok(Part { folder, keys })
     };
     let parts = parts.into_iter().map(part).collect::<Result<Vec<_>>>()?;
@@ -144,6 +146,17 @@ fn is_below(uri: &str, root: &str) -> bool {
 
 /// Returns the folder and keys of one URI.
 fn one(uri: &str, part: &str) -> Result<(String, Keys)> {
+    // A list in a file has lines of any length.
+    if part.len() > URI_BYTES_MAX {
+        let bytes = part.len();
+        let what = format!("it has a URI of {bytes} bytes; give at most {URI_BYTES_MAX}");
+        return Err(bad(uri, &what));
+    }
+    let braces = part.matches('{').count();
+    if braces > BRACES_MAX {
+        let what = format!("it has a URI with {braces} braces; give at most {BRACES_MAX}");
+        return Err(bad(uri, &what));
+    }
     if let Some(at) = part.find('#') {
         let meant = part[at..].replace('#', "%23");
         let what = format!("'#' begins a fragment, which storage has not; write {meant}");
@@ -210,13 +223,18 @@ fn bad(uri: &str, what: &str) -> Error {
     Error::invalid("sources", message).with("uri", uri)
 }
 
-/// Decodes the path of a URI.
+/// Decodes the path of a URI. Slashes that follow each other are one: stores list what lies there
+/// so.
 pub(super) fn decoded(uri: &str, text: &str) -> Result<String> {
     let bytes = percent_decoded(text);
     let name = String::from_utf8(bytes).map_err(|_| bad(uri, "its % signs encode no UTF-8"))?;
     let slashes = |text: &str| text.matches('/').count();
     if slashes(&name) == slashes(text) && name.split('/').all(|segment| segment != "..") {
-        Ok(name)
+        if !name.contains("//") {
+            return Ok(name);
+        }
+        let segments = name.split('/').filter(|segment| !segment.is_empty());
+        Ok(segments.collect::<Vec<_>>().join("/"))
     } else {
         Err(bad(
             uri,

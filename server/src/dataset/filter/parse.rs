@@ -4,15 +4,23 @@ use super::{
     expression::{Expression, Literal, Name, Operator},
     words::{Fault, What, Word, words},
 };
+use crate::bounds::NAME_BYTES_MAX;
 
 /// Parentheses and `not` inside each other.
 const DEPTH_MAX: usize = 32;
+/// Bytes of a text. Comparisons that are joined lie within each other, and a stack has an end.
+const BYTES_MAX: usize = NAME_BYTES_MAX;
 
 /// Parses `text`.
 ///
 /// # Errors
 /// What is wrong, and at which character.
 pub(crate) fn parse(text: &str) -> Result<Expression, Fault> {
+    if text.len() > BYTES_MAX {
+        let bytes = text.len();
+        let what = format!("the text has {bytes} bytes, and at most {BYTES_MAX} are read");
+        return Err(Fault::new(1, what));
+    }
     let mut parser = Parser {
         words: words(text)?,
         next: 0,
@@ -281,7 +289,10 @@ mod tests {
             assert_eq!(fault.at, at, "{text}: {fault:?}");
             assert!(fault.what.contains(what), "{text}: {fault:?}");
         }
-        let deep = "(".repeat(100_000);
+        let deep = "(".repeat(1_000);
         assert!(parse(&deep).unwrap_err().what.contains("inside each other"));
+        let long = format!("a = 1{}", " or a = 1".repeat(100_000));
+        let fault = parse(&long).unwrap_err();
+        assert!(fault.what.contains("900005 bytes"), "{fault:?}");
     }
 }

@@ -18,9 +18,13 @@ fn segments_match(globs: &[&str], paths: &[&str]) -> bool {
         let mut next = vec![false; reached.len()];
         // At the end, `**` is every file below, so one segment or more.
         let least = usize::from(n + 1 == globs.len());
+        let mut before = false;
         for at in 0..reached.len() {
             next[at] = match *glob {
-                "**" => at >= least && reached[..=at - least].contains(&true),
+                "**" => {
+                    before |= at >= least && reached[at - least];
+                    before
+                }
                 _ => at > 0 && reached[at - 1] && segment_matches(glob, paths[at - 1]),
             };
         }

@@ -94,6 +94,17 @@ fn what_is_joined_has_one_root() {
     assert_eq!(parse("s3://b/a::s3://b/ab").unwrap().root_uri, "s3://b");
     let error = parse("s3://b/a::s3://c/a").unwrap_err();
     assert!(error.to_string().contains("different stores"), "{error}");
+    // With a slash at the end or without, and with slashes that follow each other.
+    let found = parse("s3://b/a/::s3://b/a").unwrap();
+    assert_eq!(found.root_uri, "s3://b/a/");
+    let found = parse("memory:///a.tar::memory://b.tar").unwrap();
+    assert_eq!(found.parts[1].folder, "");
+    let found = parse("s3://b/a::s3://b/c////d/{x//y,z}.tar").unwrap();
+    assert_eq!(found.parts[1].folder, "c/d");
+    assert_eq!(
+        found.parts[1].keys,
+        Keys::Exact(vec!["x/y.tar".into(), "z.tar".into()])
+    );
     let found = parse("file:///a/x::file:///b/y").unwrap();
     assert_eq!(
         (found.root_uri.as_str(), found.parts[1].folder.as_str()),
@@ -121,6 +132,12 @@ fn what_cannot_be_used_is_refused() {
         ("s3://b/x.parquet?versionId=7", "query"),
         ("s3://b/a%2F..%2Fb.tar", "slash"),
         ("s3://b/%ff.tar", "UTF-8"),
+        // Lists in files have lines of any length, and a number's width is one of formatting.
+        (&format!("s3://b/{}.tar", "{a}".repeat(1000)), "1000 braces"),
+        (
+            &format!("s3://b/{{{}..1}}.tar", "0".repeat(70_000)),
+            "at most 8192",
+        ),
     ] {
         let error = parse(uri).unwrap_err();
         assert_eq!(error.reason(), Reason::InvalidArgument, "{uri}");
