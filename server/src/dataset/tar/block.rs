@@ -79,15 +79,19 @@ impl TarBlock {
     }
 
     /// Returns the byte ranges of the wanted members.
-    pub fn ranges(&self) -> Vec<Range<u64>> {
-        let members = self.samples().flat_map(|sample| {
-            let lists = self.has_lists.then_some(&self.layout.caption_column);
-            let columns = self.columns.iter().chain(lists);
-            let columns = columns.filter_map(|column| Place::of(column).member(sample));
-            columns.chain(layout::image(&self.layout, sample))
-        });
-        let bytes = members.map(|member| member.offset..member.offset + member.length);
-        bytes.filter(|range| !range.is_empty()).collect()
+    ///
+    /// # Errors
+    /// If a column has more bytes than one array can hold. A block of one sample has any number.
+    pub fn ranges(&self) -> Result<Vec<Range<u64>>, ArrowError> {
+        let image = |sample| layout::image(&self.layout, sample);
+        let mut ranges = column_ranges(self.samples().filter_map(image))?;
+        let lists = self.has_lists.then_some(&self.layout.caption_column);
+        for column in self.columns.iter().chain(lists) {
+            let place = Place::of(column);
+            let members = self.samples().filter_map(|sample| place.read(sample));
+            ranges.extend(column_ranges(members)?);
+        }
+        Ok(ranges)
     }
 
     /// Returns the byte range of each row's image in the shard.
@@ -133,7 +137,7 @@ impl TarBlock {
     fn lists(&self, field: &str, name: &str, bytes: &Ranges) -> Result<ArrayRef, ArrowError> {
         let mut lists = ListBuilder::new(BinaryBuilder::new());
         for sample in self.samples() {
-            let member = sample.member(field);
+            let member = Place::Entry(field, name).read(sample);
             let content = member.map(|member| content(bytes, member)).transpose()?;
             let value = content.map_or(Value::Null, |content| value_of(&content, name));
             match value {
@@ -148,16 +152,32 @@ impl TarBlock {
     }
 }
 
+/// Returns where the members of one column lie.
+fn column_ranges<'a>(
+    members: impl Iterator<Item = &'a Member>,
+) -> Result<Vec<Range<u64>>, ArrowError> {
+    let members: Vec<&Member> = members.filter(|member| member.length > 0).collect();
+    let lengths = members.iter().map(|member| member.length);
+    if i32::try_from(lengths.fold(0, u64::saturating_add)).is_err() {
+        return Err(too_large());
+    }
+    let range = |member: &&Member| member.offset..member.offset + member.length;
+    Ok(members.iter().map(range).collect())
+}
+
 fn array<'a, T: AsRef<[u8]> + 'a>(
     values: impl Iterator<Item = Result<Option<T>, ParquetError>>,
 ) -> Result<ArrayRef, ArrowError> {
     let values = values.collect::<Result<Vec<_>, _>>()?;
     let sizes = values.iter().flatten().map(|value| value.as_ref().len());
     if i32::try_from(sizes.sum::<usize>()).is_err() {
-        let message = "a block has over 2 GiB of one column";
-        return Err(ArrowError::InvalidArgumentError(message.to_owned()));
+        return Err(too_large());
     }
     Ok(Arc::new(BinaryArray::from_iter(values)))
+}
+
+fn too_large() -> ArrowError {
+    ArrowError::InvalidArgumentError("a block has over 2 GiB of one column".to_owned())
 }
 
 fn content(bytes: &Ranges, member: &Member) -> Result<Bytes, ParquetError> {
@@ -175,7 +195,7 @@ fn value<'s>(
     if place == Place::Key {
         return Ok(Some(Cow::Borrowed(sample.key.as_bytes())));
     }
-    let Some(member) = place.member(sample) else {
+    let Some(member) = place.read(sample) else {
         return Ok(None);
     };
     let content = content(bytes, member)?;

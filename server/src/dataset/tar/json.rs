@@ -51,7 +51,7 @@ pub(in crate::dataset) async fn entries(
 async fn contents(file: &ShardFile, block: &Block, rows: &[&Sample]) -> Result<Vec<Option<Bytes>>> {
     let json = |sample: &Sample| -> Option<Member> {
         let member = sample.member("json")?;
-        (member.length > 0).then(|| member.clone())
+        layout::is_json(member).then(|| member.clone())
     };
     let members: Vec<Option<Member>> = rows.iter().map(|sample| json(sample)).collect();
     let ranges = members.iter().flatten();

@@ -67,6 +67,18 @@ impl<'a> Place<'a> {
             Self::Member(field) | Self::Entry(field, _) => sample.member(field),
         }
     }
+
+    /// Returns the member to read: of entries none that is too large to be taken apart.
+    pub(super) fn read(self, sample: &Sample) -> Option<&Member> {
+        let member = self.member(sample);
+        member.filter(|member| !matches!(self, Self::Entry(..)) || is_json(member))
+    }
+}
+
+/// Returns whether a member can be a JSON. Taken apart, one takes up to 32 times its bytes.
+pub(super) fn is_json(member: &Member) -> bool {
+    const BYTES_MAX: u64 = 16 << 20;
+    (1..=BYTES_MAX).contains(&member.length)
 }
 
 /// Returns the image of a sample: the first of the layout's fields that it has.
@@ -174,7 +186,7 @@ async fn first_value(column: &str, file: &ShardFile, survey: &Survey) -> Result<
     };
     let samples = survey.samples.iter();
     let members = samples.filter_map(|sample| sample.member(field));
-    for member in members.take(LOOKS) {
+    for member in members.take(LOOKS).filter(|member| is_json(member)) {
         let bytes = file
             .fetch(member.offset..member.offset + member.length)
             .await?;

@@ -1,7 +1,7 @@
 //! Groups members into samples, as webdataset and open_clip do.
 use super::entries::Entry;
 use crate::dataset::manifest::Block;
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 
 /// One member of a sample: `jpg` of `0001.jpg`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +47,11 @@ fn split(name: &str) -> Option<(&str, String)> {
 
 /// Groups the members of a tar in their order.
 #[derive(Debug, Default)]
-pub(super) struct Grouping(Option<Sample>);
+pub(super) struct Grouping {
+    open: Option<Sample>,
+    /// The fields of the open sample: it may have as many members as the tar.
+    fields: HashSet<String>,
+}
 
 impl Grouping {
     /// Adds the next member. Returns the sample that it ends: a sample ends if the key changes or a
@@ -60,11 +64,20 @@ impl Grouping {
             offset: entry.offset,
             length,
         };
-        let open = self.0.as_mut();
-        if let Some(open) = open.filter(|s| s.key == key && s.member(&member.field).is_none()) {
+        let is_more = self.open.as_ref().is_some_and(|open| open.key == key);
+        if !is_more {
+            self.fields.clear();
+        }
+        let is_new = self.fields.insert(member.field.clone());
+        if let Some(open) = self.open.as_mut().filter(|_| is_more && is_new) {
             open.members.push(member);
             open.end = end;
             return None;
+        }
+        // Where a field repeats, the next sample has that field alone.
+        if !is_new {
+            self.fields.clear();
+            self.fields.insert(member.field.clone());
         }
         let next = Sample {
             key: key.to_owned(),
@@ -72,12 +85,12 @@ impl Grouping {
             end,
             members: vec![member],
         };
-        self.0.replace(next)
+        self.open.replace(next)
     }
 
     /// Returns the last sample.
     pub(super) fn finish(self) -> Option<Sample> {
-        self.0
+        self.open
     }
 }
 
@@ -103,6 +116,24 @@ mod tests {
             let found = found.as_ref().map(|(key, field)| (*key, field.as_str()));
             assert_eq!(found, expected, "{name}");
         }
+    }
+
+    /// Compared with each other, these would take minutes.
+    #[test]
+    fn a_sample_may_have_as_many_members_as_its_tar() {
+        const MEMBERS: u64 = 300_000;
+        let mut grouping = Grouping::default();
+        for n in 0..MEMBERS {
+            let entry = Entry {
+                name: format!("a.{n}"),
+                header: n * 512,
+                offset: n * 512 + 512,
+                length: 0,
+            };
+            assert_eq!(grouping.push(&entry), None);
+        }
+        let sample = grouping.finish().unwrap();
+        assert_eq!(sample.members.len() as u64, MEMBERS);
     }
 
     #[test]

@@ -1,10 +1,15 @@
 use super::{
+    build::blocks,
     entries::{End, Entry, Next, Refused, Walk},
     fixtures::{append, img2dataset, tar},
+    samples::{Member, Sample},
 };
-use crate::dataset::{Manifest, SourceRequest, fixtures::*, index};
+use crate::dataset::{
+    Format, Layout, Manifest, ShardFile, SourceRequest, Survey, TarBlock, fixtures::*, index,
+};
 use bytes::Bytes;
 use proptest::prelude::*;
+use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use tar::{Builder, EntryType, Header};
 
@@ -246,6 +251,61 @@ async fn lists_in_a_json_are_captions_if_they_hold_texts() {
     let one = of(br#"{"caption": "a"}"#);
     let manifest = with(&one, as_is).await.unwrap();
     assert_eq!(manifest.sources[0].layout.caption_seed, None);
+}
+
+/// A range of no bytes is none that stores read; and a JSON takes many times its bytes.
+#[tokio::test]
+async fn an_empty_json_and_one_that_is_too_large_are_none() {
+    let endless = format!(r#"{{"caption": "{}"}}"#, "a".repeat(17 << 20));
+    for other in ["", endless.as_str()] {
+        let members: &[(&str, &[u8])] = &[
+            ("a.jpg", b"i"),
+            ("a.json", other.as_bytes()),
+            ("b.jpg", b"i"),
+            ("b.json", br#"{"caption": "x"}"#),
+        ];
+        let manifest = with(members, |r| r.predicate = Some("caption = 'x'".into()));
+        let source = &manifest.await.unwrap().sources[0];
+        assert_eq!(source.layout.caption_column, "json[caption]");
+        assert_eq!((source.rows(), source.shards[0].outside), (1, 1));
+    }
+}
+
+/// One sample may have any number of bytes, and is a block by itself.
+#[test]
+fn a_block_that_no_array_holds_is_refused_before_it_is_read() {
+    let member = |field: &str, length| Member {
+        field: field.to_owned(),
+        offset: 0,
+        length,
+    };
+    let members = vec![member("jpg", 7), member("txt", 7), member("npy", 3 << 30)];
+    let sample = Sample {
+        key: "a".to_owned(),
+        start: 0,
+        end: 4 << 30,
+        members,
+    };
+    let survey = Survey {
+        samples: vec![sample],
+        end: End::Whole,
+    };
+    let layout = Layout {
+        image_column: "jpg".into(),
+        image_in_struct: false,
+        caption_column: "txt".into(),
+        caption_seed: None,
+        format: Format::Tar,
+    };
+    let block = &blocks(&survey.samples, &layout)[0];
+    let file = ShardFile::new(stores().open("memory:///a.tar").unwrap(), 4 << 30, None);
+    let survey = Arc::new(survey);
+    let ranges = |columns: &[String]| {
+        let block = TarBlock::new(survey.clone(), &layout, columns, block, &file);
+        block.unwrap().ranges()
+    };
+    assert_eq!(ranges(&[]).unwrap(), [0..7, 0..7]);
+    assert!(ranges(&["npy".to_owned()]).is_err());
 }
 
 #[tokio::test]

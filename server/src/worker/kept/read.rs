@@ -227,7 +227,9 @@ impl BlockReader {
         let survey = self.survey(file, key).await?;
         let (block, indexed) = (wanted.block, &shard.blocks[wanted.block]);
         let rows = TarBlock::new(survey, &wanted.layout, &wanted.columns, indexed, file)?;
-        let bytes = file.ranges(&rows.ranges()).await?;
+        let ranges = rows.ranges();
+        let ranges = ranges.map_err(|cause| file.undecodable(block, cause))?;
+        let bytes = file.ranges(&ranges).await?;
         decoded(file, block, move || wanted.assemble(&rows.decode(&bytes)?)).await
     }
 }
