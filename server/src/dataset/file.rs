@@ -27,6 +27,11 @@ const ENCRYPTED: &[u8] = b"PARE";
 /// Ranges closer than this are read by one request: on object storage a request costs as much time
 /// as a megabyte of data.
 const GAP_BYTES: u64 = 1 << 20;
+/// Most rows that a file may say it has, and how many more for each of its bytes: a row takes a
+/// bit at least, where its values do not all repeat. What is kept of a row takes memory whatever
+/// it takes in the file.
+const ROWS_MAX: u64 = 1 << 20;
+const ROWS_OF_BYTE_MAX: u64 = 8;
 /// Requests for one block at the same time.
 const RANGES_AT_ONCE: usize = 8;
 
@@ -94,7 +99,8 @@ impl ShardFile {
     /// Reads the footer and the schema.
     ///
     /// # Errors
-    /// `InvalidArgument` if it is no Parquet file; `DatasetChanged`, `StorageUnreachable`.
+    /// `InvalidArgument` if it is no Parquet file, or says that it has more rows than its bytes can
+    /// hold; `DatasetChanged`, `StorageUnreachable`.
     pub async fn footer(&self) -> Result<ArrowReaderMetadata> {
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = FOOTER_BYTES.min(self.size);
@@ -117,9 +123,22 @@ impl ShardFile {
             }
         }
         let metadata = reader.finish().map_err(|e| self.no_parquet(e))?;
+        self.check_rows(&metadata)?;
         let metadata = without_false_dictionaries(metadata).map_err(|e| self.no_parquet(e))?;
         ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
             .map_err(|e| self.no_parquet(e))
+    }
+
+    fn check_rows(&self, metadata: &ParquetMetaData) -> Result<()> {
+        let rows = metadata.row_groups().iter().map(RowGroupMetaData::num_rows);
+        let rows = rows.map(|rows| u64::try_from(rows).unwrap_or_default());
+        let rows = rows.fold(0, u64::saturating_add);
+        if rows <= ROWS_MAX.saturating_add(self.size.saturating_mul(ROWS_OF_BYTE_MAX)) {
+            return Ok(());
+        }
+        let size = self.size;
+        let why = format!("says that it has {rows} rows, which {size} bytes cannot hold");
+        Err(self.refused(format_args!("{why}; it is damaged, so write it anew")))
     }
 
     /// Returns the error `InvalidArgument` for a file that is not read.

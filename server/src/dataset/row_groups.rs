@@ -26,6 +26,8 @@ use superbatch_proto::v1::Reason;
 
 /// Most bytes of one column of a row group: an Arrow array's offsets have 32 bits.
 const COLUMN_BYTES_MAX: i64 = i32::MAX as i64;
+/// Most rows of a row group: which of them are kept is decided in memory.
+const GROUP_ROWS_MAX: u32 = 1 << 24;
 /// Row groups of more rows cause a warning: the reference embeds a group as a whole, even if a step
 /// wants only a few of its rows.
 const GROUP_ROWS_LARGE: i64 = 10_000;
@@ -232,7 +234,8 @@ impl Building {
 fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> {
     let mut first_row = 0;
     let block = |group: &RowGroupMetaData| {
-        let rows = u32::try_from(group.num_rows()).map_err(|_| {
+        let rows = u32::try_from(group.num_rows()).ok();
+        let rows = rows.filter(|rows| *rows <= GROUP_ROWS_MAX).ok_or_else(|| {
             let message = format!(
                 "{} has a row group of {} rows; write smaller ones",
                 file.uri(),
@@ -271,6 +274,43 @@ fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> 
 mod tests {
     use super::*;
     use crate::dataset::fixtures::{img2dataset, parquet, put, request, stores};
+    use std::sync::Arc;
+
+    /// What a footer says of a group's rows need not be what its columns hold.
+    #[tokio::test]
+    async fn a_group_whose_columns_have_other_rows_is_refused() {
+        let stores = stores();
+        let bytes = parquet(&img2dataset(0..4), 4);
+        let size = bytes.len() as u64;
+        put(&stores, &[("0.parquet", bytes)]).await;
+        let file = ShardFile::new(stores.open("memory:///data/0.parquet").unwrap(), size, None);
+        let footer = file.footer().await.unwrap();
+        let filtered = SourceRequest {
+            predicate: Some("uid <> 7".to_owned()),
+            ..request("memory:///data")
+        };
+        let filter = Filter::open(&stores, &filtered).await.unwrap();
+        for rows in [3, 4, 5] {
+            let mut blocks = blocks(&file, &footer).unwrap();
+            blocks[0].rows = rows;
+            // The statistics would decide it, so they are left out.
+            let groups = footer.metadata().row_groups().iter();
+            let groups = groups.map(|group| without_statistics(group.clone()));
+            let metadata = footer.metadata().as_ref().clone().into_builder();
+            let metadata = metadata.set_row_groups(groups.collect()).build();
+            let footer = ArrowReaderMetadata::try_new(Arc::new(metadata), Default::default());
+            let kept = filter.keep_rows(&file, &footer.unwrap(), &mut blocks).await;
+            assert_eq!(kept.is_ok(), rows == 4, "{rows}");
+        }
+    }
+
+    fn without_statistics(group: RowGroupMetaData) -> RowGroupMetaData {
+        let columns = group.columns().iter().cloned();
+        let columns = columns.map(|c| c.into_builder().clear_statistics().build().unwrap());
+        let columns = columns.collect();
+        let built = group.into_builder().set_column_metadata(columns).build();
+        built.unwrap()
+    }
 
     #[tokio::test]
     async fn a_row_group_that_no_array_holds_is_refused_with_the_cure() {

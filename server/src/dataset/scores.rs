@@ -2,7 +2,7 @@
 use super::{
     file::ShardFile,
     filter::{
-        columns,
+        columns::{self, Batches},
         expression::Literal,
         ids::{self, NUMBERS, number},
         values::{Kind, values},
@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     storage::{Location, Stores},
 };
+use arrow::error::ArrowError;
 use bytes::Bytes;
 use std::{
     collections::VecDeque,
@@ -134,27 +135,30 @@ impl Scores {
         column: &str,
     ) -> Result<Vec<f64>> {
         let Some(scores) = &source.scores else {
-            let values = self.column(source, file, column, true).await?;
-            return Ok(numbers(&values));
+            let number = |value: Option<&Literal>| value.map_or(f64::NAN, number);
+            return self.column(source, file, column, true, number).await;
         };
-        let ids = self.column(source, file, &scores.id_column, false).await?;
+        let id = |value: Option<&Literal>| value.map(|id| ids::hashed(id).to_be_bytes());
+        let ids = self.column(source, file, &scores.id_column, false, id);
+        let ids = ids.await?;
         let joined = self.joined(source, column).await?;
-        let value = |id: &Option<Literal>| {
-            let id = ids::hashed(id.as_ref()?).to_be_bytes();
+        let value = |id: &Option<Id>| {
+            let id = (*id)?;
             let at = joined.binary_search_by_key(&id, |(id, _)| *id).ok()?;
             Some(joined[at].1)
         };
         Ok(ids.iter().map(|id| value(id).unwrap_or(f64::NAN)).collect())
     }
 
-    /// Reads a column of the shard itself.
-    async fn column(
+    /// Reads a column of the shard itself, and returns what `of` makes of each row's value.
+    async fn column<T: Send + 'static>(
         &self,
         source: &SourceManifest,
         file: &ShardFile,
         column: &str,
         is_number: bool,
-    ) -> Result<Vec<Option<Literal>>> {
+        of: fn(Option<&Literal>) -> T,
+    ) -> Result<Vec<T>> {
         if source.layout.format == Format::Tar {
             let survey = tar::survey_kept(Some(&self.state), file).await?;
             let entries = tar::entries(file, &survey, &source.layout, &[column]).await?;
@@ -165,7 +169,7 @@ impl Scores {
                 .find(|v| matches!(v, Literal::Text(_)));
             return match text.filter(|_| is_number) {
                 Some(text) => Err(no_number(file, column, &text.to_string())),
-                None => Ok(values),
+                None => Ok(values.iter().map(|value| of(value.as_ref())).collect()),
             };
         }
         let footer = file.footer().await?;
@@ -185,11 +189,16 @@ impl Scores {
             return Err(no_number(file, column, &field.data_type().to_string()));
         }
         let groups: Vec<usize> = (0..footer.metadata().num_row_groups()).collect();
-        let mut all = Vec::new();
-        for batch in columns::read(file, &footer, &groups, &[column]).await? {
-            all.extend(values(batch.column(0)).map_err(|e| file.undecodable(0, e))?);
-        }
-        Ok(all)
+        let look = move |_: usize, batches: &mut Batches| -> Result<Vec<T>, ArrowError> {
+            let mut all = Vec::new();
+            for batch in batches {
+                let values = values(batch?.column(0))?;
+                all.extend(values.iter().map(|value| of(value.as_ref())));
+            }
+            Ok(all)
+        };
+        let all = columns::read(file, &footer, &groups, &[column], look).await?;
+        Ok(all.into_iter().flatten().collect())
     }
 
     /// Reads a column of the Parquet files beside the source, by id.
@@ -276,11 +285,6 @@ fn check_rows(rows: usize, most: usize, uri: &str) -> Result<()> {
 fn no_number(file: &ShardFile, column: &str, found: &str) -> Error {
     let message = format!("column '{column}' of {} is {found}, no number", file.uri());
     layout::mismatch(message, file.uri(), column)
-}
-
-fn numbers(values: &[Option<Literal>]) -> Vec<f64> {
-    let value = |value: &Option<Literal>| value.as_ref().map_or(f64::NAN, number);
-    values.iter().map(value).collect()
 }
 
 /// Returns what the values of a shard depend on.

@@ -687,3 +687,15 @@ async fn rows_are_named_alike_whatever_a_run_weighs_them_by() {
     ];
     assert!(others.iter().all(|other| *other != rows) && others[0] != others[1]);
 }
+
+/// Where values repeat, a few bytes are any number of rows, each of which takes memory.
+#[tokio::test]
+async fn more_rows_than_a_files_bytes_can_hold_are_refused() {
+    let stores = stores();
+    let rows: ArrayRef = Arc::new(Int64Array::from(vec![7; 3 << 20]));
+    let bytes = parquet(&batch(vec![("jpg", rows)]), 1 << 20);
+    assert!(bytes.len() < 64 << 10, "{} bytes", bytes.len());
+    let error = failure(indexed(&stores, &[("0.parquet", bytes)]).await);
+    assert_eq!(error.value("shard"), Some("memory:///data/0.parquet"));
+    assert!(error.to_string().contains("3145728 rows"), "{error}");
+}

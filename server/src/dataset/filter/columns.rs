@@ -3,11 +3,13 @@ use crate::{
     dataset::file::ShardFile,
     error::{Error, Result},
 };
-use arrow::{array::RecordBatch, error::ArrowError};
+use arrow::error::ArrowError;
 use parquet::{
     arrow::{
         ProjectionMask,
-        arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder},
+        arrow_reader::{
+            ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+        },
     },
     file::metadata::ColumnChunkMetaData,
 };
@@ -15,16 +17,24 @@ use parquet::{
 /// Rows of one batch.
 const BATCH_ROWS: usize = 64 << 10;
 
-/// Reads whole columns of some row groups, by ranges, in the order of the groups' rows.
+/// The columns of one row group, batch by batch.
+pub(in crate::dataset) type Batches = ParquetRecordBatchReader;
+
+/// Reads whole columns of some row groups, by ranges. Returns what `look` makes of each group, in
+/// their order; it is given the group's place among `groups`.
+///
+/// `look` runs on a thread for blocking work, and sees one batch at a time: where values repeat, a
+/// few bytes are any number of rows, so that all of them together may not fit into memory.
 ///
 /// # Errors
 /// Those of reading, and `InvalidArgument` if the columns cannot be decoded.
-pub(in crate::dataset) async fn read(
+pub(in crate::dataset) async fn read<T: Send + 'static>(
     file: &ShardFile,
     footer: &ArrowReaderMetadata,
     groups: &[usize],
     names: &[&str],
-) -> Result<Vec<RecordBatch>> {
+    mut look: impl FnMut(usize, &mut Batches) -> Result<T, ArrowError> + Send + 'static,
+) -> Result<Vec<T>> {
     let is_wanted = |column: &ColumnChunkMetaData| {
         let root = column.column_path().parts().first();
         root.is_some_and(|root| names.contains(&root.as_str()))
@@ -44,17 +54,23 @@ pub(in crate::dataset) async fn read(
     );
     let (footer, wanted) = (footer.clone(), groups.to_vec());
     let decode = move || {
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes, footer)
-            .with_row_groups(wanted)
-            .with_projection(mask)
-            .with_batch_size(BATCH_ROWS)
-            .build()?;
-        reader.collect::<Result<Vec<_>, ArrowError>>()
+        let mut one = |(n, group): (usize, &usize)| {
+            let builder =
+                ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer.clone());
+            let mut batches = builder
+                .with_row_groups(vec![*group])
+                .with_projection(mask.clone())
+                .with_batch_size(BATCH_ROWS)
+                .build()?;
+            look(n, &mut batches)
+        };
+        let looks = wanted.iter().enumerate();
+        let looks = looks.map(|at| one(at).map_err(|cause| (*at.1, cause)));
+        looks.collect::<Result<Vec<T>, (usize, ArrowError)>>()
     };
     let panicked = |e| Error::internal(format!("reading {} panicked", file.uri())).because(e);
     let decoded = tokio::task::spawn_blocking(decode)
         .await
         .map_err(panicked)?;
-    let first = groups.first().copied().unwrap_or_default();
-    decoded.map_err(|cause| file.undecodable(first, cause))
+    decoded.map_err(|(group, cause)| file.undecodable(group, cause))
 }

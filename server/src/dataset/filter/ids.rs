@@ -1,6 +1,6 @@
 //! Lists of ids: DataComp's `.npy` files of uids, or a column of Parquet files.
 use super::{
-    columns,
+    columns::{self, Batches},
     expression::Literal,
     values::{Kind, values},
 };
@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Result},
     storage::Stores,
 };
+use arrow::error::ArrowError;
 use std::borrow::Cow;
 
 /// 268 million ids of 16 bytes.
@@ -171,22 +172,28 @@ pub(in crate::dataset) async fn numbered(
     }
     let groups: Vec<usize> = (0..footer.metadata().num_row_groups()).collect();
     let wanted: Vec<&str> = [Some(column), value].into_iter().flatten().collect();
-    let mut found = Vec::new();
-    for batch in columns::read(file, &footer, &groups, &wanted).await? {
-        let of = |name: &str| match batch.column_by_name(name) {
-            Some(array) => values(array).map_err(|e| file.undecodable(0, e)),
-            None => Ok(Vec::new()),
-        };
-        let (ids, numbers) = (of(column)?, value.map(of).transpose()?.unwrap_or_default());
-        for (row, id) in ids.iter().enumerate() {
-            let number = numbers
-                .get(row)
-                .and_then(Option::as_ref)
-                .map_or(f64::NAN, number);
-            found.extend(id.iter().map(|id| (hashed(id), number)));
+    let (column, value) = (column.to_owned(), value.map(str::to_owned));
+    let look = move |_: usize, batches: &mut Batches| -> Result<Vec<_>, ArrowError> {
+        let mut found = Vec::new();
+        for batch in batches {
+            let batch = batch?;
+            let of = |name: &str| match batch.column_by_name(name) {
+                Some(array) => values(array),
+                None => Ok(Vec::new()),
+            };
+            let numbers = value.as_deref().map(of).transpose()?.unwrap_or_default();
+            for (row, id) in of(&column)?.iter().enumerate() {
+                let number = numbers
+                    .get(row)
+                    .and_then(Option::as_ref)
+                    .map_or(f64::NAN, number);
+                found.extend(id.iter().map(|id| (hashed(id), number)));
+            }
         }
-    }
-    Ok(found)
+        Ok(found)
+    };
+    let found = columns::read(file, &footer, &groups, &wanted, look).await?;
+    Ok(found.into_iter().flatten().collect())
 }
 
 /// Kinds of columns that hold numbers.

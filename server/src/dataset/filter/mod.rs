@@ -2,7 +2,7 @@
 //! img2dataset notes as failed. They are found once, by indexing, and counted in the manifest.
 mod bounds;
 pub(super) mod columns;
-pub(super) mod expression;
+pub(crate) mod expression;
 pub(super) mod ids;
 mod parse;
 mod row_groups;
@@ -24,7 +24,7 @@ use expression::{Expression, Literal};
 use ids::Ids;
 pub(crate) use parse::parse;
 pub(super) use samples::{Entries, KEY};
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 pub(crate) use words::Fault;
 
 /// The column whose values are looked up in a list of ids, where the source names none.
@@ -33,7 +33,14 @@ pub(super) const ID_COLUMN: &str = "uid";
 /// What a source leaves out.
 pub(super) struct Filter {
     predicate: Option<(String, Expression)>,
-    allow: Option<Allow>,
+    allow: Option<Arc<Allow>>,
+}
+
+/// By what rows are kept.
+struct Rule {
+    /// Bound to the columns' kinds.
+    expression: Option<Expression>,
+    allow: Option<Arc<Allow>>,
 }
 
 struct Allow {
@@ -77,11 +84,11 @@ impl Filter {
         let allow = match &request.allow {
             Some(uri) => {
                 let column = request.id_column.as_deref().unwrap_or(ID_COLUMN);
-                Some(Allow {
+                Some(Arc::new(Allow {
                     ids: ids::read(stores, uri, column).await?,
                     uri: uri.clone(),
                     column: column.to_owned(),
-                })
+                }))
             }
             None => None,
         };
@@ -118,9 +125,11 @@ impl Filter {
         };
         format!(": {what} out {outside} of them")
     }
+}
 
-    /// Returns which of `rows` rows are kept; `expression` is bound to the columns' kinds.
-    fn kept(&self, expression: Option<&Expression>, columns: &Columns, rows: usize) -> Vec<bool> {
+impl Rule {
+    /// Returns which of `rows` rows are kept.
+    fn keeps(&self, columns: &Columns, rows: usize) -> Vec<bool> {
         let column = |name: &str| columns.get(name);
         let allowed = self
             .allow
@@ -128,9 +137,11 @@ impl Filter {
             .map(|allow| (allow, column(&allow.column)));
         let is_kept = |row: usize| {
             let value = |name: &str| column(name)?.get(row)?.as_ref();
+            let expression = self.expression.as_ref();
             let inside = expression.is_none_or(|e| e.outcome(&value) == Some(true));
             let is_allowed = allowed.is_none_or(|(allow, values)| {
-                values.is_some_and(|values| allow.ids.hold(values[row].as_ref()))
+                let value = values.and_then(|values| values.get(row)?.as_ref());
+                allow.ids.hold(value)
             });
             inside && is_allowed
         };

@@ -1,8 +1,8 @@
 //! Which rows of a Parquet file are kept. Row groups that their statistics decide are not read.
 use super::{
-    Columns, Filter, LeftOut,
+    Columns, Filter, LeftOut, Rule,
     bounds::{Bounds, Outcomes, outcomes},
-    columns,
+    columns::{self, Batches},
     expression::{Expression, Literal, Name, Operator},
     values::{Kind, bound, values},
 };
@@ -10,7 +10,7 @@ use crate::{
     dataset::{file::ShardFile, layout, manifest::Block},
     error::Result,
 };
-use arrow::array::Array;
+use arrow::{array::Array, error::ArrowError};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, statistics::StatisticsConverter};
 use std::collections::BTreeSet;
 
@@ -52,41 +52,37 @@ impl Filter {
         let undecided: Vec<usize> = (0..blocks.len())
             .filter(|n| looks[*n] == Look::Read)
             .collect();
-        let mut columns = if undecided.is_empty() {
-            Columns::new()
-        } else {
-            read(file, footer, &undecided, &names).await?
+        let allow = self.allow.clone();
+        let reading = Reading {
+            status,
+            rule: Rule {
+                expression: expression.clone(),
+                allow,
+            },
+            blocks: undecided.iter().map(|n| blocks[*n].clone()).collect(),
         };
-        let mut left_out = LeftOut::default();
-        for (n, block) in blocks.iter_mut().enumerate() {
-            let rows = block.rows as usize;
-            let (downloaded, kept) = match looks[n] {
-                Look::All => continue,
-                Look::None => (vec![true; rows], vec![false; rows]),
-                Look::Read => {
-                    let mut these = Columns::new();
-                    for (name, values) in &mut columns {
-                        let rest = values.split_off(rows.min(values.len()));
-                        these.insert(name.clone(), std::mem::replace(values, rest));
-                    }
-                    let value = |row: usize| these.get(STATUS)?.get(row)?.as_ref();
-                    let went_well = |row: usize| match &status {
-                        Some(status) => status.outcome(&|_| value(row)) == Some(true),
-                        None => true,
-                    };
-                    let downloaded: Vec<bool> = (0..rows).map(went_well).collect();
-                    (downloaded, self.kept(expression.as_ref(), &these, rows))
+        let read = if undecided.is_empty() {
+            Vec::new()
+        } else {
+            let look = move |n: usize, batches: &mut Batches| reading.group(n, batches);
+            columns::read(file, footer, &undecided, &names, look).await?
+        };
+        let (mut left_out, mut read) = (LeftOut::default(), read.into_iter());
+        for (block, look) in blocks.iter_mut().zip(looks) {
+            match look {
+                Look::All => {}
+                Look::None => {
+                    left_out.outside += u64::from(block.rows);
+                    block.keep(&[]);
                 }
-            };
-            let both: Vec<bool> = downloaded
-                .iter()
-                .zip(&kept)
-                .map(|(a, b)| *a && *b)
-                .collect();
-            let failed = downloaded.iter().filter(|well| !**well).count() as u64;
-            block.keep(&both);
-            left_out.not_downloaded += failed;
-            left_out.outside += rows as u64 - u64::from(block.rows) - failed;
+                Look::Read => {
+                    if let Some((kept, these)) = read.next() {
+                        *block = kept;
+                        left_out.not_downloaded += these.not_downloaded;
+                        left_out.outside += these.outside;
+                    }
+                }
+            }
         }
         Ok(left_out)
     }
@@ -196,25 +192,53 @@ fn status(footer: &ArrowReaderMetadata) -> Option<Expression> {
     })
 }
 
-async fn read(
-    file: &ShardFile,
-    footer: &ArrowReaderMetadata,
-    groups: &[usize],
-    names: &[&str],
-) -> Result<Columns> {
-    let batches = columns::read(file, footer, groups, names).await?;
-    let first = groups.first().copied().unwrap_or_default();
-    let mut columns = Columns::new();
-    for batch in batches {
-        for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
-            let values = values(array).map_err(|cause| file.undecodable(first, cause))?;
-            columns
-                .entry(field.name().clone())
-                .or_default()
-                .extend(values);
+/// What the rows of row groups are read for.
+struct Reading {
+    /// What a row's status has to be.
+    status: Option<Expression>,
+    rule: Rule,
+    /// The groups.
+    blocks: Vec<Block>,
+}
+
+impl Reading {
+    /// Returns the `n`-th group with the rows that are kept, and how many are left out.
+    fn group(&self, n: usize, batches: &mut Batches) -> Result<(Block, LeftOut), ArrowError> {
+        let mut block = self.blocks[n].clone();
+        let rows = block.rows as usize;
+        let (mut kept, mut not_downloaded) = (Vec::new(), 0);
+        for batch in batches {
+            let batch = batch?;
+            let mut columns = Columns::new();
+            for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
+                columns.insert(field.name().clone(), values(array)?);
+            }
+            let value = |row: usize| columns.get(STATUS)?.get(row)?.as_ref();
+            let went_well = |row: usize| match &self.status {
+                Some(status) => status.outcome(&|_| value(row)) == Some(true),
+                None => true,
+            };
+            let inside = self.rule.keeps(&columns, batch.num_rows());
+            for (row, inside) in inside.into_iter().enumerate() {
+                let is_there = went_well(row);
+                not_downloaded += u64::from(!is_there);
+                kept.push(inside && is_there);
+            }
+            if kept.len() > rows {
+                break;
+            }
         }
+        if kept.len() != rows {
+            let what = format!("its columns do not have the {rows} rows of the group");
+            return Err(ArrowError::ParseError(what));
+        }
+        block.keep(&kept);
+        let left_out = LeftOut {
+            outside: rows as u64 - u64::from(block.rows) - not_downloaded,
+            not_downloaded,
+        };
+        Ok((block, left_out))
     }
-    Ok(columns)
 }
 
 /// Returns `None` if the file has no statistics that can be trusted.

@@ -1,6 +1,6 @@
 //! Which samples of a tar are kept: columns are entries of the `json` member.
 use super::{
-    Columns, Filter,
+    Columns, Filter, Rule,
     expression::{Literal, Name},
     values::{Kind, bound},
 };
@@ -137,7 +137,11 @@ impl Filter {
         };
         let wrong = |name: &Name, literal: &Literal| mismatch(file, name, literal, "another type");
         let bound = expression.map(|e| bound(e, kind, wrong)).transpose()?;
-        Ok(self.kept(bound.as_ref(), &columns, entries.keys.len()))
+        let rule = Rule {
+            expression: bound,
+            allow: self.allow.clone(),
+        };
+        Ok(rule.keeps(&columns, entries.keys.len()))
     }
 }
 
