@@ -132,7 +132,7 @@ async fn fetch(
 }
 
 /// The bytes of one worker's stream so far.
-struct Received {
+pub(super) struct Received {
     parts: Vec<Bytes>,
     bytes: u64,
     bytes_max: u64,
@@ -140,7 +140,7 @@ struct Received {
 }
 
 impl Received {
-    fn new(bytes_max: u64) -> Self {
+    pub(super) fn new(bytes_max: u64) -> Self {
         Self {
             parts: Vec::new(),
             bytes: 0,
@@ -151,7 +151,7 @@ impl Received {
 
     /// # Errors
     /// `ResourceExhausted` beyond the bytes that the coordinator has announced.
-    fn push(&mut self, part: Bytes) -> Result<(), Status> {
+    pub(super) fn push(&mut self, part: Bytes) -> Result<(), Status> {
         let bytes = self.bytes + part.len() as u64;
         if bytes > self.bytes_max {
             let max = self.bytes_max;
@@ -164,7 +164,11 @@ impl Received {
         Ok(())
     }
 
-    fn finish(self, done: &TicketDone, wanted: usize) -> Result<Vec<RecordBatch>, String> {
+    pub(super) fn finish(
+        self,
+        done: &TicketDone,
+        wanted: usize,
+    ) -> Result<Vec<RecordBatch>, String> {
         if self.bytes != done.stream_bytes {
             let (bytes, all) = (self.bytes, done.stream_bytes);
             return Err(format!("a worker sent {bytes} of {all} bytes"));
@@ -196,11 +200,17 @@ fn decode(parts: Vec<Bytes>) -> Result<Vec<RecordBatch>, ArrowError> {
 
 /// Joins the workers' rows and the coordinator's columns. `places` are the rows of the batch that
 /// each worker sent.
-fn join(
+pub(super) fn join(
     own: &RecordBatch,
     workers: Vec<Vec<RecordBatch>>,
     places: &[Vec<u32>],
 ) -> Result<RecordBatch, String> {
+    // Before memory is taken for them: of columns without values, a few bytes are any number of
+    // rows.
+    let placed: usize = places.iter().map(Vec::len).sum();
+    if own.num_rows() > placed {
+        return Err("a row of the batch is in no ticket".to_owned());
+    }
     let mut found: Vec<Option<(usize, usize)>> = vec![None; own.num_rows()];
     let mut batches = Vec::new();
     for (rows, places) in workers.into_iter().zip(places) {
@@ -262,7 +272,7 @@ fn without_hash(schema: &SchemaRef) -> Vec<Arc<Field>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{AsArray, FixedSizeBinaryArray, StringArray};
+    use arrow::array::{AsArray, FixedSizeBinaryArray, RecordBatchOptions, StringArray};
 
     fn hashes(rows: &[u8]) -> ArrayRef {
         let values = rows.iter().map(|row| Some([*row; 16]));
@@ -329,5 +339,15 @@ mod tests {
         assert!(told(&[1, 2], &[1, 2], &[0, 2]).contains("or none"));
         assert!(told(&[1, 2], &[1], &[0]).contains("in no ticket"));
         assert!(join(&own(&[]), Vec::new(), &[]).is_err());
+    }
+
+    /// Rows without columns take no byte, so that a stream of a few may name any number.
+    #[test]
+    fn rows_that_no_ticket_names_take_no_memory() {
+        let rows = RecordBatchOptions::new().with_row_count(Some(1 << 50));
+        let schema = Arc::new(Schema::empty());
+        let own = RecordBatch::try_new_with_options(schema, Vec::new(), &rows).unwrap();
+        let told = join(&own, vec![vec![sent(&[1])]], &[vec![0]]).unwrap_err();
+        assert!(told.contains("in no ticket"), "{told}");
     }
 }

@@ -19,6 +19,7 @@ use arrow::{
 };
 use bytes::Bytes;
 use std::collections::HashMap;
+use superbatch_proto::SUPER_BATCH_SIZE_MAX;
 
 /// Rows of several record batches of one schema. Batches are shared, not copied.
 #[derive(Debug, Clone)]
@@ -57,9 +58,16 @@ impl Table {
                 }
             }
             decoder.finish()?;
+            let bad = |what: &str| ArrowError::IpcError(what.to_owned());
             let schema = decoder
                 .schema()
-                .ok_or_else(|| ArrowError::IpcError("the stream has no schema".into()))?;
+                .ok_or_else(|| bad("the stream has no schema"))?;
+            // Before memory is taken for them: of columns without values, a few bytes are any
+            // number of rows.
+            let rows = batches.iter().map(RecordBatch::num_rows);
+            if rows.fold(0, usize::saturating_add) > SUPER_BATCH_SIZE_MAX as usize {
+                return Err(bad("the stream has more rows than any super-batch"));
+            }
             Ok(Self::new(schema, batches, held))
         };
         read().map_err(broken)
@@ -199,7 +207,11 @@ fn broken(cause: ArrowError) -> Error {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use arrow::array::AsArray;
+    use crate::ipc::Encoder;
+    use arrow::{
+        array::{AsArray, RecordBatchOptions},
+        datatypes::Schema,
+    };
 
     /// All rows of batches that are made in a test.
     pub fn table(batches: Vec<RecordBatch>) -> Table {
@@ -247,6 +259,19 @@ pub mod tests {
                 .null_count(),
             1
         );
+    }
+
+    /// Rows without columns take no byte, so that a stream of a few may name any number.
+    #[test]
+    fn rows_beyond_any_super_batch_take_no_memory() {
+        let count = RecordBatchOptions::new().with_row_count(Some(1 << 50));
+        let schema = std::sync::Arc::new(Schema::empty());
+        let endless = RecordBatch::try_new_with_options(schema, Vec::new(), &count).unwrap();
+        let mut encoder = Encoder::new(&endless.schema()).unwrap();
+        let mut parts = encoder.encode(&endless).unwrap();
+        parts.extend(encoder.finish().unwrap());
+        let refused = Table::from_stream(parts).unwrap_err();
+        assert!(refused.chain().contains("more rows"), "{}", refused.chain());
     }
 
     #[test]
