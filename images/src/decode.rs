@@ -158,6 +158,9 @@ fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decode
 fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
     let broken = || undecodable("libwebp cannot decode it: it is cut off or damaged");
     let features = webp::BitstreamFeatures::new(bytes).ok_or_else(broken)?;
+    if !metadata_lie_in(bytes) {
+        return Err(broken());
+    }
     let described = WebPDecoder::new(Cursor::new(bytes)).map_err(undecodable);
     if features.has_animation() {
         // The first frame may be there although the file is cut off, and Pillow refuses such a
@@ -195,6 +198,23 @@ fn is_whole_riff(bytes: &[u8]) -> bool {
     let stated = bytes.get(4..8).and_then(|size| size.try_into().ok());
     let stated = stated.map_or(u64::MAX, |size| u64::from(u32::from_le_bytes(size)) + 8);
     bytes.len() as u64 >= stated
+}
+
+/// Returns whether the metadata of a RIFF file lie in it. Pillow refuses a file where they do not,
+/// and the reader of metadata would take as much memory as their header says.
+fn metadata_lie_in(bytes: &[u8]) -> bool {
+    const HEAD_BYTES: usize = 12;
+    let mut rest = bytes.get(HEAD_BYTES..).unwrap_or_default();
+    while let Some((head, after)) = rest.split_first_chunk::<8>() {
+        let [a, b, c, d, size @ ..] = *head;
+        let size = u32::from_le_bytes(size) as usize;
+        let Some(next) = after.get(size..) else {
+            return !matches!(&[a, b, c, d], b"EXIF" | b"XMP " | b"ICCP");
+        };
+        // A chunk of an odd size has a byte behind it that fills it up.
+        rest = next.get(size % 2..).unwrap_or_default();
+    }
+    true
 }
 
 /// Returns the orientation by the EXIF tag or, if there is none, by the XMP property, in Pillow's
@@ -383,6 +403,22 @@ mod tests {
         let riff = |stated: u32| [&b"RIFF"[..], &stated.to_le_bytes(), b"WEBPVP8X"].concat();
         assert!(is_whole_riff(&riff(8)) && is_whole_riff(&riff(7)));
         assert!(!is_whole_riff(&riff(9)) && !is_whole_riff(b"RIFF"));
+    }
+
+    #[test]
+    fn metadata_beyond_the_end_are_a_fault_before_they_take_memory() {
+        let picture = webp::Encoder::from_rgb(&[7; 16 * 16 * 3], 16, 16).encode_lossless();
+        // What follows the 12 bytes of the file's head: the picture's chunk.
+        let picture = &picture[12..];
+        let file = |exif_bytes: u32| {
+            let extended = [&b"VP8X"[..], &[10, 0, 0, 0, 8, 0, 0, 0, 15, 0, 0, 15, 0, 0]].concat();
+            let exif = [&b"EXIF"[..], &exif_bytes.to_le_bytes(), b"II*\0"].concat();
+            let chunks = [&b"WEBP"[..], &extended, picture, &exif].concat();
+            [&b"RIFF"[..], &(chunks.len() as u32).to_le_bytes(), &chunks].concat()
+        };
+        assert_eq!(decode(&file(4), &ROOMY).unwrap().dimensions(), (16, 16));
+        let fault = decode(&file(u32::MAX - 1), &ROOMY).unwrap_err();
+        assert!(matches!(fault, Error::Undecodable(_)), "{fault}");
     }
 
     #[test]
