@@ -243,9 +243,16 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
         appended += 1;
     }
     let mut rewinds = Vec::new();
-    while let Some(fact) =
-        find::<RewoundFact>(location, &generation_key(rewinds.len() as u32 + 1)).await?
-    {
+    loop {
+        let generation = rewinds.len() as u32 + 1;
+        let key = generation_key(generation);
+        let Some(fact) = find::<RewoundFact>(location, &key).await? else {
+            break;
+        };
+        if fact.rewound.generation != generation {
+            let message = format!("{} is of another generation", location.uri_of(&key));
+            return Err(Error::internal(message));
+        }
         rewinds.push(fact.rewound);
     }
     let closed = find::<EndFact>(location, "closed.json").await?.is_some();
@@ -433,6 +440,28 @@ mod tests {
             (found.chain.current(), found.closed, found.failure),
             (1, true, None)
         );
+    }
+
+    /// Numbers that are not those of the keys would lead nowhere.
+    #[tokio::test]
+    async fn a_rewind_of_another_generation_is_told_as_damage() {
+        let location = Stores::new(StorageConfig::default())
+            .open("memory:///runs/torn")
+            .unwrap();
+        let fact = RunFact::new(&RunSpec::default(), "m".into(), None, None, None);
+        create_run(&location, fact).await.unwrap();
+        let rewound = Rewound {
+            generation: 0,
+            to_step: 3,
+            replay: false,
+        };
+        let bytes = encode(&RewoundFact {
+            rewound,
+            nonce: nonce(),
+        });
+        location.create("generations/1.json", bytes).await.unwrap();
+        let error = load(&location).await.unwrap_err();
+        assert!(error.to_string().contains("generations/1.json"), "{error}");
     }
 
     #[tokio::test]

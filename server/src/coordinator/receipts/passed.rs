@@ -46,7 +46,8 @@ pub(super) fn decode(text: &str) -> Option<Vec<PassedRow>> {
             shard: *columns.shard.get(n)?,
             row: *columns.row.get(n)?,
             position: *columns.position.get(n)?,
-            own_score: *columns.own_score.get(n)?,
+            // Beyond an f32 it would be infinite, which is not written.
+            own_score: *columns.own_score.get(n).filter(|own| own.is_finite())?,
             learner_loss: *columns.learner_loss.get(n)?,
             reference_loss: *columns.reference_loss.get(n)?,
             sampled: *columns.sampled.get(n)?,
@@ -74,6 +75,9 @@ mod tests {
         let text = encode(&rows);
         assert_eq!(decode(&text), Some(rows));
         assert_eq!(decode("{}"), None);
+        let endless = encode(&[row(0)]).replace("\"own_score\":[0.1]", "\"own_score\":[1e39]");
+        assert!(endless.contains("1e39"));
+        assert_eq!(decode(&endless), None);
         assert_eq!(
             decode(&text.replace("\"source\":[0,", "\"source\":[")),
             None

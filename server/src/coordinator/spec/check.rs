@@ -94,6 +94,12 @@ fn learner(learner: &LearnerSpec) -> Result<()> {
         );
         return Err(impossible("learner.trained_fidelities", message));
     }
+    for (i, known) in learner.trained_fidelities.iter().enumerate() {
+        let field = format!("learner.trained_fidelities[{i}]");
+        known
+            .by
+            .map_or(Ok(()), |by| fidelity::possible(&field, by))?;
+    }
     match &learner.initial {
         None | Some(Initial::FirstPush(false)) => {
             let message =

@@ -91,7 +91,7 @@ pub(super) fn check(at: &str, phase: &Phase, micro_batches: u32) -> Result<()> {
 }
 
 /// Refuses an approximation that fits no model.
-fn possible(at: &str, by: By) -> Result<()> {
+pub(super) fn possible(at: &str, by: By) -> Result<()> {
     let (name, problem) = match by {
         By::Resolution(0) => ("resolution", "0; give a side in pixels".to_owned()),
         By::Patch(0) => ("patch", "0; give the side of a patch in pixels".to_owned()),

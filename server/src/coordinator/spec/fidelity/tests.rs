@@ -98,7 +98,14 @@ fn a_learner_that_never_trained_low_is_refused() {
 #[test]
 fn what_can_never_work_is_named() {
     type Change = fn(&mut RunSpec);
-    let cases: [(&str, Change); 6] = [
+    let cases: [(&str, Change); 7] = [
+        // A number that is none equals nothing, itself neither: the run could not be opened again.
+        ("learner.trained_fidelities[0].patch_dropout", |s| {
+            let none = Approximation {
+                by: Some(By::PatchDropout(f64::NAN)),
+            };
+            s.learner.get_or_insert_default().trained_fidelities = vec![none];
+        }),
         ("phases[1].approximation", |s| {
             s.phases[1].approximation = None
         }),
