@@ -23,7 +23,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: bench help setup build test test-rust test-python test-deploy chaos soak load images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-open bench-step test-gpu clean
+.PHONY: bench help setup build test test-rust test-python test-deploy chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-open bench-step test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -70,6 +70,9 @@ load: build ## Many ranks that ask for ready steps: p50, p99, requests a second,
 	cargo build --release -p superbatch-client --example load
 	SUPERBATCH_BINARY=$(CURDIR)/target/release/superbatch PYTHONPATH=.:tests/python $(PYTHON) tests/python/load.py
 
+fuzz: ## Fuzzes all readers of what others make, or one, each for so long (SECONDS=60; TARGET=tar)
+	scripts/fuzz.sh $(or $(SECONDS),60) $(TARGET)
+
 images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
 	scripts/images.sh
 
@@ -101,6 +104,7 @@ $(SITE)/ready: docs/site/requirements.txt
 
 check: $(READY) ## Formatting, lints and, if cargo-deny is there, dependencies
 	cargo fmt --all --check
+	rustfmt --edition 2024 --check fuzz/src/main.rs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	cargo clippy --workspace --all-targets -- -D warnings
@@ -109,6 +113,7 @@ check: $(READY) ## Formatting, lints and, if cargo-deny is there, dependencies
 
 fmt: $(READY) ## Formats the code
 	cargo fmt --all
+	rustfmt --edition 2024 fuzz/src/main.rs
 	$(VENV)/bin/ruff format .
 
 bench: build ## All benchmarks; one table of ratios in target/bench.tsv, beside that of docs/bench.tsv

@@ -1,7 +1,7 @@
 //! Superbatch's server: a coordinator that owns runs, and workers that score.
 //!
 //! `coordinator` and `worker` never import each other: they meet on the wire, also in one process.
-//! Only [`app`] names both.
+//! Only [`app`] names both, and [`fuzzing`], which is no part of the service.
 #![cfg_attr(test, allow(clippy::too_many_lines))]
 pub mod access;
 pub mod admin;
@@ -21,6 +21,8 @@ mod cuda;
 pub mod dataset;
 pub mod error;
 pub mod fidelity;
+#[doc(hidden)]
+pub mod fuzzing;
 mod ipc;
 pub mod logging;
 pub mod metrics;

@@ -34,6 +34,8 @@ mod run;
 mod weights;
 mod workers;
 
+#[doc(hidden)]
+pub use batches::fuzzing;
 pub use batches::{Batch, Batches, BatchesConfig};
 pub use client::{Client, ConnectConfig};
 pub use credentials::Credentials;

@@ -38,13 +38,30 @@ impl Config {
         path: Option<&Path>,
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self> {
-        let fields = fields();
         let of_file = |error: Error| match path {
             Some(path) => error.about(path.display()),
             None => error,
         };
-        let mut tree = path.map_or(Ok(Value::Null), read)?;
-        check_section("", &mut tree, &fields).map_err(of_file)?;
+        let tree = path.map_or(Ok(Value::Null), read)?;
+        Self::of_tree(tree, environment, of_file)
+    }
+
+    /// As [`Config::load`], of a file that holds `yaml`.
+    pub(crate) fn of(
+        yaml: &str,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self> {
+        Self::of_tree(parsed(yaml, "the file")?, environment, |error| error)
+    }
+
+    /// `of_file` puts the file before an error that is its.
+    fn of_tree(
+        mut tree: Value,
+        environment: impl IntoIterator<Item = (String, String)>,
+        of_file: impl Fn(Error) -> Error,
+    ) -> Result<Self> {
+        let fields = fields();
+        check_section("", &mut tree, &fields).map_err(&of_file)?;
         let mut credentials = BTreeMap::new();
         for (name, value) in environment {
             let is_credential = CREDENTIALS.iter().any(|prefix| name.starts_with(prefix));
@@ -72,8 +89,12 @@ fn read(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).map_err(|e| {
         Error::invalid("config", format!("cannot read {}", path.display())).because(e)
     })?;
-    serde_yaml_ng::from_str(&text)
-        .map_err(|e| Error::invalid("config", format!("{} is not YAML", path.display())).because(e))
+    parsed(&text, path.display())
+}
+
+fn parsed(text: &str, what: impl std::fmt::Display) -> Result<Value> {
+    serde_yaml_ng::from_str(text)
+        .map_err(|e| Error::invalid("config", format!("{what} is not YAML")).because(e))
 }
 
 fn below(section: &str, key: &str) -> String {

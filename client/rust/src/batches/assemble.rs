@@ -154,7 +154,7 @@ impl Assembly {
 }
 
 /// Decodes a whole Arrow IPC stream into one record batch.
-fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
+pub(super) fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
     let mut buffer = Buffer::from_vec(bytes);
     let mut decoder = StreamDecoder::new();
     let mut batches = Vec::new();

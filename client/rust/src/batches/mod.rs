@@ -2,6 +2,7 @@
 mod assemble;
 mod direct;
 pub(crate) mod fetch;
+pub mod fuzzing;
 
 pub use assemble::Batch;
 

@@ -3,7 +3,7 @@ pub mod claims;
 pub mod fetch;
 mod gather;
 pub mod kept;
-mod received;
+pub(crate) mod received;
 pub mod scored;
 pub mod slice;
 pub mod stream;

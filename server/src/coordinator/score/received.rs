@@ -10,7 +10,7 @@ use std::ops::Range;
 use superbatch_proto::v1::{EmbedDone, EmbeddingDtype, EmbeddingPart};
 
 /// Embeddings of some rows of a slice that a worker must send.
-pub(super) struct Received {
+pub(crate) struct Received {
     /// The rows, numbered within the slice.
     rows: Range<usize>,
     /// Bytes of one number.
@@ -22,7 +22,7 @@ pub(super) struct Received {
 }
 
 impl Received {
-    pub(super) fn new(rows: Range<usize>, dtype: EmbeddingDtype, dim: Option<u32>) -> Self {
+    pub(crate) fn new(rows: Range<usize>, dtype: EmbeddingDtype, dim: Option<u32>) -> Self {
         let element = if dtype == EmbeddingDtype::F32 { 4 } else { 2 };
         Self {
             seen: vec![false; rows.len()],
@@ -37,7 +37,7 @@ impl Received {
     ///
     /// # Errors
     /// `Internal` for a part of other rows, of rows that came before, or out of shape.
-    pub(super) fn place(&mut self, part: &EmbeddingPart) -> Result<()> {
+    pub(crate) fn place(&mut self, part: &EmbeddingPart) -> Result<()> {
         let dim = *self.dim.get_or_insert(part.dim);
         if part.dim != dim || !(1..=EMBEDDING_DIM_MAX).contains(&dim) {
             let wrong = part.dim;
@@ -83,7 +83,7 @@ impl Received {
     /// # Errors
     /// `Internal`, naming the first missing row. Without this check missing rows would stay zero
     /// and be scored as if they resembled nothing, and no error would show it.
-    pub(super) fn finish(
+    pub(crate) fn finish(
         mut self,
         done: EmbedDone,
         candidates: usize,

@@ -22,7 +22,7 @@ use superbatch_proto::v1::Reason;
 /// # Errors
 /// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or
 /// infinity.
-pub(super) fn assemble(staged: Staged) -> Result<Pushed> {
+pub(crate) fn assemble(staged: Staged) -> Result<Pushed> {
     let (shape, mut parts) = staged.into_parts();
     let (mut tensors, optional) = (BTreeMap::new(), &shape.optional);
     for (name, shape) in &shape.tensors {

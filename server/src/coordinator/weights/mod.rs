@@ -8,7 +8,7 @@
 //! version stays in use. A crash at any point before leaves only a file that no version names.
 mod admission;
 mod announced;
-mod assemble;
+pub(crate) mod assemble;
 mod base;
 mod book;
 pub(crate) mod by_uri;
@@ -24,7 +24,7 @@ mod part;
 mod publish;
 mod push;
 mod snapshots;
-mod staging;
+pub(crate) mod staging;
 pub mod stored;
 mod streams;
 #[cfg(test)]

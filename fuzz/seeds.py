@@ -1,0 +1,269 @@
+"""Writes fuzz/seeds anew: small inputs by the writers whose files are read.
+
+    .venv/bin/python fuzz/seeds.py
+
+What a target is given before a file (which of several, or what is asked of it) is a byte or two, as
+`server/src/fuzzing/` and `fuzz/src/targets.rs` take them.
+"""
+
+import io
+import json
+import struct
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from messages import facts, kinds, parts, receipts, requests
+from PIL import Image
+
+ROOT = Path(__file__).parent
+
+PATTERNS = [
+    "s3://bucket/laion/{00000..00041}.parquet",
+    "memory:///data/{train,val/{0..3}}-*.tar",
+    "file:///my%20data/x-[0-9a].parquet::file:///other/**/*.parquet",
+    "gs://b/a/::gs://b/a::gs://b/c//d",
+    "memory:///a.tar::memory://b.tar",
+    "https://example.org/pool/{0..10..5}.tar",
+    "az://b/%5Bx%5D?.tar",
+    "memory:///data",
+]
+
+PREDICATES = [
+    "similarity > 0.3 and language in ('en', 'de')",
+    'not (a = 1 or b <> -2.5e-3) and "c d" is not null',
+    "0 < n and n between 1 and 18446744073709551615 or t is null",
+    "json[caption] = 'it''s' and nsfw = false",
+    "a not in (1, 2.0) or not not b >= 1",
+    "a = 1 or a = 2 and (a = 3 or a = 4) and a = 5",
+]
+
+CONFIGS = [
+    "",
+    "listen: 127.0.0.1:0\nstate: s3://bucket/superbatch\ncoordinator:\n  lease_seconds: 9\n",
+    "storage:\n  allow_uris: [memory:///]\n  options: {aws_region: eu-west-1, allow_http: true}\n"
+    "log: {format: json, filter: debug}\n",
+    "SUPERBATCH_COORDINATOR__MAX_RUNS=7\nAWS_REGION=y\n"
+    "\0coordinator: {grace_seconds: 1.5}\nmetrics_listen: null\n",
+    "allow_insecure: true\nlisten: 0.0.0.0:50051\nstorage: {allow_uris: ['s3://b']}\n",
+]
+
+HASH = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+TOKENS = [
+    f"tokens:\n- name: trainer\n  sha256: {HASH}\n  scopes: [open, select, push]\n"
+    "  runs: ['team-a-*', '*x*y']\n  expires: 2027-01-31T00:00:00Z\n",
+    f"tokens: [{{name: a, sha256: {HASH.upper()}, scopes: [admin, worker]}}]\n",
+]
+
+
+def after(first: int, data: bytes) -> bytes:
+    return bytes([first]) + data
+
+
+def texts(all: list[str]) -> dict[str, bytes]:
+    return {f"{n:02}": text.encode() for n, text in enumerate(all)}
+
+
+def tar(members: list[tuple[str, bytes]], form: int) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    # Python fills a tar up to 10 KiB; two records of zeros are its end.
+    whole = file.getvalue()
+    end = len(whole.rstrip(b"\0")) + 511 & ~511
+    return whole[:end] + bytes(1024)
+
+
+def tars() -> dict[str, bytes]:
+    members = []
+    for n in range(3):
+        entries = {"caption": f"caption {n}", "n": n, "key": f"{n:03}"}
+        contents = {"jpg": b"image", "json": json.dumps(entries).encode(), "txt": b"caption"}
+        members += [(f"{n:03}.{ending}", content) for ending, content in contents.items()]
+    plain = tar(members, tarfile.USTAR_FORMAT)
+    jsons = ['{"caption": ["a", null, "b"]}', "", '{"caption": [], "n": 7}']
+    lists = []
+    for n, text in enumerate(jsons):
+        lists += [(f"{n}.png", b"i"), (f"{n}.json", text.encode())]
+    long = [(f"{'d' * 120}/0001.jpg", b"image"), (f"{'d' * 120}/0001.txt", b"caption")]
+    other = [("näme.jpg", b"image"), ("näme.txt", b"three")]
+    return {
+        "plain": after(0, plain),
+        "filtered": after(4, plain),
+        "json": after(2 | 4, plain),
+        "lists": after(2 | 8, tar(lists, tarfile.GNU_FORMAT)),
+        "long": after(0, tar(long, tarfile.GNU_FORMAT)),
+        "pax": after(0, tar(other, tarfile.PAX_FORMAT)),
+        "cut": after(1, plain[: len(plain) - 1700]),
+    }
+
+
+def parquet(table: pa.Table, **options) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file, **options)
+    return file.getvalue()
+
+
+def downloads() -> pa.Table:
+    """As img2dataset writes it; the second row's download failed."""
+    return pa.table(
+        {
+            "n": pa.array([1, 2, None, 7], pa.int64()),
+            "caption": ["a caption", "b", "c", "a caption"],
+            "status": ["success", "failed_to_download", "success", "success"],
+            "error_message": pa.array([None, "404", None, None], pa.string()),
+            "similarity": [0.3, float("nan"), 0.1, 0.5],
+            "jpg": pa.array([b"image 0", None, b"image 2", b"image 3"], pa.binary()),
+        }
+    )
+
+
+def photos() -> pa.Table:
+    """As Hugging Face datasets writes it, with several captions a row."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": None}]
+    table = pa.table(
+        {
+            "photo": pa.array(images, image),
+            "caption": pa.array([["a", None, "bc"], None], pa.list_(pa.string())),
+        }
+    )
+    features = {"info": {"features": {"photo": {"_type": "Image"}}}}
+    return table.replace_schema_metadata({"huggingface": json.dumps(features)})
+
+
+def parquets() -> dict[str, bytes]:
+    plain = {"compression": "none", "use_dictionary": False}
+    return {
+        "plain": after(0, parquet(downloads(), row_group_size=2, **plain)),
+        "filtered": after(4, parquet(downloads(), row_group_size=2, **plain)),
+        "dictionary": after(4, parquet(downloads(), compression="snappy")),
+        "photos": after(0, parquet(photos(), row_group_size=1, **plain)),
+        "zstd": after(8, parquet(photos(), compression="zstd", data_page_version="2.0")),
+    }
+
+
+def lists() -> dict[str, bytes]:
+    npy = io.BytesIO()
+    np.save(npy, np.array([(1, 2), (3, 4)], np.dtype("u8,u8")))
+    ids = pa.table({"uid": ["00ff", "a", "a"]})
+    uris = "memory:///data/0.parquet\n\n0.parquet\nmemory:///data/{0..2}*\n"
+    return {
+        "npy": after(0, npy.getvalue()),
+        "ids": after(1, parquet(ids, compression="none", use_dictionary=False)),
+        "uris": after(2, uris.encode()),
+    }
+
+
+def weights() -> dict[str, bytes]:
+    tensors = {
+        "a.weight": np.array([[1, -1], [2, 0]], np.float16),
+        "b.bias": np.array(1, np.float32),
+        "position_ids": np.array([7], np.int64),
+    }
+    return {"two": safetensors.numpy.save(tensors)}
+
+
+def stream(*tables: pa.Table) -> bytes:
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return file.getvalue()
+
+
+def sent(rows: list[int], text: str) -> pa.Table:
+    """Rows as a worker or a coordinator sends them."""
+    values = [f"{text} {n}" if n % 3 else None for n in rows]
+    hashes = pa.array([bytes([n]) * 16 for n in rows], pa.binary(16))
+    images = pa.array([value and value.encode() for value in values], pa.binary())
+    return pa.table(
+        {text: pa.array(values, pa.string()), "image": images, "_superbatch_content_hash": hashes}
+    )
+
+
+def rows() -> dict[str, bytes]:
+    return {"three": bytes([3, 100]) + stream(sent([1, 2], "caption"), sent([3], "caption"))}
+
+
+def streams() -> dict[str, bytes]:
+    own = stream(sent([3, 2, 1], "_superbatch_id"))
+    theirs = stream(sent([1, 2], "caption"), sent([3], "caption"))
+    return {
+        "batch": after(0, theirs),
+        "photos": after(0, stream(photos())),
+        "rows": after(1, struct.pack("<H", len(own)) + own + theirs),
+    }
+
+
+def images() -> dict[str, bytes]:
+    values = np.arange(16 * 12 * 3, dtype=np.uint16).reshape(12, 16, 3)
+    picture = Image.fromarray((values * 7 % 256).astype(np.uint8))
+    alpha = picture.copy()
+    alpha.putalpha(100)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+
+    def encoded(image: Image.Image, form: str, **options) -> bytes:
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        return file.getvalue()
+
+    return {
+        "rgb.png": encoded(picture, "PNG"),
+        "grey.png": encoded(alpha.convert("LA"), "PNG", exif=turned),
+        "rgb.jpg": encoded(picture, "JPEG", exif=turned),
+        "steps.jpg": encoded(picture, "JPEG", progressive=True),
+        "cmyk.jpg": encoded(picture.convert("CMYK"), "JPEG"),
+        "rgb.gif": encoded(picture.convert("P"), "GIF"),
+        "rgb.bmp": encoded(picture, "BMP"),
+        "rgb.tiff": encoded(picture, "TIFF"),
+        "lossy.webp": encoded(picture, "WEBP", exif=turned),
+        "alpha.webp": encoded(alpha, "WEBP", lossless=True),
+        "moves.webp": encoded(picture, "WEBP", save_all=True, append_images=[alpha]),
+        "lying.webp": lying_webp(encoded(picture, "WEBP", lossless=True)),
+    }
+
+
+def lying_webp(file: bytes) -> bytes:
+    """A picture whose metadata claim 4 GiB."""
+    size = struct.pack("<HBHB", 15, 0, 11, 0)
+    extended = b"VP8X" + struct.pack("<II", 10, 8) + size
+    chunks = b"WEBP" + extended + file[12:] + b"EXIF" + struct.pack("<I", 0xFFFFFFFE) + b"II*\0"
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
+
+
+def main(folder: Path) -> None:
+    targets = {
+        "tar": tars(),
+        "parquet": parquets(),
+        "lists": lists(),
+        "uri_pattern": texts(PATTERNS),
+        "predicate": texts(PREDICATES),
+        "safetensors": weights(),
+        "parts": parts(),
+        "rows": rows(),
+        "receipt": receipts(parquet),
+        "facts": facts(),
+        "config": texts(CONFIGS),
+        "tokens": texts(TOKENS),
+        "requests": requests(),
+        "message": kinds(),
+        "arrow_ipc": streams(),
+        "image": images(),
+    }
+    for target, seeds in targets.items():
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        for name, content in seeds.items():
+            (folder / target / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "seeds")
