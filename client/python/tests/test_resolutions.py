@@ -117,7 +117,8 @@ def test_compiled_it_is_the_same(make):
     model, (full, low, ids) = TwoResolutions(make()), batch()
     wanted = model(full, low, ids)
     # The graphs are captured as for any backend; code is not generated, which would need a
-    # compiler.
+    # compiler. Shapes of other tests' models are forgotten, or these would be taken for dynamic.
+    torch.compiler.reset()
     found = torch.compile(model, backend="aot_eager")(full, low, ids)
     torch.testing.assert_close(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1])

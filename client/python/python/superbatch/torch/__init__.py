@@ -1,18 +1,24 @@
 """What trainers in PyTorch repeat.
 
 `SelectedBatches` replaces a data set and its `DataLoader`, `ImageText` decodes and
-tokenizes for it, `by_fidelity` and `two_resolutions` train a batch at two sizes, `export_module`
-writes a folder of any dual encoder, `sigmoid_loss` and `softmax_loss` span all ranks (and `gather`
-lets one of your own do so), `Pushes` and `state_dict` hand weights back.
+tokenizes for it, `by_fidelity` and `two_fidelities` train a batch at two fidelities,
+`export_module` writes a folder of any dual encoder, `sigmoid_loss` and `softmax_loss` span all
+ranks (and `gather` lets one of your own do so), `Pushes` and `state_dict` hand weights back.
 `superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
 """
 
 from .exported import export_module
+from .fidelities import (
+    TwoFidelities,
+    TwoResolutions,
+    by_fidelity,
+    two_fidelities,
+    two_resolutions,
+)
 from .loader import WORKER_NEED_AFTER, WORKERS_MAX, SelectedBatches
 from .losses import sigmoid_loss, softmax_loss
 from .pushes import Pushes, state_dict
 from .ranks import gather, incarnation
-from .resolutions import TwoResolutions, by_fidelity, two_resolutions
 from .transform import ImageText
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "ImageText",
     "Pushes",
     "SelectedBatches",
+    "TwoFidelities",
     "TwoResolutions",
     "by_fidelity",
     "export_module",
@@ -29,5 +36,6 @@ __all__ = [
     "sigmoid_loss",
     "softmax_loss",
     "state_dict",
+    "two_fidelities",
     "two_resolutions",
 ]

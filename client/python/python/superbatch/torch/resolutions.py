@@ -1,74 +1,20 @@
-"""Training at two resolutions: what a trainer needs beside its own loop."""
+"""Images of any size by the towers of transformers and open_clip, each as its library resamples
+the grid of position embeddings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from .._batches import Batch
 from .._errors import invalid
 
 #: A model, or what embeds pixels `[rows, 3, side, side]` of any side.
 ModelCall = torch.nn.Module | Callable[[torch.Tensor], torch.Tensor]
-
-
-def by_fidelity(batch: Batch) -> tuple[Batch, Batch]:
-    """The rows that are to be trained at full fidelity, and those at the phase's approximation,
-    each in the order served.
-    """
-    fidelities = batch["_superbatch_fidelity"].to_pylist()
-
-    def rows(low: bool) -> Batch:
-        places = [
-            place for place, fidelity in enumerate(fidelities) if (fidelity == "approximate") == low
-        ]
-        return Batch(
-            batch.record_batch.take(places), batch.receipt, batch.step, batch.rank, batch.world_size
-        )
-
-    return rows(False), rows(True)
-
-
-def two_resolutions(model_call: ModelCall, batch: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The image embeddings of a batch in two sizes, one after the other, for one loss over all of
-    them.
-
-    model_call: the model, of transformers (SigLIP, CLIP) or open_clip; or what embeds pixels of any
-    size.
-    batch: the pixels of the full rows and those of the low ones, `[rows, 3, side, side]` each. One
-    without rows is left out.
-    """
-    call = image_call(model_call)
-    return torch.cat([call(pixels) for pixels in batch if len(pixels)])
-
-
-class TwoResolutions(torch.nn.Module):
-    """A model whose one forward embeds images of two sizes and all captions: what DDP, FSDP and
-    torch.compile wrap.
-
-    Its forward takes the pixels of full and of low rows and the captions of all (full rows first),
-    and gives image embeddings, text embeddings (neither normalised), logit_scale (its exponential)
-    and logit_bias (None without one). Push `model.state_dict()` of the model inside.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, full: torch.Tensor, low: torch.Tensor, text: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        images = two_resolutions(self.model, (full, low))
-        return (
-            images,
-            text_of(self.model, text),
-            self.model.logit_scale.exp(),
-            getattr(self.model, "logit_bias", None),
-        )
 
 
 def image_call(model: ModelCall) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -86,6 +32,13 @@ def image_call(model: ModelCall) -> Callable[[torch.Tensor], torch.Tensor]:
         )
         raise invalid("model_call", message)
     return getattr(model, "encode_image", model)
+
+
+def own_call(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What embeds pixels of the model's own size."""
+    if hasattr(model, "get_image_features"):
+        return lambda pixels: tensor_of(model.get_image_features(pixel_values=pixels))
+    return model.encode_image
 
 
 def open_clip_images(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -137,14 +90,6 @@ def any_size(trunk: Any) -> None:
         trunk.patch_embed.strict_img_size = False
         trunk.patch_embed.flatten = False
         trunk.patch_embed.output_fmt = type(trunk.patch_embed.output_fmt)("NHWC")
-
-
-def text_of(model: Any, text: Any) -> torch.Tensor:
-    """Embeddings of captions: token ids, or for transformers a dict of its tokenizer."""
-    if hasattr(model, "get_text_features"):
-        given = text if isinstance(text, dict) or hasattr(text, "keys") else {"input_ids": text}
-        return tensor_of(model.get_text_features(**given))
-    return model.encode_text(text)
 
 
 def tensor_of(features: Any) -> torch.Tensor:
