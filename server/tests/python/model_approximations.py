@@ -10,8 +10,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 
-def drawn(rows, patches, share):
-    """The patches of each row that are kept, by the row's number: those of the lowest hashes
+def drawn(keys, patches, share):
+    """The patches of each row that are kept, by the row's key: those of the lowest hashes
     (SplitMix64), as many as timm and open_clip keep.
     """
     step, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
@@ -23,7 +23,7 @@ def drawn(rows, patches, share):
 
     kept = max(1, int(patches * (1 - share)))
     places = []
-    for key in range(rows):
+    for key in keys:
         order = sorted(range(patches), key=lambda i: mixed((key + (i + 1) * step) & mask))
         places.append(sorted(order[:kept]))
     return torch.tensor(places)
@@ -63,7 +63,7 @@ def open_clip_approximations(model, config, pixels):
     is_timm = hasattr(visual, "trunk")
     where, name = (visual.trunk, "patch_drop") if is_timm else (visual, "patch_dropout")
     for share in (SHARE, MORE):
-        places = drawn(len(pixels), grid**2, share)
+        places = drawn(range(len(pixels)), grid**2, share)
         setattr(where, name, Kept(places, 0 if is_timm else 1))
         found[f"patch_dropout={share}"] = visual(pixels)
     setattr(where, name, torch.nn.Identity())
@@ -100,7 +100,7 @@ def transformers_approximations(model, pixels):
     for share in (SHARE, MORE):
         other = copy.deepcopy(model)
         prefix = 1 if hasattr(other, "visual_projection") else 0
-        kept = Kept(drawn(len(pixels), (size // patch) ** 2, share), prefix)
+        kept = Kept(drawn(range(len(pixels)), (size // patch) ** 2, share), prefix)
         inner = other.vision_model.embeddings
         inner.register_forward_hook(lambda _, __, x, kept=kept: kept(x))
         found[f"patch_dropout={share}"] = other.get_image_features(pixel_values=pixels)
