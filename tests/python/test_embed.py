@@ -115,6 +115,30 @@ def test_files_hold_what_the_models_library_computes(inputs, data, tmp_path):
     assert (again["files"], again["files_kept"], again["flops"]) == (1, 1, 0)
 
 
+def test_rows_that_where_keeps_have_their_own_numbers(inputs, data, tmp_path):
+    """Of some row groups all rows are kept, of others some or none."""
+    kept = [key for key in range(ROWS) if 100 <= key < 150 or key >= 256]
+    where = "key between '000000100' and '000000149' or key >= '000000256'"
+    out = tmp_path / "out"
+    state = (tmp_path / "state").as_uri()
+    made = embeds(state, inputs / "reference", data, "--out", out, "--where", where)
+    assert (made["rows"], made["faults"], made["files"]) == (len(kept), 0, 2)
+    found = [
+        (identity, row)
+        for shard in range(2)
+        for identity, row in zip(
+            *pyarrow.parquet.read_table(
+                out / f"{shard}.parquet.embeddings.parquet", columns=["id", "row"]
+            )
+            .to_pydict()
+            .values(),
+            strict=True,
+        )
+    ]
+    half = ROWS // 2
+    assert found == [(f"{key // half}.parquet#{key % half}", key % half) for key in kept]
+
+
 def test_a_folder_holds_embeddings_of_one_thing(inputs, data, tmp_path):
     state, out = (tmp_path / "state").as_uri(), tmp_path / "out"
     embeds(state, inputs / "reference", data, "--out", out)

@@ -202,7 +202,11 @@ async fn embed(
                 None => None,
             };
             done.files_kept += usize::from(out.is_some() && writer.is_none());
-            let blocks = (0u32..).zip(&shard.blocks).map(|(block, about)| {
+            // Of some row groups `where` and `allow` leave no row.
+            let blocks = (0u32..)
+                .zip(&shard.blocks)
+                .filter(|(_, about)| about.rows > 0);
+            let blocks = blocks.map(|(block, about)| {
                 let rows = BlockRows {
                     source: number,
                     shard: shard_number,
@@ -220,8 +224,7 @@ async fn embed(
                 done.flops += embedded.flops;
                 progress.at(done.rows);
                 if let Some(writer) = &mut writer {
-                    let (first_row, rows) = (about.first_row, about.rows);
-                    writer.push(first_row, rows, embedded).await?;
+                    writer.push(about, embedded).await?;
                 }
             }
             if let Some(writer) = writer {

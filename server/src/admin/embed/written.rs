@@ -1,5 +1,6 @@
 //! Embeddings as Parquet files, one a shard, for other programs.
 use crate::{
+    dataset::Block,
     error::{Error, Result},
     storage::{Created, Location},
     worker::EmbeddedBlock,
@@ -124,15 +125,10 @@ pub(super) struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Appends a block whose first row has that number in the shard.
-    pub(super) async fn push(
-        &mut self,
-        first_row: u64,
-        rows: u32,
-        block: EmbeddedBlock,
-    ) -> Result<()> {
+    /// Appends the rows of a block.
+    pub(super) async fn push(&mut self, about: &Block, block: EmbeddedBlock) -> Result<()> {
         let schema = schema(self.dtype, block.dim);
-        let batch = self.batch(&schema, first_row, rows, &block)?;
+        let batch = self.batch(&schema, about, &block)?;
         let writer = match &mut self.writer {
             Some(writer) => writer,
             empty => {
@@ -177,11 +173,11 @@ impl ShardWriter {
     fn batch(
         &self,
         schema: &SchemaRef,
-        first_row: u64,
-        rows: u32,
+        about: &Block,
         block: &EmbeddedBlock,
     ) -> Result<RecordBatch> {
-        let numbers = first_row..first_row + u64::from(rows);
+        let rows = about.rows;
+        let numbers = (0..rows).map(|row| about.row_in_shard(row));
         let id = |row: u64| RowId {
             source: self.source,
             shard: &self.path,
