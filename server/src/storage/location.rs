@@ -369,7 +369,7 @@ fn cut(bytes: Bytes, size: usize) -> impl Iterator<Item = Bytes> {
 /// Returns whether a store's answer says that the bucket is missing, in the words of S3, Google
 /// Cloud Storage and Azure. `object_store` reports a missing bucket and a missing object by the
 /// same variant, so only the text distinguishes them.
-fn is_bucket_missing(answer: &str) -> bool {
+pub(super) fn is_bucket_missing(answer: &str) -> bool {
     [
         "NoSuchBucket",
         "The specified bucket does not exist",
