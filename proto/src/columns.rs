@@ -34,6 +34,8 @@ pub const ROW_IN_GROUP: &str = "_superbatch_row_in_group";
 pub const IMAGE_OFFSET: &str = "_superbatch_image_offset";
 /// The image's bytes in its tar.
 pub const IMAGE_LENGTH: &str = "_superbatch_image_length";
+/// Where the image lies, if that is beside the shards.
+pub const IMAGE_URI: &str = "_superbatch_image_uri";
 
 #[cfg(test)]
 mod tests {
@@ -56,6 +58,7 @@ mod tests {
             ROW_IN_GROUP,
             IMAGE_OFFSET,
             IMAGE_LENGTH,
+            IMAGE_URI,
         ] {
             assert!(name.starts_with(OWN), "{name}");
         }

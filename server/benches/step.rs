@@ -74,6 +74,7 @@ fn manifest(shards: u64, blocks: u64, rows: u32) -> Manifest {
     let layout = Layout {
         image_column: "jpg".into(),
         image_in_struct: false,
+        image_root: None,
         caption_column: "caption".into(),
         caption_seed: None,
         format: Default::default(),

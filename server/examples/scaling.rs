@@ -113,6 +113,7 @@ fn manifest(rates: &Rates) -> Manifest {
     let layout = Layout {
         image_column: "image".into(),
         image_in_struct: false,
+        image_root: None,
         caption_column: "caption".into(),
         caption_seed: None,
         format: Format::Parquet,

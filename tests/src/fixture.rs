@@ -98,6 +98,7 @@ pub async fn dataset(
         uri: uri.into(),
         weight: 1.0,
         image_column: None,
+        image_root: None,
         caption_column: None,
         caption_seed: None,
         predicate: None,

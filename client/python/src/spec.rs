@@ -248,6 +248,7 @@ fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
         id_column: fields.or_default("id_column")?,
         scores: fields.or_default("scores")?,
         caption_seed: fields.optional("caption_seed")?,
+        image_root: fields.or_default("image_root")?,
     })
 }
 

@@ -42,6 +42,9 @@ pub struct EmbedArgs {
     /// The column that holds the images, where the layout does not tell
     #[arg(long, value_name = "COLUMN")]
     image_column: Option<String>,
+    /// The source's `image_root`, if the run has one: the folder that the images lie below
+    #[arg(long, value_name = "URI")]
+    image_root: Option<String>,
     /// The column that holds the captions, where the layout does not tell
     #[arg(long, value_name = "COLUMN")]
     caption_column: Option<String>,
@@ -124,6 +127,7 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         uri: uri.clone(),
         weight: 1.0,
         image_column: args.image_column.clone(),
+        image_root: args.image_root.clone(),
         caption_column: args.caption_column.clone(),
         caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),

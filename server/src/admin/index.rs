@@ -18,6 +18,10 @@ pub struct IndexArgs {
     /// The column that holds the images, if the layout does not tell; of tars endings: 'jpg;png'
     #[arg(long, value_name = "COLUMN")]
     pub image_column: Option<String>,
+    /// The folder that the images lie below, if the data has paths in place of images:
+    /// s3://bucket/images
+    #[arg(long, value_name = "URI")]
+    pub image_root: Option<String>,
     /// The column that holds the captions, if the layout does not tell; of tars an ending, or
     /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
@@ -52,6 +56,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
         uri: uri.clone(),
         weight: 1.0,
         image_column: args.image_column.clone(),
+        image_root: args.image_root.clone(),
         caption_column: args.caption_column.clone(),
         caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),
@@ -78,6 +83,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
             "kept_by": source.kept_by,
             "flaws": flaws(source).collect::<Vec<_>>(),
             "image_column": source.layout.image_column,
+            "image_root": source.layout.image_root,
             "caption_column": source.layout.caption_column,
             "caption_seed": source.layout.caption_seed,
             "columns": source.columns,
@@ -129,6 +135,9 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         "  image in '{}', caption in '{}'",
         source.layout.image_column, source.layout.caption_column
     )?;
+    if let Some(root) = &source.layout.image_root {
+        writeln!(text, "  images are paths below {root}")?;
+    }
     if let Some(seed) = source.layout.caption_seed {
         writeln!(
             text,
@@ -192,6 +201,7 @@ mod tests {
         let mut args = IndexArgs {
             sources: vec!["memory:///data".into()],
             image_column: None,
+            image_root: None,
             caption_column: None,
             caption_seed: None,
             predicate: None,

@@ -39,8 +39,15 @@ impl Blocks for DataBlocks {
         source: u32,
         shard: u32,
         block: u32,
+        picture: Option<u32>,
     ) -> Result<Arc<RecordBatch>> {
-        self.0.read(manifest, source, shard, block, &[]).await
+        let whole = self.0.read(manifest, source, shard, block, &[]).await?;
+        let Some(row) = picture else {
+            return Ok(whole.batch);
+        };
+        let pictured = self.0.with_images(&whole, &[row]).await?;
+        let batch = pictured.into_iter().next().map(|found| found.batch);
+        Ok(batch.unwrap_or(whole.batch))
     }
 }
 

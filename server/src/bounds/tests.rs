@@ -335,6 +335,12 @@ const FIELDS: &[(&str, How)] = &[
         }),
     ),
     (
+        "Source.image_root",
+        Bound("sources[0].image_root", || {
+            refused(|s| s.sources[0].image_root = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
         "LearnerSpec.model_uri",
         Bound("learner.model_uri", || {
             refused(|s| s.learner.get_or_insert_default().model_uri = long(NAME_BYTES_MAX))

@@ -21,6 +21,7 @@ pub(crate) fn request(uri: &str) -> SourceRequest {
         uri: uri.to_owned(),
         weight: 1.0,
         image_column: None,
+        image_root: None,
         caption_column: None,
         caption_seed: None,
         predicate: None,
@@ -69,6 +70,37 @@ pub(crate) fn img2dataset(rows: std::ops::Range<u32>) -> RecordBatch {
             )),
         ),
         ("jpg", Arc::new(BinaryArray::from_iter(rows.map(image)))),
+    ])
+}
+
+/// Rows whose images lie beside the file, as COCO's and ImageFolder's exports are.
+pub(crate) fn by_path(paths: &[&str]) -> RecordBatch {
+    let rows = 0..paths.len() as i64;
+    let captions = rows.clone().map(|row| format!("caption {row}"));
+    batch(vec![
+        (
+            "file_name",
+            Arc::new(StringArray::from_iter_values(paths.iter().copied())),
+        ),
+        ("caption", Arc::new(StringArray::from_iter_values(captions))),
+        ("n", Arc::new(Int64Array::from_iter_values(rows))),
+    ])
+}
+
+/// As Hugging Face datasets writes images that it has not embedded: `struct<bytes, path>`.
+pub(crate) fn hugging_face_paths(rows: &[(Option<&str>, Option<&str>)]) -> RecordBatch {
+    let bytes: ArrayRef = Arc::new(BinaryArray::from_iter(rows.iter().map(|row| row.0)));
+    let path: ArrayRef = Arc::new(StringArray::from_iter(rows.iter().map(|row| row.1)));
+    let field =
+        |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
+    let image = StructArray::from(vec![
+        (field("bytes", &bytes), bytes),
+        (field("path", &path), path),
+    ]);
+    let captions = (0..rows.len()).map(|row| format!("caption {row}"));
+    batch(vec![
+        ("image", Arc::new(image)),
+        ("caption", Arc::new(StringArray::from_iter_values(captions))),
     ])
 }
 

@@ -3,7 +3,7 @@ use super::{
     filter::{self, Filter},
     find::{self, FoundFiles},
     manifest::{Format, Manifest, ScoreFiles, SourceManifest},
-    pattern, row_groups, tar,
+    paths, pattern, row_groups, tar,
 };
 use crate::{
     blocking::blocking,
@@ -22,6 +22,8 @@ pub struct SourceRequest {
     /// Share of each super-batch, relative to the other sources.
     pub weight: f64,
     pub image_column: Option<String>,
+    /// What the paths of images are relative to, if `image_column` holds paths.
+    pub image_root: Option<String>,
     pub caption_column: Option<String>,
     /// By which one of several captions is drawn; 0 if the rows have several and none is given.
     pub caption_seed: Option<u64>,
@@ -124,11 +126,23 @@ async fn index_source(
         format,
     } = find::find(stores, state, pattern, &request.uri).await?;
     let root = stores.open(&root_uri)?;
+    if let Some(images) = &request.image_root {
+        stores.open(images).map_err(|e| e.about("image_root"))?;
+    }
     let filter = Filter::open(stores, request).await?;
+    if let (Format::Tar, Some(images)) = (format, &request.image_root) {
+        let message = format!(
+            "{} holds tars, whose members are the images, and not paths below {images}; leave \
+             image_root out",
+            request.uri
+        );
+        return Err(Error::invalid("sources.image_root", message).with("uri", &request.uri));
+    }
     let mut source = match format {
         Format::Parquet => row_groups::index_shards(request, &filter, &root, root_uri, files).await,
         Format::Tar => tar::index_shards(request, &filter, state, &root, root_uri, files).await,
     }?;
+    paths::probe(stores, &source).await?;
     if let Some(uri) = &request.scores {
         let id_column = request.id_column.as_deref().unwrap_or(filter::ID_COLUMN);
         source.scores = Some(ScoreFiles {

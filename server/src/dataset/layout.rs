@@ -13,6 +13,13 @@ use superbatch_proto::v1::Reason;
 /// column.
 const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "image"];
 const IMAGE: &str = "image";
+/// Names that exports without images give the column of their paths: Hugging Face's ImageFolder,
+/// COCO and open_clip's CSV among them.
+const PATH_NAMES: [&str; 4] = ["file_name", "filename", "filepath", "image_path"];
+/// What to do if a column holds paths.
+const NAME_ROOT: &str = " (texts are no images: if they are paths, name the folder that they begin \
+    in with image_root, as a flag --image-root; URLs are not fetched, download them with \
+    img2dataset)";
 const CAPTION_KIND: &str = "a string or a list of strings";
 const CAPTION_NAMES: [&str; 4] = ["caption", "text", "txt", "captions"];
 
@@ -53,6 +60,10 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
     let layout = Layout {
         image_column: image.name().clone(),
         image_in_struct: matches!(image.data_type(), DataType::Struct(_)),
+        image_root: request
+            .image_root
+            .as_ref()
+            .map(|root| root.trim_end_matches('/').to_owned()),
         caption_column: caption.name().clone(),
         caption_seed: request.caption_seed.or(has_lists.then_some(0)),
         format: Format::Parquet,
@@ -90,17 +101,16 @@ pub(super) fn check(schema: &Schema, layout: &Layout, source: &str, shard: &str)
 }
 
 fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str) -> Result<()> {
-    let image_fits = |t: &DataType| {
-        if layout.image_in_struct {
-            is_image_struct(t)
-        } else {
-            is_binary(t)
-        }
+    let image_fits = |t: &DataType| match (&layout.image_root, layout.image_in_struct) {
+        (Some(_), in_struct) => holds_paths(t) && matches!(t, DataType::Struct(_)) == in_struct,
+        (None, true) => is_image_struct(t),
+        (None, false) => is_binary(t),
     };
-    let image_kind = if layout.image_in_struct {
-        "a struct with binary `bytes`"
-    } else {
-        "binary (or struct<bytes>)"
+    let image_kind = match (&layout.image_root, layout.image_in_struct) {
+        (Some(_), false) => "a text with paths below image_root",
+        (Some(_), true) => "a struct with a text `path`",
+        (None, true) => "a struct with binary `bytes`",
+        (None, false) => "binary (or struct<bytes>)",
     };
     for (column, is_image) in [
         (&layout.image_column, true),
@@ -118,8 +128,8 @@ fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str)
             Ok(field) if fits(field.data_type()) => continue,
             Ok(field) => {
                 let found = field.data_type();
-                let (kind, why) = if is_image && holds_paths(found) {
-                    (kind, " (images by path are not read)")
+                let (kind, why) = if is_image && layout.image_root.is_none() && holds_paths(found) {
+                    (kind, NAME_ROOT)
                 } else if !is_image && is_caption(found) {
                     // Only a further shard: the first one's lists give the layout a seed.
                     (
@@ -203,18 +213,37 @@ fn ambiguous_column(
 }
 
 fn find_image<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Field> {
-    let fits = |field: &&Field| is_binary(field.data_type()) || is_image_struct(field.data_type());
+    let by_path = request.image_root.is_some();
+    let fits = |field: &&Field| {
+        let kind = field.data_type();
+        if by_path {
+            holds_paths(kind)
+        } else {
+            is_binary(kind) || is_image_struct(kind)
+        }
+    };
     let fields = || schema.fields().iter().map(AsRef::as_ref);
     let features = hugging_face_images(schema);
     let features: Vec<&Field> = fields()
         .filter(|field: &&Field| features.contains(field.name()))
         .filter(fits)
         .collect();
-    let known: Vec<&Field> = IMAGE_NAMES
-        .iter()
-        .filter_map(|name| schema.field_with_name(name).ok())
-        .collect();
-    let is_struct = |field: &&Field| is_image_struct(field.data_type());
+    let called = |names: &[&str]| -> Vec<&'a Field> {
+        let named = names.iter().map(|name| schema.field_with_name(name));
+        named.filter_map(Result::ok).collect()
+    };
+    let mut known = called(&IMAGE_NAMES);
+    let with_paths = || {
+        called(&PATH_NAMES)
+            .into_iter()
+            .filter(|f| holds_paths(f.data_type()))
+    };
+    if by_path {
+        // What has bytes under such a name is a thumbnail, say.
+        known.retain(fits);
+        known.extend(with_paths());
+    }
+    let is_struct = |field: &&Field| is_a_struct(field) && fits(field);
     let found = only_one(features.iter().copied())
         .or_else(|| features.into_iter().find(|field| field.name() == IMAGE))
         // A mask beside the picture may have bytes under one of img2dataset's names, so a struct is
@@ -226,6 +255,7 @@ fn find_image<'a>(schema: &'a Schema, request: &SourceRequest) -> Result<&'a Fie
         // The column of that name has a wrong type, which the next check reports.
         None if known.len() == 1 => Ok(known[0]),
         None if known.is_empty() => only_one(fields().filter(is_struct))
+            .or_else(|| only_one(with_paths()))
             .ok_or_else(|| ambiguous_column(schema, request, "image", |_| true)),
         None => Err(ambiguous_column(schema, request, "image", |_| true)),
     }
@@ -293,6 +323,10 @@ fn is_caption(data_type: &DataType) -> bool {
 
 fn could_be_caption(data_type: &DataType) -> bool {
     is_text(listed(data_type).unwrap_or(data_type))
+}
+
+fn is_a_struct(field: &Field) -> bool {
+    matches!(field.data_type(), DataType::Struct(_))
 }
 
 /// Returns whether a column holds paths of images, or the struct in which `datasets` keeps a path

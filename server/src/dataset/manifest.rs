@@ -181,20 +181,45 @@ pub struct Layout {
     /// The image is the `bytes` field of a struct column (Hugging Face); otherwise the column is
     /// binary.
     pub image_in_struct: bool,
+    /// The column (of a struct its field `path`) holds paths below this URI, and the images lie
+    /// there. `None`: the images are in the file.
+    pub image_root: Option<String>,
     pub caption_column: String,
     /// By which one caption of a row's list is drawn. `None`: a row has one caption.
     pub caption_seed: Option<u64>,
     pub format: Format,
 }
 
+impl Layout {
+    /// Returns whether a leaf of a Parquet file, named by its parts, is read for the image.
+    pub fn reads_for_image(&self, leaf: &[String]) -> bool {
+        let field = match leaf.get(1).map(String::as_str) {
+            _ if !self.image_in_struct => true,
+            Some("bytes") => true,
+            Some("path") => self.image_root.is_some(),
+            _ => false,
+        };
+        field && leaf.first() == Some(&self.image_column)
+    }
+}
+
 /// A layout as the manifest has it.
 #[derive(Serialize, Deserialize)]
 struct LayoutForm {
-    image_column: String,
+    image_column: ImageForm,
     image_in_struct: bool,
     caption_column: CaptionForm,
     #[serde(default, skip_serializing_if = "Format::is_parquet")]
     format: Format,
+}
+
+/// Builds that know nothing of paths expect a string, and refuse a manifest with a root: without
+/// it, all rows would be without an image.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum ImageForm {
+    Stored(String),
+    Below { path: String, root: String },
 }
 
 /// Builds that know nothing of lists expect a string. They refuse a manifest with a list; a field
@@ -212,9 +237,14 @@ impl From<LayoutForm> for Layout {
             CaptionForm::One(column) => (column, None),
             CaptionForm::OneOf { list, seed } => (list, Some(seed)),
         };
+        let (image_column, image_root) = match form.image_column {
+            ImageForm::Stored(column) => (column, None),
+            ImageForm::Below { path, root } => (path, Some(root)),
+        };
         Self {
-            image_column: form.image_column,
+            image_column,
             image_in_struct: form.image_in_struct,
+            image_root,
             caption_column,
             caption_seed,
             format: form.format,
@@ -224,9 +254,12 @@ impl From<LayoutForm> for Layout {
 
 impl From<Layout> for LayoutForm {
     fn from(layout: Layout) -> Self {
-        let list = layout.caption_column;
+        let (path, list) = (layout.image_column, layout.caption_column);
         Self {
-            image_column: layout.image_column,
+            image_column: match layout.image_root {
+                Some(root) => ImageForm::Below { path, root },
+                None => ImageForm::Stored(path),
+            },
             image_in_struct: layout.image_in_struct,
             caption_column: match layout.caption_seed {
                 Some(seed) => CaptionForm::OneOf { list, seed },

@@ -1,11 +1,12 @@
-//! Indexes Parquet files as a source of the manifest. Blocks are row groups; only footers are read.
+//! Indexes Parquet files as a source of the manifest. Blocks are row groups, or parts of them where
+//! the images lie elsewhere; only footers are read.
 use super::{
     SourceRequest, counted,
     file::{self, ShardFile},
     filter::Filter,
     layout,
     manifest::{Block, Column, Layout, Shard, SourceManifest},
-    unify,
+    paths, unify,
 };
 use crate::{
     error::{Error, Result},
@@ -16,10 +17,7 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 use parquet::{
     arrow::arrow_reader::ArrowReaderMetadata,
-    file::{
-        metadata::{ColumnChunkMetaData, RowGroupMetaData},
-        statistics::Statistics,
-    },
+    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
 };
 use std::collections::BTreeMap;
 use superbatch_proto::v1::Reason;
@@ -70,7 +68,7 @@ pub(super) async fn index_shards(
     let mut source = Building::default();
     while let Some((file, footer, shard)) = looks.try_next().await? {
         source.add(request, &file, footer.schema(), shard)?;
-        source.look_at(&file, footer.metadata().row_groups())?;
+        source.look_at(request, &file, footer.metadata().row_groups())?;
     }
     source.finish(request, filter, root_uri)
 }
@@ -125,21 +123,29 @@ impl Building {
                 column.differs_in.get_or_insert_with(|| shard.path.clone());
             }
         }
-        self.shards.push(shard);
+        let blocks = match &self.layout {
+            Some(layout) if layout.image_root.is_some() => paths::cut(shard.blocks),
+            _ => shard.blocks,
+        };
+        self.shards.push(Shard { blocks, ..shard });
         Ok(())
     }
 
     /// Refuses a shard with a row group whose images or captions exceed one Arrow array. Counts the
     /// rows without an image.
-    fn look_at(&mut self, file: &ShardFile, groups: &[RowGroupMetaData]) -> Result<()> {
+    fn look_at(
+        &mut self,
+        request: &SourceRequest,
+        file: &ShardFile,
+        groups: &[RowGroupMetaData],
+    ) -> Result<()> {
         let Some(layout) = &self.layout else {
             return Ok(());
         };
-        let is_image = |column: &&ColumnChunkMetaData| {
-            let path = column.column_path().parts();
-            path[0] == layout.image_column
-                && (!layout.image_in_struct || path.get(1).is_some_and(|part| part == "bytes"))
-        };
+        let (source, first) = (request.uri.as_str(), self.shards.len() == 1);
+        paths::check(layout, (source, file.uri()), groups, first)?;
+        let is_image =
+            |column: &&ColumnChunkMetaData| layout.reads_for_image(column.column_path().parts());
         let is_caption = |column: &&ColumnChunkMetaData| {
             column.column_path().parts()[0] == layout.caption_column
         };
@@ -159,14 +165,7 @@ impl Building {
                 );
                 return Err(Error::invalid("sources", message).with("shard", file.uri()));
             }
-            let statistics = group
-                .columns()
-                .iter()
-                .find(is_image)
-                .and_then(|c| c.statistics());
-            without_image += statistics
-                .and_then(Statistics::null_count_opt)
-                .unwrap_or_default();
+            without_image += paths::without_image(layout, group);
         }
         if let Some(shard) = self.shards.last_mut() {
             // Which of them are left out anyway is known of failed downloads alone.
@@ -178,7 +177,11 @@ impl Building {
         let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
         if let Some(rows) = largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.told) {
             self.told = true;
-            let cure = "write groups of a few hundred rows (row_group_size in pyarrow)";
+            let cure = match layout.image_root {
+                None => "write groups of a few hundred rows (row_group_size in pyarrow)",
+                // Blocks are smaller, and each reads its whole group's paths and captions.
+                Some(_) => "write groups of a few thousand rows (row_group_size in pyarrow)",
+            };
             tracing::warn!(
                 shard = file.uri(),
                 rows,
@@ -230,7 +233,7 @@ impl Building {
     }
 }
 
-/// Returns the blocks of a file: its row groups.
+/// Returns the row groups of a file as blocks.
 fn blocks(file: &ShardFile, footer: &ArrowReaderMetadata) -> Result<Vec<Block>> {
     let mut first_row = 0;
     let block = |group: &RowGroupMetaData| {
@@ -345,13 +348,14 @@ mod tests {
                 .unwrap();
             groups
         };
+        let asked = request("memory:///data");
         building
-            .look_at(&file, footer.metadata().row_groups())
+            .look_at(&asked, &file, footer.metadata().row_groups())
             .unwrap();
         building
-            .look_at(&file, &of("url"))
+            .look_at(&asked, &file, &of("url"))
             .expect("a column that is not read");
-        let error = building.look_at(&file, &of("jpg")).unwrap_err();
+        let error = building.look_at(&asked, &file, &of("jpg")).unwrap_err();
         assert_eq!(error.value("shard"), Some("memory:///data/0.parquet"));
         assert!(error.to_string().contains("smaller row groups"), "{error}");
     }

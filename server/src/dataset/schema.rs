@@ -41,6 +41,19 @@ impl Manifest {
         Ok(Arc::new(Schema::new(fields)))
     }
 
+    /// Returns the columns that say where a row's image lies: its bytes in a tar, and if images of
+    /// some source lie below a root, their URIs.
+    pub fn image_place_fields(&self) -> Vec<Field> {
+        let mut fields: Vec<Field> = [own::IMAGE_OFFSET, own::IMAGE_LENGTH]
+            .map(|name| Field::new(name, DataType::UInt64, true))
+            .into();
+        let mut layouts = self.sources.iter().map(|source| &source.layout);
+        if layouts.any(|layout| layout.image_root.is_some()) {
+            fields.push(Field::new(own::IMAGE_URI, DataType::Utf8, true));
+        }
+        fields
+    }
+
     fn data_fields(&self, columns: &[String]) -> Result<Vec<Field>> {
         let mut fields = vec![
             Field::new("image", DataType::Binary, true),

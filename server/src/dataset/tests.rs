@@ -458,7 +458,7 @@ async fn a_column_that_is_named_as_the_layouts_name_it_decides() {
         ),
         (
             vec![("image", &text), ("text", &text)],
-            Err("images by path are not read"),
+            Err("name the folder that they begin in with image_root"),
         ),
         (
             vec![("jpg", &bytes), ("caption", &bytes)],
@@ -512,6 +512,7 @@ fn an_older_build_cannot_read_a_layout_with_lists_of_captions() {
     let one = Layout {
         image_column: "jpg".into(),
         image_in_struct: false,
+        image_root: None,
         caption_column: "caption".into(),
         caption_seed: None,
         format: Format::Parquet,

@@ -53,7 +53,8 @@ const REPLAYED: usize = 16;
 /// one.
 const FACTS_LAST: Duration = Duration::from_secs(1);
 
-/// Reads a block of a data set: image and caption are its first two columns.
+/// Reads a block of a data set: image and caption are its first two columns. Of images that lie
+/// beside the file only the one of row `picture` is there.
 #[async_trait]
 pub trait Blocks: Send + Sync {
     async fn block(
@@ -62,6 +63,7 @@ pub trait Blocks: Send + Sync {
         source: u32,
         shard: u32,
         block: u32,
+        picture: Option<u32>,
     ) -> Result<Arc<RecordBatch>>;
 }
 

@@ -79,7 +79,7 @@ pub(super) async fn captions(
     }
     let mut found = Map::new();
     for key in keys {
-        let (batch, row) = block(&page, &known, place(key)?).await?;
+        let (batch, row) = block(&page, &known, place(key)?, false).await?;
         let caption = batch
             .column(1)
             .as_string_opt::<i32>()
@@ -107,7 +107,7 @@ pub(super) async fn picture(
         .unwrap_or(128)
         .clamp(*SIDES.start(), *SIDES.end()) as u32;
     let known = page.find_or_load(&id).await?;
-    let (batch, row) = block(&page, &known, place(&key)?).await?;
+    let (batch, row) = block(&page, &known, place(&key)?, true).await?;
     let _permit = page.permit(&page.block_reads).await?;
     let drawn = tokio::task::spawn_blocking(move || {
         let images = batch
@@ -137,8 +137,14 @@ pub(super) async fn picture(
     })
 }
 
-/// Reads the block that holds a row. Returns it with the row's number in it.
-async fn block(page: &Page, known: &Known, place: Place) -> Result<(Arc<RecordBatch>, usize)> {
+/// Reads the block that holds a row, and the row's picture if that lies elsewhere and is wanted.
+/// Returns the block with the row's number in it.
+async fn block(
+    page: &Page,
+    known: &Known,
+    place: Place,
+    picture: bool,
+) -> Result<(Arc<RecordBatch>, usize)> {
     let manifest = page.manifest(&known.facts.run.manifest).await?;
     let Place { source, shard, row } = place;
     let wanted = ChosenRow {
@@ -154,9 +160,10 @@ async fn block(page: &Page, known: &Known, place: Place) -> Result<(Arc<RecordBa
         )
     })?;
     let _permit = page.permit(&page.block_reads).await?;
+    let picture = picture.then_some(candidate.row);
     let batch = page
         .blocks
-        .block(&manifest, source, shard, candidate.block)
+        .block(&manifest, source, shard, candidate.block, picture)
         .await?;
     Ok((batch, candidate.row as usize))
 }

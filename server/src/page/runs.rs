@@ -222,7 +222,14 @@ mod tests {
 
     #[async_trait::async_trait]
     impl Blocks for NoBlocks {
-        async fn block(&self, _: &Manifest, _: u32, _: u32, _: u32) -> Result<Arc<RecordBatch>> {
+        async fn block(
+            &self,
+            _: &Manifest,
+            _: u32,
+            _: u32,
+            _: u32,
+            _: Option<u32>,
+        ) -> Result<Arc<RecordBatch>> {
             Err(Error::internal("the numbers of a run need no rows"))
         }
     }

@@ -5,6 +5,7 @@ mod config;
 #[allow(dead_code, reason = "the rest of it is the worker's")]
 mod inputs {
     pub(super) mod captions;
+    pub(super) mod images;
 }
 #[allow(dead_code, reason = "the rest of it is the worker's")]
 mod kept {

@@ -42,6 +42,9 @@ pub struct WorkerConfig {
     /// Largest encoded image, in bytes; a larger one makes its row unusable. Set it alike on all
     /// workers of a run.
     pub image_bytes_max: u64,
+    /// Images that are read at the same time where the data has their paths: each is a request to
+    /// the store. They hold at most so many times `image_bytes_max` of memory while they are read.
+    pub image_reads_max: usize,
     /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A
     /// run wants its reference, two states of its learner, and room for one that is being verified.
     pub models_max: usize,
@@ -72,6 +75,7 @@ impl Default for WorkerConfig {
             // As many as Pillow takes before it warns of a decompression bomb.
             image_pixels_max: 89_478_485,
             image_bytes_max: 64 << 20,
+            image_reads_max: 64,
             models_max: 4,
             device_deadline_seconds: 600,
             decode_deadline_seconds: 120,
@@ -90,6 +94,7 @@ impl WorkerConfig {
             ("worker.held_seconds", self.held_seconds),
             ("worker.image_pixels_max", self.image_pixels_max),
             ("worker.image_bytes_max", self.image_bytes_max),
+            ("worker.image_reads_max", self.image_reads_max as u64),
             (
                 "worker.device_deadline_seconds",
                 self.device_deadline_seconds,

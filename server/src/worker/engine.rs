@@ -67,7 +67,8 @@ impl Engine {
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
             reader: BlockReader::new(stores.clone(), config.block_cache_bytes)
-                .keeping(state.clone()),
+                .keeping(state.clone())
+                .reading_images(config.image_bytes_max, config.image_reads_max),
             threads,
             manifests: Cache::new(MANIFESTS_MAX, |_| 1),
             rows_digests: Cache::new(MANIFESTS_MAX, |_| 1),

@@ -31,6 +31,7 @@ class Source:
     `id_column` (default: the data's own columns).
     caption_seed: if the captions are lists, one of each is drawn by this seed (default 0) and the
     list's own texts: a row has the same caption in every step, epoch and run of this seed.
+    image_root: the folder that the images lie below, if the data has paths instead of images.
     """
 
     uri: str | os.PathLike
@@ -42,6 +43,7 @@ class Source:
     id_column: str | None = None
     scores: str | os.PathLike | None = None
     caption_seed: int | None = None
+    image_root: str | os.PathLike | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,7 @@ mod tests {
             layout: Layout {
                 image_column: "image".into(),
                 image_in_struct: false,
+                image_root: None,
                 caption_column: "caption".into(),
                 caption_seed: None,
                 format: Default::default(),

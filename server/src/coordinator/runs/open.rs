@@ -163,6 +163,7 @@ impl Opening<'_> {
                 let parts = dataset::parts(beside).filter(|uri| !uri.is_empty());
                 parts.into_iter().try_for_each(|uri| stores.allow(uri))?;
             }
+            named(&source.image_root).map_or(Ok(()), |root| stores.allow(&root))?;
         }
         Ok(())
     }
@@ -176,6 +177,7 @@ impl Opening<'_> {
                 uri: source.uri.clone(),
                 weight: source.weight,
                 image_column: named(&source.image_column),
+                image_root: named(&source.image_root),
                 caption_column: named(&source.caption_column),
                 caption_seed: source.caption_seed,
                 predicate: named(&source.r#where),

@@ -95,11 +95,11 @@ fn uri(manifest: &Manifest, row: &ChosenRow) -> Result<String> {
 }
 
 /// Returns the row group and the row in it; `None` for a tar, whose rows lie where their members
-/// do.
+/// do, and for images beside the file, whose blocks are parts of row groups.
 fn in_group(manifest: &Manifest, row: &ChosenRow) -> Result<Option<(u32, u64)>> {
     let found = planner::locate(manifest, row)?;
     let source = &manifest.sources[found.source as usize];
-    if source.layout.format == Format::Tar {
+    if source.layout.format == Format::Tar || source.layout.image_root.is_some() {
         return Ok(None);
     }
     let block = &source.shards[found.shard as usize].blocks[found.block as usize];
@@ -135,6 +135,7 @@ mod tests {
             layout: Layout {
                 image_column: "jpg".into(),
                 image_in_struct: false,
+                image_root: None,
                 caption_column: "caption".into(),
                 caption_seed: None,
                 format: Format::default(),

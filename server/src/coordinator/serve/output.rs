@@ -10,7 +10,7 @@ use crate::{
 };
 use arrow::{
     array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
-    datatypes::{DataType, Field, Schema, SchemaRef},
+    datatypes::{Schema, SchemaRef},
     error::ArrowError,
 };
 use bytes::Bytes;
@@ -19,9 +19,6 @@ use superbatch_proto::{
     columns as own,
     v1::{ChosenRow, Delivery, Receipt, RunSpec},
 };
-
-/// Columns in which workers say where an image lies in its tar.
-const IMAGE_PLACES: [&str; 2] = [own::IMAGE_OFFSET, own::IMAGE_LENGTH];
 
 /// Bytes of a row's values in the own columns and the content hash, beside its id.
 const OWN_BYTES: usize = 64;
@@ -158,10 +155,10 @@ pub fn schema(manifest: &Manifest, spec: &RunSpec) -> Result<SchemaRef> {
     if spec.delivery() != Delivery::Locators {
         return Ok(schema);
     }
-    // The image is the first column.
-    let image = IMAGE_PLACES.map(|name| Arc::new(Field::new(name, DataType::UInt64, true)));
-    let fields = schema.fields().iter().skip(1).cloned().chain(image);
-    let fields = fields.chain(located::fields().into_iter().map(Arc::new));
+    // The image is the first column. Workers say where it lies.
+    let places = manifest.image_place_fields().into_iter();
+    let places = places.chain(located::fields()).map(Arc::new);
+    let fields = schema.fields().iter().skip(1).cloned().chain(places);
     Ok(Arc::new(Schema::new(fields.collect::<Vec<_>>())))
 }
 

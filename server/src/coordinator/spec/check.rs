@@ -50,6 +50,7 @@ fn sources(spec: &RunSpec) -> Result<()> {
         named(&at("uri"), &source.uri)?;
         positive(&at("weight"), source.weight)?;
         short(&at("image_column"), &source.image_column)?;
+        short(&at("image_root"), &source.image_root)?;
         short(&at("caption_column"), &source.caption_column)?;
         kept_by(&at, source)?;
         if !source.image_column.is_empty() && source.image_column == source.caption_column {

@@ -264,6 +264,7 @@ mod tests {
         let layout = Layout {
             image_column: "jpg;png".into(),
             image_in_struct: false,
+            image_root: None,
             caption_column: "txt".into(),
             caption_seed: None,
             format: Format::Tar,

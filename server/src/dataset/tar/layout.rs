@@ -169,6 +169,7 @@ pub(super) async fn discover(
     Ok(Layout {
         image_column,
         image_in_struct: false,
+        image_root: None,
         caption_seed: request.caption_seed.or(has_lists.then_some(0)),
         caption_column,
         format: Format::Tar,

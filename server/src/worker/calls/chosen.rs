@@ -4,7 +4,7 @@ use super::{
     messages::{answer, arrow_ipc, next},
     rows::{Form, RowWriter, compact, compact_bytes, content_hashes, send_rows},
     score::Scoring,
-    slice::{Rows, each, pick},
+    slice::each,
     survey::AHEAD,
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 use superbatch_proto::v1::{
     ChosenRows, KeptRows, Reason, RowsDone, RowsForm, ScoreRequest, ScoreResponse, score_request,
     score_response::Message,
@@ -27,16 +27,18 @@ use superbatch_proto::v1::{
 use tonic::Status;
 
 impl Scoring<'_> {
-    /// Returns the rows of a block: the kept ones, or else the block read again.
-    pub(crate) async fn rows(&self, block: usize) -> Result<Rows> {
-        match self.blocks[block].raw.as_ref().and_then(Kept::get) {
-            Some(kept) => Ok(Rows::Candidates(kept)),
-            None => Ok(Rows::Whole(
-                self.slice
-                    .read(self.engine, &self.slice.blocks[block])
-                    .await?,
-            )),
+    /// Returns rows of a block's candidates, by their numbers in it, if they are kept.
+    pub(crate) fn kept(&self, block: usize, numbers: &[usize]) -> Option<Vec<Row>> {
+        let (about, found) = (&self.slice.blocks[block], &self.blocks[block]);
+        if let Some(batch) = found.raw.as_ref().and_then(Kept::get) {
+            let row = |row: &usize| Row {
+                batch: batch.clone(),
+                row: *row,
+            };
+            return Some(numbers.iter().map(row).collect());
         }
+        let rows: Vec<u32> = numbers.iter().map(|n| about.rows[*n]).collect();
+        about.known.all_kept(&rows)
     }
 
     /// Sends the chosen rows, in the order of the request.
@@ -50,7 +52,8 @@ impl Scoring<'_> {
             RowsForm::Located => {
                 let candidates: Vec<usize> =
                     chosen.candidates.iter().map(|c| *c as usize).collect();
-                Form::Located(self.slice.image_places(self.engine, &candidates).await?)
+                let places = self.slice.image_places(self.engine, &candidates).await?;
+                Form::Located(places, self.slice.manifest.image_place_fields())
             }
             _ => Form::Whole,
         };
@@ -182,33 +185,16 @@ impl Scoring<'_> {
         places: Vec<usize>,
         chosen: &[u32],
     ) -> Result<(Vec<(usize, Row)>, bool)> {
-        let rows = self.rows(block).await?;
-        let (was_read, block) = (self.blocks[block].was_read, &self.slice.blocks[block]);
-        let n = |place: &usize| chosen[*place] as usize - block.first;
-        let Rows::Whole(whole) = rows else {
-            return Ok((
-                places
-                    .into_iter()
-                    .map(|place| (place, block.row(&rows, n(&place))))
-                    .collect(),
-                false,
-            ));
-        };
-        // A block may be hundreds of megabytes of which a few rows are chosen. Copying them lets
-        // the block go; a slice of it would keep the whole block in memory until the last row is
-        // sent.
-        let wanted: Vec<u32> = places.iter().map(|place| block.rows[n(place)]).collect();
-        let batch = Arc::new(self.engine.pool.run(move || pick(&whole, wanted)).await??);
-        let rows = places.into_iter().enumerate().map(|(row, place)| {
-            (
-                place,
-                Row {
-                    batch: batch.clone(),
-                    row,
-                },
-            )
-        });
-        Ok((rows.collect(), was_read))
+        let (was_read, about) = (self.blocks[block].was_read, &self.slice.blocks[block]);
+        let numbers = places.iter().map(|n| chosen[*n] as usize - about.first);
+        let numbers: Vec<usize> = numbers.collect();
+        if let Some(rows) = self.kept(block, &numbers) {
+            return Ok((places.into_iter().zip(rows).collect(), false));
+        }
+        let wanted = numbers.iter().map(|n| about.rows[*n]).collect();
+        let whole = self.slice.read(self.engine, about).await?;
+        let rows = self.slice.copied_rows(self.engine, about, whole, wanted);
+        Ok((places.into_iter().zip(rows.await?).collect(), was_read))
     }
 
     pub(crate) fn changed(&self, candidate: usize, detail: &str) -> Error {

@@ -3,7 +3,7 @@ use super::{
     answers::Answers,
     chosen::hold,
     rows::{Form, RowWriter, send_rows},
-    slice::{Slice, SliceBlock, each, pick},
+    slice::{Slice, SliceBlock, each},
     survey::AHEAD,
 };
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 use superbatch_proto::v1::{
     FetchRowsRequest, FetchRowsResponse, Reason, RowsDone, RowsForm, fetch_rows_response::Message,
 };
@@ -67,7 +67,8 @@ pub(crate) async fn fetch_rows(
         }
         Ok(RowsForm::Located) => {
             let all: Vec<usize> = (0..slice.candidates).collect();
-            Form::Located(slice.image_places(engine, &all).await?)
+            let places = slice.image_places(engine, &all).await?;
+            Form::Located(places, slice.manifest.image_place_fields())
         }
         _ => Form::Whole,
     };
@@ -124,23 +125,11 @@ async fn read_block(
         .iter()
         .flat_map(|part| part.rows.iter().copied())
         .collect();
-    // The rows are copied, so that the rest of the block does not stay in memory.
-    let batch = Arc::new(engine.pool.run(move || pick(&whole, wanted)).await??);
+    let rows = slice.copied_rows(engine, first, whole, wanted).await?;
     let places = parts
         .iter()
         .flat_map(|part| part.first..part.first + part.rows.len());
-    Ok(places
-        .enumerate()
-        .map(|(row, place)| {
-            (
-                place,
-                Row {
-                    batch: batch.clone(),
-                    row,
-                },
-            )
-        })
-        .collect())
+    Ok(places.zip(rows).collect())
 }
 
 fn answer(message: Message) -> FetchRowsResponse {
@@ -167,7 +156,10 @@ mod tests {
     use arrow::{array::AsArray, datatypes::Int64Type, ipc::reader::StreamReader};
     use std::{
         io::Cursor,
-        sync::atomic::{AtomicU64, Ordering},
+        sync::{
+            Arc,
+            atomic::{AtomicU64, Ordering},
+        },
     };
     use superbatch_proto::v1::BlockRows;
 

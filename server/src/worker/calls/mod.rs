@@ -1,6 +1,7 @@
 //! One module for each call of the worker plane, and what they share.
 pub(super) mod ahead;
 pub(super) mod answers;
+pub(super) mod beside;
 pub(super) mod chosen;
 pub(super) mod embed;
 pub(super) mod fetch;

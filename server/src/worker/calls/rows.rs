@@ -5,17 +5,20 @@ use crate::{
     dataset::content_hash,
     error::{Error, Result},
     ipc::Encoder,
-    worker::inputs::{decode_pool::DecodePool, row::Row},
+    worker::{
+        inputs::{decode_pool::DecodePool, row::Row},
+        kept::read::ImagePlace,
+    },
 };
 use arrow::{
-    array::{ArrayRef, AsArray, FixedSizeBinaryArray, UInt64Array},
+    array::{ArrayRef, AsArray, FixedSizeBinaryArray, StringArray, UInt64Array},
     compute::interleave_record_batch,
     datatypes::{DataType, Field, Schema, SchemaRef},
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
 use std::{ops::Range, sync::Arc};
-use superbatch_proto::columns::{CONTENT_HASH, IMAGE_LENGTH, IMAGE_OFFSET};
+use superbatch_proto::columns::{CONTENT_HASH, IMAGE_OFFSET, IMAGE_URI};
 
 const HASH_BYTES: usize = 16;
 
@@ -23,9 +26,11 @@ const HASH_BYTES: usize = 16;
 pub(crate) enum Form {
     /// The data columns and the content hash.
     Whole,
-    /// As `Whole`, but instead of the image its bytes in the shard, of each row in order; `None` if
-    /// a reader finds it by its row number.
-    Located(Vec<Option<Range<u64>>>),
+    /// As `Whole`, but instead of the image where it lies, of each row in order, in the columns of
+    /// [`Manifest::image_place_fields`]. In a Parquet file a reader finds it by its row number.
+    ///
+    /// [`Manifest::image_place_fields`]: crate::dataset::Manifest::image_place_fields
+    Located(Vec<ImagePlace>, Vec<Field>),
     /// The row as it is: its content hash is its last column.
     Hashed,
 }
@@ -42,7 +47,7 @@ impl RowWriter {
     pub(crate) fn new(data_schema: &SchemaRef, form: Form) -> Result<Self> {
         let schema = match &form {
             Form::Whole | Form::Hashed => hashed_schema(data_schema),
-            Form::Located(_) => located_schema(data_schema),
+            Form::Located(_, fields) => located_schema(data_schema, fields),
         };
         let encoder = Encoder::new(&schema).map_err(encoding)?;
         Ok(Self {
@@ -59,11 +64,15 @@ impl RowWriter {
         match &self.form {
             Form::Hashed => {}
             Form::Whole => columns.push(hashes(rows)?),
-            Form::Located(places) => {
+            Form::Located(places, fields) => {
                 let places = places.get(self.written..self.written + rows.len());
                 let places = places.ok_or_else(|| Error::internal("rows without a place"))?;
                 columns.remove(0);
-                columns.extend(image_places(places));
+                columns.extend(
+                    fields
+                        .iter()
+                        .map(|field| image_places(field.name(), places)),
+                );
                 columns.push(hashes(rows)?);
             }
         }
@@ -84,25 +93,28 @@ fn hashed_schema(data: &SchemaRef) -> SchemaRef {
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
-fn located_schema(data: &SchemaRef) -> SchemaRef {
-    let number = |name| Arc::new(Field::new(name, DataType::UInt64, true));
+fn located_schema(data: &SchemaRef, places: &[Field]) -> SchemaRef {
     let hash = Field::new(CONTENT_HASH, DataType::FixedSizeBinary(16), false);
-    let places = [IMAGE_OFFSET, IMAGE_LENGTH].map(number);
     // The image is the first of the data columns.
-    let fields = data.fields().iter().skip(1).cloned().chain(places);
+    let fields = data.fields().iter().skip(1).cloned();
+    let fields = fields.chain(places.iter().cloned().map(Arc::new));
     let fields = fields.chain([Arc::new(hash)]);
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
-fn image_places(places: &[Option<Range<u64>>]) -> [ArrayRef; 2] {
-    let column = |of: fn(&Range<u64>) -> u64| {
-        let values = places.iter().map(|place| place.as_ref().map(of));
+fn image_places(name: &str, places: &[ImagePlace]) -> ArrayRef {
+    let number = |of: fn(&Range<u64>) -> u64| {
+        let values = places.iter().map(|place| place.bytes.as_ref().map(of));
         Arc::new(values.collect::<UInt64Array>()) as ArrayRef
     };
-    [
-        column(|place| place.start),
-        column(|place| place.end - place.start),
-    ]
+    match name {
+        IMAGE_URI => {
+            let uris = places.iter().map(|place| place.uri.as_deref());
+            Arc::new(uris.collect::<StringArray>())
+        }
+        IMAGE_OFFSET => number(|bytes| bytes.start),
+        _ => number(|bytes| bytes.end - bytes.start),
+    }
 }
 
 /// Returns the content hashes of rows.

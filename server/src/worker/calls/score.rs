@@ -3,7 +3,7 @@ use super::{
     answers::Answers,
     embed::Shape,
     messages::{answer, next},
-    slice::{Rows, Slice, each},
+    slice::{Slice, each},
     survey::{AHEAD, Spent, Surveyed, Task, survey},
 };
 use crate::{
@@ -116,6 +116,7 @@ impl<'a> Scoring<'a> {
         let mut slice =
             Slice::open(engine, &begin.dataset_manifest, begin.blocks, begin.columns).await?;
         slice.share(begin.reference_from as usize, begin.reference_more)?;
+        slice.keep_for = Some(begin.step);
         let reference = match &begin.reference {
             Some(model) => Some(engine.models.load(model).await?.at(fidelity)?),
             None => None,
@@ -334,17 +335,20 @@ impl<'a> Scoring<'a> {
         }
         let missing: Vec<usize> = (0..rows.len()).filter(|n| rows[*n].is_none()).collect();
         let mut again = Vec::with_capacity(missing.len());
-        let mut last: Option<(usize, Rows)> = None;
-        for n in &missing {
-            let candidate = range.start + n;
-            let block = self.slice.block_of(candidate);
-            if last.as_ref().is_none_or(|(number, _)| *number != block) {
-                last = Some((block, self.rows(block).await?));
-            }
-            if let Some((_, rows)) = &last {
-                let block = &self.slice.blocks[block];
-                again.push(block.row(rows, candidate - block.first));
-            }
+        let block_of = |n: &usize| self.slice.block_of(range.start + n);
+        for same in missing.chunk_by(|a, b| block_of(a) == block_of(b)) {
+            let block = block_of(&same[0]);
+            let about = &self.slice.blocks[block];
+            let numbers = same.iter().map(|n| range.start + n - about.first);
+            let numbers: Vec<usize> = numbers.collect();
+            again.extend(match self.kept(block, &numbers) {
+                Some(kept) => kept,
+                None => {
+                    let rows: Vec<u32> = numbers.iter().map(|n| about.rows[*n]).collect();
+                    let whole = self.slice.read(self.engine, about).await?;
+                    self.slice.rows(self.engine, about, &whole, &rows).await?
+                }
+            });
         }
         let (decoded, seconds) = if again.is_empty() {
             (Vec::new(), 0.0)

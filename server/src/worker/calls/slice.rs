@@ -1,11 +1,15 @@
 //! A slice: the candidates of a super-batch that one call scores, block by block, and how their
 //! rows are read.
+use super::beside::Known;
 use crate::{
     blocking::blocking,
     bounds::{COLUMNS_MAX, LABEL_BYTES_MAX, check_bytes, check_count},
     dataset::{Block, Manifest, SourceManifest},
     error::{Error, Result},
-    worker::{engine::Engine, inputs::row::Row},
+    worker::{
+        engine::Engine,
+        kept::read::{ImagePlace, ReadBlock},
+    },
 };
 use arrow::{array::UInt32Array, compute::take_record_batch, record_batch::RecordBatch};
 use std::{
@@ -28,6 +32,9 @@ pub(crate) struct Slice {
     /// two slices share is embedded by the first of them only, else its reference forward would be
     /// paid twice.
     pub reference_rows: Range<usize>,
+    /// The step for which candidates are kept in memory as they are read one by one; `None` keeps
+    /// none.
+    pub keep_for: Option<u64>,
 }
 
 /// The candidates that lie in one block.
@@ -43,13 +50,8 @@ pub(crate) struct SliceBlock {
     pub first: usize,
     /// How many rows the block has.
     pub block_rows: usize,
-}
-
-/// Rows of a block in memory: all of them, or only its candidates.
-#[derive(Clone)]
-pub(crate) enum Rows {
-    Whole(Arc<RecordBatch>),
-    Candidates(Arc<RecordBatch>),
+    /// Of images that lie beside the file.
+    pub known: Known,
 }
 
 impl Slice {
@@ -101,6 +103,7 @@ impl Slice {
             blocks: placed,
             candidates,
             reference_rows,
+            keep_for: None,
         })
     }
 
@@ -138,12 +141,8 @@ impl Slice {
         block.first >= self.reference_rows.start
     }
 
-    /// Reads a block whole, in the data schema.
-    pub(crate) async fn read(
-        &self,
-        engine: &Engine,
-        block: &SliceBlock,
-    ) -> Result<Arc<RecordBatch>> {
+    /// Reads a block whole, in the data schema, without images that lie beside the file.
+    pub(crate) async fn read(&self, engine: &Engine, block: &SliceBlock) -> Result<ReadBlock> {
         engine
             .reader
             .read(
@@ -156,13 +155,13 @@ impl Slice {
             .await
     }
 
-    /// Returns where the images of some candidates lie in their shards; `None` for rows of Parquet
-    /// files, whose pages hold many.
+    /// Returns where the images of some candidates lie; nowhere for those in Parquet files, whose
+    /// pages hold many.
     pub(crate) async fn image_places(
         &self,
         engine: &Engine,
         candidates: &[usize],
-    ) -> Result<Vec<Option<Range<u64>>>> {
+    ) -> Result<Vec<ImagePlace>> {
         let mut of_blocks = HashMap::new();
         let mut places = Vec::with_capacity(candidates.len());
         for candidate in candidates {
@@ -175,13 +174,13 @@ impl Slice {
                     block: at,
                     ..
                 } = block;
-                let found = engine
-                    .reader
-                    .image_places(&self.manifest, *source, *shard, *at);
+                let (manifest, columns) = (&self.manifest, &self.columns);
+                let reader = &engine.reader;
+                let found = reader.image_places(manifest, *source, *shard, *at, columns);
                 vacant.insert(found.await?);
             }
             let row = block.rows[candidate - block.first] as usize;
-            places.push(of_blocks[&number].get(row).cloned().flatten());
+            places.push(of_blocks[&number].get(row).cloned().unwrap_or_default());
         }
         Ok(places)
     }
@@ -195,8 +194,12 @@ impl Slice {
     /// Returns the id of a candidate's row, as receipts write it.
     pub(crate) fn id(&self, candidate: usize) -> String {
         let block = &self.blocks[self.block_of(candidate)];
+        self.id_of(block, block.rows[candidate - block.first])
+    }
+
+    /// Returns the id of a row of a block.
+    pub(crate) fn id_of(&self, block: &SliceBlock, row: u32) -> String {
         let shard = &self.manifest.sources[block.source as usize].shards[block.shard as usize];
-        let row = block.rows[candidate - block.first];
         let row = shard.blocks[block.block as usize].row_in_shard(row);
         let shard = &shard.path;
         let source = (self.manifest.sources.len() > 1).then_some(block.source);
@@ -292,6 +295,7 @@ impl SliceBlock {
             reference_more: Vec::new(),
             first,
             block_rows,
+            known: Known::default(),
         })
     }
 
@@ -299,20 +303,6 @@ impl SliceBlock {
     /// slices.
     pub(crate) fn reference_rows(&self) -> impl Iterator<Item = u32> {
         self.rows.iter().chain(&self.reference_more).copied()
-    }
-
-    /// Returns the `n`-th candidate of this block.
-    pub(crate) fn row(&self, rows: &Rows, n: usize) -> Row {
-        match rows {
-            Rows::Whole(batch) => Row {
-                batch: batch.clone(),
-                row: self.rows[n] as usize,
-            },
-            Rows::Candidates(batch) => Row {
-                batch: batch.clone(),
-                row: n,
-            },
-        }
     }
 }
 
@@ -357,6 +347,7 @@ mod tests {
             reference_more: Vec::new(),
             first: 0,
             block_rows: 100,
+            known: Known::default(),
         }
     }
 

@@ -1,8 +1,9 @@
 //! The first pass over a slice's blocks: reads and decodes rows, finds bad ones, and gets the
 //! reference's embeddings.
 use super::{
+    beside,
     embed::Shape,
-    slice::{Rows, Slice, SliceBlock, pick},
+    slice::{Slice, SliceBlock, pick},
 };
 use crate::{
     error::{Error, Result},
@@ -14,10 +15,11 @@ use crate::{
             captions,
             model_inputs::Inputs,
             preprocess::RowFault,
-            row::{Prepared, PreparedRow, Row},
+            row::{Prepared, PreparedRow},
         },
         kept::{
             embeddings::Embeddings,
+            read::ReadBlock,
             retained::Kept,
             sidecar::{self, BlockEmbeddings, BlockKey},
         },
@@ -56,7 +58,8 @@ pub(crate) struct Surveyed {
     /// candidates.
     pub faults: Vec<(usize, RowFault)>,
     pub reference: Option<Arc<BlockEmbeddings>>,
-    /// The candidates' rows, if there was room.
+    /// The candidates' rows, if there was room. Those whose images lie beside the file are kept by
+    /// the slice.
     pub raw: Option<Kept<Arc<RecordBatch>>>,
     /// Whether the block was read. A block whose reference embeddings are stored need not be.
     pub was_read: bool,
@@ -98,7 +101,7 @@ struct Pass<'a> {
     slice: &'a Slice,
     block: &'a SliceBlock,
     task: &'a Task,
-    whole: Option<Arc<RecordBatch>>,
+    whole: Option<ReadBlock>,
     found: Surveyed,
     /// Candidates that need no decoding any more.
     settled: Vec<bool>,
@@ -135,8 +138,9 @@ impl<'a> Pass<'a> {
             self.read().await?;
             self.candidates(inputs).await?;
         }
-        if let Some(whole) = self.whole.take() {
-            let wanted = self.block.rows.clone();
+        let whole = self.whole.take();
+        if let Some(whole) = whole.filter(|whole| !whole.has_images_beside()) {
+            let (whole, wanted) = (whole.batch, self.block.rows.clone());
             let rows = self.engine.pool.run(move || pick(&whole, wanted)).await??;
             let bytes = rows.get_array_memory_size();
             self.found.raw = self.engine.raw.keep(self.task.step, bytes, Arc::new(rows));
@@ -144,7 +148,7 @@ impl<'a> Pass<'a> {
         Ok(self.found)
     }
 
-    async fn read(&mut self) -> Result<Arc<RecordBatch>> {
+    async fn read(&mut self) -> Result<ReadBlock> {
         if let Some(whole) = &self.whole {
             return Ok(whole.clone());
         }
@@ -237,9 +241,10 @@ impl<'a> Pass<'a> {
     /// Embeds `rows` of the block, which rise. The others' embeddings are zero.
     async fn embed(&mut self, model: &Arc<Loaded>, rows: Vec<u32>) -> Result<BlockEmbeddings> {
         self.found.was_embedded = true;
-        let whole = self.read().await?;
+        let whole = &self.read().await?;
         let Self {
             engine,
+            slice,
             block,
             task,
             ..
@@ -249,24 +254,13 @@ impl<'a> Pass<'a> {
         let mut embeddings = Embeddings::zeros(rows.len(), dim, dtype);
         let mut faults = Vec::new();
         let micro_batches = task.shape.micro_batches(rows.len()).map(|range| {
-            let rows = rows[range.clone()]
-                .iter()
-                .map(|row| Row {
-                    batch: whole.clone(),
-                    row: *row as usize,
-                })
-                .collect();
-            async move {
-                Ok::<_, Error>((
-                    range.start,
-                    engine.pool.prepare(rows, model.inputs.clone()).await?,
-                ))
-            }
-            .boxed()
+            let these = &rows[range.clone()];
+            let prepare = slice.prepare(engine, block, whole, these, &model.inputs);
+            async move { Ok::<_, Error>((range.start, prepare.await?)) }.boxed()
         });
         let mut micro_batches = stream::iter(micro_batches).buffered(AHEAD);
-        while let Some((first, (ready, seconds))) = micro_batches.try_next().await? {
-            self.found.spent.decode_seconds += seconds;
+        while let Some((first, prepared)) = micro_batches.try_next().await? {
+            let ready = self.found.spent.take(prepared);
             for (row, prepared) in rows[first..].iter().zip(&ready) {
                 if let Some(n) = wanted.get(row) {
                     self.settle(*n, prepared);
@@ -294,29 +288,32 @@ impl<'a> Pass<'a> {
     async fn candidates(&mut self, inputs: &Arc<Inputs>) -> Result<()> {
         let Self {
             engine,
+            slice,
             block,
             task,
             ..
         } = *self;
-        let whole = self.read().await?;
+        let whole = &self.read().await?;
         let same_inputs = task
             .reference
             .as_ref()
             .is_some_and(|model| model.inputs.digest == inputs.digest);
         let faults_known = same_inputs && self.found.reference.is_some();
-        self.check_columns(&whole);
+        self.check_columns(&whole.batch);
         let open: Vec<usize> = (0..block.rows.len())
             .filter(|n| !self.settled[*n])
             .collect();
-        let rows = Rows::Whole(whole);
         let groups = open.chunks(task.shape.micro_batch_rows).map(|group| {
-            let rows = group.iter().map(|n| block.row(&rows, *n)).collect();
-            async move { Ok::<_, Error>((group, engine.pool.prepare(rows, inputs.clone()).await?)) }
-                .boxed()
+            let rows: Vec<u32> = group.iter().map(|n| block.rows[*n]).collect();
+            async move {
+                let prepared = slice.prepare(engine, block, whole, &rows, inputs);
+                Ok::<_, Error>((group, prepared.await?))
+            }
+            .boxed()
         });
         let mut groups = stream::iter(groups.collect::<Vec<_>>()).buffered(AHEAD);
-        while let Some((group, (rows, seconds))) = groups.try_next().await? {
-            self.found.spent.decode_seconds += seconds;
+        while let Some((group, prepared)) = groups.try_next().await? {
+            let rows = self.found.spent.take(prepared);
             for (n, prepared) in group.iter().zip(&rows) {
                 self.settle(*n, prepared);
                 self.found
@@ -371,6 +368,15 @@ fn not_finite() -> RowFault {
         BadRowReason::EmbeddingNotFinite,
         "the reference's embedding is not finite",
     )
+}
+
+impl Spent {
+    /// Adds what rows have taken, and returns them.
+    fn take(&mut self, prepared: beside::Prepared) -> Vec<PreparedRow> {
+        self.fetch_seconds += prepared.fetch_seconds;
+        self.decode_seconds += prepared.decode_seconds;
+        prepared.rows
+    }
 }
 
 impl std::iter::Sum for Spent {

@@ -75,7 +75,7 @@ pub(crate) fn as_bytes(
     )
 }
 
-/// Returns a column with bytes in place of its texts: of a text, or of a list of texts.
+/// Returns a column with bytes in place of its texts: of a text, or of texts in a list or a struct.
 fn without_type(field: &Arc<Type>) -> Result<Arc<Type>, ParquetError> {
     let info = field.get_basic_info();
     let built = if field.is_primitive() {
@@ -83,7 +83,16 @@ fn without_type(field: &Arc<Type>) -> Result<Arc<Type>, ParquetError> {
             .with_repetition(info.repetition())
             .build()
     } else {
-        let parts = field.get_fields().iter().map(without_type);
+        // A struct may have numbers beside its texts.
+        let is_other =
+            |part: &Type| part.is_primitive() && part.get_physical_type() != Physical::BYTE_ARRAY;
+        let parts = field.get_fields().iter().map(|part| {
+            if is_other(part) {
+                Ok(part.clone())
+            } else {
+                without_type(part)
+            }
+        });
         Type::group_type_builder(field.name())
             .with_repetition(info.repetition())
             .with_converted_type(info.converted_type())
@@ -97,14 +106,30 @@ fn without_type(field: &Arc<Type>) -> Result<Arc<Type>, ParquetError> {
 /// Returns the type of [`without_type`].
 fn bytes_for(data_type: &DataType) -> DataType {
     let part = |field: &FieldRef| {
-        let bytes = bytes_for(field.data_type());
-        Arc::new(Field::new(field.name(), bytes, field.is_nullable()))
+        let kind = field.data_type();
+        let kind = if kind.is_nested() || holds_bytes(kind) {
+            bytes_for(kind)
+        } else {
+            kind.clone()
+        };
+        Arc::new(Field::new(field.name(), kind, field.is_nullable()))
     };
     match data_type {
         DataType::List(field) => DataType::List(part(field)),
         DataType::LargeList(field) => DataType::LargeList(part(field)),
         DataType::FixedSizeList(field, size) => DataType::FixedSizeList(part(field), *size),
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(part).collect()),
         _ => DataType::Binary,
+    }
+}
+
+/// Returns whether a Parquet file has byte arrays for a type.
+fn holds_bytes(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => true,
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
+        DataType::Dictionary(_, values) => holds_bytes(values),
+        _ => false,
     }
 }
 
@@ -135,7 +160,7 @@ pub(crate) fn drawn(column: &ArrayRef, seed: u64) -> Result<ArrayRef, ArrowError
     let values = lists.values().as_binary::<i32>();
     let mut captions = Vec::new();
     let rows = lists.value_offsets().windows(2).enumerate();
-    texts(rows.map(|(row, ends)| {
+    let drawn = texts(rows.map(|(row, ends)| {
         if lists.is_null(row) {
             return Ok(None);
         }
@@ -146,7 +171,8 @@ pub(crate) fn drawn(column: &ArrayRef, seed: u64) -> Result<ArrayRef, ArrowError
             0 => Err(NONE_MARK),
             _ => Ok(Some(captions[draw(seed, &captions)])),
         }
-    }))
+    }));
+    Ok(Arc::new(drawn?))
 }
 
 /// Returns the number of the caption that is drawn. Kept embeddings and receipts rest on it:
@@ -167,13 +193,22 @@ fn draw(seed: u64, captions: &[&[u8]]) -> usize {
 /// Turns bytes into captions. Those that are not UTF-8 become null, with a mark that [`is_invalid`]
 /// finds.
 pub(crate) fn from_bytes(bytes: &BinaryArray) -> Result<ArrayRef, ArrowError> {
-    texts(bytes.iter().map(Ok))
+    some_from_bytes(bytes, |_| true).map(|texts| Arc::new(texts) as ArrayRef)
+}
+
+/// As [`from_bytes`], of some rows. The others become null.
+pub(crate) fn some_from_bytes(
+    bytes: &BinaryArray,
+    wanted: impl Fn(usize) -> bool,
+) -> Result<StringArray, ArrowError> {
+    let each = bytes.iter().enumerate();
+    texts(each.map(|(row, value)| Ok(value.filter(|_| wanted(row)))))
 }
 
 /// Returns a column of texts. An error is a null with that mark.
 fn texts<'a>(
     values: impl Iterator<Item = Result<Option<&'a [u8]>, &'static str>>,
-) -> Result<ArrayRef, ArrowError> {
+) -> Result<StringArray, ArrowError> {
     let (mut text, mut lengths, mut valid) = (String::new(), Vec::new(), Vec::new());
     for value in values {
         let found = value.and_then(|value| {
@@ -194,11 +229,7 @@ fn texts<'a>(
     }
     let offsets = OffsetBuffer::from_lengths(lengths);
     let nulls = Some(NullBuffer::from(valid));
-    Ok(Arc::new(StringArray::try_new(
-        offsets,
-        Buffer::from_vec(text.into_bytes()),
-        nulls,
-    )?))
+    StringArray::try_new(offsets, Buffer::from_vec(text.into_bytes()), nulls)
 }
 
 /// Returns whether a caption is null because it is not UTF-8.

@@ -102,9 +102,7 @@ impl DecodePool {
 }
 
 fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
-    let image = row
-        .image()
-        .ok_or_else(|| RowFault::new(BadRowReason::ImageNull, "the image is null"))?;
+    let image = row.image().ok_or_else(|| row.image_fault())?;
     let caption = row.caption().ok_or_else(|| {
         if row.caption_is_invalid() {
             RowFault::new(BadRowReason::CaptionInvalid, "the caption is not UTF-8")

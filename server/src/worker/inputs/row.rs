@@ -1,11 +1,12 @@
 //! A row as it is stored, and as a model takes it.
-use super::{captions, preprocess::RowFault};
+use super::{captions, images, preprocess::RowFault};
 use crate::error::Result;
 use arrow::{
-    array::{Array, AsArray, StringArray},
+    array::{Array, AsArray, BinaryArray, StringArray},
     record_batch::RecordBatch,
 };
 use std::sync::Arc;
+use superbatch_proto::v1::BadRowReason;
 
 /// One row of a batch in the data schema.
 #[derive(Debug, Clone)]
@@ -35,8 +36,23 @@ impl Prepared {
 impl Row {
     /// Returns the encoded image; `None` if it is null.
     pub fn image(&self) -> Option<&[u8]> {
-        let column = self.batch.column_by_name("image")?.as_binary_opt::<i32>()?;
+        let column = self.images()?;
         column.is_valid(self.row).then(|| column.value(self.row))
+    }
+
+    /// Returns why there is no image. Only a block as it was read tells more than that it is null.
+    pub fn image_fault(&self) -> RowFault {
+        let fault = self
+            .images()
+            .and_then(|column| images::fault(column, self.row));
+        match fault {
+            Some((reason, detail)) => RowFault::new(reason, detail),
+            None => RowFault::new(BadRowReason::ImageNull, "the image is null"),
+        }
+    }
+
+    fn images(&self) -> Option<&BinaryArray> {
+        self.batch.column_by_name("image")?.as_binary_opt::<i32>()
     }
 
     /// Returns the caption; `None` if it is null or not UTF-8.

@@ -1,51 +1,93 @@
 //! Reads blocks: the needed columns of one row group, by byte ranges, checked against the manifest
-//! and kept while there is room.
+//! and kept while there is room. Images that lie beside the file are read by row.
+mod beside;
+mod wanted;
+
+use self::{
+    beside::{Beside, ImageReads, WithImages},
+    wanted::{Decoded, Part, Wanted},
+};
 use super::cache::Cache;
 use crate::{
     dataset::{
-        Format, Layout, Manifest, Mask, Ranges, Shard, ShardFile, SourceManifest, Survey, TarBlock,
-        survey_kept,
+        Format, Manifest, Mask, Shard, ShardFile, SourceManifest, Survey, TarBlock, survey_kept,
     },
     error::{Error, Result},
     storage::{Location, Stores},
-    worker::inputs::captions,
 };
-use arrow::{
-    array::{
-        Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, RecordBatchReader,
-        StructArray,
-    },
-    compute::{cast, concat_batches},
-    datatypes::{DataType, FieldRef, SchemaRef},
-    error::ArrowError,
-};
-use parquet::arrow::{
-    ProjectionMask,
-    arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
-};
+use arrow::{array::RecordBatch, error::ArrowError};
+use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use std::{fmt, ops::Range, sync::Arc};
 
 /// Memory for parsed footers, and as much again for indexes of tars. Every block of a shard needs
 /// its shard's footer or index, and a footer of a wide file takes megabytes.
 const FOOTERS_BYTES: usize = 64 << 20;
+/// What [`BlockReader::reading_images`] sets, where it is not called.
+const IMAGE_BYTES_MAX: u64 = 64 << 20;
+const IMAGES_AT_ONCE: usize = 8;
 
 /// Reads whole blocks. Concurrent reads of one block share one read. The blocks used last are kept,
 /// up to a number of bytes.
 pub struct BlockReader {
     stores: Stores,
-    blocks: Cache<BlockKey, Arc<RecordBatch>>,
+    blocks: Cache<BlockKey, ReadBlock>,
     footers: Cache<ShardKey, ArrowReaderMetadata>,
     surveys: Cache<ShardKey, Arc<Survey>>,
     /// The state, which holds the indexes of tars.
     state: Option<Location>,
+    images: ImageReads,
+}
+
+/// A block in memory, in the order of its rows.
+#[derive(Debug, Clone)]
+pub struct ReadBlock {
+    /// All rows in the data schema. Images that lie beside the file are null.
+    pub batch: Arc<RecordBatch>,
+    beside: Option<Arc<Beside>>,
+}
+
+impl ReadBlock {
+    /// Returns whether images lie beside the file, so that [`BlockReader::with_images`] reads them.
+    pub fn has_images_beside(&self) -> bool {
+        self.beside.is_some()
+    }
+
+    fn image_uris(&self) -> Vec<ImagePlace> {
+        let uri = |row| self.beside.as_ref().and_then(|beside| beside.uri(row));
+        let rows = 0..self.batch.num_rows();
+        rows.map(|row| ImagePlace {
+            bytes: None,
+            uri: uri(row),
+        })
+        .collect()
+    }
+
+    fn bytes(&self) -> usize {
+        let beside = self.beside.as_ref().map_or(0, |beside| beside.bytes());
+        self.batch.get_array_memory_size() + beside
+    }
+}
+
+/// Where an image lies: its bytes in a tar, or its URI beside the shards.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImagePlace {
+    pub bytes: Option<Range<u64>>,
+    pub uri: Option<String>,
 }
 
 /// A shard in one state: root, path, size, ETag. A replaced shard has another key, so nothing
 /// cached of the old one is served for it.
 type ShardKey = (String, String, u64, Option<String>);
-/// Shard, block, then the columns: image, caption, extra ones; then which rows, and the seed of
-/// their captions.
-type BlockKey = (ShardKey, u32, Vec<String>, Option<Mask>, Option<u64>);
+/// Shard, block, then the columns: image, caption, extra ones; then which rows, the seed of their
+/// captions, and the root of their images.
+type BlockKey = (
+    ShardKey,
+    u32,
+    Vec<String>,
+    Option<Mask>,
+    Option<u64>,
+    Option<String>,
+);
 
 impl fmt::Debug for BlockReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -58,18 +100,25 @@ impl fmt::Debug for BlockReader {
 impl BlockReader {
     /// Makes a reader that keeps up to `cache_bytes` of blocks; 0 keeps none.
     pub fn new(stores: Stores, cache_bytes: usize) -> Self {
-        let blocks = Cache::new(cache_bytes, |batch: &Arc<RecordBatch>| {
-            batch.get_array_memory_size()
-        });
         let footers = Cache::new(FOOTERS_BYTES, |footer: &ArrowReaderMetadata| {
             footer.metadata().memory_size()
         });
         Self {
             stores,
-            blocks,
+            blocks: Cache::new(cache_bytes, ReadBlock::bytes),
             footers,
             surveys: Cache::new(FOOTERS_BYTES, |survey: &Arc<Survey>| survey.bytes()),
             state: None,
+            images: ImageReads::new(IMAGE_BYTES_MAX, IMAGES_AT_ONCE),
+        }
+    }
+
+    /// Reads images that lie beside their file up to a number of bytes, and so many at a time.
+    #[must_use]
+    pub fn reading_images(self, bytes_max: u64, at_once: usize) -> Self {
+        Self {
+            images: ImageReads::new(bytes_max, at_once),
+            ..self
         }
     }
 
@@ -88,7 +137,7 @@ impl BlockReader {
     }
 
     /// Reads a whole block, in row order, in [`Manifest::data_schema`] of `columns`. Image and
-    /// caption may be null.
+    /// caption may be null. Images that lie beside the file are not read.
     ///
     /// # Errors
     /// `DatasetChanged` if the shard is not the object that was indexed; `InvalidArgument`
@@ -101,7 +150,7 @@ impl BlockReader {
         shard: u32,
         block: u32,
         columns: &[String],
-    ) -> Result<Arc<RecordBatch>> {
+    ) -> Result<ReadBlock> {
         let none = || {
             Error::internal(format!(
                 "the manifest has no block {block} in shard {shard} of source {source}"
@@ -116,24 +165,36 @@ impl BlockReader {
             source.layout.caption_column.clone(),
         ];
         names.extend_from_slice(columns);
-        let seed = source.layout.caption_seed;
-        let key = (shard_key.clone(), block, names, indexed.mask.clone(), seed);
+        let (mask, seed) = (indexed.mask.clone(), source.layout.caption_seed);
+        let root = source.layout.image_root.clone();
+        let key = (shard_key.clone(), block, names, mask, seed, root);
         let wanted = Wanted {
             layout: source.layout.clone(),
             columns: columns.to_vec(),
             schema: manifest.data_schema(columns)?,
-            block: block as usize,
-            rows: indexed.rows as usize,
-            stored_rows: indexed.stored_rows(),
-            mask: indexed.mask.clone(),
+            number: block as usize,
+            block: indexed.clone(),
         };
         self.blocks
             .get(&key, self.fetch(source, shard, &shard_key, wanted))
             .await
     }
 
-    /// Returns where the images of a tar's block lie in their shard, row by row; of a Parquet file
-    /// nothing. Reads no more than the tar's index.
+    /// Returns a block with those images of some of its rows that lie beside the file, in pieces
+    /// that hold the rows in their order; nothing of a block without such images.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`, after the store's own retries. An image that is not there is a fault
+    /// of its row, which lies behind the null in its place.
+    pub async fn with_images(&self, block: &ReadBlock, rows: &[u32]) -> Result<Vec<WithImages>> {
+        match &block.beside {
+            Some(beside) => beside.rows(block.batch.clone(), rows, &self.images).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Returns where the images of a block lie, row by row: in a tar, or beside the shards; of
+    /// images in Parquet files nothing. Reads no more than the tar's index, or the paths.
     ///
     /// # Errors
     /// As [`BlockReader::read`].
@@ -143,23 +204,29 @@ impl BlockReader {
         source: u32,
         shard: u32,
         block: u32,
-    ) -> Result<Vec<Option<Range<u64>>>> {
-        let source = manifest.sources.get(source as usize);
-        let shard = source.and_then(|source| source.shards.get(shard as usize));
-        let (Some(source), Some(shard)) = (source, shard) else {
+        columns: &[String],
+    ) -> Result<Vec<ImagePlace>> {
+        let found = manifest.sources.get(source as usize);
+        let found = found.and_then(|found| Some((found, found.shards.get(shard as usize)?)));
+        let Some((about, within)) = found else {
             return Err(Error::internal("the manifest has no such shard"));
         };
-        let Some(indexed) = shard.blocks.get(block as usize) else {
+        let Some(indexed) = within.blocks.get(block as usize) else {
             return Err(Error::internal("the manifest has no such block"));
         };
-        if source.layout.format == Format::Parquet {
+        if about.layout.image_root.is_some() {
+            let read = self.read(manifest, source, shard, block, columns).await?;
+            return Ok(read.image_uris());
+        }
+        if about.layout.format == Format::Parquet {
             return Ok(Vec::new());
         }
-        let location = self.shard(source, shard)?;
-        let file = ShardFile::new(location, shard.size, shard.etag.clone());
-        let survey = self.survey(&file, &shard_key(source, shard)).await?;
-        let rows = TarBlock::new(survey, &source.layout, &[], indexed, &file)?;
-        Ok(rows.image_ranges())
+        let file = ShardFile::new(self.shard(about, within)?, within.size, within.etag.clone());
+        let survey = self.survey(&file, &shard_key(about, within)).await?;
+        let rows = TarBlock::new(survey, &about.layout, &[], indexed, &file)?;
+        let ranges = rows.image_ranges().into_iter();
+        let place = |bytes| ImagePlace { bytes, uri: None };
+        Ok(ranges.map(place).collect())
     }
 
     /// Returns the place of a shard. The allow-list is not asked: a call names a manifest by its
@@ -181,31 +248,33 @@ impl BlockReader {
         shard: &Shard,
         key: &ShardKey,
         wanted: Wanted,
-    ) -> Result<Arc<RecordBatch>> {
+    ) -> Result<ReadBlock> {
         let location = self.shard(source, shard)?;
         let file = ShardFile::new(location, shard.size, shard.etag.clone());
-        match source.layout.format {
-            Format::Parquet => self.row_group(&file, key, wanted).await,
-            Format::Tar => self.samples(&file, shard, key, wanted).await,
-        }
+        let (batch, paths) = match source.layout.format {
+            Format::Parquet => self.row_group(&file, key, wanted).await?,
+            Format::Tar => self.samples(&file, shard, key, wanted).await?,
+        };
+        let beside = match (&source.layout.image_root, paths) {
+            (Some(root), Some(paths)) => {
+                // As the shard's place: the manifest names it, and the call does not.
+                let root = self.stores.open(root)?;
+                Some(Arc::new(Beside { root, paths }))
+            }
+            _ => None,
+        };
+        let batch = Arc::new(batch);
+        Ok(ReadBlock { batch, beside })
     }
 
-    async fn row_group(
-        &self,
-        file: &ShardFile,
-        key: &ShardKey,
-        wanted: Wanted,
-    ) -> Result<Arc<RecordBatch>> {
+    async fn row_group(&self, file: &ShardFile, key: &ShardKey, wanted: Wanted) -> Result<Decoded> {
         let footer = self.footers.get(key, file.footer()).await?;
         let groups = footer.metadata().row_groups();
-        let Some(group) = groups
-            .get(wanted.block)
-            .filter(|g| g.num_rows() == i64::from(wanted.stored_rows))
-        else {
+        let Some(part) = Part::of(groups, &wanted) else {
             return Err(file.changed("its row groups are others"));
         };
         let mask = wanted.projection(&footer);
-        let needed = group
+        let needed = groups[part.group]
             .columns()
             .iter()
             .enumerate()
@@ -213,8 +282,9 @@ impl BlockReader {
         let ranges = needed
             .map(|(_, column)| file.column(column))
             .collect::<Result<Vec<_>>>()?;
-        let (bytes, block) = (file.ranges(&ranges).await?, wanted.block);
-        decoded(file, block, move || wanted.decode(&bytes, &footer, &mask)).await
+        let (bytes, block) = (file.ranges(&ranges).await?, wanted.number);
+        let decode = move || wanted.decode(&bytes, &footer, &mask, part);
+        decoded(file, block, decode).await
     }
 
     async fn samples(
@@ -223,9 +293,9 @@ impl BlockReader {
         shard: &Shard,
         key: &ShardKey,
         wanted: Wanted,
-    ) -> Result<Arc<RecordBatch>> {
+    ) -> Result<Decoded> {
         let survey = self.survey(file, key).await?;
-        let (block, indexed) = (wanted.block, &shard.blocks[wanted.block]);
+        let (block, indexed) = (wanted.number, &shard.blocks[wanted.number]);
         let rows = TarBlock::new(survey, &wanted.layout, &wanted.columns, indexed, file)?;
         let ranges = rows.ranges();
         let ranges = ranges.map_err(|cause| file.undecodable(block, cause))?;
@@ -247,144 +317,12 @@ fn shard_key(source: &SourceManifest, shard: &Shard) -> ShardKey {
 async fn decoded(
     file: &ShardFile,
     block: usize,
-    decode: impl FnOnce() -> Result<RecordBatch, ArrowError> + Send + 'static,
-) -> Result<Arc<RecordBatch>> {
-    let batch = tokio::task::spawn_blocking(decode).await;
-    let batch = batch
+    decode: impl FnOnce() -> Result<Decoded, ArrowError> + Send + 'static,
+) -> Result<Decoded> {
+    let decoded = tokio::task::spawn_blocking(decode).await;
+    let decoded = decoded
         .map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;
-    batch
-        .map(Arc::new)
-        .map_err(|cause| file.undecodable(block, cause))
-}
-
-/// The columns and types to read of a block.
-struct Wanted {
-    layout: Layout,
-    columns: Vec<String>,
-    schema: SchemaRef,
-    block: usize,
-    rows: usize,
-    /// Rows of the block in the file, of which `mask` keeps some.
-    stored_rows: u32,
-    mask: Option<Mask>,
-}
-
-impl Wanted {
-    fn decode(
-        &self,
-        bytes: &Ranges,
-        footer: &ArrowReaderMetadata,
-        mask: &ProjectionMask,
-    ) -> Result<RecordBatch, ArrowError> {
-        let cause = match self.read(bytes, footer.clone(), mask) {
-            Ok(batch) => return self.assemble(&batch),
-            Err(cause) => cause,
-        };
-        // Arrow's reader checks text columns as a whole, so one text that is not UTF-8 fails the
-        // block. The second pass reads them as bytes, so that the bad text costs its row only. It
-        // runs only after a failure, because it copies every text once more. Its own error is
-        // dropped for the first one, which names the true cause.
-        let fields = self.schema.fields().iter().skip(2).zip(&self.columns);
-        let texts = fields.filter(|(field, _)| *field.data_type() == DataType::Utf8);
-        let texts = texts.map(|(_, column)| column.as_str());
-        let texts: Vec<&str> = texts.chain([self.layout.caption_column.as_str()]).collect();
-        let as_bytes = captions::as_bytes(footer, &texts)?;
-        let batch = self.read(bytes, as_bytes, mask).map_err(|_| cause)?;
-        self.assemble(&batch)
-    }
-
-    fn read(
-        &self,
-        bytes: &Ranges,
-        footer: ArrowReaderMetadata,
-        mask: &ProjectionMask,
-    ) -> Result<RecordBatch, ArrowError> {
-        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
-            .with_row_groups(vec![self.block])
-            .with_batch_size(self.rows.max(1))
-            .with_projection(mask.clone());
-        if let Some(kept) = &self.mask {
-            let kept: Vec<bool> = kept.rows().collect();
-            let kept = RowSelection::from_filters(&[BooleanArray::from(kept)]);
-            builder = builder.with_row_selection(kept);
-        }
-        let reader = builder.build()?;
-        let schema = reader.schema();
-        let batches = reader.collect::<Result<Vec<_>, _>>()?;
-        concat_batches(&schema, &batches)
-    }
-
-    /// Returns the leaves to read: only the bytes of an image struct, and the whole of all other
-    /// columns.
-    fn projection(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
-        let schema = footer.parquet_schema();
-        let layout = &self.layout;
-        let wanted = |leaf: usize| {
-            let parts = schema.column(leaf).path().parts().to_vec();
-            let root = &parts[0];
-            let image = *root == layout.image_column
-                && (!layout.image_in_struct || parts.get(1).is_some_and(|part| part == "bytes"));
-            image || *root == layout.caption_column || self.columns.contains(root)
-        };
-        ProjectionMask::leaves(
-            schema,
-            (0..schema.num_columns()).filter(|&leaf| wanted(leaf)),
-        )
-    }
-
-    /// Returns the batch with the delivered names and types.
-    fn assemble(&self, batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
-        let layout = &self.layout;
-        let column = |name: &str| {
-            let missing = || ArrowError::SchemaError(format!("no column '{name}'"));
-            batch.column_by_name(name).cloned().ok_or_else(missing)
-        };
-        let mut image = column(&layout.image_column)?;
-        if layout.image_in_struct {
-            image = bytes_of(&image)?;
-        }
-        let lists = batch.column_by_name(TarBlock::CAPTIONS).cloned();
-        let mut caption = lists.map_or_else(|| column(&layout.caption_column), Ok)?;
-        if let Some(seed) = layout.caption_seed {
-            caption = captions::drawn(&caption, seed)?;
-        }
-        let mut arrays = vec![image, caption];
-        for name in &self.columns {
-            arrays.push(column(name)?);
-        }
-        let cast_to = |(array, field): (ArrayRef, &FieldRef)| {
-            let is_bytes = matches!(
-                array.data_type(),
-                DataType::Binary | DataType::LargeBinary | DataType::BinaryView
-            );
-            if *field.data_type() == DataType::Utf8 && is_bytes {
-                return captions::from_bytes(cast(&array, &DataType::Binary)?.as_binary());
-            }
-            cast(&array, field.data_type())
-        };
-        let arrays = arrays
-            .into_iter()
-            .zip(self.schema.fields())
-            .map(cast_to)
-            .collect::<Result<Vec<_>, _>>()?;
-        let options = RecordBatchOptions::new().with_row_count(Some(self.rows));
-        RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)
-    }
-}
-
-/// Returns the `bytes` of an image struct. A null struct may have bytes in its child, so its nulls
-/// are applied.
-fn bytes_of(image: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    let missing = || ArrowError::SchemaError("the image is no struct with `bytes`".to_owned());
-    let image = image
-        .as_any()
-        .downcast_ref::<StructArray>()
-        .ok_or_else(missing)?;
-    let bytes = image.column_by_name("bytes").ok_or_else(missing)?;
-    match image.nulls() {
-        None => Ok(bytes.clone()),
-        Some(nulls) => arrow::compute::nullif(bytes, &BooleanArray::new(!nulls.inner(), None)),
-    }
+    decoded.map_err(|cause| file.undecodable(block, cause))
 }
 
 #[cfg(test)]

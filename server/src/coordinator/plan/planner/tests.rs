@@ -38,6 +38,7 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         layout: Layout {
             image_column: "jpg".into(),
             image_in_struct: false,
+            image_root: None,
             caption_column: "caption".into(),
             caption_seed: None,
             format: Default::default(),

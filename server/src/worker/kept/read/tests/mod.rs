@@ -7,7 +7,7 @@ use crate::{
     },
 };
 use arrow::{
-    array::{AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
+    array::{ArrayRef, AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
     datatypes::Int64Type,
 };
 use async_trait::async_trait;
@@ -23,6 +23,7 @@ use std::{
 };
 use superbatch_proto::v1::{BadRowReason, Reason};
 
+mod beside;
 mod several;
 mod tar;
 
@@ -99,7 +100,8 @@ async fn a_block_of_img2dataset_comes_with_its_nulls() {
     let batch = reader
         .read(&manifest, 0, 0, 1, &["uid".into()])
         .await
-        .unwrap();
+        .unwrap()
+        .batch;
     assert_eq!(
         batch.schema(),
         manifest.data_schema(&["uid".into()]).unwrap()
@@ -135,7 +137,11 @@ async fn a_block_of_hugging_face_comes_under_the_same_names() {
         .unwrap();
     let reader = BlockReader::new(stores, 1 << 20);
     let columns = ["thumb".to_owned(), "text".to_owned()];
-    let batch = reader.read(&manifest, 0, 0, 1, &columns).await.unwrap();
+    let batch = reader
+        .read(&manifest, 0, 0, 1, &columns)
+        .await
+        .unwrap()
+        .batch;
     assert_eq!(captions(&batch), [Some("caption 3"), Some("caption 4")]);
     assert_eq!(batch.column(0).as_binary::<i32>().value(1), b"image 4");
     assert_eq!(
@@ -158,7 +164,8 @@ async fn wide_types_are_narrowed() {
     let batch = BlockReader::new(stores, 0)
         .read(&manifest, 0, 0, 0, &[])
         .await
-        .unwrap();
+        .unwrap()
+        .batch;
     assert_eq!(captions(&batch), [None, Some("y")]);
     assert_eq!(
         batch
@@ -209,7 +216,9 @@ async fn only_the_needed_columns_are_read_once() {
     let reads = (0..8).map(|_| reader.read(&manifest, 0, 0, 0, &[]));
     let batches = futures::future::try_join_all(reads).await.unwrap();
     assert!(
-        batches.iter().all(|batch| Arc::ptr_eq(batch, &batches[0])),
+        batches
+            .iter()
+            .all(|read| Arc::ptr_eq(&read.batch, &batches[0].batch)),
         "eight reads, one block"
     );
     assert!(
@@ -238,7 +247,7 @@ async fn blocks_beyond_the_room_are_dropped_oldest_first() {
         .read(&manifest, 0, 0, 0, &[])
         .await
         .unwrap()
-        .get_array_memory_size();
+        .bytes();
     let reader = BlockReader::new(stores, one * 5 / 2);
     let gets = async |block| {
         let before = counts[0].load(Ordering::Relaxed);
@@ -328,7 +337,8 @@ async fn a_caption_that_is_no_text_costs_its_row() {
         let whole = BlockReader::new(stores, 1 << 20)
             .read(&manifest, 0, 0, 1, &columns)
             .await
-            .unwrap();
+            .unwrap()
+            .batch;
         assert_eq!(whole.schema(), manifest.data_schema(&columns).unwrap());
         assert_eq!(
             captions(&whole),
@@ -450,7 +460,11 @@ async fn an_extra_text_that_is_none_costs_its_row() {
         .unwrap();
     let columns = ["uid".to_owned(), "url".to_owned()];
     let reader = BlockReader::new(stores, 0);
-    let whole = reader.read(&manifest, 0, 0, 0, &columns).await.unwrap();
+    let whole = reader
+        .read(&manifest, 0, 0, 0, &columns)
+        .await
+        .unwrap()
+        .batch;
     assert_eq!(captions(&whole)[1], Some("caption 1"));
     let urls: Vec<_> = whole.column(3).as_string::<i32>().iter().collect();
     assert_eq!(urls, [Some("https://x/0"), None, Some("https://x/2")]);
@@ -484,7 +498,7 @@ async fn categories_and_unmarked_bytes_are_captions() {
         let extra = ["caption".to_owned()];
         assert!(manifest.data_schema(&extra).is_err());
         let reader = BlockReader::new(stores, 0);
-        let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+        let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap().batch;
         assert_eq!(captions(&whole), expected);
     }
 }
@@ -547,7 +561,7 @@ async fn a_dictionary_at_byte_0_is_none() {
         .await
         .unwrap();
     let reader = BlockReader::new(stores, 0);
-    let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let whole = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap().batch;
     assert_eq!(captions(&whole), [Some("a"), Some("b")]);
 }
 
@@ -577,7 +591,8 @@ async fn rows_outside_a_predicate_are_not_there() {
                 let batch = reader
                     .read(&manifest, 0, 0, block, &["uid".into()])
                     .await
-                    .unwrap();
+                    .unwrap()
+                    .batch;
                 assert_eq!(batch.num_rows(), indexed.rows as usize);
                 found.extend_from_slice(batch["uid"].as_primitive::<Int64Type>().values());
             }

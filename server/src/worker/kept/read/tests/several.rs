@@ -4,7 +4,11 @@ use crate::{
     dataset::{SourceRequest, fixtures::*, index},
     worker::inputs::row::Row,
 };
-use arrow::{array::BinaryArray, compute::cast, datatypes::Field};
+use arrow::{
+    array::{Array, ArrayRef, AsArray, BinaryArray},
+    compute::cast,
+    datatypes::{DataType, Field},
+};
 use bytes::Bytes;
 
 /// Eight rows with captions, and four without.
@@ -40,7 +44,8 @@ async fn read(file: Bytes, caption_seed: Option<u64>, extra: &[String]) -> Arc<R
     };
     let manifest = index(&stores, None, &[asked]).await.unwrap();
     let reader = BlockReader::new(stores, 1 << 20);
-    reader.read(&manifest, 0, 0, 0, extra).await.unwrap()
+    let read = reader.read(&manifest, 0, 0, 0, extra).await;
+    read.unwrap().batch
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use crate::{
     },
     worker::inputs::row::Row,
 };
+use arrow::array::AsArray;
 use std::sync::atomic::Ordering;
 use superbatch_proto::v1::Reason;
 
@@ -58,7 +59,7 @@ async fn a_block_of_a_tar_comes_in_the_data_schema() {
         .unwrap();
     let names = columns(&["__key__", "json[n]", "json[gone]", "json", "webp"]);
     let reader = BlockReader::new(stores, 1 << 20);
-    let batch = reader.read(&manifest, 0, 0, 0, &names).await.unwrap();
+    let batch = reader.read(&manifest, 0, 0, 0, &names).await.unwrap().batch;
     assert_eq!(batch.schema(), manifest.data_schema(&names).unwrap());
     let images = ["image 0", "image 2", ""].map(|text| Some(text.as_bytes().to_vec()));
     assert_eq!(bytes(&batch, "image"), images);
@@ -102,7 +103,8 @@ async fn captions_of_a_json_are_read() {
     let batch = BlockReader::new(stores, 0)
         .read(&manifest, 0, 0, 0, &[])
         .await
-        .unwrap();
+        .unwrap()
+        .batch;
     assert_eq!(texts(&batch, "caption"), [Some("of json")]);
 }
 
@@ -128,7 +130,7 @@ async fn lists_in_a_json_are_drawn_from() {
         .unwrap();
     let extra = ["json[caption]".to_owned()];
     let reader = BlockReader::new(stores, 0);
-    let batch = reader.read(&manifest, 0, 0, 0, &extra).await.unwrap();
+    let batch = reader.read(&manifest, 0, 0, 0, &extra).await.unwrap().batch;
     let drawn = texts(&batch, "caption");
     for (row, caption) in drawn[..8].iter().enumerate() {
         assert!(caption.unwrap().ends_with(&format!(" of {row}")));
@@ -164,7 +166,7 @@ async fn only_wanted_members_are_read_and_headers_only_once() {
     assert_eq!(count(0) - gets, 5, "the index is kept in memory");
     // Without the state's index, the headers are read again.
     let alone = BlockReader::new(stores, 0);
-    let batch = alone.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let batch = alone.read(&manifest, 0, 0, 0, &[]).await.unwrap().batch;
     assert_eq!(batch.num_rows(), 3);
 }
 
@@ -200,7 +202,8 @@ async fn samples_outside_a_predicate_are_not_there() {
     let batch = BlockReader::new(stores, 0)
         .read(&manifest, 0, 0, 0, &[])
         .await
-        .unwrap();
+        .unwrap()
+        .batch;
     assert_eq!(
         texts(&batch, "caption"),
         ["caption 2", "caption 7", "caption 8"].map(Some)

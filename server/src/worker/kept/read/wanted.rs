@@ -1,0 +1,212 @@
+//! Decodes a block: the needed columns of one row group, or of a part of it, under the names and
+//! with the types that are delivered.
+use crate::{
+    dataset::{Block, Layout, Ranges, TarBlock, row_group_of},
+    worker::inputs::captions,
+};
+use arrow::{
+    array::{
+        Array, ArrayRef, AsArray, BooleanArray, RecordBatch, RecordBatchOptions, RecordBatchReader,
+        StringArray, new_null_array,
+    },
+    compute::{cast, concat_batches, nullif},
+    datatypes::{DataType, FieldRef, SchemaRef},
+    error::ArrowError,
+};
+use parquet::{
+    arrow::{
+        ProjectionMask,
+        arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
+    },
+    file::metadata::RowGroupMetaData,
+};
+
+/// The columns and types to read of a block.
+pub(super) struct Wanted {
+    pub layout: Layout,
+    pub columns: Vec<String>,
+    pub schema: SchemaRef,
+    /// The block's number in its shard.
+    pub number: usize,
+    pub block: Block,
+}
+
+/// Rows of a Parquet file: a part of a row group.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part {
+    pub group: usize,
+    /// Rows of the group before it.
+    pub first: usize,
+    /// Rows of the group.
+    pub of: usize,
+}
+
+impl Part {
+    /// Returns the part of a row group that a block is; `None` if the groups are others than those
+    /// of which the block was made.
+    pub(super) fn of(groups: &[RowGroupMetaData], wanted: &Wanted) -> Option<Self> {
+        let (group, first) = row_group_of(groups, &wanted.block)?;
+        let of = usize::try_from(groups[group].num_rows()).ok()?;
+        let stored = wanted.block.stored_rows() as usize;
+        let is_whole = group == wanted.number && stored == of;
+        (is_whole || wanted.layout.image_root.is_some()).then_some(Self { group, first, of })
+    }
+}
+
+/// A block as it was decoded: its rows in the data schema, and the paths of images that are not in
+/// the file.
+pub(super) type Decoded = (RecordBatch, Option<StringArray>);
+
+impl Wanted {
+    pub(super) fn decode(
+        &self,
+        bytes: &Ranges,
+        footer: &ArrowReaderMetadata,
+        mask: &ProjectionMask,
+        part: Part,
+    ) -> Result<Decoded, ArrowError> {
+        let cause = match self.read(bytes, footer.clone(), mask, part) {
+            Ok(batch) => return self.assemble(&batch),
+            Err(cause) => cause,
+        };
+        // Arrow's reader checks text columns as a whole, so one text that is not UTF-8 fails the
+        // block. The second pass reads them as bytes, so that the bad text costs its row only. It
+        // runs only after a failure, because it copies every text once more. Its own error is
+        // dropped for the first one, which names the true cause.
+        let fields = self.schema.fields().iter().skip(2).zip(&self.columns);
+        let texts = fields.filter(|(field, _)| *field.data_type() == DataType::Utf8);
+        let texts = texts.map(|(_, column)| column.as_str());
+        let mut texts: Vec<&str> = texts.chain([self.layout.caption_column.as_str()]).collect();
+        if self.layout.image_root.is_some() {
+            texts.push(&self.layout.image_column);
+        }
+        let as_bytes = captions::as_bytes(footer, &texts)?;
+        let batch = self.read(bytes, as_bytes, mask, part);
+        let batch = batch.map_err(|_| cause)?;
+        self.assemble(&batch)
+    }
+
+    fn read(
+        &self,
+        bytes: &Ranges,
+        footer: ArrowReaderMetadata,
+        mask: &ProjectionMask,
+        part: Part,
+    ) -> Result<RecordBatch, ArrowError> {
+        let (rows, stored) = (self.block.rows as usize, self.block.stored_rows() as usize);
+        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer)
+            .with_row_groups(vec![part.group])
+            .with_batch_size(rows.max(1))
+            .with_projection(mask.clone());
+        if rows < part.of {
+            let mut kept = vec![false; part.of];
+            let (from, to) = (part.first, part.first + stored);
+            match &self.block.mask {
+                Some(mask) => kept[from..to].copy_from_slice(&mask.rows().collect::<Vec<_>>()),
+                None => kept[from..to].fill(true),
+            }
+            let kept = RowSelection::from_filters(&[BooleanArray::from(kept)]);
+            builder = builder.with_row_selection(kept);
+        }
+        let reader = builder.build()?;
+        let schema = reader.schema();
+        let batches = reader.collect::<Result<Vec<_>, _>>()?;
+        concat_batches(&schema, &batches)
+    }
+
+    /// Returns the leaves to read: only the bytes or the path of an image struct, and the whole of
+    /// all other columns.
+    pub(super) fn projection(&self, footer: &ArrowReaderMetadata) -> ProjectionMask {
+        let schema = footer.parquet_schema();
+        let layout = &self.layout;
+        let wanted = |leaf: usize| {
+            let parts = schema.column(leaf).path().parts().to_vec();
+            let root = &parts[0];
+            layout.reads_for_image(&parts)
+                || *root == layout.caption_column
+                || self.columns.contains(root)
+        };
+        ProjectionMask::leaves(
+            schema,
+            (0..schema.num_columns()).filter(|&leaf| wanted(leaf)),
+        )
+    }
+
+    /// Returns the batch with the delivered names and types.
+    pub(super) fn assemble(&self, batch: &RecordBatch) -> Result<Decoded, ArrowError> {
+        let layout = &self.layout;
+        let column = |name: &str| {
+            let missing = || ArrowError::SchemaError(format!("no column '{name}'"));
+            batch.column_by_name(name).cloned().ok_or_else(missing)
+        };
+        let mut image = column(&layout.image_column)?;
+        let mut paths = None;
+        if layout.image_root.is_some() {
+            let (bytes, found) = bytes_and_paths(&image)?;
+            (image, paths) = (bytes, Some(found));
+        } else if layout.image_in_struct {
+            image = field_of(&image, "bytes")?;
+        }
+        let lists = batch.column_by_name(TarBlock::CAPTIONS).cloned();
+        let mut caption = lists.map_or_else(|| column(&layout.caption_column), Ok)?;
+        if let Some(seed) = layout.caption_seed {
+            caption = captions::drawn(&caption, seed)?;
+        }
+        let mut arrays = vec![image, caption];
+        for name in &self.columns {
+            arrays.push(column(name)?);
+        }
+        let cast_to = |(array, field): (ArrayRef, &FieldRef)| {
+            let is_bytes = matches!(
+                array.data_type(),
+                DataType::Binary | DataType::LargeBinary | DataType::BinaryView
+            );
+            if *field.data_type() == DataType::Utf8 && is_bytes {
+                return captions::from_bytes(cast(&array, &DataType::Binary)?.as_binary());
+            }
+            cast(&array, field.data_type())
+        };
+        let arrays = arrays
+            .into_iter()
+            .zip(self.schema.fields())
+            .map(cast_to)
+            .collect::<Result<Vec<_>, _>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(self.block.rows as usize));
+        let batch = RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)?;
+        Ok((batch, paths))
+    }
+}
+
+/// Returns a field of an image struct. A null struct may have values in its children, so its nulls
+/// are applied.
+fn field_of(image: &ArrayRef, name: &str) -> Result<ArrayRef, ArrowError> {
+    let missing = || ArrowError::SchemaError(format!("the image is no struct with `{name}`"));
+    let image = image.as_struct_opt().ok_or_else(missing)?;
+    let field = image.column_by_name(name).ok_or_else(missing)?;
+    match image.nulls() {
+        None => Ok(field.clone()),
+        Some(nulls) => nullif(field, &BooleanArray::new(!nulls.inner(), None)),
+    }
+}
+
+/// Returns the images that a column of paths has as bytes, of a struct that has both; and the paths
+/// of the others. A path that is not UTF-8 is null with a mark, as captions are.
+fn bytes_and_paths(image: &ArrayRef) -> Result<(ArrayRef, StringArray), ArrowError> {
+    let fields = image.as_struct_opt();
+    let paths = match fields {
+        Some(_) => field_of(image, "path")?,
+        None => image.clone(),
+    };
+    let bytes = match fields.and_then(|fields| fields.column_by_name("bytes")) {
+        Some(_) => cast(&field_of(image, "bytes")?, &DataType::Binary)?,
+        None => new_null_array(&DataType::Binary, image.len()),
+    };
+    let paths = if *paths.data_type() == DataType::Binary {
+        paths
+    } else {
+        // Arrow casts views and categories to bytes only by way of texts.
+        cast(&cast(&paths, &DataType::Utf8)?, &DataType::Binary)?
+    };
+    let paths = captions::some_from_bytes(paths.as_binary(), |row| bytes.is_null(row))?;
+    Ok((bytes, paths))
+}
