@@ -26,6 +26,7 @@ fn request(uri: &str) -> SourceRequest {
         uri: uri.to_owned(),
         weight: 1.0,
         image_column: None,
+        image_root: None,
         caption_column: None,
         caption_seed: None,
         predicate: None,
@@ -106,12 +107,13 @@ fn read_all(name: &str, file: &[u8], request: &SourceRequest, columns: &[&str]) 
             let is_changed = |error: &Error| error.reason() == Reason::DatasetChanged;
             assert!(!rows.as_ref().is_err_and(is_changed), "nothing changed");
             if let Some(rows) = read(rows) {
-                assert_eq!(rows.num_rows(), block.rows as usize);
-                check_arrays(&rows);
+                assert_eq!(rows.batch.num_rows(), block.rows as usize);
+                check_arrays(&rows.batch);
             }
-            let places = read(reader.image_places(&manifest, 0, shard, number).await);
-            let mut places = places.into_iter().flatten().flatten();
-            assert!(places.all(|place| place.end <= file.len() as u64));
+            let places = reader.image_places(&manifest, 0, shard, number, &columns);
+            let places = read(places.await).into_iter().flatten();
+            let mut ranges = places.filter_map(|place| place.bytes);
+            assert!(ranges.all(|range| range.end <= file.len() as u64));
         }
     });
 }
