@@ -319,13 +319,26 @@ fn merge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
 }
 
 /// Parts of a file in memory, which the Parquet reader uses as the file. Clones share the bytes.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Ranges {
     size: u64,
     parts: Vec<(u64, Bytes)>,
 }
 
 impl Ranges {
+    /// Makes the file of `size` bytes of which `bytes` are in memory, those from `start` on.
+    pub fn one(size: u64, start: u64, bytes: Bytes) -> Self {
+        Self {
+            size,
+            parts: vec![(start, bytes)],
+        }
+    }
+
+    /// Returns how many bytes are in memory.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|(_, bytes)| bytes.len()).sum()
+    }
+
     /// Returns the bytes in memory from `start` on.
     fn from(&self, start: u64) -> Result<Bytes, ParquetError> {
         let holds =

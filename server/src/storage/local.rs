@@ -41,6 +41,20 @@ pub(super) async fn names(folder: Path, uri: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// Removes `folder` and the folders directly in it, as far as they are empty. What cannot be
+/// removed stays: an empty folder costs a little room and no more.
+pub(super) async fn prune(folder: Path) {
+    let root = std::path::Path::new("/").join(folder.as_ref());
+    let pruned = tokio::task::spawn_blocking(move || {
+        // A folder that holds anything is not removed by this call, whenever it came.
+        for entry in fs::read_dir(&root).into_iter().flatten().flatten() {
+            drop(fs::remove_dir(entry.path()));
+        }
+        drop(fs::remove_dir(&root));
+    });
+    drop(pruned.await);
+}
+
 type Walked = (Vec<String>, Vec<PathBuf>);
 
 /// Names, and the entries that cannot be named: those in other encodings or with control

@@ -8,7 +8,7 @@ use object_store::{
     client::{HttpError, HttpErrorKind},
     path::Path,
 };
-use std::{error::Error as _, pin::pin, sync::Arc};
+use std::{error::Error as _, ops::Range, pin::pin, sync::Arc};
 use superbatch_proto::v1::Reason;
 use url::Url;
 
@@ -176,6 +176,15 @@ impl Location {
         }
     }
 
+    /// Reads the bytes `range` of an object.
+    ///
+    /// # Errors
+    /// As [`Location::get`].
+    pub async fn part(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let read = self.store.get_range(&self.path(key), range).await;
+        read.map_err(|e| self.error("read", key, e))
+    }
+
     /// Returns an object's metadata; `None` if there is no object.
     pub async fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
         match self.store.head(&self.path(key)).await {
@@ -313,6 +322,29 @@ impl Location {
             .delete(&self.path(key))
             .await
             .map_err(|e| self.error("delete", key, e))
+    }
+
+    /// Deletes objects, many by one request if the store can. What is gone already is no error.
+    pub async fn delete_all(&self, keys: &[String]) -> Result<()> {
+        let paths: Vec<_> = keys.iter().map(|key| Ok(self.path(key))).collect();
+        let mut outcomes = self
+            .store
+            .delete_stream(futures::stream::iter(paths).boxed());
+        while let Some(outcome) = outcomes.next().await {
+            match outcome {
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(cause) => return Err(self.error("delete objects of", "", cause)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the empty folders at and directly below `key` of a local disk. Object storage has
+    /// none.
+    pub async fn prune(&self, key: &str) {
+        if self.uri.starts_with("file:") {
+            local::prune(self.path(key)).await;
+        }
     }
 
     /// Returns the error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`,
