@@ -5,3 +5,5 @@ pub mod incarnations;
 pub mod owner;
 pub mod run;
 pub mod trail;
+
+pub use format::allow_packs;

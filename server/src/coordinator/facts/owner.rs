@@ -24,6 +24,9 @@ struct OwnerFact {
     address: String,
     /// Id of the coordinator process.
     instance: String,
+    /// Whether its build reads packed receipts. Older builds do not, and do not say so.
+    #[serde(default)]
+    reads_packs: bool,
     nonce: String,
 }
 
@@ -32,7 +35,17 @@ impl OwnerFact {
         Self {
             address: "unknown".to_owned(),
             instance: String::new(),
+            reads_packs: false,
             nonce: String::new(),
+        }
+    }
+
+    fn of(identity: &Identity) -> Self {
+        Self {
+            address: identity.address.clone(),
+            instance: identity.instance.clone(),
+            reads_packs: true,
+            nonce: nonce(),
         }
     }
 }
@@ -63,11 +76,7 @@ impl Ownership {
     pub async fn claim(run: &Location, identity: &Identity) -> Result<Self> {
         loop {
             let epoch = last_epoch(run, identity).await? + 1;
-            let fact = OwnerFact {
-                address: identity.address.clone(),
-                instance: identity.instance.clone(),
-                nonce: nonce(),
-            };
+            let fact = OwnerFact::of(identity);
             let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
             // If another coordinator wins this epoch, the loop reads again, and asks the winner
             // whether it is alive.
@@ -105,6 +114,49 @@ impl Ownership {
             }
         }
     }
+}
+
+/// Checks that no coordinator of an older build owns the run at `run` and answers: one that knows
+/// no packed receipts would take packed steps for steps that nobody has decided.
+///
+/// # Errors
+/// `Unimplemented`, naming the coordinator.
+pub async fn check_reads_packs(run: &Location, identity: &Identity) -> Result<()> {
+    silent_older(run, identity).await.map(drop)
+}
+
+/// As [`check_reads_packs`]. If such a coordinator was the last owner and does not answer, the run
+/// is taken from it: should it only hang, it learns so before its next commit.
+///
+/// # Errors
+/// As [`check_reads_packs`].
+pub async fn keep_out_older(run: &Location, identity: &Identity) -> Result<()> {
+    while let Some(epoch) = silent_older(run, identity).await? {
+        let fact = OwnerFact::of(identity);
+        let bytes = serde_json::to_vec(&fact).expect("plain data encodes");
+        // If a coordinator is first, it is looked at in its turn.
+        run.create(&key(epoch + 1), bytes.into()).await?;
+    }
+    Ok(())
+}
+
+/// Returns the newest epoch of a run if its owner is of an older build and does not answer.
+async fn silent_older(run: &Location, identity: &Identity) -> Result<Option<u64>> {
+    let Some((epoch, owner)) = newest(run).await?.filter(|(_, owner)| !owner.reads_packs) else {
+        return Ok(None);
+    };
+    if !answers(&identity.dialer, &owner.address).await {
+        return Ok(Some(epoch));
+    }
+    let message = format!(
+        "{} is served by the coordinator at {}, an older build that does not know packed \
+         receipts; serve it with this build or a later one, or stop that coordinator",
+        run.uri(),
+        owner.address
+    );
+    Err(Error::new(Reason::Unimplemented, message)
+        .with("feature", "packed receipts")
+        .with(OWNER, &owner.address))
 }
 
 /// Returns the last epoch of a run that no other live coordinator owns; 0 if it had no owner yet.
@@ -235,6 +287,52 @@ mod tests {
         first.check().await.unwrap();
         Ownership::claim(&run, &other).await.unwrap();
         assert_eq!(first.check().await.unwrap_err().reason(), Reason::NotOwner);
+    }
+
+    #[tokio::test]
+    async fn an_owner_of_an_older_build_is_kept_out_unless_it_answers() {
+        let run = Stores::new(StorageConfig::default())
+            .open("memory:///runs/r")
+            .unwrap();
+        let us = identity("superbatch state compact", "p");
+        keep_out_older(&run, &us).await.unwrap();
+        assert!(run.list("owner").await.unwrap().is_empty(), "no owner");
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let alive = format!("http://{}", listener.local_addr().unwrap());
+        let (health, service) = tonic_health::server::health_reporter();
+        let serving = tonic_health::ServingStatus::Serving;
+        health.set_service_status(SERVICE_NAME, serving).await;
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming),
+        );
+        // As older builds write it.
+        let older = |address: &str| {
+            let fact = format!(r#"{{"address": "{address}", "instance": "o", "nonce": "n"}}"#);
+            bytes::Bytes::from(fact)
+        };
+        run.create("owner/1.json", older(&alive)).await.unwrap();
+        let refused = keep_out_older(&run, &us).await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::Unimplemented);
+        assert!(refused.to_string().contains(&alive), "{refused}");
+        let dead = older("http://127.0.0.1:1");
+        run.create("owner/2.json", dead).await.unwrap();
+        check_reads_packs(&run, &us).await.unwrap();
+        assert_eq!(run.list("owner").await.unwrap().len(), 2);
+        let hung = Ownership {
+            run: run.clone(),
+            epoch: 2,
+        };
+        keep_out_older(&run, &us).await.unwrap();
+        assert_eq!(hung.check().await.unwrap_err().reason(), Reason::NotOwner);
+        // This build's own is left alone, and takes over from us.
+        let ours = Ownership::claim(&run, &identity(&alive, "a"))
+            .await
+            .unwrap();
+        keep_out_older(&run, &us).await.unwrap();
+        ours.check().await.unwrap();
     }
 
     #[tokio::test]

@@ -269,6 +269,19 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     }))
 }
 
+/// Reads where the run at `location` left another one; `None` if it is no fork, or no run.
+///
+/// # Errors
+/// As [`load`].
+pub async fn fork_of(location: &Location) -> Result<Option<ForkFact>> {
+    let Some(bytes) = location.find("run.json").await? else {
+        return Ok(None);
+    };
+    format::check(location, &bytes)?;
+    let run: RunFact = decode(location, "run.json", &bytes)?;
+    Ok(run.fork)
+}
+
 /// Appends phases as the `number`-th addition.
 ///
 /// # Errors
