@@ -377,6 +377,38 @@ async fn a_former_owner_answers_with_receipts_that_are_in_force() {
     cluster.stop().await;
 }
 
+/// A process sleeps while it creates a receipt. When it wakes, another coordinator has the run, and
+/// the step's receipt may lie in a pack, without an object: the create goes well, and decides
+/// nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_was_overtaken_is_not_served() {
+    let go = Arc::new(Notify::new());
+    let script = once(Operation::Create, "receipts/0/0/", How::Waits(go.clone()));
+    let cluster = Cluster::start(0, script).await;
+    let run = cluster
+        .open_run("overtaken", uniform(&cluster))
+        .await
+        .unwrap();
+    let waits = tokio::spawn({
+        let run = run.clone();
+        async move { run.select(0, 0, 1, Intent::Need).await.map(drop) }
+    });
+    while !cluster.is_played_out() {
+        tokio::task::yield_now().await;
+    }
+    let state = Stores::new(StorageConfig::default())
+        .open(&cluster.uri("state/runs/overtaken"))
+        .unwrap();
+    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
+    state.create("owner/2.json", owner.into()).await.unwrap();
+    go.notify_one();
+    let refused = waits.await.unwrap().unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::NotOwner), "{refused}");
+    let created = state.find("receipts/0/0/0.parquet").await.unwrap();
+    assert!(created.is_some(), "it was created");
+    cluster.stop().await;
+}
+
 /// The worker that checks a push is held up; the run commits on, and deletes what it retired.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_that_is_being_verified_holds_no_commit_up() {

@@ -76,8 +76,10 @@ pub struct Page {
     turns: Turns,
     reads: Semaphore,
     block_reads: Semaphore,
-    /// By run, step and generation. A missing receipt is not kept: the step may be committed later.
-    summaries: Keep<(String, u64, u32), Arc<ReceiptSummary>>,
+    /// By run, step and the best generation that was asked for, with the generation that has it: if
+    /// an older one has, the better ones never will. A missing receipt is not kept: the step may be
+    /// committed later.
+    summaries: Keep<(String, u64, u32), (u32, Arc<ReceiptSummary>)>,
     manifests: Keep<String, Arc<Manifest>>,
     runs: Keep<String, (Instant, Arc<Known>)>,
     /// Scores of pairs, by run, step and the generation that decided it.
@@ -189,19 +191,22 @@ impl Page {
         step: u64,
         generations: Vec<u32>,
     ) -> Result<Option<(u32, Arc<ReceiptSummary>)>> {
-        for generation in generations {
-            let key = (known.id.clone(), step, generation);
-            if let Some(summary) = self.summaries.get(&key) {
-                return Ok(Some((generation, summary)));
-            }
-            let _permit = self.permit(&self.reads).await?;
-            if let Some(summary) = known.receipts.summary(step, generation).await? {
-                let summary = Arc::new(summary);
-                self.summaries.put(key, summary.clone());
-                return Ok(Some((generation, summary)));
-            }
+        let Some(best) = generations.first() else {
+            return Ok(None);
+        };
+        let key = (known.id.clone(), step, *best);
+        let kept = self.summaries.get(&key);
+        let is_asked = |(generation, _): &(u32, _)| generations.contains(generation);
+        if let Some(kept) = kept.filter(is_asked) {
+            return Ok(Some(kept));
         }
-        Ok(None)
+        let _permit = self.permit(&self.reads).await?;
+        let found = known.receipts.summary_first(step, &generations).await?;
+        Ok(found.map(|(generation, summary)| {
+            let found = (generation, Arc::new(summary));
+            self.summaries.put(key, found.clone());
+            found
+        }))
     }
 
     async fn manifest(&self, digest: &str) -> Result<Arc<Manifest>> {

@@ -80,12 +80,8 @@ pub(super) async fn at(
     generations: Vec<u32>,
 ) -> Result<Option<Receipt>> {
     let _permit = page.permit(&page.reads).await?;
-    for generation in generations {
-        if let Some(receipt) = known.receipts.find(step, generation).await? {
-            return Ok(Some(receipt));
-        }
-    }
-    Ok(None)
+    let found = known.receipts.find_first(step, &generations).await?;
+    Ok(found.map(|(_, receipt)| receipt))
 }
 
 /// Returns a row's name in the page's addresses: source, shard and row.

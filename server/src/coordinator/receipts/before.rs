@@ -90,12 +90,8 @@ impl Before {
     ) -> BoxFuture<'_, Result<Option<ReceiptSummary>>> {
         let generations = self.chain.candidates(step, generation);
         let find = async move {
-            for generation in generations {
-                if let Some(found) = self.receipts.summary(step, generation).await? {
-                    return Ok(Some(found));
-                }
-            }
-            Ok::<_, Error>(None)
+            let found = self.receipts.summary_first(step, &generations).await?;
+            Ok::<_, Error>(found.map(|(_, summary)| summary))
         };
         find.boxed()
     }

@@ -36,10 +36,19 @@ use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Policy, Receipt, ReceiptSu
 
 const COLUMN_VALUES: &str = "column_values";
 const SUMMARY: &str = "superbatch.summary";
-const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
+pub(super) const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
 const PASSED_OVER: &str = "superbatch.passed_over";
 const BAD_ROWS: &str = "superbatch.bad_rows";
 const BAD_ROWS_PROTOBUF: &str = "superbatch.bad_rows.protobuf";
+
+/// The keys of a receipt's metadata.
+pub(super) const KEYS: [&str; 5] = [
+    SUMMARY,
+    SUMMARY_PROTOBUF,
+    BAD_ROWS,
+    BAD_ROWS_PROTOBUF,
+    PASSED_OVER,
+];
 
 /// Returns the columns, in the order of the fields of `ChosenRow`.
 fn schema() -> Schema {
@@ -88,9 +97,11 @@ pub fn encode(receipt: &Receipt) -> Result<Bytes> {
 /// # Errors
 /// `Internal` if the bytes are no receipt.
 pub fn decode(bytes: Bytes) -> Result<Receipt> {
-    from_parquet(bytes).map_err(|e| {
-        Error::internal("a receipt is damaged or of another version of Superbatch").because(e)
-    })
+    from_parquet(bytes).map_err(unreadable)
+}
+
+pub(super) fn unreadable(cause: ParquetError) -> Error {
+    Error::internal("a receipt is damaged or of another version of Superbatch").because(cause)
 }
 
 fn fidelity_of(name: &str) -> Option<i32> {
@@ -188,18 +199,29 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
 fn from_parquet(bytes: Bytes) -> Result<Receipt, ParquetError> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(bytes)?;
     let metadata = builder.metadata().clone();
-    let bad_rows = value(&metadata, BAD_ROWS_PROTOBUF).ok_or_else(|| damaged(BAD_ROWS_PROTOBUF))?;
-    let mut receipt: Receipt = message(bad_rows, BAD_ROWS_PROTOBUF)?;
-    receipt.summary = value(&metadata, SUMMARY_PROTOBUF)
-        .map(|hex| message(hex, SUMMARY_PROTOBUF))
-        .transpose()?;
-    if let Some(text) = value(&metadata, PASSED_OVER) {
-        receipt.passed_over = passed::decode(text).ok_or_else(|| damaged(PASSED_OVER))?;
-    }
+    let mut receipt = without_rows(|key| value(&metadata, key))?;
     for batch in builder.build()? {
         read_rows(&batch?, &mut receipt.chosen)?;
     }
     Ok(receipt)
+}
+
+/// Returns the receipt whose metadata are `value`, without its chosen rows.
+pub(super) fn without_rows<'a>(
+    value: impl Fn(&str) -> Option<&'a str>,
+) -> Result<Receipt, ParquetError> {
+    let bad_rows = value(BAD_ROWS_PROTOBUF).ok_or_else(|| damaged(BAD_ROWS_PROTOBUF))?;
+    let mut receipt: Receipt = message(bad_rows, BAD_ROWS_PROTOBUF)?;
+    receipt.summary = value(SUMMARY_PROTOBUF).map(summary_of).transpose()?;
+    if let Some(text) = value(PASSED_OVER) {
+        receipt.passed_over = passed::decode(text).ok_or_else(|| damaged(PASSED_OVER))?;
+    }
+    Ok(receipt)
+}
+
+/// Returns the summary whose protobuf is `hex`.
+pub(super) fn summary_of(hex: &str) -> Result<ReceiptSummary, ParquetError> {
+    message(hex, SUMMARY_PROTOBUF)
 }
 
 /// Returns the summary of a receipt's file of `size` bytes, of which `end` is the end. `None` if
@@ -208,7 +230,7 @@ pub fn decode_summary(end: &Bytes, size: u64) -> Option<ReceiptSummary> {
     let mut reader = ParquetMetaDataReader::new();
     reader.try_parse_sized(end, size).ok()?;
     let metadata = reader.finish().ok()?;
-    message(value(&metadata, SUMMARY_PROTOBUF)?, SUMMARY_PROTOBUF).ok()
+    summary_of(value(&metadata, SUMMARY_PROTOBUF)?).ok()
 }
 
 /// Returns the value of a key in the file's metadata.
@@ -226,7 +248,10 @@ fn message<M: Message + Default>(hex: &str, key: &str) -> Result<M, ParquetError
     M::decode(bytes.as_slice()).map_err(|e| ParquetError::External(Box::new(e)))
 }
 
-fn read_rows(batch: &RecordBatch, into: &mut Vec<ChosenRow>) -> Result<(), ParquetError> {
+pub(super) fn read_rows(
+    batch: &RecordBatch,
+    into: &mut Vec<ChosenRow>,
+) -> Result<(), ParquetError> {
     let (id, fidelity) = (
         column::<StringArray>(batch, "id")?,
         column::<StringArray>(batch, "fidelity")?,
@@ -290,7 +315,7 @@ fn column<'a, A: Array + 'static>(
         .ok_or_else(|| damaged(name))
 }
 
-fn damaged(what: &str) -> ParquetError {
+pub(super) fn damaged(what: &str) -> ParquetError {
     ParquetError::General(format!("'{what}' is missing or malformed"))
 }
 

@@ -1,20 +1,26 @@
-//! A run's receipts in object storage: one fact for each step and generation.
-use super::{accounts::largest, before::Before, parquet, summaries};
+//! A run's receipts in object storage: one fact for each step and generation, in an object of its
+//! own or in a pack with others.
+mod listing;
+
+use super::{
+    accounts::largest,
+    before::Before,
+    packs::{Pack, Packs},
+    parquet, summaries,
+};
 use crate::{
     blocking::blocking,
-    coordinator::facts::{chain::Chain, trail::Trail},
+    coordinator::facts::chain::Chain,
     error::{Error, Result},
     storage::{Budget, Created, Location},
 };
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures::future::BoxFuture;
 use std::sync::Arc;
 use superbatch_proto::v1::{Accounts, Receipt, ReceiptSummary};
 
 /// Steps in one folder, so that the newest step is found without listing a whole run.
-const FOLDER_STEPS: u64 = 1000;
-/// Folders that are listed at the same time.
-const LISTS_AT_ONCE: usize = 8;
+pub(super) const FOLDER_STEPS: u64 = 1000;
 /// Bytes of a file's end that are read for its summary. Most summaries fit; a larger one costs a
 /// second read.
 const SUMMARY_BYTES: u64 = 64 << 10;
@@ -30,23 +36,47 @@ pub enum Committed {
     Theirs(Box<Receipt>),
 }
 
-/// The receipts below a run's location, `receipts/{step/1000}/{step}/{generation}.parquet`, and of
-/// a fork those of the run that it left.
+/// The receipts below a run's location, `receipts/{step/1000}/{step}/{generation}.parquet` or in
+/// packs ([`Packs`]), and of a fork those of the run that it left.
+///
+/// A receipt that is in a pack counts as the pack has it. Its own object may be there too, for as
+/// long as it takes to delete it.
 #[derive(Debug, Clone)]
 pub struct Receipts {
     run: Location,
+    packs: Arc<Packs>,
     before: Option<Arc<Before>>,
+}
+
+/// Where a receipt is.
+enum Found<B> {
+    /// In an object of its own, with what was read of it.
+    Single(String, B),
+    Packed(Pack),
+    /// With the run that this one left.
+    Elsewhere,
 }
 
 impl Receipts {
     pub fn new(run: Location) -> Self {
-        Self { run, before: None }
+        Self::forked(run, None)
     }
 
     /// Makes the receipts of a fork at `run`, with the history of the run that it left.
     pub fn forked(run: Location, before: Option<Before>) -> Self {
-        let before = before.map(Arc::new);
-        Self { run, before }
+        Self {
+            packs: Arc::new(Packs::new(run.clone())),
+            run,
+            before: before.map(Arc::new),
+        }
+    }
+
+    pub(super) fn run(&self) -> &Location {
+        &self.run
+    }
+
+    pub fn packs(&self) -> &Packs {
+        &self.packs
     }
 
     /// Returns the history of a fork.
@@ -98,16 +128,8 @@ impl Receipts {
 
     /// Returns the receipt of a step in one generation.
     pub async fn find(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
-        if let Some(before) = self.elsewhere(step, generation) {
-            return before.find(step).await;
-        }
-        let key = key(step, generation);
-        let Some(bytes) = self.run.find(&key).await? else {
-            return Ok(None);
-        };
-        let receipt = decoded(bytes).await;
-        let named = receipt.map_err(|e| e.about(self.run.uri_of(&key)).with("file", &key));
-        named.map(Some)
+        let found = self.find_first(step, &[generation]).await?;
+        Ok(found.map(|(_, receipt)| receipt))
     }
 
     /// Returns the receipt that holds for a step in the trajectory of a generation.
@@ -117,12 +139,107 @@ impl Receipts {
         step: u64,
         generation: u32,
     ) -> Result<Option<Receipt>> {
-        for generation in chain.candidates(step, generation) {
-            if let Some(receipt) = self.find(step, generation).await? {
-                return Ok(Some(receipt));
+        let generations = chain.candidates(step, generation);
+        let found = self.find_first(step, &generations).await?;
+        Ok(found.map(|(_, receipt)| receipt))
+    }
+
+    /// Returns the first of `generations` that has a receipt of the step, and the receipt.
+    pub async fn find_first(
+        &self,
+        step: u64,
+        generations: &[u32],
+    ) -> Result<Option<(u32, Receipt)>> {
+        let read = |key: String| async move { self.run.find(&key).await };
+        let Some((generation, found)) = self.locate(step, generations, read).await? else {
+            return Ok(None);
+        };
+        let receipt = match found {
+            Found::Single(key, bytes) => Some(self.single(&key, bytes).await?),
+            Found::Packed(pack) => Some(self.packs.receipt(&pack, step).await?),
+            Found::Elsewhere => self.of_before(|before| before.find(step)).await?,
+        };
+        Ok(receipt.map(|receipt| (generation, receipt)))
+    }
+
+    /// As [`Self::find_of`], of a step that is not committed as far as the run's owner knows: looks
+    /// at objects alone.
+    ///
+    /// What is packed was committed long before, and the owner would know it. If it does not, the
+    /// run is not its own any more, which it learns before it serves anything (`step/decide.rs`).
+    pub async fn find_new(
+        &self,
+        chain: &Chain,
+        step: u64,
+        generation: u32,
+    ) -> Result<Option<Receipt>> {
+        let generations = chain.candidates(step, generation);
+        let is_elsewhere = |generation: &u32| self.elsewhere(step, *generation).is_some();
+        if generations.iter().any(is_elsewhere) {
+            return self.find_of(chain, step, generation).await;
+        }
+        for generation in generations {
+            let key = key(step, generation);
+            if let Some(bytes) = self.run.find(&key).await? {
+                return self.single(&key, bytes).await.map(Some);
             }
         }
         Ok(None)
+    }
+
+    async fn single(&self, key: &str, bytes: Bytes) -> Result<Receipt> {
+        let receipt = decoded(bytes).await;
+        receipt.map_err(|e| e.about(self.run.uri_of(key)).with("file", key))
+    }
+
+    /// Finds the first of `generations` that has a receipt of the step; `read` reads objects.
+    async fn locate<B, F: Future<Output = Result<Option<B>>>>(
+        &self,
+        step: u64,
+        generations: &[u32],
+        read: impl Fn(String) -> F,
+    ) -> Result<Option<(u32, Found<B>)>> {
+        let (known, mut absent, mut found) = (self.packs.known(), Vec::new(), None);
+        for &generation in generations {
+            let here = if self.elsewhere(step, generation).is_some() {
+                Some(Found::Elsewhere)
+            } else if let Some(pack) = known.find(step, generation) {
+                Some(Found::Packed(pack.clone()))
+            } else {
+                let key = key(step, generation);
+                let read = read(key.clone()).await?;
+                read.map(|bytes| Found::Single(key, bytes))
+            };
+            match here {
+                Some(here) => {
+                    found = Some((generation, here));
+                    break;
+                }
+                None => absent.push(generation),
+            }
+        }
+        if absent.is_empty() {
+            return Ok(found);
+        }
+        // They may have been packed since the last look.
+        let now = self.packs.look().await?;
+        let packed = absent
+            .into_iter()
+            .find_map(|generation| Some((generation, now.find(step, generation)?)));
+        Ok(match packed {
+            Some((generation, pack)) => Some((generation, Found::Packed(pack.clone()))),
+            None => found,
+        })
+    }
+
+    async fn of_before<'a, T>(
+        &'a self,
+        find: impl FnOnce(&'a Before) -> BoxFuture<'a, Result<Option<T>>>,
+    ) -> Result<Option<T>> {
+        match self.before() {
+            Some(before) => find(before).await,
+            None => Ok(None),
+        }
     }
 
     /// Returns the step before which the trajectory that `chain` describes is another run's.
@@ -133,94 +250,32 @@ impl Receipts {
 
     /// As [`Self::find`], without the rows: reads only the end of the file.
     pub async fn summary(&self, step: u64, generation: u32) -> Result<Option<ReceiptSummary>> {
-        if let Some(before) = self.elsewhere(step, generation) {
-            return before.summary(step).await;
-        }
-        let key = key(step, generation);
-        let Some((end, size)) = self.run.end(&key, SUMMARY_BYTES).await? else {
+        let found = self.summary_first(step, &[generation]).await?;
+        Ok(found.map(|(_, summary)| summary))
+    }
+
+    /// As [`Self::find_first`], without the rows.
+    pub async fn summary_first(
+        &self,
+        step: u64,
+        generations: &[u32],
+    ) -> Result<Option<(u32, ReceiptSummary)>> {
+        let read = |key: String| async move { self.run.end(&key, SUMMARY_BYTES).await };
+        let Some((generation, found)) = self.locate(step, generations, read).await? else {
             return Ok(None);
         };
-        if let Some(summary) = parquet::decode_summary(&end, size) {
-            return Ok(Some(summary));
-        }
-        Ok(self
-            .find(step, generation)
-            .await?
-            .and_then(|receipt| receipt.summary))
-    }
-
-    /// Returns the newest committed step of the trajectory that `chain` describes. Lists only the
-    /// newest folders.
-    pub async fn newest(&self, chain: &Chain) -> Result<Option<u64>> {
-        for number in self.folders().await?.into_iter().rev() {
-            let holds = |(step, generation): &(u64, u32)| {
-                chain
-                    .candidates(*step, chain.current())
-                    .contains(generation)
-            };
-            let found = self.list(&folder(number)).await?;
-            if let Some((step, _)) = found.into_iter().rev().find(holds) {
-                return Ok(Some(step));
-            }
-        }
-        Ok(self.forked_at(chain).checked_sub(1))
-    }
-
-    /// As [`Self::newest`], with the receipts of which one is the run's last commit, whose totals
-    /// are the run's: they are of the same moment as the newest step. See [`Self::totals`].
-    pub async fn newest_commits(
-        &self,
-        chain: &Chain,
-        max_ahead: usize,
-    ) -> Result<(Option<u64>, Vec<(u64, u32)>)> {
-        let (mut newest, mut listed) = (None, Vec::new());
-        for number in self.folders().await?.into_iter().rev() {
-            let holds = |(step, generation): &&(u64, u32)| {
-                let holding = chain.candidates(*step, chain.current());
-                holding.contains(generation)
-            };
-            let found = self.list(&folder(number)).await?;
-            newest = newest.or_else(|| found.iter().rev().find(holds).map(|(step, _)| *step));
-            listed.extend(found);
-            if newest.is_some() && listed.len() > max_ahead {
-                break;
-            }
-        }
-        let newest = newest.or(self.forked_at(chain).checked_sub(1));
-        Ok((newest, last(listed, max_ahead)))
-    }
-
-    /// Returns the committed steps of the trajectory that `chain` describes, and the totals of the
-    /// run. Steps that a summary covers are not listed.
-    ///
-    /// # Errors
-    /// `StorageUnreachable`; `Internal` if a receipt cannot be read.
-    pub async fn opened(&self, chain: &Chain, max_ahead: u32) -> Result<(Trail, Accounts)> {
-        let known = summaries::known(&self.run, chain).await?;
-        let known = known.max(self.forked_at(chain));
-        // With the receipts of the newest commits, whose totals are the run's.
-        let from = known.saturating_sub(1 + u64::from(max_ahead)) / FOLDER_STEPS;
-        let numbers = self.folders().await?;
-        let lists = numbers.into_iter().filter(|number| *number >= from);
-        let lists = lists.map(|number| async move { self.list(&folder(number)).await });
-        let lists: Vec<_> = lists.map(FutureExt::boxed).collect();
-        let lists = stream::iter(lists).buffered(LISTS_AT_ONCE);
-        let listed: Vec<(u64, u32)> = lists.try_concat().await?;
-        let holds = |(step, generation): &&(u64, u32)| {
-            let holding = chain.candidates(*step, chain.current());
-            holding.contains(generation)
+        let summary = match found {
+            Found::Single(_, (end, size)) => match parquet::decode_summary(&end, size) {
+                Some(summary) => Some(summary),
+                None => {
+                    let whole = self.find(step, generation).await?;
+                    whole.and_then(|receipt| receipt.summary)
+                }
+            },
+            Found::Packed(pack) => self.packs.summary(&pack, step).await?,
+            Found::Elsewhere => self.of_before(|before| before.summary(step)).await?,
         };
-        let trail = Trail::beyond(known, listed.iter().filter(holds).map(|(step, _)| *step));
-        if trail.next() >= known + 2 * FOLDER_STEPS {
-            let (receipts, next, generation) = (self.clone(), trail.next(), chain.current());
-            tokio::spawn(async move { receipts.summarise(next, generation).await });
-        }
-        let mut totals = self.totals(listed, max_ahead as usize).await?;
-        let is_new = totals == Accounts::default();
-        if let Some(before) = self.before().filter(|_| is_new) {
-            totals = before.totals(before.step).await?;
-        }
-        Ok((trail, totals))
+        Ok(summary.map(|summary| (generation, summary)))
     }
 
     /// Notes how far the run is committed if a commit took it from `before` to `next`, once for
@@ -240,32 +295,6 @@ impl Receipts {
     /// trajectory that `chain` describes.
     pub async fn summarised(&self, chain: &Chain) -> Result<u64> {
         summaries::known(&self.run, chain).await
-    }
-
-    /// Returns the numbers of the folders that hold receipts, rising.
-    pub async fn folders(&self) -> Result<Vec<u64>> {
-        let folders = self.run.folders("receipts").await?;
-        let numbers = folders.iter().filter_map(|name| name.parse().ok());
-        let mut numbers: Vec<u64> = numbers.collect();
-        numbers.sort_unstable();
-        Ok(numbers)
-    }
-
-    /// Returns all committed (step, generation), rising. Lists the whole run.
-    pub async fn committed(&self) -> Result<Vec<(u64, u32)>> {
-        self.list("receipts").await
-    }
-
-    /// Returns the committed (step, generation) of one folder, rising.
-    pub async fn committed_in(&self, number: u64) -> Result<Vec<(u64, u32)>> {
-        self.list(&folder(number)).await
-    }
-
-    async fn list(&self, below: &str) -> Result<Vec<(u64, u32)>> {
-        let objects = self.run.list(below).await?;
-        let mut steps: Vec<_> = objects.iter().filter_map(|(key, _)| parse(key)).collect();
-        steps.sort_unstable();
-        Ok(steps)
     }
 
     /// Returns the run's totals from its committed receipts `listed`: those of the last commit,
@@ -296,7 +325,7 @@ async fn decoded(bytes: Bytes) -> Result<Receipt> {
     blocking("reading a receipt", move || parquet::decode(bytes)).await
 }
 
-fn folder(number: u64) -> String {
+pub(super) fn folder(number: u64) -> String {
     format!("receipts/{number}")
 }
 
@@ -304,12 +333,12 @@ fn folder_of_step(step: u64) -> String {
     format!("{}/{step}", folder(step / FOLDER_STEPS))
 }
 
-fn key(step: u64, generation: u32) -> String {
+pub(super) fn key(step: u64, generation: u32) -> String {
     format!("{}/{generation}.parquet", folder_of_step(step))
 }
 
 /// Returns the (step, generation) of a receipt's key; `None` for any other object there.
-fn parse(found: &str) -> Option<(u64, u32)> {
+pub(super) fn parse(found: &str) -> Option<(u64, u32)> {
     let (step, generation) = found.strip_suffix(".parquet")?.rsplit_once('/')?;
     let (_, step) = step.rsplit_once('/')?;
     let parsed = (step.parse().ok()?, generation.parse().ok()?);
@@ -317,204 +346,4 @@ fn parse(found: &str) -> Option<(u64, u32)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        coordinator::{facts::chain::Rewound, receipts::parquet::tests::sample},
-        storage::{StorageConfig, Stores},
-    };
-
-    /// The same test on a store in memory and on a disk.
-    async fn on_each_store<F: Future<Output = ()>>(test: impl Fn(Receipts, Location) -> F) {
-        let folder = tempfile::tempdir().unwrap();
-        for uri in [
-            "memory:///state".to_owned(),
-            format!("file://{}", folder.path().display()),
-        ] {
-            let run = Stores::new(StorageConfig::default())
-                .open(&uri)
-                .unwrap()
-                .below("runs/r");
-            test(Receipts::new(run.clone()), run).await;
-        }
-    }
-
-    #[tokio::test]
-    async fn the_first_writer_decides_a_step_and_a_repeat_is_still_its_own() {
-        on_each_store(|receipts, run| async move {
-            let (a, b) = (sample(1234, 2, "a"), sample(1234, 2, "b"));
-            assert_eq!(receipts.find(1234, 2).await.unwrap(), None);
-            assert_eq!(
-                receipts.commit(&a, &Budget::default()).await.unwrap(),
-                Committed::Ours
-            );
-            assert_eq!(
-                receipts.commit(&a, &Budget::default()).await.unwrap(),
-                Committed::Ours
-            );
-            assert_eq!(
-                receipts.commit(&b, &Budget::default()).await.unwrap(),
-                Committed::Theirs(Box::new(a.clone()))
-            );
-            assert_eq!(receipts.find(1234, 2).await.unwrap(), Some(a));
-            assert!(
-                run.find("receipts/1/1234/2.parquet")
-                    .await
-                    .unwrap()
-                    .is_some(),
-                "the documented key"
-            );
-            assert!(
-                receipts
-                    .commit(&sample(1, 0, ""), &Budget::default())
-                    .await
-                    .is_err(),
-                "no nonce"
-            );
-        })
-        .await;
-    }
-
-    #[tokio::test]
-    async fn totals_are_those_of_the_newest_commit_whatever_its_step() {
-        on_each_store(|receipts, _| async move {
-            for (step, scanned) in [(0, 10), (2, 20), (1, 30)] {
-                let mut receipt = sample(step, 0, "a");
-                let summary = receipt.summary.get_or_insert_default();
-                summary
-                    .run_totals
-                    .get_or_insert_default()
-                    .candidates_scanned = scanned;
-                receipts.commit(&receipt, &Budget::default()).await.unwrap();
-            }
-            let listed = receipts.committed().await.unwrap();
-            let totals = receipts.totals(listed, 2).await.unwrap();
-            assert_eq!(totals.candidates_scanned, 30);
-            assert_eq!(
-                receipts.totals(Vec::new(), 2).await.unwrap(),
-                Accounts::default()
-            );
-        })
-        .await;
-    }
-
-    /// What a summary knows is not looked at again: there it may even be gone.
-    #[tokio::test]
-    async fn a_run_is_opened_from_a_summary_of_what_is_behind_it() {
-        on_each_store(|receipts, run| async move {
-            for step in (0..2).chain(999..1003) {
-                let mut receipt = sample(step, 0, "a");
-                let summary = receipt.summary.get_or_insert_default();
-                let totals = summary.run_totals.get_or_insert_default();
-                totals.candidates_scanned = step + 1;
-                let committed = receipts.commit(&receipt, &Budget::default()).await;
-                committed.unwrap();
-            }
-            let chain = Chain::default();
-            let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
-            assert_eq!((trail.next(), trail.newest()), (2, Some(1002)));
-            assert_eq!(totals.candidates_scanned, 1003);
-            receipts.summarise(1002, 0).await;
-            let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
-            assert_eq!((trail.next(), trail.newest()), (1003, Some(1002)));
-            assert_eq!(totals.candidates_scanned, 1003);
-            // Old state has none, and a rewind takes steps back.
-            let rewound = |to_step, replay| {
-                let generation = 1;
-                Chain::new(vec![Rewound {
-                    generation,
-                    to_step,
-                    replay,
-                }])
-            };
-            for (chain, next) in [(rewound(1, false), 1), (rewound(1, true), 1003)] {
-                let (trail, totals) = receipts.opened(&chain, 2).await.unwrap();
-                assert_eq!((trail.next(), totals.candidates_scanned), (next, 1003));
-            }
-            assert_eq!(run.list("trail-summaries").await.unwrap().len(), 1);
-        })
-        .await;
-    }
-
-    #[tokio::test]
-    async fn of_two_writers_at_once_exactly_one_wins() {
-        on_each_store(|receipts, _| async move {
-            for step in 0..20 {
-                let (a, b) = (sample(step, 0, "a"), sample(step, 0, "b"));
-                let (first, second) = (receipts.clone(), receipts.clone());
-                let (a2, b2) = (a.clone(), b.clone());
-                let race = (
-                    tokio::spawn(
-                        async move { first.commit(&a2, &Budget::default()).await.unwrap() },
-                    ),
-                    tokio::spawn(
-                        async move { second.commit(&b2, &Budget::default()).await.unwrap() },
-                    ),
-                );
-                let outcome = (race.0.await.unwrap(), race.1.await.unwrap());
-                let winner = receipts.find(step, 0).await.unwrap().unwrap();
-                let expected = if winner == a {
-                    (Committed::Ours, Committed::Theirs(Box::new(a)))
-                } else {
-                    (Committed::Theirs(Box::new(b)), Committed::Ours)
-                };
-                assert_eq!(outcome, expected);
-            }
-        })
-        .await;
-    }
-
-    #[tokio::test]
-    async fn steps_are_found_by_generation() {
-        on_each_store(|receipts, run| async move {
-            assert_eq!(receipts.committed().await.unwrap(), []);
-            assert_eq!(receipts.newest(&Chain::default()).await.unwrap(), None);
-            for (step, generation) in [
-                (8, 0),
-                (9, 0),
-                (999, 0),
-                (1000, 0),
-                (10_000, 0),
-                (9, 2),
-                (12, 2),
-            ] {
-                receipts
-                    .commit(&sample(step, generation, "n"), &Budget::default())
-                    .await
-                    .unwrap();
-            }
-            run.put("receipts/0/8/notes.txt", "not ours".into())
-                .await
-                .unwrap();
-            let all = [
-                (8, 0),
-                (9, 0),
-                (9, 2),
-                (12, 2),
-                (999, 0),
-                (1000, 0),
-                (10_000, 0),
-            ];
-            assert_eq!(receipts.committed().await.unwrap(), all);
-            let reselected = |generation, to_step| Rewound {
-                generation,
-                to_step,
-                replay: false,
-            };
-            let chain = Chain::new(vec![reselected(1, 10), reselected(2, 9)]);
-            assert_eq!(
-                receipts.newest(&Chain::default()).await.unwrap(),
-                Some(10_000)
-            );
-            assert_eq!(
-                receipts.newest(&chain).await.unwrap(),
-                Some(12),
-                "in an older folder"
-            );
-            let whole = receipts.find(12, 2).await.unwrap().unwrap();
-            assert_eq!(receipts.summary(12, 2).await.unwrap(), whole.summary);
-            assert_eq!(receipts.summary(12, 1).await.unwrap(), None);
-        })
-        .await;
-    }
-}
+mod tests;

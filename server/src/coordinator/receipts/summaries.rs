@@ -2,10 +2,10 @@
 //! receipt: a million of them are a thousand requests to S3.
 //!
 //! A summary says that all steps before one were committed in the trajectory of a generation. That
-//! stays true, since receipts are never deleted; a rewind with reselect since takes steps away from
-//! the trajectory, which the chain of rewinds tells. A run without a summary, such as an older
-//! build left behind, is listed whole once. All its information is in its key,
-//! so summaries are listed and never read.
+//! stays true, since no receipt is lost: packs have those whose objects are deleted. A rewind with
+//! reselect since takes steps away from the trajectory, which the chain of rewinds tells. A run
+//! without a summary, such as an older build left behind, is listed whole once. All its information
+//! is in its key, so summaries are listed and never read.
 use crate::{coordinator::facts::chain::Chain, error::Result, storage::Location};
 
 /// Summaries, below the run.

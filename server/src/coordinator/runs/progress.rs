@@ -26,17 +26,15 @@ pub async fn progress(receipts: &Receipts, chain: &Chain, max_ahead: u32) -> Res
         examples_selected: totals.examples_selected,
     };
     for step in (trail.next()..=trail.newest().unwrap_or(0)).filter(|step| trail.contains(*step)) {
-        for generation in chain.candidates(step, chain.current()) {
-            let Some(summary) = receipts.summary(step, generation).await? else {
-                continue;
-            };
-            let cost = summary.cost.unwrap_or_default();
-            let less = |all: u64, of_step| all.saturating_sub(of_step);
-            progress.candidates_scanned =
-                less(progress.candidates_scanned, cost.candidates_scanned);
-            progress.examples_selected = less(progress.examples_selected, cost.examples_selected);
-            break;
-        }
+        let generations = chain.candidates(step, chain.current());
+        let found = receipts.summary_first(step, &generations).await?;
+        let Some((_, summary)) = found else {
+            continue;
+        };
+        let cost = summary.cost.unwrap_or_default();
+        let less = |all: u64, of_step| all.saturating_sub(of_step);
+        progress.candidates_scanned = less(progress.candidates_scanned, cost.candidates_scanned);
+        progress.examples_selected = less(progress.examples_selected, cost.examples_selected);
     }
     Ok(progress)
 }

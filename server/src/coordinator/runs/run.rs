@@ -128,6 +128,28 @@ impl Run {
         self.receipts.find_of(&chain, step, generation).await
     }
 
+    /// As [`Self::find_receipt`], of a step that is decided next in the newest generation, unless
+    /// it is decided.
+    ///
+    /// # Errors
+    /// `NotOwner` if there is a receipt and the run is another coordinator's by now. What a former
+    /// owner finds need not be the decision: see `check_still_ours` in `step/decide.rs`.
+    pub async fn find_decided(&self, step: u64, generation: u32) -> Result<Option<Receipt>> {
+        let (chain, is_known) = {
+            let state = self.state();
+            (state.chain.clone(), state.committed.contains(step))
+        };
+        let found = if is_known {
+            self.receipts.find_of(&chain, step, generation).await?
+        } else {
+            self.receipts.find_new(&chain, step, generation).await?
+        };
+        if found.is_some() {
+            self.owner.check().await?;
+        }
+        Ok(found)
+    }
+
     pub fn summary(&self) -> RunSummary {
         self.summary_of(&self.state())
     }

@@ -53,7 +53,7 @@ async fn decide_once(
     // Storage is asked first, and not the memory of committed steps: a receipt may exist that this
     // process does not know, of another coordinator or of an attempt whose outcome was unknown.
     // Scoring the step again would cost minutes and then find the same receipt.
-    if let Some(receipt) = run.find_receipt(step, Some(generation)).await? {
+    if let Some(receipt) = run.find_decided(step, generation).await? {
         run.found_committed(generation, &receipt);
         return recalled(run, receipt).await.map(Some);
     }
@@ -96,8 +96,24 @@ async fn decide_once(
         return recalled(run, receipt).await.map(Some);
     }
     decided.spent.settle();
+    check_still_ours(run).await?;
     tell_of_rotten_shards(run, &super_batch, &decided);
     Ok(Some(run.deps.ready.hold(receipt, rows.data)))
+}
+
+/// Checks that no other coordinator had taken the run over when the receipt was created.
+///
+/// If a step's receipt has an object, the create tells who decided it. But a new owner may have
+/// decided the step long ago, and its receipt may lie in a pack since, without an object: a process
+/// that slept through all of that creates one, and must not take it for the decision. The new owner
+/// claimed the run before it decided anything, so a look after the create finds it. What was
+/// created stays: packs come before it, and if there is none it is the decision, which the new
+/// owner serves.
+///
+/// # Errors
+/// `NotOwner`; `StorageUnreachable`.
+async fn check_still_ours(run: &Run) -> Result<()> {
+    run.owner.check().await
 }
 
 /// Logs shards of which most rows cannot be used, once each.

@@ -1,0 +1,301 @@
+//! Compaction that ends at any request, beside readers and beside another one.
+mod between;
+
+use super::*;
+use crate::{
+    coordinator::{
+        facts::chain::{Chain, Rewound},
+        receipts::parquet::tests::sample,
+    },
+    storage::{Budget, StorageConfig, Stores},
+};
+use between::opened_twice;
+use superbatch_proto::v1::{Reason, Receipt};
+
+/// Steps of generation 0, and of generation 1, which begins at step 5.
+const RECEIPTS: [(u64, u32); 14] = [
+    (0, 0),
+    (1, 0),
+    (2, 0),
+    (3, 0),
+    (4, 0),
+    (5, 0),
+    (6, 0),
+    (7, 0),
+    (8, 0),
+    (9, 0),
+    (5, 1),
+    (6, 1),
+    (7, 1),
+    (8, 1),
+];
+
+fn chain() -> Chain {
+    Chain::new(vec![Rewound {
+        generation: 1,
+        to_step: 5,
+        replay: false,
+    }])
+}
+
+fn settings(pack: u64) -> Settings {
+    Settings {
+        pack,
+        before: 8,
+        generation: 1,
+        dry_run: false,
+    }
+}
+
+fn receipt((step, generation): (u64, u32)) -> Receipt {
+    let mut receipt = sample(step, generation, "n");
+    // Not equal to itself, and kept by its bits.
+    receipt.chosen[0].score = f64::from_bits(0x7ff8_0000_0000_0000 + step);
+    receipt
+}
+
+async fn commit_all(run: &Location) {
+    let receipts = Receipts::new(run.clone());
+    for at in RECEIPTS {
+        let committed = receipts.commit(&receipt(at), &Budget::default());
+        committed.await.unwrap();
+    }
+}
+
+async fn compact(run: &Location, settings: Settings) -> Result<Compacted> {
+    let receipts = Receipts::new(run.clone());
+    let numbers = receipts.folders().await?;
+    let work = Compaction::new(&receipts, settings, || async { Ok::<(), Error>(()) });
+    work.run(numbers, |_| {}).await
+}
+
+/// Objects of receipts, and packs.
+async fn objects(run: &Location) -> (usize, usize) {
+    let listed = run.list("receipts").await.unwrap();
+    let packs = listed.iter().filter(|(key, _)| key.contains("packed"));
+    (listed.len() - packs.clone().count(), packs.count())
+}
+
+/// Reads all that there is to read, and compares it with what was committed.
+async fn assert_whole(receipts: &Receipts) {
+    let chain = chain();
+    for at in RECEIPTS {
+        let (step, generation) = at;
+        let found = receipts.find(step, generation).await.unwrap();
+        let found = found.unwrap_or_else(|| panic!("{at:?} is gone"));
+        assert_eq!(objects::content(&found), objects::content(&receipt(at)));
+        let summary = receipts.summary(step, generation).await.unwrap();
+        assert_eq!(summary, found.summary, "{at:?}");
+    }
+    for step in 0..9 {
+        let found = receipts.find_of(&chain, step, 1).await.unwrap();
+        let generation = found.and_then(|found| found.summary).map(|s| s.generation);
+        assert_eq!(generation, Some(u32::from(step >= 5)), "step {step}");
+    }
+    assert_eq!(receipts.find_of(&chain, 9, 1).await.unwrap(), None);
+    let (trail, _) = receipts.opened(&chain, 2).await.unwrap();
+    assert_eq!((trail.next(), trail.newest()), (9, Some(8)));
+    assert_eq!(receipts.newest(&chain).await.unwrap(), Some(8));
+    let mut all = RECEIPTS;
+    all.sort_unstable();
+    assert_eq!(receipts.committed().await.unwrap(), all);
+}
+
+#[tokio::test]
+async fn receipts_go_into_packs_and_come_back_as_they_were() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let (before, dry) = (
+        objects(&run).await,
+        Settings {
+            dry_run: true,
+            ..settings(4)
+        },
+    );
+    let planned = compact(&run, dry).await.unwrap();
+    assert_eq!((planned.packed, planned.packs, planned.stay), (11, 3, 3));
+    assert_eq!(objects(&run).await, before, "it looked only");
+    let long_lived = Receipts::new(run.clone());
+    assert_whole(&long_lived).await;
+    let done = compact(&run, settings(4)).await.unwrap();
+    assert_eq!((done.packed, done.packs, done.stay), (11, 3, 3));
+    assert_eq!(done.deleted_bytes, planned.deleted_bytes);
+    assert!(done.problems.is_empty(), "{done:?}");
+    assert_eq!(objects(&run).await, (3, 3));
+    assert_whole(&long_lived).await;
+    assert_whole(&Receipts::new(run.clone())).await;
+    let again = compact(&run, settings(4)).await.unwrap();
+    assert_eq!((again.packed, again.deleted), (0, 0));
+    let (counts, problems) = verify::problems(&long_lived).await.unwrap();
+    assert_eq!((counts, problems), (vec![4, 4, 3], Vec::new()));
+}
+
+#[tokio::test]
+async fn wherever_it_ends_nothing_is_lost_and_the_next_one_finishes() {
+    for end in 1.. {
+        let (run, between, control) = opened_twice();
+        commit_all(&run).await;
+        control.ends_at(end);
+        let ended = compact(&between, settings(4)).await;
+        assert_whole(&Receipts::new(run.clone())).await;
+        let finished = compact(&run, settings(4)).await.unwrap();
+        assert!(finished.problems.is_empty(), "{end}: {finished:?}");
+        assert_eq!(objects(&run).await, (3, 3), "{end}");
+        assert_whole(&Receipts::new(run.clone())).await;
+        match ended {
+            Err(error) => assert_eq!(error.reason(), Reason::StorageUnreachable),
+            Ok(_) => return assert!(end > 11 + 11, "it was never ended"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_in_whose_midst_all_is_packed_misses_nothing() {
+    for request in 1.. {
+        let (run, between, control) = opened_twice();
+        commit_all(&run).await;
+        let readers = Receipts::new(between);
+        let other = run.clone();
+        control.before(request, async move {
+            compact(&other, settings(4)).await.unwrap();
+        });
+        assert_whole(&readers).await;
+        if !control.has_happened() {
+            return assert!(request > 2 * RECEIPTS.len());
+        }
+        assert_whole(&readers).await;
+    }
+}
+
+#[tokio::test]
+async fn a_compaction_in_whose_midst_all_is_read_hides_nothing() {
+    for request in 1.. {
+        let (run, between, control) = opened_twice();
+        commit_all(&run).await;
+        let readers = Receipts::new(run.clone());
+        control.before(request, async move { assert_whole(&readers).await });
+        compact(&between, settings(4)).await.unwrap();
+        if !control.has_happened() {
+            return assert!(request > 11 + 11);
+        }
+    }
+}
+
+#[tokio::test]
+async fn two_at_once_lose_nothing_and_finish() {
+    // The other one packs as this one does, or into smaller packs.
+    for (other_pack, packs_most) in [(4, 3), (2, 8)] {
+        for request in 1.. {
+            let (run, between, control) = opened_twice();
+            commit_all(&run).await;
+            let other = run.clone();
+            control.before(request, async move {
+                compact(&other, settings(other_pack)).await.unwrap();
+            });
+            let done = compact(&between, settings(4)).await.unwrap();
+            assert!(done.problems.is_empty(), "{request}: {done:?}");
+            assert_whole(&Receipts::new(run.clone())).await;
+            let (singles, packs) = objects(&run).await;
+            if !control.has_happened() {
+                break;
+            }
+            // Step 7 of generation 1 stands alone where steps go two by two.
+            assert!(singles <= 4 && packs <= packs_most, "{singles} {packs}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_may_not_be_deleted_stays() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let receipts = Receipts::new(run.clone());
+    let refuse = || async { Err(Error::internal("an older build owns the run")) };
+    let work = Compaction::new(&receipts, settings(4), refuse);
+    work.run(vec![0], |_| {}).await.unwrap_err();
+    assert_eq!(objects(&run).await.0, RECEIPTS.len());
+    assert_whole(&receipts).await;
+}
+
+#[tokio::test]
+async fn a_receipt_that_comes_after_its_pack_changes_nothing_and_is_told() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    compact(&run, settings(4)).await.unwrap();
+    // As of a process that slept through all of it.
+    let late = Receipts::new(run.clone());
+    let other = sample(2, 0, "late");
+    late.commit(&other, &Budget::default()).await.unwrap();
+    let receipts = Receipts::new(run.clone());
+    receipts.packs().look().await.unwrap();
+    assert_whole(&receipts).await;
+    let key = "receipts/0/2/0.parquet";
+    let (_, problems) = verify::problems(&receipts).await.unwrap();
+    assert!(
+        problems.len() == 1 && problems[0].contains(key),
+        "{problems:?}"
+    );
+    let done = compact(&run, settings(4)).await.unwrap();
+    assert_eq!((done.deleted, done.problems.len()), (0, 1));
+    assert!(run.find(key).await.unwrap().is_some(), "it is not deleted");
+}
+
+#[tokio::test]
+async fn a_damaged_pack_is_named_and_nothing_is_deleted_for_it() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let file = run.get("receipts/0/1/0.parquet").await.unwrap();
+    compact(&run, settings(4)).await.unwrap();
+    let receipts = Receipts::new(run.clone());
+    let pack = receipts.packs().look().await.unwrap().all()[0].clone();
+    let mut bytes = run.get(&pack.key()).await.unwrap().to_vec();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    run.put(&pack.key(), bytes.into()).await.unwrap();
+    run.put("receipts/0/1/0.parquet", file).await.unwrap();
+    let (_, problems) = verify::problems(&receipts).await.unwrap();
+    assert!(
+        problems.len() == 1 && problems[0].contains(&pack.key()),
+        "{problems:?}"
+    );
+    let done = compact(&run, settings(4)).await.unwrap();
+    assert_eq!((done.deleted, done.problems.len()), (0, 1));
+    run.put(&pack.key(), "cut".into()).await.unwrap();
+    let error = Receipts::new(run.clone()).find(2, 0).await.unwrap_err();
+    assert!(error.chain().contains(&pack.key()), "{}", error.chain());
+}
+
+#[tokio::test]
+async fn a_receipt_that_cannot_be_read_stays_and_the_others_go() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let key = "receipts/0/5/0.parquet";
+    run.put(key, "damaged".into()).await.unwrap();
+    let done = compact(&run, settings(4)).await.unwrap();
+    // Step 4 is alone then; 6 and 7 are two.
+    assert_eq!((done.packed, done.packs, done.stay), (9, 3, 5));
+    let problems: Vec<&String> = done.problems.iter().collect();
+    assert!(
+        problems.len() == 1 && problems[0].contains(key),
+        "{problems:?}"
+    );
+    assert!(run.find(key).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn on_a_disk_no_empty_folders_are_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}", folder.path().display());
+    let run = Stores::new(StorageConfig::default()).open(&uri).unwrap();
+    commit_all(&run).await;
+    let all = Settings {
+        before: u64::MAX,
+        ..settings(1000)
+    };
+    let done = compact(&run, all).await.unwrap();
+    assert_eq!((done.packs, done.stay), (2, 0));
+    assert_whole(&Receipts::new(run)).await;
+    let left = std::fs::read_dir(folder.path().join("receipts")).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["packed"]);
+}
