@@ -139,7 +139,7 @@ Examples:
   # For programs
   superbatch replay my-run --step 100 --policy uniform --json | jq .measured")]
     Replay(admin::replay::ReplayArgs),
-    /// Check that a run's state is whole, and delete what nothing needs.
+    /// Check that a run's state is whole, pack its receipts, and delete what nothing needs.
     ///
     /// Reads the state directly, so it works while the service is down and while it runs.
     #[command(after_long_help = "\
@@ -148,7 +148,10 @@ Examples:
   superbatch state check my-run --state s3://bucket/superbatch
   # What gc would delete, then delete it
   superbatch state gc my-run --dry-run
-  superbatch state gc my-run")]
+  superbatch state gc my-run
+  # The receipts of a run of a million steps, as a thousand files
+  superbatch state compact my-run --dry-run
+  superbatch state compact my-run")]
     State(admin::state::StateArgs),
     /// List the published weights of a run, and go back to an older version.
     #[command(after_long_help = "\

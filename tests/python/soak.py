@@ -1,9 +1,11 @@
 """`make soak STEPS=10000`: a long run at small scale, and what it leaves behind as it goes: memory
-and descriptors of every process, the state's size, and how long a step takes.
+and descriptors of every process, the state's size, and how long a step takes. At the end its
+receipts are packed.
 """
 
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 
 import superbatch
-from cluster import Cluster
+from cluster import BINARY, Cluster
 from safetensors.torch import load_file
 from test_end_to_end import spec
 
@@ -95,6 +97,29 @@ def soak(folder: Path, steps: int) -> Iterator[Window]:
                 took = []
             since = monotonic()
         run.flush()
+        run.close()
+    compact(folder / "cluster" / "state")
+
+
+def compact(state: Path) -> None:
+    """Packs the run's receipts, and prints what the state was before and is after."""
+
+    def command(what: str) -> None:
+        sys.stdout.flush()
+        subprocess.run([BINARY, "state", what, "soak", "--state", state.as_uri()], check=True)
+
+    def tell(when: str) -> None:
+        sizes = {path: path.stat().st_size for path in state.rglob("*") if path.is_file()}
+        receipts = [size for path, size in sizes.items() if "receipts" in path.parts]
+        print(
+            f"{when} packing: {len(receipts)} files of receipts, {sum(receipts)} bytes; "
+            f"{len(sizes)} files in all, {sum(sizes.values())} bytes"
+        )
+
+    tell("before")
+    command("compact")
+    tell("after")
+    command("check")
 
 
 def grown(windows: list[Window]) -> list[str]:

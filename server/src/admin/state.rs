@@ -1,5 +1,6 @@
 //! `superbatch state`: what a run has left behind, seen from outside.
 mod check;
+mod compact;
 
 use super::{ConfigArgs, open_state, receipts::unknown};
 use crate::{
@@ -32,9 +33,25 @@ enum Command {
     /// Delete what nothing needs any more
     ///
     /// Weights that were uploaded and not published within a day, summaries of pushes that newer
-    /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, and so
-    /// do reference embeddings, which runs share.
+    /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, packed
+    /// or not (`compact` packs them), and so do reference embeddings, which runs share.
     Gc(GcArgs),
+    /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
+    ///
+    /// A run of a million steps has a million receipts, each an object. Each pack is read back
+    /// before the objects of its receipts are deleted. No receipt is lost, and none changes:
+    /// rewind, forks, resume, the run page and all commands read packed ones as before. It may run
+    /// beside the service, and be interrupted and run again at any time. Builds that do not know
+    /// packs refuse the run from then on. Weights are left alone: `gc` deletes those that nothing
+    /// needs. Exits with 1 if receipts could not be packed, and names them.
+    #[command(after_long_help = "\
+Examples:
+  # How many objects and bytes would go, then do it
+  superbatch state compact my-run --dry-run
+  superbatch state compact my-run
+  # A run that goes on: leave its newest 10,000 steps as they are
+  superbatch state compact my-run --keep-last 10000 --state s3://bucket/superbatch")]
+    Compact(compact::CompactArgs),
 }
 
 #[derive(Args)]
@@ -49,7 +66,7 @@ struct OfRun {
 struct GcArgs {
     #[command(flatten)]
     of: OfRun,
-    /// Say what would be deleted, and delete nothing
+    /// Say what would be done, and change nothing
     #[arg(long)]
     dry_run: bool,
 }
@@ -59,12 +76,14 @@ impl StateArgs {
         match &self.command {
             Command::Check(of) => &of.settings,
             Command::Gc(args) => &args.of.settings,
+            Command::Compact(args) => &args.common().of.settings,
         }
     }
 }
 
 /// # Errors
-/// `RunNotFound`; `InvalidArgument` if a check found something wrong, with all of it.
+/// `RunNotFound`; `InvalidArgument` if a check found something wrong, with all of it; those of
+/// compaction.
 pub async fn run(config: &Config, args: &StateArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
     match &args.command {
@@ -76,6 +95,7 @@ pub async fn run(config: &Config, args: &StateArgs) -> Result<String> {
             let (location, facts) = load(&state, &args.of.run).await?;
             gc(&location, &facts, args.dry_run).await
         }
+        Command::Compact(args) => compact::run(config, &state, args).await,
     }
 }
 
@@ -90,11 +110,17 @@ async fn load(state: &Location, id: &str) -> Result<(Location, RunFacts)> {
 fn report_or_fail(found: check::CheckResult) -> Result<String> {
     let check::CheckResult {
         receipts,
+        packs,
         pushes,
         weights,
         problems,
     } = found;
-    let looked_at = format!("{receipts} receipts, {pushes} pushes, {weights} weights files");
+    let packed = match packs.len() {
+        0 => String::new(),
+        files => format!(" ({} of them in {files} packs)", packs.iter().sum::<u64>()),
+    };
+    let looked_at =
+        format!("{receipts} receipts{packed}, {pushes} pushes, {weights} weights files");
     if problems.count == 0 {
         return Ok(format!("ok: {looked_at}\n"));
     }

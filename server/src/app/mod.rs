@@ -24,6 +24,7 @@ use crate::{
     traces::{self, Traces},
 };
 use futures::future::{BoxFuture, Shared};
+use superbatch_transport::Dialer;
 
 /// A future that ends when the process should end.
 type Shutdown = Shared<BoxFuture<'static, ()>>;
@@ -35,6 +36,14 @@ type Shutdown = Shared<BoxFuture<'static, ()>>;
 pub fn check_tls(config: &TlsConfig) -> Result<()> {
     tls::listening(config, &[b"h2"])?;
     tls::dialer_towards_processes(config).map(drop)
+}
+
+/// Returns the dialer with which these settings connect to other processes.
+///
+/// # Errors
+/// `InvalidArgument` if a file that is set cannot be used.
+pub fn dialer(config: &TlsConfig) -> Result<Dialer> {
+    tls::dialer_towards_processes(config)
 }
 
 /// Starts exporting traces of the service `process`; `None` if no collector is set. No connection

@@ -2,7 +2,7 @@
 use crate::{
     coordinator::{
         facts::{incarnations::Incarnations, run::RunFacts, trail::Trail},
-        receipts::store::Receipts,
+        receipts::{compact, store::Receipts},
         weights::{Due, Fact, digest_of, due, stored::Stored},
     },
     dataset::Manifest,
@@ -23,6 +23,8 @@ const LISTED_MAX: usize = 100;
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct CheckResult {
     pub receipts: usize,
+    /// How many receipts each pack has.
+    pub packs: Vec<u64>,
     pub pushes: usize,
     pub weights: usize,
     pub problems: Problems,
@@ -143,6 +145,10 @@ pub(super) async fn check(
             }
         }
     }
+    // After the receipts: packs only become more, and what was found in one is looked at whole.
+    let (packs, damage) = compact::problems(&receipts).await?;
+    found.packs = packs;
+    found.problems.extend(damage);
     found.problems.extend(gap(&trail, facts.spec.max_ahead));
     found.problems.extend(lost(&trail, summarised));
     // After the receipts: the weights that a receipt names were published before it.

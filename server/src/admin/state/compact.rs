@@ -1,0 +1,250 @@
+//! `superbatch state compact`: receipts of old steps, a thousand to a file.
+use super::{GcArgs, load};
+use crate::{
+    app,
+    config::Config,
+    coordinator::{
+        facts::{
+            allow_packs,
+            owner::{Identity, check_reads_packs, keep_out_older},
+            run::{self, RunFacts},
+        },
+        receipts::{
+            compact::{Compacted, Compaction, Settings},
+            packs::RECEIPTS_MAX,
+            store::Receipts,
+        },
+        runs::fork,
+    },
+    dataset::counted,
+    error::{Error, Result},
+    storage::{Location, nonce},
+};
+use clap::Args;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+use superbatch_proto::v1::Reason;
+
+/// Between two lines that tell how far it is.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+#[derive(Args)]
+pub(super) struct CompactArgs {
+    #[command(flatten)]
+    of: GcArgs,
+    /// The newest steps of a run that goes on, whose receipts stay as they are; those of a run that
+    /// was closed, or failed, are all packed
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    keep_last: u64,
+    /// Steps whose receipts lie in one file. Fewer files, or less to read for one receipt
+    #[arg(long, value_name = "N", default_value_t = RECEIPTS_MAX,
+        value_parser = clap::value_parser!(u64).range(2..=RECEIPTS_MAX))]
+    pack: u64,
+}
+
+impl CompactArgs {
+    pub(super) fn common(&self) -> &GcArgs {
+        &self.of
+    }
+}
+
+/// # Errors
+/// `RunNotFound`; `Unimplemented` if a coordinator of an older build serves the run or a fork of
+/// it; `InvalidArgument` if receipts could not be packed, with what was done and which; those of
+/// storage.
+pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -> Result<String> {
+    let (id, dry_run) = (args.of.of.run.as_str(), args.of.dry_run);
+    let (location, facts) = load(state, id).await?;
+    let receipts = fork::receipts(state, id, &facts).await?;
+    let settings = Settings {
+        pack: args.pack,
+        generation: facts.chain.current(),
+        before: before(&receipts, &facts, args).await?,
+        dry_run: true,
+    };
+    let numbers = receipts.folders().await?;
+    let nobody = || async { Ok::<(), Error>(()) };
+    let plan = Compaction::new(&receipts, settings, nobody);
+    let plan = plan.run(numbers.clone(), |_| {}).await?;
+    // What was interrupted may have left no receipt to pack, and folders to remove.
+    let is_packed = !receipts.packs().known().all().is_empty();
+    if dry_run || (plan.deleted == 0 && !is_packed) {
+        return report(&plan, dry_run);
+    }
+    let identity = identity(config)?;
+    for other in forks_of(state, id).await? {
+        let other = state.below(&format!("runs/{other}"));
+        check_reads_packs(&other, &identity).await?;
+    }
+    check_reads_packs(&location, &identity).await?;
+    // From here on older builds do not load the run. One that had loaded it before is kept out
+    // next, and looked for before each deletion.
+    allow_packs(&location).await?;
+    let may_delete = || keep_out_older(&location, &identity);
+    may_delete().await?;
+    let settings = Settings {
+        dry_run: false,
+        ..settings
+    };
+    let mut progress = Progress::begin(plan.deleted);
+    let work = Compaction::new(&receipts, settings, may_delete);
+    let done = work.run(numbers, |done| progress.at(done)).await?;
+    report(&done, false)
+}
+
+/// Returns the step before which receipts are packed: all of them in a run that is over, and whole
+/// packs far behind the first step that is missing in one that goes on.
+///
+/// Steps near the end may be on their way while this is read. Those that ranks may ask for are at
+/// most `max_ahead` from one another.
+async fn before(receipts: &Receipts, facts: &RunFacts, args: &CompactArgs) -> Result<u64> {
+    if facts.closed || facts.failure.is_some() {
+        return Ok(u64::MAX);
+    }
+    let max_ahead = facts.spec.max_ahead;
+    let (trail, _) = receipts.opened(&facts.chain, max_ahead).await?;
+    let kept = args.keep_last.max(u64::from(max_ahead));
+    Ok(trail.next().saturating_sub(kept) / args.pack * args.pack)
+}
+
+/// Returns this process for others that look who owns a run. Nobody answers at its address, so a
+/// coordinator that wants the run takes it.
+fn identity(config: &Config) -> Result<Identity> {
+    Ok(Identity {
+        address: "superbatch state compact".to_owned(),
+        instance: nonce(),
+        dialer: app::dialer(&config.tls)?,
+    })
+}
+
+/// Returns the ids of the runs that are forks of the run `id`, or of its forks: they read its
+/// receipts. A run that a newer build wrote is served by builds that know packs.
+async fn forks_of(state: &Location, id: &str) -> Result<Vec<String>> {
+    let mut parents = BTreeMap::new();
+    for other in state.folders("runs").await? {
+        let location = state.below(&format!("runs/{other}"));
+        match run::fork_of(&location).await {
+            Ok(None) => {}
+            Ok(Some(fork)) => drop(parents.insert(other, fork.run_id)),
+            Err(error) if error.reason() == Reason::Unimplemented => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let comes_from = |other: &String| {
+        let above = std::iter::successors(parents.get(other), |parent| parents.get(*parent));
+        // No chain is longer than there are runs, unless it is a circle.
+        above.take(parents.len()).any(|parent| parent == id)
+    };
+    Ok(parents
+        .keys()
+        .filter(|other| comes_from(other))
+        .cloned()
+        .collect())
+}
+
+/// Says on the log how far it is, now and then.
+struct Progress {
+    total: u64,
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn begin(total: u64) -> Self {
+        let now = Instant::now();
+        Self {
+            total,
+            begun: now,
+            told: now,
+        }
+    }
+
+    fn at(&mut self, done: &Compacted) {
+        if self.told.elapsed() < PROGRESS {
+            return;
+        }
+        self.told = Instant::now();
+        let rate = done.deleted as f64 / self.begun.elapsed().as_secs_f64();
+        let left = self.total.saturating_sub(done.deleted) as f64 / rate.max(f64::MIN_POSITIVE);
+        tracing::info!(
+            receipts = done.deleted,
+            of = self.total,
+            packs = done.packs,
+            seconds_left = left.round(),
+            "packing"
+        );
+    }
+}
+
+fn report(done: &Compacted, dry_run: bool) -> Result<String> {
+    let files = |count: u64| counted(count as usize, "file");
+    let receipts = |count: u64| counted(count as usize, "receipt");
+    let verbs = if dry_run {
+        ["would pack", "would delete"]
+    } else {
+        ["packed", "deleted"]
+    };
+    let into = if dry_run {
+        format!("at least {}", files(done.packs))
+    } else {
+        format!("{} of {} bytes", files(done.packs), done.packs_bytes)
+    };
+    let text = format!(
+        "{} {} of {} bytes into {into}\n{} {}, {} bytes; not packed: {}\n",
+        verbs[0],
+        receipts(done.packed),
+        done.packed_bytes,
+        verbs[1],
+        counted(done.deleted as usize, "object"),
+        done.deleted_bytes,
+        receipts(done.stay),
+    );
+    if done.problems.is_empty() {
+        return Ok(text);
+    }
+    let problems: Vec<&str> = done.problems.iter().map(String::as_str).collect();
+    let message = format!("{text}{}", problems.join("\n"));
+    Err(Error::new(Reason::InvalidArgument, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{StorageConfig, Stores};
+
+    #[tokio::test]
+    async fn forks_of_forks_read_the_receipts_too_and_a_circle_ends() {
+        let state = Stores::new(StorageConfig::default())
+            .open("memory:///state")
+            .unwrap();
+        let spec = superbatch_proto::v1::RunSpec::default();
+        for (id, of) in [
+            ("first", None),
+            ("fork", Some("first")),
+            ("second", Some("fork")),
+            ("other", None),
+            ("theirs", Some("other")),
+            ("a", Some("b")),
+            ("b", Some("a")),
+        ] {
+            let fork = of.map(|of: &str| run::ForkFact {
+                run_id: of.into(),
+                step: 4,
+                chain: Default::default(),
+                weights: Default::default(),
+            });
+            let fact = run::RunFact::new(&spec, "m".into(), None, None, fork);
+            let location = state.below(&format!("runs/{id}"));
+            run::create_run(&location, fact).await.unwrap();
+        }
+        let newer = r#"{"format": 99}"#.into();
+        state.put("runs/newer/run.json", newer).await.unwrap();
+        let of = async |id| forks_of(&state, id).await.unwrap();
+        assert_eq!(of("first").await, ["fork", "second"]);
+        assert_eq!(of("fork").await, ["second"]);
+        assert_eq!(of("theirs").await, [""; 0]);
+        assert_eq!(of("a").await, ["a", "b"]);
+    }
+}
