@@ -25,6 +25,7 @@ use superbatch_proto::v1::{
 };
 use superbatch_server::{
     allocator::give_back_large_buffers,
+    config::environment,
     coordinator::{
         plan::candidate::{Candidate, noise_keys},
         score::{claims::Claims, slice::Job, super_batch::Scoring},
@@ -204,7 +205,7 @@ fn job(asked: &Asked) -> Job {
 }
 
 async fn measure(asked: &Asked) -> Result<(), Box<dyn Error>> {
-    give_back_large_buffers();
+    give_back_large_buffers(environment());
     let pool = Pool::new(Duration::from_secs(3600), Duration::ZERO, Home::default());
     let mut children = Vec::new();
     for _ in 0..asked.workers {

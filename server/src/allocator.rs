@@ -10,22 +10,23 @@ const LARGE: std::ffi::c_int = 128 << 10;
 ///
 /// By default glibc raises its threshold to the size of each large buffer that is freed, up to 32
 /// MiB, and keeps what is freed below it. A coordinator receives embeddings in messages of some
-/// hundred KiB and copies them to their places, so half as much memory again stayed with the process.
-/// A process that scores is left alone: LibTorch frees many MiB with every micro-batch, and would
-/// get them back from the kernel page by page.
+/// hundred KiB and copies them to their places, so half as much memory again stayed with the
+/// process. A process that scores is left alone: LibTorch frees many MiB with every micro-batch,
+/// and would get them back from the kernel page by page.
 ///
-/// `MALLOC_MMAP_THRESHOLD_` or `GLIBC_TUNABLES` in the environment decide if they are set. Other C
-/// libraries are left as they are.
-pub fn give_back_large_buffers() {
+/// `MALLOC_MMAP_THRESHOLD_` or `GLIBC_TUNABLES` among the variables of `environment` decide if they
+/// are there. Other C libraries are left as they are.
+pub fn give_back_large_buffers(environment: impl IntoIterator<Item = (String, String)>) {
+    let decides = |name: &str| ["MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"].contains(&name);
+    let is_decided = environment.into_iter().any(|(name, _)| decides(&name));
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    if ["MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"]
-        .iter()
-        .all(|name| std::env::var_os(name).is_none())
-    {
+    if !is_decided {
         // SAFETY: mallopt takes two numbers and may be called at any time; a value that it does not
         // take changes nothing.
         unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
     }
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    let _ = is_decided;
 }
 
 #[cfg(all(test, target_os = "linux", target_env = "gnu"))]
@@ -40,7 +41,7 @@ mod tests {
 
     #[test]
     fn large_buffers_are_mapped_even_after_a_larger_one_was_freed() {
-        give_back_large_buffers();
+        give_back_large_buffers([]);
         // Without the call, this raises the threshold to 16 MiB.
         drop(std::hint::black_box(Vec::<u8>::with_capacity(16 << 20)));
         let before = mapped();

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     access::{Access, audit::Audit},
     allocator,
-    config::{Config, CoordinatorConfig},
+    config::{Config, CoordinatorConfig, environment},
     coordinator::{
         facts::owner::Identity,
         runs::{deps::Deps, limits::Limits, registry::Coordinator, upkeep::upkeep},
@@ -108,7 +108,7 @@ impl Serve {
         let device = if settings.workers_embedded {
             embed(&ground, &pool)?
         } else {
-            allocator::give_back_large_buffers();
+            allocator::give_back_large_buffers(environment());
             "cpu".to_owned()
         };
         let selector = selector(settings, &pool, &device)?;
