@@ -146,9 +146,9 @@ pub(super) async fn check(
         }
     }
     // After the receipts: packs only become more, and what was found in one is looked at whole.
-    let (packs, damage) = compact::problems(&receipts).await?;
+    let (packs, damaged) = compact::problems(&receipts).await?;
     found.packs = packs;
-    found.problems.extend(damage);
+    found.problems.extend(damaged);
     found.problems.extend(gap(&trail, facts.spec.max_ahead));
     found.problems.extend(lost(&trail, summarised));
     // After the receipts: the weights that a receipt names were published before it.

@@ -295,6 +295,7 @@ fn a_block_that_no_array_holds_is_refused_before_it_is_read() {
         image_in_struct: false,
         caption_column: "txt".into(),
         caption_seed: None,
+        image_root: None,
         format: Format::Tar,
     };
     let block = &blocks(&survey.samples, &layout)[0];

@@ -26,7 +26,7 @@ pub(super) struct Single {
 }
 
 impl Single {
-    pub fn key(&self) -> String {
+    pub(super) fn key(&self) -> String {
         key(self.step, self.generation)
     }
 }
