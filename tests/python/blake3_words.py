@@ -1,5 +1,5 @@
-"""BLAKE3 in its mode of deriving keys, for inputs of one chunk: what the service makes the key of an
-image by (https://github.com/BLAKE3-team/BLAKE3-specs, section 2).
+"""BLAKE3 in its mode of deriving keys, for inputs of one chunk: what the service makes the key of
+an image by (https://github.com/BLAKE3-team/BLAKE3-specs, section 2).
 """
 
 import struct

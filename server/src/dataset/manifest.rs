@@ -1,5 +1,5 @@
 //! The dataset manifest: the result of indexing, named by its own digest.
-use super::mask::Mask;
+use super::{mask::Mask, parts::Parts};
 use crate::{
     blocking::blocking,
     error::{Error, Result},
@@ -7,11 +7,7 @@ use crate::{
 };
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::{
-    collections::VecDeque,
-    io::{self, BufReader, Read},
-    sync::Arc,
-};
+use std::{io::BufReader, sync::Arc};
 use superbatch_proto::v1::Reason;
 
 /// Bytes of a manifest that are read at once.
@@ -338,7 +334,7 @@ impl Manifest {
             for part in &parts {
                 hasher.update(part);
             }
-            let parts = BufReader::new(Parts(parts.into()));
+            let parts = BufReader::new(Parts::new(parts));
             Ok((hasher.finalize().to_hex(), serde_json::from_reader(parts)))
         };
         let (found, manifest) = blocking("reading a manifest", read).await?;
@@ -378,24 +374,6 @@ impl SourceManifest {
     }
 }
 
-/// A text in parts, each of which is freed once it is read: what is parsed takes its place, so that
-/// memory never holds both whole.
-struct Parts(VecDeque<Bytes>);
-
-impl Read for Parts {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        while self.0.front().is_some_and(Bytes::is_empty) {
-            self.0.pop_front();
-        }
-        let Some(part) = self.0.front_mut() else {
-            return Ok(0);
-        };
-        let read = part.len().min(into.len());
-        into[..read].copy_from_slice(&part.split_to(read));
-        Ok(read)
-    }
-}
-
 /// Vectors grow in steps, from one element to room for four. Most shards have few blocks, so the
 /// room that is left would take most of a large manifest's memory.
 fn without_spare_room<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Block>, D::Error> {
@@ -409,22 +387,4 @@ fn key(digest: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_text_in_parts_is_read_over_their_borders() {
-        let parts = ["", "[12,", "", "3", "4]", ""].map(Bytes::from);
-        let parts = Parts(parts.into());
-        let read: Vec<u32> = serde_json::from_reader(BufReader::with_capacity(2, parts)).unwrap();
-        assert_eq!(read, [12, 34]);
-    }
-
-    #[test]
-    fn a_shard_holds_no_more_room_than_its_blocks_take() {
-        let text = r#"{"path": "a", "size": 9, "etag": null,
-            "blocks": [{"rows": 3, "first_row": 0, "bytes": [0, 9]}]}"#;
-        let shard: Shard = serde_json::from_str(text).unwrap();
-        assert_eq!((shard.blocks.len(), shard.blocks.capacity()), (1, 1));
-    }
-}
+mod tests;

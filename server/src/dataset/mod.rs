@@ -7,6 +7,7 @@ mod index;
 mod layout;
 mod manifest;
 mod mask;
+mod parts;
 mod paths;
 pub(crate) mod pattern;
 mod row_groups;

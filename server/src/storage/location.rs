@@ -2,13 +2,13 @@
 use super::{hub, join, local};
 use crate::error::{Error, Result, chain};
 use bytes::Bytes;
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt};
 use object_store::{
     GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart,
     client::{HttpError, HttpErrorKind},
     path::Path,
 };
-use std::{error::Error as _, ops::Range, pin::pin, sync::Arc};
+use std::{error::Error as _, sync::Arc};
 use superbatch_proto::v1::Reason;
 use url::Url;
 
@@ -78,57 +78,6 @@ impl Location {
         read.await.map_err(|e| self.error("read", key, e))
     }
 
-    /// As [`Location::get`], of a large object: over several streams at once, since one connection
-    /// to an object store is slower than the line.
-    ///
-    /// # Errors
-    /// As [`Location::get`].
-    pub async fn get_large(&self, key: &str) -> Result<Bytes> {
-        let part_bytes = PART_BYTES as u64;
-        let read = async {
-            let size = self.store.head(&self.path(key)).await?.size;
-            if size <= part_bytes {
-                return self.store.get(&self.path(key)).await?.bytes().await;
-            }
-            let mut parts = pin!(self.parts(key, size, part_bytes));
-            let mut whole = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
-            while let Some(part) = parts.try_next().await? {
-                whole.extend_from_slice(&part);
-            }
-            Ok(whole.into())
-        };
-        read.await.map_err(|e| self.error("read", key, e))
-    }
-
-    /// As [`Location::get_large`], in parts of at most `part_bytes` in their order, which a reader
-    /// can let go of one by one.
-    ///
-    /// # Errors
-    /// As [`Location::get`].
-    pub async fn get_in_parts(&self, key: &str, part_bytes: u64) -> Result<Vec<Bytes>> {
-        let read = async {
-            let size = self.store.head(&self.path(key)).await?.size;
-            self.parts(key, size, part_bytes).try_collect().await
-        };
-        read.await.map_err(|e| self.error("read", key, e))
-    }
-
-    fn parts(
-        &self,
-        key: &str,
-        size: u64,
-        part_bytes: u64,
-    ) -> impl Stream<Item = object_store::Result<Bytes>> {
-        let (store, path) = (self.store.clone(), self.path(key));
-        let starts = (0..size).step_by(usize::try_from(part_bytes).unwrap_or(usize::MAX));
-        let reads = starts.map(move |at| {
-            let (store, path) = (store.clone(), path.clone());
-            let part = at..size.min(at + part_bytes);
-            async move { store.get_range(&path, part).await }.boxed()
-        });
-        futures::stream::iter(reads).buffered(PARTS_AT_ONCE)
-    }
-
     /// Reads an object whole; `None` if it does not exist. A missing bucket is an error, since
     /// "there is no such fact" would be the wrong conclusion from a wrong URI.
     pub async fn find(&self, key: &str) -> Result<Option<Bytes>> {
@@ -174,15 +123,6 @@ impl Location {
             }
             Err(e) => Err(self.error("read", key, e)),
         }
-    }
-
-    /// Reads the bytes `range` of an object.
-    ///
-    /// # Errors
-    /// As [`Location::get`].
-    pub async fn part(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let read = self.store.get_range(&self.path(key), range).await;
-        read.map_err(|e| self.error("read", key, e))
     }
 
     /// Returns an object's metadata; `None` if there is no object.

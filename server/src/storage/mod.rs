@@ -11,6 +11,7 @@ mod location;
 mod metered;
 mod named;
 mod options;
+mod parts;
 mod retried;
 mod uri;
 
