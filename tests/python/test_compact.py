@@ -129,9 +129,10 @@ def test_packed_receipts_are_read_by_everything_and_beside_the_service(
 def test_a_run_is_rewound_and_forked_at_packed_steps(inputs, run, cluster, state):  # noqa: F811
     ids = [[row.id for row in run.receipt(step).chosen] for step in range(STEPS)]
     state.compact()
-    assert run.rewind(2, mode="replay") == 1
-    assert [row.id for row in run.receipt(2).chosen] == ids[2]
-    assert sorted(batch(run, 2)[0]) == sorted(ids[2])
+    # Not further back: the pushes after that step would have to be repeated.
+    assert run.rewind(3, mode="replay") == 1
+    assert [row.id for row in run.receipt(3).chosen] == ids[3]
+    assert sorted(batch(run, 3)[0]) == sorted(ids[3])
     client = superbatch.connect(cluster.address)
     at = superbatch.Fork(run_id=RUN, step=5)
     fork = client.open_run(spec(inputs, "fork", fork_of=at))

@@ -221,7 +221,7 @@ def test_rows_are_kept_and_scored_by_files_of_the_hub(tmp_path, hub, service):
     rule = superbatch.ScoreColumn(name="score", at_least=10.0)
 
     def run(run_id: str, uri: str, beside: str) -> superbatch.Run:
-        source = superbatch.Source(uri, allow=beside, scores=beside, id_column="key")
+        source = superbatch.Source(uri=uri, allow=beside, scores=beside, id_column="key")
         return opened(service, run_id, source, score_columns=[rule])
 
     expected = rows(run("files", folder.as_uri(), ids.as_uri()), range(2))

@@ -131,7 +131,7 @@ def test_rows_come_on_each_way(inputs, pool, tmp_path):
         assert cluster.coordinator.metric("superbatch_direct_fallbacks_total") == 0
         for step, rows in enumerate(expected):
             batch = located.select(step, rank=0, world_size=1)
-            assert "image" not in batch.schema.names
+            assert "image" not in batch.record_batch.schema.names
             columns = ("_superbatch_id", "caption", "_superbatch_image_uri")
             found = list(zip(*(batch[name].to_pylist() for name in columns), strict=True))
             root = (pool / "beside" / "images").as_uri()
