@@ -183,7 +183,7 @@ fn embeddings(input: &mut Input<'_>) {
 
 /// Draws from made-up embeddings, and checks the draw as that of a worker.
 fn draw(input: &mut Input<'_>) {
-    let answered = input.byte() % 2 == 0;
+    let answered = input.byte().is_multiple_of(2);
     let Some(begin) = input.message::<SelectBegin>() else {
         return;
     };

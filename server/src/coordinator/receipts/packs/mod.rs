@@ -36,13 +36,16 @@ const FOOTERS_KEPT: usize = 4;
 /// Bytes of row groups that are kept, for readers that go from step to step; at least one group.
 const GROUPS_BYTES: usize = 8 << 20;
 
+/// A row group by its pack and its number there, with its bytes and how many these are.
+type Group = ((Pack, usize), Ranges, usize);
+
 /// The packs of one run, with what of them was read last.
 #[derive(Debug)]
 pub struct Packs {
     run: Location,
     index: Mutex<Arc<Index>>,
     footers: Mutex<VecDeque<(Pack, ArrowReaderMetadata)>>,
-    groups: Mutex<VecDeque<((Pack, usize), Ranges, usize)>>,
+    groups: Mutex<VecDeque<Group>>,
     /// Held while a row group is read, so that readers at once read it once.
     reading: tokio::sync::Mutex<()>,
 }
