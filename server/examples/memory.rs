@@ -205,7 +205,6 @@ fn job(asked: &Asked) -> Job {
 }
 
 async fn measure(asked: &Asked) -> Result<(), Box<dyn Error>> {
-    give_back_large_buffers(environment());
     let pool = Pool::new(Duration::from_secs(3600), Duration::ZERO, Home::default());
     let mut children = Vec::new();
     for _ in 0..asked.workers {
@@ -283,6 +282,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     if asked.worker {
         work(&asked).await
     } else {
+        give_back_large_buffers(environment());
         measure(&asked).await
     }
 }

@@ -288,9 +288,9 @@ mod tests {
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         let pairs = pairs.iter();
-        let pair = |(name, value): &(&'static str, &'static str)| {
-            let name = reqwest::header::HeaderName::from_static(*name);
-            (name, HeaderValue::from_static(*value))
+        let pair = |&(name, value): &(&'static str, &'static str)| {
+            let name = reqwest::header::HeaderName::from_static(name);
+            (name, HeaderValue::from_static(value))
         };
         pairs.map(pair).collect()
     }
