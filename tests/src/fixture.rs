@@ -94,18 +94,7 @@ pub async fn dataset(
     block_rows: usize,
 ) -> String {
     write_parquet(&stores.open(uri).expect("a valid URI"), rows, block_rows).await;
-    let source = SourceRequest {
-        uri: uri.into(),
-        weight: 1.0,
-        image_column: None,
-        image_root: None,
-        caption_column: None,
-        caption_seed: None,
-        predicate: None,
-        allow: None,
-        id_column: None,
-        scores: None,
-    };
+    let source = SourceRequest::new(uri);
     let manifest = index(stores, None, &[source]).await.expect("a data set");
     let manifest = Arc::new(manifest);
     manifest.save(state).await.expect("writing to memory")

@@ -17,18 +17,7 @@ pub(crate) fn stores() -> Stores {
 }
 
 pub(crate) fn request(uri: &str) -> SourceRequest {
-    SourceRequest {
-        uri: uri.to_owned(),
-        weight: 1.0,
-        image_column: None,
-        image_root: None,
-        caption_column: None,
-        caption_seed: None,
-        predicate: None,
-        allow: None,
-        id_column: None,
-        scores: None,
-    }
+    SourceRequest::new(uri)
 }
 
 /// Returns the file's bytes, with row groups of at most `block_rows` rows.

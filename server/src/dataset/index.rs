@@ -37,6 +37,24 @@ pub struct SourceRequest {
     pub scores: Option<String>,
 }
 
+impl SourceRequest {
+    /// Makes the request for a source of weight 1 of which nothing else is said.
+    pub fn new(uri: &str) -> Self {
+        Self {
+            uri: uri.to_owned(),
+            weight: 1.0,
+            image_column: None,
+            image_root: None,
+            caption_column: None,
+            caption_seed: None,
+            predicate: None,
+            allow: None,
+            id_column: None,
+            scores: None,
+        }
+    }
+}
+
 /// Indexes all sources: lists their files, reads every footer or header, and finds image and
 /// caption. Indexes of tars are kept in `state`. The caller has checked the URIs against the
 /// allow-list; URIs that a file lists are checked here. Branches and tags of the Hugging Face hub

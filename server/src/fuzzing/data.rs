@@ -21,24 +21,9 @@ const RECORD: usize = 512;
 /// What an allow-list of the URI's target has.
 const ALLOWED: &str = "memory:///data";
 
-fn request(uri: &str) -> SourceRequest {
-    SourceRequest {
-        uri: uri.to_owned(),
-        weight: 1.0,
-        image_column: None,
-        image_root: None,
-        caption_column: None,
-        caption_seed: None,
-        predicate: None,
-        allow: None,
-        id_column: None,
-        scores: None,
-    }
-}
-
 /// Changes what is asked of a file by the bits of a byte.
 fn asked(how: u8, entry: impl Fn(&str) -> String) -> SourceRequest {
-    let mut request = request("memory:///data");
+    let mut request = SourceRequest::new("memory:///data");
     if how & 2 != 0 {
         request.caption_column = Some(entry("caption"));
     }
@@ -160,10 +145,10 @@ pub fn lists(bytes: &[u8]) {
     let stores = stores();
     let uri = format!("memory:///lists/{name}");
     let request = match name {
-        "uris.txt" => request(&uri),
+        "uris.txt" => SourceRequest::new(&uri),
         _ => SourceRequest {
             allow: Some(uri),
-            ..request("memory:///data")
+            ..SourceRequest::new("memory:///data")
         },
     };
     wait(async {
