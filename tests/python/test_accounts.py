@@ -79,7 +79,12 @@ def told(cluster: Cluster, run: superbatch.Run) -> dict[str, float]:
         known["candidates_scanned"],
         known["examples_selected"],
     )
-    newest = printed(cluster, "receipts", run.run_id, "--json")[-1]["summary"]["run_totals"]
+    # Steps under way together may be committed out of order, and sums are in the order of commits.
+    sums = [
+        receipt["summary"]["run_totals"]
+        for receipt in printed(cluster, "receipts", run.run_id, "--json")
+    ]
+    newest = max(sums, key=lambda totals: totals["candidates_scanned"])
     assert {name: newest[name] for name in COUNTS + FLOPS} == pytest.approx(known)
     return known
 
