@@ -3,7 +3,7 @@
 mod written;
 
 use self::written::{About, Out};
-use super::{ConfigArgs, inspect::uri_of, open_state};
+use super::{ConfigArgs, inspect::uri_of, open_state, progress::Progress};
 use crate::{
     config::Config,
     dataset::{self, Manifest, SourceRequest, counted},
@@ -13,18 +13,13 @@ use crate::{
 use clap::{Args, ValueEnum};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use serde_json::json;
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 use superbatch_proto::v1::{
     Approximation, BlockRows, ComputeDtype, EmbeddingDtype, ModelRef, approximation::By,
 };
 
 /// Blocks under way together: one is embedded, the next are read.
 const AHEAD: usize = 3;
-/// Between two lines that tell how far it is.
-const PROGRESS: Duration = Duration::from_secs(10);
 
 /// Fills the state's reference embeddings, which every run of the same sources and reference then
 /// finds. What is kept already is not made again: after an interruption, start it anew.
@@ -226,7 +221,7 @@ async fn embed(
                 done.rows += u64::from(about.rows);
                 done.faults += embedded.faults.len() as u64;
                 done.flops += embedded.flops;
-                progress.at(done.rows);
+                tell(&mut progress, done.rows);
                 if let Some(writer) = &mut writer {
                     writer.push(about, embedded).await?;
                 }
@@ -240,35 +235,13 @@ async fn embed(
     Ok(done)
 }
 
-/// Says on standard error how far it is, now and then.
-struct Progress {
-    total: u64,
-    begun: Instant,
-    told: Instant,
-}
-
-impl Progress {
-    fn begin(total: u64) -> Self {
-        let now = Instant::now();
-        Self {
-            total,
-            begun: now,
-            told: now,
-        }
-    }
-
-    fn at(&mut self, rows: u64) {
-        if self.told.elapsed() < PROGRESS {
-            return;
-        }
-        self.told = Instant::now();
-        let rate = rows as f64 / self.begun.elapsed().as_secs_f64();
-        let left = self.total.saturating_sub(rows) as f64 / rate.max(f64::MIN_POSITIVE);
+fn tell(progress: &mut Progress, rows: u64) {
+    if let Some(pace) = progress.due(rows) {
         tracing::info!(
             rows,
-            of = self.total,
-            rows_a_second = rate.round(),
-            seconds_left = left.round(),
+            of = progress.total,
+            rows_a_second = pace.per_second.round(),
+            seconds_left = pace.seconds_left,
             "embedding"
         );
     }

@@ -8,6 +8,7 @@ pub mod health;
 pub mod index;
 #[cfg(feature = "torch")]
 pub mod inspect;
+mod progress;
 pub mod receipts;
 pub mod replay;
 pub mod runs;

@@ -1,6 +1,7 @@
 //! `superbatch state compact`: receipts of old steps, a thousand to a file.
 use super::{GcArgs, load};
 use crate::{
+    admin::progress::Progress,
     app,
     config::Config,
     coordinator::{
@@ -21,14 +22,8 @@ use crate::{
     storage::{Location, nonce},
 };
 use clap::Args;
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
 use superbatch_proto::v1::Reason;
-
-/// Between two lines that tell how far it is.
-const PROGRESS: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
 pub(super) struct CompactArgs {
@@ -90,7 +85,7 @@ pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -
     };
     let mut progress = Progress::begin(plan.deleted);
     let work = Compaction::new(&receipts, settings, may_delete);
-    let done = work.run(numbers, |done| progress.at(done)).await?;
+    let done = work.run(numbers, |done| tell(&mut progress, done)).await?;
     report(&done, false)
 }
 
@@ -144,35 +139,14 @@ async fn forks_of(state: &Location, id: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// Says on the log how far it is, now and then.
-struct Progress {
-    total: u64,
-    begun: Instant,
-    told: Instant,
-}
-
-impl Progress {
-    fn begin(total: u64) -> Self {
-        let now = Instant::now();
-        Self {
-            total,
-            begun: now,
-            told: now,
-        }
-    }
-
-    fn at(&mut self, done: &Compacted) {
-        if self.told.elapsed() < PROGRESS {
-            return;
-        }
-        self.told = Instant::now();
-        let rate = done.deleted as f64 / self.begun.elapsed().as_secs_f64();
-        let left = self.total.saturating_sub(done.deleted) as f64 / rate.max(f64::MIN_POSITIVE);
+fn tell(progress: &mut Progress, done: &Compacted) {
+    if let Some(pace) = progress.due(done.deleted) {
         tracing::info!(
             receipts = done.deleted,
-            of = self.total,
+            of = progress.total,
             packs = done.packs,
-            seconds_left = left.round(),
+            receipts_a_second = pace.per_second.round(),
+            seconds_left = pace.seconds_left,
             "packing"
         );
     }
