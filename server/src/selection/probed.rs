@@ -73,7 +73,10 @@ pub(crate) fn score_of(
     if begin.loss() == Loss::PerExample {
         let judged = judge(begin, learner, reference);
         let judged = judged.ok_or_else(|| Error::internal("the losses of a model are missing"))?;
-        let sum: f64 = indices.iter().map(|index| judged.own[*index as usize]).sum();
+        let sum: f64 = indices
+            .iter()
+            .map(|index| judged.own[*index as usize])
+            .sum();
         return Ok((sum / indices.len().max(1) as f64, judged.flops));
     }
     let rows: Vec<usize> = indices.iter().map(|index| *index as usize).collect();
