@@ -187,12 +187,12 @@ fn too_many_holes_and_too_many_left_out_are_told_apart() {
     assert_eq!(told, ["6", "2", "1"], "{error}");
 }
 
-/// A model that gives losses: a loss, and 1 beside it.
+/// A model that gives losses, as a worker sends them.
 fn losses(of: &[f32]) -> Embedded {
     Embedded {
-        image: Values::F32(of.to_vec()),
-        text: Values::F32(vec![1.0; of.len()]),
-        dim: 1,
+        image: Values::F32(of.iter().flat_map(|loss| [*loss, 1.0]).collect()),
+        text: Values::F32([1.0, 0.0].repeat(of.len())),
+        dim: 2,
     }
 }
 

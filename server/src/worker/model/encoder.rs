@@ -45,7 +45,7 @@ pub struct ModelInfo {
     /// BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex.
     pub digest: String,
     pub model_type: String,
-    /// Whether it gives losses: embeddings are of one number then.
+    /// Whether it gives losses, which embeddings of two numbers hold then.
     pub gives_losses: bool,
     pub embedding_dim: usize,
     /// Height and width of an image, in pixels.
@@ -201,8 +201,8 @@ impl Encoder {
     }
 
     /// Returns what both towers make of rows, as [`Encoder::image`] and [`Encoder::text`] do. Of a
-    /// model that gives losses: each row's loss as an embedding of one number, and 1 beside it, so
-    /// that their product is the loss.
+    /// model that gives losses: `[loss, 1]` and `[1, 0]`, whose product is the loss. A loss of 0 is
+    /// no embedding of zeros, which stands for a row that was lost.
     pub fn both(
         &self,
         pixels: &[u8],
@@ -224,8 +224,9 @@ impl Encoder {
             .f_reshape([rows as i64, -1])?
             .f_to_device(self.device)?;
         let losses = self.towers.losses(&pixels, &ids)?;
-        let ones = losses.f_ones_like()?;
-        Ok((losses, ones))
+        let (one, zero) = (losses.f_ones_like()?, losses.f_zeros_like()?);
+        let image = Tensor::f_cat(&[&losses, &one], 1)?;
+        Ok((image, Tensor::f_cat(&[&one, &zero], 1)?))
     }
 
     fn normalised(

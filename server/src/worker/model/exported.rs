@@ -114,7 +114,7 @@ fn told(fields: &Fields) -> Result<Told> {
             size("vocab_size", VOCABULARY_MAX)?,
             size("text_length", TEXT_LENGTH_MAX)?,
         ),
-        Some(form) => (1, form.ids_below(), form.ids()),
+        Some(form) => (LossForm::WIDTH, form.ids_below(), form.ids()),
     };
     let none = Tower {
         hidden_size: 0,

@@ -48,6 +48,9 @@ impl fmt::Display for LossForm {
 }
 
 impl LossForm {
+    /// Numbers of the embeddings that hold a loss.
+    pub(super) const WIDTH: usize = 2;
+
     /// Reads the form from `module.json`; `None` if the module gives embeddings.
     ///
     /// # Errors

@@ -95,7 +95,7 @@ fn what_a_module_of_losses_takes_is_read_and_bounded() {
             text.vocab_size,
             config.embedding_dim
         ),
-        (6, 9, 1)
+        (6, 9, LossForm::WIDTH)
     );
     assert_eq!((config.vision.image_size, flops), (0, [0.0, 1.0]));
     assert_eq!(form.unwrap().to_string(), "text and one of 3 classes");
