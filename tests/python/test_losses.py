@@ -38,6 +38,13 @@ LENGTH, ROWS, STEPS = 8, 384, 3
 SUPER, SUB = 96, 24
 
 
+class Sure(Classifier):
+    """One that has nothing left to learn."""
+
+    def loss_per_example(self, pixels, targets):
+        return 0 * super().loss_per_example(pixels, targets)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a pool of which a third has wrong labels, and the models."""
@@ -57,6 +64,9 @@ def made(tmp_path_factory):
         )
         for name, model in models.items()
     }
+    pins["sure"] = superbatch.torch.export_losses(
+        Sure().eval(), folder / "sure", image_size=SIDE, classes=CLASSES, resample=2
+    )
     return folder, models, pins, pixels(images), torch.tensor(labels), numpy.array(wrong)
 
 
@@ -213,6 +223,16 @@ def test_other_policies_of_single_scores_and_several_workers(made, tmp_path):
         for row in run.receipt(0).chosen:
             assert row.own_score == pytest.approx(of_learner[row.row], abs=1e-5)
             assert row.reference_loss is None
+
+
+def test_a_loss_of_nothing_is_a_loss(made, service):
+    folder, models, _, inputs, labels, _ = made
+    asked = spec(folder, "sure", reference=folder / "sure")
+    run = superbatch.connect(service.address).open_run(asked)
+    run.select(0, rank=0, world_size=1)
+    receipt, of_learner = run.receipt(0), losses(models["learner"], inputs, labels)
+    assert receipt.summary.holes == 0
+    check_rows(receipt, of_learner, numpy.zeros(ROWS))
 
 
 def test_a_row_without_a_usable_target_is_a_hole(made, service, tmp_path):
