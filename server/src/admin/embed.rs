@@ -170,8 +170,8 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     })
 }
 
-/// Refuses what a model cannot be asked for: of losses per example there are no embeddings to write,
-/// and runs keep them in f32.
+/// Refuses what a model cannot be asked for: of losses per example there are no embeddings to
+/// write, and runs keep them in f32.
 fn check_gives(args: &EmbedArgs, gives_losses: bool) -> Result<()> {
     let problem = match (gives_losses, args.target_column.is_some()) {
         (true, false) => "it gives losses of examples and their targets; name --target-column",

@@ -4,7 +4,7 @@ use crate::worker::model::losses::{Input, LossForm, Target};
 use superbatch_proto::v1::BadRowReason;
 
 /// Makes the ids of a row.
-pub enum Words {
+pub(super) enum Words {
     Caption(Tokenizer),
     /// The tokenizer is there if the model reads a text.
     Loss(LossForm, Option<Tokenizer>),
@@ -12,7 +12,7 @@ pub enum Words {
 
 impl Words {
     /// Returns BLAKE3 of all that the ids depend on beside the row.
-    pub fn digest(&self) -> [u8; 32] {
+    pub(super) fn digest(&self) -> [u8; 32] {
         let (form, tokenizer) = match self {
             Self::Caption(tokenizer) => return tokenizer.digest(),
             Self::Loss(form, tokenizer) => (form, tokenizer),
@@ -26,7 +26,7 @@ impl Words {
     }
 
     /// Describes what it does, for people.
-    pub fn described(&self) -> String {
+    pub(super) fn described(&self) -> String {
         match self {
             Self::Caption(tokenizer) | Self::Loss(_, Some(tokenizer)) => tokenizer.described(),
             Self::Loss(_, None) => "none: nothing is tokenized".to_owned(),
@@ -38,7 +38,7 @@ impl Words {
     ///
     /// # Errors
     /// `CaptionInvalid`.
-    pub fn ids(&self, input: &[u8], caption: &str) -> Result<Vec<i64>, RowFault> {
+    pub(super) fn ids(&self, input: &[u8], caption: &str) -> Result<Vec<i64>, RowFault> {
         let (form, tokenizer) = match self {
             Self::Caption(tokenizer) => return tokenizer.encode(caption),
             Self::Loss(form, tokenizer) => (form, tokenizer),
