@@ -17,7 +17,16 @@ The package `superbatch`, for Python 3.11 to 3.13. [The tutorial](tutorial.md) a
 Generated from the docstrings by `make docs`.
 """
 CLIENT = ("client", "run", "batches", "spec", "record", "errors")
-TORCH = ("loader", "transform", "losses", "pushes", "ranks", "fidelities", "exported")
+TORCH = (
+    "loader",
+    "transform",
+    "losses",
+    "pushes",
+    "ranks",
+    "fidelities",
+    "exported",
+    "exported_losses",
+)
 #: What each section documents: a module, the files that define its names, and the names, or the
 #: file whose `__all__` has them.
 SECTIONS = [

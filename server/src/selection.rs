@@ -13,6 +13,10 @@ use superbatch_kernels::{
 };
 use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResponse};
 
+/// The `model_type` of exported modules that give a loss an example, of images and of texts.
+pub(crate) const LOSSES_OF_IMAGES: &str = "losses_of_images";
+pub(crate) const LOSSES_OF_TEXTS: &str = "losses_of_texts";
+
 /// Embeddings in the dtype to which they were rounded: f16 or f32, row-major.
 #[derive(Debug, Clone)]
 pub enum Values {
@@ -110,6 +114,9 @@ pub(crate) fn draw(
     learner: Option<&Embedded>,
     reference: Option<&Embedded>,
 ) -> Result<Selection> {
+    // The kernels know losses of pairs alone. Of losses without pairs they are handed the scores.
+    let given = given_scores(begin, learner, reference)?;
+    let [learner, reference] = [learner, reference].map(|model| model.filter(|_| given.is_none()));
     let candidates = Candidates {
         count: begin.positions.len(),
         learner: learner.map(|model| model.model(begin.learner_scale, begin.learner_bias)),
@@ -129,7 +136,8 @@ pub(crate) fn draw(
         keys: &begin.positions,
     };
     let (settings, tuning) = (settings(begin)?, tuning(begin.tuning.as_ref()));
-    let terms = (!begin.terms.is_empty()).then_some(begin.terms.as_slice());
+    let terms = given.as_deref().or(Some(begin.terms.as_slice()));
+    let terms = terms.filter(|terms| !terms.is_empty());
     let drawn = backend.select_with_terms(&candidates, &settings, &tuning, terms, &noise);
     #[cfg(feature = "torch")]
     let drawn = drawn.or_else(|error| match cuda::fallback_for(backend, &error) {
@@ -137,6 +145,25 @@ pub(crate) fn draw(
         None => Err(error),
     });
     drawn.map_err(refusal)
+}
+
+/// Returns each candidate's whole score, NaN for holes, if the models of the draw gave losses
+/// instead of embeddings of pairs.
+///
+/// # Errors
+/// `InvalidArgument` if the losses of a model are missing.
+fn given_scores(
+    begin: &SelectBegin,
+    learner: Option<&Embedded>,
+    reference: Option<&Embedded>,
+) -> Result<Option<Vec<f64>>> {
+    let reads_losses = is_scored(begin.policy()) && criterion(begin.criterion()).is_some();
+    if begin.loss() != v1::Loss::PerExample || !reads_losses {
+        return Ok(None);
+    }
+    let missing = || Error::invalid("embedding", "the losses of a model did not come");
+    let judged = judged::judge(begin, learner, reference).ok_or_else(missing)?;
+    Ok(Some(judged.own))
 }
 
 /// Returns the answer to a `Select` call. The caller fills in `seconds`, `device` and `threads`.
@@ -212,7 +239,9 @@ pub(crate) fn settings(begin: &SelectBegin) -> Result<Settings> {
     Ok(Settings {
         policy: policy(begin.policy()).ok_or_else(|| unset("policy"))?,
         loss: match begin.loss() {
-            v1::Loss::Sigmoid => Loss::Sigmoid,
+            // Nothing is made of it: given scores take the place of embeddings. Gain has no effect,
+            // as under sigmoid.
+            v1::Loss::Sigmoid | v1::Loss::PerExample => Loss::Sigmoid,
             v1::Loss::Softmax => Loss::Softmax,
             v1::Loss::Unspecified => return Err(unset("loss")),
         },

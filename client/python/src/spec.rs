@@ -243,6 +243,8 @@ fn source(fields: &mut Fields<'_, '_>) -> PyResult<Source> {
         weight: fields.or_default_unless_zero("weight")?,
         image_column: fields.or_default("image_column")?,
         caption_column: fields.or_default("caption_column")?,
+        target_column: fields.or_default("target_column")?,
+        text_column: fields.or_default("text_column")?,
         r#where: fields.or_default("where")?,
         allow: fields.or_default("allow")?,
         id_column: fields.or_default("id_column")?,

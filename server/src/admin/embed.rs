@@ -43,6 +43,13 @@ pub struct EmbedArgs {
     /// The column that holds the captions, where the layout does not tell
     #[arg(long, value_name = "COLUMN")]
     caption_column: Option<String>,
+    /// The source's `target_column`, of runs with the loss per_example
+    #[arg(long, value_name = "COLUMN", conflicts_with = "caption_column")]
+    target_column: Option<String>,
+    /// The source's `text_column`, of runs with the loss per_example whose models read texts
+    #[arg(long, value_name = "COLUMN", requires = "target_column",
+        conflicts_with_all = ["image_column", "image_root"])]
+    text_column: Option<String>,
     /// The source's `caption_seed`, if the run has one
     #[arg(long, value_name = "SEED")]
     caption_seed: Option<u64>,
@@ -121,9 +128,11 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     let requests = args.sources.iter().map(|uri| SourceRequest {
         uri: uri.clone(),
         weight: 1.0,
-        image_column: args.image_column.clone(),
+        image_column: args.image_column.clone().or(args.text_column.clone()),
         image_root: args.image_root.clone(),
-        caption_column: args.caption_column.clone(),
+        caption_column: args.caption_column.clone().or(args.target_column.clone()),
+        is_target: args.target_column.is_some(),
+        is_text: args.text_column.is_some(),
         caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),
         allow: args.allow.clone(),
@@ -135,6 +144,7 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     let asked = asked(args, manifest.save(&state).await?)?;
     let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
     let embedder = worker.embedder(asked.clone()).await?;
+    check_gives(args, embedder.gives_losses())?;
     let about = About {
         manifest: asked.manifest.clone(),
         model: embedder.digest().to_owned(),
@@ -153,6 +163,27 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     } else {
         done.text(&about, state.uri(), args.out.as_deref())
     })
+}
+
+/// Refuses what a model cannot be asked for: of losses per example there are no embeddings to
+/// write, and runs keep them in f32.
+fn check_gives(args: &EmbedArgs, gives_losses: bool) -> Result<()> {
+    let problem = match (gives_losses, args.target_column.is_some()) {
+        (true, false) => "it gives losses of examples and their targets; name --target-column",
+        (false, true) => "it gives embeddings, and has no use for targets; leave them out",
+        (true, _) if args.out.is_some() => {
+            "it gives losses of examples, which are kept for runs and not written elsewhere; leave \
+             --out out"
+        }
+        (true, _) if matches!(args.embedding_dtype, Width::F16) => {
+            "it gives losses of examples, which runs keep in f32; set --embedding-dtype f32"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(
+        "model",
+        format!("{}: {problem}", args.model),
+    ))
 }
 
 fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {

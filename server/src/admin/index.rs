@@ -26,6 +26,13 @@ pub struct IndexArgs {
     /// an entry of a JSON: 'json[caption]'
     #[arg(long, value_name = "COLUMN")]
     pub caption_column: Option<String>,
+    /// The source's `target_column`, of runs with the loss per_example
+    #[arg(long, value_name = "COLUMN", conflicts_with = "caption_column")]
+    pub target_column: Option<String>,
+    /// The source's `text_column`, of runs with the loss per_example whose models read texts
+    #[arg(long, value_name = "COLUMN", requires = "target_column",
+        conflicts_with_all = ["image_column", "image_root"])]
+    pub text_column: Option<String>,
     /// By which one caption is drawn of each row that has a list of them [default: 0]
     #[arg(long, value_name = "SEED")]
     pub caption_seed: Option<u64>,
@@ -55,9 +62,11 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
     let request = |uri: &String| SourceRequest {
         uri: uri.clone(),
         weight: 1.0,
-        image_column: args.image_column.clone(),
+        image_column: args.image_column.clone().or(args.text_column.clone()),
         image_root: args.image_root.clone(),
-        caption_column: args.caption_column.clone(),
+        caption_column: args.caption_column.clone().or(args.target_column.clone()),
+        is_target: args.target_column.is_some(),
+        is_text: args.text_column.is_some(),
         caption_seed: args.caption_seed,
         predicate: args.predicate.clone(),
         allow: args.allow.clone(),
@@ -203,6 +212,8 @@ mod tests {
             image_column: None,
             image_root: None,
             caption_column: None,
+            target_column: None,
+            text_column: None,
             caption_seed: None,
             predicate: None,
             allow: None,

@@ -8,7 +8,12 @@ use crate::{
     worker::{
         device::{Device, LoadModel, Weights},
         inputs::model_inputs::Inputs,
-        model::{Compute, ModelConfig, ModelFolder, ModelInfo, config::Tower, flops},
+        model::{
+            Compute, ModelConfig, ModelFolder, ModelInfo,
+            config::Tower,
+            flops,
+            losses::{Input, LossForm},
+        },
     },
 };
 use clap::Args;
@@ -151,6 +156,9 @@ impl Inspected {
             0 => String::new(),
             patch => format!(" in patches of {patch}"),
         };
+        if let Some(form) = config.losses() {
+            return self.losses_text(&form);
+        }
         let mut lines = vec![
             ("model", self.folder.uri.clone()),
             (
@@ -190,13 +198,37 @@ impl Inspected {
             ("tokens", self.inputs.tokens_of()),
         ];
         lines.extend(self.weights());
-        let mut told: String = lines
-            .iter()
-            .map(|(name, value)| format!("{name:<10}{value}\n"))
-            .collect();
+        let mut told = told(&lines);
         told.push_str("\nFLOPs of one pair, forward, by the fidelity that a phase may score at\n");
         told.push_str(&self.costs());
         told
+    }
+
+    /// Describes a module that gives losses.
+    fn losses_text(&self, form: &LossForm) -> String {
+        let config = self.config();
+        let mut lines = vec![
+            ("model", self.folder.uri.clone()),
+            (
+                "family",
+                format!("{}, one loss for each {form}", config.model_type()),
+            ),
+        ];
+        if form.input == Input::Image {
+            let size = config.vision.image_size;
+            lines.push(("image", format!("{size} x {size} pixels")));
+            lines.push(("pixels", self.inputs.pixels_of()));
+        }
+        if form.has_text() {
+            let (length, vocabulary) = (form.text_length, form.vocab_size);
+            lines.push(("text", format!("{length} tokens of {vocabulary}")));
+            lines.push(("tokens", self.inputs.tokens_of()));
+        }
+        let of_pairs = |(name, _): &(&str, String)| *name == "loss";
+        lines.extend(self.weights().into_iter().filter(|line| !of_pairs(line)));
+        let flops = flops::image(config) + flops::text(config);
+        lines.push(("FLOPs", format!("{flops:.3e} of one example, forward")));
+        told(&lines)
     }
 
     fn weights(&self) -> Vec<(&'static str, String)> {
@@ -214,11 +246,15 @@ impl Inspected {
             (
                 "weights",
                 format!(
-                    "{:.1} million numbers in {} tensors, digest {}; finite, and so are embeddings \
-                     on {}",
+                    "{:.1} million numbers in {} tensors, digest {}; finite, and so are {} on {}",
                     count as f64 / 1e6,
                     info.tensors.len(),
                     info.weights_digest,
+                    if info.gives_losses {
+                        "losses"
+                    } else {
+                        "embeddings"
+                    },
                     self.device
                 ),
             ),
@@ -264,6 +300,8 @@ impl Inspected {
         json!({
             "uri": self.folder.uri,
             "family": config.model_type(),
+            "gives": config.losses().map_or("embeddings", |_| "loss_per_example"),
+            "compares": config.losses().map(|form| form.to_string()),
             "embedding_dim": config.embedding_dim,
             "image": {
                 "size": config.vision.image_size,
@@ -293,6 +331,11 @@ impl Inspected {
             "files": self.folder.file_digests(),
         })
     }
+}
+
+fn told(lines: &[(&str, String)]) -> String {
+    let line = |(name, value): &(&str, String)| format!("{name:<10}{value}\n");
+    lines.iter().map(line).collect()
 }
 
 fn shape(tower: &Tower) -> String {

@@ -335,6 +335,18 @@ const FIELDS: &[(&str, How)] = &[
         }),
     ),
     (
+        "Source.target_column",
+        Bound("sources[0].target_column", || {
+            refused(|s| s.sources[0].target_column = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
+        "Source.text_column",
+        Bound("sources[0].text_column", || {
+            refused(|s| s.sources[0].text_column = long(NAME_BYTES_MAX))
+        }),
+    ),
+    (
         "Source.image_root",
         Bound("sources[0].image_root", || {
             refused(|s| s.sources[0].image_root = long(NAME_BYTES_MAX))

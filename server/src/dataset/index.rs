@@ -25,6 +25,10 @@ pub struct SourceRequest {
     /// What the paths of images are relative to, if `image_column` holds paths.
     pub image_root: Option<String>,
     pub caption_column: Option<String>,
+    /// The caption column holds targets of a loss: texts, or integers.
+    pub is_target: bool,
+    /// The image column holds texts, which a model reads in the place of images.
+    pub is_text: bool,
     /// By which one of several captions is drawn; 0 if the rows have several and none is given.
     pub caption_seed: Option<u64>,
     /// Rows of which this is not true are no candidates.
@@ -46,6 +50,8 @@ impl SourceRequest {
             image_column: None,
             image_root: None,
             caption_column: None,
+            is_target: false,
+            is_text: false,
             caption_seed: None,
             predicate: None,
             allow: None,

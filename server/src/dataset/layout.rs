@@ -21,6 +21,10 @@ const NAME_ROOT: &str = " (texts are no images: if they are paths, name the fold
     in with image_root, as a flag --image-root; URLs are not fetched, download them with \
     img2dataset)";
 const CAPTION_KIND: &str = "a string or a list of strings";
+const TARGET_KIND: &str = "a string or an integer";
+/// What to do if a column of captions holds numbers.
+const NAME_TARGET: &str =
+    " (classes are targets of the loss per_example: name them with target_column)";
 const CAPTION_NAMES: [&str; 4] = ["caption", "text", "txt", "captions"];
 
 /// Finds the columns in `schema`, the first shard's. Names in the request come first; then, for
@@ -82,7 +86,7 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
         return Err(mismatch(message, &request.uri, name));
     }
     let cure = "; name another";
-    fits(schema, &layout, &request.uri, &request.uri, cure)?;
+    fits(schema, &layout, request, &request.uri, cure)?;
     Ok(layout)
 }
 
@@ -90,23 +94,37 @@ pub(super) fn discover(schema: &Schema, request: &SourceRequest) -> Result<Layou
 ///
 /// # Errors
 /// `SchemaMismatch` naming source, shard and column.
-pub(super) fn check(schema: &Schema, layout: &Layout, source: &str, shard: &str) -> Result<()> {
+pub(super) fn check(
+    schema: &Schema,
+    layout: &Layout,
+    request: &SourceRequest,
+    shard: &str,
+) -> Result<()> {
     fits(
         schema,
         layout,
-        source,
+        request,
         shard,
         "; all shards of a source need the same columns",
     )
 }
 
-fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str) -> Result<()> {
+fn fits(
+    schema: &Schema,
+    layout: &Layout,
+    request: &SourceRequest,
+    shard: &str,
+    cure: &str,
+) -> Result<()> {
+    let source = request.uri.as_str();
     let image_fits = |t: &DataType| match (&layout.image_root, layout.image_in_struct) {
+        _ if request.is_text => is_text(t),
         (Some(_), in_struct) => holds_paths(t) && matches!(t, DataType::Struct(_)) == in_struct,
         (None, true) => is_image_struct(t),
         (None, false) => is_binary(t),
     };
     let image_kind = match (&layout.image_root, layout.image_in_struct) {
+        _ if request.is_text => "a text",
         (Some(_), false) => "a text with paths below image_root",
         (Some(_), true) => "a struct with a text `path`",
         (None, true) => "a struct with binary `bytes`",
@@ -116,11 +134,15 @@ fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str)
         (&layout.image_column, true),
         (&layout.caption_column, false),
     ] {
-        let kind = if is_image { image_kind } else { CAPTION_KIND };
-        let fits = |t: &DataType| {
-            if is_image {
-                image_fits(t)
-            } else {
+        let kind = match (is_image, request.is_target) {
+            (true, _) => image_kind,
+            (false, true) => TARGET_KIND,
+            (false, false) => CAPTION_KIND,
+        };
+        let fits = |t: &DataType| match (is_image, request.is_target) {
+            (true, _) => image_fits(t),
+            (false, true) => is_text(t) || t.is_integer(),
+            (false, false) => {
                 is_caption(t) && (layout.caption_seed.is_some() || listed(t).is_none())
             }
         };
@@ -128,8 +150,12 @@ fn fits(schema: &Schema, layout: &Layout, source: &str, shard: &str, cure: &str)
             Ok(field) if fits(field.data_type()) => continue,
             Ok(field) => {
                 let found = field.data_type();
-                let (kind, why) = if is_image && layout.image_root.is_none() && holds_paths(found) {
+                let (kind, why) = if request.is_text || (request.is_target && !is_image) {
+                    (kind, "")
+                } else if is_image && layout.image_root.is_none() && holds_paths(found) {
                     (kind, NAME_ROOT)
+                } else if !is_image && found.is_integer() {
+                    (kind, NAME_TARGET)
                 } else if !is_image && is_caption(found) {
                     // Only a further shard: the first one's lists give the layout a seed.
                     (

@@ -94,7 +94,7 @@ impl Building {
     ) -> Result<()> {
         match &self.layout {
             None => self.layout = Some(layout::discover(schema, request)?),
-            Some(layout) => layout::check(schema, layout, &request.uri, file.uri())?,
+            Some(layout) => layout::check(schema, layout, request, file.uri())?,
         }
         for field in schema.fields() {
             let (name, data_type) = (field.name(), unify::plain(field.data_type()));

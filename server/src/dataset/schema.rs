@@ -3,6 +3,7 @@
 use super::{
     Format, Manifest, SourceManifest,
     layout::{mismatch, not_found},
+    manifest::Column,
     tar, unify,
 };
 use crate::error::{Error, Result};
@@ -94,6 +95,18 @@ impl Manifest {
 }
 
 impl SourceManifest {
+    /// Returns whether rows hold texts in the place of images.
+    pub fn has_texts(&self) -> bool {
+        let layout = &self.layout;
+        let is_text = |column: &Column| {
+            column.name == layout.image_column && column.data_type.contains("Utf8")
+        };
+        layout.format == Format::Parquet
+            && layout.image_root.is_none()
+            && !layout.image_in_struct
+            && self.columns.iter().any(is_text)
+    }
+
     fn column_type(&self, column: &str) -> Result<DataType> {
         let named = self.columns.iter().map(|column| column.name.as_str());
         if let (Format::Tar, Some(found)) = (self.layout.format, tar::member_type(column, named)) {

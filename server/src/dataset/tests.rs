@@ -135,7 +135,11 @@ async fn what_the_request_names_wins() {
     assert!(
         error
             .to_string()
-            .ends_with("is Int64, not a string or a list of strings; name another"),
+            .contains("is Int64, not a string or a list of strings (classes are targets"),
+        "{error}"
+    );
+    assert!(
+        error.to_string().ends_with("; name another"),
         "there are no other shards: {error}"
     );
 

@@ -52,7 +52,7 @@ pub fn judge(
     let count = begin.positions.len();
     let losses = pair
         .each_ref()
-        .map(|model| model.map(|model| own_losses(&model, settings.loss, count, &begin.holes)));
+        .map(|model| model.map(|model| own_losses(&model, begin.loss(), count, &begin.holes)));
     let gain = if settings.loss == Loss::Softmax {
         settings.gain
     } else {
@@ -80,11 +80,7 @@ pub fn judge(
         }
     }
     let offered: Vec<usize> = (0..count).filter(|n| own[*n].is_finite()).collect();
-    let terms = offered
-        .iter()
-        .filter_map(|n| begin.terms.get(*n))
-        .sum::<f64>();
-    let mean_term = terms / offered.len().max(1) as f64;
+    let mean_term = mean(&begin.terms, &offered);
     let dims: usize = pair.iter().flatten().map(|model| model.dim).sum();
     let mut judged = Judged {
         own,
@@ -95,6 +91,9 @@ pub fn judge(
     let embedded = [learner, reference];
     if of_columns.is_some() {
         judged.uniform_score = Some(mean_term);
+    } else if begin.loss() == v1::Loss::PerExample {
+        // Without pairs a batch's score is the mean of its own.
+        judged.uniform_score = Some(mean(&judged.own, &offered));
     } else if let Some((score, flops)) = uniform_score(&settings, &bare, gain, embedded, pair) {
         judged.uniform_score = Some(score + mean_term);
         judged.flops += flops;
@@ -103,8 +102,13 @@ pub fn judge(
 }
 
 /// Returns the losses of the candidates' own pairs, NaN for holes. Under softmax without the
-/// denominators.
-fn own_losses(model: &ModelEmbeddings<'_>, loss: Loss, count: usize, holes: &[u32]) -> Vec<f64> {
+/// denominators. A model that gives losses has them in place of cosines.
+fn own_losses(
+    model: &ModelEmbeddings<'_>,
+    loss: v1::Loss,
+    count: usize,
+    holes: &[u32],
+) -> Vec<f64> {
     let mut losses = vec![f64::NAN; count];
     let mut is_hole = vec![false; count];
     for hole in holes {
@@ -115,11 +119,18 @@ fn own_losses(model: &ModelEmbeddings<'_>, loss: Loss, count: usize, holes: &[u3
     for (n, own) in losses.iter_mut().enumerate().filter(|(n, _)| !is_hole[*n]) {
         let scaled = model.scale * model.own_cosine(n as u32);
         *own = match loss {
-            Loss::Sigmoid => softplus(-(scaled + model.bias)),
-            Loss::Softmax => -scaled,
+            v1::Loss::Softmax => -scaled,
+            v1::Loss::PerExample => scaled,
+            v1::Loss::Sigmoid | v1::Loss::Unspecified => softplus(-(scaled + model.bias)),
         };
     }
     losses
+}
+
+/// Returns the mean of the values of some candidates; 0 if there are none.
+fn mean(values: &[f64], of: &[usize]) -> f64 {
+    let sum: f64 = of.iter().filter_map(|n| values.get(*n)).sum();
+    sum / of.len().max(1) as f64
 }
 
 fn softplus(x: f64) -> f64 {

@@ -2,7 +2,7 @@
 use super::{Embedded, draw, judged::judge, settings};
 use crate::error::{Error, Result};
 use superbatch_kernels::{Backend, Candidates, Noise, Policy, Settings, Tuning};
-use superbatch_proto::v1::{ProbeResult, SelectBegin};
+use superbatch_proto::v1::{Loss, ProbeResult, SelectBegin};
 
 /// Learner's and reference's embeddings at one fidelity, where the criterion asks the model.
 pub(crate) type Pair<'a> = [Option<&'a Embedded>; 2];
@@ -70,6 +70,15 @@ pub(crate) fn score_of(
     [learner, reference]: Pair<'_>,
     indices: &[u32],
 ) -> Result<(f64, f64)> {
+    if begin.loss() == Loss::PerExample {
+        let judged = judge(begin, learner, reference);
+        let judged = judged.ok_or_else(|| Error::internal("the losses of a model are missing"))?;
+        let sum: f64 = indices
+            .iter()
+            .map(|index| judged.own[*index as usize])
+            .sum();
+        return Ok((sum / indices.len().max(1) as f64, judged.flops));
+    }
     let rows: Vec<usize> = indices.iter().map(|index| *index as usize).collect();
     let [learner, reference] = [learner, reference].map(|model| model.map(|m| m.picked(&rows)));
     let keys: Vec<u64> = (0..rows.len() as u64).collect();
@@ -156,7 +165,7 @@ fn ranks(values: &[f64]) -> Vec<f64> {
 mod tests {
     use super::*;
     use crate::selection::Values;
-    use superbatch_proto::v1::{self, Criterion, Loss};
+    use superbatch_proto::v1::{self, Criterion};
 
     #[test]
     fn ranks_are_correlated_as_spearman_defines_it() {

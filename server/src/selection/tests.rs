@@ -186,3 +186,111 @@ fn too_many_holes_and_too_many_left_out_are_told_apart() {
     let told = ["candidates", "holes", "left_out"].map(|key| error.value(key).unwrap());
     assert_eq!(told, ["6", "2", "1"], "{error}");
 }
+
+/// A model that gives losses, as a worker sends them.
+fn losses(of: &[f32]) -> Embedded {
+    Embedded {
+        image: Values::F32(of.iter().flat_map(|loss| [*loss, 1.0]).collect()),
+        text: Values::F32([1.0, 0.0].repeat(of.len())),
+        dim: 2,
+    }
+}
+
+fn per_example(policy: v1::Policy, criterion: v1::Criterion) -> SelectBegin {
+    SelectBegin {
+        criterion: criterion.into(),
+        loss: v1::Loss::PerExample.into(),
+        learner_scale: 1.0,
+        reference_scale: 1.0,
+        holes: vec![1],
+        ..begin(policy)
+    }
+}
+
+const LEARNER: [f32; 6] = [0.5, 9.0, 2.5, 3.0, 0.25, 1.0];
+const REFERENCE: [f32; 6] = [0.75, 0.0, 0.5, 2.75, 0.125, 3.0];
+
+#[test]
+fn losses_that_are_given_are_the_scores() {
+    use v1::Criterion as C;
+    let (learner, reference) = (losses(&LEARNER), losses(&REFERENCE));
+    // Reducible losses: -0.25, a hole, 2, 0.25, 0.125, -2.
+    for (criterion, indices, scores) in [
+        (C::Learnability, [2, 3], [2.0, 0.25]),
+        (C::Hard, [3, 2], [3.0, 2.5]),
+        (C::Easy, [4, 2], [-0.125, -0.5]),
+    ] {
+        // Gain belongs to softmax, and does nothing here.
+        let begin = SelectBegin {
+            gain: 7.0,
+            ..per_example(v1::Policy::TopK, criterion)
+        };
+        let drawn = draw(Backend::Native, &begin, Some(&learner), Some(&reference)).unwrap();
+        assert_eq!(
+            (drawn.indices, drawn.scores),
+            (indices.to_vec(), scores.to_vec()),
+            "{criterion:?}"
+        );
+        let mean = (scores[0] + scores[1]) / 2.0;
+        assert_eq!(
+            drawn.batch_score,
+            Some(mean),
+            "without pairs it is the mean"
+        );
+        let judged = judged::judge(&begin, Some(&learner), Some(&reference)).unwrap();
+        assert!(judged.own[1].is_nan());
+        let of_all: f64 = judged.own.iter().filter(|own| own.is_finite()).sum();
+        assert_eq!(judged.uniform_score, Some(of_all / 5.0));
+        assert_eq!(drawn.mean_score_candidates, judged.uniform_score);
+        let [of_learner, of_reference] = &judged.losses;
+        assert_eq!(
+            of_learner.as_ref().map(|l| l[2]),
+            (criterion != C::Easy).then_some(2.5)
+        );
+        assert_eq!(
+            of_reference.as_ref().map(|l| l[2]),
+            (criterion != C::Hard).then_some(0.5)
+        );
+        let pair = [Some(&learner), Some(&reference)];
+        let (score, _) = probed::score_of(&begin, pair, &indices).unwrap();
+        assert_eq!(score, mean, "another sub-batch is measured alike");
+    }
+}
+
+#[test]
+fn a_term_is_added_to_a_given_loss_and_other_policies_draw_by_it() {
+    let (learner, reference) = (losses(&LEARNER), losses(&REFERENCE));
+    let begin = SelectBegin {
+        terms: vec![10.0, 10.0, 0.0, 0.0, 0.0, 0.0],
+        ..per_example(v1::Policy::TopK, v1::Criterion::Learnability)
+    };
+    let drawn = draw(Backend::Native, &begin, Some(&learner), Some(&reference)).unwrap();
+    assert_eq!((drawn.indices, drawn.scores), (vec![0, 2], vec![9.75, 2.0]));
+    for policy in [
+        v1::Policy::Independent,
+        v1::Policy::Rank,
+        v1::Policy::Proportional,
+    ] {
+        let begin = per_example(policy, v1::Criterion::Learnability);
+        let drawn = draw(Backend::Native, &begin, Some(&learner), Some(&reference)).unwrap();
+        for (index, score) in drawn.indices.iter().zip(&drawn.scores) {
+            let n = *index as usize;
+            assert_eq!(*score, f64::from(LEARNER[n] - REFERENCE[n]), "{policy:?}");
+        }
+        assert!(!drawn.indices.contains(&1));
+        let repeated = draw(Backend::Native, &begin, Some(&learner), Some(&reference)).unwrap();
+        assert_eq!(repeated, drawn);
+    }
+    let uniform = per_example(v1::Policy::Uniform, v1::Criterion::Learnability);
+    let drawn = draw(Backend::Native, &uniform, None, None).unwrap();
+    assert_eq!(drawn.batch_score, None);
+}
+
+#[test]
+fn a_draw_by_losses_needs_those_of_every_model_that_it_asks() {
+    let learner = losses(&LEARNER);
+    let begin = per_example(v1::Policy::TopK, v1::Criterion::Learnability);
+    let error = draw(Backend::Native, &begin, Some(&learner), None).unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+    assert_eq!(error.value("field"), Some("embedding"));
+}

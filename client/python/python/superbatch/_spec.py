@@ -17,11 +17,12 @@ class Source:
     """Where candidates come from.
 
     uri: a Parquet file, a folder of them, or a pattern with {00000..00041} or *, at file:///,
-    s3://, hf://datasets/ or memory:///; an
-        absolute `Path` is its file:/// URI.
+    s3://, hf://datasets/ or memory:///; an absolute `Path` is its file:/// URI.
     weight: share of each super-batch relative to the other sources (default 1). Not 0: leave the
     source out.
     image_column, caption_column: found by the layout (img2dataset, Hugging Face) where not given.
+    target_column, text_column: for the loss "per_example": integers (classes) or texts; and the
+    texts that the model reads, if it reads no images. Batches hold them as `caption` and `image`.
     where: rows that are candidates, "similarity > 0.3 and language = 'en'". Columns, or of a tar
     entries of the `json` member. Rows outside are never candidates.
     allow: the ids of the rows that are candidates, a `.npy` file of uids (DataComp's) or Parquet
@@ -38,6 +39,8 @@ class Source:
     weight: float | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    target_column: str | None = None
+    text_column: str | None = None
     where: str | None = None
     allow: str | os.PathLike | None = None
     id_column: str | None = None
@@ -51,8 +54,7 @@ class Approximation:
     """How the image tower is made cheaper; one of:
 
     resolution: smaller images in patches of the same size. The side in pixels: a multiple of the
-    patch, below the model's
-        own image size.
+    patch, below the model's own image size.
     patch: larger patches of the same image (FlexiViT). Their side in pixels: above the model's own,
     a divisor of its image size.
     patch_dropout: the share of the patches that is left out (FLIP), above 0 and below 1.
@@ -253,9 +255,8 @@ class RunSpec:
     phases: the schedule by rising from_step; the first starts at 0.
     learner: needed unless every phase is uniform, "k_center" or scores with the reference alone.
     reference: needed unless every phase is uniform or "hard", and by whatever `Tuning` leaves out;
-    a plain string is its
-        model_uri, as is an absolute path.
-    loss: "sigmoid" (default) or "softmax".
+    a plain string is its model_uri, as is an absolute path.
+    loss: "sigmoid" (default), "softmax", or "per_example" of models that give losses.
     lag: `exact(1)` by default.
     push_every_steps: a push is due after every so many steps (default 1).
     micro_batches: each rank's slice is cut into so many equal micro-batches (default 1).
@@ -272,7 +273,8 @@ class RunSpec:
         of 900 rows at super_batch_size 320, epochs=1 scans 640 in 2 steps.
         `Run.dataset.tail_rows_per_epoch` counts them.
     window_blocks: blocks whose rows are shuffled together (default 16).
-    embedding_dtype: "f16" (default) or "f32". compute_dtype: "f32" or "bf16" (default: by device).
+    embedding_dtype: "f16" (default), or "f32" (of the loss "per_example").
+    compute_dtype: "f32" or "bf16" (default: by device).
     micro_batch_rows: candidates per forward pass (default: 64 on a CPU, 256 on CUDA).
     max_bad_row_share: the run fails when more of the candidates cannot be used (default 0.1).
     fork_of: another run's history to start from.

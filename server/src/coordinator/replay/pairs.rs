@@ -33,6 +33,10 @@ impl Replayer {
     /// `WeightsMissing` if no model is available; those of scoring.
     pub async fn pairs(&self, past: &Past, most: usize) -> Result<Pairs> {
         let spec = &past.facts.spec;
+        if spec.loss() == Loss::PerExample {
+            let message = "the run's loss is that of single examples, which has no pairs";
+            return Err(Error::invalid("loss", message));
+        }
         let weights = Weights::find(past).await?;
         let asked = asked(past.summary.policy(), past.summary.criterion());
         let why = || {

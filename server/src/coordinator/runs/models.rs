@@ -10,9 +10,11 @@ use crate::{
     },
     error::{Error, Result},
     fidelity::Fidelity,
+    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS},
 };
 use superbatch_proto::v1::{
-    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, learner_spec::Initial,
+    Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, Source,
+    learner_spec::Initial,
 };
 
 /// Returns the reference of a run.
@@ -94,6 +96,43 @@ pub fn check_biases(
         sigmoid_bias(fact.logit_bias, asked.logit_bias, "learner")?;
     }
     Ok(())
+}
+
+/// Checks that a model of this type gives what the run's loss is made of, and takes what its
+/// sources hold.
+///
+/// # Errors
+/// `RunSpecImpossible`, naming the field that should be another.
+pub fn check_gives(spec: &RunSpec, model_type: &str, uri: &str) -> Result<()> {
+    let of_images = model_type == LOSSES_OF_IMAGES;
+    let gives_losses = of_images || model_type == LOSSES_OF_TEXTS;
+    let other = |source: &Source| source.text_column.is_empty() != of_images;
+    let (field, message) = match (spec.loss(), gives_losses) {
+        (Loss::PerExample, false) => (
+            "loss".to_owned(),
+            format!(
+                "{uri} is a dual encoder ({model_type}), which gives embeddings of pairs; the loss \
+                 per_example needs an exported module with loss_per_example (docs/models.md)"
+            ),
+        ),
+        (Loss::PerExample, true) => match spec.sources.iter().position(other) {
+            None => return Ok(()),
+            Some(i) if of_images => (
+                format!("sources[{i}].text_column"),
+                format!("{uri} reads images; leave text_column out"),
+            ),
+            Some(i) => (
+                format!("sources[{i}].text_column"),
+                format!("{uri} reads texts; name their column with text_column"),
+            ),
+        },
+        (_, true) => (
+            "loss".to_owned(),
+            format!("{uri} gives one loss an example; set loss to per_example"),
+        ),
+        (_, false) => return Ok(()),
+    };
+    Err(Error::new(Reason::RunSpecImpossible, message).with("field", field))
 }
 
 /// Checks that every approximation of `spec` fits the models that are to be run with it.
@@ -183,4 +222,42 @@ pub fn sigmoid_bias(own: Option<f64>, given: Option<f64>, which: &str) -> Result
         );
         Error::new(Reason::BiasMissing, message).with("field", format!("{which}.logit_bias"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_gives_what_the_loss_is_made_of() {
+        let spec = |loss: Loss, text: &str| RunSpec {
+            loss: loss.into(),
+            sources: vec![Source {
+                text_column: text.to_owned(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let per_example = Loss::PerExample;
+        for (spec, model_type) in [
+            (spec(per_example, ""), LOSSES_OF_IMAGES),
+            (spec(per_example, "text"), LOSSES_OF_TEXTS),
+            (spec(Loss::Sigmoid, ""), "siglip"),
+            (spec(Loss::Softmax, ""), "exported"),
+        ] {
+            check_gives(&spec, model_type, "memory:///m").unwrap();
+        }
+        let column = "sources[0].text_column";
+        for (spec, model_type, field) in [
+            (spec(per_example, ""), "exported", "loss"),
+            (spec(Loss::Sigmoid, ""), LOSSES_OF_IMAGES, "loss"),
+            (spec(Loss::Softmax, ""), LOSSES_OF_TEXTS, "loss"),
+            (spec(per_example, "text"), LOSSES_OF_IMAGES, column),
+            (spec(per_example, ""), LOSSES_OF_TEXTS, column),
+        ] {
+            let error = check_gives(&spec, model_type, "memory:///m").unwrap_err();
+            assert_eq!(error.reason(), Reason::RunSpecImpossible);
+            assert_eq!(error.value("field"), Some(field), "{error}");
+        }
+    }
 }

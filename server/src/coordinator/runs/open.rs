@@ -176,9 +176,11 @@ impl Opening<'_> {
             sources.push(SourceRequest {
                 uri: source.uri.clone(),
                 weight: source.weight,
-                image_column: named(&source.image_column),
+                image_column: named(&source.image_column).or(named(&source.text_column)),
                 image_root: named(&source.image_root),
-                caption_column: named(&source.caption_column),
+                caption_column: named(&source.caption_column).or(named(&source.target_column)),
+                is_text: !source.text_column.is_empty(),
+                is_target: !source.target_column.is_empty(),
                 caption_seed: source.caption_seed,
                 predicate: named(&source.r#where),
                 allow: named(&source.allow),
@@ -243,7 +245,9 @@ impl Opening<'_> {
     }
 
     async fn model(&self, model: ModelRef, spec: &mut RunSpec) -> Result<ModelFact> {
+        let uri = model.model_uri.clone();
         let prepared = prepare(&self.coordinator.deps.pool, model, true).await?;
+        models::check_gives(spec, &prepared.model_type, &uri)?;
         if spec.compute_dtype() == ComputeDtype::Unspecified {
             spec.compute_dtype = prepared.compute_dtype;
         }

@@ -1,5 +1,5 @@
 //! What no run can meet.
-use super::{Asked, columns, fidelity, impossible, own, tuning};
+use super::{Asked, columns, fidelity, impossible, own, per_example, tuning};
 use crate::{
     bounds::{
         COLUMNS_MAX, FIDELITIES_MAX, MAX_AHEAD_MAX, MICRO_BATCH_ROWS_MAX, NAME_BYTES_MAX,
@@ -30,6 +30,7 @@ pub(super) fn check(spec: &RunSpec) -> Result<()> {
     sources(spec)?;
     check_models(spec)?;
     schedule(spec)?;
+    per_example::check(spec)?;
     needs(spec)?;
     fidelity::trained(spec)?;
     weights(spec)?;
@@ -52,6 +53,8 @@ fn sources(spec: &RunSpec) -> Result<()> {
         short(&at("image_column"), &source.image_column)?;
         short(&at("image_root"), &source.image_root)?;
         short(&at("caption_column"), &source.caption_column)?;
+        short(&at("target_column"), &source.target_column)?;
+        short(&at("text_column"), &source.text_column)?;
         kept_by(&at, source)?;
         if !source.image_column.is_empty() && source.image_column == source.caption_column {
             let message = format!("'{}' cannot be both image and caption", source.image_column);

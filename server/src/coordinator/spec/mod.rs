@@ -6,6 +6,7 @@ mod columns;
 mod differs;
 mod fidelity;
 mod own;
+mod per_example;
 mod tuning;
 
 use crate::error::{Error, Result};
@@ -17,8 +18,7 @@ pub use fidelity::probes_at;
 pub use fidelity::scores_at;
 pub use own::references_from;
 use superbatch_proto::v1::{
-    Criterion, Delivery, EmbeddingDtype, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec,
-    lag::Bound,
+    Criterion, Delivery, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
 };
 pub use tuning::leaves_out;
 
@@ -47,7 +47,8 @@ pub fn complete(mut spec: RunSpec, need_deadline_seconds: f64) -> Result<RunSpec
     fill(&mut spec.fallback, Fallback::Wait.into());
     fill(&mut spec.max_ahead, 2);
     fill(&mut spec.window_blocks, 16);
-    fill(&mut spec.embedding_dtype, EmbeddingDtype::F16.into());
+    let dtype = per_example::embedding_dtype(spec.loss());
+    fill(&mut spec.embedding_dtype, dtype.into());
     fill(&mut spec.max_bad_row_share, 0.1);
     fill(&mut spec.need_deadline_seconds, need_deadline_seconds);
     complete_later_fields(&mut spec);
@@ -102,6 +103,7 @@ pub fn complete_phase(phase: &mut Phase) {
 pub fn complete_redraw(spec: &RunSpec, phase: &mut Phase) -> Result<()> {
     complete_phase(phase);
     check::drawn("redraw", phase)?;
+    per_example::drawn("redraw", spec, phase)?;
     check::models_named("the redraw by", spec, phase)
 }
 

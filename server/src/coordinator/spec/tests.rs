@@ -1,6 +1,6 @@
 use super::*;
 use superbatch_proto::v1::{
-    Fork, LearnerSpec, Policy, ReferenceSpec, Source, Tuning, learner_spec::Initial,
+    EmbeddingDtype, Fork, LearnerSpec, Policy, ReferenceSpec, Source, Tuning, learner_spec::Initial,
 };
 
 fn phase(from_step: u64, policy: Policy) -> Phase {

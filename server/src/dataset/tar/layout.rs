@@ -124,6 +124,13 @@ pub(super) async fn discover(
     file: &ShardFile,
     survey: &Survey,
 ) -> Result<Layout> {
+    if request.is_text {
+        let message = format!(
+            "{} is a tar: a text_column is read of Parquet files only",
+            file.uri()
+        );
+        return Err(Error::invalid("text_column", message));
+    }
     let members = survey.samples.iter().flat_map(|sample| &sample.members);
     let fields: BTreeSet<&str> = members.map(|member| member.field.as_str()).collect();
     let listed: Vec<&str> = fields.iter().copied().collect();

@@ -64,6 +64,11 @@ impl<'a> Embedder<'a> {
         &self.model.info.digest
     }
 
+    /// Returns whether the model gives losses instead of embeddings.
+    pub fn gives_losses(&self) -> bool {
+        self.model.info.gives_losses
+    }
+
     /// Names the fidelity, as `resolution=128`; the whole model is `full`.
     pub fn fidelity(&self) -> String {
         self.fidelity.to_string()

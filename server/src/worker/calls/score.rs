@@ -123,6 +123,7 @@ impl<'a> Scoring<'a> {
         };
         let inputs = match &begin.learner_model {
             Some(model) => Some(engine.models.inputs(model).await?.at(fidelity)),
+            None if begin.check_only && slice.has_texts() => Some(Arc::new(Inputs::check_texts())),
             None if begin.check_only => Some(Arc::new(Inputs::check())),
             None => None,
         };

@@ -107,6 +107,11 @@ impl Slice {
         })
     }
 
+    /// Returns whether all rows hold texts in the place of images.
+    pub(crate) fn has_texts(&self) -> bool {
+        self.manifest.sources.iter().all(SourceManifest::has_texts)
+    }
+
     /// Sets which reference embeddings this slice returns of the blocks that it shares with other
     /// slices.
     ///

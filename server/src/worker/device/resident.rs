@@ -104,13 +104,13 @@ impl Resident {
         fits(encoder, batch)?;
         let dim = info.embedding_dim;
         let embed = || -> Result<_, TchError> {
-            let image = encoder.image(
+            let (image, text) = encoder.both(
                 &batch.pixels,
                 &batch.keys,
                 batch.fidelity,
                 &batch.normalisation,
+                &batch.ids,
             )?;
-            let text = encoder.text(&batch.ids, batch.rows())?;
             let finite = image
                 .f_isfinite()?
                 .f_all_dim(1, true)?

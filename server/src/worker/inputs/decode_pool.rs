@@ -102,7 +102,13 @@ impl DecodePool {
 }
 
 fn prepare(row: &Row, inputs: &Inputs, limits: &ImageLimits) -> PreparedRow {
-    let image = row.image().ok_or_else(|| row.image_fault())?;
+    let image = row.image().ok_or_else(|| {
+        if inputs.has_texts() {
+            RowFault::new(BadRowReason::CaptionNull, "the text is null")
+        } else {
+            row.image_fault()
+        }
+    })?;
     let caption = row.caption().ok_or_else(|| {
         if row.caption_is_invalid() {
             RowFault::new(BadRowReason::CaptionInvalid, "the caption is not UTF-8")

@@ -7,3 +7,4 @@ pub mod padding;
 pub mod preprocess;
 pub mod row;
 pub mod tokenize;
+mod words;

@@ -4,6 +4,7 @@ use super::{
     preprocess::{ImageLimits, Preprocess, RowFault, decode},
     row::Prepared,
     tokenize::{End, TextShape, Tokenizer},
+    words::{self, Words},
 };
 use crate::{
     error::{Error, Result},
@@ -11,6 +12,7 @@ use crate::{
     worker::model::{
         Family, ModelFolder, Normalisation,
         clip::LEGACY_EOS,
+        losses::Input,
         open_clip_config::{Clean, TextPool},
     },
 };
@@ -19,13 +21,16 @@ use superbatch_proto::v1::Reason;
 
 /// How rows become a model's inputs.
 pub struct Inputs {
-    /// `None` only checks rows: images must decode, and captions must exist.
-    reading: Option<(Preprocess, Arc<Tokenizer>)>,
+    /// `None` only checks rows: images must decode, and captions must exist. A model that reads
+    /// texts alone has no images.
+    reading: Option<(Option<Preprocess>, Arc<Words>)>,
     /// Digest of preprocessing and tokenizer. Rows prepared for one model serve every model of the
     /// same digest.
     pub digest: [u8; 32],
     /// Whether rows get a key, by which patches are left out.
     is_keyed: bool,
+    /// Whether texts lie in the place of images.
+    has_texts: bool,
 }
 
 impl Inputs {
@@ -35,40 +40,41 @@ impl Inputs {
             reading: None,
             digest: [0; 32],
             is_keyed: false,
+            has_texts: false,
+        }
+    }
+
+    /// As [`Inputs::check`], of rows with texts in the place of images.
+    pub fn check_texts() -> Self {
+        Self {
+            has_texts: true,
+            ..Self::check()
         }
     }
 
     pub fn of(folder: &ModelFolder) -> Result<Self> {
-        let side = folder.config.vision.image_size as u32;
-        let preprocess = match folder.config.family {
-            Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
-            Family::Exported => Preprocess::of(&folder.preprocessor_json, None)?,
-            family => {
-                let is_clip = Some(family == Family::Clip);
-                Preprocess::of(&folder.preprocessor_json, is_clip)?
-            }
+        let losses = folder.config.losses();
+        let preprocess = match losses.map(|form| form.input) {
+            Some(Input::Text) => None,
+            _ => Some(preprocess(folder)?),
         };
-        let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
-        if [made.0, made.1].map(|side| side as usize) != [taken; 2] {
-            let message = format!(
-                "preprocessor_config.json of {} makes {}x{} images, and config.json takes \
-                {taken}x{taken}; make them agree",
-                folder.uri, made.0, made.1
-            );
-            return Err(
-                Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json")
-            );
-        }
-        let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder))?;
-        Ok(Self::reading(preprocess, Arc::new(tokenizer)))
+        let tokenizer = || Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder));
+        let words = match losses {
+            None => Words::Caption(tokenizer()?),
+            Some(form) => Words::Loss(form, form.has_text().then(tokenizer).transpose()?),
+        };
+        Ok(Self::reading(preprocess, Arc::new(words)))
     }
 
-    fn reading(preprocess: Preprocess, tokenizer: Arc<Tokenizer>) -> Self {
+    fn reading(preprocess: Option<Preprocess>, words: Arc<Words>) -> Self {
         let mut hash = blake3::Hasher::new();
-        hash.update(&preprocess.digest())
-            .update(&tokenizer.digest());
+        if let Some(preprocess) = &preprocess {
+            hash.update(&preprocess.digest());
+        }
+        hash.update(&words.digest());
         Self {
-            reading: Some((preprocess, tokenizer)),
+            has_texts: preprocess.is_none(),
+            reading: Some((preprocess, words)),
             digest: hash.finalize().into(),
             is_keyed: false,
         }
@@ -78,12 +84,12 @@ impl Inputs {
     #[must_use]
     pub fn at(self: Arc<Self>, fidelity: Fidelity) -> Arc<Self> {
         match (&self.reading, fidelity) {
-            (Some((preprocess, tokenizer)), Fidelity::Resolution(side)) => {
-                Arc::new(Self::reading(preprocess.at(side), tokenizer.clone()))
+            (Some((Some(preprocess), words)), Fidelity::Resolution(side)) => {
+                Arc::new(Self::reading(Some(preprocess.at(side)), words.clone()))
             }
-            (Some((preprocess, tokenizer)), Fidelity::PatchDropout(_)) => Arc::new(Self {
+            (Some((Some(preprocess), words)), Fidelity::PatchDropout(_)) => Arc::new(Self {
                 is_keyed: true,
-                ..Self::reading(preprocess.clone(), tokenizer.clone())
+                ..Self::reading(Some(preprocess.clone()), words.clone())
             }),
             _ => self,
         }
@@ -96,8 +102,12 @@ impl Inputs {
         caption: &str,
         limits: &ImageLimits,
     ) -> Result<Prepared, RowFault> {
-        let Some((preprocess, tokenizer)) = &self.reading else {
-            decode(image, limits)?;
+        let Some((preprocess, words)) = &self.reading else {
+            if self.has_texts {
+                words::text(image)?;
+            } else {
+                decode(image, limits)?;
+            }
             return Ok(Prepared {
                 pixels: Vec::new(),
                 ids: Vec::new(),
@@ -106,26 +116,33 @@ impl Inputs {
         };
         // The tokenizer runs first, since it is cheap: a row without a usable caption need not be
         // decoded.
-        let ids = tokenizer.encode(caption)?;
+        let ids = words.ids(image, caption)?;
+        let pixels = preprocess
+            .as_ref()
+            .map(|preprocess| preprocess.pixels(image, limits));
         Ok(Prepared {
-            pixels: preprocess.pixels(image, limits)?,
+            pixels: pixels.transpose()?.unwrap_or_default(),
             ids,
             key: if self.is_keyed { key_of(image) } else { 0 },
         })
     }
 
+    /// Returns whether texts lie in the place of images.
+    pub fn has_texts(&self) -> bool {
+        self.has_texts
+    }
+
     /// Describes how pixels are made, for people.
     pub fn pixels_of(&self) -> String {
-        self.reading
-            .as_ref()
-            .map_or_else(String::new, |(preprocess, _)| preprocess.described())
+        let preprocess = self.reading.as_ref().and_then(|(of, _)| of.as_ref());
+        preprocess.map_or_else(String::new, Preprocess::described)
     }
 
     /// Describes how captions become ids, for people.
     pub fn tokens_of(&self) -> String {
         self.reading
             .as_ref()
-            .map_or_else(String::new, |(_, tokenizer)| tokenizer.described())
+            .map_or_else(String::new, |(_, words)| words.described())
     }
 
     /// Returns what the device does to pixels; nothing if rows are only checked.
@@ -135,10 +152,32 @@ impl Inputs {
             mean: [0.0; 3],
             std: [1.0; 3],
         };
-        self.reading
-            .as_ref()
-            .map_or(none, |(preprocess, _)| preprocess.normalisation())
+        let preprocess = self.reading.as_ref().and_then(|(of, _)| of.as_ref());
+        preprocess.map_or(none, Preprocess::normalisation)
     }
+}
+
+/// Returns how a folder's images become pixels, of the size that its model takes.
+fn preprocess(folder: &ModelFolder) -> Result<Preprocess> {
+    let side = folder.config.vision.image_size as u32;
+    let preprocess = match folder.config.family {
+        Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
+        Family::Exported => Preprocess::of(&folder.preprocessor_json, None)?,
+        family => {
+            let is_clip = Some(family == Family::Clip);
+            Preprocess::of(&folder.preprocessor_json, is_clip)?
+        }
+    };
+    let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
+    if [made.0, made.1].map(|side| side as usize) == [taken; 2] {
+        return Ok(preprocess);
+    }
+    let message = format!(
+        "preprocessor_config.json of {} makes {}x{} images, and config.json takes {taken}x{taken}; \
+         make them agree",
+        folder.uri, made.0, made.1
+    );
+    Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"))
 }
 
 /// Returns a hash of the image alone: learner and reference, every run and every worker must leave
@@ -174,10 +213,14 @@ fn text_shape(folder: &ModelFolder) -> TextShape {
         folder.tokenizer_config_json.as_deref(),
         folder.config.family == Family::Siglip,
     );
+    let (length, vocab_size) = match folder.config.losses() {
+        Some(form) => (form.text_length, form.vocab_size),
+        None => (text.max_position_embeddings, text.vocab_size),
+    };
     TextShape {
-        length: text.max_position_embeddings,
+        length,
         pad_id: declared.unwrap_or(text.pad_token_id),
-        vocab_size: text.vocab_size,
+        vocab_size,
         end,
         clean,
     }

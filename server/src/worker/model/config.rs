@@ -3,13 +3,17 @@ use super::{
     clip,
     exported::Exported,
     fields::{Fields, invalid},
+    losses::{Input, LossForm},
     open_clip,
     open_clip_config::OpenClipForm,
     parameters::Parameters,
     positions::Resizes,
     siglip,
 };
-use crate::error::Result;
+use crate::{
+    error::Result,
+    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS},
+};
 use serde_json::Value;
 use std::sync::Arc;
 use superbatch_proto::v1::ComputeDtype;
@@ -233,7 +237,17 @@ impl ModelConfig {
         }
     }
 
+    /// Returns what the model compares, if it gives losses instead of embeddings.
+    pub fn losses(&self) -> Option<LossForm> {
+        self.exported.as_ref()?.losses
+    }
+
     pub fn model_type(&self) -> &'static str {
+        match self.losses().map(|form| form.input) {
+            Some(Input::Image) => return LOSSES_OF_IMAGES,
+            Some(Input::Text) => return LOSSES_OF_TEXTS,
+            None => {}
+        }
         match self.family {
             Family::Siglip => "siglip",
             Family::Clip => "clip",

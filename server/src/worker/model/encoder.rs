@@ -7,6 +7,7 @@ use super::{
     exported::Module,
     flops::{self, TextTower},
     layers::{Tensors, Torch},
+    losses::Input,
     normalisation::Normalisation,
     open_clip::OpenClip,
     siglip::Siglip,
@@ -23,6 +24,10 @@ pub trait Towers: Send {
     fn image(&self, pixels: &Tensor, view: &View) -> Torch;
     /// Embeds ids `[n, length]` as `[n, embedding_dim]`.
     fn text(&self, ids: &Tensor) -> Torch;
+    /// Returns the loss of each row, `[n, 1]`, of a model that gives losses.
+    fn losses(&self, _pixels: &Tensor, _ids: &Tensor) -> Torch {
+        Err(TchError::Torch("a dual encoder gives no losses".into()))
+    }
 }
 
 /// Names a loaded model on a device.
@@ -40,6 +45,8 @@ pub struct ModelInfo {
     /// BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex.
     pub digest: String,
     pub model_type: String,
+    /// Whether it gives losses, which embeddings of two numbers hold then.
+    pub gives_losses: bool,
     pub embedding_dim: usize,
     /// Height and width of an image, in pixels.
     pub image_size: usize,
@@ -114,14 +121,22 @@ impl Encoder {
                 })
                 .transpose()
         };
+        // A loss is taken as it is, whatever its module's parameters are called.
+        let (logit_scale, logit_bias) = match config.losses() {
+            Some(_) => (1.0, None),
+            None => (
+                scalar("logit_scale")?.unwrap_or_default().exp(),
+                scalar("logit_bias")?,
+            ),
+        };
         Ok(Self {
             towers,
             config: config.clone(),
             image_tower: flops::image_tower(config),
             compute,
             device,
-            logit_scale: scalar("logit_scale")?.unwrap_or_default().exp(),
-            logit_bias: scalar("logit_bias")?,
+            logit_scale,
+            logit_bias,
         })
     }
 
@@ -148,6 +163,7 @@ impl Encoder {
             },
             digest,
             model_type: self.config.model_type().to_owned(),
+            gives_losses: self.config.losses().is_some(),
             embedding_dim: self.config.embedding_dim,
             image_size: self.config.vision.image_size,
             text_length: self.config.text.max_position_embeddings,
@@ -180,7 +196,46 @@ impl Encoder {
         fidelity: Fidelity,
         normalisation: &Normalisation,
     ) -> Torch {
+        let pixels = self.normalised(pixels, keys.len(), fidelity, normalisation)?;
+        unit(&self.towers.image(&pixels, &self.view(keys, fidelity)?)?)
+    }
+
+    /// Returns what both towers make of rows, as [`Encoder::image`] and [`Encoder::text`] do. Of a
+    /// model that gives losses: `[loss, 1]` and `[1, 0]`, whose product is the loss. A loss of 0 is
+    /// no embedding of zeros, which stands for a row that was lost.
+    pub fn both(
+        &self,
+        pixels: &[u8],
+        keys: &[u64],
+        fidelity: Fidelity,
+        normalisation: &Normalisation,
+        ids: &[i64],
+    ) -> Torch<(Tensor, Tensor)> {
         let rows = keys.len();
+        let Some(form) = self.config.losses() else {
+            let image = self.image(pixels, keys, fidelity, normalisation)?;
+            return Ok((image, self.text(ids, rows)?));
+        };
+        let pixels = match form.input {
+            Input::Image => self.normalised(pixels, rows, fidelity, normalisation)?,
+            Input::Text => Tensor::f_zeros([0], (Kind::Float, self.device))?,
+        };
+        let ids = Tensor::f_from_slice(ids)?
+            .f_reshape([rows as i64, -1])?
+            .f_to_device(self.device)?;
+        let losses = self.towers.losses(&pixels, &ids)?;
+        let (one, zero) = (losses.f_ones_like()?, losses.f_zeros_like()?);
+        let image = Tensor::f_cat(&[&losses, &one], 1)?;
+        Ok((image, Tensor::f_cat(&[&one, &zero], 1)?))
+    }
+
+    fn normalised(
+        &self,
+        pixels: &[u8],
+        rows: usize,
+        fidelity: Fidelity,
+        normalisation: &Normalisation,
+    ) -> Torch {
         let size = i64::from(self.image_tower.side(fidelity));
         if rows as i64 * size * size * 3 != pixels.len() as i64 {
             return Err(TchError::Shape(format!(
@@ -196,8 +251,7 @@ impl Encoder {
             .f_mul_scalar(f64::from(normalisation.rescale))?
             .f_sub(&channels(&normalisation.mean)?)?
             .f_div(&channels(&normalisation.std)?)?;
-        let pixels = pixels.f_to_kind(self.compute.kind())?;
-        unit(&self.towers.image(&pixels, &self.view(keys, fidelity)?)?)
+        pixels.f_to_kind(self.compute.kind())
     }
 
     fn view(&self, keys: &[u64], fidelity: Fidelity) -> Torch<View> {
@@ -250,9 +304,13 @@ impl Encoder {
         let pixels: Vec<u8> = (0..ROWS * size * size * 3)
             .map(|i| (i * 37 % 256) as u8)
             .collect();
-        let ids: Vec<i64> = (0..ROWS * text.max_position_embeddings)
-            .map(|i| (i * 31 % text.vocab_size) as i64)
-            .collect();
+        let losses = self.config.losses();
+        let ids: Vec<i64> = match &losses {
+            Some(form) => form.made_up(ROWS),
+            None => (0..ROWS * text.max_position_embeddings)
+                .map(|i| (i * 31 % text.vocab_size) as i64)
+                .collect(),
+        };
         let plain = Normalisation {
             rescale: 1.0 / 255.0,
             mean: [0.5; 3],
@@ -268,15 +326,15 @@ impl Encoder {
                 "is not finite in f32 once exp() is applied",
             )));
         }
-        let problem = if !finite(self.image(&pixels, &[0; ROWS], Fidelity::Full, &plain)?)? {
-            "image"
-        } else if !finite(self.text(&ids, ROWS)?)? {
-            "caption"
-        } else {
-            return Ok(Ok(()));
+        let (image, text) = self.both(&pixels, &[0; ROWS], Fidelity::Full, &plain, &ids)?;
+        let problem = match (finite(image)?, finite(text)?) {
+            (true, true) => return Ok(Ok(())),
+            _ if losses.is_some() => "losses",
+            (false, _) => "image embeddings",
+            (true, false) => "caption embeddings",
         };
         Ok(Err(Refusal::of_all(format!(
-            "every tensor is finite, but the {problem} embeddings of a canary batch are not"
+            "every tensor is finite, but the {problem} of a canary batch are not"
         ))))
     }
 }
@@ -308,69 +366,4 @@ fn place(stored: &Stored, device: Device) -> Torch {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::worker::model::{init, open_clip_config};
-
-    const SMALL: &str = r#""hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 3, "num_attention_heads": 4"#;
-
-    fn encoder(config: &ModelConfig) -> Encoder {
-        let weights = init::random(&config.parameters(), 5).unwrap();
-        let snapshot = Snapshot::parse(vec![weights]).unwrap();
-        Encoder::load(config, &snapshot, Compute::F32, Device::Cpu).unwrap()
-    }
-
-    /// Of captions that end after 2, 9 and 5 of 30 tokens: how far their embeddings are from those
-    /// of the whole length, and how many tokens were embedded.
-    fn apart(config: &ModelConfig, end: i64, pad: i64) -> (f64, usize) {
-        let encoder = encoder(config);
-        let row = |length: usize| {
-            let word = |n: usize| 1 + (n * length) as i64 % 50;
-            let mut row: Vec<i64> = (0..30).map(word).collect();
-            row[length - 1] = end;
-            row[length..].fill(pad);
-            row
-        };
-        let ids: Vec<i64> = [2, 9, 5].into_iter().flat_map(row).collect();
-        let whole = Tensor::from_slice(&ids).reshape([3, 30]);
-        let whole = unit(&encoder.towers.text(&whole).unwrap()).unwrap();
-        let cut = encoder.text(&ids, 3).unwrap();
-        let apart = (whole - cut).abs().max().double_value(&[]);
-        (apart, encoder.text_seen(&ids))
-    }
-
-    #[test]
-    fn captions_without_their_padding_are_the_same_to_a_causal_tower() {
-        for (eos, end, pad) in [(60, 60, 0), (60, 60, 60), (2, 63, 0)] {
-            let json = format!(
-                r#"{{"model_type": "clip", "projection_dim": 16,
-                    "vision_config": {{{SMALL}, "image_size": 8, "patch_size": 4}},
-                    "text_config": {{{SMALL}, "max_position_embeddings": 30, "vocab_size": 64,
-                    "eos_token_id": {eos}}}}}"#
-            );
-            let config = ModelConfig::parse(json.as_bytes()).unwrap();
-            let (apart, seen) = apart(&config, end, pad);
-            assert!(apart < 1e-6 && seen == 16, "{eos} {pad}: {apart} of {seen}");
-        }
-        let json = r#"{"model_cfg": {"embed_dim": 16,
-            "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1,
-                "head_width": 8},
-            "text_cfg": {"context_length": 30, "vocab_size": 64, "width": 32, "heads": 4,
-                "layers": 3}}}"#;
-        let config = open_clip_config::parse(json.as_bytes()).unwrap();
-        let (apart, seen) = apart(&config, 63, 0);
-        assert!(apart < 1e-6 && seen == 16, "{apart} of {seen}");
-    }
-
-    #[test]
-    fn captions_of_a_tower_that_sees_both_ways_keep_their_padding() {
-        let json = format!(
-            r#"{{"model_type": "siglip",
-                "vision_config": {{{SMALL}, "image_size": 8, "patch_size": 4}},
-                "text_config": {{{SMALL}, "max_position_embeddings": 30, "vocab_size": 64}}}}"#
-        );
-        let config = ModelConfig::parse(json.as_bytes()).unwrap();
-        assert_eq!(apart(&config, 1, 0), (0.0, 30));
-    }
-}
+mod tests;

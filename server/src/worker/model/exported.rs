@@ -1,5 +1,5 @@
-//! Any dual encoder, exported as a TorchScript module: its methods `encode_image` and
-//! `encode_text` embed, and weights replace its parameters by name.
+//! A model exported as a TorchScript module: a dual encoder, whose methods `encode_image` and
+//! `encode_text` embed, or one that gives losses. Weights replace its parameters by name.
 //!
 //! TorchScript is code. A module is loaded only if the operator's settings name its SHA-256.
 use super::{
@@ -8,6 +8,7 @@ use super::{
     entry::View,
     fields::{Fields, invalid_in},
     layers::{Tensors, Torch},
+    losses::{Input, LossForm, METHOD},
     parameters::{Init, Parameters},
     positions::Resizes,
 };
@@ -36,13 +37,15 @@ pub struct Exported {
     pub(super) bytes: Bytes,
     sha256: String,
     pub(super) parameters: Parameters,
-    /// Of one image, and of one caption.
+    /// Of one image, and of one caption. A loss is all in one: of images, or of texts.
     pub(super) flops: [f64; 2],
+    /// What the module compares, if it gives losses.
+    pub(super) losses: Option<LossForm>,
 }
 
 impl PartialEq for Exported {
     fn eq(&self, other: &Self) -> bool {
-        self.sha256 == other.sha256 && self.flops == other.flops
+        self.sha256 == other.sha256 && self.flops == other.flops && self.losses == other.losses
     }
 }
 
@@ -78,7 +81,41 @@ pub(super) fn config(json: &[u8], module: Bytes, pinned: &[String]) -> Result<Mo
     let value: Value = serde_json::from_slice(json)
         .map_err(|e| invalid_in(FILE, format!("{FILE} is no valid JSON"), "").because(e))?;
     let fields = Fields::root_of(FILE, &value)?;
-    let flops = [cost(&fields, "image_flops")?, cost(&fields, "text_flops")?];
+    let (mut config, flops, losses) = told(&fields)?;
+    let parameters = looked_at(&config, losses.as_ref(), &module)?;
+    config.exported = Some(Arc::new(Exported {
+        bytes: module,
+        sha256,
+        parameters,
+        flops,
+        losses,
+    }));
+    Ok(config)
+}
+
+/// What `module.json` says: sizes, the cost of both towers, and the form of losses.
+type Told = (ModelConfig, [f64; 2], Option<LossForm>);
+
+fn told(fields: &Fields) -> Result<Told> {
+    let size = |key: &'static str, most: usize| needed(fields, key, most);
+    let losses = LossForm::read(fields, size, [TEXT_LENGTH_MAX, VOCABULARY_MAX])?;
+    let flops = match losses.map(|form| form.input) {
+        None => [cost(fields, "image_flops")?, cost(fields, "text_flops")?],
+        Some(Input::Image) => [cost(fields, "flops")?, 0.0],
+        Some(Input::Text) => [0.0, cost(fields, "flops")?],
+    };
+    let image_size = match losses.map(|form| form.input) {
+        Some(Input::Text) => 0,
+        _ => size("image_size", IMAGE_SIZE_MAX)?,
+    };
+    let (embedding_dim, vocab_size, length) = match &losses {
+        None => (
+            size("embedding_dim", EMBEDDING_DIM_MAX)?,
+            size("vocab_size", VOCABULARY_MAX)?,
+            size("text_length", TEXT_LENGTH_MAX)?,
+        ),
+        Some(form) => (LossForm::WIDTH, form.ids_below(), form.ids()),
+    };
     let none = Tower {
         hidden_size: 0,
         intermediate_size: 0,
@@ -87,34 +124,27 @@ pub(super) fn config(json: &[u8], module: Bytes, pinned: &[String]) -> Result<Mo
         layer_norm_eps: 0.0,
         hidden_act: Activation::Gelu,
     };
-    let mut config = ModelConfig {
+    let config = ModelConfig {
         family: Family::Exported,
         vision: VisionConfig {
             tower: none.clone(),
-            image_size: needed(&fields, "image_size", IMAGE_SIZE_MAX)?,
+            image_size,
             patch_size: 0,
         },
         text: TextConfig {
             tower: none,
-            vocab_size: needed(&fields, "vocab_size", VOCABULARY_MAX)?,
-            max_position_embeddings: needed(&fields, "text_length", TEXT_LENGTH_MAX)?,
+            vocab_size,
+            max_position_embeddings: length,
             eos_token_id: 0,
             pad_token_id: fields.id("pad_token_id", 0)?,
         },
-        embedding_dim: needed(&fields, "embedding_dim", EMBEDDING_DIM_MAX)?,
+        embedding_dim,
         resizes: Resizes::TRANSFORMERS,
         logit_scale_init: 0.0,
         logit_bias_init: None,
         exported: None,
     };
-    let parameters = looked_at(&config, &module)?;
-    config.exported = Some(Arc::new(Exported {
-        bytes: module,
-        sha256,
-        parameters,
-        flops,
-    }));
-    Ok(config)
+    Ok((config, flops, losses))
 }
 
 fn needed(fields: &Fields, key: &str, most: usize) -> Result<usize> {
@@ -137,8 +167,12 @@ fn cost(fields: &Fields, key: &str) -> Result<f64> {
     Err(fields.invalid(key, problem))
 }
 
-/// Embeds one made-up row, and returns the module's parameters.
-fn looked_at(config: &ModelConfig, module: &Bytes) -> Result<Parameters> {
+/// Puts one made-up row through the module, and returns its parameters.
+fn looked_at(
+    config: &ModelConfig,
+    losses: Option<&LossForm>,
+    module: &Bytes,
+) -> Result<Parameters> {
     let _no_grad = tch::no_grad_guard();
     let invalid = |what: String| invalid_in(MODULE, format!("{MODULE} {what}"), "");
     let unreadable = |e: TchError| invalid("is no TorchScript module".into()).because(e);
@@ -148,10 +182,17 @@ fn looked_at(config: &ModelConfig, module: &Bytes) -> Result<Parameters> {
         config.text.max_position_embeddings as i64,
     );
     let zeros = |shape: &[i64], kind| Tensor::f_zeros(shape, (kind, Device::Cpu));
-    let rows = [
-        ("encode_image", zeros(&[1, 3, side, side], Kind::Float)),
-        ("encode_text", zeros(&[1, length], Kind::Int64)),
-    ];
+    let (pixels, ids) = (
+        zeros(&[1, 3, side, side], Kind::Float),
+        zeros(&[1, length], Kind::Int64),
+    );
+    if let Some(form) = losses {
+        let called = pixels.and_then(|pixels| form.call(&module, &pixels, &ids?));
+        let what = format!("cannot be called by {METHOD}");
+        called.map_err(|e| invalid(what).because(e))?;
+        return all_parameters(&module).map_err(unreadable);
+    }
+    let rows = [("encode_image", pixels), ("encode_text", ids)];
     for (method, row) in rows {
         let shape = row
             .and_then(|row| call(&module, method, &row))
@@ -163,16 +204,21 @@ fn looked_at(config: &ModelConfig, module: &Bytes) -> Result<Parameters> {
             return Err(invalid(what));
         }
     }
-    let mut parameters = Parameters::default();
-    for (name, tensor) in module.named_parameters().map_err(unreadable)? {
-        let shape: Vec<usize> = tensor.size().iter().map(|size| *size as usize).collect();
-        parameters.add(name, &shape, Init::Constant(0.0));
-    }
+    let mut parameters = all_parameters(&module).map_err(unreadable)?;
     if parameters.get("logit_scale").is_none() {
         return Err(invalid("has no parameter logit_scale".into()));
     }
     if parameters.get("logit_bias").is_none() {
         parameters.add_optional("logit_bias", &[]);
+    }
+    Ok(parameters)
+}
+
+fn all_parameters(module: &CModule) -> Torch<Parameters> {
+    let mut parameters = Parameters::default();
+    for (name, tensor) in module.named_parameters()? {
+        let shape: Vec<usize> = tensor.size().iter().map(|size| *size as usize).collect();
+        parameters.add(name, &shape, Init::Constant(0.0));
     }
     Ok(parameters)
 }
@@ -197,7 +243,10 @@ fn call(module: &CModule, method: &str, rows: &Tensor) -> Torch {
 }
 
 /// A module on a device, with given weights.
-pub(super) struct Module(CModule);
+pub(super) struct Module {
+    module: CModule,
+    losses: Option<LossForm>,
+}
 
 impl Module {
     pub(super) fn load(exported: &Exported, tensors: &Tensors, device: Device) -> Torch<Self> {
@@ -205,19 +254,35 @@ impl Module {
         for (name, mut parameter) in module.named_parameters()? {
             parameter.f_copy_(&tensors.get(&name)?.f_view_as(&parameter)?)?;
         }
-        Ok(Self(module))
+        Ok(Self {
+            module,
+            losses: exported.losses,
+        })
     }
 }
 
 impl Towers for Module {
     fn image(&self, pixels: &Tensor, _whole: &View) -> Torch {
-        let channels_first = pixels.f_permute([0, 3, 1, 2])?.f_contiguous()?;
-        call(&self.0, "encode_image", &channels_first)
+        call(&self.module, "encode_image", &channels_first(pixels)?)
     }
 
     fn text(&self, ids: &Tensor) -> Torch {
-        call(&self.0, "encode_text", ids)
+        call(&self.module, "encode_text", ids)
     }
+
+    fn losses(&self, pixels: &Tensor, ids: &Tensor) -> Torch {
+        let none = || TchError::Torch("a dual encoder gives no losses".into());
+        let form = self.losses.ok_or_else(none)?;
+        let pixels = match form.input {
+            Input::Image => channels_first(pixels)?,
+            Input::Text => pixels.shallow_clone(),
+        };
+        form.call(&self.module, &pixels, ids)
+    }
+}
+
+fn channels_first(pixels: &Tensor) -> Torch {
+    pixels.f_permute([0, 3, 1, 2])?.f_contiguous()
 }
 
 /// Returns the error for random weights of a module, which has no initial distributions.
@@ -230,74 +295,4 @@ pub(in crate::worker) fn no_random_weights(uri: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const JSON: &str = r#"{"image_size": 8, "embedding_dim": 4, "text_length": 5,
-        "vocab_size": 9, "image_flops": 1, "text_flops": 1}"#;
-
-    #[test]
-    fn only_what_the_operator_names_is_loaded() {
-        assert_eq!(allowed(&[]).unwrap_err().value("file"), Some(MODULE));
-        let module = Bytes::from_static(b"code");
-        let error = config(JSON.as_bytes(), module.clone(), &["0".repeat(64)]).unwrap_err();
-        let sha256 = "5694d08a2e53ffcae0c3103e5ad6f6076abd960eb1f8a56577040bc1028f702b";
-        assert!(error.to_string().contains(sha256), "{error}");
-        // It is looked into only now, and is none.
-        let error = config(JSON.as_bytes(), module, &[sha256.to_owned()]).unwrap_err();
-        assert!(
-            error.to_string().contains("no TorchScript module"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn sizes_are_bounded_before_anything_is_made_of_them() {
-        let module = Bytes::from_static(b"code");
-        let sha256 = ["5694d08a2e53ffcae0c3103e5ad6f6076abd960eb1f8a56577040bc1028f702b".into()];
-        for (name, most) in [
-            ("image_size", IMAGE_SIZE_MAX),
-            ("embedding_dim", EMBEDDING_DIM_MAX),
-            ("text_length", TEXT_LENGTH_MAX),
-            ("vocab_size", VOCABULARY_MAX),
-        ] {
-            let field = |size: usize| {
-                let mut json: Value = serde_json::from_str(JSON).unwrap();
-                json[name] = size.into();
-                let json = json.to_string();
-                let error = config(json.as_bytes(), module.clone(), &sha256).unwrap_err();
-                error.value("field").map(str::to_owned)
-            };
-            assert_eq!(field(most + 1).as_deref(), Some(name));
-            assert_ne!(field(most).as_deref(), Some(name));
-        }
-    }
-
-    #[test]
-    fn what_is_missing_is_named() {
-        let (module, sha256) = (
-            Bytes::from_static(b"code"),
-            "5694d08a2e53ffcae0c3103e5ad6f6076abd960eb1f8a56577040bc1028f702b".to_owned(),
-        );
-        let names = [
-            "image_size",
-            "embedding_dim",
-            "text_length",
-            "vocab_size",
-            "image_flops",
-            "text_flops",
-        ];
-        for name in names {
-            let mut json: Value = serde_json::from_str(JSON).unwrap();
-            json.as_object_mut().unwrap().remove(name);
-            let json = json.to_string();
-            let error = config(
-                json.as_bytes(),
-                module.clone(),
-                std::slice::from_ref(&sha256),
-            )
-            .unwrap_err();
-            assert_eq!(error.value("field"), Some(name));
-        }
-    }
-}
+mod tests;

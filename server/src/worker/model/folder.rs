@@ -2,7 +2,9 @@
 use super::{
     clip_vocabulary,
     config::{Family, ModelConfig},
-    exported, open_clip_config, other_forms,
+    exported,
+    losses::Input,
+    open_clip_config, other_forms,
     positions::Resizes,
     snapshot::{Refusal, Snapshot},
 };
@@ -79,15 +81,23 @@ impl ModelFolder {
             Form::Exported => module(location, &config_json, modules).await,
         };
         let mut config = config.map_err(|e| e.with("uri", location.uri()))?;
+        let losses = config.losses();
         let preprocessor = async {
             match form {
                 Form::OpenClip => Ok(config_json.clone()),
+                _ if losses.is_some_and(|form| form.input == Input::Text) => Ok(Bytes::new()),
                 _ => preprocessor_config(location).await,
+            }
+        };
+        let tokenizer = async {
+            match losses {
+                Some(form) if !form.has_text() => Ok(Bytes::new()),
+                _ => tokenizer(location, config.family).await,
             }
         };
         let (preprocessor_json, tokenizer_json, tokenizer_config_json) = tokio::try_join!(
             preprocessor,
-            tokenizer(location, config.family),
+            tokenizer,
             find(location, TOKENIZER_CONFIG, JSON_BYTES_MAX)
         )?;
         let resize_json = find(location, Resizes::FILE, JSON_BYTES_MAX).await?;
@@ -204,6 +214,10 @@ impl ModelFolder {
                 tokenizer,
             ],
         };
+        if self.config.losses().is_some() {
+            // What a module without texts or images does not read.
+            files.retain(|(_, file)| !file.is_empty());
+        }
         let module = self.config.exported.iter();
         files.extend(module.map(|of| (exported::MODULE, &of.bytes)));
         files.extend(self.resize_json.iter().map(|file| (Resizes::FILE, file)));

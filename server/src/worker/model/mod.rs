@@ -12,6 +12,7 @@ pub mod flops;
 pub mod folder;
 pub mod init;
 pub mod layers;
+pub mod losses;
 pub mod naming;
 mod normalisation;
 pub mod open_clip;

@@ -2,12 +2,14 @@
 
 `SelectedBatches` replaces a data set and its `DataLoader`, `ImageText` decodes and
 tokenizes for it, `by_fidelity` and `two_fidelities` train a batch at two fidelities,
-`export_module` writes a folder of any dual encoder, `sigmoid_loss` and `softmax_loss` span all
+`export_module` writes a folder of any dual encoder, `export_losses` one of a model that gives a
+loss an example, `sigmoid_loss` and `softmax_loss` span all
 ranks (and `gather` lets one of your own do so), `Pushes` and `state_dict` hand weights back.
 `superbatch.torch.transformers` and `superbatch.torch.lightning` hold callbacks for those trainers.
 """
 
 from .exported import export_module
+from .exported_losses import export_losses
 from .fidelities import (
     TwoFidelities,
     TwoResolutions,
@@ -30,6 +32,7 @@ __all__ = [
     "TwoFidelities",
     "TwoResolutions",
     "by_fidelity",
+    "export_losses",
     "export_module",
     "gather",
     "incarnation",

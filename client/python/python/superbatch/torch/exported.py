@@ -60,7 +60,6 @@ def export_module(
             own, {"encode_image": (pixels,), "encode_text": (ids,)}, check_trace=False
         )
         width = tried(own, traced, example(TRIED, image_size, text_length, vocab_size))
-    torch.jit.save(traced, str(folder / "module.pt"))
     about = {
         "image_size": image_size,
         "embedding_dim": width,
@@ -70,10 +69,14 @@ def export_module(
         "image_flops": flops(own.encode_image, pixels[:1]),
         "text_flops": flops(own.encode_text, ids[:1]),
     }
+    write_preprocessor(folder, image_size, mean, std, resample)
+    return write_module(folder, traced, about, weights)
+
+
+def write_module(folder: Path, traced: Any, about: dict[str, Any], weights: bool) -> str:
+    """Writes the module, what is said of it and its weights, and gives the module's SHA-256."""
+    torch.jit.save(traced, str(folder / "module.pt"))
     (folder / "module.json").write_text(json.dumps(about, indent=2))
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(preprocessor(image_size, mean, std, resample), indent=2)
-    )
     if weights:
         from safetensors.torch import save_file
 
@@ -135,8 +138,8 @@ def flops(call: Any, row: torch.Tensor) -> float:
     return float(max(1, counter.get_total_flops()))
 
 
-def preprocessor(side: int, mean: Any, std: Any, resample: int) -> dict[str, Any]:
-    return {
+def write_preprocessor(folder: Path, side: int, mean: Any, std: Any, resample: int) -> None:
+    how = {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -148,6 +151,7 @@ def preprocessor(side: int, mean: Any, std: Any, resample: int) -> dict[str, Any
         "image_mean": list(mean),
         "image_std": list(std),
     }
+    (folder / "preprocessor_config.json").write_text(json.dumps(how, indent=2))
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> int:

@@ -76,9 +76,16 @@ impl Wanted {
         let fields = self.schema.fields().iter().skip(2).zip(&self.columns);
         let texts = fields.filter(|(field, _)| *field.data_type() == DataType::Utf8);
         let texts = texts.map(|(_, column)| column.as_str());
-        let mut texts: Vec<&str> = texts.chain([self.layout.caption_column.as_str()]).collect();
-        if self.layout.image_root.is_some() {
-            texts.push(&self.layout.image_column);
+        let is = |name: &str, of: fn(&DataType) -> bool| {
+            let field = footer.schema().field_with_name(name);
+            field.is_ok_and(|field| of(field.data_type()))
+        };
+        let (image, caption) = (&self.layout.image_column, &self.layout.caption_column);
+        // Targets may be integers.
+        let caption = (!is(caption, DataType::is_integer)).then_some(caption.as_str());
+        let mut texts: Vec<&str> = texts.chain(caption).collect();
+        if self.layout.image_root.is_some() || is(image, is_text) {
+            texts.push(image);
         }
         let as_bytes = captions::as_bytes(footer, &texts)?;
         let batch = self.read(bytes, as_bytes, mask, part);
@@ -146,6 +153,10 @@ impl Wanted {
             (image, paths) = (bytes, Some(found));
         } else if layout.image_in_struct {
             image = field_of(&image, "bytes")?;
+        } else if is_text(image.data_type()) {
+            // Texts in the place of images. Arrow casts views and categories to bytes only by way
+            // of texts.
+            image = cast(&image, &DataType::Utf8)?;
         }
         let lists = batch.column_by_name(TarBlock::CAPTIONS).cloned();
         let mut caption = lists.map_or_else(|| column(&layout.caption_column), Ok)?;
@@ -174,6 +185,13 @@ impl Wanted {
         let options = RecordBatchOptions::new().with_row_count(Some(self.block.rows as usize));
         let batch = RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)?;
         Ok((batch, paths))
+    }
+}
+
+fn is_text(kind: &DataType) -> bool {
+    match kind {
+        DataType::Dictionary(_, values) => is_text(values),
+        kind => kind.is_string() || *kind == DataType::Null,
     }
 }
 

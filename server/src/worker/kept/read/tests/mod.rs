@@ -26,6 +26,7 @@ use superbatch_proto::v1::{BadRowReason, Reason};
 mod beside;
 mod several;
 mod tar;
+mod targets;
 
 /// Counts the gets, and their bytes, of the store it wraps.
 #[derive(Debug)]

@@ -1,0 +1,126 @@
+//! The loss per example, which has no pairs: refuses what such a loss cannot do.
+use super::{impossible, tuning};
+use crate::{error::Result, selection};
+use superbatch_kernels as kernels;
+use superbatch_proto::{
+    reflect::Word,
+    v1::{EmbeddingDtype, Fidelity, Loss, Phase, Policy, RunSpec, Source},
+};
+
+/// Returns the default dtype of embeddings. A loss is one: rounded to f16, it would have three
+/// digits, and a difference of two losses fewer.
+pub(super) fn embedding_dtype(loss: Loss) -> EmbeddingDtype {
+    match loss {
+        Loss::PerExample => EmbeddingDtype::F32,
+        _ => EmbeddingDtype::F16,
+    }
+}
+
+/// Refuses a spec that asks of a loss per example what needs pairs or embeddings, and one that
+/// names targets for another loss.
+pub(super) fn check(spec: &RunSpec) -> Result<()> {
+    for (i, source) in spec.sources.iter().enumerate() {
+        targets(&format!("sources[{i}]"), source, spec.loss())?;
+    }
+    if spec.loss() != Loss::PerExample {
+        return Ok(());
+    }
+    if spec.embedding_dtype() != EmbeddingDtype::F32 {
+        let message = "losses are not rounded under the loss per_example; leave embedding_dtype \
+                       out, or make it f32";
+        return Err(impossible("embedding_dtype", message));
+    }
+    for (i, phase) in spec.phases.iter().enumerate() {
+        let at = format!("phases[{i}]");
+        drawn(&at, spec, phase)?;
+        fidelity(&at, phase)?;
+    }
+    Ok(())
+}
+
+/// Refuses a draw by what a loss per example does not have. `at` is the path of the phase.
+pub(super) fn drawn(at: &str, spec: &RunSpec, phase: &Phase) -> Result<()> {
+    if spec.loss() != Loss::PerExample {
+        return Ok(());
+    }
+    let (policy, word) = (phase.policy(), phase.policy().word());
+    if selection::policy(policy).is_some_and(kernels::Policy::is_conditional) {
+        let message = format!(
+            "the loss per_example has no pairs, so that {word} has nothing joint to draw by \
+             (without pairs it is independent at a lower temperature); use independent, top_k, \
+             rank, proportional or uniform"
+        );
+        return Err(impossible(&format!("{at}.policy"), message));
+    }
+    if policy == Policy::KCenter {
+        let message = "k_center spreads embeddings out, and models of the loss per_example give \
+                       none; use independent, top_k, rank, proportional or uniform";
+        return Err(impossible(&format!("{at}.policy"), message));
+    }
+    if tuning::leaves_out(phase.tuning.as_ref()) {
+        let message = "clip_score_at_least, neg_clip_loss_keep and duplicates_above compare \
+                       embeddings, and models of the loss per_example give none; leave them out \
+                       (score_columns can leave candidates out)";
+        return Err(impossible(&format!("{at}.tuning"), message));
+    }
+    Ok(())
+}
+
+fn fidelity(at: &str, phase: &Phase) -> Result<()> {
+    let asked = [
+        ("fidelity", phase.fidelity() == Fidelity::Approximate),
+        ("multi_resolution", phase.multi_resolution.is_some()),
+        ("probe", phase.probe.is_some()),
+        ("approximation", phase.approximation.is_some()),
+    ];
+    let Some((field, _)) = asked.into_iter().find(|(_, is_asked)| *is_asked) else {
+        return Ok(());
+    };
+    let message = "models of the loss per_example are exported modules, which are run at full \
+                   fidelity only; leave it out";
+    Err(impossible(&format!("{at}.{field}"), message))
+}
+
+fn targets(at: &str, source: &Source, loss: Loss) -> Result<()> {
+    let field = |name: &str| format!("{at}.{name}");
+    let (target, text) = (&source.target_column, &source.text_column);
+    if loss != Loss::PerExample {
+        let named = [("target_column", target), ("text_column", text)];
+        let Some((name, _)) = named.into_iter().find(|(_, column)| !column.is_empty()) else {
+            return Ok(());
+        };
+        let message = "only models of the loss per_example read it; set loss to per_example, or \
+                       name the texts with caption_column";
+        return Err(impossible(&field(name), message));
+    }
+    if target.is_empty() {
+        let message = "the loss per_example is that of an example and its target; name the column \
+                       of the targets: integers (classes) or texts";
+        return Err(impossible(&field("target_column"), message));
+    }
+    if !source.caption_column.is_empty() || source.caption_seed.is_some() {
+        let message = "the loss per_example reads target_column in the place of captions; leave \
+                       caption_column and caption_seed out";
+        return Err(impossible(&field("caption_column"), message));
+    }
+    if text.is_empty() {
+        return same(&field("target_column"), target, &source.image_column);
+    }
+    if !source.image_column.is_empty() || !source.image_root.is_empty() {
+        let message = "a source has images or texts; leave image_column and image_root out, or \
+                       text_column";
+        return Err(impossible(&field("text_column"), message));
+    }
+    Ok(())
+}
+
+fn same(field: &str, target: &str, image: &str) -> Result<()> {
+    if target != image {
+        return Ok(());
+    }
+    let message = format!("'{target}' cannot be both image and target");
+    Err(impossible(field, message))
+}
+
+#[cfg(test)]
+mod tests;
