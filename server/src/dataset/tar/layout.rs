@@ -11,7 +11,7 @@ use crate::{
         layout::{mismatch, not_found},
         manifest::{Format, Layout},
     },
-    error::Result,
+    error::{Error, Result},
 };
 use arrow::datatypes::DataType;
 use serde_json::Value;
