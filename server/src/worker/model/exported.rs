@@ -189,7 +189,7 @@ fn looked_at(
     if let Some(form) = losses {
         let called = pixels.and_then(|pixels| form.call(&module, &pixels, &ids?));
         let what = format!("cannot be called by {METHOD}");
-        called.map_err(|e| invalid(what).because(e))?;
+        drop(called.map_err(|e| invalid(what).because(e))?);
         return all_parameters(&module).map_err(unreadable);
     }
     let rows = [("encode_image", pixels), ("encode_text", ids)];
