@@ -3,6 +3,7 @@ mod budget;
 mod connect;
 mod copy;
 mod deadline;
+mod disk;
 mod facts;
 mod guard;
 mod hub;
