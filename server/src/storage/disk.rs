@@ -141,7 +141,7 @@ fn create(path: &FilePath, payload: &PutPayload) -> Result<()> {
 }
 
 /// Returns the error for a file that could not be written.
-pub(super) fn at(path: &FilePath, cause: io::Error) -> Error {
+fn at(path: &FilePath, cause: io::Error) -> Error {
     let text = format!("cannot write {}: {cause}", path.display());
     Error::Generic {
         store: "local disk",
