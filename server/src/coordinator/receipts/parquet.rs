@@ -181,8 +181,8 @@ fn to_parquet(rows: &RecordBatch, rest: Receipt) -> Result<Vec<u8>, ParquetError
     writer.into_inner()
 }
 
-/// Returns how a receipt's file is written. A trainer waits for it, so it takes no work that readers
-/// have nothing of.
+/// Returns how a receipt's file is written. A trainer waits for it, so it takes no work of which
+/// readers have nothing.
 fn properties(metadata: Vec<KeyValue>) -> WriterProperties {
     let alike = ["source", "shard", "chunk", "weight", "fidelity"];
     let begun = WriterProperties::builder()
