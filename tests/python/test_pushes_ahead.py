@@ -15,7 +15,7 @@ from test_disk import FULL, disk
 from examples.demo import tiny
 from examples.demo.model import write_folder
 
-#: About 13 MB: smaller pushes are not written ahead.
+#: About 16 MB: smaller pushes are not written ahead.
 SHAPE = {
     **tiny.SHAPE,
     "width": 256,
