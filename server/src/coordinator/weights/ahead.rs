@@ -170,7 +170,8 @@ impl Staged {
         };
         let have: u64 = parts.values().map(Part::elements).sum();
         let is_whole = have == shape.iter().product::<u64>() && parts.values().all(Part::is_here);
-        let place = ahead.layout.places.get(name).filter(|_| is_whole);
+        let place = ahead.layout.places.get(name).copied();
+        let place = place.filter(|_| is_whole);
         if let Some(place) = place
             && ahead.whole.insert(name.to_owned())
         {
@@ -179,7 +180,7 @@ impl Staged {
                 parts: parts.values().cloned().collect(),
             };
             // If the task has ended, the push is written once it is whole.
-            drop(ahead.tensors.send((*place, tensor)));
+            drop(ahead.tensors.send((place, tensor)));
         }
     }
 
