@@ -1,5 +1,5 @@
 //! Builds a store's client from a URI and options.
-use super::{StorageConfig, guard::Guarded, hub, retried::LoggingConnector, uri::Kind};
+use super::{StorageConfig, disk::Disk, guard::Guarded, hub, retried::LoggingConnector, uri::Kind};
 use crate::error::{Error, Result};
 use object_store::{
     ClientConfigKey, ObjectStore, ObjectStoreScheme,
@@ -7,7 +7,6 @@ use object_store::{
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::GoogleCloudStorageBuilder,
     http::HttpBuilder,
-    local::LocalFileSystem,
     memory::InMemory,
 };
 use std::sync::Arc;
@@ -53,10 +52,7 @@ pub(super) fn connect(
     };
     let unusable = |e: object_store::Error| unusable(url).because(e);
     Ok(match scheme {
-        // A receipt counts as committed once `put` returns, and its batch is then sent. Without
-        // fsync a power cut could lose the receipt of a batch that a trainer has already trained
-        // on.
-        S::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
+        S::Local => Arc::new(Disk::new()),
         S::Memory => Arc::new(InMemory::new()),
         S::AmazonS3 => {
             let builder = configured!(

@@ -3,6 +3,8 @@ mod budget;
 mod connect;
 mod copy;
 mod deadline;
+mod disk;
+mod draft;
 mod facts;
 mod guard;
 mod hub;
@@ -24,6 +26,7 @@ use crate::{
     error::{Error, Result},
 };
 pub use budget::Budget;
+pub use draft::Draft;
 pub use facts::Created;
 pub use facts::is_deleted;
 pub use facts::is_passing;

@@ -4,7 +4,10 @@ use safetensors::{
     Dtype,
     tensor::{Metadata, TensorInfo},
 };
-use std::collections::{HashMap, HashSet};
+use std::{
+    cmp::Ordering,
+    collections::{HashMap, HashSet},
+};
 use superbatch_proto::v1::{PartHeader, TensorDtype};
 
 /// Returns BLAKE3, in hex, of the safetensors file that the service makes of whole tensors. `None`
@@ -22,13 +25,20 @@ pub(crate) fn digest(parts: &[(PartHeader, Bytes)]) -> Option<String> {
     Some(hasher.finalize().to_hex().to_string())
 }
 
-/// Sorts tensors in the order of safetensors: by falling alignment of the dtype, then by name.
+/// Compares parts by the order of safetensors: by falling alignment of the dtype, then by name; and
+/// those of one tensor by where they begin.
+pub(crate) fn in_file(a: &PartHeader, b: &PartHeader) -> Ordering {
+    let tensors = dtype(b).cmp(&dtype(a)).then_with(|| a.name.cmp(&b.name));
+    tensors.then_with(|| a.start.cmp(&b.start))
+}
+
+/// Returns whole tensors in the order of safetensors.
 fn in_order(parts: &[(PartHeader, Bytes)]) -> Option<Vec<&(PartHeader, Bytes)>> {
     let is_whole = |(header, _): &&(PartHeader, Bytes)| {
         dtype(header).is_some() && header.extent == header.global_shape
     };
     let mut tensors: Vec<_> = parts.iter().filter(is_whole).collect();
-    tensors.sort_by(|(a, _), (b, _)| dtype(b).cmp(&dtype(a)).then_with(|| a.name.cmp(&b.name)));
+    tensors.sort_by(|(a, _), (b, _)| in_file(a, b));
     let names: HashSet<_> = tensors.iter().map(|(header, _)| &header.name).collect();
     (names.len() == parts.len()).then_some(tensors)
 }

@@ -90,10 +90,14 @@ pub(crate) async fn push(run: &Run, push: Push, announced: Announced) -> Result<
     let compared = repeated && brings_all;
     let parts = push.parts;
     let hashed = tokio::task::spawn_blocking(move || {
-        parts
-            .into_iter()
+        let parts = parts.into_iter();
+        let mut parts: Vec<_> = parts
             .map(|part| (part.header(), part.data().clone()))
-            .collect::<Vec<_>>()
+            .collect();
+        // The service hashes the file that it makes of them while they arrive, so they come in the
+        // file's order.
+        parts.sort_by(|(a, _), (b, _)| digest::in_file(a, b));
+        parts
     });
     let parts = hashed.await.map_err(|_| Error::Stopped)?;
     let mut tried = 0;

@@ -427,10 +427,11 @@ async fn weights_are_cut_into_parts_with_checksums() -> TestResult {
         .collect();
     let [
         Message::Start(start),
-        Message::Part(part),
-        pieces @ ..,
+        // As in the file: wider numbers come first.
         Message::Part(_),
         Message::Data(scale),
+        Message::Part(part),
+        pieces @ ..,
     ] = &messages[..]
     else {
         return Err(format!("{} messages", messages.len()).into());

@@ -27,11 +27,12 @@ use parquet::{
     errors::ParquetError,
     file::{
         metadata::{KeyValue, ParquetMetaData, ParquetMetaDataReader},
-        properties::WriterProperties,
+        properties::{EnabledStatistics, WriterProperties},
     },
+    schema::types::ColumnPath,
 };
 use prost::Message;
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Policy, Receipt, ReceiptSummary};
 
 const COLUMN_VALUES: &str = "column_values";
@@ -87,9 +88,40 @@ pub fn draws_by_scores(policy: Policy, mode: Mode) -> bool {
 
 /// Writes a receipt as Parquet.
 pub fn encode(receipt: &Receipt) -> Result<Bytes> {
-    to_parquet(receipt)
-        .map(Bytes::from)
-        .map_err(|e| Error::internal("cannot encode a receipt").because(e))
+    Gathered::of(receipt)?.encode()
+}
+
+/// A receipt whose rows are gathered as columns. They take a small part of the time of a copy of
+/// the rows, which another thread would need in order to encode them.
+pub struct Gathered {
+    rows: RecordBatch,
+    /// All of the receipt but its chosen rows.
+    rest: Receipt,
+}
+
+impl Gathered {
+    pub fn of(receipt: &Receipt) -> Result<Self> {
+        let rows = RecordBatch::try_new(Arc::new(schema()), columns(&receipt.chosen));
+        Ok(Self {
+            rows: rows.map_err(|e| unencodable(e.into()))?,
+            rest: Receipt {
+                summary: receipt.summary.clone(),
+                chosen: Vec::new(),
+                bad_rows: receipt.bad_rows.clone(),
+                passed_over: receipt.passed_over.clone(),
+            },
+        })
+    }
+
+    /// Writes it as Parquet, which takes milliseconds.
+    pub fn encode(self) -> Result<Bytes> {
+        let encoded = to_parquet(&self.rows, self.rest);
+        encoded.map(Bytes::from).map_err(unencodable)
+    }
+}
+
+fn unencodable(cause: ParquetError) -> Error {
+    Error::internal("cannot encode a receipt").because(cause)
 }
 
 /// Reads a receipt that [`encode`] wrote.
@@ -109,49 +141,66 @@ fn fidelity_of(name: &str) -> Option<i32> {
     known.map(i32::from).or_else(|| name.parse().ok())
 }
 
-fn to_parquet(receipt: &Receipt) -> Result<Vec<u8>, ParquetError> {
+fn to_parquet(rows: &RecordBatch, rest: Receipt) -> Result<Vec<u8>, ParquetError> {
     let Receipt {
         summary,
-        chosen,
         bad_rows,
         passed_over,
-    } = receipt;
+        ..
+    } = rest;
+    let mut metadata = vec![KeyValue::new(
+        BAD_ROWS.into(),
+        json::bad_rows(&bad_rows).to_string(),
+    )];
     let bad_only = Receipt {
-        bad_rows: bad_rows.clone(),
+        bad_rows,
         ..Default::default()
     };
-    let mut metadata = vec![
-        KeyValue::new(BAD_ROWS.into(), json::bad_rows(bad_rows).to_string()),
-        KeyValue::new(
-            BAD_ROWS_PROTOBUF.into(),
-            hex::encode(bad_only.encode_to_vec()),
-        ),
-    ];
+    metadata.push(KeyValue::new(
+        BAD_ROWS_PROTOBUF.into(),
+        hex::encode(bad_only.encode_to_vec()),
+    ));
     if !passed_over.is_empty() {
         metadata.push(KeyValue::new(
             PASSED_OVER.into(),
-            passed::encode(passed_over),
+            passed::encode(&passed_over),
         ));
     }
     if let Some(summary) = summary {
         metadata.push(KeyValue::new(
             SUMMARY.into(),
-            json::summary(summary).to_string(),
+            json::summary(&summary).to_string(),
         ));
         metadata.push(KeyValue::new(
             SUMMARY_PROTOBUF.into(),
             hex::encode(summary.encode_to_vec()),
         ));
     }
-    let properties = WriterProperties::builder()
+    let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties(metadata)))?;
+    writer.write(rows)?;
+    writer.into_inner()
+}
+
+/// Returns how a receipt's file is written. A trainer waits for it, so it takes no work of which
+/// readers have nothing.
+fn properties(metadata: Vec<KeyValue>) -> WriterProperties {
+    let alike = ["source", "shard", "chunk", "weight", "fidelity"];
+    let begun = WriterProperties::builder()
         .set_created_by(concat!("superbatch ", env!("CARGO_PKG_VERSION")).into())
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        .set_key_value_metadata(Some(metadata))
-        .build();
-    let schema = Arc::new(schema());
-    let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties))?;
-    writer.write(&RecordBatch::try_new(schema, columns(chosen))?)?;
-    writer.into_inner()
+        // Hashes are as good as random.
+        .set_column_compression(ColumnPath::from("content_hash"), Compression::UNCOMPRESSED)
+        // Readers take all rows, so there is nothing to search for.
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        // In most columns no two rows are alike: a dictionary would hold all values once more, and
+        // looking each of them up is most of the work.
+        .set_dictionary_enabled(false)
+        .set_key_value_metadata(Some(metadata));
+    let all = alike.into_iter().fold(begun, |properties, column| {
+        properties.set_column_dictionary_enabled(ColumnPath::from(column), true)
+    });
+    all.build()
 }
 
 fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
@@ -167,6 +216,11 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
     let maybe = |of: fn(&ChosenRow) -> Option<f64>| {
         Arc::new(Float64Array::from_iter(chosen.iter().map(of))) as ArrayRef
     };
+    let mut fidelities = BTreeMap::new();
+    for row in chosen {
+        let name = || fidelity_name(row.fidelity);
+        fidelities.entry(row.fidelity).or_insert_with(name);
+    }
     vec![
         Arc::new(StringArray::from_iter_values(
             chosen.iter().map(|row| &row.id),
@@ -179,7 +233,7 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
         f64s(|row| row.score),
         f64s(|row| row.weight),
         Arc::new(StringArray::from_iter_values(
-            chosen.iter().map(|row| fidelity_name(row.fidelity)),
+            chosen.iter().map(|row| &fidelities[&row.fidelity]),
         )),
         Arc::new(BinaryArray::from_iter_values(
             chosen.iter().map(|row| &row.content_hash),

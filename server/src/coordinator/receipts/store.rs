@@ -6,7 +6,8 @@ use super::{
     accounts::largest,
     before::Before,
     packs::{Pack, Packs},
-    parquet, summaries,
+    parquet::{self, Gathered},
+    summaries,
 };
 use crate::{
     blocking::blocking,
@@ -108,7 +109,8 @@ impl Receipts {
             ));
         };
         let key = key(summary.step, summary.generation);
-        let bytes = encoded(receipt.clone()).await?;
+        let gathered = Gathered::of(receipt)?;
+        let bytes = blocking("writing a receipt", move || gathered.encode()).await?;
         match self.run.create_once(&key, bytes, budget).await? {
             Created::Ours => Ok(Committed::Ours),
             Created::Theirs(bytes) => {
@@ -317,10 +319,6 @@ fn last(mut listed: Vec<(u64, u32)>, max_ahead: usize) -> Vec<(u64, u32)> {
 }
 
 /// Parquet of a hundred thousand rows takes long enough to hold up every call of the process.
-async fn encoded(receipt: Receipt) -> Result<Bytes> {
-    blocking("writing a receipt", move || parquet::encode(&receipt)).await
-}
-
 async fn decoded(bytes: Bytes) -> Result<Receipt> {
     blocking("reading a receipt", move || parquet::decode(bytes)).await
 }

@@ -50,10 +50,11 @@ impl Weights {
         }
         let stream = staging.next_stream;
         staging.next_stream += 1;
+        let begin = || Push::new(start, known, shape, self.0.spec.push_bytes_max);
         let push = staging
             .pushes
             .entry(at)
-            .or_insert_with(|| Push::new(start, known, shape, self.0.spec.push_bytes_max));
+            .or_insert_with(|| self.0.begin_ahead(begin()));
         if let Err(late) = push.check_late(start) {
             return Ok(Joined::Late(late));
         }

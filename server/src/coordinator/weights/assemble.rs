@@ -1,6 +1,8 @@
 //! Joins a push's parts to one snapshot: a safetensors file whose bytes depend on the weights only,
 //! and not on how ranks cut them. So equal weights have equal digests.
 use super::{
+    ModelShape,
+    ahead::Known,
     part::Part,
     staging::{Staged, refused},
 };
@@ -13,8 +15,20 @@ use safetensors::{Dtype, SafeTensorError, View, tensor::Metadata};
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    sync::Arc,
 };
 use superbatch_proto::v1::Reason;
+
+impl Staged {
+    /// Returns the learner's tensors and the parts of each.
+    fn into_parts(self) -> (Arc<ModelShape>, BTreeMap<String, Vec<Part>>) {
+        let parts = self
+            .tensors
+            .into_iter()
+            .map(|(name, parts)| (name, parts.into_values().collect()));
+        (self.shape, parts.collect())
+    }
+}
 
 /// Joins the parts by tensor. Whole tensors are not copied. It reads all weights, so it must run
 /// off the async threads.
@@ -23,6 +37,12 @@ use superbatch_proto::v1::Reason;
 /// `WeightsRefused`, naming the first tensor (by name) that is not covered or holds NaN or
 /// infinity.
 pub(crate) fn assemble(staged: Staged) -> Result<Pushed> {
+    join(staged, None)
+}
+
+/// As [`assemble`], without looking at the values once more if they are known.
+pub(super) fn join(staged: Staged, known: Option<Known>) -> Result<Pushed> {
+    let known = known.filter(|known| known.is_of(&staged.dtypes()));
     let (shape, mut parts) = staged.into_parts();
     let (mut tensors, optional) = (BTreeMap::new(), &shape.optional);
     for (name, shape) in &shape.tensors {
@@ -42,15 +62,18 @@ pub(crate) fn assemble(staged: Staged) -> Result<Pushed> {
                 format!("{name} is not whole: {have} of {all} elements were pushed"),
             ));
         }
-        if let Some(value) = parts.iter().find_map(not_finite) {
+        let shape: Result<Vec<usize>, _> = shape.iter().map(|&n| usize::try_from(n)).collect();
+        let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
+        let tensor = Tensor { shape, parts };
+        if known.is_none()
+            && let Some(value) = tensor.not_finite()
+        {
             return Err(refused(
                 name,
                 format!("{name} holds {value}; the weights diverged or were overwritten"),
             ));
         }
-        let shape: Result<Vec<usize>, _> = shape.iter().map(|&n| usize::try_from(n)).collect();
-        let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
-        tensors.insert(name.as_str(), Tensor { shape, parts });
+        tensors.insert(name.as_str(), tensor);
     }
     let mut pushed = file(tensors).map_err(|e| {
         Error::new(
@@ -59,12 +82,17 @@ pub(crate) fn assemble(staged: Staged) -> Result<Pushed> {
         )
         .because(e)
     })?;
+    pushed.digest = known.map_or_else(|| digest(&pushed), |known| known.digest);
+    Ok(pushed)
+}
+
+/// Returns the BLAKE3 of the file, in hex.
+fn digest(pushed: &Pushed) -> String {
     let mut hasher = blake3::Hasher::new();
     for piece in pushed.pieces() {
         hasher.update(&piece);
     }
-    pushed.digest = hasher.finalize().to_hex().to_string();
-    Ok(pushed)
+    hasher.finalize().to_hex().to_string()
 }
 
 /// Returns the file's header, then the tensors in the header's order, and no digest yet. The pieces
@@ -88,7 +116,7 @@ fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Pushed, SafeTensorError> 
             name,
             dtype: tensor.dtype(),
             shape: tensor.shape.clone(),
-            bytes: tensor.into_data(),
+            bytes: tensor.data(),
         })
     });
     Ok(Pushed {
@@ -98,10 +126,11 @@ fn file(mut tensors: BTreeMap<&str, Tensor>) -> Result<Pushed, SafeTensorError> 
     })
 }
 
-struct Tensor {
-    shape: Vec<usize>,
+#[derive(Debug, Clone)]
+pub(super) struct Tensor {
+    pub shape: Vec<usize>,
     /// At least one part.
-    parts: Vec<Part>,
+    pub parts: Vec<Part>,
 }
 
 /// A tensor as the header describes it, without its data.
@@ -134,16 +163,21 @@ impl Tensor {
         self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
     }
 
-    /// Joins its parts.
-    fn into_data(mut self) -> Bytes {
-        if self.parts.len() == 1 {
-            return self.parts.remove(0).bytes.into();
+    /// Returns its bytes: those of its only part, or of all parts joined.
+    pub(super) fn data(&self) -> Bytes {
+        if let [part] = &self.parts[..] {
+            return part.bytes.clone();
         }
         let mut out = vec![0; self.bytes()];
         for part in &self.parts {
             place(&mut out, &self.shape, part);
         }
         out.into()
+    }
+
+    /// Returns the first value that is not finite.
+    pub(super) fn not_finite(&self) -> Option<f32> {
+        self.parts.iter().find_map(not_finite)
     }
 }
 
@@ -207,7 +241,7 @@ mod tests {
             dtype,
             start: start.to_vec(),
             extent: extent.to_vec(),
-            bytes,
+            bytes: bytes.into(),
         }
     }
 
@@ -236,7 +270,7 @@ mod tests {
                 shape: shape.to_vec(),
                 parts: parts.into(),
             };
-            assert_eq!(tensor.into_data(), whole, "axis {axis}, cut at {cut}");
+            assert_eq!(tensor.data(), whole, "axis {axis}, cut at {cut}");
         }
     }
 

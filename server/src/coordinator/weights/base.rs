@@ -68,7 +68,7 @@ impl Inner {
                 dtype: tensor.dtype,
                 start: vec![0; tensor.shape.len()],
                 extent: tensor.shape.clone(),
-                bytes: file.read(tensor).await?,
+                bytes: file.read(tensor).await?.into(),
             };
             staged.add_of_base(&tensor.name, part);
         }

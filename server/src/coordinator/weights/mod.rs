@@ -5,8 +5,10 @@
 //! at `snapshots/{blake3}.{nonce}.safetensors`, loaded by a worker ([`Verifier`]; that of the same
 //! process takes it from memory while it is uploaded), and published by creating the fact
 //! `pushes/{generation}/{step}.json`. Until that fact exists the push is invisible, and the old
-//! version stays in use. A crash at any point before leaves only a file that no version names.
+//! version stays in use. A crash at any point before leaves only a file that no version names. On a
+//! local disk the file is written while its parts arrive ([`ahead`]), without a name.
 mod admission;
+mod ahead;
 mod announced;
 pub(crate) mod assemble;
 mod base;
@@ -137,6 +139,8 @@ pub struct Inner {
     book: watch::Sender<Book>,
     staging: Mutex<streams::Staging>,
     traffic: watch::Sender<Traffic>,
+    /// What the next push is expected to be like: the last one.
+    layout: Mutex<Option<Arc<ahead::Layout>>>,
     /// Keys of snapshots that are retired and not deleted yet: deleting may fail, and it ends when
     /// the call that does it is dropped.
     retired: watch::Sender<BTreeSet<String>>,
@@ -171,6 +175,7 @@ impl Weights {
             book: watch::Sender::new(book),
             staging: Mutex::default(),
             traffic: watch::Sender::default(),
+            layout: Mutex::default(),
             retired: watch::Sender::default(),
             verifying: tokio::sync::Mutex::default(),
             publishing: tokio::sync::Mutex::default(),
@@ -181,6 +186,7 @@ impl Weights {
         if let Err(error) = weights.delete(&orphans).await {
             tracing::debug!(error = error.chain(), "unused snapshots stay for now");
         }
+        weights.0.run.sweep_drafts(snapshots::SNAPSHOTS).await;
         Ok(weights)
     }
 

@@ -1,20 +1,26 @@
 //! One part of a push: a block of a tensor.
+use bytes::Bytes;
 use safetensors::Dtype;
 
 /// A block of one tensor: elements start .. start + extent in each dimension, C order, little
 /// endian.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Part {
     pub dtype: Dtype,
     pub start: Vec<u64>,
     pub extent: Vec<u64>,
     /// Empty until it has arrived.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 impl Part {
     pub fn elements(&self) -> u64 {
         self.extent.iter().product()
+    }
+
+    /// Returns whether its bytes have arrived.
+    pub fn is_here(&self) -> bool {
+        self.bytes.len() as u64 * 8 == self.elements() * self.dtype.bitsize() as u64
     }
 
     /// Returns whether both contain a common element.

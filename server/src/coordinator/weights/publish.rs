@@ -1,13 +1,13 @@
 //! Publishes staged parts as a version.
 use super::{
-    Inner, ModelShape, Published, assemble::assemble, book::Snapshot, gauge_newest, history,
-    snapshots, staging::Staged,
+    Inner, ModelShape, Published, ahead::Layout, assemble::join, book::Snapshot, gauge_newest,
+    history, snapshots, staging::Staged,
 };
 use crate::{
     error::{Error, Result},
     metrics,
     pushed::Pushed,
-    storage::{Created, Location, nonce},
+    storage::{Created, Draft, Location, nonce},
 };
 use futures::FutureExt;
 use object_store::PutPayload;
@@ -130,12 +130,20 @@ impl Inner {
         if let Some(base) = base {
             self.fill(&mut staged, base).await?;
         }
-        let joined = tokio::task::spawn_blocking(move || assemble(staged)).await;
+        let written = match staged.ahead.take() {
+            Some(ahead) => ahead.finish().await,
+            None => None,
+        };
+        let known = written.as_ref().map(|written| written.known.clone());
+        let joined = tokio::task::spawn_blocking(move || join(staged, known)).await;
         let pushed =
             joined.map_err(|e| Error::internal("joining the weights failed").because(e))??;
-        let digest = pushed.digest.clone();
+        let (layout, digest) = (Layout::of(&pushed), pushed.digest.clone());
+        let written = written.filter(|written| written.known.digest == digest);
+        let draft = written.map(|written| written.draft);
         let key = snapshots::new_key(&digest);
-        let shape = self.verified(&key, pushed).await?;
+        let shape = self.verified(&key, pushed, draft).await?;
+        self.expect(layout);
         // Held only while the fact is created: two pushes must not take the same version number,
         // and numbers must rise in the order of the facts. The upload and the check are done by
         // now, so a commit that looks for weights to delete never waits for them.
@@ -155,7 +163,12 @@ impl Inner {
     }
 
     /// Uploads the weights and has a worker check them. Both are done when it returns.
-    async fn verified(&self, key: &str, pushed: Pushed) -> Result<ModelShape> {
+    async fn verified(
+        &self,
+        key: &str,
+        pushed: Pushed,
+        draft: Option<Draft>,
+    ) -> Result<ModelShape> {
         // One at a time: a worker has room on its device for one model more than it serves with.
         let _alone = self.verifying.lock().await;
         let (uri, digest) = (self.run.uri_of(key), pushed.digest.clone());
@@ -163,7 +176,7 @@ impl Inner {
         // The upload waits for the disk or the network, and the check for the processor or a
         // device. A worker in another process has to wait for the upload's end.
         let (put, checked) = tokio::join!(
-            self.run.put_pieces(key, pieces),
+            self.put(key, pieces, draft),
             self.verifier.verify_in_memory(&uri, pushed),
         );
         put?;
@@ -176,6 +189,21 @@ impl Inner {
             self.discard(key).await;
         }
         verified
+    }
+
+    /// Puts the weights at `key`: by naming their draft, or by writing them.
+    async fn put(&self, key: &str, pieces: PutPayload, draft: Option<Draft>) -> Result<()> {
+        if let Some(draft) = draft {
+            match draft.name(&self.run, key).await {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::warn!(
+                    key,
+                    error = error.chain(),
+                    "weights that were written as they arrived are written again"
+                ),
+            }
+        }
+        self.run.put_pieces(key, pieces).await
     }
 
     /// Deletes an upload that belongs to no version. A failure is only logged: the file is found

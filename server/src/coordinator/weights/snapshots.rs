@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Folder of the weights files, below the run.
-const SNAPSHOTS: &str = "snapshots";
+pub(super) const SNAPSHOTS: &str = "snapshots";
 
 /// A file of this age that belongs to no version is left from a push that was never published. A
 /// younger one may belong to a push that is being verified at this moment, perhaps by another

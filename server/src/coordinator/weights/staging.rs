@@ -1,5 +1,6 @@
-//! The parts of one push in memory: which parts may be staged, and when the push is whole. No I/O.
-use super::{ModelShape, names, part::Part};
+//! The parts of one push in memory: which parts may be staged, and when the push is whole. No I/O:
+//! if the push is written while it arrives, whole tensors are handed to [`Ahead`].
+use super::{ModelShape, ahead::Ahead, names, part::Part};
 use crate::{
     bounds::{PARTS_MAX, PARTS_OF_TENSOR_MAX, TENSOR_NAME_BYTES_MAX, check_bytes},
     error::{Error, Result},
@@ -35,6 +36,8 @@ pub struct Staged {
     slots: HashMap<u64, Slot>,
     next_slot: u64,
     pub(super) tensors: BTreeMap<String, BTreeMap<u64, Part>>,
+    /// What writes the push while it arrives; `None` if nothing does.
+    pub(super) ahead: Option<Ahead>,
 }
 
 /// A part whose bytes are arriving.
@@ -63,6 +66,7 @@ impl Staged {
             slots,
             next_slot: 0,
             tensors,
+            ahead: None,
         }
     }
 
@@ -73,6 +77,7 @@ impl Staged {
         self.bytes = 0;
         self.slots.clear();
         self.tensors.clear();
+        self.ahead = None;
     }
 
     pub fn expected(&self) -> u32 {
@@ -136,7 +141,9 @@ impl Staged {
             // be most of the work.
             let parts = self.tensors.entry(name.clone()).or_default();
             if part.elements() > 0 || parts.is_empty() {
+                let dtype = part.dtype;
                 parts.insert(slot, part);
+                self.expect(&name, dtype);
                 tensor = Some(name);
             }
         }
@@ -220,7 +227,7 @@ impl Staged {
             dtype,
             start: start.clone(),
             extent: extent.clone(),
-            bytes: Vec::new(),
+            bytes: Bytes::new(),
         };
         for other in self
             .tensors
@@ -285,7 +292,8 @@ impl Staged {
             .get_mut(&tensor)
             .and_then(|parts| parts.get_mut(&slot))
         {
-            part.bytes = bytes;
+            part.bytes = bytes.into();
+            self.hand_on(&tensor);
         }
         Ok(())
     }
@@ -299,13 +307,14 @@ impl Staged {
             .map(|(id, _)| *id)
             .collect();
         for id in dropped {
-            let tensor = self.slots.remove(&id).and_then(|slot| slot.tensor);
-            let Some(parts) = tensor.and_then(|tensor| self.tensors.get_mut(&tensor)) else {
+            let Some(tensor) = self.slots.remove(&id).and_then(|slot| slot.tensor) else {
                 continue;
             };
-            if let Some(part) = parts.remove(&id) {
+            let parts = self.tensors.get_mut(&tensor);
+            if let Some(part) = parts.and_then(|parts| parts.remove(&id)) {
                 self.bytes -= part.elements() * part.dtype.bitsize() as u64 / 8;
             }
+            self.take_back(&tensor);
         }
     }
 
@@ -346,15 +355,6 @@ impl Staged {
                 coordinator.push_deadline_seconds"
             ),
         )
-    }
-
-    /// Returns the learner's tensors and the parts of each.
-    pub fn into_parts(self) -> (Arc<ModelShape>, BTreeMap<String, Vec<Part>>) {
-        let parts = self
-            .tensors
-            .into_iter()
-            .map(|(name, parts)| (name, parts.into_values().collect()));
-        (self.shape, parts.collect())
     }
 }
 

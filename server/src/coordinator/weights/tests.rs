@@ -1,5 +1,6 @@
 //! Pushes against state in memory, with a verifier that reads the snapshot for real and compares it
 //! with a shape.
+mod ahead;
 mod forked;
 mod versions;
 

@@ -121,6 +121,42 @@ fn equal_receipts_have_equal_bytes_and_damage_is_seen() {
     assert!(decode(Bytes::from("no receipt")).is_err());
 }
 
+/// Older builds wrote dictionaries, statistics and an offset index.
+#[test]
+fn a_receipt_of_an_older_build_comes_back() {
+    let receipt = sample(3, 1, "n");
+    let file = ParquetRecordBatchReaderBuilder::try_new(encode(&receipt).unwrap()).unwrap();
+    let metadata = file.metadata().file_metadata().key_value_metadata();
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_key_value_metadata(metadata.cloned())
+        .build();
+    let rows = file.build().unwrap().next().unwrap().unwrap();
+    let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties)).unwrap();
+    writer.write(&rows).unwrap();
+    let older = Bytes::from(writer.into_inner().unwrap());
+    assert_ne!(older, encode(&receipt).unwrap());
+    assert_eq!(decode(older).unwrap(), receipt);
+}
+
+#[test]
+fn rows_of_many_pages_come_back() {
+    let few = sample(3, 1, "n");
+    let row = |n: u64| ChosenRow {
+        id: format!("00000.parquet#{n}"),
+        row: n,
+        position: n.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        score: (n as f64).sqrt(),
+        source: (n % 3) as u32,
+        ..few.chosen[(n % 3) as usize].clone()
+    };
+    let receipt = Receipt {
+        chosen: (0..50_000).map(row).collect(),
+        ..few.clone()
+    };
+    assert_eq!(decode(encode(&receipt).unwrap()).unwrap(), receipt);
+}
+
 /// What a researcher does with a receipt.
 const SCRIPT: &str = r#"
 import json, sys
