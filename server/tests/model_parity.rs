@@ -182,6 +182,7 @@ async fn embeddings_are_those_of_the_models_library() {
                 fidelity: Fidelity::Full,
                 keys: (0..(expected.ids.len() / info.text_length) as u64).collect(),
                 pixels: expected.pixels.clone(),
+                grids: Vec::new(),
                 normalisation: expected.normalisation,
                 ids: expected.ids.clone(),
                 dtype: EmbeddingDtype::F32,

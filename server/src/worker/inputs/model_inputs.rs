@@ -1,7 +1,7 @@
 //! How images and captions become one model's inputs.
 use super::{
     padding,
-    preprocess::{ImageLimits, Preprocess, RowFault, decode},
+    preprocess::{ImageLimits, Preprocess, Processor, RowFault, decode},
     row::Prepared,
     tokenize::{End, TextShape, Tokenizer},
 };
@@ -44,21 +44,15 @@ impl Inputs {
             Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
             Family::Exported => Preprocess::of(&folder.preprocessor_json, None)?,
             family => {
-                let is_clip = Some(family == Family::Clip);
-                Preprocess::of(&folder.preprocessor_json, is_clip)?
+                let unnamed = match (family, folder.config.vision.max_patches) {
+                    (Family::Clip, _) => Processor::Clip,
+                    (_, Some(_)) => Processor::Siglip2,
+                    (_, None) => Processor::Siglip,
+                };
+                Preprocess::of(&folder.preprocessor_json, Some(unnamed))?
             }
         };
-        let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
-        if [made.0, made.1].map(|side| side as usize) != [taken; 2] {
-            let message = format!(
-                "preprocessor_config.json of {} makes {}x{} images, and config.json takes \
-                {taken}x{taken}; make them agree",
-                folder.uri, made.0, made.1
-            );
-            return Err(
-                Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json")
-            );
-        }
+        check_sizes(folder, &preprocess)?;
         let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder))?;
         Ok(Self::reading(preprocess, Arc::new(tokenizer)))
     }
@@ -100,6 +94,7 @@ impl Inputs {
             decode(image, limits)?;
             return Ok(Prepared {
                 pixels: Vec::new(),
+                grid: None,
                 ids: Vec::new(),
                 key: 0,
             });
@@ -107,8 +102,10 @@ impl Inputs {
         // The tokenizer runs first, since it is cheap: a row without a usable caption need not be
         // decoded.
         let ids = tokenizer.encode(caption)?;
+        let pixels = preprocess.pixels(image, limits)?;
         Ok(Prepared {
-            pixels: preprocess.pixels(image, limits)?,
+            pixels: pixels.bytes,
+            grid: pixels.grid,
             ids,
             key: if self.is_keyed { key_of(image) } else { 0 },
         })
@@ -139,6 +136,34 @@ impl Inputs {
             .as_ref()
             .map_or(none, |(preprocess, _)| preprocess.normalisation())
     }
+}
+
+/// Refuses preprocessing that makes images of another size than the model takes.
+fn check_sizes(folder: &ModelFolder, preprocess: &Preprocess) -> Result<()> {
+    let vision = &folder.config.vision;
+    let patched = |side: usize, most: usize| {
+        format!("images of any shape, of at most {most} patches of {side} pixels")
+    };
+    let made = match preprocess.patches() {
+        Some((side, most)) => patched(side as usize, most as usize),
+        None => {
+            let (height, width) = preprocess.size();
+            format!("{height}x{width} images")
+        }
+    };
+    let taken = match vision.max_patches {
+        Some(most) => patched(vision.patch_size, most),
+        None => format!("{0}x{0} images", vision.image_size),
+    };
+    if made == taken {
+        return Ok(());
+    }
+    let message = format!(
+        "preprocessor_config.json of {} makes {made}, and config.json takes {taken}; make them \
+         agree",
+        folder.uri
+    );
+    Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"))
 }
 
 /// Returns a hash of the image alone: learner and reference, every run and every worker must leave

@@ -93,6 +93,7 @@ pub(super) fn config(json: &[u8], module: Bytes, pinned: &[String]) -> Result<Mo
             tower: none.clone(),
             image_size: needed(&fields, "image_size", IMAGE_SIZE_MAX)?,
             patch_size: 0,
+            max_patches: None,
         },
         text: TextConfig {
             tower: none,
