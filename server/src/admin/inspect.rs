@@ -8,7 +8,11 @@ use crate::{
     worker::{
         device::{Device, LoadModel, Weights},
         inputs::model_inputs::Inputs,
-        model::{Compute, ModelConfig, ModelFolder, ModelInfo, config::Tower, flops},
+        model::{
+            Compute, ModelConfig, ModelFolder, ModelInfo,
+            config::{Tower, VisionConfig},
+            flops,
+        },
     },
 };
 use clap::Args;
@@ -147,10 +151,6 @@ impl Inspected {
     fn text(&self) -> String {
         let config = self.config();
         let (vision, text) = (&config.vision, &config.text);
-        let patches = match vision.patch_size {
-            0 => String::new(),
-            patch => format!(" in patches of {patch}"),
-        };
         let mut lines = vec![
             ("model", self.folder.uri.clone()),
             (
@@ -163,12 +163,7 @@ impl Inspected {
             ),
             (
                 "image",
-                format!(
-                    "{0} x {0} pixels{1}; {2}",
-                    vision.image_size,
-                    patches,
-                    shape(&vision.tower)
-                ),
+                format!("{}; {}", sizes(vision), shape(&vision.tower)),
             ),
             ("pixels", self.inputs.pixels_of()),
             (
@@ -268,6 +263,7 @@ impl Inspected {
             "image": {
                 "size": config.vision.image_size,
                 "patch_size": config.vision.patch_size,
+                "max_patches": config.vision.max_patches,
                 "tower": tower_json(&config.vision.tower),
                 "preprocessing": self.inputs.pixels_of(),
                 "resizes": {
@@ -292,6 +288,22 @@ impl Inspected {
             })),
             "files": self.folder.file_digests(),
         })
+    }
+}
+
+/// Describes the images that a tower takes.
+fn sizes(vision: &VisionConfig) -> String {
+    let (side, patch) = (vision.image_size, vision.patch_size);
+    match (vision.max_patches, patch) {
+        (Some(most), _) => {
+            let grid = vision.grid();
+            format!(
+                "of any shape (NaFlex), at most {most} patches of {patch} pixels; positions of \
+                 {grid} x {grid} patches"
+            )
+        }
+        (None, 0) => format!("{side} x {side} pixels"),
+        (None, _) => format!("{side} x {side} pixels in patches of {patch}"),
     }
 }
 
