@@ -24,8 +24,8 @@ const FOLDERS: [&str; 7] = [
     "open_clip-siglip",
 ];
 
-/// Runs a script of the folder beside this file; Python is part of the development set-up, so a test without it
-/// fails.
+/// Runs a script of the folder beside this file. Python is part of the development set-up, so a
+/// test without it fails.
 fn write_folders(script: &str, to: &Path) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = std::env::var_os("SUPERBATCH_PYTHON")

@@ -133,7 +133,7 @@ def test_inspect_says_what_it_takes(inputs, tmp_path):
     text = prints("inspect", inputs / "learner")
     for said in (
         "siglip2, embeddings of 16 numbers",
-        "of any shape (NaFlex), at most 10 patches of 8 pixels; positions of 2 x 2 patches; 1 l",
+        "of any shape (NaFlex), at most 10 patches of 8 pixels; positions of 2 x 2 patches;",
         "resized (bilinear) to at most 10 patches of 8 pixels, of the image's own shape",
         "positions bilinear with antialiasing",
         "finite, and so are embeddings on cpu",

@@ -243,7 +243,7 @@ impl ModelConfig {
         })
     }
 
-    /// Reads how many patches an image of any shape has at most, which the preprocessing alone says.
+    /// Reads how many patches an image of any shape has at most, which only the preprocessing says.
     ///
     /// # Errors
     /// `ModelInvalid` naming the file, and the field.

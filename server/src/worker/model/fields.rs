@@ -205,8 +205,8 @@ impl<'a> Fields<'a> {
         Ok(config)
     }
 
-    /// Returns the section as the image transformer of a SigLIP 2 that takes images of any shape. In
-    /// the place of an image's size it has the number of position embeddings.
+    /// Returns the section as the image transformer of a SigLIP 2 that takes images of any shape.
+    /// It has the number of position embeddings in the place of an image's size.
     pub(super) fn naflex_vision(&self, defaults: &Tower) -> Result<VisionConfig> {
         self.expect_rgb()?;
         let patch_size = self.size("patch_size", 16)?;

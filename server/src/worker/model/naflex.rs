@@ -1,10 +1,10 @@
-//! Where patches enter the image tower of a NaFlex SigLIP 2: of images of any shape, with the grid of
-//! position embeddings resampled for each.
+//! Where patches enter the image tower of a NaFlex SigLIP 2: those of images of any shape, with the
+//! grid of position embeddings resampled for each.
 use super::{
     layers::{Linear, Torch},
     positions::Resize,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 use tch::{Kind, TchError, Tensor};
 
 pub(super) struct NaflexEntry {
@@ -57,8 +57,8 @@ impl NaflexEntry {
     fn positions(&self, grids: &[[u32; 2]], t: i64) -> Torch {
         let mut made = HashMap::new();
         for grid in grids {
-            if !made.contains_key(grid) {
-                made.insert(*grid, self.resampled(*grid, t)?);
+            if let Entry::Vacant(place) = made.entry(*grid) {
+                place.insert(self.resampled(*grid, t)?);
             }
         }
         let all: Vec<&Tensor> = grids.iter().map(|grid| &made[grid]).collect();

@@ -14,21 +14,22 @@ use super::{
 };
 use tch::Tensor;
 
-/// Returns names and shapes of `transformers.SiglipModel` or `Siglip2Model`, with its initial distributions
-/// (truncated normals are plain here, and the biases of the MLPs, 1e-6 there, are zero).
+/// Returns names and shapes of `transformers.SiglipModel` or `Siglip2Model`, with their initial
+/// distributions (truncated normals are plain here, and the biases of the MLPs, 1e-6 there, are
+/// zero).
 pub fn parameters(config: &ModelConfig) -> Parameters {
     let mut to = Parameters::default();
     let (vision, text) = (&config.vision, &config.text);
     let (d, patch) = (vision.tower.hidden_size, vision.patch_size);
     let embeddings = "vision_model.embeddings";
     // Patches of images of any shape come cut and flattened, to a linear layer.
-    let kernel: &[usize] = match vision.max_patches {
-        Some(_) => &[d, 3 * patch * patch],
-        None => &[d, 3, patch, patch],
+    let kernel = match vision.max_patches {
+        Some(_) => vec![d, 3 * patch * patch],
+        None => vec![d, 3, patch, patch],
     };
     to.add(
         format!("{embeddings}.patch_embedding.weight"),
-        kernel,
+        &kernel,
         Init::lecun(3 * patch * patch),
     );
     to.add(

@@ -7,8 +7,8 @@ use superbatch_proto::v1::BadRowReason;
 const EPS: f64 = 1e-5;
 const SCALES: (f64, f64) = (EPS / 10.0, 100.0);
 
-/// Returns the height and width to which an image is resized: whole patches, at most `most` of them,
-/// at about the image's ratio.
+/// Returns the height and width to which an image is resized: whole patches, at most `most` of
+/// them, at about the image's ratio.
 ///
 /// It is the search of `get_image_size_for_max_num_patches` of transformers, step by step: another
 /// one would end at another size where a side is about to become one patch longer.
