@@ -1,8 +1,9 @@
-"""A data set and models small enough for tests: coloured shapes with names; SigLIP and CLIP of a
-few thousand weights.
+"""A data set and models small enough for tests: coloured shapes with names; SigLIP, CLIP and NaFlex
+SigLIP 2 of a few thousand weights.
 """
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,16 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPConfig, CLIPModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+)
 
 from .data.render import png
-from .model import save_weights, train_tokenizer, write_folder
+from .model import LOGIT_BIAS, LOGIT_SCALE, save_weights, train_tokenizer, write_folder
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "brown", "cyan", "magenta", "gray")
 SHAPES = ("circle", "square", "triangle", "bar", "cross")
@@ -159,6 +166,39 @@ def write_clip(folder: Path, seed: int = 0, texts: Sequence[str] | None = None) 
             }
         )
     )
+    save_weights(model, folder / "model.safetensors")
+    return folder
+
+
+def write_naflex(folder: Path, seed: int = 0, max_num_patches: int = 10) -> Path:
+    """A SigLIP 2 that takes pictures of any shape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(captions(), SHAPE)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    common = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    text = {
+        **common,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": SHAPE["text_length"],
+        "pad_token_id": 0,
+    }
+    vision = {**common, "num_patches": 4, "patch_size": SHAPE["patch_size"]}
+    torch.manual_seed(seed)
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(LOGIT_SCALE))
+        model.logit_bias.fill_(LOGIT_BIAS)
+    model.config.architectures = ["Siglip2Model"]
+    (folder / "config.json").write_text(model.config.to_json_string())
+    processor = Siglip2ImageProcessor(
+        patch_size=SHAPE["patch_size"], max_num_patches=max_num_patches
+    )
+    processor.save_pretrained(folder)
     save_weights(model, folder / "model.safetensors")
     return folder
 

@@ -40,6 +40,7 @@ async fn main() {
         fidelity: Fidelity::Full,
         keys: (0..rows).collect(),
         pixels: (0..pixels).map(|i| (i * 7 % 251) as u8).collect(),
+        grids: Vec::new(),
         normalisation: inputs.normalisation(),
         ids: (0..ids).map(|i| (i % 97) as i64).collect(),
         dtype: EmbeddingDtype::F32,

@@ -110,6 +110,10 @@ pub struct ImageTower {
     pub layer_per_patch_pair: f64,
     #[serde(default)]
     pub per_pixel: f64,
+    /// The most patches of an image of any shape (NaFlex), to which every image is padded. 0 if all
+    /// images have one size; `image_size` is then its side, and else that of the position grid.
+    #[serde(default)]
+    pub max_patches: u32,
 }
 
 impl ImageTower {
@@ -120,6 +124,10 @@ impl ImageTower {
         let is_known = self.layers > 0;
         match fidelity {
             Fidelity::Full => None,
+            _ if self.max_patches > 0 => Some(format!(
+                "takes images of any shape (NaFlex), for which the fidelity {fidelity} is not \
+                 built; score at full fidelity, or give its folder a smaller max_num_patches"
+            )),
             _ if self.patch_size == 0 => {
                 Some("is an exported module, which is run at full fidelity only".to_owned())
             }
@@ -155,9 +163,20 @@ impl ImageTower {
         }
     }
 
-    /// Returns how many patches of an image pass through the layers.
+    /// Returns how many pixels an image has as the tower takes it, padding included.
+    pub fn pixels(&self, fidelity: Fidelity) -> usize {
+        match self.max_patches as usize {
+            0 => (self.side(fidelity) as usize).pow(2),
+            most => most * (self.patch_size as usize).pow(2),
+        }
+    }
+
+    /// Returns how many patches of an image pass through the layers, padding included.
     pub fn patches(&self, fidelity: Fidelity) -> usize {
         let cut = |side: u32, patch: u32| ((side / patch.max(1)) as usize).pow(2);
+        if self.max_patches > 0 {
+            return self.max_patches as usize;
+        }
         match fidelity {
             Fidelity::Resolution(side) => cut(side, self.patch_size),
             Fidelity::Patch(patch) => cut(self.image_size, patch),
@@ -215,6 +234,7 @@ mod tests {
             layer_per_patch: 1.0,
             layer_per_patch_pair: 2.0,
             per_pixel: 3.0,
+            max_patches: 0,
         }
     }
 
@@ -268,6 +288,31 @@ mod tests {
                 .unwrap()
                 .contains("older build")
         );
+    }
+
+    #[test]
+    fn images_of_any_shape_are_scored_whole() {
+        let naflex = ImageTower {
+            max_patches: 12,
+            ..tower()
+        };
+        assert_eq!(naflex.refuses(Fidelity::Full), None);
+        for fidelity in [
+            Fidelity::Resolution(32),
+            Fidelity::Patch(25),
+            Fidelity::PatchDropout(0.5),
+            Fidelity::Layers(2),
+        ] {
+            let said = naflex.refuses(fidelity).unwrap();
+            let named = format!("the fidelity {fidelity} is not built");
+            assert!(said.contains("NaFlex") && said.contains(&named), "{said}");
+        }
+        // Padding is computed, too.
+        assert_eq!(naflex.patches(Fidelity::Full), 12);
+        assert_eq!(naflex.pixels(Fidelity::Full), 12 * 16 * 16);
+        assert_eq!(tower().pixels(Fidelity::Resolution(32)), 32 * 32);
+        let cost = 5.0 + (768.0 + 4.0) * 12.0 + 6.0 * 144.0;
+        assert_eq!(naflex.flops(Fidelity::Full), cost);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use superbatch_proto::v1::{EmbeddingDtype, approximation::By};
 use superbatch_server::fidelity::Fidelity;
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::device::{Device, Embedded, LoadModel, MicroBatch, Weights};
+use superbatch_server::worker::inputs::preprocess::{ImageLimits, Preprocess};
 use superbatch_server::worker::model::{Compute, ModelFolder, Normalisation};
 
 const FOLDERS: [&str; 7] = [
@@ -23,15 +24,15 @@ const FOLDERS: [&str; 7] = [
     "open_clip-siglip",
 ];
 
-/// Runs the script beside this file; Python is part of the development set-up, so a test without it
-/// fails.
-fn write_folders(to: &Path) {
+/// Runs a script of the folder beside this file. Python is part of the development set-up, so a
+/// test without it fails.
+fn write_folders(script: &str, to: &Path) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let python = std::env::var_os("SUPERBATCH_PYTHON")
         .map_or(here.join("../.venv/bin/python"), PathBuf::from);
     let mut command = Command::new(&python);
     command
-        .arg(here.join("tests/python/model_parity.py"))
+        .arg(here.join("tests/python").join(script))
         .arg(to)
         .env("HF_HUB_OFFLINE", "1");
     let output = command
@@ -146,7 +147,7 @@ fn compare(found: &[f32], expected: &[f32], dim: usize) -> (f64, f64) {
 #[tokio::test]
 async fn embeddings_are_those_of_the_models_library() {
     let folders = tempfile::tempdir().unwrap();
-    write_folders(folders.path());
+    write_folders("model_parity.py", folders.path());
     let device = Device::start(&device(), 1).unwrap();
     let stores = Stores::new(StorageConfig::default());
     for name in FOLDERS {
@@ -182,6 +183,7 @@ async fn embeddings_are_those_of_the_models_library() {
                 fidelity: Fidelity::Full,
                 keys: (0..(expected.ids.len() / info.text_length) as u64).collect(),
                 pixels: expected.pixels.clone(),
+                grids: Vec::new(),
                 normalisation: expected.normalisation,
                 ids: expected.ids.clone(),
                 dtype: EmbeddingDtype::F32,
@@ -236,6 +238,87 @@ async fn embeddings_are_those_of_the_models_library() {
                     "{name} {tower}: {difference}"
                 );
             }
+        }
+    }
+}
+
+/// Pictures of several shapes as files, by way of the service's own decoding: their pixels as a
+/// micro-batch has them, and the grids of their patches.
+fn pictures(folder: &Path, preprocess: &Preprocess, count: usize) -> (Vec<u8>, Vec<[u32; 2]>) {
+    let limits = ImageLimits {
+        pixels_max: 1 << 24,
+        bytes_max: 1 << 24,
+    };
+    let (side, most) = preprocess.patches().unwrap();
+    let bytes = (most * side * side * 3) as usize;
+    let (mut pixels, mut grids) = (Vec::new(), Vec::new());
+    for n in 0..count {
+        let picture = std::fs::read(folder.join(format!("{n}.png"))).unwrap();
+        let found = preprocess.pixels(&picture, &limits).unwrap();
+        pixels.extend(found.bytes);
+        // Padding is never looked at.
+        pixels.resize((n + 1) * bytes, n as u8 * 30);
+        grids.push(found.grid.unwrap());
+    }
+    (pixels, grids)
+}
+
+#[tokio::test]
+async fn images_of_any_shape_are_embedded_as_transformers_does() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path();
+    write_folders("naflex_parity.py", path);
+    let device = Device::start(&device(), 1).unwrap();
+    let stores = Stores::new(StorageConfig::default());
+    let location = stores.open(&format!("file://{}", path.display())).unwrap();
+    let folder = Arc::new(ModelFolder::fetch(&location).await.unwrap());
+    let preprocess = Preprocess::parse(&folder.preprocessor_json).unwrap();
+    let file = std::fs::read(path.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&file).unwrap();
+    let data = |name| file.tensor(name).unwrap().data().to_vec();
+    let longs = |name| -> Vec<i64> {
+        data(name)
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    };
+    let rows = file.tensor("image").unwrap().shape()[0];
+    let (pixels, grids) = pictures(path, &preprocess, rows);
+    let flat: Vec<i64> = grids.iter().flatten().map(|n| i64::from(*n)).collect();
+    assert_eq!(flat, longs("grids"), "spatial_shapes");
+    for (compute, least_cosine) in [(Compute::F32, 0.9999), (Compute::Bf16, 0.999)] {
+        let load = LoadModel {
+            folder: folder.clone(),
+            weights: Weights::Folder,
+            compute,
+            canary: true,
+        };
+        let info = device.load(load).await.unwrap();
+        let tensors: BTreeMap<_, _> = info.tensors.iter().cloned().collect();
+        let names = std::fs::read(path.join("state_dict.json")).unwrap();
+        let names: BTreeMap<String, Vec<u64>> = serde_json::from_slice(&names).unwrap();
+        assert_eq!(tensors, names, "those of model.state_dict()");
+        let batch = MicroBatch {
+            model: info.key.clone(),
+            fidelity: Fidelity::Full,
+            keys: vec![0; rows],
+            pixels: pixels.clone(),
+            grids: grids.clone(),
+            normalisation: preprocess.normalisation(),
+            ids: longs("ids"),
+            dtype: EmbeddingDtype::F32,
+        };
+        let found = device.embed(batch).await.unwrap();
+        assert!(found.not_finite.is_empty());
+        for (tower, found) in [("image", &found.image), ("text", &found.text)] {
+            let (cosine, difference) =
+                compare(&floats(found), &floats(&data(tower)), info.embedding_dim);
+            println!("naflex {tower} {compute:?}: cosine {cosine:.7}, difference {difference:.1e}");
+            assert!(cosine >= least_cosine, "{tower} {compute:?}: {cosine}");
+            assert!(
+                compute == Compute::Bf16 || difference < 1e-4,
+                "{tower}: {difference}"
+            );
         }
     }
 }

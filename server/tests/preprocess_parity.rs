@@ -110,7 +110,7 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
             &read(format!("{}.rgb", case.name)),
         );
         for (key, processor) in &processors {
-            let pixels = processor.pixels(&bytes, &LIMITS).unwrap();
+            let pixels = processor.pixels(&bytes, &LIMITS).unwrap().bytes;
             compare(
                 kind(key),
                 &case.name,
@@ -142,7 +142,8 @@ fn normalisation(processors: &[(String, Preprocess)], read: &dyn Fn(String) -> V
         let how = processor.normalisation();
         let pixels = processor
             .pixels(&read("normalised.png".to_owned()), &LIMITS)
-            .unwrap();
+            .unwrap()
+            .bytes;
         let theirs = read(format!("normalised.{key}"));
         let theirs = theirs
             .chunks_exact(4)

@@ -21,7 +21,12 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessor,
+    SiglipImageProcessor,
+)
 
 PROCESSORS = {
     "siglip": SiglipImageProcessor(size={"height": 24, "width": 24}),
@@ -33,6 +38,8 @@ PROCESSORS = {
     "clip_padded": CLIPImageProcessor(
         size={"shortest_edge": 15}, crop_size={"height": 24, "width": 20}, resample=2
     ),
+    "siglip2": Siglip2ImageProcessor(patch_size=8, max_num_patches=14),
+    "siglip2_bicubic": Siglip2ImageProcessor(patch_size=6, max_num_patches=30, resample=3),
 }
 SIZES = [(1, 1), (7, 300), (300, 7), (16, 16), (33, 25), (64, 48), (131, 97), (3, 3), (1, 40)]
 CAPTIONS = [
@@ -213,13 +220,17 @@ def on_white(data):
 
 def processed(processor, rgb, **options):
     # The channel order is stated: for an image of 1 or 3 rows transformers would guess wrong.
-    return processor(
+    if not isinstance(processor, Siglip2ImageProcessor):
+        options["data_format"] = "channels_last"
+    found = processor(
         rgb,
         input_data_format="channels_last",
-        data_format="channels_last",
         return_tensors="np",
         **options,
-    )["pixel_values"][0]
+    )
+    pixels = found["pixel_values"][0]
+    # Patches are padded later, on the way to the device.
+    return pixels[found["pixel_attention_mask"][0] == 1] if pixels.ndim == 2 else pixels
 
 
 def write_images(folder, rng):

@@ -10,7 +10,7 @@ use crate::{
         inputs::model_inputs::Inputs,
         model::{
             Compute, ModelConfig, ModelFolder, ModelInfo,
-            config::Tower,
+            config::{Tower, VisionConfig},
             flops,
             losses::{Input, LossForm},
         },
@@ -152,10 +152,6 @@ impl Inspected {
     fn text(&self) -> String {
         let config = self.config();
         let (vision, text) = (&config.vision, &config.text);
-        let patches = match vision.patch_size {
-            0 => String::new(),
-            patch => format!(" in patches of {patch}"),
-        };
         if let Some(form) = config.losses() {
             return self.losses_text(&form);
         }
@@ -171,12 +167,7 @@ impl Inspected {
             ),
             (
                 "image",
-                format!(
-                    "{0} x {0} pixels{1}; {2}",
-                    vision.image_size,
-                    patches,
-                    shape(&vision.tower)
-                ),
+                format!("{}; {}", sizes(vision), shape(&vision.tower)),
             ),
             ("pixels", self.inputs.pixels_of()),
             (
@@ -306,6 +297,7 @@ impl Inspected {
             "image": {
                 "size": config.vision.image_size,
                 "patch_size": config.vision.patch_size,
+                "max_patches": config.vision.max_patches,
                 "tower": tower_json(&config.vision.tower),
                 "preprocessing": self.inputs.pixels_of(),
                 "resizes": {
@@ -336,6 +328,22 @@ impl Inspected {
 fn told(lines: &[(&str, String)]) -> String {
     let line = |(name, value): &(&str, String)| format!("{name:<10}{value}\n");
     lines.iter().map(line).collect()
+}
+
+/// Describes the images that a tower takes.
+fn sizes(vision: &VisionConfig) -> String {
+    let (side, patch) = (vision.image_size, vision.patch_size);
+    match (vision.max_patches, patch) {
+        (Some(most), _) => {
+            let grid = vision.grid();
+            format!(
+                "of any shape (NaFlex), at most {most} patches of {patch} pixels; positions of \
+                 {grid} x {grid} patches"
+            )
+        }
+        (None, 0) => format!("{side} x {side} pixels"),
+        (None, _) => format!("{side} x {side} pixels in patches of {patch}"),
+    }
 }
 
 fn shape(tower: &Tower) -> String {

@@ -1032,6 +1032,10 @@ const FIELDS: &[(&str, How)] = &[
     ),
     ("ImageTower.layers", Free("compared with an approximation")),
     (
+        "ImageTower.max_patches",
+        Free("other than 0, no approximation fits"),
+    ),
+    (
         "ImageTower.constant",
         Bound("image_tower.constant", || {
             towered(|t| t.constant = f64::NAN)

@@ -202,6 +202,7 @@ impl Worker {
                 layer_per_patch: tower.layer_per_patch,
                 layer_per_patch_pair: tower.layer_per_patch_pair,
                 per_pixel: tower.per_pixel,
+                max_patches: tower.max_patches,
             }),
         }
     }

@@ -61,6 +61,7 @@ fn tower(tower: &v1::ImageTower) -> ImageTower {
         layer_per_patch: tower.layer_per_patch,
         layer_per_patch_pair: tower.layer_per_patch_pair,
         per_pixel: tower.per_pixel,
+        max_patches: tower.max_patches,
     }
 }
 

@@ -139,15 +139,22 @@ impl Shape {
 
     /// Puts rows side by side. Unusable rows and padding are black images without tokens.
     fn assemble(&self, model: &Loaded, rows: &[PreparedRow]) -> MicroBatch {
-        let (pixel_bytes, length) = (model.info.image_size.pow(2) * 3, model.info.text_length);
+        let (tower, length) = (&model.info.image_tower, model.info.text_length);
+        let pixel_bytes = tower.pixels(model.fidelity) * 3;
         let count = self.computed(rows.len());
         let mut pixels = vec![0; count * pixel_bytes];
+        // A grid is at least one patch.
+        let mut grids = vec![[1, 1]; if tower.max_patches > 0 { count } else { 0 }];
         let mut ids = vec![0; count * length];
         let mut keys = vec![0; count];
         for (n, row) in rows.iter().enumerate() {
             if let Ok(row) = row {
                 // Loading made sure that the folder's preprocessing and tokenizer give these sizes.
-                pixels[n * pixel_bytes..(n + 1) * pixel_bytes].copy_from_slice(&row.pixels);
+                let place = &mut pixels[n * pixel_bytes..(n + 1) * pixel_bytes];
+                place[..row.pixels.len()].copy_from_slice(&row.pixels);
+                if let (Some(place), Some(grid)) = (grids.get_mut(n), row.grid) {
+                    *place = grid;
+                }
                 ids[n * length..(n + 1) * length].copy_from_slice(&row.ids);
                 keys[n] = row.key;
             }
@@ -157,6 +164,7 @@ impl Shape {
             fidelity: model.fidelity,
             keys,
             pixels,
+            grids,
             normalisation: model.inputs.normalisation(),
             ids,
             dtype: self.dtype,

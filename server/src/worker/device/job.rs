@@ -5,7 +5,8 @@ use crate::{
     fidelity::Fidelity,
     pushed::Pushed,
     worker::model::{
-        Compute, ModelFolder, ModelKey, Normalisation, Snapshot, exported::no_random_weights, init,
+        Compute, Images, ModelFolder, ModelKey, Normalisation, Snapshot,
+        exported::no_random_weights, init,
     },
 };
 use bytes::Bytes;
@@ -43,8 +44,10 @@ pub struct MicroBatch {
     /// A number for each row that is the same wherever its image is embedded; it decides which
     /// patches are left out.
     pub keys: Vec<u64>,
-    /// RGB bytes, `[rows, side, side, 3]`, of the fidelity's side.
+    /// RGB bytes, as [`Images::pixels`].
     pub pixels: Vec<u8>,
+    /// As [`Images::grids`].
+    pub grids: Vec<[u32; 2]>,
     pub normalisation: Normalisation,
     /// `[rows, text_length]`.
     pub ids: Vec<i64>,
@@ -55,6 +58,14 @@ pub struct MicroBatch {
 impl MicroBatch {
     pub fn rows(&self) -> usize {
         self.keys.len()
+    }
+
+    pub(super) fn images(&self) -> Images<'_> {
+        Images {
+            pixels: &self.pixels,
+            keys: &self.keys,
+            grids: &self.grids,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 use super::job::{Embedded, MicroBatch, Source};
 use crate::{
     error::{Error, Result},
+    fidelity::ImageTower,
     worker::model::{Compute, Encoder, ModelInfo, ModelKey},
 };
 use bytes::Bytes;
@@ -105,8 +106,7 @@ impl Resident {
         let dim = info.embedding_dim;
         let embed = || -> Result<_, TchError> {
             let (image, text) = encoder.both(
-                &batch.pixels,
-                &batch.keys,
+                &batch.images(),
                 batch.fidelity,
                 &batch.normalisation,
                 &batch.ids,
@@ -173,21 +173,10 @@ fn fits(encoder: &Encoder, batch: &MicroBatch) -> Result<()> {
         let error = Error::new(Reason::ModelInvalid, message);
         return Err(error.with("field", batch.fidelity.field()));
     }
-    let size = tower.side(batch.fidelity) as usize;
     if rows == 0 {
         return Err(Error::invalid("rows", "a micro-batch has at least one row"));
     }
-    if rows.checked_mul(size * size * 3) != Some(batch.pixels.len()) {
-        let taken = config.vision.image_size;
-        let message = format!(
-            "{} bytes of pixels for {rows} rows of {size}x{size}; the model takes {taken}x{taken} \
-             RGB (image_size in config.json), so its preprocessor_config.json must make that size",
-            batch.pixels.len()
-        );
-        return Err(
-            Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json")
-        );
-    }
+    images_fit(tower, batch)?;
     let mismatch = |message: String| Err(Error::new(Reason::TokenizerMismatch, message));
     if rows.checked_mul(length) != Some(batch.ids.len()) {
         return mismatch(format!(
@@ -205,6 +194,32 @@ fn fits(encoder: &Encoder, batch: &MicroBatch) -> Result<()> {
         )),
         None => Ok(()),
     }
+}
+
+/// Refuses images of other sizes than the model takes.
+fn images_fit(tower: &ImageTower, batch: &MicroBatch) -> Result<()> {
+    let (rows, bytes, most) = (batch.rows(), batch.pixels.len(), tower.max_patches);
+    let size = tower.side(batch.fidelity);
+    let takes = match most {
+        0 => format!("{size}x{size} RGB (image_size in config.json)"),
+        _ => format!("at most {most} patches of {} pixels", tower.patch_size),
+    };
+    let is_grid = |[rows, columns]: &[u32; 2]| {
+        let patches = u64::from(*rows) * u64::from(*columns);
+        (1..=u64::from(most)).contains(&patches)
+    };
+    let has_grids = match most {
+        0 => batch.grids.is_empty(),
+        _ => batch.grids.len() == rows && batch.grids.iter().all(is_grid),
+    };
+    if rows.checked_mul(tower.pixels(batch.fidelity) * 3) == Some(bytes) && has_grids {
+        return Ok(());
+    }
+    let message = format!(
+        "{bytes} bytes of pixels for {rows} rows; the model takes {takes}, so its \
+         preprocessor_config.json must make that size"
+    );
+    Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"))
 }
 
 /// Copies a tensor's elements: row-major, little endian.

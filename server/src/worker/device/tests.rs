@@ -47,6 +47,7 @@ fn batch(model: &ModelKey, rows: usize) -> MicroBatch {
         fidelity: Fidelity::Full,
         keys: (0..rows as u64).collect(),
         pixels: (0..rows * 8 * 8 * 3).map(|i| (i * 7 % 251) as u8).collect(),
+        grids: Vec::new(),
         normalisation: Normalisation {
             rescale: 1.0 / 255.0,
             mean: [0.5; 3],

@@ -1,7 +1,7 @@
 //! How images and captions become one model's inputs.
 use super::{
     padding,
-    preprocess::{ImageLimits, Preprocess, RowFault, decode},
+    preprocess::{ImageLimits, Preprocess, Processor, RowFault, decode},
     row::Prepared,
     tokenize::{End, TextShape, Tokenizer},
     words::{self, Words},
@@ -110,6 +110,7 @@ impl Inputs {
             }
             return Ok(Prepared {
                 pixels: Vec::new(),
+                grid: None,
                 ids: Vec::new(),
                 key: 0,
             });
@@ -119,9 +120,12 @@ impl Inputs {
         let ids = words.ids(image, caption)?;
         let pixels = preprocess
             .as_ref()
-            .map(|preprocess| preprocess.pixels(image, limits));
+            .map(|preprocess| preprocess.pixels(image, limits))
+            .transpose()?
+            .unwrap_or_default();
         Ok(Prepared {
-            pixels: pixels.transpose()?.unwrap_or_default(),
+            pixels: pixels.bytes,
+            grid: pixels.grid,
             ids,
             key: if self.is_keyed { key_of(image) } else { 0 },
         })
@@ -164,18 +168,42 @@ fn preprocess(folder: &ModelFolder) -> Result<Preprocess> {
         Family::OpenClip(_) => Preprocess::open_clip(&folder.preprocessor_json, side)?,
         Family::Exported => Preprocess::of(&folder.preprocessor_json, None)?,
         family => {
-            let is_clip = Some(family == Family::Clip);
-            Preprocess::of(&folder.preprocessor_json, is_clip)?
+            let unnamed = match (family, folder.config.vision.max_patches) {
+                (Family::Clip, _) => Processor::Clip,
+                (_, Some(_)) => Processor::Siglip2,
+                (_, None) => Processor::Siglip,
+            };
+            Preprocess::of(&folder.preprocessor_json, Some(unnamed))?
         }
     };
-    let (made, taken) = (preprocess.size(), folder.config.vision.image_size);
-    if [made.0, made.1].map(|side| side as usize) == [taken; 2] {
-        return Ok(preprocess);
+    check_sizes(folder, &preprocess)?;
+    Ok(preprocess)
+}
+
+/// Refuses preprocessing that makes images of another size than the model takes.
+fn check_sizes(folder: &ModelFolder, preprocess: &Preprocess) -> Result<()> {
+    let vision = &folder.config.vision;
+    let patched = |side: usize, most: usize| {
+        format!("images of any shape, of at most {most} patches of {side} pixels")
+    };
+    let made = match preprocess.patches() {
+        Some((side, most)) => patched(side as usize, most as usize),
+        None => {
+            let (height, width) = preprocess.size();
+            format!("{height}x{width} images")
+        }
+    };
+    let taken = match vision.max_patches {
+        Some(most) => patched(vision.patch_size, most),
+        None => format!("{0}x{0} images", vision.image_size),
+    };
+    if made == taken {
+        return Ok(());
     }
     let message = format!(
-        "preprocessor_config.json of {} makes {}x{} images, and config.json takes {taken}x{taken}; \
-         make them agree",
-        folder.uri, made.0, made.1
+        "preprocessor_config.json of {} makes {made}, and config.json takes {taken}; make them \
+         agree",
+        folder.uri
     );
     Err(Error::new(Reason::ModelInvalid, message).with("file", "preprocessor_config.json"))
 }

@@ -1,9 +1,11 @@
 //! Turns stored images into model input, by a model folder's `preprocessor_config.json`. Matches
-//! the slow image processors of `transformers` for SigLIP and CLIP, given RGB images with the
-//! channels last.
+//! the slow image processors of `transformers` for SigLIP, SigLIP 2 and CLIP, given RGB images with
+//! the channels last.
 mod config;
+mod naflex;
 
 use crate::{error::Result, worker::model::Normalisation};
+pub use config::Processor;
 use config::{Config, invalid};
 use serde::Serialize;
 use serde_json::Value;
@@ -53,7 +55,16 @@ impl From<superbatch_images::Error> for RowFault {
     }
 }
 
-/// How images become pixels of one fixed size.
+/// An image as a model takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pixels {
+    /// RGB by row, pixel and channel; of an image of any shape, that of each patch in turn.
+    pub bytes: Vec<u8>,
+    /// Rows and columns of patches, of an image of any shape.
+    pub grid: Option<[u32; 2]>,
+}
+
+/// How images become pixels: of one fixed size, or as patches of images of any shape.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Preprocess {
     version: u32,
@@ -79,6 +90,8 @@ enum Target {
     Exact(u32, u32),
     /// The shorter edge; the longer keeps the ratio, rounded down.
     ShortestEdge(u32),
+    /// About the ratio of the image, in at most `most` patches of `side` pixels.
+    Patches { side: u32, most: u32 },
 }
 
 impl Preprocess {
@@ -92,6 +105,9 @@ impl Preprocess {
         let resized = match self.target {
             Target::Exact(height, width) => format!("{height} x {width}"),
             Target::ShortestEdge(side) => format!("a shorter edge of {side}"),
+            Target::Patches { side, most } => {
+                format!("at most {most} patches of {side} pixels, of the image's own shape")
+            }
         };
         let crop = self.crop.map_or_else(String::new, |(height, width)| {
             format!(", middle {height} x {width} cut out")
@@ -100,8 +116,8 @@ impl Preprocess {
         format!("resized ({filter}) to {resized}{crop}; mean {mean:?}, deviation {std:?}")
     }
 
-    /// Reads a configuration of `SiglipImageProcessor` or `CLIPImageProcessor`. What it leaves out
-    /// has that processor's default.
+    /// Reads a configuration of `SiglipImageProcessor`, `Siglip2ImageProcessor` or
+    /// `CLIPImageProcessor`. What it leaves out has that processor's default.
     ///
     /// # Errors
     /// `ModelInvalid` naming the field: another processor, another filter, or settings that give no
@@ -110,24 +126,29 @@ impl Preprocess {
         Self::of(preprocessor_config_json, None)
     }
 
-    /// As [`Preprocess::parse`]. If the configuration names no processor, `is_clip` says whether it
-    /// is CLIP's or SigLIP's.
+    /// As [`Preprocess::parse`]. If the configuration names no processor, it is `unnamed`.
     ///
     /// # Errors
     /// As [`Preprocess::parse`].
-    pub fn of(preprocessor_config_json: &[u8], is_clip: Option<bool>) -> Result<Self> {
+    pub fn of(preprocessor_config_json: &[u8], unnamed: Option<Processor>) -> Result<Self> {
         let json: Value = serde_json::from_slice(preprocessor_config_json)
             .map_err(|e| invalid("", "it is no JSON object").because(e))?;
         let config = Config(&json);
-        let clip = config.is_clip(is_clip)?;
+        let processor = config.processor(unnamed)?;
+        let clip = processor == Processor::Clip;
         if !config.flag("do_resize", true)? {
             return Err(invalid(
                 "do_resize",
                 "it is false, but images need one fixed size; set it to true",
             ));
         }
-        let target = config.target(clip)?;
-        let crop = if config.flag("do_center_crop", clip)? {
+        let is_naflex = processor == Processor::Siglip2;
+        let target = if is_naflex {
+            config.patches()?
+        } else {
+            config.target(clip)?
+        };
+        let crop = if !is_naflex && config.flag("do_center_crop", clip)? {
             Some(config.crop()?)
         } else {
             None
@@ -139,6 +160,7 @@ impl Preprocess {
             ));
         }
         let resample = match json.get("resample") {
+            None | Some(Value::Null) if is_naflex => 2,
             None | Some(Value::Null) => 3,
             Some(value) => match value.as_u64() {
                 Some(filter @ (2 | 3)) => filter as u8,
@@ -177,6 +199,8 @@ impl Preprocess {
                     Target::Exact(scaled(of_height, height), scaled(of_width, width))
                 }
                 Target::ShortestEdge(edge) => Target::ShortestEdge(scaled(edge, height)),
+                // Models that take any shape are not run at another resolution.
+                Target::Patches { .. } => self.target,
             },
             crop: self.crop.map(|_| (side, side)),
             halves_jpeg: side <= height / 2,
@@ -189,12 +213,25 @@ impl Preprocess {
         *blake3::hash(&serde_json::to_vec(self).expect("plain data encodes")).as_bytes()
     }
 
-    /// Returns the height and width of the result of [`Preprocess::pixels`].
+    /// Returns the height and width of the result of [`Preprocess::pixels`]; for images of any
+    /// shape, those of the largest square.
     pub fn size(&self) -> (u32, u32) {
         match (self.crop, self.target) {
             (Some(size), _) => size,
             (None, Target::Exact(height, width)) => (height, width),
             (None, Target::ShortestEdge(edge)) => (edge, edge),
+            (None, Target::Patches { side, most }) => {
+                let edge = most.isqrt() * side;
+                (edge, edge)
+            }
+        }
+    }
+
+    /// Returns the side of a patch and how many an image has at most, for images of any shape.
+    pub fn patches(&self) -> Option<(u32, u32)> {
+        match self.target {
+            Target::Patches { side, most } => Some((side, most)),
+            Target::Exact(..) | Target::ShortestEdge(_) => None,
         }
     }
 
@@ -202,19 +239,22 @@ impl Preprocess {
         self.normalisation
     }
 
-    /// Decodes and resizes an image to RGB: `height * width * 3` bytes by row, pixel and channel.
+    /// Decodes and resizes an image to RGB.
     ///
     /// # Errors
     /// Those of [`decode`]; `ImageTooLarge` if resizing needs an intermediate image of more than
-    /// `pixels_max`.
-    pub fn pixels(&self, image: &[u8], limits: &ImageLimits) -> Result<Vec<u8>, RowFault> {
+    /// `pixels_max`, or if the image is too long for its patches.
+    pub fn pixels(&self, image: &[u8], limits: &ImageLimits) -> Result<Pixels, RowFault> {
         let image = if self.halves_jpeg {
             decode_at_least(image, limits, self.shorter())?
         } else {
             decode(image, limits)?
         };
-        let (height, width) = self.size();
-        let (resized_height, resized_width) = self.resized(image.height(), image.width());
+        let (resized_height, resized_width) = self.resized(image.height(), image.width())?;
+        let (height, width) = match self.target {
+            Target::Patches { .. } => (resized_height as u32, resized_width as u32),
+            Target::Exact(..) | Target::ShortestEdge(_) => self.size(),
+        };
         let rounds = self.crop_rounds;
         let (rows, top) = cropped(image.height(), resized_height, height, rounds);
         let (columns, left) = cropped(image.width(), resized_width, width, rounds);
@@ -234,8 +274,12 @@ impl Preprocess {
             return Err(RowFault::new(BadRowReason::ImageTooLarge, detail));
         }
         let small = resize(image.as_raw(), &rows, &columns);
+        let whole = |bytes| Pixels { bytes, grid: None };
+        if let Target::Patches { side, .. } = self.target {
+            return Ok(naflex::cut(&small, [height, width], side));
+        }
         if (rows.len(), columns.len()) == (height as usize, width as usize) {
-            return Ok(small);
+            return Ok(whole(small));
         }
         let mut canvas = vec![0; (height * width * 3) as usize];
         let line = columns.len() * 3;
@@ -243,7 +287,7 @@ impl Preprocess {
             let at = ((top + n) * width as usize + left) * 3;
             canvas[at..at + line].copy_from_slice(source);
         }
-        Ok(canvas)
+        Ok(whole(canvas))
     }
 
     /// Returns the least length of an image's shorter side. Below it an image that was decoded at
@@ -252,13 +296,18 @@ impl Preprocess {
         match self.target {
             Target::Exact(height, width) => height.max(width),
             Target::ShortestEdge(edge) => edge,
+            Target::Patches { .. } => u32::MAX,
         }
     }
 
     /// Returns the height and width after resizing, before the crop.
-    fn resized(&self, height: u32, width: u32) -> (u64, u64) {
-        match self.target {
+    fn resized(&self, height: u32, width: u32) -> Result<(u64, u64), RowFault> {
+        Ok(match self.target {
             Target::Exact(height, width) => (height.into(), width.into()),
+            Target::Patches { side, most } => {
+                let [height, width] = naflex::resized([height, width], side, most)?;
+                (height.into(), width.into())
+            }
             Target::ShortestEdge(edge) => {
                 let (edge, height, width) = (u64::from(edge), u64::from(height), u64::from(width));
                 if width <= height {
@@ -267,7 +316,7 @@ impl Preprocess {
                     (edge, edge * width / height)
                 }
             }
-        }
+        })
     }
 }
 

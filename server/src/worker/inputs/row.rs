@@ -18,7 +18,10 @@ pub struct Row {
 /// What a model takes of one row: RGB pixels and token ids.
 #[derive(Debug)]
 pub struct Prepared {
+    /// Of an image of any shape, its patches one after the other, without padding.
     pub pixels: Vec<u8>,
+    /// Rows and columns of patches, of an image of any shape.
+    pub grid: Option<[u32; 2]>,
     pub ids: Vec<i64>,
     /// A hash of the image as it is stored; 0 where nothing depends on it.
     pub key: u64,

@@ -84,9 +84,12 @@ pub struct Tower {
 #[derive(Debug, Clone, PartialEq)]
 pub struct VisionConfig {
     pub tower: Tower,
-    /// Height and width of the pixels, in pixels.
+    /// Height and width of the pixels, in pixels; of images of any shape, those of one that has as
+    /// many patches as there are position embeddings.
     pub image_size: usize,
     pub patch_size: usize,
+    /// The most patches of an image of any shape (NaFlex); `None` if all images have one size.
+    pub max_patches: Option<usize>,
 }
 
 impl VisionConfig {
@@ -94,6 +97,11 @@ impl VisionConfig {
     /// strided convolution does.
     pub fn grid(&self) -> usize {
         self.image_size / self.patch_size
+    }
+
+    /// Returns the number of patches that are computed for an image, padding included.
+    pub fn patches(&self) -> usize {
+        self.max_patches.unwrap_or_else(|| self.grid().pow(2))
     }
 }
 
@@ -133,34 +141,41 @@ impl ModelConfig {
         let value: Value = serde_json::from_slice(json)
             .map_err(|e| invalid("config.json is no valid JSON", "").because(e))?;
         let root = Fields::root(&value)?;
-        let is_siglip = match root.text("model_type", "")? {
-            "siglip" => true,
-            "clip" => false,
+        let siglip = |is_naflex| {
+            let (vision, text) = ("vision_config", "text_config");
+            Self::siglip(&root.section(vision)?, &root.section(text)?, is_naflex)
+        };
+        match root.text("model_type", "")? {
+            "siglip" => siglip(false),
+            "siglip2" => siglip(true),
+            "clip" => {
+                // Old versions of transformers wrote `*_config_dict`. transformers lets it replace
+                // the section as a whole, so a key that is missing in it takes the default, not
+                // the section's value.
+                let section =
+                    |old, new| root.section(if root.get(old).is_some() { old } else { new });
+                let vision = section("vision_config_dict", "vision_config")?;
+                Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
+            }
             other => {
                 let message = format!(
-                    "model_type '{other}' is not supported; use a folder of 'siglip' or 'clip'"
+                    "model_type '{other}' is not supported; use a folder of 'siglip', 'siglip2' \
+                     or 'clip'"
                 );
-                return Err(invalid(message, "model_type"));
+                Err(invalid(message, "model_type"))
             }
-        };
-        if is_siglip {
-            Self::siglip(
-                &root.section("vision_config")?,
-                &root.section("text_config")?,
-            )
-        } else {
-            // Old versions of transformers wrote `*_config_dict`. transformers lets it replace
-            // the section as a whole, so a key that is missing in it takes the default, not the
-            // section's value.
-            let section = |old, new| root.section(if root.get(old).is_some() { old } else { new });
-            let vision = section("vision_config_dict", "vision_config")?;
-            Self::clip(&root, &vision, &section("text_config_dict", "text_config")?)
         }
     }
 
-    fn siglip(vision: &Fields, text: &Fields) -> Result<Self> {
-        vision.expect_type(&["siglip_vision_model"])?;
-        // SigLIP 2's text transformer is SigLIP's; its NaFlex vision transformer is not.
+    /// Reads a SigLIP or a SigLIP 2. Those of fixed resolution have one configuration; a NaFlex one
+    /// has another vision transformer.
+    fn siglip(vision: &Fields, text: &Fields, is_naflex: bool) -> Result<Self> {
+        let kind = if is_naflex {
+            "siglip2_vision_model"
+        } else {
+            "siglip_vision_model"
+        };
+        vision.expect_type(&[kind])?;
         text.expect_type(&["siglip_text_model", "siglip2_text_model"])?;
         if !vision.flag("vision_use_head", true)? {
             return Err(vision.invalid(
@@ -176,7 +191,11 @@ impl ModelConfig {
             layer_norm_eps: 1e-6,
             hidden_act: Activation::GeluTanh,
         };
-        let vision_config = vision.vision(&defaults, 16)?;
+        let (vision_config, resizes) = if is_naflex {
+            (vision.naflex_vision(&defaults)?, Resizes::NAFLEX)
+        } else {
+            (vision.vision(&defaults, 16)?, Resizes::TRANSFORMERS)
+        };
         let text_config = text.text_tower(&defaults, 32_000, 64)?;
         let embedding_dim = text.size("projection_size", text_config.tower.hidden_size)?;
         if embedding_dim != vision_config.tower.hidden_size {
@@ -192,7 +211,7 @@ impl ModelConfig {
             vision: vision_config,
             text: text_config,
             embedding_dim,
-            resizes: Resizes::TRANSFORMERS,
+            resizes,
             logit_scale_init: 0.0,
             logit_bias_init: None,
             exported: None,
@@ -228,6 +247,19 @@ impl ModelConfig {
         })
     }
 
+    /// Reads how many patches an image of any shape has at most, which only the preprocessing says.
+    ///
+    /// # Errors
+    /// `ModelInvalid` naming the file, and the field.
+    pub(super) fn take_max_patches(&mut self, preprocessor_json: &[u8]) -> Result<()> {
+        if let Some(most) = &mut self.vision.max_patches {
+            let value: Value = serde_json::from_slice(preprocessor_json).unwrap_or(Value::Null);
+            let fields = Fields::root_of("preprocessor_config.json", &value)?;
+            *most = fields.size("max_num_patches", 256)?;
+        }
+        Ok(())
+    }
+
     /// Returns the arithmetic of the model where `wanted` is asked for. An exported module keeps
     /// that of its own code, f32.
     pub fn compute(&self, wanted: Compute) -> Compute {
@@ -249,6 +281,7 @@ impl ModelConfig {
             None => {}
         }
         match self.family {
+            Family::Siglip if self.vision.max_patches.is_some() => "siglip2",
             Family::Siglip => "siglip",
             Family::Clip => "clip",
             Family::OpenClip(_) => "open_clip",

@@ -20,7 +20,8 @@ use tch::{Device, Kind, TchError, Tensor};
 
 /// The two halves of a dual encoder, before normalisation.
 pub trait Towers: Send {
-    /// Embeds normalised pixels `[n, height, width, 3]` as `[n, embedding_dim]`.
+    /// Embeds normalised pixels `[n, height, width, 3]` as `[n, embedding_dim]`; of images of any
+    /// shape, `[n, patches, patch², 3]`.
     fn image(&self, pixels: &Tensor, view: &View) -> Torch;
     /// Embeds ids `[n, length]` as `[n, embedding_dim]`.
     fn text(&self, ids: &Tensor) -> Torch;
@@ -28,6 +29,18 @@ pub trait Towers: Send {
     fn losses(&self, _pixels: &Tensor, _ids: &Tensor) -> Torch {
         Err(TchError::Torch("a dual encoder gives no losses".into()))
     }
+}
+
+/// Images as a model takes them.
+#[derive(Debug, Clone, Copy)]
+pub struct Images<'a> {
+    /// RGB bytes, `[rows, side, side, 3]` of the fidelity's side; of images of any shape, with
+    /// their patches one after the other, `[rows, patches, patch², 3]`.
+    pub pixels: &'a [u8],
+    /// A number for each row, which decides which of its patches are left out.
+    pub keys: &'a [u64],
+    /// Rows and columns of patches of each image; empty if all have one size.
+    pub grids: &'a [[u32; 2]],
 }
 
 /// Names a loaded model on a device.
@@ -187,17 +200,15 @@ impl Encoder {
         }
     }
 
-    /// Embeds RGB bytes `[rows, side, side, 3]` as f32 `[rows, embedding_dim]` of length one. The
-    /// side is that of the fidelity. A row's key decides which of its patches are left out.
+    /// Embeds images as f32 `[rows, embedding_dim]` of length one.
     pub fn image(
         &self,
-        pixels: &[u8],
-        keys: &[u64],
+        images: &Images<'_>,
         fidelity: Fidelity,
         normalisation: &Normalisation,
     ) -> Torch {
-        let pixels = self.normalised(pixels, keys.len(), fidelity, normalisation)?;
-        unit(&self.towers.image(&pixels, &self.view(keys, fidelity)?)?)
+        let pixels = self.normalised(images, fidelity, normalisation)?;
+        unit(&self.towers.image(&pixels, &self.view(images, fidelity)?)?)
     }
 
     /// Returns what both towers make of rows, as [`Encoder::image`] and [`Encoder::text`] do. Of a
@@ -205,19 +216,18 @@ impl Encoder {
     /// no embedding of zeros, which stands for a row that was lost.
     pub fn both(
         &self,
-        pixels: &[u8],
-        keys: &[u64],
+        images: &Images<'_>,
         fidelity: Fidelity,
         normalisation: &Normalisation,
         ids: &[i64],
     ) -> Torch<(Tensor, Tensor)> {
-        let rows = keys.len();
+        let rows = images.keys.len();
         let Some(form) = self.config.losses() else {
-            let image = self.image(pixels, keys, fidelity, normalisation)?;
+            let image = self.image(images, fidelity, normalisation)?;
             return Ok((image, self.text(ids, rows)?));
         };
         let pixels = match form.input {
-            Input::Image => self.normalised(pixels, rows, fidelity, normalisation)?,
+            Input::Image => self.normalised(images, fidelity, normalisation)?,
             Input::Text => Tensor::f_zeros([0], (Kind::Float, self.device))?,
         };
         let ids = Tensor::f_from_slice(ids)?
@@ -231,19 +241,21 @@ impl Encoder {
 
     fn normalised(
         &self,
-        pixels: &[u8],
-        rows: usize,
+        images: &Images<'_>,
         fidelity: Fidelity,
         normalisation: &Normalisation,
     ) -> Torch {
-        let size = i64::from(self.image_tower.side(fidelity));
-        if rows as i64 * size * size * 3 != pixels.len() as i64 {
-            return Err(TchError::Shape(format!(
-                "{} bytes are not {rows} images of {size}x{size}",
-                pixels.len()
-            )));
+        let tower = &self.image_tower;
+        let [height, width] = match tower.max_patches {
+            0 => [i64::from(tower.side(fidelity)); 2],
+            most => [i64::from(most), i64::from(tower.patch_size).pow(2)],
+        };
+        let shape = [images.keys.len() as i64, height, width, 3];
+        if shape.iter().product::<i64>() != images.pixels.len() as i64 {
+            let message = format!("{} bytes are not {shape:?}", images.pixels.len());
+            return Err(TchError::Shape(message));
         }
-        let pixels = Tensor::f_from_data_size(pixels, &[rows as i64, size, size, 3], Kind::Uint8)?;
+        let pixels = Tensor::f_from_data_size(images.pixels, &shape, Kind::Uint8)?;
         let channels = |values: &[f32; 3]| Tensor::f_from_slice(values)?.f_to_device(self.device);
         let pixels = pixels
             .f_to_device(self.device)?
@@ -254,8 +266,12 @@ impl Encoder {
         pixels.f_to_kind(self.compute.kind())
     }
 
-    fn view(&self, keys: &[u64], fidelity: Fidelity) -> Torch<View> {
-        let whole = View::default();
+    fn view(&self, images: &Images<'_>, fidelity: Fidelity) -> Torch<View> {
+        let whole = View {
+            grids: images.grids.to_vec(),
+            ..View::default()
+        };
+        let keys = images.keys;
         Ok(match fidelity {
             Fidelity::Full | Fidelity::Resolution(_) => whole,
             Fidelity::Patch(side) => View {
@@ -300,10 +316,19 @@ impl Encoder {
     /// overflow in a forward pass.
     pub fn canary(&self) -> Torch<Result<(), Refusal>> {
         const ROWS: usize = 2;
-        let (size, text) = (self.config.vision.image_size, &self.config.text);
-        let pixels: Vec<u8> = (0..ROWS * size * size * 3)
+        let (tower, text) = (&self.image_tower, &self.config.text);
+        let pixels: Vec<u8> = (0..ROWS * tower.pixels(Fidelity::Full) * 3)
             .map(|i| (i * 37 % 256) as u8)
             .collect();
+        let grids = match tower.max_patches {
+            0 => vec![],
+            most => vec![[1, most], [most.isqrt(); 2]],
+        };
+        let images = Images {
+            pixels: &pixels,
+            keys: &[0; ROWS],
+            grids: &grids,
+        };
         let losses = self.config.losses();
         let ids: Vec<i64> = match &losses {
             Some(form) => form.made_up(ROWS),
@@ -326,7 +351,7 @@ impl Encoder {
                 "is not finite in f32 once exp() is applied",
             )));
         }
-        let (image, text) = self.both(&pixels, &[0; ROWS], Fidelity::Full, &plain, &ids)?;
+        let (image, text) = self.both(&images, Fidelity::Full, &plain, &ids)?;
         let problem = match (finite(image)?, finite(text)?) {
             (true, true) => return Ok(Ok(())),
             _ if losses.is_some() => "losses",

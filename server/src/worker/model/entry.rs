@@ -1,6 +1,6 @@
 //! Where pixels enter an image tower: patches, their positions, and the patches that are left out.
 use super::{
-    layers::{Linear, Tensors, Torch, patches},
+    layers::{Linear, Tensors, Torch},
     positions::{Positions, Resize, Resizes},
 };
 use std::{cell::RefCell, collections::HashMap};
@@ -15,6 +15,8 @@ pub struct View {
     pub kept: Option<Tensor>,
     /// So many layers, if not all.
     pub layers: Option<usize>,
+    /// Rows and columns of patches of each image; only of models that take images of any shape.
+    pub grids: Vec<[u32; 2]>,
 }
 
 /// The first part of a ViT.
@@ -89,6 +91,21 @@ impl Entry {
         let left = x.f_gather(1, &places, false)?;
         Tensor::f_cat(&[x.f_narrow(1, 0, prefix)?, left], 1)
     }
+}
+
+/// Cuts `[n, side, side, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch.
+/// One matrix product with the flattened kernel is then the strided convolution, on every device
+/// with the same (never TF32) arithmetic.
+fn patches(pixels: &Tensor, patch: i64) -> Torch {
+    let (n, side, _, _) = pixels.size4()?;
+    let grid = side / patch;
+    let whole = pixels
+        .f_narrow(1, 0, grid * patch)?
+        .f_narrow(2, 0, grid * patch)?;
+    let cut = whole
+        .f_reshape([n, grid, patch, grid, patch, 3])?
+        .f_permute([0, 1, 3, 5, 2, 4])?;
+    cut.f_reshape([n, grid * grid, 3 * patch * patch])
 }
 
 /// The patch convolution as a linear layer on [`patches`], at the model's own patch and resized.
@@ -173,7 +190,7 @@ fn inverse(resize: Resize, own: i64, patch: i64) -> Torch {
         .f_reshape([own, 1, own, 1])?
         .f_expand([own, 1, own, own], false)?
         .f_contiguous()?;
-    let resized = resize.apply(&lines, patch)?;
+    let resized = resize.apply(&lines, [patch, patch])?;
     let transposed = resized.f_select(3, 0)?.f_reshape([own, patch])?;
     let made = transposed.f_linalg_pinv(RANK_TOLERANCE, false)?;
     INVERSES.with_borrow_mut(|kept| {
@@ -251,7 +268,7 @@ mod tests {
         let basis = Tensor::eye(own * own, (Kind::Double, Device::Cpu));
         let resized = kernel
             .resize
-            .apply(&basis.reshape([-1, 1, own, own]), patch);
+            .apply(&basis.reshape([-1, 1, own, own]), [patch, patch]);
         let transposed = resized.unwrap().reshape([own * own, patch * patch]);
         let to = transposed.linalg_pinv(RANK_TOLERANCE, false);
         let kernels = weight.reshape([-1, own * own]);
@@ -311,7 +328,7 @@ mod tests {
                 resized: RefCell::default(),
             };
             let x = Tensor::randn([2, 3, own, own], kind);
-            let larger = resize.apply(&x, 8).unwrap();
+            let larger = resize.apply(&x, [8, 8]).unwrap();
             let of = |x: &Tensor, patch| {
                 kernel
                     .at(patch)

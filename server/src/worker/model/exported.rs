@@ -130,6 +130,7 @@ fn told(fields: &Fields) -> Result<Told> {
             tower: none.clone(),
             image_size,
             patch_size: 0,
+            max_patches: None,
         },
         text: TextConfig {
             tower: none,

@@ -188,13 +188,12 @@ impl<'a> Fields<'a> {
 
     /// Returns the section as an image transformer's.
     pub(super) fn vision(&self, defaults: &Tower, patch_size: usize) -> Result<VisionConfig> {
-        if self.size("num_channels", 3)? != 3 {
-            return Err(self.invalid("num_channels", "only 3 (RGB) is supported"));
-        }
+        self.expect_rgb()?;
         let config = VisionConfig {
             tower: self.tower(defaults)?,
             image_size: self.size("image_size", 224)?,
             patch_size: self.size("patch_size", patch_size)?,
+            max_patches: None,
         };
         if config.grid() == 0 {
             let problem = format!(
@@ -204,6 +203,32 @@ impl<'a> Fields<'a> {
             return Err(self.invalid("patch_size", &problem));
         }
         Ok(config)
+    }
+
+    /// Returns the section as the image transformer of a SigLIP 2 that takes images of any shape.
+    /// It has the number of position embeddings in the place of an image's size.
+    pub(super) fn naflex_vision(&self, defaults: &Tower) -> Result<VisionConfig> {
+        self.expect_rgb()?;
+        let patch_size = self.size("patch_size", 16)?;
+        let positions = self.size("num_patches", 256)?;
+        let side = positions.isqrt();
+        if side * side != positions {
+            let problem = format!("{positions} position embeddings are no square grid");
+            return Err(self.invalid("num_patches", &problem));
+        }
+        Ok(VisionConfig {
+            tower: self.tower(defaults)?,
+            image_size: side * patch_size,
+            patch_size,
+            max_patches: Some(positions),
+        })
+    }
+
+    fn expect_rgb(&self) -> Result<()> {
+        match self.size("num_channels", 3)? {
+            3 => Ok(()),
+            _ => Err(self.invalid("num_channels", "only 3 (RGB) is supported")),
+        }
     }
 
     /// Returns the section as a caption transformer's.

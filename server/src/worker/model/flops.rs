@@ -31,6 +31,7 @@ pub fn image_tower(config: &ModelConfig) -> ImageTower {
         layer_per_patch,
         layer_per_patch_pair,
         per_pixel: 2.0 * 3.0 * vision.tower.hidden_size as f64,
+        max_patches: vision.max_patches.unwrap_or(0) as u32,
     }
 }
 
@@ -72,7 +73,7 @@ pub fn image(config: &ModelConfig) -> f64 {
         return exported.flops[0];
     }
     let depth = config.vision.tower.num_hidden_layers;
-    image_of(config, depth, (config.vision.grid() as f64).powi(2))
+    image_of(config, depth, config.vision.patches() as f64)
 }
 
 /// Returns the FLOPs of one image of so many patches, through so many layers.
@@ -202,6 +203,30 @@ mod tests {
             let found = tower.flops(Fidelity::Patch(8));
             assert!((found / image(&larger) - 1.0).abs() < 1e-12, "{family}");
         }
+    }
+
+    #[test]
+    fn an_image_of_any_shape_costs_what_all_of_its_patches_do() {
+        let small = r#""hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2"#;
+        let of = |more: &str| {
+            config(&format!(
+                r#"{{"model_type": "{more}, "patch_size": 4}},
+                    "text_config": {{{small}}}}}"#
+            ))
+        };
+        let fixed = of(&format!(
+            r#"siglip", "vision_config": {{{small}, "image_size": 40"#
+        ));
+        let mut naflex = of(&format!(
+            r#"siglip2", "vision_config": {{{small}, "num_patches": 16"#
+        ));
+        naflex
+            .take_max_patches(br#"{"max_num_patches": 100}"#)
+            .unwrap();
+        // A linear layer on a patch costs what the convolution does.
+        assert_eq!(image(&naflex), image(&fixed));
+        let found = image_tower(&naflex).flops(Fidelity::Full);
+        assert!((found / image(&fixed) - 1.0).abs() < 1e-12, "{found}");
     }
 
     #[test]

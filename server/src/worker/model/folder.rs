@@ -100,6 +100,8 @@ impl ModelFolder {
             tokenizer,
             find(location, TOKENIZER_CONFIG, JSON_BYTES_MAX)
         )?;
+        let taken = config.take_max_patches(&preprocessor_json);
+        taken.map_err(|e| e.with("uri", location.uri()))?;
         let resize_json = find(location, Resizes::FILE, JSON_BYTES_MAX).await?;
         if let Some(json) = &resize_json {
             let changed = config.resizes.changed(json);

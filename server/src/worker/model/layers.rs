@@ -154,10 +154,24 @@ impl Mlp {
     }
 }
 
+/// Which keys are attended to. Models that have a mask are not causal.
+#[derive(Clone, Copy)]
+enum Seen<'a> {
+    All,
+    /// No token's own successors.
+    Causal,
+    /// Those that `[n, 1, 1, t]` says true of.
+    Masked(&'a Tensor),
+}
+
 /// Returns softmax(q kᵀ / √(d/h)) v over `[n, h, t, d/h]`, as `[n, t, d]`.
-fn attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Torch {
-    let out =
-        Tensor::f_scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, causal, None, false)?;
+fn attention(q: &Tensor, k: &Tensor, v: &Tensor, seen: Seen<'_>) -> Torch {
+    let (mask, causal) = match seen {
+        Seen::All => (None, false),
+        Seen::Causal => (None, true),
+        Seen::Masked(mask) => (Some(mask), false),
+    };
+    let out = Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, false)?;
     let (n, h, t, width) = out.size4()?;
     out.f_transpose(1, 2)?.f_reshape([n, t, h * width])
 }
@@ -195,12 +209,12 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor, causal: bool) -> Torch {
+    fn forward(&self, x: &Tensor, seen: Seen<'_>) -> Torch {
         let qkv = split_heads(&self.qkv.forward(&self.norm1.forward(x)?)?, 3, self.heads)?;
         let x = x.f_add(
             &self
                 .out
-                .forward(&attention(&qkv[0], &qkv[1], &qkv[2], causal)?)?,
+                .forward(&attention(&qkv[0], &qkv[1], &qkv[2], seen)?)?,
         )?;
         x.f_add(&self.mlp.forward(&self.norm2.forward(&x)?)?)
     }
@@ -263,26 +277,20 @@ impl Transformer {
 
     /// Returns the first so many layers; `None` is all of them.
     pub fn first(&self, mut x: Tensor, layers: Option<usize>) -> Torch {
+        let seen = if self.causal { Seen::Causal } else { Seen::All };
         for block in self.blocks.iter().take(layers.unwrap_or(usize::MAX)) {
-            x = block.forward(&x, self.causal)?;
+            x = block.forward(&x, seen)?;
         }
         Ok(x)
     }
-}
 
-/// Cuts `[n, side, side, 3]` pixels into `[n, grid², 3 * patch²]`, channels first in each patch.
-/// One matrix product with the flattened kernel is then the strided convolution, on every device
-/// with the same (never TF32) arithmetic.
-pub fn patches(pixels: &Tensor, patch: i64) -> Torch {
-    let (n, side, _, _) = pixels.size4()?;
-    let grid = side / patch;
-    let whole = pixels
-        .f_narrow(1, 0, grid * patch)?
-        .f_narrow(2, 0, grid * patch)?;
-    let cut = whole
-        .f_reshape([n, grid, patch, grid, patch, 3])?
-        .f_permute([0, 1, 3, 5, 2, 4])?;
-    cut.f_reshape([n, grid * grid, 3 * patch * patch])
+    /// Returns all layers where the tokens are seen that `mask`, `[n, 1, 1, t]`, says true of.
+    pub(super) fn masked(&self, mut x: Tensor, mask: &Tensor) -> Torch {
+        for block in &self.blocks {
+            x = block.forward(&x, Seen::Masked(mask))?;
+        }
+        Ok(x)
+    }
 }
 
 /// Token and position embeddings `{at}.*` of a caption.
@@ -361,13 +369,14 @@ impl PoolingHead {
         query.f_reshape([1, 1, heads, d / heads])?.f_transpose(1, 2)
     }
 
-    /// Returns `[n, t, d]` as `[n, d]`.
-    pub fn forward(&self, x: &Tensor) -> Torch {
+    /// Returns `[n, t, d]` as `[n, d]`; of a `mask`, as [`Transformer::masked`].
+    pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Torch {
         let kv = split_heads(&self.kv.forward(x)?, 2, self.heads)?;
         let query = self.query.f_expand([x.size3()?.0, -1, -1, -1], false)?;
+        let seen = mask.map_or(Seen::All, Seen::Masked);
         let pooled = self
             .out
-            .forward(&attention(&query, &kv[0], &kv[1], false)?)?;
+            .forward(&attention(&query, &kv[0], &kv[1], seen)?)?;
         pooled
             .f_add(&self.mlp.forward(&self.norm.forward(&pooled)?)?)?
             .f_select(1, 0)

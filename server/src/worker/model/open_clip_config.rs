@@ -254,6 +254,7 @@ fn vision(fields: &Fields, quick: bool, dim: usize) -> Result<(VisionConfig, Vis
         tower: tower(fields, width, heads, quick)?,
         image_size: fields.size("image_size", 224)?,
         patch_size: fields.size("patch_size", 16)?,
+        max_patches: None,
     };
     if config.grid() == 0 {
         return Err(fields.invalid("patch_size", "is larger than image_size"));

@@ -31,15 +31,19 @@ impl Resize {
         filter: Filter::Bilinear,
         antialias: false,
     };
+    /// `resize_positional_embeddings` of transformers' NaFlex SigLIP 2.
+    pub const NAFLEX: Self = Self {
+        filter: Filter::Bilinear,
+        antialias: true,
+    };
     /// `resample_abs_pos_embed` of timm, and open_clip's; `resample_patch_embed` of timm.
     pub const TIMM: Self = Self {
         filter: Filter::Bicubic,
         antialias: true,
     };
 
-    /// Returns `[r, d, n, n]` as `[r, d, to, to]`.
-    pub(super) fn apply(self, grid: &Tensor, to: i64) -> Torch {
-        let size = [to, to];
+    /// Returns `[r, d, n, n]` as `[r, d, rows, columns]`.
+    pub(super) fn apply(self, grid: &Tensor, size: [i64; 2]) -> Torch {
         match (self.filter, self.antialias) {
             (Filter::Bilinear, false) => grid.f_upsample_bilinear2d(size, false, None, None),
             (Filter::Bilinear, true) => {
@@ -66,6 +70,11 @@ impl Resizes {
     /// transformers resizes no kernel, so the kernel's way is the paper's.
     pub const TRANSFORMERS: Self = Self {
         positions: Resize::TRANSFORMERS,
+        kernel: Resize::FLEXIVIT,
+    };
+    /// Its patches have one size, so no kernel is resized.
+    pub const NAFLEX: Self = Self {
+        positions: Resize::NAFLEX,
         kernel: Resize::FLEXIVIT,
     };
     pub const TIMM: Self = Self {
@@ -189,7 +198,7 @@ impl Positions {
             .f_permute([0, 3, 1, 2])?;
         let grid = self
             .resize
-            .apply(&grid.f_contiguous()?, side)?
+            .apply(&grid.f_contiguous()?, [side, side])?
             .f_permute([0, 2, 3, 1])?
             .f_reshape([side * side, d])?
             .f_to_kind(self.all.f_kind()?)?;

@@ -1,5 +1,6 @@
 //! SigLIP (Zhai et al. 2023, arXiv 2303.15343): a ViT with attention pooling and a bidirectional
-//! caption transformer.
+//! caption transformer; and SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786), which is the same
+//! where images have one size, and has another entry for images of any shape.
 use super::{
     config::{ModelConfig, Tower},
     encoder::Towers,
@@ -7,21 +8,28 @@ use super::{
     layers::{
         BlockInit, LayerNorm, Linear, PoolingHead, Tensors, TextEmbedding, Torch, Transformer,
     },
+    naflex::NaflexEntry,
     naming::Naming,
     parameters::{Init, Parameters},
 };
 use tch::Tensor;
 
-/// Returns names and shapes of `transformers.SiglipModel`, with its initial distributions
-/// (truncated normals are plain here, and the biases of the MLPs, 1e-6 there, are zero).
+/// Returns names and shapes of `transformers.SiglipModel` or `Siglip2Model`, with their initial
+/// distributions (truncated normals are plain here, and the biases of the MLPs, 1e-6 there, are
+/// zero).
 pub fn parameters(config: &ModelConfig) -> Parameters {
     let mut to = Parameters::default();
     let (vision, text) = (&config.vision, &config.text);
     let (d, patch) = (vision.tower.hidden_size, vision.patch_size);
     let embeddings = "vision_model.embeddings";
+    // Patches of images of any shape come cut and flattened, to a linear layer.
+    let kernel = match vision.max_patches {
+        Some(_) => vec![d, 3 * patch * patch],
+        None => vec![d, 3, patch, patch],
+    };
     to.add(
         format!("{embeddings}.patch_embedding.weight"),
-        &[d, 3, patch, patch],
+        &kernel,
         Init::lecun(3 * patch * patch),
     );
     to.add(
@@ -107,8 +115,42 @@ fn block_init(tower: &Tower) -> BlockInit {
     }
 }
 
+enum ImageEntry {
+    OneSize(Entry),
+    AnyShape(NaflexEntry),
+}
+
+impl ImageEntry {
+    fn load(config: &ModelConfig, tensors: &Tensors) -> Torch<Self> {
+        let vision = &config.vision;
+        let (kernel, positions) = (
+            "vision_model.embeddings.patch_embedding",
+            "vision_model.embeddings.position_embedding.weight",
+        );
+        if vision.max_patches.is_some() {
+            return Ok(Self::AnyShape(NaflexEntry::load(
+                Linear::load(tensors, kernel)?,
+                &tensors.get(positions)?,
+                vision.grid(),
+                config.resizes.positions,
+            )?));
+        }
+        Ok(Self::OneSize(Entry::load(
+            tensors,
+            &Names {
+                kernel,
+                has_bias: true,
+                class: None,
+                positions,
+            },
+            (vision.grid(), vision.patch_size),
+            config.resizes,
+        )?))
+    }
+}
+
 pub struct Siglip {
-    entry: Entry,
+    entry: ImageEntry,
     image: Transformer,
     post_norm: LayerNorm,
     pool: PoolingHead,
@@ -122,17 +164,7 @@ impl Siglip {
     pub fn load(config: &ModelConfig, tensors: &Tensors) -> Torch<Self> {
         let (vision, text) = (&config.vision, &config.text);
         Ok(Self {
-            entry: Entry::load(
-                tensors,
-                &Names {
-                    kernel: "vision_model.embeddings.patch_embedding",
-                    has_bias: true,
-                    class: None,
-                    positions: "vision_model.embeddings.position_embedding.weight",
-                },
-                (vision.grid(), vision.patch_size),
-                config.resizes,
-            )?,
+            entry: ImageEntry::load(config, tensors)?,
             image: Transformer::load(
                 tensors,
                 "vision_model.encoder.layers",
@@ -166,9 +198,18 @@ impl Siglip {
 
 impl Towers for Siglip {
     fn image(&self, pixels: &Tensor, view: &View) -> Torch {
-        let x = self.entry.forward(pixels, view)?;
-        let x = self.image.first(x, view.layers)?;
-        self.pool.forward(&self.post_norm.forward(&x)?)
+        let (x, mask) = match &self.entry {
+            ImageEntry::OneSize(entry) => {
+                let x = entry.forward(pixels, view)?;
+                (self.image.first(x, view.layers)?, None)
+            }
+            ImageEntry::AnyShape(entry) => {
+                let (x, mask) = entry.forward(pixels, &view.grids)?;
+                (self.image.masked(x, &mask)?, Some(mask))
+            }
+        };
+        self.pool
+            .forward(&self.post_norm.forward(&x)?, mask.as_ref())
     }
 
     /// Pools the last token, which may be padding: that is how the model was trained.

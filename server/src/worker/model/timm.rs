@@ -48,6 +48,7 @@ pub fn trunk(name: &str) -> Option<VisionConfig> {
             },
             image_size,
             patch_size,
+            max_patches: None,
         })
 }
 
@@ -115,7 +116,7 @@ impl Trunk {
     pub fn forward(&self, pixels: &Tensor, view: &View) -> Torch {
         let x = self.entry.forward(pixels, view)?;
         let x = self.image.first(x, view.layers)?;
-        self.pool.forward(&self.norm.forward(&x)?)
+        self.pool.forward(&self.norm.forward(&x)?, None)
     }
 }
 

@@ -20,6 +20,13 @@ class Pixels:
 
         # Pillow's pixels, as the service makes them; the fast processors resize in another way.
         self.processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+        if hasattr(self.processor, "max_num_patches"):
+            raise invalid(
+                "folder",
+                f"{folder} takes images of any shape (NaFlex): their patches go with a mask and "
+                "the shapes of their grids; call transformers' Siglip2ImageProcessor on a batch's "
+                "images yourself",
+            )
 
     def __call__(self, picture: Any) -> torch.Tensor:
         return self.processor(picture, return_tensors="pt")["pixel_values"][0]

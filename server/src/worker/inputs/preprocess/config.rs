@@ -69,6 +69,15 @@ impl Preprocess {
     }
 }
 
+/// Whose image processor a configuration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processor {
+    Siglip,
+    /// That of NaFlex models; those of fixed resolution have SigLIP's.
+    Siglip2,
+    Clip,
+}
+
 /// The configuration's fields, each checked where it is read.
 pub(super) struct Config<'a>(pub &'a Value);
 
@@ -77,9 +86,9 @@ impl Config<'_> {
         self.0.get(field).filter(|value| !value.is_null())
     }
 
-    /// Returns whether it is CLIP's processor: by name or, without one, as `model` says, else by
-    /// its fields.
-    pub(super) fn is_clip(&self, model: Option<bool>) -> Result<bool> {
+    /// Returns whose processor it is: by name or, without one, as `unnamed` says, else by its
+    /// fields.
+    pub(super) fn processor(&self, unnamed: Option<Processor>) -> Result<Processor> {
         let field = if self.get("image_processor_type").is_some() {
             "image_processor_type"
         } else {
@@ -88,15 +97,22 @@ impl Config<'_> {
         match self.get(field).and_then(Value::as_str) {
             None => {
                 let has_crop = self.get("do_center_crop").or(self.get("crop_size"));
-                Ok(model.unwrap_or(has_crop.is_some()))
+                Ok(unnamed.unwrap_or(match has_crop {
+                    Some(_) => Processor::Clip,
+                    None => Processor::Siglip,
+                }))
             }
             Some("CLIPImageProcessor" | "CLIPImageProcessorFast" | "CLIPFeatureExtractor") => {
-                Ok(true)
+                Ok(Processor::Clip)
             }
-            Some("SiglipImageProcessor" | "SiglipImageProcessorFast") => Ok(false),
+            Some("SiglipImageProcessor" | "SiglipImageProcessorFast") => Ok(Processor::Siglip),
+            Some("Siglip2ImageProcessor" | "Siglip2ImageProcessorFast") => Ok(Processor::Siglip2),
             Some(other) => Err(invalid(
                 field,
-                &format!("{other} is not known; use SiglipImageProcessor or CLIPImageProcessor"),
+                &format!(
+                    "{other} is not known; use SiglipImageProcessor, Siglip2ImageProcessor or \
+                     CLIPImageProcessor"
+                ),
             )),
         }
     }
@@ -116,6 +132,27 @@ impl Config<'_> {
             .filter(|side| (1..=SIDE_MAX).contains(side));
         side.map(|side| side as u32)
             .ok_or_else(|| invalid(field, &format!("its sides must be from 1 to {SIDE_MAX}")))
+    }
+
+    /// Reads the patches of images of any shape. All of them together are not more pixels than
+    /// another image may have.
+    pub(super) fn patches(&self) -> Result<Target> {
+        let count = |field, default| match self.get(field) {
+            None => Ok(default),
+            Some(value) => {
+                let count = value
+                    .as_u64()
+                    .filter(|count| (1..=SIDE_MAX).contains(count));
+                let wrong = || invalid(field, &format!("it must be from 1 to {SIDE_MAX}"));
+                count.map(|count| count as u32).ok_or_else(wrong)
+            }
+        };
+        let (side, most) = (count("patch_size", 16)?, count("max_num_patches", 256)?);
+        if u64::from(most) * u64::from(side).pow(2) > SIDE_MAX.pow(2) {
+            let what = format!("{most} patches of {side} pixels are more than any image may have");
+            return Err(invalid("max_num_patches", &what));
+        }
+        Ok(Target::Patches { side, most })
     }
 
     pub(super) fn target(&self, clip: bool) -> Result<Target> {

@@ -17,9 +17,11 @@ fn png(width: u32, height: u32, value: u8) -> Vec<u8> {
 #[test]
 fn without_a_name_the_model_says_whose_processor_it_is() {
     let json = br#"{"size": 32, "image_mean": [0.5, 0.5, 0.5]}"#;
-    let crops = |is_clip| Preprocess::of(json, is_clip).unwrap().crop;
-    assert_eq!(crops(Some(true)), Some((224, 224)));
-    assert_eq!((crops(Some(false)), crops(None)), (None, None));
+    let of = |processor| Preprocess::of(json, processor).unwrap();
+    assert_eq!(of(Some(Processor::Clip)).crop, Some((224, 224)));
+    assert_eq!(of(Some(Processor::Siglip)).crop, None);
+    assert_eq!(of(None).crop, None);
+    assert_eq!(of(Some(Processor::Siglip2)).patches(), Some((16, 256)));
 }
 
 #[test]
@@ -95,6 +97,19 @@ fn what_cannot_be_done_is_refused_by_field() {
         (r#"{"size": 0}"#, "size"),
         (r#"{"crop_size": {"height": 3}}"#, "crop_size"),
         (r#"{"image_std": [1, 0, 1]}"#, "image_std"),
+        (
+            r#"{"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 0}"#,
+            "max_num_patches",
+        ),
+        (
+            r#"{"image_processor_type": "Siglip2ImageProcessor", "patch_size": 1.5}"#,
+            "patch_size",
+        ),
+        (
+            r#"{"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4096,
+                "max_num_patches": 2}"#,
+            "max_num_patches",
+        ),
         (r#"{"image_mean": [1, 0]}"#, "image_mean"),
     ] {
         let error = Preprocess::parse(json.as_bytes()).unwrap_err();
@@ -104,6 +119,35 @@ fn what_cannot_be_done_is_refused_by_field() {
             "{json}"
         );
     }
+}
+
+#[test]
+fn images_of_any_shape_become_patches() {
+    let of = |more: &str| {
+        parse(&format!(
+            r#"{{"image_processor_type": "Siglip2ImageProcessorFast", "patch_size": 8, {more}}}"#
+        ))
+    };
+    // As the fast processor saves it: what it has no use for is null.
+    let config = of(r#""max_num_patches": 12, "do_center_crop": null, "size": null"#);
+    assert_eq!((config.patches(), config.resample), (Some((8, 12)), 2));
+    let limits = ImageLimits {
+        pixels_max: 10_000,
+        bytes_max: 10_000,
+    };
+    let pixels = |width, height| config.pixels(&png(width, height, 9), &limits).unwrap();
+    for ((width, height), grid) in [((40, 30), [3, 4]), ((1, 40), [12, 1]), ((8, 8), [3, 3])] {
+        let found = pixels(width, height);
+        assert_eq!(found.grid, Some(grid), "{width}x{height}");
+        let count = (grid[0] * grid[1]) as usize;
+        assert_eq!(found.bytes, vec![9; count * 8 * 8 * 3]);
+    }
+    // Kept embeddings of more patches are not those of fewer.
+    assert_ne!(
+        config.digest(),
+        of(r#""max_num_patches": 16"#).digest(),
+        "of another number of patches"
+    );
 }
 
 #[test]
@@ -121,7 +165,7 @@ fn a_crop_larger_than_the_image_is_black_around_it() {
             },
         )
         .unwrap();
-    let lit: Vec<usize> = (0..25).filter(|n| pixels[n * 3] == 9).collect();
+    let lit: Vec<usize> = (0..25).filter(|n| pixels.bytes[n * 3] == 9).collect();
     assert_eq!(
         lit,
         [11, 12, 13, 16, 17, 18],
@@ -137,11 +181,11 @@ fn a_sliver_is_cropped_before_it_grows() {
     };
     let clip = parse(r#"{"size": {"shortest_edge": 24}, "crop_size": 24, "do_center_crop": true}"#);
     assert_eq!(
-        clip.pixels(&png(4000, 1, 9), &limits).unwrap(),
+        clip.pixels(&png(4000, 1, 9), &limits).unwrap().bytes,
         vec![9; 24 * 24 * 3]
     );
     assert_eq!(
-        clip.pixels(&png(1, 5000, 9), &limits).unwrap(),
+        clip.pixels(&png(1, 5000, 9), &limits).unwrap().bytes,
         vec![9; 24 * 24 * 3]
     );
     let squashed = parse(r#"{"size": 24}"#);

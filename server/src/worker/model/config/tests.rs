@@ -58,7 +58,19 @@ fn absent_keys_take_transformers_defaults() {
 #[test]
 fn what_is_not_supported_is_refused_by_field() {
     for (json, field) in [
-        (r#"{"model_type": "siglip2"}"#, "model_type"),
+        (r#"{"model_type": "coca"}"#, "model_type"),
+        (
+            r#"{"model_type": "siglip2", "vision_config": {"model_type": "siglip_vision_model"}}"#,
+            "vision_config.model_type",
+        ),
+        (
+            r#"{"model_type": "siglip2", "vision_config": {"num_patches": 200}}"#,
+            "vision_config.num_patches",
+        ),
+        (
+            r#"{"model_type": "siglip2", "vision_config": {"vision_use_head": false}}"#,
+            "vision_config.vision_use_head",
+        ),
         (
             r#"{"model_type": "siglip", "vision_config": {"model_type": "siglip2_vision_model"}}"#,
             "vision_config.model_type",
@@ -102,6 +114,46 @@ fn what_is_not_supported_is_refused_by_field() {
     assert_eq!(
         ModelConfig::parse(b"{").unwrap_err().value("file"),
         Some("config.json")
+    );
+}
+
+#[test]
+fn a_naflex_siglip2_has_positions_in_the_place_of_a_size() {
+    let json = br#"{"model_type": "siglip2", "vision_config": {"num_patches": 196,
+        "patch_size": 14}}"#;
+    let mut config = ModelConfig::parse(json).unwrap();
+    assert_eq!(config.model_type(), "siglip2");
+    assert_eq!((config.vision.grid(), config.vision.image_size), (14, 196));
+    assert_eq!(config.resizes, Resizes::NAFLEX);
+    // How many patches an image has is not how many positions there are.
+    config.take_max_patches(b"{}").unwrap();
+    assert_eq!(config.vision.patches(), 256);
+    config
+        .take_max_patches(br#"{"max_num_patches": 1024}"#)
+        .unwrap();
+    assert_eq!((config.vision.patches(), config.vision.grid()), (1024, 14));
+    let parameters = config.parameters();
+    let shape = |name: &str| parameters.get(name).unwrap().shape.clone();
+    let at = "vision_model.embeddings";
+    let (patches, positions) = ("patch_embedding.weight", "position_embedding.weight");
+    assert_eq!(shape(&format!("{at}.{patches}")), [768, 14 * 14 * 3]);
+    assert_eq!(shape(&format!("{at}.{positions}")), [196, 768]);
+    for (json, field) in [
+        (&b"[]"[..], None),
+        (&br#"{"max_num_patches": 0}"#[..], Some("max_num_patches")),
+    ] {
+        let error = config.take_max_patches(json).unwrap_err();
+        assert_eq!(
+            (error.value("file"), error.value("field")),
+            (Some("preprocessor_config.json"), field)
+        );
+    }
+    let fixed = br#"{"model_type": "siglip", "text_config": {"model_type": "siglip2_text_model"}}"#;
+    let mut fixed = ModelConfig::parse(fixed).unwrap();
+    fixed.take_max_patches(b"[]").unwrap();
+    assert_eq!(
+        (fixed.model_type(), fixed.vision.patches()),
+        ("siglip", 196)
     );
 }
 

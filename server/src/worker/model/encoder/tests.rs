@@ -52,6 +52,56 @@ fn captions_without_their_padding_are_the_same_to_a_causal_tower() {
     assert!(apart < 1e-6 && seen == 16, "{apart} of {seen}");
 }
 
+fn naflex() -> Encoder {
+    let json = format!(
+        r#"{{"model_type": "siglip2",
+            "vision_config": {{{SMALL}, "num_patches": 16, "patch_size": 2}},
+            "text_config": {{{SMALL}, "max_position_embeddings": 30, "vocab_size": 64}}}}"#
+    );
+    let mut config = ModelConfig::parse(json.as_bytes()).unwrap();
+    let most = br#"{"max_num_patches": 12}"#;
+    config.take_max_patches(most).unwrap();
+    encoder(&config)
+}
+
+#[test]
+fn only_an_images_own_patches_decide_its_embedding() {
+    const ROW: usize = 12 * 2 * 2 * 3;
+    let (encoder, plain) = (naflex(), [0.5; 3]);
+    let normalisation = Normalisation {
+        rescale: 1.0 / 255.0,
+        mean: plain,
+        std: plain,
+    };
+    let embedded = |pixels: &[u8], grids: &[[u32; 2]]| {
+        let images = Images {
+            pixels,
+            keys: &vec![0; grids.len()],
+            grids,
+        };
+        encoder.image(&images, Fidelity::Full, &normalisation)
+    };
+    let apart = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+    let mut pixels: Vec<u8> = (0..2 * ROW).map(|i| (i * 37 % 251) as u8).collect();
+    let grids = [[2, 3], [3, 4]];
+    let both = embedded(&pixels, &grids).unwrap();
+    assert_eq!(both.size(), [2, 32]);
+    // What is behind the six patches of the first image, and the image beside it.
+    pixels[ROW / 2..ROW].fill(0);
+    let alone = embedded(&pixels[..ROW], &grids[..1]).unwrap();
+    assert!(apart(&alone, &both.narrow(0, 0, 1)) < 1e-5);
+    // The last of its own patches, and its shape.
+    let turned = embedded(&pixels[..ROW], &[[3, 2]]).unwrap();
+    assert!(apart(&alone, &turned) > 1e-4);
+    pixels[ROW / 2 - 1] ^= 128;
+    let other = embedded(&pixels[..ROW], &grids[..1]).unwrap();
+    assert!(apart(&alone, &other) > 1e-4);
+    for wrong in [&[][..], &[[4, 4]][..]] {
+        assert!(embedded(&pixels[..ROW], wrong).is_err(), "{wrong:?}");
+    }
+    assert!(encoder.canary().unwrap().is_ok());
+}
+
 #[test]
 fn captions_of_a_tower_that_sees_both_ways_keep_their_padding() {
     let json = format!(
