@@ -56,7 +56,7 @@ impl From<superbatch_images::Error> for RowFault {
 }
 
 /// An image as a model takes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pixels {
     /// RGB by row, pixel and channel; of an image of any shape, that of each patch in turn.
     pub bytes: Vec<u8>,
