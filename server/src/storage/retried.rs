@@ -16,8 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Least time between two warnings about the same kind of event, such as an HTTP method. A store that
-/// throttles refuses hundreds of requests a second.
+/// Least time between two warnings about the same kind of event, such as a failed GET. A throttled
+/// store refuses hundreds of requests a second.
 const EACH: Duration = Duration::from_secs(10);
 
 /// Among the extensions of a request: its caller tries again by itself, so the client makes one
