@@ -1,7 +1,10 @@
 //! Every metric, declared once: a documented function with typed labels. Only this file spells
 //! metric names; `docs/metrics.md` is generated from it.
+mod reference;
+
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+pub use reference::reference;
 use std::{sync::OnceLock, time::Duration};
 use superbatch_proto::v1::{BadRowReason, Reason};
 
@@ -144,6 +147,23 @@ declare! {
     counter object_store_bytes_read() on Both = "superbatch_object_store_bytes_read_total", Bytes;
     /// Object store requests that were refused with "slow down".
     counter object_store_throttled() on Both = "superbatch_object_store_throttled_total", Count;
+    /// Reads of remote shards that asked the disk cache (`worker.disk_cache_dir`), by outcome:
+    /// `hit`, `miss`.
+    counter disk_cache_reads(outcome) on Worker = "superbatch_disk_cache_reads_total", Count;
+    /// Bytes that came from the disk cache, and not from their store.
+    counter disk_cache_bytes_read() on Worker = "superbatch_disk_cache_bytes_read_total", Bytes;
+    /// Bytes that left the disk cache to make room.
+    counter disk_cache_evicted_bytes() on Worker = "superbatch_disk_cache_evicted_bytes_total",
+        Bytes;
+    /// What failed in the disk cache, by operation: `read` (the file was damaged and is removed),
+    /// `write`, `remove`, `busy` (a block was not kept, since too many wait for the disk). The
+    /// blocks are read from their stores.
+    counter disk_cache_failures(operation) on Worker = "superbatch_disk_cache_failures_total",
+        Count;
+    /// Bytes that the disk cache holds.
+    gauge disk_cache_bytes() on Worker = "superbatch_disk_cache_bytes", Bytes;
+    /// Bytes that the disk cache may hold.
+    gauge disk_cache_bytes_max() on Worker = "superbatch_disk_cache_limit_bytes", Bytes;
     /// Mean conditional score per example of each chosen sub-batch.
     histogram batch_score() on Coordinator = "superbatch_batch_score", Count, SCORES;
     /// Mean score of the examples of each step, each by its own pair only: of the `chosen` ones,
@@ -255,6 +275,12 @@ pub fn begin(process: Process) {
         ["reference", "learner"]
             .into_iter()
             .for_each(|stage| flops(stage).increment(0));
+        ["hit", "miss"]
+            .into_iter()
+            .for_each(|outcome| disk_cache_reads(outcome).increment(0));
+        ["read", "write", "remove", "busy"]
+            .into_iter()
+            .for_each(|operation| disk_cache_failures(operation).increment(0));
         return;
     }
     ["selection", "discarded"]
@@ -308,34 +334,6 @@ const PUSH_FAILURES: &[Reason] = &[
     Reason::ShuttingDown,
     Reason::Internal,
 ];
-
-/// Returns the reference page `docs/metrics.md`.
-pub fn reference() -> String {
-    let mut page = String::from(
-        "# Metrics\n\nServed at `/metrics` in the Prometheus text format. Generated from \
-        `server/src/metrics.rs` by `make docs`.\n\n\
-         `process` tells where: on the `coordinator` (`superbatch serve`), on a `worker` \
-         (`superbatch worker`, and `superbatch serve` \
-         where its worker is embedded), or on `both`. Counters without labels, and those whose \
-         labels are known beforehand, begin at \
-         0.\n\n\
-         | metric | type | process | labels | meaning |\n|---|---|---|---|---|\n",
-    );
-    for metric in ALL {
-        let labels: Vec<String> = metric
-            .labels
-            .iter()
-            .map(|label| format!("`{label}`"))
-            .collect();
-        let help = metric.help.split_whitespace().collect::<Vec<_>>().join(" ");
-        let (name, kind, process) = (metric.name, metric.kind, metric.process.name());
-        page.push_str(&format!(
-            "| `{name}` | {kind} | {process} | {} | {help} |\n",
-            labels.join(", ")
-        ));
-    }
-    page
-}
 
 /// Upper bounds of seconds histograms: 1 ms to 10 min.
 const SECONDS: &[f64] = &[

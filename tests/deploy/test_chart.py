@@ -22,6 +22,8 @@ FULL = [
     "--set",
     "metrics.dashboard.enabled=true",
     "--set",
+    "worker.diskCache.enabled=true",
+    "--set",
     "tests.source=s3://data/small",
 ]
 

@@ -71,6 +71,8 @@ class Proxy(ThreadingHTTPServer):
     hold: waits for `release` before it passes them on. hold_answer: waits after that.
     lose: the first of each path is passed on and its answer lost: the connection ends, or
     (`lose_by="500"`) an error comes.
+
+    It remembers which ranges of objects were asked for.
     """
 
     daemon_threads = True
@@ -87,6 +89,7 @@ class Proxy(ThreadingHTTPServer):
         self.store_port, self.dropped, self.lose_by = port, dropped, lose_by
         self.hold, self.hold_answer, self.lose = hold, hold_answer, lose
         self.held, self.release, self.lost = threading.Event(), threading.Event(), set()
+        self.ranges: list[tuple[str, str]] = []
         super().__init__(("127.0.0.1", 0), PassOn)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -116,6 +119,8 @@ class PassOn(BaseHTTPRequestHandler):
         body, proxy = self.rfile.read(int(self.headers.get("Content-Length", 0))), self.server
         if self.concerns(proxy.hold):
             proxy.wait()
+        if self.command == "GET" and "Range" in self.headers:
+            proxy.ranges.append((self.path, self.headers["Range"]))
         upstream = HTTPConnection("127.0.0.1", proxy.store_port)
         headers = {
             name: value for name, value in self.headers.items() if name.lower() not in proxy.dropped

@@ -6,13 +6,14 @@ use crate::{
     app,
     config::Config,
     error::{Error, Result},
-    storage::{Location, Stores, nonce, probe},
+    storage::{DiskCache, Location, Stores, nonce, probe},
     worker::{Worker, inputs::model_inputs::Inputs, model::ModelFolder},
 };
 use bytes::Bytes;
 use clap::Args;
 use std::{
     net::{SocketAddr, TcpListener},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -46,6 +47,11 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
     checks.push(("certificates".into(), certificates(config)));
     checks.push(("tokens".into(), tokens(config, SystemTime::now())));
     let stores = Stores::new(config.storage.clone());
+    if let Some(folder) = &config.worker.disk_cache_dir {
+        let bytes_max = config.worker.disk_cache_bytes;
+        let checked = disk_cache(&stores, folder, bytes_max).await;
+        checks.push(("worker.disk_cache_dir".into(), checked));
+    }
     let state = config.state_uri().and_then(|uri| stores.open(&uri));
     match state {
         Ok(state) => {
@@ -127,6 +133,14 @@ fn tokens(config: &Config, now: SystemTime) -> Result<String> {
         return Err(Error::invalid("auth.tokens_file", message));
     }
     Ok(format!("{}, {expired} of them expired", tokens.len()))
+}
+
+/// Checks that the cache's folder is free, and its disk large enough.
+async fn disk_cache(stores: &Stores, folder: &Path, bytes_max: u64) -> Result<String> {
+    let stores = stores.caching_in(folder.to_owned(), bytes_max).await?;
+    stores
+        .disk_cache()
+        .map_or_else(|| Ok("none".into()), DiskCache::check)
 }
 
 /// Checks that the store can hold state: a conditional create must fail for an existing key.
@@ -238,8 +252,18 @@ mod tests {
         }
         drop(taken);
         let state = format!("file://{}/state", folder.path().display());
+        config.worker.disk_cache_dir = Some(folder.path().join("cache"));
+        config.worker.disk_cache_bytes = u64::MAX;
+        let said = run(&config, &args(&state)).await.unwrap_err().chain();
+        assert!(said.contains("1 of 9 checks failed"), "{said}");
+        assert!(said.contains("lower it, or name a larger disk"), "{said}");
+        config.worker.disk_cache_bytes = 1;
         let said = run(&config, &args(&state)).await.unwrap();
         assert!(!said.contains("FAIL"), "{said}");
+        assert!(
+            said.contains("ok    worker.disk_cache_dir: 0.000 of"),
+            "{said}"
+        );
         let left = std::fs::read_dir(folder.path().join("state")).unwrap();
         let names: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
         assert!(

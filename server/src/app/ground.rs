@@ -103,6 +103,21 @@ impl Ground {
         format!("{scheme}://{}", self.address)
     }
 
+    /// Returns the stores for a worker of this process: with its cache on disk, if it has one.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if another process has the cache's folder, or it cannot be used.
+    pub(super) async fn stores_of_worker(&self) -> Result<Stores> {
+        let worker = &self.config.worker;
+        match &worker.disk_cache_dir {
+            None => Ok(self.stores.clone()),
+            Some(folder) => {
+                let bytes_max = worker.disk_cache_bytes;
+                self.stores.caching_in(folder.clone(), bytes_max).await
+            }
+        }
+    }
+
     /// Opens the ports. Returns the connections of the main port, and the tasks that serve the
     /// other ports until they are dropped.
     pub(super) fn listen<H: Health>(

@@ -106,7 +106,7 @@ impl Serve {
         let pool = Arc::new(pool(&ground)?);
         metrics::begin(Process::Coordinator);
         let device = if settings.workers_embedded {
-            embed(&ground, &pool)?
+            embed(&ground, &pool).await?
         } else {
             allocator::give_back_large_buffers(environment());
             "cpu".to_owned()
@@ -216,13 +216,10 @@ async fn page_of(ground: &Ground, access: &Access) -> Option<RunPage> {
 }
 
 /// Starts the worker in this process, and returns its device.
-fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
+async fn embed(ground: &Ground, pool: &Arc<Pool>) -> Result<String> {
     metrics::begin(Process::Worker);
-    let worker = Worker::new(
-        &ground.config.worker,
-        ground.stores.clone(),
-        ground.state.clone(),
-    )?;
+    let stores = ground.stores_of_worker().await?;
+    let worker = Worker::new(&ground.config.worker, stores, ground.state.clone())?;
     let device = worker.info().device;
     let (well, embedded) = (worker.is_well(), embedded::connect(worker));
     pool.embed(embedded.clone(), &device);

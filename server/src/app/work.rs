@@ -53,11 +53,8 @@ impl Work {
             metrics_listen,
         };
         let ground = Ground::build(config, sockets, wrap).await?;
-        let worker = Worker::new(
-            &ground.config.worker,
-            ground.stores.clone(),
-            ground.state.clone(),
-        )?;
+        let stores = ground.stores_of_worker().await?;
+        let worker = Worker::new(&ground.config.worker, stores, ground.state.clone())?;
         metrics::begin(Process::Worker);
         tell_build(&worker.info().device);
         Ok(Self { ground, worker })

@@ -1,8 +1,10 @@
 //! One file in object storage, read by ranges. Every read is checked against the size and ETag with
 //! which the file was listed.
+mod cached;
+
 use crate::{
     error::{Error, Result},
-    storage::Location,
+    storage::{DiskCache, Location},
 };
 use arrow::error::ArrowError;
 use bytes::{Buf, Bytes};
@@ -41,6 +43,7 @@ pub struct ShardFile {
     location: Location,
     size: u64,
     etag: Option<String>,
+    cache: Option<DiskCache>,
 }
 
 /// Returns the ETag of an object below `root` in the form that is compared: listings and reads of
@@ -81,6 +84,7 @@ impl ShardFile {
             location,
             size,
             etag,
+            cache: None,
         }
     }
 
@@ -194,8 +198,9 @@ impl ShardFile {
     }
 
     /// Reads a range, and checks that it comes from the listed object. A shard that was replaced in
-    /// between would give bytes that may decode, as rows that were never indexed.
-    pub(super) async fn fetch(&self, range: Range<u64>) -> Result<Bytes> {
+    /// between would give bytes that may decode, as rows that were never indexed. Returns also
+    /// whether the store said by an ETag which state it is, as not all do.
+    async fn read(&self, range: Range<u64>) -> Result<(Bytes, bool)> {
         let options = GetOptions {
             range: Some(GetRange::Bounded(range.clone())),
             ..Default::default()
@@ -211,7 +216,7 @@ impl ShardFile {
                 self.check_unchanged_file(&meta)?;
                 let whole = bytes.len() as u64 == range.end - range.start;
                 if whole {
-                    Ok(bytes)
+                    Ok((bytes, meta.e_tag.is_some()))
                 } else {
                     Err(self.changed("it is shorter"))
                 }

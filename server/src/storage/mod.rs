@@ -4,6 +4,7 @@ mod connect;
 mod copy;
 mod deadline;
 mod disk;
+mod disk_cache;
 mod draft;
 mod facts;
 mod guard;
@@ -22,11 +23,13 @@ use self::{
     uri::{below, leaves_folder, parse_uri},
 };
 use crate::{
+    blocking::blocking,
     bounds::URI_BYTES_MAX,
     error::{Error, Result},
 };
 pub use budget::Budget;
 pub use draft::Draft;
+pub use disk_cache::DiskCache;
 pub use facts::Created;
 pub use facts::is_deleted;
 pub use facts::is_passing;
@@ -42,6 +45,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
+    path::PathBuf,
     sync::{Arc, Mutex},
 };
 use superbatch_proto::v1::Reason;
@@ -112,9 +116,9 @@ impl Default for StorageConfig {
 pub type Wrap = Arc<dyn Fn(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> + Send + Sync>;
 
 /// Opens URIs. Cheap to clone. One client per bucket is kept, and `memory:` is one store per
-/// `Stores`.
+/// `Stores`. Some keep what is read of remote shards on disk.
 #[derive(Clone)]
-pub struct Stores(Arc<Inner>);
+pub struct Stores(Arc<Inner>, Option<DiskCache>);
 
 struct Inner {
     config: StorageConfig,
@@ -142,11 +146,24 @@ impl Stores {
     }
 
     fn build(config: StorageConfig, wrap: Option<Wrap>) -> Self {
-        Self(Arc::new(Inner {
-            config,
-            wrap,
-            open: Mutex::default(),
-        }))
+        let open = Mutex::default();
+        Self(Arc::new(Inner { config, wrap, open }), None)
+    }
+
+    /// Returns these stores with a cache in `folder`, for blocks of remote shards.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if another process has the folder, or it cannot be used.
+    pub async fn caching_in(&self, folder: PathBuf, bytes_max: u64) -> Result<Self> {
+        let place = options::place(connect::all_options(&self.0.config));
+        let open = move || DiskCache::open(folder, bytes_max, place);
+        let cache = blocking("opening the disk cache", open).await?;
+        Ok(Self(self.0.clone(), Some(cache)))
+    }
+
+    /// Returns the cache on disk for blocks of remote shards, if there is one.
+    pub fn disk_cache(&self) -> Option<&DiskCache> {
+        self.1.as_ref()
     }
 
     /// Opens a URI from a request. Refuses it with `UriNotAllowed` unless the allow-list holds it.

@@ -115,6 +115,21 @@ pub(super) fn is_secret(name: &str) -> bool {
     .any(|word| name.contains(word))
 }
 
+/// Returns the values of those options that say which service answers for a URI: an endpoint, an
+/// account. Buckets of two services may have one name. Later options replace earlier ones.
+pub(super) fn place<'a>(options: impl Iterator<Item = (&'a String, &'a String)>) -> String {
+    let says = |name: &str| {
+        let mut words = ["endpoint", "base_url", "account_name", "emulator"].iter();
+        words.any(|word| name.contains(word)) && !is_secret(name)
+    };
+    let named = options.map(|(name, value)| (name.to_ascii_lowercase(), value));
+    let named: BTreeMap<_, _> = named.filter(|(name, _)| says(name)).collect();
+    let lines = named
+        .iter()
+        .map(|(name, value)| format!("{name}={value}\n"));
+    lines.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,5 +179,28 @@ mod tests {
                 .into()
         );
         assert!(serde_yaml_ng::from_str::<StorageConfig>("options: {aws_region: [1]}").is_err());
+    }
+
+    #[test]
+    fn a_place_is_the_service_and_not_how_it_is_reached() {
+        let place_of = |options: &[(&str, &str)]| {
+            let owned: Vec<(String, String)> = options
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect();
+            place(owned.iter().map(|(name, value)| (name, value)))
+        };
+        let one = place_of(&[("aws_endpoint", "https://a"), ("timeout", "9s")]);
+        assert_eq!(one, place_of(&[("AWS_ENDPOINT", "https://a")]));
+        let later = [("aws_endpoint", "https://b"), ("aws_endpoint", "https://a")];
+        assert_eq!(one, place_of(&later));
+        assert_ne!(one, place_of(&[("aws_endpoint", "https://b")]));
+        let azure = |name| place_of(&[("azure_storage_account_name", name)]);
+        assert_ne!(azure("a"), azure("b"));
+        let secret = [
+            ("aws_secret_access_key", "s"),
+            ("azure_storage_account_key", "k"),
+        ];
+        assert_eq!(place_of(&secret), "");
     }
 }

@@ -16,8 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Least time between two warnings about the same HTTP method. A throttled store refuses hundreds
-/// of requests a second.
+/// Least time between two warnings about the same kind of event, such as a failed GET. A throttled
+/// store refuses hundreds of requests a second.
 const EACH: Duration = Duration::from_secs(10);
 
 /// Among the extensions of a request: its caller tries again by itself, so the client makes one
@@ -104,13 +104,13 @@ fn is_retried(status: u16) -> bool {
 #[error("the store answered {0}")]
 struct Failed(String);
 
-/// When each kind of request was last logged.
+/// When each kind of event was last logged.
 #[derive(Debug, Default)]
-struct LastLogged(Mutex<HashMap<String, Instant>>);
+pub(super) struct LastLogged(Mutex<HashMap<String, Instant>>);
 
 impl LastLogged {
     /// Returns whether to log at `now`, and if so notes the time.
-    fn is_due(&self, kind: &str, now: Instant) -> bool {
+    pub(super) fn is_due(&self, kind: &str, now: Instant) -> bool {
         let mut last_logged = self.0.lock().expect("no panic while held");
         let due = last_logged
             .get(kind)

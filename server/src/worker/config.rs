@@ -2,6 +2,7 @@
 use crate::error::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// A reference and a learner. With room for one only, they would push each other off the device at
 /// every micro-batch.
@@ -23,6 +24,11 @@ pub struct WorkerConfig {
     /// Memory for blocks as they were read, in bytes: super-batches that follow each other share
     /// blocks.
     pub block_cache_bytes: usize,
+    /// Folder on a local disk for blocks of remote shards as they were read, so that later epochs
+    /// and other runs read them from there. It belongs to one process. `null` keeps none.
+    pub disk_cache_dir: Option<PathBuf>,
+    /// Most bytes in `disk_cache_dir`. If it is full the blocks used longest ago are removed.
+    pub disk_cache_bytes: u64,
     /// Memory for the rows of slices that wait to be chosen, in bytes. If it is full the newest
     /// step's rows are dropped, and the chosen ones are read again.
     pub row_bytes_max: usize,
@@ -67,6 +73,8 @@ impl Default for WorkerConfig {
             threads: 0,
             slots: 0,
             block_cache_bytes: 512 << 20,
+            disk_cache_dir: None,
+            disk_cache_bytes: 0,
             row_bytes_max: 1 << 30,
             decoded_bytes_max: 1 << 30,
             held_bytes_max: 1 << 30,
@@ -110,6 +118,7 @@ impl WorkerConfig {
                 format!("{field} is 0; set it to 1 or more"),
             ));
         }
+        self.validate_disk_cache()?;
         let is_hex = |text: &String| {
             text.len() == 64 && text.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'))
         };
@@ -140,6 +149,28 @@ impl WorkerConfig {
             return Err(Error::invalid(field, message));
         }
         Ok(())
+    }
+
+    fn validate_disk_cache(&self) -> Result<()> {
+        let (dir, bytes) = (self.disk_cache_dir.as_ref(), self.disk_cache_bytes);
+        let (field, message) = match dir.map(|dir| dir.as_os_str().is_empty()) {
+            None if bytes > 0 => (
+                "worker.disk_cache_dir",
+                "worker.disk_cache_bytes is given and worker.disk_cache_dir is not; name a folder \
+                 on a local disk",
+            ),
+            Some(true) => (
+                "worker.disk_cache_dir",
+                "worker.disk_cache_dir is empty; name a folder on a local disk, or write null",
+            ),
+            Some(false) if bytes == 0 => (
+                "worker.disk_cache_bytes",
+                "worker.disk_cache_bytes is 0; say how much the folder may hold, such as \
+                 107374182400 for 100 GiB",
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::invalid(field, message))
     }
 
     /// Returns the number of threads on a machine of `cores`.
@@ -203,6 +234,28 @@ mod tests {
                     ..Default::default()
                 },
                 "worker.image_pixels_max",
+            ),
+            (
+                WorkerConfig {
+                    disk_cache_dir: Some("/cache".into()),
+                    ..Default::default()
+                },
+                "worker.disk_cache_bytes",
+            ),
+            (
+                WorkerConfig {
+                    disk_cache_bytes: 1 << 30,
+                    ..Default::default()
+                },
+                "worker.disk_cache_dir",
+            ),
+            (
+                WorkerConfig {
+                    disk_cache_dir: Some("".into()),
+                    disk_cache_bytes: 1 << 30,
+                    ..Default::default()
+                },
+                "worker.disk_cache_dir",
             ),
         ] {
             assert_eq!(config.validate().unwrap_err().value("field"), Some(field));

@@ -4,6 +4,9 @@
 {{- $role := last . -}}
 {{- $v := $root.Values -}}
 {{- $worker := dict "device" $v.worker.device -}}
+{{- if and $v.worker.diskCache.enabled (or (eq $role "worker") $v.coordinator.embeddedWorker) -}}
+{{- $worker = dict "device" $v.worker.device "disk_cache_dir" "/var/cache/superbatch" "disk_cache_bytes" (int64 $v.worker.diskCache.bytes) -}}
+{{- end -}}
 {{- $config := dict
   "state" (ternary "/var/lib/superbatch/state" $v.state.uri $v.state.persistence.enabled)
   "storage" (dict "allow_uris" $v.storage.allowUris "options" $v.storage.options)

@@ -7,6 +7,7 @@
 {{- $isWorker := eq $role "worker" -}}
 {{- $image := ternary $v.worker.image $v.coordinator.image (or $isWorker $v.coordinator.embeddedWorker) -}}
 {{- $holdsState := $v.state.persistence.enabled -}}
+{{- $keepsBlocks := and $v.worker.diskCache.enabled (or $isWorker $v.coordinator.embeddedWorker) -}}
 metadata:
   labels:
     {{- include "superbatch.selector" (list $root $role) | nindent 4 }}
@@ -136,6 +137,9 @@ spec:
         {{- if and $v.worker.shmSize (or $isWorker $v.coordinator.embeddedWorker) }}
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
+        {{- if $keepsBlocks }}
+        - {name: disk-cache, mountPath: /var/cache/superbatch}
+        {{- end }}
         {{- with $r.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -167,6 +171,15 @@ spec:
     {{- if and $v.worker.shmSize (or $isWorker $v.coordinator.embeddedWorker) }}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $v.worker.shmSize }}}
+    {{- end }}
+    {{- if $keepsBlocks }}
+    - name: disk-cache
+      {{- if $v.worker.diskCache.volume }}
+      {{- toYaml $v.worker.diskCache.volume | nindent 6 }}
+      {{- else }}
+      # A pod that exceeds the limit is evicted: the lock file and folders take a little beside the blocks.
+      emptyDir: {sizeLimit: {{ add (int64 $v.worker.diskCache.bytes) 268435456 | quote }}}
+      {{- end }}
     {{- end }}
     {{- with $r.extraVolumes }}
     {{- toYaml . | nindent 4 }}

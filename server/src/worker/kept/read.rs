@@ -250,7 +250,8 @@ impl BlockReader {
         wanted: Wanted,
     ) -> Result<ReadBlock> {
         let location = self.shard(source, shard)?;
-        let file = ShardFile::new(location, shard.size, shard.etag.clone());
+        let file = ShardFile::new(location, shard.size, shard.etag.clone())
+            .cached_in(self.stores.disk_cache());
         let (batch, paths) = match source.layout.format {
             Format::Parquet => self.row_group(&file, key, wanted).await?,
             Format::Tar => self.samples(&file, shard, key, wanted).await?,

@@ -24,6 +24,7 @@ use std::{
 use superbatch_proto::v1::{BadRowReason, Reason};
 
 mod beside;
+mod disk;
 mod several;
 mod tar;
 mod targets;
