@@ -5,7 +5,7 @@ use safetensors::Dtype;
 /// A block of one tensor: elements start .. start + extent in each dimension, C order, little
 /// endian.
 #[derive(Debug, Clone)]
-pub struct Part {
+pub(super) struct Part {
     pub dtype: Dtype,
     pub start: Vec<u64>,
     pub extent: Vec<u64>,
@@ -14,17 +14,17 @@ pub struct Part {
 }
 
 impl Part {
-    pub fn elements(&self) -> u64 {
+    pub(super) fn elements(&self) -> u64 {
         self.extent.iter().product()
     }
 
     /// Returns whether its bytes have arrived.
-    pub fn is_here(&self) -> bool {
+    pub(super) fn is_here(&self) -> bool {
         self.bytes.len() as u64 * 8 == self.elements() * self.dtype.bitsize() as u64
     }
 
     /// Returns whether both contain a common element.
-    pub fn overlaps(&self, other: &Self) -> bool {
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
         let both_have_elements = self.elements() > 0 && other.elements() > 0;
         let mut dimensions = self
             .start
