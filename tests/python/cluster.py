@@ -58,9 +58,11 @@ class Process:
             if all(label in line for label in wanted)
         )
 
-    def wait_for(self, what: str, reached, **labels: str) -> None:
+    def wait_for(
+        self, what: str, reached, seconds: float = DEADLINE_SECONDS, **labels: str
+    ) -> None:
         """Waits until `reached` holds of metric `what`."""
-        until = monotonic() + DEADLINE_SECONDS
+        until = monotonic() + seconds
         while not reached(self.metric(what, **labels)):
             assert monotonic() < until, f"{what} is {self.metric(what, **labels)}"
             sleep(0.02)
