@@ -1,4 +1,5 @@
-"""Writes fuzz/seeds anew: small inputs by the writers whose files are read.
+"""Writes fuzz/seeds anew: small inputs by the writers whose files are read. What lay there before is
+deleted; what was found or made by hand lies in fuzz/found.
 
     .venv/bin/python fuzz/seeds.py
 
@@ -261,6 +262,8 @@ def main(folder: Path) -> None:
     }
     for target, seeds in targets.items():
         (folder / target).mkdir(parents=True, exist_ok=True)
+        for old in (folder / target).iterdir():
+            old.unlink()
         for name, content in seeds.items():
             (folder / target / name).write_bytes(content)
 

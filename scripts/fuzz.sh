@@ -22,7 +22,7 @@ RUSTFLAGS="${flags[*]}" cargo build --manifest-path fuzz/Cargo.toml --target "$h
 fuzz=$build/$host/debug/fuzz
 
 if [ "${1:-}" = run ]; then
-  FUZZ_TARGET=${2:?name a target} "$fuzz" "${@:3}"
+  FUZZ_TARGET=${2:?name a target} "$fuzz" "${3:?name a file}" "${@:4}"
   exit
 fi
 
@@ -52,7 +52,7 @@ for target in "${targets[@]}"; do
   fi
   found=1
   echo "FOUND something; the log is $log"
-  sed -n '/FOUND by/,/^ *[0-9]*: .*superbatch_fuzz/p;/ERROR: libFuzzer/p' "$log" | head -40
+  sed -n '/FOUND by/,/^ *[0-9]*: .*superbatch_fuzz/p;/ERROR: libFuzzer/p' "$log" | awk 'NR <= 40'
   sed -n 's/.*Test unit written to \(.*\)/  again: scripts\/fuzz.sh run '"$target"' \1/p' "$log"
   echo "  when it is mended, put the input into fuzz/found/$target: \`make test\` runs it from then on"
 done

@@ -19,11 +19,20 @@ DEADLINE_SECONDS = 60
 
 
 class Process:
-    """One server. Its log is shown when it does not come up, and lies in `folder` otherwise."""
+    """One server. Its log is shown when it does not come up, and lies in `folder` otherwise. It has
+    addresses once it came up, which `is_awaited=False` leaves to the caller.
+    """
 
     def __init__(
-        self, folder: Path, name: str, command: str, config: dict, environment: dict | None = None
+        self,
+        folder: Path,
+        name: str,
+        command: str,
+        config: dict,
+        environment: dict | None = None,
+        is_awaited: bool = True,
     ):
+        self.has_page = command == "serve" and bool(config.get("page_listen"))
         folder.mkdir(parents=True, exist_ok=True)
         path, self.log = folder / f"{name}.yaml", folder / f"{name}.log"
         path.write_text(json.dumps(config))
@@ -35,11 +44,13 @@ class Process:
                 text=True,
                 env={**os.environ, **(environment or {})},
             )
+        if is_awaited:
+            self.come_up()
+
+    def come_up(self) -> None:
         self.address = self.said()
         self.metrics_address = self.said()
-        self.page_address = (
-            self.said() if command == "serve" and config.get("page_listen") else None
-        )
+        self.page_address = self.said() if self.has_page else None
 
     def said(self) -> str:
         line = self.process.stdout.readline()
@@ -58,9 +69,11 @@ class Process:
             if all(label in line for label in wanted)
         )
 
-    def wait_for(self, what: str, reached, **labels: str) -> None:
+    def wait_for(
+        self, what: str, reached, seconds: float = DEADLINE_SECONDS, **labels: str
+    ) -> None:
         """Waits until `reached` holds of metric `what`."""
-        until = monotonic() + DEADLINE_SECONDS
+        until = monotonic() + seconds
         while not reached(self.metric(what, **labels)):
             assert monotonic() < until, f"{what} is {self.metric(what, **labels)}"
             sleep(0.02)
@@ -96,9 +109,18 @@ class Cluster(ExitStack):
         self.folder, self.embedded, self.environment = folder, workers == 0, environment
         self.state = state or (folder / "state").as_uri()
         self.coordinator = self.start_coordinator()
-        self.workers = [self.start_worker(f"worker-{number}") for number in range(workers)]
-        if workers:
-            self.coordinator.wait_for("superbatch_workers", lambda count: count == workers)
+        try:
+            # All of them start at once.
+            self.workers = [
+                self.start_worker(f"worker-{number}", is_awaited=False) for number in range(workers)
+            ]
+            for worker in self.workers:
+                worker.come_up()
+            if workers:
+                self.coordinator.wait_for("superbatch_workers", lambda count: count == workers)
+        except BaseException:
+            self.close()
+            raise
 
     def start_coordinator(self, name: str = "coordinator") -> Process:
         self.coordinator = Process(
@@ -117,7 +139,7 @@ class Cluster(ExitStack):
         self.callback(self.coordinator.stop)
         return self.coordinator
 
-    def start_worker(self, name: str) -> Process:
+    def start_worker(self, name: str, is_awaited: bool = True) -> Process:
         worker = Process(
             self.folder,
             name,
@@ -132,6 +154,7 @@ class Cluster(ExitStack):
                 },
             },
             self.environment,
+            is_awaited,
         )
         self.callback(worker.stop)
         return worker

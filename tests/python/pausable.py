@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 PIECE_BYTES = 1 << 14
@@ -23,6 +23,8 @@ class Way:
         self.holds = threading.Event()
         #: Set to let everything pass.
         self.open = threading.Event()
+        self.ends: list[socket.socket] = []
+        self.is_closed = False
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
@@ -32,6 +34,7 @@ class Way:
             except OSError:
                 return
             far = socket.create_connection(self.server)
+            self.ends += [near, far]
             threading.Thread(target=self.pass_on, args=(near, far, self.limit), daemon=True).start()
             threading.Thread(target=self.pass_on, args=(far, near, None), daemon=True).start()
 
@@ -43,10 +46,22 @@ class Way:
                 if limit is not None and passed > limit:
                     self.holds.set()
                     self.open.wait()
+                    if self.is_closed:
+                        return
                 target.sendall(piece)
             target.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+
+    def close(self) -> None:
+        """Ends all connections. What is held never arrives."""
+        self.is_closed = True
+        for end in [self.listener, *self.ends]:
+            with suppress(OSError):
+                # Wakes a thread that waits there, as `close` alone does not.
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.open.set()
 
 
 @contextmanager
@@ -55,5 +70,4 @@ def way_to(server: str, limit: int) -> Iterator[Way]:
     try:
         yield way
     finally:
-        way.open.set()
-        way.listener.close()
+        way.close()

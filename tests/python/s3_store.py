@@ -242,6 +242,7 @@ def coordinator(folder: Path, name: str, port: int, state: str, **settings) -> P
         {
             "listen": "127.0.0.1:0",
             "metrics_listen": "127.0.0.1:0",
+            "page_listen": None,
             "state": state,
             "coordinator": settings,
         },

@@ -216,7 +216,8 @@ def test_a_step_that_fell_back_to_uniform_pays_for_the_scores_that_it_could_not_
 ):
     learner = superbatch.Learner(model_uri=(inputs / "learner").as_uri(), first_push=True)
     with Cluster(tmp_path) as cluster:
-        asked = finite(inputs, data, "fallen", [phase()], learner=learner, fallback="uniform")
+        settings = {"learner": learner, "fallback": "uniform", "stall_grace_seconds": 0.0}
+        asked = finite(inputs, data, "fallen", [phase()], **settings)
         run, receipts = train(superbatch.connect(cluster.address), asked, inputs, pushes=False)
         account = all_agree(cluster, run, receipts)
         assert {receipt.summary.mode for receipt in receipts} == {"uniform"}

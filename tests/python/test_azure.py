@@ -53,7 +53,12 @@ def test_on_azure_one_coordinator_owns_a_run_until_it_dies(azure, inputs, tmp_pa
     state = f"{ROOT}/state-of-rivals"
 
     def coordinator(name: str) -> Process:
-        settings = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "state": state}
+        settings = {
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "127.0.0.1:0",
+            "page_listen": None,
+            "state": state,
+        }
         return Process(tmp_path, name, "serve", settings, azure.environment)
 
     owner, heir = coordinator("owner"), coordinator("heir")

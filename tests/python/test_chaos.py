@@ -8,15 +8,17 @@ from chaos import compare, schedule
 from chaos.compare import Slice
 from chaos.verdict import run
 
-SEED = 2827
+#: Under it 12 kills see every kind of event and every storm.
+SEED, KILLS = 4325, 12
 
 
 def test_kills_pauses_and_storms_change_no_batch_and_no_receipt(tmp_path):
-    verdict = run(tmp_path, SEED, kills=20, seconds=None)
+    verdict = run(tmp_path, SEED, kills=KILLS, seconds=None)
     assert verdict.is_good, str(verdict)
     # The seed decides which events come. What they meet, such as pushes on their way or a request
     # to storage, is a matter of time.
-    assert verdict.figures["kills"] >= 20, str(verdict)
+    assert verdict.figures["kills"] >= KILLS, str(verdict)
+    assert set(verdict.figures["events"]) == set(schedule.KINDS), str(verdict)
     assert verdict.figures["owners"] > 1, str(verdict)
     assert verdict.figures["batches compared"] > 20, str(verdict)
 

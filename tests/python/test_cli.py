@@ -13,7 +13,7 @@ import superbatch
 from commands import CASE, USAGE, fails, prints, run
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_end_to_end import STEPS, inputs, service, spec, undisturbed  # noqa: F401
+from test_end_to_end import STEPS, choices, inputs, service, spec, train  # noqa: F401
 
 from examples.demo import tiny
 
@@ -28,6 +28,13 @@ COMMANDS = (
     "receipts",
     "select",
 )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, service) -> tuple[list, list]:
+    """A run without steps ahead, so that nothing is under way and each listing says the same."""
+    run = superbatch.connect(service.address).open_run(spec(inputs, "undisturbed", max_ahead=1))
+    return train(run, inputs), choices(run)
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +247,8 @@ def test_runs_are_listed_for_people_and_programs(state, tmp_path):
     run = known["undisturbed"]
     wanted = {"state": "open", "generation": 0, "policy": "joint", "sub_batch": 24, "failure": None}
     assert {name: run[name] for name in wanted} == wanted
-    steps = run["last_step"] + 1
-    assert steps >= STEPS and (run["scanned"], run["selected"]) == (steps * 96, steps * 24)
+    assert run["last_step"] == STEPS - 1
+    assert (run["scanned"], run["selected"]) == (STEPS * 96, STEPS * 24)
     head, *lines = prints("runs", "--state", state).splitlines()
     assert head.split() == [
         "run",
@@ -257,9 +264,9 @@ def test_runs_are_listed_for_people_and_programs(state, tmp_path):
     assert line[1:] == [
         "open",
         "0",
-        str(steps - 1),
-        str(steps * 96),
-        str(steps * 24),
+        str(STEPS - 1),
+        str(STEPS * 96),
+        str(STEPS * 24),
         "24",
         "joint",
     ]
@@ -271,10 +278,10 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
         json.loads(line)
         for line in prints("receipts", "undisturbed", "--state", state, "--json").splitlines()
     ]
-    assert [receipt["summary"]["step"] for receipt in shown[:STEPS]] == list(range(STEPS))
+    assert [receipt["summary"]["step"] for receipt in shown] == list(range(STEPS))
     assert [
         [(row["id"], row["score"], row["position"]) for row in receipt["chosen"]]
-        for receipt in shown[:STEPS]
+        for receipt in shown
     ] == chosen
     (one,) = map(
         json.loads,
@@ -284,7 +291,7 @@ def test_receipts_say_why_a_batch_was_chosen(state, undisturbed):
 
     head, *lines = prints("receipts", "undisturbed", "--state", state, "--last", 2).splitlines()
     assert head.split()[:4] == ["step", "gen", "policy", "mode"] and len(lines) == 2
-    assert [int(line.split()[0]) for line in lines] == [len(shown) - 2, len(shown) - 1]
+    assert [int(line.split()[0]) for line in lines] == [STEPS - 2, STEPS - 1]
     in_full = prints("receipts", "undisturbed", "--step", 2, "--state", state)
     assert (
         "undisturbed step 2 generation 0" in in_full

@@ -72,4 +72,5 @@ def test_tickets_of_a_worker_whose_clock_is_wrong_cost_a_fallback(tmp_path, pool
         clock.set("+0d")
         before = worker.metric("superbatch_tickets_total", outcome="ok")
         rows(run, 1, "_superbatch_id", "image")
-        assert worker.metric("superbatch_tickets_total", outcome="ok") > before
+        # A ticket is counted after the last of its rows is sent.
+        worker.wait_for("superbatch_tickets_total", lambda count: count > before, outcome="ok")

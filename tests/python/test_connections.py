@@ -66,6 +66,8 @@ def test_ten_thousand_idle_connections_are_held_and_then_closed(tmp_path, room):
         assert client.list_runs() == []
         assert len(superbatch.connect(cluster.address).list_runs()) == 0
         # None of these callers answers a ping, or ends what it began.
-        cluster.coordinator.wait_for("superbatch_connections", lambda count: count < HALF)
+        cluster.coordinator.wait_for(
+            "superbatch_connections", lambda count: count < HALF, seconds=180
+        )
         assert resident(cluster) - before < IDLE * BYTES_MAX
         assert client.list_runs() == []

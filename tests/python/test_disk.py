@@ -21,6 +21,8 @@ from test_end_to_end import (  # noqa: F401
 #: libfiu, which makes calls of the C library fail on command.
 FAULTS = next(Path("/usr/lib").glob("**/fiu/fiu_run_preload.so"), None)
 STEPS = 24
+#: Time for all steps of a run, some of which are written again after a growing pause.
+TRAINING_SECONDS = 180
 FULL = "No space left on device"
 READ_ONLY = "Read-only file system"
 
@@ -32,7 +34,12 @@ class Disk:
         self.folder = folder
 
     def remount(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
+        """Read-only it can be only at a moment at which no file is open for writing."""
+        command = ["mount", "-o", f"remount,{options}", self.folder]
+        until = monotonic() + DEADLINE_SECONDS
+        while (ended := subprocess.run(command, capture_output=True, text=True)).returncode:
+            assert monotonic() < until, ended.stderr
+            sleep(0.02)
 
 
 @pytest.fixture
@@ -71,13 +78,13 @@ def test_a_full_disk_and_a_read_only_one_hold_a_run_and_change_nothing(inputs, d
             training = threads.submit(train, run, inputs, end=STEPS)
             wait_for(cluster, FULL)
             disk.remount("size=64m")
-            first = training.result(DEADLINE_SECONDS)
+            first = training.result(TRAINING_SECONDS)
             # Ahead of the trainer, steps are decided only up to `max_ahead`.
             disk.remount("ro")
             training = threads.submit(train, run, inputs, start=STEPS, end=STEPS + 8)
             wait_for(cluster, READ_ONLY)
             disk.remount("rw")
-            assert len(training.result(DEADLINE_SECONDS)) == 8
+            assert len(training.result(TRAINING_SECONDS)) == 8
         assert first == ids
         assert choices(run, STEPS) == chosen
     unfinished = [path for path in disk.folder.rglob("*") if "#" in path.name]
@@ -108,5 +115,5 @@ def test_a_disk_that_cannot_flush_holds_a_run_and_changes_nothing(inputs, tmp_pa
             training = threads.submit(train, run, inputs, start=STEPS // 2, end=STEPS)
             wait_for(cluster, "Input/output error")
             command(cluster, "-c", "disable name=posix/io/sync/fsync")
-            assert first + training.result(DEADLINE_SECONDS) == ids
+            assert first + training.result(TRAINING_SECONDS) == ids
         assert choices(run, STEPS) == chosen

@@ -140,7 +140,8 @@ def test_a_killed_coordinator_goes_on_where_it_was(inputs, tmp_path, undisturbed
 
 
 def test_a_killed_worker_costs_nothing_but_time(inputs, tmp_path, undisturbed):
-    with Cluster(tmp_path, workers=3) as cluster:
+    short = {"SUPERBATCH_COORDINATOR__LEASE_SECONDS": "3"}
+    with Cluster(tmp_path, workers=3, environment=short) as cluster:
         run = superbatch.connect(cluster.address).open_run(spec(inputs, "worker-killed"))
         first = train(run, inputs, end=2)
         cluster.workers[1].kill()

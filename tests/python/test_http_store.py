@@ -74,6 +74,7 @@ def service(tmp_path) -> Iterator[Process]:
         {
             "listen": "127.0.0.1:0",
             "metrics_listen": "127.0.0.1:0",
+            "page_listen": None,
             "state": (tmp_path / "state").as_uri(),
             "storage": {"options": {"allow_http": True}},
         },

@@ -62,6 +62,7 @@ def serve(folder: Path, hub: Hub, name: str = "hub", token: str | None = TOKEN, 
     settings = {
         "listen": "127.0.0.1:0",
         "metrics_listen": "127.0.0.1:0",
+        "page_listen": None,
         "state": (folder / "state").as_uri(),
         "storage": {"options": {"allow_http": True}, **storage},
     }
@@ -139,11 +140,13 @@ def test_a_run_stays_at_its_commit_though_the_branch_moves(tmp_path, hub):
     commit = data.push_folder(first)
     source = "hf://datasets/o/n/data/*.parquet"
     service = serve(tmp_path, hub)
-    expected = rows(opened(service, "files", first.as_uri()), range(4))
-    assert rows(opened(service, "hub", source), range(2)) == expected[:2]
-    data.push_folder(second)
-    assert rows(opened(service, "hub", source), range(3)) == expected[:3]
-    service.stop()
+    try:
+        expected = rows(opened(service, "files", first.as_uri()), range(4))
+        assert rows(opened(service, "hub", source), range(2)) == expected[:2]
+        data.push_folder(second)
+        assert rows(opened(service, "hub", source), range(3)) == expected[:3]
+    finally:
+        service.stop()
     service = serve(tmp_path, hub, "resumed")
     try:
         # Steps that were chosen before are read again, and a new one follows them.
@@ -267,8 +270,10 @@ def test_redirects_are_followed_to_allowed_hosts_alone(tmp_path, hub):
     folder = pool(tmp_path / "pool")
     hub.repository("o/n").push_folder(folder)
     service = serve(tmp_path, hub, allow_uris=["hf://datasets/o/n"])
-    error = refused(service, "away", "hf://datasets/o/n@main/data")
-    service.stop()
+    try:
+        error = refused(service, "away", "hf://datasets/o/n@main/data")
+    finally:
+        service.stop()
     assert hub.cdn.address in str(error) and "storage.allow_uris" in str(error)
     assert error.reason == "INVALID_ARGUMENT" and hub.cdn.asked == []
     log = (tmp_path / "hub.log").read_text()

@@ -5,6 +5,7 @@ do, on files and on S3, and read no more of them than a step needs.
 import json
 import subprocess
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,15 +153,18 @@ def test_a_step_reads_few_images_of_a_large_row_group(inputs, pool, tmp_path):
         )
         before = count()
         served(run, 2)
-        # What is served, also of the step ahead; and facts, footers, columns of three blocks.
-        assert 2 * 90 <= count() - before < 3 * 90 + 60
+        # What is served: no step is made ahead. And facts, footers, columns of three blocks.
+        assert 2 * 90 <= count() - before < 2 * 90 + 60
 
 
 def test_images_on_s3_give_what_files_give(inputs, service, pool, store, tmp_path):
-    for path in sorted((pool / "beside").rglob("*")):
-        if path.is_file():
-            key = f"by-path/{path.relative_to(pool / 'beside').as_posix()}"
-            store.client.upload_file(str(path), BUCKET, key)
+    def upload(path: Path) -> None:
+        key = f"by-path/{path.relative_to(pool / 'beside').as_posix()}"
+        store.client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+
+    files = [path for path in sorted((pool / "beside").rglob("*")) if path.is_file()]
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(upload, files))
     root = f"s3://{BUCKET}/by-path"
     source = superbatch.Source(uri=f"{root}/rows/0.parquet", image_root=f"{root}/images")
     local = spec(inputs, "s3-files", **settings("joint", beside(pool / "beside")))

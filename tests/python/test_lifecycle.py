@@ -29,6 +29,7 @@ def serve(tmp_path):
             {
                 "listen": "127.0.0.1:0",
                 "metrics_listen": "127.0.0.1:0",
+                "page_listen": None,
                 "state": (tmp_path / "state").as_uri(),
                 "coordinator": settings,
             },

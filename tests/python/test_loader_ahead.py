@@ -126,6 +126,7 @@ def test_a_push_whose_upload_is_held_up_is_waited_for(service):  # noqa: F811
         fetched = next_in_thread(service, spec, 2, threads)
         way.open.set()
         assert fetched.result(60).receipt.learner.step == 0
+        pusher.flush()
 
 
 def test_a_push_that_is_called_and_not_begun_is_waited_for(service):  # noqa: F811

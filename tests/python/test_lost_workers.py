@@ -43,6 +43,7 @@ def asked(inputs, pool: Path, run_id: str) -> superbatch.RunSpec:
         window_blocks=1,
         max_ahead=2,
         fallback="serve_flagged",
+        stall_grace_seconds=0.0,
     )
 
 

@@ -112,7 +112,7 @@ def test_a_page_of_its_own_shows_a_state_and_changes_nothing(service, tmp_path):
         assert get(base, "/api/runs/first/timeline")["newest"] == STEPS - 1
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
     assert sorted(path for path in state.rglob("*")) == before
 

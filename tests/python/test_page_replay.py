@@ -25,7 +25,7 @@ def replaying(service, tmp_path_factory):
         yield re.search(r"http://\S+", process.stdout.readline()).group()
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
 
 

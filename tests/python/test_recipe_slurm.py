@@ -3,11 +3,15 @@ trainer, where srun starts the tasks itself.
 """
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from chaos.members import reserved_port
 from cluster import BINARY
 from recipe import EXAMPLES, Recipes, recipes  # noqa: F401  (a fixture)
 
@@ -55,12 +59,24 @@ def slurm(tmp_path):
     }
 
 
-def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, tmp_path):
-    import socket
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that stays reserved, as does the one 1,000 above it: serve.sbatch takes both."""
+    with ExitStack() as stack:
+        while True:
+            held, port = reserved_port()
+            stack.enter_context(held)
+            metrics = stack.enter_context(socket.socket())
+            metrics.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                metrics.bind(("127.0.0.1", port + 1000))
+            except (OSError, OverflowError):
+                continue
+            yield port
+            return
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+
+def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, port, tmp_path):
     serve = subprocess.Popen(
         [EXAMPLES / "slurm" / "serve.sbatch"],
         stdout=subprocess.PIPE,

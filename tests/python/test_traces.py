@@ -86,7 +86,8 @@ def test_a_step_is_one_trace_across_processes(inputs, tmp_path, undisturbed):
         log = "".join(process.log.read_text() for process in processes)
         assert "could not be exported" not in log and "step{" not in log
         spans = collector.spans
-    assert len({summary.trace_id for summary in summaries}) == STEPS
+    traces = {summary.trace_id for summary in summaries}
+    assert len(traces) == STEPS
     for step, summary in enumerate(summaries):
         named = of_trace(spans, summary.trace_id)
         root = only(named["step"])
@@ -107,7 +108,8 @@ def test_a_step_is_one_trace_across_processes(inputs, tmp_path, undisturbed):
         for stage in ["survey", "learner", "send_rows"]:
             assert parents(named[stage]) == Counter(span.id for span in scores), stage
             assert {span.process for span in named[stage]} == {WORKER}, stage
-    assert {span.status for span in spans} == {0}
+    # The service may have ended in the middle of a step ahead.
+    assert {span.status for span in spans if span.trace in traces} == {0}
 
 
 def test_an_embedded_worker_is_traced_and_the_collector_verified(inputs, tmp_path):
