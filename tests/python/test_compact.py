@@ -195,27 +195,30 @@ def test_a_pack_is_a_parquet_file_of_all_its_receipts(run, state):
     assert [summary["policy"] for summary in summaries] == ["joint"] * PACKED
 
 
-def test_builds_that_know_no_packs_are_kept_out(run, cluster, state):
+def test_builds_that_know_no_packs_are_kept_out(inputs, run, cluster, state):  # noqa: F811
     def fact() -> dict:
         return json.loads((state.folder / "runs" / RUN / "run.json").read_text())
 
     opened_with = fact()
-    owner = state.folder / "runs" / RUN / "owner" / "1.json"
-    known = json.loads(owner.read_text())
-    assert known.pop("reads_packs") is True
-    owner.write_text(json.dumps(known))
+    at = superbatch.Fork(run_id=RUN, step=5)
+    fork = superbatch.connect(cluster.address).open_run(spec(inputs, "fork", fork_of=at))
+    owners = [state.folder / "runs" / known / "owner" / "1.json" for known in (RUN, "fork")]
+    for owner in owners:
+        known = json.loads(owner.read_text())
+        assert known.pop("reads_packs") is True
+        owner.write_text(json.dumps(known))
     said = fails("state", "compact", RUN, "--pack", PACK, "--keep-last", KEPT, *state.option)
     assert cluster.address in said and "older build" in said, said
     assert fact() == opened_with and not state.packs(), "nothing was changed"
 
-    # It hangs, and answers no health check. It has lost the run when it wakes.
+    # It hangs, and answers no health check. It has lost the run and its fork when it wakes.
     cluster.coordinator.process.send_signal(signal.SIGSTOP)
     try:
         assert f"packed {PACKED} receipts" in state.compact()
     finally:
         cluster.coordinator.process.send_signal(signal.SIGCONT)
     assert fact() == opened_with | {"format": 3}
-    assert len(list(owner.parent.iterdir())) == 2
-    # A coordinator of this build takes the run back.
-    assert run.receipt(1).summary.step == 1
+    assert [len(list(owner.parent.iterdir())) for owner in owners] == [2, 2]
+    # A coordinator of this build takes them back.
+    assert run.receipt(1).summary.step == fork.receipt(1).summary.step == 1
     assert state.check().startswith("ok: ")

@@ -74,15 +74,15 @@ pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -
         return report(&plan, dry_run);
     }
     let identity = identity(config)?;
-    for other in forks_of(state, id).await? {
-        let other = state.below(&format!("runs/{other}"));
-        check_reads_packs(&other, &identity).await?;
+    for reader in readers_of(state, id).await? {
+        check_reads_packs(&reader, &identity).await?;
     }
-    check_reads_packs(&location, &identity).await?;
-    // From here on older builds do not load the run. One that had loaded it before is kept out
-    // next, and looked for before each deletion.
+    // From here on older builds load neither the run nor its forks. One that had loaded them before
+    // is kept out next, and looked for before each deletion.
     allow_packs(&location).await?;
-    let may_delete = || keep_out_older(&location, &identity);
+    // Listed again: a fork may have been made meanwhile.
+    let readers = readers_of(state, id).await?;
+    let may_delete = || keep_out_all_older(&readers, &identity);
     may_delete().await?;
     let settings = Settings {
         dry_run: false,
@@ -117,6 +117,22 @@ fn identity(config: &Config) -> Result<Identity> {
         instance: nonce(),
         dialer: app::dialer(&config.tls)?,
     })
+}
+
+/// Returns the runs whose owners read the receipts of the run `id`: itself, and its forks.
+async fn readers_of(state: &Location, id: &str) -> Result<Vec<Location>> {
+    let forks = forks_of(state, id).await?;
+    let ids = std::iter::once(id).chain(forks.iter().map(String::as_str));
+    Ok(ids.map(|id| state.below(&format!("runs/{id}"))).collect())
+}
+
+/// # Errors
+/// As [`keep_out_older`].
+async fn keep_out_all_older(runs: &[Location], identity: &Identity) -> Result<()> {
+    for run in runs {
+        keep_out_older(run, identity).await?;
+    }
+    Ok(())
 }
 
 /// Returns the ids of the runs that are forks of the run `id`, or of its forks: they read its
@@ -211,15 +227,65 @@ fn report(done: &Compacted, dry_run: bool) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::storage::{StorageConfig, Stores};
+    use super::{super::OfRun, *};
+    use crate::{
+        admin::ConfigArgs,
+        coordinator::receipts::parquet::tests::sample,
+        storage::{Budget, StorageConfig, Stores},
+    };
+    use superbatch_proto::v1::RunSpec;
+
+    fn opened() -> Location {
+        let stores = Stores::new(StorageConfig::default());
+        stores.open("memory:///state").unwrap()
+    }
+
+    async fn create(state: &Location, id: &str, of: Option<&str>) -> Location {
+        let fork = of.map(|of| run::ForkFact {
+            run_id: of.into(),
+            step: 4,
+            chain: Default::default(),
+            weights: Default::default(),
+        });
+        let fact = run::RunFact::new(&RunSpec::default(), "m".into(), None, None, fork);
+        let location = state.below(&format!("runs/{id}"));
+        run::create_run(&location, fact).await.unwrap();
+        location
+    }
+
+    #[tokio::test]
+    async fn a_fork_is_taken_from_an_older_build_that_does_not_answer() {
+        let state = opened();
+        let first = create(&state, "first", None).await;
+        let fork = create(&state, "fork", Some("first")).await;
+        let receipts = Receipts::new(first.clone());
+        for step in 0..4 {
+            let (receipt, budget) = (sample(step, 0, "n"), Budget::default());
+            receipts.commit(&receipt, &budget).await.unwrap();
+        }
+        run::close(&first).await.unwrap();
+        // As older builds write it. Should it only hang, it has the parent's receipts in memory.
+        let older = r#"{"address": "http://127.0.0.1:1", "instance": "o", "nonce": "n"}"#;
+        fork.create("owner/1.json", older.into()).await.unwrap();
+        let of = OfRun {
+            run: "first".into(),
+            settings: ConfigArgs::default(),
+        };
+        let args = CompactArgs {
+            of: GcArgs { of, dry_run: false },
+            keep_last: 0,
+            pack: 4,
+        };
+        let said = run(&Config::default(), &state, &args).await.unwrap();
+        assert!(said.starts_with("packed 4 receipts"), "{said}");
+        let owners = fork.list("owner").await.unwrap();
+        assert_eq!(owners.len(), 2, "its next look at the owner says so");
+        assert!(first.list("owner").await.unwrap().is_empty());
+    }
 
     #[tokio::test]
     async fn forks_of_forks_read_the_receipts_too_and_a_circle_ends() {
-        let state = Stores::new(StorageConfig::default())
-            .open("memory:///state")
-            .unwrap();
-        let spec = superbatch_proto::v1::RunSpec::default();
+        let state = opened();
         for (id, of) in [
             ("first", None),
             ("fork", Some("first")),
@@ -229,15 +295,7 @@ mod tests {
             ("a", Some("b")),
             ("b", Some("a")),
         ] {
-            let fork = of.map(|of: &str| run::ForkFact {
-                run_id: of.into(),
-                step: 4,
-                chain: Default::default(),
-                weights: Default::default(),
-            });
-            let fact = run::RunFact::new(&spec, "m".into(), None, None, fork);
-            let location = state.below(&format!("runs/{id}"));
-            run::create_run(&location, fact).await.unwrap();
+            create(&state, id, of).await;
         }
         let newer = r#"{"format": 99}"#.into();
         state.put("runs/newer/run.json", newer).await.unwrap();
