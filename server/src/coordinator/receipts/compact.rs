@@ -269,13 +269,15 @@ where
             digest: blake3::hash(&bytes).to_hex().to_string(),
             bytes: bytes.len() as u64,
         };
-        self.run.put(&pack.key(), bytes.clone()).await?;
+        // Another compaction may have written the same one, and deleted objects since: whatever is
+        // read back, it is neither overwritten nor deleted.
+        self.run.put_new(&pack.key(), bytes.clone()).await?;
         if self.run.get_large(&pack.key()).await? != bytes {
             let uri = self.run.uri_of(&pack.key());
-            // Nothing rests on it yet, and readers must not find it.
-            self.run.delete(&pack.key()).await?;
             return Err(Error::internal(format!(
-                "{uri} was read back with other bytes than were written; nothing was deleted"
+                "{uri} was read back with other bytes than were written; nothing was deleted. If \
+                 `superbatch state check` finds it damaged too, and the receipts of all its steps \
+                 are there as objects, delete it"
             )));
         }
         self.delete(&singles).await?;

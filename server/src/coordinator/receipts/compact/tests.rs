@@ -10,6 +10,7 @@ use crate::{
     storage::{Budget, StorageConfig, Stores},
 };
 use between::opened_twice;
+use std::sync::{Arc, Mutex};
 use superbatch_proto::v1::{Reason, Receipt};
 
 /// Steps of generation 0, and of generation 1, which begins at step 5.
@@ -202,6 +203,63 @@ async fn two_at_once_lose_nothing_and_finish() {
             // Step 7 of generation 1 stands alone where steps go two by two.
             assert!(singles <= 4 && packs <= packs_most, "{singles} {packs}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_pack_that_is_read_back_as_another_one_is_not_deleted() {
+    for request in 1.. {
+        let (run, between, control) = opened_twice();
+        commit_all(&run).await;
+        let (other, keys) = (run.clone(), Arc::new(Mutex::new(Vec::new())));
+        let theirs = keys.clone();
+        control.before(request, async move {
+            compact(&other, settings(4)).await.unwrap();
+            for (key, _) in other.list("receipts/packed").await.unwrap() {
+                other.put(&key, "damaged".into()).await.unwrap();
+                theirs.lock().unwrap().push(key);
+            }
+        });
+        let ended = compact(&between, settings(4)).await;
+        if !control.has_happened() {
+            return ended.map(drop).unwrap();
+        }
+        let keys = std::mem::take(&mut *keys.lock().unwrap());
+        assert_eq!(keys.len(), 3);
+        for key in keys {
+            let found = run.find(&key).await.unwrap();
+            assert!(found.is_some_and(|bytes| bytes == "damaged"), "{request}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_pack_on_which_nothing_rests_hides_no_receipt() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let mut files = Vec::new();
+    for (key, _) in run.list("receipts").await.unwrap() {
+        let file = run.get(&key).await.unwrap();
+        files.push((key, file));
+    }
+    compact(&run, settings(4)).await.unwrap();
+    for (key, _) in run.list("receipts/packed").await.unwrap() {
+        run.put(&key, "damaged".into()).await.unwrap();
+    }
+    for (key, file) in files {
+        run.put(&key, file).await.unwrap();
+    }
+    let receipts = Receipts::new(run.clone());
+    receipts.packs().look().await.unwrap();
+    assert_whole(&receipts).await;
+    // If an object of the pack is gone, the others may be of a former owner.
+    run.delete("receipts/0/1/0.parquet").await.unwrap();
+    for error in [
+        receipts.find(2, 0).await.map(drop).unwrap_err(),
+        receipts.summary(2, 0).await.map(drop).unwrap_err(),
+    ] {
+        let said = error.chain();
+        assert!(said.contains("packed/000000000000-000000000003"), "{said}");
     }
 }
 
