@@ -5,7 +5,10 @@ use super::*;
 use crate::{
     coordinator::{
         facts::chain::{Chain, Rewound},
-        receipts::parquet::tests::sample,
+        receipts::{
+            packs::tests::rewritten,
+            parquet::{SUMMARY_PROTOBUF, tests::sample},
+        },
     },
     storage::{Budget, StorageConfig, Stores},
 };
@@ -338,6 +341,28 @@ async fn a_receipt_that_cannot_be_read_stays_and_the_others_go() {
         "{problems:?}"
     );
     assert!(run.find(key).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_receipt_that_packs_as_another_one_stays_with_its_group_and_the_others_go() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let key = "receipts/0/5/0.parquet";
+    // Said twice, and the first holds: a pack would have the last.
+    let file = rewritten(run.get(key).await.unwrap(), |_, entries| {
+        entries.push((SUMMARY_PROTOBUF.into(), String::new()));
+    });
+    run.put(key, file).await.unwrap();
+    let done = compact(&run, settings(4)).await.unwrap();
+    // Steps 4 to 7 stay, and three that are not old.
+    assert_eq!((done.packed, done.packs, done.stay), (7, 2, 4 + 3));
+    let problems: Vec<&String> = done.problems.iter().collect();
+    let expected = "receipts/0/4/0.parquet and the 3 after it stay";
+    assert!(
+        problems.len() == 1 && problems[0].contains(expected),
+        "{problems:?}"
+    );
+    assert_whole(&Receipts::new(run.clone())).await;
 }
 
 #[tokio::test]

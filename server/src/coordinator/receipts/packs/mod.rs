@@ -244,4 +244,4 @@ fn each_row(pack: &Bytes, mut see: impl FnMut([u8; 32], u64, Receipt)) -> Result
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
