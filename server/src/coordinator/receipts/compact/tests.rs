@@ -13,6 +13,7 @@ use crate::{
     storage::{Budget, StorageConfig, Stores},
 };
 use between::opened_twice;
+use futures::FutureExt;
 use std::sync::{Arc, Mutex};
 use superbatch_proto::v1::{Reason, Receipt};
 
@@ -169,6 +170,39 @@ async fn a_reader_in_whose_midst_all_is_packed_misses_nothing() {
         }
         assert_whole(&readers).await;
     }
+}
+
+#[tokio::test]
+async fn a_list_ends_although_packs_come_all_the_time() {
+    let (run, between, control) = opened_twice();
+    commit_all(&run).await;
+    control.before_each(move |request| {
+        let run = run.clone();
+        let put = async move {
+            assert!(request < 50, "it is listed again and again");
+            let first = 1000 * request as u64;
+            let pack = Pack {
+                first,
+                last: first + 1,
+                generation: 0,
+                digest: "ab".into(),
+                bytes: 0,
+            };
+            run.put(&pack.key(), "".into()).await.unwrap();
+        };
+        put.boxed()
+    });
+    let receipts = Receipts::new(between);
+    let listed = receipts.committed().await.unwrap();
+    for at in RECEIPTS.iter().chain(&[(1000, 0), (1001, 0)]) {
+        assert!(listed.contains(at), "{at:?}");
+    }
+    let newest = receipts.newest(&Chain::default()).await.unwrap();
+    assert!(newest > listed.last().map(|(step, _)| *step), "{newest:?}");
+    let numbers = receipts.folders().await.unwrap();
+    assert!(numbers.starts_with(&[0, 1, 2]), "{numbers:?}");
+    let of_first = receipts.committed_in(1).await.unwrap();
+    assert_eq!(of_first, [(1000, 0), (1001, 0)]);
 }
 
 #[tokio::test]
