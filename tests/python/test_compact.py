@@ -14,7 +14,8 @@ from commands import run as command
 from pages import get
 from test_end_to_end import inputs, reason, spec, train  # noqa: F401
 
-#: Three packs of four steps, of which the last is left alone while the run goes on.
+#: Three packs of four steps, of which the last is left alone while the run goes on: twice its
+#: `max_ahead` of 2 steps stay at least.
 STEPS, PACK, KEPT = 12, 4, 3
 PACKED = 8
 RUN = "looked-at"

@@ -34,8 +34,8 @@ const PROGRESS: Duration = Duration::from_secs(10);
 pub(super) struct CompactArgs {
     #[command(flatten)]
     of: GcArgs,
-    /// The newest steps of a run that goes on, whose receipts stay as they are; those of a run that
-    /// was closed, or failed, are all packed
+    /// The newest steps of a run that goes on, whose receipts stay as they are: at least twice as
+    /// many as its `max_ahead`. Those of a run that was closed, or failed, are all packed
     #[arg(long, value_name = "N", default_value_t = 1000)]
     keep_last: u64,
     /// Steps whose receipts lie in one file. Fewer files, or less to read for one receipt
@@ -96,17 +96,25 @@ pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -
 
 /// Returns the step before which receipts are packed: all of them in a run that is over, and whole
 /// packs far behind the first step that is missing in one that goes on.
-///
-/// Steps near the end may be on their way while this is read. Those that ranks may ask for are at
-/// most `max_ahead` from one another.
 async fn before(receipts: &Receipts, facts: &RunFacts, args: &CompactArgs) -> Result<u64> {
     if facts.closed || facts.failure.is_some() {
         return Ok(u64::MAX);
     }
     let max_ahead = facts.spec.max_ahead;
     let (trail, _) = receipts.opened(&facts.chain, max_ahead).await?;
-    let kept = args.keep_last.max(u64::from(max_ahead));
+    let kept = kept(args.keep_last, max_ahead);
     Ok(trail.next().saturating_sub(kept) / args.pack * args.pack)
+}
+
+/// Returns how many of the newest steps of a run that goes on are not packed, whatever is asked.
+///
+/// A former owner may create the receipt of a step after the new owner listed the run. The new
+/// owner does not know that step as committed, and looks for its object alone: if that is packed
+/// and deleted, it decides the step again. No rank has such a step, so ranks ask for at most
+/// `max_ahead` steps from there on, or, if the trainer starts anew, from the newest step that the
+/// former owner committed ahead, which is as far from there again.
+fn kept(keep_last: u64, max_ahead: u32) -> u64 {
+    keep_last.max(2 * u64::from(max_ahead.max(1)))
 }
 
 /// Returns this process for others that look who owns a run. Nobody answers at its address, so a
@@ -230,7 +238,8 @@ mod tests {
     use super::{super::OfRun, *};
     use crate::{
         admin::ConfigArgs,
-        coordinator::receipts::parquet::tests::sample,
+        bounds::MAX_AHEAD_MAX,
+        coordinator::{receipts::parquet::tests::sample, trainer::ranks::last_allowed},
         storage::{Budget, StorageConfig, Stores},
     };
     use superbatch_proto::v1::RunSpec;
@@ -251,6 +260,23 @@ mod tests {
         let location = state.below(&format!("runs/{id}"));
         run::create_run(&location, fact).await.unwrap();
         location
+    }
+
+    /// Step `late` is the first that a former owner created unseen, and all are committed that a
+    /// trainer may then have asked the new owner for, without it.
+    #[test]
+    fn a_step_that_its_owner_may_not_know_is_not_packed() {
+        let late = 5000;
+        for max_ahead in [1, 2, 7, MAX_AHEAD_MAX] {
+            let by_former = last_allowed(Some(late - 1), max_ahead);
+            let newest = last_allowed(Some(by_former), max_ahead);
+            for pack in [2, RECEIPTS_MAX] {
+                let kept = kept(0, max_ahead);
+                let before = (newest + 1).saturating_sub(kept) / pack * pack;
+                assert!(before <= late, "max_ahead {max_ahead}: {before}");
+            }
+        }
+        assert_eq!(kept(1000, 2), 1000);
     }
 
     #[tokio::test]
