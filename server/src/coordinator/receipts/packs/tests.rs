@@ -67,6 +67,18 @@ async fn each_receipt_is_found_in_whichever_row_group_it_lies() {
 }
 
 #[test]
+fn what_the_fuzzer_begins_with_are_packs() {
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/pack");
+    for name in ["plain", "zstd"] {
+        let seed = Bytes::from(std::fs::read(seeds.join(name)).unwrap());
+        let mut found = Vec::new();
+        let see = |_, step, receipt: Receipt| found.push((step, receipt.chosen.len()));
+        each(&seed.slice(2..), see).unwrap();
+        assert_eq!(found, [(3, 0), (4, 1), (5, 2)], "{name}");
+    }
+}
+
+#[test]
 fn small_receipts_are_packed_to_a_tenth_of_their_files() {
     let files: usize = STEPS.map(|step| file_of(step).len()).sum();
     let pack = packed(STEPS).len();
