@@ -235,9 +235,9 @@ fn report(done: &Compacted, dry_run: bool) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::OfRun, *};
+    use super::*;
     use crate::{
-        admin::ConfigArgs,
+        admin::{ConfigArgs, state::OfRun},
         bounds::MAX_AHEAD_MAX,
         coordinator::{receipts::parquet::tests::sample, trainer::ranks::last_allowed},
         storage::{Budget, StorageConfig, Stores},
