@@ -84,7 +84,8 @@ def parts() -> dict[str, bytes]:
     return {"whole": b"".join(whole), "broken": b"".join(broken)}
 
 
-def receipts(parquet: Callable[..., bytes]) -> dict[str, bytes]:
+def receipt() -> tuple[pa.Table, dict[str, str]]:
+    """A receipt's rows, and the metadata that programs read."""
     columns = {
         "id": pa.array(["0.parquet#0", "0.parquet#1"]),
         "source": pa.array([0, 0], pa.uint32()),
@@ -105,8 +106,42 @@ def receipts(parquet: Callable[..., bytes]) -> dict[str, bytes]:
         "superbatch.summary.protobuf": summary.hex(),
         "superbatch.bad_rows.protobuf": bad.hex(),
     }
-    table = pa.table(columns).replace_schema_metadata(metadata)
+    return pa.table(columns), metadata
+
+
+def receipts(parquet: Callable[..., bytes]) -> dict[str, bytes]:
+    rows, metadata = receipt()
+    table = rows.replace_schema_metadata(metadata)
     return {"two": parquet(table, compression="none", use_dictionary=False)}
+
+
+def packs(parquet: Callable[..., bytes]) -> dict[str, bytes]:
+    """Packs of three receipts in two row groups, from step 3 on."""
+    rows, metadata = receipt()
+    steps = [3, 4, 5]
+    lists = pa.list_(pa.struct(rows.schema))
+    chosen = [rows.slice(0, step % 3).to_pylist() for step in steps]
+    texts = [metadata[f"superbatch.{key}.protobuf"] for key in ("summary", "bad_rows")]
+    columns = {
+        "step": pa.array(steps, pa.uint64()),
+        "generation": pa.array([0] * 3, pa.uint32()),
+        "hash": pa.array([bytes([step]) * 32 for step in steps], pa.binary(32)),
+        "summary": ["{}"] * 3,
+        "summary_protobuf": [texts[0]] * 3,
+        "bad_rows": ["[]"] * 3,
+        "bad_rows_protobuf": [texts[1]] * 3,
+        "passed_over": pa.array([None] * 3, pa.string()),
+        "chosen": pa.array(chosen, lists),
+    }
+    table = pa.table(columns)
+    forms = {
+        "plain": {"compression": "none", "use_dictionary": False},
+        "zstd": {"compression": "zstd"},
+    }
+    return {
+        name: bytes([steps[0], len(steps) - 1]) + parquet(table, row_group_size=2, **form)
+        for name, form in forms.items()
+    }
 
 
 def facts() -> dict[str, bytes]:

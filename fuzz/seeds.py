@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
-from messages import facts, kinds, parts, receipts, requests
+from messages import facts, kinds, packs, parts, receipts, requests
 from PIL import Image
 
 ROOT = Path(__file__).parent
@@ -252,6 +252,7 @@ def main(folder: Path) -> None:
         "parts": parts(),
         "rows": rows(),
         "receipt": receipts(parquet),
+        "pack": packs(parquet),
         "facts": facts(),
         "config": texts(CONFIGS),
         "tokens": texts(TOKENS),

@@ -21,7 +21,7 @@ const SMALL: usize = 64;
 /// For what may be unpacked to many times its size.
 const LARGE: usize = 1024;
 
-pub(crate) static TARGETS: [Target; 16] = [
+pub(crate) static TARGETS: [Target; 17] = [
     target("tar", server::tar, SMALL),
     target("parquet", server::parquet, LARGE),
     target("lists", server::lists, LARGE),
@@ -31,6 +31,7 @@ pub(crate) static TARGETS: [Target; 16] = [
     target("parts", server::parts, SMALL),
     target("rows", server::rows, SMALL),
     target("receipt", server::receipt, LARGE),
+    target("pack", server::pack, LARGE),
     target("facts", server::facts, SMALL),
     target("config", server::config, SMALL),
     target("tokens", server::tokens, SMALL),

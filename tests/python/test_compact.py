@@ -14,7 +14,8 @@ from commands import run as command
 from pages import get
 from test_end_to_end import inputs, reason, spec, train  # noqa: F401
 
-#: Three packs of four steps, of which the last is left alone while the run goes on.
+#: Three packs of four steps, of which the last is left alone while the run goes on: twice its
+#: `max_ahead` of 2 steps stay at least.
 STEPS, PACK, KEPT = 12, 4, 3
 PACKED = 8
 RUN = "looked-at"
@@ -204,28 +205,34 @@ def test_a_pack_is_a_parquet_file_of_all_its_receipts(run, state):
     assert [summary["policy"] for summary in summaries] == ["joint"] * PACKED
 
 
-def test_builds_that_know_no_packs_are_kept_out(run, cluster, state):
+def test_builds_that_know_no_packs_are_kept_out(inputs, run, cluster, state):  # noqa: F811
     def fact() -> dict:
         return json.loads((state.folder / "runs" / RUN / "run.json").read_text())
 
     opened_with = fact()
-    owners = sorted((state.folder / "runs" / RUN / "owner").iterdir())
-    owner = owners[-1]
-    known = json.loads(owner.read_text())
-    assert known.pop("reads_packs") is True
-    owner.write_text(json.dumps(known))
+    at = superbatch.Fork(run_id=RUN, step=5)
+    fork = superbatch.connect(cluster.address).open_run(spec(inputs, "fork", fork_of=at))
+    # The copied state of the run has had an owner before.
+    folders = [state.folder / "runs" / known / "owner" for known in (RUN, "fork")]
+    owners = [sorted(folder.iterdir()) for folder in folders]
+    for owner in (known[-1] for known in owners):
+        known = json.loads(owner.read_text())
+        assert known.pop("reads_packs") is True
+        owner.write_text(json.dumps(known))
     said = fails("state", "compact", RUN, "--pack", PACK, "--keep-last", KEPT, *state.option)
     assert cluster.address in said and "older build" in said, said
     assert fact() == opened_with and not state.packs(), "nothing was changed"
 
-    # It hangs, and answers no health check. It has lost the run when it wakes.
+    # It hangs, and answers no health check. It has lost the run and its fork when it wakes.
     cluster.coordinator.process.send_signal(signal.SIGSTOP)
     try:
         assert f"packed {PACKED} receipts" in state.compact()
     finally:
         cluster.coordinator.process.send_signal(signal.SIGCONT)
     assert fact() == opened_with | {"format": 3}
-    assert len(list(owner.parent.iterdir())) == len(owners) + 1
-    # A coordinator of this build takes the run back.
-    assert run.receipt(1).summary.step == 1
+    assert [len(list(folder.iterdir())) for folder in folders] == [
+        len(known) + 1 for known in owners
+    ]
+    # A coordinator of this build takes them back.
+    assert run.receipt(1).summary.step == fork.receipt(1).summary.step == 1
     assert state.check().startswith("ok: ")

@@ -11,7 +11,7 @@ mod wire;
 
 pub use data::{lists, parquet, predicate, tar, uri_pattern};
 pub use requests::requests;
-pub use state::{config, facts, receipt, tokens};
+pub use state::{config, facts, pack, receipt, tokens};
 pub use wire::{message, parts, rows, safetensors};
 
 use crate::{

@@ -6,11 +6,18 @@ use crate::{
     coordinator::{
         facts::{incarnations::Incarnations, run},
         losses::Losses,
-        receipts::{json, page::page, parquet},
+        receipts::{
+            json,
+            packs::{Pack, each},
+            page::page,
+            parquet,
+            store::Receipts,
+        },
         weights::{Fact, inherit::Inheritance},
     },
 };
 use bytes::Bytes;
+use prost::Message;
 use std::time::SystemTime;
 use superbatch_proto::reflect;
 
@@ -29,6 +36,45 @@ pub fn receipt(bytes: &[u8]) {
     let twice = parquet::encode(&again).expect("it was read just now");
     assert!(written == twice, "a receipt differs from its own file");
     read(page(receipt, 0, 0));
+}
+
+/// After a byte with its first step and one with the number of further ones: a pack. A receipt that
+/// is found by its step is one of those that the whole file has.
+pub fn pack(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let first = u64::from(input.byte());
+    let last = first + u64::from(input.byte() % 4);
+    let file = Bytes::copy_from_slice(input.0);
+    let pack = Pack {
+        first,
+        last,
+        generation: 0,
+        digest: blake3::hash(&file).to_hex().to_string(),
+        bytes: file.len() as u64,
+    };
+    // Compared as they are written: numbers that are none are equal to nothing.
+    let mut all = Vec::new();
+    let whole = each(&file, |_, step, receipt| {
+        all.push((step, receipt.encode_to_vec()))
+    });
+    let is_whole = read_own(whole).is_some();
+    let stores = stores();
+    let at = opened(&stores, "memory:///state/runs/r");
+    wait(async {
+        put(&at, &pack.key(), input.0).await;
+        let receipts = Receipts::new(at);
+        let packs = receipts.packs().look().await;
+        assert_eq!(packs.expect("memory lists objects").all(), [pack]);
+        for step in first..=last {
+            read_own(receipts.summary(step, 0).await);
+            let Some(found) = read_own(receipts.find(step, 0).await).flatten() else {
+                continue;
+            };
+            let is_same =
+                |(at, known): &(u64, Vec<u8>)| *at == step && *known == found.encode_to_vec();
+            assert!(!is_whole || all.iter().any(is_same), "step {step} differs");
+        }
+    });
 }
 
 /// After a byte that says which: one of the objects of a run's state. The others are whole.

@@ -48,6 +48,20 @@ impl Location {
         }
     }
 
+    /// Writes an object unless there is one, which stays as it is. For an object that its caller
+    /// reads back, whoever wrote it: "already exists" is no error, since it may be our own.
+    ///
+    /// # Errors
+    /// Those of [`Location::error`].
+    pub async fn put_new(&self, key: &str, bytes: Bytes) -> Result<()> {
+        let create = PutOptions::from(PutMode::Create);
+        let put = self.store().put_opts(&self.path(key), bytes.into(), create);
+        match put.await {
+            Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+            Err(cause) => Err(self.error("create", key, cause)),
+        }
+    }
+
     /// Makes one attempt of [`Location::create`]. The caller decides whether there is another, and
     /// may release its locks before.
     ///
@@ -174,6 +188,11 @@ mod tests {
             Created::Ours,
             "a repeated create is still ours"
         );
-        assert_eq!(state.create("k", b).await.unwrap(), Created::Theirs(a));
+        let other = state.create("k", b.clone()).await.unwrap();
+        assert_eq!(other, Created::Theirs(a.clone()));
+        state.put_new("k", b.clone()).await.unwrap();
+        assert_eq!(state.get("k").await.unwrap(), a, "what is there stays");
+        state.put_new("other", b.clone()).await.unwrap();
+        assert_eq!(state.get("other").await.unwrap(), b);
     }
 }

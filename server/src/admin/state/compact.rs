@@ -29,8 +29,8 @@ use superbatch_proto::v1::Reason;
 pub(super) struct CompactArgs {
     #[command(flatten)]
     of: GcArgs,
-    /// The newest steps of a run that goes on, whose receipts stay as they are; those of a run that
-    /// was closed, or failed, are all packed
+    /// The newest steps of a run that goes on, whose receipts stay as they are: at least twice as
+    /// many as its `max_ahead`. Those of a run that was closed, or failed, are all packed
     #[arg(long, value_name = "N", default_value_t = 1000)]
     keep_last: u64,
     /// Steps whose receipts lie in one file. Fewer files, or less to read for one receipt
@@ -69,15 +69,15 @@ pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -
         return report(&plan, dry_run);
     }
     let identity = identity(config)?;
-    for other in forks_of(state, id).await? {
-        let other = state.below(&format!("runs/{other}"));
-        check_reads_packs(&other, &identity).await?;
+    for reader in readers_of(state, id).await? {
+        check_reads_packs(&reader, &identity).await?;
     }
-    check_reads_packs(&location, &identity).await?;
-    // From here on older builds do not load the run. One that had loaded it before is kept out
-    // next, and looked for before each deletion.
+    // From here on older builds load neither the run nor its forks. One that had loaded them before
+    // is kept out next, and looked for before each deletion.
     allow_packs(&location).await?;
-    let may_delete = || keep_out_older(&location, &identity);
+    // Listed again: a fork may have been made meanwhile.
+    let readers = readers_of(state, id).await?;
+    let may_delete = || keep_out_all_older(&readers, &identity);
     may_delete().await?;
     let settings = Settings {
         dry_run: false,
@@ -91,17 +91,25 @@ pub(super) async fn run(config: &Config, state: &Location, args: &CompactArgs) -
 
 /// Returns the step before which receipts are packed: all of them in a run that is over, and whole
 /// packs far behind the first step that is missing in one that goes on.
-///
-/// Steps near the end may be on their way while this is read. Those that ranks may ask for are at
-/// most `max_ahead` from one another.
 async fn before(receipts: &Receipts, facts: &RunFacts, args: &CompactArgs) -> Result<u64> {
     if facts.closed || facts.failure.is_some() {
         return Ok(u64::MAX);
     }
     let max_ahead = facts.spec.max_ahead;
     let (trail, _) = receipts.opened(&facts.chain, max_ahead).await?;
-    let kept = args.keep_last.max(u64::from(max_ahead));
+    let kept = kept(args.keep_last, max_ahead);
     Ok(trail.next().saturating_sub(kept) / args.pack * args.pack)
+}
+
+/// Returns how many of the newest steps of a run that goes on are not packed, whatever is asked.
+///
+/// A former owner may create the receipt of a step after the new owner listed the run. The new
+/// owner does not know that step as committed, and looks for its object alone: if that is packed
+/// and deleted, it decides the step again. No rank has such a step, so ranks ask for at most
+/// `max_ahead` steps from there on, or, if the trainer starts anew, from the newest step that the
+/// former owner committed ahead, which is as far from there again.
+fn kept(keep_last: u64, max_ahead: u32) -> u64 {
+    keep_last.max(2 * u64::from(max_ahead.max(1)))
 }
 
 /// Returns this process for others that look who owns a run. Nobody answers at its address, so a
@@ -112,6 +120,22 @@ fn identity(config: &Config) -> Result<Identity> {
         instance: nonce(),
         dialer: app::dialer(&config.tls)?,
     })
+}
+
+/// Returns the runs whose owners read the receipts of the run `id`: itself, and its forks.
+async fn readers_of(state: &Location, id: &str) -> Result<Vec<Location>> {
+    let forks = forks_of(state, id).await?;
+    let ids = std::iter::once(id).chain(forks.iter().map(String::as_str));
+    Ok(ids.map(|id| state.below(&format!("runs/{id}"))).collect())
+}
+
+/// # Errors
+/// As [`keep_out_older`].
+async fn keep_out_all_older(runs: &[Location], identity: &Identity) -> Result<()> {
+    for run in runs {
+        keep_out_older(run, identity).await?;
+    }
+    Ok(())
 }
 
 /// Returns the ids of the runs that are forks of the run `id`, or of its forks: they read its
@@ -186,14 +210,82 @@ fn report(done: &Compacted, dry_run: bool) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{StorageConfig, Stores};
+    use crate::{
+        admin::{ConfigArgs, state::OfRun},
+        bounds::MAX_AHEAD_MAX,
+        coordinator::{receipts::parquet::tests::sample, trainer::ranks::last_allowed},
+        storage::{Budget, StorageConfig, Stores},
+    };
+    use superbatch_proto::v1::RunSpec;
+
+    fn opened() -> Location {
+        let stores = Stores::new(StorageConfig::default());
+        stores.open("memory:///state").unwrap()
+    }
+
+    async fn create(state: &Location, id: &str, of: Option<&str>) -> Location {
+        let fork = of.map(|of| run::ForkFact {
+            run_id: of.into(),
+            step: 4,
+            chain: Default::default(),
+            weights: Default::default(),
+        });
+        let fact = run::RunFact::new(&RunSpec::default(), "m".into(), None, None, fork);
+        let location = state.below(&format!("runs/{id}"));
+        run::create_run(&location, fact).await.unwrap();
+        location
+    }
+
+    /// Step `late` is the first that a former owner created unseen, and all are committed that a
+    /// trainer may then have asked the new owner for, without it.
+    #[test]
+    fn a_step_that_its_owner_may_not_know_is_not_packed() {
+        let late = 5000;
+        for max_ahead in [1, 2, 7, MAX_AHEAD_MAX] {
+            let by_former = last_allowed(Some(late - 1), max_ahead);
+            let newest = last_allowed(Some(by_former), max_ahead);
+            for pack in [2, RECEIPTS_MAX] {
+                let kept = kept(0, max_ahead);
+                let before = (newest + 1).saturating_sub(kept) / pack * pack;
+                assert!(before <= late, "max_ahead {max_ahead}: {before}");
+            }
+        }
+        assert_eq!(kept(1000, 2), 1000);
+    }
+
+    #[tokio::test]
+    async fn a_fork_is_taken_from_an_older_build_that_does_not_answer() {
+        let state = opened();
+        let first = create(&state, "first", None).await;
+        let fork = create(&state, "fork", Some("first")).await;
+        let receipts = Receipts::new(first.clone());
+        for step in 0..4 {
+            let (receipt, budget) = (sample(step, 0, "n"), Budget::default());
+            receipts.commit(&receipt, &budget).await.unwrap();
+        }
+        run::close(&first).await.unwrap();
+        // As older builds write it. Should it only hang, it has the parent's receipts in memory.
+        let older = r#"{"address": "http://127.0.0.1:1", "instance": "o", "nonce": "n"}"#;
+        fork.create("owner/1.json", older.into()).await.unwrap();
+        let of = OfRun {
+            run: "first".into(),
+            settings: ConfigArgs::default(),
+        };
+        let args = CompactArgs {
+            of: GcArgs { of, dry_run: false },
+            keep_last: 0,
+            pack: 4,
+        };
+        let said = run(&Config::default(), &state, &args).await.unwrap();
+        assert!(said.starts_with("packed 4 receipts"), "{said}");
+        let owners = fork.list("owner").await.unwrap();
+        assert_eq!(owners.len(), 2, "its next look at the owner says so");
+        assert!(first.list("owner").await.unwrap().is_empty());
+    }
 
     #[tokio::test]
     async fn forks_of_forks_read_the_receipts_too_and_a_circle_ends() {
-        let state = Stores::new(StorageConfig::default())
-            .open("memory:///state")
-            .unwrap();
-        let spec = superbatch_proto::v1::RunSpec::default();
+        let state = opened();
         for (id, of) in [
             ("first", None),
             ("fork", Some("first")),
@@ -203,15 +295,7 @@ mod tests {
             ("a", Some("b")),
             ("b", Some("a")),
         ] {
-            let fork = of.map(|of: &str| run::ForkFact {
-                run_id: of.into(),
-                step: 4,
-                chain: Default::default(),
-                weights: Default::default(),
-            });
-            let fact = run::RunFact::new(&spec, "m".into(), None, None, fork);
-            let location = state.below(&format!("runs/{id}"));
-            run::create_run(&location, fact).await.unwrap();
+            create(&state, id, of).await;
         }
         let newer = r#"{"format": 99}"#.into();
         state.put("runs/newer/run.json", newer).await.unwrap();

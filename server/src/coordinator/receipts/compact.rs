@@ -14,7 +14,10 @@ mod verify;
 pub use verify::problems;
 
 use super::{
-    packs::{Pack, Packs, file::Writer},
+    packs::{
+        Pack, Packs,
+        file::{Parts, Writer},
+    },
     store::{Receipts, folder},
 };
 use crate::{
@@ -207,10 +210,7 @@ where
             let (parts, content) = match taken_apart(bytes).await {
                 Ok(taken) => taken,
                 Err(error) => {
-                    let uri = self.run.uri_of(&single.key());
-                    let why = format!("{uri} stays as it is: {}", error.chain());
-                    self.done.problems.insert(why);
-                    self.done.stay += 1;
+                    self.stays(&[single], &error);
                     self.write(gathered.take()).await?;
                     continue;
                 }
@@ -221,23 +221,58 @@ where
             if gathered.as_ref().is_some_and(is_full) {
                 self.write(gathered.take()).await?;
             }
-            gathered = Some(match gathered.take() {
-                None => Gathered {
-                    writer: Writer::begin(single.generation, single.step, parts)
-                        .map_err(unwritable)?,
-                    singles: vec![single],
-                    contents: vec![content],
-                },
-                Some(mut pack) => {
-                    pack.writer.push(parts).map_err(unwritable)?;
-                    pack.singles.push(single);
-                    pack.contents.push(content);
-                    pack
-                }
-            });
+            gathered = self.gather(gathered.take(), single, parts, content);
         }
         self.write(gathered).await?;
         Ok(Pass::Done)
+    }
+
+    /// Adds a receipt to those of one pack. If they cannot be packed, all of them stay.
+    fn gather(
+        &mut self,
+        gathered: Option<Gathered>,
+        single: Single,
+        parts: Parts,
+        content: blake3::Hash,
+    ) -> Option<Gathered> {
+        let (singles, cause) = match gathered {
+            None => match Writer::begin(single.generation, single.step, parts) {
+                Ok(writer) => {
+                    return Some(Gathered {
+                        writer,
+                        singles: vec![single],
+                        contents: vec![content],
+                    });
+                }
+                Err(cause) => (vec![single], cause),
+            },
+            Some(mut pack) => {
+                pack.singles.push(single);
+                pack.contents.push(content);
+                match pack.writer.push(parts) {
+                    Ok(()) => return Some(pack),
+                    Err(cause) => (pack.singles, cause),
+                }
+            }
+        };
+        self.stays(&singles, &unwritable(cause));
+        None
+    }
+
+    /// Counts receipts of consecutive steps that cannot be packed.
+    fn stays(&mut self, singles: &[Single], error: &Error) {
+        let Some(first) = singles.first() else {
+            return;
+        };
+        let (uri, why) = (self.run.uri_of(&first.key()), error.chain());
+        self.done.problems.insert(match singles.len() {
+            1 => format!("{uri} stays as it is: {why}"),
+            count => format!(
+                "{uri} and the {} after it stay as they are: {why}",
+                count - 1
+            ),
+        });
+        self.done.stay += singles.len() as u64;
     }
 
     /// Writes a pack, makes sure that it is there, and deletes the objects of its receipts.
@@ -256,12 +291,18 @@ where
             return Ok(());
         }
         // A receipt is looked at as this build understands it, before the pack is there for all.
-        let bytes = blocking("packing receipts", move || {
+        let packed = blocking("packing receipts", move || {
             let bytes = writer.finish().map_err(unwritable)?;
             check(&bytes, first.step, &contents)?;
             Ok(bytes)
-        })
-        .await?;
+        });
+        let bytes = match packed.await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                self.stays(&singles, &error);
+                return Ok(());
+            }
+        };
         let pack = Pack {
             first: first.step,
             last: last.step,
@@ -269,13 +310,15 @@ where
             digest: blake3::hash(&bytes).to_hex().to_string(),
             bytes: bytes.len() as u64,
         };
-        self.run.put(&pack.key(), bytes.clone()).await?;
+        // Another compaction may have written the same one, and deleted objects since: whatever is
+        // read back, it is neither overwritten nor deleted.
+        self.run.put_new(&pack.key(), bytes.clone()).await?;
         if self.run.get_large(&pack.key()).await? != bytes {
             let uri = self.run.uri_of(&pack.key());
-            // Nothing rests on it yet, and readers must not find it.
-            self.run.delete(&pack.key()).await?;
             return Err(Error::internal(format!(
-                "{uri} was read back with other bytes than were written; nothing was deleted"
+                "{uri} was read back with other bytes than were written; nothing was deleted. If \
+                 `superbatch state check` finds it damaged too, and the receipts of all its steps \
+                 are there as objects, delete it"
             )));
         }
         self.delete(&singles).await?;

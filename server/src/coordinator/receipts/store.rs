@@ -1,6 +1,7 @@
 //! A run's receipts in object storage: one fact for each step and generation, in an object of its
 //! own or in a pack with others.
 mod listing;
+mod packed;
 
 use super::{
     accounts::largest,
@@ -41,7 +42,7 @@ pub enum Committed {
 /// packs ([`Packs`]), and of a fork those of the run that it left.
 ///
 /// A receipt that is in a pack counts as the pack has it. Its own object may be there too, for as
-/// long as it takes to delete it.
+/// long as it takes to delete it, and counts if the pack is damaged and no object of it is gone.
 #[derive(Debug, Clone)]
 pub struct Receipts {
     run: Location,
@@ -158,7 +159,7 @@ impl Receipts {
         };
         let receipt = match found {
             Found::Single(key, bytes) => Some(self.single(&key, bytes).await?),
-            Found::Packed(pack) => Some(self.packs.receipt(&pack, step).await?),
+            Found::Packed(pack) => Some(self.packed(&pack, step).await?),
             Found::Elsewhere => self.of_before(|before| before.find(step)).await?,
         };
         Ok(receipt.map(|receipt| (generation, receipt)))
@@ -274,7 +275,7 @@ impl Receipts {
                     whole.and_then(|receipt| receipt.summary)
                 }
             },
-            Found::Packed(pack) => self.packs.summary(&pack, step).await?,
+            Found::Packed(pack) => self.packed_summary(&pack, step).await?,
             Found::Elsewhere => self.of_before(|before| before.summary(step)).await?,
         };
         Ok(summary.map(|summary| (generation, summary)))

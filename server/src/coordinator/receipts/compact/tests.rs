@@ -5,11 +5,16 @@ use super::*;
 use crate::{
     coordinator::{
         facts::chain::{Chain, Rewound},
-        receipts::parquet::tests::sample,
+        receipts::{
+            packs::tests::rewritten,
+            parquet::{SUMMARY_PROTOBUF, tests::sample},
+        },
     },
     storage::{Budget, StorageConfig, Stores},
 };
 use between::opened_twice;
+use futures::FutureExt;
+use std::sync::{Arc, Mutex};
 use superbatch_proto::v1::{Reason, Receipt};
 
 /// Steps of generation 0, and of generation 1, which begins at step 5.
@@ -168,6 +173,39 @@ async fn a_reader_in_whose_midst_all_is_packed_misses_nothing() {
 }
 
 #[tokio::test]
+async fn a_list_ends_although_packs_come_all_the_time() {
+    let (run, between, control) = opened_twice();
+    commit_all(&run).await;
+    control.before_each(move |request| {
+        let run = run.clone();
+        let put = async move {
+            assert!(request < 50, "it is listed again and again");
+            let first = 1000 * request as u64;
+            let pack = Pack {
+                first,
+                last: first + 1,
+                generation: 0,
+                digest: "ab".into(),
+                bytes: 0,
+            };
+            run.put(&pack.key(), "".into()).await.unwrap();
+        };
+        put.boxed()
+    });
+    let receipts = Receipts::new(between);
+    let listed = receipts.committed().await.unwrap();
+    for at in RECEIPTS.iter().chain(&[(1000, 0), (1001, 0)]) {
+        assert!(listed.contains(at), "{at:?}");
+    }
+    let newest = receipts.newest(&Chain::default()).await.unwrap();
+    assert!(newest > listed.last().map(|(step, _)| *step), "{newest:?}");
+    let numbers = receipts.folders().await.unwrap();
+    assert!(numbers.starts_with(&[0, 1, 2]), "{numbers:?}");
+    let of_first = receipts.committed_in(1).await.unwrap();
+    assert_eq!(of_first, [(1000, 0), (1001, 0)]);
+}
+
+#[tokio::test]
 async fn a_compaction_in_whose_midst_all_is_read_hides_nothing() {
     for request in 1.. {
         let (run, between, control) = opened_twice();
@@ -202,6 +240,63 @@ async fn two_at_once_lose_nothing_and_finish() {
             // Step 7 of generation 1 stands alone where steps go two by two.
             assert!(singles <= 4 && packs <= packs_most, "{singles} {packs}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_pack_that_is_read_back_as_another_one_is_not_deleted() {
+    for request in 1.. {
+        let (run, between, control) = opened_twice();
+        commit_all(&run).await;
+        let (other, keys) = (run.clone(), Arc::new(Mutex::new(Vec::new())));
+        let theirs = keys.clone();
+        control.before(request, async move {
+            compact(&other, settings(4)).await.unwrap();
+            for (key, _) in other.list("receipts/packed").await.unwrap() {
+                other.put(&key, "damaged".into()).await.unwrap();
+                theirs.lock().unwrap().push(key);
+            }
+        });
+        let ended = compact(&between, settings(4)).await;
+        if !control.has_happened() {
+            return ended.map(drop).unwrap();
+        }
+        let keys = std::mem::take(&mut *keys.lock().unwrap());
+        assert_eq!(keys.len(), 3);
+        for key in keys {
+            let found = run.find(&key).await.unwrap();
+            assert!(found.is_some_and(|bytes| bytes == "damaged"), "{request}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_pack_on_which_nothing_rests_hides_no_receipt() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let mut files = Vec::new();
+    for (key, _) in run.list("receipts").await.unwrap() {
+        let file = run.get(&key).await.unwrap();
+        files.push((key, file));
+    }
+    compact(&run, settings(4)).await.unwrap();
+    for (key, _) in run.list("receipts/packed").await.unwrap() {
+        run.put(&key, "damaged".into()).await.unwrap();
+    }
+    for (key, file) in files {
+        run.put(&key, file).await.unwrap();
+    }
+    let receipts = Receipts::new(run.clone());
+    receipts.packs().look().await.unwrap();
+    assert_whole(&receipts).await;
+    // If an object of the pack is gone, the others may be of a former owner.
+    run.delete("receipts/0/1/0.parquet").await.unwrap();
+    for error in [
+        receipts.find(2, 0).await.map(drop).unwrap_err(),
+        receipts.summary(2, 0).await.map(drop).unwrap_err(),
+    ] {
+        let said = error.chain();
+        assert!(said.contains("packed/000000000000-000000000003"), "{said}");
     }
 }
 
@@ -260,9 +355,12 @@ async fn a_damaged_pack_is_named_and_nothing_is_deleted_for_it() {
     );
     let done = compact(&run, settings(4)).await.unwrap();
     assert_eq!((done.deleted, done.problems.len()), (0, 1));
-    run.put(&pack.key(), "cut".into()).await.unwrap();
-    let error = Receipts::new(run.clone()).find(2, 0).await.unwrap_err();
-    assert!(error.chain().contains(&pack.key()), "{}", error.chain());
+    for left in ["cut", ""] {
+        run.put(&pack.key(), left.into()).await.unwrap();
+        let error = Receipts::new(run.clone()).find(2, 0).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Internal, "nobody tries again");
+        assert!(error.chain().contains(&pack.key()), "{}", error.chain());
+    }
 }
 
 #[tokio::test]
@@ -280,6 +378,28 @@ async fn a_receipt_that_cannot_be_read_stays_and_the_others_go() {
         "{problems:?}"
     );
     assert!(run.find(key).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_receipt_that_packs_as_another_one_stays_with_its_group_and_the_others_go() {
+    let (run, ..) = opened_twice();
+    commit_all(&run).await;
+    let key = "receipts/0/5/0.parquet";
+    // Said twice, and the first holds: a pack would have the last.
+    let file = rewritten(run.get(key).await.unwrap(), |_, entries| {
+        entries.push((SUMMARY_PROTOBUF.into(), String::new()));
+    });
+    run.put(key, file).await.unwrap();
+    let done = compact(&run, settings(4)).await.unwrap();
+    // Steps 4 to 7 stay, and three that are not old.
+    assert_eq!((done.packed, done.packs, done.stay), (7, 2, 4 + 3));
+    let problems: Vec<&String> = done.problems.iter().collect();
+    let expected = "receipts/0/4/0.parquet and the 3 after it stay";
+    assert!(
+        problems.len() == 1 && problems[0].contains(expected),
+        "{problems:?}"
+    );
+    assert_whole(&Receipts::new(run.clone())).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 //! once, by the digest of its bytes, and only when all that it holds was committed. From then on it
 //! is what says how its steps were decided, and the receipts' own objects may go.
 pub mod file;
+mod groups;
 mod index;
 
 pub use index::{Index, Pack, RECEIPTS_MAX};
@@ -18,6 +19,7 @@ use crate::{
 use arrow::array::RecordBatch;
 use bytes::Bytes;
 use file::Columns;
+use groups::Groups;
 use parquet::{
     arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions},
     errors::ParquetError,
@@ -33,11 +35,6 @@ use superbatch_proto::v1::{Receipt, ReceiptSummary};
 const FOOTER_BYTES: u64 = 64 << 10;
 /// Footers that are kept, some 100 KiB each.
 const FOOTERS_KEPT: usize = 4;
-/// Bytes of row groups that are kept, for readers that go from step to step; at least one group.
-const GROUPS_BYTES: usize = 8 << 20;
-
-/// A row group by its pack and its number there, with its bytes and how many these are.
-type Group = ((Pack, usize), Ranges, usize);
 
 /// The packs of one run, with what of them was read last.
 #[derive(Debug)]
@@ -45,9 +42,9 @@ pub struct Packs {
     run: Location,
     index: Mutex<Arc<Index>>,
     footers: Mutex<VecDeque<(Pack, ArrowReaderMetadata)>>,
-    groups: Mutex<VecDeque<Group>>,
-    /// Held while a row group is read, so that readers at once read it once.
-    reading: tokio::sync::Mutex<()>,
+    groups: Arc<Groups>,
+    /// By which `groups` knows those of this run.
+    owner: u64,
 }
 
 impl Packs {
@@ -56,8 +53,8 @@ impl Packs {
             run,
             index: Mutex::default(),
             footers: Mutex::default(),
-            groups: Mutex::default(),
-            reading: tokio::sync::Mutex::default(),
+            groups: Groups::of_process(),
+            owner: groups::owner(),
         }
     }
 
@@ -151,6 +148,10 @@ impl Packs {
     }
 
     async fn metadata(&self, pack: &Pack) -> Result<ParquetMetaData> {
+        // A store answers a request for no bytes as if it were at fault.
+        if pack.bytes == 0 {
+            return Err(Error::internal("it is empty"));
+        }
         let mut reader = ParquetMetaDataReader::new();
         let mut wanted = FOOTER_BYTES.min(pack.bytes);
         // The last 8 bytes hold the footer's length, so at most one more read is needed.
@@ -178,32 +179,9 @@ impl Packs {
         if columns != Columns::All {
             return self.read(pack, footer, group, columns).await;
         }
-        let at = (pack.clone(), group);
-        if let Some(kept) = self.kept(&at) {
-            return Ok(kept);
-        }
-        let _alone = self.reading.lock().await;
-        if let Some(kept) = self.kept(&at) {
-            return Ok(kept);
-        }
-        let read = self.read(pack, footer, group, columns).await?;
-        let mut groups = self.groups.lock().expect("no panic while held");
-        let size = read.bytes();
-        let mut held: usize = groups.iter().map(|(_, _, size)| size).sum();
-        while held + size > GROUPS_BYTES {
-            let Some((_, _, size)) = groups.pop_front() else {
-                break;
-            };
-            held -= size;
-        }
-        groups.push_back((at, read.clone(), size));
-        Ok(read)
-    }
-
-    fn kept(&self, at: &(Pack, usize)) -> Option<Ranges> {
-        let groups = self.groups.lock().expect("no panic while held");
-        let kept = groups.iter().find(|(known, ..)| known == at);
-        kept.map(|(_, kept, _)| kept.clone())
+        let at = (self.owner, pack.clone(), group);
+        let read = || self.read(pack, footer, group, columns);
+        self.groups.get(at, read).await
     }
 
     async fn read(
@@ -214,11 +192,17 @@ impl Packs {
         columns: Columns,
     ) -> Result<Ranges> {
         let range = columns.range(footer, group);
-        let range = range.filter(|range| range.end <= pack.bytes);
+        let range = range.filter(|range| !range.is_empty() && range.end <= pack.bytes);
         let outside = || Error::internal("its columns lie outside the file");
         let range = range.ok_or_else(outside)?;
         let bytes = self.run.part(&pack.key(), range.clone()).await?;
         Ok(Ranges::one(pack.bytes, range.start, bytes))
+    }
+}
+
+impl Drop for Packs {
+    fn drop(&mut self) {
+        self.groups.forget(self.owner);
     }
 }
 
@@ -244,4 +228,4 @@ fn each_row(pack: &Bytes, mut see: impl FnMut([u8; 32], u64, Receipt)) -> Result
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -5,10 +5,10 @@ use crate::{
         facts::{chain::Chain, trail::Trail},
         receipts::{packs::Index, summaries},
     },
-    error::{Error, Result},
+    error::Result,
 };
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::{BTreeMap, BTreeSet};
 use superbatch_proto::v1::Accounts;
 
 /// Folders that are listed at the same time.
@@ -27,19 +27,29 @@ impl Receipts {
     /// As [`Self::newest`], with the receipts of which one is the run's last commit, whose totals
     /// are the run's: they are of the same moment as the newest step. See [`Self::totals`].
     pub async fn newest_commits(&self, chain: &Chain, max_ahead: usize) -> Result<Newest> {
-        let read = |index: Arc<Index>| async move {
-            let (mut newest, mut listed) = (None, Vec::new());
-            for number in self.folders_with(&index).await?.into_iter().rev() {
-                let found = self.list(&index, number).await?;
-                newest = newest.or_else(|| found.iter().rev().find_map(holding(chain)));
-                listed.extend(found);
-                if newest.is_some() && listed.len() > max_ahead {
-                    break;
-                }
+        let (known, mut objects) = (self.packs.known(), BTreeMap::new());
+        let (mut numbers, mut tail) = (self.object_folders().await?, Tail::default());
+        numbers.extend(known.folders(FOLDER_STEPS));
+        for number in numbers.into_iter().rev() {
+            let found = self.objects(number).await?;
+            tail.add(chain, with_packed(found.clone(), &known, number));
+            objects.insert(number, found);
+            if tail.is_enough(max_ahead) {
+                break;
             }
-            Ok::<_, Error>((newest, listed))
-        };
-        let (newest, listed) = self.settled(read).await?;
+        }
+        // The same again with the packs that there are by now: what is enough stays enough.
+        let now = self.packs.look().await?;
+        let (mut numbers, mut tail) = (now.folders(FOLDER_STEPS), Tail::default());
+        numbers.extend(objects.keys());
+        for number in numbers.into_iter().rev() {
+            let found = objects.remove(&number).unwrap_or_default();
+            tail.add(chain, with_packed(found, &now, number));
+            if tail.is_enough(max_ahead) {
+                break;
+            }
+        }
+        let Tail { newest, listed } = tail;
         let newest = newest.or(self.forked_at(chain).checked_sub(1));
         Ok((newest, last(listed, max_ahead)))
     }
@@ -54,8 +64,7 @@ impl Receipts {
         let known = known.max(self.forked_at(chain));
         // With the receipts of the newest commits, whose totals are the run's.
         let from = known.saturating_sub(1 + u64::from(max_ahead)) / FOLDER_STEPS;
-        let read = |index| self.listed_from(index, from);
-        let listed = self.settled(read).await?;
+        let listed = self.listed_from(from).await?;
         let committed = listed.iter().filter_map(holding(chain));
         let trail = Trail::beyond(known, committed);
         if trail.next() >= known + 2 * FOLDER_STEPS {
@@ -72,66 +81,85 @@ impl Receipts {
 
     /// Returns the numbers of the folders that hold receipts, rising.
     pub async fn folders(&self) -> Result<Vec<u64>> {
-        let read = |index: Arc<Index>| async move { self.folders_with(&index).await };
-        self.settled(read).await
+        let mut numbers = self.object_folders().await?;
+        let now = self.packs.look().await?;
+        numbers.extend(now.folders(FOLDER_STEPS));
+        Ok(numbers.into_iter().collect())
     }
 
     /// Returns all committed (step, generation), rising. Lists the whole run.
     pub async fn committed(&self) -> Result<Vec<(u64, u32)>> {
-        self.settled(|index| self.listed_from(index, 0)).await
+        self.listed_from(0).await
     }
 
     /// Returns the committed (step, generation) of one folder, rising.
     pub async fn committed_in(&self, number: u64) -> Result<Vec<(u64, u32)>> {
-        let read = |index: Arc<Index>| async move { self.list(&index, number).await };
-        self.settled(read).await
+        let objects = self.objects(number).await?;
+        let now = self.packs.look().await?;
+        Ok(with_packed(objects, &now, number).into_iter().collect())
     }
 
-    /// Returns what `read` finds with the packs that there are.
+    /// Returns the committed (step, generation) from the folder `from` on, rising.
     ///
-    /// Receipts may be packed while they are listed: a pack comes, and then the objects go. What is
-    /// listed after it came and before they went is complete, so packs are looked at last, and if
-    /// they are others than those that were reckoned with, all is listed again. In the other order,
-    /// steps could be in neither of the two lists, and would be decided again.
-    async fn settled<T, F: Future<Output = Result<T>>>(
-        &self,
-        read: impl Fn(Arc<Index>) -> F,
-    ) -> Result<T> {
-        let mut known = self.packs.known();
-        loop {
-            let found = read(known.clone()).await?;
-            let now = self.packs.look().await?;
-            if now == known {
-                return Ok(found);
-            }
-            known = now;
-        }
-    }
-
-    async fn listed_from(&self, index: Arc<Index>, from: u64) -> Result<Vec<(u64, u32)>> {
-        let numbers = self.folders_with(&index).await?;
-        let numbers = numbers.into_iter().filter(|number| *number >= from);
-        let index = &*index;
-        let lists = numbers.map(|number| self.list(index, number).boxed());
+    /// Receipts may be packed while they are listed: a pack comes, and then the objects go. So
+    /// packs are looked at last: a receipt whose object was gone when its folder was listed is in
+    /// one of those that are there then. In the other order, steps could be in neither of the two
+    /// lists, and would be decided again.
+    async fn listed_from(&self, from: u64) -> Result<Vec<(u64, u32)>> {
+        let numbers = self.object_folders().await?.split_off(&from);
+        let lists = numbers
+            .into_iter()
+            .map(|number| self.objects(number).boxed());
         let lists: Vec<_> = lists.collect();
         let lists = stream::iter(lists).buffered(LISTS_AT_ONCE);
-        lists.try_concat().await
+        let mut listed: BTreeSet<(u64, u32)> = lists.try_concat().await?;
+        let now = self.packs.look().await?;
+        for number in now.folders(FOLDER_STEPS).split_off(&from) {
+            listed.extend(now.of_folder(number, FOLDER_STEPS));
+        }
+        Ok(listed.into_iter().collect())
     }
 
-    async fn folders_with(&self, index: &Index) -> Result<Vec<u64>> {
+    /// Returns the numbers of the folders that hold receipts in objects of their own.
+    async fn object_folders(&self) -> Result<BTreeSet<u64>> {
         let folders = self.run.folders("receipts").await?;
         let numbers = folders.iter().filter_map(|name| name.parse().ok());
-        let mut numbers: BTreeSet<u64> = numbers.collect();
-        numbers.extend(index.folders(FOLDER_STEPS));
-        Ok(numbers.into_iter().collect())
+        Ok(numbers.collect())
     }
 
-    async fn list(&self, index: &Index, number: u64) -> Result<Vec<(u64, u32)>> {
+    /// Returns the receipts of one folder that have objects of their own.
+    async fn objects(&self, number: u64) -> Result<BTreeSet<(u64, u32)>> {
         let objects = self.run.list(&folder(number)).await?;
-        let steps = objects.iter().filter_map(|(key, _)| parse(key));
-        let mut steps: BTreeSet<(u64, u32)> = steps.collect();
-        steps.extend(index.of_folder(number, FOLDER_STEPS));
-        Ok(steps.into_iter().collect())
+        Ok(objects.iter().filter_map(|(key, _)| parse(key)).collect())
+    }
+}
+
+/// Returns the receipts of one folder, those of `objects` and those in packs.
+fn with_packed(
+    mut objects: BTreeSet<(u64, u32)>,
+    packs: &Index,
+    number: u64,
+) -> BTreeSet<(u64, u32)> {
+    objects.extend(packs.of_folder(number, FOLDER_STEPS));
+    objects
+}
+
+/// The newest receipts, folder by folder from the last one on.
+#[derive(Default)]
+struct Tail {
+    newest: Option<u64>,
+    listed: Vec<(u64, u32)>,
+}
+
+impl Tail {
+    fn add(&mut self, chain: &Chain, found: BTreeSet<(u64, u32)>) {
+        let newest = || found.iter().rev().find_map(holding(chain));
+        self.newest = self.newest.or_else(newest);
+        self.listed.extend(found);
+    }
+
+    fn is_enough(&self, max_ahead: usize) -> bool {
+        self.newest.is_some() && self.listed.len() > max_ahead
     }
 }
 

@@ -17,9 +17,12 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+type Each = Box<dyn Fn(usize) -> BoxFuture<'static, ()> + Send>;
+
 #[derive(Default)]
 struct Script {
     asked: usize,
+    each: Option<Each>,
     ends_at: Option<usize>,
     happens: Option<(usize, BoxFuture<'static, ()>)>,
 }
@@ -45,13 +48,21 @@ impl Control {
         self.0.lock().unwrap().happens = Some((request, what.boxed()));
     }
 
+    /// Before each request, `what` of its number happens.
+    pub(super) fn before_each(
+        &self,
+        what: impl Fn(usize) -> BoxFuture<'static, ()> + Send + 'static,
+    ) {
+        self.0.lock().unwrap().each = Some(Box::new(what));
+    }
+
     /// Returns whether it has happened.
     pub(super) fn has_happened(&self) -> bool {
         self.0.lock().unwrap().happens.is_none()
     }
 
     async fn request(&self) -> Result<()> {
-        let what = {
+        let (each, what) = {
             let mut script = self.0.lock().unwrap();
             script.asked += 1;
             let asked = script.asked;
@@ -61,8 +72,12 @@ impl Control {
                     source: "the process was killed".into(),
                 });
             }
-            script.happens.take_if(|(at, _)| *at == asked)
+            let each = script.each.as_ref().map(|what| what(asked));
+            (each, script.happens.take_if(|(at, _)| *at == asked))
         };
+        if let Some(what) = each {
+            what.await;
+        }
         if let Some((_, what)) = what {
             what.await;
         }
