@@ -1,13 +1,18 @@
 use super::*;
-use crate::dataset::{
-    Manifest, Mask, SourceRequest,
-    fixtures::{batch, by_path, hugging_face_paths, img2dataset, parquet, put, request, stores},
-    index,
+use crate::{
+    dataset::{
+        Manifest, Mask, SourceRequest,
+        fixtures::{
+            batch, by_path, hugging_face_paths, img2dataset, parquet, put, request, stores,
+        },
+        index,
+    },
+    storage::hub_tests::{COMMITS, Servers},
 };
 use arrow::array::{ArrayRef, BinaryArray, StringArray};
 use bytes::Bytes;
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 use superbatch_proto::v1::Reason;
 
 #[test]
@@ -222,6 +227,30 @@ async fn a_root_that_no_image_lies_below_is_told_at_once() {
         error.to_string().contains("\"/data/a.jpg\" is absolute"),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn a_root_on_the_hub_is_held_at_its_commit() {
+    let servers = Servers::start().await;
+    let stores = servers.stores(&[], "");
+    let file = parquet(&by_path(&["large", "deep/small"]), 9);
+    put(&stores, &[("rows/0.parquet", file)]).await;
+    for (moved, root) in [
+        (0, "hf://datasets/o/n/data/"),
+        (1, "hf://datasets/o/n@main/data"),
+    ] {
+        servers.hub.moved.store(moved, Ordering::Relaxed);
+        let sources = [asked(Some(root), None)];
+        let manifest = index(&stores, None, &sources).await.unwrap();
+        let held = format!("hf://datasets/o/n@{}/data", COMMITS[moved]);
+        assert_eq!(manifest.sources[0].layout.image_root, Some(held));
+    }
+    // Below it a row's path would name the data set, and any revision of it.
+    let sources = [asked(Some("hf://datasets/o"), None)];
+    let error = index(&stores, None, &sources).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+    assert!(error.to_string().contains("names no data set"), "{error}");
+    assert!(error.to_string().contains("image_root"), "{error}");
 }
 
 #[tokio::test]

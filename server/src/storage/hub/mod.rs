@@ -244,4 +244,4 @@ impl ObjectStore for Hub {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
