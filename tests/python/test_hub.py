@@ -253,6 +253,11 @@ def test_images_by_path_are_those_of_the_commit(tmp_path, hub):
             assert pairs.issuperset(zip(captions, pictures, strict=True))
         error = refused(service, "owner", source("hf://datasets/o"))
         assert error.reason == "INVALID_ARGUMENT" and "names no data set" in str(error)
+        # No hole, which would be kept. Steps ahead may have their images already.
+        del data.commits[commit]
+        with pytest.raises(superbatch.Error) as caught:
+            rows(run, range(4, 40))
+        assert caught.value.reason == "DATASET_CHANGED" and "no such commit" in str(caught.value)
     finally:
         service.stop()
     manifests = [path.read_text() for path in (tmp_path / "state" / "manifests").iterdir()]

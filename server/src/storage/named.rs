@@ -1,5 +1,8 @@
 //! Objects that rows of data name: they may not be there, or be anything.
-use super::location::{Location, is_bucket_missing};
+use super::{
+    hub,
+    location::{Location, is_bucket_missing},
+};
 use crate::error::{Result, chain};
 use bytes::Bytes;
 use object_store::{GetOptions, ObjectMeta, ObjectStoreExt};
@@ -23,7 +26,8 @@ impl Location {
     /// Reads an object of at most `bytes_max` bytes whole.
     ///
     /// # Errors
-    /// Those of the store. A missing bucket is one, and a missing object is none.
+    /// Those of the store. A missing bucket is one, so is a commit that the hub has lost, and a
+    /// missing object is none.
     pub async fn find_at_most(&self, key: &str, bytes_max: u64) -> Result<Found> {
         let (store, path) = (self.store(), self.path(key));
         let read = async {
@@ -67,7 +71,7 @@ fn mark(meta: &ObjectMeta) -> u64 {
 /// attempt fails to read, and so end its run.
 fn is_nothing(cause: &object_store::Error) -> bool {
     if let object_store::Error::NotFound { source, .. } = cause {
-        return !is_bucket_missing(&source.to_string());
+        return !is_bucket_missing(&source.to_string()) && !hub::is_commit_lost(cause);
     }
     let causes = std::iter::successors(cause.source(), |&cause| cause.source());
     let mut kinds = causes.filter_map(|cause| Some(cause.downcast_ref::<io::Error>()?.kind()));

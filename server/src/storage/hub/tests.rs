@@ -11,7 +11,7 @@ use axum::{
 use object_store::GetRange;
 use std::sync::{
     Mutex,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 use superbatch_proto::v1::Reason;
 
@@ -29,6 +29,8 @@ pub(crate) struct Fake {
     cdn: String,
     /// How often the branch has moved.
     pub(crate) moved: AtomicUsize,
+    /// Whether the commits are lost.
+    pub(crate) lost: AtomicBool,
     /// How many requests are still refused as too many.
     throttled: AtomicUsize,
     asked: Asked,
@@ -95,7 +97,19 @@ async fn hub(State(fake): State<Arc<Fake>>, request: Request) -> Response {
     let file = path
         .strip_prefix("/datasets/o/n/resolve/")
         .unwrap_or_default();
+    if !file.is_empty() && fake.lost.load(Ordering::Relaxed) {
+        return answer(
+            404,
+            &[("x-error-code", "RevisionNotFound")],
+            "Invalid rev id",
+        );
+    }
     match file.split_once('/') {
+        Some((_, "data/unexplained")) => answer(404, &[], ""),
+        Some((commit, "data/not-in-cdn")) => {
+            let to = format!("{}/{commit}/none?signature=s", fake.cdn);
+            answer(302, &[("location", to.as_str())], "")
+        }
         Some((commit, "data/large")) => {
             let to = format!("{}/{commit}/large?signature=s", fake.cdn);
             let linked = [("x-linked-etag", "\"sha\""), ("x-linked-size", "10")];
@@ -131,6 +145,9 @@ fn content(request: &Request, etag: &str, whole: &'static str) -> Response {
 
 async fn cdn(State(fake): State<Arc<Fake>>, request: Request) -> Response {
     let uri = fake.note(&request);
+    if uri.ends_with("/none?signature=s") {
+        return answer(404, &[], "NoSuchKey of signature=s");
+    }
     assert!(uri.ends_with("/large?signature=s"), "{uri}");
     content(&request, "\"own\"", LARGE)
 }
@@ -318,6 +335,37 @@ async fn a_hub_that_is_asked_too_often_is_asked_again() {
         2 + 2 + 2 + 1,
         "two pages and a file"
     );
+}
+
+/// Else the rows of all images would be holes, which are kept.
+#[tokio::test]
+async fn only_what_its_commit_lacks_is_a_missing_file() {
+    let servers = Servers::start().await;
+    let stores = servers.stores(&[], "");
+    let uri = format!("hf://datasets/o/n@{}/data", COMMITS[0]);
+    let root = stores.open(&uri).unwrap();
+    let found = root.find_at_most("none", 9).await.unwrap();
+    assert_eq!(found, crate::storage::Found::Nothing);
+    for name in ["unexplained", "not-in-cdn"] {
+        let error = root.find_at_most(name, 9).await.unwrap_err();
+        let said = error.chain();
+        assert_eq!(error.reason(), Reason::StorageUnreachable, "{said}");
+        assert!(
+            said.contains("404") && !said.contains("signature"),
+            "{said}"
+        );
+    }
+    servers.hub.lost.store(true, Ordering::Relaxed);
+    for (name, error) in [
+        ("large", root.find_at_most("large", 9).await.unwrap_err()),
+        ("none", root.find_at_most("none", 9).await.unwrap_err()),
+        ("large", root.is_there("large").await.unwrap_err()),
+        ("deep/small", root.get("deep/small").await.unwrap_err()),
+    ] {
+        assert_eq!(error.reason(), Reason::DatasetChanged, "{}", error.chain());
+        assert!(error.to_string().contains("no such commit"), "{error}");
+        assert_eq!(error.value("shard"), Some(format!("{uri}/{name}").as_str()));
+    }
 }
 
 #[tokio::test]
