@@ -24,11 +24,17 @@ use tokio_util::task::AbortOnDropHandle;
 /// Bytes of images in one batch: an array's offsets have 32 bits.
 const BATCH_BYTES_MAX: usize = 256 << 20;
 
+/// Most bytes of images that one read holds together: those of a micro-batch's rows, or of the rows
+/// chosen of a block. Of images in a Parquet file as much may be in a block.
+const TOGETHER_BYTES_MAX: usize = i32::MAX as usize;
+
 /// How images are read.
 #[derive(Debug, Clone)]
 pub(super) struct ImageReads {
     /// A larger image is not read.
     pub bytes_max: u64,
+    /// More than this of one read are refused.
+    pub together_bytes_max: usize,
     /// Requests under way, of all calls.
     pub at_once: Arc<Semaphore>,
     pub at_once_max: usize,
@@ -38,6 +44,7 @@ impl ImageReads {
     pub(super) fn new(bytes_max: u64, at_once: usize) -> Self {
         Self {
             bytes_max,
+            together_bytes_max: TOGETHER_BYTES_MAX,
             at_once: Arc::new(Semaphore::new(at_once)),
             at_once_max: at_once,
         }
@@ -85,8 +92,8 @@ impl Beside {
     /// no array has too many bytes.
     ///
     /// # Errors
-    /// Those of the store. A path that is none, or at which there is nothing, is a fault of its
-    /// row.
+    /// Those of the store; `InvalidArgument` if the images are too many bytes. A path that is none,
+    /// or at which there is nothing, is a fault of its row.
     pub(super) async fn rows(
         self: &Arc<Self>,
         block: Arc<RecordBatch>,
@@ -102,7 +109,12 @@ impl Beside {
         let assemble = move || {
             let sizes: Vec<usize> = read.iter().map(Read::bytes).collect();
             let cuts = row_ranges(&sizes, BATCH_BYTES_MAX).into_iter();
-            let batches = cuts.map(|range| with(&block, &rows[range.clone()], &read[range]));
+            let mut read = read.into_iter();
+            let batches = cuts.map(|range| {
+                // They are copied, and let go piece by piece, so as not to be held twice.
+                let these: Vec<Read> = read.by_ref().take(range.len()).collect();
+                with(&block, &rows[range], &these)
+            });
             let batches = batches.collect::<Result<_, ArrowError>>();
             batches.map_err(|e| Error::internal("cannot join rows and images").because(e))
         };
@@ -114,8 +126,26 @@ impl Beside {
             .iter()
             .map(|row| self.image(*row as usize, reads).boxed())
             .collect();
-        let each = stream::iter(each).buffered(reads.at_once_max);
-        each.try_collect().await
+        let mut each = stream::iter(each).buffered(reads.at_once_max);
+        let (mut read, mut bytes) = (Vec::with_capacity(rows.len()), 0);
+        while let Some(one) = each.try_next().await? {
+            bytes += one.bytes();
+            if bytes > reads.together_bytes_max {
+                return Err(self.too_large(rows.len(), reads.together_bytes_max));
+            }
+            read.push(one);
+        }
+        Ok(read)
+    }
+
+    fn too_large(&self, rows: usize, limit: usize) -> Error {
+        let uri = self.root.uri();
+        let message = format!(
+            "the images of {rows} rows in {uri} have more than the {limit} bytes that are held \
+             together; lower the run's micro_batch_rows and sub_batch_size, or make the images \
+             smaller (one larger than worker.image_bytes_max costs its row alone)"
+        );
+        Error::invalid("sources", message).with("uri", uri)
     }
 
     async fn image(&self, row: usize, reads: &ImageReads) -> Result<Read> {

@@ -136,6 +136,23 @@ async fn a_row_without_its_image_says_why() {
     }
 }
 
+#[tokio::test]
+async fn more_images_than_are_held_together_are_refused_with_what_to_do() {
+    let stores = stores();
+    let images = ["a.jpg", "b.jpg", "c.jpg"].map(|path| (path, "ten bytes!"));
+    let rows = by_path(&images.map(|(path, _)| path));
+    let manifest = indexed_beside(&stores, parquet(&rows, 9), &images).await;
+    let mut reader = BlockReader::new(stores, 0);
+    reader.images.together_bytes_max = 25;
+    let block = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let pieces = reader.with_images(&block, &[0, 2]).await.unwrap();
+    assert_eq!(found(&pieces).len(), 2);
+    let error = reader.with_images(&block, &[0, 1, 2]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+    assert_eq!(error.value("uri"), Some("memory:///data/images"));
+    assert!(error.to_string().contains("micro_batch_rows"), "{error}");
+}
+
 /// Neither a branch that moves nor a commit that is lost makes a hole.
 #[tokio::test]
 async fn images_on_the_hub_are_those_of_the_commit_that_was_indexed() {
