@@ -65,13 +65,14 @@ pub struct WithImages {
     /// All rows. They are not copied: which captions are null for want of UTF-8 would be lost. The
     /// images of other rows than `rows` are null.
     pub batch: Arc<RecordBatch>,
-    /// The rows, each with a mark that differs once its image is another; `None` without an image.
-    pub rows: Vec<(u32, Option<u64>)>,
+    /// The rows, each with the hash of its image; `None` without an image. Some servers' ETags, and
+    /// times of writing, differ though the image is the same.
+    pub rows: Vec<(u32, Option<blake3::Hash>)>,
 }
 
 /// The image at a path.
 enum Read {
-    Whole(Bytes, u64),
+    Whole(Bytes),
     Fault(BadRowReason, String),
     /// The row has no path.
     InFile,
@@ -164,7 +165,7 @@ impl Beside {
         let stopped = |e| Error::internal("no more images are read").because(e);
         let _permit = reads.at_once.acquire().await.map_err(stopped)?;
         let (reason, detail) = match self.root.find_at_most(&key, reads.bytes_max).await? {
-            Found::Whole(bytes, mark) => return Ok(Read::Whole(bytes, mark)),
+            Found::Whole(bytes) => return Ok(Read::Whole(bytes)),
             Found::Nothing => {
                 let detail = format!("there is no {} in {}", quoted(path), self.root.uri());
                 (BadRowReason::ImageMissing, detail)
@@ -182,7 +183,7 @@ impl Beside {
 impl Read {
     fn bytes(&self) -> usize {
         match self {
-            Self::Whole(bytes, _) => bytes.len(),
+            Self::Whole(bytes) => bytes.len(),
             Self::Fault(_, detail) => detail.len(),
             Self::InFile => 0,
         }
@@ -195,7 +196,7 @@ fn with(block: &RecordBatch, rows: &[u32], read: &[Read]) -> Result<WithImages, 
     for (row, read) in rows.iter().zip(read) {
         let row = *row as usize;
         images[row] = match read {
-            Read::Whole(bytes, _) => Image::Bytes(bytes),
+            Read::Whole(bytes) => Image::Bytes(bytes),
             Read::Fault(reason, detail) => Image::Fault(*reason, detail),
             Read::InFile if in_file.is_valid(row) => Image::Bytes(in_file.value(row)),
             Read::InFile => Image::Null,
@@ -203,12 +204,12 @@ fn with(block: &RecordBatch, rows: &[u32], read: &[Read]) -> Result<WithImages, 
     }
     let mut columns = block.columns().to_vec();
     columns[0] = images::column(images.into_iter())?;
-    let marks = read.iter().map(|read| match read {
-        Read::Whole(_, mark) => Some(*mark),
+    let hashes = read.iter().map(|read| match read {
+        Read::Whole(bytes) => Some(blake3::hash(bytes)),
         Read::Fault(..) | Read::InFile => None,
     });
     Ok(WithImages {
-        rows: rows.iter().copied().zip(marks).collect(),
+        rows: rows.iter().copied().zip(hashes).collect(),
         batch: Arc::new(RecordBatch::try_new(block.schema(), columns)?),
     })
 }
