@@ -229,6 +229,27 @@ async fn a_root_that_no_image_lies_below_is_told_at_once() {
     );
 }
 
+/// What a footer says of a group's rows need not be what its columns hold.
+#[tokio::test]
+async fn a_column_of_fewer_paths_than_its_group_has_rows_is_not_looked_into() {
+    use parquet::file::metadata::{ParquetMetaDataReader, ParquetMetaDataWriter};
+    let file = parquet(&by_path(&["a.jpg", "b.jpg"]), 9);
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&file);
+    let metadata = metadata.unwrap();
+    let groups = metadata.row_groups().iter().cloned();
+    let groups = groups.map(|group| group.into_builder().set_num_rows(5).build().unwrap());
+    let groups: Vec<RowGroupMetaData> = groups.collect();
+    let metadata = metadata.clone().into_builder();
+    let metadata = metadata.set_row_groups(groups).build();
+    let tail = file.len() - 8;
+    let footer = u32::from_le_bytes(file[tail..tail + 4].try_into().unwrap());
+    let mut claiming = file[..tail - footer as usize].to_vec();
+    let written = ParquetMetaDataWriter::new(&mut claiming, &metadata).finish();
+    written.unwrap();
+    let manifest = indexed(claiming.into(), asked(ROOT, None)).await.unwrap();
+    assert_eq!(manifest.sources[0].shards[0].blocks[0].rows, 5);
+}
+
 #[tokio::test]
 async fn a_root_on_the_hub_is_held_at_its_commit() {
     let servers = Servers::start().await;
