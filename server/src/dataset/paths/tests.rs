@@ -214,7 +214,7 @@ async fn a_root_that_no_image_lies_below_is_told_at_once() {
     for (root, says) in [
         ("memory:///data", "there is no \"a.jpg\" in memory:///data"),
         ("memory:///data/images/a.jpg", "none of 3 images"),
-        ("images", "is no URI"),
+        ("images", "or for data https://host/path or hf://datasets"),
     ] {
         let error = indexed(rows(), asked(Some(root), None)).await.unwrap_err();
         assert!(error.to_string().contains(says), "{root}: {error}");
