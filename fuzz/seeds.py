@@ -140,6 +140,26 @@ def photos() -> pa.Table:
     return table.replace_schema_metadata({"huggingface": json.dumps(features)})
 
 
+def by_path(rows: int) -> pa.Table:
+    """Rows whose images lie beside them, some nowhere."""
+    paths = ["a.jpg", "gone.jpg", "../a.jpg", None, "./a.jpg", "https://x.org/a.jpg", ""]
+    captions = ["a caption", "b", None]
+    return pa.table(
+        {
+            "file_name": pa.array([paths[row % len(paths)] for row in range(rows)], pa.string()),
+            "caption": pa.array([captions[row % 3] for row in range(rows)], pa.string()),
+            "n": pa.array([row % 9 for row in range(rows)], pa.int64()),
+        }
+    )
+
+
+def photos_by_path() -> pa.Table:
+    """As Hugging Face datasets writes images that it has not embedded, and one that it has."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = [{"bytes": None, "path": "a.jpg"}, {"bytes": b"two", "path": "gone.jpg"}, None]
+    return pa.table({"image": pa.array(images, image), "caption": ["a", "b", "c"]})
+
+
 def parquets() -> dict[str, bytes]:
     plain = {"compression": "none", "use_dictionary": False}
     return {
@@ -148,6 +168,9 @@ def parquets() -> dict[str, bytes]:
         "dictionary": after(4, parquet(downloads(), compression="snappy")),
         "photos": after(0, parquet(photos(), row_group_size=1, **plain)),
         "zstd": after(8, parquet(photos(), compression="zstd", data_page_version="2.0")),
+        "paths": after(16, parquet(by_path(7), row_group_size=4, **plain)),
+        "cut": after(4 | 16, parquet(by_path(1100), compression="snappy")),
+        "photo_paths": after(16, parquet(photos_by_path(), **plain)),
     }
 
 

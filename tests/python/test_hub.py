@@ -234,6 +234,39 @@ def test_rows_are_kept_and_scored_by_files_of_the_hub(tmp_path, hub, service):
     assert rows(of_hub, range(2)) == expected
 
 
+def test_images_by_path_are_those_of_the_commit(tmp_path, hub):
+    found = records(pool(tmp_path / "pool"))
+    paths = [f"{row['key']}.png" for row in found]
+    captions = [row["caption"] for row in found]
+    beside = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"file_name": paths, "caption": captions}), beside)
+    data = hub.repository("o/n")
+    images = {f"images/{path}": row["png"] for path, row in zip(paths, found, strict=True)}
+    commit = data.push(images)
+    service = serve(tmp_path, hub)
+
+    def source(root: str) -> superbatch.Source:
+        return superbatch.Source(uri=beside, image_root=root)
+
+    try:
+        run = opened(service, "hub", source("hf://datasets/o/n/images"))
+        data.push(dict.fromkeys(images, b"moved"))
+        pairs = {(row["caption"], row["png"]) for row in found}
+        for captions, pictures in rows(run, range(4)):
+            assert pairs.issuperset(zip(captions, pictures, strict=True))
+        error = refused(service, "owner", source("hf://datasets/o"))
+        assert error.reason == "INVALID_ARGUMENT" and "names no data set" in str(error)
+        # No hole, which would be kept. Steps ahead may have their images already.
+        del data.commits[commit]
+        with pytest.raises(superbatch.Error) as caught:
+            rows(run, range(4, 40))
+        assert caught.value.reason == "DATASET_CHANGED" and "no such commit" in str(caught.value)
+    finally:
+        service.stop()
+    manifests = [path.read_text() for path in (tmp_path / "state" / "manifests").iterdir()]
+    assert any(f"hf://datasets/o/n@{commit}/images" in text for text in manifests)
+
+
 def test_what_is_denied_says_what_to_do(tmp_path, hub, service):
     hub.repository("o/gated", gated=True)
     hub.repository("o/private", private=True).push_folder(pool(tmp_path / "pool"))

@@ -200,7 +200,10 @@ fn state_goes_where_it_can_be_kept() {
     for (uri, says) in [
         ("http://foo/bar", "use file, s3, gs, az or memory"),
         ("https://foo/bar", "use file, s3, gs, az or memory"),
-        ("what://x", "use file, s3, gs, az or memory"),
+        (
+            "what://x",
+            "use file, s3, gs, az or memory, or for data that is only read http, https or hf",
+        ),
         ("file://pool/x", "three slashes"),
         ("s3://", "cannot use 's3://'"),
     ] {

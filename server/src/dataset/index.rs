@@ -93,7 +93,8 @@ pub async fn index(
     })
 }
 
-/// Returns the request with its files beside the data at their commits.
+/// Returns the request with what lies beside the data, images by path too, at its commits. Of the
+/// images no other place holds their revision: each is read by its row's path below the root.
 async fn pinned_files(
     stores: &Stores,
     pins: &mut Pins,
@@ -112,6 +113,10 @@ async fn pinned_files(
             parts.push(pins.pin(stores, part).await?);
         }
         *uris = parts.join("::");
+    }
+    if let Some(images) = &mut pinned.image_root {
+        let root = pins.pin(stores, images).await;
+        *images = root.map_err(|e| e.about("image_root"))?;
     }
     Ok(pinned)
 }

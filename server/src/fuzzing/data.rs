@@ -18,6 +18,9 @@ use superbatch_proto::v1::Reason;
 /// Blocks of a manifest that are read; more of them do nothing new.
 const BLOCKS_READ: usize = 4;
 const RECORD: usize = 512;
+/// Where images by path lie. A path that leads nowhere else finds one image there.
+const IMAGES: &str = "memory:///images";
+const IMAGE: &str = "a.jpg";
 /// What an allow-list of the URI's target has.
 const ALLOWED: &str = "memory:///data";
 
@@ -33,6 +36,9 @@ fn asked(how: u8, entry: impl Fn(&str) -> String) -> SourceRequest {
     }
     if how & 8 != 0 {
         request.caption_seed = Some(7);
+    }
+    if how & 16 != 0 {
+        request.image_root = Some(IMAGES.to_owned());
     }
     request
 }
@@ -74,6 +80,7 @@ fn read_all(name: &str, file: &[u8], request: &SourceRequest, columns: &[&str]) 
     let state = opened(&stores, "memory:///state");
     wait(async {
         put(&opened(&stores, "memory:///data"), name, file).await;
+        put(&opened(&stores, IMAGES), IMAGE, b"image").await;
         let sources = std::slice::from_ref(request);
         let Some(manifest) = read(index(&stores, Some(&state), sources).await) else {
             return;
@@ -96,6 +103,11 @@ fn read_all(name: &str, file: &[u8], request: &SourceRequest, columns: &[&str]) 
             if let Some(rows) = read(rows) {
                 assert_eq!(rows.batch.num_rows(), block.rows as usize);
                 check_arrays(&rows.batch);
+                let all: Vec<u32> = (0..block.rows).collect();
+                let images = read(reader.with_images(&rows, &all).await);
+                for piece in images.into_iter().flatten() {
+                    check_arrays(&piece.batch);
+                }
             }
             let places = reader.image_places(&manifest, 0, shard, number, &columns);
             let places = read(places.await).into_iter().flatten();

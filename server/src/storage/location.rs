@@ -289,7 +289,7 @@ impl Location {
 
     /// Returns the error "cannot `verb` `uri`" with its cause. The reason is `StorageUnreachable`,
     /// which callers retry, or `InvalidArgument` for what no retry changes: a missing bucket, or
-    /// what the hub does not give.
+    /// what the hub does not give. Of a commit that the hub has lost it is `DatasetChanged`.
     pub fn error(&self, verb: &str, key: &str, cause: object_store::Error) -> Error {
         let uri = self.uri_of(key);
         if is_bucket_missing(&chain(&cause)) {
@@ -301,6 +301,15 @@ impl Location {
             return Error::invalid("uri", message)
                 .with("uri", uri)
                 .with("bucket", bucket);
+        }
+        if hub::is_commit_lost(&cause) {
+            let message = format!(
+                "cannot {verb} {uri}: the hub has no such commit (its history was squashed, or it \
+                 never was there); start a new run on a commit that the hub has"
+            );
+            return Error::new(Reason::DatasetChanged, message)
+                .with("shard", &uri)
+                .with("uri", uri);
         }
         if let Some(why) = hub::refusal(&cause) {
             let message = format!("cannot {verb} {uri}: {why}");

@@ -36,6 +36,8 @@ pub use facts::is_passing;
 pub use facts::nonce;
 pub use facts::probe;
 pub use hub::Pins;
+#[cfg(test)]
+pub(crate) use hub::tests as hub_tests;
 pub use location::Location;
 pub use metered::metered;
 pub use named::Found;

@@ -50,11 +50,11 @@ pub(super) fn parse_uri(uri: &str) -> Result<(Url, Kind, Path)> {
         return Err(unusable(uri, message));
     }
     let url = Url::parse(uri).map_err(|e| {
-        unusable(
-            uri,
-            format!("'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name"),
-        )
-        .because(e)
+        let message = format!(
+            "'{uri}' is no URI; write file:///path, s3://bucket/prefix or memory:///name, or for \
+             data https://host/path or hf://datasets/OWNER/NAME"
+        );
+        unusable(uri, message).because(e)
     })?;
     if let ("file" | "memory", Some(host)) = (url.scheme(), url.host_str()) {
         let meant = format!(
@@ -73,11 +73,13 @@ pub(super) fn parse_uri(uri: &str) -> Result<(Url, Kind, Path)> {
     }
     match Scheme::parse(&url) {
         Ok((scheme, path)) => Ok((url, Kind::Store(scheme), path)),
-        Err(e) => Err(unusable(
-            uri,
-            format!("cannot use '{uri}'; use file, s3, gs, az or memory"),
-        )
-        .because(e)),
+        Err(e) => {
+            let message = format!(
+                "cannot use '{uri}'; use file, s3, gs, az or memory, or for data that is only read \
+                 http, https or hf"
+            );
+            Err(unusable(uri, message).because(e))
+        }
     }
 }
 

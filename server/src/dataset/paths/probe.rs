@@ -145,6 +145,11 @@ fn column(
     let none = || ArrowError::SchemaError("there is no column of paths".to_owned());
     let batch = builder.build()?.next().ok_or_else(none)??;
     let column = batch.columns().first().cloned().ok_or_else(none)?;
+    // What a footer says of a group's rows need not be what its columns hold.
+    if i64::try_from(column.len()).ok() != Some(rows) {
+        let message = "the column of paths has other rows than its group";
+        return Err(ArrowError::SchemaError(message.to_owned()));
+    }
     let column = if in_struct {
         let fields = column.as_struct_opt().ok_or_else(none)?;
         fields.column_by_name("path").cloned().ok_or_else(none)?

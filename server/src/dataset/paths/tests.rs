@@ -1,13 +1,18 @@
 use super::*;
-use crate::dataset::{
-    Manifest, Mask, SourceRequest,
-    fixtures::{batch, by_path, hugging_face_paths, img2dataset, parquet, put, request, stores},
-    index,
+use crate::{
+    dataset::{
+        Manifest, Mask, SourceRequest,
+        fixtures::{
+            batch, by_path, hugging_face_paths, img2dataset, parquet, put, request, stores,
+        },
+        index,
+    },
+    storage::hub_tests::{COMMITS, Servers},
 };
 use arrow::array::{ArrayRef, BinaryArray, StringArray};
 use bytes::Bytes;
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 use superbatch_proto::v1::Reason;
 
 #[test]
@@ -209,7 +214,7 @@ async fn a_root_that_no_image_lies_below_is_told_at_once() {
     for (root, says) in [
         ("memory:///data", "there is no \"a.jpg\" in memory:///data"),
         ("memory:///data/images/a.jpg", "none of 3 images"),
-        ("images", "is no URI"),
+        ("images", "or for data https://host/path or hf://datasets"),
     ] {
         let error = indexed(rows(), asked(Some(root), None)).await.unwrap_err();
         assert!(error.to_string().contains(says), "{root}: {error}");
@@ -222,6 +227,51 @@ async fn a_root_that_no_image_lies_below_is_told_at_once() {
         error.to_string().contains("\"/data/a.jpg\" is absolute"),
         "{error}"
     );
+}
+
+/// What a footer says of a group's rows need not be what its columns hold.
+#[tokio::test]
+async fn a_column_of_fewer_paths_than_its_group_has_rows_is_not_looked_into() {
+    use parquet::file::metadata::{ParquetMetaDataReader, ParquetMetaDataWriter};
+    let file = parquet(&by_path(&["a.jpg", "b.jpg"]), 9);
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&file);
+    let metadata = metadata.unwrap();
+    let groups = metadata.row_groups().iter().cloned();
+    let groups = groups.map(|group| group.into_builder().set_num_rows(5).build().unwrap());
+    let groups: Vec<RowGroupMetaData> = groups.collect();
+    let metadata = metadata.clone().into_builder();
+    let metadata = metadata.set_row_groups(groups).build();
+    let tail = file.len() - 8;
+    let footer = u32::from_le_bytes(file[tail..tail + 4].try_into().unwrap());
+    let mut claiming = file[..tail - footer as usize].to_vec();
+    let written = ParquetMetaDataWriter::new(&mut claiming, &metadata).finish();
+    written.unwrap();
+    let manifest = indexed(claiming.into(), asked(ROOT, None)).await.unwrap();
+    assert_eq!(manifest.sources[0].shards[0].blocks[0].rows, 5);
+}
+
+#[tokio::test]
+async fn a_root_on_the_hub_is_held_at_its_commit() {
+    let servers = Servers::start().await;
+    let stores = servers.stores(&[], "");
+    let file = parquet(&by_path(&["large", "deep/small"]), 9);
+    put(&stores, &[("rows/0.parquet", file)]).await;
+    for (moved, root) in [
+        (0, "hf://datasets/o/n/data/"),
+        (1, "hf://datasets/o/n@main/data"),
+    ] {
+        servers.hub.moved.store(moved, Ordering::Relaxed);
+        let sources = [asked(Some(root), None)];
+        let manifest = index(&stores, None, &sources).await.unwrap();
+        let held = format!("hf://datasets/o/n@{}/data", COMMITS[moved]);
+        assert_eq!(manifest.sources[0].layout.image_root, Some(held));
+    }
+    // Below it a row's path would name the data set, and any revision of it.
+    let sources = [asked(Some("hf://datasets/o"), None)];
+    let error = index(&stores, None, &sources).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+    assert!(error.to_string().contains("names no data set"), "{error}");
+    assert!(error.to_string().contains("image_root"), "{error}");
 }
 
 #[tokio::test]

@@ -46,11 +46,25 @@ struct AskCommit;
 #[error("{0}")]
 struct Refused(String);
 
+/// The hub does not have the commit at which a file is asked for, which is not to say that the file
+/// is missing.
+#[derive(Debug, thiserror::Error)]
+#[error("the hub has no such commit")]
+struct CommitLost;
+
 /// Returns what the hub refused, if that is what failed.
 pub(super) fn refusal(error: &Error) -> Option<String> {
+    cause::<Refused>(error).map(ToString::to_string)
+}
+
+/// Returns whether the hub has lost the commit of what was to be read.
+pub(super) fn is_commit_lost(error: &Error) -> bool {
+    cause::<CommitLost>(error).is_some()
+}
+
+fn cause<T: StdError + 'static>(error: &Error) -> Option<&T> {
     let mut causes = std::iter::successors(error.source(), |&cause| cause.source());
-    let refused = causes.find_map(|cause| cause.downcast_ref::<Refused>())?;
-    Some(refused.to_string())
+    causes.find_map(|cause| cause.downcast_ref::<T>())
 }
 
 /// Makes the store of all data sets on the hub. No connection is opened yet.
@@ -152,6 +166,18 @@ fn meta(location: Path, size: u64, e_tag: Option<String>) -> ObjectMeta {
     }
 }
 
+/// Returns the error `NotFound` of a file whose commit is lost: a shard of it is gone. Who reads
+/// what may be missing asks [`is_commit_lost`].
+fn lost_or(error: Error, location: &Path) -> Error {
+    if !is_commit_lost(&error) {
+        return error;
+    }
+    Error::NotFound {
+        path: location.to_string(),
+        source: error.into(),
+    }
+}
+
 fn refused(why: &str) -> Error {
     Error::Generic {
         store: "hub",
@@ -186,10 +212,9 @@ impl ObjectStore for Hub {
         if place.file.is_empty() {
             return Err(missing());
         }
-        let mut found = self
-            .files
-            .get_opts(&place.resolved(&commit)?, options)
-            .await?;
+        let resolved = place.resolved(&commit)?;
+        let found = self.files.get_opts(&resolved, options).await;
+        let mut found = found.map_err(|error| lost_or(error, location))?;
         found.meta.location = location.clone();
         Ok(found)
     }
@@ -244,4 +269,4 @@ impl ObjectStore for Hub {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

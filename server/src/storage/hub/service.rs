@@ -1,6 +1,6 @@
 //! Single requests to the hub: who asks, and how far a redirect is followed. The hub answers a
 //! request for a large file with a signed address of its CDN.
-use super::{Refused, account::Account};
+use super::{CommitLost, Refused, account::Account};
 use crate::storage::guard::{self, REDIRECTS_MAX};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -135,6 +135,10 @@ impl HubService {
             return Ok(answer);
         }
         if !at_hub {
+            // The hub has said that the file is there.
+            if answer.status() == StatusCode::NOT_FOUND {
+                return Err(HttpError::new(HttpErrorKind::Unknown, Unexplained));
+            }
             // What a CDN says of a request that it refuses may quote the signature.
             return Ok(HttpResponse::from_parts(
                 answer.into_parts().0,
@@ -144,8 +148,29 @@ impl HubService {
         let has_token = self.account.token.is_some();
         match denial(answer.status(), answer.headers(), url, has_token) {
             Some(why) => Err(refused(why)),
-            None => Ok(answer),
+            None => explained(answer, url),
         }
+    }
+}
+
+/// A file is not found, and not because its commit lacks it.
+#[derive(Debug, thiserror::Error)]
+#[error("404 Not Found, without a word that the file is missing")]
+struct Unexplained;
+
+/// Returns an answer, unless it is of a file that is not found for another reason than that its
+/// commit lacks it: a missing image is a fault of its row, which is kept for good.
+fn explained(answer: HttpResponse, url: &Url) -> Result<HttpResponse, HttpError> {
+    let mut of_files = ["/resolve/", "/resolve-cache/"].iter();
+    let is_file = of_files.any(|route| url.path().contains(route));
+    if answer.status() != StatusCode::NOT_FOUND || !is_file {
+        return Ok(answer);
+    }
+    let code = answer.headers().get("x-error-code");
+    match code.map(HeaderValue::as_bytes) {
+        Some(b"EntryNotFound") => Ok(answer),
+        Some(b"RevisionNotFound") => Err(HttpError::new(HttpErrorKind::Unknown, CommitLost)),
+        _ => Err(HttpError::new(HttpErrorKind::Unknown, Unexplained)),
     }
 }
 

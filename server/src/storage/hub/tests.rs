@@ -11,24 +11,26 @@ use axum::{
 use object_store::GetRange;
 use std::sync::{
     Mutex,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 use superbatch_proto::v1::Reason;
 
-const COMMITS: [&str; 2] = [
+pub(crate) const COMMITS: [&str; 2] = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
 ];
-const LARGE: &str = "0123456789";
+pub(crate) const LARGE: &str = "0123456789";
 
 /// What is asked of a server: method, path with query, and token.
 type Asked = Mutex<Vec<(String, String, Option<String>)>>;
 
 #[derive(Default)]
-struct Fake {
+pub(crate) struct Fake {
     cdn: String,
     /// How often the branch has moved.
-    moved: AtomicUsize,
+    pub(crate) moved: AtomicUsize,
+    /// Whether the commits are lost.
+    pub(crate) lost: AtomicBool,
     /// How many requests are still refused as too many.
     throttled: AtomicUsize,
     asked: Asked,
@@ -44,7 +46,7 @@ impl Fake {
         uri
     }
 
-    fn asked(&self) -> Vec<(String, String, Option<String>)> {
+    pub(crate) fn asked(&self) -> Vec<(String, String, Option<String>)> {
         std::mem::take(&mut *self.asked.lock().unwrap())
     }
 }
@@ -95,7 +97,19 @@ async fn hub(State(fake): State<Arc<Fake>>, request: Request) -> Response {
     let file = path
         .strip_prefix("/datasets/o/n/resolve/")
         .unwrap_or_default();
+    if !file.is_empty() && fake.lost.load(Ordering::Relaxed) {
+        return answer(
+            404,
+            &[("x-error-code", "RevisionNotFound")],
+            "Invalid rev id",
+        );
+    }
     match file.split_once('/') {
+        Some((_, "data/unexplained")) => answer(404, &[], ""),
+        Some((commit, "data/not-in-cdn")) => {
+            let to = format!("{}/{commit}/none?signature=s", fake.cdn);
+            answer(302, &[("location", to.as_str())], "")
+        }
         Some((commit, "data/large")) => {
             let to = format!("{}/{commit}/large?signature=s", fake.cdn);
             let linked = [("x-linked-etag", "\"sha\""), ("x-linked-size", "10")];
@@ -109,25 +123,33 @@ async fn hub(State(fake): State<Arc<Fake>>, request: Request) -> Response {
             let to = "/api/resolve-cache/small?etag=git";
             answer(307, &[("location", to)], "")
         }
-        _ if path == "/api/resolve-cache/small" => answer(200, &[("etag", "\"git\"")], "small"),
+        _ if path == "/api/resolve-cache/small" => content(&request, "\"git\"", "small"),
         _ => answer(404, &[("x-error-code", "EntryNotFound")], "Entry not found"),
     }
 }
 
-async fn cdn(State(fake): State<Arc<Fake>>, request: Request) -> Response {
-    let uri = fake.note(&request);
+/// Answers with the whole of a file, or the range that is asked for: hub and CDN both give ranges.
+fn content(request: &Request, etag: &str, whole: &'static str) -> Response {
     let range = request
         .headers()
         .get("range")
         .map(|range| range.to_str().unwrap());
     let Some((first, last)) = range.and_then(|r| r.strip_prefix("bytes=")?.split_once('-')) else {
-        return answer(200, &[("etag", "\"own\"")], LARGE);
+        return answer(200, &[("etag", etag)], whole);
     };
-    assert!(uri.ends_with("/large?signature=s"), "{uri}");
     let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
-    let range = format!("bytes {first}-{last}/{}", LARGE.len());
-    let headers = [("etag", "\"own\""), ("content-range", range.as_str())];
-    answer(206, &headers, &LARGE[first..=last])
+    let range = format!("bytes {first}-{last}/{}", whole.len());
+    let headers = [("etag", etag), ("content-range", range.as_str())];
+    answer(206, &headers, &whole[first..=last])
+}
+
+async fn cdn(State(fake): State<Arc<Fake>>, request: Request) -> Response {
+    let uri = fake.note(&request);
+    if uri.ends_with("/none?signature=s") {
+        return answer(404, &[], "NoSuchKey of signature=s");
+    }
+    assert!(uri.ends_with("/large?signature=s"), "{uri}");
+    content(&request, "\"own\"", LARGE)
 }
 
 async fn served(fake: Fake, handler: fn(Arc<Fake>) -> Router) -> (Arc<Fake>, String) {
@@ -139,14 +161,16 @@ async fn served(fake: Fake, handler: fn(Arc<Fake>) -> Router) -> (Arc<Fake>, Str
     (fake, address)
 }
 
-struct Servers {
-    hub: Arc<Fake>,
-    cdn: Arc<Fake>,
+/// A hub with the data set `o/n`, which has the files `data/large` and `data/deep/small`, and its
+/// CDN.
+pub(crate) struct Servers {
+    pub(crate) hub: Arc<Fake>,
+    pub(crate) cdn: Arc<Fake>,
     endpoint: String,
 }
 
 impl Servers {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let of_cdn = |fake: Arc<Fake>| -> Router { Router::new().fallback(cdn).with_state(fake) };
         let (cdn, address) = served(Fake::default(), of_cdn).await;
         let fake = Fake {
@@ -158,7 +182,7 @@ impl Servers {
         Self { hub, cdn, endpoint }
     }
 
-    fn stores(&self, allow: &[&str], token: &str) -> Stores {
+    pub(crate) fn stores(&self, allow: &[&str], token: &str) -> Stores {
         let pairs = |pairs: &[(&str, &str)]| {
             let pair = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
             pairs.iter().map(pair).collect()
@@ -196,20 +220,23 @@ async fn files_are_listed_and_read_and_the_token_stays_at_the_hub() {
         servers.cdn.asked().is_empty(),
         "the hub itself tells what there is"
     );
-    let range = GetOptions {
-        range: Some(GetRange::Bounded(2..5)),
-        ..GetOptions::default()
-    };
-    let read = root
-        .store()
-        .get_opts(&root.path("large"), range)
-        .await
-        .unwrap();
-    assert_eq!(
-        (read.meta.size, read.meta.e_tag.as_deref()),
-        (10, Some("\"sha\""))
-    );
-    assert_eq!(read.bytes().await.unwrap(), LARGE[2..5]);
+    // From the CDN, and by a redirect within the hub.
+    for (path, size, etag, bytes) in [
+        ("large", 10, "\"sha\"", &LARGE[2..5]),
+        ("deep/small", 5, "\"git\"", "all"),
+    ] {
+        let range = GetOptions {
+            range: Some(GetRange::Bounded(2..5)),
+            ..GetOptions::default()
+        };
+        let read = root.store().get_opts(&root.path(path), range).await;
+        let read = read.unwrap();
+        assert_eq!(
+            (read.meta.size, read.meta.e_tag.as_deref()),
+            (size, Some(etag))
+        );
+        assert_eq!(read.bytes().await.unwrap(), bytes);
+    }
     assert_eq!(root.get("deep/small").await.unwrap(), "small");
     assert_eq!(root.find("none").await.unwrap(), None);
     assert!(root.list_files("none").await.unwrap().is_empty());
@@ -308,6 +335,37 @@ async fn a_hub_that_is_asked_too_often_is_asked_again() {
         2 + 2 + 2 + 1,
         "two pages and a file"
     );
+}
+
+/// Else the rows of all images would be holes, which are kept.
+#[tokio::test]
+async fn only_what_its_commit_lacks_is_a_missing_file() {
+    let servers = Servers::start().await;
+    let stores = servers.stores(&[], "");
+    let uri = format!("hf://datasets/o/n@{}/data", COMMITS[0]);
+    let root = stores.open(&uri).unwrap();
+    let found = root.find_at_most("none", 9).await.unwrap();
+    assert_eq!(found, crate::storage::Found::Nothing);
+    for name in ["unexplained", "not-in-cdn"] {
+        let error = root.find_at_most(name, 9).await.unwrap_err();
+        let said = error.chain();
+        assert_eq!(error.reason(), Reason::StorageUnreachable, "{said}");
+        assert!(
+            said.contains("404") && !said.contains("signature"),
+            "{said}"
+        );
+    }
+    servers.hub.lost.store(true, Ordering::Relaxed);
+    for (name, error) in [
+        ("large", root.find_at_most("large", 9).await.unwrap_err()),
+        ("none", root.find_at_most("none", 9).await.unwrap_err()),
+        ("large", root.is_there("large").await.unwrap_err()),
+        ("deep/small", root.get("deep/small").await.unwrap_err()),
+    ] {
+        assert_eq!(error.reason(), Reason::DatasetChanged, "{}", error.chain());
+        assert!(error.to_string().contains("no such commit"), "{error}");
+        assert_eq!(error.value("shard"), Some(format!("{uri}/{name}").as_str()));
+    }
 }
 
 #[tokio::test]

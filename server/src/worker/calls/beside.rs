@@ -27,7 +27,7 @@ pub(crate) struct Known(Mutex<HashMap<u32, KnownRow>>);
 #[derive(Default)]
 struct KnownRow {
     /// Of the image as it was first read.
-    mark: Option<u64>,
+    hash: Option<blake3::Hash>,
     /// The row alone, if there was room for it.
     kept: Option<Kept<Arc<RecordBatch>>>,
 }
@@ -47,11 +47,11 @@ impl Known {
         rows.iter().map(|row| self.kept(*row)).collect()
     }
 
-    /// Notes the mark of a row's image. Returns whether it is the one that was noted before.
-    fn is_same(&self, row: u32, mark: Option<u64>) -> bool {
-        let Some(mark) = mark else { return true };
+    /// Notes the hash of a row's image. Returns whether it is the one that was noted before.
+    fn is_same(&self, row: u32, hash: Option<blake3::Hash>) -> bool {
+        let Some(hash) = hash else { return true };
         let mut rows = self.rows();
-        *rows.entry(row).or_default().mark.get_or_insert(mark) == mark
+        *rows.entry(row).or_default().hash.get_or_insert(hash) == hash
     }
 
     fn keep(&self, row: u32, kept: Kept<Arc<RecordBatch>>) {
@@ -93,11 +93,11 @@ impl Slice {
         for piece in engine.reader.with_images(whole, &missing).await? {
             let mut kept = Vec::new();
             // In the order of `missing`; `each` refuses a row that did not come.
-            for ((row, mark), place) in piece.rows.iter().zip(&mut places) {
-                if !block.known.is_same(*row, *mark) {
+            for ((row, hash), place) in piece.rows.iter().zip(&mut places) {
+                if !block.known.is_same(*row, *hash) {
                     return Err(self.replaced(block, *row));
                 }
-                if mark.is_some() && self.keep_for.is_some() && block.rows.contains(row) {
+                if hash.is_some() && self.keep_for.is_some() && block.rows.contains(row) {
                     kept.push(*row);
                 }
                 found[place] = Some(Row {

@@ -184,7 +184,8 @@ impl BlockReader {
     /// that hold the rows in their order; nothing of a block without such images.
     ///
     /// # Errors
-    /// `StorageUnreachable`, after the store's own retries. An image that is not there is a fault
+    /// `StorageUnreachable`, after the store's own retries; `DatasetChanged` if the hub has lost
+    /// their commit; `InvalidArgument` for more than 2 GiB. An image that is not there is a fault
     /// of its row, which lies behind the null in its place.
     pub async fn with_images(&self, block: &ReadBlock, rows: &[u32]) -> Result<Vec<WithImages>> {
         match &block.beside {

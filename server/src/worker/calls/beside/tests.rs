@@ -152,6 +152,9 @@ async fn an_image_that_is_replaced_while_its_step_is_scored_is_refused() {
         2,
         "there was no room, so they are read again"
     );
+    // Another object, of the same bytes.
+    put(&rig.stores, &[("images/2058.png", png(10))]).await;
+    rig.chosen(&slice, &[20, 10]).await.unwrap();
     put(&rig.stores, &[("images/2058.png", png(7))]).await;
     rig.chosen(&slice, &[20, 0]).await.unwrap();
     let error = rig.chosen(&slice, &[20, 10]).await.unwrap_err();

@@ -24,11 +24,17 @@ use tokio_util::task::AbortOnDropHandle;
 /// Bytes of images in one batch: an array's offsets have 32 bits.
 const BATCH_BYTES_MAX: usize = 256 << 20;
 
+/// Most bytes of images that one read holds together: those of a micro-batch's rows, or of the rows
+/// chosen of a block. Of images in a Parquet file as much may be in a block.
+const TOGETHER_BYTES_MAX: usize = i32::MAX as usize;
+
 /// How images are read.
 #[derive(Debug, Clone)]
 pub(super) struct ImageReads {
     /// A larger image is not read.
     pub bytes_max: u64,
+    /// More than this of one read are refused.
+    pub together_bytes_max: usize,
     /// Requests under way, of all calls.
     pub at_once: Arc<Semaphore>,
     pub at_once_max: usize,
@@ -38,6 +44,7 @@ impl ImageReads {
     pub(super) fn new(bytes_max: u64, at_once: usize) -> Self {
         Self {
             bytes_max,
+            together_bytes_max: TOGETHER_BYTES_MAX,
             at_once: Arc::new(Semaphore::new(at_once)),
             at_once_max: at_once,
         }
@@ -58,13 +65,14 @@ pub struct WithImages {
     /// All rows. They are not copied: which captions are null for want of UTF-8 would be lost. The
     /// images of other rows than `rows` are null.
     pub batch: Arc<RecordBatch>,
-    /// The rows, each with a mark that differs once its image is another; `None` without an image.
-    pub rows: Vec<(u32, Option<u64>)>,
+    /// The rows, each with the hash of its image; `None` without an image. Some servers' ETags, and
+    /// times of writing, differ though the image is the same.
+    pub rows: Vec<(u32, Option<blake3::Hash>)>,
 }
 
 /// The image at a path.
 enum Read {
-    Whole(Bytes, u64),
+    Whole(Bytes),
     Fault(BadRowReason, String),
     /// The row has no path.
     InFile,
@@ -85,8 +93,8 @@ impl Beside {
     /// no array has too many bytes.
     ///
     /// # Errors
-    /// Those of the store. A path that is none, or at which there is nothing, is a fault of its
-    /// row.
+    /// Those of the store; `InvalidArgument` if the images are too many bytes. A path that is none,
+    /// or at which there is nothing, is a fault of its row.
     pub(super) async fn rows(
         self: &Arc<Self>,
         block: Arc<RecordBatch>,
@@ -102,7 +110,12 @@ impl Beside {
         let assemble = move || {
             let sizes: Vec<usize> = read.iter().map(Read::bytes).collect();
             let cuts = row_ranges(&sizes, BATCH_BYTES_MAX).into_iter();
-            let batches = cuts.map(|range| with(&block, &rows[range.clone()], &read[range]));
+            let mut read = read.into_iter();
+            let batches = cuts.map(|range| {
+                // They are copied, and let go piece by piece, so as not to be held twice.
+                let these: Vec<Read> = read.by_ref().take(range.len()).collect();
+                with(&block, &rows[range], &these)
+            });
             let batches = batches.collect::<Result<_, ArrowError>>();
             batches.map_err(|e| Error::internal("cannot join rows and images").because(e))
         };
@@ -114,8 +127,26 @@ impl Beside {
             .iter()
             .map(|row| self.image(*row as usize, reads).boxed())
             .collect();
-        let each = stream::iter(each).buffered(reads.at_once_max);
-        each.try_collect().await
+        let mut each = stream::iter(each).buffered(reads.at_once_max);
+        let (mut read, mut bytes) = (Vec::with_capacity(rows.len()), 0);
+        while let Some(one) = each.try_next().await? {
+            bytes += one.bytes();
+            if bytes > reads.together_bytes_max {
+                return Err(self.too_large(rows.len(), reads.together_bytes_max));
+            }
+            read.push(one);
+        }
+        Ok(read)
+    }
+
+    fn too_large(&self, rows: usize, limit: usize) -> Error {
+        let uri = self.root.uri();
+        let message = format!(
+            "the images of {rows} rows in {uri} have more than the {limit} bytes that are held \
+             together; lower the run's micro_batch_rows and sub_batch_size, or make the images \
+             smaller (one larger than worker.image_bytes_max costs its row alone)"
+        );
+        Error::invalid("sources", message).with("uri", uri)
     }
 
     async fn image(&self, row: usize, reads: &ImageReads) -> Result<Read> {
@@ -134,7 +165,7 @@ impl Beside {
         let stopped = |e| Error::internal("no more images are read").because(e);
         let _permit = reads.at_once.acquire().await.map_err(stopped)?;
         let (reason, detail) = match self.root.find_at_most(&key, reads.bytes_max).await? {
-            Found::Whole(bytes, mark) => return Ok(Read::Whole(bytes, mark)),
+            Found::Whole(bytes) => return Ok(Read::Whole(bytes)),
             Found::Nothing => {
                 let detail = format!("there is no {} in {}", quoted(path), self.root.uri());
                 (BadRowReason::ImageMissing, detail)
@@ -152,7 +183,7 @@ impl Beside {
 impl Read {
     fn bytes(&self) -> usize {
         match self {
-            Self::Whole(bytes, _) => bytes.len(),
+            Self::Whole(bytes) => bytes.len(),
             Self::Fault(_, detail) => detail.len(),
             Self::InFile => 0,
         }
@@ -165,7 +196,7 @@ fn with(block: &RecordBatch, rows: &[u32], read: &[Read]) -> Result<WithImages, 
     for (row, read) in rows.iter().zip(read) {
         let row = *row as usize;
         images[row] = match read {
-            Read::Whole(bytes, _) => Image::Bytes(bytes),
+            Read::Whole(bytes) => Image::Bytes(bytes),
             Read::Fault(reason, detail) => Image::Fault(*reason, detail),
             Read::InFile if in_file.is_valid(row) => Image::Bytes(in_file.value(row)),
             Read::InFile => Image::Null,
@@ -173,12 +204,12 @@ fn with(block: &RecordBatch, rows: &[u32], read: &[Read]) -> Result<WithImages, 
     }
     let mut columns = block.columns().to_vec();
     columns[0] = images::column(images.into_iter())?;
-    let marks = read.iter().map(|read| match read {
-        Read::Whole(_, mark) => Some(*mark),
+    let hashes = read.iter().map(|read| match read {
+        Read::Whole(bytes) => Some(blake3::hash(bytes)),
         Read::Fault(..) | Read::InFile => None,
     });
     Ok(WithImages {
-        rows: rows.iter().copied().zip(marks).collect(),
+        rows: rows.iter().copied().zip(hashes).collect(),
         batch: Arc::new(RecordBatch::try_new(block.schema(), columns)?),
     })
 }

@@ -2,13 +2,15 @@
 use super::{super::*, captions, counted};
 use crate::{
     dataset::{SourceRequest, fixtures::*, index},
+    storage::hub_tests::{COMMITS, LARGE, Servers},
     worker::inputs::{images, row::Row},
 };
 use arrow::array::{Array, AsArray};
 use bytes::Bytes;
 use std::sync::atomic::Ordering;
-use superbatch_proto::v1::BadRowReason::{
-    self, ImageMissing, ImageNull, ImagePathInvalid, ImageTooLarge,
+use superbatch_proto::v1::{
+    BadRowReason::{self, ImageMissing, ImageNull, ImagePathInvalid, ImageTooLarge},
+    Reason,
 };
 
 /// Indexes a file of rows beside some images, below `memory:///data/images`.
@@ -132,6 +134,65 @@ async fn a_row_without_its_image_says_why() {
         let (at, detail) = found.as_ref().unwrap_err();
         assert!(*at == reason && detail.contains(says), "{says}: {found:?}");
     }
+}
+
+#[tokio::test]
+async fn more_images_than_are_held_together_are_refused_with_what_to_do() {
+    let stores = stores();
+    let images = ["a.jpg", "b.jpg", "c.jpg"].map(|path| (path, "ten bytes!"));
+    let rows = by_path(&images.map(|(path, _)| path));
+    let manifest = indexed_beside(&stores, parquet(&rows, 9), &images).await;
+    let mut reader = BlockReader::new(stores, 0);
+    reader.images.together_bytes_max = 25;
+    let block = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let pieces = reader.with_images(&block, &[0, 2]).await.unwrap();
+    assert_eq!(found(&pieces).len(), 2);
+    let error = reader.with_images(&block, &[0, 1, 2]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+    assert_eq!(error.value("uri"), Some("memory:///data/images"));
+    assert!(error.to_string().contains("micro_batch_rows"), "{error}");
+}
+
+/// Neither a branch that moves nor a commit that is lost makes a hole.
+#[tokio::test]
+async fn images_on_the_hub_are_those_of_the_commit_that_was_indexed() {
+    let servers = Servers::start().await;
+    let stores = servers.stores(&[], "");
+    let file = parquet(&by_path(&["large", "deep/small", "none"]), 9);
+    put(&stores, &[("rows/0.parquet", file)]).await;
+    let asked = SourceRequest {
+        image_root: Some("hf://datasets/o/n/data".into()),
+        ..request("memory:///data/rows")
+    };
+    let manifest = index(&stores, None, &[asked]).await.unwrap();
+    servers.hub.moved.store(1, Ordering::Relaxed);
+    let reader = BlockReader::new(stores, 0);
+    let block = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    let pieces = reader.with_images(&block, &[0, 1, 2]).await.unwrap();
+    let found = found(&pieces);
+    assert_eq!(found[..2], [Ok(LARGE.to_owned()), Ok("small".to_owned())]);
+    assert!(matches!(found[2], Err((ImageMissing, _))), "{:?}", found[2]);
+    let at_commit = format!("/{}/", COMMITS[0]);
+    let asked = servers.cdn.asked();
+    assert!(!asked.is_empty(), "a large file comes from the CDN");
+    for (_, uri, _) in asked {
+        assert!(uri.starts_with(&at_commit), "{uri}");
+    }
+    servers.hub.lost.store(true, Ordering::Relaxed);
+    for row in [0, 2] {
+        let error = reader.with_images(&block, &[row]).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::DatasetChanged, "{}", error.chain());
+    }
+    // As a shard at that commit is told.
+    let root = reader
+        .stores
+        .open(&format!("hf://datasets/o/n@{}/data", COMMITS[0]));
+    let shard = ShardFile::new(root.unwrap().below("large"), 10, Some("sha".to_owned()));
+    let error = shard
+        .ranges(std::slice::from_ref(&(2..5)))
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), Reason::DatasetChanged, "{}", error.chain());
 }
 
 #[tokio::test]
