@@ -54,8 +54,8 @@ impl Location {
     /// # Errors
     /// Those of [`Location::error`].
     pub async fn put_new(&self, key: &str, bytes: Bytes) -> Result<()> {
-        let create = PutOptions::from(PutMode::Create);
-        let put = self.store().put_opts(&self.path(key), bytes.into(), create);
+        let (path, create) = (self.path(key), PutOptions::from(PutMode::Create));
+        let put = self.store().put_opts(&path, bytes.into(), create);
         match put.await {
             Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
             Err(cause) => Err(self.error("create", key, cause)),
