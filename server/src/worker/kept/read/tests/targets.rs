@@ -108,10 +108,4 @@ async fn columns_of_other_types_are_refused() {
         assert_eq!(error.reason(), Reason::SchemaMismatch);
         assert_eq!(error.value("column"), Some(column), "{error}");
     }
-    let of_captions = SourceRequest {
-        is_target: false,
-        ..asked("text", "label")
-    };
-    let error = read(file(), of_captions, &[]).await.unwrap_err();
-    assert!(error.to_string().contains("target_column"), "{error}");
 }
