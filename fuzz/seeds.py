@@ -1,5 +1,5 @@
-"""Writes fuzz/seeds anew: small inputs by the writers whose files are read. What lay there before is
-deleted; what was found or made by hand lies in fuzz/found.
+"""Writes fuzz/seeds anew: small inputs by the writers whose files are read. What lay there before
+is deleted; what was found or made by hand lies in fuzz/found.
 
     .venv/bin/python fuzz/seeds.py
 
