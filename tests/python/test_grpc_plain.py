@@ -3,17 +3,12 @@ tells.
 """
 
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import pytest
 from cluster import DEADLINE_SECONDS, Cluster
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
+from grpc_apart import Channel, Refused, Stream, printed
 from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
 from test_end_to_end import inputs, service  # noqa: F401
 
 SELECTION = "superbatch.v1.SelectionService"
@@ -30,7 +25,7 @@ class Plain:
     """
 
     def __init__(self, address: str):
-        self.channel = grpc.insecure_channel(address.removeprefix("http://"))
+        self.channel = Channel(address)
         self.pool = descriptor_pool.DescriptorPool()
         self.files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
 
@@ -42,13 +37,11 @@ class Plain:
 
     def reflect(self, **asked: str) -> reflection_pb2.ServerReflectionResponse:
         # Messages of v1 and v1alpha are the same on the wire.
-        call = self.channel.stream_stream(
+        (answer,) = self.channel.call(
             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
-        )
-        (answer,) = call(
-            iter([reflection_pb2.ServerReflectionRequest(**asked)]), timeout=DEADLINE_SECONDS
+            [reflection_pb2.ServerReflectionRequest(**asked).SerializeToString()],
+            "stream_stream",
+            reflection_pb2.ServerReflectionResponse.FromString,
         )
         return answer
 
@@ -79,8 +72,8 @@ class Plain:
         self.service(SELECTION)
         return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(name))(**fields)
 
-    def call(self, service: str, method: str, /, request=None, **fields):
-        """One call. `request`: what is sent where it is no single message of `fields`."""
+    def call(self, service: str, method: str, /, requests=None, **fields):
+        """One call. `requests`: what is sent where it is no single message of `fields`."""
         found = self.service(service).FindMethodByName(method)
         ask, answer = (
             message_factory.GetMessageClass(kind) for kind in (found.input_type, found.output_type)
@@ -89,12 +82,8 @@ class Plain:
             "stream" if many else "unary"
             for many in (found.client_streaming, found.server_streaming)
         )
-        call = getattr(self.channel, kind)(
-            f"/{service}/{method}",
-            request_serializer=ask.SerializeToString,
-            response_deserializer=answer.FromString,
-        )
-        return call(request or ask(**fields), timeout=DEADLINE_SECONDS)
+        sent = [message.SerializeToString() for message in requests or [ask(**fields)]]
+        return self.channel.call(f"/{service}/{method}", sent, kind, answer.FromString)
 
 
 def rpc_status():
@@ -146,13 +135,11 @@ def rpc_status():
 STATUS, ERROR_INFO = rpc_status()
 
 
-def error_info(error: grpc.RpcError):
+def error_info(error: Refused):
     """The ErrorInfo among an error's details."""
-    (packed,) = [
-        value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"
-    ]
+    (packed,) = [value for key, value in error.metadata if key == "grpc-status-details-bin"]
     status = STATUS.FromString(packed)
-    assert (status.code, status.message) == (error.code().value[0], error.details())
+    assert (status.code, status.message) == (error.number, error.details)
     (detail,) = [
         detail for detail in status.details if detail.type_url.endswith("/google.rpc.ErrorInfo")
     ]
@@ -168,9 +155,9 @@ def plain(service):
 def test_health_is_told_by_the_standard_service(plain):
     for name in ("", SELECTION, COORDINATOR):
         assert plain.call(HEALTH, "Check", service=name).status == 1, "SERVING"
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(Refused) as caught:
         plain.call(HEALTH, "Check", service=WORKER)
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert caught.value.code == "NOT_FOUND"
 
 
 def test_a_worker_tells_of_its_own_services(tmp_path):
@@ -198,11 +185,8 @@ def test_reflection_tells_enough_to_call(plain):
 
 def test_older_clients_find_reflection_under_its_older_name(service):
     """Python's own reflection client, like much else, knows v1alpha alone."""
-    with grpc.insecure_channel(service.address.removeprefix("http://")) as channel:
-        database = ProtoReflectionDescriptorDatabase(channel)
-        assert set(database.get_services()) == SERVICES
-        found = descriptor_pool.DescriptorPool(database).FindServiceByName(SELECTION)
-        assert "SelectBatch" in found.methods_by_name
+    services, methods = printed("grpc_reflected.py", service.address, SELECTION)
+    assert set(services) == SERVICES and "SelectBatch" in methods
 
 
 def test_a_run_is_opened_and_served_without_our_client(plain, inputs):
@@ -231,46 +215,46 @@ def test_a_run_is_opened_and_served_without_our_client(plain, inputs):
         (
             "GetRun",
             {"run_id": "nobody"},
-            grpc.StatusCode.NOT_FOUND,
+            "NOT_FOUND",
             "RUN_NOT_FOUND",
             {"run_id": "nobody"},
         ),
         (
             "GetRun",
             {"run_id": "../state"},
-            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
             "INVALID_ARGUMENT",
             {"field": "run_id"},
         ),
         (
             "OpenRun",
             {"run_id": "empty"},
-            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
             "INVALID_ARGUMENT",
             {"field": "spec"},
         ),
         (
             "SelectBatch",
             {"run_id": "nobody"},
-            grpc.StatusCode.NOT_FOUND,
+            "NOT_FOUND",
             "RUN_NOT_FOUND",
             {"run_id": "nobody"},
         ),
         (
             "Rewind",
             {"run_id": "nobody"},
-            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_ARGUMENT",
             "INVALID_ARGUMENT",
             {"field": "mode"},
         ),
     ],
 )
 def test_errors_carry_their_reason_for_programs(plain, method, fields, code, reason, metadata):
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(Refused) as caught:
         answer = plain.call(SELECTION, method, **fields)
-        if isinstance(answer, Iterator):
+        if isinstance(answer, Stream):
             list(answer)
-    assert caught.value.code() == code
+    assert caught.value.code == code
     info = error_info(caught.value)
     assert (info.domain, info.reason, dict(info.metadata)) == ("superbatch", reason, metadata)
 
@@ -297,9 +281,9 @@ def test_a_service_that_is_told_to_stop_says_so_and_lets_its_callers_go(inputs, 
         )
         cluster.coordinator.process.send_signal(signal.SIGTERM)
         assert next(watch).status == 2, "NOT_SERVING"
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(Refused) as caught:
             next(waiting)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.code == "UNAVAILABLE"
         assert error_info(caught.value).reason == "SHUTTING_DOWN"
         watch.cancel()
         assert cluster.coordinator.process.wait(DEADLINE_SECONDS) == 0
@@ -309,20 +293,5 @@ def test_grpcio_says_too_large_in_the_words_that_the_rust_client_knows():
     """gRPC's C core has no code of its own for a message over its limit: proxies use the same one
     for rate limits, so the client goes by the text.
     """
-    echo = grpc.unary_unary_rpc_method_handler(lambda request, _: request)
-    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 100)])
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("test.Echo", {"Echo": echo}),)
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = channel.unary_unary("/test.Echo/Echo")
-            assert call(b"x", timeout=DEADLINE_SECONDS) == b"x"
-            with pytest.raises(grpc.RpcError) as refused:
-                call(b"x" * 200, timeout=DEADLINE_SECONDS)
-    finally:
-        server.stop(None)
-    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "larger than max" in refused.value.details()
+    code, details = printed("grpc_echo.py")
+    assert code == "RESOURCE_EXHAUSTED" and "larger than max" in details

@@ -1,9 +1,9 @@
 """Calls of an open run that are refused: steps, pushes and messages that do not belong."""
 
-import grpc
 import pytest
 import superbatch
 from cluster import Cluster
+from grpc_apart import Refused
 from refusal import opening, refused
 from safetensors.torch import load_file
 from test_end_to_end import inputs, phase, reason, service, spec, weights  # noqa: F401
@@ -130,8 +130,8 @@ def test_a_push_over_the_limit(inputs, tmp_path):
 # client of ours would send
 
 
-def failed(call) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:
+def failed(call) -> Refused:
+    with pytest.raises(Refused) as caught:
         list(call())
     return caught.value
 
@@ -139,13 +139,13 @@ def failed(call) -> grpc.RpcError:
 def test_a_message_over_the_limit_is_refused_with_its_reason(inputs, service, plain):
     superbatch.connect(service.address).open_run(spec(inputs, "large"))
     error = failed(lambda: [plain.call(SELECTION, "GetRun", run_id="x" * (MESSAGE_BYTES_MAX + 1))])
-    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+    assert error.code == "RESOURCE_EXHAUSTED", error
     assert error_info(error).reason == "MESSAGE_TOO_LARGE"
     start = plain.message("superbatch.v1.PushStart", run_id="large", step=0, push_id="p")
     large = plain.message("superbatch.v1.PushWeightsRequest", data=bytes(MESSAGE_BYTES_MAX + 1))
     requests = [plain.message("superbatch.v1.PushWeightsRequest", start=start), large]
-    error = failed(lambda: [plain.call(SELECTION, "PushWeights", iter(requests))])
-    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+    error = failed(lambda: [plain.call(SELECTION, "PushWeights", requests)])
+    assert error.code == "RESOURCE_EXHAUSTED", error
     assert error_info(error).reason == "MESSAGE_TOO_LARGE"
     # The service is as it was.
     assert plain.call(SELECTION, "GetRun", run_id="large").run.summary.run_id == "large"
@@ -154,12 +154,8 @@ def test_a_message_over_the_limit_is_refused_with_its_reason(inputs, service, pl
 def test_requests_out_of_order_are_refused_by_field(inputs, service, plain):
     superbatch.connect(service.address).open_run(spec(inputs, "odd"))
     request = plain.message("superbatch.v1.PushWeightsRequest", data=b"1234")
-    assert (
-        error_info(
-            failed(lambda: [plain.call(SELECTION, "PushWeights", iter([request]))])
-        ).metadata["field"]
-        == "start"
-    )
+    error = failed(lambda: [plain.call(SELECTION, "PushWeights", [request])])
+    assert error_info(error).metadata["field"] == "start"
     for fields, field in [
         ({"resume_offset": 1 << 40}, "resume_offset"),
         ({"generation": 7}, "generation"),
