@@ -5,7 +5,7 @@
 use crate::{
     image::{Decoded, Error, ImageLimits, check, undecodable},
     jpeg::jpeg,
-    png,
+    png, tiff,
 };
 use image::{
     DynamicImage, ImageDecoder, Limits, RgbImage, RgbaImage,
@@ -75,7 +75,7 @@ fn decode_scaled(
             BmpDecoder::new(Cursor::new(bytes)).map_err(undecodable)?,
             limits,
         ),
-        [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => tiff(bytes, limits),
+        [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => tiff_page(bytes, limits),
         [
             b'R',
             b'I',
@@ -126,7 +126,12 @@ fn named(bytes: &[u8]) -> &'static str {
 }
 
 /// Decodes the first page. As Pillow opens it, it is turned by its own tag.
-fn tiff(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
+fn tiff_page(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
+    if !tiff::values_lie_in(bytes) {
+        return Err(undecodable(
+            "a TIFF whose tags have more values than it has bytes",
+        ));
+    }
     let mut decoder = TiffDecoder::new(Cursor::new(bytes)).map_err(undecodable)?;
     let turned = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut decoded = raster(decoder, limits)?;

@@ -20,6 +20,7 @@ mod jpeg;
 mod png;
 mod resize;
 mod thumbnail;
+mod tiff;
 
 pub use ::image::RgbImage;
 pub use decode::{decode, decode_at_least};
