@@ -189,6 +189,31 @@ def sent(rows: list[int], text: str) -> pa.Table:
     )
 
 
+def kinds_of_columns() -> pa.Table:
+    """Columns of the kinds that Parquet has, in lists and structs too."""
+    text = ["a", None, "a text that is too long for a view"]
+    return pa.table(
+        {
+            "bool": [True, None, False],
+            "none": pa.nulls(3),
+            "large": pa.array(text, pa.large_string()),
+            "view": pa.array(text, pa.string_view()),
+            "bytes": pa.array([b"x", b"", None], pa.binary_view()),
+            "decimal": pa.array([1, None, 2], pa.decimal128(9, 2)),
+            "time": pa.array([1, 2, None], pa.timestamp("ms", "UTC")),
+            "list": pa.array([[1, None], [], None], pa.large_list(pa.int16())),
+            "lists": pa.array([[["a"], []], None, [None]], pa.list_(pa.list_(pa.string()))),
+            "fixed": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)),
+            "views": pa.array([["a"], None, []], pa.list_view(pa.string())),
+            "map": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int8())),
+            "struct": pa.array(
+                [{"a": 1, "b": [b"c"]}, None, {}],
+                pa.struct([("a", pa.float16()), ("b", pa.list_(pa.binary(1)))]),
+            ),
+        }
+    )
+
+
 def rows() -> dict[str, bytes]:
     return {"three": bytes([3, 100]) + stream(sent([1, 2], "caption"), sent([3], "caption"))}
 
@@ -199,6 +224,8 @@ def streams() -> dict[str, bytes]:
     return {
         "batch": after(0, theirs),
         "photos": after(0, stream(photos())),
+        "kinds": after(0, stream(kinds_of_columns())),
+        "categories": after(0, stream(pa.table({"a": pa.array(["b"]).dictionary_encode()}))),
         "rows": after(1, struct.pack("<H", len(own)) + own + theirs),
     }
 
