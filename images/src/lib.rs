@@ -19,6 +19,7 @@ mod image;
 mod jpeg;
 mod png;
 mod resize;
+mod riff;
 mod thumbnail;
 mod tiff;
 
