@@ -1,7 +1,7 @@
 //! Decodes a block: the needed columns of one row group, or of a part of it, under the names and
 //! with the types that are delivered.
 use crate::{
-    dataset::{Block, Layout, Ranges, TarBlock, row_group_of},
+    dataset::{Block, Layout, Ranges, TarBlock, caught, row_group_of},
     worker::inputs::captions,
 };
 use arrow::{
@@ -94,6 +94,18 @@ impl Wanted {
     }
 
     fn read(
+        &self,
+        bytes: &Ranges,
+        footer: ArrowReaderMetadata,
+        mask: &ProjectionMask,
+        part: Part,
+    ) -> Result<RecordBatch, ArrowError> {
+        caught(ArrowError::ParquetError, || {
+            self.rows(bytes, footer, mask, part)
+        })
+    }
+
+    fn rows(
         &self,
         bytes: &Ranges,
         footer: ArrowReaderMetadata,
