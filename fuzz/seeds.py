@@ -233,7 +233,13 @@ def kinds_of_columns() -> pa.Table:
 
 
 def rows() -> dict[str, bytes]:
-    return {"three": bytes([3, 100]) + stream(sent([1, 2], "caption"), sent([3], "caption"))}
+    head = bytes([3, 100])
+    seeds = {"three": head + stream(sent([1, 2], "caption"), sent([3], "caption"))}
+    kinds = kinds_of_columns()
+    for n in range(0, kinds.num_columns - 2, 3):
+        some = kinds.select([n, n + 1, n + 2]).rename_columns(["image", "caption", "n"])
+        seeds[f"kinds{n}"] = head + stream(some.slice(0, 2), some.slice(2))
+    return seeds
 
 
 def streams() -> dict[str, bytes]:

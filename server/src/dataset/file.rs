@@ -3,7 +3,7 @@
 mod cached;
 
 use crate::{
-    dataset::caught,
+    caught::caught,
     error::{Error, Result},
     storage::{DiskCache, Location},
 };

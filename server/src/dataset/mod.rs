@@ -1,6 +1,5 @@
 //! Data sets: an immutable manifest of shards and blocks, written once by indexing, and the readers
 //! of their files.
-mod caught;
 mod file;
 pub(crate) mod filter;
 mod find;
@@ -17,7 +16,6 @@ mod scores;
 mod tar;
 mod unify;
 
-pub(crate) use caught::caught;
 pub use file::Ranges;
 pub use file::ShardFile;
 pub(crate) use filter::{describe_fault, parse as parse_predicate};

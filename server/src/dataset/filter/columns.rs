@@ -1,6 +1,7 @@
 //! Reads a few columns of a Parquet file.
 use crate::{
-    dataset::{caught, file::ShardFile},
+    caught::caught,
+    dataset::file::ShardFile,
     error::{Error, Result},
 };
 use arrow::error::ArrowError;

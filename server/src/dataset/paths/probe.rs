@@ -2,8 +2,8 @@
 //! which a run would otherwise learn only as a thousand bad rows.
 use super::{image_key, quoted, row_group_of};
 use crate::{
+    caught::caught,
     dataset::{
-        caught,
         file::ShardFile,
         manifest::{Block, Layout, Shard, SourceManifest},
     },

@@ -1,7 +1,8 @@
 //! Decodes a block: the needed columns of one row group, or of a part of it, under the names and
 //! with the types that are delivered.
 use crate::{
-    dataset::{Block, Layout, Ranges, TarBlock, caught, row_group_of},
+    caught::caught,
+    dataset::{Block, Layout, Ranges, TarBlock, row_group_of},
     worker::inputs::captions,
 };
 use arrow::{

@@ -20,7 +20,10 @@ pub(crate) fn caught<T, E>(
 fn said(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-    format!("the reader panicked: {}", text.unwrap_or("no message"))
+    format!(
+        "the Parquet reader failed on it: {}",
+        text.unwrap_or("no message")
+    )
 }
 
 #[cfg(test)]
@@ -33,7 +36,7 @@ mod tests {
         assert_eq!(read(1), Ok(2));
         let said = read(2).unwrap_err();
         assert!(
-            said.starts_with("the reader panicked: index out of bounds"),
+            said.starts_with("the Parquet reader failed on it: index out of bounds"),
             "{said}"
         );
         assert_eq!(
