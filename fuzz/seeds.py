@@ -153,6 +153,23 @@ def by_path(rows: int) -> pa.Table:
     )
 
 
+def hinted() -> pa.Schema:
+    """Columns as they were before they were written, by which readers give them back."""
+    number = pa.int64()
+    runs = pa.run_end_encoded(pa.int32(), number)
+    return pa.schema(
+        {
+            "jpg": pa.large_binary(),
+            "caption": pa.dictionary(pa.int8(), pa.string()),
+            "n": pa.timestamp("us", "UTC"),
+            "both": pa.struct({"n": pa.duration("s")}),
+            "list": pa.list_(pa.int32(), 2),
+            "runs": runs,
+            "either": pa.dense_union([pa.field("a", number), pa.field("b", pa.string())]),
+        }
+    )
+
+
 def photos_by_path() -> pa.Table:
     """As Hugging Face datasets writes images that it has not embedded, and one that it has."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -171,6 +188,7 @@ def parquets() -> dict[str, bytes]:
         "paths": after(16, parquet(by_path(7), row_group_size=4, **plain)),
         "cut": after(4 | 16, parquet(by_path(1100), compression="snappy")),
         "photo_paths": after(16, parquet(photos_by_path(), **plain)),
+        "schema": after(32, bytes(hinted().serialize())),
     }
 
 
@@ -213,8 +231,39 @@ def sent(rows: list[int], text: str) -> pa.Table:
     )
 
 
+def kinds_of_columns() -> pa.Table:
+    """Columns of the kinds that Parquet has, in lists and structs too."""
+    text = ["a", None, "a text that is too long for a view"]
+    return pa.table(
+        {
+            "bool": [True, None, False],
+            "none": pa.nulls(3),
+            "large": pa.array(text, pa.large_string()),
+            "view": pa.array(text, pa.string_view()),
+            "bytes": pa.array([b"x", b"", None], pa.binary_view()),
+            "decimal": pa.array([1, None, 2], pa.decimal128(9, 2)),
+            "time": pa.array([1, 2, None], pa.timestamp("ms", "UTC")),
+            "list": pa.array([[1, None], [], None], pa.large_list(pa.int16())),
+            "lists": pa.array([[["a"], []], None, [None]], pa.list_(pa.list_(pa.string()))),
+            "fixed": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)),
+            "views": pa.array([["a"], None, []], pa.list_view(pa.string())),
+            "map": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int8())),
+            "struct": pa.array(
+                [{"a": 1, "b": [b"c"]}, None, {}],
+                pa.struct([("a", pa.float16()), ("b", pa.list_(pa.binary(1)))]),
+            ),
+        }
+    )
+
+
 def rows() -> dict[str, bytes]:
-    return {"three": bytes([3, 100]) + stream(sent([1, 2], "caption"), sent([3], "caption"))}
+    head = bytes([3, 100])
+    seeds = {"three": head + stream(sent([1, 2], "caption"), sent([3], "caption"))}
+    kinds = kinds_of_columns()
+    for n in range(0, kinds.num_columns - 2, 3):
+        some = kinds.select([n, n + 1, n + 2]).rename_columns(["image", "caption", "n"])
+        seeds[f"kinds{n}"] = head + stream(some.slice(0, 2), some.slice(2))
+    return seeds
 
 
 def streams() -> dict[str, bytes]:
@@ -223,6 +272,8 @@ def streams() -> dict[str, bytes]:
     return {
         "batch": after(0, theirs),
         "photos": after(0, stream(photos())),
+        "kinds": after(0, stream(kinds_of_columns())),
+        "categories": after(0, stream(pa.table({"a": pa.array(["b"]).dictionary_encode()}))),
         "rows": after(1, struct.pack("<H", len(own)) + own + theirs),
     }
 

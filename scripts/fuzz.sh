@@ -52,7 +52,10 @@ for target in "${targets[@]}"; do
   fi
   found=1
   echo "FOUND something; the log is $log"
-  sed -n '/FOUND by/,/^ *[0-9]*: .*superbatch_fuzz/p;/ERROR: libFuzzer/p' "$log" | awk 'NR <= 40'
+  # Not by `head`: sed would die of its closed pipe, and the script with it.
+  awk '/FOUND by/ { found = 1 }
+    (found || /ERROR: libFuzzer/) && shown < 40 { print; shown += 1 }
+    /^ *[0-9]+: fuzz::targets/ { found = 0 }' "$log"
   sed -n 's/.*Test unit written to \(.*\)/  again: scripts\/fuzz.sh run '"$target"' \1/p' "$log"
   echo "  when it is mended, put the input into fuzz/found/$target: \`make test\` runs it from then on"
 done

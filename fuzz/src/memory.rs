@@ -2,6 +2,7 @@
 //! and does not take that of the machine.
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    backtrace::Backtrace,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
@@ -13,10 +14,19 @@ pub(crate) struct Counting;
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Who takes memory beyond this is told, once.
+static TELL_BEYOND: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 fn add(bytes: usize) -> bool {
     let held = HELD.fetch_add(bytes, Relaxed) + bytes;
     PEAK.fetch_max(held, Relaxed);
+    // Before the trace is made, which takes memory itself.
+    if held > TELL_BEYOND.load(Relaxed) && held > TELL_BEYOND.swap(usize::MAX, Relaxed) {
+        eprintln!(
+            "FOUND {held} bytes held after {bytes} were taken\n{}",
+            Backtrace::force_capture()
+        );
+    }
     held <= HELD_MAX
 }
 
@@ -54,10 +64,13 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Runs `work`, and returns the most bytes that were held during it beyond those before it.
-pub(crate) fn most_held(work: impl FnOnce()) -> usize {
+/// Runs `work`, and returns the most bytes that were held during it beyond those before it. Tells
+/// who took more than `allowed`.
+pub(crate) fn most_held(allowed: usize, work: impl FnOnce()) -> usize {
     let before = HELD.load(Relaxed);
     PEAK.store(before, Relaxed);
+    TELL_BEYOND.store(before.saturating_add(allowed), Relaxed);
     work();
+    TELL_BEYOND.store(usize::MAX, Relaxed);
     PEAK.load(Relaxed).saturating_sub(before)
 }

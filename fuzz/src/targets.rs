@@ -58,7 +58,7 @@ impl Target {
     /// If a promise is broken.
     pub(crate) fn check(&self, input: &[u8]) {
         let allowed = (self.mebibytes << 20) + input.len() * OF_BYTE;
-        let held = most_held(|| (self.run)(input));
+        let held = most_held(allowed, || (self.run)(input));
         assert!(
             held <= allowed,
             "{}: {} bytes took {} MiB of memory, and {} are allowed",

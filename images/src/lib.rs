@@ -19,7 +19,9 @@ mod image;
 mod jpeg;
 mod png;
 mod resize;
+mod riff;
 mod thumbnail;
+mod tiff;
 
 pub use ::image::RgbImage;
 pub use decode::{decode, decode_at_least};

@@ -1,6 +1,7 @@
 //! The wire protocol of Superbatch: messages, services, ids and the closed set of error reasons.
 //!
 //! The comments in `superbatch/v1/*.proto` are the API's documentation.
+pub mod arrow_stream;
 mod checksum;
 pub mod columns;
 mod error;

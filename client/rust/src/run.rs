@@ -5,12 +5,12 @@ use crate::{
     client::Api,
     push::{self, announce::Pushes},
 };
-use arrow::{datatypes::SchemaRef, ipc::reader::StreamReader};
+use arrow::datatypes::SchemaRef;
 use std::sync::{
     Arc, OnceLock,
     atomic::{AtomicU32, Ordering},
 };
-use superbatch_proto::v1;
+use superbatch_proto::{arrow_stream, v1};
 use tonic::Status;
 
 /// An open run. Cheap to clone; clones share the generation.
@@ -33,13 +33,11 @@ pub(crate) struct Shared {
 
 impl Run {
     pub(crate) fn new(client: Client, run_id: String, opened: v1::OpenRunResponse) -> Result<Self> {
-        let schema = StreamReader::try_new(&opened.output_schema[..], None)
-            .map_err(|error| {
-                Error::from(Status::internal(format!(
-                    "OpenRun answered with a schema that {error}"
-                )))
-            })?
-            .schema();
+        let read = arrow_stream::read([opened.output_schema.clone()]);
+        let (schema, _) = read.map_err(|error| {
+            let message = format!("OpenRun answered with a schema that cannot be read: {error}");
+            Error::from(Status::internal(message))
+        })?;
         let generation = AtomicU32::new(opened.generation);
         let shared = Arc::new(Shared {
             run_id,

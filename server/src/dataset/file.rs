@@ -3,6 +3,7 @@
 mod cached;
 
 use crate::{
+    caught::caught,
     error::{Error, Result},
     storage::{DiskCache, Location},
 };
@@ -129,8 +130,9 @@ impl ShardFile {
         let metadata = reader.finish().map_err(|e| self.no_parquet(e))?;
         self.check_rows(&metadata)?;
         let metadata = without_false_dictionaries(metadata).map_err(|e| self.no_parquet(e))?;
-        ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
-            .map_err(|e| self.no_parquet(e))
+        // The schema that its writer had may be anything.
+        let read = || ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new());
+        caught(ParquetError::General, read).map_err(|e| self.no_parquet(e))
     }
 
     fn check_rows(&self, metadata: &ParquetMetaData) -> Result<()> {

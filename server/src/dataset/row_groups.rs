@@ -108,7 +108,7 @@ impl Building {
                     .insert(name.clone(), (column, data_type.clone()));
                 continue;
             };
-            match unify::unify(unified, data_type) {
+            match unify::unify(unified, &data_type) {
                 Some(both) => {
                     column.data_type = both.to_string();
                     *unified = both;

@@ -128,7 +128,7 @@ impl SourceManifest {
             );
             return Err(mismatch(message, &self.uri, column).with("shard", shard));
         }
-        found.data_type.parse().map_err(|e| {
+        let found = found.data_type.parse().map_err(|e| {
             mismatch(
                 format!(
                     "column '{column}' of {} has a type that cannot be delivered",
@@ -138,6 +138,8 @@ impl SourceManifest {
                 column,
             )
             .because(e)
-        })
+        });
+        // Manifests of earlier builds have lists of categories.
+        found.map(|found: DataType| unify::plain(&found))
     }
 }

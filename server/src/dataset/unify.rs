@@ -1,11 +1,26 @@
 //! Finds one type for a column that shards write differently, as pyarrow does.
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, FieldRef};
+use std::sync::Arc;
 
-/// Returns the type in which a column is delivered: categories become their values' type.
-pub(super) fn plain(data_type: &DataType) -> &DataType {
+/// Returns the type in which a column is delivered: categories and runs become their values' type,
+/// also inside of lists. Streams of rows have neither.
+pub(super) fn plain(data_type: &DataType) -> DataType {
+    use DataType as T;
+    let part = |field: &FieldRef| {
+        let plain = plain(field.data_type());
+        Arc::new(field.as_ref().clone().with_data_type(plain))
+    };
     match data_type {
-        DataType::Dictionary(_, values) => values,
-        other => other,
+        T::Dictionary(_, values) => plain(values),
+        T::RunEndEncoded(_, values) => plain(values.data_type()),
+        T::List(field) => T::List(part(field)),
+        T::LargeList(field) => T::LargeList(part(field)),
+        T::ListView(field) => T::ListView(part(field)),
+        T::LargeListView(field) => T::LargeListView(part(field)),
+        T::FixedSizeList(field, size) => T::FixedSizeList(part(field), *size),
+        T::Map(field, sorted) => T::Map(part(field), *sorted),
+        T::Struct(fields) => T::Struct(fields.iter().map(part).collect()),
+        other => other.clone(),
     }
 }
 
@@ -35,6 +50,27 @@ fn wider(a: &DataType, b: &DataType) -> Option<DataType> {
 mod tests {
     use super::*;
     use DataType as T;
+    use arrow::datatypes::Field;
+
+    #[test]
+    fn categories_become_their_values_wherever_they_are() {
+        let category = T::Dictionary(Box::new(T::Int8), Box::new(T::Utf8));
+        assert_eq!(plain(&category), T::Utf8);
+        let runs = |values| {
+            let ends = Arc::new(Field::new("run_ends", T::Int32, false));
+            T::RunEndEncoded(ends, Arc::new(Field::new("values", values, true)))
+        };
+        assert_eq!(plain(&runs(T::Float32)), T::Float32);
+        let nested = |part: &T| {
+            let fields = [
+                Field::new("a", part.clone(), false),
+                Field::new("b", T::Int32, true),
+            ];
+            T::new_list(T::Struct(fields.into_iter().collect()), true)
+        };
+        assert_eq!(plain(&nested(&category)), nested(&T::Utf8));
+        assert_eq!(plain(&nested(&T::Binary)), nested(&T::Binary));
+    }
 
     #[test]
     fn what_holds_both_is_taken_and_nothing_else() {

@@ -1,11 +1,8 @@
 //! Assembles a batch from the messages of one or several streams.
 use crate::{Error, Result};
-use arrow::{
-    array::RecordBatch, buffer::Buffer, compute::concat_batches, error::ArrowError,
-    ipc::reader::StreamDecoder,
-};
+use arrow::{array::RecordBatch, compute::concat_batches, error::ArrowError};
 use superbatch_proto::{
-    Checksum,
+    Checksum, arrow_stream,
     v1::{BatchHeader, BatchTrailer, ReceiptSummary, Ticket},
 };
 
@@ -155,16 +152,7 @@ impl Assembly {
 
 /// Decodes a whole Arrow IPC stream into one record batch.
 pub(super) fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
-    let mut buffer = Buffer::from_vec(bytes);
-    let mut decoder = StreamDecoder::new();
-    let mut batches = Vec::new();
-    while !buffer.is_empty() {
-        batches.extend(decoder.decode(&mut buffer)?);
-    }
-    decoder.finish()?;
-    let schema = decoder
-        .schema()
-        .ok_or_else(|| ArrowError::IpcError("the stream has no schema".to_owned()))?;
+    let (schema, batches) = arrow_stream::read([bytes.into()])?;
     match <[RecordBatch; 1]>::try_from(batches) {
         Ok([only]) => Ok(only),
         Err(batches) => concat_batches(&schema, &batches),

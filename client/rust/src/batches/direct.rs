@@ -3,17 +3,14 @@ use super::assemble::Batch;
 use crate::{Client, Error, Result, error::is_unanswered, workers::Api};
 use arrow::{
     array::{Array, ArrayRef, RecordBatch},
-    buffer::Buffer,
     compute::interleave,
     datatypes::{Field, Schema, SchemaRef},
-    error::ArrowError,
-    ipc::reader::StreamDecoder,
 };
 use bytes::Bytes;
 use futures::future::try_join_all;
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{
-    Checksum,
+    Checksum, arrow_stream,
     columns::CONTENT_HASH,
     v1::{FetchTicketRequest, Ticket, TicketDone, fetch_ticket_response::Message},
 };
@@ -176,7 +173,7 @@ impl Received {
         if self.checksum.finish()[..] != done.xxh3[..] {
             return Err("the checksum of a worker's rows does not match".to_owned());
         }
-        let batches = decode(self.parts).map_err(|e| e.to_string())?;
+        let (_, batches) = arrow_stream::read(self.parts).map_err(|e| e.to_string())?;
         let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
         if rows == wanted && done.rows as usize == wanted {
             Ok(batches)
@@ -184,18 +181,6 @@ impl Received {
             Err(format!("a worker sent {rows} of {wanted} rows"))
         }
     }
-}
-
-fn decode(parts: Vec<Bytes>) -> Result<Vec<RecordBatch>, ArrowError> {
-    let (mut decoder, mut batches) = (StreamDecoder::new(), Vec::new());
-    for part in parts {
-        let mut buffer = Buffer::from(part);
-        while !buffer.is_empty() {
-            batches.extend(decoder.decode(&mut buffer)?);
-        }
-    }
-    decoder.finish()?;
-    Ok(batches)
 }
 
 /// Joins the workers' rows and the coordinator's columns. `places` are the rows of the batch that

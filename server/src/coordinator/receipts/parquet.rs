@@ -10,6 +10,7 @@ use super::{
     passed,
 };
 use crate::{
+    caught::caught,
     error::{Error, Result},
     selection::is_scored,
 };
@@ -129,7 +130,7 @@ fn unencodable(cause: ParquetError) -> Error {
 /// # Errors
 /// `Internal` if the bytes are no receipt.
 pub fn decode(bytes: Bytes) -> Result<Receipt> {
-    from_parquet(bytes).map_err(unreadable)
+    caught(ParquetError::General, || from_parquet(bytes)).map_err(unreadable)
 }
 
 pub(super) fn unreadable(cause: ParquetError) -> Error {

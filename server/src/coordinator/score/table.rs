@@ -11,15 +11,13 @@ use crate::{
 };
 use arrow::{
     array::{Array, ArrayRef, RecordBatch, UInt32Array, make_array},
-    buffer::Buffer,
     compute::{interleave, take},
     datatypes::SchemaRef,
     error::ArrowError,
-    ipc::reader::StreamDecoder,
 };
 use bytes::Bytes;
 use std::collections::HashMap;
-use superbatch_proto::SUPER_BATCH_SIZE_MAX;
+use superbatch_proto::{SUPER_BATCH_SIZE_MAX, arrow_stream};
 
 /// Rows of several record batches of one schema. Batches are shared, not copied.
 #[derive(Debug, Clone)]
@@ -48,25 +46,15 @@ impl Table {
     /// `Internal` if the parts are no complete stream.
     pub fn from_stream(parts: impl IntoIterator<Item = Bytes>) -> Result<Self> {
         let read = || {
-            let (mut decoder, mut held) = (StreamDecoder::new(), 0);
-            let mut batches = Vec::new();
-            for part in parts {
-                held += part.len();
-                let mut buffer = Buffer::from(part);
-                while !buffer.is_empty() {
-                    batches.extend(decoder.decode(&mut buffer)?);
-                }
-            }
-            decoder.finish()?;
-            let bad = |what: &str| ArrowError::IpcError(what.to_owned());
-            let schema = decoder
-                .schema()
-                .ok_or_else(|| bad("the stream has no schema"))?;
+            let mut held = 0;
+            let parts = parts.into_iter().inspect(|part| held += part.len());
+            let (schema, batches) = arrow_stream::read(parts)?;
             // Before memory is taken for them: of columns without values, a few bytes are any
             // number of rows.
             let rows = batches.iter().map(RecordBatch::num_rows);
             if rows.fold(0, usize::saturating_add) > SUPER_BATCH_SIZE_MAX as usize {
-                return Err(bad("the stream has more rows than any super-batch"));
+                let what = "the stream has more rows than any super-batch".to_owned();
+                return Err(ArrowError::IpcError(what));
             }
             Ok(Self::new(schema, batches, held))
         };

@@ -1,5 +1,6 @@
 //! Reads a few columns of a Parquet file.
 use crate::{
+    caught::caught,
     dataset::file::ShardFile,
     error::{Error, Result},
 };
@@ -65,7 +66,10 @@ pub(in crate::dataset) async fn read<T: Send + 'static>(
             look(n, &mut batches)
         };
         let looks = wanted.iter().enumerate();
-        let looks = looks.map(|at| one(at).map_err(|cause| (*at.1, cause)));
+        let looks = looks.map(|at| {
+            let read = caught(ArrowError::ParquetError, || one(at));
+            read.map_err(|cause| (*at.1, cause))
+        });
         looks.collect::<Result<Vec<T>, (usize, ArrowError)>>()
     };
     let panicked = |e| Error::internal(format!("reading {} panicked", file.uri())).because(e);

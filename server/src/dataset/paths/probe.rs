@@ -2,6 +2,7 @@
 //! which a run would otherwise learn only as a thousand bad rows.
 use super::{image_key, quoted, row_group_of};
 use crate::{
+    caught::caught,
     dataset::{
         file::ShardFile,
         manifest::{Block, Layout, Shard, SourceManifest},
@@ -110,7 +111,11 @@ async fn paths(
     let mask = ProjectionMask::leaves(schema, leaves);
     let bytes = file.ranges(&ranges).await?;
     let (footer, in_struct) = (footer.clone(), layout.image_in_struct);
-    let read = move || column(bytes, footer, group, mask, in_struct);
+    let read = move || {
+        caught(ArrowError::ParquetError, || {
+            column(bytes, footer, group, mask, in_struct)
+        })
+    };
     let column = tokio::task::spawn_blocking(read).await;
     let column = column
         .map_err(|e| Error::internal(format!("reading {} panicked", file.uri())).because(e))?;

@@ -9,6 +9,7 @@ use super::{
     survey::{Survey, survey},
 };
 use crate::{
+    caught::caught,
     dataset::file::ShardFile,
     error::{Error, Result},
     storage::Location,
@@ -46,7 +47,7 @@ pub async fn survey_kept(state: Option<&Location>, file: &ShardFile) -> Result<S
         blake3::hash(parts.as_bytes()).to_hex()
     );
     if let Some(bytes) = state.find(&key).await? {
-        match in_background(move || decode(bytes)).await? {
+        match in_background(move || read(bytes)).await? {
             Ok(survey) => return Ok(survey),
             Err(cause) => {
                 let uri = state.uri_of(&key);
@@ -102,6 +103,10 @@ fn encode(survey: &Survey) -> Result<Bytes, ParquetError> {
     let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties))?;
     writer.write(&batch)?;
     writer.into_inner().map(Bytes::from)
+}
+
+fn read(bytes: Bytes) -> Result<Survey, ArrowError> {
+    caught(ArrowError::ParquetError, || decode(bytes))
 }
 
 fn decode(bytes: Bytes) -> Result<Survey, ArrowError> {

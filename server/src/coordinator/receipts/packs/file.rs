@@ -6,8 +6,11 @@
 //! at once. `hash` is the BLAKE3 of the file that the receipt was. Nothing that this build does not
 //! know is thrown away: columns are kept whatever they are, and a receipt with metadata of a newer
 //! build is not packed.
-use crate::coordinator::receipts::parquet::{
-    KEYS, SUMMARY_PROTOBUF, damaged, read_rows, summary_of, without_rows,
+use crate::{
+    caught::caught,
+    coordinator::receipts::parquet::{
+        KEYS, SUMMARY_PROTOBUF, damaged, read_rows, summary_of, without_rows,
+    },
 };
 use arrow::{
     array::{
@@ -70,6 +73,10 @@ impl Parts {
     /// # Errors
     /// If it is no receipt, or has metadata that this build does not know.
     pub fn of(file: Bytes) -> Result<Self> {
+        caught(ParquetError::General, || Self::taken_apart(file))
+    }
+
+    fn taken_apart(file: Bytes) -> Result<Self> {
         let (hash, bytes) = (*blake3::hash(&file).as_bytes(), file.len());
         let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
         let metadata = builder.metadata().clone();
@@ -301,10 +308,12 @@ pub fn read(
         Some(row) => builder.with_offset(row).with_limit(1),
         None => builder,
     };
-    let reader = builder.build()?;
-    let schema = arrow::array::RecordBatchReader::schema(&reader);
-    let batches = reader.collect::<Result<Vec<_>, _>>()?;
-    Ok(concat_batches(&schema, &batches)?)
+    caught(ParquetError::General, || {
+        let reader = builder.build()?;
+        let schema = arrow::array::RecordBatchReader::schema(&reader);
+        let batches = reader.collect::<Result<Vec<_>, _>>()?;
+        Ok(concat_batches(&schema, &batches)?)
+    })
 }
 
 /// Returns the receipt in a row, with its step.

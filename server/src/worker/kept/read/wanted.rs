@@ -1,6 +1,7 @@
 //! Decodes a block: the needed columns of one row group, or of a part of it, under the names and
 //! with the types that are delivered.
 use crate::{
+    caught::caught,
     dataset::{Block, Layout, Ranges, TarBlock, row_group_of},
     worker::inputs::captions,
 };
@@ -94,6 +95,18 @@ impl Wanted {
     }
 
     fn read(
+        &self,
+        bytes: &Ranges,
+        footer: ArrowReaderMetadata,
+        mask: &ProjectionMask,
+        part: Part,
+    ) -> Result<RecordBatch, ArrowError> {
+        caught(ArrowError::ParquetError, || {
+            self.rows(bytes, footer, mask, part)
+        })
+    }
+
+    fn rows(
         &self,
         bytes: &Ranges,
         footer: ArrowReaderMetadata,
