@@ -1,9 +1,11 @@
 //! A local disk as an object store, which waits for the disk as seldom as durability allows.
 //!
 //! `object_store` flushes a new folder, and the one above it, before the file in it is written, and
-//! the file after that: each of them is a commit of the file system's journal. Here folders are
-//! flushed after the file. Its flush has written them too on most file systems, so that theirs wait
-//! for nothing new.
+//! the file after that: each of them is a commit of the file system's journal. Here the folders
+//! above a new one are flushed after the file. Its flush has written them too on most file systems,
+//! so that theirs wait for nothing new. The file gets its name when all of that is durable, since
+//! who finds the name takes the file for created. The flush of its own folder then makes the name
+//! durable.
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -34,6 +36,7 @@ impl Disk {
 }
 
 /// A new file under a name that no listing shows.
+#[derive(Debug)]
 pub(super) struct Unnamed {
     pub file: File,
     pub path: PathBuf,
@@ -86,23 +89,27 @@ fn make_folders(path: &FilePath, made: &mut Vec<PathBuf>) -> io::Result<()> {
     done
 }
 
-/// Makes the entry of `path` in its folder durable, and those of the folders `made` for it.
-pub(super) fn sync_folders(path: &FilePath, made: &[PathBuf]) -> io::Result<()> {
-    let above = made.iter().map(PathBuf::as_path);
-    for entry in std::iter::once(path).chain(above) {
-        if let Some(folder) = entry.parent() {
-            File::open(folder)?.sync_all()?;
-        }
+/// Makes the entry of `path` in its folder durable.
+pub(super) fn sync_entry(path: &FilePath) -> io::Result<()> {
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Makes the entries of the folders `made` durable.
+pub(super) fn sync_entries(made: &[PathBuf]) -> io::Result<()> {
+    made.iter().try_for_each(|folder| sync_entry(folder))
 }
 
 /// Removes folders that were made for a file which did not come to be. If they stayed, the next
 /// attempt would find them, and never learn that nobody has flushed them.
 pub(super) fn remove_folders(made: &[PathBuf]) {
     for folder in made {
-        // One that holds what somebody else wrote stays.
-        drop(fs::remove_dir(folder));
+        // One that holds what somebody else wrote stays. They found it, and did not flush it.
+        if fs::remove_dir(folder).is_err() {
+            drop(sync_entry(folder));
+        }
     }
 }
 
@@ -117,17 +124,18 @@ fn create(path: &FilePath, payload: &PutPayload) -> Result<()> {
     let mut pieces = payload.iter();
     let written = pieces
         .try_for_each(|piece| file.write_all(piece))
-        .and_then(|()| file.sync_all());
+        .and_then(|()| file.sync_all())
+        .and_then(|()| sync_entries(&made));
     drop(file);
-    // Its bytes are durable by now. A name that came before them could outlive them in a power cut,
-    // and others would read it until then.
+    // Its bytes and folders are durable by now. A name that came before them could outlive them in
+    // a power cut, and others would read it until then.
     let linked = written.and_then(|()| fs::hard_link(&unnamed, path));
     drop(fs::remove_file(&unnamed));
     match linked {
-        Ok(()) => sync_folders(path, &made).map_err(failed),
+        Ok(()) => sync_entry(path).map_err(failed),
         Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-            // The other writer may rely on a folder that this one has made.
-            sync_folders(path, &made).map_err(failed)?;
+            // Who reads the other writer's file relies on its name, which may not be flushed yet.
+            sync_entry(path).map_err(failed)?;
             Err(Error::AlreadyExists {
                 path: path.display().to_string(),
                 source: source.into(),

@@ -5,7 +5,7 @@
 //! being written.
 use super::{
     Location,
-    disk::{Unnamed, remove_folders, sync_folders},
+    disk::{Unnamed, remove_folders, sync_entries, sync_entry},
 };
 use crate::{
     blocking::blocking,
@@ -13,33 +13,37 @@ use crate::{
     metrics,
 };
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions, TryLockError},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 use superbatch_proto::v1::Reason;
-use tokio::time::timeout;
+use tokio::{runtime::Handle, time::timeout};
 
 /// How the names of drafts begin.
 const ARRIVING: &str = "arriving.";
 /// Bytes after which the disk begins to write.
 const PIECE_BYTES: usize = 8 << 20;
 /// Longest wait for a draft's flush, as for a store's answer.
-const FLUSHED_WITHIN: Duration = Duration::from_secs(240);
-/// The age at which unfinished uploads of other kinds, which have no lock, are given up.
+pub const FLUSHED_WITHIN: Duration = Duration::from_secs(240);
+/// The age at which unfinished files are given up if no lock tells whether they are written.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// A file that has no name yet. If it is dropped before it has one, it is removed.
 #[derive(Debug)]
-pub struct Draft {
-    file: File,
-    /// `None` once it has its name.
-    path: Option<PathBuf>,
-    /// The folders that were made for it, the deepest first.
-    made: Vec<PathBuf>,
-}
+pub struct Draft(
+    /// `None` once it is named or dropped.
+    Option<Unnamed>,
+);
+
+/// What is left of a draft. It is removed when this is dropped, on the thread that drops it.
+struct Left(Option<Unnamed>);
 
 impl Location {
     /// Returns whether drafts can be made here: on a local disk.
@@ -55,14 +59,9 @@ impl Location {
         let name = format!("{ARRIVING}{}", super::nonce());
         let path = self.local(key).join(name);
         let begun = Unnamed::beside(&path).map_err(|cause| unwritable(&path, cause))?;
-        // Some network file systems have no locks. The draft is then taken for one that was left,
-        // if a run is opened meanwhile, and what it is for is written in the usual way.
+        // Some network file systems have no locks. Its age then tells whether it was left.
         drop(begun.file.try_lock());
-        Ok(Draft {
-            file: begun.file,
-            path: Some(begun.path),
-            made: begun.made,
-        })
+        Ok(Draft(Some(begun)))
     }
 
     /// Removes unfinished files in the folder `key` of a local disk whose writers are gone. What
@@ -76,7 +75,13 @@ impl Location {
             sweep(&folder);
             Ok(())
         });
-        drop(swept.await);
+        if timeout(FLUSHED_WITHIN, swept).await.is_err() {
+            let uri = self.uri_of(key);
+            tracing::warn!(
+                uri,
+                "unfinished files were not looked for within {FLUSHED_WITHIN:?}"
+            );
+        }
     }
 
     fn local(&self, key: &str) -> PathBuf {
@@ -91,14 +96,12 @@ impl Draft {
     /// # Errors
     /// `StorageUnreachable`.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let Unnamed { file, path, .. } = self.0.as_ref().expect("it has no name yet");
         let mut begin = at;
         for piece in bytes.chunks(PIECE_BYTES) {
-            let written = self.file.write_all_at(piece, begin);
-            written.map_err(|cause| match &self.path {
-                Some(path) => unwritable(path, cause),
-                None => Error::internal("a draft was written that has its name").because(cause),
-            })?;
-            begin_flushing(&self.file, begin, piece.len());
+            let written = file.write_all_at(piece, begin);
+            written.map_err(|cause| unwritable(path, cause))?;
+            begin_flushing(file, begin, piece.len());
             begin += piece.len() as u64;
         }
         Ok(())
@@ -108,13 +111,16 @@ impl Draft {
     ///
     /// # Errors
     /// `StorageUnreachable`. The file may have its name nevertheless.
-    pub async fn name(mut self, at: &Location, key: &str) -> Result<()> {
+    pub async fn name(self, at: &Location, key: &str) -> Result<()> {
         let to = at.local(key);
+        let given_up = Arc::new(AtomicBool::new(false));
+        let is_given_up = given_up.clone();
         let naming = blocking("naming a file", move || {
-            let named = self.try_name(&to);
+            let named = self.try_name(&to, &is_given_up);
             named.map_err(|cause| unwritable(&to, cause))
         });
         let named = timeout(FLUSHED_WITHIN, naming).await.unwrap_or_else(|_| {
+            given_up.store(true, Ordering::Release);
             let uri = at.uri_of(key);
             let message = format!("{uri} was not flushed within {FLUSHED_WITHIN:?}");
             Err(Error::new(Reason::StorageUnreachable, message).with("uri", uri))
@@ -124,21 +130,43 @@ impl Draft {
         named
     }
 
-    fn try_name(&mut self, to: &Path) -> io::Result<()> {
-        self.file.sync_all()?;
-        if let Some(path) = &self.path {
-            fs::rename(path, to)?;
+    /// It blocks. A draft that cannot be named is removed when this returns.
+    fn try_name(mut self, to: &Path, is_given_up: &AtomicBool) -> io::Result<()> {
+        let mut left = Left(self.0.take());
+        let unnamed = left.0.as_ref().expect("it has no name yet");
+        unnamed.file.sync_all()?;
+        sync_entries(&unnamed.made)?;
+        // By then the caller writes the file in another way, or has deleted it.
+        if is_given_up.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::TimedOut.into());
         }
-        self.path = None;
-        sync_folders(to, &self.made)
+        fs::rename(&unnamed.path, to)?;
+        left.0 = None;
+        sync_entry(to)
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        let Some(unnamed) = self.0.take() else {
+            return;
+        };
+        let left = Left(Some(unnamed));
+        // A disk takes its time to free gigabytes. A runtime that ends drops the work, and with it
+        // what is left, which is then removed as well.
+        if let Ok(runtime) = Handle::try_current() {
+            drop(runtime.spawn_blocking(move || drop(left)));
+        }
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        if let Some(Unnamed { file, path, made }) = self.0.take() {
+            // Some network file systems keep a file that is open under another name.
+            drop(file);
             drop(fs::remove_file(path));
-            remove_folders(&self.made);
+            remove_folders(&made);
         }
     }
 }
@@ -179,7 +207,14 @@ fn is_unfinished(path: &Path) -> bool {
 
 fn is_given_up(path: &Path) -> bool {
     if name(path).is_some_and(|name| name.starts_with(ARRIVING)) {
-        return File::open(path).is_ok_and(|file| file.try_lock().is_ok());
+        // NFS locks a file for one writer only if it is open for writing.
+        let opened = OpenOptions::new().write(true).open(path);
+        match opened.map(|file| file.try_lock()) {
+            Ok(Ok(())) => return true,
+            Ok(Err(TryLockError::WouldBlock)) => return false,
+            // Its age tells.
+            Ok(Err(_)) | Err(_) => {}
+        }
     }
     let written = fs::metadata(path).and_then(|meta| meta.modified());
     let age = written.map(|written| SystemTime::now().duration_since(written));
@@ -198,7 +233,10 @@ fn unwritable(path: &Path, cause: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{StorageConfig, Stores};
+    use crate::{
+        blocking::tests::needs_a_thread,
+        storage::{StorageConfig, Stores},
+    };
 
     fn opened(folder: &Path) -> Location {
         let uri = url::Url::from_file_path(folder).unwrap();
@@ -227,19 +265,56 @@ mod tests {
         assert_eq!(names(&folder.path().join("of/it")), ["named"]);
     }
 
+    #[test]
+    fn a_draft_that_is_dropped_is_removed_and_no_call_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let begun = || {
+            let draft = opened(folder.path()).draft("of/it").unwrap();
+            draft.write_at(0, b"abc").unwrap();
+            assert_eq!(names(folder.path()), ["of"]);
+            draft
+        };
+        needs_a_thread(async {
+            drop(begun());
+            while !names(folder.path()).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        });
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let draft = runtime.block_on(async { begun() });
+        // There is no runtime here.
+        drop(draft);
+        assert_eq!(names(folder.path()), [""; 0]);
+    }
+
     #[tokio::test]
-    async fn a_draft_that_is_dropped_or_cannot_be_named_leaves_nothing() {
+    async fn a_draft_that_cannot_be_named_or_is_given_up_meanwhile_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let at = opened(folder.path());
         let draft = at.draft("of/it").unwrap();
         draft.write_at(0, b"abc").unwrap();
-        drop(draft);
+        let to = folder.path().join("of/it/named");
+        let error = draft.try_name(&to, &AtomicBool::new(true)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(names(folder.path()), [""; 0]);
         let draft = at.draft("of/it").unwrap();
         fs::create_dir_all(folder.path().join("of/it/taken/by/folders")).unwrap();
         let error = draft.name(&at, "of/it/taken").await.unwrap_err();
         assert_eq!(error.reason(), Reason::StorageUnreachable);
         assert_eq!(names(&folder.path().join("of/it")), ["taken"]);
+    }
+
+    #[test]
+    fn the_age_tells_what_was_left_if_no_lock_does() {
+        let folder = tempfile::tempdir().unwrap();
+        // A folder cannot be locked, as a file cannot where there are no locks.
+        let left = folder.path().join("arriving.n#1");
+        fs::create_dir(&left).unwrap();
+        assert!(!is_given_up(&left));
+        let day = GIVEN_UP_AFTER + Duration::from_secs(60);
+        let file = File::open(&left).unwrap();
+        file.set_modified(SystemTime::now() - day).unwrap();
+        assert!(is_given_up(&left));
     }
 
     #[tokio::test]

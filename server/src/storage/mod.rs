@@ -28,8 +28,8 @@ use crate::{
     error::{Error, Result},
 };
 pub use budget::Budget;
-pub use draft::Draft;
 pub use disk_cache::DiskCache;
+pub use draft::{Draft, FLUSHED_WITHIN};
 pub use facts::Created;
 pub use facts::is_deleted;
 pub use facts::is_passing;
