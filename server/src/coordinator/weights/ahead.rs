@@ -14,7 +14,7 @@ use crate::{
     blocking::blocking,
     error::{Error, Result},
     pushed::Pushed,
-    storage::{Draft, Location},
+    storage::{Draft, FLUSHED_WITHIN, Location},
 };
 use bytes::Bytes;
 use safetensors::Dtype;
@@ -22,7 +22,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Smaller files are written in less time than it takes to plan ahead.
@@ -92,9 +92,15 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// Returns whether it is of a push that has these tensors.
+    /// Returns whether it is of a push that has these tensors. Their shapes are told by
+    /// [`Known::has_header`].
     pub(super) fn is_of(&self, dtypes: &BTreeMap<String, Dtype>) -> bool {
         self.layout.dtypes == *dtypes
+    }
+
+    /// Returns whether its file begins with `header`.
+    pub(super) fn has_header(&self, header: &Bytes) -> bool {
+        self.layout.header == *header
     }
 }
 
@@ -116,11 +122,15 @@ impl Ahead {
     }
 
     /// Returns the file once all that was handed on is written; `None` if it is not that of a whole
-    /// push.
+    /// push, or the disk takes too long: the push is then written once more, which has a deadline.
     pub(super) async fn finish(self) -> Option<Written> {
         let Self { tensors, task, .. } = self;
         drop(tensors);
-        task.await.ok().flatten()
+        let Ok(written) = timeout(FLUSHED_WITHIN, task).await else {
+            tracing::warn!("a push was not written within {FLUSHED_WITHIN:?} as it arrived");
+            return None;
+        };
+        written.ok().flatten()
     }
 }
 
@@ -280,5 +290,47 @@ impl Writing {
             },
             draft: self.draft,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{ModelShape, assemble::join},
+        *,
+    };
+
+    /// A push of one tensor of six elements.
+    fn staged(shape: [u64; 2]) -> Staged {
+        let model = ModelShape {
+            tensors: [("t".to_owned(), shape.to_vec())].into(),
+            optional: BTreeSet::new(),
+            logit_scale: 1.0,
+            logit_bias: None,
+        };
+        let part = Part {
+            dtype: Dtype::F32,
+            start: vec![0; 2],
+            extent: shape.to_vec(),
+            bytes: vec![0_u8; 24].into(),
+        };
+        let mut staged = Staged::new(Arc::new(model), 0, 1 << 30);
+        let parts = BTreeMap::from([(0, part)]);
+        staged.tensors.insert("t".to_owned(), parts);
+        staged
+    }
+
+    #[test]
+    fn a_known_digest_counts_only_for_a_file_with_the_same_header() {
+        let written = join(staged([2, 3]), None).unwrap();
+        let known = Known {
+            layout: Arc::new(Layout::of(&written)),
+            digest: "known".to_owned(),
+        };
+        let same = join(staged([2, 3]), Some(known.clone())).unwrap();
+        assert_eq!(same.digest, "known");
+        let other = join(staged([3, 2]), Some(known)).unwrap();
+        let anew = join(staged([3, 2]), None).unwrap();
+        assert_eq!(other.digest, anew.digest);
     }
 }

@@ -82,6 +82,7 @@ pub(super) fn join(staged: Staged, known: Option<Known>) -> Result<Pushed> {
         )
         .because(e)
     })?;
+    let known = known.filter(|known| known.has_header(&pushed.header));
     pushed.digest = known.map_or_else(|| digest(&pushed), |known| known.digest);
     Ok(pushed)
 }
