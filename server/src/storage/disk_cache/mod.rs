@@ -202,36 +202,41 @@ impl DiskCache {
         drop(all.expect("nobody closes it"));
     }
 
-    /// Tries whether entries can be written and the disk has room for all that the cache may hold.
-    /// Returns what is found, for people. For a thread that may block.
+    /// Tries whether a cache can be opened in the folder at `path`, entries can be written, and the
+    /// disk has room for all of `bytes_max`. Returns what is found, for people. Entries stay as
+    /// they are, and what was made for the trial is removed. For a thread that may block.
     ///
     /// # Errors
     /// `InvalidArgument`.
-    pub fn check(&self) -> Result<String> {
-        let (path, used) = (self.0.folder.path(), self.0.index().used());
-        self.0.folder.try_write().map_err(|cause| {
-            let message = format!("cannot write into {}; make it writable", path.display());
-            Error::invalid(DIR, message).because(cause)
-        })?;
-        let bytes_max = self.0.index().bytes_max();
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        let (held, most) = (gib(used), gib(bytes_max));
-        let Some(free) = free_bytes(path) else {
-            return Ok(format!("{held:.3} of {most:.3} GiB held"));
-        };
-        let left = gib(free);
-        if used.saturating_add(free) < bytes_max {
-            let message = format!(
-                "{} holds {held:.3} GiB and its disk has {left:.3} GiB left, of \
-                 worker.disk_cache_bytes {most:.3} GiB; lower it, or name a larger disk",
-                path.display()
-            );
-            return Err(Error::invalid("worker.disk_cache_bytes", message));
-        }
-        Ok(format!(
-            "{held:.3} of {most:.3} GiB held, {left:.3} GiB free"
-        ))
+    pub fn check(path: &Path, bytes_max: u64) -> Result<String> {
+        Folder::try_with(path, |folder| check(folder, bytes_max))
     }
+}
+
+fn check(folder: &Folder, bytes_max: u64) -> Result<String> {
+    let path = folder.path();
+    let used: u64 = folder.entries()?.iter().map(|found| found.bytes).sum();
+    folder.try_write().map_err(|cause| {
+        let message = format!("cannot write into {}; make it writable", path.display());
+        Error::invalid(DIR, message).because(cause)
+    })?;
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let (held, most) = (gib(used), gib(bytes_max));
+    let Some(free) = free_bytes(path) else {
+        return Ok(format!("{held:.3} of {most:.3} GiB held"));
+    };
+    let left = gib(free);
+    if used.saturating_add(free) < bytes_max {
+        let message = format!(
+            "{} holds {held:.3} GiB and its disk has {left:.3} GiB left, of \
+             worker.disk_cache_bytes {most:.3} GiB; lower it, or name a larger disk",
+            path.display()
+        );
+        return Err(Error::invalid("worker.disk_cache_bytes", message));
+    }
+    Ok(format!(
+        "{held:.3} of {most:.3} GiB held, {left:.3} GiB free"
+    ))
 }
 
 impl Shared {

@@ -3,6 +3,7 @@ use crate::blocking::tests::needs_a_thread;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use std::{
     fs::{self, File},
+    os::unix::fs::PermissionsExt,
     time::SystemTime,
 };
 use superbatch_proto::v1::Reason;
@@ -287,4 +288,35 @@ async fn a_disk_that_hangs_is_a_miss() {
     let line = "superbatch_disk_cache_failures_total{operation=\"read\"}";
     let line = format!("{line} {READS_AT_ONCE_MAX}");
     assert!(said.contains(&line), "{said}");
+}
+
+#[tokio::test]
+async fn a_trial_leaves_everything_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("above/own");
+    DiskCache::check(&path, ROOM).unwrap();
+    assert!(names(&folder).is_empty(), "another user may own it");
+    let cache = open(&path, 9);
+    keep(&cache, 1).await;
+    keep(&cache, 2).await;
+    let said = DiskCache::check(&path, ROOM).unwrap_err().chain();
+    assert!(said.contains("in use by another process"), "{said}");
+    drop(cache);
+    DiskCache::check(&path, ROOM).unwrap();
+    assert!(path.join("lock").exists());
+    let cache = open(&path, 9);
+    assert_eq!(kept(&cache).await, [1, 2], "also beyond its limit");
+}
+
+#[test]
+fn only_the_folder_itself_is_closed_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("ordinary")).unwrap();
+    drop(open(&folder.path().join("above/own"), 9));
+    let mode = |name: &str| {
+        let found = fs::metadata(folder.path().join(name)).unwrap();
+        found.permissions().mode() & 0o777
+    };
+    assert_eq!(mode("above"), mode("ordinary"));
+    assert_eq!(mode("above/own"), 0o700);
 }
