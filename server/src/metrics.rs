@@ -155,9 +155,9 @@ declare! {
     /// Bytes that left the disk cache to make room.
     counter disk_cache_evicted_bytes() on Worker = "superbatch_disk_cache_evicted_bytes_total",
         Bytes;
-    /// What failed in the disk cache, by operation: `read` (the file was damaged and is removed),
-    /// `write`, `remove`, `busy` (a block was not kept, since too many wait for the disk). The
-    /// blocks are read from their stores.
+    /// What failed in the disk cache, by operation: `read` (the file was damaged and is removed, or
+    /// the disk did not answer in time), `write`, `remove`, `busy` (a block was not kept, since too
+    /// many wait for the disk). The blocks are read from their stores.
     counter disk_cache_failures(operation) on Worker = "superbatch_disk_cache_failures_total",
         Count;
     /// Bytes that the disk cache holds.

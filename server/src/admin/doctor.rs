@@ -4,6 +4,7 @@ use super::ConfigArgs;
 use crate::{
     access::tokens::Tokens,
     app,
+    blocking::blocking,
     config::Config,
     error::{Error, Result},
     storage::{DiskCache, Location, Stores, nonce, probe},
@@ -49,7 +50,7 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
     let stores = Stores::new(config.storage.clone());
     if let Some(folder) = &config.worker.disk_cache_dir {
         let bytes_max = config.worker.disk_cache_bytes;
-        let checked = disk_cache(&stores, folder, bytes_max).await;
+        let checked = disk_cache(folder, bytes_max).await;
         checks.push(("worker.disk_cache_dir".into(), checked));
     }
     let state = config.state_uri().and_then(|uri| stores.open(&uri));
@@ -136,11 +137,10 @@ fn tokens(config: &Config, now: SystemTime) -> Result<String> {
 }
 
 /// Checks that the cache's folder is free, and its disk large enough.
-async fn disk_cache(stores: &Stores, folder: &Path, bytes_max: u64) -> Result<String> {
-    let stores = stores.caching_in(folder.to_owned(), bytes_max).await?;
-    stores
-        .disk_cache()
-        .map_or_else(|| Ok("none".into()), DiskCache::check)
+async fn disk_cache(folder: &Path, bytes_max: u64) -> Result<String> {
+    let folder = folder.to_owned();
+    let check = move || DiskCache::check(&folder, bytes_max);
+    blocking("checking the disk cache", check).await
 }
 
 /// Checks that the store can hold state: a conditional create must fail for an existing key.
@@ -252,7 +252,7 @@ mod tests {
         }
         drop(taken);
         let state = format!("file://{}/state", folder.path().display());
-        config.worker.disk_cache_dir = Some(folder.path().join("cache"));
+        config.worker.disk_cache_dir = Some(folder.path().join("caches/own"));
         config.worker.disk_cache_bytes = u64::MAX;
         let said = run(&config, &args(&state)).await.unwrap_err().chain();
         assert!(said.contains("1 of 9 checks failed"), "{said}");
@@ -264,6 +264,7 @@ mod tests {
             said.contains("ok    worker.disk_cache_dir: 0.000 of"),
             "{said}"
         );
+        assert!(!folder.path().join("caches").exists(), "another may own it");
         let left = std::fs::read_dir(folder.path().join("state")).unwrap();
         let names: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
         assert!(

@@ -52,9 +52,8 @@ impl Folder {
     /// # Errors
     /// `InvalidArgument` if another process has it, or it cannot be used.
     pub(super) fn open(path: PathBuf) -> Result<Self> {
-        // It will hold copies of data, which may be private.
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
-        made.map_err(|cause| unusable(&path, "make it writable, or name another").because(cause))?;
+        make(&path)
+            .map_err(|cause| unusable(&path, "make it writable, or name another").because(cause))?;
         let opened = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -78,6 +77,29 @@ impl Folder {
                 Err(unusable(&path, remedy).because(cause))
             }
         }
+    }
+
+    /// Opens a folder for `work` alone, and then removes what was made for that: who tries a
+    /// folder may be another user than the process that is to own it.
+    ///
+    /// # Errors
+    /// Those of [`Folder::open`] and of `work`.
+    pub(super) fn try_with<T>(path: &Path, work: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        let (missing, lock) = (missing(path), path.join(LOCK));
+        let is_lock_missing = matches!(lock.try_exists(), Ok(false));
+        let done = Self::open(path.to_owned()).and_then(|folder| {
+            let done = work(&folder);
+            // While it is held: afterwards it may be another process's.
+            if is_lock_missing {
+                let _ = fs::remove_file(&lock);
+            }
+            done
+        });
+        for folder in missing {
+            // One that holds anything by now stays.
+            let _ = fs::remove_dir(folder);
+        }
+        done
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -165,6 +187,25 @@ impl Folder {
     pub(super) fn file(&self, name: &Name) -> PathBuf {
         self.path.join(hex::encode(name) + ENDING)
     }
+}
+
+/// Makes a folder if there is none. It will hold copies of data, which may be private, so that only
+/// its owner may enter it. The folders above it are made as others are.
+fn make(path: &Path) -> io::Result<()> {
+    if let Some(above) = path.parent() {
+        fs::create_dir_all(above)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(_) if path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+/// Returns which of a folder and those above it are not there, the innermost first.
+fn missing(path: &Path) -> Vec<&Path> {
+    let is_missing =
+        |folder: &&Path| !folder.as_os_str().is_empty() && matches!(folder.try_exists(), Ok(false));
+    path.ancestors().take_while(is_missing).collect()
 }
 
 /// The bytes before the content: the checksum is of the content and the name, so that a file under

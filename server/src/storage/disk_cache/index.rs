@@ -35,10 +35,6 @@ impl Index {
         self.used
     }
 
-    pub(super) fn bytes_max(&self) -> u64 {
-        self.bytes_max
-    }
-
     pub(super) fn holds(&self, name: &Name) -> bool {
         self.entries.contains_key(name)
     }

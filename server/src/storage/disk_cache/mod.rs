@@ -4,6 +4,11 @@
 //! The cache helps and never hinders: a file that is damaged is a miss, and what cannot be written
 //! is not kept. Either is logged and counted. A process that is killed loses nothing of it but the
 //! entry that it was writing.
+//!
+//! A disk may also hang. A read that takes longer than `READ_TIME_MAX` is a miss, and is logged
+//! and counted. It keeps its thread until the disk answers, so at most `READS_AT_ONCE_MAX` read
+//! at a time, and what would be one more is a miss at once. Writes are in the background, one at a
+//! time.
 mod folder;
 mod index;
 #[cfg(test)]
@@ -27,13 +32,18 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::Semaphore;
 
 /// Memory for entries that wait to be written. What does not fit, because the disk is slower than
 /// the network, is not kept this time.
 const WAITING_BYTES_MAX: u32 = 256 << 20;
+
+/// Reads of the disk at a time: a small part of the runtime's threads for blocking work.
+const READS_AT_ONCE_MAX: usize = 64;
+/// How long a read may take. A store is asked after that.
+const READ_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// A cache in a folder that this process owns. Clones are the same cache.
 #[derive(Clone)]
@@ -54,6 +64,8 @@ struct Shared {
     /// Held while an entry is written: the limit is kept by removing before each write.
     turn: Arc<tokio::sync::Mutex<()>>,
     waiting: Arc<Semaphore>,
+    /// A permit for each read, which it holds until the disk answered.
+    reading: Arc<Semaphore>,
     last_logged: LastLogged,
 }
 
@@ -103,6 +115,7 @@ impl DiskCache {
             index: Mutex::new(index),
             turn: Arc::default(),
             waiting: Arc::new(Semaphore::new(WAITING_BYTES_MAX as usize)),
+            reading: Arc::new(Semaphore::new(READS_AT_ONCE_MAX)),
             last_logged: LastLogged::default(),
         })))
     }
@@ -118,21 +131,39 @@ impl DiskCache {
         }
     }
 
-    /// Returns what was kept under `key`, if it is there and whole.
+    /// Returns what was kept under `key`, if it is there and whole and the disk answers in time.
     pub async fn get(&self, key: Key) -> Option<Bytes> {
-        let shared = self.0.clone();
-        let is_there = shared.index().touch(&key.name);
-        let read = is_there.then(|| tokio::task::spawn_blocking(move || shared.read(key)));
-        let found = match read {
-            Some(read) => read.await.ok().flatten(),
-            None => None,
-        };
+        let found = self.read_within(key, READ_TIME_MAX).await;
         let outcome = if found.is_some() { "hit" } else { "miss" };
         metrics::disk_cache_reads(outcome).increment(1);
         if let Some(bytes) = &found {
             metrics::disk_cache_bytes_read().increment(bytes.len() as u64);
         }
         found
+    }
+
+    async fn read_within(&self, key: Key, time_max: Duration) -> Option<Bytes> {
+        let shared = self.0.clone();
+        let is_there = shared.index().touch(&key.name);
+        if !is_there {
+            return None;
+        }
+        let permit = shared.reading.clone().try_acquire_owned().ok()?;
+        let read = tokio::task::spawn_blocking(move || {
+            let found = shared.read(key);
+            // As for a write: the folder is let go of first.
+            drop(shared);
+            drop(permit);
+            found
+        });
+        match tokio::time::timeout(time_max, read).await {
+            Ok(read) => read.ok().flatten(),
+            Err(late) => {
+                metrics::disk_cache_failures("read").increment(1);
+                self.0.warn("read", &key.name, &io::Error::from(late));
+                None
+            }
+        }
     }
 
     /// Keeps `bytes` under `key`, in the background.
@@ -171,36 +202,41 @@ impl DiskCache {
         drop(all.expect("nobody closes it"));
     }
 
-    /// Tries whether entries can be written and the disk has room for all that the cache may hold.
-    /// Returns what is found, for people. For a thread that may block.
+    /// Tries whether a cache can be opened in the folder at `path`, entries can be written, and the
+    /// disk has room for all of `bytes_max`. Returns what is found, for people. Entries stay as
+    /// they are, and what was made for the trial is removed. For a thread that may block.
     ///
     /// # Errors
     /// `InvalidArgument`.
-    pub fn check(&self) -> Result<String> {
-        let (path, used) = (self.0.folder.path(), self.0.index().used());
-        self.0.folder.try_write().map_err(|cause| {
-            let message = format!("cannot write into {}; make it writable", path.display());
-            Error::invalid(DIR, message).because(cause)
-        })?;
-        let bytes_max = self.0.index().bytes_max();
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        let (held, most) = (gib(used), gib(bytes_max));
-        let Some(free) = free_bytes(path) else {
-            return Ok(format!("{held:.3} of {most:.3} GiB held"));
-        };
-        let left = gib(free);
-        if used.saturating_add(free) < bytes_max {
-            let message = format!(
-                "{} holds {held:.3} GiB and its disk has {left:.3} GiB left, of \
-                 worker.disk_cache_bytes {most:.3} GiB; lower it, or name a larger disk",
-                path.display()
-            );
-            return Err(Error::invalid("worker.disk_cache_bytes", message));
-        }
-        Ok(format!(
-            "{held:.3} of {most:.3} GiB held, {left:.3} GiB free"
-        ))
+    pub fn check(path: &Path, bytes_max: u64) -> Result<String> {
+        Folder::try_with(path, |folder| check(folder, bytes_max))
     }
+}
+
+fn check(folder: &Folder, bytes_max: u64) -> Result<String> {
+    let path = folder.path();
+    let used: u64 = folder.entries()?.iter().map(|found| found.bytes).sum();
+    folder.try_write().map_err(|cause| {
+        let message = format!("cannot write into {}; make it writable", path.display());
+        Error::invalid(DIR, message).because(cause)
+    })?;
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let (held, most) = (gib(used), gib(bytes_max));
+    let Some(free) = free_bytes(path) else {
+        return Ok(format!("{held:.3} of {most:.3} GiB held"));
+    };
+    let left = gib(free);
+    if used.saturating_add(free) < bytes_max {
+        let message = format!(
+            "{} holds {held:.3} GiB and its disk has {left:.3} GiB left, of \
+             worker.disk_cache_bytes {most:.3} GiB; lower it, or name a larger disk",
+            path.display()
+        );
+        return Err(Error::invalid("worker.disk_cache_bytes", message));
+    }
+    Ok(format!(
+        "{held:.3} of {most:.3} GiB held, {left:.3} GiB free"
+    ))
 }
 
 impl Shared {

@@ -3,7 +3,8 @@ use crate::blocking::tests::needs_a_thread;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use std::{
     fs::{self, File},
-    time::{Duration, SystemTime},
+    os::unix::fs::PermissionsExt,
+    time::SystemTime,
 };
 use superbatch_proto::v1::Reason;
 use tempfile::TempDir;
@@ -249,4 +250,73 @@ fn files_are_read_beside_the_threads_of_calls() {
     let key = key(&cache, 1);
     cache.0.write(key, &content(1));
     assert_eq!(needs_a_thread(cache.get(key)), Some(content(1)));
+}
+
+/// A named pipe in an entry's place hangs whoever opens it, as a disk may, until it has a writer.
+#[tokio::test]
+async fn a_disk_that_hangs_is_a_miss() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let folder = tempfile::tempdir().unwrap();
+    let cache = open(folder.path(), 9);
+    keep(&cache, 1).await;
+    keep(&cache, 2).await;
+    let pipe = file(&cache, 1);
+    fs::remove_file(&pipe).unwrap();
+    let path = CString::new(pipe.as_os_str().as_bytes()).unwrap();
+    // SAFETY: the path ends in a zero byte.
+    assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    let mut found = Vec::new();
+    let local = ::metrics::set_default_local_recorder(&recorder);
+    for _ in 0..READS_AT_ONCE_MAX {
+        let late = cache.read_within(key(&cache, 1), Duration::from_millis(1));
+        found.push(late.await);
+    }
+    drop(local);
+    let permits = cache.0.reading.available_permits();
+    let whole = cache.get(key(&cache, 2)).await;
+    // The reads end before anything is asserted: a failed test would wait for them. To open a pipe
+    // for both directions does not hang.
+    let writer = File::options().read(true).write(true).open(&pipe).unwrap();
+    let all = cache.0.reading.acquire_many(READS_AT_ONCE_MAX as u32).await;
+    drop(all.unwrap());
+    drop(writer);
+    assert!(found.iter().all(Option::is_none));
+    assert_eq!(permits, 0, "each keeps its permit while it hangs");
+    assert_eq!(whole, None, "a miss at once");
+    assert_eq!(kept(&cache).await, [2], "the disk answers again");
+    let said = recorder.handle().render();
+    let line = "superbatch_disk_cache_failures_total{operation=\"read\"}";
+    let line = format!("{line} {READS_AT_ONCE_MAX}");
+    assert!(said.contains(&line), "{said}");
+}
+
+#[tokio::test]
+async fn a_trial_leaves_everything_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("above/own");
+    DiskCache::check(&path, ROOM).unwrap();
+    assert!(names(&folder).is_empty(), "another user may own it");
+    let cache = open(&path, 9);
+    keep(&cache, 1).await;
+    keep(&cache, 2).await;
+    let said = DiskCache::check(&path, ROOM).unwrap_err().chain();
+    assert!(said.contains("in use by another process"), "{said}");
+    drop(cache);
+    DiskCache::check(&path, ROOM).unwrap();
+    assert!(path.join("lock").exists());
+    let cache = open(&path, 9);
+    assert_eq!(kept(&cache).await, [1, 2], "also beyond its limit");
+}
+
+#[test]
+fn only_the_folder_itself_is_closed_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("ordinary")).unwrap();
+    drop(open(&folder.path().join("above/own"), 9));
+    let mode = |name: &str| {
+        let found = fs::metadata(folder.path().join(name)).unwrap();
+        found.permissions().mode() & 0o777
+    };
+    assert_eq!(mode("above"), mode("ordinary"));
+    assert_eq!(mode("above/own"), 0o700);
 }
