@@ -359,3 +359,9 @@ def test_a_model_that_gives_no_loss_a_row_is_not_exported(tmp_path):
         superbatch.torch.export_losses(torch.nn.Linear(2, 2), tmp_path, **how)
     with pytest.raises(superbatch.Error, match="give text_length and tokenizer"):
         superbatch.torch.export_losses(Language(9), tmp_path)
+    class Endless(Classifier):
+        def loss_per_example(self, pixels, targets):
+            return super().loss_per_example(pixels, targets) / 0
+
+    with pytest.raises(superbatch.Error, match="inf of row 0 .* must be finite"):
+        superbatch.torch.export_losses(Endless().eval(), tmp_path, **how)

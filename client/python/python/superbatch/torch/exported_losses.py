@@ -97,8 +97,8 @@ def export_losses(
 
 
 def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Raises if the model gives other than a loss a row, or the traced module is not the model for
-    another number of rows.
+    """Raises if the model gives other than a finite loss a row, or the traced module is not the
+    model for another number of rows.
     """
     expected, count = model.loss_per_example(*rows), len(rows[0])
     if expected.shape != (count,) or not expected.is_floating_point():
@@ -109,6 +109,13 @@ def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> N
         )
         raise invalid("model", message)
     try:
+    endless = (~torch.isfinite(expected)).nonzero().flatten().tolist()
+    if endless:
+        message = (
+            f"its loss_per_example makes {expected[endless[0]].item()} of row {endless[0]} of "
+            f"{count} rows of random inputs and targets: a loss must be finite"
+        )
+        raise invalid("model", message)
         is_same = torch.allclose(traced.loss_per_example(*rows), expected, rtol=1e-3, atol=1e-4)
     except RuntimeError:
         is_same = False
