@@ -182,12 +182,11 @@ def test_reference_losses_are_kept_and_may_be_made_ahead(made, tmp_path):
     folder, models, pins, _, _, _ = made
     with Cluster(tmp_path, environment=allowing(pins)) as cluster:
         command = [BINARY, "embed", "--model", folder / "reference", "--json"]
-        command += ["--sources", (folder / "pool").as_uri(), "--state", cluster.state]
-        command += ["--target-column", "label"]
+        command += ["--state", cluster.state, "--target-column", "label"]
 
-        def embed(*more: object) -> subprocess.CompletedProcess:
+        def embed(*more: object, source: Path = folder / "pool") -> subprocess.CompletedProcess:
             return subprocess.run(
-                [str(word) for word in (*command, *more)],
+                [str(word) for word in (*command, "--sources", source.as_uri(), *more)],
                 capture_output=True,
                 text=True,
                 env={**os.environ, **allowing(pins)},
@@ -195,6 +194,9 @@ def test_reference_losses_are_kept_and_may_be_made_ahead(made, tmp_path):
 
         refused = embed("--embedding-dtype", "f32", "--out", tmp_path / "out")
         assert refused.returncode == 1 and "--out" in refused.stderr
+        texts = write(tmp_path, "texts", {"text": ["a text"] * BLOCK, "label": [0] * BLOCK})
+        refused = embed("--embedding-dtype", "f32", "--text-column", "text", source=texts)
+        assert refused.returncode == 1 and "reads images" in refused.stderr
         refused = embed()
         assert refused.returncode == 1 and "f32" in refused.stderr
         made_ahead = embed("--embedding-dtype", "f32")
