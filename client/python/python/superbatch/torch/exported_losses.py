@@ -48,7 +48,8 @@ def export_losses(
     classes: how many there are; rows whose target is no integer from 0 to `classes` - 1 are bad.
     image_size: the side of the images in pixels, to which the service resizes without cropping.
     text_length, tokenizer: of texts, be they inputs or targets; as in `export_module`.
-    mean, std, resample, pad_token_id, weights: as in `export_module`.
+    pad_token_id: fills what a text is shorter, whatever the tokenizer itself pads with.
+    mean, std, resample, weights: as in `export_module`.
     """
     if not callable(getattr(model, "loss_per_example", None)):
         raise invalid("model", "it has no method loss_per_example(inputs, targets)")
@@ -108,7 +109,6 @@ def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> N
             "several losses of)"
         )
         raise invalid("model", message)
-    try:
     endless = (~torch.isfinite(expected)).nonzero().flatten().tolist()
     if endless:
         message = (
@@ -116,6 +116,7 @@ def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> N
             f"{count} rows of random inputs and targets: a loss must be finite"
         )
         raise invalid("model", message)
+    try:
         is_same = torch.allclose(traced.loss_per_example(*rows), expected, rtol=1e-3, atol=1e-4)
     except RuntimeError:
         is_same = False
