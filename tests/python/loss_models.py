@@ -44,15 +44,18 @@ class Classifier(torch.nn.Module):
 class Language(torch.nn.Module):
     """The next token by the one before; padding counts for nothing."""
 
-    def __init__(self, words: int):
+    def __init__(self, words: int, pad: int = 0, is_tied: bool = False):
         super().__init__()
+        self.pad = pad
         self.words = torch.nn.Embedding(words, 12)
         self.head = torch.nn.Linear(12, words)
+        if is_tied:
+            self.head.weight = self.words.weight
 
     def loss_per_example(self, ids, targets):
         logits, wanted = self.head(self.words(ids[:, :-1])), targets[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
-        counts = (wanted != 0).float()
+        counts = (wanted != self.pad).float()
         return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 

@@ -182,12 +182,11 @@ def test_reference_losses_are_kept_and_may_be_made_ahead(made, tmp_path):
     folder, models, pins, _, _, _ = made
     with Cluster(tmp_path, environment=allowing(pins)) as cluster:
         command = [BINARY, "embed", "--model", folder / "reference", "--json"]
-        command += ["--sources", (folder / "pool").as_uri(), "--state", cluster.state]
-        command += ["--target-column", "label"]
+        command += ["--state", cluster.state, "--target-column", "label"]
 
-        def embed(*more: object) -> subprocess.CompletedProcess:
+        def embed(*more: object, source: Path = folder / "pool") -> subprocess.CompletedProcess:
             return subprocess.run(
-                [str(word) for word in (*command, *more)],
+                [str(word) for word in (*command, "--sources", source.as_uri(), *more)],
                 capture_output=True,
                 text=True,
                 env={**os.environ, **allowing(pins)},
@@ -195,6 +194,9 @@ def test_reference_losses_are_kept_and_may_be_made_ahead(made, tmp_path):
 
         refused = embed("--embedding-dtype", "f32", "--out", tmp_path / "out")
         assert refused.returncode == 1 and "--out" in refused.stderr
+        texts = write(tmp_path, "texts", {"text": ["a text"] * BLOCK, "label": [0] * BLOCK})
+        refused = embed("--embedding-dtype", "f32", "--text-column", "text", source=texts)
+        assert refused.returncode == 1 and "reads images" in refused.stderr
         refused = embed()
         assert refused.returncode == 1 and "f32" in refused.stderr
         made_ahead = embed("--embedding-dtype", "f32")
@@ -294,18 +296,26 @@ def test_what_has_no_pairs_is_refused(made, service, tmp_path):
         assert says in str(caught.value), run_id
 
 
-def test_a_language_model_scores_texts(tmp_path):
+@pytest.mark.parametrize(("pad", "is_tied"), [(0, False), (2, True)])
+def test_a_language_model_scores_texts(tmp_path, pad, is_tied):
     texts = [f"{text} {number % 7}" for number in range(8) for text in tiny.captions()][:ROWS]
     write(tmp_path, "texts", {"text": texts, "number": list(range(len(texts)))})
     tokenizer = train_tokenizer(texts, {**tiny.SHAPE, "text_length": LENGTH})
     models, pins = {}, {}
     for seed, name in enumerate(("learner", "reference")):
         torch.manual_seed(seed)
-        models[name] = Language(tokenizer.get_vocab_size()).eval()
+        models[name] = Language(tokenizer.get_vocab_size(), pad, is_tied).eval()
         pins[name] = superbatch.torch.export_losses(
-            models[name], tmp_path / name, text_length=LENGTH, tokenizer=tokenizer
+            models[name],
+            tmp_path / name,
+            text_length=LENGTH,
+            tokenizer=tokenizer,
+            pad_token_id=pad,
         )
+    # What was exported pads with 0 in tokenizer.json; the module's own id is the one that counts.
+    tokenizer.enable_padding(length=LENGTH, pad_id=pad)
     ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    assert (ids == pad).any()
     texts_of = {"text_column": "text", "target_column": "text"}
     source = superbatch.Source(uri=tmp_path / "texts", **texts_of)
     with Cluster(tmp_path, environment=allowing(pins)) as cluster:
@@ -350,11 +360,17 @@ def test_a_model_that_gives_no_loss_a_row_is_not_exported(tmp_path):
         def loss_per_example(self, pixels, targets):
             return super().loss_per_example(pixels, targets) * float(len(targets))
 
+    class Endless(Classifier):
+        def loss_per_example(self, pixels, targets):
+            return super().loss_per_example(pixels, targets) / 0
+
     how = {"image_size": SIDE, "classes": CLASSES}
     with pytest.raises(superbatch.Error, match="not one loss a row"):
         superbatch.torch.export_losses(Mean().eval(), tmp_path, **how)
     with pytest.raises(superbatch.Error, match="must not depend on the number of rows"):
         superbatch.torch.export_losses(Fixed().eval(), tmp_path, **how)
+    with pytest.raises(superbatch.Error, match="inf of row 0 .* must be finite"):
+        superbatch.torch.export_losses(Endless().eval(), tmp_path, **how)
     with pytest.raises(superbatch.Error, match="no method loss_per_example"):
         superbatch.torch.export_losses(torch.nn.Linear(2, 2), tmp_path, **how)
     with pytest.raises(superbatch.Error, match="give text_length and tokenizer"):

@@ -144,7 +144,7 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     let asked = asked(args, manifest.save(&state).await?)?;
     let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
     let embedder = worker.embedder(asked.clone()).await?;
-    check_gives(args, embedder.gives_losses())?;
+    check_gives(args, embedder.gives_losses(), embedder.reads_texts())?;
     let about = About {
         manifest: asked.manifest.clone(),
         model: embedder.digest().to_owned(),
@@ -167,10 +167,16 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
 
 /// Refuses what a model cannot be asked for: of losses per example there are no embeddings to
 /// write, and runs keep them in f32.
-fn check_gives(args: &EmbedArgs, gives_losses: bool) -> Result<()> {
+fn check_gives(args: &EmbedArgs, gives_losses: bool, reads_texts: bool) -> Result<()> {
     let problem = match (gives_losses, args.target_column.is_some()) {
         (true, false) => "it gives losses of examples and their targets; name --target-column",
         (false, true) => "it gives embeddings, and has no use for targets; leave them out",
+        (true, _) if reads_texts && args.text_column.is_none() => {
+            "it reads texts; name their column with --text-column"
+        }
+        (true, _) if !reads_texts && args.text_column.is_some() => {
+            "it reads images; leave --text-column out"
+        }
         (true, _) if args.out.is_some() => {
             "it gives losses of examples, which are kept for runs and not written elsewhere; leave \
              --out out"

@@ -50,8 +50,8 @@ pub struct WorkerConfig {
     pub image_bytes_max: u64,
     /// Images that are read at the same time where the data has their paths: each is a request to
     /// the store. Those under way hold at most this number times `image_bytes_max` of memory. The
-    /// images of a micro-batch, and those chosen of a block, are held together once they are read,
-    /// up to 2 GiB.
+    /// images of a micro-batch, and those chosen of a block, are held together once they are read:
+    /// up to 2 GiB for each such read, of which a worker has several under way.
     pub image_reads_max: usize,
     /// Models that stay on the device, at least 2; the one used longest ago leaves for another. A
     /// run wants its reference, two states of its learner, and room for one that is being verified.

@@ -25,6 +25,7 @@ pub(super) fn check(spec: &RunSpec) -> Result<()> {
     if spec.loss() != Loss::PerExample {
         return Ok(());
     }
+    alike(&spec.sources)?;
     if spec.embedding_dtype() != EmbeddingDtype::F32 {
         let message = "losses are not rounded under the loss per_example; leave embedding_dtype \
                        out, or make it f32";
@@ -112,6 +113,18 @@ fn targets(at: &str, source: &Source, loss: Loss) -> Result<()> {
         return Err(impossible(&field("text_column"), message));
     }
     Ok(())
+}
+
+/// Refuses sources of texts beside sources of images: no model reads both, and a run without models
+/// would check texts as images.
+fn alike(sources: &[Source]) -> Result<()> {
+    let is_text = |source: &Source| !source.text_column.is_empty();
+    let first = sources.first().is_some_and(is_text);
+    let Some(i) = sources.iter().position(|source| is_text(source) != first) else {
+        return Ok(());
+    };
+    let message = "a run reads images or texts; name text_column in all sources, or in none";
+    Err(impossible(&format!("sources[{i}].text_column"), message))
 }
 
 fn same(field: &str, target: &str, image: &str) -> Result<()> {

@@ -165,9 +165,14 @@ pub(super) async fn discover(
     if request.caption_column.is_none() && caption_column == CAPTIONS[1] && !is_caption(&first) {
         return Err(absent("caption", "caption_column", &CAPTIONS.join(" or ")));
     }
-    if first.is_array() && !is_caption(&first) {
+    if first.is_array() && (request.is_target || !is_caption(&first)) {
+        let found = if request.is_target {
+            "a list, and a target is a text or an integer"
+        } else {
+            "a list of other values than texts"
+        };
         let message = format!(
-            "{caption_column} of {} is a list of other values than texts; name another entry",
+            "{caption_column} of {} is {found}; name another entry",
             file.uri()
         );
         return Err(mismatch(message, &request.uri, &caption_column));

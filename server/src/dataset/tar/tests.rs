@@ -248,6 +248,13 @@ async fn lists_in_a_json_are_captions_if_they_hold_texts() {
         .unwrap_err();
     assert_eq!(error.reason(), Reason::SchemaMismatch);
     assert_eq!(error.value("column"), Some("json[caption]"));
+    let target = |r: &mut SourceRequest| {
+        named(r);
+        r.is_target = true;
+    };
+    let error = with(&lists, target).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::SchemaMismatch);
+    assert_eq!(error.value("column"), Some("json[caption]"));
     let one = of(br#"{"caption": "a"}"#);
     let manifest = with(&one, as_is).await.unwrap();
     assert_eq!(manifest.sources[0].layout.caption_seed, None);

@@ -7,6 +7,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fidelity::Fidelity,
+    selection::LOSSES_OF_TEXTS,
     worker::{engine::Engine, inputs::preprocess::RowFault, loader::Loaded, model::Compute},
 };
 use std::sync::Arc;
@@ -67,6 +68,11 @@ impl<'a> Embedder<'a> {
     /// Returns whether the model gives losses instead of embeddings.
     pub fn gives_losses(&self) -> bool {
         self.model.info.gives_losses
+    }
+
+    /// Returns whether the model gives losses of texts in the place of images.
+    pub fn reads_texts(&self) -> bool {
+        self.model.info.model_type == LOSSES_OF_TEXTS
     }
 
     /// Names the fidelity, as `resolution=128`; the whole model is `full`.

@@ -236,18 +236,22 @@ fn text_shape(folder: &ModelFolder) -> TextShape {
             (end, form.clean)
         }
     };
-    let declared = padding::declared(
-        &folder.tokenizer_json,
-        folder.tokenizer_config_json.as_deref(),
-        folder.config.family == Family::Siglip,
-    );
-    let (length, vocab_size) = match folder.config.losses() {
-        Some(form) => (form.text_length, form.vocab_size),
-        None => (text.max_position_embeddings, text.vocab_size),
+    let (length, vocab_size, pad_id) = match folder.config.losses() {
+        // Such a module leaves padding out of its loss by the id that it was exported with.
+        Some(form) => (form.text_length, form.vocab_size, text.pad_token_id),
+        None => {
+            let declared = padding::declared(
+                &folder.tokenizer_json,
+                folder.tokenizer_config_json.as_deref(),
+                folder.config.family == Family::Siglip,
+            );
+            let pad_id = declared.unwrap_or(text.pad_token_id);
+            (text.max_position_embeddings, text.vocab_size, pad_id)
+        }
     };
     TextShape {
         length,
-        pad_id: declared.unwrap_or(text.pad_token_id),
+        pad_id,
         vocab_size,
         end,
         clean,

@@ -80,10 +80,11 @@ def write_module(folder: Path, traced: Any, about: dict[str, Any], weights: bool
     if weights:
         from safetensors.torch import save_file
 
-        state = {name: value.detach().contiguous() for name, value in traced.named_parameters()}
-        save_file(
-            {name: value.clone() for name, value in state.items()}, folder / "model.safetensors"
-        )
+        # Tied parameters are written under each of their names, by which the service reads them;
+        # safetensors takes no tensors that share memory.
+        named = traced.named_parameters(remove_duplicate=False)
+        state = {name: value.detach().contiguous().clone() for name, value in named}
+        save_file(state, folder / "model.safetensors")
     return hashlib.sha256((folder / "module.pt").read_bytes()).hexdigest()
 
 

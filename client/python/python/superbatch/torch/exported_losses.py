@@ -48,7 +48,8 @@ def export_losses(
     classes: how many there are; rows whose target is no integer from 0 to `classes` - 1 are bad.
     image_size: the side of the images in pixels, to which the service resizes without cropping.
     text_length, tokenizer: of texts, be they inputs or targets; as in `export_module`.
-    mean, std, resample, pad_token_id, weights: as in `export_module`.
+    pad_token_id: fills what a text is shorter, whatever the tokenizer itself pads with.
+    mean, std, resample, weights: as in `export_module`.
     """
     if not callable(getattr(model, "loss_per_example", None)):
         raise invalid("model", "it has no method loss_per_example(inputs, targets)")
@@ -97,8 +98,8 @@ def export_losses(
 
 
 def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Raises if the model gives other than a loss a row, or the traced module is not the model for
-    another number of rows.
+    """Raises if the model gives other than a finite loss a row, or the traced module is not the
+    model for another number of rows.
     """
     expected, count = model.loss_per_example(*rows), len(rows[0])
     if expected.shape != (count,) or not expected.is_floating_point():
@@ -106,6 +107,13 @@ def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> N
             f"its loss_per_example makes {expected.dtype} of shape {list(expected.shape)} of "
             f'{count} rows, not one loss a row (reduction="none", and a mean over what a row has '
             "several losses of)"
+        )
+        raise invalid("model", message)
+    endless = (~torch.isfinite(expected)).nonzero().flatten().tolist()
+    if endless:
+        message = (
+            f"its loss_per_example makes {expected[endless[0]].item()} of row {endless[0]} of "
+            f"{count} rows of random inputs and targets: a loss must be finite"
         )
         raise invalid("model", message)
     try:

@@ -64,7 +64,7 @@ fn policies_of_single_scores_are_taken_and_losses_stay_f32() {
 /// A change of the spec, and the field that is refused with it.
 type Refused = (fn(&mut RunSpec), &'static str);
 
-const REFUSED: [Refused; 16] = [
+const REFUSED: [Refused; 17] = [
     (
         |s| s.phases[0].policy = Policy::Joint.into(),
         "phases[0].policy",
@@ -144,6 +144,15 @@ const REFUSED: [Refused; 16] = [
             s.sources[0].image_root = "memory:///images".into();
         },
         "sources[0].text_column",
+    ),
+    (
+        |s| {
+            let mut of_texts = s.sources[0].clone();
+            of_texts.uri = "memory:///texts".into();
+            of_texts.text_column = "text".into();
+            s.sources.push(of_texts);
+        },
+        "sources[1].text_column",
     ),
     (
         |s| s.loss = Loss::Sigmoid.into(),
