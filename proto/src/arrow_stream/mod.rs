@@ -35,9 +35,8 @@ pub fn read(
     let mut left = Left::new(parts);
     let (mut schema, mut batches) = (None, Vec::new());
     for number in 0_u64.. {
-        let is_wrong = |what: String| {
-            ArrowError::IpcError(format!("message {number} of the stream: {what}"))
-        };
+        let is_wrong =
+            |what: String| ArrowError::IpcError(format!("message {number} of the stream: {what}"));
         let Some(metadata) = metadata(&mut left).map_err(is_wrong)? else {
             break;
         };
@@ -77,7 +76,9 @@ fn metadata(left: &mut Left) -> Result<Option<Buffer>, String> {
     let prefix = left.take(8).ok_or_else(cut)?;
     let (marker, length) = prefix.split_at(4);
     if marker != CONTINUES {
-        return Err(format!("it begins with {marker:02x?} and not with {CONTINUES:02x?}"));
+        return Err(format!(
+            "it begins with {marker:02x?} and not with {CONTINUES:02x?}"
+        ));
     }
     let length = length.try_into().map_or(0, u32::from_le_bytes) as usize;
     let bytes = left.bytes();
@@ -112,11 +113,7 @@ fn schema(message: &Message<'_>, body: &Buffer) -> Result<SchemaRef, String> {
     Ok(Arc::new(schema))
 }
 
-fn batch(
-    message: &Message<'_>,
-    body: &Buffer,
-    schema: &SchemaRef,
-) -> Result<RecordBatch, String> {
+fn batch(message: &Message<'_>, body: &Buffer, schema: &SchemaRef) -> Result<RecordBatch, String> {
     let batch = message.header_as_record_batch().ok_or("it has no rows")?;
     layout::check_batch(batch, body.len(), schema)?;
     let none = HashMap::new();
