@@ -10,8 +10,8 @@ use std::vec::IntoIter;
 /// If a column, or a part of one, is of a type that no stream of Superbatch has, or that Arrow does
 /// not refuse by itself though it is none.
 pub(super) fn check_schema(schema: ipc::Schema<'_>) -> Result<(), String> {
-    let fields = schema.fields().into_iter().flatten();
-    fields.map(check_field).collect()
+    let mut fields = schema.fields().into_iter().flatten();
+    fields.try_for_each(check_field)
 }
 
 /// The depth is bounded by the message's verification.
@@ -33,8 +33,8 @@ fn check_field(field: ipc::Field<'_>) -> Result<(), String> {
     {
         return Err(format!("column {name:?} has values of {size} parts"));
     }
-    let parts = field.children().into_iter().flatten();
-    parts.map(check_field).collect()
+    let mut parts = field.children().into_iter().flatten();
+    parts.try_for_each(check_field)
 }
 
 /// # Errors
