@@ -117,32 +117,38 @@ def write_siglip(folder: Path, seed: int = 0) -> Path:
     return write_folder(folder, captions(), seed, SHAPE)
 
 
+#: What both towers of a model of transformers have.
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+}
+
+
+def write_tokenizer(folder: Path, texts: Sequence[str]) -> dict:
+    """Makes `folder` with a tokenizer in it. Returns the configuration of its text tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts, SHAPE)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {
+        **TOWER,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": SHAPE["text_length"],
+        "pad_token_id": 0,
+    }
+
+
 def write_clip(folder: Path, seed: int = 0, texts: Sequence[str] | None = None) -> Path:
     """CLIP pools the text at its end token, so its tokenizer begins and ends captions and its
     config says where.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts or captions(), SHAPE)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    common = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-    }
-    text = {
-        **common,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "max_position_embeddings": SHAPE["text_length"],
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
+    text = {**write_tokenizer(folder, texts or captions()), "bos_token_id": 1, "eos_token_id": 1}
     torch.manual_seed(seed)
     model = CLIPModel(
         CLIPConfig(
             text_config=text,
-            vision_config={**common, "image_size": SIDE, "patch_size": 8},
+            vision_config={**TOWER, "image_size": SIDE, "patch_size": 8},
             projection_dim=16,
         )
     )
@@ -172,22 +178,8 @@ def write_clip(folder: Path, seed: int = 0, texts: Sequence[str] | None = None) 
 
 def write_naflex(folder: Path, seed: int = 0, max_num_patches: int = 10) -> Path:
     """A SigLIP 2 that takes pictures of any shape."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(captions(), SHAPE)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    common = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-    }
-    text = {
-        **common,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "max_position_embeddings": SHAPE["text_length"],
-        "pad_token_id": 0,
-    }
-    vision = {**common, "num_patches": 4, "patch_size": SHAPE["patch_size"]}
+    text = write_tokenizer(folder, captions())
+    vision = {**TOWER, "num_patches": 4, "patch_size": SHAPE["patch_size"]}
     torch.manual_seed(seed)
     model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
     with torch.no_grad():
