@@ -18,7 +18,7 @@ from refusal import opening, refused
 from superbatch.torch.folders import Pixels
 from test_approximations import flexi
 from test_embed import embeds
-from test_end_to_end import phase, spec, train
+from test_end_to_end import phase, service, spec, train  # noqa: F401
 from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, Siglip2Model
 
@@ -47,12 +47,6 @@ def inputs(tmp_path_factory) -> Path:
     tiny.write_naflex(folder / "learner", seed=0)
     tiny.write_naflex(folder / "reference", seed=1)
     return folder
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp("service")) as cluster:
-        yield cluster
 
 
 @torch.no_grad()
