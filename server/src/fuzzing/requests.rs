@@ -141,7 +141,12 @@ fn register(input: &mut Input<'_>) {
         while let Some(request) = input.message::<RegisterRequest>() {
             let registered = read(pool.register(&request, now)).is_some();
             let live = pool.live(now);
-            let is_there = live.iter().any(|worker| worker.address == request.address);
+            let mut at = live.iter().filter(|w| w.address == request.address);
+            let is_there = match request.leaving {
+                // Of another process at that address nothing is said.
+                true => at.any(|w| w.incarnation == request.incarnation),
+                false => at.next().is_some(),
+            };
             assert!(!registered || is_there != request.leaving, "{request:?}");
         }
     });

@@ -120,7 +120,9 @@ impl Pool {
 
     /// Removes the worker of this process, until it is embedded again.
     pub fn let_embedded_go(&self) {
-        self.remove(EMBEDDED);
+        let mut registered = self.registered.lock().expect("no panic while held");
+        registered.remove(EMBEDDED);
+        metrics::workers().set(registered.len() as f64);
     }
 
     /// Handles a registration at `now`: adds the worker, renews its lease, or removes it.
@@ -128,13 +130,13 @@ impl Pool {
     /// # Errors
     /// `InvalidArgument` if its address is no URI, or its state is not this coordinator's.
     pub fn register(&self, request: &RegisterRequest, now: Instant) -> Result<()> {
+        check_registration(request)?;
         if request.leaving {
-            if self.remove(&request.address) {
+            if self.remove(&request.address, &request.incarnation) {
                 tracing::info!(address = request.address, "worker left");
             }
             return Ok(());
         }
-        check_registration(request)?;
         self.check_state(request)?;
         let lease_until = Some(now + self.lease);
         let mut registered = self.registered.lock().expect("no panic while held");
@@ -219,15 +221,7 @@ impl Pool {
 
     /// Removes a worker whose connection broke. It comes back by its next registration.
     pub fn lost(&self, worker: &Worker) {
-        let mut registered = self.registered.lock().expect("no panic while held");
-        // Several calls report the same loss, some of them late. By then the worker may have been
-        // restarted at the same address and registered again: only the process that was lost is
-        // removed. The embedded worker is never removed here, since nothing would bring it back.
-        let same =
-            |m: &Registered| m.lease_until.is_some() && m.worker.incarnation == worker.incarnation;
-        if registered.get(&worker.address).is_some_and(same) {
-            registered.remove(&worker.address);
-            metrics::workers().set(registered.len() as f64);
+        if self.remove(&worker.address, &worker.incarnation) {
             tracing::warn!(address = worker.address, "worker lost");
         }
     }
@@ -311,12 +305,21 @@ impl Pool {
         self.changed.send_modify(|n| *n += 1);
     }
 
-    /// Removes a worker. Returns whether it was present.
-    fn remove(&self, address: &str) -> bool {
+    /// Removes one process of a registered worker. Returns whether it was present.
+    ///
+    /// Several calls report the same loss, some of them late, and a worker may be told to leave
+    /// when its successor has registered at the same address: only the very process is removed,
+    /// and nobody can take another worker away without knowing its incarnation. The embedded worker
+    /// is never removed here, since nothing would bring it back.
+    fn remove(&self, address: &str, incarnation: &str) -> bool {
         let mut registered = self.registered.lock().expect("no panic while held");
-        let removed = registered.remove(address).is_some();
+        let same = |m: &Registered| m.lease_until.is_some() && m.worker.incarnation == incarnation;
+        let present = registered.get(address).is_some_and(same);
+        if present {
+            registered.remove(address);
+        }
         metrics::workers().set(registered.len() as f64);
-        removed
+        present
     }
 }
 
@@ -352,6 +355,7 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::workers::worker::tests::unreachable;
 
     fn registration(address: &str, leaving: bool) -> RegisterRequest {
         RegisterRequest {
@@ -377,6 +381,51 @@ mod tests {
             .unwrap();
         assert_eq!(pool.live(at(18)).len(), 1);
         assert!(pool.live(at(20)).is_empty());
+    }
+
+    #[tokio::test]
+    async fn only_the_process_that_leaves_is_removed() {
+        let (lease, patience) = (Duration::from_secs(10), Duration::from_millis(20));
+        let pool = Pool::new(lease, patience, Home::default());
+        let (now, address) = (Instant::now(), "http://127.0.0.1:1");
+        pool.register(&registration(address, false), now).unwrap();
+        let another = RegisterRequest {
+            incarnation: "2".into(),
+            ..registration(address, true)
+        };
+        pool.register(&another, now).unwrap();
+        assert_eq!(
+            pool.live(now).len(),
+            1,
+            "another process was at its address"
+        );
+        let endless = "a".repeat(URI_BYTES_MAX + 1);
+        assert!(pool.register(&registration(&endless, true), now).is_err());
+        pool.register(&registration(address, true), now).unwrap();
+        assert!(pool.live(now).is_empty());
+    }
+
+    #[tokio::test]
+    async fn no_caller_takes_the_embedded_worker_away() {
+        let (lease, patience) = (Duration::from_secs(10), Duration::from_millis(20));
+        let pool = Pool::new(lease, patience, Home::default());
+        let worker = unreachable(None);
+        let address = EMBEDDED.to_owned();
+        pool.insert(Registered {
+            worker: Worker { address, ..worker },
+            lease_until: None,
+        });
+        let now = Instant::now();
+        for incarnation in ["", "1"] {
+            let leaving = RegisterRequest {
+                incarnation: incarnation.into(),
+                ..registration(EMBEDDED, true)
+            };
+            pool.register(&leaving, now).unwrap();
+        }
+        assert_eq!(pool.live(now).len(), 1);
+        pool.let_embedded_go();
+        assert!(pool.live(now).is_empty());
     }
 
     #[tokio::test]
