@@ -99,8 +99,7 @@ async fn fetch_rows_from(
     while let Some(response) = replies.within(worker, "rows", stream.next()).await? {
         match response.map_err(lost)?.message {
             Some(fetch_rows_response::Message::ArrowIpc(part)) => {
-                bytes += part.len() as u64;
-                replies.check_rows_bytes(bytes)?;
+                replies.count_rows(&mut bytes, &part)?;
                 parts.push(part);
             }
             Some(fetch_rows_response::Message::Done(done)) if done.rows as usize == wanted => {
@@ -112,7 +111,7 @@ async fn fetch_rows_from(
             Some(fetch_rows_response::Message::Kept(_)) => {
                 return Err(unsound("a number of rows where the rows were due"));
             }
-            None => {}
+            None => return Err(unsound("an empty message")),
         }
     }
     Err(Error::new(

@@ -124,8 +124,7 @@ impl Live {
             };
             match message {
                 Message::ArrowIpc(part) => {
-                    bytes += part.len() as u64;
-                    self.replies.check_rows_bytes(bytes)?;
+                    self.replies.count_rows(&mut bytes, &part)?;
                     parts.push(part);
                 }
                 Message::RowsDone(done) if done.rows as usize == chosen.len() => {

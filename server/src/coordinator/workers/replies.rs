@@ -21,6 +21,9 @@ use superbatch_proto::v1::{
 };
 use tokio::time::timeout;
 
+/// The least that one part of rows counts.
+const PART_BYTES_MIN: u64 = 1024;
+
 /// The operator's bounds on a worker's answers.
 #[derive(Debug, Clone, Copy)]
 pub struct Replies {
@@ -61,12 +64,19 @@ impl Replies {
         })
     }
 
-    /// Checks the number of bytes of rows received so far.
+    /// Adds a part of rows to `bytes`, the number received so far.
+    ///
+    /// A part counts at least [`PART_BYTES_MIN`]: what is kept of each costs memory beside its
+    /// bytes, so a worker that sends tiny ones without end would pass the bound many times over.
     ///
     /// # Errors
-    /// `MessageTooLarge`.
-    pub fn check_rows_bytes(&self, bytes: u64) -> Result<()> {
-        if bytes <= self.rows_bytes_max {
+    /// `MessageTooLarge`; `Internal` for an empty part, which no worker sends.
+    pub fn count_rows(&self, bytes: &mut u64, part: &[u8]) -> Result<()> {
+        if part.is_empty() {
+            return Err(unsound("an empty part of rows"));
+        }
+        *bytes += (part.len() as u64).max(PART_BYTES_MIN);
+        if *bytes <= self.rows_bytes_max {
             return Ok(());
         }
         let message = format!(
