@@ -12,11 +12,16 @@ use tracing::{Instrument, Span};
 /// the work of this call, so a slow caller costs a bounded amount of memory.
 const UNDER_WAY_MAX: usize = 4;
 
+/// How long a caller may leave one message unread, unless its call says otherwise. A call holds a
+/// slot, a block, or rows while it sends; callers that read nothing, or a byte a second, would hold
+/// them for ever, and keep-alive does not see it: such a peer answers pings.
+const UNREAD_MAX: Duration = Duration::from_secs(300);
+
 /// The sending half of one call's answer.
 pub(crate) struct Answers<T> {
     sender: mpsc::Sender<Result<T, Status>>,
-    /// How long the caller may leave one message unread; for ever if absent.
-    unread_max: Option<Duration>,
+    /// How long the caller may leave one message unread.
+    unread_max: Duration,
 }
 
 /// A streamed answer.
@@ -26,23 +31,17 @@ impl<T> Answers<T> {
     /// Gives up a caller that reads no message for that long.
     #[must_use]
     pub(crate) fn each_within(self, unread_max: Duration) -> Self {
-        Self {
-            unread_max: Some(unread_max),
-            ..self
-        }
+        Self { unread_max, ..self }
     }
 
     /// # Errors
     /// `Internal` if the caller has gone, `Overloaded` if it does not read.
     pub(crate) async fn send(&self, message: T) -> Result<()> {
         let sent = self.sender.send(Ok(message));
-        let sent = match self.unread_max {
-            Some(max) => timeout(max, sent).await.map_err(|_| {
-                let message = "the caller has stopped reading";
-                Error::new(Reason::Overloaded, message)
-            })?,
-            None => sent.await,
-        };
+        let sent = timeout(self.unread_max, sent).await.map_err(|_| {
+            let message = "the caller has stopped reading";
+            Error::new(Reason::Overloaded, message)
+        })?;
         sent.map_err(|_| Error::internal("the caller has gone"))
     }
 }
@@ -56,7 +55,7 @@ pub(crate) fn answer_with<T: Send + 'static>(
     let (sender, receiver) = mpsc::channel(UNDER_WAY_MAX);
     let work = work(Answers {
         sender: sender.clone(),
-        unread_max: None,
+        unread_max: UNREAD_MAX,
     });
     let work = work.instrument(Span::current());
     tokio::spawn(async move {
