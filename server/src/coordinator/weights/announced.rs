@@ -33,30 +33,40 @@ impl Announced {
         self.by.range(of_generation).map(|((_, step), _)| *step)
     }
 
-    fn add(&mut self, request: &AnnouncePushRequest) {
+    /// Returns whether anything changed. The caller may hold thousands of announcements, so no
+    /// copy is made to compare with.
+    fn add(&mut self, request: &AnnouncePushRequest) -> bool {
         let at = (request.generation, request.step);
         let ranks = self.by.entry(at).or_default();
         let known = ranks.insert(request.rank, request.incarnation.clone());
+        if known.as_ref() == Some(&request.incarnation) {
+            return false;
+        }
         self.count += usize::from(known.is_none());
         while self.count > KEPT_MAX
             && let Some((_, ranks)) = self.by.pop_first()
         {
             self.count -= ranks.len();
         }
+        true
     }
 
-    fn withdraw(&mut self, request: &AnnouncePushRequest) {
+    /// Returns whether anything changed.
+    fn withdraw(&mut self, request: &AnnouncePushRequest) -> bool {
         let at = (request.generation, request.step);
-        if let Some(ranks) = self.by.get_mut(&at) {
-            // Not that of a newer start, which this one, going down, knows nothing of.
-            if ranks.get(&request.rank) == Some(&request.incarnation) {
-                ranks.remove(&request.rank);
-                self.count -= 1;
-            }
-            if ranks.is_empty() {
-                self.by.remove(&at);
-            }
+        let Some(ranks) = self.by.get_mut(&at) else {
+            return false;
+        };
+        // Not that of a newer start, which this one, going down, knows nothing of.
+        if ranks.get(&request.rank) != Some(&request.incarnation) {
+            return false;
         }
+        ranks.remove(&request.rank);
+        self.count -= 1;
+        if ranks.is_empty() {
+            self.by.remove(&at);
+        }
+        true
     }
 
     /// Forgets a push that was published or refused.
@@ -64,12 +74,15 @@ impl Announced {
         self.count -= self.by.remove(&at).map_or(0, |ranks| ranks.len());
     }
 
-    fn retain(&mut self, keeps: impl Fn(&str) -> bool) {
+    /// Returns whether anything changed.
+    fn retain(&mut self, keeps: impl Fn(&str) -> bool) -> bool {
+        let before = self.count;
         self.by.retain(|_, ranks| {
             ranks.retain(|_, incarnation| keeps(incarnation));
             !ranks.is_empty()
         });
         self.count = self.by.values().map(BTreeMap::len).sum();
+        self.count != before
     }
 }
 
@@ -84,7 +97,6 @@ impl Weights {
             .check_due(generation, request.generation, request.step)?;
         let at = (request.generation, request.step);
         self.0.traffic.send_if_modified(|traffic| {
-            let old = traffic.announced.clone();
             // Looked up under the lock of the traffic, since a push enters the book before it
             // leaves the traffic. An announcement that arrives late, by another connection, is
             // ignored then; otherwise it would stay for ever and make steps wait for a push that is
@@ -92,10 +104,8 @@ impl Weights {
             let published = self.0.book.borrow().at(at.1, at.0).is_some();
             match request.withdrawn {
                 true => traffic.announced.withdraw(request),
-                false if published => {}
-                false => traffic.announced.add(request),
+                false => !published && traffic.announced.add(request),
             }
-            traffic.announced != old
         });
         Ok(())
     }
@@ -108,11 +118,9 @@ impl Weights {
         is_earlier: impl Fn(&str) -> bool,
     ) {
         self.0.traffic.send_if_modified(|traffic| {
-            let old = traffic.announced.clone();
             traffic
                 .announced
-                .retain(|by| by == incarnation || !is_earlier(by));
-            traffic.announced != old
+                .retain(|by| by == incarnation || !is_earlier(by))
         });
     }
 }
@@ -138,12 +146,13 @@ mod tests {
     fn a_push_is_expected_while_one_rank_means_to_bring_it() {
         let mut announced = Announced::default();
         for rank in [0, 1] {
-            announced.add(&request(3, rank, "a"));
+            assert!(announced.add(&request(3, rank, "a")));
+            assert!(!announced.add(&request(3, rank, "a")), "said again");
         }
-        announced.withdraw(&request(3, 0, "a"));
-        announced.withdraw(&request(3, 1, "before"));
+        assert!(announced.withdraw(&request(3, 0, "a")));
+        assert!(!announced.withdraw(&request(3, 1, "before")));
         assert_eq!(steps(&announced), [3]);
-        announced.withdraw(&request(3, 1, "a"));
+        assert!(announced.withdraw(&request(3, 1, "a")));
         assert!(steps(&announced).is_empty());
         assert_eq!(announced, Announced::default());
     }
@@ -153,7 +162,8 @@ mod tests {
         let mut announced = Announced::default();
         announced.add(&request(3, 0, "a"));
         announced.add(&request(4, 0, "b"));
-        announced.retain(|by| by == "b");
+        assert!(announced.retain(|by| by == "b"));
+        assert!(!announced.retain(|by| by == "b"));
         assert_eq!(steps(&announced), [4]);
         assert_eq!(announced.steps(1).count(), 0, "of another generation");
     }
@@ -161,7 +171,7 @@ mod tests {
     #[test]
     fn announcements_are_bounded_and_the_oldest_go_first() {
         let mut announced = Announced::default();
-        (0..KEPT_MAX as i64 + 10).for_each(|step| announced.add(&request(step, 0, "a")));
+        (0..KEPT_MAX as i64 + 10).for_each(|step| assert!(announced.add(&request(step, 0, "a"))));
         assert_eq!(steps(&announced).len(), KEPT_MAX);
         assert_eq!(steps(&announced)[0], 10);
     }
