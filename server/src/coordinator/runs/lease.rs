@@ -70,8 +70,9 @@ impl Lease {
     /// Those of [`Run::report_losses`].
     pub async fn report_losses(&self, request: &ReportLossesRequest) -> Result<()> {
         self.run.calls.train();
-        let answer = self.run.report_losses(request).await;
-        self.after_write(answer)
+        // Not as other calls that write: a report that failed is brought again by its trainer, and
+        // a run that is let go for it would lose all steps under way.
+        self.after(self.run.report_losses(request).await)
     }
 
     /// Takes a rank's stream of weights, until the push is published.
