@@ -377,6 +377,31 @@ async fn a_former_owner_answers_with_receipts_that_are_in_force() {
     cluster.stop().await;
 }
 
+/// Another coordinator takes the run over. The one before has a batch ready, and serves it only for
+/// as long as its last look at the owner holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_former_owner_does_not_serve_from_memory_for_ever() {
+    let cluster = Cluster::start(0, Script::default()).await;
+    let run = cluster.open_run("taken", uniform(&cluster)).await.unwrap();
+    ids(&run, 0).await;
+    let state = Stores::new(StorageConfig::default())
+        .open(&cluster.uri("state/runs/taken"))
+        .unwrap();
+    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
+    state.create("owner/2.json", owner.into()).await.unwrap();
+    let refused = async {
+        loop {
+            if let Err(refused) = run.select(0, 0, 1, Intent::Need).await {
+                return refused;
+            }
+        }
+    };
+    let refused = tokio::time::timeout(Duration::from_secs(60), refused).await;
+    let refused = refused.expect("it looks again");
+    assert_eq!(refused.reason(), Some(Reason::NotOwner), "{refused}");
+    cluster.stop().await;
+}
+
 /// A process sleeps while it creates a receipt. When it wakes, another coordinator has the run, and
 /// the step's receipt may lie in a pack, without an object: the create goes well, and decides
 /// nothing.

@@ -5,12 +5,16 @@ use crate::{
     storage::{Created, Location, nonce},
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 use superbatch_proto::{
     INSTANCE, OWNER,
     v1::{Reason, selection_service_server::SERVICE_NAME},
 };
 use superbatch_transport::Dialer;
+use tokio::time::timeout;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -18,6 +22,12 @@ use tonic_health::pb::{
 /// How long a former owner may take to answer before it counts as dead. Short, since trainers wait
 /// for the takeover; a live coordinator answers its health check in milliseconds.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// For so long after a check a process may take it that it is the owner still.
+const KNOWN_FOR: Duration = Duration::from_secs(5);
+
+/// How long [`Ownership::check_lately`] waits for the store.
+const LOOKS_FOR: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct OwnerFact {
@@ -66,9 +76,19 @@ pub struct Identity {
 pub struct Ownership {
     run: Location,
     epoch: u64,
+    /// When a check last found this process to be the owner.
+    checked: Mutex<Instant>,
 }
 
 impl Ownership {
+    fn since(run: &Location, epoch: u64) -> Self {
+        Self {
+            run: run.clone(),
+            epoch,
+            checked: Mutex::new(Instant::now()),
+        }
+    }
+
     /// Takes the run over, unless another coordinator owns it and answers.
     ///
     /// # Errors
@@ -81,10 +101,7 @@ impl Ownership {
             // If another coordinator wins this epoch, the loop reads again, and asks the winner
             // whether it is alive.
             if run.create(&key(epoch), bytes.into()).await? == Created::Ours {
-                return Ok(Self {
-                    run: run.clone(),
-                    epoch,
-                });
+                return Ok(Self::since(run, epoch));
             }
         }
     }
@@ -106,12 +123,36 @@ impl Ownership {
         // would cost several times as much. The answer may be stale by the time it is used. It need
         // not be exact: what decides is the conditional create of the receipt. The check only stops
         // a former owner from working on.
+        let asked = Instant::now();
         match self.run.find(&key(self.epoch + 1)).await? {
-            None => Ok(()),
+            None => {
+                *self.checked.lock().expect("no panic while held") = asked;
+                Ok(())
+            }
             Some(_) => {
                 let owner = newest(&self.run).await?.map(|(_, owner)| owner);
                 Err(not_owner(&owner.unwrap_or_else(OwnerFact::unknown)))
             }
+        }
+    }
+
+    /// As [`Ownership::check`], for calls that are answered from memory: reads the store only if
+    /// the last check was a while ago. A process that was paused for longer than a takeover takes
+    /// must not go on with a trajectory that may be over. While a run commits, its commits check.
+    ///
+    /// A store that does not answer at once is no refusal: what is ready is served on while it is
+    /// away, and nothing becomes durable without [`Ownership::check`].
+    ///
+    /// # Errors
+    /// `NotOwner` with the new owner's address.
+    pub async fn check_lately(&self) -> Result<()> {
+        let checked = *self.checked.lock().expect("no panic while held");
+        if checked.elapsed() < KNOWN_FOR {
+            return Ok(());
+        }
+        match timeout(LOOKS_FOR, self.check()).await {
+            Ok(Err(error)) if error.reason() == Reason::NotOwner => Err(error),
+            _ => Ok(()),
         }
     }
 }
@@ -210,7 +251,7 @@ async fn answers(dialer: &Dialer, address: &str) -> bool {
             .ok()?;
         (answer.into_inner().status() == ServingStatus::Serving).then_some(())
     };
-    tokio::time::timeout(ANSWER_WITHIN, asked)
+    timeout(ANSWER_WITHIN, asked)
         .await
         .is_ok_and(|serves| serves.is_some())
 }
@@ -321,10 +362,7 @@ mod tests {
         run.create("owner/2.json", dead).await.unwrap();
         check_reads_packs(&run, &us).await.unwrap();
         assert_eq!(run.list("owner").await.unwrap().len(), 2);
-        let hung = Ownership {
-            run: run.clone(),
-            epoch: 2,
-        };
+        let hung = Ownership::since(&run, 2);
         keep_out_older(&run, &us).await.unwrap();
         assert_eq!(hung.check().await.unwrap_err().reason(), Reason::NotOwner);
         // This build's own is left alone, and takes over from us.

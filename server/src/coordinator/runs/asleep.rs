@@ -59,7 +59,7 @@ impl Coordinator {
     /// `RunNotFound`; `NotOwner` with the owner's address; `StorageUnreachable`.
     pub async fn info(&self, id: &str, resume: Option<u64>) -> Result<RunInfo> {
         check_id(id)?;
-        if let Some(run) = self.open.lease(id) {
+        if let Some(run) = self.owned(id).await? {
             return Ok(run.run().info(resume));
         }
         let facts = self.facts(id).await?;
@@ -96,7 +96,7 @@ impl Coordinator {
     /// As [`Coordinator::info`].
     pub async fn weights(&self, id: &str, newest: usize) -> Result<Vec<KeptWeights>> {
         check_id(id)?;
-        if let Some(run) = self.open.lease(id) {
+        if let Some(run) = self.owned(id).await? {
             return Ok(run.run().weights.list(newest));
         }
         let facts = self.facts(id).await?;
@@ -113,7 +113,7 @@ impl Coordinator {
     ) -> Result<GetWeightsDigestsResponse> {
         let (id, version) = (request.run_id.as_str(), request.version);
         check_id(id)?;
-        if let Some(run) = self.open.lease(id) {
+        if let Some(run) = self.owned(id).await? {
             let weights = &run.run().weights;
             return weights.digests(version, request.tensor_offset).await;
         }

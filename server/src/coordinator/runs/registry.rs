@@ -108,11 +108,24 @@ impl Coordinator {
     /// `RunNotFound`; `NotOwner` with the owner's address.
     pub async fn run(&self, id: &str) -> Result<Lease> {
         check_id(id)?;
-        if let Some(run) = self.open.lease(id) {
+        if let Some(run) = self.owned(id).await? {
             return Ok(run);
         }
         let _alone = self.lock_run(id).await;
         self.find_or_load(id).await?.ok_or_else(|| not_found(id))
+    }
+
+    /// Returns the run `id` if it is in memory. Lets it go if another coordinator has taken it
+    /// over: its memory is then of a trajectory that may be over.
+    ///
+    /// # Errors
+    /// `NotOwner` with the owner's address.
+    pub(super) async fn owned(&self, id: &str) -> Result<Option<Lease>> {
+        let Some(run) = self.open.lease(id) else {
+            return Ok(None);
+        };
+        run.after(run.run().owner.check_lately().await)?;
+        Ok(Some(run))
     }
 
     /// Returns the generations of the run `id` and its receipts, read from the state if this
@@ -176,7 +189,7 @@ impl Coordinator {
     }
 
     async fn find_or_load(&self, id: &str) -> Result<Option<Lease>> {
-        if let Some(run) = self.open.lease(id) {
+        if let Some(run) = self.owned(id).await? {
             return Ok(Some(run));
         }
         let Some(facts) = run::load(&self.location(id)).await? else {
