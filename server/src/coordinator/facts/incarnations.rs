@@ -1,6 +1,7 @@
 //! Starts of the trainer, in the order in which their first ranks arrived: facts at
 //! `incarnations/{n}.json`. They are durable because the last one is the trainer that runs now:
 //! after a restart of the coordinator a late rank of an older start must still be refused.
+use super::numbered;
 use crate::{
     error::{Error, Result},
     storage::{Created, Location, nonce},
@@ -25,10 +26,11 @@ impl Incarnations {
     /// # Errors
     /// `StorageUnreachable`; `Internal` for a damaged fact.
     pub async fn load(run: &Location) -> Result<Self> {
-        let mut known = Vec::new();
-        while let Some(bytes) = run.find(&key(known.len())).await? {
-            known.push(decode(run, known.len(), &bytes)?);
-        }
+        let facts = numbered::read(run, 0, |n| key(n as usize)).await?;
+        let facts = facts.iter().enumerate();
+        let known = facts
+            .map(|(n, bytes)| decode(run, n, bytes))
+            .collect::<Result<_>>()?;
         Ok(Self {
             run: run.clone(),
             known: Mutex::new(known),

@@ -2,6 +2,7 @@
 pub mod chain;
 mod format;
 pub mod incarnations;
+mod numbered;
 pub mod owner;
 pub mod run;
 pub mod trail;

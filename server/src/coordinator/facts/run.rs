@@ -1,7 +1,7 @@
 //! The definition of a run in object storage: facts below `runs/R/`, each created once.
 use super::{
     chain::{Chain, Rewound},
-    format,
+    format, numbered,
 };
 use crate::{
     coordinator::spec::{complete_later_fields, complete_phase},
@@ -232,24 +232,21 @@ pub async fn load(location: &Location) -> Result<Option<RunFacts>> {
     format::check(location, &bytes)?;
     let run: RunFact = decode(location, "run.json", &bytes)?;
     let mut spec = run.spec()?;
-    let mut appended = 0;
-    while let Some(more) =
-        find::<AppendedPhases>(location, &format!("phases/{appended}.json")).await?
-    {
+    let added = numbered::read(location, 0, phases_key).await?;
+    let appended = added.len() as u32;
+    for (n, bytes) in (0..).zip(&added) {
+        let more: AppendedPhases = decode(location, &phases_key(n), bytes)?;
         let phases = more.phases.iter();
         let phases = phases.map(|phase| read::<Phase>(phase, "an appended phase"));
         let mut phases = phases.collect::<Result<Vec<_>>>()?;
         phases.iter_mut().for_each(complete_phase);
         spec.phases.extend(phases);
-        appended += 1;
     }
-    let mut rewinds = Vec::new();
-    loop {
-        let generation = rewinds.len() as u32 + 1;
+    let facts = numbered::read(location, 1, |n| generation_key(n as u32)).await?;
+    let mut rewinds = Vec::with_capacity(facts.len());
+    for (generation, bytes) in (1..).zip(&facts) {
         let key = generation_key(generation);
-        let Some(fact) = find::<RewoundFact>(location, &key).await? else {
-            break;
-        };
+        let fact: RewoundFact = decode(location, &key, bytes)?;
         if fact.rewound.generation != generation {
             let message = format!("{} is of another generation", location.uri_of(&key));
             return Err(Error::internal(message));
@@ -293,10 +290,7 @@ pub async fn append_phases(location: &Location, number: u32, phases: &[Phase]) -
         phases,
         nonce: nonce(),
     });
-    match location
-        .create(&format!("phases/{number}.json"), bytes)
-        .await?
-    {
+    match location.create(&phases_key(number.into()), bytes).await? {
         Created::Ours => Ok(()),
         Created::Theirs(_) => {
             let message =
@@ -357,6 +351,10 @@ async fn find<T: DeserializeOwned>(location: &Location, key: &str) -> Result<Opt
         .await?
         .map(|bytes| decode(location, key, &bytes))
         .transpose()
+}
+
+fn phases_key(number: u64) -> String {
+    format!("phases/{number}.json")
 }
 
 fn generation_key(generation: u32) -> String {
