@@ -4,10 +4,10 @@
 //! caller. If each had patience of its own, they would multiply: five attempts under four under
 //! three are sixty, and a lock that is held meanwhile is held for the product of all waits. So one
 //! budget is made where the call begins, and travels down with it.
-use crate::error::Error;
+use crate::error::{Error, Result};
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use std::time::Duration;
-use superbatch_proto::RETRIED_SECONDS;
+use superbatch_proto::{RETRIED_SECONDS, v1::Reason};
 use tokio::time::{Instant, timeout_at};
 
 /// Most time that one call retries.
@@ -17,6 +17,8 @@ const START: Duration = Duration::from_secs(20);
 /// Most time of a single request. If it has no answer by then, its effect is read back and it is
 /// tried again.
 const REQUEST: Duration = Duration::from_secs(60);
+/// Most time of a read that is made while a lock is held.
+const LOOK: Duration = Duration::from_secs(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// How many times the pause doubles.
 const DOUBLINGS: u32 = 5;
@@ -98,6 +100,21 @@ impl Budget {
         let until = self.until.min(Instant::now() + REQUEST);
         timeout_at(until, request).await.ok()
     }
+
+    /// Waits for a read while others wait for the caller's lock. The store's own client goes on for
+    /// minutes with one read that fails; here it has to be given up sooner, so that the lock is
+    /// free while this call pauses.
+    ///
+    /// # Errors
+    /// Those of the read; `StorageUnreachable` if it has no answer in time.
+    pub async fn look<T>(&self, read: impl Future<Output = Result<T>>) -> Result<T> {
+        let until = self.until.min(Instant::now() + LOOK);
+        timeout_at(until, read).await.unwrap_or_else(|_| {
+            let seconds = LOOK.as_secs();
+            let message = format!("the store has not answered a read within {seconds} s");
+            Err(Error::new(Reason::StorageUnreachable, message))
+        })
+    }
 }
 
 #[cfg(test)]
@@ -114,5 +131,14 @@ mod tests {
         };
         budget.uncounted(others).await;
         assert!(budget.begun > begun && budget.until > until);
+    }
+
+    #[tokio::test]
+    async fn a_read_under_a_lock_ends_and_may_be_tried_again() {
+        let budget = Budget::of(Duration::from_millis(1), FIRST_PAUSE);
+        let never = std::future::pending::<Result<()>>();
+        let error = budget.look(never).await.unwrap_err();
+        assert!(crate::storage::is_passing(&error), "{error}");
+        assert_eq!(budget.look(async { Ok(7) }).await.unwrap(), 7);
     }
 }

@@ -113,11 +113,11 @@ impl Run {
             .as_ref()
             .map_or(0, |learner| learner.version);
         self.check_current(generation)?;
-        self.owner.check().await?;
+        budget.look(self.owner.check()).await?;
         if self.weights.is_taken_back_since(rollbacks, scored_with) {
             return Ok(None);
         }
-        self.settle_doubts(&nonce).await?;
+        self.settle_doubts(&nonce, budget).await?;
         let mut totals = {
             let state = self.state();
             if state.in_doubt.is_counted(&nonce) {
@@ -126,7 +126,9 @@ impl Run {
                 accounts::add(&state.totals, &summary.cost.unwrap_or_default())
             }
         };
-        self.judge(step, &totals, &receipt.bad_rows).await?;
+        // The fact that ends a run is created once; an attempt that is cut short is made again.
+        let judged = self.judge(step, &totals, &receipt.bad_rows);
+        budget.look(judged).await?;
         receipt.summary.get_or_insert_default().run_totals = Some(totals);
         let committed = self.receipts.commit(receipt, budget).await;
         let unknown = |error: &Error| {
@@ -162,11 +164,12 @@ impl Run {
     /// Finds out whether receipts of other commits, whose outcome is not known, were written, and
     /// adds their cost to the totals. A store that does not answer leaves them in doubt, and this
     /// commit is tried again as well.
-    async fn settle_doubts(&self, nonce: &str) -> Result<()> {
+    async fn settle_doubts(&self, nonce: &str, budget: &Budget) -> Result<()> {
         let doubts = self.state().in_doubt.of_others(nonce);
         for doubt in doubts {
             let (step, generation) = (doubt.step, doubt.generation);
-            let found = self.receipts.summary(step, generation).await?;
+            let found = budget.look(self.receipts.summary(step, generation));
+            let found = found.await?;
             let found = found.as_ref().map(|found| found.writer_nonce.as_str());
             let state = &mut *self.state();
             if state.in_doubt.settle(&doubt, found, &mut state.totals)
