@@ -89,8 +89,8 @@ impl Lease {
         self.after(checked.await)?;
         let (generation, known) = run.trainers();
         let published = run.weights.push(generation, &known, start, stream).await?;
-        // If another coordinator has taken the run over in the meantime, it does not know of this
-        // push. NOT_OWNER makes the client push there again, where the fact is found.
+        // If another coordinator has taken the run over in the meantime, it may not know of this
+        // push. NOT_OWNER names it, and the trainer pushes there again, where the fact is found.
         self.after(run.owner.check().await)?;
         Ok(published)
     }
