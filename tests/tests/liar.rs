@@ -52,6 +52,8 @@ enum Lie {
     Silence,
     /// Bytes that are no rows.
     Garbage,
+    /// Parts of rows without a byte, before each that is due, and no end.
+    EmptyRows,
     /// The end of more rows than it sent.
     MoreRows,
     /// A number of rows that it holds, where the rows are due.
@@ -88,6 +90,12 @@ fn more(done: RowsDone) -> RowsDone {
     }
 }
 
+fn empty_part() -> ScoreResponse {
+    ScoreResponse {
+        message: Some(Message::ArrowIpc(Vec::new().into())),
+    }
+}
+
 fn kept() -> KeptRows {
     KeptRows {
         id: 1,
@@ -116,6 +124,8 @@ impl Liar {
                 });
             }
             (Some(Message::ArrowIpc(part)), Lie::Garbage) => *part = vec![0; part.len()].into(),
+            (Some(Message::ArrowIpc(_)), Lie::EmptyRows) => return vec![empty_part(), response],
+            (Some(Message::RowsDone(_)), Lie::EmptyRows) => return vec![empty_part(); 1000],
             (Some(Message::RowsDone(done)), Lie::MoreRows) => *done = more(*done),
             (message @ Some(Message::ArrowIpc(_)), Lie::KeptForRows) => {
                 *message = Some(Message::Kept(kept()));
@@ -337,7 +347,13 @@ async fn a_worker_that_says_nothing_is_given_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_rows_cannot_be_is_passed_over() {
-    chosen_as_without(&[Lie::Garbage, Lie::MoreRows, Lie::KeptForRows], |_| {}).await;
+    let lies = [
+        Lie::Garbage,
+        Lie::EmptyRows,
+        Lie::MoreRows,
+        Lie::KeptForRows,
+    ];
+    chosen_as_without(&lies, |_| {}).await;
 }
 
 /// The rows of steps that are served from their receipts.
