@@ -1,8 +1,9 @@
 //! Room for one push, as Python fills it.
 use crate::{errors, spec};
+use bytes::Bytes;
 use pyo3::{
     buffer::PyBuffer,
-    exceptions::PyRuntimeError,
+    exceptions::{PyBufferError, PyRuntimeError},
     prelude::*,
     types::{PyMemoryView, PySlice},
 };
@@ -12,7 +13,7 @@ use std::{
 };
 use superbatch_client::{self as client, Part, Push};
 
-/// Bytes copied with the GIL held: a millisecond's worth.
+/// Bytes copied, to be hashed, with the GIL held: a millisecond's worth.
 const COPIED_BYTES: usize = 4 << 20;
 
 /// Room for one push, which is filled part by part.
@@ -50,7 +51,8 @@ impl Slot {
 
 #[pymethods]
 impl Slot {
-    /// Copies a block of a tensor: `data` is a buffer of bytes in one dimension, little endian.
+    /// Adds a block of a tensor: `data` is a buffer of bytes in one dimension, little endian. It is
+    /// kept until it is sent, and not copied: it must be the push's own.
     #[expect(clippy::too_many_arguments, reason = "the parts of one header")]
     fn add(
         &self,
@@ -63,7 +65,7 @@ impl Slot {
         data: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let dtype = spec::tensor_dtype(py, dtype)?;
-        let part = Part::block(name, dtype, &global_shape, &start, &extent, copied(data)?)
+        let part = Part::block(name, dtype, &global_shape, &start, &extent, kept(data)?)
             .map_err(|error| errors::exception(py, &error))?;
         match &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(reserved) => reserved.parts.push(part),
@@ -103,13 +105,44 @@ impl Slot {
     }
 }
 
-/// Returns a copy of a buffer of bytes.
-pub(crate) fn copied(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    let mut bytes = vec![0; PyMemoryView::from(data)?.len()?];
-    by_pieces(data, |place, piece| {
-        piece.copy_to_slice(data.py(), &mut bytes[place])
-    })?;
-    Ok(bytes)
+/// The memory of a Python object that nobody else uses.
+struct Owned {
+    /// Keeps the memory where it is. A reference is given back by any thread, without the GIL and
+    /// after the interpreter's end, as that of a buffer is not.
+    _object: Py<PyAny>,
+    start: *const u8,
+    len: usize,
+}
+
+// SAFETY: the memory is only read, and lives as long as the object.
+unsafe impl Send for Owned {}
+
+// SAFETY: as above.
+unsafe impl Sync for Owned {}
+
+impl AsRef<[u8]> for Owned {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `kept` has checked that the object has so many bytes in a row from `start` on. It
+        // is an array that the package made for this push alone (`_weights.add`): it is neither
+        // written to nor resized.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+/// Returns the bytes of a buffer, without a copy.
+fn kept(data: &Bound<'_, PyAny>) -> PyResult<Bytes> {
+    let buffer = PyBuffer::<u8>::get(data)?;
+    if buffer.dimensions() != 1 || !buffer.is_c_contiguous() {
+        return Err(PyBufferError::new_err("the bytes do not lie in a row"));
+    }
+    if buffer.len_bytes() == 0 {
+        return Ok(Bytes::new());
+    }
+    Ok(Bytes::from_owner(Owned {
+        _object: data.clone().unbind(),
+        start: buffer.buf_ptr().cast::<u8>().cast_const(),
+        len: buffer.len_bytes(),
+    }))
 }
 
 /// Returns BLAKE3 of a buffer of bytes.

@@ -12,10 +12,11 @@ class Slot:
     """Stands where the extension's `Slot` does, and keeps what it is given."""
 
     def __init__(self):
-        self.parts = {}
+        self.parts, self.kept = {}, {}
 
     def add(self, name, dtype, global_shape, start, extent, data):
         self.parts[name] = (dtype, global_shape, start, extent, bytes(memoryview(data)))
+        self.kept[name] = data
 
 
 def pushed(state, dtype=None):
@@ -43,6 +44,34 @@ def test_floats_are_pushed_and_the_rest_is_not():
     assert parts["transposed"][4] == tied.t().contiguous().numpy().tobytes()
     assert parts["half"][::4] == ("bf16", b"\x80\x3f\x80\x3f")
     assert parts["double"][::4] == ("f32", numpy.float32(1).tobytes())
+
+
+@pytest.mark.parametrize("dtype", [None, "f32", "bf16"])
+def test_the_optimizer_may_overwrite_what_is_pushed(dtype):
+    whole = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+    state = {
+        "whole": whole,
+        "rows": whole[1:3],
+        "transposed": whole.t(),
+        "scale": torch.tensor(2.0),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }
+    if dtype != "bf16":
+        state["array"] = numpy.ones((2, 3), numpy.float32)
+        state["columns"] = numpy.ones((2, 3), numpy.float32).T
+        state["double"] = numpy.ones(3)
+    slot = Slot()
+    _weights.add(slot, _weights.blocks(state, rank=0)[0], dtype)
+    assert set(slot.parts) == set(state)
+    for tensor in state.values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.data.fill_(-9.0)
+        else:
+            tensor.fill(-9.0)
+    for name, (*_, before) in slot.parts.items():
+        assert bytes(memoryview(slot.kept[name])) == before, name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16])

@@ -141,7 +141,24 @@ def add(slot: Any, items: Iterable[Block], dtype: Any) -> None:
         # and all logits with it.
         cast = math.prod(global_shape) != 1
         kind, extent, data = buffer(name, tensor, dtype, cast)
-        slot.add(name, kind, list(global_shape), list(start), extent, data)
+        slot.add(name, kind, list(global_shape), list(start), extent, own(tensor, data))
+
+
+def own(tensor: Any, data: Any) -> Any:
+    """The bytes of a tensor, copied unless a cast or a device's transfer has made them anew: the
+    push keeps them while the optimizer writes to the tensor.
+    """
+    import numpy
+
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        return data.copy() if numpy.may_share_memory(data, numpy.asarray(tensor)) else data
+    if tensor.device.type != "cpu":
+        return data
+    begin = tensor.untyped_storage().data_ptr()
+    within = begin <= data.ctypes.data < begin + tensor.untyped_storage().nbytes()
+    # By torch, whose copy takes all its threads and lets other threads of Python run.
+    return torch.from_numpy(data).clone().numpy() if within else data
 
 
 def buffer(name: str, tensor: Any, dtype: Any, cast: bool) -> tuple[str, list[int], Any]:
@@ -152,8 +169,9 @@ def buffer(name: str, tensor: Any, dtype: Any, cast: bool) -> tuple[str, list[in
     kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
     kind = kind_of(dtype, kinds, cast) or kinds.get(tensor.dtype, "f32")
     wanted = {kind: known for known, kind in kinds.items()}[kind]
-    # From a GPU this casts there and waits for the copy, so that the optimizer may go on at once.
-    host = tensor.detach().to(device="cpu", dtype=wanted).contiguous()
+    # Cast where it is: one call for both would move a GPU's f32 and cast it on the CPU. The copy is
+    # waited for, so that the optimizer may go on at once.
+    host = tensor.detach().to(wanted).to("cpu").contiguous()
     return kind, list(host.shape), host.reshape(-1).view(torch.uint8).numpy()
 
 

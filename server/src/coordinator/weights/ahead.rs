@@ -240,8 +240,8 @@ struct Writing {
     hasher: blake3::Hasher,
     /// The tensor up to which the file is hashed, in the file's order.
     next: usize,
-    /// Tensors that lie behind it.
-    unhashed: BTreeMap<usize, Tensor>,
+    /// The pieces of tensors that lie behind it.
+    unhashed: BTreeMap<usize, Vec<Bytes>>,
 }
 
 impl Writing {
@@ -263,23 +263,21 @@ impl Writing {
         if let Some(value) = tensor.not_finite() {
             return Err(Error::internal(format!("a tensor holds {value}")));
         }
-        let data = tensor.data();
-        self.draft.write_at(place.at, &data)?;
-        if place.number != self.next {
-            self.unhashed.insert(place.number, tensor);
-            return Ok(());
+        // Kept as pieces: those of ranks that hold rows of the tensor are never joined here.
+        let pieces = tensor.pieces();
+        let mut at = place.at;
+        for piece in &pieces {
+            self.draft.write_at(at, piece)?;
+            at += piece.len() as u64;
         }
-        self.hash(&data);
-        drop((data, tensor));
-        while let Some(tensor) = self.unhashed.remove(&self.next) {
-            self.hash(&tensor.data());
+        self.unhashed.insert(place.number, pieces);
+        while let Some(pieces) = self.unhashed.remove(&self.next) {
+            for piece in pieces {
+                self.hasher.update(&piece);
+            }
+            self.next += 1;
         }
         Ok(())
-    }
-
-    fn hash(&mut self, data: &[u8]) {
-        self.hasher.update(data);
-        self.next += 1;
     }
 
     fn end(self) -> Option<Written> {

@@ -166,14 +166,29 @@ impl Tensor {
 
     /// Returns its bytes: those of its only part, or of all parts joined.
     pub(super) fn data(&self) -> Bytes {
-        if let [part] = &self.parts[..] {
-            return part.bytes.clone();
+        match &self.pieces()[..] {
+            [whole] => whole.clone(),
+            pieces => pieces.concat().into(),
+        }
+    }
+
+    /// Returns its bytes in order: the parts themselves if each has whole rows of the first
+    /// dimension, as FSDP cuts; else one piece, in which all are joined.
+    pub(super) fn pieces(&self) -> Vec<Bytes> {
+        let has_whole_rows = |part: &Part| {
+            let extent = part.extent.iter().skip(1).copied();
+            extent.eq(self.shape.iter().skip(1).map(|&n| n as u64))
+        };
+        if self.parts.len() == 1 || self.parts.iter().all(has_whole_rows) {
+            let mut parts: Vec<&Part> = self.parts.iter().collect();
+            parts.sort_by_key(|part| part.start.first());
+            return parts.into_iter().map(|part| part.bytes.clone()).collect();
         }
         let mut out = vec![0; self.bytes()];
         for part in &self.parts {
             place(&mut out, &self.shape, part);
         }
-        out.into()
+        vec![out.into()]
     }
 
     /// Returns the first value that is not finite.
@@ -272,6 +287,14 @@ mod tests {
                 parts: parts.into(),
             };
             assert_eq!(tensor.data(), whole, "axis {axis}, cut at {cut}");
+            let pieces = tensor.pieces();
+            assert_eq!(pieces.concat(), whole, "axis {axis}, cut at {cut}");
+            assert_eq!(pieces.len(), if axis == 0 { 2 } else { 1 });
+            let turned = Tensor {
+                parts: tensor.parts.iter().rev().cloned().collect(),
+                ..tensor
+            };
+            assert_eq!(turned.data(), whole, "axis {axis}, cut at {cut}");
         }
     }
 

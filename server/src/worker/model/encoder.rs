@@ -312,27 +312,27 @@ impl Encoder {
         captions::seen(&self.config, ids, self.config.text.max_position_embeddings)
     }
 
-    /// Embeds two made-up rows and checks that the embeddings are finite: finite weights can still
-    /// overflow in a forward pass.
+    /// Embeds a made-up row, of images of any shape one of each of two shapes, and checks that the
+    /// embeddings are finite: finite weights can still overflow in a forward pass. A push waits for
+    /// it, so it has no more rows.
     pub fn canary(&self) -> Torch<Result<(), Refusal>> {
-        const ROWS: usize = 2;
         let (tower, text) = (&self.image_tower, &self.config.text);
-        let pixels: Vec<u8> = (0..ROWS * tower.pixels(Fidelity::Full) * 3)
+        let (grids, rows) = match tower.max_patches {
+            0 => (vec![], 1),
+            most => (vec![[1, most], [most.isqrt(); 2]], 2),
+        };
+        let pixels: Vec<u8> = (0..rows * tower.pixels(Fidelity::Full) * 3)
             .map(|i| (i * 37 % 256) as u8)
             .collect();
-        let grids = match tower.max_patches {
-            0 => vec![],
-            most => vec![[1, most], [most.isqrt(); 2]],
-        };
         let images = Images {
             pixels: &pixels,
-            keys: &[0; ROWS],
+            keys: &vec![0; rows],
             grids: &grids,
         };
         let losses = self.config.losses();
         let ids: Vec<i64> = match &losses {
-            Some(form) => form.made_up(ROWS),
-            None => (0..ROWS * text.max_position_embeddings)
+            Some(form) => form.made_up(rows),
+            None => (0..rows * text.max_position_embeddings)
                 .map(|i| (i * 31 % text.vocab_size) as i64)
                 .collect(),
         };
