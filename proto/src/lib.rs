@@ -42,5 +42,7 @@ pub const PART_BYTES: usize = 1 << 20;
 /// long line full. The limit of all streams of a connection is [`CONNECTION_WINDOW_BYTES`].
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Largest HTTP/2 frame that a server accepts, so that a part needs few frames.
-pub const FRAME_BYTES_MAX: u32 = 1 << 20;
+/// Largest HTTP/2 frame that either side accepts: a part with what its message says of it, so that
+/// a part is one frame. With HTTP/2's default of 16 KiB it is 65, each with a system call of its
+/// own.
+pub const FRAME_BYTES_MAX: u32 = PART_BYTES as u32 + (1 << 10);

@@ -85,6 +85,7 @@ fn channel_to(worker: &Worker) -> Channel {
     Endpoint::from_static("http://embedded")
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
         .connect_with_connector_lazy(connector)
 }
 
