@@ -5,14 +5,22 @@
 //! dropped the step. If the count ended with the step, the process would prepare new batches into
 //! memory that is not there. It is one count over all runs for the same reason: each run within its
 //! own bound, many runs together would still not fit.
+//!
+//! Beside its rows a batch may have the streams that were made of them, so that a rank that asks
+//! again costs neither a copy of its rows nor a checksum. They are kept only where they fit, and
+//! are the first to go.
 use crate::{
     coordinator::score::{kept::Data, table::Table},
     error::Result,
     metrics,
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use bytes::Bytes;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 use superbatch_proto::v1::Receipt;
 use tokio::sync::OnceCell;
@@ -27,7 +35,32 @@ pub struct Ready {
     pub rows: Data,
     /// Rows that were read again because a rank did not get them from a worker.
     again: OnceCell<(Table, Held)>,
+    /// Streams that were made of the rows.
+    streams: Mutex<BTreeMap<Share, (Encoded, Held)>>,
     held: Held,
+}
+
+/// Whose rows a stream has, and in which form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share {
+    pub rank: u32,
+    pub world_size: u32,
+    /// Whether it says where images lie in place of the images.
+    pub is_located: bool,
+}
+
+/// The stream of a share, whole. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Encoded {
+    pub parts: Vec<Bytes>,
+    /// XXH3-128 of the parts.
+    pub checksum: Bytes,
+}
+
+impl Encoded {
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.len() as u64).sum()
+    }
 }
 
 impl Ready {
@@ -42,7 +75,30 @@ impl Ready {
     /// Returns the bytes that dropping it gives back to the budget. Rows on workers have none.
     pub fn bytes(&self) -> u64 {
         let again = self.again.get().map_or(0, |(_, held)| held.bytes);
-        self.held.bytes + again
+        let streams = self.streams.lock().expect("no panic while held");
+        let streams: u64 = streams.values().map(|(_, held)| held.bytes).sum();
+        self.held.bytes + again + streams
+    }
+
+    /// Returns the stream of a share, if it is kept.
+    pub fn stream(&self, share: Share) -> Option<Encoded> {
+        let streams = self.streams.lock().expect("no panic while held");
+        streams.get(&share).map(|(stream, _)| stream.clone())
+    }
+
+    /// Keeps the stream of a share, if it fits beside all that is in memory.
+    pub fn keep_stream(&self, share: Share, stream: &Encoded) {
+        let mut streams = self.streams.lock().expect("no panic while held");
+        if !streams.contains_key(&share)
+            && let Some(held) = Held::if_it_fits(&self.held.budget, stream.bytes())
+        {
+            streams.insert(share, (stream.clone(), held));
+        }
+    }
+
+    /// Drops the streams that are kept; they are made again of the rows.
+    pub fn forget_streams(&self) {
+        self.streams.lock().expect("no panic while held").clear();
     }
 
     /// Has the rows in hand here; `read` reads them again. Ranks that ask together share one read.
@@ -83,6 +139,22 @@ impl Held {
             batches,
         }
     }
+
+    /// Counts bytes that need not be held; `None` if that would exceed the budget.
+    fn if_it_fits(budget: &Arc<Budget>, bytes: u64) -> Option<Self> {
+        let fits = |held: u64| {
+            let sum = held.checked_add(bytes)?;
+            (sum <= budget.bytes_max).then_some(sum)
+        };
+        let counted = budget
+            .bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits);
+        counted.ok().map(|_| Self {
+            budget: budget.clone(),
+            bytes,
+            batches: 0.0,
+        })
+    }
 }
 
 impl Budget {
@@ -104,6 +176,7 @@ impl Budget {
             receipt,
             rows,
             again: OnceCell::new(),
+            streams: Mutex::default(),
             held: Held::new(self, bytes, 1.0),
         }
     }
@@ -124,5 +197,70 @@ impl Drop for Held {
     fn drop(&mut self) {
         self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         metrics::ready_batches().decrement(self.batches);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn share(rank: u32) -> Share {
+        Share {
+            rank,
+            world_size: 2,
+            is_located: false,
+        }
+    }
+
+    fn stream(bytes: usize) -> Encoded {
+        Encoded {
+            parts: vec![Bytes::from(vec![7; bytes]), Bytes::from_static(b"end")],
+            checksum: Bytes::from_static(b"sum"),
+        }
+    }
+
+    #[test]
+    fn a_stream_is_kept_where_it_fits_and_comes_back_as_it_was() {
+        let budget = Budget::new(100);
+        let ready = budget.hold(Receipt::default(), Data::Nowhere);
+        let first = stream(57);
+        ready.keep_stream(share(0), &first);
+        // A second time, as by two calls that did not find it: counted once.
+        ready.keep_stream(share(0), &first);
+        assert_eq!((budget.bytes(), ready.bytes()), (60, 60));
+        let kept = ready.stream(share(0)).unwrap();
+        assert_eq!(kept.parts[0].as_ptr(), first.parts[0].as_ptr(), "no copy");
+        assert_eq!((kept.bytes(), &kept.checksum[..]), (60, &b"sum"[..]));
+        for other in [
+            share(1),
+            Share {
+                world_size: 1,
+                ..share(0)
+            },
+            Share {
+                is_located: true,
+                ..share(0)
+            },
+        ] {
+            assert!(ready.stream(other).is_none(), "{other:?}");
+        }
+        ready.keep_stream(share(1), &stream(38));
+        assert!(ready.stream(share(1)).is_none(), "41 bytes do not fit");
+        ready.keep_stream(share(1), &stream(37));
+        assert_eq!((budget.bytes(), budget.is_exceeded()), (100, false));
+    }
+
+    #[test]
+    fn streams_give_their_bytes_back() {
+        let budget = Budget::new(100);
+        let ready = budget.hold(Receipt::default(), Data::Nowhere);
+        ready.keep_stream(share(0), &stream(57));
+        ready.forget_streams();
+        assert_eq!((budget.bytes(), ready.bytes()), (0, 0));
+        assert!(ready.stream(share(0)).is_none());
+        ready.keep_stream(share(0), &stream(57));
+        assert_eq!(budget.bytes(), 60);
+        drop(ready);
+        assert_eq!(budget.bytes(), 0);
     }
 }
