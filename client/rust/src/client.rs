@@ -63,6 +63,8 @@ impl ConnectConfig {
 #[derive(Debug, Clone)]
 pub struct Client {
     api: Api,
+    /// As `api`, for calls whose answers are not read by tonic alone.
+    pub(crate) calls: Authorized,
     health: HealthClient<Authorized>,
     pub(crate) link: Arc<Link>,
 }
@@ -107,12 +109,13 @@ impl Client {
             })?;
         let authorized = Authorized::new(channel, bearer);
         let health = HealthClient::new(authorized.clone());
-        let api = Api::new(authorized)
+        let api = Api::new(authorized.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let silence_max = 2 * config.keep_alive();
         let client = Self {
             api,
+            calls: authorized,
             health,
             link: Arc::new(Link {
                 uri: uri.to_owned(),
