@@ -8,7 +8,7 @@
 //!
 //! Beside its rows a batch may have the streams that were made of them, so that a rank that asks
 //! again costs neither a copy of its rows nor a checksum. They are kept only where they fit, and
-//! are the first to go.
+//! those of all runs go as soon as rows need the room.
 use crate::{
     coordinator::score::{kept::Data, table::Table},
     error::Result,
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -36,8 +36,18 @@ pub struct Ready {
     /// Rows that were read again because a rank did not get them from a worker.
     again: OnceCell<(Table, Held)>,
     /// Streams that were made of the rows.
-    streams: Mutex<BTreeMap<Share, (Encoded, Held)>>,
+    streams: Arc<Streams>,
     held: Held,
+}
+
+/// The streams that are kept of one batch.
+#[derive(Debug, Default)]
+struct Streams(Mutex<BTreeMap<Share, (Encoded, Held)>>);
+
+impl Streams {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Share, (Encoded, Held)>> {
+        self.0.lock().expect("no panic while held")
+    }
 }
 
 /// Whose rows a stream has, and in which form.
@@ -75,30 +85,31 @@ impl Ready {
     /// Returns the bytes that dropping it gives back to the budget. Rows on workers have none.
     pub fn bytes(&self) -> u64 {
         let again = self.again.get().map_or(0, |(_, held)| held.bytes);
-        let streams = self.streams.lock().expect("no panic while held");
+        let streams = self.streams.lock();
         let streams: u64 = streams.values().map(|(_, held)| held.bytes).sum();
         self.held.bytes + again + streams
     }
 
     /// Returns the stream of a share, if it is kept.
     pub fn stream(&self, share: Share) -> Option<Encoded> {
-        let streams = self.streams.lock().expect("no panic while held");
+        let streams = self.streams.lock();
         streams.get(&share).map(|(stream, _)| stream.clone())
     }
 
     /// Keeps the stream of a share, if it fits beside all that is in memory.
     pub fn keep_stream(&self, share: Share, stream: &Encoded) {
-        let mut streams = self.streams.lock().expect("no panic while held");
-        if !streams.contains_key(&share)
-            && let Some(held) = Held::if_it_fits(&self.held.budget, stream.bytes())
-        {
-            streams.insert(share, (stream.clone(), held));
+        let budget = &self.held.budget;
+        let mut streams = self.streams.lock();
+        if streams.contains_key(&share) {
+            return;
         }
-    }
-
-    /// Drops the streams that are kept; they are made again of the rows.
-    pub fn forget_streams(&self) {
-        self.streams.lock().expect("no panic while held").clear();
+        let Some(held) = Held::if_it_fits(budget, stream.bytes()) else {
+            return;
+        };
+        if streams.is_empty() {
+            budget.remember(&self.streams);
+        }
+        streams.insert(share, (stream.clone(), held));
     }
 
     /// Has the rows in hand here; `read` reads them again. Ranks that ask together share one read.
@@ -120,6 +131,8 @@ impl Ready {
 pub struct Budget {
     bytes: AtomicU64,
     bytes_max: u64,
+    /// Those that hold some. They are within `bytes`, and need not be kept.
+    streams: Mutex<Vec<Weak<Streams>>>,
 }
 
 #[derive(Debug)]
@@ -133,6 +146,9 @@ impl Held {
     fn new(budget: &Arc<Budget>, bytes: u64, batches: f64) -> Self {
         budget.bytes.fetch_add(bytes, Ordering::Relaxed);
         metrics::ready_batches().increment(batches);
+        if budget.is_exceeded() {
+            budget.forget_streams();
+        }
         Self {
             budget: budget.clone(),
             bytes,
@@ -162,6 +178,7 @@ impl Budget {
         Arc::new(Self {
             bytes: AtomicU64::new(0),
             bytes_max,
+            streams: Mutex::default(),
         })
     }
 
@@ -176,8 +193,23 @@ impl Budget {
             receipt,
             rows,
             again: OnceCell::new(),
-            streams: Mutex::default(),
+            streams: Arc::default(),
             held: Held::new(self, bytes, 1.0),
+        }
+    }
+
+    fn remember(&self, streams: &Arc<Streams>) {
+        let mut all = self.streams.lock().expect("no panic while held");
+        all.retain(|streams| streams.strong_count() > 0);
+        all.push(Arc::downgrade(streams));
+    }
+
+    /// Drops the streams of all batches. They are made again of rows in memory, where rows of a
+    /// batch that is dropped are read again.
+    fn forget_streams(&self) {
+        let all = std::mem::take(&mut *self.streams.lock().expect("no panic while held"));
+        for streams in all.iter().filter_map(Weak::upgrade) {
+            streams.lock().clear();
         }
     }
 
@@ -203,6 +235,8 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::score::table::tests::table;
+    use arrow::array::{ArrayRef, RecordBatch, UInt32Array};
 
     fn share(rank: u32) -> Share {
         Share {
@@ -251,13 +285,24 @@ mod tests {
     }
 
     #[test]
-    fn streams_give_their_bytes_back() {
-        let budget = Budget::new(100);
-        let ready = budget.hold(Receipt::default(), Data::Nowhere);
-        ready.keep_stream(share(0), &stream(57));
-        ready.forget_streams();
-        assert_eq!((budget.bytes(), ready.bytes()), (0, 0));
-        assert!(ready.stream(share(0)).is_none());
+    fn rows_of_any_run_take_the_room_of_streams() {
+        let numbers: ArrayRef = Arc::new(UInt32Array::from_iter_values(0..8));
+        let rows = table(vec![RecordBatch::try_from_iter([("n", numbers)]).unwrap()]);
+        let of_rows = rows.bytes() as u64;
+        let budget = Budget::new(of_rows + 119);
+        let of_runs = [0, 1].map(|_| budget.hold(Receipt::default(), Data::Nowhere));
+        // Twice: what was forgotten is remembered again.
+        for _ in 0..2 {
+            for ready in &of_runs {
+                ready.keep_stream(share(0), &stream(57));
+            }
+            assert_eq!(budget.bytes(), 120);
+            let other = budget.hold(Receipt::default(), Data::Here(rows.clone()));
+            assert_eq!((budget.bytes(), other.bytes()), (of_rows, of_rows));
+            assert!(of_runs.iter().all(|ready| ready.stream(share(0)).is_none()));
+            assert!(of_runs.iter().all(|ready| ready.bytes() == 0));
+        }
+        let [ready, _] = of_runs;
         ready.keep_stream(share(0), &stream(57));
         assert_eq!(budget.bytes(), 60);
         drop(ready);

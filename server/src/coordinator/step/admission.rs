@@ -175,10 +175,6 @@ impl Run {
         if state.cells.get(&step).is_none_or(Cell::is_failed) {
             self.start(state, step);
         }
-        // They are made again of rows in memory, where rows of a dropped batch are read again.
-        if self.deps.ready.is_exceeded() {
-            state.cells.values().for_each(Cell::forget_streams);
-        }
         // Only a request at the frontier starts steps ahead. A late rank that asks for an old step
         // is served, but must not make the service prepare the steps after it a second time.
         let frontier = state.members.frontier();

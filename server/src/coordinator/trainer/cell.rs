@@ -162,13 +162,6 @@ impl Cell {
         fail(&self.progress, || error.repeat());
     }
 
-    /// Drops the streams that its batch keeps beside its rows.
-    pub fn forget_streams(&self) {
-        if let Progress::Ready(ready) = &*self.progress.borrow() {
-            ready.forget_streams();
-        }
-    }
-
     /// Returns whether a call waits here.
     pub fn is_wanted(&self) -> bool {
         self.progress.receiver_count() > 0
