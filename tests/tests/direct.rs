@@ -440,8 +440,9 @@ async fn a_batch_is_the_same_bytes_from_any_workers_and_however_often_it_is_aske
     // 0: the embedded worker, which hands its record batches over.
     for workers in [0, 2] {
         let cluster = Cluster::start(workers, Script::default()).await;
-        let mut uniform = spec(&cluster, Delivery::Coordinator);
+        let mut uniform = cluster.spec();
         uniform.phases[0].policy = Policy::Uniform.into();
+        uniform.columns = vec!["n".into()];
         let run = cluster.open_run("bytes", uniform).await.unwrap();
         let asked = |rank, resume_offset| SelectBatchRequest {
             rank,
