@@ -35,6 +35,8 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Most candidates of a super-batch. Counts off the wire are compared with it before they size
 /// memory.
 pub const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
+/// Key of `SelectBatchResponse.arrow_ipc` on the wire: its number, and that its length follows.
+pub const ARROW_IPC_KEY: u8 = (2 << 3) | 2;
 /// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
 pub const PART_BYTES: usize = 1 << 20;
 /// Bytes of a stream that may be under way before the receiver has taken them. With HTTP/2's
@@ -42,5 +44,23 @@ pub const PART_BYTES: usize = 1 << 20;
 /// long line full. The limit of all streams of a connection is [`CONNECTION_WINDOW_BYTES`].
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Largest HTTP/2 frame that a server accepts, so that a part needs few frames.
-pub const FRAME_BYTES_MAX: u32 = 1 << 20;
+/// Largest HTTP/2 frame that either side accepts: a part with what its message says of it, so that
+/// a part is one frame. With HTTP/2's default of 16 KiB it is 65, each with a system call of its
+/// own.
+pub const FRAME_BYTES_MAX: u32 = PART_BYTES as u32 + (1 << 10);
+
+#[cfg(test)]
+mod tests {
+    use super::{ARROW_IPC_KEY, v1};
+    use prost::Message;
+
+    #[test]
+    fn the_key_of_rows_is_that_of_the_protocol() {
+        let rows = v1::SelectBatchResponse {
+            message: Some(v1::select_batch_response::Message::ArrowIpc(
+                vec![7, 8].into(),
+            )),
+        };
+        assert_eq!(rows.encode_to_vec(), [ARROW_IPC_KEY, 2, 7, 8]);
+    }
+}

@@ -24,6 +24,7 @@ pub mod error;
 pub mod fidelity;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handed;
 mod ipc;
 pub mod logging;
 pub mod metrics;

@@ -433,3 +433,39 @@ async fn locators_lead_to_the_rows_that_were_chosen() {
     }
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_the_same_bytes_from_any_workers_and_however_often_it_is_asked_for() {
+    let mut expected: Option<Vec<Vec<u8>>> = None;
+    // 0: the embedded worker, which hands its record batches over.
+    for workers in [0, 2] {
+        let cluster = Cluster::start(workers, Script::default()).await;
+        let mut uniform = cluster.spec();
+        uniform.phases[0].policy = Policy::Uniform.into();
+        uniform.columns = vec!["n".into()];
+        let run = cluster.open_run("bytes", uniform).await.unwrap();
+        let asked = |rank, resume_offset| SelectBatchRequest {
+            rank,
+            resume_offset,
+            ..request(&run, 0, Delivery::Coordinator)
+        };
+        let mut streams = Vec::new();
+        for rank in 0..RANKS {
+            let first = ask(&cluster, asked(rank, 0)).await.unwrap();
+            assert_eq!(first.trailer.xxh3[..], Checksum::of(&first.bytes));
+            // These are of the stream that is kept.
+            for from in [0, 100] {
+                let again = ask(&cluster, asked(rank, from)).await.unwrap();
+                assert_eq!(again.header.stream_bytes, first.bytes.len() as u64);
+                assert!(
+                    again.bytes[..] == first.bytes[from as usize..],
+                    "{rank} {from}"
+                );
+                assert_eq!(again.trailer, first.trailer);
+            }
+            streams.push(first.bytes);
+        }
+        assert!(*expected.get_or_insert_with(|| streams.clone()) == streams);
+        cluster.stop().await;
+    }
+}

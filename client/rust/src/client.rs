@@ -7,7 +7,9 @@ use std::{
     },
     time::Duration,
 };
-use superbatch_proto::{CONNECTION_WINDOW_BYTES, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1};
+use superbatch_proto::{
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1,
+};
 use superbatch_transport::Authorized;
 use tonic::{Response, Status, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -61,6 +63,8 @@ impl ConnectConfig {
 #[derive(Debug, Clone)]
 pub struct Client {
     api: Api,
+    /// As `api`, for calls whose answers are not read by tonic alone.
+    pub(crate) calls: Authorized,
     health: HealthClient<Authorized>,
     pub(crate) link: Arc<Link>,
 }
@@ -105,12 +109,13 @@ impl Client {
             })?;
         let authorized = Authorized::new(channel, bearer);
         let health = HealthClient::new(authorized.clone());
-        let api = Api::new(authorized)
+        let api = Api::new(authorized.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let silence_max = 2 * config.keep_alive();
         let client = Self {
             api,
+            calls: authorized,
             health,
             link: Arc::new(Link {
                 uri: uri.to_owned(),
@@ -265,7 +270,42 @@ fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
         .http2_keep_alive_interval(config.keep_alive())
         .keep_alive_timeout(config.keep_alive())
         .keep_alive_while_idle(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use superbatch_transport::Dialer;
+    use tokio::{io::AsyncReadExt, net::TcpListener};
+
+    /// Returns the largest frame that a connection accepts, as it says in the SETTINGS with which
+    /// HTTP/2 begins.
+    async fn frame_bytes_max(listener: TcpListener) -> Option<u32> {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        // 24 bytes of preface, and 9 of the frame's head: its length, and 4 for SETTINGS.
+        let mut head = [0; 24 + 9];
+        socket.read_exact(&mut head).await.unwrap();
+        assert_eq!(head[27], 4, "{head:?}");
+        let length = u32::from_be_bytes([0, head[24], head[25], head[26]]);
+        let mut settings = vec![0; length as usize];
+        socket.read_exact(&mut settings).await.unwrap();
+        let mut settings = settings.chunks_exact(6);
+        let size = settings.find(|setting| setting[..2] == [0, 5])?;
+        size[2..].try_into().ok().map(u32::from_be_bytes)
+    }
+
+    #[tokio::test]
+    async fn a_part_of_rows_may_come_in_one_frame() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let (dialer, config) = (Dialer::default(), ConnectConfig::default());
+        let connected = dialer.connect(&uri, |endpoint| tuned(endpoint, &config));
+        let (channel, told) = tokio::join!(connected, frame_bytes_max(listener));
+        channel.unwrap();
+        assert_eq!(told, Some(FRAME_BYTES_MAX));
+    }
 }

@@ -5,6 +5,7 @@ use crate::{
         worker::{Answers, Embedded, InProcess},
     },
     error::Result,
+    handed::Handover,
     pushed::Pushed,
     traces::stage,
     worker::Worker,
@@ -30,12 +31,16 @@ use tonic::transport::{Channel, Endpoint, Server, Uri};
 const PIPE_BYTES: usize = 1 << 20;
 
 impl InProcess for Worker {
-    fn score(&self, requests: Answers<ScoreRequest>) -> Answers<ScoreResponse> {
-        stage!("score").in_scope(|| Box::pin(self.answer_score(requests)))
+    fn score(&self, requests: Answers<ScoreRequest>, handover: Handover) -> Answers<ScoreResponse> {
+        stage!("score").in_scope(|| Box::pin(self.answer_score(requests, Some(handover))))
     }
 
-    fn fetch_rows(&self, request: FetchRowsRequest) -> Answers<FetchRowsResponse> {
-        stage!("fetch_rows").in_scope(|| Box::pin(self.answer_fetch_rows(request)))
+    fn fetch_rows(
+        &self,
+        request: FetchRowsRequest,
+        handover: Handover,
+    ) -> Answers<FetchRowsResponse> {
+        stage!("fetch_rows").in_scope(|| Box::pin(self.answer_fetch_rows(request, Some(handover))))
     }
 
     fn prepare_pushed(
@@ -85,6 +90,7 @@ fn channel_to(worker: &Worker) -> Channel {
     Endpoint::from_static("http://embedded")
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
         .connect_with_connector_lazy(connector)
 }
 
@@ -117,11 +123,19 @@ mod tests {
     struct Idle;
 
     impl InProcess for Idle {
-        fn score(&self, _requests: Answers<ScoreRequest>) -> Answers<ScoreResponse> {
+        fn score(
+            &self,
+            _requests: Answers<ScoreRequest>,
+            _handover: Handover,
+        ) -> Answers<ScoreResponse> {
             Box::pin(stream::empty())
         }
 
-        fn fetch_rows(&self, _request: FetchRowsRequest) -> Answers<FetchRowsResponse> {
+        fn fetch_rows(
+            &self,
+            _request: FetchRowsRequest,
+            _handover: Handover,
+        ) -> Answers<FetchRowsResponse> {
             Box::pin(stream::empty())
         }
 

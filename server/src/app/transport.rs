@@ -4,6 +4,7 @@ use super::{Shutdown, health::READINESS};
 use crate::{
     access::{Access, AccessLayer},
     bounds::CALLS_MAX,
+    coordinator::serve::body::uncopied,
     error::{Error, Result},
 };
 use std::{future::Future, time::Duration};
@@ -61,7 +62,7 @@ pub(super) fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX);
-    let mended: Mended = MapResponseLayer::new(too_large);
+    let mended: Mended = MapResponseLayer::new(|response| too_large(uncopied(response)));
     server.layer(mended).layer(access.layer())
 }
 

@@ -133,7 +133,8 @@ pub struct CoordinatorConfig {
     /// may be silent, in seconds.
     pub push_deadline_seconds: f64,
     /// Memory for chosen batches that wait for their trainer, in bytes. A batch that does not fit
-    /// is read again when a rank asks for it.
+    /// is read again when a rank asks for it. While there is room, what ranks were sent is kept
+    /// beside it until all have gone on, for ranks that ask again.
     pub ready_bytes_max: u64,
     /// Most open runs in this coordinator's memory. For one more, the run that has been idle
     /// longest is put to sleep until the next call of a trainer; calls that only read it leave it

@@ -5,6 +5,7 @@ mod weights;
 use super::{
     receipts::page::page,
     runs::registry::Coordinator,
+    serve::body::{Answer, BatchStream, carrying},
     step::batch::{Batch, batch},
     trainer::ranks::check_incarnation,
     weights::member::read_start,
@@ -14,9 +15,9 @@ use crate::{
     error::{Error, Result},
     metrics,
 };
-use futures::{Stream, StreamExt, stream};
+use prost::Message as _;
 use serde_json::{Value, json};
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 use superbatch_proto::v1::{
     AnnouncePushRequest, AnnouncePushResponse, AppendPhasesRequest, AppendPhasesResponse,
     CloseRunRequest, CloseRunResponse, GetReceiptRequest, GetReceiptResponse, GetRunRequest,
@@ -24,7 +25,7 @@ use superbatch_proto::v1::{
     ListRunsResponse, ListWeightsRequest, ListWeightsResponse, OpenRunRequest, OpenRunResponse,
     PushWeightsRequest, PushWeightsResponse, RegisterRequest, RegisterResponse,
     ReportLossesRequest, ReportLossesResponse, RewindMode, RewindRequest, RewindResponse,
-    RollBackWeightsRequest, RollBackWeightsResponse, SelectBatchRequest, SelectBatchResponse,
+    RollBackWeightsRequest, RollBackWeightsResponse, SelectBatchRequest,
     coordinator_service_server::CoordinatorService, select_batch_response::Message,
     selection_service_server::SelectionService,
 };
@@ -53,8 +54,6 @@ impl CoordinatorService for WorkerPlane {
         }))
     }
 }
-
-type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl SelectionService for Selection {
@@ -157,7 +156,9 @@ impl SelectionService for Selection {
         let batch = batch(&self.0, request.get_ref())
             .await
             .inspect_err(|error| outcome.failed(error))?;
-        Ok(Response::new(Box::pin(messages(batch, outcome).map(Ok))))
+        let header_bytes = batch.header.encoded_len();
+        let answer = Answer::new(messages(batch, outcome));
+        Ok(carrying(answer, header_bytes))
     }
 
     async fn push_weights(
@@ -255,7 +256,7 @@ async fn whole<T: Send + 'static>(
         .map_err(|e| Error::internal("the call panicked").because(e))?
 }
 
-fn messages(batch: Batch, mut outcome: Outcome) -> impl Stream<Item = SelectBatchResponse> + Send {
+fn messages(batch: Batch, mut outcome: Outcome) -> impl Iterator<Item = Message> + Send {
     outcome.sending(batch.span);
     let parts = batch.parts.into_iter().map(Message::ArrowIpc);
     let first = std::iter::once(Message::Header(batch.header));
@@ -263,9 +264,7 @@ fn messages(batch: Batch, mut outcome: Outcome) -> impl Stream<Item = SelectBatc
         outcome.sent();
         Message::Trailer(batch.trailer)
     });
-    stream::iter(first.chain(parts).chain(last)).map(|message| SelectBatchResponse {
-        message: Some(message),
-    })
+    first.chain(parts).chain(last)
 }
 
 /// Counts how a SelectBatch call ended. Counting happens on drop, since a cancelled call is dropped

@@ -20,6 +20,7 @@ pub use register::{Superior, keep_registered};
 
 use crate::{
     error::{Error, Result},
+    handed::Handover,
     pushed::Pushed,
     storage::{Location, Stores},
 };
@@ -71,11 +72,16 @@ impl Worker {
     pub fn answer_score(
         &self,
         _requests: impl Stream<Item = Result<ScoreRequest, Status>> + Send + 'static,
+        _handover: Option<Handover>,
     ) -> Nothing<ScoreResponse> {
         match *self {}
     }
 
-    pub fn answer_fetch_rows(&self, _request: FetchRowsRequest) -> Nothing<FetchRowsResponse> {
+    pub fn answer_fetch_rows(
+        &self,
+        _request: FetchRowsRequest,
+        _handover: Option<Handover>,
+    ) -> Nothing<FetchRowsResponse> {
         match *self {}
     }
 

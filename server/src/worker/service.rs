@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    handed::Handover,
     process,
     pushed::Pushed,
     storage::{Location, Stores},
@@ -132,21 +133,28 @@ impl Worker {
         Embedder::open(&self.0, asked).await
     }
 
-    /// Serves a `Score` call, of this process or another.
+    /// Serves a `Score` call, of another process or of this one: then rows are put into `handover`.
     pub fn answer_score(
         &self,
         requests: impl Stream<Item = Result<ScoreRequest, Status>> + Send + 'static,
+        handover: Option<Handover>,
     ) -> AnswerStream<ScoreResponse> {
         let engine = self.0.clone();
         answer_with(|answers: Answers<_>| {
+            let answers = answers.handing(handover);
             async move { score(&engine, requests, &answers).await }.boxed()
         })
     }
 
-    /// Serves a `FetchRows` call, of this process or another.
-    pub fn answer_fetch_rows(&self, request: FetchRowsRequest) -> AnswerStream<FetchRowsResponse> {
+    /// Serves a `FetchRows` call, as [`Worker::answer_score`] does.
+    pub fn answer_fetch_rows(
+        &self,
+        request: FetchRowsRequest,
+        handover: Option<Handover>,
+    ) -> AnswerStream<FetchRowsResponse> {
         let engine = self.0.clone();
         answer_with(|answers: Answers<_>| {
+            let answers = answers.handing(handover);
             async move { fetch_rows(&engine, request, &answers).await }.boxed()
         })
     }
@@ -225,7 +233,7 @@ impl WorkerService for Worker {
         request: Request<Streaming<ScoreRequest>>,
     ) -> Result<Response<Self::ScoreStream>, Status> {
         let span = continued(stage!("score"), &request);
-        let answers = span.in_scope(|| self.answer_score(request.into_inner()));
+        let answers = span.in_scope(|| self.answer_score(request.into_inner(), None));
         Ok(Response::new(answers))
     }
 
@@ -234,7 +242,7 @@ impl WorkerService for Worker {
         request: Request<FetchRowsRequest>,
     ) -> Result<Response<Self::FetchRowsStream>, Status> {
         let span = continued(stage!("fetch_rows"), &request);
-        let answers = span.in_scope(|| self.answer_fetch_rows(request.into_inner()));
+        let answers = span.in_scope(|| self.answer_fetch_rows(request.into_inner(), None));
         Ok(Response::new(answers))
     }
 

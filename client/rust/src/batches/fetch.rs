@@ -2,6 +2,7 @@
 use super::{
     assemble::{Assembly, Batch},
     direct,
+    sift::{Answer, select},
 };
 use crate::{Error, Result, Run, retry::Attempts};
 use std::{
@@ -13,11 +14,10 @@ use std::{
     time::Duration,
 };
 use superbatch_proto::v1::{
-    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, SelectBatchResponse, Ticket,
+    BatchHeader, Delivery, Intent, Reason, SelectBatchRequest, Ticket,
     select_batch_response::Message,
 };
 use tokio::{sync::watch, time::Instant};
-use tonic::Streaming;
 
 /// The last step that the trainer has consumed, shared by the fetches of one stream of batches.
 #[derive(Debug, Clone)]
@@ -91,8 +91,6 @@ impl Urgency {
         }
     }
 }
-
-type Stream = Streaming<SelectBatchResponse>;
 
 /// A step to fetch.
 pub(crate) struct Fetch {
@@ -168,16 +166,18 @@ impl Fetch {
     }
 
     async fn stream(&mut self, assembly: &mut Assembly) -> Result<(Batch, Vec<Ticket>)> {
-        let (header, mut stream) = self.open(assembly.received()).await?;
+        let (header, mut answer) = self.open(assembly.received()).await?;
         assembly.begin(header)?;
-        while let Some(response) = stream.message().await? {
-            match response.message {
-                Some(Message::ArrowIpc(part)) => assembly.extend(&part)?,
-                Some(Message::Trailer(trailer)) => return assembly.finish(&trailer),
-                Some(Message::Header(_)) => {
+        while let Some(message) = answer.message().await? {
+            match message {
+                Message::ArrowIpc(part) => {
+                    let mut parts = answer.rows().into_iter().chain([part]);
+                    parts.try_for_each(|part| assembly.extend(&part))?;
+                }
+                Message::Trailer(trailer) => return assembly.finish(&trailer),
+                Message::Header(_) => {
                     return Err(assembly.corrupt("a second header".to_owned()));
                 }
-                None => {}
             }
         }
         Err(assembly.incomplete())
@@ -186,7 +186,7 @@ impl Fetch {
     /// Asks for the step and returns with the header. If the step becomes needed while a PREFETCH
     /// is not answered yet, a second request with NEED is sent beside it, and the first answer is
     /// read. The service shares the work of both.
-    async fn open(&mut self, offset: u64) -> Result<(BatchHeader, Stream)> {
+    async fn open(&mut self, offset: u64) -> Result<(BatchHeader, Answer)> {
         let intent = self.urgency.intent();
         let first = begin(self.request(intent, offset), self.run.clone());
         if intent == Intent::Need {
@@ -223,15 +223,11 @@ impl Fetch {
     }
 }
 
-async fn begin(request: SelectBatchRequest, run: Run) -> Result<(BatchHeader, Stream)> {
+async fn begin(request: SelectBatchRequest, run: Run) -> Result<(BatchHeader, Answer)> {
     let step = request.step;
-    let mut stream = run.client.api().select_batch(request).await?.into_inner();
-    match stream
-        .message()
-        .await?
-        .and_then(|response| response.message)
-    {
-        Some(Message::Header(header)) => Ok((header, stream)),
+    let mut answer = select(&run.client, request).await?;
+    match answer.message().await? {
+        Some(Message::Header(header)) => Ok((header, answer)),
         Some(_) => Err(Error::Corrupt {
             step,
             what: "its stream does not begin with a header".to_owned(),

@@ -3,6 +3,7 @@ mod assemble;
 mod direct;
 pub(crate) mod fetch;
 pub mod fuzzing;
+mod sift;
 
 pub use assemble::Batch;
 

@@ -8,6 +8,7 @@ use crate::{
         worker::{Answers, Worker},
     },
     error::{Error, Result, from_status},
+    handed::Handover,
 };
 use futures::StreamExt;
 use std::any::Any;
@@ -60,8 +61,9 @@ async fn rows_of(
     replies: &Replies,
     worker: &Worker,
     request: FetchRowsRequest,
+    handover: &Handover,
 ) -> Result<Answers<FetchRowsResponse>> {
-    let reads = worker.fetch_rows(request);
+    let reads = worker.fetch_rows(request, handover);
     let stream = replies.within(worker, "that it reads rows", reads).await?;
     stream.map_err(lost)
 }
@@ -73,7 +75,7 @@ async fn keep_rows_on(
     held: impl Any + Send,
 ) -> Result<Kept> {
     let wanted = wanted(&request);
-    let mut stream = rows_of(&replies, worker, request).await?;
+    let mut stream = rows_of(&replies, worker, request, &Handover::default()).await?;
     let next = replies.within(worker, "that it holds rows", stream.next());
     match next
         .await?
@@ -94,7 +96,8 @@ async fn fetch_rows_from(
     request: FetchRowsRequest,
 ) -> Result<Table> {
     let wanted = wanted(&request);
-    let mut stream = rows_of(&replies, worker, request).await?;
+    let handover = Handover::default();
+    let mut stream = rows_of(&replies, worker, request, &handover).await?;
     let (mut parts, mut bytes) = (Vec::new(), 0);
     while let Some(response) = replies.within(worker, "rows", stream.next()).await? {
         match response.map_err(lost)?.message {
@@ -103,7 +106,7 @@ async fn fetch_rows_from(
                 parts.push(part);
             }
             Some(fetch_rows_response::Message::Done(done)) if done.rows as usize == wanted => {
-                return Table::of_answer(parts, wanted).await;
+                return Table::of_call(replies, &handover, parts, wanted).await;
             }
             Some(fetch_rows_response::Message::Done(done)) => {
                 return Err(unsound(format_args!("{} of {wanted} rows", done.rows)));

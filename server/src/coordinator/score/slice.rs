@@ -12,6 +12,7 @@ use crate::{
         workers::{failover::Failover, pool::Pool, replies::Replies, worker::Worker},
     },
     error::{Error, Result, from_status},
+    handed::Handover,
 };
 use std::{collections::HashSet, ops::Range};
 use superbatch_proto::v1::{
@@ -323,14 +324,17 @@ impl Slice {
         };
         send.try_send(request)
             .map_err(|_| Error::internal("a fresh channel is full"))?;
+        let handover = Handover::default();
+        let takes = worker.score(requests, &handover);
         let receive = replies
-            .within(worker, "that it takes a slice", worker.score(requests))
+            .within(worker, "that it takes a slice", takes)
             .await?
             .map_err(|status| from_status(status, Reason::NoWorkers))?;
         let mut live = Live {
             worker: worker.clone(),
             send,
             receive,
+            handover,
             replies,
             is_full: false,
         };

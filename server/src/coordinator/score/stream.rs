@@ -11,6 +11,7 @@ use crate::{
         worker::{Answers, Worker},
     },
     error::{Error, Result, from_status},
+    handed::Handover,
 };
 use futures::StreamExt;
 use std::{any::Any, ops::Range};
@@ -24,6 +25,8 @@ pub struct Live {
     pub worker: Worker,
     pub send: mpsc::Sender<ScoreRequest>,
     pub receive: Answers<ScoreResponse>,
+    /// Where a worker of this process puts rows.
+    pub handover: Handover,
     pub replies: Replies,
     /// Whether it said that it has no room for the chosen rows.
     pub is_full: bool,
@@ -128,7 +131,8 @@ impl Live {
                     parts.push(part);
                 }
                 Message::RowsDone(done) if done.rows as usize == chosen.len() => {
-                    return Table::of_answer(parts, chosen.len()).await.map(Some);
+                    let table = Table::of_call(self.replies, &self.handover, parts, chosen.len());
+                    return table.await.map(Some);
                 }
                 Message::RowsDone(done) => {
                     let wanted = chosen.len();
@@ -203,9 +207,14 @@ fn seconds(said: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{coordinator::workers::worker::tests::unreachable, ticket::TicketKey};
+    use crate::{coordinator::workers::worker::tests::unreachable, handed, ticket::TicketKey};
+    use arrow::{
+        array::{ArrayRef, AsArray, RecordBatch, UInt32Array},
+        datatypes::UInt32Type,
+    };
     use futures::stream;
-    use superbatch_proto::v1::KeptRows;
+    use std::sync::Arc;
+    use superbatch_proto::v1::{KeptRows, RowsDone};
 
     /// A worker that sends `messages` and then ends the stream; the receiver is what it reads.
     fn live(messages: Vec<Message>) -> (Live, mpsc::Receiver<ScoreRequest>) {
@@ -219,10 +228,51 @@ mod tests {
             worker: unreachable(Some(TicketKey::random())),
             send,
             receive: Box::pin(stream::iter(answers.collect::<Vec<_>>())),
+            handover: Handover::default(),
             replies: Replies::default(),
             is_full: false,
         };
         (live, reads)
+    }
+
+    /// Rows as a worker of this process hands them over: some of a batch that has others too.
+    fn handed(places: &[(usize, usize)]) -> handed::Rows {
+        let numbers: ArrayRef = Arc::new(UInt32Array::from_iter_values(0..8));
+        let batch = RecordBatch::try_from_iter([("n", numbers)]).unwrap();
+        handed::Rows {
+            schema: batch.schema(),
+            bytes: batch.get_array_memory_size(),
+            batches: vec![batch],
+            places: places.to_vec(),
+            value_bytes: 4 * places.len() as u64,
+        }
+    }
+
+    #[tokio::test]
+    async fn rows_that_are_handed_over_need_no_messages() {
+        let done = |rows| {
+            Message::RowsDone(RowsDone {
+                rows,
+                rows_read_again: 0,
+            })
+        };
+        let (mut live, _reads) = live(vec![done(3)]);
+        live.handover.put(handed(&[(0, 5), (0, 1), (0, 2)]));
+        let rows = live.rows(&[7, 8, 9], RowsForm::Whole).await;
+        let rows = rows.unwrap().unwrap();
+        let numbers = rows.column("n", &[0, 1, 2]).unwrap();
+        let numbers = numbers.as_primitive::<UInt32Type>().values();
+        assert_eq!(numbers[..], [5, 1, 2]);
+        assert_eq!(rows.bytes(), handed(&[]).bytes);
+
+        // Fewer than it says, and more than a slice may have.
+        let (mut live, _reads) = self::live(vec![done(2), done(2)]);
+        live.handover.put(handed(&[(0, 5)]));
+        assert!(live.rows(&[7, 8], RowsForm::Whole).await.is_err());
+        live.replies.rows_bytes_max = 7;
+        live.handover.put(handed(&[(0, 5), (0, 1)]));
+        let error = live.rows(&[7, 8], RowsForm::Whole).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::MessageTooLarge);
     }
 
     #[tokio::test]

@@ -6,8 +6,9 @@
 use crate::{
     batches::row_bytes,
     blocking::blocking,
-    coordinator::workers::replies::unsound,
+    coordinator::workers::replies::{Replies, unsound},
     error::{Error, Result},
+    handed::{self, Handover},
 };
 use arrow::{
     array::{Array, ArrayRef, RecordBatch, UInt32Array, make_array},
@@ -77,6 +78,37 @@ impl Table {
             Err(unsound(format_args!("{} of {due} rows", table.rows())))
         };
         blocking("reading rows", read).await
+    }
+
+    /// Returns the rows of a call that has said that it is done: those that a worker of this
+    /// process has handed over, else those of its answer, as [`Self::of_answer`] reads them.
+    ///
+    /// # Errors
+    /// As [`Self::of_answer`]; `MessageTooLarge`.
+    pub async fn of_call(
+        replies: Replies,
+        handover: &Handover,
+        parts: Vec<Bytes>,
+        due: usize,
+    ) -> Result<Self> {
+        let Some(handed) = handover.take() else {
+            return Self::of_answer(parts, due).await;
+        };
+        replies.check_rows_bytes(handed.value_bytes)?;
+        Self::of_handed(handed, due)
+    }
+
+    fn of_handed(rows: handed::Rows, due: usize) -> Result<Self> {
+        if rows.places.len() != due {
+            let rows = rows.places.len();
+            return Err(unsound(format_args!("{rows} of {due} rows")));
+        }
+        Ok(Self {
+            schema: rows.schema,
+            batches: rows.batches,
+            places: rows.places,
+            bytes: rows.bytes,
+        })
     }
 
     /// Makes a table of all rows of `batches`, which hold `bytes` of memory.

@@ -1,11 +1,12 @@
 //! One rank's batch: the rows of its share, in the way of the run's delivery.
 use crate::{
+    blocking::blocking,
     coordinator::{
         runs::{registry::Coordinator, run::Run},
         score::kept::Data,
         serve::{
             output,
-            ready::Ready,
+            ready::{Encoded, Ready, Share},
             share,
             tickets::{Terms, tickets},
         },
@@ -71,20 +72,8 @@ pub(crate) async fn batch(
     if let Some(why) = why.filter(|_| request.resume_offset == 0) {
         metrics::direct_fallbacks(why).increment(1);
     }
-    let (of, asked_for, batch) = (run.run().clone(), request.clone(), ready.clone());
-    // Copies and hashes all bytes of the rank's slice, off the async threads.
-    let encoded = tokio::task::spawn_blocking(move || {
-        let (parts, tickets) = rank_parts(&of, &asked_for, &batch, way)?;
-        let mut checksum = Checksum::default();
-        for part in &parts {
-            checksum.update(part);
-        }
-        Ok::<_, Error>((parts, tickets, checksum.finish().to_vec()))
-    });
-    let (parts, tickets, checksum) = encoded
-        .await
-        .map_err(|e| Error::internal("encoding the batch panicked").because(e))??;
-    let stream_bytes = parts.iter().map(|part| part.len() as u64).sum();
+    let (stream, tickets) = encoded(run.run(), request, &ready, way).await?;
+    let stream_bytes = stream.bytes();
     if request.resume_offset > stream_bytes {
         let message = format!(
             "resume_offset {} is beyond the stream's {stream_bytes} bytes",
@@ -111,9 +100,9 @@ pub(crate) async fn batch(
         },
         trailer: BatchTrailer {
             rows,
-            xxh3: checksum.into(),
+            xxh3: stream.checksum,
         },
-        parts: ipc::from_offset(parts, request.resume_offset).collect(),
+        parts: ipc::from_offset(stream.parts, request.resume_offset).collect(),
         span,
     })
 }
@@ -180,6 +169,40 @@ fn way_of(
         (Delivery::Direct, _) => (Way::Whole, Some("no_address")),
         _ => (Way::Whole, None),
     }
+}
+
+/// Returns the rank's stream and its tickets. A stream that is kept is not made again.
+async fn encoded(
+    run: &Arc<Run>,
+    request: &SelectBatchRequest,
+    ready: &Arc<Ready>,
+    way: Way,
+) -> Result<(Encoded, Vec<Ticket>)> {
+    // Tickets end, so they are made for each answer.
+    let share = (way != Way::Tickets).then_some(Share {
+        rank: request.rank,
+        world_size: request.world_size,
+        is_located: way == Way::Located,
+    });
+    if let Some(kept) = share.and_then(|share| ready.stream(share)) {
+        return Ok((kept, Vec::new()));
+    }
+    let (run, request, ready) = (run.clone(), request.clone(), ready.clone());
+    // Copies and hashes all bytes of the rank's slice, off the async threads.
+    blocking("encoding the batch", move || {
+        let (parts, tickets) = rank_parts(&run, &request, &ready, way)?;
+        let mut checksum = Checksum::default();
+        for part in &parts {
+            checksum.update(part);
+        }
+        let checksum = checksum.finish().to_vec().into();
+        let stream = Encoded { parts, checksum };
+        if let Some(share) = share {
+            ready.keep_stream(share, &stream);
+        }
+        Ok((stream, tickets))
+    })
+    .await
 }
 
 /// Returns the rank's stream and its tickets.

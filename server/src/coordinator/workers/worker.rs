@@ -1,5 +1,7 @@
 //! One scoring worker, as its coordinator sees it.
-use crate::{bounds::CALLS_MAX, error, pushed::Pushed, ticket::TicketKey, traces::carrying};
+use crate::{
+    bounds::CALLS_MAX, error, handed::Handover, pushed::Pushed, ticket::TicketKey, traces::carrying,
+};
 use futures::{Stream, StreamExt, future::BoxFuture};
 use std::{fmt, pin::Pin, sync::Arc};
 use superbatch_proto::{
@@ -19,12 +21,17 @@ pub type Answers<T> = Pin<Box<dyn Stream<Item = Result<T>> + Send + Sync>>;
 
 /// The calls that carry rows, embeddings and weights, answered by a worker in this process.
 ///
-/// Their messages hold `Bytes`, which are handed over as they are. On a connection each message is
-/// written into one buffer, cut into frames, and put together again: three copies of every row.
+/// Rows that are wanted whole are put into the handover, before the message that they are done:
+/// nothing is encoded, and most are not copied. On a connection each row is gathered, written into
+/// a buffer, cut into frames, and put together again.
 pub trait InProcess: Send + Sync {
-    fn score(&self, requests: Answers<ScoreRequest>) -> Answers<ScoreResponse>;
+    fn score(&self, requests: Answers<ScoreRequest>, handover: Handover) -> Answers<ScoreResponse>;
 
-    fn fetch_rows(&self, request: FetchRowsRequest) -> Answers<FetchRowsResponse>;
+    fn fetch_rows(
+        &self,
+        request: FetchRowsRequest,
+        handover: Handover,
+    ) -> Answers<FetchRowsResponse>;
 
     /// As `PrepareModel`, for weights in memory.
     fn prepare_pushed(
@@ -97,26 +104,30 @@ impl Worker {
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    /// Begins a `Score` call.
+    /// Begins a `Score` call. A worker of this process puts rows into `handover`.
     pub async fn score(
         &self,
         requests: mpsc::Receiver<ScoreRequest>,
+        handover: &Handover,
     ) -> Result<Answers<ScoreResponse>> {
         let requests = ReceiverStream::new(requests);
         if let Some(here) = &self.embedded {
-            return Ok(here.calls.score(Box::pin(requests.map(Ok))));
+            return Ok(here
+                .calls
+                .score(Box::pin(requests.map(Ok)), handover.clone()));
         }
         let answers = self.client().score(carrying(requests)).await?;
         Ok(Box::pin(answers.into_inner()))
     }
 
-    /// Begins a `FetchRows` call.
+    /// Begins a `FetchRows` call. A worker of this process puts rows into `handover`.
     pub async fn fetch_rows(
         &self,
         request: FetchRowsRequest,
+        handover: &Handover,
     ) -> Result<Answers<FetchRowsResponse>> {
         if let Some(here) = &self.embedded {
-            return Ok(here.calls.fetch_rows(request));
+            return Ok(here.calls.fetch_rows(request, handover.clone()));
         }
         let answers = self.client().fetch_rows(carrying(request)).await?;
         Ok(Box::pin(answers.into_inner()))

@@ -1,5 +1,8 @@
 //! The sending half of a streamed answer, and the task that fills it.
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    handed::Handover,
+};
 use futures::future::BoxFuture;
 use std::time::Duration;
 use superbatch_proto::v1::Reason;
@@ -22,6 +25,8 @@ pub(crate) struct Answers<T> {
     sender: mpsc::Sender<Result<T, Status>>,
     /// How long the caller may leave one message unread.
     unread_max: Duration,
+    /// Where rows are put for a caller in this process.
+    handover: Option<Handover>,
 }
 
 /// A streamed answer.
@@ -32,6 +37,17 @@ impl<T> Answers<T> {
     #[must_use]
     pub(crate) fn each_within(self, unread_max: Duration) -> Self {
         Self { unread_max, ..self }
+    }
+
+    /// Has rows put into `handover` in the place of messages, if there is one.
+    #[must_use]
+    pub(crate) fn handing(self, handover: Option<Handover>) -> Self {
+        Self { handover, ..self }
+    }
+
+    /// Returns where rows are put; `None` if they are sent.
+    pub(crate) fn handover(&self) -> Option<&Handover> {
+        self.handover.as_ref()
     }
 
     /// # Errors
@@ -56,6 +72,7 @@ pub(crate) fn answer_with<T: Send + 'static>(
     let work = work(Answers {
         sender: sender.clone(),
         unread_max: UNREAD_MAX,
+        handover: None,
     });
     let work = work.instrument(Span::current());
     tokio::spawn(async move {

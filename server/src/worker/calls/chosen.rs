@@ -1,6 +1,7 @@
 //! Sends the chosen rows of a slice.
 use super::{
     answers::Answers,
+    hand::hand_over,
     messages::{answer, arrow_ipc, next},
     rows::{Form, RowWriter, compact, compact_bytes, content_hashes, send_rows},
     score::Scoring,
@@ -67,17 +68,18 @@ impl Scoring<'_> {
         form: Form,
         answers: &Answers<ScoreResponse>,
     ) -> Result<()> {
-        let schema = self.slice.manifest.data_schema(&self.slice.columns)?;
-        let writer = send_rows(
-            RowWriter::new(&schema, form)?,
-            rows,
-            &self.engine.pool,
-            answers,
-            |part| Some(arrow_ipc(part)),
-        )
-        .await?;
-        for part in writer.finish()? {
-            answers.send(arrow_ipc(part)).await?;
+        let (pool, manifest) = (&self.engine.pool, &self.slice.manifest);
+        let schema = manifest.data_schema(&self.slice.columns)?;
+        match (&form, answers.handover()) {
+            (Form::Whole, Some(handover)) => handover.put(hand_over(&schema, rows, pool).await?),
+            _ => {
+                let writer = RowWriter::new(&schema, form)?;
+                let wrap = |part| Some(arrow_ipc(part));
+                let writer = send_rows(writer, rows, pool, answers, wrap).await?;
+                for part in writer.finish()? {
+                    answers.send(arrow_ipc(part)).await?;
+                }
+            }
         }
         let done = RowsDone {
             rows: rows.len() as u32,

@@ -2,6 +2,7 @@
 use super::{
     answers::Answers,
     chosen::hold,
+    hand::hand_over,
     rows::{Form, RowWriter, send_rows},
     slice::{Slice, SliceBlock, each},
     survey::AHEAD,
@@ -72,11 +73,19 @@ pub(crate) async fn fetch_rows(
         }
         _ => Form::Whole,
     };
-    let writer = RowWriter::new(&slice.manifest.data_schema(&slice.columns)?, form)?;
-    let wrap = |part| Some(arrow_ipc(part));
-    let writer = send_rows(writer, &rows, &engine.pool, answers, wrap).await?;
-    for part in writer.finish()? {
-        answers.send(arrow_ipc(part)).await?;
+    let schema = slice.manifest.data_schema(&slice.columns)?;
+    match (&form, answers.handover()) {
+        (Form::Whole, Some(handover)) => {
+            handover.put(hand_over(&schema, &rows, &engine.pool).await?);
+        }
+        _ => {
+            let writer = RowWriter::new(&schema, form)?;
+            let wrap = |part| Some(arrow_ipc(part));
+            let writer = send_rows(writer, &rows, &engine.pool, answers, wrap).await?;
+            for part in writer.finish()? {
+                answers.send(arrow_ipc(part)).await?;
+            }
+        }
     }
     let rows = slice.candidates as u32;
     answers

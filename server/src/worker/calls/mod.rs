@@ -5,6 +5,7 @@ pub(super) mod beside;
 pub(super) mod chosen;
 pub(super) mod embed;
 pub(super) mod fetch;
+pub(super) mod hand;
 pub(super) mod messages;
 pub(super) mod rows;
 pub(super) mod score;

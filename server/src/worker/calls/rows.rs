@@ -87,7 +87,7 @@ impl RowWriter {
     }
 }
 
-fn hashed_schema(data: &SchemaRef) -> SchemaRef {
+pub(crate) fn hashed_schema(data: &SchemaRef) -> SchemaRef {
     let hash = Field::new(CONTENT_HASH, DataType::FixedSizeBinary(16), false);
     let fields = data.fields().iter().cloned().chain([Arc::new(hash)]);
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))
@@ -180,7 +180,7 @@ pub(crate) async fn compact(rows: Vec<Row>, pool: &DecodePool) -> Result<Compact
     .await?
 }
 
-fn sizes(rows: &[Row]) -> Result<Vec<usize>> {
+pub(crate) fn sizes(rows: &[Row]) -> Result<Vec<usize>> {
     let sizes = rows.iter().map(|row| row_bytes(&row.batch, row.row));
     sizes.collect::<Result<_, _>>().map_err(encoding)
 }
@@ -220,7 +220,7 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
     copy(rows)
 }
 
-fn copy(rows: &[Row]) -> Result<RecordBatch> {
+pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {
@@ -244,6 +244,6 @@ fn follow_each_other(first: &Row, rows: &[Row]) -> bool {
         .all(|(row, number)| Arc::ptr_eq(&row.batch, &first.batch) && row.row == number)
 }
 
-fn encoding(cause: arrow::error::ArrowError) -> Error {
+pub(crate) fn encoding(cause: arrow::error::ArrowError) -> Error {
     Error::internal("cannot encode chosen rows as Arrow IPC").because(cause)
 }

@@ -1,0 +1,137 @@
+//! Hands rows over to the coordinator of the same process. Nothing is encoded, and a record batch
+//! of which most rows are wanted is not copied: the coordinator gathers rows from where they lie.
+use super::{
+    rows::{content_hashes, copy, encoding, hashed_schema, sizes},
+    survey::AHEAD,
+};
+use crate::{
+    batches::{SENT_BATCH_BYTES_MAX, row_ranges},
+    error::Result,
+    handed,
+    worker::inputs::{decode_pool::DecodePool, row::Row},
+};
+use arrow::{
+    array::{ArrayRef, FixedSizeBinaryArray},
+    datatypes::SchemaRef,
+    record_batch::RecordBatch,
+};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use std::{collections::HashMap, sync::Arc};
+
+const HASH_BYTES: usize = 16;
+
+/// What becomes one record batch.
+struct Piece {
+    /// For each row, its place among all rows.
+    places: Vec<usize>,
+    rows: Vec<Row>,
+    /// Whether the rows lie in one batch, which is handed over with its other rows.
+    is_shared: bool,
+}
+
+/// Returns `rows` with their content hashes as last column, in the order given. All of them must
+/// have image and caption.
+pub(crate) async fn hand_over(
+    data_schema: &SchemaRef,
+    rows: &[Row],
+    pool: &DecodePool,
+) -> Result<handed::Rows> {
+    let schema = hashed_schema(data_schema);
+    let sizes = sizes(rows)?;
+    let pieces: Vec<_> = pieces(rows, &sizes)
+        .into_iter()
+        .map(|piece| made(piece, schema.clone(), pool).boxed())
+        .collect();
+    let mut pieces = stream::iter(pieces).buffered(AHEAD);
+    let mut all = handed::Rows {
+        schema: schema.clone(),
+        batches: Vec::new(),
+        places: vec![(0, 0); rows.len()],
+        value_bytes: sizes.iter().map(|size| *size as u64).sum(),
+        bytes: 0,
+    };
+    while let Some((batch, piece)) = pieces.try_next().await? {
+        add(&mut all, batch, &piece);
+    }
+    Ok(all)
+}
+
+/// Makes the record batch of a piece where megabytes may be hashed.
+async fn made(piece: Piece, schema: SchemaRef, pool: &DecodePool) -> Result<(RecordBatch, Piece)> {
+    let make = move || batch(&piece, &schema).map(|batch| (batch, piece));
+    pool.run(make).await?
+}
+
+/// Divides rows by the batches in which they lie. A batch is shared if the wanted rows are at least
+/// half of its memory, so that the coordinator never holds more than twice what it asked for. Rows
+/// of other batches are copied together.
+fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
+    let mut numbers = HashMap::new();
+    let mut by_batch: Vec<Vec<usize>> = Vec::new();
+    for (place, row) in rows.iter().enumerate() {
+        let number = *numbers.entry(Arc::as_ptr(&row.batch)).or_insert_with(|| {
+            by_batch.push(Vec::new());
+            by_batch.len() - 1
+        });
+        by_batch[number].push(place);
+    }
+    let is_shared = |places: &Vec<usize>| {
+        let wanted: usize = places.iter().map(|place| sizes[*place]).sum();
+        let first = places.first().map(|place| &rows[*place].batch);
+        first.is_some_and(|batch| 2 * wanted >= batch.get_array_memory_size())
+    };
+    let (shared, others): (Vec<_>, Vec<_>) = by_batch.into_iter().partition(is_shared);
+    let mut others = others.concat();
+    others.sort_unstable();
+    let copied: Vec<usize> = others.iter().map(|place| sizes[*place]).collect();
+    let copied = row_ranges(&copied, SENT_BATCH_BYTES_MAX).into_iter();
+    let copied = copied.map(|range| (others[range].to_vec(), false));
+    let shared = shared.into_iter().map(|places| (places, true));
+    let piece = |(places, is_shared): (Vec<usize>, bool)| Piece {
+        rows: places.iter().map(|place| rows[*place].clone()).collect(),
+        places,
+        is_shared,
+    };
+    shared.chain(copied).map(piece).collect()
+}
+
+/// Makes the record batch of a piece.
+fn batch(piece: &Piece, schema: &SchemaRef) -> Result<RecordBatch> {
+    let hashes = content_hashes(&piece.rows)?;
+    let shared = piece.rows.first().filter(|_| piece.is_shared);
+    let (data, hashes) = match shared {
+        Some(first) => {
+            let batch = RecordBatch::clone(&first.batch);
+            let hashes = spread(&hashes, &piece.rows, batch.num_rows());
+            (batch, hashes)
+        }
+        None => (copy(&piece.rows)?, hashes),
+    };
+    let hashes = FixedSizeBinaryArray::try_new(HASH_BYTES as i32, hashes.into(), None);
+    let hashes: ArrayRef = Arc::new(hashes.map_err(encoding)?);
+    let mut columns = data.columns().to_vec();
+    columns.push(hashes);
+    RecordBatch::try_new(schema.clone(), columns).map_err(encoding)
+}
+
+/// Puts the hashes of `rows` at their places among all rows of their batch. Nobody reads others.
+fn spread(hashes: &[u8], rows: &[Row], count: usize) -> Vec<u8> {
+    let mut all = vec![0; count * HASH_BYTES];
+    for (row, hash) in rows.iter().zip(hashes.chunks(HASH_BYTES)) {
+        all[row.row * HASH_BYTES..][..HASH_BYTES].copy_from_slice(hash);
+    }
+    all
+}
+
+fn add(all: &mut handed::Rows, batch: RecordBatch, piece: &Piece) {
+    let number = all.batches.len();
+    for (copied, (place, row)) in piece.places.iter().zip(&piece.rows).enumerate() {
+        let row = if piece.is_shared { row.row } else { copied };
+        all.places[*place] = (number, row);
+    }
+    all.bytes += batch.get_array_memory_size();
+    all.batches.push(batch);
+}
+
+#[cfg(test)]
+mod tests;
