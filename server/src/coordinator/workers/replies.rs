@@ -76,7 +76,15 @@ impl Replies {
             return Err(unsound("an empty part of rows"));
         }
         *bytes += (part.len() as u64).max(PART_BYTES_MIN);
-        if *bytes <= self.rows_bytes_max {
+        self.check_rows_bytes(*bytes)
+    }
+
+    /// Checks the number of bytes of rows that a worker has sent, or says that it holds.
+    ///
+    /// # Errors
+    /// `MessageTooLarge`.
+    pub fn check_rows_bytes(&self, bytes: u64) -> Result<()> {
+        if bytes <= self.rows_bytes_max {
             return Ok(());
         }
         let message = format!(
