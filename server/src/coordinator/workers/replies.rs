@@ -335,6 +335,22 @@ mod tests {
     }
 
     #[test]
+    fn tiny_parts_of_rows_count_as_larger_ones_and_empty_ones_are_refused() {
+        let replies = Replies {
+            rows_bytes_max: 3 * PART_BYTES_MIN,
+            ..Default::default()
+        };
+        let mut bytes = 0;
+        for _ in 0..3 {
+            replies.count_rows(&mut bytes, &[0]).unwrap();
+        }
+        let error = replies.count_rows(&mut bytes, &[0]).unwrap_err();
+        assert_eq!(error.reason(), Reason::MessageTooLarge);
+        let error = replies.count_rows(&mut 0, &[]).unwrap_err();
+        assert_eq!(error.reason(), Reason::Internal);
+    }
+
+    #[test]
     fn a_hole_lies_in_its_slice_and_is_told_once() {
         let hole = |candidate| Hole {
             candidate,
