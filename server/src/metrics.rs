@@ -200,7 +200,8 @@ declare! {
     /// slice that is scored again counts again. Stage `discarded` is the part of them whose result
     /// no step used: do not add it.
     counter flops(stage) on Both = "superbatch_flops_total", Count;
-    /// Calls refused for their token, by reason: `UNAUTHENTICATED`, `PERMISSION_DENIED`.
+    /// Calls refused for their token, by reason: `UNAUTHENTICATED`; `PERMISSION_DENIED`, for its
+    /// scopes or its runs.
     counter access_refused(reason) on Both = "superbatch_access_refused_total", Count;
     /// Connections closed before their first call, by reason: `limit` (too many are open),
     /// `handshake` (TLS), `silent` (nothing arrived in time).

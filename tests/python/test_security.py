@@ -9,7 +9,7 @@ import pytest
 import superbatch
 from grpc_apart import Channel, Refused
 from secured import authority, command, folder, in_python, new_token, refused, service, wait_until
-from test_end_to_end import inputs, phase, reason, spec, train  # noqa: F401
+from test_end_to_end import inputs, phase, reason, spec, train, weights  # noqa: F401
 
 
 def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
@@ -42,6 +42,22 @@ def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
     )
     environment = {"SUPERBATCH_CA": service.ca, "SUPERBATCH_TOKEN_FILE": str(tmp_path / "token")}
     assert "team-a-1" in in_python(names, service.address, environment)
+
+
+def test_a_refused_push_is_in_the_audit_log(inputs, service):
+    run = service.connect().open_run(spec(inputs, "team-a-3"))
+    run.select(0, rank=0, world_size=1)
+    bad = {name: tensor * float("nan") for name, tensor in weights(inputs, 0).items()}
+    with pytest.raises(superbatch.WeightsRefused):
+        run.push_weights(bad, step=0)
+        run.flush()
+
+    def told() -> list[tuple]:
+        lines = [line for line in service.audited() if line["run"] == "team-a-3"]
+        return [(line["what"], line.get("reason"), line["who"]) for line in lines]
+
+    wait_until(lambda: ("push", "WEIGHTS_REFUSED", "trainer") in told())
+    run.close()
 
 
 def test_each_call_needs_its_scope(inputs, service):
