@@ -202,9 +202,11 @@ Examples:
     #[command(after_long_help = "\
 Examples:
   superbatch top
-  # A service on another machine, and its metrics
-  superbatch top --address https://superbatch.example:50051 --token-file token \\
-      --metrics http://superbatch.example:9464/metrics
+  # With two workers of their own (their `worker_role.metrics_listen`)
+  superbatch top --metrics http://127.0.0.1:9464/metrics --metrics http://10.0.0.7:9464/metrics \\
+      --metrics http://10.0.0.8:9464/metrics
+  # A service with tokens, on its machine; where `auth.metrics` is set, a token of scope `admin`
+  superbatch top --address https://superbatch.example:50051 --ca ca.pem --token-file admin.token
   # One view, for a log
   superbatch top --once")]
     Top(admin::top::TopArgs),
