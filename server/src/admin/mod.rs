@@ -18,6 +18,7 @@ pub mod state;
 mod table;
 pub mod token;
 pub mod top;
+mod user;
 pub mod weights;
 
 use crate::{
