@@ -3,7 +3,10 @@ use clap::{Parser, Subcommand};
 use std::{process::ExitCode, time::Duration};
 use superbatch_proto::reason_name;
 use superbatch_server::{
-    admin::{self, CheckArgs, PageArgs, ServeArgs, WorkerArgs},
+    admin::{
+        self, CheckArgs, PageArgs, ServeArgs, WorkerArgs,
+        ending::{REST_MAX, RUNTIME_MAX, end_within, terminated},
+    },
     app::{RunPage, Serve, Work, replayer, start_traces},
     config::Config,
     error::{Error, Result},
@@ -241,22 +244,26 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<String> {
     match command {
         Command::Serve(args) => traced("superbatch-coordinator", args.load()?, async |config| {
+            let grace = config.coordinator.grace();
             let serve = Serve::build(config).await?;
             admin::announce("serving", &serve.uri(), serve.metrics_address());
             serve.page_uri().into_iter().for_each(admin::announce_page);
-            serve.run(admin::terminated()).await.map(|()| String::new())
+            let served = serve.run(terminated(grace)).await;
+            served.map(|()| String::new())
         }),
         Command::Worker(args) => traced("superbatch-worker", args.load()?, async |config| {
+            let grace = config.coordinator.grace();
             let work = Work::build(config).await?;
             admin::announce("working", &work.uri(), work.metrics_address());
-            work.run(admin::terminated()).await.map(|()| String::new())
+            let worked = work.run(terminated(grace)).await;
+            worked.map(|()| String::new())
         }),
         Command::Page(args) => with_runtime(args.load()?, async |config| {
             let page = RunPage::build(&config).await?;
             admin::announce_page(page.uri());
             tokio::select! {
                 () = page.run() => {}
-                () = admin::terminated() => {}
+                () = terminated(Duration::ZERO) => {}
             }
             Ok(String::new())
         }),
@@ -341,10 +348,14 @@ fn on_runtime(
     let traces = traces.transpose()?.flatten();
     admin::start_logging(&config.log, traces.as_ref())?;
     let done = runtime.block_on(work(config));
+    if traced.is_some() {
+        // A worker that its coordinator refuses ends without being asked to.
+        end_within(REST_MAX);
+    }
     // The last spans are sent by the runtime.
     if let Some(traces) = traces {
         traces.stop();
     }
-    runtime.shutdown_timeout(Duration::from_secs(2));
+    runtime.shutdown_timeout(RUNTIME_MAX);
     done
 }
