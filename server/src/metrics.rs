@@ -231,6 +231,11 @@ declare! {
     gauge process_memory() on Both = "process_resident_memory_bytes", Bytes;
     /// Threads of this process.
     gauge process_threads() on Both = "process_threads", Count;
+    /// Seconds in which threads of the runtime, which serve calls and move data, were busy, over all
+    /// of them. Its rate by `superbatch_runtime_threads` is the share of time that they are busy.
+    gauge runtime_busy() on Both = "superbatch_runtime_busy_seconds_total", Seconds;
+    /// Threads of the runtime.
+    gauge runtime_threads() on Both = "superbatch_runtime_threads", Count;
     /// Open files and sockets of this process.
     gauge process_files() on Both = "process_open_fds", Count;
     /// Open files and sockets that this process may have.

@@ -184,6 +184,8 @@ def test_a_step_has_the_wait_of_its_slowest_rank(inputs, serve):
     # Both ranks have consumed steps 0 and 1; who knows whether step 2 is trained on.
     assert coordinator.metric(f"{of_steps}_count") == 2
     assert 0 < coordinator.metric(f"{of_steps}_sum") <= coordinator.metric(f"{waits}_sum")
+    assert coordinator.metric("superbatch_runtime_threads") > 0
+    assert coordinator.metric("superbatch_runtime_busy_seconds_total") > 0
 
 
 def test_old_snapshots_go_and_a_rewind_that_needs_them_is_refused(inputs, serve, tmp_path):
