@@ -193,13 +193,15 @@ Examples:
     /// wrong.
     ///
     /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data
-    /// and models by URI. Exits with 1 if a check fails.
+    /// and models by URI; with `--role worker` the coordinator too, and whether it takes the
+    /// worker's token. Exits with 1 if a check fails.
     #[command(after_long_help = "\
 Examples:
   superbatch doctor --config superbatch.yaml
   superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data \\
-    --model s3://bucket/models/siglip")]
-    #[cfg(feature = "torch")]
+    --model s3://bucket/models/siglip
+  # On a worker's machine, before `superbatch worker`
+  superbatch doctor --config worker.yaml --role worker")]
     Doctor(admin::doctor::DoctorArgs),
     /// Watch a live service: runs, steps a second, waits, where time goes, workers.
     #[command(after_long_help = "\
@@ -296,7 +298,6 @@ fn run(command: Command) -> Result<String> {
         }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
         Command::Token(args) => admin::token::run(&args),
-        #[cfg(feature = "torch")]
         Command::Doctor(args) => with_runtime(args.settings.load()?, async |config| {
             admin::doctor::run(&config, &args).await
         }),

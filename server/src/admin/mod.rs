@@ -1,6 +1,5 @@
 //! Operator commands, and the options that all commands share.
 pub mod docs;
-#[cfg(feature = "torch")]
 pub mod doctor;
 #[cfg(feature = "torch")]
 pub mod embed;
