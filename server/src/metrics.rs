@@ -83,8 +83,8 @@ declare! {
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
     histogram trainer_wait() on Coordinator = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
-    /// The longest of those waits of each step, over its ranks: the time that the trainer lost, once
-    /// a step, told when all ranks have consumed it.
+    /// The longest of those waits of each step, over its ranks: the time that the trainer lost. It
+    /// is told once a step, when all ranks have consumed it.
     histogram step_wait() on Coordinator = "superbatch_step_wait_seconds", Seconds, SECONDS;
     /// Bytes of batches that this coordinator streamed, by delivery: `coordinator`, `direct` (only
     /// what the service adds to the rows), `locators`.
@@ -231,8 +231,8 @@ declare! {
     gauge process_memory() on Both = "process_resident_memory_bytes", Bytes;
     /// Threads of this process.
     gauge process_threads() on Both = "process_threads", Count;
-    /// Seconds in which threads of the runtime, which serve calls and move data, were busy, over all
-    /// of them. Its rate by `superbatch_runtime_threads` is the share of time that they are busy.
+    /// Seconds in which the threads of the runtime, which serve calls and move data, were busy, all
+    /// together. Its rate by `superbatch_runtime_threads` is the share of their time.
     gauge runtime_busy() on Both = "superbatch_runtime_busy_seconds_total", Seconds;
     /// Threads of the runtime.
     gauge runtime_threads() on Both = "superbatch_runtime_threads", Count;
