@@ -3,7 +3,10 @@ use clap::{Parser, Subcommand};
 use std::{process::ExitCode, time::Duration};
 use superbatch_proto::reason_name;
 use superbatch_server::{
-    admin::{self, CheckArgs, PageArgs, ServeArgs, WorkerArgs},
+    admin::{
+        self, CheckArgs, PageArgs, ServeArgs, WorkerArgs,
+        ending::{REST_MAX, RUNTIME_MAX, end_within, terminated},
+    },
     app::{RunPage, Serve, Work, replayer, start_traces},
     config::Config,
     error::{Error, Result},
@@ -190,21 +193,25 @@ Examples:
     /// wrong.
     ///
     /// Ports, certificates, tokens, the state's conditional create, the clock, the device, and data
-    /// and models by URI. Exits with 1 if a check fails.
+    /// and models by URI; with `--role worker` the coordinator too, and whether it takes the
+    /// worker's token. Exits with 1 if a check fails.
     #[command(after_long_help = "\
 Examples:
   superbatch doctor --config superbatch.yaml
   superbatch doctor --state s3://bucket/superbatch --source s3://bucket/data \\
-    --model s3://bucket/models/siglip")]
-    #[cfg(feature = "torch")]
+    --model s3://bucket/models/siglip
+  # On a worker's machine, before `superbatch worker`
+  superbatch doctor --config worker.yaml --role worker")]
     Doctor(admin::doctor::DoctorArgs),
     /// Watch a live service: runs, steps a second, waits, where time goes, workers.
     #[command(after_long_help = "\
 Examples:
   superbatch top
-  # A service on another machine, and its metrics
-  superbatch top --address https://superbatch.example:50051 --token-file token \\
-      --metrics http://superbatch.example:9464/metrics
+  # With two workers of their own (their `worker_role.metrics_listen`)
+  superbatch top --metrics http://127.0.0.1:9464/metrics --metrics http://10.0.0.7:9464/metrics \\
+      --metrics http://10.0.0.8:9464/metrics
+  # A service with tokens, on its machine; where `auth.metrics` is set, a token of scope `admin`
+  superbatch top --address https://superbatch.example:50051 --ca ca.pem --token-file admin.token
   # One view, for a log
   superbatch top --once")]
     Top(admin::top::TopArgs),
@@ -239,22 +246,26 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<String> {
     match command {
         Command::Serve(args) => traced("superbatch-coordinator", args.load()?, async |config| {
+            let grace = config.coordinator.grace();
             let serve = Serve::build(config).await?;
             admin::announce("serving", &serve.uri(), serve.metrics_address());
             serve.page_uri().into_iter().for_each(admin::announce_page);
-            serve.run(admin::terminated()).await.map(|()| String::new())
+            let served = serve.run(terminated(grace)).await;
+            served.map(|()| String::new())
         }),
         Command::Worker(args) => traced("superbatch-worker", args.load()?, async |config| {
+            let grace = config.coordinator.grace();
             let work = Work::build(config).await?;
             admin::announce("working", &work.uri(), work.metrics_address());
-            work.run(admin::terminated()).await.map(|()| String::new())
+            let worked = work.run(terminated(grace)).await;
+            worked.map(|()| String::new())
         }),
         Command::Page(args) => with_runtime(args.load()?, async |config| {
             let page = RunPage::build(&config).await?;
             admin::announce_page(page.uri());
             tokio::select! {
                 () = page.run() => {}
-                () = admin::terminated() => {}
+                () = terminated(Duration::ZERO) => {}
             }
             Ok(String::new())
         }),
@@ -287,7 +298,6 @@ fn run(command: Command) -> Result<String> {
         }),
         Command::Select(args) => admin::select::run(&args).map(|line| line + "\n"),
         Command::Token(args) => admin::token::run(&args),
-        #[cfg(feature = "torch")]
         Command::Doctor(args) => with_runtime(args.settings.load()?, async |config| {
             admin::doctor::run(&config, &args).await
         }),
@@ -339,10 +349,14 @@ fn on_runtime(
     let traces = traces.transpose()?.flatten();
     admin::start_logging(&config.log, traces.as_ref())?;
     let done = runtime.block_on(work(config));
+    if traced.is_some() {
+        // A worker that its coordinator refuses ends without being asked to.
+        end_within(REST_MAX);
+    }
     // The last spans are sent by the runtime.
     if let Some(traces) = traces {
         traces.stop();
     }
-    runtime.shutdown_timeout(Duration::from_secs(2));
+    runtime.shutdown_timeout(RUNTIME_MAX);
     done
 }

@@ -1,12 +1,13 @@
 //! Every metric, declared once: a documented function with typed labels. Only this file spells
 //! metric names; `docs/metrics.md` is generated from it.
+mod begin;
 mod reference;
 
+pub use begin::begin;
 use metrics::{Counter, Gauge, Histogram, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 pub use reference::reference;
 use std::{sync::OnceLock, time::Duration};
-use superbatch_proto::v1::{BadRowReason, Reason};
 
 /// The declaration of a metric, for the generated reference and the exporter's descriptions.
 pub struct Declared {
@@ -82,6 +83,9 @@ declare! {
     histogram stage_duration(stage) on Both = "superbatch_stage_duration_seconds", Seconds, SECONDS;
     /// Seconds that the trainer stood still for a batch (calls under NEED, until the header).
     histogram trainer_wait() on Coordinator = "superbatch_trainer_wait_seconds", Seconds, SECONDS;
+    /// The longest of those waits of each step, over its ranks: the time that the trainer lost. It
+    /// is told once a step, when all ranks have consumed it.
+    histogram step_wait() on Coordinator = "superbatch_step_wait_seconds", Seconds, SECONDS;
     /// Bytes of batches that this coordinator streamed, by delivery: `coordinator`, `direct` (only
     /// what the service adds to the rows), `locators`.
     counter sent_bytes(delivery) on Coordinator = "superbatch_sent_bytes_total", Bytes;
@@ -191,7 +195,8 @@ declare! {
     gauge workers() on Coordinator = "superbatch_workers", Count;
     /// Estimated number of workers with which the trainers of all open runs would not wait for
     /// their batches, as far as more workers help. Estimated from the time of the stages and the
-    /// trainers' own time for a step. 0 until a trainer has taken a few steps.
+    /// trainers' own time for a step. 0 until a trainer has taken a few steps, and when none has
+    /// asked for a batch, or waits for one, for five minutes and ten of its steps.
     gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
     /// Slices that went to another worker because the first one was lost or could not read them.
     counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;
@@ -199,7 +204,8 @@ declare! {
     /// slice that is scored again counts again. Stage `discarded` is the part of them whose result
     /// no step used: do not add it.
     counter flops(stage) on Both = "superbatch_flops_total", Count;
-    /// Calls refused for their token, by reason: `UNAUTHENTICATED`, `PERMISSION_DENIED`.
+    /// Calls refused for their token, by reason: `UNAUTHENTICATED`; `PERMISSION_DENIED`, for its
+    /// scopes or its runs.
     counter access_refused(reason) on Both = "superbatch_access_refused_total", Count;
     /// Connections closed before their first call, by reason: `limit` (too many are open),
     /// `handshake` (TLS), `silent` (nothing arrived in time).
@@ -215,7 +221,7 @@ declare! {
     /// not take them), `queue_full` (dropped, since too many waited for the collector).
     counter trace_spans(outcome) on Both = "superbatch_trace_spans_total", Count;
     /// Bytes held of each budget of memory: `ready` (chosen batches) on the coordinator; `blocks`,
-    /// `rows`, `images` and `embeddings` on a worker.
+    /// `rows`, `images`, `held` (rows that wait for their trainer) and `embeddings` on a worker.
     gauge budget(budget) on Both = "superbatch_budget_bytes", Bytes;
     /// Bytes that each budget of memory may hold.
     gauge budget_limit(budget) on Both = "superbatch_budget_limit_bytes", Bytes;
@@ -225,6 +231,11 @@ declare! {
     gauge process_memory() on Both = "process_resident_memory_bytes", Bytes;
     /// Threads of this process.
     gauge process_threads() on Both = "process_threads", Count;
+    /// Seconds in which the threads of the runtime, which serve calls and move data, were busy, all
+    /// together. Its rate by `superbatch_runtime_threads` is the share of their time.
+    gauge runtime_busy() on Both = "superbatch_runtime_busy_seconds_total", Seconds;
+    /// Threads of the runtime.
+    gauge runtime_threads() on Both = "superbatch_runtime_threads", Count;
     /// Open files and sockets of this process.
     gauge process_files() on Both = "process_open_fds", Count;
     /// Open files and sockets that this process may have.
@@ -258,82 +269,6 @@ pub fn describe() {
         }
     }
 }
-
-/// Makes the counters of `process` begin at 0, as far as their labels are known. A series that
-/// first appears with the value 1 has no increase to Prometheus, so a rate would miss the first
-/// event.
-pub fn begin(process: Process) {
-    let is_served = |metric: &&Declared| [process, Process::Both].contains(&metric.process);
-    for metric in ALL
-        .iter()
-        .filter(is_served)
-        .filter(|metric| metric.kind == "counter" && metric.labels.is_empty())
-    {
-        metrics::counter!(metric.name).increment(0);
-    }
-    if process == Process::Worker {
-        ["reference", "learner"]
-            .into_iter()
-            .for_each(|stage| flops(stage).increment(0));
-        ["hit", "miss"]
-            .into_iter()
-            .for_each(|outcome| disk_cache_reads(outcome).increment(0));
-        ["read", "write", "remove", "busy"]
-            .into_iter()
-            .for_each(|operation| disk_cache_failures(operation).increment(0));
-        return;
-    }
-    ["selection", "discarded"]
-        .into_iter()
-        .for_each(|stage| flops(stage).increment(0));
-    ["ok", "cancelled"]
-        .into_iter()
-        .for_each(|outcome| select_requests(outcome).increment(0));
-    ["ok", "not_found", "invalid", "refused", "failed"]
-        .into_iter()
-        .for_each(|outcome| page_requests(outcome).increment(0));
-    ["normal", "stale", "uniform", "reference_only"]
-        .into_iter()
-        .for_each(|mode| steps_committed(mode).increment(0));
-    ["ok", "failed"]
-        .into_iter()
-        .for_each(|outcome| probes(outcome).increment(0));
-    let rules = [
-        "clip_score_at_least",
-        "neg_clip_loss_keep",
-        "duplicates_above",
-        "score_columns",
-    ];
-    rules
-        .into_iter()
-        .for_each(|rule| left_out(rule).increment(0));
-    let bad_rows = (1..).map_while(|number| BadRowReason::try_from(number).ok());
-    bad_rows.for_each(|why| {
-        skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0)
-    });
-    weight_push_failures("BROKEN").increment(0);
-    weights_rolled_back().increment(0);
-    losses_reported().increment(0);
-    rotten_shards().increment(0);
-    PUSH_FAILURES.iter().for_each(|reason| {
-        weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0)
-    });
-}
-
-/// The usual reasons of failed pushes.
-const PUSH_FAILURES: &[Reason] = &[
-    Reason::InvalidArgument,
-    Reason::MessageTooLarge,
-    Reason::GenerationStale,
-    Reason::StorageUnreachable,
-    Reason::WeightsRefused,
-    Reason::PushConflict,
-    Reason::PushOffCadence,
-    Reason::NoWorkers,
-    Reason::Overloaded,
-    Reason::ShuttingDown,
-    Reason::Internal,
-];
 
 /// Upper bounds of seconds histograms: 1 ms to 10 min.
 const SECONDS: &[f64] = &[
@@ -385,56 +320,4 @@ pub fn install() -> PrometheusHandle {
             handle
         })
         .clone()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What a process of these kinds serves at its start.
-    fn page(processes: &[Process]) -> String {
-        let recorder = PrometheusBuilder::new().build_recorder();
-        ::metrics::with_local_recorder(&recorder, || {
-            processes.iter().for_each(|process| begin(*process))
-        });
-        recorder.handle().render()
-    }
-
-    #[test]
-    fn counters_begin_at_zero_where_they_are_served() {
-        let coordinator = page(&[Process::Coordinator]);
-        for line in [
-            "superbatch_slices_rescored_total 0",
-            "superbatch_object_store_throttled_total 0",
-            "superbatch_weight_push_failures_total{reason=\"WEIGHTS_REFUSED\"} 0",
-            "superbatch_left_out_total{rule=\"duplicates_above\"} 0",
-            "superbatch_skipped_total{reason=\"EMBEDDING_NOT_FINITE\"} 0",
-            "superbatch_steps_committed_total{mode=\"normal\"} 0",
-        ] {
-            assert!(
-                coordinator.lines().any(|found| found == line),
-                "{line} in {coordinator}"
-            );
-        }
-        assert!(
-            !coordinator.contains("superbatch_reference_rows_cached_total"),
-            "that is a worker's"
-        );
-        let worker = page(&[Process::Worker]);
-        assert!(
-            worker.contains("superbatch_reference_rows_cached_total 0")
-                && !worker.contains("slices_rescored")
-        );
-        let both = page(&[Process::Coordinator, Process::Worker]);
-        let declared = ALL
-            .iter()
-            .filter(|metric| metric.kind == "counter" && metric.labels.is_empty());
-        declared.for_each(|metric| {
-            assert!(
-                both.contains(&format!("{} 0", metric.name)),
-                "{}",
-                metric.name
-            )
-        });
-    }
 }

@@ -3,8 +3,9 @@ use crate::metrics;
 use std::{
     fs,
     sync::{Mutex, OnceLock, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
+use tokio::runtime::Handle;
 
 /// Clock ticks a second in `/proc/self/stat`: the kernel's interface has had this value for decades
 /// on all its platforms.
@@ -36,9 +37,22 @@ fn observe_budgets() {
     });
 }
 
+/// Shows how busy the threads of the runtime are on which this is called, if it is.
+fn observe_runtime() {
+    let Ok(runtime) = Handle::try_current() else {
+        return;
+    };
+    let runtime = runtime.metrics();
+    let threads = runtime.num_workers();
+    let busy = (0..threads).map(|thread| runtime.worker_total_busy_duration(thread));
+    metrics::runtime_busy().set(busy.sum::<Duration>().as_secs_f64());
+    metrics::runtime_threads().set(threads as f64);
+}
+
 /// Sets the gauges to the current values.
 pub fn observe() {
     observe_budgets();
+    observe_runtime();
     metrics::process_start().set(started());
     if let Some(seconds) = fs::read_to_string("/proc/self/stat")
         .ok()
@@ -113,6 +127,25 @@ mod tests {
             let page = recorder.handle().render();
             assert!(page.contains("superbatch_budget_bytes{budget=\"test\"} 0"));
         });
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_runtimes_threads_are_seen_at_work() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let look = || {
+            ::metrics::with_local_recorder(&recorder, observe_runtime);
+            recorder.handle().render()
+        };
+        assert!(look().contains("superbatch_runtime_threads 2"));
+        let busy = |page: String| {
+            let name = "superbatch_runtime_busy_seconds_total ";
+            let seconds = page.lines().find_map(|line| line.strip_prefix(name));
+            seconds.unwrap().parse::<f64>().unwrap()
+        };
+        // A thread tells of its work when it rests.
+        while busy(look()) == 0.0 {
+            tokio::spawn(std::future::ready(())).await.unwrap();
+        }
     }
 
     #[test]

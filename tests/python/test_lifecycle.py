@@ -172,6 +172,22 @@ def test_batches_in_hand_are_bounded_and_read_again(inputs, serve):
         assert sorted(alone[step] + late[step]) == sorted(chosen)
 
 
+def test_a_step_has_the_wait_of_its_slowest_rank(inputs, serve):
+    coordinator = serve()
+    client = superbatch.connect(coordinator.address)
+    ranks = [client.open_run(spec(inputs, "waits", phases=[uniform()])) for _ in range(2)]
+    for step in range(3):
+        for rank, run in enumerate(ranks):
+            run.select(step, rank=rank, world_size=2)
+    waits, of_steps = "superbatch_trainer_wait_seconds", "superbatch_step_wait_seconds"
+    assert coordinator.metric(f"{waits}_count") == 6
+    # Both ranks have consumed steps 0 and 1; who knows whether step 2 is trained on.
+    assert coordinator.metric(f"{of_steps}_count") == 2
+    assert 0 < coordinator.metric(f"{of_steps}_sum") <= coordinator.metric(f"{waits}_sum")
+    assert coordinator.metric("superbatch_runtime_threads") > 0
+    assert coordinator.metric("superbatch_runtime_busy_seconds_total") > 0
+
+
 def test_old_snapshots_go_and_a_rewind_that_needs_them_is_refused(inputs, serve, tmp_path):
     coordinator = serve(snapshots_kept=1)
     client = superbatch.connect(coordinator.address)

@@ -1,15 +1,18 @@
 """TLS, tokens and the audit log, by the real binary and the Python client."""
 
 import json
+import os
+import pwd
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 import superbatch
+from commands import run
 from grpc_apart import Channel, Refused
 from secured import authority, command, folder, in_python, new_token, refused, service, wait_until
-from test_end_to_end import inputs, phase, reason, spec, train  # noqa: F401
+from test_end_to_end import inputs, phase, reason, spec, train, weights  # noqa: F401
 
 
 def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
@@ -42,6 +45,22 @@ def test_a_trainer_runs_over_tls_with_a_token(inputs, service, tmp_path):
     )
     environment = {"SUPERBATCH_CA": service.ca, "SUPERBATCH_TOKEN_FILE": str(tmp_path / "token")}
     assert "team-a-1" in in_python(names, service.address, environment)
+
+
+def test_a_refused_push_is_in_the_audit_log(inputs, service):
+    run = service.connect().open_run(spec(inputs, "team-a-3"))
+    run.select(0, rank=0, world_size=1)
+    bad = {name: tensor * float("nan") for name, tensor in weights(inputs, 0).items()}
+    with pytest.raises(superbatch.WeightsRefused):
+        run.push_weights(bad, step=0)
+        run.flush()
+
+    def told() -> list[tuple]:
+        lines = [line for line in service.audited() if line["run"] == "team-a-3"]
+        return [(line["what"], line.get("reason"), line["who"]) for line in lines]
+
+    wait_until(lambda: ("push", "WEIGHTS_REFUSED", "trainer") in told())
+    run.close()
 
 
 def test_each_call_needs_its_scope(inputs, service):
@@ -136,6 +155,37 @@ def test_tokens_are_made_and_revoked_under_a_running_service(service):
     )
     assert service.connect("trainer").list_runs() is not None
     service.tokens.write_text(kept)
+
+
+def test_tokens_that_are_made_and_revoked_are_in_the_audit_log(tmp_path):
+    tokens, audit = tmp_path / "tokens.yaml", tmp_path / "audit.jsonl"
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"audit": {"file": str(audit)}}))
+    named_by = {
+        "option": (("--audit", audit), {}),
+        "file": (("--config", settings), {}),
+        "environment": ((), {"SUPERBATCH_AUDIT__FILE": str(audit)}),
+    }
+    for name, (options, environment) in named_by.items():
+        for act in ("new", "revoke"):
+            ended = run(
+                *("token", act, name, "--file", tokens, *options), env={**os.environ, **environment}
+            )
+            assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    told = [(line["what"], line["detail"]["token"], line["outcome"]) for line in lines]
+    acts = ("token new", "token revoke")
+    assert told == [(act, name, "accepted") for name in named_by for act in acts]
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = f"uid {os.getuid()}"
+    assert {line["who"] for line in lines} == {user}
+    # Settings of the environment that are wrong do not keep a token from being revoked.
+    wrong = {**os.environ, "SUPERBATCH_AUDIT__FILES": "x"}
+    assert run("token", "new", "last", "--file", tokens, env=wrong).returncode == 0
+    ended = run("token", "revoke", "last", "--file", tokens, env=wrong)
+    assert ended.returncode == 0 and "SUPERBATCH_AUDIT__FILES" in ended.stderr
 
 
 def test_secrets_are_nowhere(service):

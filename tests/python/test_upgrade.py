@@ -1,12 +1,22 @@
 """A run goes on after an upgrade of the service, and a build that is too old says so."""
 
 import json
+import signal
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic, sleep
 
 import superbatch
-from cluster import Cluster
+from chaos.members import reserved_port
+from cluster import DEADLINE_SECONDS, Cluster, Process
 from commands import fails
 from refusal import refused
-from test_end_to_end import STEPS, choices, inputs, phase, spec, train  # noqa: F401
+from test_end_to_end import STEPS, choices, inputs, phase, spec, train, weights  # noqa: F401
+
+#: Steps of a trainer whose service is replaced, and those that it has while one process is.
+ROLLED, AT_A_TIME = 16, 4
 
 # What a run's facts have gained since the first form of the state.
 GAINED = ("files", "dim", "image_tower", "text_flops", "optional_tensors")
@@ -60,3 +70,107 @@ def test_a_run_of_a_newer_build_is_refused_by_name(inputs, tmp_path):  # noqa: F
         refused(lambda: client.open_run(asked(inputs)), "UNIMPLEMENTED", says)
         state = (tmp_path / "state").as_uri()
         assert says in fails("receipts", "old", "--state", state)
+
+
+class Rolling(ExitStack):
+    """A coordinator at an address of its own, as a deployment's has one, with workers."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.state = folder, (folder / "state").as_uri()
+        self.held, self.port = reserved_port()
+        self.callback(self.held.close)
+
+    def start(self, name: str, command: str, **settings: object) -> Process:
+        process = Process(self.folder, name, command, {"state": self.state, **settings})
+        self.callback(process.stop)
+        return process
+
+    def start_coordinator(self, name: str) -> Process:
+        return self.start(
+            name,
+            "serve",
+            listen=f"127.0.0.1:{self.port}",
+            metrics_listen="127.0.0.1:0",
+            page_listen=None,
+            coordinator={"workers_embedded": False},
+        )
+
+    def start_worker(self, name: str) -> Process:
+        role = {
+            "coordinator": f"http://127.0.0.1:{self.port}",
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "127.0.0.1:0",
+        }
+        return self.start(name, "worker", worker={"threads": 1}, worker_role=role)
+
+
+class Trainer:
+    """Trains in a thread, on as many steps as it is let."""
+
+    def __init__(self, run: superbatch.Run, inputs: Path, threads: ThreadPoolExecutor):
+        self.run, self.inputs = run, inputs
+        self.ids: list[list[str]] = []
+        self.allowed, self.steps = threading.Semaphore(0), 0
+        self.done: Future = threads.submit(self.train)
+
+    def train(self) -> None:
+        batches = iter(self.run.batches(rank=0, world_size=1, start_step=0, end_step=ROLLED))
+        for _ in range(ROLLED):
+            self.allowed.acquire()
+            batch = next(batches)
+            self.ids.append(batch["_superbatch_id"].to_pylist())
+            self.run.push_weights(weights(self.inputs, batch.step), step=batch.step)
+        self.run.flush()
+
+    def let(self, steps: int) -> None:
+        self.steps += steps
+        self.allowed.release(steps)
+
+    def wait(self) -> None:
+        until = monotonic() + DEADLINE_SECONDS
+        while len(self.ids) < self.steps:
+            if self.done.done():
+                self.done.result()
+            assert monotonic() < until, f"{len(self.ids)} of {self.steps} steps"
+            sleep(0.02)
+
+
+def test_a_rolling_replacement_changes_no_choice(inputs, tmp_path):
+    """As an upgrade goes, with processes of one build: a new worker comes before an old one leaves,
+    and a new coordinator takes the old one's place, under a trainer that goes on.
+    """
+    with Cluster(tmp_path / "calm") as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked(inputs))
+        expected = train(run, inputs, end=ROLLED), choices(run, ROLLED)
+    with Rolling(tmp_path / "rolled") as rolling, ThreadPoolExecutor() as threads:
+        coordinator = rolling.start_coordinator("coordinator")
+        workers = [rolling.start_worker(f"worker-{number}") for number in range(2)]
+        coordinator.wait_for("superbatch_workers", lambda count: count == 2)
+        run = superbatch.connect(coordinator.address).open_run(asked(inputs))
+        trainer = Trainer(run, inputs, threads)
+
+        def leave(process: Process) -> None:
+            trainer.let(AT_A_TIME)
+            process.process.send_signal(signal.SIGTERM)
+            assert process.process.wait(DEADLINE_SECONDS) == 0
+
+        try:
+            trainer.let(AT_A_TIME)
+            trainer.wait()
+            for number, old in enumerate(workers):
+                rolling.start_worker(f"new-worker-{number}")
+                coordinator.wait_for("superbatch_workers", lambda count: count == 3)
+                leave(old)
+                coordinator.wait_for("superbatch_workers", lambda count: count == 2)
+                trainer.wait()
+            leave(coordinator)
+            coordinator = rolling.start_coordinator("new-coordinator")
+            coordinator.wait_for("superbatch_workers", lambda count: count == 2)
+            trainer.wait()
+            trainer.done.result(DEADLINE_SECONDS)
+        finally:
+            # So that a failure does not wait for the trainer.
+            trainer.let(ROLLED)
+        assert (trainer.ids, choices(run, ROLLED)) == expected
+        assert run.missing_pushes(ROLLED) == [], "each step has its push"

@@ -179,8 +179,6 @@ impl Tls {
             let text = format!("the TLS handshake with {} failed: {e}", self.to);
             io::Error::new(io::ErrorKind::InvalidData, text)
         };
-        // Not every caller sets a time-out for connecting. A peer that accepts the connection and
-        // then says nothing would hold the call for ever.
         // `connect_timeout` of the endpoint ends with the TCP connection. A peer that accepts and
         // then says nothing would hold the call for ever.
         match tokio::time::timeout(HANDSHAKE, handshake).await {

@@ -13,24 +13,28 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, channel, sync_channel},
     },
-    thread::JoinHandle,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 /// Lines that wait to be written. If the queue is full, a line is counted and lost: a slow or full
 /// disk must not stop training.
 const WAITING_MAX: usize = 4096;
+/// How long the waiting lines may take when the process ends: a disk that does not answer must not
+/// hold it.
+const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// Writes to a file, or discards if none is set. Cheap to clone. When the last clone is dropped,
-/// all waiting lines are written.
+/// all waiting lines are written, as far as the disk takes them within [`FLUSH_MAX`].
 #[derive(Clone, Default)]
 pub struct Audit(Option<Arc<Writer>>);
 
 struct Writer {
     lines: Option<SyncSender<String>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Nothing is sent: the other end is dropped when the thread ends. In a mutex, since a receiver
+    /// cannot be shared among threads.
+    ended: Mutex<Receiver<()>>,
 }
 
 impl fmt::Debug for Audit {
@@ -62,13 +66,18 @@ impl Audit {
         // A thread of its own, since callers are async tasks and a write may block for as long as
         // the disk does.
         let (lines, written) = sync_channel(WAITING_MAX);
+        let (ends, ended) = channel::<()>();
+        let writing = move || {
+            write(file, &written);
+            drop(ends);
+        };
         let thread = std::thread::Builder::new()
             .name("audit".into())
-            .spawn(move || write(file, &written));
-        let thread = thread.map_err(|e| Error::internal("cannot start a thread").because(e))?;
+            .spawn(writing);
+        thread.map_err(|e| Error::internal("cannot start a thread").because(e))?;
         Ok(Self(Some(Arc::new(Writer {
             lines: Some(lines),
-            thread: Mutex::new(Some(thread)),
+            ended: Mutex::new(ended),
         }))))
     }
 
@@ -99,9 +108,12 @@ impl Drop for Writer {
     fn drop(&mut self) {
         // Without a sender the thread writes the waiting lines and ends.
         drop(self.lines.take());
-        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
-        // A thread that panicked has logged it.
-        drop(thread.map(JoinHandle::join));
+        let Ok(ended) = self.ended.get_mut() else {
+            return;
+        };
+        if ended.recv_timeout(FLUSH_MAX) == Err(RecvTimeoutError::Timeout) {
+            tracing::error!("the audit log's disk does not answer; its last lines are lost");
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! The caller of a call, after the check of its token.
-use super::{Peer, audit::Audit, tokens::Entry};
+use super::{Access, Peer, tokens::Entry};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::sync::Arc;
@@ -7,12 +7,13 @@ use superbatch_proto::v1::Reason;
 use tonic::Request;
 
 /// The caller, which the layer puts into a call's extensions.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone)]
 pub struct Caller {
     pub(super) peer: Peer,
     /// `None` if the process requires no tokens.
     pub(super) token: Option<Arc<Entry>>,
-    pub(super) audit: Audit,
+    /// What admitted it.
+    pub(super) access: Access,
 }
 
 impl Caller {
@@ -33,7 +34,7 @@ impl Caller {
 
     /// # Errors
     /// `PermissionDenied` if the token is not for this run, whether or not the run exists: the
-    /// answer must not reveal which runs exist.
+    /// answer must not reveal which runs exist. `Overloaded` after many refusals of this caller.
     pub fn check_run(&self, run_id: &str) -> Result<()> {
         if self.may_see(run_id) {
             return Ok(());
@@ -42,14 +43,20 @@ impl Caller {
             "this token is not for run '{run_id}'; ask the operator for one whose `runs` fit it"
         );
         let error = Error::new(Reason::PermissionDenied, message).with("run_id", run_id);
-        self.record("denied", run_id, &Err::<(), _>(error.repeat()), Value::Null);
-        Err(error)
+        Err(self
+            .access
+            .refused(error, self.peer, self.who(), Some(run_id)))
+    }
+
+    /// Returns the token's name.
+    fn who(&self) -> Option<&str> {
+        self.token.as_ref().map(|entry| entry.name.as_str())
     }
 
     /// Writes an act and its outcome into the audit log.
     pub fn record<T>(&self, what: &'static str, run_id: &str, outcome: &Result<T>, detail: Value) {
-        let who = self.token.as_ref().map(|entry| entry.name.as_str());
-        self.audit
-            .record(what, who, self.peer, Some(run_id), outcome, detail);
+        self.access
+            .audit()
+            .record(what, self.who(), self.peer, Some(run_id), outcome, detail);
     }
 }

@@ -7,6 +7,13 @@ use crate::error::{Error, Result};
 use std::time::SystemTime;
 use superbatch_proto::v1::Reason;
 
+/// A refusal, with the entry of the token if that is valid.
+#[derive(Debug)]
+pub(super) struct Refused<'a> {
+    pub error: Error,
+    pub entry: Option<&'a Entry>,
+}
+
 /// Returns the entry of the token that a call shows; `None` if the call needs no token.
 ///
 /// # Errors
@@ -17,7 +24,7 @@ pub(super) fn decide<'a>(
     shown: Option<&str>,
     need: Need,
     now: SystemTime,
-) -> Result<Option<&'a Entry>> {
+) -> Result<Option<&'a Entry>, Refused<'a>> {
     let scope = match need {
         Need::Nothing => return Ok(None),
         Need::Token => None,
@@ -33,10 +40,11 @@ pub(super) fn decide<'a>(
             authorization: Bearer TOKEN"
         );
         let error = Error::new(Reason::Unauthenticated, message);
-        scope.map_or_else(
-            || error.repeat(),
-            |scope| error.repeat().with("scope", scope),
-        )
+        let error = match scope {
+            Some(scope) => error.with("scope", scope),
+            None => error,
+        };
+        Refused { error, entry: None }
     };
     let shown = shown.ok_or_else(|| unknown("no token was sent"))?;
     // An expired token gets the same answer as an unknown one. Another answer would confirm to an
@@ -50,7 +58,11 @@ pub(super) fn decide<'a>(
             let message = format!(
                 "this token lacks the scope `{missing}`; ask the operator for one that has it"
             );
-            Err(Error::new(Reason::PermissionDenied, message).with("scope", missing))
+            let error = Error::new(Reason::PermissionDenied, message).with("scope", missing);
+            Err(Refused {
+                error,
+                entry: Some(entry),
+            })
         }
     }
 }
@@ -117,9 +129,12 @@ mod tests {
         ] {
             for (need, expected) in needs.into_iter().zip(expected) {
                 let found = decide(&tokens, shown, need, now);
-                let reason = found.as_ref().err().map(Error::reason);
+                let reason = found.as_ref().err().map(|refused| refused.error.reason());
                 assert_eq!(reason, expected, "{shown:?} for {need:?}");
-                if let (Err(error), Need::Scope(scope)) = (found, need) {
+                if let (Err(Refused { error, entry }), Need::Scope(scope)) = (found, need) {
+                    let named = entry.map(|entry| format!("sbt_{}", entry.name));
+                    let is_known = reason == Some(Denied);
+                    assert_eq!(named.as_deref(), shown.filter(|_| is_known));
                     assert_eq!(error.value("scope"), Some(scope.name()));
                     assert!(error.chain().contains(scope.name()));
                     assert!(!error.chain().contains("sbt_"), "{}", error.chain());
@@ -134,7 +149,7 @@ mod tests {
             let need = Need::Scope(Scope::Push);
             let tokens = tokens();
             let refused = decide(&tokens, Some(shown), need, SystemTime::now());
-            refused.unwrap_err().chain()
+            refused.unwrap_err().error.chain()
         };
         assert_eq!(told("sbt_old"), told("sbt_nobody"));
     }

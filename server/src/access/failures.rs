@@ -1,4 +1,4 @@
-//! Limits how often calls from one address may fail for their token.
+//! Limits how often the calls of one caller may be refused.
 use std::{
     collections::HashMap,
     net::IpAddr,
@@ -6,13 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Failures from one address within [`WINDOW`] that are answered with their cause. Later ones are
+/// Failures of one caller within [`WINDOW`] that are answered with their cause. Later ones are
 /// answered with "wait", which limits guessing and the audit log's growth.
-const FAILURES_MAX: u32 = 20;
+pub(super) const FAILURES_MAX: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(60);
-/// Addresses that are remembered. Beyond them the oldest is forgotten, so that many addresses (an
+/// Callers that are remembered. Beyond them the oldest is forgotten, so that many addresses (an
 /// IPv6 network) cannot fill the memory.
-const ADDRESSES_MAX: usize = 4096;
+const CALLERS_MAX: usize = 4096;
+
+/// A caller: its address, and the name of its token if that is valid. Callers with a valid token
+/// are counted apart. Otherwise one of them that asks in a loop would hide the cause of a refusal
+/// from all others behind the same address.
+type Failing = (Option<IpAddr>, Option<String>);
 
 /// The answer to a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,22 +29,28 @@ pub(super) enum Verdict {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Failures(Mutex<HashMap<IpAddr, (u32, Instant)>>);
+pub(super) struct Failures(Mutex<HashMap<Failing, (u32, Instant)>>);
 
 impl Failures {
-    /// Notes a failure of `address` at `now`.
-    pub(super) fn record(&self, address: IpAddr, now: Instant) -> Verdict {
+    /// Notes a failure at `now` of the caller at `address`, whose token is called `who`.
+    pub(super) fn record(
+        &self,
+        address: Option<IpAddr>,
+        who: Option<&str>,
+        now: Instant,
+    ) -> Verdict {
         let mut known = self.0.lock().expect("no panic while held");
-        if known.len() >= ADDRESSES_MAX && !known.contains_key(&address) {
+        let caller = (address, who.map(str::to_owned));
+        if known.len() >= CALLERS_MAX && !known.contains_key(&caller) {
             known.retain(|_, (_, since)| now.duration_since(*since) < WINDOW);
             let oldest = known.iter().min_by_key(|(_, (_, since))| *since);
-            if let Some(oldest) = oldest.map(|(address, _)| *address)
-                && known.len() >= ADDRESSES_MAX
+            if let Some(oldest) = oldest.map(|(caller, _)| caller.clone())
+                && known.len() >= CALLERS_MAX
             {
                 known.remove(&oldest);
             }
         }
-        let (count, since) = known.entry(address).or_insert((0, now));
+        let (count, since) = known.entry(caller).or_insert((0, now));
         if now.duration_since(*since) >= WINDOW {
             (*count, *since) = (0, now);
         }
@@ -58,30 +69,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_limited_for_a_minute_and_no_other_with_it() {
+    fn a_caller_is_limited_for_a_minute_and_no_other_with_it() {
         let (failures, start) = (Failures::default(), Instant::now());
-        let [bad, good]: [IpAddr; 2] = [[10, 0, 0, 1].into(), [10, 0, 0, 2].into()];
+        let [bad, good]: [Option<IpAddr>; 2] =
+            [[10, 0, 0, 1], [10, 0, 0, 2]].map(|octets| Some(octets.into()));
         for _ in 0..FAILURES_MAX {
-            assert_eq!(failures.record(bad, start), Verdict::Told);
+            assert_eq!(failures.record(bad, None, start), Verdict::Told);
         }
-        assert_eq!(
-            failures.record(bad, start),
-            Verdict::Limited { first: true }
-        );
-        assert_eq!(
-            failures.record(bad, start),
-            Verdict::Limited { first: false }
-        );
-        assert_eq!(failures.record(good, start), Verdict::Told);
-        assert_eq!(failures.record(bad, start + WINDOW), Verdict::Told);
+        for first in [true, false] {
+            let limited = Verdict::Limited { first };
+            assert_eq!(failures.record(bad, None, start), limited);
+        }
+        assert_eq!(failures.record(good, None, start), Verdict::Told);
+        assert_eq!(failures.record(bad, Some("team"), start), Verdict::Told);
+        assert_eq!(failures.record(bad, None, start + WINDOW), Verdict::Told);
     }
 
     #[test]
     fn many_addresses_take_bounded_memory() {
         let (failures, start) = (Failures::default(), Instant::now());
-        for n in 0..2 * ADDRESSES_MAX as u32 {
-            failures.record(IpAddr::from(n.to_be_bytes()), start);
+        for n in 0..2 * CALLERS_MAX as u32 {
+            failures.record(Some(IpAddr::from(n.to_be_bytes())), None, start);
         }
-        assert_eq!(failures.0.lock().unwrap().len(), ADDRESSES_MAX);
+        assert_eq!(failures.0.lock().unwrap().len(), CALLERS_MAX);
     }
 }

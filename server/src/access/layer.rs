@@ -3,7 +3,7 @@
 use super::{
     Caller, Peer,
     audit::Audit,
-    decide::{bearer, decide},
+    decide::{Refused, bearer, decide},
     failures::{Failures, Verdict},
     reload::Reloading,
     scope::{Need, needed},
@@ -79,50 +79,72 @@ impl Access {
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`; `Overloaded` after many of them from one address.
     pub fn admit(&self, need: Need, header: Option<&str>, peer: Peer) -> Result<Caller> {
-        let inner = &*self.0;
         let caller = |token| Caller {
             peer,
             token,
-            audit: inner.audit.clone(),
+            access: self.clone(),
         };
         let shown = header.and_then(bearer);
-        let decided = match &inner.rule {
-            Rule::Everybody => return Ok(caller(None)),
-            Rule::Tokens(tokens) => {
-                let tokens = tokens.get();
-                decide(&tokens, shown, need, SystemTime::now())
-                    .map(|entry| caller(entry.cloned().map(Arc::new)))
-            }
-            Rule::Holder(known) => check_secret(known, shown, need).map(|()| caller(None)),
-        };
-        decided.map_err(|error| self.refused(error, peer))
+        match &self.0.rule {
+            Rule::Everybody => Ok(caller(None)),
+            Rule::Tokens(tokens) => match decide(&tokens.get(), shown, need, SystemTime::now()) {
+                Ok(entry) => Ok(caller(entry.cloned().map(Arc::new))),
+                Err(Refused { error, entry }) => {
+                    let who = entry.map(|entry| entry.name.as_str());
+                    Err(self.refused(error, peer, who, None))
+                }
+            },
+            Rule::Holder(known) => check_secret(known, shown, need)
+                .map(|()| caller(None))
+                .map_err(|error| self.refused(error, peer, None, None)),
+        }
     }
 
-    /// Counts a refusal, and replaces its message if the address has had too many.
-    fn refused(&self, error: Error, peer: Peer) -> Error {
+    pub(super) fn audit(&self) -> &Audit {
+        &self.0.audit
+    }
+
+    /// Notes a refusal of the caller at `peer`, whose token is called `who`, on `run` if that is
+    /// what it was refused. Returns what the caller hears: after many refusals, another message.
+    pub(super) fn refused(
+        &self,
+        error: Error,
+        peer: Peer,
+        who: Option<&str>,
+        run: Option<&str>,
+    ) -> Error {
         let reason = superbatch_proto::reason_name(error.reason());
         metrics::access_refused(reason).increment(1);
-        let Some(address) = peer.address.map(|address| address.ip()) else {
-            return error;
-        };
-        match self.0.failures.record(address, Instant::now()) {
-            Verdict::Told => {
-                let outcome = Err::<(), _>(error.repeat());
-                self.0
-                    .audit
-                    .record("denied", None, peer, None, &outcome, json!(null));
-                return error;
-            }
+        let address = peer.address.map(|address| address.ip());
+        let verdict = self.0.failures.record(address, who, Instant::now());
+        let detail = match verdict {
+            Verdict::Told => json!(null),
             Verdict::Limited { first: true } => {
-                tracing::warn!(%address, "many calls are refused for their token; this address is \
-                told to wait");
+                let address = address.map(|address| address.to_string());
+                tracing::warn!(
+                    address,
+                    who,
+                    "a caller is refused again and again; it has to wait"
+                );
+                // The last line for a minute, so that readers know what is left out.
+                json!({"limited": true})
             }
-            Verdict::Limited { first: false } => {}
+            Verdict::Limited { first: false } => return limited(),
+        };
+        let outcome = Err::<(), _>(error.repeat());
+        let audit = &self.0.audit;
+        audit.record("denied", who, peer, run, &outcome, detail);
+        if verdict == Verdict::Told {
+            error
+        } else {
+            limited()
         }
-        let message =
-            "too many calls from this address were refused for their token; wait a minute";
-        Error::new(Reason::Overloaded, message)
     }
+}
+
+fn limited() -> Error {
+    let message = "too many calls of this caller were refused for its token; wait a minute";
+    Error::new(Reason::Overloaded, message)
 }
 
 fn check_secret(known: &str, shown: Option<&str>, need: Need) -> Result<()> {
@@ -185,5 +207,102 @@ where
             }
             Err(error) => Either::Right(ready(Ok(Status::from(error).into_http()))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::{failures::FAILURES_MAX, scope::Scope, tokens::Entry};
+    use metrics_exporter_prometheus::PrometheusBuilder;
+    use serde_json::Value;
+    use std::path::Path;
+
+    const TEAM: Option<&str> = Some("Bearer sbt_team");
+
+    /// Access with one token, `team`, that may take batches of the runs `a-*`.
+    fn access(folder: &Path) -> Access {
+        let file = folder.join("tokens.yaml");
+        let team = Entry {
+            name: "team".into(),
+            sha256: hash("sbt_team"),
+            scopes: vec![Scope::Select],
+            runs: vec!["a-*".into()],
+            expires: None,
+        };
+        Tokens { tokens: vec![team] }.write(&file).unwrap();
+        let files = vec![file.clone()];
+        let tokens = Reloading::start("tokens", files, move || Tokens::read(&file)).unwrap();
+        Access::tokens(
+            tokens,
+            Audit::open(Some(&folder.join("audit.jsonl"))).unwrap(),
+        )
+    }
+
+    fn audited(folder: &Path) -> Vec<Value> {
+        let text = std::fs::read_to_string(folder.join("audit.jsonl")).unwrap();
+        let lines = text.lines().map(serde_json::from_str);
+        lines.collect::<Result<_, _>>().unwrap()
+    }
+
+    #[tokio::test]
+    async fn refusals_for_a_run_are_counted_and_limited() {
+        let (folder, recorder) = (
+            tempfile::tempdir().unwrap(),
+            PrometheusBuilder::new().build_recorder(),
+        );
+        let access = access(folder.path());
+        let peer = Peer {
+            address: Some("10.0.0.7:4711".parse().unwrap()),
+        };
+        ::metrics::with_local_recorder(&recorder, || {
+            let caller = access.admit(Need::Scope(Scope::Select), TEAM, peer);
+            let caller = caller.ok().unwrap();
+            for n in 0..2 * FAILURES_MAX {
+                let heard = caller.check_run("b-1").unwrap_err().reason();
+                let (told, limited) = (Reason::PermissionDenied, Reason::Overloaded);
+                assert_eq!(heard, if n < FAILURES_MAX { told } else { limited }, "{n}");
+                assert!(
+                    caller.check_run("a-1").is_ok(),
+                    "its own runs stay open to it"
+                );
+            }
+            let unknown = access.admit(Need::Token, Some("Bearer sbt_guess"), peer);
+            let heard = unknown.err().map(|error| error.reason());
+            assert_eq!(heard, Some(Reason::Unauthenticated), "counted apart");
+        });
+        drop(access);
+        let page = recorder.handle().render();
+        let counted = format!("{{reason=\"PERMISSION_DENIED\"}} {}", 2 * FAILURES_MAX);
+        assert!(page.contains(&counted), "{page}");
+        let lines = audited(folder.path());
+        let of_run: Vec<_> = lines.iter().filter(|line| line["run"] == "b-1").collect();
+        assert_eq!(of_run.len(), FAILURES_MAX as usize + 1);
+        assert!(of_run.iter().all(|line| line["who"] == "team"));
+        assert_eq!(of_run[FAILURES_MAX as usize]["detail"]["limited"], true);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_for_a_scope_names_its_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let access = access(folder.path());
+        for (shown, scope) in [(TEAM, Scope::Push), (Some("Bearer sbt_x"), Scope::Select)] {
+            assert!(
+                access
+                    .admit(Need::Scope(scope), shown, Peer::default())
+                    .is_err()
+            );
+        }
+        drop(access);
+        let lines = audited(folder.path());
+        let told: Vec<_> = lines
+            .iter()
+            .map(|line| (line["who"].as_str(), line["reason"].as_str()))
+            .collect();
+        let expected = [
+            (Some("team"), Some("PERMISSION_DENIED")),
+            (None, Some("UNAUTHENTICATED")),
+        ];
+        assert_eq!(told, expected);
     }
 }

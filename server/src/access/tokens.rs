@@ -165,6 +165,14 @@ pub fn new_secret() -> String {
     format!("{PREFIX}{}", hex::encode(secret))
 }
 
+/// Returns whether a text has the form of the tokens that [`new_secret`] makes.
+pub fn has_form(text: &str) -> bool {
+    let secret = text.strip_prefix(PREFIX);
+    secret.is_some_and(|secret| {
+        secret.len() == 2 * SECRET_BYTES && secret.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
+}
+
 pub fn hash(token: &str) -> String {
     hex::encode(Sha256::digest(token.as_bytes()))
 }
@@ -186,7 +194,8 @@ mod tests {
     #[test]
     fn a_token_is_found_by_its_hash_alone() {
         let (first, second) = (new_secret(), new_secret());
-        assert!(first != second && first.len() == PREFIX.len() + 2 * SECRET_BYTES);
+        assert!(first != second && has_form(&first) && has_form(&second));
+        assert!(!has_form(&first[1..]) && !has_form(&first[..first.len() - 1]));
         let tokens = Tokens {
             tokens: vec![entry("a", &first), entry("b", &second)],
         };

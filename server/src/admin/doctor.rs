@@ -1,5 +1,8 @@
 //! `superbatch doctor`: tries everything that a service will need, and says what to do if something
 //! is wrong.
+mod models;
+mod of_worker;
+
 use super::ConfigArgs;
 use crate::{
     access::tokens::Tokens,
@@ -8,14 +11,13 @@ use crate::{
     config::Config,
     error::{Error, Result},
     storage::{DiskCache, Location, Stores, nonce, probe},
-    worker::{Worker, inputs::model_inputs::Inputs, model::ModelFolder},
+    worker::Worker,
 };
 use bytes::Bytes;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::{
     net::{SocketAddr, TcpListener},
     path::Path,
-    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 use superbatch_proto::v1::Reason;
@@ -29,6 +31,9 @@ const CLOCK_OFF_MAX: Duration = Duration::from_secs(60);
 pub struct DoctorArgs {
     #[command(flatten)]
     pub settings: ConfigArgs,
+    /// The process that the settings are for
+    #[arg(long, value_enum, default_value_t = Role::Coordinator)]
+    role: Role,
     /// Data that a run will read, to try whether it is allowed and found. May be given several
     /// times
     #[arg(long, value_name = "URI")]
@@ -38,15 +43,27 @@ pub struct DoctorArgs {
     model: Vec<String>,
 }
 
+/// The process that is tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Role {
+    /// `superbatch serve`
+    Coordinator,
+    /// `superbatch worker`
+    Worker,
+}
+
 /// The name of a check, and its result.
 type Check = (String, Result<String>);
 
 /// # Errors
 /// `InvalidArgument` if a check failed; all of them are printed.
 pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
-    let mut checks: Vec<Check> = ports(config);
+    let mut checks: Vec<Check> = ports(config, args.role);
     checks.push(("certificates".into(), certificates(config)));
-    checks.push(("tokens".into(), tokens(config, SystemTime::now())));
+    match args.role {
+        Role::Coordinator => checks.push(("tokens".into(), tokens(config, SystemTime::now()))),
+        Role::Worker => checks.extend(of_worker::checks(config).await),
+    }
     let stores = Stores::new(config.storage.clone());
     if let Some(folder) = &config.worker.disk_cache_dir {
         let bytes_max = config.worker.disk_cache_bytes;
@@ -58,7 +75,13 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
         Ok(state) => {
             checks.push(("state".into(), conditional_create(&state).await));
             checks.push(("clock".into(), clock(&state).await));
-            checks.push(("device".into(), device(config, &stores, &state)));
+            let has_worker = args.role == Role::Worker || config.coordinator.workers_embedded;
+            let device = if has_worker {
+                device(config, &stores, &state)
+            } else {
+                Ok("no worker in this process".into())
+            };
+            checks.push(("device".into(), device));
         }
         Err(error) => checks.push(("state".into(), Err(error))),
     }
@@ -66,7 +89,8 @@ pub async fn run(config: &Config, args: &DoctorArgs) -> Result<String> {
         checks.push((format!("source {uri}"), source(&stores, uri).await));
     }
     for uri in &args.model {
-        checks.push((format!("model {uri}"), model(config, &stores, uri).await));
+        let checked = models::check(config, &stores, uri).await;
+        checks.push((format!("model {uri}"), checked));
     }
     report(&checks)
 }
@@ -90,13 +114,24 @@ fn report(checks: &[Check]) -> Result<String> {
 }
 
 /// Checks that each port is free.
-fn ports(config: &Config) -> Vec<Check> {
-    let listens = [
-        ("listen", Some(config.listen)),
-        ("metrics_listen", config.metrics_listen),
-        ("health_listen", config.health_listen),
-        ("page_listen", config.page_listen),
-    ];
+fn ports(config: &Config, role: Role) -> Vec<Check> {
+    let health = ("health_listen", config.health_listen);
+    let listens = match role {
+        Role::Coordinator => vec![
+            ("listen", Some(config.listen)),
+            ("metrics_listen", config.metrics_listen),
+            health,
+            ("page_listen", config.page_listen),
+        ],
+        Role::Worker => {
+            let own = &config.worker_role;
+            vec![
+                ("worker_role.listen", Some(own.listen)),
+                ("worker_role.metrics_listen", own.metrics_listen),
+                health,
+            ]
+        }
+    };
     let tried = |(field, address): (&str, Option<SocketAddr>)| {
         let address = address?;
         let bound = TcpListener::bind(address).map_err(|e| {
@@ -177,9 +212,6 @@ async fn clock(state: &Location) -> Result<String> {
 }
 
 fn device(config: &Config, stores: &Stores, state: &Location) -> Result<String> {
-    if !config.coordinator.workers_embedded {
-        return Ok("no worker in this process".into());
-    }
     let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
     let info = worker.info();
     Ok(format!("{}, {} threads", info.device, info.threads))
@@ -203,22 +235,10 @@ async fn source(stores: &Stores, uri: &str) -> Result<String> {
     Ok(format!("{} objects, {gib:.3} GiB", objects.len()))
 }
 
-async fn model(config: &Config, stores: &Stores, uri: &str) -> Result<String> {
-    let (location, modules) = (stores.open_allowed(uri)?, &config.worker.exported_modules);
-    let folder = Arc::new(ModelFolder::fetch_allowing(&location, modules).await?);
-    Inputs::of(&folder)?;
-    Ok(if folder.has_weights().await? {
-        "its files can be read, and it has weights (`superbatch inspect` checks them)".into()
-    } else {
-        "its files can be read; it has no weights, so that only a learner with first_push can be \
-         of it"
-            .into()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::tokens::new_secret;
 
     #[tokio::test]
     async fn what_is_wrong_is_said_beside_what_is_right() {
@@ -235,6 +255,7 @@ mod tests {
         config.coordinator.workers_embedded = false;
         let args = |source: &str| DoctorArgs {
             settings: ConfigArgs::default(),
+            role: Role::Coordinator,
             source: vec![source.into()],
             model: vec![],
         };
@@ -272,5 +293,55 @@ mod tests {
                 .iter()
                 .any(|name| name.to_string_lossy().starts_with("doctor"))
         );
+    }
+
+    #[tokio::test]
+    async fn a_worker_is_tried_as_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        // Nobody listens there any more.
+        let closed = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let token = folder.path().join("token");
+        let mut config = Config {
+            state: format!("file://{}/state", folder.path().display()),
+            ..Config::default()
+        };
+        config.worker.threads = 1;
+        config.worker_role.listen = taken.local_addr().unwrap();
+        config.worker_role.coordinator = format!("http://{closed}");
+        config.worker_role.token_file = Some(token.clone());
+        let args = DoctorArgs {
+            settings: ConfigArgs::default(),
+            role: Role::Worker,
+            source: vec![],
+            model: vec![],
+        };
+        let said = run(&config, &args).await.unwrap_err().chain();
+        for line in [
+            "FAIL  worker_role.listen: cannot listen on",
+            "FAIL  worker_role.token_file: ",
+            "FAIL  worker_role.coordinator: ",
+            "ok    state: file://",
+        ] {
+            assert!(said.contains(line), "{line} in {said}");
+        }
+        assert!(
+            !said.contains("  listen: ") && !said.contains("page_listen"),
+            "{said}"
+        );
+        let made = new_secret();
+        for (text, line) in [
+            ("two words", "FAIL  worker_role.token_file: "),
+            ("hunter2", "holds was not made by `superbatch token new`"),
+            (made.as_str(), "token holds a token"),
+        ] {
+            std::fs::write(&token, text).unwrap();
+            let said = run(&config, &args).await.unwrap_err().chain();
+            assert!(said.contains(line), "{line} in {said}");
+            assert!(!said.contains(text), "{said}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! Operator commands, and the options that all commands share.
 pub mod docs;
-#[cfg(feature = "torch")]
 pub mod doctor;
 #[cfg(feature = "torch")]
 pub mod embed;
+pub mod ending;
 pub mod health;
 pub mod index;
 #[cfg(feature = "torch")]
@@ -18,6 +18,7 @@ pub mod state;
 mod table;
 pub mod token;
 pub mod top;
+mod user;
 pub mod weights;
 
 use crate::{
@@ -243,19 +244,6 @@ pub fn print(text: &str) -> std::io::Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         done => done,
-    }
-}
-
-/// Ends when the process is asked to stop: SIGTERM or Ctrl-C.
-pub async fn terminated() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        tracing::error!("cannot listen for SIGTERM");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
     }
 }
 

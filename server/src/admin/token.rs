@@ -1,5 +1,5 @@
 //! `superbatch token`: the tokens of trainers, operators and workers.
-use super::table::table;
+use super::{table::table, user::user};
 use crate::{
     access::{
         Peer,
@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
 };
 use clap::{Args, Subcommand};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -54,6 +54,14 @@ struct FileArgs {
     config: Option<PathBuf>,
 }
 
+/// Where a change is noted.
+#[derive(Args)]
+struct AuditArgs {
+    /// The audit log that gets a line. Comes before `audit.file` of the settings
+    #[arg(long, value_name = "FILE")]
+    audit: Option<PathBuf>,
+}
+
 #[derive(Args)]
 struct NewArgs {
     /// The holder's name in logs and the audit log
@@ -70,6 +78,8 @@ struct NewArgs {
     expires: Option<Duration>,
     #[command(flatten)]
     file: FileArgs,
+    #[command(flatten)]
+    audit: AuditArgs,
 }
 
 #[derive(Args)]
@@ -87,6 +97,8 @@ struct RevokeArgs {
     name: String,
     #[command(flatten)]
     file: FileArgs,
+    #[command(flatten)]
+    audit: AuditArgs,
 }
 
 /// Runs the command. Returns the text to print.
@@ -102,20 +114,43 @@ pub fn run(args: &TokenArgs) -> Result<String> {
 }
 
 impl FileArgs {
-    fn find(&self) -> Result<(PathBuf, Audit)> {
-        let config = match (&self.config, &self.file) {
-            // With a file given, the command must work even if the settings are invalid.
-            (None, Some(_)) => Config::default(),
-            _ => Config::load(self.config.as_deref(), config::environment())?,
-        };
-        let path = self.file.clone().or(config.auth.tokens_file);
-        let path = path.ok_or_else(|| {
+    /// Returns the settings of the file and the environment.
+    fn settings(&self) -> Result<Config> {
+        let settings = Config::load(self.config.as_deref(), config::environment());
+        match (settings, &self.config, &self.file) {
+            (Ok(settings), _, _) => Ok(settings),
+            // With a file given, the command must work even if the environment is invalid.
+            (Err(error), None, Some(_)) => {
+                let error = error.chain();
+                eprintln!("superbatch: the environment's settings are left out: {error}");
+                Ok(Config::default())
+            }
+            (Err(error), _, _) => Err(error),
+        }
+    }
+
+    fn path(&self, settings: &Config) -> Result<PathBuf> {
+        let set = settings.auth.tokens_file.as_ref();
+        self.file.as_ref().or(set).cloned().ok_or_else(|| {
             let message =
                 "say which file of tokens: --file FILE, or auth.tokens_file in the settings";
             Error::invalid("auth.tokens_file", message)
-        })?;
-        Ok((path, Audit::open(config.audit.file.as_deref())?))
+        })
     }
+}
+
+impl AuditArgs {
+    /// Opens the log, before anything is changed.
+    fn open(&self, settings: &Config) -> Result<Audit> {
+        let set = settings.audit.file.as_deref();
+        Audit::open(self.audit.as_deref().or(set))
+    }
+}
+
+/// Notes what was done to the tokens, and by whom.
+fn note<T>(audit: &Audit, what: &'static str, written: &Result<T>, detail: Value) {
+    let who = user();
+    audit.record(what, Some(&who), Peer::default(), None, written, detail);
 }
 
 /// Reads the tokens of a file, which need not exist yet.
@@ -128,7 +163,8 @@ fn read_tokens(path: &Path) -> Result<Tokens> {
 }
 
 fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
-    let (path, audit) = args.file.find()?;
+    let settings = args.file.settings()?;
+    let (path, audit) = (args.file.path(&settings)?, args.audit.open(&settings)?);
     let mut tokens = read_tokens(&path)?;
     if !is_run_id(&args.name) {
         let message = format!(
@@ -163,14 +199,7 @@ fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
         "expires": entry.expires});
     tokens.tokens.push(entry);
     let written = tokens.write(&path);
-    audit.record(
-        "token new",
-        operator(),
-        Peer::default(),
-        None,
-        &written,
-        detail,
-    );
+    note(&audit, "token new", &written, detail);
     written?;
     eprintln!(
         "superbatch: added to {}; the token is not shown again",
@@ -180,7 +209,7 @@ fn new(args: &NewArgs, now: SystemTime) -> Result<String> {
 }
 
 fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
-    let (path, _) = args.file.find()?;
+    let path = args.file.path(&args.file.settings()?)?;
     let tokens = Tokens::read(&path)?;
     let scopes = |entry: &Entry| {
         let names: Vec<&str> = entry.scopes.iter().map(|scope| scope.name()).collect();
@@ -223,7 +252,8 @@ fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
 }
 
 fn revoke(args: &RevokeArgs) -> Result<String> {
-    let (path, audit) = args.file.find()?;
+    let settings = args.file.settings()?;
+    let (path, audit) = (args.file.path(&settings)?, args.audit.open(&settings)?);
     let mut tokens = Tokens::read(&path)?;
     let before = tokens.tokens.len();
     tokens.tokens.retain(|entry| entry.name != args.name);
@@ -232,22 +262,14 @@ fn revoke(args: &RevokeArgs) -> Result<String> {
         return Err(Error::invalid("name", message));
     }
     let written = tokens.write(&path);
-    let detail = json!({"token": args.name});
-    audit.record(
+    note(
+        &audit,
         "token revoke",
-        operator(),
-        Peer::default(),
-        None,
         &written,
-        detail,
+        json!({"token": args.name}),
     );
     written?;
     Ok(format!("revoked {}\n", args.name))
-}
-
-/// Returns the name of this machine's user, for the audit log.
-fn operator() -> Option<&'static str> {
-    Some("operator")
 }
 
 #[cfg(test)]
@@ -268,6 +290,13 @@ mod tests {
             runs: vec!["a-*".into()],
             expires: expires.map(Duration::from_secs),
             file: files(folder),
+            audit: audit(folder),
+        }
+    }
+
+    fn audit(folder: &Path) -> AuditArgs {
+        AuditArgs {
+            audit: Some(folder.join("audit.jsonl")),
         }
     }
 
@@ -296,9 +325,24 @@ mod tests {
         let args = |name: &str| RevokeArgs {
             name: name.into(),
             file: files(folder.path()),
+            audit: audit(folder.path()),
         };
         revoke(&args("alice")).unwrap();
         assert!(revoke(&args("alice")).is_err());
+        let noted = std::fs::read_to_string(folder.path().join("audit.jsonl")).unwrap();
+        let lines = noted.lines().map(serde_json::from_str);
+        let lines: Vec<Value> = lines.collect::<Result<_, _>>().unwrap();
+        let told: Vec<_> = lines
+            .iter()
+            .map(|line| (line["what"].as_str(), line["detail"]["token"].as_str()))
+            .collect();
+        let expected = [
+            (Some("token new"), Some("alice")),
+            (Some("token new"), Some("bob")),
+            (Some("token revoke"), Some("alice")),
+        ];
+        assert_eq!(told, expected);
+        assert!(lines.iter().all(|line| line["who"] == user()));
         let tokens = Tokens::read(&folder.path().join("tokens.yaml")).unwrap();
         assert!(tokens.find(token.trim()).is_none() && tokens.find(other.trim()).is_some());
     }

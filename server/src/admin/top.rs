@@ -1,8 +1,12 @@
 //! `superbatch top`: watches a live service in a terminal.
+mod metrics;
 mod page;
 
-use self::page::{Metrics, view};
-use super::service::{Client, answered, client};
+use self::{
+    metrics::{Metrics, Page},
+    page::{Seen, view},
+};
+use super::service::{Client, answered, bearer, client_with, header};
 use crate::error::{Error, Result};
 use clap::Args;
 use std::{
@@ -11,30 +15,25 @@ use std::{
     time::{Duration, Instant},
 };
 use superbatch_proto::v1::{ListRunsRequest, Reason, RunSummary};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
-use tonic::transport::Uri;
+use superbatch_transport::Bearer;
 
 /// Longest wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Largest page of metrics that is read.
-const PAGE_BYTES_MAX: u64 = 16 << 20;
 
-/// Shows the runs, how fast they go, where time goes, and the workers.
+/// Shows the runs, how fast they go, where time goes, and how many workers there are.
 #[derive(Args)]
 pub struct TopArgs {
     /// The coordinator
     #[arg(long, value_name = "URI", default_value = "http://127.0.0.1:50051")]
     address: String,
-    /// Its metrics
+    /// Its metrics. Given again, those of its workers: the coordinator does not know how their time
+    /// goes, so without them only the stages of its own process are shown
     #[arg(
         long,
         value_name = "URI",
         default_value = "http://127.0.0.1:9464/metrics"
     )]
-    metrics: String,
+    metrics: Vec<String>,
     /// Refresh interval; rates are those of one interval
     #[arg(long, value_name = "TIME", default_value = "2s",
         value_parser = humantime::parse_duration)]
@@ -45,31 +44,54 @@ pub struct TopArgs {
     /// Certificate authority that verifies an https:// address
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// File that holds a token of scope `read`
+    /// File that holds a token of scope `read`; `admin` where `auth.metrics` is set
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Send the token to the metrics of other machines too. Metrics are plain HTTP, so that
+    /// everybody between could read it
+    #[arg(long)]
+    allow_insecure: bool,
+}
+
+/// The service that is watched.
+struct Watched {
+    client: Client,
+    bearer: Bearer,
+    /// The coordinator's, then the workers'.
+    pages: Vec<Page>,
+    allow_insecure: bool,
 }
 
 /// The values seen at one time.
 struct Look {
     at: Instant,
     runs: Vec<RunSummary>,
-    metrics: Metrics,
+    /// Empty ones of workers that did not answer, as `silent` says.
+    pages: Vec<Metrics>,
+    silent: Vec<String>,
 }
 
 /// # Errors
 /// `NoWorkers` if the service or its metrics do not answer; the service's refusals.
 pub async fn run(args: &TopArgs) -> Result<String> {
-    let (ca, token_file) = (args.ca.as_deref(), args.token_file.as_deref());
-    let mut client = client(&args.address, ca, token_file)?;
-    let mut before = ask_service(&mut client, &args.metrics).await?;
+    let bearer = bearer(args.token_file.as_deref())?;
+    let pages = args.metrics.iter().map(|uri| Page::parse(uri));
+    let mut watched = Watched {
+        client: client_with(&args.address, args.ca.as_deref(), bearer.clone())?,
+        bearer,
+        pages: pages.collect::<Result<_>>()?,
+        allow_insecure: args.allow_insecure,
+    };
+    let mut before = watched.look().await?;
     let clears = std::io::stdout().is_terminal();
     loop {
         tokio::time::sleep(args.every).await;
-        let now = ask_service(&mut client, &args.metrics).await?;
+        let now = watched.look().await?;
         let seconds = now.at.duration_since(before.at).as_secs_f64();
-        let was = (before.runs.as_slice(), &before.metrics);
-        let text = view(was, (now.runs.as_slice(), &now.metrics), seconds);
+        let mut text = view(before.seen(), now.seen(), seconds);
+        for error in &now.silent {
+            text.push_str(&format!("\nnot shown: {error}\n"));
+        }
         if args.once {
             return Ok(text);
         }
@@ -81,45 +103,46 @@ pub async fn run(args: &TopArgs) -> Result<String> {
     }
 }
 
-async fn ask_service(client: &mut Client, metrics: &str) -> Result<Look> {
-    let listed = answered(PATIENCE, client.list_runs(ListRunsRequest {})).await?;
-    let page = tokio::time::timeout(PATIENCE, get(metrics)).await;
-    let page = page.map_err(|_| Error::new(Reason::NoWorkers, "the metrics do not answer"))??;
-    Ok(Look {
-        at: Instant::now(),
-        runs: listed.runs,
-        metrics: Metrics::parse(&page),
-    })
+impl Watched {
+    async fn look(&mut self) -> Result<Look> {
+        let runs = answered(PATIENCE, self.client.list_runs(ListRunsRequest {})).await?;
+        let (header, allow_insecure) = (header(&self.bearer), self.allow_insecure);
+        let header = header.as_deref();
+        let asked = self.pages.iter().map(|page| async move {
+            let read = page.read(header, allow_insecure);
+            let late = || {
+                let message = format!("{} does not answer", page.uri);
+                Error::new(Reason::NoWorkers, message)
+            };
+            let read = tokio::time::timeout(PATIENCE, read).await;
+            read.unwrap_or_else(|_| Err(late()))
+        });
+        let (mut pages, mut silent) = (Vec::new(), Vec::new());
+        for read in futures::future::join_all(asked).await {
+            match read {
+                Ok(page) => pages.push(Metrics::parse(&page)),
+                // Without the coordinator's there is nothing to show. Workers come and go.
+                Err(error) if pages.is_empty() => return Err(error),
+                Err(error) => {
+                    pages.push(Metrics::default());
+                    silent.push(error.chain());
+                }
+            }
+        }
+        Ok(Look {
+            at: Instant::now(),
+            runs: runs.runs,
+            pages,
+            silent,
+        })
+    }
 }
 
-/// Reads a page over plain HTTP.
-async fn get(uri: &str) -> Result<String> {
-    let malformed = || Error::invalid("metrics", format!("{uri} is no http://host:port/metrics"));
-    let parsed: Uri = uri.parse().map_err(|_| malformed())?;
-    let host = parsed.host().ok_or_else(malformed)?;
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let port = parsed.port_u16().unwrap_or(80);
-    let asked = async {
-        let mut stream = TcpStream::connect((bare, port)).await?;
-        let request = format!("GET {} HTTP/1.0\r\nHost: {host}\r\n\r\n", parsed.path());
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream
-            .take(PAGE_BYTES_MAX)
-            .read_to_string(&mut answer)
-            .await?;
-        Ok::<_, std::io::Error>(answer)
-    };
-    let answer = asked
-        .await
-        .map_err(|e| Error::new(Reason::NoWorkers, format!("cannot read {uri}")).because(e))?;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    if head.split(' ').nth(1) != Some("200") {
-        let status = head.lines().next().unwrap_or_default();
-        return Err(Error::new(
-            Reason::NoWorkers,
-            format!("{uri} answers {status:?}"),
-        ));
+impl Look {
+    fn seen(&self) -> Seen<'_> {
+        Seen {
+            runs: &self.runs,
+            pages: &self.pages,
+        }
     }
-    Ok(body.to_owned())
 }

@@ -182,7 +182,7 @@ impl Serve {
             )))
             .add_service(selection);
         let coordinator = self.coordinator;
-        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let grace = self.ground.config.coordinator.grace();
         let for_metrics = if self.ground.config.auth.metrics {
             self.access.clone()
         } else {

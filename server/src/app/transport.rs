@@ -123,13 +123,13 @@ pub(super) fn drain(
     let (began, stopping) = oneshot::channel();
     let drained = async move {
         shutdown.await;
-        tracing::info!("draining");
         // The empty name stands for the whole server.
         for name in services.iter().copied().chain(["", READINESS]) {
             health
                 .set_service_status(name, tonic_health::ServingStatus::NotServing)
                 .await;
         }
+        tracing::info!("draining");
         // Fails if the receiver is gone, which then needs no message.
         let _ = began.send(());
         let_go.await;

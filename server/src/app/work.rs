@@ -14,7 +14,7 @@ use crate::{
     worker::{Superior, Worker, keep_registered},
 };
 use futures::future::FutureExt;
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc};
 use superbatch_proto::v1::{
     RegisterRequest, delivery_service_server::DeliveryServiceServer,
     worker_service_server::WorkerServiceServer,
@@ -105,7 +105,7 @@ impl Work {
             .add_service(health_service.clone())
             .add_service(self.worker.service())
             .add_service(self.worker.delivery());
-        let grace = Duration::from_secs_f64(self.ground.config.coordinator.grace_seconds);
+        let grace = self.ground.config.coordinator.grace();
         let beside = (health_service, Access::allow_everybody(Audit::default()));
         let (incoming, _beside) = self.ground.listen(&shutdown, beside);
         let (worker, (tell, ended)) = (self.worker.clone(), oneshot::channel());

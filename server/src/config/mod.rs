@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 pub use traces::TracesConfig;
 use url::Url;
@@ -115,7 +116,8 @@ pub struct CoordinatorConfig {
     pub selector_device: String,
     /// Threads of selection on the coordinator's CPU. 0 is one for each core.
     pub selector_threads: u32,
-    /// How long calls may finish at shutdown, in seconds.
+    /// How long calls may finish at shutdown, in seconds. The process ends at most 6 seconds later,
+    /// in which it writes the last lines of its logs and sends the last traces.
     pub grace_seconds: f64,
     /// How long a needed step waits for weights before its run's fallback applies, in seconds. The
     /// default for runs that give none.
@@ -153,6 +155,13 @@ pub struct CoordinatorConfig {
     pub super_batch_size_max: u32,
     /// Largest sub-batch that a run may ask for, in rows.
     pub sub_batch_size_max: u32,
+}
+
+impl CoordinatorConfig {
+    /// Returns `grace_seconds`.
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs_f64(self.grace_seconds)
+    }
 }
 
 impl Default for CoordinatorConfig {

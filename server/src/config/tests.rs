@@ -389,10 +389,7 @@ fn the_reference_lists_every_field_with_its_meaning() {
 fn the_commented_file_is_the_defaults() {
     let yaml = commented_yaml();
     assert_eq!(load(&yaml, &[]).unwrap(), Config::default());
-    assert!(
-        yaml.contains(
-            "  # How long calls may finish at shutdown, in seconds.\n  grace_seconds: 30.0\n"
-        ),
-        "{yaml}"
-    );
+    let threads = "  # Threads of selection on the coordinator's CPU. 0 is one for each core.\n  \
+                   selector_threads: 0\n";
+    assert!(yaml.contains(threads), "{yaml}");
 }

@@ -168,9 +168,11 @@ impl SelectionService for Selection {
         let (caller, mut stream) = (Caller::of(&request)?, request.into_inner());
         let start = read_start(&mut stream, self.0.deps.limits.push_deadline).await?;
         caller.check_run(&start.run_id)?;
-        check_incarnation(&start.incarnation)?;
         let (run_id, detail) = (start.run_id.clone(), json!({"step": start.step}));
-        let published = weights::push(&self.0, start, stream).await;
+        let published = match check_incarnation(&start.incarnation) {
+            Ok(()) => weights::push(&self.0, start, stream).await,
+            Err(refused) => Err(refused),
+        };
         caller.record("push", &run_id, &published, detail);
         let published = published?;
         Ok(Response::new(PushWeightsResponse {

@@ -101,6 +101,7 @@ impl Worker {
 /// What a worker reports about itself.
 pub struct WorkerInfo {
     pub device: String,
+    pub threads: usize,
 }
 
 /// The stream of calls in a build without LibTorch: always empty.

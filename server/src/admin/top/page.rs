@@ -1,4 +1,5 @@
 //! Makes a page of text from two looks at a service. Pure.
+use super::metrics::Metrics;
 use crate::{admin::table::table, metrics::names};
 use std::collections::{BTreeMap, HashMap};
 use superbatch_proto::{
@@ -9,62 +10,51 @@ use superbatch_proto::{
 /// Characters of the longest bar.
 const BAR: f64 = 40.0;
 
-/// The samples of a page in the Prometheus text format, by name and labels as written.
-#[derive(Debug, Default)]
-pub(super) struct Metrics(HashMap<String, f64>);
+/// What was seen at one time: the runs, and the pages of metrics, the coordinator's first.
+#[derive(Clone, Copy)]
+pub(super) struct Seen<'a> {
+    pub runs: &'a [RunSummary],
+    pub pages: &'a [Metrics],
+}
 
-impl Metrics {
-    pub(super) fn parse(page: &str) -> Self {
-        let samples = page.lines().filter(|line| !line.starts_with('#'));
-        let sample = |line: &str| {
-            let (name, value) = line.rsplit_once(' ')?;
-            Some((name.to_owned(), value.parse().ok()?))
-        };
-        Self(samples.filter_map(sample).collect())
-    }
-
+impl Seen<'_> {
     /// Returns the sum over all series of `name`.
-    fn sum(&self, name: &str) -> f64 {
-        let of = |key: &str| key.split('{').next() == Some(name);
-        let found = self.0.iter().filter(|(key, _)| of(key));
-        // The sum of no floats is -0, which would be printed with its sign.
-        found.map(|(_, value)| value).sum::<f64>() + 0.0
-    }
-
-    /// Returns the values of `name` by the value of its only label.
-    fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, f64> {
-        let start = format!("{name}{{{label}=\"");
-        let value = |(key, value): (&String, &f64)| {
-            let rest = key.strip_prefix(&start)?.strip_suffix("\"}")?;
-            Some((rest.to_owned(), *value))
-        };
-        self.0.iter().filter_map(value).collect()
+    fn sum(self, name: &str) -> f64 {
+        self.pages.iter().map(|page| page.sum(name)).sum::<f64>() + 0.0
     }
 }
 
+/// Returns the pages that were read both times. A process that was not seen before has no growth:
+/// its counters would look as if they had begun at 0 just now.
+fn pairs<'a>(was: Seen<'a>, now: Seen<'a>) -> impl Iterator<Item = (&'a Metrics, &'a Metrics)> {
+    let pages = was.pages.iter().zip(now.pages);
+    pages.filter(|(was, now)| !was.is_empty() && !now.is_empty())
+}
+
 /// Returns the page for `now`, with rates since `was`.
-pub(super) fn view(
-    was: (&[RunSummary], &Metrics),
-    now: (&[RunSummary], &Metrics),
-    seconds: f64,
-) -> String {
-    let grown = |name: &str| now.1.sum(name) - was.1.sum(name);
+pub(super) fn view(was: Seen<'_>, now: Seen<'_>, seconds: f64) -> String {
+    // A process that was started anew counts from 0.
+    let grown = |name: &str| {
+        let pages = pairs(was, now);
+        let grown = pages.map(|(was, now)| (now.sum(name) - was.sum(name)).max(0.0));
+        grown.sum::<f64>() + 0.0
+    };
     let rate = |name: &str| grown(name) / seconds;
     let waits = grown(names::WAITS);
     let wait = grown(names::WAIT_SECONDS) / waits.max(1.0);
     let mut text = format!(
         "workers {:.0} (optimal {:.0})   steps/s {:.2}   candidates/s {:.0}   \
          wait a call {:.3} s   ready {:.0}\n\n",
-        now.1.sum(names::WORKERS),
-        now.1.sum(names::OPTIMAL_WORKERS),
+        now.sum(names::WORKERS),
+        now.sum(names::OPTIMAL_WORKERS),
         rate(names::STEPS),
         rate(names::CANDIDATES),
         wait,
-        now.1.sum(names::READY),
+        now.sum(names::READY),
     );
-    text.push_str(&runs(was.0, now.0, seconds));
+    text.push_str(&runs(was.runs, now.runs, seconds));
     text.push('\n');
-    text.push_str(&stages(was.1, now.1, seconds));
+    text.push_str(&stages(was, now, seconds));
     text
 }
 
@@ -96,17 +86,18 @@ fn runs(was: &[RunSummary], now: &[RunSummary], seconds: f64) -> String {
     table(&rows)
 }
 
-/// Returns the seconds that each stage took in a second, as bars.
-fn stages(was: &Metrics, now: &Metrics, seconds: f64) -> String {
-    let name = names::STAGE_SECONDS;
-    let (before, after) = (was.by_label(name, "stage"), now.by_label(name, "stage"));
-    let spent = after.into_iter().map(|(stage, sum)| {
-        let spent = (sum - before.get(&stage).copied().unwrap_or(0.0)) / seconds;
-        (stage, spent.max(0.0))
-    });
-    let spent: Vec<(String, f64)> = spent.collect();
-    let most = spent.iter().map(|(_, spent)| *spent).fold(1.0, f64::max);
-    let line = |(stage, spent): &(String, f64)| {
+/// Returns the seconds that each stage took in a second, over all processes, as bars.
+fn stages(was: Seen<'_>, now: Seen<'_>, seconds: f64) -> String {
+    let mut spent: BTreeMap<String, f64> = BTreeMap::new();
+    for (was, now) in pairs(was, now) {
+        let [before, after] = [was, now].map(|page| page.by_label(names::STAGE_SECONDS, "stage"));
+        for (stage, sum) in after {
+            let grown = sum - before.get(&stage).copied().unwrap_or(0.0);
+            *spent.entry(stage).or_default() += grown.max(0.0) / seconds;
+        }
+    }
+    let most = spent.values().copied().fold(1.0, f64::max);
+    let line = |(stage, spent): (&String, &f64)| {
         let bar = "#".repeat((spent / most * BAR).round() as usize);
         let text = format!("{stage:<16} {spent:7.2} s/s  {bar}");
         format!("{}\n", text.trim_end())
@@ -136,13 +127,23 @@ mod tests {
                  superbatch_stage_duration_seconds_sum{{stage=\"fetch\"}} {fetch}\n"
             ))
         };
-        let (was, now) = (page(10, 4.0), page(16, 5.0));
-        let text = view((&[summary(None)], &was), (&[summary(Some(3))], &now), 2.0);
+        let worker = |fetch: f64| {
+            Metrics::parse(&format!(
+                "superbatch_stage_duration_seconds_sum{{stage=\"fetch\"}} {fetch}\n"
+            ))
+        };
+        // The third process was not seen before, and the fourth was started anew.
+        let was = [page(10, 4.0), worker(7.0), Metrics::default(), worker(90.0)];
+        let now = [page(16, 5.0), worker(8.0), worker(90.0), worker(1.0)];
+        let [no_steps, steps] = [None, Some(3)].map(|step| [summary(step)]);
+        let [was, now] =
+            [(&no_steps, &was), (&steps, &now)].map(|(runs, pages)| Seen { runs, pages });
+        let text = view(was, now, 2.0);
         assert!(text.contains("workers 3 "), "{text}");
         assert!(text.contains("steps/s 3.00"), "{text}");
         assert!(text.contains("first  open"), "{text}");
         assert!(text.contains("2.00"), "four steps in two seconds: {text}");
-        let bar = format!("fetch               0.50 s/s  {}\n", "#".repeat(20));
+        let bar = format!("fetch               1.00 s/s  {}\n", "#".repeat(40));
         assert!(text.ends_with(&bar), "{text}");
     }
 }

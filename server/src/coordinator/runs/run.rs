@@ -18,6 +18,7 @@ use crate::{
     },
     dataset::{Manifest, Scores},
     error::Result,
+    metrics,
     storage::Location,
 };
 use arrow::datatypes::SchemaRef;
@@ -150,6 +151,20 @@ impl Run {
         Ok(found)
     }
 
+    /// Notes that a rank stood still for its batch of `step`.
+    pub fn note_wait(&self, step: u64, waited: Duration) {
+        let consumed = self.state().members.consumed_by_all();
+        self.waits.record(step, waited);
+        self.show_waits(consumed);
+    }
+
+    /// Shows how long the trainer stood still for each step through `consumed`.
+    fn show_waits(&self, consumed: Option<u64>) {
+        for waited in self.waits.end_through(consumed) {
+            metrics::step_wait().record(waited.as_secs_f64());
+        }
+    }
+
     pub fn summary(&self) -> RunSummary {
         self.summary_of(&self.state())
     }
@@ -213,5 +228,7 @@ pub(super) fn missing_pushes(
 impl Drop for Run {
     fn drop(&mut self) {
         self.deps.sizing.forget(&self.id);
+        // Nobody will say that the last step is consumed.
+        self.show_waits(Some(u64::MAX));
     }
 }

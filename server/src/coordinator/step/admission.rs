@@ -87,16 +87,13 @@ impl Run {
     /// Waits for the step, and logs the wait now and then: training must not stall in silence.
     async fn wait_and_log(&self, asking: &Asking, waiting: Waiting) -> Result<Arc<Ready>> {
         let begun = Instant::now();
+        let (sizing, is_first) = (&self.deps.sizing, asking.rank == 0);
         // All ranks go at the same pace, so rank 0 stands for the trainer.
-        let sizing = Some(&self.deps.sizing).filter(|_| asking.rank == 0);
-        if let Some((sizing, step)) = sizing.zip(asking.claims_consumed()) {
+        if let Some(step) = asking.claims_consumed().filter(|_| is_first) {
             sizing.consumed(&self.id, step, begun);
         }
-        let ready = self.wait_until_ready(asking, waiting, begun).await;
-        if let Some(sizing) = sizing.filter(|_| asking.need) {
-            sizing.record_wait(&self.id, begun.elapsed());
-        }
-        ready
+        let _waits = sizing.begin_wait(&self.id, is_first && asking.need, begun);
+        self.wait_until_ready(asking, waiting, begun).await
     }
 
     async fn wait_until_ready(

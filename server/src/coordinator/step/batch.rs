@@ -64,8 +64,8 @@ pub(crate) async fn batch(
     let summary = ready.receipt.summary.clone().unwrap_or_default();
     let span = traces::serve(&summary, request.rank, waited);
     if need {
-        metrics::trainer_wait().record(asked.elapsed().as_secs_f64());
-        run.run().waits.record(asked.elapsed());
+        metrics::trainer_wait().record(waited);
+        run.run().note_wait(request.step, asked.elapsed());
     }
     let (way, why) = way(run.run(), delivery, &ready).await?;
     // A stream that goes on where it broke is no further batch.

@@ -2,7 +2,7 @@
 use crate::metrics;
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 use tokio::time::Instant;
@@ -14,7 +14,8 @@ const NEWEST: f64 = 0.2;
 const STEPS_SEEN_MIN: u64 = 3;
 
 /// A trainer that has been silent for so many of its steps, and for so many seconds, does not
-/// count: it may have ended.
+/// count: it may have ended. One that waits for a batch is there, however long it waits: it is the
+/// one that needs workers most.
 const STEPS_UNHEARD: f64 = 10.0;
 const SECONDS_UNHEARD: f64 = 300.0;
 
@@ -70,6 +71,33 @@ struct Pace {
     /// How long it has stood still since then. This time is subtracted: the trainer's own pace is
     /// wanted, and not the pace at which it gets batches.
     waited: Duration,
+    /// When a rank last began or ended a call.
+    heard: Option<Instant>,
+    /// Held by each call that waits for its batch.
+    waiting: Arc<()>,
+}
+
+/// A rank's call that waits for its batch, until it is dropped: also if the call is broken off.
+#[derive(Debug)]
+pub struct Wait {
+    sizing: Arc<Sizing>,
+    run: String,
+    /// When the trainer began to stand still; `None` of a call that only shows that it is there.
+    stands_still_since: Option<Instant>,
+    _waiting: Arc<()>,
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let waited = self.stands_still_since.map(|since| now - since);
+        // A run that was forgotten meanwhile stays so.
+        if let Some(pace) = self.sizing.lock_paces().get_mut(&self.run) {
+            pace.heard = Some(now);
+            pace.waited += waited.unwrap_or_default();
+        }
+        self.sizing.set_gauge(now);
+    }
 }
 
 impl Sizing {
@@ -83,9 +111,19 @@ impl Sizing {
         self.change_pace(run, |pace| pace.consumed(step, now));
     }
 
-    /// Notes that rank 0 has stood still.
-    pub fn record_wait(&self, run: &str, waited: Duration) {
-        self.change_pace(run, |pace| pace.waited += waited);
+    /// Notes that a rank waits for a batch of `run` from `now` on. `stands_still` tells whether the
+    /// time counts as the trainer's wait: all ranks go at the same pace, so it is rank 0's.
+    pub fn begin_wait(self: &Arc<Self>, run: &str, stands_still: bool, now: Instant) -> Wait {
+        let waiting = self.change_pace(run, |pace| {
+            pace.heard = Some(now);
+            pace.waiting.clone()
+        });
+        Wait {
+            sizing: self.clone(),
+            run: run.to_owned(),
+            stands_still_since: stands_still.then_some(now),
+            _waiting: waiting,
+        }
     }
 
     /// Forgets a run that has left this process.
@@ -99,9 +137,10 @@ impl Sizing {
         metrics::optimal_workers().set(workers(self.lock_paces().values(), now));
     }
 
-    fn change_pace(&self, run: &str, change: impl FnOnce(&mut Pace)) {
-        change(self.lock_paces().entry(run.to_owned()).or_default());
+    fn change_pace<T>(&self, run: &str, change: impl FnOnce(&mut Pace) -> T) -> T {
+        let changed = change(self.lock_paces().entry(run.to_owned()).or_default());
         self.set_gauge(Instant::now());
+        changed
     }
 
     fn lock_paces(&self) -> MutexGuard<'_, HashMap<String, Pace>> {
@@ -127,6 +166,7 @@ impl Pace {
     }
 
     fn consumed(&mut self, step: u64, now: Instant) {
+        self.heard = Some(now);
         if let Some((before, since)) = self.consumed {
             if step == before {
                 return;
@@ -146,8 +186,9 @@ impl Pace {
     fn workers(&self, now: Instant) -> Option<f64> {
         let seen = self.steps_seen >= STEPS_SEEN_MIN;
         let step_seconds = self.step_seconds.filter(|seconds| seen && *seconds > 0.0)?;
-        let unheard = now - self.consumed?.1;
-        if unheard.as_secs_f64() > SECONDS_UNHEARD.max(STEPS_UNHEARD * step_seconds) {
+        let is_waiting = Arc::strong_count(&self.waiting) > 1;
+        let unheard = (now - self.heard?).as_secs_f64();
+        if !is_waiting && unheard > SECONDS_UNHEARD.max(STEPS_UNHEARD * step_seconds) {
             return None;
         }
         Some(optimal_workers(
@@ -229,7 +270,7 @@ mod tests {
         let (mut pace, now) = (Pace::default(), Instant::now());
         pace.decided(WORK, 1);
         assert_eq!(pace.workers(now), None, "nothing is known of the trainer");
-        (pace.step_seconds, pace.consumed) = (Some(1.5), Some((0, now)));
+        (pace.step_seconds, pace.heard) = (Some(1.5), Some(now));
         pace.steps_seen = STEPS_SEEN_MIN - 1;
         assert_eq!(pace.workers(now), None, "a few probes are no pace");
         pace.steps_seen += 1;
@@ -250,18 +291,23 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_trainer_that_is_gone_needs_no_workers() {
-        let start = Instant::now();
-        let pace = |step_seconds| Pace {
+    /// A trainer that was heard of at `start`.
+    fn pace(step_seconds: f64, start: Instant) -> Pace {
+        Pace {
             work: Some(WORK),
             step_seconds: Some(step_seconds),
             steps_seen: STEPS_SEEN_MIN,
             lag_steps: 1,
             consumed: Some((3, start)),
-            waited: Duration::ZERO,
-        };
-        let (quick, slow) = (pace(1.5), pace(60.0));
+            heard: Some(start),
+            ..Pace::default()
+        }
+    }
+
+    #[test]
+    fn a_trainer_that_is_gone_needs_no_workers() {
+        let start = Instant::now();
+        let (quick, slow) = (pace(1.5, start), pace(60.0, start));
         let at = |seconds| {
             workers(
                 [&quick, &slow].into_iter(),
@@ -269,5 +315,44 @@ mod tests {
             )
         };
         assert_eq!([300, 301, 601].map(at), [9.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn a_trainer_that_starves_needs_its_workers_however_long_it_waits() {
+        let (start, hour) = (Instant::now(), Duration::from_secs(3600));
+        let pace = pace(1.5, start);
+        let wait = pace.waiting.clone();
+        assert_eq!(pace.workers(start + hour), Some(8.0), "it stands still");
+        drop(wait);
+        assert_eq!(
+            pace.workers(start + hour),
+            None,
+            "it was last heard of then"
+        );
+    }
+
+    #[test]
+    fn a_wait_is_noted_when_its_call_ends_and_not_for_a_run_that_is_gone() {
+        let sizing = Arc::<Sizing>::default();
+        let start = Instant::now() - Duration::from_secs(7);
+        let looks_on = sizing.begin_wait("a", false, start);
+        let (stands, gone) = (
+            sizing.begin_wait("a", true, start),
+            sizing.begin_wait("b", true, start),
+        );
+        drop(looks_on);
+        let of = |run: &str| sizing.lock_paces().get(run).map(|pace| pace.waited);
+        assert_eq!(
+            of("a"),
+            Some(Duration::ZERO),
+            "only the first rank's counts"
+        );
+        drop(stands);
+        assert!(of("a").is_some_and(|waited| waited >= Duration::from_secs(7)));
+        let heard = sizing.lock_paces()["a"].heard;
+        assert!(heard.is_some_and(|heard| heard >= start + Duration::from_secs(7)));
+        sizing.forget("b");
+        drop(gone);
+        assert_eq!(of("b"), None);
     }
 }
