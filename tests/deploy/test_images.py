@@ -1,16 +1,18 @@
-"""What images are built from: the Dockerfile is clean, and compose.yaml fits it and the server's
-settings.
+"""What images are built from: the Dockerfile is clean and finds what it copies, and compose.yaml fits
+it and the server's settings.
 """
 
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
+from dockerfile import DOCKERFILE, context, from_context, passes, stages
 from tools import BINARY, ROOT, call
 
-DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 SETTINGS = (ROOT / "docs" / "configuration.md").read_text()
 
@@ -19,20 +21,65 @@ def hadolint() -> str:
     return shutil.which("hadolint") or str(ROOT / ".venv" / "bin" / "hadolint")
 
 
-def targets() -> set[str]:
-    return set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
-
-
 def test_the_dockerfile_is_clean():
     call(hadolint(), DOCKERFILE)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("transport/src/lib.rs", True),
+        ("client/python/pyproject.toml", True),
+        ("requirements.txt", True),
+        ("docs/deploy.md", False),
+        ("server/target/debug/superbatch", False),
+        ("target", False),
+        ("tests/src/lib.rs", True),
+        ("tests/deploy/tools.py", False),
+        ("client/python/python/superbatch/_superbatch.so", False),
+        ("somewhere/client", False),
+    ],
+)
+def test_dockerignore_is_read_as_builders_do(path: str, expected: bool):
+    assert passes(path) is expected
+
+
+def test_what_the_dockerfile_copies_reaches_the_builder():
+    """COPY of what .dockerignore leaves out ends the build."""
+    sources = list(from_context())
+    assert ("trainer-demo", "requirements.txt") in sources
+    names = context()
+    for stage, source in sources:
+        if source.startswith("docker/given/"):
+            # Built by whoever says BINARY=given.
+            assert passes(source), f"{stage}: {source}"
+            continue
+        below = [name for name in names if source in (".", name) or name.startswith(f"{source}/")]
+        assert below, f"{stage} copies {source}, of which .dockerignore leaves nothing"
+
+
+def test_the_workspace_loads_from_what_reaches_the_builder(tmp_path: Path):
+    """cargo reads the manifest of every member before it builds any."""
+    for name in context():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, path)
+    read = ("metadata", "--no-deps", "--offline", "--format-version", "1", "--manifest-path")
+    found = json.loads(call("cargo", *read, tmp_path / "Cargo.toml"))
+    everything = json.loads(call("cargo", *read, ROOT / "Cargo.toml"))
+    names = [{each["name"] for each in workspace["packages"]} for workspace in (found, everything)]
+    assert names[0] == names[1]
+    for each in found["packages"]:
+        for target in each["targets"]:
+            assert Path(target["src_path"]).is_file(), target["src_path"]
 
 
 def test_compose_builds_targets_that_there_are():
     built = {
         service["build"]["target"] for service in COMPOSE["services"].values() if "build" in service
     }
-    assert built <= targets()
-    assert {"coordinator", "worker-cpu", "worker-cuda", "trainer-demo"} <= targets()
+    assert built <= stages()
+    assert {"coordinator", "worker-cpu", "worker-cuda", "trainer-demo"} <= stages()
 
 
 def test_compose_sets_settings_that_there_are():
