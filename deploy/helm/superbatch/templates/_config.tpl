@@ -40,8 +40,9 @@
 {{- $tls := dict
   "cert" (printf "%s/tls.crt" $folder) "key" (printf "%s/tls.key" $folder) "ca" (printf "%s/ca.crt" $folder)
   "worker_name" (include "superbatch.workerTlsName" (first .)) -}}
-{{- /* Workers are called by the coordinator alone, which shows its certificate; one of somebody else's may not be made for that. */ -}}
-{{- $byCoordinator := and (eq $role "worker") (ne $v.tls.source "secret") -}}
+{{- /* Workers are called by the coordinator alone, which shows its certificate; one of somebody else's may not be made for that. Trainers that
+       fetch rows have none: then tickets and the coordinator's secret, which the server checks in any case, are what a call needs. */ -}}
+{{- $byCoordinator := and (eq $role "worker") (ne $v.tls.source "secret") (not $v.worker.direct.enabled) -}}
 {{- if or $v.tls.requireClientCertificates $byCoordinator -}}
 {{- $_ := set $tls "client_ca" (printf "%s/ca.crt" $folder) -}}
 {{- end -}}
