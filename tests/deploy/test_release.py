@@ -3,6 +3,9 @@ settings, with other ports and paths.
 """
 
 import base64
+import json
+import os
+import select
 import ssl
 import sys
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import yaml
 from tools import CHART, ROOT, call, find, template
 
 sys.path.append(str(ROOT / "tests" / "python"))
-from cluster import Process  # noqa: E402
+from cluster import DEADLINE_SECONDS, Process  # noqa: E402
 
 from examples.demo import tiny  # noqa: E402
 
@@ -79,7 +82,8 @@ class Release:
 
     def __init__(self, stack: ExitStack, folder: Path, *options: str):
         state, data = (folder / "state").as_uri(), folder.as_uri()
-        values = f"state.uri={state},storage.allowUris={{{data}}},worker.direct.enabled=true"
+        values = f"state.uri={state},storage.allowUris={{{data}}}"
+        values += ",worker.direct.enabled=true,coordinator.audit.enabled=true"
         objects = template("--set", values, *options)
         secrets = {each["metadata"]["name"]: each for each in objects if each["kind"] == "Secret"}
         self.tls = write(folder / "mounted" / "tls", secrets["superbatch-tls"])
@@ -165,6 +169,23 @@ def test_workers_send_rows_to_trainers(release: Release):
     assert release.coordinator.metric("superbatch_direct_fallbacks_total") == 0
     # It is counted after the last row is sent.
     release.worker.wait_for("superbatch_direct_bytes_total", lambda count: count > 0)
+
+
+def test_the_audit_log_is_on_standard_output(release: Release):
+    spec = superbatch.RunSpec(
+        run_id="audited",
+        sources=[pool(release)],
+        phases=[superbatch.Phase(policy="uniform", super_batch_size=8, sub_batch_size=8)],
+    )
+    release.connect().open_run(spec).close()
+    pipe, text = release.coordinator.process.stdout.fileno(), ""
+    acts: list[dict] = []
+    while not any(act["run"] == "audited" and act["what"] == "close" for act in acts):
+        assert select.select([pipe], [], [], DEADLINE_SECONDS)[0], text
+        text += os.read(pipe, 1 << 16).decode()
+        acts = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+    opened = next(act for act in acts if act["run"] == "audited")
+    assert (opened["what"], opened["who"]) == ("open", "trainer")
 
 
 def test_a_certificate_is_needed_where_it_is_asked_for(release: Release):
