@@ -29,7 +29,7 @@ if command -v go >/dev/null; then
   fi
 fi
 if has helm && has helm-unittest && has kubeconform; then
-  tests+=(tests/deploy/test_chart.py)
+  tests+=(tests/deploy/test_chart.py tests/deploy/test_release.py)
 else
   skip "the chart" "helm, helm-unittest and kubeconform are built where Go 1.26 is (https://go.dev)"
 fi

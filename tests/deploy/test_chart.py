@@ -25,6 +25,12 @@ FULL = [
     "worker.diskCache.enabled=true",
     "--set",
     "tests.source=s3://data/small",
+    "--set",
+    "auth.metrics.enabled=true,coordinator.audit.enabled=true",
+    "--set",
+    "coordinator.audit.volume.persistentVolumeClaim.claimName=audit",
+    "--set",
+    "tls.requireClientCertificates=true",
 ]
 
 

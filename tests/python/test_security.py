@@ -125,10 +125,12 @@ def test_metrics_may_need_a_token(service):
 def test_a_worker_answers_nobody_but_its_coordinator(service):
     trust, name = Path(service.ca).read_bytes(), ("grpc.ssl_target_name_override", "worker.test")
     with Channel(service.worker.address, trust, [name]) as channel:
-        for metadata in ([], [("authorization", f"Bearer {service.secrets['admin']}")]):
-            with pytest.raises(Refused) as caught:
-                channel.call("/superbatch.v1.WorkerService/PrepareModel", [b""], metadata=metadata)
-            assert caught.value.code == "UNAUTHENTICATED"
+        for method in ("FetchRows", "PrepareModel", "Score", "Select"):
+            for metadata in ([], [("authorization", f"Bearer {service.secrets['admin']}")]):
+                path = f"/superbatch.v1.WorkerService/{method}"
+                with pytest.raises(Refused) as caught:
+                    channel.call(path, [b""], metadata=metadata)
+                assert caught.value.code == "UNAUTHENTICATED", method
 
 
 def test_tokens_are_made_and_revoked_under_a_running_service(service):

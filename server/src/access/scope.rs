@@ -211,6 +211,27 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_lists_each_method_with_its_scope() {
+        let manual = include_str!("../../../docs/security.md");
+        let (_, table) = manual.split_once("| scope | allows |").unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        for path in methods(FILE_DESCRIPTOR_SET) {
+            let (_, method) = path.rsplit_once('/').unwrap();
+            let code = format!("`{method}`");
+            let rows: Vec<&str> = table.lines().filter(|row| row.contains(&code)).collect();
+            match needed(&path) {
+                Need::Scope(scope) => {
+                    let row = format!("| `{scope}` |");
+                    assert_eq!(rows.len(), 1, "{path} is in one row: {rows:?}");
+                    assert!(rows[0].starts_with(&row), "{path}: {}", rows[0]);
+                }
+                Need::Nothing => assert!(manual.contains(&code), "{path} is open"),
+                Need::Token | Need::Coordinator => assert!(rows.is_empty(), "{path}: {rows:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn an_admin_is_no_worker() {
         assert!(Scope::Admin.covers(Scope::Push) && !Scope::Admin.covers(Scope::Worker));
         assert!(!Scope::Worker.covers(Scope::Read) && !Scope::Open.covers(Scope::Select));

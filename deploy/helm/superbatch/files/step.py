@@ -9,10 +9,8 @@ import uuid
 import superbatch
 
 rows = int(os.environ["SUPERBATCH_TEST_ROWS"])
-options = {"ca": os.environ.get("SUPERBATCH_CA"), "token": os.environ.get("SUPERBATCH_TOKEN")}
-client = superbatch.connect(
-    os.environ["SUPERBATCH_URI"], **{name: value for name, value in options.items() if value}
-)
+# The certificates and the token are those of the environment: SUPERBATCH_CA, _CERT, _KEY, _TOKEN.
+client = superbatch.connect(os.environ["SUPERBATCH_URI"])
 run = client.open_run(
     superbatch.RunSpec(
         run_id=f"{os.environ['SUPERBATCH_TEST_RUN']}-{uuid.uuid4().hex[:8]}",

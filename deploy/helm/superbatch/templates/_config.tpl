@@ -20,6 +20,9 @@
 {{- $coordinator = mergeOverwrite $coordinator (dict "advertise_address" (include "superbatch.coordinatorUri" $root) "workers_embedded" $v.coordinator.embeddedWorker) -}}
 {{- $config = mergeOverwrite $config (dict "listen" "0.0.0.0:50051") -}}
 {{- $_ := set $config "metrics_listen" $metrics -}}
+{{- if $v.coordinator.audit.enabled -}}
+{{- $_ := set $config "audit" (dict "file" (ternary "/var/log/superbatch/audit.jsonl" "/dev/stdout" (not (empty $v.coordinator.audit.volume)))) -}}
+{{- end -}}
 {{- else -}}
 {{- $role := dict "coordinator" (include "superbatch.coordinatorUri" $root) "listen" "0.0.0.0:50052" -}}
 {{- $_ := set $role "metrics_listen" $metrics -}}
@@ -40,8 +43,9 @@
 {{- $tls := dict
   "cert" (printf "%s/tls.crt" $folder) "key" (printf "%s/tls.key" $folder) "ca" (printf "%s/ca.crt" $folder)
   "worker_name" (include "superbatch.workerTlsName" (first .)) -}}
-{{- /* Workers are called by the coordinator alone, which shows its certificate; one of somebody else's may not be made for that. */ -}}
-{{- $byCoordinator := and (eq $role "worker") (ne $v.tls.source "secret") -}}
+{{- /* Workers are called by the coordinator alone, which shows its certificate; one of somebody else's may not be made for that. Trainers that
+       fetch rows have none: then tickets and the coordinator's secret, which the server checks in any case, are what a call needs. */ -}}
+{{- $byCoordinator := and (eq $role "worker") (ne $v.tls.source "secret") (not $v.worker.direct.enabled) -}}
 {{- if or $v.tls.requireClientCertificates $byCoordinator -}}
 {{- $_ := set $tls "client_ca" (printf "%s/ca.crt" $folder) -}}
 {{- end -}}
@@ -49,7 +53,7 @@
 {{- end -}}
 {{- if $v.auth.enabled -}}
 {{- if eq $role "coordinator" -}}
-{{- $_ := set $config "auth" (dict "tokens_file" "/etc/superbatch/tokens/tokens") -}}
+{{- $_ := set $config "auth" (dict "tokens_file" "/etc/superbatch/tokens/tokens" "metrics" $v.auth.metrics.enabled) -}}
 {{- else -}}
 {{- $_ := set $config.worker_role "token_file" "/etc/superbatch/tokens/worker" -}}
 {{- end -}}

@@ -85,6 +85,17 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end -}}
 {{- end -}}
 
+{{/* The Secret of the certificate that trainers show; empty where nobody asks for one, or where it is not known. */}}
+{{- define "superbatch.clientTlsSecret" -}}
+{{- if and .Values.tls.enabled .Values.tls.requireClientCertificates -}}
+{{- if eq .Values.tls.source "secret" -}}
+{{- .Values.tls.existingClientSecret -}}
+{{- else -}}
+{{- printf "%s-client-tls" (include "superbatch.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "superbatch.tokensSecret" -}}
 {{- default (printf "%s-tokens" (include "superbatch.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}

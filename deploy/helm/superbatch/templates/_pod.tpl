@@ -7,6 +7,7 @@
 {{- $isWorker := eq $role "worker" -}}
 {{- $image := ternary $v.worker.image $v.coordinator.image (or $isWorker $v.coordinator.embeddedWorker) -}}
 {{- $holdsState := $v.state.persistence.enabled -}}
+{{- $keepsAudit := and (not $isWorker) $v.coordinator.audit.enabled $v.coordinator.audit.volume -}}
 {{- $keepsBlocks := and $v.worker.diskCache.enabled (or $isWorker $v.coordinator.embeddedWorker) -}}
 metadata:
   labels:
@@ -134,6 +135,9 @@ spec:
         {{- if $holdsState }}
         - {name: state, mountPath: /var/lib/superbatch}
         {{- end }}
+        {{- if $keepsAudit }}
+        - {name: audit, mountPath: /var/log/superbatch}
+        {{- end }}
         {{- if and $v.worker.shmSize (or $isWorker $v.coordinator.embeddedWorker) }}
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
@@ -167,6 +171,10 @@ spec:
     {{- if $holdsState }}
     - name: state
       persistentVolumeClaim: {claimName: {{ include "superbatch.claim" $root }}}
+    {{- end }}
+    {{- if $keepsAudit }}
+    - name: audit
+      {{- toYaml $v.coordinator.audit.volume | nindent 6 }}
     {{- end }}
     {{- if and $v.worker.shmSize (or $isWorker $v.coordinator.embeddedWorker) }}
     - name: shm
