@@ -62,7 +62,7 @@ pub struct Identity {
 }
 
 /// Ownership of one run, since one epoch.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Ownership {
     run: Location,
     epoch: u64,

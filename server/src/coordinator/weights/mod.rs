@@ -33,7 +33,7 @@ mod streams;
 mod tests;
 
 use crate::{
-    coordinator::facts::chain::Began,
+    coordinator::facts::{chain::Began, owner::Ownership},
     error::{Error, Result},
     metrics,
     pushed::Pushed,
@@ -109,6 +109,8 @@ pub struct RunWeights {
     pub push_bytes_max: u64,
     /// How long a rank's ended stream waits for the others, and how long a stream may be silent.
     pub push_deadline: Duration,
+    /// Asked before a summary is deleted.
+    pub owner: Option<Ownership>,
 }
 
 /// Pushes that are not published, by (generation, step).
@@ -141,6 +143,7 @@ pub struct Inner {
     traffic: watch::Sender<Traffic>,
     /// What the next push is expected to be like: the last one.
     layout: Mutex<Option<Arc<ahead::Layout>>>,
+    summaries: history::Summaries,
     /// Keys of snapshots that are retired and not deleted yet: deleting may fail, and it ends when
     /// the call that does it is dropped.
     retired: watch::Sender<BTreeSet<String>>,
@@ -164,10 +167,15 @@ impl Weights {
         spec: RunWeights,
         verifier: Arc<dyn Verifier>,
     ) -> Result<Self> {
-        let (book, listed) = read_book(&run, spec.initial.clone()).await?;
+        let history = history::read(&run).await?;
+        let (mut book, listed) = book_of(&run, &history.facts).await?;
+        if let Some(initial) = spec.initial.clone() {
+            book.set_initial(initial);
+        }
         let orphans = listed.orphans(&book, SystemTime::now());
         gauge_newest(&book);
         let inner = Inner {
+            summaries: history::Summaries::new(run.clone(), spec.owner.clone(), history.summarised),
             run,
             spec,
             verifier,
@@ -183,6 +191,7 @@ impl Weights {
             tasks: TaskTracker::new(),
         };
         let weights = Self(Arc::new(inner));
+        weights.0.summarise_if_due();
         if let Err(error) = weights.delete(&orphans).await {
             tracing::debug!(error = error.chain(), "unused snapshots stay for now");
         }
@@ -310,19 +319,6 @@ impl Inner {
             .get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
         shape.await.cloned()
     }
-}
-
-/// Reads the published versions of the run at `run`, and the list of its snapshots.
-async fn read_book(
-    run: &Location,
-    initial: Option<Published>,
-) -> Result<(Book, snapshots::Listed)> {
-    let facts = history::read(run).await?;
-    let (mut book, listed) = book_of(run, &facts).await?;
-    if let Some(initial) = initial {
-        book.set_initial(initial);
-    }
-    Ok((book, listed))
 }
 
 /// Makes the book of the publications `facts` of the run at `run`: lists the snapshots, and reads

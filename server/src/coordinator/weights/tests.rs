@@ -130,6 +130,7 @@ impl Bench {
             initial: None,
             push_bytes_max: 1 << 10,
             push_deadline: Duration::from_secs(60),
+            owner: None,
         };
         Self {
             stores,
