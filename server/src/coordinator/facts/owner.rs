@@ -5,7 +5,7 @@ use crate::{
     storage::{Created, Location, nonce},
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use superbatch_proto::{
     INSTANCE, OWNER,
     v1::{Reason, selection_service_server::SERVICE_NAME},
@@ -95,6 +95,13 @@ impl Ownership {
     /// `NotOwner` with the owner's address.
     pub async fn check_free(run: &Location, identity: &Identity) -> Result<()> {
         last_epoch(run, identity).await.map(drop)
+    }
+
+    /// Returns when this process became the owner, by the store's clock; `None` if the store does
+    /// not say.
+    pub async fn claimed_at(&self) -> Option<SystemTime> {
+        let fact = self.run.head(&key(self.epoch)).await.ok().flatten();
+        fact.map(|fact| fact.last_modified.into())
     }
 
     /// Checks that no other coordinator has taken the run over.

@@ -109,7 +109,7 @@ pub struct RunWeights {
     pub push_bytes_max: u64,
     /// How long a rank's ended stream waits for the others, and how long a stream may be silent.
     pub push_deadline: Duration,
-    /// Asked before a summary is deleted.
+    /// Asked before a summary is deleted, and when it became the owner.
     pub owner: Option<Ownership>,
 }
 
@@ -172,7 +172,10 @@ impl Weights {
         if let Some(initial) = spec.initial.clone() {
             book.set_initial(initial);
         }
-        let orphans = listed.orphans(&book, SystemTime::now());
+        let orphans = match now(&spec).await {
+            Some(now) => listed.orphans(&book, now),
+            None => Vec::new(),
+        };
         gauge_newest(&book);
         let inner = Inner {
             summaries: history::Summaries::new(run.clone(), spec.owner.clone(), history.summarised),
@@ -318,6 +321,17 @@ impl Inner {
             .shape
             .get_or_try_init(|| async { Ok::<_, Error>(Arc::new(self.verifier.shape().await?)) });
         shape.await.cloned()
+    }
+}
+
+/// Returns the time by which the age of weights is judged. They carry the store's time, and the
+/// clock of this machine may be days ahead of it: an upload that is under way would look old. So it
+/// is the time at which the store took this process for the owner. `None` if the store does not
+/// say.
+async fn now(spec: &RunWeights) -> Option<SystemTime> {
+    match &spec.owner {
+        Some(owner) => owner.claimed_at().await,
+        None => Some(SystemTime::now()),
     }
 }
 

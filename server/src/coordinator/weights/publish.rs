@@ -180,7 +180,11 @@ impl Inner {
             self.put(key, pieces, draft),
             self.verifier.verify_in_memory(&uri, pushed),
         );
-        put?;
+        if let Err(error) = put {
+            // It may have arrived all the same, and the push sends its weights under another key.
+            self.discard(key).await;
+            return Err(error);
+        }
         let verified = match checked {
             Ok(Some(shape)) => Ok(shape),
             Err(error) if !error.reason().is_transient() => Err(error),

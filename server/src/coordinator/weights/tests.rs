@@ -2,6 +2,7 @@
 //! with a shape.
 mod ahead;
 mod forked;
+mod stores;
 mod versions;
 
 use super::*;
