@@ -232,3 +232,14 @@ def test_what_cannot_be_read_is_refused_with_the_reason(tars, tmp_path):
     # 380 members are 126 samples, and an image and a caption of the next.
     assert (source["rows"], source["left_out"]) == (127, 0)
     assert "0.tar: it ends in the middle" in source["flaws"][0]
+    # A failed upload, and a cut at a member's border.
+    (data / "1.tar").touch()
+    with tarfile.open(tars / "00000.tar") as archive:
+        (data / "2.tar").write_bytes(whole[: archive.getmembers()[381].offset])
+    ended = index(tmp_path / "state", data.as_uri())
+    [source] = json.loads(ended.stdout)["sources"]
+    assert source["rows"] == 127 + 127
+    assert [flaw.split(",")[0] for flaw in source["flaws"][1:]] == [
+        "1.tar: it is empty",
+        "2.tar: it has no end mark",
+    ]

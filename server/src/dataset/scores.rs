@@ -25,6 +25,8 @@ use tokio::sync::OnceCell;
 
 /// Part of the key: what other versions wrote is not read.
 const VERSION: &str = "1";
+/// Tars of a source of which one must have the entry that is a score.
+const SHARDS_CHECKED: usize = 16;
 /// Values of shards that are kept in memory, in all.
 const VALUES_MAX: usize = 8 << 20;
 
@@ -106,6 +108,37 @@ impl Scores {
         Ok(values)
     }
 
+    /// Checks that a source has a column of numbers, by its first shard. A tar may be cut off
+    /// before its first JSON, so that the next ones are looked at.
+    ///
+    /// # Errors
+    /// As [`Scores::of_shard`].
+    pub async fn check(&self, source: &SourceManifest, column: &str) -> Result<()> {
+        let shards = source
+            .shards
+            .iter()
+            .filter(|shard| !shard.blocks.is_empty());
+        let mut missing = None;
+        for shard in shards.take(SHARDS_CHECKED) {
+            let values = self.of_shard(source, shard, column).await?;
+            let has_values = values.iter().any(|value| !value.is_nan());
+            if has_values || source.layout.format != Format::Tar {
+                return Ok(());
+            }
+            let location = self.stores.open(&source.root_uri)?.below(&shard.path);
+            let file = ShardFile::new(location, shard.size, shard.etag.clone());
+            let scores = source.scores.as_ref();
+            let name = scores.map_or(column, |scores| &scores.id_column);
+            let survey = tar::survey_kept(Some(&self.state), &file).await?;
+            let entries = tar::entries(&file, &survey, &source.layout, &[name]).await?;
+            match entries.seen().missing(file.uri(), name, "") {
+                None => return Ok(()),
+                error => missing = missing.or(error),
+            }
+        }
+        missing.map_or(Ok(()), Err)
+    }
+
     fn recent(&self) -> MutexGuard<'_, Recent> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -162,7 +195,7 @@ impl Scores {
         if source.layout.format == Format::Tar {
             let survey = tar::survey_kept(Some(&self.state), file).await?;
             let entries = tar::entries(file, &survey, &source.layout, &[column]).await?;
-            let values = entries.column(file, column, "")?.to_vec();
+            let values = entries.column(column)?.to_vec();
             let text = values
                 .iter()
                 .flatten()

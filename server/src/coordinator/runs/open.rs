@@ -202,9 +202,8 @@ impl Opening<'_> {
         let names = asked.map(|column| column.name.as_str());
         let names: BTreeSet<&str> = names.filter(|name| *name != losses::COLUMN).collect();
         for source in &manifest.sources {
-            let first = source.shards.iter().find(|shard| !shard.blocks.is_empty());
-            for (name, shard) in names.iter().filter_map(|name| Some((name, first?))) {
-                scores.of_shard(source, shard, name).await?;
+            for name in &names {
+                scores.check(source, name).await?;
             }
         }
         Ok(())

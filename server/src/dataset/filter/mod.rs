@@ -23,7 +23,7 @@ use crate::{
 use expression::{Expression, Literal};
 use ids::Ids;
 pub(crate) use parse::parse;
-pub(super) use samples::{Entries, KEY};
+pub(super) use samples::{Entries, KEY, Seen};
 use std::{collections::HashMap, sync::Arc};
 pub(crate) use words::Fault;
 

@@ -229,6 +229,30 @@ async fn samples_of_a_tar_are_kept_by_their_json() {
     );
 }
 
+/// A tar that was cut off before its first JSON, or a small one in which nothing has the entry.
+#[tokio::test]
+async fn a_tar_without_the_entry_refuses_no_source() {
+    let stores = stores();
+    let cut = tar_fixtures::tar(&[("a.jpg", b"i"), ("a.txt", b"t")]);
+    put(
+        &stores,
+        &[("0.tar", cut), ("1.tar", tar_fixtures::img2dataset(0..9))],
+    )
+    .await;
+    let rows = |text: &str| {
+        let request = request(Some(text), None);
+        let stores = stores.clone();
+        async move {
+            let manifest = index(&stores, None, &[request]).await.unwrap();
+            let shards = manifest.sources[0].shards.iter();
+            let rows = shards.map(|s| s.blocks.iter().map(|b| b.rows).sum::<u32>());
+            rows.collect::<Vec<_>>()
+        }
+    };
+    assert_eq!(rows("n > 2").await, [0, 6]);
+    assert_eq!(rows("n is null").await, [1, 0], "what it lacks is null");
+}
+
 /// img2dataset's Parquet writer keeps failed downloads as rows.
 #[tokio::test]
 async fn failed_downloads_are_no_candidates() {
