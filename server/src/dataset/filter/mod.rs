@@ -105,7 +105,7 @@ impl Filter {
             uri: allow.uri.clone(),
             id_column: allow.column.clone(),
             ids: allow.ids.len() as u64,
-            digest: allow.ids.digest(),
+            digest: allow.ids.digest().to_owned(),
         });
         (!self.is_empty()).then(|| KeptBy {
             predicate: self.predicate.as_ref().map(|(text, _)| text.clone()),
