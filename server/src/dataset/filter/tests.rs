@@ -113,6 +113,29 @@ async fn rows_outside_a_predicate_are_no_candidates_and_are_counted() {
     }
 }
 
+/// Row groups of ids 100 to 103, 104 to 107, 108 and 109, whose contents are damaged: to read any of
+/// them would fail.
+#[tokio::test]
+async fn row_groups_that_statistics_decide_are_not_read() {
+    let stores = stores();
+    let mut bytes = parquet(&pool(), 4).to_vec();
+    let footer = bytes.len() - 8;
+    let length = u32::from_le_bytes(bytes[footer..footer + 4].try_into().unwrap());
+    bytes[4..footer - length as usize].fill(0);
+    put(&stores, &[("0.parquet", bytes.into())]).await;
+    for (text, expected) in [
+        ("id > 107", &[8, 9][..]),
+        ("id < 104 or id >= 108", &[0, 1, 2, 3, 8, 9]),
+        ("id between 104 and 107 and id < 200", &[4, 5, 6, 7]),
+    ] {
+        let manifest = index(&stores, None, &[request(Some(text), None)]).await;
+        assert_eq!(kept(&manifest.unwrap()), expected, "{text}");
+    }
+    let undecided = index(&stores, None, &[request(Some("id > 108"), None)]).await;
+    let error = undecided.unwrap_err();
+    assert!(error.to_string().contains("0.parquet"), "{error}");
+}
+
 #[tokio::test]
 async fn what_can_never_be_compared_is_refused_with_column_type_and_place() {
     let stores = stores();
