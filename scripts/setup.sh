@@ -5,7 +5,7 @@ venv=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
 missing=0
 "$here/scripts/need.sh" cargo c++ || missing=1
-command -v npm >/dev/null || echo "note: npm is missing; \`make demo\` needs it (Debian: apt-get install npm), nothing else does." >&2
+command -v npm >/dev/null || echo "note: npm is missing; \`make demo\` and the tests of Azure need it (Debian: apt-get install npm), nothing else does." >&2
 if [ ! -x "$venv/bin/python" ]; then
   python=$("$here/scripts/python.sh") || missing=1
 fi

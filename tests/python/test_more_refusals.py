@@ -4,6 +4,7 @@ want, and what to do.
 
 import shutil
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import superbatch
@@ -170,6 +171,43 @@ def test_a_run_with_too_many_bad_rows_fails_in_one_way(inputs, service, tmp_path
         )
         assert "a.parquet" in str(error) and "144 of 288 candidates" in str(error)
     assert "a.parquet" in run.get_run().failure
+
+
+def test_a_rotten_shard_is_named_once_by_steps_that_read_what_they_serve(inputs, tmp_path):
+    shutil.copytree(inputs / "pool", tmp_path / "pool")
+    random = numpy.random.default_rng(3)
+    for number, path in enumerate(sorted((tmp_path / "pool").iterdir())):
+        table = pyarrow.parquet.read_table(path)
+        table = table.append_column("value", pyarrow.array(random.random(table.num_rows)))
+        if number == 1:
+            images = pyarrow.array([b"no picture"] * table.num_rows, pyarrow.binary())
+            table = table.set_column(table.schema.get_field_index("png"), "png", images)
+        pyarrow.parquet.write_table(table, path, row_group_size=64)
+    # All rows are candidates of each step, and about 100 are read.
+    sizes = {"super_batch_size": 768, "sub_batch_size": 48, "n_chunks": 1}
+    column = {"criterion": "column", "score_columns": [superbatch.ScoreColumn(name="value")]}
+    phases = {
+        "rotten-uniform": phase(policy="uniform", **sizes),
+        "rotten-column": phase(policy="top_k", **sizes, **column),
+    }
+    with Cluster(tmp_path / "service") as cluster:
+        for name, asked in phases.items():
+            asked = spec(
+                inputs,
+                name,
+                sources=[(tmp_path / "pool").as_uri()],
+                phases=[asked],
+                lag=superbatch.at_most(8),
+                max_ahead=1,
+            )
+            run = superbatch.connect(cluster.address).open_run(asked)
+            for step in range(2):
+                run.select(step, rank=0, world_size=1)
+            assert 48 < run.receipt(0).summary.cost.candidates_scanned < 384
+            lines = cluster.coordinator.log.read_text().splitlines()
+            told = [line for line in lines if "most rows of a shard" in line and name in line]
+            assert len(told) == 1 and "00001.parquet" in told[0]
+        assert cluster.coordinator.metric("superbatch_rotten_shards_total") == 2
 
 
 def test_uris_that_the_operator_does_not_allow(inputs, tmp_path):

@@ -80,6 +80,108 @@ def test_top_k_takes_the_largest_values_and_reads_no_model(inputs, service, pool
     assert batch.step == 7
 
 
+def gumbel_counts(chances: numpy.ndarray, groups: numpy.ndarray, wanted: int) -> tuple:
+    """How many of each group a draw without replacement has: its mean and variance, by 1,000 such
+    draws.
+    """
+    noise = numpy.random.default_rng(7).gumbel(size=(1_000, len(chances)))
+    chosen = numpy.argsort(-(numpy.log(chances) + noise), axis=1)[:, :wanted]
+    counts = numpy.stack([(groups[chosen] == group).sum(axis=1) for group in range(4)], axis=1)
+    return counts.mean(axis=0), counts.var(axis=0)
+
+
+def check_draws(run, candidates, values, chances_of, groups_of) -> None:
+    """Chosen rows come from four groups as NumPy draws them; a uniform draw would be far off."""
+    found, expected, variance, uniform = (numpy.zeros(4) for _ in range(4))
+    for batch in every(run):
+        chosen = rows(run.receipt(batch.step).chosen)
+        offered = numpy.array([n for n in candidates[batch.step] if not numpy.isnan(values[n])])
+        assert set(chosen) <= set(offered.tolist()) and len(set(chosen)) == len(chosen)
+        groups = groups_of(offered)
+        mean, of_one = gumbel_counts(chances_of(values[offered]), groups, len(chosen))
+        expected, variance = expected + mean, variance + of_one
+        known = dict(zip(offered.tolist(), groups.tolist(), strict=True))
+        found += numpy.bincount([known[row] for row in chosen], minlength=4)
+        uniform += len(chosen) * numpy.bincount(groups, minlength=4) / len(offered)
+    off = numpy.abs(found - expected) / numpy.sqrt(variance)
+    assert off.max() < 4, (found, expected)
+    assert (numpy.abs(uniform - expected) / numpy.sqrt(variance)).max() > 8, "it shows nothing"
+
+
+def by_rank(values: numpy.ndarray) -> numpy.ndarray:
+    ranks = numpy.argsort(numpy.argsort(-values))
+    return 100.0 ** (-ranks / (len(values) - 1))
+
+
+def by_size(values: numpy.ndarray) -> numpy.ndarray:
+    return (numpy.maximum(values, 0) + 1e-6) ** 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "tuning", "chances_of"),
+    [
+        ("rank", superbatch.Tuning(pressure=100.0), by_rank),
+        ("proportional", superbatch.Tuning(priority_exponent=4.0, weight_exponent=0.5), by_size),
+    ],
+)
+def test_policies_that_draw_by_chance_draw_by_the_column(
+    inputs, service, pool, policy, tuning, chances_of
+):  # noqa: F811
+    folder, scores = pool
+    client, often = superbatch.connect(service.address), {**ASKED, "epochs": 6}
+    column = superbatch.ScoreColumn(name="aesthetic")
+    whole = phase(policy="uniform", sub_batch_size=96, n_chunks=1)
+    asked = phase(
+        policy=policy,
+        criterion="column",
+        sub_batch_size=8,
+        n_chunks=1,
+        tuning=tuning,
+        score_columns=[column],
+    )
+    settings = {"sources": [folder], **often}
+    run = client.open_run(spec(inputs, f"{policy}-all", phases=[whole], **settings))
+    candidates = [rows(run.receipt(batch.step).chosen) for batch in every(run)]
+    run = client.open_run(spec(inputs, f"column-{policy}", phases=[asked], **settings))
+    # Quarters, from the largest value to the least.
+    order = numpy.argsort(numpy.argsort(-numpy.nan_to_num(scores, nan=-1e9)))
+    check_draws(run, candidates, scores, chances_of, lambda offered: order[offered] * 4 // ROWS)
+    for step in range(4):
+        chosen = run.receipt(step).chosen
+        assert [row.column_values for row in chosen] == [[scores[row.row]] for row in chosen]
+        chances = chances_of(scores[rows(chosen)])
+        expected = (chances.min() / chances) ** 0.5
+        weights = expected if policy == "proportional" else numpy.ones(len(chosen))
+        assert [row.weight for row in chosen] == pytest.approx(weights.tolist(), rel=1e-5)
+
+
+def test_a_column_of_probabilities_balances_as_metaclip_does(inputs, service, table):  # noqa: F811
+    """Four entries of the metadata, of which the first has 14 times as many rows as the last. A
+    row's probability is that by which MetaCLIP keeps it: t over its entry's rows, at most 1.
+    """
+    sizes = numpy.array([448, 192, 96, 32])
+    entries = numpy.random.default_rng(5).permutation(numpy.repeat(numpy.arange(4), sizes))
+    kept = numpy.minimum(32 / sizes, 1.0)[entries]
+    folder = inputs / "balanced"
+    folder.mkdir()
+    balanced = table.append_column("probability", pyarrow.array(kept))
+    pyarrow.parquet.write_table(balanced, folder / "0.parquet", row_group_size=64)
+    asked = phase(
+        policy="proportional",
+        criterion="column",
+        super_batch_size=ROWS,
+        sub_batch_size=24,
+        n_chunks=1,
+        tuning=superbatch.Tuning(priority_exponent=1.0),
+        score_columns=[superbatch.ScoreColumn(name="probability")],
+    )
+    settings = {"sources": [folder], **ASKED, "epochs": 12, "phases": [asked]}
+    run = superbatch.connect(service.address).open_run(spec(inputs, "balanced", **settings))
+    every_row = [list(range(ROWS))] * 12
+    chances = lambda values: values + 1e-6  # noqa: E731
+    check_draws(run, every_row, kept, chances, lambda offered: entries[offered])
+
+
 def test_a_rule_leaves_out_and_a_missing_value_may_be_given(inputs, service, pool):  # noqa: F811
     folder, scores = pool
     client = superbatch.connect(service.address)

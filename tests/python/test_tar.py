@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy
 import pyarrow.parquet
 import pytest
 import superbatch
@@ -232,3 +233,95 @@ def test_what_cannot_be_read_is_refused_with_the_reason(tars, tmp_path):
     # 380 members are 126 samples, and an image and a caption of the next.
     assert (source["rows"], source["left_out"]) == (127, 0)
     assert "0.tar: it ends in the middle" in source["flaws"][0]
+    # A failed upload, and a cut at a member's border.
+    (data / "1.tar").touch()
+    with tarfile.open(tars / "00000.tar") as archive:
+        (data / "2.tar").write_bytes(whole[: archive.getmembers()[381].offset])
+    ended = index(tmp_path / "state", data.as_uri())
+    [source] = json.loads(ended.stdout)["sources"]
+    assert source["rows"] == 127 + 127
+    assert [flaw.split(",")[0] for flaw in source["flaws"][1:]] == [
+        "1.tar: it is empty",
+        "2.tar: it has no end mark",
+    ]
+
+
+def test_datacomp_shards_are_read_by_their_uids(inputs, service, tmp_path):  # noqa: F811
+    """As its resharder writes them: names of 8 digits, `sizes.json` and `meta.json` beside them,
+    and keys that count how often a uid came. Its lists of uids are sorted pairs of 64 bits.
+    """
+    rng, folder = random.Random(7), tmp_path / "shards"
+    folder.mkdir()
+    records = pyarrow.parquet.read_table(inputs / "pool").to_pylist()[:300]
+    uids = [f"{rng.getrandbits(128):032x}" for _ in range(150)]
+    allowed = sorted(rng.sample(uids, 72))
+    expected, sizes = {}, {}
+    for shard in range(2):
+        name = f"{shard:08d}.tar"
+        sizes[name] = 150
+        with tarfile.open(folder / name, "w") as archive:
+            for row in range(150):
+                number = shard * 150 + row
+                record, uid = records[number], uids[number // 2]
+                key, meta = f"{uid}-{number % 2}", {"uid": uid, "sha256": "0" * 64}
+                add(archive, f"{key}.png", record["png"])
+                add(archive, f"{key}.txt", record["caption"].encode())
+                add(archive, f"{key}.json", json.dumps(meta).encode())
+                if uid in allowed:
+                    served = (record["png"], record["caption"], key, uid)
+                    expected[f"{name}#{row}"] = served
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    form = {"output_shard_count": 2, "output_shard_format": "{:08d}.tar"}
+    (folder / "meta.json").write_text(json.dumps(form))
+    halves = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in allowed]
+    numpy.save(tmp_path / "subset.npy", numpy.array(halves, numpy.dtype("u8,u8")))
+    columns = ["__key__", "json[uid]"]
+    asked = spec(
+        inputs,
+        "datacomp",
+        sources=[superbatch.Source(uri=folder, allow=tmp_path / "subset.npy")],
+        columns=columns,
+        epochs=1,
+        lag=superbatch.at_most(8),
+        max_ahead=1,
+        phases=[phase(policy="uniform", super_batch_size=48, sub_batch_size=48, n_chunks=1)],
+    )
+    run = superbatch.connect(service.address).open_run(asked)
+    assert run.dataset.steps_total == 3 and len(expected) == 144
+    found = {}
+    for step in range(3):
+        batch = run.select(step, rank=0, world_size=1)
+        values = [batch[name].to_pylist() for name in ["image", "caption", *columns]]
+        ids = batch["_superbatch_id"].to_pylist()
+        found.update(zip(ids, zip(*values, strict=True), strict=True))
+    assert found == expected
+
+
+def test_a_run_over_a_cut_tar_is_served_again_after_a_kill(inputs, tars, settings, tmp_path):  # noqa: F811
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    with tarfile.open(tars / "00000.tar") as archive:
+        # The JSON of sample 126.
+        cut = archive.getmembers()[380].offset_data - 300
+    (folder / "00000.tar").write_bytes((tars / "00000.tar").read_bytes()[:cut])
+    (folder / "00001.tar").write_bytes((tars / "00001.tar").read_bytes())
+    known = rows(tars)
+    expected = {f"{shard}#{row}": known[f"{shard}#{row}"] for shard, row in whole_rows()}
+    image, caption, key, *_ = known["00000.tar#126"]
+    expected["00000.tar#126"] = (image, caption, key, None, None)
+    all_rows = phase(policy="uniform", super_batch_size=383, sub_batch_size=383, n_chunks=1)
+    changes = {**settings, "sources": [folder.as_uri()], "phases": [all_rows]}
+    asked = spec(inputs, "cut-tars", **changes)
+    with Cluster(tmp_path / "cluster") as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked)
+        assert served(run, steps=1) == expected
+        cluster.coordinator.kill()
+        cluster.start_coordinator("again")
+        run = superbatch.connect(cluster.address).open_run(asked)
+        assert served(run, steps=1) == expected
+
+
+def whole_rows():
+    """The rows of a shard that is cut in sample 126, without that one, and of a whole one."""
+    yield from (("00000.tar", row) for row in range(126))
+    yield from (("00001.tar", row) for row in range(256))

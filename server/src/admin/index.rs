@@ -109,7 +109,7 @@ fn sum(source: &SourceManifest, of: impl Fn(&Shard) -> u64) -> u64 {
     source.shards.iter().map(of).sum()
 }
 
-/// Returns the flaws of shards of which only the beginning is read.
+/// Returns the flaws of shards of which only what comes before the flaw is read.
 fn flaws(source: &SourceManifest) -> impl Iterator<Item = String> {
     let flaw = |shard: &Shard| Some(format!("{}: {}", shard.path, shard.flaw.as_ref()?));
     source.shards.iter().filter_map(flaw)
@@ -182,7 +182,7 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         }
     }
     for flaw in flaws(source) {
-        writeln!(text, "  only the beginning is read of {flaw}")?;
+        writeln!(text, "  only what comes before is read of {flaw}")?;
     }
     for column in &source.columns {
         match &column.differs_in {

@@ -278,6 +278,7 @@ impl Config {
         let counts = [
             ("coordinator.push_bytes_max", c.push_bytes_max),
             ("coordinator.ready_bytes_max", c.ready_bytes_max),
+            ("storage.ids_bytes_max", self.storage.ids_bytes_max),
             ("coordinator.max_runs", c.max_runs.into()),
             ("connections_max", self.connections_max.into()),
             (

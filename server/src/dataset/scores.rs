@@ -12,6 +12,7 @@ use super::{
     tar,
 };
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -25,13 +26,15 @@ use tokio::sync::OnceCell;
 
 /// Part of the key: what other versions wrote is not read.
 const VERSION: &str = "1";
+/// Tars of a source of which one must have the entry that is a score.
+const SHARDS_CHECKED: usize = 16;
 /// Values of shards that are kept in memory, in all.
 const VALUES_MAX: usize = 8 << 20;
 
-/// Rows of the joins that are kept in memory, in all, and of one join at most: 3 GB. A join is
-/// needed for the shards that are scored for the first time only, so the one that was used longest
-/// ago goes.
-const JOINED_MAX: usize = 1 << 27;
+/// Bytes of a row of the joins that are kept in memory. A join is needed for the shards that are
+/// scored for the first time only, so the one that was used longest ago goes if they take more than
+/// the operator gives.
+const ROW_BYTES: u64 = size_of::<(Id, f64)>() as u64;
 
 /// An id's hash, most significant byte first. Bytes and not a number: a pair of u128 and f64 takes
 /// 32 bytes, of which 8 are padding.
@@ -106,6 +109,37 @@ impl Scores {
         Ok(values)
     }
 
+    /// Checks that a source has a column of numbers, by its first shard. A tar may be cut off
+    /// before its first JSON, so that the next ones are looked at.
+    ///
+    /// # Errors
+    /// As [`Scores::of_shard`].
+    pub async fn check(&self, source: &SourceManifest, column: &str) -> Result<()> {
+        let shards = source
+            .shards
+            .iter()
+            .filter(|shard| !shard.blocks.is_empty());
+        let mut missing = None;
+        for shard in shards.take(SHARDS_CHECKED) {
+            let values = self.of_shard(source, shard, column).await?;
+            let has_values = values.iter().any(|value| !value.is_nan());
+            if has_values || source.layout.format != Format::Tar {
+                return Ok(());
+            }
+            let location = self.stores.open(&source.root_uri)?.below(&shard.path);
+            let file = ShardFile::new(location, shard.size, shard.etag.clone());
+            let scores = source.scores.as_ref();
+            let name = scores.map_or(column, |scores| &scores.id_column);
+            let survey = tar::survey_kept(Some(&self.state), &file).await?;
+            let entries = tar::entries(&file, &survey, &source.layout, &[name]).await?;
+            match entries.seen().missing(file.uri(), name, "") {
+                None => return Ok(()),
+                error => missing = missing.or(error),
+            }
+        }
+        missing.map_or(Ok(()), Err)
+    }
+
     fn recent(&self) -> MutexGuard<'_, Recent> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -162,7 +196,7 @@ impl Scores {
         if source.layout.format == Format::Tar {
             let survey = tar::survey_kept(Some(&self.state), file).await?;
             let entries = tar::entries(file, &survey, &source.layout, &[column]).await?;
-            let values = entries.column(file, column, "")?.to_vec();
+            let values = entries.column(column)?.to_vec();
             let text = values
                 .iter()
                 .flatten()
@@ -208,6 +242,7 @@ impl Scores {
         };
         let key = [&scores.uri, &scores.id_column, column].map(ToString::to_string);
         let cell = used(&mut self.joins(), key);
+        let most = usize::try_from(self.stores.ids_bytes_max() / ROW_BYTES).unwrap_or(usize::MAX);
         let make = || async {
             let found = ids::find(&self.stores, &scores.uri).await?;
             if found.digest != scores.digest {
@@ -222,28 +257,22 @@ impl Scores {
             let mut all = Vec::new();
             for file in &found.files {
                 let before = all.len();
-                let check = |rows| check_rows(before.saturating_add(rows), JOINED_MAX, &scores.uri);
+                let check = |rows| check_rows(before.saturating_add(rows), most, &scores.uri);
                 let more = ids::numbered(file, &scores.id_column, Some(column), check).await?;
                 let more = more
                     .into_iter()
                     .map(|(id, value)| (id.to_be_bytes(), value));
+                // No more than they need: a join may take half of the machine's memory.
+                all.reserve_exact(more.len());
                 all.extend(more);
             }
-            all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-            let rows = all.len();
-            all.dedup_by(|a, b| a.0 == b.0 && a.1.to_bits() == b.1.to_bits());
-            let ids = all.chunk_by(|a, b| a.0 == b.0).count();
-            if ids != all.len() {
-                let message = format!(
-                    "{} has several values of '{column}' for one id: {rows} rows, {ids} ids",
-                    scores.uri
-                );
-                return Err(Error::invalid("sources.scores", message).with("uri", &scores.uri));
-            }
-            Ok(Arc::new(all))
+            let (uri, column) = (scores.uri.clone(), column.to_owned());
+            // Sorting hundreds of millions of rows takes minutes.
+            let sort = move || sorted(all, &uri, &column).map(Arc::new);
+            blocking("joining scores", sort).await
         };
         let joined = cell.get_or_try_init(make).await.cloned();
-        forget_oldest(&mut self.joins(), JOINED_MAX);
+        forget_oldest(&mut self.joins(), most);
         joined
     }
 
@@ -269,15 +298,36 @@ fn forget_oldest(joins: &mut Joins, most: usize) {
     }
 }
 
+/// Sorts rows by id. Rows that repeat are one.
+///
+/// # Errors
+/// `InvalidArgument` if an id has several values.
+fn sorted(mut all: Vec<(Id, f64)>, uri: &str, column: &str) -> Result<Vec<(Id, f64)>> {
+    all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    let rows = all.len();
+    all.dedup_by(|a, b| a.0 == b.0 && a.1.to_bits() == b.1.to_bits());
+    let ids = all.chunk_by(|a, b| a.0 == b.0).count();
+    if ids == all.len() {
+        return Ok(all);
+    }
+    let message =
+        format!("{uri} has several values of '{column}' for one id: {rows} rows, {ids} ids");
+    Err(Error::invalid("sources.scores", message).with("uri", uri))
+}
+
 /// Checks the number of rows before they are kept, so that files of any size cannot fill the
 /// memory.
 fn check_rows(rows: usize, most: usize, uri: &str) -> Result<()> {
     if rows <= most {
         return Ok(());
     }
+    let bytes = |rows: usize| (rows as u64).saturating_mul(ROW_BYTES);
     let message = format!(
-        "{uri} holds more than {most} rows, and a source's scores are joined in memory; give the \
-        scores as a column of the data, or cut the source and its scores into several"
+        "{uri} holds {rows} rows or more, and a source's scores are joined in memory: they take {} \
+        bytes, and storage.ids_bytes_max leaves {}; raise it where there is memory for that, give \
+        the scores as a column of the data, or cut the source and its scores into several",
+        bytes(rows),
+        bytes(most),
     );
     Err(Error::invalid("sources.scores", message).with("uri", uri))
 }

@@ -76,6 +76,10 @@ pub struct StorageConfig {
     /// Longest wait for more bytes in the middle of an object that is read, in seconds. A local
     /// file is read in one piece, for which the answer's timeout holds.
     pub stall_timeout_seconds: f64,
+    /// Most memory for ids, in bytes: for a source's `allow` while it is indexed (16 for each id),
+    /// and for the files beside sources (`scores`) that are in use (24 for each of their rows and
+    /// column). What would take more is refused.
+    pub ids_bytes_max: u64,
     /// Options from the environment, credentials among them; never printed.
     #[serde(skip)]
     pub environment: BTreeMap<String, String>,
@@ -108,6 +112,7 @@ impl Default for StorageConfig {
             options: BTreeMap::new(),
             answer_timeout_seconds: 240.0,
             stall_timeout_seconds: 60.0,
+            ids_bytes_max: 4 << 30,
             environment: BTreeMap::new(),
         }
     }
@@ -161,6 +166,11 @@ impl Stores {
         let open = move || DiskCache::open(folder, bytes_max, place);
         let cache = blocking("opening the disk cache", open).await?;
         Ok(Self(self.0.clone(), Some(cache)))
+    }
+
+    /// Returns [`StorageConfig::ids_bytes_max`].
+    pub fn ids_bytes_max(&self) -> u64 {
+        self.0.config.ids_bytes_max
     }
 
     /// Returns the cache on disk for blocks of remote shards, if there is one.

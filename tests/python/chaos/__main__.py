@@ -17,7 +17,7 @@ def number(name: str, kind):
 def main() -> int:
     kills, seconds, seed = number("KILLS", int), number("SECONDS", float), number("SEED", int)
     if kills is None and seconds is None:
-        kills = 20
+        kills = 200
     if seed is None:
         seed = random.SystemRandom().randrange(1 << 32)
     folder = os.environ.get("CHAOS_OUT") or tempfile.mkdtemp(prefix="superbatch-chaos-")

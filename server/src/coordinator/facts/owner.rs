@@ -7,7 +7,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{
     sync::Mutex,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 use superbatch_proto::{
     INSTANCE, OWNER,
@@ -72,7 +72,7 @@ pub struct Identity {
 }
 
 /// Ownership of one run, since one epoch.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Ownership {
     run: Location,
     epoch: u64,
@@ -112,6 +112,13 @@ impl Ownership {
     /// `NotOwner` with the owner's address.
     pub async fn check_free(run: &Location, identity: &Identity) -> Result<()> {
         last_epoch(run, identity).await.map(drop)
+    }
+
+    /// Returns when this process became the owner, by the store's clock; `None` if the store does
+    /// not say.
+    pub async fn claimed_at(&self) -> Option<SystemTime> {
+        let fact = self.run.head(&key(self.epoch)).await.ok().flatten();
+        fact.map(|fact| fact.last_modified.into())
     }
 
     /// Checks that no other coordinator has taken the run over.

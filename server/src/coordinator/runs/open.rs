@@ -113,7 +113,7 @@ impl Opening<'_> {
         let output_schema = output::schema(&manifest, &spec)?;
         let plan = self.plan(&spec, &manifest)?;
         let weights = self
-            .weights(&spec, facts.run.learner.as_ref(), &location)
+            .weights(&spec, facts.run.learner.as_ref(), &location, &owner)
             .await?;
         Ok(Arc::new_cyclic(|me| Run {
             id: self.id.to_owned(),
@@ -202,9 +202,8 @@ impl Opening<'_> {
         let names = asked.map(|column| column.name.as_str());
         let names: BTreeSet<&str> = names.filter(|name| *name != losses::COLUMN).collect();
         for source in &manifest.sources {
-            let first = source.shards.iter().find(|shard| !shard.blocks.is_empty());
-            for (name, shard) in names.iter().filter_map(|name| Some((name, first?))) {
-                scores.of_shard(source, shard, name).await?;
+            for name in &names {
+                scores.check(source, name).await?;
             }
         }
         Ok(())
@@ -262,6 +261,7 @@ impl Opening<'_> {
         spec: &RunSpec,
         learner: Option<&ModelFact>,
         location: &Location,
+        owner: &Ownership,
     ) -> Result<Weights> {
         let limits = &self.coordinator.deps.limits;
         let settings = RunWeights {
@@ -273,6 +273,7 @@ impl Opening<'_> {
             initial: initial_weights(spec, learner),
             push_bytes_max: limits.push_bytes_max,
             push_deadline: limits.push_deadline,
+            owner: Some(owner.clone()),
         };
         let verifier = WorkerVerifier {
             pool: self.coordinator.deps.pool.clone(),

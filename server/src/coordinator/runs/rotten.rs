@@ -11,7 +11,7 @@ const BAD_MIN: u32 = 16;
 /// A source and a shard in it.
 type Shard = (u32, u32);
 
-/// The rows of a run's shards that were candidates so far.
+/// The rows of a run's shards that were read as candidates so far.
 #[derive(Debug, Default)]
 pub struct Rotten(Mutex<BTreeMap<Shard, Seen>>);
 
@@ -23,7 +23,7 @@ pub struct Seen {
 }
 
 impl Rotten {
-    /// Notes the candidates of a step, each with whether its content is at fault. Returns the
+    /// Notes the candidates that a step read, each with whether its content is at fault. Returns the
     /// shards that are seen to be rotten for the first time: half of their rows, and not only a
     /// few, are bad.
     pub fn note(&self, rows: impl IntoIterator<Item = (Shard, bool)>) -> Vec<(Shard, Seen)> {

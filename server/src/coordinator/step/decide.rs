@@ -122,8 +122,14 @@ fn tell_of_rotten_shards(run: &Run, super_batch: &SuperBatch, decided: &Decided)
     let at_fault = decided.holes.iter();
     let at_fault = at_fault.filter(|hole| hole.reason() != BadRowReason::ImageNull);
     let at_fault: HashSet<u32> = at_fault.map(|hole| hole.candidate).collect();
-    let candidates = super_batch.candidates.iter().zip(0_u32..);
-    let rows = candidates.map(|(c, number)| ((c.source, c.shard), at_fault.contains(&number)));
+    let candidates = &super_batch.candidates;
+    let all = || (0..candidates.len() as u32).collect();
+    let looked_at: Vec<u32> = decided.looked_at.clone().unwrap_or_else(all);
+    let rows = looked_at.into_iter().filter_map(|number| {
+        let candidate = candidates.get(number as usize)?;
+        let shard = (candidate.source, candidate.shard);
+        Some((shard, at_fault.contains(&number)))
+    });
     for ((source, shard), seen) in run.rotten.note(rows) {
         let found = &run.manifest.sources[source as usize];
         let path = &found.shards[shard as usize].path;

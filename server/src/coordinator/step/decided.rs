@@ -32,6 +32,8 @@ pub(crate) struct Decided {
     pub mode: Mode,
     pub holes: Vec<Hole>,
     pub candidates_scanned: usize,
+    /// The candidates that were read, if not all were: of the others nobody knows if they are bad.
+    pub looked_at: Option<Vec<u32>>,
     pub drawn: SelectResponse,
     pub learner: Option<WeightsVersion>,
     pub reference_digest: String,
@@ -60,6 +62,7 @@ impl Decided {
             mode: Mode::Normal,
             holes: Vec::new(),
             candidates_scanned: 0,
+            looked_at: None,
             drawn: SelectResponse::default(),
             learner: None,
             reference_digest: String::new(),

@@ -60,6 +60,8 @@ impl Maker<'_> {
                 &[],
             );
             decided.candidates_scanned += numbers.len();
+            let looked_at = decided.looked_at.get_or_insert_default();
+            looked_at.extend_from_slice(&numbers);
             let kept: Vec<u32> = (0..numbers.len() as u32)
                 .filter(|i| !holes.contains(i))
                 .collect();

@@ -48,14 +48,14 @@ impl Entry {
         matches!(self.snapshot, Snapshot::Kept(_))
     }
 
-    fn is_old(&self, oldest_step: i64, kept: u64, last_version: u64, pinned: &[i64]) -> bool {
+    fn numbered(&self) -> Numbered {
         let version = &self.published.version;
-        self.is_kept()
-            && !pinned.contains(&version.step)
-            && version.step < oldest_step
-            && version.version <= last_version.saturating_sub(kept.max(1))
+        (version.version, version.step, version.generation)
     }
 }
+
+/// Version, step and generation of an entry: sorted by version.
+type Numbered = (u64, i64, u32);
 
 /// Versions after `to`, up to `through`, were taken back: `to` serves in their place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +93,11 @@ pub struct Book {
     initial: Option<Published>,
     /// By (step, generation).
     entries: BTreeMap<(i64, u32), Entry>,
+    /// All entries, by version.
+    versions: BTreeSet<Numbered>,
+    /// Those whose weights are there. They are few, and steps end all the time: what they look for
+    /// must not depend on how many versions there ever were.
+    kept: BTreeSet<Numbered>,
     last_version: u64,
     /// In the order in which they were made.
     rolled_back: Vec<RolledBack>,
@@ -122,11 +127,8 @@ impl Book {
 
     /// Returns the newest publication by version number; the initial learner if nothing was pushed.
     pub fn newest(&self) -> Option<Published> {
-        let pushed = self
-            .entries
-            .values()
-            .map(|entry| &entry.published)
-            .max_by_key(|p| p.version.version);
+        let newest = self.versions.last().and_then(|at| self.entry_at(at));
+        let pushed = newest.map(|entry| &entry.published);
         pushed.or(self.initial.as_ref()).cloned()
     }
 
@@ -165,8 +167,12 @@ impl Book {
     }
 
     fn entry_of(&self, version: u64) -> Option<&Entry> {
-        let is_it = |entry: &&Entry| entry.published.version.version == version;
-        self.entries.values().find(is_it)
+        let from = self.versions.range((version, i64::MIN, 0)..).next();
+        self.entry_at(from.filter(|(number, ..)| *number == version)?)
+    }
+
+    fn entry_at(&self, &(_, step, generation): &Numbered) -> Option<&Entry> {
+        self.entries.get(&(step, generation))
     }
 
     /// Returns the version of this number, if its weights are there. Number 0 is the initial
@@ -197,9 +203,9 @@ impl Book {
 
     /// Returns the newest versions, the newest first.
     pub fn list(&self, newest: usize) -> Vec<Listed> {
-        let mut all: Vec<&Entry> = self.entries.values().collect();
-        all.sort_by_key(|entry| std::cmp::Reverse(entry.published.version.version));
-        let listed = all.into_iter().take(newest).map(|entry| Listed {
+        let all = self.versions.iter().rev().take(newest);
+        let all = all.filter_map(|at| self.entry_at(at));
+        let listed = all.map(|entry| Listed {
             version: entry.published.version.clone(),
             push_id: entry.push_id.clone(),
             snapshot: entry.snapshot.clone(),
@@ -214,10 +220,12 @@ impl Book {
         if self.rolled_back.is_empty() {
             return BTreeSet::new();
         }
-        let due = self.entries.values().map(|entry| &entry.published.version);
-        let is_due = |step| step >= oldest_step || pinned.contains(&step);
-        due.filter(|version| is_due(version.step) || version.version == self.last_version)
-            .map(|version| self.in_force(version.version))
+        let of_step = |step: &i64| self.entries.range((*step, 0)..=(*step, u32::MAX));
+        let due = self.entries.range((oldest_step, 0)..);
+        let due = due.chain(pinned.iter().flat_map(of_step));
+        due.map(|(_, entry)| entry.published.version.version)
+            .chain([self.last_version])
+            .map(|version| self.in_force(version))
             .collect()
     }
 
@@ -273,14 +281,20 @@ impl Book {
     pub fn insert(&mut self, push_id: String, published: Published, snapshot: Snapshot) {
         self.last_version = self.last_version.max(published.version.version);
         let at = (published.version.step, published.version.generation);
-        self.entries.insert(
-            at,
-            Entry {
-                published,
-                push_id,
-                snapshot,
-            },
-        );
+        let entry = Entry {
+            published,
+            push_id,
+            snapshot,
+        };
+        let (numbered, is_kept) = (entry.numbered(), entry.is_kept());
+        if let Some(before) = self.entries.insert(at, entry) {
+            self.versions.remove(&before.numbered());
+            self.kept.remove(&before.numbered());
+        }
+        self.versions.insert(numbered);
+        if is_kept {
+            self.kept.insert(numbered);
+        }
     }
 
     pub fn set_initial(&mut self, initial: Published) {
@@ -291,38 +305,63 @@ impl Book {
     /// those of the steps that are `pinned`. Returns the keys of snapshots that no other version
     /// needs.
     pub fn forget_before(&mut self, oldest_step: i64, kept: u64, pinned: &[i64]) -> Vec<String> {
-        let (last_version, stand_ins) = (self.last_version, self.stand_ins(oldest_step, pinned));
+        let old: Vec<Numbered> = self.before(oldest_step, kept, pinned).copied().collect();
         let mut retired = BTreeSet::new();
-        for entry in self.entries.values_mut() {
-            if entry.is_old(oldest_step, kept, last_version, pinned)
-                && !stand_ins.contains(&entry.published.version.version)
-                && let Snapshot::Kept(key) =
-                    std::mem::replace(&mut entry.snapshot, Snapshot::Retired)
-            {
+        for numbered in old {
+            self.kept.remove(&numbered);
+            let (_, step, generation) = numbered;
+            let entry = self.entries.get_mut(&(step, generation));
+            let snapshot = entry.map(|e| std::mem::replace(&mut e.snapshot, Snapshot::Retired));
+            if let Some(Snapshot::Kept(key)) = snapshot {
                 retired.insert(key);
             }
         }
         // Several versions may share one file: a trainer that resumes pushes its checkpoint's
         // weights for several steps. The file goes with the last of them.
-        retired.retain(|key| !self.holds(key));
+        let held: BTreeSet<&str> = self.held().collect();
+        retired.retain(|key| !held.contains(key.as_str()));
         retired.into_iter().collect()
     }
 
     /// Returns whether [`Book::forget_before`] would retire anything. Steps end all the time and
     /// mostly there is nothing to delete, so this is asked first, without the lock of commits.
     pub fn has_before(&self, oldest_step: i64, kept: u64, pinned: &[i64]) -> bool {
+        self.before(oldest_step, kept, pinned).next().is_some()
+    }
+
+    /// Returns what [`Book::forget_before`] retires. Looks at the weights that are there and not
+    /// among the newest `kept`, which are few.
+    fn before(
+        &self,
+        oldest_step: i64,
+        kept: u64,
+        pinned: &[i64],
+    ) -> impl Iterator<Item = &Numbered> {
         let stand_ins = self.stand_ins(oldest_step, pinned);
-        self.entries.values().any(|entry| {
-            entry.is_old(oldest_step, kept, self.last_version, pinned)
-                && !stand_ins.contains(&entry.published.version.version)
+        let newer = self.last_version.saturating_sub(kept.max(1)) + 1;
+        let older = self.kept.range(..(newer, i64::MIN, 0));
+        older.filter(move |(version, step, _)| {
+            *step < oldest_step && !pinned.contains(step) && !stand_ins.contains(version)
         })
+    }
+
+    /// Returns the number of publications.
+    pub fn count(&self) -> usize {
+        self.entries.len()
     }
 
     /// Returns whether the snapshot at `key` is still needed.
     pub fn holds(&self, key: &str) -> bool {
-        self.entries
-            .values()
-            .any(|entry| matches!(&entry.snapshot, Snapshot::Kept(kept) if kept == key))
+        self.held().any(|held| held == key)
+    }
+
+    /// Returns the keys of the snapshots that are still needed.
+    fn held(&self) -> impl Iterator<Item = &str> {
+        let kept = self.kept.iter().filter_map(|at| self.entry_at(at));
+        kept.filter_map(|entry| match &entry.snapshot {
+            Snapshot::Kept(key) => Some(key.as_str()),
+            Snapshot::Retired | Snapshot::Missing => None,
+        })
     }
 }
 
@@ -525,6 +564,28 @@ mod tests {
             });
             let found = book(&pushes).find(Due::Within { oldest, newest }, &chain);
             prop_assert_eq!(at(found), tried.max().copied());
+        }
+
+        #[test]
+        fn what_is_forgotten_agrees_with_looking_at_every_push(
+            pushes in prop::collection::vec((-1i64..12, 0u32..4), 0..20),
+            oldest in prop::collection::vec(-1i64..14, 3),
+            kept in 0u64..6, pinned in prop::collection::vec(-1i64..12, 0..3),
+        ) {
+            let (mut book, last) = (book(&pushes), pushes.len() as u64);
+            for oldest in oldest {
+                let is_old = |l: &Listed| {
+                    matches!(l.snapshot, Snapshot::Kept(_)) && l.version.step < oldest
+                        && l.version.version + kept.max(1) <= last
+                        && !pinned.contains(&l.version.step)
+                };
+                let all = book.list(usize::MAX);
+                let old = all.iter().filter(|l| is_old(l)).map(|l| l.version.digest.clone());
+                let mut old: Vec<_> = old.collect();
+                old.sort();
+                prop_assert_eq!(book.has_before(oldest, kept, &pinned), !old.is_empty());
+                prop_assert_eq!(book.forget_before(oldest, kept, &pinned), old);
+            }
         }
     }
 }

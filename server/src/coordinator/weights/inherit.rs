@@ -133,7 +133,7 @@ fn of_no_trajectory(step: i64, version: u64) -> Error {
 /// `WeightsMissing` if weights of another trajectory serve for a step; `StorageUnreachable`;
 /// `Internal` if a fact cannot be read.
 pub async fn inherited(parent: &Location, chain: &Chain, needed: &Needed) -> Result<Inherited> {
-    let facts = history::read(parent).await?;
+    let facts = history::read(parent).await?.facts;
     let listed = Listed::read(parent).await?;
     let rollbacks = look::facts(parent).await?;
     let mut book = Book::default();

@@ -3,8 +3,9 @@
 use super::{
     Book, Weights,
     book::{Listed, Published, RolledBack, Snapshot},
+    book_of,
     file::TensorFile,
-    read_book,
+    history,
 };
 use crate::{
     bounds::TENSORS_AT_ONCE_MAX,
@@ -112,13 +113,15 @@ pub struct Asleep {
 }
 
 impl Asleep {
-    /// Reads them; `initial` as in [`super::RunWeights`]. Nothing is deleted, and nothing is
-    /// written but a summary of many pushes, which any reader may add.
+    /// Reads them; `initial` as in [`super::RunWeights`]. Nothing is written or deleted.
     ///
     /// # Errors
     /// `StorageUnreachable`; `Internal` if a fact cannot be read.
     pub async fn read(run: Location, initial: Option<Published>) -> Result<Self> {
-        let (book, _) = read_book(&run, initial).await?;
+        let (mut book, _) = book_of(&run, &history::read(&run).await?.facts).await?;
+        if let Some(initial) = initial {
+            book.set_initial(initial);
+        }
         Ok(Self { run, book })
     }
 

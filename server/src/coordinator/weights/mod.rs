@@ -33,7 +33,7 @@ mod streams;
 mod tests;
 
 use crate::{
-    coordinator::facts::chain::Began,
+    coordinator::facts::{chain::Began, owner::Ownership},
     error::{Error, Result},
     metrics,
     pushed::Pushed,
@@ -109,6 +109,8 @@ pub struct RunWeights {
     pub push_bytes_max: u64,
     /// How long a rank's ended stream waits for the others, and how long a stream may be silent.
     pub push_deadline: Duration,
+    /// Asked before a summary is deleted, and when it became the owner.
+    pub owner: Option<Ownership>,
 }
 
 /// Pushes that are not published, by (generation, step).
@@ -141,6 +143,7 @@ pub struct Inner {
     traffic: watch::Sender<Traffic>,
     /// What the next push is expected to be like: the last one.
     layout: Mutex<Option<Arc<ahead::Layout>>>,
+    summaries: history::Summaries,
     /// Keys of snapshots that are retired and not deleted yet: deleting may fail, and it ends when
     /// the call that does it is dropped.
     retired: watch::Sender<BTreeSet<String>>,
@@ -164,10 +167,18 @@ impl Weights {
         spec: RunWeights,
         verifier: Arc<dyn Verifier>,
     ) -> Result<Self> {
-        let (book, listed) = read_book(&run, spec.initial.clone()).await?;
-        let orphans = listed.orphans(&book, SystemTime::now());
+        let history = history::read(&run).await?;
+        let (mut book, listed) = book_of(&run, &history.facts).await?;
+        if let Some(initial) = spec.initial.clone() {
+            book.set_initial(initial);
+        }
+        let orphans = match now(&spec).await {
+            Some(now) => listed.orphans(&book, now),
+            None => Vec::new(),
+        };
         gauge_newest(&book);
         let inner = Inner {
+            summaries: history::Summaries::new(run.clone(), spec.owner.clone(), history.summarised),
             run,
             spec,
             verifier,
@@ -183,6 +194,7 @@ impl Weights {
             tasks: TaskTracker::new(),
         };
         let weights = Self(Arc::new(inner));
+        weights.0.summarise_if_due();
         if let Err(error) = weights.delete(&orphans).await {
             tracing::debug!(error = error.chain(), "unused snapshots stay for now");
         }
@@ -312,17 +324,15 @@ impl Inner {
     }
 }
 
-/// Reads the published versions of the run at `run`, and the list of its snapshots.
-async fn read_book(
-    run: &Location,
-    initial: Option<Published>,
-) -> Result<(Book, snapshots::Listed)> {
-    let facts = history::read(run).await?;
-    let (mut book, listed) = book_of(run, &facts).await?;
-    if let Some(initial) = initial {
-        book.set_initial(initial);
+/// Returns the time by which the age of weights is judged. They carry the store's time, and the
+/// clock of this machine may be days ahead of it: an upload that is under way would look old. So it
+/// is the time at which the store took this process for the owner. `None` if the store does not
+/// say.
+async fn now(spec: &RunWeights) -> Option<SystemTime> {
+    match &spec.owner {
+        Some(owner) => owner.claimed_at().await,
+        None => Some(SystemTime::now()),
     }
-    Ok((book, listed))
 }
 
 /// Makes the book of the publications `facts` of the run at `run`: lists the snapshots, and reads

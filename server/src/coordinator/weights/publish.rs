@@ -1,7 +1,7 @@
 //! Publishes staged parts as a version.
 use super::{
     Inner, ModelShape, Published, ahead::Layout, assemble::join, book::Snapshot, gauge_newest,
-    history, snapshots, staging::Staged,
+    snapshots, staging::Staged,
 };
 use crate::{
     error::{Error, Result},
@@ -100,15 +100,7 @@ impl Inner {
         let version = publishing
             .unwrap_or_else(|_| Err(Error::internal("publishing the weights panicked")))?;
         metrics::weight_push_duration().record(started.elapsed().as_secs_f64());
-        if version
-            .version
-            .is_multiple_of(history::SUMMARISED_FROM as u64)
-        {
-            let run = self.run.clone();
-            // `read` writes a summary as a side effect, once enough facts are not in one.
-            self.tasks
-                .spawn(async move { drop(history::read(&run).await) });
-        }
+        self.summarise_if_due();
         tracing::info!(
             step,
             version = version.version,
@@ -116,6 +108,15 @@ impl Inner {
             "weights published"
         );
         Ok(version)
+    }
+
+    /// Begins to write a summary of all publications, if that is due.
+    pub(super) fn summarise_if_due(&self) {
+        let count = self.book.borrow().count();
+        if self.summaries.is_due(count) {
+            let summaries = self.summaries.clone();
+            self.tasks.spawn(async move { summaries.write().await });
+        }
     }
 
     async fn try_publish(&self, whole: Whole) -> Result<WeightsVersion> {
@@ -179,7 +180,11 @@ impl Inner {
             self.put(key, pieces, draft),
             self.verifier.verify_in_memory(&uri, pushed),
         );
-        put?;
+        if let Err(error) = put {
+            // It may have arrived all the same, and the push sends its weights under another key.
+            self.discard(key).await;
+            return Err(error);
+        }
         let verified = match checked {
             Ok(Some(shape)) => Ok(shape),
             Err(error) if !error.reason().is_transient() => Err(error),

@@ -2,6 +2,7 @@
 //! with a shape.
 mod ahead;
 mod forked;
+mod stores;
 mod versions;
 
 use super::*;
@@ -130,6 +131,7 @@ impl Bench {
             initial: None,
             push_bytes_max: 1 << 10,
             push_deadline: Duration::from_secs(60),
+            owner: None,
         };
         Self {
             stores,

@@ -5,6 +5,7 @@ use super::{
     values::{Kind, values},
 };
 use crate::{
+    blocking::blocking,
     dataset::{
         file::{self, ShardFile},
         find, layout, pattern,
@@ -13,18 +14,24 @@ use crate::{
     storage::Stores,
 };
 use arrow::error::ArrowError;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
 use std::borrow::Cow;
 
-/// 268 million ids of 16 bytes.
-const BYTES_MAX: u64 = 4 << 30;
-const IDS_MAX: u64 = BYTES_MAX / 16;
+/// Bytes of an id, in a file of uids as in memory.
+const ID_BYTES: u64 = 16;
 /// How NumPy begins a file.
 const MAGIC: &[u8] = b"\x93NUMPY";
+/// Bytes of one read of such a file, and reads at the same time. A piece becomes ids in a few
+/// milliseconds.
+const PIECE_BYTES: u64 = 8 << 20;
+const PIECES_AT_ONCE: usize = 8;
 
 /// Ids that are allowed, sorted.
 #[derive(Debug)]
 pub(super) struct Ids {
     ids: Vec<u128>,
+    digest: String,
     /// Each is the 32 hexadecimal digits of a uid; otherwise the hash of a text.
     are_uids: bool,
 }
@@ -33,19 +40,23 @@ impl Ids {
     fn new(mut ids: Vec<u128>, are_uids: bool) -> Self {
         ids.sort_unstable();
         ids.dedup();
-        Self { ids, are_uids }
+        let mut hasher = blake3::Hasher::new();
+        for id in &ids {
+            hasher.update(&id.to_le_bytes());
+        }
+        Self {
+            digest: hasher.finalize().to_hex().to_string(),
+            ids,
+            are_uids,
+        }
     }
 
     pub(super) fn len(&self) -> usize {
         self.ids.len()
     }
 
-    pub(super) fn digest(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for id in &self.ids {
-            hasher.update(&id.to_le_bytes());
-        }
-        hasher.finalize().to_hex().to_string()
+    pub(super) fn digest(&self) -> &str {
+        &self.digest
     }
 
     /// Returns whether a value is listed. A null is not.
@@ -74,10 +85,11 @@ pub(in crate::dataset) fn hashed(value: &Literal) -> u128 {
 }
 
 /// Returns the ids at `uri`: a `.npy` file, or Parquet files with the column `column`, or with one
-/// column alone.
+/// column alone. They take [`ID_BYTES`] each, and what is read of one file at a time.
 ///
 /// # Errors
-/// `InvalidArgument` if it is neither, or too large; `ColumnNotFound`; those of reading.
+/// `InvalidArgument` if it is neither, or takes more memory than the operator gives;
+/// `ColumnNotFound`; those of reading.
 pub(super) async fn read(stores: &Stores, uri: &str, column: &str) -> Result<Ids> {
     if uri.ends_with(".npy") {
         return npy(stores, uri).await;
@@ -86,14 +98,13 @@ pub(super) async fn read(stores: &Stores, uri: &str, column: &str) -> Result<Ids
     let found = find(stores, uri).await?;
     for file in &found.files {
         let before = ids.len();
-        let check = |rows: usize| {
-            let fits = before.saturating_add(rows) as u64 <= IDS_MAX;
-            fits.then_some(()).ok_or_else(|| too_large(uri))
-        };
+        let check = |rows: usize| fits(stores, uri, before.saturating_add(rows) as u64);
         let more = numbered(file, column, None, check).await?;
+        // No more than they need: a list may take half of the machine's memory.
+        ids.reserve_exact(more.len());
         ids.extend(more.into_iter().map(|(id, _)| id));
     }
-    not_empty(Ids::new(ids, false), uri)
+    sorted(ids, false, uri).await
 }
 
 /// Parquet files of ids.
@@ -215,45 +226,68 @@ pub(in crate::dataset) fn number(value: &Literal) -> f64 {
     }
 }
 
-fn not_empty(ids: Ids, uri: &str) -> Result<Ids> {
-    match ids.len() {
-        0 => Err(bad(uri, "lists no id")),
-        _ => Ok(ids),
+/// Sorting a billion ids takes minutes.
+async fn sorted(ids: Vec<u128>, are_uids: bool, uri: &str) -> Result<Ids> {
+    if ids.is_empty() {
+        return Err(bad(uri, "lists no id"));
     }
+    blocking("sorting ids", move || Ok(Ids::new(ids, are_uids))).await
 }
 
 fn bad(uri: &str, what: &str) -> Error {
     Error::invalid("sources.allow", format!("{uri} {what}")).with("uri", uri)
 }
 
-fn too_large(uri: &str) -> Error {
-    let what = format!("lists more than {IDS_MAX} ids; split the source");
-    bad(uri, &what)
+/// Checks that the operator gives the memory that a list takes.
+fn fits(stores: &Stores, uri: &str, ids: u64) -> Result<()> {
+    let (bytes, most) = (ids.saturating_mul(ID_BYTES), stores.ids_bytes_max());
+    if bytes <= most {
+        return Ok(());
+    }
+    let what = format!(
+        "lists {ids} ids, which take {bytes} bytes of memory while the source is indexed, and \
+         storage.ids_bytes_max is {most}; raise it where there is memory for that, or list fewer \
+         ids"
+    );
+    Err(bad(uri, &what).with("bytes", bytes))
 }
 
 /// Pairs of 64 bits, the halves of a uid of 32 hexadecimal digits.
 async fn npy(stores: &Stores, uri: &str) -> Result<Ids> {
     let location = stores.open(uri)?;
     let meta = location.head("").await?;
-    let size = meta.ok_or_else(|| find::nothing_found(uri, uri))?.size;
-    if size > BYTES_MAX {
-        return Err(too_large(uri));
-    }
-    let bytes = location.get("").await?;
-    let (rows, data) = header(&bytes).map_err(|what| bad(uri, &what))?;
-    if data.len() as u64 != rows.saturating_mul(16) {
+    let meta = meta.ok_or_else(|| find::nothing_found(uri, uri))?;
+    let (size, etag) = (meta.size, file::etag(&location, &meta));
+    let file = ShardFile::new(location, size, etag);
+    let first = match size {
+        0 => Bytes::new(),
+        _ => file.fetch(0..size.min(PIECE_BYTES)).await?,
+    };
+    let (rows, data) = header(&first).map_err(|what| bad(uri, &what))?;
+    let from = (first.len() - data.len()) as u64;
+    if size - from != rows.saturating_mul(ID_BYTES) {
         let what = format!("is cut off: {rows} ids do not fit into {size} bytes");
         return Err(bad(uri, &what));
     }
-    let id = |pair: &[u8]| {
-        let half = |at: usize| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&pair[at..at + 8]);
-            u128::from(u64::from_le_bytes(bytes))
-        };
-        half(0) << 64 | half(8)
-    };
-    not_empty(Ids::new(data.chunks_exact(16).map(id).collect(), true), uri)
+    fits(stores, uri, rows)?;
+    let mut ids: Vec<u128> = Vec::new();
+    // The file is as long as it says.
+    ids.reserve_exact(usize::try_from(rows).unwrap_or(usize::MAX));
+    let starts = (from..size).step_by(PIECE_BYTES as usize);
+    let pieces = starts.map(|at| file.fetch(at..(at + PIECE_BYTES).min(size)));
+    let mut pieces = stream::iter(pieces).buffered(PIECES_AT_ONCE);
+    while let Some(piece) = pieces.try_next().await? {
+        ids.extend(piece.as_chunks::<16>().0.iter().map(uid));
+    }
+    drop(pieces);
+    sorted(ids, true, uri).await
+}
+
+/// Returns the uid of a pair.
+fn uid(pair: &[u8; 16]) -> u128 {
+    let swapped = u128::from_le_bytes(*pair);
+    // The first half has the upper bits.
+    swapped.rotate_left(64)
 }
 
 /// Returns the number of rows of a NumPy file, and what follows its header.
@@ -285,6 +319,7 @@ fn header(bytes: &[u8]) -> Result<(u64, &[u8]), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::StorageConfig;
 
     fn file(header: &str, data: &[u8]) -> Vec<u8> {
         let length = (header.len() as u16).to_le_bytes();
@@ -308,6 +343,38 @@ mod tests {
         for cut in 0..bytes.len() - 33 {
             assert!(header(&bytes[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_read_in_pieces_and_one_beyond_the_setting_is_refused() {
+        let uids = (PIECE_BYTES / ID_BYTES) * 2 + 5;
+        let header = format!(
+            "{{'descr': [('f0', '<u8'), ('f1', '<u8')], 'fortran_order': False, 'shape': ({uids},), }}"
+        );
+        let data = (0..uids).flat_map(|n| [7, uids - n]);
+        let data: Vec<u8> = data.flat_map(u64::to_le_bytes).collect();
+        let open = async |ids_bytes_max| {
+            let config = StorageConfig {
+                ids_bytes_max,
+                ..StorageConfig::default()
+            };
+            let stores = Stores::new(config);
+            let list = stores.open("memory:///a.npy").unwrap();
+            list.put("", file(&header, &data).into()).await.unwrap();
+            read(&stores, "memory:///a.npy", "uid").await
+        };
+        let ids = open(uids * ID_BYTES).await.unwrap();
+        let expected: Vec<u128> = (1..=u128::from(uids)).map(|n| 7 << 64 | n).collect();
+        assert!(ids.ids == expected);
+        let error = open(uids * ID_BYTES - 1).await.unwrap_err();
+        assert_eq!(
+            error.value("bytes"),
+            Some((uids * ID_BYTES).to_string().as_str())
+        );
+        assert!(
+            error.to_string().contains("storage.ids_bytes_max"),
+            "{error}"
+        );
     }
 
     #[test]

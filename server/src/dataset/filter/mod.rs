@@ -23,7 +23,7 @@ use crate::{
 use expression::{Expression, Literal};
 use ids::Ids;
 pub(crate) use parse::parse;
-pub(super) use samples::{Entries, KEY};
+pub(super) use samples::{Entries, KEY, Seen};
 use std::{collections::HashMap, sync::Arc};
 pub(crate) use words::Fault;
 
@@ -105,7 +105,7 @@ impl Filter {
             uri: allow.uri.clone(),
             id_column: allow.column.clone(),
             ids: allow.ids.len() as u64,
-            digest: allow.ids.digest(),
+            digest: allow.ids.digest().to_owned(),
         });
         (!self.is_empty()).then(|| KeptBy {
             predicate: self.predicate.as_ref().map(|(text, _)| text.clone()),

@@ -9,6 +9,7 @@ use crate::{
     error::{Error, Result},
 };
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// The column of a sample's key.
 pub(in crate::dataset) const KEY: &str = "__key__";
@@ -58,30 +59,64 @@ impl Entries {
         }
     }
 
-    /// Returns the values under a name, of all samples.
+    /// Returns the values under a name, of all samples. They are nulls if no sample has it: one
+    /// shard says nothing of the others.
     ///
     /// # Errors
-    /// `ColumnNotFound` if no sample has it; `at` says what asks for it.
-    pub(crate) fn column(
-        &self,
-        file: &ShardFile,
-        name: &str,
-        at: &str,
-    ) -> Result<&[Option<Literal>]> {
+    /// `Internal` for a name that was not read.
+    pub(crate) fn column(&self, name: &str) -> Result<&[Option<Literal>]> {
         let n = self.names.iter().position(|known| known == name);
         let n = n.ok_or_else(|| Error::internal(format!("'{name}' was not read")))?;
-        if self.found[n] || self.keys.is_empty() {
-            return Ok(&self.values[n]);
+        Ok(&self.values[n])
+    }
+
+    /// Returns which names are there.
+    pub(in crate::dataset) fn seen(&self) -> Seen {
+        let names = self.names.iter().zip(&self.found);
+        Seen {
+            samples: self.keys.len(),
+            found: names
+                .filter(|(_, found)| **found)
+                .map(|(name, _)| name.clone())
+                .collect(),
+            there: self.there.clone(),
         }
-        let there: Vec<&str> = self.there.iter().map(String::as_str).collect();
-        let name = entry(name);
-        let message = format!("no json of {} has an entry '{name}'{at}", file.uri());
-        Err(layout::not_found(message, name, &there))
     }
 
     /// Returns the key of a sample.
     pub(crate) fn key(&self, sample: usize) -> &str {
         &self.keys[sample]
+    }
+}
+
+/// Which names the samples of some shards have.
+#[derive(Debug, Default)]
+pub(in crate::dataset) struct Seen {
+    samples: usize,
+    found: BTreeSet<String>,
+    /// All names of one sample, for people.
+    there: Vec<String>,
+}
+
+impl Seen {
+    pub(in crate::dataset) fn add(&mut self, other: Self) {
+        self.samples += other.samples;
+        self.found.extend(other.found);
+        if self.there.is_empty() {
+            self.there = other.there;
+        }
+    }
+
+    /// Returns the error that no sample of `uri` has an entry; `at` says what asks for it. `None`
+    /// if one has it, or if there are no samples.
+    pub(in crate::dataset) fn missing(&self, uri: &str, name: &str, at: &str) -> Option<Error> {
+        if self.found.contains(name) || self.samples == 0 {
+            return None;
+        }
+        let there: Vec<&str> = self.there.iter().map(String::as_str).collect();
+        let name = entry(name);
+        let message = format!("no json of {uri} has an entry '{name}'{at}");
+        Some(layout::not_found(message, name, &there))
     }
 }
 
@@ -105,23 +140,36 @@ impl Filter {
         names
     }
 
+    /// Returns the error that no sample of a source has what the filter reads.
+    pub(in crate::dataset) fn missing(&self, seen: &Seen, uri: &str) -> Option<Error> {
+        let compared = self.predicate.iter().flat_map(|(_, e)| e.columns());
+        let compared = compared.map(|(name, _)| {
+            let at = format!(" (where, at character {})", name.at);
+            (name.name.as_str(), at)
+        });
+        let looked_up = self.allow.iter().map(|allow| {
+            let at = ", which allow looks up (id_column names another)".to_owned();
+            (allow.column.as_str(), at)
+        });
+        compared
+            .chain(looked_up)
+            .find_map(|(name, at)| seen.missing(uri, name, &at))
+    }
+
     /// Returns which of the samples are kept.
     ///
     /// # Errors
-    /// `ColumnNotFound` if no sample has an entry; `SchemaMismatch` where one has another type
-    /// than it is compared with.
+    /// `SchemaMismatch` where one has another type than it is compared with.
     pub(crate) fn keep_samples(&self, file: &ShardFile, entries: &Entries) -> Result<Vec<bool>> {
         let expression = self.predicate.as_ref().map(|(_, expression)| expression);
         let mut columns = Columns::new();
         for (name, literals) in expression.iter().flat_map(|e| e.columns()) {
-            let at = format!(" (where, at character {})", name.at);
-            let values = entries.column(file, &name.name, &at)?;
+            let values = entries.column(&name.name)?;
             check(file, entries, name, literals, values)?;
             columns.insert(name.name.clone(), values.to_vec());
         }
         if let Some(allow) = &self.allow {
-            let at = ", which allow looks up (id_column names another)";
-            let values = entries.column(file, &allow.column, at)?;
+            let values = entries.column(&allow.column)?;
             columns.insert(allow.column.clone(), values.to_vec());
         }
         let values = |name: &str| columns.get(name).into_iter().flatten().flatten();

@@ -113,6 +113,29 @@ async fn rows_outside_a_predicate_are_no_candidates_and_are_counted() {
     }
 }
 
+/// Row groups of ids 100 to 103, 104 to 107, 108 and 109, whose contents are damaged: to read any of
+/// them would fail.
+#[tokio::test]
+async fn row_groups_that_statistics_decide_are_not_read() {
+    let stores = stores();
+    let mut bytes = parquet(&pool(), 4).to_vec();
+    let footer = bytes.len() - 8;
+    let length = u32::from_le_bytes(bytes[footer..footer + 4].try_into().unwrap());
+    bytes[4..footer - length as usize].fill(0);
+    put(&stores, &[("0.parquet", bytes.into())]).await;
+    for (text, expected) in [
+        ("id > 107", &[8, 9][..]),
+        ("id < 104 or id >= 108", &[0, 1, 2, 3, 8, 9]),
+        ("id between 104 and 107 and id < 200", &[4, 5, 6, 7]),
+    ] {
+        let manifest = index(&stores, None, &[request(Some(text), None)]).await;
+        assert_eq!(kept(&manifest.unwrap()), expected, "{text}");
+    }
+    let undecided = index(&stores, None, &[request(Some("id > 108"), None)]).await;
+    let error = undecided.unwrap_err();
+    assert!(error.to_string().contains("0.parquet"), "{error}");
+}
+
 #[tokio::test]
 async fn what_can_never_be_compared_is_refused_with_column_type_and_place() {
     let stores = stores();
@@ -227,6 +250,30 @@ async fn samples_of_a_tar_are_kept_by_their_json() {
         error.to_string().contains("0 in sample 000000000"),
         "{error}"
     );
+}
+
+/// A tar that was cut off before its first JSON, or a small one in which nothing has the entry.
+#[tokio::test]
+async fn a_tar_without_the_entry_refuses_no_source() {
+    let stores = stores();
+    let cut = tar_fixtures::tar(&[("a.jpg", b"i"), ("a.txt", b"t")]);
+    put(
+        &stores,
+        &[("0.tar", cut), ("1.tar", tar_fixtures::img2dataset(0..9))],
+    )
+    .await;
+    let rows = |text: &str| {
+        let request = request(Some(text), None);
+        let stores = stores.clone();
+        async move {
+            let manifest = index(&stores, None, &[request]).await.unwrap();
+            let shards = manifest.sources[0].shards.iter();
+            let rows = shards.map(|s| s.blocks.iter().map(|b| b.rows).sum::<u32>());
+            rows.collect::<Vec<_>>()
+        }
+    };
+    assert_eq!(rows("n > 2").await, [0, 6]);
+    assert_eq!(rows("n is null").await, [1, 0], "what it lacks is null");
 }
 
 /// img2dataset's Parquet writer keeps failed downloads as rows.

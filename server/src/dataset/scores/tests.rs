@@ -74,12 +74,31 @@ async fn what_is_no_column_of_numbers_is_refused() {
         (&of_tar, "m", Reason::ColumnNotFound, "entry 'm'"),
         (&of_tar, "caption", Reason::SchemaMismatch, "'caption 0'"),
     ] {
-        let error = of(&scores(&stores), manifest, column).await.unwrap_err();
+        let checked = scores(&stores);
+        let checked = checked.check(&manifest.sources[0], column).await;
+        let error = checked.unwrap_err();
         assert_eq!(error.reason(), reason, "{error}");
         assert!(error.to_string().contains(says), "{error}");
     }
     let found = of(&scores(&stores), &of_tar, "n").await.unwrap();
     assert_eq!(found, [0.0, 1.0, 2.0, 3.0]);
+}
+
+#[tokio::test]
+async fn a_tar_without_any_json_has_no_values_and_refuses_no_source() {
+    let stores = stores();
+    let cut = tar_fixtures::tar(&[("a.jpg", b"i"), ("a.txt", b"t")]);
+    let tars = [("0.tar", cut), ("1.tar", tar_fixtures::img2dataset(0..3))];
+    put(&stores, &tars).await;
+    let both = manifest(&stores, fixtures::request("memory:///data")).await;
+    let (scores, source) = (scores(&stores), &both.sources[0]);
+    scores.check(source, "n").await.unwrap();
+    let missing = scores.check(source, "m").await.unwrap_err();
+    assert_eq!(missing.reason(), Reason::ColumnNotFound);
+    let first = scores.of_shard(source, &source.shards[0], "n").await;
+    assert!(first.unwrap()[0].is_nan());
+    let second = scores.of_shard(source, &source.shards[1], "n").await;
+    assert_eq!(*second.unwrap(), [0.0, 1.0, 2.0]);
 }
 
 #[tokio::test]

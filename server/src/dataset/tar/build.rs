@@ -11,15 +11,15 @@ use crate::{
     dataset::{
         SourceRequest, counted,
         file::{self, ShardFile},
-        filter::Filter,
+        filter::{Filter, Seen},
         manifest::{Block, Column, Layout, Shard, SourceManifest},
     },
     error::{Error, Result},
     storage::Location,
 };
-use futures::{StreamExt, TryStreamExt, stream::FuturesOrdered};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use object_store::ObjectMeta;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use superbatch_proto::v1::Reason;
 
 /// Limits of a block. A sample that would exceed either begins the next block.
@@ -40,31 +40,41 @@ pub(in crate::dataset) async fn index_shards(
     root_uri: String,
     files: Vec<(String, ObjectMeta)>,
 ) -> Result<SourceManifest> {
-    let looks = files.into_iter().map(|(path, meta)| {
+    let files = files.into_iter().map(|(path, meta)| {
         let etag = file::etag(root, &meta);
         let file = ShardFile::new(root.below(&path), meta.size, etag);
-        async move {
-            let survey = survey_kept(state, &file).await?;
-            Ok::<_, Error>((path, file, survey))
-        }
+        (path, file)
     });
-    let mut looks = futures::stream::iter(looks).buffered(TARS_AT_ONCE);
-    let mut source = Building::default();
-    let mut looked = FuturesOrdered::new();
-    while let Some((path, file, survey)) = looks.try_next().await? {
-        if source.layout.is_none() && !survey.samples.is_empty() {
+    let mut files: VecDeque<_> = files.collect();
+    // The first tar that has samples says how all are laid out.
+    let (mut source, mut first) = (Building::default(), None);
+    while let Some((path, file)) = files.pop_front() {
+        let survey = survey_kept(state, &file).await?;
+        if !survey.samples.is_empty() {
             source.layout = Some(layout::discover(request, &file, &survey).await?);
+            first = Some((path, file, survey));
+            break;
         }
-        let layout = source.layout.clone();
-        looked.push_back(keep(filter, layout, path, file, survey));
-        if looked.len() == TARS_AT_ONCE
-            && let Some(next) = looked.try_next().await?
-        {
+        source.add(Looked::empty(path, file, survey));
+    }
+    if let (Some(layout), Some((path, file, survey))) = (source.layout.clone(), first) {
+        let layout = &layout;
+        // A tar is walked and its rows are kept or left out by one future, and all of them by one
+        // stream: requests of futures that nobody polls would stand still until the store takes
+        // them for lost.
+        let first = keep(filter, layout, path, file, survey).left_future();
+        let others = files.into_iter().map(|(path, file)| {
+            let look = async move {
+                let survey = survey_kept(state, &file).await?;
+                keep(filter, layout, path, file, survey).await
+            };
+            look.right_future()
+        });
+        let looks = std::iter::once(first).chain(others);
+        let mut looked = stream::iter(looks).buffered(TARS_AT_ONCE);
+        while let Some(next) = looked.try_next().await? {
             source.add(next);
         }
-    }
-    while let Some(next) = looked.try_next().await? {
-        source.add(next);
     }
     source.finish(request, filter, root_uri)
 }
@@ -75,6 +85,7 @@ struct Building {
     layout: Option<Layout>,
     fields: BTreeSet<String>,
     shards: Vec<Shard>,
+    seen: Seen,
 }
 
 impl Building {
@@ -85,7 +96,9 @@ impl Building {
             survey,
             blocks,
             outside,
+            seen,
         } = looked;
+        self.seen.add(seen);
         let members = survey.samples.iter().flat_map(|sample| &sample.members);
         for member in members {
             if !self.fields.contains(&member.field) {
@@ -95,6 +108,10 @@ impl Building {
         let rows: u64 = blocks.iter().map(|block| u64::from(block.rows)).sum();
         let flaw = match survey.end {
             End::Whole => None,
+            End::Unmarked(0) => Some("it is empty".to_owned()),
+            End::Unmarked(at) => Some(format!(
+                "it has no end mark, and may have been cut off at byte {at}"
+            )),
             End::Cut(at) => Some(format!("it ends in the middle of the member at byte {at}")),
             End::Damaged(at) => Some(format!("there is no tar header at byte {at}")),
         };
@@ -130,6 +147,9 @@ impl Building {
         let blocks = self.shards.iter().flat_map(|shard| &shard.blocks);
         let rows: u64 = blocks.map(|block| u64::from(block.rows)).sum();
         let outside = self.shards.iter().map(|shard| shard.outside).sum();
+        if let Some(error) = filter.missing(&self.seen, &request.uri) {
+            return Err(error);
+        }
         match self.layout {
             Some(layout) if rows > 0 => Ok(SourceManifest {
                 uri: request.uri.clone(),
@@ -162,49 +182,52 @@ struct Looked {
     blocks: Vec<Block>,
     /// Rows that are left out.
     outside: u64,
+    seen: Seen,
+}
+
+impl Looked {
+    /// A tar without samples.
+    fn empty(path: String, file: ShardFile, survey: Survey) -> Self {
+        Self {
+            path,
+            file,
+            survey,
+            blocks: Vec::new(),
+            outside: 0,
+            seen: Seen::default(),
+        }
+    }
 }
 
 async fn keep(
     filter: &Filter,
-    layout: Option<Layout>,
+    layout: &Layout,
     path: String,
     file: ShardFile,
     survey: Survey,
 ) -> Result<Looked> {
-    let (mut blocks, mut outside) = (Vec::new(), 0);
-    if let Some(layout) = layout {
-        blocks = self::blocks(&survey.samples, &layout);
-        if !filter.entries().is_empty() {
-            outside = keep_rows(filter, &layout, &file, &survey, &mut blocks).await?;
-        }
+    let mut looked = Looked::empty(path, file, survey);
+    looked.blocks = blocks(&looked.survey.samples, layout);
+    if !filter.entries().is_empty() {
+        keep_rows(filter, layout, &mut looked).await?;
     }
-    Ok(Looked {
-        path,
-        file,
-        survey,
-        blocks,
-        outside,
-    })
+    Ok(looked)
 }
 
-/// Takes the rows that `filter` leaves out from the blocks of a tar, and returns how many they are.
-async fn keep_rows(
-    filter: &Filter,
-    layout: &Layout,
-    file: &ShardFile,
-    survey: &Survey,
-    blocks: &mut [Block],
-) -> Result<u64> {
+/// Takes the rows that `filter` leaves out from the blocks of a tar.
+async fn keep_rows(filter: &Filter, layout: &Layout, looked: &mut Looked) -> Result<()> {
+    let (file, survey) = (&looked.file, &looked.survey);
     let entries = json::entries(file, survey, layout, &filter.entries()).await?;
     let kept = filter.keep_samples(file, &entries)?;
-    let (mut rest, mut outside) = (kept.as_slice(), 0);
-    for block in blocks {
+    looked.seen = entries.seen();
+    let mut rest = kept.as_slice();
+    for block in &mut looked.blocks {
         let (these, after) = rest.split_at(block.rows as usize);
         rest = after;
         block.keep(these);
-        outside += these.len() as u64 - u64::from(block.rows);
+        looked.outside += these.len() as u64 - u64::from(block.rows);
     }
-    Ok(outside)
+    Ok(())
 }
 
 /// Cuts the samples that are rows into blocks.

@@ -28,8 +28,11 @@ impl Entry {
 /// How a tar ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum End {
-    /// With its end marker, or directly after a member.
+    /// With its end marker.
     Whole,
+    /// After a member, or at once, without the marker that tools write: what belongs at this offset
+    /// may be missing.
+    Unmarked(u64),
     /// In the middle of the member or header at this offset.
     Cut(u64),
     /// With bytes at this offset that are no header.
@@ -102,8 +105,12 @@ impl Walk {
         loop {
             let begin = self.header.unwrap_or(self.at);
             if self.at >= self.size {
-                let whole = self.header.is_none();
-                return Ok(Next::End(if whole { End::Whole } else { End::Cut(begin) }));
+                let between = self.header.is_none();
+                return Ok(Next::End(if between {
+                    End::Unmarked(self.size)
+                } else {
+                    End::Cut(begin)
+                }));
             }
             let range = self.at..self.at.saturating_add(RECORD);
             if range.end > self.size && self.at > 0 {

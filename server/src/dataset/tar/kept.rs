@@ -29,7 +29,7 @@ use parquet::{
 use std::sync::Arc;
 
 /// Part of the key, so that surveys of older versions are not read.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 const END: &str = "superbatch.tar.end";
 
 /// Returns the survey of `file`: the kept one, or a new one, which is then kept. Without an ETag a
@@ -93,6 +93,7 @@ fn encode(survey: &Survey) -> Result<Bytes, ParquetError> {
     ])?;
     let end = match survey.end {
         End::Whole => "whole".to_owned(),
+        End::Unmarked(at) => format!("unmarked {at}"),
         End::Cut(at) => format!("cut {at}"),
         End::Damaged(at) => format!("damaged {at}"),
     };
@@ -161,6 +162,7 @@ fn decode(bytes: Bytes) -> Result<Survey, ArrowError> {
 fn end_of(text: &str) -> Option<End> {
     match text.split_once(' ') {
         None if text == "whole" => Some(End::Whole),
+        Some(("unmarked", at)) => Some(End::Unmarked(at.parse().ok()?)),
         Some(("cut", at)) => Some(End::Cut(at.parse().ok()?)),
         Some(("damaged", at)) => Some(End::Damaged(at.parse().ok()?)),
         _ => None,
@@ -185,7 +187,8 @@ mod tests {
             end: start + 2048,
             members: vec![member("jpg", start + 512), member("txt", start + 1536)],
         };
-        for end in [End::Whole, End::Cut(4096), End::Damaged(1 << 40)] {
+        let cut = [End::Unmarked(4096), End::Cut(4096), End::Damaged(1 << 40)];
+        for end in [End::Whole].into_iter().chain(cut) {
             let samples = vec![sample(0), sample(2048)];
             let survey = Survey { samples, end };
             assert_eq!(decode(encode(&survey).unwrap()).unwrap(), survey);

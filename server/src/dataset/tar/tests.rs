@@ -7,11 +7,25 @@ use super::{
 use crate::dataset::{
     Format, Layout, Manifest, ShardFile, SourceRequest, Survey, TarBlock, fixtures::*, index,
 };
+use crate::storage::{StorageConfig, Stores};
+use async_trait::async_trait;
 use bytes::Bytes;
+use futures::stream::BoxStream;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, path::Path,
+};
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 use superbatch_proto::v1::Reason;
 use tar::{Builder, EntryType, Header};
+use tokio::sync::Notify;
 
 /// All entries, with `window` bytes in memory at a time.
 fn walked(bytes: &[u8], window: usize) -> Result<(Vec<Entry>, End), Refused> {
@@ -168,11 +182,16 @@ fn a_cut_shard_has_the_members_before_the_cut() {
         assert_eq!(entries.len(), parts.filter(whole).count(), "{cut}");
         match end {
             End::Cut(at) => assert_eq!(at, all[entries.len()].header, "{cut}"),
-            // Between two members nothing tells a cut from an end.
-            End::Whole => assert!(cut as u64 <= entries.last().map_or(0, Entry::end), "{cut}"),
-            End::Damaged(_) => panic!("{cut}"),
+            // Between two members the missing mark tells that it may have been cut.
+            End::Unmarked(at) => {
+                assert_eq!(at, cut as u64);
+                assert!(at <= entries.last().map_or(0, Entry::end), "{cut}");
+            }
+            End::Whole | End::Damaged(_) => panic!("{cut}"),
         }
     }
+    assert_eq!(walked(&whole, 512).unwrap().1, End::Whole);
+    assert_eq!(walked(&[], 512), Ok((vec![], End::Unmarked(0))));
     let mut damaged = whole.to_vec();
     damaged[all[4].header as usize + 3] ^= 1;
     let (entries, end) = walked(&damaged, 512).unwrap();
@@ -396,6 +415,133 @@ async fn a_shard_is_walked_once_for_one_etag() {
     // What is damaged is made anew.
     state.put(a, Bytes::from("PAR1")).await.unwrap();
     assert_eq!(index(&stores, Some(&state), &sources).await.unwrap(), first);
+}
+
+#[tokio::test]
+async fn an_empty_shard_and_one_without_an_end_mark_are_flaws() {
+    let stores = stores();
+    let whole = img2dataset(0..4);
+    let files = [
+        ("0.tar", Bytes::new()),
+        ("1.tar", whole.slice(..whole.len() - 1024)),
+        ("2.tar", whole),
+    ];
+    put(&stores, &files).await;
+    let manifest = index(&stores, None, &[request("memory:///data")]).await;
+    let shards = &manifest.unwrap().sources[0].shards;
+    let rows = |n: usize| shards[n].blocks.iter().map(|block| block.rows).sum::<u32>();
+    assert_eq!([0, 1, 2].map(rows), [0, 4, 4]);
+    let flaw = |n: usize| shards[n].flaw.as_deref();
+    assert_eq!(flaw(0), Some("it is empty"));
+    assert!(flaw(1).unwrap().contains("no end mark"), "{:?}", flaw(1));
+    assert_eq!(flaw(2), None);
+}
+
+/// One tar's entries are looked at while another is still walked.
+#[tokio::test]
+async fn no_request_of_a_shard_stands_still_while_another_is_walked() {
+    let all = index_of_first(Arc::default(), &["0.tar"]).await;
+    let needed = all.first.load(Ordering::SeqCst);
+    assert!(needed > 1, "the tar and its JSON are read apart");
+    let order = Arc::new(Order {
+        needed,
+        ..Order::default()
+    });
+    let indexed = index_of_first(order, &["0.tar", "1.tar"]);
+    let ended = tokio::time::timeout(Duration::from_secs(60), indexed).await;
+    assert!(ended.is_ok(), "the first tar waits for the second");
+}
+
+/// Indexes tars with a predicate from a store that answers for `1.tar` after so many requests for
+/// `0.tar`.
+async fn index_of_first(order: Arc<Order>, names: &[&str]) -> Arc<Order> {
+    let wrapped = order.clone();
+    let wrap = move |store| {
+        let order = wrapped.clone();
+        Arc::new(InOrder { store, order }) as Arc<dyn ObjectStore>
+    };
+    let stores = Stores::wrapped(StorageConfig::default(), Arc::new(wrap));
+    for name in names {
+        put(&stores, &[(*name, img2dataset(0..4))]).await;
+    }
+    let asked = SourceRequest {
+        predicate: Some("n > 1".into()),
+        ..request("memory:///data")
+    };
+    index(&stores, None, &[asked]).await.unwrap();
+    order
+}
+
+#[derive(Debug, Default)]
+struct Order {
+    /// Requests for `0.tar` so far.
+    first: AtomicUsize,
+    needed: usize,
+    come: Notify,
+}
+
+#[derive(Debug)]
+struct InOrder {
+    store: Arc<dyn ObjectStore>,
+    order: Arc<Order>,
+}
+
+impl std::fmt::Display for InOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "InOrder({})", self.store)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for InOrder {
+    async fn get_opts(&self, at: &Path, o: GetOptions) -> object_store::Result<GetResult> {
+        if at.as_ref().ends_with("0.tar") {
+            self.order.first.fetch_add(1, Ordering::SeqCst);
+            self.order.come.notify_one();
+        }
+        if at.as_ref().ends_with("1.tar") {
+            while self.order.first.load(Ordering::SeqCst) < self.order.needed {
+                self.order.come.notified().await;
+            }
+        }
+        self.store.get_opts(at, o).await
+    }
+
+    async fn put_opts(
+        &self,
+        at: &Path,
+        p: PutPayload,
+        o: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        self.store.put_opts(at, p, o).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        o: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.store.put_multipart_opts(at, o).await
+    }
+
+    fn delete_stream(
+        &self,
+        at: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.store.delete_stream(at)
+    }
+
+    fn list(&self, at: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.store.list(at)
+    }
+
+    async fn list_with_delimiter(&self, at: Option<&Path>) -> object_store::Result<ListResult> {
+        self.store.list_with_delimiter(at).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, o: CopyOptions) -> object_store::Result<()> {
+        self.store.copy_opts(from, to, o).await
+    }
 }
 
 #[tokio::test]
