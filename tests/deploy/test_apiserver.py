@@ -2,6 +2,7 @@
 and cert-manager.
 """
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_a_release_lives_and_leaves_nothing(plane: ControlPlane, values: Path):
     plane.helm("uninstall", "superbatch", "--namespace", namespace)
     kept = ["PersistentVolumeClaim/superbatch-state"] if values.stem == "one-node" else []
     plane.wait("the end of the release", lambda: left(plane, namespace) == kept)
+
+
+def test_a_rollback_brings_back_tokens_that_were_revoked(plane: ControlPlane):
+    """What docs/deploy.md warns of: Helm applies the Secret that it stored with the revision."""
+    namespace = "revoked"
+    path = f"/api/v1/namespaces/{namespace}/secrets/superbatch-tokens"
+    where = ["superbatch", CHART, "--namespace", namespace]
+    minimal = ["--values", CHART / "tests" / "minimal.yaml"]
+    plane.helm("install", *where, "--create-namespace", *minimal)
+
+    def secret() -> dict:
+        return plane.find(path)
+
+    made = secret()["data"]
+    changed = {**made, "tokens": base64.b64encode(b"tokens: []").decode(), "alice": "c2J0"}
+    plane.ask("PUT", path, {**secret(), "data": changed})
+    assert secret()["data"] == changed
+    plane.helm("upgrade", *where, *minimal)
+    assert secret()["data"] == changed, "an upgrade keeps what was revoked and added"
+    plane.helm("rollback", "superbatch", "1", "--namespace", namespace)
+    assert secret()["data"] == made
 
 
 def test_pods_are_admitted_under_the_restricted_standard(plane: ControlPlane):
