@@ -1,7 +1,7 @@
 //! Facts with consecutive numbers, of which nobody says how many there are.
 use crate::{error::Result, storage::Location};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::future::try_join_all;
 
 /// Most facts that are read at a time.
 const AT_ONCE_MAX: u64 = 32;
@@ -19,20 +19,19 @@ pub async fn read(run: &Location, first: u64, key: impl Fn(u64) -> String) -> Re
     let mut at_once = 1;
     loop {
         let from = first + found.len() as u64;
-        let keys: Vec<String> = (from..from + at_once).map(&key).collect();
-        let reads = keys.iter().map(|key| run.find(key));
-        let next: Vec<Option<Bytes>> = stream::iter(reads)
-            .buffered(at_once as usize)
-            .try_collect()
-            .await?;
-        let wanted = next.len();
-        let before = found.len();
+        let reads = (from..from + at_once).map(|n| find(run, key(n)));
+        let next = try_join_all(reads).await?;
+        let wanted = found.len() + next.len();
         found.extend(next.into_iter().map_while(|fact| fact));
-        if found.len() - before < wanted {
+        if found.len() < wanted {
             return Ok(found);
         }
         at_once = (2 * at_once).min(AT_ONCE_MAX);
     }
+}
+
+async fn find(run: &Location, key: String) -> Result<Option<Bytes>> {
+    run.find(&key).await
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime},
 };
 use superbatch_proto::{
@@ -77,7 +77,7 @@ pub struct Ownership {
     run: Location,
     epoch: u64,
     /// When a check last found this process to be the owner.
-    checked: Mutex<Instant>,
+    checked: Arc<Mutex<Instant>>,
 }
 
 impl Ownership {
@@ -85,7 +85,7 @@ impl Ownership {
         Self {
             run: run.clone(),
             epoch,
-            checked: Mutex::new(Instant::now()),
+            checked: Arc::new(Mutex::new(Instant::now())),
         }
     }
 

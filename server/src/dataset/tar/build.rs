@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result},
     storage::Location,
 };
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
 use object_store::ObjectMeta;
 use std::collections::{BTreeSet, VecDeque};
 use superbatch_proto::v1::Reason;
@@ -62,13 +62,13 @@ pub(in crate::dataset) async fn index_shards(
         // A tar is walked and its rows are kept or left out by one future, and all of them by one
         // stream: requests of futures that nobody polls would stand still until the store takes
         // them for lost.
-        let first = keep(filter, layout, path, file, survey).left_future();
+        let first: BoxFuture<'_, Result<Looked>> = keep(filter, layout, path, file, survey).boxed();
         let others = files.into_iter().map(|(path, file)| {
             let look = async move {
                 let survey = survey_kept(state, &file).await?;
                 keep(filter, layout, path, file, survey).await
             };
-            look.right_future()
+            look.boxed()
         });
         let looks = std::iter::once(first).chain(others);
         let mut looked = stream::iter(looks).buffered(TARS_AT_ONCE);
