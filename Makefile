@@ -150,8 +150,9 @@ bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one
 bench-open: $(READY) ## Opening a long run by its summaries against reading every fact, as a ratio of one run (STEPS=1000000; PUSHES=10000)
 	cargo run --release -p superbatch-server --no-default-features --example open_run -- $(or $(STEPS),1000000) $(or $(PUSHES),10000)
 
-bench-step: $(READY) ## A step's own costs beside its selection, a receipt beside one write, a manifest of a million shards
+bench-step: $(READY) ## A step's own costs beside its selection, a receipt beside one write, a run over a million shards (PAPER=1: B=163,840, minutes)
 	cargo bench -p superbatch-server --no-default-features --bench step
+	$(if $(PAPER),cargo bench -p superbatch-server --no-default-features --bench step -- step 163840 32768 768 1)
 
 test-gpu: ## Conformance, parity and end-to-end tests on a CUDA device, from binaries built here or before
 	scripts/test-gpu.sh
