@@ -27,7 +27,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
 
-.PHONY: bench help setup build build-release test test-rust test-python test-deploy chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-open bench-step test-gpu clean
+.PHONY: bench help setup build build-release test test-rust test-python test-deploy chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-inputs bench-open bench-step test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -146,6 +146,10 @@ bench-embed: $(READY) ## Pairs a second of one worker's device on the CPU agains
 
 bench-images: $(READY) ## Decoding and resizing against Pillow, as ratios of one run
 	cargo bench -p superbatch-images $(JPEG_SIMD) --bench pillow
+
+bench-inputs: $(READY) ## A worker's whole input path against WebDataset with torchvision, and a loop with simplejpeg, as ratios of one run
+	cargo build --release -p superbatch-server $(JPEG_SIMD) --example bench_inputs
+	PYTHONPATH=.:tests/python $(PYTHON) tests/python/bench_inputs.py
 
 bench-open: $(READY) ## Opening a long run by its summaries against reading every fact, as a ratio of one run (STEPS=1000000; PUSHES=10000)
 	cargo run --release -p superbatch-server --no-default-features --example open_run -- $(or $(STEPS),1000000) $(or $(PUSHES),10000)

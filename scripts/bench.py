@@ -27,6 +27,7 @@ OUT = ROOT / "target/bench.tsv"
 BENCHES = {
     "kernels": [],
     "images": [],
+    "inputs": [],
     "step": [],
     "open": [],
     "service": [],

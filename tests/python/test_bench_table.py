@@ -122,6 +122,15 @@ def test_every_bench_has_a_target():
     assert [name for name in bench.BENCHES if f"\nbench-{name}:" not in makefile] == []
 
 
+def test_no_bench_runs_or_replaces_what_tests_run():
+    targets = [*(f"bench-{name}" for name in bench.BENCHES), "load"]
+    recipes = subprocess.run(
+        ["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "target/release/python" in recipes
+    assert "target/debug" not in recipes and "_superbatch.abi3.so" not in recipes
+
+
 def test_a_release_client_has_a_folder_of_its_own(tmp_path):
     """It never takes the place of the one in the tree, which tests use."""
     for folder, package, extension, library in (
