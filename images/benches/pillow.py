@@ -2,8 +2,8 @@
 
 pillow.py write FOLDER                        writes the images, prints their names
 pillow.py version FOLDER                      prints Pillow's version and what it decodes JPEG with
-pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize, and of
-                                              JPEG files to decode by simplejpeg, if it is installed
+pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize, and
+                                              to decode JPEG by simplejpeg, if it is installed
 """
 
 import io

@@ -5,9 +5,9 @@ captions tokenized, in groups of 100 rows. Images a second and core.
 
 All run with one thread on images of 640x480 as JPEG, and give bytes of 224x224 pixels and 64 ids a
 row: what a model's device takes. The worker's part is `server/examples/bench_inputs.rs`, the very
-functions that scoring calls. Peers: WebDataset over tars with torchvision's transforms on PIL images,
-and a loop over Parquet with simplejpeg and torchvision's resize of bytes. Taken in turns in one run;
-the least of each counts. Files lie in the system's cache.
+functions that scoring calls. Peers: WebDataset over tars with torchvision's transforms on Pillow's
+images, and a loop over Parquet with simplejpeg and torchvision's resize of bytes. Taken in turns in
+one run; the least of each counts. Files lie in the system's cache.
 """
 
 import functools

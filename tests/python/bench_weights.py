@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import safetensors.torch
@@ -199,75 +200,136 @@ def status(process: int, field: str) -> int:
     return int(fields[field].split()[0]) << 10
 
 
-def bench_first_slice(
-    folder: Path, workers: int, shape: dict = LARGE, rounds: int = 5, warm: int = 4
-) -> None:
-    """How much later the first step is that a push's weights score, than the next one, which they
-    score too; and the memory that this takes beyond the models that stay. `warm` rounds before
-    fill the worker's places for models.
-    """
-    model, weights = made(folder / f"model-first-{workers}", shape, torch.float32)
-    size = bytes_of(weights)
-    # Few rows, whose reference embeddings are all kept after the first rounds.
-    pool = tiny.write_dataset(folder / f"pool-{workers}", rows=256, row_group_rows=32)
-    where = f"{workers} workers of their own" if workers else "the coordinator's own worker"
-    with Cluster(folder / f"first-{workers}", workers=workers, environment=ENVIRONMENT) as cluster:
+class FirstSlice:
+    """A run of which each second step is the first that a push's weights score."""
+
+    def __init__(self, cluster: Cluster, pool: Path, model: Path, weights: dict):
         scorers: list[Process] = cluster.workers or [cluster.coordinator]
-        pids = [scorer.process.pid for scorer in scorers]
+        self.pids = [scorer.process.pid for scorer in scorers]
+        self.weights, self.size = weights, bytes_of(weights)
         spec = superbatch.RunSpec(
             run_id="first",
             sources=[pool.as_uri()],
             reference=model.as_uri(),
             phases=[superbatch.Phase(policy="joint", **SIZES)],
             learner=superbatch.Learner(model_uri=model.as_uri(), first_push=True),
-            # Two steps for each push: step s is scored with the newest push of s-2 or before.
+            # Step s is scored with the newest push of step s-2 or before.
             push_every_steps=2,
         )
-        run = superbatch.connect(cluster.address).open_run(spec)
-
-        def selected(step: int) -> tuple[float, int]:
-            """The seconds that a step takes, and the version of the weights that scored it."""
-            begun = perf_counter()
-            batch = run.select(step, rank=0, world_size=1)
-            return perf_counter() - begun, batch.receipt.learner.version
-
-        run.push_weights(weights, step=-1)
-        run.flush()
+        self.run = superbatch.connect(cluster.address).open_run(spec)
+        self.push(-1)
         for step in range(3):
-            selected(step)
-        delays, beyond, path = [], [], folder / "read"
-        safetensors.torch.save_file(weights, path)
-        reads = []
-        for turn in range(warm + rounds):
-            step = 2 * turn + 3
-            trained(weights)
-            before = [status(pid, "VmRSS") for pid in pids]
-            for pid in pids:
-                Path(f"/proc/{pid}/clear_refs").write_text("5")
-            run.push_weights(weights, step=step - 2)
-            pushed = run.flush().version
-            (first, *scored), (second, *also) = selected(step), selected(step + 1)
-            assert scored == also == [pushed], (scored, also, pushed)
+            self.selected(step)
+        self.step = 3
+
+    def push(self, step: int) -> int:
+        trained(self.weights)
+        self.run.push_weights(self.weights, step=step)
+        return self.run.flush().version
+
+    def selected(self, step: int) -> tuple[float, int]:
+        """The seconds that a step takes, and the version of the weights that scored it."""
+        begun = perf_counter()
+        batch = self.run.select(step, rank=0, world_size=1)
+        return perf_counter() - begun, batch.receipt.learner.version
+
+    def turn(self) -> tuple[float, float]:
+        """How much later the first step comes than the second, and the most memory of a process
+        beyond what it held before or holds after, by the size of the weights.
+        """
+        before = [status(pid, "VmRSS") for pid in self.pids]
+        for pid in self.pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+        pushed = self.push(self.step - 2)
+        first, second = self.selected(self.step), self.selected(self.step + 1)
+        assert first[1] == second[1] == pushed, (first, second, pushed)
+        self.step += 2
+        beyond = []
+        for pid, held in zip(self.pids, before, strict=True):
+            beyond.append(status(pid, "VmHWM") - max(held, status(pid, "VmRSS")))
+        return first[0] - second[0], max(beyond) / self.size
+
+
+class FirstSlice:
+    """A run of which each second step is the first that a push's weights score."""
+
+    def __init__(self, cluster: Cluster, pool: Path, model: Path, weights: dict):
+        scorers: list[Process] = cluster.workers or [cluster.coordinator]
+        self.pids = [scorer.process.pid for scorer in scorers]
+        self.weights, self.size = weights, bytes_of(weights)
+        spec = superbatch.RunSpec(
+            run_id="first",
+            sources=[pool.as_uri()],
+            reference=model.as_uri(),
+            phases=[superbatch.Phase(policy="joint", **SIZES)],
+            learner=superbatch.Learner(model_uri=model.as_uri(), first_push=True),
+            # Step s is scored with the newest push of step s-2 or before.
+            push_every_steps=2,
+        )
+        self.run = superbatch.connect(cluster.address).open_run(spec)
+        self.push(-1)
+        for step in range(3):
+            self.selected(step)
+        self.step = 3
+
+    def push(self, step: int) -> int:
+        trained(self.weights)
+        self.run.push_weights(self.weights, step=step)
+        return self.run.flush().version
+
+    def selected(self, step: int) -> tuple[float, int]:
+        """The seconds that a step takes, and the version of the weights that scored it."""
+        begun = perf_counter()
+        batch = self.run.select(step, rank=0, world_size=1)
+        return perf_counter() - begun, batch.receipt.learner.version
+
+    def turn(self) -> tuple[float, float]:
+        """How much later the first step comes than the second, and the most memory of a process
+        beyond what it held before or holds after, by the size of the weights.
+        """
+        before = [status(pid, "VmRSS") for pid in self.pids]
+        for pid in self.pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+        pushed = self.push(self.step - 2)
+        first, second = self.selected(self.step), self.selected(self.step + 1)
+        assert first[1] == second[1] == pushed, (first, second, pushed)
+        self.step += 2
+        beyond = []
+        for pid, held in zip(self.pids, before, strict=True):
+            beyond.append(status(pid, "VmHWM") - max(held, status(pid, "VmRSS")))
+        return first[0] - second[0], max(beyond) / self.size
+
+
+def bench_first_slice(folder: Path, workers: int, rounds: int = 5, warm: int = 4) -> None:
+    """How much later the first step is that a push's weights score, than the next one, which they
+    score too; and the memory that this takes. `warm` rounds before fill a worker's places for
+    models.
+    """
+    model, weights = made(folder / f"model-first-{workers}", LARGE, torch.float32)
+    # Few rows, whose reference embeddings are all kept after the first rounds.
+    pool = tiny.write_dataset(folder / f"pool-{workers}", rows=256, row_group_rows=32)
+    where = f"{workers} workers of their own" if workers else "the coordinator's own worker"
+    path, turns, reads = folder / "read", [], []
+    safetensors.torch.save_file(weights, path)
+    with Cluster(folder / f"first-{workers}", workers=workers, environment=ENVIRONMENT) as cluster:
+        measured = FirstSlice(cluster, pool, model, weights)
+        for _ in range(warm + rounds):
+            turns.append(measured.turn())
             begun = perf_counter()
             path.read_bytes()
-            reading = perf_counter() - begun
-            if turn >= warm:
-                delays.append(first - second)
-                reads.append(reading)
-                peaks = [status(pid, "VmHWM") for pid in pids]
-                stays = [status(pid, "VmRSS") for pid in pids]
-                most = zip(peaks, stays, before, strict=True)
-                beyond.append(max(peak - max(rest) for peak, *rest in most) / size)
-        run.close()
-    delay, reading = max(min(delays), 0.0), min(reads)
+            reads.append(perf_counter() - begun)
+        measured.run.close()
+    # The difference of two times may be anything once; so the middle of them counts.
+    delay, beyond = (median(values) for values in zip(*turns[warm:], strict=True))
     print(
-        f"\nThe first step after a push of {size / 1e6:.0f} MB, {where}: {delay:.3f} s later than "
-        f"the next; reading the file takes {reading:.3f} s; {min(beyond):.2f} times the weights in "
-        "memory beyond what stays"
+        f"\nThe first step after a push of {measured.size / 1e6:.0f} MB, {where}: {delay:.3f} s "
+        f"later than the next; reading the file takes {min(reads):.3f} s; {beyond:.2f} times the "
+        "weights in memory beyond what stays"
     )
     name = f"Weights, first slice by {where}"
-    ratio(f"{name}: its delay, of reading the file", delay / reading, lower_is_better=True)
-    # With a worker of its own the coordinator's copy of what arrives is not the worker's.
+    late = max(delay, 0.0) / min(reads)
+    ratio(f"{name}: its delay, of reading the file", late, lower_is_better=True)
+    # The coordinator's own worker shares a process with what receives the push.
     if workers:
-        ratio(f"{name}: memory beyond the models, of the weights", min(beyond), goal=1.2,
-              lower_is_better=True)  # fmt: skip
+        what = f"{name}: memory beyond the models, of the weights"
+        ratio(what, beyond, goal=1.2, lower_is_better=True)
