@@ -2,7 +2,8 @@
 
 pillow.py write FOLDER                        writes the images, prints their names
 pillow.py version FOLDER                      prints Pillow's version and what it decodes JPEG with
-pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize
+pillow.py measure FOLDER NAME SIDE REPEATS    prints the least seconds to decode, and to resize, and
+                                              to decode JPEG by simplejpeg, if it is installed
 """
 
 import io
@@ -13,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, features
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 SIZES = [(256, 256), (640, 480), (1600, 1200)]
 
@@ -41,8 +47,8 @@ def write(folder):
             print(name)
 
 
-def measure(data, side, repeats):
-    decode = resize = float("inf")
+def measure(data, side, repeats, is_jpeg):
+    decode = resize = fast = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
         image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -50,7 +56,11 @@ def measure(data, side, repeats):
         image.resize((side, side), Image.Resampling.BICUBIC)
         resized = time.perf_counter()
         decode, resize = min(decode, decoded - began), min(resize, resized - decoded)
-    print(decode, resize)
+        if simplejpeg and is_jpeg:
+            began = time.perf_counter()
+            simplejpeg.decode_jpeg(data, "RGB")
+            fast = min(fast, time.perf_counter() - began)
+    print(decode, resize, *([fast] if simplejpeg and is_jpeg else []))
 
 
 if __name__ == "__main__":
@@ -58,7 +68,8 @@ if __name__ == "__main__":
     if what == "write":
         write(folder)
     elif what == "version":
-        print(PIL.__version__, "with libjpeg-turbo", features.version("libjpeg_turbo"))
+        jpeg = "simplejpeg " + simplejpeg.__version__ if simplejpeg else "SKIPPED: no simplejpeg"
+        print(PIL.__version__, "with libjpeg-turbo", features.version("libjpeg_turbo"), "and", jpeg)
     else:
         name, side, repeats = sys.argv[3:]
-        measure((folder / name).read_bytes(), int(side), int(repeats))
+        measure((folder / name).read_bytes(), int(side), int(repeats), name.endswith("jpg"))

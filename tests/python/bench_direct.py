@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import superbatch
-from bench_service import processor_seconds, write_rows
+from bench_rows import write_rows
+from bench_timed import ENVIRONMENT, announce, processor_seconds, ratio
 from cluster import Cluster
 
 WORKERS, RANKS, BATCH, STEPS = 4, 8, 1024, 12
@@ -42,10 +43,11 @@ def sent_bytes(process: int) -> int:
 
 
 def main() -> None:
+    announce()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "data")
-        with Cluster(folder, workers=WORKERS) as cluster:
+        with Cluster(folder, workers=WORKERS, environment=ENVIRONMENT) as cluster:
             process = cluster.coordinator.process.pid
             workers = [worker.process.pid for worker in cluster.workers]
             rows = []
@@ -70,6 +72,14 @@ def main() -> None:
     )
     for delivery, megabytes, own, others, seconds in rows:
         print(f"{delivery:14}{megabytes:24.1f}{own:14.0f}{others:14.0f}{seconds:8.2f}")
+    (_, *through), (_, *direct) = rows
+    of_through = [mine / other for mine, other in zip(direct, through, strict=True)]
+    for what, value in zip(
+        ("the coordinator's bytes", "the coordinator's processor time", "the workers'", "a step"),
+        of_through,
+        strict=True,
+    ):
+        ratio(f"Direct delivery: {what}, of that through it", value, lower_is_better=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from transformers import SiglipModel
 
 from examples.demo.model import write_folder
+from scripts import bench
+from scripts.bench import Ratio
 
 BINARY = os.environ.get("SUPERBATCH_BENCH_EMBED", "target/release/examples/bench_embed")
 TEXT = {"text_layers": 12, "text_length": 64, "vocab_size": 4096}
@@ -137,6 +139,8 @@ def main() -> None:
         for which, (seconds, processor) in others.items():
             wall, cpu = seconds / found["ours"][0], processor / found["ours"][1]
             print(f"{name}: {wall:.2f} of {which}'s speed, {cpu:.2f} by processor time")
+            ratio = Ratio(wall, processor=cpu)
+            print(bench.line(f"embedding, {name}: speed of PyTorch, {which}", ratio), flush=True)
 
 
 if __name__ == "__main__":

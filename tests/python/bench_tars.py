@@ -5,20 +5,21 @@ reading the same files in sequence: a ratio of one run.
 
 The service reads rows of 16 blocks at once in a keyed order, checks and hashes them, and sends them
 over two gRPC streams; `webdataset` reads members in their order and gives their bytes to the same
-process. Neither shows pixels to a model. Every figure is the best of several taken in turns.
+process. Neither shows pixels to a model. Every figure is the best of several taken in turns; each
+turn of the service has other names of the same files, whose headers are walked before it begins.
 """
 
 import io
 import os
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import superbatch
 import webdataset
+from bench_rows import linked
+from bench_timed import ENVIRONMENT, Timed, announce, show, speed
 from cluster import Cluster
 from PIL import Image
 
@@ -56,51 +57,51 @@ def in_sequence(folder: Path) -> int:
     return sum(1 for _ in samples)
 
 
-def by_range(client: superbatch.Client, folder: Path, number: int) -> int:
-    steps = SHARDS * SAMPLES // BATCH
-    run = client.open_run(
-        superbatch.RunSpec(
-            run_id=f"tars-{number}",
-            sources=[folder],
-            phases=[
-                superbatch.Phase(policy="uniform", super_batch_size=BATCH, sub_batch_size=BATCH)
-            ],
-            epochs=1,
-            seed=number,
-            max_ahead=4,
-            window_blocks=16,
-        )
+def opened(client: superbatch.Client, folder: Path, number: int) -> superbatch.Run:
+    """A run over other names of the same files, so that the worker has no block of them in memory.
+    To open it walks the tars' headers.
+    """
+    phase = superbatch.Phase(policy="uniform", super_batch_size=BATCH, sub_batch_size=BATCH)
+    spec = superbatch.RunSpec(
+        run_id=f"tars-{number}",
+        sources=[linked(folder, f"tars-{number}")],
+        phases=[phase],
+        epochs=1,
+        seed=number,
+        max_ahead=4,
+        window_blocks=16,
     )
+    return client.open_run(spec)
+
+
+def by_range(run: superbatch.Run) -> int:
+    steps = SHARDS * SAMPLES // BATCH
     batches = run.batches(rank=0, world_size=1, start_step=0, end_step=steps)
-    rows = sum(len(batch) for batch in batches)
-    run.close()
-    return rows
+    return sum(len(batch) for batch in batches)
 
 
-def best(work: Callable[[int], int], rates: list[float], number: int) -> None:
-    begun = time.perf_counter()
-    rows = work(number)
+def all_bytes(rows: int) -> int:
     assert rows == SHARDS * SAMPLES, rows
-    rates.append(rows / (time.perf_counter() - begun))
+    return rows * IMAGE_BYTES
 
 
 def main() -> None:
+    announce()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "tars"
         folder.mkdir()
         write(folder)
-        with Cluster(Path(made) / "service") as cluster:
-            client = superbatch.connect(cluster.address)
-            ours, theirs = [], []
-            # The first run walks the headers, and is not counted.
-            by_range(client, folder, 0)
+        with Cluster(Path(made) / "service", environment=ENVIRONMENT) as cluster:
+            client, server = superbatch.connect(cluster.address), cluster.coordinator.process.pid
+            ours, theirs = Timed("superbatch, 16 blocks"), Timed("webdataset, in sequence")
+            by_range(opened(client, folder, 0))
             for number in range(1, ROUNDS + 1):
-                best(lambda _: in_sequence(folder), theirs, number)
-                best(lambda number: by_range(client, folder, number), ours, number)
-    print(f"{SHARDS * SAMPLES} samples of {IMAGE_BYTES} bytes in {SHARDS} tars on a local disk")
-    print(f"webdataset, in sequence   {max(theirs):8.0f} rows/s")
-    print(f"superbatch, 16 blocks     {max(ours):8.0f} rows/s")
-    print(f"ratio                     {max(ours) / max(theirs):8.2f}")
+                theirs.take(lambda: all_bytes(in_sequence(folder)))
+                run = opened(client, folder, number)
+                ours.take(lambda: all_bytes(by_range(run)), server)
+                run.close()
+    show(f"{SHARDS * SAMPLES} samples in {SHARDS} tars on a local disk", ours, [theirs])
+    speed("Tars", ours, theirs)
 
 
 if __name__ == "__main__":
