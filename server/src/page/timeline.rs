@@ -32,7 +32,9 @@ pub(super) async fn timeline(
         (1, Vec::new())
     };
     let found = read(&page, &known, &steps).await?;
-    Ok(Json(columns(&found, stride, known.newest)))
+    let newest = known.newest;
+    let told = move || Ok(Json::from(columns(&found, stride, newest)));
+    Ok(page.work("showing a timeline", told).await?)
 }
 
 /// Returns every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and
