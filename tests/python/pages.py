@@ -1,7 +1,10 @@
 """The run page for tests: real runs, a browser, and what both need."""
 
+import contextlib
 import json
+import re
 import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import superbatch
-from cluster import Cluster
+from cluster import BINARY, Cluster
 from safetensors.torch import load_file
 
 from examples.demo import tiny
@@ -65,8 +68,30 @@ def serve(folder: Path, inputs: Path):
         yield cluster
 
 
+@contextlib.contextmanager
+def page_on(state: Path):
+    """The address of a run page of its own."""
+    process = subprocess.Popen(
+        [BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield re.search(r"http://\S+", process.stdout.readline()).group()
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+        process.stdout.close()
+
+
 def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatch.Run:
     """A run of a uniform phase and one of `policy`, which pushes after each step."""
+    run = open_run(client, inputs, run_id, policy)
+    take_steps(run, inputs, STEPS)
+    return run
+
+
+def open_run(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatch.Run:
     phases = [
         superbatch.Phase(policy="uniform", super_batch_size=96, sub_batch_size=24),
         superbatch.Phase(
@@ -77,7 +102,7 @@ def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatc
         model_uri=(inputs / "learner").as_uri(),
         snapshot_uri=(inputs / "learner" / "model.safetensors").as_uri(),
     )
-    run = client.open_run(
+    return client.open_run(
         superbatch.RunSpec(
             run_id=run_id,
             sources=[(inputs / "pool").as_uri()],
@@ -90,14 +115,12 @@ def train(client, inputs: Path, run_id: str, policy: str = "joint") -> superbatc
             epochs=2,
         )
     )
-    take_steps(run, inputs, STEPS)
-    return run
 
 
-def take_steps(run: superbatch.Run, inputs: Path, steps: int) -> None:
-    """Takes `steps` steps, after each of which the weights are others."""
+def take_steps(run: superbatch.Run, inputs: Path, steps: int, start: int = 0) -> None:
+    """Takes the steps from `start` to `steps`, not included; each pushes other weights."""
     weights = load_file(inputs / "learner/model.safetensors")
-    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=steps):
+    for batch in run.batches(rank=0, world_size=1, start_step=start, end_step=steps):
         run.push_weights(
             {name: tensor * (1 + 0.05 * batch.step) for name, tensor in weights.items()},
             step=batch.step,

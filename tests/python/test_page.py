@@ -2,16 +2,26 @@
 whose service was killed.
 """
 
-import re
+import json
 import shutil
-import subprocess
 import urllib.request
 from pathlib import Path
 
-import pages
+import pyarrow.parquet
 import pytest
-from cluster import BINARY
-from pages import STEPS, UNTIL, browser, get, inputs, page, refused, service  # noqa: F401
+from commands import prints
+from pages import (  # noqa: F401
+    ROWS,
+    STEPS,
+    UNTIL,
+    browser,
+    get,
+    inputs,
+    page,
+    page_on,
+    refused,
+    service,
+)
 
 
 def test_a_receipt_tells_what_the_page_shows(service):
@@ -100,21 +110,83 @@ def test_a_page_of_its_own_shows_a_state_and_changes_nothing(service, tmp_path):
     """A copy of the state, as a service that was killed leaves it."""
     state = tmp_path / "state"
     shutil.copytree(service.folder / "state", state)
-    before = sorted(path for path in state.rglob("*"))
-    process = subprocess.Popen(
-        [BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        base = re.search(r"http://\S+", process.stdout.readline()).group()
+    before = contents(state)
+    with page_on(state) as base:
         assert {run["run"] for run in get(base, "/api/runs")["runs"]} == {"first", "second"}
         assert get(base, "/api/runs/first/timeline")["newest"] == STEPS - 1
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
-        process.stdout.close()
-    assert sorted(path for path in state.rglob("*")) == before
+        get(base, "/api/runs/first/mix")
+        get(base, "/api/runs/first/mix/rows")
+    assert contents(state) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_run_that_cannot_be_read_is_told_among_the_others(service, tmp_path):
+    state = tmp_path / "state"
+    shutil.copytree(service.folder / "state", state)
+    newer = state / "runs" / "later" / "run.json"
+    newer.parent.mkdir()
+    newer.write_text('{"format": 4000000000}')
+    with page_on(state) as base:
+        listed = {run["run"]: run for run in get(base, "/api/runs")["runs"]}
+        assert set(listed) == {"first", "later", "second"}
+        assert "newer build" in listed["later"]["error"] and "error" not in listed["first"]
+        assert refused(base, "/api/runs/later")[0] == 501
+    lines = [json.loads(line) for line in prints("runs", "--state", state, "--json").splitlines()]
+    assert [run["state"] for run in lines] == ["open", "unreadable", "closed"]
+    said = prints("runs", "--state", state).splitlines()
+    assert said[-1].startswith("later cannot be read: ") and "newer build" in said[-1]
+
+
+def test_an_address_that_names_the_data_has_one_picture(service):
+    """Ids of runs and addresses are used again, for other data: what a browser keeps without asking
+    must be named by more than them.
+    """
+    base, at = service.coordinator.page_address, "/api/runs/first/pictures/0.0.0?size=64"
+    data = get(base, "/api/runs/first")["data"]
+
+    def kept(query: str) -> tuple[str, str]:
+        headers = urllib.request.urlopen(base + at + query, timeout=30).headers
+        return headers["cache-control"], headers["etag"]
+
+    forever, tag = kept(f"&data={data}")
+    assert "immutable" in forever
+    for query in ("", "&data=0123456789abcdef"):
+        assert kept(query) == ("private, no-cache", tag)
+    assert refused(base, at, **{"If-None-Match": tag})[0] == 304
+
+
+def test_the_mix_tells_what_receipts_hold_and_measures_the_rest(service, inputs):
+    base = service.coordinator.page_address
+    mix = get(base, "/api/runs/first/mix")
+    assert mix["pool"] == ROWS == sum(source["rows"] for source in mix["sources"])
+    assert sum(shard["pool_share"] for shard in mix["shards"]) == pytest.approx(1)
+    receipts = [service.first.receipt(step) for step in range(UNTIL, STEPS)]
+    assert mix["steps"] == list(range(UNTIL, STEPS))
+    for model in ("learner", "reference"):
+        means = [
+            sum(getattr(row, f"{model}_loss") for row in receipt.chosen) / len(receipt.chosen)
+            for receipt in receipts
+        ]
+        assert mix["losses"][f"{model}_chosen"] == pytest.approx(means)
+    chosen = [row for receipt in receipts for row in receipt.chosen]
+    rows = {(row.shard, row.row) for row in chosen}
+    assert mix["contents"] == {
+        "chosen": len(chosen),
+        "again": len(chosen) - len(rows),
+        "copies": len(rows) - len({bytes(row.content_hash) for row in chosen}),
+    }
+    measured = get(base, "/api/runs/first/mix/rows")
+    assert 0 < measured["chosen"] < measured["scanned"]
+    tables = [pyarrow.parquet.read_table(path) for path in (inputs / "pool").glob("*.parquet")]
+    lengths = {len(text) for table in tables for text in table["caption"].to_pylist()}
+    sizes = {len(png) for table in tables for png in table["png"].to_pylist() if png}
+    for name, known in (("caption_chars", lengths), ("image_bytes", sizes)):
+        bins = measured[name]["bins"]
+        assert {bins[0]["least"], bins[-1]["most"], measured[name]["median_chosen"]} <= known
+        assert sum(part["chosen_share"] for part in bins) == pytest.approx(1)
 
 
 def test_a_run_is_shown_from_the_list_to_its_steps(page):
@@ -158,6 +230,8 @@ def test_a_step_shows_the_chosen_beside_those_passed_over(page):
     assert scores == sorted(scores, reverse=True)
     page.get_by_label("Chunk").select_option("1")
     assert chosen.count() == 8
+    # Chunks are counted as receipts and the commands count them.
+    assert all("chunk 1 ·" in text for text in page.locator(".side.chosen .id").all_inner_texts())
     page.get_by_label("Chunk").select_option("")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("/")

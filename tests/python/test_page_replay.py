@@ -1,13 +1,9 @@
 """Replays on the run page: the map of pairs, and a draw under another policy."""
 
-import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pages
 import pytest
-from cluster import BINARY
 from pages import STEPS, UNTIL, browser, get, inputs, page, refused, service  # noqa: F401
 
 
@@ -16,17 +12,8 @@ def replaying(service, tmp_path_factory):
     """The address of a page of its own, on a copy of the state."""
     state = tmp_path_factory.mktemp("replaying") / "state"
     shutil.copytree(service.folder / "state", state)
-    process = subprocess.Popen(
-        [BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield re.search(r"http://\S+", process.stdout.readline()).group()
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
-        process.stdout.close()
+    with pages.page_on(state) as address:
+        yield address
 
 
 @pytest.fixture
@@ -82,13 +69,13 @@ def test_pairs_are_a_map_that_keys_move_through(own_page):
     assert "of its own pair" in told.inner_text()
     own_page.keyboard.press("ArrowRight")
     own_page.keyboard.press("ArrowRight")
-    own_page.get_by_text("Text drawn 3, chunk 1").wait_for()
+    own_page.get_by_text("Text drawn 2, chunk 0").wait_for()
     assert "by this image and this text" in told.inner_text()
     own_page.wait_for_function(
         "() => [...document.querySelectorAll('.told .caption')].every(c => c.textContent.trim())"
     )
     own_page.keyboard.press("Shift+ArrowDown")
-    own_page.get_by_text("Image drawn 9, chunk 2").wait_for()
+    own_page.get_by_text("Image drawn 8, chunk 1").wait_for()
     assert own_page.url.endswith(f"steps/{UNTIL + 1}"), "keys of the map turn no page"
     for width in (1280, 390):
         own_page.set_viewport_size({"width": width, "height": 844})

@@ -1,6 +1,5 @@
 """Replays of runs with phases, references and histories of their own, by the real binary."""
 
-import contextlib
 import json
 import os
 import re
@@ -12,29 +11,13 @@ import pyarrow.parquet
 import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS, Cluster
-from pages import get
+from pages import get, page_on
 from pages import refused as refused_by_page
 from test_end_to_end import inputs, phase, spec, train  # noqa: F401
 from test_flexi import HALF, LOW
 
 #: Where a fork leaves its run, and the step to which a run is taken back.
 FORKED, BACK = 3, 2
-
-
-@contextlib.contextmanager
-def page_on(state: Path):
-    """The address of a run page of its own."""
-    process = subprocess.Popen(
-        [BINARY, "page", "--state", state, "--listen", "127.0.0.1:0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield re.search(r"http://\S+", process.stdout.readline()).group()
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ use crate::{
         facts::run,
         runs::{fork, progress::progress, registry::stored_state},
     },
-    error::Result,
+    error::{Error, Result},
     storage::Location,
 };
 use clap::Args;
@@ -25,12 +25,7 @@ pub struct RunsArgs {
 
 pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
-    let mut runs = Vec::new();
-    for id in state.folders("runs").await? {
-        if let Some(run) = describe_run(&state, &id).await? {
-            runs.push(run);
-        }
-    }
+    let runs = list(&state).await?;
     if args.json {
         return Ok(runs.iter().map(|run| format!("{run}\n")).collect());
     }
@@ -57,7 +52,44 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
         runs.iter()
             .map(|run| columns.iter().map(|column| cell(run, column)).collect()),
     );
-    Ok(table(&rows))
+    let told = |run: &Value| {
+        let error = run["error"].as_str()?;
+        Some(format!(
+            "{} cannot be read: {error}\n",
+            run["run"].as_str()?
+        ))
+    };
+    let unread: String = runs.iter().filter_map(told).collect();
+    Ok(table(&rows) + &unread)
+}
+
+/// Describes each run. One that cannot be read is there with the reason: it must not keep others
+/// from being seen.
+async fn list(state: &Location) -> Result<Vec<Value>> {
+    let mut runs = Vec::new();
+    for id in state.folders("runs").await? {
+        match describe_run(state, &id).await {
+            Ok(run) => runs.extend(run),
+            Err(error) => runs.push(unreadable(&id, &error)),
+        }
+    }
+    Ok(runs)
+}
+
+fn unreadable(id: &str, error: &Error) -> Value {
+    json!({
+        "run": id,
+        "state": "unreadable",
+        "generation": null,
+        "last_step": null,
+        "scanned": null,
+        "selected": null,
+        "sub_batch": null,
+        "policy": null,
+        "failure": null,
+        "error": error.chain(),
+        "reason": error.reason().word(),
+    })
 }
 
 async fn describe_run(state: &Location, id: &str) -> Result<Option<Value>> {
@@ -82,4 +114,43 @@ async fn describe_run(state: &Location, id: &str) -> Result<Option<Value>> {
         }),
         "failure": facts.failure,
     })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        coordinator::facts::run::{RunFact, create_run},
+        storage::{StorageConfig, Stores},
+    };
+    use superbatch_proto::v1::RunSpec;
+
+    #[tokio::test]
+    async fn one_run_that_cannot_be_read_is_told_among_the_others() {
+        let stores = Stores::new(StorageConfig::default());
+        let state = stores.open("memory:///state").unwrap();
+        let fact = RunFact::new(&RunSpec::default(), "manifest".into(), None, None, None);
+        create_run(&state.below("runs/good"), fact).await.unwrap();
+        let newer = "{\"format\": 4000000000}";
+        state
+            .put("runs/newer/run.json", newer.into())
+            .await
+            .unwrap();
+        let found = list(&state).await.unwrap();
+        assert_eq!(
+            (&found[0]["run"], &found[0]["state"]),
+            (&json!("good"), &json!("open"))
+        );
+        assert_eq!(
+            (&found[1]["run"], &found[1]["state"]),
+            (&json!("newer"), &json!("unreadable"))
+        );
+        let error = found[1]["error"].as_str().unwrap();
+        assert!(error.contains("runs/newer"), "{error}");
+        assert_eq!(
+            found[1]["policy"],
+            Value::Null,
+            "programs find the same names"
+        );
+    }
 }

@@ -4,13 +4,22 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
+use bytes::Bytes;
 use serde_json::{Value, json};
 use superbatch_proto::{reflect::Word, v1::Reason};
 
 /// The result of a handler.
 pub(super) type Answer = Result<Json, Failed>;
 
-pub(super) struct Json(pub Value);
+/// An answer as text. A large one is written on a thread for blocking work.
+#[derive(Clone)]
+pub(super) struct Json(Bytes);
+
+impl From<Value> for Json {
+    fn from(value: Value) -> Self {
+        Self(value.to_string().into())
+    }
+}
 
 /// A failure that the reader sees.
 pub(super) struct Failed(Error);
@@ -24,7 +33,7 @@ impl From<Error> for Failed {
 impl IntoResponse for Json {
     fn into_response(self) -> Response {
         metrics::page_requests("ok").increment(1);
-        json_response(StatusCode::OK, &self.0)
+        json_response(StatusCode::OK, self)
     }
 }
 
@@ -49,19 +58,17 @@ impl IntoResponse for Failed {
         if outcome == "failed" {
             tracing::warn!(error = self.0.chain(), "the run page could not answer");
         }
-        json_response(
-            status,
-            &json!({ "error": self.0.chain(), "reason": reason.word() }),
-        )
+        let told = json!({ "error": self.0.chain(), "reason": reason.word() });
+        json_response(status, told.into())
     }
 }
 
-fn json_response(status: StatusCode, value: &Value) -> Response {
+fn json_response(status: StatusCode, text: Json) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "application/json"),
         (header::CACHE_CONTROL, "no-store"),
     ];
-    (status, headers, value.to_string()).into_response()
+    (status, headers, text.0).into_response()
 }
 
 /// Returns a number of the query, such as `?from=7`.

@@ -41,6 +41,7 @@ static ASSETS: &[Asset] = &assets! {
     "run.js": "text/javascript; charset=utf-8",
     "runs.js": "text/javascript; charset=utf-8",
     "step.js": "text/javascript; charset=utf-8",
+    "thumbs.js": "text/javascript; charset=utf-8",
 };
 
 /// Serves one of the files, or answers that it has not changed.

@@ -3,7 +3,7 @@ use super::{
     Known, Page,
     answer::{Answer, Json},
     pictures::{Place, place},
-    steps::{at, key},
+    steps::key,
 };
 use crate::{
     coordinator::{
@@ -56,26 +56,41 @@ pub(super) async fn example(
     };
     let candidate = locate(&manifest, &wanted).map_err(missing)?;
     let (row_id, _) = row_id(&manifest, &candidate);
-    let spec = &known.facts.spec;
-    let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
-    let (mut steps, next) = match known.newest {
-        Some(newest) => plan.steps_of(&spec.phases, &candidate, newest)?,
-        None => (Vec::new(), None),
-    };
+    let spec = known.facts.spec.clone();
+    let newest = known.newest;
+    let steps = page.work("planning", move || {
+        let plan = Plan::new(manifest, spec.seed, spec.epochs, spec.window_blocks)?;
+        let found = newest.map(|newest| plan.steps_of(&spec.phases, &candidate, newest));
+        Ok(found.transpose()?.unwrap_or_default())
+    });
+    let (mut steps, next) = steps.await?;
     let more = steps.len().saturating_sub(TIMES);
     steps.drain(..more);
+    let sought = Arc::new(Sought {
+        row: wanted,
+        id: row_id,
+    });
     let times: Vec<_> = steps
         .into_iter()
-        .map(|step| time(&page, &known, step, &wanted, &row_id))
+        .map(|step| time(&page, &known, step, sought.clone()))
         .collect();
     let times: Vec<Option<Value>> = stream::iter(times).buffered(AT_ONCE).try_collect().await?;
-    Ok(Json(json!({
-        "id": row_id,
-        "key": wanted.id,
+    let told = json!({
+        "run": known.id,
+        "data": known.data(),
+        "id": sought.id,
+        "key": sought.row.id,
         "times": times.into_iter().flatten().collect::<Vec<_>>(),
         "more": more,
         "next": next,
-    })))
+    });
+    Ok(told.into())
+}
+
+/// The row that is looked for: its key, and its id in receipts.
+struct Sought {
+    row: ChosenRow,
+    id: String,
 }
 
 /// Finds a row by its id: `00000.parquet#17`, or `1:00000.parquet#17` if a run has several sources.
@@ -111,19 +126,18 @@ fn named(manifest: &Manifest, id: &str) -> Result<Place> {
 
 /// Returns a row's outcome in a step; `None` if the step is not committed.
 async fn time(
-    page: &Page,
-    known: &Known,
+    page: &Arc<Page>,
+    known: &Arc<Known>,
     step: u64,
-    wanted: &ChosenRow,
-    id: &str,
+    sought: Arc<Sought>,
 ) -> Result<Option<Value>> {
-    let Some(receipt) = at(page, known, step, known.generations(step)).await? else {
-        return Ok(None);
+    let found = move |receipt: Receipt| {
+        let summary = receipt.summary.as_ref();
+        Ok(summary.map(|summary| outcome(&receipt, summary, &sought.row, &sought.id)))
     };
-    let Some(summary) = &receipt.summary else {
-        return Ok(None);
-    };
-    Ok(Some(outcome(&receipt, summary, wanted, id)))
+    let generations = known.generations(step);
+    let told = page.with_receipt(known, step, generations, found).await?;
+    Ok(told.flatten())
 }
 
 fn outcome(receipt: &Receipt, summary: &ReceiptSummary, wanted: &ChosenRow, id: &str) -> Value {

@@ -1,6 +1,6 @@
 //! The run page, for researchers. It reads receipts and facts from the state, as any process may,
-//! and writes nothing. Its reads are bounded by semaphores of its own, so that no step waits for a
-//! reader of the page.
+//! and writes nothing. What it takes of its process is bounded by shares of its own (`shares.rs`),
+//! so that no step waits for a reader of the page.
 //!
 //! [`Page::router`] lists all addresses. `web/` holds the files of the page.
 mod answer;
@@ -12,6 +12,7 @@ mod mix;
 mod pictures;
 mod replay;
 mod runs;
+mod shares;
 mod shown;
 mod steps;
 mod timeline;
@@ -21,34 +22,34 @@ pub use gate::Gate;
 pub use replay::Replays;
 
 use crate::{
+    blocking::blocking,
     coordinator::{facts::run, receipts::store::Receipts, runs::fork},
     dataset::Manifest,
     error::{Error, Result},
     storage::Location,
 };
+use answer::Json;
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use axum::{Router, middleware, routing::get};
 use keep::Keep;
-use serde_json::Value;
+use shares::Share;
 use std::{sync::Arc, time::Duration};
 use superbatch_proto::{
     ids::is_run_id,
-    v1::{Reason, ReceiptSummary},
+    v1::{Reason, Receipt, ReceiptSummary},
 };
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::time::Instant;
 use turns::Turns;
 
-/// Reads from storage at the same time, over all readers.
-const READS: usize = 8;
-/// Blocks of data in memory at the same time; each may be hundreds of megabytes.
-const BLOCKS: usize = 2;
 /// Summaries that are kept. A timeline needs some hundreds, of about 1 KiB each.
 const SUMMARIES: usize = 8_192;
 /// Manifests that are kept; they may be large.
 const MANIFESTS: usize = 2;
 /// Scores of pairs that are kept; those of a step take up to 1 MiB.
 const REPLAYED: usize = 16;
+/// Requests that wait for a replay.
+const REPLAYS_WAITING: usize = 8;
 /// How old a run's facts may be. With this bound, many readers cost as many reads of storage as
 /// one.
 const FACTS_LAST: Duration = Duration::from_secs(1);
@@ -74,17 +75,24 @@ pub struct Page {
     /// Absent beside a service.
     replays: Option<Arc<dyn Replays>>,
     turns: Turns,
-    reads: Semaphore,
-    block_reads: Semaphore,
+    mixes: mix::Mixes,
+    reads: Share,
+    blocks_held: Share,
+    receipts_held: Share,
+    threads: Share,
     /// By run, step and the best generation that was asked for, with the generation that has it: if
     /// an older one has, the better ones never will. A missing receipt is not kept: the step may be
     /// committed later.
-    summaries: Keep<(String, u64, u32), (u32, Arc<ReceiptSummary>)>,
+    summaries: Keep<StepKey, (u32, Arc<ReceiptSummary>)>,
     manifests: Keep<String, Arc<Manifest>>,
     runs: Keep<String, (Instant, Arc<Known>)>,
-    /// Scores of pairs, by run, step and the generation that decided it.
-    replayed: Keep<(String, u64, u32), Arc<Value>>,
+    /// Scores of pairs, by the generation that decided the step.
+    replayed: Keep<StepKey, Json>,
 }
+
+/// The nonce of a run's definition, a step and a generation. Ids are used again where a state was
+/// removed; nonces are not.
+type StepKey = (String, u64, u32);
 
 /// A run's facts at the time of a read.
 pub struct Known {
@@ -106,9 +114,15 @@ impl Page {
             state,
             blocks,
             replays,
-            turns: Turns::default(),
-            reads: Semaphore::new(READS),
-            block_reads: Semaphore::new(BLOCKS),
+            turns: Turns::new(
+                REPLAYS_WAITING,
+                "try again later, or use `superbatch replay`",
+            ),
+            mixes: mix::Mixes::default(),
+            reads: Share::of(shares::READS),
+            blocks_held: Share::of(shares::BLOCKS),
+            receipts_held: Share::of(shares::RECEIPTS),
+            threads: Share::of(shares::THREADS),
             summaries: Keep::new(SUMMARIES),
             manifests: Keep::new(MANIFESTS),
             runs: Keep::new(1024),
@@ -127,6 +141,7 @@ impl Page {
             .route("/runs/{run}/steps/{step}/redraw", get(replay::redraw))
             .route("/runs/{run}/examples/{row}", get(example::example))
             .route("/runs/{run}/mix", get(mix::mix))
+            .route("/runs/{run}/mix/rows", get(mix::rows))
             .route("/runs/{run}/captions", get(pictures::captions))
             .route("/runs/{run}/pictures/{row}", get(pictures::picture))
             .route_layer(middleware::from_fn(gate::check_run));
@@ -147,11 +162,7 @@ impl Page {
     /// `RunNotFound`; those of storage.
     async fn find_or_load(&self, id: &str) -> Result<Arc<Known>> {
         let key = id.to_owned();
-        if let Some((_, known)) = self
-            .runs
-            .get(&key)
-            .filter(|(read, _)| read.elapsed() < FACTS_LAST)
-        {
+        if let Some(known) = self.read_lately(id) {
             return Ok(known);
         }
         let none = || {
@@ -163,7 +174,11 @@ impl Page {
         if !is_run_id(id) {
             return Err(none());
         }
-        let _permit = self.permit(&self.reads).await?;
+        let _read = self.reads.take().await?;
+        // Another request may have read it meanwhile.
+        if let Some(known) = self.read_lately(id) {
+            return Ok(known);
+        }
         let location = self.state.below(&format!("runs/{id}"));
         let facts = run::load(&location).await?.ok_or_else(none)?;
         let receipts = fork::receipts(&self.state, id, &facts).await?;
@@ -176,6 +191,11 @@ impl Page {
         });
         self.runs.put(key, (Instant::now(), known.clone()));
         Ok(known)
+    }
+
+    fn read_lately(&self, id: &str) -> Option<Arc<Known>> {
+        let (read, known) = self.runs.get(&id.to_owned())?;
+        (read.elapsed() < FACTS_LAST).then_some(known)
     }
 
     /// Returns a step's receipt in force, without its rows.
@@ -194,13 +214,13 @@ impl Page {
         let Some(best) = generations.first() else {
             return Ok(None);
         };
-        let key = (known.id.clone(), step, *best);
+        let key = (known.nonce().to_owned(), step, *best);
         let kept = self.summaries.get(&key);
         let is_asked = |(generation, _): &(u32, _)| generations.contains(generation);
         if let Some(kept) = kept.filter(is_asked) {
             return Ok(Some(kept));
         }
-        let _permit = self.permit(&self.reads).await?;
+        let _read = self.reads.take().await?;
         let found = known.receipts.summary_first(step, &generations).await?;
         Ok(found.map(|(generation, summary)| {
             let found = (generation, Arc::new(summary));
@@ -214,20 +234,79 @@ impl Page {
         if let Some(manifest) = self.manifests.get(&key) {
             return Ok(manifest);
         }
-        let _permit = self.permit(&self.reads).await?;
+        let _read = self.reads.take().await?;
         let manifest = Arc::new(Manifest::load(&self.state, digest).await?);
         self.manifests.put(key, manifest.clone());
         Ok(manifest)
     }
 
-    async fn permit<'a>(&self, of: &'a Semaphore) -> Result<tokio::sync::SemaphorePermit<'a>> {
-        of.acquire()
-            .await
-            .map_err(|e| Error::internal("the run page stopped").because(e))
+    /// Hands the receipt of a step, of the first of `generations` that has one, to `shown` on a
+    /// thread for blocking work. Few receipts are in memory at a time. A receipt that is read is
+    /// read to its end, and counts until then, even if the request is given up meanwhile.
+    async fn with_receipt<T: Send + 'static>(
+        self: &Arc<Self>,
+        known: &Arc<Known>,
+        step: u64,
+        generations: Vec<u32>,
+        shown: impl FnOnce(Receipt) -> Result<T> + Send + 'static,
+    ) -> Result<Option<T>> {
+        let held = self.receipts_held.take().await?;
+        let (page, known) = (self.clone(), known.clone());
+        let read = tokio::spawn(async move {
+            let done = page.read_receipt(&known, step, &generations, shown).await;
+            drop(held);
+            done
+        });
+        let done = read.await;
+        done.map_err(|e| Error::internal("reading a receipt panicked").because(e))?
+    }
+
+    async fn read_receipt<T: Send + 'static>(
+        &self,
+        known: &Known,
+        step: u64,
+        generations: &[u32],
+        shown: impl FnOnce(Receipt) -> Result<T> + Send + 'static,
+    ) -> Result<Option<T>> {
+        let read = self.reads.take().await?;
+        let found = known.receipts.find_first(step, generations).await?;
+        drop(read);
+        let Some((_, receipt)) = found else {
+            return Ok(None);
+        };
+        let shown = move || shown(receipt);
+        self.work("showing a receipt", shown).await.map(Some)
+    }
+
+    /// Does `work` on a thread for blocking work; `what` names it if it panics. A request that is
+    /// given up still has its thread until the work ends, since nothing can stop it.
+    async fn work<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let thread = self.threads.take().await?;
+        let work = move || {
+            let done = work();
+            drop(thread);
+            done
+        };
+        blocking(what, work).await
     }
 }
 
 impl Known {
+    /// Returns what tells the run from one that had its id before.
+    pub fn nonce(&self) -> &str {
+        &self.facts.run.nonce
+    }
+
+    /// Returns what tells the run's data from others, in the addresses of pictures.
+    pub fn data(&self) -> &str {
+        let digest = &self.facts.run.manifest;
+        digest.get(..16).unwrap_or(digest)
+    }
+
     /// As [`Self::generations`], in the trajectory of the generation `asked`, if one is.
     pub fn generations_of(&self, step: u64, asked: Option<u64>) -> Vec<u32> {
         let Some(asked) = asked else {
@@ -244,3 +323,6 @@ impl Known {
             .candidates(step, self.facts.chain.current())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,6 @@ use crate::{
 };
 use async_trait::async_trait;
 use axum::extract::{Path, RawQuery, State};
-use serde_json::Value;
 use std::sync::Arc;
 use superbatch_proto::v1::{Criterion, Policy, Reason};
 
@@ -32,22 +31,24 @@ pub(super) async fn pairs(
     RawQuery(query): RawQuery,
 ) -> Answer {
     let asked = ReplayQuery::of(&page, &id, &step, query.as_deref()).await?;
-    let key = (asked.id.clone(), asked.step, asked.generation);
+    let key = (asked.nonce.clone(), asked.step, asked.generation);
     if let Some(kept) = page.replayed.get(&key) {
-        return Ok(Json(Value::clone(&kept)));
+        return Ok(kept);
     }
     let turn = page.turns.take().await?;
     let work = async move {
         // Another request may have asked for the same before.
         if let Some(kept) = page.replayed.get(&key) {
-            return Ok(Value::clone(&kept));
+            return Ok(kept);
         }
         let past = asked.past(&page).await?;
-        let found = asked.replays.pairs(&past, PAIRS).await?.json(&past);
-        page.replayed.put(key, Arc::new(found.clone()));
-        Ok(found)
+        let found = asked.replays.pairs(&past, PAIRS).await?;
+        let told = move || Ok(Json::from(found.json(&past)));
+        let told = page.work("showing pairs", told).await?;
+        page.replayed.put(key, told.clone());
+        Ok(told)
     };
-    Ok(Json(turn.spend_on(work).await?))
+    Ok(turn.spend_on(work).await?)
 }
 
 /// Answers `GET /api/runs/{run}/steps/{step}/redraw`, with `?policy=`, `criterion`, `filter_ratio`,
@@ -63,9 +64,10 @@ pub(super) async fn redraw(
     let work = async move {
         let past = asked.past(&page).await?;
         let redrawn = asked.replays.redraw(&past, &change).await?;
-        Ok(redrawn.json(&past))
+        let told = move || Ok(Json::from(redrawn.json(&past)));
+        page.work("showing a draw", told).await
     };
-    Ok(Json(turn.spend_on(work).await?))
+    Ok(turn.spend_on(work).await?)
 }
 
 /// A step that is to be replayed, of which little is read yet: requests that wait for their turn
@@ -73,6 +75,7 @@ pub(super) async fn redraw(
 struct ReplayQuery {
     replays: Arc<dyn Replays>,
     id: String,
+    nonce: String,
     step: u64,
     /// The generation whose receipt is in force in the trajectory that was asked for.
     generation: u32,
@@ -96,6 +99,7 @@ impl ReplayQuery {
         Ok(Self {
             replays: replays.clone(),
             id: known.id.clone(),
+            nonce: known.nonce().to_owned(),
             step,
             generation,
         })
@@ -104,7 +108,7 @@ impl ReplayQuery {
     /// Reads the whole step; the manifest is the page's.
     async fn past(&self, page: &Page) -> Result<Past> {
         let found = {
-            let _permit = page.permit(&page.reads).await?;
+            let _read = page.reads.take().await?;
             CommittedStep::find(&page.state, &self.id, self.step, Some(self.generation)).await?
         };
         let manifest = page.manifest(found.manifest()).await?;

@@ -1,7 +1,7 @@
 //! The list of all runs of the state, and one run.
 use super::{
     Known, Page,
-    answer::{Answer, Json},
+    answer::{Answer, Json, text},
     shown::lag,
 };
 use crate::{
@@ -9,16 +9,20 @@ use crate::{
     coordinator::{
         facts::chain::Began,
         plan::planner::Plan,
-        receipts::{accounts::largest, json::accounts},
+        receipts::{
+            accounts::{largest, of_selection},
+            json::accounts,
+        },
         runs::registry::stored_state,
     },
+    dataset::Manifest,
     error::{Error, Result},
 };
 use axum::{
     Extension,
-    extract::{Path, State},
+    extract::{Path, RawQuery, State},
 };
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use std::{
     sync::Arc,
@@ -29,47 +33,65 @@ use superbatch_proto::{
     v1::{Accounts, Phase, Reason},
 };
 
-/// Most runs that are listed, by name from the last. Each costs a few reads of storage.
+/// Most runs of one answer. Each costs a few reads of storage.
 const LISTED: usize = 200;
 const AT_ONCE: usize = 8;
 
 /// Answers `GET /api/about`.
 pub(super) async fn about(State(page): State<Arc<Page>>) -> Answer {
-    Ok(Json(json!({
+    let told = json!({
         "state": page.state.uri(),
         "version": env!("CARGO_PKG_VERSION"),
         "replays": page.replays.is_some(),
-    })))
+    });
+    Ok(told.into())
 }
 
-/// Answers `GET /api/runs`: the newest commit first.
+/// Answers `GET /api/runs`, with `?before=NAME`: the runs by name from the last, or from the one
+/// before `NAME`, and the `next` name to ask with. Those of an answer are sorted, the newest commit
+/// first.
 ///
 /// Only those that the caller's token is for.
 pub(super) async fn list(
     State(page): State<Arc<Page>>,
     Extension(caller): Extension<Caller>,
+    RawQuery(query): RawQuery,
 ) -> Answer {
+    let before = text(query.as_deref(), "before");
+    let read = page.reads.take().await?;
     let mut names = page.state.folders("runs").await?;
-    names.retain(|id| caller.may_see(id));
-    let more = names.len().saturating_sub(LISTED);
-    let looks: Vec<_> = names
-        .iter()
-        .rev()
-        .take(LISTED)
-        .map(|id| describe_run(&page, id))
-        .collect();
-    let found: Vec<_> = stream::iter(looks).buffered(AT_ONCE).try_collect().await?;
+    drop(read);
+    names.retain(|id| caller.may_see(id) && before.as_ref().is_none_or(|before| id < before));
+    names.reverse();
+    let more = names.split_off(names.len().min(LISTED));
+    let looks: Vec<_> = names.iter().map(|id| look(&page, id)).collect();
+    let found: Vec<_> = stream::iter(looks).buffered(AT_ONCE).collect().await;
     let mut runs: Vec<Value> = found.into_iter().flatten().collect();
     runs.sort_by_key(|run| std::cmp::Reverse(run["committed_unix_ms"].as_i64()));
-    Ok(Json(json!({ "runs": runs, "more": more })))
+    let next = names.last().filter(|_| !more.is_empty());
+    let told = json!({ "runs": runs, "more": more.len(), "next": next });
+    Ok(told.into())
 }
 
-/// Reads one run for the list; `None` for a folder that holds no run.
-async fn describe_run(page: &Page, id: &str) -> Result<Option<Value>> {
-    let known = match page.find_or_load(id).await {
-        Err(error) if error.reason() == Reason::RunNotFound => return Ok(None),
-        known => known?,
+/// Reads one run for the list. One that cannot be read is listed with the reason: it must not keep
+/// others from being seen.
+async fn look(page: &Page, id: &str) -> Option<Value> {
+    let unreadable = |error: Error| {
+        let reason = error.reason().word();
+        json!({ "run": id, "state": "unreadable", "error": error.chain(), "reason": reason })
     };
+    let described = describe_run(page, id).await;
+    described.unwrap_or_else(|error| Some(unreadable(error)))
+}
+
+/// Returns what the list shows of a run; `None` for a folder that holds no run.
+async fn describe_run(page: &Page, id: &str) -> Result<Option<Value>> {
+    let known = page.find_or_load(id).await;
+    let is_missing = |error: &Error| error.reason() == Reason::RunNotFound;
+    if known.as_ref().is_err_and(is_missing) && is_none(page, id).await? {
+        return Ok(None);
+    }
+    let known = known?;
     let summary = match known.newest {
         Some(step) => page.summary(&known, step).await?,
         None => None,
@@ -77,6 +99,7 @@ async fn describe_run(page: &Page, id: &str) -> Result<Option<Value>> {
     let phase = known.phase();
     Ok(Some(json!({
         "run": id,
+        "data": known.data(),
         "state": state(&known),
         "newest": known.newest,
         "policy": phase.map(|phase| phase.policy().word()),
@@ -86,17 +109,40 @@ async fn describe_run(page: &Page, id: &str) -> Result<Option<Value>> {
     })))
 }
 
+/// Returns whether a folder holds no run. A fork whose run is gone is not found either, and holds
+/// one.
+async fn is_none(page: &Page, id: &str) -> Result<bool> {
+    let _read = page.reads.take().await?;
+    let found = page.state.head(&format!("runs/{id}/run.json")).await?;
+    Ok(found.is_none())
+}
+
 /// Answers `GET /api/runs/{run}`.
 pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -> Answer {
     let known = page.find_or_load(&id).await?;
     let manifest = page.manifest(&known.facts.run.manifest).await?;
-    let facts = &known.facts;
-    let spec = &facts.spec;
     let (newest, totals) = page.newest_and_totals(&known).await?;
     let summary = match newest {
         Some(step) => page.summary(&known, step).await?,
         None => None,
     };
+    let committed = summary.map(|summary| summary.committed_unix_ms);
+    let told = move || {
+        let mut told = described(&known, manifest)?;
+        told["newest"] = json!(newest);
+        told["totals"] = json!(totals.as_ref().map(accounts));
+        told["selection_flops"] = json!(totals.as_ref().map(of_selection));
+        told["committed_unix_ms"] = json!(committed);
+        told["ms_since_commit"] = json!(committed.and_then(|at| now_ms()?.checked_sub(at)));
+        Ok(Json::from(told))
+    };
+    Ok(page.work("describing a run", told).await?)
+}
+
+/// Returns what a run is, without how far it has come. Takes a while if the manifest is large.
+fn described(known: &Known, manifest: Arc<Manifest>) -> Result<Value> {
+    let facts = &known.facts;
+    let spec = &facts.spec;
     let plan = Plan::new(manifest.clone(), spec.seed, spec.epochs, spec.window_blocks)?;
     let sources = manifest.sources.iter().map(|source| {
         let shards = source.shards.len();
@@ -110,12 +156,11 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
         .began()
         .into_iter()
         .filter(|began| began.generation > 0);
-    let committed = summary.as_ref().map(|summary| summary.committed_unix_ms);
-    Ok(Json(json!({
+    Ok(json!({
         "run": known.id,
-        "state": state(&known),
+        "data": known.data(),
+        "state": state(known),
         "failure": facts.failure,
-        "newest": newest,
         "steps_total": plan.steps_total(&spec.phases),
         "seed": spec.seed.to_string(),
         "loss": spec.loss().word(),
@@ -123,10 +168,7 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
         "phases": spec.phases.iter().map(phase).collect::<Vec<_>>(),
         "sources": sources.collect::<Vec<_>>(),
         "rewinds": rewinds.map(rewind).collect::<Vec<_>>(),
-        "totals": totals.as_ref().map(accounts),
-        "committed_unix_ms": committed,
-        "ms_since_commit": committed.and_then(|at| now_ms()?.checked_sub(at)),
-    })))
+    }))
 }
 
 fn phase(phase: &Phase) -> Value {
@@ -207,7 +249,7 @@ mod tests {
     use super::*;
     use crate::{
         coordinator::{
-            facts::run::{RunFact, create_run},
+            facts::run::{ForkFact, RunFact, create_run},
             receipts::{accounts::add, parquet::tests::sample},
         },
         dataset::Manifest,
@@ -215,6 +257,7 @@ mod tests {
         storage::{Budget, StorageConfig, Stores},
     };
     use arrow::record_batch::RecordBatch;
+    use axum::response::IntoResponse;
     use superbatch_proto::v1::RunSpec;
 
     /// The numbers of a run need no rows.
@@ -265,5 +308,75 @@ mod tests {
             assert_eq!(found, Some(newest));
             assert_eq!(totals.unwrap().candidates_scanned, 64 * commits);
         }
+    }
+
+    async fn listed(page: &Arc<Page>, query: Option<&str>) -> Value {
+        let query = RawQuery(query.map(str::to_owned));
+        let answer = list(State(page.clone()), Extension(Caller::default()), query).await;
+        let body = answer.into_response().into_body();
+        let text = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    fn names(listed: &Value) -> Vec<&str> {
+        let runs = listed["runs"].as_array().unwrap();
+        let mut names: Vec<_> = runs
+            .iter()
+            .map(|run| run["run"].as_str().unwrap())
+            .collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[tokio::test]
+    async fn one_run_that_cannot_be_read_is_told_among_the_others() {
+        let stores = Stores::new(StorageConfig::default());
+        let state = stores.open("memory:///state").unwrap();
+        let fact = |fork| RunFact::new(&RunSpec::default(), "manifest".into(), None, None, fork);
+        let gone = ForkFact {
+            run_id: "gone".into(),
+            step: 3,
+            chain: Default::default(),
+            weights: Value::Null,
+        };
+        for (id, fork) in [("fork", Some(gone)), ("good", None)] {
+            let at = state.below(&format!("runs/{id}"));
+            create_run(&at, fact(fork)).await.unwrap();
+        }
+        let newer = "{\"format\": 4000000000}";
+        state
+            .put("runs/newer/run.json", newer.into())
+            .await
+            .unwrap();
+        state.put("runs/none/other", "".into()).await.unwrap();
+        let page = Arc::new(Page::new(state, Box::new(NoBlocks), None));
+        let found = listed(&page, None).await;
+        assert_eq!(names(&found), ["fork", "good", "newer"]);
+        for run in found["runs"].as_array().unwrap() {
+            let error = run["error"].as_str().unwrap_or_default();
+            match run["run"].as_str().unwrap() {
+                "good" => assert_eq!((&run["state"], error), (&json!("open"), "")),
+                "fork" => assert!(error.contains("'gone'"), "{error}"),
+                _ => assert!(error.contains("runs/newer"), "{error}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn many_runs_are_listed_in_parts() {
+        let stores = Stores::new(StorageConfig::default());
+        let state = stores.open("memory:///state").unwrap();
+        for number in 0..LISTED + 3 {
+            let fact = RunFact::new(&RunSpec::default(), "manifest".into(), None, None, None);
+            let at = state.below(&format!("runs/r{number:04}"));
+            create_run(&at, fact).await.unwrap();
+        }
+        let page = Arc::new(Page::new(state, Box::new(NoBlocks), None));
+        let first = listed(&page, None).await;
+        assert_eq!((names(&first).len(), &first["more"]), (LISTED, &json!(3)));
+        let next = first["next"].as_str().unwrap();
+        let rest = listed(&page, Some(&format!("before={next}"))).await;
+        assert_eq!(names(&rest), ["r0000", "r0001", "r0002"]);
+        assert_eq!((&rest["more"], &rest["next"]), (&json!(0), &Value::Null));
     }
 }

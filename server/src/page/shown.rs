@@ -1,7 +1,7 @@
 //! Numbers and names in the form of the page's JSON.
 use crate::coordinator::receipts::parquet::has_scores;
 use serde_json::{Value, json};
-use superbatch_proto::v1::{Accounts, ReceiptSummary, RunSpec, lag};
+use superbatch_proto::v1::{ReceiptSummary, RunSpec, lag};
 
 /// Returns a run's lag in words.
 pub(super) fn lag(spec: &RunSpec) -> String {
@@ -19,14 +19,6 @@ pub(super) fn scored(summary: &ReceiptSummary, score: f64) -> Value {
     } else {
         Value::Null
     }
-}
-
-/// Returns all FLOPs of selection, with scoring that was thrown away.
-pub(super) fn selection_flops(accounts: &Accounts) -> f64 {
-    accounts.reference_flops
-        + accounts.learner_flops
-        + accounts.selection_flops
-        + accounts.discarded_flops
 }
 
 #[cfg(test)]
@@ -62,18 +54,5 @@ mod tests {
         assert_eq!(lag(&spec(lag::Bound::Exact(0))), "exactly 0");
         assert_eq!(lag(&spec(lag::Bound::AtMost(3))), "at most 3");
         assert_eq!(lag(&RunSpec::default()), "exactly 1");
-    }
-
-    #[test]
-    fn what_came_to_nothing_counts() {
-        let accounts = Accounts {
-            reference_flops: 1.0,
-            learner_flops: 2.0,
-            selection_flops: 4.0,
-            discarded_flops: 8.0,
-            train_flops: 16.0,
-            ..Default::default()
-        };
-        assert_eq!(selection_flops(&accounts), 15.0);
     }
 }

@@ -1,7 +1,7 @@
 //! One step's receipt, as columns for the page or as a whole.
 use super::{
-    Known, Page,
-    answer::{Answer, Failed, Json, number},
+    Page,
+    answer::{Answer, Json, number},
 };
 use crate::{
     coordinator::receipts::{
@@ -10,11 +10,7 @@ use crate::{
     },
     error::{Error, Result},
 };
-use axum::{
-    extract::{Path, RawQuery, State},
-    http::header,
-    response::{IntoResponse, Response},
-};
+use axum::extract::{Path, RawQuery, State};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use superbatch_proto::v1::{ChosenRow, PassedRow, Receipt};
@@ -29,22 +25,7 @@ pub(super) async fn step(
     Path((id, step)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    let receipt = find(&page, &id, &step, query.as_deref()).await?;
-    let summary = receipt.summary.clone().unwrap_or_default();
-    let (scanned, bad) = (
-        summary.cost.unwrap_or_default().candidates_scanned,
-        receipt.bad_rows.len() as u64,
-    );
-    let scored = has_scores(&summary);
-    Ok(Json(json!({
-        "summary": json::summary(&summary),
-        "has_scores": scored,
-        "chosen_total": receipt.chosen.len(),
-        "chosen": chosen(&receipt.chosen[..receipt.chosen.len().min(ROWS)], scored),
-        "passed_over_total": scanned.saturating_sub(receipt.chosen.len() as u64 + bad),
-        "passed_over": passed_over(&receipt.passed_over),
-        "bad_rows": json::bad_rows(&receipt.bad_rows),
-    })))
+    Ok(shown(&page, (&id, &step), query.as_deref(), columns).await?)
 }
 
 /// Answers `GET /api/runs/{run}/steps/{step}/receipt`: what `superbatch receipts --json` prints.
@@ -52,36 +33,43 @@ pub(super) async fn receipt(
     State(page): State<Arc<Page>>,
     Path((id, step)): Path<(String, String)>,
     RawQuery(query): RawQuery,
-) -> Result<Response, Failed> {
-    let receipt = find(&page, &id, &step, query.as_deref()).await?;
-    Ok((
-        [(header::CONTENT_TYPE, "application/json")],
-        to_json(&receipt).to_string(),
-    )
-        .into_response())
+) -> Answer {
+    Ok(shown(&page, (&id, &step), query.as_deref(), to_json).await?)
 }
 
-async fn find(page: &Page, id: &str, step: &str, query: Option<&str>) -> Result<Receipt> {
+/// Finds a step's receipt, and has `of` make the answer of it.
+async fn shown(
+    page: &Arc<Page>,
+    (id, step): (&str, &str),
+    query: Option<&str>,
+    of: fn(&Receipt) -> Value,
+) -> Result<Json> {
     let step: u64 = step
         .parse()
         .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
     let known = page.find_or_load(id).await?;
     let generations = known.generations_of(step, number(query, "generation")?);
-    at(page, &known, step, generations)
-        .await?
-        .ok_or_else(|| known.not_committed(step))
+    let told = move |receipt: Receipt| Ok(Json::from(of(&receipt)));
+    let told = page.with_receipt(&known, step, generations, told).await?;
+    told.ok_or_else(|| known.not_committed(step))
 }
 
-/// Returns the receipt of the first generation that has one.
-pub(super) async fn at(
-    page: &Page,
-    known: &Known,
-    step: u64,
-    generations: Vec<u32>,
-) -> Result<Option<Receipt>> {
-    let _permit = page.permit(&page.reads).await?;
-    let found = known.receipts.find_first(step, &generations).await?;
-    Ok(found.map(|(_, receipt)| receipt))
+fn columns(receipt: &Receipt) -> Value {
+    let summary = receipt.summary.clone().unwrap_or_default();
+    let (scanned, bad) = (
+        summary.cost.unwrap_or_default().candidates_scanned,
+        receipt.bad_rows.len() as u64,
+    );
+    let scored = has_scores(&summary);
+    json!({
+        "summary": json::summary(&summary),
+        "has_scores": scored,
+        "chosen_total": receipt.chosen.len(),
+        "chosen": chosen(&receipt.chosen[..receipt.chosen.len().min(ROWS)], scored),
+        "passed_over_total": scanned.saturating_sub(receipt.chosen.len() as u64 + bad),
+        "passed_over": passed_over(&receipt.passed_over),
+        "bad_rows": json::bad_rows(&receipt.bad_rows),
+    })
 }
 
 /// Returns a row's name in the page's addresses: source, shard and row.

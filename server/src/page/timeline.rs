@@ -2,9 +2,9 @@
 use super::{
     Known, Page,
     answer::{Answer, Json, number},
-    shown::{scored, selection_flops},
+    shown::scored,
 };
-use crate::error::Result;
+use crate::{coordinator::receipts::accounts::of_selection, error::Result};
 use axum::extract::{Path, RawQuery, State};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value, json};
@@ -32,7 +32,9 @@ pub(super) async fn timeline(
         (1, Vec::new())
     };
     let found = read(&page, &known, &steps).await?;
-    Ok(Json(columns(&found, stride, known.newest)))
+    let newest = known.newest;
+    let told = move || Ok(Json::from(columns(&found, stride, newest)));
+    Ok(page.work("showing a timeline", told).await?)
 }
 
 /// Returns every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and
@@ -108,7 +110,7 @@ fn columns(found: &[Arc<ReceiptSummary>], stride: u64, newest: Option<u64>) -> V
         "own_candidates": column(&|s| scored(s, s.mean_score_candidates)),
         "trainer_wait": column(&|s| json!(s.trainer_wait_seconds)),
         "seconds": stages,
-        "selection_so_far": column(&|s| json!(s.run_totals.as_ref().map(selection_flops))),
+        "selection_so_far": column(&|s| json!(s.run_totals.as_ref().map(of_selection))),
         "training_so_far": column(&|s| json!(s.run_totals.map(|totals| totals.train_flops))),
         "committed_unix_ms": column(&|s| json!(s.committed_unix_ms)),
     })

@@ -4,22 +4,11 @@ use std::sync::Arc;
 use superbatch_proto::v1::Reason;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Requests that wait; each of them holds next to nothing.
-const WAITING: usize = 8;
-
 pub(super) struct Turns {
     /// The request that has the turn, and those that wait.
     queue: Arc<Semaphore>,
     alone: Arc<Semaphore>,
-}
-
-impl Default for Turns {
-    fn default() -> Self {
-        Self {
-            queue: Arc::new(Semaphore::new(1 + WAITING)),
-            alone: Arc::new(Semaphore::new(1)),
-        }
-    }
+    refusal: String,
 }
 
 /// Held while a request has the turn.
@@ -44,23 +33,28 @@ impl Turn {
             done
         });
         let done = done.await;
-        done.map_err(|e| Error::internal("a replay panicked").because(e))?
+        done.map_err(|e| Error::internal("a computation of the run page panicked").because(e))?
     }
 }
 
 impl Turns {
+    /// Makes turns for which up to `waiting` requests wait, each of which holds next to nothing.
+    /// `refusal` tells the others what to do.
+    pub(super) fn new(waiting: usize, refusal: &str) -> Self {
+        Self {
+            queue: Arc::new(Semaphore::new(1 + waiting)),
+            alone: Arc::new(Semaphore::new(1)),
+            refusal: format!("{waiting} requests wait for one that is computed; {refusal}"),
+        }
+    }
+
     /// Waits for the turn. Requests have it in the order in which they came.
     ///
     /// # Errors
     /// `Overloaded` where too many wait.
     pub(super) async fn take(&self) -> Result<Turn> {
-        let place = self.queue.clone().try_acquire_owned().map_err(|_| {
-            let message = format!(
-                "{WAITING} replays wait for the one that is computed; try again later, or use \
-                 `superbatch replay`"
-            );
-            Error::new(Reason::Overloaded, message)
-        })?;
+        let place = self.queue.clone().try_acquire_owned();
+        let place = place.map_err(|_| Error::new(Reason::Overloaded, &self.refusal))?;
         let alone = self.alone.clone().acquire_owned().await;
         let alone = alone.map_err(|e| Error::internal("the run page stopped").because(e))?;
         Ok(Turn {
@@ -76,9 +70,11 @@ mod tests {
     use futures::{FutureExt, future::join_all};
     use tokio::sync::oneshot;
 
+    const WAITING: usize = 3;
+
     #[tokio::test]
     async fn one_has_the_turn_a_few_wait_and_more_are_refused() {
-        let turns = Turns::default();
+        let turns = Turns::new(WAITING, "try again later");
         let first = turns.take().await.unwrap();
         let mut waiting: Vec<_> = (0..WAITING).map(|_| Box::pin(turns.take())).collect();
         for one in &mut waiting {
@@ -86,6 +82,8 @@ mod tests {
         }
         let refused = turns.take().await.err().unwrap();
         assert_eq!(refused.reason(), Reason::Overloaded);
+        let told = "3 requests wait for one that is computed; try again later";
+        assert_eq!(refused.to_string(), told);
         drop(first);
         let done = join_all(waiting.into_iter().map(|one| one.map(|turn| turn.is_ok())));
         assert_eq!(done.await, [true; WAITING]);
@@ -94,7 +92,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_whose_request_is_given_up_keeps_the_turn_to_its_end() {
-        let turns = Turns::default();
+        let turns = Turns::new(WAITING, "try again later");
         let (end, ended) = oneshot::channel::<()>();
         let first = turns.take().await.unwrap();
         let mut work = Box::pin(first.spend_on(async { Ok(ended.await.is_ok()) }));

@@ -69,9 +69,14 @@ fn combine(
 /// Returns the FLOPs spent, as a multiple of a uniform step's on as many examples. `None` if the
 /// latter are not known: in receipts of earlier versions, and without a learner.
 pub fn price(cost: &Accounts) -> Option<f64> {
-    let scoring = cost.reference_flops + cost.learner_flops + cost.selection_flops;
-    let all = scoring + cost.discarded_flops + cost.probe_flops + cost.train_flops;
+    let all = of_selection(cost) + cost.train_flops;
     (cost.uniform_flops > 0.0).then(|| all / cost.uniform_flops)
+}
+
+/// Returns all FLOPs of selection, with probes and with scoring that was thrown away.
+pub fn of_selection(cost: &Accounts) -> f64 {
+    let scoring = cost.reference_flops + cost.learner_flops + cost.selection_flops;
+    scoring + cost.discarded_flops + cost.probe_flops
 }
 
 fn towers(
@@ -191,6 +196,7 @@ mod tests {
             uniform_flops: 4.0,
             ..Accounts::default()
         };
+        assert_eq!(of_selection(&cost), 4.0);
         assert_eq!(price(&cost), Some(1.5));
         assert_eq!(price(&add(&cost, &cost)), Some(1.5));
         assert_eq!(price(&Accounts::default()), None);

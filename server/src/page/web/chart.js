@@ -192,15 +192,14 @@ export class Lines {
     g.lineJoin = "round";
     g.setLineDash(dash ?? []);
     g.beginPath();
-    let open = false;
+    const known = (k) => layer[k]?.[1] !== null && layer[k]?.[1] !== undefined;
     layer.forEach(([, value], k) => {
-      if (value === null || value === undefined) open = false;
-      else if (open) g.lineTo(x(this.steps[k]), y(value));
-      else {
-        g.moveTo(x(this.steps[k]), y(value));
-        open = true;
-        if (this.steps.length === 1) g.fillRect(x(this.steps[k]) - 2, y(value) - 2, 4, 4);
-      }
+      if (!known(k)) return;
+      const [px, py] = [x(this.steps[k]), y(value)];
+      if (known(k - 1)) g.lineTo(px, py);
+      else g.moveTo(px, py);
+      // Alone it is no line, of which nothing would be drawn.
+      if (!known(k - 1) && !known(k + 1)) g.fillRect(px - 2, py - 2, 4, 4);
     });
     g.stroke();
     g.setLineDash([]);

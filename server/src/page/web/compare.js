@@ -2,26 +2,28 @@
 import * as api from "./api.js";
 import { Group, Lines } from "./chart.js";
 import { fill, h } from "./dom.js";
-import { redraw } from "./redraw.js";
 import { count, flops, number, percent, plural, seconds, words } from "./format.js";
+import { redraw } from "./redraw.js";
+import { thumbs } from "./thumbs.js";
 
 export async function compare(view, a, b) {
-  const [{ runs }, about] = await Promise.all([api.runs(view.signal), api.about()]);
-  const others = runs.map((run) => run.run).filter((id) => id !== a);
+  const ids = b ? [a, b] : [a];
+  const [about, facts] = await Promise.all([api.about(), Promise.all(ids.map((id) => api.run(id, view.signal)))]);
   const pick = h("select", { "aria-label": "Other run", onchange: (event) => event.target.value && (location.hash = api.link.compare(a, event.target.value)) },
-    h("option", { value: "" }, "Pick a run"), others.map((id) => h("option", { value: id, selected: id === b }, id)));
+    h("option", { value: "" }, "Pick a run"), b ? h("option", { value: b, selected: true }, b) : null);
   const title = h("header.title", {}, h("div.stepper", {}, h("h1", {}, h("a", { href: api.link.run(a) }, a), h("span.dim", {}, " beside ")), pick));
-  const again = redraw(view, a, runs.find((run) => run.run === a)?.newest ?? 0, about);
-  if (!b) return fill(view.place, title, h("p.dim", {}, others.length ? "Two runs on the same data, such as two policies or two seeds." : "The state holds no other run."), again);
-  fill(view.place, title);
-  const ids = [a, b];
-  const [facts, lines] = await Promise.all([Promise.all(ids.map((id) => api.run(id, view.signal))), Promise.all(ids.map((id) => api.timeline(id, 0, view.signal)))]);
+  const again = redraw(view, a, facts[0].newest ?? 0, about);
+  const told = h("p.dim", {}, "Two runs on the same data, such as two policies or two seeds.");
+  fill(view.place, title, b ? null : [told, again]);
+  offer(view, pick, ids).then((found) => found || b || fill(told, "The state holds no other run."), view.fail);
+  if (!b) return;
+  const lines = await Promise.all(ids.map((id) => api.timeline(id, 0, view.signal)));
   const group = new Group();
   const charts = [
     ["Batch score over uniform", null, (line) => line.batch_score.map((score, n) => (score === null || line.uniform_score[n] === null ? null : score - line.uniform_score[n])), number],
-    ["Trainer's wait", "a step", (line) => line.trainer_wait, seconds, (x) => seconds(x, 2), true],
+    ["Trainer's wait", "a step", (line) => line.trainer_wait.map((wait) => wait ?? 0), seconds, (x) => seconds(x, 2), true],
     ["Time", "a step", (line) => line.seconds.total, seconds, (x) => seconds(x, 2), true],
-    ["FLOPs so far", "selection, scoring included", (line) => line.selection_so_far, flops, (x) => flops(x, "")],
+    ["FLOPs so far", "selection, with scoring and probes", (line) => line.selection_so_far, flops, (x) => flops(x, "")],
   ].map(([title, unit, of, text, tick, cut]) => both(view, group, ids, lines, { title, unit, of, text, tick, cut }));
   const place = h("div");
   const last = Math.min(...facts.map((run) => run.newest ?? -1));
@@ -30,6 +32,17 @@ export async function compare(view, a, b) {
   input.addEventListener("change", look);
   fill(view.place, title, table(facts), h("div.charts.after", {}, charts), h("div.section-head", {}, h("h2", {}, "In one step"), h("div.stepper", {}, h("span.dim", {}, "step"), input)), place, again);
   if (last >= 0) await look();
+}
+
+/** Offers all other runs, as they are read; says whether there is one. */
+async function offer(view, pick, ids) {
+  let others = 0;
+  for await (const { runs } of api.runs(view.signal)) {
+    const names = runs.map((run) => run.run).filter((id) => id !== ids[0]);
+    others += names.length;
+    pick.append(...names.filter((id) => id !== ids[1]).map((id) => h("option", { value: id }, id)));
+  }
+  return others > 0;
 }
 
 function both(view, group, ids, lines, { title, unit, of, text, tick, cut }) {
@@ -50,7 +63,7 @@ function table(facts) {
     ["State", (run) => run.state], ["Newest step", (run) => count(run.newest)], ["Policy", (run) => words(run.phases.at(-1)?.policy)],
     ["Scanned, chosen a step", (run) => `${count(run.phases.at(-1)?.super_batch_size)}, ${count(run.phases.at(-1)?.sub_batch_size)}`],
     ["Seed", (run) => run.seed], ["Lag", (run) => run.lag], ["Examples chosen", (run) => count(run.totals?.examples_selected)],
-    ["Selection so far", (run) => flops((run.totals?.reference_flops ?? 0) + (run.totals?.learner_flops ?? 0) + (run.totals?.selection_flops ?? 0) + (run.totals?.discarded_flops ?? 0))],
+    ["Selection so far", (run) => flops(run.selection_flops)],
     ["Training so far", (run) => flops(run.totals?.train_flops)],
   ];
   return h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {}, h("th"), facts.map((run) => h("th", { scope: "col" }, run.run)))),
@@ -67,8 +80,8 @@ async function one(view, ids, step) {
   const same = first.dataset_manifest === second.dataset_manifest && first.seed === second.seed && spans(first) === spans(second);
   const union = keys[0].size + keys[1].size - shared.length;
   const alone = (n) => [...keys[n]].filter((key) => !keys[1 - n].has(key));
-  const thumb = (n, key) => h("a", { href: api.link.example(ids[n], key) }, h("img", { src: api.pictureUrl(ids[n], key, 96), alt: key, loading: "lazy", width: 56, height: 56 }));
-  const show = (n) => (alone(n).length ? h("div.thumbs", {}, alone(n).slice(0, 24).map((key) => thumb(n, key))) : h("p.dim", {}, "None."));
+  const names = receipts.map(({ chosen }) => new Map(chosen.key.map((key, n) => [key, chosen.id[n]])));
+  const show = (n) => thumbs(ids[n], alone(n).map((key) => ({ key, title: names[n].get(key) })));
   return h("div", {},
     h("p", {}, same ? "Both looked at the same super-batch. " : "They looked at different super-batches: other seeds, sizes or data. ",
       `${plural(shared.length, "example")} of ${count(keys[0].size)} and ${count(keys[1].size)} are in both (${percent(union ? shared.length / union : 0)} of all). `,

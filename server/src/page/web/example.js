@@ -47,7 +47,7 @@ function table(id, times) {
   const row = (time) => {
     const outcome = time.outcome === "chosen" ? h("b", {}, "chosen") : h("span.dim", {}, words(time.outcome));
     const added = time.score === null || time.own === null || time.outcome !== "chosen" ? "–" : signed(time.score - time.own);
-    const cells = [time.version === null ? "–" : `v${count(time.version)}`, number(time.score), number(time.own), added, number(time.learner_loss), number(time.reference_loss), time.chunk === null ? "–" : count(time.chunk + 1)];
+    const cells = [time.version === null ? "–" : `v${count(time.version)}`, number(time.score), number(time.own), added, number(time.learner_loss), number(time.reference_loss), time.chunk === null ? "–" : count(time.chunk)];
     return h("tr", {}, h("td", {}, h("a", { href: api.link.step(id, time.step) }, count(time.step))), h("td", {}, outcome), cells.map((cell) => h("td.number", {}, cell)));
   };
   return h("div", {}, h("h2", {}, "Each time it was a candidate"), h("div.scroll", {}, h("table", {},

@@ -56,6 +56,16 @@ export const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
 /** `joint_top_k` as `joint top k`. */
 export const words = (name) => String(name ?? "").replaceAll("_", " ");
 
+/** Seconds that the trainer waited a step. A step that was ready when it was asked for notes no wait, and cost none. */
+export const waited = (line) => (line.step.length ? line.trainer_wait.reduce((sum, wait) => sum + (wait ?? 0), 0) / line.step.length : null);
+
+/** Seconds from commit to commit. */
+export function pace(line) {
+  const [first, last] = [0, line.step.length - 1];
+  if (last < 1) return null;
+  return (line.committed_unix_ms[last] - line.committed_unix_ms[first]) / 1000 / (line.step[last] - line.step[first]);
+}
+
 export function mean(values) {
   const known = values.filter((value) => value !== null && value !== undefined);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;

@@ -2,6 +2,7 @@
 import * as api from "./api.js";
 import { command, fill, h } from "./dom.js";
 import { count, number, percent, plural, seconds, words } from "./format.js";
+import { thumbs } from "./thumbs.js";
 
 const POLICIES = ["joint", "joint_top_k", "independent", "top_k", "rank", "proportional", "k_center", "uniform"];
 const CRITERIA = ["learnability", "hard", "easy"];
@@ -55,16 +56,14 @@ function shown(id, found) {
   const share = percent(found.rows.length ? found.rows_shared / found.rows.length : 0);
   const same = found.same_draw ? "The same examples in the same order. " : `${plural(found.rows_shared, "example")} of ${count(found.rows.length)} were chosen then (${share}). `;
   const exact = found.losses_differ_by === null ? "" : `Losses differ from the receipt's by at most ${number(found.losses_differ_by)}. `;
-  const thumb = (row) => {
-    const key = `${row.source}.${row.shard}.${row.row}`;
-    return h("a", { href: api.link.example(id, key) }, h("img", { src: api.pictureUrl(id, key, 96), alt: row.id, loading: "lazy", width: 56, height: 56 }));
-  };
+  const told = ({ id, score, chunk }) => (redrawn.policy === "uniform" ? id : `${id}, score ${number(score)}, chunk ${chunk}`);
+  const pictures = fresh.map((row) => ({ key: `${row.source}.${row.shard}.${row.row}`, title: told(row) }));
   return [
     h("p.redrawn", {}, same, exact, `Scoring took ${seconds(found.seconds.score)} on ${found.device}.`),
     found.missing ? h("p.notice", {}, "Batch scores cannot be compared: ", found.missing) : null,
     h("div.scroll.after", {}, h("table", {}, h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell) => h("td", {}, cell))))))),
     h("section.chart.after", {}, h("div.chart-head", {}, h("h3", {}, "Drawn now and not then", h("span.unit", {}, count(fresh.length)))),
-      fresh.length ? h("div.thumbs", {}, fresh.slice(0, 24).map(thumb)) : h("p.dim", {}, "None.")),
+      thumbs(id, pictures)),
   ];
 }

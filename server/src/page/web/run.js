@@ -2,13 +2,15 @@
 import * as api from "./api.js";
 import { Group, Lines } from "./chart.js";
 import { choice, command, fill, h } from "./dom.js";
-import { ago, count, flops, mean, number, percent, plural, seconds, signed, words } from "./format.js";
+import { ago, count, flops, mean, number, pace, percent, plural, seconds, signed, waited, words } from "./format.js";
 import { badge } from "./runs.js";
 
 /** How often a run that goes on is asked, in milliseconds. */
 const EVERY = 2000;
 /** Steps that the figures above the charts are of. */
 const RECENT = 20;
+/** A run goes on if its last commit is younger than this, in milliseconds, or than so many of its steps take. */
+const QUIET = 30000, QUIET_STEPS = 3;
 
 const STAGES = [
   ["fetch", "fetch", "--stage-1"], ["decode", "decode", "--stage-2"], ["embed_reference", "reference", "--stage-3"],
@@ -31,7 +33,7 @@ export async function run(view, id) {
     command("In a terminal", `superbatch receipts ${id} --state ${about.state}`));
   ranges.forEach(([, text], n) => (view.keys[String(n + 1)] = () => [...range.children].find((b) => b.textContent === text).click()));
   view.redraw = () => charts.redraw();
-  let known = null;
+  let known = null, alive = QUIET;
 
   async function load(again, facts) {
     facts ??= await api.run(id, view.signal);
@@ -42,6 +44,7 @@ export async function run(view, id) {
         api.timeline(id, Math.max(0, facts.newest + 1 - RECENT), view.signal),
       ]);
       known = facts.newest;
+      alive = Math.max(QUIET, QUIET_STEPS * 1000 * (pace(recent) ?? 0));
       charts.set(line);
       tiles(parts.tiles, facts, recent);
       newest(parts.table, id, recent);
@@ -50,8 +53,9 @@ export async function run(view, id) {
     title(parts.title, facts);
     more(parts.more, facts);
     if (facts.newest === null) fill(parts.tiles, h("div.notice", {}, "No step is committed yet."));
-    const goes = facts.state === "open" && facts.ms_since_commit < 30000;
-    view.live(goes ? "now" : "ended", goes ? "live" : facts.state === "open" ? `quiet, last commit ${ago(facts.committed_unix_ms)}` : facts.state);
+    const goes = facts.state === "open" && facts.ms_since_commit !== null && facts.ms_since_commit < alive;
+    const still = facts.newest === null ? "no commit yet" : `last commit ${ago(facts.committed_unix_ms)}`;
+    view.live(goes ? "now" : "ended", goes ? "live" : facts.state === "open" ? still : facts.state);
     return facts;
   }
 
@@ -87,10 +91,9 @@ function tiles(place, run, recent) {
   const totals = run.totals ?? {};
   const gain = mean(recent.batch_score.map((score, n) => (score === null || recent.uniform_score[n] === null ? null : score - recent.uniform_score[n])));
   const uniform = mean(recent.uniform_score);
-  const spent = (totals.reference_flops ?? 0) + (totals.learner_flops ?? 0) + (totals.selection_flops ?? 0) + (totals.discarded_flops ?? 0);
+  const spent = run.selection_flops ?? 0;
   const training = totals.train_flops ?? 0;
-  const wait = mean(recent.trainer_wait);
-  const pace = recent.step.length > 1 ? (recent.committed_unix_ms.at(-1) - recent.committed_unix_ms[0]) / 1000 / (recent.step.at(-1) - recent.step[0]) : null;
+  const wait = waited(recent), each = pace(recent);
   const version = recent.version.at(-1);
   const odd = recent.mode.filter((mode) => mode !== "normal").length;
   const of = `mean of the last ${plural(recent.step.length, "step")}`;
@@ -98,7 +101,7 @@ function tiles(place, run, recent) {
     tile("Batch score over uniform", gain === null ? "–" : signed(gain), null,
       gain === null ? "this policy reads no scores" : `uniform would score ${number(uniform)}; ${of}`, ".lead"),
     tile("Trainer waited", seconds(wait), wait === null ? null : " a step",
-      pace && wait !== null ? `${percent(Math.min(1, wait / pace))} of ${seconds(pace)} a step` : "for its batches"),
+      each && wait !== null ? `${percent(Math.min(1, wait / each))} of ${seconds(each)} a step` : "for its batches"),
     tile("Selection has cost", spent ? flops(spent) : "–", null,
       training ? `${number(spent / training)} times the training's ${flops(training)}` : "training is not known"),
     tile("Learner", version === null || version === undefined ? "–" : `v${count(version)}`, null,
@@ -146,7 +149,7 @@ class Charts {
       series: STAGES.map(([key, label, color]) => ({ key, label, color })),
     });
     this.wait = make({
-      title: "Trainer's wait", unit: "a step", zero: true, cut: true, text: seconds, tick: (x) => seconds(x, 2), note: "How long the slowest rank stood still for a batch.",
+      title: "Trainer's wait", unit: "a step", zero: true, cut: true, text: seconds, tick: (x) => seconds(x, 2), note: "How long the slowest rank stood still for a batch; 0 where it was ready.",
       series: [{ key: "trainer_wait", label: "waited", color: "--warn" }],
     });
     this.lag = make({
@@ -155,7 +158,7 @@ class Charts {
     });
     this.flops = make({
       title: "FLOPs so far", unit: "of the run", zero: true, text: flops, tick: (x) => flops(x, ""),
-      series: [{ key: "selection_so_far", label: "selection, scoring included", color: "--chosen" }, { key: "training_so_far", label: "training", color: "--passed" }],
+      series: [{ key: "selection_so_far", label: "selection, with scoring and probes", color: "--chosen" }, { key: "training_so_far", label: "training", color: "--passed" }],
     });
     this.all = [this.score, this.own, this.wait, this.time, this.flops, this.lag];
     this.element = h("div.charts", {}, this.all.map((chart) => chart.element));
@@ -165,7 +168,7 @@ class Charts {
     const bands = line.step.flatMap((step, n) => (line.mode[n] === "normal" ? [] : [{ from: step, to: line.step[n + 1] ?? step, color: `--mode-${line.mode[n]}`, label: `${words(line.mode[n])} mode` }]));
     this.score.set(line.step, line, bands);
     this.own.set(line.step, line);
-    this.wait.set(line.step, line);
+    this.wait.set(line.step, { trainer_wait: line.trainer_wait.map((wait) => wait ?? 0) });
     this.lag.set(line.step, line);
     this.time.set(line.step, line.seconds);
     this.flops.set(line.step, line);

@@ -119,7 +119,7 @@ function chunks(chosen, summary, view) {
   const at = (value) => (value - low) / (high - low || 1);
   const bar = (from, to, kind) => part(h(`i.${kind}`), { left: at(Math.min(from, to)), width: at(Math.max(from, to)) - at(Math.min(from, to)) });
   const line = ({ chunk, rows, own, added }) =>
-    h("div.chunk", { title: plural(rows.length, "example") }, h("span.dim.number", {}, chunk + 1), h("div.track", {}, part(h("i.zero"), { left: at(0), width: 0 }), bar(0, own, "own"), bar(own, own + added, "added")),
+    h("div.chunk", { title: plural(rows.length, "example") }, h("span.dim.number", {}, chunk), h("div.track", {}, part(h("i.zero"), { left: at(0), width: 0 }), bar(0, own, "own"), bar(own, own + added, "added")),
       h("span.number", {}, number(own + added)));
   return h("section.chart", {}, head, h("div.legend", {}, h("span", {}, h("i.own"), "own"), h("span", {}, h("i.added"), "added by batch-mates"), h("span.dim", {}, "mean of a chunk")),
     h("div.chunks", {}, known.map(line)));
@@ -133,7 +133,7 @@ class Table {
     const sort = h("select", { "aria-label": "Sort by", onchange: (event) => this.change({ sort: event.target.value }) }, SORTS.map(([value, text]) => h("option", { value }, text)));
     const drawn = [...new Set(chosen.map((row) => row.chunk))];
     const chunk = h("select", { "aria-label": "Chunk", onchange: (event) => this.change({ chunk: event.target.value }) },
-      h("option", { value: "" }, "All chunks"), drawn.map((chunk) => h("option", { value: chunk }, `Chunk ${chunk + 1}`)));
+      h("option", { value: "" }, "All chunks"), drawn.map((chunk) => h("option", { value: chunk }, `Chunk ${chunk}`)));
     const search = h("input", { type: "search", placeholder: "Search captions and ids  ( / )", "aria-label": "Search captions and ids" });
     search.addEventListener("input", () => this.change({ search: search.value.trim().toLowerCase() }));
     const side = choice("Side", [["chosen", `Chosen ${count(receipt.chosen_total)}`], ["passed", "Passed over"]], "chosen", (side) => {
@@ -210,7 +210,7 @@ class List {
     const told = row.chosen ? (row.added ? `${number(row.own)} own, ${signed(row.added)} by batch-mates` : "own score") : row.own === null || row.own === undefined ? "no score" : row.sampled ? "own score, sampled" : "own score";
     const button = h("button.row", { type: "button", onclick: () => table.onpick(row) },
       h("img", { src: api.pictureUrl(table.id, row.key, 128), alt: "", loading: "lazy", width: 64, height: 64 }),
-      h("span.what", {}, table.captions.place(row.key), h("span.id.dim", {}, row.chosen && table.receipt.summary.n_chunks > 1 ? `chunk ${row.chunk + 1} · ` : "", row.id), losses),
+      h("span.what", {}, table.captions.place(row.key), h("span.id.dim", {}, row.chosen && table.receipt.summary.n_chunks > 1 ? `chunk ${row.chunk} · ` : "", row.id), losses),
       h("span.score", {}, h("b", {}, number(score)), bars(row, table.scale), h("small.dim", {}, told)));
     return h("li", {}, button);
   }
@@ -234,7 +234,7 @@ function detail(view, id, row, captions) {
         h("dl", {}, fact("Score it was drawn with", row.chosen ? number(row.score, 5) : "passed over"), fact("Own score", number(row.own, 5)),
           row.chosen ? fact("Added by batch-mates", row.added === null ? "–" : signed(row.added, 5)) : null,
           fact("Learner's loss", number(row.learner_loss, 5)), fact("Reference's loss", number(row.reference_loss, 5)),
-          row.chosen ? fact("Chunk", String(row.chunk + 1)) : null, row.chosen && row.weight !== 1 ? fact("Weight", number(row.weight)) : null,
+          row.chosen ? fact("Chunk", String(row.chunk)) : null, row.chosen && row.weight !== 1 ? fact("Weight", number(row.weight)) : null,
           fact("Place in the data", count(row.position)), fact("Row", h("code", {}, row.id))),
         h("a.button", { href: api.link.example(id, row.key) }, "Each time it was a candidate"))),
     h("form", { method: "dialog" }, h("button", {}, "Close")));
