@@ -58,7 +58,17 @@ impl Inputs {
             Some(Input::Text) => None,
             _ => Some(preprocess(folder)?),
         };
-        let tokenizer = || Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder)?);
+        let tokenizer = || -> Result<Tokenizer> {
+            let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder)?)?;
+            let class = padding::class(folder.tokenizer_config_json.as_deref());
+            // open_clip's captions are cleaned here.
+            let is_siglip = folder.config.family == Family::Siglip
+                && class.is_some_and(|class| class.starts_with("SiglipTokenizer"));
+            if is_siglip {
+                tokenizer.check_siglip()?;
+            }
+            Ok(tokenizer)
+        };
         let words = match losses {
             None => Words::Caption(tokenizer()?),
             Some(form) => Words::Loss(form, form.has_text().then(tokenizer).transpose()?),

@@ -32,6 +32,12 @@ pub fn separator(tokenizer: &[u8], config: Option<&[u8]>) -> Option<i64> {
     id_of(&tokenizer, token.unwrap_or("[SEP]"))
 }
 
+/// Returns the class of transformers that the tokenizer was saved from.
+pub fn class(config: Option<&[u8]>) -> Option<String> {
+    let config: Value = serde_json::from_slice(config?).ok()?;
+    config.get("tokenizer_class")?.as_str().map(str::to_owned)
+}
+
 /// Returns a special token of `tokenizer_config.json`.
 fn named<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
     let token = config.get(key)?;

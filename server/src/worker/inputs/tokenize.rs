@@ -195,6 +195,24 @@ impl Tokenizer {
         self.digest
     }
 
+    /// Returns an error if the file lacks what transformers' `SiglipTokenizer` does before it: lower
+    /// case, and no punctuation. A file that was made of `spiece.model` alone lacks it.
+    ///
+    /// # Errors
+    /// `TokenizerMismatch`.
+    pub fn check_siglip(&self) -> Result<()> {
+        let ids = |caption: &str| self.encode(caption).ok();
+        if ids("Two DOGS, here!") == ids("two dogs here") {
+            return Ok(());
+        }
+        let message = format!(
+            "{FILE} is a SiglipTokenizer's, but it neither lower-cases captions nor takes their \
+             punctuation out, as that class does before it; python -m superbatch.siglip FOLDER \
+             makes one of spiece.model that does"
+        );
+        Err(Error::new(Reason::TokenizerMismatch, message).with("file", FILE))
+    }
+
     /// Returns exactly `length` ids: cut on the right with the special tokens kept, or padded on
     /// the right.
     ///
@@ -306,6 +324,28 @@ mod tests {
         let longer =
             Tokenizer::parse(json(TEMPLATE).as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap();
         assert_ne!(longer.digest(), tokenizer.digest());
+    }
+
+    #[test]
+    fn a_siglip_tokenizer_lower_cases_and_takes_punctuation_out() {
+        let words = |normalizer: &str| {
+            let json = json(TEMPLATE)
+                .replace(r#"{"type": "Lowercase"}"#, normalizer)
+                .replace(
+                    r#""a": 3, "b": 4, "c": 5"#,
+                    r#""two": 3, "dogs": 4, "here": 5"#,
+                );
+            Tokenizer::parse(json.as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap()
+        };
+        let as_saved = words(r#"{"type": "NFKC"}"#);
+        let error = as_saved.check_siglip().unwrap_err();
+        assert_eq!(error.reason(), Reason::TokenizerMismatch);
+        assert!(error.to_string().contains("superbatch.siglip"), "{error}");
+        let punctuation = r#"{"type": "Replace", "pattern": {"Regex": "[,!]"}, "content": ""}"#;
+        let made = format!(
+            r#"{{"type": "Sequence", "normalizers": [{{"type": "Lowercase"}}, {punctuation}]}}"#
+        );
+        words(&made).check_siglip().unwrap();
     }
 
     #[test]
