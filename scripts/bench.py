@@ -18,14 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs/bench.tsv"
 OUT = ROOT / "target/bench.tsv"
-BENCHES = ("kernels", "images", "step", "open", "service", "tars")
+BENCHES = ("kernels", "images", "step", "open", "service", "tars", "embed")
+#: Of some: torch.compile takes minutes, and a table of all should not wait for it.
+ARGUMENTS = {"embed": ["ARGS=--eager-only"]}
 MOVED = 0.1
 
 
 def run(name: str) -> dict[str, float]:
     """The ratios that `make bench-NAME` prints. Its output is shown as it comes."""
     print(f"== make bench-{name}", flush=True)
-    command = ["make", "--no-print-directory", f"bench-{name}"]
+    command = ["make", "--no-print-directory", f"bench-{name}", *ARGUMENTS.get(name, [])]
     ratios = {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as bench:
         assert bench.stdout is not None

@@ -136,7 +136,10 @@ def main() -> None:
         others = {which: value for which, value in found.items() if which != "ours"}
         for which, (seconds, processor) in others.items():
             wall, cpu = seconds / found["ours"][0], processor / found["ours"][1]
-            print(f"{name}: {wall:.2f} of {which}'s speed, {cpu:.2f} by processor time")
+            print(f"ratio\tEmbedding, {name}: speed of PyTorch {which}\t{wall:.3f}")
+            print(
+                f"ratio\tEmbedding, {name}: speed of PyTorch {which}, by processor time\t{cpu:.3f}"
+            )
 
 
 if __name__ == "__main__":
