@@ -1,14 +1,15 @@
-//! Decoding, resizing and tokenizing against Pillow and transformers, which
+//! Decoding, resizing and tokenizing against Pillow, transformers and open_clip, which
 //! `tests/python/preprocess_parity.py` runs.
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
 use serde::Deserialize;
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::inputs::{
     preprocess::{ImageLimits, Preprocess, decode},
     tokenize::{End, TextShape, Tokenizer},
 };
-use superbatch_server::worker::model::open_clip_config::Clean;
+use superbatch_server::worker::model::{ModelFolder, open_clip_config::Clean};
 
 const LIMITS: ImageLimits = ImageLimits {
     pixels_max: 1 << 24,
@@ -20,6 +21,7 @@ struct Cases {
     images: Vec<ImageCase>,
     processors: Vec<String>,
     tokens: Tokens,
+    open_clip: Vec<Cleaned>,
 }
 
 #[derive(Deserialize)]
@@ -36,6 +38,14 @@ struct Tokens {
     pad_id: i64,
     eos_id: i64,
     vocab_size: usize,
+    captions: Vec<String>,
+    ids: Vec<Vec<i64>>,
+}
+
+#[derive(Deserialize)]
+struct Cleaned {
+    clean: String,
+    strips: bool,
     captions: Vec<String>,
     ids: Vec<Vec<i64>>,
 }
@@ -133,7 +143,9 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
         "the script wrote too few cases"
     );
     normalisation(&processors, &read);
-    tokens(&cases.tokens, &read("tokenizer/tokenizer.json".to_owned()));
+    let json = read("tokenizer/tokenizer.json".to_owned());
+    tokens(&cases.tokens, &json);
+    captions_of_open_clip(&cases, &json, &built_in(&folder.path().join("built_in")));
     cut_jpegs_are_refused(&read("jpeg-q75-s2-64x48".to_owned()));
 }
 
@@ -171,6 +183,7 @@ fn tokens(tokens: &Tokens, json: &[u8]) {
         vocab_size: tokens.vocab_size,
         end: End::Id(tokens.eos_id),
         clean: Clean::Nothing,
+        separator: None,
     };
     let tokenizer = Tokenizer::parse(json, &shape).unwrap();
     for (caption, ids) in tokens.captions.iter().zip(&tokens.ids) {
@@ -178,6 +191,58 @@ fn tokens(tokens: &Tokens, json: &[u8]) {
     }
     println!("{} captions tokenized alike", tokens.captions.len());
     assert!(tokens.captions.len() > 5);
+}
+
+/// The service's tokenizer of a folder with the files of open_clip's built-in one.
+fn built_in(folder: &Path) -> Vec<u8> {
+    let stores = Stores::new(StorageConfig::default());
+    let location = stores
+        .open(&format!("file://{}", folder.display()))
+        .unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let folder = runtime.block_on(ModelFolder::fetch(&location)).unwrap();
+    folder.tokenizer_json.to_vec()
+}
+
+fn captions_of_open_clip(cases: &Cases, json: &[u8], built_in: &[u8]) {
+    let transformers = |clean, separator| TextShape {
+        length: cases.open_clip[0].ids[0].len(),
+        pad_id: cases.tokens.pad_id,
+        vocab_size: cases.tokens.vocab_size,
+        end: End::Anywhere,
+        clean,
+        separator,
+    };
+    let mut wrong = Vec::new();
+    for case in &cases.open_clip {
+        let separator = case.strips.then_some(cases.tokens.eos_id);
+        let (json, shape) = match case.clean.as_str() {
+            "whitespace" => (json, transformers(Clean::Whitespace, separator)),
+            "lower" => (json, transformers(Clean::Lower, separator)),
+            "canonicalize" => (json, transformers(Clean::Canonicalize, separator)),
+            _ => (
+                built_in,
+                TextShape {
+                    length: 77,
+                    pad_id: 0,
+                    vocab_size: 49_408,
+                    end: End::Largest,
+                    clean: Clean::Lower,
+                    separator: None,
+                },
+            ),
+        };
+        let tokenizer = Tokenizer::parse(json, &shape).unwrap();
+        for (caption, ids) in case.captions.iter().zip(&case.ids) {
+            if tokenizer.encode(caption).unwrap() != *ids {
+                wrong.push(format!("{}: {caption:?}", case.clean));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let compared: usize = cases.open_clip.iter().map(|case| case.captions.len()).sum();
+    println!("{compared} captions tokenized as open_clip does");
+    assert!(compared > 100, "the script wrote too few captions");
 }
 
 fn cut_jpegs_are_refused(bytes: &[u8]) {

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image, ImageOps
 from tokenizers import (
     Tokenizer,
@@ -52,6 +53,28 @@ CAPTIONS = [
     "word " * 50,
     "</s> special <s> text <pad>",
     "0123456789" * 9,
+]
+
+#: What the web has, of which ftfy and html.unescape mend some.
+HOSTILE = [
+    *CAPTIONS[:-2],
+    "a dog\u2019s house &amp; garden",
+    "\u201cquoted\u201d \u2018single\u2019 \u02bcn \u201elow\u201f",
+    "&lt;b&gt;bold&lt;/b&gt; &amp;lt; &amp;amp;amp; &copy 2020 &notit; &nosuch; &",
+    "<p>Fish &amp;amp; chips</p>\n&amp;amp; more",
+    "caf&eacute; CAF&EACUTE; STRA&SZLIG;E &#233; &#xe9; &#128; &#x1F600; &#0; &#99999999;",
+    "this&not that &ampere &#12ab; &#; &#x;",
+    "\ufb02u\ufb03e\ufb06 \u0149 \u01c4 \u0132",
+    "\uff2c\uff2f\uff35\uff24\u3000\uff2e\uff2f\uff29\uff33\uff25 \uff80\uff9e \uffe3",
+    "e\u0301 n\u0303 A\u030a \u1112\u1161\u11ab \u0958",
+    "one\r\ntwo\rthree\u2028four\u2029five\x0bsix\x0cseven",
+    "\x1b[36;44mblue\x1b[0m \x1b[x \x07bell\x7f\ufeff \ufffc",
+    "non\xa0breaking\u200bzero\u2003wide\u202fnarrow\u00ad",
+    "\u0130stanbul \u039f\u0394\u039f\u03a3 STRASSE \u1e9e",
+    "snake_case __init__ $5.00 50% #tag @user (c) [x] {y} ~`^|\\",
+    "it's they're I'VE we'll 'tis '' \"\"",
+    "12345 3\u00bd x\u00b2 \u2460 \u0663\u0664",
+    "\u2026\u2014\u2013\u2022\u2122 na\u00efve r\u00e9sum\u00e9 \U0001f469\u200d\U0001f52c",
 ]
 
 
@@ -283,13 +306,50 @@ def write_tokenizer(folder):
     ends = [(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
     )
     tokenizer.save_pretrained(folder / "tokenizer")
     length = 16
     ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=length)["input_ids"]
     shape = {"length": length, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     return {**shape, "vocab_size": len(tokenizer), "captions": CAPTIONS, "ids": ids}
+
+
+def write_open_clip(folder, length):
+    """What open_clip's two kinds of tokenizers make of hostile captions, cleaned as they do it."""
+    path = str(folder / "tokenizer")
+    cases = []
+    for clean, strips in (
+        ("whitespace", False),
+        ("lower", False),
+        ("canonicalize", False),
+        ("whitespace", True),
+    ):
+        own = HFTokenizer(path, context_length=length, clean=clean, strip_sep_token=strips)
+        ids = own(HOSTILE).tolist()
+        cases.append({"clean": clean, "strips": strips, "captions": HOSTILE, "ids": ids})
+    own = SimpleTokenizer()
+    write_built_in(folder / "built_in", own)
+    ids = own(HOSTILE).tolist()
+    cases.append({"clean": "built_in", "strips": False, "captions": HOSTILE, "ids": ids})
+    return cases
+
+
+def write_built_in(folder, own):
+    """The vocabulary of open_clip's built-in tokenizer, as CLIP's older folders have it."""
+    folder.mkdir()
+    named = {own.sot_token_id: "<|startoftext|>", own.eot_token_id: "<|endoftext|>"}
+    vocabulary = {named.get(id, token): id for token, id in own.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = sorted(own.bpe_ranks, key=own.bpe_ranks.get)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    config = {"model_cfg": {"embed_dim": 512}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
 def main(folder):
@@ -299,6 +359,7 @@ def main(folder):
         "processors": write_processors(folder, rng),
         "tokens": write_tokenizer(folder),
     }
+    cases["open_clip"] = write_open_clip(folder, length=80)
     (folder / "cases.json").write_text(json.dumps(cases))
 
 

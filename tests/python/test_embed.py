@@ -49,6 +49,7 @@ def test_a_run_finds_what_was_embedded_ahead(inputs, data, tmp_path):
         made = embeds(cluster.state, inputs / "reference", data)
         assert (made["rows"], made["blocks"], made["blocks_kept"]) == (ROWS, ROWS // BLOCK, 0)
         assert made["faults"] == 1 and made["flops"] > 0
+        assert made["micro_batch_rows"] == 64, "a CPU's"
         asked = finite(inputs, data.as_uri(), "ahead", [phase()])
         run, receipts = train(superbatch.connect(cluster.address), asked, inputs)
         costs = [receipt.summary.cost for receipt in receipts]

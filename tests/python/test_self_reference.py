@@ -2,6 +2,7 @@
 binary.
 """
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,32 @@ def test_a_smaller_proxy_chooses_for_the_model_that_is_trained(inputs, service, 
     with pytest.raises(superbatch.Error, match="shape"):
         run.push_weights(large, step=3)
         run.flush()
+
+
+def push_proxy(address, asked, proxy) -> None:
+    """In a process of its own. Of whole tensors only rank 0 pushes, so it says that it is."""
+    run = superbatch.connect(address).open_run(asked)
+    small = load_file(proxy / "model.safetensors")
+    run.push_weights(small, step=0, rank=1)
+    assert run.flush() is None, "another rank pushes nothing"
+    for step in range(2):
+        run.push_weights(small, step=step, rank=0)
+    run.flush()
+
+
+def test_a_proxy_is_pushed_by_a_process_of_its_own(inputs, service, proxy):
+    """This process asks for batches and trains the large model; another one trains the proxy."""
+    learner = superbatch.Learner(
+        model_uri=proxy.as_uri(), snapshot_uri=(proxy / "model.safetensors").as_uri()
+    )
+    asked = spec(inputs, "proxy-apart", learner=learner, reference=proxy.as_uri())
+    run = superbatch.connect(service.address).open_run(asked)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pushed = pool.apply_async(push_proxy, (service.address, asked, proxy))
+        # The other process may be behind: waiting for it is no stall.
+        places = {"rank": 0, "world_size": 1, "start_step": 0, "end_step": 4}
+        steps = [batch.step for batch in run.batches(**places, need_after=60)]
+        pushed.get(60)
+    assert steps == [0, 1, 2, 3]
+    # With the default lag the last step needs what was left behind by step 1.
+    assert run.receipt(3).summary.learner.step == 1

@@ -11,8 +11,8 @@ import superbatch
 import torch
 from PIL import Image
 from superbatch.torch import ImageText, sigmoid_loss, softmax_loss
-from superbatch.torch.folders import TokenIds
-from transformers import AutoImageProcessor, CLIPModel, SiglipModel
+from superbatch.torch.folders import Pixels, TokenIds
+from transformers import AutoImageProcessor, CLIPImageProcessor, CLIPModel, SiglipModel
 
 from examples.demo import tiny
 
@@ -77,3 +77,22 @@ def test_the_losses_are_those_of_transformers(folder, tmp_path):
     out = clip(**inputs(clip_folder), return_loss=True)
     loss = softmax_loss(out.image_embeds, out.text_embeds, clip.logit_scale.exp())
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 24])
+def test_low_pixels_are_those_of_a_processor_of_that_side(folder, tmp_path, side):
+    low = ImageText.of_folder(folder, low=superbatch.Approximation(resolution=side)).low
+    size = {"height": side, "width": side}
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False, size=size)
+    expected = processor(pictures()[0], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(low(pictures()[0]), expected)
+    # Other ways take the images as they are.
+    same = ImageText.of_folder(folder, low=superbatch.Approximation(patch_dropout=0.5))
+    assert torch.equal(same.low(pictures()[0]), same.image(pictures()[0]))
+    # A crop keeps its share of the resized image.
+    clip = CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32)
+    clip.save_pretrained(tmp_path)
+    cut = Pixels(tmp_path, side)(pictures()[0])
+    edge = round(36 * side / 32)
+    clip = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=side)
+    assert torch.equal(cut, clip(pictures()[0], return_tensors="pt")["pixel_values"][0])

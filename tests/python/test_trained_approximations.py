@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from blake3_words import derived_word
 from cluster import BINARY
-from superbatch.torch import TwoFidelities, by_fidelity, sigmoid_loss
+from superbatch.torch import (
+    ImageText,
+    SelectedBatches,
+    TwoFidelities,
+    by_fidelity,
+    sigmoid_loss,
+)
 from superbatch.torch.fidelities import embedded
 from superbatch.torch.ways import way_of
 from test_approximations import ALL, flexi, inputs, name_of, service  # noqa: F401
@@ -135,3 +141,34 @@ def test_a_trainer_trains_half_of_each_batch_so(inputs, service, low):
     assert list(state) == list(first) and not torch.equal(state[kernel], first[kernel])
     assert run.verify_weights(state).equal
     assert run.receipt(3).summary.fidelity == "approximate"
+
+
+@pytest.mark.parametrize("low", [ALL[0], superbatch.Approximation(resolution=8)], ids=name_of)
+def test_a_loader_gives_both_fidelities(inputs, service, low):
+    """As the recipes train: by `SelectedBatches` and the transform of the learner's folder."""
+    asked = flexi(inputs, f"loader-{name_of(low)}", low)
+    model = load(inputs / "learner").train()
+    both, optimizer = TwoFidelities(model, low), torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def loader(transform):
+        places = {"rank": 0, "world_size": 1, "start_step": 0, "end_step": 3}
+        batches = SelectedBatches(service.address, asked, transform=transform, **places)
+        return batches.open_run(), batches.loader()
+
+    run, batches = loader(ImageText.of_folder(inputs / "learner", low=low))
+    for step, (full, low_images, texts) in enumerate(batches):
+        side = low.resolution or 16
+        assert full.shape == (12, 3, 16, 16) and low_images.shape == (12, 3, side, side)
+        assert len(texts) == 24
+        images, captions, scale, bias = both(full, low_images, texts)
+        loss = sigmoid_loss(F.normalize(images), F.normalize(captions), scale, bias)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.push_weights(model.state_dict(), step=step)
+    run.flush()
+    assert step == 2 and torch.isfinite(loss)
+    # A transform of one size would train nothing low: it is an error at the first step.
+    _, plain = loader(ImageText.of_folder(inputs / "learner"))
+    with pytest.raises(superbatch.InvalidArgument, match="low: rows of step 0"):
+        next(iter(plain))

@@ -68,6 +68,44 @@ def test_names_make_a_dict_and_columns_come_along():
         ImageText(first_pixel, lengths, extra={"return_loss": True})
 
 
+def fidelities(low: list[bool]) -> superbatch.Batch:
+    rows = batch([png(shade) for shade in range(len(low))]).record_batch
+    kinds = pyarrow.array(["approximate" if is_low else "full" for is_low in low])
+    return superbatch.Batch(rows.append_column("_superbatch_fidelity", kinds), {}, 3, 0, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_low_rows_get_a_transform_of_their_own(threads):
+    def twice(picture: Image.Image) -> torch.Tensor:
+        return torch.cat([first_pixel(picture)] * 2)
+
+    transform = ImageText(
+        first_pixel, lengths, low=twice, columns=("_superbatch_weight",), threads=threads
+    )
+    mixed = fidelities([True, False, True, False, False])
+    full, low, texts, weights = transform(mixed)
+    assert full.tolist() == [[shade] * 3 for shade in (1, 3, 4)]
+    assert low.tolist() == [[shade] * 6 for shade in (0, 2)]
+    assert len(texts) == 5 and weights.tolist() == [1 / 2, 1 / 4, 1 / 5, 1, 1 / 3]
+    full, low, texts, _ = transform(fidelities([False, False]))
+    assert full.shape == (2, 3) and low.shape == (0, 3) and len(texts) == 2
+    full, low, texts, _ = transform(fidelities([True]))
+    assert full.shape == (0, 6) and low.shape == (1, 6)
+    named = ImageText(first_pixel, lengths, low=twice, names=("pixels", "ids"))(mixed)
+    assert [(name, len(part)) for name, part in named.items()] == [
+        ("pixels", 3),
+        ("low_pixels", 2),
+        ("ids", 5),
+    ]
+
+
+def test_low_rows_without_a_transform_are_an_error():
+    plain = ImageText(first_pixel, lengths)
+    assert len(plain(fidelities([False, False]))[0]) == 2
+    with pytest.raises(superbatch.InvalidArgument, match="low: rows of step 3 are to be trained"):
+        plain(fidelities([False, True]))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_image_that_cannot_be_read_is_named(threads):
     with pytest.raises(OSError, match="cannot identify") as caught:

@@ -6,6 +6,7 @@ use self::written::{About, Out};
 use super::{ConfigArgs, inspect::uri_of, open_state, progress::Progress};
 use crate::{
     config::Config,
+    coordinator::spec,
     dataset::{self, Manifest, SourceRequest, counted},
     error::{Error, Result},
     worker::{Asked, Embedder, Worker},
@@ -84,10 +85,9 @@ pub struct EmbedArgs {
     /// Arithmetic of the model; a run's compute_dtype [default: bf16 on CUDA, f32 on a CPU]
     #[arg(long, value_enum)]
     compute_dtype: Option<Arithmetic>,
-    /// Rows that go through the model together
-    #[arg(long, value_name = "N", default_value = "64",
-        value_parser = clap::value_parser!(u32).range(1..=4096))]
-    micro_batch_rows: u32,
+    /// Rows that go through the model together [default: 256 on CUDA, 64 on a CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    micro_batch_rows: Option<u32>,
     #[command(flatten)]
     pub settings: ConfigArgs,
     /// Print one JSON object instead of text
@@ -119,6 +119,7 @@ struct Done {
     files: usize,
     /// Files that were there already.
     files_kept: usize,
+    micro_batch_rows: usize,
 }
 
 /// # Errors
@@ -141,8 +142,8 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
     });
     let requests: Vec<SourceRequest> = requests.collect();
     let manifest = Arc::new(dataset::index(&stores, Some(&state), &requests).await?);
-    let asked = asked(args, manifest.save(&state).await?)?;
     let worker = Worker::new(&config.worker, stores.clone(), state.clone())?;
+    let asked = asked(args, manifest.save(&state).await?, &worker.info().device)?;
     let embedder = worker.embedder(asked.clone()).await?;
     check_gives(args, embedder.gives_losses(), embedder.reads_texts())?;
     let about = About {
@@ -157,7 +158,10 @@ pub async fn run(config: &Config, args: &EmbedArgs) -> Result<String> {
         Some(out) => Some(Out::open(stores.open(&uri_of(out)?)?, &about).await?),
         None => None,
     };
-    let done = embed(&manifest, &embedder, asked.dtype, out.as_ref()).await?;
+    let done = Done {
+        micro_batch_rows: asked.micro_batch_rows,
+        ..embed(&manifest, &embedder, asked.dtype, out.as_ref()).await?
+    };
     Ok(if args.json {
         format!("{}\n", done.json(&about))
     } else {
@@ -192,7 +196,7 @@ fn check_gives(args: &EmbedArgs, gives_losses: bool, reads_texts: bool) -> Resul
     ))
 }
 
-fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
+fn asked(args: &EmbedArgs, manifest: String, device: &str) -> Result<Asked> {
     let by = args.resolution.map(By::Resolution);
     let by = by.or(args.patch.map(By::Patch));
     let by = by.or(args.patch_dropout.map(By::PatchDropout));
@@ -214,7 +218,10 @@ fn asked(args: &EmbedArgs, manifest: String) -> Result<Asked> {
             Width::F16 => EmbeddingDtype::F16,
             Width::F32 => EmbeddingDtype::F32,
         },
-        micro_batch_rows: args.micro_batch_rows as usize,
+        micro_batch_rows: match args.micro_batch_rows {
+            Some(rows) => rows,
+            None => spec::micro_batch_rows_on(device),
+        } as usize,
     })
 }
 
@@ -318,6 +325,7 @@ impl Done {
             "flops": self.flops,
             "files": self.files,
             "files_kept": self.files_kept,
+            "micro_batch_rows": self.micro_batch_rows,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! One example: every step in which it was a candidate, with the outcome.
 use super::{
     Known, Page,
-    answer::{Answer, Json},
+    answer::Answer,
     pictures::{Place, place},
     steps::key,
 };

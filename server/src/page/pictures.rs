@@ -3,7 +3,7 @@
 //! chose.
 use super::{
     Known, Page,
-    answer::{Answer, Failed, Json, number, text},
+    answer::{Answer, Failed, number, text},
     shares::Taken,
 };
 use crate::{

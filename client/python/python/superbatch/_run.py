@@ -132,7 +132,9 @@ class Run:
         go back first: `run.rewind(step, mode="reselect")`.
 
         Every rank may call it: rank 0 pushes what is replicated, and each rank its shards of
-        DTensors (FSDP 2). Entries that are not floating point are left out, and the prefixes of
+        DTensors (FSDP 2). A model that one process alone trains, such as a smaller proxy, is pushed
+        with `rank=0` by that process, whatever its rank: others push nothing of whole tensors.
+        Entries that are not floating point are left out, and the prefixes of
         DistributedDataParallel and torch.compile are taken off the names.
 
         dtype: "bf16", "f16" or "f32" to cast to; by default tensors stay as they are, and other

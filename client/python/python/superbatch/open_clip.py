@@ -92,8 +92,8 @@ def built_in(tokenizer: Any) -> Any:
     made = Tokenizer(
         models.BPE(tokenizer.encoder, merges, unk_token=last, end_of_word_suffix="</w>")
     )
-    # Curled quotes are straightened as ftfy does it. What else that mends (mojibake, HTML entities)
-    # is left as it is.
+    # The service cleans captions before it tokenizes them. What cleans alike here is for others who
+    # read the file.
     straight = [
         normalizers.Replace(Regex(curled), to)
         for curled, to in (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))

@@ -77,14 +77,16 @@ fn library(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Option<&'static 
     }
     if is_open_clip(name) && !own_is_open_clip {
         let hint = "these are open_clip's names: give the run a folder of open_clip \
-                    (superbatch.open_clip.export writes it)";
+                    (superbatch.open_clip.export writes it); a folder that has config.json and \
+                    model.safetensors too is read as one of transformers, so take these two out";
         return Some(hint);
     }
     let is_transformers = name.starts_with("vision_model.") || name.starts_with("text_model.");
     if is_transformers && own_is_open_clip {
         return Some(
             "these are transformers' names, and the run's folder is open_clip's: give it one of \
-             transformers",
+             transformers; one that has both libraries' files is read as transformers' if \
+             open_clip_config.json is taken out",
         );
     }
     if name.ends_with("weight_scale") || name.ends_with("absmax") || name.contains("quant_state") {
@@ -138,6 +140,7 @@ mod tests {
             hint("encoder.layers.0.self_attn.q_proj.weight").contains("it has 'text_model.encoder")
         );
         assert!(hint("positional_embedding").contains("open_clip"));
+        assert!(hint("visual.conv1.weight").contains("take these two out"));
         assert!(hint("visual.proj").contains("superbatch.open_clip.export"));
         assert!(hint("base_model.model.lora_A.weight").contains("PEFT"));
         assert_eq!(hint("optimizer.state"), "", "nothing is near");

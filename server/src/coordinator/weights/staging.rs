@@ -16,6 +16,9 @@ use superbatch_proto::{
     v1::{PartHeader, Reason, TensorDtype},
 };
 
+/// Ranks that a message names.
+const RANKS_SHOWN: usize = 16;
+
 /// A place for a part that was announced by its header.
 #[derive(Debug)]
 struct Slot {
@@ -328,8 +331,8 @@ impl Staged {
     }
 
     /// Returns the refusal of a push that did not become whole in time: the number of missing
-    /// parts, and the first tensor.
-    pub fn incomplete(&self) -> Error {
+    /// parts, the ranks that brought the others, and the first tensor.
+    pub fn incomplete(&self, ranks: &[u32]) -> Error {
         let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
         let first = self.shape.tensors.iter().find(|(name, shape)| {
             if self.shape.optional.contains(*name) {
@@ -348,11 +351,20 @@ impl Staged {
         });
         let first = first.map_or("", |(name, _)| name);
         let expected = self.expected;
+        let shown: Vec<String> = ranks.iter().take(RANKS_SHOWN).map(u32::to_string).collect();
+        let more = if ranks.len() > shown.len() {
+            ", …"
+        } else {
+            ""
+        };
         refused(
             first,
             format!(
                 "{missing} of {expected} parts did not come within \
-                coordinator.push_deadline_seconds"
+                 coordinator.push_deadline_seconds, only those of rank {}{more}: each rank that \
+                 holds a part calls push_weights for the step (under FSDP, all ranks), and \
+                 expected_parts counts the parts of all of them",
+                shown.join(", ")
             ),
         )
     }

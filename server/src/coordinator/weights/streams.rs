@@ -87,7 +87,7 @@ impl Weights {
         match sent {
             Ok(()) => member.end(),
             Err(Fault::Broken(e)) => return Err(e),
-            Err(Fault::Refused(e)) => member.refuse(|_| e),
+            Err(Fault::Refused(e)) => member.refuse(|_, _| e),
         }
         if let Ok(answer) = timeout(self.0.spec.push_deadline, member.wait_for_answer()).await {
             return answer;

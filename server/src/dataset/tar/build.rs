@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result},
     storage::Location,
 };
-use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures::{FutureExt, TryStreamExt, stream::FuturesOrdered};
 use object_store::ObjectMeta;
 use std::collections::{BTreeSet, VecDeque};
 use superbatch_proto::v1::Reason;
@@ -62,21 +62,32 @@ pub(in crate::dataset) async fn index_shards(
         // A tar is walked and its rows are kept or left out by one future, and all of them by one
         // stream: requests of futures that nobody polls would stand still until the store takes
         // them for lost.
-        let first: BoxFuture<'_, Result<Looked>> = keep(filter, layout, path, file, survey).boxed();
-        let others = files.into_iter().map(|(path, file)| {
-            let look = async move {
-                let survey = survey_kept(state, &file).await?;
-                keep(filter, layout, path, file, survey).await
+        let mut looks = FuturesOrdered::new();
+        looks.push_back(keep(filter, layout, path, file, survey).boxed());
+        loop {
+            while looks.len() < TARS_AT_ONCE
+                && let Some((path, file)) = files.pop_front()
+            {
+                looks.push_back(look(state, filter, layout, path, file).boxed());
+            }
+            let Some(looked) = looks.try_next().await? else {
+                break;
             };
-            look.boxed()
-        });
-        let looks = std::iter::once(first).chain(others);
-        let mut looked = stream::iter(looks).buffered(TARS_AT_ONCE);
-        while let Some(next) = looked.try_next().await? {
-            source.add(next);
+            source.add(looked);
         }
     }
     source.finish(request, filter, root_uri)
+}
+
+async fn look(
+    state: Option<&Location>,
+    filter: &Filter,
+    layout: &Layout,
+    path: String,
+    file: ShardFile,
+) -> Result<Looked> {
+    let survey = survey_kept(state, &file).await?;
+    keep(filter, layout, path, file, survey).await
 }
 
 /// A source under construction. Its shards are added in the order of their paths.

@@ -1,5 +1,6 @@
 //! From stored bytes to what a model takes: decoding, resizing, tokenizing.
 pub(super) mod captions;
+mod clean;
 pub mod decode_pool;
 pub(super) mod images;
 pub mod model_inputs;

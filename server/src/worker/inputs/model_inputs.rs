@@ -58,7 +58,17 @@ impl Inputs {
             Some(Input::Text) => None,
             _ => Some(preprocess(folder)?),
         };
-        let tokenizer = || Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder));
+        let tokenizer = || -> Result<Tokenizer> {
+            let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder)?)?;
+            let class = padding::class(folder.tokenizer_config_json.as_deref());
+            // open_clip's captions are cleaned here.
+            let is_siglip = folder.config.family == Family::Siglip
+                && class.is_some_and(|class| class.starts_with("SiglipTokenizer"));
+            if is_siglip {
+                tokenizer.check_siglip()?;
+            }
+            Ok(tokenizer)
+        };
         let words = match losses {
             None => Words::Caption(tokenizer()?),
             Some(form) => Words::Loss(form, form.has_text().then(tokenizer).transpose()?),
@@ -221,7 +231,9 @@ fn key_of(image: &[u8]) -> u64 {
     u64::from_le_bytes(word)
 }
 
-fn text_shape(folder: &ModelFolder) -> TextShape {
+/// # Errors
+/// `TokenizerMismatch` if the model strips a separator that the tokenizer lacks.
+fn text_shape(folder: &ModelFolder) -> Result<TextShape> {
     let text = &folder.config.text;
     let (end, clean) = match folder.config.family {
         Family::Siglip | Family::Exported => (End::Anywhere, Clean::Nothing),
@@ -249,11 +261,26 @@ fn text_shape(folder: &ModelFolder) -> TextShape {
             (text.max_position_embeddings, text.vocab_size, pad_id)
         }
     };
-    TextShape {
+    let separator = match folder.config.family {
+        Family::OpenClip(form) if form.strips_separator => Some(separator(folder)?),
+        _ => None,
+    };
+    Ok(TextShape {
         length,
         pad_id,
         vocab_size,
         end,
         clean,
-    }
+        separator,
+    })
+}
+
+fn separator(folder: &ModelFolder) -> Result<i64> {
+    let config = folder.tokenizer_config_json.as_deref();
+    padding::separator(&folder.tokenizer_json, config).ok_or_else(|| {
+        let message = "the model strips the separator (strip_sep_token), but tokenizer.json has \
+                       none; save the tokenizer with save_pretrained, which writes \
+                       tokenizer_config.json too";
+        Error::new(Reason::TokenizerMismatch, message).with("file", "tokenizer.json")
+    })
 }

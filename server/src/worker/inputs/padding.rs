@@ -12,15 +12,36 @@ pub fn declared(tokenizer: &[u8], config: Option<&[u8]>, by_name: bool) -> Optio
         return Some(id);
     }
     let config: Option<Value> = config.and_then(|config| serde_json::from_slice(config).ok());
-    let token = config.as_ref().and_then(|config| {
-        let token = config.get("pad_token")?;
-        token.as_str().or_else(|| token.get("content")?.as_str())
-    });
+    let token = config
+        .as_ref()
+        .and_then(|config| named(config, "pad_token"));
     match token {
         Some(token) => id_of(&tokenizer, token),
         None if by_name => id_of(&tokenizer, "<pad>"),
         None => None,
     }
+}
+
+/// Returns the id of the separator that the tokenizer's files name; by default BERT's `[SEP]`.
+pub fn separator(tokenizer: &[u8], config: Option<&[u8]>) -> Option<i64> {
+    let tokenizer: Value = serde_json::from_slice(tokenizer).ok()?;
+    let config: Option<Value> = config.and_then(|config| serde_json::from_slice(config).ok());
+    let token = config
+        .as_ref()
+        .and_then(|config| named(config, "sep_token"));
+    id_of(&tokenizer, token.unwrap_or("[SEP]"))
+}
+
+/// Returns the class of transformers that the tokenizer was saved from.
+pub fn class(config: Option<&[u8]>) -> Option<String> {
+    let config: Value = serde_json::from_slice(config?).ok()?;
+    config.get("tokenizer_class")?.as_str().map(str::to_owned)
+}
+
+/// Returns a special token of `tokenizer_config.json`.
+fn named<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
+    let token = config.get(key)?;
+    token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 fn id_of(tokenizer: &Value, token: &str) -> Option<i64> {
@@ -60,5 +81,14 @@ mod tests {
             declared(br#"{"model": {"vocab": {"<pad>": 1}}}"#, None, true),
             Some(1)
         );
+    }
+
+    #[test]
+    fn the_separator_is_found_by_its_name() {
+        let bert = br#"{"added_tokens": [{"id": 102, "content": "[SEP]"}],
+            "model": {"vocab": {"[SEP]": 102, "<end>": 7}}}"#;
+        assert_eq!(separator(bert, None), Some(102));
+        assert_eq!(separator(bert, Some(br#"{"sep_token": "<end>"}"#)), Some(7));
+        assert_eq!(separator(bert, Some(br#"{"sep_token": "</s>"}"#)), None);
     }
 }

@@ -3,12 +3,14 @@
 //! That file is followed to the letter, its normalizer included. The slow SigLIP tokenizer of
 //! `transformers` also removes punctuation and lowercases in Python; a `tokenizer.json` that should
 //! do so says it in its normalizer.
-use super::preprocess::RowFault;
+use super::{
+    clean::{self, clean},
+    preprocess::RowFault,
+};
 use crate::{
     error::{Error, Result},
     worker::model::open_clip_config::Clean,
 };
-use std::borrow::Cow;
 use superbatch_proto::v1::{BadRowReason, Reason};
 use tokenizers::{
     PaddingDirection, PaddingParams, PaddingStrategy, PostProcessor, TruncationParams,
@@ -30,6 +32,8 @@ pub struct TextShape {
     /// How the tower finds the token at which it pools.
     pub end: End,
     pub clean: Clean,
+    /// The separator's id, if it is 0 to the model.
+    pub separator: Option<i64>,
 }
 
 /// How a tower finds the end of a caption.
@@ -48,6 +52,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     length: usize,
     clean: Clean,
+    separator: Option<i64>,
     digest: [u8; 32],
 }
 
@@ -110,12 +115,16 @@ impl Tokenizer {
             .update(&(text.length as u64).to_le_bytes())
             .update(&text.pad_id.to_le_bytes());
         if text.clean != Clean::Nothing {
-            hasher.update(format!("{:?}", text.clean).as_bytes());
+            hasher.update(format!("{:?} {}", text.clean, clean::VERSION).as_bytes());
+        }
+        if let Some(separator) = text.separator {
+            hasher.update(&separator.to_le_bytes());
         }
         let tokenizer = Self {
             inner,
             length: text.length,
             clean: text.clean,
+            separator: text.separator,
             digest: *hasher.finalize().as_bytes(),
         };
         tokenizer.probe(text)?;
@@ -170,8 +179,12 @@ impl Tokenizer {
             Clean::Lower => "white space made single, lower case, ",
             Clean::Canonicalize => "no punctuation, lower case, ",
         };
+        let separator = match self.separator {
+            Some(id) => format!(", id {id} made 0"),
+            None => String::new(),
+        };
         format!(
-            "{FILE}, {} entries; captions {clean}cut or padded{pad} to {}",
+            "{FILE}, {} entries; captions {clean}cut or padded{pad} to {}{separator}",
             self.inner.get_vocab_size(true),
             self.length
         )
@@ -180,6 +193,24 @@ impl Tokenizer {
     /// Returns BLAKE3 of the file, the length and the padding.
     pub fn digest(&self) -> [u8; 32] {
         self.digest
+    }
+
+    /// Returns an error if the file lacks what transformers' `SiglipTokenizer` does before it: lower
+    /// case, and no punctuation. A file that was made of `spiece.model` alone lacks it.
+    ///
+    /// # Errors
+    /// `TokenizerMismatch`.
+    pub fn check_siglip(&self) -> Result<()> {
+        let ids = |caption: &str| self.encode(caption).ok();
+        if ids("Two DOGS, here!") == ids("two dogs here") {
+            return Ok(());
+        }
+        let message = format!(
+            "{FILE} is a SiglipTokenizer's, but it neither lower-cases captions nor takes their \
+             punctuation out, as that class does before it; python -m superbatch.siglip FOLDER \
+             makes one of spiece.model that does"
+        );
+        Err(Error::new(Reason::TokenizerMismatch, message).with("file", FILE))
     }
 
     /// Returns exactly `length` ids: cut on the right with the special tokens kept, or padded on
@@ -194,7 +225,11 @@ impl Tokenizer {
             .inner
             .encode_fast(clean(read, self.clean).as_ref(), true)
             .map_err(|e| invalid(e.to_string()))?;
-        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        let id = |&id: &u32| match i64::from(id) {
+            id if self.separator == Some(id) => 0,
+            id => id,
+        };
+        let ids: Vec<i64> = encoding.get_ids().iter().map(id).collect();
         if ids.len() != self.length {
             return Err(invalid(format!(
                 "{} ids, the model takes {}",
@@ -204,24 +239,6 @@ impl Tokenizer {
         }
         Ok(ids)
     }
-}
-
-/// Cleans a caption as open_clip does before it tokenizes.
-fn clean(caption: &str, how: Clean) -> Cow<'_, str> {
-    let spaced = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    Cow::Owned(match how {
-        Clean::Nothing => return Cow::Borrowed(caption),
-        Clean::Whitespace => spaced(caption),
-        Clean::Lower => spaced(caption).to_lowercase(),
-        Clean::Canonicalize => {
-            let text = caption.replace('_', " ");
-            spaced(
-                &text
-                    .replace(|c: char| c.is_ascii_punctuation(), "")
-                    .to_lowercase(),
-            )
-        }
-    })
 }
 
 /// Returns the part of a caption that is tokenized. It ends with a whole word, if there is a space.
@@ -254,6 +271,7 @@ mod tests {
         vocab_size: 6,
         end: End::Id(2),
         clean: Clean::Nothing,
+        separator: None,
     };
 
     /// Words a, b, c between <s> and </s>.
@@ -306,6 +324,67 @@ mod tests {
         let longer =
             Tokenizer::parse(json(TEMPLATE).as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap();
         assert_ne!(longer.digest(), tokenizer.digest());
+    }
+
+    #[test]
+    fn a_siglip_tokenizer_lower_cases_and_takes_punctuation_out() {
+        let words = |normalizer: &str| {
+            let json = json(TEMPLATE)
+                .replace(r#"{"type": "Lowercase"}"#, normalizer)
+                .replace(
+                    r#""a": 3, "b": 4, "c": 5"#,
+                    r#""two": 3, "dogs": 4, "here": 5"#,
+                );
+            Tokenizer::parse(json.as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap()
+        };
+        let as_saved = words(r#"{"type": "NFKC"}"#);
+        let error = as_saved.check_siglip().unwrap_err();
+        assert_eq!(error.reason(), Reason::TokenizerMismatch);
+        assert!(error.to_string().contains("superbatch.siglip"), "{error}");
+        let punctuation = r#"{"type": "Replace", "pattern": {"Regex": "[,!]"}, "content": ""}"#;
+        let made = format!(
+            r#"{{"type": "Sequence", "normalizers": [{{"type": "Lowercase"}}, {punctuation}]}}"#
+        );
+        words(&made).check_siglip().unwrap();
+    }
+
+    #[test]
+    fn a_separator_may_be_nothing_to_the_model() {
+        let shape = TextShape {
+            end: End::Anywhere,
+            separator: Some(2),
+            ..SHAPE
+        };
+        let tokenizer = Tokenizer::parse(json(TEMPLATE).as_bytes(), &shape).unwrap();
+        assert_eq!(tokenizer.encode("a b").unwrap(), [1, 3, 4, 0, 0]);
+        let kept = Tokenizer::parse(json(TEMPLATE).as_bytes(), &SHAPE).unwrap();
+        assert_ne!(tokenizer.digest(), kept.digest());
+        assert!(tokenizer.described().ends_with("to 5, id 2 made 0"));
+    }
+
+    #[test]
+    fn captions_that_do_not_end_with_their_largest_id_are_refused() {
+        let shape = |vocabulary: &str| {
+            let json = json(TEMPLATE).replace(r#""</s>": 2, "a": 3, "b": 4, "c": 5"#, vocabulary);
+            let json = json.replace(r#""ids": [2]"#, r#""ids": [5]"#);
+            let largest = TextShape {
+                end: End::Largest,
+                ..SHAPE
+            };
+            Tokenizer::parse(json.as_bytes(), &largest).map(drop)
+        };
+        shape(r#""a": 2, "b": 3, "c": 4, "</s>": 5"#).unwrap();
+        let largest = TextShape {
+            end: End::Largest,
+            ..SHAPE
+        };
+        for json in [json(TEMPLATE), json("null")] {
+            let error = Tokenizer::parse(json.as_bytes(), &largest)
+                .map(drop)
+                .unwrap_err();
+            assert_eq!(error.reason(), Reason::TokenizerMismatch);
+            assert!(error.to_string().contains("largest id"), "{error}");
+        }
     }
 
     #[test]

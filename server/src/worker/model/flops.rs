@@ -240,4 +240,64 @@ mod tests {
         );
         assert!((text(&config) / 2e9 - 3.0).abs() < 0.1, "{}", text(&config));
     }
+
+    /// Image full, image low, caption, caption when scored, in GFLOPs; and the price of a step of
+    /// Flexi-JEST by both towers, as docs/flexi.md has them.
+    fn priced(json: &str, low: u32, tokens: usize) -> [f64; 5] {
+        let config = config(json);
+        let tower = image_tower(&config);
+        let [full, low] = [Fidelity::Full, Fidelity::Resolution(low)].map(|at| tower.flops(at));
+        let (whole, cut) = (text(&config), TextTower::of(&config).flops(tokens));
+        let of_full = |part: f64| part / (full + whole);
+        let price = price(of_full(low + whole), of_full(low + cut));
+        [full / 1e9, low / 1e9, whole / 1e9, cut / 1e9, price]
+    }
+
+    /// A step's price in uniform steps where four fifths are left out and half of the batch is
+    /// trained low: `trained` and `scored` are the shares of a full forward pass that a low one
+    /// costs.
+    fn price(trained: f64, scored: f64) -> f64 {
+        (3.0 * (1.0 + trained) / 2.0 + scored / (1.0 - 0.8)) / 3.0
+    }
+
+    #[test]
+    fn prices_are_those_of_the_docs() {
+        let b16 = r#"{"model_type": "clip", "vision_config": {"patch_size": 16}}"#;
+        let large = r#""num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096,
+            "num_hidden_layers": 24, "patch_size": 14"#;
+        let text = r#""num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072"#;
+        let l14 = format!(
+            r#"{{"model_type": "clip", "projection_dim": 768, "vision_config": {{{large}}},
+                "text_config": {{{text}}}}}"#
+        );
+        let siglip = r#"{"model_type": "siglip", "vision_config": {"image_size": 256}}"#;
+        let b32 = r#"{"model_type": "clip"}"#;
+        for (name, json, low, tokens, expected) in [
+            ("B/16", b16, 112, 77, [35.1, 8.6, 6.0, 6.0, 1.27]),
+            ("B/16, short", b16, 112, 24, [35.1, 8.6, 6.0, 1.8, 1.10]),
+            ("SigLIP", siglip, 128, 64, [46.8, 11.3, 11.0, 11.0, 1.33]),
+            (
+                "L/14",
+                l14.as_str(),
+                112,
+                77,
+                [162.0, 39.8, 13.3, 13.3, 1.16],
+            ),
+            ("B/32", b32, 96, 77, [8.8, 1.7, 6.0, 6.0, 1.63]),
+        ] {
+            let found = priced(json, low, tokens);
+            for (found, (expected, unit)) in found
+                .into_iter()
+                .zip(expected.into_iter().zip([0.1, 0.1, 0.1, 0.1, 0.01]))
+            {
+                let rounded = (found / unit).round() * unit;
+                assert!(
+                    (rounded - expected).abs() < 1e-6,
+                    "{name}: {found}, {expected}"
+                );
+            }
+        }
+        // The paper's own, of the image tower alone.
+        assert!((price(0.28, 0.28) - 1.11).abs() < 0.005);
+    }
 }

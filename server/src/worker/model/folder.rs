@@ -438,6 +438,20 @@ mod tests {
         assert_eq!(read.file_digests().len(), 2);
         let error = read.weights().await.unwrap_err();
         assert_eq!(error.value("file"), Some("open_clip_model.safetensors"));
+        let weights = ("model.safetensors", "");
+        let files = [
+            open_clip,
+            tokenizer,
+            CONFIG,
+            weights,
+            ("preprocessor_config.json", "{}"),
+        ];
+        let read = ModelFolder::fetch(&folder(&files).await).await.unwrap();
+        assert_eq!(
+            read.config.model_type(),
+            "clip",
+            "its weights are transformers'"
+        );
         let error = ModelFolder::fetch(&folder(&[open_clip]).await)
             .await
             .unwrap_err();

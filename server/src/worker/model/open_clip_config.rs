@@ -1,4 +1,7 @@
 //! Reads `open_clip_config.json`, as open_clip 3 publishes it beside its weights.
+mod keys;
+
+use self::keys::{EXPORT, PASSED_OVER, arguments, check_known_keys};
 use super::{
     config::{Activation, Family, ModelConfig, TextConfig, Tower, VisionConfig},
     fields::Fields,
@@ -20,6 +23,8 @@ pub struct OpenClipForm {
     pub pool: TextPool,
     pub text_projection: TextProjection,
     pub clean: Clean,
+    /// The separator that ends captions is 0 to the model (`strip_sep_token`).
+    pub strips_separator: bool,
     /// One-element logits have a shape of one dimension (`nonscalar_logit_scale`).
     pub logits_are_vectors: bool,
 }
@@ -69,86 +74,6 @@ pub enum Clean {
     Canonicalize,
 }
 
-/// Keys of a tower that do not change what a checkpoint computes.
-const PASSED_OVER: [&str; 9] = [
-    "patch_dropout",
-    "output_tokens",
-    "timm_model_pretrained",
-    "timm_drop",
-    "timm_drop_path",
-    "hf_model_pretrained",
-    "tokenizer_mode",
-    "attn_pooler_queries",
-    "attn_pooler_heads",
-];
-/// Keys of a tower that must have their default value, and what another value would mean.
-const NOT_SUPPORTED: [(&str, &str); 13] = [
-    ("ls_init_value", "layer scale"),
-    ("attentional_pool", "CoCa's attentional pooling"),
-    ("embed_cls", "CoCa's class token in the caption"),
-    ("use_pad_mask", "a mask of padding"),
-    ("block_type", "custom blocks"),
-    ("qk_norm", "normalised queries and keys"),
-    ("scaled_cosine_attn", "cosine attention"),
-    ("scale_heads", "scaled heads"),
-    ("scale_attn_inner", "a norm inside the attention"),
-    ("scale_attn", "a norm after the attention"),
-    ("scale_fc", "a norm inside the MLP"),
-    ("hf_model_name", "a text tower of transformers"),
-    ("timm_model_kwargs", "a timm model of its own making"),
-];
-const VISION: [&str; 17] = [
-    "layers",
-    "width",
-    "head_width",
-    "mlp_ratio",
-    "patch_size",
-    "image_size",
-    "no_ln_pre",
-    "pos_embed_type",
-    "final_ln_after_pool",
-    "pool_type",
-    "act_kwargs",
-    "norm_kwargs",
-    "timm_model_name",
-    "timm_pool",
-    "timm_proj",
-    "timm_proj_bias",
-    "correct_cls_mask",
-];
-const TEXT: [&str; 19] = [
-    "context_length",
-    "vocab_size",
-    "hf_tokenizer_name",
-    "tokenizer_kwargs",
-    "width",
-    "heads",
-    "layers",
-    "mlp_ratio",
-    "pad_id",
-    "eos_id",
-    "no_causal_mask",
-    "final_ln_after_pool",
-    "pool_type",
-    "proj_bias",
-    "proj_type",
-    "act_kwargs",
-    "norm_kwargs",
-    "hf_proj_type",
-    "hf_pooler_type",
-];
-const MODEL: [&str; 9] = [
-    "embed_dim",
-    "vision_cfg",
-    "text_cfg",
-    "quick_gelu",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-    "custom_text",
-    "output_dict",
-];
-
 /// # Errors
 /// `ModelInvalid` naming the `field` that is missing, malformed or not supported.
 pub fn parse(json: &[u8]) -> Result<ModelConfig> {
@@ -156,10 +81,10 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
         super::fields::invalid_in(FILE, format!("{FILE} is no valid JSON"), "").because(e)
     })?;
     let model = Fields::root_of(FILE, &value)?.section("model_cfg")?;
-    check_known_keys(&model, &[&MODEL])?;
+    check_known_keys(&model, &[&keys::MODEL])?;
     let (vision, text) = (model.section("vision_cfg")?, model.section("text_cfg")?);
-    check_known_keys(&vision, &[&VISION, &PASSED_OVER])?;
-    check_known_keys(&text, &[&TEXT, &PASSED_OVER])?;
+    check_known_keys(&vision, &[&keys::VISION, &PASSED_OVER])?;
+    check_known_keys(&text, &[&keys::TEXT, &PASSED_OVER])?;
     let quick = model.flag("quick_gelu", false)?;
     let embedding_dim = model.size("embed_dim", 512)?;
     let (vision_config, form) = self::vision(&vision, quick, embedding_dim)?;
@@ -187,30 +112,8 @@ pub fn parse(json: &[u8]) -> Result<ModelConfig> {
     })
 }
 
-/// Refuses unknown keys, and values of architectures that are not supported. Ignoring an unknown
-/// key would embed with another model than the one that was trained, without an error.
-fn check_known_keys(fields: &Fields, sets: &[&[&str]]) -> Result<()> {
-    for key in fields.keys() {
-        let unsupported = NOT_SUPPORTED.iter().find(|(name, _)| *name == key);
-        if let Some((_, what)) = unsupported {
-            let is_default = match fields.get(key) {
-                None => true,
-                Some(Value::Bool(on)) => !on,
-                Some(Value::String(kind)) => kind == "default",
-                Some(_) => false,
-            };
-            if !is_default {
-                return Err(fields.invalid(key, &format!("{what} is not supported")));
-            }
-        } else if !sets.iter().any(|set| set.contains(&key)) {
-            return Err(fields.invalid(key, "is not known, so the model may be another; remove it"));
-        }
-    }
-    Ok(())
-}
-
 fn activation(fields: &Fields, quick: bool) -> Result<Activation> {
-    let approximate = fields.section("act_kwargs")?;
+    let approximate = arguments(fields, "act_kwargs", &keys::ACTIVATION)?;
     match (quick, approximate.text("approximate", "none")?) {
         (true, _) => Ok(Activation::QuickGelu),
         (false, "none") => Ok(Activation::Gelu),
@@ -224,8 +127,8 @@ fn activation(fields: &Fields, quick: bool) -> Result<Activation> {
 
 fn tower(fields: &Fields, width: usize, heads: usize, quick: bool) -> Result<Tower> {
     if let Some(Value::Array(_)) = fields.get("layers") {
-        let problem = "a list makes a ResNet, which is not supported; export it as TorchScript";
-        return Err(fields.invalid("layers", problem));
+        let problem = format!("a list makes a ResNet, which is not supported; {EXPORT}");
+        return Err(fields.invalid("layers", &problem));
     }
     if heads == 0 || !width.is_multiple_of(heads) {
         return Err(fields.invalid(
@@ -238,7 +141,7 @@ fn tower(fields: &Fields, width: usize, heads: usize, quick: bool) -> Result<Tow
         intermediate_size: (width as f64 * fields.number("mlp_ratio", 4.0)?) as usize,
         num_hidden_layers: fields.size("layers", 12)?,
         num_attention_heads: heads,
-        layer_norm_eps: fields.section("norm_kwargs")?.number("eps", 1e-5)?,
+        layer_norm_eps: arguments(fields, "norm_kwargs", &keys::NORM)?.number("eps", 1e-5)?,
         hidden_act: activation(fields, quick)?,
     })
 }
@@ -278,8 +181,7 @@ fn vision(fields: &Fields, quick: bool, dim: usize) -> Result<(VisionConfig, Vis
 fn timm_trunk(fields: &Fields, name: &str, dim: usize) -> Result<(VisionConfig, VisionForm)> {
     let Some(trunk) = timm::trunk(name) else {
         let problem = format!(
-            "'{name}' is not supported, only timm's vit_*_siglip_* with attention pooling; export \
-             another as TorchScript"
+            "'{name}' is not supported, only timm's vit_*_siglip_* with attention pooling; {EXPORT}"
         );
         return Err(fields.invalid("timm_model_name", &problem));
     };
@@ -342,7 +244,30 @@ fn text(fields: &Fields, quick: bool, dim: usize) -> Result<(TextConfig, OpenCli
             return Err(fields.invalid("proj_type", &problem));
         }
     };
-    let kwargs = fields.section("tokenizer_kwargs")?;
+    let (clean, strips_separator) = tokenizer(fields)?;
+    let config = TextConfig {
+        tower,
+        vocab_size: fields.size("vocab_size", 49_408)?,
+        max_position_embeddings: fields.size("context_length", 77)?,
+        eos_token_id: eos,
+        pad_token_id: fields.id("pad_id", 0)?,
+    };
+    let form = OpenClipForm {
+        vision: VisionForm::Timm { projection: None },
+        custom_text: false,
+        causal: !fields.flag("no_causal_mask", false)?,
+        pool,
+        text_projection,
+        clean,
+        strips_separator,
+        logits_are_vectors: false,
+    };
+    Ok((config, form))
+}
+
+/// Returns how captions are cleaned, and whether the separator is stripped.
+fn tokenizer(fields: &Fields) -> Result<(Clean, bool)> {
+    let kwargs = arguments(fields, "tokenizer_kwargs", &keys::TOKENIZER)?;
     let of_transformers = fields.get("hf_tokenizer_name").is_some();
     let clean = match kwargs.text(
         "clean",
@@ -361,23 +286,7 @@ fn text(fields: &Fields, quick: bool, dim: usize) -> Result<(TextConfig, OpenCli
             return Err(kwargs.invalid("clean", &problem));
         }
     };
-    let config = TextConfig {
-        tower,
-        vocab_size: fields.size("vocab_size", 49_408)?,
-        max_position_embeddings: fields.size("context_length", 77)?,
-        eos_token_id: eos,
-        pad_token_id: fields.id("pad_id", 0)?,
-    };
-    let form = OpenClipForm {
-        vision: VisionForm::Timm { projection: None },
-        custom_text: false,
-        causal: !fields.flag("no_causal_mask", false)?,
-        pool,
-        text_projection,
-        clean,
-        logits_are_vectors: false,
-    };
-    Ok((config, form))
+    Ok((clean, kwargs.flag("strip_sep_token", false)?))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow
 import torch
 
 from .._batches import Batch
@@ -25,7 +26,12 @@ def by_fidelity(batch: Batch) -> tuple[Batch, Batch]:
             place for place, fidelity in enumerate(fidelities) if (fidelity == "approximate") == low
         ]
         return Batch(
-            batch.record_batch.take(places), batch.receipt, batch.step, batch.rank, batch.world_size
+            # Without a type a list without places has none.
+            batch.record_batch.take(pyarrow.array(places, pyarrow.int64())),
+            batch.receipt,
+            batch.step,
+            batch.rank,
+            batch.world_size,
         )
 
     return rows(False), rows(True)

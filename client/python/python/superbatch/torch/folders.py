@@ -13,9 +13,11 @@ from .._errors import invalid
 
 
 class Pixels:
-    """A `PIL.Image` as the folder's preprocessor_config.json says."""
+    """A `PIL.Image` as the folder's preprocessor_config.json says; or of another side, as the
+    service makes them for `resolution`.
+    """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], side: int | None = None) -> None:
         from transformers import AutoImageProcessor
 
         # Pillow's pixels, as the service makes them; the fast processors resize in another way.
@@ -27,9 +29,20 @@ class Pixels:
                 "the shapes of their grids; call transformers' Siglip2ImageProcessor on a batch's "
                 "images yourself",
             )
+        self.sizes = {} if side is None else self._sizes(side)
+
+    def _sizes(self, side: int) -> dict[str, dict[str, int]]:
+        """What the processor resizes to, and cuts out, for another side."""
+        size = dict(self.processor.size)
+        cuts = getattr(self.processor, "do_center_crop", False)
+        own = self.processor.crop_size if cuts else size
+        own = own.get("height", own.get("shortest_edge"))
+        scaled = {name: max(1, (2 * of * side + own) // (2 * own)) for name, of in size.items()}
+        crop = {"crop_size": {"height": side, "width": side}} if cuts else {}
+        return {"size": scaled, **crop}
 
     def __call__(self, picture: Any) -> torch.Tensor:
-        return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return self.processor(picture, return_tensors="pt", **self.sizes)["pixel_values"][0]
 
 
 class TokenIds:

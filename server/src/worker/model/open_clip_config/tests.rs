@@ -55,6 +55,21 @@ fn siglip_is_a_trunk_of_timm() {
 }
 
 #[test]
+fn clipa_strips_the_separator() {
+    let of = |kwargs: &str| {
+        let json = format!(
+            r#"{{"model_cfg": {{"text_cfg": {{"hf_tokenizer_name": "bert-base-uncased",
+            "tokenizer_kwargs": {kwargs}}}}}}}"#
+        );
+        form(&parse(json.as_bytes()).unwrap())
+    };
+    let clipa = of(r#"{"strip_sep_token": true}"#);
+    assert!(clipa.strips_separator);
+    assert_eq!(clipa.clean, Clean::Whitespace);
+    assert!(!of("{}").strips_separator);
+}
+
+#[test]
 fn towers_that_are_not_known_are_refused_by_name() {
     for (part, field, says) in [
         (
@@ -95,6 +110,26 @@ fn towers_that_are_not_known_are_refused_by_name() {
         (
             r#""multimodal_cfg": {"layers": 3}"#,
             "model_cfg.multimodal_cfg",
+            "CoCa",
+        ),
+        (
+            r#""text_cfg": {"tokenizer_mode": "clips"}"#,
+            "text_cfg.tokenizer_mode",
+            "special tokens",
+        ),
+        (
+            r#""text_cfg": {"tokenizer_kwargs": {"reduction_mask": "random"}}"#,
+            "tokenizer_kwargs.reduction_mask",
+            "not known",
+        ),
+        (
+            r#""text_cfg": {"norm_kwargs": {"bias": false}}"#,
+            "norm_kwargs.bias",
+            "not known",
+        ),
+        (
+            r#""vision_cfg": {"act_kwargs": {"inplace": true}}"#,
+            "act_kwargs.inplace",
             "not known",
         ),
     ] {
@@ -106,7 +141,13 @@ fn towers_that_are_not_known_are_refused_by_name() {
         );
         assert_eq!(error.value("file"), Some(FILE));
         assert!(error.to_string().contains(says), "{error}");
+        assert!(error.to_string().contains("as TorchScript"), "{error}");
     }
-    parse(br#"{"model_cfg": {"vision_cfg": {"attentional_pool": false, "ls_init_value": null}}}"#)
-        .unwrap();
+    for part in [
+        r#""vision_cfg": {"attentional_pool": false, "ls_init_value": null}"#,
+        r#""text_cfg": {"tokenizer_mode": null}"#,
+        r#""text_cfg": {"tokenizer_mode": "", "block_type": "default"}"#,
+    ] {
+        parse(format!(r#"{{"model_cfg": {{{part}}}}}"#).as_bytes()).unwrap();
+    }
 }
