@@ -5,6 +5,7 @@ mod weights;
 use super::{
     receipts::page::page,
     runs::registry::Coordinator,
+    serve::unread::{UNREAD_MAX, each_within},
     step::batch::{Batch, batch},
     trainer::ranks::check_incarnation,
     weights::member::read_start,
@@ -157,7 +158,8 @@ impl SelectionService for Selection {
         let batch = batch(&self.0, request.get_ref())
             .await
             .inspect_err(|error| outcome.failed(error))?;
-        Ok(Response::new(Box::pin(messages(batch, outcome).map(Ok))))
+        let messages = each_within(messages(batch, outcome), UNREAD_MAX);
+        Ok(Response::new(Box::pin(messages)))
     }
 
     async fn push_weights(

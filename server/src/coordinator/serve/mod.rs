@@ -4,3 +4,4 @@ pub mod output;
 pub mod ready;
 pub mod share;
 pub mod tickets;
+pub mod unread;
