@@ -27,6 +27,7 @@ pub mod fuzzing;
 mod ipc;
 pub mod logging;
 pub mod metrics;
+mod origin;
 pub mod page;
 pub mod process;
 pub mod pushed;

@@ -134,3 +134,34 @@ def test_what_no_run_needs_of_data_sets_goes_once_it_is_old(inputs, tars, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:-1])
     ended = state(tmp_path, "check", "reads")
     assert ended.returncode == 1 and damaged.name in ended.stderr
+
+
+def test_embeddings_that_no_run_needs_go_once_they_are_old(inputs, tmp_path):  # noqa: F811
+    def embed(reference: str) -> None:
+        command = [BINARY, "embed", "--model", str(inputs / reference)]
+        command += ["--sources", (inputs / "pool").as_uri()]
+        command += ["--state", (tmp_path / "state").as_uri()]
+        subprocess.run(command, check=True, timeout=5 * DEADLINE_SECONDS)
+
+    def kept() -> set[Path]:
+        return set((tmp_path / "state" / "reference").iterdir())
+
+    embed("reference")
+    needed = kept()
+    embed("learner")
+    others = kept() - needed
+    assert needed and len(others) == len(needed)
+    with Cluster(tmp_path) as cluster:
+        client = superbatch.connect(cluster.address)
+        client.open_run(spec(inputs, "closed")).select(0, rank=0, world_size=1)
+        client.close_run("closed")
+    for path in kept():
+        os.utime(path, (0, 0))
+    ended = state(tmp_path, "gc-shared")
+    assert f"deleted {len(others)} objects" in ended.stdout, ended.stderr
+    assert kept() == needed
+    assert state(tmp_path, "check", "closed").returncode == 0
+    damaged = sorted(needed)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    ended = state(tmp_path, "check", "closed")
+    assert ended.returncode == 1 and damaged.name in ended.stderr

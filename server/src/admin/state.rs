@@ -28,7 +28,7 @@ enum Command {
     /// Read every receipt, push and weights file of a run, and verify what they say of each other
     ///
     /// Weights must have the digest that names them, the data set's manifest likewise; indexes of its
-    /// tars and its score columns must be readable. Receipts
+    /// tars, its score columns and its reference embeddings must be whole. Receipts
     /// must be whole, without a gap between the first and the last step that was ever committed,
     /// and name weights that were published. Exits with 1 if something is wrong.
     Check(OfRun),
@@ -36,13 +36,15 @@ enum Command {
     ///
     /// Weights that were uploaded and not published within a day, summaries of pushes that newer
     /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, packed
-    /// or not (`compact` packs them), and so do reference embeddings, which runs share.
+    /// or not (`compact` packs them), and so does what runs share (`gc-shared`).
     Gc(GcArgs),
     /// Delete what is kept of data sets and no run names any more
     ///
-    /// Indexes of tars and score columns that are older than a week and belong to no data set of a
-    /// run of this state, open or closed. They are made from the data, and made anew where they are
-    /// needed again. If a run cannot be read, nothing is deleted.
+    /// Indexes of tars, score columns and reference embeddings that are older than a week and belong
+    /// to no data set of a run of this state, open or closed (embeddings: with that run's
+    /// reference). They are made from the data, and made anew where they are needed again, which
+    /// costs a scoring pass for embeddings. Embeddings that earlier builds wrote stay. If a run
+    /// cannot be read, nothing is deleted.
     GcShared(GcSharedArgs),
     /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
     ///
