@@ -3,18 +3,18 @@
 use serde::{Deserialize, Serialize};
 
 /// Folder of the blocks, in the state.
-pub const FOLDER: &str = "reference";
+pub(crate) const FOLDER: &str = "reference";
 /// How an object begins. The length of its header follows (u32 le), then the header (JSON), the
 /// embeddings, and BLAKE3 of all that.
-pub const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
+pub(crate) const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
 /// Bytes from the beginning that hold an [`Origin`].
-pub const BEGINNING_BYTES: u64 = 1024;
+pub(crate) const BEGINNING_BYTES: u64 = 1024;
 /// How a header with an origin begins. It is its first field.
 const FIRST: &[u8] = br#"{"of":"#;
 
 /// Whose embeddings they are.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Origin {
+pub(crate) struct Origin {
     /// `SourceManifest::rows_digest` of the source.
     pub rows: String,
     /// Digest of the model.
@@ -24,7 +24,7 @@ pub struct Origin {
 impl Origin {
     /// Returns the origin of the object that begins so. `None` for objects of earlier builds, which
     /// do not say it.
-    pub fn of(beginning: &[u8]) -> Option<Self> {
+    pub(crate) fn of(beginning: &[u8]) -> Option<Self> {
         let header = beginning.strip_prefix(MAGIC)?.get(4..)?;
         let values = serde_json::Deserializer::from_slice(header.strip_prefix(FIRST)?);
         // What follows may be cut off.
@@ -33,7 +33,7 @@ impl Origin {
 }
 
 /// Returns whether an object has the bytes that its checksum says.
-pub fn is_whole(bytes: &[u8]) -> bool {
+pub(crate) fn is_whole(bytes: &[u8]) -> bool {
     let parts = bytes.split_last_chunk::<{ blake3::OUT_LEN }>();
     parts.is_some_and(|(body, checksum)| {
         body.starts_with(MAGIC) && blake3::hash(body) == blake3::Hash::from_bytes(*checksum)
