@@ -27,8 +27,8 @@ pub struct StateArgs {
 enum Command {
     /// Read every receipt, push and weights file of a run, and verify what they say of each other
     ///
-    /// Weights must have the digest that names them, the data set's manifest likewise; indexes of its
-    /// tars, its score columns and its reference embeddings must be whole. Receipts
+    /// Weights must have the digest that names them, the data set's manifest likewise; indexes of
+    /// its tars, its score columns and its reference embeddings must be whole. Receipts
     /// must be whole, without a gap between the first and the last step that was ever committed,
     /// and name weights that were published. Exits with 1 if something is wrong.
     Check(OfRun),
@@ -40,8 +40,8 @@ enum Command {
     Gc(GcArgs),
     /// Delete what is kept of data sets and no run names any more
     ///
-    /// Indexes of tars, score columns and reference embeddings that are older than a week and belong
-    /// to no data set of a run of this state, open or closed (embeddings: with that run's
+    /// Indexes of tars, score columns and reference embeddings that are older than a week and
+    /// belong to no data set of a run of this state, open or closed (embeddings: with that run's
     /// reference). They are made from the data, and made anew where they are needed again, which
     /// costs a scoring pass for embeddings. Embeddings that earlier builds wrote stay. If a run
     /// cannot be read, nothing is deleted.

@@ -275,8 +275,8 @@ fn no_number(file: &ShardFile, column: &str, found: &str) -> Error {
     layout::mismatch(message, file.uri(), column)
 }
 
-/// Returns the key in the state of a shard's values. `None` without an ETag: what a store gives none
-/// is read again by each process.
+/// Returns the key in the state of a shard's values. `None` without an ETag: what a store gives
+/// none is read again by each process.
 pub(super) fn kept_key(source: &SourceManifest, file: &ShardFile, column: &str) -> Option<String> {
     file.etag()?;
     Some(format!("{COLUMNS}/{}", key(source, file, column)))

@@ -14,7 +14,8 @@ use std::collections::BTreeSet;
 /// The folders in which it lies.
 pub const FOLDERS: [&str; 2] = [INDEXES, COLUMNS];
 
-/// Returns the keys of what the runs on a data set read there, if their score columns are `columns`.
+/// Returns the keys of what the runs on a data set read there, if their score columns are
+/// `columns`.
 ///
 /// # Errors
 /// `InvalidArgument` if a source's store cannot be opened.
