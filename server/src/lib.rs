@@ -28,6 +28,7 @@ pub mod handed;
 mod ipc;
 pub mod logging;
 pub mod metrics;
+mod origin;
 pub mod page;
 pub mod process;
 pub mod pushed;

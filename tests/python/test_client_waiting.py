@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import superbatch
 from client_run import Service, service  # noqa: F401  (a fixture)
-from cluster import Cluster
+from cluster import Cluster, Process
 
 #: A client that waits for weights, says so, and on Ctrl-C pushes them and goes on.
 WAITER = """
@@ -111,6 +112,29 @@ def test_a_service_that_stands_still_is_given_up_in_time(service, tmp_path):  # 
         assert f"the call to {stopped.address} broke" in str(caught.value)
         # It is there again, and nothing was lost.
         assert run.select(0, rank=0, world_size=1).step == 0
+
+
+def test_connect_waits_for_a_coordinator_that_restarts(service, tmp_path):  # noqa: F811
+    with Cluster(tmp_path) as cluster, ThreadPoolExecutor() as threads:
+        address = cluster.address
+        cluster.coordinator.kill()
+        connecting = threads.submit(superbatch.connect, address, timeout=60.0)
+        again = Process(
+            tmp_path,
+            "again",
+            "serve",
+            {
+                "listen": address.removeprefix("http://"),
+                "metrics_listen": None,
+                "page_listen": None,
+                "state": cluster.state,
+            },
+            is_awaited=False,
+        )
+        try:
+            assert connecting.result(60).list_runs() == []
+        finally:
+            again.stop()
 
 
 def test_a_service_that_is_gone_is_told_with_its_address(service, tmp_path):  # noqa: F811

@@ -2,13 +2,16 @@
 needs goes.
 """
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS, Cluster
-from test_end_to_end import inputs, spec, train, weights  # noqa: F401
+from test_end_to_end import inputs, phase, spec, train, weights  # noqa: F401
+from test_tar import tars  # noqa: F401
 
 #: More than may be decided ahead, so that a step that is gone is a gap.
 STEPS = 8
@@ -92,3 +95,73 @@ def test_gc_leaves_an_open_run_what_it_needs_and_a_closed_one_its_last_weights(
 def test_a_run_that_is_not_there_is_said(tmp_path):
     ended = state(tmp_path, "check", "nowhere")
     assert ended.returncode == 1 and "there is no run 'nowhere'" in ended.stderr
+
+
+def test_what_no_run_needs_of_data_sets_goes_once_it_is_old(inputs, tars, tmp_path):  # noqa: F811
+    needed, other = tmp_path / "needed", tmp_path / "other"
+    for folder in (needed, other):
+        shutil.copytree(tars, folder)
+    column = superbatch.ScoreColumn(name="number")
+    asked = phase(policy="top_k", criterion="column", n_chunks=1, score_columns=[column])
+    settings = {"sources": [needed.as_uri()], "phases": [asked], "max_ahead": 1}
+    with Cluster(tmp_path) as cluster:
+        client = superbatch.connect(cluster.address)
+        run = client.open_run(spec(inputs, "reads", lag=superbatch.at_most(8), **settings))
+        run.select(0, rank=0, world_size=1)
+    command = [BINARY, "index", other.as_uri(), "--state", (tmp_path / "state").as_uri()]
+    subprocess.run(command, check=True, timeout=DEADLINE_SECONDS)
+
+    def kept() -> set[Path]:
+        return set((tmp_path / "state").glob("tar-indexes/*")) | columns()
+
+    def columns() -> set[Path]:
+        return set((tmp_path / "state").glob("score-columns/*"))
+
+    before = kept()
+    assert len(before) == 6 + len(columns()) and columns()
+    ended = state(tmp_path, "gc-shared")
+    assert ended.stdout == "deleted 0 objects, 0 bytes\n" and kept() == before, "all is new"
+    for path in before:
+        os.utime(path, (0, 0))
+    ended = state(tmp_path, "gc-shared", "--dry-run")
+    assert "would delete 3 objects" in ended.stdout and kept() == before
+    ended = state(tmp_path, "gc-shared")
+    assert "deleted 3 objects" in ended.stdout, ended.stderr
+    assert len(kept()) == 3 + len(columns()) and kept() < before
+    # What stays is what the run reads: nothing is made anew.
+    assert state(tmp_path, "check", "reads").returncode == 0
+    damaged = sorted(columns())[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    ended = state(tmp_path, "check", "reads")
+    assert ended.returncode == 1 and damaged.name in ended.stderr
+
+
+def test_embeddings_that_no_run_needs_go_once_they_are_old(inputs, tmp_path):  # noqa: F811
+    def embed(reference: str) -> None:
+        command = [BINARY, "embed", "--model", str(inputs / reference)]
+        command += ["--sources", (inputs / "pool").as_uri()]
+        command += ["--state", (tmp_path / "state").as_uri()]
+        subprocess.run(command, check=True, timeout=5 * DEADLINE_SECONDS)
+
+    def kept() -> set[Path]:
+        return set((tmp_path / "state" / "reference").iterdir())
+
+    embed("reference")
+    needed = kept()
+    embed("learner")
+    others = kept() - needed
+    assert needed and len(others) == len(needed)
+    with Cluster(tmp_path) as cluster:
+        client = superbatch.connect(cluster.address)
+        client.open_run(spec(inputs, "closed")).select(0, rank=0, world_size=1)
+        client.close_run("closed")
+    for path in kept():
+        os.utime(path, (0, 0))
+    ended = state(tmp_path, "gc-shared")
+    assert f"deleted {len(others)} objects" in ended.stdout, ended.stderr
+    assert kept() == needed
+    assert state(tmp_path, "check", "closed").returncode == 0
+    damaged = sorted(needed)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    ended = state(tmp_path, "check", "closed")
+    assert ended.returncode == 1 and damaged.name in ended.stderr

@@ -32,6 +32,7 @@ pub(crate) fn connect(
     };
     let config = ConnectConfig {
         connect_timeout: seconds("timeout", timeout)?,
+        connect_wait: seconds("timeout", timeout)?,
         retry,
         credentials: credentials_of(credentials)?,
         ..ConnectConfig::default()

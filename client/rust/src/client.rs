@@ -1,6 +1,7 @@
 //! The connection to a service, and the calls that need no open run.
 use crate::{Credentials, Error, Result, Retry, Run, error, retry, workers::Workers};
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,8 +11,12 @@ use std::{
 use superbatch_proto::{
     CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1,
 };
-use superbatch_transport::Authorized;
-use tonic::{Response, Status, transport::Endpoint};
+use superbatch_transport::{Authorized, Dialer};
+use tokio::time::{Instant, sleep};
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint},
+};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Authorized>;
@@ -21,6 +26,9 @@ pub(crate) type Api = v1::selection_service_client::SelectionServiceClient<Autho
 pub struct ConnectConfig {
     /// Limit for one attempt to connect, at the start and after each loss of the connection.
     pub connect_timeout: Duration,
+    /// How long [`Client::connect_with`] tries again while nobody listens at the address, as while
+    /// a coordinator restarts. One more attempt may follow. Zero, the default, makes one attempt.
+    pub connect_wait: Duration,
     /// How often calls are retried, once connected.
     pub retry: Retry,
     /// Silence after which the service is pinged, and how long its answer may take. So a service
@@ -36,6 +44,9 @@ pub struct ConnectConfig {
 /// behind an upload, and a shorter limit would break sound connections.
 const KEEP_ALIVE_SHORTENED_MIN: Duration = Duration::from_secs(5);
 
+/// The longest pause between two attempts to reach a service that is not there.
+const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
+
 /// The longest wait for a connection to a worker: the coordinator has its rows too.
 const WORKER_CONNECT_MAX: Duration = Duration::from_secs(3);
 
@@ -44,6 +55,7 @@ impl Default for ConnectConfig {
         let keep_alive = Duration::from_secs(20);
         Self {
             connect_timeout: Duration::from_secs(10),
+            connect_wait: Duration::ZERO,
             retry: Retry::default(),
             keep_alive,
             credentials: Credentials::default(),
@@ -83,6 +95,7 @@ impl Client {
     /// Connects to `uri`, such as `http://127.0.0.1:50051`, with the default [`ConnectConfig`].
     ///
     /// One attempt: an absent service is reported at once, as [`Error::Connect`].
+    /// [`ConnectConfig::connect_wait`] waits for it.
     pub async fn connect(uri: impl AsRef<str>) -> Result<Self> {
         Self::connect_with(uri, ConnectConfig::default()).await
     }
@@ -100,13 +113,7 @@ impl Client {
                 tuned(endpoint, &for_workers).connect_timeout(connect_timeout)
             }),
         );
-        let channel = dialer
-            .connect(uri, |endpoint| tuned(endpoint, &config))
-            .await
-            .map_err(|source| Error::Connect {
-                uri: uri.to_owned(),
-                source,
-            })?;
+        let channel = dialed(&dialer, uri, &config).await?;
         let authorized = Authorized::new(channel, bearer);
         let health = HealthClient::new(authorized.clone());
         let api = Api::new(authorized.clone())
@@ -256,6 +263,49 @@ impl Client {
             other => other,
         }
     }
+}
+
+/// Connects, as soon as somebody listens there.
+async fn dialed(dialer: &Dialer, uri: &str, config: &ConnectConfig) -> Result<Channel> {
+    let (began, mut failures) = (Instant::now(), 0);
+    loop {
+        let attempt = dialer.connect(uri, |endpoint| tuned(endpoint, config));
+        let source = match attempt.await {
+            Ok(channel) => return Ok(channel),
+            Err(source) => source,
+        };
+        let left = config.connect_wait.saturating_sub(began.elapsed());
+        if left.is_zero() || !is_absence(&source) {
+            return Err(Error::Connect {
+                uri: uri.to_owned(),
+                source,
+            });
+        }
+        failures += 1;
+        let delay = config.retry.delay(failures, &mut rand::rng());
+        tracing::debug!(uri, failures, "no service is there yet");
+        sleep(delay.min(CONNECT_PAUSE_MAX).min(left)).await;
+    }
+}
+
+/// Returns whether nobody listens at an address for now. A certificate that is refused, or a name
+/// that nobody knows, is not mended by waiting.
+fn is_absence(error: &(dyn std::error::Error + 'static)) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable,
+    };
+    let causes = std::iter::successors(Some(error), |&cause| cause.source());
+    let mut faults = causes.filter_map(|cause| cause.downcast_ref::<io::Error>());
+    faults.any(|fault| {
+        matches!(
+            fault.kind(),
+            ConnectionAborted
+                | ConnectionRefused
+                | ConnectionReset
+                | HostUnreachable
+                | NetworkUnreachable
+        )
+    })
 }
 
 fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {

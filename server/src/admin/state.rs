@@ -1,6 +1,7 @@
 //! `superbatch state`: what a run has left behind, seen from outside.
 mod check;
 mod compact;
+mod shared;
 
 use super::{ConfigArgs, open_state, receipts::unknown};
 use crate::{
@@ -26,7 +27,8 @@ pub struct StateArgs {
 enum Command {
     /// Read every receipt, push and weights file of a run, and verify what they say of each other
     ///
-    /// Weights must have the digest that names them, the data set's manifest likewise. Receipts
+    /// Weights must have the digest that names them, the data set's manifest likewise; indexes of
+    /// its tars, its score columns and its reference embeddings must be whole. Receipts
     /// must be whole, without a gap between the first and the last step that was ever committed,
     /// and name weights that were published. Exits with 1 if something is wrong.
     Check(OfRun),
@@ -34,8 +36,16 @@ enum Command {
     ///
     /// Weights that were uploaded and not published within a day, summaries of pushes that newer
     /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, packed
-    /// or not (`compact` packs them), and so do reference embeddings, which runs share.
+    /// or not (`compact` packs them), and so does what runs share (`gc-shared`).
     Gc(GcArgs),
+    /// Delete what is kept of data sets and no run names any more
+    ///
+    /// Indexes of tars, score columns and reference embeddings that are older than a week and
+    /// belong to no data set of a run of this state, open or closed (embeddings: with that run's
+    /// reference). They are made from the data, and made anew where they are needed again, which
+    /// costs a scoring pass for embeddings. Embeddings that earlier builds wrote stay. If a run
+    /// cannot be read, nothing is deleted.
+    GcShared(GcSharedArgs),
     /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
     ///
     /// A run of a million steps has a million receipts, each an object. Each pack is read back
@@ -71,11 +81,21 @@ struct GcArgs {
     dry_run: bool,
 }
 
+#[derive(Args)]
+struct GcSharedArgs {
+    #[command(flatten)]
+    settings: ConfigArgs,
+    /// Say what would be done, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
 impl StateArgs {
     pub fn settings(&self) -> &ConfigArgs {
         match &self.command {
             Command::Check(of) => &of.settings,
             Command::Gc(args) => &args.of.settings,
+            Command::GcShared(args) => &args.settings,
             Command::Compact(args) => &args.common().of.settings,
         }
     }
@@ -85,12 +105,15 @@ impl StateArgs {
 /// `RunNotFound`; `InvalidArgument` if a check found something wrong, with all of it; those of
 /// compaction.
 pub async fn run(config: &Config, args: &StateArgs) -> Result<String> {
-    let (_, state) = open_state(config)?;
+    let (stores, state) = open_state(config)?;
     match &args.command {
         Command::Check(of) => {
             let (location, facts) = load(&state, &of.run).await?;
-            report_or_fail(check::check(&state, &location, &of.run, &facts).await?)
+            let mut found = check::check(&state, &location, &of.run, &facts).await?;
+            shared::check(&stores, &state, &facts, &mut found).await?;
+            report_or_fail(found)
         }
+        Command::GcShared(args) => shared::gc(&stores, &state, args.dry_run).await,
         Command::Gc(args) => {
             let (location, facts) = load(&state, &args.of.run).await?;
             gc(&location, &facts, args.dry_run).await

@@ -5,7 +5,10 @@ mod weights;
 use super::{
     receipts::page::page,
     runs::registry::Coordinator,
-    serve::body::{Answer, BatchStream, carrying},
+    serve::{
+        answer::{Answer, UNREAD_MAX},
+        body::{BatchStream, carrying},
+    },
     step::batch::{Batch, batch},
     trainer::ranks::check_incarnation,
     weights::member::read_start,
@@ -157,7 +160,7 @@ impl SelectionService for Selection {
             .await
             .inspect_err(|error| outcome.failed(error))?;
         let header_bytes = batch.header.encoded_len();
-        let answer = Answer::new(messages(batch, outcome));
+        let answer = Answer::new(messages(batch, outcome)).each_within(UNREAD_MAX);
         Ok(carrying(answer, header_bytes))
     }
 

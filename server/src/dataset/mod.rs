@@ -13,6 +13,7 @@ pub(crate) mod pattern;
 mod row_groups;
 mod schema;
 mod scores;
+pub mod sidecars;
 mod tar;
 mod unify;
 

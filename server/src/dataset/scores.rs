@@ -1,4 +1,6 @@
 //! Numeric columns as scores of rows. The values of a shard are read once and kept in the state.
+mod joins;
+
 use super::{
     file::ShardFile,
     filter::{
@@ -18,12 +20,14 @@ use crate::{
 };
 use arrow::error::ArrowError;
 use bytes::Bytes;
+use joins::{Id, Joined, Joins, ROW_BYTES, check_rows, forget_oldest, sorted, used};
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
-use tokio::sync::OnceCell;
 
+/// Folder of the values, in the state.
+pub(super) const COLUMNS: &str = "score-columns";
 /// Part of the key: what other versions wrote is not read.
 const VERSION: &str = "1";
 /// Tars of a source of which one must have the entry that is a score.
@@ -31,22 +35,8 @@ const SHARDS_CHECKED: usize = 16;
 /// Values of shards that are kept in memory, in all.
 const VALUES_MAX: usize = 8 << 20;
 
-/// Bytes of a row of the joins that are kept in memory. A join is needed for the shards that are
-/// scored for the first time only, so the one that was used longest ago goes if they take more than
-/// the operator gives.
-const ROW_BYTES: u64 = size_of::<(Id, f64)>() as u64;
-
-/// An id's hash, most significant byte first. Bytes and not a number: a pair of u128 and f64 takes
-/// 32 bytes, of which 8 are padding.
-type Id = [u8; 16];
-/// Ids, sorted, with their values.
-type Joined = Arc<Vec<(Id, f64)>>;
-/// URI, column of ids, column of values.
-type JoinKey = [String; 3];
 /// A shard's values with their key, newest last.
 type Recent = VecDeque<(String, Arc<Vec<f64>>)>;
-/// Joins, the one used last at the end.
-type Joins = VecDeque<(JoinKey, Arc<OnceCell<Joined>>)>;
 
 /// Reads the score columns of a run.
 pub struct Scores {
@@ -84,8 +74,7 @@ impl Scores {
         if let Some(known) = self.known(&key) {
             return Ok(known);
         }
-        // What a store gives no ETag is read again by each process.
-        let kept = file.etag().map(|_| format!("score-columns/{key}"));
+        let kept = kept_key(source, &file, column);
         let mut found = None;
         if let Some(kept) = &kept {
             found = self
@@ -281,60 +270,21 @@ impl Scores {
     }
 }
 
-/// Returns the place of a join, now the one used last.
-fn used(joins: &mut Joins, key: JoinKey) -> Arc<OnceCell<Joined>> {
-    let known = joins.iter().position(|(known, _)| *known == key);
-    let join = known.and_then(|at| joins.remove(at));
-    let join = join.unwrap_or_else(|| (key, Arc::default()));
-    joins.push_back(join.clone());
-    join.1
-}
-
-/// Forgets joins until those that are left have `most` rows together, or only the last is left.
-fn forget_oldest(joins: &mut Joins, most: usize) {
-    let rows = |(_, cell): &(JoinKey, Arc<OnceCell<Joined>>)| cell.get().map_or(0, |j| j.len());
-    while joins.len() > 1 && joins.iter().map(rows).sum::<usize>() > most {
-        joins.pop_front();
-    }
-}
-
-/// Sorts rows by id. Rows that repeat are one.
-///
-/// # Errors
-/// `InvalidArgument` if an id has several values.
-fn sorted(mut all: Vec<(Id, f64)>, uri: &str, column: &str) -> Result<Vec<(Id, f64)>> {
-    all.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    let rows = all.len();
-    all.dedup_by(|a, b| a.0 == b.0 && a.1.to_bits() == b.1.to_bits());
-    let ids = all.chunk_by(|a, b| a.0 == b.0).count();
-    if ids == all.len() {
-        return Ok(all);
-    }
-    let message =
-        format!("{uri} has several values of '{column}' for one id: {rows} rows, {ids} ids");
-    Err(Error::invalid("sources.scores", message).with("uri", uri))
-}
-
-/// Checks the number of rows before they are kept, so that files of any size cannot fill the
-/// memory.
-fn check_rows(rows: usize, most: usize, uri: &str) -> Result<()> {
-    if rows <= most {
-        return Ok(());
-    }
-    let bytes = |rows: usize| (rows as u64).saturating_mul(ROW_BYTES);
-    let message = format!(
-        "{uri} holds {rows} rows or more, and a source's scores are joined in memory: they take {} \
-        bytes, and storage.ids_bytes_max leaves {}; raise it where there is memory for that, give \
-        the scores as a column of the data, or cut the source and its scores into several",
-        bytes(rows),
-        bytes(most),
-    );
-    Err(Error::invalid("sources.scores", message).with("uri", uri))
-}
-
 fn no_number(file: &ShardFile, column: &str, found: &str) -> Error {
     let message = format!("column '{column}' of {} is {found}, no number", file.uri());
     layout::mismatch(message, file.uri(), column)
+}
+
+/// Returns the key in the state of a shard's values. `None` without an ETag: what a store gives
+/// none is read again by each process.
+pub(super) fn kept_key(source: &SourceManifest, file: &ShardFile, column: &str) -> Option<String> {
+    file.etag()?;
+    Some(format!("{COLUMNS}/{}", key(source, file, column)))
+}
+
+/// Returns whether these are the bytes of a shard's values.
+pub(super) fn is_whole(bytes: &[u8]) -> bool {
+    decoded(bytes).is_some()
 }
 
 /// Returns what the values of a shard depend on.

@@ -125,6 +125,23 @@ impl Location {
         }
     }
 
+    /// Reads up to `bytes` of an object's beginning; `None` if there is no object.
+    pub async fn beginning(&self, key: &str, bytes: u64) -> Result<Option<Bytes>> {
+        let options = GetOptions {
+            range: Some(GetRange::Bounded(0..bytes)),
+            ..Default::default()
+        };
+        let read = async {
+            let found = self.store.get_opts(&self.path(key), options).await?;
+            found.bytes().await
+        };
+        match read.await {
+            Ok(found) => Ok(Some(found)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error("read", key, e)),
+        }
+    }
+
     /// Returns an object's metadata; `None` if there is no object.
     pub async fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
         match self.store.head(&self.path(key)).await {

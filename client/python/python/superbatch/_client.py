@@ -30,8 +30,8 @@ def connect(
     server_name: str | None = None,
     allow_insecure: bool = False,
 ) -> Client:
-    """Connects to a service, such as "http://127.0.0.1:50051". If there is none, it raises
-    `Unavailable` at once.
+    """Connects to a service, such as "http://127.0.0.1:50051". If there is none, it waits for one,
+    as while a coordinator restarts, and raises `Unavailable` after `timeout`.
 
     If the service requires them, such as at "https://superbatch.example:50051"
     (docs/security.md):
@@ -47,7 +47,8 @@ def connect(
     Missing values are taken from the environment: SUPERBATCH_CA, SUPERBATCH_CERT, SUPERBATCH_KEY,
     SUPERBATCH_TOKEN, SUPERBATCH_TOKEN_FILE, SUPERBATCH_SERVER_NAME.
 
-    timeout: seconds for one attempt to connect.
+    timeout: seconds in which a service that is not there may come. Also those for one attempt to
+    connect, of which the last one may begin at the end of these.
     retry_attempts, retry_seconds: how often and how long faults that pass are tried again, once
     connected. A service that
         falls silent is asked for a sign of life after `retry_seconds`, but at least 5 and at most

@@ -39,7 +39,7 @@ pub(super) struct Problems {
 }
 
 impl Problems {
-    fn push(&mut self, problem: String) {
+    pub(super) fn push(&mut self, problem: String) {
         self.count += 1;
         self.first.insert(problem);
         if self.first.len() > LISTED_MAX {

@@ -14,7 +14,11 @@ const AT_ONCE_MAX: u64 = 32;
 ///
 /// # Errors
 /// `StorageUnreachable`.
-pub async fn read(run: &Location, first: u64, key: impl Fn(u64) -> String) -> Result<Vec<Bytes>> {
+pub(super) async fn read(
+    run: &Location,
+    first: u64,
+    key: impl Fn(u64) -> String,
+) -> Result<Vec<Bytes>> {
     let mut found: Vec<Bytes> = Vec::new();
     let mut at_once = 1;
     loop {

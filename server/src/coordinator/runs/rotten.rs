@@ -23,8 +23,8 @@ pub struct Seen {
 }
 
 impl Rotten {
-    /// Notes the candidates that a step read, each with whether its content is at fault. Returns the
-    /// shards that are seen to be rotten for the first time: half of their rows, and not only a
+    /// Notes the candidates that a step read, each with whether its content is at fault. Returns
+    /// the shards that are seen to be rotten for the first time: half of their rows, and not only a
     /// few, are bad.
     pub fn note(&self, rows: impl IntoIterator<Item = (Shard, bool)>) -> Vec<(Shard, Seen)> {
         let mut shards = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,6 +2,7 @@
 //!
 //! tonic writes each message into a buffer: a copy of every row, into memory that is new each time.
 //! Here a large part follows as it is on what precedes it in its message.
+use super::answer::Answer;
 use bytes::{BufMut, Bytes};
 use futures::{Stream, StreamExt, stream};
 use hyper::body::{Body as HttpBody, Frame};
@@ -9,7 +10,6 @@ use prost::{Message as _, encoding::encode_varint};
 use std::{
     convert::Infallible,
     pin::Pin,
-    sync::{Arc, Mutex},
     task::{Context, Poll},
 };
 use superbatch_proto::{
@@ -17,7 +17,7 @@ use superbatch_proto::{
     v1::{SelectBatchResponse, select_batch_response::Message},
 };
 use tonic::{
-    Status,
+    Code, Status,
     body::Body,
     codegen::http::{HeaderMap, HeaderName, HeaderValue, Response},
 };
@@ -26,34 +26,13 @@ use tonic::{
 /// much as the copy.
 const SHARED_BYTES_MIN: usize = 64 << 10;
 
-/// The messages of one answer. Clones share them, and each message is taken once: by tonic, or by
-/// the body that takes the place of tonic's.
-#[derive(Clone)]
-pub struct Answer(Arc<Mutex<Messages>>);
-
 /// The messages of an answer, as tonic reads them.
 pub type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
-
-type Messages = Box<dyn Iterator<Item = Message> + Send>;
-
-impl Answer {
-    pub fn new(messages: impl Iterator<Item = Message> + Send + 'static) -> Self {
-        Self(Arc::new(Mutex::new(Box::new(messages))))
-    }
-}
-
-impl Iterator for Answer {
-    type Item = Message;
-
-    fn next(&mut self) -> Option<Message> {
-        self.0.lock().expect("no panic while held").next()
-    }
-}
 
 /// Returns the response with the messages of `answer`, whose header has so many bytes. [`uncopied`]
 /// gives it its body.
 pub fn carrying(answer: Answer, header_bytes: usize) -> tonic::Response<BatchStream> {
-    let messages = stream::iter(answer.clone()).map(|message| Ok::<_, Status>(response(message)));
+    let messages = stream::iter(answer.clone()).map(|message| message.map(response));
     let mut response = tonic::Response::new(Box::pin(messages) as BatchStream);
     // tonic refuses a message above the limit.
     if header_bytes < MESSAGE_BYTES_MAX {
@@ -75,6 +54,8 @@ struct Uncopied {
     answer: Answer,
     /// A part whose message is begun.
     part: Option<Bytes>,
+    /// How the call ends, if not well.
+    failure: Option<Status>,
     is_over: bool,
 }
 
@@ -83,6 +64,7 @@ impl Uncopied {
         Self {
             answer,
             part: None,
+            failure: None,
             is_over: false,
         }
     }
@@ -96,11 +78,15 @@ impl Uncopied {
         while self.part.is_none() && joined.len() < SHARED_BYTES_MIN {
             match self.answer.next() {
                 None => break,
-                Some(Message::ArrowIpc(part)) if part.len() >= SHARED_BYTES_MIN => {
+                Some(Err(failure)) => {
+                    self.failure = Some(failure);
+                    break;
+                }
+                Some(Ok(Message::ArrowIpc(part))) if part.len() >= SHARED_BYTES_MIN => {
                     begin_part(part.len(), &mut joined);
                     self.part = Some(part);
                 }
-                Some(message) => {
+                Some(Ok(message)) => {
                     let message = response(message).encode_to_vec();
                     begin_message(message.len(), &mut joined);
                     joined.extend(message);
@@ -124,7 +110,7 @@ impl HttpBody for Uncopied {
             None if self.is_over => None,
             None => {
                 self.is_over = true;
-                Some(Frame::trailers(ok()))
+                Some(Frame::trailers(trailers(self.failure.take())))
             }
         };
         Poll::Ready(frame.map(Ok))
@@ -135,10 +121,20 @@ impl HttpBody for Uncopied {
     }
 }
 
-/// Returns the trailers of a call that went well.
-fn ok() -> HeaderMap {
+/// Returns the trailers of a call that ended so.
+fn trailers(failure: Option<Status>) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    match failure.map(|failure| failure.add_header(&mut trailers)) {
+        Some(Ok(())) => trailers,
+        // Headers that cannot be written leave the reason out; the call still fails.
+        Some(Err(status)) => with_code(status.code()),
+        None => with_code(Code::Ok),
+    }
+}
+
+fn with_code(code: Code) -> HeaderMap {
     let status = HeaderName::from_static("grpc-status");
-    HeaderMap::from_iter([(status, HeaderValue::from_static("0"))])
+    HeaderMap::from_iter([(status, HeaderValue::from(code as i32))])
 }
 
 fn response(message: Message) -> SelectBatchResponse {
@@ -168,7 +164,7 @@ fn begin_part(bytes: usize, out: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::task::Waker;
+    use std::{task::Waker, time::Duration};
     use superbatch_proto::v1::{BatchHeader, BatchTrailer};
 
     /// The messages of a batch with parts of these sizes.
@@ -232,13 +228,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn each_message_is_taken_once() {
-        let mut taken = Answer::new(messages(&[7]).into_iter());
-        let shared = taken.clone();
-        assert!(matches!(taken.next(), Some(Message::Header(_))));
-        assert_eq!(shared.count(), 2);
-        assert!(taken.next().is_none());
+    #[tokio::test]
+    async fn a_rank_that_was_given_up_is_told_so() {
+        let (held, let_go) = tokio::sync::oneshot::channel::<()>();
+        let messages = messages(&[7]).into_iter().map(move |message| {
+            let _held = &held;
+            message
+        });
+        let answer = Answer::new(messages).each_within(Duration::ZERO);
+        let_go.await.unwrap_err();
+        let mut frames = frames(Uncopied::new(answer));
+        let trailers = frames.remove(0).into_trailers().unwrap();
+        let code = Code::ResourceExhausted as i32;
+        assert_eq!(trailers["grpc-status"], code.to_string());
+        assert!(trailers.contains_key("grpc-status-details-bin"));
+        assert!(frames.is_empty());
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! Stage 4, serve: makes each rank's Arrow stream of the chosen rows.
+pub mod answer;
 pub mod body;
 pub mod located;
 pub mod output;

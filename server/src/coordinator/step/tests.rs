@@ -2,6 +2,10 @@
 //! on, and ends of coordinator and trainer at any moment. The rules are the real ones ([`Members`],
 //! [`Book`], [`due`], [`missing`], [`verdict`]); what lies in storage is a map whose keys are
 //! created once.
+//!
+//! A step is decided in three moves, between which anything may happen: an owner finds no receipt
+//! and computes its choice, creates the receipt, and learns whose is there. It serves what it
+//! learnt. That the checks can fail is shown by rules that are wrong.
 use crate::coordinator::{
     facts::chain::Began,
     trainer::{
@@ -32,10 +36,23 @@ struct Size {
     max_ahead: u32,
     /// How often the owner may end, be replaced without knowing it, and the trainer may end.
     ends: [u8; 3],
+    rules: Rules,
 }
 
 /// A decision: the step of the weights, and which owner made it.
 type Decision = (i64, u8);
+
+/// What is wrong, if anything is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rules {
+    Right,
+    /// A store that overwrites an object on a conditional create.
+    StoreOverwrites,
+    /// An owner whose create came second serves what it computed.
+    LoserServesItsOwn,
+    /// The lag is that of another number.
+    WrongLag,
+}
 
 /// What a coordinator knows in memory.
 #[derive(Clone, Debug)]
@@ -45,6 +62,10 @@ struct Owner {
     wanted: BTreeSet<u64>,
     /// Steps of the pushes that it knows to be published.
     book: BTreeSet<i64>,
+    /// What it computed and has not learnt the outcome of.
+    computed: BTreeMap<u64, Decision>,
+    /// What it knows to be in force.
+    serves: BTreeMap<u64, Decision>,
 }
 
 #[derive(Clone, Debug)]
@@ -62,8 +83,10 @@ struct State {
     /// The step that the trainer is at, and what each rank holds of it.
     at: u64,
     held: Vec<Option<Decision>>,
-    /// Whether each rank has asked for the step, in this owner's life.
-    asks: Vec<bool>,
+    /// The owners that each rank has asked for the step.
+    asks: Vec<BTreeSet<u8>>,
+    /// What any rank ever got of each step.
+    seen: BTreeMap<u64, Decision>,
     /// Pushes that were called for, oldest first.
     uploading: VecDeque<i64>,
     ends_left: [u8; 3],
@@ -76,6 +99,8 @@ impl State {
             members: Members::new(Vec::new(), None),
             wanted: BTreeSet::new(),
             book: BTreeSet::from([-1]),
+            computed: BTreeMap::new(),
+            serves: BTreeMap::new(),
         };
         Self {
             receipts: BTreeMap::new(),
@@ -87,7 +112,8 @@ impl State {
             world: size.world,
             at: 0,
             held: vec![None; size.world as usize],
-            asks: vec![false; size.world as usize],
+            asks: vec![BTreeSet::new(); size.world as usize],
+            seen: BTreeMap::new(),
             uploading: VecDeque::new(),
             ends_left: size.ends,
         }
@@ -97,8 +123,27 @@ impl State {
         self.at == size.steps
     }
 
-    fn committed(&self) -> Option<u64> {
-        self.receipts.keys().next_back().copied()
+    /// The owner, or the former one.
+    fn process(&self, former: bool) -> Option<&Owner> {
+        if former {
+            self.former.as_ref()
+        } else {
+            Some(&self.owner)
+        }
+    }
+
+    /// This state after `change` of the owner, or of the former one.
+    fn with(&self, former: bool, change: impl FnOnce(&mut Owner)) -> Self {
+        let mut after = self.clone();
+        let process = if former {
+            after.former.as_mut()
+        } else {
+            Some(&mut after.owner)
+        };
+        if let Some(process) = process {
+            change(process);
+        }
+        after
     }
 
     /// Everything that can happen next.
@@ -108,12 +153,15 @@ impl State {
             for rank in 0..self.world {
                 next.extend(self.ask(size, rank, 0, true));
                 next.extend(self.ask(size, rank, 1, false));
-                next.extend(self.receive(rank));
+                next.extend(self.receive(rank, false));
+                next.extend(self.receive(rank, true));
             }
             next.extend(self.train());
         }
-        next.extend(self.decide(size, false));
-        next.extend(self.decide(size, true));
+        for former in [false, true] {
+            next.extend(self.compute(size, former));
+            next.extend(self.create(size, former));
+        }
         next.extend(self.publish());
         next.extend(self.owner_ends());
         next.extend(self.owner_is_replaced());
@@ -124,7 +172,8 @@ impl State {
     /// A rank asks for its step, or for the one after while it holds its own.
     fn ask(&self, size: Size, rank: u32, ahead: u64, need: bool) -> Option<Self> {
         let (step, holds) = (self.at + ahead, self.held[rank as usize].is_some());
-        if step >= size.steps || need == holds || (need && self.asks[rank as usize]) {
+        let has_asked = self.asks[rank as usize].contains(&self.owner.number);
+        if step >= size.steps || need == holds || (need && has_asked) {
             return None;
         }
         let mut after = self.clone();
@@ -138,7 +187,7 @@ impl State {
             held: 0,
         };
         let bounds = Bounds {
-            committed: self.committed(),
+            committed: self.owner.serves.keys().next_back().copied(),
             max_ahead: size.max_ahead,
         };
         match after.owner.members.admit(&asking, bounds) {
@@ -158,23 +207,24 @@ impl State {
         }
         after.owner.wanted.insert(step);
         if need {
-            after.asks[rank as usize] = true;
+            after.asks[rank as usize].insert(self.owner.number);
         }
         Some(after)
     }
 
-    fn receive(&self, rank: u32) -> Option<Self> {
+    fn receive(&self, rank: u32, former: bool) -> Option<Self> {
         let rank = rank as usize;
-        let decision = *self.receipts.get(&self.at)?;
-        if !self.asks[rank] || self.held[rank].is_some() {
+        let process = self.process(former)?;
+        let decision = *process.serves.get(&self.at)?;
+        if !self.asks[rank].contains(&process.number) || self.held[rank].is_some() {
             return None;
         }
-        let others = self.held.iter().flatten();
-        assert!(
-            others.into_iter().all(|other| *other == decision),
-            "{self:#?}"
-        );
         let mut after = self.clone();
+        let before = after.seen.insert(self.at, decision);
+        assert!(
+            before.is_none_or(|before| before == decision),
+            "another batch was served of a step\n{self:#?}"
+        );
         after.held[rank] = Some(decision);
         Some(after)
     }
@@ -188,18 +238,14 @@ impl State {
         after.uploading.push_back(self.at as i64);
         after.at += 1;
         after.held.fill(None);
-        after.asks.fill(false);
+        after.asks.fill(BTreeSet::new());
         Some(after)
     }
 
-    /// An owner decides the first step that is wanted and whose weights it knows.
-    fn decide(&self, size: Size, former: bool) -> Vec<Self> {
-        let deciding = if former {
-            self.former.as_ref()
-        } else {
-            Some(&self.owner)
-        };
-        let Some(owner) = deciding else {
+    /// An owner takes up a step that is wanted: it finds its receipt, or computes a choice if it
+    /// knows the weights.
+    fn compute(&self, size: Size, former: bool) -> Vec<Self> {
+        let Some(owner) = self.process(former) else {
             return Vec::new();
         };
         let lag = Lag {
@@ -207,11 +253,13 @@ impl State {
         };
         let book = book(&owner.book);
         let mut next = Vec::new();
-        for step in owner
-            .wanted
-            .iter()
-            .filter(|step| !self.receipts.contains_key(*step))
-        {
+        let is_new =
+            |step: &&u64| !owner.serves.contains_key(*step) && !owner.computed.contains_key(*step);
+        for step in owner.wanted.iter().filter(is_new) {
+            if let Some(decided) = self.receipts.get(step) {
+                next.push(self.with(former, |owner| _ = owner.serves.insert(*step, *decided)));
+                continue;
+            }
             let due = due(*step, &lag, 1);
             let Some(found) = book.find(due, CHAIN) else {
                 if !former {
@@ -219,14 +267,68 @@ impl State {
                 }
                 continue;
             };
-            let with = found.version.step;
+            let with = found.version.step + i64::from(size.rules == Rules::WrongLag);
             check_lag(*step, with, size.lag);
-            let mut after = self.clone();
-            let was = after.receipts.insert(*step, (with, owner.number));
-            assert!(was.is_none(), "step {step} was decided twice");
-            next.push(after);
+            let decision = (with, owner.number);
+            let computed = self.with(former, |owner| _ = owner.computed.insert(*step, decision));
+            // Where nobody else can come between, the moves are one: there are fewer states.
+            let alone = self.former.is_none() && self.ends_left[1] == 0;
+            next.push(if alone {
+                computed
+                    .created(*step, decision, size, false)
+                    .learnt(*step, decision, size, false)
+            } else {
+                computed
+            });
         }
         next
+    }
+
+    /// An owner creates the receipt of what it computed. It learns the outcome, or the answer is
+    /// lost and it creates it again.
+    fn create(&self, size: Size, former: bool) -> Vec<Self> {
+        let mut next = Vec::new();
+        let Some(owner) = self.process(former) else {
+            return next;
+        };
+        for (step, decision) in owner.computed.clone() {
+            let created = self.created(step, decision, size, former);
+            if !self.receipts.contains_key(&step) {
+                next.push(created.clone());
+            }
+            next.push(created.learnt(step, decision, size, former));
+        }
+        next
+    }
+
+    fn created(&self, step: u64, decision: Decision, size: Size, former: bool) -> Self {
+        let mut after = self.clone();
+        let found = self.receipts.get(&step);
+        if found.is_none() || size.rules == Rules::StoreOverwrites {
+            let was = after.receipts.insert(step, decision);
+            assert!(
+                was.is_none_or(|was| was == decision),
+                "step {step} was decided twice, at last by the former owner: {former}\n{self:#?}"
+            );
+        }
+        after
+    }
+
+    /// After its create an owner reads whose receipt is there. A former owner whose own it is finds
+    /// that it lost the run, and ends.
+    fn learnt(&self, step: u64, decision: Decision, size: Size, former: bool) -> Self {
+        let in_force = self.receipts[&step];
+        let mut after = self.with(former, |owner| {
+            owner.computed.remove(&step);
+            let own = size.rules == Rules::LoserServesItsOwn;
+            owner
+                .serves
+                .insert(step, if own { decision } else { in_force });
+        });
+        if former && in_force == decision {
+            after.former = None;
+        }
+        after
     }
 
     /// A step whose weights are not there waits for them, and never in vain.
@@ -234,7 +336,8 @@ impl State {
         let mut demand = Demand::default();
         demand.world_size = self.world;
         for rank in (0..self.world).filter(|_| step == self.at) {
-            if self.asks[rank as usize] && self.held[rank as usize].is_none() {
+            let has_asked = self.asks[rank as usize].contains(&self.owner.number);
+            if has_asked && self.held[rank as usize].is_none() {
                 let stands_still = true;
                 demand.join(Need { rank, stands_still }, Instant::now());
             }
@@ -276,9 +379,14 @@ impl State {
     fn loaded(&self, number: u8) -> Owner {
         Owner {
             number,
-            members: Members::new(self.incarnations.clone(), self.committed()),
+            members: Members::new(
+                self.incarnations.clone(),
+                self.receipts.keys().next_back().copied(),
+            ),
             wanted: BTreeSet::new(),
             book: self.pushes.clone(),
+            computed: BTreeMap::new(),
+            serves: self.receipts.clone(),
         }
     }
 
@@ -286,8 +394,16 @@ impl State {
         let mut after = self.clone();
         after.ends_left[0] = self.ends_left[0].checked_sub(1)?;
         after.owner = self.loaded(self.owner.number + 1);
-        after.asks.fill(false);
+        after.only_former_is_asked();
         Some(after)
+    }
+
+    /// The calls of a process that ended are gone.
+    fn only_former_is_asked(&mut self) {
+        let former = self.former.as_ref().map(|former| former.number);
+        for asks in &mut self.asks {
+            asks.retain(|number| Some(*number) == former);
+        }
     }
 
     /// The owner is paused, and another one takes the run over.
@@ -296,7 +412,7 @@ impl State {
         after.ends_left[1] = self.ends_left[1].checked_sub(1)?;
         after.former = Some(self.owner.clone());
         after.owner = self.loaded(self.owner.number + 1);
-        after.asks.fill(false);
+        after.only_former_is_asked();
         Some(after)
     }
 
@@ -312,7 +428,7 @@ impl State {
             let world = size.world_after as usize;
             after.ends_left[2] = left;
             (after.trainer, after.world, after.at) = (self.trainer + 1, size.world_after, at);
-            (after.held, after.asks) = (vec![None; world], vec![false; world]);
+            (after.held, after.asks) = (vec![None; world], vec![BTreeSet::new(); world]);
             let (lag, book) = (
                 Lag {
                     bound: Some(size.lag),
@@ -408,11 +524,11 @@ fn explore(size: Size) -> usize {
 fn every_way_through_a_small_run_ends_and_decides_each_step_once() {
     let sizes = [
         (3, 2, 1, Bound::Exact(0), 1, [1, 0, 1]),
-        (3, 2, 2, Bound::Exact(1), 2, [0, 1, 1]),
-        (3, 1, 2, Bound::Exact(1), 1, [1, 1, 1]),
-        (4, 1, 1, Bound::Exact(2), 2, [1, 1, 1]),
-        (3, 2, 1, Bound::AtMost(1), 2, [0, 1, 1]),
-        (4, 1, 1, Bound::AtMost(0), 1, [1, 1, 1]),
+        (3, 2, 2, Bound::Exact(1), 2, [0, 1, 0]),
+        (2, 2, 2, Bound::Exact(1), 2, [0, 1, 1]),
+        (3, 1, 1, Bound::Exact(2), 2, [1, 1, 0]),
+        (3, 2, 1, Bound::AtMost(1), 2, [0, 1, 0]),
+        (3, 1, 1, Bound::AtMost(0), 1, [1, 1, 0]),
     ];
     for (steps, world, world_after, lag, max_ahead, ends) in sizes {
         let size = Size {
@@ -422,7 +538,30 @@ fn every_way_through_a_small_run_ends_and_decides_each_step_once() {
             lag,
             max_ahead,
             ends,
+            rules: Rules::Right,
         };
         assert!(explore(size) > 500, "{size:?} was not explored");
+    }
+}
+
+#[test]
+fn a_way_on_which_wrong_rules_show_is_found() {
+    for (rules, says) in [
+        (Rules::StoreOverwrites, "was decided twice"),
+        (Rules::LoserServesItsOwn, "another batch was served"),
+        (Rules::WrongLag, "step 0"),
+    ] {
+        let size = Size {
+            steps: 2,
+            world: 2,
+            world_after: 2,
+            lag: Bound::Exact(0),
+            max_ahead: 1,
+            ends: [0, 1, 0],
+            rules,
+        };
+        let found = std::panic::catch_unwind(|| explore(size)).unwrap_err();
+        let found = found.downcast_ref::<String>().unwrap();
+        assert!(found.contains(says), "{rules:?}: {found}");
     }
 }

@@ -212,8 +212,8 @@ async fn summarise(run: &Location, facts: Vec<Fact>) -> Result<bool> {
     .await
 }
 
-/// Deletes all summaries but the newest ones. Any of them may go once a newer one is there: whoever has
-/// listed it and does not find it lists again.
+/// Deletes all summaries but the newest ones. Any of them may go once a newer one is there: whoever
+/// has listed it and does not find it lists again.
 ///
 /// # Errors
 /// `StorageUnreachable`.

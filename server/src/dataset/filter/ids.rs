@@ -349,7 +349,8 @@ mod tests {
     async fn a_long_list_is_read_in_pieces_and_one_beyond_the_setting_is_refused() {
         let uids = (PIECE_BYTES / ID_BYTES) * 2 + 5;
         let header = format!(
-            "{{'descr': [('f0', '<u8'), ('f1', '<u8')], 'fortran_order': False, 'shape': ({uids},), }}"
+            "{{'descr': [('f0', '<u8'), ('f1', '<u8')], 'fortran_order': False, \
+             'shape': ({uids},), }}"
         );
         let data = (0..uids).flat_map(|n| [7, uids - n]);
         let data: Vec<u8> = data.flat_map(u64::to_le_bytes).collect();

@@ -31,21 +31,33 @@ use std::sync::Arc;
 /// Part of the key, so that surveys of older versions are not read.
 const VERSION: &str = "2";
 const END: &str = "superbatch.tar.end";
+/// Folder of the surveys, in the state.
+pub(in crate::dataset) const INDEXES: &str = "tar-indexes";
 
-/// Returns the survey of `file`: the kept one, or a new one, which is then kept. Without an ETag a
-/// replaced file could not be recognised, so nothing is kept then.
+/// Returns the key of a tar's survey in the state. `None` without an ETag: a replaced file could
+/// not be recognised, so nothing is kept then.
+pub(in crate::dataset) fn kept_key(file: &ShardFile) -> Option<String> {
+    let parts = [VERSION, file.uri(), &file.size().to_string(), file.etag()?].join("\0");
+    let hash = blake3::hash(parts.as_bytes());
+    Some(format!("{INDEXES}/{}.parquet", hash.to_hex()))
+}
+
+/// Returns whether these are the bytes of a survey.
+///
+/// # Errors
+/// `Internal` if reading them panicked.
+pub(in crate::dataset) async fn is_whole(bytes: Bytes) -> Result<bool> {
+    in_background(move || read(bytes).is_ok()).await
+}
+
+/// Returns the survey of `file`: the kept one, or a new one, which is then kept.
 ///
 /// # Errors
 /// Those of [`survey`] and of the state.
 pub async fn survey_kept(state: Option<&Location>, file: &ShardFile) -> Result<Survey> {
-    let (Some(state), Some(etag)) = (state, file.etag()) else {
+    let (Some(state), Some(key)) = (state, kept_key(file)) else {
         return survey(file).await;
     };
-    let parts = [VERSION, file.uri(), &file.size().to_string(), etag].join("\0");
-    let key = format!(
-        "tar-indexes/{}.parquet",
-        blake3::hash(parts.as_bytes()).to_hex()
-    );
     if let Some(bytes) = state.find(&key).await? {
         match in_background(move || read(bytes)).await? {
             Ok(survey) => return Ok(survey),

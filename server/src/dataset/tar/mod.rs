@@ -18,5 +18,6 @@ pub use block::TarBlock;
 pub(super) use build::index_shards;
 pub(super) use json::entries;
 pub use kept::survey_kept;
+pub(super) use kept::{INDEXES, is_whole, kept_key};
 pub(super) use layout::member_type;
 pub use survey::Survey;

@@ -280,7 +280,15 @@ impl<'a> Pass<'a> {
         drop(micro_batches);
         let embeddings = embeddings.spread(&rows, block.block_rows);
         faults.sort_unstable_by_key(|(row, _)| *row);
-        Ok(BlockEmbeddings { embeddings, faults })
+        let origin = crate::origin::Origin {
+            rows: slice.rows_digest(block).to_owned(),
+            model: model.info.digest.clone(),
+        };
+        Ok(BlockEmbeddings {
+            embeddings,
+            faults,
+            origin: Some(origin),
+        })
     }
 
     /// Decodes the candidates that may have faults not known yet, and those that the learner will

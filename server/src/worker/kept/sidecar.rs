@@ -4,6 +4,7 @@ use super::{cache::Cache, embeddings::Embeddings};
 use crate::{
     error::{Error, Result},
     fidelity::Fidelity,
+    origin::{FOLDER, MAGIC, Origin},
     storage::{Created, Location},
     worker::{
         inputs::preprocess::{ImageLimits, RowFault},
@@ -14,8 +15,6 @@ use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use std::{future::Future, sync::Arc};
 use superbatch_proto::v1::{BadRowReason, EmbeddingDtype};
-
-const MAGIC: &[u8; 8] = b"SBREF\0\0\x01";
 
 /// Everything that the embeddings of a block depend on. A field that is missing here would let one
 /// run read numbers that were computed otherwise.
@@ -41,6 +40,8 @@ pub(crate) struct BlockEmbeddings {
     pub embeddings: Embeddings,
     /// By rising row. `EmbeddingNotFinite` is among them.
     pub faults: Vec<(u32, RowFault)>,
+    /// `None` in objects of earlier builds.
+    pub origin: Option<Origin>,
 }
 
 /// The shape that a block's embeddings must have.
@@ -53,6 +54,9 @@ pub(crate) struct Shape {
 
 #[derive(Serialize, Deserialize)]
 struct Header {
+    /// The first field: see [`Origin::of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    of: Option<Origin>,
     rows: usize,
     dim: usize,
     dtype: String,
@@ -102,7 +106,7 @@ impl BlockKey<'_> {
             hash.update(&(field.len() as u64).to_le_bytes())
                 .update(field);
         }
-        format!("reference/{}", hash.finalize().to_hex())
+        format!("{FOLDER}/{}", hash.finalize().to_hex())
     }
 }
 
@@ -238,6 +242,7 @@ fn encode(block: &BlockEmbeddings, dtype: EmbeddingDtype) -> Bytes {
         dim, image, text, ..
     } = &block.embeddings;
     let header = Header {
+        of: block.origin.clone(),
         rows: block.embeddings.rows(),
         dim: *dim,
         dtype: dtype.as_str_name().to_owned(),
@@ -288,13 +293,20 @@ fn decode(bytes: &[u8], shape: Shape) -> Option<BlockEmbeddings> {
         ))
     };
     let faults = header.holes.into_iter().map(fault).collect::<Option<_>>()?;
-    Some(BlockEmbeddings { embeddings, faults })
+    Some(BlockEmbeddings {
+        embeddings,
+        faults,
+        origin: header.of,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{StorageConfig, Stores};
+    use crate::{
+        origin::is_whole,
+        storage::{StorageConfig, Stores},
+    };
 
     const SHAPE: Shape = Shape {
         rows: 3,
@@ -310,7 +322,27 @@ mod tests {
         BlockEmbeddings {
             embeddings,
             faults: vec![(1, fault)],
+            origin: Some(Origin {
+                rows: "r".into(),
+                model: "m".into(),
+            }),
         }
+    }
+
+    #[test]
+    fn an_object_says_whose_it_is_by_its_beginning() {
+        let bytes = encode(&block(1), SHAPE.dtype);
+        assert_eq!(Origin::of(&bytes), block(1).origin);
+        assert_eq!(Origin::of(&bytes[..60]), block(1).origin);
+        assert!(is_whole(&bytes) && !is_whole(&bytes[1..]) && !is_whole(&bytes[..bytes.len() - 1]));
+        // As earlier builds write it, and read it.
+        let old = BlockEmbeddings {
+            origin: None,
+            ..block(1)
+        };
+        let bytes = encode(&old, SHAPE.dtype);
+        assert_eq!(Origin::of(&bytes), None);
+        assert_eq!(decode(&bytes, SHAPE), Some(old));
     }
 
     fn sidecar() -> (Location, Sidecar) {
