@@ -1,6 +1,9 @@
 """examples/open_clip: the released trainer, with one and two ranks, by epochs, and resumed."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -10,6 +13,7 @@ from commands import run
 from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
 from superbatch.open_clip import built_in, export
 
+ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 2
 CONFIG = {
     "embed_dim": 16,
@@ -44,6 +48,25 @@ def test_the_tokenizer_that_is_written_is_open_clips_own():
         "a very long caption " * 30,
     ]
     assert [found.ids for found in written.encode_batch(captions)] == own(captions).tolist()
+
+
+def test_a_folder_of_a_model_that_open_clip_names(tmp_path):
+    """By examples/open_clip/prepare.py, and its tokenizer alone by the module's command."""
+    python = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "model"
+    prepare = [sys.executable, ROOT / "examples/open_clip/prepare.py", "ViT-S-32-alt", folder]
+    subprocess.run(list(map(str, prepare)), check=True, env=python, timeout=300)
+    ended = run("inspect", folder.as_uri())
+    assert ended.returncode == 0, ended.stderr
+    assert "open_clip, embeddings of 256 numbers" in ended.stdout, ended.stdout
+    written = folder / "tokenizer.json"
+    before = json.loads(written.read_text())
+    written.unlink()
+    ended = run("inspect", folder.as_uri())
+    assert ended.returncode == 1 and "python -m superbatch.open_clip FOLDER" in ended.stderr
+    again = [sys.executable, "-m", "superbatch.open_clip", str(folder), "ViT-S-32-alt"]
+    subprocess.run(again, check=True, timeout=300)
+    assert json.loads(written.read_text()) == before
 
 
 def test_doctor_reads_a_folder_as_a_worker_does(tmp_path):
