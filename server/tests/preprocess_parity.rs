@@ -6,6 +6,7 @@ use serde::Deserialize;
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::inputs::{
+    model_inputs::Inputs,
     preprocess::{ImageLimits, Preprocess, decode},
     tokenize::{End, TextShape, Tokenizer},
 };
@@ -22,6 +23,13 @@ struct Cases {
     processors: Vec<String>,
     tokens: Tokens,
     open_clip: Vec<Cleaned>,
+    siglip2: Captions,
+}
+
+#[derive(Deserialize)]
+struct Captions {
+    captions: Vec<String>,
+    ids: Vec<Vec<i64>>,
 }
 
 #[derive(Deserialize)]
@@ -145,6 +153,8 @@ fn pixels_and_ids_are_those_of_pillow_and_transformers() {
     normalisation(&processors, &read);
     let json = read("tokenizer/tokenizer.json".to_owned());
     tokens(&cases.tokens, &json);
+    let image = read("normalised.png".to_owned());
+    captions_of_siglip2(&cases.siglip2, &folder.path().join("siglip2-fixed"), &image);
     captions_of_open_clip(&cases, &json, &built_in(&folder.path().join("built_in")));
     cut_jpegs_are_refused(&read("jpeg-q75-s2-64x48".to_owned()));
 }
@@ -193,15 +203,31 @@ fn tokens(tokens: &Tokens, json: &[u8]) {
     assert!(tokens.captions.len() > 5);
 }
 
-/// The service's tokenizer of a folder with the files of open_clip's built-in one.
-fn built_in(folder: &Path) -> Vec<u8> {
+fn opened(folder: &Path) -> ModelFolder {
     let stores = Stores::new(StorageConfig::default());
     let location = stores
         .open(&format!("file://{}", folder.display()))
         .unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let folder = runtime.block_on(ModelFolder::fetch(&location)).unwrap();
-    folder.tokenizer_json.to_vec()
+    runtime.block_on(ModelFolder::fetch(&location)).unwrap()
+}
+
+/// The service's tokenizer of a folder with the files of open_clip's built-in one.
+fn built_in(folder: &Path) -> Vec<u8> {
+    opened(folder).tokenizer_json.to_vec()
+}
+
+fn captions_of_siglip2(cases: &Captions, folder: &Path, image: &[u8]) {
+    let inputs = Inputs::of(&opened(folder)).unwrap();
+    for (caption, ids) in cases.captions.iter().zip(&cases.ids) {
+        let prepared = inputs.prepare(image, caption, &LIMITS).unwrap();
+        assert_eq!(prepared.ids, *ids, "{caption:?}");
+        assert_eq!(prepared.ids.len(), 64);
+    }
+    assert!(
+        cases.ids.iter().any(|ids| ids.ends_with(&[0])),
+        "padded with 0"
+    );
 }
 
 fn captions_of_open_clip(cases: &Cases, json: &[u8], built_in: &[u8]) {

@@ -26,6 +26,7 @@ from transformers import (
     CLIPImageProcessor,
     PreTrainedTokenizerFast,
     Siglip2ImageProcessor,
+    SiglipConfig,
     SiglipImageProcessor,
 )
 
@@ -352,6 +353,38 @@ def write_built_in(folder, own):
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
+def write_siglip2(folder):
+    """A SigLIP 2 of one size as the hub has it: a tokenizer of Gemma's form, which pads with 0, and
+    a configuration that names neither padding nor end.
+    """
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False)
+    made.train_from_iterator(["a photo of a cat", "the quick brown fox"] * 9, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", special.index("<eos>"))]
+    )
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, padding_side="right", **names)
+    tokenizer.save_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 2
+    config = SiglipConfig(
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        text_config={**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 64},
+    ).to_dict()
+    for part in (config, config["text_config"]):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            part.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    SiglipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    found = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=64)
+    return {"captions": CAPTIONS, "ids": found["input_ids"]}
+
+
 def main(folder):
     rng = np.random.default_rng(7)
     cases = {
@@ -360,6 +393,7 @@ def main(folder):
         "tokens": write_tokenizer(folder),
     }
     cases["open_clip"] = write_open_clip(folder, length=80)
+    cases["siglip2"] = write_siglip2(folder / "siglip2-fixed")
     (folder / "cases.json").write_text(json.dumps(cases))
 
 

@@ -1,15 +1,25 @@
 """examples/open_clip: the released trainer, with one and two ranks, by epochs, and resumed."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy
 import open_clip
+import pyarrow.parquet
 import pytest
+import superbatch.torch
 import torch
 from commands import run
 from recipe import SUB_BATCH_SIZE, SUPER_BATCH_SIZE, Recipes, module, recipes, script  # noqa: F401
 from superbatch.open_clip import built_in, export
 
+from examples.demo import tiny
+from examples.demo.model import Transform
+
+ROOT = Path(__file__).parents[2]
 EPOCH_STEPS = 2
 CONFIG = {
     "embed_dim": 16,
@@ -44,6 +54,63 @@ def test_the_tokenizer_that_is_written_is_open_clips_own():
         "a very long caption " * 30,
     ]
     assert [found.ids for found in written.encode_batch(captions)] == own(captions).tolist()
+
+
+def test_a_folder_of_a_model_that_open_clip_names(tmp_path):
+    """By examples/open_clip/prepare.py, and its tokenizer alone by the module's command."""
+    python = {**os.environ, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "model"
+    prepare = [sys.executable, ROOT / "examples/open_clip/prepare.py", "ViT-S-32-alt", folder]
+    subprocess.run(list(map(str, prepare)), check=True, env=python, timeout=300)
+    ended = run("inspect", folder.as_uri())
+    assert ended.returncode == 0, ended.stderr
+    assert "open_clip, embeddings of 256 numbers" in ended.stdout, ended.stdout
+    written = folder / "tokenizer.json"
+    before = json.loads(written.read_text())
+    written.unlink()
+    ended = run("inspect", folder.as_uri())
+    assert ended.returncode == 1 and "python -m superbatch.open_clip FOLDER" in ended.stderr
+    again = [sys.executable, "-m", "superbatch.open_clip", str(folder), "ViT-S-32-alt"]
+    subprocess.run(again, check=True, timeout=300)
+    assert json.loads(written.read_text()) == before
+
+
+@torch.no_grad()
+def test_a_tower_that_is_refused_is_exported(tmp_path):
+    """As docs/models.md shows it of a ResNet."""
+    torch.manual_seed(0)
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "image_size": 32}
+    text = CONFIG["text_cfg"]
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    folder = tmp_path / "module"
+    own = open_clip.SimpleTokenizer(context_length=text["context_length"])
+    sha256 = superbatch.torch.export_module(
+        model, folder, image_size=32, text_length=own.context_length, tokenizer=built_in(own)
+    )
+    tiny.write_dataset(tmp_path / "pool", rows=64)
+    asked = [
+        "--model",
+        folder,
+        "--sources",
+        (tmp_path / "pool").as_uri(),
+        "--out",
+        tmp_path / "out",
+    ]
+    asked += ["--state", (tmp_path / "state").as_uri(), "--embedding-dtype", "f32"]
+    pinned = {"SUPERBATCH_WORKER__EXPORTED_MODULES": json.dumps([sha256])}
+    ended = run("embed", *asked, env={**os.environ, **pinned})
+    assert ended.returncode == 0, ended.stderr
+    shard = sorted((tmp_path / "pool").iterdir())[0]
+    rows = pyarrow.parquet.read_table(shard)
+    pixels = Transform(folder).images(rows["png"].to_pylist())
+    found = pyarrow.parquet.read_table(tmp_path / "out" / f"{shard.name}.embeddings.parquet")
+    for column, theirs in (
+        ("image_embedding", model.encode_image(pixels)),
+        ("text_embedding", model.encode_text(own(rows["caption"].to_pylist()))),
+    ):
+        ours = numpy.stack(found[column].to_numpy(zero_copy_only=False))
+        cosines = torch.cosine_similarity(torch.from_numpy(ours), theirs)
+        assert cosines.min() > 0.9999, column
 
 
 def test_doctor_reads_a_folder_as_a_worker_does(tmp_path):

@@ -1,5 +1,7 @@
 """What a trainer trains at an approximation is what the service scores at it."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,43 @@ def test_the_service_embeds_what_the_trainer_trains(inputs, tmp_path, low):
     assert cosine > 0.9999 and apart < 1e-4, (cosine, apart)
     strangers = unlike(model.get_image_features(transform.images(images)), served)
     assert strangers[0] < 0.9999, "full fidelity is another thing"
+
+
+@torch.no_grad()
+def test_a_folder_says_how_its_trainer_resizes(inputs, tmp_path):
+    """By `resize.json`: the embeddings are those of another kernel, of another model by name."""
+    folder, low = tmp_path / "model", superbatch.Approximation(patch=16)
+    shutil.copytree(inputs / "learner", folder)
+    (folder / "resize.json").write_text('{"kernel_filter": "bicubic", "kernel_antialias": true}')
+    named, served = set(), []
+    for number, which in enumerate((inputs / "learner", folder)):
+        out = tmp_path / f"out-{number}"
+        asked = ["--model", which, "--sources", (inputs / "pool").as_uri(), "--out", out, "--json"]
+        asked += ["--state", (tmp_path / "state").as_uri(), "--embedding-dtype", "f32"]
+        command = [BINARY, "embed", *asked, "--patch", 16]
+        ended = subprocess.run(
+            list(map(str, command)), check=True, capture_output=True, text=True, timeout=120
+        )
+        made = json.loads(ended.stdout)
+        assert made["blocks_kept"] == 0, "none of another resizing is taken for its own"
+        named.add(made["model"])
+        shard = sorted((inputs / "pool").iterdir())[0]
+        table = pyarrow.parquet.read_table(out / f"{shard.name}.embeddings.parquet")
+        image = table["image_embedding"].to_numpy(zero_copy_only=False)
+        served.append(torch.from_numpy(numpy.stack(image)))
+    assert len(named) == 2, "the file is part of the model's digest"
+    images = pyarrow.parquet.read_table(shard)["png"].to_pylist()
+    model, transform = load(folder).eval(), Transform(folder)
+    pixels = transform.images(images)
+    ways = (way_of(model, low), way_of(model, low, "bicubic", True))
+    for way, theirs in zip(ways, served):
+        cosine, apart = unlike(embedded(model, (pixels[:0], pixels), way), theirs)
+        assert cosine > 0.9999 and apart < 1e-4, (cosine, apart)
+    assert unlike(*served)[1] > 1e-3, "and they differ"
+    inspected = subprocess.run(
+        [BINARY, "inspect", folder, "--json"], check=True, capture_output=True
+    ).stdout
+    assert json.loads(inspected)["image"]["resizes"]["kernel"] == "bicubic with antialiasing"
 
 
 @pytest.mark.parametrize("low", ALL, ids=name_of)

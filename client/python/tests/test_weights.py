@@ -132,6 +132,7 @@ def test_whole_tensors_are_rank_zeros():
         (torch.ones(2, device="meta"), "tensor w: it is on the meta device"),
         (torch.eye(2).to_sparse(), "tensor w: it is sparse; push tensor.to_dense()"),
         (torch.eye(2).to_sparse_csr(), "tensor w: it is sparse"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "tensor w: it is 8 bits wide"),
     ],
 )
 def test_tensors_without_values_of_their_own_are_refused_by_name(tensor, said):

@@ -97,6 +97,12 @@ def check_values(name: str, tensor: Any) -> None:
         "torch.sparse"
     ):
         raise invalid("state_dict", f"tensor {name}: it is sparse; push tensor.to_dense()")
+    if str(getattr(tensor, "dtype", "")).startswith("torch.float8"):
+        raise invalid(
+            "state_dict",
+            f"tensor {name}: it is 8 bits wide, and its scale is another tensor; push the weights "
+            "dequantised, in bf16 or f32",
+        )
 
 
 def shard(name: str, tensor: Any) -> tuple[Block | None, int]:
