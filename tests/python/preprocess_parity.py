@@ -354,9 +354,7 @@ def write_built_in(folder, own):
 
 
 def write_siglip2(folder):
-    """A SigLIP 2 of one size as the hub has it: a tokenizer of Gemma's form, which pads with 0, and
-    a configuration that names neither padding nor end.
-    """
+    """A SigLIP 2 of one size: a tokenizer like Gemma's, and no padding in its configuration."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

@@ -75,6 +75,17 @@ def test_a_folder_of_a_model_that_open_clip_names(tmp_path):
     assert json.loads(written.read_text()) == before
 
 
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_the_activation_is_the_models(tmp_path, is_quick):
+    """`force_quick_gelu` changes the model, and not what open_clip knows by its name."""
+    model = open_clip.CLIP(**CONFIG, quick_gelu=is_quick)
+    tokenizer = open_clip.SimpleTokenizer(context_length=12)
+    for said in (CONFIG, {**CONFIG, "quick_gelu": True}):
+        folder = export(model, tmp_path, model_cfg=said, tokenizer=tokenizer, weights=False)
+        written = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        assert written.get("quick_gelu", False) == is_quick
+
+
 @torch.no_grad()
 def test_a_tower_that_is_refused_is_exported(tmp_path):
     """As docs/models.md shows it of a ResNet."""

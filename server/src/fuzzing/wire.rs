@@ -150,7 +150,7 @@ pub fn parts(bytes: &[u8]) {
             return;
         }
     }
-    read::<()>(Err(staged.incomplete(&[0])));
+    read::<()>(Err(staged.incomplete("0")));
     let is_over = open.iter().flatten().all(|part| part.may_end());
     if !is_over || !staged.is_whole() {
         return;

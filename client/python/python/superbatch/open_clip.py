@@ -47,6 +47,10 @@ def export(
     config.setdefault("vision_cfg", {})["image_size"] = (
         size[0] if isinstance(size, (tuple, list)) else size
     )
+    # `force_quick_gelu` makes another model of a name's configuration.
+    is_quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+    if is_quick != config.get("quick_gelu", False):
+        config["quick_gelu"] = is_quick
     preprocess = dict(preprocess_cfg or getattr(model.visual, "preprocess_cfg", {}))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

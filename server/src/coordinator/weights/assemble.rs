@@ -44,27 +44,32 @@ pub(crate) fn assemble(staged: Staged) -> Result<Pushed> {
 pub(super) fn join(staged: Staged, known: Option<Known>) -> Result<Pushed> {
     let known = known.filter(|known| known.is_of(&staged.dtypes()));
     let (shape, mut parts) = staged.into_parts();
-    let (mut tensors, optional) = (BTreeMap::new(), &shape.optional);
+    let (mut tensors, optional) = (BTreeMap::<&str, Tensor>::new(), &shape.optional);
     for (name, shape) in &shape.tensors {
-        let parts = parts.remove(name).unwrap_or_default();
-        if parts.is_empty() && optional.contains(name) {
+        let own = parts.remove(name).unwrap_or_default();
+        if own.is_empty() && optional.contains(name) {
             continue;
         }
         let (have, all) = (
-            parts.iter().map(Part::elements).sum::<u64>(),
+            own.iter().map(Part::elements).sum::<u64>(),
             shape.iter().product::<u64>(),
         );
         // Every part was checked when it was staged: it lies inside the tensor and overlaps no
         // other. So the tensor is covered exactly if the numbers of elements add up.
-        if have != all || parts.is_empty() {
+        if have != all || own.is_empty() {
+            let others = tensors.keys().copied();
+            let hint = match have {
+                0 => frozen(name, others.chain(parts.keys().map(String::as_str))),
+                _ => String::new(),
+            };
             return Err(refused(
                 name,
-                format!("{name} is not whole: {have} of {all} elements were pushed"),
+                format!("{name} is not whole: {have} of {all} elements were pushed{hint}"),
             ));
         }
         let shape: Result<Vec<usize>, _> = shape.iter().map(|&n| usize::try_from(n)).collect();
         let shape = shape.map_err(|e| refused(name, format!("{name} is too large")).because(e))?;
-        let tensor = Tensor { shape, parts };
+        let tensor = Tensor { shape, parts: own };
         if known.is_none()
             && let Some(value) = tensor.not_finite()
         {
@@ -85,6 +90,27 @@ pub(super) fn join(staged: Staged, known: Option<Known>) -> Result<Pushed> {
     let known = known.filter(|known| known.has_header(&pushed.header));
     pushed.digest = known.map_or_else(|| digest(&pushed), |known| known.digest);
     Ok(pushed)
+}
+
+/// Returns what to do where nothing of a tower was pushed, but `others` were: as if the trainer
+/// pushed what it trains, and the tower is frozen (LiT). Empty if it is otherwise.
+fn frozen<'a>(name: &str, mut others: impl Iterator<Item = &'a str>) -> String {
+    let Some((tower, _)) = name.split_once('.') else {
+        return String::new();
+    };
+    let is_inside = |other: &str| {
+        other
+            .strip_prefix(tower)
+            .is_some_and(|rest| rest.starts_with('.'))
+    };
+    let first = others.next();
+    if first.is_none_or(is_inside) || others.any(is_inside) {
+        return String::new();
+    }
+    format!(
+        "; nothing of '{tower}.' was pushed: if it is frozen, push the whole model.state_dict() \
+         first, and then what is trained with base_version"
+    )
 }
 
 /// Returns the BLAKE3 of the file, in hex.
@@ -259,6 +285,17 @@ mod tests {
             extent: extent.to_vec(),
             bytes: bytes.into(),
         }
+    }
+
+    #[test]
+    fn a_tower_that_is_left_out_may_be_frozen() {
+        let hint = |others: &[&'static str]| frozen("image.a", others.iter().copied());
+        let left_out = hint(&["logit_scale", "text.a", "images.b"]);
+        assert!(left_out.contains("nothing of 'image.'"), "{left_out}");
+        for others in [&[][..], &["image.b"], &["logit_scale", "image.b"]] {
+            assert_eq!(hint(others), "", "{others:?}");
+        }
+        assert_eq!(frozen("logit_scale", ["text.a"].into_iter()), "");
     }
 
     #[test]

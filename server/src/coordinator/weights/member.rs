@@ -224,17 +224,13 @@ impl Member {
 
     /// Refuses the whole push, unless it is being published already or this stream no longer
     /// belongs to it. `why` gets the ranks whose streams bring the push.
-    pub fn refuse(&self, why: impl FnOnce(&Staged, &[u32]) -> Error) {
+    pub fn refuse(&self, why: impl FnOnce(&Staged, &str) -> Error) {
         let mut staging = self.inner.lock();
         let push = staging
             .pushes
             .get(&self.at)
             .filter(|push| push.streams.contains_key(&self.stream));
-        let why = push.and_then(|push| {
-            let mut ranks: Vec<u32> = push.streams.values().map(|rank| rank.rank).collect();
-            ranks.sort_unstable();
-            Some(why(push.staged.as_ref()?, &ranks))
-        });
+        let why = push.and_then(|push| Some(why(push.staged.as_ref()?, &push.ranks())));
         if let Some(why) = why {
             self.inner.answer(&mut staging, self.at, Err(why));
         }

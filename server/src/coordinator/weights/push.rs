@@ -8,6 +8,9 @@ use tokio::{sync::watch, time::Instant};
 /// Most starts of the trainer that one push remembers as replaced.
 const REPLACED_KEPT: usize = 16;
 
+/// Ranks that a message names.
+const RANKS_SHOWN: usize = 16;
+
 pub struct Push {
     pub id: String,
     /// The start of the trainer that brings it.
@@ -52,6 +55,15 @@ impl Rank {
 }
 
 impl Push {
+    /// Returns the ranks whose streams bring it, for people.
+    pub fn ranks(&self) -> String {
+        let mut ranks: Vec<u32> = self.streams.values().map(|rank| rank.rank).collect();
+        ranks.sort_unstable();
+        let shown = ranks.iter().take(RANKS_SHOWN).map(u32::to_string);
+        let more = (ranks.len() > RANKS_SHOWN).then(|| "…".to_owned());
+        shown.chain(more).collect::<Vec<_>>().join(", ")
+    }
+
     /// `known` are the starts of the trainer that have asked for a step, in their order.
     pub(super) fn new(
         start: &PushStart,

@@ -16,9 +16,6 @@ use superbatch_proto::{
     v1::{PartHeader, Reason, TensorDtype},
 };
 
-/// Ranks that a message names.
-const RANKS_SHOWN: usize = 16;
-
 /// A place for a part that was announced by its header.
 #[derive(Debug)]
 struct Slot {
@@ -332,7 +329,7 @@ impl Staged {
 
     /// Returns the refusal of a push that did not become whole in time: the number of missing
     /// parts, the ranks that brought the others, and the first tensor.
-    pub fn incomplete(&self, ranks: &[u32]) -> Error {
+    pub fn incomplete(&self, ranks: &str) -> Error {
         let missing = (self.expected as usize).saturating_sub(self.arrived_parts());
         let first = self.shape.tensors.iter().find(|(name, shape)| {
             if self.shape.optional.contains(*name) {
@@ -349,22 +346,14 @@ impl Staged {
                 .sum::<u64>()
                 < shape.iter().product()
         });
-        let first = first.map_or("", |(name, _)| name);
-        let expected = self.expected;
-        let shown: Vec<String> = ranks.iter().take(RANKS_SHOWN).map(u32::to_string).collect();
-        let more = if ranks.len() > shown.len() {
-            ", …"
-        } else {
-            ""
-        };
+        let (first, expected) = (first.map_or("", |(name, _)| name), self.expected);
         refused(
             first,
             format!(
                 "{missing} of {expected} parts did not come within \
-                 coordinator.push_deadline_seconds, only those of rank {}{more}: each rank that \
+                 coordinator.push_deadline_seconds, only those of rank {ranks}: each rank that \
                  holds a part calls push_weights for the step (under FSDP, all ranks), and \
-                 expected_parts counts the parts of all of them",
-                shown.join(", ")
+                 expected_parts counts the parts of all of them"
             ),
         )
     }

@@ -156,7 +156,7 @@ mod tests {
             ("plain text", "plain text"),
             (
                 "\u{201c}it\u{2019}s\u{201d} \u{2bc}n \u{201e}low",
-                "\"it's\" 'n „low",
+                "\"it's\" 'n \"low",
             ),
             ("ﬂuﬃeﬆ ŉ Ǆ", "fluffiest 'n DŽ"),
             ("ＬＯＵＤ\u{3000}ﾀ！", "LOUD タ!"),
