@@ -246,3 +246,6 @@ def test_a_mean_over_seeds_has_its_interval():
     mean, half = report.spread([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.30 / 3**0.5, rel=1e-3)
     assert report.spread([1.0]) == (1.0, None)
+    # Of published tables.
+    for count, t in ((8, 2.365), (9, 2.306), (10, 2.262), (21, 2.086), (31, 2.042)):
+        assert report.student(count) == pytest.approx(t, abs=6e-3)
