@@ -67,7 +67,7 @@ def rank_main(
         save_weights(trainer.model, folder / "model.safetensors")
 
 
-def start_folder(cache: Path, dataset: Path) -> Path:
+def start_folder(cache: Path, dataset: Path, shape: dict = SHAPE) -> Path:
     """A model folder with random weights. Its words are those of the clean set and of junk: the
     same for every pool.
     """
@@ -75,23 +75,26 @@ def start_folder(cache: Path, dataset: Path) -> Path:
         "caption"
     ].to_pylist()
     rng = random.Random(SEED)
-    return write_folder(
-        cache / "reference-start", captions + [junk(rng) for _ in range(JUNK)], SEED
-    )
+    words = captions + [junk(rng) for _ in range(JUNK)]
+    return write_folder(cache / "reference-start", words, SEED, shape)
 
 
 def train_reference(
-    cache: Path, dataset: Path, settings: Settings, start: Path | None = None
+    cache: Path,
+    dataset: Path,
+    settings: Settings,
+    start: Path | None = None,
+    shape: dict = SHAPE,
 ) -> Path:
     """A model folder with the reference's weights, and those of step `keep_at` beside them in
     KEPT.
     """
     clean = json.loads((dataset / "dataset.json").read_text())["clean"]
-    recipe = json.dumps([VERSION, SEED, clean, SHAPE, asdict(settings)], sort_keys=True)
+    recipe = json.dumps([VERSION, SEED, clean, shape, asdict(settings)], sort_keys=True)
     folder = cache / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if (folder / "model.safetensors").exists():
         return folder
-    start = start or start_folder(cache, dataset)
+    start = start or start_folder(cache, dataset, shape)
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
