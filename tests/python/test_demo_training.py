@@ -192,6 +192,10 @@ def test_the_whole_report_is_written(tmp_path):
     said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
     pictures.draw_curves(written, tmp_path / "demo.png", "credits")
+    # It can be drawn again from what was written.
+    again = json.loads((tmp_path / "results.json").read_text())
+    pictures.draw_curves(again, tmp_path / "again.png", "credits")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "demo.png").read_bytes()
     sheets = pictures.draw_sheets(results[2], pool, tmp_path, "credits")
     for path in (tmp_path / "demo.png", *sheets):
         assert Image.open(path).size[0] > 600
