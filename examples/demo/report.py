@@ -128,7 +128,7 @@ def mismatched(arm: ArmResult, pool: Pool) -> dict:
     }
 
 
-def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
+def write_results(results: Sequence[ArmResult], pool: Pool, out: Path, split: str = "test") -> dict:
     """results.json: `arms` and `speedup` of the first seed, and all seeds under `seeds`."""
     by_seed = []
     for seed in dict.fromkeys(result.seed for result in results):
@@ -141,6 +141,7 @@ def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
     first = {key: by_seed[0][key] for key in ("arms", "speedup", "needed_for_uniform_final")}
     whole = {
         **first,
+        "split": split,
         "mismatched_share_of_pool": pool.mismatched_share(list(pool.rows)),
         "seeds": by_seed,
     }
@@ -203,8 +204,8 @@ def table(results: dict) -> str:
         arms, need = seed["arms"], seed["needed_for_uniform_final"]
         goal = arms["uniform"]["accuracy"][-1]
         lines += [
-            f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at "
-            f"R@5 = {goal:.1%}",
+            f"seed {seed['seed']}: image-to-text recall on the held-out vendor, names of "
+            f"`{results['split']}`; uniform ended at R@5 = {goal:.1%}",
             HEADER,
         ]
         lines += [row(policy, arms[policy], need[policy]) for policy in ARMS if policy in arms]
