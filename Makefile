@@ -24,8 +24,8 @@ export RUST_MIN_STACK := 16777216
 # Documentation tests run from a folder of their own, where the binaries' relative path to LibTorch leads nowhere.
 export LD_LIBRARY_PATH := $(CURDIR)/$(VENV)/torch/lib:$(LD_LIBRARY_PATH)
 export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
-# The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, DEMO_OUT=folder, DEMO_CACHE=folder.
-export QUICK SEEDS POOL DEMO_OUT DEMO_CACHE
+# The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, VALIDATE=1, DEMO_OUT=folder, DEMO_CACHE=folder.
+export QUICK SEEDS POOL VALIDATE DEMO_OUT DEMO_CACHE
 
 .PHONY: bench help setup build build-release test test-rust test-python test-deploy chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-inputs bench-open bench-step test-gpu clean
 
@@ -91,7 +91,7 @@ wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the ser
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
 
-demo: ## uniform, joint, approximate (flexi) and independent selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; DEMO_OUT=folder)
+demo: ## uniform, a filter, joint, approximate (flexi) and independent selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; VALIDATE=1; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm
 	@$(MAKE) --no-print-directory build
 	$(PYTHON) -m examples.demo

@@ -57,8 +57,18 @@ def arguments() -> argparse.Namespace:
         help="a pool in which every concept has the same share, instead of the long tail "
         "(POOL=flat)",
     )
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        default=os.environ.get("VALIDATE", "") not in ("", "0"),
+        help="judge on the names of `val`, to choose settings by, and not on those of `test` "
+        "(VALIDATE=1)",
+    )
     parser.add_argument("--steps", type=int, help="steps of each arm, instead of the preset's")
     parser.add_argument("--data-only", action="store_true", help="build the data set and stop")
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw demo.png again from results.json, and stop"
+    )
     return parser.parse_args()
 
 
@@ -86,11 +96,18 @@ def run_demo(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     cache, out = args.cache.resolve(), args.out.resolve()
     cache.mkdir(parents=True, exist_ok=True)
+    if args.redraw:
+        from .pictures import draw_curves
+
+        draw_curves(json.loads((out / "results.json").read_text()), out / "demo.png", CREDITS)
+        return
     preset = presets.QUICK if args.quick else presets.FULL
     pool = dataclasses.replace(preset.pool, zipf=0.0 if args.flat else preset.pool.zipf)
     arms = dataclasses.replace(preset.arms, steps=args.steps or preset.arms.steps)
     seeds = tuple(int(seed) for seed in args.seeds.split(",")) if args.seeds else preset.seeds
-    preset = dataclasses.replace(preset, pool=pool, arms=arms, seeds=seeds)
+    preset = dataclasses.replace(
+        preset, pool=pool, arms=arms, seeds=seeds, split="val" if args.validate else "test"
+    )
     dataset = build_dataset(cache, pool, os.cpu_count() or 1)
     if args.data_only:
         print(f"data: {dataset}")
@@ -98,13 +115,13 @@ def run_demo(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(dataset / "CREDITS.txt", out / "CREDITS.txt")
     results = train(preset, cache, dataset, out)
-    report(results, dataset, out)
+    report(results, dataset, out, preset.split)
     print(f"\nin {(time.monotonic() - begun) / 60:.1f} minutes; everything is in {out}")
 
 
 def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
     """The reference, then every arm of every seed, each with a server and a state of its own."""
-    from .reference import train_reference
+    from .reference import clip_score_of_best, train_reference
     from .report import read_arm
     from .service import Arm, run_arm, serve
     from .settings import ARMS
@@ -122,6 +139,7 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
             folder = out / f"{selection.name}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            best, pool = selection.best, dataset / "pool"
             arm = Arm(
                 selection,
                 seed,
@@ -131,6 +149,8 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
                 reference,
                 folder,
                 reference / KEPT,
+                clip_score_of_best(reference, pool, best) if best else None,
+                preset.split,
             )
             with serve(folder) as address:
                 run_arm(arm, address)
@@ -140,12 +160,12 @@ def train(preset: "Preset", cache: Path, dataset: Path, out: Path) -> list:
     return results
 
 
-def report(results: list, dataset: Path, out: Path) -> None:
+def report(results: list, dataset: Path, out: Path, split: str) -> None:
     from .pictures import draw_curves, draw_sheets
     from .report import Pool, table, write_results
 
     pool = Pool(dataset / "pool")
-    written = write_results(results, pool, out)
+    written = write_results(results, pool, out, split)
     text = table(written)
     (out / "table.txt").write_text(text + "\n")
     print("\n" + text + "\n")
@@ -155,7 +175,7 @@ def report(results: list, dataset: Path, out: Path) -> None:
     about = json.loads((dataset / "dataset.json").read_text())["rows"]
     print(
         f"pool of {about['pool']} rows, evaluated on pictures by a vendor that neither pool nor "
-        "clean set has"
+        f"clean set has, on the names of `{split}`"
     )
     for path in (out / "results.json", out / "demo.png", *sheets):
         print(f"  {path}")

@@ -2,6 +2,7 @@
 picture?
 
 The test pictures fall into galleries of about that size by a fixed draw: chance is 5 in GALLERY.
+Those of `val` are one gallery. Settings are chosen by `val`, and reported on `test`.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import torch
 from transformers import SiglipModel
 
+from .data.packages import DemoError
 from .model import Transform, embed
 
 ROWS = 256
@@ -23,6 +25,8 @@ class Evaluation:
         table = pyarrow.parquet.read_table(
             folder, columns=["png", "caption"], filters=[("split", "==", split)]
         )
+        if not len(table):
+            raise DemoError(f"{folder} has no names of `{split}`")
         self.pixels = transform.images(table["png"].to_pylist())
         self.ids = transform.captions(table["caption"].to_pylist())
 

@@ -13,8 +13,7 @@ import numpy
 from PIL import Image
 
 from .data.captions import MISMATCHED
-from .evaluate import GALLERY
-from .report import ArmResult, Pool
+from .report import ArmResult, Pool, spread
 from .settings import ARMS
 
 matplotlib.use("Agg")
@@ -22,22 +21,26 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 COLOURS = {arm.name: arm.colour for arm in ARMS.values()}
+# Where colours are hard to tell apart, and where curves lie on each other, the lines still differ.
+DASHES = {"flexi": (5, 1.5), "independent": (2, 1.2), "filtered": (7, 1.5, 1.5, 1.5)}
 # By key in results.json: title, label and unit of the axis.
 PRICES = {
     "steps": ("step", "steps", 1),
     "scanned": ("example scanned", "thousand examples scanned", 1e3),
     "flops": ("FLOP", "TFLOP of service and trainer", 1e12),
-    "seconds": ("second", "seconds, service and trainer on the same cores", 1),
+    "seconds": ("second", "seconds, all on the same cores", 1),
 }
 NEEDED = {"steps": "steps", "flops": "FLOP", "seconds": "seconds"}
 WRONG, RIGHT, FAINT = "#c5221f", "#202124", "#5f6368"
 COLUMNS, ROWS = 8, 4
 TITLE = "One model, one trainer, one pool: only who chooses the batch differs"
+# Uniform has fallen if it is so many points below where it began.
+FALLEN = 1.0
 STYLE = {
-    "font.size": 10,
+    "font.size": 14,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 11,
+    "axes.titlesize": 15,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.edgecolor": FAINT,
@@ -49,17 +52,30 @@ def draw_curves(results: dict, path: Path, note: str) -> None:
     """Six panels: accuracy by step, by example scanned, by FLOP and by second; mismatched captions;
     what was needed.
     """
+    seeds = results["seeds"]
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(2, 3, figsize=(15, 8.6))
+        figure, panels = pyplot.subplots(2, 3, figsize=(15, 10.4))
         accuracy = [panels[0, 0], panels[0, 1], panels[1, 0], panels[1, 1]]
         for panel, price in zip(accuracy, PRICES, strict=True):
-            draw_accuracy(panel, results["seeds"], price)
-        accuracy[0].legend(loc="lower right")
+            draw_accuracy(panel, seeds, price, results.get("split", "test"))
+        explain_fall(accuracy[0], seeds)
         draw_mismatched(panels[0, 2], results)
-        draw_needed(panels[1, 2], results["seeds"])
-        figure.suptitle(TITLE, fontsize=15, x=0.012, ha="left")
-        figure.text(0.5, 0.006, note, ha="center", fontsize=7.5, color=FAINT)
-        figure.tight_layout(rect=(0, 0.02, 1, 0.99), h_pad=2, w_pad=2)
+        draw_needed(panels[1, 2], seeds)
+        figure.suptitle(TITLE, fontsize=20, x=0.012, ha="left")
+        # Of all panels: within one there is no room that the curves leave free.
+        lines = {line.get_label(): line for line in accuracy[0].get_lines()}
+        named = [name for name in COLOURS if name in lines]
+        figure.legend(
+            [lines[name] for name in named], named, loc="lower center", ncols=5, fontsize=16
+        )
+        drawn = (
+            f"Mean of {len(seeds)} seeds. Shaded: from the lowest to the highest seed. Thin lines: "
+            "95 % interval of the mean.  "
+            if len(seeds) > 1
+            else ""
+        )
+        figure.text(0.5, 0.052, drawn + note, ha="center", fontsize=10, color=FAINT)
+        figure.tight_layout(rect=(0, 0.07, 1, 0.99), h_pad=1.5, w_pad=1.5)
         save(figure, path)
 
 
@@ -68,40 +84,65 @@ def save(figure: pyplot.Figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str) -> None:
-    """One thin line a seed, and the mean in bold."""
+def styled(policy: str) -> dict:
+    given = {"color": COLOURS[policy], "linewidth": 2.6}
+    return given | ({"dashes": DASHES[policy]} if policy in DASHES else {})
+
+
+def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str, split: str) -> None:
+    """The mean over seeds, and between the lowest and the highest one a shade."""
     title, label, unit = PRICES[price]
     for policy, colour in COLOURS.items():
         curves = [seed["arms"][policy] for seed in seeds if policy in seed["arms"]]
         if not curves:
             continue
-        for curve in curves if len(curves) > 1 else []:
-            panel.plot(
-                numpy.divide(curve[price], unit),
-                numpy.multiply(curve["accuracy"], 100),
-                color=colour,
-                alpha=0.35,
-                linewidth=1,
-            )
         across = numpy.mean([curve[price] for curve in curves], axis=0) / unit
-        up = 100 * numpy.mean([curve["accuracy"] for curve in curves], axis=0)
-        named = policy if len(curves) == 1 else f"{policy}, mean of {len(curves)}"
-        panel.plot(across, up, color=colour, linewidth=2.2, label=named)
-        panel.plot(across[-1:], up[-1:], "o", color=colour, markersize=5)
+        ups = 100 * numpy.array([curve["accuracy"] for curve in curves])
+        if len(curves) > 1:
+            low, high = ups.min(axis=0), ups.max(axis=0)
+            panel.fill_between(across, low, high, color=colour, alpha=0.13, linewidth=0)
+        up = ups.mean(axis=0)
+        panel.plot(across, up, label=policy, **styled(policy))
+        panel.plot(across[-1:], up[-1:], "o", color=colour, markersize=6)
     goal = 100 * numpy.mean([seed["arms"]["uniform"]["accuracy"][-1] for seed in seeds])
-    panel.axhline(goal, color=COLOURS["uniform"], linewidth=1, linestyle=":")
-    panel.set(
-        title=f"Accuracy by {title}",
-        xlabel=label,
-        ylabel=f"R@5 among {GALLERY} names, held-out vendor (%)",
-    )
+    panel.axhline(goal, color=COLOURS["uniform"], linewidth=1.2, linestyle=":")
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
+    panel.annotate(
+        "where uniform ends",
+        (panel.get_xlim()[1], goal),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=12,
+        color=FAINT,
+    )
+    judged = "held-out vendor" if split == "test" else f"names of {split}"
+    panel.set(title=f"Accuracy by {title}", xlabel=label, ylabel=f"R@5, {judged} (%)")
     panel.grid(alpha=0.2)
 
 
+def explain_fall(panel: Axes, seeds: Sequence[dict]) -> None:
+    """Says why uniform's curve begins downwards, if it does."""
+    curves = [seed["arms"]["uniform"] for seed in seeds]
+    up = 100 * numpy.mean([curve["accuracy"] for curve in curves], axis=0)
+    lowest = int(up.argmin())
+    if up[lowest] < up[0] - FALLEN:
+        panel.annotate(
+            "all begin at the same weights;\nwrong captions set uniform back",
+            (curves[0]["steps"][lowest], up[lowest]),
+            xytext=(34, -4),
+            textcoords="offset points",
+            va="center",
+            fontsize=11,
+            color=FAINT,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.8},
+        )
+
+
 def draw_mismatched(panel: Axes, results: dict) -> None:
-    for policy, colour in COLOURS.items():
+    for policy in COLOURS:
         shares = [
             seed["arms"][policy]["mismatched_by_step"]
             for seed in results["seeds"]
@@ -110,50 +151,55 @@ def draw_mismatched(panel: Axes, results: dict) -> None:
         if not shares:
             continue
         mean = 100 * numpy.mean([share["share"] for share in shares], axis=0)
-        panel.plot(shares[0]["steps"], mean, color=colour, linewidth=2.2)
+        panel.plot(shares[0]["steps"], mean, **styled(policy))
     whole = 100 * results["mismatched_share_of_pool"]
-    panel.axhline(
-        whole, color=FAINT, linewidth=1, linestyle=":", label=f"in the pool: {whole:.0f} %"
-    )
-    panel.legend(loc="upper right")
-    panel.set(
-        title="Mismatched captions trained on", xlabel="steps", ylabel="share of the sub-batch (%)"
-    )
+    panel.axhline(whole, color=FAINT, linewidth=1.2, linestyle=":")
     panel.set_xlim(left=0)
     panel.set_ylim(0, 75)
+    panel.annotate(
+        f"in the pool: {whole:.0f} %",
+        (panel.get_xlim()[1], whole),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=12,
+        color=FAINT,
+    )
+    panel.set(title="Wrong captions trained on", xlabel="steps", ylabel="share of the batch (%)")
     panel.grid(alpha=0.2)
 
 
 def draw_needed(panel: Axes, seeds: Sequence[dict]) -> None:
-    """Bars: what each arm needed to reach uniform's final accuracy, as a share of uniform's; the
-    mean over seeds.
+    """Bars: how many times less than uniform an arm needed to come to uniform's end; the mean over
+    seeds, as in the table, and its 95 % interval.
     """
-    height = 0.78 / len(COLOURS)
-    widest = 1.0
-    for row, (policy, colour) in enumerate(COLOURS.items()):
+    arms = [policy for policy in COLOURS if policy != "uniform" and policy in seeds[0]["speedup"]]
+    height, widest = 0.8 / max(1, len(arms)), 1.0
+    for row, policy in enumerate(arms):
         times = [seed["speedup"][policy] for seed in seeds if policy in seed["speedup"]]
         for place, price in enumerate(NEEDED):
-            y = place + (row - (len(COLOURS) - 1) / 2) * height
-            reached = bool(times) and all(one[price] for one in times)
-            share = float(numpy.mean([1 / one[price] for one in times])) if reached else 0.0
-            widest = max(widest, share)
-            panel.barh(y, share, height * 0.9, color=colour)
+            y = place + (row - (len(arms) - 1) / 2) * height
+            reached = all(one[price] for one in times)
+            mean, half = spread([one[price] for one in times]) if reached else (0.0, None)
+            widest = max(widest, mean + (half or 0))
+            panel.barh(y, mean, height * 0.88, color=COLOURS[policy])
+            if half:
+                panel.plot([max(0, mean - half), mean + half], [y, y], color=RIGHT, linewidth=1)
             panel.annotate(
-                f"{share:.2f}" if reached else "never got there",
-                (share, y),
-                xytext=(4, 0),
+                f"{mean:.1f}" if reached else "never got there",
+                (mean + (half or 0), y),
+                xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=9,
-                color=colour,
+                fontsize=12,
+                color=RIGHT,
             )
-    panel.axvline(1, color=FAINT, linewidth=1, linestyle=":")
+    panel.axvline(1, color=FAINT, linewidth=1.2, linestyle=":")
     panel.set_yticks(range(len(NEEDED)), NEEDED.values())
-    panel.set_xlim(0, widest * 1.15)
+    panel.set_xlim(0, widest * 1.18)
     panel.invert_yaxis()
-    panel.set(
-        title="Needed to reach uniform's final accuracy", xlabel="uniform = 1; shorter is better"
-    )
+    panel.set(title="To where uniform ends", xlabel="times fewer than uniform")
 
 
 def draw_sheets(arm: ArmResult, pool: Pool, out: Path, credits: str) -> list[Path]:

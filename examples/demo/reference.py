@@ -15,10 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet
+import torch
 
 from .data.captions import junk
 from .evaluate import Evaluation
-from .model import SHAPE, Transform, save_weights, write_folder
+from .model import SHAPE, Transform, embed, load, save_weights, write_folder
+from .progress import progress
 from .settings import Settings
 from .train import Batch, Trainer, fit, run_ranks, start_rank
 
@@ -26,6 +28,7 @@ VERSION = 3
 SEED = 7
 # How many junk captions the tokenizer learns from.
 JUNK = 2000
+SCORED_ROWS = 256
 
 
 def shuffled_batches(
@@ -60,14 +63,14 @@ def rank_main(
 ) -> None:
     start_rank(rank, settings.world_size, folder / "rendezvous")
     trainer = Trainer(model_folder, settings, rank)
-    evaluation = Evaluation(dataset / "eval", trainer.transform)
+    evaluation = Evaluation(dataset / "eval", trainer.transform, "val")
     batches = shuffled_batches(dataset / "clean", trainer.transform, settings, rank, SEED)
     fit(trainer, batches, evaluation, "train reference", folder)
     if rank == 0:
         save_weights(trainer.model, folder / "model.safetensors")
 
 
-def start_folder(cache: Path, dataset: Path) -> Path:
+def start_folder(cache: Path, dataset: Path, shape: dict = SHAPE) -> Path:
     """A model folder with random weights. Its words are those of the clean set and of junk: the
     same for every pool.
     """
@@ -75,23 +78,26 @@ def start_folder(cache: Path, dataset: Path) -> Path:
         "caption"
     ].to_pylist()
     rng = random.Random(SEED)
-    return write_folder(
-        cache / "reference-start", captions + [junk(rng) for _ in range(JUNK)], SEED
-    )
+    words = captions + [junk(rng) for _ in range(JUNK)]
+    return write_folder(cache / "reference-start", words, SEED, shape)
 
 
 def train_reference(
-    cache: Path, dataset: Path, settings: Settings, start: Path | None = None
+    cache: Path,
+    dataset: Path,
+    settings: Settings,
+    start: Path | None = None,
+    shape: dict = SHAPE,
 ) -> Path:
     """A model folder with the reference's weights, and those of step `keep_at` beside them in
     KEPT.
     """
     clean = json.loads((dataset / "dataset.json").read_text())["clean"]
-    recipe = json.dumps([VERSION, SEED, clean, SHAPE, asdict(settings)], sort_keys=True)
+    recipe = json.dumps([VERSION, SEED, clean, shape, asdict(settings)], sort_keys=True)
     folder = cache / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if (folder / "model.safetensors").exists():
         return folder
-    start = start or start_folder(cache, dataset)
+    start = start or start_folder(cache, dataset, shape)
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -101,3 +107,29 @@ def train_reference(
     run_ranks(rank_main, (dataset, start, partial, settings), settings.world_size)
     partial.rename(folder)
     return folder
+
+
+def clip_scores(folder: Path, pool: Path) -> torch.Tensor:
+    """Of a pool's rows in their order, by the model of `folder`: 2.5 * max(cosine, 0), as in Hessel
+    et al. 2021, arXiv 2104.08718.
+    """
+    model, transform = load(folder).eval(), Transform(folder)
+    shards, scores = sorted(pool.glob("*.parquet")), []
+    for shard in progress(shards, len(shards), "score the pool once", "shard"):
+        for batch in pyarrow.parquet.ParquetFile(shard).iter_batches(
+            SCORED_ROWS, columns=["png", "caption"]
+        ):
+            pixels = transform.images(batch["png"].to_pylist())
+            with torch.no_grad():
+                image, text = embed(model, pixels, transform.captions(batch["caption"].to_pylist()))
+            scores.append(2.5 * (image * text).sum(dim=1).clamp(min=0))
+    return torch.cat(scores)
+
+
+def clip_score_of_best(folder: Path, pool: Path, share: float) -> float:
+    """The CLIPScore that this share of the pool reaches. Kept beside the reference, by the pool."""
+    kept = folder / f"best-{share:g}-{pool.parent.name}.json"
+    if not kept.exists():
+        threshold = torch.quantile(clip_scores(folder, pool), 1 - share).item()
+        kept.write_text(json.dumps(threshold))
+    return json.loads(kept.read_text())

@@ -128,7 +128,7 @@ def mismatched(arm: ArmResult, pool: Pool) -> dict:
     }
 
 
-def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
+def write_results(results: Sequence[ArmResult], pool: Pool, out: Path, split: str = "test") -> dict:
     """results.json: `arms` and `speedup` of the first seed, and all seeds under `seeds`."""
     by_seed = []
     for seed in dict.fromkeys(result.seed for result in results):
@@ -141,6 +141,7 @@ def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
     first = {key: by_seed[0][key] for key in ("arms", "speedup", "needed_for_uniform_final")}
     whole = {
         **first,
+        "split": split,
         "mismatched_share_of_pool": pool.mismatched_share(list(pool.rows)),
         "seeds": by_seed,
     }
@@ -152,12 +153,20 @@ def write_results(results: Sequence[ArmResult], pool: Pool, out: Path) -> dict:
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
+def student(count: int) -> float:
+    """Of more seeds than the table has, by the expansion around the normal distribution's 1.96
+    (Abramowitz and Stegun 1964, 26.7.5): right to three digits.
+    """
+    free = count - 1
+    return STUDENT.get(count) or 1.96 + 2.372 / free + 2.823 / free**2 + 2.556 / free**3
+
+
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """(mean, half of its 95 % confidence interval, None of one value)."""
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return mean, None
-    return mean, STUDENT.get(count, 2.0) * statistics.stdev(values) / count**0.5
+    return mean, student(count) * statistics.stdev(values) / count**0.5
 
 
 def over_seeds(results: dict) -> list[str]:
@@ -195,8 +204,8 @@ def table(results: dict) -> str:
         arms, need = seed["arms"], seed["needed_for_uniform_final"]
         goal = arms["uniform"]["accuracy"][-1]
         lines += [
-            f"seed {seed['seed']}: image-to-text recall on the held-out vendor; uniform ended at "
-            f"R@5 = {goal:.1%}",
+            f"seed {seed['seed']}: image-to-text recall on the held-out vendor, names of "
+            f"`{results['split']}`; uniform ended at R@5 = {goal:.1%}",
             HEADER,
         ]
         lines += [row(policy, arms[policy], need[policy]) for policy in ARMS if policy in arms]

@@ -51,6 +51,10 @@ class Arm:
     folder: Path
     # The weights that the learner begins with; its folder's own if None.
     start: Path | None = None
+    # Candidates of a lower CLIPScore are left out.
+    clip_score_at_least: float | None = None
+    # Whose names it is judged on.
+    split: str = "test"
 
     @property
     def weights(self) -> Path:
@@ -79,6 +83,8 @@ def fidelity(selection: Selection) -> dict:
 
 def run_spec(arm: Arm) -> superbatch.RunSpec:
     settings, low = arm.settings, fidelity(arm.selection)
+    least = arm.clip_score_at_least
+    tuning = superbatch.Tuning(clip_score_at_least=least) if least else None
     return superbatch.RunSpec(
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],
@@ -95,6 +101,7 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
                 super_batch_size=settings.super_batch_size,
                 sub_batch_size=settings.sub_batch_size,
                 n_chunks=settings.n_chunks,
+                tuning=tuning,
                 **dict(arm.selection.phase),
                 **low,
             )
@@ -144,7 +151,7 @@ def service_batches(
 def rank_main(rank: int, arm: Arm, address: str) -> None:
     start_rank(rank, arm.settings.world_size, arm.folder / "rendezvous")
     trainer = Trainer(arm.learner, arm.settings, rank, arm.weights)
-    evaluation = Evaluation(arm.dataset / "eval", trainer.transform)
+    evaluation = Evaluation(arm.dataset / "eval", trainer.transform, arm.split)
     run = superbatch.connect(address).open_run(run_spec(arm))
 
     def push(step: int) -> None:

@@ -22,10 +22,18 @@ class Selection:
     # The side in pixels at which candidates are scored and half of the batch is trained
     # (Flexi-JEST); None: all of it at the model's own.
     low_side: int | None = None
+    # The share of the pool, of the best CLIPScores by the reference, that candidates are left out
+    # below; None: none are.
+    best: float | None = None
 
     @property
     def looks_at_weights(self) -> bool:
         return self.policy != "uniform"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the others are measured against its end."""
+        return self.name == "uniform"
 
 
 # Three quarters of the model's side: nine patches in place of sixteen. Half of it leaves four.
@@ -35,6 +43,8 @@ ARMS = {
     arm.name: arm
     for arm in (
         Selection("uniform", "uniform", "#7a7a7a"),
+        # The honest control: what the reference knows, used once and for all.
+        Selection("filtered", "uniform", "#8a5fbf", best=0.3),
         Selection("joint", "joint", "#1668b8"),
         Selection("flexi", "joint", "#2f9e44", low_side=LOW_SIDE),
         Selection("independent", "independent", "#d98300"),
@@ -94,12 +104,14 @@ class Preset:
     reference: Settings
     arms: Settings
     seeds: tuple[int, ...]
-    # Share of uniform's steps after which arms that select stop: they have shown by then what they
+    # Share of uniform's steps after which the other arms stop: they have shown by then what they
     # can.
     selecting: float
+    # Whose names the arms are judged on: `val` to choose settings by, `test` to report.
+    split: str = "test"
 
     def of(self, selection: Selection) -> Settings:
-        return self.arms.shortened(self.selecting) if selection.looks_at_weights else self.arms
+        return self.arms if selection.is_baseline else self.arms.shortened(self.selecting)
 
 
 FULL = Preset(

@@ -69,9 +69,10 @@ def write_dataset(
     seed: int = 0,
     shards: int = 2,
     row_group_rows: int = 64,
+    split: str = "test",
 ) -> Path:
     """`folder` with Parquet shards of `key`, `png`, `caption`, `kind` (clean or shuffled) and
-    `split` (test).
+    `split`.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def write_dataset(
                 "png": draw(colour, shape, rng),
                 "caption": caption,
                 "kind": kind,
-                "split": "test",
+                "split": split,
             }
         )
     schema = pyarrow.schema(

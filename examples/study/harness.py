@@ -6,6 +6,7 @@ rank, and the reference's embeddings of the whole pool are made before the first
 the service's default.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 from superbatch_kernels import Model, select
-from transformers import SiglipModel
+from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import SiglipConfig, SiglipModel
 
 from examples.demo.evaluate import in_galleries
 from examples.demo.model import embed
@@ -39,6 +41,15 @@ class Arm:
     best: float = 1.0
     # Learner and reference score candidates at the low side, and half of the rows are trained so.
     low: bool = False
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What an experiment changes for all of its arms, beside the demo's settings."""
+
+    loss: str = "sigmoid"
+    # Scale and bias that the learner begins with; None: those of the weights that it begins with.
+    begin: tuple[float, float] | None = None
 
 
 class Order:
@@ -72,11 +83,31 @@ def scale_of(model: SiglipModel) -> tuple[float, float]:
     return model.logit_scale.exp().item(), model.logit_bias.item()
 
 
-def loss_of(image: torch.Tensor, text: torch.Tensor, model: SiglipModel) -> torch.Tensor:
-    logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
-    return -torch.nn.functional.logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(
-        image
-    )
+def begin(model: SiglipModel, scale: float, bias: float) -> None:
+    """Sets the temperature that training begins with."""
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(scale))
+        model.logit_bias.fill_(bias)
+
+
+def loss_of(
+    image: torch.Tensor, text: torch.Tensor, model: SiglipModel, loss: str = "sigmoid"
+) -> torch.Tensor:
+    """The mean over the rows of a batch."""
+    logits = image @ text.T * model.logit_scale.exp()
+    if loss == "softmax":
+        own = torch.arange(len(image))
+        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    logits = logits + model.logit_bias
+    return -logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(image)
+
+
+def own_loss_of(
+    image: torch.Tensor, text: torch.Tensor, model: SiglipModel, loss: str = "sigmoid"
+) -> torch.Tensor:
+    """The part of `loss_of` that a row has by its own pair, without its batch-mates."""
+    logits = (image * text).sum(dim=1) * model.logit_scale.exp()
+    return -(logits if loss == "softmax" else logsigmoid(logits + model.logit_bias)).mean()
 
 
 class References:
@@ -100,33 +131,38 @@ class References:
         return Model(self.image[rows], self.text[rows], self.scale, self.bias)
 
 
-def forward_flops(model: SiglipModel, side: int) -> tuple[float, float]:
+def forward_flops(about: SiglipConfig, side: int) -> tuple[float, float]:
     """Operations of one picture and of one caption through their towers."""
 
-    def tower(about, tokens: int) -> float:
-        layer = 2 * (4 * about.hidden_size**2 + 2 * about.hidden_size * about.intermediate_size)
-        return about.num_hidden_layers * (tokens * layer + 4 * tokens**2 * about.hidden_size)
+    def tower(of, tokens: int) -> float:
+        layer = 2 * (4 * of.hidden_size**2 + 2 * of.hidden_size * of.intermediate_size)
+        return of.num_hidden_layers * (tokens * layer + 4 * tokens**2 * of.hidden_size)
 
-    vision, text = model.config.vision_config, model.config.text_config
+    vision, text = about.vision_config, about.text_config
     patches = (side // vision.patch_size) ** 2
     entry = patches * (6 * vision.patch_size**2 * vision.hidden_size + 4 * vision.hidden_size**2)
     return tower(vision, patches) + entry, tower(text, text.max_position_embeddings)
 
 
 class Costs:
-    """FLOPs of one step and of what comes before the first, as the service accounts for them."""
+    """FLOPs of one step and of what comes before the first, as the service accounts for them, for
+    a pool of `count` rows and pictures of two sides.
+    """
 
-    def __init__(self, model: SiglipModel, arm: Arm, settings: Settings, pool: Rows):
-        sides = pool.pixels.shape[-1], pool.low.shape[-1]
-        (picture, caption), (small, _) = (forward_flops(model, side) for side in sides)
+    def __init__(
+        self, about: SiglipConfig, arm: Arm, settings: Settings, count: int, sides: tuple[int, int]
+    ):
+        (picture, caption), (small, _) = (forward_flops(about, side) for side in sides)
+        # Of one row, at full side.
+        self.forward = picture + caption
         trained = (picture + small) / 2 if arm.low else picture
         self.step, self.once = 3 * settings.sub_batch_size * (trained + caption), 0.0
         looked = (small if arm.low else picture) + caption
         if arm.policy != "uniform":
-            width = model.config.vision_config.hidden_size
+            width = about.vision_config.hidden_size
             self.step += settings.super_batch_size * (looked + 8 * settings.sub_batch_size * width)
         if arm.policy != "uniform" or arm.best < 1:
-            self.once = len(pool) * looked
+            self.once = count * looked
 
 
 def half_low(rows: torch.Tensor) -> torch.Tensor:
@@ -151,11 +187,24 @@ def embed_mixed(
 class Run:
     """One arm of one seed."""
 
-    def __init__(self, world: World, arm: Arm, settings: Settings, seed: int):
+    def __init__(
+        self,
+        world: World,
+        arm: Arm,
+        settings: Settings,
+        seed: int,
+        conditions: Conditions = Conditions(),
+    ):
         self.arm, self.settings, self.seed, self.tests = arm, settings, seed, world.tests
+        self.loss = conditions.loss
         self.model, self.scorer = world.learner(), world.learner().eval()
+        if conditions.begin:
+            begin(self.model, *conditions.begin)
+        # What batches are judged by, of all arms alike.
+        self.judge = world.reference()
         self.pool = world.pool
-        self.costs = Costs(self.model, arm, settings, self.pool)
+        sides = self.pool.pixels.shape[-1], self.pool.low.shape[-1]
+        self.costs = Costs(self.model.config, arm, settings, len(self.pool), sides)
         self.references = References(world, self.pool, arm.low) if self.costs.once else None
         if arm.best < 1:
             self.pool = self.pool.only(self.references.best(arm.best))
@@ -186,6 +235,7 @@ class Run:
             learner=Model(image, text, *scale_of(self.scorer)),
             reference=self.references.of(rows),
             policy=self.arm.policy,
+            loss=self.loss,
             sub_batch_size=self.settings.sub_batch_size,
             seed=self.seed,
             step=step,
@@ -197,7 +247,8 @@ class Run:
     def train(self, step: int, rows: torch.Tensor) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(step)
-        loss = loss_of(*embed_mixed(self.model, self.pool, rows, self.arm.low), self.model)
+        embedded = embed_mixed(self.model, self.pool, rows, self.arm.low)
+        loss = loss_of(*embedded, self.model, self.loss)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -205,13 +256,13 @@ class Run:
         self.average.update(step)
         return loss.item()
 
-    def point(self, step: int, loss: float) -> dict:
+    def point(self, step: int, loss: float, batch: dict[str, float]) -> dict:
+        """An evaluation, with what is known of the batch before it."""
         recent = (
             torch.cat(self.chosen[-self.settings.evaluate_every :])
             if self.chosen
             else torch.zeros(0, dtype=torch.long)
         )
-        last = self.chosen[-1].tolist() if self.chosen else []
         found = {
             split: in_galleries(*scored(self.average.mean, rows.pixels, rows.ids))
             for split, rows in self.tests.items()
@@ -222,27 +273,54 @@ class Run:
             **found,
             "scale": scale_of(self.model),
             "wrong": self.pool.wrong[recent].float().mean().item(),
-            # Rows of the last batch whose concept is in it already.
-            "repeats": 1 - len({self.pool.concept[row] for row in last}) / max(1, len(last)),
+            **batch,
             "flops": self.costs.once + step * self.costs.step,
             "seconds": self.spent["choose"] + self.spent["train"],
+        }
+
+    @torch.no_grad()
+    def judged(self, rows: torch.Tensor) -> dict[str, float]:
+        """A batch as selection would see it before it is trained on, whoever chose it: `own` is the
+        mean learnability of its rows' own pairs, `pairs` what their batch-mates add. `false` counts
+        a row's batch-mates that show the same and say so: the loss takes them for negatives.
+        """
+        pixels, ids = self.pool.pixels[rows], self.pool.ids[rows]
+
+        def losses(model: SiglipModel) -> torch.Tensor:
+            image, text = embed(model, pixels, ids)
+            return torch.stack([of(image, text, model, self.loss) for of in (loss_of, own_loss_of)])
+
+        whole, own = (losses(self.model) - losses(self.judge)).tolist()
+        shown = [self.pool.concept[row] for row in rows.tolist()]
+        right = (~self.pool.wrong[rows]).tolist()
+        said = Counter(concept for concept, is_right in zip(shown, right, strict=True) if is_right)
+        others = [said[concept] - is_right for concept, is_right in zip(shown, right, strict=True)]
+        return {
+            "own": own,
+            "pairs": whole - own,
+            "false": sum(others) / len(others),
+            # Rows whose concept is in the batch already.
+            "repeats": 1 - len(set(shown)) / len(shown),
         }
 
     def run(self, say: Callable[[dict], None] = lambda point: None) -> list[dict]:
         """The curve. `seconds` are those of this process's processor, without evaluations and the
         reference's pass.
         """
-        curve = [self.point(0, 0.0)]
+        curve = [self.point(0, 0.0, {})]
         say(curve[0])
         for step in range(self.settings.steps):
+            done = step + 1
+            due = done % self.settings.evaluate_every == 0 or done == self.settings.steps
             begun = time.process_time()
             rows = self.rows(step)
-            chosen = time.process_time()
+            self.spent["choose"] += time.process_time() - begun
+            batch = self.judged(rows) if due else {}
+            begun = time.process_time()
             loss = self.train(step, rows)
-            self.spent["choose"] += chosen - begun
-            self.spent["train"] += time.process_time() - chosen
+            self.spent["train"] += time.process_time() - begun
             self.chosen.append(rows)
-            if (step + 1) % self.settings.evaluate_every == 0 or step + 1 == self.settings.steps:
-                curve.append(self.point(step + 1, loss))
+            if due:
+                curve.append(self.point(done, loss, batch))
                 say(curve[-1])
         return curve

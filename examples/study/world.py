@@ -2,7 +2,7 @@
 kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -10,7 +10,7 @@ import torch
 
 from examples.demo.data.build import PoolRecipe, build_dataset
 from examples.demo.data.captions import MISMATCHED
-from examples.demo.model import Transform, load
+from examples.demo.model import SHAPE, Transform, load
 from examples.demo.reference import train_reference
 from examples.demo.settings import Settings
 from examples.demo.train import KEPT
@@ -39,8 +39,9 @@ class Rows:
 class World:
     """One pool, the test splits, the reference, and the weights that every arm begins with."""
 
-    def __init__(self, dataset: Path, folder: Path, low_side: int):
+    def __init__(self, dataset: Path, folder: Path, low_side: int, start: Path | None = None):
         self.dataset, self.folder = dataset, folder
+        self.start = start or folder / KEPT
         self.transform = Transform(folder)
         self.small = self.transform.at(low_side)
         self.pool = self.rows("pool")
@@ -48,16 +49,28 @@ class World:
 
     @classmethod
     def of(
-        cls, cache: Path, recipe: PoolRecipe, reference: Settings, processes: int = 1
+        cls,
+        cache: Path,
+        recipe: PoolRecipe,
+        reference: Settings,
+        start_at: int | None = None,
+        shape: dict = SHAPE,
+        processes: int = 1,
     ) -> "World":
         dataset = build_dataset(cache, recipe, processes)
-        return cls(dataset, train_reference(cache, dataset, reference), reference.low_side)
+        folder = train_reference(cache, dataset, reference, shape=shape)
+        start = None
+        if start_at is not None:
+            # The same first steps: the learning rate does not fall yet.
+            early = replace(reference, steps=start_at, keep_at=start_at, cooldown=0.0)
+            start = train_reference(cache, dataset, early, shape=shape) / KEPT
+        return cls(dataset, folder, reference.low_side, start)
 
     def reference(self):
         return load(self.folder).eval()
 
     def learner(self):
-        return load(self.folder, self.folder / KEPT).train()
+        return load(self.folder, self.start).train()
 
     def rows(self, name: str, split: str = "train") -> Rows:
         low = self.small.size[0]

@@ -10,6 +10,7 @@ import superbatch
 
 from examples.demo import report, service, tiny
 from examples.demo.data.packages import DemoError
+from examples.demo.reference import clip_score_of_best, clip_scores
 from examples.demo.settings import ARMS, Settings
 
 STEPS = 8
@@ -33,13 +34,20 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def train(policy: str, inputs: Path, folder: Path) -> tuple[report.ArmResult, list, dict]:
+def train(policy: str, inputs: Path, folder: Path, **of_arm) -> tuple[report.ArmResult, list, dict]:
     """The arm's result, its receipts, and what the service knows of the run at the end."""
     selection = ARMS[policy]
     if selection.low_side:
         selection = replace(selection, low_side=tiny.SIDE // 2)
     arm = service.Arm(
-        selection, 0, SETTINGS, inputs, inputs / "learner", inputs / "reference", folder
+        selection,
+        0,
+        SETTINGS,
+        inputs,
+        inputs / "learner",
+        inputs / "reference",
+        folder,
+        **of_arm,
     )
     with service.serve(folder) as address:
         service.run_arm(arm, address)
@@ -91,6 +99,38 @@ def test_uniform_pays_for_what_it_reads_and_pushes_nothing(inputs, tmp_path):
     assert known.accounts.learner_flops == 0 and known.accounts.reference_flops == 0
     pool = report.Pool(inputs / "pool")
     assert 0.3 < pool.mismatched_share(sum(result.chosen, [])) < 0.7
+
+
+def test_a_filter_takes_the_best_by_the_reference_at_random(inputs, tmp_path):
+    pool = report.Pool(inputs / "pool")
+    scores = clip_scores(inputs / "reference", inputs / "pool")
+    best = clip_score_of_best(inputs / "reference", inputs / "pool", 0.4)
+    assert (scores >= best).float().mean() == pytest.approx(0.4, abs=0.02) and best > 0
+    result, receipts, known = train("filtered", inputs, tmp_path, clip_score_at_least=best)
+    by_id = dict(zip(pool.rows, scores.tolist(), strict=True))
+    # The service's own numbers, up to its rounding of embeddings.
+    assert min(by_id[row] for step in result.chosen for row in step) > best - 0.01
+    assert result.points[-1].scanned == STEPS * SETTINGS.super_batch_size
+    assert all(receipt.summary.policy == "uniform" for receipt in receipts)
+    # The reference is asked once for each row, and on the arm's bill; the learner never.
+    assert known.accounts.reference_flops > 0 == known.accounts.learner_flops
+
+
+def test_arms_are_judged_on_the_names_that_were_asked_for(inputs, tmp_path):
+    assert ARMS["uniform"].is_baseline and not ARMS["filtered"].is_baseline
+    arm = service.Arm(
+        ARMS["uniform"],
+        0,
+        SETTINGS,
+        inputs,
+        inputs / "learner",
+        inputs / "reference",
+        tmp_path,
+        split="val",
+    )
+    # There are none of `val` here.
+    with service.serve(tmp_path) as address, pytest.raises(DemoError, match="no names of `val`"):
+        service.run_arm(arm, address)
 
 
 def test_a_failed_arm_says_which_and_where_its_log_is(inputs, tmp_path):

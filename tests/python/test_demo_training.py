@@ -192,6 +192,10 @@ def test_the_whole_report_is_written(tmp_path):
     said = report.table(written)
     assert "did not reach" in said and "2.0 times fewer steps, 2.0 times MORE FLOPs" in said
     pictures.draw_curves(written, tmp_path / "demo.png", "credits")
+    # It can be drawn again from what was written.
+    again = json.loads((tmp_path / "results.json").read_text())
+    pictures.draw_curves(again, tmp_path / "again.png", "credits")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "demo.png").read_bytes()
     sheets = pictures.draw_sheets(results[2], pool, tmp_path, "credits")
     for path in (tmp_path / "demo.png", *sheets):
         assert Image.open(path).size[0] > 600
@@ -246,3 +250,6 @@ def test_a_mean_over_seeds_has_its_interval():
     mean, half = report.spread([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.30 / 3**0.5, rel=1e-3)
     assert report.spread([1.0]) == (1.0, None)
+    # Of published tables.
+    for count, t in ((8, 2.365), (9, 2.306), (10, 2.262), (21, 2.086), (31, 2.042)):
+        assert report.student(count) == pytest.approx(t, abs=6e-3)

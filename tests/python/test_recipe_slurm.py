@@ -76,7 +76,26 @@ def port() -> Iterator[int]:
             return
 
 
+def test_an_address_where_nobody_listens_is_not_gone_to(slurm, port, tmp_path):
+    """The fixture holds the port and does not listen: a connection is refused, as after a job."""
+    address = tmp_path / "shared" / "address"
+    address.parent.mkdir()
+    for left_behind in (None, f"http://127.0.0.1:{port} 6.0\n"):
+        if left_behind:
+            address.write_text(left_behind)
+        done = subprocess.run(
+            [EXAMPLES / "slurm" / "train.sbatch", "train.py"],
+            capture_output=True,
+            text=True,
+            env={**slurm, "SLURM_NTASKS": "1", "WAIT_SECONDS": "0", "PYTHON": "false"},
+        )
+        assert done.returncode == 1 and "no service within 0 s" in done.stderr
+        assert (left_behind.split()[0] if left_behind else "no address") in done.stderr
+
+
 def test_a_service_of_two_tasks_serves_a_trainer_of_two_ranks(recipes, slurm, port, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "address").write_text("http://127.0.0.1:1 6.0\n")
     serve = subprocess.Popen(
         [EXAMPLES / "slurm" / "serve.sbatch"],
         stdout=subprocess.PIPE,

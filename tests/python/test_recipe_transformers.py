@@ -11,17 +11,38 @@ from superbatch.torch import Pushes, SelectedBatches
 
 def test_a_resumed_trainer_chooses_what_an_uninterrupted_one_does(recipes, tmp_path):  # noqa: F811
     train = module("transformers")
-    schedule = {"epoch-steps": 2, "save-every": 3}
-    train.main(recipes.arguments("hf", epochs=2, output=tmp_path / "whole", **schedule))
-    recipes.assert_trained("hf", 4)
-    # From the middle of the second epoch.
-    whole = tmp_path / "whole" / "checkpoint-4"
-    assert whole.exists()
-    for path in whole.iterdir():
-        path.unlink()
-    whole.rmdir()
-    train.main(recipes.arguments("hf", epochs=3, output=tmp_path / "whole", **schedule))
+    schedule = {"epochs": 3, "epoch-steps": 2, "save-every": 3}
+    train.main(recipes.arguments("hf-whole", output=tmp_path / "whole", **schedule))
+    recipes.assert_trained("hf-whole", 6)
+
+    given = recipes.arguments("hf", output=tmp_path / "parts", **schedule)
+    whole = train.SelectedTrainer
+    train.SelectedTrainer = ending_at(4, whole)
+    with pytest.raises(Ended):
+        train.main(given)
+    # The newest checkpoint is from the middle of the second epoch, and a step behind.
+    checkpoints = [path.name for path in (tmp_path / "parts").glob("checkpoint-*")]
+    assert checkpoints == ["checkpoint-3"]
+    train.SelectedTrainer = whole
+    train.main(given)
     recipes.assert_trained("hf", 6)
+    assert recipes.choices("hf", 6) == recipes.choices("hf-whole", 6)
+
+
+class Ended(Exception):
+    pass
+
+
+def ending_at(step: int, trainer: type) -> type:
+    """The trainer, which ends with an error before its update of that step, as in a crash."""
+
+    class Ending(trainer):
+        def training_step(self, *arguments, **named):
+            if self.state.global_step == step:
+                raise Ended
+            return super().training_step(*arguments, **named)
+
+    return Ending
 
 
 def test_accumulated_steps_make_one_update(recipes, tmp_path):  # noqa: F811

@@ -1,9 +1,11 @@
 """The study's arms in one process, on a world of ten drawings."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from superbatch_kernels import Model, select
 from test_demo_data import COLOURS, drawings
 
 from examples.demo import reference
@@ -11,8 +13,11 @@ from examples.demo.data import build
 from examples.demo.data.build import PoolRecipe
 from examples.demo.data.render import Drawings
 from examples.demo.settings import Settings
-from examples.study import harness, report
-from examples.study.harness import Arm, Run
+from examples.study import __main__ as study
+from examples.study import experiments, harness, report
+from examples.study.experiments import JOINT, UNIFORM
+from examples.study.harness import Arm, Conditions, Run
+from examples.study.results import Results
 from examples.study.world import World
 
 SETTINGS = Settings(
@@ -106,6 +111,9 @@ def curve(*accuracies: float) -> list[dict]:
             "val": (0.0, accuracy),
             "wrong": 0.5,
             "repeats": 0.1,
+            "false": 0.25,
+            "own": 1.5,
+            "pairs": -0.5,
         }
         for i, accuracy in enumerate(accuracies)
     ]
@@ -116,22 +124,106 @@ def test_costs_to_uniforms_end_are_read_off_the_curves():
         {"step": 15, "flops": 3.0, "seconds": 1.5}
     )
     assert report.reached(curve(0.1, 0.2), 0.3) is None
-    arms = {
-        "uniform": {0: curve(0.1, 0.2, 0.3)},
-        "joint": {0: curve(0.1, 0.3)},
-        "other": {0: curve(0.1, 0.2)},
-    }
-    assert report.against_uniform(arms, "joint") == ["2.0", "2.0", "2.0"]
-    assert report.against_uniform(arms, "other")[0] == "not reached"
+    uniform = {0: curve(0.1, 0.2, 0.3)}
+    assert report.against_uniform({0: curve(0.1, 0.3)}, uniform) == ["2.0", "2.0", "2.0"]
+    assert report.against_uniform({0: curve(0.1, 0.2)}, uniform)[0] == "not reached"
+    assert report.against_uniform({1: curve(0.1, 0.3)}, uniform)[0] == "uniform is missing"
+    # An arm that begins where uniform ends has not reached it in no time.
+    sunk = {0: curve(0.3, 0.2, 0.3)}
+    assert report.against_uniform({0: curve(0.3, 0.4)}, sunk)[0] == "no end to reach"
 
 
 def test_the_report_is_drawn(tmp_path: Path):
-    found = {
-        ("main", 1e-3): {
-            "uniform": {0: curve(0.1, 0.2), 1: curve(0.1, 0.3)},
-            "joint": {0: curve(0.1, 0.3)},
-        }
+    main = {
+        "uniform": {0: curve(0.1, 0.2), 1: curve(0.1, 0.3)},
+        "joint": {0: curve(0.1, 0.3)},
     }
-    report.draw(found, tmp_path / "study.png")
+    report.draw({"main": main, "flat": main}, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 1000
-    assert report.rows(found["main", 1e-3])[2].startswith("| uniform | 2 | 25.0 ± 63.5 % |")
+    lines = report.rows(main)
+    assert lines[2].startswith("| uniform | 2 | 25.0 ± 63.5 % |")
+    assert lines[3].endswith("| 0.25 | 1.50 | -0.50 | 2.0 | 2.0 | 2.0 |")
+    assert report.counted(main) == "2 seeds of each arm, but joint 1"
+    assert report.counted({"joint": main["uniform"]}) == "2 seeds of each arm"
+
+
+def test_the_queue_trains_what_is_missing_and_nothing_twice(world, tmp_path, monkeypatch, capsys):
+    small = experiments.Experiment("small", (UNIFORM, JOINT), (0, 1), settings=SETTINGS)
+    other = replace(small, about="another", arms=(JOINT,), seeds=(1, 2))
+    monkeypatch.setattr(experiments.Experiment, "world", lambda self, cache: world)
+    for name in list(experiments.EXPERIMENTS):
+        monkeypatch.delitem(experiments.EXPERIMENTS, name)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "small", small)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "other", other)
+    path = tmp_path / "results.jsonl"
+
+    def queue(*arguments: str) -> list[str]:
+        given = [*arguments, "--results", str(path), "--cache", str(tmp_path)]
+        study.main(given)
+        return capsys.readouterr().out.splitlines()
+
+    def trained(lines: list[str]) -> list[str]:
+        return [line.split(": ")[1].split(",")[0] for line in lines if " of " in line.split(":")[0]]
+
+    assert trained(queue("small", "--seeds", "0", "--arms", "joint")) == ["small joint 0"]
+    # As a crash leaves it: the last line is cut short, and that arm is trained again.
+    path.write_text(path.read_text()[:100])
+    # Seed 1 of joint is in both experiments, and trained once.
+    small_ones = [f"small {arm} {seed}" for seed in (0, 1) for arm in ("uniform", "joint")]
+    assert trained(queue()) == [*small_ones, "other joint 2"]
+    assert trained(queue()) == []
+    found = Results(path).by_experiment()
+    assert {name: sorted(seeds) for name, seeds in found["small"].items()} == {
+        "uniform": [0, 1],
+        "joint": [0, 1],
+    }
+    assert found["other"]["joint"][1] == found["small"]["joint"][1]
+    assert any("small" in line and "4 of  4 done" in line for line in queue("--list"))
+    # Other settings are another entry: what was trained by the old ones is not shown as theirs.
+    monkeypatch.setitem(
+        experiments.EXPERIMENTS, "small", replace(small, settings=replace(SETTINGS, steps=8))
+    )
+    assert "small" not in Results(path).by_experiment()
+
+
+def test_each_entry_is_one_of_a_kind():
+    entries = list(experiments.entries())
+    assert len({entry.name for entry in entries}) == len(entries) > 100
+    for entry in entries:
+        assert 0 < entry.minutes < 10
+        baseline = experiments.EXPERIMENTS[entry.about.baseline]
+        assert UNIFORM in baseline.arms and set(entry.about.seeds) <= set(baseline.seeds)
+
+
+def test_a_batch_is_judged_by_what_it_was_chosen_by(world):
+    for loss in ("sigmoid", "softmax"):
+        conditions = Conditions(loss=loss, begin=(20.0, -10.0))
+        run = Run(world, Arm("joint", "joint"), SETTINGS, 0, conditions)
+        assert run.model.logit_scale.exp().item() == pytest.approx(20.0)
+        rows = run.rows(0)
+        found = run.judged(rows)
+        # As the kernels have it: the mean conditional score of the whole batch.
+        models = [
+            Model(*harness.scored(model, run.pool.pixels[rows], run.pool.ids[rows]), *scale)
+            for model, scale in (
+                (run.model, harness.scale_of(run.model)),
+                (run.judge, harness.scale_of(run.judge)),
+            )
+        ]
+        drawn = select(*models, sub_batch_size=len(rows), loss=loss, policy="uniform", threads=1)
+        assert found["own"] + found["pairs"] == pytest.approx(drawn.batch_score, abs=1e-3)
+        assert found["own"] == pytest.approx(drawn.mean_score_chosen, abs=1e-3)
+        assert found["false"] >= 0 and 0 <= found["repeats"] < 1
+
+
+def test_false_negatives_are_batch_mates_that_say_the_same(world):
+    run = Run(world, Arm("uniform", "uniform"), SETTINGS, 0)
+    run.pool = replace(
+        run.pool,
+        concept=["a", "a", "a", "b"] + run.pool.concept[4:],
+        wrong=torch.tensor([False, False, True] + [False] * (len(run.pool) - 3)),
+    )
+    # The first two are each other's; the third is of both, and its own caption is wrong.
+    found = run.judged(torch.arange(4))
+    assert found["false"] == pytest.approx((1 + 1 + 2 + 0) / 4)
+    assert found["repeats"] == 0.5
