@@ -175,9 +175,18 @@ impl Tls {
         // small frames that end a message.
         stream.set_nodelay(true)?;
         let handshake = connector.connect(server, stream);
+        use io::ErrorKind::{
+            BrokenPipe, ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof,
+        };
         let refused = |e: io::Error| {
             let text = format!("the TLS handshake with {} failed: {e}", self.to);
-            io::Error::new(io::ErrorKind::InvalidData, text)
+            // A peer that goes away, as a proxy does while its service restarts, may be back soon.
+            // All else is a matter of certificates and settings.
+            let kind = match e.kind() {
+                kind @ (ConnectionReset | ConnectionAborted | BrokenPipe | UnexpectedEof) => kind,
+                _ => InvalidData,
+            };
+            io::Error::new(kind, text)
         };
         // `connect_timeout` of the endpoint ends with the TCP connection. A peer that accepts and
         // then says nothing would hold the call for ever.

@@ -108,7 +108,8 @@ impl Slot {
 /// The memory of a Python object that nobody else uses.
 struct Owned {
     /// Keeps the memory where it is. A reference is given back by any thread, without the GIL and
-    /// after the interpreter's end, as that of a buffer is not.
+    /// after the interpreter's end, as that of a buffer is not; the memory itself is freed when
+    /// Python enters the extension the next time.
     _object: Py<PyAny>,
     start: *const u8,
     len: usize,

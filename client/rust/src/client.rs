@@ -292,18 +292,21 @@ async fn dialed(dialer: &Dialer, uri: &str, config: &ConnectConfig) -> Result<Ch
 /// that nobody knows, is not mended by waiting.
 fn is_absence(error: &(dyn std::error::Error + 'static)) -> bool {
     use io::ErrorKind::{
-        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable,
+        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
+        NetworkUnreachable, UnexpectedEof,
     };
     let causes = std::iter::successors(Some(error), |&cause| cause.source());
     let mut faults = causes.filter_map(|cause| cause.downcast_ref::<io::Error>());
     faults.any(|fault| {
         matches!(
             fault.kind(),
-            ConnectionAborted
+            BrokenPipe
+                | ConnectionAborted
                 | ConnectionRefused
                 | ConnectionReset
                 | HostUnreachable
                 | NetworkUnreachable
+                | UnexpectedEof
         )
     })
 }

@@ -6,7 +6,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 use superbatch_proto::{
@@ -76,8 +76,8 @@ pub struct Identity {
 pub struct Ownership {
     run: Location,
     epoch: u64,
-    /// When a check last found this process to be the owner.
-    checked: Arc<Mutex<Instant>>,
+    /// When this process last looked whether it is the owner still, or was found to be.
+    looked: Arc<tokio::sync::Mutex<Instant>>,
 }
 
 impl Ownership {
@@ -85,7 +85,7 @@ impl Ownership {
         Self {
             run: run.clone(),
             epoch,
-            checked: Arc::new(Mutex::new(Instant::now())),
+            looked: Arc::new(tokio::sync::Mutex::new(Instant::now())),
         }
     }
 
@@ -133,7 +133,10 @@ impl Ownership {
         let asked = Instant::now();
         match self.run.find(&key(self.epoch + 1)).await? {
             None => {
-                *self.checked.lock().expect("no panic while held") = asked;
+                // If a call is looking just now, it notes the time itself.
+                if let Ok(mut looked) = self.looked.try_lock() {
+                    *looked = asked.max(*looked);
+                }
                 Ok(())
             }
             Some(_) => {
@@ -153,14 +156,20 @@ impl Ownership {
     /// # Errors
     /// `NotOwner` with the new owner's address.
     pub async fn check_lately(&self) -> Result<()> {
-        let checked = *self.checked.lock().expect("no panic while held");
-        if checked.elapsed() < KNOWN_FOR {
+        // One call looks, and those that come meanwhile wait for it.
+        let mut looked = self.looked.lock().await;
+        if looked.elapsed() < KNOWN_FOR {
             return Ok(());
         }
-        match timeout(LOOKS_FOR, self.check()).await {
-            Ok(Err(error)) if error.reason() == Reason::NotOwner => Err(error),
-            _ => Ok(()),
+        let found = timeout(LOOKS_FOR, self.check()).await;
+        if let Ok(Err(error)) = found
+            && error.reason() == Reason::NotOwner
+        {
+            return Err(error);
         }
+        // Noted whatever came of it: while the store is away, a call waits now and then, not each.
+        *looked = Instant::now();
+        Ok(())
     }
 }
 

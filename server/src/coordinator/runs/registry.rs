@@ -19,7 +19,7 @@ use crate::{
         spec::{self, Difference},
     },
     error::{Error, Result},
-    storage::{Location, Stores},
+    storage::{Location, Stores, is_passing},
 };
 use futures::{FutureExt, future::join_all};
 use std::{
@@ -153,11 +153,21 @@ impl Coordinator {
         Ok((facts.chain, receipts))
     }
 
-    /// Lists the runs in the state, in the order of their ids.
+    /// Lists the runs in the state, in the order of their ids. A run that cannot be read, such as
+    /// one that a newer build wrote, is left out and logged: it must not hide all others.
+    ///
+    /// # Errors
+    /// `StorageUnreachable`.
     pub async fn list(&self) -> Result<Vec<RunSummary>> {
         let mut summaries = Vec::new();
         for id in self.state.folders("runs").await? {
-            summaries.extend(self.summary(id).await?);
+            match self.summary(id.clone()).await {
+                Err(error) if !is_passing(&error) => {
+                    let error = error.chain();
+                    tracing::warn!(run = id, error, "a run that cannot be read is not listed");
+                }
+                summary => summaries.extend(summary?),
+            }
         }
         Ok(summaries)
     }
@@ -173,7 +183,10 @@ impl Coordinator {
 
     async fn summary(&self, id: String) -> Result<Option<RunSummary>> {
         if let Some(run) = self.open.find(&id) {
-            return Ok(Some(run.summary()));
+            match run.owner.check_lately().await {
+                Ok(()) => return Ok(Some(run.summary())),
+                Err(_) => self.open.release(&run),
+            }
         }
         let Some(facts) = run::load(&self.location(&id)).await? else {
             return Ok(None);

@@ -158,6 +158,14 @@ impl Run {
         self.show_waits(consumed);
     }
 
+    /// Notes that a batch was served ahead. Without it, steps that nobody waited for would be
+    /// missing among the waits.
+    pub fn note_served_ahead(&self, step: u64) {
+        let consumed = self.state().members.consumed_by_all();
+        self.waits.record_served(step);
+        self.show_waits(consumed);
+    }
+
     /// Shows how long the trainer stood still for each step through `consumed`.
     fn show_waits(&self, consumed: Option<u64>) {
         for waited in self.waits.end_through(consumed) {

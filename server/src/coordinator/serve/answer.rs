@@ -82,7 +82,12 @@ impl Iterator for Answer {
         let mut watched = lock(&self.0);
         watched.asked = Instant::now();
         if let Some(messages) = &mut watched.messages {
-            return messages.next().map(Ok);
+            let next = messages.next();
+            if matches!(next, Some(Message::Trailer(_))) {
+                // The batch is whole: that nobody asks for more is no failure.
+                (watched.messages, watched.is_told) = (None, true);
+            }
+            return next.map(Ok);
         }
         if std::mem::replace(&mut watched.is_told, true) {
             return None;

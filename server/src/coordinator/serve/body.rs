@@ -26,6 +26,9 @@ use tonic::{
 /// much as the copy.
 const SHARED_BYTES_MIN: usize = 64 << 10;
 
+/// Most bytes that a message has beside its header.
+const HEADER_KEY_BYTES_MAX: usize = 16;
+
 /// The messages of an answer, as tonic reads them.
 pub type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Status>> + Send>>;
 
@@ -34,8 +37,8 @@ pub type BatchStream = Pin<Box<dyn Stream<Item = Result<SelectBatchResponse, Sta
 pub fn carrying(answer: Answer, header_bytes: usize) -> tonic::Response<BatchStream> {
     let messages = stream::iter(answer.clone()).map(|message| message.map(response));
     let mut response = tonic::Response::new(Box::pin(messages) as BatchStream);
-    // tonic refuses a message above the limit.
-    if header_bytes < MESSAGE_BYTES_MAX {
+    // tonic refuses a message above the limit. The header's message has its key and length besides.
+    if header_bytes + HEADER_KEY_BYTES_MAX <= MESSAGE_BYTES_MAX {
         response.extensions_mut().insert(answer);
     }
     response

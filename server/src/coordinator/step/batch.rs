@@ -66,6 +66,8 @@ pub(crate) async fn batch(
     if need {
         metrics::trainer_wait().record(waited);
         run.run().note_wait(request.step, asked.elapsed());
+    } else {
+        run.run().note_served_ahead(request.step);
     }
     let (way, why) = way(run.run(), delivery, &ready).await?;
     // A stream that goes on where it broke is no further batch.

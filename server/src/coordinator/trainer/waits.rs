@@ -31,6 +31,12 @@ impl Waits {
         *known = waited.max(*known);
     }
 
+    /// Notes that a batch of `step` was served before a rank stood still for it.
+    pub fn record_served(&self, step: u64) {
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.entry(step).or_default();
+    }
+
     /// Returns the longest noted wait in seconds; `None` if there was none. Starts anew.
     pub fn take(&self) -> Option<f64> {
         let micros = self.longest.swap(0, Ordering::Relaxed);

@@ -12,9 +12,12 @@ use crate::{
 use futures::FutureExt;
 use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
-use std::panic::AssertUnwindSafe;
+use std::{panic::AssertUnwindSafe, time::Duration};
 use superbatch_proto::v1::{Reason, WeightsVersion};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+
+/// How long a push that failed waits for the deletion of its upload.
+const DISCARDED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Folder of the published facts, below the run.
 pub(super) const PUSHES: &str = "pushes";
@@ -182,7 +185,8 @@ impl Inner {
         );
         if let Err(error) = put {
             // It may have arrived all the same, and the push sends its weights under another key.
-            self.discard(key).await;
+            // The store has just failed, and the next push waits: what stays is found later.
+            drop(timeout(DISCARDED_WITHIN, self.discard(key)).await);
             return Err(error);
         }
         let verified = match checked {

@@ -55,9 +55,14 @@ impl Rank {
 }
 
 impl Push {
-    /// Returns the ranks whose streams bring it, for people.
+    /// Returns the ranks that have brought a part of it, for people.
     pub fn ranks(&self) -> String {
-        let mut ranks: Vec<u32> = self.streams.values().map(|rank| rank.rank).collect();
+        let has_part = |stream: u64| {
+            let mut slots = self.staged.iter().flat_map(|staged| staged.slots.values());
+            slots.any(|slot| slot.done && slot.stream == stream)
+        };
+        let streams = self.streams.iter().filter(|(stream, _)| has_part(**stream));
+        let mut ranks: Vec<u32> = streams.map(|(_, rank)| rank.rank).collect();
         ranks.sort_unstable();
         let shown = ranks.iter().take(RANKS_SHOWN).map(u32::to_string);
         let more = (ranks.len() > RANKS_SHOWN).then(|| "…".to_owned());

@@ -18,11 +18,11 @@ use superbatch_proto::{
 
 /// A place for a part that was announced by its header.
 #[derive(Debug)]
-struct Slot {
-    stream: u64,
+pub(super) struct Slot {
+    pub(super) stream: u64,
     /// The part's tensor; `None` if the part is thrown away because it is a buffer and no weight.
     tensor: Option<String>,
-    done: bool,
+    pub(super) done: bool,
 }
 
 /// The parts of one push, of all its streams.
@@ -33,7 +33,7 @@ pub struct Staged {
     /// Parts of the whole push; 0 if the end of its single stream says that it is whole.
     expected: u32,
     bytes: u64,
-    slots: HashMap<u64, Slot>,
+    pub(super) slots: HashMap<u64, Slot>,
     next_slot: u64,
     pub(super) tensors: BTreeMap<String, BTreeMap<u64, Part>>,
     /// What writes the push while it arrives; `None` if nothing does.
