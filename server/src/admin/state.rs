@@ -44,7 +44,8 @@ enum Command {
     /// belong to no data set of a run of this state, open or closed (embeddings: with that run's
     /// reference). They are made from the data, and made anew where they are needed again, which
     /// costs a scoring pass for embeddings. Embeddings that earlier builds wrote stay. If a run
-    /// cannot be read, nothing is deleted.
+    /// cannot be read, nothing is deleted. A run that is being opened meanwhile may have to make
+    /// anew what is deleted.
     GcShared(GcSharedArgs),
     /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
     ///
@@ -136,6 +137,7 @@ fn report_or_fail(found: check::CheckResult) -> Result<String> {
         packs,
         pushes,
         weights,
+        has_manifest: _,
         problems,
     } = found;
     let packed = match packs.len() {

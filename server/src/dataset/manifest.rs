@@ -6,7 +6,7 @@ use crate::{
     storage::Location,
 };
 use bytes::Bytes;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::{io::BufReader, sync::Arc};
 use superbatch_proto::v1::Reason;
 
@@ -78,7 +78,7 @@ pub struct Shard {
     /// Rows that img2dataset could not download, by their `status`: they are no candidates.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub not_downloaded: u64,
-    /// What is wrong with a tar of which only the beginning is read.
+    /// What is wrong with a tar of which only the beginning is read. It decides no row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flaw: Option<String>,
 }
@@ -112,6 +112,7 @@ impl SourceManifest {
         struct Rows<'a> {
             root_uri: &'a str,
             layout: &'a Layout,
+            #[serde(serialize_with = "without_flaws")]
             shards: &'a [Shard],
             kept_by: &'a Option<KeptBy>,
         }
@@ -380,6 +381,13 @@ fn without_spare_room<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Block>, 
     let mut blocks = Vec::deserialize(from)?;
     blocks.shrink_to_fit();
     Ok(blocks)
+}
+
+fn without_flaws<S: Serializer>(shards: &&[Shard], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(shards.iter().cloned().map(|shard| Shard {
+        flaw: None,
+        ..shard
+    }))
 }
 
 fn key(digest: &str) -> String {

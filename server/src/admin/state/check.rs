@@ -27,6 +27,8 @@ pub(super) struct CheckResult {
     pub packs: Vec<u64>,
     pub pushes: usize,
     pub weights: usize,
+    /// Whether the manifest could be read. If not, that is one of the problems.
+    pub has_manifest: bool,
     pub problems: Problems,
 }
 
@@ -106,8 +108,9 @@ pub(super) async fn check(
     facts: &RunFacts,
 ) -> Result<CheckResult> {
     let mut found = CheckResult::default();
-    if let Err(error) = Manifest::load(state, &facts.run.manifest).await {
-        found.problems.push(error.chain());
+    match Manifest::load(state, &facts.run.manifest).await {
+        Ok(_) => found.has_manifest = true,
+        Err(error) => found.problems.push(error.chain()),
     }
     if let Err(error) = Incarnations::load(run).await {
         found.problems.push(error.chain());

@@ -27,6 +27,9 @@ const BLOCK_MEMBERS_MAX: usize = 1024;
 const BLOCK_BYTES_MAX: u64 = 64 << 20;
 /// Tars that are walked at the same time.
 const TARS_AT_ONCE: usize = 16;
+/// If none of so many tars with samples has what the filter reads, its name is taken for wrong, and
+/// that is told before the others are walked.
+const TARS_THAT_TELL: usize = 16;
 
 /// Indexes the source whose shards are `files` below `root`.
 ///
@@ -64,6 +67,7 @@ pub(in crate::dataset) async fn index_shards(
         // them for lost.
         let mut looks = FuturesOrdered::new();
         looks.push_back(keep(filter, layout, path, file, survey).boxed());
+        let mut with_samples = 0;
         loop {
             while looks.len() < TARS_AT_ONCE
                 && let Some((path, file)) = files.pop_front()
@@ -73,7 +77,15 @@ pub(in crate::dataset) async fn index_shards(
             let Some(looked) = looks.try_next().await? else {
                 break;
             };
+            let has_samples = !looked.survey.samples.is_empty();
             source.add(looked);
+            with_samples += usize::from(has_samples);
+            if has_samples && with_samples == TARS_THAT_TELL {
+                let these = format!("the first {TARS_THAT_TELL} tars of {}", request.uri);
+                if let Some(error) = filter.missing(&source.seen, &these) {
+                    return Err(error);
+                }
+            }
         }
     }
     source.finish(request, filter, root_uri)

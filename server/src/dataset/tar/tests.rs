@@ -452,6 +452,30 @@ async fn no_request_of_a_shard_stands_still_while_another_is_walked() {
     assert!(ended.is_ok(), "the first tar waits for the second");
 }
 
+#[tokio::test]
+async fn an_entry_that_the_first_tars_lack_is_told_before_the_others_are_walked() {
+    let asked = SourceRequest {
+        predicate: Some("m > 1".into()),
+        ..request("memory:///data")
+    };
+    let members: &[(&str, &[u8])] = &[("a.jpg", b"i"), ("a.json", br#"{"m": 2}"#), ("a.txt", b"x")];
+    let no_tar = Bytes::from([0x1f_u8, 0x8b, 8, 0].repeat(200));
+    let outcome = async |other: usize, bytes: Bytes| {
+        let stores = stores();
+        let mut tars = vec![img2dataset(0..2); 40];
+        tars[other] = bytes;
+        let names: Vec<String> = (0..40).map(|n| format!("{n:02}.tar")).collect();
+        let files: Vec<_> = names.iter().map(String::as_str).zip(tars).collect();
+        put(&stores, &files).await;
+        index(&stores, None, &[asked.clone()]).await
+    };
+    let error = outcome(39, no_tar).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::ColumnNotFound, "{error}");
+    assert!(error.to_string().contains("the first 16 tars"), "{error}");
+    let found = outcome(15, tar(members)).await.unwrap();
+    assert_eq!(found.sources[0].rows(), 1);
+}
+
 /// Indexes tars with a predicate from a store that answers for `1.tar` after so many requests for
 /// `0.tar`.
 async fn index_of_first(order: Arc<Order>, names: &[&str]) -> Arc<Order> {

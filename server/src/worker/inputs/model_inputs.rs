@@ -60,12 +60,13 @@ impl Inputs {
         };
         let tokenizer = || -> Result<Tokenizer> {
             let tokenizer = Tokenizer::parse(&folder.tokenizer_json, &text_shape(folder)?)?;
-            let class = padding::class(folder.tokenizer_config_json.as_deref());
+            let config = folder.tokenizer_config_json.as_deref();
+            let class = padding::class(config);
             // open_clip's captions are cleaned here.
             let is_siglip = folder.config.family == Family::Siglip
                 && class.is_some_and(|class| class.starts_with("SiglipTokenizer"));
             if is_siglip {
-                tokenizer.check_siglip()?;
+                tokenizer.check_siglip(padding::lowers(config))?;
             }
             Ok(tokenizer)
         };

@@ -38,6 +38,16 @@ pub fn class(config: Option<&[u8]>) -> Option<String> {
     config.get("tokenizer_class")?.as_str().map(str::to_owned)
 }
 
+/// Returns whether the class of transformers lower-cases texts, as `SiglipTokenizer` does unless
+/// `do_lower_case` says otherwise.
+pub fn lowers(config: Option<&[u8]>) -> bool {
+    let config: Option<Value> = config.and_then(|config| serde_json::from_slice(config).ok());
+    let said = config
+        .as_ref()
+        .and_then(|config| config.get("do_lower_case"));
+    said.and_then(Value::as_bool).unwrap_or(true)
+}
+
 /// Returns a special token of `tokenizer_config.json`.
 fn named<'a>(config: &'a Value, key: &str) -> Option<&'a str> {
     let token = config.get(key)?;
@@ -81,6 +91,12 @@ mod tests {
             declared(br#"{"model": {"vocab": {"<pad>": 1}}}"#, None, true),
             Some(1)
         );
+    }
+
+    #[test]
+    fn a_siglip_tokenizer_lower_cases_unless_it_says_otherwise() {
+        assert!(lowers(None) && lowers(Some(b"{}")) && lowers(Some(br#"{"do_lower_case": true}"#)));
+        assert!(!lowers(Some(br#"{"do_lower_case": false}"#)));
     }
 
     #[test]

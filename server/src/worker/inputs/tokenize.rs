@@ -195,20 +195,31 @@ impl Tokenizer {
         self.digest
     }
 
-    /// Returns an error if the file lacks what transformers' `SiglipTokenizer` does before it: lower
-    /// case, and no punctuation. A file that was made of `spiece.model` alone lacks it.
+    /// Returns an error if the file lacks what transformers' `SiglipTokenizer` does before it: no
+    /// punctuation, and lower case if it `lowers`. A file that was made of `spiece.model` alone
+    /// lacks it.
     ///
     /// # Errors
     /// `TokenizerMismatch`.
-    pub fn check_siglip(&self) -> Result<()> {
+    pub fn check_siglip(&self, lowers: bool) -> Result<()> {
+        let caption = if lowers {
+            "Two DOGS, here!"
+        } else {
+            "two dogs, here!"
+        };
         let ids = |caption: &str| self.encode(caption).ok();
-        if ids("Two DOGS, here!") == ids("two dogs here") {
+        if ids(caption) == ids("two dogs here") {
             return Ok(());
         }
+        let (does, way) = if lowers {
+            let way = "python -m superbatch.siglip FOLDER makes one of spiece.model that does";
+            ("lower-cases captions and takes punctuation out", way)
+        } else {
+            ("takes punctuation out", "add one to that file")
+        };
         let message = format!(
-            "{FILE} is a SiglipTokenizer's, but it neither lower-cases captions nor takes their \
-             punctuation out, as that class does before it; python -m superbatch.siglip FOLDER \
-             makes one of spiece.model that does"
+            "{FILE} is a SiglipTokenizer's, but it has no normalizer that {does}, as that class \
+             does before it; {way}"
         );
         Err(Error::new(Reason::TokenizerMismatch, message).with("file", FILE))
     }

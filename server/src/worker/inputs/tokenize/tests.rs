@@ -73,14 +73,20 @@ fn a_siglip_tokenizer_lower_cases_and_takes_punctuation_out() {
         Tokenizer::parse(json.as_bytes(), &TextShape { length: 6, ..SHAPE }).unwrap()
     };
     let as_saved = words(r#"{"type": "NFKC"}"#);
-    let error = as_saved.check_siglip().unwrap_err();
+    let error = as_saved.check_siglip(true).unwrap_err();
     assert_eq!(error.reason(), Reason::TokenizerMismatch);
     assert!(error.to_string().contains("superbatch.siglip"), "{error}");
     let punctuation = r#"{"type": "Replace", "pattern": {"Regex": "[,!]"}, "content": ""}"#;
     let made = format!(
         r#"{{"type": "Sequence", "normalizers": [{{"type": "Lowercase"}}, {punctuation}]}}"#
     );
-    words(&made).check_siglip().unwrap();
+    words(&made).check_siglip(true).unwrap();
+    // With do_lower_case false, upper case stays.
+    let cased = words(punctuation);
+    cased.check_siglip(false).unwrap();
+    assert!(cased.check_siglip(true).is_err());
+    let error = as_saved.check_siglip(false).unwrap_err();
+    assert!(error.to_string().contains("punctuation"), "{error}");
 }
 
 #[test]
