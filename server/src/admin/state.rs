@@ -29,12 +29,22 @@ enum Command {
     /// Weights must have the digest that names them, the data set's manifest likewise. Receipts
     /// must be whole, without a gap between the first and the last step that was ever committed,
     /// and name weights that were published. Exits with 1 if something is wrong.
+    #[command(after_long_help = "\
+Examples:
+  superbatch state check my-run
+  # A state in object storage, while its service runs or not
+  superbatch state check my-run --state s3://bucket/superbatch")]
     Check(OfRun),
     /// Delete what nothing needs any more
     ///
     /// Weights that were uploaded and not published within a day, summaries of pushes that newer
     /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, packed
     /// or not (`compact` packs them), and so do reference embeddings, which runs share.
+    #[command(after_long_help = "\
+Examples:
+  # What would go, then delete it
+  superbatch state gc my-run --dry-run
+  superbatch state gc my-run --state s3://bucket/superbatch")]
     Gc(GcArgs),
     /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
     ///
