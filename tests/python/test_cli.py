@@ -43,6 +43,25 @@ def state(service, undisturbed) -> str:
     return service.state
 
 
+def below(*command: str) -> list[tuple[str, ...]]:
+    """The command, and all that are below it, as their own help lists them."""
+    text = prints(*command, "--help")
+    listed = text.partition("\nCommands:\n")[2].partition("\n\n")[0]
+    names = [name for name in re.findall(r"^  ([a-z-]+)", listed, re.M) if name != "help"]
+    # Of some commands a run's id comes before what is below them.
+    of = ("my-run",) if re.search(r"^Usage: .*<RUN> <COMMAND>", text, re.M) else ()
+    return [command, *(found for name in names for found in below(*command, *of, name))]
+
+
+def test_help_of_every_command_has_examples_that_name_it():
+    _, *commands = below()
+    assert {("select",), ("state", "gc"), ("weights", "my-run", "rollback")} <= set(commands)
+    assert {command[0] for command in commands} >= set(COMMANDS)
+    for command in commands:
+        examples = prints(*command, "--help").partition("\nExamples:\n")[2]
+        assert re.search(rf"^  superbatch {' '.join(command)}\b", examples, re.M), command
+
+
 def test_help_teaches(tmp_path):
     help_text = prints("--help")
     assert all(f"\n  {command} " in help_text for command in COMMANDS)

@@ -31,12 +31,22 @@ enum Command {
     /// its tars, its score columns and its reference embeddings must be whole. Receipts
     /// must be whole, without a gap between the first and the last step that was ever committed,
     /// and name weights that were published. Exits with 1 if something is wrong.
+    #[command(after_long_help = "\
+Examples:
+  superbatch state check my-run
+  # A state in object storage, while its service runs or not
+  superbatch state check my-run --state s3://bucket/superbatch")]
     Check(OfRun),
     /// Delete what nothing needs any more
     ///
     /// Weights that were uploaded and not published within a day, summaries of pushes that newer
     /// ones replace, and of a run that is closed all weights but the newest. Receipts stay, packed
     /// or not (`compact` packs them), and so does what runs share (`gc-shared`).
+    #[command(after_long_help = "\
+Examples:
+  # What would go, then delete it
+  superbatch state gc my-run --dry-run
+  superbatch state gc my-run --state s3://bucket/superbatch")]
     Gc(GcArgs),
     /// Delete what is kept of data sets and no run names any more
     ///
@@ -46,6 +56,11 @@ enum Command {
     /// costs a scoring pass for embeddings. Embeddings that earlier builds wrote stay. If a run
     /// cannot be read, nothing is deleted. A run that is being opened meanwhile may have to make
     /// anew what is deleted.
+    #[command(after_long_help = "\
+Examples:
+  # What would go, then delete it
+  superbatch state gc-shared --dry-run
+  superbatch state gc-shared --state s3://bucket/superbatch")]
     GcShared(GcSharedArgs),
     /// Pack the receipts of old steps, up to a thousand of them into one Parquet file
     ///

@@ -40,6 +40,12 @@ pub struct WeightsArgs {
 #[derive(Subcommand)]
 enum Command {
     /// List the newest versions: step, state, digest, and which version serves in their place
+    #[command(after_long_help = "\
+Examples:
+  superbatch weights my-run list
+  # All of them, of a service on another machine
+  superbatch weights my-run list --newest 1000 --address https://superbatch:50051 --ca ca.pem \\
+      --token-file read.token")]
     List {
         /// Number of versions
         #[arg(long, value_name = "N", default_value_t = 20)]
@@ -49,6 +55,11 @@ enum Command {
     ///
     /// Steps that are decided keep their weights; the next ones are scored with VERSION, in mode
     /// `stale`, until pushes that come later are due. The trainer's own weights are not touched.
+    #[command(after_long_help = "\
+Examples:
+  # Which versions there are, then back to 41
+  superbatch weights my-run list
+  superbatch weights my-run rollback 41")]
     Rollback {
         /// As `list` shows it; its weights must still be kept
         #[arg(value_name = "VERSION")]
