@@ -276,6 +276,37 @@ async fn a_tar_without_the_entry_refuses_no_source() {
     assert_eq!(rows("n is null").await, [1, 0], "what it lacks is null");
 }
 
+/// A mistyped name is told before all tars of a large source are walked.
+#[tokio::test]
+async fn an_entry_that_the_first_tars_lack_is_refused_before_the_others_are_walked() {
+    let stores = stores();
+    let without = tar_fixtures::tar(&[("a.jpg", b"i"), ("a.txt", b"t")]);
+    let names: Vec<String> = (0..17).map(|n| format!("{n:02}.tar")).collect();
+    let with = tar_fixtures::img2dataset(0..9);
+    let files = |lacking: usize| -> Vec<(&str, Bytes)> {
+        let content = |n: usize| {
+            if n < lacking {
+                without.clone()
+            } else {
+                with.clone()
+            }
+        };
+        let named = names.iter().enumerate();
+        named.map(|(n, name)| (name.as_str(), content(n))).collect()
+    };
+    let asked = || request(Some("n > 2"), None);
+    put(&stores, &files(15)).await;
+    assert!(index(&stores, None, &[asked()]).await.is_ok());
+    put(&stores, &files(16)).await;
+    let error = index(&stores, None, &[asked()]).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::ColumnNotFound);
+    let text = error.to_string();
+    assert!(
+        text.contains("no json of the first 16 tars of memory:///data"),
+        "{text}"
+    );
+}
+
 /// img2dataset's Parquet writer keeps failed downloads as rows.
 #[tokio::test]
 async fn failed_downloads_are_no_candidates() {

@@ -27,6 +27,9 @@ const BLOCK_MEMBERS_MAX: usize = 1024;
 const BLOCK_BYTES_MAX: u64 = 64 << 20;
 /// Tars that are walked at the same time.
 const TARS_AT_ONCE: usize = 16;
+/// An entry that a filter reads is in one of so many tars with samples, or the source is refused:
+/// a mistyped name must not cost a walk through all of a large source.
+const TARS_ASKED: usize = 16;
 
 /// Indexes the source whose shards are `files` below `root`.
 ///
@@ -74,6 +77,12 @@ pub(in crate::dataset) async fn index_shards(
                 break;
             };
             source.add(looked);
+            if source.with_samples == TARS_ASKED {
+                let these = format!("the first {TARS_ASKED} tars of {}", request.uri);
+                if let Some(error) = filter.missing(&source.seen, &these) {
+                    return Err(error);
+                }
+            }
         }
     }
     source.finish(request, filter, root_uri)
@@ -96,6 +105,8 @@ struct Building {
     layout: Option<Layout>,
     fields: BTreeSet<String>,
     shards: Vec<Shard>,
+    /// Tars whose samples are rows, before the filter.
+    with_samples: usize,
     seen: Seen,
 }
 
@@ -110,6 +121,7 @@ impl Building {
             seen,
         } = looked;
         self.seen.add(seen);
+        self.with_samples += usize::from(!blocks.is_empty());
         let members = survey.samples.iter().flat_map(|sample| &sample.members);
         for member in members {
             if !self.fields.contains(&member.field) {
