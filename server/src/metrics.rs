@@ -196,7 +196,7 @@ declare! {
     /// Estimated number of workers with which the trainers of all open runs would not wait for
     /// their batches, as far as more workers help. Estimated from the time of the stages and the
     /// trainers' own time for a step. 0 until a trainer has taken a few steps, and when none has
-    /// asked for a batch, or waits for one, for five minutes and ten of its steps.
+    /// asked for a batch, or stands still for one, for five minutes and ten of its steps.
     gauge optimal_workers() on Coordinator = "superbatch_optimal_workers", Count;
     /// Slices that went to another worker because the first one was lost or could not read them.
     counter slices_rescored() on Coordinator = "superbatch_slices_rescored_total", Count;

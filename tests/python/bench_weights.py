@@ -250,56 +250,6 @@ class FirstSlice:
         return first[0] - second[0], max(beyond) / self.size
 
 
-class FirstSlice:
-    """A run of which each second step is the first that a push's weights score."""
-
-    def __init__(self, cluster: Cluster, pool: Path, model: Path, weights: dict):
-        scorers: list[Process] = cluster.workers or [cluster.coordinator]
-        self.pids = [scorer.process.pid for scorer in scorers]
-        self.weights, self.size = weights, bytes_of(weights)
-        spec = superbatch.RunSpec(
-            run_id="first",
-            sources=[pool.as_uri()],
-            reference=model.as_uri(),
-            phases=[superbatch.Phase(policy="joint", **SIZES)],
-            learner=superbatch.Learner(model_uri=model.as_uri(), first_push=True),
-            # Step s is scored with the newest push of step s-2 or before.
-            push_every_steps=2,
-        )
-        self.run = superbatch.connect(cluster.address).open_run(spec)
-        self.push(-1)
-        for step in range(3):
-            self.selected(step)
-        self.step = 3
-
-    def push(self, step: int) -> int:
-        trained(self.weights)
-        self.run.push_weights(self.weights, step=step)
-        return self.run.flush().version
-
-    def selected(self, step: int) -> tuple[float, int]:
-        """The seconds that a step takes, and the version of the weights that scored it."""
-        begun = perf_counter()
-        batch = self.run.select(step, rank=0, world_size=1)
-        return perf_counter() - begun, batch.receipt.learner.version
-
-    def turn(self) -> tuple[float, float]:
-        """How much later the first step comes than the second, and the most memory of a process
-        beyond what it held before or holds after, by the size of the weights.
-        """
-        before = [status(pid, "VmRSS") for pid in self.pids]
-        for pid in self.pids:
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
-        pushed = self.push(self.step - 2)
-        first, second = self.selected(self.step), self.selected(self.step + 1)
-        assert first[1] == second[1] == pushed, (first, second, pushed)
-        self.step += 2
-        beyond = []
-        for pid, held in zip(self.pids, before, strict=True):
-            beyond.append(status(pid, "VmHWM") - max(held, status(pid, "VmRSS")))
-        return first[0] - second[0], max(beyond) / self.size
-
-
 def bench_first_slice(folder: Path, workers: int, rounds: int = 5, warm: int = 4) -> None:
     """How much later the first step is that a push's weights score, than the next one, which they
     score too; and the memory that this takes. `warm` rounds before fill a worker's places for

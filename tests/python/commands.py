@@ -3,7 +3,6 @@
 import subprocess
 from pathlib import Path
 
-import superbatch
 from cluster import BINARY, DEADLINE_SECONDS
 
 GOLDEN = Path(__file__).parents[2] / "scoring-kernels" / "tests" / "golden"

@@ -105,12 +105,14 @@ class Door(Proxy):
         key, until = self.issued.get(token, ("", 0.0))
         if f"Credential={key}/" not in headers.get("Authorization", ""):
             return "InvalidAccessKeyId"
-        self.used.add(token)
+        with self.lock:
+            self.used.add(token)
         return None if monotonic() < until else "ExpiredToken"
 
     def wait_for_expiry(self) -> None:
         """Until the first credentials that were used are no longer good."""
-        first = min(self.used, key=lambda token: self.issued[token][1])
+        with self.lock:
+            first = min(self.used, key=lambda token: self.issued[token][1])
         end = monotonic() + DEADLINE_SECONDS
         while monotonic() < self.issued[first][1]:
             assert monotonic() < end

@@ -44,6 +44,14 @@ def test_two_runs_are_compared_in_one_step(page, service):  # noqa: F811
     assert "Batch scores: – and –." in told(0)
 
 
+def test_a_list_of_runs_that_fails_hides_no_comparison(page):  # noqa: F811
+    failed = {"error": "the list is away"}
+    page.route("**/api/runs", lambda route: route.fulfill(status=404, json=failed))
+    page.goto("/#/compare/first/second")
+    page.get_by_text("Other runs cannot be listed. the list is away").wait_for()
+    page.get_by_text("In one step").wait_for()
+
+
 def test_a_wait_among_many_steps_without_one_is_shared_by_all(page):  # noqa: F811
     page.goto("/")
     waited = page.evaluate("""async () => {

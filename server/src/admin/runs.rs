@@ -23,15 +23,27 @@ pub struct RunsArgs {
     json: bool,
 }
 
+/// # Errors
+/// Those of storage. What could be read is printed first.
 pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
     let (_, state) = open_state(config)?;
-    let runs = list(&state).await?;
-    if args.json {
-        return Ok(runs.iter().map(|run| format!("{run}\n")).collect());
-    }
-    if runs.is_empty() {
-        return Ok(format!("no runs in {}\n", state.uri()));
-    }
+    let (runs, passing) = list(&state).await?;
+    let text: String = if args.json {
+        runs.iter().map(|run| format!("{run}\n")).collect()
+    } else if runs.is_empty() {
+        format!("no runs in {}\n", state.uri())
+    } else {
+        shown(&runs)
+    };
+    let Some(error) = passing else {
+        return Ok(text);
+    };
+    let printed = super::print(&text);
+    printed.map_err(|e| Error::internal("cannot write to standard output").because(e))?;
+    Err(error)
+}
+
+fn shown(runs: &[Value]) -> String {
     let columns = [
         "run",
         "state",
@@ -60,20 +72,26 @@ pub async fn run(config: &Config, args: &RunsArgs) -> Result<String> {
         ))
     };
     let unread: String = runs.iter().filter_map(told).collect();
-    Ok(table(&rows) + &unread)
+    table(&rows) + &unread
 }
 
 /// Describes each run. One that cannot be read is there with the reason: it must not keep others
-/// from being seen.
-async fn list(state: &Location) -> Result<Vec<Value>> {
-    let mut runs = Vec::new();
+/// from being seen. The first error that may pass is returned beside them: a script must not take
+/// the list for the whole.
+async fn list(state: &Location) -> Result<(Vec<Value>, Option<Error>)> {
+    let (mut runs, mut passing) = (Vec::new(), None);
     for id in state.folders("runs").await? {
         match describe_run(state, &id).await {
             Ok(run) => runs.extend(run),
-            Err(error) => runs.push(unreadable(&id, &error)),
+            Err(error) => {
+                runs.push(unreadable(&id, &error));
+                if passing.is_none() && error.reason().is_transient() {
+                    passing = Some(error.about(format!("run '{id}' cannot be read")));
+                }
+            }
         }
     }
-    Ok(runs)
+    Ok((runs, passing))
 }
 
 fn unreadable(id: &str, error: &Error) -> Value {
@@ -136,7 +154,8 @@ mod tests {
             .put("runs/newer/run.json", newer.into())
             .await
             .unwrap();
-        let found = list(&state).await.unwrap();
+        let (found, passing) = list(&state).await.unwrap();
+        assert!(passing.is_none(), "no later attempt reads it");
         assert_eq!(
             (&found[0]["run"], &found[0]["state"]),
             (&json!("good"), &json!("open"))
@@ -152,5 +171,24 @@ mod tests {
             Value::Null,
             "programs find the same names"
         );
+    }
+
+    #[tokio::test]
+    async fn a_failure_that_may_pass_fails_the_list_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let stores = Stores::new(StorageConfig::default());
+        let uri = format!("file://{}", folder.path().display());
+        let state = stores.open(&uri).unwrap();
+        let fact = RunFact::new(&RunSpec::default(), "manifest".into(), None, None, None);
+        create_run(&state.below("runs/good"), fact).await.unwrap();
+        let fact = folder.path().join("runs/away/run.json");
+        std::fs::create_dir_all(fact.parent().unwrap()).unwrap();
+        // A link to itself, which nobody can open.
+        std::os::unix::fs::symlink("run.json", &fact).unwrap();
+        let (found, passing) = list(&state).await.unwrap();
+        let states: Vec<_> = found.iter().map(|run| &run["state"]).collect();
+        assert_eq!(states, [&json!("unreadable"), &json!("open")]);
+        let error = passing.unwrap().to_string();
+        assert!(error.contains("run 'away' cannot be read"), "{error}");
     }
 }

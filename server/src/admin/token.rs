@@ -253,7 +253,12 @@ fn list(args: &ListArgs, now: SystemTime) -> Result<String> {
 
 fn revoke(args: &RevokeArgs) -> Result<String> {
     let settings = args.file.settings()?;
-    let (path, audit) = (args.file.path(&settings)?, args.audit.open(&settings)?);
+    let path = args.file.path(&settings)?;
+    // The log belongs to the service's user. A token that leaked must go all the same.
+    let audit = args.audit.open(&settings).unwrap_or_else(|error| {
+        eprintln!("superbatch: this is not noted: {}", error.chain());
+        Audit::default()
+    });
     let mut tokens = Tokens::read(&path)?;
     let before = tokens.tokens.len();
     tokens.tokens.retain(|entry| entry.name != args.name);
@@ -345,5 +350,22 @@ mod tests {
         assert!(lines.iter().all(|line| line["who"] == user()));
         let tokens = Tokens::read(&folder.path().join("tokens.yaml")).unwrap();
         assert!(tokens.find(token.trim()).is_none() && tokens.find(other.trim()).is_some());
+    }
+
+    #[test]
+    fn a_token_is_revoked_though_the_audit_log_cannot_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let token = new(&new_args(folder.path(), "alice", None), SystemTime::now()).unwrap();
+        let args = RevokeArgs {
+            name: "alice".into(),
+            file: files(folder.path()),
+            audit: audit(&folder.path().join("none")),
+        };
+        revoke(&args).unwrap();
+        let tokens = Tokens::read(&folder.path().join("tokens.yaml")).unwrap();
+        assert!(tokens.find(token.trim()).is_none());
+        let mut args = new_args(folder.path(), "bob", None);
+        args.audit = audit(&folder.path().join("none"));
+        assert!(new(&args, SystemTime::now()).is_err(), "a new one is noted");
     }
 }

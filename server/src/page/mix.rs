@@ -79,11 +79,14 @@ async fn in_turn(page: Arc<Page>, id: &str, what: What) -> Result<Json> {
             return Ok(kept);
         }
         let looked = Looked::of(&page, &known).await?;
-        let told = match what {
-            What::Shares => looked.shares(&page).await?,
+        let has_all_steps = looked.has_all;
+        let (told, has_all_rows) = match what {
+            What::Shares => (looked.shares(&page).await?, true),
             What::Rows => looked.rows(&page, &known).await?,
         };
-        page.mixes.answers.put(key, told.clone());
+        if has_all_steps && has_all_rows {
+            page.mixes.answers.put(key, told.clone());
+        }
         Ok(told)
     };
     turn.spend_on(work).await
@@ -96,6 +99,9 @@ struct Looked {
     stride: u64,
     /// Those that were drawn by scores, rising.
     steps: Vec<Arc<OfStep>>,
+    /// Whether each was committed. Steps are committed out of order, so one may come later, and the
+    /// run's newest step stays the same.
+    has_all: bool,
 }
 
 impl Looked {
@@ -108,15 +114,18 @@ impl Looked {
         };
         let plan = Arc::new(page.work("planning", plan).await?);
         let (stride, numbers) = sampled(known.newest);
-        let mut steps = Vec::new();
+        let (mut steps, mut has_all) = (Vec::new(), true);
         for number in numbers {
-            steps.extend(of_step(page, known, &plan, number).await?);
+            let counted = of_step(page, known, &plan, number).await?;
+            has_all &= counted.is_some();
+            steps.extend(counted.flatten());
         }
         Ok(Self {
             manifest,
             plan,
             stride,
             steps,
+            has_all,
         })
     }
 
@@ -139,18 +148,18 @@ fn sampled(newest: Option<u64>) -> (u64, Vec<u64>) {
     (stride, (0..=newest).step_by(stride as usize).collect())
 }
 
-/// Counts a step; `None` if it is not committed, or was not drawn by scores.
+/// Counts a step; `None` if it is not committed, `Some(None)` if it was not drawn by scores.
 async fn of_step(
     page: &Arc<Page>,
     known: &Arc<Known>,
     plan: &Arc<Plan>,
     step: u64,
-) -> Result<Option<Arc<OfStep>>> {
+) -> Result<Option<Option<Arc<OfStep>>>> {
     let generations = known.generations(step);
     let best = generations.first().copied().unwrap_or_default();
     let key = (known.nonce().to_owned(), step, best);
     if let Some(kept) = page.mixes.steps.get(&key) {
-        return Ok(kept);
+        return Ok(Some(kept));
     }
     let (plan, of) = (plan.clone(), known.clone());
     let count = move |receipt: Receipt| OfStep::of(&plan, &of.facts.spec.phases, &receipt);
@@ -162,5 +171,5 @@ async fn of_step(
     if counted.as_ref().is_none_or(|counted| counted.is_small()) {
         page.mixes.steps.put(key, counted.clone());
     }
-    Ok(counted)
+    Ok(Some(counted))
 }

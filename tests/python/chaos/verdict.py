@@ -11,7 +11,7 @@ from examples.demo import tiny
 
 from . import compare
 from .calm import undisturbed
-from .chaos import RUN, Chaos, Failed
+from .chaos import Chaos, Failed
 from .compare import Slice
 
 

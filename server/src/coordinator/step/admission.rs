@@ -92,7 +92,7 @@ impl Run {
         if let Some(step) = asking.claims_consumed().filter(|_| is_first) {
             sizing.consumed(&self.id, step, begun);
         }
-        let _waits = sizing.begin_wait(&self.id, is_first && asking.need, begun);
+        let _waits = sizing.begin_wait(&self.id, is_first, asking.need, begun);
         self.wait_until_ready(asking, waiting, begun).await
     }
 

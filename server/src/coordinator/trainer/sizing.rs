@@ -73,7 +73,7 @@ struct Pace {
     waited: Duration,
     /// When a rank last began or ended a call.
     heard: Option<Instant>,
-    /// Held by each call that waits for its batch.
+    /// Held by each call that needs its batch now.
     waiting: Arc<()>,
 }
 
@@ -84,7 +84,8 @@ pub struct Wait {
     run: String,
     /// When the trainer began to stand still; `None` of a call that only shows that it is there.
     stands_still_since: Option<Instant>,
-    _waiting: Arc<()>,
+    /// `None` of a call that looks ahead.
+    _waiting: Option<Arc<()>>,
 }
 
 impl Drop for Wait {
@@ -111,17 +112,24 @@ impl Sizing {
         self.change_pace(run, |pace| pace.consumed(step, now));
     }
 
-    /// Notes that a rank waits for a batch of `run` from `now` on. `stands_still` tells whether the
-    /// time counts as the trainer's wait: all ranks go at the same pace, so it is rank 0's.
-    pub fn begin_wait(self: &Arc<Self>, run: &str, stands_still: bool, now: Instant) -> Wait {
+    /// Notes that a rank waits for a batch of `run` from `now` on. `need` tells whether it needs the
+    /// batch now: one that looks ahead may keep its call open and hang. The time of `is_first`
+    /// counts as the trainer's wait: all ranks go at the same pace, so rank 0 stands for them.
+    pub fn begin_wait(
+        self: &Arc<Self>,
+        run: &str,
+        is_first: bool,
+        need: bool,
+        now: Instant,
+    ) -> Wait {
         let waiting = self.change_pace(run, |pace| {
             pace.heard = Some(now);
-            pace.waiting.clone()
+            need.then(|| pace.waiting.clone())
         });
         Wait {
             sizing: self.clone(),
             run: run.to_owned(),
-            stands_still_since: stands_still.then_some(now),
+            stands_still_since: (is_first && need).then_some(now),
             _waiting: waiting,
         }
     }
@@ -332,13 +340,27 @@ mod tests {
     }
 
     #[test]
+    fn a_trainer_that_hangs_while_it_looks_ahead_needs_none() {
+        let (sizing, start) = (Arc::<Sizing>::default(), Instant::now());
+        let hour = start + Duration::from_secs(3600);
+        let run = "a".to_owned();
+        sizing.lock_paces().insert(run, pace(1.5, start));
+        let workers_of = || sizing.lock_paces()["a"].workers(hour);
+        let ahead = sizing.begin_wait("a", true, false, start);
+        assert_eq!(workers_of(), None, "only its look-ahead call is open");
+        let needs = sizing.begin_wait("a", true, true, start);
+        assert_eq!(workers_of(), Some(8.0), "it stands still");
+        drop((ahead, needs));
+    }
+
+    #[test]
     fn a_wait_is_noted_when_its_call_ends_and_not_for_a_run_that_is_gone() {
         let sizing = Arc::<Sizing>::default();
         let start = Instant::now() - Duration::from_secs(7);
-        let looks_on = sizing.begin_wait("a", false, start);
+        let looks_on = sizing.begin_wait("a", false, true, start);
         let (stands, gone) = (
-            sizing.begin_wait("a", true, start),
-            sizing.begin_wait("b", true, start),
+            sizing.begin_wait("a", true, true, start),
+            sizing.begin_wait("b", true, true, start),
         );
         drop(looks_on);
         let of = |run: &str| sizing.lock_paces().get(run).map(|pace| pace.waited);

@@ -44,31 +44,49 @@ struct Measured {
 }
 
 impl Looked {
-    pub(super) async fn rows(self, page: &Arc<Page>, known: &Arc<Known>) -> Result<Json> {
+    /// Measures rows. Returns also whether each block was read.
+    ///
+    /// # Errors
+    /// Those of receipts; that of a block if none can be read.
+    pub(super) async fn rows(self, page: &Arc<Page>, known: &Arc<Known>) -> Result<(Json, bool)> {
         let every = self.steps.len().div_ceil(STEPS).max(1);
         let steps = self.steps.iter().step_by(every).map(|step| step.step);
         let (mut all, mut read, mut steps_read) = (Measured::default(), 0, Vec::new());
-        let mut rows = [0; 2];
+        let (mut rows, mut unread, mut failure) = ([0; 2], 0, None);
         for step in steps {
             for block in self.blocks(page, known, step).await? {
-                rows[0] += block.rows.len();
-                rows[1] += block.rows.iter().filter(|(_, chosen)| *chosen).count();
-                let found = self.measure(page, block).await?;
+                let scanned = block.rows.len();
+                let chosen = block.rows.iter().filter(|(_, chosen)| *chosen).count();
+                let found = match self.measure(page, block).await {
+                    Ok(found) => found,
+                    // One that is damaged must not keep the others from being seen.
+                    Err(error) => {
+                        unread += 1;
+                        failure = failure.or(Some(error));
+                        continue;
+                    }
+                };
+                rows[0] += scanned;
+                rows[1] += chosen;
                 all.caption_chars.extend(found.caption_chars);
                 all.image_bytes.extend(found.image_bytes);
                 read += 1;
             }
             steps_read.push(step);
         }
+        if let (0, Some(error)) = (read, failure) {
+            return Err(error);
+        }
         let told = json!({
             "steps": steps_read,
             "blocks": read,
+            "unread": unread,
             "scanned": rows[0],
             "chosen": rows[1],
             "caption_chars": told(all.caption_chars),
             "image_bytes": told(all.image_bytes),
         });
-        Ok(told.into())
+        Ok((told.into(), unread == 0))
     }
 
     /// Picks the rows of a step.

@@ -3,8 +3,17 @@ use super::{
     told::{by_source, lift, sum, told},
     *,
 };
-use crate::page::tests::{Gated, commit, json, manifest, page, plan, receipt, spec};
+use crate::{
+    error::Error,
+    page::{
+        Blocks,
+        tests::{Gated, commit, json, manifest, page, plan, receipt, spec},
+    },
+};
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
 use serde_json::{Value, json};
+use std::sync::atomic::{AtomicBool, Ordering};
 use superbatch_proto::v1::{LeftOut, Mode, PassedRow, ScoreColumn};
 
 #[test]
@@ -268,4 +277,65 @@ async fn rows_are_measured_where_receipts_hold_nothing() {
     };
     assert_eq!(scanned(captions), 32);
     assert!((24..32).contains(&scanned(&found["image_bytes"])));
+}
+
+/// Steps are committed out of order: one may come after a later one.
+#[tokio::test]
+async fn a_mix_that_lacks_a_step_is_not_kept() {
+    let manifest = manifest(&[3]);
+    let page = page(&manifest, Gated::open(true), 1).await;
+    let steps = async || {
+        let found = json(mix(State(page.clone()), Path("r".into())).await).await;
+        found["steps"].clone()
+    };
+    commit(&page, &manifest, 2).await;
+    assert_eq!(steps().await, json!([0, 2]));
+    commit(&page, &manifest, 1).await;
+    assert_eq!(steps().await, json!([0, 1, 2]));
+}
+
+/// Of its blocks the first that is asked for cannot be read, or none.
+struct Damaged {
+    blocks: Gated,
+    is_first: AtomicBool,
+    all: bool,
+}
+
+#[async_trait]
+impl Blocks for Damaged {
+    async fn block(
+        &self,
+        manifest: &Manifest,
+        source: u32,
+        shard: u32,
+        block: u32,
+        picture: Option<u32>,
+    ) -> Result<Arc<RecordBatch>> {
+        if self.is_first.swap(false, Ordering::SeqCst) || self.all {
+            return Err(Error::internal("damaged"));
+        }
+        let read = self.blocks.block(manifest, source, shard, block, picture);
+        read.await
+    }
+}
+
+#[tokio::test]
+async fn a_block_that_cannot_be_read_is_passed_over_and_told() {
+    let damaged = |all| Damaged {
+        blocks: Gated::open(true),
+        is_first: AtomicBool::new(true),
+        all,
+    };
+    let page_of = async |all| page(&manifest(&[3]), damaged(all), 2).await;
+    let one = page_of(false).await;
+    let read = async || json(super::rows(State(one.clone()), Path("r".into())).await).await;
+    let found = read().await;
+    assert_eq!(found["unread"], 1);
+    let scanned = found["scanned"].as_u64().unwrap();
+    assert!((1..32).contains(&scanned), "{scanned}");
+    let found = read().await;
+    let told = (&found["unread"], &found["scanned"]);
+    assert_eq!(told, (&json!(0), &json!(32)), "what lacked one is not kept");
+    let none = super::rows(State(page_of(true).await), Path("r".into())).await;
+    assert!(none.is_err());
 }

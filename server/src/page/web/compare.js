@@ -11,11 +11,13 @@ export async function compare(view, a, b) {
   const [about, facts] = await Promise.all([api.about(), Promise.all(ids.map((id) => api.run(id, view.signal)))]);
   const pick = h("select", { "aria-label": "Other run", onchange: (event) => event.target.value && (location.hash = api.link.compare(a, event.target.value)) },
     h("option", { value: "" }, "Pick a run"), b ? h("option", { value: b, selected: true }, b) : null);
-  const title = h("header.title", {}, h("div.stepper", {}, h("h1", {}, h("a", { href: api.link.run(a) }, a), h("span.dim", {}, " beside ")), pick));
+  const rest = h("span.dim", { role: "status" });
+  const title = h("header.title", {}, h("div.stepper", {}, h("h1", {}, h("a", { href: api.link.run(a) }, a), h("span.dim", {}, " beside ")), pick, rest));
   const again = redraw(view, a, facts[0].newest ?? 0, about);
   const told = h("p.dim", {}, "Two runs on the same data, such as two policies or two seeds.");
   fill(view.place, title, b ? null : [told, again]);
-  offer(view, pick, ids).then((found) => found || b || fill(told, "The state holds no other run."), view.fail);
+  offer(view, pick, ids).then((found) => found || b || fill(told, "The state holds no other run."),
+    (error) => view.signal.aborted || fill(rest, `Other runs cannot be listed. ${error.message}`));
   if (!b) return;
   const lines = await Promise.all(ids.map((id) => api.timeline(id, 0, view.signal)));
   const group = new Group();

@@ -131,7 +131,8 @@ function sample(view, id) {
 const bytes = (n) => (n < 1000 ? `${count(n)} B` : n < 1e6 ? `${number(n / 1e3)} kB` : `${number(n / 1e6)} MB`);
 
 function measured(found) {
-  const head = h("p.dim.note", {}, `Measured on ${plural(found.scanned, "candidate")}, ${count(found.chosen)} of them chosen, in ${plural(found.blocks, "block")} of ${plural(found.steps.length, "step")}.`);
+  const head = h("p.dim.note", {}, `Measured on ${plural(found.scanned, "candidate")}, ${count(found.chosen)} of them chosen, in ${plural(found.blocks, "block")} of ${plural(found.steps.length, "step")}.`,
+    found.unread ? ` ${plural(found.unread, "block")} could not be read.` : null);
   return [head, h("div.charts", {},
     numbers("Length of captions", "characters", found.caption_chars, count, "No caption was read: the rows have none."),
     numbers("Size of images", "as stored", found.image_bytes, bytes, "Images lie beside the files, or are none: their sizes were not read."))];
