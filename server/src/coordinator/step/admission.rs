@@ -68,9 +68,35 @@ impl Run {
                 // whose address NOT_OWNER holds. The check reads storage, so it is made for
                 // refusals only and not for each request.
                 self.owner.check().await?;
-                Err(refusal)
+                if !self.learns_of(asking.claims_consumed()).await? {
+                    return Err(refusal);
+                }
+                let waiting = self.admit(&asking, request).await?;
+                self.wait_and_log(&asking, waiting).await
             }
         }
+    }
+
+    /// Looks in storage for a step that a rank has consumed, if this process does not know that it
+    /// is committed. The answer to its own create may have been lost, and a former owner, who found
+    /// the receipt before it knew that the run was taken over, may have served it. Returns whether
+    /// the step is committed.
+    async fn learns_of(&self, consumed: Option<u64>) -> Result<bool> {
+        let Some(step) = consumed else {
+            return Ok(false);
+        };
+        let generation = {
+            let state = self.state();
+            if state.committed.contains(step) {
+                return Ok(false);
+            }
+            state.chain.current()
+        };
+        let Some(receipt) = self.find_decided(step, generation).await? else {
+            return Ok(false);
+        };
+        self.found_committed(generation, &receipt);
+        Ok(true)
     }
 
     async fn admit(&self, asking: &Asking, request: &SelectBatchRequest) -> Result<Waiting> {

@@ -186,11 +186,19 @@ impl State {
             consumed_through: self.at.checked_sub(1),
             held: 0,
         };
-        let bounds = Bounds {
-            committed: self.owner.serves.keys().next_back().copied(),
+        let known = self.owner.serves.keys().next_back().copied();
+        let bounds = |committed| Bounds {
+            committed,
             max_ahead: size.max_ahead,
         };
-        match after.owner.members.admit(&asking, bounds) {
+        // A service that would refuse the rank looks for what it says it has consumed.
+        let consumed = asking.consumed_through;
+        let found = consumed.filter(|step| self.receipts.contains_key(step));
+        let members = &mut after.owner.members;
+        let admitted = members
+            .admit(&asking, bounds(known))
+            .or_else(|_| members.admit(&asking, bounds(known.max(found))));
+        match admitted {
             Ok(is_new) => {
                 if is_new {
                     after.incarnations.push(asking.incarnation);
