@@ -108,8 +108,11 @@ def test_it_trains_by_epochs_and_resumes(recipes, folders, tmp_path):  # noqa: F
     assert f"Train Epoch: 1 [{done}/{done} (100%)]" in log
 
 
-def test_two_ranks_train(recipes, folders, tmp_path):  # noqa: F811
+def test_two_ranks_train_and_resume(recipes, folders, tmp_path):  # noqa: F811
     name = f"open-clip-ranks-{folders[0]}"
-    given = arguments(recipes, folders, name, tmp_path, ranks=2, epochs=1, workers=1)
-    script("open_clip/train.py", given, ranks=2)
-    recipes.assert_trained(name, EPOCH_STEPS)
+    for epochs, resume in ((1, {}), (2, {"resume": "latest"})):
+        given = arguments(
+            recipes, folders, name, tmp_path, ranks=2, epochs=epochs, workers=1, **resume
+        )
+        script("open_clip/train.py", given, ranks=2)
+        recipes.assert_trained(name, epochs * EPOCH_STEPS)
