@@ -84,12 +84,13 @@ fuzz: ## Fuzzes all readers of what others make, or one, each for so long (SECON
 images: ## The images, with docker or buildah (scripts/images.sh TARGET... builds single ones)
 	scripts/images.sh
 
-wheel: $(READY) ## Wheels in target/wheels: the client, the kernels, and the server for the torch beside it
+wheel: $(READY) ## Wheels in target/wheels, each tried in a fresh environment: the client, the kernels, and the server for the torch beside it
 	for folder in client/python scoring-kernels/python; do \
 	  (cd $$folder && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(CURDIR)/$(VENV)/bin/maturin build --release); \
 	done
 	cargo build --release -p superbatch-server --features "$(shell scripts/features.sh | cut -d, -f2- -s)"
 	$(PYTHON) scripts/server_wheel.py target/release/superbatch target/wheels
+	$(PYTHON) scripts/try_wheels.py target/wheels/*.whl
 
 demo: ## uniform, a filter, joint, approximate (flexi) and independent selection side by side (QUICK=1; SEEDS=0,1,2; POOL=flat; VALIDATE=1; DEMO_OUT=folder)
 	@scripts/need.sh cargo npm
