@@ -18,8 +18,8 @@ from time import monotonic, sleep
 import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS, Cluster
-from s3_store import BUCKET, PassOn, Proxy, remote, store  # noqa: F401
-from test_end_to_end import (  # noqa: F401
+from s3_store import BUCKET, PassOn, Proxy, remote, store
+from test_end_to_end import (
     STEPS,
     choices,
     inputs,
@@ -134,7 +134,7 @@ class TollDoor(Door):
 
 
 @pytest.fixture
-def door(store, monkeypatch) -> Iterator:  # noqa: F811
+def door(store, monkeypatch) -> Iterator:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     made = []
@@ -161,7 +161,7 @@ def index(environment: dict[str, str], folder: Path) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("how", ["pod", "metadata"])
-def test_credentials_that_expire_are_fetched_anew(inputs, door, tmp_path, undisturbed, how):  # noqa: F811
+def test_credentials_that_expire_are_fetched_anew(inputs, door, tmp_path, undisturbed, how):
     """Data, models and state of a run whose processes were told no key."""
     door = door()
     at = f"http://127.0.0.1:{door.port}/{how}"
@@ -193,7 +193,7 @@ def test_credentials_that_expire_are_fetched_anew(inputs, door, tmp_path, undist
     assert (caught.value.code, "ExpiredToken" in caught.value.read().decode()) == (403, True)
 
 
-def test_a_session_token_of_the_environment_is_not_renewed_and_says_so(door, tmp_path):  # noqa: F811
+def test_a_session_token_of_the_environment_is_not_renewed_and_says_so(door, tmp_path):
     door = door()
     given = door.issue(seconds=3600)
     environment = where(
@@ -210,7 +210,7 @@ def test_a_session_token_of_the_environment_is_not_renewed_and_says_so(door, tmp
     assert given["SecretAccessKey"] not in ended.stderr
 
 
-def test_a_public_bucket_is_read_without_a_signature(inputs, door, tmp_path, undisturbed):  # noqa: F811
+def test_a_public_bucket_is_read_without_a_signature(inputs, door, tmp_path, undisturbed):
     door = door(PublicDoor)
     signed = where(door, AWS_ACCESS_KEY_ID="nobody", AWS_SECRET_ACCESS_KEY="secret")
     ended = index(signed, tmp_path)
@@ -223,7 +223,7 @@ def test_a_public_bucket_is_read_without_a_signature(inputs, door, tmp_path, und
     assert not door.refused
 
 
-def test_a_reader_who_pays_says_so_in_every_request(inputs, door, tmp_path, undisturbed):  # noqa: F811
+def test_a_reader_who_pays_says_so_in_every_request(inputs, door, tmp_path, undisturbed):
     door = door(TollDoor)
     known = where(door, AWS_ACCESS_KEY_ID="payer", AWS_SECRET_ACCESS_KEY="secret")
     ended = index(known, tmp_path)

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import superbatch
 from cluster import BINARY, DEADLINE_SECONDS, Cluster
-from s3_store import BUCKET, credentials, remote, store  # noqa: F401
-from test_end_to_end import inputs, phase, reason, service, spec  # noqa: F401
+from s3_store import BUCKET, credentials, remote, store
+from test_end_to_end import inputs, phase, reason, service, spec
 
 STEPS = 4
 COLUMNS = ["__key__", "json[kind]", "json[number]"]
@@ -39,7 +39,7 @@ def write_shard(path: Path, records: list[dict], key, form: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def tars(inputs) -> Path:  # noqa: F811
+def tars(inputs) -> Path:
     """Three shards in three formats; keys repeat between the first two, and are long in the
     third.
     """
@@ -112,7 +112,7 @@ def test_an_epoch_of_tars_serves_every_sample_as_tarfile_reads_it(inputs, tars, 
 
 def test_joint_selection_reads_tars_from_s3_as_from_files(
     inputs, tars, service, store, settings, tmp_path
-):  # noqa: F811
+):
     changes = {**settings, "phases": [phase()]}
     local = superbatch.connect(service.address).open_run(spec(inputs, "joint-tars", **changes))
     expected = served(local)
@@ -129,7 +129,7 @@ def test_joint_selection_reads_tars_from_s3_as_from_files(
         assert len(store.keys("state-of-tars/tar-indexes/")) == 3
 
 
-def test_a_tar_that_changed_is_refused_by_name(inputs, tars, settings, tmp_path):  # noqa: F811
+def test_a_tar_that_changed_is_refused_by_name(inputs, tars, settings, tmp_path):
     folder = tmp_path / "changing"
     folder.mkdir()
     for path in tars.glob("*.tar"):
@@ -246,7 +246,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(tars, tmp_path):
     ]
 
 
-def test_datacomp_shards_are_read_by_their_uids(inputs, service, tmp_path):  # noqa: F811
+def test_datacomp_shards_are_read_by_their_uids(inputs, service, tmp_path):
     """As its resharder writes them: names of 8 digits, `sizes.json` and `meta.json` beside them,
     and keys that count how often a uid came. Its lists of uids are sorted pairs of 64 bits.
     """
@@ -297,7 +297,7 @@ def test_datacomp_shards_are_read_by_their_uids(inputs, service, tmp_path):  # n
     assert found == expected
 
 
-def test_a_run_over_a_cut_tar_is_served_again_after_a_kill(inputs, tars, settings, tmp_path):  # noqa: F811
+def test_a_run_over_a_cut_tar_is_served_again_after_a_kill(inputs, tars, settings, tmp_path):
     folder = tmp_path / "cut"
     folder.mkdir()
     with tarfile.open(tars / "00000.tar") as archive:

@@ -80,9 +80,8 @@ pub struct Page {
     blocks_held: Share,
     receipts_held: Share,
     threads: Share,
-    /// By run, step and the best generation that was asked for, with the generation that has it: if
-    /// an older one has, the better ones never will. A missing receipt is not kept: the step may be
-    /// committed later.
+    /// By run, step and the best generation that was asked for, with the one that has it: no better
+    /// one will. A missing receipt is not kept: the step may be committed later.
     summaries: Keep<StepKey, (u32, Arc<ReceiptSummary>)>,
     manifests: Keep<String, Arc<Manifest>>,
     runs: Keep<String, (Instant, Arc<Known>)>,

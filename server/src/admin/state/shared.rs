@@ -64,8 +64,8 @@ impl Needed {
     }
 }
 
-/// Returns those blocks of reference embeddings that `is_wanted`, and whose they are. Blocks that do
-/// not say it are none.
+/// Returns those blocks of reference embeddings that `is_wanted`, and whose they are. Blocks that
+/// do not say it are none.
 async fn embeddings(
     state: &Location,
     listed: Vec<(String, ObjectMeta)>,
@@ -146,8 +146,8 @@ async fn old(state: &Location, folder: &str) -> Result<Vec<(String, ObjectMeta)>
 }
 
 /// Reads the runs that are not in `read`, and takes what they need out of `unneeded`. Returns what
-/// tells their embeddings. A run has a key for each shard and column: those of one run are in memory
-/// at a time.
+/// tells their embeddings. A run has a key for each shard and column: those of one run are in
+/// memory at a time.
 async fn take_needed(
     stores: &Stores,
     state: &Location,

@@ -112,8 +112,8 @@ impl Sizing {
         self.change_pace(run, |pace| pace.consumed(step, now));
     }
 
-    /// Notes that a rank waits for a batch of `run` from `now` on. `need` tells whether it needs the
-    /// batch now: one that looks ahead may keep its call open and hang. The time of `is_first`
+    /// Notes that a rank waits for a batch of `run` from `now` on. `need` tells whether it needs
+    /// the batch now: one that looks ahead may keep its call open and hang. The time of `is_first`
     /// counts as the trainer's wait: all ranks go at the same pace, so rank 0 stands for them.
     pub fn begin_wait(
         self: &Arc<Self>,

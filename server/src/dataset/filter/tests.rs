@@ -113,8 +113,8 @@ async fn rows_outside_a_predicate_are_no_candidates_and_are_counted() {
     }
 }
 
-/// Row groups of ids 100 to 103, 104 to 107, 108 and 109, whose contents are damaged: to read any of
-/// them would fail.
+/// Row groups of ids 100 to 103, 104 to 107, 108 and 109, whose contents are damaged: to read any
+/// of them would fail.
 #[tokio::test]
 async fn row_groups_that_statistics_decide_are_not_read() {
     let stores = stores();

@@ -45,10 +45,7 @@ pub(crate) async fn fetch_rows(
         .iter()
         .position(|row| row.image().is_none() || row.caption().is_none())
     {
-        let id = slice.id(n);
-        let message =
-            format!("row {id} has no image or no caption; it was replaced since it was chosen");
-        return Err(Error::new(Reason::RowChanged, message).with("id", id));
+        return Err(replaced(slice.id(n)));
     }
     let form = match RowsForm::try_from(form) {
         Ok(RowsForm::Kept) => {
@@ -94,6 +91,12 @@ pub(crate) async fn fetch_rows(
             rows_read_again: rows,
         })))
         .await
+}
+
+fn replaced(id: String) -> Error {
+    let message =
+        format!("row {id} has no image or no caption; it was replaced since it was chosen");
+    Error::new(Reason::RowChanged, message).with("id", id)
 }
 
 /// Reads the rows in the order of the request. A receipt lists rows in the order drawn, so the rows
