@@ -50,8 +50,9 @@ test-rust: $(READY)
 	cargo test $(CARGO_FLAGS) --no-fail-fast
 
 # What native libraries write is not captured: if one aborts the runner, its last words say why, and a capture would be lost.
+# What was skipped is listed at the end, with what it needs.
 test-python: build
-	$(PYTHON) -m pytest --capture=sys tests/python client/python/tests scoring-kernels/python/tests
+	$(PYTHON) -m pytest -rs --capture=sys tests/python client/python/tests scoring-kernels/python/tests
 
 test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, dashboard and images (builds what it needs where Go is)
 	scripts/test-deploy.sh all
