@@ -60,6 +60,8 @@ def train(args: argparse.Namespace) -> None:
     )
     pushes = Pushes(dataset.open_run(), model, rank=rank)
     pushes.before(start_step)
+    if rank == 0:
+        print(f"begins at step {start_step}", flush=True)
     for step, (images, ids) in enumerate(dataset.loader(), start_step):
         out = model(pixel_values=images.to(device), input_ids=ids.to(device))
         # Over all ranks' rows: joint selection counts on all pairs.
