@@ -142,10 +142,11 @@ fn register(input: &mut Input<'_>) {
             let registered = read(pool.register(&request, now)).is_some();
             let live = pool.live(now);
             let mut at = live.iter().filter(|w| w.address == request.address);
-            let is_there = match request.leaving {
+            let is_there = if request.leaving {
                 // Of another process at that address nothing is said.
-                true => at.any(|w| w.incarnation == request.incarnation),
-                false => at.next().is_some(),
+                at.any(|w| w.incarnation == request.incarnation)
+            } else {
+                at.next().is_some()
             };
             assert!(!registered || is_there != request.leaving, "{request:?}");
         }

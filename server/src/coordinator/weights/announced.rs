@@ -102,9 +102,10 @@ impl Weights {
             // ignored then; otherwise it would stay for ever and make steps wait for a push that is
             // done.
             let published = self.0.book.borrow().at(at.1, at.0).is_some();
-            match request.withdrawn {
-                true => traffic.announced.withdraw(request),
-                false => !published && traffic.announced.add(request),
+            if request.withdrawn {
+                traffic.announced.withdraw(request)
+            } else {
+                !published && traffic.announced.add(request)
             }
         });
         Ok(())
