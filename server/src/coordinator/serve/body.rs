@@ -234,9 +234,8 @@ mod tests {
     #[tokio::test]
     async fn a_rank_that_was_given_up_is_told_so() {
         let (held, let_go) = tokio::sync::oneshot::channel::<()>();
-        let messages = messages(&[7]).into_iter().map(move |message| {
+        let messages = messages(&[7]).into_iter().inspect(move |_| {
             let _held = &held;
-            message
         });
         let answer = Answer::new(messages).each_within(Duration::ZERO);
         let_go.await.unwrap_err();

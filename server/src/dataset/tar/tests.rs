@@ -467,7 +467,7 @@ async fn an_entry_that_the_first_tars_lack_is_told_before_the_others_are_walked(
         let names: Vec<String> = (0..40).map(|n| format!("{n:02}.tar")).collect();
         let files: Vec<_> = names.iter().map(String::as_str).zip(tars).collect();
         put(&stores, &files).await;
-        index(&stores, None, &[asked.clone()]).await
+        index(&stores, None, std::slice::from_ref(&asked)).await
     };
     let error = outcome(39, no_tar).await.unwrap_err();
     assert_eq!(error.reason(), Reason::ColumnNotFound, "{error}");
