@@ -118,8 +118,8 @@ def test_pip_takes_the_pins_of_the_trainer(tmp_path: Path):
     names extras.
     """
     run = run_with_pip("trainer-demo")
-    expression = re.search(r"sed '(.+?)' /pins/requirements.txt > /tmp/pins.txt", run)
-    assert expression and "--constraint /tmp/pins.txt" in run
+    expression = re.search(r"sed '(.+?)' /pins/requirements.txt > /constraints.txt", run)
+    assert expression and "--constraint /constraints.txt" in run
     pins = tmp_path / "pins.txt"
     pins.write_text(call("sed", expression[1], ROOT / "requirements.txt"))
     pip = (sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps")
