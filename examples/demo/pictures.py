@@ -89,6 +89,20 @@ def styled(policy: str) -> dict:
     return given | ({"dashes": DASHES[policy]} if policy in DASHES else {})
 
 
+def name_line(panel: Axes, height: float, name: str) -> None:
+    """Writes what a horizontal line is above its right end."""
+    panel.annotate(
+        name,
+        (panel.get_xlim()[1], height),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=12,
+        color=FAINT,
+    )
+
+
 def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str, split: str) -> None:
     """The mean over seeds, and between the lowest and the highest one a shade."""
     title, label, unit = PRICES[price]
@@ -108,16 +122,7 @@ def draw_accuracy(panel: Axes, seeds: Sequence[dict], price: str, split: str) ->
     panel.axhline(goal, color=COLOURS["uniform"], linewidth=1.2, linestyle=":")
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
-    panel.annotate(
-        "where uniform ends",
-        (panel.get_xlim()[1], goal),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=12,
-        color=FAINT,
-    )
+    name_line(panel, goal, "where uniform ends")
     judged = "held-out vendor" if split == "test" else f"names of {split}"
     panel.set(title=f"Accuracy by {title}", xlabel=label, ylabel=f"R@5, {judged} (%)")
     panel.grid(alpha=0.2)
@@ -156,16 +161,7 @@ def draw_mismatched(panel: Axes, results: dict) -> None:
     panel.axhline(whole, color=FAINT, linewidth=1.2, linestyle=":")
     panel.set_xlim(left=0)
     panel.set_ylim(0, 75)
-    panel.annotate(
-        f"in the pool: {whole:.0f} %",
-        (panel.get_xlim()[1], whole),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=12,
-        color=FAINT,
-    )
+    name_line(panel, whole, f"in the pool: {whole:.0f} %")
     panel.set(title="Wrong captions trained on", xlabel="steps", ylabel="share of the batch (%)")
     panel.grid(alpha=0.2)
 
