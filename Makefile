@@ -27,7 +27,7 @@ export SUPERBATCH_PYTHON := $(CURDIR)/$(PYTHON)
 # The demo reads these: QUICK=1, SEEDS=0,1,2, POOL=flat, VALIDATE=1, DEMO_OUT=folder, DEMO_CACHE=folder.
 export QUICK SEEDS POOL VALIDATE DEMO_OUT DEMO_CACHE
 
-.PHONY: bench help setup build build-release test test-rust test-python test-deploy chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-inputs bench-open bench-step test-gpu clean
+.PHONY: bench help setup build build-release test test-rust test-python test-deploy test-upgrade chaos soak load fuzz images wheel demo docs docs-site check fmt bench-kernels bench-service bench-direct bench-tars bench-embed bench-images bench-inputs bench-open bench-step test-gpu clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
@@ -62,6 +62,9 @@ test-rust: $(READY)
 # What was skipped is listed at the end, with what it needs.
 test-python: build
 	$(PYTHON) -m pytest -rs --capture=sys tests/python client/python/tests scoring-kernels/python/tests
+
+test-upgrade: build ## Runs of an older build go on with this one, under a rolling replacement too (FROM=commit; builds it: minutes)
+	scripts/test-upgrade.sh $(FROM)
 
 test-deploy: build ## The chart, on a real Kubernetes API server too, alerts, dashboard and images (builds what it needs where Go is)
 	scripts/test-deploy.sh all

@@ -31,6 +31,7 @@ class Process:
         config: dict,
         environment: dict | None = None,
         is_awaited: bool = True,
+        binary: Path = BINARY,
     ):
         self.has_page = command == "serve" and bool(config.get("page_listen"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ class Process:
         path.write_text(json.dumps(config))
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [BINARY, command, "--config", path],
+                [binary, command, "--config", path],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -96,7 +97,9 @@ class Process:
 
 
 class Cluster(ExitStack):
-    """A coordinator on `state`, with its embedded worker or with `workers` of their own."""
+    """A coordinator on `state`, with its embedded worker or with `workers` of their own. What is
+    started from now on is of the build `binary`.
+    """
 
     def __init__(
         self,
@@ -104,9 +107,11 @@ class Cluster(ExitStack):
         workers: int = 0,
         state: str | None = None,
         environment: dict | None = None,
+        binary: Path = BINARY,
     ):
         super().__init__()
         self.folder, self.embedded, self.environment = folder, workers == 0, environment
+        self.binary = binary
         self.state = state or (folder / "state").as_uri()
         self.coordinator = self.start_coordinator()
         try:
@@ -135,6 +140,7 @@ class Cluster(ExitStack):
                 "coordinator": {"workers_embedded": self.embedded},
             },
             self.environment,
+            binary=self.binary,
         )
         self.callback(self.coordinator.stop)
         return self.coordinator
@@ -155,6 +161,7 @@ class Cluster(ExitStack):
             },
             self.environment,
             is_awaited,
+            self.binary,
         )
         self.callback(worker.stop)
         return worker

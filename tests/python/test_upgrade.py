@@ -1,6 +1,10 @@
-"""A run goes on after an upgrade of the service, and a build that is too old says so."""
+"""A run goes on after an upgrade of the service, and a build that is too old says so.
+
+SUPERBATCH_OLD_BINARY names the binary of an older build: `make test-upgrade FROM=commit` makes one.
+"""
 
 import json
+import os
 import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,15 +12,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic, sleep
 
+import pytest
 import superbatch
 from chaos.members import reserved_port
-from cluster import DEADLINE_SECONDS, Cluster, Process
+from cluster import BINARY, DEADLINE_SECONDS, Cluster, Process
 from commands import fails
 from refusal import refused
 from test_end_to_end import STEPS, choices, inputs, phase, spec, train, weights  # noqa: F401
 
 #: Steps of a trainer whose service is replaced, and those that it has while one process is.
 ROLLED, AT_A_TIME = 16, 4
+
+OLDER = os.environ.get("SUPERBATCH_OLD_BINARY")
+BUILDS = {"this build": BINARY, "older binary": OLDER}
+each_build = pytest.mark.parametrize(
+    "older", [pytest.param(binary, id=name) for name, binary in BUILDS.items() if binary]
+)
 
 # What a run's facts have gained since the first form of the state.
 GAINED = ("files", "dim", "image_tower", "text_flops", "optional_tensors")
@@ -43,15 +54,18 @@ def first_form(fact: dict) -> None:
     del fact["spec"]["stall_grace_seconds"]
 
 
-def test_a_run_of_an_older_build_goes_on(inputs, tmp_path):  # noqa: F811
+@each_build
+def test_a_run_of_an_older_build_goes_on(inputs, tmp_path, older):  # noqa: F811
     with Cluster(tmp_path / "new") as cluster:
         run = superbatch.connect(cluster.address).open_run(asked(inputs))
         expected = train(run, inputs), choices(run)
-    with Cluster(tmp_path / "old") as cluster:
+    with Cluster(tmp_path / "old", binary=older) as cluster:
         run = superbatch.connect(cluster.address).open_run(asked(inputs))
         first = train(run, inputs, end=2)
         cluster.coordinator.stop()
-        rewrite(tmp_path / "old", first_form)
+        if older == BINARY:
+            rewrite(tmp_path / "old", first_form)
+        cluster.binary = BINARY
         cluster.start_coordinator("upgraded")
         run = superbatch.connect(cluster.address).open_run(asked(inputs))
         assert run.next_step >= 2
@@ -73,16 +87,20 @@ def test_a_run_of_a_newer_build_is_refused_by_name(inputs, tmp_path):  # noqa: F
 
 
 class Rolling(ExitStack):
-    """A coordinator at an address of its own, as a deployment's has one, with workers."""
+    """A coordinator at an address of its own, as a deployment's has one, with workers. What is
+    started from now on is of the build `binary`.
+    """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, binary: Path):
         super().__init__()
+        self.binary = binary
         self.folder, self.state = folder, (folder / "state").as_uri()
         self.held, self.port = reserved_port()
         self.callback(self.held.close)
 
     def start(self, name: str, command: str, **settings: object) -> Process:
-        process = Process(self.folder, name, command, {"state": self.state, **settings})
+        config = {"state": self.state, **settings}
+        process = Process(self.folder, name, command, config, binary=self.binary)
         self.callback(process.stop)
         return process
 
@@ -136,14 +154,15 @@ class Trainer:
             sleep(0.02)
 
 
-def test_a_rolling_replacement_changes_no_choice(inputs, tmp_path):
-    """As an upgrade goes, with processes of one build: a new worker comes before an old one leaves,
-    and a new coordinator takes the old one's place, under a trainer that goes on.
+@each_build
+def test_a_rolling_replacement_changes_no_choice(inputs, tmp_path, older):  # noqa: F811
+    """As an upgrade goes: a new worker comes before an old one leaves, and a new coordinator takes
+    the old one's place, under a trainer that goes on.
     """
     with Cluster(tmp_path / "calm") as cluster:
         run = superbatch.connect(cluster.address).open_run(asked(inputs))
         expected = train(run, inputs, end=ROLLED), choices(run, ROLLED)
-    with Rolling(tmp_path / "rolled") as rolling, ThreadPoolExecutor() as threads:
+    with Rolling(tmp_path / "rolled", older) as rolling, ThreadPoolExecutor() as threads:
         coordinator = rolling.start_coordinator("coordinator")
         workers = [rolling.start_worker(f"worker-{number}") for number in range(2)]
         coordinator.wait_for("superbatch_workers", lambda count: count == 2)
@@ -158,6 +177,7 @@ def test_a_rolling_replacement_changes_no_choice(inputs, tmp_path):
         try:
             trainer.let(AT_A_TIME)
             trainer.wait()
+            rolling.binary = BINARY
             for number, old in enumerate(workers):
                 rolling.start_worker(f"new-worker-{number}")
                 coordinator.wait_for("superbatch_workers", lambda count: count == 3)
