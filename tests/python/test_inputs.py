@@ -3,6 +3,7 @@ served row is compared with pyarrow.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -194,6 +195,16 @@ def test_failed_downloads_are_no_bad_rows(inputs, service, table, tmp_path):  # 
     assert run.get_run().accounts.bad_rows == 0
 
 
+def with_bad(table: pyarrow.Table, is_bad: Callable[[int], bool]) -> pyarrow.Table:
+    """The table with pictures that are none."""
+    images = [
+        b"no picture" if is_bad(row) else image
+        for row, image in enumerate(table["png"].to_pylist())
+    ]
+    column = pyarrow.array(images, pyarrow.binary())
+    return table.set_column(table.schema.get_field_index("png"), "png", column)
+
+
 def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, service, table, tmp_path):
     client, clean = superbatch.connect(service.address), tmp_path / "clean"
 
@@ -207,13 +218,7 @@ def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, servic
         run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist() for step in range(2)
     ]
     rotten = int(ids[1][0].rsplit("#", 1)[1])
-    images = [
-        b"no picture" if row == rotten else image
-        for row, image in enumerate(table["png"].to_pylist())
-    ]
-    table = table.set_column(
-        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
-    )
+    table = with_bad(table, lambda row: row == rotten)
     (tmp_path / "rotten").mkdir()
     short = asked("short", tmp_path / "rotten")
     run = client.open_run(short)
@@ -221,8 +226,33 @@ def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, servic
     with pytest.raises(superbatch.Error) as caught:
         run.select(1, rank=0, world_size=1)
     assert reason(caught) == "TOO_MANY_BAD_ROWS" and "rewind" in str(caught.value)
+    lines = service.coordinator.log.read_text().splitlines()
+    told = [line for line in lines if "super_batch_size equals" in line and "short" in line]
+    assert len(told) == 1, "it was warned of when the run was opened"
     # What it says works.
     run.rewind(1, mode="reselect")
     run.append_phases([uniform(from_step=1, super_batch_size=40)])
     run = client.open_run(short, incarnation="larger")
     assert len(run.select(1, rank=0, world_size=1)) == 32
+
+
+def test_candidates_to_spare_replace_bad_rows(inputs, service, table, tmp_path):
+    rotten = with_bad(table, lambda row: row % 16 == 0)
+    pyarrow.parquet.write_table(rotten, tmp_path / "0.parquet", row_group_size=64)
+    asked = spec(
+        inputs,
+        "to-spare",
+        sources=[tmp_path.as_uri()],
+        max_bad_row_share=0.5,
+        phases=[uniform(super_batch_size=36, sub_batch_size=24)],
+    )
+    run, steps = superbatch.connect(service.address).open_run(asked), 8
+    for step in range(steps):
+        ids = run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist()
+        rows = {int(row.rsplit("#", 1)[1]) for row in ids}
+        assert len(rows) == 24 and all(row % 16 for row in rows)
+    assert any(run.receipt(step).bad_rows for step in range(steps))
+    assert not any(
+        "super_batch_size equals" in line and "to-spare" in line
+        for line in service.coordinator.log.read_text().splitlines()
+    )
