@@ -256,3 +256,46 @@ def test_candidates_to_spare_replace_bad_rows(inputs, service, table, tmp_path):
         "super_batch_size equals" in line and "to-spare" in line
         for line in service.coordinator.log.read_text().splitlines()
     )
+
+
+@pytest.mark.parametrize("policy", ["uniform", "joint"])
+def test_one_rule_for_captions_holds_for_all_policies(inputs, service, table, tmp_path, policy):
+    """Null and what is no UTF-8 cost their row; others are served as they are, however long."""
+    table = table.slice(0, 96)
+    texts = [text.encode() for text in table["caption"].to_pylist()]
+    strange = {3: None, 5: b"caf\xe9", 8: b"", 13: b"word " * 20_000, 21: "你好 é 🐈".encode()}
+    for row, text in strange.items():
+        texts[row] = text
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    table = table.set_column(table.schema.get_field_index("caption"), "caption", column)
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=32)
+    sizes = {"super_batch_size": 96, "sub_batch_size": 94, "n_chunks": 1}
+    asked = spec(
+        inputs,
+        f"captions-{policy}",
+        sources=[tmp_path.as_uri()],
+        phases=[phase(policy=policy, **sizes)],
+        max_ahead=1,
+    )
+    run = superbatch.connect(service.address).open_run(asked)
+    batch = run.select(0, rank=0, world_size=1)
+    rows = [int(row.rsplit("#", 1)[1]) for row in batch["_superbatch_id"].to_pylist()]
+    served = dict(zip(rows, batch["caption"].to_pylist(), strict=True))
+    good = (row for row in range(96) if row not in (3, 5))
+    assert served == {row: texts[row].decode() for row in good}
+    holes = {row.id: row.reason for row in run.receipt(0).bad_rows}
+    assert holes == {"0.parquet#3": "caption_null", "0.parquet#5": "caption_invalid"}
+
+
+def test_pictures_of_a_format_that_is_not_decoded_are_refused_by_its_name(
+    inputs, service, table, tmp_path
+):
+    avif = b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"
+    column = pyarrow.array([avif] * len(table), pyarrow.binary())
+    table = table.set_column(table.schema.get_field_index("png"), "png", column)
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=64)
+    asked = spec(inputs, "avif", sources=[tmp_path.as_uri()])
+    run = superbatch.connect(service.address).open_run(asked)
+    with pytest.raises(superbatch.Error, match="but AVIF") as caught:
+        run.select(0, rank=0, world_size=1)
+    assert reason(caught) == "TOO_MANY_BAD_ROWS"
