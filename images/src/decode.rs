@@ -113,8 +113,11 @@ fn memory(limits: &ImageLimits) -> Limits {
 
 /// Names a format that people have and that is not decoded.
 fn named(bytes: &[u8]) -> &'static str {
+    // The brand of a file of ISO's boxes, its version, and the brands that it is compatible with.
+    let mut brands = bytes.get(8..).unwrap_or_default().chunks(4).take(8);
+    let is_avif = brands.any(|brand| brand == b"avif" || brand == b"avis");
     match bytes.get(4..12) {
-        Some([b'f', b't', b'y', b'p', b'a', b'v', b'i', b'f' | b's']) => ", but AVIF",
+        Some([b'f', b't', b'y', b'p', ..]) if is_avif => ", but AVIF",
         Some([b'f', b't', b'y', b'p', b'h' | b'm', ..]) => ", but HEIF",
         _ if bytes.starts_with(&[0xFF, 0x0A]) => ", but JPEG XL",
         Some([b'J', b'X', b'L', b' ', ..]) => ", but JPEG XL",
@@ -399,6 +402,7 @@ mod tests {
     fn a_format_that_is_not_decoded_is_named() {
         for (bytes, name) in [
             (&b"\0\0\0\x1cftypavif\0\0"[..], "AVIF"),
+            (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", "AVIF"),
             (b"\0\0\0\x1cftypheic\0\0", "HEIF"),
             (b"\xFF\x0A\0\0", "JPEG XL"),
             (b"<html><body>", "HTML"),

@@ -3,6 +3,7 @@ served row is compared with pyarrow.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -194,6 +195,16 @@ def test_failed_downloads_are_no_bad_rows(inputs, service, table, tmp_path):  # 
     assert run.get_run().accounts.bad_rows == 0
 
 
+def with_bad(table: pyarrow.Table, is_bad: Callable[[int], bool]) -> pyarrow.Table:
+    """The table with pictures that are none."""
+    images = [
+        b"no picture" if is_bad(row) else image
+        for row, image in enumerate(table["png"].to_pylist())
+    ]
+    column = pyarrow.array(images, pyarrow.binary())
+    return table.set_column(table.schema.get_field_index("png"), "png", column)
+
+
 def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, service, table, tmp_path):
     client, clean = superbatch.connect(service.address), tmp_path / "clean"
 
@@ -207,13 +218,7 @@ def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, servic
         run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist() for step in range(2)
     ]
     rotten = int(ids[1][0].rsplit("#", 1)[1])
-    images = [
-        b"no picture" if row == rotten else image
-        for row, image in enumerate(table["png"].to_pylist())
-    ]
-    table = table.set_column(
-        table.schema.get_field_index("png"), "png", pyarrow.array(images, pyarrow.binary())
-    )
+    table = with_bad(table, lambda row: row == rotten)
     (tmp_path / "rotten").mkdir()
     short = asked("short", tmp_path / "rotten")
     run = client.open_run(short)
@@ -221,8 +226,76 @@ def test_a_step_that_bad_rows_leave_short_says_the_way_that_works(inputs, servic
     with pytest.raises(superbatch.Error) as caught:
         run.select(1, rank=0, world_size=1)
     assert reason(caught) == "TOO_MANY_BAD_ROWS" and "rewind" in str(caught.value)
+    lines = service.coordinator.log.read_text().splitlines()
+    told = [line for line in lines if "super_batch_size equals" in line and "short" in line]
+    assert len(told) == 1, "it was warned of when the run was opened"
     # What it says works.
     run.rewind(1, mode="reselect")
     run.append_phases([uniform(from_step=1, super_batch_size=40)])
     run = client.open_run(short, incarnation="larger")
     assert len(run.select(1, rank=0, world_size=1)) == 32
+
+
+def test_candidates_to_spare_replace_bad_rows(inputs, service, table, tmp_path):
+    rotten = with_bad(table, lambda row: row % 16 == 0)
+    pyarrow.parquet.write_table(rotten, tmp_path / "0.parquet", row_group_size=64)
+    asked = spec(
+        inputs,
+        "to-spare",
+        sources=[tmp_path.as_uri()],
+        max_bad_row_share=0.5,
+        phases=[uniform(super_batch_size=36, sub_batch_size=24)],
+    )
+    run, steps = superbatch.connect(service.address).open_run(asked), 8
+    for step in range(steps):
+        ids = run.select(step, rank=0, world_size=1)["_superbatch_id"].to_pylist()
+        rows = {int(row.rsplit("#", 1)[1]) for row in ids}
+        assert len(rows) == 24 and all(row % 16 for row in rows)
+    assert any(run.receipt(step).bad_rows for step in range(steps))
+    assert not any(
+        "super_batch_size equals" in line and "to-spare" in line
+        for line in service.coordinator.log.read_text().splitlines()
+    )
+
+
+@pytest.mark.parametrize("policy", ["uniform", "joint"])
+def test_one_rule_for_captions_holds_for_all_policies(inputs, service, table, tmp_path, policy):
+    """Null and what is no UTF-8 cost their row; others are served as they are, however long."""
+    table = table.slice(0, 96)
+    texts = [text.encode() for text in table["caption"].to_pylist()]
+    strange = {3: None, 5: b"caf\xe9", 8: b"", 13: b"word " * 20_000, 21: "你好 é 🐈".encode()}
+    for row, text in strange.items():
+        texts[row] = text
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    table = table.set_column(table.schema.get_field_index("caption"), "caption", column)
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=32)
+    sizes = {"super_batch_size": 96, "sub_batch_size": 94, "n_chunks": 1}
+    asked = spec(
+        inputs,
+        f"captions-{policy}",
+        sources=[tmp_path.as_uri()],
+        phases=[phase(policy=policy, **sizes)],
+        max_ahead=1,
+    )
+    run = superbatch.connect(service.address).open_run(asked)
+    batch = run.select(0, rank=0, world_size=1)
+    rows = [int(row.rsplit("#", 1)[1]) for row in batch["_superbatch_id"].to_pylist()]
+    served = dict(zip(rows, batch["caption"].to_pylist(), strict=True))
+    good = (row for row in range(96) if row not in (3, 5))
+    assert served == {row: texts[row].decode() for row in good}
+    holes = {row.id: row.reason for row in run.receipt(0).bad_rows}
+    assert holes == {"0.parquet#3": "caption_null", "0.parquet#5": "caption_invalid"}
+
+
+def test_pictures_of_a_format_that_is_not_decoded_are_refused_by_its_name(
+    inputs, service, table, tmp_path
+):
+    avif = b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"
+    column = pyarrow.array([avif] * len(table), pyarrow.binary())
+    table = table.set_column(table.schema.get_field_index("png"), "png", column)
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet", row_group_size=64)
+    asked = spec(inputs, "avif", sources=[tmp_path.as_uri()])
+    run = superbatch.connect(service.address).open_run(asked)
+    with pytest.raises(superbatch.Error, match="but AVIF") as caught:
+        run.select(0, rank=0, world_size=1)
+    assert reason(caught) == "TOO_MANY_BAD_ROWS"

@@ -117,6 +117,27 @@ def test_a_shard_that_changed_after_its_step_was_chosen(inputs, tmp_path):
         )
 
 
+def test_a_shard_that_is_gone_is_refused_by_name_until_it_is_back(inputs, tmp_path):
+    shutil.copytree(inputs / "pool", tmp_path / "pool")
+    asked = spec(inputs, "gone", sources=[(tmp_path / "pool").as_uri()])
+    with Cluster(tmp_path / "service") as cluster:
+        run = superbatch.connect(cluster.address).open_run(asked)
+        first = run.select(0, rank=0, world_size=1)["_superbatch_id"].to_pylist()
+        cluster.coordinator.kill()
+        shards = sorted((tmp_path / "pool").iterdir())
+        for path in shards:
+            path.rename(tmp_path / path.name)
+        cluster.start_coordinator("again")
+        run = superbatch.connect(cluster.address).open_run(asked)
+        error = refused(
+            lambda: run.select(0, rank=0, world_size=1), "DATASET_CHANGED", "it is gone"
+        )
+        assert error.metadata["shard"].endswith(".parquet")
+        for path in shards:
+            (tmp_path / path.name).rename(path)
+        assert run.select(0, rank=0, world_size=1)["_superbatch_id"].to_pylist() == first
+
+
 def test_too_few_rows_that_can_be_used(inputs, service, tmp_path):
     table = pyarrow.parquet.read_table(inputs / "pool")
     broken = pyarrow.array([b"no picture"] * table.num_rows, pyarrow.binary())

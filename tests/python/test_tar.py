@@ -129,6 +129,30 @@ def test_joint_selection_reads_tars_from_s3_as_from_files(
         assert len(store.keys("state-of-tars/tar-indexes/")) == 3
 
 
+def test_two_workers_find_the_holes_of_a_tar_as_one_does(inputs, settings, tmp_path):
+    (tmp_path / "bad").mkdir()
+    records = pyarrow.parquet.read_table(inputs / "pool").to_pylist()[:256]
+    records[5]["png"] = b"no picture"
+    # Both workers read of the one block.
+    path, key = tmp_path / "bad" / "00000.tar", (lambda number: f"{number:09d}")
+    write_shard(path, records, key, tarfile.PAX_FORMAT)
+    whole = phase(super_batch_size=256)
+    changes = {**settings, "sources": [path.parent.as_uri()], "phases": [whole]}
+    asked, found = spec(inputs, "holes-of-a-tar", **changes), []
+    for workers in (0, 2):
+        with Cluster(tmp_path / f"{workers}", workers=workers) as cluster:
+            run = superbatch.connect(cluster.address).open_run(asked)
+            batch, receipt = run.select(0, rank=0, world_size=1), run.receipt(0)
+            served = zip(
+                batch["_superbatch_id"].to_pylist(), batch["image"].to_pylist(), strict=True
+            )
+            assert all(image == records[int(row.split("#")[1])]["png"] for row, image in served)
+            holes = [(row.id, row.reason) for row in receipt.bad_rows]
+            found.append(([(row.id, row.score) for row in receipt.chosen], holes))
+    assert found[0] == found[1] and len(found[0][0]) == 24
+    assert found[0][1] == [("00000.tar#5", "image_undecodable")]
+
+
 def test_a_tar_that_changed_is_refused_by_name(inputs, tars, settings, tmp_path):
     folder = tmp_path / "changing"
     folder.mkdir()

@@ -579,17 +579,56 @@ async fn few_rows_of_a_block_are_taken_from_what_is_kept_or_embedded_alone() {
     assert_eq!(kept.image, expected(&all.image));
     assert_eq!(kept.text, expected(&all.text));
     // Alone they are the same up to rounding, and each in its place.
+    assert_alike(&alone, &kept);
+}
+
+fn assert_alike(some: &Embedded, others: &Embedded) {
     let values = |bytes: &[u8]| -> Vec<f32> {
         let halves = bytes.chunks_exact(2);
         halves
             .map(|half| Half::from_le_bytes([half[0], half[1]]).to_f32())
             .collect()
     };
-    for (alone, kept) in [(&alone.image, &kept.image), (&alone.text, &kept.text)] {
-        let pairs = values(alone).into_iter().zip(values(kept));
+    for (some, others) in [(&some.image, &others.image), (&some.text, &others.text)] {
+        assert_eq!(some.len(), others.len());
+        let pairs = values(some).into_iter().zip(values(others));
         assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 2e-3));
         assert!(pairs.clone().any(|(a, _)| a.abs() > 0.1));
     }
+}
+
+#[tokio::test]
+async fn few_candidates_of_a_large_block_are_embedded_without_the_rest_of_it() {
+    let mut rig = Rig::good(40).await;
+    let few = [37, 3, 1, 20, 21];
+    let (_, small, _) = scored(&mut rig.client().await, rig.begin(&few))
+        .await
+        .unwrap();
+    let kept = rig.state.list("reference").await.unwrap().len();
+    assert_eq!(kept, 3, "small blocks are embedded as a whole");
+    // The same rows, in one block.
+    let rows: Vec<Row> = (0..10_001).map(Row::good).collect();
+    let uri = "memory:///large/train.parquet";
+    rig.manifest = fixture::dataset(&rig.stores, &rig.state, uri, &rows, rows.len()).await;
+    let begin = || ScoreBegin {
+        blocks: vec![BlockRows {
+            source: 0,
+            shard: 0,
+            block: 0,
+            rows: few.to_vec(),
+        }],
+        ..rig.begin(&few)
+    };
+    let mut client = rig.client().await;
+    for _ in 0..2 {
+        let (holes, large, _) = scored(&mut client, begin()).await.unwrap();
+        assert_eq!(holes, []);
+        assert_eq!(large.done.rows_cached, 0);
+        assert!(0.0 < large.done.flops && large.done.flops < small.done.flops);
+        assert_alike(&large, &small);
+    }
+    let kept = rig.state.list("reference").await.unwrap().len();
+    assert_eq!(kept, 3, "nothing of the large one");
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! `superbatch index`: indexes a data set ahead of its run and writes the manifest into the state.
 use super::ConfigArgs;
 use crate::{
-    dataset::{self, Manifest, Shard, SourceManifest, SourceRequest, counted},
+    dataset::{self, LARGE_BLOCK_ROWS, Manifest, Shard, SourceManifest, SourceRequest, counted},
     error::{Error, Result},
     storage::{Location, Stores},
 };
@@ -84,6 +84,7 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
             "uri": source.uri,
             "shards": source.shards.len(),
             "blocks": source.blocks().count(),
+            "block_rows_max": block_rows_max(source),
             "rows": source.rows(),
             "left_out": sum(source, |shard| shard.left_out),
             "without_image": sum(source, |shard| shard.without_image),
@@ -107,6 +108,12 @@ pub async fn run(stores: &Stores, state: &Location, args: &IndexArgs) -> Result<
 
 fn sum(source: &SourceManifest, of: impl Fn(&Shard) -> u64) -> u64 {
     source.shards.iter().map(of).sum()
+}
+
+/// Returns how many rows the largest block has in its file.
+fn block_rows_max(source: &SourceManifest) -> u32 {
+    let rows = source.blocks().map(|(_, _, block)| block.stored_rows());
+    rows.max().unwrap_or_default()
 }
 
 /// Returns the flaws of shards of which only what comes before the flaw is read.
@@ -181,6 +188,7 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
             count => writeln!(text, "  {} {what}", counted(count as usize, noun))?,
         }
     }
+    describe_large_groups(text, source)?;
     for flaw in flaws(source) {
         writeln!(text, "  only what comes before is read of {flaw}")?;
     }
@@ -195,6 +203,18 @@ fn describe(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
         }
     }
     Ok(())
+}
+
+/// Tells of large row groups. Blocks of tars, and of images by path, are small.
+fn describe_large_groups(text: &mut String, source: &SourceManifest) -> std::fmt::Result {
+    match block_rows_max(source) {
+        0..=LARGE_BLOCK_ROWS => Ok(()),
+        rows => writeln!(
+            text,
+            "  row groups of up to {rows} rows, which steps read as a whole: write groups of a few \
+             hundred rows (row_group_size in pyarrow)"
+        ),
+    }
 }
 
 #[cfg(test)]

@@ -20,6 +20,15 @@ const ENDINGS: [&str; 2] = [".tar", ".parquet"];
 /// Endings of compressed tars, which are not read: a member inside cannot be read by range.
 const COMPRESSED: [&str; 5] = [".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"];
 
+/// What is in the names of files of formats that people have and that are not read, and what they
+/// are.
+const NOT_READ: [(&str, &str); 4] = [
+    (".mds", "MosaicML's MDS is"),
+    (".lance", "Lance is"),
+    (".arrow", "Arrow files (save_to_disk of datasets) are"),
+    (".tfrecord", "TFRecords are"),
+];
+
 /// The shards of a source, in the order of their paths below the root.
 #[derive(Debug)]
 pub(super) struct FoundFiles {
@@ -286,5 +295,11 @@ fn none_of(others: &[String], at: &str, source: &str, is_pattern: bool) -> Error
             counted(others.len(), "other file")
         )
     };
-    Error::new(Reason::DatasetEmpty, format!("{what}; {there}")).with("source", source)
+    let name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let is_one = |part: &str| others.iter().any(|path| name(path).contains(part));
+    let foreign = NOT_READ.iter().find(|(part, _)| is_one(part));
+    let cure = foreign.map_or_else(String::new, |(_, are)| {
+        format!("; {are} not read: write the rows as Parquet files (to_parquet) or tars")
+    });
+    Error::new(Reason::DatasetEmpty, format!("{what}; {there}{cure}")).with("source", source)
 }

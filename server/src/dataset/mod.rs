@@ -40,6 +40,10 @@ pub use tar::Survey;
 pub use tar::TarBlock;
 pub use tar::survey_kept;
 
+/// A block of more rows is large: the reference embeds only those of its rows that a step wants,
+/// where they are few, and indexing tells of such row groups.
+pub const LARGE_BLOCK_ROWS: u32 = 10_000;
+
 /// Returns the hash of a row's content in its receipt: the first 16 bytes of BLAKE3 over the
 /// image's length (u64, little endian), the image as stored, and the caption's UTF-8.
 pub fn content_hash(image: &[u8], caption: &str) -> [u8; 16] {

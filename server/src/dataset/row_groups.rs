@@ -1,7 +1,7 @@
 //! Indexes Parquet files as a source of the manifest. Blocks are row groups, or parts of them where
 //! the images lie elsewhere; only footers are read.
 use super::{
-    SourceRequest, counted,
+    LARGE_BLOCK_ROWS, SourceRequest, counted,
     file::{self, ShardFile},
     filter::Filter,
     layout,
@@ -26,9 +26,6 @@ use superbatch_proto::v1::Reason;
 const COLUMN_BYTES_MAX: i64 = i32::MAX as i64;
 /// Most rows of a row group: which of them are kept is decided in memory.
 const GROUP_ROWS_MAX: u32 = 1 << 24;
-/// Row groups of more rows cause a warning: the reference embeds a group as a whole, even if a step
-/// wants only a few of its rows.
-const GROUP_ROWS_LARGE: i64 = 10_000;
 /// Files that are read at the same time.
 const FILES_AT_ONCE: usize = 16;
 
@@ -175,7 +172,8 @@ impl Building {
             };
         }
         let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
-        if let Some(rows) = largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.told) {
+        let is_large = |rows: &i64| *rows > i64::from(LARGE_BLOCK_ROWS);
+        if let Some(rows) = largest.filter(|rows| is_large(rows) && !self.told) {
             self.told = true;
             let cure = match layout.image_root {
                 None => "write groups of a few hundred rows (row_group_size in pyarrow)",
@@ -186,7 +184,7 @@ impl Building {
                 shard = file.uri(),
                 rows,
                 cure,
-                "large row groups are slow to begin with"
+                "a step reads whole row groups, and these are large"
             );
         }
         Ok(())

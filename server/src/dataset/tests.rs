@@ -240,6 +240,26 @@ async fn what_is_missing_or_empty_is_told_apart() {
 }
 
 #[tokio::test]
+async fn formats_that_are_not_read_are_named() {
+    for (file, are) in [
+        ("shard.00000.mds.zstd", "MosaicML's MDS is"),
+        ("pool.lance/data/0.lance", "Lance is"),
+        ("data-00000-of-00002.arrow", "Arrow files"),
+        ("train.tfrecord-00000-of-00010", "TFRecords are"),
+    ] {
+        let stores = stores();
+        put(&stores, &[(file, Bytes::from("x"))]).await;
+        let error = failure(index(&stores, None, &[request("memory:///data")]).await);
+        let text = error.to_string();
+        assert!(text.contains(are), "{text}");
+        assert!(
+            text.contains("not read: write the rows as Parquet"),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn shards_must_agree_on_image_and_caption() {
     let words = Arc::new(StringArray::from_iter_values(["no bytes"]));
     let files = [

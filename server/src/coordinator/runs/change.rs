@@ -1,6 +1,7 @@
 //! Changes of a run on request: rewind, more phases, close.
 use super::{
     models,
+    open::tell_of_no_spare,
     run::{IDLE_MAX, Run},
     state::{closed, stale},
 };
@@ -111,6 +112,7 @@ impl Run {
         state.appending_from = None;
         written?;
         state.appended += 1;
+        tell_of_no_spare(&self.id, &spec.phases[known..]);
         let spec = Arc::new(spec);
         *self.spec.write().expect("no panic while held") = spec.clone();
         Ok(spec)

@@ -37,8 +37,23 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 use superbatch_proto::v1::{
-    ComputeDtype, ModelRef, OpenRunResponse, Reason, RunSpec, WeightsVersion, learner_spec::Initial,
+    ComputeDtype, ModelRef, OpenRunResponse, Phase, Reason, RunSpec, WeightsVersion,
+    learner_spec::Initial,
 };
+
+/// Logs the first of the phases whose steps have no candidate to spare.
+pub(super) fn tell_of_no_spare(run: &str, phases: &[Phase]) {
+    let has_none = |phase: &&Phase| phase.super_batch_size == phase.sub_batch_size;
+    if let Some(phase) = phases.iter().find(has_none) {
+        tracing::warn!(
+            run,
+            from_step = phase.from_step,
+            sub_batch_size = phase.sub_batch_size,
+            "super_batch_size equals sub_batch_size: one row that cannot be used stops the run at \
+             its step; candidates to spare would replace it"
+        );
+    }
+}
 
 /// A run that is being opened.
 pub struct Opening<'a> {
@@ -77,6 +92,7 @@ impl Opening<'_> {
         let fork = fork.map(|fork| fork.fact);
         let fact = RunFact::new(&spec, digest, reference, learner, fork);
         run::create_run(&location, fact).await?;
+        tell_of_no_spare(self.id, &spec.phases);
         let facts = run::load(&location)
             .await?
             .ok_or_else(|| Error::internal("a run vanished while it was opened"))?;

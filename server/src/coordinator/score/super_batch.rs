@@ -68,6 +68,7 @@ impl Scoring {
             .map(|(number, (range, whole))| Slice::new(number, candidates, range, whole))
             .collect();
         // What is embedded of a block in part is not kept, so other steps are not to wait for it.
+        // Which blocks are large is the workers' affair: of those they wait once, for the first.
         let embeds = |slice: &Slice| {
             if asks_reference && !job.is_sparse {
                 slice.reference_range.clone()

@@ -479,12 +479,7 @@ async fn an_entry_that_the_first_tars_lack_is_told_before_the_others_are_walked(
 /// Indexes tars with a predicate from a store that answers for `1.tar` after so many requests for
 /// `0.tar`.
 async fn index_of_first(order: Arc<Order>, names: &[&str]) -> Arc<Order> {
-    let wrapped = order.clone();
-    let wrap = move |store| {
-        let order = wrapped.clone();
-        Arc::new(InOrder { store, order }) as Arc<dyn ObjectStore>
-    };
-    let stores = Stores::wrapped(StorageConfig::default(), Arc::new(wrap));
+    let stores = in_order(&order);
     for name in names {
         put(&stores, &[(*name, img2dataset(0..4))]).await;
     }
@@ -494,6 +489,44 @@ async fn index_of_first(order: Arc<Order>, names: &[&str]) -> Arc<Order> {
     };
     index(&stores, None, &[asked]).await.unwrap();
     order
+}
+
+fn in_order(order: &Arc<Order>) -> Stores {
+    let order = order.clone();
+    let wrap = move |store| {
+        let order = order.clone();
+        Arc::new(InOrder { store, order }) as Arc<dyn ObjectStore>
+    };
+    Stores::wrapped(StorageConfig::default(), Arc::new(wrap))
+}
+
+#[tokio::test]
+async fn indexing_that_was_interrupted_goes_on_with_the_tars_that_are_left() {
+    let order: Arc<Order> = Arc::default();
+    let stores = in_order(&order);
+    let state = stores.open("memory:///state").unwrap();
+    let sources = [request("memory:///data")];
+    let mut names = vec!["first.tar".to_owned(), "g0.tar".to_owned()];
+    names.extend((0..40).map(|n| format!("h{n:02}x.tar")));
+    for name in &names {
+        put(&stores, &[(name.as_str(), img2dataset(0..2))]).await;
+    }
+    let no_tar = Bytes::from([0x1f_u8, 0x8b, 8, 0].repeat(200));
+    put(&stores, &[("h20x.tar", no_tar)]).await;
+    let error = index(&stores, Some(&state), &sources).await.unwrap_err();
+    assert!(error.to_string().contains("h20x.tar"), "{error}");
+    let walked = order.first.load(Ordering::SeqCst);
+    let kept = state.list("tar-indexes").await.unwrap().len();
+    assert!(walked > 0 && (22..42).contains(&kept), "{walked} {kept}");
+    put(&stores, &[("h20x.tar", img2dataset(0..2))]).await;
+    let manifest = index(&stores, Some(&state), &sources).await.unwrap();
+    assert_eq!(manifest.rows(), 84);
+    assert_eq!(
+        order.first.load(Ordering::SeqCst),
+        walked,
+        "it is not read again"
+    );
+    assert_eq!(state.list("tar-indexes").await.unwrap().len(), 42);
 }
 
 #[derive(Debug, Default)]

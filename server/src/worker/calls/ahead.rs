@@ -1,6 +1,7 @@
 //! Reference embeddings ahead of any run: a block's, by the pass that scoring makes.
 use super::{
     embed::Shape,
+    extent::Extent,
     slice::Slice,
     survey::{Task, survey},
 };
@@ -103,7 +104,7 @@ impl<'a> Embedder<'a> {
             },
             fidelity: self.fidelity,
             reference: Some(self.model.clone()),
-            is_sparse: false,
+            extent: Extent::Whole,
             inputs: None,
             keep_ready: false,
         };

@@ -4,6 +4,7 @@ pub(super) mod answers;
 pub(super) mod beside;
 pub(super) mod chosen;
 pub(super) mod embed;
+pub(super) mod extent;
 pub(super) mod fetch;
 pub(super) mod hand;
 pub(super) mod messages;

@@ -2,6 +2,7 @@
 use super::{
     answers::Answers,
     embed::Shape,
+    extent::{Extent, place},
     messages::{answer, next},
     slice::{Slice, each},
     survey::{AHEAD, Spent, Surveyed, Task, survey},
@@ -131,13 +132,18 @@ impl<'a> Scoring<'a> {
             micro_batch_rows: begin.micro_batch_rows as usize,
             dtype,
         };
+        let extent = if begin.reference_sparse {
+            Extent::Wanted
+        } else {
+            Extent::Step
+        };
         let keep_ready = begin.learner_model.is_some() && !begin.check_only;
         let task = Task {
             step: begin.step,
             shape,
             fidelity,
             reference,
-            is_sparse: begin.reference_sparse,
+            extent,
             inputs,
             keep_ready,
         };
@@ -226,7 +232,7 @@ impl<'a> Scoring<'a> {
                     embeddings.copy_row(
                         candidate - rows.start,
                         &reference.embeddings,
-                        row as usize,
+                        place(found.reference_rows.as_deref(), row),
                     );
                 }
             }

@@ -3,6 +3,7 @@
 use super::{
     beside,
     embed::Shape,
+    extent::Extent,
     slice::{Slice, SliceBlock, pick},
 };
 use crate::{
@@ -43,8 +44,8 @@ pub(crate) struct Task {
     /// The fidelity at which both models embed.
     pub fidelity: Fidelity,
     pub reference: Option<Arc<Loaded>>,
-    /// Whether only the candidates are wanted of the reference.
-    pub is_sparse: bool,
+    /// Which rows of a block the reference embeds.
+    pub extent: Extent,
     /// How rows are prepared for the learner, or only checked.
     pub inputs: Option<Arc<Inputs>>,
     /// Whether the learner will embed the same rows, so that they are kept decoded.
@@ -58,6 +59,8 @@ pub(crate) struct Surveyed {
     /// candidates.
     pub faults: Vec<(usize, RowFault)>,
     pub reference: Option<Arc<BlockEmbeddings>>,
+    /// The rows that `reference` has, which rise; `None` if it has all rows of the block.
+    pub reference_rows: Option<Vec<u32>>,
     /// The candidates' rows, if there was room. Those whose images lie beside the file are kept by
     /// the slice.
     pub raw: Option<Kept<Arc<RecordBatch>>>,
@@ -186,26 +189,21 @@ impl<'a> Pass<'a> {
             limits: engine.pool.limits(),
         };
         let (sidecar, key) = (&engine.sidecar, key.object());
-        let rows = if task.is_sparse {
-            let mut rows: Vec<u32> = block.reference_rows().collect();
-            rows.sort_unstable();
-            rows
-        } else {
-            // All rows of the block are embedded, not only this slice's candidates. The stored
-            // object must be the same whichever slice, run or worker makes it: it is created once
-            // and never changed, and the next run wants other rows of the same block.
-            (0..block.block_rows as u32).collect()
-        };
-        let embedded = rows.len() as u64;
-        let kept = if task.is_sparse {
-            sidecar.find(&key, shape).await?
-        } else {
-            None
-        };
-        let found = match kept {
-            Some(kept) => kept,
-            None if task.is_sparse => Arc::new(self.embed(model, rows).await?),
-            None => sidecar.get(&key, shape, self.embed(model, rows)).await?,
+        let wanted = task.extent.rows(block);
+        let embedded = wanted.as_ref().map_or(block.block_rows, Vec::len) as u64;
+        let found = match wanted {
+            None => {
+                let all = (0..block.block_rows as u32).collect();
+                sidecar.get(&key, shape, self.embed(model, all)).await?
+            }
+            Some(wanted) => match sidecar.find(&key, shape).await? {
+                Some(kept) => kept,
+                None => {
+                    let made = self.embed(model, wanted.clone()).await?;
+                    self.found.reference_rows = Some(wanted);
+                    Arc::new(made)
+                }
+            },
         };
         match self.found.spent.rows_embedded {
             0 => metrics::reference_rows_cached().increment(block.rows.len() as u64),
@@ -238,7 +236,7 @@ impl<'a> Pass<'a> {
         rows.map(|(n, row)| (*row, n)).collect()
     }
 
-    /// Embeds `rows` of the block, which rise. The others' embeddings are zero.
+    /// Embeds `rows` of the block, which rise. The others have no embeddings.
     async fn embed(&mut self, model: &Arc<Loaded>, rows: Vec<u32>) -> Result<BlockEmbeddings> {
         self.found.was_embedded = true;
         let whole = &self.read().await?;
@@ -278,7 +276,6 @@ impl<'a> Pass<'a> {
             self.found.spent.text_flops += done.text_flops;
         }
         drop(micro_batches);
-        let embeddings = embeddings.spread(&rows, block.block_rows);
         faults.sort_unstable_by_key(|(row, _)| *row);
         let origin = crate::origin::Origin {
             rows: slice.rows_digest(block).to_owned(),

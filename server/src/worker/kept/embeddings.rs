@@ -36,23 +36,6 @@ impl Embeddings {
         self.image.len() + self.text.len()
     }
 
-    /// Returns embeddings of `total` rows, of which these are `rows`; the others are zero.
-    pub(crate) fn spread(self, rows: &[u32], total: usize) -> Self {
-        if rows.len() == total {
-            return self;
-        }
-        let bytes = total * self.row_bytes();
-        let mut all = Self {
-            image: vec![0; bytes],
-            text: vec![0; bytes],
-            ..self
-        };
-        for (n, row) in rows.iter().enumerate() {
-            all.copy_row(*row as usize, &self, n);
-        }
-        all
-    }
-
     /// Copies row `row` of `from` to row `to`.
     pub(crate) fn copy_row(&mut self, to: usize, from: &Self, row: usize) {
         let (to, from_range) = (self.range(to..to + 1), from.range(row..row + 1));

@@ -34,7 +34,8 @@ pub(crate) struct BlockKey<'a> {
     pub limits: ImageLimits,
 }
 
-/// The embeddings of all rows of a block, in its order; rows at fault are zero.
+/// The embeddings of rows of a block, in its order; rows at fault are zero. What is stored has all
+/// of its rows.
 #[derive(Debug, PartialEq)]
 pub(crate) struct BlockEmbeddings {
     pub embeddings: Embeddings,

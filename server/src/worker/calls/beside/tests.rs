@@ -11,6 +11,7 @@ use crate::{
     worker::{
         calls::{
             embed::Shape,
+            extent::Extent,
             survey::{Surveyed, Task, survey},
         },
         config::WorkerConfig,
@@ -99,7 +100,7 @@ impl Rig {
             },
             fidelity: Fidelity::Full,
             reference: None,
-            is_sparse: false,
+            extent: Extent::Step,
             inputs: Some(Arc::new(Inputs::check())),
             keep_ready: false,
         };
