@@ -81,7 +81,7 @@ struct Building {
     columns: BTreeMap<String, (Column, DataType)>,
     shards: Vec<Shard>,
     /// Whether large row groups were logged.
-    told: bool,
+    has_logged_large: bool,
 }
 
 impl Building {
@@ -175,8 +175,10 @@ impl Building {
             };
         }
         let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
-        if let Some(rows) = largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.told) {
-            self.told = true;
+        if let Some(rows) =
+            largest.filter(|rows| *rows > GROUP_ROWS_LARGE && !self.has_logged_large)
+        {
+            self.has_logged_large = true;
             let cure = match layout.image_root {
                 None => "write groups of a few hundred rows (row_group_size in pyarrow)",
                 // Blocks are smaller, and each reads its whole group's paths and captions.
