@@ -8,9 +8,7 @@ use std::{
     },
     time::Duration,
 };
-use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1,
-};
+use superbatch_proto::{MESSAGE_BYTES_MAX, http2, ids, v1};
 use superbatch_transport::{Authorized, Dialer};
 use tokio::time::{Instant, sleep};
 use tonic::{
@@ -318,12 +316,9 @@ fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
         .user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
         .unwrap_or(endpoint);
     // Pings detect a peer that vanished while a call waits for its answer.
-    named
+    http2::client(named)
         .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
         .http2_keep_alive_interval(config.keep_alive())
         .keep_alive_timeout(config.keep_alive())
         .keep_alive_while_idle(true)
@@ -338,6 +333,6 @@ mod tests {
     async fn a_part_of_rows_may_come_in_one_frame() {
         let config = ConnectConfig::default();
         let accepted = frame_bytes_max(|endpoint| tuned(endpoint, &config)).await;
-        assert_eq!(accepted.unwrap(), Some(FRAME_BYTES_MAX));
+        assert_eq!(accepted.unwrap(), Some(http2::FRAME_BYTES_MAX));
     }
 }

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    http2,
     v1::{Reason, RegisterRequest},
 };
 use superbatch_transport::{Authorized, Bearer, Dialer};
@@ -342,12 +342,9 @@ fn check_registration(request: &RegisterRequest) -> Result<()> {
 /// Sets up connections so that they notice a peer that is gone. A host that loses power closes no
 /// connection; without pings its streams would hang.
 fn tuned(endpoint: Endpoint) -> Endpoint {
-    endpoint
+    http2::client(endpoint)
         .connect_timeout(Duration::from_secs(5))
         .tcp_nodelay(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true)
@@ -362,7 +359,7 @@ mod tests {
     #[tokio::test]
     async fn a_part_of_rows_may_come_in_one_frame() {
         let accepted = frame_bytes_max(tuned).await;
-        assert_eq!(accepted.unwrap(), Some(FRAME_BYTES_MAX));
+        assert_eq!(accepted.unwrap(), Some(http2::FRAME_BYTES_MAX));
     }
 
     fn registration(address: &str, leaving: bool) -> RegisterRequest {
