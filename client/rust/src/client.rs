@@ -286,27 +286,23 @@ async fn dialed(dialer: &Dialer, uri: &str, config: &ConnectConfig) -> Result<Ch
     }
 }
 
+/// The faults of an address at which nobody listens for now.
+const ABSENCES: [io::ErrorKind; 7] = [
+    io::ErrorKind::BrokenPipe,
+    io::ErrorKind::ConnectionAborted,
+    io::ErrorKind::ConnectionRefused,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::HostUnreachable,
+    io::ErrorKind::NetworkUnreachable,
+    io::ErrorKind::UnexpectedEof,
+];
+
 /// Returns whether nobody listens at an address for now. A certificate that is refused, or a name
 /// that nobody knows, is not mended by waiting.
 fn is_absence(error: &(dyn std::error::Error + 'static)) -> bool {
-    use io::ErrorKind::{
-        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
-        NetworkUnreachable, UnexpectedEof,
-    };
     let causes = std::iter::successors(Some(error), |&cause| cause.source());
     let mut faults = causes.filter_map(|cause| cause.downcast_ref::<io::Error>());
-    faults.any(|fault| {
-        matches!(
-            fault.kind(),
-            BrokenPipe
-                | ConnectionAborted
-                | ConnectionRefused
-                | ConnectionReset
-                | HostUnreachable
-                | NetworkUnreachable
-                | UnexpectedEof
-        )
-    })
+    faults.any(|fault| ABSENCES.contains(&fault.kind()))
 }
 
 fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
