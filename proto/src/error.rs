@@ -220,10 +220,10 @@ mod tests {
     fn a_list_is_told_as_far_as_people_read_it() {
         assert_eq!(some_of(&["a", "b"]), "a, b");
         let many: Vec<String> = (0..236).map(|n| format!("c{n}")).collect();
-        let told = some_of(&many);
+        let listed = some_of(&many);
         assert!(
-            told.starts_with("c0, c1, ") && told.ends_with("c23, … and 212 more"),
-            "{told}"
+            listed.starts_with("c0, c1, ") && listed.ends_with("c23, … and 212 more"),
+            "{listed}"
         );
     }
 

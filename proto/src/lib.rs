@@ -5,6 +5,7 @@ pub mod arrow_stream;
 mod checksum;
 pub mod columns;
 mod error;
+pub mod http2;
 pub mod ids;
 pub mod reflect;
 
@@ -39,15 +40,6 @@ pub const SUPER_BATCH_SIZE_MAX: u32 = 1 << 22;
 pub const ARROW_IPC_KEY: u8 = (2 << 3) | 2;
 /// Size of the parts into which Arrow streams, tensors and embeddings are cut, in bytes.
 pub const PART_BYTES: usize = 1 << 20;
-/// Bytes of a stream that may be under way before the receiver has taken them. With HTTP/2's
-/// default of 64 KiB a stream could carry only 64 KiB for each round trip; several parts keep a
-/// long line full. The limit of all streams of a connection is [`CONNECTION_WINDOW_BYTES`].
-pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Largest HTTP/2 frame that either side accepts: a part with what its message says of it, so that
-/// a part is one frame. With HTTP/2's default of 16 KiB it is 65, each with a system call of its
-/// own.
-pub const FRAME_BYTES_MAX: u32 = PART_BYTES as u32 + (1 << 10);
 
 #[cfg(test)]
 mod tests {

@@ -71,29 +71,20 @@ fn manifest(shards: u64, blocks: u64, rows: u32) -> Manifest {
                 mask: None,
             })
             .collect(),
-        left_out: 0,
-        without_image: 0,
-        outside: 0,
-        not_downloaded: 0,
-        flaw: None,
+        ..Shard::default()
     };
     let layout = Layout {
         image_column: "jpg".into(),
-        image_in_struct: false,
-        image_root: None,
         caption_column: "caption".into(),
-        caption_seed: None,
-        format: Default::default(),
+        ..Layout::default()
     };
     let source = SourceManifest {
         uri: "s3://data/pool".into(),
         root_uri: "s3://data/pool".into(),
         weight: 1.0,
         layout,
-        columns: Vec::new(),
         shards: (0..shards).map(shard).collect(),
-        kept_by: None,
-        scores: None,
+        ..SourceManifest::default()
     };
     Manifest {
         version: Manifest::VERSION,

@@ -20,7 +20,7 @@ use superbatch_server::{
         trainer::sizing::{Work, optimal_workers},
         workers::pool::{Home, Pool},
     },
-    dataset::{Block, Format, Layout, Manifest, Shard, SourceManifest},
+    dataset::{Block, Layout, Manifest, Shard, SourceManifest},
 };
 
 /// Rates and sizes. Seconds, rows and bytes.
@@ -101,32 +101,21 @@ fn manifest(rates: &Rates) -> Manifest {
     };
     let shard = |n: u64| Shard {
         path: format!("{n:05}.parquet"),
-        size: 0,
-        etag: None,
         blocks: (0..16).map(block).collect(),
-        left_out: 0,
-        without_image: 0,
-        outside: 0,
-        not_downloaded: 0,
-        flaw: None,
+        ..Shard::default()
     };
     let layout = Layout {
         image_column: "image".into(),
-        image_in_struct: false,
-        image_root: None,
         caption_column: "caption".into(),
-        caption_seed: None,
-        format: Format::Parquet,
+        ..Layout::default()
     };
     let source = SourceManifest {
         uri: "memory:///data".into(),
         root_uri: "memory:///data".into(),
         weight: 1.0,
         layout,
-        columns: Vec::new(),
         shards: (0..blocks / 16).map(shard).collect(),
-        kept_by: None,
-        scores: None,
+        ..SourceManifest::default()
     };
     Manifest {
         version: Manifest::VERSION,

@@ -2,10 +2,11 @@
 //! from the same folders.
 #![allow(clippy::too_many_lines, clippy::unwrap_used)]
 #![cfg(feature = "torch")]
+mod python;
+
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
 use superbatch_proto::v1::{EmbeddingDtype, approximation::By};
 use superbatch_server::fidelity::Fidelity;
@@ -23,27 +24,6 @@ const FOLDERS: [&str; 7] = [
     "open_clip-custom",
     "open_clip-siglip",
 ];
-
-/// Runs a script of the folder beside this file. Python is part of the development set-up, so a
-/// test without it fails.
-fn write_folders(script: &str, to: &Path) {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = std::env::var_os("SUPERBATCH_PYTHON")
-        .map_or(here.join("../.venv/bin/python"), PathBuf::from);
-    let mut command = Command::new(&python);
-    command
-        .arg(here.join("tests/python").join(script))
-        .arg(to)
-        .env("HF_HUB_OFFLINE", "1");
-    let output = command
-        .output()
-        .unwrap_or_else(|e| panic!("cannot run {} (make setup): {e}", python.display()));
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
 
 /// The CPU, or what `make test-gpu` names.
 fn device() -> String {
@@ -147,7 +127,7 @@ fn compare(found: &[f32], expected: &[f32], dim: usize) -> (f64, f64) {
 #[tokio::test]
 async fn embeddings_are_those_of_the_models_library() {
     let folders = tempfile::tempdir().unwrap();
-    write_folders("model_parity.py", folders.path());
+    python::run("tests/python/model_parity.py", folders.path(), &[]);
     let device = Device::start(&device(), 1).unwrap();
     let stores = Stores::new(StorageConfig::default());
     for name in FOLDERS {
@@ -267,7 +247,7 @@ fn pictures(folder: &Path, preprocess: &Preprocess, count: usize) -> (Vec<u8>, V
 async fn images_of_any_shape_are_embedded_as_transformers_does() {
     let out = tempfile::tempdir().unwrap();
     let path = out.path();
-    write_folders("naflex_parity.py", path);
+    python::run("tests/python/naflex_parity.py", path, &[]);
     let device = Device::start(&device(), 1).unwrap();
     let stores = Stores::new(StorageConfig::default());
     let location = stores.open(&format!("file://{}", path.display())).unwrap();

@@ -1,10 +1,10 @@
 //! The models that open_clip's own configurations name: which are taken, with which tensors.
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
+mod python;
+
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use superbatch_server::worker::model::open_clip_config;
 
 /// Of each form that is taken, and sizes of it.
@@ -36,7 +36,7 @@ const REFUSED: [(&str, &str); 6] = [
 #[test]
 fn models_that_open_clip_names_are_taken_or_refused_with_a_way_out() {
     let folder = tempfile::tempdir().unwrap();
-    write(folder.path());
+    python::run("tests/python/open_clip_names.py", folder.path(), &TAKEN);
     let read = |file: &str| std::fs::read(folder.path().join(file)).unwrap();
     let configs: BTreeMap<String, Value> = serde_json::from_slice(&read("configs.json")).unwrap();
     let tensors: BTreeMap<String, BTreeMap<String, Vec<usize>>> =
@@ -71,22 +71,4 @@ fn models_that_open_clip_names_are_taken_or_refused_with_a_way_out() {
     }
     println!("{taken} of {} are taken", configs.len());
     assert_eq!(taken, 70, "docs/models.md says how many");
-}
-
-fn write(to: &Path) {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = std::env::var_os("SUPERBATCH_PYTHON")
-        .map_or(here.join("../.venv/bin/python"), PathBuf::from);
-    let output = Command::new(&python)
-        .arg(here.join("tests/python/open_clip_names.py"))
-        .arg(to)
-        .args(TAKEN)
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .unwrap_or_else(|e| panic!("cannot run {} (make setup): {e}", python.display()));
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }

@@ -2,8 +2,10 @@
 //! `tests/python/preprocess_parity.py` runs.
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "torch")]
+mod python;
+
 use serde::Deserialize;
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, path::Path};
 use superbatch_server::storage::{StorageConfig, Stores};
 use superbatch_server::worker::inputs::{
     model_inputs::Inputs,
@@ -72,21 +74,7 @@ fn apart(ours: &[u8], theirs: &[u8]) -> u8 {
 }
 
 fn generate(folder: &Path) -> Cases {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the crate lies in the workspace");
-    let python = std::env::var("SUPERBATCH_PYTHON")
-        .unwrap_or(format!("{}/.venv/bin/python", root.display()));
-    let script = root.join("tests/python/preprocess_parity.py");
-    let status = Command::new(&python)
-        .arg(&script)
-        .arg(folder)
-        .env("HF_HUB_OFFLINE", "1")
-        .status();
-    let status = status.unwrap_or_else(|e| {
-        panic!("cannot run {python}: {e}; run `make setup` or set SUPERBATCH_PYTHON")
-    });
-    assert!(status.success(), "{} failed", script.display());
+    python::run("../tests/python/preprocess_parity.py", folder, &[]);
     serde_json::from_slice(&fs::read(folder.join("cases.json")).unwrap()).unwrap()
 }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import superbatch
 from bench_rows import write_rows
-from bench_timed import ENVIRONMENT, announce, processor_seconds, ratio
+from bench_timed import ENVIRONMENT, announce, ratio
+from bench_turns import processor_seconds
 from cluster import Cluster
 
 WORKERS, RANKS, BATCH, STEPS = 4, 8, 1024, 12

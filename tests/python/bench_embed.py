@@ -5,13 +5,12 @@ run; the best turn of each counts. Ratios above 1 say that the service is faster
 
 import argparse
 import os
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_turns import Took, Waiting, least, timed
 from transformers import SiglipModel
 
 from examples.demo.model import write_folder
@@ -39,41 +38,20 @@ MODELS = (
 )
 
 
-def processor_seconds(pid: int) -> float:
-    """User and system time of a process, with its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class Ours:
-    """The device, in a process of its own that waits for each turn."""
-
-    def __init__(self, folder: Path, rows: int, threads: int):
-        command = [BINARY, str(folder), str(rows), str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self) -> tuple[float, float]:
-        before = processor_seconds(self.process.pid)
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        seconds = float(self.process.stdout.readline())
-        return seconds, processor_seconds(self.process.pid) - before
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def theirs(call: Callable, rows: tuple) -> Callable[[], tuple[float, float]]:
-    def turn() -> tuple[float, float]:
-        wall, processor = time.perf_counter(), time.process_time()
-        with torch.inference_mode():
-            call(*rows)
-        return time.perf_counter() - wall, time.process_time() - processor
+def ours(process: Waiting) -> Callable[[], Took]:
+    def turn() -> Took:
+        (seconds,), processor = process.turn()
+        return float(seconds), processor
 
     return turn
+
+
+def theirs(call: Callable, rows: tuple) -> Callable[[], Took]:
+    def work() -> None:
+        with torch.inference_mode():
+            call(*rows)
+
+    return timed(work)
 
 
 def embedding(model: SiglipModel) -> Callable:
@@ -91,14 +69,15 @@ def embedding(model: SiglipModel) -> Callable:
 
 def compared(
     folder: Path, shape: dict, rows: int, turns: int, threads: int, compiles: bool
-) -> dict:
+) -> dict[str, Took]:
     """The best seconds and processor seconds of a turn, by what embeds."""
     write_folder(folder, [str(n) for n in range(100, 3000)], 0, shape)
     model = SiglipModel.from_pretrained(folder).eval()
     pixels = torch.randint(0, 256, (rows, *(shape["image_size"],) * 2, 3), dtype=torch.uint8)
     ids = torch.zeros(rows, shape["text_length"], dtype=torch.long)
-    calls = {"ours": Ours(folder, rows, threads)}
-    calls["eager"] = theirs(embedding(model), (pixels, ids))
+    # The device waits for each turn in a process of its own.
+    process = Waiting(BINARY, folder, str(rows), str(threads))
+    calls = {"ours": ours(process), "eager": theirs(embedding(model), (pixels, ids))}
     if compiles:
         compiled = theirs(torch.compile(embedding(model), dynamic=False), (pixels, ids))
         try:
@@ -106,14 +85,8 @@ def compared(
             calls["compile"] = compiled
         except Exception as error:
             print(f"torch.compile does not work here: {type(error).__name__}")
-    found = {name: (float("inf"), float("inf")) for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            seconds = call()
-            if turn:  # The first warms up.
-                best = zip(found[name], seconds, strict=True)
-                found[name] = tuple(min(pair) for pair in best)
-    calls["ours"].stop()
+    found = least(calls, turns)
+    process.stop()
     return found
 
 

@@ -14,13 +14,11 @@ import functools
 import importlib.util
 import io
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, process_time
 
 # One thread each; it is read when the libraries load.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
@@ -29,6 +27,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import webdataset
+from bench_turns import Took, Waiting, least, timed
 from PIL import Image
 from tokenizers import Tokenizer
 from torchvision.transforms import InterpolationMode, v2
@@ -97,49 +96,29 @@ def write_tars(folder: Path) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
-def processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def ours(process: Waiting) -> Callable[[], Took]:
+    """A turn of the worker's functions."""
 
-
-class Ours:
-    """The worker's functions, in a process of their own that waits for each turn."""
-
-    def __init__(self, model: Path, data: Path):
-        self.process = subprocess.Popen(
-            [BINARY, model, data.as_uri(), "1"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self) -> tuple[float, float]:
-        before = processor_seconds(self.process.pid)
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        usable, seconds = self.process.stdout.readline().split()
+    def turn() -> Took:
+        (usable, seconds), processor = process.turn()
         assert int(usable) == ROWS, usable
-        return float(seconds), processor_seconds(self.process.pid) - before
+        return float(seconds), processor
 
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+    return turn
 
 
-def theirs(groups: Callable) -> Callable[[], tuple[float, float]]:
+def theirs(groups: Callable) -> Callable[[], Took]:
     """A turn of a peer, which gives pixels and ids of a group at a time."""
 
-    def turn() -> tuple[float, float]:
-        wall, processor, count = perf_counter(), process_time(), 0
+    def work() -> None:
+        count = 0
         for pixels, ids in groups():
             assert pixels.shape[1:] == (3, SIDE, SIDE) and pixels.dtype == torch.uint8
             assert ids.shape == (len(pixels), IDS)
             count += len(pixels)
         assert count == ROWS, count
-        return perf_counter() - wall, process_time() - processor
 
-    return turn
+    return timed(work)
 
 
 def by_webdataset(folder: Path, tokenizer: Tokenizer) -> Callable:
@@ -181,29 +160,25 @@ def by_simplejpeg(folder: Path, tokenizer: Tokenizer) -> Callable | None:
     return groups
 
 
-def compared(folder: Path) -> dict[str, tuple[float, float]]:
+def compared(folder: Path) -> dict[str, Took]:
     """The least seconds and processor seconds of a turn, by what makes inputs."""
     write_parquet(folder / "parquet")
     write_tars(folder / "tars")
     captions = [caption for _, caption in rows()]
     model = write_folder(folder / "model", captions, 0, SHAPE)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    ours = {name: Ours(model, folder / name) for name in ("parquet", "tars")}
-    calls: dict[str, Callable] = {f"superbatch, {name}": call for name, call in ours.items()}
+    processes = {
+        kind: Waiting(BINARY, model, (folder / kind).as_uri(), "1") for kind in ("parquet", "tars")
+    }
+    calls = {f"superbatch, {kind}": ours(process) for kind, process in processes.items()}
     calls["WebDataset and torchvision, tars"] = theirs(by_webdataset(folder / "tars", tokenizer))
     loop = by_simplejpeg(folder / "parquet", tokenizer)
     if loop:
         calls["simplejpeg and torchvision, parquet"] = theirs(loop)
     else:
         print("SKIPPED: the loop with simplejpeg, which is not installed: pip install simplejpeg")
-    found = {name: (float("inf"), float("inf")) for name in calls}
-    for turn in range(ROUNDS + 1):
-        for name, call in calls.items():
-            took = call()
-            if turn:  # The first warms up.
-                best = zip(found[name], took, strict=True)
-                found[name] = tuple(min(pair) for pair in best)
-    for process in ours.values():
+    found = least(calls, ROUNDS)
+    for process in processes.values():
         process.stop()
     return found
 

@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 
@@ -45,6 +45,19 @@ class Tonic:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+
+
+@contextmanager
+def served(server: Callable[["multiprocessing.Queue[str]"], None]) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own: the address that it puts into the queue, and its id."""
+    context = multiprocessing.get_context("spawn")
+    address = context.Queue()
+    process = context.Process(target=server, args=(address,), daemon=True)
+    process.start()
+    try:
+        yield address.get(), process.pid
+    finally:
+        process.kill()
 
 
 def stream_server(address: "multiprocessing.Queue[str]") -> None:
@@ -96,17 +109,10 @@ class Grpcio:
 
 @contextmanager
 def grpcio() -> Iterator[Grpcio]:
-    context = multiprocessing.get_context("spawn")
-    address = context.Queue()
-    server = context.Process(target=stream_server, args=(address,), daemon=True)
-    server.start()
-    try:
-        with grpc.insecure_channel(
-            address.get(), options=[("grpc.max_receive_message_length", 2 * PART)]
-        ) as channel:
-            yield Grpcio(channel, server.pid)
-    finally:
-        server.kill()
+    options = [("grpc.max_receive_message_length", 2 * PART)]
+    with served(stream_server) as (address, pid):
+        with grpc.insecure_channel(address, options=options) as channel:
+            yield Grpcio(channel, pid)
 
 
 class Flights(pyarrow.flight.FlightServerBase):
@@ -146,12 +152,6 @@ class Flight:
 
 @contextmanager
 def flights() -> Iterator[Flight]:
-    context = multiprocessing.get_context("spawn")
-    address = context.Queue()
-    server = context.Process(target=flight_server, args=(address,), daemon=True)
-    server.start()
-    try:
-        with pyarrow.flight.connect(address.get()) as client:
-            yield Flight(client, server.pid)
-    finally:
-        server.kill()
+    with served(flight_server) as (address, pid):
+        with pyarrow.flight.connect(address) as client:
+            yield Flight(client, pid)

@@ -1,13 +1,13 @@
-"""What benchmarks share: processes' times, the least of several turns, and the lines that `make
-bench` gathers.
+"""What benchmarks of a whole service share: what a gigabyte took, and the lines that `make bench`
+gathers.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
 
 import superbatch
+from bench_turns import processor_seconds
 from cluster import BINARY
 
 from scripts import bench
@@ -21,15 +21,6 @@ def announce() -> None:
     """Says what is measured, since a build without optimisation gives other figures."""
     print(f"service: {BINARY}, client: {Path(superbatch.__file__).parent}")
     print("the service runs with " + ", ".join(f"{k}={v}" for k, v in ENVIRONMENT.items()))
-
-
-def processor_seconds(*processes: int) -> float:
-    """Of other processes, user and system."""
-    total = 0.0
-    for process in processes:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
 
 
 class Timed:

@@ -10,17 +10,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from bench_turns import processor_seconds
 from cluster import Cluster
 from soak import resident_mb
 
 from examples.demo import tiny
 
 LOAD = Path(os.environ.get("SUPERBATCH_LOAD", "target/release/examples/load"))
-
-
-def processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

@@ -65,14 +65,14 @@ def test_pairs_are_a_map_that_keys_move_through(own_page):
     own_page.keyboard.press("p")
     own_page.locator("canvas.heat").wait_for()
     assert own_page.evaluate(COLOURS) > 50
-    told = own_page.locator(".told")
-    assert "of its own pair" in told.inner_text()
+    details = own_page.locator(".pair-details")
+    assert "of its own pair" in details.inner_text()
     own_page.keyboard.press("ArrowRight")
     own_page.keyboard.press("ArrowRight")
     own_page.get_by_text("Text drawn 2, chunk 0").wait_for()
-    assert "by this image and this text" in told.inner_text()
+    assert "by this image and this text" in details.inner_text()
     own_page.wait_for_function(
-        "() => [...document.querySelectorAll('.told .caption')].every(c => c.textContent.trim())"
+        "() => [...document.querySelectorAll('.pair-details .caption')].every(c => c.textContent.trim())"
     )
     own_page.keyboard.press("Shift+ArrowDown")
     own_page.get_by_text("Image drawn 8, chunk 1").wait_for()

@@ -18,7 +18,7 @@ use superbatch_server::{
     app::Work,
     config::Config,
     coordinator::facts::{chain::Rewound, run::create_generation},
-    storage::{Budget, StorageConfig, Stores},
+    storage::{Budget, Location, StorageConfig, Stores},
 };
 use superbatch_tests::{
     cluster::Cluster,
@@ -58,6 +58,16 @@ fn once(operation: Operation, path: &'static str, how: How) -> Script {
         how,
         times: 1,
     }])
+}
+
+/// Makes another coordinator the owner of a run. Returns where the run's state is.
+async fn taken_over(cluster: &Cluster, run_id: &str) -> Location {
+    let state = Stores::new(StorageConfig::default())
+        .open(&cluster.uri(&format!("state/runs/{run_id}")))
+        .unwrap();
+    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
+    state.create("owner/2.json", owner.into()).await.unwrap();
+    state
 }
 
 /// A client that asks once.
@@ -360,11 +370,7 @@ async fn a_former_owner_answers_with_receipts_that_are_in_force() {
         .await
         .unwrap();
     ids(&run, 0).await;
-    let state = Stores::new(StorageConfig::default())
-        .open(&cluster.uri("state/runs/rewound"))
-        .unwrap();
-    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
-    state.create("owner/2.json", owner.into()).await.unwrap();
+    let state = taken_over(&cluster, "rewound").await;
     let rewound = Rewound {
         generation: 1,
         to_step: 0,
@@ -384,11 +390,7 @@ async fn a_former_owner_does_not_serve_from_memory_for_ever() {
     let cluster = Cluster::start(0, Script::default()).await;
     let run = cluster.open_run("taken", uniform(&cluster)).await.unwrap();
     ids(&run, 0).await;
-    let state = Stores::new(StorageConfig::default())
-        .open(&cluster.uri("state/runs/taken"))
-        .unwrap();
-    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
-    state.create("owner/2.json", owner.into()).await.unwrap();
+    taken_over(&cluster, "taken").await;
     let refused = async {
         loop {
             if let Err(refused) = run.select(0, 0, 1, Intent::Need).await {
@@ -421,11 +423,7 @@ async fn a_commit_that_was_overtaken_is_not_served() {
     while !cluster.is_played_out() {
         tokio::task::yield_now().await;
     }
-    let state = Stores::new(StorageConfig::default())
-        .open(&cluster.uri("state/runs/overtaken"))
-        .unwrap();
-    let owner = r#"{"address": "http://127.0.0.1:1", "instance": "another", "nonce": "n"}"#;
-    state.create("owner/2.json", owner.into()).await.unwrap();
+    let state = taken_over(&cluster, "overtaken").await;
     go.notify_one();
     let refused = waits.await.unwrap().unwrap_err();
     assert_eq!(refused.reason(), Some(Reason::NotOwner), "{refused}");

@@ -7,6 +7,8 @@ mod bearer;
 mod connect;
 mod fault;
 mod files;
+#[doc(hidden)]
+pub mod testing;
 
 pub use bearer::{Authorized, Bearer};
 pub use connect::Dialer;

@@ -25,14 +25,15 @@ pub(crate) fn connect(
         Duration::try_from_secs_f64(value)
             .map_err(|_| errors::invalid(py, field, "not a number of seconds"))
     };
+    let timeout = seconds("timeout", timeout)?;
     let retry = Retry {
         attempts_max: retry_attempts,
         elapsed_max: seconds("retry_seconds", retry_seconds)?,
         ..Retry::default()
     };
     let config = ConnectConfig {
-        connect_timeout: seconds("timeout", timeout)?,
-        connect_wait: seconds("timeout", timeout)?,
+        connect_timeout: timeout,
+        connect_wait: timeout,
         retry,
         credentials: credentials_of(credentials)?,
         ..ConnectConfig::default()

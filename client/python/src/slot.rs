@@ -5,16 +5,9 @@ use pyo3::{
     buffer::PyBuffer,
     exceptions::{PyBufferError, PyRuntimeError},
     prelude::*,
-    types::{PyMemoryView, PySlice},
 };
-use std::{
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::sync::{Mutex, PoisonError};
 use superbatch_client::{self as client, Part, Push};
-
-/// Bytes copied, to be hashed, with the GIL held: a millisecond's worth.
-const COPIED_BYTES: usize = 4 << 20;
 
 /// Room for one push, which is filled part by part.
 #[pyclass(frozen, module = "superbatch._superbatch")]
@@ -144,38 +137,6 @@ fn kept(data: &Bound<'_, PyAny>) -> PyResult<Bytes> {
         start: buffer.buf_ptr().cast::<u8>().cast_const(),
         len: buffer.len_bytes(),
     }))
-}
-
-/// Returns BLAKE3 of a buffer of bytes.
-pub(crate) fn hashed(data: &Bound<'_, PyAny>) -> PyResult<blake3::Hash> {
-    let (py, mut hasher, mut room) = (data.py(), blake3::Hasher::new(), Vec::new());
-    by_pieces(data, |place, piece| {
-        room.resize(place.len(), 0);
-        piece.copy_to_slice(py, &mut room)?;
-        py.detach(|| {
-            hasher.update(&room);
-        });
-        Ok(())
-    })?;
-    Ok(hasher.finalize())
-}
-
-/// Hands on a buffer of bytes in pieces of [`COPIED_BYTES`], each with its place. Weights are
-/// gigabytes, so other threads of Python run between the pieces.
-fn by_pieces(
-    data: &Bound<'_, PyAny>,
-    mut take: impl FnMut(Range<usize>, PyBuffer<u8>) -> PyResult<()>,
-) -> PyResult<()> {
-    let py = data.py();
-    let view = PyMemoryView::from(data)?;
-    let len = view.len()?;
-    for start in (0..len).step_by(COPIED_BYTES) {
-        let end = len.min(start + COPIED_BYTES);
-        let piece = view.get_item(PySlice::new(py, start as isize, end as isize, 1))?;
-        take(start..end, PyBuffer::get(&piece)?)?;
-        py.detach(|| ());
-    }
-    Ok(())
 }
 
 fn is_submitted_error() -> PyErr {

@@ -20,7 +20,7 @@ use superbatch_client::v1::{
     worker_service_client::WorkerServiceClient,
     worker_service_server::{WorkerService, WorkerServiceServer},
 };
-use superbatch_proto::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, PART_BYTES, STREAM_WINDOW_BYTES};
+use superbatch_proto::{PART_BYTES, http2};
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
@@ -79,19 +79,11 @@ impl WorkerService for Plain {
 async fn connect(part: Bytes) -> Result<WorkerServiceClient<Channel>> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
-    let mut server = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX);
-    let router = server.add_service(WorkerServiceServer::new(Plain { part }));
+    let router =
+        http2::server(Server::builder()).add_service(WorkerServiceServer::new(Plain { part }));
     tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
-    let channel = Endpoint::from_shared(format!("http://{address}"))?
-        .tcp_nodelay(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .connect()
-        .await?;
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.tcp_nodelay(true);
+    let channel = http2::client(endpoint).connect().await?;
     Ok(WorkerServiceClient::new(channel))
 }
 

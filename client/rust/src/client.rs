@@ -8,9 +8,7 @@ use std::{
     },
     time::Duration,
 };
-use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, MESSAGE_BYTES_MAX, STREAM_WINDOW_BYTES, ids, v1,
-};
+use superbatch_proto::{MESSAGE_BYTES_MAX, http2, ids, v1};
 use superbatch_transport::{Authorized, Dialer};
 use tokio::time::{Instant, sleep};
 use tonic::{
@@ -288,27 +286,23 @@ async fn dialed(dialer: &Dialer, uri: &str, config: &ConnectConfig) -> Result<Ch
     }
 }
 
+/// The faults of an address at which nobody listens for now.
+const ABSENCES: [io::ErrorKind; 7] = [
+    io::ErrorKind::BrokenPipe,
+    io::ErrorKind::ConnectionAborted,
+    io::ErrorKind::ConnectionRefused,
+    io::ErrorKind::ConnectionReset,
+    io::ErrorKind::HostUnreachable,
+    io::ErrorKind::NetworkUnreachable,
+    io::ErrorKind::UnexpectedEof,
+];
+
 /// Returns whether nobody listens at an address for now. A certificate that is refused, or a name
 /// that nobody knows, is not mended by waiting.
 fn is_absence(error: &(dyn std::error::Error + 'static)) -> bool {
-    use io::ErrorKind::{
-        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
-        NetworkUnreachable, UnexpectedEof,
-    };
     let causes = std::iter::successors(Some(error), |&cause| cause.source());
     let mut faults = causes.filter_map(|cause| cause.downcast_ref::<io::Error>());
-    faults.any(|fault| {
-        matches!(
-            fault.kind(),
-            BrokenPipe
-                | ConnectionAborted
-                | ConnectionRefused
-                | ConnectionReset
-                | HostUnreachable
-                | NetworkUnreachable
-                | UnexpectedEof
-        )
-    })
+    faults.any(|fault| ABSENCES.contains(&fault.kind()))
 }
 
 fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
@@ -318,12 +312,9 @@ fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
         .user_agent(concat!("superbatch-client/", env!("CARGO_PKG_VERSION")))
         .unwrap_or(endpoint);
     // Pings detect a peer that vanished while a call waits for its answer.
-    named
+    http2::client(named)
         .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
         .http2_keep_alive_interval(config.keep_alive())
         .keep_alive_timeout(config.keep_alive())
         .keep_alive_while_idle(true)
@@ -332,33 +323,12 @@ fn tuned(endpoint: Endpoint, config: &ConnectConfig) -> Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use superbatch_transport::Dialer;
-    use tokio::{io::AsyncReadExt, net::TcpListener};
-
-    /// Returns the largest frame that a connection accepts, as it says in the SETTINGS with which
-    /// HTTP/2 begins.
-    async fn frame_bytes_max(listener: TcpListener) -> Option<u32> {
-        let (mut socket, _) = listener.accept().await.unwrap();
-        // 24 bytes of preface, and 9 of the frame's head: its length, and 4 for SETTINGS.
-        let mut head = [0; 24 + 9];
-        socket.read_exact(&mut head).await.unwrap();
-        assert_eq!(head[27], 4, "{head:?}");
-        let length = u32::from_be_bytes([0, head[24], head[25], head[26]]);
-        let mut settings = vec![0; length as usize];
-        socket.read_exact(&mut settings).await.unwrap();
-        let mut settings = settings.chunks_exact(6);
-        let size = settings.find(|setting| setting[..2] == [0, 5])?;
-        size[2..].try_into().ok().map(u32::from_be_bytes)
-    }
+    use superbatch_transport::testing::frame_bytes_max;
 
     #[tokio::test]
     async fn a_part_of_rows_may_come_in_one_frame() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let uri = format!("http://{}", listener.local_addr().unwrap());
-        let (dialer, config) = (Dialer::default(), ConnectConfig::default());
-        let connected = dialer.connect(&uri, |endpoint| tuned(endpoint, &config));
-        let (channel, told) = tokio::join!(connected, frame_bytes_max(listener));
-        channel.unwrap();
-        assert_eq!(told, Some(FRAME_BYTES_MAX));
+        let config = ConnectConfig::default();
+        let accepted = frame_bytes_max(|endpoint| tuned(endpoint, &config)).await;
+        assert_eq!(accepted.unwrap(), Some(http2::FRAME_BYTES_MAX));
     }
 }

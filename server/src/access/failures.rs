@@ -23,7 +23,7 @@ type Failing = (Option<IpAddr>, Option<String>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Answer with the cause.
-    Told,
+    Explained,
     /// Answer "wait". `first` marks the first one in this window, which alone is logged.
     Limited { first: bool },
 }
@@ -56,7 +56,7 @@ impl Failures {
         }
         *count = count.saturating_add(1);
         match *count {
-            count if count <= FAILURES_MAX => Verdict::Told,
+            count if count <= FAILURES_MAX => Verdict::Explained,
             count => Verdict::Limited {
                 first: count == FAILURES_MAX + 1,
             },
@@ -74,15 +74,21 @@ mod tests {
         let [bad, good]: [Option<IpAddr>; 2] =
             [[10, 0, 0, 1], [10, 0, 0, 2]].map(|octets| Some(octets.into()));
         for _ in 0..FAILURES_MAX {
-            assert_eq!(failures.record(bad, None, start), Verdict::Told);
+            assert_eq!(failures.record(bad, None, start), Verdict::Explained);
         }
         for first in [true, false] {
             let limited = Verdict::Limited { first };
             assert_eq!(failures.record(bad, None, start), limited);
         }
-        assert_eq!(failures.record(good, None, start), Verdict::Told);
-        assert_eq!(failures.record(bad, Some("team"), start), Verdict::Told);
-        assert_eq!(failures.record(bad, None, start + WINDOW), Verdict::Told);
+        assert_eq!(failures.record(good, None, start), Verdict::Explained);
+        assert_eq!(
+            failures.record(bad, Some("team"), start),
+            Verdict::Explained
+        );
+        assert_eq!(
+            failures.record(bad, None, start + WINDOW),
+            Verdict::Explained
+        );
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Access {
         let address = peer.address.map(|address| address.ip());
         let verdict = self.0.failures.record(address, who, Instant::now());
         let detail = match verdict {
-            Verdict::Told => json!(null),
+            Verdict::Explained => json!(null),
             Verdict::Limited { first: true } => {
                 let address = address.map(|address| address.to_string());
                 tracing::warn!(
@@ -134,7 +134,7 @@ impl Access {
         let outcome = Err::<(), _>(error.repeat());
         let audit = &self.0.audit;
         audit.record("denied", who, peer, run, &outcome, detail);
-        if verdict == Verdict::Told {
+        if verdict == Verdict::Explained {
             error
         } else {
             limited()

@@ -49,14 +49,14 @@ pub fn end_within(most: Duration) {
 
 fn end(after: Duration) {
     // By another thread: the log may be what the process waits for.
-    let (told, tells) = channel::<()>();
+    let (logging, logged) = channel::<()>();
     let last_words = move || {
         let seconds = after.as_secs_f64();
         tracing::error!(seconds, "something holds this process; it ends without it");
-        drop(told);
+        drop(logging);
     };
     drop(Builder::new().spawn(last_words));
-    let _ = tells.recv_timeout(LAST_WORDS_MAX);
+    let _ = logged.recv_timeout(LAST_WORDS_MAX);
     // SAFETY: it ends the process, and runs no more of its code.
     unsafe { libc::_exit(1) }
 }

@@ -189,10 +189,11 @@ impl Inspected {
             ("tokens", self.inputs.tokens_of()),
         ];
         lines.extend(self.weights());
-        let mut told = told(&lines);
-        told.push_str("\nFLOPs of one pair, forward, by the fidelity that a phase may score at\n");
-        told.push_str(&self.costs());
-        told
+        let mut description = aligned(&lines);
+        description
+            .push_str("\nFLOPs of one pair, forward, by the fidelity that a phase may score at\n");
+        description.push_str(&self.costs());
+        description
     }
 
     /// Describes a module that gives losses.
@@ -219,7 +220,7 @@ impl Inspected {
         lines.extend(self.weights().into_iter().filter(|line| !of_pairs(line)));
         let flops = flops::image(config) + flops::text(config);
         lines.push(("FLOPs", format!("{flops:.3e} of one example, forward")));
-        told(&lines)
+        aligned(&lines)
     }
 
     fn weights(&self) -> Vec<(&'static str, String)> {
@@ -325,7 +326,8 @@ impl Inspected {
     }
 }
 
-fn told(lines: &[(&str, String)]) -> String {
+/// Returns a line for each name and value.
+fn aligned(lines: &[(&str, String)]) -> String {
     let line = |(name, value): &(&str, String)| format!("{name:<10}{value}\n");
     lines.iter().map(line).collect()
 }

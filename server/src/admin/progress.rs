@@ -8,7 +8,7 @@ const EVERY: Duration = Duration::from_secs(10);
 pub(super) struct Progress {
     pub(super) total: u64,
     begun: Instant,
-    told: Instant,
+    last_line: Instant,
 }
 
 /// What a log line says of pace.
@@ -25,16 +25,16 @@ impl Progress {
         Self {
             total,
             begun: now,
-            told: now,
+            last_line: now,
         }
     }
 
     /// Returns the pace if a line is due, with `done` things behind.
     pub(super) fn due(&mut self, done: u64) -> Option<Pace> {
-        if self.told.elapsed() < EVERY {
+        if self.last_line.elapsed() < EVERY {
             return None;
         }
-        self.told = Instant::now();
+        self.last_line = Instant::now();
         Some(Pace::of(done, self.total, self.begun.elapsed()))
     }
 }

@@ -64,14 +64,14 @@ fn shown(runs: &[Value]) -> String {
         runs.iter()
             .map(|run| columns.iter().map(|column| cell(run, column)).collect()),
     );
-    let told = |run: &Value| {
+    let failure = |run: &Value| {
         let error = run["error"].as_str()?;
         Some(format!(
             "{} cannot be read: {error}\n",
             run["run"].as_str()?
         ))
     };
-    let unread: String = runs.iter().filter_map(told).collect();
+    let unread: String = runs.iter().filter_map(failure).collect();
     table(&rows) + &unread
 }
 

@@ -14,7 +14,7 @@ use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use std::{io, sync::Arc};
 use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    http2,
     v1::{
         FetchRowsRequest, FetchRowsResponse, ModelRef, PrepareModelResponse, ScoreRequest,
         ScoreResponse,
@@ -63,11 +63,7 @@ pub(super) fn connect(worker: Worker) -> Embedded {
 
 fn channel_to(worker: &Worker) -> Channel {
     let (accept, incoming) = mpsc::channel::<DuplexStream>(1);
-    let mut server = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX);
-    let router = server.add_service(worker.service());
+    let router = http2::server(Server::builder()).add_service(worker.service());
     tokio::spawn(async move {
         let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
         if let Err(error) = router.serve_with_incoming(incoming).await {
@@ -87,11 +83,7 @@ fn channel_to(worker: &Worker) -> Channel {
             Ok::<_, io::Error>(TokioIo::new(ours))
         }
     });
-    Endpoint::from_static("http://embedded")
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .connect_with_connector_lazy(connector)
+    http2::client(Endpoint::from_static("http://embedded")).connect_with_connector_lazy(connector)
 }
 
 /// Removes the embedded worker from the pool while its device is hung, as a worker process does by

@@ -9,7 +9,7 @@ use crate::{
 };
 use std::{future::Future, time::Duration};
 use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    http2,
     v1::{FILE_DESCRIPTOR_SET, Reason},
 };
 use tokio::sync::{oneshot, watch};
@@ -58,12 +58,10 @@ type Mended = MapResponseLayer<fn(Response<Body>) -> Response<Body>>;
 
 /// Returns a server with the limits and the check of tokens.
 pub(super) fn builder(access: &Access) -> Server<Stack<AccessLayer, Stack<Mended, NoLayer>>> {
-    let server = bounded(CALLS_MAX)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX);
     let mended: Mended = MapResponseLayer::new(|response| too_large(uncopied(response)));
-    server.layer(mended).layer(access.layer())
+    http2::server(bounded(CALLS_MAX))
+        .layer(mended)
+        .layer(access.layer())
 }
 
 /// Returns a server for a port that answers probes only.

@@ -99,7 +99,7 @@ impl Work {
         );
         let registered =
             tokio::spawn(async move { keeping.await.inspect_err(|_| refused.notify_one()) });
-        let told = tokio::spawn(tell_health(well, health.clone(), &WORKED));
+        let telling_health = tokio::spawn(tell_health(well, health.clone(), &WORKED));
         let router = builder(&Access::require_secret(&secret))
             .add_routes(reflection(&WORKED)?)
             .add_service(health_service.clone())
@@ -113,7 +113,7 @@ impl Work {
             // Registration has reported that the worker leaves. If its task panicked, the panic was
             // logged.
             let _ = tell.send(registered.await.unwrap_or(Ok(())));
-            told.abort();
+            telling_health.abort();
             worker.stop();
         };
         let (drained, stopping) = drain(shutdown, health, &WORKED, leave);

@@ -117,7 +117,7 @@ impl Config {
         ];
         let nowhere = advertised
             .into_iter()
-            .find(|(_, at, _, told)| at.ip().is_unspecified() && told.is_none());
+            .find(|(_, at, _, advertised)| at.ip().is_unspecified() && advertised.is_none());
         if let Some((field, address, missing, _)) = nowhere {
             let message = format!(
                 "{field} is {address}, which other machines cannot reach; set {missing} to the \

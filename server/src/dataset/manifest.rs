@@ -57,7 +57,7 @@ impl Block {
 }
 
 /// One file as it was when it was indexed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
     /// Path below the source's `root_uri`. It is part of every row's id.
     pub path: String,
@@ -84,7 +84,7 @@ pub struct Shard {
 }
 
 /// One source: its shards in the order of their paths, and the columns of image and caption.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceManifest {
     /// The URI in the run's spec.
     pub uri: String,
@@ -171,7 +171,7 @@ pub struct Column {
 
 /// How to find image and caption in a shard's columns, or in a sample's members: `jpg;png`,
 /// `json[caption]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "LayoutForm", into = "LayoutForm")]
 pub struct Layout {
     pub image_column: String,

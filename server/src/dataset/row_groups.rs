@@ -78,7 +78,7 @@ struct Building {
     columns: BTreeMap<String, (Column, DataType)>,
     shards: Vec<Shard>,
     /// Whether large row groups were logged.
-    told: bool,
+    has_logged_large: bool,
 }
 
 impl Building {
@@ -173,8 +173,8 @@ impl Building {
         }
         let largest = groups.iter().map(RowGroupMetaData::num_rows).max();
         let is_large = |rows: &i64| *rows > i64::from(LARGE_BLOCK_ROWS);
-        if let Some(rows) = largest.filter(|rows| is_large(rows) && !self.told) {
-            self.told = true;
+        if let Some(rows) = largest.filter(|rows| is_large(rows) && !self.has_logged_large) {
+            self.has_logged_large = true;
             let cure = match layout.image_root {
                 None => "write groups of a few hundred rows (row_group_size in pyarrow)",
                 // Blocks are smaller, and each reads its whole group's paths and captions.

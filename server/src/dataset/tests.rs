@@ -535,11 +535,8 @@ fn an_older_build_cannot_read_a_layout_with_lists_of_captions() {
     }
     let one = Layout {
         image_column: "jpg".into(),
-        image_in_struct: false,
-        image_root: None,
         caption_column: "caption".into(),
-        caption_seed: None,
-        format: Format::Parquet,
+        ..Layout::default()
     };
     let json = serde_json::to_string(&one).unwrap();
     let as_ever = r#"{"image_column":"jpg","image_in_struct":false,"caption_column":"caption"}"#;

@@ -1,10 +1,13 @@
 //! The counters with which a process begins.
 use super::{
-    ALL, Declared, Process, disk_cache_failures, disk_cache_reads, flops, left_out,
-    losses_reported, page_requests, probes, rotten_shards, select_requests, skipped,
-    steps_committed, weight_push_failures, weights_rolled_back,
+    ALL, Declared, Process, disk_cache_failures, disk_cache_reads, flops, left_out, page_requests,
+    probes, select_requests, skipped, steps_committed, weight_push_failures,
 };
-use superbatch_proto::v1::{BadRowReason, Reason};
+use metrics::Counter;
+use superbatch_proto::{
+    reason_name,
+    v1::{BadRowReason, Reason},
+};
 
 /// Makes the counters of `process` begin at 0, as far as their labels are known. A series that
 /// first appears with the value 1 has no increase to Prometheus, so a rate would miss the first
@@ -19,52 +22,40 @@ pub fn begin(process: Process) {
         metrics::counter!(metric.name).increment(0);
     }
     if process == Process::Worker {
-        ["reference", "learner"]
-            .into_iter()
-            .for_each(|stage| flops(stage).increment(0));
-        ["hit", "miss"]
-            .into_iter()
-            .for_each(|outcome| disk_cache_reads(outcome).increment(0));
-        ["read", "write", "remove", "busy"]
-            .into_iter()
-            .for_each(|operation| disk_cache_failures(operation).increment(0));
+        begin_each(flops, ["reference", "learner"]);
+        begin_each(disk_cache_reads, ["hit", "miss"]);
+        begin_each(disk_cache_failures, ["read", "write", "remove", "busy"]);
         return;
     }
-    ["selection", "discarded"]
-        .into_iter()
-        .for_each(|stage| flops(stage).increment(0));
-    ["ok", "cancelled"]
-        .into_iter()
-        .for_each(|outcome| select_requests(outcome).increment(0));
-    ["ok", "not_found", "invalid", "refused", "failed"]
-        .into_iter()
-        .for_each(|outcome| page_requests(outcome).increment(0));
-    ["normal", "stale", "uniform", "reference_only"]
-        .into_iter()
-        .for_each(|mode| steps_committed(mode).increment(0));
-    ["ok", "failed"]
-        .into_iter()
-        .for_each(|outcome| probes(outcome).increment(0));
+    begin_each(flops, ["selection", "discarded"]);
+    begin_each(select_requests, ["ok", "cancelled"]);
+    let answers = ["ok", "not_found", "invalid", "refused", "failed"];
+    begin_each(page_requests, answers);
+    let modes = ["normal", "stale", "uniform", "reference_only"];
+    begin_each(steps_committed, modes);
+    begin_each(probes, ["ok", "failed"]);
     let rules = [
         "clip_score_at_least",
         "neg_clip_loss_keep",
         "duplicates_above",
         "score_columns",
     ];
-    rules
-        .into_iter()
-        .for_each(|rule| left_out(rule).increment(0));
+    begin_each(left_out, rules);
     let bad_rows = (1..).map_while(|number| BadRowReason::try_from(number).ok());
-    bad_rows.for_each(|why| {
-        skipped(why.as_str_name().trim_start_matches("BAD_ROW_REASON_")).increment(0)
-    });
-    weight_push_failures("BROKEN").increment(0);
-    weights_rolled_back().increment(0);
-    losses_reported().increment(0);
-    rotten_shards().increment(0);
-    PUSH_FAILURES.iter().for_each(|reason| {
-        weight_push_failures(superbatch_proto::reason_name(*reason)).increment(0)
-    });
+    let bad_rows = bad_rows.map(|why| why.as_str_name().trim_start_matches("BAD_ROW_REASON_"));
+    begin_each(skipped, bad_rows);
+    let reasons = PUSH_FAILURES.iter().map(|reason| reason_name(*reason));
+    begin_each(weight_push_failures, reasons.chain(["BROKEN"]));
+}
+
+/// Makes a counter begin with each of these values of its label.
+fn begin_each(
+    counter: fn(&'static str) -> Counter,
+    values: impl IntoIterator<Item = &'static str>,
+) {
+    values
+        .into_iter()
+        .for_each(|value| counter(value).increment(0));
 }
 
 /// The usual reasons of failed pushes.

@@ -58,8 +58,8 @@ impl IntoResponse for Failed {
         if outcome == "failed" {
             tracing::warn!(error = self.0.chain(), "the run page could not answer");
         }
-        let told = json!({ "error": self.0.chain(), "reason": reason.word() });
-        json_response(status, told.into())
+        let answer = json!({ "error": self.0.chain(), "reason": reason.word() });
+        json_response(status, answer.into())
     }
 }
 

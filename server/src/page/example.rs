@@ -75,7 +75,7 @@ pub(super) async fn example(
         .map(|step| time(&page, &known, step, sought.clone()))
         .collect();
     let times: Vec<Option<Value>> = stream::iter(times).buffered(AT_ONCE).try_collect().await?;
-    let told = json!({
+    let answer = json!({
         "run": known.id,
         "data": known.data(),
         "id": sought.id,
@@ -84,7 +84,7 @@ pub(super) async fn example(
         "more": more,
         "next": next,
     });
-    Ok(told.into())
+    Ok(answer.into())
 }
 
 /// The row that is looked for: its key, and its id in receipts.
@@ -131,13 +131,13 @@ async fn time(
     step: u64,
     sought: Arc<Sought>,
 ) -> Result<Option<Value>> {
-    let found = move |receipt: Receipt| {
+    let find = move |receipt: Receipt| {
         let summary = receipt.summary.as_ref();
         Ok(summary.map(|summary| outcome(&receipt, summary, &sought.row, &sought.id)))
     };
     let generations = known.generations(step);
-    let told = page.with_receipt(known, step, generations, found).await?;
-    Ok(told.flatten())
+    let found = page.with_receipt(known, step, generations, find).await?;
+    Ok(found.flatten())
 }
 
 fn outcome(receipt: &Receipt, summary: &ReceiptSummary, wanted: &ChosenRow, id: &str) -> Value {
@@ -222,20 +222,21 @@ mod tests {
             policy: Policy::Uniform.into(),
             ..Default::default()
         };
-        let told = |summary: &ReceiptSummary, n, id: &str| outcome(&receipt, summary, &row(n), id);
-        let chosen = told(&joint, 1, "a#1");
+        let came_of =
+            |summary: &ReceiptSummary, n, id: &str| outcome(&receipt, summary, &row(n), id);
+        let chosen = came_of(&joint, 1, "a#1");
         assert_eq!(
             (&chosen["outcome"], &chosen["score"], &chosen["own"]),
             (&json!("chosen"), &json!(3.0), &json!(1.0))
         );
-        let passed = told(&joint, 2, "a#2");
+        let passed = came_of(&joint, 2, "a#2");
         assert_eq!(
             (&passed["outcome"], &passed["score"], &passed["own"]),
             (&json!("passed_over"), &Value::Null, &json!(0.5))
         );
-        assert_eq!(told(&joint, 3, "a#3")["outcome"], "image_null");
-        assert_eq!(told(&joint, 4, "a#4")["outcome"], "passed_over");
-        assert_eq!(told(&uniform, 4, "a#4")["outcome"], "not_drawn");
-        assert_eq!(told(&uniform, 1, "a#1")["score"], Value::Null);
+        assert_eq!(came_of(&joint, 3, "a#3")["outcome"], "image_null");
+        assert_eq!(came_of(&joint, 4, "a#4")["outcome"], "passed_over");
+        assert_eq!(came_of(&uniform, 4, "a#4")["outcome"], "not_drawn");
+        assert_eq!(came_of(&uniform, 1, "a#1")["score"], Value::Null);
     }
 }

@@ -1,10 +1,10 @@
 //! What the data is made of, and what selection makes of it: the shares of sources and shards among
 //! the scanned and among the chosen rows, how they drift, and in what the chosen rows differ.
 mod rows;
+mod shares;
 mod step;
 #[cfg(test)]
 mod tests;
-mod told;
 
 use super::{
     Known, Page, StepKey,
@@ -35,7 +35,7 @@ pub(super) struct Mixes {
     answers: Keep<AnswerKey, Json>,
 }
 
-/// What is told, the nonce of the run's definition, its newest step and generation.
+/// What is asked, the nonce of the run's definition, its newest step and generation.
 type AnswerKey = (What, String, Option<u64>, u32);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,14 +80,14 @@ async fn in_turn(page: Arc<Page>, id: &str, what: What) -> Result<Json> {
         }
         let looked = Looked::of(&page, &known).await?;
         let has_all_steps = looked.has_all;
-        let (told, has_all_rows) = match what {
+        let (answer, has_all_rows) = match what {
             What::Shares => (looked.shares(&page).await?, true),
             What::Rows => looked.rows(&page, &known).await?,
         };
         if has_all_steps && has_all_rows {
-            page.mixes.answers.put(key, told.clone());
+            page.mixes.answers.put(key, answer.clone());
         }
-        Ok(told)
+        Ok(answer)
     };
     turn.spend_on(work).await
 }
@@ -130,11 +130,11 @@ impl Looked {
     }
 
     async fn shares(self, page: &Page) -> Result<Json> {
-        let told = move || {
-            let told = told::told(&self.manifest, self.stride, &self.steps);
-            Ok(Json::from(told))
+        let count = move || {
+            let shares = shares::shares(&self.manifest, self.stride, &self.steps);
+            Ok(Json::from(shares))
         };
-        page.work("counting the mix", told).await
+        page.work("counting the mix", count).await
     }
 }
 

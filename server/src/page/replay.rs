@@ -43,10 +43,10 @@ pub(super) async fn pairs(
         }
         let past = asked.past(&page).await?;
         let found = asked.replays.pairs(&past, PAIRS).await?;
-        let told = move || Ok(Json::from(found.json(&past)));
-        let told = page.work("showing pairs", told).await?;
-        page.replayed.put(key, told.clone());
-        Ok(told)
+        let show = move || Ok(Json::from(found.json(&past)));
+        let pairs = page.work("showing pairs", show).await?;
+        page.replayed.put(key, pairs.clone());
+        Ok(pairs)
     };
     Ok(turn.spend_on(work).await?)
 }
@@ -64,8 +64,8 @@ pub(super) async fn redraw(
     let work = async move {
         let past = asked.past(&page).await?;
         let redrawn = asked.replays.redraw(&past, &change).await?;
-        let told = move || Ok(Json::from(redrawn.json(&past)));
-        page.work("showing a draw", told).await
+        let show = move || Ok(Json::from(redrawn.json(&past)));
+        page.work("showing a draw", show).await
     };
     Ok(turn.spend_on(work).await?)
 }

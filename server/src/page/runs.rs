@@ -39,12 +39,12 @@ const AT_ONCE: usize = 8;
 
 /// Answers `GET /api/about`.
 pub(super) async fn about(State(page): State<Arc<Page>>) -> Answer {
-    let told = json!({
+    let about = json!({
         "state": page.state.uri(),
         "version": env!("CARGO_PKG_VERSION"),
         "replays": page.replays.is_some(),
     });
-    Ok(told.into())
+    Ok(about.into())
 }
 
 /// Answers `GET /api/runs`, with `?before=NAME`: the runs by name from the last, or from the one
@@ -69,8 +69,8 @@ pub(super) async fn list(
     let mut runs: Vec<Value> = found.into_iter().flatten().collect();
     runs.sort_by_key(|run| std::cmp::Reverse(run["committed_unix_ms"].as_i64()));
     let next = names.last().filter(|_| !more.is_empty());
-    let told = json!({ "runs": runs, "more": more.len(), "next": next });
-    Ok(told.into())
+    let list = json!({ "runs": runs, "more": more.len(), "next": next });
+    Ok(list.into())
 }
 
 /// Reads one run for the list. One that cannot be read is listed with the reason: it must not keep
@@ -127,16 +127,16 @@ pub(super) async fn one(State(page): State<Arc<Page>>, Path(id): Path<String>) -
         None => None,
     };
     let committed = summary.map(|summary| summary.committed_unix_ms);
-    let told = move || {
-        let mut told = described(&known, manifest)?;
-        told["newest"] = json!(newest);
-        told["totals"] = json!(totals.as_ref().map(accounts));
-        told["selection_flops"] = json!(totals.as_ref().map(of_selection));
-        told["committed_unix_ms"] = json!(committed);
-        told["ms_since_commit"] = json!(committed.and_then(|at| now_ms()?.checked_sub(at)));
-        Ok(Json::from(told))
+    let describe = move || {
+        let mut run = described(&known, manifest)?;
+        run["newest"] = json!(newest);
+        run["totals"] = json!(totals.as_ref().map(accounts));
+        run["selection_flops"] = json!(totals.as_ref().map(of_selection));
+        run["committed_unix_ms"] = json!(committed);
+        run["ms_since_commit"] = json!(committed.and_then(|at| now_ms()?.checked_sub(at)));
+        Ok(Json::from(run))
     };
-    Ok(page.work("describing a run", told).await?)
+    Ok(page.work("describing a run", describe).await?)
 }
 
 /// Returns what a run is, without how far it has come. Takes a while if the manifest is large.

@@ -49,9 +49,9 @@ async fn shown(
         .map_err(|_| Error::invalid("step", format!("'{step}' is no step")))?;
     let known = page.find_or_load(id).await?;
     let generations = known.generations_of(step, number(query, "generation")?);
-    let told = move |receipt: Receipt| Ok(Json::from(of(&receipt)));
-    let told = page.with_receipt(&known, step, generations, told).await?;
-    told.ok_or_else(|| known.not_committed(step))
+    let show = move |receipt: Receipt| Ok(Json::from(of(&receipt)));
+    let shown = page.with_receipt(&known, step, generations, show).await?;
+    shown.ok_or_else(|| known.not_committed(step))
 }
 
 fn columns(receipt: &Receipt) -> Value {

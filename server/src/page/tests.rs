@@ -49,29 +49,19 @@ pub(super) fn manifest(sources: &[u32]) -> Arc<Manifest> {
         size: 1,
         etag: Some("tag".into()),
         blocks: (0..2).map(block).collect(),
-        left_out: 0,
-        without_image: 0,
-        outside: 0,
-        not_downloaded: 0,
-        flaw: None,
-    };
-    let layout = || Layout {
-        image_column: "image".into(),
-        image_in_struct: false,
-        image_root: None,
-        caption_column: "caption".into(),
-        caption_seed: None,
-        format: Default::default(),
+        ..Shard::default()
     };
     let source = |(n, shards): (usize, &u32)| SourceManifest {
         uri: format!("memory:///{n}"),
         root_uri: format!("memory:///{n}"),
         weight: 1.0,
-        layout: layout(),
-        columns: Vec::new(),
+        layout: Layout {
+            image_column: "image".into(),
+            caption_column: "caption".into(),
+            ..Layout::default()
+        },
         shards: (0..*shards).map(shard).collect(),
-        kept_by: None,
-        scores: None,
+        ..SourceManifest::default()
     };
     Arc::new(Manifest {
         version: Manifest::VERSION,

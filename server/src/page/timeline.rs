@@ -33,8 +33,8 @@ pub(super) async fn timeline(
     };
     let found = read(&page, &known, &steps).await?;
     let newest = known.newest;
-    let told = move || Ok(Json::from(columns(&found, stride, newest)));
-    Ok(page.work("showing a timeline", told).await?)
+    let show = move || Ok(Json::from(columns(&found, stride, newest)));
+    Ok(page.work("showing a timeline", show).await?)
 }
 
 /// Returns every stride-th step of `from..=to`, and `to` itself. The stride is a power of two and

@@ -316,13 +316,13 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let told = |own: &[u8], rows: &[u8], places: &[u32]| {
+        let refusal = |own: &[u8], rows: &[u8], places: &[u32]| {
             join(&self::own(own), vec![vec![sent(rows)]], &[places.to_vec()]).unwrap_err()
         };
-        assert!(told(&[1, 2], &[1, 3], &[0, 1]).contains("other rows"));
-        assert!(told(&[1, 2], &[1, 2], &[0, 0]).contains("two tickets"));
-        assert!(told(&[1, 2], &[1, 2], &[0, 2]).contains("or none"));
-        assert!(told(&[1, 2], &[1], &[0]).contains("in no ticket"));
+        assert!(refusal(&[1, 2], &[1, 3], &[0, 1]).contains("other rows"));
+        assert!(refusal(&[1, 2], &[1, 2], &[0, 0]).contains("two tickets"));
+        assert!(refusal(&[1, 2], &[1, 2], &[0, 2]).contains("or none"));
+        assert!(refusal(&[1, 2], &[1], &[0]).contains("in no ticket"));
         assert!(join(&own(&[]), Vec::new(), &[]).is_err());
     }
 
@@ -332,7 +332,7 @@ mod tests {
         let rows = RecordBatchOptions::new().with_row_count(Some(1 << 50));
         let schema = Arc::new(Schema::empty());
         let own = RecordBatch::try_new_with_options(schema, Vec::new(), &rows).unwrap();
-        let told = join(&own, vec![vec![sent(&[1])]], &[vec![0]]).unwrap_err();
-        assert!(told.contains("in no ticket"), "{told}");
+        let error = join(&own, vec![vec![sent(&[1])]], &[vec![0]]).unwrap_err();
+        assert!(error.contains("in no ticket"), "{error}");
     }
 }

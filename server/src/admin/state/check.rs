@@ -140,8 +140,8 @@ pub(super) async fn check(
                 Ok(Some(receipt)) => {
                     used.collect_used(&receipt, &at);
                     let wrong = wrong(&receipt, (step, generation), id, facts).into_iter();
-                    let told = wrong.map(|what| format!("{at}: {what}"));
-                    found.problems.extend(told);
+                    let problems = wrong.map(|what| format!("{at}: {what}"));
+                    found.problems.extend(problems);
                 }
                 Ok(None) => found.problems.push(format!("{at} is gone")),
                 Err(error) => found.problems.push(error.chain()),

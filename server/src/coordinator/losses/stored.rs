@@ -78,8 +78,8 @@ pub(super) async fn summarise(run: &Location, next: u64, all: Bytes) -> Result<(
     run.put(&format!("{SUMMARIES}/{next:012}.bin"), all).await?;
     let mut older = summaries(run).await?;
     older.retain(|(number, _)| *number <= next);
-    let gone = older.len().saturating_sub(SUMMARIES_KEPT);
-    for (_, key) in older.into_iter().take(gone) {
+    let surplus = older.len().saturating_sub(SUMMARIES_KEPT);
+    for (_, key) in older.into_iter().take(surplus) {
         run.delete(&key).await?;
     }
     Ok(())

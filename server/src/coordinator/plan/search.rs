@@ -84,7 +84,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::{Block, Layout, Manifest, Shard, SourceManifest};
+    use crate::dataset::{Block, Manifest, Shard, SourceManifest};
     use std::{collections::BTreeMap, sync::Arc};
 
     fn source(shards: u32, blocks: u32, rows: u32) -> SourceManifest {
@@ -97,30 +97,15 @@ mod tests {
         let shard = |s: u32| Shard {
             path: format!("{s}.parquet"),
             size: 1,
-            etag: None,
             blocks: (0..blocks).map(block).collect(),
-            left_out: 0,
-            without_image: 0,
-            outside: 0,
-            not_downloaded: 0,
-            flaw: None,
+            ..Shard::default()
         };
         SourceManifest {
             uri: "memory:///a".into(),
             root_uri: "memory:///a".into(),
             weight: 1.0,
-            layout: Layout {
-                image_column: "image".into(),
-                image_in_struct: false,
-                image_root: None,
-                caption_column: "caption".into(),
-                caption_seed: None,
-                format: Default::default(),
-            },
-            columns: vec![],
             shards: (0..shards).map(shard).collect(),
-            kept_by: None,
-            scores: None,
+            ..SourceManifest::default()
         }
     }
 

@@ -17,13 +17,13 @@ use superbatch_proto::v1::{Hole, Mode, ModelRef, Reason, RowsForm, WeightsVersio
 pub(super) enum Weights {
     Kept(Published),
     /// Why they are not to be had.
-    Gone(String),
+    Missing(String),
 }
 
 impl Weights {
     pub(super) async fn find(past: &Past) -> Result<Self> {
         let Some(version) = &past.summary.learner else {
-            return Ok(Self::Gone(format!(
+            return Ok(Self::Missing(format!(
                 "step {} was decided without the learner ({}), so no weights belong to it",
                 past.summary.step,
                 match past.summary.mode() {
@@ -36,7 +36,10 @@ impl Weights {
             return Ok(Self::Kept(initial(version)));
         }
         let found = stored::find(&past.run, version).await?;
-        Ok(found.map_or_else(|| Self::Gone(gone(past.summary.step, version)), Self::Kept))
+        Ok(found.map_or_else(
+            || Self::Missing(deleted(past.summary.step, version)),
+            Self::Kept,
+        ))
     }
 
     pub(super) fn kept(&self) -> bool {
@@ -47,7 +50,7 @@ impl Weights {
     pub(super) fn missing(&self) -> Option<&str> {
         match self {
             Self::Kept(_) => None,
-            Self::Gone(why) => Some(why),
+            Self::Missing(why) => Some(why),
         }
     }
 
@@ -56,7 +59,7 @@ impl Weights {
     pub(super) fn required(&self) -> Result<&Published> {
         match self {
             Self::Kept(published) => Ok(published),
-            Self::Gone(why) => {
+            Self::Missing(why) => {
                 let message = format!(
                     "{why}; draw by what needs no learner: --criterion easy, or a policy such as \
                      uniform or k_center"
@@ -77,7 +80,8 @@ fn initial(version: &WeightsVersion) -> Published {
     }
 }
 
-fn gone(step: u64, version: &WeightsVersion) -> String {
+/// Says why `version` is missing.
+fn deleted(step: u64, version: &WeightsVersion) -> String {
     format!(
         "weights version {} (pushed after step {}), with which step {step} was scored, is deleted: \
          a service keeps the newest versions of a run, `coordinator.snapshots_kept` of them",

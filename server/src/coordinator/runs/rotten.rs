@@ -19,7 +19,7 @@ pub struct Rotten(Mutex<BTreeMap<Shard, Seen>>);
 pub struct Seen {
     pub rows: u32,
     pub bad: u32,
-    is_told: bool,
+    is_reported: bool,
 }
 
 impl Rotten {
@@ -39,11 +39,11 @@ impl Rotten {
         }
         let mut found = Vec::new();
         for shard in touched.into_keys() {
-            let Some(seen) = shards.get_mut(&shard).filter(|seen| !seen.is_told) else {
+            let Some(seen) = shards.get_mut(&shard).filter(|seen| !seen.is_reported) else {
                 continue;
             };
             if seen.bad >= BAD_MIN && seen.bad >= seen.rows - seen.bad {
-                seen.is_told = true;
+                seen.is_reported = true;
                 metrics::rotten_shards().increment(1);
                 found.push((shard, *seen));
             }
@@ -61,7 +61,7 @@ mod tests {
         (0..good).map(of(false)).chain((0..bad).map(of(true)))
     }
 
-    fn told(rotten: &Rotten, rows: impl Iterator<Item = (Shard, bool)>) -> Vec<u32> {
+    fn reported(rotten: &Rotten, rows: impl Iterator<Item = (Shard, bool)>) -> Vec<u32> {
         let found = rotten.note(rows);
         found.into_iter().map(|((_, shard), _)| shard).collect()
     }
@@ -71,13 +71,16 @@ mod tests {
         let rotten = Rotten::default();
         let first = rows(0, 10, 9).chain(rows(1, 100, 20)).chain(rows(2, 0, 15));
         assert_eq!(
-            told(&rotten, first),
+            reported(&rotten, first),
             [0; 0],
             "some bad rows are in any shard"
         );
         let second = rows(0, 3, 7).chain(rows(2, 0, 1));
-        assert_eq!(told(&rotten, second), [0, 2]);
-        assert_eq!(told(&rotten, rows(0, 0, 50).chain(rows(2, 0, 9))), [0; 0]);
+        assert_eq!(reported(&rotten, second), [0, 2]);
+        assert_eq!(
+            reported(&rotten, rows(0, 0, 50).chain(rows(2, 0, 9))),
+            [0; 0]
+        );
         let seen = rotten.note(rows(1, 0, 80));
         assert_eq!(
             (seen[0].0, seen[0].1.rows, seen[0].1.bad),

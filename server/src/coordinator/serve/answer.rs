@@ -28,7 +28,8 @@ struct Watched {
     /// When the reader asked last.
     asked: Instant,
     unread_max: Duration,
-    is_told: bool,
+    /// Whether the trailer, or the error for a reader that was given up, was taken.
+    is_over: bool,
     watch: Option<AbortHandle>,
 }
 
@@ -38,7 +39,7 @@ impl Answer {
             messages: Some(Box::new(messages)),
             asked: Instant::now(),
             unread_max: Duration::MAX,
-            is_told: false,
+            is_over: false,
             watch: None,
         })))
     }
@@ -85,11 +86,11 @@ impl Iterator for Answer {
             let next = messages.next();
             if matches!(next, Some(Message::Trailer(_))) {
                 // The batch is whole: that nobody asks for more is no failure.
-                (watched.messages, watched.is_told) = (None, true);
+                (watched.messages, watched.is_over) = (None, true);
             }
             return next.map(Ok);
         }
-        if std::mem::replace(&mut watched.is_told, true) {
+        if std::mem::replace(&mut watched.is_over, true) {
             return None;
         }
         let message = format!(

@@ -109,20 +109,14 @@ fn in_group(manifest: &Manifest, row: &ChosenRow) -> Result<Option<(u32, u64)>> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::{Layout, Shard, SourceManifest};
+    use crate::dataset::{Shard, SourceManifest};
 
     #[test]
     fn a_row_lies_in_a_file_of_the_manifest_or_nowhere() {
         let shard = Shard {
             path: "a.parquet".into(),
             size: 1,
-            etag: None,
-            blocks: vec![],
-            left_out: 0,
-            without_image: 0,
-            outside: 0,
-            not_downloaded: 0,
-            flaw: None,
+            ..Shard::default()
         };
         let of_one_file = Shard {
             path: String::new(),
@@ -131,19 +125,8 @@ mod tests {
         let source = SourceManifest {
             uri: "memory:///data".into(),
             root_uri: "memory:///data/".into(),
-            weight: 1.0,
-            layout: Layout {
-                image_column: "jpg".into(),
-                image_in_struct: false,
-                image_root: None,
-                caption_column: "caption".into(),
-                caption_seed: None,
-                format: Format::default(),
-            },
-            columns: vec![],
             shards: vec![shard, of_one_file],
-            kept_by: None,
-            scores: None,
+            ..SourceManifest::default()
         };
         let manifest = Manifest {
             version: Manifest::VERSION,

@@ -220,8 +220,8 @@ fn rank_parts(
     let (seed, step, micro) = (spec.seed, request.step, spec.micro_batches);
     let indices = share::slice(seed, step, &groups, world, micro, rank)?;
     let table = || {
-        let gone = || Error::internal("the rows of a step are not in hand");
-        ready.table().ok_or_else(gone)
+        let not_in_hand = || Error::internal("the rows of a step are not in hand");
+        ready.table().ok_or_else(not_in_hand)
     };
     let parts = match (way, &ready.rows) {
         (Way::Tickets, Data::OnWorkers(rows)) => {

@@ -147,8 +147,8 @@ fn tell_of_rotten_shards(run: &Run, super_batch: &SuperBatch, decided: &Decided)
 /// Plans the step's candidates. Ordering the rows of large blocks takes long enough to hold up
 /// every call of the process.
 async fn planned(run: &Run, spec: &Arc<RunSpec>, step: u64) -> Result<SuperBatch> {
-    let gone = || Error::internal("a run was let go while it planned a step");
-    let (run, spec) = (run.me.upgrade().ok_or_else(gone)?, spec.clone());
+    let let_go = || Error::internal("a run was let go while it planned a step");
+    let (run, spec) = (run.me.upgrade().ok_or_else(let_go)?, spec.clone());
     blocking("planning a step", move || run.plan.step(&spec.phases, step)).await
 }
 

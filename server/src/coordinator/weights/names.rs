@@ -32,8 +32,8 @@ pub(super) fn unwrapped(name: &str, tensors: &BTreeMap<String, Vec<u64>>) -> Opt
 
 /// Logs, once in each process, that names are taken without their prefixes.
 pub(super) fn log_prefixes_once(pushed: &str, taken: &str) {
-    static TOLD: Once = Once::new();
-    TOLD.call_once(|| {
+    static LOGGED: Once = Once::new();
+    LOGGED.call_once(|| {
         tracing::info!(
             pushed,
             taken,

@@ -31,7 +31,7 @@ pub struct Push {
 pub struct Rank {
     pub rank: u32,
     pub ended: bool,
-    /// The client's number for this push. 0: not told.
+    /// The client's number for this push. 0: it gave none.
     sender: u64,
     /// How often the client has sent this push before.
     attempt: u32,
@@ -44,9 +44,9 @@ impl Rank {
     /// streams of one sender may come by two connections, and after a pause of this process both
     /// are read at once.
     fn was_sent_after(&self, start: &PushStart) -> bool {
-        let is_told = start.sender != 0;
+        let is_numbered = start.sender != 0;
         let is_same = self.rank == start.rank && self.sender == start.sender;
-        is_told && is_same && self.attempt > start.attempt
+        is_numbered && is_same && self.attempt > start.attempt
     }
 
     fn supersede(self, why: &str) {
@@ -162,7 +162,7 @@ impl Push {
                 old.supersede(&sent_again(start));
             }
         }
-        let (superseded, told) = watch::channel(None);
+        let (superseded, superseding) = watch::channel(None);
         let rank = Rank {
             rank: start.rank,
             ended: self.staged.is_none(),
@@ -171,7 +171,7 @@ impl Push {
             superseded,
         };
         self.streams.insert(stream, rank);
-        Ok(told)
+        Ok(superseding)
     }
 }
 

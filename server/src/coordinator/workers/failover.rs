@@ -23,9 +23,9 @@ const LOST_MAX: usize = 5;
 #[derive(Debug, Default)]
 struct Unable {
     workers: Vec<Worker>,
-    said: Option<Error>,
-    /// Whether the error was logged.
-    told: bool,
+    /// What the last of them answered.
+    error: Option<Error>,
+    is_logged: bool,
 }
 
 impl Unable {
@@ -50,7 +50,7 @@ impl Unable {
         if !may_be_its_own || self.workers.len() >= ENOUGH {
             return Err(error);
         }
-        (self.said, self.told) = (Some(error), false);
+        (self.error, self.is_logged) = (Some(error), false);
         Ok(())
     }
 
@@ -63,12 +63,14 @@ impl Unable {
         live.retain(|worker| !self.workers.iter().any(|asked| asked.is(worker)));
         if live.is_empty() {
             return Err(self
-                .said
+                .error
                 .take()
                 .unwrap_or_else(|| Error::new(Reason::NoWorkers, "all scoring workers failed")));
         }
         let worker = live.swap_remove(turn % live.len());
-        if let (Some(error), Some(unable), false) = (&self.said, self.workers.last(), self.told) {
+        if let (Some(error), Some(unable), false) =
+            (&self.error, self.workers.last(), self.is_logged)
+        {
             let (from, to) = (&unable.address, &worker.address);
             tracing::warn!(
                 worker = from,
@@ -76,7 +78,7 @@ impl Unable {
                 error = error.chain(),
                 "a worker fails; another one does its work"
             );
-            self.told = true;
+            self.is_logged = true;
         }
         Ok(worker)
     }

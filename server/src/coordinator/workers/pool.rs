@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 use superbatch_proto::{
-    CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES,
+    http2,
     v1::{Reason, RegisterRequest},
 };
 use superbatch_transport::{Authorized, Bearer, Dialer};
@@ -342,12 +342,9 @@ fn check_registration(request: &RegisterRequest) -> Result<()> {
 /// Sets up connections so that they notice a peer that is gone. A host that loses power closes no
 /// connection; without pings its streams would hang.
 fn tuned(endpoint: Endpoint) -> Endpoint {
-    endpoint
+    http2::client(endpoint)
         .connect_timeout(Duration::from_secs(5))
         .tcp_nodelay(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true)
@@ -357,33 +354,12 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
 mod tests {
     use super::*;
     use crate::coordinator::workers::worker::tests::unreachable;
-    use tokio::{io::AsyncReadExt, net::TcpListener};
-
-    /// Returns the largest frame that a connection accepts, as it says in the SETTINGS with which
-    /// HTTP/2 begins.
-    async fn frame_bytes_max(listener: TcpListener) -> Option<u32> {
-        let (mut socket, _) = listener.accept().await.unwrap();
-        // 24 bytes of preface, and 9 of the frame's head: its length, and 4 for SETTINGS.
-        let mut head = [0; 24 + 9];
-        socket.read_exact(&mut head).await.unwrap();
-        assert_eq!(head[27], 4, "{head:?}");
-        let length = u32::from_be_bytes([0, head[24], head[25], head[26]]);
-        let mut settings = vec![0; length as usize];
-        socket.read_exact(&mut settings).await.unwrap();
-        let mut settings = settings.chunks_exact(6);
-        let size = settings.find(|setting| setting[..2] == [0, 5])?;
-        size[2..].try_into().ok().map(u32::from_be_bytes)
-    }
+    use superbatch_transport::testing::frame_bytes_max;
 
     #[tokio::test]
     async fn a_part_of_rows_may_come_in_one_frame() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let uri = format!("http://{}", listener.local_addr().unwrap());
-        let dialer = Dialer::default();
-        let connected = dialer.connect(&uri, tuned);
-        let (channel, told) = tokio::join!(connected, frame_bytes_max(listener));
-        channel.unwrap();
-        assert_eq!(told, Some(FRAME_BYTES_MAX));
+        let accepted = frame_bytes_max(tuned).await;
+        assert_eq!(accepted.unwrap(), Some(http2::FRAME_BYTES_MAX));
     }
 
     fn registration(address: &str, leaving: bool) -> RegisterRequest {

@@ -347,11 +347,9 @@ fn an_older_build_cannot_read_a_layout_with_a_root() {
     }
     let layout = |image_root| Layout {
         image_column: "file_name".into(),
-        image_in_struct: false,
         image_root,
         caption_column: "caption".into(),
-        caption_seed: None,
-        format: crate::dataset::Format::Parquet,
+        ..Layout::default()
     };
     let stored = serde_json::to_string(&layout(None)).unwrap();
     let older: Older = serde_json::from_str(&stored).unwrap();

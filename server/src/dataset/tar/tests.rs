@@ -318,11 +318,9 @@ fn a_block_that_no_array_holds_is_refused_before_it_is_read() {
     };
     let layout = Layout {
         image_column: "jpg".into(),
-        image_in_struct: false,
         caption_column: "txt".into(),
-        caption_seed: None,
-        image_root: None,
         format: Format::Tar,
+        ..Layout::default()
     };
     let block = &blocks(&survey.samples, &layout)[0];
     let file = ShardFile::new(stores().open("memory:///a.tar").unwrap(), 4 << 30, None);

@@ -1,6 +1,6 @@
 //! What receipts do not hold of rows: the length of captions and the size of images. They are
 //! measured on a sample of blocks, since whole blocks are read.
-use super::Looked;
+use super::{Looked, shares::lift_of};
 use crate::{
     coordinator::plan::planner::Plan,
     error::Result,
@@ -77,16 +77,16 @@ impl Looked {
         if let (0, Some(error)) = (read, failure) {
             return Err(error);
         }
-        let told = json!({
+        let answer = json!({
             "steps": steps_read,
             "blocks": read,
             "unread": unread,
             "scanned": rows[0],
             "chosen": rows[1],
-            "caption_chars": told(all.caption_chars),
-            "image_bytes": told(all.image_bytes),
+            "caption_chars": binned(all.caption_chars),
+            "image_bytes": binned(all.image_bytes),
         });
-        Ok((told.into(), unread == 0))
+        Ok((answer.into(), unread == 0))
     }
 
     /// Picks the rows of a step.
@@ -160,7 +160,7 @@ pub(super) fn pick(
 }
 
 /// Returns the numbers in bins, with the lift of each; null if there are none.
-pub(super) fn told(mut numbers: Numbers) -> Value {
+pub(super) fn binned(mut numbers: Numbers) -> Value {
     numbers.sort_unstable();
     let chosen: Vec<u64> = numbers.iter().filter(|n| n.1).map(|n| n.0).collect();
     let Some(median) = numbers.get(numbers.len() / 2) else {
@@ -177,7 +177,7 @@ pub(super) fn told(mut numbers: Numbers) -> Value {
         while to < numbers.len() && numbers[to].0 == numbers[to - 1].0 {
             to += 1;
         }
-        bins.push(told_bin(&numbers[from..to], total));
+        bins.push(one_bin(&numbers[from..to], total));
         from = to;
     }
     json!({
@@ -187,7 +187,7 @@ pub(super) fn told(mut numbers: Numbers) -> Value {
     })
 }
 
-fn told_bin(bin: &[(u64, bool)], total: [u64; 2]) -> Value {
+fn one_bin(bin: &[(u64, bool)], total: [u64; 2]) -> Value {
     let chosen = bin.iter().filter(|(_, chosen)| *chosen).count() as u64;
     let scanned = bin.len() as u64;
     let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
@@ -198,6 +198,6 @@ fn told_bin(bin: &[(u64, bool)], total: [u64; 2]) -> Value {
         "chosen": chosen,
         "scanned_share": share(scanned, total[0]),
         "chosen_share": share(chosen, total[1]),
-        "lift": super::told::lift([scanned, chosen], total).unwrap_or(0.0),
+        "lift": lift_of([scanned, chosen], total),
     })
 }

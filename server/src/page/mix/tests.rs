@@ -1,6 +1,6 @@
 use super::{
+    shares::{by_source, lift, shares, sum},
     step::{Counts, OfStep},
-    told::{by_source, lift, sum, told},
     *,
 };
 use crate::{
@@ -54,7 +54,7 @@ fn counted(changed: impl Fn(&mut Receipt)) -> (Arc<Manifest>, Vec<Arc<OfStep>>) 
 #[test]
 fn shares_are_of_the_pool_of_the_scanned_and_of_the_chosen() {
     let (manifest, steps) = counted(|_| {});
-    let found = told(&manifest, 1, &steps);
+    let found = shares(&manifest, 1, &steps);
     assert_eq!(
         (&found["scanned"], &found["chosen"]),
         (&json!(48), &json!(12))
@@ -95,7 +95,7 @@ fn shares_are_of_the_pool_of_the_scanned_and_of_the_chosen() {
 #[test]
 fn shards_of_which_no_row_was_chosen_are_named() {
     let (manifest, steps) = counted(|_| {});
-    let found = told(&manifest, 1, &steps);
+    let found = shares(&manifest, 1, &steps);
     let never = found["never"].as_array().unwrap();
     assert_eq!(found["shards_never"], never.len());
     assert!(
@@ -111,7 +111,7 @@ fn shards_of_which_no_row_was_chosen_are_named() {
 #[test]
 fn lifts_of_shards_are_told_over_the_run() {
     let (manifest, steps) = counted(|_| {});
-    let found = told(&manifest, 1, &steps);
+    let found = shares(&manifest, 1, &steps);
     assert_eq!(found["parts"]["step"], json!([0, 1, 2]));
     for shard in found["parts"]["shards"].as_array().unwrap() {
         let lifts = shard["lift"].as_array().unwrap();
@@ -144,7 +144,7 @@ fn what_receipts_hold_of_rows_is_told_by_step() {
         };
         summary.score_columns = vec![column("width"), column("none")];
     });
-    let found = told(&manifest, 1, &steps);
+    let found = shares(&manifest, 1, &steps);
     let losses = &found["losses"];
     assert_eq!(losses["reference_chosen"], json!([2.5, 2.5, 2.5]));
     assert_eq!(
@@ -174,11 +174,11 @@ fn what_receipts_do_not_hold_is_null() {
         receipt.summary.as_mut().unwrap().left_out = None::<LeftOut>;
         receipt.passed_over.clear();
     });
-    let found = told(&manifest, 1, &steps);
+    let found = shares(&manifest, 1, &steps);
     assert_eq!(found["left_out"], Value::Null);
     assert_eq!(found["contents"], Value::Null);
     assert_eq!(found["columns"], json!([]));
-    let nothing = told(&manifest, 1, &[]);
+    let nothing = shares(&manifest, 1, &[]);
     assert_eq!(
         (&nothing["scanned"], &nothing["shards"]),
         (&json!(0), &json!([]))
@@ -197,7 +197,7 @@ fn a_step_without_scores_is_not_counted() {
 #[test]
 fn numbers_are_cut_into_bins_of_scanned_rows() {
     let numbers = (0..10).map(|n| (n, n >= 8)).collect();
-    let found = rows::told(numbers);
+    let found = rows::binned(numbers);
     assert_eq!(
         (&found["median_scanned"], &found["median_chosen"]),
         (&json!(5), &json!(9))
@@ -211,13 +211,13 @@ fn numbers_are_cut_into_bins_of_scanned_rows() {
         (&json!(0.2), &json!(5.0))
     );
     assert_eq!(bins[0]["lift"], 0.0);
-    let alike = rows::told(vec![(7, true), (7, false), (7, false)]);
+    let alike = rows::binned(vec![(7, true), (7, false), (7, false)]);
     assert_eq!(
         alike["bins"].as_array().unwrap().len(),
         1,
         "rows of one number are of one bin"
     );
-    assert_eq!(rows::told(Vec::new()), Value::Null);
+    assert_eq!(rows::binned(Vec::new()), Value::Null);
 }
 
 #[test]
@@ -334,8 +334,12 @@ async fn a_block_that_cannot_be_read_is_passed_over_and_told() {
     let scanned = found["scanned"].as_u64().unwrap();
     assert!((1..32).contains(&scanned), "{scanned}");
     let found = read().await;
-    let told = (&found["unread"], &found["scanned"]);
-    assert_eq!(told, (&json!(0), &json!(32)), "what lacked one is not kept");
+    let counted = (&found["unread"], &found["scanned"]);
+    assert_eq!(
+        counted,
+        (&json!(0), &json!(32)),
+        "what lacked one is not kept"
+    );
     let none = super::rows(State(page_of(true).await), Path("r".into())).await;
     assert!(none.is_err());
 }

@@ -259,8 +259,8 @@ export class Dots {
   constructor({ title, note, xTitle, yTitle, diagonal = false, onpick }) {
     Object.assign(this, { xTitle, yTitle, diagonal, dots: [], near: null });
     this.canvas = h("canvas", { role: "img" });
-    this.told = h("div.legend");
-    this.element = h("section.chart", {}, h("div.chart-head", {}, h("h3", {}, title), note ? h("p.dim", {}, note) : null), this.told, this.canvas);
+    this.legend = h("div.legend");
+    this.element = h("section.chart", {}, h("div.chart-head", {}, h("h3", {}, title), note ? h("p.dim", {}, note) : null), this.legend, this.canvas);
     this.canvas.addEventListener("pointermove", (event) => this.look(this.nearest(event)));
     this.canvas.addEventListener("pointerleave", () => this.look(null));
     this.canvas.addEventListener("click", (event) => {
@@ -272,7 +272,7 @@ export class Dots {
 
   set(dots, legend) {
     this.dots = dots;
-    this.told.replaceChildren(...legend.map(([color, label]) => {
+    this.legend.replaceChildren(...legend.map(([color, label]) => {
       const swatch = h("i.round");
       swatch.style.setProperty("--swatch", `var(${color})`);
       return h("span", {}, swatch, label);

@@ -14,9 +14,9 @@ export async function compare(view, a, b) {
   const rest = h("span.dim", { role: "status" });
   const title = h("header.title", {}, h("div.stepper", {}, h("h1", {}, h("a", { href: api.link.run(a) }, a), h("span.dim", {}, " beside ")), pick, rest));
   const again = redraw(view, a, facts[0].newest ?? 0, about);
-  const told = h("p.dim", {}, "Two runs on the same data, such as two policies or two seeds.");
-  fill(view.place, title, b ? null : [told, again]);
-  offer(view, pick, ids).then((found) => found || b || fill(told, "The state holds no other run."),
+  const note = h("p.dim", {}, "Two runs on the same data, such as two policies or two seeds.");
+  fill(view.place, title, b ? null : [note, again]);
+  offer(view, pick, ids).then((found) => found || b || fill(note, "The state holds no other run."),
     (error) => view.signal.aborted || fill(rest, `Other runs cannot be listed. ${error.message}`));
   if (!b) return;
   const lines = await Promise.all(ids.map((id) => api.timeline(id, 0, view.signal)));

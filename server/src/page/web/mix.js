@@ -28,8 +28,8 @@ function shards(found) {
   const show = (order) => fill(place, shares([...found.shards].sort(by[order]).slice(0, 60)));
   show("high");
   const never = found.shards_never;
-  const told = `${count(found.shards_scanned)} of ${plural(found.shards_pool, "shard")} were scanned in these steps; ${never ? `of ${count(never)} no row was chosen.` : "of each at least one row was chosen."}`;
-  return [h("div.section-head", {}, h("h2", {}, "Shards"), choice("Order", ORDERS, "high", show)), h("p.dim.note", {}, told), place,
+  const scanned = `${count(found.shards_scanned)} of ${plural(found.shards_pool, "shard")} were scanned in these steps; ${never ? `of ${count(never)} no row was chosen.` : "of each at least one row was chosen."}`;
+  return [h("div.section-head", {}, h("h2", {}, "Shards"), choice("Order", ORDERS, "high", show)), h("p.dim.note", {}, scanned), place,
     never ? neverChosen(found) : null];
 }
 

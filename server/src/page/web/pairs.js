@@ -45,7 +45,7 @@ class HeatMap {
     this.most = others[Math.floor(0.99 * (others.length - 1))] || Math.abs(found.values[0]) || 1;
     this.canvas = h("canvas.heat", { tabindex: 0, role: "application", "aria-label": `Scores of ${count(this.size)} by ${count(this.size)} pairs; arrow keys move` });
     this.scale = h("canvas.scale", { "aria-hidden": "true" });
-    this.told = h("div.told", { "aria-live": "polite" });
+    this.details = h("div.pair-details", { "aria-live": "polite" });
     const low = h("span", {}, signed(-this.most)), high = h("span", {}, signed(this.most));
     const what = found.loss === "softmax"
       ? "Logits of pairs, the learner's less the reference's: softmax has no score of a single pair."
@@ -55,7 +55,7 @@ class HeatMap {
     this.element = h("section.chart.pairs", {}, h("div.chart-head", {}, h("h3", {}, `Score of pairs, ${words(found.criterion)}`),
       h("p.dim", {}, `${what} ${by} The diagonal is each example's own pair; lines divide chunks. Colours end at the 99th percentile of the pairs off the diagonal.${less}`),
       found.missing ? h("p.notice", {}, "One model is left out: ", found.missing) : null),
-      h("div.legend", {}, low, this.scale, high, h("span", {}, "images go down, texts across")), h("div.heat-place", {}, this.canvas, this.told));
+      h("div.legend", {}, low, this.scale, high, h("span", {}, "images go down, texts across")), h("div.heat-place", {}, this.canvas, this.details));
     this.canvas.addEventListener("pointermove", (event) => this.look(this.cell(event)));
     this.canvas.addEventListener("click", (event) => this.look(this.cell(event)));
     this.canvas.addEventListener("keydown", (event) => this.move(event));
@@ -85,7 +85,7 @@ class HeatMap {
     const side = (n, what) => h("div.side-of-pair", {},
       h("a", { href: api.link.example(this.id, key[n]) }, h("img", { src: api.pictureUrl(this.id, key[n], 96), alt: "", width: 64, height: 64 })),
       h("div", {}, h("span.dim", {}, `${what} drawn ${n}, chunk ${chunk[n]}`), this.captions.place(key[n])));
-    fill(this.told, h("p", {}, h("b", {}, signed(values[i * this.size + j])), i === j ? " of its own pair" : " by this image and this text"), side(i, "Image"), side(j, "Text"));
+    fill(this.details, h("p", {}, h("b", {}, signed(values[i * this.size + j])), i === j ? " of its own pair" : " by this image and this text"), side(i, "Image"), side(j, "Text"));
     this.captions.load(i === j ? [key[i]] : [key[i], key[j]]);
     this.draw();
   }

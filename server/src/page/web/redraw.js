@@ -13,14 +13,14 @@ export function redraw(view, id, newest, about) {
   const step = input("Step to redraw", { min: 0, max: Math.max(0, newest), value: Math.max(0, newest) });
   const policy = select("Policy", POLICIES), criterion = select("Criterion", CRITERIA);
   const ratio = input("Filter ratio", { min: 0, max: 0.999, step: "any" }), seed = input("Seed", { min: 0 });
-  const place = h("div", { "aria-live": "polite" }), told = h("div");
+  const place = h("div", { "aria-live": "polite" }), terminal = h("div");
   const asked = () => {
     const given = { policy: policy.value, criterion: criterion.value, filter_ratio: ratio.value, seed: seed.value };
     return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== ""));
   };
   const line = () => {
     const options = Object.entries(asked()).map(([name, value]) => ` --${name.replaceAll("_", "-")} ${value}`).join("");
-    fill(told, command("In a terminal", `superbatch replay ${id} --step ${step.value}${options} --state ${about.state}`));
+    fill(terminal, command("In a terminal", `superbatch replay ${id} --step ${step.value}${options} --state ${about.state}`));
   };
   const controls = [step, policy, criterion, ratio, seed];
   controls.forEach((control) => control.addEventListener("input", line));
@@ -42,7 +42,7 @@ export function redraw(view, id, newest, about) {
   const form = about.replays
     ? h("form.controls.redraw", { onsubmit: go }, controls, button)
     : [h("p.dim.note", {}, why), h("form.controls.redraw", { onsubmit: (event) => event.preventDefault() }, controls)];
-  return h("section", {}, head, form, place, told);
+  return h("section", {}, head, form, place, terminal);
 }
 
 function shown(id, found) {
@@ -56,8 +56,8 @@ function shown(id, found) {
   const share = percent(found.rows.length ? found.rows_shared / found.rows.length : 0);
   const same = found.same_draw ? "The same examples in the same order. " : `${plural(found.rows_shared, "example")} of ${count(found.rows.length)} were chosen then (${share}). `;
   const exact = found.losses_differ_by === null ? "" : `Losses differ from the receipt's by at most ${number(found.losses_differ_by)}. `;
-  const told = ({ id, score, chunk }) => (redrawn.policy === "uniform" ? id : `${id}, score ${number(score)}, chunk ${chunk}`);
-  const pictures = fresh.map((row) => ({ key: `${row.source}.${row.shard}.${row.row}`, title: told(row) }));
+  const title = ({ id, score, chunk }) => (redrawn.policy === "uniform" ? id : `${id}, score ${number(score)}, chunk ${chunk}`);
+  const pictures = fresh.map((row) => ({ key: `${row.source}.${row.shard}.${row.row}`, title: title(row) }));
   return [
     h("p.redrawn", {}, same, exact, `Scoring took ${seconds(found.seconds.score)} on ${found.device}.`),
     found.missing ? h("p.notice", {}, "Batch scores cannot be compared: ", found.missing) : null,

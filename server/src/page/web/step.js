@@ -207,11 +207,11 @@ class List {
     const losses = row.learner_loss === null && row.reference_loss === null ? null
       : h("span.losses", {}, "loss ", h("b", {}, number(row.learner_loss)), " learner, ", h("b", {}, number(row.reference_loss)), " reference");
     const score = row.chosen ? row.score : row.own;
-    const told = row.chosen ? (row.added ? `${number(row.own)} own, ${signed(row.added)} by batch-mates` : "own score") : row.own === null || row.own === undefined ? "no score" : row.sampled ? "own score, sampled" : "own score";
+    const note = row.chosen ? (row.added ? `${number(row.own)} own, ${signed(row.added)} by batch-mates` : "own score") : row.own === null || row.own === undefined ? "no score" : row.sampled ? "own score, sampled" : "own score";
     const button = h("button.row", { type: "button", onclick: () => table.onpick(row) },
       h("img", { src: api.pictureUrl(table.id, row.key, 128), alt: "", loading: "lazy", width: 64, height: 64 }),
       h("span.what", {}, table.captions.place(row.key), h("span.id.dim", {}, row.chosen && table.receipt.summary.n_chunks > 1 ? `chunk ${row.chunk} · ` : "", row.id), losses),
-      h("span.score", {}, h("b", {}, number(score)), bars(row, table.scale), h("small.dim", {}, told)));
+      h("span.score", {}, h("b", {}, number(score)), bars(row, table.scale), h("small.dim", {}, note)));
     return h("li", {}, button);
   }
 }

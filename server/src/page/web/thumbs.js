@@ -10,13 +10,13 @@ const PART = 24;
 export function thumbs(id, rows) {
   if (!rows.length) return h("p.dim", {}, "None.");
   const place = h("div.thumbs"), more = h("button", { type: "button", onclick: show });
-  const told = h("span.dim"), foot = h("p.thumbs-more", {}, told, more);
+  const counted = h("span.dim"), foot = h("p.thumbs-more", {}, counted, more);
   let shown = 0;
   function show() {
     place.append(...rows.slice(shown, shown + PART).map((row) => thumb(id, row)));
     shown = Math.min(rows.length, shown + PART);
     const left = rows.length - shown;
-    fill(told, `${count(shown)} of ${count(rows.length)} are shown`);
+    fill(counted, `${count(shown)} of ${count(rows.length)} are shown`);
     more.textContent = `Show ${count(Math.min(PART, left))} more`;
     foot.hidden = left === 0;
   }

@@ -74,7 +74,7 @@ impl DecodePool {
         let call = Arc::new(Call::new(rows, one));
         // After a rewind or a lost connection the threads must be free for live calls at once. The
         // rows of a call whose future was dropped are skipped.
-        let _gone = call.clone().ended_on_drop();
+        let _ended_on_drop = call.clone().ended_on_drop();
         self.decoders.add(call.clone());
         call.wait().await
     }

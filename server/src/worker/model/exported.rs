@@ -81,7 +81,7 @@ pub(super) fn config(json: &[u8], module: Bytes, pinned: &[String]) -> Result<Mo
     let value: Value = serde_json::from_slice(json)
         .map_err(|e| invalid_in(FILE, format!("{FILE} is no valid JSON"), "").because(e))?;
     let fields = Fields::root_of(FILE, &value)?;
-    let (mut config, flops, losses) = told(&fields)?;
+    let (mut config, flops, losses) = described(&fields)?;
     let parameters = looked_at(&config, losses.as_ref(), &module)?;
     config.exported = Some(Arc::new(Exported {
         bytes: module,
@@ -94,9 +94,9 @@ pub(super) fn config(json: &[u8], module: Bytes, pinned: &[String]) -> Result<Mo
 }
 
 /// What `module.json` says: sizes, the cost of both towers, and the form of losses.
-type Told = (ModelConfig, [f64; 2], Option<LossForm>);
+type Described = (ModelConfig, [f64; 2], Option<LossForm>);
 
-fn told(fields: &Fields) -> Result<Told> {
+fn described(fields: &Fields) -> Result<Described> {
     let size = |key: &'static str, most: usize| needed(fields, key, most);
     let losses = LossForm::read(fields, size, [TEXT_LENGTH_MAX, VOCABULARY_MAX])?;
     let flops = match losses.map(|form| form.input) {

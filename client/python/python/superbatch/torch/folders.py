@@ -74,8 +74,8 @@ class TokenIds:
         if self.tokenizer.padding is not None:
             return self.tokenizer.padding["pad_id"]
         file = folder / "tokenizer_config.json"
-        told = json.loads(file.read_text()).get("pad_token") if file.exists() else None
-        token = told.get("content") if isinstance(told, dict) else told
+        named = json.loads(file.read_text()).get("pad_token") if file.exists() else None
+        token = named.get("content") if isinstance(named, dict) else named
         if token is None and config.model_type.startswith("siglip"):
             token = "<pad>"
         found = None if token is None else self.tokenizer.token_to_id(token)

@@ -22,13 +22,8 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         Shard {
             path: format!("{i:05}.parquet"),
             size: 1,
-            etag: None,
             blocks: blocks.collect(),
-            left_out: 0,
-            without_image: 0,
-            outside: 0,
-            not_downloaded: 0,
-            flaw: None,
+            ..Shard::default()
         }
     };
     SourceManifest {
@@ -37,16 +32,11 @@ fn source(name: &str, weight: f64, shards: &[&[u32]]) -> SourceManifest {
         weight,
         layout: Layout {
             image_column: "jpg".into(),
-            image_in_struct: false,
-            image_root: None,
             caption_column: "caption".into(),
-            caption_seed: None,
-            format: Default::default(),
+            ..Layout::default()
         },
-        columns: vec![],
         shards: shards.iter().enumerate().map(shard).collect(),
-        kept_by: None,
-        scores: None,
+        ..SourceManifest::default()
     }
 }
 

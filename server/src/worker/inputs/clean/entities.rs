@@ -38,20 +38,27 @@ static CAPITALS: LazyLock<HashMap<String, String>> = LazyLock::new(|| {
 
 /// Returns the text with all references replaced, as a browser does: some need no semicolon.
 pub(super) fn unescaped(text: &str) -> Cow<'_, str> {
+    replaced(text, |rest, out| {
+        let reference = reference(&rest[1..]);
+        match reference.strip_prefix('#') {
+            Some(number) => out.extend(character(number)),
+            None => named(reference, out),
+        }
+        1 + reference.len()
+    })
+}
+
+/// Returns the text with the places replaced that begin with an ampersand: `replace` is given the
+/// text from there on, appends what stands for the place, and returns how many bytes that was.
+fn replaced(text: &str, replace: impl Fn(&str, &mut String) -> usize) -> Cow<'_, str> {
     let Some(first) = text.find('&') else {
         return Cow::Borrowed(text);
     };
     let mut out = String::with_capacity(text.len());
     out.push_str(&text[..first]);
     let mut rest = &text[first..];
-    // `rest` begins with an ampersand.
-    while let Some(after) = rest.strip_prefix('&') {
-        let reference = reference(after);
-        match reference.strip_prefix('#') {
-            Some(number) => out.extend(character(number)),
-            None => named(reference, &mut out),
-        }
-        let after = &after[reference.len()..];
+    while !rest.is_empty() {
+        let after = &rest[replace(rest, &mut out)..];
         let next = after.find('&').unwrap_or(after.len());
         out.push_str(&after[..next]);
         rest = &after[next..];
@@ -134,24 +141,14 @@ fn is_none(c: char) -> bool {
 
 /// Returns the text with references replaced that end in a semicolon, as ftfy does.
 pub(super) fn unescaped_by_ftfy(text: &str) -> Cow<'_, str> {
-    let Some(first) = text.find('&') else {
-        return Cow::Borrowed(text);
-    };
-    let mut out = String::with_capacity(text.len());
-    out.push_str(&text[..first]);
-    let mut rest = &text[first..];
-    while !rest.is_empty() {
-        let end = end_by_ftfy(rest).unwrap_or(1);
-        let (reference, after) = rest.split_at(end);
+    replaced(text, |rest, out| {
+        let reference = &rest[..end_by_ftfy(rest).unwrap_or(1)];
         match replaced_by_ftfy(reference) {
             Some(characters) => out.push_str(&characters),
             None => out.push_str(reference),
         }
-        let next = after.find('&').unwrap_or(after.len());
-        out.push_str(&after[..next]);
-        rest = &after[next..];
-    }
-    Cow::Owned(out)
+        reference.len()
+    })
 }
 
 /// Returns where the reference that the text begins with ends, if it is one.

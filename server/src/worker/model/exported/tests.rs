@@ -75,18 +75,18 @@ const LOSSES: &str = r#"{"gives": "loss_per_example", "input": "text", "target":
 fn refused(change: impl Fn(&mut Value)) -> Option<String> {
     let mut json: Value = serde_json::from_str(LOSSES).unwrap();
     change(&mut json);
-    let error = told_of(&json).err()?;
+    let error = described_by(&json).err()?;
     Some(error.value("field").unwrap_or_default().to_owned())
 }
 
-fn told_of(json: &Value) -> Result<Told> {
-    told(&Fields::root_of(FILE, json)?)
+fn described_by(json: &Value) -> Result<Described> {
+    described(&Fields::root_of(FILE, json)?)
 }
 
 #[test]
 fn what_a_module_of_losses_takes_is_read_and_bounded() {
     let json: Value = serde_json::from_str(LOSSES).unwrap();
-    let (config, flops, form) = told_of(&json).unwrap();
+    let (config, flops, form) = described_by(&json).unwrap();
     // Five tokens, then the class, and whatever either is lies below 9.
     let text = &config.text;
     assert_eq!(
@@ -132,7 +132,7 @@ fn a_classifier_of_images_needs_no_words() {
         "gives": "loss_per_example", "input": "image", "image_size": 8, "target": "class",
         "classes": 3, "flops": 2
     });
-    let (config, flops, form) = told_of(&json).unwrap();
+    let (config, flops, form) = described_by(&json).unwrap();
     assert_eq!((config.vision.image_size, flops), (8, [2.0, 0.0]));
     assert!(!form.unwrap().has_text());
 }

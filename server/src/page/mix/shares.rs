@@ -1,4 +1,4 @@
-//! The mix as JSON.
+//! The shares of sources and shards, and in what the chosen rows differ, as JSON.
 use super::step::{Both, Content, Counts, OfStep};
 use crate::dataset::Manifest;
 use serde_json::{Value, json};
@@ -8,15 +8,15 @@ use std::{collections::BTreeMap, sync::Arc};
 const SHARDS: usize = 120;
 /// Most shards without a chosen row that are named.
 const NEVER: usize = 60;
-/// Parts of the run in which lifts of shards are told: a step scans few shards.
+/// Parts of the run in which lifts of shards are given: a step scans few shards.
 const PARTS: usize = 8;
-/// Shards whose lift is told by part: half of the highest lift, half of the lowest.
+/// Shards whose lift is given by part: half of the highest lift, half of the lowest.
 const DRIFTING: usize = 6;
 
 type Steps<'a> = &'a [Arc<OfStep>];
 
-/// Returns the mix of `steps`, each of which stands for `stride` steps.
-pub(super) fn told(manifest: &Manifest, stride: u64, steps: Steps) -> Value {
+/// Returns the shares in `steps`, each of which stands for `stride` steps.
+pub(super) fn shares(manifest: &Manifest, stride: u64, steps: Steps) -> Value {
     let all = summed(steps);
     let total = sum(all.values());
     let pool = Pool {
@@ -119,7 +119,7 @@ pub(super) fn lift(
         .then(|| chosen as f64 / all_chosen as f64 * all_scanned as f64 / scanned as f64)
 }
 
-fn lift_of(counts: [u64; 2], total: [u64; 2]) -> f64 {
+pub(super) fn lift_of(counts: [u64; 2], total: [u64; 2]) -> f64 {
     lift(counts, total).unwrap_or(0.0)
 }
 
