@@ -11,16 +11,20 @@ use arrow::{
         StringArray, new_null_array,
     },
     compute::{cast, concat_batches, nullif},
-    datatypes::{DataType, FieldRef, SchemaRef},
+    datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef},
     error::ArrowError,
 };
 use parquet::{
     arrow::{
         ProjectionMask,
-        arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
+        arrow_reader::{
+            ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
+        },
     },
+    errors::ParquetError,
     file::metadata::RowGroupMetaData,
 };
+use std::sync::Arc;
 
 /// The columns and types to read of a block.
 pub(super) struct Wanted {
@@ -66,7 +70,8 @@ impl Wanted {
         mask: &ProjectionMask,
         part: Part,
     ) -> Result<Decoded, ArrowError> {
-        let cause = match self.read(bytes, footer.clone(), mask, part) {
+        let views = self.viewing(footer).unwrap_or_else(|_| footer.clone());
+        let cause = match self.read(bytes, views, mask, part) {
             Ok(batch) => return self.assemble(&batch),
             Err(cause) => cause,
         };
@@ -92,6 +97,27 @@ impl Wanted {
         let batch = self.read(bytes, as_bytes, mask, part);
         let batch = batch.map_err(|_| cause)?;
         self.assemble(&batch)
+    }
+
+    /// Returns a footer by which images are read as views of their pages, which copies none.
+    /// [`to_type`] then copies them once, into memory of their size. As an array of bytes they would
+    /// be copied page by page into memory that is doubled, and copied, whenever it is full, and up
+    /// to half of it would stay empty for as long as the block is kept.
+    fn viewing(&self, footer: &ArrowReaderMetadata) -> Result<ArrowReaderMetadata, ParquetError> {
+        let (schema, name) = (footer.schema(), &self.layout.image_column);
+        let fields = schema.fields().iter().map(|field| {
+            if field.name() == name {
+                with_views(field)
+            } else {
+                field.clone()
+            }
+        });
+        let schema =
+            Schema::new_with_metadata(fields.collect::<Fields>(), schema.metadata().clone());
+        let options = ArrowReaderOptions::new().with_schema(Arc::new(schema));
+        caught(ParquetError::General, || {
+            ArrowReaderMetadata::try_new(footer.metadata().clone(), options)
+        })
     }
 
     fn read(
@@ -188,7 +214,7 @@ impl Wanted {
             if *field.data_type() == DataType::Utf8 && is_bytes {
                 return captions::from_bytes(cast(&array, &DataType::Binary)?.as_binary());
             }
-            cast(&array, field.data_type())
+            to_type(&array, field.data_type())
         };
         let arrays = arrays
             .into_iter()
@@ -199,6 +225,38 @@ impl Wanted {
         let batch = RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)?;
         Ok((batch, paths))
     }
+}
+
+/// Returns a field of bytes, or of a struct with `bytes`, with views in their place; others as they
+/// are.
+fn with_views(field: &FieldRef) -> FieldRef {
+    let kind = match field.data_type() {
+        DataType::Binary | DataType::LargeBinary => DataType::BinaryView,
+        DataType::Struct(parts) => {
+            let part = |part: &FieldRef| match part.name().as_str() {
+                "bytes" if !part.data_type().is_nested() => with_views(part),
+                _ => part.clone(),
+            };
+            DataType::Struct(parts.iter().map(part).collect())
+        }
+        kind => kind.clone(),
+    };
+    Arc::new(Field::clone(field).with_data_type(kind))
+}
+
+/// Casts an array.
+///
+/// # Errors
+/// Arrow's, and for views of more bytes than one array can hold, of which Arrow would panic.
+fn to_type(array: &ArrayRef, kind: &DataType) -> Result<ArrayRef, ArrowError> {
+    if let (Some(views), DataType::Binary) = (array.as_binary_view_opt(), kind) {
+        let bytes: u64 = views.lengths().map(u64::from).sum();
+        if i32::try_from(bytes).is_err() {
+            let message = "a block has over 2 GiB of one column of bytes";
+            return Err(ArrowError::InvalidArgumentError(message.to_owned()));
+        }
+    }
+    cast(array, kind)
 }
 
 fn is_text(kind: &DataType) -> bool {
@@ -229,7 +287,7 @@ fn bytes_and_paths(image: &ArrayRef) -> Result<(ArrayRef, StringArray), ArrowErr
         None => image.clone(),
     };
     let bytes = match fields.and_then(|fields| fields.column_by_name("bytes")) {
-        Some(_) => cast(&field_of(image, "bytes")?, &DataType::Binary)?,
+        Some(_) => to_type(&field_of(image, "bytes")?, &DataType::Binary)?,
         None => new_null_array(&DataType::Binary, image.len()),
     };
     let paths = if *paths.data_type() == DataType::Binary {

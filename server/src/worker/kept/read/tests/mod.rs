@@ -7,8 +7,11 @@ use crate::{
     },
 };
 use arrow::{
-    array::{ArrayRef, AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
-    datatypes::Int64Type,
+    array::{
+        ArrayRef, AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray,
+        StructArray,
+    },
+    datatypes::{DataType, Field, Int64Type},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -17,6 +20,7 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, path::Path,
 };
+use parquet::{arrow::ArrowWriter, basic::Compression, file::properties::WriterProperties};
 use std::{
     fmt,
     sync::atomic::{AtomicU64, Ordering},
@@ -177,6 +181,47 @@ async fn wide_types_are_narrowed() {
             .collect::<Vec<_>>(),
         [Some(&b"a"[..]), None]
     );
+}
+
+#[tokio::test]
+async fn images_take_as_much_memory_as_they_have_bytes() {
+    const ROWS: usize = 37;
+    // Several to a page, and not a power of two in all.
+    fn image(row: usize) -> Vec<u8> {
+        vec![row as u8; 30_000 + row]
+    }
+    let images = || (0..ROWS).map(|row| (row % 5 != 4).then(|| image(row)));
+    let bytes: usize = images().flatten().map(|image| image.len()).sum();
+    let plain: ArrayRef = Arc::new(BinaryArray::from_iter(images()));
+    let wide: ArrayRef = Arc::new(LargeBinaryArray::from_iter(images()));
+    let field = Arc::new(Field::new("bytes", DataType::Binary, true));
+    let nested: ArrayRef = Arc::new(StructArray::from(vec![(field, plain.clone())]));
+    for (name, column) in [("jpg", plain), ("png", wide), ("image", nested)] {
+        let texts = StringArray::from_iter_values((0..ROWS).map(|row| format!("caption {row}")));
+        let rows = batch(vec![(name, column), ("caption", Arc::new(texts))]);
+        for codec in [Compression::UNCOMPRESSED, Compression::SNAPPY] {
+            let properties = WriterProperties::builder()
+                .set_compression(codec)
+                .set_data_page_size_limit(100_000)
+                .build();
+            let mut writer =
+                ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties)).unwrap();
+            writer.write(&rows).unwrap();
+            let stores = stores();
+            let files = [("0.parquet", writer.into_inner().unwrap().into())];
+            let manifest = indexed(&stores, &files).await.unwrap();
+            let reader = BlockReader::new(stores, 1 << 30);
+            let read = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+            let found = read.batch.column(0).as_binary::<i32>();
+            let found = found.iter().map(|image| image.map(<[u8]>::to_vec));
+            assert!(found.eq(images()), "{name} {codec:?}");
+            let held = read.bytes();
+            assert!(
+                (bytes..bytes + 8_000).contains(&held),
+                "{name} {codec:?}: {held} of {bytes}"
+            );
+        }
+    }
 }
 
 /// Two blocks whose unneeded column is much larger than the rest.
