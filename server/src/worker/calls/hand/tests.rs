@@ -67,8 +67,9 @@ fn a_batch_is_shared_if_most_of_it_is_wanted() {
         value_bytes: 0,
         bytes: 0,
     };
+    let hashes = content_hashes(&rows).unwrap();
     for piece in pieces(&rows, &sizes) {
-        let batch = batch(&piece, &schema).unwrap();
+        let batch = batch(&piece, &hashes, &schema).unwrap();
         add(&mut all, batch, &piece);
     }
     let memory = |batch: &RecordBatch| batch["image"].as_binary::<i32>().values().as_ptr();
@@ -104,7 +105,10 @@ fn few_rows_of_many_batches_are_copied_together() {
         panic!("{} pieces", pieces.len())
     };
     assert!(!piece.is_shared && piece.places.iter().copied().eq(0..8));
-    let made = batch(piece, &hashed_schema(&batches[0].schema())).unwrap();
+    let hashes = content_hashes(&rows).unwrap();
+    let made = batch(piece, &hashes, &hashed_schema(&batches[0].schema())).unwrap();
+    let found = made[CONTENT_HASH].as_fixed_size_binary();
+    assert_eq!(found.value(0), content_hash(&image(57), "caption 57"));
     let captions = made["caption"].as_string::<i32>().iter().flatten();
     let expected = (0..8).rev().map(|n| format!("caption {}", n * 8 + 1));
     assert!(captions.eq(expected));
