@@ -87,7 +87,8 @@ async fn made(
 
 /// Divides rows by the batches in which they lie. A batch is shared if the wanted rows are at least
 /// half of its memory, so that the coordinator never holds more than twice what it asked for. Rows
-/// of other batches are copied together, in pieces as large as a rank's record batches.
+/// of other batches are copied together, in pieces as large as a rank's record batches: if they come
+/// in the order in which ranks have them, they are not copied again.
 fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let mut numbers = HashMap::new();
     let mut by_batch: Vec<Vec<usize>> = Vec::new();
@@ -106,7 +107,8 @@ fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let (shared, others): (Vec<_>, Vec<_>) = by_batch.into_iter().partition(is_shared);
     let mut others = others.concat();
     others.sort_unstable();
-    let copied: Vec<usize> = others.iter().map(|place| sizes[*place]).collect();
+    let size = |place: &usize| sizes[*place] + HASH_BYTES;
+    let copied: Vec<usize> = others.iter().map(size).collect();
     let copied = row_ranges(&copied, RANK_BATCH_BYTES_MAX).into_iter();
     let copied = copied.map(|range| (others[range].to_vec(), false));
     let shared = shared.into_iter().map(|places| (places, true));

@@ -17,7 +17,7 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
-use std::{ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 use superbatch_proto::columns::{CONTENT_HASH, IMAGE_OFFSET, IMAGE_URI};
 
 const HASH_BYTES: usize = 16;
@@ -221,19 +221,15 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
 }
 
 pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
+    let mut numbers = HashMap::new();
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {
-        // Searched from the end, since neighbouring rows mostly come from the same batch. There are
-        // few batches, so a map would cost more.
-        let found = batches
-            .iter()
-            .rposition(|batch| std::ptr::eq(*batch, &*row.batch));
-        let batch = found.unwrap_or_else(|| {
+        let number = *numbers.entry(Arc::as_ptr(&row.batch)).or_insert_with(|| {
             batches.push(&row.batch);
             batches.len() - 1
         });
-        places.push((batch, row.row));
+        places.push((number, row.row));
     }
     interleave_record_batch(&batches, &places).map_err(encoding)
 }
