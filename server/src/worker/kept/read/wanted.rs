@@ -21,8 +21,9 @@ use parquet::{
             ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
         },
     },
+    basic::Compression,
     errors::ParquetError,
-    file::metadata::RowGroupMetaData,
+    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
 };
 use std::sync::Arc;
 
@@ -70,7 +71,10 @@ impl Wanted {
         mask: &ProjectionMask,
         part: Part,
     ) -> Result<Decoded, ArrowError> {
-        let views = self.viewing(footer).unwrap_or_else(|_| footer.clone());
+        let columns = footer.metadata().row_group(part.group).columns();
+        let by_views = self.lie_uncompressed(columns, mask);
+        let views = by_views.then(|| self.viewing(footer).ok()).flatten();
+        let views = views.unwrap_or_else(|| footer.clone());
         let cause = match self.read(bytes, views, mask, part) {
             Ok(batch) => return self.assemble(&batch),
             Err(cause) => cause,
@@ -97,6 +101,20 @@ impl Wanted {
         let batch = self.read(bytes, as_bytes, mask, part);
         let batch = batch.map_err(|_| cause)?;
         self.assemble(&batch)
+    }
+
+    /// Returns whether images lie in the file as they are, so that views of them take no memory
+    /// beside the file's bytes. Of a compressed column the pages would all be held at once.
+    fn lie_uncompressed(&self, columns: &[ColumnChunkMetaData], mask: &ProjectionMask) -> bool {
+        let of_image = |column: &ColumnChunkMetaData| {
+            column.column_path().parts().first() == Some(&self.layout.image_column)
+        };
+        let read = columns
+            .iter()
+            .enumerate()
+            .filter(|(leaf, column)| mask.leaf_included(*leaf) && of_image(column));
+        let mut codecs = read.map(|(_, column)| column.compression());
+        codecs.all(|codec| codec == Compression::UNCOMPRESSED)
     }
 
     /// Returns a footer by which images are read as views of their pages, which copies none.
