@@ -8,7 +8,7 @@ use crate::{
     batches::{RANK_BATCH_BYTES_MAX, SENT_BATCH_BYTES_MAX, row_ranges},
     error::Result,
     handed,
-    worker::inputs::{decode_pool::DecodePool, row::Row},
+    worker::inputs::{decode_pool::DecodePool, images, row::Row},
 };
 use arrow::{
     array::{ArrayRef, FixedSizeBinaryArray},
@@ -85,9 +85,9 @@ async fn made(
     pool.run(make).await?
 }
 
-/// Divides rows by the batches in which they lie. A batch is shared if the wanted rows are at least
-/// half of its memory, so that the coordinator never holds more than twice what it asked for. Rows
-/// of other batches are copied together, in pieces as large as a rank's record batches: if they come
+/// Divides rows by the batches in which they lie. A batch without views is shared if the wanted rows
+/// are at least half of its memory, so that the coordinator never holds more than twice what it
+/// asked for. Rows of other batches are copied together, in pieces as large as a rank's record batches: if they come
 /// in the order in which ranks have them, they are not copied again.
 fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let mut numbers = HashMap::new();
@@ -102,7 +102,10 @@ fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let is_shared = |places: &Vec<usize>| {
         let wanted: usize = places.iter().map(|place| sizes[*place]).sum();
         let first = places.first().map(|place| &rows[*place].batch);
-        first.is_some_and(|batch| 2 * wanted >= batch.get_array_memory_size())
+        let is_shared = |batch: &Arc<RecordBatch>| {
+            !images::are_views(batch) && 2 * wanted >= batch.get_array_memory_size()
+        };
+        first.is_some_and(is_shared)
     };
     let (shared, others): (Vec<_>, Vec<_>) = by_batch.into_iter().partition(is_shared);
     let mut others = others.concat();

@@ -6,14 +6,15 @@ use crate::{
     error::{Error, Result},
     ipc::Encoder,
     worker::{
-        inputs::{decode_pool::DecodePool, row::Row},
+        inputs::{decode_pool::DecodePool, images, row::Row},
         kept::read::ImagePlace,
     },
 };
 use arrow::{
-    array::{ArrayRef, AsArray, FixedSizeBinaryArray, StringArray, UInt64Array},
-    compute::interleave_record_batch,
+    array::{Array, ArrayRef, AsArray, FixedSizeBinaryArray, StringArray, UInt64Array},
+    compute::{interleave, interleave_record_batch},
     datatypes::{DataType, Field, Schema, SchemaRef},
+    error::ArrowError,
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
@@ -215,7 +216,8 @@ pub(crate) async fn send_rows<T>(
 /// in one batch.
 fn gather(rows: &[Row]) -> Result<RecordBatch> {
     if let Some(first) = rows.first().filter(|first| follow_each_other(first, rows)) {
-        return Ok(first.batch.slice(first.row, rows.len()));
+        let slice = first.batch.slice(first.row, rows.len());
+        return images::without_views(&slice).map_err(encoding);
     }
     copy(rows)
 }
@@ -231,7 +233,25 @@ pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
         });
         places.push((number, row.row));
     }
-    interleave_record_batch(&batches, &places).map_err(encoding)
+    if !batches.iter().any(|batch| images::are_views(batch)) {
+        return interleave_record_batch(&batches, &places).map_err(encoding);
+    }
+    interleaved(rows, &batches, &places).map_err(encoding)
+}
+
+/// Copies rows of batches of which some have views of images, and some arrays.
+fn interleaved(
+    rows: &[Row],
+    batches: &[&RecordBatch],
+    places: &[(usize, usize)],
+) -> Result<RecordBatch, ArrowError> {
+    let schema = images::typed(batches[0].schema_ref(), DataType::Binary);
+    let mut columns = vec![images::gathered(rows.iter().map(Row::image))?];
+    for number in 1..schema.fields().len() {
+        let parts = batches.iter().map(|batch| batch.column(number).as_ref());
+        columns.push(interleave(&parts.collect::<Vec<&dyn Array>>(), places)?);
+    }
+    RecordBatch::try_new(schema, columns)
 }
 
 fn follow_each_other(first: &Row, rows: &[Row]) -> bool {

@@ -3,7 +3,7 @@ use crate::{
     dataset::fixtures::*,
     storage::StorageConfig,
     worker::inputs::{
-        decode_pool::DecodePool, model_inputs::Inputs, preprocess::ImageLimits, row::Row,
+        decode_pool::DecodePool, images, model_inputs::Inputs, preprocess::ImageLimits, row::Row,
     },
 };
 use arrow::{
@@ -190,10 +190,10 @@ async fn uncompressed_images_take_as_much_memory_as_they_have_bytes() {
     fn image(row: usize) -> Vec<u8> {
         vec![row as u8; 30_000 + row]
     }
-    let images = || (0..ROWS).map(|row| (row % 5 != 4).then(|| image(row)));
-    let bytes: usize = images().flatten().map(|image| image.len()).sum();
-    let plain: ArrayRef = Arc::new(BinaryArray::from_iter(images()));
-    let wide: ArrayRef = Arc::new(LargeBinaryArray::from_iter(images()));
+    let expected = || (0..ROWS).map(|row| (row % 5 != 4).then(|| image(row)));
+    let bytes: usize = expected().flatten().map(|image| image.len()).sum();
+    let plain: ArrayRef = Arc::new(BinaryArray::from_iter(expected()));
+    let wide: ArrayRef = Arc::new(LargeBinaryArray::from_iter(expected()));
     let field = Arc::new(Field::new("bytes", DataType::Binary, true));
     let nested: ArrayRef = Arc::new(StructArray::from(vec![(field, plain.clone())]));
     for (name, column) in [("jpg", plain), ("png", wide), ("image", nested)] {
@@ -210,16 +210,27 @@ async fn uncompressed_images_take_as_much_memory_as_they_have_bytes() {
             let stores = stores();
             let files = [("0.parquet", writer.into_inner().unwrap().into())];
             let manifest = indexed(&stores, &files).await.unwrap();
-            let reader = BlockReader::new(stores, 1 << 30);
+            let reader = BlockReader::new(stores.clone(), 1 << 30);
             let read = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
             let found = read.batch.column(0).as_binary::<i32>();
             let found = found.iter().map(|image| image.map(<[u8]>::to_vec));
-            assert!(found.eq(images()), "{name} {codec:?}");
+            assert!(found.eq(expected()), "{name} {codec:?}");
             let (held, is_plain) = (read.bytes(), codec == Compression::UNCOMPRESSED);
             assert!(
                 !is_plain || (bytes..bytes + 8_000).contains(&held),
                 "{name}: {held} of {bytes}"
             );
+            let reader = BlockReader::new(stores, 1 << 30).keeping_views();
+            let viewed = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+            assert_eq!(images::are_views(&viewed.batch), is_plain);
+            let row = |row| Row {
+                batch: viewed.batch.clone(),
+                row,
+            };
+            let each: Vec<Row> = (0..ROWS).map(row).collect();
+            let found = each.iter().map(|row| row.image().map(<[u8]>::to_vec));
+            assert!(found.eq(expected()), "{name} {codec:?}");
+            assert_eq!(images::without_views(&viewed.batch).unwrap(), *read.batch);
         }
     }
 }
