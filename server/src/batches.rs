@@ -33,7 +33,8 @@ fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
         DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
         DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
         DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
-        DataType::BinaryView => Ok(column.as_binary_view().views()[row] as u32 as usize),
+        DataType::BinaryView if column.is_null(row) => Ok(0),
+        DataType::BinaryView => Ok(column.as_binary_view().value(row).len()),
         DataType::Boolean => Ok(1),
         DataType::FixedSizeBinary(size) if column.nulls().is_none() => Ok(*size as usize),
         other => match other.primitive_width() {
