@@ -3,7 +3,7 @@
 //! them on the inputs that are kept.
 use crate::memory::most_held;
 use superbatch_client::fuzzing as client;
-use superbatch_images::{Error, ImageLimits, decode, decode_at_least, thumbnail};
+use superbatch_images::{Error, ImageLimits, check, decode, decode_at_least, thumbnail};
 use superbatch_server::fuzzing as server;
 
 pub(crate) struct Target {
@@ -86,7 +86,10 @@ fn image(input: &[u8]) {
         bytes_max: 1 << 16,
     };
     let pixels = |(width, height): (u32, u32)| u64::from(width) * u64::from(height);
-    match decode(input, &limits) {
+    let decoded = decode(input, &limits);
+    let is_checked = check(input, &limits).is_ok();
+    assert_eq!(is_checked, decoded.is_ok(), "a check finds something else");
+    match decoded {
         Ok(image) => {
             assert!(pixels(image.dimensions()) <= limits.pixels_max);
             // As many pixels as it says, and the same again.

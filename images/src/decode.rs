@@ -3,8 +3,8 @@
 //! The result equals, to the last bit, `ImageOps.exif_transpose` followed by a paste through the
 //! alpha channel onto a white RGB canvas.
 use crate::{
-    image::{Decoded, Error, ImageLimits, check, undecodable},
-    jpeg::jpeg,
+    image::{Decoded, Error, ImageLimits, check_size, undecodable},
+    jpeg::{Scale, jpeg},
     png, riff, tiff,
 };
 use image::{
@@ -29,7 +29,16 @@ const CHUNK_BYTES: u64 = 16 << 20;
 /// # Errors
 /// [`Error::TooLarge`], or [`Error::Undecodable`], also for an image that was cut off.
 pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, Error> {
-    decode_scaled(bytes, limits, None)
+    decode_scaled(bytes, limits, Scale::Full)
+}
+
+/// As [`decode`], for the error alone. A JPEG file's entropy code is read as a whole, which is all
+/// that can fail, and its pixels are made at an eighth of their size.
+///
+/// # Errors
+/// Those of [`decode`].
+pub fn check(bytes: &[u8], limits: &ImageLimits) -> Result<(), Error> {
+    decode_scaled(bytes, limits, Scale::Least).map(drop)
 }
 
 /// As [`decode`], but a JPEG file is decoded at half its size if its shorter side then still has
@@ -42,14 +51,10 @@ pub fn decode_at_least(
     limits: &ImageLimits,
     shorter: u32,
 ) -> Result<RgbImage, Error> {
-    decode_scaled(bytes, limits, Some(shorter))
+    decode_scaled(bytes, limits, Scale::AtLeast(shorter))
 }
 
-fn decode_scaled(
-    bytes: &[u8],
-    limits: &ImageLimits,
-    shorter: Option<u32>,
-) -> Result<RgbImage, Error> {
+fn decode_scaled(bytes: &[u8], limits: &ImageLimits, scale: Scale) -> Result<RgbImage, Error> {
     if bytes.len() as u64 > limits.bytes_max {
         return Err(Error::TooLarge(format!(
             "{} bytes, the limit is {}",
@@ -60,7 +65,7 @@ fn decode_scaled(
     // Decoders should not panic, but they read untrusted bytes. A panic costs the row and not the
     // worker.
     let decoded = catch_unwind(AssertUnwindSafe(|| match bytes {
-        [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits, shorter),
+        [0xFF, 0xD8, 0xFF, ..] => jpeg(bytes, limits, scale),
         [0x89, b'P', b'N', b'G', ..] => {
             let decoder = PngDecoder::with_limits(Cursor::new(bytes), memory(limits));
             let mut decoded = raster(decoder.map_err(undecodable)?, limits)?;
@@ -151,7 +156,7 @@ fn tiff_page(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
 
 fn raster(mut decoder: impl ImageDecoder, limits: &ImageLimits) -> Result<Decoded, Error> {
     let (width, height) = decoder.dimensions();
-    check(width.into(), height.into(), limits)?;
+    check_size(width.into(), height.into(), limits)?;
     decoder.set_limits(memory(limits)).map_err(undecodable)?;
     let (exif, xmp) = (
         decoder.exif_metadata().ok().flatten(),
@@ -180,7 +185,7 @@ fn webp(bytes: &[u8], limits: &ImageLimits) -> Result<Decoded, Error> {
         };
     }
     let (width, height) = (features.width(), features.height());
-    check(width.into(), height.into(), limits)?;
+    check_size(width.into(), height.into(), limits)?;
     let stored = webp::Decoder::new(bytes).decode().ok_or_else(broken)?;
     let pixels = stored.to_vec();
     let image = if features.has_alpha() {

@@ -31,7 +31,7 @@ pub(crate) fn undecodable(cause: impl Display) -> Error {
     Error::Undecodable(cause.to_string())
 }
 
-pub(crate) fn check(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
+pub(crate) fn check_size(width: u64, height: u64, limits: &ImageLimits) -> Result<(), Error> {
     if width * height > limits.pixels_max {
         return Err(Error::TooLarge(format!(
             "{width}x{height} pixels, the limit is {}",

@@ -1,6 +1,6 @@
 //! Decodes JPEG by libjpeg-turbo's algorithms (through mozjpeg), which Pillow uses too: the same
 //! pixels to the last bit.
-use crate::image::{Decoded, Error, ImageLimits, check, undecodable};
+use crate::image::{Decoded, Error, ImageLimits, check_size, undecodable};
 use image::{DynamicImage, RgbImage};
 use mozjpeg::{ColorSpace, Decompress, Marker};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,17 +8,24 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 const EXIF: &[u8] = b"Exif\0\0";
 /// Half of the image's size, in eighths.
 const HALF: u8 = 4;
+/// The least size, in eighths.
+const LEAST: u8 = 1;
 const XMP: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
+
+/// At which size an image is decoded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Scale {
+    Full,
+    /// Half the size, if the shorter side then still has so many pixels.
+    AtLeast(u32),
+    Least,
+}
 
 /// # Errors
 /// `TooLarge`, or `Undecodable` with libjpeg's message.
-pub(crate) fn jpeg(
-    bytes: &[u8],
-    limits: &ImageLimits,
-    shorter: Option<u32>,
-) -> Result<Decoded, Error> {
+pub(crate) fn jpeg(bytes: &[u8], limits: &ImageLimits, scale: Scale) -> Result<Decoded, Error> {
     // libjpeg reports a fatal error by unwinding, with its message.
-    let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits, shorter)));
+    let decoded = catch_unwind(AssertUnwindSafe(|| read(bytes, limits, scale)));
     decoded.unwrap_or_else(|cause| {
         let said = cause
             .downcast_ref::<String>()
@@ -29,12 +36,12 @@ pub(crate) fn jpeg(
     })
 }
 
-fn read(bytes: &[u8], limits: &ImageLimits, shorter: Option<u32>) -> Result<Decoded, Error> {
+fn read(bytes: &[u8], limits: &ImageLimits, scale: Scale) -> Result<Decoded, Error> {
     let mut decoder = Decompress::with_markers(&[Marker::APP(1)])
         .from_mem(bytes)
         .map_err(undecodable)?;
     let (width, height) = decoder.size();
-    check(width as u64, height as u64, limits)?;
+    check_size(width as u64, height as u64, limits)?;
     // libjpeg fills the missing part of a cut file with grey and reports only a warning. Pillow
     // refuses a file without its end marker. Without this check a row that the trainer cannot
     // decode would be scored and perhaps chosen.
@@ -48,8 +55,10 @@ fn read(bytes: &[u8], limits: &ImageLimits, shorter: Option<u32>) -> Result<Deco
             "the image is cut off: its end marker is missing",
         ));
     }
-    if shorter.is_some_and(|shorter| width.min(height) / 2 >= shorter as usize) {
-        decoder.scale(HALF);
+    match scale {
+        Scale::AtLeast(shorter) if width.min(height) / 2 >= shorter as usize => decoder.scale(HALF),
+        Scale::Least => decoder.scale(LEAST),
+        Scale::Full | Scale::AtLeast(_) => {}
     }
     let exif = application(&decoder, EXIF);
     let xmp = application(&decoder, XMP);
@@ -125,7 +134,7 @@ fn scan_start(bytes: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::{decode, decode_at_least};
+    use crate::decode::{check, decode, decode_at_least};
 
     const LIMITS: ImageLimits = ImageLimits {
         pixels_max: 1 << 20,
@@ -166,5 +175,39 @@ mod tests {
         let bytes = picture();
         let full = decode(&bytes, &LIMITS).unwrap();
         assert_eq!(decode_at_least(&bytes, &LIMITS, 25).unwrap(), full);
+    }
+
+    #[test]
+    fn a_check_finds_what_a_decoder_does() {
+        let good = picture();
+        let mut noise = 1_u64;
+        let mut next = |below: usize| {
+            noise = noise
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (noise >> 33) as usize % below
+        };
+        let mut counts = [0, 0];
+        for round in 0..2_000 {
+            let mut bytes = good.clone();
+            if round % 4 == 0 {
+                bytes.truncate(next(good.len()));
+            }
+            for _ in 0..next(4) {
+                // Half of the changes hit the header, where most faults come from.
+                let within = if next(2) == 0 {
+                    bytes.len().min(700)
+                } else {
+                    bytes.len()
+                };
+                if within > 0 {
+                    bytes[next(within)] = next(256) as u8;
+                }
+            }
+            let decoded = decode(&bytes, &LIMITS).map(drop);
+            assert_eq!(check(&bytes, &LIMITS), decoded, "{round}");
+            counts[usize::from(decoded.is_err())] += 1;
+        }
+        assert!(counts.iter().all(|count| *count > 200), "{counts:?}");
     }
 }

@@ -2,8 +2,8 @@
 //! same pixels that it is trained on in Python.
 //!
 //! [`decode`] gives 8-bit RGB of a JPEG, PNG or WebP file, turned by its EXIF orientation, on
-//! white. [`resize`] is Pillow's antialiased bilinear and bicubic resize. It can compute only a
-//! part of the output, such as a crop.
+//! white; [`check`] says only whether it can. [`resize`] is Pillow's antialiased bilinear and
+//! bicubic resize. It can compute only a part of the output, such as a crop.
 //!
 //! ```
 //! use superbatch_images::{Axis, Filter, Taps, resize};
@@ -24,7 +24,7 @@ mod thumbnail;
 mod tiff;
 
 pub use ::image::RgbImage;
-pub use decode::{decode, decode_at_least};
+pub use decode::{check, decode, decode_at_least};
 pub use image::{Error, ImageLimits};
 pub use resize::{Axis, Filter, Taps, resize};
 pub use thumbnail::thumbnail;

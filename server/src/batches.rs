@@ -33,7 +33,10 @@ fn value_bytes(column: &ArrayRef, row: usize) -> Result<usize, ArrowError> {
         DataType::Utf8 => Ok(column.as_string::<i32>().value_length(row) as usize),
         DataType::LargeBinary => Ok(column.as_binary::<i64>().value_length(row) as usize),
         DataType::LargeUtf8 => Ok(column.as_string::<i64>().value_length(row) as usize),
+        DataType::BinaryView if column.is_null(row) => Ok(0),
+        DataType::BinaryView => Ok(column.as_binary_view().value(row).len()),
         DataType::Boolean => Ok(1),
+        DataType::FixedSizeBinary(size) if column.nulls().is_none() => Ok(*size as usize),
         other => match other.primitive_width() {
             Some(width) => Ok(width),
             // A nested value's size is measured on a copy of the row: its children are shared with
@@ -64,7 +67,7 @@ pub(crate) fn row_ranges(sizes: &[usize], bytes_max: usize) -> Vec<Range<usize>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{BinaryArray, StringArray};
+    use arrow::array::{BinaryArray, FixedSizeBinaryArray, StringArray};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -81,13 +84,17 @@ mod tests {
             ),
             ("n", Arc::new(UInt32Array::from(vec![1, 2]))),
         ];
+        let hashes = FixedSizeBinaryArray::try_from_iter([[7_u8; 16], [8; 16]].iter()).unwrap();
+        let columns = columns
+            .into_iter()
+            .chain([("hash", Arc::new(hashes) as ArrayRef)]);
         let batch = RecordBatch::try_from_iter_with_nullable(
             columns.map(|(name, column)| (name, column, true)),
         )
         .unwrap();
         assert_eq!(
             [0, 1].map(|row| row_bytes(&batch, row).unwrap()),
-            [5 + 3 + 4, 4]
+            [5 + 3 + 4 + 16, 4 + 16]
         );
     }
 

@@ -418,6 +418,27 @@ fn a_manifest_is_encoded_off_the_threads_of_calls() {
 }
 
 #[test]
+fn a_content_hash_is_that_of_length_image_and_caption_in_a_row() {
+    let bytes: Vec<u8> = (0..=250).cycle().take(200_000).collect();
+    // Around the bytes that are hashed first, chunks of 1 KiB, and eight of them.
+    let around = [
+        0, 1_016, 1_024, 8_192, 16_376, 16_384, 24_576, 60_000, 199_990,
+    ];
+    for length in around.into_iter().flat_map(|middle| middle..middle + 10) {
+        let image = &bytes[..length];
+        let whole = [
+            &(length as u64).to_le_bytes()[..],
+            image,
+            "a cáption".as_bytes(),
+        ]
+        .concat();
+        let expected = blake3::hash(&whole);
+        let found = content_hash(image, "a cáption");
+        assert_eq!(found, expected.as_bytes()[..16], "{length}");
+    }
+}
+
+#[test]
 fn a_content_hash_tells_image_from_caption() {
     assert_ne!(content_hash(b"ab", "c"), content_hash(b"a", "bc"));
     let mut plain = 2u64.to_le_bytes().to_vec();

@@ -13,7 +13,15 @@ use object_store::{
     ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
     Result, UploadPart, path::Path,
 };
-use std::{fmt, ops::Range, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    ops::Range,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 /// How long a store may be silent.
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +73,29 @@ fn no_answer_error(what: &str, after: Duration) -> Error {
         store: "object store",
         source: cause.into(),
     }
+}
+
+/// Reads a range of a local file at once. `object_store` would fill the memory with zeros first.
+async fn read_file(mut file: File, path: PathBuf, range: Range<u64>) -> Result<Bytes> {
+    let failed = move |cause: io::Error| {
+        let text = format!("cannot read {}: {cause}", path.display());
+        Error::Generic {
+            store: "local disk",
+            source: io::Error::new(cause.kind(), text).into(),
+        }
+    };
+    let read = move || -> io::Result<Bytes> {
+        let length = range.end - range.start;
+        let mut bytes = Vec::with_capacity(length as usize);
+        file.seek(SeekFrom::Start(range.start))?;
+        file.take(length).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 == length {
+            Ok(Bytes::from(bytes))
+        } else {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        }
+    };
+    tokio::task::spawn_blocking(read).await?.map_err(failed)
 }
 
 /// Passes the items on, and ends with an error if one does not come within `each`. The deadline is
@@ -131,7 +162,7 @@ impl ObjectStore for Deadlined {
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
         let operation = if head { "head" } else { "get" };
-        let mut result = self
+        let result = self
             .deadlines
             .answer(operation, self.store.get_opts(at, options))
             .await?;
@@ -145,9 +176,9 @@ impl ObjectStore for Deadlined {
             // `object_store` streams a local file in pieces of 8 KiB, each through the blocking
             // pool. One read is many times as fast. It comes as one piece, so the longer deadline
             // applies.
-            file => {
-                result.payload = file;
-                (stream::once(result.bytes()).boxed(), self.deadlines.answer)
+            GetResultPayload::File(file, path) => {
+                let read = read_file(file, path, range.clone());
+                (stream::once(read).boxed(), self.deadlines.answer)
             }
         };
         let payload = GetResultPayload::Stream(with_deadline_each(body, "nothing was read", each));
@@ -237,5 +268,28 @@ impl MultipartUpload for DeadlinedUpload {
         self.deadlines
             .answer("put_abort", self.upload.abort())
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_range_of_a_file_is_read_as_it_is_or_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows");
+        let bytes: Vec<u8> = (0..=250).cycle().take(100_000).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let read = async |range: Range<u64>| {
+            let file = File::open(&path).unwrap();
+            read_file(file, path.clone(), range).await
+        };
+        for range in [0..100_000, 7..90_001, 99_999..100_000, 5..5] {
+            let found = read(range.clone()).await.unwrap();
+            assert_eq!(found, bytes[range.start as usize..range.end as usize]);
+        }
+        let refused = read(99_000..100_001).await.unwrap_err().to_string();
+        assert!(refused.contains(path.to_str().unwrap()), "{refused}");
     }
 }

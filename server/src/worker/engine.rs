@@ -68,6 +68,7 @@ impl Engine {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
             reader: BlockReader::new(stores.clone(), config.block_cache_bytes)
                 .keeping(state.clone())
+                .keeping_views()
                 .reading_images(config.image_bytes_max, config.image_reads_max),
             threads,
             manifests: Cache::new(MANIFESTS_MAX, |_| 1),

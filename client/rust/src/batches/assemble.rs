@@ -1,6 +1,7 @@
 //! Assembles a batch from the messages of one or several streams.
 use crate::{Error, Result};
 use arrow::{array::RecordBatch, compute::concat_batches, error::ArrowError};
+use std::mem::MaybeUninit;
 use superbatch_proto::{
     Checksum, arrow_stream,
     v1::{BatchHeader, BatchTrailer, ReceiptSummary, Ticket},
@@ -25,6 +26,10 @@ pub struct Batch {
 /// Most bytes that are reserved because a header announces them. A wrong header must not take all
 /// memory; a larger batch grows as its bytes arrive.
 const RESERVE_BYTES_MAX: u64 = 64 << 20;
+
+/// Room from this many bytes on is asked to lie in huge pages.
+const HUGE_MIN: usize = 4 << 20;
+const HUGE_PAGE: usize = 2 << 20;
 
 /// The part of a batch that has arrived. It outlives broken streams, so that a batch of gigabytes
 /// is not sent again from the start.
@@ -74,6 +79,7 @@ impl Assembly {
         if self.header.is_none() {
             self.bytes
                 .reserve(header.stream_bytes.min(RESERVE_BYTES_MAX) as usize);
+            prefer_huge_pages(self.bytes.spare_capacity_mut());
         }
         self.header = Some(header);
         Ok(())
@@ -150,11 +156,72 @@ impl Assembly {
     }
 }
 
+/// Asks for huge pages in memory that is about to be filled. A batch takes megabytes that are mostly
+/// new to the process, and in pages of 4 KiB their faults may take longer than the copy into them.
+fn prefer_huge_pages(room: &mut [MaybeUninit<u8>]) {
+    let (start, bytes) = (room.as_mut_ptr(), room.len());
+    // Only pages that lie in the room as a whole: what is beside them is others' memory.
+    let first = start.addr().next_multiple_of(HUGE_PAGE);
+    let whole = (start.addr() + bytes).saturating_sub(first) / HUGE_PAGE * HUGE_PAGE;
+    if bytes < HUGE_MIN || whole == 0 {
+        return;
+    }
+    #[cfg(target_os = "linux")]
+    // SAFETY: the range lies in the room, and the call changes no byte of it. It is advice: it may
+    // fail, and then the pages are small.
+    unsafe {
+        let first = start.with_addr(first).cast::<libc::c_void>();
+        libc::madvise(first, whole, libc::MADV_HUGEPAGE);
+    }
+}
+
 /// Decodes a whole Arrow IPC stream into one record batch.
 pub(super) fn decode(bytes: Vec<u8>) -> Result<RecordBatch, ArrowError> {
     let (schema, batches) = arrow_stream::read([bytes.into()])?;
     match <[RecordBatch; 1]>::try_from(batches) {
         Ok([only]) => Ok(only),
         Err(batches) => concat_batches(&schema, &batches),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// The flags of the mapping in which an address lies.
+    fn flags_at(address: usize) -> String {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lies_here = false;
+        for line in maps.lines() {
+            let first = line.split(' ').next().unwrap_or_default();
+            let ends = first.split_once('-');
+            let ends = ends.map(|(a, b)| [a, b].map(|end| usize::from_str_radix(end, 16)));
+            if let Some([Ok(start), Ok(end)]) = ends {
+                lies_here = (start..end).contains(&address);
+            } else if let (true, Some(flags)) = (lies_here, line.strip_prefix("VmFlags:")) {
+                return flags.to_owned();
+            }
+        }
+        panic!("no mapping has {address:#x}");
+    }
+
+    #[test]
+    fn room_for_a_large_batch_is_asked_to_lie_in_huge_pages() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            eprintln!("skipped: this system has no huge pages to give");
+            return;
+        }
+        let mut assembly = Assembly::new(0);
+        let header = BatchHeader {
+            stream_bytes: RESERVE_BYTES_MAX,
+            ..Default::default()
+        };
+        assembly.begin(header).unwrap();
+        let middle = assembly.bytes.as_ptr().addr() + RESERVE_BYTES_MAX as usize / 2;
+        assert!(flags_at(middle).contains(" hg"));
+        // Less than a huge page, and less than asks for one.
+        for bytes in [0, 100, HUGE_PAGE, HUGE_MIN - 1] {
+            prefer_huge_pages(Vec::with_capacity(bytes).spare_capacity_mut());
+        }
     }
 }

@@ -183,6 +183,12 @@ impl Slice {
         fetch_rows(pool, self.again(job, form, chosen), failover).await
     }
 
+    /// Returns whether a worker of this process has the rows.
+    pub fn is_here(&self) -> bool {
+        let live = self.live.as_ref();
+        live.is_some_and(|live| live.worker.embedded.is_some())
+    }
+
     /// Returns whether the worker that has the rows can hold them for trainers.
     pub fn serves_tickets(&self) -> bool {
         let live = self.live.as_ref();

@@ -140,32 +140,18 @@ impl Scoring {
             .ok_or_else(|| Error::internal("the learner's embeddings are missing"))
     }
 
-    /// Returns the rows of the chosen candidates, in the given order.
+    /// Returns the rows of the chosen candidates, in the given order. Rank by rank they are served
+    /// in the order of `served`, which has a number for each.
     ///
     /// # Errors
     /// Those of workers; `changed` of a candidate whose row is not the one that was scored.
-    pub async fn rows(&mut self, chosen: &[u32], changed: impl Fn(usize) -> Error) -> Result<Rows> {
-        let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
-        let mut place = vec![0u32; chosen.len()];
-        let mut base = 0;
-        for (number, slice) in self.slices.iter().enumerate() {
-            let inside = chosen
-                .iter()
-                .enumerate()
-                .filter(|(_, c)| slice.range.contains(&(**c as usize)));
-            let mut inside: Vec<_> = inside.collect();
-            // In the order of storage neighbouring rows can be sent as one piece of a block,
-            // without a copy. `place` restores the order of the draw afterwards.
-            inside.sort_unstable_by_key(|(_, candidate)| **candidate);
-            let mut local = Vec::new();
-            for (drawn, candidate) in inside {
-                place[drawn] = base + local.len() as u32;
-                local.push(candidate - slice.range.start as u32);
-            }
-            base += local.len() as u32;
-            wanted.push((number, local));
-        }
-        wanted.retain(|(_, local)| !local.is_empty());
+    pub async fn rows(
+        &mut self,
+        chosen: &[u32],
+        served: &[usize],
+        changed: impl Fn(usize) -> Error,
+    ) -> Result<Rows> {
+        let (wanted, place) = self.wanted(chosen, served);
         if self.job.form != RowsForm::Kept {
             return self.sent(self.job.form, &wanted, place).await;
         }
@@ -202,6 +188,39 @@ impl Scoring {
             Some(n) => Err(changed(chosen[n] as usize)),
             None => Ok(rows),
         }
+    }
+
+    /// Returns the numbers in each slice of the chosen candidates that lie in it, and of each chosen
+    /// one its place among all that the slices return.
+    fn wanted(&self, chosen: &[u32], served: &[usize]) -> (Vec<(usize, Vec<u32>)>, Vec<u32>) {
+        let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
+        let mut place = vec![0u32; chosen.len()];
+        let mut base = 0;
+        for (number, slice) in self.slices.iter().enumerate() {
+            let inside = chosen
+                .iter()
+                .enumerate()
+                .filter(|(_, c)| slice.range.contains(&(**c as usize)));
+            let mut inside: Vec<_> = inside.collect();
+            // In the order of storage neighbouring rows can be sent as one piece of a block,
+            // without a copy. A worker of this process copies most rows once, and need not do it
+            // again for ranks if it does so in their order. `place` restores the order of the draw
+            // afterwards.
+            if slice.is_here() {
+                inside.sort_unstable_by_key(|(drawn, _)| served.get(*drawn));
+            } else {
+                inside.sort_unstable_by_key(|(_, candidate)| **candidate);
+            }
+            let mut local = Vec::new();
+            for (drawn, candidate) in inside {
+                place[drawn] = base + local.len() as u32;
+                local.push(candidate - slice.range.start as u32);
+            }
+            base += local.len() as u32;
+            wanted.push((number, local));
+        }
+        wanted.retain(|(_, local)| !local.is_empty());
+        (wanted, place)
     }
 
     /// Has the rows of slices sent, in the order of `place`.

@@ -13,7 +13,7 @@ use crate::{
 use arrow::{
     array::{Array, ArrayRef, RecordBatch, UInt32Array, make_array},
     compute::{interleave, take},
-    datatypes::SchemaRef,
+    datatypes::{DataType, SchemaRef},
     error::ArrowError,
 };
 use bytes::Bytes;
@@ -166,13 +166,18 @@ impl Table {
         }
     }
 
-    /// Returns a column of some rows as one array. Its bytes depend on the values only.
+    /// Returns a column of some rows as one array. Its bytes depend on the values only. Rows that
+    /// follow each other in one batch stay in its memory; others are gathered in memory of their
+    /// own.
     ///
     /// # Errors
     /// `Internal` if there is no such column, or if one array cannot hold its values: ask for fewer
     /// rows.
     pub fn column(&self, name: &str, rows: &[usize]) -> Result<ArrayRef> {
         let at = self.schema.index_of(name).map_err(broken)?;
+        if let Some(part) = self.in_a_row(at, rows) {
+            return Ok(part);
+        }
         // Only the batches of these rows are passed on: a step has thousands of batches, and a
         // record batch of the output has rows of a few.
         let mut numbers = HashMap::new();
@@ -193,17 +198,9 @@ impl Table {
         }
         let gathered = interleave(&arrays, &places).map_err(broken)?;
         // Interleaving keeps a validity buffer if any source array has nulls, even if none of these
-        // rows is null. Such traces are removed, since a client may resume a stream at a byte
-        // offset on another coordinator, where the rows arrived in other batches: the bytes must be
-        // the same there.
+        // rows is null.
         if gathered.null_count() == 0 && !gathered.data_type().is_nested() {
-            let traceless = gathered
-                .into_data()
-                .into_builder()
-                .nulls(None)
-                .build()
-                .map_err(broken)?;
-            return Ok(make_array(traceless));
+            return without_nulls(gathered).map_err(broken);
         }
         take(
             &gathered,
@@ -213,11 +210,40 @@ impl Table {
         .map_err(broken)
     }
 
+    /// Returns a column of rows that follow each other in one batch; `None` for others, for nulls,
+    /// and for arrays that refer to memory beside their own.
+    fn in_a_row(&self, at: usize, rows: &[usize]) -> Option<ArrayRef> {
+        let (batch, first) = self.places[*rows.first()?];
+        let column = self.batches[batch].column(at);
+        let is_plain = match column.data_type() {
+            DataType::Binary | DataType::Utf8 | DataType::LargeBinary | DataType::LargeUtf8 => true,
+            other => other.is_primitive(),
+        };
+        let mut numbered = rows.iter().enumerate();
+        if !is_plain || !numbered.all(|(n, row)| self.places[*row] == (batch, first + n)) {
+            return None;
+        }
+        let part = column.slice(first, rows.len());
+        match (part.nulls().is_some(), part.null_count()) {
+            (false, _) => Some(part),
+            (true, 0) => without_nulls(part).ok(),
+            _ => None,
+        }
+    }
+
     /// Returns the bytes of a row's values.
     pub fn row_bytes(&self, row: usize) -> Result<usize> {
         let (batch, row) = self.places[row];
         row_bytes(&self.batches[batch], row).map_err(broken)
     }
+}
+
+/// Returns an array of which no value is null without a buffer that says so. Such traces are
+/// removed, since a client may resume a stream at a byte offset on another coordinator, where the
+/// rows arrived in other batches: the bytes must be the same there.
+fn without_nulls(array: ArrayRef) -> Result<ArrayRef, ArrowError> {
+    let built = array.into_data().into_builder().nulls(None).build();
+    built.map(make_array)
 }
 
 fn broken(cause: ArrowError) -> Error {
@@ -292,6 +318,42 @@ pub mod tests {
         parts.extend(encoder.finish().unwrap());
         let refused = Table::from_stream(parts).unwrap_err();
         assert!(refused.chain().contains("more rows"), "{}", refused.chain());
+    }
+
+    #[test]
+    fn rows_that_follow_each_other_stay_where_they_are() {
+        let texts: ArrayRef = std::sync::Arc::new(arrow::array::StringArray::from_iter_values([
+            "a", "bc", "", "def", "g",
+        ]));
+        let batch = RecordBatch::try_from_iter([("n", texts.clone())]).unwrap();
+        let rows = table(vec![batch]).reordered(&[3, 1, 2, 0, 4]);
+        let memory = |array: &ArrayRef| array.to_data().buffers()[1].as_ptr();
+        let column = |of: &[usize]| rows.column("n", of).unwrap();
+        let values = |of: &[usize]| -> Vec<String> {
+            let column = column(of);
+            let texts = column.as_string::<i32>().iter();
+            texts.map(|text| text.unwrap().to_owned()).collect()
+        };
+        assert_eq!(values(&[1, 2, 0, 4]), ["bc", "", "def", "g"]);
+        assert_eq!(memory(&column(&[1, 2, 0, 4])), memory(&texts));
+        for others in [&[0, 2][..], &[1, 2, 4], &[1, 1], &[4, 3]] {
+            assert_ne!(memory(&column(others)), memory(&texts), "{others:?}");
+        }
+        assert_eq!(values(&[1, 2, 4]), ["bc", "", "g"]);
+        assert_eq!(values(&[1, 1]), ["bc", "bc"]);
+    }
+
+    #[test]
+    fn nulls_beside_rows_that_follow_each_other_leave_no_trace() {
+        let texts = arrow::array::StringArray::from_iter([Some("a"), Some("bc"), None, Some("d")]);
+        let texts: ArrayRef = std::sync::Arc::new(texts);
+        let batch = RecordBatch::try_from_iter_with_nullable([("n", texts.clone(), true)]).unwrap();
+        let rows = table(vec![batch]);
+        let memory = |array: &ArrayRef| array.to_data().buffers()[1].as_ptr();
+        let found = rows.column("n", &[0, 1]).unwrap();
+        assert!(found.nulls().is_none() && memory(&found) == memory(&texts));
+        assert_eq!(found.as_string::<i32>().value(1), "bc");
+        assert_eq!(rows.column("n", &[1, 2]).unwrap().null_count(), 1);
     }
 
     #[test]

@@ -46,6 +46,16 @@ pub fn slice(
     Ok(rows)
 }
 
+/// Returns the place of each of `rows` drawn rows in the joined shares of all ranks, if they are one
+/// group. Rows that lie in memory in this order need not be gathered for their ranks.
+pub fn places(seed: u64, step: u64, rows: usize) -> Vec<usize> {
+    let count = rows as u64;
+    let shuffle = Permutation::new(PURPOSE, &[seed, step], count);
+    (0..count)
+        .map(|row| shuffle.inverse(row) as usize)
+        .collect()
+}
+
 /// Checks that groups of these sizes can be cut for so many ranks and micro-batches.
 ///
 /// # Errors
@@ -101,6 +111,18 @@ mod tests {
         (0..world)
             .flat_map(|rank| slice(seed, step, &[(0..rows).collect()], world, micro, rank).unwrap())
             .collect()
+    }
+
+    #[test]
+    fn places_are_those_of_the_joined_shares() {
+        for rows in [0, 1, 24, 600] {
+            let shares = all(5, 9, rows, 1, 1);
+            let places = places(5, 9, rows);
+            assert_eq!(places.len(), rows);
+            assert!((0..rows).all(|row| shares[places[row]] == row));
+        }
+        let (shares, places) = (all(5, 9, 24, 4, 2), places(5, 9, 24));
+        assert!((0..24).all(|row| shares[places[row]] == row));
     }
 
     #[test]

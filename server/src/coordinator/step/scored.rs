@@ -1,7 +1,7 @@
 //! Draws by scores of models.
 use super::{decided::Decided, learner::Learner, maker::Maker, own::Reference};
 use crate::{
-    coordinator::{runs::models, score::scored::Rows, spec::Asked},
+    coordinator::{runs::models, score::scored::Rows, serve::share, spec::Asked},
     error::{Error, Result},
     traces::stage,
 };
@@ -58,8 +58,10 @@ impl Maker<'_> {
         self.probe(decided, embedded, compared).await;
         let drawn = self.draw(decided, learner, reference);
         decided.drawn = drawn.instrument(stage!("select")).await?;
+        let drawn = &decided.drawn.indices;
+        let served = share::places(self.spec.seed, decided.step, drawn.len());
         let rows = scoring
-            .rows(&decided.drawn.indices, |c| self.changed(c))
+            .rows(drawn, &served, |c| self.changed(c))
             .instrument(stage!("rows"))
             .await?;
         decided.record_discarded(scoring.discarded_flops());

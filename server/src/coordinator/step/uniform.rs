@@ -1,7 +1,7 @@
 //! Draws that ask no model: from noise alone, or by score columns.
 use super::{decided::Decided, draw::select_begin, maker::Maker};
 use crate::{
-    coordinator::score::scored::Rows,
+    coordinator::{score::scored::Rows, serve::share},
     error::{Error, Result},
     selection::judged::judge,
 };
@@ -66,8 +66,9 @@ impl Maker<'_> {
                 .filter(|i| !holes.contains(i))
                 .collect();
             if !kept.is_empty() {
+                let served = share::places(self.spec.seed, decided.step, kept.len());
                 let rows = scoring
-                    .rows(&kept, |c| self.changed(numbers[c] as usize))
+                    .rows(&kept, &served, |c| self.changed(numbers[c] as usize))
                     .await?;
                 drawn.extend(kept.iter().map(|k| numbers[*k as usize]));
                 match &mut good {

@@ -59,6 +59,30 @@ impl Known {
     }
 }
 
+/// Rows of a block's candidates, which are kept until some of them are chosen.
+pub(crate) struct Candidates {
+    kept: Kept<Arc<RecordBatch>>,
+    /// Whether it is the whole block, with its other rows.
+    is_whole: bool,
+}
+
+impl Candidates {
+    /// Returns rows by their numbers among the candidates of `block`; `None` if they were dropped
+    /// for lack of room.
+    pub(crate) fn rows(&self, block: &SliceBlock, numbers: &[usize]) -> Option<Vec<Row>> {
+        let batch = self.kept.get()?;
+        let row = |number: &usize| Row {
+            batch: batch.clone(),
+            row: if self.is_whole {
+                block.rows[*number] as usize
+            } else {
+                *number
+            },
+        };
+        Some(numbers.iter().map(row).collect())
+    }
+}
+
 /// Rows that were read and decoded, and how long each took.
 pub(crate) struct Prepared {
     pub rows: Vec<PreparedRow>,
@@ -108,6 +132,35 @@ impl Slice {
             self.keep(engine, block, &piece.batch, kept).await?;
         }
         each(found)
+    }
+
+    /// Keeps the candidates of a block whose images are in the file, if there is room. A call that
+    /// `waits` for its models before rows are chosen copies them out of the block. In others the
+    /// rows are chosen next: they stay in the block while there is much room, and are copied once
+    /// it is known where they go.
+    pub(crate) async fn keep_candidates(
+        &self,
+        engine: &Engine,
+        block: &SliceBlock,
+        whole: &ReadBlock,
+        waits: bool,
+    ) -> Result<Option<Candidates>> {
+        let Some(step) = self.keep_for else {
+            return Ok(None);
+        };
+        let (whole, wanted) = (whole.batch.clone(), block.rows.clone());
+        if !waits {
+            let bytes = whole.get_array_memory_size();
+            if let Some(kept) = engine.raw.keep_large(step, bytes, whole.clone()) {
+                let is_whole = true;
+                return Ok(Some(Candidates { kept, is_whole }));
+            }
+        }
+        let rows = engine.pool.run(move || pick(&whole, wanted)).await??;
+        let bytes = rows.get_array_memory_size();
+        let kept = engine.raw.keep(step, bytes, Arc::new(rows));
+        let is_whole = false;
+        Ok(kept.map(|kept| Candidates { kept, is_whole }))
     }
 
     /// Keeps candidates, each as a copy of its own.

@@ -13,10 +13,7 @@ use crate::{
     worker::{
         engine::Engine,
         inputs::row::Row,
-        kept::{
-            held::{HeldFor, Hold},
-            retained::Kept,
-        },
+        kept::held::{HeldFor, Hold},
     },
 };
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
@@ -31,12 +28,9 @@ impl Scoring<'_> {
     /// Returns rows of a block's candidates, by their numbers in it, if they are kept.
     pub(crate) fn kept(&self, block: usize, numbers: &[usize]) -> Option<Vec<Row>> {
         let (about, found) = (&self.slice.blocks[block], &self.blocks[block]);
-        if let Some(batch) = found.raw.as_ref().and_then(Kept::get) {
-            let row = |row: &usize| Row {
-                batch: batch.clone(),
-                row: *row,
-            };
-            return Some(numbers.iter().map(row).collect());
+        let kept = found.raw.as_ref();
+        if let Some(rows) = kept.and_then(|kept| kept.rows(about, numbers)) {
+            return Some(rows);
         }
         let rows: Vec<u32> = numbers.iter().map(|n| about.rows[*n]).collect();
         about.known.all_kept(&rows)

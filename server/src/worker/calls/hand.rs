@@ -5,10 +5,10 @@ use super::{
     survey::AHEAD,
 };
 use crate::{
-    batches::{SENT_BATCH_BYTES_MAX, row_ranges},
+    batches::{RANK_BATCH_BYTES_MAX, SENT_BATCH_BYTES_MAX, row_ranges},
     error::Result,
     handed,
-    worker::inputs::{decode_pool::DecodePool, row::Row},
+    worker::inputs::{decode_pool::DecodePool, images, row::Row},
 };
 use arrow::{
     array::{ArrayRef, FixedSizeBinaryArray},
@@ -38,9 +38,10 @@ pub(crate) async fn hand_over(
 ) -> Result<handed::Rows> {
     let schema = hashed_schema(data_schema);
     let sizes = sizes(rows)?;
+    let hashes = Arc::new(hashed(rows, &sizes, pool).await?);
     let pieces: Vec<_> = pieces(rows, &sizes)
         .into_iter()
-        .map(|piece| made(piece, schema.clone(), pool).boxed())
+        .map(|piece| made(piece, hashes.clone(), schema.clone(), pool).boxed())
         .collect();
     let mut pieces = stream::iter(pieces).buffered(AHEAD);
     let mut all = handed::Rows {
@@ -56,15 +57,38 @@ pub(crate) async fn hand_over(
     Ok(all)
 }
 
-/// Makes the record batch of a piece where megabytes may be hashed.
-async fn made(piece: Piece, schema: SchemaRef, pool: &DecodePool) -> Result<(RecordBatch, Piece)> {
-    let make = move || batch(&piece, &schema).map(|batch| (batch, piece));
+/// Returns the content hashes of rows, 16 bytes each. Several threads share the work.
+async fn hashed(rows: &[Row], sizes: &[usize], pool: &DecodePool) -> Result<Vec<u8>> {
+    let runs: Vec<_> = row_ranges(sizes, SENT_BATCH_BYTES_MAX)
+        .into_iter()
+        .map(|range| {
+            let rows = rows[range].to_vec();
+            pool.run(move || content_hashes(&rows)).boxed()
+        })
+        .collect();
+    let mut runs = stream::iter(runs).buffered(AHEAD);
+    let mut hashes = Vec::with_capacity(rows.len() * HASH_BYTES);
+    while let Some(some) = runs.try_next().await? {
+        hashes.extend(some?);
+    }
+    Ok(hashes)
+}
+
+/// Makes the record batch of a piece where megabytes may be copied. `hashes` are those of all rows.
+async fn made(
+    piece: Piece,
+    hashes: Arc<Vec<u8>>,
+    schema: SchemaRef,
+    pool: &DecodePool,
+) -> Result<(RecordBatch, Piece)> {
+    let make = move || batch(&piece, &hashes, &schema).map(|batch| (batch, piece));
     pool.run(make).await?
 }
 
-/// Divides rows by the batches in which they lie. A batch is shared if the wanted rows are at least
-/// half of its memory, so that the coordinator never holds more than twice what it asked for. Rows
-/// of other batches are copied together.
+/// Divides rows by the batches in which they lie. A batch without views is shared if the wanted rows
+/// are at least half of its memory, so that the coordinator never holds more than twice what it
+/// asked for. Rows of other batches are copied together, in pieces as large as a rank's record batches: if they come
+/// in the order in which ranks have them, they are not copied again.
 fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let mut numbers = HashMap::new();
     let mut by_batch: Vec<Vec<usize>> = Vec::new();
@@ -78,13 +102,17 @@ fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let is_shared = |places: &Vec<usize>| {
         let wanted: usize = places.iter().map(|place| sizes[*place]).sum();
         let first = places.first().map(|place| &rows[*place].batch);
-        first.is_some_and(|batch| 2 * wanted >= batch.get_array_memory_size())
+        let is_shared = |batch: &Arc<RecordBatch>| {
+            !images::are_views(batch) && 2 * wanted >= batch.get_array_memory_size()
+        };
+        first.is_some_and(is_shared)
     };
     let (shared, others): (Vec<_>, Vec<_>) = by_batch.into_iter().partition(is_shared);
     let mut others = others.concat();
     others.sort_unstable();
-    let copied: Vec<usize> = others.iter().map(|place| sizes[*place]).collect();
-    let copied = row_ranges(&copied, SENT_BATCH_BYTES_MAX).into_iter();
+    let size = |place: &usize| sizes[*place] + HASH_BYTES;
+    let copied: Vec<usize> = others.iter().map(size).collect();
+    let copied = row_ranges(&copied, RANK_BATCH_BYTES_MAX).into_iter();
     let copied = copied.map(|range| (others[range].to_vec(), false));
     let shared = shared.into_iter().map(|places| (places, true));
     let piece = |(places, is_shared): (Vec<usize>, bool)| Piece {
@@ -96,8 +124,9 @@ fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
 }
 
 /// Makes the record batch of a piece.
-fn batch(piece: &Piece, schema: &SchemaRef) -> Result<RecordBatch> {
-    let hashes = content_hashes(&piece.rows)?;
+fn batch(piece: &Piece, hashes: &[u8], schema: &SchemaRef) -> Result<RecordBatch> {
+    let of_place = |place: &usize| &hashes[place * HASH_BYTES..][..HASH_BYTES];
+    let hashes: Vec<u8> = piece.places.iter().flat_map(of_place).copied().collect();
     let shared = piece.rows.first().filter(|_| piece.is_shared);
     let (data, hashes) = match shared {
         Some(first) => {

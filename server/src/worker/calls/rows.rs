@@ -6,18 +6,19 @@ use crate::{
     error::{Error, Result},
     ipc::Encoder,
     worker::{
-        inputs::{decode_pool::DecodePool, row::Row},
+        inputs::{decode_pool::DecodePool, images, row::Row},
         kept::read::ImagePlace,
     },
 };
 use arrow::{
-    array::{ArrayRef, AsArray, FixedSizeBinaryArray, StringArray, UInt64Array},
-    compute::interleave_record_batch,
+    array::{Array, ArrayRef, AsArray, FixedSizeBinaryArray, StringArray, UInt64Array},
+    compute::{interleave, interleave_record_batch},
     datatypes::{DataType, Field, Schema, SchemaRef},
+    error::ArrowError,
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
-use std::{ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 use superbatch_proto::columns::{CONTENT_HASH, IMAGE_OFFSET, IMAGE_URI};
 
 const HASH_BYTES: usize = 16;
@@ -215,27 +216,42 @@ pub(crate) async fn send_rows<T>(
 /// in one batch.
 fn gather(rows: &[Row]) -> Result<RecordBatch> {
     if let Some(first) = rows.first().filter(|first| follow_each_other(first, rows)) {
-        return Ok(first.batch.slice(first.row, rows.len()));
+        let slice = first.batch.slice(first.row, rows.len());
+        return images::without_views(&slice).map_err(encoding);
     }
     copy(rows)
 }
 
 pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
+    let mut numbers = HashMap::new();
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
     for row in rows {
-        // Searched from the end, since neighbouring rows mostly come from the same batch. There are
-        // few batches, so a map would cost more.
-        let found = batches
-            .iter()
-            .rposition(|batch| std::ptr::eq(*batch, &*row.batch));
-        let batch = found.unwrap_or_else(|| {
+        let number = *numbers.entry(Arc::as_ptr(&row.batch)).or_insert_with(|| {
             batches.push(&row.batch);
             batches.len() - 1
         });
-        places.push((batch, row.row));
+        places.push((number, row.row));
     }
-    interleave_record_batch(&batches, &places).map_err(encoding)
+    if !batches.iter().any(|batch| images::are_views(batch)) {
+        return interleave_record_batch(&batches, &places).map_err(encoding);
+    }
+    interleaved(rows, &batches, &places).map_err(encoding)
+}
+
+/// Copies rows of batches of which some have views of images, and some arrays.
+fn interleaved(
+    rows: &[Row],
+    batches: &[&RecordBatch],
+    places: &[(usize, usize)],
+) -> Result<RecordBatch, ArrowError> {
+    let schema = images::typed(batches[0].schema_ref(), DataType::Binary);
+    let mut columns = vec![images::gathered(rows.iter().map(Row::image))?];
+    for number in 1..schema.fields().len() {
+        let parts = batches.iter().map(|batch| batch.column(number).as_ref());
+        columns.push(interleave(&parts.collect::<Vec<&dyn Array>>(), places)?);
+    }
+    RecordBatch::try_new(schema, columns)
 }
 
 fn follow_each_other(first: &Row, rows: &[Row]) -> bool {

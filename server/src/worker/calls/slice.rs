@@ -8,6 +8,7 @@ use crate::{
     error::{Error, Result},
     worker::{
         engine::Engine,
+        inputs::images,
         kept::read::{ImagePlace, ReadBlock},
     },
 };
@@ -326,16 +327,19 @@ pub(crate) fn each<T>(places: Vec<Option<T>>) -> Result<Vec<T>> {
 }
 
 /// Returns some rows of a batch. They are copied, unless they follow each other and are at least
-/// half of the batch: then they stay a view of it, which holds the rest in memory but copies
-/// nothing.
+/// half of the batch: then they stay a slice of it, which holds the rest in memory but copies
+/// nothing. Images that are views are copied always.
 pub(crate) fn pick(batch: &RecordBatch, rows: Vec<u32>) -> Result<RecordBatch> {
     let first = rows.first().copied().unwrap_or_default();
-    if 2 * rows.len() >= batch.num_rows()
+    let picked = if 2 * rows.len() >= batch.num_rows()
         && rows.iter().copied().eq(first..first + rows.len() as u32)
     {
-        return Ok(batch.slice(first as usize, rows.len()));
-    }
-    take_record_batch(batch, &UInt32Array::from(rows))
+        Ok(batch.slice(first as usize, rows.len()))
+    } else {
+        take_record_batch(batch, &UInt32Array::from(rows))
+    };
+    picked
+        .and_then(|picked| images::without_views(&picked))
         .map_err(|e| Error::internal("cannot take rows out of a block").because(e))
 }
 

@@ -1,10 +1,10 @@
 //! The first pass over a slice's blocks: reads and decodes rows, finds bad ones, and gets the
 //! reference's embeddings.
 use super::{
-    beside,
+    beside::{self, Candidates},
     embed::Shape,
     extent::Extent,
-    slice::{Slice, SliceBlock, pick},
+    slice::{Slice, SliceBlock},
 };
 use crate::{
     error::{Error, Result},
@@ -63,7 +63,7 @@ pub(crate) struct Surveyed {
     pub reference_rows: Option<Vec<u32>>,
     /// The candidates' rows, if there was room. Those whose images lie beside the file are kept by
     /// the slice.
-    pub raw: Option<Kept<Arc<RecordBatch>>>,
+    pub raw: Option<Candidates>,
     /// Whether the block was read. A block whose reference embeddings are stored need not be.
     pub was_read: bool,
     /// Whether the reference embeddings were made, and not found. A block without a usable row
@@ -143,10 +143,10 @@ impl<'a> Pass<'a> {
         }
         let whole = self.whole.take();
         if let Some(whole) = whole.filter(|whole| !whole.has_images_beside()) {
-            let (whole, wanted) = (whole.batch, self.block.rows.clone());
-            let rows = self.engine.pool.run(move || pick(&whole, wanted)).await??;
-            let bytes = rows.get_array_memory_size();
-            self.found.raw = self.engine.raw.keep(self.task.step, bytes, Arc::new(rows));
+            let waits = self.task.reference.is_some() || self.task.keep_ready;
+            let (slice, engine) = (self.slice, self.engine);
+            let kept = slice.keep_candidates(engine, self.block, &whole, waits);
+            self.found.raw = kept.await?;
         }
         Ok(self.found)
     }

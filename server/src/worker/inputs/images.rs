@@ -1,8 +1,10 @@
-//! Why the image of a row is null, where that is known. Only a batch as it was read tells; rows
-//! that are copied out of it lose it.
+//! Columns of images: the first of a batch. In a block as it was read they may be views of the
+//! file's bytes, which are copied into one array when rows leave the block; and a null may tell why
+//! it is one, which rows that are copied lose.
 use arrow::{
-    array::{Array, BinaryArray},
+    array::{Array, ArrayRef, AsArray, BinaryArray, RecordBatch},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
+    datatypes::{DataType, Field, Fields, Schema, SchemaRef},
     error::ArrowError,
 };
 use std::sync::Arc;
@@ -41,13 +43,81 @@ pub(crate) fn column<'a>(
         lengths.push(bytes.len() - start);
         valid.push(matches!(image, Image::Bytes(_)));
     }
-    if i32::try_from(bytes.len()).is_err() {
-        let message = "a batch has over 2 GiB of images";
-        return Err(ArrowError::InvalidArgumentError(message.to_owned()));
-    }
+    check_bytes(bytes.len() as u64)?;
     let offsets = OffsetBuffer::from_lengths(lengths);
     let nulls = Some(NullBuffer::from(valid));
     BinaryArray::try_new(offsets, Buffer::from_vec(bytes), nulls).map(Arc::new)
+}
+
+/// Returns a schema with another type of images.
+pub(crate) fn typed(schema: &Schema, images: DataType) -> SchemaRef {
+    let typed = |(n, field): (usize, &Arc<Field>)| match n {
+        0 => Arc::new(Field::clone(field).with_data_type(images.clone())),
+        _ => field.clone(),
+    };
+    let fields: Fields = schema.fields().iter().enumerate().map(typed).collect();
+    Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone()))
+}
+
+/// Returns whether the images of a batch are views of other memory.
+pub(crate) fn are_views(batch: &RecordBatch) -> bool {
+    let images = batch.columns().first();
+    images.is_some_and(|images| *images.data_type() == DataType::BinaryView)
+}
+
+/// Returns views of images as one array, of their size; other arrays as they are.
+///
+/// # Errors
+/// If one array cannot hold them.
+pub(crate) fn joined(images: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+    let Some(views) = images.as_binary_view_opt() else {
+        return Ok(images.clone());
+    };
+    // Arrow's cast makes room for what lies behind nulls, and panics if one array cannot hold all.
+    let image = |row| views.is_valid(row).then(|| views.value(row));
+    gathered((0..views.len()).map(image))
+}
+
+/// Returns rows without views: their images are copied into one array, if they are views.
+///
+/// # Errors
+/// As [`joined`].
+pub(crate) fn without_views(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+    if !are_views(batch) {
+        return Ok(batch.clone());
+    }
+    let mut columns = batch.columns().to_vec();
+    columns[0] = joined(&columns[0])?;
+    RecordBatch::try_new(typed(batch.schema_ref(), DataType::Binary), columns)
+}
+
+/// Returns images as one array, of their size.
+///
+/// # Errors
+/// If one array cannot hold them.
+pub(crate) fn gathered<'a>(
+    images: impl Iterator<Item = Option<&'a [u8]>> + Clone,
+) -> Result<ArrayRef, ArrowError> {
+    let lengths = images.clone().map(|image| image.map_or(0, <[u8]>::len));
+    let bytes: usize = lengths.clone().sum();
+    check_bytes(bytes as u64)?;
+    let mut values = Vec::with_capacity(bytes);
+    for image in images.clone().flatten() {
+        values.extend_from_slice(image);
+    }
+    let valid: Vec<bool> = images.map(|image| image.is_some()).collect();
+    let nulls = valid.contains(&false).then(|| NullBuffer::from(valid));
+    let offsets = OffsetBuffer::from_lengths(lengths);
+    let array = BinaryArray::try_new(offsets, Buffer::from_vec(values), nulls)?;
+    Ok(Arc::new(array))
+}
+
+fn check_bytes(bytes: u64) -> Result<(), ArrowError> {
+    if i32::try_from(bytes).is_ok() {
+        return Ok(());
+    }
+    let message = "a batch has over 2 GiB of images";
+    Err(ArrowError::InvalidArgumentError(message.to_owned()))
 }
 
 /// Returns why an image is null; `None` if that is not known, or it is there.
@@ -63,6 +133,43 @@ pub(crate) fn fault(images: &BinaryArray, row: usize) -> Option<(BadRowReason, &
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn views_become_one_array_of_their_size() {
+        use arrow::array::{BinaryViewArray, Int32Array};
+        let long = [7; 100];
+        let images = || {
+            [
+                Some(&long[..]),
+                None,
+                Some(&b"short"[..]),
+                Some(&long[..50]),
+            ]
+            .into_iter()
+        };
+        let views: ArrayRef = Arc::new(BinaryViewArray::from_iter(images()));
+        let plain: ArrayRef = Arc::new(BinaryArray::from_iter(images()));
+        assert_eq!(&joined(&views).unwrap(), &plain);
+        assert_eq!(&joined(&plain).unwrap(), &plain);
+        assert_eq!(&gathered(images()).unwrap(), &plain);
+        assert!(gathered(images().skip(2)).unwrap().nulls().is_none());
+        let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1, 2, 3, 4]));
+        let [viewed, whole] = [views, plain].map(|images| {
+            let columns = [("image", images), ("n", numbers.clone())];
+            let columns = columns.map(|(name, column)| (name, column, true));
+            RecordBatch::try_from_iter_with_nullable(columns).unwrap()
+        });
+        assert!(are_views(&viewed) && !are_views(&whole));
+        assert_eq!(without_views(&viewed).unwrap(), whole);
+        assert_eq!(
+            without_views(&viewed.slice(2, 2)).unwrap(),
+            whole.slice(2, 2)
+        );
+        assert_eq!(
+            typed(&whole.schema(), DataType::BinaryView),
+            viewed.schema()
+        );
+    }
 
     #[test]
     fn a_fault_is_found_behind_its_null() {

@@ -1,7 +1,7 @@
 //! How images and captions become one model's inputs.
 use super::{
     padding,
-    preprocess::{ImageLimits, Preprocess, Processor, RowFault, decode},
+    preprocess::{ImageLimits, Preprocess, Processor, RowFault, check},
     row::Prepared,
     tokenize::{End, TextShape, Tokenizer},
     words::{self, Words},
@@ -117,7 +117,7 @@ impl Inputs {
             if self.has_texts {
                 words::text(image)?;
             } else {
-                decode(image, limits)?;
+                check(image, limits)?;
             }
             return Ok(Prepared {
                 pixels: Vec::new(),

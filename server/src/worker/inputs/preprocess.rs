@@ -10,7 +10,7 @@ use config::{Config, invalid};
 use serde::Serialize;
 use serde_json::Value;
 use superbatch_images::{Axis, Filter, Taps, decode_at_least, resize};
-pub use superbatch_images::{ImageLimits, decode};
+pub use superbatch_images::{ImageLimits, check, decode};
 use superbatch_proto::v1::BadRowReason;
 
 /// Raise it when the same configuration gives other pixels. It is part of the digest, so stored

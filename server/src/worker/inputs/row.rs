@@ -39,6 +39,10 @@ impl Prepared {
 impl Row {
     /// Returns the encoded image; `None` if it is null.
     pub fn image(&self) -> Option<&[u8]> {
+        let column = self.batch.column_by_name("image")?;
+        if let Some(views) = column.as_binary_view_opt() {
+            return views.is_valid(self.row).then(|| views.value(self.row));
+        }
         let column = self.images()?;
         column.is_valid(self.row).then(|| column.value(self.row))
     }

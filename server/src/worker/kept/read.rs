@@ -36,12 +36,14 @@ pub struct BlockReader {
     /// The state, which holds the indexes of tars.
     state: Option<Location>,
     images: ImageReads,
+    keeps_views: bool,
 }
 
 /// A block in memory, in the order of its rows.
 #[derive(Debug, Clone)]
 pub struct ReadBlock {
-    /// All rows in the data schema. Images that lie beside the file are null.
+    /// All rows in the data schema. Images that lie beside the file are null. Others may be views:
+    /// see [`BlockReader::keeping_views`].
     pub batch: Arc<RecordBatch>,
     beside: Option<Arc<Beside>>,
 }
@@ -110,6 +112,18 @@ impl BlockReader {
             surveys: Cache::new(FOOTERS_BYTES, |survey: &Arc<Survey>| survey.bytes()),
             state: None,
             images: ImageReads::new(IMAGE_BYTES_MAX, IMAGES_AT_ONCE),
+            keeps_views: false,
+        }
+    }
+
+    /// Leaves images where they lie, if they lie uncompressed in a Parquet file and are most of the
+    /// bytes that are read of a row group: these are kept, and the block's first column is of views.
+    /// They are copied when rows leave the block.
+    #[must_use]
+    pub fn keeping_views(self) -> Self {
+        Self {
+            keeps_views: true,
+            ..self
         }
     }
 
@@ -172,6 +186,7 @@ impl BlockReader {
             layout: source.layout.clone(),
             columns: columns.to_vec(),
             schema: manifest.data_schema(columns)?,
+            keeps_views: self.keeps_views,
             number: block as usize,
             block: indexed.clone(),
         };
@@ -302,7 +317,10 @@ impl BlockReader {
         let ranges = rows.ranges();
         let ranges = ranges.map_err(|cause| file.undecodable(block, cause))?;
         let bytes = file.ranges(&ranges).await?;
-        decoded(file, block, move || wanted.assemble(&rows.decode(&bytes)?)).await
+        decoded(file, block, move || {
+            wanted.assemble(&rows.decode(&bytes)?, false)
+        })
+        .await
     }
 }
 

@@ -67,14 +67,24 @@ impl<T: Clone> Retained<T> {
             let (_, (dropped, _)) = state.things.pop_last()?;
             state.bytes -= dropped;
         }
+        Some(self.add(&mut state, step, bytes, thing))
+    }
+
+    /// Keeps a thing that could be kept smaller: as [`Retained::keep`], but only while half of the
+    /// memory stays free, and nothing is dropped for it.
+    pub(crate) fn keep_large(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
+        let mut state = self.0.state.lock().expect("no panic while held");
+        let fits = state.bytes.saturating_add(bytes) <= self.0.bytes_max / 2;
+        fits.then(|| self.add(&mut state, step, bytes, thing))
+    }
+
+    fn add(&self, state: &mut State<T>, step: u64, bytes: usize, thing: T) -> Kept<T> {
         let key = (step, state.next);
         state.next += 1;
         state.bytes += bytes;
         state.things.insert(key, (bytes, thing));
-        Some(Kept {
-            key,
-            inner: self.0.clone(),
-        })
+        let inner = self.0.clone();
+        Kept { key, inner }
     }
 
     /// Returns the bytes that are kept now.
@@ -123,6 +133,23 @@ mod tests {
         assert!(budget.keep(0, 11, 'f').is_none());
         assert_eq!(middle.get(), Some('e'), "nothing is dropped in vain");
         drop((old, middle, newer));
+        assert_eq!(budget.bytes(), 0);
+    }
+
+    #[test]
+    fn large_things_leave_half_of_the_room_and_drop_nothing() {
+        let budget = Retained::new(10);
+        let newer = budget.keep(3, 2, 'a').unwrap();
+        let large = budget.keep_large(1, 3, 'b').unwrap();
+        assert!(budget.keep_large(1, 1, 'c').is_none());
+        assert_eq!((newer.get(), large.get()), (Some('a'), Some('b')));
+        // They make room for older steps as others do.
+        let old = budget.keep(0, 8, 'd').unwrap();
+        assert_eq!(
+            (newer.get(), large.get(), old.get()),
+            (None, None, Some('d'))
+        );
+        drop((newer, large, old));
         assert_eq!(budget.bytes(), 0);
     }
 }

@@ -3,7 +3,7 @@ use super::*;
 use crate::{
     dataset::{
         SourceRequest,
-        fixtures::{by_path, parquet, put, request},
+        fixtures::{by_path, img2dataset, indexed, parquet, put, request, stores},
         index,
     },
     fidelity::Fidelity,
@@ -165,4 +165,50 @@ async fn an_image_that_is_replaced_while_its_step_is_scored_is_refused() {
     let (slice, _) = rig.surveyed(&[10]).await;
     let chosen = rig.chosen(&slice, &[10]).await.unwrap();
     assert_eq!(chosen[0].image().unwrap(), &png(7)[..]);
+}
+
+#[tokio::test]
+async fn rows_that_are_chosen_next_stay_in_their_block_while_there_is_much_room() {
+    let stores = stores();
+    let state = stores.open("memory:///state").unwrap();
+    let files = [("0.parquet", parquet(&img2dataset(0..12), 12))];
+    let manifest = Arc::new(indexed(&stores, &files).await.unwrap());
+    let manifest = manifest.save(&state).await.unwrap();
+    let mut row_bytes_max = WorkerConfig::default().row_bytes_max;
+    for (waits, is_tight, is_shared) in [
+        (false, false, true),
+        (true, false, false),
+        (false, true, false),
+    ] {
+        let config = WorkerConfig {
+            device: "cpu".into(),
+            threads: 1,
+            row_bytes_max,
+            ..Default::default()
+        };
+        let engine = Engine::new(&config, stores.clone(), state.clone()).unwrap();
+        let rows = BlockRows {
+            rows: vec![9, 1, 8],
+            ..Default::default()
+        };
+        let mut slice = Slice::open(&engine, &manifest, vec![rows], Vec::new())
+            .await
+            .unwrap();
+        slice.keep_for = Some(3);
+        let block = &slice.blocks[0];
+        let whole = slice.read(&engine, block).await.unwrap();
+        let bytes = whole.batch.get_array_memory_size();
+        assert_eq!(is_tight, row_bytes_max == bytes);
+        let kept = slice.keep_candidates(&engine, block, &whole, waits).await;
+        let kept = kept.unwrap().unwrap();
+        assert_eq!(engine.raw.bytes() == bytes, is_shared);
+        let rows = kept.rows(block, &[2, 0]).unwrap();
+        let captions: Vec<_> = rows.iter().map(|row| row.caption().unwrap()).collect();
+        assert_eq!(captions, ["caption 8", "caption 9"]);
+        assert_eq!(Arc::ptr_eq(&rows[0].batch, &whole.batch), is_shared);
+        // The last one has room for the block, and not for twice as much.
+        row_bytes_max = if waits { bytes } else { row_bytes_max };
+        drop(kept);
+        assert_eq!(engine.raw.bytes(), 0);
+    }
 }

@@ -16,7 +16,8 @@ use crate::{
 };
 use arrow::{
     array::{AsArray, BinaryArray, StringArray, UInt32Array},
-    compute::{concat_batches, interleave_record_batch, take_record_batch},
+    compute::{cast, concat_batches, interleave_record_batch, take_record_batch},
+    datatypes::DataType,
 };
 use bytes::Bytes;
 use superbatch_proto::{
@@ -67,8 +68,9 @@ fn a_batch_is_shared_if_most_of_it_is_wanted() {
         value_bytes: 0,
         bytes: 0,
     };
+    let hashes = content_hashes(&rows).unwrap();
     for piece in pieces(&rows, &sizes) {
-        let batch = batch(&piece, &schema).unwrap();
+        let batch = batch(&piece, &hashes, &schema).unwrap();
         add(&mut all, batch, &piece);
     }
     let memory = |batch: &RecordBatch| batch["image"].as_binary::<i32>().values().as_ptr();
@@ -104,11 +106,54 @@ fn few_rows_of_many_batches_are_copied_together() {
         panic!("{} pieces", pieces.len())
     };
     assert!(!piece.is_shared && piece.places.iter().copied().eq(0..8));
-    let made = batch(piece, &hashed_schema(&batches[0].schema())).unwrap();
+    let hashes = content_hashes(&rows).unwrap();
+    let made = batch(piece, &hashes, &hashed_schema(&batches[0].schema())).unwrap();
+    let found = made[CONTENT_HASH].as_fixed_size_binary();
+    assert_eq!(found.value(0), content_hash(&image(57), "caption 57"));
     let captions = made["caption"].as_string::<i32>().iter().flatten();
     let expected = (0..8).rev().map(|n| format!("caption {}", n * 8 + 1));
     assert!(captions.eq(expected));
     assert!(super::pieces(&[], &[]).is_empty());
+}
+
+#[test]
+fn views_are_copied_together_with_rows_of_other_batches() {
+    let plain = rows_of(0..8);
+    let mut columns = rows_of(8..16).columns().to_vec();
+    columns[0] = cast(&columns[0], &DataType::BinaryView).unwrap();
+    let schema = images::typed(&plain.schema(), DataType::BinaryView);
+    let viewed = Arc::new(RecordBatch::try_new(schema, columns).unwrap());
+    // All of the batch with views, and two of the other.
+    let wanted = [15, 3, 8, 9, 14, 5, 10, 11, 12, 13];
+    let row = |n: &usize| Row {
+        batch: [&plain, &viewed][n / 8].clone(),
+        row: n % 8,
+    };
+    let rows: Vec<Row> = wanted.iter().map(row).collect();
+    let sizes = sizes(&rows).unwrap();
+    assert!(
+        sizes.iter().all(|size| *size > 4096 && *size < 4120),
+        "{sizes:?}"
+    );
+    let pieces = pieces(&rows, &sizes);
+    let [piece] = &pieces[..] else {
+        panic!("{} pieces", pieces.len())
+    };
+    let hashes = content_hashes(&rows).unwrap();
+    let schema = hashed_schema(&plain.schema());
+    let made = batch(piece, &hashes, &schema).unwrap();
+    assert_eq!(made.schema(), schema);
+    let (images, texts) = (
+        made["image"].as_binary::<i32>(),
+        made["caption"].as_string::<i32>(),
+    );
+    for (place, n) in wanted.into_iter().enumerate() {
+        let caption = format!("caption {n}");
+        assert!(images.value(place) == image(n), "{n}");
+        assert_eq!(texts.value(place), caption);
+        let hash = &hashes[place * HASH_BYTES..][..HASH_BYTES];
+        assert_eq!(hash, content_hash(&image(n), &caption));
+    }
 }
 
 /// Returns the messages of a `Score` call that wants these candidates of 12 rows.

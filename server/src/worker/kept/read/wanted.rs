@@ -3,7 +3,7 @@
 use crate::{
     caught::caught,
     dataset::{Block, Layout, Ranges, TarBlock, row_group_of},
-    worker::inputs::captions,
+    worker::inputs::{captions, images},
 };
 use arrow::{
     array::{
@@ -11,22 +11,30 @@ use arrow::{
         StringArray, new_null_array,
     },
     compute::{cast, concat_batches, nullif},
-    datatypes::{DataType, FieldRef, SchemaRef},
+    datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef},
     error::ArrowError,
 };
 use parquet::{
     arrow::{
         ProjectionMask,
-        arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection},
+        arrow_reader::{
+            ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
+        },
     },
-    file::metadata::RowGroupMetaData,
+    basic::Compression,
+    errors::ParquetError,
+    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
 };
+use std::sync::Arc;
 
 /// The columns and types to read of a block.
 pub(super) struct Wanted {
     pub layout: Layout,
     pub columns: Vec<String>,
     pub schema: SchemaRef,
+    /// Whether images may stay views of the file's bytes, which are of another type than in
+    /// `schema`.
+    pub keeps_views: bool,
     /// The block's number in its shard.
     pub number: usize,
     pub block: Block,
@@ -66,8 +74,16 @@ impl Wanted {
         mask: &ProjectionMask,
         part: Part,
     ) -> Result<Decoded, ArrowError> {
-        let cause = match self.read(bytes, footer.clone(), mask, part) {
-            Ok(batch) => return self.assemble(&batch),
+        let images = self.uncompressed_images(footer, mask, part);
+        let views = images.and_then(|_| self.viewing(footer).ok());
+        let views = views.unwrap_or_else(|| footer.clone());
+        let cause = match self.read(bytes, views, mask, part) {
+            Ok(batch) => {
+                // Views that stay hold all that was read: other rows and columns, too.
+                let is_whole = self.block.rows as usize == part.of;
+                let is_most = images.is_some_and(|of_images| 4 * of_images >= 3 * bytes.bytes());
+                return self.assemble(&batch, self.keeps_views && is_whole && is_most);
+            }
             Err(cause) => cause,
         };
         // Arrow's reader checks text columns as a whole, so one text that is not UTF-8 fails the
@@ -91,7 +107,53 @@ impl Wanted {
         let as_bytes = captions::as_bytes(footer, &texts)?;
         let batch = self.read(bytes, as_bytes, mask, part);
         let batch = batch.map_err(|_| cause)?;
-        self.assemble(&batch)
+        self.assemble(&batch, false)
+    }
+
+    /// Returns how many bytes of a row group are images, if they lie in the file as they are, so
+    /// that views of them take no memory beside the file's bytes. Of a compressed column the pages
+    /// would all be held at once.
+    fn uncompressed_images(
+        &self,
+        footer: &ArrowReaderMetadata,
+        mask: &ProjectionMask,
+        part: Part,
+    ) -> Option<usize> {
+        let of_image = |column: &ColumnChunkMetaData| {
+            column.column_path().parts().first() == Some(&self.layout.image_column)
+        };
+        let columns = footer.metadata().row_group(part.group).columns();
+        let mut bytes = 0;
+        for (leaf, column) in columns.iter().enumerate() {
+            if mask.leaf_included(leaf) && of_image(column) {
+                let is_plain = column.compression() == Compression::UNCOMPRESSED;
+                bytes += usize::try_from(column.compressed_size())
+                    .ok()
+                    .filter(|_| is_plain)?;
+            }
+        }
+        Some(bytes)
+    }
+
+    /// Returns a footer by which images are read as views of their pages, which copies none. Views
+    /// that do not stay are copied once, into memory of their size. As an array of bytes they would
+    /// be copied page by page into memory that is doubled, and copied, whenever it is full, and up
+    /// to half of it would stay empty for as long as the block is kept.
+    fn viewing(&self, footer: &ArrowReaderMetadata) -> Result<ArrowReaderMetadata, ParquetError> {
+        let (schema, name) = (footer.schema(), &self.layout.image_column);
+        let fields = schema.fields().iter().map(|field| {
+            if field.name() == name {
+                with_views(field)
+            } else {
+                field.clone()
+            }
+        });
+        let schema =
+            Schema::new_with_metadata(fields.collect::<Fields>(), schema.metadata().clone());
+        let options = ArrowReaderOptions::new().with_schema(Arc::new(schema));
+        caught(ParquetError::General, || {
+            ArrowReaderMetadata::try_new(footer.metadata().clone(), options)
+        })
     }
 
     fn read(
@@ -152,8 +214,12 @@ impl Wanted {
         )
     }
 
-    /// Returns the batch with the delivered names and types.
-    pub(super) fn assemble(&self, batch: &RecordBatch) -> Result<Decoded, ArrowError> {
+    /// Returns the batch with the delivered names and types. Images that are views may stay so.
+    pub(super) fn assemble(
+        &self,
+        batch: &RecordBatch,
+        keeps_views: bool,
+    ) -> Result<Decoded, ArrowError> {
         let layout = &self.layout;
         let column = |name: &str| {
             let missing = || ArrowError::SchemaError(format!("no column '{name}'"));
@@ -176,6 +242,11 @@ impl Wanted {
         if let Some(seed) = layout.caption_seed {
             caption = captions::drawn(&caption, seed)?;
         }
+        let schema = if keeps_views && *image.data_type() == DataType::BinaryView {
+            images::typed(&self.schema, DataType::BinaryView)
+        } else {
+            self.schema.clone()
+        };
         let mut arrays = vec![image, caption];
         for name in &self.columns {
             arrays.push(column(name)?);
@@ -188,17 +259,45 @@ impl Wanted {
             if *field.data_type() == DataType::Utf8 && is_bytes {
                 return captions::from_bytes(cast(&array, &DataType::Binary)?.as_binary());
             }
-            cast(&array, field.data_type())
+            to_type(&array, field.data_type())
         };
         let arrays = arrays
             .into_iter()
-            .zip(self.schema.fields())
+            .zip(schema.fields())
             .map(cast_to)
             .collect::<Result<Vec<_>, _>>()?;
         let options = RecordBatchOptions::new().with_row_count(Some(self.block.rows as usize));
-        let batch = RecordBatch::try_new_with_options(self.schema.clone(), arrays, &options)?;
+        let batch = RecordBatch::try_new_with_options(schema.clone(), arrays, &options)?;
         Ok((batch, paths))
     }
+}
+
+/// Returns a field of bytes, or of a struct with `bytes`, with views in their place; others as they
+/// are.
+fn with_views(field: &FieldRef) -> FieldRef {
+    let kind = match field.data_type() {
+        DataType::Binary | DataType::LargeBinary => DataType::BinaryView,
+        DataType::Struct(parts) => {
+            let part = |part: &FieldRef| match part.name().as_str() {
+                "bytes" if !part.data_type().is_nested() => with_views(part),
+                _ => part.clone(),
+            };
+            DataType::Struct(parts.iter().map(part).collect())
+        }
+        kind => kind.clone(),
+    };
+    Arc::new(Field::clone(field).with_data_type(kind))
+}
+
+/// Casts an array.
+///
+/// # Errors
+/// Arrow's, and for views of more bytes than one array can hold.
+fn to_type(array: &ArrayRef, kind: &DataType) -> Result<ArrayRef, ArrowError> {
+    if *kind == DataType::Binary {
+        return cast(&images::joined(array)?, kind);
+    }
+    cast(array, kind)
 }
 
 fn is_text(kind: &DataType) -> bool {
@@ -229,7 +328,7 @@ fn bytes_and_paths(image: &ArrayRef) -> Result<(ArrayRef, StringArray), ArrowErr
         None => image.clone(),
     };
     let bytes = match fields.and_then(|fields| fields.column_by_name("bytes")) {
-        Some(_) => cast(&field_of(image, "bytes")?, &DataType::Binary)?,
+        Some(_) => to_type(&field_of(image, "bytes")?, &DataType::Binary)?,
         None => new_null_array(&DataType::Binary, image.len()),
     };
     let paths = if *paths.data_type() == DataType::Binary {

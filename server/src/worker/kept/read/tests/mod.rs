@@ -3,12 +3,15 @@ use crate::{
     dataset::fixtures::*,
     storage::StorageConfig,
     worker::inputs::{
-        decode_pool::DecodePool, model_inputs::Inputs, preprocess::ImageLimits, row::Row,
+        decode_pool::DecodePool, images, model_inputs::Inputs, preprocess::ImageLimits, row::Row,
     },
 };
 use arrow::{
-    array::{ArrayRef, AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray},
-    datatypes::Int64Type,
+    array::{
+        ArrayRef, AsArray, BinaryArray, LargeBinaryArray, LargeStringArray, StringArray,
+        StructArray,
+    },
+    datatypes::{DataType, Field, Int64Type},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -17,6 +20,7 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, path::Path,
 };
+use parquet::{arrow::ArrowWriter, basic::Compression, file::properties::WriterProperties};
 use std::{
     fmt,
     sync::atomic::{AtomicU64, Ordering},
@@ -177,6 +181,58 @@ async fn wide_types_are_narrowed() {
             .collect::<Vec<_>>(),
         [Some(&b"a"[..]), None]
     );
+}
+
+#[tokio::test]
+async fn uncompressed_images_take_as_much_memory_as_they_have_bytes() {
+    const ROWS: usize = 37;
+    // Several to a page, and not a power of two in all.
+    fn image(row: usize) -> Vec<u8> {
+        vec![row as u8; 30_000 + row]
+    }
+    let expected = || (0..ROWS).map(|row| (row % 5 != 4).then(|| image(row)));
+    let bytes: usize = expected().flatten().map(|image| image.len()).sum();
+    let plain: ArrayRef = Arc::new(BinaryArray::from_iter(expected()));
+    let wide: ArrayRef = Arc::new(LargeBinaryArray::from_iter(expected()));
+    let field = Arc::new(Field::new("bytes", DataType::Binary, true));
+    let nested: ArrayRef = Arc::new(StructArray::from(vec![(field, plain.clone())]));
+    for (name, column) in [("jpg", plain), ("png", wide), ("image", nested)] {
+        let texts = StringArray::from_iter_values((0..ROWS).map(|row| format!("caption {row}")));
+        let rows = batch(vec![(name, column), ("caption", Arc::new(texts))]);
+        for codec in [Compression::UNCOMPRESSED, Compression::SNAPPY] {
+            let properties = WriterProperties::builder()
+                .set_compression(codec)
+                .set_data_page_size_limit(100_000)
+                .build();
+            let mut writer =
+                ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties)).unwrap();
+            writer.write(&rows).unwrap();
+            let stores = stores();
+            let files = [("0.parquet", writer.into_inner().unwrap().into())];
+            let manifest = indexed(&stores, &files).await.unwrap();
+            let reader = BlockReader::new(stores.clone(), 1 << 30);
+            let read = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+            let found = read.batch.column(0).as_binary::<i32>();
+            let found = found.iter().map(|image| image.map(<[u8]>::to_vec));
+            assert!(found.eq(expected()), "{name} {codec:?}");
+            let (held, is_plain) = (read.bytes(), codec == Compression::UNCOMPRESSED);
+            assert!(
+                !is_plain || (bytes..bytes + 8_000).contains(&held),
+                "{name}: {held} of {bytes}"
+            );
+            let reader = BlockReader::new(stores, 1 << 30).keeping_views();
+            let viewed = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+            assert_eq!(images::are_views(&viewed.batch), is_plain);
+            let row = |row| Row {
+                batch: viewed.batch.clone(),
+                row,
+            };
+            let each: Vec<Row> = (0..ROWS).map(row).collect();
+            let found = each.iter().map(|row| row.image().map(<[u8]>::to_vec));
+            assert!(found.eq(expected()), "{name} {codec:?}");
+            assert_eq!(images::without_views(&viewed.batch).unwrap(), *read.batch);
+        }
+    }
 }
 
 /// Two blocks whose unneeded column is much larger than the rest.
