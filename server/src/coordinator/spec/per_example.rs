@@ -108,8 +108,8 @@ fn token_share(field: &str, loss: Loss, phase: &Phase) -> Result<()> {
     let message = format!(
         "tokens are chosen by the learner's loss less the reference's, and ({policy}, \
          {criterion}) does not ask both; use the criterion learnability and a policy that draws \
-         by scores, such as top_k (with sub_batch_size equal to super_batch_size it takes all \
-         rows)"
+         by scores, such as top_k (with a sub_batch_size of nearly super_batch_size it takes \
+         nearly all rows)"
     );
     Err(impossible(field, message))
 }
