@@ -14,6 +14,8 @@ pub const SCORE: &str = "_superbatch_score";
 pub const WEIGHT: &str = "_superbatch_weight";
 /// At which fidelity the trainer is to read it.
 pub const FIDELITY: &str = "_superbatch_fidelity";
+/// Which tokens of the row are to be trained.
+pub const TOKEN_MASK: &str = "_superbatch_token_mask";
 /// A trainer's own loss, as a score column of later steps.
 pub const LOSS: &str = "_superbatch_loss";
 
@@ -49,6 +51,7 @@ mod tests {
             SCORE,
             WEIGHT,
             FIDELITY,
+            TOKEN_MASK,
             LOSS,
             CONTENT_HASH,
             URI,

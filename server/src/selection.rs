@@ -1,6 +1,7 @@
 //! One selection as the protocol describes it. Coordinator and worker draw with this code.
 pub mod judged;
 pub(crate) mod probed;
+pub(crate) mod tokens;
 
 #[cfg(feature = "torch")]
 use crate::cuda;

@@ -52,10 +52,14 @@ class Language(torch.nn.Module):
         if is_tied:
             self.head.weight = self.words.weight
 
-    def loss_per_example(self, ids, targets):
+    def loss_per_token(self, ids, targets):
         logits, wanted = self.head(self.words(ids[:, :-1])), targets[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
-        counts = (wanted != self.pad).float()
+        return losses, wanted != self.pad
+
+    def loss_per_example(self, ids, targets):
+        losses, is_word = self.loss_per_token(ids, targets)
+        counts = is_word.float()
         return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 

@@ -341,6 +341,7 @@ fn phase(fields: &mut Fields<'_, '_>) -> PyResult<Phase> {
         probe: fields.nested("probe", probe)?,
         score_columns: fields.list("score_columns", score_column)?,
         reference_step: fields.optional("reference_step")?,
+        token_share: fields.optional("token_share")?,
     })
 }
 

@@ -216,6 +216,10 @@ impl Inspected {
             lines.push(("text", format!("{length} tokens of {vocabulary}")));
             lines.push(("tokens", self.inputs.tokens_of()));
         }
+        if form.tokens > 0 {
+            let count = form.tokens;
+            lines.push(("losses", format!("of {count} tokens, for token_share")));
+        }
         let of_pairs = |(name, _): &(&str, String)| *name == "loss";
         lines.extend(self.weights().into_iter().filter(|line| !of_pairs(line)));
         let flops = flops::image(config) + flops::text(config);
@@ -292,7 +296,7 @@ impl Inspected {
         json!({
             "uri": self.folder.uri,
             "family": config.model_type(),
-            "gives": config.losses().map_or("embeddings", |_| "loss_per_example"),
+            "gives": config.losses().map_or("embeddings", |form| form.method()),
             "compares": config.losses().map(|form| form.to_string()),
             "embedding_dim": config.embedding_dim,
             "image": {

@@ -438,6 +438,12 @@ const FIELDS: &[(&str, How)] = &[
             refused(|s| s.phases[0].reference_step = Some(u64::MAX))
         }),
     ),
+    (
+        "Phase.token_share",
+        Bound("phases[0].token_share", || {
+            refused(|s| s.phases[0].token_share = Some(1.5))
+        }),
+    ),
     ("Phase.probe", How::Message),
     (
         "FidelityProbe.every_steps",

@@ -4,7 +4,7 @@
 use super::{Embedded, Values, is_scored, settings};
 use std::cmp::Reverse;
 use superbatch_kernels::{
-    Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Settings,
+    Backend, Candidates, Criterion, Loss, ModelEmbeddings, Noise, Policy, Rows, Settings,
 };
 use superbatch_proto::v1::{self, SelectBegin};
 
@@ -102,7 +102,7 @@ pub fn judge(
 }
 
 /// Returns the losses of the candidates' own pairs, NaN for holes. Under softmax without the
-/// denominators. A model that gives losses has them in place of cosines.
+/// denominators. A model that gives losses sends them as the first number of a row.
 fn own_losses(
     model: &ModelEmbeddings<'_>,
     loss: v1::Loss,
@@ -117,14 +117,23 @@ fn own_losses(
         }
     }
     for (n, own) in losses.iter_mut().enumerate().filter(|(n, _)| !is_hole[*n]) {
-        let scaled = model.scale * model.own_cosine(n as u32);
+        let scaled = || model.scale * model.own_cosine(n as u32);
         *own = match loss {
-            v1::Loss::Softmax => -scaled,
-            v1::Loss::PerExample => scaled,
-            v1::Loss::Sigmoid | v1::Loss::Unspecified => softplus(-(scaled + model.bias)),
+            v1::Loss::Softmax => -scaled(),
+            v1::Loss::PerExample => model.scale * number(&model.image, n * model.dim),
+            v1::Loss::Sigmoid | v1::Loss::Unspecified => softplus(-(scaled() + model.bias)),
         };
     }
     losses
+}
+
+/// Returns one number of the embeddings; NaN if it is not there.
+fn number(rows: &Rows<'_>, at: usize) -> f64 {
+    let found = match rows {
+        Rows::F32(values) => values.get(at).map(|value| f64::from(*value)),
+        Rows::F16(values) => values.get(at).map(|value| f64::from(*value)),
+    };
+    found.unwrap_or(f64::NAN)
 }
 
 /// Returns the mean of the values of some candidates; 0 if there are none.

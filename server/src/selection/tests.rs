@@ -258,6 +258,22 @@ fn losses_that_are_given_are_the_scores() {
 }
 
 #[test]
+fn losses_of_tokens_change_no_score() {
+    let with_tokens = |of: &[f32]| Embedded {
+        image: Values::F32(of.iter().flat_map(|loss| [*loss, 1.0, 7.0]).collect()),
+        text: Values::F32([1.0, 0.0, 1.0].repeat(of.len())),
+        dim: 3,
+    };
+    let begin = per_example(v1::Policy::TopK, v1::Criterion::Learnability);
+    let drawn = |learner: Embedded, reference: Embedded| {
+        draw(Backend::Native, &begin, Some(&learner), Some(&reference)).unwrap()
+    };
+    let bare = drawn(losses(&LEARNER), losses(&REFERENCE));
+    let with = drawn(with_tokens(&LEARNER), with_tokens(&REFERENCE));
+    assert_eq!((with.indices, with.scores), (bare.indices, bare.scores));
+}
+
+#[test]
 fn a_term_is_added_to_a_given_loss_and_other_policies_draw_by_it() {
     let (learner, reference) = (losses(&LEARNER), losses(&REFERENCE));
     let begin = SelectBegin {

@@ -16,7 +16,8 @@ class Batch:
 
     `batch["image"]` (as stored) and `batch["caption"]` are pyarrow arrays, as are the extra columns
     asked for and `_superbatch_id`, `_superbatch_position`, `_superbatch_score`,
-    `_superbatch_fidelity`, `_superbatch_weight`.
+    `_superbatch_fidelity`, `_superbatch_weight`; of a run with a phase that has `token_share` also
+    `_superbatch_token_mask`: a list of bools a row, null where all tokens are to be trained.
     """
 
     def __init__(

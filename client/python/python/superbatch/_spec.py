@@ -186,13 +186,13 @@ class Phase:
     multi_resolution: a part of the sub-batch is to be trained at the approximation,
     `MultiResolution()` for half of it.
     allow_untrained_fidelity: score at an approximation that the learner was never trained with,
-    though its ranking may then
-        be noise.
+    though its ranking may then be noise.
     tuning: numbers of single policies, and what is left out before the draw.
     probe: now and then, compare what the two fidelities choose, `FidelityProbe(every_steps=...)`.
     score_columns: numeric columns of the data, as the criterion, as terms of it, or as rules.
     reference_step: the reference of this phase is the learner itself as it was pushed after this
     step, instead of the run's reference.
+    token_share: only this share of the tokens is to be trained (Rho-1): `_superbatch_token_mask`.
     """
 
     policy: str
@@ -210,6 +210,7 @@ class Phase:
     probe: FidelityProbe | None = None
     score_columns: Sequence[ScoreColumn] | None = None
     reference_step: int | None = None
+    token_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ pub mod before;
 pub mod compact;
 pub mod doubt;
 pub mod json;
+pub mod masks;
 pub mod packs;
 pub mod page;
 pub mod parquet;

@@ -7,7 +7,7 @@
 
 use super::{
     json::{self, fidelity_name},
-    passed,
+    masks, passed,
 };
 use crate::{
     caught::caught,
@@ -37,6 +37,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use superbatch_proto::v1::{ChosenRow, Fidelity, Mode, Policy, Receipt, ReceiptSummary};
 
 const COLUMN_VALUES: &str = "column_values";
+const TOKEN_MASK: &str = "token_mask";
 const SUMMARY: &str = "superbatch.summary";
 pub(super) const SUMMARY_PROTOBUF: &str = "superbatch.summary.protobuf";
 const PASSED_OVER: &str = "superbatch.passed_over";
@@ -74,6 +75,7 @@ fn schema() -> Schema {
             DataType::new_list(DataType::Float64, true),
             true,
         ),
+        Field::new(TOKEN_MASK, masks::data_type(), true),
     ])
 }
 
@@ -248,6 +250,7 @@ fn columns(chosen: &[ChosenRow]) -> Vec<ArrayRef> {
                 (!row.column_values.is_empty()).then(|| values.collect::<Vec<_>>())
             }),
         )),
+        masks::column(chosen.iter()),
     ]
 }
 
@@ -337,6 +340,7 @@ pub(super) fn read_rows(
         let values = lists.value(i);
         Some(values.as_primitive_opt::<Float64Type>()?.values().to_vec())
     };
+    let token_mask = batch.column_by_name(TOKEN_MASK);
     for i in 0..batch.num_rows() {
         into.push(ChosenRow {
             id: id.value(i).to_owned(),
@@ -353,6 +357,7 @@ pub(super) fn read_rows(
             learner_loss: maybe(learner_loss, i),
             reference_loss: maybe(reference_loss, i),
             column_values: values_of(i).unwrap_or_default(),
+            token_mask: masks::mask(token_mask, i),
         });
     }
     Ok(())

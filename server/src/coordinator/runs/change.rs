@@ -257,11 +257,13 @@ impl Run {
 
     /// # Errors
     /// `BiasMissing` if a phase of `spec` scores by the sigmoid loss and a model has no bias;
-    /// `RunSpecImpossible` if a model cannot be run at a phase's approximation.
+    /// `RunSpecImpossible` if a model cannot be run at a phase's approximation, or gives no losses
+    /// of tokens that a phase chooses by.
     pub fn check_models(&self, spec: &RunSpec) -> Result<()> {
         let (reference, learner) = (self.reference.as_ref(), self.learner.as_ref());
         models::check_biases(spec, reference, learner)?;
-        models::check_approximations(spec, reference, learner)
+        models::check_approximations(spec, reference, learner)?;
+        models::check_tokens(spec, reference, learner)
     }
 }
 

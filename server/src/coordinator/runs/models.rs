@@ -10,7 +10,7 @@ use crate::{
     },
     error::{Error, Result},
     fidelity::Fidelity,
-    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS},
+    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, tokens::tokens_of},
 };
 use superbatch_proto::v1::{
     Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, Source,
@@ -174,6 +174,57 @@ pub fn check_approximations(
     Ok(())
 }
 
+/// Checks that learner and reference of each phase that chooses tokens give a loss for each of the
+/// same tokens.
+///
+/// # Errors
+/// `RunSpecImpossible`, naming the phase's field.
+pub fn check_tokens(
+    spec: &RunSpec,
+    reference: Option<&ModelFact>,
+    learner: Option<&ModelFact>,
+) -> Result<()> {
+    let phases = spec.phases.iter().enumerate();
+    for (i, phase) in phases.filter(|(_, phase)| phase.token_share.is_some()) {
+        let reference = match phase.reference_step {
+            Some(_) => learner,
+            None => reference,
+        };
+        let (Some(learner), Some(reference)) = (learner, reference) else {
+            continue;
+        };
+        if let Some(problem) = other_tokens(learner, reference) {
+            let field = format!("phases[{i}].token_share");
+            let message = format!("{field}: {problem} (docs/models.md)");
+            return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
+        }
+    }
+    Ok(())
+}
+
+fn other_tokens(learner: &ModelFact, reference: &ModelFact) -> Option<String> {
+    let tokens = |fact: &ModelFact| tokens_of(fact.embedding_dim().unwrap_or_default() as usize);
+    let none = |which: &str| {
+        format!(
+            "the {which} gives one loss an example, none for each token; export it with \
+             per_token"
+        )
+    };
+    let tokenizer = |fact: &ModelFact| fact.files.get("tokenizer.json").cloned();
+    match [learner, reference].map(tokens) {
+        [0, _] => Some(none("learner")),
+        [_, 0] => Some(none("reference")),
+        [learner, reference] if learner != reference => Some(format!(
+            "the learner gives losses of {learner} tokens and the reference of {reference}; export \
+             them alike"
+        )),
+        _ if tokenizer(learner) != tokenizer(reference) => {
+            Some("tokenizer.json of learner and reference differ; export them alike".to_owned())
+        }
+        _ => None,
+    }
+}
+
 /// Checks that workers scored with the model that the run was opened with; of a learner that was
 /// pushed (`is_pushed`), with all but its weights.
 ///
@@ -227,6 +278,51 @@ pub fn sigmoid_bias(own: Option<f64>, given: Option<f64>, which: &str) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use superbatch_proto::v1::{Phase, PrepareModelResponse};
+
+    #[test]
+    fn tokens_are_chosen_by_losses_of_the_same_tokens() {
+        let model = |embedding_dim, tokenizer: &str| {
+            let files = [("tokenizer.json".to_owned(), tokenizer.to_owned())];
+            ModelFact::from(PrepareModelResponse {
+                embedding_dim,
+                files: files.into(),
+                ..Default::default()
+            })
+        };
+        let spec = |token_share, reference_step| RunSpec {
+            phases: vec![Phase {
+                token_share,
+                reference_step,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let (asked, own) = (spec(Some(0.5), None), spec(Some(0.5), Some(3)));
+        let (eight, bare) = (model(10, "a"), model(2, "a"));
+        check_tokens(&asked, Some(&eight), Some(&eight)).unwrap();
+        check_tokens(&spec(None, None), Some(&bare), Some(&eight)).unwrap();
+        // The reference of this phase is the learner.
+        check_tokens(&own, None, Some(&eight)).unwrap();
+        check_tokens(&own, Some(&bare), Some(&eight)).unwrap();
+        for (spec, reference, learner, says) in [
+            (&asked, &bare, &eight, "the reference gives one loss"),
+            (&asked, &eight, &bare, "the learner gives one loss"),
+            (
+                &asked,
+                &model(9, "a"),
+                &eight,
+                "8 tokens and the reference of 7",
+            ),
+            (&asked, &model(10, "b"), &eight, "tokenizer.json"),
+            (&own, &eight, &bare, "the learner gives one loss"),
+        ] {
+            let error = check_tokens(spec, Some(reference), Some(learner)).unwrap_err();
+            assert_eq!(error.reason(), Reason::RunSpecImpossible);
+            assert_eq!(error.value("field"), Some("phases[0].token_share"));
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
 
     #[test]
     fn a_model_gives_what_the_loss_is_made_of() {

@@ -81,6 +81,7 @@ impl Opening<'_> {
         let (reference, learner) = self.models(&mut spec).await?;
         models::check_biases(&spec, reference.as_ref(), learner.as_ref())?;
         models::check_approximations(&spec, reference.as_ref(), learner.as_ref())?;
+        models::check_tokens(&spec, reference.as_ref(), learner.as_ref())?;
         let digest = manifest.save(state).await?;
         let location = self.coordinator.location(self.id);
         if let Some(fork) = &fork {

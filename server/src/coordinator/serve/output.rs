@@ -3,14 +3,17 @@ use super::located;
 use crate::coordinator::score::table::Table;
 use crate::{
     batches::{RANK_BATCH_BYTES_MAX, row_ranges},
-    coordinator::receipts::json::fidelity_name,
+    coordinator::{
+        receipts::{json::fidelity_name, masks},
+        spec::has_masks,
+    },
     dataset::Manifest,
     error::{Error, Result},
     ipc::Encoder,
 };
 use arrow::{
     array::{ArrayRef, Float64Array, RecordBatch, StringArray, UInt64Array},
-    datatypes::{Schema, SchemaRef},
+    datatypes::{Field, FieldRef, Schema, SchemaRef},
     error::ArrowError,
 };
 use bytes::Bytes;
@@ -44,7 +47,7 @@ pub fn rank_stream(
     indices: &[usize],
 ) -> Result<Vec<Bytes>> {
     let chosen = chosen_in_hand(rows, receipt, indices)?;
-    let sizes = row_sizes(rows, indices)?;
+    let sizes = row_sizes(rows, &chosen, indices)?;
     stream(schema, &sizes, |name, range| {
         let own = own_column(name, &chosen[range.clone()]);
         own.map_or_else(|| rows.column(name, &indices[range]), Ok)
@@ -63,7 +66,7 @@ pub fn located_stream(
     indices: &[usize],
 ) -> Result<Vec<Bytes>> {
     let chosen = chosen_in_hand(rows, receipt, indices)?;
-    let sizes = row_sizes(rows, indices)?;
+    let sizes = row_sizes(rows, &chosen, indices)?;
     stream(schema, &sizes, |name, range| {
         let chosen = &chosen[range.clone()];
         if let Some(column) = own_column(name, chosen) {
@@ -85,7 +88,8 @@ pub fn own_stream(schema: &SchemaRef, receipt: &Receipt, indices: &[usize]) -> R
     let own = own.filter(|field| own_column(field.name(), &[]).is_some());
     let fields = own.cloned().chain([Arc::new(located::hash_field())]);
     let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
-    let sizes: Vec<usize> = chosen.iter().map(|row| row.id.len() + OWN_BYTES).collect();
+    let size = |row: &&ChosenRow| row.id.len() + OWN_BYTES + mask_bytes(row);
+    let sizes: Vec<usize> = chosen.iter().map(size).collect();
     stream(&schema, &sizes, |name, range| {
         let rows = &chosen[range];
         match own_column(name, rows) {
@@ -130,8 +134,15 @@ fn chosen_in_hand<'a>(
     chosen(receipt, indices)
 }
 
-fn row_sizes(rows: &Table, indices: &[usize]) -> Result<Vec<usize>> {
-    indices.iter().map(|index| rows.row_bytes(*index)).collect()
+fn row_sizes(rows: &Table, chosen: &[&ChosenRow], indices: &[usize]) -> Result<Vec<usize>> {
+    let size = |(index, row): (&usize, &&ChosenRow)| -> Result<usize> {
+        Ok(rows.row_bytes(*index)? + mask_bytes(row))
+    };
+    indices.iter().zip(chosen).map(size).collect()
+}
+
+fn mask_bytes(row: &ChosenRow) -> usize {
+    row.token_mask.len().div_ceil(8)
 }
 
 /// Encodes rows of these sizes in record batches of at most [`RANK_BATCH_BYTES_MAX`]. `column`
@@ -152,14 +163,18 @@ fn stream(
 /// Those of [`Manifest::data_schema`].
 pub fn schema(manifest: &Manifest, spec: &RunSpec) -> Result<SchemaRef> {
     let schema = manifest.output_schema(&spec.columns)?;
-    if spec.delivery() != Delivery::Locators {
-        return Ok(schema);
+    let mut fields: Vec<FieldRef> = schema.fields().iter().cloned().collect();
+    if spec.delivery() == Delivery::Locators {
+        // The image is the first column. Workers say where it lies.
+        fields.remove(0);
+        let places = manifest.image_place_fields().into_iter();
+        fields.extend(places.chain(located::fields()).map(Arc::new));
     }
-    // The image is the first column. Workers say where it lies.
-    let places = manifest.image_place_fields().into_iter();
-    let places = places.chain(located::fields()).map(Arc::new);
-    let fields = schema.fields().iter().skip(1).cloned().chain(places);
-    Ok(Arc::new(Schema::new(fields.collect::<Vec<_>>())))
+    if has_masks(&spec.phases) {
+        let masks = Field::new(own::TOKEN_MASK, masks::data_type(), true);
+        fields.push(Arc::new(masks));
+    }
+    Ok(Arc::new(Schema::new(fields)))
 }
 
 fn cannot(cause: ArrowError) -> Error {
@@ -203,6 +218,7 @@ fn own_column(name: &str, rows: &[&ChosenRow]) -> Option<ArrayRef> {
         )),
         own::SCORE => floats(|row| row.score),
         own::WEIGHT => floats(|row| row.weight),
+        own::TOKEN_MASK => masks::column(each()),
         own::FIDELITY => Arc::new(StringArray::from_iter_values(
             each().map(|row| fidelity_name(row.fidelity)),
         )),

@@ -17,6 +17,7 @@ pub use fidelity::low_rows;
 pub use fidelity::probes_at;
 pub use fidelity::scores_at;
 pub use own::references_from;
+pub use per_example::has_masks;
 use superbatch_proto::v1::{
     Criterion, Delivery, Fallback, Fidelity, Lag, Loss, Phase, Reason, RunSpec, lag::Bound,
 };
@@ -152,6 +153,7 @@ pub fn append_phases(
     if phases.len() > crate::bounds::PHASES_MAX {
         return Err(check::too_many_phases(phases.len()));
     }
+    let known = spec.phases.clone();
     for mut phase in phases {
         complete_phase(&mut phase);
         if spec.phases.contains(&phase) {
@@ -170,6 +172,7 @@ pub fn append_phases(
         spec.phases.push(phase);
     }
     check::check(&spec)?;
+    per_example::appended(&known, &spec.phases)?;
     Ok(spec)
 }
 

@@ -1,5 +1,5 @@
 //! The loss per example, which has no pairs: refuses what such a loss cannot do.
-use super::{impossible, tuning};
+use super::{Asked, impossible, tuning};
 use crate::{error::Result, selection};
 use superbatch_kernels as kernels;
 use superbatch_proto::{
@@ -21,6 +21,9 @@ pub(super) fn embedding_dtype(loss: Loss) -> EmbeddingDtype {
 pub(super) fn check(spec: &RunSpec) -> Result<()> {
     for (i, source) in spec.sources.iter().enumerate() {
         targets(&format!("sources[{i}]"), source, spec.loss())?;
+    }
+    for (i, phase) in spec.phases.iter().enumerate() {
+        token_share(&format!("phases[{i}].token_share"), spec.loss(), phase)?;
     }
     if spec.loss() != Loss::PerExample {
         return Ok(());
@@ -65,6 +68,50 @@ pub(super) fn drawn(at: &str, spec: &RunSpec, phase: &Phase) -> Result<()> {
         return Err(impossible(&format!("{at}.tuning"), message));
     }
     Ok(())
+}
+
+/// Returns whether a phase chooses tokens.
+pub fn has_masks(phases: &[Phase]) -> bool {
+    phases.iter().any(|phase| phase.token_share.is_some())
+}
+
+/// Refuses masks in phases that are added to those that a run was opened with, if none of these has
+/// masks: batches have a column for them or not, from the first step to the last.
+pub(super) fn appended(opened: &[Phase], all: &[Phase]) -> Result<()> {
+    let first = all.iter().position(|phase| phase.token_share.is_some());
+    let Some(i) = first.filter(|_| !has_masks(opened)) else {
+        return Ok(());
+    };
+    let message = "the run's batches have no column for masks, since no phase that it was opened \
+                   with has a token_share; open another run (fork_of goes on from this one)";
+    Err(impossible(&format!("phases[{i}].token_share"), message))
+}
+
+fn token_share(field: &str, loss: Loss, phase: &Phase) -> Result<()> {
+    let Some(share) = phase.token_share else {
+        return Ok(());
+    };
+    if !(share > 0.0 && share <= 1.0) {
+        let message = format!("{share} is no share of tokens; it is above 0 and at most 1");
+        return Err(impossible(field, message));
+    }
+    if loss != Loss::PerExample {
+        let message = "tokens are chosen by their losses, which models of the loss per_example \
+                       give; leave it out";
+        return Err(impossible(field, message));
+    }
+    let asked = Asked::by(phase);
+    if asked.learner && asked.reference_losses {
+        return Ok(());
+    }
+    let (policy, criterion) = (phase.policy().word(), phase.criterion().word());
+    let message = format!(
+        "tokens are chosen by the learner's loss less the reference's, and ({policy}, \
+         {criterion}) does not ask both; use the criterion learnability and a policy that draws \
+         by scores, such as top_k (with a sub_batch_size of nearly super_batch_size it takes \
+         nearly all rows)"
+    );
+    Err(impossible(field, message))
 }
 
 fn fidelity(at: &str, phase: &Phase) -> Result<()> {

@@ -45,6 +45,8 @@ pub(crate) struct Decided {
     pub cost: Accounts,
     /// Each candidate's own score and losses, if the step is drawn by scores.
     pub judged: Option<Judged>,
+    /// Of each drawn row which tokens are to be trained, if the phase chooses tokens.
+    pub token_masks: Vec<Vec<bool>>,
     /// What the fidelity probe found, where one was due.
     pub probe: Option<ProbeResult>,
     /// The phase's score columns.
@@ -74,6 +76,7 @@ impl Decided {
                 ..Default::default()
             },
             judged: None,
+            token_masks: Vec::new(),
             probe: None,
             columns: Columns::default(),
             workers: 0,

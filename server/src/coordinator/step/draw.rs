@@ -1,6 +1,7 @@
 //! Draws a step's sub-batch once its candidates are scored.
 use super::{decided::Decided, maker::Maker};
 use crate::{
+    blocking::blocking,
     coordinator::{
         plan::candidate::{SuperBatch, noise_keys},
         runs::models,
@@ -12,6 +13,7 @@ use crate::{
     selection::{
         is_scored,
         judged::{Judged, judge},
+        tokens::TokenLosses,
     },
 };
 use superbatch_proto::v1::{
@@ -26,10 +28,14 @@ impl Maker<'_> {
         reference: Option<Scored>,
     ) -> Result<SelectResponse> {
         let (begin, asked) = self.asking(decided, learner.as_ref(), reference.as_ref())?;
-        let (learner, reference) = (
+        let (mut learner, mut reference) = (
             learner.filter(|_| asked.learner),
             reference.filter(|_| asked.reference),
         );
+        let tokens = match self.spec.loss() {
+            Loss::PerExample => taken_apart(&mut learner, &mut reference),
+            _ => None,
+        };
         decided.scales = [
             begin.learner_scale,
             begin.learner_bias,
@@ -51,6 +57,9 @@ impl Maker<'_> {
         decided.spent.add(drawn.flops);
         metrics::stage_duration("select").record(drawn.seconds);
         metrics::flops("selection").increment(drawn.flops as u64);
+        if let (Some(share), Some(tokens)) = (decided.phase.token_share, tokens) {
+            decided.token_masks = masks(tokens, drawn.indices.clone(), share).await?;
+        }
         Ok(drawn)
     }
 
@@ -104,6 +113,30 @@ fn bias(spec: &RunSpec, scored: &Scored, given: Option<f64>, which: &str) -> Res
         Loss::Sigmoid => models::sigmoid_bias(scored.bias, given, which),
         _ => Ok(0.0),
     }
+}
+
+/// Leaves the losses of examples, which candidates are drawn by, and returns what models gave with
+/// the losses of tokens, if both gave such.
+fn taken_apart(
+    learner: &mut Option<Scored>,
+    reference: &mut Option<Scored>,
+) -> Option<TokenLosses> {
+    let [learner, reference] = [learner, reference].map(|scored| {
+        let embedded = &mut scored.as_mut()?.embedded;
+        let of_examples = embedded.of_examples()?;
+        Some(std::mem::replace(embedded, of_examples))
+    });
+    Some(TokenLosses {
+        learner: learner?,
+        reference: reference?,
+    })
+}
+
+/// Returns which tokens of the drawn rows are to be trained.
+async fn masks(tokens: TokenLosses, drawn: Vec<u32>, share: f64) -> Result<Vec<Vec<bool>>> {
+    let missing = || Error::internal("learner and reference gave losses of other tokens");
+    let work = move || tokens.masks(&drawn, share).ok_or_else(missing);
+    blocking("choosing tokens", work).await
 }
 
 /// The request to the selector, and the candidates' own scores.

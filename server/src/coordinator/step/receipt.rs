@@ -128,6 +128,7 @@ pub(crate) fn chosen(
             learner_loss: loss(0, *candidate),
             reference_loss: loss(1, *candidate),
             column_values: values_of(decided, *candidate as usize),
+            token_mask: decided.token_masks.get(place).cloned().unwrap_or_default(),
         }
     };
     places.map(row).collect()
@@ -157,6 +158,7 @@ pub(crate) fn summary(
 ) -> ReceiptSummary {
     let (phase, drawn, traced) = (&decided.phase, &decided.drawn, traces::ids());
     let [learner_scale, learner_bias, reference_scale, reference_bias] = decided.scales;
+    let judged = decided.judged.as_ref();
     ReceiptSummary {
         run_id: run.id.clone(),
         generation: decided.generation,
@@ -208,13 +210,11 @@ pub(crate) fn summary(
             .filter(|_| leaves_out(phase.tuning.as_ref()) || !phase.score_columns.is_empty()),
         approximation: phase.approximation,
         multi_resolution: phase.multi_resolution,
-        uniform_score: decided
-            .judged
-            .as_ref()
-            .and_then(|judged| judged.uniform_score),
+        uniform_score: judged.and_then(|judged| judged.uniform_score),
         trainer_wait_seconds: run.waits.take(),
         probe: decided.probe,
         score_columns: phase.score_columns.clone(),
+        token_share: phase.token_share,
         trace_id: traced.0,
         span_id: traced.1,
     }

@@ -98,6 +98,7 @@ mod tests {
                 target: classes,
                 text_length: 0,
                 vocab_size: 0,
+                tokens: 0,
             },
             None,
         );

@@ -25,8 +25,8 @@ pub trait Towers: Send {
     fn image(&self, pixels: &Tensor, view: &View) -> Torch;
     /// Embeds ids `[n, length]` as `[n, embedding_dim]`.
     fn text(&self, ids: &Tensor) -> Torch;
-    /// Returns the loss of each row, `[n, 1]`, of a model that gives losses.
-    fn losses(&self, _pixels: &Tensor, _ids: &Tensor) -> Torch {
+    /// Returns the losses of rows in the place of both embeddings, of a model that gives losses.
+    fn losses(&self, _pixels: &Tensor, _ids: &Tensor) -> Torch<(Tensor, Tensor)> {
         Err(TchError::Torch("a dual encoder gives no losses".into()))
     }
 }
@@ -58,7 +58,7 @@ pub struct ModelInfo {
     /// BLAKE3 over configuration, preprocessing, tokenizer and weights, in hex.
     pub digest: String,
     pub model_type: String,
-    /// Whether it gives losses, which embeddings of two numbers hold then.
+    /// Whether it gives losses, which its embeddings hold then.
     pub gives_losses: bool,
     pub embedding_dim: usize,
     /// Height and width of an image, in pixels.
@@ -212,8 +212,7 @@ impl Encoder {
     }
 
     /// Returns what both towers make of rows, as [`Encoder::image`] and [`Encoder::text`] do. Of a
-    /// model that gives losses: `[loss, 1]` and `[1, 0]`, whose product is the loss. A loss of 0 is
-    /// no embedding of zeros, which stands for a row that was lost.
+    /// model that gives losses: `[loss, 1]` and `[1, 0]`, and what follows of tokens.
     pub fn both(
         &self,
         images: &Images<'_>,
@@ -233,10 +232,7 @@ impl Encoder {
         let ids = Tensor::f_from_slice(ids)?
             .f_reshape([rows as i64, -1])?
             .f_to_device(self.device)?;
-        let losses = self.towers.losses(&pixels, &ids)?;
-        let (one, zero) = (losses.f_ones_like()?, losses.f_zeros_like()?);
-        let image = Tensor::f_cat(&[&losses, &one], 1)?;
-        Ok((image, Tensor::f_cat(&[&one, &zero], 1)?))
+        self.towers.losses(&pixels, &ids)
     }
 
     fn normalised(

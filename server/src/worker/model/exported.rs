@@ -8,7 +8,7 @@ use super::{
     entry::View,
     fields::{Fields, invalid_in},
     layers::{Tensors, Torch},
-    losses::{Input, LossForm, METHOD},
+    losses::{Input, LossForm},
     parameters::{Init, Parameters},
     positions::Resizes,
 };
@@ -114,7 +114,7 @@ fn described(fields: &Fields) -> Result<Described> {
             size("vocab_size", VOCABULARY_MAX)?,
             size("text_length", TEXT_LENGTH_MAX)?,
         ),
-        Some(form) => (LossForm::WIDTH, form.ids_below(), form.ids()),
+        Some(form) => (form.width(), form.ids_below(), form.ids()),
     };
     let none = Tower {
         hidden_size: 0,
@@ -189,7 +189,7 @@ fn looked_at(
     );
     if let Some(form) = losses {
         let called = pixels.and_then(|pixels| form.call(&module, &pixels, &ids?));
-        let what = format!("cannot be called by {METHOD}");
+        let what = format!("cannot be called by {}", form.method());
         drop(called.map_err(|e| invalid(what).because(e))?);
         return all_parameters(&module).map_err(unreadable);
     }
@@ -271,7 +271,7 @@ impl Towers for Module {
         call(&self.module, "encode_text", ids)
     }
 
-    fn losses(&self, pixels: &Tensor, ids: &Tensor) -> Torch {
+    fn losses(&self, pixels: &Tensor, ids: &Tensor) -> Torch<(Tensor, Tensor)> {
         let none = || TchError::Torch("a dual encoder gives no losses".into());
         let form = self.losses.ok_or_else(none)?;
         let pixels = match form.input {

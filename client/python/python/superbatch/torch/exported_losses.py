@@ -36,6 +36,7 @@ def export_losses(
     std: Sequence[float] = (0.5, 0.5, 0.5),
     resample: int = 3,
     pad_token_id: int = 0,
+    per_token: bool = False,
     weights: bool = True,
 ) -> str:
     """Writes the folder that a `model_uri` of a run with the loss "per_example" names, and gives
@@ -49,10 +50,16 @@ def export_losses(
     image_size: the side of the images in pixels, to which the service resizes without cropping.
     text_length, tokenizer: of texts, be they inputs or targets; as in `export_module`.
     pad_token_id: fills what a text is shorter, whatever the tokenizer itself pads with.
+    per_token: the model has `loss_per_token(inputs, targets)` instead, for phases with
+    `token_share`: a pair of the losses of the target's tokens, f32 [n, tokens], and of which of
+    them count, bool [n, tokens]. A row's loss is the mean over those that count.
     mean, std, resample, weights: as in `export_module`.
     """
-    if not callable(getattr(model, "loss_per_example", None)):
-        raise invalid("model", "it has no method loss_per_example(inputs, targets)")
+    method = "loss_per_token" if per_token else "loss_per_example"
+    if not callable(getattr(model, method, None)):
+        raise invalid("model", f"it has no method {method}(inputs, targets)")
+    if per_token and classes is not None:
+        raise invalid("per_token", "a class has no tokens; leave classes out")
     reads_text = image_size is None or classes is None
     if reads_text and (text_length is None or tokenizer is None):
         what = "inputs" if image_size is None else "targets"
@@ -75,13 +82,18 @@ def export_losses(
 
     own = buffers_as_parameters(copy.deepcopy(model).eval().float().cpu())
     with torch.no_grad():
-        traced = torch.jit.trace_module(own, {"loss_per_example": rows(TRACED)}, check_trace=False)
-        check(own, traced, rows(TRIED))
+        traced = torch.jit.trace_module(own, {method: rows(TRACED)}, check_trace=False)
+        tokens = {}
+        if per_token:
+            tokens["tokens"] = tokens_of(own, traced, rows(TRIED))
+        else:
+            check(own, traced, rows(TRIED))
     about: dict[str, Any] = {
-        "gives": "loss_per_example",
+        "gives": method,
         "input": "text" if image_size is None else "image",
         "target": "text" if classes is None else "class",
-        "flops": flops(lambda row: own.loss_per_example(*row), rows(1)),
+        "flops": flops(lambda row: getattr(own, method)(*row), rows(1)),
+        **tokens,
     }
     if image_size is not None:
         about["image_size"] = image_size
@@ -121,8 +133,52 @@ def check(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> N
     except RuntimeError:
         is_same = False
     if not is_same:
+        raise otherwise("loss_per_example", count)
+
+
+def tokens_of(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """How many tokens of a row have a loss each. Raises if the model gives other than a finite loss
+    for each token that counts, or the traced module is not the model for another number of rows.
+    """
+    found, count = model.loss_per_token(*rows), len(rows[0])
+    pair = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+    losses, counts = pair
+    is_pair = torch.is_tensor(losses) and torch.is_tensor(counts)
+    if not (
+        is_pair
+        and losses.dim() == 2
+        and losses.shape == counts.shape
+        and len(losses) == count
+        and losses.shape[1] > 0
+        and losses.is_floating_point()
+        and counts.dtype == torch.bool
+    ):
         message = (
-            f"its loss_per_example, traced with {TRACED} rows, does otherwise with {count}: it "
-            "must not depend on the number of rows"
+            f"its loss_per_token makes of {count} rows no pair of losses, [{count}, tokens], and of "
+            "which of them count, of the same shape and bool"
         )
         raise invalid("model", message)
+    if not torch.isfinite(losses[counts]).all():
+        message = (
+            "its loss_per_token makes losses of random inputs and targets that are not finite: one "
+            "that counts must be"
+        )
+        raise invalid("model", message)
+    try:
+        again, same = traced.loss_per_token(*rows)
+        is_same = torch.equal(same, counts) and torch.allclose(
+            again[counts], losses[counts], rtol=1e-3, atol=1e-4
+        )
+    except (RuntimeError, IndexError):
+        is_same = False
+    if not is_same:
+        raise otherwise("loss_per_token", count)
+    return losses.shape[1]
+
+
+def otherwise(method: str, count: int) -> Exception:
+    message = (
+        f"its {method}, traced with {TRACED} rows, does otherwise with {count}: it must not depend "
+        "on the number of rows"
+    )
+    return invalid("model", message)

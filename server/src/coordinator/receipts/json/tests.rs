@@ -170,7 +170,8 @@ fn a_receipt_keeps_its_form() {
         "chosen": [{
             "id": "s#1", "source": 1, "shard": 2, "row": 3, "position": 4, "chunk": 5,
             "score": -1.5, "weight": 1.0, "fidelity": "full", "content_hash": "01ab",
-            "own_score": 0.5, "learner_loss": null, "reference_loss": null, "column_values": [0.5]
+            "own_score": 0.5, "learner_loss": null, "reference_loss": null, "column_values": [0.5],
+            "token_mask": [true, false]
         }],
         "bad_rows": [{
             "id": "s#2", "position": 9, "reason": "image_null", "detail": "of the download"
@@ -202,6 +203,7 @@ fn a_receipt_keeps_its_form() {
             content_hash: vec![1, 0xab].into(),
             own_score: Some(0.5),
             column_values: vec![0.5],
+            token_mask: vec![true, false],
             ..Default::default()
         }],
         bad_rows: vec![bad.clone()],

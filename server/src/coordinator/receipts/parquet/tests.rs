@@ -18,6 +18,7 @@ pub(crate) fn sample(step: u64, generation: u32, nonce: &str) -> Receipt {
         fidelity: Fidelity::Full.into(),
         content_hash: Bytes::from(vec![i as u8; 16]),
         own_score: (i > 0).then_some(0.25),
+        token_mask: if i > 0 { vec![] } else { vec![true, false] },
         ..Default::default()
     });
     let summary = ReceiptSummary {
@@ -181,6 +182,7 @@ passed = json.loads(meta[b"superbatch.passed_over"])
 assert passed["id"] == ["00000.parquet#5"] and passed["own_score"] == [0.1]
 assert passed["reference_loss"] == [None]
 assert table["own_score"].to_pylist() == [None, 0.25, 0.25]
+assert table["token_mask"].to_pylist() == [[True, False], None, None], table
 expected = {"id": '00000.parquet#9 "ü"', "position": 49}
 expected |= {"reason": "image_null", "detail": "no image"}
 assert bad == expected, bad
@@ -220,8 +222,10 @@ fn row() -> impl Strategy<Value = ChosenRow> {
         prop::collection::vec(any::<u8>(), 0..20),
     );
     let judged = any::<[Option<f64>; 3]>();
-    (".{0,12}", places, numbers, judged).prop_map(
-        |(id, (source, shard, row, position, chunk), (score, weight, fidelity, hash), judged)| {
+    let mask = prop::collection::vec(any::<bool>(), 0..20);
+    (".{0,12}", places, numbers, judged, mask).prop_map(
+        |(id, places, (score, weight, fidelity, hash), judged, mask)| {
+            let (source, shard, row, position, chunk) = places;
             ChosenRow {
                 id,
                 source,
@@ -237,6 +241,7 @@ fn row() -> impl Strategy<Value = ChosenRow> {
                 learner_loss: judged[1],
                 reference_loss: judged[2],
                 column_values: judged.into_iter().flatten().collect(),
+                token_mask: mask,
             }
         },
     )

@@ -130,6 +130,38 @@ fn a_rank_gets_its_rows_in_order_with_the_receipts_columns() {
 }
 
 #[test]
+fn masks_of_tokens_are_the_receipts_and_null_where_it_has_none() {
+    let mask = field("_superbatch_token_mask", masks::data_type(), true);
+    let fields = output_schema();
+    let fields = fields.fields().iter().cloned().chain([Arc::new(mask)]);
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let mut receipt = receipt(3);
+    for row in &mut receipt.chosen {
+        row.content_hash = vec![7; 16].into();
+    }
+    receipt.chosen[0].token_mask = vec![true, false, true];
+    receipt.chosen[2].token_mask = vec![false; 3];
+    let stream = rank(
+        &schema,
+        &table(vec![rows(0..3, |_| 5)]),
+        &receipt,
+        &[2, 1, 0],
+    )
+    .unwrap();
+    let own = own_stream(&schema, &receipt, &[2, 1, 0]).unwrap().concat();
+    for stream in [stream, own.into()] {
+        let batch = read(&stream);
+        let lists = batch["_superbatch_token_mask"].as_list::<i32>();
+        let found: Vec<Option<Vec<bool>>> = lists
+            .iter()
+            .map(|list| Some(list?.as_boolean().iter().flatten().collect()))
+            .collect();
+        let expected = [Some(vec![false; 3]), None, Some(vec![true, false, true])];
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
 fn bytes_depend_on_contents_alone() {
     let (schema, receipt) = (output_schema(), receipt(10));
     let size = |i| i * 7 % 5;

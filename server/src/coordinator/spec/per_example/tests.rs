@@ -1,4 +1,4 @@
-use crate::coordinator::spec::complete;
+use crate::coordinator::spec::{append_phases, complete};
 use superbatch_proto::v1::{
     Approximation, Criterion, EmbeddingDtype, Fidelity, FidelityProbe, LearnerSpec, Loss,
     MultiResolution, Phase, Policy, Reason, ReferenceSpec, RunSpec, ScoreColumn, Source, Tuning,
@@ -64,7 +64,37 @@ fn policies_of_single_scores_are_taken_and_losses_stay_f32() {
 /// A change of the spec, and the field that is refused with it.
 type Refused = (fn(&mut RunSpec), &'static str);
 
-const REFUSED: [Refused; 17] = [
+const REFUSED: [Refused; 22] = [
+    (
+        |s| s.phases[0].token_share = Some(0.0),
+        "phases[0].token_share",
+    ),
+    (
+        |s| s.phases[0].token_share = Some(f64::NAN),
+        "phases[0].token_share",
+    ),
+    (
+        |s| {
+            s.phases[0].token_share = Some(0.5);
+            s.phases[0].policy = Policy::Uniform.into();
+        },
+        "phases[0].token_share",
+    ),
+    (
+        |s| {
+            s.phases[0].token_share = Some(0.5);
+            s.phases[0].criterion = Criterion::Hard.into();
+        },
+        "phases[0].token_share",
+    ),
+    (
+        |s| {
+            s.phases[0].token_share = Some(0.5);
+            s.loss = Loss::Softmax.into();
+            s.sources[0].target_column.clear();
+        },
+        "phases[0].token_share",
+    ),
     (
         |s| s.phases[0].policy = Policy::Joint.into(),
         "phases[0].policy",
@@ -183,6 +213,25 @@ fn what_needs_pairs_or_embeddings_is_refused_by_its_field() {
         assert_eq!(error.reason(), Reason::RunSpecImpossible);
         assert_eq!(error.value("field"), Some(field), "{error}");
     }
+}
+
+#[test]
+fn masks_are_there_from_the_opening_on_or_never() {
+    let later = |token_share| Phase {
+        from_step: 10,
+        token_share,
+        ..spec().phases.remove(0)
+    };
+    let without = complete(spec(), 60.0).unwrap();
+    let error = append_phases(without.clone(), vec![later(Some(0.5))], None).unwrap_err();
+    assert_eq!(error.reason(), Reason::RunSpecImpossible);
+    assert_eq!(error.value("field"), Some("phases[1].token_share"));
+    append_phases(without, vec![later(None)], None).unwrap();
+    let mut with = spec();
+    with.phases[0].token_share = Some(1.0);
+    let with = complete(with, 60.0).unwrap();
+    append_phases(with.clone(), vec![later(None)], None).unwrap();
+    append_phases(with, vec![later(Some(0.5))], None).unwrap();
 }
 
 #[test]

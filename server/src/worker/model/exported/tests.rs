@@ -127,6 +127,26 @@ fn what_a_module_of_losses_takes_is_read_and_bounded() {
 }
 
 #[test]
+fn losses_of_tokens_are_those_of_a_text() {
+    let mut json: Value = serde_json::from_str(LOSSES).unwrap();
+    json["gives"] = "loss_per_token".into();
+    json["tokens"] = 4.into();
+    let field = |json: &Value| {
+        let error = told_of(json).err()?;
+        error.value("field").map(str::to_owned)
+    };
+    assert_eq!(field(&json).as_deref(), Some("target"), "a class has none");
+    json["target"] = "text".into();
+    let (config, _, form) = told_of(&json).unwrap();
+    assert_eq!(config.embedding_dim, LossForm::WIDTH + 4);
+    assert_eq!(form.unwrap().method(), "loss_per_token");
+    for tokens in [0, 1 << 14] {
+        json["tokens"] = tokens.into();
+        assert_eq!(field(&json).as_deref(), Some("tokens"), "{tokens}");
+    }
+}
+
+#[test]
 fn a_classifier_of_images_needs_no_words() {
     let json = serde_json::json!({
         "gives": "loss_per_example", "input": "image", "image_size": 8, "target": "class",
