@@ -132,12 +132,12 @@ fn losses_of_tokens_are_those_of_a_text() {
     json["gives"] = "loss_per_token".into();
     json["tokens"] = 4.into();
     let field = |json: &Value| {
-        let error = told_of(json).err()?;
+        let error = described_by(json).err()?;
         error.value("field").map(str::to_owned)
     };
     assert_eq!(field(&json).as_deref(), Some("target"), "a class has none");
     json["target"] = "text".into();
-    let (config, _, form) = told_of(&json).unwrap();
+    let (config, _, form) = described_by(&json).unwrap();
     assert_eq!(config.embedding_dim, LossForm::WIDTH + 4);
     assert_eq!(form.unwrap().method(), "loss_per_token");
     for tokens in [0, 1 << 14] {
