@@ -190,7 +190,7 @@ mod tests {
 
     /// The flags of the mapping in which an address lies.
     fn flags_at(address: usize) -> String {
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("Linux has it");
         let mut lies_here = false;
         for line in maps.lines() {
             let first = line.split(' ').next().unwrap_or_default();
