@@ -154,8 +154,8 @@ def tokens_of(model: Any, traced: Any, rows: tuple[torch.Tensor, torch.Tensor]) 
         and counts.dtype == torch.bool
     ):
         message = (
-            f"its loss_per_token makes of {count} rows no pair of losses, [{count}, tokens], and of "
-            "which of them count, of the same shape and bool"
+            f"its loss_per_token makes of {count} rows no pair of losses, [{count}, tokens], and "
+            "of which of them count, of the same shape and bool"
         )
         raise invalid("model", message)
     if not torch.isfinite(losses[counts]).all():
