@@ -59,9 +59,9 @@ test-rust: $(READY)
 	cargo test $(CARGO_FLAGS) --no-fail-fast
 
 # What native libraries write is not captured: if one aborts the runner, its last words say why, and a capture would be lost.
-# What was skipped is listed at the end, with what it needs.
+# What was skipped is listed at the end, with what it needs. Two files run at a time: a test waits for other processes as long as it works.
 test-python: build
-	$(PYTHON) -m pytest -rs --capture=sys tests/python client/python/tests scoring-kernels/python/tests
+	$(PYTHON) -m pytest -n 2 --dist loadfile -rs --capture=sys tests/python client/python/tests scoring-kernels/python/tests
 
 test-upgrade: build ## Runs of an older build go on with this one, under a rolling replacement too (FROM=commit; builds it: minutes)
 	scripts/test-upgrade.sh $(FROM)
