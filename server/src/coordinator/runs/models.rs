@@ -10,7 +10,10 @@ use crate::{
     },
     error::{Error, Result},
     fidelity::Fidelity,
-    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, tokens::tokens_of},
+    selection::{
+        LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_IMAGES, TOKEN_LOSSES_OF_TEXTS,
+        tokens::tokens_of,
+    },
 };
 use superbatch_proto::v1::{
     Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, Source,
@@ -104,8 +107,9 @@ pub fn check_biases(
 /// # Errors
 /// `RunSpecImpossible`, naming the field that should be another.
 pub fn check_gives(spec: &RunSpec, model_type: &str, uri: &str) -> Result<()> {
-    let of_images = model_type == LOSSES_OF_IMAGES;
-    let gives_losses = of_images || model_type == LOSSES_OF_TEXTS;
+    let of_images = [LOSSES_OF_IMAGES, TOKEN_LOSSES_OF_IMAGES].contains(&model_type);
+    let of_texts = [LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_TEXTS].contains(&model_type);
+    let gives_losses = of_images || of_texts;
     let other = |source: &Source| source.text_column.is_empty() != of_images;
     let (field, message) = match (spec.loss(), gives_losses) {
         (Loss::PerExample, false) => (
@@ -338,6 +342,8 @@ mod tests {
         for (spec, model_type) in [
             (spec(per_example, ""), LOSSES_OF_IMAGES),
             (spec(per_example, "text"), LOSSES_OF_TEXTS),
+            (spec(per_example, ""), TOKEN_LOSSES_OF_IMAGES),
+            (spec(per_example, "text"), TOKEN_LOSSES_OF_TEXTS),
             (spec(Loss::Sigmoid, ""), "siglip"),
             (spec(Loss::Softmax, ""), "exported"),
         ] {
@@ -350,6 +356,9 @@ mod tests {
             (spec(Loss::Softmax, ""), LOSSES_OF_TEXTS, "loss"),
             (spec(per_example, "text"), LOSSES_OF_IMAGES, column),
             (spec(per_example, ""), LOSSES_OF_TEXTS, column),
+            (spec(Loss::Sigmoid, ""), TOKEN_LOSSES_OF_IMAGES, "loss"),
+            (spec(per_example, "text"), TOKEN_LOSSES_OF_IMAGES, column),
+            (spec(per_example, ""), TOKEN_LOSSES_OF_TEXTS, column),
         ] {
             let error = check_gives(&spec, model_type, "memory:///m").unwrap_err();
             assert_eq!(error.reason(), Reason::RunSpecImpossible);
